@@ -1,0 +1,75 @@
+"""A small model with the shapes of a language model, made anew for each test."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+
+class Block(nn.Module):
+    """Two projections with a nonlinearity between; `proj` has a bias, `up` has none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(8, 16, bias=False)
+        self.proj = nn.Linear(16, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.proj(torch.tanh(self.up(x)))
+
+
+class TinyLM(nn.Module):
+    """Embedding, two blocks, and an output head that `get_output_embeddings` names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, 8)
+        self.layers = nn.ModuleList(Block() for _ in range(2))
+        self.out = nn.Linear(8, 11, bias=False)
+
+    def get_output_embeddings(self) -> nn.Linear:
+        return self.out
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        hidden = self.embed(tokens)
+        for layer in self.layers:
+            hidden = layer(hidden)
+        return self.out(hidden)
+
+
+@pytest.fixture
+def make_model() -> Callable[[], TinyLM]:
+    """Makes equal models: the same weights at each call."""
+
+    def make() -> TinyLM:
+        torch.manual_seed(0)
+        return TinyLM()
+
+    return make
+
+
+@pytest.fixture
+def model(make_model: Callable[[], TinyLM]) -> TinyLM:
+    return make_model()
+
+
+@pytest.fixture
+def tokens() -> Tensor:
+    return torch.randint(0, 11, (3, 5), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def fill_b() -> Callable[[nn.Module], None]:
+    """Gives every B of a model random values, so that the change is not zero."""
+
+    def fill(adapted: nn.Module) -> None:
+        generator = torch.Generator().manual_seed(2)
+        with torch.no_grad():
+            for name, parameter in adapted.named_parameters():
+                if name.endswith("lora_b"):
+                    parameter.copy_(torch.randn(parameter.shape, generator=generator))
+
+    return fill

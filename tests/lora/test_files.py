@@ -1,0 +1,195 @@
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from lorasweep.lora import LoraConfig, inject_lora, load_adapter, lora_layers, lora_state, merge_lora, save_adapter
+
+
+@pytest.fixture
+def saved(make_model, fill_b, tmp_path: Path) -> Path:
+    """A folder with an adapter of rank 2 on the `up` layers."""
+    model = make_model()
+    inject_lora(model, LoraConfig(rank=2, alpha=8, targets="up", dropout=0.1))
+    fill_b(model)
+    save_adapter(model, tmp_path / "adapter", base_path="tiny", base_fingerprint="abc")
+    return tmp_path / "adapter"
+
+
+def change_config(folder: Path, **changes: object) -> None:
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_saved_and_loaded_is_the_same(make_model, fill_b, tokens: Tensor, tmp_path: Path) -> None:
+    model = make_model()
+    coverage = inject_lora(model, LoraConfig(rank=2, alpha=8, scaling="alpha_over_sqrt_rank", targets=("up", "0.proj")))
+    fill_b(model)
+    save_adapter(model, tmp_path, base_path="tiny")
+    loaded = make_model()
+    found = load_adapter(loaded, tmp_path)
+    assert set(found.layers) == set(coverage.layers)
+    assert found.trainable_params == coverage.trainable_params
+    assert torch.equal(loaded(tokens), model(tokens))
+    assert {n for n, p in loaded.named_parameters() if p.requires_grad} == {
+        n for n, p in model.named_parameters() if p.requires_grad
+    }
+
+
+def test_loads_into_a_model_that_is_injected_already(make_model, saved: Path, tokens: Tensor) -> None:
+    fresh, injected = make_model(), make_model()
+    inject_lora(injected, LoraConfig(rank=2, alpha=8, targets="up"))
+    assert load_adapter(injected, saved).layers == load_adapter(fresh, saved).layers
+    assert torch.equal(injected.eval()(tokens), fresh.eval()(tokens))
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ("up",), ("layers.0.up", "out"), r"re:layers\.0\..*"])
+@pytest.mark.parametrize("rule", ["alpha_over_rank", "alpha_over_sqrt_rank"])
+def test_peft_loads_what_is_saved_here(make_model, fill_b, tokens: Tensor, tmp_path: Path, targets, rule: str) -> None:
+    model = make_model()
+    inject_lora(model, LoraConfig(rank=2, alpha=3, targets=targets, scaling=rule))
+    fill_b(model)
+    save_adapter(model, tmp_path, base_path="tiny")
+    loaded = peft.PeftModel.from_pretrained(make_model(), tmp_path)
+    theirs = peft.get_peft_model_state_dict(loaded, save_embedding_layers=False)  # else it asks the hub
+    assert {key: tuple(t.shape) for key, t in theirs.items()} == {
+        k: tuple(t.shape) for k, t in lora_state(model).items()
+    }
+    torch.testing.assert_close(loaded(tokens), model(tokens))  # float32 defaults: products in another order
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["up"], r".*\.0\.(up|proj)", ["layers.0.up", "out"]])
+@pytest.mark.parametrize("use_rslora", [True, False])
+def test_what_peft_saves_loads_here(make_model, tokens: Tensor, tmp_path: Path, targets, use_rslora: bool) -> None:
+    config = peft.LoraConfig(
+        r=2, lora_alpha=3, target_modules=targets, use_rslora=use_rslora, init_lora_weights=False, lora_dropout=0.1
+    )
+    theirs = peft.get_peft_model(make_model(), config)
+    theirs.save_pretrained(tmp_path, save_embedding_layers=False)  # else it asks the hub
+    ours = make_model()
+    load_adapter(ours, tmp_path)
+    torch.testing.assert_close(ours.eval()(tokens), theirs.eval()(tokens))
+    ours.train()(tokens).sum().backward()
+    assert all(layer.lora_b.grad.any() for layer in lora_layers(ours).values())  # it goes on training
+
+
+def test_state_has_pefts_names_and_the_parameters_memory(model: nn.Module) -> None:
+    inject_lora(model, LoraConfig(rank=2, targets="layers.0.up"))
+    state = lora_state(model)
+    prefix = "base_model.model.layers.0.up"
+    assert list(state) == [f"{prefix}.lora_A.weight", f"{prefix}.lora_B.weight"]
+    assert state[f"{prefix}.lora_A.weight"].data_ptr() == lora_layers(model)["layers.0.up"].lora_a.data_ptr()
+
+
+def test_a_failed_write_leaves_what_was_there(make_model, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = {path.name: path.read_bytes() for path in saved.iterdir()}
+    model = make_model()
+    inject_lora(model, LoraConfig(rank=4))
+
+    def fail(*_: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="disk full"):
+        save_adapter(model, saved, base_path="tiny")
+    assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
+
+
+def assert_refused(make_model, folder: Path, message: str, **kwargs: str) -> None:
+    """Loading fails with `message` and leaves a fresh model as it was."""
+    model = make_model()
+    with pytest.raises(ValueError, match=message):
+        load_adapter(model, folder, **kwargs)
+    assert not lora_layers(model)
+    assert all(p.requires_grad for p in model.parameters())
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), make_model().parameters(), strict=True))
+
+
+def test_another_base_is_refused_by_its_fingerprint(make_model, saved: Path) -> None:
+    assert_refused(make_model, saved, r"this base model \('xyz'\), but it was trained on 'abc'", base_fingerprint="xyz")
+    load_adapter(make_model(), saved, base_fingerprint="abc")
+
+
+def test_another_base_is_refused_by_its_shapes(saved: Path) -> None:
+    model = nn.ModuleDict({"up": nn.Linear(8, 16)})
+    with pytest.raises(ValueError, match=r"must have 'base_model.model.up.lora_A.weight', but it is missing"):
+        load_adapter(model, saved)
+    model = nn.Module()
+    model.layers = nn.ModuleList(nn.ModuleDict({"up": nn.Linear(9, 16)}) for _ in range(2))
+    with pytest.raises(ValueError, match=r"lora_A.weight' in .* must have shape \(2, 9\), but got \(2, 8\)"):
+        load_adapter(model, saved)
+
+
+def test_another_rank_is_refused_by_an_injected_model(make_model, saved: Path) -> None:
+    model = make_model()
+    inject_lora(model, LoraConfig(rank=4, targets="up"))
+    with pytest.raises(ValueError, match=r"must have shape \(4, 8\), but got \(2, 8\)"):
+        load_adapter(model, saved)
+    assert not any(layer.lora_b.any() for layer in lora_layers(model).values())
+
+
+def test_a_merged_model_is_refused(make_model, saved: Path) -> None:
+    model = make_model()
+    load_adapter(model, saved)
+    merge_lora(model)
+    with pytest.raises(ValueError, match="must not be merged"):
+        load_adapter(model, saved)
+
+
+def test_files_that_are_missing_or_broken_are_refused(make_model, saved: Path) -> None:
+    weights, config = saved / "adapter_model.safetensors", saved / "adapter_config.json"
+    whole = weights.read_bytes()
+    for broken in (whole[:-5], whole[:20], b"", b"\xff" * 100):
+        weights.write_bytes(broken)
+        assert_refused(make_model, saved, "must be a whole safetensors file")
+    weights.unlink()
+    assert_refused(make_model, saved, "must be a file, but there is none")
+    config.write_text('{"peft_type": ')
+    assert_refused(make_model, saved, "must be JSON")
+    config.unlink()
+    assert_refused(make_model, saved, "must be a file, but there is none")
+
+
+def test_pickled_weights_are_not_opened(make_model, saved: Path) -> None:
+    torch.save({}, saved / "adapter_model.bin")
+    (saved / "adapter_model.safetensors").unlink()
+    assert_refused(make_model, saved, "adapter_model.safetensors' must be a file")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"peft_type": "IA3"}, "`peft_type` must be 'LORA', but got 'IA3'"),
+        ({"lora_bias": True}, "`lora_bias` must be unset, but got True"),
+        ({"target_modules": None}, "must be a whole LoRA configuration"),
+        ({"r": 0}, "must be a whole LoRA configuration"),
+        ({"r": "8"}, "must be a whole LoRA configuration"),
+        ({"lora_alpha": float("nan")}, "must be a whole LoRA configuration"),
+        ({"target_modules": ["upp"]}, "Nearest: 'up'"),
+    ],
+)
+def test_a_configuration_that_would_be_misread_is_refused(make_model, saved: Path, changes: dict, message: str) -> None:
+    change_config(saved, **changes)
+    assert_refused(make_model, saved, message)
+
+
+def test_tensors_that_do_not_belong_are_refused(make_model, saved: Path) -> None:
+    path = saved / "adapter_model.safetensors"
+    good = load_file(path)
+    save_file({**good, "base_model.model.embed.weight": torch.zeros(11, 8)}, path)
+    assert_refused(make_model, saved, "'base_model.model.embed.weight' has no layer")
+    save_file({key: tensor.int() for key, tensor in good.items()}, path)
+    assert_refused(make_model, saved, "must hold real numbers, but got torch.int32")
+
+
+def test_saving_needs_lora_layers(model: nn.Module, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="must have LoRA layers, but got none"):
+        save_adapter(model, tmp_path, base_path="tiny")
+    assert not any(tmp_path.iterdir())

@@ -1,0 +1,131 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lorasweep.lora import LoraConfig, LoraLinear, find_targets, inject_lora, lora_layers
+
+
+def train_steps(model: nn.Module, tokens: Tensor, *, num_steps: int = 3) -> list[float]:
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    losses = []
+    for _ in range(num_steps):
+        loss = nn.functional.cross_entropy(model(tokens).flatten(0, 1), tokens.flatten())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def test_starts_as_the_base_model_exactly(make_model, tokens: Tensor) -> None:
+    base, model = make_model(), make_model()
+    inject_lora(model, LoraConfig(rank=2))
+    assert torch.equal(model(tokens), base(tokens))
+
+
+def test_coverage_is_that_of_the_dry_check(make_model) -> None:
+    config = LoraConfig(rank=2, targets=("up", "layers.0.proj"))
+    assert inject_lora(make_model(), config) == find_targets(make_model(), config)
+
+
+def test_only_a_and_b_train(model: nn.Module) -> None:
+    coverage = inject_lora(model, LoraConfig(rank=2))
+    trains = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
+    assert {name.rpartition(".")[2] for name in trains} == {"lora_a", "lora_b"}
+    assert sum(trains.values()) == coverage.trainable_params
+    assert sum(p.numel() for p in model.parameters()) == coverage.total_params
+
+
+def test_training_lowers_the_loss_and_leaves_the_base_bit_identical(make_model, tokens: Tensor) -> None:
+    model, base = make_model(), make_model()
+    inject_lora(model, LoraConfig(rank=2, dropout=0.1))
+    losses = train_steps(model, tokens)
+    assert losses[-1] < losses[0]
+    after = {name.replace(".base.", "."): p for name, p in model.named_parameters() if "lora_" not in name}
+    assert after.keys() == dict(base.named_parameters()).keys()
+    assert all(torch.equal(after[name], p) for name, p in base.named_parameters())
+
+
+def test_the_generator_decides_a(make_model) -> None:
+    def matrices(seed: int) -> list[Tensor]:
+        model = make_model()
+        torch.manual_seed(99)
+        inject_lora(model, LoraConfig(rank=2), generator=torch.Generator().manual_seed(seed))
+        assert torch.equal(torch.rand(3), torch.rand(3, generator=torch.Generator().manual_seed(99)))
+        return [layer.lora_a for layer in lora_layers(model).values()]
+
+    first, same, other = matrices(1), matrices(1), matrices(2)
+    assert all(torch.equal(a, b) for a, b in zip(first, same, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+
+
+def test_two_copies_that_share_frozen_tensors_do_not_meet(model: nn.Module, tokens: Tensor) -> None:
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    share = {id(parameter): parameter for parameter in model.parameters()}
+    one, two = copy.deepcopy(model, dict(share)), copy.deepcopy(model, dict(share))
+    before = model(tokens)
+    inject_lora(one, LoraConfig(rank=2))
+    inject_lora(two, LoraConfig(rank=4))
+    train_steps(one, tokens)
+    assert torch.equal(model(tokens), before)
+    assert torch.equal(two(tokens), before)
+    assert not torch.equal(one(tokens), before)
+    first, second = (lora_layers(m)["layers.0.up"] for m in (one, two))
+    assert first.base.weight is second.base.weight is model.layers[0].up.weight
+
+
+def test_a_layer_used_under_two_names_stays_one_layer() -> None:
+    shared = nn.Linear(4, 4)
+    model = nn.ModuleDict({"first": shared, "second": shared})
+    inject_lora(model, LoraConfig(rank=2))
+    assert isinstance(model["first"], LoraLinear)
+    assert model["first"] is model["second"]
+    assert len(lora_layers(model)) == 1
+
+
+def test_a_layer_used_twice_in_a_forward_gets_both_gradients() -> None:
+    model = nn.ModuleDict({"layer": nn.Linear(4, 4)}).double()
+    inject_lora(model, LoraConfig(rank=2))
+    layer = model["layer"].double()
+    nn.init.normal_(layer.lora_b)
+    x = torch.randn(3, 4, dtype=torch.float64)
+
+    def loss(a: Tensor, b: Tensor) -> Tensor:
+        twice = torch.func.functional_call(layer, {"lora_a": a, "lora_b": b}, (x,))
+        return torch.func.functional_call(layer, {"lora_a": a, "lora_b": b}, (twice,)).pow(2).sum()
+
+    assert torch.autograd.gradcheck(loss, (layer.lora_a, layer.lora_b))
+
+
+def test_keeps_the_training_mode(model: nn.Module) -> None:
+    model.eval()
+    inject_lora(model, LoraConfig(rank=2))
+    assert not any(module.training for module in model.modules())
+
+
+def test_works_on_the_meta_device(make_model) -> None:
+    with torch.device("meta"):
+        model = make_model()
+    inject_lora(model, LoraConfig(rank=2))
+    assert all(parameter.is_meta for parameter in model.parameters())
+
+
+def test_a_rank_above_a_layers_size_leaves_the_model_unchanged(model: nn.Module) -> None:
+    with pytest.raises(ValueError, match=r"`method.rank <= 8` must hold"):
+        inject_lora(model, LoraConfig(rank=9))
+    assert not lora_layers(model)
+    assert all(p.requires_grad for p in model.parameters())
+    with pytest.warns(UserWarning, match="times the layer's own numbers"):
+        inject_lora(model, LoraConfig(rank=9, targets="layers.0.up"), allow_full_rank=True)
+    assert lora_layers(model)["layers.0.up"].rank == 9
+
+
+def test_injecting_twice_is_refused(model: nn.Module) -> None:
+    inject_lora(model, LoraConfig(rank=2))
+    with pytest.raises(ValueError, match=r"must have no LoRA layers yet, but got one with 4, such as 'layers.0.up'"):
+        inject_lora(model, LoraConfig(rank=2))

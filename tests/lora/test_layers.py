@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+import copy
+
+import peft
+import pytest
+import torch
+from peft.tuners.lora.layer import Linear as PeftLinear
+from torch import nn
+
+from lorasweep.lora import LoraConfig, LoraLinear
+
+
+def make_layer(*, bias: bool = True, dropout: float = 0.0, dtype: torch.dtype = torch.float32) -> LoraLinear:
+    torch.manual_seed(0)
+    base = nn.Linear(6, 10, bias=bias, dtype=dtype)
+    return LoraLinear(base, LoraConfig(rank=4, dropout=dropout), rank=4, alpha=8.0)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("rule", ["alpha_over_rank", "alpha_over_sqrt_rank"])
+def test_equals_pefts_layer_with_the_same_a_and_b(bias: bool, rule: str) -> None:
+    torch.manual_seed(0)
+    base = nn.Linear(6, 10, bias=bias)
+    ours = LoraLinear(copy.deepcopy(base), LoraConfig(scaling=rule), rank=4, alpha=8.0)
+    peft_config = peft.LoraConfig(r=4, lora_alpha=8, use_rslora=rule == "alpha_over_sqrt_rank")
+    theirs = PeftLinear(base, "default", config=peft_config, r=4, lora_alpha=8)
+    with torch.no_grad():
+        ours.lora_b.normal_()
+        theirs.lora_A["default"].weight.copy_(ours.lora_a)
+        theirs.lora_B["default"].weight.copy_(ours.lora_b)
+    x = torch.randn(3, 5, 6, requires_grad=True)
+    out, expected = ours(x), theirs(x)
+    torch.testing.assert_close(out, expected)  # float32 defaults: the same products, scaled before or after
+    grads = torch.autograd.grad(out.pow(2).sum(), [x, ours.lora_a, ours.lora_b])
+    reference = torch.autograd.grad(
+        expected.pow(2).sum(), [x, theirs.lora_A["default"].weight, theirs.lora_B["default"].weight]
+    )
+    torch.testing.assert_close(grads, reference, rtol=1e-5, atol=1e-4)  # sums of 15 squares: entries near 100
+
+
+def test_starts_as_its_base_exactly() -> None:
+    layer, x = make_layer(), torch.randn(3, 6)
+    assert torch.equal(layer(x), layer.base(x))
+    assert layer.lora_a.abs().max() <= 1 / 6**0.5  # Kaiming-uniform with a = √5 is uniform within ±1/√d_in
+    assert layer.lora_a.std() > 0.1
+
+
+def test_adapters_are_fp32_on_a_bf16_base() -> None:
+    layer = make_layer(dtype=torch.bfloat16)
+    assert layer.lora_a.dtype is layer.lora_b.dtype is torch.float32
+    assert layer(torch.randn(3, 6, dtype=torch.bfloat16)).dtype is torch.bfloat16
+
+
+def test_dropout_acts_in_training_only_and_follows_its_generator() -> None:
+    layer, x = make_layer(dropout=0.5), torch.randn(64, 6)
+    nn.init.normal_(layer.lora_b)
+    layer.eval()
+    assert torch.equal(layer(x), layer(x))
+    layer.train()
+    layer.dropout_generator = torch.Generator().manual_seed(5)
+    first, second = layer(x), layer(x)
+    torch.manual_seed(123)  # torch's own stream is not used
+    layer.dropout_generator.manual_seed(5)
+    assert torch.equal(layer(x), first)
+    assert not torch.equal(first, second)
+
+
+def test_dropout_follows_torchs_stream_without_a_generator() -> None:
+    layer, x = make_layer(dropout=0.5), torch.randn(64, 6)
+    nn.init.normal_(layer.lora_b)
+    torch.manual_seed(1)
+    first = layer(x)
+    torch.manual_seed(1)
+    assert torch.equal(layer(x), first)
+
+
+def test_a_copy_has_its_own_adapter() -> None:
+    layer = make_layer()
+    copied = copy.deepcopy(layer)
+    nn.init.ones_(copied.lora_b)
+    assert not layer.lora_b.any()
+
+
+def test_says_its_rank_when_printed() -> None:
+    assert "rank=4, scaling=2, dropout=0, merged=False" in repr(make_layer())
+
+
+def test_answers_for_its_base() -> None:
+    layer = make_layer()
+    assert layer.weight is layer.base.weight
+    assert layer.bias is layer.base.bias
+    assert layer.rank == 4

@@ -1,0 +1,106 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from lorasweep.lora import LoraConfig, check_rank, find_targets
+
+UP = ("layers.0.up", "layers.1.up")
+PROJ = ("layers.0.proj", "layers.1.proj")
+
+
+def config(targets: str | tuple[str, ...] = "all-linear", *, rank: int = 2) -> LoraConfig:
+    return LoraConfig(rank=rank, targets=targets)
+
+
+def test_all_linear_leaves_out_the_output_head(model: nn.Module) -> None:
+    coverage = find_targets(model, config())
+    assert set(coverage.layers) == {*UP, *PROJ}
+    assert coverage.unmatched == ("out",)
+
+
+@pytest.mark.parametrize("head", ["lm_head", "score", "classifier"])
+def test_all_linear_knows_a_head_by_its_name(head: str) -> None:
+    model = nn.ModuleDict({"body": nn.Linear(4, 4), head: nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))})
+    assert find_targets(model, config()).layers == ("body",)
+
+
+@pytest.mark.parametrize(
+    ("targets", "expected"),
+    [
+        ("up", UP),
+        (("up", "proj"), UP + PROJ),
+        ("layers.1.up", ("layers.1.up",)),
+        (("1.up", "0.proj"), ("layers.1.up", "layers.0.proj")),
+        (r"re:layers\.\d\.up", UP),
+        (r"re:.*\.0\..*", ("layers.0.up", "layers.0.proj")),
+        ("out", ("out",)),
+        (("all-linear", "out"), ("layers.0.up", "layers.0.proj", "layers.1.up", "layers.1.proj", "out")),
+        (("up", "up", "layers.0.up"), UP),
+    ],
+)
+def test_patterns(model: nn.Module, targets: str | tuple[str, ...], expected: tuple[str, ...]) -> None:
+    assert find_targets(model, config(targets)).layers == expected
+
+
+def test_a_name_matches_whole_parts_only() -> None:
+    model = nn.ModuleDict({"q_proj": nn.Linear(2, 2), "seq_proj": nn.Linear(2, 2)})
+    assert find_targets(model, config("q_proj")).layers == ("q_proj",)
+
+
+def test_counts(model: nn.Module) -> None:
+    coverage = find_targets(model, config(rank=3))
+    assert coverage.trainable_params == 4 * 3 * (8 + 16)
+    assert coverage.total_params == coverage.trainable_params + sum(p.numel() for p in model.parameters())
+    assert coverage.matched == {"all-linear": ("layers.0.up", "layers.0.proj", "layers.1.up", "layers.1.proj")}
+
+
+def test_a_layer_used_twice_appears_once() -> None:
+    shared = nn.Linear(2, 2)
+    model = nn.ModuleDict({"first": shared, "second": shared})
+    assert find_targets(model, config(rank=1)).layers == ("first",)
+
+
+def test_works_on_the_meta_device_and_changes_nothing(make_model) -> None:
+    with torch.device("meta"):
+        model = make_model()
+    before = {name: (type(module), id(module)) for name, module in model.named_modules()}
+    assert find_targets(model, config()).trainable_params == 4 * 2 * (8 + 16)
+    assert {name: (type(module), id(module)) for name, module in model.named_modules()} == before
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        ("upp", "'upp' matches none. Nearest: 'up'"),
+        (("up", "prj"), "'prj' matches none. Nearest: 'proj'"),
+        ("re:layers", "'re:layers' matches none"),
+        ("zzz", "nothing alike"),
+        ("layers.0", "'layers.0' is a Block. Name the layers inside it: 'proj', 'up'"),
+        ("embed", "'embed' is a Embedding. It has none inside"),
+    ],
+)
+def test_a_pattern_without_a_layer_is_refused(model: nn.Module, targets: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        find_targets(model, config(targets))
+
+
+def test_all_linear_needs_a_linear_layer() -> None:
+    with pytest.raises(ValueError, match="Sequential has none besides its output head"):
+        find_targets(nn.Sequential(nn.ReLU()), config())
+
+
+def test_a_rank_above_a_layers_size_is_refused(model: nn.Module) -> None:
+    message = (
+        r"`method.rank <= 8` must hold for layer 'layers.0.up' \(16 × 8\), but got 9. Lower `method.rank` or leave"
+    )
+    with pytest.raises(ValueError, match=message):
+        find_targets(model, config(rank=9))
+
+
+def test_a_full_rank_can_be_allowed_with_a_warning() -> None:
+    with pytest.warns(UserWarning, match="1.6 times the layer's own numbers"):
+        check_rank(10, "x", nn.Linear(8, 32), allow_full_rank=True)
+    check_rank(8, "x", nn.Linear(8, 32))
