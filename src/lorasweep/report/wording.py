@@ -1,0 +1,81 @@
+"""Numbers and settings as people read them. Used by the terminal table, the page and the figures alike."""
+
+from __future__ import annotations
+
+from typing import Any
+
+UNKNOWN = "–"
+"""Stands where a value is not known."""
+
+
+def format_count(value: float | None) -> str:
+    """Returns a count with three digits and a unit of thousands: `950`, `1.28 M`."""
+    return UNKNOWN if value is None else _scaled(value, step=1000, units=("", "k", "M", "G", "T"))
+
+
+def format_bytes(value: float | None) -> str:
+    """Returns a size in bytes with three digits and a binary unit: `512 KiB`."""
+    return UNKNOWN if value is None else _scaled(value, step=1024, units=("B", "KiB", "MiB", "GiB", "TiB"))
+
+
+def format_share(value: float | None) -> str:
+    """Returns a fraction in percent: `41 %`, `2.3 %`, `0.04 %`."""
+    if value is None:
+        return UNKNOWN
+    percent = 100 * value
+    return f"{percent:.0f} %" if abs(percent) >= 9.95 or percent == 0 else f"{percent:.2g} %"
+
+
+def format_seconds(value: float | None) -> str:
+    """Returns a time in seconds as `4.2 s`, `2 min 31 s` or `1 h 04 min`."""
+    if value is None:
+        return UNKNOWN
+    if value < 9.95:
+        return f"{value:.1f} s"
+    seconds = round(value)
+    if seconds < 60:
+        return f"{seconds} s"
+    if seconds < 3600:
+        return f"{seconds // 60} min {seconds % 60:02d} s"
+    minutes = round(value / 60)
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def format_score(value: float | None) -> str:
+    """Returns a score with three decimals, or four digits where it is very small or large."""
+    if value is None:
+        return UNKNOWN
+    return f"{value:.3f}" if value == 0 or 0.1 <= abs(value) < 1000 else f"{value:.4g}"
+
+
+def format_setting(value: Any) -> str:
+    """Returns a setting's value as short text; floats with three digits."""
+    if isinstance(value, float):
+        return f"{value:.3g}"
+    if value is None:
+        return "null"
+    return str(value)
+
+
+def format_settings(params: dict[str, Any]) -> str:
+    """Returns dotted keys and values in one line, each key by its last part: `rank 16, alpha 32, lr 0.0123`."""
+    return ", ".join(f"{short_key(key)} {format_setting(value)}" for key, value in params.items()) or "nothing swept"
+
+
+def short_key(key: str) -> str:
+    """Returns the last part of a dotted key: `optim.lr` is `lr`."""
+    return key.rsplit(".", 1)[-1]
+
+
+def format_metric(name: str) -> str:
+    """Returns a metric's name in words: `bits_per_byte` is `bits per byte`."""
+    return name.replace("_", " ")
+
+
+def _scaled(value: float, *, step: int, units: tuple[str, ...]) -> str:
+    scaled, power = float(value), 0
+    # 999.5 would print as 1000
+    while abs(scaled) >= step - 0.5 and power < len(units) - 1:
+        scaled, power = scaled / step, power + 1
+    digits = f"{scaled:.0f}" if scaled == int(scaled) or abs(scaled) >= 99.95 else f"{scaled:.3g}"
+    return f"{digits} {units[power]}".rstrip()

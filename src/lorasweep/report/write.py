@@ -1,0 +1,75 @@
+"""Writes a sweep's report into `report/` in its folder: CSV, JSON, the HTML page and TensorBoard's board.
+
+Last of this package: everything else here makes content, this puts it on disk.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from lorasweep.record import write_atomically
+from lorasweep.report.summary import Summary, summarize
+from lorasweep.report.tables import SweepData, Trial, load_sweep_data
+
+REPORT_FOLDER = "report"
+MEASURED = (
+    "steps_planned",
+    "steps_done",
+    "tokens_trained",
+    "tokens_per_s",
+    "wall_s",
+    "trainable_params",
+    "trainable_fraction",
+    "adapter_bytes",
+    "peak_memory_bytes",
+)
+"""Columns of `trials.csv` that a run's record holds under the same name."""
+
+
+def write_report(folder: Path) -> Summary:
+    """Writes a sweep's report into `report/` in its folder, each file whole or not at all, and returns the summary.
+
+    Raises:
+        RecordError: The folder is not a sweep or its record is damaged. Nothing is written then.
+    """
+    data = load_sweep_data(folder)
+    summary = summarize(data)
+    report = folder / REPORT_FOLDER
+    write_atomically(report / "trials.csv", trials_csv(data))
+    write_atomically(report / "curves.csv", curves_csv(data))
+    write_atomically(report / "summary.json", json.dumps(summary.as_json(), indent=1) + "\n")
+    return summary
+
+
+def trials_csv(data: SweepData) -> str:
+    """Returns one line per trial: what it was, how it ended, its swept settings by dotted key, what it cost."""
+    header = ["arm", "method", "trial", "state", data.record.metric, "share_of_full_gain", *data.swept_keys]
+    rows = (_trial_cells(trial, data) for trial in data.trials)
+    return _csv([*header, *MEASURED, "best_step", "run", "reason"], rows)
+
+
+def curves_csv(data: SweepData) -> str:
+    """Returns one line per evaluation: the data behind the learning curves."""
+    rows = ([trial.arm, trial.number, step, value] for trial in data.trials for step, value in trial.curve)
+    return _csv(["arm", "trial", "step", data.record.metric], rows)
+
+
+def _trial_cells(trial: Trial, data: SweepData) -> list[Any]:
+    identity = [trial.arm, trial.method, trial.number, trial.state, trial.value, data.share_of_full_gain(trial.value)]
+    settings = [trial.setting(key) for key in data.swept_keys]
+    measured = [getattr(trial.record, name, None) for name in MEASURED]
+    best_step = trial.record.best.get("step") if trial.record else None
+    return [*identity, *settings, *measured, best_step, trial.run, trial.reason]
+
+
+def _csv(header: list[str], rows: Iterable[list[Any]]) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(rows)
+    return text.getvalue()

@@ -1,0 +1,199 @@
+"""A realistic sweep's folder for the report's tests: arms frozen, lora (complete, pruned, failed) and full."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lorasweep.record import ArmRow, RunRecord, SweepRecord, TrialRow, TrialState, write_record
+
+BASE_SCORE = 2.031
+FULL_PARAMS = 1_280_000
+STEPS = 150
+EVERY = 25
+
+LORA_SPACE: dict[str, Any] = {
+    "method.rank": [1, 4, 16, 64],
+    "method.alpha": [8, 16, 32, 64],
+    "optim.lr": {"low": 1e-3, "high": 3e-2, "log": True},
+}
+FULL_SPACE: dict[str, Any] = {"optim.lr": {"low": 1e-4, "high": 5e-3, "log": True}}
+
+
+def curve_to(score: float, *, steps: int = STEPS, every: int = EVERY) -> list[tuple[int, float]]:
+    """Returns a validation curve that starts at the base's score and falls to `score`."""
+    return [
+        (step, score + (BASE_SCORE - score) * math.exp(-4 * step / STEPS) * (1 - step / STEPS))
+        for step in range(0, steps + 1, every)
+    ]
+
+
+def write_run(
+    folder: Path, trial: TrialRow, *, method: str, curve: list[tuple[int, float]], trained: int, **values: Any
+) -> None:
+    """Writes a run's record and steps as training does."""
+    done = curve[-1][0] if curve else 0
+    best_step, best = min(curve, key=lambda point: point[1], default=(0, None))
+    config = {"method": {"name": method}, "optim": {"lr": 1e-3}, "seed": 0}
+    for key, value in trial.params.items():
+        group, name = key.split(".")
+        config[group][name] = value  # type: ignore[index]
+    record = RunRecord(
+        status="complete" if trial.state == "running" else trial.state,
+        config=config,
+        arm=trial.arm,
+        trial=trial.number,
+        metric="bits_per_byte",
+        direction="minimize",
+        wall_s=0.04 * done + 1.1,
+        steps_planned=STEPS if method != "frozen" else 0,
+        steps_done=done,
+        tokens_trained=done * 16 * 128,
+        tokens_per_s=52_000.0,
+        trainable_params=trained,
+        total_params=FULL_PARAMS + trained,
+        trainable_fraction=trained / FULL_PARAMS,
+        adapter_bytes=4 * trained,
+        peak_memory_bytes=400 * 2**20 + 40 * trained,
+        best={"bits_per_byte": best, "step": best_step} if best is not None else {},
+        files={"best/adapter_model.safetensors": {"bytes": 4 * trained, "sha256": "0" * 64}},
+    )
+    for name, value in values.items():
+        setattr(record, name, value)
+    write_record(record, folder)
+    write_steps(folder, curve)
+
+
+def write_steps(folder: Path, curve: list[tuple[int, float]]) -> None:
+    """Writes `steps.jsonl`: a loss at each step, a validation row at each evaluation."""
+    evaluations = dict(curve)
+    rows: list[dict[str, Any]] = []
+    for step in range(max(evaluations, default=0) + 1):
+        if step:
+            rows.append({"step": step, "loss": 1.2, "lr": 1e-3, "tokens_per_s": 52_000.0})
+        if step in evaluations:
+            rows.append(
+                {"step": step, "validation": {"bits_per_byte": evaluations[step], "loss": evaluations[step] * 0.7}}
+            )
+    (folder / "steps.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def lora_score(rank: int, alpha: float, lr: float) -> float:
+    """Returns a score like those of a tiny model: falls with rank, best where lr · α/16 is about 0.012."""
+    strength = math.log10(lr * (alpha / 16) ** 0.5 / 0.012)
+    return float(1.68 + 0.11 * rank**-0.6 + 0.09 * strength**2)
+
+
+def lora_trials(count: int, rng: random.Random) -> list[tuple[TrialRow, list[tuple[int, float]]]]:
+    """Returns lora trials with their curves: every third pruned, the fifth failed, the others complete."""
+    made = []
+    for number in range(count):
+        params = {
+            "method.rank": rng.choice(LORA_SPACE["method.rank"]),
+            "method.alpha": rng.choice(LORA_SPACE["method.alpha"]),
+            "optim.lr": 10 ** rng.uniform(-3, math.log10(3e-2)),
+        }
+        score = lora_score(params["method.rank"], params["method.alpha"], params["optim.lr"]) + rng.gauss(0, 0.004)
+        state: TrialState = "failed" if number == 4 else "pruned" if number % 3 == 2 else "complete"
+        curve = {"failed": [], "pruned": curve_to(score)[:3], "complete": curve_to(score)}[state]
+        reasons = {"failed": "The loss became NaN at step 12.", "pruned": "Worse than half of the trials at step 50."}
+        value = min((v for _, v in curve), default=None)
+        row = TrialRow(
+            arm="lora",
+            number=number,
+            state=state,
+            params=params,
+            value=value,
+            run=f"runs/lora-{number:04d}",
+            reason=reasons.get(state),
+        )
+        made.append((row, curve))
+    return made
+
+
+def full_trials(count: int) -> list[tuple[TrialRow, list[tuple[int, float]]]]:
+    """Returns complete full fine-tuning trials on a grid of learning rates."""
+    made = []
+    for number in range(count):
+        lr = 10 ** (-4 + 1.7 * number / max(count - 1, 1))
+        curve = curve_to(1.662 + 0.12 * math.log10(lr / 1.1e-3) ** 2)
+        row = TrialRow(
+            arm="full",
+            number=number,
+            state="complete",
+            params={"optim.lr": lr},
+            value=curve[-1][1],
+            run=f"runs/full-{number:04d}",
+        )
+        made.append((row, curve))
+    return made
+
+
+def build_sweep(folder: Path, *, lora: int = 18, full: int = 6, frozen: int = 1, name: str = "quickstart") -> Path:
+    """Writes a sweep's folder with that many trials per arm (an arm of 0 trials is left out) and returns it."""
+    rng = random.Random(7)
+    base = TrialRow(arm="frozen", number=0, state="complete", params={}, value=BASE_SCORE, run="runs/frozen-0000")
+    trials = {
+        "frozen": [(base, [(0, BASE_SCORE)])][:frozen],
+        "lora": lora_trials(lora, rng),
+        "full": full_trials(full),
+    }
+    spaces = {"frozen": {}, "lora": LORA_SPACE, "full": FULL_SPACE}
+    shares = {
+        "frozen": {},
+        "lora": {"method.rank": 0.31, "method.alpha": 0.12, "optim.lr": 0.57},
+        "full": {"optim.lr": 1.0},
+    }
+    for arm, rows in trials.items():
+        for row, curve in rows:
+            trained = {"frozen": 0, "full": FULL_PARAMS}.get(arm, 11_264 * int(row.params.get("method.rank", 0)))
+            write_run(folder / row.run, row, method=arm, curve=curve, trained=trained)
+    write_record(
+        SweepRecord(
+            status="complete",
+            name=name,
+            description="Rank, α and learning rate for LoRA on English prose, beside full fine-tuning.",
+            metric="bits_per_byte",
+            direction="minimize",
+            definition={},
+            arms=[
+                ArmRow(
+                    name=arm,
+                    method=arm,
+                    trials=len(rows),
+                    settings={"method": arm},
+                    space=spaces[arm],
+                    sampler="tpe",
+                    pruner="successive_halving",
+                    importance=shares[arm],
+                )
+                for arm, rows in trials.items()
+                if rows
+            ],
+            trials=[row for rows in trials.values() for row, _ in rows],
+            started_at="2026-11-24T10:00:00+00:00",
+            ended_at="2026-11-24T10:02:31+00:00",
+            makespan_s=151.2,
+        ),
+        folder,
+    )
+    return folder
+
+
+def edit_json(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Reads a JSON file, lets `change` change it, writes it."""
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+@pytest.fixture
+def sweep(tmp_path: Path) -> Path:
+    """Returns the folder of a finished sweep of 25 trials."""
+    return build_sweep(tmp_path / "quickstart")

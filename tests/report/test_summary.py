@@ -1,0 +1,144 @@
+"""What `summary.json` and the sentences say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lorasweep.report.summary import ONE_SEED, summarize
+from lorasweep.report.tables import load_sweep_data
+
+from .conftest import BASE_SCORE, build_sweep, edit_json
+
+
+def test_summary_has_the_promised_keys(sweep: Path) -> None:
+    raw = summarize(load_sweep_data(sweep)).as_json()
+    assert {
+        "sweep",
+        "metric",
+        "direction",
+        "makespan_s",
+        "tokens_trained",
+        "steps_saved_by_pruning",
+        "base",
+        "arms",
+    } <= set(raw)
+    assert raw["base"]["score"] == BASE_SCORE
+    for arm in raw["arms"]:
+        assert {"name", "method", "trainable_params", "trainable_fraction", "adapter_bytes"} <= set(arm)
+        assert {"peak_memory_bytes", "share_of_full_gain"} <= set(arm)
+        assert {"score", "params", "run"} == set(arm["best"])
+        assert {"complete", "pruned", "failed", "infeasible"} <= set(arm["trials"])
+
+
+def test_share_of_full_gain_is_nothing_at_the_base_and_one_at_full(sweep: Path) -> None:
+    frozen, lora, full = summarize(load_sweep_data(sweep)).arms
+    assert (frozen.share_of_full_gain, full.share_of_full_gain) == (0, 1)
+    assert lora.best.score
+    assert full.best.score
+    assert lora.share_of_full_gain == pytest.approx((BASE_SCORE - lora.best.score) / (BASE_SCORE - full.best.score))
+
+
+def test_share_of_full_gain_is_mirrored_when_maximizing(sweep: Path) -> None:
+    def negate(raw: dict[str, Any]) -> None:
+        raw["direction"] = "maximize"
+        for trial in raw["trials"]:
+            trial["value"] = None if trial["value"] is None else -trial["value"]
+
+    before = [arm.share_of_full_gain for arm in summarize(load_sweep_data(sweep)).arms]
+    edit_json(sweep / "sweep.json", negate)
+    assert [arm.share_of_full_gain for arm in summarize(load_sweep_data(sweep)).arms] == pytest.approx(before)
+
+
+@pytest.mark.parametrize(
+    ("missing", "sentence"),
+    [
+        ({"full": 0}, "without full fine-tuning"),
+        ({"frozen": 0}, "without the frozen base"),
+        ({"full": 0, "frozen": 0}, "no score of the frozen base or of full"),
+    ],
+)
+def test_share_is_null_and_said_so_where_an_end_is_missing(
+    tmp_path: Path, missing: dict[str, Any], sentence: str
+) -> None:
+    summary = summarize(load_sweep_data(build_sweep(tmp_path, **missing)))
+    assert all(arm.share_of_full_gain is None for arm in summary.arms)
+    assert sentence in summary.sentences[0]
+
+
+def test_share_is_null_where_full_fine_tuning_gained_nothing(sweep: Path) -> None:
+    def spoil_full(raw: dict[str, Any]) -> None:
+        for trial in raw["trials"]:
+            trial["value"] = 2.5 if trial["arm"] == "full" else trial["value"]
+
+    edit_json(sweep / "sweep.json", spoil_full)
+    summary = summarize(load_sweep_data(sweep))
+    assert all(arm.share_of_full_gain is None for arm in summary.arms)
+    assert "it gained nothing" in summary.sentences[0]
+
+
+def test_pruning_saves_what_pruned_trials_did_not_train(sweep: Path) -> None:
+    summary = summarize(load_sweep_data(sweep))
+    # 6 trials pruned at step 50 of 150; the failed one did not save its steps
+    assert summary.steps_saved_by_pruning == 6 * 100
+    assert any("pruning saved 600 of" in sentence for sentence in summary.sentences)
+
+
+def test_arm_without_a_complete_trial_has_nulls_and_a_sentence(sweep: Path) -> None:
+    def fail_lora(raw: dict[str, Any]) -> None:
+        for trial in raw["trials"]:
+            trial["state"] = "failed" if trial["arm"] == "lora" else trial["state"]
+
+    edit_json(sweep / "sweep.json", fail_lora)
+    summary = summarize(load_sweep_data(sweep))
+    lora = summary.arms[1]
+    assert (lora.best.score, lora.best.params, lora.best.run) == (None, None, None)
+    assert (lora.trainable_params, lora.share_of_full_gain) == (None, None)
+    assert lora.trials.failed == 18
+    assert "`lora` has no complete trial." in summary.sentences
+
+
+def test_sweep_in_which_all_failed_says_so(sweep: Path) -> None:
+    edit_json(sweep / "sweep.json", lambda raw: [trial.update(state="failed") for trial in raw["trials"]])
+    assert summarize(load_sweep_data(sweep)).sentences[0] == "No trial is complete, so there is no score to compare."
+
+
+def test_one_seed_is_said_plainly(sweep: Path) -> None:
+    assert ONE_SEED in summarize(load_sweep_data(sweep)).sentences
+    assert all(part in ONE_SEED for part in ("one seed", "validation", "not tested"))
+
+
+def test_unfinished_sweep_says_how_many_trials_were_asked_for(sweep: Path) -> None:
+    edit_json(sweep / "sweep.json", lambda raw: raw.update(status="interrupted"))
+    assert "The sweep is interrupted: 25 trials were asked for." in summarize(load_sweep_data(sweep)).sentences
+
+
+@pytest.mark.parametrize(
+    ("space", "value", "end"),
+    [
+        ([1, 4, 16], 16, "upper"),
+        ([1, 4, 16], 4, None),
+        ([2, 4, 16], 2, "lower"),
+        ([1, 4, 16], 1, None),  # no rank is lower than 1
+        ([8], 8, None),
+        (["a", "b"], "b", None),
+        ({"low": 1, "high": 64}, 63, "upper"),
+        ({"low": 1e-4, "high": 1e-2, "log": True}, 1.1e-4, "lower"),
+        ({"low": 1e-4, "high": 1e-2, "log": True}, 1e-3, None),
+        ({"low": 1e-4, "high": 1e-2, "log": True}, -1.0, None),
+        ({"low": 1e-4}, 1e-3, None),
+        (None, 3, None),
+    ],
+)
+def test_best_value_at_the_end_of_its_range_is_said(sweep: Path, space: object, value: object, end: str | None) -> None:
+    def sweep_one_rank(raw: dict[str, Any]) -> None:
+        raw["arms"][1]["space"] = {"method.rank": space}
+        for trial in raw["trials"]:
+            trial["params"] = {"method.rank": value} if trial["arm"] == "lora" else {}
+
+    edit_json(sweep / "sweep.json", sweep_one_rank)
+    said = [text for text in summarize(load_sweep_data(sweep)).sentences if "end of its range" in text]
+    assert [end for text in said if f"lies at the {end} end" in text] == ([end] if end else [])
+    assert len(said) == (1 if end else 0)

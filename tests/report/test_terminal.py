@@ -1,0 +1,55 @@
+"""The report in the terminal."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+from rich.console import Console, RenderableType
+
+from lorasweep.report import render_terminal
+
+from .conftest import build_sweep, edit_json
+
+
+def shown(renderable: RenderableType, *, width: int = 200) -> str:
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(renderable)
+    return console.export_text()
+
+
+def test_one_sweep_shows_each_arm_and_every_sentence(sweep: Path) -> None:
+    text = shown(render_terminal(sweep))
+    for part in ("frozen", "lora", "full", "1.28 M", "11 complete, 6 pruned, 1 failed", "one seed", "saved 600"):
+        assert part in text
+
+
+def test_markup_in_names_is_shown_not_obeyed(sweep: Path) -> None:
+    edit_json(sweep / "sweep.json", lambda raw: raw.update(name="[red]bold[/red]"))
+    assert "[red]bold[/red]" in shown(render_terminal(sweep))
+
+
+def test_damaged_run_is_named_below_the_table(sweep: Path) -> None:
+    (sweep / "runs/lora-0001/run.json").unlink()
+    assert "runs/lora-0001" in shown(render_terminal(sweep))
+
+
+def test_arm_without_complete_trials_says_so(sweep: Path) -> None:
+    edit_json(sweep / "sweep.json", lambda raw: [trial.update(state="failed") for trial in raw["trials"]])
+    assert "no complete trial" in shown(render_terminal(sweep))
+    assert "no complete trial" in shown(render_terminal(sweep, sweep))
+
+
+def test_several_sweeps_of_one_name_stand_side_by_side(sweep: Path, tmp_path: Path) -> None:
+    other = build_sweep(tmp_path / "b" / "quickstart", full=0)
+    text = shown(render_terminal(sweep, other))
+    assert text.count("1.688") == 2
+    assert "93 % of full's gain" in text
+    assert "–" in text  # the second sweep has no full arm
+    assert "can't be compared" not in text
+
+
+def test_sweeps_with_different_metrics_are_not_compared(sweep: Path, tmp_path: Path) -> None:
+    other = build_sweep(tmp_path / "other")
+    edit_json(other / "sweep.json", lambda raw: raw.update(metric="loss"))
+    assert "different metrics (bits per byte, loss): scores can't be compared" in shown(render_terminal(sweep, other))
