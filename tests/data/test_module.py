@@ -1,0 +1,113 @@
+"""Batches as Lightning gets them: right tokens, right order, and nothing drawn from a shared random stream."""
+
+import random
+
+import pytest
+import torch
+from lightning import LightningModule, Trainer
+
+from lorasweep.data.module import TextDataModule
+from lorasweep.data.parts import DataParts, Part, cut_blocks
+
+
+def make_part(name, *, blocks):
+    tokens = cut_blocks(torch.arange(blocks * 4 + 1), block_length=4)
+    return Part(name=name, tokens=tokens, documents=1, bytes=1, bytes_per_token=1.0, fingerprint=name)
+
+
+def make_module(*, test=None, **settings):
+    parts = DataParts(
+        train=make_part("train", blocks=10),
+        validation=make_part("validation", blocks=5),
+        test=test or (lambda: make_part("test", blocks=3)),
+    )
+    defaults = {"batch_size": 4, "accumulate": 1, "eval_batch_size": 2, "num_steps": 6, "seed": 0}
+    return TextDataModule(parts, **(defaults | settings))
+
+
+def test_targets_are_the_next_tokens():
+    for batch in make_module().train_dataloader():
+        assert batch["input_ids"].shape == batch["targets"].shape == (4, 4)
+        assert batch["input_ids"].dtype == batch["targets"].dtype == torch.int64
+        assert torch.equal(batch["targets"], batch["input_ids"] + 1)
+
+
+@pytest.mark.parametrize(("loader", "blocks"), [("val_dataloader", 5), ("test_dataloader", 3)])
+def test_evaluation_scores_every_token_once_and_in_order(loader, blocks):
+    batches = list(getattr(make_module(), loader)())
+    assert torch.cat([batch["targets"].flatten() for batch in batches]).tolist() == list(range(1, blocks * 4 + 1))
+    assert [len(batch["targets"]) for batch in batches][:-1] == [2] * (len(batches) - 1)
+
+
+def test_accumulation_splits_the_same_batches():
+    whole = torch.stack([batch["input_ids"] for batch in make_module().train_dataloader()])
+    split = torch.stack([batch["input_ids"] for batch in make_module(accumulate=2).train_dataloader()])
+    assert split.shape == (12, 2, 4)
+    assert torch.equal(split.reshape(whole.shape), whole)
+
+
+def test_resumed_run_gets_the_remaining_batches():
+    whole = [batch["input_ids"] for batch in make_module().train_dataloader()]
+    rest = [batch["input_ids"] for batch in make_module(start_step=4).train_dataloader()]
+    assert torch.equal(torch.stack(rest), torch.stack(whole[4:]))
+
+
+def test_test_part_is_not_read_by_training():
+    def read():
+        raise AssertionError("the test part was read")
+
+    module = make_module(test=read)
+    list(module.train_dataloader())
+    list(module.val_dataloader())
+    with pytest.raises(AssertionError, match="was read"):
+        module.test_dataloader()
+
+
+def test_loading_leaves_every_shared_random_stream_alone():
+    before = torch.get_rng_state(), random.getstate()
+    module = make_module()
+    for loader in (module.train_dataloader(), module.val_dataloader(), module.test_dataloader()):
+        list(loader)
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert random.getstate() == before[1]
+
+
+class Collector(LightningModule):
+    """Trains one number and keeps the batches it saw."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.seen = []
+        self.validated = 0
+
+    def training_step(self, batch):
+        self.seen.append(batch["input_ids"])
+        return self.weight * 2
+
+    def validation_step(self, batch):
+        self.validated += batch["targets"].numel()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+@pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")  # Lightning with a newer torch
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")  # where there are more than 3 cores
+def test_trainer_takes_the_batches_as_they_come(tmp_path):
+    module, data = Collector(), make_module(accumulate=2)
+    trainer = Trainer(
+        max_steps=6,
+        accumulate_grad_batches=2,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+        num_sanity_val_steps=0,
+    )
+    trainer.fit(module, datamodule=data)
+    expected = [batch["input_ids"] for batch in make_module(accumulate=2).train_dataloader()]
+    assert torch.equal(torch.stack(module.seen), torch.stack(expected))
+    assert module.validated == 20
