@@ -1,0 +1,17 @@
+"""What trains and what stays frozen: `METHODS` by `method.name`, each an object with the protocol in `method`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from lorasweep.methods.frozen import FrozenMethod
+from lorasweep.methods.full import FullMethod
+from lorasweep.methods.head import HeadMethod
+from lorasweep.methods.lora import LoraMethod
+from lorasweep.methods.method import Method, ParameterGroup, copy_sharing_weights
+
+METHODS: Mapping[str, Method] = {
+    method.name: method for method in (LoraMethod(), FullMethod(), HeadMethod(), FrozenMethod())
+}
+
+__all__ = ["METHODS", "Method", "ParameterGroup", "copy_sharing_weights"]

@@ -1,0 +1,71 @@
+"""`lora`: a low-rank change beside each chosen layer trains (Hu et al. 2021, arXiv 2106.09685), the base does not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from lorasweep.config.method import LoraConfig, MethodConfig
+from lorasweep.errors import ConfigError, RecordError
+from lorasweep.lora import find_targets, inject_lora, load_adapter, lora_layers, save_adapter
+from lorasweep.methods.method import ParameterGroup
+from lorasweep.models.load import BaseModel
+
+
+class LoraMethod:
+    """A and B of each adapted layer train, in fp32; their layer casts them, so no autocast is needed."""
+
+    name = "lora"
+    needs_autocast = False
+
+    def check(self, model: nn.Module, config: MethodConfig) -> None:
+        """Makes sure that the targets match layers and the rank is not above any of theirs.
+
+        Raises:
+            ConfigError: They do not, or it is.
+        """
+        assert isinstance(config, LoraConfig)
+        try:
+            find_targets(model, config)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+
+    def prepare(self, model: nn.Module, config: MethodConfig, *, generator: torch.Generator) -> None:
+        """Puts LoRA layers in place of the targets.
+
+        Raises:
+            ConfigError: The targets match nothing, the rank is above a layer's, or the model has LoRA layers already.
+        """
+        assert isinstance(config, LoraConfig)
+        try:
+            inject_lora(model, config, generator=generator)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+
+    def trainable_groups(self, model: nn.Module, *, lr_ratio_b: float) -> list[ParameterGroup]:
+        """Returns A and B, as one group at the same rate or as two (LoRA+, Hayou et al. 2024, arXiv 2402.12354)."""
+        layers = lora_layers(model).values()
+        a, b = tuple(layer.lora_a for layer in layers), tuple(layer.lora_b for layer in layers)
+        if lr_ratio_b == 1:
+            return [ParameterGroup(name="lora", params=a + b, lr_factor=1.0)]
+        return [
+            ParameterGroup(name="lora_a", params=a, lr_factor=1.0),
+            ParameterGroup(name="lora_b", params=b, lr_factor=lr_ratio_b),
+        ]
+
+    def save(self, model: nn.Module, folder: Path, *, base: BaseModel) -> None:
+        """Writes the adapter alone, in PEFT's format."""
+        save_adapter(model, folder, base_path=base.path, base_fingerprint=base.fingerprint)
+
+    def load(self, model: nn.Module, folder: Path) -> None:
+        """Reads an adapter into the LoRA layers of a prepared model.
+
+        Raises:
+            RecordError: A file is missing, damaged or of another base, rank or choice of layers.
+        """
+        try:
+            load_adapter(model, folder)
+        except ValueError as error:
+            raise RecordError(str(error)) from error

@@ -1,0 +1,346 @@
+"""What holds for every method: it trains what it says, leaves the shared base alone, and gets back what it saved."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from lorasweep.config.method import FrozenConfig, FullConfig, HeadConfig, LoraConfig
+from lorasweep.errors import ConfigError, RecordError
+from lorasweep.methods import METHODS, copy_sharing_weights
+from lorasweep.models.load import BaseModel, fingerprint_weights
+
+CONFIGS = {
+    "lora": LoraConfig(rank=2, alpha=4),
+    "full": FullConfig(),
+    "head": HeadConfig(),
+    "frozen": FrozenConfig(),
+}
+TRAINING = [name for name in CONFIGS if name != "frozen"]
+TOKENS = torch.arange(24).reshape(2, 12)
+
+
+def make_base(*, tied=True, dtype=torch.bfloat16):
+    """A small random Llama as `load_base` gives it."""
+    torch.manual_seed(0)
+    settings = LlamaConfig(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        tie_word_embeddings=tied,
+        use_cache=False,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    model = LlamaForCausalLM(settings)
+    for name, parameter in model.named_parameters():
+        nn.init.normal_(parameter, mean=1.0 if "norm" in name else 0.0, std=0.3)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)  # not `.to`, which would cast the rotary frequencies too
+    model.requires_grad_(False).eval()
+    return BaseModel(
+        model=model,
+        tokenizer=None,
+        path="some/base",
+        fingerprint=fingerprint_weights(model),
+        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+    )
+
+
+def prepare(base, name, *, config=None, seed=0):
+    model = copy_sharing_weights(base.model)
+    METHODS[name].prepare(model, config or CONFIGS[name], generator=torch.Generator().manual_seed(seed))
+    return model
+
+
+def logits_of(model, name):
+    with torch.autocast("cpu", torch.bfloat16, enabled=METHODS[name].needs_autocast):
+        return model(input_ids=TOKENS[:, :-1]).logits.float()
+
+
+def train(model, name, *, steps=3, lr=0.03):
+    groups = METHODS[name].trainable_groups(model, lr_ratio_b=1.0)
+    optimizer = torch.optim.AdamW([{"params": group.params, "lr": lr * group.lr_factor} for group in groups])
+    losses = []
+    for _ in range(steps):
+        loss = cross_entropy(logits_of(model, name).flatten(0, 1), TOKENS[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def test_registry_has_each_method_under_its_name():
+    assert {name: method.name for name, method in METHODS.items()} == {name: name for name in CONFIGS}
+
+
+def test_copy_has_its_own_modules_on_the_same_parameters():
+    base = make_base()
+    model = copy_sharing_weights(base.model)
+    assert type(model) is type(base.model)
+    assert all(own is not shared for own, shared in zip(model.modules(), base.model.modules(), strict=True))
+    assert all(own is shared for own, shared in zip(model.parameters(), base.model.parameters(), strict=True))
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert model.config is not base.model.config
+    assert not any(module.training for module in model.modules())
+
+
+def test_copy_writes_to_its_own_buffers():
+    base = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    copy_sharing_weights(base)(torch.randn(4, 2))  # batch norm counts in training mode
+    assert base[1].num_batches_tracked == 0
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_prepared_model_starts_as_the_base(name):
+    base = make_base(dtype=torch.float32)
+    expected = base.model(input_ids=TOKENS[:, :-1]).logits
+    model = prepare(base, name)
+    assert torch.equal(model(input_ids=TOKENS[:, :-1]).logits, expected)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("name", TRAINING)
+def test_training_improves_the_copy_and_leaves_the_base_bit_identical(name, tied):
+    base = make_base(tied=tied)
+    before = copy.deepcopy(base.model.state_dict())
+    first = prepare(base, name)
+    losses = train(first, name)
+    assert losses[-1] < losses[0]
+    after = base.model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert not any(parameter.requires_grad for parameter in base.model.parameters())
+    assert train(prepare(base, name), name) == losses  # the next run starts from the same place
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_only_what_the_groups_hold_trains_and_in_fp32(name):
+    model = prepare(make_base(), name)
+    groups = METHODS[name].trainable_groups(model, lr_ratio_b=1.0)
+    grouped = [parameter for group in groups for parameter in group.params]
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert set(map(id, grouped)) == set(map(id, trainable))
+    assert len(grouped) == len(trainable)
+    assert all(parameter.dtype == torch.float32 for parameter in grouped)
+
+
+def test_number_of_trained_parameters_is_the_methods():
+    base = make_base()
+    layer = 2 * (4 * (16 + 16) + 3 * (16 + 24))  # rank 2 beside four attention and three MLP layers
+    expected = {"lora": 2 * layer, "full": base.num_parameters, "head": 32 * 16, "frozen": 0}
+    for name, number in expected.items():
+        groups = METHODS[name].trainable_groups(prepare(base, name), lr_ratio_b=1.0)
+        assert sum(parameter.numel() for group in groups for parameter in group.params) == number
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_full_keeps_ties(tied):
+    model = prepare(make_base(tied=tied), "full")
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+def test_head_lets_go_of_the_embeddings():
+    base = make_base(tied=True)
+    model = prepare(base, "head")
+    assert model.model.embed_tokens.weight is base.model.model.embed_tokens.weight
+    assert model.lm_head.weight is not model.model.embed_tokens.weight
+    model.tie_weights()  # transformers calls this when it saves and loads
+    assert model.lm_head.weight is not model.model.embed_tokens.weight
+    assert base.model.config.tie_word_embeddings
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("name", TRAINING)
+def test_saved_weights_come_back_exactly(name, tied, tmp_path):
+    base = make_base(tied=tied)
+    trained = prepare(base, name)
+    train(trained, name)
+    METHODS[name].save(trained, tmp_path / "new" / "best", base=base)
+    loaded = prepare(base, name, seed=1)
+    METHODS[name].load(loaded, tmp_path / "new" / "best")
+    assert torch.equal(logits_of(loaded, name), logits_of(trained, name))
+    assert not torch.equal(logits_of(loaded, name), logits_of(prepare(base, name), name))
+    assert all(p.requires_grad for g in METHODS[name].trainable_groups(loaded, lr_ratio_b=1.0) for p in g.params)
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_saving_again_replaces_and_leaves_no_other_files(name, tmp_path):
+    base = make_base()
+    model = prepare(base, name)
+    METHODS[name].save(model, tmp_path, base=base)
+    files = sorted(file.name for file in tmp_path.iterdir())
+    train(model, name)
+    METHODS[name].save(model, tmp_path, base=base)
+    assert sorted(file.name for file in tmp_path.iterdir()) == files
+    loaded = prepare(base, name)
+    METHODS[name].load(loaded, tmp_path)
+    assert torch.equal(logits_of(loaded, name), logits_of(model, name))
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_saving_and_loading_print_nothing(name, tmp_path, capfd):
+    base = make_base()
+    model = prepare(base, name)
+    METHODS[name].save(model, tmp_path, base=base)
+    METHODS[name].load(model, tmp_path)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_files_are_those_other_tools_read(tmp_path):
+    base = make_base()
+    for name in CONFIGS:
+        METHODS[name].save(prepare(base, name), tmp_path / name, base=base)
+    names = {name: {file.name for file in (tmp_path / name).glob("*")} for name in CONFIGS}
+    assert names["lora"] == {"adapter_config.json", "adapter_model.safetensors"}
+    assert {"config.json", "model.safetensors"} <= names["full"]
+    assert names["head"] == {"head.safetensors"}
+    assert names["frozen"] == set()
+
+
+def test_interrupted_save_keeps_the_earlier_one(tmp_path, monkeypatch):
+    base = make_base()
+    model = prepare(base, "full")
+    METHODS["full"].save(model, tmp_path, base=base)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    train(model, "full")
+
+    def fail(folder, **_):
+        (folder / "model.safetensors").write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(model, "save_pretrained", fail)
+    with pytest.raises(KeyboardInterrupt):
+        METHODS["full"].save(model, tmp_path, base=base)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_fully_trained_model_is_loaded_by_transformers(tmp_path, tied):
+    base = make_base(tied=tied)
+    model = prepare(base, "full")
+    train(model, "full")
+    METHODS["full"].save(model, tmp_path, base=base)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(loaded(input_ids=TOKENS).logits, model(input_ids=TOKENS).logits)
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_missing_file_is_a_record_error(name, tmp_path):
+    with pytest.raises(RecordError, match=str(tmp_path)):
+        METHODS[name].load(prepare(make_base(), name), tmp_path)
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_cut_off_file_is_a_record_error_and_changes_nothing(name, tmp_path):
+    base = make_base()
+    METHODS[name].save(prepare(base, name), tmp_path, base=base)
+    for file in tmp_path.glob("*.safetensors"):
+        file.write_bytes(file.read_bytes()[:-10])
+    model = prepare(base, name, seed=1)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(RecordError, match=str(tmp_path)):
+        METHODS[name].load(model, tmp_path)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+
+
+def test_head_of_another_shape_is_refused(tmp_path):
+    base = make_base()
+    METHODS["head"].save(prepare(base, "head"), tmp_path, base=base)
+    other = prepare(base, "head")
+    other.lm_head = nn.Linear(16, 31, bias=False)
+    with pytest.raises(RecordError, match="must hold the weights of this model, but differs from it in 'weight'"):
+        METHODS["head"].load(other, tmp_path)
+
+
+def test_model_of_another_shape_is_refused(tmp_path):
+    base = make_base()
+    METHODS["full"].save(prepare(base, "full"), tmp_path, base=base)
+    other = prepare(base, "full")
+    other.config.intermediate_size = 40
+    with pytest.raises(RecordError, match="must hold the whole weights of this LlamaForCausalLM"):
+        METHODS["full"].load(other, tmp_path)
+
+
+def test_adapter_of_another_rank_is_refused(tmp_path):
+    base = make_base()
+    METHODS["lora"].save(prepare(base, "lora"), tmp_path, base=base)
+    other = prepare(base, "lora", config=LoraConfig(rank=3))
+    with pytest.raises(RecordError, match="must have shape"):
+        METHODS["lora"].load(other, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rank": 17}, r"`method.rank <= 16` must hold for layer .*, but got 17"),
+        ({"targets": ("q_prj",)}, r"`method.targets` must match linear layers, but 'q_prj' matches none.*q_proj"),
+    ],
+)
+def test_wrong_lora_setting_is_found_by_check_and_by_prepare(settings, message):
+    base = make_base()
+    config = LoraConfig(**settings)
+    with pytest.raises(ConfigError, match=message):
+        METHODS["lora"].check(base.model, config)
+    with pytest.raises(ConfigError, match=message):
+        prepare(base, "lora", config=config)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_check_changes_nothing(name):
+    base = make_base()
+    modules = list(base.model.modules())
+    METHODS[name].check(base.model, CONFIGS[name])
+    assert list(base.model.modules()) == modules
+    assert fingerprint_weights(base.model) == base.fingerprint
+
+
+def test_adapted_model_is_not_adapted_again():
+    model = prepare(make_base(), "lora")
+    with pytest.raises(ConfigError, match="no LoRA layers yet"):
+        METHODS["lora"].prepare(model, CONFIGS["lora"], generator=torch.Generator())
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("full", "`method=full` needs a model of"), ("head", "`method=head` needs")]
+)
+def test_model_without_what_a_method_needs_is_refused(name, message):
+    model = nn.Sequential(nn.Linear(2, 2))
+    with pytest.raises(ConfigError, match=message):
+        METHODS[name].check(model, CONFIGS[name])
+    with pytest.raises(ConfigError, match=message):
+        METHODS[name].prepare(model, CONFIGS[name], generator=torch.Generator())
+
+
+def test_lora_start_depends_on_the_generator_alone():
+    base = make_base()
+    torch.manual_seed(1)
+    first = prepare(base, "lora", seed=5).state_dict()
+    torch.manual_seed(2)
+    before = torch.get_rng_state()
+    again, other = prepare(base, "lora", seed=5).state_dict(), prepare(base, "lora", seed=6).state_dict()
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(first[key], again[key]) for key in first)
+    assert any(not torch.equal(first[key], other[key]) for key in first)
+
+
+def test_lora_plus_gives_b_its_own_rate():
+    model = prepare(make_base(), "lora")
+    groups = {group.name: group for group in METHODS["lora"].trainable_groups(model, lr_ratio_b=16.0)}
+    assert {name: group.lr_factor for name, group in groups.items()} == {"lora_a": 1.0, "lora_b": 16.0}
+    assert all(parameter.shape[0] == 2 for parameter in groups["lora_a"].params)
+    assert all(parameter.shape[1] == 2 and not parameter.any() for parameter in groups["lora_b"].params)
+    assert len(groups["lora_a"].params) == len(groups["lora_b"].params) == 14
+
+
+def test_one_rate_is_one_group():
+    for name in TRAINING:
+        groups = METHODS[name].trainable_groups(prepare(make_base(), name), lr_ratio_b=1.0)
+        assert [(group.name, group.lr_factor) for group in groups] == [(name, 1.0)]
