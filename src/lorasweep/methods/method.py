@@ -46,7 +46,10 @@ class Method(Protocol):
 
     @property
     def needs_autocast(self) -> bool:
-        """Whether a base in bf16 must run under bf16 autocast, because this method puts fp32 parameters into it."""
+        """Whether a base in bf16 must run under bf16 autocast, because this method puts fp32 parameters into it.
+
+        Autocast is to be entered anew at each step: inside one context it keeps its first bf16 copies of the weights.
+        """
 
     def check(self, model: nn.Module, config: MethodConfig) -> None:
         """Makes sure that `prepare` will work on this model; changes nothing.
