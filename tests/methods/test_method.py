@@ -281,7 +281,7 @@ def test_adapter_of_another_rank_is_refused(tmp_path):
     ("settings", "message"),
     [
         ({"rank": 17}, r"`method.rank <= 16` must hold for layer .*, but got 17"),
-        ({"targets": ("q_prj",)}, r"`method.targets` must match linear layers, but 'q_prj' matches none.*q_proj"),
+        ({"targets": ("q_prj",)}, r"`method.targets` must match .*, but 'q_prj' matches none.*q_proj"),
     ],
 )
 def test_wrong_lora_setting_is_found_by_check_and_by_prepare(settings, message):
