@@ -1,0 +1,41 @@
+# `make sweep` runs the main job and `make test` everything that is tested; both set up .venv if it is missing.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+.DEFAULT_GOAL := help
+.PHONY: help sweep test test-fast check fix bench clean
+
+help: ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python >= 3.11 is needed; say which: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]' -c constraints.txt
+	@touch $@
+
+sweep: $(READY) ## the main job: LoRA's rank, α and learning rate beside full fine-tuning, about 3 minutes
+	$(BIN)/lorasweep sweep quickstart
+
+test: $(READY) ## every test
+	$(BIN)/python -m pytest -n 2
+
+test-fast: $(READY) ## the tests that take under 3 minutes together
+	$(BIN)/python -m pytest -n 2 -m 'not slow'
+
+check: $(READY) ## lint, types, and who may import whom
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+fix: $(READY) ## what the linter can mend by itself
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(READY) ## side-by-side measurements, as ratios
+	$(BIN)/python benchmarks/bench_layer.py
+
+clean: ## the environment and caches; outputs/ stays
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

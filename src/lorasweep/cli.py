@@ -1,0 +1,253 @@
+"""The command line: one short function per command, and the place where an error becomes one line and an exit code.
+
+Exit code 0: done. 2: the request is wrong. 1: it was right but failed. 130: interrupted.
+Imports happen on use, so that `--help` and `compare` start in a fraction of a second.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from lorasweep.errors import ConfigError, LoraSweepError, RecordError
+
+if TYPE_CHECKING:
+    from lorasweep.config.run import RunConfig
+    from lorasweep.record import RunRecord
+    from lorasweep.sweep import SweepFolder
+
+DONE, FAILED, WRONG, INTERRUPTED = 0, 1, 2, 130
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command that was typed and ends the process with its exit code."""
+    sys.exit(run(sys.argv[1:] if arguments is None else arguments))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Runs one command and returns its exit code; an error of ours is one line on standard error."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        if arguments and arguments[0] == "train":  # a Hydra app, with Hydra's own flags
+            return train(list(arguments[1:]))
+        parsed = build_parser().parse_args(arguments)
+        command: Callable[[argparse.Namespace], int] = parsed.command
+        return command(parsed)
+    except LoraSweepError as error:
+        print(f"lorasweep: {error}", file=sys.stderr)
+        return WRONG if isinstance(error, ConfigError | RecordError) else FAILED
+    except KeyboardInterrupt:
+        print("lorasweep: interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Returns the parser of every command but `train`, whose arguments are Hydra's."""
+    parser = argparse.ArgumentParser(
+        prog="lorasweep", description="Finds the LoRA rank, alpha and learning rate for your model and data."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    sweep_parser = commands.add_parser("sweep", help="search every arm of a sweep and write the report")
+    sweep_parser.add_argument("words", nargs="*", metavar="NAME|FILE key=value", help="default: quickstart")
+    sweep_parser.add_argument("--resume", type=Path, metavar="DIR", help="go on with the sweep in this folder")
+    sweep_parser.set_defaults(command=sweep)
+    commands.add_parser("train", help="one run; a Hydra app: --help, --cfg job, -m", add_help=False)
+    compare_parser = commands.add_parser("compare", help="write and show the report again from what is on disk")
+    compare_parser.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="folders of sweeps")
+    compare_parser.set_defaults(command=compare)
+    return parser
+
+
+def sweep(arguments: argparse.Namespace) -> int:
+    """Starts a sweep, or goes on with one, and ends with its report."""
+    from lorasweep.sweep import Benches, LiveTable, Worker
+
+    benches = Benches()
+    console = Console()
+    folder = _resume(arguments, benches) if arguments.resume else _start(arguments, benches)
+    console.print(f"sweep {folder.record.name} in {folder.path}", highlight=False, markup=False, soft_wrap=True)
+    stop = StopSignal()
+    try:
+        with stop, LiveTable(folder, console=console) as table:
+            worker = Worker(folder, benches, observer=table, stop_requested=stop, run_ended=write_hparams_row)
+            complete = worker.run()
+    finally:
+        folder.close()
+    if not complete:
+        return _say_how_to_go_on(folder)
+    return show_report([folder.path])
+
+
+def compare(arguments: argparse.Namespace) -> int:
+    """Writes the report of each sweep again and shows it."""
+    return show_report(arguments.folders)
+
+
+def show_report(folders: Sequence[Path]) -> int:
+    """Writes the report of each sweep and prints its table."""
+    from lorasweep.report import render_terminal, write_report
+
+    for folder in folders:
+        write_report(folder)
+    console = Console()
+    console.print(render_terminal(*folders))
+    for folder in folders:
+        console.print(f"report: {folder / 'report' / 'index.html'}", highlight=False, markup=False, soft_wrap=True)
+    return DONE
+
+
+def train(arguments: list[str]) -> int:
+    """Runs one training as a plain Hydra app; `-m` runs a grid."""
+    import hydra
+    from omegaconf import OmegaConf
+
+    from lorasweep.config.build import build
+    from lorasweep.config.compose import check_command_line, packaged_folder, register_search_path
+    from lorasweep.config.run import RunConfig
+
+    check_command_line(arguments)
+    register_search_path()
+    codes: list[int] = []
+
+    def task(composed: Any) -> None:
+        values: Any = OmegaConf.to_container(composed, resolve=True)
+        output = values.pop("output")
+        codes.append(_guarded(lambda: train_once(build(RunConfig, values), output)))
+
+    sys.argv = ["lorasweep train", *arguments]
+    app = hydra.main(version_base="1.3", config_path=str(packaged_folder("conf").resolve()), config_name="train")
+    app(task)()
+    return max(codes, default=DONE)
+
+
+def train_once(config: RunConfig, output: str | None) -> int:
+    """Trains one run in a new folder and prints its score."""
+    from lorasweep.methods import METHODS
+    from lorasweep.training import RunPlace, build_workbench, train_run
+
+    folder = _new_train_folder(output)
+    bench = build_workbench(config)
+    METHODS[config.method.name].check(bench.base.model, config.method)
+    with StopSignal() as stop:
+        record = train_run(config, RunPlace(folder=folder), bench=bench, stop_requested=stop)
+    if record.status == "interrupted":
+        print(f"lorasweep: {record.reason}; its weights up to the last evaluation are in {folder}", file=sys.stderr)
+        return INTERRUPTED
+    swept = {"method": config.method.name, "optim.lr": config.optim.lr, "seed": config.seed}
+    write_hparams_row(record, folder, swept)
+    score = "-" if record.score is None else f"{record.score:.4f}"
+    print(
+        f"{record.metric} {score} at step {record.best.get('step', 0):.0f} of {record.steps_planned}, "
+        f"{record.trainable_params:,} trained parameters ({record.trainable_fraction:.1%}), "
+        f"{record.wall_s:.0f} s: {folder}"
+    )
+    return DONE
+
+
+def write_hparams_row(record: RunRecord, folder: Path, swept: Mapping[str, Any]) -> None:
+    """Writes a run's one row of TensorBoard's HParams tab."""
+    from lorasweep.report import write_hparams
+
+    if record.score is None:
+        return
+    measured = {
+        f"best/{record.metric}": record.score,
+        "trainable_params": float(record.trainable_params),
+        "peak_memory_bytes": float(record.peak_memory_bytes),
+        "wall_s": record.wall_s,
+    }
+    write_hparams(folder, swept={"arm": record.arm or record.config["method"]["name"], **swept}, metrics=measured)
+
+
+class StopSignal:
+    """Whether SIGINT or SIGTERM came, for a clean stop at the next step; a second SIGINT ends at once."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._before: dict[int, Any] = {}
+
+    def __call__(self) -> bool:
+        """Whether a signal came."""
+        return self.requested
+
+    def __enter__(self) -> StopSignal:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: object) -> None:
+        if self.requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.requested = True
+
+
+def _start(arguments: argparse.Namespace, benches: Any) -> SweepFolder:
+    from lorasweep.sweep import (
+        check_definition,
+        create_sweep,
+        find_sweep_file,
+        new_folder,
+        read_definition,
+        sweep_direction,
+    )
+
+    words = list(arguments.words)
+    name = words.pop(0) if words and "=" not in words[0] else "quickstart"
+    definition = read_definition(find_sweep_file(name), words)
+    path = new_folder(definition.name, definition.driver.sweep.output)
+    configs = check_definition(definition, benches)
+    return create_sweep(definition, path, configs=configs, direction=sweep_direction(configs))
+
+
+def _resume(arguments: argparse.Namespace, benches: Any) -> SweepFolder:
+    from lorasweep.sweep import check_definition, reopen_sweep
+
+    if arguments.words:
+        raise ConfigError(
+            f"`--resume DIR` must stand alone, but got {' '.join(arguments.words)!r} too: a sweep goes on as it began."
+        )
+    folder = reopen_sweep(arguments.resume)
+    check_definition(folder.definition, benches)
+    return folder
+
+
+def _say_how_to_go_on(folder: SweepFolder) -> int:
+    done = sum(row.state != "running" for row in folder.record.trials)
+    asked = sum(arm.trials for arm in folder.definition.arms)
+    print(f"lorasweep: stopped with {done} of {asked} trials done. To go on type:", file=sys.stderr)
+    print(f"    lorasweep sweep --resume {folder.path}", file=sys.stderr)
+    return INTERRUPTED
+
+
+def _new_train_folder(output: str | None) -> Path:
+    if output is not None:
+        path = Path(output)
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise ConfigError(
+                f"`output` must be a new or empty folder, but {output!r} is not. Leave it out for a new one."
+            )
+        return path
+    number = 1
+    while (path := Path("outputs") / "train" / f"{number:04d}").exists():
+        number += 1
+    return path
+
+
+def _guarded(action: Callable[[], int]) -> int:
+    """Runs an action inside Hydra, which would print a LoraSweepError as a traceback of its own."""
+    try:
+        return action()
+    except LoraSweepError as error:
+        print(f"lorasweep: {error}", file=sys.stderr)
+        return WRONG if isinstance(error, ConfigError | RecordError) else FAILED

@@ -1,0 +1,130 @@
+"""From plain mappings to the frozen dataclasses: every key known, every value of its declared type.
+
+`compose` gives the mappings (from Hydra) and calls `build`; sweeps call it once per arm and trial.
+"""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin
+
+from lorasweep.errors import ConfigError
+
+T = TypeVar("T")
+
+
+def nearest(name: str, choices: Iterable[str]) -> str:
+    """Returns ` Did you mean ...?` with the nearest choice, or an empty string where nothing is near."""
+    options = list(choices)
+    found = difflib.get_close_matches(name, options, n=1, cutoff=0.5) or [
+        option for option in options if option.endswith(f".{name}")
+    ]
+    return f" Did you mean `{found[0]}`?" if found else ""
+
+
+def build(kind: type[T], values: Mapping[str, Any], *, key: str = "") -> T:
+    """Makes a settings dataclass from a mapping.
+
+    Args:
+        kind: The dataclass.
+        values: A value for every field of it, nested mappings for nested dataclasses.
+        key: Dotted key of the mapping itself, for messages.
+
+    Raises:
+        ConfigError: A key is unknown or missing, or a value has another type than its field.
+    """
+    hints = typing.get_type_hints(kind)
+    names = [f.name for f in fields(kind)]  # type: ignore[arg-type]
+    for name in values:
+        if name not in names:
+            raise ConfigError(
+                f"`{_join(key, str(name))}` is not a setting.{nearest(str(name), names)} "
+                f"The settings of `{key or 'a run'}` are {', '.join(names)}."
+            )
+    missing = [name for name in names if name not in values]
+    if missing:
+        raise ConfigError(f"`{_join(key, missing[0])}` must be set, but is missing.")
+    return kind(**{name: convert(hints[name], values[name], key=_join(key, name)) for name in names})
+
+
+def convert(kind: Any, value: Any, *, key: str) -> Any:
+    """Returns the value as its declared type holds it (a list as a tuple, an int as a float).
+
+    Raises:
+        ConfigError: It is not of that type.
+    """
+    origin = get_origin(kind)
+    if origin in (Union, types.UnionType):
+        return _convert_union(get_args(kind), value, key=key)
+    if origin is Literal:
+        if value not in get_args(kind):
+            choices = [str(choice) for choice in get_args(kind)]
+            raise ConfigError(
+                f"`{key}` must be one of {', '.join(choices)}, but got {value!r}.{nearest(str(value), choices)}"
+            )
+        return value
+    if is_dataclass(kind):
+        _require(isinstance(value, Mapping), "a group of settings", value, key=key)
+        return build(cast(type, kind), value, key=key)
+    if origin is tuple:
+        _require(isinstance(value, list | tuple), "a list", value, key=key)
+        return tuple(convert(get_args(kind)[0], item, key=key) for item in value)
+    if origin in (dict, Mapping) or (isinstance(origin, type) and issubclass(origin, Mapping)):
+        _require(isinstance(value, Mapping), "a mapping", value, key=key)
+        return {str(name): convert(get_args(kind)[1], item, key=f"{key}.{name}") for name, item in value.items()}
+    return _convert_plain(kind, value, key=key)
+
+
+def _convert_union(kinds: tuple[Any, ...], value: Any, *, key: str) -> Any:
+    if value is None and type(None) in kinds:
+        return None
+    options = [kind for kind in kinds if kind is not type(None)]
+    named = [kind for kind in options if is_dataclass(kind)]
+    if named and isinstance(value, Mapping):
+        by_name = {name: kind for kind in named for name in get_args(typing.get_type_hints(kind)["name"])}
+        name = value.get("name")
+        if name not in by_name:
+            raise ConfigError(
+                f"`{key}` must be one of {', '.join(by_name)}, but got {name!r}.{nearest(str(name), by_name)}"
+            )
+        return build(cast(type, by_name[name]), value, key=key)
+    errors = []
+    for kind in options:
+        try:
+            return convert(kind, value, key=key)
+        except ConfigError as error:
+            errors.append(error)
+    raise errors[0]
+
+
+def _convert_plain(kind: Any, value: Any, *, key: str) -> Any:
+    if kind is float:
+        if isinstance(value, str):  # YAML 1.1 reads 1e-3 as text
+            try:
+                value = float(value)
+            except ValueError:
+                _require(False, "a number", value, key=key)
+        _require(isinstance(value, int | float) and not isinstance(value, bool), "a number", value, key=key)
+        return float(value)
+    words = {int: "a whole number", bool: "true or false", str: "a text"}
+    _require(isinstance(value, kind) and (kind is bool or not isinstance(value, bool)), words[kind], value, key=key)
+    return value
+
+
+def _require(
+    holds: bool,  # noqa: FBT001 (reads as an assertion)
+    what: str,
+    value: Any,
+    *,
+    key: str,
+) -> None:
+    if not holds:
+        raise ConfigError(f"`{key}` must be {what}, but got {value!r}.")
+
+
+def _join(key: str, name: str) -> str:
+    return f"{key}.{name}" if key else name

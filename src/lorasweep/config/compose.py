@@ -1,0 +1,239 @@
+"""From `conf/` to settings: Hydra composes, `build` makes the frozen dataclasses. Nothing else sees a `DictConfig`.
+
+A user's own `conf/` in the current folder is searched before the packaged one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+from hydra import compose, initialize_config_dir
+from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, Override, RangeSweep
+from hydra.core.plugins import Plugins
+from hydra.errors import HydraException
+from hydra.plugins.search_path_plugin import SearchPathPlugin
+from omegaconf import OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+from lorasweep.config.build import build, nearest
+from lorasweep.config.run import RunConfig
+from lorasweep.config.sweep import DriverConfig
+from lorasweep.errors import ConfigError
+
+Primary = Literal["train", "sweep"]
+PACKAGE = Path(__file__).parent.parent
+
+
+def packaged_folder(name: Literal["conf", "sweeps"]) -> Path:
+    """Returns the folder that came with lorasweep: inside an installed package, or beside `src` in a checkout."""
+    inside = PACKAGE / name
+    return inside if inside.is_dir() else PACKAGE.parent.parent / name
+
+
+class UserConfFirst(SearchPathPlugin):
+    """Puts `conf/` of the current folder before the packaged one in Hydra's search path."""
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        """Called by Hydra once per composition."""
+        folder = Path.cwd() / "conf"
+        if folder.is_dir() and folder.resolve() != packaged_folder("conf").resolve():
+            search_path.prepend(provider="user", path=f"file://{folder}", anchor="main")
+
+
+@cache
+def register_search_path() -> None:
+    """Tells Hydra of the user's `conf/`; once per process."""
+    Plugins.instance().register(UserConfFirst)
+
+
+def compose_run(settings: Mapping[str, Any]) -> RunConfig:
+    """Returns the settings of one run.
+
+    Args:
+        settings: Dotted keys and values, and options of groups (`{"method": "lora", "method.rank": 4}`).
+
+    Raises:
+        ConfigError: A key or value is wrong; the message names the nearest valid one.
+    """
+    values = compose_values("train", settings)
+    del values["output"]
+    return build(RunConfig, values)
+
+
+def compose_driver(settings: Mapping[str, Any]) -> DriverConfig:
+    """Returns how a sweep is driven; arguments and errors as in `compose_run`."""
+    return build(DriverConfig, compose_values("sweep", settings))
+
+
+def compose_values(primary: Primary, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a primary config with the settings applied and all interpolations resolved, as nested mappings."""
+    groups = {key: value for key, value in settings.items() if key in group_names(primary)}
+    with hydra_session():
+        for key, value in groups.items():
+            _check_option(key, value)
+        overrides = [f"{key}={value}" for key, value in groups.items()]
+        try:
+            composed = compose(primary, overrides=overrides)
+            known = set(_flatten(OmegaConf.to_container(composed, resolve=False)))
+            for key, value in settings.items():
+                if key not in groups:
+                    check_key(key, known | set(groups) | set(group_names(primary)), primary=primary)
+                    OmegaConf.update(composed, key, value, merge=False)
+            return _mapping(OmegaConf.to_container(composed, resolve=True, throw_on_missing=True))
+        except MissingMandatoryValue as error:
+            raise ConfigError(f"`{error.full_key}` must be set, but is missing.") from error
+        except (HydraException, OmegaConfBaseException) as error:
+            raise ConfigError(_first_line(error)) from error
+
+
+def known_keys(settings: Mapping[str, Any]) -> set[str]:
+    """Returns every dotted key of a run with these groups."""
+    return set(_flatten(compose_values("train", settings)))
+
+
+def check_key(key: str, known: set[str], *, primary: Primary) -> None:
+    """Raises ConfigError unless the dotted key is a setting."""
+    if key not in known:
+        raise ConfigError(
+            f"`{key}` is not a setting.{nearest(key, sorted(known))} "
+            f"`lorasweep {primary} --help` lists the groups, `lorasweep train --cfg job` every key."
+        )
+
+
+@cache
+def group_names(primary: Primary) -> tuple[str, ...]:
+    """Returns the groups of a primary config: the folders of `conf/` that its defaults list names."""
+    defaults = OmegaConf.load(packaged_folder("conf") / f"{primary}.yaml").defaults
+    return tuple(next(iter(entry)) for entry in defaults if entry != "_self_")
+
+
+def group_options(group: str) -> list[str]:
+    """Returns the options of a group, the user's included. Needs a `hydra_session`."""
+    loader = GlobalHydra.instance().config_loader()
+    return sorted(loader.get_group_options(group))
+
+
+def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+    """Returns command-line overrides as keys and values; a sweep in Hydra's words becomes a range as in a sweep file.
+
+    Raises:
+        ConfigError: One is not of the form `key=value`.
+    """
+    try:
+        parsed = OverridesParser.create().parse_overrides(list(overrides))
+    except HydraException as error:
+        raise ConfigError(f"an override must read `key=value`, but got {_first_line(error)}") from error
+    return dict(_read_override(override) for override in parsed)
+
+
+def check_command_line(arguments: Sequence[str]) -> None:
+    """Checks the command line of `lorasweep train` before Hydra sees it, so that every error is one sentence.
+
+    Of a grid (`-m method.rank=1,4`) the first value of each key is checked here, and all of them as they run.
+
+    Raises:
+        ConfigError: A word is no override, or a key or value is wrong.
+    """
+    overrides = [word for n, word in enumerate(arguments) if not _is_flag(arguments, n)]
+    values = {k: v for k, v in parse_overrides(overrides).items() if not k.startswith("hydra")}
+    is_grid = "-m" in arguments or "--multirun" in arguments
+    for key, override in zip(values, overrides, strict=False):
+        if isinstance(values[key], Mapping) and {"low", "high"} <= set(values[key]):
+            raise ConfigError(
+                f"a range is for `lorasweep sweep`, but got {override!r}. Give values: `{key}=1,2,4` with `-m`."
+            )
+    sweeps = {key for key, value in values.items() if isinstance(value, list) and _is_choice(overrides, key)}
+    if sweeps and not is_grid:
+        key = min(sweeps)
+        raise ConfigError(f"`{key}` must have one value, but got {values[key]!r}. Add `-m` to run each of them.")
+    compose_values("train", {key: value[0] if key in sweeps else value for key, value in values.items()})
+
+
+def _is_choice(overrides: Sequence[str], key: str) -> bool:
+    parsed = OverridesParser.create().parse_overrides([o for o in overrides if o.split("=")[0] == key])
+    return any(override.is_sweep_override() for override in parsed)
+
+
+def _is_flag(arguments: Sequence[str], position: int) -> bool:
+    """Whether a word is one of Hydra's flags or the value of one (`--cfg job`)."""
+    with_value = (
+        "--cfg",
+        "-c",
+        "--package",
+        "-p",
+        "--config-path",
+        "-cp",
+        "--config-name",
+        "-cn",
+        "--config-dir",
+        "-cd",
+    )
+    return arguments[position].startswith("-") or (
+        position > 0 and arguments[position - 1] in (*with_value, "--info", "-i")
+    )
+
+
+def _read_override(override: Override) -> tuple[str, Any]:
+    if override.is_add() or override.is_force_add() or override.is_delete():
+        raise ConfigError(
+            f"an override must read `key=value`, but got {override.input_line!r}. Leave out the `+` or `~`."
+        )
+    key, value = str(override.key_or_group), override._value
+    if isinstance(value, ChoiceSweep):
+        return key, list(override.sweep_iterator())
+    if isinstance(value, RangeSweep):
+        return key, {"low": value.start, "high": _last_of(value), "step": value.step}
+    if isinstance(value, IntervalSweep):
+        log = {"log": True} if "log" in value.tags else {}
+        return key, {"low": value.start, "high": value.end, **log}
+    return key, override.value()
+
+
+def _last_of(value: RangeSweep) -> float:
+    """The largest value of Hydra's `range(start, stop, step)`, which leaves out `stop` as Python's does."""
+    values = list(value.range())
+    if not values:
+        raise ConfigError(f"a range must not be empty, but got range({value.start}, {value.stop}, {value.step}).")
+    return float(values[-1]) if isinstance(values[-1], float) else int(values[-1])
+
+
+@contextmanager
+def hydra_session() -> Iterator[None]:
+    """Opens Hydra on `conf/` for composing, or joins the session that is open."""
+    register_search_path()
+    if GlobalHydra.instance().is_initialized():
+        yield
+        return
+    with initialize_config_dir(str(packaged_folder("conf").resolve()), version_base="1.3"):
+        yield
+
+
+def _check_option(group: str, option: Any) -> None:
+    options = group_options(group)
+    if option not in options:
+        raise ConfigError(
+            f"`{group}` must be one of {', '.join(options)}, but got {option!r}.{nearest(str(option), options)}"
+        )
+
+
+def _flatten(values: Any, prefix: str = "") -> Iterator[str]:
+    for name, value in values.items():
+        yield f"{prefix}{name}"
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{name}.")
+
+
+def _mapping(container: Any) -> dict[str, Any]:
+    return {str(key): value for key, value in container.items()}
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

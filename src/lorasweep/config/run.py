@@ -1,0 +1,170 @@
+"""Settings of one run: `RunConfig` and its parts, one dataclass per folder of `conf/`.
+
+Values come from `conf/` (see `compose`); only what is wrong whatever the model or data is checked here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from lorasweep.config.method import MethodConfig
+from lorasweep.errors import ConfigError
+
+
+def require_at_least(key: str, value: float, low: float) -> None:
+    """Raises ConfigError unless value >= low."""
+    if not value >= low:
+        raise ConfigError(f"`{key} >= {low}` must hold, but got {value!r}.")
+
+
+def require_fraction(key: str, value: float) -> None:
+    """Raises ConfigError unless 0 <= value < 1."""
+    if not 0 <= value < 1:
+        raise ConfigError(f"`0 <= {key} < 1` must hold, but got {value!r}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The base model."""
+
+    name: str
+    path: str
+    """Folder or hub id that transformers loads; `embedded:tiny` is the model inside this package."""
+    revision: str | None
+    """Version on the hub; a commit, branch or tag."""
+    attention: Literal["auto", "sdpa", "eager"]
+    """Implementation of attention; `auto` leaves the choice to transformers."""
+
+    def __post_init__(self) -> None:
+        if not self.path:
+            raise ConfigError("`model.path` must name a folder or hub id, but is empty.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """The text to adapt to, and the metric that says how well."""
+
+    name: Literal["stdlib_docs", "stdlib_code"]
+    block_length: int
+    """Tokens per training and evaluation sequence, >= 2."""
+    max_validation_blocks: int | None
+    """Use at most so many evenly spaced validation blocks; null uses all."""
+    max_test_blocks: int | None
+    """The same for the test part."""
+    metric: Literal["bits_per_byte", "loss", "perplexity"]
+    """What is reported as the run's score; lower is better for each."""
+
+    def __post_init__(self) -> None:
+        require_at_least("data.block_length", self.block_length, 2)
+        for key in ("max_validation_blocks", "max_test_blocks"):
+            value = getattr(self, key)
+            if value is not None:
+                require_at_least(f"data.{key}", value, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW (Loshchilov and Hutter 2019) and what is done to gradients before it."""
+
+    name: Literal["adamw"]
+    lr: float
+    """Peak learning rate, > 0."""
+    lr_ratio_b: float
+    """Learning rate of B over that of A (LoRA+, arXiv 2402.12354); 1 is plain LoRA."""
+    weight_decay: float
+    beta1: float
+    beta2: float
+    eps: float
+    clip_norm: float | None
+    """Largest norm of the whole gradient; null does not clip."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.lr < float("inf"):
+            raise ConfigError(f"`optim.lr > 0` must hold, but got {self.lr!r}.")
+        if not self.lr_ratio_b > 0:
+            raise ConfigError(f"`optim.lr_ratio_b > 0` must hold, but got {self.lr_ratio_b!r}.")
+        require_at_least("optim.weight_decay", self.weight_decay, 0)
+        require_at_least("optim.eps", self.eps, 0)
+        require_fraction("optim.beta1", self.beta1)
+        require_fraction("optim.beta2", self.beta2)
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise ConfigError(f"`optim.clip_norm > 0` must hold, but got {self.clip_norm!r}. Use null not to clip.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """The learning rate over a run's `trainer.max_steps`, as a share of `optim.lr`."""
+
+    name: Literal["linear", "cosine", "constant"]
+    warmup_fraction: float
+    """Share of the steps that rise linearly from 0, 0 <= f < 1."""
+
+    def __post_init__(self) -> None:
+        require_fraction("schedule.warmup_fraction", self.warmup_fraction)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerConfig:
+    """How long, how large, how precise, and on what."""
+
+    max_steps: int
+    """Optimizer steps, >= 1."""
+    batch_size: int
+    """Sequences per optimizer step, >= 1."""
+    accumulate: int
+    """Micro-batches into which one optimizer step is split, >= 1; must divide `trainer.batch_size`."""
+    eval_batch_size: int
+    eval_every_steps: int
+    """Steps between two evaluations on validation data; also when a run can be pruned and is checkpointed."""
+    precision: Literal["auto", "bf16", "fp32"]
+    """`auto` takes bf16 where the processor or GPU computes in it, else fp32."""
+    device: Literal["auto", "cpu", "gpu"]
+    progress: bool
+    """Whether a single run shows a progress bar."""
+
+    def __post_init__(self) -> None:
+        for key in ("max_steps", "batch_size", "accumulate", "eval_batch_size", "eval_every_steps"):
+            require_at_least(f"trainer.{key}", getattr(self, key), 1)
+        if self.batch_size % self.accumulate:
+            raise ConfigError(
+                "`trainer.accumulate` must divide `trainer.batch_size`, "
+                f"but got {self.accumulate!r} and {self.batch_size!r}."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeedsConfig:
+    """One seed per source of chance, so that each can be held while another moves."""
+
+    init: int
+    """Adapters and new heads."""
+    data_order: int
+    dropout: int
+
+    def __post_init__(self) -> None:
+        for key in ("init", "data_order", "dropout"):
+            if not 0 <= getattr(self, key) < 2**32:
+                raise ConfigError(f"`0 <= seeds.{key} < 2**32` must hold, but got {getattr(self, key)!r}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything that one run depends on."""
+
+    model: ModelConfig
+    data: DataConfig
+    method: MethodConfig
+    optim: OptimConfig
+    schedule: ScheduleConfig
+    trainer: TrainerConfig
+    seed: int
+    """Sets every seed below that is not set by itself."""
+    seeds: SeedsConfig
+
+    def __post_init__(self) -> None:
+        if self.optim.lr_ratio_b != 1 and self.method.name != "lora":
+            raise ConfigError(
+                f"`optim.lr_ratio_b` must be 1 unless `method=lora`, but got {self.optim.lr_ratio_b!r} "
+                f"with `method={self.method.name}`, where it has no effect."
+            )

@@ -1,0 +1,145 @@
+"""Settings of a sweep: how it is driven (`conf/sweep.yaml`), and the form of a file in `sweeps/`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from lorasweep.config.run import require_at_least
+from lorasweep.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelBasedSampler:
+    """TPE, GP or CMA-ES: learns from finished trials after some random ones."""
+
+    name: Literal["tpe", "gp", "cmaes"]
+    startup_trials: int
+    """Random trials before it learns, per arm."""
+
+    def __post_init__(self) -> None:
+        require_at_least("sampler.startup_trials", self.startup_trials, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FixedSampler:
+    """Quasi-random (Sobol), random, or every combination: learns nothing."""
+
+    name: Literal["qmc", "random", "grid"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RungPruner:
+    """Successive halving (ASHA, arXiv 1810.05934) or Hyperband (arXiv 1603.06560)."""
+
+    name: Literal["successive_halving", "hyperband"]
+    min_steps: int
+    """Optimizer steps of the first rung."""
+    reduction_factor: int
+    """One in so many goes on at each rung."""
+
+    def __post_init__(self) -> None:
+        require_at_least("pruner.min_steps", self.min_steps, 1)
+        require_at_least("pruner.reduction_factor", self.reduction_factor, 2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MedianPruner:
+    """Ends a trial that is worse than the median of earlier trials at the same step."""
+
+    name: Literal["median"]
+    startup_trials: int
+    min_steps: int
+
+    def __post_init__(self) -> None:
+        require_at_least("pruner.startup_trials", self.startup_trials, 1)
+        require_at_least("pruner.min_steps", self.min_steps, 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoPruner:
+    """Every trial runs to its end."""
+
+    name: Literal["none"]
+
+
+SamplerConfig = ModelBasedSampler | FixedSampler
+PrunerConfig = RungPruner | MedianPruner | NoPruner
+
+
+@dataclass(frozen=True, kw_only=True)
+class StorageConfig:
+    """Where the studies are kept."""
+
+    name: Literal["journal"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerConfig:
+    """What runs the trials."""
+
+    name: Literal["local"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepSettings:
+    """What holds for the whole sweep."""
+
+    trials: int | None
+    """Trials of every arm that has a space; None leaves each arm's own number."""
+    seed: int
+    """The sampler's seed; each arm draws from its own stream."""
+    output: str | None
+    max_failures: int
+    """So many failed trials in a row stop the sweep: then it is not the trials that are wrong."""
+
+    def __post_init__(self) -> None:
+        if self.trials is not None:
+            require_at_least("sweep.trials", self.trials, 1)
+        require_at_least("sweep.seed", self.seed, 0)
+        require_at_least("sweep.max_failures", self.max_failures, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DriverConfig:
+    """How a sweep is driven."""
+
+    sampler: SamplerConfig
+    pruner: PrunerConfig
+    storage: StorageConfig
+    worker: WorkerConfig
+    sweep: SweepSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArmConfig:
+    """One arm as its sweep file states it."""
+
+    name: str
+    settings: Mapping[str, Any]
+    """Dotted keys and values of this arm, over those of the whole sweep."""
+    space: Mapping[str, Any]
+    """Swept keys: a list of choices, or a mapping `low`, `high`, and `log` or `step`."""
+    trials: int
+
+    def __post_init__(self) -> None:
+        require_at_least(f"arms.{self.name}.trials", self.trials, 1)
+        if not self.name.replace("_", "").replace("-", "").isalnum():
+            raise ConfigError(f"an arm's name must consist of letters, digits, `_` and `-`, but got {self.name!r}.")
+        if not self.space and self.trials != 1:
+            raise ConfigError(
+                f"`arms.{self.name}.trials` must be 1 for an arm without a space, "
+                f"but got {self.trials!r}. Add a `space`."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepFile:
+    """One file of `sweeps/`."""
+
+    name: str
+    description: str
+    settings: Mapping[str, Any]
+    """Dotted keys and values of every arm and of the driver."""
+    arms: tuple[ArmConfig, ...]

@@ -1,0 +1,43 @@
+"""The exceptions of lorasweep, drawn as a tree. Caught in two places only: the sweep's worker and `cli`.
+
+    LoraSweepError
+    ├── ConfigError (also a ValueError)   a setting, a sweep file or a command line is wrong; exit code 2
+    ├── RecordError                       a file of a run or sweep can't be read or doesn't fit; exit code 2
+    ├── RunError                          one training failed; exit code 1
+    │   ├── Diverged                      its loss became NaN or infinite
+    │   └── OutOfMemory                   it does not fit the machine at the smallest micro-batch
+    └── WorkerError                       a process that runs trials can't go on; exit code 1
+
+`lorasweep.lora`, which people may use alone, raises plain `ValueError`. A message reads
+"`what must hold`, but got X. What to do."
+"""
+
+from __future__ import annotations
+
+
+class LoraSweepError(Exception):
+    """What every error of this package is."""
+
+
+class ConfigError(LoraSweepError, ValueError):
+    """A setting, a sweep file or a command line is wrong."""
+
+
+class RecordError(LoraSweepError):
+    """A file that a run or a sweep left on disk can't be read, or does not fit the request."""
+
+
+class RunError(LoraSweepError):
+    """One training failed."""
+
+
+class Diverged(RunError):
+    """The loss of a run became NaN or infinite."""
+
+
+class OutOfMemory(RunError):
+    """A run does not fit the machine's memory even at the smallest micro-batch."""
+
+
+class WorkerError(LoraSweepError):
+    """A process that runs trials can't go on."""

@@ -1,0 +1,249 @@
+"""What runs and sweeps leave on disk: `run.json`, `steps.jsonl` and `sweep.json`, written whole or not at all.
+
+A record is data: reading one runs nothing. Written by `training` and `sweep`, read by them and by `report`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, fields
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from lorasweep.errors import RecordError
+
+RUN_FILE = "run.json"
+STEPS_FILE = "steps.jsonl"
+SWEEP_FILE = "sweep.json"
+VERSION = 1
+
+RunStatus = Literal["running", "complete", "pruned", "failed", "infeasible", "interrupted"]
+TrialState = Literal["running", "complete", "pruned", "failed", "infeasible"]
+Direction = Literal["minimize", "maximize"]
+
+
+@dataclass(kw_only=True)
+class RunRecord:
+    """One run, from which it can be repeated and checked. Rewritten whole at each change of status."""
+
+    format: str = "lorasweep.run"
+    version: int = VERSION
+    status: RunStatus
+    reason: str | None = None
+    """Why the run is failed, infeasible, pruned or interrupted."""
+    config: dict[str, Any]
+    """The resolved `RunConfig`, nested."""
+    arm: str | None = None
+    trial: int | None = None
+    """Number of the trial in its arm; null for a single run."""
+    metric: str
+    """The score's name, such as `bits_per_byte`."""
+    direction: Direction
+    code: dict[str, Any] = field(default_factory=dict)
+    """`version`, and where the code is a git checkout `commit` and `modified`."""
+    packages: dict[str, str] = field(default_factory=dict)
+    platform: dict[str, Any] = field(default_factory=dict)
+    """`python`, `os`, `processor`, `cores`, `threads`, `gpu`, `precision`."""
+    data: dict[str, Any] = field(default_factory=dict)
+    """Per part (`train`, `validation`, `test`): `documents`, `bytes`, `blocks`, `fingerprint`."""
+    base: dict[str, Any] = field(default_factory=dict)
+    """`path`, `fingerprint`, `parameters`."""
+    started_at: str = ""
+    """UTC, ISO 8601."""
+    ended_at: str | None = None
+    wall_s: float = 0.0
+    """Seconds of all sessions of this run together."""
+    steps_planned: int = 0
+    steps_done: int = 0
+    tokens_trained: int = 0
+    tokens_per_s: float = 0.0
+    """Training tokens per second of training time, evaluation left out."""
+    trainable_params: int = 0
+    total_params: int = 0
+    trainable_fraction: float = 0.0
+    """Trained parameters over those of the base model."""
+    adapter_bytes: int = 0
+    """Size of the weights that a run keeps (`best/`): the adapter, the head, or under `full` the whole model."""
+    peak_memory_bytes: int = 0
+    """Largest resident memory of the process during the run; on a GPU, largest allocated memory of the device."""
+    best: dict[str, float] = field(default_factory=dict)
+    """Validation metrics at the best step, and `step`."""
+    last: dict[str, float] = field(default_factory=dict)
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Per kept file, relative to the run's folder: `bytes` and `sha256`."""
+
+    @property
+    def score(self) -> float | None:
+        """The best validation value of the run's metric, or None before its first evaluation."""
+        return self.best.get(self.metric)
+
+
+@dataclass(kw_only=True)
+class TrialRow:
+    """One trial of a sweep as its record lists it."""
+
+    arm: str
+    number: int
+    state: TrialState
+    params: dict[str, Any]
+    """Swept keys (dotted) and their values."""
+    value: float | None
+    """Best value of the sweep's metric, or None where none was measured."""
+    run: str
+    """The run's folder, relative to the sweep's."""
+    reason: str | None = None
+
+
+@dataclass(kw_only=True)
+class ArmRow:
+    """One arm of a sweep as its record lists it."""
+
+    name: str
+    method: str
+    trials: int
+    """Number of trials asked for."""
+    settings: dict[str, Any]
+    """Dotted keys and values that differ from the defaults."""
+    space: dict[str, Any]
+    """Swept keys: a list of choices or a mapping `low`, `high`, and `log` or `step`."""
+    sampler: str
+    pruner: str
+    importance: dict[str, float] = field(default_factory=dict)
+    """Share of the score's variance per swept key (Optuna), where it could be computed."""
+
+
+@dataclass(kw_only=True)
+class SweepRecord:
+    """One sweep: what was asked for and what became of each trial."""
+
+    format: str = "lorasweep.sweep"
+    version: int = VERSION
+    status: Literal["running", "complete", "interrupted"]
+    name: str
+    description: str = ""
+    metric: str
+    direction: Direction
+    definition: dict[str, Any]
+    """The sweep as composed: what `--resume` checks against."""
+    source: str | None = None
+    """The sweep file it was read from, and `source_sha256` its content then."""
+    source_sha256: str | None = None
+    arms: list[ArmRow]
+    trials: list[TrialRow] = field(default_factory=list)
+    started_at: str = ""
+    ended_at: str | None = None
+    makespan_s: float = 0.0
+    """Seconds from start to end, summed over the sessions of a resumed sweep."""
+
+
+T = TypeVar("T")
+
+
+def utc_now() -> str:
+    """Returns the time now as records hold it: UTC, ISO 8601, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Writes a file whole or not at all: temporary file in the same folder, fsync, rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    data = content.encode() if isinstance(content, str) else content
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_record(record: RunRecord | SweepRecord, folder: Path) -> None:
+    """Writes `run.json` or `sweep.json` into the folder. NaN and infinity become null: JSON has neither."""
+    name = RUN_FILE if isinstance(record, RunRecord) else SWEEP_FILE
+    write_atomically(folder / name, json.dumps(_finite(asdict(record)), indent=1) + "\n")
+
+
+def read_run(folder: Path) -> RunRecord:
+    """Reads a run's record.
+
+    Raises:
+        RecordError: There is none, it is damaged, or a newer version wrote it.
+    """
+    return _known(RunRecord, _read_json(folder / RUN_FILE, "lorasweep.run"))
+
+
+def read_sweep(folder: Path) -> SweepRecord:
+    """Reads a sweep's record.
+
+    Raises:
+        RecordError: The folder is not a sweep, or its record is damaged or of a newer version.
+    """
+    raw = _read_json(folder / SWEEP_FILE, "lorasweep.sweep")
+    raw["arms"] = [_known(ArmRow, row) for row in raw.get("arms", [])]
+    raw["trials"] = [_known(TrialRow, row) for row in raw.get("trials", [])]
+    return _known(SweepRecord, raw)
+
+
+def read_steps(folder: Path) -> Iterator[dict[str, Any]]:
+    """Yields the rows of `steps.jsonl` in order of writing: `{"step", "loss", "lr"}` and `{"step", "validation": {..}}`.
+
+    A last line that was cut off by a killed process is left out.
+    """
+    path = folder / STEPS_FILE
+    if not path.exists():
+        return
+    for line in path.read_text().splitlines():
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError:
+            return
+
+
+def sha256_of(path: Path) -> str:
+    """Returns the SHA-256 of a file's content as hex digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _read_json(path: Path, expected: str) -> dict[str, Any]:
+    if not path.is_file():
+        kind = expected.removeprefix("lorasweep.")
+        raise RecordError(
+            f"a {kind}'s folder must contain {path.name}, but {str(path.parent)!r} does not. Name another folder."
+        )
+    try:
+        raw = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise RecordError(f"{str(path)!r} must be a JSON file, but is damaged: {error}.") from error
+    if not isinstance(raw, dict) or raw.get("format") != expected:
+        raise RecordError(f"{str(path)!r} must be a record of format {expected!r}, but is not.")
+    if not isinstance(raw.get("version"), int) or raw["version"] > VERSION:
+        raise RecordError(
+            f"{str(path)!r} must have a version up to {VERSION}, but has {raw.get('version')!r}. Use a newer lorasweep."
+        )
+    return raw
+
+
+def _known(kind: type[T], raw: dict[str, Any]) -> T:
+    names = {f.name for f in fields(kind)}  # type: ignore[arg-type]
+    try:
+        return kind(**{key: value for key, value in raw.items() if key in names})
+    except TypeError as error:
+        raise RecordError(f"a record must have every field of {kind.__name__}: {error}.") from error
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value

@@ -1,0 +1,6 @@
+"""One training: from settings, base model and data to a folder with a record, step metrics and the weights it kept."""
+
+from lorasweep.training.environment import resolve_precision
+from lorasweep.training.run import RunPlace, Workbench, build_workbench, train_run
+
+__all__ = ["RunPlace", "Workbench", "build_workbench", "resolve_precision", "train_run"]

@@ -1,0 +1,47 @@
+"""Optimizer and learning-rate schedule of one run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from lorasweep.config.run import OptimConfig, ScheduleConfig
+from lorasweep.methods import ParameterGroup
+
+
+def build_optimizer(config: OptimConfig, groups: Sequence[ParameterGroup]) -> torch.optim.AdamW:
+    """Returns AdamW, each group at `optim.lr` times its factor. Weight decay spares vectors (norms, biases)."""
+    options = []
+    for group in groups:
+        for decays in (True, False):
+            params = [p for p in group.params if (p.ndim >= 2) == decays]
+            if params:
+                decay = config.weight_decay if decays else 0.0
+                options.append({"params": params, "lr": config.lr * group.lr_factor, "weight_decay": decay})
+    return torch.optim.AdamW(options, betas=(config.beta1, config.beta2), eps=config.eps)
+
+
+def schedule_factor(config: ScheduleConfig, step: int, *, max_steps: int) -> float:
+    """Returns the share of the peak learning rate at a step (0 is the first), for a run of `max_steps`.
+
+    Warm-up rises linearly over `warmup_fraction` of the steps; then `constant` stays, while `linear` and `cosine` fall
+    so that the step after the last would be 0.
+    """
+    warmup = math.ceil(config.warmup_fraction * max_steps)
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    progress = min((step - warmup) / max(max_steps - warmup, 1), 1.0)
+    if config.name == "linear":
+        return 1.0 - progress
+    if config.name == "cosine":
+        return 0.5 * (1.0 + math.cos(math.pi * progress))
+    return 1.0
+
+
+def build_schedule(
+    config: ScheduleConfig, optimizer: torch.optim.Optimizer, *, max_steps: int
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """Returns the schedule, stepped once per optimizer step. Pruning a run never changes its length."""
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule_factor(config, step, max_steps=max_steps))
