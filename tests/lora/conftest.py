@@ -15,10 +15,11 @@ class Block(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.up = nn.Linear(8, 16, bias=False)
+        self.act = nn.Tanh()
         self.proj = nn.Linear(16, 8)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.proj(torch.tanh(self.up(x)))
+        return x + self.proj(self.act(self.up(x)))
 
 
 class TinyLM(nn.Module):

@@ -83,7 +83,7 @@ def test_a_copy_has_its_own_adapter() -> None:
 
 
 def test_says_its_rank_when_printed() -> None:
-    assert "rank=4, scaling=2, dropout=0, merged=False" in repr(make_layer())
+    assert "rank=4, scaling=2, merged=False" in repr(make_layer())
 
 
 def test_answers_for_its_base() -> None:

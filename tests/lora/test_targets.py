@@ -76,10 +76,12 @@ def test_works_on_the_meta_device_and_changes_nothing(make_model) -> None:
     [
         ("upp", "'upp' matches none. Nearest: 'up'"),
         (("up", "prj"), "'prj' matches none. Nearest: 'proj'"),
-        ("re:layers", "'re:layers' matches none"),
+        ("re:layer", "'re:layer' matches none"),
+        ("re:layers", "'re:layers' is a ModuleList. Name the layers inside it"),
+        ("re:(", "must be a regular expression, but got missing"),
+        ("act", "'act' is a Tanh. It has none inside"),
         ("zzz", "nothing alike"),
         ("layers.0", "'layers.0' is a Block. Name the layers inside it: 'proj', 'up'"),
-        ("embed", "'embed' is a Embedding. It has none inside"),
     ],
 )
 def test_a_pattern_without_a_layer_is_refused(model: nn.Module, targets: str, message: str) -> None:
@@ -88,7 +90,7 @@ def test_a_pattern_without_a_layer_is_refused(model: nn.Module, targets: str, me
 
 
 def test_all_linear_needs_a_linear_layer() -> None:
-    with pytest.raises(ValueError, match="Sequential has none besides its output head"):
+    with pytest.raises(ValueError, match="Sequential has no linear one besides its output head"):
         find_targets(nn.Sequential(nn.ReLU()), config())
 
 

@@ -3,22 +3,31 @@
     from lorasweep.lora import LoraConfig, inject_lora, save_adapter
     coverage = inject_lora(model, LoraConfig(rank=8, alpha=16, targets="all-linear"))
 
-`targets` finds layers, `inject` puts `layers` in their place, `functional` does the mathematics, `merge` writes it into
-weights, `files` to disk.
+`targets` finds layers of the `kinds` that can be adapted, by `patterns`; `inject` puts `layers` in their place, which
+start as `initialise` says and compute by `functional`; `trained` is what trains in full beside them. `merge` writes the
+change into weights, `files` writes it to disk in `peft_format`.
 """
 
 from lorasweep.config.method import LoraConfig
 from lorasweep.lora.files import load_adapter, lora_state, save_adapter
-from lorasweep.lora.functional import lora_linear, scaling_factor
+from lorasweep.lora.functional import add_change, lora_linear, scaling_factor
 from lorasweep.lora.inject import inject_lora
-from lorasweep.lora.layers import LoraLinear, lora_layers
-from lorasweep.lora.merge import merge_lora, unmerge_lora
+from lorasweep.lora.layers import LoraConv2d, LoraEmbedding, LoraLayer, LoraLinear, lora_layers
+from lorasweep.lora.merge import merge_check, merge_lora, remove_lora, unmerge_lora
+from lorasweep.lora.parameters import split_lora_parameters
+from lorasweep.lora.quantised import quantise_base
 from lorasweep.lora.targets import Coverage, check_rank, find_targets
+from lorasweep.lora.trained import TrainedModule, trained_modules
 
 __all__ = [
     "Coverage",
     "LoraConfig",
+    "LoraConv2d",
+    "LoraEmbedding",
+    "LoraLayer",
     "LoraLinear",
+    "TrainedModule",
+    "add_change",
     "check_rank",
     "find_targets",
     "inject_lora",
@@ -26,8 +35,13 @@ __all__ = [
     "lora_layers",
     "lora_linear",
     "lora_state",
+    "merge_check",
     "merge_lora",
+    "quantise_base",
+    "remove_lora",
     "save_adapter",
     "scaling_factor",
+    "split_lora_parameters",
+    "trained_modules",
     "unmerge_lora",
 ]

@@ -7,9 +7,10 @@ is touched. What is written appears whole or not at all.
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -17,12 +18,20 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from lorasweep.config.method import LoraConfig
-from lorasweep.lora.inject import inject_lora
-from lorasweep.lora.layers import LoraLinear, lora_layers
+from lorasweep.config.method import LoraConfig, TrainedBias
+from lorasweep.lora.functional import scaling_factor
+from lorasweep.lora.inject import build_layers, inject_lora
+from lorasweep.lora.layers import LoraLayer, lora_layers
 from lorasweep.lora.merge import check_merged
-from lorasweep.lora.peft_format import KEY_PREFIX, config_from_peft, config_to_peft
-from lorasweep.lora.targets import Coverage, find_targets
+from lorasweep.lora.peft_format import (
+    KEY_PREFIX,
+    config_from_peft,
+    config_to_peft,
+    layer_tensors,
+    load_layer_tensors,
+)
+from lorasweep.lora.targets import Coverage, alpha_of, plan_targets
+from lorasweep.lora.trained import find_trained_biases, find_trained_modules, trained_modules
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -30,11 +39,13 @@ FINGERPRINT_KEY = "base_fingerprint"
 
 
 def lora_state(model: nn.Module) -> dict[str, Tensor]:
-    """The adapter's tensors under PEFT's names: `base_model.model.<layer>.lora_A.weight` (rank, d_in) and `lora_B`.
+    """The adapter's tensors under PEFT's names, such as `base_model.model.<layer>.lora_A.weight` (rank, d_in).
 
-    They are the parameters' own memory, not copies.
+    They share memory with the parameters where a layer is stored as it is (all but PiSSA and fused projections).
     """
-    return {key: parameter.detach() for key, parameter in _adapter_parameters(lora_layers(model)).items()}
+    layers, modules = lora_layers(model), {name: module.trained for name, module in trained_modules(model).items()}
+    biases = find_trained_biases(model, _bias_setting(layers), layers, modules)
+    return {key: tensor.detach() for key, tensor in _name_tensors(layers, modules, biases).items()}
 
 
 def save_adapter(model: nn.Module, folder: str | Path, *, base_path: str, base_fingerprint: str | None = None) -> None:
@@ -57,7 +68,8 @@ def save_adapter(model: nn.Module, folder: str | Path, *, base_path: str, base_f
         raise ValueError("`model` must have LoRA layers, but got none. Call `inject_lora` first.")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {key: tensor.cpu().contiguous() for key, tensor in lora_state(model).items()}
+    # copied, since safetensors refuses two names for one memory
+    tensors = {key: tensor.cpu().contiguous().clone() for key, tensor in lora_state(model).items()}
     metadata = {"format": "pt"} | ({} if base_fingerprint is None else {FINGERPRINT_KEY: base_fingerprint})
     config = config_to_peft(layers, model, base_path=base_path)
     _write_whole(folder / WEIGHTS_FILE, save(tensors, metadata=metadata))
@@ -67,8 +79,11 @@ def save_adapter(model: nn.Module, folder: str | Path, *, base_path: str, base_f
 def load_adapter(model: nn.Module, folder: str | Path, *, base_fingerprint: str | None = None) -> Coverage:
     """Puts the adapter in `folder`, written here or by PEFT, onto `model`; it can go on training.
 
+    An adapter of fused parts or of PiSSA loads onto a base model as the plain LoRA that it is stored as (a fused
+    projection's parts then share one A; PiSSA's rank is doubled), and onto a model injected as it was, as itself.
+
     Args:
-        model: The base model, or one with LoRA layers of the same names and ranks, whose A and B are then overwritten.
+        model: The base model, or one with LoRA layers of the same names and ranks, whose tensors are then overwritten.
         folder: Holds `adapter_config.json` and `adapter_model.safetensors`.
         base_fingerprint: Identifies `model`'s base weights; compared where the adapter says what it was trained on.
 
@@ -80,72 +95,110 @@ def load_adapter(model: nn.Module, folder: str | Path, *, base_fingerprint: str 
             that the adapter belongs to another base; the model is merged. The model is then unchanged.
     """
     folder = Path(folder)
-    config = _read_config(folder / CONFIG_FILE)
+    config = _read_config(folder / CONFIG_FILE, model)
     tensors, metadata = _read_tensors(folder / WEIGHTS_FILE)
     _check_fingerprint(metadata.get(FINGERPRINT_KEY), base_fingerprint, folder)
     layers = lora_layers(model)
     if layers:
         check_merged(layers, merged=False)
-        expected = {key: tuple(tensor.shape) for key, tensor in _adapter_parameters(layers).items()}
-        coverage = _coverage_of(layers, model)
+        _check_tensors(tensors, lora_state(model), model, folder)
+        _check_scaling(layers, config, folder)
+        coverage = _coverage_of(model)
     else:
-        coverage = find_targets(model, config, allow_full_rank=True)
-        expected = _expected_shapes(model, coverage, config)
-    _check_tensors(tensors, expected, folder)
-    if not layers:
-        inject_lora(model, config, allow_full_rank=True)
-    with torch.no_grad():
-        for key, parameter in _adapter_parameters(lora_layers(model)).items():
-            parameter.copy_(tensors[key])
+        _check_tensors(tensors, _expected_state(model, config), model, folder)
+        coverage = inject_lora(model, config, allow_full_rank=True, generator=torch.Generator())
+    _load_state(model, tensors)
     return coverage
 
 
-def _adapter_parameters(layers: Mapping[str, LoraLinear]) -> dict[str, nn.Parameter]:
-    parameters = {}
+def _name_tensors(
+    layers: Mapping[str, LoraLayer], modules: Mapping[str, nn.Module], biases: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """PEFT's name for each tensor of an adapter."""
+    named = {f"{name}.{key}": tensor for name, layer in layers.items() for key, tensor in layer_tensors(layer).items()}
+    named |= {
+        f"{name}.{key}": tensor for name, module in modules.items() for key, tensor in module.state_dict().items()
+    }
+    named |= {_bias_key(name, layers): bias for name, bias in biases.items()}
+    return {f"{KEY_PREFIX}{name}": tensor for name, tensor in named.items()}
+
+
+def _bias_key(name: str, layers: Iterable[str]) -> str:
+    owner = name.removesuffix(".bias").removesuffix(".base")
+    return f"{owner}.base_layer.bias" if owner in layers else name
+
+
+def _bias_setting(layers: Mapping[str, LoraLayer]) -> TrainedBias:
+    return next((layer.config.bias for layer in layers.values()), "none")
+
+
+def _expected_state(model: nn.Module, config: LoraConfig) -> dict[str, Tensor]:
+    """What `lora_state` would give after injecting; nothing is made but tensors on the meta device."""
+    _, targets = plan_targets(model, config, allow_full_rank=True)
+    layers = build_layers(model, config, targets, device="meta")
+    modules = find_trained_modules(model, config.modules_to_save)
+    return _name_tensors(layers, modules, find_trained_biases(model, config.bias, targets, modules))
+
+
+def _load_state(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    state = {key.removeprefix(KEY_PREFIX): tensor for key, tensor in tensors.items()}
+    layers, modules = lora_layers(model), trained_modules(model)
     for name, layer in layers.items():
-        parameters[f"{KEY_PREFIX}{name}.lora_A.weight"] = layer.lora_a
-        parameters[f"{KEY_PREFIX}{name}.lora_B.weight"] = layer.lora_b
-    return parameters
+        load_layer_tensors(layer, {key: state[f"{name}.{key}"] for key in layer_tensors(layer)})
+    for name, module in modules.items():
+        module.trained.load_state_dict({key: state[f"{name}.{key}"] for key in module.trained.state_dict()})
+    for name, bias in find_trained_biases(model, _bias_setting(layers), layers, modules).items():
+        bias.data.copy_(state[_bias_key(name, layers)])
 
 
-def _coverage_of(layers: Mapping[str, LoraLinear], model: nn.Module) -> Coverage:
+def _coverage_of(model: nn.Module) -> Coverage:
+    layers = lora_layers(model)
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     return Coverage(
         matched={"adapter": tuple(layers)},
-        unmatched=tuple(
-            name
-            for name, module in model.named_modules()
-            if isinstance(module, nn.Linear) and name.removesuffix(".base") not in layers
-        ),
-        trainable_params=sum(layer.lora_a.numel() + layer.lora_b.numel() for layer in layers.values()),
-        total_params=sum(parameter.numel() for parameter in model.parameters()),
+        unmatched=tuple(name for name in linear if name.removesuffix(".base") not in layers),
+        trainable_params=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        total_params=sum(p.numel() for p in model.parameters()),
+        tied={},
     )
 
 
-def _expected_shapes(model: nn.Module, coverage: Coverage, config: LoraConfig) -> dict[str, tuple[int, ...]]:
-    shapes: dict[str, tuple[int, ...]] = {}
-    for name in coverage.layers:
-        layer = model.get_submodule(name)
-        assert isinstance(layer, nn.Linear)
-        shapes[f"{KEY_PREFIX}{name}.lora_A.weight"] = (config.rank, layer.in_features)
-        shapes[f"{KEY_PREFIX}{name}.lora_B.weight"] = (layer.out_features, config.rank)
-    return shapes
-
-
-def _check_tensors(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], folder: Path) -> None:
+def _check_tensors(
+    tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], model: nn.Module, folder: Path
+) -> None:
     advice = "Load it onto the base model that it was trained on."
-    for key, shape in expected.items():
+    for key, like in expected.items():
         if key not in tensors:
             raise ValueError(f"The adapter in {str(folder)!r} must have {key!r}, but it is missing. {advice}")
-        if tuple(tensors[key].shape) != shape:
-            got = tuple(tensors[key].shape)
+        if tensors[key].shape != like.shape:
+            got, shape = tuple(tensors[key].shape), tuple(like.shape)
             raise ValueError(f"{key!r} in {str(folder)!r} must have shape {shape}, but got {got}. {advice}")
-        if not tensors[key].is_floating_point():
+        if tensors[key].is_floating_point() is not like.is_floating_point():
+            dtypes = f"like {like.dtype}, but got {tensors[key].dtype}"
+            raise ValueError(f"{key!r} in {str(folder)!r} must hold numbers {dtypes}. {advice}")
+    for key in sorted(set(tensors) - set(expected)):
+        if not _is_copy_of_base(key, tensors[key], model):
+            raise ValueError(f"The adapter in {str(folder)!r} must fit the model, but {key!r} has no place. {advice}")
+
+
+def _is_copy_of_base(key: str, tensor: Tensor, model: nn.Module) -> bool:
+    """Whether this is the weight of an adapted embedding or head, which PEFT saves beside the adapter though frozen."""
+    name, _, last = key.removeprefix(KEY_PREFIX).rpartition(".base_layer.")
+    module = dict(model.named_modules()).get(name)
+    base = getattr(module, "base", module)
+    like = getattr(base, last, None) if last in ("weight", "bias") else None
+    return isinstance(like, Tensor) and like.shape == tensor.shape and torch.equal(tensor.to(like), like)
+
+
+def _check_scaling(layers: Mapping[str, LoraLayer], config: LoraConfig, folder: Path) -> None:
+    for name, layer in layers.items():
+        rank = layer.matrices()[0].shape[0]
+        stored = scaling_factor(alpha=alpha_of(name, config), rank=rank, rule=config.scaling)
+        if not math.isclose(stored, layer.scaling, rel_tol=1e-6):
             raise ValueError(
-                f"{key!r} in {str(folder)!r} must hold real numbers, but got {tensors[key].dtype}. {advice}"
+                f"The adapter in {str(folder)!r} must have scaling {layer.scaling:g} at {name!r}, but got {stored:g}. "
+                "Inject with the α and scaling rule that it was trained with."
             )
-    extra = sorted(set(tensors) - set(expected))
-    if extra:
-        raise ValueError(f"The adapter in {str(folder)!r} must fit the model, but {extra[0]!r} has no layer. {advice}")
 
 
 def _check_fingerprint(stored: str | None, given: str | None, folder: Path) -> None:
@@ -162,26 +215,25 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with safe_open(path, framework="pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118 - no mapping
     except SafetensorError as error:
-        raise ValueError(
-            f"{str(path)!r} must be a whole safetensors file, but got {error}. Copy or save it again."
-        ) from error
+        message = f"{str(path)!r} must be a whole safetensors file, but got {error}. Copy or save it again."
+        raise ValueError(message) from error
 
 
-def _check_file(path: Path) -> None:
-    if not path.is_file():
-        raise ValueError(f"{str(path)!r} must be a file, but there is none. Name a folder with a saved adapter.")
-
-
-def _read_config(path: Path) -> LoraConfig:
+def _read_config(path: Path, model: nn.Module) -> LoraConfig:
     _check_file(path)
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{str(path)!r} must be JSON, but got {error}. Copy or save it again.") from error
     try:
-        return config_from_peft(raw)
+        return config_from_peft(raw, model)
     except ValueError as error:
         raise ValueError(f"{str(path)!r} can't be loaded: {error}") from error
+
+
+def _check_file(path: Path) -> None:
+    if not path.is_file():
+        raise ValueError(f"{str(path)!r} must be a file, but there is none. Name a folder with a saved adapter.")
 
 
 def _write_whole(path: Path, content: bytes) -> None:

@@ -16,6 +16,9 @@ from torch.nn.functional import linear
 
 from lorasweep.config.method import Scaling
 
+Rows = tuple[tuple[int, int], ...]
+"""Row ranges (first, past the last) of a fused projection, one per part that has a change of its own."""
+
 
 def scaling_factor(*, alpha: float, rank: int, rule: Scaling) -> float:
     """The factor on B A x: α/r (LoRA, arXiv 2106.09685, section 4.1) or α/√r (rsLoRA, arXiv 2312.03732, section 3)."""
@@ -32,6 +35,7 @@ def lora_linear(
     scaling: float,
     keep: Tensor | None = None,
     dropout: float = 0.0,
+    rows: Rows = (),
 ) -> Tensor:
     """W0 x + b + scaling · B A (x · keep / (1 - dropout)): equation 3 of LoRA (arXiv 2106.09685).
 
@@ -41,11 +45,12 @@ def lora_linear(
         x: (..., d_in), in the dtype of `weight` (under autocast: any).
         weight: (d_out, d_in). May be the transposed view of a weight stored the other way round.
         bias: (d_out,) or nothing.
-        lora_a: (rank, d_in).
-        lora_b: (d_out, rank).
+        lora_a: (rank, d_in); with `rows` (parts · rank, d_in).
+        lora_b: (d_out, rank); with `rows` (sum of their lengths, rank).
         scaling: Factor on the change, from `scaling_factor`.
         keep: Mask of x's shape, False where the change does not see an input; nothing keeps all.
         dropout: Probability with which `keep` is False.
+        rows: Parts of the output that get a change, each from its own A and B; empty for all of it from one.
 
     Returns:
         (..., d_out) in the dtype of `weight` (under autocast: in autocast's dtype).
@@ -54,7 +59,27 @@ def lora_linear(
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     factor = scaling / (1 - dropout) if keep is not None else scaling
-    output: Tensor = _LoraLinear.apply(x, weight, bias, lora_a, lora_b, factor, keep)  # type: ignore[no-untyped-call]
+    output: Tensor = _LoraLinear.apply(x, weight, bias, lora_a, lora_b, factor, keep, rows)  # type: ignore[no-untyped-call]
+    return output
+
+
+def add_change(
+    y: Tensor,
+    x: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    *,
+    scaling: float,
+    keep: Tensor | None = None,
+    dropout: float = 0.0,
+    rows: Rows = (),
+) -> Tensor:
+    """The output y (..., d_out) of any layer plus scaling · B A (x · keep / (1 - dropout)), in the dtype of y.
+
+    For a base that computes its own output, such as a quantised one; arguments as in `lora_linear`.
+    """
+    factor = scaling / (1 - dropout) if keep is not None else scaling
+    output: Tensor = _AddChange.apply(y, x.to(y.dtype), lora_a, lora_b, factor, keep, rows)  # type: ignore[no-untyped-call]
     return output
 
 
@@ -77,38 +102,119 @@ class _LoraLinear(torch.autograd.Function):
         lora_b: Tensor,
         factor: float,
         keep: Tensor | None,
+        rows: Rows,
     ) -> Tensor:
         a, b = lora_a.to(x.dtype), lora_b.to(x.dtype)
-        rows = x.reshape(-1, x.shape[-1])  # (tokens, d_in)
-        keep = None if keep is None else keep.reshape(rows.shape)
-        y = linear(rows, weight, bias)  # (tokens, d_out)
-        u = _seen_by_a(rows, keep).mm(a.t()).mul_(factor)  # (tokens, rank)
-        y.addmm_(u, b.t())
-        ctx.save_for_backward(rows, weight, a, b, u, keep)
-        ctx.factor, ctx.x_shape, ctx.dtypes = factor, x.shape, (lora_a.dtype, lora_b.dtype)
+        flat = x.reshape(-1, x.shape[-1])  # (tokens, d_in)
+        keep = None if keep is None else keep.reshape(flat.shape)
+        y = linear(flat, weight, bias)  # (tokens, d_out)
+        u = _seen_by_a(flat, keep).mm(a.t()).mul_(factor)  # (tokens, rank)
+        _add_times_b(y, u, b, rows)
+        ctx.save_for_backward(flat, weight, a, b, u, keep)
+        ctx.factor, ctx.rows, ctx.x_shape, ctx.dtypes = factor, rows, x.shape, (lora_a.dtype, lora_b.dtype)
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        rows, weight, a, b, u, keep = ctx.saved_tensors
+        flat, weight, a, b, u, keep = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, needs_a, needs_b = ctx.needs_input_grad[:5]
         grad = grad.reshape(-1, grad.shape[-1])  # (tokens, d_out)
-        grad_u = grad.mm(b).mul_(ctx.factor) if needs_x or needs_a else None  # (tokens, rank)
-        grad_a = grad_u.t().mm(_seen_by_a(rows, keep)).to(ctx.dtypes[0]) if needs_a and grad_u is not None else None
-        grad_b = grad.t().mm(u).to(ctx.dtypes[1]) if needs_b else None
-        grad_x = _input_gradient(grad, weight, grad_u, a, keep).view(ctx.x_shape) if needs_x else None
-        grad_weight = grad.t().mm(rows) if needs_weight else None
+        grad_u = _times_b(grad, b, ctx.rows).mul_(ctx.factor) if needs_x or needs_a else None  # (tokens, rank)
+        grad_a = _grad_a(grad_u, flat, keep).to(ctx.dtypes[0]) if needs_a else None
+        grad_b = _grad_b(grad, u, ctx.rows).to(ctx.dtypes[1]) if needs_b else None
+        grad_x = _add_times_a(grad.mm(weight), grad_u, a, keep).view(ctx.x_shape) if needs_x else None
+        grad_weight = grad.t().mm(flat) if needs_weight else None
         grad_bias = grad.sum(0) if needs_bias else None
-        return grad_x, grad_weight, grad_bias, grad_a, grad_b, None, None
+        return grad_x, grad_weight, grad_bias, grad_a, grad_b, None, None, None
 
 
-def _seen_by_a(rows: Tensor, keep: Tensor | None) -> Tensor:
-    return rows if keep is None else rows * keep
+class _AddChange(torch.autograd.Function):
+    """y + u Bᵀ with u as in `_LoraLinear`, for a y that something else has computed and may need."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        y: Tensor,
+        x: Tensor,
+        lora_a: Tensor,
+        lora_b: Tensor,
+        factor: float,
+        keep: Tensor | None,
+        rows: Rows,
+    ) -> Tensor:
+        a, b = lora_a.to(x.dtype), lora_b.to(x.dtype)
+        flat = x.reshape(-1, x.shape[-1])  # (tokens, d_in)
+        keep = None if keep is None else keep.reshape(flat.shape)
+        u = _seen_by_a(flat, keep).mm(a.t()).mul_(factor)  # (tokens, rank)
+        ctx.save_for_backward(flat, a, b, u, keep)
+        ctx.factor, ctx.rows, ctx.x_shape, ctx.dtypes = factor, rows, x.shape, (lora_a.dtype, lora_b.dtype)
+        if not rows:
+            return torch.addmm(y.reshape(-1, y.shape[-1]), u, b.t()).view(y.shape)
+        output = y.clone(memory_format=torch.contiguous_format)
+        _add_times_b(output.view(-1, y.shape[-1]), u, b, rows)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        flat, a, b, u, keep = ctx.saved_tensors
+        needs_y, needs_x, needs_a, needs_b = ctx.needs_input_grad[:4]
+        rows = grad.reshape(-1, grad.shape[-1])  # (tokens, d_out)
+        grad_u = _times_b(rows, b, ctx.rows).mul_(ctx.factor) if needs_x or needs_a else None  # (tokens, rank)
+        grad_a = _grad_a(grad_u, flat, keep).to(ctx.dtypes[0]) if needs_a else None
+        grad_b = _grad_b(rows, u, ctx.rows).to(ctx.dtypes[1]) if needs_b else None
+        grad_x = _add_times_a(None, grad_u, a, keep).view(ctx.x_shape) if needs_x else None
+        return grad if needs_y else None, grad_x, grad_a, grad_b, None, None, None
 
 
-def _input_gradient(grad: Tensor, weight: Tensor, grad_u: Tensor | None, a: Tensor, keep: Tensor | None) -> Tensor:
-    """Give dX = dY W + (dU A) · keep, the second product added into the first where no mask stands between them."""
+def _seen_by_a(flat: Tensor, keep: Tensor | None) -> Tensor:
+    return flat if keep is None else flat * keep
+
+
+def _parts(rows: Rows, b: Tensor) -> list[tuple[slice, Tensor, slice]]:
+    """For each part of a fused projection: its columns of y, its B (a view of `b`), its columns of u."""
+    rank, start, parts = b.shape[1], 0, []
+    for i, (first, past) in enumerate(rows):
+        parts.append((slice(first, past), b[start : start + past - first], slice(i * rank, (i + 1) * rank)))
+        start += past - first
+    return parts
+
+
+def _add_times_b(y: Tensor, u: Tensor, b: Tensor, rows: Rows) -> None:
+    """Adds u Bᵀ to y (tokens, d_out) in place."""
+    if not rows:
+        y.addmm_(u, b.t())
+        return
+    for columns, b_part, of_u in _parts(rows, b):
+        y[:, columns].addmm_(u[:, of_u], b_part.t())
+
+
+def _times_b(grad: Tensor, b: Tensor, rows: Rows) -> Tensor:
+    """Gives dY B, the gradient of u before scaling (tokens, rank)."""
+    if not rows:
+        return grad.mm(b)
+    return torch.cat([grad[:, columns].mm(b_part) for columns, b_part, _ in _parts(rows, b)], dim=1)
+
+
+def _grad_a(grad_u: Tensor | None, flat: Tensor, keep: Tensor | None) -> Tensor:
     assert grad_u is not None
-    grad_x = grad.mm(weight)
-    return grad_x.addmm_(grad_u, a) if keep is None else grad_x.add_(grad_u.mm(a).mul_(keep))
+    return grad_u.t().mm(_seen_by_a(flat, keep))
+
+
+def _grad_b(grad: Tensor, u: Tensor, rows: Rows) -> Tensor:
+    """Gives dYᵀ u in the shape of B."""
+    if not rows:
+        return grad.t().mm(u)
+    rank = u.shape[1] // len(rows)
+    parts = (grad[:, first:past].t().mm(u[:, i * rank : (i + 1) * rank]) for i, (first, past) in enumerate(rows))
+    return torch.cat(list(parts))
+
+
+def _add_times_a(grad_x: Tensor | None, grad_u: Tensor | None, a: Tensor, keep: Tensor | None) -> Tensor:
+    """Gives grad_x + (dU A) · keep, the product added in place where no mask stands between."""
+    assert grad_u is not None
+    if grad_x is not None and keep is None:
+        return grad_x.addmm_(grad_u, a)
+    through_a = grad_u.mm(a) if keep is None else grad_u.mm(a).mul_(keep)
+    return through_a if grad_x is None else grad_x.add_(through_a)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import nn
 
 from lorasweep.config.method import LoraConfig
-from lorasweep.lora.layers import LoraLinear, lora_layers
-from lorasweep.lora.targets import Coverage, find_targets
+from lorasweep.lora.layers import LoraLayer, layer_class, lora_layers
+from lorasweep.lora.targets import Coverage, Target, plan_targets
+from lorasweep.lora.trained import copy_biases, copy_to_train, find_trained_biases, find_trained_modules
 
 
 def inject_lora(
@@ -17,14 +20,14 @@ def inject_lora(
     generator: torch.Generator | None = None,
     allow_full_rank: bool = False,
 ) -> Coverage:
-    """Adapts `model` in place: matched linear layers become `LoraLinear`, and only their A and B train.
+    """Adapts `model` in place: matched layers become LoRA layers, and only those and what `config` names train.
 
-    No weight of the base is written to, so models that share frozen tensors can each be injected.
+    No tensor of the base is written to, so models that share frozen tensors can each be injected.
 
     Args:
         model: Any module that contains the layers.
-        config: Targets, rank, α, scaling and dropout.
-        generator: CPU random stream for the A matrices, drawn in the model's order; torch's own when None.
+        config: What to adapt and how.
+        generator: CPU random stream for A and B, drawn in the model's order; torch's own when None.
         allow_full_rank: Whether a rank above a layer's own is a warning instead of an error.
 
     Returns:
@@ -34,15 +37,41 @@ def inject_lora(
         ValueError: The model has LoRA layers already, or `find_targets` refuses; the model is then unchanged.
     """
     check_not_injected(model)
-    coverage = find_targets(model, config, allow_full_rank=allow_full_rank)
-    chosen = set(coverage.layers)
-    layers = {name: layer for name, layer in model.named_modules() if name in chosen}
+    coverage, targets = plan_targets(model, config, allow_full_rank=allow_full_rank)
+    layers = build_layers(model, config, targets, generator=generator)
+    modules = find_trained_modules(model, config.modules_to_save)
+    biases = find_trained_biases(model, config.bias, targets, modules)
     freeze(model)
+    copy_biases(model, biases)
     for layer in layers.values():
-        assert isinstance(layer, nn.Linear)
-        adapted = LoraLinear(layer, config, rank=config.rank, alpha=config.alpha, generator=generator)
-        replace_module(model, layer, adapted)
+        replace_module(model, layer.base, layer)
+    for trained in copy_to_train(modules).values():
+        replace_module(model, trained.base, trained)
     return coverage
+
+
+def build_layers(
+    model: nn.Module,
+    config: LoraConfig,
+    targets: Mapping[str, Target],
+    *,
+    generator: torch.Generator | None = None,
+    device: str | None = None,
+) -> dict[str, LoraLayer]:
+    """The LoRA layers for these targets, not yet in place; their parameters on `device`, the base's when None."""
+    layers = {}
+    for name, target in targets.items():
+        base = model.get_submodule(name)
+        layers[name] = layer_class(base)(
+            base,
+            config,
+            rank=target.rank,
+            alpha=target.alpha,
+            rows=target.rows,
+            generator=generator,
+            device=device,
+        )
+    return layers
 
 
 def check_not_injected(model: nn.Module) -> None:

@@ -3,25 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lorasweep.lora.layers import LoraLinear, lora_layers
+from lorasweep.lora.inject import replace_module
+from lorasweep.lora.layers import LoraLayer, lora_layers
+from lorasweep.lora.quantised import dequantised_weight, is_quantised
+from lorasweep.lora.trained import trained_modules
 
 
 def merge_lora(model: nn.Module) -> None:
-    """Makes every LoRA layer a plain one for now: its base gets the weight W0 + scaling · B A.
+    """Makes every LoRA layer a plain one for now: its base gets the weight W0 + scaling · B A, rounded once.
 
     The original weight is kept beside it (that much more memory) and never written to, so tied weights and other models
     that share it are not affected. A merged layer doesn't train. `eval()` never merges.
 
     Raises:
-        ValueError: The model has no LoRA layers, or one is merged already; nothing is then changed.
+        ValueError: The model has no LoRA layers, one is merged, or its base is quantised; nothing is then changed.
     """
-    for layer in _layers_to_change(model, merged=False):
-        merged = nn.Parameter(merged_weight(layer), requires_grad=False)
-        layer.base.weight, layer.unmerged_weight = merged, (layer.base.weight,)
+    layers = _layers_to_change(model, merged=False)
+    quantised = [name for name, layer in layers.items() if is_quantised(layer.base)]
+    if quantised:
+        raise ValueError(
+            f"The base must hold plain weights to be merged, but {quantised[0]!r} is quantised. "
+            "Call `remove_lora(model, keep_change=True)`, which puts dequantised layers in place."
+        )
+    for layer in layers.values():
+        original = layer.base.weight
+        assert isinstance(original, nn.Parameter)
+        layer.base.weight = nn.Parameter(layer.merged_weight(), requires_grad=False)
+        layer.unmerged_weight = (original,)
 
 
 def unmerge_lora(model: nn.Module) -> None:
@@ -30,20 +43,68 @@ def unmerge_lora(model: nn.Module) -> None:
     Raises:
         ValueError: The model has no LoRA layers, or one is not merged; nothing is then changed.
     """
-    for layer in _layers_to_change(model, merged=True):
+    for layer in _layers_to_change(model, merged=True).values():
         (original,) = layer.unmerged_weight
-        original.data = original.data.to(layer.base.weight.device)  # the model may have been moved since
+        original.data = original.data.to(layer.weight.device)  # the model may have been moved since
         layer.base.weight, layer.unmerged_weight = original, ()
 
 
 @torch.no_grad()
-def merged_weight(layer: LoraLinear) -> Tensor:
-    """W0 + scaling · B A (d_out, d_in): summed in fp32 or wider, then rounded once to the dtype of W0."""
-    original, change = layer.base.weight, layer.change()
-    return (original.to(change.dtype) + change).to(original.dtype)
+def merge_check(model: nn.Module, *args: Any, **kwargs: Any) -> float:
+    """The largest difference that merging makes to the logits of one batch, in evaluation mode.
+
+    The model stays as it was.
+
+    Args:
+        model: A model with LoRA layers that are not merged.
+        *args: What the model is called with.
+        **kwargs: And by name.
+
+    Returns:
+        max |merged - unmerged| over the output, its `logits` or its first tensor.
+
+    Raises:
+        ValueError: The model can't be merged (see `merge_lora`).
+    """
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        separate = _logits(model(*args, **kwargs))
+        merge_lora(model)
+        try:
+            merged = _logits(model(*args, **kwargs))
+        finally:
+            unmerge_lora(model)
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+    return float((merged.double() - separate.double()).abs().max())
 
 
-def check_merged(layers: Mapping[str, LoraLinear], *, merged: bool) -> None:
+def remove_lora(model: nn.Module, *, keep_change: bool) -> None:
+    """Puts plain layers back in place, so that `model` has the modules and state dict of its base model again.
+
+    With `keep_change` the layers hold merged weights, what trained in full replaces the base's, and a quantised base is
+    dequantised. A weight that was tied to another module's is then its own: say so where it is saved
+    (`config.tie_word_embeddings=False` in transformers), or the change is lost.
+
+    Raises:
+        ValueError: The model has no LoRA layers; biases were trained and shall not be kept, but their start is gone.
+    """
+    layers = _check_any(lora_layers(model))
+    if not keep_change and any(layer.config.bias != "none" for layer in layers.values()):
+        raise ValueError(
+            "`method.bias` must be none to go back to the base, but biases trained. Load the base model again."
+        )
+    for layer in layers.values():
+        replace_module(model, layer, _plain_layer(layer, keep_change=keep_change))
+    for module in trained_modules(model).values():
+        dtype = next((p.dtype for p in module.base.parameters()), None)
+        replace_module(model, module, module.trained.to(dtype) if keep_change else module.base)
+    model.requires_grad_(False)
+
+
+def check_merged(layers: Mapping[str, LoraLayer], *, merged: bool) -> None:
     """Refuses layers of which one is merged, or with `merged` one that is not.
 
     Raises:
@@ -55,9 +116,35 @@ def check_merged(layers: Mapping[str, LoraLinear], *, merged: bool) -> None:
         raise ValueError(f"Every LoRA layer must {must}, but {wrong[0]!r} is otherwise. Call `{call}` first.")
 
 
-def _layers_to_change(model: nn.Module, *, merged: bool) -> list[LoraLinear]:
-    layers = lora_layers(model)
+def _layers_to_change(model: nn.Module, *, merged: bool) -> dict[str, LoraLayer]:
+    layers = _check_any(lora_layers(model))
+    check_merged(layers, merged=merged)
+    return layers
+
+
+def _check_any(layers: dict[str, LoraLayer]) -> dict[str, LoraLayer]:
     if not layers:
         raise ValueError("`model` must have LoRA layers, but got none. Call `inject_lora` or `load_adapter` first.")
-    check_merged(layers, merged=merged)
-    return list(layers.values())
+    return layers
+
+
+def _plain_layer(layer: LoraLayer, *, keep_change: bool) -> nn.Module:
+    """The base of a layer, with the change in its weight or without."""
+    if is_quantised(layer.base) and keep_change:
+        weight = dequantised_weight(layer.base)
+        plain = nn.Linear(weight.shape[1], weight.shape[0], bias=layer.bias is not None, device=weight.device)
+        plain.weight = nn.Parameter(weight + layer.change())
+        plain.register_parameter("bias", layer.base.bias)  # type: ignore[arg-type]
+        return plain
+    if layer.merged is not keep_change:
+        weight = layer.merged_weight() if keep_change else layer.unmerged_weight[0]
+        layer.base.weight = nn.Parameter(weight, requires_grad=False)
+    return layer.base
+
+
+def _logits(output: Any) -> Tensor:
+    if isinstance(output, Tensor):
+        return output
+    found = getattr(output, "logits", None)
+    first: Tensor = found if found is not None else output[0]
+    return first

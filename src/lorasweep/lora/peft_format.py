@@ -1,46 +1,106 @@
-"""PEFT's `adapter_config.json` to `LoraConfig` and back. `files` reads and writes it."""
+"""PEFT's `adapter_config.json` to `LoraConfig` and back, and its names for tensors. `files` reads and writes them."""
 
 from __future__ import annotations
 
+import math
+import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from lorasweep.config.method import LoraConfig
-from lorasweep.lora.layers import LoraLinear
-from lorasweep.lora.targets import ALL_LINEAR, REGEX_PREFIX, is_name_ending
+from lorasweep.lora.kinds import is_conv1d
+from lorasweep.lora.layers import LoraConv2d, LoraLayer
+from lorasweep.lora.patterns import ALL_LINEAR, REGEX_PREFIX, fits_pattern, is_name_ending
+from lorasweep.lora.trained import trained_modules
 
 KEY_PREFIX = "base_model.model."
-_SUPPORTED_ONLY_EMPTY = (
+MAGNITUDE = "lora_magnitude_vector"
+MAX_PATTERN_CHARS = 100_000
+MAX_REPEATS = 3
+_MUST_BE_EMPTY = (
     "alora_invocation_tokens",
     "arrow_config",
     "corda_config",
     "eva_config",
-    "exclude_modules",
-    "fan_in_fan_out",
     "kasa_config",
     "layer_replication",
-    "layers_to_transform",
+    "layers_pattern",
     "lora_bias",
     "lora_ga_config",
     "megatron_config",
-    "modules_to_save",
     "monteclora_config",
-    "rank_pattern",
-    "alpha_pattern",
     "target_parameters",
     "trainable_token_indices",
     "use_bdlora",
-    "use_dora",
     "use_qalora",
     "velora_config",
 )
+_INIT_KEEPS_BASE = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
 
 
-def config_from_peft(raw: object) -> LoraConfig:
+def layer_tensors(layer: LoraLayer) -> dict[str, Tensor]:
+    """A layer's tensors under PEFT's names and in its shapes; A, B and the row lengths of DoRA."""
+    lora_a, lora_b = layer.matrices()
+    magnitude: Tensor | None = layer.magnitude
+    if isinstance(layer, LoraConv2d):
+        lora_a = lora_a.view(-1, *layer.weight.shape[1:])
+        lora_b = lora_b[:, :, None, None]
+        magnitude = None if magnitude is None else magnitude[None, :, None, None]
+    name_a, name_b = layer.stored_names
+    return {name_a: lora_a, name_b: lora_b} | ({} if magnitude is None else {MAGNITUDE: magnitude})
+
+
+def load_layer_tensors(layer: LoraLayer, tensors: Mapping[str, Tensor]) -> None:
+    """Sets a layer's parameters from tensors as `layer_tensors` gives them.
+
+    Raises:
+        ValueError: The layer can't hold them.
+    """
+    name_a, name_b = layer.stored_names
+    layer.load_matrices(tensors[name_a].flatten(1), tensors[name_b].flatten(1))
+    if layer.magnitude is not None:
+        layer.magnitude.data.copy_(tensors[MAGNITUDE].flatten())
+
+
+def config_to_peft(layers: Mapping[str, LoraLayer], model: nn.Module, *, base_path: str) -> dict[str, Any]:
+    """What PEFT needs to build these layers in the base model that is found at `base_path`.
+
+    Every layer is written as one plain LoRA (see `LoraLayer.matrices`), so no start but the default is named.
+    """
+    config = next(iter(layers.values())).config
+    ranks = {name: layer.matrices()[0].shape[0] for name, layer in layers.items()}
+    alphas = {name: _alpha_at(layer, ranks[name]) for name, layer in layers.items()}
+    rank = Counter(ranks.values()).most_common(1)[0][0]
+    alpha = Counter(alphas.values()).most_common(1)[0][0]
+    return {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": base_path,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": _whole(alpha),
+        "lora_dropout": config.dropout,
+        "target_modules": _peft_targets(model, layers),
+        "rank_pattern": {_exactly(name): r for name, r in ranks.items() if r != rank},
+        "alpha_pattern": {_exactly(name): _whole(a) for name, a in alphas.items() if a != alpha},
+        "use_rslora": config.scaling == "alpha_over_sqrt_rank",
+        "use_dora": config.variant == "dora",
+        "bias": config.bias,
+        "fan_in_fan_out": any(is_conv1d(layer.base) for layer in layers.values()),
+        "init_lora_weights": True,
+        "modules_to_save": list(trained_modules(model)) or None,
+    }
+
+
+def config_from_peft(raw: object, model: nn.Module) -> LoraConfig:
     """PEFT's settings as ours.
+
+    Args:
+        raw: The parsed JSON.
+        model: The base model, since PEFT lists modules to save that a model need not have.
 
     Raises:
         ValueError: They are no LoRA settings, or say something that would silently be ignored here.
@@ -48,59 +108,91 @@ def config_from_peft(raw: object) -> LoraConfig:
     if not isinstance(raw, dict) or raw.get("peft_type") != "LORA":
         got = raw.get("peft_type") if isinstance(raw, dict) else raw
         raise ValueError(f"`peft_type` must be 'LORA', but got {got!r}. Only LoRA adapters load here.")
-    for key in _SUPPORTED_ONLY_EMPTY:
+    for key in _MUST_BE_EMPTY:
         if raw.get(key):
             raise ValueError(f"`{key}` must be unset, but got {raw[key]!r}. It is not supported here.")
-    if raw.get("bias", "none") != "none":
-        raise ValueError(f"`bias` must be 'none', but got {raw['bias']!r}. It is not supported here.")
+    if raw.get("init_lora_weights", True) not in _INIT_KEEPS_BASE:
+        raise ValueError(
+            f"`init_lora_weights` must leave the base as it is, but got {raw['init_lora_weights']!r}. "
+            "Convert the adapter with PEFT's `save_pretrained(..., path_initial_model_for_weight_conversion=...)`."
+        )
     try:
-        return _convert(raw)
-    except (KeyError, TypeError, ValueError) as error:
+        return _convert(raw, model)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(
             f"It must be a whole LoRA configuration, but got {error!r}. Save the adapter again."
         ) from error
 
 
-def _convert(raw: Mapping[str, Any]) -> LoraConfig:
-    targets = raw["target_modules"]
-    if isinstance(targets, str):
-        targets = targets if targets == ALL_LINEAR else f"{REGEX_PREFIX}{targets}"
-    else:
-        targets = tuple(sorted(targets))
+def _convert(raw: Mapping[str, Any], model: nn.Module) -> LoraConfig:
+    names = [name for name, _ in model.named_modules()]
+    wanted = tuple(raw.get("modules_to_save") or ())
+    layers = raw.get("layers_to_transform")
     return LoraConfig(
         rank=raw["r"],
         alpha=float(raw["lora_alpha"]),
         scaling="alpha_over_sqrt_rank" if raw.get("use_rslora") else "alpha_over_rank",
-        targets=targets,
+        targets=_patterns(raw["target_modules"]) or "",
         dropout=float(raw.get("lora_dropout", 0.0)),
+        variant="dora" if raw.get("use_dora") else "lora",
+        rank_pattern=_pattern_values(raw.get("rank_pattern"), names),
+        alpha_pattern=_pattern_values(raw.get("alpha_pattern"), names),
+        exclude=_having_effect(_patterns(raw.get("exclude_modules") or ()), names),
+        layers=(layers,) if isinstance(layers, int) else tuple(layers or ()),
+        modules_to_save=_having_effect(wanted, names),
+        bias=raw.get("bias", "none"),
     )
 
 
-def config_to_peft(layers: Mapping[str, LoraLinear], model: nn.Module, *, base_path: str) -> dict[str, Any]:
-    """What PEFT needs to build these layers in the base model that is found at `base_path`."""
-    config = next(iter(layers.values())).config
-    rank = Counter(layer.rank for layer in layers.values()).most_common(1)[0][0]
-    alpha = Counter(layer.alpha for layer in layers.values()).most_common(1)[0][0]
-    return {
-        "peft_type": "LORA",
-        "task_type": None,
-        "base_model_name_or_path": base_path,
-        "inference_mode": True,
-        "r": rank,
-        "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
-        "lora_dropout": config.dropout,
-        "target_modules": _peft_targets(model, layers),
-        "use_rslora": config.scaling == "alpha_over_sqrt_rank",
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "init_lora_weights": True,
-    }
+def _pattern_values(values: Mapping[str, Any] | None, names: list[str]) -> dict[str, Any]:
+    keyed = {_ending(key): value for key, value in (values or {}).items()}
+    return {key: keyed[key] for key in _having_effect(keyed, names)}
 
 
-def _peft_targets(model: nn.Module, layers: Mapping[str, LoraLinear]) -> list[str]:
-    """Last parts of the layers' names where those mean exactly these layers to PEFT, else the whole names."""
+def _having_effect(patterns: Iterable[str], names: list[str]) -> tuple[str, ...]:
+    return tuple(pattern for pattern in patterns if any(fits_pattern(pattern, name) for name in names))
+
+
+def _patterns(modules: str | Iterable[str]) -> tuple[str, ...]:
+    """PEFT's names (a list) or regular expression (a text) as our patterns."""
+    if isinstance(modules, str):
+        return (ALL_LINEAR,) if modules == ALL_LINEAR else (f"{REGEX_PREFIX}{_checked(modules)}",)
+    return tuple(sorted(modules))
+
+
+def _ending(key: str) -> str:
+    """The key of a rank or alpha pattern, which PEFT matches as a regular expression for the end of a name."""
+    return f"{REGEX_PREFIX}(.*\\.)?({_checked(key)})"
+
+
+def _checked(pattern: str) -> str:
+    """Refuses a regular expression that could take for ever: files may come from strangers."""
+    repeats = len(re.findall(r"[*+{]", pattern))
+    if len(pattern) > MAX_PATTERN_CHARS or repeats > MAX_REPEATS or re.search(r"\)[*+{]", pattern):
+        raise ValueError(f"A pattern must be short, without repeated groups, but got {pattern[:80]!r}")
+    return pattern
+
+
+def _exactly(name: str) -> str:
+    return f"^{re.escape(name)}"
+
+
+def _alpha_at(layer: LoraLayer, rank: int) -> float:
+    """The α with which a LoRA of another rank has this layer's scaling."""
+    if rank == layer.rank:
+        return layer.alpha
+    more = rank / layer.rank
+    return layer.alpha * (more if layer.config.scaling == "alpha_over_rank" else math.sqrt(more))
+
+
+def _whole(number: float) -> float | int:
+    return int(number) if number == int(number) else number
+
+
+def _peft_targets(model: nn.Module, layers: Mapping[str, LoraLayer]) -> list[str] | str:
+    """Last parts of the layers' names where those mean just these layers to PEFT, else an expression."""
     endings = sorted({name.rpartition(".")[2] for name in layers})
-    inner = tuple(f"{name}." for name in layers)
-    others = [name for name, _ in model.named_modules() if name not in layers and not name.startswith(inner)]
+    inner = tuple(f"{name}." for name in (*layers, *trained_modules(model)))
+    others = [n for n, _ in model.named_modules() if n not in layers and not f"{n}.".startswith(inner)]
     clash = any(is_name_ending(ending, name) for name in others for ending in endings)
-    return sorted(layers) if clash else endings
+    return "|".join(map(re.escape, layers)) if clash else endings

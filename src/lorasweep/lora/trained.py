@@ -1,0 +1,139 @@
+"""What trains in full beside the changes: whole modules (`modules_to_save`) and biases, always on copies.
+
+The base's own tensors may be shared with other models and are never written to.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from lorasweep.config.method import TrainedBias
+from lorasweep.lora.patterns import fits_pattern, nearest_names
+
+
+class TrainedModule(nn.Module):
+    """A module that trains in full, on a copy of it in fp32 (or the base's wider dtype); the frozen one is kept.
+
+    Attributes:
+        base: The frozen original.
+        trained: The copy. It computes in its own dtype; what goes in and out has the base's.
+    """
+
+    def __init__(self, base: nn.Module, trained: nn.Module) -> None:
+        """Takes the original and a copy of it; see `copy_to_train`."""
+        super().__init__()
+        self.base = base
+        self.trained = trained
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight that trains, for code that asks a head or an embedding for it."""
+        return self.trained.weight  # type: ignore[return-value]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias that trains."""
+        return self.trained.bias  # type: ignore[return-value]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the base's forward gives, from the trained copy."""
+        inner, outer = _float_dtype(self.trained), _float_dtype(self.base)
+        if inner == outer:
+            return self.trained(*args, **kwargs)
+        args, kwargs = _cast((args, kwargs), inner)
+        return _cast(self.trained(*args, **kwargs), outer)
+
+
+def find_trained_modules(model: nn.Module, patterns: Iterable[str]) -> dict[str, nn.Module]:
+    """The modules that the patterns name, outermost only.
+
+    Raises:
+        ValueError: A pattern names none, or a parameter of one is used outside them too, so that a copy would untie it.
+    """
+    found: dict[str, nn.Module] = {}
+    for pattern in patterns:
+        names = [name for name, _ in model.named_modules() if name and fits_pattern(pattern, name)]
+        if not names:
+            near = nearest_names(pattern, [name for name, _ in model.named_modules() if name])
+            raise ValueError(
+                f"`method.modules_to_save` must match modules, but {pattern!r} matches none. Nearest: {near}."
+            )
+        found.update((name, model.get_submodule(name)) for name in names)
+    outermost = {n: m for n, m in found.items() if not any(n.startswith(f"{other}.") for other in found)}
+    _check_ties(model, outermost)
+    return outermost
+
+
+def copy_to_train(modules: Mapping[str, nn.Module]) -> dict[str, TrainedModule]:
+    """Trainable fp32 copies of these modules; parameters that they share are shared by the copies."""
+    copies = copy.deepcopy(dict(modules))
+    for module in copies.values():
+        for parameter in module.parameters():
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
+                parameter.requires_grad_(True)
+    return {name: TrainedModule(modules[name], copies[name]) for name in modules}
+
+
+def trained_modules(model: nn.Module) -> dict[str, TrainedModule]:
+    """The modules of `model` that train in full, by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, TrainedModule)}
+
+
+def find_trained_biases(
+    model: nn.Module, which: TrainedBias, layers: Collection[str], trained: Collection[str]
+) -> dict[str, nn.Parameter]:
+    """The biases that train, by name.
+
+    Args:
+        model: The base model or the adapted one.
+        which: `none`, `lora_only` or `all`.
+        layers: Names of the adapted layers.
+        trained: Names of the modules that train in full anyway.
+    """
+    biases = {name: p for name, p in model.named_parameters() if name.rpartition(".")[2] == "bias"}
+    if which == "none":
+        return {}
+    biases = {name: p for name, p in biases.items() if not is_inside(name, trained)}
+    if which == "all":
+        return biases
+    return {name: p for name, p in biases.items() if name.removesuffix(".bias").removesuffix(".base") in layers}
+
+
+def copy_biases(model: nn.Module, biases: Iterable[str]) -> None:
+    """Puts a trainable copy in place of each of these biases, in the base's dtype."""
+    for name in biases:
+        owner = model.get_submodule(name.rpartition(".")[0])
+        owner.bias = nn.Parameter(owner.bias.detach().clone())  # type: ignore[operator]
+
+
+def is_inside(name: str, modules: Iterable[str]) -> bool:
+    """Whether `name` is one of these modules or something inside one."""
+    return any(name == module or name.startswith(f"{module}.") for module in modules)
+
+
+def _check_ties(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
+    inside = {id(p) for module in modules.values() for p in module.parameters()}
+    for name, module in model.named_modules():
+        if not is_inside(name, modules) and any(id(p) in inside for p in module.parameters(recurse=False)):
+            raise ValueError(
+                f"`method.modules_to_save` must name every module that holds a tied weight, but {name!r} holds one of "
+                f"{', '.join(map(repr, modules))} too. Name {name!r} as well, or adapt it with a low-rank change."
+            )
+
+
+def _float_dtype(module: nn.Module) -> torch.dtype | None:
+    return next((p.dtype for p in module.parameters() if p.is_floating_point()), None)
+
+
+def _cast(values: Any, dtype: torch.dtype | None) -> Any:
+    def cast(value: Any) -> Any:
+        return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    return tree_map(cast, values)
