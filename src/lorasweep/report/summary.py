@@ -159,7 +159,9 @@ def _ends(data: SweepData) -> str:
         return f"The frozen base scores {format_score(base)}; without full fine-tuning no share of its gain is given."
     if base is None:
         return f"Full fine-tuning scores {format_score(full)}; without the frozen base no share of its gain is given."
-    ends = f"The frozen base scores {format_score(base)} and full fine-tuning {format_score(full)}"
+    best = data.best_arm("full")
+    settings = f" with {format_settings(best.best.params)}" if best and best.best else ""
+    ends = f"The frozen base scores {format_score(base)} and full fine-tuning {format_score(full)}{settings}"
     return f"{ends}." if data.share_of_full_gain(full) else f"{ends}: it gained nothing, so no share is given."
 
 
@@ -169,7 +171,16 @@ def _arm_sentence(arm: Arm, data: SweepData) -> str:
     reached = f"`{arm.name}` reaches {format_score(arm.best.value)} with {format_settings(arm.best.params)}"
     share = data.share_of_full_gain(arm.best.value)
     gain = f", {format_share(share)} of what full fine-tuning gains" if share is not None else ""
-    return f"{reached}{gain}{_cost(arm.best)}."
+    return f"{reached}{gain}{_cost(arm.best)}.{_lr_ratio(arm.best, data)}"
+
+
+def _lr_ratio(trial: Trial, data: SweepData) -> str:
+    full = data.best_arm("full")
+    lr = trial.params.get("optim.lr")
+    full_lr = full.best.params.get("optim.lr") if full and full.best else None
+    if not (isinstance(lr, float) and isinstance(full_lr, float) and full_lr > 0):
+        return ""
+    return f" Its best learning rate is {lr / full_lr:.2g} times full fine-tuning's."
 
 
 def _cost(trial: Trial) -> str:

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from lorasweep.record import write_atomically
+from lorasweep.report.board import BOARD_FOLDER, write_board
+from lorasweep.report.page import render_page
 from lorasweep.report.summary import Summary, summarize
 from lorasweep.report.tables import SweepData, Trial, load_sweep_data
 
@@ -43,6 +45,8 @@ def write_report(folder: Path) -> Summary:
     write_atomically(report / "trials.csv", trials_csv(data))
     write_atomically(report / "curves.csv", curves_csv(data))
     write_atomically(report / "summary.json", json.dumps(summary.as_json(), indent=1) + "\n")
+    write_atomically(report / "index.html", render_page(data, summary))
+    write_board(data, report / BOARD_FOLDER)
     return summary
 
 

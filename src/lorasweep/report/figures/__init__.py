@@ -1,0 +1,23 @@
+"""The page's figures (plotly), one function each: `SweepData` in, `Panel` out. A new one joins `PANELS`."""
+
+from collections.abc import Callable
+
+from lorasweep.report.figures.curves import draw_learning_curves
+from lorasweep.report.figures.panel import Panel
+from lorasweep.report.figures.scores import draw_rank_alpha, draw_score_by_lr, draw_score_by_rank
+from lorasweep.report.figures.settings import draw_importance, draw_parallel_coordinates
+from lorasweep.report.figures.tradeoff import draw_tradeoff
+from lorasweep.report.tables import SweepData
+
+PANELS: tuple[Callable[[SweepData], Panel], ...] = (
+    draw_score_by_rank,
+    draw_rank_alpha,
+    draw_score_by_lr,
+    draw_learning_curves,
+    draw_tradeoff,
+    draw_parallel_coordinates,
+    draw_importance,
+)
+"""In the order of the page."""
+
+__all__ = ["PANELS", "Panel"]

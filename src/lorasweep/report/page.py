@@ -1,0 +1,119 @@
+"""The report as one self-contained HTML page: tables and plotly's figures, nothing from the network.
+
+Names in it are input that nobody checked: jinja2 escapes them in the page, `figures.panel.escape` in the figures.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup, escape
+from plotly.offline import get_plotlyjs
+
+from lorasweep.report import wording
+from lorasweep.report.figures import PANELS, Panel
+from lorasweep.report.figures.panel import colours_of, link_to
+from lorasweep.report.summary import Summary
+from lorasweep.report.tables import SweepData, Trial
+from lorasweep.report.terminal import format_trial_counts
+
+UNFINISHED = ("failed", "infeasible", "pruned", "running")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One cell of the table of trials."""
+
+    text: str
+    key: float | str | None = None
+    """What the column is sorted by; None sorts last."""
+
+
+def render_page(data: SweepData, summary: Summary) -> str:
+    """Returns the page as HTML."""
+    environment = Environment(
+        loader=PackageLoader("lorasweep.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    environment.filters.update(code=mark_code, **_formats())
+    return environment.get_template("index.html").render(
+        sweep=data.record,
+        summary=summary,
+        colours=colours_of(data),
+        panels=[draw(data) for draw in PANELS],
+        figure_json=figure_json,
+        plotly_js=Markup(get_plotlyjs()),  # the library's own file
+        columns=_columns(data),
+        rows=[(trial, link_to(trial), _cells(trial, data)) for trial in data.trials],
+        unfinished={state: [trial for trial in data.trials if trial.state == state] for state in UNFINISHED},
+        link_to=link_to,
+        problems=data.problems,
+        settings=wording.format_settings,
+        counts=format_trial_counts,
+    )
+
+
+def mark_code(text: str) -> Markup:
+    """Returns text as HTML in which what stood between backticks is code."""
+    return Markup(re.sub(r"`([^`]*)`", r"<code>\1</code>", str(escape(text))))  # escaped one line above
+
+
+def figure_json(panel: Panel) -> Markup:
+    """Returns a panel's figures as JSON that can stand inside a script element whatever names it holds."""
+    text = f"[{','.join(figure.to_json() for figure in panel.figures)}]"
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return Markup(text)  # no character that ends a script element is left
+
+
+def _formats() -> dict[str, Any]:
+    return {
+        "count": wording.format_count,
+        "size": wording.format_bytes,
+        "share": wording.format_share,
+        "seconds": wording.format_seconds,
+        "score": wording.format_score,
+        "metric": wording.format_metric,
+    }
+
+
+def _columns(data: SweepData) -> list[tuple[str, str]]:
+    """Titles of the table of trials with what they say when pointed at."""
+    swept = [(wording.short_key(key), key) for key in data.swept_keys]
+    return [
+        ("trial", "arm and number of the trial in its Optuna study"),
+        ("state", "how it ended"),
+        (wording.format_metric(data.record.metric), "best value on validation data"),
+        *swept,
+        ("trained", "trainable parameters"),
+        ("steps", "optimizer steps done"),
+        ("memory", "peak memory"),
+        ("time", "seconds of the run"),
+    ]
+
+
+def _cells(trial: Trial, data: SweepData) -> list[Cell]:
+    record = trial.record
+    measured = {
+        "trainable_params": wording.format_count,
+        "steps_done": wording.format_setting,
+        "peak_memory_bytes": wording.format_bytes,
+        "wall_s": wording.format_seconds,
+    }
+    costs = [(getattr(record, name, None), form) for name, form in measured.items()]
+    return [
+        Cell(text=trial.state, key=trial.state),
+        Cell(text=wording.format_score(trial.value), key=trial.value),
+        *(_setting_cell(trial, key) for key in data.swept_keys),
+        *(Cell(text=wording.UNKNOWN if value is None else form(value), key=value) for value, form in costs),
+    ]
+
+
+def _setting_cell(trial: Trial, key: str) -> Cell:
+    if key not in trial.params:
+        return Cell(text="")
+    number = trial.number_at(key)
+    text = wording.format_setting(trial.params[key])
+    return Cell(text=text, key=text if number is None else number)

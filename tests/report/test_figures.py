@@ -1,0 +1,179 @@
+"""The figures' own arithmetic: ranges, bins, fronts, thinning, and what each panel shows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lorasweep.report.figures.curves import draw_learning_curves, thin_curve
+from lorasweep.report.figures.panel import colours_of, score_range
+from lorasweep.report.figures.scores import draw_rank_alpha, draw_score_by_lr, draw_score_by_rank
+from lorasweep.report.figures.settings import draw_importance, draw_parallel_coordinates
+from lorasweep.report.figures.tradeoff import draw_tradeoff, pareto_front
+from lorasweep.report.tables import load_sweep_data
+
+from .conftest import BASE_SCORE, build_sweep, edit_json
+
+
+def test_each_arm_keeps_one_colour_of_its_own(sweep: Path) -> None:
+    def add_arms(raw: dict[str, Any]) -> None:
+        raw["arms"] += [{**raw["arms"][1], "name": f"lora-{index}"} for index in range(20)]
+
+    before = colours_of(load_sweep_data(sweep))
+    edit_json(sweep / "sweep.json", add_arms)
+    after = colours_of(load_sweep_data(sweep))
+    assert before == {arm: after[arm] for arm in ("frozen", "lora", "full")}
+    assert len({after[f"lora-{index}"] for index in range(8)}) == 8
+
+
+def test_pareto_front_keeps_what_nothing_beats_in_both(sweep: Path) -> None:
+    trial = load_sweep_data(sweep).trials[0]
+    points = [(cost, score, trial) for cost, score in ((3, 1.0), (1, 2.0), (2, 2.5), (2, 1.5), (4, 1.0))]
+    assert [point[:2] for point in pareto_front(points, sign=1)] == [(1, 2.0), (2, 1.5), (3, 1.0)]
+    assert [point[:2] for point in pareto_front(points, sign=-1)] == [(1, 2.0), (2, 2.5)]
+
+
+@pytest.mark.parametrize("length", [1, 7, 8, 9, 1000])
+def test_thinned_curve_keeps_its_ends(length: int) -> None:
+    curve = tuple((step, float(step)) for step in range(length))
+    thin = thin_curve(curve, 8)
+    assert len(thin) == min(length, 8)
+    assert (thin[0], thin[-1]) == (curve[0], curve[-1])
+
+
+def test_diverged_score_does_not_flatten_the_others_and_is_counted(sweep: Path) -> None:
+    def diverge(raw: dict[str, Any]) -> None:
+        next(trial for trial in raw["trials"] if trial["arm"] == "lora")["value"] = 90.0
+
+    edit_json(sweep / "sweep.json", diverge)
+    panel = draw_score_by_rank(load_sweep_data(sweep))
+    assert panel.figures[0].layout.yaxis.range[1] < 2.3
+    assert "1 value lies outside the range shown." in panel.text
+
+
+def test_range_reaches_from_the_best_to_the_base(sweep: Path) -> None:
+    data = load_sweep_data(sweep)
+    low, high = score_range(data, [1.7, 1.8]) or (0, 0)
+    assert low < 1.662 < BASE_SCORE < high
+    assert score_range(data, []) is None
+
+
+def test_range_without_a_base_leaves_out_the_worst_tenth(tmp_path: Path) -> None:
+    data = load_sweep_data(build_sweep(tmp_path, frozen=0, full=0))
+    low, high = score_range(data, [*(1.0 + index / 100 for index in range(20)), 50.0]) or (0, 0)
+    assert low < 1.0
+    assert high < 2
+    assert score_range(data, [1.0]) == (0.95, 1.05)
+
+
+def test_rank_line_joins_the_best_of_each_rank(sweep: Path) -> None:
+    data = load_sweep_data(sweep)
+    line = draw_score_by_rank(data).figures[0].data[1]
+    for rank, best in zip(line.x, line.y, strict=True):
+        values = [t.value for t in data.arms[1].trials if t.is_complete and t.params["method.rank"] == rank and t.value]
+        assert best == min(values)
+
+
+def test_arms_of_one_rank_each_share_a_line(sweep: Path) -> None:
+    def expand(raw: dict[str, Any]) -> None:
+        lora = raw["arms"].pop(1)
+        raw["arms"] += [
+            {**lora, "name": f"r{rank}", "space": {"optim.lr": lora["space"]["optim.lr"]}} for rank in (1, 64)
+        ]
+        raw["trials"] = [t for t in raw["trials"] if t["params"].get("method.rank", 1) in (1, 64)]
+        for trial in raw["trials"]:
+            trial["arm"] = f"r{trial['params'].pop('method.rank')}" if trial["arm"] == "lora" else trial["arm"]
+
+    edit_json(sweep / "sweep.json", expand)
+    figure = draw_score_by_rank(load_sweep_data(sweep)).figures[0]
+    # the rank of such an arm is in the runs' configurations, not among the swept keys
+    assert [list(trace.x) for trace in figure.data if trace.mode == "lines"] == [[1, 64]]
+
+
+def test_heat_map_shows_the_best_of_each_cell_and_leaves_untried_ones_empty(sweep: Path) -> None:
+    data = load_sweep_data(sweep)
+    heat = draw_rank_alpha(data).figures[0].data[0]
+    for alpha, row in zip(heat.y, heat.z, strict=True):
+        for rank, shown in zip(heat.x, row, strict=True):
+            cell = [
+                t.value for t in data.arms[1].trials if t.is_complete and _at(t.params) == (rank, alpha) and t.value
+            ]
+            assert shown == (min(cell) if cell else None)
+
+
+def _at(params: dict[str, Any]) -> tuple[str, str]:
+    return str(params["method.rank"]), str(params["method.alpha"])
+
+
+def test_many_alphas_are_put_together_by_powers_of_two(tmp_path: Path) -> None:
+    sweep = build_sweep(tmp_path, lora=40)
+
+    def spread(raw: dict[str, Any]) -> None:
+        for index, trial in enumerate(trial for trial in raw["trials"] if trial["arm"] == "lora"):
+            trial["params"]["method.alpha"] = 8 * 1.05**index
+
+    edit_json(sweep / "sweep.json", spread)
+    panel = draw_rank_alpha(load_sweep_data(sweep))
+    assert set(panel.figures[0].data[0].y) == {"8", "16", "32", "64"}
+    assert "α are rounded to powers of two" in panel.text
+
+
+def test_learning_rates_of_each_arm_are_dots_and_its_best_a_ring(sweep: Path) -> None:
+    data = load_sweep_data(sweep)
+    figure = draw_score_by_lr(data).figures[0]
+    rings = [trace for trace in figure.data if trace.marker.symbol == "circle-open"]
+    assert [ring.y[0] for ring in rings] == [data.score_of("lora"), data.score_of("full")]
+    crosses = [trace for trace in figure.data if trace.marker.symbol == "x-thin-open"]
+    assert [len(cross.x) for cross in crosses] == [6, 0]
+
+
+def test_best_curves_are_bold_and_named(sweep: Path) -> None:
+    figure = draw_learning_curves(load_sweep_data(sweep)).figures[0]
+    assert [trace.name for trace in figure.data if trace.line.width == 3] == ["lora", "full"]
+
+
+def test_tradeoff_leaves_out_what_trains_nothing(sweep: Path) -> None:
+    names = {trace.name for figure in draw_tradeoff(load_sweep_data(sweep)).figures for trace in figure.data}
+    assert names == {"Pareto front", "lora", "full"}
+
+
+def test_tradeoff_without_a_readable_run_is_a_sentence(sweep: Path) -> None:
+    for path in sweep.glob("runs/*/run.json"):
+        path.unlink()
+    panel = draw_tradeoff(load_sweep_data(sweep))
+    assert panel.figures == ()
+    assert "readable record" in panel.text
+
+
+def test_parallel_coordinates_have_an_axis_per_swept_key_and_the_score(sweep: Path) -> None:
+    (figure,) = draw_parallel_coordinates(load_sweep_data(sweep)).figures
+    axes = figure.data[0].dimensions
+    assert [axis.label for axis in axes] == ["rank", "alpha", "lr", "bits per byte"]
+    assert {len(axis.values) for axis in axes} == {11}
+    assert list(axes[0].ticktext) == ["1", "4", "16", "64"]
+
+
+def test_linear_range_and_words_are_axes_too(sweep: Path) -> None:
+    def change(raw: dict[str, Any]) -> None:
+        raw["arms"][1]["space"] = {"method.dropout": {"low": 0, "high": 0.5}, "method.scaling": ["a", "b"]}
+        for index, trial in enumerate(raw["trials"]):
+            trial["params"] = {"method.dropout": 0.01 * index, "method.scaling": "ab"[index % 2]}
+
+    edit_json(sweep / "sweep.json", change)
+    (figure,) = draw_parallel_coordinates(load_sweep_data(sweep)).figures
+    assert [axis.label for axis in figure.data[0].dimensions] == ["dropout", "scaling", "bits per byte"]
+    assert set(figure.data[0].dimensions[1].values) == {0, 1}
+
+
+def test_importance_is_drawn_where_several_settings_were_swept(sweep: Path) -> None:
+    figure = draw_importance(load_sweep_data(sweep)).figures[0]
+    assert [(bar.name, list(bar.y)) for bar in figure.data] == [("lora", ["method.alpha", "method.rank", "optim.lr"])]
+
+
+def test_importance_that_is_not_known_is_a_sentence(sweep: Path) -> None:
+    edit_json(sweep / "sweep.json", lambda raw: [arm.update(importance={}) for arm in raw["arms"]])
+    panel = draw_importance(load_sweep_data(sweep))
+    assert panel.figures == ()
+    assert "not known" in panel.text

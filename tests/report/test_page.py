@@ -1,0 +1,179 @@
+"""The HTML page: whole on its own, safe with hostile names, and there even where parts of a sweep are missing."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lorasweep.report import write_report
+from lorasweep.report.figures import PANELS
+from lorasweep.report.page import figure_json, mark_code
+from lorasweep.report.tables import load_sweep_data
+
+from .conftest import build_sweep, edit_json
+
+HOSTILE = "</script><img src=x onerror=alert(1)>"
+
+
+class Page(HTMLParser):
+    """Collects a page's ids, links, tags with sources, and visible text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.ids: list[str] = []
+        self.links: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.figures: list[Any] = []
+        self._is_figures = False
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        found = dict(attrs)
+        self.tags.append((tag, found))
+        self.ids += [found["id"] or ""] if "id" in found else []
+        self.links += [found["href"] or ""] if tag == "a" else []
+        self._is_figures = tag == "script" and found.get("class") == "figure-data"
+
+    def handle_data(self, data: str) -> None:
+        if self._is_figures:
+            self.figures += json.loads(data)
+            self._is_figures = False
+        elif self.lasttag not in ("script", "style"):
+            self.text += data
+
+
+def written(sweep: Path) -> Page:
+    write_report(sweep)
+    return Page((sweep / "report/index.html").read_text())
+
+
+SECTIONS = ["arms", "rank", "rank-alpha", "lr", "curves", "tradeoff", "settings", "importance", "unfinished", "trials"]
+
+
+def test_page_has_every_section_and_figure(sweep: Path) -> None:
+    page = written(sweep)
+    assert [name for name in page.ids if name in SECTIONS] == SECTIONS
+    # one figure per panel, but three costs
+    assert len(page.figures) == 9
+    assert "93 %" in page.text
+    assert "one seed" in page.text
+    assert "The loss became NaN at step 12." in page.text
+
+
+def test_page_fetches_nothing(sweep: Path) -> None:
+    page = written(sweep)
+    assert not [found for tag, found in page.tags if "src" in found]
+    hrefs = [found["href"] or "" for _, found in page.tags if "href" in found]
+    assert all(re.match(r"#|\.\./runs/|trials\.csv|curves\.csv|summary\.json|data:,$", href) for href in hrefs)
+    styles = re.findall(r"<style>(.*?)</style>", (sweep / "report/index.html").read_text(), re.DOTALL)
+    assert all("url(" not in style and "@import" not in style for style in styles)
+
+
+def test_links_to_runs_lead_to_their_folders(sweep: Path) -> None:
+    links = {link for link in written(sweep).links if link.startswith("../")}
+    assert len(links) > 25
+    folders = [link for link in links if not link.endswith("/best/")]
+    assert all((sweep / "report" / link).exists() for link in folders)
+
+
+def test_hostile_names_are_text(sweep: Path) -> None:
+    def spoil(raw: dict[str, Any]) -> None:
+        raw.update(name=HOSTILE, description=HOSTILE)
+        raw["arms"][1]["name"] = HOSTILE
+        for trial in raw["trials"]:
+            if trial["arm"] == "lora":
+                trial.update(arm=HOSTILE, reason=HOSTILE)
+                trial["params"][HOSTILE] = HOSTILE
+
+    edit_json(sweep / "sweep.json", spoil)
+    page = written(sweep)
+    assert not [tag for tag, _ in page.tags if tag == "img"]
+    assert not [found for _, found in page.tags if any(name.startswith("on") for name in found)]
+    assert HOSTILE in page.text
+    # plotly obeys tags in labels: they reach it escaped
+    assert len(page.figures) == 9
+    assert "<img" not in json.dumps(page.figures)
+
+
+def test_run_named_like_a_script_address_stays_a_relative_path(sweep: Path) -> None:
+    edit_json(sweep / "sweep.json", lambda raw: raw["trials"][0].update(run="javascript:alert(1)"))
+    assert "../javascript%3Aalert%281%29/" in written(sweep).links
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"full": 0}, "without full fine-tuning"),
+        ({"lora": 0}, "No two ranks have a complete trial"),
+        ({"lora": 0, "full": 0}, "No run has two evaluations"),
+        ({"lora": 1}, "Rank and α were not both swept"),
+    ],
+)
+def test_what_is_missing_is_a_sentence_and_the_rest_still_appears(
+    tmp_path: Path, change: dict[str, Any], sentence: str
+) -> None:
+    page = written(build_sweep(tmp_path, **change))
+    assert sentence in page.text
+    assert [name for name in page.ids if name in SECTIONS] == SECTIONS
+
+
+def test_sweep_in_which_all_failed_has_a_page(sweep: Path) -> None:
+    edit_json(sweep / "sweep.json", lambda raw: [t.update(state="failed", value=None) for t in raw["trials"]])
+    page = written(sweep)
+    assert "No trial is complete, so there is no score to compare." in page.text
+    assert "25 failed" in page.text
+
+
+def test_sweep_without_any_trial_has_a_page(sweep: Path) -> None:
+    edit_json(sweep / "sweep.json", lambda raw: raw.update(trials=[], arms=[], status="running"))
+    page = written(sweep)
+    assert page.figures == []
+    assert "No trial is complete" in page.text
+
+
+def test_damaged_runs_are_named_and_counted_beyond_five(sweep: Path) -> None:
+    for number in range(7):
+        (sweep / f"runs/lora-{number:04d}/run.json").write_text("{")
+    page = written(sweep)
+    assert "runs/lora-0000" in page.text
+    assert "2 more runs can't be read." in page.text
+
+
+def test_long_reason_shows_its_last_line_and_folds_the_rest(sweep: Path) -> None:
+    trace = "Traceback (most recent call last):\n  somewhere\nValueError: rank <= 64 must hold"
+    edit_json(sweep / "sweep.json", lambda raw: raw["trials"][5].update(state="failed", reason=trace))
+    text = (written(sweep), (sweep / "report/index.html").read_text())[1]
+    assert "<summary>ValueError: rank &lt;= 64 must hold</summary>" in text
+
+
+def test_maximized_score_has_a_page(sweep: Path) -> None:
+    edit_json(sweep / "sweep.json", lambda raw: raw.update(direction="maximize"))
+    assert "higher is better" in written(sweep).text
+
+
+def test_code_marks_only_what_stood_between_backticks() -> None:
+    assert mark_code("`a<b` & c") == "<code>a&lt;b</code> &amp; c"
+
+
+def test_report_of_a_thousand_trials_takes_at_most_twenty_seconds(tmp_path: Path) -> None:
+    sweep = build_sweep(tmp_path, lora=900, full=100)
+    start = time.process_time()
+    write_report(sweep)
+    # processor time: what else runs on the machine does not count
+    assert time.process_time() - start <= 20
+    # plotly itself is 4.8 MB
+    assert (sweep / "report/index.html").stat().st_size < 9e6
+
+
+def test_figures_inside_a_script_element_cannot_end_it(sweep: Path) -> None:
+    data = load_sweep_data(sweep)
+    texts = [figure_json(draw(data)) for draw in PANELS]
+    assert all(not set("<>&") & set(text) for text in texts)
+    assert all(isinstance(json.loads(text), list) for text in texts)
