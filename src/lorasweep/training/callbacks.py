@@ -66,6 +66,13 @@ class StepLog(lightning.Callback):
         """Writes what is left."""
         self.flush(pl_module)
 
+    def on_exception(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
+    ) -> None:
+        """Writes the steps of a run that is stopped or fails."""
+        if not isinstance(exception, Diverged):
+            self.flush(pl_module)
+
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Writes the evaluation."""
         self._append([{"step": trainer.global_step, "validation": validation_values(trainer)}])
@@ -145,20 +152,31 @@ class RunStopped(BaseException):
 class Stopping(lightning.Callback):
     """Ends the run, with a checkpoint at the present step, once `stop_requested` says so."""
 
-    def __init__(self, stop_requested: Callable[[], bool], folder: Path) -> None:
+    def __init__(self, stop_requested: Callable[[], bool], folder: Path, *, eval_every_steps: int) -> None:
         self.stop_requested = stop_requested
         self.folder = folder
+        self.eval_every_steps = eval_every_steps
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Asks after each optimizer step.
+        """Asks after each optimizer step that no evaluation follows.
 
         Raises:
             RunStopped: The run is to end here.
         """
-        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0 and self.stop_requested():
+        ends_step = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        if ends_step and trainer.global_step % self.eval_every_steps and self.stop_requested():
             save_checkpoint(trainer, self.folder / CHECKPOINT_FILE)
+            raise RunStopped
+
+    def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Asks after each evaluation, which left a checkpoint.
+
+        Raises:
+            RunStopped: The run is to end here.
+        """
+        if trainer.global_step < trainer.max_steps and self.stop_requested():
             raise RunStopped
 
 

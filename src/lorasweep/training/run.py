@@ -189,7 +189,7 @@ def _fit(
         StepLog(place.folder, start_step=start_step),
         Keeper(record, place.folder, save=lambda folder: method.save(module.model, folder, base=bench.base)),
         pruning,
-        Stopping(stop_requested, place.folder),
+        Stopping(stop_requested, place.folder, eval_every_steps=config.trainer.eval_every_steps),
     ]
     trainer = _build_trainer(config, place.folder, method=method, precision=bench.precision, callbacks=callbacks)
     data = TextDataModule(
@@ -317,6 +317,7 @@ def _quiet_lightning() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+            warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")  # ours starts at a step
             warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
             warnings.filterwarnings("ignore", message=".*`lr_scheduler.step\\(\\)` before `optimizer.step\\(\\)`.*")
             yield
