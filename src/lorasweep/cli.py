@@ -153,7 +153,7 @@ def train_once(config: RunConfig, output: str | None) -> int:
 
 def write_hparams_row(record: RunRecord, folder: Path, swept: Mapping[str, Any]) -> None:
     """Writes a run's one row of TensorBoard's HParams tab."""
-    from lorasweep.report import write_hparams
+    from lorasweep.report.board import write_hparams
 
     if record.score is None:
         return
