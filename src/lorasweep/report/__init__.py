@@ -1,9 +1,11 @@
 """What a sweep found: terminal table, CSV, JSON, one HTML page and TensorBoard's boards, read from records alone.
 
-`write_report` writes them all, `render_terminal` shows one sweep or several side by side. Nothing here imports torch.
+`write_report` writes them all, `render_terminal` shows one sweep or several side by side, `write_hparams` one run's row
+in TensorBoard. Nothing here imports torch.
 """
 
+from lorasweep.report.board import write_hparams
 from lorasweep.report.terminal import render_terminal
 from lorasweep.report.write import write_report
 
-__all__ = ["render_terminal", "write_report"]
+__all__ = ["render_terminal", "write_hparams", "write_report"]

@@ -79,9 +79,9 @@ def _layout(data: SweepData, tags: list[str]) -> EventSummary:
     )
     every_run = layout_pb2.Chart(
         title=f"{metric} on validation data: every run",
-        multiline=layout_pb2.MultilineChartContent(tag=[f"^val(idation)?[/_]{_literal(data.record.metric)}$"]),
+        multiline=layout_pb2.MultilineChartContent(tag=[f"^validation/{_literal(data.record.metric)}$"]),
     )
-    loss = layout_pb2.Chart(title="training loss", multiline=layout_pb2.MultilineChartContent(tag=["^(train/)?loss$"]))
+    loss = layout_pb2.Chart(title="training loss", multiline=layout_pb2.MultilineChartContent(tag=["^train/loss$"]))
     category = layout_pb2.Category(title=data.record.name, chart=[side_by_side, every_run, loss])
     content = layout_pb2.Layout(category=[category]).SerializeToString()
     summary = EventSummary()

@@ -17,6 +17,8 @@ METHOD_COLOURS = {"frozen": "#868e96", "full": "#d9622b", "lora": "#3578c6"}
 OTHER_COLOURS = ("#159588", "#9a63c4", "#b8901f", "#c94f7c", "#5f9e3f", "#2fa3c4", "#a8714a", "#7a7fd0")
 REFERENCES = (("frozen", "frozen base", "top right"), ("full", "full fine-tuning", "bottom left"))
 """Methods whose score is drawn as a level line: name, label, and where on the line it stands clear of curves."""
+CROWD = 200
+"""More points than this are drawn smaller."""
 HEIGHT = 400
 """Pixels."""
 
@@ -120,6 +122,15 @@ def score_range(data: SweepData, scores: list[float]) -> tuple[float, float] | N
     pad = 0.06 * (worst - best) or 0.05 * abs(best) or 1.0
     ends = sorted((data.sign * (best - pad), data.sign * (worst + pad)))
     return ends[0], ends[1]
+
+
+def marker_of(colour: str, points: int) -> dict[str, Any]:
+    """Returns the marker of a trial; smaller and fainter where there are many, so that they don't hide each other."""
+    return (
+        {"color": colour, "size": 8, "opacity": 0.75}
+        if points <= CROWD
+        else {"color": colour, "size": 5, "opacity": 0.5}
+    )
 
 
 def complete_trials(arm: Arm) -> list[tuple[Trial, float]]:

@@ -15,6 +15,7 @@ from lorasweep.report.figures.panel import (
     escape,
     label_of,
     link_to,
+    marker_of,
     show_scores,
 )
 from lorasweep.report.tables import Arm, SweepData, Trial
@@ -175,7 +176,7 @@ def _add_points(
         name=escape(name),
         legendgroup=escape(name),
         showlegend=showlegend,
-        marker={"color": colour, "size": 8, "opacity": 0.7},
+        marker=marker_of(colour, len(points)),
         text=[label_of(trial) for _, trial, _ in points],
         customdata=[link_to(trial) for _, trial, _ in points],
         hovertemplate="%{text}<extra></extra>",

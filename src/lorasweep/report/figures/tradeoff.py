@@ -15,6 +15,7 @@ from lorasweep.report.figures.panel import (
     escape,
     label_of,
     link_to,
+    marker_of,
     show_scores,
 )
 from lorasweep.report.tables import SweepData, Trial
@@ -84,7 +85,7 @@ def _add_arm(figure: go.Figure, points: list[Point], name: str, colour: str) -> 
         y=[score for _, score, _ in points],
         mode="markers",
         name=escape(name),
-        marker={"color": colour, "size": 8, "opacity": 0.75},
+        marker=marker_of(colour, len(points)),
         text=[label_of(trial) for _, _, trial in points],
         customdata=[link_to(trial) for _, _, trial in points],
         hovertemplate="%{text}<extra></extra>",

@@ -1,7 +1,7 @@
 // Draws the figures in the page's colours, opens a point's run folder, sorts and filters the table of trials.
 "use strict";
 
-const PRINT_WIDTH = 640; // pixels that fit A4 and letter paper
+const PRINT_WIDTH = 700; // pixels that fit A4 and letter paper
 
 function colour(name) {
   return getComputedStyle(document.documentElement).getPropertyValue(name).trim();

@@ -1,0 +1,87 @@
+"""The page in a real browser: figures are drawn, nothing is logged as an error, the table sorts and filters."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from lorasweep.report import write_report
+
+from .conftest import edit_json
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+OPTIONS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--enable-logging=stderr",
+    "--virtual-time-budget=5000",
+    "--dump-dom",
+]
+PROBE = """
+<script>
+addEventListener("load", () => setTimeout(() => {
+  const table = document.getElementById("trial-table");
+  const shown = () => Array.from(table.tBodies[0].rows).filter((row) => !row.hidden);
+  const score = table.tHead.rows[0].cells[2];
+  const scores = () => shown().map((row) => row.cells[2].dataset.key ?? "none").join(" ");
+  const say = (name, text) => {
+    const node = document.createElement("output");
+    node.id = name;
+    node.textContent = text;
+    document.body.append(node);
+  };
+  say("drawn", document.querySelectorAll(".figure .main-svg").length > 0 &&
+      Array.from(document.querySelectorAll(".figure")).every((node) => node.childElementCount > 0));
+  score.firstElementChild.click();
+  say("rising", scores());
+  score.firstElementChild.click();
+  say("falling", scores());
+  const filter = document.getElementById("filter");
+  filter.value = "failed";
+  filter.dispatchEvent(new Event("input"));
+  say("failed", shown().length);
+  say("width", document.documentElement.scrollWidth <= innerWidth);
+}, 2000));
+</script>
+"""
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="needs chromium in the search path")]
+
+
+def open_page(page: Path, profile: Path, *, size: str) -> tuple[str, str]:
+    """Returns the page as the browser has it after five seconds, and what it logged."""
+    command = [str(CHROMIUM), *OPTIONS, f"--user-data-dir={profile}", f"--window-size={size}", page.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    return done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("size", ["1200,900", "500,900"])
+def test_page_draws_sorts_and_logs_no_error(sweep: Path, tmp_path: Path, size: str) -> None:
+    edit_json(sweep / "sweep.json", lambda raw: raw.update(name="<b>&amp;</b>"))
+    write_report(sweep)
+    page = sweep / "report/index.html"
+    page.write_text(page.read_text().replace("</body>", PROBE + "</body>"))
+    dom, log = open_page(page, tmp_path / "profile", size=size)
+    said = dict(re.findall(r'<output id="(\w+)">(.*?)</output>', dom))
+    assert said["drawn"] == "true"
+    rising, falling = said["rising"].split(), said["falling"].split()
+    # the failed trial has no score and comes last either way
+    assert (rising[-1], falling[-1]) == ("none", "none")
+    values = [float(score) for score in rising[:-1]]
+    assert len(values) == 24
+    assert values == sorted(values)
+    assert falling[:-1] == rising[-2::-1]
+    assert said["failed"] == "1"
+    # nothing makes the whole page scroll sideways, on a phone neither
+    assert said["width"] == "true"
+    assert not re.findall(r"CONSOLE.*(?:Uncaught|Error|Failed|Refused).*", log)
