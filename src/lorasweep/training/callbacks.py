@@ -1,9 +1,7 @@
-"""What happens beside the steps of a run: its step log, its best and last weights, pruning, stopping, divergence."""
+"""What happens beside the steps of a run alone: its log, its checkpoint, pruning and stopping."""
 
 from __future__ import annotations
 
-import json
-import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -15,8 +13,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from lorasweep.errors import Diverged
-from lorasweep.record import STEPS_FILE, Direction, RunRecord, write_record
 from lorasweep.training.module import TrainingModule
+from lorasweep.training.run_log import RunLog, Values
 
 CHECKPOINT_FILE = "last.ckpt"
 
@@ -24,19 +22,18 @@ ShouldStop = Callable[[int, int, float], bool]
 """`should_stop(slot, step, value)`: whether the run in a slot is to be pruned after this evaluation."""
 
 
-class StepLog(lightning.Callback):
-    """Writes `steps.jsonl`: the loss and learning rate of every step, and each evaluation.
+class Logging(lightning.Callback):
+    """Hands steps and evaluations to the run's log, and leaves a checkpoint at each evaluation.
 
-    Losses stay on the device until an evaluation, so that a GPU is not held up at every step.
+    `save` writes the kept weights of the model into a folder.
     """
 
-    def __init__(self, folder: Path, *, start_step: int) -> None:
-        self.path = folder / STEPS_FILE
-        self.pending: list[tuple[int, list[Tensor], float]] = []
+    def __init__(self, run_log: RunLog, *, save: Callable[[Path], None], start_step: int) -> None:
+        self.run_log = run_log
+        self.save = save
         self.micro_losses: list[Tensor] = []
         self.lr = 0.0
         self.logged_step = start_step
-        _keep_steps_up_to(self.path, start_step)
 
     def on_before_optimizer_step(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, optimizer: torch.optim.Optimizer
@@ -51,85 +48,33 @@ class StepLog(lightning.Callback):
         self.micro_losses.append(outputs["loss"].detach() * trainer.accumulate_grad_batches)
         if trainer.global_step > self.logged_step:
             self.logged_step = trainer.global_step
-            self.pending.append((trainer.global_step, self.micro_losses, self.lr))
+            self.run_log.note_step(trainer.global_step, self.micro_losses, self.lr)
             self.micro_losses = []
 
     def on_validation_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Writes the steps since the last evaluation.
+        """Writes the steps since the last evaluation."""
+        self.run_log.flush(_speed(pl_module))
 
-        Raises:
-            Diverged: One of their losses is NaN or infinite.
-        """
-        self.flush(pl_module)
+    def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Writes the evaluation; the checkpoint comes last, so that a run that resumes there knows it."""
+        self.run_log.note_evaluation(trainer.global_step, validation_values(trainer), save=self.save)
+        if trainer.state.fn == TrainerFn.FITTING:
+            save_checkpoint(trainer, self.run_log.folder / CHECKPOINT_FILE)
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Writes what is left."""
-        self.flush(pl_module)
+        self.run_log.flush(_speed(pl_module))
 
     def on_exception(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
     ) -> None:
         """Writes the steps of a run that is stopped or fails."""
         if not isinstance(exception, Diverged):
-            self.flush(pl_module)
-
-    def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Writes the evaluation."""
-        self._append([{"step": trainer.global_step, "validation": validation_values(trainer)}])
-
-    def flush(self, module: lightning.LightningModule) -> None:
-        """Writes the pending steps and checks their losses."""
-        speed = round(module.tokens_per_s, 1) if isinstance(module, TrainingModule) else 0.0
-        rows: list[dict[str, Any]] = []
-        for step, losses, lr in self.pending:
-            loss = torch.stack(losses).mean().item()
-            rows.append({"step": step, "loss": loss if math.isfinite(loss) else None, "lr": lr, "tokens_per_s": speed})
-        self.pending = []
-        self._append(rows)
-        for row in rows:
-            if row["loss"] is None:
-                raise Diverged(f"the training loss became NaN or infinite at step {row['step']}. Lower `optim.lr`.")
-
-    def _append(self, rows: list[dict[str, Any]]) -> None:
-        with self.path.open("a") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
-
-
-class Keeper(lightning.Callback):
-    """At each evaluation: keeps the best and the last weights, a checkpoint to resume from, and the record.
-
-    `save` writes the kept weights of a model into a folder.
-    """
-
-    def __init__(self, record: RunRecord, folder: Path, *, save: Callable[[Path], None]) -> None:
-        self.record = record
-        self.folder = folder
-        self.save = save
-
-    def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Compares with the best so far, and writes."""
-        values = validation_values(trainer)
-        value = values[self.record.metric]
-        if not math.isfinite(value):
-            raise Diverged(
-                f"the validation {self.record.metric} became {value!r} at step {trainer.global_step}. Lower `optim.lr`."
-            )
-        self.record.last = {"step": trainer.global_step, **values}
-        self.record.steps_done = trainer.global_step
-        if self.record.score is None or is_better(value, self.record.score, direction=self.record.direction):
-            self.record.best = dict(self.record.last)
-            self.save(self.folder / "best")
-        if self.record.steps_planned:
-            self.save(self.folder / "last")
-        write_record(self.record, self.folder)
-        if (
-            trainer.state.fn == TrainerFn.FITTING
-        ):  # after the record, so that a run that resumes here knows this evaluation
-            save_checkpoint(trainer, self.folder / CHECKPOINT_FILE)
+            self.run_log.flush(_speed(pl_module))
 
 
 class Pruning(lightning.Callback):
-    """Ends the run where `should_stop` says so. It never asks after the last step."""
+    """Ends the run where `should_stop` says so. What it says after the last step has no effect."""
 
     def __init__(self, should_stop: ShouldStop, *, metric: str, max_steps: int) -> None:
         self.should_stop = should_stop
@@ -180,16 +125,11 @@ class Stopping(lightning.Callback):
             raise RunStopped
 
 
-def validation_values(trainer: lightning.Trainer) -> dict[str, float]:
+def validation_values(trainer: lightning.Trainer) -> Values:
     """Returns the metrics of the evaluation that just ended, by their names."""
     prefix = "validation/"
     metrics = trainer.callback_metrics
     return {name.removeprefix(prefix): float(value) for name, value in metrics.items() if name.startswith(prefix)}
-
-
-def is_better(value: float, other: float, *, direction: Direction) -> bool:
-    """Whether a score beats another."""
-    return value < other if direction == "minimize" else value > other
 
 
 def save_checkpoint(trainer: lightning.Trainer, path: Path) -> None:
@@ -199,16 +139,5 @@ def save_checkpoint(trainer: lightning.Trainer, path: Path) -> None:
     os.replace(temporary, path)
 
 
-def _keep_steps_up_to(path: Path, step: int) -> None:
-    if not path.exists():
-        return
-    lines = path.read_text().splitlines(keepends=True) if step else []
-    kept = []
-    for line in lines:
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            break  # cut off by a killed process
-        if row["step"] <= step:
-            kept.append(line)
-    path.write_text("".join(kept))
+def _speed(module: lightning.LightningModule) -> float:
+    return module.tokens_per_s if isinstance(module, TrainingModule) else 0.0

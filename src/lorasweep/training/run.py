@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import logging
 import sys
-import time
-import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import lightning
@@ -21,42 +18,24 @@ from torch import nn
 
 from lorasweep.config.run import RunConfig
 from lorasweep.data.module import TextDataModule
-from lorasweep.data.parts import DataParts, load_parts
-from lorasweep.data.tasks import LanguageModelMetrics, goal_direction
-from lorasweep.errors import LoraSweepError, OutOfMemory
+from lorasweep.data.parts import load_parts
+from lorasweep.data.tasks import LanguageModelMetrics
+from lorasweep.errors import OutOfMemory
 from lorasweep.methods import METHODS, Method, copy_sharing_weights
 from lorasweep.models.load import BaseModel, load_base
-from lorasweep.record import RUN_FILE, RunRecord, RunStatus, read_run, sha256_of, utc_now, write_record
-from lorasweep.training.callbacks import CHECKPOINT_FILE, Keeper, Pruning, RunStopped, ShouldStop, StepLog, Stopping
-from lorasweep.training.environment import (
-    Precision,
-    describe_code,
-    describe_packages,
-    describe_platform,
-    peak_memory_bytes,
-    reset_peak_memory,
-    resolve_device,
-    resolve_precision,
-)
+from lorasweep.record import RUN_FILE, RunRecord, RunStatus
+from lorasweep.training.callbacks import CHECKPOINT_FILE, Logging, Pruning, RunStopped, ShouldStop, Stopping
+from lorasweep.training.environment import Precision, reset_peak_memory, resolve_device, resolve_precision
 from lorasweep.training.module import TrainingModule
-
-
-@dataclass(frozen=True, kw_only=True)
-class Workbench:
-    """What runs on one base model and data set share; loaded once per worker."""
-
-    base: BaseModel
-    parts: DataParts
-    precision: Precision
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunPlace:
-    """Where a run belongs: its folder, and its arm and trial if a sweep started it."""
-
-    folder: Path
-    arm: str | None = None
-    trial: int | None = None
+from lorasweep.training.run_log import (
+    RunLog,
+    RunPlace,
+    Workbench,
+    describe_failure,
+    is_out_of_memory,
+    new_record,
+    reopen_record,
+)
 
 
 def build_workbench(config: RunConfig) -> Workbench:
@@ -103,43 +82,39 @@ def train_run(
         Diverged: The loss became NaN or infinite. The record says `failed`.
         OutOfMemory: It does not fit. The record says `infeasible`.
     """
-    method = METHODS[config.method.name]
     checkpoint = place.folder / CHECKPOINT_FILE
     resume = resume and checkpoint.exists() and (place.folder / RUN_FILE).exists()
-    record = _reopen_record(place) if resume else _new_record(config, place, bench)
-    place.folder.mkdir(parents=True, exist_ok=True)
-    write_record(record, place.folder)
+    start_step = read_step(checkpoint) if resume else 0
+    record = reopen_record(place.folder) if resume else new_record(config, place, bench)
+    log = RunLog(record, place.folder, start_step=start_step)
     reset_peak_memory()
-    clock = _Clock(record)
     try:
         model = prepare_model(config, bench.base)
         record.trainable_params = sum(p.numel() for p in model.parameters() if p.requires_grad)
         record.trainable_fraction = record.trainable_params / record.total_params
-        module = TrainingModule(model, method=method, config=config, metrics=_metrics(bench))
+        metrics = LanguageModelMetrics(bytes_per_token=bench.parts.validation.bytes_per_token)
+        module = TrainingModule(model, method=METHODS[config.method.name], config=config, metrics=metrics)
+        callbacks = [
+            Logging(log, save=lambda folder: module.method.save(model, folder, base=bench.base), start_step=start_step),
+            pruning := Pruning(should_stop, metric=record.metric, max_steps=record.steps_planned),
+            Stopping(stop_requested, place.folder, eval_every_steps=config.trainer.eval_every_steps),
+        ]
+        trainer = _build_trainer(
+            config, place.folder, method=module.method, precision=bench.precision, callbacks=callbacks
+        )
         status = _fit(
-            module,
-            record,
-            place,
-            bench=bench,
-            should_stop=should_stop,
-            stop_requested=stop_requested,
-            checkpoint=checkpoint if resume else None,
+            trainer, module, record, bench=bench, start_step=start_step, checkpoint=checkpoint if resume else None
         )
     except BaseException as error:
-        clock.stop()
         failure = OutOfMemory(str(error).splitlines()[0]) if is_out_of_memory(error) else error
-        _close_record(
-            record,
-            place.folder,
-            "infeasible" if isinstance(failure, OutOfMemory) else "failed",
-            reason=describe_failure(failure),
-        )
+        log.close("infeasible" if isinstance(failure, OutOfMemory) else "failed", describe_failure(failure))
         if failure is not error:
             raise failure from error
         raise
-    clock.stop()
+    if pruning.pruned_at is not None:
+        status, record.reason = "pruned", f"pruned at step {pruning.pruned_at} of {record.steps_planned}"
     record.tokens_trained, record.tokens_per_s = module.tokens_trained, module.tokens_per_s
-    _close_record(record, place.folder, status, reason=record.reason)
+    log.close(status, record.reason)
     if status != "interrupted":
         checkpoint.unlink(missing_ok=True)
     return record
@@ -155,53 +130,35 @@ def prepare_model(config: RunConfig, base: BaseModel) -> nn.Module:
     generator = torch.Generator().manual_seed(config.seeds.init)
     METHODS[config.method.name].prepare(model, config.method, generator=generator)
     torch.manual_seed(config.seeds.dropout)
-    return model.train()  # dropout on; Lightning keeps each module's mode and switches it for evaluation
+    model.train()  # dropout on; Lightning keeps each module's mode and switches it for evaluation
+    return model
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory ran out, on the host or the device."""
-    if isinstance(error, MemoryError | torch.cuda.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-
-
-def describe_failure(error: BaseException) -> str:
-    """Returns the sentence of one of our errors, else the traceback."""
-    if isinstance(error, LoraSweepError):
-        return str(error)
-    return "".join(traceback.format_exception(error)).strip()
+def read_step(checkpoint: Path) -> int:
+    """Returns the optimizer step that a checkpoint was written at."""
+    return int(torch.load(checkpoint, map_location="cpu", weights_only=True)["global_step"])
 
 
 def _fit(
+    trainer: lightning.Trainer,
     module: TrainingModule,
     record: RunRecord,
-    place: RunPlace,
     *,
     bench: Workbench,
-    should_stop: ShouldStop,
-    stop_requested: Callable[[], bool],
+    start_step: int,
     checkpoint: Path | None,
 ) -> RunStatus:
-    config, method = module.config, module.method
-    start_step = record_step(checkpoint)
-    pruning = Pruning(should_stop, metric=record.metric, max_steps=record.steps_planned)
-    callbacks: list[lightning.Callback] = [
-        StepLog(place.folder, start_step=start_step),
-        Keeper(record, place.folder, save=lambda folder: method.save(module.model, folder, base=bench.base)),
-        pruning,
-        Stopping(stop_requested, place.folder, eval_every_steps=config.trainer.eval_every_steps),
-    ]
-    trainer = _build_trainer(config, place.folder, method=method, precision=bench.precision, callbacks=callbacks)
+    settings = module.config.trainer
     data = TextDataModule(
         bench.parts,
-        batch_size=config.trainer.batch_size,
-        accumulate=config.trainer.accumulate,
-        eval_batch_size=config.trainer.eval_batch_size,
-        num_steps=config.trainer.max_steps,
-        seed=config.seeds.data_order,
+        batch_size=settings.batch_size,
+        accumulate=settings.accumulate,
+        eval_batch_size=settings.eval_batch_size,
+        num_steps=settings.max_steps,
+        seed=module.config.seeds.data_order,
         start_step=start_step,
     )
-    with _quiet_lightning():
+    with quiet_lightning():
         if not record.steps_planned:
             trainer.validate(module, datamodule=data, verbose=False)
             return "complete"
@@ -213,19 +170,7 @@ def _fit(
             record.steps_done = trainer.global_step
             record.reason = f"stopped at step {trainer.global_step} of {record.steps_planned}"
             return "interrupted"
-        finally:
-            module.model.zero_grad(set_to_none=True)
-    if pruning.pruned_at is not None:
-        record.reason = f"pruned at step {pruning.pruned_at} of {record.steps_planned}"
-        return "pruned"
     return "complete"
-
-
-def record_step(checkpoint: Path | None) -> int:
-    """Returns the optimizer step that a checkpoint was written at, 0 without one."""
-    if checkpoint is None:
-        return 0
-    return int(torch.load(checkpoint, map_location="cpu", weights_only=True)["global_step"])
 
 
 def _build_trainer(
@@ -234,7 +179,7 @@ def _build_trainer(
     show = config.trainer.progress and config.method.name != "frozen" and sys.stderr.isatty()
     if show:
         callbacks = [*callbacks, TQDMProgressBar(refresh_rate=1)]
-    with _quiet_lightning():
+    with quiet_lightning():
         return lightning.Trainer(
             accelerator=resolve_device(config.trainer),
             devices=1,
@@ -256,59 +201,8 @@ def _build_trainer(
         )
 
 
-def _metrics(bench: Workbench) -> LanguageModelMetrics:
-    return LanguageModelMetrics(bytes_per_token=bench.parts.validation.bytes_per_token)
-
-
-def _new_record(config: RunConfig, place: RunPlace, bench: Workbench) -> RunRecord:
-    parts = {"train": bench.parts.train, "validation": bench.parts.validation}
-    return RunRecord(
-        status="running",
-        config=asdict(config),
-        arm=place.arm,
-        trial=place.trial,
-        metric=config.data.metric,
-        direction=goal_direction(config.data.metric),
-        code=describe_code(),
-        packages=describe_packages(),
-        platform=describe_platform(bench.precision),
-        data={name: part.describe() for name, part in parts.items()},
-        base={"path": bench.base.path, "fingerprint": bench.base.fingerprint, "parameters": bench.base.num_parameters},
-        started_at=utc_now(),
-        steps_planned=0 if config.method.name == "frozen" else config.trainer.max_steps,
-        total_params=bench.base.num_parameters,
-    )
-
-
-def _reopen_record(place: RunPlace) -> RunRecord:
-    record = read_run(place.folder)
-    record.status, record.reason, record.ended_at = "running", None, None
-    return record
-
-
-def _close_record(record: RunRecord, folder: Path, status: RunStatus, *, reason: str | None) -> None:
-    record.status, record.reason, record.ended_at = status, reason, utc_now()
-    record.peak_memory_bytes = peak_memory_bytes()
-    kept = [path for part in ("best", "last") for path in sorted((folder / part).glob("*")) if path.is_file()]
-    record.files = {
-        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in kept
-    }
-    record.adapter_bytes = sum(path.stat().st_size for path in (folder / "best").glob("*.safetensors"))
-    write_record(record, folder)
-
-
-class _Clock:
-    """Adds the seconds of this session to a record's `wall_s`."""
-
-    def __init__(self, record: RunRecord) -> None:
-        self.record, self.before, self.started = record, record.wall_s, time.monotonic()
-
-    def stop(self) -> None:
-        self.record.wall_s = self.before + time.monotonic() - self.started
-
-
 @contextmanager
-def _quiet_lightning() -> Iterator[None]:
+def quiet_lightning() -> Iterator[None]:
     """Leaves out Lightning's log lines, and its advice on loader workers and intervals, which is not for our users."""
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
     levels = [logger.level for logger in loggers]

@@ -1,0 +1,210 @@
+"""One run's folder while it trains: its record, its step metrics, its best and last weights.
+
+Used by a run alone (`run`, through `callbacks`) and by each slot of a pack.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorasweep.config.run import RunConfig
+from lorasweep.data.parts import DataParts
+from lorasweep.data.tasks import goal_direction
+from lorasweep.errors import Diverged, LoraSweepError
+from lorasweep.models.load import BaseModel
+from lorasweep.record import (
+    STEPS_FILE,
+    Direction,
+    RunRecord,
+    RunStatus,
+    read_run,
+    sha256_of,
+    utc_now,
+    write_record,
+)
+from lorasweep.training.environment import (
+    Precision,
+    describe_code,
+    describe_packages,
+    describe_platform,
+    peak_memory_bytes,
+)
+
+Values = dict[str, float]
+"""Metrics of one evaluation by name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workbench:
+    """What runs on one base model and data set share; loaded once per worker."""
+
+    base: BaseModel
+    parts: DataParts
+    precision: Precision
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunPlace:
+    """Where a run belongs: its folder, and its arm and trial if a sweep started it."""
+
+    folder: Path
+    arm: str | None = None
+    trial: int | None = None
+
+
+class RunLog:
+    """Writes what a run leaves on disk.
+
+    Losses stay on the device until `flush`, so that a GPU is not held up at every step.
+    """
+
+    def __init__(self, record: RunRecord, folder: Path, *, start_step: int) -> None:
+        self.record = record
+        self.folder = folder
+        self._pending: list[tuple[int, list[Tensor], float]] = []
+        self._before_s, self._started = record.wall_s, time.monotonic()
+        folder.mkdir(parents=True, exist_ok=True)
+        _keep_steps_up_to(folder / STEPS_FILE, start_step)
+        write_record(record, folder)
+
+    def note_step(self, step: int, micro_losses: list[Tensor], lr: float) -> None:
+        """Keeps the losses (nats per token) of a step's micro-batches and its learning rate until the next flush."""
+        self._pending.append((step, micro_losses, lr))
+
+    def flush(self, tokens_per_s: float) -> None:
+        """Writes the steps since the last flush.
+
+        Raises:
+            Diverged: One of their losses is NaN or infinite.
+        """
+        rows: list[dict[str, Any]] = []
+        for step, losses, lr in self._pending:
+            loss = torch.stack(losses).mean().item()
+            kept = loss if math.isfinite(loss) else None
+            rows.append({"step": step, "loss": kept, "lr": lr, "tokens_per_s": round(tokens_per_s, 1)})
+        self._pending = []
+        self._append(rows)
+        for row in rows:
+            if row["loss"] is None:
+                raise Diverged(f"the training loss became NaN or infinite at step {row['step']}. Lower `optim.lr`.")
+
+    def note_evaluation(self, step: int, values: Values, *, save: Callable[[Path], None]) -> float:
+        """Writes an evaluation and the record, and keeps the best and the last weights; returns the score.
+
+        Args:
+            step: Optimizer steps done.
+            values: Every metric.
+            save: Writes the present weights into a folder.
+
+        Raises:
+            Diverged: The score is NaN or infinite.
+        """
+        value = values[self.record.metric]
+        if not math.isfinite(value):
+            raise Diverged(f"the validation {self.record.metric} became {value!r} at step {step}. Lower `optim.lr`.")
+        self._append([{"step": step, "validation": values}])
+        self.record.last = {"step": step, **values}
+        self.record.steps_done = step
+        if self.record.score is None or is_better(value, self.record.score, direction=self.record.direction):
+            self.record.best = dict(self.record.last)
+            save(self.folder / "best")
+        if self.record.steps_planned:
+            save(self.folder / "last")
+        write_record(self.record, self.folder)
+        return value
+
+    def close(self, status: RunStatus, reason: str | None, *, wall_s: float | None = None) -> None:
+        """Writes the final record, with the checksums of what was kept.
+
+        Args:
+            status: How the run ended.
+            reason: Why, where it is not complete.
+            wall_s: Seconds of this session; measured from the opening when None.
+        """
+        record, folder = self.record, self.folder
+        record.wall_s = self._before_s + (time.monotonic() - self._started if wall_s is None else wall_s)
+        record.status, record.reason, record.ended_at = status, reason, utc_now()
+        record.peak_memory_bytes = peak_memory_bytes()
+        kept = [path for part in ("best", "last") for path in sorted((folder / part).glob("*")) if path.is_file()]
+        record.files = {
+            path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+            for path in kept
+        }
+        record.adapter_bytes = sum(path.stat().st_size for path in (folder / "best").glob("*.safetensors"))
+        write_record(record, folder)
+
+    def _append(self, rows: list[dict[str, Any]]) -> None:
+        with (self.folder / STEPS_FILE).open("a") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def new_record(config: RunConfig, place: RunPlace, bench: Workbench) -> RunRecord:
+    """Returns the record of a run that begins, with everything it can be repeated from."""
+    parts = {"train": bench.parts.train, "validation": bench.parts.validation}
+    return RunRecord(
+        status="running",
+        config=asdict(config),
+        arm=place.arm,
+        trial=place.trial,
+        metric=config.data.metric,
+        direction=goal_direction(config.data.metric),
+        code=describe_code(),
+        packages=describe_packages(),
+        platform=describe_platform(bench.precision),
+        data={name: part.describe() for name, part in parts.items()},
+        base={"path": bench.base.path, "fingerprint": bench.base.fingerprint, "parameters": bench.base.num_parameters},
+        started_at=utc_now(),
+        steps_planned=0 if config.method.name == "frozen" else config.trainer.max_steps,
+        total_params=bench.base.num_parameters,
+    )
+
+
+def reopen_record(folder: Path) -> RunRecord:
+    """Returns the record of a run that goes on."""
+    record = read_run(folder)
+    record.status, record.reason, record.ended_at = "running", None, None
+    return record
+
+
+def is_better(value: float, other: float, *, direction: Direction) -> bool:
+    """Whether a score beats another."""
+    return value < other if direction == "minimize" else value > other
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory ran out, on the host or the device."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
+def describe_failure(error: BaseException) -> str:
+    """Returns the sentence of one of our errors, else the traceback."""
+    if isinstance(error, LoraSweepError):
+        return str(error)
+    return "".join(traceback.format_exception(error)).strip()
+
+
+def _keep_steps_up_to(path: Path, step: int) -> None:
+    """Cuts a step log back to a checkpoint: what came after it is done again."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines(keepends=True) if step else []:
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            break  # cut off by a killed process
+        if row["step"] <= step:
+            kept.append(line)
+    path.write_text("".join(kept))
