@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd import gradcheck
 
-from lorasweep.lora.functional import draw_keep_mask, lora_linear, scaling_factor
+from lorasweep.lora.functional import Rows, add_change, draw_keep_mask, lora_linear, scaling_factor
 
 
 def make_inputs(*, shape: tuple[int, ...] = (3, 5), d_out: int = 4, rank: int = 2) -> tuple[Tensor, ...]:
@@ -138,3 +138,48 @@ def test_x_is_saved_once_for_layers_that_share_it() -> None:
 def test_scaling_rules() -> None:
     assert scaling_factor(alpha=8, rank=4, rule="alpha_over_rank") == 2
     assert scaling_factor(alpha=8, rank=4, rule="alpha_over_sqrt_rank") == 4
+
+
+ROWS = ((1, 3), (5, 6))  # two parts of a fused projection with 7 rows
+
+
+def make_fused_inputs() -> tuple[Tensor, ...]:
+    x, weight, bias, a, _ = make_inputs(shape=(2, 3, 5), d_out=7, rank=4)  # two parts of rank 2
+    return x, weight, bias, a, torch.randn(3, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def test_rows_get_a_change_each_from_its_own_a_and_b() -> None:
+    x, weight, bias, a, b = make_fused_inputs()
+    changed = weight.clone()
+    changed[1:3] += 0.7 * b[:2] @ a[:2]
+    changed[5:6] += 0.7 * b[2:] @ a[2:]
+    expected = torch.nn.functional.linear(x, changed, bias)
+    torch.testing.assert_close(lora_linear(x, weight, bias, a, b, scaling=0.7, rows=ROWS), expected)
+
+
+@pytest.mark.parametrize("drop", [True, False])
+def test_gradcheck_of_rows(drop: bool) -> None:
+    inputs = tuple(t.requires_grad_() for t in make_fused_inputs())
+    keep = draw_keep_mask(inputs[0], dropout=0.5, generator=torch.Generator().manual_seed(3)) if drop else None
+    assert gradcheck(lambda *t: lora_linear(*t, scaling=0.7, keep=keep, dropout=0.5, rows=ROWS), inputs)
+
+
+@pytest.mark.parametrize("drop", [True, False])
+@pytest.mark.parametrize("rows", [(), ROWS])
+@pytest.mark.parametrize("trains", [t for t in itertools.product([True, False], repeat=4) if any(t)])
+def test_gradcheck_of_a_change_added_to_any_output(drop: bool, rows: Rows, trains: tuple[bool, ...]) -> None:
+    x, _, _, a, b = make_fused_inputs() if rows else make_inputs(shape=(2, 3, 5), d_out=7)
+    y = torch.randn(2, 3, 7, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    inputs = tuple(t.requires_grad_(needs) for t, needs in zip((y, x, a, b), trains, strict=True))
+    keep = draw_keep_mask(x, dropout=0.5, generator=torch.Generator().manual_seed(3)) if drop else None
+    assert gradcheck(lambda *t: add_change(*t, scaling=0.7, keep=keep, dropout=0.5, rows=rows), inputs)
+
+
+@pytest.mark.parametrize("rows", [(), ROWS])
+def test_a_change_added_to_the_bases_output_is_the_same_layer(rows: Rows) -> None:
+    x, weight, bias, a, b = make_fused_inputs() if rows else make_inputs(shape=(2, 3, 5), d_out=7)
+    y = torch.nn.functional.linear(x, weight, bias)
+    before = y.clone()
+    expected = lora_linear(x, weight, bias, a, b, scaling=0.7, rows=rows)
+    torch.testing.assert_close(add_change(y, x, a, b, scaling=0.7, rows=rows), expected)
+    assert torch.equal(y, before)

@@ -6,6 +6,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,7 +15,8 @@ from lorasweep.config.method import LoraConfig
 from lorasweep.lora.kinds import is_conv1d
 from lorasweep.lora.layers import LoraConv2d, LoraLayer
 from lorasweep.lora.patterns import ALL_LINEAR, REGEX_PREFIX, fits_pattern, is_name_ending
-from lorasweep.lora.trained import trained_modules
+from lorasweep.lora.targets import is_left_out, target_patterns
+from lorasweep.lora.trained import find_trained_modules, trained_modules
 
 KEY_PREFIX = "base_model.model."
 MAGNITUDE = "lora_magnitude_vector"
@@ -117,7 +119,7 @@ def config_from_peft(raw: object, model: nn.Module) -> LoraConfig:
             "Convert the adapter with PEFT's `save_pretrained(..., path_initial_model_for_weight_conversion=...)`."
         )
     try:
-        return _convert(raw, model)
+        return _drop_unused_targets(_convert(raw, model), model)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(
             f"It must be a whole LoRA configuration, but got {error!r}. Save the adapter again."
@@ -142,6 +144,14 @@ def _convert(raw: Mapping[str, Any], model: nn.Module) -> LoraConfig:
         modules_to_save=_having_effect(wanted, names),
         bias=raw.get("bias", "none"),
     )
+
+
+def _drop_unused_targets(config: LoraConfig, model: nn.Module) -> LoraConfig:
+    """PEFT lets a target match nothing, or only what is excluded, as long as another matches."""
+    trained = find_trained_modules(model, config.modules_to_save)
+    names = [name for name, _ in model.named_modules() if not is_left_out(name, config, trained)]
+    used = _having_effect((p for p in target_patterns(config) if p != ALL_LINEAR), names)
+    return replace(config, targets=used) if used else config
 
 
 def _pattern_values(values: Mapping[str, Any] | None, names: list[str]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from torch import nn
@@ -150,7 +150,7 @@ def _match_pattern(
     by_name = tuple(name for name, layer in adaptable_layers(model).items() if _fits(pattern, name, layer, model))
     if not by_name:
         raise ValueError(_explain_no_match(pattern, model))
-    found = tuple(name for name in by_name if not _left_out(name, config, trained))
+    found = tuple(name for name in by_name if not is_left_out(name, config, trained))
     if not found:
         raise ValueError(
             f"`method.targets` must leave layers to adapt, but all that {pattern!r} matches, such as {by_name[0]!r}, "
@@ -172,7 +172,8 @@ def _is_output_head(name: str, layer: nn.Module, model: nn.Module) -> bool:
     return is_output or not HEAD_NAMES.isdisjoint(name.split("."))
 
 
-def _left_out(name: str, config: LoraConfig, trained: Mapping[str, nn.Module]) -> bool:
+def is_left_out(name: str, config: LoraConfig, trained: Collection[str]) -> bool:
+    """Whether a layer gets no change though `targets` match it; `trained` are the modules that train in full."""
     wrong_index = bool(config.layers) and _first_index(name) not in config.layers
     return wrong_index or is_inside(name, trained) or first_fit(config.exclude, name) is not None
 
@@ -187,11 +188,11 @@ def _warn_of_gaps(
     """Warns where a pattern that names no index matches `layers.0.up` and not `layers.1.up`, which is another kind."""
     if re.search(r"\d", pattern):
         return
-    kinds = {_without_index(name) for name in found}
+    kinds = {_without_index(name) for name in found if not name.rpartition(".")[2].isdecimal()}
     missing = [
         f"{name!r} ({type(module).__name__})"
         for name, module in model.named_modules()
-        if _without_index(name) in kinds and name not in found and not _left_out(name, config, trained)
+        if _without_index(name) in kinds and name not in found and not is_left_out(name, config, trained)
     ]
     if missing:
         few = ", ".join(missing[:3])

@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import pytest
+
+from lorasweep.lora.patterns import fits_pattern, is_name_ending, nearest_names, parse_rows, split_rows
+
+
+def test_endings_begin_at_a_dot() -> None:
+    assert is_name_ending("q_proj", "layers.0.q_proj")
+    assert is_name_ending("q_proj", "q_proj")
+    assert not is_name_ending("q_proj", "layers.0.seq_proj")
+
+
+def test_a_regular_expression_must_match_the_whole_name() -> None:
+    assert fits_pattern(r"re:.*\.(q|v)_proj", "layers.0.q_proj")
+    assert not fits_pattern(r"re:(q|v)_proj", "layers.0.q_proj")
+    assert fits_pattern("c_attn[q,v]", "h.0.c_attn")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("c_attn", ()),
+        ("c_attn[q,v]", ((0, 4), (8, 12))),
+        ("c_attn[v,q]", ((0, 4), (8, 12))),
+        ("c_attn[k]", ((4, 8),)),
+        ("c_attn[0:2,6:12]", ((0, 2), (6, 12))),
+        ("c_attn[6:12,0:2]", ((0, 2), (6, 12))),
+        ("re:c_attn[qk]", ()),
+    ],
+)
+def test_rows(pattern: str, expected: tuple[tuple[int, int], ...]) -> None:
+    assert parse_rows(pattern, num_rows=12) == expected
+
+
+def test_brackets_are_split_off() -> None:
+    assert split_rows("c_attn[q,v]") == ("c_attn", "q,v")
+    assert split_rows("c_attn") == ("c_attn", "")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "num_rows", "message"),
+    [
+        ("qkv[q]", 10, "must be thirds .* of a layer whose size 3 divides, or ranges, but got 'q'. Write a range"),
+        ("qkv[x]", 12, "but got 'x'"),
+        ("qkv[3]", 12, "but got '3'"),
+        ("qkv[0:4,2:6]", 12, r"must be separate ranges within 0:12, but got '0:4,2:6'. Write them as `qkv\[0:6\]`"),
+        ("qkv[4:4]", 12, "must be separate ranges"),
+        ("qkv[5:4]", 12, "must be separate ranges"),
+        ("qkv[0:13]", 12, "must be separate ranges"),
+        ("qkv[q,q]", 12, "must be separate ranges"),
+    ],
+)
+def test_rows_that_make_no_sense_are_refused(pattern: str, num_rows: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse_rows(pattern, num_rows=num_rows)
+
+
+def test_a_broken_regular_expression_is_refused() -> None:
+    with pytest.raises(ValueError, match="must be a regular expression, but got unterminated"):
+        fits_pattern("re:[", "x")
+
+
+def test_nearest_names() -> None:
+    assert nearest_names("q_prj", ["layers.0.attn.q_proj", "layers.0.mlp.up"]).startswith("'q_proj'")
+    assert nearest_names("zzz", ["layers.0.attn.q_proj"]) == "nothing alike"

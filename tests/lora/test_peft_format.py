@@ -1,0 +1,237 @@
+"""Adapters cross between this package and PEFT, for every kind of layer and variant, with the same logits."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from lorasweep.lora import LoraConfig, inject_lora, load_adapter, lora_layers, lora_state, save_adapter
+from lorasweep.lora.peft_format import config_from_peft
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),  # what PEFT calls in transformers
+    pytest.mark.filterwarnings("ignore:.*token_id must be:UserWarning"),
+]
+IDS = torch.arange(14).view(2, 7) % 11
+
+
+def make_gpt2() -> nn.Module:
+    torch.manual_seed(0)
+    sizes = {"n_layer": 2, "n_embd": 24, "n_head": 2, "vocab_size": 50, "n_positions": 16}
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)).eval()
+
+
+def make_llama() -> nn.Module:
+    torch.manual_seed(0)
+    sizes = {"num_hidden_layers": 2, "hidden_size": 16, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = transformers.LlamaConfig(**sizes, intermediate_size=24, vocab_size=50, attention_bias=True)
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+def make_bert() -> nn.Module:
+    torch.manual_seed(0)
+    sizes = {"num_hidden_layers": 2, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24}
+    return transformers.BertForSequenceClassification(transformers.BertConfig(**sizes, vocab_size=50)).eval()
+
+
+class Pictures(nn.Module):
+    """A convolution on an embedding of tokens laid out as a picture, and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, 6)
+        self.conv = nn.Conv2d(2, 5, 3, stride=2, padding=1)
+        self.head = nn.Linear(5 * 3 * 3, 4)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        picture = self.embed(tokens[:, :6]).view(-1, 1, 6, 6)  # (batch, 1, 6 tokens, 6)
+        return self.head(self.conv(torch.cat([picture, picture.transpose(2, 3)], dim=1)).flatten(1))
+
+
+def make_pictures() -> nn.Module:
+    torch.manual_seed(0)
+    return Pictures().eval()
+
+
+def logits(model: nn.Module) -> Tensor:
+    output = model(IDS)
+    return getattr(output, "logits", output)
+
+
+def shake(model: nn.Module) -> None:
+    """Moves everything that trains, as training would."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+
+
+EVERY_WAY = [
+    (make_gpt2, {"targets": "all-linear"}),
+    (make_gpt2, {"targets": ("c_attn", "wte")}),
+    (make_gpt2, {"targets": ("c_attn[q,v]",)}),
+    (make_gpt2, {"targets": ("c_attn[0:5,30:72]", "c_fc"), "scaling": "alpha_over_sqrt_rank"}),
+    (make_gpt2, {"targets": "c_attn", "bias": "lora_only"}),
+    (make_gpt2, {"targets": "c_attn", "bias": "all"}),
+    (make_gpt2, {"targets": "c_attn", "variant": "dora"}),
+    (make_gpt2, {"targets": "wte", "variant": "dora"}),
+    (make_gpt2, {"targets": "c_attn[q,v]", "init": "pissa"}),
+    (make_llama, {"targets": "all-linear"}),
+    (make_llama, {"targets": ("q_proj", "v_proj"), "scaling": "alpha_over_sqrt_rank"}),
+    (make_llama, {"init": "gaussian", "alpha": 1.5}),
+    (make_llama, {"init": "orthogonal"}),
+    (make_llama, {"init": "pissa"}),
+    (make_llama, {"init": "pissa", "scaling": "alpha_over_sqrt_rank"}),
+    (make_llama, {"variant": "dora"}),
+    (make_llama, {"variant": "dora", "init": "pissa", "bias": "lora_only"}),
+    (make_llama, {"rank_pattern": {"0.self_attn.q_proj": 2, "down_proj": 6}, "alpha_pattern": {"re:.*1.*v_proj": 3.0}}),
+    (make_llama, {"layers": (1,), "exclude": ("o_proj",)}),
+    (make_llama, {"modules_to_save": ("lm_head",)}),
+    (make_llama, {"targets": ("q_proj", "lm_head")}),
+    (make_bert, {"modules_to_save": ("classifier",)}),
+    (make_pictures, {"targets": ("conv", "embed", "head")}),
+    (make_pictures, {"targets": "conv", "variant": "dora"}),
+    (make_pictures, {"targets": "conv", "init": "pissa", "rank_pattern": {"conv": 3}}),
+]
+
+
+@pytest.mark.parametrize(("make", "settings"), EVERY_WAY, ids=str)
+def test_what_is_saved_here_gives_the_same_logits_everywhere(
+    make: Callable[[], nn.Module], settings: dict, tmp_path: Path
+) -> None:
+    config = LoraConfig(**{"rank": 4, "alpha": 6.0} | settings)
+    model, base = make(), logits(make())
+    inject_lora(model, config, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(logits(model), base)  # float32 defaults: the start is the base up to rounding
+    shake(model)
+    expected = logits(model)
+    assert (expected - base).abs().max() > 0.01
+    save_adapter(model, tmp_path, base_path="")
+    torch.testing.assert_close(logits(peft.PeftModel.from_pretrained(make(), tmp_path)), expected)
+    fresh, injected = make(), make()
+    load_adapter(fresh, tmp_path)
+    torch.testing.assert_close(logits(fresh), expected)
+    inject_lora(injected, config)
+    load_adapter(injected, tmp_path)
+    assert torch.equal(logits(injected), expected)
+    assert all(torch.equal(t, lora_state(model)[key]) for key, t in lora_state(injected).items())
+
+
+THEIR_WAYS = [
+    (make_gpt2, {"target_modules": "all-linear", "fan_in_fan_out": True}),
+    (make_gpt2, {"target_modules": ["c_attn"], "fan_in_fan_out": True, "bias": "lora_only"}),
+    (make_gpt2, {"target_modules": ["c_attn"], "fan_in_fan_out": True, "bias": "all"}),
+    (make_gpt2, {"target_modules": ["wte"]}),
+    (make_gpt2, {"target_modules": ["c_attn", "wte"], "fan_in_fan_out": True, "use_dora": True}),
+    (make_llama, {"target_modules": "all-linear", "use_rslora": True}),
+    (make_llama, {"target_modules": r".*\.(q|v)_proj", "init_lora_weights": "gaussian"}),
+    (make_llama, {"target_modules": ["q_proj"], "init_lora_weights": "orthogonal"}),
+    (make_llama, {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": [1]}),
+    (make_llama, {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": 0, "exclude_modules": ["q_proj"]}),
+    (make_llama, {"target_modules": "all-linear", "use_dora": True}),
+    (make_llama, {"target_modules": "all-linear", "rank_pattern": {"q_proj": 2, "^model.layers.1.mlp.up_proj": 6}}),
+    (make_llama, {"target_modules": "all-linear", "alpha_pattern": {"layers.0.self_attn.k_proj": 3}}),
+    (make_llama, {"target_modules": ["q_proj", "embed_tokens"]}),
+    (make_llama, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
+    (make_bert, {"target_modules": ["query"], "task_type": "SEQ_CLS"}),
+    (make_pictures, {"target_modules": ["conv", "head"]}),
+    (make_pictures, {"target_modules": ["conv", "embed"], "use_dora": True}),
+]
+
+
+@pytest.mark.parametrize(("make", "settings"), THEIR_WAYS, ids=str)
+def test_what_peft_trained_loads_here_and_goes_on_training(
+    make: Callable[[], nn.Module], settings: dict, tmp_path: Path
+) -> None:
+    theirs = peft.get_peft_model(make(), peft.LoraConfig(**{"r": 4, "lora_alpha": 6, "lora_dropout": 0.1} | settings))
+    shake(theirs)
+    theirs.eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT says that it saves embedding weights, and that it can't reach the hub
+        theirs.save_pretrained(tmp_path)
+    ours = make()
+    load_adapter(ours, tmp_path)
+    torch.testing.assert_close(logits(ours), logits(theirs), rtol=1e-4, atol=1e-5)  # products in another order
+    trains = {name: p for name, p in ours.named_parameters() if p.requires_grad}
+    logits(ours.train()).pow(2).sum().backward()
+    assert {name for name, p in trains.items() if p.grad is None} == set()
+    assert sum(p.numel() for p in trains.values()) == sum(p.numel() for p in theirs.parameters() if p.requires_grad)
+
+
+def test_names_that_end_alike_stay_apart(tmp_path: Path) -> None:
+    def make() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)))
+
+    model = make()
+    inject_lora(model, LoraConfig(rank=1, targets=("re:0", "re:1.1"), rank_pattern={"re:0": 2}))
+    shake(model)
+    save_adapter(model, tmp_path, base_path="")
+    loaded = peft.PeftModel.from_pretrained(make(), tmp_path)
+    x = torch.randn(3, 4)
+    torch.testing.assert_close(loaded(x), model(x))
+    again = make()
+    assert set(load_adapter(again, tmp_path).layers) == {"0", "1.1"}
+    torch.testing.assert_close(again(x), model(x))
+
+
+def test_an_adapter_that_changed_its_base_is_refused(tmp_path: Path) -> None:
+    theirs = peft.get_peft_model(make_llama(), peft.LoraConfig(target_modules=["q_proj"], init_lora_weights="pissa"))
+    theirs.save_pretrained(tmp_path, save_embedding_layers=False)
+    with pytest.raises(ValueError, match=r"`init_lora_weights` must leave the base as it is, but got 'pissa'. Convert"):
+        load_adapter(make_llama(), tmp_path)
+
+
+def test_saved_base_weights_of_another_model_are_refused(tmp_path: Path) -> None:
+    theirs = peft.get_peft_model(make_llama(), peft.LoraConfig(target_modules=["embed_tokens"]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs.save_pretrained(tmp_path)
+    assert "base_model.model.model.embed_tokens.base_layer.weight" in load_file(tmp_path / "adapter_model.safetensors")
+    load_adapter(make_llama(), tmp_path)
+    other = make_llama()
+    with torch.no_grad():
+        other.model.embed_tokens.weight += 1
+    with pytest.raises(ValueError, match=r"'base_model.model.model.embed_tokens.base_layer.weight' has no place"):
+        load_adapter(other, tmp_path)
+    assert not lora_layers(other)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    ["(a+)+$", "(.*)*x", "(a|a){9}b", ".*.*.*.*x", "a" * 200_000],
+)
+@pytest.mark.parametrize("key", ["target_modules", "rank_pattern", "exclude_modules"])
+def test_a_pattern_that_could_take_for_ever_is_refused(pattern: str, key: str) -> None:
+    value = {pattern: 2} if key == "rank_pattern" else pattern
+    raw = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], key: value}
+    with pytest.raises(ValueError, match="must be short, without repeated groups"):
+        config_from_peft(raw, make_llama())
+
+
+@pytest.mark.parametrize(
+    "raw", [[], None, 3, {}, {"peft_type": "LORA"}, {"peft_type": "LORA", "r": 4, "lora_alpha": []}]
+)
+def test_what_is_no_lora_configuration_is_refused(raw: object) -> None:
+    with pytest.raises(ValueError, match=r"must be 'LORA'|must be a whole LoRA configuration"):
+        config_from_peft(raw, nn.Linear(2, 2))
+
+
+def test_saved_settings_are_plain_json(tmp_path: Path) -> None:
+    model = make_llama()
+    inject_lora(model, LoraConfig(rank=4, alpha=6, layers=(1,), rank_pattern={"q_proj": 2}))
+    save_adapter(model, tmp_path, base_path="some/base")
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert saved["base_model_name_or_path"] == "some/base"
+    assert (saved["r"], saved["lora_alpha"]) == (4, 6)
+    assert saved["rank_pattern"] == {r"^model\.layers\.1\.self_attn\.q_proj": 2}

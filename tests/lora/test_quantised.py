@@ -1,0 +1,147 @@
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lorasweep.lora import (
+    LoraConfig,
+    LoraLinear,
+    inject_lora,
+    load_adapter,
+    lora_layers,
+    merge_lora,
+    quantise_base,
+    remove_lora,
+    save_adapter,
+)
+from lorasweep.lora.quantised import dequantised_weight, is_quantised
+
+needs_bitsandbytes = pytest.mark.skipif(
+    importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes, an optional extra, is not installed"
+)
+
+
+class IntegerLinear(nn.Linear):
+    """A quantised layer in a few lines: weights as whole numbers, dequantised at use."""
+
+    def __init__(self, d_in: int, d_out: int) -> None:
+        super().__init__(d_in, d_out)
+        self.step = self.weight.detach().abs().max() / 127
+        self.weight = nn.Parameter((self.weight.detach() / self.step).round().to(torch.int8), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight.to(x.dtype) * self.step, self.bias)
+
+
+def make_quantised() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(IntegerLinear(8, 16), nn.Tanh(), IntegerLinear(16, 4))
+
+
+def adapt(model: nn.Module) -> nn.Module:
+    inject_lora(model, LoraConfig(rank=2, targets="all-linear"))
+    for layer in lora_layers(model).values():
+        nn.init.normal_(layer.lora_b)
+    return model
+
+
+def test_a_quantised_base_computes_its_own_output_and_the_change_is_added() -> None:
+    model, x = adapt(make_quantised()), torch.randn(3, 8, requires_grad=True)
+    layer = model[0]
+    assert isinstance(layer, LoraLinear)
+    assert layer.calls_base
+    torch.testing.assert_close(layer(x), layer.base(x) + layer.scaling * x @ layer.lora_a.t() @ layer.lora_b.t())
+    model(x).sum().backward()
+    assert x.grad.any()
+    assert layer.lora_a.grad.any()
+
+
+def test_dequantised_weight_is_what_the_layer_multiplies_by() -> None:
+    layer = make_quantised()[0]
+    assert is_quantised(layer)
+    torch.testing.assert_close(dequantised_weight(layer), layer.weight * layer.step)
+
+
+def test_removing_with_the_change_puts_dequantised_layers_in_place() -> None:
+    model, x = adapt(make_quantised()), torch.randn(3, 8)
+    expected = model(x)
+    remove_lora(model, keep_change=True)
+    assert type(model[0]) is nn.Linear
+    torch.testing.assert_close(model(x), expected)
+
+
+def test_merging_into_a_quantised_weight_is_refused() -> None:
+    model = adapt(make_quantised())
+    with pytest.raises(ValueError, match="must hold plain weights to be merged, but '0' is quantised"):
+        merge_lora(model)
+    assert not any(layer.merged for layer in lora_layers(model).values())
+
+
+@pytest.mark.parametrize(("setting", "value"), [("variant", "dora"), ("init", "pissa")])
+def test_what_reads_the_weight_is_refused(setting: str, value: str) -> None:
+    with pytest.raises(ValueError, match=f"`method.{setting}={value}` must have plain layers, but '0' is a Integ"):
+        inject_lora(make_quantised(), LoraConfig(rank=2, **{setting: value}))
+
+
+def test_an_adapter_of_a_quantised_base_can_be_saved_and_loaded(tmp_path: Path) -> None:
+    model, x = adapt(make_quantised()), torch.randn(3, 8)
+    save_adapter(model, tmp_path, base_path="")
+    loaded = make_quantised()
+    load_adapter(loaded, tmp_path)
+    assert torch.equal(loaded(x), model(x))
+
+
+def test_without_bitsandbytes_a_plain_error(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lorasweep.lora.quantised.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="`bitsandbytes` must be installed for a 4-bit base, but it is missing"):
+        quantise_base(model)
+
+
+def test_an_unsupported_device_is_refused(make_model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lorasweep.lora.quantised.find_spec", lambda name: name)
+    with torch.device("meta"):
+        model = make_model()
+    with pytest.raises(ValueError, match=r"must be on a CPU or CUDA device to be quantised, but it is on \{'meta'\}"):
+        quantise_base(model)
+
+
+def check_4_bit(device: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 8)).to(device)
+    x = torch.randn(5, 64, device=device)
+    exact = model(x).detach()
+    assert quantise_base(model, exclude=("2",)) == ["0"]
+    assert is_quantised(model[0])
+    assert 0 < (model(x) - exact).norm() < 0.2 * exact.norm()  # 4 bits: each weight off by about a tenth
+    before = model[0].weight.clone()
+    adapt(model)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    losses = []
+    for _ in range(5):
+        loss = (model(x) - exact).pow(2).mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    assert torch.equal(model[0].base.weight, before)
+    expected = model(x)
+    remove_lora(model, keep_change=True)
+    torch.testing.assert_close(model(x), expected, rtol=1e-3, atol=1e-4)  # kernels for 4 bits sum in another order
+
+
+@needs_bitsandbytes
+@pytest.mark.filterwarnings("ignore")  # bitsandbytes tells of kernels that it could not load
+def test_a_4_bit_base_trains_on_a_cpu() -> None:
+    check_4_bit("cpu")
+
+
+@pytest.mark.gpu
+@needs_bitsandbytes
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+def test_a_4_bit_base_trains_on_a_gpu() -> None:
+    check_4_bit("cuda")

@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lorasweep.lora import LoraConfig, inject_lora, trained_modules
+
+
+def adapt(model: nn.Module, **changes: object) -> nn.Module:
+    inject_lora(model, LoraConfig(rank=2, targets="up", **changes))
+    return model
+
+
+def step(model: nn.Module, tokens: Tensor) -> None:
+    model(tokens).float().pow(2).sum().backward()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter -= 0.1 * parameter.grad
+
+
+def test_a_module_to_save_trains_on_a_copy(make_model, tokens: Tensor) -> None:
+    model, base = make_model(), make_model()
+    adapt(model, modules_to_save=("out",))
+    assert torch.equal(model(tokens), base(tokens))
+    step(model, tokens)
+    assert torch.equal(model.out.base.weight, base.out.weight)
+    assert not torch.equal(model.out.weight, base.out.weight)
+    assert model.get_output_embeddings() is model.out
+
+
+def test_the_copy_is_fp32_on_a_bf16_base(make_model, tokens: Tensor) -> None:
+    model = adapt(make_model().bfloat16(), modules_to_save=("out", "embed"))
+    assert {p.dtype for p in trained_modules(model)["out"].trained.parameters()} == {torch.float32}
+    assert model(tokens).dtype is torch.bfloat16
+    step(model, tokens)
+    assert trained_modules(model)["embed"].weight.dtype is torch.float32
+
+
+def test_layers_inside_a_module_to_save_get_no_change(make_model) -> None:
+    model = make_model()
+    coverage = inject_lora(model, LoraConfig(rank=2, targets=("all-linear",), modules_to_save=("layers.1",)))
+    assert coverage.layers == ("layers.0.up", "layers.0.proj")
+    full = sum(p.numel() for p in make_model().layers[1].parameters())
+    assert coverage.trainable_params == 2 * 2 * (8 + 16) + full
+
+
+def test_modules_with_a_tied_weight_must_be_named_together(make_model, tokens: Tensor) -> None:
+    model = make_model()
+    model.out.weight = model.embed.weight
+    with pytest.raises(ValueError, match="must name every module that holds a tied weight, but 'embed' holds one"):
+        adapt(model, modules_to_save=("out",))
+    adapt(model, modules_to_save=("out", "embed"))
+    assert model.out.weight is model.embed.weight
+    step(model, tokens)
+
+
+def test_a_module_that_is_not_there_is_refused(make_model) -> None:
+    with pytest.raises(ValueError, match=r"`method.modules_to_save` must match modules, but 'outt' .* Nearest: 'out'"):
+        adapt(make_model(), modules_to_save=("outt",))
+
+
+@pytest.mark.parametrize(
+    ("which", "expected"),
+    [
+        ("none", set()),
+        ("lora_only", {"layers.0.proj.base.bias", "layers.1.proj.base.bias"}),
+        ("all", {"layers.0.proj.base.bias", "layers.1.proj.base.bias", "norm.bias"}),
+    ],
+)
+def test_biases_train_on_copies(make_model, tokens: Tensor, which: str, expected: set[str]) -> None:
+    base = make_model()
+    base.norm = nn.LayerNorm(3)
+    share = {id(p): p for p in base.parameters()}
+    model = copy.deepcopy(base, share)
+    before = {name: p.clone() for name, p in base.named_parameters()}
+    coverage = inject_lora(model, LoraConfig(rank=2, targets="proj", bias=which))
+    trains = {name for name, p in model.named_parameters() if p.requires_grad and "lora_" not in name}
+    assert trains == expected
+    assert coverage.trainable_params == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    model.norm.bias.grad = torch.zeros(3)
+    step(model, tokens)
+    assert all(torch.equal(p, before[name]) for name, p in base.named_parameters())
+
+
+def test_arguments_by_name_reach_the_copy() -> None:
+    class Scale(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(1, dtype=torch.bfloat16))
+            self.bias = None
+
+        def forward(self, x: Tensor, *, times: int) -> dict[str, Tensor]:
+            return {"y": x * self.weight * times}
+
+    model = nn.ModuleDict({"up": nn.Linear(2, 2), "scale": Scale()})
+    inject_lora(model, LoraConfig(rank=1, targets="up", modules_to_save=("scale",)))
+    out = model["scale"](torch.ones(1, dtype=torch.bfloat16), times=3)
+    assert out["y"].item() == 3
+    assert out["y"].dtype is torch.bfloat16
+    assert model["scale"].bias is None
