@@ -186,13 +186,13 @@ def read_sweep(folder: Path) -> SweepRecord:
         RecordError: The folder is not a sweep, or its record is damaged or of a newer version.
     """
     raw = _read_json(folder / SWEEP_FILE, "lorasweep.sweep")
-    raw["arms"] = [_known(ArmRow, row) for row in raw.get("arms", [])]
-    raw["trials"] = [_known(TrialRow, row) for row in raw.get("trials", [])]
+    raw["arms"] = _known_rows(ArmRow, raw.get("arms", []))
+    raw["trials"] = _known_rows(TrialRow, raw.get("trials", []))
     return _known(SweepRecord, raw)
 
 
 def read_steps(folder: Path) -> Iterator[dict[str, Any]]:
-    """Yields the rows of `steps.jsonl` in order of writing: `{"step", "loss", "lr"}` and `{"step", "validation": {..}}`.
+    """Yields the rows of `steps.jsonl` as written: `{"step", "loss", "lr"}` and `{"step", "validation": {..}}`.
 
     A last line that was cut off by a killed process is left out.
     """
@@ -229,6 +229,12 @@ def _read_json(path: Path, expected: str) -> dict[str, Any]:
             f"{str(path)!r} must have a version up to {VERSION}, but has {raw.get('version')!r}. Use a newer lorasweep."
         )
     return raw
+
+
+def _known_rows(kind: type[T], rows: Any) -> list[T]:
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise RecordError(f"a record must have a list of {kind.__name__}s, but has {str(rows)[:60]!r}.")
+    return [_known(kind, row) for row in rows]
 
 
 def _known(kind: type[T], raw: dict[str, Any]) -> T:

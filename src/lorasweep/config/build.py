@@ -20,9 +20,8 @@ T = TypeVar("T")
 def nearest(name: str, choices: Iterable[str]) -> str:
     """Returns ` Did you mean ...?` with the nearest choice, or an empty string where nothing is near."""
     options = list(choices)
-    found = difflib.get_close_matches(name, options, n=1, cutoff=0.5) or [
-        option for option in options if option.endswith(f".{name}")
-    ]
+    endings = [option for option in options if option.endswith(f".{name}")]
+    found = endings or difflib.get_close_matches(name, options, n=1, cutoff=0.5)
     return f" Did you mean `{found[0]}`?" if found else ""
 
 

@@ -5,6 +5,7 @@ A user's own `conf/` in the current folder is searched before the packaged one.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -15,7 +16,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, Override, RangeSweep
+from hydra.core.override_parser.types import ChoiceSweep, Glob, IntervalSweep, Override, RangeSweep
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
@@ -111,7 +112,8 @@ def check_key(key: str, known: set[str], *, primary: Primary) -> None:
 def group_names(primary: Primary) -> tuple[str, ...]:
     """Returns the groups of a primary config: the folders of `conf/` that its defaults list names."""
     defaults = OmegaConf.load(packaged_folder("conf") / f"{primary}.yaml").defaults
-    return tuple(next(iter(entry)) for entry in defaults if entry != "_self_")
+    names = [next(iter(entry)) for entry in defaults if entry != "_self_"]
+    return tuple(name for name in names if not name.startswith("override "))
 
 
 def group_options(group: str) -> list[str]:
@@ -126,39 +128,32 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
     Raises:
         ConfigError: One is not of the form `key=value`.
     """
-    try:
-        parsed = OverridesParser.create().parse_overrides(list(overrides))
-    except HydraException as error:
-        raise ConfigError(f"an override must read `key=value`, but got {_first_line(error)}") from error
-    return dict(_read_override(override) for override in parsed)
+    return dict(map(_read_override, _parse(overrides)))
 
 
 def check_command_line(arguments: Sequence[str]) -> None:
     """Checks the command line of `lorasweep train` before Hydra sees it, so that every error is one sentence.
 
-    Of a grid (`-m method.rank=1,4`) the first value of each key is checked here, and all of them as they run.
+    Of a grid (`-m method.rank=1,4`) every run is checked, before the first one trains.
 
     Raises:
         ConfigError: A word is no override, or a key or value is wrong.
     """
-    overrides = [word for n, word in enumerate(arguments) if not _is_flag(arguments, n)]
-    values = {k: v for k, v in parse_overrides(overrides).items() if not k.startswith("hydra")}
-    is_grid = "-m" in arguments or "--multirun" in arguments
-    for key, override in zip(values, overrides, strict=False):
-        if isinstance(values[key], Mapping) and {"low", "high"} <= set(values[key]):
+    words = [word for n, word in enumerate(arguments) if not _is_flag(arguments, n)]
+    parsed = [override for override in _parse(words) if not override.key_or_group.startswith("hydra")]
+    values: dict[str, list[Any]] = {}
+    for override in parsed:
+        key, value = _read_override(override)
+        if isinstance(override._value, RangeSweep | IntervalSweep):
             raise ConfigError(
-                f"a range is for `lorasweep sweep`, but got {override!r}. Give values: `{key}=1,2,4` with `-m`."
+                f"a range is for `lorasweep sweep`, but got {override.input_line!r}. "
+                f"Give values: `{key}=1,2,4` with `-m`."
             )
-    sweeps = {key for key, value in values.items() if isinstance(value, list) and _is_choice(overrides, key)}
-    if sweeps and not is_grid:
-        key = min(sweeps)
-        raise ConfigError(f"`{key}` must have one value, but got {values[key]!r}. Add `-m` to run each of them.")
-    compose_values("train", {key: value[0] if key in sweeps else value for key, value in values.items()})
-
-
-def _is_choice(overrides: Sequence[str], key: str) -> bool:
-    parsed = OverridesParser.create().parse_overrides([o for o in overrides if o.split("=")[0] == key])
-    return any(override.is_sweep_override() for override in parsed)
+        if override.is_sweep_override() and not {"-m", "--multirun"} & set(arguments):
+            raise ConfigError(f"`{key}` must have one value, but got {value!r}. Add `-m` to run each of them.")
+        values[key] = value if override.is_sweep_override() else [value]
+    for combination in itertools.product(*values.values()):
+        compose_run(dict(zip(values, combination, strict=True)))
 
 
 def _is_flag(arguments: Sequence[str], position: int) -> bool:
@@ -180,14 +175,25 @@ def _is_flag(arguments: Sequence[str], position: int) -> bool:
     )
 
 
+def _parse(overrides: Sequence[str]) -> list[Override]:
+    try:
+        return OverridesParser.create().parse_overrides(list(overrides))
+    except HydraException as error:
+        raise ConfigError(f"an override must read `key=value`, but got {_first_line(error)}") from error
+
+
 def _read_override(override: Override) -> tuple[str, Any]:
+    if not override.key_or_group:
+        raise ConfigError(f"an override must read `key=value`, but got {override.input_line!r}.")
     if override.is_add() or override.is_force_add() or override.is_delete():
         raise ConfigError(
             f"an override must read `key=value`, but got {override.input_line!r}. Leave out the `+` or `~`."
         )
     key, value = str(override.key_or_group), override._value
+    if isinstance(value, Glob):
+        raise ConfigError(f"`{key}` must be a value, a list or a range, but got {override.input_line!r}.")
     if isinstance(value, ChoiceSweep):
-        return key, list(override.sweep_iterator())
+        return key, list(override.sweep_iterator(transformer=Override._convert_value))
     if isinstance(value, RangeSweep):
         return key, {"low": value.start, "high": _last_of(value), "step": value.step}
     if isinstance(value, IntervalSweep):

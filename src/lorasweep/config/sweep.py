@@ -125,8 +125,7 @@ class ArmConfig:
 
     def __post_init__(self) -> None:
         require_at_least(f"arms.{self.name}.trials", self.trials, 1)
-        if not self.name.replace("_", "").replace("-", "").isalnum():
-            raise ConfigError(f"an arm's name must consist of letters, digits, `_` and `-`, but got {self.name!r}.")
+        _require_folder_name("an arm's name", self.name)
         if not self.space and self.trials != 1:
             raise ConfigError(
                 f"`arms.{self.name}.trials` must be 1 for an arm without a space, "
@@ -143,3 +142,11 @@ class SweepFile:
     settings: Mapping[str, Any]
     """Dotted keys and values of every arm and of the driver."""
     arms: tuple[ArmConfig, ...]
+
+    def __post_init__(self) -> None:
+        _require_folder_name("`name`", self.name)
+
+
+def _require_folder_name(what: str, name: str) -> None:
+    if not name.replace("_", "").replace("-", "").isalnum():
+        raise ConfigError(f"{what} must consist of letters, digits, `_` and `-`, but got {name!r}.")

@@ -1,0 +1,237 @@
+"""Hydra's words and files become settings; what does not compose is one sentence that names the nearest valid thing."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from omegaconf import OmegaConf
+
+from lorasweep.config.compose import (
+    check_command_line,
+    compose_driver,
+    compose_run,
+    compose_values,
+    group_names,
+    group_options,
+    hydra_session,
+    known_keys,
+    packaged_folder,
+    parse_overrides,
+)
+from lorasweep.errors import ConfigError
+
+
+def test_a_run_has_the_values_of_conf():
+    config = compose_run({})
+    assert (config.model.name, config.method.name, config.trainer.max_steps) == ("tiny", "lora", 150)
+
+
+def test_options_of_groups_and_dotted_keys_are_set_together():
+    config = compose_run({"method.rank": 3, "schedule": "cosine", "method": "lora", "optim.lr": "2e-3"})
+    assert (config.method.rank, config.schedule.name, config.optim.lr) == (3, "cosine", 2e-3)
+
+
+def test_lists_and_mappings_are_set_whole():
+    config = compose_run({"method.targets": ["q_proj", "v_proj"], "method.rank_pattern": {"q_proj": 4}})
+    assert config.method.targets == ("q_proj", "v_proj")
+    assert config.method.rank_pattern == {"q_proj": 4}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"optim.lrr": 1}, r"`optim.lrr` is not a setting. Did you mean `optim.lr`\? `lorasweep train --help` lists"),
+        ({"rank": 4}, r"`rank` is not a setting. Did you mean `method.rank`\?"),
+        ({"method": "full", "method.rank": 4}, "`method.rank` is not a setting."),
+        ({"method": "lorra"}, r"`method` must be one of .*lora.*, but got 'lorra'. Did you mean `lora`\?"),
+        ({"method": None}, "`method` must be one of .*lora.*, but got None."),
+        ({"method": {"name": "lora"}}, "`method` must be one of .*lora.*, but got {'name': 'lora'}."),
+        ({"method.name": "frozen"}, "`method.rank` is not a setting."),
+        ({"method.name": "x"}, "`method` must be one of .*lora.*, but got 'x'."),
+        ({"model": "causal_lm"}, "`model.path` must be set, but is missing."),
+        ({"method.rank": "many"}, "`method.rank` must be a whole number, but got 'many'."),
+        ({"seeds": 3}, "`seeds` must be a group of settings, but got 3."),
+        ({"seed": "${nothing}"}, "Interpolation key 'nothing' not found"),
+    ],
+)
+def test_a_key_or_value_that_is_wrong_is_refused(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        compose_run(settings)
+
+
+def test_a_message_is_one_line():
+    with pytest.raises(ConfigError) as caught:
+        compose_run({"seed": "${nothing}"})
+    assert "\n" not in str(caught.value)
+
+
+def test_a_key_of_the_driver_is_no_setting_of_a_run():
+    with pytest.raises(ConfigError, match=r"`sampler.startup_trials` is not a setting."):
+        compose_run({"sampler.startup_trials": 3})
+
+
+def test_a_driver_has_the_values_of_conf():
+    driver = compose_driver({"pruner": "none"})
+    assert (driver.sampler.name, driver.pruner.name, driver.sweep.trials) == ("tpe", "none", None)
+
+
+def test_interpolations_follow_what_was_set():
+    assert compose_values("train", {"seed": 3})["seeds"] == {"init": 3, "data_order": 3, "dropout": 3}
+
+
+def test_known_keys_are_those_of_the_chosen_options():
+    assert "method.rank" in known_keys({"method": "lora"})
+    assert "method.rank" not in known_keys({"method": "full"})
+
+
+def test_a_users_own_conf_is_found_first(tmp_path, monkeypatch):
+    (tmp_path / "conf" / "optim").mkdir(parents=True)
+    adamw = (packaged_folder("conf") / "optim" / "adamw.yaml").read_text()
+    (tmp_path / "conf" / "optim" / "adamw.yaml").write_text(adamw.replace("lr: 1.0e-3", "lr: 0.25"))
+    (tmp_path / "conf" / "optim" / "mine.yaml").write_text(adamw.replace("lr: 1.0e-3", "lr: 0.5"))
+    monkeypatch.chdir(tmp_path)
+    assert compose_run({}).optim.lr == 0.25
+    assert compose_run({"optim": "mine"}).optim.lr == 0.5
+    with hydra_session():
+        assert group_options("optim") == ["adamw", "mine"]
+    assert compose_run({}).trainer.max_steps == 150  # the packaged files are still found
+
+
+def test_a_users_conf_counts_in_its_own_folder_only(tmp_path, monkeypatch):
+    (tmp_path / "conf" / "optim").mkdir(parents=True)
+    (tmp_path / "conf" / "optim" / "mine.yaml").write_text("name: adamw\n")
+    monkeypatch.chdir(tmp_path)
+    with hydra_session():
+        assert "mine" in group_options("optim")
+    monkeypatch.chdir(tmp_path.parent)
+    with hydra_session():
+        assert "mine" not in group_options("optim")
+
+
+def test_a_users_file_with_a_key_too_many_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "conf" / "schedule").mkdir(parents=True)
+    (tmp_path / "conf" / "schedule" / "linear.yaml").write_text("name: linear\nwarmup_fraction: 0.1\nwarmup: 3\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=r"`schedule.warmup` is not a setting. Did you mean `warmup_frac"):
+        compose_run({})
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "value"),
+    [
+        ("method.rank=4", "method.rank", 4),
+        ("optim.lr=1e-3", "optim.lr", 1e-3),
+        ("method=lora", "method", "lora"),
+        ("optim.clip_norm=null", "optim.clip_norm", None),
+        ("trainer.progress=false", "trainer.progress", False),
+        ("method.targets=[q_proj,v_proj]", "method.targets", ["q_proj", "v_proj"]),
+        ("method.rank_pattern={q_proj:4}", "method.rank_pattern", {"q_proj": 4}),
+        ("data.train='a b.txt'", "data.train", "a b.txt"),
+        ("method.rank=choice(1,4,16)", "method.rank", [1, 4, 16]),
+        ("method.rank=1,4,16", "method.rank", [1, 4, 16]),
+        ("method.targets='a b','c'", "method.targets", ["a b", "c"]),
+        ("method.targets=[q_proj],['v_proj']", "method.targets", [["q_proj"], ["v_proj"]]),
+        ("optim.lr=interval(1e-4,1e-2)", "optim.lr", {"low": 1e-4, "high": 1e-2}),
+        ("optim.lr=tag(log,interval(1e-4,1e-2))", "optim.lr", {"low": 1e-4, "high": 1e-2, "log": True}),
+        ("method.rank=range(2,9,2)", "method.rank", {"low": 2, "high": 8, "step": 2}),
+        ("method.rank=range(1,4)", "method.rank", {"low": 1, "high": 3, "step": 1}),
+        ("arms.lora.optim.lr=1", "arms.lora.optim.lr", 1),
+    ],
+)
+def test_hydras_words_become_values_and_ranges(override, key, value):
+    assert parse_overrides([override]) == {key: value}
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("method.rank", "an override must read `key=value`, but got"),
+        ("=4", "an override must read `key=value`, but got"),
+        ("method.rank=[1", "an override must read `key=value`, but got"),
+        ("+method.rank=4", r"an override must read `key=value`, but got '\+method.rank=4'. Leave out the `\+` or `~`."),
+        ("++method.rank=4", r"but got '\+\+method.rank=4'. Leave out the `\+` or `~`."),
+        ("~method", r"an override must read `key=value`, but got '~method'. Leave out the `\+` or `~`."),
+        ("method.rank=range(4,4)", r"a range must not be empty, but got range\(4, 4, 1\)."),
+        ("method=glob(*)", r"`method` must be a value, a list or a range, but got 'method=glob\(\*\)'."),
+    ],
+)
+def test_what_is_no_override_is_refused(override, message):
+    with pytest.raises(ConfigError, match=message):
+        parse_overrides([override])
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["method.rank=4", "optim.lr=1e-2"],
+        ["--cfg", "job", "method=full"],
+        ["-c", "job"],
+        ["-m", "method.rank=1,4"],
+        ["method.rank=choice(1,4)", "--multirun"],
+        ["method.targets=[q_proj,v_proj]"],
+        ["hydra.verbose=true", "method.rank=4"],
+        ["--help"],
+    ],
+)
+def test_a_right_command_line_passes(arguments):
+    check_command_line(arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["method.rnk=4"], r"`method.rnk` is not a setting. Did you mean `method.rank`\?"),
+        (["method=lorra"], r"`method` must be one of .*, but got 'lorra'. Did you mean `lora`\?"),
+        (["method.rank"], "an override must read `key=value`"),
+        (["method.rank=1,4"], r"`method.rank` must have one value, but got \[1, 4\]. Add `-m` to run each of them."),
+        (["-m", "method.rnk=1,4"], "`method.rnk` is not a setting."),
+        (
+            ["-m", "method.rank=interval(1,4)"],
+            r"but got 'method.rank=interval\(1,4\)'. Give values: `method.rank=1,2,4",
+        ),
+        (["-m", "method.rank=range(1,4)"], r"a range is for `lorasweep sweep`, but got 'method.rank=range\(1,4\)'."),
+        (
+            ["-m", "hydra.verbose=true", "method.rank=interval(1,4)"],
+            r"a range is for `lorasweep sweep`, but got 'method.rank=interval\(1,4\)'.",
+        ),
+        (["model=causal_lm"], "`model.path` must be set, but is missing."),
+        (["method.rank=0"], "`method.rank >= 1` must hold, but got 0."),
+        (["-m", "method.rank=4,0"], "`method.rank >= 1` must hold, but got 0."),
+        (["-m", "method=lora,lorra"], "`method` must be one of .*, but got 'lorra'."),
+        (["-m", "method=lora,frozen", "optim.lr_ratio_b=2"], "where it has no effect"),
+    ],
+)
+def test_a_wrong_command_line_is_refused_before_hydra_sees_it(arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        check_command_line(arguments)
+
+
+@pytest.mark.parametrize("primary", ["train", "sweep"])
+def test_every_group_of_a_defaults_list_is_a_folder(primary):
+    for group in group_names(primary):
+        assert list((packaged_folder("conf") / group).glob("*.yaml")), group
+
+
+OPTIONS = [
+    (primary, group, file.stem)
+    for primary in ("train", "sweep")
+    for group in group_names(primary)
+    for file in sorted((packaged_folder("conf") / group).glob("*.yaml"))
+]
+
+
+@pytest.mark.parametrize(("primary", "group", "option"), OPTIONS)
+def test_a_conf_file_has_one_line_for_every_setting_and_no_other(primary, group, option):
+    written = OmegaConf.load(packaged_folder("conf") / group / f"{option}.yaml")
+    compose = compose_run if primary == "train" else compose_driver
+    settings = {group: option} | ({"model.path": "owner/name"} if option == "causal_lm" else {})
+    built = getattr(compose(settings), group)
+    assert list(written) == [field.name for field in dataclasses.fields(built)]  # in the same order, too
+
+
+def test_an_option_is_named_as_its_file():
+    for _, group, option in OPTIONS:
+        if group != "trainer":  # which has no variants to tell apart
+            assert OmegaConf.load(packaged_folder("conf") / group / f"{option}.yaml").name == option

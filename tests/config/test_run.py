@@ -1,0 +1,60 @@
+"""No setting of a run is out of range, and none is without effect."""
+
+from __future__ import annotations
+
+import pytest
+
+from lorasweep.config.compose import compose_run
+from lorasweep.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("model.path", "", "`model.path` must name a folder or hub id, but is empty."),
+        ("data.block_length", 1, "`data.block_length >= 2` must hold, but got 1."),
+        ("data.max_validation_blocks", 0, "`data.max_validation_blocks >= 1` must hold, but got 0."),
+        ("data.max_test_blocks", -1, "`data.max_test_blocks >= 1` must hold, but got -1."),
+        ("optim.lr", 0.0, "`optim.lr > 0` must hold, but got 0.0."),
+        ("optim.lr", -1e-3, "`optim.lr > 0` must hold, but got -0.001."),
+        ("optim.lr", float("inf"), "`optim.lr > 0` must hold, but got inf."),
+        ("optim.lr", float("nan"), "`optim.lr > 0` must hold, but got nan."),
+        ("optim.lr_ratio_b", 0.0, "`optim.lr_ratio_b > 0` must hold, but got 0.0."),
+        ("optim.weight_decay", -0.1, "`optim.weight_decay >= 0` must hold, but got -0.1."),
+        ("optim.eps", -1e-8, "`optim.eps >= 0` must hold, but got -1e-08."),
+        ("optim.beta1", 1.0, "`0 <= optim.beta1 < 1` must hold, but got 1.0."),
+        ("optim.beta2", -0.1, "`0 <= optim.beta2 < 1` must hold, but got -0.1."),
+        ("optim.clip_norm", 0.0, "`optim.clip_norm > 0` must hold, but got 0.0. Use null not to clip."),
+        ("schedule.warmup_fraction", 1.0, "`0 <= schedule.warmup_fraction < 1` must hold, but got 1.0."),
+        ("trainer.max_steps", 0, "`trainer.max_steps >= 1` must hold, but got 0."),
+        ("trainer.batch_size", 0, "`trainer.batch_size >= 1` must hold, but got 0."),
+        ("trainer.accumulate", 0, "`trainer.accumulate >= 1` must hold, but got 0."),
+        ("trainer.accumulate", 3, "`trainer.accumulate` must divide `trainer.batch_size`, but got 3 and 16."),
+        ("trainer.eval_batch_size", 0, "`trainer.eval_batch_size >= 1` must hold, but got 0."),
+        ("trainer.eval_every_steps", 0, "`trainer.eval_every_steps >= 1` must hold, but got 0."),
+        ("seeds.init", -1, r"`0 <= seeds.init < 2\*\*32` must hold, but got -1."),
+        ("seeds.data_order", 2**32, r"`0 <= seeds.data_order < 2\*\*32` must hold, but got 4294967296."),
+        ("seeds.dropout", -1, r"`0 <= seeds.dropout < 2\*\*32` must hold, but got -1."),
+        ("seed", -1, r"`0 <= seeds.init < 2\*\*32` must hold, but got -1."),
+    ],
+)
+def test_a_setting_out_of_range_is_refused(key, value, message):
+    with pytest.raises(ConfigError, match=message):
+        compose_run({key: value})
+
+
+@pytest.mark.parametrize("method", ["full", "head", "frozen"])
+def test_a_learning_rate_of_b_is_refused_where_there_is_no_b(method):
+    with pytest.raises(ConfigError, match=f"with `method={method}`, where it has no effect."):
+        compose_run({"method": method, "optim.lr_ratio_b": 16.0})
+
+
+def test_one_seed_sets_every_seed_that_is_not_set_by_itself():
+    seeds = compose_run({"seed": 5, "seeds.dropout": 7}).seeds
+    assert (seeds.init, seeds.data_order, seeds.dropout) == (5, 5, 7)
+
+
+def test_null_lifts_a_limit():
+    config = compose_run({"optim.clip_norm": None, "data.max_validation_blocks": None})
+    assert config.optim.clip_norm is None
+    assert config.data.max_validation_blocks is None

@@ -1,0 +1,55 @@
+"""What tests of several packages share: the settings of a run of a few seconds, and its base model and data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from lorasweep.config.compose import compose_run
+from lorasweep.config.run import RunConfig
+from lorasweep.training import Workbench, build_workbench
+
+SHORT_RUN: dict[str, Any] = {
+    "data.block_length": 32,
+    "data.max_validation_blocks": 4,
+    "data.max_test_blocks": 4,
+    "trainer.batch_size": 2,
+    "trainer.eval_batch_size": 4,
+    "trainer.max_steps": 4,
+    "trainer.eval_every_steps": 2,
+    "trainer.precision": "fp32",
+    "trainer.device": "cpu",
+    "trainer.progress": False,
+    "method.rank": 2,
+    "optim.lr": 1e-2,
+}
+
+
+@pytest.fixture(scope="session")
+def short_run() -> dict[str, Any]:
+    """Dotted keys and values of a run of a few seconds."""
+    return dict(SHORT_RUN)
+
+
+@pytest.fixture(scope="session")
+def make_config() -> Callable[..., RunConfig]:
+    """Makes the settings of a run of a few seconds; keys of LoRA are left out under other methods."""
+
+    def make(settings: dict[str, Any] | None = None, /) -> RunConfig:
+        given = dict(settings or {})
+        short = {
+            key: value
+            for key, value in SHORT_RUN.items()
+            if given.get("method", "lora") == "lora" or not key.startswith("method.")
+        }
+        return compose_run({**short, **given})
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def bench(make_config: Callable[..., RunConfig]) -> Workbench:
+    """Base model and data of such a run, in fp32."""
+    return build_workbench(make_config())

@@ -1,0 +1,182 @@
+"""Records are whole or absent, hold JSON only, and what can't be read is one sentence."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from dataclasses import asdict
+
+import pytest
+
+from lorasweep.errors import RecordError
+from lorasweep.record import (
+    RUN_FILE,
+    STEPS_FILE,
+    SWEEP_FILE,
+    ArmRow,
+    RunRecord,
+    SweepRecord,
+    TrialRow,
+    read_run,
+    read_steps,
+    read_sweep,
+    sha256_of,
+    utc_now,
+    write_atomically,
+    write_record,
+)
+
+
+def make_run(**values):
+    return RunRecord(
+        **({"status": "complete", "config": {"seed": 0}, "metric": "loss", "direction": "minimize"} | values)
+    )
+
+
+def make_sweep(**values):
+    arm = ArmRow(
+        name="lora",
+        method="lora",
+        trials=2,
+        settings={},
+        space={"method.rank": [1, 2]},
+        sampler="tpe",
+        pruner="none",
+        importance={"method.rank": 1.0},
+    )
+    trial = TrialRow(arm="lora", number=0, state="failed", params={"method.rank": 1}, value=None, run="r", reason="x")
+    return SweepRecord(
+        **(
+            {
+                "status": "running",
+                "name": "s",
+                "metric": "loss",
+                "direction": "minimize",
+                "definition": {"file": {}},
+                "arms": [arm],
+                "trials": [trial],
+            }
+            | values
+        )
+    )
+
+
+def test_a_run_comes_back_as_it_was_written(tmp_path):
+    record = make_run(best={"loss": 1.5, "step": 2}, reason="because", packages={"torch": "2"}, wall_s=0.5)
+    write_record(record, tmp_path)
+    assert read_run(tmp_path) == record
+
+
+def test_a_sweep_comes_back_as_it_was_written(tmp_path):
+    write_record(make_sweep(), tmp_path)
+    assert read_sweep(tmp_path) == make_sweep()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_number_that_json_lacks_becomes_null_at_any_depth(tmp_path, value):
+    write_record(make_run(best={"loss": value}, config={"a": [{"b": value}, (value,)]}, wall_s=value), tmp_path)
+    raw = json.loads((tmp_path / RUN_FILE).read_text(), parse_constant=lambda name: pytest.fail(name))
+    assert (raw["best"]["loss"], raw["config"], raw["wall_s"]) == (None, {"a": [{"b": None}, [None]]}, None)
+
+
+def test_the_score_is_the_best_value_of_the_runs_metric():
+    assert make_run(best={"loss": 1.5, "perplexity": 4.5}).score == 1.5
+    assert make_run().score is None
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_beside_it(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    write_atomically(path, "old")
+
+    def fail(handle):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_atomically(path, "new")
+    assert [file.name for file in tmp_path.iterdir()] == ["file"]
+    assert path.read_text() == "old"
+
+
+def test_a_write_replaces_the_old_file_and_leaves_nothing_beside_it(tmp_path):
+    path = tmp_path / "new_folder" / "file"
+    write_atomically(path, "old")
+    write_atomically(path, b"\x00new")
+    assert path.read_bytes() == b"\x00new"
+    assert [file.name for file in path.parent.iterdir()] == ["file"]
+
+
+def test_keys_that_this_version_does_not_know_are_ignored(tmp_path):
+    write_record(make_run(), tmp_path)
+    write_record(make_sweep(), tmp_path)
+    for name in (RUN_FILE, SWEEP_FILE):
+        raw = json.loads((tmp_path / name).read_text())
+        raw["from_later"] = 1
+        for row in raw.get("arms", []) + raw.get("trials", []):
+            row["from_later"] = 1
+        (tmp_path / name).write_text(json.dumps(raw))
+    assert read_run(tmp_path) == make_run()
+    assert read_sweep(tmp_path) == make_sweep()
+
+
+@pytest.mark.parametrize(("read", "kind", "name"), [(read_run, "run", RUN_FILE), (read_sweep, "sweep", SWEEP_FILE)])
+def test_a_folder_without_a_record_is_refused(tmp_path, read, kind, name):
+    with pytest.raises(RecordError, match=f"a {kind}'s folder must contain {name}, but '{tmp_path}' does not."):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize("read", [read_run, read_sweep])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "must be a JSON file, but is damaged"),
+        (b'{"format": "lorasw', "must be a JSON file, but is damaged"),
+        (b"\xff\xfe\x00", "must be a JSON file, but is damaged"),
+        (b"[]", "must be a record of format 'lorasweep.*', but is not"),
+        (b'{"format": "other", "version": 1}', "must be a record of format 'lorasweep.*', but is not"),
+        (b'{"version": 1}', "must be a record of format 'lorasweep.*', but is not"),
+        (b'{"format": "KIND", "version": 2}', "must have a version up to 1, but has 2. Use a newer lorasweep."),
+        (b'{"format": "KIND", "version": "1"}', "must have a version up to 1, but has '1'."),
+        (b'{"format": "KIND"}', "must have a version up to 1, but has None."),
+        (b'{"format": "KIND", "version": 1}', "a record must have every field of (Run|Sweep)Record: "),
+    ],
+)
+def test_a_damaged_foreign_or_newer_record_is_refused(tmp_path, read, content, message):
+    kind, name = ("run", RUN_FILE) if read is read_run else ("sweep", SWEEP_FILE)
+    (tmp_path / name).write_bytes(content.replace(b"KIND", f"lorasweep.{kind}".encode()))
+    with pytest.raises(RecordError, match=message):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize("rows", [[[]], [{}], 3, ["lora"], [None], {"lora": {}}])
+@pytest.mark.parametrize("key", ["arms", "trials"])
+def test_a_sweep_with_broken_rows_is_refused(tmp_path, key, rows):
+    raw = asdict(make_sweep()) | {key: rows}
+    (tmp_path / SWEEP_FILE).write_text(json.dumps(raw))
+    with pytest.raises(RecordError, match=r"a record must have (every field of|a list of)"):
+        read_sweep(tmp_path)
+
+
+def test_steps_come_back_in_order(tmp_path):
+    (tmp_path / STEPS_FILE).write_text('{"step": 1, "loss": 2.0}\n{"step": 1, "validation": {"loss": 3.0}}\n')
+    assert list(read_steps(tmp_path)) == [{"step": 1, "loss": 2.0}, {"step": 1, "validation": {"loss": 3.0}}]
+
+
+def test_a_line_cut_off_by_a_killed_process_is_left_out(tmp_path):
+    (tmp_path / STEPS_FILE).write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
+    assert list(read_steps(tmp_path)) == [{"step": 1, "loss": 2.0}]
+
+
+def test_a_run_without_steps_has_none(tmp_path):
+    assert list(read_steps(tmp_path)) == []
+
+
+def test_sha256_is_that_of_the_content(tmp_path):
+    (tmp_path / "f").write_bytes(b"abc")
+    assert sha256_of(tmp_path / "f") == hashlib.sha256(b"abc").hexdigest()
+
+
+def test_times_are_utc():
+    assert utc_now().endswith("+00:00")
