@@ -21,6 +21,20 @@ from lorasweep.report.wording import (
     format_share,
 )
 
+ARMS_SIDE_BY_SIDE = 4
+ROW_NAMES = (
+    "arm",
+    "best settings",
+    "score",
+    "of full's gain",
+    "trained",
+    "of base",
+    "adapter",
+    "memory",
+    "time",
+    "trials",
+)
+
 
 def render_terminal(*folders: Path) -> RenderableType:
     """Returns what the sweeps in these folders found: a table and sentences for one, a table side by side for several.
@@ -37,14 +51,22 @@ def render_terminal(*folders: Path) -> RenderableType:
 
 
 def render_summary(summary: Summary, *, problems: tuple[str, ...] = ()) -> RenderableType:
-    """Returns one sweep's table of arms with its sentences below."""
-    table = Table(title=Text(f"{summary.sweep}: {format_metric(summary.metric)}"), title_justify="left")
-    table.add_column("arm", overflow="fold")
-    table.add_column("best settings", overflow="fold")
-    for name in ("score", "of full's gain", "trained", "of base", "adapter", "memory", "time", "trials"):
-        table.add_column(name, justify="right")
-    for arm in summary.arms:
-        table.add_row(*(Text(cell) for cell in _cells(arm)))
+    """Returns one sweep's table with its sentences below: an arm per column while they fit a narrow terminal."""
+    title = Text(f"{summary.sweep}: {format_metric(summary.metric)}", style="bold")
+    cells = [_cells(arm) for arm in summary.arms]
+    if len(cells) <= ARMS_SIDE_BY_SIDE:
+        table = Table(show_header=False, show_lines=False, title=title, title_justify="left")
+        table.add_column(style="dim")
+        for _ in cells:
+            table.add_column(justify="right", overflow="fold")
+        for name, *row in zip(ROW_NAMES, *cells, strict=True):
+            table.add_row(name, *(Text(cell, style="bold" if name in ("arm", "score") else "") for cell in row))
+    else:
+        table = Table(title=title, title_justify="left")
+        for name in ROW_NAMES:
+            table.add_column(name, justify="left" if name in ROW_NAMES[:2] else "right", overflow="fold")
+        for arm_cells in cells:
+            table.add_row(*map(Text, arm_cells))
     notes = [*summary.sentences, *problems]
     return Group(table, *(Text(f"• {note}") for note in notes))
 
