@@ -193,3 +193,34 @@ def test_saving_needs_lora_layers(model: nn.Module, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="must have LoRA layers, but got none"):
         save_adapter(model, tmp_path, base_path="tiny")
     assert not any(tmp_path.iterdir())
+
+
+def test_another_strength_is_refused_by_an_injected_model(make_model, saved: Path) -> None:
+    model = make_model()
+    inject_lora(model, LoraConfig(rank=2, alpha=16, targets="up"))
+    with pytest.raises(ValueError, match=r"must have scaling 8 at 'layers.0.up', but got 4. Inject with the α"):
+        load_adapter(model, saved)
+    assert not any(layer.lora_b.any() for layer in lora_layers(model).values())
+
+
+def test_rows_that_are_not_there_are_refused(make_model, saved: Path) -> None:
+    model = make_model()
+    inject_lora(model, LoraConfig(rank=2, alpha=8, targets="up[0:4]"))
+    with pytest.raises(ValueError, match="A and B must fit the layer's rows and its start"):
+        load_adapter(model, saved)
+    assert not any(layer.lora_b.any() for layer in lora_layers(model).values())
+
+
+def test_a_hostile_rank_is_refused_before_memory_is_taken(make_model, saved: Path) -> None:
+    change_config(saved, r=10**12)
+    assert_refused(make_model, saved, r"must have shape \(1000000000000, 8\), but got \(2, 8\)")
+
+
+def test_saving_twice_gives_the_same_bytes(tmp_path: Path) -> None:
+    tensors = {"b": torch.ones(2, 3), "a": torch.zeros(3)}
+    metadata = {str(n): str(n) for n in range(8)}
+    written = {serialise(tensors, metadata=metadata) for _ in range(20)}
+    assert len(written) == 1
+    loaded = load(written.pop())
+    assert loaded.keys() == tensors.keys()
+    assert all(torch.equal(loaded[name], tensors[name]) for name in tensors)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lorasweep.lora import LoraConfig, inject_lora, lora_layers, merge_lora, unmerge_lora
+from lorasweep.lora import LoraConfig, inject_lora, lora_layers, merge_check, merge_lora, remove_lora, unmerge_lora
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -65,3 +65,85 @@ def test_merging_out_of_turn_is_refused(model: nn.Module) -> None:
     merge_lora(model)
     with pytest.raises(ValueError, match=r"must not be merged, but 'layers.0.up' is otherwise. Call `unmerge_lora`"):
         merge_lora(model)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"variant": "dora"},
+        {"init": "pissa"},
+        {"targets": ("up[0:4,8:12]", "embed")},
+        {"modules_to_save": ("out",)},
+        {"bias": "all"},
+    ],
+    ids=str,
+)
+def test_merge_check_is_small_and_leaves_the_model_alone(make_model, tokens: Tensor, fill_b, settings: dict) -> None:
+    model = make_model()
+    inject_lora(model, LoraConfig(rank=2, dropout=0.5, **settings))
+    fill_b(model)
+    before = {name: (id(p), p.clone()) for name, p in model.named_parameters()}
+    assert 0 <= merge_check(model, tokens) < 1e-5  # outputs reach 10: a few neighbours in fp32
+    assert model.training
+    assert all(id(p) == before[name][0] and torch.equal(p, before[name][1]) for name, p in model.named_parameters())
+
+
+def test_merge_check_reads_logits_of_any_output() -> None:
+    class Output:
+        def __init__(self, logits: Tensor) -> None:
+            self.logits = logits
+
+    class Wrapped(nn.Module):
+        def __init__(self, kind: type) -> None:
+            super().__init__()
+            self.layer, self.kind = nn.Linear(4, 4), kind
+
+        def forward(self, x: Tensor) -> object:
+            y = self.layer(x)
+            return Output(y) if self.kind is Output else self.kind([y, None])
+
+    for kind in (Output, tuple, list):
+        model = Wrapped(kind)
+        inject_lora(model, LoraConfig(rank=2))
+        nn.init.normal_(model.layer.lora_b)
+        assert merge_check(model, x=torch.randn(2, 4)) < 1e-5
+
+
+def test_merge_check_unmerges_when_the_model_fails(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    inject_lora(model, LoraConfig(rank=2))
+    calls = iter([torch.zeros(1)])
+    monkeypatch.setattr(model, "forward", lambda tokens: next(calls))
+    with pytest.raises(StopIteration):
+        merge_check(model, torch.zeros(1))
+    assert not any(layer.merged for layer in lora_layers(model).values())
+    assert model.training
+
+
+@pytest.mark.parametrize("merged", [True, False])
+@pytest.mark.parametrize("settings", [{}, {"variant": "dora"}, {"modules_to_save": ("out",)}], ids=str)
+def test_removing_keeps_or_drops_the_change(make_model, tokens: Tensor, fill_b, settings: dict, merged: bool) -> None:
+    for keep_change in (True, False):
+        model, base = make_model(), make_model()
+        inject_lora(model, LoraConfig(rank=2, **settings))
+        fill_b(model)
+        adapted = model(tokens)
+        if merged:
+            merge_lora(model)
+        remove_lora(model, keep_change=keep_change)
+        assert model.state_dict().keys() == base.state_dict().keys()
+        assert [type(m) for m in model.modules()] == [type(m) for m in base.modules()]
+        if keep_change:
+            torch.testing.assert_close(model(tokens), adapted)
+        else:
+            assert torch.equal(model(tokens), base(tokens))
+            assert all(torch.equal(p, q) for p, q in zip(model.parameters(), base.parameters(), strict=True))
+
+
+def test_trained_biases_cannot_be_dropped(model: nn.Module) -> None:
+    inject_lora(model, LoraConfig(rank=2, bias="lora_only"))
+    with pytest.raises(ValueError, match=r"`method.bias` must be none to go back to the base"):
+        remove_lora(model, keep_change=False)
+    remove_lora(model, keep_change=True)
+    with pytest.raises(ValueError, match="must have LoRA layers, but got none"):
+        remove_lora(model, keep_change=True)

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from lorasweep.lora import LoraConfig, check_rank, find_targets
+from lorasweep.lora import LoraConfig, check_rank, find_targets, inject_lora
+from lorasweep.lora.targets import plan_targets
 
 UP = ("layers.0.up", "layers.1.up")
 PROJ = ("layers.0.proj", "layers.1.proj")
@@ -106,3 +107,81 @@ def test_a_full_rank_can_be_allowed_with_a_warning() -> None:
     with pytest.warns(UserWarning, match="1.6 times the layer's own numbers"):
         check_rank(10, "x", nn.Linear(8, 32), allow_full_rank=True)
     check_rank(8, "x", nn.Linear(8, 32))
+
+
+def test_layers_choose_blocks_by_index(model: nn.Module) -> None:
+    assert find_targets(model, LoraConfig(rank=2, layers=(1,))).layers == ("layers.1.up", "layers.1.proj")
+    with pytest.raises(
+        ValueError, match=r"`method.layers` must be indices of layers that match, but got 2. There are: \["
+    ):
+        find_targets(model, LoraConfig(rank=2, layers=(1, 2)))
+
+
+def test_exclude_leaves_layers_out(model: nn.Module) -> None:
+    coverage = find_targets(model, LoraConfig(rank=2, exclude=("proj", r"re:layers\.0\..*")))
+    assert coverage.layers == ("layers.1.up",)
+    assert set(coverage.unmatched) == {"layers.0.up", "layers.0.proj", "layers.1.proj", "out"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"exclude": ("prj",)}, "`method.exclude` must match layers, but 'prj' matches none. Nearest: 'proj'"),
+        ({"rank_pattern": {"upp": 4}}, "`method.rank_pattern` must match adapted layers, but 'upp' .* Nearest: 'up'"),
+        ({"alpha_pattern": {"out": 4.0}}, "`method.alpha_pattern` must match adapted layers, but 'out'"),
+        ({"targets": ("up", "proj"), "exclude": ("up",)}, "all that 'up' matches, such as 'layers.0.up', are left out"),
+        ({"targets": "out", "modules_to_save": ("out",)}, "all that 'out' matches"),
+        (
+            {"targets": ("up[0:4]", "up[4:8]")},
+            r"must choose one set of rows of 'layers.0.up', but got \[\(\(0, 4\),\), ",
+        ),
+        ({"targets": ("up", "up[4:8]")}, "must choose one set of rows of 'layers.0.up'"),
+    ],
+)
+def test_a_setting_without_effect_or_against_another_is_refused(model: nn.Module, settings: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        find_targets(model, LoraConfig(**{"rank": 2} | settings))
+
+
+def test_patterns_set_rank_and_strength_by_layer(model: nn.Module) -> None:
+    settings = {"rank_pattern": {"0.up": 3, "up": 4}, "alpha_pattern": {"re:.*proj": 5.0}}
+    coverage, targets = plan_targets(model, LoraConfig(rank=2, alpha=1.0, **settings))
+    assert [(t.rank, t.alpha) for t in targets.values()] == [(3, 1.0), (2, 5.0), (4, 1.0), (2, 5.0)]
+    assert coverage.trainable_params == (3 + 2 + 4 + 2) * (8 + 16)
+
+
+def test_counts_agree_with_what_is_injected(make_model) -> None:
+    config = LoraConfig(
+        rank=2, targets=("up[0:4,8:12]", "proj", "embed"), variant="dora", modules_to_save=("out",), bias="all"
+    )
+    model, coverage = make_model(), find_targets(make_model(), config)
+    assert inject_lora(model, config) == coverage
+    assert coverage.trainable_params == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    trained_bias = sum(p.numel() for n, p in model.named_parameters() if n.endswith(".bias"))
+    assert coverage.total_params == sum(p.numel() for p in model.parameters())
+    assert trained_bias == 16
+
+
+def test_a_pattern_that_reaches_only_some_layers_of_a_kind_warns(model: nn.Module) -> None:
+    model.layers[1].up = nn.Sequential(nn.Linear(8, 16))
+    with pytest.warns(UserWarning, match=r"'up' matches 1 layers, but not 'layers.1.up' \(Sequential\)"):
+        assert find_targets(model, config("up")).layers == ("layers.0.up",)
+    find_targets(model, config("layers.0.up"))  # an index was asked for
+    find_targets(model, LoraConfig(rank=2, targets="up", layers=(0,)))
+
+
+def test_neighbours_in_a_sequence_are_no_kind() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2))
+    assert find_targets(model, config()).layers == ("0", "2")
+
+
+def test_tied_weights_are_told(model: nn.Module) -> None:
+    model.out.weight = model.embed.weight
+    assert find_targets(model, config(("out", "up"))).tied == {"out": ("embed",)}
+
+
+def test_attention_of_torch_is_refused_by_name() -> None:
+    model = nn.ModuleDict({"attention": nn.MultiheadAttention(4, 2), "up": nn.Linear(4, 4)})
+    assert find_targets(model, config()).layers == ("up",)
+    with pytest.raises(ValueError, match="'out_proj' is a NonDynamicallyQuantizableLinear"):
+        find_targets(model, config("out_proj"))

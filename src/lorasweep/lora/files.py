@@ -73,8 +73,19 @@ def save_adapter(model: nn.Module, folder: str | Path, *, base_path: str, base_f
     tensors = {key: tensor.cpu().contiguous().clone() for key, tensor in lora_state(model).items()}
     metadata = {"format": "pt"} | ({} if base_fingerprint is None else {FINGERPRINT_KEY: base_fingerprint})
     config = config_to_peft(layers, model, base_path=base_path)
-    _write_whole(folder / WEIGHTS_FILE, save(tensors, metadata=metadata))
+    _write_whole(folder / WEIGHTS_FILE, serialise(tensors, metadata=metadata))
     _write_whole(folder / CONFIG_FILE, json.dumps(config, indent=2, sort_keys=True).encode() + b"\n")
+
+
+def serialise(tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str]) -> bytes:
+    """The safetensors file of these tensors, the same bytes for the same content (`save` shuffles the metadata)."""
+    written = save(dict(tensors), metadata=dict(metadata))
+    length = int.from_bytes(written[:8], "little")
+    header = json.loads(written[8 : 8 + length])
+    header["__metadata__"] = dict(sorted(metadata.items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    padded = text + b" " * (-len(text) % 8)  # the data stays aligned
+    return len(padded).to_bytes(8, "little") + padded + written[8 + length :]
 
 
 def load_adapter(model: nn.Module, folder: str | Path, *, base_fingerprint: str | None = None) -> Coverage:

@@ -1,0 +1,111 @@
+"""Random streams of a pack, one per slot, and the dropout modules of the base that draw from them.
+
+A slot draws in the order and in the shapes in which its solo run would, so with equal seeds the masks are equal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+class SlotStreams:
+    """What all layers of one pack share: how many slots there are, and each one's random stream for dropout.
+
+    Attributes:
+        generators: One stream per slot, on the device of the inputs; None draws from torch's own.
+        only_slot: The slot whose rows are being computed alone (inside a module that each slot trains on a copy of);
+            None while the rows of all slots are.
+    """
+
+    def __init__(self, num_slots: int) -> None:
+        self.generators: list[torch.Generator | None] = [None] * num_slots
+        self.only_slot: int | None = None
+
+    @property
+    def num_slots(self) -> int:
+        """How many slots the pack has."""
+        return len(self.generators)
+
+    @contextmanager
+    def alone(self, slot: int) -> Iterator[None]:
+        """Says that the rows computed inside are those of this slot."""
+        self.only_slot = slot
+        try:
+            yield
+        finally:
+            self.only_slot = None
+
+    def rows(self, x: Tensor) -> list[tuple[int, Tensor]]:
+        """Each slot, and the view of its rows in x."""
+        if self.only_slot is not None:
+            return [(self.only_slot, x)]
+        check_rows(x, self.num_slots)
+        return list(enumerate(x.chunk(self.num_slots)))
+
+    def draw_kept(self, x: Tensor, *, rates: Sequence[float], dtype: torch.dtype) -> Tensor:
+        """A mask of x's shape that is 0 with the probability of the slot: ones where that is 0, which draws nothing.
+
+        Raises:
+            ValueError: It is drawn in a backward pass, so again and differently.
+        """
+        _refuse_recomputing()
+        mask = torch.ones(x.shape, dtype=dtype, device=x.device)
+        for slot, rows in self.rows(mask):
+            if rates[slot]:
+                rows.bernoulli_(1 - rates[slot], generator=self.generators[slot])
+        return mask
+
+
+class SlotDropout(nn.Module):
+    """An `nn.Dropout` of the base model that draws each slot's mask from the slot's stream.
+
+    The masks are those of `nn.Dropout` in a solo run on a CPU; on other devices torch's fused dropout draws otherwise.
+
+    Attributes:
+        base: The module that was replaced.
+    """
+
+    def __init__(self, base: nn.Dropout, streams: SlotStreams) -> None:
+        super().__init__()
+        self.base = base
+        self.streams = streams
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x with elements dropped and the others scaled by 1 / (1 - p), as in `nn.Dropout`."""
+        if not self.training or self.base.p == 0:
+            return x
+        rates = [self.base.p] * self.streams.num_slots
+        if self.base.p == 1:
+            return x * 0
+        noise = self.streams.draw_kept(x, rates=rates, dtype=x.dtype).div_(1 - self.base.p)
+        return x * noise
+
+
+def slot_dropouts(model: nn.Module) -> dict[str, SlotDropout]:
+    """The dropout modules of a pack, by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, SlotDropout)}
+
+
+def check_rows(x: Tensor, num_slots: int) -> None:
+    """Refuses an input whose rows can't be shared out evenly.
+
+    Raises:
+        ValueError: Its first dimension is not a multiple of the number of slots.
+    """
+    if x.dim() == 0 or x.shape[0] % num_slots:
+        raise ValueError(
+            f"The first dimension of a packed input must be a multiple of the {num_slots} slots, "
+            f"but got shape {tuple(x.shape)}. Stack the slots' batches, and pack no layer that all rows share."
+        )
+
+
+def _refuse_recomputing() -> None:
+    if torch._C._current_graph_task_id() != -1:
+        raise ValueError(
+            "Dropout in a pack must be drawn once, but gradient checkpointing draws it again. "
+            "Turn `method.dropout` and `model.dropout` or checkpointing off."
+        )
