@@ -7,10 +7,11 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save_file
 from torch import Tensor, nn
 
 from lorasweep.lora import LoraConfig, inject_lora, load_adapter, lora_layers, lora_state, merge_lora, save_adapter
+from lorasweep.lora.files import serialise
 
 
 @pytest.fixture
