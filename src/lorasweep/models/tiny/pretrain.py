@@ -158,37 +158,54 @@ def main() -> None:
     pretrain(model, tokens, held_out, steps=arguments.steps, batch_size=arguments.batch_size, lr=arguments.lr)
     minutes = (time.monotonic() - started) / 60
 
-    stored: LlamaForCausalLM = model.bfloat16()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    model.bfloat16().save_pretrained(arguments.out)
+    build_tokenizer().save_pretrained(arguments.out)
+    recipe = (
+        f"{arguments.steps:,} steps of {arguments.batch_size} × {BLOCK} bytes, Muon (matrices) and AdamW (the rest) at "
+        f"{arguments.lr:g}, 200 steps of warm-up, linear decay to zero, seed 0, bf16 autocast; {minutes:.0f} minutes on "
+        "2 cores"
+    )
+    write_card(arguments.out, documents, tokens, recipe=recipe, scores=score_folder(arguments.out))
+
+
+def score_folder(folder: Path) -> dict[str, float]:
+    """Returns the bits per byte on held-out modules of the weights as a user loads them."""
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    parts = {name: read_code(name) for name in ("validation", "test")}
+    both = encode(parts["validation"] + parts["test"])
     scores = {
-        "validation + test, context 512": bits_per_byte(stored, held_out, context=512, stride=256),
-        "validation + test, context 128": bits_per_byte(stored, held_out, context=128, stride=64),
-        "test, context 512": bits_per_byte(stored, encode(read_code("test")), context=512, stride=256),
+        "validation + test, context 512": bits_per_byte(model, both, context=512, stride=256),
+        "validation + test, context 128": bits_per_byte(model, both, context=128, stride=64),
+        "test, context 512": bits_per_byte(model, encode(parts["test"]), context=512, stride=256),
     }
     for name, score in scores.items():
         print(f"held out ({name}): {score:.4f} bits per byte", flush=True)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    stored.save_pretrained(arguments.out)
-    build_tokenizer().save_pretrained(arguments.out)
+    return scores
+
+
+def write_card(
+    folder: Path, documents: list[Document], tokens: Tensor, *, recipe: str, scores: dict[str, float]
+) -> None:
+    """Writes the model card: what it is, its data, recipe and score."""
     fingerprint = hashlib.sha256(tokens.numpy().tobytes()).hexdigest()[:16]
-    parameters = sum(p.numel() for p in model.parameters())
     lines = [
         "# tiny: the embedded base model",
         "",
-        f"A byte-level causal language model, Llama architecture, {parameters:,} parameters, stored in bf16.",
+        f"A byte-level causal language model, Llama architecture, {build_model().num_parameters():,} parameters, "
+        "stored in bf16.",
         "It exists so that lorasweep's main job runs anywhere with no network; it is of no other use.",
         "",
         f"- **Data:** {len(documents)} modules ({len(tokens):,} bytes) of the standard library of Python "
         f"{platform.python_version()}, test suites included, without the held-out modules "
         f"(`lorasweep.data.stdlib.read_code`). SHA-256 of the token row: `{fingerprint}`.",
-        f"- **Recipe:** {arguments.steps:,} steps of {arguments.batch_size} × {BLOCK} bytes, Muon (matrices) and AdamW "
-        f"(the rest) at {arguments.lr:g}, 200 steps of warm-up, linear decay to zero, seed 0, bf16 autocast; "
-        f"{minutes:.0f} minutes on 2 cores. `python -m lorasweep.models.tiny.pretrain --out FOLDER` repeats it.",
+        f"- **Recipe:** {recipe}. `python -m lorasweep.models.tiny.pretrain --out FOLDER` repeats it.",
         "- **Score**, bits per byte on held-out modules (in windows that score their second half):",
         *[f"    - {name}: {score:.3f}" for name, score in scores.items()],
         "- **Licence:** the text is Python's (PSF-2.0); the weights come under the licence of this repository.",
         "",
     ]
-    (arguments.out / "README.md").write_text("\n".join(lines))
+    (folder / "README.md").write_text("\n".join(lines))
 
 
 if __name__ == "__main__":
