@@ -41,6 +41,8 @@ class RunRecord:
     arm: str | None = None
     trial: int | None = None
     """Number of the trial in its arm; null for a single run."""
+    pack: dict[str, Any] | None = None
+    """`slot`, and `slots` of the pack when the run joined it; null for a run that trained alone."""
     metric: str
     """The score's name, such as `bits_per_byte`."""
     direction: Direction
@@ -57,7 +59,7 @@ class RunRecord:
     """UTC, ISO 8601."""
     ended_at: str | None = None
     wall_s: float = 0.0
-    """Seconds of all sessions of this run together."""
+    """Seconds of all sessions of this run together; in a pack its share, the time over the slots in use."""
     steps_planned: int = 0
     steps_done: int = 0
     tokens_trained: int = 0
@@ -70,7 +72,8 @@ class RunRecord:
     adapter_bytes: int = 0
     """Size of the weights that a run keeps (`best/`): the adapter, the head, or under `full` the whole model."""
     peak_memory_bytes: int = 0
-    """Largest resident memory of the process during the run; on a GPU, largest allocated memory of the device."""
+    """Largest resident memory of the process during the run; on a GPU, largest allocated memory of the device. In a
+    pack, that of the whole pack."""
     best: dict[str, float] = field(default_factory=dict)
     """Validation metrics at the best step, and `step`."""
     last: dict[str, float] = field(default_factory=dict)

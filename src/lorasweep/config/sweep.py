@@ -80,6 +80,13 @@ class WorkerConfig:
     """What runs the trials."""
 
     name: Literal["local"]
+    pack_size: int | Literal["auto"]
+    """Most trials that train together on one frozen base; `auto` measures, 1 trains each alone."""
+
+    def __post_init__(self) -> None:
+        """Refuses a pack without a trial."""
+        if self.pack_size != "auto":
+            require_at_least("worker.pack_size", self.pack_size, 1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,9 +1,10 @@
 """Many runs: which trials a sweep has, who proposes them, and the loop that asks, trains and tells."""
 
 from lorasweep.sweep.definition import Arm, Definition, find_sweep_file, read_definition
-from lorasweep.sweep.driver import Benches, Observer, Worker, check_definition, sweep_direction
+from lorasweep.sweep.driver import Benches, Worker, check_definition, sweep_direction
 from lorasweep.sweep.folder import SweepFolder, create_sweep, new_folder, reopen_sweep
 from lorasweep.sweep.live import LiveTable
+from lorasweep.sweep.trials import Observer
 
 __all__ = [
     "Arm",

@@ -185,23 +185,26 @@ def _build_arm(
     shared_driver: Mapping[str, Any],
     used: set[str],
 ) -> Arm:
+    prefix = f"arms.{arm.name}."
+    own = {key.removeprefix(prefix): value for key, value in overrides.items() if key.startswith(prefix)}
     settings, own_driver = _split_driver({**shared, **arm.settings})
-    driver = compose_driver({**own_driver, **shared_driver})
+    driver = compose_driver({**own_driver, **shared_driver, **_split_driver(own)[1]})
     space = dict(arm.space)
     trials = driver.sweep.trials if driver.sweep.trials is not None and space else arm.trials
-    for key, value in _split_driver(overrides)[0].items():
-        own = key.removeprefix(f"arms.{arm.name}.")
-        if own == key and (key.startswith("arms.") or not _reaches(key, value, settings=settings, space=space)):
-            continue
-        used.add(key)
-        if own == "trials":
-            trials = _whole(value, key)
-        elif isinstance(value, Mapping | list):
-            space[own] = value
-            settings.pop(own, None)
+    used |= {prefix + key for key in own}
+    if "trials" in own:
+        trials = _whole(own.pop("trials"), f"{prefix}trials")
+    for key, value in {**_split_driver(_without_arms(overrides))[0], **_split_driver(own)[0]}.items():
+        if key not in own:
+            if not _reaches(key, value, settings=settings, space=space):
+                continue
+            used.add(key)
+        if isinstance(value, Mapping | list):
+            space[key] = value
+            settings.pop(key, None)
         else:
-            settings[own] = value
-            space.pop(own, None)
+            settings[key] = value
+            space.pop(key, None)
     composed = ArmConfig(name=arm.name, settings=settings, space=space, trials=trials if space else 1)
     built = Arm(name=arm.name, settings=settings, space=_parse_space(composed), trials=composed.trials, driver=driver)
     _check_arm(built)
@@ -210,12 +213,16 @@ def _build_arm(
 
 def _check_run_keys(file: SweepFile, overrides: Mapping[str, Any]) -> None:
     """Refuses a misspelt key with the nearest one of any arm, before an arm refuses it with the nearest of its own."""
-    plain = [key for key in overrides if not key.startswith("arms.")]
+    plain = list(_without_arms(overrides))
     if plain:
         methods = {_split_driver({**file.settings, **arm.settings})[0].get("method", "lora") for arm in file.arms}
         known = set().union(*(known_keys({"method": method}) for method in methods))
         for key in plain:
             check_key(key, known, primary="train")
+
+
+def _without_arms(overrides: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in overrides.items() if not key.startswith("arms.")}
 
 
 def _reaches(key: str, value: Any, *, settings: Mapping[str, Any], space: Mapping[str, Any]) -> bool:

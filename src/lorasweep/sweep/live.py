@@ -57,7 +57,7 @@ class LiveTable:
         self.direction: Direction = sweep.record.direction
         self.console = console
         self.arms = {arm.name: _progress_so_far(sweep, arm) for arm in sweep.definition.arms}
-        self.running: RunningTrial | None = None
+        self.running: dict[tuple[str, int], RunningTrial] = {}
         self.live = Live(console=console, get_renderable=self.render, refresh_per_second=4, transient=True)
 
     def __enter__(self) -> LiveTable:
@@ -71,24 +71,26 @@ class LiveTable:
 
     def trial_started(self, arm: Arm, number: int, params: Mapping[str, Any], *, steps: int) -> None:
         """Shows the new trial."""
-        self.running = RunningTrial(arm=arm, number=number, params=params, steps=steps, started=time.monotonic())
+        self.running[arm.name, number] = RunningTrial(
+            arm=arm, number=number, params=params, steps=steps, started=time.monotonic()
+        )
 
     def evaluated(self, arm: Arm, number: int, step: int, value: float) -> None:
         """Moves the running trial's step and value."""
-        if self.running is not None:
-            self.running.step, self.running.value = step, value
+        running = self.running.get((arm.name, number))
+        if running is not None:
+            running.step, running.value = step, value
 
-    def trial_ended(self, arm: Arm, number: int, state: str, value: float | None) -> None:
+    def trial_ended(self, arm: Arm, number: int, state: str, value: float | None, *, wall_s: float) -> None:
         """Counts the trial; without a terminal, prints its line."""
-        progress, running = self.arms[arm.name], self.running
+        progress, running = self.arms[arm.name], self.running.pop((arm.name, number), None)
         params = running.params if running else {}
         progress.done += 1
         progress.pruned += state == "pruned"
         progress.lost += state in ("failed", "infeasible")
-        progress.seconds += time.monotonic() - running.started if running else 0.0
+        progress.seconds += wall_s
         if state == "complete" and value is not None and _beats(value, progress.best, direction=self.direction):
             progress.best, progress.best_params = value, dict(params)
-        self.running = None
         if not self.console.is_terminal:
             score = "-" if value is None else f"{value:.4f}"
             line = f"{arm.name} {progress.done}/{progress.asked}  {state:<10} {score:>8}  {describe_params(params)}"
@@ -111,17 +113,15 @@ class LiveTable:
                 escape(describe_params(arm.best_params or {})),
                 "-" if left is None else format_seconds(left),
             )
-        return Group(table, self._running_line())
+        return Group(table, *map(_running_line, self.running.values()))
 
-    def _running_line(self) -> Text:
-        if self.running is None:
-            return Text("")
-        running = self.running
-        value = "" if running.value is None else f"  {running.value:.4f}"
-        return Text(
-            f"now: {running.arm.name} trial {running.number}  step {running.step}/{running.steps}{value}  "
-            f"{describe_params(running.params)}  {format_seconds(time.monotonic() - running.started)}"
-        )
+
+def _running_line(running: RunningTrial) -> Text:
+    value = "" if running.value is None else f"  {running.value:.4f}"
+    return Text(
+        f"now: {running.arm.name} trial {running.number}  step {running.step}/{running.steps}{value}  "
+        f"{describe_params(running.params)}  {format_seconds(time.monotonic() - running.started)}"
+    )
 
 
 def describe_params(params: Mapping[str, Any]) -> str:
