@@ -132,7 +132,7 @@ def test_x_is_saved_once_for_layers_that_share_it() -> None:
         alive = [lora_linear(x, weight, bias, a, b, scaling=1.0) for _ in range(3)]
     assert len(saved) == len({t.data_ptr() for t in (x, weight, a, b)}) + len(
         alive
-    )  # and one u (tokens, rank) per layer
+    )  # and one u (rank, tokens) per layer
 
 
 def test_scaling_rules() -> None:
