@@ -46,21 +46,20 @@ class SlotStreams:
         check_rows(x, self.num_slots)
         return list(enumerate(x.chunk(self.num_slots)))
 
-    def draw_kept(self, x: Tensor, *, rates: Sequence[float], dtype: torch.dtype) -> Tensor:
-        """A mask of x's shape that is 0 with the probability of the slot: ones where that is 0, which draws nothing.
+    def drop(self, mask: Tensor, *, rates: Sequence[float]) -> Tensor:
+        """Sets elements of a mask of ones to 0, in place, each with the probability of its slot; 0 draws nothing.
 
         Raises:
             ValueError: It is drawn in a backward pass, so again and differently.
         """
         _refuse_recomputing()
-        mask = torch.ones(x.shape, dtype=dtype, device=x.device)
         for slot, rows in self.rows(mask):
             if rates[slot]:
                 rows.bernoulli_(1 - rates[slot], generator=self.generators[slot])
         return mask
 
 
-class SlotDropout(nn.Module):
+class SlotDropout(nn.Dropout):
     """An `nn.Dropout` of the base model that draws each slot's mask from the slot's stream.
 
     The masks are those of `nn.Dropout` in a solo run on a CPU; on other devices torch's fused dropout draws otherwise.
@@ -70,19 +69,18 @@ class SlotDropout(nn.Module):
     """
 
     def __init__(self, base: nn.Dropout, streams: SlotStreams) -> None:
-        super().__init__()
+        super().__init__(base.p)
         self.base = base
         self.streams = streams
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x with elements dropped and the others scaled by 1 / (1 - p), as in `nn.Dropout`."""
-        if not self.training or self.base.p == 0:
-            return x
-        rates = [self.base.p] * self.streams.num_slots
-        if self.base.p == 1:
-            return x * 0
-        noise = self.streams.draw_kept(x, rates=rates, dtype=x.dtype).div_(1 - self.base.p)
-        return x * noise
+    def forward(self, input: Tensor) -> Tensor:
+        """Drops elements and scales the others by 1 / (1 - p), as `nn.Dropout` does."""
+        if not self.training or self.p == 0:
+            return input
+        if self.p == 1:
+            return input * 0
+        noise = self.streams.drop(torch.ones_like(input), rates=[self.p] * self.streams.num_slots)
+        return input * noise.div_(1 - self.p)
 
 
 def slot_dropouts(model: nn.Module) -> dict[str, SlotDropout]:

@@ -84,6 +84,11 @@ class PackedLoraLayer(nn.Module):
         """Rank up to which a slot can be filled without growing."""
         return self.lora_a.shape[1]
 
+    @property
+    def is_used(self) -> bool:
+        """Whether any slot adapts this layer."""
+        return any(change is not None for change in self.changes)
+
     @torch.no_grad()
     def put(self, slot: int, change: LoraLayer | None) -> bool:
         """Gives a slot the values of this layer, or no change.
@@ -114,11 +119,12 @@ class PackedLoraLayer(nn.Module):
         layer = layer_class(base)(
             base, change.config, rank=change.rank, alpha=change.alpha, rows=change.rows, device="meta"
         )
-        (d_out, d_in), b_rows = matrix_shape(base), layer.lora_b.shape[0]
-        layer.lora_a = nn.Parameter(self.lora_a.new_zeros(change.width, d_in))
-        layer.lora_b = nn.Parameter(self.lora_b.new_zeros(b_rows, change.rank))
-        layer.load_matrices(self.lora_a[slot, : change.width], self.lora_b[slot, :, : change.width])
-        assert layer.matrices()[1].shape == (d_out, change.width)
+        lora_b = self.lora_b.detach()[slot, :, : change.width]
+        if change.rows:
+            blocks = enumerate(change.rows)
+            lora_b = torch.cat([lora_b[first:past, _block(i, change.rank)] for i, (first, past) in blocks])
+        layer.lora_a = nn.Parameter(self.lora_a.detach()[slot, : change.width].clone())
+        layer.lora_b = nn.Parameter(lora_b.clone(memory_format=torch.contiguous_format))
         return layer
 
     @torch.no_grad()
@@ -153,7 +159,7 @@ class PackedLoraLayer(nn.Module):
             if change is not None and change.rows:
                 mask[slot] = False
                 for i, (first, past) in enumerate(change.rows):
-                    mask[slot, first:past, i * change.rank : (i + 1) * change.rank] = True
+                    mask[slot, first:past, _block(i, change.rank)] = True
         return mask
 
     def _rates(self) -> list[float]:
@@ -164,7 +170,7 @@ class PackedLoraLayer(nn.Module):
         rates = self._rates()
         if not self.training or not any(rates):
             return None
-        return self.streams.draw_kept(x, rates=rates, dtype=torch.bool)
+        return self.streams.drop(torch.ones(x.shape, dtype=torch.bool, device=x.device), rates=rates)
 
     def _factors(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
         """Scaling of each slot (slots,), over 1 - dropout where inputs are dropped; in fp32 or x's wider dtype.
@@ -271,3 +277,8 @@ def _describe(layer: LoraLayer, width: int) -> SlotChange:
         scaling=layer.scaling,
         width=width,
     )
+
+
+def _block(index: int, rank: int) -> slice:
+    """Columns of B that belong to a part of a fused projection."""
+    return slice(index * rank, (index + 1) * rank)
