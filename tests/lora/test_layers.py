@@ -8,7 +8,7 @@ import torch
 from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import nn
 
-from lorasweep.lora import LoraConfig, LoraLinear
+from lorasweep.lora import LoraConfig, LoraLinear, inject_lora, merge_lora
 
 
 def make_layer(*, bias: bool = True, dropout: float = 0.0, dtype: torch.dtype = torch.float32) -> LoraLinear:
@@ -91,3 +91,32 @@ def test_answers_for_its_base() -> None:
     assert layer.weight is layer.base.weight
     assert layer.bias is layer.base.bias
     assert layer.rank == 4
+
+
+@pytest.mark.parametrize("hook", ["register_forward_hook", "register_forward_pre_hook", "forward"])
+def test_a_base_with_hooks_is_called(hook: str) -> None:
+    base, x, calls = nn.Linear(6, 10), torch.randn(3, 6), []
+    if hook == "forward":
+        base.forward = lambda x: calls.append(1) or nn.Linear.forward(base, x)  # as accelerate wraps a layer
+    else:
+        getattr(base, hook)(lambda *_: calls.append(1))
+    layer = LoraLinear(base, LoraConfig(rank=4), rank=4, alpha=8.0)
+    nn.init.normal_(layer.lora_b)
+    torch.testing.assert_close(layer(x), nn.functional.linear(x, base.weight + layer.change(), base.bias))
+    assert calls == [1]
+
+
+def test_an_embedding_that_scales_its_rows_scales_the_change() -> None:
+    class Scaled(nn.Embedding):
+        embed_scale = 3.0
+
+        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+            return super().forward(tokens) * self.embed_scale
+
+    model = nn.ModuleDict({"embed": Scaled(7, 4)})
+    inject_lora(model, LoraConfig(rank=2, targets="embed"))
+    nn.init.normal_(model["embed"].lora_a)
+    tokens = torch.tensor([[0, 6], [3, 3]])
+    separate = model["embed"](tokens)
+    merge_lora(model)
+    torch.testing.assert_close(model["embed"](tokens), separate)

@@ -1,8 +1,8 @@
 """LoRA as functions of tensors: no modules, no state. `layers` calls these.
 
 One autograd function does the work of a linear layer and its change: x is saved once, dY·B is computed once and
-nothing of size (tokens, d_out) is made besides the output itself. What is `rank` wide is kept as (rank, tokens): products
-whose first side is the short one run up to five times faster on a CPU, and as fast elsewhere.
+nothing of size (tokens, d_out) is made besides the output itself. What is `rank` wide is kept as (rank, tokens): such
+products run up to five times faster on a CPU than those of (tokens, rank).
 """
 
 from __future__ import annotations
