@@ -106,7 +106,7 @@ def train_run(
             trainer, module, record, bench=bench, start_step=start_step, checkpoint=checkpoint if resume else None
         )
     except BaseException as error:
-        failure = OutOfMemory(str(error).splitlines()[0]) if is_out_of_memory(error) else error
+        failure = OutOfMemory(_first_line(error)) if is_out_of_memory(error) else error
         log.close("infeasible" if isinstance(failure, OutOfMemory) else "failed", describe_failure(failure))
         if failure is not error:
             raise failure from error
@@ -137,6 +137,11 @@ def prepare_model(config: RunConfig, base: BaseModel) -> nn.Module:
 def read_step(checkpoint: Path) -> int:
     """Returns the optimizer step that a checkpoint was written at."""
     return int(torch.load(checkpoint, map_location="cpu", weights_only=True)["global_step"])
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).splitlines()
+    return lines[0] if lines else type(error).__name__  # Python's own MemoryError says nothing
 
 
 def _fit(
@@ -212,6 +217,7 @@ def quiet_lightning() -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*does not have many workers.*")
             warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")  # ours starts at a step
+            warnings.filterwarnings("ignore", message=".*this fit will run with no optimizer.*")  # a pack has its own
             warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
             warnings.filterwarnings("ignore", message=".*`lr_scheduler.step\\(\\)` before `optimizer.step\\(\\)`.*")
             yield

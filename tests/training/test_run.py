@@ -1,0 +1,454 @@
+"""A run can be repeated, stopped and gone on with, and says on disk whatever became of it."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import lorasweep.training.module as module_file
+from lorasweep.errors import ConfigError, Diverged, OutOfMemory
+from lorasweep.models.load import fingerprint_weights
+from lorasweep.record import read_run, read_steps, sha256_of
+from lorasweep.training import RunPlace, build_workbench, train_run
+from lorasweep.training.environment import has_cpu_bf16
+
+ADAPTER = "adapter_model.safetensors"
+KEPT = {
+    "lora": {"adapter_config.json", ADAPTER},
+    "full": {"config.json", "generation_config.json", "model.safetensors"},
+    "head": {"head.safetensors"},
+    "frozen": set(),
+}
+
+
+def train(folder, config, *, bench, **hooks):
+    return train_run(config, RunPlace(folder=Path(folder)), bench=bench, **hooks)
+
+
+def losses(folder):
+    return [(row["step"], row["loss"], row["lr"]) for row in read_steps(folder) if "loss" in row]
+
+
+def evaluations(folder):
+    return [(row["step"], row["validation"]) for row in read_steps(folder) if "validation" in row]
+
+
+def stop_after(steps):
+    """A `stop_requested` that says yes at its `steps`-th question; it is asked once per step."""
+    asked = itertools.count(1)
+    return lambda: next(asked) >= steps
+
+
+def files_below(folder):
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def assert_same_weights(file, other):
+    found, expected = load_file(file), load_file(other)
+    assert set(found) == set(expected)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.fixture(scope="module")
+def finished(make_config, bench, tmp_path_factory):
+    """A LoRA run of 4 steps that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("finished")
+    train(folder, make_config(), bench=bench)
+    return folder
+
+
+@pytest.mark.parametrize("method", ["lora", "full", "head", "frozen"])
+def test_a_run_leaves_exactly_these_files(tmp_path, make_config, bench, method):
+    record = train(tmp_path, make_config({"method": method}), bench=bench)
+    events = {name for name in files_below(tmp_path) if name.startswith("events.out.tfevents.")}
+    weights = {f"{part}/{name}" for part in ("best", "last") for name in KEPT[method]}
+    assert len(events) == 1
+    assert files_below(tmp_path) - events == {"run.json", "steps.jsonl"} | weights
+    assert set(record.files) == weights
+    for name, described in record.files.items():
+        assert described == {"bytes": (tmp_path / name).stat().st_size, "sha256": sha256_of(tmp_path / name)}
+
+
+@pytest.mark.parametrize("method", ["lora", "full", "head", "frozen"])
+def test_the_base_is_bit_equal_afterwards_and_frozen(tmp_path, make_config, bench, method):
+    before = {name: tensor.clone() for name, tensor in bench.base.model.state_dict().items()}
+    train(tmp_path, make_config({"method": method}), bench=bench)
+    after = bench.base.model.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert fingerprint_weights(bench.base.model) == bench.base.fingerprint
+    assert not any(p.requires_grad or p.grad is not None for p in bench.base.model.parameters())
+    assert not bench.base.model.training
+
+
+@pytest.mark.parametrize("method", ["lora", "full", "head"])
+def test_training_lowers_the_loss(tmp_path, make_config, bench, method):
+    config = make_config({"method": method, "optim.lr": 1e-3, "trainer.max_steps": 8, "trainer.batch_size": 4})
+    train(tmp_path, config, bench=bench)
+    base = train(tmp_path / "base", make_config({"method": "frozen"}), bench=bench)
+    assert read_run(tmp_path).score < base.score
+
+
+def test_the_record_says_everything(finished, make_config, bench):
+    record = read_run(finished)
+    assert record.status == "complete"
+    assert record.reason is None
+    assert record.config["method"]["rank"] == 2
+    assert record.config == json.loads(json.dumps(record.config))
+    assert (record.metric, record.direction) == ("bits_per_byte", "minimize")
+    assert {"version"} <= set(record.code)
+    assert record.packages["torch"]
+    assert record.platform["precision"] == "fp32"
+    assert set(record.data) == {"train", "validation"}
+    for part in record.data.values():
+        assert set(part) >= {"documents", "bytes", "blocks", "fingerprint"}
+    assert record.base == {
+        "path": "embedded:tiny",
+        "fingerprint": bench.base.fingerprint,
+        "parameters": bench.base.num_parameters,
+    }
+    assert record.started_at <= record.ended_at
+    assert (record.steps_planned, record.steps_done) == (4, 4)
+    assert record.tokens_trained == 4 * 2 * 32
+    assert record.tokens_per_s > 0
+    assert record.wall_s > 0
+    assert record.total_params == bench.base.num_parameters
+    weights = load_file(finished / "best" / ADAPTER)
+    assert record.trainable_params == sum(tensor.numel() for tensor in weights.values())
+    assert record.trainable_fraction == record.trainable_params / record.total_params
+    assert record.adapter_bytes == (finished / "best" / ADAPTER).stat().st_size
+    assert record.peak_memory_bytes > 10 * 2**20
+    assert record.last["step"] == 4
+    assert set(record.last) == {"step", "bits_per_byte", "loss", "perplexity"}
+    assert record.score == min(values["bits_per_byte"] for _, values in evaluations(finished))
+
+
+def test_the_metrics_agree_with_each_other(finished):
+    for _, values in evaluations(finished):
+        assert values["perplexity"] == pytest.approx(math.exp(values["loss"]), rel=1e-4)  # fp32
+        # one token a byte, but for the tokens between documents, which are no bytes
+        assert values["bits_per_byte"] == pytest.approx(values["loss"] / math.log(2), rel=1e-2)
+
+
+def test_every_step_and_evaluation_is_logged(finished):
+    assert [step for step, _, _ in losses(finished)] == [1, 2, 3, 4]
+    assert [step for step, _ in evaluations(finished)] == [2, 4]
+    assert [lr for _, _, lr in losses(finished)] == pytest.approx([0.005, 0.01, 0.02 / 3, 0.01 / 3])  # 1 warm-up step
+
+
+def test_the_arm_and_the_trial_are_in_the_record(tmp_path, make_config, bench):
+    place = RunPlace(folder=tmp_path, arm="lora", trial=3)
+    record = train_run(make_config({"method": "frozen"}), place, bench=bench)
+    assert (record.arm, record.trial) == ("lora", 3)
+    assert read_run(tmp_path) == record
+
+
+def test_a_frozen_run_is_evaluated_once_and_trains_nothing(tmp_path, make_config, bench):
+    record = train(tmp_path, make_config({"method": "frozen"}), bench=bench)
+    assert (record.status, record.steps_planned, record.steps_done) == ("complete", 0, 0)
+    assert (record.trainable_params, record.trainable_fraction, record.adapter_bytes) == (0, 0.0, 0)
+    assert record.tokens_trained == 0
+    assert record.best == record.last
+    assert [step for step, _ in evaluations(tmp_path)] == [0]
+
+
+@pytest.mark.parametrize(("max_steps", "every", "expected"), [(3, 2, [2, 3]), (2, 50, [2]), (2, 1, [1, 2])])
+def test_the_last_step_is_evaluated_whatever_the_interval(tmp_path, make_config, bench, max_steps, every, expected):
+    config = make_config({"trainer.max_steps": max_steps, "trainer.eval_every_steps": every})
+    record = train(tmp_path, config, bench=bench)
+    assert [step for step, _ in evaluations(tmp_path)] == expected
+    assert (record.status, record.steps_done, record.last["step"]) == ("complete", max_steps, max_steps)
+    assert not (tmp_path / "last.ckpt").exists()
+
+
+def test_the_same_seeds_give_the_same_losses_and_bytes(tmp_path, make_config, bench, finished):
+    train(tmp_path, make_config(), bench=bench)
+    assert losses(tmp_path) == losses(finished)
+    assert evaluations(tmp_path) == evaluations(finished)
+    for part in ("best", "last"):
+        assert (tmp_path / part / ADAPTER).read_bytes() == (finished / part / ADAPTER).read_bytes()
+
+
+def test_what_was_drawn_before_a_run_changes_nothing(tmp_path, make_config, bench):
+    config = make_config({"method.dropout": 0.5})
+    train(tmp_path / "a", config, bench=bench)
+    torch.manual_seed(99)
+    torch.rand(7)
+    train(tmp_path / "b", config, bench=bench)
+    assert losses(tmp_path / "a") == losses(tmp_path / "b")
+
+
+@pytest.mark.parametrize("seed", ["seeds.init", "seeds.data_order", "seeds.dropout"])
+def test_each_seed_moves_the_run(tmp_path, make_config, bench, seed):
+    train(tmp_path / "a", make_config({"method.dropout": 0.5}), bench=bench)
+    train(tmp_path / "b", make_config({"method.dropout": 0.5, seed: 1}), bench=bench)
+    assert losses(tmp_path / "a") != losses(tmp_path / "b")
+
+
+def test_the_dropout_seed_moves_nothing_without_dropout(tmp_path, make_config, bench, finished):
+    train(tmp_path, make_config({"seeds.dropout": 1}), bench=bench)
+    assert losses(tmp_path) == losses(finished)
+
+
+def test_how_often_one_evaluates_changes_no_loss(tmp_path, make_config, bench):
+    """Evaluation draws nothing from training's random stream, so dropout's masks stay as they are."""
+    for every in (1, 2, 4):
+        config = make_config({"method.dropout": 0.5, "trainer.eval_every_steps": every})
+        train(tmp_path / str(every), config, bench=bench)
+    assert losses(tmp_path / "1") == losses(tmp_path / "2") == losses(tmp_path / "4")
+    assert evaluations(tmp_path / "1")[-1] == evaluations(tmp_path / "4")[-1]
+
+
+def test_evaluation_drops_nothing(tmp_path, make_config, bench):
+    """With a learning rate near 0 the model stays the base, and dropout must not show in the score."""
+    config = make_config({"method.dropout": 0.9, "optim.lr": 1e-12})
+    record = train(tmp_path / "lora", config, bench=bench)
+    base = train(tmp_path / "base", make_config({"method": "frozen"}), bench=bench)
+    assert record.score == pytest.approx(base.score, rel=1e-6)  # fp32, and a change of about 1e-12
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_accumulated_micro_batches_train_as_the_whole_batch(tmp_path, make_config, bench, method):
+    settings = {"method": method, "trainer.batch_size": 4, "optim.lr": 1e-3}
+    train(tmp_path / "whole", make_config(settings), bench=bench)
+    train(tmp_path / "split", make_config({**settings, "trainer.accumulate": 4}), bench=bench)
+    whole, split = losses(tmp_path / "whole"), losses(tmp_path / "split")
+    assert [row[0] for row in split] == [1, 2, 3, 4]
+    # fp32 sums in another order; Adam's first steps magnify a gradient's rounding where it is near 0
+    assert [row[1] for row in split] == pytest.approx([row[1] for row in whole], rel=1e-4)
+    assert [row[2] for row in split] == [row[2] for row in whole]
+    assert read_run(tmp_path / "split").tokens_trained == read_run(tmp_path / "whole").tokens_trained
+
+
+RESUMED = [
+    pytest.param({}, [1], id="before the first evaluation"),
+    pytest.param({}, [2], id="at an evaluation"),
+    pytest.param({}, [3], id="between evaluations"),
+    pytest.param({}, [1, 1, 1, 1], id="at every step"),
+    pytest.param({"trainer.eval_every_steps": 3}, [3], id="at an evaluation that does not divide the run"),
+    pytest.param({"method.dropout": 0.5}, [1], id="with dropout before the first evaluation"),
+    pytest.param({"method.dropout": 0.5}, [2], id="with dropout at an evaluation"),
+    pytest.param({"method.dropout": 0.5}, [3], id="with dropout between evaluations"),
+    pytest.param({"trainer.accumulate": 2}, [1], id="with accumulation before the first evaluation"),
+    pytest.param({"trainer.accumulate": 2}, [2], id="with accumulation at an evaluation"),
+    pytest.param({"trainer.accumulate": 2, "method.dropout": 0.5}, [3], id="with accumulation and dropout"),
+    pytest.param({"method": "full", "optim.lr": 1e-3}, [3], id="full"),
+    pytest.param({"method": "head"}, [3], id="head"),
+    pytest.param({"optim.lr_ratio_b": 4.0, "schedule": "cosine", "optim.weight_decay": 0.1}, [3], id="two groups"),
+]
+
+
+@pytest.mark.parametrize(("settings", "stops"), RESUMED)
+def test_a_run_that_was_stopped_goes_on_as_if_it_was_not(tmp_path, make_config, bench, settings, stops):
+    config = make_config({"trainer.max_steps": 6, **settings})
+    whole = train(tmp_path / "whole", config, bench=bench)
+    folder, done = tmp_path / "stopped", 0
+    for steps in stops:
+        record = train(folder, config, bench=bench, stop_requested=stop_after(steps), resume=True)
+        done += steps
+        assert (record.status, record.steps_done) == ("interrupted", done)
+        assert record.reason == f"stopped at step {done} of 6"
+        assert [row[0] for row in losses(folder)] == list(range(1, done + 1))
+    record = train(folder, config, bench=bench, resume=True)
+    assert record.status == "complete"
+    assert record.reason is None
+    assert losses(folder) == losses(tmp_path / "whole")
+    assert evaluations(folder) == evaluations(tmp_path / "whole")
+    assert (record.best, record.last) == (whole.best, whole.last)
+    assert record.tokens_trained == whole.tokens_trained
+    assert set(record.files) == set(whole.files)
+    for name in (name for name in whole.files if name.endswith(".safetensors")):
+        assert_same_weights(folder / name, tmp_path / "whole" / name)
+    assert not (folder / "last.ckpt").exists()
+
+
+def test_a_run_that_was_killed_goes_on_from_its_last_evaluation(tmp_path, make_config, bench):
+    config = make_config({"method.dropout": 0.5, "trainer.max_steps": 6})
+    killed = tmp_path / "killed"
+
+    def copy_at_step_2(slot, step, value):
+        if step == 2:
+            shutil.copytree(tmp_path / "whole", killed)
+        return False
+
+    whole = train(tmp_path / "whole", config, bench=bench, should_stop=copy_at_step_2)
+    with (killed / "steps.jsonl").open("a") as file:  # what it had written when it was killed at step 4
+        file.write('{"step": 3, "loss": 9.9, "lr": 1.0, "tokens_per_s": 1.0}\n{"step": 4, "lo')
+    record = train(killed, config, bench=bench, resume=True)
+    assert losses(killed) == losses(tmp_path / "whole")
+    assert evaluations(killed) == evaluations(tmp_path / "whole")
+    assert record.files == whole.files
+
+
+def test_time_of_all_sessions_is_added(tmp_path, make_config, bench):
+    config = make_config()
+    first = train(tmp_path, config, bench=bench, stop_requested=stop_after(1))
+    second = train(tmp_path, config, bench=bench, resume=True)
+    assert second.wall_s > first.wall_s > 0
+    assert second.started_at == first.started_at
+
+
+def test_a_run_without_a_checkpoint_begins_anew(tmp_path, make_config, bench, finished):
+    train(tmp_path, make_config(), bench=bench, stop_requested=stop_after(3))
+    (tmp_path / "last.ckpt").unlink()
+    record = train(tmp_path, make_config(), bench=bench, resume=True)
+    assert record.status == "complete"
+    assert losses(tmp_path) == losses(finished)
+
+
+def test_a_run_that_is_not_to_resume_begins_anew(tmp_path, make_config, bench, finished):
+    train(tmp_path, make_config({"optim.lr": 1e-4}), bench=bench, stop_requested=stop_after(3))
+    train(tmp_path, make_config(), bench=bench)
+    assert losses(tmp_path) == losses(finished)
+
+
+def test_a_checkpoint_has_only_what_trains(tmp_path, make_config, bench):
+    train(tmp_path, make_config(), bench=bench, stop_requested=stop_after(1))
+    state = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
+    assert sum(tensor.numel() for tensor in state.values()) == read_run(tmp_path).trainable_params
+    assert all(".lora_a" in name or ".lora_b" in name for name in state)
+
+
+def test_a_pruned_run_ends_there_and_its_schedule_is_as_long_as_ever(tmp_path, make_config, bench, finished):
+    asked = []
+
+    def prune(slot, step, value):
+        asked.append((slot, step, value))
+        return True
+
+    record = train(tmp_path, make_config(), bench=bench, should_stop=prune)
+    assert (record.status, record.steps_done, record.steps_planned) == ("pruned", 2, 4)
+    assert record.reason == "pruned at step 2 of 4"
+    assert asked == [(0, 2, record.score)]
+    assert losses(tmp_path) == losses(finished)[:2]  # rates included
+    assert record.tokens_trained == 2 * 2 * 32
+    assert not (tmp_path / "last.ckpt").exists()
+    assert set(record.files) == {f"{part}/{name}" for part in ("best", "last") for name in KEPT["lora"]}
+
+
+def test_a_run_is_asked_after_every_evaluation_and_never_pruned_at_its_end(tmp_path, make_config, bench):
+    asked = []
+
+    def prune_at_the_end(slot, step, value):
+        asked.append(step)
+        return step == 4
+
+    record = train(tmp_path, make_config(), bench=bench, should_stop=prune_at_the_end)
+    assert (record.status, record.reason, asked) == ("complete", None, [2, 4])
+
+
+def test_a_wild_learning_rate_diverges_and_the_record_says_so(tmp_path, make_config, bench):
+    with pytest.raises(Diverged, match=r"became (NaN or infinite|nan|inf) at step \d. Lower `optim.lr`."):
+        train(tmp_path, make_config({"optim.lr": 1e30}), bench=bench)
+    record = read_run(tmp_path)
+    assert record.status == "failed"
+    assert record.reason.endswith("Lower `optim.lr`.")
+    assert record.ended_at is not None
+
+
+def damage(monkeypatch, action, *, training):
+    """Does `action` to the losses of training or of validation batches."""
+    true_losses = module_file.token_losses
+
+    def token_losses(model, batch):
+        values = true_losses(model, batch)
+        return action(values) if model.training == training else values
+
+    monkeypatch.setattr(module_file, "token_losses", token_losses)
+
+
+def test_a_loss_that_is_nan_ends_the_run_at_the_next_evaluation(tmp_path, make_config, bench, monkeypatch):
+    damage(monkeypatch, lambda values: values * math.nan, training=True)
+    with pytest.raises(Diverged, match=r"the training loss became NaN or infinite at step 1. Lower `optim.lr`."):
+        train(tmp_path, make_config(), bench=bench)
+    assert [row[1] for row in losses(tmp_path)] == [None, None]
+    assert read_run(tmp_path).status == "failed"
+
+
+def test_a_score_that_is_nan_ends_the_run(tmp_path, make_config, bench, monkeypatch):
+    damage(monkeypatch, lambda values: values * math.nan, training=False)
+    with pytest.raises(Diverged, match="the validation bits_per_byte became nan at step 2"):
+        train(tmp_path, make_config(), bench=bench)
+    assert read_run(tmp_path).status == "failed"
+    assert read_run(tmp_path).score is None
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nSee documentation"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory: you tried"),
+        MemoryError("Unable to allocate"),
+        MemoryError(),
+    ],
+)
+def test_a_run_that_does_not_fit_is_infeasible(tmp_path, make_config, bench, monkeypatch, error):
+    def fail(values):
+        raise error
+
+    damage(monkeypatch, fail, training=True)
+    with pytest.raises(OutOfMemory) as caught:
+        train(tmp_path, make_config(), bench=bench)
+    assert caught.value.__cause__ is error
+    assert "\n" not in str(caught.value)
+    assert read_run(tmp_path).status == "infeasible"
+    assert read_run(tmp_path).reason == str(caught.value) != ""
+
+
+def test_a_run_that_breaks_leaves_the_traceback_in_its_record(tmp_path, make_config, bench, monkeypatch):
+    def fail(values):
+        raise RuntimeError("shapes differ")
+
+    damage(monkeypatch, fail, training=True)
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        train(tmp_path, make_config(), bench=bench)
+    record = read_run(tmp_path)
+    assert record.status == "failed"
+    assert record.reason.startswith("Traceback")
+    assert record.reason.endswith("RuntimeError: shapes differ")
+
+
+def test_a_setting_that_does_not_fit_the_model_is_refused(tmp_path, make_config, bench):
+    with pytest.raises(ConfigError, match=r"`method.rank <= \d+` must hold"):
+        train(tmp_path, make_config({"method.rank": 100_000}), bench=bench)
+
+
+def test_tensorboard_has_the_curves(finished):
+    events = EventAccumulator(str(finished)).Reload()
+    scalars = {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    assert set(scalars) >= {"train/loss", "train/lr", "train/tokens_per_s", "validation/bits_per_byte"}
+    logged = [value for _, value in scalars["train/loss"]]
+    assert logged == pytest.approx([loss for _, loss, _ in losses(finished)])  # fp32 in the event file
+    assert [value for _, value in scalars["train/lr"]] == pytest.approx([lr for _, _, lr in losses(finished)])
+    expected = [values["bits_per_byte"] for _, values in evaluations(finished)]
+    assert [value for _, value in scalars["validation/bits_per_byte"]] == pytest.approx(expected)
+    assert all(value > 0 for _, value in scalars["train/tokens_per_s"])
+
+
+@pytest.mark.skipif(not has_cpu_bf16(), reason="this processor does not multiply bf16")
+@pytest.mark.parametrize("method", ["lora", "full", "head"])
+def test_bf16_bases_train_in_fp32(tmp_path, make_config, method):
+    config = make_config({"method": method, "trainer.precision": "bf16"})
+    bench = build_workbench(config)
+    assert {p.dtype for p in bench.base.model.parameters()} == {torch.bfloat16}
+    before = fingerprint_weights(bench.base.model)
+    record = train(tmp_path, config, bench=bench)
+    assert record.status == "complete"
+    assert record.platform["precision"] == "bf16"
+    (file,) = (tmp_path / "best").glob("*.safetensors")
+    assert {tensor.dtype for tensor in load_file(file).values()} == {torch.float32}
+    assert fingerprint_weights(bench.base.model) == before
+
+
+def test_the_adapter_is_named_by_its_checksum(finished):
+    described = read_run(finished).files[f"best/{ADAPTER}"]
+    assert described["sha256"] == hashlib.sha256((finished / "best" / ADAPTER).read_bytes()).hexdigest()
