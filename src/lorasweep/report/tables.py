@@ -174,7 +174,8 @@ def _stray(row: TrialRow) -> str:
 
 def misfits(row: Any) -> list[str]:
     """Returns the names of a record's fields whose values are not of the kind that the field declares."""
-    declared = [(f.name, KINDS.get(str(f.type).split("[", 1)[0])) for f in fields(row)]
+    known = [f for f in fields(row) if not ("None" in str(f.type) and getattr(row, f.name) is None)]
+    declared = [(f.name, KINDS.get(str(f.type).split("[", 1)[0])) for f in known]
     return [name for name, kind in declared if kind and not isinstance(getattr(row, name), kind)]
 
 

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+from optuna.trial import FrozenTrial
 
 from lorasweep.config.run import RunConfig
 from lorasweep.data.tasks import goal_direction
-from lorasweep.errors import ConfigError
+from lorasweep.errors import ConfigError, OutOfMemory, WorkerError
 from lorasweep.methods import METHODS
-from lorasweep.record import Direction
+from lorasweep.record import Direction, RunRecord
 from lorasweep.sweep.definition import Arm, Definition
 from lorasweep.sweep.folder import SweepFolder
+from lorasweep.sweep.packing import plan_packing
 from lorasweep.sweep.trials import Observer, OpenTrial, RunEnded, Trials
-from lorasweep.training import Workbench, build_workbench, train_run
+from lorasweep.training import (
+    Job,
+    Workbench,
+    build_workbench,
+    choose_pack_size,
+    measure_pack_sizes,
+    train_pack,
+    train_run,
+)
 
 
 class Benches:
@@ -36,6 +47,7 @@ def check_definition(definition: Definition, benches: Benches) -> dict[str, RunC
     Raises:
         ConfigError: A rank, target or other setting does not fit the model.
     """
+    plan_packing(definition)
     configs: dict[str, RunConfig] = {}
     for arm in definition.arms:
         for config in arm.corners():
@@ -68,6 +80,12 @@ class Worker:
         self.benches = benches
         self.stop_requested = stop_requested
         self.trials = Trials(sweep, observer=observer, run_ended=run_ended)
+        self.plans = plan_packing(sweep.definition)
+        self.pack_sizes: dict[Any, int] = {}
+        self.unfinished: list[tuple[Arm, FrozenTrial]] = []
+        """Trials that an earlier session left running."""
+        self.requeued: list[OpenTrial] = []
+        """Trials whose pack broke up."""
 
     def run(self) -> bool:
         """Runs what is left and returns whether the sweep is complete (False: it was stopped).
@@ -76,23 +94,45 @@ class Worker:
             WorkerError: `sweep.max_failures` trials in a row failed.
         """
         self.sweep.save("running")
-        complete = self._run_unfinished() and self._run_new()
+        self.unfinished = self.trials.unfinished()
+        complete = True
+        while complete and (arm := self._next_arm()) is not None:
+            complete = not self.stop_requested() and self._run_arm(arm)
         self.sweep.save("complete" if complete else "interrupted")
         return complete
 
-    def _run_unfinished(self) -> bool:
-        return all(self._run_trial(self.trials.reopen(arm, trial)) for arm, trial in self.trials.unfinished())
-
-    def _run_new(self) -> bool:
-        while (arm := self._next_arm()) is not None:
-            if self.stop_requested() or not self._run_trial(self.trials.ask(arm)):
-                return False
-        return True
-
     def _next_arm(self) -> Arm | None:
-        """The arm that is least far; arms without a space, which are quick, come first."""
+        """The arm of a trial that was left running, else the one that is least far; arms without a space come first."""
+        if self.requeued:
+            return self.requeued[0].arm
+        if self.unfinished:
+            return self.unfinished[0][0]
         open_arms = [arm for arm in self.sweep.definition.arms if self.trials.left(arm) > 0]
-        return min(open_arms, key=lambda arm: (bool(arm.space), 1 - self.trials.left(arm) / arm.trials), default=None)
+        return min(open_arms, key=self._progress, default=None)
+
+    def _progress(self, arm: Arm) -> tuple[bool, float]:
+        return bool(arm.space), 1 - self.trials.left(arm) / arm.trials
+
+    def _run_arm(self, arm: Arm) -> bool:
+        """Runs one trial of an arm, or a pack with its trials; returns False if it was interrupted."""
+        size = self._pack_size(arm)
+        if size > 1:
+            return self._run_pack(arm, size)
+        opened = self._take([arm])
+        return opened is None or self._run_trial(opened)
+
+    def _take(self, arms: Sequence[Arm]) -> OpenTrial | None:
+        """The next trial of these arms: one that was left running, else a new one of the arm that is least far."""
+        for opened in self.requeued:
+            if opened.arm in arms:
+                self.requeued.remove(opened)
+                return opened
+        for position, (arm, trial) in enumerate(self.unfinished):
+            if arm in arms:
+                del self.unfinished[position]
+                return self.trials.reopen(arm, trial)
+        open_arms = [arm for arm in arms if self.trials.left(arm) > 0]
+        return self.trials.ask(min(open_arms, key=self._progress)) if open_arms else None
 
     def _run_trial(self, opened: OpenTrial) -> bool:
         """Trains one trial and tells the study; returns False if it was interrupted and stays running."""
@@ -112,3 +152,66 @@ class Worker:
             return False
         self.trials.tell(opened, record)
         return True
+
+    def _run_pack(self, first: Arm, size: int) -> bool:
+        """Trains trials of all arms that can share a pack, as many at once as fit, until none of them is left."""
+        arms = self._pack_mates(first)
+        running: list[OpenTrial] = []
+
+        def supply() -> Job | None:
+            opened = self._take(arms)
+            return None if opened is None else self._job(opened, running)
+
+        jobs = [job for job in (supply() for _ in range(size)) if job is not None]
+        if not jobs:
+            return True
+        try:
+            return train_pack(
+                jobs, bench=self.benches.of(jobs[0].config), supply=supply, stop_requested=self.stop_requested
+            )
+        except WorkerError:
+            raise
+        except Exception as error:
+            # The trials go on from their last evaluation: after running out of memory in smaller packs, after any other
+            # error alone, where the one that is to blame fails by itself.
+            fewer = len(running) // 2 if isinstance(error, OutOfMemory) else 1
+            self.pack_sizes[self.plans[first.name].key] = max(1, fewer)
+            self.requeued = running
+            return True
+
+    def _job(self, opened: OpenTrial, running: list[OpenTrial]) -> Job:
+        def ended(record: RunRecord) -> None:
+            running.remove(opened)
+            self.trials.tell(opened, record)
+
+        def failed(error: Exception) -> None:
+            running.remove(opened)
+            self.trials.tell_failure(opened, error)
+
+        running.append(opened)
+        return Job(
+            config=opened.config,
+            place=opened.place,
+            should_stop=lambda step, value: self.trials.report(opened, step, value),
+            ended=ended,
+            failed=failed,
+        )
+
+    def _pack_mates(self, arm: Arm) -> list[Arm]:
+        key = self.plans[arm.name].key
+        return [other for other in self.sweep.definition.arms if self.plans[other.name].key == key]
+
+    def _pack_size(self, arm: Arm) -> int:
+        """How many trials to train together: what was asked for, or what a measurement found to pay."""
+        plan = self.plans[arm.name]
+        if plan.key is None:
+            return 1
+        if plan.key not in self.pack_sizes:
+            wanted = arm.driver.worker.pack_size
+            mates = self._pack_mates(arm)
+            most = sum(self.trials.left(mate) for mate in mates) + sum(mate in mates for mate, _ in self.unfinished)
+            if wanted == "auto":
+                measured = measure_pack_sizes(plan.largest, bench=self.benches.of(plan.largest), most=most)
+                wanted = choose_pack_size(measured)
+            self.pack_sizes[plan.key] = wanted
+        return self.pack_sizes[plan.key]

@@ -1,7 +1,20 @@
 """One training: from settings, base model and data to a folder with a record, step metrics and the weights it kept."""
 
 from lorasweep.training.environment import resolve_precision
+from lorasweep.training.pack import train_pack
+from lorasweep.training.pack_size import choose_pack_size, measure_pack_sizes
 from lorasweep.training.run import build_workbench, train_run
 from lorasweep.training.run_log import RunPlace, Workbench
+from lorasweep.training.slots import Job
 
-__all__ = ["RunPlace", "Workbench", "build_workbench", "resolve_precision", "train_run"]
+__all__ = [
+    "Job",
+    "RunPlace",
+    "Workbench",
+    "build_workbench",
+    "choose_pack_size",
+    "measure_pack_sizes",
+    "resolve_precision",
+    "train_pack",
+    "train_run",
+]

@@ -5,7 +5,7 @@ Everything is elementwise or reduced within a slot, so a slot whose gradient is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -143,6 +143,18 @@ class StackedAdamW(torch.optim.Optimizer):
                     slice(0, min(a, b)) for a, b in zip(old_moment.shape[1:], new_moment.shape[1:], strict=True)
                 )
                 new_moment[(slice(None), *overlap)] = old_moment[kept][(slice(None), *overlap)]
+
+    def slot_moments(self, slot: int) -> dict[nn.Parameter, tuple[Tensor, Tensor]]:
+        """Copies of a slot's means of the gradient and of its square, by parameter, without the slot dimension."""
+        return {p: (mean[slot].clone(), square[slot].clone()) for p, (mean, square) in self._by_parameter().items()}
+
+    def load_slot(self, slot: int, moments: Mapping[nn.Parameter, tuple[Tensor, Tensor]], *, num_steps: int) -> None:
+        """Goes on in a slot with what `slot_moments` gave, cut or padded with zeros to the shapes of this pack."""
+        self.num_steps[slot] = num_steps
+        for parameter, own in self._by_parameter().items():
+            for into, given in zip(own, moments.get(parameter, ()), strict=False):
+                overlap = tuple(slice(0, min(a, b)) for a, b in zip(into[slot].shape, given.shape, strict=True))
+                into[slot][overlap] = given[overlap].to(into)
 
     def state_dict(self) -> dict[str, Any]:
         """What `load_state_dict` needs to go on: tensors, numbers and texts."""

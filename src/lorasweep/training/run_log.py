@@ -81,8 +81,8 @@ class RunLog:
         """Keeps the losses (nats per token) of a step's micro-batches and its learning rate until the next flush."""
         self._pending.append((step, micro_losses, lr))
 
-    def flush(self, tokens_per_s: float) -> None:
-        """Writes the steps since the last flush.
+    def flush(self, tokens_per_s: float) -> list[dict[str, Any]]:
+        """Writes the steps since the last flush and returns their rows.
 
         Raises:
             Diverged: One of their losses is NaN or infinite.
@@ -97,6 +97,7 @@ class RunLog:
         for row in rows:
             if row["loss"] is None:
                 raise Diverged(f"the training loss became NaN or infinite at step {row['step']}. Lower `optim.lr`.")
+        return rows
 
     def note_evaluation(self, step: int, values: Values, *, save: Callable[[Path], None]) -> float:
         """Writes an evaluation and the record, and keeps the best and the last weights; returns the score.

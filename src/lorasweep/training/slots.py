@@ -1,0 +1,121 @@
+"""One run in a slot of a pack: where it stands, its own random streams and order, its log and its checkpoint."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch.utils.tensorboard import SummaryWriter
+
+from lorasweep.config.run import RunConfig
+from lorasweep.data.batching import StepBatchSampler
+from lorasweep.record import RUN_FILE, RunRecord
+from lorasweep.training.run_log import RunLog, RunPlace, Workbench, new_record, reopen_record
+
+SLOT_CHECKPOINT_FILE = "slot.ckpt"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Job:
+    """A run that is to be trained in a pack."""
+
+    config: RunConfig
+    place: RunPlace
+    should_stop: Callable[[int, float], bool]
+    """`should_stop(step, value)`: whether to prune it after this evaluation."""
+    ended: Callable[[RunRecord], None]
+    """Called once with the record of a run that is complete or pruned."""
+    failed: Callable[[Exception], None]
+    """Called once where it failed."""
+
+
+class Supply(Protocol):
+    """Where a pack gets its runs from."""
+
+    def __call__(self) -> Job | None:
+        """The next run, or None when none is left."""
+
+
+class SlotRun:
+    """A job in a slot.
+
+    Attributes:
+        step: Optimizer steps done.
+        stream: Random stream of its dropout, as a run alone has it.
+        train_s: Its share of the seconds spent in training steps.
+        wall_s: Its share of all seconds of this session.
+        checkpoint: What it goes on from, or None.
+    """
+
+    def __init__(self, job: Job, *, bench: Workbench, slot: int, slots: int) -> None:
+        config, folder = job.config, job.place.folder
+        self.job = job
+        self.checkpoint = _read_checkpoint(folder)
+        resumed = self.checkpoint or {}
+        self.step = int(resumed.get("step", 0))
+        self.tokens_trained = int(resumed.get("tokens_trained", 0))
+        self.train_s = float(resumed.get("train_s", 0.0))
+        self.wall_s = 0.0
+        self.record = reopen_record(folder) if resumed else new_record(config, job.place, bench)
+        self.record.pack = {"slot": slot, "slots": slots}
+        self.log = RunLog(self.record, folder, start_step=self.step)
+        self.writer = SummaryWriter(str(folder))
+        self.stream = torch.Generator().manual_seed(config.seeds.dropout)
+        if resumed:
+            self.stream.set_state(resumed["stream"])
+        self.order = StepBatchSampler(
+            len(bench.parts.train.tokens),
+            batch_size=config.trainer.batch_size,
+            num_steps=config.trainer.max_steps,
+            seed=config.seeds.data_order,
+            accumulate=config.trainer.accumulate,
+        )
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Training tokens of this run per second of its share of the training time."""
+        return self.tokens_trained / self.train_s if self.train_s else 0.0
+
+    def micro_batch(self, micro: int) -> list[int]:
+        """Returns the examples of one micro-batch of its next step."""
+        batch = self.order.indices_of_step(self.step)
+        size = len(batch) // self.job.config.trainer.accumulate
+        return batch[micro * size : (micro + 1) * size]
+
+    def flush(self) -> None:
+        """Writes the steps so far to the log and to TensorBoard.
+
+        Raises:
+            Diverged: One of their losses is NaN or infinite.
+        """
+        for row in self.log.flush(self.tokens_per_s):
+            for name in ("loss", "lr", "tokens_per_s"):
+                self.writer.add_scalar(f"train/{name}", row[name], row["step"])
+
+    def save_checkpoint(self, state: dict[str, Any]) -> None:
+        """Writes what the run needs to go on in any pack, whole or not at all."""
+        path = self.job.place.folder / SLOT_CHECKPOINT_FILE
+        temporary = path.with_name(f".{path.name}.tmp")
+        own = {"step": self.step, "tokens_trained": self.tokens_trained, "train_s": self.train_s}
+        torch.save({**state, **own, "stream": self.stream.get_state()}, temporary)
+        os.replace(temporary, path)
+
+    def close(self, status: Any, reason: str | None) -> None:
+        """Writes the final record; a checkpoint stays only with a run that can go on."""
+        self.record.tokens_trained, self.record.tokens_per_s = self.tokens_trained, self.tokens_per_s
+        self.log.close(status, reason, wall_s=self.wall_s)
+        self.writer.close()
+        if status != "interrupted":
+            (self.job.place.folder / SLOT_CHECKPOINT_FILE).unlink(missing_ok=True)
+
+
+def _read_checkpoint(folder: Path) -> dict[str, Any] | None:
+    path = folder / SLOT_CHECKPOINT_FILE
+    if not (path.exists() and (folder / RUN_FILE).exists()):
+        return None
+    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    return state
