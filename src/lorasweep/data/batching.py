@@ -44,7 +44,7 @@ class StepBatchSampler(Sampler[list[int]]):
         self._latest: tuple[int, list[int]] | None = None
 
     def __len__(self) -> int:
-        """Returns the number of micro-batches of the whole run: Lightning counts those before `start_step` as fetched."""
+        """Returns the micro-batches of the whole run: Lightning counts those before `start_step` as fetched."""
         return self.num_steps * self.accumulate
 
     def __iter__(self) -> Iterator[list[int]]:

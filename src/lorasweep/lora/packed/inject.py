@@ -51,12 +51,7 @@ def inject_packed_lora(
     """
     _check_request(model, configs, generators)
     streams = [None] * len(configs) if generators is None else generators
-    solos, coverages = [], []
-    for config, generator in zip(configs, streams, strict=True):
-        solo = copy_base(model)
-        coverages.append(inject_lora(solo, config, generator=generator))
-        solos.append(solo)
-    check_together(model, solos)
+    solos, coverages = _inject_copies(model, configs, streams)
     pack = SlotStreams(len(configs))
     freeze(model)
     for dropout in [module for module in model.modules() if type(module) is nn.Dropout]:
@@ -198,6 +193,23 @@ def _check_request(
         raise ValueError(f"There must be {len(configs)} generators, one per slot, but got {len(generators)}.")
     for slot, config in enumerate(configs):
         check_packable(config, slot)
+
+
+def _inject_copies(
+    model: nn.Module, configs: Sequence[LoraConfig], generators: Sequence[torch.Generator | None]
+) -> tuple[list[nn.Module], list[Coverage]]:
+    """One ordinary adapted model per slot, which share the base's tensors, and what each adapts."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    solos = [copy_base(model) for _ in configs]
+    try:
+        each = zip(solos, configs, generators, strict=True)
+        coverages = [inject_lora(solo, config, generator=generator) for solo, config, generator in each]
+        check_together(model, solos)
+    except ValueError:
+        for parameter in trained:
+            parameter.requires_grad_(True)  # injecting a copy froze it
+        raise
+    return solos, coverages
 
 
 def check_packable(config: LoraConfig, slot: int) -> None:

@@ -162,7 +162,7 @@ def main() -> None:
     model.bfloat16().save_pretrained(arguments.out)
     build_tokenizer().save_pretrained(arguments.out)
     recipe = (
-        f"{arguments.steps:,} steps of {arguments.batch_size} × {BLOCK} bytes, Muon (matrices) and AdamW (the rest) at "
+        f"{arguments.steps:,} steps of {arguments.batch_size} × {BLOCK} bytes, Muon (matrices), AdamW (the rest) at "
         f"{arguments.lr:g}, 200 steps of warm-up, linear decay to zero, seed 0, bf16 autocast; {minutes:.0f} minutes on "
         "2 cores"
     )
