@@ -1,0 +1,97 @@
+"""A pack of a model beside the solo runs that its slots must equal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lorasweep.lora import (
+    LoraConfig,
+    inject_lora,
+    inject_packed_lora,
+    load_slot,
+    lora_state,
+    num_slots,
+    set_dropout_streams,
+    slot_model,
+)
+
+
+def stream(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def randomise(model: nn.Module, seed: int) -> None:
+    """Gives all that trains random values, so that the change is not zero."""
+    generator = stream(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.3 * torch.randn(parameter.shape, generator=generator).to(parameter)
+
+
+@dataclass
+class PackAndSolos:
+    """A packed model and, for each slot, the solo model with the same values."""
+
+    pack: nn.Module
+    solos: list[nn.Module]
+
+    def run(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Outputs of the pack and of the solo models, dropout seeded alike, on slot-major inputs."""
+        set_dropout_streams(self.pack, [stream(70 + slot) for slot in range(len(self.solos))])
+        packed, separate = self.pack(inputs), []
+        for slot, (solo, rows) in enumerate(zip(self.solos, inputs.chunk(len(self.solos)), strict=True)):
+            with torch.random.fork_rng():
+                torch.manual_seed(70 + slot)
+                separate.append(solo(rows))
+        return packed, torch.cat(separate)
+
+    def assert_equal(self, inputs: Tensor) -> None:
+        """Outputs and what a step of gradient descent makes of every slot are those of the solo models."""
+        packed, separate = self.run(inputs)
+        torch.testing.assert_close(packed, separate)  # float64 defaults: the same sums in another order
+        weights = torch.linspace(-1, 1, packed.numel(), dtype=packed.dtype).view(packed.shape)
+        for outputs, models in ((packed, [self.pack]), (separate, self.solos)):
+            (outputs * weights).sum().backward()
+            for model in models:
+                descend(model)
+        for slot, solo in enumerate(self.solos):
+            torch.testing.assert_close(lora_state(slot_model(self.pack, slot)), lora_state(solo))
+
+
+def descend(model: nn.Module) -> None:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                parameter -= 0.1 * parameter.grad
+                parameter.grad = None
+
+
+@pytest.fixture
+def make_pack() -> Callable[..., PackAndSolos]:
+    """Makes a pack in float64 whose slots have random values, and the solo models with the same values."""
+
+    def make(
+        make_base: Callable[[], nn.Module], configs: Sequence[LoraConfig], *, rank_capacity: int = 0
+    ) -> PackAndSolos:
+        pack = make_base().double()
+        inject_packed_lora(
+            pack, configs, generators=[stream(k) for k in range(len(configs))], rank_capacity=rank_capacity
+        )
+        pack.double()
+        solos = []
+        for slot, config in enumerate(configs):
+            solo = make_base().double()
+            inject_lora(solo, config, generator=stream(slot))
+            randomise(solo.double(), slot)
+            load_slot(pack, slot, lora_state(solo))
+            solos.append(solo)
+        assert num_slots(pack) == len(configs)
+        return PackAndSolos(pack.train(), [solo.train() for solo in solos])
+
+    return make

@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from lorasweep.lora import LoraConfig, inject_packed_lora, set_dropout_streams
+from lorasweep.lora.packed import SlotDropout
+
+
+def stream(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def make_dropping(p: float = 0.3) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 8), nn.Dropout(p), nn.Linear(8, 6), nn.Dropout(p))
+
+
+CONFIGS = [LoraConfig(rank=2, dropout=0.4), LoraConfig(rank=1), LoraConfig(rank=1, targets="2", dropout=0.2)]
+
+
+def test_masks_are_those_of_solo_runs(make_pack) -> None:
+    x = torch.randn(6, 5, 6, generator=stream(1), dtype=torch.float64)
+    make_pack(make_dropping, CONFIGS).assert_equal(x)
+
+
+@pytest.mark.parametrize("shape", [(4, 5, 6), (4, 6)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_dropout_of_a_slot_is_torchs_own(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    model = make_dropping()
+    inject_packed_lora(model, CONFIGS[:2])
+    set_dropout_streams(model, [stream(8), stream(9)])
+    x = torch.randn(shape, generator=stream(1)).to(dtype)
+    outputs = model[1](x).chunk(2)
+    for slot, rows in enumerate(x.chunk(2)):
+        with torch.random.fork_rng():
+            torch.manual_seed(8 + slot)
+            assert torch.equal(outputs[slot], nn.functional.dropout(rows, 0.3))
+
+
+def test_draws_from_torchs_stream_when_given_none() -> None:
+    model = make_dropping()
+    inject_packed_lora(model, CONFIGS)
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        first = model(torch.ones(3, 6))
+        torch.manual_seed(3)
+        assert torch.equal(model(torch.ones(3, 6)), first)
+        assert not torch.equal(model(torch.ones(3, 6)), first)
+
+
+def test_a_slot_draws_the_same_whatever_the_others_draw() -> None:
+    x = torch.randn(3, 6, generator=stream(1))
+    outputs = []
+    for other_seed in (4, 5):
+        model = make_dropping()
+        inject_packed_lora(model, CONFIGS, generators=[stream(0)] * 3)
+        set_dropout_streams(model, [stream(other_seed), stream(2), stream(other_seed)])
+        outputs.append(model(x))
+    assert torch.equal(outputs[0][1], outputs[1][1])
+    assert not torch.equal(outputs[0][0], outputs[1][0])
+
+
+def test_evaluation_and_probability_zero_draw_nothing() -> None:
+    model = make_dropping(0.0)
+    inject_packed_lora(model, CONFIGS[1:2])
+    streams = [stream(8)]
+    set_dropout_streams(model, streams)
+    state = streams[0].get_state()
+    x = torch.ones(2, 6)
+    model(x)
+    model[1].p = 0.5  # as code does that changes a model's dropout
+    model.eval()
+    assert torch.equal(model[1](x), x)
+    assert torch.equal(streams[0].get_state(), state)
+    model.train()
+    assert not torch.equal(model[1](x), x)
+
+
+def test_probability_one_drops_all() -> None:
+    model = make_dropping(1.0)
+    inject_packed_lora(model, CONFIGS[:1])
+    assert not model[1](torch.ones(2, 8)).any()
+
+
+def test_dropout_modules_still_look_like_torchs() -> None:
+    model = make_dropping()
+    inject_packed_lora(model, CONFIGS)
+    assert isinstance(model[1], SlotDropout)
+    assert isinstance(model[1], nn.Dropout)  # models ask such a module for `p`
+    assert model[1].p == 0.3
+
+
+@pytest.mark.parametrize("model_drops", [True, False])
+def test_drawing_again_under_gradient_checkpointing_is_refused(model_drops: bool) -> None:
+    model = make_dropping(0.3 if model_drops else 0.0)
+    inject_packed_lora(model, [LoraConfig(rank=1, dropout=0.0 if model_drops else 0.3)] * 2)
+    run = partial(checkpoint, model, use_reentrant=False)
+    x: Tensor = torch.ones(2, 6, requires_grad=True)
+    with pytest.raises(ValueError, match="gradient checkpointing draws it again"):
+        run(x).sum().backward()
+
+
+def test_gradient_checkpointing_without_dropout_gives_the_same_gradients(make_pack) -> None:
+    x = torch.randn(2, 5, 6, generator=stream(1), dtype=torch.float64)
+    pack = make_pack(partial(make_dropping, 0.0), [LoraConfig(rank=2), LoraConfig(rank=1)]).pack
+    trains = [p for p in pack.parameters() if p.requires_grad]
+    plain = torch.autograd.grad(pack(x).sum(), trains)
+    again = torch.autograd.grad(checkpoint(pack, x, use_reentrant=False).sum(), trains)
+    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+
+
+def test_streams_are_one_per_slot(make_model) -> None:
+    model = make_dropping()
+    inject_packed_lora(model, CONFIGS)
+    with pytest.raises(ValueError, match="3 dropout streams, one per slot, but got 1"):
+        set_dropout_streams(model, [stream(0)])
+    with pytest.raises(ValueError, match="must be packed"):
+        set_dropout_streams(make_model(), [])

@@ -1,0 +1,179 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lorasweep.lora import (
+    LoraConfig,
+    inject_lora,
+    inject_packed_lora,
+    lora_state,
+    num_slots,
+    packed_layers,
+    slot_state,
+    split_packed_parameters,
+    stacked_modules,
+    why_not_packable,
+)
+from lorasweep.lora.packed.inject import copy_base
+
+
+def stream(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+CONFIGS = [
+    LoraConfig(rank=2, rank_pattern={"1.up": 5}),
+    LoraConfig(rank=1, init="gaussian", targets=("proj", "embed")),
+    LoraConfig(rank=4, init="orthogonal", targets="proj[0:3,4:8]", modules_to_save=("out",)),
+]
+
+
+def test_every_slot_starts_as_its_solo_run(make_model) -> None:
+    model = make_model()
+    coverages = inject_packed_lora(model, CONFIGS, generators=[stream(k) for k in range(3)])
+    for slot, config in enumerate(CONFIGS):
+        solo = make_model()
+        assert coverages[slot] == inject_lora(solo, config, generator=stream(slot))
+        expected = lora_state(solo)
+        got = slot_state(model, slot)
+        assert list(got) == list(expected)
+        assert all(torch.equal(value, expected[key]) for key, value in got.items())
+
+
+def test_slots_without_generators_draw_one_after_the_other(make_model) -> None:
+    model = make_model()
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        inject_packed_lora(model, CONFIGS)
+        torch.manual_seed(3)
+        for slot, config in enumerate(CONFIGS):
+            solo = make_model_keeping_stream(make_model)
+            inject_lora(solo, config)
+            assert all(torch.equal(slot_state(model, slot)[key], value) for key, value in lora_state(solo).items())
+
+
+def make_model_keeping_stream(make_model) -> nn.Module:
+    with torch.random.fork_rng():
+        return make_model()
+
+
+def test_starts_as_the_base_exactly(make_model, tokens: Tensor) -> None:
+    model, base = make_model(), make_model()
+    inject_packed_lora(model, [LoraConfig(rank=2), LoraConfig(rank=1), LoraConfig(rank=3, targets="up")])
+    assert torch.equal(model(tokens), base(tokens))
+
+
+def test_only_stacked_parameters_train_and_the_base_stays(make_model, tokens: Tensor) -> None:
+    model = make_model()
+    base = dict(model.named_parameters())
+    before = {name: p.detach().clone() for name, p in base.items()}
+    inject_packed_lora(model, CONFIGS)
+    a, b, other = split_packed_parameters(model)
+    assert {id(p) for p in (*a, *b, *other)} == {id(p) for p in model.parameters() if p.requires_grad}
+    assert {p.shape[0] for p in (*a, *b, *other)} == {3}
+    model(tokens).sum().backward()
+    for name, parameter in base.items():
+        assert parameter.grad is None
+        assert torch.equal(parameter, before[name])
+
+
+def test_layers_stand_in_the_models_order(make_model) -> None:
+    model = make_model()
+    inject_packed_lora(model, CONFIGS)
+    order = ["embed", "layers.0.up", "layers.0.proj", "layers.1.up", "layers.1.proj"]
+    assert list(packed_layers(model)) == order
+    assert list(stacked_modules(model)) == ["out"]
+    assert num_slots(model) == 3
+    assert [id(p) for p in split_packed_parameters(model)[0]] == [id(packed_layers(model)[n].lora_a) for n in order]
+
+
+def test_the_base_can_be_copied_out_again(make_model, tokens: Tensor) -> None:
+    model, base = make_model(), make_model()
+    own = {id(p) for p in model.parameters()}
+    inject_packed_lora(model, CONFIGS)
+    copied = copy_base(model)
+    assert {id(p) for p in copied.parameters()} == own
+    assert str(copied) == str(base)
+    assert torch.equal(copied(tokens), base(tokens))
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (LoraConfig(variant="dora"), "`method.variant=dora` can't be packed"),
+        (LoraConfig(init="pissa"), "`method.init=pissa` can't be packed"),
+        (LoraConfig(bias="all"), "`method.bias=all` can't be packed"),
+        (LoraConfig(bias="lora_only"), "`method.bias=lora_only` can't be packed"),
+    ],
+)
+def test_says_why_a_configuration_can_not_be_packed(make_model, config: LoraConfig, words: str) -> None:
+    assert words in why_not_packable(config)
+    assert why_not_packable(LoraConfig()) is None
+    with pytest.raises(ValueError, match=f"Slot 1 must be packable, but {words}"):
+        inject_packed_lora(make_model(), [LoraConfig(), config])
+
+
+def test_a_refused_request_leaves_the_model_as_it_was(make_model) -> None:
+    model = make_model()
+    before = str(model)
+    requests = [
+        ([], None, "at least one slot"),
+        ([LoraConfig()], [None, None], "1 generators, one per slot, but got 2"),
+        ([LoraConfig(), LoraConfig(targets="upp")], None, "Nearest: 'up'"),
+        ([LoraConfig(), LoraConfig(rank=99)], None, "`method.rank <= 8` must hold"),
+        ([LoraConfig(targets="up"), LoraConfig(targets="proj", modules_to_save=("0.up",))], None, "must agree on what"),
+        ([LoraConfig(targets="1.up"), LoraConfig(targets="0.up", modules_to_save=("layers.1",))], None, "must agree"),
+        (
+            [
+                LoraConfig(targets="0.up", modules_to_save=("layers.1",)),
+                LoraConfig(targets="0.up", modules_to_save=("1.up",)),
+            ],
+            None,
+            "must agree",
+        ),
+    ]
+    for configs, generators, words in requests:
+        with pytest.raises(ValueError, match=words):
+            inject_packed_lora(model, configs, generators=generators)
+    assert str(model) == before
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_modules_that_share_a_weight_or_hold_buffers_are_refused(make_model) -> None:
+    tied = make_model()
+    tied.out.weight = tied.embed.weight
+    with pytest.raises(ValueError, match="must not share a weight, but 'embed' does"):
+        inject_packed_lora(tied, [LoraConfig(targets="up", modules_to_save=("embed", "out"))])
+    normed = make_model()
+    normed.norm = nn.BatchNorm1d(3)
+    with pytest.raises(ValueError, match="must have no buffers of its own, but 'norm' has"):
+        inject_packed_lora(normed, [LoraConfig(targets="up", modules_to_save=("norm",))])
+
+
+def test_an_adapted_model_is_refused(make_model) -> None:
+    model = make_model()
+    inject_packed_lora(model, [LoraConfig()])
+    with pytest.raises(ValueError, match="no LoRA layers yet, but it is packed"):
+        inject_packed_lora(model, [LoraConfig()])
+    solo = make_model()
+    inject_lora(solo, LoraConfig())
+    with pytest.raises(ValueError, match="no LoRA layers yet"):
+        inject_packed_lora(solo, [LoraConfig()])
+
+
+def test_a_model_without_a_pack_has_no_slots(model) -> None:
+    with pytest.raises(ValueError, match="must be packed"):
+        num_slots(model)
+
+
+def test_a_pack_can_be_copied(make_model, tokens: Tensor) -> None:
+    model = make_model()
+    inject_packed_lora(model, CONFIGS)
+    copied = copy.deepcopy(model)
+    assert torch.equal(copied(tokens), model(tokens))
+    assert packed_layers(copied)["embed"].streams is packed_layers(copied)["layers.0.up"].streams
+    assert packed_layers(copied)["embed"].streams is not packed_layers(model)["embed"].streams

@@ -1,0 +1,181 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd import gradcheck
+from transformers.pytorch_utils import Conv1D
+
+from lorasweep.lora import LoraConfig, inject_packed_lora, packed_layers, set_dropout_streams
+
+SLOTS, ROWS = 3, 2
+
+
+def tokens_of(vocabulary: int, *shape: int) -> Tensor:
+    return torch.randint(vocabulary, (SLOTS * ROWS, *shape), generator=torch.Generator().manual_seed(1))
+
+
+def numbers(*shape: int) -> Tensor:
+    return torch.randn(SLOTS * ROWS, *shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def seeded(model: nn.Module) -> nn.Module:
+    """The same model with values that depend on nothing but its shapes."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) / 2)
+    return model
+
+
+def test_linear_layers_of_mixed_slots(make_model, make_pack) -> None:
+    configs = [
+        LoraConfig(rank=3, alpha=5, dropout=0.4),
+        LoraConfig(rank=1, targets="1.up", scaling="alpha_over_sqrt_rank"),
+        LoraConfig(
+            rank=2, targets=("proj", "0.up"), rank_pattern={"0.proj": 4}, alpha_pattern={"0.up": 1.0}, dropout=0.1
+        ),
+    ]
+    make_pack(make_model, configs).assert_equal(tokens_of(11, 5))
+
+
+def test_conv1d(make_pack) -> None:
+    def make() -> nn.Module:
+        return seeded(nn.Sequential(Conv1D(12, 6), nn.Tanh(), Conv1D(4, 12)))
+
+    configs = [LoraConfig(rank=2), LoraConfig(rank=3, targets="2", dropout=0.5), LoraConfig(rank=1, targets="0")]
+    make_pack(make, configs).assert_equal(numbers(3, 6))
+
+
+def test_fused_rows_differ_from_slot_to_slot(make_pack) -> None:
+    def make() -> nn.Module:
+        return seeded(nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 4)))
+
+    configs = [
+        LoraConfig(rank=2, targets=("0[q,v]", "2"), dropout=0.2),
+        LoraConfig(rank=3, targets="0"),
+        LoraConfig(rank=2, targets="0[1:5,6:7,10:12]"),
+    ]
+    both = make_pack(make, configs)
+    both.assert_equal(numbers(3, 6))
+    layer = packed_layers(both.pack)["0"]
+    assert not layer.lora_b[~layer.b_mask].any()
+
+
+class ScaledEmbedding(nn.Embedding):
+    """As in models that scale the rows of their embedding."""
+
+    embed_scale = 3.0
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return super().forward(tokens) * self.embed_scale
+
+
+@pytest.mark.parametrize("kind", [nn.Embedding, ScaledEmbedding])
+def test_embeddings(make_pack, kind: type[nn.Embedding]) -> None:
+    def make() -> nn.Module:
+        return seeded(nn.Sequential(kind(11, 6), nn.Linear(6, 4)))
+
+    configs = [
+        LoraConfig(rank=2, targets=("0", "1")),
+        LoraConfig(rank=4, targets=("0[0:3]", "1"), dropout=0.3),
+        LoraConfig(rank=1, targets="1"),
+    ]
+    make_pack(make, configs).assert_equal(tokens_of(11, 5))
+
+
+@pytest.mark.parametrize("padding_mode", ["zeros", "circular"])
+def test_convolutions(make_pack, padding_mode: str) -> None:
+    def make() -> nn.Module:
+        first = nn.Conv2d(2, 5, 3, stride=2, padding=1, padding_mode=padding_mode)
+        return seeded(nn.Sequential(first, nn.Tanh(), nn.Conv2d(5, 3, 1, bias=False)))
+
+    configs = [
+        LoraConfig(rank=2, targets=("0", "2"), dropout=0.3),
+        LoraConfig(rank=1, targets=("2",)),
+        LoraConfig(rank=4, targets=("0[1:3]",), dropout=0.1),
+    ]
+    make_pack(make, configs).assert_equal(numbers(2, 6, 5))
+
+
+def test_a_base_with_hooks_computes_its_own_output(make_pack) -> None:
+    def make() -> nn.Module:
+        model = seeded(nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 4)))
+        model[0].register_forward_hook(lambda module, args, output: output * 2)
+        return model
+
+    configs = [LoraConfig(rank=2, dropout=0.3), LoraConfig(rank=1, targets="0"), LoraConfig(rank=3, targets="0[0:4]")]
+    both = make_pack(make, configs)
+    assert packed_layers(both.pack)["0"].calls_base
+    assert not packed_layers(both.pack)["1"].calls_base
+    both.assert_equal(numbers(3, 6))
+
+
+def test_gradients_of_a_whole_pack_by_finite_differences(make_pack) -> None:
+    def make() -> nn.Module:
+        return seeded(nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 6), nn.Dropout(0.2), nn.Tanh(), nn.Linear(6, 3)))
+
+    configs = [
+        LoraConfig(rank=2, targets=("0", "1"), dropout=0.4, modules_to_save=("4",)),
+        LoraConfig(rank=1, targets="1", dropout=0.2),
+        LoraConfig(rank=2, targets="1", modules_to_save=("4",)),
+    ]
+    pack = make_pack(make, configs).pack
+
+    def run(*_: Tensor) -> Tensor:
+        set_dropout_streams(pack, [torch.Generator().manual_seed(slot) for slot in range(SLOTS)])
+        return pack(tokens_of(7, 2)).pow(2)
+
+    assert gradcheck(run, tuple(p for p in pack.parameters() if p.requires_grad))  # which moves them in place
+
+
+def test_a_layer_used_under_two_names(make_pack) -> None:
+    def make() -> nn.Module:
+        layer = nn.Linear(6, 6)
+        return seeded(nn.Sequential(layer, nn.Tanh(), layer))
+
+    configs = [LoraConfig(rank=2, dropout=0.2), LoraConfig(rank=1), LoraConfig(rank=3)]
+    make_pack(make, configs).assert_equal(numbers(6))
+
+
+def test_one_slot_is_a_pack(make_model, make_pack) -> None:
+    make_pack(make_model, [LoraConfig(rank=2, dropout=0.3)]).assert_equal(tokens_of(11, 5))
+
+
+def test_spare_capacity_changes_nothing(make_model, make_pack) -> None:
+    both = make_pack(make_model, [LoraConfig(rank=2), LoraConfig(rank=1), LoraConfig(rank=2)], rank_capacity=6)
+    assert {layer.capacity for layer in packed_layers(both.pack).values()} == {6}
+    both.assert_equal(tokens_of(11, 5))
+
+
+def test_evaluation_drops_nothing(make_model, make_pack) -> None:
+    both = make_pack(make_model, [LoraConfig(rank=2, dropout=0.5)] * 3)
+    both.pack.eval()
+    for solo in both.solos:
+        solo.eval()
+    torch.testing.assert_close(*both.run(tokens_of(11, 5)))
+
+
+def test_scaling_is_not_rounded_when_the_model_is_cast(make_model) -> None:
+    model = make_model()
+    inject_packed_lora(model, [LoraConfig(rank=3, alpha=1, targets="up")] * 2)  # 1/3 is no bf16 number
+    layer = packed_layers(model.bfloat16())["layers.0.up"]
+    factors = layer._factors(torch.empty(2, 8, dtype=torch.bfloat16))
+    assert torch.equal(factors, torch.full((2,), 1 / 3))
+
+
+def test_rows_that_slots_do_not_share_out_evenly_are_refused(make_model) -> None:
+    model = make_model()
+    inject_packed_lora(model, [LoraConfig(rank=1), LoraConfig(rank=2)])
+    with pytest.raises(ValueError, match=r"must be a multiple of the 2 slots, but got shape \(3, 5, 8\)"):
+        model(torch.zeros(3, 5, dtype=torch.long))
+
+
+def test_says_its_ranks(make_model) -> None:
+    model = make_model()
+    inject_packed_lora(model, [LoraConfig(rank=1, targets="up"), LoraConfig(rank=2, targets="0.up")])
+    assert "ranks=[1, 2], capacity=2" in repr(model)
+    assert "ranks=[1, 0], capacity=1" in repr(model)
+    layer = packed_layers(model)["layers.0.up"]
+    assert layer.weight is layer.base.weight
+    assert layer.bias is None

@@ -1,0 +1,246 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from lorasweep.lora import (
+    LoraConfig,
+    compact_slots,
+    fill_slot,
+    inject_lora,
+    inject_packed_lora,
+    load_adapter,
+    load_slot,
+    lora_state,
+    merge_lora,
+    num_slots,
+    packed_layers,
+    save_adapter,
+    save_slot,
+    set_dropout_streams,
+    slot_model,
+    slot_state,
+    split_packed_parameters,
+    stacked_modules,
+)
+
+CONFIGS = [
+    LoraConfig(rank=2, alpha=3, dropout=0.1, rank_pattern={"1.up": 5}),
+    LoraConfig(rank=1, targets=("proj", "embed"), scaling="alpha_over_sqrt_rank"),
+    LoraConfig(rank=4, targets="proj[0:3,4:8]", modules_to_save=("out",)),
+]
+
+
+def stream(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture
+def both(make_model, make_pack):
+    return make_pack(make_model, CONFIGS)
+
+
+def states(model: nn.Module) -> list[dict[str, Tensor]]:
+    return [slot_state(model, slot) for slot in range(num_slots(model))]
+
+
+def assert_identical(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert list(got) == list(expected)
+    assert all(torch.equal(value, expected[key]) for key, value in got.items())
+
+
+def test_a_slot_reads_as_its_solo_runs_adapter(both) -> None:
+    for slot, solo in enumerate(both.solos):
+        assert_identical(slot_state(both.pack, slot), lora_state(solo))
+
+
+def test_a_slots_state_is_a_copy(both) -> None:
+    before = slot_state(both.pack, 0)
+    for tensor in slot_state(both.pack, 0).values():
+        tensor.zero_()
+    assert_identical(slot_state(both.pack, 0), before)
+
+
+def test_a_slot_as_a_model_shares_the_base_and_computes_what_the_slot_does(both, make_model) -> None:
+    tokens = torch.randint(11, (3, 5), generator=stream(1))
+    both.pack.eval()
+    packed = both.pack(tokens).chunk(3)
+    base = {id(layer.base.weight) for layer in packed_layers(both.pack).values()}
+    for slot, rows in enumerate(tokens.chunk(3)):
+        solo = slot_model(both.pack, slot)
+        assert base <= {id(p) for p in solo.parameters()}
+        torch.testing.assert_close(solo(rows), packed[slot])
+        merge_lora(solo)
+        torch.testing.assert_close(solo(rows), packed[slot])
+    torch.testing.assert_close(torch.cat(both.pack(tokens).chunk(3)), torch.cat(packed))  # merging left the pack alone
+
+
+def test_saved_files_are_those_of_the_solo_run(both, tmp_path: Path) -> None:
+    for slot, solo in enumerate(both.solos):
+        save_slot(both.pack, slot, tmp_path / "slot", base_path="tiny", base_fingerprint="abc")
+        save_adapter(solo, tmp_path / "solo", base_path="tiny", base_fingerprint="abc")
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            assert (tmp_path / "slot" / name).read_bytes() == (tmp_path / "solo" / name).read_bytes()
+
+
+def test_a_file_goes_back_into_a_slot(both, make_model, tmp_path: Path) -> None:
+    expected = states(both.pack)
+    for slot in range(3):
+        save_slot(both.pack, slot, tmp_path / str(slot), base_path="tiny")
+    anew = make_model().double()
+    inject_packed_lora(anew, CONFIGS)
+    anew.double()
+    for slot in range(3):
+        load_slot(anew, slot, load_file(tmp_path / str(slot) / "adapter_model.safetensors"))
+        assert_identical(slot_state(anew, slot), expected[slot])
+    solo = make_model().double()
+    load_adapter(solo, tmp_path / "0")
+    assert_identical(lora_state(solo.double()), {key: t.float().double() for key, t in expected[0].items()})
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT asks transformers so
+def test_peft_loads_a_saved_slot(tmp_path: Path) -> None:
+    def make() -> nn.Module:
+        torch.manual_seed(0)
+        shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+        return LlamaForCausalLM(LlamaConfig(vocab_size=13, max_position_embeddings=8, **shape))
+
+    model = make()
+    configs = [LoraConfig(rank=2, targets=("q_proj", "up_proj")), LoraConfig(rank=3, modules_to_save=("lm_head",))]
+    inject_packed_lora(model, configs)
+    with torch.no_grad():
+        for layer in packed_layers(model).values():
+            for slot, change in enumerate(layer.changes):
+                if change is not None:
+                    layer.lora_b[slot, :, : change.width].normal_(generator=stream(slot))
+    tokens = torch.randint(13, (4, 6), generator=stream(1))
+    packed = model(tokens).logits.chunk(2)
+    for slot, rows in enumerate(tokens.chunk(2)):
+        save_slot(model, slot, tmp_path, base_path="tiny")
+        loaded = peft.PeftModel.from_pretrained(make(), tmp_path)
+        # fp32: sums of tens of terms in another order through two blocks
+        torch.testing.assert_close(loaded(rows).logits, packed[slot], rtol=1e-4, atol=1e-5)
+
+
+def test_a_state_of_another_shape_is_refused_and_changes_nothing(both) -> None:
+    before = states(both.pack)
+    with pytest.raises(ValueError, match=r"is in one of them only\. Fill the slot"):
+        load_slot(both.pack, 0, before[1])
+    wide = {key: torch.cat([tensor, tensor]) for key, tensor in before[0].items()}
+    with pytest.raises(ValueError, match="must have the slot's shape"):
+        load_slot(both.pack, 0, wide)
+    dense = {key: tensor + 1 for key, tensor in before[2].items()}
+    with pytest.raises(ValueError, match="fit the layer's rows"):
+        load_slot(both.pack, 2, dense)
+    for slot in range(3):
+        assert_identical(slot_state(both.pack, slot), before[slot])
+
+
+def test_a_filled_slot_starts_as_its_solo_run_and_the_others_stay(both, make_model) -> None:
+    before = states(both.pack)
+    parameters = [p for of in split_packed_parameters(both.pack) for p in of]
+    config = LoraConfig(rank=3, targets=("up", "proj"))
+    filled = fill_slot(both.pack, 1, config, generator=stream(9))
+    solo = make_model()
+    assert filled.coverage == inject_lora(solo, config, generator=stream(9))
+    assert_identical(slot_state(both.pack, 1), {key: tensor.double() for key, tensor in lora_state(solo).items()})
+    for slot in (0, 2):
+        assert_identical(slot_state(both.pack, slot), before[slot])
+    # `0.up` had room for 2; nothing new is adapted
+    assert (filled.grown, filled.added, filled.changes_parameters) == (("layers.0.up",), (), True)
+    assert [id(p) for of in split_packed_parameters(both.pack) for p in of] == [id(p) for p in parameters]
+    assert packed_layers(both.pack)["layers.0.up"].capacity == 3
+
+
+def test_a_fill_that_fits_changes_no_parameter(both) -> None:
+    shapes = [p.shape for p in both.pack.parameters()]
+    filled = fill_slot(both.pack, 2, LoraConfig(rank=2, targets="1.up"))
+    assert not filled.changes_parameters
+    assert [p.shape for p in both.pack.parameters()] == shapes
+    for name, layer in packed_layers(both.pack).items():
+        if name != "layers.1.up":
+            assert layer.changes[2] is None
+            assert not layer.lora_a[2].any()
+            assert not layer.lora_b[2].any()
+
+
+def test_layers_that_no_slot_adapted_are_added(make_model, make_pack) -> None:
+    both = make_pack(make_model, [LoraConfig(rank=2, targets="up")] * 2)
+    before = slot_state(both.pack, 0)
+    filled = fill_slot(both.pack, 1, LoraConfig(rank=2, targets=("0.proj", "embed"), modules_to_save=("out",)))
+    assert filled.added == ("embed", "layers.0.proj", "out")
+    assert_identical(slot_state(both.pack, 0), before)
+    assert list(packed_layers(both.pack)) == ["embed", "layers.0.up", "layers.0.proj", "layers.1.up"]
+    assert {p.dtype for of in split_packed_parameters(both.pack) for p in of} == {torch.float64}  # as the pack's
+    assert both.pack(torch.zeros(2, 5, dtype=torch.long)).shape == (2, 5, 11)
+
+
+def test_growing_between_steps_trains_on(both) -> None:
+    tokens = torch.randint(11, (3, 5), generator=stream(1))
+    both.pack(tokens).sum().backward()
+    fill_slot(both.pack, 0, LoraConfig(rank=7))
+    both.pack.zero_grad()
+    both.pack(tokens).sum().backward()
+    assert all(p.grad.shape == p.shape for of in split_packed_parameters(both.pack) for p in of if p.grad is not None)
+
+
+def test_a_refused_fill_changes_nothing(both) -> None:
+    before, text = states(both.pack), str(both.pack)
+    for config, words in [
+        (LoraConfig(variant="dora"), "Slot 1 must be packable"),
+        (LoraConfig(rank=99), "`method.rank <= 8` must hold"),
+        (LoraConfig(targets="0.up", modules_to_save=("layers.1",)), "must agree on what"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            fill_slot(both.pack, 1, config)
+    assert str(both.pack) == text
+    for slot in range(3):
+        assert_identical(slot_state(both.pack, slot), before[slot])
+
+
+def test_compaction_keeps_the_slots_asked_for_in_that_order(both) -> None:
+    before = states(both.pack)
+    streams = [stream(k) for k in range(3)]
+    set_dropout_streams(both.pack, streams)
+    compact_slots(both.pack, [2, 0])
+    assert num_slots(both.pack) == 2
+    assert_identical(slot_state(both.pack, 0), before[2])
+    assert_identical(slot_state(both.pack, 1), before[0])
+    assert packed_layers(both.pack)["layers.0.up"].streams.generators == [streams[2], streams[0]]
+    both.solos = [both.solos[2], both.solos[0]]
+    both.assert_equal(torch.randint(11, (4, 5), generator=stream(1)))
+
+
+def test_compaction_drops_what_no_slot_needs(both) -> None:
+    compact_slots(both.pack, [1])
+    assert list(packed_layers(both.pack)) == ["embed", "layers.0.proj", "layers.1.proj"]
+    assert {layer.capacity for layer in packed_layers(both.pack).values()} == {1}
+    assert all(layer.b_mask is None for layer in packed_layers(both.pack).values())
+    assert not stacked_modules(both.pack)
+    assert isinstance(both.pack.out, nn.Linear)
+    both.solos = [both.solos[1]]
+    both.assert_equal(torch.randint(11, (2, 5), generator=stream(1)))
+
+
+@pytest.mark.parametrize("keep", [[], [0, 0], [3], [-1]])
+def test_slots_must_be_there(both, keep: list[int]) -> None:
+    text = str(both.pack)
+    with pytest.raises(ValueError, match="must be distinct numbers from 0 to 2"):
+        compact_slots(both.pack, keep)
+    assert str(both.pack) == text
+    if len(keep) == 1:
+        with pytest.raises(ValueError, match="must be distinct numbers"):
+            slot_model(both.pack, keep[0])
+        with pytest.raises(ValueError, match="must be distinct numbers"):
+            fill_slot(both.pack, keep[0], LoraConfig())
+
+
+def test_a_model_without_a_pack_has_no_slot(model) -> None:
+    with pytest.raises(ValueError, match="must be packed"):
+        slot_state(model, 0)

@@ -1,0 +1,119 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lorasweep.lora import LoraConfig, inject_lora, inject_packed_lora, slot_model, stacked_modules
+
+HEAD = ("head",)
+
+
+class Head(nn.Module):
+    """A head of several layers with dropout between, which takes a mask and gives more than one thing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(6)
+        self.dense = nn.Linear(6, 6)
+        self.dropout = nn.Dropout(0.3)
+        self.out = nn.Linear(6, 3, bias=False)
+
+    def forward(self, x: Tensor, *, mask: Tensor, scale: Tensor) -> dict[str, object]:
+        hidden = self.dropout(torch.tanh(self.dense(self.norm(x)))) * mask[:, None] * scale
+        return {"logits": self.out(hidden), "kind": "head"}
+
+
+class Model(nn.Module):
+    def __init__(self, head: nn.Module) -> None:
+        super().__init__()
+        self.body = nn.Linear(4, 6)
+        self.head = head
+        self.takes_mask = isinstance(head, Head)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.body(x)
+        if self.takes_mask:
+            output = self.head(hidden, mask=(x[:, 0] > 0).to(x), scale=torch.tensor(2.0).to(x))
+            assert output["kind"] == "head"
+            return output["logits"]
+        return self.head(hidden)
+
+
+def make_composite() -> nn.Module:
+    torch.manual_seed(0)
+    return Model(Head())
+
+
+def make_linear() -> nn.Module:
+    torch.manual_seed(0)
+    return Model(nn.Linear(6, 3))
+
+
+def make_without_bias() -> nn.Module:
+    torch.manual_seed(0)
+    return Model(nn.Linear(6, 3, bias=False))
+
+
+def rows(*, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(6, 4, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+@pytest.mark.parametrize("make", [make_composite, make_linear, make_without_bias])
+@pytest.mark.parametrize("some", [True, False])
+def test_heads_train_per_slot(make_pack, make, some: bool) -> None:
+    first = LoraConfig(rank=1, targets="body", dropout=0.2, modules_to_save=() if some else HEAD)
+    both = make_pack(make, [first, *[LoraConfig(rank=2, targets="body", modules_to_save=HEAD)] * 2])
+    both.assert_equal(rows())
+
+
+def test_a_slot_that_does_not_train_the_module_has_zeros_there(make_pack) -> None:
+    configs = [LoraConfig(rank=1, targets="body"), LoraConfig(rank=1, targets="body", modules_to_save=HEAD)]
+    both = make_pack(make_linear, configs)
+    both.pack(rows()).sum().backward()
+    (stacked,) = stacked_modules(both.pack).values()
+    for parameter in stacked.stacked:
+        assert not parameter[0].any()
+        assert not parameter.grad[0].any()  # so that clipping and decay leave it out
+        assert parameter.grad[1].any()
+
+
+@pytest.mark.parametrize("make", [make_composite, make_linear])
+def test_copies_are_fp32_beside_a_bf16_base(make) -> None:
+    config = LoraConfig(rank=1, targets="body", modules_to_save=HEAD)
+    model = make().bfloat16().eval()
+    inject_packed_lora(model, [config] * 2, generators=[torch.Generator().manual_seed(0)] * 2)
+    solo = make().bfloat16().eval()
+    inject_lora(solo, config, generator=torch.Generator().manual_seed(0))
+    (stacked,) = stacked_modules(model).values()
+    assert {p.dtype for p in stacked.stacked} == {torch.float32}
+    x = rows(dtype=torch.bfloat16)
+    output = model(x)
+    assert output.dtype is torch.bfloat16
+    # fp32 sums in another order, rounded to bf16 afterwards
+    torch.testing.assert_close(output, solo(x), rtol=2**-7, atol=0)
+    output.float().sum().backward()
+    assert {p.grad.dtype for p in stacked.stacked} == {torch.float32}
+
+
+def test_the_base_of_a_head_is_not_touched() -> None:
+    model = make_linear()
+    before = model.head.weight
+    value = before.detach().clone()
+    inject_packed_lora(model, [LoraConfig(rank=1, targets="body", modules_to_save=HEAD)] * 2)
+    (stacked,) = stacked_modules(model).values()
+    assert stacked.weight is before
+    model(rows(dtype=torch.float32)).sum().backward()
+    assert before.grad is None
+    assert torch.equal(before, value)
+    assert not slot_model(model, 0).head.base.weight.requires_grad
+
+
+def test_rows_that_slots_do_not_share_out_evenly_are_refused() -> None:
+    for make in (make_linear, make_composite):
+        model = make()
+        inject_packed_lora(model, [LoraConfig(rank=1, targets="body", modules_to_save=HEAD)] * 4)
+        with pytest.raises(ValueError, match="must be a multiple of the 4 slots"):
+            model.head(
+                torch.ones(6, 6), **({} if make is make_linear else {"mask": torch.ones(6), "scale": torch.ones(())})
+            )
