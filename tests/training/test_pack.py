@@ -1,0 +1,162 @@
+"""A run in a slot of a pack is the run alone: same losses, adapter and record, whoever shares the pack and when."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import lorasweep.training.pack as pack_file
+from lorasweep.errors import Diverged, OutOfMemory
+from lorasweep.models.load import fingerprint_weights
+from lorasweep.record import read_run, read_steps
+from lorasweep.training import Job, RunPlace, train_pack, train_run
+from lorasweep.training.slots import SLOT_CHECKPOINT_FILE
+
+ADAPTER = "adapter_model.safetensors"
+MIXED = (
+    {"method.rank": 2, "method.dropout": 0.2},
+    {"method.rank": 8, "method.alpha": 4.0, "optim.lr": 3e-3, "seed": 3},
+    {"method.rank": 4, "method.targets": ["q_proj", "up_proj"], "optim.lr": 2e-2, "optim.weight_decay": 0.1},
+    {"method.rank": 3, "method.scaling": "alpha_over_sqrt_rank", "optim.lr_ratio_b": 4.0, "schedule": "cosine"},
+)
+# fp32 kernels sum in another order for other shapes; Adam's first steps divide by |g|, which magnifies it
+LOSS_TOLERANCE = 1e-4
+
+
+class Outcomes:
+    """What became of each job, by its folder's name."""
+
+    def __init__(self) -> None:
+        self.ended: dict[str, str] = {}
+        self.failed: dict[str, Exception] = {}
+
+    def job(self, folder: Path, config, *, prune_at: int | None = None) -> Job:
+        return Job(
+            config=config,
+            place=RunPlace(folder=folder),
+            should_stop=lambda step, value: step == prune_at,
+            ended=lambda record: self.ended.update({folder.name: record.status}),
+            failed=lambda error: self.failed.update({folder.name: error}),
+        )
+
+
+def no_more() -> None:
+    return None
+
+
+def rows(folder: Path) -> list[tuple[int, float]]:
+    return [(row["step"], row.get("loss", row.get("validation", {}).get("loss"))) for row in read_steps(folder)]
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_packed_runs_equal_runs_alone_while_slots_join_and_leave(make_config, bench, tmp_path, accumulate):
+    configs = [
+        make_config({**settings, "trainer.accumulate": accumulate, "trainer.max_steps": 6}) for settings in MIXED
+    ]
+    outcomes = Outcomes()
+    prune_at = [None, 2, None, None]
+    for n, config in enumerate(configs):
+        stop = prune_at[n]
+        train_run(
+            config,
+            RunPlace(folder=tmp_path / f"alone{n}"),
+            bench=bench,
+            should_stop=lambda k, s, v, stop=stop: s == stop,
+        )
+    jobs = [outcomes.job(tmp_path / f"pack{n}", config, prune_at=prune_at[n]) for n, config in enumerate(configs)]
+    waiting = jobs[2:]
+    assert train_pack(jobs[:2], bench=bench, supply=lambda: waiting.pop(0) if waiting else None)
+    assert outcomes.ended == {"pack0": "complete", "pack1": "pruned", "pack2": "complete", "pack3": "complete"}
+    for n in range(len(configs)):
+        alone, packed = tmp_path / f"alone{n}", tmp_path / f"pack{n}"
+        assert [step for step, _ in rows(alone)] == [step for step, _ in rows(packed)]
+        for (_, a), (_, b) in zip(rows(alone), rows(packed), strict=True):
+            assert a == pytest.approx(b, rel=LOSS_TOLERANCE)
+        a, b = load_file(alone / "last" / ADAPTER), load_file(packed / "last" / ADAPTER)
+        assert a.keys() == b.keys()
+        assert all(torch.allclose(a[key], b[key], atol=2e-3) for key in a)
+        one, other = read_run(alone), read_run(packed)
+        for name in ("status", "steps_done", "tokens_trained", "trainable_params", "adapter_bytes", "reason"):
+            assert getattr(one, name) == getattr(other, name), name
+        assert other.pack is not None
+        assert not (packed / SLOT_CHECKPOINT_FILE).exists()
+
+
+def test_the_base_is_bit_identical_after_a_pack(make_config, bench, tmp_path):
+    before = fingerprint_weights(bench.base.model)
+    outcomes = Outcomes()
+    jobs = [outcomes.job(tmp_path / str(n), make_config(settings)) for n, settings in enumerate(MIXED[:2])]
+    train_pack(jobs, bench=bench, supply=no_more)
+    assert fingerprint_weights(bench.base.model) == before
+
+
+def test_a_slot_that_diverges_ends_alone_and_changes_no_bit_of_the_others(make_config, bench, tmp_path):
+    good = make_config({"method.dropout": 0.1})
+    adapters = {}
+    for name, lr in (("calm", 1e-3), ("wild", 1e30)):
+        outcomes = Outcomes()
+        other = make_config({"seed": 1, "optim.lr": lr, "optim.clip_norm": None})
+        jobs = [outcomes.job(tmp_path / name / "good", good), outcomes.job(tmp_path / name / "other", other)]
+        train_pack(jobs, bench=bench, supply=no_more)
+        assert outcomes.ended["good"] == "complete"
+        adapters[name] = load_file(tmp_path / name / "good" / "best" / ADAPTER)
+    assert isinstance(outcomes.failed["other"], Diverged)
+    assert read_run(tmp_path / "wild" / "other").status == "failed"
+    assert all(torch.equal(adapters["calm"][key], adapters["wild"][key]) for key in adapters["calm"])
+
+
+def test_a_stopped_pack_goes_on_from_its_last_evaluation_to_the_same_bits(make_config, bench, tmp_path):
+    configs = [make_config({**settings, "trainer.max_steps": 8}) for settings in MIXED[:3]]
+
+    def jobs(folder: Path) -> list[Job]:
+        return [Outcomes().job(folder / str(n), config) for n, config in enumerate(configs)]
+
+    train_pack(jobs(tmp_path / "whole"), bench=bench, supply=no_more)
+    asked = iter(range(100))
+    stopped = train_pack(
+        jobs(tmp_path / "broken"), bench=bench, supply=no_more, stop_requested=lambda: next(asked) >= 4
+    )
+    assert not stopped
+    assert read_run(tmp_path / "broken" / "0").status == "interrupted"
+    assert read_run(tmp_path / "broken" / "0").steps_done == 4
+    assert train_pack(jobs(tmp_path / "broken"), bench=bench, supply=no_more)
+    for n in range(len(configs)):
+        assert rows(tmp_path / "whole" / str(n)) == rows(tmp_path / "broken" / str(n))
+        whole, broken = (load_file(tmp_path / name / str(n) / "last" / ADAPTER) for name in ("whole", "broken"))
+        assert all(torch.equal(whole[key], broken[key]) for key in whole)
+
+
+def test_a_pack_that_runs_out_of_memory_says_so_and_its_runs_can_go_on(make_config, bench, tmp_path, monkeypatch):
+    outcomes = Outcomes()
+    real, calls = pack_file.slot_losses, iter(range(1000))
+
+    def fail_at_last(*args, **kwargs):
+        if next(calls) == 8:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(pack_file, "slot_losses", fail_at_last)
+    jobs = [outcomes.job(tmp_path / str(n), make_config({"trainer.max_steps": 8, "seed": n})) for n in range(2)]
+    with pytest.raises(OutOfMemory, match="CUDA out of memory"):
+        train_pack(jobs, bench=bench, supply=no_more)
+    assert outcomes.ended == {}
+    assert (tmp_path / "0" / SLOT_CHECKPOINT_FILE).exists()
+    assert train_pack(jobs[:1], bench=bench, supply=no_more)
+    assert outcomes.ended == {"0": "complete"}
+    assert [step for step, _ in rows(tmp_path / "0")] == [1, 2, 2, 3, 4, 4, 5, 6, 6, 7, 8, 8]
+
+
+def test_dropout_is_on_in_a_refilled_slot(make_config, bench, tmp_path):
+    """Slots are refilled while the model evaluates; what joins there must train with dropout."""
+    first, late = make_config(), make_config({"method.dropout": 0.5, "seed": 5})
+    outcomes = Outcomes()
+    waiting = [outcomes.job(tmp_path / "late", late)]
+    train_pack(
+        [outcomes.job(tmp_path / "first", first)], bench=bench, supply=lambda: waiting.pop() if waiting else None
+    )
+    train_run(late, RunPlace(folder=tmp_path / "alone"), bench=bench)
+    for (_, a), (_, b) in zip(rows(tmp_path / "alone"), rows(tmp_path / "late"), strict=True):
+        assert a == pytest.approx(b, rel=LOSS_TOLERANCE)
