@@ -5,6 +5,7 @@ A user's own `conf/` in the current folder is searched before the packaged one.
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from hydra.core.override_parser.types import ChoiceSweep, Glob, IntervalSweep, O
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from lorasweep.config.build import build, nearest
@@ -76,22 +77,33 @@ def compose_driver(settings: Mapping[str, Any]) -> DriverConfig:
 def compose_values(primary: Primary, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a primary config with the settings applied and all interpolations resolved, as nested mappings."""
     groups = {key: value for key, value in settings.items() if key in group_names(primary)}
+    try:
+        composed = copy.deepcopy(
+            _compose_groups(primary, tuple((k, _option(v)) for k, v in groups.items()), Path.cwd())
+        )
+        known = set(_flatten(OmegaConf.to_container(composed, resolve=False)))
+        for key, value in settings.items():
+            if key not in groups:
+                check_key(key, known | set(groups) | set(group_names(primary)), primary=primary)
+                OmegaConf.update(composed, key, value, merge=False)
+        return _mapping(OmegaConf.to_container(composed, resolve=True, throw_on_missing=True))
+    except MissingMandatoryValue as error:
+        raise ConfigError(f"`{error.full_key}` must be set, but is missing.") from error
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(_first_line(error)) from error
+
+
+@cache
+def _compose_groups(primary: Primary, groups: tuple[tuple[str, str], ...], folder: Path) -> DictConfig:
+    """Composes options of groups, as seen from the current folder; once, because Hydra takes its time."""
     with hydra_session():
-        for key, value in groups.items():
+        for key, value in groups:
             _check_option(key, value)
-        overrides = [f"{key}={value}" for key, value in groups.items()]
-        try:
-            composed = compose(primary, overrides=overrides)
-            known = set(_flatten(OmegaConf.to_container(composed, resolve=False)))
-            for key, value in settings.items():
-                if key not in groups:
-                    check_key(key, known | set(groups) | set(group_names(primary)), primary=primary)
-                    OmegaConf.update(composed, key, value, merge=False)
-            return _mapping(OmegaConf.to_container(composed, resolve=True, throw_on_missing=True))
-        except MissingMandatoryValue as error:
-            raise ConfigError(f"`{error.full_key}` must be set, but is missing.") from error
-        except (HydraException, OmegaConfBaseException) as error:
-            raise ConfigError(_first_line(error)) from error
+        return compose(primary, overrides=[f"{key}={value}" for key, value in groups])
+
+
+def _option(value: Any) -> str:
+    return value if isinstance(value, str) else repr(value)  # which no option is called
 
 
 def known_keys(settings: Mapping[str, Any]) -> set[str]:
@@ -221,11 +233,11 @@ def hydra_session() -> Iterator[None]:
         yield
 
 
-def _check_option(group: str, option: Any) -> None:
+def _check_option(group: str, option: str) -> None:
     options = group_options(group)
     if option not in options:
         raise ConfigError(
-            f"`{group}` must be one of {', '.join(options)}, but got {option!r}.{nearest(str(option), options)}"
+            f"`{group}` must be one of {', '.join(options)}, but got {option!r}.{nearest(option, options)}"
         )
 
 

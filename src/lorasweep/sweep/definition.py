@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from lorasweep.config.build import nearest
@@ -108,7 +109,7 @@ def read_definition(source: Path, overrides: Sequence[str]) -> Definition:
     """
     try:
         content = OmegaConf.to_container(OmegaConf.load(source), resolve=True)
-    except (YAMLError, OSError, UnicodeDecodeError, ValueError) as error:
+    except (YAMLError, OmegaConfBaseException, OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"{str(source)!r} must be a YAML file, but can't be read: {reason}.") from error
     raw = {"file": content, "overrides": parse_overrides(overrides)}
@@ -122,11 +123,10 @@ def restore_definition(raw: Mapping[str, Any], *, source: Path | None) -> Defini
     """Composes a sweep again from what its record holds; arguments and errors as in `read_definition`."""
     file = _read_file(raw["file"])
     overrides = raw["overrides"]
-    shared_driver = _split_driver({**file.settings, **overrides})[1]
     run_overrides, driver_overrides = _split_driver(overrides)
     _check_run_keys(file, run_overrides)
     used = set(driver_overrides)
-    arms = tuple(_build_arm(arm, file.settings, overrides, shared_driver=shared_driver, used=used) for arm in file.arms)
+    arms = tuple(_build_arm(arm, file.settings, overrides, used=used) for arm in file.arms)
     for key in overrides:
         if key not in used:
             raise ConfigError(
@@ -137,7 +137,7 @@ def restore_definition(raw: Mapping[str, Any], *, source: Path | None) -> Defini
         name=file.name,
         description=file.description,
         arms=arms,
-        driver=compose_driver(shared_driver),
+        driver=compose_driver(_split_driver({**file.settings, **overrides})[1]),
         raw={"file": raw["file"], "overrides": dict(overrides)},
         source=source,
     )
@@ -182,13 +182,12 @@ def _build_arm(
     shared: Mapping[str, Any],
     overrides: Mapping[str, Any],
     *,
-    shared_driver: Mapping[str, Any],
     used: set[str],
 ) -> Arm:
     prefix = f"arms.{arm.name}."
     own = {key.removeprefix(prefix): value for key, value in overrides.items() if key.startswith(prefix)}
     settings, own_driver = _split_driver({**shared, **arm.settings})
-    driver = compose_driver({**own_driver, **shared_driver, **_split_driver(own)[1]})
+    driver = compose_driver({**own_driver, **_split_driver(overrides)[1], **_split_driver(own)[1]})
     space = dict(arm.space)
     trials = driver.sweep.trials if driver.sweep.trials is not None and space else arm.trials
     used |= {prefix + key for key in own}

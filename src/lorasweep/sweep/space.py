@@ -5,7 +5,9 @@ A list is a choice, a mapping `low`, `high` and `log` or `step` a range, in Optu
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from decimal import Decimal
 from typing import Any
 
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
@@ -40,8 +42,10 @@ def parse_range(key: str, value: Any, *, whole: bool) -> BaseDistribution:
                 f"the range of `{key}` must have keys out of {', '.join(sorted(RANGE_KEYS))}, but got {name!r}."
                 f"{nearest(str(name), RANGE_KEYS)}"
             )
-    low, high = _bound(key, value, "low"), _bound(key, value, "high")
-    log, step = bool(value.get("log", False)), value.get("step")
+    low, high = _number(key, value, "low"), _number(key, value, "high")
+    log, step = value.get("log", False), None if value.get("step") is None else _number(key, value, "step")
+    if not isinstance(log, bool):
+        raise ConfigError(f"`log` must be true or false for the range of `{key}`, but got {log!r}.")
     if not low < high:
         raise ConfigError(
             f"`low < high` must hold for the range of `{key}`, but got {low!r} and {high!r}: it is empty."
@@ -53,8 +57,12 @@ def parse_range(key: str, value: Any, *, whole: bool) -> BaseDistribution:
     if step is not None and not 0 < step <= high - low:
         raise ConfigError(f"`0 < step <= high - low` must hold for the range of `{key}`, but got {step!r}.")
     if whole:
-        if int(low) != low or int(high) != high:
-            raise ConfigError(f"the range of `{key}` must have whole bounds, but got {low!r} and {high!r}.")
+        _require_whole(key, low, high, step)
+    if step is not None and (Decimal(str(high)) - Decimal(str(low))) % Decimal(str(step)):
+        raise ConfigError(
+            f"`step` must divide `high - low` for the range of `{key}`, but got {step!r} for {low!r} to {high!r}."
+        )
+    if whole:
         return IntDistribution(int(low), int(high), log=log, step=int(step or 1))
     return FloatDistribution(float(low), float(high), log=log, step=step)
 
@@ -92,6 +100,8 @@ def describe_space(space: Space) -> dict[str, Any]:
             described[key] = list(distribution.choices)
         elif isinstance(distribution, FloatDistribution | IntDistribution):
             described[key] = {"low": distribution.low, "high": distribution.high, "log": distribution.log}
+            if distribution.step != (1 if isinstance(distribution, IntDistribution) else None):
+                described[key]["step"] = distribution.step
     return described
 
 
@@ -99,15 +109,23 @@ def _parse_choices(key: str, choices: list[Any]) -> CategoricalDistribution:
     if not choices:
         raise ConfigError(f"the range of `{key}` must have at least one choice, but is empty.")
     for choice in choices:
-        if choice is not None and not isinstance(choice, bool | int | float | str):
+        plain = choice is None or isinstance(choice, bool | int | float | str)
+        if not plain or (isinstance(choice, float) and not math.isfinite(choice)):
             raise ConfigError(f"a choice of `{key}` must be a number, a text, true, false or null, but got {choice!r}.")
     if len(set(map(repr, choices))) < len(choices):
         raise ConfigError(f"the choices of `{key}` must differ, but got {choices!r}.")
     return CategoricalDistribution(choices)
 
 
-def _bound(key: str, value: Mapping[str, Any], name: str) -> float:
-    bound = value.get(name)
-    if isinstance(bound, bool) or not isinstance(bound, int | float):
-        raise ConfigError(f"the range of `{key}` must have a number as `{name}`, but got {bound!r}.")
-    return bound
+def _number(key: str, value: Mapping[str, Any], name: str) -> float:
+    number = value.get(name)
+    if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number):
+        raise ConfigError(f"the range of `{key}` must have a number as `{name}`, but got {number!r}.")
+    return number
+
+
+def _require_whole(key: str, low: float, high: float, step: float | None) -> None:
+    if int(low) != low or int(high) != high:
+        raise ConfigError(f"the range of `{key}` must have whole bounds, but got {low!r} and {high!r}.")
+    if step is not None and int(step) != step:
+        raise ConfigError(f"the range of `{key}` must have a whole `step`, but got {step!r}.")
