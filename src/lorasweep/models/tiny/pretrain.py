@@ -163,8 +163,8 @@ def main() -> None:
     build_tokenizer().save_pretrained(arguments.out)
     recipe = (
         f"{arguments.steps:,} steps of {arguments.batch_size} × {BLOCK} bytes, Muon (matrices), AdamW (the rest) at "
-        f"{arguments.lr:g}, 200 steps of warm-up, linear decay to zero, seed 0, bf16 autocast; {minutes:.0f} minutes on "
-        "2 cores"
+        f"{arguments.lr:g}, 200 steps of warm-up, linear decay to zero, seed 0, bf16 autocast; {minutes:.0f} minutes "
+        "on 2 cores"
     )
     write_card(arguments.out, documents, tokens, recipe=recipe, scores=score_folder(arguments.out))
 
