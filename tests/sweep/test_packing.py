@@ -1,4 +1,4 @@
-"""Which trials train together: those that differ only in what a slot owns; and what the worker does when a pack breaks."""
+"""Which trials train together: those that differ only in what a slot owns; and what happens when a pack breaks."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_a_pack_larger_than_its_trials_is_refused(write_file, content):
 
 
 def test_a_pack_asked_for_an_arm_without_slots_is_refused(write_file, content):
-    with pytest.raises(ConfigError, match="`worker.pack_size` must be 1 or auto for arm `full`, but got 2"):
+    with pytest.raises(ConfigError, match=r"`worker.pack_size` must be 1 or auto for arm `full`, but got 2"):
         plan(write_file, content, "arms.full.worker.pack_size=2")
 
 

@@ -92,7 +92,8 @@ def test_the_base_is_bit_equal_afterwards_and_frozen(tmp_path, make_config, benc
 
 @pytest.mark.parametrize("method", ["lora", "full", "head"])
 def test_training_lowers_the_loss(tmp_path, make_config, bench, method):
-    config = make_config({"method": method, "optim.lr": 1e-3, "trainer.max_steps": 8, "trainer.batch_size": 4})
+    lr = 2e-4 if method == "full" else 1e-3
+    config = make_config({"method": method, "optim.lr": lr, "trainer.max_steps": 8, "trainer.batch_size": 4})
     train(tmp_path, config, bench=bench)
     base = train(tmp_path / "base", make_config({"method": "frozen"}), bench=bench)
     assert read_run(tmp_path).score < base.score

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lorasweep.config.method import LoraConfig
-from lorasweep.lora.layers import LoraLayer, layer_class, lora_layers
+from lorasweep.lora.layers import LoraLayer, layer_class
 from lorasweep.lora.targets import Coverage, Target, plan_targets
 from lorasweep.lora.trained import copy_biases, copy_to_train, find_trained_biases, find_trained_modules
 
@@ -80,7 +80,7 @@ def check_not_injected(model: nn.Module) -> None:
     Raises:
         ValueError: There is one.
     """
-    names = list(lora_layers(model))
+    names = [name for name, module in model.named_modules() if getattr(module, "holds_change", False)]
     if names:
         raise ValueError(
             f"`model` must have no LoRA layers yet, but got one with {len(names)}, such as {names[0]!r}. "

@@ -35,6 +35,7 @@ class LoraLayer(nn.Module):
     """
 
     stored_names = ("lora_A.weight", "lora_B.weight")  # PEFT's, for `files`
+    holds_change = True
 
     start_a: Tensor | None
     start_b: Tensor | None

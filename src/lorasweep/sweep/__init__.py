@@ -3,11 +3,13 @@
 from lorasweep.sweep.definition import Arm, Definition, find_sweep_file, read_definition
 from lorasweep.sweep.driver import Benches, Worker, check_definition, sweep_direction
 from lorasweep.sweep.folder import SweepFolder, create_sweep, new_folder, reopen_sweep
-from lorasweep.sweep.live import LiveTable
+from lorasweep.sweep.live import LiveTable, render_plan
+from lorasweep.sweep.plan import ArmPlan, plan_sweep
 from lorasweep.sweep.trials import Observer
 
 __all__ = [
     "Arm",
+    "ArmPlan",
     "Benches",
     "Definition",
     "LiveTable",
@@ -18,7 +20,9 @@ __all__ = [
     "create_sweep",
     "find_sweep_file",
     "new_folder",
+    "plan_sweep",
     "read_definition",
+    "render_plan",
     "reopen_sweep",
     "sweep_direction",
 ]

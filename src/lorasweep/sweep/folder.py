@@ -9,6 +9,7 @@ DIR/report         what `lorasweep compare` writes
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import time
 from dataclasses import dataclass, field
@@ -35,7 +36,7 @@ from lorasweep.record import (
 )
 from lorasweep.record import TrialState as RowState
 from lorasweep.sweep.definition import Arm, Definition, restore_definition
-from lorasweep.sweep.search import build_pruner, measure_importance, open_storage, open_study
+from lorasweep.sweep.search import JOURNAL_FILE, build_pruner, measure_importance, open_storage, open_study
 from lorasweep.sweep.space import describe_space
 
 FINGERPRINT = "lorasweep:definition"
@@ -121,12 +122,15 @@ def create_sweep(
         path: The new folder.
         configs: One composed run per arm.
         direction: Whether the metric is minimized.
+
+    Raises:
+        ConfigError: The arms have different metrics; nothing is written then.
     """
-    path.mkdir(parents=True, exist_ok=True)
-    lock = _lock(path)
     metrics = sorted({config.data.metric for config in configs.values()})
     if len(metrics) > 1:
         raise ConfigError(f"all arms must have one `data.metric`, but got {', '.join(metrics)}.")
+    path.mkdir(parents=True, exist_ok=True)
+    lock = _lock(path)
     record = SweepRecord(
         status="running",
         name=definition.name,
@@ -161,16 +165,13 @@ def reopen_sweep(path: Path) -> SweepFolder:
             f"the sweep file must be as it was when {str(path)!r} began, but {str(source)!r} has changed. "
             f"Restore it, or start a new sweep."
         )
-    definition = restore_definition(record.definition, source=source)
+    definition = _restore(record, path, source=source)
     lock = _lock(path)
-    studies = _open_studies(definition, open_storage(path), record)
-    for study in studies.values():
-        if study.user_attrs.get(FINGERPRINT) != definition.fingerprint:
-            os.close(lock)
-            raise ConfigError(
-                f"`definition` in {str(path / SWEEP_FILE)!r} must be as it was when the sweep began, but has changed. "
-                f"Restore it, or start a new sweep."
-            )
+    try:
+        studies = _reopen_studies(definition, path, record)
+    except BaseException:
+        os.close(lock)
+        raise
     return SweepFolder(
         path=path,
         definition=definition,
@@ -179,6 +180,32 @@ def reopen_sweep(path: Path) -> SweepFolder:
         lock=lock,
         makespan_before_s=record.makespan_s,
     )
+
+
+def _restore(record: SweepRecord, path: Path, *, source: Path | None) -> Definition:
+    try:
+        return restore_definition(record.definition, source=source)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise RecordError(
+            f"`definition` in {str(path / SWEEP_FILE)!r} must be what the sweep was made from, but is damaged."
+        ) from error
+
+
+def _reopen_studies(definition: Definition, path: Path, record: SweepRecord) -> dict[str, optuna.Study]:
+    """Returns the studies of a sweep that goes on, after a look that changes nothing: opening would make what lacks."""
+    if not (path / JOURNAL_FILE).is_file():
+        raise RecordError(f"a sweep's folder must contain {JOURNAL_FILE}, but {str(path)!r} does not.")
+    try:
+        storage = open_storage(path)
+        known = {study.study_name: study.user_attrs for study in storage.get_all_studies()}
+    except (json.JSONDecodeError, KeyError, UnicodeDecodeError) as error:
+        raise RecordError(f"{str(path / JOURNAL_FILE)!r} must be Optuna's journal, but is damaged.") from error
+    if any(known.get(arm.name, {}).get(FINGERPRINT) != definition.fingerprint for arm in definition.arms):
+        raise ConfigError(
+            f"`definition` in {str(path / SWEEP_FILE)!r} must be as it was when the sweep began, but has changed. "
+            f"Restore it, or start a new sweep."
+        )
+    return _open_studies(definition, storage, record)
 
 
 def _open_studies(definition: Definition, storage: JournalStorage, record: SweepRecord) -> dict[str, optuna.Study]:

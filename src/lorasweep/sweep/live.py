@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +14,9 @@ from rich.table import Table
 from rich.text import Text
 
 from lorasweep.record import Direction
-from lorasweep.sweep.definition import Arm
+from lorasweep.sweep.definition import Arm, Definition
 from lorasweep.sweep.folder import SweepFolder
+from lorasweep.sweep.plan import ArmPlan
 
 
 @dataclass(kw_only=True)
@@ -114,6 +115,30 @@ class LiveTable:
                 "-" if left is None else format_seconds(left),
             )
         return Group(table, *map(_running_line, self.running.values()))
+
+
+def render_plan(definition: Definition, plans: Sequence[ArmPlan]) -> RenderableType:
+    """Returns what a sweep would take, an arm per row, with why its trials are packed or run alone."""
+    table = Table(title=escape(f"{definition.name}: nothing is trained yet"), title_justify="left", header_style="bold")
+    table.add_column("arm")
+    for name in ("trials", "steps", "tokens", "trained", "pack", "memory", "disk", "at most"):
+        table.add_column(name, justify="right")
+    for plan in plans:
+        table.add_row(
+            escape(plan.arm.name),
+            str(plan.arm.trials),
+            f"{plan.steps:,}",
+            f"{plan.tokens:,}",
+            f"{plan.trainable_params:,}",
+            str(plan.pack_size),
+            f"{plan.memory_bytes / 2**20:,.0f} MiB",
+            f"{plan.kept_bytes / 2**20:,.1f} MiB",
+            format_seconds(plan.seconds),
+        )
+    total = format_seconds(sum(plan.seconds for plan in plans))
+    notes = [f"• {plan.arm.name}: {plan.packing.reason}" for plan in plans]
+    notes.append(f"• All arms: at most {total} on this machine, measured on a few steps; pruning takes less.")
+    return Group(table, *map(Text, notes))
 
 
 def _running_line(running: RunningTrial) -> Text:

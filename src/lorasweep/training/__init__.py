@@ -1,8 +1,8 @@
 """One training: from settings, base model and data to a folder with a record, step metrics and the weights it kept."""
 
+from lorasweep.training.cost import choose_pack_size, measure_pack_sizes, measure_run
 from lorasweep.training.environment import resolve_precision
 from lorasweep.training.pack import train_pack
-from lorasweep.training.pack_size import choose_pack_size, measure_pack_sizes
 from lorasweep.training.run import build_workbench, train_run
 from lorasweep.training.run_log import RunPlace, Workbench
 from lorasweep.training.slots import Job
@@ -14,6 +14,7 @@ __all__ = [
     "build_workbench",
     "choose_pack_size",
     "measure_pack_sizes",
+    "measure_run",
     "resolve_precision",
     "train_pack",
     "train_run",

@@ -14,9 +14,7 @@ from torch import Tensor
 
 from lorasweep.errors import Diverged
 from lorasweep.training.module import TrainingModule
-from lorasweep.training.run_log import RunLog, Values
-
-CHECKPOINT_FILE = "last.ckpt"
+from lorasweep.training.run_log import CHECKPOINT_FILE, RunLog, Values
 
 ShouldStop = Callable[[int, int, float], bool]
 """`should_stop(slot, step, value)`: whether the run in a slot is to be pruned after this evaluation."""

@@ -24,10 +24,11 @@ from lorasweep.errors import OutOfMemory
 from lorasweep.methods import METHODS, Method, copy_sharing_weights
 from lorasweep.models.load import BaseModel, load_base
 from lorasweep.record import RUN_FILE, RunRecord, RunStatus
-from lorasweep.training.callbacks import CHECKPOINT_FILE, Logging, Pruning, RunStopped, ShouldStop, Stopping
+from lorasweep.training.callbacks import Logging, Pruning, RunStopped, ShouldStop, Stopping
 from lorasweep.training.environment import Precision, reset_peak_memory, resolve_device, resolve_precision
 from lorasweep.training.module import TrainingModule
 from lorasweep.training.run_log import (
+    CHECKPOINT_FILE,
     RunLog,
     RunPlace,
     Workbench,
@@ -115,8 +116,6 @@ def train_run(
         status, record.reason = "pruned", f"pruned at step {pruning.pruned_at} of {record.steps_planned}"
     record.tokens_trained, record.tokens_per_s = module.tokens_trained, module.tokens_per_s
     log.close(status, record.reason)
-    if status != "interrupted":
-        checkpoint.unlink(missing_ok=True)
     return record
 
 

@@ -40,6 +40,10 @@ from lorasweep.training.environment import (
     peak_memory_bytes,
 )
 
+CHECKPOINT_FILE = "last.ckpt"
+"""What a run alone goes on from."""
+SLOT_CHECKPOINT_FILE = "slot.ckpt"
+"""What a run in a pack goes on from."""
 Values = dict[str, float]
 """Metrics of one evaluation by name."""
 
@@ -143,6 +147,9 @@ class RunLog:
         }
         record.adapter_bytes = sum(path.stat().st_size for path in (folder / "best").glob("*.safetensors"))
         write_record(record, folder)
+        if status != "interrupted":  # nothing goes on from here
+            for name in (CHECKPOINT_FILE, SLOT_CHECKPOINT_FILE):
+                (folder / name).unlink(missing_ok=True)
 
     def _append(self, rows: list[dict[str, Any]]) -> None:
         with (self.folder / STEPS_FILE).open("a") as file:

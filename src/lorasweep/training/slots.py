@@ -14,9 +14,7 @@ from torch.utils.tensorboard import SummaryWriter
 from lorasweep.config.run import RunConfig
 from lorasweep.data.batching import StepBatchSampler
 from lorasweep.record import RUN_FILE, RunRecord
-from lorasweep.training.run_log import RunLog, RunPlace, Workbench, new_record, reopen_record
-
-SLOT_CHECKPOINT_FILE = "slot.ckpt"
+from lorasweep.training.run_log import SLOT_CHECKPOINT_FILE, RunLog, RunPlace, Workbench, new_record, reopen_record
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -105,12 +103,10 @@ class SlotRun:
         os.replace(temporary, path)
 
     def close(self, status: Any, reason: str | None) -> None:
-        """Writes the final record; a checkpoint stays only with a run that can go on."""
+        """Writes the final record."""
         self.record.tokens_trained, self.record.tokens_per_s = self.tokens_trained, self.tokens_per_s
         self.log.close(status, reason, wall_s=self.wall_s)
         self.writer.close()
-        if status != "interrupted":
-            (self.job.place.folder / SLOT_CHECKPOINT_FILE).unlink(missing_ok=True)
 
 
 def _read_checkpoint(folder: Path) -> dict[str, Any] | None:

@@ -157,7 +157,7 @@ def test_modules_that_share_a_weight_or_hold_buffers_are_refused(make_model) -> 
 def test_an_adapted_model_is_refused(make_model) -> None:
     model = make_model()
     inject_packed_lora(model, [LoraConfig()])
-    with pytest.raises(ValueError, match="no LoRA layers yet, but it is packed"):
+    with pytest.raises(ValueError, match="no LoRA layers yet"):
         inject_packed_lora(model, [LoraConfig()])
     solo = make_model()
     inject_lora(solo, LoraConfig())
@@ -177,3 +177,10 @@ def test_a_pack_can_be_copied(make_model, tokens: Tensor) -> None:
     assert torch.equal(copied(tokens), model(tokens))
     assert packed_layers(copied)["embed"].streams is packed_layers(copied)["layers.0.up"].streams
     assert packed_layers(copied)["embed"].streams is not packed_layers(model)["embed"].streams
+
+
+def test_a_packed_model_is_not_injected_again() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    inject_packed_lora(model, [LoraConfig(rank=2, targets="0")] * 2)
+    with pytest.raises(ValueError, match="must have no LoRA layers yet"):
+        inject_lora(model, LoraConfig(rank=2, targets="0"))

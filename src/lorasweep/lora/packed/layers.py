@@ -47,6 +47,7 @@ class PackedLoraLayer(nn.Module):
         b_mask: (slots, d_out, capacity), where B trains; None when that is everywhere.
     """
 
+    holds_change = True
     b_mask: Tensor | None
 
     def __init__(self, base: nn.Module, streams: SlotStreams, *, dtype: torch.dtype, capacity: int = 0) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-import lorasweep.training.pack_size as pack_size_file
+import lorasweep.training.cost as cost_file
 from lorasweep.training import choose_pack_size, measure_pack_sizes
-from lorasweep.training.pack_size import PackMeasurement
+from lorasweep.training.cost import PackMeasurement
 
 
 def measurement(slots: int, step_s: float, memory_bytes: int = 0) -> PackMeasurement:
@@ -29,7 +29,7 @@ def test_the_largest_size_that_still_pays_is_chosen(steps_s, chosen):
 
 
 def test_measuring_stops_at_the_number_of_runs_left(monkeypatch):
-    monkeypatch.setattr(pack_size_file, "_measure", lambda config, bench, slots: measurement(slots, 1.0))
+    monkeypatch.setattr(cost_file, "_measure", lambda config, bench, slots: measurement(slots, 1.0))
     assert [m.slots for m in measure_pack_sizes(None, bench=None, most=5)] == [1, 2, 4]
 
 
@@ -39,7 +39,7 @@ def test_measuring_stops_where_memory_runs_out(monkeypatch):
             raise torch.OutOfMemoryError("no")
         return measurement(slots, 1.0)
 
-    monkeypatch.setattr(pack_size_file, "_measure", measure)
+    monkeypatch.setattr(cost_file, "_measure", measure)
     assert [m.slots for m in measure_pack_sizes(None, bench=None, most=64)] == [1, 2]
 
 
@@ -47,8 +47,8 @@ def test_measuring_stops_before_the_next_size_would_fill_the_memory(monkeypatch)
     def measure(config, bench, slots):
         return measurement(slots, 1.0, memory_bytes=1000 * slots)
 
-    monkeypatch.setattr(pack_size_file, "_measure", measure)
-    monkeypatch.setattr(pack_size_file, "free_memory_bytes", lambda: 4900)
+    monkeypatch.setattr(cost_file, "_measure", measure)
+    monkeypatch.setattr(cost_file, "free_memory_bytes", lambda: 4900)
     assert [m.slots for m in measure_pack_sizes(None, bench=None, most=64)] == [1, 2, 4]
 
 
@@ -56,7 +56,7 @@ def test_another_error_while_measuring_is_not_hidden(monkeypatch):
     def measure(config, bench, slots):
         raise KeyError("bug")
 
-    monkeypatch.setattr(pack_size_file, "_measure", measure)
+    monkeypatch.setattr(cost_file, "_measure", measure)
     with pytest.raises(KeyError, match="bug"):
         measure_pack_sizes(None, bench=None, most=4)
 

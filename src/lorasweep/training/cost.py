@@ -1,23 +1,25 @@
-"""How many runs to train together: measured on a few steps at growing sizes, the largest that still pays."""
+"""What a run or a pack costs, measured on a few steps; and so how many runs to train together."""
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lorasweep.config.run import RunConfig
 from lorasweep.lora.packed import inject_packed_lora, split_packed_parameters
-from lorasweep.methods import copy_sharing_weights
+from lorasweep.methods import METHODS, copy_sharing_weights
 from lorasweep.training.environment import resolve_device
+from lorasweep.training.optim import build_optimizer
 from lorasweep.training.pack import slot_losses
 from lorasweep.training.pack_optim import StackedAdamW
+from lorasweep.training.run import prepare_model
 from lorasweep.training.run_log import Workbench, is_out_of_memory
 
 LEAST_GAIN = 0.05
@@ -41,6 +43,58 @@ class PackMeasurement:
     def slot_step_s(self) -> float:
         """Seconds of a step per slot."""
         return self.step_s / self.slots
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunCost:
+    """What a run alone costs."""
+
+    step_s: float
+    """Median seconds of an optimizer step; 0 where nothing trains."""
+    eval_s: float
+    """Seconds of one evaluation, from one batch of it."""
+    memory_bytes: int
+    trainable_params: int
+
+
+def measure_run(config: RunConfig, *, bench: Workbench) -> RunCost:
+    """Measures a few steps and a batch of evaluation of a run alone, under its method and precision; keeps nothing."""
+    device = torch.device("cuda" if resolve_device(config.trainer) == "gpu" else "cpu")
+    method = METHODS[config.method.name]
+    state = torch.get_rng_state()
+    model = prepare_model(config, bench.base)
+    model.to(device)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=bench.precision == "bf16" and method.needs_autocast)
+    blocks = _blocks(bench.parts.train.tokens, config.trainer.batch_size // config.trainer.accumulate).to(device)
+    times = [0.0]
+    if trained:
+        optimizer = build_optimizer(config.optim, method.trainable_groups(model, lr_ratio_b=config.optim.lr_ratio_b))
+
+        def step() -> None:
+            for _ in range(config.trainer.accumulate):
+                with autocast:
+                    loss = slot_losses(model, blocks, slots=1).mean()
+                loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            optimizer.zero_grad()
+
+        times = _time(step, device)
+    held_out = bench.parts.validation.tokens
+    rows = _blocks(held_out, min(config.trainer.eval_batch_size, len(held_out))).to(device)
+
+    def evaluate() -> None:
+        with torch.no_grad(), autocast:
+            slot_losses(model, rows, slots=1)
+
+    eval_s = _median(_time(evaluate, device)) * len(held_out) / len(rows)
+    torch.set_rng_state(state)
+    return RunCost(
+        step_s=_median(times),
+        eval_s=eval_s,
+        memory_bytes=_memory_in_use(),
+        trainable_params=sum(p.numel() for p in trained),
+    )
 
 
 def measure_pack_sizes(config: RunConfig, *, bench: Workbench, most: int) -> list[PackMeasurement]:
@@ -106,20 +160,38 @@ def _measure(config: RunConfig, bench: Workbench, *, slots: int) -> PackMeasurem
     model.train()
     optimizer = StackedAdamW(split_packed_parameters(model), [config.optim] * slots)
     rows = config.trainer.batch_size // config.trainer.accumulate
-    chosen = torch.arange(rows) % len(bench.parts.train.tokens)
-    blocks = bench.parts.train.tokens[chosen].repeat(slots, 1).to(device)
-    times = []
-    for _ in range(MEASURED_STEPS + 1):  # the first warms up
-        started = time.perf_counter()
-        slot_losses(model, blocks, slots=slots).mean(dim=1).sum().backward()  # type: ignore[no-untyped-call]
+    blocks = _blocks(bench.parts.train.tokens, rows).repeat(slots, 1).to(device)
+
+    def step() -> None:
+        for _ in range(config.trainer.accumulate):
+            slot_losses(model, blocks, slots=slots).mean(dim=1).sum().backward()  # type: ignore[no-untyped-call]
         optimizer.clip_slots()
         optimizer.step()
         optimizer.zero_grad()
+
+    times = _time(step, device)
+    torch.set_rng_state(stream)
+    return PackMeasurement(slots=slots, step_s=_median(times), memory_bytes=_memory_in_use())
+
+
+def _blocks(tokens: Tensor, rows: int) -> Tensor:
+    return tokens[torch.arange(rows) % len(tokens)]
+
+
+def _time(action: Callable[[], None], device: torch.device) -> list[float]:
+    """Seconds of each of `MEASURED_STEPS` calls, after one that warms up."""
+    times = []
+    for _ in range(MEASURED_STEPS + 1):
+        started = time.perf_counter()
+        action()
         if device.type == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - started)
-    torch.set_rng_state(stream)
-    return PackMeasurement(slots=slots, step_s=sorted(times[1:])[MEASURED_STEPS // 2], memory_bytes=_memory_in_use())
+    return times[1:]
+
+
+def _median(times: Sequence[float]) -> float:
+    return sorted(times)[len(times) // 2]
 
 
 def _memory_in_use() -> int:

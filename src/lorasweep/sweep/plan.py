@@ -1,0 +1,67 @@
+"""What a sweep would train, and what that would take: measured on a few steps of each arm, trains nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lorasweep.sweep.definition import Arm, Definition
+from lorasweep.sweep.driver import Benches
+from lorasweep.sweep.packing import ArmPacking, plan_packing
+from lorasweep.training import choose_pack_size, measure_pack_sizes, measure_run
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArmPlan:
+    """One arm, at the run with its highest rank and as if nothing were pruned."""
+
+    arm: Arm
+    packing: ArmPacking
+    pack_size: int
+    steps: int
+    """Optimizer steps of all trials together."""
+    tokens: int
+    """Training tokens of all trials together."""
+    trainable_params: int
+    kept_bytes: int
+    """Disk that all trials' best and last weights take."""
+    memory_bytes: int
+    """Memory in use after a step: allocated on the GPU, else resident in the process."""
+    seconds: float
+    """Training and evaluation of all trials."""
+
+
+def plan_sweep(definition: Definition, benches: Benches) -> list[ArmPlan]:
+    """Measures a few steps of each arm and multiplies.
+
+    Args:
+        definition: A sweep whose arms were checked.
+        benches: Base models and data.
+    """
+    packings = plan_packing(definition)
+    return [_plan_arm(arm, packings[arm.name], benches) for arm in definition.arms]
+
+
+def _plan_arm(arm: Arm, packing: ArmPacking, benches: Benches) -> ArmPlan:
+    config = packing.largest
+    bench = benches.of(config)
+    cost = measure_run(config, bench=bench)
+    size, step_s = 1, cost.step_s
+    if packing.key is not None:
+        wanted = arm.driver.worker.pack_size
+        most = arm.trials if wanted == "auto" else wanted
+        measured = measure_pack_sizes(config, bench=bench, most=most)
+        size = choose_pack_size(measured) if wanted == "auto" else measured[-1].slots
+        step_s = next(m.slot_step_s for m in measured if m.slots == size)
+    steps = 0 if config.method.name == "frozen" else config.trainer.max_steps
+    evaluations = -(-steps // config.trainer.eval_every_steps) or 1
+    return ArmPlan(
+        arm=arm,
+        packing=packing,
+        pack_size=size,
+        steps=steps * arm.trials,
+        tokens=steps * arm.trials * config.trainer.batch_size * config.data.block_length,
+        trainable_params=cost.trainable_params,
+        kept_bytes=2 * 4 * cost.trainable_params * arm.trials,  # best and last, in fp32
+        memory_bytes=cost.memory_bytes,
+        seconds=arm.trials * (steps * step_s + evaluations * cost.eval_s),
+    )
