@@ -103,6 +103,7 @@ def test_corners_are_all_choices_or_both_ends(distribution, corners):
         (CategoricalDistribution(["a", "b"]), ["a", "b"]),
         (IntDistribution(2, 8, step=3), [2, 5, 8]),
         (FloatDistribution(0.0, 1.0, step=0.25), [0.0, 0.25, 0.5, 0.75, 1.0]),
+        (FloatDistribution(0.1, 0.3, step=0.1), [0.1, 0.2, 0.3]),
     ],
 )
 def test_a_grid_has_every_value_up_to_the_upper_end(distribution, values):

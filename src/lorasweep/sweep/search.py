@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import optuna
@@ -13,6 +14,7 @@ from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, NopPruner,
 from optuna.samplers import BaseSampler, CmaEsSampler, GPSampler, GridSampler, QMCSampler, RandomSampler, TPESampler
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
+from optuna.trial import FrozenTrial, TrialState
 
 from lorasweep.config.sweep import MedianPruner as MedianPrunerConfig
 from lorasweep.config.sweep import ModelBasedSampler, PrunerConfig, RungPruner, SamplerConfig
@@ -20,6 +22,15 @@ from lorasweep.record import Direction
 from lorasweep.sweep.space import Space, grid_values
 
 JOURNAL_FILE = "journal.log"
+
+
+class Grid(GridSampler):
+    """Every combination once. It does not stop the study after the last, as Optuna's does: the worker counts trials."""
+
+    def after_trial(
+        self, study: optuna.Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None
+    ) -> None:
+        """Called by Optuna when a trial ended; outside of its own loop there is nothing to stop."""
 
 
 def open_storage(folder: Path) -> JournalStorage:
@@ -55,7 +66,7 @@ def build_sampler(config: SamplerConfig, space: Space, *, seed: int, number: int
         if config.name == "qmc":
             return QMCSampler(scramble=True, seed=whole, warn_independent_sampling=False)
         if config.name == "grid":
-            return GridSampler({key: grid_values(key, d) for key, d in space.items()}, seed=whole)
+            return Grid({key: grid_values(key, d) for key, d in space.items()}, seed=whole)
         return RandomSampler(seed=each)
 
 

@@ -87,8 +87,8 @@ def grid_values(key: str, distribution: BaseDistribution) -> list[Any]:
     if isinstance(distribution, IntDistribution) and not distribution.log:
         return list(range(distribution.low, distribution.high + 1, distribution.step))
     if isinstance(distribution, FloatDistribution) and distribution.step is not None:
-        count = round((distribution.high - distribution.low) / distribution.step)
-        return [distribution.low + n * distribution.step for n in range(count + 1)]
+        low, high, step = (Decimal(str(n)) for n in (distribution.low, distribution.high, distribution.step))
+        return [float(low + n * step) for n in range(int((high - low) / step) + 1)]  # 0.3, not 0.30000000000000004
     raise ConfigError(f"the range of `{key}` must be a list or have a `step` under `sampler=grid`, but is continuous.")
 
 

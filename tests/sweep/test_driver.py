@@ -1,0 +1,275 @@
+"""The loop gives exactly the trials that were asked for, whatever becomes of them and however often it is stopped."""
+
+from __future__ import annotations
+
+import pytest
+
+from lorasweep.config.compose import packaged_folder
+from lorasweep.errors import ConfigError, Diverged, OutOfMemory, WorkerError
+from lorasweep.models.load import load_base
+from lorasweep.record import read_sweep
+from lorasweep.sweep import Benches, check_definition, read_definition, reopen_sweep, sweep_direction
+from lorasweep.training import Workbench
+
+GRID = {"method.rank": [1, 2, 4], "optim.lr": [0.01, 0.1]}
+
+
+def rows_of(path):
+    return [(row.arm, row.number, row.params, row.state, row.value, row.reason) for row in read_sweep(path).trials]
+
+
+def counts(path):
+    found = {}
+    for row in read_sweep(path).trials:
+        found.setdefault(row.arm, []).append(row.state)
+    return {arm: {state: states.count(state) for state in set(states)} for arm, states in found.items()}
+
+
+def finish(path, work, *, stop_at):
+    """Takes a sweep up again and again, each session stopped at its `stop_at`-th question; returns the sessions."""
+    sessions = 1
+    while not work(reopen_sweep(path), stop_at=stop_at):
+        sessions += 1
+        assert sessions < 100
+    return sessions
+
+
+def test_every_arm_gets_its_trials(begin, work, runs, content):
+    folder = begin(content)
+    assert work(folder)
+    assert counts(folder.path) == {"frozen": {"complete": 1}, "full": {"complete": 3}, "lora": {"complete": 6}}
+    record = read_sweep(folder.path)
+    assert record.status == "complete"
+    assert record.ended_at is not None
+    assert len(runs.begun) == 10
+
+
+def test_arms_without_a_space_come_first_and_the_others_take_turns(begin, work, runs, content):
+    work(begin(content))
+    arms = [arm for arm, _ in runs.begun]
+    assert arms[0] == "frozen"
+    assert arms[1:4] in (["full", "lora", "lora"], ["full", "lora", "full"])
+    assert arms.index("lora") < 4
+
+
+def test_the_observer_hears_everything_in_order(begin, work, runs, content, silent):
+    content["arms"] = {"full": content["arms"]["full"] | {"trials": 1}}
+    work(begin(content), observer=silent)
+    steps = [f"evaluated {step}" for step in (2, 4, 6, 8)]
+    assert silent.heard == [(what, "full", 0) for what in ("started", *steps, "complete")]
+
+
+@pytest.mark.parametrize(
+    ("sampler", "stop_at"),
+    [(sampler, stop_at) for sampler in ("random", "tpe") for stop_at in (2, 3, 7)]
+    + [("gp", 5), ("cmaes", 5), ("qmc", 5)],
+)
+def test_a_stopped_sweep_proposes_what_an_uninterrupted_one_does(begin, work, runs, content, sampler, stop_at):
+    content["settings"] |= {"sampler": sampler, "pruner": "successive_halving", "pruner.min_steps": 2}
+    whole = begin(content, "sweep.trials=7", folder="whole")
+    assert work(whole)
+    stopped = begin(content, "sweep.trials=7", folder="stopped")
+    assert not work(stopped, stop_at=stop_at)
+    finish(stopped.path, work, stop_at=stop_at)
+    assert rows_of(stopped.path) == rows_of(whole.path)
+
+
+def test_another_seed_proposes_something_else(begin, work, runs, content):
+    first, second = begin(content, folder="a"), begin(content, "sweep.seed=1", folder="b")
+    assert work(first)
+    assert work(second)
+    assert [row.params for row in first.record.trials] != [row.params for row in second.record.trials]
+
+
+def test_an_interrupted_trial_goes_on_under_its_number(begin, work, runs, content):
+    folder = begin(content)
+    assert not work(folder, stop_at=4)
+    (left,) = [row for row in read_sweep(folder.path).trials if row.state == "running"]
+    begun = len(runs.begun)
+    assert work(reopen_sweep(folder.path))
+    assert runs.begun[begun] == (left.arm, left.number)
+    (again,) = [row for row in read_sweep(folder.path).trials if (row.arm, row.number) == (left.arm, left.number)]
+    assert (again.state, again.params) == ("complete", left.params)
+    assert sum(session == (left.arm, left.number) for session in runs.begun) == 2
+
+
+def test_a_complete_sweep_that_is_taken_up_again_trains_nothing(begin, work, runs, content):
+    folder = begin(content)
+    assert work(folder)
+    before, begun = rows_of(folder.path), len(runs.begun)
+    assert work(reopen_sweep(folder.path))
+    assert (rows_of(folder.path), len(runs.begun)) == (before, begun)
+
+
+def test_the_total_is_kept_with_failures_pruning_and_infeasible_trials_among_them(begin, work, runs, content):
+    seen = []
+
+    def score(config, step):
+        if step == 2:
+            seen.append(config)
+        if config.method.name == "lora":
+            number = sum(c.method.name == "lora" for c in seen) - 1
+            if number % 5 == 1:
+                raise Diverged("the training loss became NaN")
+            if number % 5 == 2:
+                raise OutOfMemory("2 GiB")
+            if number % 5 == 3:
+                raise ZeroDivisionError("a bug")
+        return config.optim.lr * step
+
+    runs.score = score
+    content["settings"] |= {"pruner": "median", "pruner.startup_trials": 1, "pruner.min_steps": 0}
+    folder = begin(content, "arms.lora.trials=10")
+    assert work(folder)
+    states = counts(folder.path)["lora"]
+    assert sum(states.values()) == 10
+    assert (states["failed"], states["infeasible"]) == (4, 2)
+    assert states["pruned"] >= 1
+    reasons = {row.reason for row in read_sweep(folder.path).trials if row.state in ("failed", "infeasible")}
+    assert reasons == {"the training loss became NaN", "2 GiB", "ZeroDivisionError: a bug"}
+    for row in read_sweep(folder.path).trials:
+        assert (row.value is None) == (row.state in ("failed", "infeasible"))
+        assert (row.reason is not None) == (row.state != "complete")
+
+
+def test_a_trial_that_does_not_fit_is_told_to_the_sampler_as_infeasible(begin, work, runs, content):
+    def score(config, step):
+        raise OutOfMemory("2 GiB")
+
+    runs.score = score
+    content["arms"] = {"full": content["arms"]["full"] | {"trials": 2}}
+    folder = begin(content)
+    assert work(folder)
+    for trial in folder.studies["full"].get_trials():
+        assert trial.constraints == {"memory": 1.0}
+
+
+def test_too_many_failures_in_a_row_stop_the_sweep(begin, work, runs, content):
+    def score(config, step):
+        raise Diverged("the training loss became NaN")
+
+    runs.score = score
+    folder = begin(content, "sweep.max_failures=3")
+    message = r"fewer than 3 trials in a row may fail \(`sweep.max_failures`\), but the last one failed too: the tra"
+    with pytest.raises(WorkerError, match=message):
+        work(folder)
+    assert read_sweep(folder.path).status == "interrupted"
+    assert sum(row.state == "failed" for row in read_sweep(folder.path).trials) == 3
+
+
+def test_a_success_between_failures_starts_the_count_again(begin, work, runs, content):
+    calls = []
+
+    def score(config, step):
+        if step == 2:
+            calls.append(step)
+        if len(calls) % 3:
+            raise Diverged("the training loss became NaN")
+        return 1.0
+
+    runs.score = score
+    folder = begin(content, "sweep.max_failures=3")
+    assert work(folder)
+    assert sum(row.state == "failed" for row in read_sweep(folder.path).trials) == 7
+
+
+def test_trials_are_pruned_and_keep_their_best_score(begin, work, runs, content):
+    content["settings"] |= {"pruner": "successive_halving", "pruner.min_steps": 2}
+    runs.score = lambda config, step: config.optim.lr * step
+    folder = begin(content, "arms.lora.trials=12")
+    assert work(folder)
+    pruned = [row for row in read_sweep(folder.path).trials if row.state == "pruned"]
+    assert pruned
+    for row in pruned:
+        assert row.reason.startswith("pruned at step ")
+        assert row.value == row.params["optim.lr"] * int(row.reason.split()[-1])
+
+
+@pytest.mark.parametrize("sampler", sorted(p.stem for p in (packaged_folder("conf") / "sampler").glob("*.yaml")))
+def test_every_sampler_runs_a_sweep(begin, work, runs, content, sampler):
+    content["arms"]["lora"] |= {"space": GRID, "trials": 6}
+    content["arms"]["full"] |= {"space": {"optim.lr": {"low": 0.1, "high": 0.3, "step": 0.1}}, "trials": 3}
+    startup = ["sampler.startup_trials=2"] if sampler in ("tpe", "gp", "cmaes") else []
+    folder = begin(content, f"sampler={sampler}", *startup)
+    assert work(folder)
+    assert counts(folder.path) == {"frozen": {"complete": 1}, "full": {"complete": 3}, "lora": {"complete": 6}}
+    if sampler == "grid":
+        tried = {
+            (row.params["method.rank"], row.params["optim.lr"]) for row in folder.record.trials if row.arm == "lora"
+        }
+        assert len(tried) == 6
+
+
+@pytest.mark.parametrize("pruner", sorted(p.stem for p in (packaged_folder("conf") / "pruner").glob("*.yaml")))
+def test_every_pruner_runs_a_sweep(begin, work, runs, content, pruner):
+    del content["settings"]["pruner"]
+    folder = begin(content, f"pruner={pruner}", *([] if pruner == "none" else ["pruner.min_steps=2"]))
+    assert work(folder)
+    states = counts(folder.path)
+    assert {arm: sum(found.values()) for arm, found in states.items()} == {"frozen": 1, "full": 3, "lora": 6}
+    assert {state for found in states.values() for state in found} <= {"complete", "pruned"}
+
+
+def test_importance_is_measured_at_the_end(begin, work, runs, content):
+    folder = begin(content, "arms.lora.trials=8")
+    assert work(folder)
+    arms = {arm.name: arm for arm in read_sweep(folder.path).arms}
+    assert set(arms["lora"].importance) == {"method.rank", "optim.lr"}
+    assert arms["lora"].importance["optim.lr"] > arms["lora"].importance["method.rank"]  # the score has no rank in it
+    assert arms["frozen"].importance == {}
+
+
+def test_time_of_all_sessions_is_added(begin, work, runs, content):
+    folder = begin(content)
+    assert not work(folder, stop_at=5)
+    first = read_sweep(folder.path).makespan_s
+    assert work(reopen_sweep(folder.path))
+    assert read_sweep(folder.path).makespan_s > first > 0
+
+
+@pytest.fixture(scope="module")
+def tiny_benches(bench, make_config):
+    """Benches that have one model, whatever the data."""
+    base = load_base(make_config().model, dtype=bench.base.model.dtype)
+
+    class OneBench(Benches):
+        def of(self, config):
+            return Workbench(base=base, parts=bench.parts, precision="fp32")
+
+    return OneBench()
+
+
+def test_an_arm_that_does_not_fit_the_model_is_refused_by_name(write_file, content, tiny_benches):
+    content["arms"]["lora"]["space"]["method.rank"] = [1, 100_000]
+    definition = read_definition(write_file(content), [])
+    with pytest.raises(ConfigError, match=r"^arm `lora`: `method.rank <= \d+` must hold .*100000"):
+        check_definition(definition, tiny_benches)
+
+
+def test_a_target_that_is_not_there_is_refused_with_the_nearest(write_file, content, tiny_benches):
+    content["arms"]["lora"]["settings"]["method.targets"] = ["q_prj"]
+    definition = read_definition(write_file(content), [])
+    with pytest.raises(ConfigError, match=r"^arm `lora`: .*q_prj.*q_proj"):
+        check_definition(definition, tiny_benches)
+
+
+def test_a_right_definition_gives_a_run_per_arm(write_file, content, tiny_benches):
+    configs = check_definition(read_definition(write_file(content), []), tiny_benches)
+    assert {name: config.method.name for name, config in configs.items()} == {
+        "frozen": "frozen",
+        "full": "full",
+        "lora": "lora",
+    }
+    assert sweep_direction(configs) == "minimize"
+
+
+def test_a_bench_is_loaded_once_for_all_runs_that_can_share_it(make_config, monkeypatch):
+    import lorasweep.sweep.driver as driver_file  # noqa: PLC0415
+
+    loaded = []
+    monkeypatch.setattr(driver_file, "build_workbench", lambda config: loaded.append(config) or object())
+    benches = Benches()
+    first = benches.of(make_config())
+    assert benches.of(make_config({"method": "full", "optim.lr": 1.0, "trainer.max_steps": 9})) is first
+    assert benches.of(make_config({"data.block_length": 16})) is not first
+    assert len(loaded) == 2

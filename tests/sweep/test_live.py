@@ -1,0 +1,154 @@
+"""What a person sees while a sweep runs; a name or value is never taken for markup."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+
+from lorasweep.sweep import LiveTable, reopen_sweep
+from lorasweep.sweep.live import describe_params, format_seconds
+
+
+def show(table, *, width=160):
+    console = Console(record=True, width=width, file=io.StringIO())
+    console.print(table.render())
+    return console.export_text()
+
+
+@pytest.fixture
+def folder(begin, content):
+    opened = begin(content)
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def arms(folder):
+    return {arm.name: arm for arm in folder.definition.arms}
+
+
+@pytest.fixture
+def table(folder):
+    return LiveTable(folder, console=Console(file=io.StringIO(), force_terminal=True, width=160))
+
+
+def test_a_new_sweep_shows_what_was_asked_for(table):
+    shown = show(table)
+    assert "made_up: bits_per_byte (minimize)" in shown
+    for arm, trials in (("frozen", "0/1"), ("full", "0/3"), ("lora", "0/6")):
+        (line,) = [line for line in shown.splitlines() if arm in line]
+        assert trials in line
+
+
+def test_the_running_trial_is_shown_and_goes_when_it_ended(table, arms):
+    params = {"method.rank": 4, "optim.lr": 0.0123456}
+    table.trial_started(arms["lora"], 2, params, steps=8)
+    table.evaluated(arms["lora"], 2, 4, 1.75)
+    assert "now: lora trial 2  step 4/8  1.7500  method.rank=4 optim.lr=0.0123  0 s" in show(table)
+    table.trial_ended(arms["lora"], 2, "complete", 1.5, wall_s=60.0)
+    shown = show(table)
+    assert "now:" not in shown
+    assert "1/6" in shown
+    assert "1.5000" in shown
+    assert "method.rank=4 optim.lr=0.0123" in shown
+    assert "5 min 00 s" in shown  # 5 trials at a minute each
+
+
+def test_every_running_trial_has_a_line(table, arms):
+    for number in range(3):
+        table.trial_started(arms["lora"], number, {"method.rank": 1}, steps=8)
+    assert show(table).count("now: lora trial") == 3
+
+
+def test_the_best_is_the_lowest_of_the_complete_trials(table, arms):
+    for number, (state, value) in enumerate(
+        [("complete", 2.0), ("complete", 1.5), ("complete", 1.7), ("pruned", 1.0), ("failed", None)]
+    ):
+        table.trial_started(arms["lora"], number, {"method.rank": number}, steps=8)
+        table.trial_ended(arms["lora"], number, state, value, wall_s=1.0)
+    shown = show(table)
+    assert "1.5000" in shown
+    assert "method.rank=1" in shown
+    assert "5/6 (1 failed)" in shown
+    assert table.arms["lora"].pruned == 1
+
+
+def test_where_more_is_better_the_best_is_the_highest(folder, arms):
+    folder.record.direction = "maximize"
+    table = LiveTable(folder, console=Console(file=io.StringIO()))
+    for number, value in enumerate([1.5, 2.0, 1.7]):
+        table.trial_started(arms["lora"], number, {}, steps=8)
+        table.trial_ended(arms["lora"], number, "complete", value, wall_s=1.0)
+    assert table.arms["lora"].best == 2.0
+
+
+def test_a_sweep_that_goes_on_counts_what_was_done(begin, work, runs, content):
+    folder = begin(content)
+    assert not work(folder, stop_at=12)
+    done = [row for row in folder.record.trials if row.state != "running"]
+    reopened = reopen_sweep(folder.path)
+    table = LiveTable(reopened, console=Console(file=io.StringIO()))
+    reopened.close()
+    assert sum(arm.done for arm in table.arms.values()) == len(done)
+    full = [row.value for row in done if row.arm == "full"]
+    assert table.arms["full"].best == min(full)
+
+
+@pytest.mark.parametrize("value", ["[red]x[/red]", "[/]", "[bold", "\\[x]"])
+def test_a_value_is_never_taken_for_markup(folder, table, arms, value):
+    params = {"method.targets": value}
+    table.trial_started(arms["lora"], 0, params, steps=8)
+    assert f"method.targets={value}" in show(table)
+    table.trial_ended(arms["lora"], 0, "complete", 1.0, wall_s=1.0)
+    assert f"method.targets={value}" in show(table)
+    stream = io.StringIO()
+    lines = LiveTable(folder, console=Console(file=stream, width=200))
+    lines.trial_started(arms["lora"], 0, params, steps=8)
+    lines.trial_ended(arms["lora"], 0, "complete", 1.0, wall_s=1.0)
+    assert f"method.targets={value}" in stream.getvalue()
+
+
+def test_a_title_is_never_taken_for_markup(folder):
+    folder.record.metric = "[/]loss[red]"
+    assert "[/]loss[red]" in show(LiveTable(folder, console=Console(file=io.StringIO())))
+
+
+def test_without_a_terminal_each_trial_is_a_line(folder, arms):
+    stream = io.StringIO()
+    with LiveTable(folder, console=Console(file=stream, width=200)) as table:
+        table.trial_started(arms["lora"], 0, {"method.rank": 4}, steps=8)
+        table.trial_ended(arms["lora"], 0, "complete", 1.25, wall_s=1.0)
+        table.trial_started(arms["lora"], 1, {"method.rank": 2}, steps=8)
+        table.trial_ended(arms["lora"], 1, "failed", None, wall_s=0.0)
+    assert stream.getvalue().splitlines() == [
+        "lora 1/6  complete     1.2500  method.rank=4",
+        "lora 2/6  failed            -  method.rank=2",
+    ]
+
+
+def test_on_a_terminal_the_table_is_drawn_and_taken_away(table, arms):
+    with table:
+        table.trial_started(arms["lora"], 0, {"method.rank": 4}, steps=8)
+    assert "made_up" in table.console.file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.4, "0 s"),
+        (59.4, "59 s"),
+        (59.6, "1 min 00 s"),
+        (200, "3 min 20 s"),
+        (3599.6, "1 h 00 min"),
+        (7500, "2 h 05 min"),
+    ],
+)
+def test_seconds_read_as_a_person_says_them(seconds, text):
+    assert format_seconds(seconds) == text
+
+
+def test_params_read_as_one_types_them():
+    params = {"method.rank": 8, "optim.lr": 0.0123456, "method.targets": None, "trainer.progress": True}
+    assert describe_params(params) == "method.rank=8 optim.lr=0.0123 method.targets=None trainer.progress=True"
