@@ -106,8 +106,11 @@ def compare(arguments: argparse.Namespace) -> int:
 
 def show_report(folders: Sequence[Path]) -> int:
     """Writes the report of each sweep and prints its table."""
+    from lorasweep.record import read_sweep
     from lorasweep.report import render_terminal, write_report
 
+    for folder in folders:  # before anything is written
+        read_sweep(folder)
     for folder in folders:
         write_report(folder)
     console = Console()

@@ -1,0 +1,224 @@
+"""The package about itself: what is shipped works, what is drawn in the documents is so."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import lorasweep
+from lorasweep.cli import run
+from lorasweep.config.compose import compose_driver, compose_run, group_names, packaged_folder
+from lorasweep.config.method import MethodConfig
+from lorasweep.methods import METHODS
+from lorasweep.sweep import read_definition
+
+ROOT = Path(__file__).parent.parent
+SOURCE = Path(lorasweep.__file__).parent.parent
+HEAVY = {"torch", "lightning", "optuna", "submitit", "transformers"}
+
+OPTIONS = [
+    (primary, group, file.stem)
+    for primary in ("train", "sweep")
+    for group in group_names(primary)
+    for file in sorted((packaged_folder("conf") / group).glob("*.yaml"))
+]
+SWEEPS = sorted(packaged_folder("sweeps").glob("*.yaml"))
+
+
+def run_python(code, *, cwd=None, source=SOURCE):
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={"PYTHONPATH": str(source), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"},
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+@pytest.mark.parametrize(("primary", "group", "option"), OPTIONS)
+def test_every_file_of_conf_composes(primary, group, option):
+    settings = {group: option} | ({"model.path": "owner/name"} if option == "causal_lm" else {})
+    compose = compose_run if primary == "train" else compose_driver
+    assert getattr(compose(settings), group) is not None
+
+
+def test_every_folder_of_conf_is_a_group():
+    folders = {path.name for path in packaged_folder("conf").iterdir() if path.is_dir()}
+    assert folders == {*group_names("train"), *group_names("sweep")}
+
+
+@pytest.mark.parametrize("file", SWEEPS, ids=lambda file: file.stem)
+def test_every_file_of_sweeps_reads_as_a_sweep_of_its_name(file):
+    definition = read_definition(file, [])
+    assert definition.name == file.stem
+    assert definition.description
+
+
+def test_methods_are_the_files_of_conf_and_their_settings():
+    files = {file.stem for file in (packaged_folder("conf") / "method").glob("*.yaml")}
+    assert files == set(METHODS)
+    assert {name: method.name for name, method in METHODS.items()} == {name: name for name in METHODS}
+    assert {kind.name for kind in MethodConfig.__args__} == files
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import lorasweep",
+        "import lorasweep.report",
+        "import lorasweep.record, lorasweep.errors, lorasweep.config.compose",
+        "import lorasweep.cli\ntry: lorasweep.cli.run(['--help'])\nexcept SystemExit: pass",
+        "import lorasweep.cli\nlorasweep.cli.run(['compare', 'nowhere'])",
+    ],
+    ids=["package", "report", "config", "help", "compare"],
+)
+def test_what_must_start_at_once_loads_nothing_heavy(code):
+    done = run_python(f"{code}\nimport sys\nprint('loaded:', *sorted({HEAVY} & set(sys.modules)))")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].strip() == "loaded:"
+
+
+def test_lora_is_plain_torch():
+    done = run_python(
+        "import sys, lorasweep.lora\n"
+        "print('loaded:', *sorted({'lightning', 'optuna', 'hydra', 'peft', 'submitit'} & set(sys.modules)))"
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].strip() == "loaded:"
+
+
+def test_no_file_is_a_drawer_for_odds_and_ends():
+    names = {path.stem for path in (SOURCE / "lorasweep").rglob("*.py")}
+    assert not names & {"utils", "helpers", "common", "misc", "util", "helper"}
+
+
+@pytest.mark.parametrize("file", sorted((SOURCE / "lorasweep").rglob("*.py")), ids=lambda file: file.stem)
+def test_every_file_says_what_is_in_it(file):
+    text = file.read_text()
+    assert text.startswith('"""'), f"{file} must open with a docstring"
+
+
+def test_every_error_of_ours_is_in_the_drawn_tree():
+    errors = importlib.import_module("lorasweep.errors")
+    classes = [kind for kind in vars(errors).values() if isinstance(kind, type)]
+    assert all(kind.__name__ in errors.__doc__ and issubclass(kind, errors.LoraSweepError) for kind in classes)
+
+
+BUDGET = {
+    "data.block_length": 32,
+    "data.max_validation_blocks": 2,
+    "trainer.max_steps": 2,
+    "trainer.eval_every_steps": 1,
+    "trainer.batch_size": 2,
+    "trainer.eval_batch_size": 2,
+    "trainer.precision": "fp32",
+    "trainer.device": "cpu",
+}
+APPENDED = {
+    "train": [f"{key}={value}" for key, value in BUDGET.items()],
+    "sweep": [*(f"{key}={value}" for key, value in BUDGET.items()), "sweep.trials=2", "worker.pack_size=1"],
+}
+APPENDED["plan"] = APPENDED["sweep"]
+
+
+def read_commands(text):
+    """The command lines in a document's shell blocks, without their comments."""
+    blocks = re.findall(r"^```(?:bash|sh|shell|console)\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+    lines = [line.strip().removeprefix("$ ") for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    return [shlex.split(line, comments=True) for line in lines if line.startswith("lorasweep ")]
+
+
+def shorten(words):
+    """The same command with a budget of a few steps; what goes on or only shows is left as it is."""
+    command = words[1]
+    if "--resume" in words or command not in APPENDED:
+        return words[1:]
+    kept = [word for word in words[1:] if not re.match(r"arms\.\w+\.trials=", word)]
+    return [*kept, *APPENDED[command]]
+
+
+def test_commands_are_found_and_shortened():
+    text = (
+        "```bash\nlorasweep sweep quickstart a=1 arms.lora.trials=20   # why\nls\n```\n```\nlorasweep not shell\n```\n"
+    )
+    (words,) = read_commands(text)
+    assert words == ["lorasweep", "sweep", "quickstart", "a=1", "arms.lora.trials=20"]
+    assert shorten(words) == ["sweep", "quickstart", "a=1", *APPENDED["sweep"]]
+    assert shorten(["lorasweep", "sweep", "--resume", "x"]) == ["sweep", "--resume", "x"]
+
+
+@pytest.mark.slow
+def test_every_command_of_the_readme_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", list(sys.argv))
+    commands = read_commands((ROOT / "README.md").read_text())
+    assert {words[1] for words in commands} >= {"sweep", "train", "compare"}
+    codes = {}
+    for words in commands:
+        try:
+            codes[shlex.join(words)] = run(shorten(words))
+        except SystemExit as ended:  # a help page
+            codes[shlex.join(words)] = ended.code
+    assert codes == dict.fromkeys(codes, 0)
+
+
+def test_the_wheel_is_told_to_take_conf_and_sweeps_along():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
+    assert settings["packages"] == ["src/lorasweep"]
+    assert settings["force-include"] == {"conf": "lorasweep/conf", "sweeps": "lorasweep/sweeps"}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("hatchling") is None, reason="hatchling, which builds it, is missing")
+def test_a_wheel_works_without_the_checkout(tmp_path):
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    build = [*pip, "wheel", str(ROOT), "--no-deps", "--no-build-isolation", "-w", str(tmp_path)]
+    subprocess.run(build, check=True, capture_output=True, timeout=300)
+    (wheel,) = tmp_path.glob("lorasweep-*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    shipped = [file for folder in ("conf", "sweeps") for file in packaged_folder(folder).rglob("*.yaml")]
+    assert {f"lorasweep/{file.relative_to(ROOT).as_posix()}" for file in shipped} <= names
+    assert "lorasweep/models/tiny/model.safetensors" in names
+    installed = tmp_path / "installed"
+    install = [*pip, "install", "--no-deps", "--no-index", "--target", str(installed), str(wheel)]
+    subprocess.run(install, check=True, capture_output=True, timeout=300)
+    done = run_python(
+        "import lorasweep, sys\n"
+        "from lorasweep.cli import run\n"
+        "assert 'installed' in lorasweep.__file__\n"
+        f"sys.exit(run(['train', 'method=frozen', *{APPENDED['train']}]))",
+        cwd=tmp_path,
+        source=installed,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "outputs" / "train" / "0001" / "run.json").is_file()
+
+
+def list_tracked():
+    done = subprocess.run(["git", "-C", str(ROOT), "ls-files", "-z"], capture_output=True, text=True)
+    return [ROOT / name for name in done.stdout.split("\0") if name] if done.returncode == 0 else []
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a git checkout")
+def test_no_tracked_file_names_this_checkouts_folder():
+    places = [str(ROOT).encode(), str(Path.home()).encode() + b"/"]
+    tracked = [file for file in list_tracked() if file.is_file()]
+    assert len(tracked) > 50
+    naming = [file.relative_to(ROOT).as_posix() for file in tracked if any(p in file.read_bytes() for p in places)]
+    assert naming == []
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a git checkout")
+def test_nothing_that_runs_write_is_tracked():
+    names = {file.relative_to(ROOT).as_posix() for file in list_tracked()}
+    assert {name for name in names if name.startswith(("outputs/", ".venv/"))} <= {"outputs/README.md"}
+    assert not {name for name in names if name.endswith((".pyc", ".ckpt", ".log"))}

@@ -1,0 +1,296 @@
+"""Exit codes, one line per error, and a disk that bad input leaves as it was."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+import lorasweep.sweep.driver as driver_file
+import lorasweep.training as training_package
+from lorasweep.cli import DONE, FAILED, INTERRUPTED, WRONG, StopSignal, main, run
+from lorasweep.errors import Diverged
+from lorasweep.record import read_run, read_sweep
+
+MINI = {
+    "name": "mini",
+    "settings": {
+        "data.block_length": 32,
+        "data.max_validation_blocks": 4,
+        "trainer.batch_size": 2,
+        "trainer.eval_batch_size": 4,
+        "trainer.max_steps": 2,
+        "trainer.eval_every_steps": 1,
+        "trainer.precision": "fp32",
+        "trainer.device": "cpu",
+        "worker.pack_size": 1,
+        "pruner": "none",
+    },
+    "arms": {
+        "frozen": {"settings": {"method": "frozen"}},
+        "lora": {"settings": {"method": "lora"}, "space": {"method.rank": [1, 2]}, "trials": 2},
+    },
+}
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    """An empty current folder; the command line that Hydra saw is put back."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", list(sys.argv))
+    return tmp_path
+
+
+@pytest.fixture
+def short(short_run):
+    """A run of a few seconds as one types it."""
+    words = []
+    for key, value in short_run.items():
+        words.append(f"{key}={str(value).lower() if isinstance(value, bool) else value}")
+    return words
+
+
+@pytest.fixture
+def mini(here):
+    (here / "mini.yaml").write_text(yaml.safe_dump(MINI, sort_keys=False))
+    return "mini.yaml"
+
+
+def files_below(folder):
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
+
+
+BAD = [
+    (["sweep", "quickstat"], "Did you mean `quickstart`?"),
+    (["sweep", "nothing.yaml"], "a sweep file must exist, but 'nothing.yaml' does not."),
+    (["sweep", "notes.txt"], "a sweep must be one of "),
+    (["sweep", "./notes.txt"], "notes.txt: `just words` is not a key of a sweep file."),
+    (["sweep", "mini.yaml", "method.rnk=4"], "`method.rnk` is not a setting. Did you mean `method.rank`?"),
+    (["sweep", "mini.yaml", "method.rank=0"], "mini.yaml: arm `lora`: `method.rank >= 1` must hold, but got 0."),
+    (["sweep", "mini.yaml", "method.rank=100000"], "arm `lora`: `method.rank <= "),
+    (["sweep", "mini.yaml", "method.rank=choice(1,100000)"], "arm `lora`: `method.rank <= "),
+    (["sweep", "mini.yaml", "optim.lr=interval(1,1)"], "it is empty."),
+    (["sweep", "mini.yaml", "method.targets=[q_prj]"], "q_proj"),
+    (["sweep", "mini.yaml", "words"], "an override must read `key=value`"),
+    (["sweep", "mini.yaml", "sampler=tpee"], "Did you mean `tpe`?"),
+    (["sweep", "mini.yaml", "worker.pack_size=99"], "`worker.pack_size <= "),
+    (["sweep", "mini.yaml", "arms.frozen.data.metric=loss"], "all arms must have one `data.metric`"),
+    (["sweep", "mini.yaml", "sweep.output=full"], "`sweep.output` must be a new or empty folder, but 'full' is not."),
+    (["sweep", "mini.yaml", "model=causal_lm", "model.path=./no/model"], "`model.path` must be"),
+    (["sweep", "--resume", "full"], "a sweep's folder must contain sweep.json, but 'full' does not."),
+    (["sweep", "--resume", "nowhere"], "a sweep's folder must contain sweep.json, but 'nowhere' does not."),
+    (["sweep", "--resume", "full", "optim.lr=1"], "`--resume DIR` must stand alone, but got 'optim.lr=1' too"),
+    (["plan", "mini.yaml", "method.rnk=4"], "`method.rnk` is not a setting."),
+    (["plan", "quickstat"], "Did you mean `quickstart`?"),
+    (["compare", "full"], "full"),
+    (["compare", "nowhere"], "nowhere"),
+    (["train", "method.rnk=4"], "`method.rnk` is not a setting. Did you mean `method.rank`?"),
+    (["train", "method=lorra"], "Did you mean `lora`?"),
+    (["train", "method.rank=0"], "`method.rank >= 1` must hold, but got 0."),
+    (["train", "method.rank=100000"], "`method.rank <= "),
+    (["train", "method.targets=[q_prj]"], "q_proj"),
+    (["train", "method.rank=1,2"], "Add `-m` to run each of them."),
+    (["train", "-m", "method.rank=1,0"], "`method.rank >= 1` must hold, but got 0."),
+    (["train", "-m", "method.rank=interval(1,4)"], "a range is for `lorasweep sweep`"),
+    (["train", "+method.rank=1"], "Leave out the `+` or `~`."),
+    (["train", "model=causal_lm"], "`model.path` must be set, but is missing."),
+    (["train", "model.path=embedded:big"], "`model.path` must name an embedded model (tiny), but got 'embedded:big'."),
+    (["train", "output=full"], "`output` must be a new or empty folder, but 'full' is not."),
+]
+
+
+@pytest.mark.parametrize(("words", "message"), BAD, ids=[" ".join(words) for words, _ in BAD])
+def test_bad_input_is_one_line_and_exit_code_2_and_changes_nothing(here, mini, capsys, words, message):
+    (here / "full").mkdir()
+    (here / "full" / "mine.txt").write_text("mine")
+    (here / "notes.txt").write_text("just words\n")
+    before = files_below(here)
+    assert run(words) == WRONG == 2
+    output = capsys.readouterr()
+    assert output.err.count("\n") == 1
+    assert output.err.startswith("lorasweep: ")
+    assert message in output.err
+    assert output.out == ""
+    assert files_below(here) == before
+    assert (here / "notes.txt").read_text() == "just words\n"
+
+
+def test_several_folders_of_which_one_is_no_sweep_are_refused_before_any_report_is_written(here, mini, capsys):
+    assert run(["sweep", mini]) == DONE
+    before = {path: path.stat().st_mtime_ns for path in here.rglob("*")}
+    assert run(["compare", "outputs/mini", "nowhere"]) == WRONG
+    assert {path: path.stat().st_mtime_ns for path in here.rglob("*")} == before
+
+
+@pytest.mark.parametrize("words", [["--help"], ["sweep", "--help"], ["compare", "--help"], ["plan", "--help"]])
+def test_help_is_shown(capsys, words):
+    with pytest.raises(SystemExit) as ended:
+        run(words)
+    assert ended.value.code == 0
+    assert "usage: lorasweep" in capsys.readouterr().out
+
+
+def test_help_names_every_command(capsys):
+    with pytest.raises(SystemExit):
+        run(["--help"])
+    shown = capsys.readouterr().out
+    for command in ("sweep", "train", "plan", "compare"):
+        assert f"\n    {command} " in shown
+
+
+@pytest.mark.parametrize("words", [[], ["swep"], ["compare"], ["sweep", "--resum"]])
+def test_a_command_that_is_not_understood_ends_with_2(capsys, words):
+    with pytest.raises(SystemExit) as ended:
+        run(words)
+    assert ended.value.code == 2
+    assert "usage: lorasweep" in capsys.readouterr().err
+
+
+def test_main_ends_the_process_with_the_exit_code(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["compare", "nowhere"])
+    assert ended.value.code == 2
+
+
+def test_train_shows_hydras_help_and_the_groups(capsys, here):
+    with pytest.raises(SystemExit) as ended:
+        run(["train", "--help"])
+    assert ended.value.code == 0
+    shown = capsys.readouterr().out
+    assert "method: frozen, full, head" in shown
+    assert not files_below(here)
+
+
+def test_train_shows_its_composed_settings_and_trains_nothing(capsys, here):
+    assert run(["train", "--cfg", "job", "method.rank=3", "schedule=cosine"]) == DONE
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert (shown["method"]["rank"], shown["schedule"]["name"]) == (3, "cosine")
+    assert not files_below(here)
+
+
+def test_train_runs_once_in_a_new_folder_and_says_the_score(capsys, here, short):
+    assert run(["train", *short]) == DONE
+    record = read_run(here / "outputs" / "train" / "0001")
+    assert record.status == "complete"
+    line = capsys.readouterr().out
+    assert line.startswith(f"bits_per_byte {record.score:.4f} at step {record.best['step']:.0f} of 4, ")
+    assert line.endswith(": outputs/train/0001\n")
+    assert {path.name for path in here.iterdir()} == {"outputs"}
+    assert run(["train", *short]) == DONE
+    assert {path.name for path in (here / "outputs" / "train").iterdir()} == {"0001", "0002"}
+
+
+def test_train_writes_where_it_is_told(here, short):
+    (here / "mine").mkdir()
+    assert run(["train", *short, "output=mine"]) == DONE
+    assert read_run(here / "mine").status == "complete"
+
+
+def test_a_grid_runs_every_combination_and_leaves_nothing_else(here, short, capsys):
+    assert run(["train", "-m", *short, "method.rank=1,2"]) == DONE
+    folders = sorted((here / "outputs" / "train").glob("0*"))
+    assert [read_run(folder).config["method"]["rank"] for folder in folders] == [1, 2]
+    assert {path.name for path in here.iterdir()} == {"outputs"}
+    assert {path.name for path in (here / "outputs" / "train").iterdir()} == {"0001", "0002", "multirun.yaml"}
+
+
+def test_a_run_of_a_grid_that_fails_does_not_end_the_others(here, short, capsys):
+    assert run(["train", "-m", *short, "optim.lr=1e30,1e-3"]) == FAILED == 1
+    folders = sorted((here / "outputs" / "train").glob("0*"))
+    assert [read_run(folder).status for folder in folders] == ["failed", "complete"]
+    assert "Lower `optim.lr`." in capsys.readouterr().err
+
+
+def test_a_run_that_diverges_is_one_line_and_exit_code_1(here, short, capsys):
+    assert run(["train", *short, "optim.lr=1e30"]) == FAILED
+    errors = capsys.readouterr().err
+    assert errors.count("\n") == 1
+    assert errors.startswith("lorasweep: ")
+
+
+def test_an_interrupted_run_ends_with_130_and_says_where_it_is(here, short, capsys, monkeypatch):
+    true_run = training_package.train_run
+
+    def interrupted(*arguments, stop_requested, **others):
+        os.kill(os.getpid(), signal.SIGINT)
+        return true_run(*arguments, stop_requested=stop_requested, **others)
+
+    monkeypatch.setattr(training_package, "train_run", interrupted)
+    assert run(["train", *short]) == INTERRUPTED == 130
+    assert read_run(here / "outputs" / "train" / "0001").status == "interrupted"
+    assert "outputs/train/0001" in capsys.readouterr().err
+
+
+def test_a_second_ctrl_c_ends_at_once():
+    before = signal.getsignal(signal.SIGINT)
+    with StopSignal() as stop:
+        assert not stop()
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop()
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_second_sigterm_is_as_patient_as_the_first():
+    with StopSignal() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop()
+
+
+def test_ctrl_c_before_anything_runs_ends_with_130(capsys, monkeypatch, mini):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(driver_file, "build_workbench", interrupted)
+    assert run(["sweep", mini]) == INTERRUPTED
+    assert capsys.readouterr().err == "lorasweep: interrupted\n"
+    assert not Path("outputs").exists()
+
+
+def test_a_sweep_whose_trials_all_fail_ends_with_1_and_says_where_to_look(capsys, monkeypatch, mini):
+    def fail(*_, **__):
+        raise Diverged("the training loss became NaN.")
+
+    monkeypatch.setattr(driver_file, "train_run", fail)
+    assert run(["sweep", mini, "sweep.max_failures=2"]) == FAILED
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "the training loss became NaN." in error
+    assert "outputs/mini/runs" in error
+    assert read_sweep(Path("outputs/mini")).status == "interrupted"
+
+
+def test_a_sweep_goes_from_file_to_report(capsys, here, mini):
+    assert run(["sweep", mini, "arms.lora.trials=3"]) == DONE
+    shown = capsys.readouterr().out
+    assert "sweep mini in outputs/mini" in shown
+    assert "report: outputs/mini/report/index.html" in shown
+    summary = json.loads((here / "outputs" / "mini" / "report" / "summary.json").read_text())
+    assert {arm["name"]: arm["trials"]["complete"] for arm in summary["arms"]} == {"frozen": 1, "lora": 3}
+    assert {path.name for path in here.iterdir()} == {"outputs", "mini.yaml"}
+    assert run(["compare", "outputs/mini"]) == DONE
+    again = capsys.readouterr().out
+    assert "report: outputs/mini/report/index.html" in again
+    assert run(["sweep", "--resume", "outputs/mini"]) == DONE
+    assert len(read_sweep(here / "outputs" / "mini").trials) == 4
+
+
+def test_two_sweeps_of_one_name_have_two_folders(here, mini):
+    words = ["sweep", mini, "arms.lora.method.rank=1"]
+    assert run(words) == run(words) == DONE
+    assert {path.name for path in (here / "outputs").iterdir()} == {"mini", "mini-2"}
+
+
+def test_a_plan_trains_and_writes_nothing(capsys, here, mini):
+    before = files_below(here)
+    assert run(["plan", mini]) == DONE
+    shown = capsys.readouterr().out
+    assert "lora" in shown
+    assert files_below(here) == before
