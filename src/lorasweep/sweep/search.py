@@ -19,6 +19,7 @@ from optuna.trial import FrozenTrial, TrialState
 from lorasweep.config.sweep import MedianPruner as MedianPrunerConfig
 from lorasweep.config.sweep import ModelBasedSampler, PrunerConfig, RungPruner, SamplerConfig
 from lorasweep.record import Direction
+from lorasweep.sweep.journal import JournalLock
 from lorasweep.sweep.space import Space, grid_values
 
 JOURNAL_FILE = "journal.log"
@@ -36,7 +37,8 @@ class Grid(GridSampler):
 def open_storage(folder: Path) -> JournalStorage:
     """Returns the storage in a sweep's folder: an append-only journal, for any number of processes on one machine."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)  # the live table says it
-    return JournalStorage(JournalFileBackend(str(folder / JOURNAL_FILE)))
+    journal = str(folder / JOURNAL_FILE)
+    return JournalStorage(JournalFileBackend(journal, lock_obj=JournalLock(journal)))
 
 
 def open_study(storage: JournalStorage, arm: str, *, direction: Direction, pruner: BasePruner) -> optuna.Study:

@@ -1,0 +1,43 @@
+"""The lock on a sweep's journal (Optuna's storage): let go of by the system when a process ends, however it ends."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+
+from optuna.storages.journal import JournalFileOpenLock
+
+
+class JournalLock(JournalFileOpenLock):
+    """An advisory lock on the journal file itself, for processes of one machine.
+
+    Differs from Optuna's locks, which are files beside the journal: a process that is killed while it writes leaves
+    such a file behind, and with a relative path the next process then waits for ever. Whoever gets this lock also cuts
+    off a line that a killed process left unfinished, because the next line would be glued to it.
+    """
+
+    def __init__(self, journal: str) -> None:
+        super().__init__(journal)
+        self._journal = journal
+        self._handle: int | None = None
+
+    def acquire(self) -> bool:
+        """Waits for the lock. Called by Optuna before each write."""
+        handle = os.open(self._journal, os.O_RDWR | os.O_CREAT)
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        self._handle = handle
+        _cut_unfinished_line(handle)
+        return True
+
+    def release(self) -> None:
+        """Lets the lock go. Called by Optuna after each write."""
+        handle, self._handle = self._handle, None
+        if handle is not None:
+            os.close(handle)
+
+
+def _cut_unfinished_line(handle: int) -> None:
+    size = os.fstat(handle).st_size
+    if size == 0 or os.pread(handle, 1, size - 1) == b"\n":
+        return
+    os.ftruncate(handle, os.pread(handle, size, 0).rfind(b"\n") + 1)
