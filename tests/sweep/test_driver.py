@@ -61,7 +61,8 @@ def test_the_observer_hears_everything_in_order(begin, work, runs, content, sile
 
 @pytest.mark.parametrize(
     ("sampler", "stop_at"),
-    [(sampler, stop_at) for sampler in ("random", "tpe") for stop_at in (2, 3, 7)]
+    [(sampler, stop_at) for sampler in ("random", "tpe") for stop_at in (3, 7)]
+    + [pytest.param(sampler, 2, marks=pytest.mark.slow) for sampler in ("random", "tpe")]
     + [("gp", 5), ("cmaes", 5), ("qmc", 5)],
 )
 def test_a_stopped_sweep_proposes_what_an_uninterrupted_one_does(begin, work, runs, content, sampler, stop_at):

@@ -9,6 +9,8 @@ import sys
 import threading
 from pathlib import Path
 
+import pytest
+
 import lorasweep
 from lorasweep.sweep import reopen_sweep
 from lorasweep.sweep.journal import JournalLock
@@ -16,6 +18,7 @@ from lorasweep.sweep.journal import JournalLock
 SOURCE = str(Path(lorasweep.__file__).parent.parent)
 
 
+@pytest.mark.slow
 def test_a_lock_of_a_killed_process_is_free(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code = (
