@@ -34,6 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def run(arguments: Sequence[str]) -> int:
     """Runs one command and returns its exit code; an error of ours is one line on standard error."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads stall each other on shared cores
     try:
         if arguments and arguments[0] == "train":  # a Hydra app, with Hydra's own flags
             return train(list(arguments[1:]))
