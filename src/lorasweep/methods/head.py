@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from lorasweep.config.method import MethodConfig
 from lorasweep.errors import ConfigError
+from lorasweep.lora.files import serialise
 from lorasweep.methods.method import ParameterGroup, one_group, read_weights, replacing_files, train_copies
 from lorasweep.models.load import BaseModel
 
@@ -51,7 +51,8 @@ class HeadMethod:
         """Writes `head.safetensors`: the head's parameters by their names in it."""
         state = {name: tensor.cpu().contiguous() for name, tensor in find_head(model).state_dict().items()}
         with replacing_files(folder) as new:
-            save_file(state, new / WEIGHTS_FILE, metadata={"format": "pt", "base_fingerprint": base.fingerprint})
+            metadata = {"format": "pt", "base_fingerprint": base.fingerprint}
+            (new / WEIGHTS_FILE).write_bytes(serialise(state, metadata=metadata))
 
     def load(self, model: nn.Module, folder: Path) -> None:
         """Reads `head.safetensors`.

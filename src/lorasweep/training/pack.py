@@ -184,7 +184,7 @@ class PackModule(lightning.LightningModule):
 
     def _goes_on(self, slot: int, run: SlotRun, values: Values) -> bool:
         """Logs a slot's evaluation and returns whether its run has steps left; if not, it is closed."""
-        record, place = run.record, run.job.place
+        record = run.record
         try:
             run.flush()
             value = run.log.note_evaluation(run.step, values, save=lambda folder: self._save(slot, folder))
@@ -199,7 +199,6 @@ class PackModule(lightning.LightningModule):
             return True
         status = "complete" if run.step >= record.steps_planned else "pruned"
         run.close(status, None if status == "complete" else f"pruned at step {run.step} of {record.steps_planned}")
-        assert record.status == status, place
         run.job.ended(record)
         return False
 
