@@ -16,6 +16,7 @@ from lorasweep.record import (
     STEPS_FILE,
     SWEEP_FILE,
     ArmRow,
+    ConfirmRow,
     RunRecord,
     SweepRecord,
     TrialRow,
@@ -47,6 +48,7 @@ def make_sweep(**values):
         importance={"method.rank": 1.0},
     )
     trial = TrialRow(arm="lora", number=0, state="failed", params={"method.rank": 1}, value=None, run="r", reason="x")
+    confirmed = ConfirmRow(arm="lora", trial=0, seed=7, state="complete", run="runs/lora-confirm-0000", value=1.5)
     return SweepRecord(
         **(
             {
@@ -57,6 +59,7 @@ def make_sweep(**values):
                 "definition": {"file": {}},
                 "arms": [arm],
                 "trials": [trial],
+                "confirm": [confirmed],
             }
             | values
         )
@@ -114,7 +117,7 @@ def test_keys_that_this_version_does_not_know_are_ignored(tmp_path):
     for name in (RUN_FILE, SWEEP_FILE):
         raw = json.loads((tmp_path / name).read_text())
         raw["from_later"] = 1
-        for row in raw.get("arms", []) + raw.get("trials", []):
+        for row in raw.get("arms", []) + raw.get("trials", []) + raw.get("confirm", []):
             row["from_later"] = 1
         (tmp_path / name).write_text(json.dumps(raw))
     assert read_run(tmp_path) == make_run()
@@ -150,8 +153,17 @@ def test_a_damaged_foreign_or_newer_record_is_refused(tmp_path, read, content, m
         read(tmp_path)
 
 
+def test_a_record_from_before_there_was_a_confirm_stage_is_read(tmp_path):
+    raw = asdict(make_sweep())
+    for key in ("confirm", "confirm_seeds", "warnings"):
+        del raw[key]
+    del raw["arms"][0]["expanded_from"], raw["trials"][0]["duplicate_of"]
+    (tmp_path / SWEEP_FILE).write_text(json.dumps(raw))
+    assert read_sweep(tmp_path) == make_sweep(confirm=[])
+
+
 @pytest.mark.parametrize("rows", [[[]], [{}], 3, ["lora"], [None], {"lora": {}}])
-@pytest.mark.parametrize("key", ["arms", "trials"])
+@pytest.mark.parametrize("key", ["arms", "trials", "confirm"])
 def test_a_sweep_with_broken_rows_is_refused(tmp_path, key, rows):
     raw = asdict(make_sweep()) | {key: rows}
     (tmp_path / SWEEP_FILE).write_text(json.dumps(raw))

@@ -1,4 +1,4 @@
-"""What runs and sweeps leave on disk: `run.json`, `steps.jsonl` and `sweep.json`, written whole or not at all.
+"""What runs and sweeps leave on disk: `run.json`, `steps.jsonl`, `test_scores.csv`, `sweep.json`, whole or not at all.
 
 A record is data: reading one runs nothing. Written by `training` and `sweep`, read by them and by `report`.
 """
@@ -19,11 +19,13 @@ from lorasweep.errors import RecordError
 
 RUN_FILE = "run.json"
 STEPS_FILE = "steps.jsonl"
+TEST_SCORES_FILE = "test_scores.csv"
 SWEEP_FILE = "sweep.json"
 VERSION = 1
 
 RunStatus = Literal["running", "complete", "pruned", "failed", "infeasible", "interrupted"]
 TrialState = Literal["running", "complete", "pruned", "failed", "infeasible"]
+ConfirmState = Literal["running", "complete", "failed", "infeasible"]
 Direction = Literal["minimize", "maximize"]
 
 
@@ -40,7 +42,7 @@ class RunRecord:
     """The resolved `RunConfig`, nested."""
     arm: str | None = None
     trial: int | None = None
-    """Number of the trial in its arm; null for a single run."""
+    """Number of the trial in its arm; in the confirm stage that of the arm's winner; null for a single run."""
     pack: dict[str, Any] | None = None
     """`slot`, and `slots` of the pack when the run joined it; null for a run that trained alone."""
     metric: str
@@ -77,6 +79,8 @@ class RunRecord:
     best: dict[str, float] = field(default_factory=dict)
     """Validation metrics at the best step, and `step`."""
     last: dict[str, float] = field(default_factory=dict)
+    test: dict[str, float] = field(default_factory=dict)
+    """Every metric of the best weights on the test part; empty until a confirm stage scored the run."""
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Per kept file, relative to the run's folder: `bytes` and `sha256`."""
 
@@ -100,6 +104,26 @@ class TrialRow:
     run: str
     """The run's folder, relative to the sweep's."""
     reason: str | None = None
+    duplicate_of: int | None = None
+    """Number of the earliest trial of the arm that trains the same function in other words (see `sweep.duplicates`)."""
+
+
+@dataclass(kw_only=True)
+class ConfirmRow:
+    """One run of the confirm stage: the best configuration of an arm on a fresh seed, scored once on test data."""
+
+    arm: str
+    trial: int
+    """Number of the arm's winner in its search."""
+    seed: int
+    """The run's seed, of initial values, data order and dropout alike; that of the same row of every other arm."""
+    state: ConfirmState
+    run: str
+    """The run's folder, relative to the sweep's."""
+    value: float | None = None
+    """The sweep's metric on the test part, with the weights of the best evaluation."""
+    reason: str | None = None
+    """Why it failed or does not fit in memory."""
 
 
 @dataclass(kw_only=True)
@@ -118,6 +142,10 @@ class ArmRow:
     pruner: str
     importance: dict[str, float] = field(default_factory=dict)
     """Share of the score's variance per swept key (Optuna), where it could be computed."""
+    expanded_from: str | None = None
+    """The arm in the sweep file whose `expand` made this one."""
+    expanded: dict[str, Any] = field(default_factory=dict)
+    """Keys and values that tell it from the other arms of that `expand`."""
 
 
 @dataclass(kw_only=True)
@@ -138,6 +166,11 @@ class SweepRecord:
     source_sha256: str | None = None
     arms: list[ArmRow]
     trials: list[TrialRow] = field(default_factory=list)
+    confirm: list[ConfirmRow] = field(default_factory=list)
+    confirm_seeds: list[int] = field(default_factory=list)
+    """Seeds on which the best configuration of each arm is to run again, once the search is over."""
+    warnings: list[str] = field(default_factory=list)
+    """What may mislead a reader of the results, a sentence each."""
     started_at: str = ""
     ended_at: str | None = None
     makespan_s: float = 0.0
@@ -191,6 +224,7 @@ def read_sweep(folder: Path) -> SweepRecord:
     raw = _read_json(folder / SWEEP_FILE, "lorasweep.sweep")
     raw["arms"] = _known_rows(ArmRow, raw.get("arms", []))
     raw["trials"] = _known_rows(TrialRow, raw.get("trials", []))
+    raw["confirm"] = _known_rows(ConfirmRow, raw.get("confirm", []))
     return _known(SweepRecord, raw)
 
 
