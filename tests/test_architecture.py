@@ -30,6 +30,12 @@ OPTIONS = [
     for group in group_names(primary)
     for file in sorted((packaged_folder("conf") / group).glob("*.yaml"))
 ]
+MANDATORY = {
+    "model=causal_lm": {"model.path": "owner/name"},
+    "data=hub": {"data.path": "owner/name"},
+    **{f"data={option}": {"data.train": "file"} for option in ("text", "table", "chat")},
+}
+"""What has no default: the user's own model and data."""
 SWEEPS = sorted(packaged_folder("sweeps").glob("*.yaml"))
 
 
@@ -46,7 +52,7 @@ def run_python(code, *, cwd=None, source=SOURCE):
 
 @pytest.mark.parametrize(("primary", "group", "option"), OPTIONS)
 def test_every_file_of_conf_composes(primary, group, option):
-    settings = {group: option} | ({"model.path": "owner/name"} if option == "causal_lm" else {})
+    settings = {group: option} | MANDATORY.get(f"{group}={option}", {})
     compose = compose_run if primary == "train" else compose_driver
     assert getattr(compose(settings), group) is not None
 

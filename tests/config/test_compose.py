@@ -222,11 +222,19 @@ OPTIONS = [
 ]
 
 
+MANDATORY = {
+    "model=causal_lm": {"model.path": "owner/name"},
+    "data=hub": {"data.path": "owner/name"},
+    **{f"data={option}": {"data.train": "file"} for option in ("text", "table", "chat")},
+}
+"""What has no default: the user's own model and data."""
+
+
 @pytest.mark.parametrize(("primary", "group", "option"), OPTIONS)
 def test_a_conf_file_has_one_line_for_every_setting_and_no_other(primary, group, option):
     written = OmegaConf.load(packaged_folder("conf") / group / f"{option}.yaml")
     compose = compose_run if primary == "train" else compose_driver
-    settings = {group: option} | ({"model.path": "owner/name"} if option == "causal_lm" else {})
+    settings = {group: option} | MANDATORY.get(f"{group}={option}", {})
     built = getattr(compose(settings), group)
     assert list(written) == [field.name for field in dataclasses.fields(built)]  # in the same order, too
 

@@ -6,9 +6,10 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from lorasweep.config.run import DataConfig
+from lorasweep.config.data import StdlibConfig
 from lorasweep.data import parts as parts_file
-from lorasweep.data.parts import choose_evenly, cut_blocks, fingerprint_documents, load_part, load_parts, tokenise
+from lorasweep.data.parts import choose_evenly, cut_blocks, load_part, load_parts, tokenise
+from lorasweep.data.rows import fingerprint_documents
 from lorasweep.data.stdlib import Document
 from lorasweep.errors import ConfigError
 from lorasweep.models.tiny.pretrain import END_OF_TEXT, build_tokenizer
@@ -27,7 +28,7 @@ def make_config(**settings):
         "max_test_blocks": None,
         "metric": "bits_per_byte",
     }
-    return DataConfig(**(defaults | settings))
+    return StdlibConfig(**(defaults | settings))
 
 
 def make_documents(*texts):

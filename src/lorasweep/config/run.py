@@ -8,20 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from lorasweep.config.data import DataConfig
+from lorasweep.config.limits import require_at_least, require_fraction
 from lorasweep.config.method import MethodConfig
 from lorasweep.errors import ConfigError
-
-
-def require_at_least(key: str, value: float, low: float) -> None:
-    """Raises ConfigError unless value >= low."""
-    if not value >= low:
-        raise ConfigError(f"`{key} >= {low}` must hold, but got {value!r}.")
-
-
-def require_fraction(key: str, value: float) -> None:
-    """Raises ConfigError unless 0 <= value < 1."""
-    if not 0 <= value < 1:
-        raise ConfigError(f"`0 <= {key} < 1` must hold, but got {value!r}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,28 +29,6 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if not self.path:
             raise ConfigError("`model.path` must name a folder or hub id, but is empty.")
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """The text to adapt to, and the metric that says how well."""
-
-    name: Literal["stdlib_docs", "stdlib_code"]
-    block_length: int
-    """Tokens per training and evaluation sequence, >= 2."""
-    max_validation_blocks: int | None
-    """Use at most so many evenly spaced validation blocks; null uses all."""
-    max_test_blocks: int | None
-    """The same for the test part."""
-    metric: Literal["bits_per_byte", "loss", "perplexity"]
-    """What is reported as the run's score; lower is better for each."""
-
-    def __post_init__(self) -> None:
-        require_at_least("data.block_length", self.block_length, 2)
-        for key in ("max_validation_blocks", "max_test_blocks"):
-            value = getattr(self, key)
-            if value is not None:
-                require_at_least(f"data.{key}", value, 1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from lorasweep.config.run import require_at_least
+from lorasweep.config.limits import require_at_least
 from lorasweep.errors import ConfigError
 
 

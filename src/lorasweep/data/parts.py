@@ -6,7 +6,6 @@ Comes after `sources` (documents) and before `batching` and `module` (batches).
 from __future__ import annotations
 
 import functools
-import hashlib
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lorasweep.config.run import DataConfig
+from lorasweep.config.data import DataConfig, StdlibConfig
+from lorasweep.data.rows import fingerprint_documents
 from lorasweep.data.sources import SOURCES
 from lorasweep.data.stdlib import Document
 from lorasweep.errors import ConfigError
@@ -66,6 +66,8 @@ def load_parts(config: DataConfig, *, tokenizer: PreTrainedTokenizerBase) -> Dat
         ConfigError: A part is empty or shorter than one block, or the tokenizer has no token that ends a text.
             For the test part, when it is called for.
     """
+    if not isinstance(config, StdlibConfig):
+        raise ConfigError(f"`data` must be stdlib_docs or stdlib_code to be cut into blocks, but got {config.name!r}.")
     load = functools.partial(load_part, config, tokenizer=tokenizer)
     return DataParts(
         train=load("train", max_blocks=None),
@@ -74,7 +76,7 @@ def load_parts(config: DataConfig, *, tokenizer: PreTrainedTokenizerBase) -> Dat
     )
 
 
-def load_part(config: DataConfig, name: str, *, tokenizer: PreTrainedTokenizerBase, max_blocks: int | None) -> Part:
+def load_part(config: StdlibConfig, name: str, *, tokenizer: PreTrainedTokenizerBase, max_blocks: int | None) -> Part:
     """Reads, tokenises and cuts one part.
 
     Raises:
@@ -136,13 +138,3 @@ def choose_evenly(blocks: Tensor, *, most: int | None) -> Tensor:
     if most is None or most >= len(blocks):
         return blocks
     return blocks[torch.arange(most) * len(blocks) // most]
-
-
-def fingerprint_documents(documents: Sequence[Document]) -> str:
-    """Returns 16 hex digits that change with any name, text or their order."""
-    digest = hashlib.sha256()
-    for document in documents:
-        for text in (document.name, document.text):
-            data = text.encode()
-            digest.update(len(data).to_bytes(8, "little") + data)  # with its length, so that no text can move over
-    return digest.hexdigest()[:16]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lorasweep.config.data import longest_row
 from lorasweep.sweep.definition import Arm, Definition
 from lorasweep.sweep.driver import Benches
 from lorasweep.sweep.packing import ArmPacking, plan_packing
@@ -59,7 +60,7 @@ def _plan_arm(arm: Arm, packing: ArmPacking, benches: Benches) -> ArmPlan:
         packing=packing,
         pack_size=size,
         steps=steps * arm.trials,
-        tokens=steps * arm.trials * config.trainer.batch_size * config.data.block_length,
+        tokens=steps * arm.trials * config.trainer.batch_size * longest_row(config.data),
         trainable_params=cost.trainable_params,
         kept_bytes=2 * 4 * cost.trainable_params * arm.trials,  # best and last, in fp32
         memory_bytes=cost.memory_bytes,
