@@ -24,7 +24,7 @@ from tensorboard.plugins.hparams.summary_v2 import hparams_pb
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 from lorasweep.report.tables import SweepData
-from lorasweep.report.wording import format_metric
+from lorasweep.wording import format_metric
 
 HPARAMS_FOLDER = "hparams"
 """Folder in a run's folder. Its own, so that TensorBoard's table has the row's metrics and none of the run's curves."""

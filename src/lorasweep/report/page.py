@@ -13,7 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 from plotly.offline import get_plotlyjs
 
-from lorasweep.report import wording
+from lorasweep import wording
 from lorasweep.report.figures import PANELS, Panel
 from lorasweep.report.figures.panel import colours_of, link_to
 from lorasweep.report.summary import Summary

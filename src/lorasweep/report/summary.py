@@ -8,7 +8,7 @@ from typing import Any
 
 from lorasweep.record import Direction
 from lorasweep.report.tables import Arm, SweepData, Trial
-from lorasweep.report.wording import (
+from lorasweep.wording import (
     format_count,
     format_metric,
     format_score,

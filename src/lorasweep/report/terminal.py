@@ -10,7 +10,7 @@ from rich.text import Text
 
 from lorasweep.report.summary import ArmSummary, Summary, summarize
 from lorasweep.report.tables import load_sweep_data
-from lorasweep.report.wording import (
+from lorasweep.wording import (
     UNKNOWN,
     format_bytes,
     format_count,

@@ -17,6 +17,7 @@ from lorasweep.record import Direction
 from lorasweep.sweep.definition import Arm, Definition
 from lorasweep.sweep.folder import SweepFolder
 from lorasweep.sweep.plan import ArmPlan
+from lorasweep.wording import format_seconds
 
 
 @dataclass(kw_only=True)
@@ -152,16 +153,6 @@ def _running_line(running: RunningTrial) -> Text:
 def describe_params(params: Mapping[str, Any]) -> str:
     """Returns swept values in one line: `method.rank=8 optim.lr=0.0123`."""
     return " ".join(f"{k}={v:.3g}" if isinstance(v, float) else f"{k}={v}" for k, v in params.items())
-
-
-def format_seconds(seconds: float) -> str:
-    """Returns `45 s`, `3 min 20 s` or `2 h 05 min`."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
 def _progress_so_far(sweep: SweepFolder, arm: Arm) -> ArmProgress:

@@ -10,7 +10,7 @@ from urllib.parse import quote
 import plotly.graph_objects as go
 
 from lorasweep.report.tables import Arm, SweepData, Trial
-from lorasweep.report.wording import format_metric, format_score, format_settings
+from lorasweep.wording import format_metric, format_score, format_settings
 
 METHOD_COLOURS = {"frozen": "#868e96", "full": "#d9622b", "lora": "#3578c6"}
 """Colours that hold on light and on dark paper."""

@@ -19,7 +19,7 @@ from lorasweep.report.figures.panel import (
     show_scores,
 )
 from lorasweep.report.tables import Arm, SweepData, Trial
-from lorasweep.report.wording import format_metric, format_score, format_setting
+from lorasweep.wording import format_metric, format_score, format_setting
 
 RANK, ALPHA, LR = "method.rank", "method.alpha", "optim.lr"
 MAX_CELLS = 10

@@ -16,7 +16,7 @@ from lorasweep.report.figures.panel import (
     score_range,
 )
 from lorasweep.report.tables import Arm, SweepData, Trial
-from lorasweep.report.wording import format_metric, format_setting, short_key
+from lorasweep.wording import format_metric, format_setting, short_key
 
 MIN_TRIALS = 3
 """Fewer complete trials than this say nothing as parallel coordinates."""

@@ -1,4 +1,4 @@
-"""Numbers and settings as people read them. Used by the terminal table, the page and the figures alike."""
+"""Numbers and settings as people read them: in the live table of a sweep and in every form of the report."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lorasweep.report.wording import (
+from lorasweep.wording import (
     format_bytes,
     format_count,
     format_metric,
