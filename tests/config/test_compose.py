@@ -16,6 +16,7 @@ from lorasweep.config.compose import (
     group_options,
     hydra_session,
     known_keys,
+    layer_settings,
     packaged_folder,
     parse_overrides,
 )
@@ -83,6 +84,36 @@ def test_interpolations_follow_what_was_set():
 def test_known_keys_are_those_of_the_chosen_options():
     assert "method.rank" in known_keys({"method": "lora"})
     assert "method.rank" not in known_keys({"method": "full"})
+
+
+@pytest.mark.parametrize(
+    ("layers", "layered"),
+    [
+        ([{"pruner.min_steps": 3}, {"pruner": "none"}], {"pruner": "none"}),
+        (
+            [{"pruner": "median", "pruner.min_steps": 3}, {"pruner": "median"}],
+            {"pruner": "median", "pruner.min_steps": 3},
+        ),
+        (
+            [{"pruner.min_steps": 3}, {"pruner": "successive_halving"}],
+            {"pruner.min_steps": 3, "pruner": "successive_halving"},
+        ),
+        (
+            [{"pruner": "none"}, {"pruner": "median", "pruner.min_steps": 3}],
+            {"pruner": "median", "pruner.min_steps": 3},
+        ),
+        ([{"pruner.min_steps": 3}, {}, {"pruner.min_steps": 4}], {"pruner.min_steps": 4}),
+        ([{"sampler.startup_trials": 3}, {"pruner": "none"}], {"sampler.startup_trials": 3, "pruner": "none"}),
+    ],
+)
+def test_a_layer_that_chooses_another_option_drops_what_was_set_inside_its_group(layers, layered):
+    assert layer_settings("sweep", *layers) == layered
+
+
+def test_a_setting_without_a_default_may_be_left_open():
+    assert compose_run({"model": "causal_lm"}, require_all=False).model.path == "???"
+    with pytest.raises(ConfigError, match=r"`model.revison` is not a setting. Did you mean `model.revision`\?"):
+        compose_run({"model": "causal_lm", "model.revison": "main"}, require_all=False)
 
 
 def test_a_users_own_conf_is_found_first(tmp_path, monkeypatch):
@@ -173,6 +204,9 @@ def test_what_is_no_override_is_refused(override, message):
         ["method.targets=[q_proj,v_proj]"],
         ["hydra.verbose=true", "method.rank=4"],
         ["--help"],
+        ["--cfg", "job", "model=causal_lm"],
+        ["--cfg=job", "model=causal_lm"],
+        ["--info", "defaults", "model=causal_lm"],
     ],
 )
 def test_a_right_command_line_passes(arguments):
@@ -197,6 +231,7 @@ def test_a_right_command_line_passes(arguments):
             r"a range is for `lorasweep sweep`, but got 'method.rank=interval\(1,4\)'.",
         ),
         (["model=causal_lm"], "`model.path` must be set, but is missing."),
+        (["--cfg", "job", "model=causal_lm", "method.rank=0"], "`method.rank >= 1` must hold, but got 0."),
         (["method.rank=0"], "`method.rank >= 1` must hold, but got 0."),
         (["-m", "method.rank=4,0"], "`method.rank >= 1` must hold, but got 0."),
         (["-m", "method=lora,lorra"], "`method` must be one of .*, but got 'lorra'."),

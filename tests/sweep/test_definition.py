@@ -7,6 +7,7 @@ import json
 import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
+from lorasweep.config.compose import compose_driver, compose_run
 from lorasweep.errors import ConfigError
 from lorasweep.sweep import find_sweep_file, read_definition
 from lorasweep.sweep.definition import restore_definition
@@ -118,6 +119,59 @@ def test_an_arms_own_driver_settings_beat_the_files_and_the_command_line_beats_b
     assert names == {"frozen": "gp", "full": "gp", "lora": "gp"}
     names = {arm.name: arm.driver.sampler.name for arm in read(content, "sampler=gp", "arms.lora.sampler=tpe").arms}
     assert names == {"frozen": "gp", "full": "gp", "lora": "tpe"}
+
+
+@pytest.mark.parametrize(
+    ("set_in_file", "word", "name"),
+    [
+        ({"pruner.min_steps": 3}, "pruner=none", "none"),
+        ({"pruner.min_steps": 3, "pruner.reduction_factor": 4}, "pruner=median", "median"),
+        ({"pruner": "median", "pruner.startup_trials": 2}, "pruner=hyperband", "hyperband"),
+        ({"pruner": "median", "pruner.startup_trials": 2}, "arms.lora.pruner=none", "none"),
+        ({"sampler.startup_trials": 7}, "sampler=random", "random"),
+        ({"sampler.startup_trials": 7}, "arms.lora.sampler=qmc", "qmc"),
+        ({"schedule.warmup_fraction": 0.5}, "schedule=constant", "constant"),
+        ({"schedule.warmup_fraction": 0.5}, "arms.lora.schedule=cosine", "cosine"),
+    ],
+)
+def test_another_option_of_a_group_has_its_own_defaults(read, content, set_in_file, word, name):
+    """What the file says inside the group was meant for the option that it had."""
+    group = word.removeprefix("arms.lora.").partition("=")[0]
+    of_driver = group in ("pruner", "sampler")
+    of_conf = getattr((compose_driver if of_driver else compose_run)({group: name}), group)
+    del content["settings"]["pruner"]
+    for settings in (content["settings"], content["arms"]["lora"]["settings"]):
+        settings |= set_in_file
+        lora = arms_of(read(content, word))["lora"]
+        assert getattr(lora.driver if of_driver else next(lora.corners()), group) == of_conf
+
+
+def test_the_option_that_a_file_has_already_keeps_what_the_file_set(read, content):
+    content["settings"] |= {"pruner": "median", "pruner.min_steps": 3, "schedule.warmup_fraction": 0.5}
+    lora = arms_of(read(content, "pruner=median", "schedule=linear"))["lora"]
+    assert lora.driver.pruner.min_steps == 3
+    assert next(lora.corners()).schedule.warmup_fraction == 0.5
+
+
+def test_what_is_set_beside_another_option_stays(read, content):
+    content["settings"] |= {"pruner": "median", "pruner.startup_trials": 2}
+    lora = arms_of(read(content, "pruner.min_steps=4", "pruner=hyperband"))["lora"]
+    assert (lora.driver.pruner.name, lora.driver.pruner.min_steps) == ("hyperband", 4)
+
+
+def test_an_arms_method_drops_what_the_file_set_for_another_method(read, content):
+    content["settings"]["method.dropout"] = 0.1
+    arms = arms_of(read(content))
+    assert next(arms["lora"].corners()).method.dropout == 0.1
+    assert next(arms["full"].corners()).method.name == "full"
+
+
+def test_a_swept_group_leaves_its_settings_alone(read, content):
+    content["settings"]["schedule.warmup_fraction"] = 0.5
+    lora = arms_of(read(content, "arms.lora.schedule=choice(linear,cosine)"))["lora"]
+    assert lora.space["schedule"] == CategoricalDistribution(["linear", "cosine"])
+    assert {config.schedule.name for config in lora.corners()} == {"linear", "cosine"}
+    assert {config.schedule.warmup_fraction for config in lora.corners()} == {0.5}
 
 
 def test_a_grid_takes_as_many_trials_as_it_has_combinations(read, content):

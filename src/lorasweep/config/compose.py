@@ -31,6 +31,8 @@ from lorasweep.errors import ConfigError
 
 Primary = Literal["train", "sweep"]
 PACKAGE = Path(__file__).parent.parent
+SHOWING_FLAGS = {"--cfg", "-c", "--info", "-i", "--help", "-h"}
+"""Flags of Hydra with which nothing is trained."""
 
 
 def packaged_folder(name: Literal["conf", "sweeps"]) -> Path:
@@ -55,16 +57,17 @@ def register_search_path() -> None:
     Plugins.instance().register(UserConfFirst)
 
 
-def compose_run(settings: Mapping[str, Any]) -> RunConfig:
+def compose_run(settings: Mapping[str, Any], *, require_all: bool = True) -> RunConfig:
     """Returns the settings of one run.
 
     Args:
         settings: Dotted keys and values, and options of groups (`{"method": "lora", "method.rank": 4}`).
+        require_all: Whether a setting without a default (a text, such as `model.path`) must be set; else it is `???`.
 
     Raises:
         ConfigError: A key or value is wrong; the message names the nearest valid one.
     """
-    values = compose_values("train", settings)
+    values = compose_values("train", settings, require_all=require_all)
     del values["output"]
     return build(RunConfig, values)
 
@@ -74,7 +77,7 @@ def compose_driver(settings: Mapping[str, Any]) -> DriverConfig:
     return build(DriverConfig, compose_values("sweep", settings))
 
 
-def compose_values(primary: Primary, settings: Mapping[str, Any]) -> dict[str, Any]:
+def compose_values(primary: Primary, settings: Mapping[str, Any], *, require_all: bool = True) -> dict[str, Any]:
     """Returns a primary config with the settings applied and all interpolations resolved, as nested mappings."""
     groups = {key: value for key, value in settings.items() if key in group_names(primary)}
     try:
@@ -86,7 +89,7 @@ def compose_values(primary: Primary, settings: Mapping[str, Any]) -> dict[str, A
             if key not in groups:
                 check_key(key, known | set(groups) | set(group_names(primary)), primary=primary)
                 OmegaConf.update(composed, key, value, merge=False)
-        return _mapping(OmegaConf.to_container(composed, resolve=True, throw_on_missing=True))
+        return _mapping(OmegaConf.to_container(composed, resolve=True, throw_on_missing=require_all))
     except MissingMandatoryValue as error:
         raise ConfigError(f"`{error.full_key}` must be set, but is missing.") from error
     except (HydraException, OmegaConfBaseException) as error:
@@ -102,13 +105,29 @@ def _compose_groups(primary: Primary, groups: tuple[tuple[str, str], ...], folde
         return compose(primary, overrides=[f"{key}={value}" for key, value in groups])
 
 
+def layer_settings(primary: Primary, *layers: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns settings given in layers, of which later ones win (a file, one of its arms, the command line).
+
+    Where a layer chooses another option of a group than the ones before it, what those set inside the group goes:
+    `pruner.min_steps` of a file is no setting of `pruner=none`.
+    """
+    layered: dict[str, Any] = {}
+    for layer in layers:
+        for group in group_names(primary):
+            chosen = layered.get(group, default_options(primary)[group])
+            if group in layer and layer[group] != chosen:
+                layered = {key: value for key, value in layered.items() if not key.startswith(f"{group}.")}
+        layered |= layer
+    return layered
+
+
 def _option(value: Any) -> str:
     return value if isinstance(value, str) else repr(value)  # which no option is called
 
 
 def known_keys(settings: Mapping[str, Any]) -> set[str]:
     """Returns every dotted key of a run with these groups."""
-    return set(_flatten(compose_values("train", settings)))
+    return set(_flatten(compose_values("train", settings, require_all=False)))
 
 
 def check_key(key: str, known: set[str], *, primary: Primary) -> None:
@@ -120,12 +139,17 @@ def check_key(key: str, known: set[str], *, primary: Primary) -> None:
         )
 
 
-@cache
 def group_names(primary: Primary) -> tuple[str, ...]:
     """Returns the groups of a primary config: the folders of `conf/` that its defaults list names."""
+    return tuple(default_options(primary))
+
+
+@cache
+def default_options(primary: Primary) -> Mapping[str, str]:
+    """Returns the option of each group that a primary config takes by itself."""
     defaults = OmegaConf.load(packaged_folder("conf") / f"{primary}.yaml").defaults
-    names = [next(iter(entry)) for entry in defaults if entry != "_self_"]
-    return tuple(name for name in names if not name.startswith("override "))
+    pairs = [next(iter(entry.items())) for entry in defaults if entry != "_self_"]
+    return {group: option for group, option in pairs if not group.startswith("override ")}
 
 
 def group_options(group: str) -> list[str]:
@@ -164,8 +188,9 @@ def check_command_line(arguments: Sequence[str]) -> None:
         if override.is_sweep_override() and not {"-m", "--multirun"} & set(arguments):
             raise ConfigError(f"`{key}` must have one value, but got {value!r}. Add `-m` to run each of them.")
         values[key] = value if override.is_sweep_override() else [value]
+    only_shows = not SHOWING_FLAGS.isdisjoint(word.partition("=")[0] for word in arguments)
     for combination in itertools.product(*values.values()):
-        compose_run(dict(zip(values, combination, strict=True)))
+        compose_run(dict(zip(values, combination, strict=True)), require_all=not only_shows)
 
 
 def _is_flag(arguments: Sequence[str], position: int) -> bool:

@@ -21,6 +21,7 @@ from lorasweep.config.compose import (
     compose_run,
     group_names,
     known_keys,
+    layer_settings,
     packaged_folder,
     parse_overrides,
 )
@@ -137,7 +138,7 @@ def restore_definition(raw: Mapping[str, Any], *, source: Path | None) -> Defini
         name=file.name,
         description=file.description,
         arms=arms,
-        driver=compose_driver(_split_driver({**file.settings, **overrides})[1]),
+        driver=compose_driver(layer_settings("sweep", _split_driver(file.settings)[1], driver_overrides)),
         raw={"file": raw["file"], "overrides": dict(overrides)},
         source=source,
     )
@@ -186,52 +187,76 @@ def _build_arm(
 ) -> Arm:
     prefix = f"arms.{arm.name}."
     own = {key.removeprefix(prefix): value for key, value in overrides.items() if key.startswith(prefix)}
-    settings, own_driver = _split_driver({**shared, **arm.settings})
-    driver = compose_driver({**own_driver, **_split_driver(overrides)[1], **_split_driver(own)[1]})
-    space = dict(arm.space)
-    trials = driver.sweep.trials if driver.sweep.trials is not None and space else arm.trials
     used |= {prefix + key for key in own}
-    if "trials" in own:
-        trials = _whole(own.pop("trials"), f"{prefix}trials")
-    for key, value in {**_split_driver(_without_arms(overrides))[0], **_split_driver(own)[0]}.items():
-        if key not in own:
-            if not _reaches(key, value, settings=settings, space=space):
-                continue
-            used.add(key)
-        if isinstance(value, Mapping | list):
-            space[key] = value
-            settings.pop(key, None)
-        else:
-            settings[key] = value
-            space.pop(key, None)
-    composed = ArmConfig(name=arm.name, settings=settings, space=space, trials=trials if space else 1)
-    built = Arm(name=arm.name, settings=settings, space=_parse_space(composed), trials=composed.trials, driver=driver)
+    trials = own.pop("trials", None)
+    layers = [_split_driver(layer) for layer in (shared, arm.settings, _without_arms(overrides), own)]
+    driver = compose_driver(layer_settings("sweep", *(of_driver for _, of_driver in layers)))
+    settings, space = _layer_run([of_run for of_run, _ in layers], space=arm.space, used=used)
+    if trials is None:
+        trials = driver.sweep.trials if driver.sweep.trials is not None and arm.space else arm.trials
+    trials = _whole(trials, f"{prefix}trials") if space else 1
+    composed = ArmConfig(name=arm.name, settings=settings, space=space, trials=trials)
+    built = Arm(name=arm.name, settings=settings, space=_parse_space(composed), trials=trials, driver=driver)
     _check_arm(built)
     return built
 
 
+def _layer_run(
+    layers: Sequence[Mapping[str, Any]], *, space: Mapping[str, Any], used: set[str]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns the settings of an arm's runs, and what is swept.
+
+    Args:
+        layers: Settings of runs: the file's, the arm's, the command line's for all arms, and for this one. Of the last
+            two, a value takes the place of a range and a range that of a value.
+        space: What the file sweeps in this arm.
+        used: Gets the command line's keys for all arms that reach this one.
+    """
+    of_file, of_arm, for_all, for_this = layers
+    method = _options(*layers).get("method", "lora")
+    for_all = {k: v for k, v in for_all.items() if k not in for_this and _reaches(k, v, method=method, space=space)}
+    used |= set(for_all)
+    ranges = {key: value for key, value in {**for_all, **for_this}.items() if _is_range(value)}
+    values = [{k: v for k, v in layer.items() if not _is_range(v)} for layer in (for_all, for_this)]
+    settings = layer_settings("train", of_file, of_arm, *values)
+    return (
+        {key: value for key, value in settings.items() if key not in ranges},
+        {key: value for key, value in space.items() if not any(key in layer for layer in values)} | ranges,
+    )
+
+
 def _check_run_keys(file: SweepFile, overrides: Mapping[str, Any]) -> None:
     """Refuses a misspelt key with the nearest one of any arm, before an arm refuses it with the nearest of its own."""
-    plain = list(_without_arms(overrides))
+    plain = _without_arms(overrides)
     if plain:
-        methods = {_split_driver({**file.settings, **arm.settings})[0].get("method", "lora") for arm in file.arms}
-        known = set().union(*(known_keys({"method": method}) for method in methods))
+        of_file, *of_arms = (_split_driver(layer)[0] for layer in (file.settings, *(a.settings for a in file.arms)))
+        known = set().union(*(known_keys(_options(of_file, of_arm, plain)) for of_arm in of_arms))
         for key in plain:
             check_key(key, known, primary="train")
+
+
+def _options(*layers: Mapping[str, Any]) -> dict[str, Any]:
+    """The option of each group that is chosen; one that is swept is left out."""
+    layered = layer_settings("train", *layers)
+    return {key: layered[key] for key in group_names("train") if key in layered and not _is_range(layered[key])}
 
 
 def _without_arms(overrides: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in overrides.items() if not key.startswith("arms.")}
 
 
-def _reaches(key: str, value: Any, *, settings: Mapping[str, Any], space: Mapping[str, Any]) -> bool:
+def _reaches(key: str, value: Any, *, method: str, space: Mapping[str, Any]) -> bool:
     """Whether an override without an arm's name is for this arm: its method has the key, and a range needs a space."""
-    if isinstance(value, Mapping | list) and not space:
+    if _is_range(value) and not space:
         return False
     if not key.startswith("method."):
         return True
-    config = compose_run({"method": settings.get("method", "lora")})
+    config = compose_run({"method": method})
     return key.removeprefix("method.") in {field.name for field in dataclasses.fields(config.method)}
+
+
+def _is_range(value: Any) -> bool:
+    return isinstance(value, Mapping | list)
 
 
 def _parse_space(arm: ArmConfig) -> Space:
