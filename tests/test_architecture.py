@@ -167,7 +167,7 @@ def test_every_command_of_the_readme_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", list(sys.argv))
     commands = read_commands((ROOT / "README.md").read_text())
-    assert {words[1] for words in commands} >= {"sweep", "train", "compare"}
+    assert {words[1] for words in commands} >= {"sweep", "train", "compare", "export"}
     codes = {}
     for words in commands:
         try:

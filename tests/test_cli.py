@@ -89,6 +89,11 @@ BAD = [
     (["plan", "quickstat"], "Did you mean `quickstart`?"),
     (["compare", "full"], "full"),
     (["compare", "nowhere"], "nowhere"),
+    (
+        ["export", "nowhere", "--format", "peft", "--out", "new"],
+        "a run's folder must contain run.json, but 'nowhere' does",
+    ),
+    (["export", "full", "--format", "merged", "--out", "new"], "a run's folder must contain run.json, but 'full' does"),
     (["train", "method.rnk=4"], "`method.rnk` is not a setting. Did you mean `method.rank`?"),
     (["train", "method=lorra"], "Did you mean `lora`?"),
     (["train", "method.rank=0"], "`method.rank >= 1` must hold, but got 0."),
@@ -127,7 +132,7 @@ def test_several_folders_of_which_one_is_no_sweep_are_refused_before_any_report_
     assert {path: path.stat().st_mtime_ns for path in here.rglob("*")} == before
 
 
-@pytest.mark.parametrize("words", [["--help"], ["sweep", "--help"], ["compare", "--help"], ["plan", "--help"]])
+@pytest.mark.parametrize("words", [["--help"], *([name, "--help"] for name in ("sweep", "plan", "compare", "export"))])
 def test_help_is_shown(capsys, words):
     with pytest.raises(SystemExit) as ended:
         run(words)
@@ -139,11 +144,21 @@ def test_help_names_every_command(capsys):
     with pytest.raises(SystemExit):
         run(["--help"])
     shown = capsys.readouterr().out
-    for command in ("sweep", "train", "plan", "compare"):
+    for command in ("sweep", "train", "plan", "compare", "export"):
         assert f"\n    {command} " in shown
 
 
-@pytest.mark.parametrize("words", [[], ["swep"], ["compare"], ["sweep", "--resum"]])
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        ["swep"],
+        ["compare"],
+        ["sweep", "--resum"],
+        ["export", "run"],
+        ["export", "run", "--format", "gguf", "--out", "new"],
+    ],
+)
 def test_a_command_that_is_not_understood_ends_with_2(capsys, words):
     with pytest.raises(SystemExit) as ended:
         run(words)
@@ -173,6 +188,12 @@ def test_train_shows_its_composed_settings_and_trains_nothing(capsys, here):
     assert not files_below(here)
 
 
+def test_train_shows_settings_of_which_one_is_still_to_be_set(capsys, here):
+    assert run(["train", "--cfg", "job", "model=causal_lm"]) == DONE
+    assert yaml.safe_load(capsys.readouterr().out)["model"]["path"] == "???"
+    assert not files_below(here)
+
+
 def test_train_runs_once_in_a_new_folder_and_says_the_score(capsys, here, short):
     assert run(["train", *short]) == DONE
     record = read_run(here / "outputs" / "train" / "0001")
@@ -189,6 +210,24 @@ def test_train_writes_where_it_is_told(here, short):
     (here / "mine").mkdir()
     assert run(["train", *short, "output=mine"]) == DONE
     assert read_run(here / "mine").status == "complete"
+
+
+@pytest.mark.parametrize("format", ["peft", "merged"])
+def test_a_run_is_exported_and_the_difference_said(here, short, capsys, format):
+    assert run(["train", *short, "output=mine"]) == DONE
+    capsys.readouterr()
+    words = ["export", "mine", "--format", format, "--out", "new"]
+    assert run(words) == DONE
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"{format}, ")
+    assert ": new\nits logits differ from the run's by at most " in shown
+    assert (here / "new" / {"peft": "adapter_config.json", "merged": "config.json"}[format]).is_file()
+    before = files_below(here)
+    assert run(words) == WRONG
+    assert capsys.readouterr().err == (
+        "lorasweep: `--out` must be a new or empty folder, but 'new' is not. Name another one.\n"
+    )
+    assert files_below(here) == before
 
 
 def test_a_grid_runs_every_combination_and_leaves_nothing_else(here, short, capsys):

@@ -66,6 +66,11 @@ def build_parser() -> argparse.ArgumentParser:
     compare_parser = commands.add_parser("compare", help="write and show the report again from what is on disk")
     compare_parser.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="folders of sweeps")
     compare_parser.set_defaults(command=compare)
+    export_parser = commands.add_parser("export", help="a run's adapter for PEFT, or the merged model for transformers")
+    export_parser.add_argument("run", type=Path, metavar="RUN", help="a run's folder")
+    export_parser.add_argument("--format", required=True, choices=["peft", "merged"])
+    export_parser.add_argument("--out", required=True, type=Path, metavar="D", help="a new or empty folder")
+    export_parser.set_defaults(command=export)
     return parser
 
 
@@ -103,6 +108,20 @@ def plan(arguments: argparse.Namespace) -> int:
 def compare(arguments: argparse.Namespace) -> int:
     """Writes the report of each sweep again and shows it."""
     return show_report(arguments.folders)
+
+
+def export(arguments: argparse.Namespace) -> int:
+    """Writes a run's best weights for another tool, and says how close they are to the run."""
+    from lorasweep.training import export_run
+    from lorasweep.wording import format_bytes
+
+    written = export_run(arguments.run, format=arguments.format, out=arguments.out)
+    print(
+        f"{arguments.format}, {format_bytes(written.num_bytes)}: {written.folder}\n"
+        f"its logits differ from the run's by at most {written.difference:.2g} (the largest is "
+        f"{written.largest_logit:.3g})"
+    )
+    return DONE
 
 
 def show_report(folders: Sequence[Path]) -> int:

@@ -79,7 +79,6 @@ def config_to_peft(layers: Mapping[str, LoraLayer], model: nn.Module, *, base_pa
     alpha = Counter(alphas.values()).most_common(1)[0][0]
     return {
         "peft_type": "LORA",
-        "task_type": None,
         "base_model_name_or_path": base_path,
         "inference_mode": True,
         "r": rank,

@@ -33,3 +33,6 @@ class FrozenMethod:
 
     def load(self, model: nn.Module, folder: Path) -> None:
         """Reads nothing."""
+
+    def merge(self, model: nn.Module) -> None:
+        """Changes nothing: it is a plain model."""

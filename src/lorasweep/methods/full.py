@@ -63,6 +63,9 @@ class FullMethod:
             ) from error
         kept.load_state_dict(saved.state_dict())
 
+    def merge(self, model: nn.Module) -> None:
+        """Leaves the weights as they are, in fp32."""
+
 
 def require_transformers(model: nn.Module) -> PreTrainedModel:
     """Returns the model, known to be one that transformers can save and load.

@@ -11,7 +11,15 @@ from torch import nn
 from lorasweep.config.method import MethodConfig
 from lorasweep.errors import ConfigError
 from lorasweep.lora.files import serialise
-from lorasweep.methods.method import ParameterGroup, one_group, read_weights, replacing_files, train_copies
+from lorasweep.methods.method import (
+    ParameterGroup,
+    frozen_dtype,
+    one_group,
+    read_weights,
+    replacing_files,
+    train_copies,
+    untie_settings,
+)
 from lorasweep.models.load import BaseModel
 
 WEIGHTS_FILE = "head.safetensors"
@@ -39,9 +47,7 @@ class HeadMethod:
         """
         head = find_head(model)
         train_copies(head, head.parameters())
-        settings = getattr(model, "config", None)
-        if settings is not None and getattr(settings, "tie_word_embeddings", False):
-            settings.tie_word_embeddings = False  # else transformers would tie them again
+        untie_settings(model)
 
     def trainable_groups(self, model: nn.Module, *, lr_ratio_b: float) -> list[ParameterGroup]:
         """Returns the head's parameters as one group."""
@@ -62,6 +68,10 @@ class HeadMethod:
         """
         head = find_head(model)
         head.load_state_dict(read_weights(folder / WEIGHTS_FILE, expected=head.state_dict()))
+
+    def merge(self, model: nn.Module) -> None:
+        """Rounds the head to the dtype of the rest, in which bf16 autocast used it all along."""
+        find_head(model).to(frozen_dtype(model)).requires_grad_(False)
 
 
 def find_head(model: nn.Module) -> nn.Module:

@@ -9,8 +9,8 @@ from torch import nn
 
 from lorasweep.config.method import LoraConfig, MethodConfig
 from lorasweep.errors import ConfigError, RecordError
-from lorasweep.lora import find_targets, inject_lora, load_adapter, lora_layers, save_adapter
-from lorasweep.methods.method import ParameterGroup
+from lorasweep.lora import find_targets, inject_lora, load_adapter, lora_layers, remove_lora, save_adapter
+from lorasweep.methods.method import ParameterGroup, untie_settings
 from lorasweep.models.load import BaseModel
 
 
@@ -60,7 +60,7 @@ class LoraMethod:
         save_adapter(model, folder, base_path=base.path, base_fingerprint=base.fingerprint)
 
     def load(self, model: nn.Module, folder: Path) -> None:
-        """Reads an adapter into the LoRA layers of a prepared model.
+        """Reads an adapter into the LoRA layers of a prepared model, or puts it onto one without any.
 
         Raises:
             RecordError: A file is missing, damaged or of another base, rank or choice of layers.
@@ -69,3 +69,8 @@ class LoraMethod:
             load_adapter(model, folder)
         except ValueError as error:
             raise RecordError(str(error)) from error
+
+    def merge(self, model: nn.Module) -> None:
+        """Adds each change to its layer's weight, rounded once; a tied weight that changed is its layer's own then."""
+        remove_lora(model, keep_change=True)
+        untie_settings(model)

@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from lorasweep.config.method import MethodConfig
 from lorasweep.errors import RecordError
@@ -94,6 +95,12 @@ class Method(Protocol):
             RecordError: A file is missing or damaged, or belongs to another model; the model is then unchanged.
         """
 
+    def merge(self, model: nn.Module) -> None:
+        """Makes a prepared model a plain one of its own class again, which holds what was trained in its weights.
+
+        For use by other tools: it no longer trains. What trained beside frozen weights is rounded to their dtype.
+        """
+
 
 def copy_sharing_weights(model: Module) -> Module:
     """Returns a copy with its own modules, buffers and settings, whose parameters are the very tensors of the original.
@@ -112,6 +119,22 @@ def train_copies(model: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
         for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             if id(parameter) in copies:
                 setattr(module, name, copies[id(parameter)])
+
+
+def frozen_dtype(model: nn.Module) -> torch.dtype | None:
+    """Returns the dtype of what does not train; None where everything does."""
+    return next((p.dtype for p in model.parameters() if not p.requires_grad), None)
+
+
+def untie_settings(model: nn.Module) -> None:
+    """Notes in the settings where the head has its own weight, which transformers would tie again on loading."""
+    settings = getattr(model, "config", None)
+    if not getattr(settings, "tie_word_embeddings", False):
+        return
+    assert isinstance(model, PreTrainedModel)
+    head: nn.Module | None = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    if head is not None and head.weight is not model.get_input_embeddings().weight:
+        model.config.tie_word_embeddings = False
 
 
 def one_group(name: str, model: nn.Module) -> list[ParameterGroup]:

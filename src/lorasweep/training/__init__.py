@@ -2,20 +2,28 @@
 
 from lorasweep.training.cost import choose_pack_size, measure_pack_sizes, measure_run
 from lorasweep.training.environment import resolve_precision
+from lorasweep.training.export import Export, ExportFormat, export_run
 from lorasweep.training.pack import train_pack
+from lorasweep.training.restore import restore_base, restore_config, restore_model
 from lorasweep.training.run import build_workbench, train_run
 from lorasweep.training.run_log import RunPlace, Workbench
 from lorasweep.training.slots import Job
 
 __all__ = [
+    "Export",
+    "ExportFormat",
     "Job",
     "RunPlace",
     "Workbench",
     "build_workbench",
     "choose_pack_size",
+    "export_run",
     "measure_pack_sizes",
     "measure_run",
     "resolve_precision",
+    "restore_base",
+    "restore_config",
+    "restore_model",
     "train_pack",
     "train_run",
 ]

@@ -1,0 +1,188 @@
+"""What a run learned, for other tools: an adapter that PEFT loads, or a whole model that transformers loads.
+
+What is written is read back and compared with the run before it appears in its place.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lorasweep.config.run import ModelConfig, RunConfig
+from lorasweep.errors import ConfigError, RunError
+from lorasweep.lora import load_adapter, save_adapter
+from lorasweep.methods import METHODS, copy_sharing_weights
+from lorasweep.models.load import BaseModel, find_folder, fingerprint_weights
+from lorasweep.models.pretrained import LOADING_ERRORS, first_line, load_pretrained, quiet_transformers
+from lorasweep.record import RunRecord, read_run
+from lorasweep.training.restore import check_kept_files, restore_base, restore_config, restore_model
+
+ExportFormat = Literal["peft", "merged"]
+PROBE_ROWS, PROBE_TOKENS = 8, 16
+"""Size of the batch of random tokens whose logits are compared."""
+TASK_TYPES = {"ForCausalLM": "CAUSAL_LM", "ForSequenceClassification": "SEQ_CLS"}
+"""PEFT's word for what a class of transformers does, by the end of its name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """What was written, and how close it is to the run."""
+
+    folder: Path
+    num_bytes: int
+    difference: float
+    """Largest difference of logits, of what was written from the run's own, on one batch: merging rounds."""
+    largest_logit: float
+    """The largest of the run's own, to compare with."""
+
+
+def export_run(run: Path, *, format: ExportFormat, out: Path) -> Export:
+    """Writes the best weights of a run for PEFT or transformers.
+
+    Args:
+        run: The run's folder.
+        format: `peft` writes the adapter; `merged` the whole model with its tokenizer, the change in its weights.
+        out: A new or empty folder; nothing is in it unless all is.
+
+    Raises:
+        ConfigError: `out` is not empty, the base model can't be had, or the run's method has nothing of that format.
+        RecordError: The folder is no run, it kept no weights or they have changed, or its base model is another one.
+        RunError: What was written can't be written whole, or comes back as another model.
+    """
+    record = read_run(run)
+    config = restore_config(record)
+    _check_request(config, format=format, out=out)
+    check_kept_files(record, run, part="best")
+    with appearing_whole(out) as folder:
+        logits = (_export_adapter if format == "peft" else _export_merged)(record, config, run / "best", folder)
+        num_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    own, written = logits
+    return Export(
+        folder=out,
+        num_bytes=num_bytes,
+        difference=float((written - own).abs().max()),
+        largest_logit=float(own.abs().max()),
+    )
+
+
+@contextmanager
+def appearing_whole(out: Path) -> Iterator[Path]:
+    """Gives a folder to fill, which becomes `out` (new or empty) at the end and is gone after an error.
+
+    Raises:
+        ConfigError: Nothing can be written beside `out`.
+        RunError: Writing failed.
+    """
+    target = out.resolve()
+    place = next(parent for parent in target.parents if parent.exists())
+    try:
+        temporary = tempfile.TemporaryDirectory(prefix=".exporting-", dir=place)
+    except OSError as error:
+        raise ConfigError(f"`--out` must be a folder that can be made, but {str(out)!r} can't: {error}.") from error
+    with temporary as name:
+        folder = Path(name) / target.name
+        try:
+            folder.mkdir()
+            yield folder
+            target.parent.mkdir(parents=True, exist_ok=True)
+            folder.replace(target)
+        except (OSError, SafetensorError) as error:
+            raise RunError(f"{str(out)!r} must be written whole, but could not be: {error}.") from error
+
+
+def _check_request(config: RunConfig, *, format: ExportFormat, out: Path) -> None:
+    method = config.method.name
+    if method == "frozen":
+        raise ConfigError(
+            "a run must have trained something to be exported, but got one of `method=frozen`. "
+            f"Its model is {config.model.path!r} as it is."
+        )
+    if format == "peft" and method != "lora":
+        raise ConfigError(
+            f"`--format` must be merged for a run of `method={method}`, but got 'peft': only `method=lora` trains an "
+            "adapter. Use `--format merged`."
+        )
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"`--out` must be a new or empty folder, but {str(out)!r} is not. Name another one.")
+
+
+def _export_adapter(record: RunRecord, config: RunConfig, best: Path, folder: Path) -> tuple[Tensor, Tensor]:
+    """Writes the adapter and returns the run's logits, and those of the base with what was written."""
+    base = restore_base(record, config)
+    model = restore_model(config, base, folder=best)
+    save_adapter(
+        model,
+        folder,
+        base_path=_lasting_path(config.model),
+        base_fingerprint=base.fingerprint,
+        base_revision=config.model.revision,
+        task_type=_task_type(model),
+    )
+    written = copy_sharing_weights(base.model)
+    load_adapter(written, folder, base_fingerprint=base.fingerprint)
+    return probe_logits(model), probe_logits(written)
+
+
+def _export_merged(record: RunRecord, config: RunConfig, best: Path, folder: Path) -> tuple[Tensor, Tensor]:
+    """Writes the whole model and returns the run's logits, and those of what transformers loads again."""
+    kind, dtype, fingerprint, logits = _write_merged(config, restore_base(record, config), best, folder)
+    # by now the base and the merged model are out of memory
+    attention = {} if config.model.attention == "auto" else {"attn_implementation": config.model.attention}
+    try:
+        written = load_pretrained(kind, str(folder), dtype=dtype, **attention)
+    except LOADING_ERRORS as error:
+        raise RunError(f"a merged {kind.__name__} must load again, but does not: {first_line(error)}.") from error
+    if fingerprint_weights(written) != fingerprint:
+        raise RunError(
+            f"a merged {kind.__name__} must come back with the weights that were written, but transformers gives it "
+            "others, perhaps because it ties them. Use `--format peft`."
+        )
+    return logits, probe_logits(written)
+
+
+def _write_merged(
+    config: RunConfig, base: BaseModel, best: Path, folder: Path
+) -> tuple[type[PreTrainedModel], torch.dtype, str, Tensor]:
+    method, model = METHODS[config.method.name], restore_model(config, base, folder=best)
+    logits = probe_logits(model, autocast=method.needs_autocast and base.model.dtype == torch.bfloat16)
+    method.merge(model)
+    model.config.use_cache = True  # which training switched off
+    with quiet_transformers():
+        model.save_pretrained(folder)
+        base.tokenizer.save_pretrained(folder)
+    return type(model), model.dtype, fingerprint_weights(model), logits
+
+
+def probe_logits(model: PreTrainedModel, *, autocast: bool = False) -> Tensor:
+    """Returns the logits of one batch of random tokens, always the same, in fp32.
+
+    Args:
+        model: In evaluation mode, on the CPU.
+        autocast: Whether to compute in bf16 what training under bf16 autocast did.
+    """
+    embeddings = model.get_input_embeddings().weight
+    assert isinstance(embeddings, Tensor)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(len(embeddings), (PROBE_ROWS, PROBE_TOKENS), generator=generator)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        logits: Tensor = model(input_ids=tokens).logits
+    return logits.float()
+
+
+def _lasting_path(config: ModelConfig) -> str:
+    """Where others find the base: a folder by its full path, else the hub id."""
+    folder = find_folder(config)
+    return config.path if folder is None else str(folder.resolve())
+
+
+def _task_type(model: PreTrainedModel) -> str | None:
+    return next((task for ending, task in TASK_TYPES.items() if type(model).__name__.endswith(ending)), None)

@@ -1,0 +1,94 @@
+"""A run taken up again from its folder: its settings, its base model and the weights it kept, checked by its record."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from lorasweep.config.build import build
+from lorasweep.config.run import RunConfig
+from lorasweep.errors import ConfigError, RecordError
+from lorasweep.methods import METHODS, copy_sharing_weights
+from lorasweep.models.load import BaseModel, load_base
+from lorasweep.record import RunRecord, sha256_of
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def restore_config(record: RunRecord) -> RunConfig:
+    """Returns the settings of a run.
+
+    Raises:
+        RecordError: The record has none that this version knows.
+    """
+    try:
+        return build(RunConfig, record.config)
+    except (ConfigError, TypeError, AttributeError) as error:
+        raise RecordError(
+            f"a run's record must hold settings of this version of lorasweep, but does not: {error} "
+            "Use the version that `code` in the record names."
+        ) from error
+
+
+def restore_base(record: RunRecord, config: RunConfig) -> BaseModel:
+    """Loads the base model of a run in the precision that it had there.
+
+    Raises:
+        ConfigError: It can't be had.
+        RecordError: Its weights are not those that the run trained on.
+    """
+    precision = record.platform.get("precision")
+    if precision not in DTYPES:
+        raise RecordError(f"`precision` in a run's record must be one of {', '.join(DTYPES)}, but is {precision!r}.")
+    base = load_base(config.model, dtype=DTYPES[precision])
+    trained_on = record.base.get("fingerprint")
+    if base.fingerprint != trained_on:
+        raise RecordError(
+            f"the base model must be the one that the run was trained on (fingerprint {trained_on!r} in {precision}), "
+            f"but {config.model.path!r} has {base.fingerprint!r}. Put that model back in its place."
+        )
+    return base
+
+
+def restore_model(config: RunConfig, base: BaseModel, *, folder: Path) -> PreTrainedModel:
+    """Returns a copy of the base with the weights in `folder` (a run's `best` or `last`), in evaluation mode.
+
+    An adapter is put on as it is stored, so that a start which was worked out from the base's weights (PiSSA) is not
+    worked out again on another machine.
+
+    Raises:
+        RecordError: A file is missing or damaged, or belongs to another model.
+    """
+    method, model = METHODS[config.method.name], copy_sharing_weights(base.model)
+    if config.method.name != "lora":
+        method.prepare(model, config.method, generator=torch.Generator().manual_seed(config.seeds.init))
+    method.load(model, folder)
+    model.train(False)
+    return model
+
+
+def check_kept_files(record: RunRecord, run: Path, *, part: str) -> None:
+    """Makes sure that a run has kept weights and that they are as it wrote them.
+
+    Args:
+        record: The run's record.
+        run: Its folder.
+        part: `best` or `last`.
+
+    Raises:
+        RecordError: There are none, or one has changed.
+    """
+    if not any(path.is_file() for path in (run / part).glob("*")):
+        raise RecordError(
+            f"a run must have kept weights in `{part}`, but {str(run)!r} (status {record.status}) has none. "
+            "Name a run that was evaluated at least once."
+        )
+    for name, kept in record.files.items():
+        if not name.startswith(f"{part}/"):
+            continue
+        file = run / name
+        if not file.is_file() or sha256_of(file) != kept.get("sha256"):
+            became = "has changed" if file.is_file() else "is missing"
+            raise RecordError(f"{str(file)!r} must be as the run wrote it, but {became}. Run it again.")
