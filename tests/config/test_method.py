@@ -1,4 +1,4 @@
-"""The settings of LoRA: one default for Hydra and for Python, and no value out of range."""
+"""The settings of methods: one default for Hydra and for Python, and no value out of range."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ import math
 import pytest
 
 from lorasweep.config.compose import compose_run
-from lorasweep.config.method import LoraConfig
+from lorasweep.config.method import BitfitConfig, IntrinsicConfig, LoraConfig
 from lorasweep.errors import ConfigError
 
 
-def test_defaults_in_python_are_those_of_conf():
-    assert compose_run({"method": "lora"}).method == LoraConfig()
+@pytest.mark.parametrize("config", [LoraConfig(), BitfitConfig(), IntrinsicConfig()], ids=lambda config: config.name)
+def test_defaults_in_python_are_those_of_conf(config):
+    assert compose_run({"method": config.name}).method == config
 
 
 @pytest.mark.parametrize(
@@ -54,3 +55,24 @@ def test_an_alpha_of_zero_is_the_base_model():
 def test_settings_can_be_keys_although_they_hold_mappings():
     config = LoraConfig(rank_pattern={"q_proj": 4}, alpha_pattern={"q_proj": 1.0})
     assert {config: 1}[LoraConfig(rank_pattern={"q_proj": 4}, alpha_pattern={"q_proj": 1.0})] == 1
+
+
+@pytest.mark.parametrize("dim", [0, -1, True, 2.0])
+def test_a_dimension_out_of_range_is_refused(dim):
+    with pytest.raises(ConfigError, match=f"`method.dim >= 1` must hold, but got {dim}. Use `method=frozen` to train"):
+        IntrinsicConfig(dim=dim)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"method": "bitfit", "method.train": "weights"}, "`method.train` must be one of biases, biases_and_norms"),
+        (
+            {"method": "intrinsic", "method.form": "sid"},
+            "`method.form` must be one of did, said, but got 'sid'. Did you",
+        ),
+    ],
+)
+def test_a_choice_that_there_is_not_is_refused(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        compose_run(settings)

@@ -5,75 +5,14 @@ import copy
 import pytest
 import torch
 from torch import nn
-from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
-from lorasweep.config.method import FrozenConfig, FullConfig, HeadConfig, LoraConfig
+from lorasweep.config.method import LoraConfig
 from lorasweep.errors import ConfigError, RecordError
 from lorasweep.methods import METHODS, copy_sharing_weights
-from lorasweep.models.load import BaseModel, fingerprint_weights
+from lorasweep.models.load import fingerprint_weights
 
-CONFIGS = {
-    "lora": LoraConfig(rank=2, alpha=4),
-    "full": FullConfig(),
-    "head": HeadConfig(),
-    "frozen": FrozenConfig(),
-}
-TRAINING = [name for name in CONFIGS if name != "frozen"]
-TOKENS = torch.arange(24).reshape(2, 12)
-
-
-def make_base(*, tied=True, dtype=torch.bfloat16):
-    """A small random Llama as `load_base` gives it."""
-    torch.manual_seed(0)
-    settings = LlamaConfig(
-        vocab_size=32,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        tie_word_embeddings=tied,
-        use_cache=False,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-    model = LlamaForCausalLM(settings)
-    for name, parameter in model.named_parameters():
-        nn.init.normal_(parameter, mean=1.0 if "norm" in name else 0.0, std=0.3)
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)  # not `.to`, which would cast the rotary frequencies too
-    model.requires_grad_(False).eval()
-    return BaseModel(
-        model=model,
-        tokenizer=None,
-        path="some/base",
-        fingerprint=fingerprint_weights(model),
-        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
-    )
-
-
-def prepare(base, name, *, config=None, seed=0):
-    model = copy_sharing_weights(base.model)
-    METHODS[name].prepare(model, config or CONFIGS[name], generator=torch.Generator().manual_seed(seed))
-    return model
-
-
-def logits_of(model, name):
-    with torch.autocast("cpu", torch.bfloat16, enabled=METHODS[name].needs_autocast):
-        return model(input_ids=TOKENS[:, :-1]).logits.float()
-
-
-def train(model, name, *, steps=3, lr=0.03):
-    groups = METHODS[name].trainable_groups(model, lr_ratio_b=1.0)
-    optimizer = torch.optim.AdamW([{"params": group.params, "lr": lr * group.lr_factor} for group in groups])
-    losses = []
-    for _ in range(steps):
-        loss = cross_entropy(logits_of(model, name).flatten(0, 1), TOKENS[:, 1:].flatten())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    return losses
+from .conftest import CONFIGS, TOKENS, TRAINING, logits_of, make_base, prepare, train
 
 
 def test_registry_has_each_method_under_its_name():
@@ -134,7 +73,14 @@ def test_only_what_the_groups_hold_trains_and_in_fp32(name):
 def test_number_of_trained_parameters_is_the_methods():
     base = make_base()
     layer = 2 * (4 * (16 + 16) + 3 * (16 + 24))  # rank 2 beside four attention and three MLP layers
-    expected = {"lora": 2 * layer, "full": base.num_parameters, "head": 32 * 16, "frozen": 0}
+    expected = {
+        "lora": 2 * layer,
+        "full": base.num_parameters,
+        "head": 32 * 16,
+        "bitfit": 5 * 16,
+        "intrinsic": 40,
+        "frozen": 0,
+    }
     for name, number in expected.items():
         groups = METHODS[name].trainable_groups(prepare(base, name), lr_ratio_b=1.0)
         assert sum(parameter.numel() for group in groups for parameter in group.params) == number
@@ -202,6 +148,8 @@ def test_files_are_those_other_tools_read(tmp_path):
     assert names["lora"] == {"adapter_config.json", "adapter_model.safetensors"}
     assert {"config.json", "model.safetensors"} <= names["full"]
     assert names["head"] == {"head.safetensors"}
+    assert names["bitfit"] == {"bitfit.safetensors"}
+    assert names["intrinsic"] == {"intrinsic.safetensors"}
     assert names["frozen"] == set()
 
 
@@ -341,6 +289,17 @@ def test_lora_plus_gives_b_its_own_rate():
 
 
 def test_one_rate_is_one_group():
-    for name in TRAINING:
+    for name in set(TRAINING) - {"intrinsic"}:  # its scales have their own
         groups = METHODS[name].trainable_groups(prepare(make_base(), name), lr_ratio_b=1.0)
         assert [(group.name, group.lr_factor) for group in groups] == [(name, 1.0)]
+
+
+def test_full_keeps_changes_that_bf16_could_not_hold():
+    base = make_base()
+    model = prepare(base, "full")
+    train(model, "full", steps=1, lr=1e-6)
+    for name, parameter in model.named_parameters():
+        start = base.model.get_parameter(name)
+        assert (parameter != start.float()).float().mean() > 0.5, name  # the text has most of the vocabulary
+        # kept in bf16 it would not have moved, but where it is about as small as the step
+        assert (parameter.bfloat16() == start).float().mean() > 0.95, name

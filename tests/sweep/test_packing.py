@@ -25,6 +25,14 @@ def test_lora_trials_share_packs_and_others_run_alone(write_file, content):
     assert plans["lora"].largest.method.rank == 4
 
 
+@pytest.mark.parametrize("method", ["head", "bitfit", "intrinsic"])
+def test_methods_that_change_the_base_itself_run_alone_and_say_why(write_file, content, method):
+    content["arms"]["full"]["settings"]["method"] = method
+    plans = plan(write_file, content)
+    assert plans["full"].key is None
+    assert plans["full"].reason == f"`method={method}` has no slots on a frozen base, so its trials run alone."
+
+
 def test_arms_that_differ_in_what_a_slot_owns_share_a_pack(write_file, content):
     content["arms"]["other"] = {"settings": {"method": "lora", "method.alpha": 4, "schedule": "cosine"}, "trials": 1}
     content["arms"]["longer"] = {"settings": {"method": "lora", "trainer.max_steps": 16}, "trials": 1}

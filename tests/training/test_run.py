@@ -26,6 +26,8 @@ KEPT = {
     "lora": {"adapter_config.json", ADAPTER},
     "full": {"config.json", "generation_config.json", "model.safetensors"},
     "head": {"head.safetensors"},
+    "bitfit": {"bitfit.safetensors"},
+    "intrinsic": {"intrinsic.safetensors"},
     "frozen": set(),
 }
 
@@ -66,9 +68,14 @@ def finished(make_config, bench, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("method", ["lora", "full", "head", "frozen"])
+def settings_of(method):
+    """What names a method; the embedded model has no biases, so its norms train."""
+    return {"method": method} | ({"method.train": "biases_and_norms"} if method == "bitfit" else {})
+
+
+@pytest.mark.parametrize("method", KEPT)
 def test_a_run_leaves_exactly_these_files(tmp_path, make_config, bench, method):
-    record = train(tmp_path, make_config({"method": method}), bench=bench)
+    record = train(tmp_path, make_config(settings_of(method)), bench=bench)
     events = {name for name in files_below(tmp_path) if name.startswith("events.out.tfevents.")}
     weights = {f"{part}/{name}" for part in ("best", "last") for name in KEPT[method]}
     assert len(events) == 1
@@ -78,10 +85,10 @@ def test_a_run_leaves_exactly_these_files(tmp_path, make_config, bench, method):
         assert described == {"bytes": (tmp_path / name).stat().st_size, "sha256": sha256_of(tmp_path / name)}
 
 
-@pytest.mark.parametrize("method", ["lora", "full", "head", "frozen"])
+@pytest.mark.parametrize("method", KEPT)
 def test_the_base_is_bit_equal_afterwards_and_frozen(tmp_path, make_config, bench, method):
     before = {name: tensor.clone() for name, tensor in bench.base.model.state_dict().items()}
-    train(tmp_path, make_config({"method": method}), bench=bench)
+    train(tmp_path, make_config(settings_of(method)), bench=bench)
     after = bench.base.model.state_dict()
     assert list(after) == list(before)
     assert all(torch.equal(after[name], before[name]) for name in before)
@@ -90,13 +97,25 @@ def test_the_base_is_bit_equal_afterwards_and_frozen(tmp_path, make_config, benc
     assert not bench.base.model.training
 
 
-@pytest.mark.parametrize("method", ["lora", "full", "head"])
+@pytest.mark.parametrize("method", [method for method in KEPT if method != "frozen"])
 def test_training_lowers_the_loss(tmp_path, make_config, bench, method):
     lr = 2e-4 if method == "full" else 1e-3
-    config = make_config({"method": method, "optim.lr": lr, "trainer.max_steps": 8, "trainer.batch_size": 4})
+    longer = {"optim.lr": lr, "trainer.max_steps": 8, "trainer.batch_size": 4}
+    config = make_config(settings_of(method) | longer)
     train(tmp_path, config, bench=bench)
     base = train(tmp_path / "base", make_config({"method": "frozen"}), bench=bench)
     assert read_run(tmp_path).score < base.score
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_an_alpha_of_zero_scores_exactly_as_the_base(tmp_path, make_config, precision):
+    bench = build_workbench(make_config({"trainer.precision": precision}))
+    silent = make_config({"method.alpha": 0.0, "trainer.precision": precision})
+    frozen = make_config({"method": "frozen", "trainer.precision": precision})
+    base = train(tmp_path / "base", frozen, bench=bench)
+    record = train(tmp_path / "silent", silent, bench=bench)
+    assert record.score == base.score
+    assert {values["loss"] for _, values in evaluations(tmp_path / "silent")} == {base.last["loss"]}
 
 
 def test_the_record_says_everything(finished, make_config, bench):
@@ -244,6 +263,8 @@ RESUMED = [
     pytest.param({"trainer.accumulate": 2, "method.dropout": 0.5}, [3], id="with accumulation and dropout"),
     pytest.param({"method": "full", "optim.lr": 1e-3}, [3], id="full"),
     pytest.param({"method": "head"}, [3], id="head"),
+    pytest.param(settings_of("bitfit"), [3], id="bitfit"),
+    pytest.param({"method": "intrinsic"}, [3], id="intrinsic"),
     pytest.param({"optim.lr_ratio_b": 4.0, "schedule": "cosine", "optim.weight_decay": 0.1}, [3], id="two groups"),
 ]
 

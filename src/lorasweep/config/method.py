@@ -16,6 +16,8 @@ Scaling = Literal["alpha_over_rank", "alpha_over_sqrt_rank"]
 Init = Literal["default", "gaussian", "pissa", "orthogonal"]
 Variant = Literal["lora", "dora"]
 TrainedBias = Literal["none", "lora_only", "all"]
+TrainedVectors = Literal["biases", "biases_and_norms"]
+IntrinsicForm = Literal["did", "said"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,10 +110,37 @@ class HeadConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BitfitConfig:
+    """Settings of training the biases alone (Ben Zaken et al. 2022, arXiv 2106.10199)."""
+
+    name: Literal["bitfit"] = "bitfit"
+    train: TrainedVectors = "biases"
+    """`biases_and_norms` also trains the weights of norms, which is all there is in a model without biases."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class IntrinsicConfig:
+    """Settings of training a few numbers that are projected at random into all weights (arXiv 2012.13255)."""
+
+    name: Literal["intrinsic"] = "intrinsic"
+    dim: int = 200
+    """Numbers d that train, >= 1; under `said` the layers' scales are among them."""
+    form: IntrinsicForm = "said"
+    """`did`: one projection for all weights (section 3); `said`: with a scale per layer that trains too (section 4)."""
+
+    def __post_init__(self) -> None:
+        """Refuses a dimension out of range."""
+        if _is_no_int(self.dim) or self.dim < 1:
+            raise ConfigError(
+                f"`method.dim >= 1` must hold, but got {self.dim!r}. Use `method=frozen` to train nothing."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class FrozenConfig:
     """Settings of the base model as it is: nothing trains (the α/r = 0 row)."""
 
     name: Literal["frozen"] = "frozen"
 
 
-MethodConfig = LoraConfig | FullConfig | HeadConfig | FrozenConfig
+MethodConfig = LoraConfig | FullConfig | HeadConfig | BitfitConfig | IntrinsicConfig | FrozenConfig

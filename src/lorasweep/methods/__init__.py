@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from lorasweep.methods.bitfit import BitfitMethod
 from lorasweep.methods.frozen import FrozenMethod
 from lorasweep.methods.full import FullMethod
 from lorasweep.methods.head import HeadMethod
+from lorasweep.methods.intrinsic import IntrinsicMethod
 from lorasweep.methods.lora import LoraMethod
 from lorasweep.methods.method import Method, ParameterGroup, copy_sharing_weights
 
 METHODS: Mapping[str, Method] = {
-    method.name: method for method in (LoraMethod(), FullMethod(), HeadMethod(), FrozenMethod())
+    method.name: method
+    for method in (LoraMethod(), FullMethod(), HeadMethod(), BitfitMethod(), IntrinsicMethod(), FrozenMethod())
 }
 
 __all__ = ["METHODS", "Method", "ParameterGroup", "copy_sharing_weights"]

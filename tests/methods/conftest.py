@@ -1,0 +1,74 @@
+"""What tests of methods share: a small random model, and how a method prepares and trains a copy of it."""
+
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from lorasweep.config.method import BitfitConfig, FrozenConfig, FullConfig, HeadConfig, IntrinsicConfig, LoraConfig
+from lorasweep.methods import METHODS, copy_sharing_weights
+from lorasweep.models.load import BaseModel, fingerprint_weights
+
+CONFIGS = {
+    "lora": LoraConfig(rank=2, alpha=4),
+    "full": FullConfig(),
+    "head": HeadConfig(),
+    "bitfit": BitfitConfig(train="biases_and_norms"),
+    "intrinsic": IntrinsicConfig(dim=40),
+    "frozen": FrozenConfig(),
+}
+TRAINING = [name for name in CONFIGS if name != "frozen"]
+TOKENS = torch.arange(24).reshape(2, 12)
+
+
+def make_base(*, tied=True, dtype=torch.bfloat16):
+    """A small random Llama as `load_base` gives it."""
+    torch.manual_seed(0)
+    settings = LlamaConfig(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        tie_word_embeddings=tied,
+        use_cache=False,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    model = LlamaForCausalLM(settings)
+    for name, parameter in model.named_parameters():
+        nn.init.normal_(parameter, mean=1.0 if "norm" in name else 0.0, std=0.3)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)  # not `.to`, which would cast the rotary frequencies too
+    model.requires_grad_(False).eval()
+    return BaseModel(
+        model=model,
+        tokenizer=None,
+        path="some/base",
+        fingerprint=fingerprint_weights(model),
+        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+    )
+
+
+def prepare(base, name, *, config=None, seed=0):
+    model = copy_sharing_weights(base.model)
+    METHODS[name].prepare(model, config or CONFIGS[name], generator=torch.Generator().manual_seed(seed))
+    return model
+
+
+def logits_of(model, name):
+    with torch.autocast("cpu", torch.bfloat16, enabled=METHODS[name].needs_autocast):
+        return model(input_ids=TOKENS[:, :-1]).logits.float()
+
+
+def train(model, name, *, steps=3, lr=0.03):
+    groups = METHODS[name].trainable_groups(model, lr_ratio_b=1.0)
+    optimizer = torch.optim.AdamW([{"params": group.params, "lr": lr * group.lr_factor} for group in groups])
+    losses = []
+    for _ in range(steps):
+        loss = cross_entropy(logits_of(model, name).flatten(0, 1), TOKENS[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses

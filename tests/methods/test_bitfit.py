@@ -1,0 +1,115 @@
+"""`bitfit`: the biases train and nothing else; a model without them is refused, or its norms train."""
+
+import pytest
+import torch
+from torch import nn
+from transformers import BertConfig, BertForSequenceClassification
+
+from lorasweep.config.method import BitfitConfig
+from lorasweep.errors import ConfigError, RecordError
+from lorasweep.methods import METHODS, copy_sharing_weights
+from lorasweep.models.load import BaseModel, fingerprint_weights
+
+from .conftest import make_base
+
+METHOD = METHODS["bitfit"]
+BIASES, NORMS = BitfitConfig(), BitfitConfig(train="biases_and_norms")
+
+
+def make_bert(*, dtype=torch.float32):
+    torch.manual_seed(0)
+    settings = BertConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, num_labels=3
+    )
+    model = BertForSequenceClassification(settings).to(dtype).requires_grad_(False).eval()
+    number = sum(p.numel() for p in model.parameters())
+    return BaseModel(
+        model=model, tokenizer=None, path="bert", fingerprint=fingerprint_weights(model), num_parameters=number
+    )
+
+
+def prepare(base, config):
+    model = copy_sharing_weights(base.model)
+    METHOD.prepare(model, config, generator=torch.Generator())
+    return model
+
+
+def trained_names(model):
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def logits_of(model):
+    with torch.autocast("cpu", torch.bfloat16, enabled=METHOD.needs_autocast):
+        return model(input_ids=torch.arange(12).reshape(2, 6)).logits.float()
+
+
+def test_biases_train_and_nothing_else():
+    base = make_bert()
+    expected = {name for name, _ in base.model.named_parameters() if name.endswith(".bias")}
+    assert trained_names(prepare(base, BIASES)) == expected
+    assert "classifier.bias" in expected
+
+
+def test_norms_train_where_they_are_asked_for():
+    base = make_bert()
+    norms = {name for name, _ in base.model.named_parameters() if name.endswith("LayerNorm.weight")}
+    assert trained_names(prepare(base, NORMS)) == trained_names(prepare(base, BIASES)) | norms
+    llama = trained_names(prepare(make_base(), NORMS))
+    assert llama == {name for name, _ in make_base().model.named_parameters() if "norm" in name}
+    assert len(llama) == 5
+
+
+def test_biases_of_other_names_count_and_relative_positions_do_not():
+    attention = nn.MultiheadAttention(8, 2)
+    attention.relative_attention_bias = nn.Embedding(4, 2)
+    assert trained_names(prepare_plain(attention)) == {"in_proj_bias", "out_proj.bias"}
+
+
+def prepare_plain(model):
+    copied = copy_sharing_weights(model.requires_grad_(False))
+    METHOD.prepare(copied, BIASES, generator=torch.Generator())
+    return copied
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("config", [BIASES, NORMS], ids=["biases", "norms"])
+def test_training_moves_only_copies_and_what_is_saved_comes_back(dtype, config, tmp_path):
+    base = make_bert(dtype=dtype)
+    model = prepare(base, config)
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    optimizer = torch.optim.AdamW(METHOD.trainable_groups(model, lr_ratio_b=1.0)[0].params, lr=0.05)
+    losses = []
+    for _ in range(5):
+        loss = nn.functional.cross_entropy(logits_of(model), torch.tensor([0, 2]))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    assert fingerprint_weights(base.model) == base.fingerprint
+    METHOD.save(model, tmp_path, base=base)
+    loaded = prepare(base, config)
+    METHOD.load(loaded, tmp_path)
+    assert torch.equal(logits_of(loaded), logits_of(model))
+    assert trained_names(loaded) == trained_names(model)
+
+
+def test_model_without_biases_is_refused_with_what_to_do():
+    base = make_base()
+    message = r"`method.train=biases` needs a model with biases, but LlamaForCausalLM has none. Use .*biases_and_norms"
+    with pytest.raises(ConfigError, match=message):
+        METHOD.check(base.model, BIASES)
+    with pytest.raises(ConfigError, match=message):
+        prepare(base, BIASES)
+
+
+def test_model_with_neither_is_refused():
+    with pytest.raises(ConfigError, match="needs a model with biases or norms, but Linear has neither"):
+        METHOD.check(nn.Linear(2, 2, bias=False), NORMS)
+
+
+def test_file_of_another_choice_is_refused(tmp_path):
+    base = make_bert()
+    METHOD.save(prepare(base, NORMS), tmp_path, base=base)
+    with pytest.raises(RecordError, match=r"differs from it in '.*LayerNorm.weight'"):
+        METHOD.load(prepare(base, BIASES), tmp_path)

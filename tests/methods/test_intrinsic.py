@@ -1,0 +1,319 @@
+"""`intrinsic`: what trains, that it reaches what full fine-tuning reaches where d allows, files, ties and merging."""
+
+import copy
+import math
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import BertConfig, BertForSequenceClassification
+
+from lorasweep.config.method import IntrinsicConfig
+from lorasweep.errors import ConfigError, RecordError
+from lorasweep.methods import METHODS, copy_sharing_weights
+from lorasweep.methods.intrinsic import WEIGHTS_FILE, Coordinates, layer_of, require_coordinates
+
+from .conftest import logits_of, make_base, prepare, train
+
+DID, SAID = IntrinsicConfig(dim=40, form="did"), IntrinsicConfig(dim=40, form="said")
+LAYERS = 4  # of the small Llama: embeddings (tied to the head), two blocks, the last norm
+METHOD = METHODS["intrinsic"]
+
+
+def prepare_any(model, config, *, seed=0):
+    copied = copy_sharing_weights(model)
+    METHOD.prepare(copied, config, generator=torch.Generator().manual_seed(seed))
+    return copied
+
+
+def set_numbers(model, *, seed=0):
+    """Puts trained-looking values in place of the zeros."""
+    coordinates = require_coordinates(model)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        coordinates.numbers.normal_(std=0.02, generator=generator)
+        if coordinates.scales is not None:
+            coordinates.scales.add_(0.1 * torch.randn(coordinates.scales.shape, generator=generator))
+
+
+def weights_of(model):
+    """Every weight as the forward pass sees it, by its name in the base."""
+    found = {}
+    for name, module in model.named_modules():
+        for key in getattr(module, "parametrizations", {}):
+            found[f"{name}.{key}"] = getattr(module, key).detach()
+    return found
+
+
+def changes_of(model, base):
+    """What each weight differs by from the base's."""
+    weights = weights_of(model)
+    return {name: weights[name] - before for name, before in base.model.named_parameters()}
+
+
+@pytest.mark.parametrize("form", ["did", "said"])
+def test_as_many_numbers_train_as_the_dimension_says(form):
+    model = prepare(make_base(), "intrinsic", config=IntrinsicConfig(dim=40, form=form))
+    trained = {name.rpartition(".")[2]: p.numel() for name, p in model.named_parameters() if p.requires_grad}
+    expected = {"numbers": 40} if form == "did" else {"numbers": 40 - LAYERS, "scales": LAYERS}
+    assert trained == expected
+
+
+def test_every_weight_moves():
+    base = make_base(dtype=torch.float32, tied=False)
+    model = prepare(base, "intrinsic", config=DID)
+    set_numbers(model)
+    weights = weights_of(model)
+    assert weights.keys() == dict(base.model.named_parameters()).keys()
+    for name, before in base.model.named_parameters():
+        assert (weights[name] - before).abs().min() > 0
+
+
+def test_change_is_the_projection_times_the_layers_scale():
+    base = make_base(dtype=torch.float32)
+    did, said = prepare(base, "intrinsic", config=DID), prepare(base, "intrinsic", config=SAID)
+    assert require_coordinates(said).seed == require_coordinates(did).seed
+    set_numbers(said)
+    scales = require_coordinates(said).scales
+    with torch.no_grad():
+        scales.copy_(torch.tensor([2.0, 0.5, 3.0, 1.0]))  # embeddings, first block, second block, last norm
+    moved = changes_of(said, base)
+    with torch.no_grad():
+        scales.fill_(1.0)
+    plain = changes_of(said, base)
+    for name, factor in [("embed_tokens", 2.0), ("layers.0.mlp.up_proj", 0.5), ("layers.1.input_layernorm", 3.0)]:
+        # fp32 weights of up to about 1 were subtracted
+        assert torch.allclose(moved[f"model.{name}.weight"], factor * plain[f"model.{name}.weight"], atol=1e-6)
+
+
+def test_gradient_through_a_model_is_that_of_finite_differences():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double().requires_grad_(False)
+    prepared = prepare_any(model, IntrinsicConfig(dim=9, form="said")).double()
+    set_numbers(prepared)
+    x = torch.randn(5, 3, dtype=torch.float64)
+
+    names = [name for name, p in prepared.named_parameters() if p.requires_grad]
+
+    def forward(*values):
+        return torch.func.functional_call(prepared, dict(zip(names, values, strict=True)), (x,))
+
+    trained = [prepared.get_parameter(name).detach().requires_grad_() for name in names]
+    assert [len(p) for p in trained] == [7, 2]
+    assert torch.autograd.gradcheck(forward, trained)
+
+
+def test_with_all_dimensions_a_planted_linear_problem_is_solved_as_by_full():
+    torch.manual_seed(0)
+    model = nn.Linear(8, 8, bias=False)
+    x, planted = torch.randn(64, 8), torch.randn(8, 8)
+    y = x @ (model.weight + planted).detach().T
+
+    def fit(trained, parameters, *, steps=400):
+        optimizer = torch.optim.LBFGS(parameters, max_iter=steps, tolerance_grad=1e-9, tolerance_change=0.0)
+
+        def closure():
+            optimizer.zero_grad()
+            loss = (trained(x) - y).square().mean()
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+        return float((trained(x) - y).detach().square().mean())
+
+    whole = copy.deepcopy(model)
+    floor = fit(whole, whole.parameters())
+    start = float((model(x) - y).detach().square().mean())
+    assert floor < 1e-6 * start
+    losses = {}
+    for dim in (16, 32, 64):
+        prepared = prepare_any(model.requires_grad_(False), IntrinsicConfig(dim=dim, form="did"))
+        losses[dim] = fit(prepared, [require_coordinates(prepared).numbers])
+    assert losses[64] < 1e-6 * start  # 64 numbers are as many as the weights
+    assert losses[16] > losses[32] > 0.1 * start  # fewer leave out what lies outside their subspace
+
+
+def test_tied_weights_share_their_change():
+    model = prepare(make_base(tied=True), "intrinsic", config=DID)
+    set_numbers(model)
+    assert torch.equal(model.lm_head.weight, model.model.embed_tokens.weight)
+    untied = prepare(make_base(tied=False), "intrinsic", config=DID)
+    base = make_base(tied=False)
+    set_numbers(untied)
+    change = untied.lm_head.weight - base.model.lm_head.weight
+    assert not torch.equal(change, untied.model.embed_tokens.weight - base.model.model.embed_tokens.weight)
+
+
+def test_whole_numbers_and_other_buffers_stay():
+    model = nn.Sequential(nn.BatchNorm1d(16), nn.Linear(16, 16))
+    prepared = prepare_any(model, IntrinsicConfig(dim=8))
+    assert prepared[0].running_mean.equal(model[0].running_mean)
+    assert prepared[0].num_batches_tracked.dtype == torch.int64
+
+
+def test_newly_drawn_head_moves_within_the_same_numbers():
+    torch.manual_seed(0)
+    settings = BertConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, num_labels=3
+    )
+    model = BertForSequenceClassification(settings).requires_grad_(False).eval()
+    prepared = prepare_any(model, IntrinsicConfig(dim=64))
+    set_numbers(prepared)
+    assert (prepared.classifier.weight - model.classifier.weight).abs().min() > 0
+    tokens = torch.arange(12).reshape(2, 6)
+    assert not torch.equal(prepared(input_ids=tokens).logits, model(input_ids=tokens).logits)
+    assert sum(p.numel() for p in prepared.parameters() if p.requires_grad) == 64
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_have_the_bases_dtype_and_gradients_fp32(dtype):
+    model = prepare(make_base(dtype=dtype), "intrinsic", config=SAID)
+    set_numbers(model)
+    assert {weight.dtype for weight in weights_of(model).values()} == {dtype}
+    logits_of(model, "intrinsic").sum().backward()
+    coordinates = require_coordinates(model)
+    assert {coordinates.numbers.grad.dtype, coordinates.scales.grad.dtype} == {torch.float32}
+
+
+def test_projection_depends_on_the_generator_alone():
+    base = make_base(dtype=torch.float32)
+    weights = []
+    for torch_seed, seed in [(1, 5), (2, 5), (1, 6)]:
+        torch.manual_seed(torch_seed)
+        state = torch.get_rng_state()
+        model = prepare(base, "intrinsic", config=DID, seed=seed)
+        assert torch.equal(torch.get_rng_state(), state)
+        set_numbers(model)
+        weights.append(weights_of(model)["model.layers.0.mlp.up_proj.weight"])
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+
+
+def test_a_copy_of_a_prepared_model_is_independent():
+    model = prepare(make_base(), "intrinsic", config=DID)
+    copied = copy.deepcopy(model)
+    set_numbers(copied)
+    assert not torch.equal(logits_of(copied, "intrinsic"), logits_of(model, "intrinsic"))
+    assert not require_coordinates(model).numbers.any()
+
+
+def test_file_has_the_numbers_and_the_seed_alone(tmp_path):
+    base = make_base()
+    model = prepare(base, "intrinsic", config=SAID, seed=7)
+    train(model, "intrinsic")
+    METHOD.save(model, tmp_path, base=base)
+    assert {name: tensor.numel() for name, tensor in load_file(tmp_path / WEIGHTS_FILE).items()} == {
+        "numbers": 40 - LAYERS,
+        "scales": LAYERS,
+    }
+    with safe_open(tmp_path / WEIGHTS_FILE, framework="pt") as file:
+        stored = file.metadata()
+    assert stored["seed"] == str(require_coordinates(model).seed)
+    assert stored["base_fingerprint"] == base.fingerprint
+    assert (tmp_path / WEIGHTS_FILE).stat().st_size < 1000
+
+
+def change_metadata(folder, **changes):
+    with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
+        stored = file.metadata() | changes
+    save_file(load_file(folder / WEIGHTS_FILE), folder / WEIGHTS_FILE, metadata=stored)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"form": "did"}, "must have form 'said', but got 'did'"),
+        ({"num_weights": "5"}, "must have num_weights '.*', but got '5'"),
+        ({"seed": "x"}, "must have a seed below 2\\*\\*32, but got 'x'"),
+        ({"seed": "-1"}, "must have a seed below 2\\*\\*32, but got '-1'"),
+        ({"seed": str(2**32)}, "must have a seed below 2\\*\\*32, but got '4294967296'"),
+    ],
+)
+def test_file_of_another_projection_is_refused_and_changes_nothing(changes, message, tmp_path):
+    base = make_base()
+    trained = prepare(base, "intrinsic", config=SAID)
+    train(trained, "intrinsic")
+    METHOD.save(trained, tmp_path, base=base)
+    change_metadata(tmp_path, **changes)
+    model = prepare(base, "intrinsic", config=SAID, seed=3)
+    with pytest.raises(RecordError, match=message):
+        METHOD.load(model, tmp_path)
+    assert not require_coordinates(model).numbers.any()
+    assert require_coordinates(model).seed == require_coordinates(prepare(base, "intrinsic", config=SAID, seed=3)).seed
+
+
+def test_file_of_another_dimension_is_refused(tmp_path):
+    base = make_base()
+    METHOD.save(prepare(base, "intrinsic", config=DID), tmp_path, base=base)
+    other = prepare(base, "intrinsic", config=IntrinsicConfig(dim=41, form="did"))
+    with pytest.raises(RecordError, match="differs from it in 'numbers'"):
+        METHOD.load(other, tmp_path)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_merged_model_is_a_plain_one_with_the_same_output(tied, dtype):
+    base = make_base(tied=tied, dtype=dtype)
+    before = copy.deepcopy(base.model.state_dict())
+    model = prepare(base, "intrinsic", config=SAID)
+    train(model, "intrinsic")
+    expected = logits_of(model, "intrinsic")
+    METHOD.merge(model)
+    assert torch.equal(logits_of(model, "intrinsic"), expected)
+    assert [type(module) for module in model.modules()] == [type(module) for module in base.model.modules()]
+    assert model.state_dict().keys() == before.keys()
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+    assert not any(isinstance(module, Coordinates) for module in model.modules())
+    assert all(torch.equal(tensor, before[key]) for key, tensor in base.model.state_dict().items())
+    assert not any(p is q for p, q in zip(model.parameters(), base.model.parameters(), strict=True))
+
+
+def test_scales_learn_at_the_rate_of_columns_of_length_one():
+    base = make_base()
+    groups = {g.name: g for g in METHOD.trainable_groups(prepare(base, "intrinsic", config=SAID), lr_ratio_b=1.0)}
+    assert groups["intrinsic"].lr_factor == 1.0
+    assert groups["scales"].lr_factor == pytest.approx(math.sqrt(base.num_parameters / (40 - LAYERS)))
+
+
+@pytest.mark.parametrize(
+    ("name", "layer"),
+    [
+        ("model.layers.11.self_attn.q_proj.weight", "model.layers.11"),
+        ("model.embed_tokens.weight", "model.embed_tokens"),
+        ("bert.encoder.layer.0.output.LayerNorm.bias", "bert.encoder.layer.0"),
+        ("encoder.block.0.layer.1.wi.weight", "encoder.block.0"),
+        ("0.weight", "0"),
+        ("weight", ""),
+        ("norm1.weight", "norm1"),
+    ],
+)
+def test_a_layer_is_a_block_or_a_module_outside_them(name, layer):
+    assert layer_of(name) == layer
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"dim": 10**6}, r"`method.dim <= \d+` must hold, the number of weights, but got 1000000. .*`method=full`"),
+        ({"dim": 4}, r"`method.dim > 4` must hold with `method.form=said`, .* but got 4. Raise `method.dim`"),
+    ],
+)
+def test_dimension_that_does_not_fit_is_found_by_check_and_by_prepare(settings, message):
+    base = make_base()
+    config = IntrinsicConfig(**settings)
+    with pytest.raises(ConfigError, match=message):
+        METHOD.check(base.model, config)
+    with pytest.raises(ConfigError, match=message):
+        prepare(base, "intrinsic", config=config)
+
+
+def test_without_scales_fewer_numbers_than_layers_are_enough():
+    METHOD.check(make_base().model, IntrinsicConfig(dim=1, form="did"))
+
+
+def test_prepared_model_is_not_prepared_again():
+    model = prepare(make_base(), "intrinsic", config=DID)
+    with pytest.raises(ConfigError, match="needs a model that it has not prepared yet"):
+        METHOD.prepare(model, DID, generator=torch.Generator())
