@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from lorasweep.record import Direction
+from lorasweep.report.dimension import describe_d90, find_d90
 from lorasweep.report.tables import Arm, SweepData, Trial
 from lorasweep.wording import (
     format_count,
@@ -89,6 +90,8 @@ class Summary:
     steps_saved_by_pruning: int
     """Steps planned but not done, over pruned trials."""
     base: FrozenBase
+    d90: int | None
+    """Smallest dimension of `method=intrinsic` that keeps 90 % of full fine-tuning's gain; null where none is known."""
     arms: tuple[ArmSummary, ...]
     sentences: tuple[str, ...]
 
@@ -111,8 +114,9 @@ def summarize(data: SweepData) -> Summary:
         steps_done=sum(record.steps_done for record in records),
         steps_saved_by_pruning=_steps_saved(data),
         base=FrozenBase(score=data.score_of("frozen")),
+        d90=find_d90(data),
         arms=tuple(_summarize_arm(arm, data) for arm in data.arms),
-        sentences=(*_comparison(data), *_effort(data), ONE_SEED, *_edges(data)),
+        sentences=(*_comparison(data), *describe_d90(data), *_effort(data), ONE_SEED, *_edges(data)),
     )
 
 

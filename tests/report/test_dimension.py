@@ -1,0 +1,96 @@
+"""d90: which dimension it names, and what it says where there is none."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lorasweep.report.dimension import describe_d90, find_d90, share_by_dimension
+from lorasweep.report.summary import summarize
+from lorasweep.report.tables import SweepData, load_sweep_data
+
+from .conftest import BASE_SCORE, build_sweep, edit_json
+
+
+def sweep_of(folder: Path, shares: Mapping[int, float], *, maximize: bool = False, **missing: int) -> SweepData:
+    """A sweep with an arm per dimension that keeps that share of full's gain, and a worse trial in each."""
+    build_sweep(folder, **missing)
+    full = (
+        min(t.value for t in load_sweep_data(folder).trials if t.method == "full" and t.value) if not missing else 1.7
+    )
+
+    def add(raw: dict[str, Any]) -> None:
+        for dim, share in shares.items():
+            arm = {**raw["arms"][-1], "name": f"dim_{dim}", "method": "intrinsic", "settings": {"method.dim": dim}}
+            raw["arms"].append(arm)
+            for number, kept in enumerate((share - 0.3, share)):
+                value = BASE_SCORE - kept * (BASE_SCORE - full)
+                row = {**raw["trials"][-1], "arm": arm["name"], "number": number, "value": value, "state": "complete"}
+                raw["trials"].append({**row, "params": {"method.dim": dim}})
+        if maximize:
+            raw["direction"] = "maximize"
+            for trial in raw["trials"]:
+                trial["value"] = None if trial["value"] is None else -trial["value"]
+
+    edit_json(folder / "sweep.json", add)
+    return load_sweep_data(folder)
+
+
+@pytest.mark.parametrize("maximize", [False, True])
+def test_d90_is_the_smallest_dimension_that_keeps_90_percent_of_the_gain(tmp_path: Path, maximize: bool) -> None:
+    data = sweep_of(tmp_path, {512: 0.93, 8: 0.4, 64: 0.89, 2048: 0.99}, maximize=maximize)
+    assert share_by_dimension(data) == pytest.approx({8: 0.4, 64: 0.89, 512: 0.93, 2048: 0.99})
+    assert find_d90(data) == 512
+    (sentence,) = describe_d90(data)
+    assert sentence == (
+        "d90 = 512: the smallest of the dimensions tried (8, 64, 512, 2048) whose best score keeps 90 % of full "
+        "fine-tuning's gain; it keeps 93 %."
+    )
+
+
+def test_where_none_keeps_enough_the_sentence_says_so(tmp_path: Path) -> None:
+    data = sweep_of(tmp_path, {8: 0.4, 64: 0.7})
+    assert find_d90(data) is None
+    assert describe_d90(data) == [
+        "d90 is above 64: none of the dimensions tried (8, 64) keeps 90 % of full fine-tuning's gain; "
+        "64 keeps most, 70 %."
+    ]
+
+
+def test_smallest_tried_and_larger_ones_that_fall_short_are_said(tmp_path: Path) -> None:
+    sentences = describe_d90(sweep_of(tmp_path, {8: 0.91, 64: 0.88, 512: 0.95}))
+    assert sentences[1:] == [
+        "It is the smallest that was tried: smaller ones may do.",
+        "64, though larger, keeps less: search its learning rate longer.",
+    ]
+
+
+@pytest.mark.parametrize("missing", ["full", "frozen"])
+def test_without_an_end_of_the_comparison_nothing_is_said(tmp_path: Path, missing: str) -> None:
+    assert describe_d90(sweep_of(tmp_path, {8: 0.9}, **{missing: 0})) == []
+
+
+def test_trials_that_did_not_end_do_not_count(tmp_path: Path) -> None:
+    data = sweep_of(tmp_path, {8: 0.95})
+
+    def prune(raw: dict[str, Any]) -> None:
+        raw["trials"][-1]["state"] = "pruned"
+
+    edit_json(data.folder / "sweep.json", prune)
+    assert share_by_dimension(load_sweep_data(data.folder)) == pytest.approx({8: 0.65})
+
+
+def test_summary_has_d90_and_its_sentence(tmp_path: Path) -> None:
+    data = sweep_of(tmp_path, {8: 0.4, 64: 0.92})
+    summary = summarize(data)
+    assert summary.as_json()["d90"] == 64
+    assert describe_d90(data)[0] in summary.sentences
+
+
+def test_summary_without_the_method_has_none(sweep: Path) -> None:
+    summary = summarize(load_sweep_data(sweep))
+    assert summary.as_json()["d90"] is None
+    assert not any("d90" in sentence for sentence in summary.sentences)
