@@ -457,9 +457,9 @@ def test_tensorboard_has_the_curves(finished):
 
 
 @pytest.mark.skipif(not has_cpu_bf16(), reason="this processor does not multiply bf16")
-@pytest.mark.parametrize("method", ["lora", "full", "head"])
+@pytest.mark.parametrize("method", ["lora", "full", "head", "bitfit", "intrinsic"])
 def test_bf16_bases_train_in_fp32(tmp_path, make_config, method):
-    config = make_config({"method": method, "trainer.precision": "bf16"})
+    config = make_config(settings_of(method) | {"trainer.precision": "bf16"})
     bench = build_workbench(config)
     assert {p.dtype for p in bench.base.model.parameters()} == {torch.bfloat16}
     before = fingerprint_weights(bench.base.model)
