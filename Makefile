@@ -44,7 +44,7 @@ bench-pack: $(READY) ## packs beside one run after another
 	$(BIN)/python benchmarks/bench_pack.py --model tiny minilm
 
 bench-sweep: $(READY) ## the quickstart's LoRA arm with packs and pruning beside the same trials one by one
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/python benchmarks/bench_sweep.py
+	$(BIN)/python benchmarks/bench_sweep.py
 
 clean: ## the environment and caches; outputs/ stays
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -213,6 +215,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--quick", action="store_true", help="one seed, a few steps: does it run?")
     arguments = parser.parse_args()
+    if "OMP_WAIT_POLICY" not in os.environ:  # read as torch starts; the command line sets it for itself
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+        os.execv(sys.executable, [sys.executable, *sys.argv])
     torch.set_num_threads(arguments.threads)
     benches, rows = Benches(), []
     words = [*(QUICK if arguments.quick else ()), *arguments.words]
