@@ -104,7 +104,15 @@ def test_peft_finds_the_base_by_itself(trained, tmp_path, monkeypatch):
     assert largest_difference(logits_of(model), logits_of(restored(trained()))) < LOGIT_TOLERANCE
 
 
-@pytest.mark.parametrize("settings", [*LORA, *TIED, {"method": "full"}, {"method": "head"}])
+OTHERS = (
+    {"method": "full"},
+    {"method": "head"},
+    {"method": "bitfit", "method.train": "biases_and_norms"},
+    {"method": "intrinsic"},
+)
+
+
+@pytest.mark.parametrize("settings", [*LORA, *TIED, *OTHERS])
 def test_transformers_loads_the_merged_model_with_the_same_logits(trained, tmp_path, settings):
     run = trained(settings)
     written = export_run(run, format="merged", out=tmp_path / "model")
@@ -137,9 +145,9 @@ def test_a_head_is_untied_from_the_embeddings_only_where_one_of_them_changed_alo
     assert (model.lm_head.weight is model.model.embed_tokens.weight) is tied
 
 
-@pytest.mark.parametrize("method", ["lora", "head", "full"])
-def test_a_run_in_bf16_is_exported_from_its_base_in_bf16(trained, make_config, tmp_path, method):
-    settings = {"method": method, "trainer.precision": "bf16"}
+@pytest.mark.parametrize("settings", [{"method": "lora"}, *OTHERS])
+def test_a_run_in_bf16_is_exported_from_its_base_in_bf16(trained, make_config, tmp_path, settings):
+    method, settings = settings["method"], settings | {"trainer.precision": "bf16"}
     run = trained(settings, bench=build_workbench(make_config(settings)))
     written = export_run(run, format="merged", out=tmp_path / "model")
     model = AutoModelForCausalLM.from_pretrained(written.folder, dtype="auto")
@@ -194,11 +202,11 @@ def test_a_folder_that_cannot_be_made_is_refused(trained, tmp_path):
         export_run(trained(), format="peft", out=tmp_path / "file" / "below")
 
 
-@pytest.mark.parametrize("method", ["full", "head"])
-def test_a_run_without_an_adapter_has_none_for_peft(trained, tmp_path, method):
-    message = f"`--format` must be merged for a run of `method={method}`, but got 'peft'"
+@pytest.mark.parametrize("settings", OTHERS)
+def test_a_run_without_an_adapter_has_none_for_peft(trained, tmp_path, settings):
+    message = f"`--format` must be merged for a run of `method={settings['method']}`, but got 'peft'"
     with pytest.raises(ConfigError, match=message):
-        export_run(trained({"method": method}), format="peft", out=tmp_path / "out")
+        export_run(trained(settings), format="peft", out=tmp_path / "out")
     assert not any(tmp_path.iterdir())
 
 

@@ -11,7 +11,14 @@ from torch import Tensor, nn
 from lorasweep.config.method import BitfitConfig, MethodConfig
 from lorasweep.errors import ConfigError
 from lorasweep.lora.files import serialise
-from lorasweep.methods.method import ParameterGroup, one_group, read_weights, replacing_files, train_copies
+from lorasweep.methods.method import (
+    ParameterGroup,
+    frozen_dtype,
+    one_group,
+    read_weights,
+    replacing_files,
+    train_copies,
+)
 from lorasweep.models.load import BaseModel
 
 WEIGHTS_FILE = "bitfit.safetensors"
@@ -78,6 +85,15 @@ class BitfitMethod:
         state = trained_state(model)
         for name, tensor in read_weights(folder / WEIGHTS_FILE, expected=state).items():
             state[name].copy_(tensor)
+
+    def merge(self, model: nn.Module) -> None:
+        """Rounds what trained to the dtype of the rest."""
+        dtype = frozen_dtype(model)
+        for module in model.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                if parameter.dtype != dtype and parameter.is_floating_point():
+                    setattr(module, name, nn.Parameter(parameter.detach().to(dtype), requires_grad=False))
+        model.requires_grad_(False)
 
 
 def find_vectors(model: nn.Module, config: BitfitConfig) -> Iterator[nn.Parameter]:

@@ -122,8 +122,9 @@ def train_copies(model: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
 
 
 def frozen_dtype(model: nn.Module) -> torch.dtype | None:
-    """Returns the dtype of what does not train; None where everything does."""
-    return next((p.dtype for p in model.parameters() if not p.requires_grad), None)
+    """Returns the dtype of the largest tensor that does not train (small ones may be wider); None where all do."""
+    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+    return max(frozen, key=nn.Parameter.numel).dtype if frozen else None
 
 
 def untie_settings(model: nn.Module) -> None:

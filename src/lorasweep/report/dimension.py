@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lorasweep.report.tables import SweepData
-from lorasweep.report.wording import format_share
+from lorasweep.wording import format_share
 
 KEPT = 0.9
 """Share of full fine-tuning's gain that the dimension in d90 keeps."""
