@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import datasets
 import pytest
 
 from lorasweep.config.compose import compose_run
@@ -25,6 +26,12 @@ SHORT_RUN: dict[str, Any] = {
     "method.rank": 2,
     "optim.lr": 1e-2,
 }
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Keeps token ids out of the user's cache, so that no test depends on an earlier run."""
+    datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets")
 
 
 @pytest.fixture(scope="session")

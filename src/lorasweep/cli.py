@@ -230,12 +230,12 @@ class StopSignal:
 
 
 def _start(arguments: argparse.Namespace, benches: Any) -> SweepFolder:
-    from lorasweep.sweep import check_definition, create_sweep, new_folder, sweep_direction
+    from lorasweep.sweep import check_definition, create_sweep, new_folder, sweep_metric
 
     definition = _read_definition(arguments.words)
     path = new_folder(definition.name, definition.driver.sweep.output)
     configs = check_definition(definition, benches)
-    return create_sweep(definition, path, configs=configs, direction=sweep_direction(configs))
+    return create_sweep(definition, path, configs=configs, metric=sweep_metric(configs, benches))
 
 
 def _read_definition(words: Sequence[str]) -> Definition:

@@ -54,7 +54,9 @@ class RunRecord:
     platform: dict[str, Any] = field(default_factory=dict)
     """`python`, `os`, `processor`, `cores`, `threads`, `gpu`, `precision`."""
     data: dict[str, Any] = field(default_factory=dict)
-    """Per part (`train`, `validation`, `test`): `documents`, `bytes`, `blocks`, `fingerprint`."""
+    """Per part (`train`, `validation`, `test`): `fingerprint`, `bytes`, and `documents` and `blocks` or `rows`."""
+    batching: dict[str, Any] = field(default_factory=dict)
+    """`micro_batches` per optimizer step, and `padding_fraction` of training and validation batches."""
     base: dict[str, Any] = field(default_factory=dict)
     """`path`, `fingerprint`, `parameters`."""
     started_at: str = ""

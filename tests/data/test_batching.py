@@ -1,4 +1,4 @@
-"""The order of training blocks: a function of seed and step, covering every example once per pass."""
+"""The order of training rows is a function of seed and step; cutting by length changes padding and nothing else."""
 
 import itertools
 
@@ -7,11 +7,34 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorasweep.data.batching import StepBatchSampler, draw_order
+from lorasweep.data.batching import (
+    EvaluationSampler,
+    StepBatchSampler,
+    batches_by_length,
+    choose_accumulate,
+    cut_by_length,
+    draw_order,
+)
+from lorasweep.data.part import padding_fraction
+
+
+class Rows:
+    """A part of which only lengths and weights matter."""
+
+    def __init__(self, lengths, weights=None):
+        self.lengths = torch.tensor(lengths)
+        self.weights = self.lengths.float() if weights is None else torch.tensor(weights)
+
+    def __len__(self):
+        return len(self.lengths)
 
 
 def sample(num_examples=10, *, batch_size=4, num_steps=12, seed=0, **rest):
-    return StepBatchSampler(num_examples, batch_size=batch_size, num_steps=num_steps, seed=seed, **rest)
+    return StepBatchSampler(Rows([7] * num_examples), batch_size=batch_size, num_steps=num_steps, seed=seed, **rest)
+
+
+def indices(sampler):
+    return [micro.indices for micro in sampler]
 
 
 @settings(max_examples=30, deadline=None)
@@ -22,7 +45,7 @@ def sample(num_examples=10, *, batch_size=4, num_steps=12, seed=0, **rest):
     seed=st.integers(0, 2**32 - 1),
 )
 def test_stream_is_one_permutation_after_another(num_examples, batch_size, num_steps, seed):
-    batches = list(sample(num_examples, batch_size=batch_size, num_steps=num_steps, seed=seed))
+    batches = indices(sample(num_examples, batch_size=batch_size, num_steps=num_steps, seed=seed))
     assert [len(batch) for batch in batches] == [batch_size] * num_steps
     stream = list(itertools.chain.from_iterable(batches))
     for first in range(0, len(stream) - num_examples + 1, num_examples):
@@ -48,8 +71,8 @@ def test_order_is_the_stored_one():
 
 
 def test_micro_batches_together_are_the_step_batch():
-    micro = list(sample(accumulate=2))
-    assert [first + second for first, second in zip(micro[::2], micro[1::2], strict=True)] == list(sample())
+    micro = indices(sample(accumulate=2))
+    assert [first + second for first, second in zip(micro[::2], micro[1::2], strict=True)] == indices(sample())
     assert {len(batch) for batch in micro} == {2}
     assert len(sample(accumulate=2)) == len(micro) == 24
 
@@ -57,10 +80,67 @@ def test_micro_batches_together_are_the_step_batch():
 def test_batches_do_not_depend_on_what_was_asked_before():
     sampler = sample()
     backwards = [sampler.indices_of_step(step) for step in reversed(range(12))]
-    assert backwards[::-1] == list(sampler)
+    assert backwards[::-1] == indices(sampler)
 
 
 def test_shared_random_stream_is_left_alone():
     before = torch.get_rng_state()
     list(sample())
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_step_has_the_rows_that_the_seed_drew_however_it_is_cut():
+    part = Rows([3, 9, 1, 7, 5, 2, 8, 6])
+    whole = StepBatchSampler(part, batch_size=4, num_steps=6, seed=1)
+    for accumulate in (2, 4):
+        cut = StepBatchSampler(part, batch_size=4, num_steps=6, seed=1, accumulate=accumulate)
+        for step in range(6):
+            assert sorted(row for m in cut.step(step) for row in m.indices) == sorted(whole.indices_of_step(step))
+            assert {m.step_weight for m in cut.step(step)} == {m.step_weight for m in whole.step(step)}
+
+
+def test_micro_batches_hold_rows_of_like_length():
+    lengths = torch.tensor([3, 9, 1, 7])
+    assert cut_by_length([0, 1, 2, 3], lengths, parts=2) == [[2, 0], [3, 1]]
+    assert cut_by_length([3, 2, 1, 0], lengths, parts=1) == [[3, 2, 1, 0]]
+
+
+def test_the_step_weight_is_that_of_all_its_rows():
+    part = Rows([1, 1, 1], weights=[0.5, 2.0, 1.0])
+    for micro in StepBatchSampler(part, batch_size=3, num_steps=2, seed=0, accumulate=3):
+        assert micro.step_weight == 3.5
+
+
+@settings(max_examples=50, deadline=None)
+@given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=60), batch_size=st.integers(1, 8))
+def test_evaluation_has_every_row_once_within_the_budget(lengths, batch_size):
+    sampler = EvaluationSampler(Rows(lengths), batch_size=batch_size)
+    assert sorted(sampler.order) == list(range(len(lengths)))
+    assert len(sampler) == len(list(sampler))
+    for micro in sampler:
+        assert len(micro.indices) * max(lengths[n] for n in micro.indices) <= batch_size * max(lengths)
+
+
+def test_a_row_longer_than_the_budget_has_a_batch_of_its_own():
+    assert batches_by_length(torch.tensor([5, 2, 9]), budget=4) == [[1], [0], [2]]
+
+
+def test_padding_is_the_share_of_positions_that_are_not_tokens():
+    lengths = torch.tensor([2, 4, 3])
+    assert padding_fraction(lengths, [[0, 1]]) == 1 - 6 / 8
+    assert padding_fraction(lengths, [[0], [1], [2]]) == 0
+    assert padding_fraction(lengths, []) == 0
+
+
+def test_as_few_micro_batches_are_chosen_as_leave_a_tenth_of_padding():
+    generator = torch.Generator().manual_seed(0)
+    part = Rows(torch.randint(3, 60, (500,), generator=generator).tolist())
+    chosen = choose_accumulate(part, batch_size=32)
+    assert 1 < chosen <= 8
+    for accumulate, enough in ((chosen, True), (chosen // 2, False)):
+        steps = StepBatchSampler(part, batch_size=32, num_steps=100, seed=0, accumulate=accumulate)
+        assert (padding_fraction(part.lengths, [m.indices for m in steps]) <= 0.1) == enough
+
+
+def test_rows_of_one_length_are_not_cut():
+    assert choose_accumulate(Rows([7] * 20), batch_size=16) == 1

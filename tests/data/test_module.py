@@ -6,23 +6,27 @@ import pytest
 import torch
 from lightning import LightningModule, Trainer
 
-from lorasweep.data.module import TextDataModule
-from lorasweep.data.parts import DataParts, Part, cut_blocks
+from lorasweep.data.blocks import BlockPart, cut_blocks
+from lorasweep.data.module import DataModule
+from lorasweep.data.parts import DataParts
+from lorasweep.data.tasks import LanguageModelling
 
 
 def make_part(name, *, blocks):
     tokens = cut_blocks(torch.arange(blocks * 4 + 1), block_length=4)
-    return Part(name=name, tokens=tokens, documents=1, bytes=1, bytes_per_token=1.0, fingerprint=name)
+    return BlockPart(name=name, tokens=tokens, documents=1, bytes=1, bytes_per_token=1.0, fingerprint=name)
 
 
 def make_module(*, test=None, **settings):
     parts = DataParts(
         train=make_part("train", blocks=10),
         validation=make_part("validation", blocks=5),
+        task=LanguageModelling(bytes_per_token=1.0),
+        metric="loss",
         test=test or (lambda: make_part("test", blocks=3)),
     )
     defaults = {"batch_size": 4, "accumulate": 1, "eval_batch_size": 2, "num_steps": 6, "seed": 0}
-    return TextDataModule(parts, **(defaults | settings))
+    return DataModule(parts, **(defaults | settings))
 
 
 def test_targets_are_the_next_tokens():

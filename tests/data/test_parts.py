@@ -1,18 +1,28 @@
-"""Documents become token blocks that score every token once, and a bad part is named before anything is trained."""
+"""Rows of any kind become parts with a task, and data that a model can't learn from is named before training."""
 
-import math
+import functools
 
 import pytest
-import torch
-from transformers import PreTrainedTokenizerBase
 
-from lorasweep.config.data import StdlibConfig
+from lorasweep.config.compose import compose_run
 from lorasweep.data import parts as parts_file
-from lorasweep.data.parts import choose_evenly, cut_blocks, load_part, load_parts, tokenise
-from lorasweep.data.rows import fingerprint_documents
+from lorasweep.data.examples import CompletionPart, LabelledPart, SequencePart
+from lorasweep.data.parts import load_parts
+from lorasweep.data.rows import (
+    Conversations,
+    Documents,
+    LabelledRows,
+    Message,
+    RowSource,
+    fingerprint_conversations,
+    fingerprint_documents,
+    fingerprint_labelled,
+)
+from lorasweep.data.sources import read_source
 from lorasweep.data.stdlib import Document
+from lorasweep.data.tasks import Classification, LanguageModelling, MultiLabel, Regression
 from lorasweep.errors import ConfigError
-from lorasweep.models.tiny.pretrain import END_OF_TEXT, build_tokenizer
+from lorasweep.models.tiny.pretrain import build_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -20,130 +30,163 @@ def tokenizer():
     return build_tokenizer()
 
 
-def make_config(**settings):
-    defaults = {
-        "name": "stdlib_docs",
-        "block_length": 4,
-        "max_validation_blocks": None,
-        "max_test_blocks": None,
-        "metric": "bits_per_byte",
-    }
-    return StdlibConfig(**(defaults | settings))
+def config(**settings):
+    name = settings.pop("data", "stdlib_docs")
+    needed = {"data.train": "x"} if name in ("table", "chat", "text") else {}
+    if name == "table":
+        needed |= {"data.text": "text", "data.label": "label"}
+    return compose_run({"data": name, **needed, **{f"data.{key}": value for key, value in settings.items()}}).data
 
 
-def make_documents(*texts):
-    return [Document(name=f"document {n}", text=text) for n, text in enumerate(texts)]
-
-
-@pytest.fixture
-def use_documents(monkeypatch):
-    """Puts given documents, per part, in place of the standard library's; gives the names of parts as they are read."""
+def make_source(rows, *, kind, label_names=()):
     read = []
 
-    def use(**parts):
-        def read_part(name):
-            read.append(name)
-            return parts[name]
+    def make(name):
+        read.append(name)
+        return rows(name)
 
-        monkeypatch.setattr(parts_file, "SOURCES", {"stdlib_docs": read_part})
-        return read
-
-    return use
-
-
-def test_tokens_are_all_documents_each_with_its_end(tokenizer):
-    row = tokenise(make_documents("ab", "ü", ""), tokenizer=tokenizer)
-    assert row.dtype == torch.int64
-    assert row.tolist() == [97, 98, END_OF_TEXT, *"ü".encode(), END_OF_TEXT, END_OF_TEXT]
+    source = RowSource(
+        kind=kind,
+        label_names=label_names,
+        train=make("train"),
+        validation=make("validation"),
+        test=functools.cache(lambda: make("test")),
+        notes=("said",),
+    )
+    return source, read
 
 
-def test_spelled_out_special_token_is_text(tokenizer):
-    row = tokenise(make_documents("<|endoftext|>"), tokenizer=tokenizer)
-    assert row.tolist() == [*b"<|endoftext|>", END_OF_TEXT]
+def documents(name, texts=("x" * 80,)):
+    made = [Document(name=str(n), text=text) for n, text in enumerate(texts)]
+    return Documents(name=name, documents=made, fingerprint=fingerprint_documents(made))
 
 
-def test_document_longer_than_the_context_is_tokenised_whole_and_without_a_warning(tokenizer, caplog):
-    short = build_tokenizer()
-    short.model_max_length = 8
-    assert len(tokenise(make_documents("x" * 100), tokenizer=short)) == 101
-    assert not caplog.records
+def labelled(name, labels=(0, 1, 1), texts=("good", "bad bad", "so so so")):
+    rows = {"texts": list(texts), "pairs": None, "labels": list(labels)}
+    return LabelledRows(name=name, **rows, fingerprint=fingerprint_labelled(**rows))
 
 
-def test_blocks_predict_every_token_but_the_first_once():
-    blocks = cut_blocks(torch.arange(14), block_length=4)
-    assert blocks.shape == (3, 5)
-    assert blocks[:, 1:].flatten().tolist() == list(range(1, 13))  # 13 is left over
-    assert torch.equal(blocks[1:, 0], blocks[:-1, -1])
+def conversations(name):
+    rows = [
+        [Message(role="user", content="hi"), Message(role="assistant", content="yes")],
+        [Message(role="user", content="a long question"), Message(role="assistant", content="no")],
+    ]
+    return Conversations(name=name, conversations=rows, fingerprint=fingerprint_conversations(rows))
 
 
-@pytest.mark.parametrize(
-    ("most", "chosen"), [(None, [0, 1, 2, 3, 4, 5, 6]), (3, [0, 2, 4]), (7, [0, 1, 2, 3, 4, 5, 6]), (1, [0])]
-)
-def test_fewer_blocks_are_evenly_spaced(most, chosen):
-    assert choose_evenly(torch.arange(7)[:, None], most=most).flatten().tolist() == chosen
+def test_limits_of_validation_and_test_do_not_touch_training(tokenizer):
+    source, _ = make_source(documents, kind="documents")
+    settings = config(block_length=4, max_validation_blocks=3, max_test_blocks=2)
+    parts = load_parts(settings, source=source, tokenizer=tokenizer, model_kind="causal_lm")
+    assert [len(part) for part in (parts.train, parts.validation, parts.test())] == [20, 3, 2]
 
 
-def test_part_counts_bytes_and_tokens(tokenizer, use_documents):
-    use_documents(train=make_documents("añb", "cdef"))
-    part = load_part(make_config(), "train", tokenizer=tokenizer, max_blocks=None)
-    assert part.describe() == {"documents": 2, "bytes": 8, "blocks": 2, "fingerprint": part.fingerprint}
-    assert math.isclose(part.bytes_per_token, 8 / 10)  # 8 bytes and 2 ends
-
-
-def test_limits_of_validation_and_test_do_not_touch_training(tokenizer, use_documents):
-    documents = make_documents("x" * 80)
-    use_documents(train=documents, validation=documents, test=documents)
-    parts = load_parts(make_config(max_validation_blocks=3, max_test_blocks=2), tokenizer=tokenizer)
-    assert [len(part.tokens) for part in (parts.train, parts.validation, parts.test())] == [20, 3, 2]
-
-
-def test_test_part_is_read_once_and_not_before_it_is_called_for(tokenizer, use_documents):
-    documents = make_documents("some text")
-    read = use_documents(train=documents, validation=documents, test=documents)
-    parts = load_parts(make_config(), tokenizer=tokenizer)
+def test_the_test_part_is_read_once_and_not_before_it_is_called_for(tokenizer):
+    source, read = make_source(documents, kind="documents")
+    parts = load_parts(config(block_length=4), source=source, tokenizer=tokenizer, model_kind="causal_lm")
     assert read == ["train", "validation"]
     assert parts.test() is parts.test()
     assert read == ["train", "validation", "test"]
+    assert parts.notes == ("said",)
 
 
-def test_fingerprint_moves_with_names_texts_and_order():
-    documents = make_documents("one", "two")
-    variants = [
-        documents,
-        documents[::-1],
-        make_documents("one", "twO"),
-        [Document(name="other", text="one"), documents[1]],
-        [Document(name="document 0o", text="ne"), documents[1]],  # the same characters, cut elsewhere
-    ]
-    assert len({fingerprint_documents(variant) for variant in variants}) == len(variants)
-    assert fingerprint_documents(make_documents("one", "two")) == fingerprint_documents(documents)
+def test_bits_per_byte_of_a_part_count_its_own_bytes(tokenizer):
+    source, _ = make_source(lambda name: documents(name, ["ü" * 40 if name == "test" else "x" * 80]), kind="documents")
+    parts = load_parts(config(block_length=4), source=source, tokenizer=tokenizer, model_kind="causal_lm")
+    assert parts.task_of(parts.validation).bytes_per_token == parts.validation.bytes_per_token
+    assert parts.task_of(parts.test()).bytes_per_token == parts.test().bytes_per_token
 
 
-def test_empty_part_is_named(tokenizer, use_documents):
-    use_documents(train=make_documents("some text"), validation=[])
-    with pytest.raises(ConfigError, match="the validation part of `data=stdlib_docs` must not be empty"):
-        load_parts(make_config(), tokenizer=tokenizer)
+@pytest.mark.parametrize(
+    ("kind", "labels", "names", "task", "metric"),
+    [
+        ("single_label", (0, 1, 1), ("bad", "good"), Classification, "accuracy"),
+        ("multi_label", ([0], [], [0, 1]), ("a", "b"), MultiLabel, "f1"),
+        ("regression", (0.5, 1.0, 2.0), (), Regression, "pearson"),
+    ],
+)
+def test_labels_decide_the_task_and_its_metric(tokenizer, kind, labels, names, task, metric):
+    source, _ = make_source(lambda name: labelled(name, labels), kind=kind, label_names=names)
+    parts = load_parts(config(data="table"), source=source, tokenizer=tokenizer, model_kind="classifier")
+    assert isinstance(parts.task, task)
+    assert parts.metric == metric
+    assert isinstance(parts.train, LabelledPart)
+    targets = parts.train.batch([0, 1, 2])["targets"].tolist()
+    assert targets == {"multi_label": [[1, 0], [0, 0], [1, 1]]}.get(kind, list(labels))
+    assert parts.train.describe()["rows"] == 3
 
 
-def test_part_shorter_than_a_block_is_named(tokenizer, use_documents):
-    use_documents(train=make_documents("abcd"))
-    assert len(load_part(make_config(), "train", tokenizer=tokenizer, max_blocks=None).tokens) == 1
-    with pytest.raises(
-        ConfigError, match=r"`data.block_length` must be less than the 5 tokens of the train part .* got 5"
-    ):
-        load_part(make_config(block_length=5), "train", tokenizer=tokenizer, max_blocks=None)
+def test_balanced_weights_give_every_class_the_same_say_in_training_alone(tokenizer):
+    source, _ = make_source(labelled, kind="single_label", label_names=("bad", "good"))
+    settings = config(data="table", class_weights="balanced", label_smoothing=0.1)
+    parts = load_parts(settings, source=source, tokenizer=tokenizer, model_kind="classifier")
+    assert parts.train.weights.tolist() == [1.5, 0.75, 0.75]
+    assert parts.validation.weights.tolist() == [1.0, 1.0, 1.0]
+    assert parts.task.label_smoothing == 0.1
+    assert parts.train.describe()["labels"] == {"bad": 1, "good": 2}
 
 
-def test_tokenizer_without_an_end_is_refused():
-    tokenizer: PreTrainedTokenizerBase = build_tokenizer()
-    tokenizer.eos_token = None
-    with pytest.raises(ConfigError, match="must have a tokenizer with an end-of-text token"):
-        tokenise(make_documents("text"), tokenizer=tokenizer)
+def test_conversations_are_completions_or_sequences_by_the_model(tokenizer):
+    source, _ = make_source(conversations, kind="conversations")
+    settings = config(data="chat", template="plain")
+    causal = load_parts(settings, source=source, tokenizer=tokenizer, model_kind="causal_lm")
+    assert isinstance(causal.train, CompletionPart)
+    assert isinstance(causal.task, LanguageModelling)
+    other = load_parts(settings, source=source, tokenizer=tokenizer, model_kind="seq2seq", start_token=0)
+    assert isinstance(other.train, SequencePart)
+
+
+def test_rows_whose_answer_is_cut_off_are_left_out_and_counted(tokenizer):
+    source, _ = make_source(conversations, kind="conversations")
+    settings = config(data="chat", template="plain", max_length=10)
+    parts = load_parts(settings, source=source, tokenizer=tokenizer, model_kind="causal_lm")
+    assert len(parts.train) == 1
+    assert parts.train.describe()["left_out"] == 1
+    with pytest.raises(ConfigError, match=r"must have a row with something to predict, but has none. Raise"):
+        load_parts(
+            config(data="chat", template="plain", max_length=2),
+            source=source,
+            tokenizer=tokenizer,
+            model_kind="causal_lm",
+        )
+
+
+@pytest.mark.parametrize(
+    ("rows", "kind", "data", "model_kind", "wanted"),
+    [
+        (documents, "documents", "stdlib_docs", "classifier", "causal_lm"),
+        (labelled, "single_label", "table", "causal_lm", "classifier"),
+        (conversations, "conversations", "chat", "classifier", "causal_lm or seq2seq"),
+    ],
+)
+def test_data_that_the_model_cant_learn_from_is_refused(tokenizer, rows, kind, data, model_kind, wanted):
+    source, _ = make_source(rows, kind=kind, label_names=("a", "b"))
+    with pytest.raises(ConfigError, match=f"`model.kind` must be {wanted} for the rows of `data={data}`"):
+        load_parts(config(data=data), source=source, tokenizer=tokenizer, model_kind=model_kind)
+
+
+def test_a_metric_of_another_task_is_refused(tokenizer):
+    source, _ = make_source(labelled, kind="single_label", label_names=("a", "b"))
+    with pytest.raises(ConfigError, match=r"`data.metric` must be one of accuracy, .*, but got 'pearson'"):
+        load_parts(config(data="table", metric="pearson"), source=source, tokenizer=tokenizer, model_kind="classifier")
+
+
+def test_a_model_without_a_tokenizer_is_refused():
+    source, _ = make_source(documents, kind="documents")
+    with pytest.raises(ConfigError, match=r"`model.factory` must bring a tokenizer"):
+        load_parts(config(), source=source, tokenizer=None, model_kind="causal_lm")
+
+
+def test_a_tokenizer_without_padding_still_pads(tokenizer):
+    assert parts_file.pad_token(tokenizer) == tokenizer.eos_token_id
+    tokenizer = build_tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token = None
+    assert parts_file.pad_token(tokenizer) == 0
 
 
 def test_embedded_docs_load_and_can_be_read_back(tokenizer):
-    parts = load_parts(make_config(block_length=128), tokenizer=tokenizer)
-    assert len(parts.train.tokens) > 1000
+    settings = config(block_length=128)
+    parts = load_parts(settings, source=read_source(settings), tokenizer=tokenizer, model_kind="causal_lm")
+    assert len(parts.train) > 1000
     first = bytes(parts.train.tokens[0].tolist()).decode()
     assert "assert" in first  # the first topic
-    assert parts.train.fingerprint != parts.validation.fingerprint

@@ -1,63 +1,221 @@
-"""Scores of a text from sums over its tokens."""
+"""Scores from rows: the metrics of all of them together, however they came in batches."""
 
 import math
 
 import pytest
 import torch
+from scipy import stats
+from torch import nn
 from torch.nn.functional import cross_entropy
 
-from lorasweep.data.tasks import LANGUAGE_MODEL_METRICS, LanguageModelMetrics, goal_direction
+from lorasweep.data.part import IGNORED, repeat_batch
+from lorasweep.data.tasks import (
+    DIRECTIONS,
+    LANGUAGE_MODEL_METRICS,
+    Classification,
+    Evaluation,
+    LanguageModelling,
+    MultiLabel,
+    Regression,
+    RowScores,
+    goal_direction,
+)
 from lorasweep.errors import ConfigError
 
 
-def test_metrics_are_those_of_all_tokens_together():
-    torch.manual_seed(0)
-    logits, targets = torch.randn(7, 11), torch.randint(11, (7,))
-    metrics = LanguageModelMetrics(bytes_per_token=4.5)
-    for rows in (slice(0, 5), slice(5, 7)):  # batches of different size must not be averaged
-        nats = cross_entropy(logits[rows], targets[rows], reduction="sum")
-        metrics.update(nats=nats, tokens=len(targets[rows]))
-    values = {name: value.item() for name, value in metrics.compute().items()}
-    loss = cross_entropy(logits.double(), targets).item()
+class Lookup(nn.Module):
+    """A model whose logits are a table's rows, by the tokens that it gets."""
+
+    def __init__(self, table):
+        super().__init__()
+        self.table = table
+
+    def forward(self, input_ids):
+        return self.table[input_ids]
+
+
+@pytest.fixture
+def table():
+    return Lookup(torch.randn(11, 11, generator=torch.Generator().manual_seed(0)))
+
+
+def text_batch():
+    tokens = torch.randint(11, (5, 8), generator=torch.Generator().manual_seed(1))
+    targets = tokens.roll(-1, 1)
+    targets[0, 3:] = IGNORED
+    targets[4, :] = IGNORED
+    return {"input_ids": tokens, "targets": targets}
+
+
+def rows_of(batch, rows):
+    return {name: value[rows] for name, value in batch.items()}
+
+
+def test_text_metrics_are_those_of_all_tokens_together(table):
+    batch, task = text_batch(), LanguageModelling(bytes_per_token=4.5)
+    evaluation = Evaluation(task)
+    for rows in (slice(0, 3), slice(3, 5)):  # batches of different size must not be averaged
+        evaluation.update(task.score(table, rows_of(batch, rows)))
+    values = {name: value.item() for name, value in evaluation.compute().items()}
+    logits = table(batch["input_ids"]).double().flatten(0, 1)
+    loss = cross_entropy(logits, batch["targets"].flatten(), ignore_index=IGNORED).item()
     # fp32 losses of 11 classes: 1e-6
     assert values == pytest.approx(
         {"loss": loss, "perplexity": math.exp(loss), "bits_per_byte": loss / math.log(2) / 4.5}, rel=1e-6
     )
-    assert tuple(values) == LANGUAGE_MODEL_METRICS
+    assert tuple(values) == task.metrics == LANGUAGE_MODEL_METRICS
+
+
+def test_training_loss_of_a_text_counts_only_what_is_scored(table):
+    batch = text_batch()
+    losses = LanguageModelling(bytes_per_token=1.0).losses(table, batch)
+    assert losses.shape == (5,)
+    assert losses[4] == 0
+    expected = cross_entropy(table(batch["input_ids"][0, :3]), batch["targets"][0, :3], reduction="sum")
+    assert losses[0].item() == pytest.approx(expected.item(), rel=1e-6)  # fp32 sums of three
+
+
+def test_rows_that_share_a_sequence_are_told_apart(table):
+    batch = text_batch()
+    apart = LanguageModelling(bytes_per_token=1.0).losses(table, batch)
+    joined = {name: value.view(1, -1) for name, value in batch.items()}
+    joined["rows"] = torch.arange(5).repeat_interleave(8).view(1, -1)
+    torch.testing.assert_close(LanguageModelling(bytes_per_token=1.0).losses(table, joined), apart)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_batch_repeated_for_slots_scores_the_same_in_each(table, packed):
+    batch, task = text_batch(), LanguageModelling(bytes_per_token=1.0)
+    if packed:
+        batch = {name: value.view(1, -1) for name, value in batch.items()}
+        batch["rows"] = torch.arange(5).repeat_interleave(8).view(1, -1)
+    rows = task.score(table, repeat_batch(batch, slots=3))
+    alone = task.score(table, batch)
+    for slot in range(3):
+        torch.testing.assert_close(rows.of_slot(slot, slots=3).loss, alone.loss)
+        assert torch.equal(rows.of_slot(slot, slots=3).items, alone.items)
 
 
 def test_uniform_guess_over_bytes_costs_eight_bits():
-    metrics = LanguageModelMetrics(bytes_per_token=1.0)
-    metrics.update(nats=torch.tensor(1000 * math.log(256)), tokens=torch.tensor(1000))
-    assert metrics.compute()["bits_per_byte"].item() == pytest.approx(8, rel=1e-6)  # the sum came in fp32
+    task = LanguageModelling(bytes_per_token=1.0)
+    rows = RowScores(loss=torch.tensor([1000 * math.log(256)]), items=torch.tensor([1000]))
+    assert task.compute(rows)["bits_per_byte"].item() == pytest.approx(8, rel=1e-6)  # the sum came in fp32
 
 
-def test_sum_of_many_batches_keeps_its_digits():
-    metrics = LanguageModelMetrics(bytes_per_token=1.0)
-    for _ in range(3):
-        metrics.update(nats=torch.tensor(2.0**24), tokens=1)
-        metrics.update(nats=torch.tensor(1.0), tokens=1)  # fp32 sums would drop it
-    assert metrics.nats.item() == 3 * (2**24 + 1)
+def test_sum_of_many_rows_keeps_its_digits():
+    rows = RowScores(loss=torch.tensor([2.0**24, 1.0] * 3), items=torch.ones(6))  # fp32 sums would drop the ones
+    assert LanguageModelling(bytes_per_token=1.0).compute(rows)["loss"].item() == 3 * (2**24 + 1) / 6
 
 
-def test_reset_starts_anew():
-    metrics = LanguageModelMetrics(bytes_per_token=1.0)
-    metrics.update(nats=torch.tensor(5.0), tokens=2)
-    metrics.compute()
-    metrics.reset()
-    metrics.update(nats=torch.tensor(3.0), tokens=2)
-    assert metrics.compute()["loss"].item() == 1.5
+def test_reset_starts_anew(table):
+    task = LanguageModelling(bytes_per_token=1.0)
+    evaluation = Evaluation(task)
+    evaluation.update(task.score(table, text_batch()))
+    before = evaluation.compute()
+    evaluation.reset()
+    evaluation.update(task.score(table, text_batch()))
+    assert evaluation.compute() == before
 
 
 def test_nan_is_not_hidden():
-    metrics = LanguageModelMetrics(bytes_per_token=1.0)
-    metrics.update(nats=torch.tensor(float("nan")), tokens=2)
-    assert all(value.isnan() for value in metrics.compute().values())
+    rows = RowScores(loss=torch.tensor([1.0, math.nan]), items=torch.ones(2))
+    assert all(value.isnan() for value in LanguageModelling(bytes_per_token=1.0).compute(rows).values())
+    assert (
+        Regression()
+        .compute(RowScores(loss=rows.loss, items=rows.items, prediction=rows.loss, target=rows.items))["mse"]
+        .isnan()
+    )
 
 
-@pytest.mark.parametrize("metric", LANGUAGE_MODEL_METRICS)
-def test_lower_is_better(metric):
-    assert goal_direction(metric) == "minimize"
+def class_batch(classes):
+    generator = torch.Generator().manual_seed(2)
+    ids = torch.randint(11, (40,), generator=generator)
+    return {"input_ids": ids, "targets": torch.randint(classes, (40,), generator=generator)}
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_class_metrics_are_what_they_say(classes):
+    model = Lookup(torch.randn(11, classes, generator=torch.Generator().manual_seed(0)))
+    batch, task = class_batch(classes), Classification(num_classes=classes)
+    values = task.compute(task.score(model, batch))
+    predicted, target = model(batch["input_ids"]).argmax(-1), batch["targets"]
+    of_class = []
+    for label in range(classes):
+        hits = ((predicted == label) & (target == label)).sum().item()
+        of_class.append(2 * hits / ((predicted == label).sum() + (target == label).sum()).item())
+    assert values["accuracy"].item() == pytest.approx((predicted == target).double().mean().item(), rel=1e-6)
+    assert values["f1"].item() == pytest.approx(of_class[1] if classes == 2 else sum(of_class) / classes, rel=1e-6)
+    assert values["loss"].item() == pytest.approx(cross_entropy(model(batch["input_ids"]), target).item(), rel=1e-6)
+    if classes == 2:  # then it is Pearson's correlation of the two columns (torchmetrics computes in fp32)
+        expected = stats.pearsonr(predicted.numpy(), target.numpy()).statistic
+        assert values["matthews"].item() == pytest.approx(expected, rel=1e-5)
+    assert tuple(values) == task.metrics
+
+
+def test_class_weights_and_smoothing_are_those_of_torch():
+    model = Lookup(torch.randn(11, 3, generator=torch.Generator().manual_seed(0)))
+    batch, weight = class_batch(3), torch.tensor([0.5, 2.0, 1.0])
+    weights = weight[batch["targets"]]
+    losses = Classification(num_classes=3).losses(model, {**batch, "weights": weights})
+    expected = cross_entropy(model(batch["input_ids"]), batch["targets"], weight=weight)
+    torch.testing.assert_close(losses.sum() / weights.sum(), expected)
+    smoothed = Classification(num_classes=3, label_smoothing=0.1).losses(model, batch).mean()
+    expected = cross_entropy(model(batch["input_ids"]), batch["targets"], label_smoothing=0.1)
+    torch.testing.assert_close(smoothed, expected)
+
+
+def test_several_labels_count_each_and_all():
+    task = MultiLabel(num_labels=2)
+    logits = torch.tensor([[1.0, -1.0], [1.0, 1.0], [-1.0, -1.0]])
+    batch = {"input_ids": torch.arange(3), "targets": torch.tensor([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0]])}
+    values = task.compute(task.score(Lookup(logits), batch))
+    assert values["accuracy"].item() == pytest.approx(1 / 3)
+    assert values["f1"].item() == pytest.approx(2 * 2 / (3 + 3))
+    losses = task.losses(Lookup(logits), batch)
+    assert losses.mean().item() == pytest.approx(values["loss"].item(), rel=1e-6)
+
+
+def test_regression_is_scored_by_error_and_correlation():
+    predicted, target = torch.tensor([1.0, 2.0, 4.0, 3.0]), torch.tensor([1.0, 3.0, 9.0, 4.0])
+    task, batch = Regression(), {"input_ids": torch.arange(4), "targets": target}
+    values = task.compute(task.score(Lookup(predicted[:, None]), batch))
+    assert values["mse"].item() == pytest.approx(((predicted - target) ** 2).mean().item())
+    assert values["spearman"].item() == pytest.approx(1.0)
+    assert values["pearson"].item() == pytest.approx(stats.pearsonr(predicted, target).statistic, rel=1e-6)
+
+
+def test_a_constant_guess_correlates_with_nothing():
+    batch = {"input_ids": torch.arange(3), "targets": torch.tensor([1.0, 2.0, 3.0])}
+    values = Regression().compute(Regression().score(Lookup(torch.ones(3, 1)), batch))
+    assert values["pearson"] == values["spearman"] == 0
+
+
+@pytest.mark.parametrize(
+    ("task", "metric"),
+    [
+        (LanguageModelling(bytes_per_token=2.0), "loss"),
+        (LanguageModelling(bytes_per_token=2.0), "bits_per_byte"),
+        (Classification(num_classes=11), "accuracy"),
+        (Classification(num_classes=11), "loss"),
+    ],
+)
+def test_weighted_mean_over_rows_is_the_metric(table, task, metric):
+    batch = text_batch() if isinstance(task, LanguageModelling) else class_batch(11)
+    rows = task.score(table, batch)
+    values, weights = task.per_row(metric, rows)
+    assert ((values * weights).sum() / weights.sum()).item() == pytest.approx(task.compute(rows)[metric].item())
+
+
+def test_metrics_of_no_row_alone_say_so(table):
+    assert (
+        Classification(num_classes=2).per_row("f1", Classification(num_classes=11).score(table, class_batch(2))) is None
+    )
+
+
+@pytest.mark.parametrize("metric", list(DIRECTIONS))
+def test_errors_are_to_be_small_and_agreement_large(metric):
+    small = metric in ("bits_per_byte", "loss", "perplexity", "mse")
+    assert goal_direction(metric) == ("minimize" if small else "maximize")
 
 
 def test_unknown_metric_gets_the_nearest_name():

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
 from lorasweep.config.compose import packaged_folder
 from lorasweep.errors import ConfigError, Diverged, OutOfMemory, WorkerError
 from lorasweep.models.load import load_base
 from lorasweep.record import read_sweep
-from lorasweep.sweep import Benches, check_definition, read_definition, reopen_sweep, sweep_direction
+from lorasweep.sweep import Benches, check_definition, read_definition, reopen_sweep, sweep_metric
 from lorasweep.training import Workbench
 
 GRID = {"method.rank": [1, 2, 4], "optim.lr": [0.01, 0.1]}
@@ -261,7 +263,18 @@ def test_a_right_definition_gives_a_run_per_arm(write_file, content, tiny_benche
         "full": "full",
         "lora": "lora",
     }
-    assert sweep_direction(configs) == "minimize"
+    assert sweep_metric(configs, tiny_benches) == "bits_per_byte"
+
+
+def test_arms_with_different_metrics_are_refused(make_config):
+    configs = {metric: make_config({"data.metric": metric}) for metric in ("loss", "bits_per_byte")}
+
+    class Benches:
+        def of(self, config):
+            return SimpleNamespace(parts=SimpleNamespace(metric=config.data.metric))
+
+    with pytest.raises(ConfigError, match=r"all arms must have one `data.metric`, but got bits_per_byte, loss."):
+        sweep_metric(configs, Benches())
 
 
 def test_a_bench_is_loaded_once_for_all_runs_that_can_share_it(make_config, monkeypatch):

@@ -10,7 +10,7 @@ import pytest
 
 from lorasweep.errors import ConfigError, RecordError, WorkerError
 from lorasweep.record import read_sweep
-from lorasweep.sweep import create_sweep, new_folder, read_definition, reopen_sweep
+from lorasweep.sweep import new_folder, reopen_sweep
 
 
 def contents(folder):
@@ -66,15 +66,6 @@ def test_a_wanted_folder_that_is_not_empty_is_refused(tmp_path, kind):
         ConfigError, match=r"`sweep.output` must be a new or empty folder, .* `lorasweep sweep --resume"
     ):
         new_folder("s", str(wanted))
-
-
-def test_arms_with_different_metrics_are_refused_and_nothing_is_written(write_file, content, tmp_path):
-    content["arms"]["full"]["settings"]["data.metric"] = "loss"
-    definition = read_definition(write_file(content), [])
-    configs = {arm.name: next(arm.corners()) for arm in definition.arms}
-    with pytest.raises(ConfigError, match=r"all arms must have one `data.metric`, but got bits_per_byte, loss."):
-        create_sweep(definition, tmp_path / "sweep", configs=configs, direction="minimize")
-    assert not (tmp_path / "sweep").exists()
 
 
 def test_a_stopped_sweep_is_taken_up_with_its_trials(stopped):

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import lorasweep.training.module as module_file
+from lorasweep.data.tasks import LanguageModelling
 from lorasweep.errors import ConfigError, Diverged, OutOfMemory
 from lorasweep.models.load import fingerprint_weights
 from lorasweep.record import read_run, read_steps, sha256_of
@@ -379,13 +379,13 @@ def test_a_wild_learning_rate_diverges_and_the_record_says_so(tmp_path, make_con
 
 def damage(monkeypatch, action, *, training):
     """Does `action` to the losses of training or of validation batches."""
-    true_losses = module_file.token_losses
+    true_losses = LanguageModelling._token_losses
 
-    def token_losses(model, batch):
-        values = true_losses(model, batch)
+    def token_losses(task, model, batch):
+        values = true_losses(task, model, batch)
         return action(values) if model.training == training else values
 
-    monkeypatch.setattr(module_file, "token_losses", token_losses)
+    monkeypatch.setattr(LanguageModelling, "_token_losses", token_losses)
 
 
 def test_a_loss_that_is_nan_ends_the_run_at_the_next_evaluation(tmp_path, make_config, bench, monkeypatch):

@@ -59,6 +59,8 @@ class StdlibConfig:
     """Use at most so many evenly spaced validation blocks; null uses all."""
     max_test_blocks: int | None
     """The same for the test part."""
+    separate_documents: bool
+    """Whether no token sees an earlier document of its block."""
     metric: TextMetric
     """What is reported as the run's score; lower is better for each."""
 
@@ -81,6 +83,8 @@ class TextConfig:
     max_validation_blocks: int | None
     """Use at most so many evenly spaced validation blocks; null uses all."""
     max_test_blocks: int | None
+    separate_documents: bool
+    """Whether no token sees an earlier document of its block."""
     metric: TextMetric
 
     def __post_init__(self) -> None:
@@ -240,6 +244,7 @@ class HubConfig:
     """Of `text`: tokens per sequence."""
     max_validation_blocks: int | None
     max_test_blocks: int | None
+    separate_documents: bool
     metric: HubMetric
     """`auto`: as in `table`, or bits per byte."""
 

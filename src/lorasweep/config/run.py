@@ -80,11 +80,21 @@ class TrainerConfig:
     """Optimizer steps, >= 1."""
     batch_size: int
     """Sequences per optimizer step, >= 1."""
-    accumulate: int
-    """Micro-batches into which one optimizer step is split, >= 1; must divide `trainer.batch_size`."""
+    accumulate: int | Literal["auto"]
+    """Micro-batches into which one optimizer step is split by the rows' length, >= 1; must divide `trainer.batch_size`.
+    What is learned stays the same. `auto` takes as few as leave at most a tenth of padding."""
     eval_batch_size: int
+    """Rows of the greatest length per evaluation batch; of shorter rows there are more."""
     eval_every_steps: int
     """Steps between two evaluations on validation data; also when a run can be pruned and is checkpointed."""
+    early_stop_evaluations: int | None
+    """End a run after so many evaluations in a row without a better score; null trains all steps. The schedule's
+    length stays that of all steps."""
+    activation_checkpointing: bool
+    """Whether activations are computed again in the backward pass instead of kept: less memory, about a third more
+    time."""
+    compile: bool
+    """Whether the model runs through `torch.compile`. Its trials run alone: a pack changes its model as it goes."""
     precision: Literal["auto", "bf16", "fp32"]
     """`auto` takes bf16 where the processor or GPU computes in it, else fp32."""
     device: Literal["auto", "cpu", "gpu"]
@@ -92,8 +102,13 @@ class TrainerConfig:
     """Whether a single run shows a progress bar."""
 
     def __post_init__(self) -> None:
-        for key in ("max_steps", "batch_size", "accumulate", "eval_batch_size", "eval_every_steps"):
+        for key in ("max_steps", "batch_size", "eval_batch_size", "eval_every_steps"):
             require_at_least(f"trainer.{key}", getattr(self, key), 1)
+        if self.early_stop_evaluations is not None:
+            require_at_least("trainer.early_stop_evaluations", self.early_stop_evaluations, 1)
+        if self.accumulate == "auto":
+            return
+        require_at_least("trainer.accumulate", self.accumulate, 1)
         if self.batch_size % self.accumulate:
             raise ConfigError(
                 "`trainer.accumulate` must divide `trainer.batch_size`, "

@@ -2,48 +2,35 @@
 
 from __future__ import annotations
 
-from typing import TypedDict
-
 import torch
 from lightning import LightningDataModule
-from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler, SequentialSampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
-from lorasweep.data.batching import StepBatchSampler
-from lorasweep.data.parts import DataParts, Part
-
-IGNORED = -100
-"""A target that is not scored: what torch's cross-entropy ignores."""
+from lorasweep.data.batching import EvaluationSampler, MicroBatch, StepBatchSampler
+from lorasweep.data.part import Batch, Part
+from lorasweep.data.parts import DataParts
 
 
-class Batch(TypedDict):
-    """What a model gets and what it shall predict."""
-
-    input_ids: Tensor
-    """(batch, block), int64."""
-    targets: Tensor
-    """(batch, block), int64: the token after each input; `IGNORED` is not scored."""
-
-
-class BlockDataset(Dataset[Batch]):
-    """Whole batches of a part's blocks, by lists of indices."""
+class BatchDataset(Dataset[Batch]):
+    """Whole batches of a part's rows."""
 
     def __init__(self, part: Part) -> None:
         """Keeps the part; copies nothing."""
         self.part = part
 
     def __len__(self) -> int:
-        """Returns the number of blocks."""
-        return len(self.part.tokens)
+        """Returns the number of rows."""
+        return len(self.part)
 
-    def __getitem__(self, indices: list[int]) -> Batch:
-        """Returns one batch of the blocks at these indices."""
-        blocks = self.part.tokens[torch.tensor(indices)]  # (batch, block + 1)
-        return {"input_ids": blocks[:, :-1].contiguous(), "targets": blocks[:, 1:].contiguous()}
+    def __getitem__(self, micro: MicroBatch) -> Batch:
+        """Returns the batch of these rows, with the weight of the whole step and the tokens that are no padding."""
+        batch = self.part.batch(micro.indices)
+        num_tokens = self.part.lengths[torch.tensor(micro.indices)].sum()
+        return {**batch, "step_weight": torch.tensor(micro.step_weight), "num_tokens": num_tokens}
 
 
-class TextDataModule(LightningDataModule):
-    """Training batches in the order of `StepBatchSampler`, validation and test batches in the order of the text.
+class DataModule(LightningDataModule):
+    """Training batches in the order of `StepBatchSampler`, validation and test batches sorted by length.
 
     Draws from no shared random stream, so how often one evaluates changes nothing in training. Runs of one worker share
     the parts and each have their own module.
@@ -63,19 +50,19 @@ class TextDataModule(LightningDataModule):
         """Keeps the parts; the test part is read when its loader is asked for.
 
         Args:
-            parts: Token blocks.
-            batch_size: Blocks per optimizer step; a multiple of `accumulate`.
+            parts: The rows.
+            batch_size: Rows per optimizer step; a multiple of `accumulate`.
             accumulate: Micro-batches per optimizer step.
-            eval_batch_size: Blocks per validation or test batch; the last may be smaller.
+            eval_batch_size: Longest rows per validation or test batch; of shorter ones there are more.
             num_steps: Optimizer steps of the whole run.
-            seed: Of the order of training blocks.
+            seed: Of the order of training rows.
             start_step: First step to yield, for a run that goes on.
         """
         super().__init__()
         self.parts = parts
         self.eval_batch_size = eval_batch_size
         self.train_batches = StepBatchSampler(
-            len(parts.train.tokens),
+            parts.train,
             batch_size=batch_size,
             num_steps=num_steps,
             seed=seed,
@@ -85,21 +72,23 @@ class TextDataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Returns the micro-batches from `start_step` to the run's end, `accumulate` per step."""
-        return _load_batches(self.parts.train, self.train_batches)
+        return load_batches(self.parts.train, self.train_batches)
 
     def val_dataloader(self) -> DataLoader[Batch]:
-        """Returns every validation block once."""
-        return self._load_in_order(self.parts.validation)
+        """Returns every validation row once."""
+        return evaluation_loader(self.parts.validation, batch_size=self.eval_batch_size)
 
     def test_dataloader(self) -> DataLoader[Batch]:
-        """Returns every test block once."""
-        return self._load_in_order(self.parts.test())
-
-    def _load_in_order(self, part: Part) -> DataLoader[Batch]:
-        order = SequentialSampler(range(len(part.tokens)))
-        return _load_batches(part, BatchSampler(order, batch_size=self.eval_batch_size, drop_last=False))
+        """Returns every test row once."""
+        return evaluation_loader(self.parts.test(), batch_size=self.eval_batch_size)
 
 
-def _load_batches(part: Part, batches: Sampler[list[int]]) -> DataLoader[Batch]:
+def evaluation_loader(part: Part, *, batch_size: int) -> DataLoader[Batch]:
+    """Returns every row of a part once, in the order of `EvaluationSampler`."""
+    return load_batches(part, EvaluationSampler(part, batch_size=batch_size))
+
+
+def load_batches(part: Part, batches: Sampler[MicroBatch]) -> DataLoader[Batch]:
+    """Returns these batches of a part."""
     # A DataLoader draws a seed for its workers at every start: from this generator, not from torch's own.
-    return DataLoader(BlockDataset(part), batch_size=None, sampler=batches, generator=torch.Generator().manual_seed(0))
+    return DataLoader(BatchDataset(part), batch_size=None, sampler=batches, generator=torch.Generator().manual_seed(0))

@@ -1,140 +1,247 @@
-"""A data set's parts as token blocks, made once per worker and shared by all its runs.
+"""A data set's parts as a model gets them, made once per worker and shared by all its runs.
 
-Comes after `sources` (documents) and before `batching` and `module` (batches).
+Comes after `sources` (rows), `blocks` and `examples` (parts of them), and before `batching` and `module` (batches).
 """
 
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lorasweep.config.data import DataConfig, StdlibConfig
-from lorasweep.data.rows import fingerprint_documents
-from lorasweep.data.sources import SOURCES
-from lorasweep.data.stdlib import Document
+from lorasweep.config.data import ChatConfig, DataConfig, StdlibConfig, TableConfig, TextConfig, resolve_data
+from lorasweep.data.blocks import make_block_part
+from lorasweep.data.examples import CompletionPart, LabelledPart, SequencePart
+from lorasweep.data.part import Part
+from lorasweep.data.rows import Conversations, Documents, LabelledRows, Rows, RowSource
+from lorasweep.data.tasks import Classification, LanguageModelling, MultiLabel, Regression, Task, check_metric
+from lorasweep.data.tokenise import describe_cut, tokenise_chats, tokenise_labelled, tokenise_sequences
 from lorasweep.errors import ConfigError
 
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Part:
-    """One part of a data set, cut into blocks that overlap by one token."""
-
-    name: str
-    """`train`, `validation` or `test`."""
-    tokens: Tensor
-    """(blocks, block_length + 1), int64. A block's last token is the next one's first, so each token but the very
-    first is predicted once; what does not fill a block at the end is left out. A view: not to be written to."""
-    documents: int
-    bytes: int
-    """UTF-8 bytes of all texts."""
-    bytes_per_token: float
-    """Bytes over tokens of the whole part, the ends of documents counted as tokens."""
-    fingerprint: str
-    """SHA-256 over names and texts in order, its first 16 hex digits."""
-
-    def describe(self) -> dict[str, Any]:
-        """Returns what a run record keeps of the part."""
-        return {
-            "documents": self.documents,
-            "bytes": self.bytes,
-            "blocks": len(self.tokens),
-            "fingerprint": self.fingerprint,
-        }
+ModelKind = Literal["causal_lm", "classifier", "seq2seq"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class DataParts:
-    """The parts of a data set."""
+    """The parts of a data set, and what is to be learned from them."""
 
     train: Part
     validation: Part
+    task: Task
+    metric: str
+    """What runs are scored by: `data.metric`, or what `auto` means here."""
     test: Callable[[], Part]
     """Reads the test part at its first call and returns the same one afterwards; nothing of it is read before."""
+    notes: tuple[str, ...] = ()
+    """Sentences on how the parts were made, for whoever trains on them."""
+
+    def task_of(self, part: Part) -> Task:
+        """Returns the task by which a part is scored: bits per byte count the bytes of that part's own text."""
+        if isinstance(self.task, LanguageModelling):
+            return replace(self.task, bytes_per_token=part.bytes_per_token)  # type: ignore[attr-defined]
+        return self.task
 
 
-def load_parts(config: DataConfig, *, tokenizer: PreTrainedTokenizerBase) -> DataParts:
-    """Reads, tokenises and cuts the training and validation part; the test part waits until it is called for.
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Maker:
+    """Makes parts of the rows of one source."""
+
+    config: StdlibConfig | TextConfig | TableConfig | ChatConfig
+    source: RowSource
+    tokenizer: PreTrainedTokenizerBase
+    model_kind: ModelKind
+    start_token: int | None
+
+    def make(self, rows: Rows) -> Part:
+        if isinstance(rows, Documents):
+            return self._blocks(rows)
+        part = self._labelled(rows) if isinstance(rows, LabelledRows) else self._chats(rows)
+        if not len(part):
+            raise ConfigError(
+                f"the {rows.name} part of `data={self.config.name}` must have a row with something to predict, but has "
+                "none. Raise `data.max_length`, or use other data."
+            )
+        return part
+
+    def _blocks(self, rows: Documents) -> Part:
+        assert isinstance(self.config, StdlibConfig | TextConfig)
+        limits = {"validation": self.config.max_validation_blocks, "test": self.config.max_test_blocks}
+        return make_block_part(
+            rows,
+            data=self.config.name,
+            tokenizer=self.tokenizer,
+            block_length=self.config.block_length,
+            max_blocks=limits.get(rows.name),
+            separate=self.config.separate_documents,
+        )
+
+    def _labelled(self, rows: LabelledRows) -> LabelledPart:
+        assert isinstance(self.config, TableConfig)
+        made = tokenise_labelled(
+            rows.texts,
+            rows.pairs,
+            tokenizer=self.tokenizer,
+            max_length=self.config.max_length,
+            fingerprint=rows.fingerprint,
+        )
+        texts = [*rows.texts, *(rows.pairs or [])]
+        return LabelledPart(
+            name=rows.name,
+            fingerprint=rows.fingerprint,
+            tokens=made["input_ids"],
+            token_types=made.get("token_type_ids"),
+            pad_token=pad_token(self.tokenizer),
+            bytes=sum(len(text.encode()) for text in texts),
+            truncated=describe_cut(made, max_length=self.config.max_length),
+            labels=label_tensor(rows, self.source),
+            class_weights=self._class_weights() if rows.name == "train" else None,
+            facts={"labels": count_labels(rows, self.source.label_names)},
+        )
+
+    def _class_weights(self) -> Tensor | None:
+        assert isinstance(self.config, TableConfig)
+        if self.config.class_weights == "none" or self.source.kind != "single_label":
+            return None
+        assert isinstance(self.source.train, LabelledRows)
+        counts = torch.bincount(torch.tensor(self.source.train.labels), minlength=len(self.source.label_names))
+        return len(self.source.train) / (len(counts) * counts.clamp(min=1).float())
+
+    def _chats(self, rows: Conversations) -> CompletionPart | SequencePart:
+        assert isinstance(self.config, ChatConfig)
+        shared: dict[str, Any] = {
+            "tokenizer": self.tokenizer,
+            "separator": self.config.separator,
+            "max_length": self.config.max_length,
+            "fingerprint": rows.fingerprint,
+        }
+        if self.model_kind == "seq2seq":
+            made = tokenise_sequences(rows.conversations, **shared)
+        else:
+            made = tokenise_chats(rows.conversations, template=self.config.template, **shared)
+        facts: dict[str, Any] = {
+            "name": rows.name,
+            "fingerprint": rows.fingerprint,
+            "pad_token": pad_token(self.tokenizer),
+            "bytes": sum(len(message.content.encode()) for row in rows.conversations for message in row),
+            "truncated": describe_cut(made, max_length=self.config.max_length),
+        }
+        if self.model_kind == "seq2seq":
+            assert self.start_token is not None
+            return SequencePart(
+                tokens=made["input_ids"],
+                targets=made["targets"],
+                start_token=self.start_token,
+                scored_bytes=int(made["scored_bytes"].values.sum()),
+                **facts,
+            )
+        whole = CompletionPart(
+            tokens=made["input_ids"],
+            targets=made["targets"],
+            scored_bytes=int(made["scored_bytes"].values.sum()),
+            packing=self.config.packing,
+            **facts,
+        )
+        return whole.without_unscored()
+
+
+def load_parts(
+    config: DataConfig,
+    *,
+    source: RowSource,
+    tokenizer: PreTrainedTokenizerBase | None,
+    model_kind: ModelKind,
+    start_token: int | None = None,
+) -> DataParts:
+    """Tokenises the training and validation part; the test part waits until it is called for.
+
+    Args:
+        config: Settings of the data.
+        source: Its rows.
+        tokenizer: The model's.
+        model_kind: What the model predicts.
+        start_token: What an encoder-decoder's decoder starts with.
 
     Raises:
-        ConfigError: A part is empty or shorter than one block, or the tokenizer has no token that ends a text.
-            For the test part, when it is called for.
+        ConfigError: The model can't learn from such rows; a part is empty or shorter than one block, or the tokenizer
+            has no token that ends a text (for the test part, when it is called for); the metric is not one of the
+            task's.
     """
-    if not isinstance(config, StdlibConfig):
-        raise ConfigError(f"`data` must be stdlib_docs or stdlib_code to be cut into blocks, but got {config.name!r}.")
-    load = functools.partial(load_part, config, tokenizer=tokenizer)
+    form = resolve_data(config)
+    check_model_kind(source, model_kind, data=config.name)
+    if tokenizer is None:
+        raise ConfigError("`model.factory` must bring a tokenizer, but brings none. Return it, or set `model.path`.")
+    maker = _Maker(config=form, source=source, tokenizer=tokenizer, model_kind=model_kind, start_token=start_token)
+    validation = maker.make(source.validation)
+    task = make_task(source, form, validation)
+    metric = task.metrics[0] if form.metric == "auto" else form.metric
+    check_metric(metric, task.metrics)
     return DataParts(
-        train=load("train", max_blocks=None),
-        validation=load("validation", max_blocks=config.max_validation_blocks),
-        test=functools.cache(functools.partial(load, "test", max_blocks=config.max_test_blocks)),
+        train=maker.make(source.train),
+        validation=validation,
+        task=task,
+        metric=metric,
+        test=functools.cache(lambda: maker.make(source.test())),
+        notes=source.notes,
     )
 
 
-def load_part(config: StdlibConfig, name: str, *, tokenizer: PreTrainedTokenizerBase, max_blocks: int | None) -> Part:
-    """Reads, tokenises and cuts one part.
+def check_model_kind(source: RowSource, model_kind: ModelKind, *, data: str) -> None:
+    """Refuses data from which a model of this kind can't learn.
 
     Raises:
-        ConfigError: It is empty or shorter than one block, or the tokenizer has no token that ends a text.
+        ConfigError: It can't; the message says which models can.
     """
-    documents = SOURCES[config.name](name)
-    if not documents:
+    fitting: dict[str, tuple[ModelKind, ...]] = {
+        "documents": ("causal_lm",),
+        "conversations": ("causal_lm", "seq2seq"),
+    }
+    kinds = fitting.get(source.kind, ("classifier",))
+    if model_kind not in kinds:
         raise ConfigError(
-            f"the {name} part of `data={config.name}` must not be empty, but has no document. Use other data."
+            f"`model.kind` must be {' or '.join(kinds)} for the rows of `data={data}`, but got {model_kind!r}. "
+            f"Use `model={kinds[0]}`, or other data."
         )
-    row = tokenise(documents, tokenizer=tokenizer)
-    if len(row) <= config.block_length:
-        raise ConfigError(
-            f"`data.block_length` must be less than the {len(row)} tokens of the {name} part of `data={config.name}`, "
-            f"but got {config.block_length!r}. Use shorter blocks or more text."
-        )
-    size = sum(len(document.text.encode()) for document in documents)
-    return Part(
-        name=name,
-        tokens=choose_evenly(cut_blocks(row, block_length=config.block_length), most=max_blocks),
-        documents=len(documents),
-        bytes=size,
-        bytes_per_token=size / len(row),
-        fingerprint=fingerprint_documents(documents),
-    )
 
 
-def tokenise(documents: Sequence[Document], *, tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    """Returns all documents as one row of token ids (tokens,), each followed by the tokenizer's end-of-text token.
-
-    A text that spells out a special token (`<|endoftext|>`) is text and becomes ordinary tokens.
-
-    Raises:
-        ConfigError: The tokenizer has no end-of-text token.
-    """
-    end = tokenizer.eos_token_id
-    if end is None:
-        raise ConfigError(
-            "`model.path` must have a tokenizer with an end-of-text token, but has none. Use another model."
-        )
-    rows = tokenizer(
-        [document.text for document in documents],
-        add_special_tokens=False,
-        split_special_tokens=True,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        verbose=False,  # a document longer than the model's context is expected: it is cut into blocks
-    )["input_ids"]
-    return torch.tensor(list(itertools.chain.from_iterable((*row, end) for row in rows)), dtype=torch.int64)
+def make_task(source: RowSource, config: DataConfig, validation: Part) -> Task:
+    """Returns what is learned from the rows of a source."""
+    if source.kind == "single_label":
+        assert isinstance(config, TableConfig)
+        return Classification(num_classes=len(source.label_names), label_smoothing=config.label_smoothing)
+    if source.kind == "multi_label":
+        return MultiLabel(num_labels=len(source.label_names))
+    if source.kind == "regression":
+        return Regression()
+    return LanguageModelling(bytes_per_token=validation.bytes_per_token)  # type: ignore[attr-defined]
 
 
-def cut_blocks(row: Tensor, *, block_length: int) -> Tensor:
-    """Returns a view of a row of tokens as overlapping blocks, (blocks, block_length + 1)."""
-    return row.unfold(0, block_length + 1, block_length)
+def label_tensor(rows: LabelledRows, source: RowSource) -> Tensor:
+    """Returns the labels as `LabelledPart` holds them."""
+    if source.kind == "single_label":
+        return torch.tensor(rows.labels, dtype=torch.int64)
+    if source.kind == "regression":
+        return torch.tensor(rows.labels, dtype=torch.float32)
+    labels = torch.zeros(len(rows), len(source.label_names))
+    for row, found in enumerate(rows.labels):
+        assert isinstance(found, list)
+        labels[row, torch.tensor(found, dtype=torch.int64)] = 1.0
+    return labels
 
 
-def choose_evenly(blocks: Tensor, *, most: int | None) -> Tensor:
-    """Returns at most so many blocks, evenly spaced from the first on; all of them for None."""
-    if most is None or most >= len(blocks):
-        return blocks
-    return blocks[torch.arange(most) * len(blocks) // most]
+def count_labels(rows: LabelledRows, names: Sequence[str]) -> dict[str, int]:
+    """Returns how many rows have each label; empty for numbers."""
+    found = [label for labels in rows.labels for label in (labels if isinstance(labels, list) else [labels])]
+    return {name: found.count(index) for index, name in enumerate(names)}
+
+
+def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Returns the token that fills rows up: the tokenizer's, else that which ends a text, else 0. It is masked."""
+    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if isinstance(token, int):
+            return token
+    return 0

@@ -1,7 +1,7 @@
 """Many runs: which trials a sweep has, who proposes them, and the loop that asks, trains and tells."""
 
 from lorasweep.sweep.definition import Arm, Definition, find_sweep_file, read_definition
-from lorasweep.sweep.driver import Benches, Worker, check_definition, sweep_direction
+from lorasweep.sweep.driver import Benches, Worker, check_definition, sweep_metric
 from lorasweep.sweep.folder import SweepFolder, create_sweep, new_folder, reopen_sweep
 from lorasweep.sweep.live import LiveTable, render_plan
 from lorasweep.sweep.plan import ArmPlan, plan_sweep
@@ -24,5 +24,5 @@ __all__ = [
     "read_definition",
     "render_plan",
     "reopen_sweep",
-    "sweep_direction",
+    "sweep_metric",
 ]

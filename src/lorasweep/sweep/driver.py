@@ -8,10 +8,9 @@ from typing import Any
 from optuna.trial import FrozenTrial
 
 from lorasweep.config.run import RunConfig
-from lorasweep.data.tasks import goal_direction
 from lorasweep.errors import ConfigError, OutOfMemory, WorkerError
 from lorasweep.methods import METHODS
-from lorasweep.record import Direction, RunRecord
+from lorasweep.record import RunRecord
 from lorasweep.sweep.definition import Arm, Definition
 from lorasweep.sweep.folder import SweepFolder
 from lorasweep.sweep.packing import plan_packing
@@ -59,9 +58,16 @@ def check_definition(definition: Definition, benches: Benches) -> dict[str, RunC
     return configs
 
 
-def sweep_direction(configs: Mapping[str, RunConfig]) -> Direction:
-    """Returns the direction of the sweep's metric."""
-    return goal_direction(next(iter(configs.values())).data.metric)
+def sweep_metric(configs: Mapping[str, RunConfig], benches: Benches) -> str:
+    """Returns what every arm is scored by; `data.metric: auto` depends on the data.
+
+    Raises:
+        ConfigError: The arms have different metrics.
+    """
+    metrics = sorted({benches.of(config).parts.metric for config in configs.values()})
+    if len(metrics) > 1:
+        raise ConfigError(f"all arms must have one `data.metric`, but got {', '.join(metrics)}.")
+    return metrics[0]
 
 
 class Worker:

@@ -22,11 +22,11 @@ from optuna.trial import FrozenTrial, TrialState
 
 from lorasweep.config.compose import compose_run
 from lorasweep.config.run import RunConfig
+from lorasweep.data.tasks import goal_direction
 from lorasweep.errors import ConfigError, RecordError, WorkerError
 from lorasweep.record import (
     SWEEP_FILE,
     ArmRow,
-    Direction,
     SweepRecord,
     TrialRow,
     read_sweep,
@@ -112,31 +112,23 @@ def new_folder(name: str, wanted: str | None) -> Path:
     return path
 
 
-def create_sweep(
-    definition: Definition, path: Path, *, configs: dict[str, RunConfig], direction: Direction
-) -> SweepFolder:
+def create_sweep(definition: Definition, path: Path, *, configs: dict[str, RunConfig], metric: str) -> SweepFolder:
     """Makes the folder, the record and the studies.
 
     Args:
         definition: The sweep.
         path: The new folder.
         configs: One composed run per arm.
-        direction: Whether the metric is minimized.
-
-    Raises:
-        ConfigError: The arms have different metrics; nothing is written then.
+        metric: What every arm is scored by.
     """
-    metrics = sorted({config.data.metric for config in configs.values()})
-    if len(metrics) > 1:
-        raise ConfigError(f"all arms must have one `data.metric`, but got {', '.join(metrics)}.")
     path.mkdir(parents=True, exist_ok=True)
     lock = _lock(path)
     record = SweepRecord(
         status="running",
         name=definition.name,
         description=definition.description,
-        metric=metrics[0],
-        direction=direction,
+        metric=metric,
+        direction=goal_direction(metric),
         definition=definition.raw,
         source=str(definition.source) if definition.source else None,
         source_sha256=sha256_of(definition.source) if definition.source else None,

@@ -83,6 +83,9 @@ def _why_alone(arm: Arm, corners: list[RunConfig]) -> str | None:
         why = why_not_packable(config.method)
         if why is not None:
             return why
+        for key in ("compile", "activation_checkpointing"):
+            if getattr(config.trainer, key):
+                return f"`trainer.{key}` does not go with packs, so its trials run alone."
         if config.trainer.max_steps % config.trainer.eval_every_steps:
             return (
                 "`trainer.max_steps` is not a multiple of `trainer.eval_every_steps`, where slots are refilled, "

@@ -12,9 +12,11 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
+from lorasweep.config.run import TrainerConfig
 from lorasweep.errors import Diverged
+from lorasweep.record import RunRecord
 from lorasweep.training.module import TrainingModule
-from lorasweep.training.run_log import CHECKPOINT_FILE, RunLog, Values
+from lorasweep.training.run_log import CHECKPOINT_FILE, RunLog, Values, describe_stale, is_stale
 
 ShouldStop = Callable[[int, int, float], bool]
 """`should_stop(slot, step, value)`: whether the run in a slot is to be pruned after this evaluation."""
@@ -43,7 +45,7 @@ class Logging(lightning.Callback):
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Notes a micro-batch; with the last one of a step, the step."""
-        self.micro_losses.append(outputs["loss"].detach() * trainer.accumulate_grad_batches)
+        self.micro_losses.append(outputs["loss"].detach())  # its share, divided by Lightning
         if trainer.global_step > self.logged_step:
             self.logged_step = trainer.global_step
             self.run_log.note_step(trainer.global_step, self.micro_losses, self.lr)
@@ -85,6 +87,20 @@ class Pruning(lightning.Callback):
         step, value = trainer.global_step, validation_values(trainer)[self.metric]
         if self.should_stop(0, step, value) and step < self.max_steps:
             self.pruned_at = step
+            trainer.should_stop = True
+
+
+class EarlyStopping(lightning.Callback):
+    """Ends a run whose score no longer gets better, by the rule that packs have too."""
+
+    def __init__(self, record: RunRecord, config: TrainerConfig) -> None:
+        self.record = record
+        self.config = config
+
+    def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Looks at the record, in which this evaluation is."""
+        if trainer.global_step < self.record.steps_planned and is_stale(self.record, self.config):
+            self.record.reason = describe_stale(self.record)
             trainer.should_stop = True
 
 

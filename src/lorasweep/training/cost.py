@@ -10,16 +10,18 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lorasweep.config.run import RunConfig
+from lorasweep.data.batching import EvaluationSampler, MicroBatch, StepBatchSampler
+from lorasweep.data.part import Batch
 from lorasweep.lora.packed import inject_packed_lora, split_packed_parameters
 from lorasweep.methods import METHODS, copy_sharing_weights
 from lorasweep.training.environment import resolve_device
 from lorasweep.training.optim import build_optimizer
-from lorasweep.training.pack import slot_losses
+from lorasweep.training.pack import slot_batch, slot_losses
 from lorasweep.training.pack_optim import StackedAdamW
-from lorasweep.training.run import prepare_model
+from lorasweep.training.run import prepare_model, resolve_accumulate
 from lorasweep.training.run_log import Workbench, is_out_of_memory
 
 LEAST_GAIN = 0.05
@@ -66,28 +68,31 @@ def measure_run(config: RunConfig, *, bench: Workbench) -> RunCost:
     model.to(device)
     trained = [p for p in model.parameters() if p.requires_grad]
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=bench.precision == "bf16" and method.needs_autocast)
-    blocks = _blocks(bench.parts.train.tokens, config.trainer.batch_size // config.trainer.accumulate).to(device)
+    task, micros = bench.parts.task, _micro_batches(config, bench)
+    batches = [_to(bench.parts.train.batch(micro.indices), device) for micro in micros]
     times = [0.0]
     if trained:
         optimizer = build_optimizer(config.optim, method.trainable_groups(model, lr_ratio_b=config.optim.lr_ratio_b))
 
         def step() -> None:
-            for _ in range(config.trainer.accumulate):
+            for batch in batches:
                 with autocast:
-                    loss = slot_losses(model, blocks, slots=1).mean()
+                    loss = task.losses(model, batch).sum() / micros[0].step_weight
                 loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             optimizer.zero_grad()
 
         times = _time(step, device)
-    held_out = bench.parts.validation.tokens
-    rows = _blocks(held_out, min(config.trainer.eval_batch_size, len(held_out))).to(device)
+    held_out = bench.parts.validation
+    evaluation = EvaluationSampler(held_out, batch_size=config.trainer.eval_batch_size).batches
+    longest = _to(held_out.batch(evaluation[-1]), device)
 
     def evaluate() -> None:
         with torch.no_grad(), autocast:
-            slot_losses(model, rows, slots=1)
+            task.score(model, longest)
 
-    eval_s = _median(_time(evaluate, device)) * len(held_out) / len(rows)
+    share = int(held_out.lengths.sum()) / int(held_out.lengths[torch.tensor(evaluation[-1])].sum())
+    eval_s = _median(_time(evaluate, device)) * share
     torch.set_rng_state(state)
     return RunCost(
         step_s=_median(times),
@@ -159,12 +164,13 @@ def _measure(config: RunConfig, bench: Workbench, *, slots: int) -> PackMeasurem
     inject_packed_lora(model, [config.method] * slots, generators=generators)  # type: ignore[list-item]
     model.train()
     optimizer = StackedAdamW(split_packed_parameters(model), [config.optim] * slots)
-    rows = config.trainer.batch_size // config.trainer.accumulate
-    blocks = _blocks(bench.parts.train.tokens, rows).repeat(slots, 1).to(device)
+    micros = _micro_batches(config, bench)
+    batches = [_to(slot_batch(bench.parts.train, [micro] * slots, model=model), device) for micro in micros]
 
     def step() -> None:
-        for _ in range(config.trainer.accumulate):
-            slot_losses(model, blocks, slots=slots).mean(dim=1).sum().backward()  # type: ignore[no-untyped-call]
+        for batch in batches:
+            losses = slot_losses(bench.parts.task, model, batch, slots=slots)
+            (losses.sum() / micros[0].step_weight).backward()  # type: ignore[no-untyped-call]
         optimizer.clip_slots()
         optimizer.step()
         optimizer.zero_grad()
@@ -174,8 +180,16 @@ def _measure(config: RunConfig, bench: Workbench, *, slots: int) -> PackMeasurem
     return PackMeasurement(slots=slots, step_s=_median(times), memory_bytes=_memory_in_use())
 
 
-def _blocks(tokens: Tensor, rows: int) -> Tensor:
-    return tokens[torch.arange(rows) % len(tokens)]
+def _micro_batches(config: RunConfig, bench: Workbench) -> list[MicroBatch]:
+    """The first step's."""
+    part, settings = bench.parts.train, config.trainer
+    accumulate = resolve_accumulate(settings, part)
+    steps = StepBatchSampler(part, batch_size=settings.batch_size, num_steps=1, seed=0, accumulate=accumulate)
+    return steps.step(0)
+
+
+def _to(batch: Batch, device: torch.device) -> Batch:
+    return {name: value.to(device) for name, value in batch.items()}
 
 
 def _time(action: Callable[[], None], device: torch.device) -> list[float]:

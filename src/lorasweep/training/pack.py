@@ -18,8 +18,10 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lorasweep.config.method import LoraConfig
 from lorasweep.config.run import RunConfig
-from lorasweep.data.module import TextDataModule
-from lorasweep.data.tasks import LanguageModelMetrics
+from lorasweep.data.batching import MicroBatch
+from lorasweep.data.module import evaluation_loader
+from lorasweep.data.part import Batch, Part, repeat_batch
+from lorasweep.data.tasks import Evaluation, Task
 from lorasweep.errors import Diverged, OutOfMemory
 from lorasweep.lora.packed import (
     compact_slots,
@@ -28,6 +30,7 @@ from lorasweep.lora.packed import (
     load_slot,
     save_slot,
     set_dropout_streams,
+    set_row_lengths,
     slot_state,
     split_packed_parameters,
 )
@@ -37,7 +40,7 @@ from lorasweep.training.environment import reset_peak_memory, resolve_device
 from lorasweep.training.optim import schedule_factor
 from lorasweep.training.pack_optim import StackedAdamW
 from lorasweep.training.run import never_stop, quiet_lightning
-from lorasweep.training.run_log import Values, Workbench, is_out_of_memory
+from lorasweep.training.run_log import Values, Workbench, describe_stale, is_out_of_memory, is_stale
 from lorasweep.training.slots import Job, SlotRun, Supply
 
 
@@ -89,7 +92,7 @@ class PackModule(lightning.LightningModule):
         self.bench = bench
         self.supply = supply
         self.stop_requested = stop_requested
-        self.settings = jobs[0].config.trainer
+        self.task = bench.parts.task
         self.runs = [SlotRun(job, bench=bench, slot=n, slots=len(jobs)) for n, job in enumerate(jobs)]
         self.model: nn.Module = copy_sharing_weights(bench.base.model)
         generators = [torch.Generator().manual_seed(job.config.seeds.init) for job in jobs]
@@ -99,7 +102,8 @@ class PackModule(lightning.LightningModule):
         for slot, (run, coverage) in enumerate(zip(self.runs, coverages, strict=True)):
             self._begin(slot, run, trainable_params=coverage.trainable_params)
         set_dropout_streams(self.model, [run.stream for run in self.runs])
-        self.metrics = [self._new_metric() for _ in self.runs]
+        self.evaluations = self._new_evaluations()
+        self.accumulate = self.runs[0].order.accumulate
         self.micro = 0
         self.micro_losses: list[Tensor] = []
         self.settled_at = time.monotonic()
@@ -110,17 +114,18 @@ class PackModule(lightning.LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> None:
         """One micro-batch of every slot; with the last one of a step, the step."""
         started = time.perf_counter()
-        indices = [index for run in self.runs for index in run.micro_batch(self.micro)]
-        blocks = self.bench.parts.train.tokens[torch.tensor(indices)].to(self.device)  # (slots · batch, block + 1)
-        losses = slot_losses(self.model, blocks, slots=len(self.runs)).mean(dim=1)  # (slots,)
-        self.manual_backward((losses / self.settings.accumulate).sum())
-        self.micro_losses.append(losses.detach())
+        micros = [run.micro_batch(self.micro) for run in self.runs]
+        rows = slot_batch(self.bench.parts.train, micros, model=self.model)
+        shares = slot_losses(self.task, self.model, self._to_device(rows), slots=len(micros))
+        shares = shares / torch.tensor([micro.step_weight for micro in micros], device=shares.device)  # (slots,)
+        self.manual_backward(shares.sum())
+        self.micro_losses.append(shares.detach())
         self.micro += 1
-        for run in self.runs:
-            run.tokens_trained += blocks[:, 1:].numel() // len(self.runs)
-        if self.micro == self.settings.accumulate:
+        for run, micro in zip(self.runs, micros, strict=True):
+            run.note_batch(micro, positions=rows["input_ids"].numel() // len(micros))
+        if self.micro == self.accumulate:
             self._step()
-        share = (time.perf_counter() - started) / len(self.runs)
+        share = (time.perf_counter() - started) / len(micros)
         for run in self.runs:
             run.train_s += share
 
@@ -133,12 +138,16 @@ class PackModule(lightning.LightningModule):
         if self.micro == 0 and self.stop_requested():
             raise RunStopped
 
-    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Evaluates a batch in all slots at once."""
-        blocks = torch.cat([batch["input_ids"], batch["targets"][:, -1:]], dim=1).repeat(len(self.runs), 1)
-        losses = slot_losses(self.model, blocks, slots=len(self.runs))
-        for metric, nats in zip(self.metrics, losses.sum(dim=1), strict=True):
-            metric.update(nats=nats, tokens=losses.shape[1])
+        slots = len(self.runs)
+        rows = self.task.score(self.model, repeat_batch(batch, slots=slots))
+        for slot, evaluation in enumerate(self.evaluations):
+            evaluation.update(rows.of_slot(slot, slots=slots))
+
+    def on_validation_start(self) -> None:
+        """Evaluates rows of one length in all slots."""
+        set_row_lengths(self.model, None)
 
     def on_validation_model_train(self) -> None:
         """Switches dropout on again, in refilled slots too."""
@@ -146,7 +155,8 @@ class PackModule(lightning.LightningModule):
 
     def on_validation_end(self) -> None:
         """Settles every slot: logs, keeps, prunes, ends, refills; then compacts what stays empty."""
-        values = [{name: float(value) for name, value in metric.compute().items()} for metric in self.metrics]
+        computed = [evaluation.compute() for evaluation in self.evaluations]
+        values = [{name: float(value) for name, value in metrics.items()} for metrics in computed]
         self._share_time()
         freed = [n for n, run in enumerate(self.runs) if not self._goes_on(n, run, values[n])]
         empty = [slot for slot in freed if not self._refill(slot)]
@@ -157,7 +167,7 @@ class PackModule(lightning.LightningModule):
         if empty:
             self._compact([slot for slot in range(len(self.runs)) if slot not in empty])
         set_dropout_streams(self.model, [run.stream for run in self.runs])
-        self.metrics = [self._new_metric() for _ in self.runs]
+        self.evaluations = self._new_evaluations()
         self._save_checkpoints()
         self.settled_at = time.monotonic()
 
@@ -195,10 +205,14 @@ class PackModule(lightning.LightningModule):
         for name, number in values.items():
             run.writer.add_scalar(f"validation/{name}", number, run.step)
         prune = run.job.should_stop(run.step, value)
-        if run.step < record.steps_planned and not prune:
+        if run.step >= record.steps_planned:
+            run.close("complete", None)
+        elif prune:
+            run.close("pruned", f"pruned at step {run.step} of {record.steps_planned}")
+        elif is_stale(record, run.job.config.trainer):
+            run.close("complete", describe_stale(record))
+        else:
             return True
-        status = "complete" if run.step >= record.steps_planned else "pruned"
-        run.close(status, None if status == "complete" else f"pruned at step {run.step} of {record.steps_planned}")
         run.job.ended(record)
         return False
 
@@ -248,8 +262,11 @@ class PackModule(lightning.LightningModule):
         for run in self.runs:
             run.wall_s += share
 
-    def _new_metric(self) -> LanguageModelMetrics:
-        return LanguageModelMetrics(bytes_per_token=self.bench.parts.validation.bytes_per_token).to(self.device)
+    def _new_evaluations(self) -> list[Evaluation]:
+        return [Evaluation(self.task) for _ in self.runs]
+
+    def _to_device(self, batch: Batch) -> Batch:
+        return {name: value.to(self.device) for name, value in batch.items()}
 
 
 class Ticks(IterableDataset[int]):
@@ -260,23 +277,22 @@ class Ticks(IterableDataset[int]):
             yield 0
 
 
-def slot_losses(model: nn.Module, blocks: Tensor, *, slots: int) -> Tensor:
-    """Returns the cross-entropy in nats of every token after the first of each block, in fp32, (slots, tokens)."""
-    inputs, targets = blocks[:, :-1], blocks[:, 1:]
-    logits = model(input_ids=inputs).logits  # (slots · batch, block, vocabulary)
-    losses = nn.functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
-    return losses.view(slots, -1)
+def slot_batch(part: Part, micros: Sequence[MicroBatch], *, model: nn.Module) -> Batch:
+    """Returns a batch of the rows of all slots, slot-major, and tells the packed model how long each slot's are."""
+    longest = [int(part.lengths[torch.tensor(micro.indices)].max()) for micro in micros]
+    set_row_lengths(model, longest if len(set(longest)) > 1 else None)
+    return part.batch([index for micro in micros for index in micro.indices], slots=len(micros))
+
+
+def slot_losses(task: Task, model: nn.Module, batch: Batch, *, slots: int) -> Tensor:
+    """Returns the sum of the losses of each slot's rows, in fp32, (slots,)."""
+    return task.losses(model, batch).view(slots, -1).sum(1)
 
 
 def _fit(module: PackModule, config: RunConfig, bench: Workbench) -> None:
     settings = config.trainer
-    data = TextDataModule(
-        bench.parts,
-        batch_size=settings.batch_size,
-        accumulate=1,
-        eval_batch_size=max(1, settings.eval_batch_size // len(module.runs)),
-        num_steps=1,
-        seed=0,
+    held_out = evaluation_loader(
+        bench.parts.validation, batch_size=max(1, settings.eval_batch_size // len(module.runs))
     )
     with quiet_lightning():
         trainer = lightning.Trainer(
@@ -285,7 +301,7 @@ def _fit(module: PackModule, config: RunConfig, bench: Workbench) -> None:
             precision="32-true",  # the base is in its own dtype and LoRA casts by itself
             logger=False,
             max_epochs=1,
-            val_check_interval=settings.eval_every_steps * settings.accumulate,
+            val_check_interval=settings.eval_every_steps * module.accumulate,
             check_val_every_n_epoch=None,
             num_sanity_val_steps=0,
             inference_mode=False,  # slots are refilled while evaluating, and what is made then must train
@@ -293,7 +309,7 @@ def _fit(module: PackModule, config: RunConfig, bench: Workbench) -> None:
             enable_progress_bar=False,
             enable_model_summary=False,
         )
-        trainer.fit(module, DataLoader(Ticks(), batch_size=None), data.val_dataloader())
+        trainer.fit(module, DataLoader(Ticks(), batch_size=None), held_out)
 
 
 def _method(job: Job) -> LoraConfig:

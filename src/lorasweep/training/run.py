@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import lightning
 import torch
@@ -16,15 +17,18 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
 
-from lorasweep.config.run import RunConfig
-from lorasweep.data.module import TextDataModule
+from lorasweep.config.run import RunConfig, TrainerConfig
+from lorasweep.data.batching import EvaluationSampler, choose_accumulate
+from lorasweep.data.module import DataModule
+from lorasweep.data.part import Part
+from lorasweep.data.part import padding_fraction as measure_padding
 from lorasweep.data.parts import load_parts
-from lorasweep.data.tasks import LanguageModelMetrics
-from lorasweep.errors import OutOfMemory
-from lorasweep.methods import METHODS, Method, copy_sharing_weights
+from lorasweep.data.sources import read_source
+from lorasweep.errors import ConfigError, OutOfMemory
+from lorasweep.methods import METHODS, copy_sharing_weights
 from lorasweep.models.load import BaseModel, load_base
 from lorasweep.record import RUN_FILE, RunRecord, RunStatus
-from lorasweep.training.callbacks import Logging, Pruning, RunStopped, ShouldStop, Stopping
+from lorasweep.training.callbacks import EarlyStopping, Logging, Pruning, RunStopped, ShouldStop, Stopping
 from lorasweep.training.environment import Precision, reset_peak_memory, resolve_device, resolve_precision
 from lorasweep.training.module import TrainingModule
 from lorasweep.training.run_log import (
@@ -46,8 +50,10 @@ def build_workbench(config: RunConfig) -> Workbench:
         ConfigError: The model or data cannot be had; nothing was written.
     """
     precision = resolve_precision(config.trainer)
+    source = read_source(config.data)
     base = load_base(config.model, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
-    return Workbench(base=base, parts=load_parts(config.data, tokenizer=base.tokenizer), precision=precision)
+    parts = load_parts(config.data, source=source, tokenizer=base.tokenizer, model_kind="causal_lm")
+    return Workbench(base=base, parts=parts, precision=precision)
 
 
 def never_prune(slot: int, step: int, value: float) -> bool:
@@ -93,16 +99,17 @@ def train_run(
         model = prepare_model(config, bench.base)
         record.trainable_params = sum(p.numel() for p in model.parameters() if p.requires_grad)
         record.trainable_fraction = record.trainable_params / record.total_params
-        metrics = LanguageModelMetrics(bytes_per_token=bench.parts.validation.bytes_per_token)
-        module = TrainingModule(model, method=METHODS[config.method.name], config=config, metrics=metrics)
+        accumulate = resolve_accumulate(config.trainer, bench.parts.train)
+        module = TrainingModule(
+            model, method=METHODS[config.method.name], config=config, task=bench.parts.task, accumulate=accumulate
+        )
         callbacks = [
             Logging(log, save=lambda folder: module.method.save(model, folder, base=bench.base), start_step=start_step),
             pruning := Pruning(should_stop, metric=record.metric, max_steps=record.steps_planned),
+            EarlyStopping(record, config.trainer),
             Stopping(stop_requested, place.folder, eval_every_steps=config.trainer.eval_every_steps),
         ]
-        trainer = _build_trainer(
-            config, place.folder, method=module.method, precision=bench.precision, callbacks=callbacks
-        )
+        trainer = _build_trainer(module, place.folder, precision=bench.precision, callbacks=callbacks)
         status = _fit(
             trainer, module, record, bench=bench, start_step=start_step, checkpoint=checkpoint if resume else None
         )
@@ -115,6 +122,7 @@ def train_run(
     if pruning.pruned_at is not None:
         status, record.reason = "pruned", f"pruned at step {pruning.pruned_at} of {record.steps_planned}"
     record.tokens_trained, record.tokens_per_s = module.tokens_trained, module.tokens_per_s
+    record.batching = describe_batching(bench, config, padding_fraction=module.padding_fraction)
     log.close(status, record.reason)
     return record
 
@@ -130,7 +138,44 @@ def prepare_model(config: RunConfig, base: BaseModel) -> nn.Module:
     METHODS[config.method.name].prepare(model, config.method, generator=generator)
     torch.manual_seed(config.seeds.dropout)
     model.train()  # dropout on; Lightning keeps each module's mode and switches it for evaluation
+    if config.trainer.activation_checkpointing:
+        checkpoint_activations(model)
+    if config.trainer.compile:
+        model.compile()
     return model
+
+
+def checkpoint_activations(model: nn.Module) -> None:
+    """Has the model compute its blocks' activations again in the backward pass.
+
+    Raises:
+        ConfigError: It does not know how.
+    """
+    if not getattr(model, "supports_gradient_checkpointing", False):
+        raise ConfigError(
+            "`trainer.activation_checkpointing` must be false for a model that does not support it, but is true."
+        )
+    model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+
+
+def resolve_accumulate(config: TrainerConfig, part: Part) -> int:
+    """Returns the micro-batches per optimizer step; `auto` is decided by the rows' lengths alone."""
+    if config.accumulate == "auto":
+        return choose_accumulate(part, batch_size=config.batch_size)
+    return config.accumulate
+
+
+def describe_batching(bench: Workbench, config: RunConfig, *, padding_fraction: float) -> dict[str, Any]:
+    """Returns what a run record keeps of how its batches were made."""
+    held_out = bench.parts.validation
+    batches = EvaluationSampler(held_out, batch_size=config.trainer.eval_batch_size).batches
+    return {
+        "micro_batches": resolve_accumulate(config.trainer, bench.parts.train),
+        "padding_fraction": {
+            "train": round(padding_fraction, 4),
+            "validation": round(measure_padding(held_out.lengths, batches), 4),
+        },
+    }
 
 
 def read_step(checkpoint: Path) -> int:
@@ -153,10 +198,10 @@ def _fit(
     checkpoint: Path | None,
 ) -> RunStatus:
     settings = module.config.trainer
-    data = TextDataModule(
+    data = DataModule(
         bench.parts,
         batch_size=settings.batch_size,
-        accumulate=settings.accumulate,
+        accumulate=module.accumulate,
         eval_batch_size=settings.eval_batch_size,
         num_steps=settings.max_steps,
         seed=module.config.seeds.data_order,
@@ -178,8 +223,9 @@ def _fit(
 
 
 def _build_trainer(
-    config: RunConfig, folder: Path, *, method: Method, precision: Precision, callbacks: list[lightning.Callback]
+    module: TrainingModule, folder: Path, *, precision: Precision, callbacks: list[lightning.Callback]
 ) -> lightning.Trainer:
+    config, method = module.config, module.method
     show = config.trainer.progress and config.method.name != "frozen" and sys.stderr.isatty()
     if show:
         callbacks = [*callbacks, TQDMProgressBar(refresh_rate=1)]
@@ -192,14 +238,14 @@ def _build_trainer(
             callbacks=callbacks,
             max_epochs=1,
             max_steps=config.trainer.max_steps,
-            val_check_interval=config.trainer.eval_every_steps * config.trainer.accumulate,
+            val_check_interval=config.trainer.eval_every_steps * module.accumulate,
             check_val_every_n_epoch=None,
             num_sanity_val_steps=0,
             log_every_n_steps=max(1, config.trainer.max_steps // 200),
             enable_checkpointing=False,
             enable_progress_bar=show,
             enable_model_summary=False,
-            accumulate_grad_batches=config.trainer.accumulate,
+            accumulate_grad_batches=module.accumulate,
             gradient_clip_val=config.optim.clip_norm,
             default_root_dir=folder,
         )

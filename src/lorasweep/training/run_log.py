@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorasweep.config.run import RunConfig
+from lorasweep.config.run import RunConfig, TrainerConfig
 from lorasweep.data.parts import DataParts
 from lorasweep.data.tasks import goal_direction
 from lorasweep.errors import Diverged, LoraSweepError
@@ -82,7 +82,7 @@ class RunLog:
         write_record(record, folder)
 
     def note_step(self, step: int, micro_losses: list[Tensor], lr: float) -> None:
-        """Keeps the losses (nats per token) of a step's micro-batches and its learning rate until the next flush."""
+        """Keeps the micro-batches' shares of a step's loss and its learning rate until the next flush."""
         self._pending.append((step, micro_losses, lr))
 
     def flush(self, tokens_per_s: float) -> list[dict[str, Any]]:
@@ -93,7 +93,7 @@ class RunLog:
         """
         rows: list[dict[str, Any]] = []
         for step, losses, lr in self._pending:
-            loss = torch.stack(losses).mean().item()
+            loss = torch.stack(losses).sum().item()
             kept = loss if math.isfinite(loss) else None
             rows.append({"step": step, "loss": kept, "lr": lr, "tokens_per_s": round(tokens_per_s, 1)})
         self._pending = []
@@ -164,8 +164,8 @@ def new_record(config: RunConfig, place: RunPlace, bench: Workbench) -> RunRecor
         config=asdict(config),
         arm=place.arm,
         trial=place.trial,
-        metric=config.data.metric,
-        direction=goal_direction(config.data.metric),
+        metric=bench.parts.metric,
+        direction=goal_direction(bench.parts.metric),
         code=describe_code(),
         packages=describe_packages(),
         platform=describe_platform(bench.precision),
@@ -182,6 +182,19 @@ def reopen_record(folder: Path) -> RunRecord:
     record = read_run(folder)
     record.status, record.reason, record.ended_at = "running", None, None
     return record
+
+
+def is_stale(record: RunRecord, config: TrainerConfig) -> bool:
+    """Whether so many evaluations in a row brought nothing better that the run is to end early."""
+    if config.early_stop_evaluations is None or not record.best:
+        return False
+    steps = record.steps_done - record.best["step"]
+    return steps >= config.early_stop_evaluations * config.eval_every_steps
+
+
+def describe_stale(record: RunRecord) -> str:
+    """Returns why a run ended early."""
+    return f"no better score since step {record.best['step']:.0f}: stopped early at step {record.steps_done}"
 
 
 def is_better(value: float, other: float, *, direction: Direction) -> bool:

@@ -12,8 +12,9 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from lorasweep.config.run import RunConfig
-from lorasweep.data.batching import StepBatchSampler
+from lorasweep.data.batching import MicroBatch, StepBatchSampler
 from lorasweep.record import RUN_FILE, RunRecord
+from lorasweep.training.run import describe_batching, resolve_accumulate
 from lorasweep.training.run_log import SLOT_CHECKPOINT_FILE, RunLog, RunPlace, Workbench, new_record, reopen_record
 
 
@@ -52,10 +53,12 @@ class SlotRun:
     def __init__(self, job: Job, *, bench: Workbench, slot: int, slots: int) -> None:
         config, folder = job.config, job.place.folder
         self.job = job
+        self.bench = bench
         self.checkpoint = _read_checkpoint(folder)
         resumed = self.checkpoint or {}
         self.step = int(resumed.get("step", 0))
         self.tokens_trained = int(resumed.get("tokens_trained", 0))
+        self.positions_trained = int(resumed.get("positions_trained", 0))
         self.train_s = float(resumed.get("train_s", 0.0))
         self.wall_s = 0.0
         self.record = reopen_record(folder) if resumed else new_record(config, job.place, bench)
@@ -66,23 +69,34 @@ class SlotRun:
         if resumed:
             self.stream.set_state(resumed["stream"])
         self.order = StepBatchSampler(
-            len(bench.parts.train.tokens),
+            bench.parts.train,
             batch_size=config.trainer.batch_size,
             num_steps=config.trainer.max_steps,
             seed=config.seeds.data_order,
-            accumulate=config.trainer.accumulate,
+            accumulate=resolve_accumulate(config.trainer, bench.parts.train),
         )
+        self._micros: tuple[int, list[MicroBatch]] = (-1, [])
 
     @property
     def tokens_per_s(self) -> float:
         """Training tokens of this run per second of its share of the training time."""
         return self.tokens_trained / self.train_s if self.train_s else 0.0
 
-    def micro_batch(self, micro: int) -> list[int]:
-        """Returns the examples of one micro-batch of its next step."""
-        batch = self.order.indices_of_step(self.step)
-        size = len(batch) // self.job.config.trainer.accumulate
-        return batch[micro * size : (micro + 1) * size]
+    @property
+    def padding_fraction(self) -> float:
+        """Share of its training positions so far that was padding."""
+        return 1.0 - self.tokens_trained / self.positions_trained if self.positions_trained else 0.0
+
+    def micro_batch(self, micro: int) -> MicroBatch:
+        """Returns the rows of one micro-batch of its next step."""
+        if self._micros[0] != self.step:
+            self._micros = self.step, self.order.step(self.step)
+        return self._micros[1][micro]
+
+    def note_batch(self, micro: MicroBatch, *, positions: int) -> None:
+        """Counts the tokens of a batch and the positions that they took, padding included."""
+        self.tokens_trained += int(self.bench.parts.train.lengths[torch.tensor(micro.indices)].sum())
+        self.positions_trained += positions
 
     def flush(self) -> None:
         """Writes the steps so far to the log and to TensorBoard.
@@ -98,13 +112,15 @@ class SlotRun:
         """Writes what the run needs to go on in any pack, whole or not at all."""
         path = self.job.place.folder / SLOT_CHECKPOINT_FILE
         temporary = path.with_name(f".{path.name}.tmp")
-        own = {"step": self.step, "tokens_trained": self.tokens_trained, "train_s": self.train_s}
-        torch.save({**state, **own, "stream": self.stream.get_state()}, temporary)
+        own: dict[str, Any] = {"step": self.step, "tokens_trained": self.tokens_trained, "train_s": self.train_s}
+        own |= {"positions_trained": self.positions_trained, "stream": self.stream.get_state()}
+        torch.save({**state, **own}, temporary)
         os.replace(temporary, path)
 
     def close(self, status: Any, reason: str | None) -> None:
         """Writes the final record."""
         self.record.tokens_trained, self.record.tokens_per_s = self.tokens_trained, self.tokens_per_s
+        self.record.batching = describe_batching(self.bench, self.job.config, padding_fraction=self.padding_fraction)
         self.log.close(status, reason, wall_s=self.wall_s)
         self.writer.close()
 

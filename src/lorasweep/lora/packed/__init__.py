@@ -12,6 +12,7 @@ from lorasweep.lora.packed.inject import (
     inject_packed_lora,
     num_slots,
     set_dropout_streams,
+    set_row_lengths,
     split_packed_parameters,
     why_not_packable,
 )
@@ -50,6 +51,7 @@ __all__ = [
     "packed_lora_linear",
     "save_slot",
     "set_dropout_streams",
+    "set_row_lengths",
     "slot_model",
     "slot_state",
     "split_packed_parameters",

@@ -19,11 +19,14 @@ class SlotStreams:
         generators: One stream per slot, on the device of the inputs; None draws from torch's own.
         only_slot: The slot whose rows are being computed alone (inside a module that each slot trains on a copy of);
             None while the rows of all slots are.
+        lengths: How long each slot's rows are before they were padded to those of the longest slot; None where all
+            are equally long.
     """
 
     def __init__(self, num_slots: int) -> None:
         self.generators: list[torch.Generator | None] = [None] * num_slots
         self.only_slot: int | None = None
+        self.lengths: tuple[int, ...] | None = None
 
     @property
     def num_slots(self) -> int:
@@ -55,8 +58,18 @@ class SlotStreams:
         _refuse_recomputing()
         for slot, rows in self.rows(mask):
             if rates[slot]:
-                rows.bernoulli_(1 - rates[slot], generator=self.generators[slot])
+                own = self._unpadded(slot, rows)
+                drawn = own if own.is_contiguous() else torch.empty(own.shape, dtype=own.dtype, device=own.device)
+                drawn.bernoulli_(1 - rates[slot], generator=self.generators[slot])
+                if drawn is not own:
+                    own.copy_(drawn)
         return mask
+
+    def _unpadded(self, slot: int, rows: Tensor) -> Tensor:
+        """What the slot's solo run would have of these rows: (rows, length, ...) without padding for longer slots."""
+        if self.lengths is None or rows.dim() < 3 or rows.shape[1] != max(self.lengths):
+            return rows
+        return rows[:, : self.lengths[slot]]
 
 
 class SlotDropout(nn.Dropout):

@@ -97,6 +97,20 @@ def set_dropout_streams(model: nn.Module, streams: Sequence[torch.Generator | No
     pack.generators[:] = streams
 
 
+def set_row_lengths(model: nn.Module, lengths: Sequence[int] | None) -> None:
+    """Says how long each slot's rows would be alone, where a batch pads them to those of the longest slot.
+
+    Dropout then draws for each slot what its solo run draws: in inputs (rows, length, ...), for its own length.
+
+    Raises:
+        ValueError: The model is not packed, or there are more or fewer lengths than slots.
+    """
+    pack = pack_of(model)
+    if lengths is not None and len(lengths) != pack.num_slots:
+        raise ValueError(f"There must be {pack.num_slots} row lengths, one per slot, but got {len(lengths)}.")
+    pack.lengths = None if lengths is None else tuple(lengths)
+
+
 def num_slots(model: nn.Module) -> int:
     """How many slots a packed model has.
 

@@ -1,0 +1,281 @@
+"""From a source's rows to token ids, kept in the cache of `datasets` so that the next run or sweep starts from there.
+
+Comes after `rows` and before `parts`, which makes parts of the ids.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from lorasweep.data.examples import Ragged
+from lorasweep.data.part import IGNORED
+from lorasweep.data.rows import Message
+from lorasweep.errors import ConfigError
+
+FORMAT = 1
+"""Goes into every key: to be raised when the ids of the same rows change."""
+Columns = dict[str, list[Any]]
+
+
+def tokenise_texts(texts: Sequence[str], *, tokenizer: PreTrainedTokenizerBase, fingerprint: str) -> dict[str, Ragged]:
+    """Returns the `input_ids` of whole texts, each followed by the tokenizer's end-of-text token.
+
+    A text that spells out a special token (`<|endoftext|>`) is text and becomes ordinary tokens.
+
+    Raises:
+        ConfigError: The tokenizer has no end-of-text token.
+    """
+    end = end_token(tokenizer)
+
+    def tokenise(columns: Columns) -> Columns:
+        ids = plain_ids(columns["text"], tokenizer)
+        return {"input_ids": [[*row, end] for row in ids]}
+
+    return cached({"text": list(texts)}, tokenise, key=cache_key(tokenizer, fingerprint, form="text"))
+
+
+def tokenise_labelled(
+    texts: Sequence[str],
+    pairs: Sequence[str] | None,
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    fingerprint: str,
+) -> dict[str, Ragged]:
+    """Returns `input_ids` and `whole`, one number per row: its tokens before it was cut.
+
+    Of pairs also `token_type_ids`, where the tokenizer tells the texts apart.
+    """
+    typed = pairs is not None and "token_type_ids" in tokenizer.model_input_names
+
+    def tokenise(columns: Columns) -> Columns:
+        given = (columns["text"], columns["pair"]) if pairs is not None else (columns["text"],)
+        whole = tokenizer(*given, return_attention_mask=False, verbose=False)["input_ids"]
+        cut = tokenizer(*given, truncation=True, max_length=max_length, return_token_type_ids=typed)
+        kept = {"input_ids": cut["input_ids"], "whole": [[len(row)] for row in whole]}
+        return {**kept, "token_type_ids": cut["token_type_ids"]} if typed else kept
+
+    columns = {"text": list(texts)} if pairs is None else {"text": list(texts), "pair": list(pairs)}
+    return cached(columns, tokenise, key=cache_key(tokenizer, fingerprint, form="labelled", max_length=max_length))
+
+
+def tokenise_chats(
+    conversations: Sequence[Sequence[Message]],
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    template: str,
+    separator: str,
+    max_length: int,
+    fingerprint: str,
+) -> dict[str, Ragged]:
+    """Returns `input_ids` and `targets`: the next token where the assistant says it, else `IGNORED`.
+
+    Beside them `whole` as in `tokenise_labelled`, and `scored_bytes`, one number per row.
+
+    Raises:
+        ConfigError: The tokenizer has no chat template, or one that does not take these conversations, or no
+            end-of-text token for a plain template.
+    """
+    with_template = template == "model" or (template == "auto" and tokenizer.chat_template is not None)
+    if with_template and tokenizer.chat_template is None:
+        raise ConfigError(
+            "`data.template=model` needs a tokenizer with a chat template, but this model's has none. "
+            "Use `data.template=plain`."
+        )
+    encode = _template_encoder(tokenizer) if with_template else _plain_encoder(tokenizer, separator)
+
+    def tokenise(columns: Columns) -> Columns:
+        made: Columns = {"input_ids": [], "targets": [], "whole": [], "scored_bytes": []}
+        for text in columns["conversation"]:
+            messages = [Message(role=role, content=content) for role, content in json.loads(text)]
+            ids, scored = encode(messages)
+            following = [token if is_scored else IGNORED for token, is_scored in zip(ids[1:], scored[1:], strict=True)]
+            made["input_ids"].append(ids[:-1][:max_length])
+            made["targets"].append(following[:max_length])
+            made["whole"].append([len(ids) - 1])
+            kept = [token for token in following[:max_length] if token != IGNORED]
+            made["scored_bytes"].append([len(str(tokenizer.decode(kept, skip_special_tokens=True)).encode())])
+        return made
+
+    rows = [json.dumps([(message.role, message.content) for message in row]) for row in conversations]
+    form = "template" if with_template else "plain"
+    key = cache_key(tokenizer, fingerprint, form=form, separator=separator, max_length=max_length)
+    return cached({"conversation": rows}, tokenise, key=key)
+
+
+def tokenise_sequences(
+    conversations: Sequence[Sequence[Message]],
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    separator: str,
+    max_length: int,
+    fingerprint: str,
+) -> dict[str, Ragged]:
+    """Returns, for an encoder-decoder, `input_ids` of what comes before the last message and `targets` of that message.
+
+    Beside them `whole` and `scored_bytes` as in `tokenise_chats`.
+    """
+
+    def tokenise(columns: Columns) -> Columns:
+        source = tokenizer(columns["source"], return_attention_mask=False, verbose=False)["input_ids"]
+        target = tokenizer(text_target=columns["target"], return_attention_mask=False, verbose=False)["input_ids"]
+        return {
+            "input_ids": [_cut(row, max_length) for row in source],
+            "targets": [_cut(row, max_length) for row in target],
+            "whole": [[max(len(a), len(b))] for a, b in zip(source, target, strict=True)],
+            "scored_bytes": [[len(text.encode())] for text in columns["target"]],
+        }
+
+    columns = {
+        "source": [separator.join(message.content for message in row[:-1]) for row in conversations],
+        "target": [row[-1].content for row in conversations],
+    }
+    key = cache_key(tokenizer, fingerprint, form="sequences", separator=separator, max_length=max_length)
+    return cached(columns, tokenise, key=key)
+
+
+def end_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Returns the token that ends a text.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    end = tokenizer.eos_token_id
+    if not isinstance(end, int):
+        raise ConfigError(
+            "`model.path` must have a tokenizer with an end-of-text token, but has none. Use another model."
+        )
+    return end
+
+
+def plain_ids(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Returns the ids of texts without special tokens; one that a text spells out becomes ordinary tokens."""
+    ids: list[list[int]] = tokenizer(
+        list(texts),
+        add_special_tokens=False,
+        split_special_tokens=True,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,  # longer than the model's context is expected: it is cut
+    )["input_ids"]
+    return ids
+
+
+def cache_key(tokenizer: PreTrainedTokenizerBase, fingerprint: str, **settings: Any) -> str:
+    """Returns 32 hex digits that change with the rows, the tokenizer, the settings or how ids are made of them."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    made = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
+    parts = [FORMAT, fingerprint, made, str(tokenizer.chat_template), tokenizer.padding_side, sorted(settings.items())]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+
+def cached(columns: Columns, tokenise: Callable[[Columns], Columns], *, key: str) -> dict[str, Ragged]:
+    """Returns what `tokenise` makes of columns, from the cache of `datasets` where it is there."""
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "lorasweep"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        where: dict[str, Any] = {"cache_file_name": str(folder / f"{key}.arrow")}
+    except OSError:  # a cache that can't be written to costs time, nothing else
+        where = {"keep_in_memory": True}
+    with _quiet():
+        rows = datasets.Dataset.from_dict(columns)
+        made = rows.map(tokenise, batched=True, remove_columns=list(columns), new_fingerprint=key, **where)
+        table = made.with_format("arrow")[:]
+    return {name: _ragged(table.column(name).combine_chunks()) for name in table.column_names}
+
+
+def _ragged(column: Any) -> Ragged:
+    ends = torch.from_numpy(column.offsets.to_numpy(zero_copy_only=False)[1:].astype("int64"))
+    values = torch.from_numpy(column.flatten().to_numpy(zero_copy_only=False).astype("int64"))
+    return Ragged(values=values, ends=ends)
+
+
+def _template_encoder(
+    tokenizer: PreTrainedTokenizerBase,
+) -> Callable[[Sequence[Message]], tuple[list[int], list[bool]]]:
+    def encode(messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
+        ids: list[int] = []
+        scored: list[bool] = []
+        for place, message in enumerate(messages):
+            if message.role != "assistant":
+                continue
+            before = _apply(tokenizer, messages[:place], add_generation_prompt=True)
+            after = _apply(tokenizer, messages[: place + 1], add_generation_prompt=False)
+            if after[: len(before)] != before or before[: len(ids)] != ids:
+                raise ConfigError(
+                    "the model's chat template must write a conversation from left to right, but rewrites what came "
+                    "before an answer. Use `data.template=plain`."
+                )
+            scored += [False] * (len(before) - len(ids)) + [True] * (len(after) - len(before))
+            ids = after
+        return ids, scored
+
+    return encode
+
+
+def _apply(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, add_generation_prompt: bool
+) -> list[int]:
+    rows = [{"role": message.role, "content": message.content} for message in messages]
+    try:
+        ids = tokenizer.apply_chat_template(
+            rows, tokenize=True, add_generation_prompt=add_generation_prompt, return_dict=False
+        )
+    except Exception as error:  # whatever a template of jinja's raises
+        raise ConfigError(
+            f"the model's chat template must take these conversations, but does not: {error}. "
+            "Use `data.template=plain`."
+        ) from error
+    return list(ids)
+
+
+def _plain_encoder(
+    tokenizer: PreTrainedTokenizerBase, separator: str
+) -> Callable[[Sequence[Message]], tuple[list[int], list[bool]]]:
+    end = end_token(tokenizer)
+    start = [tokenizer.bos_token_id] if isinstance(tokenizer.bos_token_id, int) else []
+
+    def encode(messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
+        ids, scored = list(start), [False] * len(start)
+        for place, (message, tokens) in enumerate(
+            zip(messages, plain_ids([message.content for message in messages], tokenizer), strict=True)
+        ):
+            is_answer = message.role == "assistant"
+            if place and separator:
+                between = plain_ids([separator], tokenizer)[0]
+                ids, scored = ids + between, scored + [False] * len(between)
+            ids = [*ids, *tokens, *([end] if is_answer else [])]
+            scored += [is_answer] * (len(tokens) + is_answer)
+        return ids, scored
+
+    return encode
+
+
+def _cut(row: list[int], length: int) -> list[int]:
+    """Returns at most so many tokens; the last one, which ends the text, stays."""
+    return row if len(row) <= length else [*row[: length - 1], row[-1]]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    was_shown = datasets.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if was_shown:
+            datasets.enable_progress_bars()
+
+
+def describe_cut(whole: Mapping[str, Ragged], *, max_length: int) -> int:
+    """Returns how many rows were longer than `data.max_length`."""
+    return int((whole["whole"].values > max_length).sum())

@@ -1,0 +1,59 @@
+"""Scores a model on a part of the data outside of training: the test part, or a model that was changed afterwards."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from lorasweep.config.run import RunConfig
+from lorasweep.data.batching import EvaluationSampler
+from lorasweep.data.part import Part
+from lorasweep.data.tasks import Evaluation, RowScores, Task
+from lorasweep.methods import METHODS
+from lorasweep.training.environment import Precision, resolve_device
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Scored:
+    """What a model scores on a part."""
+
+    values: dict[str, float]
+    """Every metric of the task."""
+    rows: RowScores
+    """Per row, in the part's own order."""
+
+
+def evaluate_model(model: nn.Module, part: Part, *, task: Task, config: RunConfig, precision: Precision) -> Scored:
+    """Evaluates a prepared model on every row of a part, in the precision and batches of its run.
+
+    The model is on the CPU and in evaluation mode afterwards; torch's random stream is left as it is.
+
+    Args:
+        model: What `prepare_model` gives, trained or with weights loaded.
+        part: The rows.
+        task: What they are scored by; for another part than validation, that part's (`DataParts.task_of`).
+        config: The run's settings.
+        precision: That of the workbench.
+    """
+    device = torch.device("cuda" if resolve_device(config.trainer) == "gpu" else "cpu")
+    mixed = precision == "bf16" and METHODS[config.method.name].needs_autocast
+    batches = EvaluationSampler(part, batch_size=config.trainer.eval_batch_size)
+    evaluation = Evaluation(task)
+    model.to(device).eval()
+    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=mixed):
+        for micro in batches:
+            batch = {name: value.to(device) for name, value in part.batch(micro.indices).items()}
+            evaluation.update(task.score(model, batch))
+    values = {name: float(value) for name, value in evaluation.compute().items()}
+    rows = in_order(evaluation.rows, batches.order)
+    model.cpu()
+    return Scored(values=values, rows=rows)
+
+
+def in_order(rows: RowScores, order: list[int]) -> RowScores:
+    """Returns rows that came in this order in the order of their numbers, on the CPU."""
+    places = torch.tensor(order).argsort()
+    parts = {"loss": rows.loss, "items": rows.items, "prediction": rows.prediction, "target": rows.target}
+    return RowScores(**{name: value.cpu()[places] for name, value in parts.items() if value is not None})

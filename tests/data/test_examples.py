@@ -1,0 +1,165 @@
+"""Rows of different lengths: padded batches, packed sequences and cut steps give the same losses and gradients."""
+
+import pytest
+import torch
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lorasweep.data.batching import StepBatchSampler
+from lorasweep.data.examples import CompletionPart, LabelledPart, Ragged, SequencePart, fill_bins
+from lorasweep.data.part import IGNORED
+from lorasweep.data.tasks import Classification, LanguageModelling
+
+ROWS = [[5, 6, 7], [8, 9], [10, 11, 12, 13, 14], [15], [16, 17, 18, 19]]
+# float64, other shapes: only the order of sums differs
+CLOSE = {"rtol": 1e-9, "atol": 1e-11}
+
+
+def labelled(**settings):
+    return LabelledPart(
+        name="train",
+        fingerprint="0",
+        tokens=Ragged.of(ROWS),
+        pad_token=0,
+        bytes=9,
+        labels=torch.tensor([0, 1, 1, 0, 1]),
+        **settings,
+    )
+
+
+def completions(*, packing=False):
+    targets = [[IGNORED, *row[2:], 3] if len(row) > 1 else [3] for row in ROWS]
+    return CompletionPart(
+        name="train",
+        fingerprint="0",
+        tokens=Ragged.of(ROWS),
+        pad_token=0,
+        bytes=9,
+        targets=Ragged.of(targets),
+        scored_bytes=30,
+        packing=packing,
+    )
+
+
+@pytest.fixture(scope="module")
+def llama():
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2
+    )
+    model = transformers.LlamaForCausalLM(config).double().eval()
+    model.config.use_cache = False  # as `load_base` sets it; with a cache transformers looks for no packed rows
+    return model
+
+
+@pytest.fixture(scope="module")
+def bert():
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_labels=2
+    )
+    return transformers.BertForSequenceClassification(config).double().eval()
+
+
+def step_gradient(model, part, task, *, accumulate, batch_size):
+    """The gradient of one optimizer step, its rows cut into so many micro-batches."""
+    model.zero_grad()
+    loss = torch.zeros(())
+    steps = StepBatchSampler(part, batch_size=batch_size, num_steps=1, seed=0, accumulate=accumulate)
+    for micro in steps:
+        share = task.losses(model, part.batch(micro.indices)).double().sum() / micro.step_weight
+        share.backward()
+        loss = loss + share.detach()
+    return loss, [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+
+
+@given(st.lists(st.lists(st.integers(0, 99), max_size=6), min_size=1, max_size=8))
+@settings(max_examples=30, deadline=None)
+def test_ragged_rows_are_the_rows(rows):
+    ragged = Ragged.of(rows)
+    assert [ragged[n].tolist() for n in range(len(rows))] == rows
+    assert ragged.lengths.tolist() == [len(row) for row in rows]
+
+
+def test_padding_is_masked_and_a_batch_without_any_has_no_mask():
+    batch = labelled().batch([1, 2])
+    assert batch["input_ids"].tolist() == [[8, 9, 0, 0, 0], [10, 11, 12, 13, 14]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 0, 0, 0], [1, 1, 1, 1, 1]]
+    assert batch["targets"].tolist() == [1, 1]
+    assert "attention_mask" not in labelled().batch([1])
+    assert "weights" not in batch
+
+
+def test_class_weights_are_those_of_each_rows_class():
+    part = labelled(class_weights=torch.tensor([2.0, 0.5]))
+    assert part.weights.tolist() == [2.0, 0.5, 0.5, 2.0, 0.5]
+    assert part.batch([0, 1])["weights"].tolist() == [2.0, 0.5]
+
+
+def test_second_texts_are_told_apart():
+    part = labelled(token_types=Ragged.of([[0, 1, 1], [0, 1], [0, 0, 0, 1, 1], [0], [0, 0, 1, 1]]))
+    assert part.batch([0, 1])["token_type_ids"].tolist() == [[0, 1, 1], [0, 1, 0]]
+
+
+def test_weights_of_completions_are_their_scored_tokens():
+    part = completions()
+    assert part.weights.tolist() == [2.0, 1.0, 4.0, 1.0, 3.0]
+    assert part.bytes_per_token == 30 / 11
+
+
+@pytest.mark.parametrize("accumulate", [2, 4])
+def test_the_gradient_of_a_step_cut_by_length_is_that_of_the_padded_batch(llama, bert, accumulate):
+    cases = [
+        (llama, completions(), LanguageModelling(bytes_per_token=1.0)),
+        (bert, labelled(class_weights=torch.tensor([2.0, 0.5])), Classification(num_classes=2)),
+    ]
+    for model, part, task in cases:
+        whole, expected = step_gradient(model, part, task, accumulate=1, batch_size=4)
+        cut, found = step_gradient(model, part, task, accumulate=accumulate, batch_size=4)
+        torch.testing.assert_close(cut, whole, rtol=1e-5, atol=0)  # losses are fp32
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-7)  # cross-entropy runs in fp32
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_packed_rows_do_not_see_each_other(llama, attention):
+    llama.set_attn_implementation(attention)
+    task, indices = LanguageModelling(bytes_per_token=1.0), [0, 1, 2, 3, 4]
+    apart = torch.stack([task.losses(llama, completions().batch([n]))[0] for n in indices])
+    batch = completions(packing=True).batch(indices)
+    assert batch["input_ids"].shape == (3, 5)
+    torch.testing.assert_close(task.losses(llama, batch), apart, rtol=1e-5, atol=1e-6)  # losses are fp32
+
+
+def test_slots_never_share_a_packed_sequence():
+    batch = completions(packing=True).batch([0, 1, 2, 3, 1, 3], slots=2)
+    of_first, of_second = batch["rows"].chunk(2)
+    scored = batch["targets"] != IGNORED
+    assert set(of_first[scored.chunk(2)[0]].tolist()) <= {0, 1, 2}
+    assert set(of_second[scored.chunk(2)[1]].tolist()) == {3, 4, 5}
+
+
+@given(st.lists(st.integers(1, 20), min_size=1, max_size=30))
+@settings(max_examples=50, deadline=None)
+def test_bins_hold_every_row_once_within_their_capacity(lengths):
+    bins = fill_bins(dict(enumerate(lengths)), capacity=max(lengths))
+    assert sorted(key for row in bins for key in row) == list(range(len(lengths)))
+    assert all(sum(lengths[key] for key in row) <= max(lengths) for row in bins)
+
+
+def test_an_encoder_decoder_sees_its_target_shifted():
+    part = SequencePart(
+        name="train",
+        fingerprint="0",
+        tokens=Ragged.of([[5, 6], [7]]),
+        pad_token=0,
+        bytes=3,
+        targets=Ragged.of([[8, 1], [9, 10, 1]]),
+        start_token=2,
+        scored_bytes=5,
+    )
+    batch = part.batch([0, 1])
+    assert batch["decoder_input_ids"].tolist() == [[2, 8, 1], [2, 9, 10]]
+    assert batch["targets"].tolist() == [[8, 1, IGNORED], [9, 10, 1]]
+    assert part.bytes_per_token == 1.0

@@ -1,0 +1,189 @@
+"""Rows become token ids once: the same ids from the cache, and only what an answer says is scored."""
+
+import datasets
+import pytest
+from transformers import PreTrainedTokenizerBase
+
+import lorasweep.data.tokenise as tokenise_file
+from lorasweep.data.part import IGNORED
+from lorasweep.data.rows import Message
+from lorasweep.data.tokenise import cache_key, tokenise_chats, tokenise_labelled, tokenise_sequences, tokenise_texts
+from lorasweep.errors import ConfigError
+from lorasweep.models.tiny.pretrain import END_OF_TEXT, build_tokenizer
+
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role[0] }}>{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
+)
+
+
+@pytest.fixture
+def tokenizer():
+    return build_tokenizer()
+
+
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    return tmp_path
+
+
+def rows(ragged):
+    return [ragged[n].tolist() for n in range(len(ragged.ends))]
+
+
+def chat(*contents):
+    return [Message(role=("user", "assistant")[n % 2], content=content) for n, content in enumerate(contents)]
+
+
+def tokenise_chat(tokenizer, *conversations, template="plain", max_length=64, separator="|"):
+    return tokenise_chats(
+        conversations,
+        tokenizer=tokenizer,
+        template=template,
+        separator=separator,
+        max_length=max_length,
+        fingerprint=repr(conversations),
+    )
+
+
+def scored(made, tokenizer, row=0):
+    return "".join(chr(token) if token < 256 else "$" for token in rows(made["targets"])[row] if token != IGNORED)
+
+
+def seen(made, row=0):
+    return "".join(chr(token) if token < 256 else "$" for token in rows(made["input_ids"])[row])
+
+
+def test_texts_are_followed_by_their_end(tokenizer):
+    made = tokenise_texts(["ab", "ü", ""], tokenizer=tokenizer, fingerprint="a")["input_ids"]
+    assert rows(made) == [[97, 98, END_OF_TEXT], [*"ü".encode(), END_OF_TEXT], [END_OF_TEXT]]
+
+
+def test_a_spelled_out_special_token_is_text(tokenizer):
+    made = tokenise_texts(["<|endoftext|>"], tokenizer=tokenizer, fingerprint="b")["input_ids"]
+    assert rows(made) == [[*b"<|endoftext|>", END_OF_TEXT]]
+
+
+def test_a_text_longer_than_the_context_is_tokenised_whole_and_without_a_warning(tokenizer, caplog):
+    tokenizer.model_max_length = 8
+    assert len(tokenise_texts(["x" * 100], tokenizer=tokenizer, fingerprint="c")["input_ids"].values) == 101
+    assert not caplog.records
+
+
+def test_a_tokenizer_without_an_end_is_refused(tokenizer):
+    tokenizer.eos_token = None
+    with pytest.raises(ConfigError, match="must have a tokenizer with an end-of-text token"):
+        tokenise_texts(["text"], tokenizer=tokenizer, fingerprint="d")
+
+
+def test_the_same_rows_come_from_the_cache(tokenizer, own_cache, monkeypatch):
+    made = tokenise_texts(["ab", "cde"], tokenizer=tokenizer, fingerprint="e")
+
+    def fail(*_: object) -> None:
+        raise AssertionError("tokenised again")
+
+    monkeypatch.setattr(tokenise_file, "plain_ids", fail)
+    again = tokenise_texts(["ab", "cde"], tokenizer=tokenizer, fingerprint="e")
+    assert rows(again["input_ids"]) == rows(made["input_ids"])
+    assert [path.suffix for path in (own_cache / "lorasweep").iterdir()] == [".arrow"]
+
+
+def test_a_cache_that_cant_be_written_costs_only_time(tokenizer, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "file")
+    made = tokenise_texts(["ab"], tokenizer=tokenizer, fingerprint="f")
+    assert rows(made["input_ids"]) == [[97, 98, END_OF_TEXT]]
+
+
+def test_the_key_changes_with_whatever_changes_the_ids(tokenizer):
+    other = build_tokenizer()
+    other.add_tokens(["abc"])
+    templated = build_tokenizer()
+    templated.chat_template = TEMPLATE
+    keys = {
+        cache_key(tokenizer, "0", form="text"),
+        cache_key(tokenizer, "1", form="text"),
+        cache_key(tokenizer, "0", form="plain"),
+        cache_key(tokenizer, "0", form="text", max_length=3),
+        cache_key(other, "0", form="text"),
+        cache_key(templated, "0", form="text"),
+    }
+    assert len(keys) == 6
+    assert cache_key(build_tokenizer(), "0", form="text") in keys
+
+
+def test_labelled_texts_are_cut_and_counted(tokenizer):
+    made = tokenise_labelled(["abc", "abcdef"], None, tokenizer=tokenizer, max_length=4, fingerprint="g")
+    assert [len(row) for row in rows(made["input_ids"])] == [3, 4]
+    assert rows(made["whole"]) == [[3], [6]]
+    assert tokenise_file.describe_cut(made, max_length=4) == 1
+
+
+def test_pairs_are_told_apart_where_the_model_does():
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors  # noqa: PLC0415
+    from transformers import PreTrainedTokenizerFast  # noqa: PLC0415
+
+    backend = Tokenizer(models.WordLevel({"[U]": 0, "[S]": 1, "a": 2, "b": 3}, unk_token="[U]"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.post_processor = processors.TemplateProcessing(
+        single="$A [S]", pair="$A [S] $B:1 [S]:1", special_tokens=[("[S]", 1)]
+    )
+    typed: PreTrainedTokenizerBase = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[U]")
+    typed.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
+    made = tokenise_labelled(["a a"], ["b"], tokenizer=typed, max_length=8, fingerprint="h")
+    assert rows(made["input_ids"]) == [[2, 2, 1, 3, 1]]
+    assert rows(made["token_type_ids"]) == [[0, 0, 0, 1, 1]]
+
+
+def test_only_the_completion_is_scored_and_ends(tokenizer):
+    made = tokenise_chat(tokenizer, chat("hi", "yes"))  # the tiny tokenizer's texts also start with its `$`
+    assert seen(made) == "$hi|yes"
+    assert scored(made, tokenizer) == "yes$"
+    assert rows(made["scored_bytes"]) == [[3]]
+
+
+def test_every_answer_of_a_conversation_is_scored(tokenizer):
+    made = tokenise_chat(tokenizer, chat("hi", "yes", "so", "no"))
+    assert seen(made) == "$hi|yes$|so|no"
+    assert scored(made, tokenizer) == "yes$no$"
+
+
+def test_the_models_template_is_used_where_there_is_one(tokenizer):
+    plain = tokenise_chat(tokenizer, chat("hi", "yes"), template="auto")
+    tokenizer.chat_template = TEMPLATE
+    made = tokenise_chat(tokenizer, chat("hi", "yes", "so", "no"), template="auto")
+    assert seen(plain) == "$hi|yes"
+    assert seen(made) == "<u>hi\n<a>yes\n<u>so\n<a>no"
+    assert scored(made, tokenizer) == "yes\nno\n"
+
+
+def test_an_answer_that_is_cut_off_leaves_nothing_to_score(tokenizer):
+    made = tokenise_chat(tokenizer, chat("hello", "yes"), max_length=4)
+    assert scored(made, tokenizer) == ""
+    assert rows(made["whole"]) == [[10]]
+
+
+def test_a_template_that_is_asked_for_must_be_there(tokenizer):
+    with pytest.raises(ConfigError, match=r"`data.template=model` needs a tokenizer with a chat template"):
+        tokenise_chat(tokenizer, chat("hi", "yes"), template="model")
+
+
+def test_a_template_that_refuses_the_conversation_is_named(tokenizer):
+    tokenizer.chat_template = "{{ raise_exception('no system role') }}"
+    with pytest.raises(ConfigError, match="chat template must take these conversations, but does not: no system role"):
+        tokenise_chat(tokenizer, chat("hi", "yes"), template="model")
+
+
+def test_a_template_that_rewrites_the_past_is_refused(tokenizer):
+    tokenizer.chat_template = "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    with pytest.raises(ConfigError, match="must write a conversation from left to right"):
+        tokenise_chat(tokenizer, chat("hi", "yes"), template="model")
+
+
+def test_an_encoder_decoder_reads_the_past_and_writes_the_answer(tokenizer):
+    made = tokenise_sequences(
+        [chat("hi", "yes", "so", "no")], tokenizer=tokenizer, separator="|", max_length=6, fingerprint="i"
+    )
+    assert seen(made) == "hi|yeo"  # cut, the last token stays
+    assert "".join(map(chr, rows(made["targets"])[0])) == "no"
+    assert rows(made["scored_bytes"]) == [[2]]
