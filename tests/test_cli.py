@@ -177,7 +177,7 @@ def test_train_shows_hydras_help_and_the_groups(capsys, here):
         run(["train", "--help"])
     assert ended.value.code == 0
     shown = capsys.readouterr().out
-    assert "method: frozen, full, head" in shown
+    assert "method: bitfit, frozen, full, head, intrinsic, lora" in shown
     assert not files_below(here)
 
 
