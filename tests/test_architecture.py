@@ -31,7 +31,8 @@ OPTIONS = [
     for file in sorted((packaged_folder("conf") / group).glob("*.yaml"))
 ]
 MANDATORY = {
-    "model=causal_lm": {"model.path": "owner/name"},
+    **{f"model={option}": {"model.path": "owner/name"} for option in ("causal_lm", "classifier", "seq2seq")},
+    "model=own": {"model.factory": "own:build"},
     "data=hub": {"data.path": "owner/name"},
     **{f"data={option}": {"data.train": "file"} for option in ("text", "table", "chat")},
 }

@@ -204,7 +204,9 @@ def test_head_of_another_shape_is_refused(tmp_path):
     METHODS["head"].save(prepare(base, "head"), tmp_path, base=base)
     other = prepare(base, "head")
     other.lm_head = nn.Linear(16, 31, bias=False)
-    with pytest.raises(RecordError, match="must hold the weights of this model, but differs from it in 'weight'"):
+    with pytest.raises(
+        RecordError, match=r"must hold the weights of this model, but differs from it in 'lm_head.weight'"
+    ):
         METHODS["head"].load(other, tmp_path)
 
 
@@ -256,15 +258,12 @@ def test_adapted_model_is_not_adapted_again():
         METHODS["lora"].prepare(model, CONFIGS["lora"], generator=torch.Generator())
 
 
-@pytest.mark.parametrize(
-    ("name", "message"), [("full", "`method=full` needs a model of"), ("head", "`method=head` needs")]
-)
-def test_model_without_what_a_method_needs_is_refused(name, message):
+def test_model_without_an_output_head_is_refused():
     model = nn.Sequential(nn.Linear(2, 2))
-    with pytest.raises(ConfigError, match=message):
-        METHODS[name].check(model, CONFIGS[name])
-    with pytest.raises(ConfigError, match=message):
-        METHODS[name].prepare(model, CONFIGS[name], generator=torch.Generator())
+    with pytest.raises(ConfigError, match="`method=head` needs"):
+        METHODS["head"].check(model, CONFIGS["head"])
+    with pytest.raises(ConfigError, match="`method=head` needs"):
+        METHODS["head"].prepare(model, CONFIGS["head"], generator=torch.Generator())
 
 
 def test_lora_start_depends_on_the_generator_alone():

@@ -3,20 +3,18 @@
 import json
 import os
 import shutil
+import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lorasweep.config.run import ModelConfig
 from lorasweep.errors import ConfigError
-from lorasweep.models import load as load_file
-from lorasweep.models.load import find_folder, fingerprint_weights, load_base
+from lorasweep.models.load import Labels, fingerprint_weights, load_base
 from lorasweep.models.tiny.pretrain import build_tokenizer
 
-
-def make_config(path="embedded:tiny", **settings):
-    return ModelConfig(**({"name": "tiny", "path": str(path), "revision": None, "attention": "auto"} | settings))
+LABELS = Labels(kind="single_label", names=("calm", "loud", "odd"))
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +51,8 @@ def change_config(folder, **values):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_embedded_model_is_frozen_in_evaluation_mode_and_one_dtype(dtype):
-    base = load_base(make_config(), dtype=dtype)
+def test_embedded_model_is_frozen_in_evaluation_mode_and_one_dtype(dtype, model_config):
+    base = load_base(model_config(), dtype=dtype)
     assert {parameter.dtype for parameter in base.model.parameters()} == {dtype}
     assert not any(parameter.requires_grad for parameter in base.model.parameters())
     assert not any(module.training for module in base.model.modules())
@@ -62,54 +60,54 @@ def test_embedded_model_is_frozen_in_evaluation_mode_and_one_dtype(dtype):
     assert 900_000 <= base.num_parameters <= 1_500_000
 
 
-def test_rotary_frequencies_stay_fp32(saved):
-    model = load_base(make_config(saved), dtype=torch.bfloat16).model
+def test_rotary_frequencies_stay_fp32(saved, model_config):
+    model = load_base(model_config(saved), dtype=torch.bfloat16).model
     assert {buffer.dtype for buffer in model.buffers()} == {torch.float32}
 
 
-def test_embedded_model_is_byte_level():
-    tokenizer = load_base(make_config(), dtype=torch.bfloat16).tokenizer
+def test_embedded_model_is_byte_level(model_config):
+    tokenizer = load_base(model_config(), dtype=torch.bfloat16).tokenizer
     assert tokenizer("aü\n", add_special_tokens=False)["input_ids"] == list("aü\n".encode())
     assert tokenizer.eos_token_id == 256
 
 
-def test_forward_gives_logits_and_keeps_no_cache(saved):
-    base = load_base(make_config(saved), dtype=torch.float32)
+def test_forward_gives_logits_and_keeps_no_cache(saved, model_config):
+    base = load_base(model_config(saved), dtype=torch.float32)
     output = base.model(input_ids=torch.zeros(2, 3, dtype=torch.int64))
     assert output.logits.shape == (2, 3, 257)
     assert output.past_key_values is None
 
 
-def test_weights_are_those_on_disk(saved):
-    loaded = load_base(make_config(saved), dtype=torch.float32).model.state_dict()
+def test_weights_are_those_on_disk(saved, model_config):
+    loaded = load_base(model_config(saved), dtype=torch.float32).model.state_dict()
     original = LlamaForCausalLM.from_pretrained(saved).state_dict()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in original.items())
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_attention_is_the_one_asked_for(saved, attention):
+def test_attention_is_the_one_asked_for(saved, attention, model_config):
     assert (
-        load_base(make_config(saved, attention=attention), dtype=torch.float32).model.config._attn_implementation
+        load_base(model_config(saved, attention=attention), dtype=torch.float32).model.config._attn_implementation
         == attention
     )
 
 
-def test_loading_prints_nothing_and_sets_no_environment(saved, capfd):
+def test_loading_prints_nothing_and_sets_no_environment(saved, capfd, model_config):
     before = dict(os.environ)
-    load_base(make_config(saved), dtype=torch.float32)
+    load_base(model_config(saved), dtype=torch.float32)
     assert capfd.readouterr() == ("", "")
     assert dict(os.environ) == before
 
 
-def test_tied_weights_count_once(saved):
-    base = load_base(make_config(saved), dtype=torch.float32)
+def test_tied_weights_count_once(saved, model_config):
+    base = load_base(model_config(saved), dtype=torch.float32)
     embeddings = 257 * 16
     layer = 4 * 16 * 16 + 3 * 16 * 24 + 2 * 16
     assert base.num_parameters == embeddings + 2 * layer + 16
 
 
-def test_fingerprint_moves_with_any_weight_and_with_nothing_else(saved):
-    config = make_config(saved)
+def test_fingerprint_moves_with_any_weight_and_with_nothing_else(saved, model_config):
+    config = model_config(saved)
     base = load_base(config, dtype=torch.bfloat16)
     assert load_base(config, dtype=torch.bfloat16).fingerprint == base.fingerprint
     weight = base.model.get_submodule("model.layers.1.mlp.up_proj").weight
@@ -117,33 +115,11 @@ def test_fingerprint_moves_with_any_weight_and_with_nothing_else(saved):
     assert fingerprint_weights(base.model) != base.fingerprint
 
 
-def test_missing_embedded_model_lists_those_there_are():
+def test_missing_embedded_model_lists_those_there_are(model_config):
     with pytest.raises(
         ConfigError, match=r"`model.path` must name an embedded model \(tiny\), but got 'embedded:tony'"
     ):
-        load_base(make_config("embedded:tony"), dtype=torch.float32)
-
-
-@pytest.mark.parametrize("path", ["/no/such/folder", "./nothing", "~/nothing-of-that-name", "a/b/c", "a\\b"])
-def test_missing_folder_is_not_looked_for_on_the_hub(path):
-    with pytest.raises(ConfigError, match="there is no folder '"):
-        find_folder(make_config(path))
-
-
-def test_file_is_not_a_folder(saved, monkeypatch):
-    monkeypatch.chdir(saved)
-    with pytest.raises(ConfigError, match=r"there is no folder 'config\.json'"):
-        find_folder(make_config("config.json"))
-
-
-def test_folder_in_the_home_is_found(saved, monkeypatch):
-    monkeypatch.setenv("HOME", str(saved.parent))
-    assert find_folder(make_config(f"~/{saved.name}")) == saved
-
-
-def test_revision_of_a_folder_is_refused(saved):
-    with pytest.raises(ConfigError, match=r"`model.revision` must be null .* but got 'v1' .* no effect"):
-        find_folder(make_config(saved, revision="v1"))
+        load_base(model_config("embedded:tony"), dtype=torch.float32)
 
 
 def damage_weights(folder):
@@ -151,15 +127,9 @@ def damage_weights(folder):
     file.write_bytes(file.read_bytes()[:-100])
 
 
-def pickle_weights(folder):
-    torch.save({"lm_head.weight": torch.zeros(257, 16)}, folder / "pytorch_model.bin")
-    (folder / "model.safetensors").unlink()
-
-
 DAMAGES = {
     "empty": (lambda folder: [file.unlink() for file in folder.iterdir()], "can't be loaded"),
     "cut off weights": (damage_weights, "Error while deserializing header"),
-    "pickle only": (pickle_weights, r"no file named model\.safetensors"),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), r"no file named model\.safetensors"),
     "broken config": (lambda folder: (folder / "config.json").write_text("{"), "not a valid JSON file"),
     "unknown architecture": (lambda folder: change_config(folder, model_type="zzz"), "model type `zzz`"),
@@ -173,68 +143,171 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_damaged_folder_is_one_sentence(folder, damage, capfd):
+def test_damaged_folder_is_one_sentence(folder, damage, capfd, model_config):
     apply, reason = DAMAGES[damage]
     apply(folder)
     with pytest.raises(ConfigError, match=reason) as caught:
-        load_base(make_config(folder), dtype=torch.float32)
+        load_base(model_config(folder), dtype=torch.float32)
     assert str(caught.value).startswith("`model.path` must be a causal language model in safetensors")
     assert "\n" not in str(caught.value)
     assert capfd.readouterr() == ("", "")
 
 
-def test_code_that_comes_with_a_model_is_not_run(folder, tmp_path):
-    (folder / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
-    change_config(folder, model_type="own", auto_map={"AutoConfig": "own.C", "AutoModelForCausalLM": "own.M"})
-    with pytest.raises(ConfigError, match="can't be loaded"):
-        load_base(make_config(folder), dtype=torch.float32)
+def pickle_weights(folder):
+    tensors = load_file(folder / "model.safetensors")
+    torch.save(tensors, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
+def test_pickle_is_read_only_when_it_is_allowed(folder, saved, model_config):
+    pickle_weights(folder)
+    with pytest.raises(
+        ConfigError, match=r"`model.allow_pickle` must be true .* only 'pytorch_model.bin'. .* run code"
+    ):
+        load_base(model_config(folder), dtype=torch.float32)
+    base = load_base(model_config(folder, allow_pickle=True), dtype=torch.float32)
+    assert base.fingerprint == load_base(model_config(saved), dtype=torch.float32).fingerprint
+
+
+class Evil:
+    """Writes a file when it is unpickled without restrictions."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def __reduce__(self):
+        return open, (str(self.file), "w")
+
+
+def test_allowed_pickle_is_read_in_torchs_restricted_mode(folder, tmp_path, model_config):
+    pickle_weights(folder)
+    torch.save({"lm_head.weight": Evil(tmp_path / "ran")}, folder / "pytorch_model.bin")
+    with pytest.raises(ConfigError, match=r"in a pickle file .* can't be loaded: it holds other things than tensors"):
+        load_base(model_config(folder, allow_pickle=True), dtype=torch.float32)
     assert not (tmp_path / "ran").exists()
 
 
-class Hub:
-    """Stands for the hub's client; keeps what was asked for."""
+CODE = """
+from pathlib import Path
+from transformers import LlamaConfig, LlamaForCausalLM
 
-    def __init__(self, error=None):
-        self.asked = []
-        self.error = error
+class OwnConfig(LlamaConfig):
+    model_type = "own"
 
-    def __call__(self):
-        return self
+class OwnModel(LlamaForCausalLM):
+    config_class = OwnConfig
 
-    def model_info(self, path, *, revision, timeout):
-        self.asked.append((path, revision))
-        if self.error:
-            raise self.error
+Path({file!r}).touch()
+"""
 
 
-@pytest.mark.parametrize("path", ["nobody/nothing", "nothing", "bad id!"])
-def test_unreachable_hub_is_one_sentence_after_one_try(path, monkeypatch):
-    hub = Hub(ConnectionError("no network\nmore"))
-    monkeypatch.setattr(load_file, "HfApi", hub)
-    with pytest.raises(ConfigError, match=f"'{path}' is not \\(no network\\)"):
-        load_base(make_config(path, revision="v1"), dtype=torch.float32)
-    assert hub.asked == [(path, "v1")]
+def test_code_that_comes_with_a_model_runs_only_when_it_is_trusted(folder, tmp_path, model_config, monkeypatch):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (folder / "own.py").write_text(CODE.format(file=str(tmp_path / "ran")))
+    change_config(
+        folder, model_type="own", auto_map={"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+    )
+    with pytest.raises(ConfigError, match=r"`model.trust_remote_code` must be true .* Python code of its own"):
+        load_base(model_config(folder), dtype=torch.float32)
+    assert not (tmp_path / "ran").exists()
+    base = load_base(model_config(folder, trust_remote_code=True), dtype=torch.float32)
+    assert (tmp_path / "ran").exists()
+    assert type(base.model).__name__ == "OwnModel"
 
 
-def test_model_in_the_hub_cache_is_loaded_without_asking(saved, monkeypatch):
-    hub = Hub(AssertionError("asked"))
-    monkeypatch.setattr(load_file, "HfApi", hub)
-    monkeypatch.setattr(load_file, "try_to_load_from_cache", lambda path, name, *, revision: str(saved / name))
-    assert load_base(make_config("owner/name", revision="v1"), dtype=torch.float32).path == "owner/name"
-    assert hub.asked == []
+def test_new_head_is_the_same_each_time_and_moves_no_stream(save_random, model_config):
+    config = model_config(save_random("bert"), kind="classifier")
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    first = load_base(config, dtype=torch.float32, labels=LABELS)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(2)
+    again = load_base(config, dtype=torch.float32, labels=LABELS)
+    assert fingerprint_weights(again.model) == fingerprint_weights(first.model)
+    assert first.model.classifier.weight.any()
 
 
-def test_model_that_the_hub_has_is_loaded_from_it(saved, monkeypatch):
-    hub = Hub()
-    monkeypatch.setattr(load_file, "HfApi", hub)
-    sources = []
+def test_fingerprint_does_not_count_a_new_head(save_random, model_config):
+    config = model_config(save_random("roberta"), kind="classifier")
+    two = load_base(config, dtype=torch.float32, labels=Labels(kind="single_label", names=("a", "b")))
+    three = load_base(config, dtype=torch.float32, labels=LABELS)
+    assert two.fingerprint == three.fingerprint
+    assert three.num_parameters - two.num_parameters == 16 + 1
 
-    def load(kind, source, *, dtype, revision):
-        sources.append((source, revision))
-        raise OSError("stop here")
 
-    monkeypatch.setattr(load_file, "load_pretrained", load)
-    with pytest.raises(ConfigError, match="'owner/name' can't be loaded: stop here"):
-        load_base(make_config("owner/name"), dtype=torch.float32)
-    assert hub.asked == [("owner/name", None)]
-    assert sources == [("owner/name", "main")]
+@pytest.mark.parametrize(
+    ("kind", "names", "outputs", "problem"),
+    [
+        ("single_label", ("a", "b", "c"), 3, "single_label_classification"),
+        ("multi_label", ("a", "b"), 2, "multi_label_classification"),
+        ("regression", ("score",), 1, "regression"),
+        ("regression", (), 1, "regression"),
+    ],
+)
+def test_labels_are_said_in_the_models_settings(save_random, model_config, kind, names, outputs, problem):
+    config = model_config(save_random("bert"), kind="classifier")
+    settings = load_base(config, dtype=torch.float32, labels=Labels(kind=kind, names=names)).model.config
+    assert (settings.num_labels, settings.problem_type) == (outputs, problem)
+    assert settings.id2label == dict(enumerate(names or ("LABEL_0",)))
+
+
+def test_labels_of_a_model_that_has_none_are_refused(model_config):
+    with pytest.raises(ConfigError, match=r"`model.kind` must be classifier for data with labels, but got 'causal_lm'"):
+        load_base(model_config(), dtype=torch.float32, labels=LABELS)
+
+
+@pytest.fixture
+def classifier(save_random, model_config, tmp_path):
+    """A folder with a whole classifier of three labels."""
+    base = load_base(model_config(save_random("bert"), kind="classifier"), dtype=torch.float32, labels=LABELS)
+    base.model.save_pretrained(tmp_path)
+    base.tokenizer.save_pretrained(tmp_path)
+    return tmp_path
+
+
+def test_classifier_keeps_its_head_and_labels(classifier, model_config):
+    for labels in (None, LABELS):
+        base = load_base(model_config(classifier, kind="classifier"), dtype=torch.float32, labels=labels)
+        assert base.head == ()
+        assert base.model.config.id2label == {0: "calm", 1: "loud", 2: "odd"}
+
+
+def test_head_for_other_labels_is_new(classifier, model_config):
+    labels = Labels(kind="single_label", names=("a", "b"))
+    base = load_base(model_config(classifier, kind="classifier"), dtype=torch.float32, labels=labels)
+    assert base.head == ("classifier",)
+    assert base.model.classifier.out_features == 2
+
+
+def test_classifier_that_lacks_a_layer_is_refused(classifier, model_config):
+    file = classifier / "model.safetensors"
+    tensors = load_file(file)
+    del tensors["bert.encoder.layer.0.output.dense.bias"]
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=r"1 of its weights .* 'bert\.encoder\.layer\.0\.output\.dense\.bias'"):
+        load_base(model_config(classifier, kind="classifier"), dtype=torch.float32)
+
+
+def test_model_of_another_kind_is_one_sentence(save_random, model_config):
+    with pytest.raises(
+        ConfigError, match=r"`model.path` must be a sequence-to-sequence model in safetensors"
+    ) as caught:
+        load_base(model_config(save_random("llama"), kind="seq2seq"), dtype=torch.float32)
+    assert "\n" not in str(caught.value)
+
+
+def test_model_without_padding_pads_with_the_end_of_text(saved, model_config):
+    base = load_base(model_config(saved, kind="classifier"), dtype=torch.float32, labels=LABELS)
+    assert base.tokenizer.pad_token_id == base.tokenizer.eos_token_id == base.model.config.pad_token_id == 256
+    rows = base.tokenizer(["ab", "abcd"], padding=True, return_tensors="pt")
+    alone = base.tokenizer(["ab"], return_tensors="pt")
+    with torch.no_grad():
+        padded, single = base.model(**rows).logits[0], base.model(**alone).logits[0]
+    torch.testing.assert_close(padded, single)  # padding is masked
+
+
+def test_adapter_is_not_a_base(folder, model_config):
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"`model.path` must be a whole model, but .* is an adapter"):
+        load_base(model_config(folder), dtype=torch.float32)

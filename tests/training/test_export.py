@@ -11,11 +11,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lorasweep.training.export as export_file
-from lorasweep.config.run import ModelConfig
+from lorasweep.config.compose import compose_run
 from lorasweep.errors import ConfigError, RecordError, RunError
 from lorasweep.lora import merge_check
 from lorasweep.methods import METHODS
-from lorasweep.models.load import find_folder, fingerprint_weights
+from lorasweep.models.folder import find_folder
+from lorasweep.models.load import fingerprint_weights
 from lorasweep.record import read_run, write_record
 from lorasweep.training import (
     RunPlace,
@@ -64,7 +65,7 @@ def trained(make_config, bench, tmp_path_factory):
 
 def load_embedded():
     """The base as the runs of this file had it; on disk it is in bf16."""
-    folder = find_folder(ModelConfig(name="tiny", path="embedded:tiny", revision=None, attention="auto"))
+    folder = find_folder(compose_run({}).model)
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 

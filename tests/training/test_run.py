@@ -135,6 +135,9 @@ def test_the_record_says_everything(finished, make_config, bench):
         "path": "embedded:tiny",
         "fingerprint": bench.base.fingerprint,
         "parameters": bench.base.num_parameters,
+        "kind": "causal_lm",
+        "head": [],
+        "labels": None,
     }
     assert record.started_at <= record.ended_at
     assert (record.steps_planned, record.steps_done) == (4, 4)

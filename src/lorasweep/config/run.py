@@ -11,24 +11,8 @@ from typing import Literal
 from lorasweep.config.data import DataConfig
 from lorasweep.config.limits import require_at_least, require_fraction
 from lorasweep.config.method import MethodConfig
+from lorasweep.config.model import ModelConfig
 from lorasweep.errors import ConfigError
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """The base model."""
-
-    name: str
-    path: str
-    """Folder or hub id that transformers loads; `embedded:tiny` is the model inside this package."""
-    revision: str | None
-    """Version on the hub; a commit, branch or tag."""
-    attention: Literal["auto", "sdpa", "eager"]
-    """Implementation of attention; `auto` leaves the choice to transformers."""
-
-    def __post_init__(self) -> None:
-        if not self.path:
-            raise ConfigError("`model.path` must name a folder or hub id, but is empty.")
 
 
 @dataclass(frozen=True, kw_only=True)

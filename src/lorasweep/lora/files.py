@@ -56,7 +56,6 @@ def save_adapter(
     base_path: str,
     base_fingerprint: str | None = None,
     base_revision: str | None = None,
-    task_type: str | None = None,
 ) -> None:
     """Writes the adapter of `model` into `folder`, which PEFT and `load_adapter` read. The base is not written.
 
@@ -69,8 +68,6 @@ def save_adapter(
         base_path: Where the base model is from (hub id or folder), for who loads the adapter.
         base_fingerprint: What identifies the base's weights; `load_adapter` can then refuse another base.
         base_revision: The base's commit, branch or tag on the hub.
-        task_type: PEFT's word for what the base does (`CAUSAL_LM`), without which its `AutoPeftModelFor...` classes
-            can't load the adapter by itself.
 
     Raises:
         ValueError: The model has no LoRA layers.
@@ -84,7 +81,7 @@ def save_adapter(
     tensors = {key: tensor.cpu().contiguous().clone() for key, tensor in lora_state(model).items()}
     metadata = {"format": "pt"} | ({} if base_fingerprint is None else {FINGERPRINT_KEY: base_fingerprint})
     config = config_to_peft(layers, model, base_path=base_path)
-    config |= {"revision": base_revision, "task_type": task_type}
+    config["revision"] = base_revision
     _write_whole(folder / WEIGHTS_FILE, serialise(tensors, metadata=metadata))
     _write_whole(folder / CONFIG_FILE, json.dumps(config, indent=2, sort_keys=True).encode() + b"\n")
 

@@ -79,6 +79,7 @@ def config_to_peft(layers: Mapping[str, LoraLayer], model: nn.Module, *, base_pa
     alpha = Counter(alphas.values()).most_common(1)[0][0]
     return {
         "peft_type": "LORA",
+        "task_type": _task_type(model),
         "base_model_name_or_path": base_path,
         "inference_mode": True,
         "r": rank,
@@ -196,6 +197,20 @@ def _alpha_at(layer: LoraLayer, rank: int) -> float:
 
 def _whole(number: float) -> float | int:
     return int(number) if number == int(number) else number
+
+
+def _task_type(model: nn.Module) -> str | None:
+    """PEFT's word for what the model predicts, by the name that transformers gives its class; None for other models.
+
+    PEFT's `AutoPeftModelFor...` classes need it. With SEQ_CLS, PEFT takes a `classifier` or `score` for trained, so it
+    is said only where one is.
+    """
+    name = type(model).__name__
+    if name.endswith("ForSequenceClassification"):
+        return "SEQ_CLS" if trained_modules(model) else None
+    if name.endswith("ForConditionalGeneration"):
+        return "SEQ_2_SEQ_LM" if getattr(getattr(model, "config", None), "is_encoder_decoder", False) else None
+    return "CAUSAL_LM" if name.endswith(("ForCausalLM", "LMHeadModel")) else None
 
 
 def _peft_targets(model: nn.Module, layers: Mapping[str, LoraLayer]) -> list[str] | str:

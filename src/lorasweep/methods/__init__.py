@@ -8,8 +8,9 @@ from lorasweep.methods.bitfit import BitfitMethod
 from lorasweep.methods.frozen import FrozenMethod
 from lorasweep.methods.full import FullMethod
 from lorasweep.methods.head import HeadMethod
+from lorasweep.methods.head_init import draw_head
 from lorasweep.methods.intrinsic import IntrinsicMethod
-from lorasweep.methods.lora import LoraMethod
+from lorasweep.methods.lora import LoraMethod, train_head
 from lorasweep.methods.method import Method, ParameterGroup, copy_sharing_weights
 
 METHODS: Mapping[str, Method] = {
@@ -17,4 +18,4 @@ METHODS: Mapping[str, Method] = {
     for method in (LoraMethod(), FullMethod(), HeadMethod(), BitfitMethod(), IntrinsicMethod(), FrozenMethod())
 }
 
-__all__ = ["METHODS", "Method", "ParameterGroup", "copy_sharing_weights"]
+__all__ = ["METHODS", "Method", "ParameterGroup", "copy_sharing_weights", "draw_head", "train_head"]

@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from lorasweep.config.method import BitfitConfig, MethodConfig
 from lorasweep.errors import ConfigError
 from lorasweep.lora.files import serialise
+from lorasweep.methods.head_init import draw_head
 from lorasweep.methods.method import (
     ParameterGroup,
-    frozen_dtype,
     one_group,
     read_weights,
     replacing_files,
+    round_trained,
     train_copies,
 )
 from lorasweep.models.load import BaseModel
@@ -53,20 +54,24 @@ class BitfitMethod:
             f"`method=bitfit` needs a model with biases or norms, but {kind} has neither. Use `method=lora`."
         )
 
-    def prepare(self, model: nn.Module, config: MethodConfig, *, generator: torch.Generator) -> None:
-        """Replaces what trains by fp32 copies.
+    def prepare(
+        self, model: nn.Module, config: MethodConfig, *, generator: torch.Generator, head: tuple[str, ...] = ()
+    ) -> None:
+        """Draws a new head, and replaces it and the vectors that train by fp32 copies.
 
         Raises:
             ConfigError: The model has none of it.
         """
         assert isinstance(config, BitfitConfig)
         self.check(model, config)
-        train_copies(model, list(find_vectors(model, config)))
+        draw_head(model, head, generator=generator)
+        new = [parameter for name in head for parameter in model.get_submodule(name).parameters()]
+        train_copies(model, [*find_vectors(model, config), *new])
         for module in filter(is_norm, model.modules()):
             train_beside_fp32(module)
 
     def trainable_groups(self, model: nn.Module, *, lr_ratio_b: float) -> list[ParameterGroup]:
-        """Returns the biases, and the norms' weights, as one group."""
+        """Returns the biases, the norms' weights and a new head as one group."""
         return one_group("bitfit", model)
 
     def save(self, model: nn.Module, folder: Path, *, base: BaseModel) -> None:
@@ -87,13 +92,8 @@ class BitfitMethod:
             state[name].copy_(tensor)
 
     def merge(self, model: nn.Module) -> None:
-        """Rounds what trained to the dtype of the rest."""
-        dtype = frozen_dtype(model)
-        for module in model.modules():
-            for name, parameter in module.named_parameters(recurse=False):
-                if parameter.dtype != dtype and parameter.is_floating_point():
-                    setattr(module, name, nn.Parameter(parameter.detach().to(dtype), requires_grad=False))
-        model.requires_grad_(False)
+        """Rounds what trained to the dtype of the rest, in which bf16 autocast used it all along."""
+        round_trained(model)
 
 
 def find_vectors(model: nn.Module, config: BitfitConfig) -> Iterator[nn.Parameter]:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from lorasweep.config.method import MethodConfig
+from lorasweep.methods.head_init import draw_head
 from lorasweep.methods.method import ParameterGroup
 from lorasweep.models.load import BaseModel
 
@@ -21,8 +22,11 @@ class FrozenMethod:
     def check(self, model: nn.Module, config: MethodConfig) -> None:
         """Fits every model."""
 
-    def prepare(self, model: nn.Module, config: MethodConfig, *, generator: torch.Generator) -> None:
-        """Changes nothing: a copy of the base is frozen already."""
+    def prepare(
+        self, model: nn.Module, config: MethodConfig, *, generator: torch.Generator, head: tuple[str, ...] = ()
+    ) -> None:
+        """Draws a new head and changes nothing else: a copy of the base is frozen already."""
+        draw_head(model, head, generator=generator)
 
     def trainable_groups(self, model: nn.Module, *, lr_ratio_b: float) -> list[ParameterGroup]:
         """Returns no group."""

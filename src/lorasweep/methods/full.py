@@ -9,10 +9,14 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lorasweep.config.method import MethodConfig
-from lorasweep.errors import ConfigError, RecordError
-from lorasweep.methods.method import ParameterGroup, one_group, replacing_files, train_copies
+from lorasweep.errors import RecordError
+from lorasweep.lora.files import serialise
+from lorasweep.methods.head_init import draw_head
+from lorasweep.methods.method import ParameterGroup, one_group, read_weights, replacing_files, train_copies
 from lorasweep.models.load import BaseModel
 from lorasweep.models.pretrained import LOADING_ERRORS, first_line, load_pretrained, quiet_transformers
+
+WEIGHTS_FILE = "model.safetensors"
 
 
 class FullMethod:
@@ -22,20 +26,13 @@ class FullMethod:
     needs_autocast = True
 
     def check(self, model: nn.Module, config: MethodConfig) -> None:
-        """Makes sure that transformers can save the model.
+        """Fits every model."""
 
-        Raises:
-            ConfigError: It is not one of its models.
-        """
-        require_transformers(model)
-
-    def prepare(self, model: nn.Module, config: MethodConfig, *, generator: torch.Generator) -> None:
-        """Replaces every parameter by a trainable fp32 copy; tied ones stay tied.
-
-        Raises:
-            ConfigError: The model is not one of transformers'.
-        """
-        require_transformers(model)
+    def prepare(
+        self, model: nn.Module, config: MethodConfig, *, generator: torch.Generator, head: tuple[str, ...] = ()
+    ) -> None:
+        """Draws a new head and replaces every parameter by a trainable fp32 copy; tied ones stay tied."""
+        draw_head(model, head, generator=generator)
         train_copies(model, model.parameters())
 
     def trainable_groups(self, model: nn.Module, *, lr_ratio_b: float) -> list[ParameterGroup]:
@@ -43,9 +40,16 @@ class FullMethod:
         return one_group("full", model)
 
     def save(self, model: nn.Module, folder: Path, *, base: BaseModel) -> None:
-        """Writes config.json and model.safetensors (fp32): what transformers loads. The tokenizer is the base's."""
+        """Writes model.safetensors (fp32), and config.json for a model that transformers loads, without a tokenizer.
+
+        Of a model of the user's own, the file has each tied parameter once, and the buffers.
+        """
         with replacing_files(folder) as new, quiet_transformers():
-            require_transformers(model).save_pretrained(new, max_shard_size="1TB")
+            if isinstance(model, PreTrainedModel):
+                model.save_pretrained(new, max_shard_size="1TB")
+            else:
+                state = {name: tensor.detach().cpu().contiguous() for name, tensor in _named_tensors(model).items()}
+                (new / WEIGHTS_FILE).write_bytes(serialise(state, metadata={"format": "pt"}))
 
     def load(self, model: nn.Module, folder: Path) -> None:
         """Reads model.safetensors.
@@ -53,26 +57,26 @@ class FullMethod:
         Raises:
             RecordError: It is missing, damaged or of another model.
         """
-        kept = require_transformers(model)
+        if not isinstance(model, PreTrainedModel):
+            own = _named_tensors(model)
+            for name, tensor in read_weights(folder / WEIGHTS_FILE, expected=own).items():
+                own[name].data.copy_(tensor)
+            return
         try:
-            saved = load_pretrained(type(kept), str(folder), dtype=torch.float32, config=kept.config)
+            saved = load_pretrained(type(model), str(folder), dtype=torch.float32, config=model.config)
         except LOADING_ERRORS as error:
             raise RecordError(
-                f"{str(folder)!r} must hold the whole weights of this {type(kept).__name__}, "
+                f"{str(folder)!r} must hold the whole weights of this {type(model).__name__}, "
                 f"but can't be loaded: {first_line(error)}. Name the folder that the run saved."
             ) from error
-        kept.load_state_dict(saved.state_dict())
+        model.load_state_dict(saved.state_dict())
 
     def merge(self, model: nn.Module) -> None:
         """Leaves the weights as they are, in fp32."""
 
 
-def require_transformers(model: nn.Module) -> PreTrainedModel:
-    """Returns the model, known to be one that transformers can save and load.
-
-    Raises:
-        ConfigError: It is not.
-    """
-    if not isinstance(model, PreTrainedModel):
-        raise ConfigError(f"`method=full` needs a model of transformers, but got a {type(model).__name__}.")
-    return model
+def _named_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and stored buffers by name, each once."""
+    stored = model.state_dict(keep_vars=True)
+    once = {id(tensor): name for name, tensor in reversed(stored.items())}
+    return {name: stored[name] for name in sorted(once.values())}

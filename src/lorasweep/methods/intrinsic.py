@@ -19,6 +19,7 @@ from torch.nn.utils import parametrize
 from lorasweep.config.method import IntrinsicConfig, MethodConfig
 from lorasweep.errors import ConfigError, RecordError
 from lorasweep.lora.files import serialise
+from lorasweep.methods.head_init import draw_head
 from lorasweep.methods.method import ParameterGroup, read_weights, replacing_files
 from lorasweep.methods.projection import add_projection, block_size, draw_signs
 from lorasweep.models.load import BaseModel
@@ -61,8 +62,10 @@ class IntrinsicMethod:
                 f"many layers, but got {config.dim!r}. Raise `method.dim`, or use `method.form=did`."
             )
 
-    def prepare(self, model: nn.Module, config: MethodConfig, *, generator: torch.Generator) -> None:
-        """Makes every weight the base's plus a projected change that is zero at first.
+    def prepare(
+        self, model: nn.Module, config: MethodConfig, *, generator: torch.Generator, head: tuple[str, ...] = ()
+    ) -> None:
+        """Draws a new head, and makes every weight the base's plus a projected change that is zero at first.
 
         Raises:
             ConfigError: d does not fit the model, or it has such weights already.
@@ -71,6 +74,7 @@ class IntrinsicMethod:
         if find_coordinates(model) is not None:
             raise ConfigError("`method=intrinsic` needs a model that it has not prepared yet, but got one that it has.")
         self.check(model, config)
+        draw_head(model, head, generator=generator)
         weights = find_weights(model)
         layers = layer_numbers(weights)
         coordinates = Coordinates(config, num_layers=len(layers), num_weights=sum(w.numel() for w in weights.values()))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -9,7 +12,16 @@ from torch import nn
 
 from lorasweep.config.method import LoraConfig, MethodConfig
 from lorasweep.errors import ConfigError, RecordError
-from lorasweep.lora import find_targets, inject_lora, load_adapter, lora_layers, remove_lora, save_adapter
+from lorasweep.lora import (
+    find_targets,
+    inject_lora,
+    load_adapter,
+    remove_lora,
+    save_adapter,
+    split_lora_parameters,
+)
+from lorasweep.lora.patterns import REGEX_PREFIX
+from lorasweep.methods.head_init import draw_head
 from lorasweep.methods.method import ParameterGroup, untie_settings
 from lorasweep.models.load import BaseModel
 
@@ -32,27 +44,34 @@ class LoraMethod:
         except ValueError as error:
             raise ConfigError(str(error)) from error
 
-    def prepare(self, model: nn.Module, config: MethodConfig, *, generator: torch.Generator) -> None:
-        """Puts LoRA layers in place of the targets.
+    def prepare(
+        self, model: nn.Module, config: MethodConfig, *, generator: torch.Generator, head: tuple[str, ...] = ()
+    ) -> None:
+        """Draws a new head, puts LoRA layers in place of the targets, and lets a copy of the head train in full.
 
         Raises:
             ConfigError: The targets match nothing, the rank is above a layer's, or the model has LoRA layers already.
         """
         assert isinstance(config, LoraConfig)
         try:
-            inject_lora(model, config, generator=generator)
+            draw_head(model, head, generator=generator)
+            inject_lora(model, train_head(config, head), generator=generator)
         except ValueError as error:
             raise ConfigError(str(error)) from error
 
     def trainable_groups(self, model: nn.Module, *, lr_ratio_b: float) -> list[ParameterGroup]:
-        """Returns A and B, as one group at the same rate or as two (LoRA+, Hayou et al. 2024, arXiv 2402.12354)."""
-        layers = lora_layers(model).values()
-        a, b = tuple(layer.lora_a for layer in layers), tuple(layer.lora_b for layer in layers)
+        """Returns A and B, as one group at the same rate or as two (LoRA+, Hayou et al. 2024, arXiv 2402.12354).
+
+        What else trains (a head, row lengths, biases) is a group of its own, `other`, where there is any.
+        """
+        a, b, other = map(tuple, split_lora_parameters(model))
+        rest = [ParameterGroup(name="other", params=other, lr_factor=1.0)] if other else []
         if lr_ratio_b == 1:
-            return [ParameterGroup(name="lora", params=a + b, lr_factor=1.0)]
+            return [ParameterGroup(name="lora", params=a + b, lr_factor=1.0), *rest]
         return [
             ParameterGroup(name="lora_a", params=a, lr_factor=1.0),
             ParameterGroup(name="lora_b", params=b, lr_factor=lr_ratio_b),
+            *rest,
         ]
 
     def save(self, model: nn.Module, folder: Path, *, base: BaseModel) -> None:
@@ -74,3 +93,9 @@ class LoraMethod:
         """Adds each change to its layer's weight, rounded once; a tied weight that changed is its layer's own then."""
         remove_lora(model, keep_change=True)
         untie_settings(model)
+
+
+def train_head(config: LoraConfig, head: Sequence[str]) -> LoraConfig:
+    """Returns the settings with the modules of a new head among those that train in full (`modules_to_save`)."""
+    exactly = tuple(f"{REGEX_PREFIX}{re.escape(name)}" for name in head)
+    return replace(config, modules_to_save=(*config.modules_to_save, *exactly)) if head else config

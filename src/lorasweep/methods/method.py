@@ -59,13 +59,17 @@ class Method(Protocol):
             ConfigError: It will not.
         """
 
-    def prepare(self, model: nn.Module, config: MethodConfig, *, generator: torch.Generator) -> None:
+    def prepare(
+        self, model: nn.Module, config: MethodConfig, *, generator: torch.Generator, head: tuple[str, ...] = ()
+    ) -> None:
         """Makes a copy of the base (from `copy_sharing_weights`) trainable, in place, without writing to its tensors.
 
         Args:
             model: The copy; only what the method trains has `requires_grad` afterwards, in fp32.
             config: Settings of this method.
-            generator: CPU random stream of what is drawn anew (`seeds.init`).
+            generator: CPU random stream of what is drawn anew (`seeds.init`): the head first, then the rest.
+            head: Names of the modules that the checkpoint lacked (`BaseModel.head`). Every method draws them
+                (`draw_head`); all but `frozen` train them.
 
         Raises:
             ConfigError: The settings do not fit the model.
@@ -125,6 +129,15 @@ def frozen_dtype(model: nn.Module) -> torch.dtype | None:
     """Returns the dtype of the largest tensor that does not train (small ones may be wider); None where all do."""
     frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
     return max(frozen, key=nn.Parameter.numel).dtype if frozen else None
+
+
+def round_trained(model: nn.Module) -> None:
+    """Rounds what trains, and fp32 copies beside it, to the dtype of the frozen rest, and stops it from training."""
+    dtype = frozen_dtype(model)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+        if dtype is not None and parameter.is_floating_point() and parameter.dtype != dtype:
+            parameter.data = parameter.data.to(dtype)  # never a tensor of the base, all of which have this dtype
 
 
 def untie_settings(model: nn.Module) -> None:

@@ -1,161 +1,262 @@
 """Loads the base model, frozen, with its tokenizer. `methods` then says what of a copy of it trains.
 
-Weights are read from safetensors only, and no code that comes with a model is run.
+`folder` finds its files, `pretrained` reads them; `own` calls a function of the user's instead.
 """
 
 from __future__ import annotations
 
 import hashlib
-import importlib.resources
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Collection
+from dataclasses import asdict, dataclass
+from pickle import UnpicklingError
+from typing import Any, Literal
 
 import torch
-from huggingface_hub import HfApi, try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.errors import HTTPError as HubError  # type: ignore[attr-defined]  # whichever its client raises
+import transformers
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
-from lorasweep.config.run import ModelConfig
+from lorasweep.config.model import ModelConfig, ModelKind
 from lorasweep.errors import ConfigError
-from lorasweep.models.pretrained import LOADING_ERRORS, first_line, load_pretrained, quiet_transformers
+from lorasweep.models.dropout import set_dropout_modules, set_dropout_settings
+from lorasweep.models.folder import ModelFiles, find_files, find_source
+from lorasweep.models.own import build_own
+from lorasweep.models.pretrained import (
+    LOADING_ERRORS,
+    first_line,
+    load_pretrained,
+    load_with_new_head,
+    quiet_transformers,
+)
 
-EMBEDDED = "embedded:"
-HUB_TIMEOUT_S = 10.0
+CLASSES: dict[ModelKind, Any] = {
+    "causal_lm": AutoModelForCausalLM,
+    "classifier": AutoModelForSequenceClassification,
+    "seq2seq": AutoModelForSeq2SeqLM,
+}
+KIND_NAMES: dict[ModelKind, str] = {
+    "causal_lm": "causal language model",
+    "classifier": "model for sequence classification",
+    "seq2seq": "sequence-to-sequence model",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Labels:
+    """What a classifier is to tell."""
+
+    kind: Literal["single_label", "multi_label", "regression"]
+    names: tuple[str, ...]
+    """One for each output; of a regression, the name of the number."""
+
+    @property
+    def num_outputs(self) -> int:
+        """Outputs of the head: one for each name, and 1 for a regression."""
+        return 1 if self.kind == "regression" else len(self.names)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class BaseModel:
     """A pre-trained model whose weights stay as they are; runs train copies that share them."""
 
-    model: PreTrainedModel
+    model: nn.Module
     """In evaluation mode, no parameter trains, no key-value cache. Called as `model(input_ids=...).logits`."""
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: PreTrainedTokenizerBase | None
+    """None only where `model.factory` brings none and `model.path` is null."""
     path: str
-    """`model.path` as it was set."""
+    """`model.path` as it was set, or `model.factory`."""
     fingerprint: str
-    """Of the weights as loaded, so it differs between dtypes (see `fingerprint_weights`)."""
+    """Of the weights as loaded, so it differs between dtypes (see `fingerprint_weights`); new modules are left out."""
     num_parameters: int
     """A tensor used twice counts once."""
+    kind: ModelKind = "causal_lm"
+    head: tuple[str, ...] = ()
+    """Names of the modules that were not in the checkpoint: each run draws them from its own seed, and trains them."""
+    labels: Labels | None = None
+    """What a classifier was told to tell."""
+
+    def describe(self) -> dict[str, Any]:
+        """Returns what a run record keeps of it."""
+        return {
+            "path": self.path,
+            "fingerprint": self.fingerprint,
+            "parameters": self.num_parameters,
+            "kind": self.kind,
+            "head": list(self.head),
+            "labels": None if self.labels is None else asdict(self.labels),
+        }
 
 
-def load_base(config: ModelConfig, *, dtype: torch.dtype) -> BaseModel:
+def load_base(config: ModelConfig, *, dtype: torch.dtype, labels: Labels | None = None) -> BaseModel:
     """Loads the base model straight into `dtype`, on the CPU.
 
-    Buffers that transformers keeps in fp32 (rotary frequencies) stay so. From the hub's cache nothing is asked for on
-    the network.
+    Buffers that transformers keeps in fp32 (rotary frequencies) stay so. For what is in a folder or in the hub's cache
+    nothing is asked for on the network.
+
+    Args:
+        config: Which model.
+        dtype: Of the parameters.
+        labels: Of a classifier; with None it keeps those of its checkpoint.
 
     Raises:
-        ConfigError: `model.path` is not there, damaged, incomplete or no causal language model in safetensors.
+        ConfigError: The model is not there, damaged, incomplete or not of `model.kind`; reading it needs a permission
+            (`model.allow_pickle`, `model.trust_remote_code`); labels are given to a model that has none.
     """
-    model, tokenizer = _load_anywhere(config, dtype=dtype)
+    if labels is not None and config.kind != "classifier":
+        raise ConfigError(
+            f"`model.kind` must be classifier for data with labels, but got {config.kind!r}. Use `model=classifier`."
+        )
+    load = _load if config.factory is None else _build
+    model, tokenizer, head = load(config, dtype=dtype, labels=labels)
+    _set_padding(model, tokenizer)
     model.requires_grad_(False).train(False)
-    model.config.use_cache = False
+    if isinstance(model, PreTrainedModel):
+        model.config.use_cache = False
     return BaseModel(
         model=model,
         tokenizer=tokenizer,
-        path=config.path,
-        fingerprint=fingerprint_weights(model),
+        path=config.factory or str(config.path),
+        fingerprint=fingerprint_weights(model, leave_out=head),
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        kind=config.kind,
+        head=head,
+        labels=labels,
     )
 
 
-def fingerprint_weights(model: nn.Module) -> str:
+def require_tokenizer(base: BaseModel) -> PreTrainedTokenizerBase:
+    """Returns the tokenizer of a base model, for data that is text.
+
+    Raises:
+        ConfigError: It has none.
+    """
+    if base.tokenizer is None:
+        raise ConfigError(
+            f"`model.factory` must bring a tokenizer for data that is text, but {base.path!r} brings none. "
+            "Return (model, tokenizer), or name one by `model.path`."
+        )
+    return base.tokenizer
+
+
+def fingerprint_weights(model: nn.Module, *, leave_out: Collection[str] = ()) -> str:
     """Returns the first 16 hex digits of a SHA-256 over the sorted names and raw bytes of all parameters.
 
     Tied weights count once, under their first name.
+
+    Args:
+        model: Any module.
+        leave_out: Names of modules whose parameters do not count.
     """
     digest = hashlib.sha256()
+    without = tuple(f"{name}." for name in leave_out)
     for name, parameter in sorted(model.named_parameters()):
-        digest.update(name.encode())
-        digest.update(parameter.detach().cpu().flatten().view(torch.uint8).numpy().data)
+        if not name.startswith(without):
+            digest.update(name.encode())
+            digest.update(parameter.detach().cpu().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
 
 
-def _load_anywhere(config: ModelConfig, *, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    folder = find_folder(config)
-    if folder is not None:
-        return _load(str(folder), config, dtype=dtype)
-    cached = _find_in_cache(config)
-    if cached is not None:
-        return _load(str(cached), config, dtype=dtype)
-    _ask_hub(config)
-    return _load(config.path, config, dtype=dtype)
-
-
-def find_folder(config: ModelConfig) -> Path | None:
-    """Returns the folder that `model.path` means, or None for a hub id.
-
-    Raises:
-        ConfigError: There is no such folder or embedded model, or a revision is set for one.
-    """
-    path = config.path
-    if path.startswith(EMBEDDED):
-        folder = _embedded_folder(path.removeprefix(EMBEDDED))
-    else:
-        folder = Path(path).expanduser()
-        if not folder.is_dir():
-            if path.startswith(("/", ".", "~")) or path.count("/") > 1 or "\\" in path or folder.is_file():
-                raise ConfigError(
-                    f"`model.path` must be a folder or a hub id such as 'owner/name', but there is no folder {path!r}. "
-                    "Check its spelling."
-                )
-            return None
-    if config.revision is not None:
-        raise ConfigError(
-            f"`model.revision` must be null unless `model.path` is a hub id, but got {config.revision!r} "
-            f"with {path!r}, where it has no effect."
-        )
-    return folder
-
-
-def _embedded_folder(name: str) -> Path:
-    package = Path(str(importlib.resources.files("lorasweep.models")))
-    names = sorted(file.parent.name for file in package.glob("*/config.json"))
-    if name not in names:
-        raise ConfigError(
-            f"`model.path` must name an embedded model ({', '.join(names)}), but got {EMBEDDED + name!r}."
-        )
-    return package / name
-
-
-def _load(source: str, config: ModelConfig, *, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    revision = config.revision or "main"
-    attention: dict[str, Any] = {} if config.attention == "auto" else {"attn_implementation": config.attention}
+def _load(
+    config: ModelConfig, *, dtype: torch.dtype, labels: Labels | None
+) -> tuple[nn.Module, PreTrainedTokenizerBase | None, tuple[str, ...]]:
+    files = find_files(config)
+    source = str(files.folder)
+    shared: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
+    if files.gguf_file is not None:
+        shared["gguf_file"] = files.gguf_file
     try:
-        model = load_pretrained(AutoModelForCausalLM, source, dtype=dtype, revision=revision, **attention)
         with quiet_transformers():
-            tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
+            settings = AutoConfig.from_pretrained(source, **shared)
+            tokenizer = AutoTokenizer.from_pretrained(source, **shared)
+        _change_settings(settings, config, labels)
+        given = {"config": settings, **_reading(config, files), **shared}
+        if config.kind == "classifier":
+            model, head = load_with_new_head(CLASSES[config.kind], source, dtype=dtype, **given)
+        else:
+            model, head = load_pretrained(CLASSES[config.kind], source, dtype=dtype, **given), ()
+    except LOADING_ERRORS as error:
+        raise _explain(error, config, files) from error
+    if config.dropout is not None:
+        set_dropout_modules(model, config.dropout)
+    return model, tokenizer, head
+
+
+def _build(
+    config: ModelConfig, *, dtype: torch.dtype, labels: Labels | None
+) -> tuple[nn.Module, PreTrainedTokenizerBase | None, tuple[str, ...]]:
+    model, tokenizer, head = build_own(config, dtype=dtype, offered={"labels": labels})
+    return model, tokenizer or _load_tokenizer(config), head
+
+
+def _load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase | None:
+    """The tokenizer that `model.path` names beside `model.factory`."""
+    if config.path is None:
+        return None
+    source = find_source(config)
+    try:
+        with quiet_transformers():
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                str(source), trust_remote_code=config.trust_remote_code
+            )
     except LOADING_ERRORS as error:
         raise ConfigError(
-            "`model.path` must be a causal language model in safetensors with its tokenizer, but "
-            f"{config.path!r} can't be loaded: {first_line(error)}. Get the model again, or use another."
+            f"`model.path` must have a tokenizer for the model of `model.factory`, but {config.path!r} can't be "
+            f"loaded: {first_line(error)}. Name another, or null where the function returns one."
         ) from error
-    return model, tokenizer
+    return tokenizer
 
 
-def _find_in_cache(config: ModelConfig) -> Path | None:
-    """Returns the folder of a model in the hub's cache, or None where it is not there as a whole."""
-    try:
-        found = try_to_load_from_cache(config.path, "config.json", revision=config.revision)
-    except HFValidationError:
-        return None  # not a hub id; asking the hub says why
-    folder = Path(found).parent if isinstance(found, str) else None
-    return folder if folder is not None and any(folder.glob("*.safetensors")) else None
+def _change_settings(settings: Any, config: ModelConfig, labels: Labels | None) -> None:
+    if config.dropout is not None:
+        set_dropout_settings(settings, config.dropout)
+    if labels is not None:
+        names = labels.names[: labels.num_outputs]
+        settings.id2label = dict(enumerate(names))
+        settings.label2id = {name: index for index, name in enumerate(names)}
+        settings.num_labels = labels.num_outputs
+        settings.problem_type = "regression" if labels.kind == "regression" else f"{labels.kind}_classification"
 
 
-def _ask_hub(config: ModelConfig) -> None:
-    """Asks once whether the hub has the model: transformers itself would try for half a minute without a network.
+def _reading(config: ModelConfig, files: ModelFiles) -> dict[str, Any]:
+    given: dict[str, Any] = {"use_safetensors": files.form == "safetensors"}
+    if config.attention != "auto":
+        given["attn_implementation"] = config.attention
+    if files.form == "gguf":
+        given["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    return given
 
-    Raises:
-        ConfigError: The hub can't be reached, or has no such model or revision.
-    """
-    try:
-        HfApi().model_info(config.path, revision=config.revision, timeout=HUB_TIMEOUT_S)
-    except (OSError, ValueError, HubError) as error:
-        raise ConfigError(
-            f"`model.path` must be a folder or a model that is in the hub's cache or on the hub, but {config.path!r} "
-            f"is not ({first_line(error)}). Check its spelling and the connection, or name a local folder."
-        ) from error
+
+def _explain(error: Exception, config: ModelConfig, files: ModelFiles) -> ConfigError:
+    if "trust_remote_code" in str(error):
+        return ConfigError(
+            f"`model.trust_remote_code` must be true for {config.path!r}, which comes with Python code of its own, but "
+            "is false. That code could do whatever you can on this machine: read it first, or use another model."
+        )
+    holds_more = isinstance(error, UnpicklingError)  # whose message advises to read it without restrictions
+    reason = "it holds other things than tensors" if holds_more else first_line(error)
+    form = {"safetensors": "safetensors", "pickle": "a pickle file", "gguf": "a GGUF file"}[files.form]
+    return ConfigError(
+        f"`model.path` must be a {KIND_NAMES[config.kind]} in {form} with its tokenizer, but "
+        f"{config.path!r} can't be loaded: {reason}. Get the model again, or use another."
+    )
+
+
+def _set_padding(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    """Pads with the end-of-text token where a model has no token for it: padded positions are masked anyway."""
+    if tokenizer is None:
+        return
+    if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
+        tokenizer.pad_token = tokenizer.eos_token
+    settings: Any = getattr(model, "config", None)
+    if hasattr(settings, "get_text_config"):
+        settings = settings.get_text_config()  # of a model that also sees images
+    if settings is not None and getattr(settings, "pad_token_id", None) is None:
+        settings.pad_token_id = tokenizer.pad_token_id

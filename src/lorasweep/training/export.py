@@ -17,11 +17,13 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lorasweep.config.run import ModelConfig, RunConfig
+from lorasweep.config.model import ModelConfig
+from lorasweep.config.run import RunConfig
 from lorasweep.errors import ConfigError, RunError
 from lorasweep.lora import load_adapter, save_adapter
 from lorasweep.methods import METHODS, copy_sharing_weights
-from lorasweep.models.load import BaseModel, find_folder, fingerprint_weights
+from lorasweep.models.folder import find_folder
+from lorasweep.models.load import BaseModel, fingerprint_weights, require_tokenizer
 from lorasweep.models.pretrained import LOADING_ERRORS, first_line, load_pretrained, quiet_transformers
 from lorasweep.record import RunRecord, read_run
 from lorasweep.training.restore import check_kept_files, restore_base, restore_config, restore_model
@@ -29,8 +31,6 @@ from lorasweep.training.restore import check_kept_files, restore_base, restore_c
 ExportFormat = Literal["peft", "merged"]
 PROBE_ROWS, PROBE_TOKENS = 8, 16
 """Size of the batch of random tokens whose logits are compared."""
-TASK_TYPES = {"ForCausalLM": "CAUSAL_LM", "ForSequenceClassification": "SEQ_CLS"}
-"""PEFT's word for what a class of transformers does, by the end of its name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +101,11 @@ def appearing_whole(out: Path) -> Iterator[Path]:
 
 def _check_request(config: RunConfig, *, format: ExportFormat, out: Path) -> None:
     method = config.method.name
+    if config.model.factory is not None:
+        raise ConfigError(
+            "a run must have a base of transformers to be exported, but its model is that of "
+            f"{config.model.factory!r}. Its weights are in `best/` of its folder."
+        )
     if method == "frozen":
         raise ConfigError(
             "a run must have trained something to be exported, but got one of `method=frozen`. "
@@ -118,16 +123,16 @@ def _check_request(config: RunConfig, *, format: ExportFormat, out: Path) -> Non
 def _export_adapter(record: RunRecord, config: RunConfig, best: Path, folder: Path) -> tuple[Tensor, Tensor]:
     """Writes the adapter and returns the run's logits, and those of the base with what was written."""
     base = restore_base(record, config)
-    model = restore_model(config, base, folder=best)
+    model = _restore(config, base, best)
     save_adapter(
         model,
         folder,
         base_path=_lasting_path(config.model),
         base_fingerprint=base.fingerprint,
         base_revision=config.model.revision,
-        task_type=_task_type(model),
     )
     written = copy_sharing_weights(base.model)
+    assert isinstance(written, PreTrainedModel)
     load_adapter(written, folder, base_fingerprint=base.fingerprint)
     return probe_logits(model), probe_logits(written)
 
@@ -152,14 +157,24 @@ def _export_merged(record: RunRecord, config: RunConfig, best: Path, folder: Pat
 def _write_merged(
     config: RunConfig, base: BaseModel, best: Path, folder: Path
 ) -> tuple[type[PreTrainedModel], torch.dtype, str, Tensor]:
-    method, model = METHODS[config.method.name], restore_model(config, base, folder=best)
-    logits = probe_logits(model, autocast=method.needs_autocast and base.model.dtype == torch.bfloat16)
+    method, model = METHODS[config.method.name], _restore(config, base, best)
+    logits = probe_logits(model, autocast=method.needs_autocast and _is_bf16(base))
     method.merge(model)
     model.config.use_cache = True  # which training switched off
     with quiet_transformers():
         model.save_pretrained(folder)
-        base.tokenizer.save_pretrained(folder)
+        require_tokenizer(base).save_pretrained(folder)
     return type(model), model.dtype, fingerprint_weights(model), logits
+
+
+def _restore(config: RunConfig, base: BaseModel, best: Path) -> PreTrainedModel:
+    model = restore_model(config, base, folder=best)
+    assert isinstance(model, PreTrainedModel)  # `_check_request` refuses other ones
+    return model
+
+
+def _is_bf16(base: BaseModel) -> bool:
+    return next(base.model.parameters()).dtype == torch.bfloat16
 
 
 def probe_logits(model: PreTrainedModel, *, autocast: bool = False) -> Tensor:
@@ -173,16 +188,13 @@ def probe_logits(model: PreTrainedModel, *, autocast: bool = False) -> Tensor:
     assert isinstance(embeddings, Tensor)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(len(embeddings), (PROBE_ROWS, PROBE_TOKENS), generator=generator)
+    given = {"decoder_input_ids": tokens} if model.config.is_encoder_decoder else {}
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        logits: Tensor = model(input_ids=tokens).logits
+        logits: Tensor = model(input_ids=tokens, **given).logits
     return logits.float()
 
 
 def _lasting_path(config: ModelConfig) -> str:
     """Where others find the base: a folder by its full path, else the hub id."""
     folder = find_folder(config)
-    return config.path if folder is None else str(folder.resolve())
-
-
-def _task_type(model: PreTrainedModel) -> str | None:
-    return next((task for ending, task in TASK_TYPES.items() if type(model).__name__.endswith(ending)), None)
+    return str(config.path if folder is None else folder.resolve())

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel
+from torch import nn
 
 from lorasweep.config.build import build
 from lorasweep.config.run import RunConfig
 from lorasweep.errors import ConfigError, RecordError
 from lorasweep.methods import METHODS, copy_sharing_weights
-from lorasweep.models.load import BaseModel, load_base
+from lorasweep.models.load import BaseModel, Labels, load_base
 from lorasweep.record import RunRecord, sha256_of
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -42,7 +42,7 @@ def restore_base(record: RunRecord, config: RunConfig) -> BaseModel:
     precision = record.platform.get("precision")
     if precision not in DTYPES:
         raise RecordError(f"`precision` in a run's record must be one of {', '.join(DTYPES)}, but is {precision!r}.")
-    base = load_base(config.model, dtype=DTYPES[precision])
+    base = load_base(config.model, dtype=DTYPES[precision], labels=_read_labels(record))
     trained_on = record.base.get("fingerprint")
     if base.fingerprint != trained_on:
         raise RecordError(
@@ -52,7 +52,7 @@ def restore_base(record: RunRecord, config: RunConfig) -> BaseModel:
     return base
 
 
-def restore_model(config: RunConfig, base: BaseModel, *, folder: Path) -> PreTrainedModel:
+def restore_model(config: RunConfig, base: BaseModel, *, folder: Path) -> nn.Module:
     """Returns a copy of the base with the weights in `folder` (a run's `best` or `last`), in evaluation mode.
 
     An adapter is put on as it is stored, so that a start which was worked out from the base's weights (PiSSA) is not
@@ -63,10 +63,23 @@ def restore_model(config: RunConfig, base: BaseModel, *, folder: Path) -> PreTra
     """
     method, model = METHODS[config.method.name], copy_sharing_weights(base.model)
     if config.method.name != "lora":
-        method.prepare(model, config.method, generator=torch.Generator().manual_seed(config.seeds.init))
+        method.prepare(model, config.method, generator=torch.Generator().manual_seed(config.seeds.init), head=base.head)
     method.load(model, folder)
     model.train(False)
     return model
+
+
+def _read_labels(record: RunRecord) -> Labels | None:
+    """The labels that a classifier told, from the record of its run.
+
+    Raises:
+        RecordError: They are not labels.
+    """
+    stored = record.base.get("labels")
+    try:
+        return None if stored is None else build(Labels, stored)
+    except (ConfigError, TypeError, AttributeError) as error:
+        raise RecordError(f"`base.labels` in a run's record must be those of a classifier, but: {error}") from error
 
 
 def check_kept_files(record: RunRecord, run: Path, *, part: str) -> None:

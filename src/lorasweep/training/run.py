@@ -26,7 +26,7 @@ from lorasweep.data.parts import load_parts
 from lorasweep.data.sources import read_source
 from lorasweep.errors import ConfigError, OutOfMemory
 from lorasweep.methods import METHODS, copy_sharing_weights
-from lorasweep.models.load import BaseModel, load_base
+from lorasweep.models.load import BaseModel, load_base, require_tokenizer
 from lorasweep.record import RUN_FILE, RunRecord, RunStatus
 from lorasweep.training.callbacks import EarlyStopping, Logging, Pruning, RunStopped, ShouldStop, Stopping
 from lorasweep.training.environment import Precision, reset_peak_memory, resolve_device, resolve_precision
@@ -52,7 +52,7 @@ def build_workbench(config: RunConfig) -> Workbench:
     precision = resolve_precision(config.trainer)
     source = read_source(config.data)
     base = load_base(config.model, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
-    parts = load_parts(config.data, source=source, tokenizer=base.tokenizer, model_kind="causal_lm")
+    parts = load_parts(config.data, source=source, tokenizer=require_tokenizer(base), model_kind=config.model.kind)
     return Workbench(base=base, parts=parts, precision=precision)
 
 
@@ -135,7 +135,7 @@ def prepare_model(config: RunConfig, base: BaseModel) -> nn.Module:
     torch.manual_seed(config.seeds.dropout)
     model = copy_sharing_weights(base.model)
     generator = torch.Generator().manual_seed(config.seeds.init)
-    METHODS[config.method.name].prepare(model, config.method, generator=generator)
+    METHODS[config.method.name].prepare(model, config.method, generator=generator, head=base.head)
     torch.manual_seed(config.seeds.dropout)
     model.train()  # dropout on; Lightning keeps each module's mode and switches it for evaluation
     if config.trainer.activation_checkpointing:

@@ -170,7 +170,7 @@ def new_record(config: RunConfig, place: RunPlace, bench: Workbench) -> RunRecor
         packages=describe_packages(),
         platform=describe_platform(bench.precision),
         data={name: part.describe() for name, part in parts.items()},
-        base={"path": bench.base.path, "fingerprint": bench.base.fingerprint, "parameters": bench.base.num_parameters},
+        base=bench.base.describe(),
         started_at=utc_now(),
         steps_planned=0 if config.method.name == "frozen" else config.trainer.max_steps,
         total_params=bench.base.num_parameters,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -21,12 +21,20 @@ from lorasweep.lora.targets import Coverage
 from lorasweep.lora.trained import is_inside, trained_modules
 
 
+class SlotStart(Protocol):
+    """What gives a slot's copy of the base its own start."""
+
+    def __call__(self, model: nn.Module, /, *, generator: torch.Generator | None) -> None:
+        """Replaces parameters of the copy."""
+
+
 def inject_packed_lora(
     model: nn.Module,
     configs: Sequence[LoraConfig],
     *,
     generators: Sequence[torch.Generator | None] | None = None,
     rank_capacity: int = 0,
+    start: SlotStart | None = None,
 ) -> list[Coverage]:
     """Adapts `model` in place for a pack of trials: slot k is what `inject_lora` makes of `configs[k]`.
 
@@ -41,6 +49,9 @@ def inject_packed_lora(
         configs: One for each slot; ranks, α, scaling rule, dropout, start, targets and `modules_to_save` may differ.
         generators: CPU random stream of each slot's A and B, drawn as by `inject_lora`; torch's own where None.
         rank_capacity: Least rank for which memory is laid out, so that higher ranks may be filled in later for free.
+        start: Called as `start(copy, generator=...)` with each slot's own copy of the modules before it is adapted, to
+            replace parameters of modules that the slot trains in full: a new head, drawn from the slot's stream as a
+            solo run draws it. Must not write to tensors, which the copies share.
 
     Returns:
         What each slot matched and what not.
@@ -51,7 +62,7 @@ def inject_packed_lora(
     """
     _check_request(model, configs, generators)
     streams = [None] * len(configs) if generators is None else generators
-    solos, coverages = _inject_copies(model, configs, streams)
+    solos, coverages = _inject_copies(model, configs, streams, start)
     pack = SlotStreams(len(configs))
     freeze(model)
     for dropout in [module for module in model.modules() if type(module) is nn.Dropout]:
@@ -210,20 +221,32 @@ def _check_request(
 
 
 def _inject_copies(
-    model: nn.Module, configs: Sequence[LoraConfig], generators: Sequence[torch.Generator | None]
+    model: nn.Module,
+    configs: Sequence[LoraConfig],
+    generators: Sequence[torch.Generator | None],
+    start: SlotStart | None,
 ) -> tuple[list[nn.Module], list[Coverage]]:
     """One ordinary adapted model per slot, which share the base's tensors, and what each adapts."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     solos = [copy_base(model) for _ in configs]
     try:
         each = zip(solos, configs, generators, strict=True)
-        coverages = [inject_lora(solo, config, generator=generator) for solo, config, generator in each]
+        coverages = [inject_solo(solo, config, generator, start) for solo, config, generator in each]
         check_together(model, solos)
     except ValueError:
         for parameter in trained:
             parameter.requires_grad_(True)  # injecting a copy froze it
         raise
     return solos, coverages
+
+
+def inject_solo(
+    solo: nn.Module, config: LoraConfig, generator: torch.Generator | None, start: SlotStart | None
+) -> Coverage:
+    """Makes a slot's ordinary adapted model of a copy, drawing in a solo run's order: the start, then A and B."""
+    if start is not None:
+        start(solo, generator=generator)
+    return inject_lora(solo, config, generator=generator)
 
 
 def check_packable(config: LoraConfig, slot: int) -> None:

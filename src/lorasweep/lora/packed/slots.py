@@ -14,13 +14,15 @@ from torch import Tensor, nn
 
 from lorasweep.config.method import LoraConfig
 from lorasweep.lora.files import lora_state, save_adapter
-from lorasweep.lora.inject import inject_lora, replace_module
+from lorasweep.lora.inject import replace_module
 from lorasweep.lora.layers import lora_layers
 from lorasweep.lora.packed.inject import (
+    SlotStart,
     add_layers,
     check_packable,
     check_together,
     copy_base,
+    inject_solo,
     pack_of,
     put_solo,
 )
@@ -120,7 +122,12 @@ def load_slot(model: nn.Module, slot: int, state: Mapping[str, Tensor]) -> None:
 
 
 def fill_slot(
-    model: nn.Module, slot: int, config: LoraConfig, *, generator: torch.Generator | None = None
+    model: nn.Module,
+    slot: int,
+    config: LoraConfig,
+    *,
+    generator: torch.Generator | None = None,
+    start: SlotStart | None = None,
 ) -> FilledSlot:
     """Starts a new trial in a slot, in place of the one that was there: what `inject_lora` makes of `config`.
 
@@ -132,6 +139,7 @@ def fill_slot(
         slot: Which of its slots.
         config: What the new trial adapts and how; any rank, and layers that no slot had adapted.
         generator: CPU random stream for A and B, drawn in the model's order; torch's own when None.
+        start: What is drawn before them, as in `inject_packed_lora`.
 
     Returns:
         What was matched, and which parameters grew or are new.
@@ -143,7 +151,7 @@ def fill_slot(
     _check_slots(model, [slot])
     check_packable(config, slot)
     solo = copy_base(model)
-    coverage = inject_lora(solo, config, generator=generator)
+    coverage = inject_solo(solo, config, generator, start)
     pack = pack_of(model)
     check_together(model, [solo])
     added = add_layers(model, [solo], pack)

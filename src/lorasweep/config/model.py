@@ -1,0 +1,63 @@
+"""Settings of the base model: what it is, where it comes from, and what loading it may do."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from lorasweep.errors import ConfigError
+
+ModelKind = Literal["causal_lm", "classifier", "seq2seq"]
+Attention = Literal["auto", "sdpa", "eager", "flash_attention_2"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The base model."""
+
+    name: str
+    kind: ModelKind
+    """What it predicts: the next token (`causal_lm`), labels or a number (`classifier`), or a text (`seq2seq`)."""
+    path: str | None
+    """Hub id, folder or GGUF file; `embedded:tiny` is inside this package. With `model.factory`, where the tokenizer
+    comes from; null where the function brings its own."""
+    revision: str | None
+    """Version on the hub; a commit, branch or tag."""
+    gguf_file: str | None
+    """Name of the GGUF file in that folder or on the hub, dequantised as it is loaded; null reads safetensors."""
+    factory: str | None
+    """Your own model: `package.module:function`, which returns an `nn.Module` (see docs/models.md); null for none."""
+    attention: Attention
+    """Implementation of attention; `auto` times sdpa and eager on the data's lengths and takes the faster."""
+    dropout: float | None
+    """Rate of every dropout of the base in training, 0 <= p < 1; 0 turns all of them off, null keeps the model's."""
+    allow_pickle: bool
+    """Whether to read weights from a pickle file where there are no safetensors. Risk: reading a pickle can run code
+    that is hidden in it; torch's restricted reader guards against it, and has had holes."""
+    trust_remote_code: bool
+    """Whether to run Python code that comes with the model. Risk: it can do whatever you can do on this machine."""
+
+    def __post_init__(self) -> None:
+        """Refuses values out of range and settings that have no effect."""
+        self._check_source()
+        if self.dropout is not None and not 0 <= self.dropout < 1:
+            raise ConfigError(f"`0 <= model.dropout < 1` must hold, but got {self.dropout!r}.")
+        if self.gguf_file is not None and not self.gguf_file.endswith(".gguf"):
+            raise ConfigError(f"`model.gguf_file` must end in .gguf, but got {self.gguf_file!r}.")
+
+    def _check_source(self) -> None:
+        if self.factory is None:
+            if not self.path:
+                raise ConfigError("`model.path` must name a folder or hub id, but is empty.")
+            return
+        if not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*", self.factory):
+            raise ConfigError(
+                f"`model.factory` must read `package.module:function`, but got {self.factory!r}. Name a function so."
+            )
+        without_effect = {"gguf_file": self.gguf_file, "revision": None if self.path else self.revision}
+        for key, value in without_effect.items():
+            if value is not None:
+                raise ConfigError(
+                    f"`model.{key}` must be null with `model.factory`, but got {value!r}, which has no effect there."
+                )

@@ -1,0 +1,44 @@
+"""How a run draws the modules that its base's checkpoint lacks (a classifier's head), from the run's own seed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+DEVIATION = 0.02
+"""Of weights where a model's settings do not say (`initializer_range`); BERT's, RoBERTa's and GPT-2's."""
+
+
+def draw_head(model: nn.Module, names: Sequence[str], *, generator: torch.Generator | None) -> None:
+    """Gives a copy of the base its own values for new modules: normal weights, zero biases, norms of ones.
+
+    They are drawn in fp32 and rounded to the base's dtype; methods train them in fp32. No tensor of the base is written
+    to: parameters are replaced.
+
+    Args:
+        model: A copy from `copy_sharing_weights`, with no LoRA layers yet.
+        names: Of the new modules (`BaseModel.head`).
+        generator: CPU random stream (`seeds.init`), drawn in the model's order before anything else of a run.
+    """
+    deviation = _deviation(model)
+    for name in names:
+        for module in model.get_submodule(name).modules():
+            for key, parameter in list(module.named_parameters(recurse=False)):
+                values = _draw(key, parameter, deviation=deviation, generator=generator)
+                setattr(module, key, nn.Parameter(values.to(parameter), requires_grad=parameter.requires_grad))
+
+
+def _draw(key: str, parameter: Tensor, *, deviation: float, generator: torch.Generator | None) -> Tensor:
+    if parameter.dim() > 1:
+        return torch.randn(parameter.shape, generator=generator) * deviation
+    return torch.ones(parameter.shape) if key == "weight" else torch.zeros(parameter.shape)
+
+
+def _deviation(model: nn.Module) -> float:
+    settings: Any = getattr(model, "config", None)
+    if hasattr(settings, "get_text_config"):
+        settings = settings.get_text_config()  # of a model that also sees images
+    return float(getattr(settings, "initializer_range", None) or DEVIATION)

@@ -1,0 +1,71 @@
+"""A base model's settings refuse what can't be meant, and every risk is off unless it is set."""
+
+import pytest
+
+from lorasweep.config.compose import compose_run, packaged_folder
+from lorasweep.config.model import ModelConfig
+from lorasweep.errors import ConfigError
+
+SETTINGS = {
+    "name": "causal_lm",
+    "kind": "causal_lm",
+    "path": "owner/name",
+    "revision": None,
+    "gguf_file": None,
+    "factory": None,
+    "attention": "auto",
+    "dropout": None,
+    "allow_pickle": False,
+    "trust_remote_code": False,
+}
+
+
+def make(**settings):
+    return ModelConfig(**(SETTINGS | settings))
+
+
+@pytest.mark.parametrize("path", ["", None])
+def test_a_model_must_be_named(path):
+    with pytest.raises(ConfigError, match=r"`model.path` must name a folder or hub id, but is empty"):
+        make(path=path)
+
+
+@pytest.mark.parametrize("dropout", [-0.1, 1.0, 2])
+def test_dropout_is_a_rate(dropout):
+    with pytest.raises(ConfigError, match=r"`0 <= model.dropout < 1` must hold"):
+        make(dropout=dropout)
+
+
+def test_gguf_file_is_one():
+    with pytest.raises(ConfigError, match=r"`model.gguf_file` must end in \.gguf, but got 'model.bin'"):
+        make(gguf_file="model.bin")
+
+
+@pytest.mark.parametrize("factory", ["package.module", "package:", ":f", "a b:c", "./file.py:f", "a.b:c.d", "1a:f"])
+def test_factory_is_a_module_and_a_function(factory):
+    with pytest.raises(ConfigError, match=r"`model.factory` must read `package.module:function`"):
+        make(factory=factory, path=None)
+
+
+@pytest.mark.parametrize(("key", "value"), [("gguf_file", "a.gguf"), ("revision", "v1")])
+def test_setting_without_effect_beside_a_factory_is_refused(key, value):
+    with pytest.raises(ConfigError, match=f"`model.{key}` must be null with `model.factory`"):
+        make(factory="own:build", path=None, **{key: value})
+
+
+def test_factory_may_take_its_tokenizer_from_a_path():
+    assert make(factory="own.models:build", revision="v1").path == "owner/name"
+
+
+@pytest.mark.parametrize("file", sorted((packaged_folder("conf") / "model").glob("*.yaml")), ids=lambda file: file.stem)
+def test_no_model_of_conf_allows_a_risk(file):
+    given = {"model.path": "owner/name"} if file.stem in ("causal_lm", "classifier", "seq2seq") else {}
+    given |= {"model.factory": "own:build"} if file.stem == "own" else {}
+    config = compose_run({"model": file.stem, **given}).model
+    assert config.name == file.stem
+    assert not config.allow_pickle
+    assert not config.trust_remote_code
+
+
+def test_kind_of_a_ready_model_can_be_changed():
+    assert compose_run({"model": "gpt2", "model.kind": "classifier"}).model.kind == "classifier"

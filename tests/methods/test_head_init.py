@@ -1,0 +1,191 @@
+"""A run draws its new head from its own seed, alone or in a pack, and never in the base."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from torch import nn
+from transformers import BertConfig, BertForSequenceClassification, RobertaConfig, RobertaForSequenceClassification
+
+from lorasweep.config.method import FrozenConfig, FullConfig, HeadConfig, LoraConfig
+from lorasweep.lora import lora_layers, trained_modules
+from lorasweep.lora.packed import fill_slot, inject_packed_lora, packed_layers, set_dropout_streams, slot_model
+from lorasweep.methods import METHODS, copy_sharing_weights, draw_head, train_head
+from lorasweep.models.load import BaseModel, fingerprint_weights
+
+SIZES = {
+    "vocab_size": 40,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 32,
+    "pad_token_id": 0,
+    "num_labels": 3,
+    "attention_probs_dropout_prob": 0.0,  # drawn inside a function, in a pack from torch's own stream for all rows
+}
+HEADS = {"bert": ("bert.pooler", "classifier"), "roberta": ("classifier",)}
+CONFIGS = {"lora": LoraConfig(rank=2), "full": FullConfig(), "head": HeadConfig(), "frozen": FrozenConfig()}
+TOKENS = torch.arange(1, 33).reshape(4, 8)
+
+
+@pytest.fixture(params=["bert", "roberta"])
+def base(request):
+    torch.manual_seed(0)
+    kind, settings = {
+        "bert": (BertForSequenceClassification, BertConfig),
+        "roberta": (RobertaForSequenceClassification, RobertaConfig),
+    }[request.param]
+    model = kind(settings(**SIZES)).requires_grad_(False).eval()
+    return BaseModel(
+        model=model,
+        tokenizer=None,
+        path="some/base",
+        fingerprint=fingerprint_weights(model, leave_out=HEADS[request.param]),
+        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        kind="classifier",
+        head=HEADS[request.param],
+    )
+
+
+def prepare(base, name, seed):
+    model = copy_sharing_weights(base.model)
+    METHODS[name].prepare(model, CONFIGS[name], generator=torch.Generator().manual_seed(seed), head=base.head)
+    return model
+
+
+def start(base):
+    return functools.partial(draw_head, names=base.head)
+
+
+def test_values_are_those_of_a_fresh_head():
+    model = nn.Module()
+    model.head = nn.Sequential(nn.Linear(400, 500), nn.LayerNorm(500))
+    model.config = BertConfig(initializer_range=0.1)
+    draw_head(model, ["head"], generator=torch.Generator().manual_seed(0))
+    weight = model.head[0].weight
+    assert weight.std().item() == pytest.approx(0.1, rel=0.02)  # 200,000 draws: deviation of the deviation 0.2 %
+    assert abs(weight.mean().item()) < 0.001  # four deviations of the mean
+    assert not model.head[0].bias.any()
+    assert torch.equal(model.head[1].weight, torch.ones(500))
+    assert not model.head[1].bias.any()
+
+
+def test_model_without_settings_gets_the_usual_deviation():
+    model = nn.Sequential(nn.Linear(400, 500))
+    draw_head(model, ["0"], generator=torch.Generator().manual_seed(0))
+    assert model[0].weight.std().item() == pytest.approx(0.02, rel=0.02)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_head_depends_on_the_seed_alone_and_the_base_keeps_its_own(base, name):
+    before = {key: tensor.clone() for key, tensor in base.model.state_dict().items()}
+    torch.manual_seed(1)
+    first, stream = prepare(base, name, 5), torch.get_rng_state()
+    torch.manual_seed(1)
+    assert torch.equal(torch.get_rng_state(), stream)  # nothing is drawn from torch's own stream
+    again, other = prepare(base, name, 5), prepare(base, name, 6)
+
+    def logits(model):
+        return model.eval()(input_ids=TOKENS).logits
+
+    assert torch.equal(logits(first), logits(again))
+    assert not torch.equal(logits(first), logits(other))
+    assert all(torch.equal(base.model.state_dict()[key], tensor) for key, tensor in before.items())
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_method_starts_from_the_same_head(base, name):
+    expected = prepare(base, "frozen", 3)(input_ids=TOKENS).logits
+    torch.testing.assert_close(prepare(base, name, 3)(input_ids=TOKENS).logits, expected)
+
+
+def test_head_is_rounded_to_the_base_and_trains_in_fp32(base):
+    for parameter in base.model.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16)
+    frozen, lora = prepare(base, "frozen", 3), prepare(base, "lora", 3)
+    assert {parameter.dtype for parameter in frozen.parameters()} == {torch.bfloat16}
+    modules = trained_modules(lora)
+    assert tuple(modules) == base.head
+    for module in modules.values():
+        assert all(
+            parameter.dtype == torch.float32 and parameter.requires_grad for parameter in module.trained.parameters()
+        )
+
+
+def test_lora_trains_a_head_at_its_own_group(base):
+    groups = {g.name: g for g in METHODS["lora"].trainable_groups(prepare(base, "lora", 0), lr_ratio_b=4.0)}
+    assert set(groups) == {"lora_a", "lora_b", "other"}
+    expected = sum(p.numel() for name in base.head for p in base.model.get_submodule(name).parameters())
+    assert sum(p.numel() for p in groups["other"].params) == expected
+
+
+def test_names_of_a_head_mean_no_other_module():
+    config = train_head(LoraConfig(modules_to_save=("embed",)), ["score", "bert.pooler"])
+    assert config.modules_to_save == ("embed", "re:score", r"re:bert\.pooler")
+    assert train_head(config, ()) is config
+
+
+def solo(base, config, seed):
+    model = copy_sharing_weights(base.model)
+    METHODS["lora"].prepare(model, config, generator=torch.Generator().manual_seed(seed), head=base.head)
+    return model
+
+
+def assert_same_start(packed, slot, base, config, seed):
+    expected = solo(base, config, seed)
+    taken = slot_model(packed, slot)
+    wanted, got = expected.state_dict(), taken.state_dict()
+    trained = [name for name in wanted if ".trained." in name or "lora_" in name]
+    assert len(trained) >= 2 * len(lora_layers(expected)) + 2
+    assert {name for name in got if ".trained." in name or "lora_" in name} == set(trained)
+    assert all(torch.equal(got[name], wanted[name]) for name in trained)
+
+
+def test_slots_start_with_the_heads_of_their_runs_alone(base):
+    methods = [LoraConfig(rank=2), LoraConfig(rank=3), LoraConfig(rank=2)]
+    model = copy_sharing_weights(base.model)
+    inject_packed_lora(
+        model,
+        [train_head(method, base.head) for method in methods],
+        generators=[torch.Generator().manual_seed(seed) for seed in (7, 8, 9)],
+        start=start(base),
+    )
+    for slot, (method, seed) in enumerate(zip(methods, (7, 8, 9), strict=True)):
+        assert_same_start(model, slot, base, method, seed)
+    fill_slot(
+        model,
+        1,
+        train_head(LoraConfig(rank=4), base.head),
+        generator=torch.Generator().manual_seed(11),
+        start=start(base),
+    )
+    for slot, rank, seed in ((0, 2, 7), (1, 4, 11), (2, 2, 9)):
+        assert_same_start(model, slot, base, LoraConfig(rank=rank), seed)
+    assert fingerprint_weights(base.model, leave_out=base.head) == base.fingerprint
+
+
+def test_pack_with_heads_gives_the_logits_and_gradients_of_its_runs(base):
+    methods, seeds = [LoraConfig(rank=2, dropout=0.1), LoraConfig(rank=4)], (7, 8)
+    model = copy_sharing_weights(base.model)
+    inject_packed_lora(
+        model,
+        [train_head(method, base.head) for method in methods],
+        generators=[torch.Generator().manual_seed(seed) for seed in seeds],
+        start=start(base),
+    )
+    set_dropout_streams(model, [torch.Generator().manual_seed(seed) for seed in (1, 2)])
+    logits = model.train()(input_ids=TOKENS.repeat(2, 1)).logits
+    logits.square().sum().backward()
+    for slot, (method, seed) in enumerate(zip(methods, seeds, strict=True)):
+        alone = solo(base, method, seed)
+        torch.manual_seed(slot + 1)
+        expected = alone.train()(input_ids=TOKENS).logits
+        expected.square().sum().backward()
+        torch.testing.assert_close(logits[4 * slot : 4 * slot + 4], expected)
+        layers = lora_layers(alone)
+        for name, layer in packed_layers(model).items():
+            grad = layers[name].lora_a.grad
+            torch.testing.assert_close(layer.lora_a.grad[slot, : len(grad)], grad)

@@ -1,0 +1,95 @@
+"""Small random models of the architectures that people use, saved as transformers saves them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertModel,
+    Gemma3TextConfig,
+    GPT2Config,
+    LlamaConfig,
+    Qwen2Config,
+    Qwen3Config,
+    RobertaConfig,
+    RobertaModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from lorasweep.config.model import ModelConfig
+from lorasweep.models.tiny.pretrain import build_tokenizer
+
+SIZES = {"vocab_size": 257, "bos_token_id": 256, "eos_token_id": 256, "pad_token_id": 256}
+DECODER = SIZES | {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+}
+ENCODER = {key: value for key, value in DECODER.items() if key not in ("num_key_value_heads", "head_dim")}
+ENCODER |= {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
+
+ARCHITECTURES = {
+    "llama": lambda: AutoModelForCausalLM.from_config(LlamaConfig(**DECODER)),
+    "gpt2": lambda: AutoModelForCausalLM.from_config(
+        GPT2Config(**SIZES, n_embd=16, n_layer=2, n_head=2, n_positions=64, n_inner=24)
+    ),
+    "qwen2": lambda: AutoModelForCausalLM.from_config(Qwen2Config(**DECODER)),
+    "qwen3": lambda: AutoModelForCausalLM.from_config(Qwen3Config(**DECODER)),
+    "gemma3": lambda: AutoModelForCausalLM.from_config(Gemma3TextConfig(**DECODER)),
+    "bert": lambda: BertModel(BertConfig(**ENCODER)),
+    "bert_without_pooler": lambda: BertModel(BertConfig(**ENCODER), add_pooling_layer=False),
+    "roberta": lambda: RobertaModel(
+        RobertaConfig(**ENCODER | {"max_position_embeddings": 330}), add_pooling_layer=False
+    ),
+    "t5": lambda: T5ForConditionalGeneration(
+        T5Config(**SIZES, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, decoder_start_token_id=256)
+    ),
+}
+
+SETTINGS = {
+    "name": "causal_lm",
+    "kind": "causal_lm",
+    "path": "embedded:tiny",
+    "revision": None,
+    "gguf_file": None,
+    "factory": None,
+    "attention": "auto",
+    "dropout": None,
+    "allow_pickle": False,
+    "trust_remote_code": False,
+}
+
+
+@pytest.fixture(scope="session")
+def model_config():
+    """Makes the settings of a base model from its path; the others are those of `conf/model/causal_lm.yaml`."""
+
+    def make(path="embedded:tiny", **settings):
+        return ModelConfig(**(SETTINGS | {"path": None if path is None else str(path)} | settings))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def save_random(tmp_path_factory):
+    """Saves a small random model of an architecture with a byte tokenizer, once; gives its folder."""
+    folders = {}
+
+    def save(architecture):
+        if architecture not in folders:
+            with torch.random.fork_rng():
+                torch.manual_seed(0)
+                model = ARCHITECTURES[architecture]()
+            folders[architecture] = tmp_path_factory.mktemp(architecture)
+            model.save_pretrained(folders[architecture])
+            build_tokenizer().save_pretrained(folders[architecture])
+        return folders[architecture]
+
+    return save

@@ -1,0 +1,145 @@
+"""On each architecture that people use: a run adapts it, learns, saves, and both PEFT and we load what it saved."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM, AutoPeftModelForSeq2SeqLM, AutoPeftModelForSequenceClassification
+from torch.nn.functional import cross_entropy
+
+from lorasweep.config.method import FullConfig, HeadConfig, LoraConfig
+from lorasweep.lora import find_targets
+from lorasweep.methods import METHODS, copy_sharing_weights
+from lorasweep.models.load import Labels, fingerprint_weights, load_base
+
+CASES = [
+    ("llama", "causal_lm", ()),
+    ("gpt2", "causal_lm", ()),
+    ("qwen2", "causal_lm", ()),
+    ("qwen3", "causal_lm", ()),
+    ("gemma3", "causal_lm", ()),
+    ("bert", "classifier", ("classifier",)),
+    ("bert_without_pooler", "classifier", ("bert.pooler", "classifier")),
+    ("roberta", "classifier", ("classifier",)),
+    ("llama", "classifier", ("score",)),
+    ("gpt2", "classifier", ("score",)),
+    ("qwen3", "classifier", ("score",)),
+    ("t5", "classifier", ("classification_head",)),
+    ("t5", "seq2seq", ()),
+]
+PEFT = {
+    "causal_lm": AutoPeftModelForCausalLM,
+    "classifier": AutoPeftModelForSequenceClassification,
+    "seq2seq": AutoPeftModelForSeq2SeqLM,
+}
+CONFIGS = {"lora": LoraConfig(rank=2, alpha=8), "full": FullConfig(), "head": HeadConfig()}
+LABELS = Labels(kind="single_label", names=("calm", "loud"))
+RATES = {"lora": 0.02, "full": 0.005, "head": 0.05}
+
+
+def make_batch(kind):
+    tokens = torch.arange(4 * 9).reshape(4, 9) % 40 + 60
+    tokens[:, -1] = 256
+    batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    if kind == "seq2seq":
+        batch["decoder_input_ids"] = tokens.flip(1)
+    return batch
+
+
+def loss_of(model, kind):
+    batch = make_batch(kind)
+    logits = model(**batch).logits.float()
+    if kind == "classifier":
+        return cross_entropy(logits, torch.tensor([0, 1, 1, 0]))
+    return cross_entropy(logits[:, :-1].flatten(0, 1), batch["input_ids"][:, 1:].flatten())
+
+
+def prepare(base, method, *, seed=0):
+    model = copy_sharing_weights(base.model)
+    METHODS[method].prepare(model, CONFIGS[method], generator=torch.Generator().manual_seed(seed), head=base.head)
+    return model
+
+
+def train(model, kind, method, *, steps=8):
+    groups = METHODS[method].trainable_groups(model, lr_ratio_b=1.0)
+    optimizer = torch.optim.AdamW([{"params": group.params} for group in groups], lr=RATES[method])
+    losses = []
+    for _ in range(steps):
+        loss = loss_of(model, kind)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.fixture
+def load(save_random, model_config):
+    def load(architecture, kind, *, dtype=torch.float32):
+        labels = LABELS if kind == "classifier" else None
+        return load_base(model_config(save_random(architecture), kind=kind), dtype=dtype, labels=labels)
+
+    return load
+
+
+@pytest.mark.parametrize(("architecture", "kind", "head"), CASES)
+def test_what_the_checkpoint_lacks_is_the_head(load, architecture, kind, head):
+    base = load(architecture, kind)
+    assert base.head == head
+    assert base.kind == kind
+
+
+@pytest.mark.parametrize(("architecture", "kind", "head"), CASES)
+def test_every_linear_layer_but_the_head_is_adapted(load, architecture, kind, head):
+    coverage = find_targets(load(architecture, kind).model, LoraConfig(rank=2))
+    names = {"lm_head"} if kind != "classifier" else {"classifier", "score", "out_proj", "dense"}
+    assert {name.rpartition(".")[2] for name in coverage.unmatched} <= names
+    assert len(coverage.layers) >= 8  # two layers of two fused projections and two of the MLP at least
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize(("architecture", "kind", "head"), CASES)
+def test_a_run_learns_and_leaves_the_base_as_it_was(load, architecture, kind, head, method):
+    base = load(architecture, kind)
+    losses = train(prepare(base, method), kind, method)
+    assert losses[-1] < 0.99 * losses[0]  # a frozen embedding of random weights leaves LoRA little to gain
+    assert fingerprint_weights(base.model, leave_out=head) == base.fingerprint
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT asks transformers
+@pytest.mark.parametrize(("architecture", "kind", "head"), CASES)
+def test_peft_loads_what_a_run_saved(load, save_random, architecture, kind, head, tmp_path):
+    base = load(architecture, kind)
+    model = prepare(base, "lora")
+    train(model, kind, "lora", steps=3)
+    METHODS["lora"].save(model, tmp_path, base=base)
+    loaded = PEFT[kind].from_pretrained(tmp_path)
+    with torch.no_grad():
+        expected, got = (m.eval()(**make_batch(kind)).logits for m in (model, loaded))
+    # fp32 sums in another order: PEFT adds the change to the output, we add into it
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["lora", "full", "head"])
+@pytest.mark.parametrize(("architecture", "kind", "head"), CASES)
+def test_saved_weights_come_back_exactly(load, architecture, kind, head, method, tmp_path):
+    base = load(architecture, kind, dtype=torch.bfloat16)
+    model = prepare(base, method)
+    with torch.autocast("cpu", torch.bfloat16, enabled=METHODS[method].needs_autocast):
+        train(model, kind, method, steps=2)
+    METHODS[method].save(model, tmp_path, base=base)
+    again = prepare(base, method, seed=1)
+    METHODS[method].load(again, tmp_path)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=METHODS[method].needs_autocast):
+        assert torch.equal(again(**make_batch(kind)).logits, model(**make_batch(kind)).logits)
+
+
+@pytest.mark.parametrize(("architecture", "kind", "head"), [case for case in CASES if case[2]])
+def test_head_method_trains_the_new_head_alone(load, architecture, kind, head):
+    base = load(architecture, kind)
+    model = prepare(base, "head")
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained
+    assert all(name.startswith(head) for name in trained)
+    losses = train(model, kind, "head")
+    assert losses[-1] < losses[0]

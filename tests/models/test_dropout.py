@@ -1,0 +1,54 @@
+"""`model.dropout` reaches every dropout of a base, those inside functions too."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from transformers import BertConfig, T5Config, Wav2Vec2Config
+
+from lorasweep.models.dropout import set_dropout_modules, set_dropout_settings
+from lorasweep.models.load import Labels, load_base
+
+LABELS = Labels(kind="single_label", names=("a", "b"))
+TOKENS = torch.arange(60, 84).reshape(2, 12)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("architecture", ["bert", "gpt2", "t5"])
+def test_zero_makes_training_mode_the_same_as_evaluation(save_random, model_config, architecture, attention):
+    kind = {"bert": "classifier", "gpt2": "causal_lm", "t5": "seq2seq"}[architecture]
+    given = {"decoder_input_ids": TOKENS} if kind == "seq2seq" else {}
+    labels = LABELS if kind == "classifier" else None
+
+    def outputs(dropout):
+        config = model_config(save_random(architecture), kind=kind, dropout=dropout, attention=attention)
+        model = load_base(config, dtype=torch.float32, labels=labels).model
+        torch.manual_seed(0)
+        return model.train()(input_ids=TOKENS, **given).logits, model.eval()(input_ids=TOKENS, **given).logits
+
+    assert torch.equal(*outputs(0.0))
+    assert not torch.allclose(*outputs(None), atol=1e-6)  # the models' own rate is 0.1
+
+
+def test_rates_of_whole_layers_are_set_only_to_zero():
+    settings = Wav2Vec2Config(layerdrop=0.2, hidden_dropout=0.1)
+    set_dropout_settings(settings, 0.3)
+    assert (settings.layerdrop, settings.hidden_dropout) == (0.2, 0.3)
+    set_dropout_settings(settings, 0.0)
+    assert (settings.layerdrop, settings.hidden_dropout) == (0.0, 0.0)
+
+
+def test_settings_of_every_name_are_set():
+    bert, t5 = BertConfig(classifier_dropout=None), T5Config()
+    set_dropout_settings(bert, 0.3)
+    set_dropout_settings(t5, 0.3)
+    assert bert.hidden_dropout_prob == bert.attention_probs_dropout_prob == bert.classifier_dropout == 0.3
+    assert t5.dropout_rate == t5.classifier_dropout == 0.3
+
+
+def test_modules_of_every_kind_are_set():
+    model = nn.Sequential(nn.Dropout(0.5), nn.Dropout1d(0.5), nn.MultiheadAttention(4, 2, dropout=0.5), nn.Linear(2, 2))
+    model.append(nn.LSTM(2, 2, num_layers=2, dropout=0.5))
+    assert set_dropout_modules(model, 0.1) == 4
+    assert [model[0].p, model[1].p, model[2].dropout, model[4].dropout] == [0.1] * 4

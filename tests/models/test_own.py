@@ -1,0 +1,194 @@
+"""A model of the user's own is built by the function that is named, and then is like any other."""
+
+from __future__ import annotations
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from lorasweep.config.method import FullConfig, HeadConfig, LoraConfig
+from lorasweep.errors import ConfigError
+from lorasweep.methods import METHODS, copy_sharing_weights
+from lorasweep.models.load import Labels, fingerprint_weights, load_base, require_tokenizer
+from lorasweep.models.tiny.pretrain import build_tokenizer
+
+LABELS = Labels(kind="single_label", names=("a", "b", "c"))
+TOKENS = torch.arange(32).reshape(4, 8)
+TARGETS = torch.tensor([0, 1, 2, 1])
+
+
+class Bag(nn.Module):
+    """Mean of embeddings, one hidden layer, a head; gives a bare tensor."""
+
+    def __init__(self, outputs):
+        super().__init__()
+        self.embed = nn.Embedding(257, 8)
+        self.hidden = nn.Linear(8, 8)
+        self.drop = nn.Dropout(0.5)
+        self.norm = nn.BatchNorm1d(8)
+        self.head = nn.Linear(8, outputs)
+
+    def forward(self, input_ids, attention_mask=None):
+        return self.head(self.drop(self.norm(self.hidden(self.embed(input_ids).mean(1)).relu())))
+
+
+def build(labels):
+    return Bag(labels.num_outputs), build_tokenizer(), ("head",)
+
+
+def build_alone():
+    return Bag(3)
+
+
+def build_tuple():
+    class Tuple(Bag):
+        def forward(self, input_ids):
+            return super().forward(input_ids), "more"
+
+    return Tuple(3)
+
+
+def build_named():
+    class Named(Bag):
+        def forward(self, input_ids):
+            return SimpleNamespace(logits=super().forward(input_ids), more=1)
+
+    return Named(3)
+
+
+def build_other():
+    return "a text"
+
+
+def build_unknown_head():
+    return Bag(3), None, ("haed",)
+
+
+def build_plain():
+    return nn.Linear(2, 2)
+
+
+@pytest.fixture(autouse=True)
+def own_module(monkeypatch):
+    monkeypatch.setitem(sys.modules, "own_models", sys.modules[__name__])
+
+
+@pytest.fixture
+def load(model_config):
+    def load(name, *, dtype=torch.float32, labels=LABELS, path=None, **settings):
+        config = model_config(path, kind="classifier", factory=f"own_models:{name}", **settings)
+        return load_base(config, dtype=dtype, labels=labels)
+
+    return load
+
+
+def prepare(base, name, *, seed=0):
+    config = {"lora": LoraConfig(rank=2), "full": FullConfig(), "head": HeadConfig()}[name]
+    model = copy_sharing_weights(base.model)
+    METHODS[name].prepare(model, config, generator=torch.Generator().manual_seed(seed), head=base.head)
+    return model
+
+
+def test_function_gives_model_tokenizer_and_head(load):
+    base = load("build")
+    assert base.path == "own_models:build"
+    assert base.head == ("head",)
+    assert base.tokenizer("a")["input_ids"] == [97]
+    assert base.model.head.out_features == 3
+    assert not any(parameter.requires_grad for parameter in base.model.parameters())
+    assert not base.model.training
+
+
+@pytest.mark.parametrize("name", ["build_alone", "build_tuple", "build_named"])
+def test_output_has_logits_whatever_forward_returns(load, name):
+    base = load(name)
+    assert base.tokenizer is None
+    assert base.model(input_ids=TOKENS).logits.shape == (4, 3)
+    assert copy_sharing_weights(base.model)(input_ids=TOKENS).logits.shape == (4, 3)
+
+
+def test_text_needs_a_tokenizer(load):
+    with pytest.raises(ConfigError, match=r"`model.factory` must bring a tokenizer .* 'own_models:build_alone' brings"):
+        require_tokenizer(load("build_alone"))
+    assert require_tokenizer(load("build")).eos_token_id == 256
+
+
+def test_tokenizer_may_come_from_a_path(load):
+    assert load("build_alone", path="embedded:tiny").tokenizer("a")["input_ids"] == [97]
+
+
+def test_what_it_draws_is_the_same_each_time_and_moves_no_stream(load):
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    first = load("build")
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(4)
+    assert load("build").fingerprint == first.fingerprint
+    assert fingerprint_weights(load("build").model) == fingerprint_weights(first.model)
+
+
+def test_model_is_cast(load):
+    model = load("build", dtype=torch.bfloat16).model
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert model(input_ids=TOKENS).logits.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("name", ["lora", "full", "head"])
+def test_run_trains_saves_and_loads_it(load, name, tmp_path):
+    base = load("build")
+    model = prepare(base, name).train()
+    method = METHODS[name]
+    optimizer = torch.optim.AdamW(
+        [{"params": g.params} for g in method.trainable_groups(model, lr_ratio_b=1.0)], lr=0.1
+    )
+    losses = []
+    for _ in range(12):
+        loss = cross_entropy(model(input_ids=TOKENS).logits, TARGETS)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert min(losses[-3:]) < losses[0]
+    assert fingerprint_weights(base.model, leave_out=base.head) == base.fingerprint
+    method.save(model, tmp_path, base=base)
+    again = prepare(base, name, seed=1)
+    method.load(again, tmp_path)
+    for copy in (model, again):  # the statistics of batch norm are saved by `full` only
+        copy.norm.load_state_dict(base.model.norm.state_dict(), strict=True)
+        copy.eval()
+    assert torch.equal(again(input_ids=TOKENS).logits, model(input_ids=TOKENS).logits)
+
+
+def test_dropout_is_set_in_its_modules(load):
+    assert load("build", dropout=0.0).model.drop.p == 0
+    assert load("build", dropout=0.25).model.drop.p == 0.25
+    assert load("build").model.drop.p == 0.5
+
+
+def test_dropout_without_effect_is_refused(load):
+    with pytest.raises(ConfigError, match=r"`model.dropout` must be null or 0 for a model without .* but got 0.1"):
+        load("build_plain", dropout=0.1)
+    assert load("build_plain", dropout=0.0).num_parameters == 6
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("build_other", "must return an nn.Module, .* but 'own_models:build_other' returns str"),
+        ("build_unknown_head", "must return names of modules of its model, but .* returns 'haed'"),
+        ("biuld", "none of that name. Did you mean `build`"),
+    ],
+)
+def test_wrong_function_is_one_sentence(load, name, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        load(name)
+    assert str(caught.value).startswith("`model.factory` must ")
+
+
+def test_path_without_a_tokenizer_is_one_sentence(load, tmp_path):
+    with pytest.raises(ConfigError, match=r"`model.path` must have a tokenizer for the model of `model.factory`"):
+        load("build_alone", path=tmp_path)
