@@ -17,9 +17,11 @@ T = TypeVar("T")
 
 TextMetric = Literal["bits_per_byte", "loss", "perplexity"]
 """Scores of predicted text, per token or byte; lower is better for each."""
-LabelMetric = Literal["auto", "accuracy", "f1", "matthews", "pearson", "spearman", "loss"]
+LabelMetric = Literal["auto", "accuracy", "f1", "matthews", "pearson", "spearman", "mse", "loss"]
 """Scores of predicted labels. `auto`: accuracy of one label, F1 of several, Pearson's correlation of numbers."""
-HubMetric = Literal["auto", "accuracy", "f1", "matthews", "pearson", "spearman", "loss", "bits_per_byte", "perplexity"]
+HubMetric = Literal[
+    "auto", "accuracy", "f1", "matthews", "pearson", "spearman", "mse", "loss", "bits_per_byte", "perplexity"
+]
 """All of them."""
 LabelTask = Literal["single_label", "multi_label", "regression"]
 GlueTask = Literal["cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli"]
@@ -27,7 +29,7 @@ GlueTask = Literal["cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte",
 METRICS_OF_TASK: Mapping[LabelTask, tuple[LabelMetric, ...]] = {
     "single_label": ("accuracy", "f1", "matthews", "loss"),
     "multi_label": ("f1", "accuracy", "loss"),
-    "regression": ("pearson", "spearman", "loss"),
+    "regression": ("pearson", "spearman", "mse", "loss"),
 }
 """What each task can be scored by; the first is what `auto` takes."""
 
@@ -301,9 +303,9 @@ def check_label_settings(config: TableConfig, task: LabelTask) -> None:
             f"`data.metric` must be one of auto, {', '.join(METRICS_OF_TASK[task])} for {_WORDS[task]}, "
             f"but got {config.metric!r}."
         )
-    if task == "regression" and (config.label_smoothing, config.class_weights) != (0, "none"):
+    if task != "single_label" and (config.label_smoothing, config.class_weights) != (0, "none"):
         raise ConfigError(
-            "`data.label_smoothing` must be 0 and `data.class_weights` none for labels that are numbers, "
+            f"`data.label_smoothing` must be 0 and `data.class_weights` none for {_WORDS[task]}, "
             f"but got {config.label_smoothing!r} and {config.class_weights!r}, which would have no effect."
         )
 
@@ -351,9 +353,13 @@ def _take_over(kind: type[T], config: DataConfig, **changes: Any) -> T:
 def _check_parts(train: str, validation: str | None, test: str | None) -> None:
     for key, value in (("train", train), ("validation", validation), ("test", test)):
         if value is not None and not value.strip():
-            raise ConfigError(
-                f"`data.{key}` must not be an empty text. {'' if key == 'train' else 'Use null for none.'}"
-            )
+            raise ConfigError(f"`data.{key}` must name where its rows are, but is empty.")
+    names = [name for name in (train, validation, test) if name is not None]
+    if len(set(names)) < len(names):
+        raise ConfigError(
+            "`data.train`, `data.validation` and `data.test` must be different, but got "
+            f"{train!r}, {validation!r} and {test!r}. Use null to split a part off from `data.train`."
+        )
 
 
 def _check_columns(**columns: str | None) -> None:

@@ -1,14 +1,30 @@
-"""Where rows come from: `read_source` gives those of any `data`. Next: `parts` makes tokens of them."""
+"""Where rows come from: `read_source` gives them for any `data=...`. Next: `parts` makes tokens of them."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
 
-from lorasweep.config.data import DataConfig, StdlibConfig
+from lorasweep.config.data import (
+    GLUE_PATH,
+    ChatConfig,
+    DataConfig,
+    GlueConfig,
+    HubConfig,
+    StdlibConfig,
+    TableConfig,
+    TextConfig,
+    resolve_data,
+)
+from lorasweep.data.reading.conversations import read_conversations
+from lorasweep.data.reading.documents import read_text_column, read_text_files
+from lorasweep.data.reading.formats import ColumnChoice
+from lorasweep.data.reading.hub import load_hub, take_table
+from lorasweep.data.reading.labelled import Tables, read_labelled
+from lorasweep.data.reading.splitting import content_key
+from lorasweep.data.reading.tables import Table, find_tables, read_table
 from lorasweep.data.rows import Documents, RowSource, fingerprint_documents
 from lorasweep.data.stdlib import Document, read_code, read_docs
-from lorasweep.errors import ConfigError
 
 DocumentReader = Callable[[str], list[Document]]
 """From the name of a part (`train`, `validation`, `test`) to its documents, always the same and in the same order."""
@@ -17,17 +33,32 @@ SOURCES: Mapping[str, DocumentReader] = {"stdlib_docs": read_docs, "stdlib_code"
 
 
 def read_source(config: DataConfig) -> RowSource:
-    """Returns the rows of a data set.
+    """Returns the rows of a data set: checked, split into parts, with sentences on what was found.
+
+    The test part is read at the first call of `test`; that its file is there is checked at once.
 
     Raises:
-        ConfigError: They can't be read.
+        ConfigError: A file, column, row or label can't be used; the message names the place. For the test part,
+            when it is called for.
     """
-    if not isinstance(config, StdlibConfig):
-        raise ConfigError(f"`data` must be stdlib_docs or stdlib_code, but got {config.name!r}, which can't be read.")
+    if isinstance(config, StdlibConfig):
+        return _read_stdlib(config)
+    if isinstance(config, TextConfig):
+        return read_text_files(config)
+    tables = _open_tables(config)
+    if isinstance(config, HubConfig) and config.kind == "text":
+        return read_text_column(config.text or "text", tables)
+    form = resolve_data(config)
+    if isinstance(form, ChatConfig):
+        return read_conversations(form, tables)
+    assert isinstance(form, TableConfig)
+    return read_labelled(form, tables)
 
-    def read(name: str) -> Documents:
-        documents = SOURCES[config.name](name)
-        return Documents(name=name, documents=documents, fingerprint=fingerprint_documents(documents))
+
+def _read_stdlib(config: StdlibConfig) -> RowSource:
+    def read(part: str) -> Documents:
+        documents = SOURCES[config.name](part)
+        return Documents(name=part, documents=documents, fingerprint=fingerprint_documents(documents))
 
     return RowSource(
         kind="documents",
@@ -37,3 +68,50 @@ def read_source(config: DataConfig) -> RowSource:
         test=functools.cache(lambda: read("test")),
         notes=(),
     )
+
+
+def _open_tables(config: TableConfig | ChatConfig | GlueConfig | HubConfig) -> Tables:
+    if isinstance(config, GlueConfig):
+        return _open_glue(config)
+    names = {"train": config.train, "validation": config.validation, "test": config.test}
+    given = {part: name for part, name in names.items() if name is not None}
+    if isinstance(config, HubConfig):
+        splits = {f"data.{part}": split for part, split in given.items()}
+        data = load_hub(config.path, subset=config.subset, revision=config.revision, splits=splits)
+
+        def load_split(part: str, choose: ColumnChoice) -> Table:
+            return take_table(data[given[part]], choose=choose, place=f"{config.path}, {given[part]}")
+
+        return Tables(load=load_split, given=frozenset(given))
+    files = {part: find_tables(name, key=f"data.{part}") for part, name in given.items()}
+    return Tables(load=lambda part, choose: read_table(files[part], choose=choose), given=frozenset(given))
+
+
+def _open_glue(config: GlueConfig) -> Tables:
+    """GLUE keeps the labels of its test part to itself: its validation part is halved into validation and test."""
+    table_config = resolve_data(config)
+    assert isinstance(table_config, TableConfig)
+    assert table_config.validation is not None
+    splits = {"data.train": table_config.train, "data.validation": table_config.validation}
+    data = load_hub(GLUE_PATH, subset=config.task, revision=None, splits=splits)
+    held_out = data[table_config.validation]
+
+    def load(part: str, choose: ColumnChoice) -> Table:
+        place = f"{GLUE_PATH}, {config.task}, {table_config.train if part == 'train' else table_config.validation}"
+        if part == "train":
+            return take_table(data[table_config.train], choose=choose, place=place)
+        return _take_half(take_table(held_out, choose=choose, place=place), config=table_config, part=part)
+
+    return Tables(load=load, given=frozenset({"train", "validation", "test"}))
+
+
+def _take_half(table: Table, *, config: TableConfig, part: str) -> Table:
+    """Keeps the rows whose texts have an even hash (`validation`) or an odd one (`test`)."""
+    names = [name for name in (config.text, config.text_pair) if name is not None]
+    keys = (content_key(texts) for texts in zip(*(table.columns[name] for name in names), strict=True))
+    rows = [row for row, key in enumerate(keys) if key % 2 == ("validation", "test").index(part)]
+    note = (
+        f"GLUE hides the labels of its test part: {part} is {len(rows)} of the {len(table)} rows of its "
+        f"{config.validation} part, those whose texts have an {'even' if part == 'validation' else 'odd'} hash."
+    )
+    return table.take(rows, note=note)

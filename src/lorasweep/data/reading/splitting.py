@@ -1,0 +1,70 @@
+"""Which rows are which part's: splits off what is missing, by content alone, and counts what parts share.
+
+Nothing is drawn: a row's part depends on its own content, so it does not move when others are added or reordered.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import TypeVar
+
+from lorasweep.errors import ConfigError
+
+Item = TypeVar("Item")
+
+BUCKETS: Mapping[str, range] = {"validation": range(10), "test": range(10, 20)}
+"""Of a hundred buckets, those whose rows a part gets when it is split off; a tenth each."""
+
+
+def content_key(texts: Iterable[str]) -> int:
+    """Returns a number of 64 bits that texts share if they are equal apart from case and white space."""
+    digest = hashlib.blake2b(digest_size=8)
+    for text in texts:
+        data = " ".join(text.split()).casefold().encode()
+        digest.update(len(data).to_bytes(8, "little") + data)
+    return int.from_bytes(digest.digest(), "little")
+
+
+def split_rows(keys: Sequence[int], *, off: Collection[str], key: str = "data.train") -> dict[str, list[int]]:
+    """Assigns rows to `train` and to each part that is to be split off; rows with the same key stay together.
+
+    A part gets the rows whose key modulo 100 is in its `BUCKETS`; if there is none, those of the smallest key that is
+    still free; and the largest keys stay free where nothing would be left for another part. So no part is empty.
+
+    Args:
+        keys: Content key of each row.
+        off: `validation`, `test` or both.
+        key: Where the rows come from, for messages.
+
+    Raises:
+        ConfigError: There are fewer different rows than parts.
+    """
+    free = sorted(set(keys))
+    if len(free) <= len(off):
+        raise ConfigError(
+            f"`{key}` must have at least {len(off) + 1} different rows, but has {len(free)}, so that "
+            f"{' and '.join(sorted(off))} can't be split off. Give the parts as files of their own."
+        )
+    part_of: dict[int, str] = {}
+    for done, part in enumerate(sorted(off, reverse=True)):  # validation first
+        others = len(off) - done  # train and the parts that are still to come
+        chosen = [k for k in free if k % 100 in BUCKETS[part]] or free[:1]
+        part_of |= dict.fromkeys(chosen[: len(free) - others], part)
+        free = [k for k in free if k not in part_of]
+    rows: dict[str, list[int]] = {"train": [], **{part: [] for part in off}}
+    for row, k in enumerate(keys):
+        rows[part_of.get(k, "train")].append(row)
+    return rows
+
+
+def choose_evenly(items: list[Item], *, most: int | None) -> list[Item]:
+    """Returns at most so many items, evenly spaced from the first on; all of them for None."""
+    if most is None or most >= len(items):
+        return items
+    return [items[n * len(items) // most] for n in range(most)]
+
+
+def count_shared(keys: Iterable[int], others: Collection[int]) -> int:
+    """Returns how many keys are among the others."""
+    return sum(key in others for key in keys)

@@ -1,0 +1,145 @@
+"""Files and folders become documents, and the ends of few documents are split off where lines end."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lorasweep.data.reading.documents import cut
+from lorasweep.data.stdlib import Document
+from lorasweep.errors import ConfigError
+
+LINES = [f"line {n} of a text that goes on\n" for n in range(200)]
+
+
+def names_of(part):
+    return [document.name for document in part.documents]
+
+
+def text_of(part):
+    return "".join(document.text for document in part.documents)
+
+
+def test_folder_is_every_file_below_it_but_hidden_ones(read):
+    files = {
+        "books/b.txt": "b",
+        "books/a/z.md": "z",
+        "books/.git/x": "x",
+        "books/.hidden": "x",
+        "books/a.txt": "a\r\nb",
+    }
+    source = read("text", files, train="books", validation="books/b.txt", test="books/a")
+    assert source.kind == "documents"
+    assert names_of(source.train) == ["a/z.md", "a.txt", "b.txt"]
+    assert source.train.documents[1].text == "a\nb"
+    assert (names_of(source.validation), names_of(source.test())) == (["b.txt"], ["z.md"])
+
+
+def test_glob_and_file_name_documents_below_their_folder(read):
+    files = {"books/b.txt": "b", "books/a/z.txt": "z", "books/a/z.md": "no"}
+    source = read("text", files, train="books/**/*.txt", validation="books/b.txt", test="books/a/z.txt")
+    assert names_of(source.train) == ["a/z.txt", "b.txt"]
+    assert (names_of(source.validation), names_of(source.test())) == (["b.txt"], ["z.txt"])
+
+
+def test_names_and_fingerprints_do_not_depend_on_where_the_folder_is(read, folder):
+    (folder / "other").mkdir()
+    texts = {"a.txt": "a", "b.txt": "b"}
+    first = read(
+        "text",
+        {f"here/{name}": text for name, text in texts.items()},
+        train="here",
+        validation="here/a.txt",
+        test="here/b.txt",
+    )
+    files = {f"other/{name}": text for name, text in texts.items()}
+    second = read("text", files, train=str(folder / "other"), validation="here/a.txt", test="here/b.txt")
+    assert first.train.fingerprint == second.train.fingerprint
+
+
+def test_files_without_text_are_left_out_and_counted(read):
+    source = read(
+        "text", {"books/a": "a", "books/b": " \n", "books/c": ""}, train="books", validation="books/a", test="books/a*"
+    )
+    assert names_of(source.train) == ["a"]
+    assert source.notes[0] == "2 files without text are left out. The first: books/b."
+
+
+def test_many_documents_are_split_by_their_content(read):
+    source = read("text", {f"books/{n}": f"book {n}" for n in range(100)}, train="books")
+    parts = [set(names_of(part)) for part in (source.train, source.validation, source.test())]
+    assert sum(map(len, parts)) == len(set.union(*parts)) == 100
+    assert any("whose text has a hash" in note for note in source.notes)
+
+
+def test_end_of_one_document_is_split_off(read):
+    source = read("text", {"train.txt": "".join(LINES)})
+    assert text_of(source.train) + text_of(source.validation) + text_of(source.test()) == "".join(LINES)
+    assert [len(text_of(part)) for part in (source.train, source.validation, source.test())] == pytest.approx(
+        [0.8 * len("".join(LINES)), 0.1 * len("".join(LINES)), 0.1 * len("".join(LINES))],
+        abs=2 * len(LINES[-1]),  # a cut is moved to the end of a line
+    )
+    assert all(text_of(part).startswith("line ") for part in (source.validation, source.test()))
+    tail = "of each of its 1 documents, cut where a line ends."
+    assert source.notes[:2] == (
+        f"validation is split off from train: the text between 80 % and 90 % {tail}",
+        f"test is split off from train: the text between 90 % and 100 % {tail}",
+    )
+
+
+@pytest.mark.parametrize("given_part", ["validation", "test"])
+def test_one_part_that_is_missing_gets_the_last_tenth(read, given_part):
+    source = read("text", {"train.txt": "".join(LINES), f"{given_part}.txt": "so"})
+    split_off = source.test() if given_part == "validation" else source.validation
+    assert text_of(source.train) + text_of(split_off) == "".join(LINES)
+    assert len(text_of(split_off)) == pytest.approx(0.1 * len("".join(LINES)), abs=2 * len(LINES[-1]))
+
+
+@given(
+    text=st.text(st.sampled_from("ab \n"), max_size=300), bounds=st.lists(st.integers(1, 99), unique=True, max_size=3)
+)
+def test_stretches_of_a_document_make_it_up(text, bounds):
+    marks = [0, *sorted(bounds), 100]
+    document = Document(name="x", text=text)
+    pieces = [cut(document, low=low, high=high).text for low, high in itertools.pairwise(marks)]
+    assert "".join(pieces) == text
+
+
+def test_text_without_line_ends_is_cut_at_a_space_or_right_there():
+    assert cut(Document(name="x", text="word " * 100), low=0, high=50).text.endswith("word ")
+    assert cut(Document(name="x", text="w" * 100), low=0, high=50).text == "w" * 50
+
+
+def test_sizes_are_said(read):
+    source = read("text", {"train.txt": "é" * 600, "validation.txt": "b", "test.txt": "c"})
+    assert "train has 1,200 bytes in 1 documents, validation 1 in 1." in source.notes
+
+
+@pytest.mark.parametrize(
+    ("files", "train", "message"),
+    [
+        ({"a.txt": "  \n"}, "a.txt", "'a.txt' must have text, but is empty."),
+        ({"books/.hidden": "x"}, "books", "`data.train` must name a folder with files, but 'books' has none."),
+        (
+            {"books/a.txt": "a", "books/b.png": b"\x89PNG"},
+            "books",
+            "line 1 of 'books/b.png' must be text in UTF-8, but its byte 1",
+        ),
+        (
+            {"a.txt": "ab"},
+            "a.txt",
+            "must be long enough to split validation and test off .* nothing is left for validation",
+        ),
+        (
+            {"a.txt": "a"},
+            "b.txt",
+            r"`data.train` must name a file that is there, but got 'b.txt'. Did you mean 'a.txt'\?",
+        ),
+    ],
+)
+def test_what_is_no_text_is_named(read, files, train, message):
+    with pytest.raises(ConfigError, match=message):
+        read("text", files, train=train)

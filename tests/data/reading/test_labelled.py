@@ -1,0 +1,246 @@
+"""Tables become checked texts with labels, and what there is to say about them is said."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from lorasweep.errors import ConfigError
+
+ROWS = [(f"text {n}", "ab"[n % 3 == 0]) for n in range(60)]
+
+
+def csv_of(rows, header="text,label"):
+    return "\n".join([header, *(",".join(map(str, row)) for row in rows)]) + "\n"
+
+
+def test_parts_that_are_given_are_read_as_they_are(read):
+    source = read(
+        "table", {"train.csv": csv_of(ROWS[:40]), "validation.csv": csv_of(ROWS[40:50]), "test.csv": csv_of(ROWS[50:])}
+    )
+    assert (source.kind, source.label_names) == ("single_label", ("a", "b"))
+    for part, rows in ((source.train, ROWS[:40]), (source.validation, ROWS[40:50]), (source.test(), ROWS[50:])):
+        assert list(zip(part.texts, part.labels, strict=True)) == [(text, "ab".index(label)) for text, label in rows]
+        assert part.pairs is None
+    assert (source.train.name, source.validation.name, source.test().name) == ("train", "validation", "test")
+
+
+def test_test_part_is_read_at_its_first_call_and_once(read, folder):
+    source = read("table", {"train.csv": csv_of(ROWS), "test.csv": "broken \xff"})
+    (folder / "test.csv").write_text(csv_of(ROWS[:3]))
+    part = source.test()
+    (folder / "test.csv").unlink()
+    assert source.test() is part
+    assert len(part) == 3
+
+
+def test_test_file_that_is_not_there_is_named_at_once(read):
+    with pytest.raises(ConfigError, match=r"`data.test` must name a file that is there, but got 'tset.csv'"):
+        read("table", {"train.csv": csv_of(ROWS)}, test="tset.csv")
+
+
+def test_missing_parts_are_split_off_and_said(read):
+    source = read("table", {"train.csv": csv_of([*ROWS, *ROWS])})
+    parts = (source.train, source.validation, source.test())
+    texts = [set(part.texts) for part in parts]
+    assert all(texts)
+    assert sum(map(len, texts)) == len(ROWS)  # a text and its copy are on the same side
+    assert sum(map(len, parts)) == 2 * len(ROWS)
+    validation, test = (note for note in source.notes if "is split off" in note)
+    assert validation == (
+        f"validation is split off from train: {len(source.validation)} of 120 rows, whose text has a hash that is "
+        "0 to 9 modulo 100. Rows with the same text stay together."
+    )
+    assert f"test is split off from train: {len(source.test())} of 120 rows" in test
+    assert not any("of validation have" in note for note in source.notes)
+    assert source.test().notes == ()
+
+
+def test_split_does_not_move_when_rows_are_added(read):
+    before = read("table", {"train.csv": csv_of(ROWS[:50])})
+    after = read("table", {"train.csv": csv_of(ROWS[::-1])})
+    assert set(before.validation.texts) <= set(after.validation.texts)
+    assert set(before.test().texts) <= set(after.test().texts)
+
+
+def test_given_validation_leaves_the_test_split_where_it_was(read):
+    both = read("table", {"train.csv": csv_of(ROWS)})
+    one = read("table", {"train.csv": csv_of(ROWS), "validation.csv": csv_of(ROWS[:1])})
+    assert one.test().texts == both.test().texts
+
+
+def test_duplicates_are_counted(read):
+    source = read(
+        "table",
+        {
+            "train.csv": csv_of([("one", "a"), ("One ", "a"), ("two", "b"), ("two", "a")]),
+            "validation.csv": csv_of([("TWO", "a"), ("two", "b"), ("three", "b")]),
+            "test.csv": csv_of([("one", "a"), ("four", "b")]),
+        },
+    )
+    assert "2 of 4 rows of train repeat the text of another one." in source.notes
+    assert "2 of 3 rows of validation have the text of a row of train, apart from case and white space." in source.notes
+    assert "1 texts of train are there with different labels." in source.notes
+    assert source.test().notes == (
+        "1 of 2 rows of test have the text of a row of train, apart from case and white space.",
+    )
+
+
+def test_majority_score_and_shares_are_said(read):
+    source = read(
+        "table",
+        {
+            "train.csv": csv_of([("x", "a"), ("y", "a"), ("z", "b")]),
+            "validation.csv": csv_of([("v", "b"), ("w", "b"), ("u", "b"), ("t", "a")]),
+            "test.csv": csv_of([("s", "a")]),
+        },
+    )
+    assert "Labels of train: 'a' 66.7%, 'b' 33.3%." in source.notes
+    assert (
+        "Always answering 'a', the most frequent label of train, has an accuracy of 0.2500 on validation."
+        in source.notes
+    )
+
+
+def test_pairs_of_texts_belong_together(read):
+    rows = [("q", "yes", "x"), ("q", "no", "y"), ("r", "yes", "x")]
+    source = read(
+        "table",
+        {f"{part}.csv": csv_of(rows, "question,answer,label") for part in ("train", "validation", "test")},
+        text="question",
+        text_pair="answer",
+    )
+    assert source.train.texts == ["q", "q", "r"]
+    assert source.train.pairs == ["yes", "no", "yes"]
+    assert "0 of 3 rows of train repeat the pair of texts of another one." in source.notes
+
+
+def test_numbers_are_predicted_as_numbers(read):
+    source = read("table", {f"{part}.csv": csv_of([("a", 1), ("b", 2.5)]) for part in ("train", "validation", "test")})
+    assert (source.kind, source.label_names, source.train.labels) == ("regression", (), [1.0, 2.5])
+    assert "Always answering 1.75, the mean of train, has a squared error of 0.5625 on validation." in source.notes
+
+
+def test_lists_of_labels_are_predicted_as_sets(read):
+    rows = [{"text": "a", "label": ["x", "y"]}, {"text": "b", "label": []}, {"text": "c", "label": ["y"]}]
+    content = "\n".join(map(json.dumps, rows))
+    source = read("table", {f"{part}.jsonl": content for part in ("train", "validation", "test")})
+    assert (source.kind, source.train.labels) == ("multi_label", [[0, 1], [], [1]])
+    assert "Labels of train: 'x' 33.3%, 'y' 66.7%." in source.notes
+
+
+def test_limits_take_evenly_spaced_rows_of_each_part(read):
+    files = {f"{part}.csv": csv_of(ROWS) for part in ("train", "validation", "test")}
+    source = read("table", files, max_train_rows=30, max_validation_rows=2, max_test_rows=60)
+    assert source.train.texts == [text for text, _ in ROWS[::2]]
+    assert source.validation.texts == ["text 0", "text 30"]
+    assert len(source.test()) == 60
+    assert "train uses 30 of 60 rows, evenly spaced." in source.notes
+    assert "validation uses 2 of 60 rows, evenly spaced." in source.notes
+
+
+def test_fingerprint_is_of_what_is_used(read):
+    files = {"train.csv": csv_of(ROWS), "validation.csv": csv_of(ROWS[:5])}
+    whole, less = read("table", files), read("table", files, max_train_rows=30)
+    assert whole.train.fingerprint != less.train.fingerprint
+    assert whole.validation.fingerprint == less.validation.fingerprint
+    assert read("table", files).train.fingerprint == whole.train.fingerprint
+    other = {**files, "train.csv": csv_of([*ROWS[:-1], (ROWS[-1][0], "b" if ROWS[-1][1] == "a" else "a")])}
+    assert read("table", other).train.fingerprint != whole.train.fingerprint  # one label
+
+
+def test_order_of_the_names_is_that_of_the_training_file_before_it_is_split(read):
+    rows = [(f"text {n}", f"class {n % 20}") for n in range(60)]
+    source = read("table", {"train.csv": csv_of(rows)})
+    assert len(source.label_names) == 20
+    assert max(source.test().labels) < 20
+
+
+@pytest.mark.parametrize(
+    ("content", "settings", "message"),
+    [
+        (
+            "text,label\nfine,a\n ,b\n",
+            {},
+            "line 3 of 'train.csv' must have a text in column 'text', but it is empty. Mend",
+        ),
+        ("text,label\n,b\n,b\nc,a\n", {}, "it is empty. Mend the row or remove it. 1 more rows have a problem."),
+        ("text,label\nfine,\n", {}, "line 2 of 'train.csv' must have a label in column 'label', but has ''. Mend"),
+        ("text,label\nfine,NaN\n", {}, "line 2 of 'train.csv' must have a label in column 'label', but has 'NaN'."),
+        (
+            "text,label\na,x\nb,x\n",
+            {},
+            "`data.label=label` must have at least two different labels in training, but every",
+        ),
+        (
+            "text,label\na,0.5\nb,1\n",
+            {"task": "single_label"},
+            "line 2 of 'train.csv', column 'label', must be the name",
+        ),
+        (
+            "text,label\na,x\nb,1\n",
+            {"task": "regression"},
+            "line 2 of 'train.csv', column 'label', must be a finite number",
+        ),
+        (
+            "text,lable\na,x\n",
+            {},
+            r"`data.label` must be a column of 'train.csv', but got 'label'. Did you mean 'lable'\?",
+        ),
+        ("text,label\na,x\n", {"text": "txt"}, r"`data.text` must be a column of 'train.csv', but got 'txt'. Did you"),
+        (
+            "text,label\na,x\n",
+            {"text_pair": "b"},
+            r"`data.text_pair` must be a column of 'train.csv', but got 'b'. Its",
+        ),
+        (
+            "text,label\na,x\nb,y\n",
+            {"metric": "pearson"},
+            "`data.metric` must be one of auto, accuracy, f1, matthews, loss",
+        ),
+        (
+            "text,label\na,1.5\nb,2\n",
+            {"class_weights": "balanced"},
+            "`data.class_weights` none for labels that are numbers",
+        ),
+        (
+            "text,label\na,x\nb,y\n",
+            {},
+            "`data.train` must have at least 3 different rows, but has 2, so that test and valid",
+        ),
+    ],
+)
+def test_what_can_not_be_used_is_named(read, content, settings, message):
+    with pytest.raises(ConfigError, match=message):
+        read("table", {"train.csv": content}, **settings)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"text": None, "label": 1}, "line 2 of 'train.jsonl' must have a text in column 'text', but has None."),
+        ({"text": 5, "label": 1}, "must have a text in column 'text', but has 5."),
+        ({"label": 1}, "must have a text in column 'text', but has None."),
+        ({"text": "a", "label": None}, "must have a label in column 'label', but has None."),
+        ({"text": "a", "label": float("nan")}, "must have a label in column 'label', but has nan."),
+        ({"text": "a"}, "must have a label in column 'label', but has None."),
+    ],
+)
+def test_rows_of_jsonl_without_a_text_or_label_are_named(read, row, message):
+    lines = [{"text": "fine", "label": 0}, row, {"text": "so", "label": 1}]
+    with pytest.raises(ConfigError, match=message):
+        read("table", {"train.jsonl": "\n".join(map(json.dumps, lines))})
+
+
+def test_unknown_label_of_another_part_is_named_when_it_is_read(read):
+    files = {"train.csv": csv_of(ROWS), "test.csv": "text,label\nfine,a\n\nwell,c\n"}
+    source = read("table", files)
+    with pytest.raises(
+        ConfigError, match=r"line 4 of 'test.csv', column 'label', must be a label that training has, 'a', 'b',"
+    ):
+        source.test()
+    with pytest.raises(
+        ConfigError, match=r"line 4 of 'validation.csv', column 'label', must be a label that training has"
+    ):
+        read("table", {**files, "validation.csv": files["test.csv"]})

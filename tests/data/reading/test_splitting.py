@@ -1,0 +1,68 @@
+"""A row's part is decided by its own content, no part is empty, and equal rows are never in two."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lorasweep.data.reading.splitting import BUCKETS, choose_evenly, content_key, count_shared, split_rows
+from lorasweep.errors import ConfigError
+
+KEYS = st.lists(st.integers(0, 2**64 - 1) | st.integers(0, 5), min_size=3, max_size=60)
+OFF = st.sampled_from([("validation",), ("test",), ("validation", "test")])
+
+
+def test_key_of_a_content_is_fixed():
+    # A stored value: were it to move, a data set would be split anew and scores would not compare.
+    assert content_key(["so, and so"]) == 7776870965764834384
+
+
+def test_key_ignores_case_and_white_space_and_nothing_else():
+    assert content_key(["A  Text\n"]) == content_key(["a text"])
+    assert content_key(["a text"]) != content_key(["a text."])
+    assert content_key(["a", "b"]) != content_key(["ab", ""]) != content_key(["a b"])
+
+
+@given(keys=KEYS, off=OFF)
+def test_parts_are_disjoint_whole_and_hold_equal_rows_together(keys, off):
+    if len(set(keys)) <= len(off):
+        with pytest.raises(ConfigError, match=f"must have at least {len(off) + 1} different rows, but has"):
+            split_rows(keys, off=off)
+        return
+    parts = split_rows(keys, off=off)
+    assert sorted(row for rows in parts.values() for row in rows) == list(range(len(keys)))
+    assert all(parts.values())
+    assert all(rows == sorted(rows) for rows in parts.values())
+    sets = [{keys[row] for row in rows} for rows in parts.values()]
+    assert sum(map(len, sets)) == len(set(keys))
+
+
+@given(keys=KEYS)
+def test_row_is_where_its_bucket_says_whatever_else_there_is(keys):
+    keys = [*keys, 105, 215, 350]  # one for each part
+    for off in (["validation"], ["validation", "test"]):
+        parts = split_rows(keys, off=off)
+        for part in off:
+            assert all(keys[row] % 100 in BUCKETS[part] for row in parts[part])
+
+
+def test_small_data_gives_each_part_the_smallest_keys():
+    assert split_rows([50, 60, 70, 60], off=["validation", "test"]) == {"train": [2], "validation": [0], "test": [1, 3]}
+
+
+def test_a_tenth_of_many_rows_is_split_off():
+    keys = [content_key([str(n)]) for n in range(10_000)]
+    parts = split_rows(keys, off=["validation", "test"])
+    assert [len(parts[part]) for part in ("validation", "test")] == pytest.approx([1000, 1000], rel=0.1)  # 3 deviations
+
+
+@pytest.mark.parametrize(
+    ("most", "chosen"), [(None, [0, 1, 2, 3, 4]), (2, [0, 2]), (5, [0, 1, 2, 3, 4]), (9, [0, 1, 2, 3, 4])]
+)
+def test_fewer_rows_are_evenly_spaced(most, chosen):
+    assert choose_evenly([0, 1, 2, 3, 4], most=most) == chosen
+
+
+def test_shared_keys_are_counted_with_repeats():
+    assert count_shared([1, 2, 2, 3], {2, 3, 4}) == 3
