@@ -44,6 +44,17 @@ def test_saved_and_loaded_is_the_same(make_model, fill_b, tokens: Tensor, tmp_pa
     }
 
 
+def test_peft_reads_what_is_said_of_the_base(make_model, tmp_path: Path) -> None:
+    model = make_model()
+    inject_lora(model, LoraConfig(rank=2))
+    save_adapter(model, tmp_path / "plain", base_path="owner/name")
+    save_adapter(model, tmp_path / "said", base_path="owner/name", base_revision="v2", task_type="CAUSAL_LM")
+    plain, said = (peft.PeftConfig.from_pretrained(tmp_path / name) for name in ("plain", "said"))
+    assert (plain.base_model_name_or_path, plain.revision, plain.task_type) == ("owner/name", None, None)
+    assert (said.base_model_name_or_path, said.revision, said.task_type) == ("owner/name", "v2", "CAUSAL_LM")
+    assert torch.equal(*(load_file(tmp_path / n / "adapter_model.safetensors").popitem()[1] for n in ("plain", "said")))
+
+
 def test_loads_into_a_model_that_is_injected_already(make_model, saved: Path, tokens: Tensor) -> None:
     fresh, injected = make_model(), make_model()
     inject_lora(injected, LoraConfig(rank=2, alpha=8, targets="up"))

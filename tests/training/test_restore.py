@@ -1,0 +1,104 @@
+"""A run's folder gives back the model that it trained; what does not fit its record is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from lorasweep.errors import ConfigError, RecordError
+from lorasweep.methods import METHODS
+from lorasweep.models.load import fingerprint_weights
+from lorasweep.record import read_run
+from lorasweep.training import RunPlace, restore_base, restore_config, restore_model, train_run
+from lorasweep.training.restore import check_kept_files
+from lorasweep.training.run import prepare_model
+
+METHOD_SETTINGS = (
+    {"method.dropout": 0.5, "method.init": "orthogonal"},
+    {"method": "full"},
+    {"method": "head"},
+    {"method": "bitfit", "method.train": "biases_and_norms"},
+    {"method": "intrinsic"},
+)
+TOKENS = torch.arange(24).reshape(2, 12)
+
+
+@pytest.fixture(scope="module")
+def lora_run(make_config, bench, tmp_path_factory):
+    """The folder of a run of two evaluations."""
+    folder = tmp_path_factory.mktemp("runs") / "lora"
+    train_run(make_config(), RunPlace(folder=folder), bench=bench)
+    return folder
+
+
+@pytest.mark.parametrize("settings", METHOD_SETTINGS, ids=lambda settings: settings.get("method", "lora"))
+def test_a_restored_model_is_the_trained_one_without_dropout(make_config, bench, tmp_path, settings):
+    config, before = make_config(settings), fingerprint_weights(bench.base.model)
+    train_run(config, RunPlace(folder=tmp_path), bench=bench)
+    assert restore_config(read_run(tmp_path)) == config
+    for part in ("best", "last"):
+        restored = restore_model(config, bench.base, folder=tmp_path / part)
+        prepared = prepare_model(config, bench.base).eval()
+        METHODS[config.method.name].load(prepared, tmp_path / part)
+        assert not any(module.training for module in restored.modules())
+        with torch.inference_mode():
+            logits = restored(input_ids=TOKENS).logits
+            assert torch.equal(logits, prepared(input_ids=TOKENS).logits)
+            assert not torch.equal(logits, bench.base.model(input_ids=TOKENS).logits)
+    assert fingerprint_weights(bench.base.model) == before
+
+
+def test_an_adapter_is_put_on_without_drawing_its_start_again(lora_run, bench):
+    """So a start that another machine works out otherwise does no harm, nor does a seed."""
+    config = restore_config(read_run(lora_run))
+    first = restore_model(config, bench.base, folder=lora_run / "best")
+    other = dataclasses.replace(config, seeds=dataclasses.replace(config.seeds, init=7))
+    torch.manual_seed(3)
+    stream = torch.get_rng_state()
+    second = restore_model(other, bench.base, folder=lora_run / "best")
+    assert torch.equal(torch.get_rng_state(), stream)
+    assert fingerprint_weights(first) == fingerprint_weights(second)
+
+
+def test_the_base_is_loaded_in_the_precision_of_the_run(lora_run):
+    record = read_run(lora_run)
+    base = restore_base(record, restore_config(record))
+    assert base.fingerprint == record.base["fingerprint"]
+    assert {parameter.dtype for parameter in base.model.parameters()} == {torch.float32}
+    record.platform["precision"] = "bf16"
+    with pytest.raises(RecordError, match=r"the base model must be the one .* in bf16\), but 'embedded:tiny' has"):
+        restore_base(record, restore_config(record))
+    record.platform["precision"] = "fp8"
+    with pytest.raises(RecordError, match=r"`precision` in a run's record must be one of bf16, fp32, but is 'fp8'."):
+        restore_base(record, restore_config(record))
+
+
+def test_a_base_that_is_gone_is_refused(lora_run):
+    record = read_run(lora_run)
+    record.config["model"]["path"] = "./gone"
+    with pytest.raises(ConfigError, match=r"'\./gone'"):
+        restore_base(record, restore_config(record))
+
+
+@pytest.mark.parametrize("config", [{}, {"method": 3}, {"method": {"name": "lora", "rank": 0}}])
+def test_settings_that_this_version_does_not_know_are_refused(lora_run, config):
+    record = read_run(lora_run)
+    record.config |= config
+    if not config:
+        record.config.pop("method")
+    with pytest.raises(RecordError, match="a run's record must hold settings of this version of lorasweep, but does"):
+        restore_config(record)
+
+
+def test_kept_files_are_checked_by_what_the_record_says(lora_run):
+    record = read_run(lora_run)
+    for part in ("best", "last"):
+        check_kept_files(record, lora_run, part=part)
+    with pytest.raises(RecordError, match=r"a run must have kept weights in `middle`, but .* \(status complete\) has"):
+        check_kept_files(record, lora_run, part="middle")
+    record.files["last/adapter_config.json"]["sha256"] = "0"
+    check_kept_files(record, lora_run, part="best")
+    with pytest.raises(RecordError, match="adapter_config.json' must be as the run wrote it, but has changed"):
+        check_kept_files(record, lora_run, part="last")
