@@ -44,7 +44,8 @@ class RunRecord:
     trial: int | None = None
     """Number of the trial in its arm; in the confirm stage that of the arm's winner; null for a single run."""
     pack: dict[str, Any] | None = None
-    """`slot`, and `slots` of the pack when the run joined it; null for a run that trained alone."""
+    """`slot`, `slots` of the pack when the run joined it, and `shared_draws`: whether something was drawn for all slots
+    at once (dropout of attention probabilities in a fused kernel), so otherwise than alone. Null for a run alone."""
     metric: str
     """The score's name, such as `bits_per_byte`."""
     direction: Direction

@@ -100,5 +100,5 @@ def test_kept_files_are_checked_by_what_the_record_says(lora_run):
         check_kept_files(record, lora_run, part="middle")
     record.files["last/adapter_config.json"]["sha256"] = "0"
     check_kept_files(record, lora_run, part="best")
-    with pytest.raises(RecordError, match="adapter_config.json' must be as the run wrote it, but has changed"):
+    with pytest.raises(RecordError, match=r"adapter_config.json' must be as the run wrote it, but has changed"):
         check_kept_files(record, lora_run, part="last")

@@ -1,13 +1,15 @@
 """Many runs at once on one frozen base: a LightningModule whose slots are trained, evaluated, freed and refilled.
 
 A run in a slot is the run that `run.train_run` would train alone: same data order, initial values, dropout stream,
-schedule and metrics. What differs is rounding, since kernels vary with shape.
+schedule and metrics. What differs is rounding, since kernels vary with shape, and the draws of what has no stream per
+slot, dropout inside a fused attention kernel; the record then says so.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +68,7 @@ def train_pack(
         OutOfMemory: The pack does not fit. Its runs can go on from their last evaluation, in a smaller one.
     """
     reset_peak_memory()
+    torch.manual_seed(jobs[0].config.seeds.dropout)  # of what is drawn for the whole pack
     module: PackModule | None = None
     try:
         module = PackModule(jobs, bench=bench, supply=supply, stop_requested=stop_requested)
@@ -106,6 +109,7 @@ class PackModule(lightning.LightningModule):
         self.accumulate = self.runs[0].order.accumulate
         self.micro = 0
         self.micro_losses: list[Tensor] = []
+        self.shares_draws: bool | None = None
         self.settled_at = time.monotonic()
 
     def configure_optimizers(self) -> None:
@@ -116,7 +120,8 @@ class PackModule(lightning.LightningModule):
         started = time.perf_counter()
         micros = [run.micro_batch(self.micro) for run in self.runs]
         rows = slot_batch(self.bench.parts.train, micros, model=self.model)
-        shares = slot_losses(self.task, self.model, self._to_device(rows), slots=len(micros))
+        with self._watch_draws():
+            shares = slot_losses(self.task, self.model, self._to_device(rows), slots=len(micros))
         shares = shares / torch.tensor([micro.step_weight for micro in micros], device=shares.device)  # (slots,)
         self.manual_backward(shares.sum())
         self.micro_losses.append(shares.detach())
@@ -177,6 +182,16 @@ class PackModule(lightning.LightningModule):
         for run in self.runs:
             run.close("interrupted", f"stopped after step {run.step} of {run.record.steps_planned}")
 
+    @contextmanager
+    def _watch_draws(self) -> Iterator[None]:
+        """Notes at the first step whether torch's own stream was drawn from, so for all slots together."""
+        if self.shares_draws is not None:
+            yield
+            return
+        before = shared_stream(self.device)
+        yield
+        self.shares_draws = not torch.equal(before, shared_stream(self.device))
+
     def _step(self) -> None:
         factors = []
         for run in self.runs:
@@ -195,6 +210,8 @@ class PackModule(lightning.LightningModule):
     def _goes_on(self, slot: int, run: SlotRun, values: Values) -> bool:
         """Logs a slot's evaluation and returns whether its run has steps left; if not, it is closed."""
         record = run.record
+        assert record.pack is not None
+        record.pack["shared_draws"] = bool(self.shares_draws)
         try:
             run.flush()
             value = run.log.note_evaluation(run.step, values, save=lambda folder: self._save(slot, folder))
@@ -267,6 +284,11 @@ class PackModule(lightning.LightningModule):
 
     def _to_device(self, batch: Batch) -> Batch:
         return {name: value.to(self.device) for name, value in batch.items()}
+
+
+def shared_stream(device: torch.device) -> Tensor:
+    """Returns the state of torch's own random stream on a device."""
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
 
 
 class Ticks(IterableDataset[int]):
