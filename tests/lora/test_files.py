@@ -48,10 +48,10 @@ def test_peft_reads_what_is_said_of_the_base(make_model, tmp_path: Path) -> None
     model = make_model()
     inject_lora(model, LoraConfig(rank=2))
     save_adapter(model, tmp_path / "plain", base_path="owner/name")
-    save_adapter(model, tmp_path / "said", base_path="owner/name", base_revision="v2", task_type="CAUSAL_LM")
+    save_adapter(model, tmp_path / "said", base_path="owner/name", base_revision="v2")
     plain, said = (peft.PeftConfig.from_pretrained(tmp_path / name) for name in ("plain", "said"))
-    assert (plain.base_model_name_or_path, plain.revision, plain.task_type) == ("owner/name", None, None)
-    assert (said.base_model_name_or_path, said.revision, said.task_type) == ("owner/name", "v2", "CAUSAL_LM")
+    assert (plain.base_model_name_or_path, plain.revision) == ("owner/name", None)
+    assert (said.base_model_name_or_path, said.revision) == ("owner/name", "v2")
     assert torch.equal(*(load_file(tmp_path / n / "adapter_model.safetensors").popitem()[1] for n in ("plain", "said")))
 
 
