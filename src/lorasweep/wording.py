@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 UNKNOWN = "–"
@@ -46,6 +48,52 @@ def format_score(value: float | None) -> str:
     if value is None:
         return UNKNOWN
     return f"{value:.3f}" if value == 0 or 0.1 <= abs(value) < 1000 else f"{value:.4g}"
+
+
+def format_estimate(value: float | None, interval: tuple[float, float] | None) -> str:
+    """Returns a score with its interval, all with the decimals that the interval's width deserves.
+
+    `1.372 [1.365, 1.379]`; without an interval the score alone.
+    """
+    if value is None or interval is None:
+        return format_score(value)
+    low, high = interval
+    if high <= low:
+        return format_score(value)
+    decimals = min(8, max(0, 1 - math.floor(math.log10(high - low))))
+    if any(end != 0 and round(end, decimals) == 0 for end in interval):
+        decimals += 1  # on which side of 0 an end lies matters
+    shown = [f"{round(number, decimals) + 0.0:.{decimals}f}" for number in (value, low, high)]  # no -0.000
+    return f"{shown[0]} [{shown[1]}, {shown[2]}]"
+
+
+def format_difference(value: float | None) -> str:
+    """Returns a small difference with two digits: `0.015`."""
+    return UNKNOWN if value is None else f"{value:.2g}"
+
+
+def format_share_estimate(value: float | None, interval: tuple[float, float] | None) -> str:
+    """Returns a fraction in percent with its interval: `92 % [90 %, 94 %]`."""
+    if value is None or interval is None:
+        return format_share(value)
+    return f"{format_share(value)} [{format_share(interval[0])}, {format_share(interval[1])}]"
+
+
+def format_p_value(value: float | None) -> str:
+    """Returns a p value with two digits: `0.034`, `< 0.0001`."""
+    if value is None:
+        return UNKNOWN
+    return "< 0.0001" if value < 0.0001 else f"{value:.2g}"
+
+
+def format_ratio(value: float) -> str:
+    """Returns a ratio with two digits: `0.85`, `2.6`, `12`."""
+    return f"{value:.2g}" if value < 99.5 else f"{value:.0f}"
+
+
+def join_words(words: Sequence[str], *, last: str = "and") -> str:
+    """Returns words as a sentence lists them: `a, b and c`."""
+    return f" {last} ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else list(words))
 
 
 def format_setting(value: Any) -> str:

@@ -11,7 +11,16 @@ from typing import Any
 
 import pytest
 
-from lorasweep.record import ArmRow, RunRecord, SweepRecord, TrialRow, TrialState, write_record
+from lorasweep.record import (
+    ArmRow,
+    ConfirmRow,
+    RunRecord,
+    SweepRecord,
+    TrialRow,
+    TrialState,
+    read_sweep,
+    write_record,
+)
 
 BASE_SCORE = 2.031
 FULL_PARAMS = 1_280_000
@@ -186,11 +195,58 @@ def build_sweep(folder: Path, *, lora: int = 18, full: int = 6, frozen: int = 1,
     return folder
 
 
+def confirm_sweep(folder: Path, *, seeds: int = 5, examples: int = 40, noise: float = 0.004) -> Path:
+    """Adds a confirm stage to a sweep built by `build_sweep`: each arm's best trial on that many seeds.
+
+    Test scores are each trial's validation score plus noise; single examples have scores unless `examples` is 0.
+    """
+    rng = random.Random(11)
+    sweep = read_sweep(folder)
+    difficulty = [rng.gauss(0, 0.3) for _ in range(examples)]
+    for arm in sweep.arms:
+        mine = [row for row in sweep.trials if row.arm == arm.name and row.state == "complete"]
+        best = min(mine, key=lambda row: row.value or 0.0, default=None)
+        if best is None:
+            continue
+        for seed in range(1 if arm.method == "frozen" else seeds):
+            value = (best.value or 0.0) + (0 if arm.method == "frozen" else rng.gauss(0, noise))
+            run = f"runs/{arm.name}-confirm-{seed:04d}"
+            scores = spread_over_examples(value, difficulty, rng)
+            value = sum(scores) / len(scores) if scores else value
+            row = ConfirmRow(arm=arm.name, trial=best.number, seed=seed, state="complete", run=run, value=value)
+            trained = {"frozen": 0, "full": FULL_PARAMS}.get(arm.name, 11_264 * int(best.params.get("method.rank", 0)))
+            curve = curve_to(value)[: 1 if arm.method == "frozen" else None]
+            write_run(folder / run, best, method=arm.method, curve=curve, trained=trained, test={sweep.metric: value})
+            if scores:
+                write_test_scores(folder / run, scores)
+            sweep.confirm.append(row)
+    sweep.confirm_seeds = list(range(seeds))
+    write_record(sweep, folder)
+    return folder
+
+
+def spread_over_examples(value: float, difficulty: list[float], rng: random.Random) -> list[float]:
+    """Returns scores of examples around a value: as hard in every run, with a little noise of the run's own."""
+    return [value + hardness + rng.gauss(0, 0.01) for hardness in difficulty]
+
+
+def write_test_scores(run: Path, scores: list[float]) -> None:
+    """Writes a run's `test_scores.csv`, all examples with the same weight."""
+    lines = [f"{row},{score!r},1.0" for row, score in enumerate(scores)]
+    (run / "test_scores.csv").write_text("\n".join(["row,score,weight", *lines, ""]))
+
+
 def edit_json(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
     """Reads a JSON file, lets `change` change it, writes it."""
     content = json.loads(path.read_text())
     change(content)
     path.write_text(json.dumps(content))
+
+
+@pytest.fixture
+def confirmed(tmp_path: Path) -> Path:
+    """Returns the folder of the same sweep with a confirm stage of 5 seeds and 40 test examples."""
+    return confirm_sweep(build_sweep(tmp_path / "quickstart"))
 
 
 @pytest.fixture

@@ -9,7 +9,8 @@ import pytest
 
 from lorasweep.report.figures.curves import draw_learning_curves, thin_curve
 from lorasweep.report.figures.panel import colours_of, score_range
-from lorasweep.report.figures.scores import draw_rank_alpha, draw_score_by_lr, draw_score_by_rank
+from lorasweep.report.figures.rates import draw_score_by_lr
+from lorasweep.report.figures.scores import draw_rank_alpha, draw_score_by_rank
 from lorasweep.report.figures.settings import draw_importance, draw_parallel_coordinates
 from lorasweep.report.figures.tradeoff import draw_tradeoff, pareto_front
 from lorasweep.report.tables import load_sweep_data

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from lorasweep.report.summary import ONE_SEED, summarize
+from lorasweep.report.headline import ONE_SEED
+from lorasweep.report.summary import summarize
 from lorasweep.report.tables import load_sweep_data
 
 from .conftest import BASE_SCORE, build_sweep, edit_json

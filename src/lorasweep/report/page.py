@@ -6,16 +6,17 @@ Names in it are input that nobody checked: jinja2 escapes them in the page, `fig
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup, escape
 from plotly.offline import get_plotlyjs
 
 from lorasweep import wording
-from lorasweep.report.figures import PANELS, Panel
-from lorasweep.report.figures.panel import colours_of, link_to
+from lorasweep.report.figures import Panel
+from lorasweep.report.figures.panel import colours_of, link_of, link_to
 from lorasweep.report.summary import Summary
 from lorasweep.report.tables import SweepData, Trial
 from lorasweep.report.terminal import format_trial_counts
@@ -32,27 +33,42 @@ class Cell:
     """What the column is sorted by; None sorts last."""
 
 
-def render_page(data: SweepData, summary: Summary) -> str:
-    """Returns the page as HTML."""
+def render_page(data: SweepData, summary: Summary, panels: Sequence[Panel]) -> str:
+    """Returns the page as HTML.
+
+    Args:
+        data: The sweep.
+        summary: What it found.
+        panels: The figures, in the order of the page.
+    """
+    return load_template("index.html").render(
+        sweep=data.record,
+        summary=summary,
+        prefix="..",
+        colours=colours_of(data),
+        panels=panels,
+        pairs=data.evidence.pairs,
+        columns=_columns(data),
+        rows=[(trial, link_to(trial), _cells(trial, data)) for trial in data.trials],
+        reruns=[(rerun, link_of(rerun.run)) for rerun in data.reruns],
+        unfinished={state: _unfinished(data, state) for state in UNFINISHED},
+        problems=data.problems,
+    )
+
+
+def load_template(name: str) -> Template:
+    """Returns a template that knows how numbers are written and holds plotly's script."""
     environment = Environment(
         loader=PackageLoader("lorasweep.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
     environment.filters.update(code=mark_code, **_formats())
-    return environment.get_template("index.html").render(
-        sweep=data.record,
-        summary=summary,
-        colours=colours_of(data),
-        panels=[draw(data) for draw in PANELS],
+    environment.globals.update(
         figure_json=figure_json,
         plotly_js=Markup(get_plotlyjs()),  # the library's own file
-        columns=_columns(data),
-        rows=[(trial, link_to(trial), _cells(trial, data)) for trial in data.trials],
-        unfinished={state: [trial for trial in data.trials if trial.state == state] for state in UNFINISHED},
-        link_to=link_to,
-        problems=data.problems,
         settings=wording.format_settings,
         counts=format_trial_counts,
     )
+    return environment.get_template(name)
 
 
 def mark_code(text: str) -> Markup:
@@ -73,10 +89,30 @@ def _formats() -> dict[str, Any]:
         "count": wording.format_count,
         "size": wording.format_bytes,
         "share": wording.format_share,
+        "shares": wording.format_share_estimate,
+        "estimate": wording.format_estimate,
+        "difference": wording.format_difference,
+        "p_value": wording.format_p_value,
         "seconds": wording.format_seconds,
         "score": wording.format_score,
         "metric": wording.format_metric,
     }
+
+
+def _unfinished(data: SweepData, state: str) -> list[tuple[str, str, str, str]]:
+    """Returns name, link, settings and reason of each trial and rerun that ended so, or has not ended."""
+    trials = [
+        (f"{trial.arm} {trial.number}", link_to(trial), wording.format_settings(trial.params), trial.reason)
+        for trial in data.trials
+        if trial.state == state
+    ]
+    reruns = [
+        (f"{rerun.arm} {rerun.trial}, seed {rerun.seed}", link_of(rerun.run), "rerun", rerun.reason)
+        for rerun in data.reruns
+        if rerun.state == state
+    ]
+    rows = (*trials, *reruns)
+    return [(name, link, about, (why or "no reason recorded").strip()) for name, link, about, why in rows]
 
 
 def _columns(data: SweepData) -> list[tuple[str, str]]:
@@ -104,11 +140,15 @@ def _cells(trial: Trial, data: SweepData) -> list[Cell]:
     }
     costs = [(getattr(record, name, None), form) for name, form in measured.items()]
     return [
-        Cell(text=trial.state, key=trial.state),
+        Cell(text=_state(trial), key=trial.state),
         Cell(text=wording.format_score(trial.value), key=trial.value),
         *(_setting_cell(trial, key) for key in data.swept_keys),
         *(Cell(text=wording.UNKNOWN if value is None else form(value), key=value) for value, form in costs),
     ]
+
+
+def _state(trial: Trial) -> str:
+    return trial.state if trial.duplicate_of is None else f"{trial.state}, same as {trial.duplicate_of}"
 
 
 def _setting_cell(trial: Trial, key: str) -> Cell:

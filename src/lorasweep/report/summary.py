@@ -1,30 +1,16 @@
-"""What a sweep found in numbers (`report/summary.json`) and in plain sentences. Comes after `tables`."""
+"""What a sweep found in numbers (`report/summary.json`) and in plain sentences. Comes after `headline`."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from lorasweep.record import Direction
-from lorasweep.report.dimension import describe_d90, find_d90
-from lorasweep.report.tables import Arm, SweepData, Trial
-from lorasweep.wording import (
-    format_count,
-    format_metric,
-    format_score,
-    format_seconds,
-    format_setting,
-    format_settings,
-    format_share,
-)
-
-ONE_SEED = (
-    "Every score is one seed on validation data, on which the search also picked the winners; "
-    "whether the differences are more than chance is not tested yet."
-)
-EDGE_FRACTION = 0.05
-"""A value this close to an end of its range, as a share of the range, counts as at the edge."""
+from lorasweep.report.advice import Advice, advise
+from lorasweep.report.dimension import find_d90
+from lorasweep.report.evidence import ArmEvidence, Evidence
+from lorasweep.report.headline import write_headline
+from lorasweep.report.tables import Arm, SweepData
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +58,9 @@ class ArmSummary:
     arm_wall_s: float
     """Seconds of all the arm's runs together."""
     share_of_full_gain: float | None
-    """(base - arm) / (base - full): 0 is the frozen base, 1 full fine-tuning."""
+    """(base - arm) / (base - full) in the search: 0 is the frozen base, 1 full fine-tuning."""
+    confirmed: ArmEvidence | None
+    """The same arm on test data and fresh seeds; null where it was not confirmed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,29 +82,35 @@ class Summary:
     """Smallest dimension of `method=intrinsic` that keeps 90 % of full fine-tuning's gain; null where none is known."""
     arms: tuple[ArmSummary, ...]
     sentences: tuple[str, ...]
+    evidence: Evidence
+    advice: Advice
 
     def as_json(self) -> dict[str, Any]:
-        """Returns the summary as nested dicts, `base.score` under `base`."""
-        return asdict(self)
+        """Returns the summary as nested dicts, `base.score` under `base`; an arm's evidence stands in its arm alone."""
+        raw = asdict(self)
+        del raw["evidence"]["arms"]
+        return raw
 
 
 def summarize(data: SweepData) -> Summary:
     """Returns what the sweep found."""
-    records = data.run_records
+    records, advice = data.run_records, advise(data)
     return Summary(
         sweep=data.record.name,
         status=data.record.status,
         metric=data.record.metric,
         direction=data.record.direction,
         makespan_s=data.record.makespan_s,
-        tokens_trained=sum(record.tokens_trained for record in records),
+        tokens_trained=data.tokens_trained,
         steps_planned=sum(record.steps_planned for record in records),
         steps_done=sum(record.steps_done for record in records),
-        steps_saved_by_pruning=_steps_saved(data),
+        steps_saved_by_pruning=data.steps_saved_by_pruning,
         base=FrozenBase(score=data.score_of("frozen")),
         d90=find_d90(data),
         arms=tuple(_summarize_arm(arm, data) for arm in data.arms),
-        sentences=(*_comparison(data), *describe_d90(data), *_effort(data), ONE_SEED, *_edges(data)),
+        sentences=tuple(write_headline(data, advice)),
+        evidence=data.evidence,
+        advice=advice,
     )
 
 
@@ -143,114 +137,5 @@ def _summarize_arm(arm: Arm, data: SweepData) -> ArmSummary:
         wall_s=record.wall_s if record else None,
         arm_wall_s=sum(trial.record.wall_s for trial in arm.trials if trial.record),
         share_of_full_gain=data.share_of_full_gain(best.value if best else None),
+        confirmed=data.evidence.arm(arm.name),
     )
-
-
-def _comparison(data: SweepData) -> list[str]:
-    metric = format_metric(data.record.metric)
-    order = "lower" if data.record.direction == "minimize" else "higher"
-    if not any(arm.best for arm in data.arms):
-        return ["No trial is complete, so there is no score to compare."]
-    sentences = [_arm_sentence(arm, data) for arm in data.arms if arm.row.method not in ("frozen", "full")]
-    return [f"Scores are {metric}, {order} is better. {_ends(data)}", *sentences]
-
-
-def _ends(data: SweepData) -> str:
-    base, full = data.score_of("frozen"), data.score_of("full")
-    if base is None and full is None:
-        return "There is no score of the frozen base or of full fine-tuning, so no share of a gain is given."
-    if full is None:
-        return f"The frozen base scores {format_score(base)}; without full fine-tuning no share of its gain is given."
-    if base is None:
-        return f"Full fine-tuning scores {format_score(full)}; without the frozen base no share of its gain is given."
-    best = data.best_arm("full")
-    settings = f" with {format_settings(best.best.params)}" if best and best.best else ""
-    ends = f"The frozen base scores {format_score(base)} and full fine-tuning {format_score(full)}{settings}"
-    return f"{ends}." if data.share_of_full_gain(full) else f"{ends}: it gained nothing, so no share is given."
-
-
-def _arm_sentence(arm: Arm, data: SweepData) -> str:
-    if arm.best is None:
-        return f"`{arm.name}` has no complete trial."
-    reached = f"`{arm.name}` reaches {format_score(arm.best.value)} with {format_settings(arm.best.params)}"
-    share = data.share_of_full_gain(arm.best.value)
-    gain = f", {format_share(share)} of what full fine-tuning gains" if share is not None else ""
-    return f"{reached}{gain}{_cost(arm.best)}.{_lr_ratio(arm.best, data)}"
-
-
-def _lr_ratio(trial: Trial, data: SweepData) -> str:
-    full = data.best_arm("full")
-    lr = trial.params.get("optim.lr")
-    full_lr = full.best.params.get("optim.lr") if full and full.best else None
-    if not (isinstance(lr, float) and isinstance(full_lr, float) and full_lr > 0):
-        return ""
-    return f" Its best learning rate is {lr / full_lr:.2g} times full fine-tuning's."
-
-
-def _cost(trial: Trial) -> str:
-    if trial.record is None:
-        return ""
-    share = format_share(trial.record.trainable_fraction)
-    return f", training {format_count(trial.record.trainable_params)} parameters ({share} of the base)"
-
-
-def _effort(data: SweepData) -> list[str]:
-    tokens = format_count(sum(record.tokens_trained for record in data.run_records))
-    time = format_seconds(data.record.makespan_s)
-    sentences = [f"{len(data.trials)} trials in {time}, {tokens} tokens trained{_saving(data)}."]
-    if data.record.status != "complete":
-        asked = sum(arm.row.trials for arm in data.arms)
-        sentences.append(f"The sweep is {data.record.status}: {asked} trials were asked for.")
-    return sentences
-
-
-def _saving(data: SweepData) -> str:
-    saved, planned = _steps_saved(data), sum(record.steps_planned for record in data.run_records)
-    return f"; pruning saved {saved:,} of {planned:,} steps ({format_share(saved / planned)})" if saved > 0 else ""
-
-
-def _steps_saved(data: SweepData) -> int:
-    pruned = [trial.record for trial in data.trials if trial.record and trial.state == "pruned"]
-    return sum(record.steps_planned - record.steps_done for record in pruned)
-
-
-def _edges(data: SweepData) -> list[str]:
-    bests = [(arm, arm.best) for arm in data.arms if arm.best]
-    return [
-        f"The best `{key}` of `{arm.name}`, {format_setting(best.params[key])}, lies at the {end} end of its range: "
-        f"search {'lower' if end == 'lower' else 'higher'} values too."
-        for arm, best in bests
-        for key, end in edges_of(arm, best).items()
-    ]
-
-
-def edges_of(arm: Arm, trial: Trial) -> dict[str, str]:
-    """Returns the swept keys whose value in that trial lies at an end of its range, and which: `lower` or `upper`."""
-    ends = {key: _edge(arm.row.space.get(key), trial.number_at(key)) for key in trial.params}
-    # no rank is lower than 1
-    return {key: end for key, end in ends.items() if end and not (key == "method.rank" and trial.params[key] == 1)}
-
-
-def _edge(space: Any, value: float | None) -> str | None:
-    bounds = _bounds(space)
-    if value is None or bounds is None:
-        return None
-    low, high, is_log = bounds
-    if is_log and value <= 0:
-        return None
-    position = (math.log(value / low) / math.log(high / low)) if is_log else (value - low) / (high - low)
-    margin = 0.0 if isinstance(space, list) else EDGE_FRACTION
-    return "lower" if position <= margin else "upper" if position >= 1 - margin else None
-
-
-def _bounds(space: Any) -> tuple[float, float, bool] | None:
-    if isinstance(space, dict):
-        return _bounds_of([space.get("low"), space.get("high")], is_log=bool(space.get("log")))
-    return _bounds_of(space if isinstance(space, list) else [], is_log=False)
-
-
-def _bounds_of(values: list[Any], *, is_log: bool) -> tuple[float, float, bool] | None:
-    numbers = [value for value in values if isinstance(value, int | float) and not isinstance(value, bool)]
-    if len(numbers) != len(values) or len(set(numbers)) < 2:
-        return None
-    return min(numbers), max(numbers), is_log and min(numbers) > 0

@@ -5,9 +5,8 @@ Comes after `record`, before `summary` and the figures. A run folder that is mis
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +18,11 @@ from lorasweep.record import (
     SweepRecord,
     TrialRow,
     TrialState,
-    read_run,
-    read_steps,
     read_sweep,
 )
-
-Curve = tuple[tuple[int, float], ...]
-"""Validation values of the sweep's metric over training: pairs of step and value, by step."""
-
-KINDS: dict[str, type | tuple[type, ...]] = {
-    "str": str,
-    "int": int,
-    "float": (int, float),
-    "dict": dict,
-    "list": list,
-}
+from lorasweep.report.evidence import Evidence, weigh_evidence
+from lorasweep.report.reruns import Rerun, join_reruns, score_reruns
+from lorasweep.report.runs import Curve, finite_number, misfits, read_curve, read_usable_run, value_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +44,8 @@ class Trial:
     """None where the run's record can't be read; `problem` says why."""
     curve: Curve
     problem: str | None
+    duplicate_of: int | None = None
+    """Number of the earliest trial of its arm that trains the same function in other words."""
 
     @property
     def is_complete(self) -> bool:
@@ -72,7 +63,7 @@ class Trial:
 
     def number_at(self, key: str) -> float | None:
         """Returns a setting that is a finite number, else None."""
-        return _finite(self.setting(key))
+        return finite_number(self.setting(key))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +74,8 @@ class Arm:
     trials: tuple[Trial, ...]
     best: Trial | None
     """The best of the complete trials, the earlier one of equals; None where no trial is complete."""
+    reruns: tuple[Rerun, ...] = ()
+    """Those of the confirm stage, by seed."""
 
     @property
     def name(self) -> str:
@@ -92,6 +85,12 @@ class Arm:
     def count(self, state: TrialState) -> int:
         """Returns how many trials ended in that state."""
         return sum(trial.state == state for trial in self.trials)
+
+    @property
+    def winner(self) -> Trial | None:
+        """The trial that the confirm stage ran again; the best where there was no such stage."""
+        confirmed = {rerun.trial for rerun in self.reruns}
+        return next((trial for trial in self.trials if trial.number in confirmed), self.best)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +102,13 @@ class SweepData:
     arms: tuple[Arm, ...]
     problems: tuple[str, ...]
     """A sentence for each run that can't be read and each trial that belongs to no arm."""
+    evidence: Evidence
+    """What the confirm stage shows; empty where there was none."""
+
+    @property
+    def reruns(self) -> tuple[Rerun, ...]:
+        """Every rerun of the confirm stage, by arm and seed."""
+        return tuple(rerun for arm in self.arms for rerun in arm.reruns)
 
     @property
     def trials(self) -> tuple[Trial, ...]:
@@ -113,6 +119,17 @@ class SweepData:
     def run_records(self) -> tuple[RunRecord, ...]:
         """The record of every run that can be read."""
         return tuple(trial.record for trial in self.trials if trial.record)
+
+    @property
+    def tokens_trained(self) -> int:
+        """Tokens that trials and reruns trained on."""
+        return sum(record.tokens_trained for record in (*self.run_records, *(r.record for r in self.reruns)) if record)
+
+    @property
+    def steps_saved_by_pruning(self) -> int:
+        """Steps planned but not done, over pruned trials."""
+        pruned = [trial.record for trial in self.trials if trial.record and trial.state == "pruned"]
+        return sum(record.steps_planned - record.steps_done for record in pruned)
 
     @property
     def sign(self) -> int:
@@ -161,22 +178,24 @@ def load_sweep_data(folder: Path) -> SweepData:
     for row in rows:
         _require_kinds(row, folder / SWEEP_FILE)
     sign = 1 if record.direction == "minimize" else -1
-    arms = tuple(_join_arm(row, record, folder, sign=sign) for row in record.arms)
+    reruns, rerun_problems = join_reruns(record, folder)
+    arms = tuple(_join_arm(row, record, folder, reruns, sign=sign) for row in record.arms)
+    scores, score_problems = score_reruns(reruns, record, folder)
     names = {row.name for row in record.arms}
-    strays = [trial for trial in record.trials if trial.arm not in names]
-    problems = [trial.problem for arm in arms for trial in arm.trials if trial.problem]
-    return SweepData(folder=folder, record=record, arms=arms, problems=(*map(_stray, strays), *problems))
+    strays = [_stray(trial) for trial in record.trials if trial.arm not in names]
+    foreign = [sentence for arm in arms if (sentence := _foreign_metric(arm, record.metric))]
+    trial_problems = [trial.problem for arm in arms for trial in arm.trials if trial.problem]
+    return SweepData(
+        folder=folder,
+        record=record,
+        arms=arms,
+        problems=(*strays, *foreign, *score_problems, *trial_problems, *rerun_problems),
+        evidence=weigh_evidence(scores, [(arm.name, arm.row.method) for arm in arms], sign=sign),
+    )
 
 
 def _stray(row: TrialRow) -> str:
     return f"Trial {row.number} belongs to arm `{row.arm}`, which is not listed."
-
-
-def misfits(row: Any) -> list[str]:
-    """Returns the names of a record's fields whose values are not of the kind that the field declares."""
-    known = [f for f in fields(row) if not ("None" in str(f.type) and getattr(row, f.name) is None)]
-    declared = [(f.name, KINDS.get(str(f.type).split("[", 1)[0])) for f in known]
-    return [name for name, kind in declared if kind and not isinstance(getattr(row, name), kind)]
 
 
 def _require_kinds(row: SweepRecord | ArmRow | TrialRow, path: Path) -> None:
@@ -188,56 +207,35 @@ def _require_kinds(row: SweepRecord | ArmRow | TrialRow, path: Path) -> None:
         )
 
 
-def _join_arm(row: ArmRow, record: SweepRecord, folder: Path, *, sign: int) -> Arm:
+def _foreign_metric(arm: Arm, metric: str) -> str | None:
+    records = [*(trial.record for trial in arm.trials), *(rerun.record for rerun in arm.reruns)]
+    foreign = sorted({run.metric for run in records if run} - {metric})
+    if not foreign:
+        return None
+    named = ", ".join(f"`{name}`" for name in foreign)
+    return f"Runs of `{arm.name}` are scored by {named} and not by `{metric}` like the sweep: they are not compared."
+
+
+def _join_arm(row: ArmRow, record: SweepRecord, folder: Path, reruns: tuple[Rerun, ...], *, sign: int) -> Arm:
     mine = sorted((trial for trial in record.trials if trial.arm == row.name), key=lambda trial: trial.number)
     trials = tuple(_join_trial(trial, row, record.metric, folder) for trial in mine)
-    return Arm(row=row, trials=trials, best=best_trial(trials, sign=sign))
+    own = tuple(rerun for rerun in reruns if rerun.arm == row.name)
+    return Arm(row=row, trials=trials, best=best_trial(trials, sign=sign), reruns=own)
 
 
 def _join_trial(row: TrialRow, arm: ArmRow, metric: str, folder: Path) -> Trial:
-    run, problem = _read_usable_run(folder, row.run)
-    value = _finite(row.value)
+    run, problem = read_usable_run(folder, row.run)
     return Trial(
         arm=row.arm,
         method=arm.method,
         number=row.number,
         state=row.state,
         params=row.params,
-        value=value if value is not None or run is None else _finite(run.score),
+        value=value_of(row.value, run, metric),
         run=row.run,
         reason=row.reason or (run.reason if run else None),
         record=run,
-        curve=_read_curve(folder / row.run, metric) if run else (),
+        curve=read_curve(folder / row.run, metric) if run else (),
         problem=problem,
+        duplicate_of=row.duplicate_of,
     )
-
-
-def _read_usable_run(sweep: Path, run: str) -> tuple[RunRecord | None, str | None]:
-    if not (sweep / run).resolve().is_relative_to(sweep.resolve()):
-        return None, f"The run `{run}` is not read: its folder lies outside the sweep's."
-    try:
-        record = read_run(sweep / run)
-    except (RecordError, OSError) as error:
-        return None, f"The run `{run}` can't be read: {error}"
-    if wrong := misfits(record):
-        return None, f"The run `{run}` can't be read: `{wrong[0]}` is not of its declared type."
-    return record, None
-
-
-def _read_curve(run: Path, metric: str) -> Curve:
-    values: dict[int, float] = {}
-    try:
-        for row in read_steps(run):
-            validation = row.get("validation") if isinstance(row, dict) else None
-            value = _finite(validation.get(metric)) if isinstance(validation, dict) else None
-            if value is not None and isinstance(row.get("step"), int):
-                # a resumed run writes the steps after its checkpoint again: the later row counts
-                values[row["step"]] = value
-    except (OSError, UnicodeDecodeError):
-        return ()
-    return tuple(sorted(values.items()))
-
-
-def _finite(value: Any) -> float | None:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return value if is_number and math.isfinite(value) else None

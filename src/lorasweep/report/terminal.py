@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from lorasweep.report.side_by_side import describe_cell, describe_differences, format_gain
 from lorasweep.report.summary import ArmSummary, Summary, summarize
 from lorasweep.report.tables import load_sweep_data
 from lorasweep.wording import (
     UNKNOWN,
     format_bytes,
     format_count,
+    format_estimate,
     format_metric,
     format_score,
     format_seconds,
@@ -22,18 +25,7 @@ from lorasweep.wording import (
 )
 
 ARMS_SIDE_BY_SIDE = 4
-ROW_NAMES = (
-    "arm",
-    "best settings",
-    "score",
-    "of full's gain",
-    "trained",
-    "of base",
-    "adapter",
-    "memory",
-    "time",
-    "trials",
-)
+STRONG = ("arm", "test score", "score")
 
 
 def render_terminal(*folders: Path) -> RenderableType:
@@ -47,35 +39,36 @@ def render_terminal(*folders: Path) -> RenderableType:
     if len(summaries) == 1:
         return render_summary(summaries[0], problems=data[0].problems)
     labels = [f"{summary.sweep}\n{folder}" for summary, folder in zip(summaries, folders, strict=True)]
-    return render_side_by_side(list(zip(labels, summaries, strict=True)))
+    return render_side_by_side(list(zip(labels, summaries, strict=True)), notes=describe_differences(data))
 
 
 def render_summary(summary: Summary, *, problems: tuple[str, ...] = ()) -> RenderableType:
     """Returns one sweep's table with its sentences below: an arm per column while they fit a narrow terminal."""
     title = Text(f"{summary.sweep}: {format_metric(summary.metric)}", style="bold")
-    cells = [_cells(arm) for arm in summary.arms]
-    if len(cells) <= ARMS_SIDE_BY_SIDE:
+    rows = _rows(summary)
+    if len(summary.arms) <= ARMS_SIDE_BY_SIDE:
         table = Table(show_header=False, show_lines=False, title=title, title_justify="left")
         table.add_column(style="dim")
-        for _ in cells:
+        for _ in summary.arms:
             table.add_column(justify="right", overflow="fold")
-        for name, *row in zip(ROW_NAMES, *cells, strict=True):
-            table.add_row(name, *(Text(cell, style="bold" if name in ("arm", "score") else "") for cell in row))
+        for name, cells in rows.items():
+            table.add_row(name, *(Text(cell, style="bold" if name in STRONG else "") for cell in cells))
     else:
         table = Table(title=title, title_justify="left")
-        for name in ROW_NAMES:
-            table.add_column(name, justify="left" if name in ROW_NAMES[:2] else "right", overflow="fold")
-        for arm_cells in cells:
+        for name in rows:
+            table.add_column(name, justify="left" if name in ("arm", "best settings") else "right", overflow="fold")
+        for arm_cells in zip(*rows.values(), strict=True):
             table.add_row(*map(Text, arm_cells))
     notes = [*summary.sentences, *problems]
     return Group(table, *(Text(f"• {note}") for note in notes))
 
 
-def render_side_by_side(labelled: list[tuple[str, Summary]]) -> RenderableType:
+def render_side_by_side(labelled: list[tuple[str, Summary]], *, notes: Sequence[str] = ()) -> RenderableType:
     """Returns several sweeps' arms side by side: per sweep the best score, its share of full's gain and its settings.
 
     Args:
         labelled: Heading and summary of each sweep; headings may repeat.
+        notes: Sentences below the table.
     """
     summaries = [summary for _, summary in labelled]
     table = Table(title="best of each arm", title_justify="left", show_lines=True)
@@ -83,23 +76,33 @@ def render_side_by_side(labelled: list[tuple[str, Summary]]) -> RenderableType:
     for label, _ in labelled:
         table.add_column(Text(label), overflow="fold")
     for name in dict.fromkeys(arm.name for summary in summaries for arm in summary.arms):
-        table.add_row(Text(name), *(Text(_side_cell(summary, name)) for summary in summaries))
-    return Group(table, *(Text(f"• {note}") for note in _differences(summaries)))
+        table.add_row(Text(name), *(Text(_side_text(summary, name)) for summary in summaries))
+    return Group(table, *(Text(f"• {note}") for note in notes))
 
 
-def _cells(arm: ArmSummary) -> tuple[str, ...]:
-    return (
-        arm.name,
-        format_settings(arm.best.params) if arm.best.params is not None else "no complete trial",
-        format_score(arm.best.score),
-        format_share(arm.share_of_full_gain),
-        format_count(arm.trainable_params),
-        format_share(arm.trainable_fraction),
-        format_bytes(arm.adapter_bytes),
-        format_bytes(arm.peak_memory_bytes),
-        format_seconds(arm.wall_s),
-        format_trial_counts(arm),
-    )
+def _rows(summary: Summary) -> dict[str, list[str]]:
+    """Returns the table by rows: a name, and a cell for each arm."""
+    arms = summary.arms
+    confirmed = {
+        "test score": [
+            format_estimate(a.confirmed.mean, a.confirmed.interval) if a.confirmed else UNKNOWN for a in arms
+        ]
+    }
+    return {
+        "arm": [arm.name for arm in arms],
+        "best settings": [
+            format_settings(arm.best.params) if arm.best.params is not None else "no complete trial" for arm in arms
+        ],
+        **(confirmed if summary.evidence.arms else {}),
+        "score": [format_score(arm.best.score) for arm in arms],
+        "of full's gain": [format_gain(arm) for arm in arms],
+        "trained": [format_count(arm.trainable_params) for arm in arms],
+        "of base": [format_share(arm.trainable_fraction) for arm in arms],
+        "adapter": [format_bytes(arm.adapter_bytes) for arm in arms],
+        "memory": [format_bytes(arm.peak_memory_bytes) for arm in arms],
+        "time": [format_seconds(arm.wall_s) for arm in arms],
+        "trials": [format_trial_counts(arm) for arm in arms],
+    }
 
 
 def format_trial_counts(arm: ArmSummary) -> str:
@@ -108,19 +111,8 @@ def format_trial_counts(arm: ArmSummary) -> str:
     return ", ".join(f"{count} {state}" for count, state in counts) or "none"
 
 
-def _side_cell(summary: Summary, name: str) -> str:
-    arm = next((arm for arm in summary.arms if arm.name == name), None)
-    if arm is None:
+def _side_text(summary: Summary, name: str) -> str:
+    cell = describe_cell(summary, name)
+    if cell is None:
         return UNKNOWN
-    if arm.best.params is None:
-        return "no complete trial"
-    share = f"  {format_share(arm.share_of_full_gain)} of full's gain" if arm.share_of_full_gain is not None else ""
-    return f"{format_score(arm.best.score)}{share}\n{format_settings(arm.best.params)}"
-
-
-def _differences(summaries: list[Summary]) -> list[str]:
-    metrics = dict.fromkeys(format_metric(summary.metric) for summary in summaries)
-    one_seed = "One seed and validation data each; whether differences are more than chance is not tested yet."
-    if len(metrics) == 1:
-        return [one_seed]
-    return [f"The sweeps have different metrics ({', '.join(metrics)}): scores can't be compared.", one_seed]
+    return f"{cell.score}\n{cell.about}" if cell.about else cell.score

@@ -8,12 +8,13 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from lorasweep.record import write_atomically
 from lorasweep.report.board import BOARD_FOLDER, write_board
+from lorasweep.report.figures import PANELS, Panel
 from lorasweep.report.page import render_page
 from lorasweep.report.summary import Summary, summarize
 from lorasweep.report.tables import SweepData, Trial, load_sweep_data
@@ -31,6 +32,10 @@ MEASURED = (
     "peak_memory_bytes",
 )
 """Columns of `trials.csv` that a run's record holds under the same name."""
+PAIR_COLUMNS = (
+    *("first", "second", "verdict", "difference", "low", "high"),
+    *("p_value", "adjusted_p_value", "smallest_visible", "num_seeds", "uses_examples"),
+)
 
 
 def write_report(folder: Path) -> Summary:
@@ -41,18 +46,48 @@ def write_report(folder: Path) -> Summary:
     """
     data = load_sweep_data(folder)
     summary = summarize(data)
+    panels = [draw(data) for draw in PANELS]
     report = folder / REPORT_FOLDER
-    write_atomically(report / "trials.csv", trials_csv(data))
-    write_atomically(report / "curves.csv", curves_csv(data))
+    for name, content in _files(data, panels).items():
+        write_atomically(report / name, content)
     write_atomically(report / "summary.json", json.dumps(summary.as_json(), indent=1) + "\n")
-    write_atomically(report / "index.html", render_page(data, summary))
-    write_board(data, report / BOARD_FOLDER)
+    write_atomically(report / "index.html", render_page(data, summary, panels))
+    write_board(data, summary, report / BOARD_FOLDER)
     return summary
+
+
+def _files(data: SweepData, panels: Sequence[Panel]) -> dict[str, str]:
+    """Returns the data files by name: trials, curves, pairs, and what each figure shows."""
+    files = {f"{panel.key}.csv": _csv(list(panel.columns), panel.rows) for panel in panels if panel.rows}
+    pairs = {"pairs.csv": pairs_csv(data)} if data.evidence.pairs else {}
+    return {"trials.csv": trials_csv(data), "curves.csv": curves_csv(data), **pairs, **files}
+
+
+def pairs_csv(data: SweepData) -> str:
+    """Returns one line per pair of arms: difference, interval, p values and verdict."""
+    rows = (
+        [
+            *(pair.first, pair.second, pair.verdict, pair.difference),
+            *(pair.interval or (None, None)),
+            *(pair.p_value, pair.adjusted_p_value, pair.smallest_visible, pair.num_seeds, pair.uses_examples),
+        ]
+        for pair in data.evidence.pairs
+    )
+    return _csv([*PAIR_COLUMNS], rows)
 
 
 def trials_csv(data: SweepData) -> str:
     """Returns one line per trial: what it was, how it ended, its swept settings by dotted key, what it cost."""
-    header = ["arm", "method", "trial", "state", data.record.metric, "share_of_full_gain", *data.swept_keys]
+    header = [
+        "arm",
+        "method",
+        "trial",
+        "state",
+        "duplicate_of",
+        data.record.metric,
+        "share_of_full_gain",
+        *data.swept_keys,
+    ]
     rows = (_trial_cells(trial, data) for trial in data.trials)
     return _csv([*header, *MEASURED, "best_step", "run", "reason"], rows)
 
@@ -64,14 +99,15 @@ def curves_csv(data: SweepData) -> str:
 
 
 def _trial_cells(trial: Trial, data: SweepData) -> list[Any]:
-    identity = [trial.arm, trial.method, trial.number, trial.state, trial.value, data.share_of_full_gain(trial.value)]
+    identity = [trial.arm, trial.method, trial.number, trial.state, trial.duplicate_of]
+    score = [trial.value, data.share_of_full_gain(trial.value)]
     settings = [trial.setting(key) for key in data.swept_keys]
     measured = [getattr(trial.record, name, None) for name in MEASURED]
     best_step = trial.record.best.get("step") if trial.record else None
-    return [*identity, *settings, *measured, best_step, trial.run, trial.reason]
+    return [*identity, *score, *settings, *measured, best_step, trial.run, trial.reason]
 
 
-def _csv(header: list[str], rows: Iterable[list[Any]]) -> str:
+def _csv(header: list[str], rows: Iterable[Sequence[Any]]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(header)

@@ -2,14 +2,17 @@
 
 from collections.abc import Callable
 
+from lorasweep.report.figures.confirmed import draw_confirmed
 from lorasweep.report.figures.curves import draw_learning_curves
 from lorasweep.report.figures.panel import Panel
-from lorasweep.report.figures.scores import draw_rank_alpha, draw_score_by_lr, draw_score_by_rank
+from lorasweep.report.figures.rates import draw_score_by_lr
+from lorasweep.report.figures.scores import draw_rank_alpha, draw_score_by_rank
 from lorasweep.report.figures.settings import draw_importance, draw_parallel_coordinates
 from lorasweep.report.figures.tradeoff import draw_tradeoff
 from lorasweep.report.tables import SweepData
 
 PANELS: tuple[Callable[[SweepData], Panel], ...] = (
+    draw_confirmed,
     draw_score_by_rank,
     draw_rank_alpha,
     draw_score_by_lr,

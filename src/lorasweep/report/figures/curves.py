@@ -5,7 +5,8 @@ from __future__ import annotations
 import plotly.graph_objects as go
 
 from lorasweep.report.figures.panel import Panel, build_figure, colours_of, escape, label_of, link_to, show_scores
-from lorasweep.report.tables import Arm, Curve, SweepData
+from lorasweep.report.runs import Curve
+from lorasweep.report.tables import Arm, SweepData
 
 MAX_POINTS = 20_000
 """Points of all curves together; longer curves are thinned so that the page opens quickly."""
@@ -29,6 +30,7 @@ def draw_learning_curves(data: SweepData) -> Panel:
         title=title,
         text=f"Validation score over training: the best trial of each arm bold, all others faint.{cut}",
         figures=(figure,),
+        file="curves.csv",
     )
 
 

@@ -28,10 +28,22 @@ class Panel:
     """A section of the page: a figure and what to know about it, or a sentence that says why there is none."""
 
     key: str
-    """Anchor in the page."""
+    """Anchor in the page, and name of the file with the data behind the figures."""
     title: str
     text: str
     figures: tuple[go.Figure, ...] = ()
+    columns: tuple[str, ...] = ()
+    """Of the data behind the figures."""
+    rows: tuple[tuple[Any, ...], ...] = ()
+    notes: tuple[str, ...] = ()
+    """Sentences below the figures."""
+    file: str = ""
+    """Where the data behind the figures is, where another file has it already."""
+
+    @property
+    def data_file(self) -> str:
+        """The file beside the page that holds the data behind the figures; empty where there is none."""
+        return self.file or (f"{self.key}.csv" if self.rows else "")
 
 
 def colours_of(data: SweepData) -> dict[str, str]:
@@ -50,8 +62,13 @@ def escape(text: object) -> str:
 
 
 def link_to(trial: Trial) -> str:
-    """Returns the address of the run's folder as seen from `report/index.html`."""
-    return f"../{quote(trial.run)}/"
+    """Returns the address of a trial's run folder as seen from `report/index.html`."""
+    return link_of(trial.run)
+
+
+def link_of(run: str) -> str:
+    """Returns the address of a run's folder, given relative to the sweep's, as seen from `report/index.html`."""
+    return f"../{quote(run)}/"
 
 
 def label_of(trial: Trial) -> str:
@@ -136,3 +153,34 @@ def marker_of(colour: str, points: int) -> dict[str, Any]:
 def complete_trials(arm: Arm) -> list[tuple[Trial, float]]:
     """Returns an arm's complete trials with their scores."""
     return [(trial, trial.value) for trial in arm.trials if trial.is_complete and trial.value is not None]
+
+
+def add_points(
+    figure: go.Figure,
+    points: list[tuple[float | None, Trial, float]],
+    colour: str,
+    name: str,
+    *,
+    showlegend: bool = False,
+) -> None:
+    """Adds trials as dots that say what they are and lead to their runs.
+
+    Args:
+        figure: Where to add them.
+        points: Place on the x axis, trial and score.
+        colour: That of their arm.
+        name: In the legend.
+        showlegend: Whether the legend has them.
+    """
+    figure.add_scatter(
+        x=[x for x, _, _ in points],
+        y=[score for _, _, score in points],
+        mode="markers",
+        name=escape(name),
+        legendgroup=escape(name),
+        showlegend=showlegend,
+        marker=marker_of(colour, len(points)),
+        text=[label_of(trial) for _, trial, _ in points],
+        customdata=[link_to(trial) for _, trial, _ in points],
+        hovertemplate="%{text}<extra></extra>",
+    )

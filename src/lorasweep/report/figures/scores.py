@@ -1,4 +1,4 @@
-"""Figures of the score against what was swept: by rank, rank × α, and by learning rate for each arm."""
+"""Figures of the score against rank, and against rank and α together."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from collections import defaultdict
 
 import plotly.graph_objects as go
 
+from lorasweep.report.advice import advise
+from lorasweep.report.advice.noise import ALPHA, RANK
+from lorasweep.report.figures.confirmed import draw_confirmed_by_rank
 from lorasweep.report.figures.panel import (
     Panel,
+    add_points,
     build_figure,
     colours_of,
     complete_trials,
     escape,
-    label_of,
-    link_to,
-    marker_of,
     show_scores,
 )
-from lorasweep.report.tables import Arm, SweepData, Trial
+from lorasweep.report.tables import SweepData, Trial
 from lorasweep.wording import format_metric, format_score, format_setting
 
-RANK, ALPHA, LR = "method.rank", "method.alpha", "optim.lr"
 MAX_CELLS = 10
 """More different values than this along an axis are put together by powers of two."""
 
@@ -40,7 +40,7 @@ def draw_score_by_rank(data: SweepData) -> Panel:
     figure = build_figure(data, x_title="rank (log scale)")
     figure.update_xaxes(type="log", tickvals=ranks, ticktext=[format_setting(rank) for rank in ranks])
     for (name, arm), points in groups.items():
-        _add_points(figure, [(trial.number_at(RANK), trial, score) for trial, score in points], colours[arm], name)
+        add_points(figure, _at_rank(points), colours[arm], name)
         best = {rank: _best_at(points, rank, data) for rank in sorted(set(_ranks(points)))}
         line = {"color": colours[arm], "width": 2.5}
         figure.add_scatter(
@@ -53,11 +53,19 @@ def draw_score_by_rank(data: SweepData) -> Panel:
         )
     scores = [score for points in groups.values() for _, score in points]
     cut = show_scores(figure, data, scores)
+    rows = [
+        (arm, t.number, rank, score, t.run)
+        for (_, arm), points in groups.items()
+        for rank, t, score in _at_rank(points)
+    ]
     return Panel(
         key="rank",
         title=title,
         text=f"Each dot is a complete trial; the line joins the best of each rank.{cut}",
-        figures=(figure,),
+        figures=(figure, *draw_confirmed_by_rank(data)),
+        notes=advise(data).rank_sentences,
+        columns=("arm", "trial", RANK, data.record.metric, "run"),
+        rows=tuple(rows),
     )
 
 
@@ -79,26 +87,14 @@ def draw_rank_alpha(data: SweepData) -> Panel:
     figure.update_xaxes(type="category", showgrid=False)
     figure.update_yaxes(type="category", showgrid=False)
     text = f"Best {format_metric(data.record.metric)} of the complete trials in each cell; empty cells were not tried."
-    return Panel(key="rank-alpha", title=title, text=f"{text}{rank_note}{alpha_note}", figures=(figure,))
-
-
-def draw_score_by_lr(data: SweepData) -> Panel:
-    """Returns score against learning rate for each arm that swept it, its best trial marked."""
-    title, colours = "Score against learning rate", colours_of(data)
-    arms = [arm for arm in data.arms if len({trial.number_at(LR) for trial, _ in complete_trials(arm)}) > 1]
-    if not arms:
-        return Panel(key="lr", title=title, text="No arm has complete trials at two learning rates.")
-    figure = build_figure(data, x_title="learning rate (log scale)")
-    figure.update_xaxes(type="log", exponentformat="e", dtick=1, minor={"ticks": "outside"})
-    for arm in arms:
-        complete = [(trial.number_at(LR), trial, score) for trial, score in complete_trials(arm)]
-        _add_points(figure, complete, colours[arm.name], arm.name, showlegend=True)
-        _add_pruned(figure, arm, colours[arm.name])
-        _mark_best(figure, arm, colours[arm.name])
-    scores = [trial.value for arm in arms for trial in arm.trials if trial.value is not None]
-    cut = show_scores(figure, data, scores)
-    text = f"Dots are complete trials, rings the best of each arm, crosses pruned trials at their best so far.{cut}"
-    return Panel(key="lr", title=title, text=text, figures=(figure,))
+    return Panel(
+        key="rank-alpha",
+        title=title,
+        text=f"{text}{rank_note}{alpha_note}",
+        figures=(figure,),
+        columns=(RANK, ALPHA, data.record.metric),
+        rows=tuple((r, a, best[i][j]) for i, a in enumerate(alphas) for j, r in enumerate(ranks)),
+    )
 
 
 def _has(trial: Trial, *keys: str) -> bool:
@@ -117,6 +113,10 @@ def _rank_groups(data: SweepData) -> dict[tuple[str, str], Scored]:
             name = first.setdefault(arm.row.method, arm.name)
             groups.setdefault((arm.row.method, name), []).extend(points)
     return groups
+
+
+def _at_rank(points: Scored) -> list[tuple[float | None, Trial, float]]:
+    return [(trial.number_at(RANK), trial, score) for trial, score in points]
 
 
 def _ranks(points: Scored) -> list[float]:
@@ -158,55 +158,4 @@ def _heat_map(data: SweepData, ranks: list[str], alphas: list[str], best: list[l
         colorscale=[[0, "#174a86"], [0.5, "#7db0e2"], [1, "#dce9f7"]],
         reversescale=data.record.direction == "maximize",
         colorbar={"thickness": 12, "outlinewidth": 0},
-    )
-
-
-def _add_points(
-    figure: go.Figure,
-    points: list[tuple[float | None, Trial, float]],
-    colour: str,
-    name: str,
-    *,
-    showlegend: bool = False,
-) -> None:
-    figure.add_scatter(
-        x=[x for x, _, _ in points],
-        y=[score for _, _, score in points],
-        mode="markers",
-        name=escape(name),
-        legendgroup=escape(name),
-        showlegend=showlegend,
-        marker=marker_of(colour, len(points)),
-        text=[label_of(trial) for _, trial, _ in points],
-        customdata=[link_to(trial) for _, trial, _ in points],
-        hovertemplate="%{text}<extra></extra>",
-    )
-
-
-def _add_pruned(figure: go.Figure, arm: Arm, colour: str) -> None:
-    pruned = [trial for trial in arm.trials if trial.state == "pruned" and trial.value is not None]
-    figure.add_scatter(
-        x=[trial.number_at(LR) for trial in pruned],
-        y=[trial.value for trial in pruned],
-        mode="markers",
-        legendgroup=escape(arm.name),
-        showlegend=False,
-        marker={"color": colour, "symbol": "x-thin-open", "size": 7, "opacity": 0.55},
-        text=[label_of(trial) for trial in pruned],
-        customdata=[link_to(trial) for trial in pruned],
-        hovertemplate="%{text}<extra></extra>",
-    )
-
-
-def _mark_best(figure: go.Figure, arm: Arm, colour: str) -> None:
-    if arm.best is None:
-        return
-    figure.add_scatter(
-        x=[arm.best.number_at(LR)],
-        y=[arm.best.value],
-        mode="markers",
-        legendgroup=escape(arm.name),
-        showlegend=False,
-        hoverinfo="skip",
-        marker={"color": colour, "symbol": "circle-open", "size": 17, "line": {"width": 2.2}},
     )

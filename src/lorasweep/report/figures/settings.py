@@ -36,7 +36,8 @@ def draw_parallel_coordinates(data: SweepData) -> Panel:
         f"One line per complete trial of {', '.join(f'`{arm.name}`' for arm in arms)}, "
         "the redder the better. Drag along an axis to keep only the lines that pass there."
     )
-    return Panel(key="settings", title=title, text=text, figures=tuple(_parallel(arm, data) for arm in arms))
+    figures = tuple(_parallel(arm, data) for arm in arms)
+    return Panel(key="settings", title=title, text=text, figures=figures, file="trials.csv")
 
 
 def draw_importance(data: SweepData) -> Panel:
@@ -60,7 +61,9 @@ def draw_importance(data: SweepData) -> Panel:
             hovertemplate="%{y}: %{x:.0%}<extra></extra>",
         )
     text = "How much of the score's variance over the trials each setting explains, as Optuna estimates it."
-    return Panel(key="importance", title=title, text=text, figures=(figure,))
+    rows = tuple((arm.name, key, share) for arm in arms for key, share in arm.row.importance.items())
+    columns = ("arm", "setting", "share_of_variance")
+    return Panel(key="importance", title=title, text=text, figures=(figure,), columns=columns, rows=rows)
 
 
 def _parallel(arm: Arm, data: SweepData) -> go.Figure:

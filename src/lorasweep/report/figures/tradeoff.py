@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import plotly.graph_objects as go
 
-from lorasweep.record import RunRecord
+from lorasweep.report.advice import advise
 from lorasweep.report.figures.panel import (
     Panel,
     build_figure,
@@ -23,12 +25,24 @@ from lorasweep.report.tables import SweepData, Trial
 Point = tuple[float, float, Trial]
 """Cost, score and trial."""
 
-COSTS: tuple[tuple[str, bool, Callable[[RunRecord], float]], ...] = (
-    ("trainable parameters (log scale)", True, lambda record: record.trainable_params),
-    ("peak memory (MiB)", False, lambda record: record.peak_memory_bytes / 2**20),
-    ("time of the run (s)", False, lambda record: record.wall_s),
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """Something that a score costs."""
+
+    name: str
+    """Field of a run's record."""
+    axis: str
+    is_log: bool
+    unit: float = 1.0
+    """What one unit on the axis is in the record's."""
+
+
+COSTS = (
+    Cost(name="trainable_params", axis="trainable parameters (log scale)", is_log=True),
+    Cost(name="peak_memory_bytes", axis="peak memory (MiB)", is_log=False, unit=2**20),
+    Cost(name="wall_s", axis="time of the run (s)", is_log=False),
 )
-"""Axis title, whether it is logarithmic, and the cost of a run."""
 
 
 def draw_tradeoff(data: SweepData) -> Panel:
@@ -38,15 +52,26 @@ def draw_tradeoff(data: SweepData) -> Panel:
     usable = [(t, score) for t, score in trials if t.record and t.record.trainable_params > 0]
     if not usable:
         return Panel(key="tradeoff", title=title, text="No complete trial that trains something has a readable record.")
-    figures = tuple(
-        _draw(data, [(cost(t.record), score, t) for t, score in usable if t.record], name, is_log=is_log)
-        for name, is_log, cost in COSTS
-    )
+    points = {cost.name: [(getattr(t.record, cost.name), score, t) for t, score in usable] for cost in COSTS}
     text = (
         "Complete trials against what they cost. The stepped line is the Pareto front: "
         "no trial is both cheaper and better than a point on it. Click a point to open its run's folder."
     )
-    return Panel(key="tradeoff", title=title, text=text, figures=figures)
+    return Panel(
+        key="tradeoff",
+        title=title,
+        text=text,
+        figures=tuple(_draw(data, points[cost.name], cost) for cost in COSTS),
+        notes=advise(data).kept_sentences,
+        columns=(
+            "arm",
+            "trial",
+            data.record.metric,
+            *(f"{c.name}{end}" for c in COSTS for end in ("", "_front")),
+            "run",
+        ),
+        rows=_rows(points, sign=data.sign),
+    )
 
 
 def pareto_front(points: Sequence[Point], *, sign: int) -> list[Point]:
@@ -58,9 +83,25 @@ def pareto_front(points: Sequence[Point], *, sign: int) -> list[Point]:
     return front
 
 
-def _draw(data: SweepData, points: list[Point], x_title: str, *, is_log: bool) -> go.Figure:
-    figure, colours = build_figure(data, x_title=x_title, height=340), colours_of(data)
-    figure.update_xaxes(type="log" if is_log else "linear", exponentformat="SI")
+def _rows(points: dict[str, list[Point]], *, sign: int) -> tuple[tuple[Any, ...], ...]:
+    """Returns each trial with its costs, and per cost whether it is on the front."""
+    fronts = {name: {point[2].run for point in pareto_front(found, sign=sign)} for name, found in points.items()}
+    return tuple(
+        (
+            trial.arm,
+            trial.number,
+            score,
+            *(cell for name, found in points.items() for cell in (found[index][0], trial.run in fronts[name])),
+            trial.run,
+        )
+        for index, (_, score, trial) in enumerate(points[COSTS[0].name])
+    )
+
+
+def _draw(data: SweepData, measured: Sequence[Point], cost: Cost) -> go.Figure:
+    figure, colours = build_figure(data, x_title=cost.axis, height=340), colours_of(data)
+    figure.update_xaxes(type="log" if cost.is_log else "linear", exponentformat="SI")
+    points = [(value / cost.unit, score, trial) for value, score, trial in measured]
     front = pareto_front(points, sign=data.sign)
     line = {"color": "#868e96", "width": 1.5, "shape": "hv"}
     figure.add_scatter(

@@ -35,17 +35,38 @@ function hasWebGl() {
   return document.createElement("canvas").getContext("webgl") !== null;
 }
 
-function drawAll() {
-  for (const source of document.querySelectorAll(".figure-data")) {
-    const nodes = source.parentElement.querySelectorAll(".figure");
-    JSON.parse(source.textContent).forEach((figure, index) => {
-      if (figure.data.some((trace) => trace.type === "parcoords") && !hasWebGl()) {
-        nodes[index].textContent = "This figure needs WebGL, which this browser does not offer.";
-      } else {
-        draw(nodes[index], figure);
+function drawSection(section) {
+  const source = section.querySelector(".figure-data:not([data-drawn])");
+  if (source === null) return;
+  source.dataset.drawn = "";
+  const nodes = section.querySelectorAll(".figure");
+  JSON.parse(source.textContent).forEach((figure, index) => {
+    if (figure.data.some((trace) => trace.type === "parcoords") && !hasWebGl()) {
+      nodes[index].style.minHeight = "0";
+      nodes[index].textContent = "This figure needs WebGL, which this browser does not offer.";
+    } else {
+      draw(nodes[index], figure);
+    }
+  });
+}
+
+function figureSections() {
+  return Array.from(document.querySelectorAll(".figure-data"), (source) => source.closest("section"));
+}
+
+// A figure is drawn when it comes near, so that a page of many opens at once.
+function drawWhenNear() {
+  const near = new IntersectionObserver(
+    (entries) => {
+      for (const entry of entries) {
+        if (!entry.isIntersecting) continue;
+        near.unobserve(entry.target);
+        drawSection(entry.target);
       }
-    });
-  }
+    },
+    { rootMargin: "800px" },
+  );
+  figureSections().forEach((section) => near.observe(section));
 }
 
 function recolour() {
@@ -82,11 +103,14 @@ function filterRows(text) {
   }
 }
 
-for (const button of document.querySelectorAll("#trial-table thead button")) {
+for (const button of document.querySelectorAll(".trials thead button")) {
   button.addEventListener("click", () => sortBy(button.closest("th")));
 }
-document.getElementById("filter").addEventListener("input", (event) => filterRows(event.target.value));
+document.getElementById("filter")?.addEventListener("input", (event) => filterRows(event.target.value));
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", recolour);
-addEventListener("beforeprint", () => resize({ width: PRINT_WIDTH }));
+addEventListener("beforeprint", () => {
+  figureSections().forEach(drawSection);
+  resize({ width: PRINT_WIDTH });
+});
 addEventListener("afterprint", () => resize({ width: null, autosize: true }));
-drawAll();
+drawWhenNear();

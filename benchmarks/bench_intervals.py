@@ -1,0 +1,72 @@
+"""How often intervals hold the truth, and how wide they are, where the truth is known: few seeds, many examples.
+
+Arms are drawn with seed noise of spread 1 and, in the second table, with examples whose hardness has spread 10.
+"difference" is that of two equal arms on the same seeds and examples, so that hardness cancels.
+
+    python benchmarks/bench_intervals.py --repeats 1000
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import numpy as np
+from scipy import stats
+
+from lorasweep.report.evidence import build_scores
+from lorasweep.report.evidence.estimates import bootstrap_interval, estimate_sum
+from lorasweep.report.evidence.scores import ExampleScores
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=1000)
+    parser.add_argument("--examples", type=int, default=100)
+    asked = parser.parse_args()
+    print("over seeds alone: how often the 95 % interval holds the mean")
+    print("seeds  percentile   BCa     t")
+    for seeds in (2, 3, 5, 10, 20):
+        print(f"{seeds:5}  {'  '.join(f'{share:8.1%}' for share in cover_seeds(seeds, asked.repeats))}")
+    print(f"over seeds and {asked.examples} examples: plain two-level bootstrap, and ours; mean, then difference")
+    print("seeds   plain    ours    difference")
+    for seeds in (3, 5, 10):
+        shares = cover_both(seeds, asked.examples, asked.repeats)
+        print(f"{seeds:5}  {'  '.join(f'{share:6.1%}' for share in shares)}")
+
+
+def cover_seeds(seeds: int, repeats: int) -> list[float]:
+    rng, hits = np.random.default_rng(0), []
+    for _ in range(repeats):
+        values = rng.normal(0, 1, seeds)
+        drawn = values[rng.integers(seeds, size=(2000, seeds))].mean(axis=1)
+        scores = build_scores({("a", seed): float(value) for seed, value in enumerate(values)}, {})
+        found = estimate_sum(scores, {"a": 1.0})
+        bca = stats.bootstrap((values,), np.mean, method="BCa", n_resamples=2000, rng=rng).confidence_interval
+        hits.append([holds(np.quantile(drawn, [0.025, 0.975])), holds(bca), holds(found.interval if found else None)])
+    return [float(share) for share in np.mean(hits, axis=0)]
+
+
+def cover_both(seeds: int, examples: int, repeats: int) -> list[float]:
+    rng, hits = np.random.default_rng(1), []
+    for _ in range(repeats):
+        hardness = rng.normal(0, 10, examples)
+        scores, values = {}, {}
+        for arm in "ab":
+            for seed in range(seeds):
+                own = hardness + rng.normal(0, 1) + rng.normal(0, 2, examples)
+                rows = tuple(map(str, range(examples)))
+                scores[arm, seed] = ExampleScores(rows=rows, scores=own, weights=np.ones(examples))
+                values[arm, seed] = float(own.mean())
+        confirmed = build_scores(values, scores, draws=1000)
+        single, pair = estimate_sum(confirmed, {"a": 1.0}), estimate_sum(confirmed, {"a": 1.0, "b": -1.0})
+        intervals = [bootstrap_interval(confirmed, "a"), *(found.interval for found in (single, pair) if found)]
+        hits.append([holds(interval) for interval in intervals])
+    return [float(share) for share in np.mean(hits, axis=0)]
+
+
+def holds(interval: tuple[float, float] | np.ndarray | None) -> bool:
+    return interval is not None and bool(interval[0] <= 0 <= interval[1])
+
+
+if __name__ == "__main__":
+    main()

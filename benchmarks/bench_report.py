@@ -1,0 +1,206 @@
+"""How long the report of a large sweep takes to write, and to open in a browser.
+
+Makes the folder of a sweep that never ran (frozen, full, and LoRA at seven ranks, with a confirm stage), writes its
+report and opens the page in headless Chromium where there is one:
+
+    python benchmarks/bench_report.py --trials 1000 --examples 500
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import re
+import shutil
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+from lorasweep.record import ArmRow, ConfirmRow, RunRecord, SweepRecord, TrialRow, write_record
+from lorasweep.report import render_terminal, write_report
+
+BASE, FULL, STEPS = 2.03, 1.66, 500
+FULL_PARAMS = 1_280_000
+RANKS = (1, 2, 4, 8, 16, 32, 64)
+SEEDS = 5
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+OPTIONS = (
+    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
+    *("--disable-background-networking", "--disable-component-update", "--disable-sync", "--window-size=1200,900"),
+)
+PROBE = "<script>addEventListener('load', () => { document.title = 'loaded ' + performance.now(); });</script>"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trials", type=int, default=1000)
+    parser.add_argument("--examples", type=int, default=500)
+    parser.add_argument("--folder", type=Path, help="keep the sweep here; default: a temporary folder")
+    asked = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = build_sweep(asked.folder or Path(temporary) / "large", trials=asked.trials, examples=asked.examples)
+        start = time.perf_counter()
+        write_report(folder)
+        print(f"report of {asked.trials} trials written in {time.perf_counter() - start:.1f} s")
+        start = time.perf_counter()
+        render_terminal(folder)
+        print(f"terminal table in {time.perf_counter() - start:.1f} s")
+        page = folder / "report" / "index.html"
+        print(f"page of {page.stat().st_size / 2**20:.1f} MiB", end="")
+        print(f", loaded and drawn in {open_page(page, Path(temporary)):.1f} s" if CHROMIUM else "; no chromium here")
+
+
+def open_page(page: Path, temporary: Path) -> float:
+    """Returns the seconds from the start of navigation to the load event, when every figure in sight is drawn."""
+    probed = page.with_name("probed.html")
+    probed.write_text(page.read_text().replace("</body>", PROBE + "</body>"))
+    command = [str(CHROMIUM), *OPTIONS, f"--user-data-dir={temporary / 'profile'}", "--dump-dom", probed.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
+    probed.unlink()
+    found = re.search(r"<title>loaded ([\d.]+)</title>", done.stdout)
+    if found is None:
+        raise RuntimeError("the page did not load")
+    return float(found[1]) / 1000
+
+
+def build_sweep(folder: Path, *, trials: int, examples: int) -> Path:
+    """Writes the folder of a sweep as a run of it would leave it."""
+    rng = random.Random(0)
+    arms = ["frozen", "full", *(f"lora-rank{rank}" for rank in RANKS)]
+    each = (trials - 1) // (len(arms) - 1)
+    counts = dict.fromkeys(arms, each) | {"frozen": 1, arms[-1]: trials - 1 - each * (len(arms) - 2)}
+    rows = [make_trial(folder, arm, number, rng) for arm in arms for number in range(counts[arm])]
+    difficulty = [rng.gauss(0, 0.3) for _ in range(examples)]
+    confirm = [row for arm in arms for row in make_reruns(folder, arm, rows, difficulty, rng)]
+    record = SweepRecord(
+        status="complete",
+        name="large",
+        description="A sweep that never ran, to measure the report.",
+        metric="bits_per_byte",
+        direction="minimize",
+        definition={},
+        arms=[make_arm(arm, counts[arm]) for arm in arms],
+        trials=rows,
+        confirm=confirm,
+        confirm_seeds=list(range(SEEDS)),
+        makespan_s=3600.0,
+    )
+    write_record(record, folder)
+    return folder
+
+
+def make_arm(name: str, trials: int) -> ArmRow:
+    lr = {"optim.lr": {"low": 1e-4, "high": 1e-1, "log": True}}
+    space = {} if name == "frozen" else lr if name == "full" else {"method.alpha_over_rank": [1, 2, 4], **lr}
+    rank = rank_of(name)
+    return ArmRow(
+        name=name,
+        method=method_of(name),
+        trials=trials,
+        settings={"method": method_of(name), **({"method.rank": rank} if rank else {})},
+        space=space,
+        sampler="tpe",
+        pruner="successive_halving",
+        importance={"method.alpha_over_rank": 0.2, "optim.lr": 0.8} if rank else {},
+        expanded_from="lora" if rank else None,
+        expanded={"method.rank": rank} if rank else {},
+    )
+
+
+def make_trial(folder: Path, arm: str, number: int, rng: random.Random) -> TrialRow:
+    rank, params = rank_of(arm), {}
+    if arm != "frozen":
+        params["optim.lr"] = 10 ** rng.uniform(-4, -1)
+    if rank:
+        params["method.alpha_over_rank"] = rng.choice([1, 2, 4])
+    score = ideal_score(arm, params) + rng.gauss(0, 0.003)
+    state = "complete" if arm == "frozen" or number % 3 != 2 else "pruned" if number % 4 else "failed"
+    row = TrialRow(
+        arm=arm,
+        number=number,
+        state=state,
+        params=params,
+        value=None if state == "failed" else score,
+        run=f"runs/{arm}-{number:04d}",
+        reason=None if state == "complete" else "The loss became NaN." if state == "failed" else "Worse than most.",
+    )
+    write_run(folder, row.run, row, score)
+    return row
+
+
+def ideal_score(arm: str, params: dict[str, float]) -> float:
+    if arm == "frozen":
+        return BASE
+    rank = rank_of(arm)
+    best = 1e-3 if rank is None else 1e-2
+    gap = 0.0 if rank is None else 0.11 * rank**-0.6
+    return FULL + gap + 0.05 * math.log10(params["optim.lr"] / best) ** 2
+
+
+def make_reruns(
+    folder: Path, arm: str, rows: list[TrialRow], difficulty: list[float], rng: random.Random
+) -> list[ConfirmRow]:
+    complete = [row for row in rows if row.arm == arm and row.state == "complete"]
+    winner = min(complete, key=lambda row: row.value or math.inf)
+    made = []
+    for seed in range(1 if arm == "frozen" else SEEDS):
+        value = ideal_score(arm, winner.params) + (0 if arm == "frozen" else rng.gauss(0, 0.004))
+        scores = [value + hardness + rng.gauss(0, 0.02) for hardness in difficulty]
+        value = sum(scores) / len(scores)
+        run = f"runs/{arm}-confirm-{seed:04d}"
+        write_run(folder, run, winner, value, test={"bits_per_byte": value})
+        lines = [f"{index},{score!r},1.0" for index, score in enumerate(scores)]
+        (folder / run / "test_scores.csv").write_text("\n".join(["row,score,weight", *lines, ""]))
+        made.append(ConfirmRow(arm=arm, trial=winner.number, seed=seed, state="complete", run=run, value=value))
+    return made
+
+
+def write_run(folder: Path, run: str, row: TrialRow, score: float, **values: object) -> None:
+    rank, method = rank_of(row.arm), method_of(row.arm)
+    trained = {"frozen": 0, "full": FULL_PARAMS}.get(method, 11_264 * (rank or 0))
+    lr = row.params.get("optim.lr", 1e-3)
+    settings = {"rank": rank, "alpha": row.params.get("method.alpha_over_rank", 1) * rank} if rank else {}
+    steps = 0 if method == "frozen" else STEPS // 4 if row.state != "complete" else STEPS
+    record = RunRecord(
+        status=row.state if row.state != "running" else "complete",
+        config={"method": {"name": method, **settings}, "optim": {"lr": lr}},
+        arm=row.arm,
+        trial=row.number,
+        metric="bits_per_byte",
+        direction="minimize",
+        wall_s=0.05 * steps + 1e-6 * trained,
+        steps_planned=STEPS if steps else 0,
+        steps_done=steps,
+        tokens_trained=steps * 2048,
+        trainable_params=trained,
+        total_params=FULL_PARAMS + trained,
+        trainable_fraction=trained / FULL_PARAMS,
+        adapter_bytes=4 * trained,
+        peak_memory_bytes=400 * 2**20 + 16 * trained,
+        best={"bits_per_byte": score, "step": steps},
+        **values,  # type: ignore[arg-type]
+    )
+    write_record(record, folder / run)
+    lines = []
+    for step in range(steps + 1):
+        if step:
+            lines.append({"step": step, "loss": 1.2 + 1 / (step + 1), "lr": lr, "tokens_per_s": 52_000.0})
+        if step % 25 == 0:
+            value = score + (BASE - score) * math.exp(-6 * step / STEPS)
+            lines.append({"step": step, "validation": {"bits_per_byte": value, "loss": 0.7 * value}})
+    (folder / run / "steps.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def method_of(arm: str) -> str:
+    return arm.split("-")[0]
+
+
+def rank_of(arm: str) -> int | None:
+    return int(arm.removeprefix("lora-rank")) if arm.startswith("lora-rank") else None
+
+
+if __name__ == "__main__":
+    main()

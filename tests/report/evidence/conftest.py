@@ -1,0 +1,41 @@
+"""Planted confirm stages: arms whose true scores, spread over seeds and spread over examples are known."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from lorasweep.report.evidence import ConfirmScores, build_scores
+from lorasweep.report.evidence.scores import ExampleScores
+
+
+def plant(
+    means: Mapping[str, float],
+    *,
+    seeds: int = 5,
+    examples: int = 0,
+    seed_spread: float = 0.01,
+    example_spread: float = 0.1,
+    own_spread: float = 0.02,
+    chanceless: frozenset[str] = frozenset(),
+    draws: int = 400,
+    rng: np.random.Generator | None = None,
+) -> ConfirmScores:
+    """Returns scores of arms with true `means`: seed noise, hardness of examples common to all, and noise of each run.
+
+    Without examples the score has seed noise alone.
+    """
+    rng = rng or np.random.default_rng(0)
+    hardness = rng.normal(0, example_spread, examples)
+    values, found = {}, {}
+    for arm, mean in means.items():
+        for seed in range(1 if arm in chanceless else seeds):
+            value = mean + (0 if arm in chanceless else rng.normal(0, seed_spread))
+            if examples:
+                scores = value + hardness + rng.normal(0, own_spread, examples)
+                value = float(scores.mean())
+                rows = tuple(map(str, range(examples)))
+                found[arm, seed] = ExampleScores(rows=rows, scores=scores, weights=np.ones(examples))
+            values[arm, seed] = value
+    return build_scores(values, found, chanceless=chanceless, draws=draws)

@@ -1,0 +1,151 @@
+"""Estimates pair what was measured together, and their intervals hold the truth as often as they say."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from lorasweep.report.evidence import ConfirmScores, build_scores
+from lorasweep.report.evidence.estimates import bootstrap_interval, estimate_ratio, estimate_sum
+
+from .conftest import plant
+
+
+def covers(interval: tuple[float, float] | None, truth: float) -> bool:
+    assert interval
+    return interval[0] <= truth <= interval[1]
+
+
+def test_difference_is_taken_seed_by_seed() -> None:
+    values = {("a", 0): 1.0, ("a", 1): 2.0, ("a", 2): 9.0, ("b", 0): 1.1, ("b", 1): 2.2, ("b", 7): 5.0}
+    found = estimate_sum(build_scores(values, {}), {"a": 1.0, "b": -1.0})
+    assert found
+    assert found.seeds == (0, 1)
+    assert found.values == pytest.approx((-0.1, -0.2))
+
+
+def test_what_is_common_to_seeds_and_examples_cancels_in_a_difference() -> None:
+    scores = plant({"a": 1.0, "b": 1.5}, examples=60, seed_spread=0.001, example_spread=1.0, own_spread=0.001)
+    single, difference = estimate_sum(scores, {"a": 1.0}), estimate_sum(scores, {"a": 1.0, "b": -1.0})
+    assert single
+    assert difference
+    widths = [high - low for low, high in (found.interval or (0, 0) for found in (single, difference))]
+    assert widths[1] < widths[0] / 50
+
+
+def test_the_frozen_base_stands_beside_every_seed() -> None:
+    scores = plant({"base": 2.0, "a": 1.0}, chanceless=frozenset({"base"}))
+    found = estimate_sum(scores, {"base": 1.0, "a": -1.0})
+    alone = estimate_sum(scores, {"base": 1.0})
+    assert found
+    assert alone
+    assert found.seeds == (0, 1, 2, 3, 4)
+    assert alone.interval == (2.0, 2.0)
+    assert alone.is_testable
+
+
+def test_no_common_seed_or_no_score_gives_no_estimate() -> None:
+    scores = build_scores({("a", 0): 1.0, ("b", 1): 1.0}, {})
+    assert estimate_sum(scores, {"a": 1.0, "b": -1.0}) is None
+    assert estimate_sum(scores, {"missing": 1.0}) is None
+
+
+def test_one_seed_has_an_interval_over_examples_alone_and_is_not_testable() -> None:
+    found = estimate_sum(plant({"a": 1.0}, seeds=1, examples=30), {"a": 1.0})
+    assert found
+    assert found.interval
+    assert not found.is_testable
+    bare = estimate_sum(plant({"a": 1.0}, seeds=1), {"a": 1.0})
+    assert bare
+    assert bare.interval is None
+
+
+def test_examples_are_used_only_where_every_run_has_them() -> None:
+    scores = plant({"a": 1.0, "b": 1.0}, examples=20)
+    partial = ConfirmScores(
+        values=scores.values,
+        chanceless=scores.chanceless,
+        deviations={key: value for key, value in scores.deviations.items() if key != ("b", 3)},
+        num_examples=20,
+        problems=(),
+    )
+    uses = [estimate_sum(partial, {arm: 1.0}) for arm in ("a", "b")]
+    assert [found.uses_examples for found in uses if found] == [True, False]
+
+
+def test_intervals_over_seeds_hold_the_truth_in_95_of_100_cases() -> None:
+    rng = np.random.default_rng(5)
+    hits = [covers(estimate_sum(plant({"a": 1.0}, rng=rng), {"a": 1.0}).interval, 1.0) for _ in range(1000)]  # type: ignore[union-attr]
+    # the binomial's standard error is 0.7 %
+    assert np.mean(hits) == pytest.approx(0.95, abs=0.02)
+
+
+@pytest.mark.parametrize("seeds", [3, 5])
+def test_intervals_over_seeds_and_examples_hold_the_truth_in_at_least_95_of_100_cases(seeds: int) -> None:
+    rng, hits = np.random.default_rng(6), []
+    for _ in range(300):
+        scores = plant({"a": 1.0}, seeds=seeds, examples=60, seed_spread=0.02, example_spread=0.1, rng=rng, draws=250)
+        found = estimate_sum(scores, {"a": 1.0})
+        hits.append(covers(found.interval if found else None, 1.0))
+    # the sum of two errors, one of them with few degrees of freedom, is on the safe side; 1.3 % is the standard error
+    assert 0.93 <= np.mean(hits) <= 0.99
+
+
+def test_plain_bootstrap_over_five_seeds_is_too_narrow() -> None:
+    rng = np.random.default_rng(7)
+    hits = [covers(bootstrap_interval(plant({"a": 1.0}, rng=rng), "a"), 1.0) for _ in range(60)]
+    # why the verdicts don't rest on it: about 0.83, with a standard error of 5 %
+    assert np.mean(hits) < 0.93
+
+
+def test_plain_bootstrap_is_left_out_where_it_says_nothing() -> None:
+    scores = plant({"a": 1.0, "base": 2.0}, seeds=2, chanceless=frozenset({"base"}))
+    assert bootstrap_interval(scores, "a") is None
+    assert bootstrap_interval(scores, "base") is None
+    assert bootstrap_interval(build_scores({("a", seed): 1.0 for seed in range(5)}, {}), "a") is None
+
+
+def test_plain_bootstrap_over_examples_too_is_wider() -> None:
+    scores = plant({"a": 1.0}, examples=60, example_spread=0.5)
+    over_seeds = bootstrap_interval(plant({"a": 1.0}), "a")
+    over_both = bootstrap_interval(scores, "a")
+    assert over_seeds
+    assert over_both
+    assert over_both[1] - over_both[0] > 3 * (over_seeds[1] - over_seeds[0])
+
+
+def test_ratio_of_means_has_fiellers_interval() -> None:
+    scores = plant({"base": 2.0, "a": 1.2, "full": 1.0}, chanceless=frozenset({"base"}), seed_spread=0.05)
+    found = estimate_ratio(scores, {"base": 1.0, "a": -1.0}, {"base": 1.0, "full": -1.0})
+    above = 2.0 - np.array(list(scores.values["a"].values()))
+    below = 2.0 - np.array(list(scores.values["full"].values()))
+    # Fieller's theorem for paired samples: the roots of a quadratic
+    n, t = 5, 2.7764451051977987
+    covariance = np.cov(above, below) * t**2 / n
+    roots = np.roots(
+        [
+            below.mean() ** 2 - covariance[1, 1],
+            -2 * (above.mean() * below.mean() - covariance[0, 1]),
+            above.mean() ** 2 - covariance[0, 0],
+        ]
+    )
+    assert found
+    assert found[0] == pytest.approx(above.mean() / below.mean())
+    assert found[1] == pytest.approx(tuple(sorted(roots)), rel=1e-6)
+
+
+def test_ratio_to_a_gain_that_may_be_none_has_no_interval() -> None:
+    scores = plant({"base": 1.0, "a": 0.99, "full": 0.999}, chanceless=frozenset({"base"}), seed_spread=0.05)
+    found = estimate_ratio(scores, {"base": 1.0, "a": -1.0}, {"base": 1.0, "full": -1.0})
+    assert found
+    assert found[1] is None
+
+
+def test_intervals_of_a_ratio_hold_the_truth_in_95_of_100_cases() -> None:
+    rng, hits = np.random.default_rng(8), []
+    for _ in range(200):
+        scores = plant({"base": 2.0, "a": 1.2, "full": 1.0}, chanceless=frozenset({"base"}), seed_spread=0.1, rng=rng)
+        found = estimate_ratio(scores, {"base": 1.0, "a": -1.0}, {"base": 1.0, "full": -1.0})
+        hits.append(covers(found[1] if found else None, 0.8))
+    # the binomial's standard error is 1.5 %
+    assert np.mean(hits) == pytest.approx(0.95, abs=0.04)

@@ -1,0 +1,97 @@
+"""Files of single examples are used where they fit, named where they don't, and drawn from the same way each time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lorasweep.report.evidence import build_scores, read_examples
+from lorasweep.report.evidence.scores import ExampleScores, draw_deviations
+
+
+def examples(scores: list[float], weights: list[float] | None = None, *, first: int = 0) -> ExampleScores:
+    rows = tuple(str(first + row) for row in range(len(scores)))
+    return ExampleScores(rows=rows, scores=np.array(scores), weights=np.array(weights or [1.0] * len(scores)))
+
+
+def test_file_comes_back_as_it_was_written(tmp_path: Path) -> None:
+    path = tmp_path / "test_scores.csv"
+    path.write_text("row,score,weight\n0,1.5,2\n7,0.5,6\n")
+    found = read_examples(path)
+    assert found.rows == ("0", "7")
+    assert found.mean == pytest.approx((1.5 * 2 + 0.5 * 6) / 8)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("row,value\n0,1\n", "its columns must be `row`, `score` and `weight`"),
+        ("row,score,weight\n0,1\n", "its columns must be `row`, `score` and `weight`"),
+        ("row,score,weight\n0,nan,1\n", "its scores must be finite"),
+        ("row,score,weight\n0,1,-1\n1,1,2\n", "its scores must be finite, and its weights too and not negative"),
+        ("row,score,weight\n0,1,0\n", "its scores must be finite, and its weights too and not negative"),
+        ("row,score,weight\n", "its scores must be finite, and its weights too and not negative"),
+        ("", "its scores must be finite, and its weights too and not negative"),
+        ("row,score,weight\n0,1,1\n0,2,1\n", "no row may appear twice"),
+        ("row,score,weight\n0,<b>,1\n", "could not convert string to float"),
+    ],
+)
+def test_file_that_is_not_as_it_must_be_is_refused(tmp_path: Path, content: str, message: str) -> None:
+    path = tmp_path / "test_scores.csv"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=message):
+        read_examples(path)
+
+
+def test_draws_have_the_spread_of_a_weighted_mean() -> None:
+    rng = np.random.default_rng(1)
+    scores, weights = rng.normal(0, 1, 200), rng.uniform(1, 3, 200)
+    found = ExampleScores(rows=tuple(map(str, range(200))), scores=scores, weights=weights)
+    deviations = draw_deviations({("a", 0): found}, draws=4000)["a", 0]
+    residuals = weights * (scores - found.mean) / weights.sum()
+    # the delta method's standard error of a ratio; 4,000 draws know it to about 1 %
+    assert deviations.std() == pytest.approx(np.sqrt((residuals**2).sum()), rel=0.05)
+    assert abs(deviations.mean()) < 0.1 * deviations.std()
+
+
+def test_draws_are_the_same_for_every_run_and_every_time() -> None:
+    same = examples([1.0, 2.0, 4.0])
+    found = draw_deviations({("a", 0): same, ("b", 0): same}, draws=50)
+    assert (found["a", 0] == found["b", 0]).all()
+    assert (found["a", 0] == draw_deviations({("a", 0): same}, draws=50)["a", 0]).all()
+
+
+def test_many_examples_get_fewer_draws() -> None:
+    many = examples([0.0] * 60_000)
+    assert len(draw_deviations({("a", 0): many}, draws=4000)["a", 0]) == 833
+
+
+def test_of_perplexity_the_draws_are_those_of_exp_of_the_loss() -> None:
+    losses = examples([1.0, 1.5, 2.0, 0.5])
+    scores = build_scores({("a", 0): np.exp(1.25)}, {("a", 0): losses}, is_perplexity=True, draws=100)
+    plain = draw_deviations({("a", 0): losses}, draws=100)["a", 0]
+    assert scores.problems == ()
+    assert scores.deviations["a", 0] == pytest.approx(np.exp(1.25 + plain) - np.exp(1.25))
+
+
+@pytest.mark.parametrize(
+    ("second", "sentence"),
+    [
+        (examples([1.0]), "there are fewer than two"),
+        (examples([1.0, 2.0, 3.0]), "they give 2 where the run's score is 1.5"),
+        (examples([1.0, 2.0], first=1), "they are of other examples than those of the first run"),
+        (examples([1.0, 2.0], [2.0, 2.0]), "they are of other examples than those of the first run"),
+    ],
+)
+def test_examples_that_do_not_fit_are_named_and_left_out(second: ExampleScores, sentence: str) -> None:
+    values = {("a", 0): 1.5, ("b", 0): 1.5}
+    scores = build_scores(values, {("a", 0): examples([1.0, 2.0]), ("b", 0): second}, draws=10)
+    assert set(scores.deviations) == {("a", 0)}
+    assert scores.problems == (f"The scores of single examples of `b`, seed 0, are not used: {sentence}.",)
+
+
+def test_a_run_without_a_score_has_no_examples() -> None:
+    scores = build_scores({}, {("a", 0): examples([1.0, 2.0])}, draws=10)
+    assert (scores.deviations, scores.num_examples, scores.values) == ({}, 0, {})
