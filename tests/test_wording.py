@@ -7,12 +7,18 @@ import pytest
 from lorasweep.wording import (
     format_bytes,
     format_count,
+    format_difference,
+    format_estimate,
     format_metric,
+    format_p_value,
+    format_ratio,
     format_score,
     format_seconds,
     format_setting,
     format_settings,
     format_share,
+    format_share_estimate,
+    join_words,
 )
 
 
@@ -78,3 +84,42 @@ def test_settings_are_named_by_the_last_part_of_their_key() -> None:
     assert format_settings({}) == "nothing swept"
     assert format_setting(None) == "null"
     assert format_metric("bits_per_byte") == "bits per byte"
+
+
+@pytest.mark.parametrize(
+    ("value", "interval", "text"),
+    [
+        (1.37181, (1.36512, 1.37899), "1.372 [1.365, 1.379]"),
+        (0.0361, (0.0302, 0.0420), "0.036 [0.030, 0.042]"),
+        (0.0082, (-0.00031, 0.0167), "0.0082 [-0.0003, 0.0167]"),
+        (71.2, (52.1, 88.8), "71 [52, 89]"),
+        (1.5, (1.5, 1.5), "1.500"),
+        (1.5, None, "1.500"),
+        (None, None, "–"),
+    ],
+)
+def test_estimate_has_the_decimals_that_its_interval_deserves(
+    value: float | None, interval: tuple[float, float] | None, text: str
+) -> None:
+    assert format_estimate(value, interval) == text
+
+
+def test_share_has_its_interval_in_percent() -> None:
+    assert format_share_estimate(0.92, (0.895, 0.944)) == "92 % [90 %, 94 %]"
+    assert format_share_estimate(0.92, None) == "92 %"
+    assert format_share_estimate(None, None) == "–"
+
+
+def test_small_numbers_have_two_digits() -> None:
+    assert [format_difference(value) for value in (0.01504, 0.2, None)] == ["0.015", "0.2", "–"]
+    assert [format_p_value(value) for value in (0.0342, 1e-9, 1.0, None)] == ["0.034", "< 0.0001", "1", "–"]
+    assert [format_ratio(value) for value in (0.853, 2.64, 12.3, 162.0)] == ["0.85", "2.6", "12", "162"]
+
+
+def test_words_are_joined_as_a_sentence_lists_them() -> None:
+    assert [join_words(words) for words in ([], ["a"], ["a", "b"], ["a", "b", "c"])] == [
+        "",
+        "a",
+        "a and b",
+        "a, b and c",
+    ]

@@ -214,7 +214,8 @@ def confirm_sweep(folder: Path, *, seeds: int = 5, examples: int = 40, noise: fl
             scores = spread_over_examples(value, difficulty, rng)
             value = sum(scores) / len(scores) if scores else value
             row = ConfirmRow(arm=arm.name, trial=best.number, seed=seed, state="complete", run=run, value=value)
-            trained = {"frozen": 0, "full": FULL_PARAMS}.get(arm.name, 11_264 * int(best.params.get("method.rank", 0)))
+            rank = best.params.get("method.rank", arm.settings.get("method.rank", 0))
+            trained = {"frozen": 0, "full": FULL_PARAMS}.get(arm.name, 11_264 * int(rank))
             curve = curve_to(value)[: 1 if arm.method == "frozen" else None]
             write_run(folder / run, best, method=arm.method, curve=curve, trained=trained, test={sweep.metric: value})
             if scores:
@@ -223,6 +224,38 @@ def confirm_sweep(folder: Path, *, seeds: int = 5, examples: int = 40, noise: fl
     sweep.confirm_seeds = list(range(seeds))
     write_record(sweep, folder)
     return folder
+
+
+def build_rank_arms(
+    folder: Path,
+    scores: dict[int, float],
+    *,
+    lrs: dict[int, float] | None = None,
+    seeds: int = 5,
+    examples: int = 0,
+    noise: float = 0.002,
+) -> Path:
+    """Writes a confirmed sweep with frozen, full, and a lora arm per rank whose best score and learning rate are given.
+
+    Each lora arm has nine trials on a parabola over its learning rate, an exact one: noise is in the reruns alone.
+    """
+    build_sweep(folder, lora=0)
+    sweep = read_sweep(folder)
+    for rank, score in scores.items():
+        best, name = (lrs or {}).get(rank, 0.01), f"lora-rank{rank}"
+        space = {"optim.lr": {"low": best / 30, "high": best * 30, "log": True}}
+        settings = {"method": "lora", "method.rank": rank}
+        arm = ArmRow(name=name, method="lora", trials=9, settings=settings, space=space, sampler="tpe", pruner="none")
+        sweep.arms.append(arm)
+        for number in range(9):
+            lr = best * 10 ** ((number - 4) / 4)
+            value = score + 0.05 * math.log10(lr / best) ** 2
+            run = f"runs/{name}-{number:04d}"
+            row = TrialRow(arm=name, number=number, state="complete", params={"optim.lr": lr}, value=value, run=run)
+            write_run(folder / run, row, method="lora", curve=curve_to(value), trained=11_264 * rank)
+            sweep.trials.append(row)
+    write_record(sweep, folder)
+    return confirm_sweep(folder, seeds=seeds, examples=examples, noise=noise)
 
 
 def spread_over_examples(value: float, difficulty: list[float], rng: random.Random) -> list[float]:

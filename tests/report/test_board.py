@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import metadata
@@ -14,7 +15,7 @@ from tensorboard.plugins.hparams import metadata
 from lorasweep.report import write_report
 from lorasweep.report.board import BOARD_FOLDER, HPARAMS_FOLDER, write_hparams
 
-from .conftest import edit_json
+from .conftest import build_rank_arms, edit_json
 
 
 def load(folder: Path) -> EventAccumulator:
@@ -70,7 +71,55 @@ def test_board_puts_the_best_curve_of_each_arm_in_one_chart(sweep: Path) -> None
 def test_board_has_one_file_however_often_the_report_is_written(sweep: Path) -> None:
     write_report(sweep)
     write_report(sweep)
-    assert len(list((sweep / "report" / BOARD_FOLDER).iterdir())) == 1
+    folders = {sweep / "report" / BOARD_FOLDER, *(sweep / "report" / BOARD_FOLDER / "arms").glob("*/hparams")}
+    assert len(folders) == 4
+    assert all(len(list(folder.glob("events.*"))) == 1 for folder in folders)
+
+
+def test_board_has_a_row_per_arm_with_its_best_and_its_confirmed_score(confirmed: Path) -> None:
+    summary = write_report(confirmed)
+    settings, metrics = row_of(confirmed / "report" / BOARD_FOLDER / "arms" / "01-lora")
+    lora = summary.arms[1]
+    assert lora.confirmed
+    assert lora.confirmed.interval
+    assert settings["arm"] == "lora"
+    assert settings["optim.lr"] == pytest.approx(lora.best.params["optim.lr"] if lora.best.params else 0)
+    # TensorBoard keeps single precision
+    assert metrics["best/bits_per_byte"] == pytest.approx(lora.best.score, rel=1e-6)
+    assert metrics["confirmed/bits_per_byte"] == pytest.approx(lora.confirmed.mean, rel=1e-6)
+    assert metrics["confirmed/bits_per_byte_high"] == pytest.approx(lora.confirmed.interval[1], rel=1e-6)
+
+
+def test_board_shows_confirmed_scores_over_rank_with_their_intervals(tmp_path: Path) -> None:
+    sweep = build_rank_arms(tmp_path, {1: 1.8, 4: 1.7, 16: 1.69})
+    write_report(sweep)
+    events = load(sweep / "report" / BOARD_FOLDER)
+    assert [point.step for point in events.Scalars("confirmed_by_rank/0/mean")] == [1, 4, 16]
+    low, high = (events.Scalars(f"confirmed_by_rank/0/{end}")[0].value for end in ("low", "high"))
+    assert low < events.Scalars("confirmed_by_rank/0/mean")[0].value < high
+    layout = layout_pb2.Layout()
+    layout.ParseFromString(events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0])
+    (margins,) = [chart.margin.series[0] for chart in layout.category[0].chart if chart.HasField("margin")]
+    assert (margins.value, margins.lower) == ("confirmed_by_rank/0/mean", "confirmed_by_rank/0/low")
+
+
+def test_board_has_the_sentences_and_the_table_as_text(confirmed: Path) -> None:
+    summary = write_report(confirmed)
+    content = load(confirmed / "report" / BOARD_FOLDER).Tensors("report")[0].tensor_proto.string_val[0].decode()
+    assert all(sentence in content for sentence in summary.sentences)
+    assert "| lora | " in content
+
+
+def test_arm_named_like_a_path_stays_in_the_board(sweep: Path) -> None:
+    def rename(raw: dict[str, list[dict[str, object]]]) -> None:
+        raw["arms"][2]["name"] = "../../x"
+        for trial in raw["trials"]:
+            trial["arm"] = "../../x" if trial["arm"] == "full" else trial["arm"]
+
+    edit_json(sweep / "sweep.json", rename)
+    write_report(sweep)
+    assert (sweep / "report" / BOARD_FOLDER / "arms" / "02-______x").is_dir()
+    assert not (sweep / "report" / "x").exists()
 
 
 def test_arm_name_is_matched_literally(sweep: Path) -> None:

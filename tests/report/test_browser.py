@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from lorasweep.report import write_report
+from lorasweep.report import COMPARE_FILE, write_comparison, write_report
 
-from .conftest import edit_json
+from .conftest import build_rank_arms, build_sweep, confirm_sweep, edit_json
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 OPTIONS = [
@@ -32,7 +32,6 @@ PROBE = """
 addEventListener("load", () => setTimeout(() => {
   const table = document.getElementById("trial-table");
   const shown = () => Array.from(table.tBodies[0].rows).filter((row) => !row.hidden);
-  const score = table.tHead.rows[0].cells[2];
   const scores = () => shown().map((row) => row.cells[2].dataset.key ?? "none").join(" ");
   const say = (name, text) => {
     const node = document.createElement("output");
@@ -40,8 +39,15 @@ addEventListener("load", () => setTimeout(() => {
     node.textContent = text;
     document.body.append(node);
   };
-  say("drawn", document.querySelectorAll(".figure .main-svg").length > 0 &&
-      Array.from(document.querySelectorAll(".figure")).every((node) => node.childElementCount > 0));
+  const figures = Array.from(document.querySelectorAll(".figure"));
+  const drawn = () => figures.filter((node) => node.childNodes.length > 0).length;
+  say("deferred", drawn() < figures.length);
+  dispatchEvent(new Event("beforeprint"));
+  say("drawn", drawn() === figures.length && document.querySelectorAll(".figure .main-svg").length > 0);
+  dispatchEvent(new Event("afterprint"));
+  say("width", document.documentElement.scrollWidth <= innerWidth);
+  if (table === null) return;
+  const score = table.tHead.rows[0].cells[2];
   score.firstElementChild.click();
   say("rising", scores());
   score.firstElementChild.click();
@@ -50,10 +56,11 @@ addEventListener("load", () => setTimeout(() => {
   filter.value = "failed";
   filter.dispatchEvent(new Event("input"));
   say("failed", shown().length);
-  say("width", document.documentElement.scrollWidth <= innerWidth);
 }, 2000));
 </script>
 """
+
+COMPLAINT = r"CONSOLE.*(?:Uncaught|Error|Failed|Refused).*"
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="needs chromium in the search path")]
 
@@ -73,7 +80,8 @@ def test_page_draws_sorts_and_logs_no_error(sweep: Path, tmp_path: Path, size: s
     page.write_text(page.read_text().replace("</body>", PROBE + "</body>"))
     dom, log = open_page(page, tmp_path / "profile", size=size)
     said = dict(re.findall(r'<output id="(\w+)">(.*?)</output>', dom))
-    assert said["drawn"] == "true"
+    # what is far down is drawn when it comes near, or when the page is printed
+    assert (said["deferred"], said["drawn"]) == ("true", "true")
     rising, falling = said["rising"].split(), said["falling"].split()
     # the failed trial has no score and comes last either way
     assert (rising[-1], falling[-1]) == ("none", "none")
@@ -84,4 +92,20 @@ def test_page_draws_sorts_and_logs_no_error(sweep: Path, tmp_path: Path, size: s
     assert said["failed"] == "1"
     # nothing makes the whole page scroll sideways, on a phone neither
     assert said["width"] == "true"
-    assert not re.findall(r"CONSOLE.*(?:Uncaught|Error|Failed|Refused).*", log)
+    assert not re.findall(COMPLAINT, log)
+
+
+@pytest.mark.parametrize("size", ["1200,900", "500,900"])
+def test_confirmed_page_and_comparison_draw_and_fit_their_width(tmp_path: Path, size: str) -> None:
+    sweep = build_rank_arms(tmp_path / "a", {1: 1.8, 4: 1.7, 16: 1.69}, examples=20)
+    other = confirm_sweep(build_sweep(tmp_path / "b"))
+    write_report(sweep)
+    write_report(other)
+    comparison = sweep / "report" / COMPARE_FILE
+    write_comparison([sweep, other], comparison)
+    for page in (sweep / "report/index.html", comparison):
+        page.write_text(page.read_text().replace("</body>", PROBE + "</body>"))
+        dom, log = open_page(page, tmp_path / "profile", size=size)
+        said = dict(re.findall(r'<output id="(\w+)">(.*?)</output>', dom))
+        assert (said["drawn"], said["width"]) == ("true", "true")
+        assert not re.findall(COMPLAINT, log)

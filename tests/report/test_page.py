@@ -54,7 +54,10 @@ def written(sweep: Path) -> Page:
     return Page((sweep / "report/index.html").read_text())
 
 
-SECTIONS = ["arms", "rank", "rank-alpha", "lr", "curves", "tradeoff", "settings", "importance", "unfinished", "trials"]
+SECTIONS = [
+    *("arms", "confirmed", "rank", "rank-alpha", "lr", "curves", "tradeoff", "settings", "importance"),
+    *("unfinished", "trials"),
+]
 
 
 def test_page_has_every_section_and_figure(sweep: Path) -> None:
@@ -67,11 +70,46 @@ def test_page_has_every_section_and_figure(sweep: Path) -> None:
     assert "The loss became NaN at step 12." in page.text
 
 
+def test_confirmed_page_shows_intervals_verdicts_and_reruns(confirmed: Path) -> None:
+    page = written(confirmed)
+    # scores and differences from full
+    assert len(page.figures) == 11
+    assert "means over 5 fresh seeds with 95 % intervals over seeds and 40 test examples" in page.text
+    assert "It is worse than full fine-tuning by" in page.text
+    assert "corrected for 3 comparisons (Holm)" in page.text
+    assert re.search(r"lora \d+, seed 4", page.text)
+    assert "one seed on validation data" not in page.text
+    assert any(re.fullmatch(r"\.\./runs/lora-confirm-0004/best/", link) for link in page.links)
+
+
+def test_data_behind_each_figure_is_beside_the_page(confirmed: Path) -> None:
+    page = written(confirmed)
+    files = {link for link in page.links if link.endswith(".csv")}
+    names = ("confirmed", "pairs", "rank", "rank-alpha", "lr", "curves", "tradeoff", "trials", "importance")
+    assert files == {f"{name}.csv" for name in names}
+    assert all((confirmed / "report" / name).read_text().count("\n") > 1 for name in files)
+
+
+def test_reruns_that_failed_stand_among_the_unfinished_with_their_reason(confirmed: Path) -> None:
+    def fail(raw: dict[str, Any]) -> None:
+        raw["confirm"][-1].update(state="failed", value=None, reason="The loss became NaN at step 3.")
+
+    edit_json(confirmed / "sweep.json", fail)
+    page = written(confirmed)
+    assert "The loss became NaN at step 3." in page.text
+    assert "1 of 5 reruns of `full` have no score on test data".replace("`", "") in page.text
+
+
+def test_duplicates_are_marked(sweep: Path) -> None:
+    edit_json(sweep / "sweep.json", lambda raw: raw["trials"][4].update(duplicate_of=1))
+    assert "complete, same as 1" in written(sweep).text
+
+
 def test_page_fetches_nothing(sweep: Path) -> None:
     page = written(sweep)
     assert not [found for tag, found in page.tags if "src" in found]
     hrefs = [found["href"] or "" for _, found in page.tags if "href" in found]
-    assert all(re.match(r"#|\.\./runs/|trials\.csv|curves\.csv|summary\.json|data:,$", href) for href in hrefs)
+    assert all(re.match(r"#|\.\./runs/|[a-z-]+\.csv$|summary\.json$|data:,$", href) for href in hrefs)
     styles = re.findall(r"<style>(.*?)</style>", (sweep / "report/index.html").read_text(), re.DOTALL)
     assert all("url(" not in style and "@import" not in style for style in styles)
 
@@ -143,7 +181,7 @@ def test_damaged_runs_are_named_and_counted_beyond_five(sweep: Path) -> None:
         (sweep / f"runs/lora-{number:04d}/run.json").write_text("{")
     page = written(sweep)
     assert "runs/lora-0000" in page.text
-    assert "2 more runs can't be read." in page.text
+    assert "2 more problems like these." in page.text
 
 
 def test_long_reason_shows_its_last_line_and_folds_the_rest(sweep: Path) -> None:
@@ -162,6 +200,7 @@ def test_code_marks_only_what_stood_between_backticks() -> None:
     assert mark_code("`a<b` & c") == "<code>a&lt;b</code> &amp; c"
 
 
+@pytest.mark.slow
 def test_report_of_a_thousand_trials_takes_at_most_twenty_seconds(tmp_path: Path) -> None:
     sweep = build_sweep(tmp_path, lora=900, full=100)
     start = time.process_time()

@@ -135,8 +135,7 @@ def _arm_sentence(arm: Arm, data: SweepData) -> str:
 
 
 def _against_full(pair: Pair, arm: str) -> str:
-    names = ("it", "full fine-tuning") if pair.first == arm else ("full fine-tuning", "it")
-    text = describe_pair(pair, first=names[0], second=names[1])
+    text = describe_pair(pair.seen_from(arm), first="it", second="full fine-tuning")
     return f"{text[0].upper()}{text[1:]}"
 
 

@@ -91,3 +91,14 @@ def test_what_could_be_seen_shrinks_with_more_seeds_and_grows_with_more_comparis
         return float(np.median([pair.smallest_visible or np.nan for pair in pairs]))
 
     assert smallest(2, 20) < smallest(2, 5) < smallest(6, 5)
+
+
+def test_pair_seen_from_its_second_arm_is_turned_round() -> None:
+    (pair,) = compare_pairs(plant({"a": 1.0, "b": 1.3}), ["a", "b"], sign=1)
+    turned = pair.seen_from("b")
+    assert (turned.first, turned.second, turned.verdict) == ("b", "a", "worse")
+    assert turned.difference == -(pair.difference or 0)
+    assert turned.interval
+    assert turned.interval[0] < turned.difference < turned.interval[1]
+    assert turned.seen_from("a") == pair
+    assert pair.seen_from("a") is pair

@@ -75,12 +75,12 @@ def _advice(arm: Arm, best: Arm, pair: Pair | None, group: list[Arm], data: Swee
 
 
 def _worse_by(arm: Arm, pair: Pair | None, data: SweepData) -> tuple[float | None, tuple[float, float] | None]:
-    """Turns a pair's difference so that what is positive is how much worse the arm is."""
+    """Returns a pair's difference and interval with the sign of how much worse the arm is."""
     if pair is None or pair.difference is None:
         return None, None
-    sign = data.sign if pair.first == arm.name else -data.sign
-    ends = sorted(sign * end for end in pair.interval) if pair.interval else None
-    return sign * pair.difference, (ends[0], ends[1]) if ends else None
+    seen = pair.seen_from(arm.name)
+    ends = sorted(data.sign * end for end in seen.interval) if seen.interval else None
+    return data.sign * (seen.difference or 0.0), (ends[0], ends[1]) if ends else None
 
 
 def _sentence(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Literal
 
@@ -37,6 +37,20 @@ class Pair:
     uses_examples: bool
     reason: str | None = None
     """Why the pair was not tested."""
+
+    def seen_from(self, name: str) -> Pair:
+        """Returns the same pair with the arm of that name first."""
+        if name == self.first:
+            return self
+        turned: dict[Verdict, Verdict] = {"better": "worse", "worse": "better"}
+        return replace(
+            self,
+            first=self.second,
+            second=self.first,
+            verdict=turned.get(self.verdict, self.verdict),
+            difference=None if self.difference is None else -self.difference,
+            interval=(-self.interval[1], -self.interval[0]) if self.interval else None,
+        )
 
 
 def compare_pairs(scores: ConfirmScores, arms: Sequence[str], *, sign: int) -> tuple[Pair, ...]:

@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 
 from lorasweep.report.advice.noise import rank_groups, rank_of
 from lorasweep.report.confirmed import describe_pair
-from lorasweep.report.evidence import ArmEvidence, Pair
+from lorasweep.report.evidence import ArmEvidence
 from lorasweep.report.evidence.estimates import Interval
 from lorasweep.report.figures.panel import METHOD_COLOURS, Panel, build_figure, colours_of, escape, link_of
 from lorasweep.report.tables import Arm, SweepData
@@ -142,17 +142,10 @@ def _draw_differences(arms: Sequence[Arm], reference: str, data: SweepData) -> g
     for arm in reversed(others):
         pair = data.evidence.pair(arm.name, reference)
         if pair and pair.difference is not None:
-            text = describe_pair(pair).replace("`", "")
-            _add_mean(figure, arm.name, _against(pair, arm.name), colours[arm.name], text=text)
+            seen = pair.seen_from(arm.name)
+            difference = (seen.difference or 0.0, seen.interval)
+            _add_mean(figure, arm.name, difference, colours[arm.name], text=describe_pair(seen).replace("`", ""))
     return figure
-
-
-def _against(pair: Pair, name: str) -> tuple[float, Interval | None]:
-    """Returns a pair's difference with `name` as its first arm."""
-    difference = pair.difference or 0.0
-    if pair.first == name or pair.interval is None:
-        return (difference if pair.first == name else -difference), pair.interval
-    return -difference, (-pair.interval[1], -pair.interval[0])
 
 
 def _rows_figure(data: SweepData, rows: int, *, x_title: str) -> go.Figure:

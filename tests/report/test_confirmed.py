@@ -1,0 +1,122 @@
+"""What the confirm stage shows, in sentences."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lorasweep.report.confirmed import describe_confirmed, describe_pair
+from lorasweep.report.evidence import Pair
+from lorasweep.report.headline import ONE_SEED
+from lorasweep.report.summary import summarize
+from lorasweep.report.tables import load_sweep_data
+
+from .conftest import build_rank_arms, build_sweep, confirm_sweep, edit_json
+
+PAIR = Pair(
+    first="a",
+    second="b",
+    verdict="worse",
+    difference=0.0361,
+    interval=(0.0302, 0.042),
+    p_value=0.001,
+    adjusted_p_value=0.003,
+    smallest_visible=None,
+    num_seeds=5,
+    uses_examples=True,
+)
+ALIKE = replace(
+    PAIR, verdict="not distinguishable", difference=0.002, interval=(-0.004, 0.008), smallest_visible=0.0091
+)
+
+
+@pytest.mark.parametrize(
+    ("pair", "sentence"),
+    [
+        (PAIR, "`a` is worse than `b` by 0.036 [0.030, 0.042]"),
+        (
+            replace(PAIR, verdict="better", difference=-0.0361, interval=(-0.042, -0.0302)),
+            "`a` is better than `b` by 0.036 [0.030, 0.042]",
+        ),
+        (
+            replace(ALIKE, p_value=0.4),
+            "`a` and `b` are not distinguishable: they differ by 0.002 [-0.004, 0.008], "
+            "and the smallest difference that could have been seen is 0.0091",
+        ),
+        (
+            replace(PAIR, verdict="not tested", p_value=None, reason="they have no seed in common"),
+            "`a` and `b` were not tested: they have no seed in common",
+        ),
+    ],
+)
+def test_verdict_in_words(pair: Pair, sentence: str) -> None:
+    assert describe_pair(pair) == sentence
+
+
+def test_pair_that_alone_would_pass_is_said_to_fall_to_the_correction() -> None:
+    assert "leaves out 0, but not after correction" in describe_pair(replace(ALIKE, p_value=0.03, adjusted_p_value=0.2))
+
+
+def test_top_says_ends_arm_share_verdict_and_limits(confirmed: Path) -> None:
+    sentences = summarize(load_sweep_data(confirmed)).sentences
+    text = " ".join(sentences)
+    assert sentences[0].startswith("Scores are bits per byte on test data that no search has seen, lower is better")
+    assert sentences[1].startswith("The frozen base scores 2.0")
+    assert "of what full fine-tuning gains, training" in text
+    assert "It is worse than full fine-tuning by" in text
+    assert "corrected for 3 comparisons (Holm); an interval is for one number alone." in text
+    assert "25 trials and 11 reruns in" in text
+    assert ONE_SEED not in sentences
+
+
+def test_without_a_confirm_stage_nothing_is_said(sweep: Path) -> None:
+    assert describe_confirmed(load_sweep_data(sweep)) == []
+
+
+def test_one_seed_has_no_verdict_and_says_so(tmp_path: Path) -> None:
+    summary = summarize(load_sweep_data(confirm_sweep(build_sweep(tmp_path), seeds=1)))
+    text = " ".join(summary.sentences)
+    assert "means over 1 fresh seed with" in text
+    assert "were not tested: they have one seed in common" in text
+    assert "One seed says nothing about another: there is no verdict on `lora`, `full`." in text
+
+
+@pytest.mark.parametrize(
+    ("missing", "sentence"),
+    [
+        ("full", "without the other end of the scale no share of full fine-tuning's gain is given"),
+        ("frozen", "without the other end of the scale no share of full fine-tuning's gain is given"),
+        ("both", "Neither the frozen base nor full fine-tuning was confirmed"),
+    ],
+)
+def test_missing_end_of_the_scale_is_said(confirmed: Path, missing: str, sentence: str) -> None:
+    gone = {"frozen", "full"} if missing == "both" else {missing}
+
+    def drop(raw: dict[str, Any]) -> None:
+        raw["confirm"] = [row for row in raw["confirm"] if row["arm"] not in gone]
+
+    edit_json(confirmed / "sweep.json", drop)
+    assert any(sentence in text for text in summarize(load_sweep_data(confirmed)).sentences)
+
+
+def test_full_that_gained_nothing_has_no_share(confirmed: Path) -> None:
+    edit_json(confirmed / "sweep.json", lambda raw: raw.update(direction="maximize"))
+    sentences = summarize(load_sweep_data(confirmed)).sentences
+    assert any("it gained nothing, so no share is given" in text for text in sentences)
+    assert "higher is better" in sentences[0]
+
+
+def test_of_many_arms_the_best_and_the_advised_get_a_sentence(tmp_path: Path) -> None:
+    sweep = build_rank_arms(tmp_path, {1: 1.9, 2: 1.8, 4: 1.75, 8: 1.7, 16: 1.67, 32: 1.669})
+    sentences = summarize(load_sweep_data(sweep)).sentences
+    scored = [text for text in sentences if " scores " in text and text.startswith("`lora")]
+    assert [text.split("`")[1] for text in scored] == ["lora-rank16", "lora-rank32"]
+    assert "The other 4 arms are in the table below." in sentences
+
+
+def test_warnings_of_the_sweep_are_shown(sweep: Path) -> None:
+    edit_json(sweep / "sweep.json", lambda raw: raw.update(warnings=["Arms have unequal numbers of trials."]))
+    assert "Arms have unequal numbers of trials." in summarize(load_sweep_data(sweep)).sentences
