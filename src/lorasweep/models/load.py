@@ -184,6 +184,8 @@ def _load(
             model, head = load_pretrained(CLASSES[config.kind], source, dtype=dtype, **given), ()
     except LOADING_ERRORS as error:
         raise _explain(error, config, files) from error
+    if files.form == "gguf":
+        setattr(model, "hf_quantizer", None)  # noqa: B010 (plain weights by now; transformers refused to save them)
     if config.dropout is not None:
         set_dropout_modules(model, config.dropout)
     return model, tokenizer, head
@@ -229,12 +231,17 @@ def _reading(config: ModelConfig, files: ModelFiles) -> dict[str, Any]:
     given: dict[str, Any] = {"use_safetensors": files.form == "safetensors"}
     if config.attention != "auto":
         given["attn_implementation"] = config.attention
-    if files.form == "gguf":
+    if files.form == "gguf" and hasattr(transformers, "GgufConfig"):  # without it, all are dequantised
         given["quantization_config"] = transformers.GgufConfig(dequantize=True)
     return given
 
 
 def _explain(error: Exception, config: ModelConfig, files: ModelFiles) -> ConfigError:
+    if files.form == "gguf" and isinstance(error, ImportError):
+        return ConfigError(
+            f"a GGUF file needs the package gguf, which is missing ({first_line(error)}). "
+            "Install `pip install 'lorasweep[gguf]'`."
+        )
     if "trust_remote_code" in str(error):
         return ConfigError(
             f"`model.trust_remote_code` must be true for {config.path!r}, which comes with Python code of its own, but "

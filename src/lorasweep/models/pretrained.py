@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, modeling_gguf_pytorch_utils
 from transformers.utils import logging as transformers_logging
 
 LOADING_ERRORS = (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError, UnpicklingError, EOFError)
@@ -96,15 +97,18 @@ def first_line(error: Exception) -> str:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Keeps transformers' progress bar and load report off the screen: what matters of them is in errors here."""
+    """Keeps transformers' progress bars and load report off the screen: what matters of them is in errors here."""
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity(logging.ERROR + 1)
     previous = transformers_logging.set_tqdm_hook(lambda make, args, settings: make(*args, **settings, disable=True))
+    of_gguf: Any = modeling_gguf_pytorch_utils
+    bar, of_gguf.tqdm = of_gguf.tqdm, functools.partial(of_gguf.tqdm, disable=True)  # which does not ask the hook
     try:
         yield
     finally:
         transformers_logging.set_verbosity(verbosity)
         transformers_logging.set_tqdm_hook(previous)
+        of_gguf.tqdm = bar
 
 
 def _load(kind: Any, source: str, *, dtype: torch.dtype, **settings: Any) -> tuple[PreTrainedModel, list[str]]:
