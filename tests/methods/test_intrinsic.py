@@ -226,6 +226,7 @@ def change_metadata(folder, **changes):
     [
         ({"form": "did"}, "must have form 'said', but got 'did'"),
         ({"num_weights": "5"}, "must have num_weights '.*', but got '5'"),
+        ({"piece": "64"}, "must have piece '262144', but got '64'"),
         ({"seed": "x"}, "must have a seed below 2\\*\\*32, but got 'x'"),
         ({"seed": "-1"}, "must have a seed below 2\\*\\*32, but got '-1'"),
         ({"seed": str(2**32)}, "must have a seed below 2\\*\\*32, but got '4294967296'"),

@@ -84,7 +84,18 @@ def test_change_of_a_random_point_has_the_variance_of_its_numbers():
     assert change.square().mean() == pytest.approx(float(numbers.square().mean()), rel=1e-12)
 
 
-@pytest.mark.parametrize("shape", [(5,), (7, 9), (3, 4, 11)])
+def test_a_weight_that_does_not_fill_its_block_gets_the_first_rows_of_the_whole_product():
+    block, count = 64, 11
+    signs = signs_for(count, block=block)
+    assert len(signs) == (64 + 16) // 8
+    inner, outer = projection._unpack(signs, dtype=torch.float64).split((64, 16))
+    numbers = torch.randn(block, dtype=torch.float64)
+    expected = outer[:count] * hadamard((inner * numbers)[:, None])[:count, 0]
+    change = add_projection(torch.zeros(count, dtype=torch.float64), numbers, signs)
+    assert torch.allclose(change, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(5,), (11,), (7, 9), (3, 4, 11)])
 def test_gradient_is_that_of_finite_differences(shape):
     base = torch.randn(shape, dtype=torch.float64, requires_grad=True)
     numbers = torch.randn(16, dtype=torch.float64, requires_grad=True)

@@ -21,7 +21,7 @@ from lorasweep.errors import ConfigError, RecordError
 from lorasweep.lora.files import serialise
 from lorasweep.methods.head_init import draw_head
 from lorasweep.methods.method import ParameterGroup, read_weights, replacing_files
-from lorasweep.methods.projection import add_projection, block_size, draw_signs
+from lorasweep.methods.projection import PIECE, add_projection, block_size, draw_signs
 from lorasweep.models.load import BaseModel
 
 WEIGHTS_FILE = "intrinsic.safetensors"
@@ -178,7 +178,12 @@ class Coordinates(nn.Module):
 
     def describe(self) -> dict[str, str]:
         """Returns what else must be known to project again."""
-        return {"form": self.form, "num_weights": str(self.num_weights), "seed": str(self.seed)}
+        return {
+            "form": self.form,
+            "num_weights": str(self.num_weights),
+            "piece": str(PIECE),
+            "seed": str(self.seed),
+        }
 
 
 class ProjectedChange(nn.Module):
@@ -234,7 +239,7 @@ def require_coordinates(model: nn.Module) -> Coordinates:
 def _read_seed(file: Path, *, expected: Mapping[str, str]) -> int:
     with safe_open(file, framework="pt") as opened:
         stored = opened.metadata() or {}
-    for key in ("form", "num_weights"):
+    for key in expected.keys() - {"seed"}:
         if stored.get(key) != expected[key]:
             raise RecordError(
                 f"{str(file)!r} must have {key} {expected[key]!r}, but got {stored.get(key)!r}. "

@@ -10,8 +10,8 @@ Every entry is ±1/√d and every row has length 1, so a step of size η in each
 η, whatever d is. Within whole blocks the columns are orthogonal.
 
 *Differs* from Fastfood (Le, Sarlós and Smola 2013), H G Π H B with normal G, which arXiv 1804.08838 and 2012.13255
-take: one transform instead of two, a bit where it has a number, and columns that are orthogonal exactly. Their columns
-have length 1, so their learning rate is ours times √(D/d).
+take: one transform instead of two, a bit where it has a number, and columns that are orthogonal exactly. With columns
+of length 1, as there, learning rates would be √(D/d) times ours and so move with d.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch.nn.functional import pad
 
 PIECE = 2**18
 """Weights projected at a time (one block, where that is more), so that temporaries stay in a processor's cache. Where a
-weight lies in its block depends on it: saved numbers mean another change under another value."""
+weight lies in its block depends on it, so it is saved with what was trained."""
 BITS = 8
 """Signs per byte, and so the smallest block."""
 
@@ -36,10 +36,11 @@ def block_size(dim: int) -> int:
     return max(BITS, 1 << (dim - 1).bit_length())
 
 
-def draw_signs(count: int, *, block: int, generator: torch.Generator) -> UInt8[Tensor, "2 bytes"]:
+def draw_signs(count: int, *, block: int, generator: torch.Generator) -> UInt8[Tensor, " bytes"]:
     """Returns the random signs of the projection into `count` weights, eight in a byte: first G, then S."""
-    blocks = -(-count // block)
-    return torch.randint(0, 256, (2, blocks * block // BITS), dtype=torch.uint8, generator=generator)
+    columns = -(-count // block)
+    num_signs = (block + _rows(count, block)) * columns
+    return torch.randint(0, 256, (num_signs // BITS,), dtype=torch.uint8, generator=generator)
 
 
 def hadamard(x: Float[Tensor, "n columns"]) -> Float[Tensor, "n columns"]:
@@ -53,7 +54,7 @@ def hadamard(x: Float[Tensor, "n columns"]) -> Float[Tensor, "n columns"]:
 
 
 def add_projection(
-    base: Float[Tensor, "*shape"], numbers: Float[Tensor, " n"], signs: UInt8[Tensor, "2 bytes"]
+    base: Float[Tensor, "*shape"], numbers: Float[Tensor, " n"], signs: UInt8[Tensor, " bytes"]
 ) -> Float[Tensor, "*shape"]:
     """Returns base + S H G numbers, of the base's shape and dtype, computed in the wider dtype and rounded once.
 
@@ -75,8 +76,8 @@ class _AddProjection(torch.autograd.Function):
         ctx.block, ctx.dtype = len(numbers), numbers.dtype
         start, weight = base.reshape(-1), torch.empty(base.numel(), dtype=base.dtype, device=base.device)
         for part, inner, outer in _pieces(base.numel(), signs, block=len(numbers), dtype=numbers.dtype):
-            change = (outer * hadamard(inner * numbers[:, None])).flatten()
-            torch.add(start[part], change[: len(start[part])], out=weight[part])
+            change = outer * hadamard(_fold(inner * numbers[:, None], rows=len(outer)))
+            torch.add(start[part], change.flatten()[: len(start[part])], out=weight[part])
         return weight.view(base.shape)
 
     @staticmethod
@@ -86,23 +87,37 @@ class _AddProjection(torch.autograd.Function):
         flat, total = grad.reshape(-1), torch.zeros(ctx.block, dtype=ctx.dtype, device=grad.device)
         for part, inner, outer in _pieces(grad.numel(), signs, block=ctx.block, dtype=ctx.dtype):
             piece = pad(flat[part], (0, outer.numel() - len(flat[part]))).view_as(outer)
-            total += (inner * hadamard(outer * piece)).sum(1)
+            total += (inner * hadamard(outer * piece).repeat(len(inner) // len(outer), 1)).sum(1)
         return grad, total, None
+
+
+def _rows(count: int, block: int) -> int:
+    """Returns how many of H's rows are needed: all, or in a block that the weights don't fill a power of two."""
+    return min(block, block_size(count))
+
+
+def _fold(x: Float[Tensor, "n columns"], *, rows: int) -> Float[Tensor, "rows columns"]:
+    """Returns what the smaller transform takes to the first rows of H x: H's first rows repeat themselves."""
+    return x if len(x) == rows else x.view(-1, rows, x.shape[1]).sum(0)
 
 
 def _pieces(
     count: int, signs: Tensor, *, block: int, dtype: torch.dtype
-) -> Iterator[tuple[slice, Float[Tensor, "n columns"], Float[Tensor, "n columns"]]]:
+) -> Iterator[tuple[slice, Float[Tensor, "n columns"], Float[Tensor, "rows columns"]]]:
     """Yields the ranges of weights that are projected at a time, with their signs G and S."""
-    size = max(block, PIECE)  # both are powers of two, so blocks are never cut
+    size, rows = max(block, PIECE), _rows(count, block)  # powers of two, so blocks are never cut
+    cut = block * -(-count // block) // BITS
+    inner, outer = signs[:cut], signs[cut:]
     for begin in range(0, count, size):
-        weights = min(size, count - begin)
-        covered = -(-weights // block) * block // BITS
-        packed = signs[:, begin // BITS : begin // BITS + covered]
-        inner, outer = _unpack(packed, dtype=dtype).view(2, block, -1)
-        yield slice(begin, begin + weights), inner, outer
+        part = slice(begin, min(begin + size, count))
+        first, last = begin // block, -(-part.stop // block)
+        yield (
+            part,
+            _unpack(inner[block * first // BITS : block * last // BITS], dtype=dtype).view(block, -1),
+            _unpack(outer[rows * first // BITS : rows * last // BITS], dtype=dtype).view(rows, -1),
+        )
 
 
-def _unpack(packed: UInt8[Tensor, "2 bytes"], *, dtype: torch.dtype) -> Float[Tensor, "2 signs"]:
-    bits = (packed[..., None] >> torch.arange(BITS, dtype=torch.uint8, device=packed.device)) & 1
-    return bits.flatten(1).to(dtype).mul_(-2).add_(1)
+def _unpack(packed: UInt8[Tensor, " bytes"], *, dtype: torch.dtype) -> Float[Tensor, " signs"]:
+    bits = (packed[:, None] >> torch.arange(BITS, dtype=torch.uint8, device=packed.device)) & 1
+    return bits.flatten().to(dtype).mul_(-2).add_(1)
