@@ -269,6 +269,39 @@ def write_test_scores(run: Path, scores: list[float]) -> None:
     (run / "test_scores.csv").write_text("\n".join(["row,score,weight", *lines, ""]))
 
 
+def inspect_winners(sweep: Path) -> None:
+    """Writes what `lorasweep inspect SWEEP` leaves for the best trials of lora and full."""
+    arms: dict[str, str] = {}
+    trials = json.loads((sweep / "sweep.json").read_text())["trials"]
+    for arm, rank in (("lora", 4), ("full", 16)):
+        done = [trial for trial in trials if trial["arm"] == arm and trial["state"] == "complete"]
+        arms[arm] = min(done, key=lambda trial: trial["value"])["run"]
+        write_inspection(sweep / arms[arm] / "inspect", rank=rank)
+    folder = sweep / "inspect"
+    folder.mkdir()
+    means = [f"lora,full,mean,{side},{i},1,{0.5 / i},0.1" for side in ("input", "output") for i in (1, 2)]
+    header = "arm,other,layer,side,i,j,phi,random"
+    (folder / "similarity.csv").write_text("\n".join([header, *means]) + "\n")
+    summary = {"format": "lorasweep.inspections", "version": 1, "arms": arms, "sentences": ["`lora` and `full` share."]}
+    (folder / "summary.json").write_text(json.dumps(summary))
+
+
+def write_inspection(folder: Path, *, rank: int) -> None:
+    """Writes an inspection's files: two blocks of two kinds of layer, and a bias."""
+    folder.mkdir()
+    layers = [("blocks.0.q", 0, "q", 0.1), ("blocks.0.up", 0, "up", 0.3), ("blocks.1.q", 1, "q", 0.2)]
+    layers += [("blocks.1.up", 1, "up", 0.3)]
+    rows = [f"{layer},{block},{kind},{share},1.5" for layer, block, kind, share in layers]
+    header = "layer,block,kind,norm_share,effective_rank"
+    (folder / "layers.csv").write_text("\n".join([header, *rows, "head.bias,,head.bias,0.1,"]) + "\n")
+    spectra = {layer: [2.0 ** -(i + number) for i in range(rank)] for number, (layer, *_) in enumerate(layers)}
+    (folder / "spectra.json").write_text(json.dumps({"version": 1, "singular_values": spectra}))
+    scores = [f"{k},{BASE_SCORE - 0.3 * k / rank},{0.3 - 0.3 * k / rank},{k / rank},0.5" for k in (0, 2, rank)]
+    (folder / "truncation.csv").write_text("\n".join(["rank,score,loss,kept_share,norm_share", *scores]) + "\n")
+    summary = {"format": "lorasweep.inspection", "version": 1, "enough_rank": rank, "sentences": [f"At {rank}."]}
+    (folder / "summary.json").write_text(json.dumps(summary))
+
+
 def edit_json(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
     """Reads a JSON file, lets `change` change it, writes it."""
     content = json.loads(path.read_text())

@@ -16,7 +16,7 @@ from lorasweep.report.figures import PANELS
 from lorasweep.report.page import figure_json, mark_code
 from lorasweep.report.tables import load_sweep_data
 
-from .conftest import build_sweep, edit_json
+from .conftest import build_sweep, edit_json, inspect_winners
 
 HOSTILE = "</script><img src=x onerror=alert(1)>"
 
@@ -56,7 +56,7 @@ def written(sweep: Path) -> Page:
 
 SECTIONS = [
     *("arms", "confirmed", "rank", "rank-alpha", "lr", "curves", "tradeoff", "settings", "importance"),
-    *("unfinished", "trials"),
+    *("weights", "unfinished", "trials"),
 ]
 
 
@@ -103,6 +103,16 @@ def test_reruns_that_failed_stand_among_the_unfinished_with_their_reason(confirm
 def test_duplicates_are_marked(sweep: Path) -> None:
     edit_json(sweep / "sweep.json", lambda raw: raw["trials"][4].update(duplicate_of=1))
     assert "complete, same as 1" in written(sweep).text
+
+
+def test_page_shows_what_was_inspected(sweep: Path) -> None:
+    assert f"Type lorasweep inspect {sweep}." in written(sweep).text
+    inspect_winners(sweep)
+    page = written(sweep)
+    assert len(page.figures) == 14
+    assert "weights.csv" in page.links
+    assert (sweep / "report" / "weights.csv").read_text().count("\n") > 20
+    assert "At 16." in page.text
 
 
 def test_page_fetches_nothing(sweep: Path) -> None:

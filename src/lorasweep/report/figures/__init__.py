@@ -9,6 +9,7 @@ from lorasweep.report.figures.rates import draw_score_by_lr
 from lorasweep.report.figures.scores import draw_rank_alpha, draw_score_by_rank
 from lorasweep.report.figures.settings import draw_importance, draw_parallel_coordinates
 from lorasweep.report.figures.tradeoff import draw_tradeoff
+from lorasweep.report.figures.weights import draw_weights
 from lorasweep.report.tables import SweepData
 
 PANELS: tuple[Callable[[SweepData], Panel], ...] = (
@@ -20,6 +21,7 @@ PANELS: tuple[Callable[[SweepData], Panel], ...] = (
     draw_tradeoff,
     draw_parallel_coordinates,
     draw_importance,
+    draw_weights,
 )
 """In the order of the page."""
 

@@ -1,0 +1,136 @@
+"""What the report reads of inspections, draws of them, and says where they are missing, stale or damaged."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lorasweep.report.figures.weights import draw_weights, median_spectrum
+from lorasweep.report.inspections import SweepWeights, load_inspections
+from lorasweep.report.tables import load_sweep_data
+
+from .conftest import edit_json, inspect_winners
+
+
+@pytest.fixture
+def inspected(sweep: Path) -> Path:
+    """Returns the folder of a sweep whose winners were inspected."""
+    inspect_winners(sweep)
+    return sweep
+
+
+def load(sweep: Path) -> SweepWeights:
+    return load_inspections(load_sweep_data(sweep))
+
+
+def winner(sweep: Path, arm: str) -> Path:
+    best = next(one.best for one in load_sweep_data(sweep).arms if one.name == arm)
+    assert best
+    return sweep / best.run / "inspect"
+
+
+def test_a_sweep_that_was_not_inspected_says_how(sweep: Path) -> None:
+    panel = draw_weights(load_sweep_data(sweep))
+    assert panel.figures == ()
+    assert panel.text == f"The winners' weights were not looked at. Type `lorasweep inspect {sweep}`."
+
+
+def test_winners_are_read_with_their_numbers(inspected: Path) -> None:
+    weights = load(inspected)
+    assert [(one.arm, one.enough_rank, one.sentences) for one in weights.arms] == [
+        ("lora", 4, ("At 4.",)),
+        ("full", 16, ("At 16.",)),
+    ]
+    lora = weights.arms[0]
+    assert [(layer.block, layer.kind, layer.norm_share) for layer in lora.layers][-2:] == [
+        (1, "up", 0.3),
+        (None, "head.bias", 0.1),
+    ]
+    assert [(row.rank, row.kept_share) for row in lora.truncation] == [(0, 0.0), (2, 0.5), (4, 1.0)]
+    assert weights.similarity == {("lora", "full"): {(1, 1): 0.5, (2, 1): 0.25}}
+    assert weights.sentences == ("`lora` and `full` share.",)
+    assert weights.problems == ()
+
+
+def test_spectra_are_relative_to_each_layers_first(inspected: Path) -> None:
+    assert median_spectrum(load(inspected).arms[0]) == [1, 0.5, 0.25, 0.125]
+
+
+def test_figures_show_spectra_ranks_places_and_subspaces(inspected: Path) -> None:
+    panel = draw_weights(load_sweep_data(inspected))
+    spectra, truncation, kinds, blocks, similarity = panel.figures
+    assert [trace.name for trace in spectra.data] == ["lora", "full"]
+    lines = {trace.name: list(trace.x) for trace in truncation.data if trace.name}
+    assert lines == {"lora": ["0", "2", "4"], "full": ["0", "2", "16"]}
+    assert list(truncation.layout.xaxis.categoryarray) == ["0", "2", "4", "16"]
+    assert [list(trace.x) for trace in truncation.data if trace.mode == "markers"] == [["4"], ["16"]]
+    assert dict(zip(kinds.data[0].y, kinds.data[0].x, strict=True)) == pytest.approx({"q": 0.3, "up": 0.6})
+    assert list(blocks.data[0].y) == pytest.approx([0.4, 0.5])
+    assert list(map(list, similarity.data[0].z)) == [[0.5], [0.25]]
+    lora, full, together = panel.notes
+    assert re.fullmatch(r"lora: At 4\. Numbers in `runs/lora-\d+/inspect/`\.", lora)
+    assert full.startswith("full: At 16.")
+    assert together == "`lora` and `full` share."
+
+
+def test_an_inspection_without_scores_has_no_figure_of_them(inspected: Path) -> None:
+    for arm in ("lora", "full"):
+        (winner(inspected, arm) / "truncation.csv").unlink()
+        edit_json(winner(inspected, arm) / "summary.json", lambda raw: raw.update(enough_rank=None))
+    assert load(inspected).problems == ()
+    assert len(draw_weights(load_sweep_data(inspected)).figures) == 4
+
+
+def test_an_inspection_of_a_trial_that_is_no_winner_any_more_is_left_out(inspected: Path) -> None:
+    def improve(raw: dict[str, Any]) -> None:
+        other = [t for t in raw["trials"] if t["arm"] == "lora" and t["state"] == "complete"]
+        max(other, key=lambda trial: float(trial["value"]))["value"] = 0.5
+
+    edit_json(inspected / "sweep.json", improve)
+    weights = load(inspected)
+    assert [one.arm for one in weights.arms] == ["full"]
+    assert weights.similarity == {}
+    assert weights.sentences == ("Since the sweep was inspected an arm has got another winner. Inspect it again.",)
+
+
+def write(text: str) -> Callable[[Path], Any]:
+    return lambda path: path.write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "reason"),
+    [
+        ("summary.json", write("{"), "summary.json is missing or damaged"),
+        ("summary.json", write("[]"), "summary.json is of another kind"),
+        ("summary.json", lambda path: edit_json(path, lambda raw: raw.update(version=2)), "needs a newer lorasweep"),
+        ("summary.json", lambda path: edit_json(path, lambda raw: raw.pop("sentences")), "something else"),
+        ("layers.csv", lambda path: path.unlink(), "layers.csv is missing or damaged"),
+        ("layers.csv", write("layer,block\na,b\n"), "something else"),
+        ("layers.csv", lambda path: path.write_bytes(b"\xff\xff"), "layers.csv is missing or damaged"),
+        ("spectra.json", write('{"version": 1, "singular_values": {"a": [null]}}'), "something else"),
+        ("spectra.json", write('{"version": 1, "singular_values": 3}'), "something else"),
+        ("truncation.csv", write("rank,score,kept_share\n1,nan,\n"), "something else"),
+    ],
+)
+def test_a_damaged_inspection_is_a_sentence_and_the_other_still_appears(
+    inspected: Path, name: str, damage: Callable[[Path], Any], reason: str
+) -> None:
+    damage(winner(inspected, "lora") / name)
+    weights = load(inspected)
+    assert [one.arm for one in weights.arms] == ["full"]
+    (problem,) = weights.problems
+    assert problem.startswith("The inspection of `runs/lora-")
+    assert reason in problem
+    assert problem in draw_weights(load_sweep_data(inspected)).notes
+
+
+@pytest.mark.parametrize("name", ["summary.json", "similarity.csv"])
+def test_a_damaged_comparison_is_a_sentence(inspected: Path, name: str) -> None:
+    (inspected / "inspect" / name).write_text("x\n1\n")
+    weights = load(inspected)
+    assert len(weights.arms) == 2
+    assert "The comparison of the winners' weights can't be read:" in weights.problems[0]
