@@ -1,0 +1,165 @@
+"""Inspects the winner of each arm of a sweep and compares their directions: what `lorasweep inspect SWEEP` does."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lorasweep.analysis.inspection import (
+    FOLDER,
+    SIMILARITY_FILE,
+    SIMILARITY_HEADER,
+    SUMMARY_FILE,
+    VERSION,
+    Inspection,
+    mean_rows,
+    write_csv,
+    write_inspection,
+)
+from lorasweep.analysis.measure import Side, compare_directions
+from lorasweep.analysis.restore import FinishedRun, read_finished_run
+from lorasweep.analysis.run import Inspected, examine
+from lorasweep.analysis.sentences import describe_comparison
+from lorasweep.analysis.subspaces import Similarity
+from lorasweep.errors import RecordError
+from lorasweep.record import SweepRecord, TrialRow, read_sweep, write_atomically
+from lorasweep.training import Workbench, build_workbench
+
+MOST_PAIRS = 6
+"""Pairs of winners that are told of in words."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SweepInspection:
+    """What the weights of a sweep's winners say."""
+
+    folder: Path
+    inspections: Mapping[str, Inspection]
+    """By arm."""
+    sentences: tuple[str, ...]
+    """Which arms could not be inspected and why, and what each pair of winners shares."""
+
+
+def inspect_sweep(folder: Path, *, bench: Workbench | None = None, scores: bool = True) -> SweepInspection:
+    """Inspects the winner of each arm, writes `inspect/` into its run's folder and into the sweep's, returns all.
+
+    An arm that has no winner, or one whose weights can't be read, becomes a sentence; `frozen` arms are left out.
+
+    Args:
+        folder: A sweep's folder.
+        bench: Base model and data of all arms; loaded when None, once for arms that share them.
+        scores: Whether to score changes cut to smaller ranks.
+
+    Raises:
+        RecordError: The folder is not a sweep's, or no arm can be inspected.
+        ConfigError: The base model or the data cannot be had.
+    """
+    record = read_sweep(folder)
+    found: dict[str, Inspected] = {}
+    problems: list[str] = []
+    benches = _Benches(bench)
+    for arm, winner in winners(record).items():
+        if winner is None:
+            problems.append(f"Arm `{arm}` has no complete trial to inspect.")
+            continue
+        try:
+            run = read_finished_run(_run_folder(folder, winner))
+            found[arm] = examine(run, benches.of(run), scores=scores)
+        except RecordError as error:
+            problems.append(f"Arm `{arm}` can't be inspected: {error}")
+            continue
+        write_inspection(found[arm].inspection)
+    if not found:
+        why = f" ({problems[0]})" if problems else ""
+        raise RecordError(f"a sweep must have an arm with a trained winner, but {str(folder)!r} has none{why}.")
+    pairs = _compare(found)
+    sentences = (*problems, *_describe(pairs))
+    inspection = SweepInspection(
+        folder=folder, inspections={arm: one.inspection for arm, one in found.items()}, sentences=sentences
+    )
+    _write(inspection, pairs)
+    return inspection
+
+
+def winners(record: SweepRecord) -> dict[str, TrialRow | None]:
+    """Returns the best complete trial of each arm that trains, the earlier of equals; None where none is complete."""
+    sign = 1 if record.direction == "minimize" else -1
+    best: dict[str, TrialRow | None] = {arm.name: None for arm in record.arms if arm.method != "frozen"}
+    for trial in sorted(record.trials, key=lambda trial: trial.number):
+        if trial.arm not in best or trial.state != "complete" or trial.value is None or not math.isfinite(trial.value):
+            continue
+        before = best[trial.arm]
+        if before is None or before.value is None or sign * trial.value < sign * before.value:
+            best[trial.arm] = trial
+    return best
+
+
+def _run_folder(sweep: Path, trial: TrialRow) -> Path:
+    folder = sweep / trial.run
+    if not folder.resolve().is_relative_to(sweep.resolve()):
+        raise RecordError(
+            f"a trial's run must lie in its sweep's folder, but {trial.run!r} does not. Restore sweep.json."
+        )
+    return folder
+
+
+class _Benches:
+    """Base models and data, loaded once for all runs with the same settings of them."""
+
+    def __init__(self, given: Workbench | None) -> None:
+        self._given = given
+        self._loaded: dict[Any, Workbench] = {}
+
+    def of(self, run: FinishedRun) -> Workbench:
+        if self._given is not None:
+            return self._given
+        key = (run.config.model, run.config.data, run.config.trainer.precision)
+        if key not in self._loaded:
+            self._loaded[key] = build_workbench(run.config)
+        return self._loaded[key]
+
+
+Pairs = dict[tuple[str, str], dict[tuple[str, Side], Similarity]]
+
+
+def _compare(found: Mapping[str, Inspected]) -> Pairs:
+    """The directions of each two winners that changed the same base and layers."""
+    pairs: Pairs = {}
+    for first, second in itertools.combinations(found, 2):
+        runs = [found[arm].inspection.run.record.base.get("fingerprint") for arm in (first, second)]
+        values = compare_directions(found[first].directions, found[second].directions) if runs[0] == runs[1] else {}
+        if values:
+            pairs[first, second] = values
+    return pairs
+
+
+def _describe(pairs: Pairs) -> list[str]:
+    told = [describe_comparison(f"`{a}`", f"`{b}`", values) for (a, b), values in list(pairs.items())[:MOST_PAIRS]]
+    more = len(pairs) - len(told)
+    return [*told, f"{more} more pairs of winners are compared in {FOLDER}/{SIMILARITY_FILE}."] if more else told
+
+
+def _write(inspection: SweepInspection, pairs: Pairs) -> None:
+    folder = inspection.folder / FOLDER
+    arms = {
+        arm: one.run.folder.relative_to(inspection.folder).as_posix() for arm, one in inspection.inspections.items()
+    }
+    summary = {
+        "format": "lorasweep.inspections",
+        "version": VERSION,
+        "arms": arms,
+        "sentences": list(inspection.sentences),
+    }
+    write_atomically(folder / SIMILARITY_FILE, write_csv(["arm", "other", *SIMILARITY_HEADER], _pair_rows(pairs)))
+    write_atomically(folder / SUMMARY_FILE, json.dumps(summary, indent=1) + "\n")
+
+
+def _pair_rows(pairs: Pairs) -> Iterator[Iterable[Any]]:
+    for (first, second), values in pairs.items():
+        for row in mean_rows(values):
+            yield [first, second, *row]
