@@ -94,6 +94,8 @@ BAD = [
         "a run's folder must contain run.json, but 'nowhere' does",
     ),
     (["export", "full", "--format", "merged", "--out", "new"], "a run's folder must contain run.json, but 'full' does"),
+    (["inspect", "full"], "a run's folder must contain run.json, but 'full' does not."),
+    (["inspect", "nowhere", "full"], "a run's folder must contain run.json, but 'nowhere' does not."),
     (["train", "method.rnk=4"], "`method.rnk` is not a setting. Did you mean `method.rank`?"),
     (["train", "method=lorra"], "Did you mean `lora`?"),
     (["train", "method.rank=0"], "`method.rank >= 1` must hold, but got 0."),
@@ -132,7 +134,9 @@ def test_several_folders_of_which_one_is_no_sweep_are_refused_before_any_report_
     assert {path: path.stat().st_mtime_ns for path in here.rglob("*")} == before
 
 
-@pytest.mark.parametrize("words", [["--help"], *([name, "--help"] for name in ("sweep", "plan", "compare", "export"))])
+@pytest.mark.parametrize(
+    "words", [["--help"], *([name, "--help"] for name in ("sweep", "plan", "compare", "inspect", "export"))]
+)
 def test_help_is_shown(capsys, words):
     with pytest.raises(SystemExit) as ended:
         run(words)
@@ -144,7 +148,7 @@ def test_help_names_every_command(capsys):
     with pytest.raises(SystemExit):
         run(["--help"])
     shown = capsys.readouterr().out
-    for command in ("sweep", "train", "plan", "compare", "export"):
+    for command in ("sweep", "train", "plan", "compare", "inspect", "export"):
         assert f"\n    {command} " in shown
 
 
@@ -333,3 +337,47 @@ def test_a_plan_trains_and_writes_nothing(capsys, here, mini):
     shown = capsys.readouterr().out
     assert "lora" in shown
     assert files_below(here) == before
+
+
+def test_inspect_shows_a_run_as_a_table_json_or_csv_and_writes_its_files(here, short, capsys):
+    assert run(["train", *short, "output=one"]) == run(["train", *short, "output=two", "seed=1"]) == DONE
+    capsys.readouterr()
+    assert run(["inspect", "one", "two"]) == DONE
+    shown = capsys.readouterr().out
+    assert "cut to a smaller rank" in shown
+    assert "This run and `two` share" in " ".join(shown.split())
+    assert {path.name for path in (here / "one" / "inspect").iterdir()} == {
+        "layers.csv",
+        "similarity.csv",
+        "spectra.json",
+        "summary.json",
+        "truncation.csv",
+    }
+    assert run(["inspect", "one", "--format", "json", "--no-scores"]) == DONE
+    content = json.loads(capsys.readouterr().out)
+    assert len(content["by_layer"]) == content["layers"] == 28
+    assert content["ranks"] == []
+    assert run(["inspect", "one", "--format", "csv", "--no-scores"]) == DONE
+    assert capsys.readouterr().out == (here / "one" / "inspect" / "layers.csv").read_text()
+
+
+def test_inspecting_what_trained_nothing_is_one_line_and_exit_code_2(short, capsys):
+    words = [word for word in short if not word.startswith("method.")]
+    assert run(["train", "method=frozen", *words, "output=base"]) == DONE
+    capsys.readouterr()
+    assert run(["inspect", "base"]) == WRONG
+    output = capsys.readouterr()
+    assert output.err.count("\n") == 1
+    assert "has `method=frozen`. Name a run of another method." in output.err
+    assert output.out == ""
+
+
+def test_inspect_takes_a_sweep_alone_and_its_report_then_shows_what_was_found(here, mini, capsys):
+    assert run(["sweep", mini]) == DONE
+    capsys.readouterr()
+    assert run(["inspect", "outputs/mini", "outputs/mini"]) == WRONG
+    assert "`OTHER_RUN` must be left out with a sweep" in capsys.readouterr().err
+    assert run(["inspect", "outputs/mini"]) == DONE
+    assert capsys.readouterr().out.startswith("lora: outputs/mini/runs/lora-")
+    assert run(["compare", "outputs/mini"]) == DONE
+    assert "Its effective rank is" in (here / "outputs" / "mini" / "report" / "index.html").read_text()

@@ -71,6 +71,12 @@ def build_parser() -> argparse.ArgumentParser:
     export_parser.add_argument("--format", required=True, choices=["peft", "merged"])
     export_parser.add_argument("--out", required=True, type=Path, metavar="D", help="a new or empty folder")
     export_parser.set_defaults(command=export)
+    inspect_parser = commands.add_parser("inspect", help="what a run's weights say: how much of its rank it used")
+    inspect_parser.add_argument("folder", type=Path, metavar="RUN", help="folder of a run, or of a sweep: its winners")
+    inspect_parser.add_argument("other", type=Path, nargs="?", metavar="OTHER_RUN", help="a run to compare with")
+    inspect_parser.add_argument("--format", choices=("table", "json", "csv"), default="table", help="what to print")
+    inspect_parser.add_argument("--no-scores", action="store_true", help="don't score smaller ranks")
+    inspect_parser.set_defaults(command=inspect)
     return parser
 
 
@@ -121,6 +127,25 @@ def export(arguments: argparse.Namespace) -> int:
         f"its logits differ from the run's by at most {written.difference:.2g} (the largest is "
         f"{written.largest_logit:.3g})"
     )
+    return DONE
+
+
+def inspect(arguments: argparse.Namespace) -> int:
+    """Writes what the weights of a run, or of a sweep's winners, say into `inspect/` and shows it."""
+    from lorasweep.analysis import as_csv, as_json, inspect_run, inspect_sweep, render_inspection
+    from lorasweep.record import SWEEP_FILE
+
+    folder, other, scores = arguments.folder, arguments.other, not arguments.no_scores
+    is_sweep = (folder / SWEEP_FILE).is_file()
+    if is_sweep and other is not None:
+        raise ConfigError(
+            f"`OTHER_RUN` must be left out with a sweep, whose winners are compared, but got {str(other)!r}."
+        )
+    found = inspect_sweep(folder, scores=scores) if is_sweep else inspect_run(folder, other=other, scores=scores)
+    if arguments.format == "table":
+        Console().print(render_inspection(found))
+    else:
+        print(as_json(found) if arguments.format == "json" else as_csv(found), end="")
     return DONE
 
 
