@@ -243,3 +243,15 @@ def test_dropout_is_on_in_a_refilled_slot(make_config, bench, tmp_path):
     train_run(late, RunPlace(folder=tmp_path / "alone"), bench=bench)
     for (_, a), (_, b) in zip(rows(tmp_path / "alone"), rows(tmp_path / "late"), strict=True):
         assert a == pytest.approx(b, rel=LOSS_TOLERANCE)
+
+
+def test_a_slot_that_gets_no_better_ends_early_as_alone(make_config, bench, tmp_path):
+    stuck = make_config({"optim.lr": 1e-12, "trainer.max_steps": 8, "trainer.early_stop_evaluations": 1})
+    better = make_config({"optim.lr": 1e-3, "trainer.max_steps": 8, "trainer.early_stop_evaluations": 1})
+    outcomes = Outcomes()
+    jobs = [outcomes.job(tmp_path / "stuck", stuck), outcomes.job(tmp_path / "better", better)]
+    train_pack(jobs, bench=bench, supply=no_more)
+    alone = train_run(stuck, RunPlace(folder=tmp_path / "alone"), bench=bench)
+    packed = read_run(tmp_path / "stuck")
+    assert (packed.status, packed.steps_done, packed.reason) == ("complete", alone.steps_done, alone.reason)
+    assert read_run(tmp_path / "better").steps_done == 8

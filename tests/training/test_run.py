@@ -477,3 +477,35 @@ def test_bf16_bases_train_in_fp32(tmp_path, make_config, method):
 def test_the_adapter_is_named_by_its_checksum(finished):
     described = read_run(finished).files[f"best/{ADAPTER}"]
     assert described["sha256"] == hashlib.sha256((finished / "best" / ADAPTER).read_bytes()).hexdigest()
+
+
+def test_a_run_that_gets_no_better_ends_early_and_says_so(tmp_path, make_config, bench):
+    stuck = {"optim.lr": 1e-12, "trainer.max_steps": 12, "trainer.early_stop_evaluations": 2}
+    record = train(tmp_path, make_config(stuck), bench=bench)
+    assert record.status == "complete"
+    assert record.steps_done < 12
+    assert record.reason == (
+        f"no better score since step {record.best['step']:.0f}: stopped early at step {record.steps_done}"
+    )
+    better = make_config({**stuck, "optim.lr": 1e-3, "trainer.batch_size": 4})
+    assert train(tmp_path / "better", better, bench=bench).steps_done == 12
+
+
+def test_recomputed_activations_train_the_same(tmp_path, make_config, bench):
+    train(tmp_path / "kept", make_config({"method.dropout": 0.1}), bench=bench)
+    again = make_config({"method.dropout": 0.1, "trainer.activation_checkpointing": True})
+    train(tmp_path / "again", again, bench=bench)
+    assert losses(tmp_path / "again") == losses(tmp_path / "kept")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler, of torch
+def test_a_compiled_model_trains_the_same(tmp_path, make_config, bench):
+    config = make_config({"trainer.compile": True})
+    train(tmp_path / "compiled", config, bench=bench)
+    train(tmp_path / "eager", make_config(), bench=bench)
+    found = [loss for _, loss, _ in losses(tmp_path / "compiled")]
+    # fused kernels round otherwise in fp32
+    assert found == pytest.approx([loss for _, loss, _ in losses(tmp_path / "eager")], rel=1e-3)
+    kept = [load_file(tmp_path / name / "best" / ADAPTER).keys() for name in ("compiled", "eager")]
+    assert kept[0] == kept[1]

@@ -2,6 +2,7 @@
 
 from lorasweep.training.cost import choose_pack_size, measure_pack_sizes, measure_run
 from lorasweep.training.environment import resolve_precision
+from lorasweep.training.evaluate import Scored, evaluate_model
 from lorasweep.training.export import Export, ExportFormat, export_run
 from lorasweep.training.pack import train_pack
 from lorasweep.training.restore import restore_base, restore_config, restore_model
@@ -14,9 +15,11 @@ __all__ = [
     "ExportFormat",
     "Job",
     "RunPlace",
+    "Scored",
     "Workbench",
     "build_workbench",
     "choose_pack_size",
+    "evaluate_model",
     "export_run",
     "measure_pack_sizes",
     "measure_run",

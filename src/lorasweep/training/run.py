@@ -155,7 +155,8 @@ def checkpoint_activations(model: nn.Module) -> None:
         raise ConfigError(
             "`trainer.activation_checkpointing` must be false for a model that does not support it, but is true."
         )
-    model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})  # type: ignore[operator]
 
 
 def resolve_accumulate(config: TrainerConfig, part: Part) -> int:
