@@ -57,7 +57,8 @@ class RunRecord:
     data: dict[str, Any] = field(default_factory=dict)
     """Per part (`train`, `validation`, `test`): `fingerprint`, `bytes`, and `documents` and `blocks` or `rows`."""
     batching: dict[str, Any] = field(default_factory=dict)
-    """`micro_batches` per optimizer step, and `padding_fraction` of training and validation batches."""
+    """`micro_batches` per optimizer step, `padding_fraction` of training and validation batches, and the `attention`
+    that was chosen by measuring, with its times."""
     base: dict[str, Any] = field(default_factory=dict)
     """`path`, `fingerprint`, `parameters`."""
     started_at: str = ""

@@ -8,13 +8,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lorasweep.config.data import ChatConfig, DataConfig, StdlibConfig, TableConfig, TextConfig, resolve_data
+from lorasweep.config.model import ModelKind
 from lorasweep.data.blocks import make_block_part
 from lorasweep.data.examples import CompletionPart, LabelledPart, SequencePart
 from lorasweep.data.part import Part
@@ -22,8 +23,6 @@ from lorasweep.data.rows import Conversations, Documents, LabelledRows, Rows, Ro
 from lorasweep.data.tasks import Classification, LanguageModelling, MultiLabel, Regression, Task, check_metric
 from lorasweep.data.tokenise import describe_cut, tokenise_chats, tokenise_labelled, tokenise_sequences
 from lorasweep.errors import ConfigError
-
-ModelKind = Literal["causal_lm", "classifier", "seq2seq"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -12,11 +13,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from lorasweep.config.method import LoraConfig
 from lorasweep.config.run import RunConfig
 from lorasweep.data.batching import EvaluationSampler, MicroBatch, StepBatchSampler
 from lorasweep.data.part import Batch
 from lorasweep.lora.packed import inject_packed_lora, split_packed_parameters
-from lorasweep.methods import METHODS, copy_sharing_weights
+from lorasweep.methods import METHODS, copy_sharing_weights, draw_head, train_head
 from lorasweep.training.environment import resolve_device
 from lorasweep.training.optim import build_optimizer
 from lorasweep.training.pack import slot_batch, slot_losses
@@ -161,7 +163,10 @@ def _measure(config: RunConfig, bench: Workbench, *, slots: int) -> PackMeasurem
     model: nn.Module = copy_sharing_weights(bench.base.model)
     model.to(device)
     generators = [torch.Generator().manual_seed(0) for _ in range(slots)]
-    inject_packed_lora(model, [config.method] * slots, generators=generators)  # type: ignore[list-item]
+    assert isinstance(config.method, LoraConfig)
+    head = bench.base.head
+    start = functools.partial(draw_head, names=head)
+    inject_packed_lora(model, [train_head(config.method, head)] * slots, generators=generators, start=start)
     model.train()
     optimizer = StackedAdamW(split_packed_parameters(model), [config.optim] * slots)
     micros = _micro_batches(config, bench)

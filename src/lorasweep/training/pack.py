@@ -7,6 +7,7 @@ slot, dropout inside a fused attention kernel; the record then says so.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -36,7 +37,7 @@ from lorasweep.lora.packed import (
     slot_state,
     split_packed_parameters,
 )
-from lorasweep.methods import copy_sharing_weights
+from lorasweep.methods import copy_sharing_weights, draw_head, train_head
 from lorasweep.training.callbacks import RunStopped
 from lorasweep.training.environment import reset_peak_memory, resolve_device
 from lorasweep.training.optim import schedule_factor
@@ -99,7 +100,9 @@ class PackModule(lightning.LightningModule):
         self.runs = [SlotRun(job, bench=bench, slot=n, slots=len(jobs)) for n, job in enumerate(jobs)]
         self.model: nn.Module = copy_sharing_weights(bench.base.model)
         generators = [torch.Generator().manual_seed(job.config.seeds.init) for job in jobs]
-        coverages = inject_packed_lora(self.model, [_method(job) for job in jobs], generators=generators)
+        self.start = functools.partial(draw_head, names=bench.base.head)
+        configs = [self._method(job) for job in jobs]
+        coverages = inject_packed_lora(self.model, configs, generators=generators, start=self.start)
         self.model.train()
         self.optimizer = StackedAdamW(split_packed_parameters(self.model), [job.config.optim for job in jobs])
         for slot, (run, coverage) in enumerate(zip(self.runs, coverages, strict=True)):
@@ -239,7 +242,7 @@ class PackModule(lightning.LightningModule):
             return False
         run = SlotRun(job, bench=self.bench, slot=slot, slots=len(self.runs))
         generator = torch.Generator().manual_seed(job.config.seeds.init)
-        filled = fill_slot(self.model, slot, _method(job), generator=generator)
+        filled = fill_slot(self.model, slot, self._method(job), generator=generator, start=self.start)
         if filled.changes_parameters:
             self.optimizer.follow(split_packed_parameters(self.model))
         self.optimizer.reset_slot(slot, job.config.optim)
@@ -278,6 +281,10 @@ class PackModule(lightning.LightningModule):
         share = (time.monotonic() - self.settled_at) / max(len(self.runs), 1)
         for run in self.runs:
             run.wall_s += share
+
+    def _method(self, job: Job) -> LoraConfig:
+        assert isinstance(job.config.method, LoraConfig)
+        return train_head(job.config.method, self.bench.base.head)
 
     def _new_evaluations(self) -> list[Evaluation]:
         return [Evaluation(self.task) for _ in self.runs]
@@ -332,8 +339,3 @@ def _fit(module: PackModule, config: RunConfig, bench: Workbench) -> None:
             enable_model_summary=False,
         )
         trainer.fit(module, DataLoader(Ticks(), batch_size=None), held_out)
-
-
-def _method(job: Job) -> LoraConfig:
-    assert isinstance(job.config.method, LoraConfig)
-    return job.config.method

@@ -18,15 +18,17 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
 
 from lorasweep.config.run import RunConfig, TrainerConfig
-from lorasweep.data.batching import EvaluationSampler, choose_accumulate
+from lorasweep.data.batching import EvaluationSampler, StepBatchSampler, choose_accumulate
 from lorasweep.data.module import DataModule
 from lorasweep.data.part import Part
 from lorasweep.data.part import padding_fraction as measure_padding
 from lorasweep.data.parts import load_parts
+from lorasweep.data.rows import RowSource
 from lorasweep.data.sources import read_source
 from lorasweep.errors import ConfigError, OutOfMemory
 from lorasweep.methods import METHODS, copy_sharing_weights
-from lorasweep.models.load import BaseModel, load_base, require_tokenizer
+from lorasweep.models.attention import choose_attention
+from lorasweep.models.load import BaseModel, Labels, load_base
 from lorasweep.record import RUN_FILE, RunRecord, RunStatus
 from lorasweep.training.callbacks import EarlyStopping, Logging, Pruning, RunStopped, ShouldStop, Stopping
 from lorasweep.training.environment import Precision, reset_peak_memory, resolve_device, resolve_precision
@@ -51,9 +53,39 @@ def build_workbench(config: RunConfig) -> Workbench:
     """
     precision = resolve_precision(config.trainer)
     source = read_source(config.data)
-    base = load_base(config.model, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
-    parts = load_parts(config.data, source=source, tokenizer=require_tokenizer(base), model_kind=config.model.kind)
-    return Workbench(base=base, parts=parts, precision=precision)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    base = load_base(config.model, dtype=dtype, labels=labels_of(source))
+    parts = load_parts(
+        config.data,
+        source=source,
+        tokenizer=base.tokenizer,
+        model_kind=base.kind,
+        start_token=getattr(getattr(base.model, "config", None), "decoder_start_token_id", None),
+    )
+    attention = None
+    if config.model.attention == "auto":
+        attention = choose_attention(
+            base.model,
+            lengths=typical_lengths(config.trainer, parts.train),
+            rows=config.trainer.batch_size // resolve_accumulate(config.trainer, parts.train),
+            device=torch.device("cuda" if resolve_device(config.trainer) == "gpu" else "cpu"),
+        )
+    return Workbench(base=base, parts=parts, precision=precision, attention=attention)
+
+
+def labels_of(source: RowSource) -> Labels | None:
+    """Returns what a classifier of these rows is to tell; None for rows without labels."""
+    if source.kind in ("documents", "conversations"):
+        return None
+    names = ("value",) if source.kind == "regression" else source.label_names
+    return Labels(kind=source.kind, names=names)  # type: ignore[arg-type]
+
+
+def typical_lengths(config: TrainerConfig, part: Part) -> list[int]:
+    """Returns the lengths of the rows of the first steps' micro-batches, one micro-batch after the other."""
+    accumulate = resolve_accumulate(config, part)
+    steps = StepBatchSampler(part, batch_size=config.batch_size, num_steps=4, seed=0, accumulate=accumulate)
+    return [int(part.lengths[row]) for micro in steps for row in micro.indices]
 
 
 def never_prune(slot: int, step: int, value: float) -> bool:
@@ -176,6 +208,7 @@ def describe_batching(bench: Workbench, config: RunConfig, *, padding_fraction: 
             "train": round(padding_fraction, 4),
             "validation": round(measure_padding(held_out.lengths, batches), 4),
         },
+        "attention": None if bench.attention is None else bench.attention._asdict(),
     }
 
 

@@ -21,6 +21,7 @@ from lorasweep.config.run import RunConfig, TrainerConfig
 from lorasweep.data.parts import DataParts
 from lorasweep.data.tasks import goal_direction
 from lorasweep.errors import Diverged, LoraSweepError
+from lorasweep.models.attention import AttentionChoice
 from lorasweep.models.load import BaseModel
 from lorasweep.record import (
     STEPS_FILE,
@@ -55,6 +56,8 @@ class Workbench:
     base: BaseModel
     parts: DataParts
     precision: Precision
+    attention: AttentionChoice | None = None
+    """What was measured and chosen; None where `model.attention` says which."""
 
 
 @dataclass(frozen=True, kw_only=True)
