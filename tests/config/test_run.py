@@ -29,7 +29,7 @@ from lorasweep.errors import ConfigError
         ("trainer.max_steps", 0, "`trainer.max_steps >= 1` must hold, but got 0."),
         ("trainer.batch_size", 0, "`trainer.batch_size >= 1` must hold, but got 0."),
         ("trainer.accumulate", 0, "`trainer.accumulate >= 1` must hold, but got 0."),
-        ("trainer.accumulate", 3, "`trainer.accumulate` must divide `trainer.batch_size`, but got 3 and 16."),
+        ("trainer.accumulate", 17, "`trainer.accumulate <= trainer.batch_size` must hold, but got 17 and 16."),
         ("trainer.eval_batch_size", 0, "`trainer.eval_batch_size >= 1` must hold, but got 0."),
         ("trainer.eval_every_steps", 0, "`trainer.eval_every_steps >= 1` must hold, but got 0."),
         ("seeds.init", -1, r"`0 <= seeds.init < 2\*\*32` must hold, but got -1."),

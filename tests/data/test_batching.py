@@ -12,8 +12,10 @@ from lorasweep.data.batching import (
     StepBatchSampler,
     batches_by_length,
     choose_accumulate,
+    choose_sizes,
     cut_by_length,
     draw_order,
+    typical_lengths,
 )
 from lorasweep.data.part import padding_fraction
 
@@ -101,8 +103,9 @@ def test_a_step_has_the_rows_that_the_seed_drew_however_it_is_cut():
 
 def test_micro_batches_hold_rows_of_like_length():
     lengths = torch.tensor([3, 9, 1, 7])
-    assert cut_by_length([0, 1, 2, 3], lengths, parts=2) == [[2, 0], [3, 1]]
-    assert cut_by_length([3, 2, 1, 0], lengths, parts=1) == [[3, 2, 1, 0]]
+    assert cut_by_length([0, 1, 2, 3], lengths, sizes=[2, 2]) == [[2, 0], [3, 1]]
+    assert cut_by_length([0, 1, 2, 3], lengths, sizes=[1, 3]) == [[2], [0, 3, 1]]
+    assert cut_by_length([3, 2, 1, 0], lengths, sizes=[4]) == [[3, 2, 1, 0]]
 
 
 def test_the_step_weight_is_that_of_all_its_rows():
@@ -132,14 +135,37 @@ def test_padding_is_the_share_of_positions_that_are_not_tokens():
     assert padding_fraction(lengths, []) == 0
 
 
-def test_as_few_micro_batches_are_chosen_as_leave_a_tenth_of_padding():
+@pytest.fixture(scope="module")
+def mixed():
     generator = torch.Generator().manual_seed(0)
-    part = Rows(torch.randint(3, 60, (500,), generator=generator).tolist())
-    chosen = choose_accumulate(part, batch_size=32)
-    assert 1 < chosen <= 8
-    for accumulate, enough in ((chosen, True), (chosen // 2, False)):
-        steps = StepBatchSampler(part, batch_size=32, num_steps=100, seed=0, accumulate=accumulate)
-        assert (padding_fraction(part.lengths, [m.indices for m in steps]) <= 0.1) == enough
+    return Rows(torch.randint(3, 60, (500,), generator=generator).tolist())
+
+
+def padding_when_cut(part, accumulate):
+    steps = StepBatchSampler(part, batch_size=16, num_steps=100, seed=0, accumulate=accumulate)
+    return padding_fraction(part.lengths, [micro.indices for micro in steps])
+
+
+def test_more_slots_pay_for_more_cuts_until_a_tenth_is_padding(mixed):
+    chosen = [choose_accumulate(mixed, batch_size=16, slots=slots) for slots in (1, 4, 16)]
+    assert chosen == sorted(chosen)
+    assert chosen[0] < chosen[-1]
+    assert padding_when_cut(mixed, chosen[-1]) <= 0.1 < padding_when_cut(mixed, chosen[-1] - 1)
+
+
+@pytest.mark.parametrize("parts", [2, 3, 5])
+def test_sizes_leave_least_padding(mixed, parts):
+    sizes = choose_sizes(mixed, batch_size=15, parts=parts)
+    assert sum(sizes) == 15
+    assert len(sizes) == parts
+    typical = typical_lengths(mixed, 15)
+
+    def positions(sizes):
+        return sum(size * typical[end - 1] for size, end in zip(sizes, itertools.accumulate(sizes), strict=True))
+
+    every = itertools.combinations(range(1, 15), parts - 1)
+    least = min(positions([b - a for a, b in itertools.pairwise((0, *cuts, 15))]) for cuts in every)
+    assert positions(sizes) == pytest.approx(least)
 
 
 def test_rows_of_one_length_are_not_cut():

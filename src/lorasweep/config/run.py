@@ -65,8 +65,8 @@ class TrainerConfig:
     batch_size: int
     """Sequences per optimizer step, >= 1."""
     accumulate: int | Literal["auto"]
-    """Micro-batches into which one optimizer step is split by the rows' length, >= 1; must divide `trainer.batch_size`.
-    What is learned stays the same. `auto` takes as few as leave at most a tenth of padding."""
+    """Micro-batches into which one optimizer step is split by the rows' length, 1 to `trainer.batch_size`. What is
+    learned stays the same. `auto` takes as few as leave at most a tenth of padding, where that pays: in packs."""
     eval_batch_size: int
     """Rows of the greatest length per evaluation batch; of shorter rows there are more."""
     eval_every_steps: int
@@ -93,9 +93,9 @@ class TrainerConfig:
         if self.accumulate == "auto":
             return
         require_at_least("trainer.accumulate", self.accumulate, 1)
-        if self.batch_size % self.accumulate:
+        if self.accumulate > self.batch_size:
             raise ConfigError(
-                "`trainer.accumulate` must divide `trainer.batch_size`, "
+                "`trainer.accumulate <= trainer.batch_size` must hold, "
                 f"but got {self.accumulate!r} and {self.batch_size!r}."
             )
 

@@ -5,7 +5,10 @@ What is learned is decided by seed and step alone, so a run can go on anywhere. 
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import itertools
+import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -13,11 +16,20 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from lorasweep.data.part import Part, padding_fraction
+from lorasweep.data.part import Part
 
-LEAST_PADDING = 0.1
-"""`trainer.accumulate=auto` cuts a step into more micro-batches until no more than this share of it is padding."""
-MOST_MICRO_BATCHES = 8
+MOST_PADDING = 0.1
+"""`trainer.accumulate=auto` takes as few micro-batches as leave at most this share of padding, where that pays."""
+BATCH_POSITIONS = 256
+"""What a batch costs beside its positions, in positions: on 2 cores a step of MiniLM-L6 took 28 ms before its first
+token, as long as 300 tokens take."""
+EVALUATION_POSITIONS = 48
+"""The same of an evaluation's batch, which has no backward pass and no optimizer, and may be large."""
+WORTH_IT = 1.1
+"""Little padding may cost this factor of the cheapest number of micro-batches."""
+MOST_MICRO_BATCHES = 16
+MOST_LENGTHS = 64
+"""Rows of so many different lengths at most share an evaluation batch."""
 LOOKED_AT_STEPS = 100
 
 
@@ -44,21 +56,22 @@ class StepBatchSampler(Sampler[MicroBatch]):
 
         Args:
             part: Rows to choose from, at least one. May be fewer than `batch_size`.
-            batch_size: Rows per step; a multiple of `accumulate`.
+            batch_size: Rows per step.
             num_steps: Steps of the whole run, those before `start_step` included.
             seed: Decides the order.
             start_step: First step to yield, for a run that goes on.
-            accumulate: Micro-batches per step, of equally many rows; together they are the step's batch.
+            accumulate: Micro-batches per step, at most `batch_size`; together they are the step's batch.
         """
         assert len(part) >= 1
         assert 0 <= start_step <= num_steps
-        assert batch_size % accumulate == 0
+        assert 1 <= accumulate <= batch_size
         self.part = part
         self.batch_size = batch_size
         self.num_steps = num_steps
         self.seed = seed
         self.start_step = start_step
         self.accumulate = accumulate
+        self.sizes = choose_sizes(part, batch_size=batch_size, parts=accumulate)
         self._latest: tuple[int, list[int]] | None = None
 
     def __len__(self) -> int:
@@ -74,7 +87,7 @@ class StepBatchSampler(Sampler[MicroBatch]):
         """Returns the micro-batches of one step."""
         indices = self.indices_of_step(step)
         weight = float(self.part.weights[torch.tensor(indices)].sum())
-        return [MicroBatch(rows, weight) for rows in cut_by_length(indices, self.part.lengths, parts=self.accumulate)]
+        return [MicroBatch(rows, weight) for rows in cut_by_length(indices, self.part.lengths, sizes=self.sizes)]
 
     def indices_of_step(self, step: int) -> list[int]:
         """Returns the rows of one step's whole batch, in the order that was drawn."""
@@ -91,10 +104,10 @@ class StepBatchSampler(Sampler[MicroBatch]):
 
 
 class EvaluationSampler(Sampler[MicroBatch]):
-    """Yields every row once, sorted by length, in batches of about as many positions each."""
+    """Yields every row once, sorted by length, in batches of little padding."""
 
     def __init__(self, part: Part, *, batch_size: int) -> None:
-        """Takes a part and how many of its longest rows fit into a batch; of shorter ones it holds more."""
+        """Takes a part and how many of its longest rows fit into a batch; of shorter ones it may hold more."""
         self.batches = batches_by_length(part.lengths, budget=batch_size * int(part.lengths.max()))
 
     def __len__(self) -> int:
@@ -111,36 +124,87 @@ class EvaluationSampler(Sampler[MicroBatch]):
         return [index for batch in self.batches for index in batch]
 
 
-def cut_by_length(indices: Sequence[int], lengths: Tensor, *, parts: int) -> list[list[int]]:
-    """Returns the rows sorted by length (equal ones stay in order) in so many lists of equally many."""
-    ordered = sorted(indices, key=lambda index: int(lengths[index])) if parts > 1 else list(indices)
-    size = len(ordered) // parts
-    return [ordered[first : first + size] for first in range(0, len(ordered), size)]
+def cut_by_length(indices: Sequence[int], lengths: Tensor, *, sizes: Sequence[int]) -> list[list[int]]:
+    """Returns the rows sorted by length (equal ones stay in order) in lists of these sizes."""
+    ordered = sorted(indices, key=lambda index: int(lengths[index])) if len(sizes) > 1 else list(indices)
+    ends = list(itertools.accumulate(sizes))
+    return [ordered[end - size : end] for end, size in zip(ends, sizes, strict=True)]
+
+
+@functools.lru_cache(maxsize=64)
+def choose_sizes(part: Part, *, batch_size: int, parts: int) -> tuple[int, ...]:
+    """Returns the sizes of a step's micro-batches that leave the least padding on average, the shortest rows first.
+
+    They are the same for every step, so that the slots of a pack agree on them.
+    """
+    if parts == 1 or int(part.lengths.min()) == int(part.lengths.max()):
+        return tuple(batch_size // parts + (n < batch_size % parts) for n in range(parts))
+    typical = typical_lengths(part, batch_size)
+    costs = [(count + 1) * length for count, length in enumerate(typical)]  # of the first micro-batch
+    best: list[tuple[float, tuple[int, ...]]] = [(cost, (count + 1,)) for count, cost in enumerate(costs)]
+    for _ in range(parts - 1):
+        best = [
+            min(((best[i][0] + (j - i) * typical[j], (*best[i][1], j - i)) for i in range(j)), default=(math.inf, ()))
+            for j in range(batch_size)
+        ]
+    return best[-1][1]
+
+
+@functools.lru_cache(maxsize=64)
+def typical_lengths(part: Part, batch_size: int) -> tuple[float, ...]:
+    """Returns the mean length of a step's shortest row, of its second shortest, and so on, from the first steps."""
+    steps = StepBatchSampler(part, batch_size=batch_size, num_steps=LOOKED_AT_STEPS, seed=0)
+    drawn = torch.stack([part.lengths[torch.tensor(steps.indices_of_step(step))] for step in range(LOOKED_AT_STEPS)])
+    return tuple(drawn.sort(dim=1).values.double().mean(0).tolist())
+
+
+def choose_accumulate(part: Part, *, batch_size: int, slots: int = 1) -> int:
+    """Returns how many micro-batches per step pay: cutting saves padding and costs a pass through the model each.
+
+    It depends on the data, the batch size and the number of slots alone.
+    """
+    if int(part.lengths.min()) == int(part.lengths.max()):
+        return 1
+    typical = torch.tensor(typical_lengths(part, batch_size))
+    costs: dict[int, float] = {}
+    padding: dict[int, float] = {}
+    for parts in range(1, min(batch_size, MOST_MICRO_BATCHES) + 1):
+        sizes = choose_sizes(part, batch_size=batch_size, parts=parts)
+        ends = torch.tensor(sizes).cumsum(0) - 1
+        positions = float((torch.tensor(sizes) * typical[ends]).sum())
+        costs[parts] = slots * positions + parts * BATCH_POSITIONS
+        padding[parts] = 1 - float(typical.sum()) / positions
+    cheapest = min(costs, key=costs.__getitem__)
+    little = next((parts for parts in costs if padding[parts] <= MOST_PADDING), cheapest)
+    return little if costs[little] <= WORTH_IT * costs[cheapest] else cheapest
 
 
 def batches_by_length(lengths: Tensor, *, budget: int) -> list[list[int]]:
-    """Returns every row once, sorted by length, in batches of at most `budget` positions with padding (or one row)."""
-    batches: list[list[int]] = [[]]
-    for index in lengths.argsort(stable=True).tolist():
-        if batches[-1] and (len(batches[-1]) + 1) * int(lengths[index]) > budget:
-            batches.append([])
-        batches[-1].append(index)
-    return batches
+    """Returns every row once, sorted by length, in batches of at most `budget` positions with padding (or one row).
 
-
-def choose_accumulate(part: Part, *, batch_size: int) -> int:
-    """Returns the least number of micro-batches per step whose padding is at most a tenth, by the first steps' rows.
-
-    It depends on the data and the batch size alone, so that all trials of a sweep have the same.
+    Cut where padding and the cost of a batch are least together, for rows of one length each time as many as fit.
     """
-    steps = StepBatchSampler(part, batch_size=batch_size, num_steps=LOOKED_AT_STEPS, seed=0)
-    drawn = [steps.indices_of_step(step) for step in range(LOOKED_AT_STEPS)]
-    choices = [n for n in range(1, min(batch_size, MOST_MICRO_BATCHES) + 1) if batch_size % n == 0]
-    for parts in choices:
-        cut = [batch for rows in drawn for batch in cut_by_length(rows, part.lengths, parts=parts)]
-        if padding_fraction(part.lengths, cut) <= LEAST_PADDING:
-            return parts
-    return choices[-1]
+    order = lengths.argsort(stable=True).tolist()
+    runs = [list(rows) for _, rows in itertools.groupby(order, key=lambda index: int(lengths[index]))]
+    sizes = [int(lengths[run[0]]) for run in runs]
+    ends = [0, *itertools.accumulate(map(len, runs))]
+    best: list[tuple[float, int]] = [(0.0, 0)]  # cost of all runs before, and where the last group of runs starts
+    for last, size in enumerate(sizes):
+        options = []
+        for first in range(last, max(-1, last - MOST_LENGTHS), -1):
+            count = ends[last + 1] - ends[first]
+            passes = math.ceil(count / max(1, budget // size))
+            options.append((best[first][0] + count * size + passes * EVALUATION_POSITIONS, first))
+        best.append(min(options))
+    batches: list[list[int]] = []
+    past = len(runs)
+    while past:
+        first = best[past][1]
+        rows = order[ends[first] : ends[past]]
+        most = max(1, budget // sizes[past - 1])
+        batches[:0] = [rows[start : start + most] for start in range(0, len(rows), most)]
+        past = first
+    return batches
 
 
 def draw_order(num_rows: int, *, seed: int, number: int) -> list[int]:

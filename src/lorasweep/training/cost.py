@@ -169,7 +169,7 @@ def _measure(config: RunConfig, bench: Workbench, *, slots: int) -> PackMeasurem
     inject_packed_lora(model, [train_head(config.method, head)] * slots, generators=generators, start=start)
     model.train()
     optimizer = StackedAdamW(split_packed_parameters(model), [config.optim] * slots)
-    micros = _micro_batches(config, bench)
+    micros = _micro_batches(config, bench, slots=slots)
     batches = [_to(slot_batch(bench.parts.train, [micro] * slots, model=model), device) for micro in micros]
 
     def step() -> None:
@@ -185,10 +185,10 @@ def _measure(config: RunConfig, bench: Workbench, *, slots: int) -> PackMeasurem
     return PackMeasurement(slots=slots, step_s=_median(times), memory_bytes=_memory_in_use())
 
 
-def _micro_batches(config: RunConfig, bench: Workbench) -> list[MicroBatch]:
-    """The first step's."""
+def _micro_batches(config: RunConfig, bench: Workbench, *, slots: int = 1) -> list[MicroBatch]:
+    """The first step's, cut as a pack of so many slots cuts it."""
     part, settings = bench.parts.train, config.trainer
-    accumulate = resolve_accumulate(settings, part)
+    accumulate = resolve_accumulate(settings, part, slots=slots)
     steps = StepBatchSampler(part, batch_size=settings.batch_size, num_steps=1, seed=0, accumulate=accumulate)
     return steps.step(0)
 

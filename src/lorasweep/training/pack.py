@@ -38,12 +38,20 @@ from lorasweep.lora.packed import (
     split_packed_parameters,
 )
 from lorasweep.methods import copy_sharing_weights, draw_head, train_head
+from lorasweep.record import read_run
 from lorasweep.training.callbacks import RunStopped
 from lorasweep.training.environment import reset_peak_memory, resolve_device
 from lorasweep.training.optim import schedule_factor
 from lorasweep.training.pack_optim import StackedAdamW
-from lorasweep.training.run import never_stop, quiet_lightning
-from lorasweep.training.run_log import Values, Workbench, describe_stale, is_out_of_memory, is_stale
+from lorasweep.training.run import never_stop, quiet_lightning, resolve_accumulate
+from lorasweep.training.run_log import (
+    SLOT_CHECKPOINT_FILE,
+    Values,
+    Workbench,
+    describe_stale,
+    is_out_of_memory,
+    is_stale,
+)
 from lorasweep.training.slots import Job, SlotRun, Supply
 
 
@@ -97,7 +105,8 @@ class PackModule(lightning.LightningModule):
         self.supply = supply
         self.stop_requested = stop_requested
         self.task = bench.parts.task
-        self.runs = [SlotRun(job, bench=bench, slot=n, slots=len(jobs)) for n, job in enumerate(jobs)]
+        self.accumulate = _accumulate_of(jobs, bench)
+        self.runs = [self._open(job, slot=slot, slots=len(jobs)) for slot, job in enumerate(jobs)]
         self.model: nn.Module = copy_sharing_weights(bench.base.model)
         generators = [torch.Generator().manual_seed(job.config.seeds.init) for job in jobs]
         self.start = functools.partial(draw_head, names=bench.base.head)
@@ -109,7 +118,6 @@ class PackModule(lightning.LightningModule):
             self._begin(slot, run, trainable_params=coverage.trainable_params)
         set_dropout_streams(self.model, [run.stream for run in self.runs])
         self.evaluations = self._new_evaluations()
-        self.accumulate = self.runs[0].order.accumulate
         self.micro = 0
         self.micro_losses: list[Tensor] = []
         self.shares_draws: bool | None = None
@@ -240,7 +248,7 @@ class PackModule(lightning.LightningModule):
         job = self.supply()
         if job is None:
             return False
-        run = SlotRun(job, bench=self.bench, slot=slot, slots=len(self.runs))
+        run = self._open(job, slot=slot, slots=len(self.runs))
         generator = torch.Generator().manual_seed(job.config.seeds.init)
         filled = fill_slot(self.model, slot, self._method(job), generator=generator, start=self.start)
         if filled.changes_parameters:
@@ -249,6 +257,9 @@ class PackModule(lightning.LightningModule):
         self.runs[slot] = run
         self._begin(slot, run, trainable_params=filled.coverage.trainable_params)
         return True
+
+    def _open(self, job: Job, *, slot: int, slots: int) -> SlotRun:
+        return SlotRun(job, bench=self.bench, slot=slot, slots=slots, accumulate=self.accumulate)
 
     def _begin(self, slot: int, run: SlotRun, *, trainable_params: int) -> None:
         run.record.trainable_params = trainable_params
@@ -316,6 +327,13 @@ def slot_batch(part: Part, micros: Sequence[MicroBatch], *, model: nn.Module) ->
 def slot_losses(task: Task, model: nn.Module, batch: Batch, *, slots: int) -> Tensor:
     """Returns the sum of the losses of each slot's rows, in fp32, (slots,)."""
     return task.losses(model, batch).view(slots, -1).sum(1)
+
+
+def _accumulate_of(jobs: Sequence[Job], bench: Workbench) -> int:
+    """The micro-batches per step of a pack: those of a run that goes on in it, else what pays for so many slots."""
+    folders = [job.place.folder for job in jobs if (job.place.folder / SLOT_CHECKPOINT_FILE).exists()]
+    begun = read_run(folders[0]) if folders else None
+    return resolve_accumulate(jobs[0].config.trainer, bench.parts.train, slots=len(jobs), begun=begun)
 
 
 def _fit(module: PackModule, config: RunConfig, bench: Workbench) -> None:

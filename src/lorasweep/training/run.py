@@ -131,7 +131,8 @@ def train_run(
         model = prepare_model(config, bench.base)
         record.trainable_params = sum(p.numel() for p in model.parameters() if p.requires_grad)
         record.trainable_fraction = record.trainable_params / record.total_params
-        accumulate = resolve_accumulate(config.trainer, bench.parts.train)
+        accumulate = resolve_accumulate(config.trainer, bench.parts.train, begun=record)
+        record.batching = describe_batching(bench, config.trainer, accumulate=accumulate, padding_fraction=0.0)
         module = TrainingModule(
             model, method=METHODS[config.method.name], config=config, task=bench.parts.task, accumulate=accumulate
         )
@@ -154,7 +155,7 @@ def train_run(
     if pruning.pruned_at is not None:
         status, record.reason = "pruned", f"pruned at step {pruning.pruned_at} of {record.steps_planned}"
     record.tokens_trained, record.tokens_per_s = module.tokens_trained, module.tokens_per_s
-    record.batching = describe_batching(bench, config, padding_fraction=module.padding_fraction)
+    record.batching["padding_fraction"]["train"] = round(module.padding_fraction, 4)
     log.close(status, record.reason)
     return record
 
@@ -191,19 +192,30 @@ def checkpoint_activations(model: nn.Module) -> None:
     enable({"use_reentrant": False})  # type: ignore[operator]
 
 
-def resolve_accumulate(config: TrainerConfig, part: Part) -> int:
-    """Returns the micro-batches per optimizer step; `auto` is decided by the rows' lengths alone."""
+def resolve_accumulate(config: TrainerConfig, part: Part, *, slots: int = 1, begun: RunRecord | None = None) -> int:
+    """Returns the micro-batches per optimizer step.
+
+    Args:
+        config: The run's; `auto` is decided by the rows' lengths and the number of slots.
+        part: The training part.
+        slots: Runs that train together.
+        begun: The record of the run where it goes on: it goes on with as many as it began with.
+    """
+    if begun is not None and "micro_batches" in begun.batching:
+        return int(begun.batching["micro_batches"])
     if config.accumulate == "auto":
-        return choose_accumulate(part, batch_size=config.batch_size)
+        return choose_accumulate(part, batch_size=config.batch_size, slots=slots)
     return config.accumulate
 
 
-def describe_batching(bench: Workbench, config: RunConfig, *, padding_fraction: float) -> dict[str, Any]:
-    """Returns what a run record keeps of how its batches were made."""
+def describe_batching(
+    bench: Workbench, config: TrainerConfig, *, accumulate: int, padding_fraction: float
+) -> dict[str, Any]:
+    """Returns what a run record keeps of how its batches are made."""
     held_out = bench.parts.validation
-    batches = EvaluationSampler(held_out, batch_size=config.trainer.eval_batch_size).batches
+    batches = EvaluationSampler(held_out, batch_size=config.eval_batch_size).batches
     return {
-        "micro_batches": resolve_accumulate(config.trainer, bench.parts.train),
+        "micro_batches": accumulate,
         "padding_fraction": {
             "train": round(padding_fraction, 4),
             "validation": round(measure_padding(held_out.lengths, batches), 4),

@@ -14,7 +14,7 @@ from torch.utils.tensorboard import SummaryWriter
 from lorasweep.config.run import RunConfig
 from lorasweep.data.batching import MicroBatch, StepBatchSampler
 from lorasweep.record import RUN_FILE, RunRecord
-from lorasweep.training.run import describe_batching, resolve_accumulate
+from lorasweep.training.run import describe_batching
 from lorasweep.training.run_log import SLOT_CHECKPOINT_FILE, RunLog, RunPlace, Workbench, new_record, reopen_record
 
 
@@ -50,7 +50,7 @@ class SlotRun:
         checkpoint: What it goes on from, or None.
     """
 
-    def __init__(self, job: Job, *, bench: Workbench, slot: int, slots: int) -> None:
+    def __init__(self, job: Job, *, bench: Workbench, slot: int, slots: int, accumulate: int) -> None:
         config, folder = job.config, job.place.folder
         self.job = job
         self.bench = bench
@@ -63,6 +63,7 @@ class SlotRun:
         self.wall_s = 0.0
         self.record = reopen_record(folder) if resumed else new_record(config, job.place, bench)
         self.record.pack = {"slot": slot, "slots": slots}
+        self.record.batching = describe_batching(bench, config.trainer, accumulate=accumulate, padding_fraction=0.0)
         self.log = RunLog(self.record, folder, start_step=self.step)
         self.writer = SummaryWriter(str(folder))
         self.stream = torch.Generator().manual_seed(config.seeds.dropout)
@@ -73,7 +74,7 @@ class SlotRun:
             batch_size=config.trainer.batch_size,
             num_steps=config.trainer.max_steps,
             seed=config.seeds.data_order,
-            accumulate=resolve_accumulate(config.trainer, bench.parts.train),
+            accumulate=accumulate,
         )
         self._micros: tuple[int, list[MicroBatch]] = (-1, [])
 
@@ -120,7 +121,7 @@ class SlotRun:
     def close(self, status: Any, reason: str | None) -> None:
         """Writes the final record."""
         self.record.tokens_trained, self.record.tokens_per_s = self.tokens_trained, self.tokens_per_s
-        self.record.batching = describe_batching(self.bench, self.job.config, padding_fraction=self.padding_fraction)
+        self.record.batching["padding_fraction"]["train"] = round(self.padding_fraction, 4)
         self.log.close(status, reason, wall_s=self.wall_s)
         self.writer.close()
 
