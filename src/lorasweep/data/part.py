@@ -52,6 +52,10 @@ class Part(Protocol):
         """Returns the number of rows."""
         return len(self.lengths)
 
+    def __hash__(self) -> int:
+        """Tells parts apart by what they are, not by what they hold."""
+        return id(self)
+
     @abstractmethod
     def batch(self, indices: Sequence[int], *, slots: int = 1) -> Batch:
         """Returns the rows at these indices, padded to the longest.
