@@ -2,42 +2,33 @@
 
     python benchmarks/bench_sweep.py [--seeds 5] [--sweep quickstart] [--arm lora] [--quick] [key=value ...]
 
-For each seed of the sampler the arm is searched as `lorasweep sweep` does it: trials in packs, pruned and refilled.
-Then every trial that was asked for is trained alone to its end. So both sides train the same settings, and a difference
-of the best scores is what pruning missed (and rounding: packs and runs alone sum in another order). The search's time
-contains the choice of the pack's size, Optuna and the records; loading the model and the text is left out of both.
-Which side goes first can't change, because the search says what the trials are; a ratio is one within a seed.
+For each seed of the sampler the arm is searched by `lorasweep sweep`: trials in packs, pruned and refilled. Then every
+trial that was asked for is trained alone to its last step. So both sides train the same settings, and a difference of
+the best scores is what pruning missed (and rounding: packs and runs alone sum in another order). The search's time is
+that of its record: the choice of the pack's size, Optuna and the records are in it, loading is in neither. Which side
+goes first can't change, because the search says what the trials are; a ratio is one within a seed.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
+import contextlib
 import os
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
+from omegaconf import OmegaConf
 
-from lorasweep.record import Direction, RunRecord, read_run
-from lorasweep.sweep import (
-    Arm,
-    Benches,
-    Definition,
-    Worker,
-    check_definition,
-    create_sweep,
-    find_sweep_file,
-    read_definition,
-    sweep_direction,
-)
-from lorasweep.training import RunPlace, train_run
+from lorasweep.cli import run
+from lorasweep.record import Direction, RunRecord, read_run, read_sweep
+from lorasweep.sweep import find_sweep_file
+from lorasweep.training import RunPlace, build_workbench, restore_config, train_run
 
 QUICK = (
     "trainer.max_steps=8",
@@ -61,19 +52,6 @@ HEADINGS = (
     "worse by",
     "same best",
 )
-
-
-class Silent:
-    """An observer that shows nothing."""
-
-    def trial_started(self, arm: Arm, number: int, params: Mapping[str, Any], *, steps: int) -> None:
-        """Nothing."""
-
-    def evaluated(self, arm: Arm, number: int, step: int, value: float) -> None:
-        """Nothing."""
-
-    def trial_ended(self, arm: Arm, number: int, state: str, value: float | None, *, wall_s: float) -> None:
-        """Nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,64 +116,46 @@ def _steps(side: Side) -> int:
     return sum(record.steps_done for record in side.records)
 
 
-def search(definition: Definition, folder: Path, benches: Benches) -> Side:
-    """The sweep as `lorasweep sweep` runs it."""
-    configs = check_definition(definition, benches)
-    sweep = create_sweep(definition, folder, configs=configs, direction=sweep_direction(configs))
-    started = time.perf_counter()
-    try:
-        worker = Worker(
-            sweep, benches, observer=Silent(), stop_requested=lambda: False, run_ended=lambda record, path, params: None
-        )
-        worker.run()
-    finally:
-        sweep.close()
-    seconds = time.perf_counter() - started
-    return Side(seconds=seconds, records=[read_run(folder / row.run) for row in sweep.record.trials])
+def search(source: Path, folder: Path, words: Sequence[str]) -> Side:
+    """The sweep as `lorasweep sweep` runs it, by its own clock."""
+    with contextlib.redirect_stdout(sys.stderr):
+        code = run(["sweep", str(source), *words, f"sweep.output={folder}"])
+    if code:
+        raise SystemExit(code)
+    record = read_sweep(folder)
+    return Side(seconds=record.makespan_s, records=[read_run(folder / row.run) for row in record.trials])
 
 
-def repeat_alone(search: Definition, folder: Path, trials: Sequence[Mapping[str, Any]], benches: Benches) -> Side:
-    """Every trial to its end, one after another."""
-    (arm,) = search.arms
-    started = time.perf_counter()
-    records = []
-    for number, params in enumerate(trials):
-        config = arm.compose(params)
-        records.append(train_run(config, RunPlace(folder=folder / str(number)), bench=benches.of(config)))
-    return Side(seconds=time.perf_counter() - started, records=records)
+def repeat_alone(trials: Sequence[RunRecord], folder: Path) -> Side:
+    """The same settings to the last step, one after another."""
+    configs = [restore_config(record) for record in trials]
+    bench = build_workbench(configs[0])
+    started = time.monotonic()
+    records = [train_run(config, RunPlace(folder=folder / str(n)), bench=bench) for n, config in enumerate(configs)]
+    return Side(seconds=time.monotonic() - started, records=records)
 
 
-def measure(definition: Definition, seed: int, benches: Benches) -> Row:
+def measure(source: Path, seed: int, words: Sequence[str]) -> Row:
     """Both sides of one seed."""
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        packed = search(definition, folder / "sweep", benches)
-        trials = [_swept(record, definition.arms[0]) for record in packed.records]
-        alone = repeat_alone(definition, folder / "alone", trials, benches)
-        configs = check_definition(definition, benches)
-    return Row(seed=seed, packed=packed, alone=alone, direction=sweep_direction(configs))
+        packed = search(source, Path(name) / "sweep", [*words, f"sweep.seed={seed}"])
+        alone = repeat_alone(packed.records, Path(name) / "alone")
+    return Row(seed=seed, packed=packed, alone=alone, direction=packed.records[0].direction)
 
 
-def _swept(record: RunRecord, arm: Arm) -> dict[str, Any]:
-    values = {}
-    for key in arm.space:
-        value: Any = record.config
-        for name in key.split("."):
-            value = value[name]
-        values[key] = value
-    return values
+def write_one_arm(sweep: str, arm: str, folder: Path) -> Path:
+    """Writes the sweep file with one of its arms."""
+    content = OmegaConf.to_container(OmegaConf.load(find_sweep_file(sweep)), resolve=True)
+    if arm not in content["arms"]:
+        raise SystemExit(f"--arm must be one of {', '.join(content['arms'])}, but got {arm!r}.")
+    content["arms"] = {arm: content["arms"][arm]}
+    path = folder / f"{arm}.yaml"
+    OmegaConf.save(OmegaConf.create(content), path)
+    return path
 
 
-def one_arm(definition: Definition, name: str) -> Definition:
-    """The sweep of one of its arms."""
-    arms = tuple(arm for arm in definition.arms if arm.name == name)
-    if not arms:
-        raise SystemExit(f"--arm must be one of {', '.join(arm.name for arm in definition.arms)}, but got {name!r}.")
-    return dataclasses.replace(definition, arms=arms)
-
-
-def print_table(rows: Sequence[Row]) -> None:
-    """The rows are printed as they come; this is what stands below them."""
+def print_summary(rows: Sequence[Row]) -> None:
+    """What stands below the table."""
     ratios, worse = [row.ratio for row in rows], [row.worse_by for row in rows]
     same = sum(row.packed.best(row.direction)[1] == row.alone.best(row.direction)[1] for row in rows)
     saved = statistics.median(row.saved_fraction for row in rows)
@@ -219,16 +179,17 @@ def main() -> None:
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
         os.execv(sys.executable, [sys.executable, *sys.argv])
     torch.set_num_threads(arguments.threads)
-    benches, rows = Benches(), []
+    rows: list[Row] = []
     words = [*(QUICK if arguments.quick else ()), *arguments.words]
     place = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{arguments.threads} threads"
     print(f"\n{arguments.sweep}, arm {arguments.arm}, {place}\n")
-    print(f"| {' | '.join(HEADINGS)} |\n|{'--:|' * len(HEADINGS)}")
-    for seed in range(1 if arguments.quick else arguments.seeds):
-        definition = read_definition(find_sweep_file(arguments.sweep), [*words, f"sweep.seed={seed}"])
-        rows.append(measure(one_arm(definition, arguments.arm), seed, benches))
-        print(f"| {' | '.join(rows[-1].cells())} |", flush=True)
-    print_table(rows)
+    print(f"| {' | '.join(HEADINGS)} |\n|{'--:|' * len(HEADINGS)}", flush=True)
+    with tempfile.TemporaryDirectory() as name:
+        source = write_one_arm(arguments.sweep, arguments.arm, Path(name))
+        for seed in range(1 if arguments.quick else arguments.seeds):
+            rows.append(measure(source, seed, words))
+            print(f"| {' | '.join(rows[-1].cells())} |", flush=True)
+    print_summary(rows)
 
 
 if __name__ == "__main__":

@@ -178,6 +178,20 @@ def test_every_command_of_the_readme_runs(tmp_path, monkeypatch):
     assert codes == dict.fromkeys(codes, 0)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("file", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda file: file.stem)
+def test_every_benchmark_starts(file):
+    done = subprocess.run(
+        [sys.executable, str(file), "--help"],
+        env={"PYTHONPATH": str(SOURCE), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"usage: {file.name}" in done.stdout
+
+
 def test_the_wheel_is_told_to_take_conf_and_sweeps_along():
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
     assert settings["packages"] == ["src/lorasweep"]
