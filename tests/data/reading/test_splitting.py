@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorasweep.data.reading.splitting import BUCKETS, choose_evenly, content_key, count_shared, split_rows
+from lorasweep.data.reading.splitting import BUCKETS, choose_evenly, content_key, split_rows
 from lorasweep.errors import ConfigError
 
 KEYS = st.lists(st.integers(0, 2**64 - 1) | st.integers(0, 5), min_size=3, max_size=60)
@@ -15,7 +15,7 @@ OFF = st.sampled_from([("validation",), ("test",), ("validation", "test")])
 
 def test_key_of_a_content_is_fixed():
     # A stored value: were it to move, a data set would be split anew and scores would not compare.
-    assert content_key(["so, and so"]) == 7776870965764834384
+    assert content_key(["so, and so"]) == 17866808434946027321
 
 
 def test_key_ignores_case_and_white_space_and_nothing_else():
@@ -57,12 +57,6 @@ def test_a_tenth_of_many_rows_is_split_off():
     assert [len(parts[part]) for part in ("validation", "test")] == pytest.approx([1000, 1000], rel=0.1)  # 3 deviations
 
 
-@pytest.mark.parametrize(
-    ("most", "chosen"), [(None, [0, 1, 2, 3, 4]), (2, [0, 2]), (5, [0, 1, 2, 3, 4]), (9, [0, 1, 2, 3, 4])]
-)
+@pytest.mark.parametrize(("most", "chosen"), [(1, [0]), (2, [0, 2]), (4, [0, 1, 2, 3]), (5, [0, 1, 2, 3, 4])])
 def test_fewer_rows_are_evenly_spaced(most, chosen):
-    assert choose_evenly([0, 1, 2, 3, 4], most=most) == chosen
-
-
-def test_shared_keys_are_counted_with_repeats():
-    assert count_shared([1, 2, 2, 3], {2, 3, 4}) == 3
+    assert choose_evenly(5, most=most) == chosen

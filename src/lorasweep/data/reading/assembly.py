@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
-from lorasweep.data.reading.splitting import choose_evenly, count_shared, split_rows
+from lorasweep.data.reading.splitting import choose_evenly, split_rows
 from lorasweep.data.reading.tables import Table
 from lorasweep.data.rows import Kind, Rows, RowSource
 from lorasweep.errors import ConfigError
@@ -21,11 +21,28 @@ PARTS = ("train", "validation", "test")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
+class Usable:
+    """Which rows of a table can be used, and sentences on what was left out."""
+
+    rows: list[int]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Checked(Generic[Row]):
-    """Rows that can be used, and sentences on what was left out."""
+    """Rows that can be used."""
 
     rows: list[Row]
+    keys: list[int]
+    """Content key of each row: rows with the same one stay together, and count as duplicates."""
     notes: tuple[str, ...] = ()
+    """Sentences on what was left out."""
+
+    def take(self, indices: Sequence[int], *notes: str) -> Checked[Row]:
+        """Returns some of the rows, with sentences on why these."""
+        return Checked(
+            rows=[self.rows[n] for n in indices], keys=[self.keys[n] for n in indices], notes=(*self.notes, *notes)
+        )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -42,15 +59,13 @@ class Form(Generic[Row]):
     """The parts that are there; the others are split off."""
     pieces: Mapping[str, Checked[Row]]
     """`train` and the parts that are split off, where the form has cut them itself; else empty."""
-    key: Callable[[Row], int]
-    """Content key: rows with the same one stay together, and count as duplicates."""
     same: str
     """What rows with the same key share: `text`."""
     limits: Mapping[str, int | None]
     """Most rows by part."""
     build: Callable[[str, list[Row], tuple[str, ...]], Rows]
     """Makes a part of its name, rows and notes."""
-    describe: Callable[[Sequence[Row], Sequence[Row]], list[str]]
+    describe: Callable[[Checked[Row], Checked[Row]], list[str]]
     """Sentences on the rows of training and validation."""
 
 
@@ -61,36 +76,33 @@ def assemble(form: Form[Row]) -> RowSource:
         ConfigError: A part that is given can't be used, or there is too little to split off. For the test part, when
             it is called for.
     """
-    off = [part for part in PARTS[1:] if part not in form.given]
-    parts, split_notes = _split(form, off)
-    train, train_notes = _limit(form, "train", parts["train"])
-    validation, validation_notes = _limit(form, "validation", parts.get("validation") or form.read("validation"))
-    seen = frozenset(map(form.key, train))
+    parts = form.pieces or _split(form)
+    train = _limit(form, "train", parts["train"])
+    validation = _limit(form, "validation", parts.get("validation") or form.read("validation"))
+    seen = frozenset(train.keys)
 
     @functools.cache
     def test() -> Rows:
-        rows, notes = _limit(form, "test", parts.get("test") or form.read("test"))
-        return form.build("test", rows, (*notes, *_count_duplicates(form, "test", rows, seen)))
+        part = _limit(form, "test", parts.get("test") or form.read("test"))
+        return form.build("test", part.rows, (*part.notes, *_count_duplicates(form, "test", part, seen)))
 
     return RowSource(
         kind=form.kind,
         label_names=form.label_names,
-        train=form.build("train", train, ()),
-        validation=form.build("validation", validation, ()),
+        train=form.build("train", train.rows, ()),
+        validation=form.build("validation", validation.rows, ()),
         test=test,
         notes=(
-            *form.train.notes,
-            *split_notes,
-            *train_notes,
-            *validation_notes,
-            f"{len(train) - len(seen)} of {len(train)} rows of train repeat the {form.same} of another one.",
+            *train.notes,
+            *validation.notes,
+            f"{len(train.keys) - len(seen)} of {len(train.keys)} rows of train repeat the {form.same} of another one.",
             *_count_duplicates(form, "validation", validation, seen),
             *form.describe(train, validation),
         ),
     )
 
 
-def keep_usable(table: Table, found: Iterable[str | None]) -> Checked[int]:
+def keep_usable(table: Table, found: Iterable[str | None]) -> Usable:
     """Returns the numbers of the rows that have no problem.
 
     Args:
@@ -103,7 +115,7 @@ def keep_usable(table: Table, found: Iterable[str | None]) -> Checked[int]:
     problems = {row: problem for row, problem in enumerate(found) if problem is not None}
     kept = [row for row in range(len(table)) if row not in problems]
     if not problems:
-        return Checked(rows=kept, notes=table.notes)
+        return Usable(rows=kept, notes=table.notes)
     row, problem = next(iter(problems.items()))
     first = f"{table.place(row)} {problem}"
     if not table.may_drop:
@@ -112,33 +124,36 @@ def keep_usable(table: Table, found: Iterable[str | None]) -> Checked[int]:
     if not kept:
         raise ConfigError(f"{table.sources[0][1]!r} must have rows that can be used, but has none: {first}")
     note = f"{len(problems)} of {len(table)} rows of {table.sources[0][1]!r} are left out. The first: {first}"
-    return Checked(rows=kept, notes=(*table.notes, note))
+    return Usable(rows=kept, notes=(*table.notes, note))
 
 
-def _limit(form: Form[Row], name: str, part: Checked[Row]) -> tuple[list[Row], tuple[str, ...]]:
-    rows = choose_evenly(part.rows, most=form.limits.get(name))
-    if len(rows) == len(part.rows):
-        return rows, part.notes
-    return rows, (*part.notes, f"{name} uses {len(rows)} of {len(part.rows)} rows, evenly spaced.")
+def _limit(form: Form[Row], name: str, part: Checked[Row]) -> Checked[Row]:
+    most, size = form.limits.get(name), len(part.rows)
+    if most is None or most >= size:
+        return part
+    return part.take(choose_evenly(size, most=most), f"{name} uses {most} of {size} rows, evenly spaced.")
 
 
-def _split(form: Form[Row], off: Sequence[str]) -> tuple[Mapping[str, Checked[Row]], list[str]]:
-    """Splits the parts that are missing off the training file, unless the form has cut them itself."""
-    if form.pieces or not off:
-        return form.pieces or {"train": Checked(rows=form.train.rows)}, []
-    assigned = split_rows([form.key(row) for row in form.train.rows], off=off)
+def _split(form: Form[Row]) -> Mapping[str, Checked[Row]]:
+    """Splits the parts that are missing off the training file."""
+    off = [part for part in PARTS[1:] if part not in form.given]
+    if not off:
+        return {"train": form.train}
+    assigned = split_rows(form.train.keys, off=off)
     rules = {"validation": "0 to 9", "test": "10 to 19"}
     notes = [
         f"{part} is split off from train: {len(assigned[part])} of {len(form.train.rows)} rows, whose {form.same} has "
         f"a hash that is {rules[part]} modulo 100. Rows with the same {form.same} stay together."
         for part in off
     ]
-    return {name: Checked(rows=[form.train.rows[n] for n in rows]) for name, rows in assigned.items()}, notes
+    plain = replace(form.train, notes=())
+    parts = {part: plain.take(rows) for part, rows in assigned.items()}
+    return {**parts, "train": form.train.take(assigned["train"], *notes)}
 
 
-def _count_duplicates(form: Form[Row], name: str, rows: Sequence[Row], seen: Collection[int]) -> list[str]:
+def _count_duplicates(form: Form[Row], name: str, part: Checked[Row], seen: Collection[int]) -> list[str]:
     if name not in form.given:
         return []  # split off, so that there are none
-    shared = count_shared(map(form.key, rows), seen)
+    shared = sum(key in seen for key in part.keys)
     same = f"the {form.same} of a row of train, apart from case and white space"
-    return [f"{shared} of {len(rows)} rows of {name} have {same}."]
+    return [f"{shared} of {len(part.keys)} rows of {name} have {same}."]

@@ -40,20 +40,25 @@ def read_conversations(config: ChatConfig, tables: Tables) -> RowSource:
         ConfigError: A column is missing, or a conversation can't be used.
     """
 
-    def read(part: str) -> Checked[Conversation]:
-        return _check(tables.load(part, lambda names, place: _choose_columns(config, names, place)))
+    def load(part: str) -> Table:
+        return tables.load(part, lambda names, place: _choose_columns(config, names, place))
 
-    train = read("train")
-    by_prompt = len({prompt_key(row) for row in train.rows}) >= FEW_PROMPTS
+    def read(part: str) -> Checked[Conversation]:
+        rows, notes = _check(load(part))
+        return Checked(rows=rows, keys=list(map(key, rows)), notes=notes)
+
+    rows, notes = _check(load("train"))
+    prompts = list(map(prompt_key, rows))
+    by_prompt = len(set(prompts)) >= FEW_PROMPTS
+    key = prompt_key if by_prompt else whole_key
     return assemble(
         Form(
             kind="conversations",
             label_names=(),
-            train=train,
+            train=Checked(rows=rows, keys=prompts if by_prompt else list(map(key, rows)), notes=notes),
             read=read,
             given=tables.given,
             pieces={},
-            key=prompt_key if by_prompt else whole_key,
             same="prompt" if by_prompt else "content",
             limits=row_limits(config),
             build=_build,
@@ -88,12 +93,12 @@ def _choose_columns(config: ChatConfig, names: Sequence[str], place: str) -> lis
     )
 
 
-def _check(table: Table) -> Checked[Conversation]:
+def _check(table: Table) -> tuple[list[Conversation], tuple[str, ...]]:
     columns = list(table.columns)
     found = [_read_row(columns, values) for values in zip(*table.columns.values(), strict=True)]
     usable = keep_usable(table, [row if isinstance(row, str) else None for row in found])
     rows = [row for row in found if not isinstance(row, str)]
-    return Checked(rows=rows, notes=(f"Conversations are read from {' and '.join(columns)}.", *usable.notes))
+    return rows, (f"Conversations are read from {' and '.join(columns)}.", *usable.notes)
 
 
 def _read_row(columns: Sequence[str], values: Sequence[Any]) -> Conversation | str:
@@ -137,6 +142,6 @@ def _build(name: str, rows: list[Conversation], notes: tuple[str, ...]) -> Conve
     return Conversations(name=name, conversations=rows, fingerprint=fingerprint_conversations(rows), notes=notes)
 
 
-def _describe(train: Sequence[Conversation], validation: Sequence[Conversation]) -> list[str]:
-    prompts = len({prompt_key(row) for row in train})
-    return [f"train has {len(train)} conversations with {prompts} different prompts."]
+def _describe(train: Checked[Conversation], validation: Checked[Conversation]) -> list[str]:
+    prompts = len(set(map(prompt_key, train.rows)))
+    return [f"train has {len(train.rows)} conversations with {prompts} different prompts."]

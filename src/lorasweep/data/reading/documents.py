@@ -49,7 +49,7 @@ def read_text_column(column: str, tables: Tables) -> RowSource:
         table = tables.load(part, lambda names, place: [require_column(column, names, key="data.text", place=place)])
         usable = keep_usable(table, (find_text_problem(text, column=column) for text in table.columns[column]))
         documents = [Document(name=f"row {row + 1}", text=table.columns[column][row]) for row in usable.rows]
-        return Checked(rows=documents, notes=usable.notes)
+        return check(documents, *usable.notes)
 
     return _assemble(read, given=tables.given)
 
@@ -84,8 +84,13 @@ def _read_files(files: Sequence[Path], folder: Path) -> Checked[Document]:
     if not documents:
         raise ConfigError(f"{str(empty[0])!r} must have text, but is empty.")
     if not empty:
-        return Checked(rows=documents)
-    return Checked(rows=documents, notes=(f"{len(empty)} files without text are left out. The first: {empty[0]}.",))
+        return check(documents)
+    return check(documents, f"{len(empty)} files without text are left out. The first: {empty[0]}.")
+
+
+def check(documents: list[Document], *notes: str) -> Checked[Document]:
+    """Returns documents with their content keys."""
+    return Checked(rows=documents, keys=[content_key([document.text]) for document in documents], notes=notes)
 
 
 def _assemble(read: Reader, *, given: Collection[str]) -> RowSource:
@@ -93,8 +98,7 @@ def _assemble(read: Reader, *, given: Collection[str]) -> RowSource:
     off = [part for part in PARTS[1:] if part not in given]
     pieces: Mapping[str, Checked[Document]] = {}
     if off and len(train.rows) < FEW_DOCUMENTS:
-        pieces = _cut_tails(train.rows, off)
-        train = Checked(rows=train.rows, notes=(*train.notes, *_describe_tails(train.rows, off)))
+        pieces = _cut_tails(train, off)
     return assemble(
         Form(
             kind="documents",
@@ -103,7 +107,6 @@ def _assemble(read: Reader, *, given: Collection[str]) -> RowSource:
             read=read,
             given=given,
             pieces=pieces,
-            key=lambda document: content_key([document.text]),
             same="text",
             limits={},
             build=_build,
@@ -112,19 +115,20 @@ def _assemble(read: Reader, *, given: Collection[str]) -> RowSource:
     )
 
 
-def _cut_tails(documents: Sequence[Document], off: Sequence[str]) -> dict[str, Checked[Document]]:
+def _cut_tails(train: Checked[Document], off: Sequence[str]) -> dict[str, Checked[Document]]:
     """Cuts the parts that are missing off the end of every document."""
     spans = {"train": (0, 100 - 10 * len(off)), **TAILS[len(off)]}
     pieces = {}
     for part in ("train", *off):
         low, high = spans[part]
-        rows = [piece for document in documents if (piece := cut(document, low=low, high=high)).text.strip()]
+        rows = [piece for document in train.rows if (piece := cut(document, low=low, high=high)).text.strip()]
         if not rows:
             raise ConfigError(
                 f"`data.train` must be long enough to split {' and '.join(off)} off from the end of its documents, "
                 f"but then nothing is left for {part}. Give more text, or the parts as files of their own."
             )
-        pieces[part] = Checked(rows=rows)
+        notes = (*train.notes, *_describe_tails(train.rows, off)) if part == "train" else ()
+        pieces[part] = check(rows, *notes)
     return pieces
 
 
@@ -162,6 +166,7 @@ def _build(name: str, rows: list[Document], notes: tuple[str, ...]) -> Documents
     return Documents(name=name, documents=rows, fingerprint=fingerprint_documents(rows), notes=notes)
 
 
-def _describe(train: Sequence[Document], validation: Sequence[Document]) -> list[str]:
-    size, held_out = (sum(len(document.text.encode()) for document in part) for part in (train, validation))
-    return [f"train has {size:,} bytes in {len(train)} documents, validation {held_out:,} in {len(validation)}."]
+def _describe(train: Checked[Document], validation: Checked[Document]) -> list[str]:
+    size, held_out = (sum(len(document.text.encode()) for document in part.rows) for part in (train, validation))
+    counts = len(train.rows), len(validation.rows)
+    return [f"train has {size:,} bytes in {counts[0]} documents, validation {held_out:,} in {counts[1]}."]

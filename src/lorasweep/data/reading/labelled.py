@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from lorasweep.config.data import ChatConfig, TableConfig, check_label_settings
-from lorasweep.data.reading.assembly import Checked, Form, assemble, keep_usable
+from lorasweep.data.reading.assembly import Checked, Form, Usable, assemble, keep_usable
 from lorasweep.data.reading.formats import ColumnChoice
 from lorasweep.data.reading.labels import Label, LabelCode, is_missing, learn_labels
 from lorasweep.data.reading.splitting import content_key
@@ -56,11 +56,10 @@ def read_labelled(config: TableConfig, tables: Tables) -> RowSource:
         Form(
             kind=code.task,
             label_names=code.names,
-            train=Checked(rows=train.rows, notes=(code.reason, *train.notes)),
+            train=replace(train, notes=(code.reason, *train.notes)),
             read=read,
             given=tables.given,
             pieces={},
-            key=lambda row: content_key((row[0], row[1] or "")),
             same="text" if config.text_pair is None else "pair of texts",
             limits=row_limits(config),
             build=_build,
@@ -90,7 +89,7 @@ def _choose_columns(config: TableConfig, names: Sequence[str], place: str) -> li
     return [require_column(name, names, key=f"data.{key}", place=place) for key, name in wanted if name is not None]
 
 
-def _check(config: TableConfig, table: Table) -> Checked[int]:
+def _check(config: TableConfig, table: Table) -> Usable:
     texts = [name for name in (config.text, config.text_pair) if name is not None]
     rows = zip(*(table.columns[name] for name in texts), table.columns[config.label], strict=True)
     return keep_usable(table, (_find_problem(config, texts, values[:-1], values[-1]) for values in rows))
@@ -105,7 +104,7 @@ def _find_problem(config: TableConfig, names: Sequence[str], texts: Sequence[Any
     return None
 
 
-def _encode(config: TableConfig, code: LabelCode, table: Table, usable: Checked[int]) -> Checked[LabelledRow]:
+def _encode(config: TableConfig, code: LabelCode, table: Table, usable: Usable) -> Checked[LabelledRow]:
     place = _place_labels(config, table, usable.rows)
     labels = code.encode([table.columns[config.label][row] for row in usable.rows], place=place)
     texts = table.columns[config.text]
@@ -114,7 +113,8 @@ def _encode(config: TableConfig, code: LabelCode, table: Table, usable: Checked[
         (texts[row], None if pairs is None else pairs[row], label)
         for row, label in zip(usable.rows, labels, strict=True)
     ]
-    return Checked(rows=rows, notes=usable.notes)
+    keys = [content_key((text,) if pair is None else (text, pair)) for text, pair, _ in rows]
+    return Checked(rows=rows, keys=keys, notes=usable.notes)
 
 
 def _place_labels(config: TableConfig, table: Table, rows: Sequence[int]) -> Callable[[int], str]:
@@ -135,10 +135,10 @@ def _build(name: str, rows: list[LabelledRow], notes: tuple[str, ...]) -> Labell
     )
 
 
-def _describe(code: LabelCode, train: Sequence[LabelledRow], validation: Sequence[LabelledRow]) -> list[str]:
+def _describe(code: LabelCode, train: Checked[LabelledRow], validation: Checked[LabelledRow]) -> list[str]:
     """Says how often each label is, and what an answer scores that looks at no text."""
     notes = _describe_conflicts(train)
-    labels, held_out = [row[2] for row in train], [row[2] for row in validation]
+    labels, held_out = [row[2] for row in train.rows], [row[2] for row in validation.rows]
     if code.task == "regression":
         return [*notes, _describe_mean(cast("list[float]", labels), cast("list[float]", held_out))]
     if code.task == "multi_label":
@@ -155,12 +155,11 @@ def _describe(code: LabelCode, train: Sequence[LabelledRow], validation: Sequenc
     ]
 
 
-def _describe_conflicts(rows: Sequence[LabelledRow]) -> list[str]:
-    labels: dict[int, set[str]] = {}
-    for text, pair, label in rows:
-        labels.setdefault(content_key((text, pair or "")), set()).add(repr(label))
-    conflicts = sum(len(found) > 1 for found in labels.values())
-    return [f"{conflicts} texts of train are there with different labels."] if conflicts else []
+def _describe_conflicts(train: Checked[LabelledRow]) -> list[str]:
+    first: dict[int, Label] = {}
+    keyed = zip(train.keys, train.rows, strict=True)
+    conflicts = {key for key, (_, _, label) in keyed if first.setdefault(key, label) != label}
+    return [f"{len(conflicts)} texts of train are there with different labels."] if conflicts else []
 
 
 def _describe_shares(code: LabelCode, counts: Counter[int], rows: int) -> str:

@@ -153,12 +153,18 @@ def read_number(value: Any, *, place: Place, row: int) -> float:
 
 def split_labels(values: Sequence[Any], *, task: LabelTask, separator: str, place: Place) -> list[list[str]]:
     """Returns the names of classes that each label has; exactly one each, unless the task is `multi_label`."""
+    names: dict[tuple[type, Any], str] = {}  # labels are few, rows many
+
+    def read(value: Any, row: int) -> str:
+        if isinstance(value, list | dict):
+            return read_name(value, place=place, row=row)
+        if (key := (type(value), value)) not in names:
+            names[key] = read_name(value, place=place, row=row)
+        return names[key]
+
     if task == "single_label":
-        return [[read_name(value, place=place, row=row)] for row, value in enumerate(values)]
-    return [
-        [read_name(item, place=place, row=row) for item in _split(value, separator=separator)]
-        for row, value in enumerate(values)
-    ]
+        return [[read(value, row)] for row, value in enumerate(values)]
+    return [[read(item, row) for item in _split(value, separator=separator)] for row, value in enumerate(values)]
 
 
 def _split(value: Any, *, separator: str) -> list[Any]:

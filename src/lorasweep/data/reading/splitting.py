@@ -7,11 +7,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import TypeVar
 
 from lorasweep.errors import ConfigError
-
-Item = TypeVar("Item")
 
 BUCKETS: Mapping[str, range] = {"validation": range(10), "test": range(10, 20)}
 """Of a hundred buckets, those whose rows a part gets when it is split off; a tenth each."""
@@ -19,11 +16,8 @@ BUCKETS: Mapping[str, range] = {"validation": range(10), "test": range(10, 20)}
 
 def content_key(texts: Iterable[str]) -> int:
     """Returns a number of 64 bits that texts share if they are equal apart from case and white space."""
-    digest = hashlib.blake2b(digest_size=8)
-    for text in texts:
-        data = " ".join(text.split()).casefold().encode()
-        digest.update(len(data).to_bytes(8, "little") + data)
-    return int.from_bytes(digest.digest(), "little")
+    plain = "\n".join([" ".join(text.split()).casefold() for text in texts])  # in which no text has a line break
+    return int.from_bytes(hashlib.blake2b(plain.encode(), digest_size=8).digest(), "little")
 
 
 def split_rows(keys: Sequence[int], *, off: Collection[str], key: str = "data.train") -> dict[str, list[int]]:
@@ -58,13 +52,6 @@ def split_rows(keys: Sequence[int], *, off: Collection[str], key: str = "data.tr
     return rows
 
 
-def choose_evenly(items: list[Item], *, most: int | None) -> list[Item]:
-    """Returns at most so many items, evenly spaced from the first on; all of them for None."""
-    if most is None or most >= len(items):
-        return items
-    return [items[n * len(items) // most] for n in range(most)]
-
-
-def count_shared(keys: Iterable[int], others: Collection[int]) -> int:
-    """Returns how many keys are among the others."""
-    return sum(key in others for key in keys)
+def choose_evenly(num_rows: int, *, most: int) -> list[int]:
+    """Returns so many row numbers, evenly spaced from the first on."""
+    return [n * num_rows // most for n in range(most)]
