@@ -1,0 +1,54 @@
+"""What the guide to one's own data shows is read as it says."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from lorasweep.config.compose import compose_run, packaged_folder, parse_overrides
+from lorasweep.data.reading.conversations import KNOWN_COLUMNS
+from lorasweep.data.reading.documents import FEW_DOCUMENTS
+from lorasweep.data.reading.formats import READERS
+from lorasweep.data.sources import read_source
+
+GUIDE = (Path(__file__).parent.parent.parent / "docs" / "data.md").read_text(encoding="utf-8")
+FILES = dict(re.findall(r"^```\w+ ([\w.]+)\n(.*?)^```", GUIDE, flags=re.MULTILINE | re.DOTALL))
+COMMANDS = re.findall(r"^lorasweep train (.*)$", GUIDE, flags=re.MULTILINE)
+HUB_COMMANDS = re.findall(r"^    lorasweep train (.*)$", GUIDE, flags=re.MULTILINE)
+
+
+def data_of(command):
+    settings = parse_overrides(shlex.split(command))
+    return compose_run({key: value for key, value in settings.items() if key.split(".")[0] == "data"}).data
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_example_is_read(command, folder):
+    for name, content in FILES.items():
+        (folder / name).write_text(content, encoding="utf-8")
+    (folder / "books").mkdir()
+    (folder / "books" / "one.txt").write_text("a line of text\n" * 100)
+    source = read_source(data_of(command))
+    assert min(len(source.train), len(source.validation), len(source.test())) >= 1
+
+
+@pytest.mark.parametrize("command", HUB_COMMANDS)
+def test_every_command_for_the_hub_is_valid(command):
+    assert data_of(command).name in ("glue", "hub")
+
+
+def test_there_are_examples():
+    assert len(FILES) == 4
+    assert len(COMMANDS) == 6
+    assert len(HUB_COMMANDS) == 4
+
+
+def test_names_and_numbers_are_those_of_the_code():
+    assert all(f"**{suffix[1:]}**" in GUIDE for suffix in READERS)
+    assert all(f"`{name}`" in GUIDE for names in KNOWN_COLUMNS for name in names)
+    assert f"Fewer than {FEW_DOCUMENTS} documents" in GUIDE
+    for file in (packaged_folder("conf") / "data").glob("*.yaml"):
+        assert file.stem.startswith("stdlib") or f"`data={file.stem}`" in GUIDE
