@@ -22,6 +22,7 @@ MINI = {
     "settings": {
         "data.block_length": 32,
         "data.max_validation_blocks": 4,
+        "data.max_test_blocks": 4,
         "trainer.batch_size": 2,
         "trainer.eval_batch_size": 4,
         "trainer.max_steps": 2,
@@ -30,6 +31,7 @@ MINI = {
         "trainer.device": "cpu",
         "worker.pack_size": 1,
         "pruner": "none",
+        "confirm.seeds": 0,
     },
     "arms": {
         "frozen": {"settings": {"method": "frozen"}},
@@ -84,7 +86,16 @@ BAD = [
     (["sweep", "mini.yaml", "model=causal_lm", "model.path=./no/model"], "`model.path` must be"),
     (["sweep", "--resume", "full"], "a sweep's folder must contain sweep.json, but 'full' does not."),
     (["sweep", "--resume", "nowhere"], "a sweep's folder must contain sweep.json, but 'nowhere' does not."),
-    (["sweep", "--resume", "full", "optim.lr=1"], "`--resume DIR` must stand alone, but got 'optim.lr=1' too"),
+    (["sweep", "--resume", "full", "optim.lr=1"], "`--resume DIR` must stand alone or with `conf"),
+    (
+        ["sweep", "--resume", "full", "confirm.seeds=1"],
+        "a sweep's folder must contain sweep.json, but 'full' does not.",
+    ),
+    (["sweep", "mini.yaml", "confirm.seeds=-1"], "`confirm.seeds >= 0` must hold, but got -1."),
+    (["sweep", "mini.yaml", "confirm.seed=1"], "`confirm.seed` is not a setting. Did you mean `confirm.seeds`?"),
+    (["sweep", "mini.yaml", "arms.lora.confirm.seeds=3"], "all arms must have one `confirm.seeds`"),
+    (["sweep", "mini.yaml", "arms.lora.expand.method.rnk=[1]"], "Did you mean `method.rank`?"),
+    (["sweep", "mini.yaml", "arms.lora.expand.optim.lr=[]"], "must be a list with at least one value, but got []."),
     (["plan", "mini.yaml", "method.rnk=4"], "`method.rnk` is not a setting."),
     (["plan", "quickstat"], "Did you mean `quickstart`?"),
     (["compare", "full"], "full"),
@@ -323,6 +334,37 @@ def test_a_sweep_goes_from_file_to_report(capsys, here, mini):
     assert "report: outputs/mini/report/index.html" in again
     assert run(["sweep", "--resume", "outputs/mini"]) == DONE
     assert len(read_sweep(here / "outputs" / "mini").trials) == 4
+
+
+def test_a_finished_sweep_gets_a_confirm_stage(capsys, here, mini):
+    assert run(["sweep", mini]) == DONE
+    folder = here / "outputs" / "mini"
+    trials = read_sweep(folder).trials
+    assert read_sweep(folder).confirm == []
+    assert run(["sweep", "--resume", "outputs/mini", "confirm.seeds=2"]) == DONE
+    record = read_sweep(folder)
+    assert record.trials == trials
+    assert [(row.arm, row.state) for row in record.confirm] == [
+        ("frozen", "complete"),
+        ("lora", "complete"),
+        ("lora", "complete"),
+    ]
+    for row in record.confirm:
+        kept = read_run(folder / row.run)
+        assert (kept.arm, kept.trial, kept.config["seed"]) == (row.arm, row.trial, row.seed)
+        assert row.value == kept.test["bits_per_byte"]
+        assert (folder / row.run / "test_scores.csv").is_file()
+    capsys.readouterr()
+    assert run(["sweep", "--resume", "outputs/mini", "confirm.seeds=1"]) == WRONG
+    assert "`confirm.seeds >= 2` must hold" in capsys.readouterr().err
+
+
+def test_warnings_are_printed_before_the_first_trial(capsys, here, mini):
+    assert run(["sweep", mini, "confirm.seeds=1"]) == DONE
+    lines = capsys.readouterr().out.splitlines()
+    (warning,) = [n for n, line in enumerate(lines) if line.startswith("warning: `confirm.seeds` is 1: ")]
+    first = next(n for n, line in enumerate(lines) if line.startswith("frozen 1/1"))
+    assert warning < first
 
 
 def test_two_sweeps_of_one_name_have_two_folders(here, mini):

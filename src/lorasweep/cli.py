@@ -57,7 +57,9 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     sweep_parser = commands.add_parser("sweep", help="search every arm of a sweep and write the report")
     sweep_parser.add_argument("words", nargs="*", metavar="NAME|FILE key=value", help="default: quickstart")
-    sweep_parser.add_argument("--resume", type=Path, metavar="DIR", help="go on with the sweep in this folder")
+    sweep_parser.add_argument(
+        "--resume", type=Path, metavar="DIR", help="go on with the sweep in this folder; may add confirm.seeds=N"
+    )
     sweep_parser.set_defaults(command=sweep)
     commands.add_parser("train", help="one run; a Hydra app: --help, --cfg job, -m", add_help=False)
     plan_parser = commands.add_parser("plan", help="what a sweep would train, and its time, memory and disk")
@@ -88,6 +90,7 @@ def sweep(arguments: argparse.Namespace) -> int:
     console = Console()
     folder = _resume(arguments, benches) if arguments.resume else _start(arguments, benches)
     console.print(f"sweep {folder.record.name} in {folder.path}", highlight=False, markup=False, soft_wrap=True)
+    known = _print_warnings(folder, console, after=0)
     stop = StopSignal()
     try:
         with stop, LiveTable(folder, console=console) as table:
@@ -95,6 +98,7 @@ def sweep(arguments: argparse.Namespace) -> int:
             complete = worker.run()
     finally:
         folder.close()
+    _print_warnings(folder, console, after=known)
     if not complete:
         return _say_how_to_go_on(folder)
     return show_report([folder.path])
@@ -229,6 +233,8 @@ def write_hparams_row(record: RunRecord, folder: Path, swept: Mapping[str, Any])
         "peak_memory_bytes": float(record.peak_memory_bytes),
         "wall_s": record.wall_s,
     }
+    if record.metric in record.test:
+        measured[f"test/{record.metric}"] = record.test[record.metric]
     write_hparams(folder, swept={"arm": record.arm or record.config["method"]["name"], **swept}, metrics=measured)
 
 
@@ -276,13 +282,15 @@ def _read_definition(words: Sequence[str]) -> Definition:
 
 
 def _resume(arguments: argparse.Namespace, benches: Any) -> SweepFolder:
+    from lorasweep.config.compose import parse_overrides
     from lorasweep.sweep import check_definition, reopen_sweep
 
-    if arguments.words:
+    if foreign := [word for word in arguments.words if not word.startswith("confirm.")]:
         raise ConfigError(
-            f"`--resume DIR` must stand alone, but got {' '.join(arguments.words)!r} too: a sweep goes on as it began."
+            f"`--resume DIR` must stand alone or with `confirm.seeds=N`, but got {' '.join(foreign)!r} too: "
+            "a search goes on as it began."
         )
-    folder = reopen_sweep(arguments.resume)
+    folder = reopen_sweep(arguments.resume, confirm=parse_overrides(arguments.words))
     check_definition(folder.definition, benches)
     return folder
 
@@ -290,9 +298,21 @@ def _resume(arguments: argparse.Namespace, benches: Any) -> SweepFolder:
 def _say_how_to_go_on(folder: SweepFolder) -> int:
     done = sum(row.state != "running" for row in folder.record.trials)
     asked = sum(arm.trials for arm in folder.definition.arms)
-    print(f"lorasweep: stopped with {done} of {asked} trials done. To go on type:", file=sys.stderr)
+    confirming = ""
+    if folder.confirm_studies:
+        seeds = sum(len(study.get_trials(deepcopy=False)) for study in folder.confirm_studies.values())
+        ended = sum(row.state != "running" for row in folder.record.confirm)
+        confirming = f" and {ended} of {seeds} runs of the confirm stage"
+    print(f"lorasweep: stopped with {done} of {asked} trials{confirming} done. To go on type:", file=sys.stderr)
     print(f"    lorasweep sweep --resume {folder.path}", file=sys.stderr)
     return INTERRUPTED
+
+
+def _print_warnings(folder: SweepFolder, console: Console, *, after: int) -> int:
+    """Prints the record's warnings from the given one on, and returns how many there are."""
+    for warning in folder.record.warnings[after:]:
+        console.print(f"warning: {warning}", highlight=False, markup=False, soft_wrap=True)
+    return len(folder.record.warnings)
 
 
 def _new_train_folder(output: str | None) -> Path:

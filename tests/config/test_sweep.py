@@ -23,6 +23,10 @@ def make_arm(**values):
         ({"pruner": "median", "pruner.min_steps": -1}, "`pruner.min_steps >= 0` must hold, but got -1."),
         ({"sweep.trials": 0}, "`sweep.trials >= 1` must hold, but got 0."),
         ({"sweep.seed": -1}, "`sweep.seed >= 0` must hold, but got -1."),
+        ({"confirm.seeds": -1}, "`confirm.seeds >= 0` must hold, but got -1."),
+        ({"confirm.seeds": 1001}, "`confirm.seeds <= 1000` must hold, but got 1001."),
+        ({"confirm.seeds": "many"}, "`confirm.seeds` must be a whole number, but got 'many'."),
+        ({"confirm.seed": 3}, r"`confirm.seed` is not a setting. Did you mean `confirm.seeds`\?"),
         ({"sweep.max_failures": 0}, "`sweep.max_failures >= 1` must hold, but got 0."),
         ({"sampler": "tpee"}, r"`sampler` must be one of .*, but got 'tpee'. Did you mean `tpe`\?"),
         ({"sampler": "random", "sampler.startup_trials": 3}, "`sampler.startup_trials` is not a setting."),
@@ -48,6 +52,11 @@ def test_a_sampler_and_a_pruner_are_told_apart_by_name():
         ({"space": {}, "trials": 2}, "`arms.lora.trials` must be 1 for an arm without a space, but got 2. Add a `sp"),
         ({"name": "a/b"}, "an arm's name must consist of letters, digits, `_` and `-`, but got 'a/b'."),
         ({"name": ".."}, "an arm's name must consist of letters, digits, `_` and `-`, but got '..'."),
+        ({"name": "a" * 101}, "an arm's name must have at most 100 characters, but got 'aaa"),
+        (
+            {"name": "lora-confirm"},
+            "an arm's name must not end in `-confirm`, which names the runs",
+        ),
         ({"name": ""}, "an arm's name must consist of letters, digits, `_` and `-`, but got ''."),
     ],
 )

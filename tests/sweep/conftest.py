@@ -14,7 +14,7 @@ import yaml
 import lorasweep.sweep.driver as driver_file
 from lorasweep.config.run import RunConfig
 from lorasweep.record import RunRecord, TrialRow
-from lorasweep.sweep import SweepFolder, Worker, create_sweep, read_definition
+from lorasweep.sweep import SweepFolder, Worker, create_sweep, read_definition, reopen_sweep
 from lorasweep.training import RunPlace
 
 CONTENT: dict[str, Any] = {
@@ -26,6 +26,7 @@ CONTENT: dict[str, Any] = {
         "trainer.eval_every_steps": 2,
         "worker.pack_size": 1,
         "pruner": "none",
+        "confirm.seeds": 0,
     },
     "arms": {
         "frozen": {"settings": {"method": "frozen"}},
@@ -64,13 +65,30 @@ def write_file(tmp_path: Path) -> Callable[[Any], Path]:
 
 @dataclass
 class MadeUpRuns:
-    """Stands in for `train_run`: evaluates every `trainer.eval_every_steps`, and goes on where it was stopped."""
+    """Stands in for `train_run` and `score_run`.
+
+    A training evaluates every `trainer.eval_every_steps`, and goes on where it was stopped.
+    """
 
     score: Callable[[RunConfig, int], float] = lambda config, step: abs(config.optim.lr - 0.01) + 1 / (1 + step)
     """Score of a run at a step; may raise what a training raises."""
     begun: list[tuple[str, int]] = field(default_factory=list)
     """Arm and trial of each session of a run, in order."""
     steps_done: dict[Path, int] = field(default_factory=dict)
+    ended: dict[Path, RunRecord] = field(default_factory=dict)
+    """Records of complete runs, by folder."""
+    configs: dict[Path, RunConfig] = field(default_factory=dict)
+    scored: list[str] = field(default_factory=list)
+    """Names of the folders that were scored on test data, in order."""
+    score_on_test: Callable[[RunRecord], float] = lambda record: record.best["bits_per_byte"] + 1
+    """Score of a run on test data; may raise."""
+
+    def score_run(self, folder: Path, *, bench: Any) -> RunRecord:
+        record = self.ended[folder]
+        bench.parts.test()
+        self.scored.append(folder.name)
+        record.test = {record.metric: self.score_on_test(record)}
+        return record
 
     def __call__(
         self,
@@ -86,6 +104,7 @@ class MadeUpRuns:
         assert place.arm is not None
         assert place.trial is not None
         self.begun.append((place.arm, place.trial))
+        self.configs[place.folder] = config
         every, last = config.trainer.eval_every_steps, config.trainer.max_steps
         record = RunRecord(status="running", config=asdict(config), metric=config.data.metric, direction="minimize")
         for step in range(self.steps_done.get(place.folder, 0) + every, last + 1, every):
@@ -99,6 +118,7 @@ class MadeUpRuns:
                 record.status = "interrupted"
                 return record
         record.status = "complete"
+        self.ended[place.folder] = record
         return record
 
 
@@ -107,14 +127,22 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> MadeUpRuns:
     """The made-up runs of this test's sweeps."""
     made_up = MadeUpRuns()
     monkeypatch.setattr(driver_file, "train_run", made_up)
+    monkeypatch.setattr(driver_file, "score_run", made_up.score_run)
     return made_up
 
 
 class NoBenches:
-    """Made-up runs need neither model nor data."""
+    """Made-up runs need neither model nor data, but for a test part that notes when it is read."""
 
-    def of(self, config: RunConfig) -> None:
-        return None
+    def __init__(self) -> None:
+        self.test_reads = 0
+        self.parts = self
+
+    def of(self, config: RunConfig) -> NoBenches:
+        return self
+
+    def test(self) -> None:
+        self.test_reads += 1
 
 
 class Silent:
@@ -122,6 +150,10 @@ class Silent:
 
     def __init__(self) -> None:
         self.heard: list[tuple[str, str, int]] = []
+        self.stages: list[tuple[str, dict[str, int]]] = []
+
+    def stage_started(self, stage: str, asked: Mapping[str, int]) -> None:
+        self.stages.append((stage, dict(asked)))
 
     def trial_started(self, arm: Any, number: int, params: Mapping[str, Any], *, steps: int) -> None:
         self.heard.append(("started", arm.name, number))
@@ -149,7 +181,7 @@ def begin(write_file: Callable[[Any], Path], tmp_path: Path) -> Callable[..., Sw
 def work() -> Callable[..., bool]:
     """Runs what is left of an open sweep; `stop_at` stops it at the worker's so-manieth question. Closes the folder."""
 
-    def run(folder: SweepFolder, *, stop_at: int | None = None, observer: Any = None) -> bool:
+    def run(folder: SweepFolder, *, stop_at: int | None = None, observer: Any = None, benches: Any = None) -> bool:
         asked = itertools.count(1)
 
         def stop_requested() -> bool:
@@ -158,7 +190,7 @@ def work() -> Callable[..., bool]:
         try:
             return Worker(
                 folder,
-                NoBenches(),  # type: ignore[arg-type]
+                benches or NoBenches(),
                 observer=observer or Silent(),
                 stop_requested=stop_requested,
                 run_ended=lambda record, path, params: None,
@@ -167,6 +199,26 @@ def work() -> Callable[..., bool]:
             folder.close()
 
     return run
+
+
+@pytest.fixture
+def take_up(work: Callable[..., bool]) -> Callable[..., int]:
+    """Takes a sweep up again and again until it is complete, each session stopped at its `stop_at`-th question."""
+
+    def run(path: Path, *, stop_at: int | None = None) -> int:
+        sessions = 1
+        while not work(reopen_sweep(path), stop_at=stop_at):
+            sessions += 1
+            assert sessions < 100
+        return sessions
+
+    return run
+
+
+@pytest.fixture
+def benches() -> NoBenches:
+    """Stands in for base models and data; notes reads of the test part."""
+    return NoBenches()
 
 
 def of_arm(rows: list[TrialRow], arm: str) -> list[TrialRow]:

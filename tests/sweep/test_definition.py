@@ -9,7 +9,7 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 
 from lorasweep.config.compose import compose_driver, compose_run
 from lorasweep.errors import ConfigError
-from lorasweep.sweep import find_sweep_file, read_definition
+from lorasweep.sweep import read_definition
 from lorasweep.sweep.definition import restore_definition
 
 LR = FloatDistribution(1e-3, 1e-1, log=True)
@@ -300,26 +300,3 @@ def test_a_range_where_no_arm_has_a_space_is_refused(read, content):
     content["arms"] = {"frozen": content["arms"]["frozen"]}
     with pytest.raises(ConfigError, match=r"`optim.lr` must be a setting of at least one arm \(frozen\), but is none"):
         read(content, "optim.lr=choice(0.1,0.2)")
-
-
-def test_a_sweep_is_found_by_path_or_name(write_file, content, tmp_path, monkeypatch):
-    path = write_file(content)
-    assert find_sweep_file(str(path)) == path
-    assert find_sweep_file("quickstart").name == "quickstart.yaml"
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "sweeps").mkdir()
-    (tmp_path / "sweeps" / "quickstart.yaml").write_text("name: mine\n")
-    assert find_sweep_file("quickstart") == tmp_path / "sweeps" / "quickstart.yaml"
-
-
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("nothing.yaml", "a sweep file must exist, but 'nothing.yaml' does not."),
-        ("some/where", "a sweep file must exist, but 'some/where' does not."),
-        ("quickstat", r"a sweep must be one of .*quickstart.*, but got 'quickstat'. Did you mean `quickstart`\?"),
-    ],
-)
-def test_a_sweep_that_is_not_there_is_refused(name, message):
-    with pytest.raises(ConfigError, match=message):
-        find_sweep_file(name)

@@ -137,3 +137,51 @@ def test_on_a_terminal_the_table_is_drawn_and_taken_away(table, arms):
 def test_params_read_as_one_types_them():
     params = {"method.rank": 8, "optim.lr": 0.0123456, "method.targets": None, "trainer.progress": True}
     assert describe_params(params) == "method.rank=8 optim.lr=0.0123 method.targets=None trainer.progress=True"
+
+
+def test_the_confirm_stage_has_its_own_table(folder, table, arms):
+    table.stage_started("search", {"frozen": 1, "full": 3, "lora": 6})
+    assert "best settings" in show(table)
+    table.stage_started("confirm", {"frozen": 1, "full": 0, "lora": 5})
+    shown = show(table)
+    assert "confirm: the best settings of each arm again on 5 fresh seeds, scored once on test data" in shown
+    assert "full" not in shown
+    for number, (state, value) in enumerate([("complete", 1.0), ("failed", None), ("complete", 2.0)]):
+        table.trial_started(arms["lora"], number, {"method.rank": 4, "seed": number}, steps=8)
+        assert f"seed={number}" in show(table)
+        table.trial_ended(arms["lora"], number, state, value, wall_s=60.0)
+    (line,) = [line for line in show(table).splitlines() if "lora" in line]
+    assert [cell.strip() for cell in line.strip("│").split("│")] == [
+        "lora",
+        "3/5",
+        "1",
+        "1.5000",
+        "method.rank=4",
+        "2 min 00 s",
+    ]
+
+
+def test_a_confirm_stage_that_goes_on_counts_what_was_done(begin, work, runs, content):
+    content["settings"]["confirm.seeds"] = 2
+    folder = begin(content)
+    assert work(folder)
+    reopened = reopen_sweep(folder.path)
+    table = LiveTable(reopened, console=Console(file=io.StringIO()))
+    reopened.close()
+    table.stage_started("confirm", {"frozen": 1, "full": 2, "lora": 2})
+    assert {name: arm.done for name, arm in table.arms.items()} == {"frozen": 1, "full": 2, "lora": 2}
+    full = [row.value for row in reopened.record.confirm if row.arm == "full"]
+    assert table.arms["full"].best == pytest.approx(sum(full) / 2)
+
+
+def test_without_a_terminal_the_confirm_stage_begins_with_a_line(folder, arms):
+    stream = io.StringIO()
+    with LiveTable(folder, console=Console(file=stream, width=200)) as table:
+        table.stage_started("search", {"lora": 6})
+        table.stage_started("confirm", {"lora": 1})
+        table.trial_started(arms["lora"], 0, {"seed": 7}, steps=8)
+        table.trial_ended(arms["lora"], 0, "complete", 1.25, wall_s=1.0)
+    assert stream.getvalue().splitlines() == [
+        "confirm: the best settings of each arm again on 1 fresh seed, scored once on test data",
+        "lora 1/1  complete     1.2500  seed=7",
+    ]

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from lorasweep.config.limits import require_at_least
 from lorasweep.errors import ConfigError
+
+MOST_SEEDS = 1000
+LONGEST_NAME = 100
+CONFIRM_ENDING = "-confirm"
+"""Between an arm's name and a number in the folder names of the confirm stage."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +114,21 @@ class SweepSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ConfirmConfig:
+    """The stage after the search: each arm's best configuration again on fresh seeds, scored once on test data."""
+
+    seeds: int | Literal["auto"]
+    """Number of fresh seeds, 0 to 1000; 0 leaves the stage out. `auto`: 5 where the data has a test part, else 0."""
+
+    def __post_init__(self) -> None:
+        if self.seeds == "auto":
+            return
+        require_at_least("confirm.seeds", self.seeds, 0)
+        if self.seeds > MOST_SEEDS:
+            raise ConfigError(f"`confirm.seeds <= {MOST_SEEDS}` must hold, but got {self.seeds!r}.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class DriverConfig:
     """How a sweep is driven."""
 
@@ -117,6 +137,7 @@ class DriverConfig:
     storage: StorageConfig
     worker: WorkerConfig
     sweep: SweepSettings
+    confirm: ConfirmConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,10 +150,21 @@ class ArmConfig:
     space: Mapping[str, Any]
     """Swept keys: a list of choices, or a mapping `low`, `high`, and `log` or `step`."""
     trials: int
+    expand: Mapping[str, list[Any]] = field(default_factory=dict)
+    """Keys and their values: one arm for each combination, with its own search and the same budget."""
+    expanded_from: str | None = None
+    """The arm whose `expand` made this one."""
+    expanded: Mapping[str, Any] = field(default_factory=dict)
+    """Its own values of the expanded keys."""
 
     def __post_init__(self) -> None:
         require_at_least(f"arms.{self.name}.trials", self.trials, 1)
         _require_folder_name("an arm's name", self.name)
+        if self.name.endswith(CONFIRM_ENDING):
+            raise ConfigError(
+                f"an arm's name must not end in `{CONFIRM_ENDING}`, which names the runs of the confirm stage, "
+                f"but got {self.name!r}."
+            )
         if not self.space and self.trials != 1:
             raise ConfigError(
                 f"`arms.{self.name}.trials` must be 1 for an arm without a space, "
@@ -155,5 +187,7 @@ class SweepFile:
 
 
 def _require_folder_name(what: str, name: str) -> None:
+    if len(name) > LONGEST_NAME:
+        raise ConfigError(f"{what} must have at most {LONGEST_NAME} characters, but got {name!r}.")
     if not name.replace("_", "").replace("-", "").isalnum():
         raise ConfigError(f"{what} must consist of letters, digits, `_` and `-`, but got {name!r}.")

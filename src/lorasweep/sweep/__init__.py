@@ -1,10 +1,13 @@
-"""Many runs: which trials a sweep has, who proposes them, and the loop that asks, trains and tells."""
+"""Many runs: which trials a sweep has, who proposes them, and the loop that asks, trains and tells, stage by stage."""
 
-from lorasweep.sweep.definition import Arm, Definition, find_sweep_file, read_definition
+from lorasweep.sweep.confirm import draw_seeds
+from lorasweep.sweep.definition import Arm, Definition, read_definition
 from lorasweep.sweep.driver import Benches, Worker, check_definition, sweep_metric
+from lorasweep.sweep.fairness import find_warnings
 from lorasweep.sweep.folder import SweepFolder, create_sweep, new_folder, reopen_sweep
 from lorasweep.sweep.live import LiveTable, render_plan
 from lorasweep.sweep.plan import ArmPlan, plan_sweep
+from lorasweep.sweep.sweep_file import find_sweep_file
 from lorasweep.sweep.trials import Observer
 
 __all__ = [
@@ -18,7 +21,9 @@ __all__ = [
     "Worker",
     "check_definition",
     "create_sweep",
+    "draw_seeds",
     "find_sweep_file",
+    "find_warnings",
     "new_folder",
     "plan_sweep",
     "read_definition",

@@ -6,13 +6,10 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
-
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from lorasweep.config.build import nearest
 from lorasweep.config.compose import (
@@ -22,16 +19,17 @@ from lorasweep.config.compose import (
     group_names,
     known_keys,
     layer_settings,
-    packaged_folder,
     parse_overrides,
 )
 from lorasweep.config.run import RunConfig
 from lorasweep.config.sweep import ArmConfig, DriverConfig, SweepFile
 from lorasweep.errors import ConfigError
+from lorasweep.sweep.expand import expand_arms, own_overrides, refuse_expanded
+from lorasweep.sweep.scaling import ALPHA, MULTIPLIER, compose_scaled, drop_rivals, lay_over, rival, spell_out
 from lorasweep.sweep.space import Space, corner_values, grid_values, parse_range
+from lorasweep.sweep.sweep_file import parse_file, read_content, require_whole
 
-FILE_KEYS = ("name", "description", "settings", "arms")
-ARM_KEYS = ("settings", "space", "trials")
+CONFIRM = "confirm"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,16 +41,27 @@ class Arm:
     space: Space
     trials: int
     driver: DriverConfig
+    expanded_from: str | None = None
+    """The arm in the sweep file whose `expand` made this one."""
+    expanded: Mapping[str, Any] = field(default_factory=dict)
+    """Keys and values that tell it from the other arms of that `expand`."""
 
     def compose(self, params: Mapping[str, Any]) -> RunConfig:
         """Returns the settings of a trial with these values of the swept keys."""
         try:
-            return compose_run({**self.settings, **params, "trainer.progress": False})
+            return compose_scaled({**lay_over(self.settings, params), "trainer.progress": False})
         except ConfigError as error:
             raise ConfigError(f"arm `{self.name}`: {error}") from error
 
     def corners(self) -> Iterator[RunConfig]:
         """Yields the settings at the ends of each range, one key at a time, and with all at their upper ends."""
+        return iter(self._corners)
+
+    @cached_property
+    def _corners(self) -> tuple[RunConfig, ...]:
+        return tuple(self._compose_corners())
+
+    def _compose_corners(self) -> Iterator[RunConfig]:
         lows = {key: corner_values(distribution)[0] for key, distribution in self.space.items()}
         highs = {key: corner_values(distribution)[-1] for key, distribution in self.space.items()}
         yield self.compose(lows)
@@ -77,29 +86,10 @@ class Definition:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of what was asked for; `--resume` goes on only with the same."""
-        return hashlib.sha256(json.dumps(self.raw, sort_keys=True).encode()).hexdigest()
-
-
-def find_sweep_file(name: str) -> Path:
-    """Returns the file of a sweep: a path, or a name in `sweeps/` of the current folder, then among the packaged ones.
-
-    Raises:
-        ConfigError: There is none; the message lists the names there are.
-    """
-    if name.endswith((".yaml", ".yml")) or "/" in name:
-        path = Path(name)
-        if not path.is_file():
-            raise ConfigError(f"a sweep file must exist, but {name!r} does not.")
-        return path
-    folders = [Path.cwd() / "sweeps", packaged_folder("sweeps")]
-    for folder in folders:
-        if (folder / f"{name}.yaml").is_file():
-            return folder / f"{name}.yaml"
-    names = sorted({path.stem for folder in folders for path in folder.glob("*.yaml")})
-    raise ConfigError(
-        f"a sweep must be one of {', '.join(names)} or a YAML file, but got {name!r}.{nearest(name, names)}"
-    )
+        """SHA-256 of what was asked for; `--resume` goes on only with the same. A confirm stage may be added later."""
+        overrides = {key: value for key, value in self.raw["overrides"].items() if key.split(".")[0] != CONFIRM}
+        searched = {"file": self.raw["file"], "overrides": overrides}
+        return hashlib.sha256(json.dumps(searched, sort_keys=True).encode()).hexdigest()
 
 
 def read_definition(source: Path, overrides: Sequence[str]) -> Definition:
@@ -108,12 +98,7 @@ def read_definition(source: Path, overrides: Sequence[str]) -> Definition:
     Raises:
         ConfigError: The file can't be read, a key or range is wrong, or an arm does not compose.
     """
-    try:
-        content = OmegaConf.to_container(OmegaConf.load(source), resolve=True)
-    except (YAMLError, OmegaConfBaseException, OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"{str(source)!r} must be a YAML file, but can't be read: {reason}.") from error
-    raw = {"file": content, "overrides": parse_overrides(overrides)}
+    raw = {"file": read_content(source), "overrides": parse_overrides(overrides)}
     try:
         return restore_definition(raw, source=source)
     except ConfigError as error:
@@ -122,117 +107,121 @@ def read_definition(source: Path, overrides: Sequence[str]) -> Definition:
 
 def restore_definition(raw: Mapping[str, Any], *, source: Path | None) -> Definition:
     """Composes a sweep again from what its record holds; arguments and errors as in `read_definition`."""
-    file = _read_file(raw["file"])
-    overrides = raw["overrides"]
-    run_overrides, driver_overrides = _split_driver(overrides)
-    _check_run_keys(file, run_overrides)
+    file = parse_file(raw["file"])
+    overrides = spell_out(raw["overrides"], where="the command line")
+    driver_overrides = split_driver(overrides)[1]
+    _check_run_keys(file, split_driver(overrides)[0])
     used = set(driver_overrides)
-    arms = tuple(_build_arm(arm, file.settings, overrides, used=used) for arm in file.arms)
+    written = expand_arms(file, overrides, used=used)
+    arms = tuple(_build_arm(arm, file.settings, overrides, used=used) for arm in written)
     for key in overrides:
         if key not in used:
+            names = ", ".join(arm.name for arm in arms)
             raise ConfigError(
-                f"`{key}` must be a setting of at least one arm ({_names(file)}), but is none. "
+                f"`{key}` must be a setting of at least one arm ({names}), but is none. "
                 "Write `arms.ARM.KEY=VALUE` for one arm only."
             )
+    driver = compose_driver(layer_settings("sweep", split_driver(file.settings)[1], driver_overrides))
+    _check_one_stage(arms, driver)
     return Definition(
         name=file.name,
         description=file.description,
         arms=arms,
-        driver=compose_driver(layer_settings("sweep", _split_driver(file.settings)[1], driver_overrides)),
-        raw={"file": raw["file"], "overrides": dict(overrides)},
+        driver=driver,
+        raw={"file": raw["file"], "overrides": dict(raw["overrides"])},
         source=source,
     )
 
 
-def _read_file(content: Any) -> SweepFile:
-    if not isinstance(content, Mapping):
-        raise ConfigError("a sweep file must be a mapping with `name` and `arms`, but is not.")
-    _check_keys(content, FILE_KEYS, "")
-    arms = content.get("arms")
-    if not isinstance(arms, Mapping) or not arms:
-        raise ConfigError("`arms` must be a mapping with at least one arm, but got none.")
-    for name, arm in arms.items():
-        if not isinstance(arm, Mapping):
-            raise ConfigError(f"`arms.{name}` must be a mapping with `settings`, but got {arm!r}.")
-        _check_keys(arm, ARM_KEYS, f"arms.{name}.")
-    return SweepFile(
-        name=str(content.get("name") or "sweep"),
-        description=str(content.get("description") or ""),
-        settings=_mapping(content, "settings"),
-        arms=tuple(
-            ArmConfig(
-                name=str(name),
-                settings=_mapping(arm, "settings", f"arms.{name}."),
-                space=_mapping(arm, "space", f"arms.{name}."),
-                trials=_whole(arm.get("trials", 1), f"arms.{name}.trials"),
-            )
-            for name, arm in arms.items()
-        ),
-    )
-
-
-def _split_driver(settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def split_driver(settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Returns the settings of runs, and those of the sweep's driver."""
-    groups = (*group_names("sweep"), "sweep")
+    groups = (*group_names("sweep"), "sweep", CONFIRM)
     driver = {key: value for key, value in settings.items() if key.split(".")[0] in groups}
     return {key: value for key, value in settings.items() if key not in driver}, driver
 
 
-def _build_arm(
-    arm: ArmConfig,
-    shared: Mapping[str, Any],
-    overrides: Mapping[str, Any],
-    *,
-    used: set[str],
-) -> Arm:
-    prefix = f"arms.{arm.name}."
-    own = {key.removeprefix(prefix): value for key, value in overrides.items() if key.startswith(prefix)}
-    used |= {prefix + key for key in own}
-    trials = own.pop("trials", None)
-    layers = [_split_driver(layer) for layer in (shared, arm.settings, _without_arms(overrides), own)]
+def _build_arm(arm: ArmConfig, shared: Mapping[str, Any], overrides: Mapping[str, Any], *, used: set[str]) -> Arm:
+    of_family, own = own_overrides(arm, overrides, used=used)
+    trials = {**of_family, **own}.get("trials")
+    typed = (_without_arms(overrides), _without_trials(of_family), _without_trials(own))
+    layers = [split_driver(layer) for layer in (shared, arm.settings, arm.expanded, *typed)]
     driver = compose_driver(layer_settings("sweep", *(of_driver for _, of_driver in layers)))
-    settings, space = _layer_run([of_run for of_run, _ in layers], space=arm.space, used=used)
+    settings, space = _layer_run([of_run for of_run, _ in layers], arm=arm, used=used)
     if trials is None:
         trials = driver.sweep.trials if driver.sweep.trials is not None and arm.space else arm.trials
-    trials = _whole(trials, f"{prefix}trials") if space else 1
-    composed = ArmConfig(name=arm.name, settings=settings, space=space, trials=trials)
-    built = Arm(name=arm.name, settings=settings, space=_parse_space(composed), trials=trials, driver=driver)
+    trials = require_whole(f"arms.{arm.name}.trials", trials) if space else 1
+    composed = dataclasses.replace(arm, settings=settings, space=space, trials=trials)
+    built = Arm(
+        name=arm.name,
+        settings=settings,
+        space=_parse_space(composed),
+        trials=trials,
+        driver=driver,
+        expanded_from=arm.expanded_from,
+        expanded=arm.expanded,
+    )
     _check_arm(built)
     return built
 
 
 def _layer_run(
-    layers: Sequence[Mapping[str, Any]], *, space: Mapping[str, Any], used: set[str]
+    layers: Sequence[Mapping[str, Any]], *, arm: ArmConfig, used: set[str]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Returns the settings of an arm's runs, and what is swept.
 
     Args:
-        layers: Settings of runs: the file's, the arm's, the command line's for all arms, and for this one. Of the last
-            two, a value takes the place of a range and a range that of a value.
-        space: What the file sweeps in this arm.
+        layers: Settings of runs: the file's, the arm's, those of its expansion; then the command line's for all arms,
+            for all of this expansion, and for this one. Of the last three, a value takes the place of a range and a
+            range that of a value.
+        arm: What the file says of the arm.
         used: Gets the command line's keys for all arms that reach this one.
     """
-    of_file, of_arm, for_all, for_this = layers
+    of_file, of_arm, of_expansion, for_all, *for_this = layers
     method = _options(*layers).get("method", "lora")
-    for_all = {k: v for k, v in for_all.items() if k not in for_this and _reaches(k, v, method=method, space=space)}
+    owned = {key for layer in for_this for key in layer}
+    for_all = {k: v for k, v in for_all.items() if k not in owned and _reaches(k, v, method=method, space=arm.space)}
     used |= set(for_all)
-    ranges = {key: value for key, value in {**for_all, **for_this}.items() if _is_range(value)}
-    values = [{k: v for k, v in layer.items() if not _is_range(v)} for layer in (for_all, for_this)]
-    settings = layer_settings("train", of_file, of_arm, *values)
+    for key in for_all:
+        refuse_expanded(arm, key, written=key)
+    typed = (for_all, *for_this)
+    ranges = {key: value for key, value in lay_over(*typed).items() if _is_range(value)}
+    values = [{k: v for k, v in layer.items() if not _is_range(v)} for layer in typed]
+    replaced = {either for layer in values for key in layer for either in (key, rival(key))}
+    replaced |= {rival(key) for key in ranges} - set(ranges)
+    settings = _layer(of_file, of_arm, of_expansion, *values)
     return (
-        {key: value for key, value in settings.items() if key not in ranges},
-        {key: value for key, value in space.items() if not any(key in layer for layer in values)} | ranges,
+        {key: value for key, value in settings.items() if key not in ranges and rival(key) not in ranges},
+        {key: value for key, value in arm.space.items() if key not in replaced} | ranges,
     )
+
+
+def _layer(*layers: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of runs given in layers, of which later ones win; α and its multiplier replace each other."""
+    layered: dict[str, Any] = {}
+    for layer in layers:
+        layered = layer_settings("train", drop_rivals(layered, layer), layer)
+    return layered
 
 
 def _check_run_keys(file: SweepFile, overrides: Mapping[str, Any]) -> None:
     """Refuses a misspelt key with the nearest one of any arm, before an arm refuses it with the nearest of its own."""
     plain = _without_arms(overrides)
-    if plain:
-        of_file, *of_arms = (_split_driver(layer)[0] for layer in (file.settings, *(a.settings for a in file.arms)))
+    expanded = [key for arm in file.arms for key in split_driver(arm.expand)[0]]
+    if plain or expanded:
+        of_file, *of_arms = (split_driver(layer)[0] for layer in (file.settings, *(a.settings for a in file.arms)))
         known = set().union(*(known_keys(_options(of_file, of_arm, plain)) for of_arm in of_arms))
-        for key in plain:
+        known |= {MULTIPLIER} if ALPHA in known else set()
+        for key in [*plain, *expanded]:
             check_key(key, known, primary="train")
+
+
+def _check_one_stage(arms: Sequence[Arm], driver: DriverConfig) -> None:
+    for arm in arms:
+        if arm.driver.confirm != driver.confirm:
+            raise ConfigError(
+                f"all arms must have one `confirm.seeds`, because their runs are compared in pairs, but arm "
+                f"`{arm.name}` has {arm.driver.confirm.seeds!r}, not {driver.confirm.seeds!r}."
+            )
 
 
 def _options(*layers: Mapping[str, Any]) -> dict[str, Any]:
@@ -245,6 +234,10 @@ def _without_arms(overrides: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in overrides.items() if not key.startswith("arms.")}
 
 
+def _without_trials(overrides: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in overrides.items() if key != "trials"}
+
+
 def _reaches(key: str, value: Any, *, method: str, space: Mapping[str, Any]) -> bool:
     """Whether an override without an arm's name is for this arm: its method has the key, and a range needs a space."""
     if _is_range(value) and not space:
@@ -252,7 +245,8 @@ def _reaches(key: str, value: Any, *, method: str, space: Mapping[str, Any]) -> 
     if not key.startswith("method."):
         return True
     config = compose_run({"method": method})
-    return key.removeprefix("method.") in {field.name for field in dataclasses.fields(config.method)}
+    name = ALPHA if key == MULTIPLIER else key
+    return name.removeprefix("method.") in {f.name for f in dataclasses.fields(config.method)}
 
 
 def _is_range(value: Any) -> bool:
@@ -262,7 +256,7 @@ def _is_range(value: Any) -> bool:
 def _parse_space(arm: ArmConfig) -> Space:
     fixed = {key: value for key, value in arm.settings.items() if key not in arm.space}
     try:
-        config = compose_run(fixed)
+        config = compose_scaled(fixed)
     except ConfigError as error:
         raise ConfigError(f"arm `{arm.name}`: {error}") from error
     return {
@@ -273,9 +267,9 @@ def _parse_space(arm: ArmConfig) -> Space:
 
 def _is_whole(config: RunConfig, key: str, *, arm: ArmConfig) -> bool:
     value: Any = config
-    for name in key.split("."):
+    for name in (ALPHA if key == MULTIPLIER else key).split("."):
         if not hasattr(value, name):
-            names = [field.name for field in dataclasses.fields(value)] if dataclasses.is_dataclass(value) else []
+            names = [f.name for f in dataclasses.fields(value)] if dataclasses.is_dataclass(value) else []
             raise ConfigError(f"`arms.{arm.name}.space.{key}` is not a setting of its arm.{nearest(name, names)}")
         value = getattr(value, name)
     return isinstance(value, int) and not isinstance(value, bool)
@@ -293,28 +287,3 @@ def _check_arm(arm: Arm) -> None:
                 f"`arms.{arm.name}.trials <= {count}` must hold under `sampler=grid`, the number of combinations, "
                 f"but got {arm.trials!r}."
             )
-
-
-def _check_keys(content: Mapping[str, Any], known: Sequence[str], prefix: str) -> None:
-    for key in content:
-        if key not in known:
-            raise ConfigError(
-                f"`{prefix}{key}` is not a key of a sweep file.{nearest(str(key), known)} Known are {', '.join(known)}."
-            )
-
-
-def _mapping(content: Mapping[str, Any], key: str, prefix: str = "") -> dict[str, Any]:
-    value = content.get(key) or {}
-    if not isinstance(value, Mapping):
-        raise ConfigError(f"`{prefix}{key}` must be a mapping of dotted keys, but got {value!r}.")
-    return {str(name): item for name, item in value.items()}
-
-
-def _whole(value: Any, key: str) -> int:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise ConfigError(f"`{key}` must be a whole number, but got {value!r}.")
-    return value
-
-
-def _names(file: SweepFile) -> str:
-    return ", ".join(arm.name for arm in file.arms)

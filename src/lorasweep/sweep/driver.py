@@ -11,9 +11,11 @@ from lorasweep.config.run import RunConfig
 from lorasweep.errors import ConfigError, OutOfMemory, WorkerError
 from lorasweep.methods import METHODS
 from lorasweep.record import RunRecord
+from lorasweep.sweep.confirm import draw_seeds
 from lorasweep.sweep.definition import Arm, Definition
 from lorasweep.sweep.folder import SweepFolder
 from lorasweep.sweep.packing import plan_packing
+from lorasweep.sweep.stages import Confirm, Search, Stage
 from lorasweep.sweep.trials import Observer, OpenTrial, RunEnded, Trials
 from lorasweep.training import (
     Job,
@@ -21,6 +23,7 @@ from lorasweep.training import (
     build_workbench,
     choose_pack_size,
     measure_pack_sizes,
+    score_run,
     train_pack,
     train_run,
 )
@@ -44,9 +47,10 @@ def check_definition(definition: Definition, benches: Benches) -> dict[str, RunC
     """Checks every arm against its base model, before anything is written; returns one composed run per arm.
 
     Raises:
-        ConfigError: A rank, target or other setting does not fit the model.
+        ConfigError: A rank, target or other setting does not fit the model, or a confirm stage is not possible.
     """
     plan_packing(definition)
+    draw_seeds(definition)
     configs: dict[str, RunConfig] = {}
     for arm in definition.arms:
         for config in arm.corners():
@@ -84,14 +88,12 @@ class Worker:
     ) -> None:
         self.sweep = sweep
         self.benches = benches
+        self.observer = observer
         self.stop_requested = stop_requested
-        self.trials = Trials(sweep, observer=observer, run_ended=run_ended)
+        self.run_ended = run_ended
         self.plans = plan_packing(sweep.definition)
-        self.pack_sizes: dict[Any, int] = {}
-        self.unfinished: list[tuple[Arm, FrozenTrial]] = []
-        """Trials that an earlier session left running."""
-        self.requeued: list[OpenTrial] = []
-        """Trials whose pack broke up."""
+        self.pack_limits: dict[Any, int] = {}
+        """Largest packs after one ran out of memory or broke, by what its trials share."""
 
     def run(self) -> bool:
         """Runs what is left and returns whether the sweep is complete (False: it was stopped).
@@ -100,12 +102,37 @@ class Worker:
             WorkerError: `sweep.max_failures` trials in a row failed.
         """
         self.sweep.save("running")
-        self.unfinished = self.trials.unfinished()
-        complete = True
-        while complete and (arm := self._next_arm()) is not None:
-            complete = not self.stop_requested() and self._run_arm(arm)
+        complete = self._run_stage(Search(self.sweep)) and self._confirm()
         self.sweep.save("complete" if complete else "interrupted")
         return complete
+
+    def _confirm(self) -> bool:
+        """Runs the confirm stage where one is asked for and possible; returns False if it was stopped."""
+        if not self.sweep.record.confirm_seeds:
+            return True
+        stage = Confirm(self.sweep, score=lambda config, folder: score_run(folder, bench=self.benches.of(config)))
+        try:
+            for arm in self.sweep.definition.arms:
+                if (config := stage.winner_config(arm)) is not None:
+                    self.benches.of(config).parts.test()
+        except ConfigError as error:
+            self.sweep.warn(f"The confirm stage is left out, because its test data can't be read: {error}")
+            return True
+        stage.begin()
+        return self._run_stage(stage)
+
+    def _run_stage(self, stage: Stage) -> bool:
+        """Runs what is left of a stage and returns whether it is complete."""
+        self.trials = Trials(self.sweep, stage, observer=self.observer, run_ended=self.run_ended)
+        self.pack_sizes: dict[Any, int] = {}
+        self.requeued: list[OpenTrial] = []
+        """Trials whose pack broke up."""
+        self.unfinished: list[tuple[Arm, FrozenTrial]] = self.trials.unfinished()
+        """Trials that an earlier session left running."""
+        while (arm := self._next_arm()) is not None:
+            if self.stop_requested() or not self._run_arm(arm):
+                return False
+        return True
 
     def _next_arm(self) -> Arm | None:
         """The arm of a trial that was left running, else the one that is least far; arms without a space come first."""
@@ -117,7 +144,7 @@ class Worker:
         return min(open_arms, key=self._progress, default=None)
 
     def _progress(self, arm: Arm) -> tuple[bool, float]:
-        return bool(arm.space), 1 - self.trials.left(arm) / arm.trials
+        return bool(arm.space), self.trials.progress(arm)
 
     def _run_arm(self, arm: Arm) -> bool:
         """Runs one trial of an arm, or a pack with its trials; returns False if it was interrupted."""
@@ -163,32 +190,39 @@ class Worker:
         """Trains trials of all arms that can share a pack, as many at once as fit, until none of them is left."""
         arms = self._pack_mates(first)
         running: list[OpenTrial] = []
+        trained: list[tuple[OpenTrial, RunRecord]] = []
 
         def supply() -> Job | None:
             opened = self._take(arms)
-            return None if opened is None else self._job(opened, running)
+            return None if opened is None else self._job(opened, running, trained)
 
         jobs = [job for job in (supply() for _ in range(size)) if job is not None]
         if not jobs:
             return True
         try:
-            return train_pack(
+            if not train_pack(
                 jobs, bench=self.benches.of(jobs[0].config), supply=supply, stop_requested=self.stop_requested
-            )
+            ):
+                return False  # what is trained and not scored yet is told when the sweep goes on
         except WorkerError:
             raise
         except Exception as error:
             # The trials go on from their last evaluation: after running out of memory in smaller packs, after any other
             # error alone, where the one that is to blame fails by itself.
             fewer = len(running) // 2 if isinstance(error, OutOfMemory) else 1
-            self.pack_sizes[self.plans[first.name].key] = max(1, fewer)
+            self.pack_limits[self.plans[first.name].key] = max(1, fewer)
             self.requeued = running
-            return True
+        for opened, record in trained:
+            self.trials.tell(opened, record)
+        return True
 
-    def _job(self, opened: OpenTrial, running: list[OpenTrial]) -> Job:
+    def _job(self, opened: OpenTrial, running: list[OpenTrial], trained: list[tuple[OpenTrial, RunRecord]]) -> Job:
         def ended(record: RunRecord) -> None:
             running.remove(opened)
-            self.trials.tell(opened, record)
+            if self.trials.stage.reads_test:  # scoring moves the base that the pack still trains on
+                trained.append((opened, record))
+            else:
+                self.trials.tell(opened, record)
 
         def failed(error: Exception) -> None:
             running.remove(opened)
@@ -220,4 +254,4 @@ class Worker:
                 measured = measure_pack_sizes(plan.largest, bench=self.benches.of(plan.largest), most=most)
                 wanted = choose_pack_size(measured)
             self.pack_sizes[plan.key] = wanted
-        return self.pack_sizes[plan.key]
+        return min(self.pack_sizes[plan.key], self.pack_limits.get(plan.key, self.pack_sizes[plan.key]))

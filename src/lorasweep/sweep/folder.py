@@ -1,8 +1,9 @@
 """A sweep's folder: making it, taking it up again, and keeping its record in step with Optuna's storage.
 
 DIR/sweep.json     the record: what was asked for, each trial and its run
-DIR/journal.log    Optuna's storage: one study per arm
-DIR/runs/ARM-0003  one folder per run
+DIR/journal.log    Optuna's storage: one study per arm, and ARM/confirm for its confirm stage
+DIR/runs/ARM-0003  one folder per run of the search
+DIR/runs/ARM-confirm-0003  and per run of the confirm stage
 DIR/report         what `lorasweep compare` writes
 """
 
@@ -12,6 +13,7 @@ import fcntl
 import json
 import os
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,30 +22,25 @@ import optuna
 from optuna.storages import JournalStorage
 from optuna.trial import FrozenTrial, TrialState
 
-from lorasweep.config.compose import compose_run
 from lorasweep.config.run import RunConfig
 from lorasweep.data.tasks import goal_direction
 from lorasweep.errors import ConfigError, RecordError, WorkerError
-from lorasweep.record import (
-    SWEEP_FILE,
-    ArmRow,
-    SweepRecord,
-    TrialRow,
-    read_sweep,
-    sha256_of,
-    utc_now,
-    write_record,
-)
-from lorasweep.record import TrialState as RowState
+from lorasweep.record import SWEEP_FILE, SweepRecord, read_sweep, sha256_of, utc_now, write_record
+from lorasweep.sweep.confirm import count_seeds, draw_seeds
 from lorasweep.sweep.definition import Arm, Definition, restore_definition
-from lorasweep.sweep.search import JOURNAL_FILE, build_pruner, measure_importance, open_storage, open_study
-from lorasweep.sweep.space import describe_space
+from lorasweep.sweep.fairness import find_warnings
+from lorasweep.sweep.rows import WINNER_ATTRIBUTE, arm_row, confirm_row, trial_row
+from lorasweep.sweep.search import (
+    CONFIRM_STUDY,
+    JOURNAL_FILE,
+    build_pruner,
+    measure_importance,
+    open_confirm_study,
+    open_storage,
+    open_study,
+)
 
 FINGERPRINT = "lorasweep:definition"
-RUN_ATTRIBUTE = "lorasweep:run"
-REASON_ATTRIBUTE = "lorasweep:reason"
-INFEASIBLE_ATTRIBUTE = "lorasweep:infeasible"
-SCORE_ATTRIBUTE = "lorasweep:score"
 
 
 @dataclass(kw_only=True)
@@ -53,14 +50,14 @@ class SweepFolder:
     path: Path
     definition: Definition
     record: SweepRecord
+    storage: JournalStorage
     studies: dict[str, optuna.Study]
+    """The search of each arm."""
+    confirm_studies: dict[str, optuna.Study] = field(default_factory=dict)
+    """The confirm stage of each arm, once it has begun."""
     lock: int
     opened: float = field(default_factory=time.monotonic)
     makespan_before_s: float = 0.0
-
-    def run_name(self, arm: str, number: int) -> str:
-        """Returns a run's folder relative to the sweep's."""
-        return f"runs/{arm}-{number:04d}"
 
     def finished(self, arm: Arm) -> int:
         """Returns how many trials of an arm are finished, whatever became of them."""
@@ -74,9 +71,15 @@ class SweepFolder:
         """Writes the record with every trial as the storage has it."""
         self.record.makespan_s = self.makespan_before_s + time.monotonic() - self.opened
         self.record.trials = [
-            _trial_row(arm.name, trial)
+            trial_row(arm.name, trial)
             for arm in self.definition.arms
             for trial in self.studies[arm.name].get_trials(deepcopy=False)
+        ]
+        self.record.confirm = [
+            confirm_row(arm, trial, winner=study.user_attrs[WINNER_ATTRIBUTE])
+            for arm, study in self.confirm_studies.items()
+            for trial in study.get_trials(deepcopy=False)
+            if trial.state != TrialState.WAITING
         ]
         if status is not None:
             self.record.status = status
@@ -85,6 +88,11 @@ class SweepFolder:
             for row in self.record.arms:
                 row.importance = measure_importance(self.studies[row.name])
         write_record(self.record, self.path)
+
+    def warn(self, sentence: str) -> None:
+        """Keeps a sentence in the record, once; `save` writes it."""
+        if sentence not in self.record.warnings:
+            self.record.warnings.append(sentence)
 
     def close(self) -> None:
         """Lets another process open the sweep."""
@@ -121,6 +129,7 @@ def create_sweep(definition: Definition, path: Path, *, configs: dict[str, RunCo
         configs: One composed run per arm.
         metric: What every arm is scored by.
     """
+    seeds, warnings = draw_seeds(definition), find_warnings(definition)
     path.mkdir(parents=True, exist_ok=True)
     lock = _lock(path)
     record = SweepRecord(
@@ -132,18 +141,25 @@ def create_sweep(definition: Definition, path: Path, *, configs: dict[str, RunCo
         definition=definition.raw,
         source=str(definition.source) if definition.source else None,
         source_sha256=sha256_of(definition.source) if definition.source else None,
-        arms=[_arm_row(arm, configs[arm.name]) for arm in definition.arms],
+        arms=[arm_row(arm, configs[arm.name]) for arm in definition.arms],
+        confirm_seeds=seeds,
+        warnings=warnings,
         started_at=utc_now(),
     )
     write_record(record, path)
-    studies = _open_studies(definition, open_storage(path), record)
+    storage = open_storage(path)
+    studies = _open_studies(definition, storage, record)
     for study in studies.values():
         study.set_user_attr(FINGERPRINT, definition.fingerprint)
-    return SweepFolder(path=path, definition=definition, record=record, studies=studies, lock=lock)
+    return SweepFolder(path=path, definition=definition, record=record, storage=storage, studies=studies, lock=lock)
 
 
-def reopen_sweep(path: Path) -> SweepFolder:
+def reopen_sweep(path: Path, *, confirm: Mapping[str, Any] | None = None) -> SweepFolder:
     """Takes up a sweep where it stopped; changes nothing on disk yet.
+
+    Args:
+        path: The sweep's folder.
+        confirm: Other settings of the confirm stage (`{"confirm.seeds": 5}`), which may be added to a search.
 
     Raises:
         RecordError: The folder is not a sweep, or its record is damaged.
@@ -157,21 +173,56 @@ def reopen_sweep(path: Path) -> SweepFolder:
             f"the sweep file must be as it was when {str(path)!r} began, but {str(source)!r} has changed. "
             f"Restore it, or start a new sweep."
         )
+    if confirm:
+        record.definition = _with_confirm(record.definition, confirm)
     definition = _restore(record, path, source=source)
+    seeds = draw_seeds(definition)
     lock = _lock(path)
     try:
-        studies = _reopen_studies(definition, path, record)
+        storage = _check_storage(definition, path)
+        confirm_studies = _open_confirm_studies(definition, storage, record)
+        studies = _open_studies(definition, storage, record)
     except BaseException:
         os.close(lock)
         raise
+    record.confirm_seeds = seeds
+    record.warnings = list(dict.fromkeys([*record.warnings, *find_warnings(definition)]))
     return SweepFolder(
         path=path,
         definition=definition,
         record=record,
+        storage=storage,
         studies=studies,
+        confirm_studies=confirm_studies,
         lock=lock,
         makespan_before_s=record.makespan_s,
     )
+
+
+def _with_confirm(raw: Any, confirm: Mapping[str, Any]) -> Any:
+    """The definition with other settings of the confirm stage; what is damaged stays so, for `_restore` to refuse."""
+    if isinstance(raw, dict) and isinstance(raw.get("overrides"), dict):
+        return {**raw, "overrides": {**raw["overrides"], **confirm}}
+    return raw
+
+
+def _open_confirm_studies(
+    definition: Definition, storage: JournalStorage, record: SweepRecord
+) -> dict[str, optuna.Study]:
+    """Returns the studies of a confirm stage that has begun.
+
+    Raises:
+        ConfigError: Fewer seeds are asked for than it began with: a result is not to be left out afterwards.
+    """
+    names = {study.study_name for study in storage.get_all_studies()}
+    begun = [arm.name for arm in definition.arms if CONFIRM_STUDY.format(arm=arm.name) in names]
+    asked = count_seeds(definition)
+    if begun and asked < len(record.confirm_seeds):
+        raise ConfigError(
+            f"`confirm.seeds >= {len(record.confirm_seeds)}` must hold, with which the confirm stage began, "
+            f"but got {asked!r}."
+        )
+    return {arm: open_confirm_study(storage, arm, direction=record.direction) for arm in begun}
 
 
 def _restore(record: SweepRecord, path: Path, *, source: Path | None) -> Definition:
@@ -183,8 +234,8 @@ def _restore(record: SweepRecord, path: Path, *, source: Path | None) -> Definit
         ) from error
 
 
-def _reopen_studies(definition: Definition, path: Path, record: SweepRecord) -> dict[str, optuna.Study]:
-    """Returns the studies of a sweep that goes on, after a look that changes nothing: opening would make what lacks."""
+def _check_storage(definition: Definition, path: Path) -> JournalStorage:
+    """Returns the storage of a sweep that goes on, after a look that changes nothing: opening would make what lacks."""
     if not (path / JOURNAL_FILE).is_file():
         raise RecordError(f"a sweep's folder must contain {JOURNAL_FILE}, but {str(path)!r} does not.")
     try:
@@ -197,48 +248,16 @@ def _reopen_studies(definition: Definition, path: Path, record: SweepRecord) -> 
             f"`definition` in {str(path / SWEEP_FILE)!r} must be as it was when the sweep began, but has changed. "
             f"Restore it, or start a new sweep."
         )
-    return _open_studies(definition, storage, record)
+    return storage
 
 
 def _open_studies(definition: Definition, storage: JournalStorage, record: SweepRecord) -> dict[str, optuna.Study]:
     studies = {}
     for arm in definition.arms:
-        max_steps = compose_run(arm.settings).trainer.max_steps
+        max_steps = max(config.trainer.max_steps for config in arm.corners())
         pruner = build_pruner(arm.driver.pruner, max_steps=max_steps)
         studies[arm.name] = open_study(storage, arm.name, direction=record.direction, pruner=pruner)
     return studies
-
-
-def _arm_row(arm: Arm, config: RunConfig) -> ArmRow:
-    return ArmRow(
-        name=arm.name,
-        method=config.method.name,
-        trials=arm.trials,
-        settings=dict(arm.settings),
-        space=describe_space(arm.space),
-        sampler=arm.driver.sampler.name,
-        pruner=arm.driver.pruner.name,
-    )
-
-
-def _trial_row(arm: str, trial: FrozenTrial) -> TrialRow:
-    states: dict[TrialState, RowState] = {
-        TrialState.COMPLETE: "complete",
-        TrialState.PRUNED: "pruned",
-        TrialState.FAIL: "failed",
-    }
-    state = states.get(trial.state, "running")
-    if trial.user_attrs.get(INFEASIBLE_ATTRIBUTE):
-        state = "infeasible"
-    return TrialRow(
-        arm=arm,
-        number=trial.number,
-        state=state,
-        params=dict(trial.params),
-        value=trial.user_attrs.get(SCORE_ATTRIBUTE, trial.value),
-        run=trial.user_attrs.get(RUN_ATTRIBUTE, ""),
-        reason=trial.user_attrs.get(REASON_ATTRIBUTE),
-    )
 
 
 def _lock(path: Path) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
@@ -15,21 +15,31 @@ from rich.text import Text
 
 from lorasweep.record import Direction
 from lorasweep.sweep.definition import Arm, Definition
+from lorasweep.sweep.fairness import find_warnings
 from lorasweep.sweep.folder import SweepFolder
 from lorasweep.sweep.plan import ArmPlan
 from lorasweep.wording import format_seconds
 
+COLUMNS = {
+    "search": ("arm", "trials", "pruned", "best", "best settings", "time left"),
+    "confirm": ("arm", "seeds", "failed", "mean on test", "settings", "time left"),
+}
+"""Headings of the table in each stage; the settings are the only column of text beside the arm."""
+
 
 @dataclass(kw_only=True)
 class ArmProgress:
-    """How far an arm is."""
+    """How far an arm is in the present stage."""
 
     asked: int
     done: int = 0
     pruned: int = 0
     lost: int = 0
     best: float | None = None
+    """The best score of the search; in the confirm stage the mean over seeds."""
     best_params: Mapping[str, Any] | None = None
+    scores: list[float] = field(default_factory=list)
+    """Of the confirm stage."""
     seconds: float = 0.0
 
     @property
@@ -52,9 +62,14 @@ class RunningTrial:
 
 
 class LiveTable:
-    """An observer that shows arms, the running trial, the best so far and the time left. A context manager."""
+    """An observer that shows the stage, its arms, the running trials, scores so far and the time left.
+
+    A context manager.
+    """
 
     def __init__(self, sweep: SweepFolder, *, console: Console) -> None:
+        self.sweep = sweep
+        self.stage = "search"
         self.title = f"{sweep.record.name}: {sweep.record.metric} ({sweep.record.direction})"
         self.direction: Direction = sweep.record.direction
         self.console = console
@@ -70,6 +85,19 @@ class LiveTable:
     def __exit__(self, *_: object) -> None:
         if self.console.is_terminal:
             self.live.stop()
+
+    def stage_started(self, stage: str, asked: Mapping[str, int]) -> None:
+        """Shows the stage's own table; without a terminal, a line where the confirm stage begins."""
+        self.stage = stage
+        self.running = {}
+        if stage != "confirm":
+            return
+        self.arms = {name: ArmProgress(asked=number) for name, number in asked.items() if number}
+        for row in self.sweep.record.confirm:
+            if row.state != "running":
+                self._count(self.arms[row.arm], row.state, row.value, {})
+        if not self.console.is_terminal:
+            self.console.print(f"confirm: {_describe_confirm(max(asked.values(), default=0))}", soft_wrap=True)
 
     def trial_started(self, arm: Arm, number: int, params: Mapping[str, Any], *, steps: int) -> None:
         """Shows the new trial."""
@@ -87,12 +115,8 @@ class LiveTable:
         """Counts the trial; without a terminal, prints its line."""
         progress, running = self.arms[arm.name], self.running.pop((arm.name, number), None)
         params = running.params if running else {}
-        progress.done += 1
-        progress.pruned += state == "pruned"
-        progress.lost += state in ("failed", "infeasible")
         progress.seconds += wall_s
-        if state == "complete" and value is not None and _beats(value, progress.best, direction=self.direction):
-            progress.best, progress.best_params = value, dict(params)
+        self._count(progress, state, value, params)
         if not self.console.is_terminal:
             score = "-" if value is None else f"{value:.4f}"
             line = f"{arm.name} {progress.done}/{progress.asked}  {state:<10} {score:>8}  {describe_params(params)}"
@@ -100,34 +124,51 @@ class LiveTable:
 
     def render(self) -> RenderableType:
         """Returns the table as it stands."""
+        in_search = self.stage == "search"
+        seeds = max((arm.asked for arm in self.arms.values()), default=0)
+        heading = [] if in_search else [Text(f"confirm: {_describe_confirm(seeds)}", style="bold")]
         table = Table(title=escape(self.title), title_justify="left", header_style="bold")
-        for name in ("arm", "trials", "pruned", "best", "best settings", "time left"):
-            table.add_column(name, justify="right" if name in ("trials", "pruned", "best", "time left") else "left")
+        for name in COLUMNS[self.stage]:
+            table.add_column(name, justify="left" if name == "arm" or name.endswith("settings") else "right")
         for name, arm in self.arms.items():
             best = "-" if arm.best is None else f"{arm.best:.4f}"
-            done = f"{arm.done}/{arm.asked}" + (f" ({arm.lost} failed)" if arm.lost else "")
+            done = f"{arm.done}/{arm.asked}" + (f" ({arm.lost} failed)" if arm.lost and in_search else "")
             left = arm.seconds_left
             table.add_row(
                 escape(name),
                 done,
-                str(arm.pruned),
+                str(arm.pruned if in_search else arm.lost),
                 best,
                 escape(describe_params(arm.best_params or {})),
                 "-" if left is None else format_seconds(left),
             )
-        return Group(table, *map(_running_line, self.running.values()))
+        return Group(*heading, table, *map(_running_line, self.running.values()))
+
+    def _count(self, progress: ArmProgress, state: str, value: float | None, params: Mapping[str, Any]) -> None:
+        progress.done += 1
+        progress.pruned += state == "pruned"
+        progress.lost += state in ("failed", "infeasible")
+        if state != "complete" or value is None:
+            return
+        if self.stage == "confirm":
+            progress.scores.append(value)
+            progress.best = sum(progress.scores) / len(progress.scores)
+            progress.best_params = {key: kept for key, kept in params.items() if key != "seed"} or progress.best_params
+        elif _beats(value, progress.best, direction=self.direction):
+            progress.best, progress.best_params = value, dict(params)
 
 
 def render_plan(definition: Definition, plans: Sequence[ArmPlan]) -> RenderableType:
     """Returns what a sweep would take, an arm per row, with why its trials are packed or run alone."""
     table = Table(title=escape(f"{definition.name}: nothing is trained yet"), title_justify="left", header_style="bold")
     table.add_column("arm")
-    for name in ("trials", "steps", "tokens", "trained", "pack", "memory", "disk", "at most"):
+    for name in ("trials", "seeds", "steps", "tokens", "trained", "pack", "memory", "disk", "at most"):
         table.add_column(name, justify="right")
     for plan in plans:
         table.add_row(
             escape(plan.arm.name),
             str(plan.arm.trials),
+            str(plan.seeds),
             f"{plan.steps:,}",
             f"{plan.tokens:,}",
             f"{plan.trainable_params:,}",
@@ -138,6 +179,11 @@ def render_plan(definition: Definition, plans: Sequence[ArmPlan]) -> RenderableT
         )
     total = format_seconds(sum(plan.seconds for plan in plans))
     notes = [f"• {plan.arm.name}: {plan.packing.reason}" for plan in plans]
+    if most := max((plan.seeds for plan in plans), default=0):
+        notes.append(f"• Stages: search on validation data, then confirm: {_describe_confirm(most)}.")
+    else:
+        notes.append("• Stages: search on validation data; no confirm stage.")
+    notes += [f"• {warning}" for warning in find_warnings(definition)]
     notes.append(f"• All arms: at most {total} on this machine, measured on a few steps; pruning takes less.")
     return Group(table, *map(Text, notes))
 
@@ -148,6 +194,11 @@ def _running_line(running: RunningTrial) -> Text:
         f"now: {running.arm.name} trial {running.number}  step {running.step}/{running.steps}{value}  "
         f"{describe_params(running.params)}  {format_seconds(time.monotonic() - running.started)}"
     )
+
+
+def _describe_confirm(seeds: int) -> str:
+    fresh = "1 fresh seed" if seeds == 1 else f"{seeds} fresh seeds"
+    return f"the best settings of each arm again on {fresh}, scored once on test data"
 
 
 def describe_params(params: Mapping[str, Any]) -> str:

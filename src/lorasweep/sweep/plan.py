@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lorasweep.config.data import longest_row
+from lorasweep.sweep.confirm import arm_seeds, draw_seeds
 from lorasweep.sweep.definition import Arm, Definition
 from lorasweep.sweep.driver import Benches
+from lorasweep.sweep.fairness import trained_tokens
 from lorasweep.sweep.packing import ArmPacking, plan_packing
 from lorasweep.training import choose_pack_size, measure_pack_sizes, measure_run
 
@@ -18,17 +19,19 @@ class ArmPlan:
     arm: Arm
     packing: ArmPacking
     pack_size: int
+    seeds: int
+    """Runs of the confirm stage."""
     steps: int
-    """Optimizer steps of all trials together."""
+    """Optimizer steps of all trials and seeds together."""
     tokens: int
-    """Training tokens of all trials together."""
+    """Training tokens of all trials and seeds together, at most."""
     trainable_params: int
     kept_bytes: int
-    """Disk that all trials' best and last weights take."""
+    """Disk that all runs' best and last weights take."""
     memory_bytes: int
     """Memory in use after a step: allocated on the GPU, else resident in the process."""
     seconds: float
-    """Training and evaluation of all trials."""
+    """Training and evaluation of all runs; test data counts as one more evaluation, since it is not looked at yet."""
 
 
 def plan_sweep(definition: Definition, benches: Benches) -> list[ArmPlan]:
@@ -38,11 +41,11 @@ def plan_sweep(definition: Definition, benches: Benches) -> list[ArmPlan]:
         definition: A sweep whose arms were checked.
         benches: Base models and data.
     """
-    packings = plan_packing(definition)
-    return [_plan_arm(arm, packings[arm.name], benches) for arm in definition.arms]
+    packings, seeds = plan_packing(definition), draw_seeds(definition)
+    return [_plan_arm(arm, packings[arm.name], benches, seeds=len(arm_seeds(arm, seeds))) for arm in definition.arms]
 
 
-def _plan_arm(arm: Arm, packing: ArmPacking, benches: Benches) -> ArmPlan:
+def _plan_arm(arm: Arm, packing: ArmPacking, benches: Benches, *, seeds: int) -> ArmPlan:
     config = packing.largest
     bench = benches.of(config)
     cost = measure_run(config, bench=bench)
@@ -55,14 +58,16 @@ def _plan_arm(arm: Arm, packing: ArmPacking, benches: Benches) -> ArmPlan:
         step_s = next(m.slot_step_s for m in measured if m.slots == size)
     steps = 0 if config.method.name == "frozen" else config.trainer.max_steps
     evaluations = -(-steps // config.trainer.eval_every_steps) or 1
+    runs = arm.trials + seeds
     return ArmPlan(
         arm=arm,
         packing=packing,
         pack_size=size,
-        steps=steps * arm.trials,
-        tokens=steps * arm.trials * config.trainer.batch_size * longest_row(config.data),
+        seeds=seeds,
+        steps=steps * runs,
+        tokens=trained_tokens(config) * runs,
         trainable_params=cost.trainable_params,
-        kept_bytes=2 * 4 * cost.trainable_params * arm.trials,  # best and last, in fp32
+        kept_bytes=2 * 4 * cost.trainable_params * runs,  # best and last, in fp32
         memory_bytes=cost.memory_bytes,
-        seconds=arm.trials * (steps * step_s + evaluations * cost.eval_s),
+        seconds=runs * (steps * step_s + evaluations * cost.eval_s) + seeds * cost.eval_s,
     )

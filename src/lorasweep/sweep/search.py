@@ -23,6 +23,8 @@ from lorasweep.sweep.journal import JournalLock
 from lorasweep.sweep.space import Space, grid_values
 
 JOURNAL_FILE = "journal.log"
+CONFIRM_STUDY = "{arm}/confirm"
+"""Name of the study of an arm's confirm stage; no arm's name has a slash."""
 
 
 class Grid(GridSampler):
@@ -44,6 +46,13 @@ def open_storage(folder: Path) -> JournalStorage:
 def open_study(storage: JournalStorage, arm: str, *, direction: Direction, pruner: BasePruner) -> optuna.Study:
     """Returns an arm's study, made if it is missing."""
     return optuna.create_study(study_name=arm, storage=storage, direction=direction, pruner=pruner, load_if_exists=True)
+
+
+def open_confirm_study(storage: JournalStorage, arm: str, *, direction: Direction) -> optuna.Study:
+    """Returns the study of an arm's confirm stage, made if it is missing: its trials are seeds; nothing is pruned."""
+    study = open_study(storage, CONFIRM_STUDY.format(arm=arm), direction=direction, pruner=NopPruner())
+    study.sampler = RandomSampler(seed=0)  # draws nothing: every trial is enqueued
+    return study
 
 
 def proposal_seed(seed: int, arm: str, number: int) -> int:

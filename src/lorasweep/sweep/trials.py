@@ -1,4 +1,4 @@
-"""Between Optuna's studies and runs: asks for trials, reports their evaluations, tells how they ended."""
+"""Between Optuna's studies and runs: asks for a stage's trials, reports their evaluations, tells how they ended."""
 
 from __future__ import annotations
 
@@ -12,17 +12,12 @@ from optuna.trial import FrozenTrial, Trial
 from optuna.trial import TrialState as OptunaState
 
 from lorasweep.config.run import RunConfig
-from lorasweep.errors import OutOfMemory, RunError, WorkerError
-from lorasweep.record import RunRecord
+from lorasweep.errors import Diverged, OutOfMemory, RecordError, RunError, WorkerError
+from lorasweep.record import RunRecord, read_run
 from lorasweep.sweep.definition import Arm
-from lorasweep.sweep.folder import (
-    INFEASIBLE_ATTRIBUTE,
-    REASON_ATTRIBUTE,
-    RUN_ATTRIBUTE,
-    SCORE_ATTRIBUTE,
-    SweepFolder,
-)
-from lorasweep.sweep.search import build_sampler
+from lorasweep.sweep.folder import SweepFolder
+from lorasweep.sweep.rows import INFEASIBLE_ATTRIBUTE, REASON_ATTRIBUTE, RUN_ATTRIBUTE, SCORE_ATTRIBUTE
+from lorasweep.sweep.stages import Stage
 from lorasweep.training import RunPlace
 
 RunEnded = Callable[[RunRecord, Path, Mapping[str, Any]], None]
@@ -31,6 +26,9 @@ RunEnded = Callable[[RunRecord, Path, Mapping[str, Any]], None]
 
 class Observer(Protocol):
     """What a sweep tells while it runs; the live table is one."""
+
+    def stage_started(self, stage: str, asked: Mapping[str, int]) -> None:
+        """A stage begins, or goes on; each arm has so many trials in it, those that ended included."""
 
     def trial_started(self, arm: Arm, number: int, params: Mapping[str, Any], *, steps: int) -> None:
         """A trial begins; its run has so many optimizer steps."""
@@ -44,66 +42,82 @@ class Observer(Protocol):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class OpenTrial:
-    """A trial that is running: what the sampler proposed, and the run it becomes."""
+    """A trial that is running: what was proposed, and the run it becomes."""
 
     arm: Arm
     trial: Trial
+    params: Mapping[str, Any]
     config: RunConfig
     place: RunPlace
 
 
 class Trials:
-    """The trials of an open sweep."""
+    """The trials of one stage of an open sweep."""
 
-    def __init__(self, sweep: SweepFolder, *, observer: Observer, run_ended: RunEnded) -> None:
+    def __init__(self, sweep: SweepFolder, stage: Stage, *, observer: Observer, run_ended: RunEnded) -> None:
         self.sweep = sweep
+        self.stage = stage
         self.observer = observer
         self.run_ended = run_ended
         self.failures_in_a_row = 0
+        observer.stage_started(stage.name, {arm.name: stage.asked(arm) for arm in sweep.definition.arms})
 
     def left(self, arm: Arm) -> int:
         """Returns how many trials of an arm are still to be asked for."""
-        return arm.trials - len(self.sweep.studies[arm.name].get_trials(deepcopy=False))
+        return self.stage.left(arm)
+
+    def progress(self, arm: Arm) -> float:
+        """Returns the share of an arm's trials that have begun, 0 to 1."""
+        return 1 - self.left(arm) / self.stage.asked(arm)
 
     def unfinished(self) -> list[tuple[Arm, FrozenTrial]]:
-        """Returns the trials that an earlier session left running, arm by arm."""
-        return [(arm, trial) for arm in self.sweep.definition.arms for trial in self.sweep.unfinished_trials(arm)]
+        """Returns the trials that an earlier session left running, arm by arm; tells those whose run had ended."""
+        left = []
+        for arm in self.sweep.definition.arms:
+            study = self.stage.study(arm)
+            for trial in study.get_trials(deepcopy=False, states=(OptunaState.RUNNING,)) if study else []:
+                record = _ended_run(self.stage.place(arm, trial.number).folder)
+                if record is None:
+                    left.append((arm, trial))
+                else:
+                    self.tell(self.reopen(arm, trial), record)
+        return left
 
     def ask(self, arm: Arm) -> OpenTrial:
-        """Asks the arm's sampler for a new trial."""
-        study = self.sweep.studies[arm.name]
-        number = len(study.get_trials(deepcopy=False))
-        study.sampler = build_sampler(
-            arm.driver.sampler, arm.space, seed=arm.driver.sweep.seed, number=number, arm=arm.name
-        )
-        trial = study.ask(fixed_distributions=arm.space)
-        trial.set_user_attr(RUN_ATTRIBUTE, self.sweep.run_name(arm.name, trial.number))
+        """Begins a new trial of an arm."""
+        trial = self.stage.ask(arm)
+        folder = self.stage.place(arm, trial.number).folder
+        trial.set_user_attr(RUN_ATTRIBUTE, folder.relative_to(self.sweep.path).as_posix())
         return self._open(arm, trial)
 
     def reopen(self, arm: Arm, trial: FrozenTrial) -> OpenTrial:
         """Takes up a trial that an earlier session left running, under its number."""
-        return self._open(arm, Trial(self.sweep.studies[arm.name], trial._trial_id))
+        study = self.stage.study(arm)
+        assert study is not None
+        return self._open(arm, Trial(study, trial._trial_id))
 
     def report(self, opened: OpenTrial, step: int, value: float) -> bool:
-        """Reports an evaluation and returns whether the pruner wants the trial to end."""
+        """Reports an evaluation and returns whether the trial is to end."""
         self.observer.evaluated(opened.arm, opened.trial.number, step, value)
-        known = self.sweep.studies[opened.arm.name].get_trials(deepcopy=False)[opened.trial.number]
-        if step not in known.intermediate_values:  # reported before a crash that came before the checkpoint
-            opened.trial.report(value, step)
-        return opened.trial.should_prune()
+        return self.stage.should_prune(opened.arm, opened.trial, step, value)
 
     def tell(self, opened: OpenTrial, record: RunRecord) -> None:
-        """Tells the study of a run that is complete or pruned."""
+        """Tells the study of a run that is complete or pruned, scored on test data first where the stage does that."""
+        try:
+            record, value = self.stage.finish(opened.config, record, opened.place.folder)
+        except Exception as error:  # a run that can't be scored must not end the sweep
+            self.tell_failure(opened, error)
+            return
         self.failures_in_a_row = 0
-        study, trial = self.sweep.studies[opened.arm.name], opened.trial
-        trial.set_user_attr(SCORE_ATTRIBUTE, record.score)
+        trial = opened.trial
+        trial.set_user_attr(SCORE_ATTRIBUTE, value)
         if record.status == "pruned":
             trial.set_user_attr(REASON_ATTRIBUTE, record.reason)
-            study.tell(trial, state=OptunaState.PRUNED)
+            trial.study.tell(trial, state=OptunaState.PRUNED)
         else:
-            study.tell(trial, record.score)
-        self.run_ended(record, opened.place.folder, trial.params)
-        self._ended(opened, record.status, record.score, wall_s=record.wall_s)
+            trial.study.tell(trial, value)
+        self.run_ended(record, opened.place.folder, opened.params)
+        self._ended(opened, record.status, value, wall_s=record.wall_s)
 
     def tell_failure(self, opened: OpenTrial, error: Exception) -> None:
         """Tells the study of a run that failed, or does not fit in memory (infeasible).
@@ -117,8 +131,10 @@ class Trials:
         if infeasible:
             opened.trial.set_user_attr(INFEASIBLE_ATTRIBUTE, value=True)
             opened.trial.set_constraint("memory", 1.0)
-        self.sweep.studies[opened.arm.name].tell(opened.trial, state=OptunaState.FAIL)
+        opened.trial.study.tell(opened.trial, state=OptunaState.FAIL)
         self._ended(opened, "infeasible" if infeasible else "failed", None, wall_s=0.0)
+        if self.stage.reads_test and isinstance(error, Diverged):
+            return  # that a winner diverges on other seeds is a result
         self.failures_in_a_row += 1
         limit = opened.arm.driver.sweep.max_failures
         if self.failures_in_a_row >= limit:
@@ -130,13 +146,20 @@ class Trials:
             ) from error
 
     def _open(self, arm: Arm, trial: Trial) -> OpenTrial:
-        config = arm.compose(trial.params)
-        folder = self.sweep.path / self.sweep.run_name(arm.name, trial.number)
-        self.observer.trial_started(arm, trial.number, trial.params, steps=config.trainer.max_steps)
+        config, params = self.stage.config(arm, trial), self.stage.params(arm, trial)
+        self.observer.trial_started(arm, trial.number, params, steps=config.trainer.max_steps)
         self.sweep.save()
-        place = RunPlace(folder=folder, arm=arm.name, trial=trial.number)
-        return OpenTrial(arm=arm, trial=trial, config=config, place=place)
+        return OpenTrial(arm=arm, trial=trial, params=params, config=config, place=self.stage.place(arm, trial.number))
 
     def _ended(self, opened: OpenTrial, state: str, value: float | None, *, wall_s: float) -> None:
         self.sweep.save()
         self.observer.trial_ended(opened.arm, opened.trial.number, state, value, wall_s=wall_s)
+
+
+def _ended_run(folder: Path) -> RunRecord | None:
+    """The record of a run that ended well but was not told, because the process was killed in between; else None."""
+    try:
+        record = read_run(folder)
+    except RecordError:
+        return None
+    return record if record.status in ("complete", "pruned") else None

@@ -8,6 +8,7 @@ from lorasweep.training.pack import train_pack
 from lorasweep.training.restore import restore_base, restore_config, restore_model
 from lorasweep.training.run import build_workbench, train_run
 from lorasweep.training.run_log import RunPlace, Workbench
+from lorasweep.training.score import score_run
 from lorasweep.training.slots import Job
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "restore_base",
     "restore_config",
     "restore_model",
+    "score_run",
     "train_pack",
     "train_run",
 ]

@@ -1,0 +1,84 @@
+"""Rows of a sweep's record, from its arms and from what Optuna's storage holds of each trial."""
+
+from __future__ import annotations
+
+from optuna.trial import FrozenTrial, TrialState
+
+from lorasweep.config.run import RunConfig
+from lorasweep.config.sweep import CONFIRM_ENDING
+from lorasweep.record import ArmRow, ConfirmRow, TrialRow
+from lorasweep.record import TrialState as RowState
+from lorasweep.sweep.definition import Arm
+from lorasweep.sweep.space import describe_space
+
+RUN_ATTRIBUTE = "lorasweep:run"
+REASON_ATTRIBUTE = "lorasweep:reason"
+INFEASIBLE_ATTRIBUTE = "lorasweep:infeasible"
+SCORE_ATTRIBUTE = "lorasweep:score"
+DUPLICATE_ATTRIBUTE = "lorasweep:duplicate_of"
+WINNER_ATTRIBUTE = "lorasweep:winner"
+SEED = "seed"
+"""The one parameter of a trial of the confirm stage."""
+
+
+def run_name(arm: str, number: int) -> str:
+    """Returns the folder of a run of the search, relative to the sweep's."""
+    return f"runs/{arm}-{number:04d}"
+
+
+def confirm_run_name(arm: str, number: int) -> str:
+    """Returns the folder of a run of the confirm stage, relative to the sweep's; no arm's name ends as it begins."""
+    return f"runs/{arm}{CONFIRM_ENDING}-{number:04d}"
+
+
+def arm_row(arm: Arm, config: RunConfig) -> ArmRow:
+    """Returns an arm's row; `config` is one of its runs."""
+    return ArmRow(
+        name=arm.name,
+        method=config.method.name,
+        trials=arm.trials,
+        settings=dict(arm.settings),
+        space=describe_space(arm.space),
+        sampler=arm.driver.sampler.name,
+        pruner=arm.driver.pruner.name,
+        expanded_from=arm.expanded_from,
+        expanded=dict(arm.expanded),
+    )
+
+
+def trial_row(arm: str, trial: FrozenTrial) -> TrialRow:
+    """Returns the row of a trial of the search."""
+    return TrialRow(
+        arm=arm,
+        number=trial.number,
+        state=_state(trial),
+        params=dict(trial.params),
+        value=trial.user_attrs.get(SCORE_ATTRIBUTE, trial.value),
+        run=run_name(arm, trial.number),
+        reason=trial.user_attrs.get(REASON_ATTRIBUTE),
+        duplicate_of=trial.user_attrs.get(DUPLICATE_ATTRIBUTE),
+    )
+
+
+def confirm_row(arm: str, trial: FrozenTrial, *, winner: int) -> ConfirmRow:
+    """Returns the row of a trial of the confirm stage."""
+    state = _state(trial)
+    assert state != "pruned"
+    return ConfirmRow(
+        arm=arm,
+        trial=winner,
+        seed=trial.params[SEED],
+        state=state,
+        run=confirm_run_name(arm, trial.number),
+        value=trial.user_attrs.get(SCORE_ATTRIBUTE, trial.value),
+        reason=trial.user_attrs.get(REASON_ATTRIBUTE),
+    )
+
+
+def _state(trial: FrozenTrial) -> RowState:
+    states: dict[TrialState, RowState] = {
+        TrialState.COMPLETE: "complete",
+        TrialState.PRUNED: "pruned",
+        TrialState.FAIL: "failed",
+    }
+    return "infeasible" if trial.user_attrs.get(INFEASIBLE_ATTRIBUTE) else states.get(trial.state, "running")

@@ -1,0 +1,77 @@
+"""Scores a finished run on the test part: its best weights, once. The only place where a test part is read."""
+
+from __future__ import annotations
+
+import csv
+import io
+from pathlib import Path
+
+import torch
+
+from lorasweep.data.tasks import RowScores, Task
+from lorasweep.errors import OutOfMemory
+from lorasweep.record import TEST_SCORES_FILE, RunRecord, read_run, sha256_of, write_atomically, write_record
+from lorasweep.training.evaluate import evaluate_model
+from lorasweep.training.restore import restore_config, restore_model
+from lorasweep.training.run_log import Workbench, is_out_of_memory
+
+
+def score_run(folder: Path, *, bench: Workbench) -> RunRecord:
+    """Scores a run's best weights on the test part and returns its record; one that has been scored is left as it is.
+
+    Writes `test_scores.csv` where the run's metric is a mean over rows, then the record.
+
+    Args:
+        folder: A finished run.
+        bench: Base model and data of that run.
+
+    Raises:
+        ConfigError: There is no test part, or it can't be read.
+        RecordError: The record or the weights are missing or damaged.
+        OutOfMemory: It does not fit.
+    """
+    record = read_run(folder)
+    if record.test:
+        return record
+    config = restore_config(record)
+    part = bench.parts.test()
+    task = bench.parts.task_of(part)
+    model = restore_model(config, bench.base, folder=folder / "best")
+    try:
+        scored = evaluate_model(model, part, task=task, config=config, precision=bench.precision)
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise OutOfMemory(str(error).splitlines()[0] if str(error) else type(error).__name__) from error
+        raise
+    lines = row_scores_csv(record.metric, scored.rows, task=task, value=scored.values[record.metric])
+    if lines is not None:
+        path = folder / TEST_SCORES_FILE
+        write_atomically(path, lines)
+        record.files[TEST_SCORES_FILE] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+    record.data[part.name] = part.describe()
+    record.test = scored.values  # last: it says that the run has been scored
+    write_record(record, folder)
+    return record
+
+
+def row_scores_csv(metric: str, rows: RowScores, *, task: Task, value: float) -> str | None:
+    """Returns `row,score,weight` for each row, whose weighted mean is the metric; None where no such mean is.
+
+    Args:
+        metric: The run's metric.
+        rows: Every row of the part, in its order.
+        task: What they were scored by.
+        value: The metric over all of them.
+    """
+    per_row = task.per_row(metric, rows)
+    if per_row is None:
+        return None
+    scores, weights = (column.double() for column in per_row)
+    mean = (scores * weights).sum() / weights.sum()
+    if not torch.isclose(mean, torch.tensor(value, dtype=torch.float64), rtol=1e-6, atol=1e-9):  # such as perplexity
+        return None
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["row", "score", "weight"])
+    writer.writerows(zip(range(len(scores)), scores.tolist(), weights.tolist(), strict=True))
+    return text.getvalue()

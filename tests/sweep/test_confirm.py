@@ -1,0 +1,93 @@
+"""The confirm stage's seeds are fresh, the same for every arm, and stay what they are when there are more."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import optuna
+import pytest
+
+import lorasweep.sweep.confirm as confirm_file
+from lorasweep.errors import ConfigError
+from lorasweep.sweep import draw_seeds, find_warnings, read_definition
+from lorasweep.sweep.confirm import SEED_KEYS, arm_seeds, find_winner, seed_settings
+
+
+@pytest.fixture
+def define(write_file, content):
+    return lambda *overrides: read_definition(write_file(content), overrides)
+
+
+def test_seeds_depend_on_the_sweeps_seed_and_their_number_alone(define):
+    five = draw_seeds(define("confirm.seeds=5"))
+    assert len(set(five)) == 5
+    assert all(0 <= seed < 1_000_000 for seed in five)
+    assert draw_seeds(define("confirm.seeds=5", "arms.lora.trials=9")) == five
+    assert draw_seeds(define("confirm.seeds=8"))[:5] == five
+    assert set(draw_seeds(define("confirm.seeds=5", "sweep.seed=1"))).isdisjoint(five)
+    assert draw_seeds(define("confirm.seeds=0")) == []
+
+
+def test_seeds_stay_what_they_were():
+    """A stage begun by one version goes on with the next."""
+    assert confirm_file.SEEDS_BELOW == 1_000_000
+
+
+@pytest.mark.parametrize("key", ["seed", "seeds.init", "seeds.data_order", "seeds.dropout"])
+def test_a_seed_of_the_search_is_not_used_again(define, key):
+    first, second, *_ = draw_seeds(define("confirm.seeds=5"))
+    fixed = draw_seeds(define("confirm.seeds=5", f"arms.lora.{key}={first}"))
+    searched = draw_seeds(define("confirm.seeds=5", f"arms.lora.{key}=choice(1,{first})"))
+    ranged = draw_seeds(define("confirm.seeds=5", f"arms.lora.{key}=interval({first - 1},{first + 1})"))
+    for seeds in (fixed, searched, ranged):
+        assert first not in seeds
+        assert seeds[0] == second
+        assert len(set(seeds)) == 5
+
+
+def test_a_search_that_leaves_no_seed_is_refused(define):
+    with pytest.raises(ConfigError, match=r"the search must leave 5 seeds below 1,000,000 fresh for `confirm.seeds`"):
+        draw_seeds(define("confirm.seeds=5", "arms.lora.seed=interval(0,4294967295)"))
+
+
+def test_a_seed_sets_every_source_of_chance(make_config):
+    config = make_config({"seeds.init": 1, **seed_settings(77)})
+    assert {config.seed, *dataclasses.asdict(config.seeds).values()} == {77}
+    assert {f"seeds.{name}" for name in dataclasses.asdict(config.seeds)} | {"seed"} == set(SEED_KEYS)
+
+
+def test_what_no_seed_changes_is_scored_once(define):
+    arms = {arm.name: arm for arm in define().arms}
+    assert arm_seeds(arms["frozen"], [3, 4]) == [3]
+    assert arm_seeds(arms["lora"], [3, 4]) == [3, 4]
+
+
+@pytest.fixture
+def without_test_part(monkeypatch):
+    monkeypatch.setattr(confirm_file, "has_test_part", lambda config: config.method.name != "lora")
+
+
+def test_auto_is_five_seeds_where_there_is_test_data(define, without_test_part, monkeypatch):
+    assert draw_seeds(define("confirm.seeds=auto")) == []
+    (warning,) = [w for w in find_warnings(define("confirm.seeds=auto")) if "test part" in w]
+    assert "so no confirm stage follows" in warning
+    monkeypatch.undo()
+    assert len(draw_seeds(define("confirm.seeds=auto"))) == 5
+
+
+def test_a_number_of_seeds_without_test_data_is_refused(define, without_test_part):
+    with pytest.raises(ConfigError, match=r"`data.test` must be given for the confirm stage, but arm `lora` has no te"):
+        draw_seeds(define("confirm.seeds=3"))
+
+
+@pytest.mark.parametrize(("direction", "best"), [("minimize", 1), ("maximize", 3)])
+def test_the_winner_is_the_earliest_of_the_best_complete_trials(direction, best):
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = optuna.create_study(direction=direction)
+    assert find_winner(study) is None
+    for value in (2.0, 1.0, 1.0, 3.0, 3.0):
+        study.tell(study.ask(), value)
+    study.tell(study.ask(), state=optuna.trial.TrialState.FAIL)
+    winner = find_winner(study)
+    assert winner is not None
+    assert winner.number == best

@@ -1,0 +1,332 @@
+"""After the search each arm's best settings run on fresh seeds and are scored once on test data, whatever happens."""
+
+from __future__ import annotations
+
+import pytest
+
+import lorasweep.sweep.driver as driver_file
+from lorasweep.errors import ConfigError, Diverged, OutOfMemory, WorkerError
+from lorasweep.record import RunRecord, read_sweep, write_record
+from lorasweep.sweep import reopen_sweep
+
+ASKED = {"frozen": 1, "full": 3, "lora": 3}
+
+
+@pytest.fixture
+def confirming(content):
+    """A sweep with three seeds in its confirm stage."""
+    content["settings"]["confirm.seeds"] = 3
+    content["arms"]["lora"]["trials"] = 4
+    return content
+
+
+def rows_of(path):
+    return [(row.arm, row.trial, row.seed, row.state, row.run, row.value) for row in read_sweep(path).confirm]
+
+
+def counts(path):
+    arms = [row.arm for row in read_sweep(path).confirm]
+    return {arm: arms.count(arm) for arm in arms}
+
+
+def best_of(record, arm):
+    return min((row for row in record.trials if row.arm == arm), key=lambda row: (row.value, row.number))
+
+
+def test_each_arms_best_settings_run_on_the_same_fresh_seeds(begin, work, runs, confirming):
+    folder = begin(confirming)
+    assert work(folder)
+    record = read_sweep(folder.path)
+    assert record.status == "complete"
+    assert counts(folder.path) == ASKED
+    seeds = record.confirm_seeds
+    assert len(seeds) == 3
+    for arm in ("full", "lora"):
+        rows = [row for row in record.confirm if row.arm == arm]
+        assert [row.seed for row in rows] == seeds
+        for number, row in enumerate(rows):
+            assert (row.state, row.reason, row.run) == ("complete", None, f"runs/{arm}-confirm-{number:04d}")
+            winner = best_of(record, arm)
+            assert row.trial == winner.number
+            config = runs.configs[folder.path / row.run]
+            assert config.optim.lr == winner.params["optim.lr"]
+            assert getattr(config.method, "rank", None) == winner.params.get("method.rank")
+            assert {config.seed, config.seeds.init, config.seeds.data_order, config.seeds.dropout} == {row.seed}
+            assert row.value == runs.ended[folder.path / row.run].best["bits_per_byte"] + 1
+    (frozen,) = [row for row in record.confirm if row.arm == "frozen"]
+    assert frozen.seed == seeds[0]
+
+
+def test_the_search_is_the_same_with_and_without_the_stage(begin, work, runs, confirming):
+    first, second = begin(confirming, folder="a"), begin(confirming, "confirm.seeds=0", folder="b")
+    assert work(first)
+    assert work(second)
+    assert first.record.trials == second.record.trials
+    assert second.record.confirm == []
+
+
+def test_the_confirm_stage_begins_when_every_search_is_over(begin, work, runs, confirming, silent):
+    folder = begin(confirming)
+    assert work(folder, observer=silent)
+    assert silent.stages == [("search", {"frozen": 1, "full": 3, "lora": 4}), ("confirm", ASKED)]
+    assert len(runs.begun) == 8 + 7
+    assert len(runs.scored) == len(set(runs.scored)) == 7
+    assert all("-confirm-" in name for name in runs.scored)
+
+
+def test_nothing_of_the_test_part_is_read_before_the_search_is_over(begin, work, runs, confirming, benches):
+    def score(config, step):
+        if len(runs.begun) <= 8:
+            assert benches.test_reads == 0
+        return config.optim.lr
+
+    runs.score = score
+    folder = begin(confirming)
+    assert work(folder, benches=benches)
+    assert benches.test_reads > 0
+    assert counts(folder.path) == ASKED
+
+
+def test_without_a_confirm_stage_the_test_part_is_never_read(begin, work, runs, content, benches):
+    folder = begin(content)
+    assert work(folder, benches=benches)
+    assert benches.test_reads == 0
+
+
+def test_a_seed_that_was_searched_gives_way_to_the_fresh_ones(begin, work, runs, confirming):
+    confirming["arms"]["lora"]["space"]["seed"] = [0, 1]
+    confirming["arms"]["lora"]["settings"]["seeds.init"] = 5
+    folder = begin(confirming)
+    assert work(folder)
+    rows = [row for row in read_sweep(folder.path).confirm if row.arm == "lora"]
+    configs = [runs.configs[folder.path / row.run] for row in rows]
+    assert (
+        [config.seed for config in configs] == [config.seeds.init for config in configs] == folder.record.confirm_seeds
+    )
+
+
+@pytest.mark.parametrize("stop_at", [1, 5, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 3))])
+def test_a_stopped_sweep_ends_with_exactly_its_seeds(begin, work, runs, confirming, take_up, stop_at):
+    whole = begin(confirming, folder="whole")
+    assert work(whole)
+    stopped = begin(confirming, folder="stopped")
+    assert not work(stopped, stop_at=4)
+    runs.scored.clear()
+    take_up(stopped.path, stop_at=None if stop_at == 1 else stop_at + 1)
+    assert rows_of(stopped.path) == rows_of(whole.path)
+    assert sorted(runs.scored) == sorted(row.run.removeprefix("runs/") for row in read_sweep(whole.path).confirm)
+
+
+def test_a_complete_sweep_that_is_taken_up_again_scores_nothing(begin, work, runs, confirming):
+    folder = begin(confirming)
+    assert work(folder)
+    before, begun, scored = rows_of(folder.path), len(runs.begun), len(runs.scored)
+    assert work(reopen_sweep(folder.path))
+    assert (rows_of(folder.path), len(runs.begun), len(runs.scored)) == (before, begun, scored)
+
+
+class Killed(BaseException):
+    """What SIGKILL is to the code that runs."""
+
+
+def test_a_run_that_was_scored_but_not_told_is_neither_trained_nor_scored_again(
+    begin, work, runs, confirming, monkeypatch
+):
+    folder = begin(confirming)
+    scores: dict[str, RunRecord] = {}
+
+    def score_and_die(path, *, bench):
+        if path.name in scores:  # what the real one does: the record says that it was scored
+            return scores[path.name]
+        scores[path.name] = scored = runs.score_run(path, bench=bench)
+        write_record(scored, path)
+        if len(scores) == 3:
+            raise Killed
+        return scored
+
+    monkeypatch.setattr(driver_file, "score_run", score_and_die)
+    with pytest.raises(Killed):
+        work(folder)
+    assert [row.state for row in read_sweep(folder.path).confirm].count("running") == 1
+    begun = len(runs.begun)
+    assert work(reopen_sweep(folder.path))
+    assert counts(folder.path) == ASKED
+    assert len(runs.begun) - begun == 7 - 3
+    assert len(runs.scored) == len(set(runs.scored)) == 7
+
+
+def test_a_search_run_that_ended_but_was_not_told_is_not_trained_again(begin, work, runs, content, monkeypatch):
+    folder = begin(content)
+    true_run = runs.__call__
+
+    def run_and_die(config, place, **others):
+        record = true_run(config, place, **others)
+        write_record(record, place.folder)
+        if len(runs.begun) == 3:
+            raise Killed
+        return record
+
+    monkeypatch.setattr(driver_file, "train_run", run_and_die)
+    with pytest.raises(Killed):
+        work(folder)
+    assert work(reopen_sweep(folder.path))
+    assert len(runs.begun) == len(set(runs.begun)) == 10
+    assert {row.state for row in read_sweep(folder.path).trials} == {"complete"}
+
+
+def test_a_finished_search_gets_the_stage_later_and_more_seeds_later_still(begin, work, runs, confirming):
+    folder = begin(confirming, "confirm.seeds=0")
+    assert work(folder)
+    trials = read_sweep(folder.path).trials
+    for seeds in (2, 3):
+        reopened = reopen_sweep(folder.path, confirm={"confirm.seeds": seeds})
+        assert work(reopened)
+        assert read_sweep(folder.path).trials == trials
+        assert counts(folder.path) == {"frozen": 1, "full": seeds, "lora": seeds}
+    whole = begin(confirming, folder="whole")
+    assert work(whole)
+    assert rows_of(folder.path) == rows_of(whole.path)
+    assert work(reopen_sweep(folder.path))
+    assert counts(folder.path) == ASKED
+
+
+@pytest.mark.parametrize("seeds", [2, 0])
+def test_fewer_seeds_than_have_begun_are_refused(begin, work, runs, confirming, seeds):
+    folder = begin(confirming)
+    assert work(folder)
+    before = (folder.path / "sweep.json").read_bytes()
+    with pytest.raises(ConfigError, match=f"`confirm.seeds >= 3` must hold, with which .* began, but got {seeds}."):
+        reopen_sweep(folder.path, confirm={"confirm.seeds": seeds})
+    assert (folder.path / "sweep.json").read_bytes() == before
+    reopen_sweep(folder.path).close()
+
+
+def test_a_seed_that_diverges_keeps_its_row_and_stops_nothing(begin, work, runs, confirming):
+    def score(config, step):
+        if config.seed:
+            raise Diverged("the training loss became NaN")
+        return config.optim.lr
+
+    runs.score = score
+    folder = begin(confirming, "sweep.max_failures=2")
+    assert work(folder)
+    rows = read_sweep(folder.path).confirm
+    assert {(row.state, row.value, row.reason) for row in rows} == {("failed", None, "the training loss became NaN")}
+    assert counts(folder.path) == ASKED
+    begun = len(runs.begun)
+    assert work(reopen_sweep(folder.path))
+    assert len(runs.begun) == begun
+
+
+def test_a_run_that_cannot_be_scored_is_a_row_with_its_reason(begin, work, runs, confirming):
+    def score_on_test(record):
+        raise OutOfMemory("2 GiB")
+
+    runs.score_on_test = score_on_test
+    folder = begin(confirming, "sweep.max_failures=100")
+    assert work(folder)
+    assert {(row.state, row.reason) for row in read_sweep(folder.path).confirm} == {("infeasible", "2 GiB")}
+
+
+def test_too_many_runs_in_a_row_that_cannot_be_scored_stop_the_sweep(begin, work, runs, confirming):
+    def score_on_test(record):
+        raise OSError("no space left on device")
+
+    runs.score_on_test = score_on_test
+    folder = begin(confirming, "sweep.max_failures=2")
+    with pytest.raises(WorkerError, match=r"fewer than 2 trials in a row may fail .* no space left on device"):
+        work(folder)
+    assert read_sweep(folder.path).status == "interrupted"
+
+
+def test_an_arm_without_a_complete_trial_is_left_out_and_said_so(begin, work, runs, confirming):
+    def score(config, step):
+        if config.method.name == "full":
+            raise Diverged("the training loss became NaN")
+        return config.optim.lr
+
+    runs.score = score
+    folder = begin(confirming, "sweep.max_failures=100")
+    assert work(folder)
+    assert counts(folder.path) == {"frozen": 1, "lora": 3}
+    sentence = "Arm `full` has no complete trial, so the confirm stage leaves it out."
+    assert read_sweep(folder.path).warnings.count(sentence) == 1
+    assert work(reopen_sweep(folder.path))
+    assert read_sweep(folder.path).warnings.count(sentence) == 1
+
+
+def test_test_data_that_cannot_be_read_is_a_sentence_and_the_search_stays(begin, work, runs, confirming, benches):
+    def test():
+        raise ConfigError("the test part must not be empty, but has no document.")
+
+    benches.test = test
+    folder = begin(confirming)
+    assert work(folder, benches=benches)
+    record = read_sweep(folder.path)
+    assert (record.status, record.confirm) == ("complete", [])
+    assert (
+        "The confirm stage is left out, because its test data can't be read: the test part must" in record.warnings[-1]
+    )
+
+
+class MadeUpPacks:
+    """Stands in for `train_pack`: every job of a pack ends at once, and freed slots are refilled."""
+
+    def __init__(self, runs):
+        self.runs = runs
+        self.packs = []
+        self.stop_after = None
+
+    def __call__(self, jobs, *, bench, supply, stop_requested):
+        waiting, ended = list(jobs), []
+        self.packs.append(ended)
+        while waiting:
+            if self.stop_after == sum(map(len, self.packs)):
+                return False
+            job = waiting.pop(0)
+            assert job.should_stop(2, job.config.optim.lr) is False
+            record = RunRecord(status="complete", config={}, metric="bits_per_byte", direction="minimize")
+            record.best = {"bits_per_byte": job.config.optim.lr}
+            self.runs.ended[job.place.folder] = record
+            write_record(record, job.place.folder)
+            scored = len(self.runs.scored)
+            job.ended(record)
+            assert len(self.runs.scored) == scored  # the base is in use
+            ended.append(job.place.folder.name)
+            if (refill := supply()) is not None:
+                waiting.append(refill)
+        return True
+
+
+@pytest.fixture
+def packed(confirming, runs, monkeypatch):
+    confirming["settings"]["worker.pack_size"] = 2
+    confirming["arms"]["other"] = confirming["arms"]["lora"] | {"trials": 2}
+    packs = MadeUpPacks(runs)
+    monkeypatch.setattr(driver_file, "train_pack", packs)
+    return packs
+
+
+def test_seeds_of_different_arms_share_packs_and_are_scored_after_them(begin, work, runs, confirming, packed):
+    folder = begin(confirming)
+    assert work(folder)
+    search, confirm = packed.packs
+    assert len(search) == 6
+    assert {name.partition("-confirm")[0] for name in confirm} == {"lora", "other"}
+    assert counts(folder.path) == ASKED | {"other": 3}
+    assert len(runs.scored) == 10
+
+
+def test_a_pack_that_is_stopped_loses_no_seed_and_scores_none_twice(begin, work, runs, confirming, packed):
+    folder = begin(confirming)
+    packed.stop_after = 6 + 2
+    assert not work(folder)
+    states = [row.state for row in read_sweep(folder.path).confirm if row.arm in ("lora", "other")]
+    assert set(states) == {"running"}
+    packed.stop_after = None
+    assert work(reopen_sweep(folder.path))
+    assert counts(folder.path) == ASKED | {"other": 3}
+    assert {row.state for row in read_sweep(folder.path).confirm} == {"complete"}
+    trained = [name for pack in packed.packs for name in pack]
+    assert len(trained) == len(set(trained)) == 6 + 6
+    assert len(runs.scored) == len(set(runs.scored)) == 10

@@ -1,0 +1,153 @@
+"""A finished run's best weights are scored on the test part, once, with a line per row."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+
+import pytest
+import torch
+
+import lorasweep.training.score as score_file
+from lorasweep.data.tasks import LANGUAGE_MODEL_METRICS
+from lorasweep.errors import OutOfMemory, RecordError
+from lorasweep.methods import METHODS
+from lorasweep.record import TEST_SCORES_FILE, read_run, sha256_of
+from lorasweep.training import Job, RunPlace, score_run, train_pack, train_run
+from lorasweep.training.restore import restore_model
+from lorasweep.training.run import prepare_model
+
+
+@pytest.fixture
+def trained(make_config, bench, tmp_path):
+    """Trains a run and returns its folder."""
+
+    def train(settings=None):
+        folder = tmp_path / "run"
+        train_run(make_config(settings), RunPlace(folder=folder, arm="lora", trial=0), bench=bench)
+        return folder
+
+    return train
+
+
+def read_rows(folder):
+    with (folder / TEST_SCORES_FILE).open() as file:
+        return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+
+
+@pytest.mark.parametrize("method", ["lora", "full", "head", "frozen"])
+def test_every_method_is_scored_with_the_weights_of_its_best_evaluation(trained, bench, method):
+    folder = trained({"method": method})
+    record = score_run(folder, bench=bench)
+    assert record == read_run(folder)
+    assert set(record.test) == set(LANGUAGE_MODEL_METRICS)
+    rows = read_rows(folder)
+    assert [row["row"] for row in rows] == list(range(4))
+    mean = sum(row["score"] * row["weight"] for row in rows) / sum(row["weight"] for row in rows)
+    assert mean == pytest.approx(record.test["bits_per_byte"], rel=1e-12)
+    assert record.data["test"] == bench.parts.test().describe()
+    assert record.files[TEST_SCORES_FILE]["sha256"] == sha256_of(folder / TEST_SCORES_FILE)
+
+
+def test_the_scores_are_those_of_the_best_weights_and_not_of_the_last(trained, bench, make_config):
+    folder = trained({"optim.lr": 0.5, "trainer.eval_every_steps": 1})  # so high that the first steps are the best
+    record = read_run(folder)
+    assert record.best["step"] < record.last["step"]
+    scored = score_run(folder, bench=bench)
+    losses = {}
+    blocks = bench.parts.test().tokens
+    for which in ("best", "last"):
+        model = prepare_model(make_config(), bench.base).eval()
+        METHODS["lora"].load(model, folder / which)
+        with torch.no_grad():
+            logits = model(input_ids=blocks[:, :-1]).logits
+        losses[which] = torch.nn.functional.cross_entropy(logits.flatten(0, 1), blocks[:, 1:].flatten()).item()
+    assert scored.test["loss"] == pytest.approx(losses["best"], rel=1e-6)  # fp32 sums in another order
+    assert scored.test["loss"] != pytest.approx(losses["last"], rel=1e-3)
+
+
+def test_bits_per_byte_count_the_bytes_of_the_test_part(trained, bench):
+    record = score_run(trained(), bench=bench)
+    per_token = bench.parts.test().bytes_per_token
+    nats = record.test["loss"]
+    assert record.test["bits_per_byte"] == pytest.approx(nats / (per_token * 0.6931471805599453), rel=1e-12)
+    assert per_token != bench.parts.validation.bytes_per_token
+
+
+def test_a_metric_that_is_no_mean_over_rows_has_no_scores_per_row(make_config, bench, tmp_path):
+    by_perplexity = dataclasses.replace(bench, parts=dataclasses.replace(bench.parts, metric="perplexity"))
+    config = make_config({"data.metric": "perplexity"})
+    train_run(config, RunPlace(folder=tmp_path), bench=by_perplexity)
+    record = score_run(tmp_path, bench=by_perplexity)
+    assert record.metric == "perplexity"
+    assert record.test["perplexity"] > 1
+    assert not (tmp_path / TEST_SCORES_FILE).exists()
+
+
+def test_a_run_is_scored_once(trained, bench):
+    folder = trained()
+    first = score_run(folder, bench=bench)
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+    def read():
+        raise AssertionError("the test part is read again")
+
+    again = dataclasses.replace(bench, parts=dataclasses.replace(bench.parts, test=read))
+    assert score_run(folder, bench=again) == first
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+def test_a_run_in_a_pack_is_scored_like_one_alone(make_config, bench, tmp_path):
+    configs = [make_config({"method.rank": rank, "seed": 3}) for rank in (1, 2)]
+    jobs = [
+        Job(
+            config=config,
+            place=RunPlace(folder=tmp_path / f"packed-{n}"),
+            should_stop=lambda step, value: False,
+            ended=lambda record: None,
+            failed=lambda error: None,
+        )
+        for n, config in enumerate(configs)
+    ]
+    assert train_pack(jobs, bench=bench, supply=lambda: None)
+    for n, config in enumerate(configs):
+        alone = tmp_path / f"alone-{n}"
+        train_run(config, RunPlace(folder=alone), bench=bench)
+        packed = score_run(tmp_path / f"packed-{n}", bench=bench).test["loss"]
+        assert packed == pytest.approx(score_run(alone, bench=bench).test["loss"], rel=1e-4)  # rounding of 4 steps
+
+
+def test_weights_that_are_missing_or_damaged_are_refused_and_nothing_is_written(trained, bench):
+    folder = trained()
+    (folder / "best" / "adapter_model.safetensors").write_bytes(b"damaged")
+    before = (folder / "run.json").read_bytes()
+    with pytest.raises(RecordError, match=r"adapter_model\.safetensors"):
+        score_run(folder, bench=bench)
+    assert (folder / "run.json").read_bytes() == before
+    assert not (folder / TEST_SCORES_FILE).exists()
+
+
+def test_memory_that_runs_out_is_told_as_such(trained, bench, monkeypatch):
+    folder = trained()
+
+    def restore(*arguments, **others):
+        model = restore_model(*arguments, **others)
+        monkeypatch.setattr(model, "forward", run_out_of_memory)
+        return model
+
+    monkeypatch.setattr(score_file, "restore_model", restore)
+    with pytest.raises(OutOfMemory, match="2 GiB"):
+        score_run(folder, bench=bench)
+    assert read_run(folder).test == {}
+
+
+def run_out_of_memory(**_):
+    raise torch.OutOfMemoryError("2 GiB\nand more")
+
+
+def test_training_reads_nothing_of_the_test_part(make_config, bench, tmp_path):
+    def read():
+        raise AssertionError("the test part is read in training")
+
+    blind = dataclasses.replace(bench, parts=dataclasses.replace(bench.parts, test=read))
+    assert train_run(make_config(), RunPlace(folder=tmp_path), bench=blind).status == "complete"
