@@ -20,7 +20,10 @@ def build_optimizer(config: OptimConfig, groups: Sequence[ParameterGroup]) -> to
             if params:
                 decay = config.weight_decay if decays else 0.0
                 options.append({"params": params, "lr": config.lr * group.lr_factor, "weight_decay": decay})
-    return torch.optim.AdamW(options, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
+    optimizer = torch.optim.AdamW(options, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
+    # It would undo a gradient scaler's work by itself, so Lightning forbids clipping. There is no scaler in bf16.
+    optimizer._step_supports_amp_scaling = False
+    return optimizer
 
 
 def schedule_factor(config: ScheduleConfig, step: int, *, max_steps: int) -> float:
