@@ -113,6 +113,18 @@ def test_hub_is_asked_for_the_commit_and_then_loaded(read, write_splits, monkeyp
     assert asked == [("owner/toy", "small", None), ("owner/toy", "v1"), ("owner/toy", "small", COMMIT)]
 
 
+def test_hub_is_not_asked_where_the_user_wants_no_network(read, fill_cache, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    fill_cache("owner/toy", train=TRAIN)
+    assert read("hub", {}, path="owner/toy").kind == "single_label"
+    assert datasets.config.HF_HUB_OFFLINE
+    monkeypatch.delattr(HfApi, "dataset_info")
+    with pytest.raises(
+        ConfigError, match="'owner/other' must be in the cache while HF_HUB_OFFLINE or HF_DATASETS_OFFLINE"
+    ):
+        read("hub", {}, path="owner/other")
+
+
 def test_hub_that_is_not_reached_is_one_sentence(read):
     with pytest.raises(ConfigError) as raised:
         read("hub", {}, path="owner/toy")
