@@ -104,8 +104,8 @@ def _download(path: str, *, subset: str | None, revision: str | None) -> Dataset
     """Asks the hub once whether it has the data set: `load_dataset` would try for half a minute without a network."""
     if datasets.config.HF_HUB_OFFLINE:
         raise ConfigError(
-            f"the data set {path!r} must be in the cache while HF_HUB_OFFLINE or HF_DATASETS_OFFLINE is set, but is not "
-            f"there as asked for. Unset it, or use a local file by `data=table`, `chat` or `text`."
+            f"the data set {path!r} must be in the cache while HF_HUB_OFFLINE or HF_DATASETS_OFFLINE is set. "
+            "Unset it, or use a local file by `data=table`, `chat` or `text`."
         )
     try:
         commit = HfApi().dataset_info(path, revision=revision, timeout=HUB_TIMEOUT_S).sha
