@@ -15,7 +15,7 @@ import lorasweep.sweep.driver as driver_file
 import lorasweep.training as training_package
 from lorasweep.cli import DONE, FAILED, INTERRUPTED, WRONG, StopSignal, main, run
 from lorasweep.errors import Diverged
-from lorasweep.record import read_run, read_sweep
+from lorasweep.record import ArmRow, SweepRecord, read_run, read_sweep, write_record
 
 MINI = {
     "name": "mini",
@@ -423,3 +423,16 @@ def test_inspect_takes_a_sweep_alone_and_its_report_then_shows_what_was_found(he
     assert capsys.readouterr().out.startswith("lora: outputs/mini/runs/lora-")
     assert run(["compare", "outputs/mini"]) == DONE
     assert "Its effective rank is" in (here / "outputs" / "mini" / "report" / "index.html").read_text()
+
+
+def test_compare_of_several_sweeps_writes_a_page_of_all_and_says_where(capsys, here):
+    arm = ArmRow(name="lora", method="lora", trials=1, settings={}, space={}, sampler="tpe", pruner="none")
+    for name in ("one", "two"):
+        write_record(
+            SweepRecord(status="complete", name=name, metric="loss", direction="minimize", definition={}, arms=[arm]),
+            here / name,
+        )
+    assert run(["compare", "one", "two"]) == DONE
+    assert capsys.readouterr().out.splitlines()[-1] == "report: one/report/compare.html"
+    assert "2 sweeps side by side" in (here / "one/report/compare.html").read_text()
+    assert (here / "two/report/index.html").is_file()

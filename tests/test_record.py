@@ -176,6 +176,11 @@ def test_steps_come_back_in_order(tmp_path):
     assert list(read_steps(tmp_path)) == [{"step": 1, "loss": 2.0}, {"step": 1, "validation": {"loss": 3.0}}]
 
 
+def test_steps_can_be_read_in_part(tmp_path):
+    (tmp_path / STEPS_FILE).write_text('{"step": 1, "loss": 2.0}\nnot json\n{"step": 1, "validation": {"loss": 3.0}}\n')
+    assert list(read_steps(tmp_path, having='"validation"')) == [{"step": 1, "validation": {"loss": 3.0}}]
+
+
 def test_a_line_cut_off_by_a_killed_process_is_left_out(tmp_path):
     (tmp_path / STEPS_FILE).write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
     assert list(read_steps(tmp_path)) == [{"step": 1, "loss": 2.0}]

@@ -24,6 +24,7 @@ from lorasweep.record import (
 
 BASE_SCORE = 2.031
 FULL_PARAMS = 1_280_000
+LORA_PARAMS_PER_RANK = 11_264
 STEPS = 150
 EVERY = 25
 
@@ -49,10 +50,12 @@ def write_run(
     """Writes a run's record and steps as training does."""
     done = curve[-1][0] if curve else 0
     best_step, best = min(curve, key=lambda point: point[1], default=(0, None))
-    config = {"method": {"name": method}, "optim": {"lr": 1e-3}, "seed": 0}
+    config: dict[str, Any] = {"method": {"name": method}, "optim": {"lr": 1e-3}, "seed": 0}
+    if method == "lora":
+        config["method"] |= {"rank": trained // LORA_PARAMS_PER_RANK, "alpha": 16}
     for key, value in trial.params.items():
         group, name = key.split(".")
-        config[group][name] = value  # type: ignore[index]
+        config[group][name] = value
     record = RunRecord(
         status="complete" if trial.state == "running" else trial.state,
         config=config,
@@ -161,7 +164,9 @@ def build_sweep(folder: Path, *, lora: int = 18, full: int = 6, frozen: int = 1,
     }
     for arm, rows in trials.items():
         for row, curve in rows:
-            trained = {"frozen": 0, "full": FULL_PARAMS}.get(arm, 11_264 * int(row.params.get("method.rank", 0)))
+            trained = {"frozen": 0, "full": FULL_PARAMS}.get(
+                arm, LORA_PARAMS_PER_RANK * int(row.params.get("method.rank", 0))
+            )
             write_run(folder / row.run, row, method=arm, curve=curve, trained=trained)
     write_record(
         SweepRecord(
@@ -215,7 +220,7 @@ def confirm_sweep(folder: Path, *, seeds: int = 5, examples: int = 40, noise: fl
             value = sum(scores) / len(scores) if scores else value
             row = ConfirmRow(arm=arm.name, trial=best.number, seed=seed, state="complete", run=run, value=value)
             rank = best.params.get("method.rank", arm.settings.get("method.rank", 0))
-            trained = {"frozen": 0, "full": FULL_PARAMS}.get(arm.name, 11_264 * int(rank))
+            trained = {"frozen": 0, "full": FULL_PARAMS}.get(arm.name, LORA_PARAMS_PER_RANK * int(rank))
             curve = curve_to(value)[: 1 if arm.method == "frozen" else None]
             write_run(folder / run, best, method=arm.method, curve=curve, trained=trained, test={sweep.metric: value})
             if scores:
@@ -252,7 +257,7 @@ def build_rank_arms(
             value = score + 0.05 * math.log10(lr / best) ** 2
             run = f"runs/{name}-{number:04d}"
             row = TrialRow(arm=name, number=number, state="complete", params={"optim.lr": lr}, value=value, run=run)
-            write_run(folder / run, row, method="lora", curve=curve_to(value), trained=11_264 * rank)
+            write_run(folder / run, row, method="lora", curve=curve_to(value), trained=LORA_PARAMS_PER_RANK * rank)
             sweep.trials.append(row)
     write_record(sweep, folder)
     return confirm_sweep(folder, seeds=seeds, examples=examples, noise=noise)

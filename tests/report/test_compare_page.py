@@ -91,3 +91,8 @@ def test_folder_that_is_no_sweep_is_refused_before_anything_is_written(pair: lis
     with pytest.raises(RecordError, match=r"must contain sweep\.json"):
         write_comparison([pair[0], tmp_path], tmp_path / "compare.html")
     assert not (tmp_path / "compare.html").exists()
+
+
+def test_scores_shown_begin_near_the_lowest(pair: list[Path]) -> None:
+    low, high = compared(*pair).figures[0]["layout"]["xaxis"]["range"]
+    assert 1.3 < low < high < 2.1

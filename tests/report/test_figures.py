@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from lorasweep.report.advice.rates import advise_rates
+from lorasweep.report.figures.confirmed import THICK, THIN, draw_confirmed, draw_confirmed_by_rank, find_reference
 from lorasweep.report.figures.curves import draw_learning_curves, thin_curve
 from lorasweep.report.figures.panel import colours_of, score_range
 from lorasweep.report.figures.rates import draw_score_by_lr
@@ -15,7 +17,7 @@ from lorasweep.report.figures.settings import draw_importance, draw_parallel_coo
 from lorasweep.report.figures.tradeoff import draw_tradeoff, pareto_front
 from lorasweep.report.tables import load_sweep_data
 
-from .conftest import BASE_SCORE, build_sweep, edit_json
+from .conftest import BASE_SCORE, build_rank_arms, build_sweep, edit_json
 
 
 def test_each_arm_keeps_one_colour_of_its_own(sweep: Path) -> None:
@@ -178,3 +180,78 @@ def test_importance_that_is_not_known_is_a_sentence(sweep: Path) -> None:
     panel = draw_importance(load_sweep_data(sweep))
     assert panel.figures == ()
     assert "not known" in panel.text
+
+
+def test_confirmed_means_have_their_intervals_as_bars(confirmed: Path) -> None:
+    data = load_sweep_data(confirmed)
+    panel = draw_confirmed(data)
+    scores, differences = panel.figures
+    lora = data.evidence.arm("lora")
+    assert lora
+    assert lora.interval
+    assert lora.seed_interval
+    bars = {trace.error_x.thickness: trace for trace in scores.data if trace.y[0] == "lora" and trace.error_x.array}
+    for thickness, interval in ((THIN, lora.interval), (THICK, lora.seed_interval)):
+        trace = bars[thickness]
+        assert trace.x[0] == lora.mean
+        assert (trace.x[0] - trace.error_x.arrayminus[0], trace.x[0] + trace.error_x.array[0]) == pytest.approx(
+            interval
+        )
+    seeds = next(trace for trace in scores.data if trace.y[0] == "lora" and trace.marker.symbol == "circle-open")
+    assert seeds.x == lora.values
+    assert seeds.customdata[0] == "../runs/lora-confirm-0000/"
+    (difference,) = differences.data
+    pair = data.evidence.pair("lora", "full")
+    assert pair
+    assert difference.x[0] == pair.difference
+    assert "worse than full" in difference.text[0]
+
+
+def test_without_full_fine_tuning_arms_are_compared_with_the_best(confirmed: Path) -> None:
+    def drop(raw: dict[str, Any]) -> None:
+        raw["confirm"] = [row for row in raw["confirm"] if row["arm"] != "full"]
+
+    edit_json(confirmed / "sweep.json", drop)
+    data = load_sweep_data(confirmed)
+    assert find_reference(data) == "lora"
+    assert len(draw_confirmed(data).figures) == 1
+
+
+def test_nothing_confirmed_is_a_sentence(sweep: Path) -> None:
+    panel = draw_confirmed(load_sweep_data(sweep))
+    assert panel.figures == ()
+    assert "Nothing was confirmed" in panel.text
+    assert panel.data_file == ""
+
+
+def test_confirmed_scores_by_rank_are_a_line_with_bars(tmp_path: Path) -> None:
+    data = load_sweep_data(build_rank_arms(tmp_path, {1: 1.8, 4: 1.7, 16: 1.69}, examples=20))
+    (figure,) = draw_confirmed_by_rank(data)
+    line = next(trace for trace in figure.data if trace.mode == "lines+markers")
+    assert list(line.x) == [1, 4, 16]
+    assert list(line.y) == [data.evidence.arm(f"lora-rank{rank}").mean for rank in (1, 4, 16)]  # type: ignore[union-attr]
+    assert len(draw_score_by_rank(data).figures) == 2
+
+
+def test_learning_rate_has_the_fitted_curve_and_the_flat_bar(confirmed: Path) -> None:
+    data = load_sweep_data(confirmed)
+    panel = draw_score_by_lr(data)
+    dashed = [trace for trace in panel.figures[0].data if trace.line.dash == "dash"]
+    # full searched nothing else, lora did
+    assert [trace.legendgroup for trace in dashed] == ["full"]
+    assert min(dashed[0].y) == pytest.approx(1.662, abs=1e-3)
+    bars = {trace.legendgroup: trace for trace in panel.figures[0].data if trace.line.width == 9}
+    full = next(rate for rate in advise_rates(data) if rate.arm == "full")
+    assert list(bars["full"].x) == [full.low, full.high]
+    assert len(panel.notes) == 2
+
+
+def test_tradeoff_file_says_what_is_on_each_front(sweep: Path) -> None:
+    panel = draw_tradeoff(load_sweep_data(sweep))
+    rows = [dict(zip(panel.columns, row, strict=True)) for row in panel.rows]
+    best = min(rows, key=lambda row: row["bits_per_byte"])
+    assert best["trainable_params_front"]
+    cheapest = min(rows, key=lambda row: (row["wall_s"], row["bits_per_byte"]))
+    assert cheapest["wall_s_front"]
+    assert 1 < sum(row["trainable_params_front"] for row in rows) < len(rows)
+    assert panel.data_file == "tradeoff.csv"

@@ -49,7 +49,7 @@ def read_curve(run: Path, metric: str) -> Curve:
     """Returns a run's validation values of a metric; empty where none can be read."""
     values: dict[int, float] = {}
     try:
-        for row in read_steps(run):
+        for row in read_steps(run, having='"validation"'):
             validation = row.get("validation") if isinstance(row, dict) else None
             value = finite_number(validation.get(metric)) if isinstance(validation, dict) else None
             if value is not None and isinstance(row.get("step"), int):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +137,7 @@ class SweepData:
         """1 where lower scores are better, else -1: `sign * score` is always to be minimized."""
         return 1 if self.record.direction == "minimize" else -1
 
-    @property
+    @cached_property
     def swept_keys(self) -> tuple[str, ...]:
         """Dotted keys that any arm sweeps, in the order of the arms."""
         keys = [key for arm in self.arms for key in arm.row.space]

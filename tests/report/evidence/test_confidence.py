@@ -96,6 +96,6 @@ def test_smallest_visible_difference_is_that_of_the_power_of_the_t_test() -> Non
     size = found.smallest_visible(0.05)
     critical = stats.t.ppf(0.975, seeds - 1)
     power = 1 - stats.nct.cdf(critical, seeds - 1, size * math.sqrt(seeds) / spread)
-    # Bloom's sum of two quantiles is an approximation to the noncentral t distribution
-    assert power == pytest.approx(0.8, abs=0.02)
+    # both come from the noncentral t distribution
+    assert power == pytest.approx(0.8, abs=1e-6)
     assert found.smallest_visible(0.01) > size

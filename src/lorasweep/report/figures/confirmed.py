@@ -111,6 +111,8 @@ def bars_of(found: ArmEvidence) -> list[tuple[Interval | None, float]]:
 
 def error_bars(values: Sequence[tuple[float, Interval | None]], colour: str, *, width: float = 2.0) -> dict[str, Any]:
     """Returns plotly's error bars of values with their intervals; no bar where there is none."""
+    if all(interval is None for _, interval in values):
+        return {"visible": False}
     return {
         "type": "data",
         "symmetric": False,

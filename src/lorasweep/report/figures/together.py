@@ -88,10 +88,18 @@ def _draw_scores(points: Sequence[Point], sweep: SweepData, colours: dict[str, s
         height=110 + ROW_HEIGHT * max(len(names), 2),
         scattermode="group",
     )
+    figure.update_xaxes(range=_range_of(points))
     figure.update_yaxes(type="category", categoryarray=[escape(name) for name in reversed(names)])
     for label, colour in colours.items():
         _add(figure, [p for p in points if p.sweep == label], label, colour, by_arm=True)
     return figure
+
+
+def _range_of(points: Sequence[Point]) -> tuple[float, float]:
+    """Returns the scores to show: plotly by itself would begin at 0."""
+    ends = [end for point in points for end in (point.score, *(point.interval or ()))]
+    pad = 0.06 * (max(ends) - min(ends)) or 0.05 * abs(ends[0]) or 1.0
+    return min(ends) - pad, max(ends) + pad
 
 
 def _draw_trained(points: Sequence[Point], sweep: SweepData, colours: dict[str, str]) -> go.Figure:
@@ -110,6 +118,7 @@ def _add(figure: go.Figure, points: Sequence[Point], label: str, colour: str, *,
         y=[escape(point.arm) for point in points] if by_arm else scores,
         **{"error_x" if by_arm else "error_y": bars},
         mode="markers",
+        orientation="h" if by_arm else "v",  # sweeps stand side by side within an arm
         name=escape(label),
         marker={
             "color": colour,

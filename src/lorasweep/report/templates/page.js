@@ -110,6 +110,7 @@ document.getElementById("filter")?.addEventListener("input", (event) => filterRo
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", recolour);
 addEventListener("beforeprint", () => {
   figureSections().forEach(drawSection);
+  for (const folded of document.querySelectorAll("details.pairs")) folded.open = true;
   resize({ width: PRINT_WIDTH });
 });
 addEventListener("afterprint", () => resize({ width: null, autosize: true }));
