@@ -13,8 +13,6 @@ from torch import Tensor
 
 ENERGY_SHARE = 0.9
 """Share of the squared norm that `energy_rank` directions hold."""
-EXACT_UP_TO = 2048
-"""Matrices whose smaller side is longer get their largest singular values by a randomised method."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -90,14 +88,11 @@ def _relative(s: Tensor) -> Tensor:
 def largest_values(matrix: Tensor, count: int) -> Tensor:
     """Returns the `count` largest singular values of a matrix, falling, in float64.
 
-    Exact up to a smaller side of `EXACT_UP_TO`. Above it by subspace iteration from a random start (Halko et al. 2011,
-    arXiv 0909.4061, algorithm 5.1 with q = 4), which is a little too low where the values fall slowly.
+    They are the roots of the eigenvalues of M Mᵀ or Mᵀ M, whichever is smaller: several times faster than a
+    decomposition and as exact for large values. Those below 10⁻⁸ of the largest are noise.
     """
     wide = matrix.double()
-    if min(wide.shape) <= EXACT_UP_TO:
-        values: Tensor = torch.linalg.svdvals(wide)
-        return values[:count]
-    with torch.random.fork_rng(devices=[]):  # it draws from torch's own stream
-        torch.manual_seed(0)
-        _, values, _ = torch.svd_lowrank(wide, q=min(count + 16, *wide.shape), niter=4)
-    return values[:count]
+    if wide.shape[0] > wide.shape[1]:
+        wide = wide.t()
+    squares = torch.linalg.eigvalsh(wide @ wide.t())
+    return squares.flip(0)[:count].clamp(min=0).sqrt()
