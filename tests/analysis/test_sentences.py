@@ -55,8 +55,8 @@ def describe(truncation=None, rows=ROWS, note=None):
 
 def test_size_rank_place_and_amplification_are_said():
     assert describe() == (
-        "`lora` at rank 8 changed 2 weights of the base; the change's norm is 10 % of theirs.",
-        "Its effective rank is 5.2 and its stable rank 2.0; 4 directions hold 90 % of the squared norm "
+        "`lora` at rank 8 changed 2 weights of the base by 10 % of their norm.",
+        "Its effective rank is 5.2 and its stable rank 2.0; 90 % of the squared norm lies in 4 directions "
         "(medians over layers).",
         "Of the squared norm `up_proj` carries the most (80 %) and `q_proj` the least (20 %); "
         "block 1 of 0 to 1 carries 80 %.",
@@ -105,7 +105,7 @@ def test_vectors_alone_have_no_rank():
         kind="q_proj.bias", d_in=None, trained_rank=None, effective_rank=None, amplification=None, norm_share=1.0
     )
     assert describe(rows=[row]) == (
-        "`lora` changed 1 weights of the base; the change's norm is 7.5 % of theirs.",
+        "`lora` changed 1 weight of the base by 7.5 % of their norm.",
         "No matrix changed, so there is no rank to speak of.",
     )
 

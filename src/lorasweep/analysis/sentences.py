@@ -51,8 +51,8 @@ def _size(run: FinishedRun, rows: Sequence[LayerRow]) -> str:
     base = sum(row.base_norm**2 for row in rows) ** 0.5
     share = sum(row.change_norm**2 for row in rows) ** 0.5 / base if base else None
     return (
-        f"`{run.method}`{at_rank} changed {len(rows)} weights of the base; "
-        f"the change's norm is {format_share(share)} of theirs."
+        f"`{run.method}`{at_rank} changed {_counted(len(rows), 'weight')} of the base by {format_share(share)} of "
+        "their norm."
     )
 
 
@@ -64,8 +64,8 @@ def _ranks(rows: Sequence[LayerRow]) -> str:
     stable = median(row.stable_rank or 0.0 for row in matrices)
     held = median(row.energy_rank or 0 for row in matrices)
     return (
-        f"Its effective rank is {entropy:.1f} and its stable rank {stable:.1f}; {held:.0f} directions hold 90 % of the "
-        "squared norm (medians over layers)."
+        f"Its effective rank is {entropy:.1f} and its stable rank {stable:.1f}; 90 % of the squared norm lies in "
+        f"{_counted(round(held), 'direction')} (medians over layers)."
     )
 
 
@@ -123,6 +123,10 @@ def _amplification(rows: Sequence[LayerRow]) -> str:
         f"In its own directions the change is {factor:.2f} times the base; there the base is {random:.1f} times what "
         f"it is in random directions and {format_share(own)} of what it is in its own largest (medians over layers)."
     )
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _trained_ranks(rows: Sequence[LayerRow]) -> str:

@@ -53,11 +53,12 @@ class Truncation:
 
     def kept(self, row: TruncatedScore) -> float | None:
         """Returns the share of the gain that a rank keeps; None where there is no gain."""
-        return self.sign * (self.scores[0].score - row.score) / self.gain if self.gain > 0 else None
+        gained = self.sign * (self.scores[0].score - row.score) + 0.0  # never -0
+        return gained / self.gain if self.gain > 0 else None
 
     def loss(self, row: TruncatedScore) -> float:
         """Returns how much worse a rank scores than the whole change."""
-        return self.sign * (row.score - self.scores[-1].score)
+        return self.sign * (row.score - self.scores[-1].score) + 0.0
 
     @property
     def enough(self) -> TruncatedScore | None:
@@ -111,7 +112,8 @@ def score_truncated(
 
     def look(rank: int) -> TruncatedScore:
         if rank not in rows:
-            value = score(truncated_model(model, changes, decompositions, rank=rank))
+            is_cut = rank < whole  # the whole is the run's own model, not one put together again
+            value = score(truncated_model(model, changes, decompositions, rank=rank) if is_cut else model)
             left = sum((s[:rank] ** 2).sum().item() for s in spectra)
             rows[rank] = TruncatedScore(rank=rank, score=value, norm_share=left / total)
         return rows[rank]
