@@ -11,7 +11,7 @@ import pytest
 
 from lorasweep.report import COMPARE_FILE, write_comparison, write_report
 
-from .conftest import build_rank_arms, build_sweep, confirm_sweep, edit_json
+from .conftest import build_rank_arms, build_sweep, confirm_sweep, edit_json, inspect_winners
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 OPTIONS = [
@@ -75,6 +75,7 @@ def open_page(page: Path, profile: Path, *, size: str) -> tuple[str, str]:
 @pytest.mark.parametrize("size", ["1200,900", "500,900"])
 def test_page_draws_sorts_and_logs_no_error(sweep: Path, tmp_path: Path, size: str) -> None:
     edit_json(sweep / "sweep.json", lambda raw: raw.update(name="<b>&amp;</b>"))
+    inspect_winners(sweep)
     write_report(sweep)
     page = sweep / "report/index.html"
     page.write_text(page.read_text().replace("</body>", PROBE + "</body>"))
