@@ -94,5 +94,5 @@ def largest_values(matrix: Tensor, count: int) -> Tensor:
     wide = matrix.double()
     if wide.shape[0] > wide.shape[1]:
         wide = wide.t()
-    squares = torch.linalg.eigvalsh(wide @ wide.t())
+    squares: Tensor = torch.linalg.eigvalsh(wide @ wide.t())
     return squares.flip(0)[:count].clamp(min=0).sqrt()
