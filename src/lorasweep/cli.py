@@ -204,7 +204,7 @@ def train_once(config: RunConfig, output: str | None) -> int:
 
     folder = _new_train_folder(output)
     bench = build_workbench(config)
-    METHODS[config.method.name].check(bench.base.model, config.method)
+    METHODS[config.method.name].check(bench.base.model, config.method, head=bench.base.head)
     with StopSignal() as stop:
         record = train_run(config, RunPlace(folder=folder), bench=bench, stop_requested=stop)
     if record.status == "interrupted":

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, RobertaConfig, RobertaForSequenceClassification
 
 from lorasweep.config.method import FrozenConfig, FullConfig, HeadConfig, LoraConfig
+from lorasweep.errors import ConfigError
 from lorasweep.lora import lora_layers, trained_modules
 from lorasweep.lora.packed import fill_slot, inject_packed_lora, packed_layers, set_dropout_streams, slot_model
 from lorasweep.methods import METHODS, copy_sharing_weights, draw_head, train_head
@@ -100,6 +101,24 @@ def test_head_depends_on_the_seed_alone_and_the_base_keeps_its_own(base, name):
 def test_every_method_starts_from_the_same_head(base, name):
     expected = prepare(base, "frozen", 3)(input_ids=TOKENS).logits
     torch.testing.assert_close(prepare(base, name, 3)(input_ids=TOKENS).logits, expected)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_check_knows_the_head(base, name):
+    names = [key for key, _ in base.model.named_modules()]
+    METHODS[name].check(base.model, CONFIGS[name], head=base.head)
+    assert [key for key, _ in base.model.named_modules()] == names
+
+
+def test_head_of_any_name_is_trained_in_full_and_not_adapted():
+    model = nn.Sequential()
+    model.add_module("body", nn.Linear(8, 8))
+    model.add_module("top", nn.Linear(8, 2))
+    config = LoraConfig(rank=4)
+    with pytest.raises(ConfigError, match=r"`method.rank <= 2` must hold for layer 'top'"):
+        METHODS["lora"].check(model, config)
+    METHODS["lora"].check(model, config, head=("top",))
+    METHODS["head"].check(model, HeadConfig(), head=("top",))
 
 
 def test_head_is_rounded_to_the_base_and_trains_in_fp32(base):

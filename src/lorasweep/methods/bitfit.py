@@ -35,7 +35,7 @@ class BitfitMethod:
     name = "bitfit"
     needs_autocast = True
 
-    def check(self, model: nn.Module, config: MethodConfig) -> None:
+    def check(self, model: nn.Module, config: MethodConfig, *, head: tuple[str, ...] = ()) -> None:
         """Makes sure that the model has what shall train.
 
         Raises:

@@ -19,7 +19,7 @@ class FrozenMethod:
     name = "frozen"
     needs_autocast = False
 
-    def check(self, model: nn.Module, config: MethodConfig) -> None:
+    def check(self, model: nn.Module, config: MethodConfig, *, head: tuple[str, ...] = ()) -> None:
         """Fits every model."""
 
     def prepare(

@@ -25,7 +25,7 @@ class FullMethod:
     name = "full"
     needs_autocast = True
 
-    def check(self, model: nn.Module, config: MethodConfig) -> None:
+    def check(self, model: nn.Module, config: MethodConfig, *, head: tuple[str, ...] = ()) -> None:
         """Fits every model."""
 
     def prepare(

@@ -35,13 +35,14 @@ class HeadMethod:
     name = "head"
     needs_autocast = True
 
-    def check(self, model: nn.Module, config: MethodConfig) -> None:
-        """Makes sure that the model says which layer its output head is.
+    def check(self, model: nn.Module, config: MethodConfig, *, head: tuple[str, ...] = ()) -> None:
+        """Makes sure that there is a new head, or that the model says which layer its output head is.
 
         Raises:
             ConfigError: It has none.
         """
-        find_head(model)
+        if not head:
+            find_head(model)
 
     def prepare(
         self, model: nn.Module, config: MethodConfig, *, generator: torch.Generator, head: tuple[str, ...] = ()

@@ -42,7 +42,7 @@ class IntrinsicMethod:
     name = "intrinsic"
     needs_autocast = False
 
-    def check(self, model: nn.Module, config: MethodConfig) -> None:
+    def check(self, model: nn.Module, config: MethodConfig, *, head: tuple[str, ...] = ()) -> None:
         """Makes sure that d fits the number of weights and of layers.
 
         Raises:

@@ -32,7 +32,7 @@ class LoraMethod:
     name = "lora"
     needs_autocast = False
 
-    def check(self, model: nn.Module, config: MethodConfig) -> None:
+    def check(self, model: nn.Module, config: MethodConfig, *, head: tuple[str, ...] = ()) -> None:
         """Makes sure that the targets match layers and the rank is not above any of theirs.
 
         Raises:
@@ -40,7 +40,7 @@ class LoraMethod:
         """
         assert isinstance(config, LoraConfig)
         try:
-            find_targets(model, config)
+            find_targets(model, train_head(config, head))
         except ValueError as error:
             raise ConfigError(str(error)) from error
 

@@ -52,8 +52,8 @@ class Method(Protocol):
         Autocast is to be entered anew at each step: inside one context it keeps its first bf16 copies of the weights.
         """
 
-    def check(self, model: nn.Module, config: MethodConfig) -> None:
-        """Makes sure that `prepare` will work on this model; changes nothing.
+    def check(self, model: nn.Module, config: MethodConfig, *, head: tuple[str, ...] = ()) -> None:
+        """Makes sure that `prepare` will work on this model with these arguments; changes nothing.
 
         Raises:
             ConfigError: It will not.

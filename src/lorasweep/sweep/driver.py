@@ -54,8 +54,9 @@ def check_definition(definition: Definition, benches: Benches) -> dict[str, RunC
     configs: dict[str, RunConfig] = {}
     for arm in definition.arms:
         for config in arm.corners():
+            base = benches.of(config).base
             try:
-                METHODS[config.method.name].check(benches.of(config).base.model, config.method)
+                METHODS[config.method.name].check(base.model, config.method, head=base.head)
             except ConfigError as error:
                 raise ConfigError(f"arm `{arm.name}`: {error}") from error
             configs.setdefault(arm.name, config)
