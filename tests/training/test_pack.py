@@ -245,6 +245,21 @@ def test_dropout_is_on_in_a_refilled_slot(make_config, bench, tmp_path):
         assert a == pytest.approx(b, rel=LOSS_TOLERANCE)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+def test_packed_runs_equal_runs_alone_on_a_gpu(make_config, tmp_path):
+    configs = [make_config({**settings, "trainer.device": "gpu"}) for settings in MIXED]
+    bench = build_workbench(configs[0])
+    for n, config in enumerate(configs):
+        train_run(config, RunPlace(folder=tmp_path / f"alone{n}"), bench=bench)
+    jobs = [Outcomes().job(tmp_path / f"pack{n}", config) for n, config in enumerate(configs)]
+    waiting = jobs[2:]
+    assert train_pack(jobs[:2], bench=bench, supply=lambda: waiting.pop() if waiting else None)
+    for n in range(len(configs)):
+        for (_, a), (_, b) in zip(rows(tmp_path / f"alone{n}"), rows(tmp_path / f"pack{n}"), strict=True):
+            assert a == pytest.approx(b, rel=1e-2)  # a GPU may multiply fp32 in TF32, which keeps 10 bits
+
+
 def test_a_slot_that_gets_no_better_ends_early_as_alone(make_config, bench, tmp_path):
     stuck = make_config({"optim.lr": 1e-12, "trainer.max_steps": 8, "trainer.early_stop_evaluations": 1})
     better = make_config({"optim.lr": 1e-3, "trainer.max_steps": 8, "trainer.early_stop_evaluations": 1})

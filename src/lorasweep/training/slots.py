@@ -14,6 +14,7 @@ from torch.utils.tensorboard import SummaryWriter
 from lorasweep.config.run import RunConfig
 from lorasweep.data.batching import MicroBatch, StepBatchSampler
 from lorasweep.record import RUN_FILE, RunRecord
+from lorasweep.training.environment import resolve_device
 from lorasweep.training.run import describe_batching
 from lorasweep.training.run_log import SLOT_CHECKPOINT_FILE, RunLog, RunPlace, Workbench, new_record, reopen_record
 
@@ -66,7 +67,8 @@ class SlotRun:
         self.record.batching = describe_batching(bench, config.trainer, accumulate=accumulate, padding_fraction=0.0)
         self.log = RunLog(self.record, folder, start_step=self.step)
         self.writer = SummaryWriter(str(folder))
-        self.stream = torch.Generator().manual_seed(config.seeds.dropout)
+        device = "cuda" if resolve_device(config.trainer) == "gpu" else "cpu"  # masks are drawn where the rows are
+        self.stream = torch.Generator(device).manual_seed(config.seeds.dropout)
         if resumed:
             self.stream.set_state(resumed["stream"])
         self.order = StepBatchSampler(
