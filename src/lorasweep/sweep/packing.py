@@ -80,6 +80,8 @@ def _why_alone(arm: Arm, corners: list[RunConfig]) -> str | None:
     for config in corners:
         if not isinstance(config.method, LoraConfig):
             return f"`method={config.method.name}` has no slots on a frozen base, so its trials run alone."
+        if config.model.factory is not None:
+            return "`model.factory` may mix the rows of a batch, which a pack shares, so its trials run alone."
         why = why_not_packable(config.method)
         if why is not None:
             return why

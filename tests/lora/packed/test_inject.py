@@ -154,6 +154,15 @@ def test_modules_that_share_a_weight_or_hold_buffers_are_refused(make_model) -> 
         inject_packed_lora(normed, [LoraConfig(targets="up", modules_to_save=("norm",))])
 
 
+def test_a_model_that_mixes_rows_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 4))
+    with pytest.raises(
+        ValueError, match="treat each row by itself to be packed, but '1' takes statistics over a batch"
+    ):
+        inject_packed_lora(model, [LoraConfig(rank=1)] * 2)
+    assert type(model[0]) is nn.Linear
+
+
 def test_an_adapted_model_is_refused(make_model) -> None:
     model = make_model()
     inject_packed_lora(model, [LoraConfig()])

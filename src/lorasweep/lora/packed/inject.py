@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from lorasweep.config.method import LoraConfig
 from lorasweep.lora.inject import check_not_injected, freeze, inject_lora, replace_module
@@ -212,6 +213,12 @@ def _check_request(
     check_not_injected(model)
     if packed_layers(model):
         raise ValueError("`model` must have no LoRA layers yet, but it is packed. Load the base model again.")
+    mixing = [name for name, module in model.named_modules() if isinstance(module, _BatchNorm)]
+    if mixing:
+        raise ValueError(
+            f"`model` must treat each row by itself to be packed, but {mixing[0]!r} takes statistics over a batch, in "
+            "which all slots have rows. Run its trials alone."
+        )
     if not configs:
         raise ValueError("A pack must have at least one slot, but got no configuration.")
     if generators is not None and len(generators) != len(configs):
