@@ -148,17 +148,16 @@ def test_modules_that_share_a_weight_or_hold_buffers_are_refused(make_model) -> 
     tied.out.weight = tied.embed.weight
     with pytest.raises(ValueError, match="must not share a weight, but 'embed' does"):
         inject_packed_lora(tied, [LoraConfig(targets="up", modules_to_save=("embed", "out"))])
-    normed = make_model()
-    normed.norm = nn.BatchNorm1d(3)
-    with pytest.raises(ValueError, match="must have no buffers of its own, but 'norm' has"):
-        inject_packed_lora(normed, [LoraConfig(targets="up", modules_to_save=("norm",))])
+    counting = make_model()
+    counting.counter = nn.Linear(3, 3)
+    counting.counter.register_buffer("count", torch.zeros(()))
+    with pytest.raises(ValueError, match="must have no buffers of its own, but 'counter' has"):
+        inject_packed_lora(counting, [LoraConfig(targets="up", modules_to_save=("counter",))])
 
 
 def test_a_model_that_mixes_rows_is_refused() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 4))
-    with pytest.raises(
-        ValueError, match="treat each row by itself to be packed, but '1' takes statistics over a batch"
-    ):
+    with pytest.raises(ValueError, match="treat each row by itself to be packed, but '1' takes statistics"):
         inject_packed_lora(model, [LoraConfig(rank=1)] * 2)
     assert type(model[0]) is nn.Linear
 
