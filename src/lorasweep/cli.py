@@ -199,12 +199,15 @@ def train(arguments: list[str]) -> int:
 
 def train_once(config: RunConfig, output: str | None) -> int:
     """Trains one run in a new folder and prints its score."""
-    from lorasweep.methods import METHODS
-    from lorasweep.training import RunPlace, build_workbench, train_run
+    from lorasweep.training import RunPlace, build_workbench, check_run, train_run
 
     folder = _new_train_folder(output)
     bench = build_workbench(config)
+<<<<<<< HEAD
     METHODS[config.method.name].check(bench.base.model, config.method, head=bench.base.head)
+=======
+    check_run(config, bench.base)
+>>>>>>> acf9410 (Rates of heads and blocks, a running mean of the weights)
     with StopSignal() as stop:
         record = train_run(config, RunPlace(folder=folder), bench=bench, stop_requested=stop)
     if record.status == "interrupted":

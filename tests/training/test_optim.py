@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
 from lorasweep.config.run import OptimConfig, ScheduleConfig
 from lorasweep.methods import ParameterGroup
-from lorasweep.training.optim import build_optimizer, build_schedule, schedule_factor
+from lorasweep.training.optim import build_optimizer, build_schedule, refine_groups, schedule_factor
 
 OPTIM = OptimConfig(
-    name="adamw", lr=0.1, lr_ratio_b=1.0, weight_decay=0.5, beta1=0.8, beta2=0.9, eps=1e-6, clip_norm=None
+    name="adamw",
+    lr=0.1,
+    lr_ratio_b=1.0,
+    lr_ratio_head=1.0,
+    layer_decay=1.0,
+    ema_decay=None,
+    weight_decay=0.5,
+    beta1=0.8,
+    beta2=0.9,
+    eps=1e-6,
+    clip_norm=None,
 )
 
 
@@ -73,3 +85,41 @@ def test_the_schedule_moves_every_group_by_the_same_share():
         optimizer.step()
         schedule.step()
     assert rates == pytest.approx(torch.tensor([[0.1, 0.2], [0.075, 0.15], [0.05, 0.1], [0.025, 0.05]]).numpy())
+
+
+class Blocks(nn.Module):
+    """Embeddings, two blocks and a new head."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(3, 2)
+        self.layers = nn.ModuleList([nn.Linear(2, 2, bias=False) for _ in range(2)])
+        self.norm = nn.LayerNorm(2)
+        self.classifier = nn.Linear(2, 2)
+
+
+def rates(model, **changes):
+    groups = [ParameterGroup(name="full", params=tuple(model.parameters()), lr_factor=2.0)]
+    refined = refine_groups(model, groups, replace(OPTIM, **changes), head=("classifier",))
+    names = {id(p): name for name, p in model.named_parameters()}
+    return {names[id(p)]: group.lr_factor for group in refined for p in group.params}
+
+
+def test_the_head_has_its_own_rate():
+    found = rates(Blocks(), lr_ratio_head=10.0)
+    assert {name for name, rate in found.items() if rate == 20.0} == {"classifier.weight", "classifier.bias"}
+    assert set(found.values()) == {2.0, 20.0}
+
+
+def test_lower_blocks_have_lower_rates():
+    found = rates(Blocks(), layer_decay=0.5)
+    assert found["embed_tokens.weight"] == 0.5
+    assert found["layers.0.weight"] == 1.0
+    assert found["layers.1.weight"] == found["norm.weight"] == found["classifier.weight"] == 2.0
+
+
+def test_without_ratios_groups_stay_as_they_are():
+    model = Blocks()
+    group = ParameterGroup(name="full", params=tuple(model.parameters()), lr_factor=1.0)
+    (refined,) = refine_groups(model, [group], OPTIM, head=("classifier",))
+    assert refined.params == group.params

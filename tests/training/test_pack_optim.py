@@ -80,13 +80,21 @@ BERT_SLOTS = (
 
 
 def settings(**changes: float | None) -> OptimConfig:
-    given = {"lr": 1e-2, "lr_ratio_b": 1.0, "weight_decay": 0.0, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8}
+    given: dict[str, float | None] = {
+        "lr": 1e-2,
+        "lr_ratio_b": 1.0,
+        "weight_decay": 0.0,
+        "beta1": 0.9,
+        "beta2": 0.999,
+        "eps": 1e-8,
+    }
+    given |= {"lr_ratio_head": 1.0, "layer_decay": 1.0, "ema_decay": None}
     return OptimConfig(name="adamw", **({"clip_norm": None} | given | changes))  # type: ignore[arg-type]
 
 
 SETTINGS = (
     settings(weight_decay=0.1),
-    settings(lr=3e-3, lr_ratio_b=4.0, beta1=0.8, clip_norm=0.05),
+    settings(lr=3e-3, lr_ratio_b=4.0, lr_ratio_head=3.0, beta1=0.8, clip_norm=0.05),
     settings(lr=2e-2, beta2=0.95, eps=1e-6, weight_decay=0.01),
     settings(lr=1e-3, lr_ratio_b=0.5, weight_decay=0.3, clip_norm=1.0),
 )
@@ -124,7 +132,7 @@ class SoloRun:
         groups = [
             ParameterGroup(name="a", params=tuple(a), lr_factor=1.0),
             ParameterGroup(name="b", params=tuple(b), lr_factor=optim.lr_ratio_b),
-            ParameterGroup(name="other", params=tuple(other), lr_factor=1.0),
+            ParameterGroup(name="other", params=tuple(other), lr_factor=optim.lr_ratio_head),
         ]
         self.optimizer = build_optimizer(optim, groups)
         self.peaks = [group["lr"] for group in self.optimizer.param_groups]
@@ -323,7 +331,7 @@ def test_each_slot_equals_torch_adamw(dtype: torch.dtype) -> None:
     copies = [[nn.Parameter(p[slot].detach().clone()) for p in stacked] for slot in range(4)]
     solos = []
     for config, (a, b, *other) in zip(SETTINGS, copies, strict=True):
-        groups = [((a,), 1.0), ((b,), config.lr_ratio_b), (tuple(other), 1.0)]
+        groups = [((a,), 1.0), ((b,), config.lr_ratio_b), (tuple(other), config.lr_ratio_head)]
         named = [ParameterGroup(name="g", params=params, lr_factor=factor) for params, factor in groups]
         solos.append(build_optimizer(config, named))
     for _ in range(100):

@@ -14,11 +14,13 @@ import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import lorasweep.training.run as run_file
 from lorasweep.data.tasks import LanguageModelling
 from lorasweep.errors import ConfigError, Diverged, OutOfMemory
+from lorasweep.methods import METHODS
 from lorasweep.models.load import fingerprint_weights
 from lorasweep.record import read_run, read_steps, sha256_of
-from lorasweep.training import RunPlace, build_workbench, train_run
+from lorasweep.training import RunPlace, build_workbench, check_run, train_run
 from lorasweep.training.environment import has_cpu_bf16
 
 ADAPTER = "adapter_model.safetensors"
@@ -509,3 +511,42 @@ def test_a_compiled_model_trains_the_same(tmp_path, make_config, bench):
     assert found == pytest.approx([loss for _, loss, _ in losses(tmp_path / "eager")], rel=1e-3)
     kept = [load_file(tmp_path / name / "best" / ADAPTER).keys() for name in ("compiled", "eager")]
     assert kept[0] == kept[1]
+
+
+def test_the_running_mean_of_the_weights_is_what_is_evaluated_and_saved(tmp_path, make_config, bench):
+    averaged = make_config({"optim.ema_decay": 0.5})
+    train(tmp_path / "mean", averaged, bench=bench)
+    plain = make_config()
+    train(tmp_path / "plain", plain, bench=bench)
+    assert losses(tmp_path / "mean") == losses(tmp_path / "plain")  # training itself is the same
+    mean: dict[str, torch.Tensor] = {}
+    for step in range(5):  # by hand: the mean over the weights after 0, 1, ... steps
+        folder = tmp_path / f"after{step}"
+        if step == 0:
+            model = run_file.prepare_model(plain, bench.base)
+            METHODS["lora"].save(model, folder / "last", base=bench.base)
+        else:
+            stop = stop_after(step)
+            short = make_config({"trainer.eval_every_steps": 1})
+            train(folder, short, bench=bench, stop_requested=stop)
+        weights = load_file(folder / "last" / ADAPTER)
+        mean = {name: weights[name] if not mean else 0.5 * mean[name] + 0.5 * weights[name] for name in weights}
+    kept = load_file(tmp_path / "mean" / "last" / ADAPTER)
+    for name, expected in mean.items():
+        torch.testing.assert_close(kept[name], expected, rtol=1e-5, atol=1e-7)  # fp32, another order of operations
+
+
+@pytest.mark.parametrize("stop_at", [2, 3])
+def test_a_run_with_a_running_mean_goes_on_exactly(tmp_path, make_config, bench, stop_at):
+    config = make_config({"optim.ema_decay": 0.9})
+    train(tmp_path / "whole", config, bench=bench)
+    train(tmp_path / "broken", config, bench=bench, stop_requested=stop_after(stop_at))
+    train(tmp_path / "broken", config, bench=bench, resume=True)
+    assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
+    assert evaluations(tmp_path / "broken") == evaluations(tmp_path / "whole")
+    assert_same_weights(tmp_path / "broken" / "last" / ADAPTER, tmp_path / "whole" / "last" / ADAPTER)
+
+
+def test_a_rate_of_a_head_that_there_is_not_is_refused(make_config, bench):
+    with pytest.raises(ConfigError, match=r"`optim.lr_ratio_head` must be 1 for a model without a new head"):
+        check_run(make_config({"optim.lr_ratio_head": 5.0}), bench.base)

@@ -24,7 +24,17 @@ class OptimConfig:
     """Peak learning rate, > 0."""
     lr_ratio_b: float
     """Learning rate of B over that of A (LoRA+, arXiv 2402.12354); 1 is plain LoRA."""
+    lr_ratio_head: float
+    """Learning rate of a new head, and of what else trains in full beside changes (`method.modules_to_save`), over
+    `optim.lr`."""
+    layer_decay: float
+    """Learning rate of a block over that of the block above it (ULMFiT, arXiv 1801.06146, section 3.2), 0 < f <= 1; the
+    embeddings lie below the first block. Such trials run alone."""
+    ema_decay: float | None
+    """Share of the running mean of the weights that is kept at each step, 0 <= f < 1: that mean is evaluated and saved;
+    null evaluates the weights as they are. Such trials run alone."""
     weight_decay: float
+    """Of matrices; vectors (biases, norms) do not decay."""
     beta1: float
     beta2: float
     eps: float
@@ -36,6 +46,12 @@ class OptimConfig:
             raise ConfigError(f"`optim.lr > 0` must hold, but got {self.lr!r}.")
         if not self.lr_ratio_b > 0:
             raise ConfigError(f"`optim.lr_ratio_b > 0` must hold, but got {self.lr_ratio_b!r}.")
+        if not 0 < self.lr_ratio_head < float("inf"):
+            raise ConfigError(f"`optim.lr_ratio_head > 0` must hold, but got {self.lr_ratio_head!r}.")
+        if not 0 < self.layer_decay <= 1:
+            raise ConfigError(f"`0 < optim.layer_decay <= 1` must hold, but got {self.layer_decay!r}.")
+        if self.ema_decay is not None:
+            require_fraction("optim.ema_decay", self.ema_decay)
         require_at_least("optim.weight_decay", self.weight_decay, 0)
         require_at_least("optim.eps", self.eps, 0)
         require_fraction("optim.beta1", self.beta1)

@@ -9,7 +9,6 @@ from optuna.trial import FrozenTrial
 
 from lorasweep.config.run import RunConfig
 from lorasweep.errors import ConfigError, OutOfMemory, WorkerError
-from lorasweep.methods import METHODS
 from lorasweep.record import RunRecord
 from lorasweep.sweep.confirm import draw_seeds
 from lorasweep.sweep.definition import Arm, Definition
@@ -21,6 +20,7 @@ from lorasweep.training import (
     Job,
     Workbench,
     build_workbench,
+    check_run,
     choose_pack_size,
     measure_pack_sizes,
     score_run,
@@ -56,7 +56,11 @@ def check_definition(definition: Definition, benches: Benches) -> dict[str, RunC
         for config in arm.corners():
             base = benches.of(config).base
             try:
+<<<<<<< HEAD
                 METHODS[config.method.name].check(base.model, config.method, head=base.head)
+=======
+                check_run(config, benches.of(config).base)
+>>>>>>> acf9410 (Rates of heads and blocks, a running mean of the weights)
             except ConfigError as error:
                 raise ConfigError(f"arm `{arm.name}`: {error}") from error
             configs.setdefault(arm.name, config)

@@ -6,7 +6,7 @@ Trials share a pack when their settings differ only in what a slot may own: thos
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,13 @@ from lorasweep.lora.packed import why_not_packable
 from lorasweep.sweep.definition import Arm, Definition
 
 SLOT_GROUPS = ("method", "optim", "schedule", "seed", "seeds")
+SOLO_SETTINGS: Mapping[str, Callable[[RunConfig], bool]] = {
+    "trainer.compile": lambda config: config.trainer.compile,
+    "trainer.activation_checkpointing": lambda config: config.trainer.activation_checkpointing,
+    "optim.layer_decay": lambda config: config.optim.layer_decay != 1,
+    "optim.ema_decay": lambda config: config.optim.ema_decay is not None,
+}
+"""What a pack can't do for one slot, by key."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,9 +92,9 @@ def _why_alone(arm: Arm, corners: list[RunConfig]) -> str | None:
         why = why_not_packable(config.method)
         if why is not None:
             return why
-        for key in ("compile", "activation_checkpointing"):
-            if getattr(config.trainer, key):
-                return f"`trainer.{key}` does not go with packs, so its trials run alone."
+        for key, differs in SOLO_SETTINGS.items():
+            if differs(config):
+                return f"`{key}` does not go with packs, so its trials run alone."
         if config.trainer.max_steps % config.trainer.eval_every_steps:
             return (
                 "`trainer.max_steps` is not a multiple of `trainer.eval_every_steps`, where slots are refilled, "

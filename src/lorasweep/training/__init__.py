@@ -6,7 +6,7 @@ from lorasweep.training.evaluate import Scored, evaluate_model
 from lorasweep.training.export import Export, ExportFormat, export_run
 from lorasweep.training.pack import train_pack
 from lorasweep.training.restore import restore_base, restore_config, restore_model
-from lorasweep.training.run import build_workbench, train_run
+from lorasweep.training.run import build_workbench, check_run, train_run
 from lorasweep.training.run_log import RunPlace, Workbench
 from lorasweep.training.score import score_run
 from lorasweep.training.slots import Job
@@ -19,6 +19,7 @@ __all__ = [
     "Scored",
     "Workbench",
     "build_workbench",
+    "check_run",
     "choose_pack_size",
     "evaluate_model",
     "export_run",

@@ -13,7 +13,7 @@ from lorasweep.config.run import RunConfig
 from lorasweep.data.part import Batch
 from lorasweep.data.tasks import Evaluation, Task
 from lorasweep.methods import Method
-from lorasweep.training.optim import build_optimizer, build_schedule
+from lorasweep.training.optim import build_optimizer, build_schedule, refine_groups
 
 
 class TrainingModule(lightning.LightningModule):
@@ -24,8 +24,18 @@ class TrainingModule(lightning.LightningModule):
         positions_trained: Positions of all training batches so far, padding included.
     """
 
-    def __init__(self, model: nn.Module, *, method: Method, config: RunConfig, task: Task, accumulate: int) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        method: Method,
+        config: RunConfig,
+        task: Task,
+        accumulate: int,
+        head: tuple[str, ...] = (),
+    ) -> None:
         super().__init__()
+        self.head = head
         self.model = model
         self.method = method
         self.config = config
@@ -47,6 +57,7 @@ class TrainingModule(lightning.LightningModule):
     def configure_optimizers(self) -> Any:
         """Returns AdamW and its schedule, stepped once per optimizer step."""
         groups = self.method.trainable_groups(self.model, lr_ratio_b=self.config.optim.lr_ratio_b)
+        groups = refine_groups(self.model, groups, self.config.optim, head=self.head)
         optimizer = build_optimizer(self.config.optim, groups)
         schedule = build_schedule(self.config.schedule, optimizer, max_steps=self.config.trainer.max_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -6,9 +6,47 @@ import math
 from collections.abc import Sequence
 
 import torch
+from torch import nn
 
 from lorasweep.config.run import OptimConfig, ScheduleConfig
 from lorasweep.methods import ParameterGroup
+
+
+def refine_groups(
+    model: nn.Module, groups: Sequence[ParameterGroup], config: OptimConfig, *, head: Sequence[str]
+) -> list[ParameterGroup]:
+    """Returns a method's groups split by learning rate: `optim.lr_ratio_head` and `optim.layer_decay`.
+
+    Args:
+        model: A prepared model.
+        groups: What trains in it; of LoRA's, `other` trains in full beside the changes.
+        config: The run's.
+        head: Names of the model's new modules.
+    """
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    top = max((block for block in map(block_of, names.values()) if block is not None), default=-1)
+    refined: dict[tuple[str, float], list[nn.Parameter]] = {}
+    for group in groups:
+        for parameter in group.params:
+            name = names[id(parameter)]
+            is_head = group.name == "other" or name.startswith(tuple(f"{module}." for module in head))
+            factor = group.lr_factor * (config.lr_ratio_head if is_head else 1.0)
+            factor *= config.layer_decay ** blocks_above(name, top=top)
+            refined.setdefault((group.name, factor), []).append(parameter)
+    return [ParameterGroup(name=name, params=tuple(of), lr_factor=factor) for (name, factor), of in refined.items()]
+
+
+def block_of(name: str) -> int | None:
+    """Returns the number of a parameter's block, the first number in its name; None outside of blocks."""
+    return next((int(part) for part in name.split(".") if part.isdecimal()), None)
+
+
+def blocks_above(name: str, *, top: int) -> int:
+    """Returns how many blocks lie above a parameter's: 0 of the last block and what comes after it."""
+    block = block_of(name)
+    if block is not None:
+        return top - block
+    return top + 1 if "embed" in name else 0
 
 
 def build_optimizer(config: OptimConfig, groups: Sequence[ParameterGroup]) -> torch.optim.AdamW:

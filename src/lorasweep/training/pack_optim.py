@@ -32,7 +32,8 @@ class StackedAdamW(torch.optim.Optimizer):
     """`torch.optim.AdamW` (Loshchilov and Hutter 2019, arXiv 1711.05101, algorithm 2) for each slot by itself.
 
     A slot's numbers are those of its own AdamW over its own parameters, as `training.optim` builds it: B at
-    `lr · lr_ratio_b`, no weight decay of vectors. Padded parts are zero, have zero gradients and stay zero.
+    `lr · lr_ratio_b`, what trains in full at `lr · lr_ratio_head`, no weight decay of vectors. Padded parts are zero,
+    have zero gradients and stay zero.
     *Differs:* a parameter without a gradient counts as one of zero gradient and does not decay.
 
     Attributes:
@@ -219,7 +220,8 @@ class StackedAdamW(torch.optim.Optimizer):
         if not self.active[slot]:
             return 1.0, 0.0, 1.0, 0.0, 1.0, 1.0, 0.0
         config, step = self.settings[slot], self.num_steps[slot]
-        lr = config.lr * (config.lr_ratio_b if group["name"] == "lora_b" else 1.0) * self.lr_factors[slot]
+        ratios = {"lora_a": 1.0, "lora_b": config.lr_ratio_b}
+        lr = config.lr * ratios.get(group["name"], config.lr_ratio_head) * self.lr_factors[slot]
         return (
             1 - lr * (config.weight_decay if group["decays"] else 0.0),
             1 - config.beta1,

@@ -17,6 +17,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
 
+from lorasweep.config.method import LoraConfig
 from lorasweep.config.run import RunConfig, TrainerConfig
 from lorasweep.data.batching import EvaluationSampler, StepBatchSampler, choose_accumulate
 from lorasweep.data.module import DataModule
@@ -30,6 +31,7 @@ from lorasweep.methods import METHODS, copy_sharing_weights
 from lorasweep.models.attention import choose_attention
 from lorasweep.models.load import BaseModel, Labels, load_base
 from lorasweep.record import RUN_FILE, RunRecord, RunStatus
+from lorasweep.training.averaging import PutBack, WeightAveraging
 from lorasweep.training.callbacks import EarlyStopping, Logging, Pruning, RunStopped, ShouldStop, Stopping
 from lorasweep.training.environment import Precision, reset_peak_memory, resolve_device, resolve_precision
 from lorasweep.training.module import TrainingModule
@@ -134,12 +136,20 @@ def train_run(
         accumulate = resolve_accumulate(config.trainer, bench.parts.train, begun=record)
         record.batching = describe_batching(bench, config.trainer, accumulate=accumulate, padding_fraction=0.0)
         module = TrainingModule(
-            model, method=METHODS[config.method.name], config=config, task=bench.parts.task, accumulate=accumulate
+            model,
+            method=METHODS[config.method.name],
+            config=config,
+            task=bench.parts.task,
+            accumulate=accumulate,
+            head=bench.base.head,
         )
+        averaging = [] if config.optim.ema_decay is None else [WeightAveraging(config.optim.ema_decay)]
         callbacks = [
+            *averaging,
             Logging(log, save=lambda folder: module.method.save(model, folder, base=bench.base), start_step=start_step),
             pruning := Pruning(should_stop, metric=record.metric, max_steps=record.steps_planned),
             EarlyStopping(record, config.trainer),
+            *map(PutBack, averaging),
             Stopping(stop_requested, place.folder, eval_every_steps=config.trainer.eval_every_steps),
         ]
         trainer = _build_trainer(module, place.folder, precision=bench.precision, callbacks=callbacks)
@@ -176,6 +186,23 @@ def prepare_model(config: RunConfig, base: BaseModel) -> nn.Module:
     if config.trainer.compile:
         model.compile()
     return model
+
+
+def check_run(config: RunConfig, base: BaseModel) -> None:
+    """Makes sure that a run's settings fit its base model, before anything is written.
+
+    Raises:
+        ConfigError: They do not, or one has no effect.
+    """
+    METHODS[config.method.name].check(base.model, config.method)
+    trains_more = bool(base.head) and config.method.name != "frozen"
+    if isinstance(config.method, LoraConfig):
+        trains_more = trains_more or bool(config.method.modules_to_save)
+    if config.optim.lr_ratio_head != 1 and not trains_more:
+        raise ConfigError(
+            f"`optim.lr_ratio_head` must be 1 for a model without a new head, but got {config.optim.lr_ratio_head!r}, "
+            "which would have no effect."
+        )
 
 
 def checkpoint_activations(model: nn.Module) -> None:
