@@ -90,6 +90,8 @@ def sweep(arguments: argparse.Namespace) -> int:
     console = Console()
     folder = _resume(arguments, benches) if arguments.resume else _start(arguments, benches)
     console.print(f"sweep {folder.record.name} in {folder.path}", highlight=False, markup=False, soft_wrap=True)
+    for note in folder.record.notes:
+        console.print(f"• {note}", highlight=False, markup=False)
     known = _print_warnings(folder, console, after=0)
     stop = StopSignal()
     try:
@@ -203,11 +205,9 @@ def train_once(config: RunConfig, output: str | None) -> int:
 
     folder = _new_train_folder(output)
     bench = build_workbench(config)
-<<<<<<< HEAD
-    METHODS[config.method.name].check(bench.base.model, config.method, head=bench.base.head)
-=======
     check_run(config, bench.base)
->>>>>>> acf9410 (Rates of heads and blocks, a running mean of the weights)
+    for note in bench.parts.notes:
+        print(f"• {note}", file=sys.stderr)
     with StopSignal() as stop:
         record = train_run(config, RunPlace(folder=folder), bench=bench, stop_requested=stop)
     if record.status == "interrupted":
@@ -268,12 +268,13 @@ class StopSignal:
 
 
 def _start(arguments: argparse.Namespace, benches: Any) -> SweepFolder:
-    from lorasweep.sweep import check_definition, create_sweep, new_folder, sweep_metric
+    from lorasweep.sweep import check_definition, create_sweep, data_notes, new_folder, sweep_metric
 
     definition = _read_definition(arguments.words)
     path = new_folder(definition.name, definition.driver.sweep.output)
     configs = check_definition(definition, benches)
-    return create_sweep(definition, path, configs=configs, metric=sweep_metric(configs, benches))
+    metric = sweep_metric(configs, benches)
+    return create_sweep(definition, path, configs=configs, metric=metric, notes=data_notes(configs, benches))
 
 
 def _read_definition(words: Sequence[str]) -> Definition:

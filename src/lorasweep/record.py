@@ -56,6 +56,8 @@ class RunRecord:
     """`python`, `os`, `processor`, `cores`, `threads`, `gpu`, `precision`."""
     data: dict[str, Any] = field(default_factory=dict)
     """Per part (`train`, `validation`, `test`): `fingerprint`, `bytes`, and `documents` and `blocks` or `rows`."""
+    notes: list[str] = field(default_factory=list)
+    """Sentences on how the data was made: what was split off, duplicates, the majority class."""
     batching: dict[str, Any] = field(default_factory=dict)
     """`micro_batches` per optimizer step, `padding_fraction` of training and validation batches, and the `attention`
     that was chosen by measuring, with its times."""
@@ -173,6 +175,8 @@ class SweepRecord:
     confirm: list[ConfirmRow] = field(default_factory=list)
     confirm_seeds: list[int] = field(default_factory=list)
     """Seeds on which the best configuration of each arm is to run again, once the search is over."""
+    notes: list[str] = field(default_factory=list)
+    """Sentences on how the data was made: what was split off, duplicates, the majority class and its score."""
     warnings: list[str] = field(default_factory=list)
     """What may mislead a reader of the results, a sentence each."""
     started_at: str = ""

@@ -300,3 +300,15 @@ def test_a_range_where_no_arm_has_a_space_is_refused(read, content):
     content["arms"] = {"frozen": content["arms"]["frozen"]}
     with pytest.raises(ConfigError, match=r"`optim.lr` must be a setting of at least one arm \(frozen\), but is none"):
         read(content, "optim.lr=choice(0.1,0.2)")
+
+
+def test_paths_of_files_are_kept_absolute_so_that_a_sweep_goes_on_from_anywhere(read, content, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.txt", "b.txt", "train"):
+        (tmp_path / name).write_text("some text")
+    content["settings"] |= {"data": "text", "data.train": "./a.txt"}
+    definition = read(content, "data.validation='*.txt'", "arms.lora.data.test=b.txt")
+    assert definition.raw["file"]["settings"]["data.train"] == str(tmp_path / "a.txt")
+    assert definition.raw["overrides"]["data.validation"] == str(tmp_path / "*.txt")
+    assert definition.raw["overrides"]["arms.lora.data.test"] == str(tmp_path / "b.txt")
+    assert read(content, "data.train=train").raw["overrides"]["data.train"] == "train"  # may be a split of the hub

@@ -96,6 +96,7 @@ def make_block_part(
     size = sum(len(text.encode()) for text in texts)
     return BlockPart(
         name=rows.name,
+        notes=rows.notes,
         tokens=choose_evenly(cut_blocks(row, block_length=block_length), most=max_blocks),
         documents=len(texts),
         bytes=size,

@@ -37,6 +37,8 @@ class Part(Protocol):
     """`train`, `validation` or `test`."""
     fingerprint: str
     """SHA-256 over names, texts and labels in order, its first 16 hex digits."""
+    notes: tuple[str, ...] = ()
+    """Sentences on what only this part could tell; of the test part, which is read last."""
 
     @property
     @abstractmethod

@@ -91,6 +91,7 @@ class _Maker:
         texts = [*rows.texts, *(rows.pairs or [])]
         return LabelledPart(
             name=rows.name,
+            notes=rows.notes,
             fingerprint=rows.fingerprint,
             tokens=made["input_ids"],
             token_types=made.get("token_type_ids"),
@@ -124,6 +125,7 @@ class _Maker:
             made = tokenise_chats(rows.conversations, template=self.config.template, **shared)
         facts: dict[str, Any] = {
             "name": rows.name,
+            "notes": rows.notes,
             "fingerprint": rows.fingerprint,
             "pad_token": pad_token(self.tokenizer),
             "bytes": sum(len(message.content.encode()) for row in rows.conversations for message in row),

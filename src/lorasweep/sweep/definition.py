@@ -32,6 +32,10 @@ from lorasweep.sweep.sweep_file import parse_file, read_content, require_whole
 CONFIRM = "confirm"
 
 
+PATH_KEYS = ("data.train", "data.validation", "data.test", "model.path")
+"""Settings that name files."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Arm:
     """One method, or one method at one rank, with its own search space, budget and study."""
@@ -99,10 +103,21 @@ def read_definition(source: Path, overrides: Sequence[str]) -> Definition:
         ConfigError: The file can't be read, a key or range is wrong, or an arm does not compose.
     """
     raw = {"file": read_content(source), "overrides": parse_overrides(overrides)}
+    raw = _with_absolute_paths(raw)
     try:
         return restore_definition(raw, source=source)
     except ConfigError as error:
         raise ConfigError(f"{source.name}: {error}") from error
+
+
+def _with_absolute_paths(value: Any, key: str = "") -> Any:
+    """Returns what was asked for with the paths of files absolute, so that the sweep can go on from any folder."""
+    if isinstance(value, Mapping):
+        return {name: _with_absolute_paths(item, str(name)) for name, item in value.items()}
+    is_path = isinstance(value, str) and key.endswith(PATH_KEYS) and ("/" in value or "." in value)
+    if is_path and not Path(value).is_absolute() and any(Path().glob(value)):
+        return str(Path.cwd() / value)
+    return value
 
 
 def restore_definition(raw: Mapping[str, Any], *, source: Path | None) -> Definition:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from optuna.trial import FrozenTrial
@@ -56,11 +57,7 @@ def check_definition(definition: Definition, benches: Benches) -> dict[str, RunC
         for config in arm.corners():
             base = benches.of(config).base
             try:
-<<<<<<< HEAD
-                METHODS[config.method.name].check(base.model, config.method, head=base.head)
-=======
-                check_run(config, benches.of(config).base)
->>>>>>> acf9410 (Rates of heads and blocks, a running mean of the weights)
+                check_run(config, base)
             except ConfigError as error:
                 raise ConfigError(f"arm `{arm.name}`: {error}") from error
             configs.setdefault(arm.name, config)
@@ -77,6 +74,11 @@ def sweep_metric(configs: Mapping[str, RunConfig], benches: Benches) -> str:
     if len(metrics) > 1:
         raise ConfigError(f"all arms must have one `data.metric`, but got {', '.join(metrics)}.")
     return metrics[0]
+
+
+def data_notes(configs: Mapping[str, RunConfig], benches: Benches) -> list[str]:
+    """Returns what there is to say on how the data of the arms was made, each sentence once."""
+    return list(dict.fromkeys(note for config in configs.values() for note in benches.of(config).parts.notes))
 
 
 class Worker:
@@ -115,7 +117,7 @@ class Worker:
         """Runs the confirm stage where one is asked for and possible; returns False if it was stopped."""
         if not self.sweep.record.confirm_seeds:
             return True
-        stage = Confirm(self.sweep, score=lambda config, folder: score_run(folder, bench=self.benches.of(config)))
+        stage = Confirm(self.sweep, score=self._score)
         try:
             for arm in self.sweep.definition.arms:
                 if (config := stage.winner_config(arm)) is not None:
@@ -125,6 +127,12 @@ class Worker:
             return True
         stage.begin()
         return self._run_stage(stage)
+
+    def _score(self, config: RunConfig, folder: Path) -> RunRecord:
+        bench = self.benches.of(config)
+        record = score_run(folder, bench=bench)
+        self.sweep.note(bench.parts.test().notes)
+        return record
 
     def _run_stage(self, stage: Stage) -> bool:
         """Runs what is left of a stage and returns whether it is complete."""

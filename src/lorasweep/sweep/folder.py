@@ -13,7 +13,7 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -89,6 +89,10 @@ class SweepFolder:
                 row.importance = measure_importance(self.studies[row.name])
         write_record(self.record, self.path)
 
+    def note(self, sentences: Sequence[str]) -> None:
+        """Keeps sentences on the data in the record, each once; `save` writes them."""
+        self.record.notes += [sentence for sentence in sentences if sentence not in self.record.notes]
+
     def warn(self, sentence: str) -> None:
         """Keeps a sentence in the record, once; `save` writes it."""
         if sentence not in self.record.warnings:
@@ -120,7 +124,9 @@ def new_folder(name: str, wanted: str | None) -> Path:
     return path
 
 
-def create_sweep(definition: Definition, path: Path, *, configs: dict[str, RunConfig], metric: str) -> SweepFolder:
+def create_sweep(
+    definition: Definition, path: Path, *, configs: dict[str, RunConfig], metric: str, notes: Sequence[str] = ()
+) -> SweepFolder:
     """Makes the folder, the record and the studies.
 
     Args:
@@ -128,6 +134,7 @@ def create_sweep(definition: Definition, path: Path, *, configs: dict[str, RunCo
         path: The new folder.
         configs: One composed run per arm.
         metric: What every arm is scored by.
+        notes: Sentences on how the data was made.
     """
     seeds, warnings = draw_seeds(definition), find_warnings(definition)
     path.mkdir(parents=True, exist_ok=True)
@@ -143,6 +150,7 @@ def create_sweep(definition: Definition, path: Path, *, configs: dict[str, RunCo
         source_sha256=sha256_of(definition.source) if definition.source else None,
         arms=[arm_row(arm, configs[arm.name]) for arm in definition.arms],
         confirm_seeds=seeds,
+        notes=list(notes),
         warnings=warnings,
         started_at=utc_now(),
     )

@@ -194,7 +194,7 @@ def check_run(config: RunConfig, base: BaseModel) -> None:
     Raises:
         ConfigError: They do not, or one has no effect.
     """
-    METHODS[config.method.name].check(base.model, config.method)
+    METHODS[config.method.name].check(base.model, config.method, head=base.head)
     trains_more = bool(base.head) and config.method.name != "frozen"
     if isinstance(config.method, LoraConfig):
         trains_more = trains_more or bool(config.method.modules_to_save)

@@ -172,6 +172,7 @@ def new_record(config: RunConfig, place: RunPlace, bench: Workbench) -> RunRecor
         code=describe_code(),
         packages=describe_packages(),
         platform=describe_platform(bench.precision),
+        notes=list(bench.parts.notes),
         data={name: part.describe() for name, part in parts.items()},
         base=bench.base.describe(),
         started_at=utc_now(),

@@ -49,6 +49,7 @@ def score_run(folder: Path, *, bench: Workbench) -> RunRecord:
         write_atomically(path, lines)
         record.files[TEST_SCORES_FILE] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
     record.data[part.name] = part.describe()
+    record.notes += [note for note in part.notes if note not in record.notes]
     record.test = scored.values  # last: it says that the run has been scored
     write_record(record, folder)
     return record
