@@ -119,7 +119,7 @@ def _steps(side: Side) -> int:
 def search(source: Path, folder: Path, words: Sequence[str]) -> Side:
     """The sweep as `lorasweep sweep` runs it, by its own clock."""
     with contextlib.redirect_stdout(sys.stderr):
-        code = run(["sweep", str(source), *words, f"sweep.output={folder}"])
+        code = run(["sweep", str(source), *words, "confirm.seeds=0", f"sweep.output={folder}"])
     if code:
         raise SystemExit(code)
     record = read_sweep(folder)

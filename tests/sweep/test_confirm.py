@@ -7,10 +7,11 @@ import dataclasses
 import optuna
 import pytest
 
-import lorasweep.sweep.confirm as confirm_file
 from lorasweep.errors import ConfigError
-from lorasweep.sweep import draw_seeds, find_warnings, read_definition
+from lorasweep.sweep import draw_seeds, read_definition
 from lorasweep.sweep.confirm import SEED_KEYS, arm_seeds, find_winner, seed_settings
+
+SEEDS_OF_0 = [253181, 295403, 688465]
 
 
 @pytest.fixture
@@ -28,9 +29,14 @@ def test_seeds_depend_on_the_sweeps_seed_and_their_number_alone(define):
     assert draw_seeds(define("confirm.seeds=0")) == []
 
 
-def test_seeds_stay_what_they_were():
+def test_seeds_stay_what_they_were(define):
     """A stage begun by one version goes on with the next."""
-    assert confirm_file.SEEDS_BELOW == 1_000_000
+    assert draw_seeds(define("confirm.seeds=3")) == SEEDS_OF_0
+
+
+def test_five_seeds_are_the_default(content, write_file):
+    del content["settings"]["confirm.seeds"]
+    assert len(draw_seeds(read_definition(write_file(content), []))) == 5
 
 
 @pytest.mark.parametrize("key", ["seed", "seeds.init", "seeds.data_order", "seeds.dropout"])
@@ -60,24 +66,6 @@ def test_what_no_seed_changes_is_scored_once(define):
     arms = {arm.name: arm for arm in define().arms}
     assert arm_seeds(arms["frozen"], [3, 4]) == [3]
     assert arm_seeds(arms["lora"], [3, 4]) == [3, 4]
-
-
-@pytest.fixture
-def without_test_part(monkeypatch):
-    monkeypatch.setattr(confirm_file, "has_test_part", lambda config: config.method.name != "lora")
-
-
-def test_auto_is_five_seeds_where_there_is_test_data(define, without_test_part, monkeypatch):
-    assert draw_seeds(define("confirm.seeds=auto")) == []
-    (warning,) = [w for w in find_warnings(define("confirm.seeds=auto")) if "test part" in w]
-    assert "so no confirm stage follows" in warning
-    monkeypatch.undo()
-    assert len(draw_seeds(define("confirm.seeds=auto"))) == 5
-
-
-def test_a_number_of_seeds_without_test_data_is_refused(define, without_test_part):
-    with pytest.raises(ConfigError, match=r"`data.test` must be given for the confirm stage, but arm `lora` has no te"):
-        draw_seeds(define("confirm.seeds=3"))
 
 
 @pytest.mark.parametrize(("direction", "best"), [("minimize", 1), ("maximize", 3)])

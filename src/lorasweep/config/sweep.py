@@ -117,12 +117,10 @@ class SweepSettings:
 class ConfirmConfig:
     """The stage after the search: each arm's best configuration again on fresh seeds, scored once on test data."""
 
-    seeds: int | Literal["auto"]
-    """Number of fresh seeds, 0 to 1000; 0 leaves the stage out. `auto`: 5 where the data has a test part, else 0."""
+    seeds: int
+    """Number of fresh seeds, 0 to 1000; 0 leaves the stage out."""
 
     def __post_init__(self) -> None:
-        if self.seeds == "auto":
-            return
         require_at_least("confirm.seeds", self.seeds, 0)
         if self.seeds > MOST_SEEDS:
             raise ConfigError(f"`confirm.seeds <= {MOST_SEEDS}` must hold, but got {self.seeds!r}.")

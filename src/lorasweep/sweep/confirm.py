@@ -11,39 +11,13 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, IntD
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-from lorasweep.config.data import resolve_data
 from lorasweep.config.run import RunConfig, SeedsConfig
 from lorasweep.errors import ConfigError
 from lorasweep.sweep.definition import Arm, Definition
 
-AUTO_SEEDS = 5
-"""What `confirm.seeds=auto` means where the data has a test part."""
 SEEDS_BELOW = 1_000_000
 """Short enough to be read and typed."""
 SEED_KEYS = ("seed", *(f"seeds.{f.name}" for f in fields(SeedsConfig)))
-
-
-def count_seeds(definition: Definition) -> int:
-    """Returns on how many fresh seeds the best configuration of each arm is to run again; 0 for no confirm stage.
-
-    Raises:
-        ConfigError: A number was asked for, but the data has no test part.
-    """
-    asked = definition.driver.confirm.seeds
-    without = next((arm.name for arm in definition.arms if not has_test_part(next(arm.corners()))), None)
-    if asked == "auto":
-        return 0 if without else AUTO_SEEDS
-    if asked and without:
-        raise ConfigError(
-            f"`data.test` must be given for the confirm stage, but arm `{without}` has no test part. "
-            "Give one, or leave the stage out with `confirm.seeds=0`."
-        )
-    return asked
-
-
-def has_test_part(config: RunConfig) -> bool:
-    """Whether a run's data has a test part, as far as its settings say; nothing of it is read."""
-    return getattr(resolve_data(config.data), "test", "within the data set") is not None
 
 
 def draw_seeds(definition: Definition) -> list[int]:
@@ -52,10 +26,10 @@ def draw_seeds(definition: Definition) -> list[int]:
     More seeds begin with the fewer ones, so that a stage can grow.
 
     Raises:
-        ConfigError: The search leaves no seed fresh, or a number was asked for and the data has no test part.
+        ConfigError: The search leaves no seed fresh.
     """
     drawn: list[int] = []
-    most, sweep_seed = count_seeds(definition), definition.driver.sweep.seed
+    most, sweep_seed = definition.driver.confirm.seeds, definition.driver.sweep.seed
     fixed = {seed for arm in definition.arms for seed in _fixed_seeds(arm)} if most else set()
     ranges = [arm.space[key] for arm in definition.arms for key in SEED_KEYS if key in arm.space]
     for attempt in range(10 * most):

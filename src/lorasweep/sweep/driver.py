@@ -48,7 +48,7 @@ def check_definition(definition: Definition, benches: Benches) -> dict[str, RunC
     """Checks every arm against its base model, before anything is written; returns one composed run per arm.
 
     Raises:
-        ConfigError: A rank, target or other setting does not fit the model, or a confirm stage is not possible.
+        ConfigError: A rank, target or other setting does not fit the model, or the search leaves no seed fresh.
     """
     plan_packing(definition)
     draw_seeds(definition)

@@ -32,7 +32,8 @@ def describe_function(config: RunConfig) -> str:
 def is_scale_free(config: RunConfig) -> bool:
     """Whether a run is the same when α grows by a factor and the learning rate of B shrinks by it."""
     starts_at_zero = isinstance(config.method, LoraConfig) and config.method.init in ("default", "gaussian")
-    return starts_at_zero and config.optim.weight_decay == 0 and config.optim.clip_norm is None
+    optim = config.optim
+    return starts_at_zero and optim.name == "adamw" and optim.weight_decay == 0 and optim.clip_norm is None
 
 
 def _canonize(settings: dict[str, Any], config: RunConfig, method: LoraConfig) -> None:

@@ -8,7 +8,6 @@ from itertools import groupby
 from lorasweep.config.data import longest_row
 from lorasweep.config.method import LoraConfig
 from lorasweep.config.run import RunConfig
-from lorasweep.sweep.confirm import count_seeds
 from lorasweep.sweep.definition import Arm, Definition
 from lorasweep.sweep.scaling import MULTIPLIER
 
@@ -19,7 +18,7 @@ def find_warnings(definition: Definition) -> list[str]:
     return [
         *_warn_of_budgets(definition.arms),
         *(warning for family in families for warning in _warn_of_alpha(family)),
-        *_warn_of_seeds(definition),
+        *_warn_of_one_seed(definition),
     ]
 
 
@@ -72,11 +71,6 @@ def _moves_alpha(arm: Arm) -> bool:
     return bool({"method.alpha", MULTIPLIER} & {*arm.space, *arm.expanded}) or MULTIPLIER in arm.settings
 
 
-def _warn_of_seeds(definition: Definition) -> Iterator[str]:
-    if definition.driver.confirm.seeds == "auto" and not count_seeds(definition):
-        yield (
-            "The data has no test part (`data.test`), so no confirm stage follows: every score is on validation data, "
-            "on which the search also picks the winners."
-        )
+def _warn_of_one_seed(definition: Definition) -> Iterator[str]:
     if definition.driver.confirm.seeds == 1:
         yield "`confirm.seeds` is 1: from one seed no interval over seeds follows."

@@ -26,7 +26,7 @@ from lorasweep.config.run import RunConfig
 from lorasweep.data.tasks import goal_direction
 from lorasweep.errors import ConfigError, RecordError, WorkerError
 from lorasweep.record import SWEEP_FILE, SweepRecord, read_sweep, sha256_of, utc_now, write_record
-from lorasweep.sweep.confirm import count_seeds, draw_seeds
+from lorasweep.sweep.confirm import draw_seeds
 from lorasweep.sweep.definition import Arm, Definition, restore_definition
 from lorasweep.sweep.fairness import find_warnings
 from lorasweep.sweep.rows import WINNER_ATTRIBUTE, arm_row, confirm_row, trial_row
@@ -224,7 +224,7 @@ def _open_confirm_studies(
     """
     names = {study.study_name for study in storage.get_all_studies()}
     begun = [arm.name for arm in definition.arms if CONFIRM_STUDY.format(arm=arm.name) in names]
-    asked = count_seeds(definition)
+    asked = definition.driver.confirm.seeds
     if begun and asked < len(record.confirm_seeds):
         raise ConfigError(
             f"`confirm.seeds >= {len(record.confirm_seeds)}` must hold, with which the confirm stage began, "

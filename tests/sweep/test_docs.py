@@ -1,0 +1,58 @@
+"""The guide to sweeps says what is so: its file is a sweep, and each line of it that one may type is taken."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lorasweep.errors import ConfigError
+from lorasweep.sweep import draw_seeds, find_warnings, read_definition
+
+GUIDE = (Path(__file__).parent.parent.parent / "docs" / "sweeps.md").read_text(encoding="utf-8")
+(FILE,) = re.findall(r"^```yaml\n(.*?)^```", GUIDE, flags=re.MULTILINE | re.DOTALL)
+LINES = [line for line in GUIDE.splitlines() if line.startswith("    ")]
+OVERRIDES = [line for line in LINES if "=" in line and "lorasweep" not in line]
+RULES = [line for line in LINES if line.startswith("    method.alpha: ")]
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "ranks.yaml"
+    path.write_text(FILE)
+    return path
+
+
+def test_the_file_is_a_fair_sweep_with_a_confirm_stage(file):
+    definition = read_definition(file, [])
+    assert [arm.name for arm in definition.arms][2:] == [f"lora-rank{rank}" for rank in (1, 4, 16, 64)]
+    assert find_warnings(definition) == []
+    assert len(draw_seeds(definition)) == 5
+
+
+@pytest.mark.parametrize("line", OVERRIDES, ids=lambda line: line.split("#")[0].strip())
+def test_what_one_may_type_is_taken_or_refused_as_it_says(file, line):
+    (override,) = shlex.split(line, comments=True)
+    if "# refused" in line:
+        with pytest.raises(ConfigError, match="must be left out, because arm `lora` is expanded over it"):
+            read_definition(file, [override])
+    else:
+        assert read_definition(file, [override]).raw["overrides"]
+
+
+@pytest.mark.parametrize("line", RULES, ids=lambda line: line.split("#")[0].strip())
+def test_each_rule_of_alpha_reads_where_it_says(file, line):
+    content = yaml.safe_load(FILE)
+    where = "settings" if "in settings" in line else "space"
+    del content["arms"]["lora"]["settings"]["method.alpha"]
+    content["arms"]["lora"][where] |= yaml.safe_load(line)
+    file.write_text(yaml.safe_dump(content))
+    for arm in read_definition(file, []).arms[2:]:
+        assert {config.method.alpha / config.method.rank for config in arm.corners()} <= {0.5, 1, 2, 4, 8}
+
+
+def test_there_is_something_to_test():
+    assert (len(OVERRIDES), len(RULES)) == (4, 3)
