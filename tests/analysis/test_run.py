@@ -96,6 +96,13 @@ def test_inspecting_changes_nothing_else_of_the_run(runs, bench):
     assert {path: sha256_of(path) for path in before} == before
 
 
+def test_a_folder_that_cannot_be_written_to_is_one_sentence(runs, bench):
+    (runs["lora"] / "inspect").write_text("mine")
+    with pytest.raises(RecordError, match=r"inspect' must be a folder that can be written to, but is not: "):
+        inspect_run(runs["lora"], bench=bench, scores=False)
+    assert (runs["lora"] / "inspect").read_text() == "mine"
+
+
 def test_other_data_than_the_runs_is_said_and_the_rest_still_appears(runs, bench):
     edit_json(runs["lora"] / "run.json", lambda raw: raw["data"]["validation"].update(fingerprint="0" * 16))
     inspection = inspect_run(runs["lora"], bench=bench)

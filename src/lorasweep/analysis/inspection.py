@@ -18,6 +18,7 @@ from lorasweep.analysis.measure import LayerRow, Side, mean_similarity
 from lorasweep.analysis.restore import FinishedRun
 from lorasweep.analysis.subspaces import Similarity, random_similarity
 from lorasweep.analysis.truncation import Truncation
+from lorasweep.errors import RecordError
 from lorasweep.record import write_atomically
 
 FOLDER = "inspect"
@@ -78,6 +79,9 @@ def write_inspection(inspection: Inspection) -> Path:
     """Writes the files of `RUN/inspect/`, each whole or not at all, the summary last, and returns the folder.
 
     Files of an earlier inspection that this one has no content for are removed.
+
+    Raises:
+        RecordError: The folder can't be written to.
     """
     folder = inspection.run.folder / FOLDER
     contents = {
@@ -87,12 +91,26 @@ def write_inspection(inspection: Inspection) -> Path:
         SIMILARITY_FILE: similarity_csv(inspection.comparison.values if inspection.comparison else {}),
         SUMMARY_FILE: json.dumps(summary_of(inspection), indent=1) + "\n",
     }
-    for name, content in contents.items():
-        if content is None:
-            (folder / name).unlink(missing_ok=True)
-        else:
-            write_atomically(folder / name, content)
+    write_files(folder, contents)
     return folder
+
+
+def write_files(folder: Path, contents: Mapping[str, str | None]) -> None:
+    """Writes files, each whole or not at all, and removes those of which the content is None.
+
+    Raises:
+        RecordError: The folder can't be written to.
+    """
+    try:
+        for name, content in contents.items():
+            if content is None:
+                (folder / name).unlink(missing_ok=True)
+            else:
+                write_atomically(folder / name, content)
+    except OSError as error:
+        raise RecordError(
+            f"{str(folder)!r} must be a folder that can be written to, but is not: {error.strerror}. Make room for it."
+        ) from error
 
 
 def summary_of(inspection: Inspection) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from lorasweep.analysis.inspection import (
     Inspection,
     mean_rows,
     write_csv,
+    write_files,
     write_inspection,
 )
 from lorasweep.analysis.measure import Side, compare_directions
@@ -27,7 +28,7 @@ from lorasweep.analysis.run import Inspected, examine
 from lorasweep.analysis.sentences import describe_comparison
 from lorasweep.analysis.subspaces import Similarity
 from lorasweep.errors import RecordError
-from lorasweep.record import SweepRecord, TrialRow, read_sweep, write_atomically
+from lorasweep.record import SweepRecord, TrialRow, read_sweep
 from lorasweep.training import Workbench, build_workbench
 
 MOST_PAIRS = 6
@@ -155,8 +156,11 @@ def _write(inspection: SweepInspection, pairs: Pairs) -> None:
         "arms": arms,
         "sentences": list(inspection.sentences),
     }
-    write_atomically(folder / SIMILARITY_FILE, write_csv(["arm", "other", *SIMILARITY_HEADER], _pair_rows(pairs)))
-    write_atomically(folder / SUMMARY_FILE, json.dumps(summary, indent=1) + "\n")
+    contents = {
+        SIMILARITY_FILE: write_csv(["arm", "other", *SIMILARITY_HEADER], _pair_rows(pairs)),
+        SUMMARY_FILE: json.dumps(summary, indent=1) + "\n",
+    }
+    write_files(folder, contents)
 
 
 def _pair_rows(pairs: Pairs) -> Iterator[Iterable[Any]]:
