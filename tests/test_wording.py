@@ -105,7 +105,7 @@ def test_estimate_has_the_decimals_that_its_interval_deserves(
 
 
 def test_share_has_its_interval_in_percent() -> None:
-    assert format_share_estimate(0.92, (0.895, 0.944)) == "92 % [90 %, 94 %]"
+    assert format_share_estimate(0.92, (0.895, 0.944)) == "92 % [90, 94]"
     assert format_share_estimate(0.92, None) == "92 %"
     assert format_share_estimate(None, None) == "–"
 

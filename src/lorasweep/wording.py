@@ -73,10 +73,11 @@ def format_difference(value: float | None) -> str:
 
 
 def format_share_estimate(value: float | None, interval: tuple[float, float] | None) -> str:
-    """Returns a fraction in percent with its interval: `92 % [90 %, 94 %]`."""
+    """Returns a fraction in percent with its interval: `92 % [90, 94]`."""
     if value is None or interval is None:
         return format_share(value)
-    return f"{format_share(value)} [{format_share(interval[0])}, {format_share(interval[1])}]"
+    low, high = (format_share(end).removesuffix(" %") for end in interval)
+    return f"{format_share(value)} [{low}, {high}]"
 
 
 def format_p_value(value: float | None) -> str:

@@ -9,7 +9,7 @@ from rich.console import Console, RenderableType
 
 from lorasweep.report import render_terminal
 
-from .conftest import build_sweep, edit_json
+from .conftest import build_rank_arms, build_sweep, edit_json
 
 
 def shown(renderable: RenderableType, *, width: int = 200) -> str:
@@ -53,3 +53,16 @@ def test_sweeps_with_different_metrics_are_not_compared(sweep: Path, tmp_path: P
     other = build_sweep(tmp_path / "other")
     edit_json(other / "sweep.json", lambda raw: raw.update(metric="loss"))
     assert "different metrics (bits per byte, loss): scores can't be compared" in shown(render_terminal(sweep, other))
+
+
+def test_confirmed_sweep_shows_test_scores_with_intervals_and_the_verdict(confirmed: Path) -> None:
+    text = shown(render_terminal(confirmed))
+    assert "test score" in text
+    assert "worse than full fine-tuning by" in text
+    assert "%" in text.split("of full's gain")[1].splitlines()[0]
+
+
+def test_names_of_many_arms_stay_on_one_line(tmp_path: Path) -> None:
+    sweep = build_rank_arms(tmp_path, {1: 1.8, 4: 1.7, 16: 1.69})
+    text = shown(render_terminal(sweep), width=100)
+    assert all(f"lora-rank{rank} " in text for rank in (1, 4, 16))

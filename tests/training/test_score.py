@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -74,14 +75,16 @@ def test_bits_per_byte_count_the_bytes_of_the_test_part(trained, bench):
     assert per_token != bench.parts.validation.bytes_per_token
 
 
-def test_a_metric_that_is_no_mean_over_rows_has_no_scores_per_row(make_config, bench, tmp_path):
+def test_rows_of_perplexity_are_losses_of_which_it_is_the_exponential(make_config, bench, tmp_path):
     by_perplexity = dataclasses.replace(bench, parts=dataclasses.replace(bench.parts, metric="perplexity"))
     config = make_config({"data.metric": "perplexity"})
     train_run(config, RunPlace(folder=tmp_path), bench=by_perplexity)
     record = score_run(tmp_path, bench=by_perplexity)
     assert record.metric == "perplexity"
-    assert record.test["perplexity"] > 1
-    assert not (tmp_path / TEST_SCORES_FILE).exists()
+    rows = read_rows(tmp_path)
+    mean = sum(row["score"] * row["weight"] for row in rows) / sum(row["weight"] for row in rows)
+    assert mean == pytest.approx(record.test["loss"], rel=1e-12)
+    assert math.exp(mean) == pytest.approx(record.test["perplexity"], rel=1e-12)
 
 
 def test_a_run_is_scored_once(trained, bench):

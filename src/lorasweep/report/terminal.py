@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -25,6 +26,8 @@ from lorasweep.wording import (
 )
 
 ARMS_SIDE_BY_SIDE = 4
+MAX_NAME = 24
+"""Characters of an arm's name that are kept on one line."""
 STRONG = ("arm", "test score", "score")
 
 
@@ -55,8 +58,10 @@ def render_summary(summary: Summary, *, problems: tuple[str, ...] = ()) -> Rende
             table.add_row(name, *(Text(cell, style="bold" if name in STRONG else "") for cell in cells))
     else:
         table = Table(title=title, title_justify="left")
-        for name in rows:
-            table.add_column(name, justify="left" if name in ("arm", "best settings") else "right", overflow="fold")
+        for name, cells in rows.items():
+            justify: Literal["left", "right"] = "left" if name in ("arm", "best settings") else "right"
+            width = min(MAX_NAME, max(map(len, cells))) if name == "arm" else None
+            table.add_column(name, justify=justify, overflow="fold", min_width=width)
         for arm_cells in zip(*rows.values(), strict=True):
             table.add_row(*map(Text, arm_cells))
     notes = [*summary.sentences, *problems]

@@ -58,6 +58,8 @@ def score_run(folder: Path, *, bench: Workbench) -> RunRecord:
 def row_scores_csv(metric: str, rows: RowScores, *, task: Task, value: float) -> str | None:
     """Returns `row,score,weight` for each row, whose weighted mean is the metric; None where no such mean is.
 
+    Rows of perplexity are losses, and it is the exponential of their mean.
+
     Args:
         metric: The run's metric.
         rows: Every row of the part, in its order.
@@ -69,7 +71,8 @@ def row_scores_csv(metric: str, rows: RowScores, *, task: Task, value: float) ->
         return None
     scores, weights = (column.double() for column in per_row)
     mean = (scores * weights).sum() / weights.sum()
-    if not torch.isclose(mean, torch.tensor(value, dtype=torch.float64), rtol=1e-6, atol=1e-9):  # such as perplexity
+    told = mean.exp() if metric == "perplexity" else mean  # whose rows are losses
+    if not torch.isclose(told, torch.tensor(value, dtype=torch.float64), rtol=1e-6, atol=1e-9):
         return None
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
