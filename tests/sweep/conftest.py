@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -141,8 +142,9 @@ class NoBenches:
     def of(self, config: RunConfig) -> NoBenches:
         return self
 
-    def test(self) -> None:
+    def test(self) -> SimpleNamespace:
         self.test_reads += 1
+        return SimpleNamespace(notes=())
 
 
 class Silent:
