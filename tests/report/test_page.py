@@ -226,3 +226,20 @@ def test_figures_inside_a_script_element_cannot_end_it(sweep: Path) -> None:
     texts = [figure_json(draw(data)) for draw in PANELS]
     assert all(not set("<>&") & set(text) for text in texts)
     assert all(isinstance(json.loads(text), list) for text in texts)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"params": {"optim.lr": -1, "method.rank": 0, "method.alpha": "x"}},
+        {"params": {"optim.lr": True, "method.rank": 1e308, "method.alpha": 1e-320}},
+        {"params": {"optim.lr": None, "method.rank": [1], "method.alpha": {"low": 1}}},
+        {"params": {}, "duplicate_of": 3},
+        {"value": 1e308},
+        {"number": -5, "state": "exploded"},
+    ],
+)
+def test_page_survives_what_no_sweep_writes(confirmed: Path, change: dict[str, Any]) -> None:
+    edit_json(confirmed / "sweep.json", lambda raw: [trial.update(change) for trial in raw["trials"][1:15]])
+    page = written(confirmed)
+    assert [name for name in page.ids if name in SECTIONS] == SECTIONS

@@ -99,3 +99,19 @@ def test_edge_is_said(sweep: Path) -> None:
 
 def test_without_the_base_or_a_confirm_stage_nothing_tells_the_noise(tmp_path: Path) -> None:
     assert advise_rates(load_sweep_data(build_sweep(tmp_path, frozen=0))) == []
+
+
+def test_settings_that_no_run_can_have_are_passed_over(tmp_path: Path) -> None:
+    sweep = build_rank_arms(tmp_path, {1: 1.7, 4: 1.6, 16: 1.5})
+
+    def spoil(raw: dict[str, Any]) -> None:
+        raw["arms"][-1]["settings"]["method.rank"] = -16
+        for trial in raw["trials"]:
+            if trial["arm"] == "lora-rank4":
+                trial["params"]["optim.lr"] = -1
+
+    edit_json(sweep / "sweep.json", spoil)
+    data = load_sweep_data(sweep)
+    rates = advise_rates(data)
+    assert "lora-rank4" not in {rate.arm for rate in rates}
+    assert find_trends(data, rates) == []

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from scipy.special import stdtrit
 
 from lorasweep.report.evidence.confidence import CONFIDENCE
+from lorasweep.report.runs import finite_number
 from lorasweep.report.tables import Arm, SweepData, Trial
 
 RANK, ALPHA, LR = "method.rank", "method.alpha", "optim.lr"
@@ -58,10 +59,10 @@ def rank_of(arm: Arm) -> float | None:
     """Returns the rank of an arm that has one rank; None where it has none or sweeps it."""
     if RANK in arm.row.space:
         return None
-    rank = arm.row.settings.get(RANK)
-    if isinstance(rank, int | float) and not isinstance(rank, bool):
-        return float(rank)
-    return arm.winner.number_at(RANK) if arm.winner else None
+    rank = finite_number(arm.row.settings.get(RANK))
+    if rank is None and arm.winner:
+        rank = arm.winner.number_at(RANK)
+    return float(rank) if rank is not None and rank > 0 else None
 
 
 def rank_groups(arms: Sequence[Arm]) -> list[list[Arm]]:

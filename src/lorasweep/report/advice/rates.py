@@ -101,7 +101,7 @@ def fit_parabola(trials: Sequence[Trial], *, sign: int, base: float | None) -> P
         base: Score of the frozen base: trials that lose more than half of the best's gain are left out, because far
             from the best a score is no parabola.
     """
-    points = [(math.log10(lr), sign * t.value) for t in trials if t.value is not None and (lr := t.number_at(LR))]
+    points = [(math.log10(lr), sign * t.value) for t in trials if t.value is not None and (lr := rate_of(t))]
     if not points:
         return None
     best = min(score for _, score in points)
@@ -127,11 +127,11 @@ def sentences_of(rates: Sequence[RateAdvice], trends: Sequence[RateTrend]) -> li
 
 def _advise_rate(arm: Arm, data: SweepData, full: RateAdvice | None) -> RateAdvice | None:
     tolerance, best = tolerance_of(arm, data), arm.best
-    lr = best.number_at(LR) if best and LR in best.params else None
-    if best is None or lr is None or lr <= 0 or tolerance is None:
+    lr = rate_of(best) if best and LR in best.params else None
+    if best is None or lr is None or tolerance is None:
         return None
     near = near_best(arm, data, tolerance)
-    lrs = [value for trial in near if (value := trial.number_at(LR))]
+    lrs = [value for trial in near if (value := rate_of(trial))]
     fit = fit_arm(arm, data)
     low, high = _flat_range(fit, lrs, tolerance.width)
     scales = [scale for trial in near if (scale := alpha_over_rank(trial)) is not None]
@@ -148,6 +148,12 @@ def _advise_rate(arm: Arm, data: SweepData, full: RateAdvice | None) -> RateAdvi
         alpha_over_rank=alpha_over_rank(best),
         alpha_over_rank_range=(min(scales), max(scales)) if scales and len(set(scales)) > 1 else None,
     )
+
+
+def rate_of(trial: Trial) -> float | None:
+    """Returns a trial's learning rate, if it is one."""
+    lr = trial.number_at(LR)
+    return lr if lr is not None and lr > 0 else None
 
 
 def alpha_over_rank(trial: Trial) -> float | None:
