@@ -34,6 +34,7 @@ MANDATORY = {
     **{f"model={option}": {"model.path": "owner/name"} for option in ("causal_lm", "classifier", "seq2seq")},
     "model=own": {"model.factory": "own:build"},
     "data=hub": {"data.path": "owner/name"},
+    "data=own": {"data.factory": "own:build", "data.labels": ["no", "yes"]},
     **{f"data={option}": {"data.train": "file"} for option in ("text", "table", "chat")},
 }
 """What has no default: the user's own model and data."""

@@ -17,7 +17,7 @@ from lorasweep.data.sources import read_source
 GUIDE = (Path(__file__).parent.parent.parent / "docs" / "data.md").read_text(encoding="utf-8")
 FILES = dict(re.findall(r"^```\w+ ([\w.]+)\n(.*?)^```", GUIDE, flags=re.MULTILINE | re.DOTALL))
 COMMANDS = re.findall(r"^lorasweep train (.*)$", GUIDE, flags=re.MULTILINE)
-HUB_COMMANDS = re.findall(r"^    lorasweep train (.*)$", GUIDE, flags=re.MULTILINE)
+OTHER_COMMANDS = re.findall(r"^    lorasweep train (.*)$", GUIDE, flags=re.MULTILINE)
 
 
 def data_of(command):
@@ -35,15 +35,15 @@ def test_every_example_is_read(command, folder):
     assert min(len(source.train), len(source.validation), len(source.test())) >= 1
 
 
-@pytest.mark.parametrize("command", HUB_COMMANDS)
-def test_every_command_for_the_hub_is_valid(command):
-    assert data_of(command).name in ("glue", "hub")
+@pytest.mark.parametrize("command", OTHER_COMMANDS)
+def test_every_command_without_files_is_valid(command):
+    assert data_of(command).name in ("glue", "hub", "own")
 
 
 def test_there_are_examples():
     assert len(FILES) == 4
     assert len(COMMANDS) == 6
-    assert len(HUB_COMMANDS) == 4
+    assert len(OTHER_COMMANDS) == 5
 
 
 def test_names_and_numbers_are_those_of_the_code():

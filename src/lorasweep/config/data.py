@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, TypeVar, get_args
 
-from lorasweep.config.limits import require_at_least, require_fraction
+from lorasweep.config.limits import check_function_name, require_at_least, require_fraction
 from lorasweep.errors import ConfigError
 
 T = TypeVar("T")
@@ -24,6 +24,7 @@ HubMetric = Literal[
 ]
 """All of them."""
 LabelTask = Literal["single_label", "multi_label", "regression"]
+OwnTask = Literal["single_label", "multi_label", "regression", "text"]
 GlueTask = Literal["cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli"]
 
 METRICS_OF_TASK: Mapping[LabelTask, tuple[LabelMetric, ...]] = {
@@ -274,10 +275,42 @@ class HubConfig:
         resolve_data(self)  # which checks what its kind wants
 
 
-DataConfig = StdlibConfig | TextConfig | TableConfig | ChatConfig | GlueConfig | HubConfig
+@dataclass(frozen=True, kw_only=True)
+class OwnDataConfig:
+    """The rows of a LightningDataModule of the user's own."""
+
+    name: Literal["own"]
+    factory: str
+    """`package.module:function` that returns it (see docs/data.md). Its code runs."""
+    task: OwnTask
+    """What `labels` of its rows are: one index, several 0 and 1, a number; or the tokens of a text."""
+    labels: tuple[str, ...]
+    """Names of the labels in the order of their indices; none for numbers and text."""
+    metric: HubMetric
+    """`auto`: as in `table`, or the loss of text."""
+
+    def __post_init__(self) -> None:
+        check_function_name("data.factory", self.factory)
+        named = self.task in ("single_label", "multi_label")
+        if named is not bool(self.labels):
+            raise ConfigError(
+                f"`data.labels` must {'name the labels' if named else 'be empty'} with `data.task={self.task}`, "
+                f"but got {list(self.labels)}."
+            )
+        metrics = ("loss", "perplexity") if self.task == "text" else METRICS_OF_TASK[self.task]
+        if self.metric not in ("auto", *metrics):
+            raise ConfigError(
+                f"`data.metric` must be one of auto, {', '.join(metrics)} with `data.task={self.task}`, "
+                f"but got {self.metric!r}."
+            )
 
 
-def resolve_data(config: DataConfig) -> StdlibConfig | TextConfig | TableConfig | ChatConfig:
+DataConfig = StdlibConfig | TextConfig | TableConfig | ChatConfig | GlueConfig | HubConfig | OwnDataConfig
+Form = StdlibConfig | TextConfig | TableConfig | ChatConfig | OwnDataConfig
+"""What is left of them downstream of reading."""
+
+
+def resolve_data(config: DataConfig) -> Form:
     """Returns the settings of the form that the rows have: of `glue` and `hub` those of a table, chat or text.
 
     `train`, `validation` and `test` of what comes from the hub are names of splits. `metric` is `auto` only where it
@@ -293,6 +326,8 @@ def resolve_data(config: DataConfig) -> StdlibConfig | TextConfig | TableConfig 
 def longest_row(config: DataConfig) -> int:
     """Returns the most tokens that one training sequence can have."""
     form = resolve_data(config)
+    if isinstance(form, OwnDataConfig):
+        return 1  # not known before it is read: a row is counted as one
     return form.block_length if isinstance(form, StdlibConfig | TextConfig) else form.max_length
 
 

@@ -1,6 +1,8 @@
-"""The two checks that settings of several files share; `run`, `data` and `sweep` call them when a setting is made."""
+"""The checks that settings of several files share; `run`, `data`, `model` and `sweep` call them when one is made."""
 
 from __future__ import annotations
+
+import re
 
 from lorasweep.errors import ConfigError
 
@@ -15,3 +17,9 @@ def require_fraction(key: str, value: float) -> None:
     """Raises ConfigError unless 0 <= value < 1."""
     if not 0 <= value < 1:
         raise ConfigError(f"`0 <= {key} < 1` must hold, but got {value!r}.")
+
+
+def check_function_name(key: str, name: str) -> None:
+    """Raises ConfigError unless a name reads `package.module:function`."""
+    if not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*", name):
+        raise ConfigError(f"`{key}` must read `package.module:function`, but got {name!r}. Name a function so.")

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Literal
 
+from lorasweep.config.limits import check_function_name
 from lorasweep.errors import ConfigError
 
 ModelKind = Literal["causal_lm", "classifier", "seq2seq"]
@@ -51,10 +51,7 @@ class ModelConfig:
             if not self.path:
                 raise ConfigError("`model.path` must name a folder or hub id, but is empty.")
             return
-        if not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*", self.factory):
-            raise ConfigError(
-                f"`model.factory` must read `package.module:function`, but got {self.factory!r}. Name a function so."
-            )
+        check_function_name("model.factory", self.factory)
         without_effect = {"gguf_file": self.gguf_file, "revision": None if self.path else self.revision}
         for key, value in without_effect.items():
             if value is not None:

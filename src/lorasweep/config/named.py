@@ -30,7 +30,7 @@ def call_named(name: str, *, key: str, offered: Mapping[str, Any]) -> Any:
         return function(**arguments)
     except Exception as error:
         raise ConfigError(
-            f"`{key}` must name a function that works, but {name!r} fails: {_describe(error)}."
+            f"`{key}` must name a function that works, but {name!r} fails: {describe_error(error)}."
         ) from error
 
 
@@ -50,7 +50,7 @@ def find_named(name: str, *, key: str) -> Callable[..., Any]:
     except Exception as error:
         raise ConfigError(
             f"`{key}` must name a function that can be imported, but importing {module_name!r} fails: "
-            f"{_describe(error)}. Modules are looked for in the current folder and among the installed packages."
+            f"{describe_error(error)}. Modules are looked for in the current folder and among the installed packages."
         ) from error
     function = getattr(module, function_name, None)
     if not callable(function):
@@ -78,6 +78,7 @@ def _choose_arguments(
     return {p.name: offered[p.name] for p in named if p.name in offered and p.kind not in positional}
 
 
-def _describe(error: Exception) -> str:
+def describe_error(error: Exception) -> str:
+    """Returns the kind of an error and its first line, for use inside a sentence."""
     line = next(iter(str(error).strip().splitlines()), "").rstrip(".: ")
     return f"{type(error).__name__}: {line}" if line else type(error).__name__

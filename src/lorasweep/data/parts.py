@@ -14,12 +14,21 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lorasweep.config.data import ChatConfig, DataConfig, StdlibConfig, TableConfig, TextConfig, resolve_data
+from lorasweep.config.data import (
+    ChatConfig,
+    DataConfig,
+    OwnDataConfig,
+    StdlibConfig,
+    TableConfig,
+    TextConfig,
+    resolve_data,
+)
 from lorasweep.config.model import ModelKind
 from lorasweep.data.blocks import make_block_part
 from lorasweep.data.examples import CompletionPart, LabelledPart, SequencePart
+from lorasweep.data.own import OwnPart
 from lorasweep.data.part import Part
-from lorasweep.data.rows import Conversations, Documents, LabelledRows, Rows, RowSource
+from lorasweep.data.rows import Conversations, Documents, LabelledRows, OwnRows, Rows, RowSource
 from lorasweep.data.tasks import Classification, LanguageModelling, MultiLabel, Regression, Task, check_metric
 from lorasweep.data.tokenise import describe_cut, tokenise_chats, tokenise_labelled, tokenise_sequences
 from lorasweep.errors import ConfigError
@@ -59,6 +68,7 @@ class _Maker:
     def make(self, rows: Rows) -> Part:
         if isinstance(rows, Documents):
             return self._blocks(rows)
+        assert not isinstance(rows, OwnRows)
         part = self._labelled(rows) if isinstance(rows, LabelledRows) else self._chats(rows)
         if not len(part):
             raise ConfigError(
@@ -174,6 +184,8 @@ def load_parts(
     """
     form = resolve_data(config)
     check_model_kind(source, model_kind, data=config.name)
+    if isinstance(form, OwnDataConfig):
+        return _own_parts(form, source)
     if tokenizer is None:
         raise ConfigError("`model.factory` must bring a tokenizer, but brings none. Return it, or set `model.path`.")
     maker = _Maker(config=form, source=source, tokenizer=tokenizer, model_kind=model_kind, start_token=start_token)
@@ -187,6 +199,23 @@ def load_parts(
         task=task,
         metric=metric,
         test=functools.cache(lambda: maker.make(source.test())),
+        notes=source.notes,
+    )
+
+
+def _own_parts(config: OwnDataConfig, source: RowSource) -> DataParts:
+    def make(rows: Rows) -> OwnPart:
+        assert isinstance(rows, OwnRows)
+        return OwnPart(name=rows.name, fingerprint=rows.fingerprint, rows=rows, task=config.task)
+
+    validation = make(source.validation)
+    task = make_task(source, config, validation)
+    return DataParts(
+        train=make(source.train),
+        validation=validation,
+        task=task,
+        metric=task.metrics[0] if config.metric == "auto" else config.metric,
+        test=functools.cache(lambda: make(source.test())),
         notes=source.notes,
     )
 
@@ -212,12 +241,14 @@ def check_model_kind(source: RowSource, model_kind: ModelKind, *, data: str) -> 
 def make_task(source: RowSource, config: DataConfig, validation: Part) -> Task:
     """Returns what is learned from the rows of a source."""
     if source.kind == "single_label":
-        assert isinstance(config, TableConfig)
-        return Classification(num_classes=len(source.label_names), label_smoothing=config.label_smoothing)
+        smoothing = config.label_smoothing if isinstance(config, TableConfig) else 0.0
+        return Classification(num_classes=len(source.label_names), label_smoothing=smoothing)
     if source.kind == "multi_label":
         return MultiLabel(num_labels=len(source.label_names))
     if source.kind == "regression":
         return Regression()
+    if isinstance(config, OwnDataConfig):
+        return LanguageModelling(bytes_per_token=None, metrics=("loss", "perplexity"))
     return LanguageModelling(bytes_per_token=validation.bytes_per_token)  # type: ignore[attr-defined]
 
 

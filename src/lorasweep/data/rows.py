@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
+
+from torch import Tensor
 
 from lorasweep.data.stdlib import Document
 
@@ -76,7 +78,30 @@ class Conversations:
         return len(self.conversations)
 
 
-Rows = Documents | LabelledRows | Conversations
+@dataclass(frozen=True, kw_only=True, eq=False)
+class OwnRows:
+    """Rows of a data set of the user's own, which gives them when they are asked for."""
+
+    name: str
+    """`train`, `validation` or `test`."""
+    dataset: Any
+    """Has a length, and the same item at an index each time."""
+    collate: Callable[[list[Any]], Any]
+    """Makes a batch, a mapping of tensors, of items."""
+    lengths: Tensor
+    """Tokens of each row, (rows,), int64."""
+    weights: Tensor
+    """Scored items of each row, (rows,), float."""
+    fingerprint: str
+    """16 hex digits over all rows in order."""
+    notes: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        """Returns the number of rows."""
+        return len(self.lengths)
+
+
+Rows = Documents | LabelledRows | Conversations | OwnRows
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

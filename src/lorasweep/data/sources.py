@@ -11,11 +11,13 @@ from lorasweep.config.data import (
     DataConfig,
     GlueConfig,
     HubConfig,
+    OwnDataConfig,
     StdlibConfig,
     TableConfig,
     TextConfig,
     resolve_data,
 )
+from lorasweep.data.own import read_own
 from lorasweep.data.reading.conversations import read_conversations
 from lorasweep.data.reading.documents import read_text_column, read_text_files
 from lorasweep.data.reading.formats import ColumnChoice
@@ -45,6 +47,8 @@ def read_source(config: DataConfig) -> RowSource:
         return _read_stdlib(config)
     if isinstance(config, TextConfig):
         return read_text_files(config)
+    if isinstance(config, OwnDataConfig):
+        return read_own(config)
     tables = _open_tables(config)
     if isinstance(config, HubConfig) and config.kind == "text":
         return read_text_column(config.text or "text", tables)

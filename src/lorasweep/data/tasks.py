@@ -119,8 +119,8 @@ class LanguageModelling:
       compares across tokenizers.
     """
 
-    bytes_per_token: float
-    """UTF-8 bytes per scored token of the text that is scored, > 0."""
+    bytes_per_token: float | None
+    """UTF-8 bytes per scored token of the text that is scored, > 0; None where they are unknown."""
     metrics: tuple[str, ...] = LANGUAGE_MODEL_METRICS
 
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -136,15 +136,17 @@ class LanguageModelling:
     def compute(self, rows: RowScores) -> dict[str, Tensor]:
         """Returns each metric, float64. NaN without a token."""
         loss = rows.loss.double().sum() / rows.items.double().sum()
-        bits = loss / (math.log(2) * self.bytes_per_token)
-        return {"bits_per_byte": bits, "loss": loss, "perplexity": loss.exp()}
+        values = {"loss": loss, "perplexity": loss.exp()}
+        if self.bytes_per_token is None:
+            return values
+        return {"bits_per_byte": loss / (math.log(2) * self.bytes_per_token), **values}
 
     def per_row(self, metric: str, rows: RowScores) -> tuple[Tensor, Tensor] | None:
         """Returns nats (or bits per byte) per token and tokens of each row."""
         per_token = rows.loss.double() / rows.items.double().clamp(min=1)
-        return (
-            per_token / (math.log(2) * self.bytes_per_token) if metric == "bits_per_byte" else per_token
-        ), rows.items
+        if metric == "bits_per_byte" and self.bytes_per_token is not None:
+            per_token = per_token / (math.log(2) * self.bytes_per_token)
+        return per_token, rows.items
 
     def _token_losses(self, model: nn.Module, batch: Batch) -> Tensor:
         """Nats of each position, 0 where it is not scored, fp32, (batch, length)."""

@@ -1,0 +1,197 @@
+"""Data of the user's own: rows of the data sets in a LightningDataModule, each read once to know its length.
+
+Beside `examples`; `sources` calls `read_own`, `parts` makes an `OwnPart` of what it gives.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from lightning import LightningDataModule
+from torch import Tensor
+from torch.nn.functional import pad
+from torch.utils.data import DataLoader, IterableDataset
+
+from lorasweep.config.data import OwnDataConfig, OwnTask
+from lorasweep.config.named import call_named, describe_error
+from lorasweep.data.part import IGNORED, Batch, Part
+from lorasweep.data.rows import OwnRows, RowSource
+from lorasweep.errors import ConfigError
+
+KEY = "data.factory"
+LOADERS = {"train": "train_dataloader", "validation": "val_dataloader", "test": "test_dataloader"}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class OwnPart(Part):
+    """Rows as the user's own data set and collate function give them."""
+
+    rows: OwnRows
+    task: OwnTask
+    bytes_per_token: None = None
+    """Unknown: the rows may not even be text."""
+
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens of each row; 1 for rows without `input_ids`."""
+        return self.rows.lengths
+
+    @property
+    def weights(self) -> Tensor:
+        """The scored tokens of each row of text, else 1."""
+        return self.rows.weights
+
+    def batch(self, indices: Sequence[int], *, slots: int = 1) -> Batch:
+        """Returns these rows as the collate function puts them together, with their labels as targets."""
+        return make_batch(self.rows.collate([self.rows.dataset[index] for index in indices]), task=self.task)
+
+    def describe(self) -> dict[str, Any]:
+        """Returns what a run record keeps of the part."""
+        return {"rows": len(self), "fingerprint": self.fingerprint}
+
+
+def read_own(config: OwnDataConfig) -> RowSource:
+    """Returns the rows of the LightningDataModule that `data.factory` makes.
+
+    Of its loaders only the data set and the collate function are used: order and batches are those of every other data
+    set. What it draws from torch's stream is the same each time.
+
+    Raises:
+        ConfigError: The function or a method of the module fails, or a loader or row is not what it must be.
+    """
+    with _fixed_stream():
+        module = call_named(config.factory, key=KEY, offered={})
+        if not isinstance(module, LightningDataModule):
+            raise ConfigError(
+                f"`{KEY}` must return a LightningDataModule, but {config.factory!r} returns {type(module).__name__}."
+            )
+        _call(config, "prepare_data", module.prepare_data)
+        _call(config, "setup", functools.partial(module.setup, "fit"))
+        train, validation = (_read_part(config, module, name) for name in ("train", "validation"))
+
+    def read_test() -> OwnRows:
+        with _fixed_stream():
+            _call(config, "setup", functools.partial(module.setup, "test"))
+            return _read_part(config, module, "test")
+
+    return RowSource(
+        kind="documents" if config.task == "text" else config.task,
+        label_names=config.labels,
+        train=train,
+        validation=validation,
+        test=functools.cache(read_test),
+        notes=(),
+    )
+
+
+def make_batch(collated: Any, *, task: OwnTask) -> Batch:
+    """Returns a collated batch with `targets` in place of `labels`.
+
+    Of text, `labels` stand at their own tokens, as transformers has them (all of `input_ids` where there are none), and
+    targets one place before, where they are predicted.
+
+    Raises:
+        ConfigError: It is no mapping of tensors, or has no labels.
+    """
+    if not hasattr(collated, "items") or not all(isinstance(value, Tensor) for value in collated.values()):
+        raise ConfigError(
+            f"`{KEY}` must give batches that are mappings of tensors, but got {type(collated).__name__}. "
+            "Set a collate function in its loaders."
+        )
+    batch: Batch = dict(collated.items())
+    labels = batch.pop("labels", None)
+    if task == "text":
+        labels = _tokens_of(batch) if labels is None else labels
+        return {**batch, "targets": pad(labels[:, 1:], (0, 1), value=IGNORED)}
+    if labels is None:
+        raise ConfigError(f"`{KEY}` must give rows with `labels`, but got {', '.join(batch)}.")
+    if task == "single_label":
+        return {**batch, "targets": labels.long().flatten()}
+    return {**batch, "targets": labels.float().flatten() if task == "regression" else labels.float()}
+
+
+def _read_part(config: OwnDataConfig, module: LightningDataModule, name: str) -> OwnRows:
+    """Reads every row of a part once.
+
+    Raises:
+        ConfigError: There is no data set of known length, it is empty, or a row or label is not as it must be.
+    """
+    loader = _call(config, LOADERS[name], getattr(module, LOADERS[name]))
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+        raise ConfigError(
+            f"`{KEY}` must have a `{LOADERS[name]}` that gives one DataLoader of a data set with a length and items, "
+            f"but {config.factory!r} gives {type(getattr(loader, 'dataset', loader)).__name__}."
+        )
+    dataset, collate = cast(Any, loader.dataset), loader.collate_fn
+    digest, lengths, weights = hashlib.sha256(), [], []
+    for index in range(len(dataset)):
+        row = _call(config, f"row {index} of the {name} part", functools.partial(_take, dataset, index))
+        batch = make_batch(_call(config, "the collate function", functools.partial(collate, [row])), task=config.task)
+        _check_targets(batch["targets"], config, place=f"row {index} of the {name} part")
+        for key in sorted(batch):
+            digest.update(key.encode() + batch[key].contiguous().cpu().flatten().view(torch.uint8).numpy().tobytes())
+        lengths.append(batch["input_ids"].shape[1] if "input_ids" in batch else 1)
+        weights.append(float((batch["targets"] != IGNORED).sum()) if config.task == "text" else 1.0)
+    if not lengths:
+        raise ConfigError(f"the {name} part of `{KEY}` must not be empty, but {config.factory!r} gives no row.")
+    return OwnRows(
+        name=name,
+        dataset=dataset,
+        collate=collate,
+        lengths=torch.tensor(lengths),
+        weights=torch.tensor(weights),
+        fingerprint=digest.hexdigest()[:16],
+    )
+
+
+def _take(dataset: Any, index: int) -> Any:
+    return dataset[index]
+
+
+def _check_targets(targets: Tensor, config: OwnDataConfig, *, place: str) -> None:
+    names = len(config.labels)
+    if config.task == "single_label" and not 0 <= int(targets.min()) <= int(targets.max()) < names:
+        raise ConfigError(
+            f"`data.labels` must name every label, but {place} has {int(targets.max())} and there are {names} names. "
+            "Labels are counted from 0."
+        )
+    if config.task == "multi_label" and targets.shape[-1] != names:
+        raise ConfigError(
+            f"`labels` of a row must be {names} numbers, 0 or 1 for each of `data.labels`, but {place} has "
+            f"{targets.shape[-1]}."
+        )
+    if targets.is_floating_point() and not targets.isfinite().all():
+        raise ConfigError(f"`labels` of a row must be finite numbers, but those of {place} are not.")
+
+
+def _tokens_of(batch: Batch) -> Tensor:
+    if "input_ids" not in batch:
+        raise ConfigError(f"`{KEY}` must give rows of text with `input_ids`, but got {', '.join(batch)}.")
+    tokens = batch["input_ids"]
+    return tokens.masked_fill(batch["attention_mask"] == 0, IGNORED) if "attention_mask" in batch else tokens
+
+
+def _call(config: OwnDataConfig, what: str, function: Callable[[], Any]) -> Any:
+    try:
+        return function()
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(
+            f"`{KEY}` must name a LightningDataModule that works, but {what} of {config.factory!r} fails: "
+            f"{describe_error(error)}."
+        ) from error
+
+
+@contextmanager
+def _fixed_stream() -> Iterator[None]:
+    """Lets what is drawn inside come from one seed; torch's own stream is afterwards as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        yield

@@ -1,0 +1,216 @@
+"""A LightningDataModule of the user's own gives parts like any other's, and every mistake in it is one sentence."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+from lightning import LightningDataModule
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import DataLoader, IterableDataset, random_split
+
+from lorasweep.config.data import OwnDataConfig
+from lorasweep.data.part import IGNORED
+from lorasweep.data.parts import load_parts
+from lorasweep.data.sources import read_source
+from lorasweep.data.tasks import Classification, LanguageModelling, MultiLabel, Regression
+from lorasweep.errors import ConfigError
+
+ROWS = [{"input_ids": torch.arange(n % 5 + 2), "labels": torch.tensor(n % 5 % 2)} for n in range(20)]
+
+
+def collate(items):
+    tokens = [item["input_ids"] for item in items]
+    masks = [torch.ones_like(row) for row in tokens]
+    batch = {
+        "input_ids": pad_sequence(tokens, batch_first=True),
+        "attention_mask": pad_sequence(masks, batch_first=True),
+    }
+    if "labels" in items[0]:
+        batch["labels"] = torch.stack([item["labels"] for item in items])
+    return batch
+
+
+class Own(LightningDataModule):
+    """Splits its rows at random, as many do."""
+
+    def __init__(self, rows=ROWS, **changes):
+        super().__init__()
+        self.rows, self.collate = rows, collate
+        for name, value in changes.items():
+            setattr(self, name, value)
+
+    def setup(self, stage):
+        assert stage in ("fit", "test")
+        self.parts = random_split(self.rows, [0.6, 0.2, 0.2])
+        self.stages = [*getattr(self, "stages", []), stage]
+
+    def _load(self, part):
+        return DataLoader(part, batch_size=3, shuffle=True, collate_fn=self.collate)
+
+    def train_dataloader(self):
+        return self._load(self.parts[0])
+
+    def val_dataloader(self):
+        return self._load(self.parts[1])
+
+    def test_dataloader(self):
+        return self._load(self.parts[2])
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(ROWS)
+
+
+def fail(*_):
+    raise KeyError("column")
+
+
+MADE = {
+    "build": Own,
+    "text": lambda: Own([{"input_ids": row["input_ids"]} for row in ROWS]),
+    "several": lambda: Own([row | {"labels": torch.tensor([1, 0, 1])} for row in ROWS]),
+    "numbers": lambda: Own([row | {"labels": torch.tensor(n / 2)} for n, row in enumerate(ROWS)]),
+    "images": lambda: Own([{"pixels": torch.ones(3, 2, 2), "labels": 1} for _ in ROWS], collate=None),
+    "no_module": lambda: 7,
+    "no_loader": lambda: Own(train_dataloader=lambda: [1, 2]),
+    "stream": lambda: Own(train_dataloader=lambda: DataLoader(Stream())),
+    "broken_setup": lambda: Own(setup=fail),
+    "broken_collate": lambda: Own(collate=fail),
+    "no_labels": lambda: Own([{"input_ids": row["input_ids"]} for row in ROWS]),
+    "no_mapping": lambda: Own(collate=lambda items: torch.ones(len(items))),
+    "not_a_number": lambda: Own([row | {"labels": torch.tensor(float("nan"))} for row in ROWS]),
+    "empty": lambda: Own(train_dataloader=lambda: DataLoader([])),
+}
+
+
+@pytest.fixture(autouse=True)
+def own_data(monkeypatch):
+    """The functions above as a module that can be named."""
+    module = type(sys)("own_data")
+    for name, function in MADE.items():
+        setattr(module, name, function)
+    monkeypatch.setitem(sys.modules, "own_data", module)
+
+
+def make_config(name="build", **settings):
+    given = {"name": "own", "factory": f"own_data:{name}", "task": "single_label", "labels": ("no", "yes")}
+    return OwnDataConfig(**(given | {"metric": "auto"} | settings))
+
+
+def load(name="build", *, model_kind="classifier", **settings):
+    config = make_config(name, **settings)
+    return load_parts(config, source=read_source(config), tokenizer=None, model_kind=model_kind)
+
+
+def test_parts_are_those_of_the_module():
+    parts = load()
+    assert [len(part) for part in (parts.train, parts.validation, parts.test())] == [12, 4, 4]
+    assert parts.metric == "accuracy"
+    assert isinstance(parts.task, Classification)
+    assert parts.task.num_classes == 2
+
+
+def test_batches_come_from_its_collate_function_with_labels_as_targets():
+    part = load().train
+    batch = part.batch([0, 3, 5])
+    assert batch["input_ids"].shape == batch["attention_mask"].shape == (3, max(part.lengths[[0, 3, 5]]))
+    assert batch["attention_mask"].sum(1).tolist() == part.lengths[[0, 3, 5]].tolist()
+    assert "labels" not in batch
+    assert batch["targets"].tolist() == [length % 2 for length in part.lengths[[0, 3, 5]].tolist()]
+
+
+def test_what_it_draws_is_the_same_each_time_and_moves_no_stream():
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    first = load()
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(2)
+    again = load()
+    assert first.train.fingerprint == again.train.fingerprint != first.validation.fingerprint
+
+
+def test_test_part_is_set_up_only_when_it_is_asked_for(monkeypatch):
+    made = Own()
+    monkeypatch.setattr(sys.modules["own_data"], "build", lambda: made)
+    parts = load()
+    assert made.stages == ["fit"]
+    assert parts.test() is parts.test()
+    assert made.stages == ["fit", "test"]
+
+
+def test_text_is_scored_at_the_token_before():
+    parts = load("text", model_kind="causal_lm", task="text", labels=())
+    assert isinstance(parts.task, LanguageModelling)
+    assert parts.metric == "loss"
+    assert parts.train.weights.tolist() == [length - 1 for length in parts.train.lengths.tolist()]
+    short, long = (int(parts.train.lengths.argmin()), int(parts.train.lengths.argmax()))
+    batch = parts.train.batch([short, long])
+    assert batch["targets"].tolist() == [[1, *[IGNORED] * 5], [1, 2, 3, 4, 5, IGNORED]]
+
+
+def test_labels_of_other_kinds_are_numbers():
+    several = load("several", task="multi_label", labels=("a", "b", "c"))
+    assert isinstance(several.task, MultiLabel)
+    assert several.train.batch([0, 1])["targets"].tolist() == [[1.0, 0.0, 1.0]] * 2
+    numbers = load("numbers", task="regression", labels=())
+    assert isinstance(numbers.task, Regression)
+    assert numbers.train.batch([0, 1])["targets"].dtype == torch.float32
+
+
+def test_rows_need_not_be_text():
+    parts = load("images")
+    assert parts.train.lengths.tolist() == [1] * 12
+    assert parts.train.batch([0, 1])["pixels"].shape == (2, 3, 2, 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("no_module", "must return a LightningDataModule, but 'own_data:no_module' returns int"),
+        ("no_loader", "must have a `train_dataloader` that gives one DataLoader .* gives list"),
+        ("stream", "of a data set with a length and items, but .* gives Stream"),
+        ("broken_setup", "setup of 'own_data:broken_setup' fails: KeyError: 'column'"),
+        ("broken_collate", "the collate function of 'own_data:broken_collate' fails: KeyError: 'column'"),
+        ("no_labels", "must give rows with `labels`, but got input_ids, attention_mask"),
+        ("no_mapping", "must give batches that are mappings of tensors, but got Tensor"),
+        ("empty", "the train part of `data.factory` must not be empty"),
+        ("missing", "none of that name"),
+    ],
+)
+def test_wrong_module_is_one_sentence(name, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        load(name)
+    assert "`data.factory`" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_wrong_labels_name_the_row():
+    with pytest.raises(ConfigError, match=r"`data.labels` must name every label, but row . of the train part has 1"):
+        load(labels=("only",))
+    with pytest.raises(ConfigError, match=r"must be 2 numbers, 0 or 1 .* row 0 of the train part has 3"):
+        load("several", task="multi_label")
+    with pytest.raises(ConfigError, match=r"must be finite numbers, but those of row 0 of the train part are not"):
+        load("not_a_number", task="regression", labels=())
+
+
+def test_model_must_fit_the_task():
+    with pytest.raises(ConfigError, match=r"`model.kind` must be classifier for the rows of `data=own`"):
+        load(model_kind="causal_lm")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"factory": "build"}, "`data.factory` must read `package.module:function`, but got 'build'"),
+        ({"labels": ()}, "`data.labels` must name the labels with `data.task=single_label`"),
+        ({"task": "regression"}, "`data.labels` must be empty with `data.task=regression`"),
+        ({"metric": "pearson"}, "`data.metric` must be one of auto, accuracy, f1, matthews, loss"),
+        ({"task": "text", "labels": (), "metric": "bits_per_byte"}, "must be one of auto, loss, perplexity"),
+    ],
+)
+def test_wrong_setting_is_refused(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        make_config(**settings)
