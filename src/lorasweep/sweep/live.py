@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from rich.box import SIMPLE
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.markup import escape
@@ -18,7 +19,7 @@ from lorasweep.sweep.definition import Arm, Definition
 from lorasweep.sweep.fairness import find_warnings
 from lorasweep.sweep.folder import SweepFolder
 from lorasweep.sweep.plan import ArmPlan
-from lorasweep.wording import format_seconds
+from lorasweep.wording import format_bytes, format_count, format_seconds
 
 COLUMNS = {
     "search": ("arm", "trials", "pruned", "best", "best settings", "time left"),
@@ -160,27 +161,29 @@ class LiveTable:
 
 def render_plan(definition: Definition, plans: Sequence[ArmPlan]) -> RenderableType:
     """Returns what a sweep would take, an arm per row, with why its trials are packed or run alone."""
-    table = Table(title=escape(f"{definition.name}: nothing is trained yet"), title_justify="left", header_style="bold")
-    table.add_column("arm")
-    for name in ("trials", "seeds", "steps", "tokens", "trained", "pack", "memory", "disk", "at most"):
-        table.add_column(name, justify="right")
+    title = escape(f"{definition.name}: nothing is trained yet")
+    table = Table(title=title, title_justify="left", header_style="bold", box=SIMPLE, padding=(0, 0))
+    table.add_column("arm", overflow="fold")
+    for name in ("runs", "steps", "tokens", "trained", "pack", "memory", "disk", "at most"):
+        table.add_column(name, justify="right", no_wrap=True)
     for plan in plans:
         table.add_row(
             escape(plan.arm.name),
-            str(plan.arm.trials),
-            str(plan.seeds),
-            f"{plan.steps:,}",
-            f"{plan.tokens:,}",
-            f"{plan.trainable_params:,}",
+            f"{plan.arm.trials} + {plan.seeds}" if plan.seeds else str(plan.arm.trials),
+            format_count(plan.steps),
+            format_count(plan.tokens),
+            format_count(plan.trainable_params),
             str(plan.pack_size),
-            f"{plan.memory_bytes / 2**20:,.0f} MiB",
-            f"{plan.kept_bytes / 2**20:,.1f} MiB",
+            format_bytes(plan.memory_bytes),
+            format_bytes(plan.kept_bytes),
             format_seconds(plan.seconds),
         )
     total = format_seconds(sum(plan.seconds for plan in plans))
     notes = [f"• {plan.arm.name}: {plan.packing.reason}" for plan in plans]
     if most := max((plan.seeds for plan in plans), default=0):
-        notes.append(f"• Stages: search on validation data, then confirm: {_describe_confirm(most)}.")
+        notes.append(
+            f"• Stages (the two numbers of runs): search on validation data, then confirm: {_describe_confirm(most)}."
+        )
     else:
         notes.append("• Stages: search on validation data; no confirm stage.")
     notes += [f"• {warning}" for warning in find_warnings(definition)]
