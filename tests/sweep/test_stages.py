@@ -190,6 +190,14 @@ def test_a_finished_search_gets_the_stage_later_and_more_seeds_later_still(begin
     assert counts(folder.path) == ASKED
 
 
+def test_a_warning_goes_with_its_reason(begin, work, runs, confirming):
+    folder = begin(confirming, "confirm.seeds=1")
+    assert work(folder)
+    assert any("`confirm.seeds` is 1" in warning for warning in read_sweep(folder.path).warnings)
+    assert work(reopen_sweep(folder.path, confirm={"confirm.seeds": 2}))
+    assert not any("`confirm.seeds` is 1" in warning for warning in read_sweep(folder.path).warnings)
+
+
 @pytest.mark.parametrize("seeds", [2, 0])
 def test_fewer_seeds_than_have_begun_are_refused(begin, work, runs, confirming, seeds):
     folder = begin(confirming)

@@ -194,7 +194,7 @@ def reopen_sweep(path: Path, *, confirm: Mapping[str, Any] | None = None) -> Swe
         os.close(lock)
         raise
     record.confirm_seeds = seeds
-    record.warnings = list(dict.fromkeys([*record.warnings, *find_warnings(definition)]))
+    record.warnings = find_warnings(definition)  # what a stage has to say it says again
     return SweepFolder(
         path=path,
         definition=definition,
