@@ -1,5 +1,6 @@
 """The base model loads frozen and in one dtype, and a model that can't be loaded is one sentence."""
 
+import importlib.util
 import json
 import os
 import shutil
@@ -90,6 +91,12 @@ def test_attention_is_the_one_asked_for(saved, attention, model_config):
         load_base(model_config(saved, attention=attention), dtype=torch.float32).model.config._attn_implementation
         == attention
     )
+
+
+@pytest.mark.skipif(importlib.util.find_spec("flash_attn") is not None, reason="flash_attn is installed")
+def test_attention_that_can_not_be_had_is_one_sentence(saved, model_config):
+    with pytest.raises(ConfigError, match=r"`model.attention` must be one that .* but got 'flash_attention_2' \(Flash"):
+        load_base(model_config(saved, attention="flash_attention_2"), dtype=torch.float32)
 
 
 def test_loading_prints_nothing_and_sets_no_environment(saved, capfd, model_config):

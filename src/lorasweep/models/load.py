@@ -247,6 +247,11 @@ def _explain(error: Exception, config: ModelConfig, files: ModelFiles) -> Config
             f"`model.trust_remote_code` must be true for {config.path!r}, which comes with Python code of its own, but "
             "is false. That code could do whatever you can on this machine: read it first, or use another model."
         )
+    if config.attention != "auto" and ("attn_implementation" in str(error) or "FlashAttention" in str(error)):
+        return ConfigError(
+            f"`model.attention` must be one that the model has and this machine can run, but got {config.attention!r} "
+            f"({first_line(error)}). Use `model.attention=auto`."
+        )
     holds_more = isinstance(error, UnpicklingError)  # whose message advises to read it without restrictions
     reason = "it holds other things than tensors" if holds_more else first_line(error)
     form = {"safetensors": "safetensors", "pickle": "a pickle file", "gguf": "a GGUF file"}[files.form]
