@@ -318,3 +318,17 @@ def test_prepared_model_is_not_prepared_again():
     model = prepare(make_base(), "intrinsic", config=DID)
     with pytest.raises(ConfigError, match="needs a model that it has not prepared yet"):
         METHOD.prepare(model, DID, generator=torch.Generator())
+
+
+def test_gradients_are_the_same_where_activations_are_computed_again():
+    base = make_base(dtype=torch.float32)
+    gradients = []
+    for again in (False, True):
+        model = prepare(base, "intrinsic", config=SAID).train()
+        if again:
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        set_numbers(model)
+        logits_of(model, "intrinsic").logsumexp(-1).sum().backward()
+        gradients.append(require_coordinates(model).numbers.grad)
+    assert gradients[0].any()
+    assert torch.equal(*gradients)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from lorasweep.report.dimension import describe_d90, find_d90, share_by_dimension
+from lorasweep.report.dimension import describe_d90, find_d90, kept_by_dimension
+from lorasweep.report.evidence import ArmEvidence, Evidence
 from lorasweep.report.summary import summarize
 from lorasweep.report.tables import SweepData, load_sweep_data
 
@@ -39,15 +41,40 @@ def sweep_of(folder: Path, shares: Mapping[int, float], *, maximize: bool = Fals
     return load_sweep_data(folder)
 
 
+def shares_of(data: SweepData) -> dict[int, float]:
+    return {dim: kept.share for dim, kept in kept_by_dimension(data).items()}
+
+
+def confirm(data: SweepData, shares: Mapping[int, float]) -> SweepData:
+    """The same sweep, with those shares on test data."""
+    arms = tuple(
+        ArmEvidence(
+            name=f"dim_{dim}",
+            seeds=(1, 2),
+            values=(1.8, 1.8),
+            mean=1.8,
+            spread=0.0,
+            interval=None,
+            seed_interval=None,
+            bootstrap_interval=None,
+            uses_examples=False,
+            share_of_full_gain=share,
+            share_interval=(share - 0.04, share + 0.05),
+        )
+        for dim, share in shares.items()
+    )
+    return dataclasses.replace(data, evidence=Evidence(arms=arms))
+
+
 @pytest.mark.parametrize("maximize", [False, True])
 def test_d90_is_the_smallest_dimension_that_keeps_90_percent_of_the_gain(tmp_path: Path, maximize: bool) -> None:
     data = sweep_of(tmp_path, {512: 0.93, 8: 0.4, 64: 0.89, 2048: 0.99}, maximize=maximize)
-    assert share_by_dimension(data) == pytest.approx({8: 0.4, 64: 0.89, 512: 0.93, 2048: 0.99})
+    assert shares_of(data) == pytest.approx({8: 0.4, 64: 0.89, 512: 0.93, 2048: 0.99})
     assert find_d90(data) == 512
     (sentence,) = describe_d90(data)
     assert sentence == (
-        "d90 = 512: the smallest of the dimensions tried (8, 64, 512, 2048) whose best score keeps 90 % of full "
-        "fine-tuning's gain; it keeps 93 %."
+        "d90 = 512: the smallest of the dimensions tried (8, 64, 512, 2048) that keeps 90 % of full "
+        "fine-tuning's gain in the search; it keeps 93 %."
     )
 
 
@@ -55,7 +82,7 @@ def test_where_none_keeps_enough_the_sentence_says_so(tmp_path: Path) -> None:
     data = sweep_of(tmp_path, {8: 0.4, 64: 0.7})
     assert find_d90(data) is None
     assert describe_d90(data) == [
-        "d90 is above 64: none of the dimensions tried (8, 64) keeps 90 % of full fine-tuning's gain; "
+        "d90 is above 64: none of the dimensions tried (8, 64) keeps 90 % of full fine-tuning's gain in the search; "
         "64 keeps most, 70 %."
     ]
 
@@ -64,8 +91,24 @@ def test_smallest_tried_and_larger_ones_that_fall_short_are_said(tmp_path: Path)
     sentences = describe_d90(sweep_of(tmp_path, {8: 0.91, 64: 0.88, 512: 0.95}))
     assert sentences[1:] == [
         "It is the smallest that was tried: smaller ones may do.",
-        "64, though larger, keeps less: search its learning rate longer.",
+        "Of larger ones, 64 did not: search their learning rates longer.",
     ]
+
+
+def test_where_each_dimension_was_confirmed_test_data_counts(tmp_path: Path) -> None:
+    data = confirm(sweep_of(tmp_path, {8: 0.92, 64: 0.95}), {8: 0.7, 64: 0.91})
+    assert find_d90(data) == 64
+    (sentence,) = describe_d90(data)
+    assert sentence == (
+        "d90 = 64: the smallest of the dimensions tried (8, 64) that keeps 90 % of full fine-tuning's gain "
+        "on test data; it keeps 91 % (95 % interval 87 % to 96 %)."
+    )
+
+
+def test_where_one_dimension_was_not_confirmed_the_search_counts_for_all(tmp_path: Path) -> None:
+    data = confirm(sweep_of(tmp_path, {8: 0.92, 64: 0.95}), {64: 0.91})
+    assert find_d90(data) == 8
+    assert "in the search" in describe_d90(data)[0]
 
 
 @pytest.mark.parametrize("missing", ["full", "frozen"])
@@ -80,7 +123,7 @@ def test_trials_that_did_not_end_do_not_count(tmp_path: Path) -> None:
         raw["trials"][-1]["state"] = "pruned"
 
     edit_json(data.folder / "sweep.json", prune)
-    assert share_by_dimension(load_sweep_data(data.folder)) == pytest.approx({8: 0.65})
+    assert shares_of(load_sweep_data(data.folder)) == pytest.approx({8: 0.65})
 
 
 def test_summary_has_d90_and_its_sentence(tmp_path: Path) -> None:
