@@ -154,6 +154,7 @@ def main() -> None:
     if arguments.quick:
         arguments.steps, arguments.evaluations = 10, 1
     logging.disable(logging.WARNING)
+    datasets.disable_progress_bars()
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(arguments.threads)
     ours = run_ours(arguments)
