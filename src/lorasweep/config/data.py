@@ -163,6 +163,8 @@ class ChatConfig:
     max_test_rows: int | None
     packing: bool
     """Whether short conversations share one sequence, without seeing each other."""
+    generate: bool
+    """Whether the prompts of the test part are also answered, token by token, and scored by BLEU and ROUGE."""
     metric: TextMetric
 
     def __post_init__(self) -> None:
@@ -238,6 +240,7 @@ class HubConfig:
     template: Literal["auto", "model", "plain"]
     separator: str
     packing: bool
+    generate: bool
     max_length: int
     """Of `table` and `chat`: most tokens per row."""
     max_train_rows: int | None

@@ -11,6 +11,7 @@ import torch
 from lorasweep.data.tasks import RowScores, Task
 from lorasweep.errors import OutOfMemory
 from lorasweep.record import TEST_SCORES_FILE, RunRecord, read_run, sha256_of, write_atomically, write_record
+from lorasweep.training.answers import score_answers, wants_answers
 from lorasweep.training.evaluate import evaluate_model
 from lorasweep.training.restore import restore_config, restore_model
 from lorasweep.training.run_log import Workbench, is_out_of_memory
@@ -37,8 +38,11 @@ def score_run(folder: Path, *, bench: Workbench) -> RunRecord:
     part = bench.parts.test()
     task = bench.parts.task_of(part)
     model = restore_model(config, bench.base, folder=folder / "best")
+    generated: dict[str, float] = {}
     try:
         scored = evaluate_model(model, part, task=task, config=config, precision=bench.precision)
+        if wants_answers(config.data):
+            generated = score_answers(model, part, config=config, bench=bench)
     except Exception as error:
         if is_out_of_memory(error):
             raise OutOfMemory(str(error).splitlines()[0] if str(error) else type(error).__name__) from error
@@ -50,7 +54,7 @@ def score_run(folder: Path, *, bench: Workbench) -> RunRecord:
         record.files[TEST_SCORES_FILE] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
     record.data[part.name] = part.describe()
     record.notes += [note for note in part.notes if note not in record.notes]
-    record.test = scored.values  # last: it says that the run has been scored
+    record.test = scored.values | generated  # last: it says that the run has been scored
     write_record(record, folder)
     return record
 

@@ -1,0 +1,118 @@
+"""Answers to the prompts of a part: the same alone and in batches, and scored against all answers that are given."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import transformers
+from torchmetrics.functional.text import sacre_bleu_score
+
+from lorasweep.config.compose import compose_run
+from lorasweep.data.examples import CompletionPart, Ragged, SequencePart
+from lorasweep.data.part import IGNORED
+from lorasweep.errors import ConfigError
+from lorasweep.models.tiny.pretrain import build_tokenizer
+from lorasweep.training.answers import gather_references, generate, score_answers, wants_answers
+
+SIZES = {"vocab_size": 257, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+PROMPTS = [b"name: a", b"b", b"name: a", b"a longer prompt"]
+ANSWERS = [b"yes it is", b"no", b"yes", b"one two three"]
+
+
+@pytest.fixture
+def bench():
+    return SimpleNamespace(base=SimpleNamespace(tokenizer=build_tokenizer()), precision="fp32")
+
+
+@pytest.fixture
+def config():
+    return compose_run({"trainer.device": "cpu", "trainer.eval_batch_size": 3})
+
+
+@pytest.fixture(scope="module")
+def llama():
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, num_attention_heads=2))
+    model.config.use_cache = False
+    return model.eval()
+
+
+def completion_part(answers):
+    rows = [[*prompt, *answer] for prompt, answer in zip(PROMPTS, answers, strict=True)]
+    targets = [[*[IGNORED] * (len(prompt) - 1), *answer, 256] for prompt, answer in zip(PROMPTS, answers, strict=True)]
+    shared = {"name": "test", "fingerprint": "0", "pad_token": 0, "bytes": 1, "scored_bytes": 1}
+    return CompletionPart(tokens=Ragged.of(rows), targets=Ragged.of(targets), **shared)
+
+
+def test_rows_of_one_prompt_are_its_references(bench):
+    found = gather_references(completion_part(ANSWERS), bench)
+    assert [bytes(prompt) for prompt in found] == [b"name: a", b"b", b"a longer prompt"]
+    assert [bytes(answer[:-1]) for answer in found[tuple(b"name: a")]] == [b"yes it is", b"yes"]
+
+
+def test_answers_in_a_batch_are_those_alone(llama, bench, config):
+    prompts = [tuple(prompt) for prompt in dict.fromkeys(PROMPTS)]
+    settings = {"limit": 8, "part": completion_part(ANSWERS), "config": config, "bench": bench}
+    together = generate(llama, prompts, **settings)
+    assert together == [generate(llama, [prompt], **settings)[0] for prompt in prompts]
+    assert all(0 < len(answer) <= 8 for answer in together)
+
+
+def test_the_score_is_corpus_bleu_over_all_references(llama, bench, config):
+    part = completion_part(ANSWERS)
+    scores = score_answers(llama, part, config=config, bench=bench)
+    assert set(scores) == {"bleu", "rouge1", "rouge2", "rougeL"}
+    texts = [[b"yes it is", b"yes"], [b"no"], [b"one two three"]]
+    made = generate(
+        llama,
+        [tuple(p) for p in dict.fromkeys(PROMPTS)],
+        limit=int(1.5 * (len(b"one two three") + 1)),
+        part=part,
+        config=config,
+        bench=bench,
+    )
+    answers = [bench.base.tokenizer.decode(row, skip_special_tokens=True).strip() for row in made]
+    expected = sacre_bleu_score(answers, [[text.decode() for text in given] for given in texts])
+    assert scores["bleu"] == pytest.approx(100 * expected.item())
+
+
+def test_an_encoder_decoder_answers_too(bench, config):
+    torch.manual_seed(0)
+    settings = transformers.T5Config(
+        vocab_size=257, d_model=16, d_ff=32, d_kv=8, num_layers=2, num_heads=2, decoder_start_token_id=0
+    )
+    model = transformers.T5ForConditionalGeneration(settings).eval()
+    part = SequencePart(
+        name="test",
+        fingerprint="0",
+        tokens=Ragged.of([list(prompt) for prompt in PROMPTS]),
+        targets=Ragged.of([[*answer, 256] for answer in ANSWERS]),
+        start_token=0,
+        pad_token=0,
+        bytes=1,
+        scored_bytes=1,
+    )
+    prompts = [tuple(prompt) for prompt in dict.fromkeys(PROMPTS)]
+    shared = {"limit": 6, "part": part, "config": config, "bench": bench}
+    assert generate(model, prompts, **shared) == [generate(model, [prompt], **shared)[0] for prompt in prompts]
+    assert 0 <= score_answers(model, part, config=config, bench=bench)["rouge1"] <= 1
+
+
+def test_several_answers_in_a_row_are_refused(bench):
+    part = completion_part(ANSWERS)
+    part.targets.values[-2] = IGNORED
+    with pytest.raises(ConfigError, match=r"`data.generate` needs rows with one answer each"):
+        gather_references(part, bench)
+
+
+def test_a_model_that_cant_generate_is_refused(bench, config):
+    with pytest.raises(ConfigError, match=r"`data.generate` needs a model of transformers that generates text"):
+        score_answers(torch.nn.Linear(2, 2), completion_part(ANSWERS), config=config, bench=bench)
+
+
+def test_answers_are_an_option_of_chats():
+    assert not wants_answers(compose_run({}).data)
+    chat = {"data": "chat", "data.train": "x"}
+    assert [wants_answers(compose_run({**chat, "data.generate": flag}).data) for flag in (False, True)] == [False, True]
