@@ -111,7 +111,7 @@ def prepare(base: nn.Module, way: str, rank: int, *, dropout: float = 0.0) -> nn
 def make_step(model: nn.Module, x: Tensor, *, autocast: bool) -> Callable[[], None]:
     """One forward, backward and optimizer step on inputs that need a gradient, as after an earlier layer."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-6, fused=True) if trained else None
+    optimizer = torch.optim.AdamW(trained, lr=1e-6) if trained else None
 
     def step() -> None:
         x.grad = None

@@ -38,6 +38,7 @@ MANDATORY = {
     **{f"data={option}": {"data.train": "file"} for option in ("text", "table", "chat")},
 }
 """What has no default: the user's own model and data."""
+MANDATORY_IN_SWEEPS = {"sentences": ["model.path=owner/name", "data.train=file"]}
 SWEEPS = sorted(packaged_folder("sweeps").glob("*.yaml"))
 
 
@@ -66,7 +67,7 @@ def test_every_folder_of_conf_is_a_group():
 
 @pytest.mark.parametrize("file", SWEEPS, ids=lambda file: file.stem)
 def test_every_file_of_sweeps_reads_as_a_sweep_of_its_name(file):
-    definition = read_definition(file, [])
+    definition = read_definition(file, MANDATORY_IN_SWEEPS.get(file.stem, []))
     assert definition.name == file.stem
     assert definition.description
 
