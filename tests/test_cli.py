@@ -112,6 +112,8 @@ BAD = [
     (["train", "method.rank=0"], "`method.rank >= 1` must hold, but got 0."),
     (["train", "method.rank=100000"], "`method.rank <= "),
     (["train", "method.targets=[q_prj]"], "q_proj"),
+    (["train", "method=bitfit"], "`method.train=biases` needs a model with biases, but LlamaForCausalLM has none."),
+    (["train", "method=intrinsic", "method.dim=6"], "`method.dim > 6` must hold with `method.form=said`"),
     (["train", "method.rank=1,2"], "Add `-m` to run each of them."),
     (["train", "-m", "method.rank=1,0"], "`method.rank >= 1` must hold, but got 0."),
     (["train", "-m", "method.rank=interval(1,4)"], "a range is for `lorasweep sweep`"),
@@ -401,6 +403,12 @@ def test_inspect_shows_a_run_as_a_table_json_or_csv_and_writes_its_files(here, s
     assert content["ranks"] == []
     assert run(["inspect", "one", "--format", "csv", "--no-scores"]) == DONE
     assert capsys.readouterr().out == (here / "one" / "inspect" / "layers.csv").read_text()
+
+
+def test_a_small_share_of_trained_parameters_is_not_shown_as_none(short, capsys):
+    words = [word for word in short if not word.startswith("method.")]
+    assert run(["train", "method=intrinsic", "method.dim=20", *words, "output=few"]) == DONE
+    assert "20 trained parameters (0.0016 % of the base)" in capsys.readouterr().out
 
 
 def test_inspecting_what_trained_nothing_is_one_line_and_exit_code_2(short, capsys):

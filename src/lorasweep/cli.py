@@ -202,6 +202,7 @@ def train(arguments: list[str]) -> int:
 def train_once(config: RunConfig, output: str | None) -> int:
     """Trains one run in a new folder and prints its score."""
     from lorasweep.training import RunPlace, build_workbench, check_run, train_run
+    from lorasweep.wording import format_share
 
     folder = _new_train_folder(output)
     bench = build_workbench(config)
@@ -218,7 +219,7 @@ def train_once(config: RunConfig, output: str | None) -> int:
     score = "-" if record.score is None else f"{record.score:.4f}"
     print(
         f"{record.metric} {score} at step {record.best.get('step', 0):.0f} of {record.steps_planned}, "
-        f"{record.trainable_params:,} trained parameters ({record.trainable_fraction:.1%}), "
+        f"{record.trainable_params:,} trained parameters ({format_share(record.trainable_fraction)} of the base), "
         f"{record.wall_s:.0f} s: {folder}"
     )
     return DONE
