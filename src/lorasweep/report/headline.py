@@ -37,9 +37,9 @@ def write_headline(data: SweepData, advice: Advice) -> list[str]:
         *describe_d90(data),
         *_effort(data),
         *caveat,
-        *map(str, data.record.notes),
         *map(str, data.record.warnings),
         *advice.next_sentences,
+        *map(str, data.record.notes),
     ]
 
 
