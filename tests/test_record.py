@@ -6,8 +6,10 @@ import hashlib
 import json
 import math
 import os
-from dataclasses import asdict
+from dataclasses import asdict, fields
+from pathlib import Path
 
+import fastjsonschema
 import pytest
 
 from lorasweep.errors import RecordError
@@ -20,7 +22,9 @@ from lorasweep.record import (
     RunRecord,
     SweepRecord,
     TrialRow,
+    folder_of_run,
     read_run,
+    read_schema,
     read_steps,
     read_sweep,
     sha256_of,
@@ -28,6 +32,9 @@ from lorasweep.record import (
     write_atomically,
     write_record,
 )
+
+VERSION_1 = Path(__file__).parent / "records" / "version_1"
+"""A sweep of two trials and one of its runs, as version 1 wrote them."""
 
 
 def make_run(**values):
@@ -140,9 +147,9 @@ def test_a_folder_without_a_record_is_refused(tmp_path, read, kind, name):
         (b"[]", "must be a record of format 'lorasweep.*', but is not"),
         (b'{"format": "other", "version": 1}', "must be a record of format 'lorasweep.*', but is not"),
         (b'{"version": 1}', "must be a record of format 'lorasweep.*', but is not"),
-        (b'{"format": "KIND", "version": 2}', "must have a version up to 1, but has 2. Use a newer lorasweep."),
-        (b'{"format": "KIND", "version": "1"}', "must have a version up to 1, but has '1'."),
-        (b'{"format": "KIND"}', "must have a version up to 1, but has None."),
+        (b'{"format": "KIND", "version": 3}', "must have a version up to 2, but has 3. Use a newer lorasweep."),
+        (b'{"format": "KIND", "version": "1"}', "must have a version up to 2, but has '1'."),
+        (b'{"format": "KIND"}', "must have a version up to 2, but has None."),
         (b'{"format": "KIND", "version": 1}', "a record must have every field of (Run|Sweep)Record: "),
     ],
 )
@@ -197,3 +204,81 @@ def test_sha256_is_that_of_the_content(tmp_path):
 
 def test_times_are_utc():
     assert utc_now().endswith("+00:00")
+
+
+@pytest.mark.parametrize(
+    ("kind", "record"), [("run", make_run()), ("sweep", make_sweep()), ("run", VERSION_1), ("sweep", VERSION_1)]
+)
+def test_a_record_is_of_the_form_that_the_schema_gives(tmp_path, kind, record):
+    if record == VERSION_1:
+        written = (VERSION_1 if kind == "sweep" else VERSION_1 / "runs" / "lora-0000") / f"{kind}.json"
+    else:
+        write_record(record, tmp_path)
+        written = tmp_path / f"{kind}.json"
+    validate = fastjsonschema.compile(read_schema(kind))
+    validate(json.loads(written.read_text()))
+    for key in ("format", "status", "metric"):
+        with pytest.raises(fastjsonschema.JsonSchemaException, match=key):
+            validate(json.loads(written.read_text()) | {key: 3})
+
+
+@pytest.mark.parametrize("kind", [RunRecord, SweepRecord, ArmRow, TrialRow, ConfirmRow])
+def test_the_schema_has_every_field_and_no_other(kind):
+    schema = read_schema("run" if kind is RunRecord else "sweep")
+    part = schema if kind in (RunRecord, SweepRecord) else schema["$defs"][kind.__name__]
+    assert list(part["properties"]) == [f.name for f in fields(kind)]
+
+
+def test_records_of_version_1_are_read():
+    sweep = read_sweep(VERSION_1)
+    assert (sweep.version, len(sweep.trials)) == (1, 2)
+    run = read_run(folder_of_run(VERSION_1, sweep.trials[0].run))
+    assert (run.version, run.command, run.environment) == (1, {}, {})
+    assert run.score == sweep.trials[0].value
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("config", [], "`config` in .* must be a mapping, but is not. Restore the file."),
+        ("status", "fine", "`status` in .* must be one of running, complete,"),
+        ("status", [], "`status` in .* must be one of running, complete,"),
+        ("metric", None, "`metric` in .* must be a text, but is not."),
+        ("reason", 3, "`reason` in .* must be a text or null, but is not."),
+        ("steps_done", True, "`steps_done` in .* must be a whole number, but is not."),
+        ("wall_s", "long", "`wall_s` in .* must be a number or null, but is not."),
+        ("notes", {}, "`notes` in .* must be a list, but is not."),
+    ],
+)
+def test_a_field_of_another_type_is_refused(tmp_path, key, value, message):
+    (tmp_path / RUN_FILE).write_text(json.dumps(asdict(make_run()) | {key: value}))
+    with pytest.raises(RecordError, match=message):
+        read_run(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, '{"version": ' + "9" * 5000 + "}"])
+def test_a_record_that_python_can_not_parse_is_refused(tmp_path, content):
+    (tmp_path / RUN_FILE).write_text(content)
+    with pytest.raises(RecordError, match="must be a JSON file, but is damaged"):
+        read_run(tmp_path)
+
+
+def test_a_huge_record_is_refused_before_it_is_read(tmp_path):
+    with (tmp_path / RUN_FILE).open("wb") as file:
+        file.truncate(2**40)  # a hole: takes no room
+    with pytest.raises(RecordError, match="must be a record of at most 256 MiB, but is larger"):
+        read_run(tmp_path)
+
+
+@pytest.mark.parametrize("run", ["../elsewhere", "/etc", "runs/../../elsewhere", "a\0b"])
+def test_a_run_outside_of_its_sweep_is_refused(tmp_path, run):
+    with pytest.raises(RecordError, match="a trial's run must lie in its sweep's folder, but "):
+        folder_of_run(tmp_path, run)
+
+
+def test_a_secret_is_not_written(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "open-sesame-42")
+    record = make_run(config={"path": "https://me:pw-of-mine@host"}, reason="401 for open-sesame-42")
+    write_record(record, tmp_path)
+    assert (read_run(tmp_path).config, read_run(tmp_path).reason) == ({"path": "https://***@host"}, "401 for ***")
+    assert record.reason == "401 for open-sesame-42"  # in memory it is as it was

@@ -1,6 +1,7 @@
 """What runs and sweeps leave on disk: `run.json`, `steps.jsonl`, `test_scores.csv`, `sweep.json`, whole or not at all.
 
-A record is data: reading one runs nothing. Written by `training` and `sweep`, read by them and by `report`.
+A record is data: reading one runs nothing. Written by `training` and `sweep`, read by them and by `report`. Its form is
+in `run.schema.json` and `sweep.schema.json`; a secret is never written.
 """
 
 from __future__ import annotations
@@ -12,16 +13,22 @@ import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from lorasweep.errors import RecordError
+from lorasweep.redaction import may_hold_secret, redact
 
 RUN_FILE = "run.json"
 STEPS_FILE = "steps.jsonl"
 TEST_SCORES_FILE = "test_scores.csv"
 SWEEP_FILE = "sweep.json"
-VERSION = 1
+PATCH_FILE = "code.patch"
+VERSION = 2
+"""Of what is written. Version 1 had no `command` and no `environment` in a run's record; it is read."""
+MOST_RECORD_BYTES = 256 * 2**20
+"""A larger file is no record of ours: a sweep of 10,000 trials has some 10 MiB."""
 
 RunStatus = Literal["running", "complete", "pruned", "failed", "infeasible", "interrupted"]
 TrialState = Literal["running", "complete", "pruned", "failed", "infeasible"]
@@ -49,11 +56,17 @@ class RunRecord:
     metric: str
     """The score's name, such as `bits_per_byte`."""
     direction: Direction
+    command: dict[str, Any] = field(default_factory=dict)
+    """`words` of the command line and the `folder` it was typed in, from which relative paths are meant."""
     code: dict[str, Any] = field(default_factory=dict)
-    """`version`, and where the code is a git checkout `commit` and `modified`."""
+    """`version`, and where the code is a git checkout `commit` and `modified`; if it was modified also `patch`
+    (`bytes`, `sha256` and, unless it is too large, `file`) and the names of `untracked` files."""
     packages: dict[str, str] = field(default_factory=dict)
     platform: dict[str, Any] = field(default_factory=dict)
-    """`python`, `os`, `processor`, `cores`, `threads`, `gpu`, `precision`."""
+    """`python`, `os`, `processor`, `instructions`, `cores`, `threads`, `device`, `gpu`, `cuda`, `cudnn`, `precision`,
+    `matmul_precision`."""
+    environment: dict[str, str] = field(default_factory=dict)
+    """Environment variables that can change numbers (`training.environment.NUMERIC_VARIABLES`), no others."""
     data: dict[str, Any] = field(default_factory=dict)
     """Per part (`train`, `validation`, `test`): `fingerprint`, `bytes`, and `documents` and `blocks` or `rows`."""
     notes: list[str] = field(default_factory=list)
@@ -209,9 +222,16 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 
 def write_record(record: RunRecord | SweepRecord, folder: Path) -> None:
-    """Writes `run.json` or `sweep.json` into the folder. NaN and infinity become null: JSON has neither."""
+    """Writes `run.json` or `sweep.json` into the folder, without secrets.
+
+    NaN and infinity become null: JSON has neither.
+    """
     name = RUN_FILE if isinstance(record, RunRecord) else SWEEP_FILE
-    write_atomically(folder / name, json.dumps(_finite(asdict(record)), indent=1) + "\n")
+    content = _finite(asdict(record))
+    text = json.dumps(content, indent=1)
+    if may_hold_secret(text):
+        text = json.dumps(redact(content), indent=1)
+    write_atomically(folder / name, text + "\n")
 
 
 def read_run(folder: Path) -> RunRecord:
@@ -220,7 +240,8 @@ def read_run(folder: Path) -> RunRecord:
     Raises:
         RecordError: There is none, it is damaged, or a newer version wrote it.
     """
-    return _known(RunRecord, _read_json(folder / RUN_FILE, "lorasweep.run"))
+    path = folder / RUN_FILE
+    return _known(RunRecord, _read_json(path, "lorasweep.run"), path=path)
 
 
 def read_sweep(folder: Path) -> SweepRecord:
@@ -229,11 +250,37 @@ def read_sweep(folder: Path) -> SweepRecord:
     Raises:
         RecordError: The folder is not a sweep, or its record is damaged or of a newer version.
     """
-    raw = _read_json(folder / SWEEP_FILE, "lorasweep.sweep")
-    raw["arms"] = _known_rows(ArmRow, raw.get("arms", []))
-    raw["trials"] = _known_rows(TrialRow, raw.get("trials", []))
-    raw["confirm"] = _known_rows(ConfirmRow, raw.get("confirm", []))
-    return _known(SweepRecord, raw)
+    path = folder / SWEEP_FILE
+    raw = _read_json(path, "lorasweep.sweep")
+    rows = {"arms": ArmRow, "trials": TrialRow, "confirm": ConfirmRow}
+    read: dict[str, Any] = {key: _known_rows(kind, raw.get(key, []), path=path) for key, kind in rows.items()}
+    return _known(SweepRecord, raw | read, path=path)
+
+
+def folder_of_run(sweep: Path, run: str) -> Path:
+    """Returns the folder of a run that a sweep's record lists.
+
+    Args:
+        sweep: The sweep's folder.
+        run: `run` of its row.
+
+    Raises:
+        RecordError: It would lie outside of the sweep.
+    """
+    try:
+        inside = (sweep / run).resolve().is_relative_to(sweep.resolve())
+    except (OSError, ValueError):  # a name that no file can have
+        inside = False
+    if not inside:
+        raise RecordError(f"a trial's run must lie in its sweep's folder, but {run!r} does not. Restore sweep.json.")
+    return sweep / run
+
+
+@cache
+def read_schema(kind: Literal["run", "sweep"]) -> dict[str, Any]:
+    """Returns the JSON schema of a record."""
+    schema: dict[str, Any] = json.loads((Path(__file__).parent / f"{kind}.schema.json").read_text())
+    return schema
 
 
 def read_steps(folder: Path, *, having: str = "") -> Iterator[dict[str, Any]]:
@@ -269,9 +316,11 @@ def _read_json(path: Path, expected: str) -> dict[str, Any]:
         raise RecordError(
             f"a {kind}'s folder must contain {path.name}, but {str(path.parent)!r} does not. Name another folder."
         )
+    if path.stat().st_size > MOST_RECORD_BYTES:
+        raise RecordError(f"{str(path)!r} must be a record of at most {MOST_RECORD_BYTES >> 20} MiB, but is larger.")
     try:
         raw = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # of JSON, of UTF-8, a number of too many digits; too deep
         raise RecordError(f"{str(path)!r} must be a JSON file, but is damaged: {error}.") from error
     if not isinstance(raw, dict) or raw.get("format") != expected:
         raise RecordError(f"{str(path)!r} must be a record of format {expected!r}, but is not.")
@@ -282,18 +331,68 @@ def _read_json(path: Path, expected: str) -> dict[str, Any]:
     return raw
 
 
-def _known_rows(kind: type[T], rows: Any) -> list[T]:
+def _known_rows(kind: type[T], rows: Any, *, path: Path) -> list[T]:
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise RecordError(f"a record must have a list of {kind.__name__}s, but has {str(rows)[:60]!r}.")
-    return [_known(kind, row) for row in rows]
+    return [_known(kind, row, path=path) for row in rows]
 
 
-def _known(kind: type[T], raw: dict[str, Any]) -> T:
+def _known(kind: type[T], raw: dict[str, Any], *, path: Path) -> T:
     names = {f.name for f in fields(kind)}  # type: ignore[arg-type]
+    known = {key: value for key, value in raw.items() if key in names}
     try:
-        return kind(**{key: value for key, value in raw.items() if key in names})
+        made = kind(**known)
     except TypeError as error:
         raise RecordError(f"a record must have every field of {kind.__name__}: {error}.") from error
+    for key, form in _properties(kind).items():
+        if key in known and not _fits(known[key], form):
+            raise RecordError(f"`{key}` in {str(path)!r} must be {_wanted(form)}, but is not. Restore the file.")
+    return made
+
+
+JSON_TYPES: dict[str, tuple[type, ...]] = {
+    "object": (dict,),
+    "array": (list,),
+    "string": (str,),
+    "number": (int, float),
+    "integer": (int,),
+    "boolean": (bool,),
+    "null": (type(None),),
+}
+JSON_WORDS = {"object": "a mapping", "array": "a list", "string": "a text", "number": "a number"} | {
+    "integer": "a whole number",
+    "boolean": "true or false",
+    "null": "null",
+}
+
+
+def _properties(kind: type) -> dict[str, Any]:
+    """What the schema says of each field of a record or of one of its rows."""
+    schema = read_schema("run" if kind is RunRecord else "sweep")
+    part = schema if kind in (RunRecord, SweepRecord) else schema["$defs"][kind.__name__]
+    properties: dict[str, Any] = part["properties"]
+    return properties
+
+
+def _fits(value: Any, form: dict[str, Any]) -> bool:
+    """Whether a value is of the type, or one of the words, that a schema gives; what it holds is for its reader."""
+    if "enum" in form:
+        return value in form["enum"]
+    names = _type_names(form)
+    if isinstance(value, bool):
+        return not names or "boolean" in names
+    return not names or isinstance(value, tuple(kind for name in names for kind in JSON_TYPES[name]))
+
+
+def _wanted(form: dict[str, Any]) -> str:
+    if "enum" in form:
+        return f"one of {', '.join(map(str, form['enum']))}"
+    return " or ".join(JSON_WORDS[name] for name in _type_names(form))
+
+
+def _type_names(form: dict[str, Any]) -> list[str]:
+    names = form.get("type", [])
+    return [names] if isinstance(names, str) else list(names)
 
 
 def _finite(value: Any) -> Any:

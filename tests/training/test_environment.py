@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import subprocess
+import sys
 
 import pytest
 import torch
@@ -12,10 +13,15 @@ import lorasweep.training.environment as environment_file
 from lorasweep.config.compose import compose_run
 from lorasweep.errors import ConfigError
 from lorasweep.training.environment import (
+    NUMERIC_VARIABLES,
     RECORDED_PACKAGES,
+    code_patch,
     describe_code,
+    describe_command,
+    describe_environment,
     describe_packages,
     describe_platform,
+    deterministic_algorithms,
     has_cpu_bf16,
     peak_memory_bytes,
     reset_peak_memory,
@@ -92,9 +98,76 @@ def test_code_without_git_has_a_version_alone(monkeypatch):
 
 
 def test_the_platform_has_what_changes_numbers():
-    described = describe_platform("fp32")
-    assert set(described) == {"python", "os", "processor", "cores", "threads", "gpu", "precision"}
+    described = describe_platform("fp32", "cpu")
+    assert set(described) == {
+        *("python", "os", "processor", "instructions", "cores", "threads", "device", "gpu", "cuda", "cudnn"),
+        *("precision", "matmul_precision"),
+    }
     assert described["threads"] == torch.get_num_threads()
+
+
+def test_the_patch_leads_from_the_commit_to_the_code(monkeypatch, tmp_path):
+    """In a checkout of its own, with a changed, a new and a secret line."""
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    file = tmp_path / "src" / "a" / "b" / "file.py"
+    file.parent.mkdir(parents=True)
+    file.write_text("one = 1\n")
+    subprocess.run([*git, "init", "-q"], check=True)
+    subprocess.run([*git, "add", "."], check=True)
+    subprocess.run([*git, "commit", "-q", "-m", "first"], check=True)
+    monkeypatch.setattr(environment_file, "__file__", str(file))
+    forget()
+    assert not describe_code()["modified"]
+    assert "patch" not in describe_code()
+    file.write_text("one = 2\nurl = 'https://me:open-sesame@host'\n")
+    (tmp_path / "src" / "new.py").write_text("")
+    forget()
+    described = describe_code()
+    assert described["modified"]
+    assert described["untracked"] == ["src/new.py"]
+    assert described["patch"]["file"] == "code.patch"
+    assert "open-sesame" not in code_patch()
+    subprocess.run([*git, "stash", "-q"], check=True)
+    subprocess.run([*git, "apply"], input=code_patch(), text=True, check=True)
+    assert file.read_text() == "one = 2\nurl = 'https://***@host'\n"
+    monkeypatch.setattr(environment_file, "MOST_PATCH_BYTES", 10)
+    forget()
+    assert set(describe_code()["patch"]) == {"bytes", "sha256"}
+    forget()
+
+
+def forget():
+    describe_code.cache_clear()
+    code_patch.cache_clear()
+
+
+def test_only_variables_that_change_numbers_are_recorded(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    monkeypatch.setenv("HF_TOKEN", "open-sesame")
+    monkeypatch.setenv("TORCH_TOKEN", "open-sesame")
+    described = describe_environment()
+    assert described["OMP_NUM_THREADS"] == "3"
+    assert all(name.startswith(NUMERIC_VARIABLES) for name in described)
+    assert "open-sesame" not in str(described)
+
+
+@pytest.mark.parametrize(("wanted", "strict"), [(True, False), ("strict", True), (False, False)])
+def test_torch_is_deterministic_within_and_as_before_afterwards(wanted, strict):
+    with deterministic_algorithms(wanted):
+        assert torch.are_deterministic_algorithms_enabled() is bool(wanted)
+        assert torch.is_deterministic_algorithms_warn_only_enabled() is (not strict)
+        values = torch.zeros(3).put_(torch.tensor([0, 0]), torch.ones(2), accumulate=False) if not strict else None
+        if strict:
+            with pytest.raises(RuntimeError, match="deterministic"):
+                torch.zeros(3).put_(torch.tensor([0, 0]), torch.ones(2), accumulate=False)
+    assert values is None or values[0] == 1
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_the_command_line_is_that_of_this_process(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["/somewhere/bin/lorasweep", "train", "seed=1"])
+    assert describe_command() == {"words": ["lorasweep", "train", "seed=1"], "folder": str(tmp_path)}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU its own memory is measured")

@@ -81,7 +81,8 @@ def test_a_run_leaves_exactly_these_files(tmp_path, make_config, bench, method):
     events = {name for name in files_below(tmp_path) if name.startswith("events.out.tfevents.")}
     weights = {f"{part}/{name}" for part in ("best", "last") for name in KEPT[method]}
     assert len(events) == 1
-    assert files_below(tmp_path) - events == {"run.json", "steps.jsonl"} | weights
+    patch = {"code.patch"}  # beside the record where the checkout is modified
+    assert files_below(tmp_path) - events - patch == {"run.json", "steps.jsonl"} | weights
     assert set(record.files) == weights
     for name, described in record.files.items():
         assert described == {"bytes": (tmp_path / name).stat().st_size, "sha256": sha256_of(tmp_path / name)}

@@ -28,7 +28,7 @@ from lorasweep.analysis.run import Inspected, examine
 from lorasweep.analysis.sentences import describe_comparison
 from lorasweep.analysis.subspaces import Similarity
 from lorasweep.errors import RecordError
-from lorasweep.record import SweepRecord, TrialRow, read_sweep
+from lorasweep.record import SweepRecord, TrialRow, folder_of_run, read_sweep
 from lorasweep.training import Workbench, build_workbench
 
 MOST_PAIRS = 6
@@ -69,7 +69,7 @@ def inspect_sweep(folder: Path, *, bench: Workbench | None = None, scores: bool 
             problems.append(f"Arm `{arm}` has no complete trial to inspect.")
             continue
         try:
-            run = read_finished_run(_run_folder(folder, winner))
+            run = read_finished_run(folder_of_run(folder, winner.run))
             found[arm] = examine(run, benches.of(run), scores=scores)
         except RecordError as error:
             problems.append(f"Arm `{arm}` can't be inspected: {error}")
@@ -98,15 +98,6 @@ def winners(record: SweepRecord) -> dict[str, TrialRow | None]:
         if before is None or before.value is None or sign * trial.value < sign * before.value:
             best[trial.arm] = trial
     return best
-
-
-def _run_folder(sweep: Path, trial: TrialRow) -> Path:
-    folder = sweep / trial.run
-    if not folder.resolve().is_relative_to(sweep.resolve()):
-        raise RecordError(
-            f"a trial's run must lie in its sweep's folder, but {trial.run!r} does not. Restore sweep.json."
-        )
-    return folder
 
 
 class _Benches:

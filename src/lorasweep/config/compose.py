@@ -28,6 +28,7 @@ from lorasweep.config.build import build, nearest
 from lorasweep.config.run import RunConfig
 from lorasweep.config.sweep import DriverConfig
 from lorasweep.errors import ConfigError
+from lorasweep.redaction import redact
 
 Primary = Literal["train", "sweep"]
 PACKAGE = Path(__file__).parent.parent
@@ -69,7 +70,26 @@ def compose_run(settings: Mapping[str, Any], *, require_all: bool = True) -> Run
     """
     values = compose_values("train", settings, require_all=require_all)
     del values["output"]
+    refuse_secrets(values)
     return build(RunConfig, values)
+
+
+def refuse_secrets(values: Mapping[str, Any], *, prefix: str = "") -> None:
+    """Makes sure that no setting of a run holds a secret: it would be wanted again from a record that does not have it.
+
+    Raises:
+        ConfigError: One does.
+    """
+    if (whole := str(values)) == redact(whole):
+        return
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            refuse_secrets(value, prefix=f"{prefix}{name}.")
+        elif (shown := str(value)) != redact(shown):
+            raise ConfigError(
+                f"`{prefix}{name}` must be a setting without a password or token, which a record never keeps, but got "
+                f"{redact(shown)!r}. Give it by an environment variable that the service reads, such as HF_TOKEN."
+            )
 
 
 def compose_driver(settings: Mapping[str, Any]) -> DriverConfig:

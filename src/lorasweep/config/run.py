@@ -98,6 +98,9 @@ class TrainerConfig:
     precision: Literal["auto", "bf16", "fp32"]
     """`auto` takes bf16 where the processor or GPU computes in it, else fp32."""
     device: Literal["auto", "cpu", "gpu"]
+    deterministic: Literal[True, False, "strict"]
+    """`true` has torch take the implementation that gives the same bits each time wherever it has one, `strict` also
+    ends a run at an operation that has none; `false` takes the fastest."""
     progress: bool
     """Whether a single run shows a progress bar."""
 

@@ -25,6 +25,7 @@ from tensorboard.plugins.hparams.summary_v2 import hparams_pb
 from tensorboard.plugins.text import metadata as text_metadata
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
+from lorasweep.redaction import redact
 from lorasweep.report.advice.noise import rank_groups, rank_of
 from lorasweep.report.summary import ArmSummary, Summary
 from lorasweep.report.tables import Arm, SweepData
@@ -212,7 +213,7 @@ def _is_shown(value: Any) -> bool:
 
 def _column_value(value: Any) -> float | str:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return float(value) if is_number else str(value)
+    return float(value) if is_number else str(redact(str(value)))
 
 
 def _write_events(folder: Path, summaries: list[tuple[int, EventSummary]]) -> None:

@@ -14,6 +14,7 @@ from optuna.trial import TrialState as OptunaState
 from lorasweep.config.run import RunConfig
 from lorasweep.errors import Diverged, OutOfMemory, RecordError, RunError, WorkerError
 from lorasweep.record import RunRecord, read_run
+from lorasweep.redaction import redact
 from lorasweep.sweep.definition import Arm
 from lorasweep.sweep.folder import SweepFolder
 from lorasweep.sweep.rows import INFEASIBLE_ATTRIBUTE, REASON_ATTRIBUTE, RUN_ATTRIBUTE, SCORE_ATTRIBUTE
@@ -127,7 +128,7 @@ class Trials:
         """
         infeasible = isinstance(error, OutOfMemory)
         reason = str(error) if isinstance(error, RunError) else traceback.format_exception_only(error)[-1].strip()
-        opened.trial.set_user_attr(REASON_ATTRIBUTE, reason)
+        opened.trial.set_user_attr(REASON_ATTRIBUTE, redact(reason))
         if infeasible:
             opened.trial.set_user_attr(INFEASIBLE_ATTRIBUTE, value=True)
             opened.trial.set_constraint("memory", 1.0)

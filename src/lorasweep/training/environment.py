@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import resource
 import subprocess
 import sys
-from contextlib import suppress
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -17,8 +20,25 @@ import torch
 
 from lorasweep.config.run import TrainerConfig
 from lorasweep.errors import ConfigError
+from lorasweep.record import PATCH_FILE
+from lorasweep.redaction import names_secret, redact
 
-RECORDED_PACKAGES = ("torch", "lightning", "transformers", "tokenizers", "safetensors", "torchmetrics", "numpy")
+RECORDED_PACKAGES = (
+    *("torch", "lightning", "transformers", "tokenizers", "safetensors", "torchmetrics", "numpy"),
+    *("datasets", "pyarrow", "scipy", "optuna", "cmaes", "hydra-core", "omegaconf"),
+    *("accelerate", "gguf", "bitsandbytes"),
+)
+NUMERIC_VARIABLES = (
+    *("OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "DNNL_", "ONEDNN_", "ATEN_", "TORCH_", "PYTORCH_"),
+    *("CUBLAS_", "CUBLASLT_", "CUDNN_", "NVIDIA_TF32_OVERRIDE", "CUDA_VISIBLE_DEVICES", "CUDA_LAUNCH_BLOCKING"),
+    "PYTHONHASHSEED",
+)
+"""How the names of environment variables begin that can change a run's numbers. No other one is ever recorded."""
+MOST_VARIABLE_LENGTH = 200
+CODE_FOLDERS = ("src", "conf", "sweeps", "pyproject.toml", "constraints.txt")
+"""Of a git checkout, what a run's numbers can depend on."""
+MOST_PATCH_BYTES = 256 * 2**10
+MOST_UNTRACKED = 20
 Precision = Literal["bf16", "fp32"]
 
 
@@ -60,14 +80,44 @@ def has_cpu_bf16() -> bool:
 
 @cache
 def describe_code() -> dict[str, Any]:
-    """Returns lorasweep's version and, in a git checkout, its commit and whether files were modified."""
+    """Returns lorasweep's version and, in a git checkout, its commit and how its files differ from that.
+
+    As it was when it was first asked for, near the start of the process that imported it.
+    """
     described: dict[str, Any] = {"version": _version("lorasweep")}
-    folder = Path(__file__).resolve().parents[3]
-    if (folder / ".git").exists():
-        commit = _git(folder, "rev-parse", "HEAD")
-        if commit:
-            described |= {"commit": commit, "modified": bool(_git(folder, "status", "--porcelain", "-uno"))}
+    commit = _git("rev-parse", "HEAD").strip()
+    if not commit:
+        return described
+    described |= {"commit": commit, "modified": bool(_git("status", "--porcelain", "-uno").strip())}
+    patch = code_patch().encode()
+    if patch:
+        described["patch"] = {"bytes": len(patch), "sha256": hashlib.sha256(patch).hexdigest()}
+        if len(patch) <= MOST_PATCH_BYTES:
+            described["patch"]["file"] = PATCH_FILE
+    untracked = _git("ls-files", "--others", "--exclude-standard", "--", *CODE_FOLDERS).splitlines()
+    if untracked:
+        described["untracked"] = untracked[:MOST_UNTRACKED]
     return described
+
+
+@cache
+def code_patch() -> str:
+    """Returns what `git apply` makes the code of, from the recorded commit; empty where nothing was modified."""
+    return str(redact(_git("diff", "--no-ext-diff", "--no-color", "HEAD", "--", *CODE_FOLDERS)))
+
+
+def describe_command() -> dict[str, Any]:
+    """Returns the command line of this process and the folder it was typed in."""
+    return {"words": [Path(sys.argv[0]).name, *sys.argv[1:]], "folder": str(Path.cwd())}
+
+
+def describe_environment() -> dict[str, str]:
+    """Returns the environment variables that can change a run's numbers; one named like a secret is left out."""
+    return {
+        name: value[:MOST_VARIABLE_LENGTH]
+        for name, value in sorted(os.environ.items())
+        if name.startswith(NUMERIC_VARIABLES) and not names_secret(name)
+    }
 
 
 @cache
@@ -76,17 +126,53 @@ def describe_packages() -> dict[str, str]:
     return {name: _version(name) for name in RECORDED_PACKAGES}
 
 
-def describe_platform(precision: Precision) -> dict[str, Any]:
-    """Returns the machine as far as it can change a run's numbers or speed."""
+def describe_platform(precision: Precision, device: Literal["cpu", "gpu"]) -> dict[str, Any]:
+    """Returns the machine as far as it can change a run's numbers or speed.
+
+    Args:
+        precision: What the run is trained in.
+        device: What it is trained on.
+    """
+    has_gpu = torch.cuda.is_available()
     return {
         "python": platform.python_version(),
         "os": platform.platform(),
         "processor": torch.cpu.get_capabilities().get("cpu_name") or platform.processor(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "device": device,
+        "gpu": torch.cuda.get_device_name() if has_gpu else None,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version() if has_gpu else None,  # type: ignore[no-untyped-call]
         "precision": precision,
+        "matmul_precision": torch.get_float32_matmul_precision(),
     }
+
+
+@contextmanager
+def deterministic_algorithms(wanted: Literal[True, False, "strict"]) -> Iterator[None]:
+    """Has torch compute as `trainer.deterministic` says, and afterwards as before.
+
+    Where there is a GPU, cuBLAS is told by an environment variable, which it reads when it is first used.
+    """
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    memory: Any = torch.utils.deterministic
+    cudnn, fill = torch.backends.cudnn.deterministic, memory.fill_uninitialized_memory
+    if wanted and torch.cuda.is_available():
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    memory.fill_uninitialized_memory = False  # guards against bugs, for a price
+    torch.backends.cudnn.deterministic = bool(wanted)
+    torch.use_deterministic_algorithms(bool(wanted), warn_only=wanted != "strict")
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings(
+                "ignore", message=".*(does not have a|is not) deterministic.*", category=UserWarning
+            )
+            yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.backends.cudnn.deterministic, memory.fill_uninitialized_memory = cudnn, fill
 
 
 def reset_peak_memory() -> None:
@@ -116,9 +202,13 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _git(folder: Path, *arguments: str) -> str:
+def _git(*arguments: str) -> str:
+    """What git says of the checkout that this file is in; nothing where it is in none, as in an installed package."""
+    folder = Path(__file__).resolve().parents[3]
+    if not (folder / ".git").exists():
+        return ""
     try:
-        done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10)
+        done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return ""
-    return done.stdout.strip() if done.returncode == 0 else ""
+    return done.stdout.decode(errors="replace") if done.returncode == 0 else ""

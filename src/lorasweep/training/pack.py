@@ -40,7 +40,7 @@ from lorasweep.lora.packed import (
 from lorasweep.methods import copy_sharing_weights, draw_head, train_head
 from lorasweep.record import read_run
 from lorasweep.training.callbacks import RunStopped
-from lorasweep.training.environment import reset_peak_memory, resolve_device
+from lorasweep.training.environment import deterministic_algorithms, reset_peak_memory, resolve_device
 from lorasweep.training.optim import schedule_factor
 from lorasweep.training.pack_optim import StackedAdamW
 from lorasweep.training.run import never_stop, quiet_lightning, resolve_accumulate
@@ -341,7 +341,7 @@ def _fit(module: PackModule, config: RunConfig, bench: Workbench) -> None:
     held_out = evaluation_loader(
         bench.parts.validation, batch_size=max(1, settings.eval_batch_size // len(module.runs))
     )
-    with quiet_lightning():
+    with quiet_lightning(), deterministic_algorithms(settings.deterministic):
         trainer = lightning.Trainer(
             accelerator=resolve_device(settings),
             devices=1,

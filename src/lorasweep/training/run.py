@@ -33,7 +33,13 @@ from lorasweep.models.load import BaseModel, Labels, load_base
 from lorasweep.record import RUN_FILE, RunRecord, RunStatus
 from lorasweep.training.averaging import PutBack, WeightAveraging
 from lorasweep.training.callbacks import EarlyStopping, Logging, Pruning, RunStopped, ShouldStop, Stopping
-from lorasweep.training.environment import Precision, reset_peak_memory, resolve_device, resolve_precision
+from lorasweep.training.environment import (
+    Precision,
+    deterministic_algorithms,
+    reset_peak_memory,
+    resolve_device,
+    resolve_precision,
+)
 from lorasweep.training.module import TrainingModule
 from lorasweep.training.run_log import (
     CHECKPOINT_FILE,
@@ -280,7 +286,7 @@ def _fit(
         seed=module.config.seeds.data_order,
         start_step=start_step,
     )
-    with quiet_lightning():
+    with quiet_lightning(), deterministic_algorithms(settings.deterministic):
         if not record.steps_planned:
             trainer.validate(module, datamodule=data, verbose=False)
             return "complete"

@@ -24,6 +24,7 @@ from lorasweep.errors import Diverged, LoraSweepError
 from lorasweep.models.attention import AttentionChoice
 from lorasweep.models.load import BaseModel
 from lorasweep.record import (
+    PATCH_FILE,
     STEPS_FILE,
     Direction,
     RunRecord,
@@ -31,14 +32,20 @@ from lorasweep.record import (
     read_run,
     sha256_of,
     utc_now,
+    write_atomically,
     write_record,
 )
+from lorasweep.redaction import redact
 from lorasweep.training.environment import (
     Precision,
+    code_patch,
     describe_code,
+    describe_command,
+    describe_environment,
     describe_packages,
     describe_platform,
     peak_memory_bytes,
+    resolve_device,
 )
 
 CHECKPOINT_FILE = "last.ckpt"
@@ -82,6 +89,8 @@ class RunLog:
         self._before_s, self._started = record.wall_s, time.monotonic()
         folder.mkdir(parents=True, exist_ok=True)
         _keep_steps_up_to(folder / STEPS_FILE, start_step)
+        if record.code.get("patch", {}).get("file") and not (folder / PATCH_FILE).exists():
+            write_atomically(folder / PATCH_FILE, code_patch())
         write_record(record, folder)
 
     def note_step(self, step: int, micro_losses: list[Tensor], lr: float) -> None:
@@ -169,9 +178,11 @@ def new_record(config: RunConfig, place: RunPlace, bench: Workbench) -> RunRecor
         trial=place.trial,
         metric=bench.parts.metric,
         direction=goal_direction(bench.parts.metric),
+        command=describe_command(),
         code=describe_code(),
         packages=describe_packages(),
-        platform=describe_platform(bench.precision),
+        platform=describe_platform(bench.precision, resolve_device(config.trainer)),
+        environment=describe_environment(),
         notes=list(bench.parts.notes),
         data={name: part.describe() for name, part in parts.items()},
         base=bench.base.describe(),
@@ -214,10 +225,9 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def describe_failure(error: BaseException) -> str:
-    """Returns the sentence of one of our errors, else the traceback."""
-    if isinstance(error, LoraSweepError):
-        return str(error)
-    return "".join(traceback.format_exception(error)).strip()
+    """Returns the sentence of one of our errors, else the traceback; without secrets."""
+    ours = isinstance(error, LoraSweepError)
+    return str(redact(str(error) if ours else "".join(traceback.format_exception(error)).strip()))
 
 
 def _keep_steps_up_to(path: Path, step: int) -> None:
