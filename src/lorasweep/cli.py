@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from lorasweep.errors import ConfigError, LoraSweepError, RecordError
+from lorasweep.redaction import redact
 
 if TYPE_CHECKING:
     from lorasweep.config.run import RunConfig
@@ -42,7 +43,7 @@ def run(arguments: Sequence[str]) -> int:
         command: Callable[[argparse.Namespace], int] = parsed.command
         return command(parsed)
     except LoraSweepError as error:
-        print(f"lorasweep: {error}", file=sys.stderr)
+        print(f"lorasweep: {redact(str(error))}", file=sys.stderr)
         return WRONG if isinstance(error, ConfigError | RecordError) else FAILED
     except KeyboardInterrupt:
         print("lorasweep: interrupted", file=sys.stderr)
@@ -79,6 +80,20 @@ def build_parser() -> argparse.ArgumentParser:
     inspect_parser.add_argument("--format", choices=("table", "json", "csv"), default="table", help="what to print")
     inspect_parser.add_argument("--no-scores", action="store_true", help="don't score smaller ranks")
     inspect_parser.set_defaults(command=inspect)
+    reproduce_parser = commands.add_parser(
+        "reproduce", help="run it again from its record and check that it is the same"
+    )
+    reproduce_parser.add_argument(
+        "folder", type=Path, nargs="?", metavar="RUN", help="folder of a run, or of a sweep: its winners"
+    )
+    reproduce_parser.add_argument("--trial", metavar="SWEEP/ARM/NUMBER", help="a trial of a sweep instead of RUN")
+    reproduce_parser.add_argument("--tolerance", type=float, metavar="T", help="relative difference that still counts")
+    reproduce_parser.add_argument("--steps", type=int, metavar="N", help="compare the first N steps only")
+    reproduce_parser.add_argument(
+        "--trust", action="store_true", help="run code and read pickles that the record names"
+    )
+    reproduce_parser.add_argument("--output", type=Path, metavar="DIR", help="default: outputs/reproduce/NAME")
+    reproduce_parser.set_defaults(command=reproduce)
     return parser
 
 
@@ -153,6 +168,28 @@ def inspect(arguments: argparse.Namespace) -> int:
     else:
         print(as_json(found) if arguments.format == "json" else as_csv(found), end="")
     return DONE
+
+
+def reproduce(arguments: argparse.Namespace) -> int:
+    """Runs a run, a trial or a sweep's winners again and says whether they are the same."""
+    from lorasweep.training import reproduce_run
+
+    holds = True
+    with StopSignal() as stop:
+        for run in _runs_to_reproduce(arguments):
+            found = reproduce_run(
+                run,
+                output=_new_output(arguments.output, Path("outputs") / "reproduce" / run.resolve().name),
+                tolerance=arguments.tolerance,
+                steps=arguments.steps,
+                trust=arguments.trust,
+                stop_requested=stop,
+            )
+            print(found.describe(), flush=True)
+            if found.verdict == "interrupted":
+                return INTERRUPTED
+            holds = holds and found.holds
+    return DONE if holds else FAILED
 
 
 def show_report(folders: Sequence[Path]) -> int:
@@ -300,6 +337,46 @@ def _resume(arguments: argparse.Namespace, benches: Any) -> SweepFolder:
     return folder
 
 
+def _runs_to_reproduce(arguments: argparse.Namespace) -> list[Path]:
+    """The folders of the runs that were asked for: one, a sweep's trial, or the winner of each of its arms."""
+    from lorasweep.record import SWEEP_FILE, folder_of_run, read_sweep
+
+    folder, trial = arguments.folder, arguments.trial
+    if (folder is None) == (trial is None):
+        raise ConfigError("`lorasweep reproduce` must have a RUN or `--trial SWEEP/ARM/NUMBER`, one of them.")
+    if trial is not None:
+        return [_find_trial(trial)]
+    if not (folder / SWEEP_FILE).is_file():
+        return [folder]
+    from lorasweep.analysis.sweep import winners
+
+    found = [winner for winner in winners(read_sweep(folder)).values() if winner is not None]
+    if not found:
+        raise RecordError(f"a sweep must have a complete trial to be repeated, but {str(folder)!r} has none.")
+    if arguments.output is not None and len(found) > 1:
+        raise ConfigError("`--output` must be left out with a sweep of several arms: each winner has its own folder.")
+    return [folder_of_run(folder, winner.run) for winner in found]
+
+
+def _find_trial(given: str) -> Path:
+    """The folder of the run of `SWEEP/ARM/NUMBER`; without ARM where the sweep has one arm only."""
+    from lorasweep.record import SWEEP_FILE, folder_of_run, read_sweep
+
+    path = Path(given)
+    arm = None if (path.parent / SWEEP_FILE).is_file() else path.parent.name
+    folder = path.parent if arm is None else path.parent.parent
+    record = read_sweep(folder)
+    names = [row.name for row in record.arms]
+    if arm is None and len(names) == 1:
+        arm = names[0]
+    for row in record.trials:
+        if row.arm == arm and str(row.number) == path.name:
+            return folder_of_run(folder, row.run)
+    raise ConfigError(
+        f"`--trial` must be SWEEP/ARM/NUMBER of a trial that was begun (arms: {', '.join(names)}), but got {given!r}."
+    )
+
+
 def _say_how_to_go_on(folder: SweepFolder) -> int:
     done = sum(row.state != "running" for row in folder.record.trials)
     asked = sum(arm.trials for arm in folder.definition.arms)
@@ -320,14 +397,28 @@ def _print_warnings(folder: SweepFolder, console: Console, *, after: int) -> int
     return len(folder.record.warnings)
 
 
+def _new_output(given: Path | None, default: Path) -> Path:
+    """The folder that was asked for, or the default one with the next free number behind it."""
+    if given is not None:
+        return _require_new(given, key="--output")
+    path, number = default, 1
+    while path.exists():
+        number += 1
+        path = default.with_name(f"{default.name}-{number}")
+    return path
+
+
+def _require_new(path: Path, *, key: str) -> Path:
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ConfigError(
+            f"`{key}` must be a new or empty folder, but {str(path)!r} is not. Leave it out for a new one."
+        )
+    return path
+
+
 def _new_train_folder(output: str | None) -> Path:
     if output is not None:
-        path = Path(output)
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise ConfigError(
-                f"`output` must be a new or empty folder, but {output!r} is not. Leave it out for a new one."
-            )
-        return path
+        return _require_new(Path(output), key="output")
     number = 1
     while (path := Path("outputs") / "train" / f"{number:04d}").exists():
         number += 1
@@ -339,5 +430,5 @@ def _guarded(action: Callable[[], int]) -> int:
     try:
         return action()
     except LoraSweepError as error:
-        print(f"lorasweep: {error}", file=sys.stderr)
+        print(f"lorasweep: {redact(str(error))}", file=sys.stderr)
         return WRONG if isinstance(error, ConfigError | RecordError) else FAILED

@@ -5,6 +5,7 @@ from lorasweep.training.environment import resolve_precision
 from lorasweep.training.evaluate import Scored, evaluate_model
 from lorasweep.training.export import Export, ExportFormat, export_run
 from lorasweep.training.pack import train_pack
+from lorasweep.training.reproduce import Reproduction, reproduce_run
 from lorasweep.training.restore import restore_base, restore_config, restore_model
 from lorasweep.training.run import build_workbench, check_run, train_run
 from lorasweep.training.run_log import RunPlace, Workbench
@@ -15,6 +16,7 @@ __all__ = [
     "Export",
     "ExportFormat",
     "Job",
+    "Reproduction",
     "RunPlace",
     "Scored",
     "Workbench",
@@ -25,6 +27,7 @@ __all__ = [
     "export_run",
     "measure_pack_sizes",
     "measure_run",
+    "reproduce_run",
     "resolve_precision",
     "restore_base",
     "restore_config",
