@@ -247,13 +247,13 @@ def test_a_hostile_record_is_one_sentence(run, repeat, monkeypatch, tmp_path, ch
 )
 def test_a_hostile_step_log_is_one_sentence(run, repeat, line):
     (run / STEPS_FILE).write_text(line + "\n" + line)
-    with pytest.raises(RecordError, match="must be a run's step log, but is damaged"):
+    with pytest.raises(RecordError, match=r"must be a run's step log, but is damaged|must have logged a step"):
         repeat()
 
 
 def test_a_run_without_steps_is_refused(run, repeat):
     (run / STEPS_FILE).unlink()
-    with pytest.raises(RecordError, match="a run must have logged a step to be repeated, but .* has none"):
+    with pytest.raises(RecordError, match=r"a run must have logged a step to be repeated, but .* has none"):
         repeat()
 
 

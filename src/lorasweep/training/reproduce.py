@@ -21,9 +21,10 @@ from lorasweep.training.restore import DTYPES, restore_config
 from lorasweep.training.run import build_workbench, check_run, never_stop, train_run
 from lorasweep.training.run_log import RunPlace, Workbench
 
-PACK_TOLERANCE = {"fp32": 1e-3, "bf16": 3e-2}
+PACK_TOLERANCE = {"fp32": 1e-4, "bf16": 3e-2}
 """Of a run that was trained in a pack and is repeated alone, whose sums are then rounded otherwise. A difference of
-rounding grows with the steps, the faster the higher the learning rate is."""
+rounding grows with the steps, the faster the higher the learning rate is: over 60 steps of the embedded model the
+largest was 2e-7 in fp32 and 2e-3 in bf16, at a rate that is too high (3e-2) 1e-5 and 2e-2."""
 
 Verdict = Literal["identical", "within tolerance", "different", "interrupted"]
 
