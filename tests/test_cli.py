@@ -107,6 +107,11 @@ BAD = [
     (["export", "full", "--format", "merged", "--out", "new"], "a run's folder must contain run.json, but 'full' does"),
     (["inspect", "full"], "a run's folder must contain run.json, but 'full' does not."),
     (["inspect", "nowhere", "full"], "a run's folder must contain run.json, but 'nowhere' does not."),
+    (["reproduce", "full"], "a run's folder must contain run.json, but 'full' does not."),
+    (["reproduce"], "`lorasweep reproduce` must have a RUN or `--trial SWEEP/ARM/NUMBER`, one of them."),
+    (["reproduce", "--trial", "full/lora/0"], "a sweep's folder must contain sweep.json, but 'full' does not."),
+    (["train", "data.train=https://me:open-sesame@host/a.csv", "data=table"], "but got 'https://***@host/a.csv'."),
+    (["sweep", "mini.yaml", "model.path=https://me:open-sesame@host"], "`model.path` must be a setting without a pass"),
     (["train", "method.rnk=4"], "`method.rnk` is not a setting. Did you mean `method.rank`?"),
     (["train", "method=lorra"], "Did you mean `lora`?"),
     (["train", "method.rank=0"], "`method.rank >= 1` must hold, but got 0."),
@@ -403,6 +408,43 @@ def test_inspect_shows_a_run_as_a_table_json_or_csv_and_writes_its_files(here, s
     assert content["ranks"] == []
     assert run(["inspect", "one", "--format", "csv", "--no-scores"]) == DONE
     assert capsys.readouterr().out == (here / "one" / "inspect" / "layers.csv").read_text()
+
+
+def test_reproduce_says_identical_or_the_first_step_that_differs(here, short, capsys):
+    assert run(["train", *short, "output=one"]) == DONE
+    capsys.readouterr()
+    assert run(["reproduce", "one", "--steps", "1"]) == DONE
+    assert capsys.readouterr().out.startswith("identical: 1 steps and 0 evaluations of one and outputs/reproduce/one ")
+    log = here / "one" / "steps.jsonl"
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    rows[1]["loss"] += 1.0
+    log.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert run(["reproduce", "one", "--output", "new"]) == FAILED
+    assert capsys.readouterr().out.startswith("different: first at step 2 loss was ")
+    assert run(["reproduce", "one", "--output", "new"]) == WRONG
+    assert "`--output` must be a new or empty folder, but 'new' is not." in capsys.readouterr().err
+    assert {path.name for path in (here / "outputs" / "reproduce").iterdir()} == {"one"}
+
+
+def test_reproduce_repeats_the_winners_of_a_sweep_or_one_trial(here, mini, capsys):
+    assert run(["sweep", mini, "sweep.output=s"]) == DONE
+    rows = [row for row in read_sweep(here / "s").trials if row.arm == "lora"]
+    winner = min(rows, key=lambda row: row.value)
+    capsys.readouterr()
+    assert run(["reproduce", "s"]) == DONE
+    assert capsys.readouterr().out.startswith(f"identical: 2 steps and 2 evaluations of s/{winner.run} and ")
+    assert run(["reproduce", "--trial", "s/lora/1", "--steps", "1"]) == DONE
+    assert "of s/runs/lora-0001 and outputs/reproduce/lora-0001" in capsys.readouterr().out
+    assert run(["reproduce", "--trial", "s/lora/7"]) == WRONG
+    assert (
+        "`--trial` must be SWEEP/ARM/NUMBER of a trial that was begun (arms: frozen, lora)" in capsys.readouterr().err
+    )
+    raw = json.loads((here / "s" / "sweep.json").read_text())
+    for row in raw["trials"]:
+        row["run"] = "../elsewhere"
+    (here / "s" / "sweep.json").write_text(json.dumps(raw))
+    assert run(["reproduce", "s"]) == WRONG
+    assert "a trial's run must lie in its sweep's folder, but '../elsewhere' does not." in capsys.readouterr().err
 
 
 def test_a_small_share_of_trained_parameters_is_not_shown_as_none(short, capsys):
