@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -29,7 +28,6 @@ from lorasweep.record import (
     read_sweep,
     sha256_of,
     utc_now,
-    write_atomically,
     write_record,
 )
 
@@ -94,28 +92,6 @@ def test_a_number_that_json_lacks_becomes_null_at_any_depth(tmp_path, value):
 def test_the_score_is_the_best_value_of_the_runs_metric():
     assert make_run(best={"loss": 1.5, "perplexity": 4.5}).score == 1.5
     assert make_run().score is None
-
-
-def test_a_write_that_fails_leaves_the_old_file_and_nothing_beside_it(tmp_path, monkeypatch):
-    path = tmp_path / "file"
-    write_atomically(path, "old")
-
-    def fail(handle):
-        raise OSError("disk full")
-
-    monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(OSError, match="disk full"):
-        write_atomically(path, "new")
-    assert [file.name for file in tmp_path.iterdir()] == ["file"]
-    assert path.read_text() == "old"
-
-
-def test_a_write_replaces_the_old_file_and_leaves_nothing_beside_it(tmp_path):
-    path = tmp_path / "new_folder" / "file"
-    write_atomically(path, "old")
-    write_atomically(path, b"\x00new")
-    assert path.read_bytes() == b"\x00new"
-    assert [file.name for file in path.parent.iterdir()] == ["file"]
 
 
 def test_keys_that_this_version_does_not_know_are_ignored(tmp_path):

@@ -45,6 +45,8 @@ def run(arguments: Sequence[str]) -> int:
     except LoraSweepError as error:
         print(f"lorasweep: {redact(str(error))}", file=sys.stderr)
         return WRONG if isinstance(error, ConfigError | RecordError) else FAILED
+    except OSError as error:
+        return _say_os_error(error)
     except KeyboardInterrupt:
         print("lorasweep: interrupted", file=sys.stderr)
         return INTERRUPTED
@@ -280,7 +282,10 @@ def write_hparams_row(record: RunRecord, folder: Path, swept: Mapping[str, Any])
 
 
 class StopSignal:
-    """Whether SIGINT or SIGTERM came, for a clean stop at the next step; a second SIGINT ends at once."""
+    """Whether SIGINT, SIGTERM or SIGUSR1 came, for a clean stop at the next step; a second SIGINT ends at once.
+
+    SIGUSR1 is what batch systems send before the time of a job is over.
+    """
 
     def __init__(self) -> None:
         self.requested = False
@@ -291,7 +296,7 @@ class StopSignal:
         return self.requested
 
     def __enter__(self) -> StopSignal:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             self._before[number] = signal.signal(number, self._note)
         return self
 
@@ -425,6 +430,16 @@ def _new_train_folder(output: str | None) -> Path:
     return path
 
 
+def _say_os_error(error: OSError) -> int:
+    """What the system refused, in a sentence: a full disk, a folder that is gone or may not be written to."""
+    named = f" {str(error.filename)!r}" if error.filename else ""
+    print(
+        f"lorasweep: the files of a run must be there and writable, but{named}: {error.strerror or error}.",
+        file=sys.stderr,
+    )
+    return FAILED
+
+
 def _guarded(action: Callable[[], int]) -> int:
     """Runs an action inside Hydra, which would print a LoraSweepError as a traceback of its own."""
     try:
@@ -432,3 +447,5 @@ def _guarded(action: Callable[[], int]) -> int:
     except LoraSweepError as error:
         print(f"lorasweep: {redact(str(error))}", file=sys.stderr)
         return WRONG if isinstance(error, ConfigError | RecordError) else FAILED
+    except OSError as error:
+        return _say_os_error(error)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
@@ -17,6 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from lorasweep.disk import write_atomically
 from lorasweep.errors import RecordError
 from lorasweep.redaction import may_hold_secret, redact
 
@@ -72,8 +72,8 @@ class RunRecord:
     notes: list[str] = field(default_factory=list)
     """Sentences on how the data was made: what was split off, duplicates, the majority class."""
     batching: dict[str, Any] = field(default_factory=dict)
-    """`micro_batches` per optimizer step, `padding_fraction` of training and validation batches, and the `attention`
-    that was chosen by measuring, with its times."""
+    """`micro_batches` per optimizer step, `padding_fraction` of training and validation batches, the `attention` that
+    was chosen by measuring, with its times, and where memory ran out `too_large`: the micro-batches tried before."""
     base: dict[str, Any] = field(default_factory=dict)
     """`path`, `fingerprint`, `parameters`."""
     started_at: str = ""
@@ -206,21 +206,6 @@ def utc_now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Writes a file whole or not at all: temporary file in the same folder, fsync, rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    data = content.encode() if isinstance(content, str) else content
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def write_record(record: RunRecord | SweepRecord, folder: Path) -> None:
     """Writes `run.json` or `sweep.json` into the folder, without secrets.
 
@@ -299,9 +284,11 @@ def read_steps(folder: Path, *, having: str = "") -> Iterator[dict[str, Any]]:
         if having not in line:
             continue
         try:
-            yield json.loads(line)
-        except json.JSONDecodeError:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
             return
+        if isinstance(row, dict):
+            yield row
 
 
 def sha256_of(path: Path) -> str:

@@ -147,6 +147,26 @@ def test_a_trial_that_does_not_fit_is_told_to_the_sampler_as_infeasible(begin, w
         assert trial.constraints == {"memory": 1.0}
 
 
+def test_the_sampler_learns_what_does_not_fit_and_the_sweep_goes_on(begin, work, runs, content):
+    def score(config, step):
+        if config.method.rank == 4 and step == 4:  # after an evaluation, which must not count as its score
+            raise OutOfMemory("2 GiB")
+        return abs(config.optim.lr - 0.01)
+
+    runs.score = score
+    content["settings"] |= {"sweep.max_failures": 60}
+    content["arms"] = {"lora": content["arms"]["lora"] | {"trials": 60}}
+    folder = begin(content)
+    assert work(folder)
+    trials = read_sweep(folder.path).trials
+    infeasible = [row.params["method.rank"] == 4 for row in trials]
+    assert [row.state == "infeasible" for row in trials] == infeasible
+    assert all(row.value is None for row in trials if row.state == "infeasible")
+    assert sum(infeasible[:10]) >= 2
+    # 3 to 6 of 30 on other seeds; where they are told as failed, TPE proposes 28 to 30 of them
+    assert sum(infeasible[30:]) <= 8
+
+
 def test_too_many_failures_in_a_row_stop_the_sweep(begin, work, runs, content):
     def score(config, step):
         raise Diverged("the training loss became NaN")

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 import lorasweep
+import lorasweep.sweep.journal as journal_file
+from lorasweep.errors import WorkerError
 from lorasweep.sweep import reopen_sweep
 from lorasweep.sweep.journal import JournalLock
 
@@ -21,6 +23,7 @@ SOURCE = str(Path(lorasweep.__file__).parent.parent)
 @pytest.mark.slow
 def test_a_lock_of_a_killed_process_is_free(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "journal.log").touch()
     code = (
         "import os, signal; from lorasweep.sweep.journal import JournalLock; "
         "JournalLock('journal.log').acquire(); os.kill(os.getpid(), signal.SIGKILL)"
@@ -35,6 +38,7 @@ def test_a_lock_of_a_killed_process_is_free(tmp_path, monkeypatch):
 
 def test_a_lock_that_another_has_is_waited_for(tmp_path):
     path = str(tmp_path / "journal.log")
+    (tmp_path / "journal.log").touch()
     first, second = JournalLock(path), JournalLock(path)
     first.acquire()
     got = threading.Event()
@@ -44,6 +48,26 @@ def test_a_lock_that_another_has_is_waited_for(tmp_path):
     first.release()
     assert got.wait(60)
     second.release()
+
+
+def test_a_lock_that_is_never_let_go_of_is_waited_for_so_long_and_no_longer(tmp_path, monkeypatch):
+    path = tmp_path / "journal.log"
+    path.touch()
+    monkeypatch.setattr(journal_file, "LONGEST_WAIT_S", 0.2)
+    first = JournalLock(str(path))
+    first.acquire()
+    with pytest.raises(
+        WorkerError, match=r"journal.log' must be free within 0 s, but another process keeps it locked."
+    ):
+        JournalLock(str(path)).acquire()
+    first.release()
+    JournalLock(str(path)).acquire()
+
+
+def test_a_journal_that_is_gone_is_not_made_anew(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        JournalLock(str(tmp_path / "journal.log")).acquire()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_line_that_was_left_unfinished_is_cut_off_before_the_next_is_written(tmp_path):

@@ -17,7 +17,6 @@ from lorasweep.models import tiny
 from lorasweep.models.load import fingerprint_weights
 from lorasweep.record import read_run, read_steps
 from lorasweep.training import Job, RunPlace, build_workbench, train_pack, train_run
-from lorasweep.training.slots import SLOT_CHECKPOINT_FILE
 
 ADAPTER = "adapter_model.safetensors"
 MIXED = (
@@ -89,7 +88,7 @@ def test_packed_runs_equal_runs_alone_while_slots_join_and_leave(make_config, be
         for name in ("status", "steps_done", "tokens_trained", "trainable_params", "adapter_bytes", "reason"):
             assert getattr(one, name) == getattr(other, name), name
         assert other.pack is not None
-        assert not (packed / SLOT_CHECKPOINT_FILE).exists()
+        assert not list(packed.glob("*.ckpt"))
 
 
 def test_packed_runs_equal_runs_alone_in_bf16_and_have_the_same_best_trial(make_config, tmp_path):
@@ -212,6 +211,27 @@ def test_a_stopped_pack_goes_on_from_its_last_evaluation_to_the_same_bits(make_c
         assert all(torch.equal(whole[key], broken[key]) for key in whole)
 
 
+def test_a_slot_whose_checkpoint_is_damaged_goes_on_from_the_one_before_to_the_same_bits(make_config, bench, tmp_path):
+    configs = [make_config({**settings, "trainer.max_steps": 8}) for settings in MIXED[:3]]
+
+    def jobs(folder: Path) -> list[Job]:
+        return [Outcomes().job(folder / str(n), config) for n, config in enumerate(configs)]
+
+    train_pack(jobs(tmp_path / "whole"), bench=bench, supply=no_more)
+    asked = iter(range(100))
+    train_pack(jobs(tmp_path / "broken"), bench=bench, supply=no_more, stop_requested=lambda: next(asked) >= 4)
+    damaged = max((tmp_path / "broken" / "1").glob("slot-*.ckpt"))
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    assert train_pack(jobs(tmp_path / "broken"), bench=bench, supply=no_more)
+    note = "The checkpoint of step 4 was damaged, so the run went on from step 2."
+    assert [note in read_run(tmp_path / "broken" / str(n)).notes for n in range(3)] == [False, True, False]
+    for n in range(len(configs)):
+        whole, broken = (rows(tmp_path / name / str(n)) for name in ("whole", "broken"))
+        assert [step for step, _ in broken] == [step for step, _ in whole]
+        # slots that are at other steps end apart, and what is left is a smaller pack
+        assert [loss for _, loss in broken] == pytest.approx([loss for _, loss in whole], rel=LOSS_TOLERANCE)
+
+
 def test_a_pack_that_runs_out_of_memory_says_so_and_its_runs_can_go_on(make_config, bench, tmp_path, monkeypatch):
     outcomes = Outcomes()
     real, calls = pack_file.slot_losses, iter(range(1000))
@@ -226,7 +246,7 @@ def test_a_pack_that_runs_out_of_memory_says_so_and_its_runs_can_go_on(make_conf
     with pytest.raises(OutOfMemory, match="CUDA out of memory"):
         train_pack(jobs, bench=bench, supply=no_more)
     assert outcomes.ended == {}
-    assert (tmp_path / "0" / SLOT_CHECKPOINT_FILE).exists()
+    assert list((tmp_path / "0").glob("slot-*.ckpt"))
     assert train_pack(jobs[:1], bench=bench, supply=no_more)
     assert outcomes.ended == {"0": "complete"}
     assert [step for step, _ in rows(tmp_path / "0")] == [1, 2, 2, 3, 4, 4, 5, 6, 6, 7, 8, 8]

@@ -18,8 +18,8 @@ from lorasweep.analysis.measure import LayerRow, Side, mean_similarity
 from lorasweep.analysis.restore import FinishedRun
 from lorasweep.analysis.subspaces import Similarity, random_similarity
 from lorasweep.analysis.truncation import Truncation
+from lorasweep.disk import write_atomically
 from lorasweep.errors import RecordError
-from lorasweep.record import write_atomically
 
 FOLDER = "inspect"
 VERSION = 1

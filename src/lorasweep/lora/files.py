@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import tempfile
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -20,6 +18,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from lorasweep.config.method import LoraConfig, TrainedBias
+from lorasweep.disk import write_atomically
 from lorasweep.lora.functional import scaling_factor
 from lorasweep.lora.inject import build_layers, inject_lora
 from lorasweep.lora.layers import LoraLayer, lora_layers
@@ -82,8 +81,8 @@ def save_adapter(
     metadata = {"format": "pt"} | ({} if base_fingerprint is None else {FINGERPRINT_KEY: base_fingerprint})
     config = config_to_peft(layers, model, base_path=base_path)
     config["revision"] = base_revision
-    _write_whole(folder / WEIGHTS_FILE, serialise(tensors, metadata=metadata))
-    _write_whole(folder / CONFIG_FILE, json.dumps(config, indent=2, sort_keys=True).encode() + b"\n")
+    write_atomically(folder / WEIGHTS_FILE, serialise(tensors, metadata=metadata))
+    write_atomically(folder / CONFIG_FILE, json.dumps(config, indent=2, sort_keys=True).encode() + b"\n")
 
 
 def serialise(tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str]) -> bytes:
@@ -257,18 +256,3 @@ def _read_config(path: Path, model: nn.Module) -> LoraConfig:
 def _check_file(path: Path) -> None:
     if not path.is_file():
         raise ValueError(f"{str(path)!r} must be a file, but there is none. Name a folder with a saved adapter.")
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    """Writes beside `path`, flushes to disk and moves into place, so that `path` is never half written."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)  # mkstemp keeps others from reading
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise

@@ -6,7 +6,6 @@ Each method has its own file and an entry in `METHODS`. Comes after `models` and
 from __future__ import annotations
 
 import copy
-import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lorasweep.config.method import MethodConfig
+from lorasweep.disk import move_into_place
 from lorasweep.errors import RecordError
 from lorasweep.models.load import BaseModel
 
@@ -161,13 +161,11 @@ def one_group(name: str, model: nn.Module) -> list[ParameterGroup]:
 def replacing_files(folder: Path) -> Iterator[Path]:
     """Gives a new folder to write into; at the end each file moves into `folder` whole, in order of names."""
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as name:
+    with tempfile.TemporaryDirectory(prefix=".saving-", suffix=".tmp", dir=folder) as name:
         yield Path(name)
         for file in sorted(Path(name).iterdir()):
-            with file.open("rb") as written:
-                os.fsync(written.fileno())
             file.chmod(0o644)
-            file.replace(folder / file.name)
+            move_into_place(file, folder / file.name)
 
 
 def read_weights(file: Path, *, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:

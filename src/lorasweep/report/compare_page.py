@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
-from lorasweep.record import write_atomically
+from lorasweep.disk import write_atomically
 from lorasweep.report.figures.panel import colours_of
 from lorasweep.report.figures.together import draw_together
 from lorasweep.report.page import load_template

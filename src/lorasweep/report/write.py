@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from lorasweep.record import write_atomically
+from lorasweep.disk import write_atomically
 from lorasweep.report.board import BOARD_FOLDER, write_board
 from lorasweep.report.figures import PANELS, Panel
 from lorasweep.report.page import render_page

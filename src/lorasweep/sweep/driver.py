@@ -106,11 +106,15 @@ class Worker:
         """Runs what is left and returns whether the sweep is complete (False: it was stopped).
 
         Raises:
-            WorkerError: `sweep.max_failures` trials in a row failed.
+            WorkerError: `sweep.max_failures` trials in a row failed, or the sweep's folder can't be written to.
         """
-        self.sweep.save("running")
-        complete = self._run_stage(Search(self.sweep)) and self._confirm()
-        self.sweep.save("complete" if complete else "interrupted")
+        try:
+            self.sweep.save("running")
+            complete = self._run_stage(Search(self.sweep)) and self._confirm()
+            self.sweep.save("complete" if complete else "interrupted")
+        except OSError as error:
+            self.sweep.check_disk(error)
+            raise
         return complete
 
     def _confirm(self) -> bool:
@@ -191,6 +195,8 @@ class Worker:
                 stop_requested=self.stop_requested,
                 resume=True,
             )
+        except WorkerError:
+            raise
         except Exception as error:  # a broken trial must not end the sweep
             self.trials.tell_failure(opened, error)
             return True
@@ -220,6 +226,7 @@ class Worker:
         except WorkerError:
             raise
         except Exception as error:
+            self.sweep.check_disk(error)
             # The trials go on from their last evaluation: after running out of memory in smaller packs, after any other
             # error alone, where the one that is to blame fails by itself.
             fewer = len(running) // 2 if isinstance(error, OutOfMemory) else 1

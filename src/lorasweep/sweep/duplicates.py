@@ -8,6 +8,7 @@ start, no weight decay and no clipping (whose norm would weigh B's gradient anew
 
 from __future__ import annotations
 
+import hashlib
 import math
 from dataclasses import asdict
 from typing import Any
@@ -27,6 +28,11 @@ def describe_function(config: RunConfig) -> str:
     if isinstance(config.method, LoraConfig):
         _canonize(settings, config, config.method)
     return repr(_rounded(settings))
+
+
+def name_function(config: RunConfig) -> str:
+    """Returns a short name of what `describe_function` describes."""
+    return hashlib.sha256(describe_function(config).encode()).hexdigest()[:16]
 
 
 def is_scale_free(config: RunConfig) -> bool:

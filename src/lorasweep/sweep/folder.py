@@ -10,7 +10,7 @@ DIR/report         what `lorasweep compare` writes
 from __future__ import annotations
 
 import fcntl
-import json
+import math
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -24,12 +24,13 @@ from optuna.trial import FrozenTrial, TrialState
 
 from lorasweep.config.run import RunConfig
 from lorasweep.data.tasks import goal_direction
+from lorasweep.disk import remove_leftovers, why_unwritable
 from lorasweep.errors import ConfigError, RecordError, WorkerError
 from lorasweep.record import SWEEP_FILE, SweepRecord, read_sweep, sha256_of, utc_now, write_record
 from lorasweep.sweep.confirm import draw_seeds
 from lorasweep.sweep.definition import Arm, Definition, restore_definition
 from lorasweep.sweep.fairness import find_warnings
-from lorasweep.sweep.rows import WINNER_ATTRIBUTE, arm_row, confirm_row, trial_row
+from lorasweep.sweep.rows import RUNS_FOLDER, WINNER_ATTRIBUTE, arm_row, confirm_row, trial_row
 from lorasweep.sweep.search import (
     CONFIRM_STUDY,
     JOURNAL_FILE,
@@ -41,6 +42,7 @@ from lorasweep.sweep.search import (
 )
 
 FINGERPRINT = "lorasweep:definition"
+LOCK_FILE = ".lock"
 
 
 @dataclass(kw_only=True)
@@ -58,6 +60,9 @@ class SweepFolder:
     lock: int
     opened: float = field(default_factory=time.monotonic)
     makespan_before_s: float = 0.0
+    saved: float = -math.inf
+    save_s: float = 0.0
+    """When the record was last written, and how long that took."""
 
     def finished(self, arm: Arm) -> int:
         """Returns how many trials of an arm are finished, whatever became of them."""
@@ -68,7 +73,44 @@ class SweepFolder:
         return self.studies[arm.name].get_trials(deepcopy=False, states=(TrialState.RUNNING,))
 
     def save(self, status: Any = None) -> None:
-        """Writes the record with every trial as the storage has it."""
+        """Writes the record with every trial as the storage has it.
+
+        What is left out while it would take more than a tenth of the time is written later: the storage has it.
+
+        Raises:
+            WorkerError: The folder is gone.
+        """
+        began = time.monotonic()
+        if status is None and began - self.saved < 9 * self.save_s:
+            return
+        self.check_disk()
+        self._save(status)
+        self.saved = time.monotonic()
+        self.save_s = self.saved - began
+
+    def check_disk(self, error: BaseException | None = None) -> None:
+        """Makes sure that the folder is there and, where something failed, that it can be written to.
+
+        Raises:
+            WorkerError: It is not, so no trial is to blame and the sweep must end here.
+        """
+        reason = None if self._is_here() else "it was moved or removed"
+        if reason is None and error is not None:
+            reason = why_unwritable(self.path, error)
+        if reason is not None:
+            raise WorkerError(
+                f"a sweep's folder must stay in place and have room, but {str(self.path)!r} can't be written to: "
+                f"{reason}. Nothing that ended is lost; put that right, then type "
+                f"`lorasweep sweep --resume {self.path}`."
+            ) from error
+
+    def _is_here(self) -> bool:
+        try:
+            return os.path.samestat(os.stat(self.path / LOCK_FILE), os.fstat(self.lock))
+        except OSError:
+            return False
+
+    def _save(self, status: Any) -> None:
         self.record.makespan_s = self.makespan_before_s + time.monotonic() - self.opened
         self.record.trials = [
             trial_row(arm.name, trial)
@@ -137,7 +179,12 @@ def create_sweep(
         notes: Sentences on how the data was made.
     """
     seeds, warnings = draw_seeds(definition), find_warnings(definition)
-    path.mkdir(parents=True, exist_ok=True)
+    try:
+        (path / RUNS_FOLDER).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"`sweep.output` must be a folder that can be made, but {str(path)!r} can't: {error.strerror}."
+        ) from error
     lock = _lock(path)
     record = SweepRecord(
         status="running",
@@ -154,11 +201,11 @@ def create_sweep(
         warnings=warnings,
         started_at=utc_now(),
     )
-    write_record(record, path)
     storage = open_storage(path)
     studies = _open_studies(definition, storage, record)
     for study in studies.values():
         study.set_user_attr(FINGERPRINT, definition.fingerprint)
+    write_record(record, path)  # last: a folder that has it can be gone on with
     return SweepFolder(path=path, definition=definition, record=record, storage=storage, studies=studies, lock=lock)
 
 
@@ -186,6 +233,7 @@ def reopen_sweep(path: Path, *, confirm: Mapping[str, Any] | None = None) -> Swe
     definition = _restore(record, path, source=source)
     seeds = draw_seeds(definition)
     lock = _lock(path)
+    remove_leftovers(path)
     try:
         storage = _check_storage(definition, path)
         confirm_studies = _open_confirm_studies(definition, storage, record)
@@ -249,7 +297,7 @@ def _check_storage(definition: Definition, path: Path) -> JournalStorage:
     try:
         storage = open_storage(path)
         known = {study.study_name: study.user_attrs for study in storage.get_all_studies()}
-    except (json.JSONDecodeError, KeyError, UnicodeDecodeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, AssertionError, RecursionError) as error:
         raise RecordError(f"{str(path / JOURNAL_FILE)!r} must be Optuna's journal, but is damaged.") from error
     if any(known.get(arm.name, {}).get(FINGERPRINT) != definition.fingerprint for arm in definition.arms):
         raise ConfigError(
@@ -271,7 +319,7 @@ def _open_studies(definition: Definition, storage: JournalStorage, record: Sweep
 def _lock(path: Path) -> int:
     """Takes the folder's lock, which the system lets go of when the process ends, however it ends."""
     try:
-        handle = os.open(path / ".lock", os.O_CREAT | os.O_RDWR)
+        handle = os.open(path / LOCK_FILE, os.O_CREAT | os.O_RDWR)
     except OSError as error:
         raise RecordError(f"a sweep's folder must be writable, but {str(path)!r} is not: {error.strerror}.") from error
     try:

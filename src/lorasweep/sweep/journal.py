@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import fcntl
 import os
+import time
 
 from optuna.storages.journal import JournalFileOpenLock
+
+from lorasweep.errors import WorkerError
+
+LONGEST_WAIT_S = 60.0
+"""A write takes milliseconds."""
 
 
 class JournalLock(JournalFileOpenLock):
@@ -22,9 +28,21 @@ class JournalLock(JournalFileOpenLock):
         self._handle: int | None = None
 
     def acquire(self) -> bool:
-        """Waits for the lock. Called by Optuna before each write."""
-        handle = os.open(self._journal, os.O_RDWR | os.O_CREAT)
-        fcntl.flock(handle, fcntl.LOCK_EX)
+        """Waits for the lock. Called by Optuna before each write.
+
+        Raises:
+            WorkerError: Another process, which may have been stopped while it wrote, does not let go of it.
+        """
+        handle = os.open(self._journal, os.O_RDWR)  # not made anew where the sweep's folder is gone
+        deadline = time.monotonic() + LONGEST_WAIT_S
+        while not _try_lock(handle):
+            if time.monotonic() > deadline:
+                os.close(handle)
+                raise WorkerError(
+                    f"{self._journal!r} must be free within {LONGEST_WAIT_S:.0f} s, but another process keeps it "
+                    "locked. End that process, then go on with `lorasweep sweep --resume`."
+                )
+            time.sleep(0.01)
         self._handle = handle
         _cut_unfinished_line(handle)
         return True
@@ -34,6 +52,14 @@ class JournalLock(JournalFileOpenLock):
         handle, self._handle = self._handle, None
         if handle is not None:
             os.close(handle)
+
+
+def _try_lock(handle: int) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _cut_unfinished_line(handle: int) -> None:

@@ -16,19 +16,22 @@ REASON_ATTRIBUTE = "lorasweep:reason"
 INFEASIBLE_ATTRIBUTE = "lorasweep:infeasible"
 SCORE_ATTRIBUTE = "lorasweep:score"
 DUPLICATE_ATTRIBUTE = "lorasweep:duplicate_of"
+FUNCTION_ATTRIBUTE = "lorasweep:function"
+"""Names what the trial trains, so that a sweep that goes on need not compose every earlier trial again."""
 WINNER_ATTRIBUTE = "lorasweep:winner"
+RUNS_FOLDER = "runs"
 SEED = "seed"
 """The one parameter of a trial of the confirm stage."""
 
 
 def run_name(arm: str, number: int) -> str:
     """Returns the folder of a run of the search, relative to the sweep's."""
-    return f"runs/{arm}-{number:04d}"
+    return f"{RUNS_FOLDER}/{arm}-{number:04d}"
 
 
 def confirm_run_name(arm: str, number: int) -> str:
     """Returns the folder of a run of the confirm stage, relative to the sweep's; no arm's name ends as it begins."""
-    return f"runs/{arm}{CONFIRM_ENDING}-{number:04d}"
+    return f"{RUNS_FOLDER}/{arm}{CONFIRM_ENDING}-{number:04d}"
 
 
 def arm_row(arm: Arm, config: RunConfig) -> ArmRow:
@@ -53,7 +56,7 @@ def trial_row(arm: str, trial: FrozenTrial) -> TrialRow:
         number=trial.number,
         state=_state(trial),
         params=dict(trial.params),
-        value=trial.user_attrs.get(SCORE_ATTRIBUTE, trial.value),
+        value=_value(trial),
         run=run_name(arm, trial.number),
         reason=trial.user_attrs.get(REASON_ATTRIBUTE),
         duplicate_of=trial.user_attrs.get(DUPLICATE_ATTRIBUTE),
@@ -70,9 +73,15 @@ def confirm_row(arm: str, trial: FrozenTrial, *, winner: int) -> ConfirmRow:
         seed=trial.params[SEED],
         state=state,
         run=confirm_run_name(arm, trial.number),
-        value=trial.user_attrs.get(SCORE_ATTRIBUTE, trial.value),
+        value=_value(trial),
         reason=trial.user_attrs.get(REASON_ATTRIBUTE),
     )
+
+
+def _value(trial: FrozenTrial) -> float | None:
+    """The score; Optuna gives one that does not fit the value of its last evaluation."""
+    infeasible = trial.user_attrs.get(INFEASIBLE_ATTRIBUTE)
+    return None if infeasible else trial.user_attrs.get(SCORE_ATTRIBUTE, trial.value)
 
 
 def _state(trial: FrozenTrial) -> RowState:

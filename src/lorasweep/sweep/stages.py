@@ -17,9 +17,16 @@ from lorasweep.config.run import RunConfig
 from lorasweep.record import RunRecord
 from lorasweep.sweep.confirm import SEED_KEYS, arm_seeds, find_winner, seed_settings
 from lorasweep.sweep.definition import Arm
-from lorasweep.sweep.duplicates import describe_function
+from lorasweep.sweep.duplicates import name_function
 from lorasweep.sweep.folder import SweepFolder
-from lorasweep.sweep.rows import DUPLICATE_ATTRIBUTE, SEED, WINNER_ATTRIBUTE, confirm_run_name, run_name
+from lorasweep.sweep.rows import (
+    DUPLICATE_ATTRIBUTE,
+    FUNCTION_ATTRIBUTE,
+    SEED,
+    WINNER_ATTRIBUTE,
+    confirm_run_name,
+    run_name,
+)
 from lorasweep.sweep.search import build_sampler, open_confirm_study
 from lorasweep.training import RunPlace
 
@@ -72,6 +79,9 @@ class Search:
     def __init__(self, sweep: SweepFolder) -> None:
         self.sweep = sweep
         self._functions: dict[str, dict[str, int]] = {}
+        """Per arm, the earliest trial of each function."""
+        self._composed: dict[tuple[str, int], RunConfig] = {}
+        """Settings of trials that have just been asked for."""
 
     def study(self, arm: Arm) -> optuna.Study:
         """The arm's search."""
@@ -93,7 +103,10 @@ class Search:
             arm.driver.sampler, arm.space, seed=arm.driver.sweep.seed, number=number, arm=arm.name
         )
         trial = study.ask(fixed_distributions=arm.space)
-        first = self._first_of_its_function(arm, trial)
+        config = self._composed[arm.name, trial.number] = arm.compose(trial.params)
+        function = name_function(config)
+        first = self._first_of_its_function(arm, trial, function)
+        trial.set_user_attr(FUNCTION_ATTRIBUTE, function)
         if first != trial.number:
             trial.set_user_attr(DUPLICATE_ATTRIBUTE, first)
         return trial
@@ -104,7 +117,7 @@ class Search:
 
     def config(self, arm: Arm, trial: Trial) -> RunConfig:
         """The arm's settings with them."""
-        return arm.compose(trial.params)
+        return self._composed.pop((arm.name, trial.number), None) or arm.compose(trial.params)
 
     def place(self, arm: Arm, number: int) -> RunPlace:
         """A folder by arm and number."""
@@ -113,22 +126,24 @@ class Search:
     def should_prune(self, arm: Arm, trial: Trial, step: int, value: float) -> bool:
         """Reports an evaluation and asks the pruner."""
         known = self.study(arm).get_trials(deepcopy=False)[trial.number]
-        if step not in known.intermediate_values:  # reported before a crash that came before the checkpoint
+        if step not in known.intermediate_values:
             trial.report(value, step)
+        elif step < max(known.intermediate_values):  # it was not pruned here before it went back to a checkpoint
+            return False
         return trial.should_prune()
 
     def finish(self, config: RunConfig, record: RunRecord, folder: Path) -> tuple[RunRecord, float | None]:
         """The run's best evaluation."""
         return record, record.score
 
-    def _first_of_its_function(self, arm: Arm, trial: Trial) -> int:
+    def _first_of_its_function(self, arm: Arm, trial: Trial, function: str) -> int:
         """The number of the arm's earliest trial that trains the same function, which may be this one."""
         if arm.name not in self._functions:
             self._functions[arm.name] = {}
             for earlier in self.study(arm).get_trials(deepcopy=False)[: trial.number]:
-                function = describe_function(arm.compose(earlier.params))
-                self._functions[arm.name].setdefault(function, earlier.number)
-        return self._functions[arm.name].setdefault(describe_function(arm.compose(trial.params)), trial.number)
+                known = earlier.user_attrs.get(FUNCTION_ATTRIBUTE) or name_function(arm.compose(earlier.params))
+                self._functions[arm.name].setdefault(known, earlier.number)
+        return self._functions[arm.name].setdefault(function, trial.number)
 
 
 class Confirm:

@@ -124,15 +124,17 @@ class Trials:
         """Tells the study of a run that failed, or does not fit in memory (infeasible).
 
         Raises:
-            WorkerError: `sweep.max_failures` trials in a row failed.
+            WorkerError: `sweep.max_failures` trials in a row failed, or nothing can be written any more.
         """
+        self.sweep.check_disk(error)
         infeasible = isinstance(error, OutOfMemory)
         reason = str(error) if isinstance(error, RunError) else traceback.format_exception_only(error)[-1].strip()
         opened.trial.set_user_attr(REASON_ATTRIBUTE, redact(reason))
         if infeasible:
             opened.trial.set_user_attr(INFEASIBLE_ATTRIBUTE, value=True)
             opened.trial.set_constraint("memory", 1.0)
-        opened.trial.study.tell(opened.trial, state=OptunaState.FAIL)
+        # samplers leave failed trials out of account; from one that was pruned and breaks a constraint TPE learns
+        opened.trial.study.tell(opened.trial, state=OptunaState.PRUNED if infeasible else OptunaState.FAIL)
         self._ended(opened, "infeasible" if infeasible else "failed", None, wall_s=0.0)
         if self.stage.reads_test and isinstance(error, Diverged):
             return  # that a winner diverges on other seeds is a result

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,9 @@ from torch import Tensor
 from lorasweep.config.run import TrainerConfig
 from lorasweep.errors import Diverged
 from lorasweep.record import RunRecord
+from lorasweep.training.checkpoint import save_checkpoint
 from lorasweep.training.module import TrainingModule
-from lorasweep.training.run_log import CHECKPOINT_FILE, RunLog, Values, describe_stale, is_stale
+from lorasweep.training.run_log import RunLog, Values, describe_stale, is_stale
 
 ShouldStop = Callable[[int, int, float], bool]
 """`should_stop(slot, step, value)`: whether the run in a slot is to be pruned after this evaluation."""
@@ -59,7 +59,7 @@ class Logging(lightning.Callback):
         """Writes the evaluation; the checkpoint comes last, so that a run that resumes there knows it."""
         self.run_log.note_evaluation(trainer.global_step, validation_values(trainer), save=self.save)
         if trainer.state.fn == TrainerFn.FITTING:
-            save_checkpoint(trainer, self.run_log.folder / CHECKPOINT_FILE)
+            save_trainer(trainer, self.run_log.folder)
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Writes what is left."""
@@ -126,7 +126,7 @@ class Stopping(lightning.Callback):
         """
         ends_step = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         if ends_step and trainer.global_step % self.eval_every_steps and self.stop_requested():
-            save_checkpoint(trainer, self.folder / CHECKPOINT_FILE)
+            save_trainer(trainer, self.folder)
             raise RunStopped
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
@@ -146,11 +146,9 @@ def validation_values(trainer: lightning.Trainer) -> Values:
     return {name.removeprefix(prefix): float(value) for name, value in metrics.items() if name.startswith(prefix)}
 
 
-def save_checkpoint(trainer: lightning.Trainer, path: Path) -> None:
-    """Writes Lightning's checkpoint (only what trains, see `TrainingModule`) whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    trainer.save_checkpoint(temporary)
-    os.replace(temporary, path)
+def save_trainer(trainer: lightning.Trainer, folder: Path) -> None:
+    """Writes Lightning's checkpoint: only what trains, see `TrainingModule`."""
+    save_checkpoint(folder, kind="last", step=trainer.global_step, save=trainer.save_checkpoint)
 
 
 def _speed(module: lightning.LightningModule) -> float:

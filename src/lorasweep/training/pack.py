@@ -40,12 +40,12 @@ from lorasweep.lora.packed import (
 from lorasweep.methods import copy_sharing_weights, draw_head, train_head
 from lorasweep.record import read_run
 from lorasweep.training.callbacks import RunStopped
+from lorasweep.training.checkpoint import has_checkpoint
 from lorasweep.training.environment import deterministic_algorithms, reset_peak_memory, resolve_device
 from lorasweep.training.optim import schedule_factor
 from lorasweep.training.pack_optim import StackedAdamW
 from lorasweep.training.run import never_stop, quiet_lightning, resolve_accumulate
 from lorasweep.training.run_log import (
-    SLOT_CHECKPOINT_FILE,
     Values,
     Workbench,
     describe_stale,
@@ -331,7 +331,7 @@ def slot_losses(task: Task, model: nn.Module, batch: Batch, *, slots: int) -> Te
 
 def _accumulate_of(jobs: Sequence[Job], bench: Workbench) -> int:
     """The micro-batches per step of a pack: those of a run that goes on in it, else what pays for so many slots."""
-    folders = [job.place.folder for job in jobs if (job.place.folder / SLOT_CHECKPOINT_FILE).exists()]
+    folders = [job.place.folder for job in jobs if has_checkpoint(job.place.folder, kind="slot")]
     begun = read_run(folders[0]) if folders else None
     return resolve_accumulate(jobs[0].config.trainer, bench.parts.train, slots=len(jobs), begun=begun)
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,13 +27,15 @@ from lorasweep.data.part import padding_fraction as measure_padding
 from lorasweep.data.parts import load_parts
 from lorasweep.data.rows import RowSource
 from lorasweep.data.sources import read_source
+from lorasweep.disk import why_unwritable
 from lorasweep.errors import ConfigError, OutOfMemory
 from lorasweep.methods import METHODS, copy_sharing_weights
 from lorasweep.models.attention import choose_attention
 from lorasweep.models.load import BaseModel, Labels, load_base
-from lorasweep.record import RUN_FILE, RunRecord, RunStatus
+from lorasweep.record import RunRecord, RunStatus, read_run
 from lorasweep.training.averaging import PutBack, WeightAveraging
 from lorasweep.training.callbacks import EarlyStopping, Logging, Pruning, RunStopped, ShouldStop, Stopping
+from lorasweep.training.checkpoint import Found, find_checkpoint
 from lorasweep.training.environment import (
     Precision,
     deterministic_algorithms,
@@ -42,7 +45,6 @@ from lorasweep.training.environment import (
 )
 from lorasweep.training.module import TrainingModule
 from lorasweep.training.run_log import (
-    CHECKPOINT_FILE,
     RunLog,
     RunPlace,
     Workbench,
@@ -125,22 +127,60 @@ def train_run(
         stop_requested: Asked after every step whether to stop with a checkpoint (status `interrupted`).
         resume: Goes on from the folder's checkpoint where there is one.
 
+    A run that runs out of memory begins again with micro-batches of half the rows and twice as many of them per step,
+    down to one row: the batch of a step, and what is learned, stay the same.
+
     Raises:
         Diverged: The loss became NaN or infinite. The record says `failed`.
-        OutOfMemory: It does not fit. The record says `infeasible`.
+        OutOfMemory: It does not fit at one row per micro-batch. The record says `infeasible`.
     """
-    checkpoint = place.folder / CHECKPOINT_FILE
-    resume = resume and checkpoint.exists() and (place.folder / RUN_FILE).exists()
-    start_step = read_step(checkpoint) if resume else 0
-    record = reopen_record(place.folder) if resume else new_record(config, place, bench)
+    too_large: list[int] = []
+    while True:
+        try:
+            return _train_session(config, place, bench, should_stop, stop_requested, resume=resume, too_large=too_large)
+        except OutOfMemory:
+            used = read_run(place.folder)
+            rows, micro_batches = config.trainer.batch_size, int(used.batching.get("micro_batches", 1))
+            if micro_batches >= rows or not used.steps_planned:
+                raise
+            too_large.append(micro_batches)
+        resume = False  # from the beginning: micro-batches of one size throughout, as a run that is repeated has
+        free_memory()  # outside of the handler, whose traceback holds the tensors
+
+
+def _train_session(
+    config: RunConfig,
+    place: RunPlace,
+    bench: Workbench,
+    should_stop: ShouldStop,
+    stop_requested: Callable[[], bool],
+    *,
+    resume: bool,
+    too_large: Sequence[int],
+) -> RunRecord:
+    """Trains to the end, a stop or an error, and closes the record. `too_large`: micro-batches that did not fit."""
+    found = find_checkpoint(place.folder, kind="last") if resume else Found()
+    resume, start_step = found.path is not None, found.step
+    record = (
+        reopen_record(place.folder, notes=found.notes)
+        if resume
+        else new_record(config, place, bench, notes=found.notes)
+    )
     log = RunLog(record, place.folder, start_step=start_step)
     reset_peak_memory()
     try:
+        too_large = too_large or record.batching.get("too_large", [])
+        accumulate = (
+            min(2 * too_large[-1], config.trainer.batch_size)
+            if too_large
+            else resolve_accumulate(config.trainer, bench.parts.train, begun=record)
+        )
+        record.batching = describe_batching(bench, config.trainer, accumulate=accumulate, padding_fraction=0.0)
+        if too_large:
+            record.batching["too_large"] = list(too_large)
         model = prepare_model(config, bench.base)
         record.trainable_params = sum(p.numel() for p in model.parameters() if p.requires_grad)
         record.trainable_fraction = record.trainable_params / record.total_params
-        accumulate = resolve_accumulate(config.trainer, bench.parts.train, begun=record)
-        record.batching = describe_batching(bench, config.trainer, accumulate=accumulate, padding_fraction=0.0)
         module = TrainingModule(
             model,
             method=METHODS[config.method.name],
@@ -159,12 +199,10 @@ def train_run(
             Stopping(stop_requested, place.folder, eval_every_steps=config.trainer.eval_every_steps),
         ]
         trainer = _build_trainer(module, place.folder, precision=bench.precision, callbacks=callbacks)
-        status = _fit(
-            trainer, module, record, bench=bench, start_step=start_step, checkpoint=checkpoint if resume else None
-        )
+        status = _fit(trainer, module, record, bench=bench, start_step=start_step, checkpoint=found.path)
     except BaseException as error:
         failure = OutOfMemory(_first_line(error)) if is_out_of_memory(error) else error
-        log.close("infeasible" if isinstance(failure, OutOfMemory) else "failed", describe_failure(failure))
+        log.close(status_after(failure, place.folder), describe_failure(failure))
         if failure is not error:
             raise failure from error
         raise
@@ -174,6 +212,21 @@ def train_run(
     record.batching["padding_fraction"]["train"] = round(module.padding_fraction, 4)
     log.close(status, record.reason)
     return record
+
+
+def status_after(error: BaseException, folder: Path) -> RunStatus:
+    """Returns how a run ended by an error: what is not the run's fault leaves its checkpoint to go on from."""
+    if isinstance(error, OutOfMemory):
+        return "infeasible"
+    is_own = isinstance(error, Exception) and why_unwritable(folder, error) is None
+    return "failed" if is_own else "interrupted"
+
+
+def free_memory() -> None:
+    """Returns to the system, or the device, what a run that failed has left."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def prepare_model(config: RunConfig, base: BaseModel) -> nn.Module:
@@ -255,11 +308,6 @@ def describe_batching(
         },
         "attention": None if bench.attention is None else bench.attention._asdict(),
     }
-
-
-def read_step(checkpoint: Path) -> int:
-    """Returns the optimizer step that a checkpoint was written at."""
-    return int(torch.load(checkpoint, map_location="cpu", weights_only=True)["global_step"])
 
 
 def _first_line(error: BaseException) -> str:

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from torch import Tensor
 from lorasweep.config.run import RunConfig, TrainerConfig
 from lorasweep.data.parts import DataParts
 from lorasweep.data.tasks import goal_direction
+from lorasweep.disk import remove_leftovers, write_atomically
 from lorasweep.errors import Diverged, LoraSweepError
 from lorasweep.models.attention import AttentionChoice
 from lorasweep.models.load import BaseModel
@@ -32,10 +34,10 @@ from lorasweep.record import (
     read_run,
     sha256_of,
     utc_now,
-    write_atomically,
     write_record,
 )
 from lorasweep.redaction import redact
+from lorasweep.training.checkpoint import remove_checkpoints
 from lorasweep.training.environment import (
     Precision,
     code_patch,
@@ -48,10 +50,8 @@ from lorasweep.training.environment import (
     resolve_device,
 )
 
-CHECKPOINT_FILE = "last.ckpt"
-"""What a run alone goes on from."""
-SLOT_CHECKPOINT_FILE = "slot.ckpt"
-"""What a run in a pack goes on from."""
+HOST_OUT_OF_MEMORY = ("can't allocate memory", "std::bad_alloc")
+"""What torch says where the host has no memory left."""
 Values = dict[str, float]
 """Metrics of one evaluation by name."""
 
@@ -88,6 +88,8 @@ class RunLog:
         self._pending: list[tuple[int, list[Tensor], float]] = []
         self._before_s, self._started = record.wall_s, time.monotonic()
         folder.mkdir(parents=True, exist_ok=True)
+        for place in (folder, folder / "best", folder / "last"):
+            remove_leftovers(place)
         _keep_steps_up_to(folder / STEPS_FILE, start_step)
         if record.code.get("patch", {}).get("file") and not (folder / PATCH_FILE).exists():
             write_atomically(folder / PATCH_FILE, code_patch())
@@ -160,16 +162,17 @@ class RunLog:
         record.adapter_bytes = sum(path.stat().st_size for path in (folder / "best").glob("*.safetensors"))
         write_record(record, folder)
         if status != "interrupted":  # nothing goes on from here
-            for name in (CHECKPOINT_FILE, SLOT_CHECKPOINT_FILE):
-                (folder / name).unlink(missing_ok=True)
+            remove_checkpoints(folder)
 
     def _append(self, rows: list[dict[str, Any]]) -> None:
         with (self.folder / STEPS_FILE).open("a") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
+            file.flush()
+            os.fsync(file.fileno())  # a checkpoint that counts on these rows comes next
 
 
-def new_record(config: RunConfig, place: RunPlace, bench: Workbench) -> RunRecord:
-    """Returns the record of a run that begins, with everything it can be repeated from."""
+def new_record(config: RunConfig, place: RunPlace, bench: Workbench, *, notes: Sequence[str] = ()) -> RunRecord:
+    """Returns the record of a run that begins, with everything it can be repeated from, and more notes."""
     parts = {"train": bench.parts.train, "validation": bench.parts.validation}
     return RunRecord(
         status="running",
@@ -183,7 +186,7 @@ def new_record(config: RunConfig, place: RunPlace, bench: Workbench) -> RunRecor
         packages=describe_packages(),
         platform=describe_platform(bench.precision, resolve_device(config.trainer)),
         environment=describe_environment(),
-        notes=list(bench.parts.notes),
+        notes=[*bench.parts.notes, *notes],
         data={name: part.describe() for name, part in parts.items()},
         base=bench.base.describe(),
         started_at=utc_now(),
@@ -192,9 +195,10 @@ def new_record(config: RunConfig, place: RunPlace, bench: Workbench) -> RunRecor
     )
 
 
-def reopen_record(folder: Path) -> RunRecord:
-    """Returns the record of a run that goes on."""
+def reopen_record(folder: Path, *, notes: Sequence[str] = ()) -> RunRecord:
+    """Returns the record of a run that goes on, with what there is to say of that."""
     record = read_run(folder)
+    record.notes += [note for note in notes if note not in record.notes]
     record.status, record.reason, record.ended_at = "running", None, None
     return record
 
@@ -221,7 +225,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception says that memory ran out, on the host or the device."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in HOST_OUT_OF_MEMORY)
 
 
 def describe_failure(error: BaseException) -> str:
@@ -242,4 +246,4 @@ def _keep_steps_up_to(path: Path, step: int) -> None:
             break  # cut off by a killed process
         if row["step"] <= step:
             kept.append(line)
-    path.write_text("".join(kept))
+    write_atomically(path, "".join(kept))

@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 
 from lorasweep.data.tasks import RowScores, Task
+from lorasweep.disk import write_atomically
 from lorasweep.errors import OutOfMemory
-from lorasweep.record import TEST_SCORES_FILE, RunRecord, read_run, sha256_of, write_atomically, write_record
+from lorasweep.record import TEST_SCORES_FILE, RunRecord, read_run, sha256_of, write_record
 from lorasweep.training.answers import score_answers, wants_answers
 from lorasweep.training.evaluate import evaluate_model
 from lorasweep.training.restore import restore_config, restore_model

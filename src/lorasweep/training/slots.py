@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -13,10 +11,11 @@ from torch.utils.tensorboard import SummaryWriter
 
 from lorasweep.config.run import RunConfig
 from lorasweep.data.batching import MicroBatch, StepBatchSampler
-from lorasweep.record import RUN_FILE, RunRecord
+from lorasweep.record import RunRecord
+from lorasweep.training.checkpoint import find_checkpoint, save_checkpoint
 from lorasweep.training.environment import resolve_device
 from lorasweep.training.run import describe_batching
-from lorasweep.training.run_log import SLOT_CHECKPOINT_FILE, RunLog, RunPlace, Workbench, new_record, reopen_record
+from lorasweep.training.run_log import RunLog, RunPlace, Workbench, new_record, reopen_record
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -55,14 +54,18 @@ class SlotRun:
         config, folder = job.config, job.place.folder
         self.job = job
         self.bench = bench
-        self.checkpoint = _read_checkpoint(folder)
-        resumed = self.checkpoint or {}
+        found = find_checkpoint(folder, kind="slot")
+        resumed = found.state
+        self.checkpoint: dict[str, Any] | None = resumed or None
         self.step = int(resumed.get("step", 0))
         self.tokens_trained = int(resumed.get("tokens_trained", 0))
         self.positions_trained = int(resumed.get("positions_trained", 0))
         self.train_s = float(resumed.get("train_s", 0.0))
         self.wall_s = 0.0
-        self.record = reopen_record(folder) if resumed else new_record(config, job.place, bench)
+        notes = found.notes
+        self.record = (
+            reopen_record(folder, notes=notes) if resumed else new_record(config, job.place, bench, notes=notes)
+        )
         self.record.pack = {"slot": slot, "slots": slots}
         self.record.batching = describe_batching(bench, config.trainer, accumulate=accumulate, padding_fraction=0.0)
         self.log = RunLog(self.record, folder, start_step=self.step)
@@ -113,12 +116,11 @@ class SlotRun:
 
     def save_checkpoint(self, state: dict[str, Any]) -> None:
         """Writes what the run needs to go on in any pack, whole or not at all."""
-        path = self.job.place.folder / SLOT_CHECKPOINT_FILE
-        temporary = path.with_name(f".{path.name}.tmp")
         own: dict[str, Any] = {"step": self.step, "tokens_trained": self.tokens_trained, "train_s": self.train_s}
         own |= {"positions_trained": self.positions_trained, "stream": self.stream.get_state()}
-        torch.save({**state, **own}, temporary)
-        os.replace(temporary, path)
+        save_checkpoint(
+            self.job.place.folder, kind="slot", step=self.step, save=lambda path: torch.save({**state, **own}, path)
+        )
 
     def close(self, status: Any, reason: str | None) -> None:
         """Writes the final record."""
@@ -126,11 +128,3 @@ class SlotRun:
         self.record.batching["padding_fraction"]["train"] = round(self.padding_fraction, 4)
         self.log.close(status, reason, wall_s=self.wall_s)
         self.writer.close()
-
-
-def _read_checkpoint(folder: Path) -> dict[str, Any] | None:
-    path = folder / SLOT_CHECKPOINT_FILE
-    if not (path.exists() and (folder / RUN_FILE).exists()):
-        return None
-    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    return state

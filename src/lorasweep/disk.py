@@ -1,0 +1,88 @@
+"""Files that are written whole or not at all. What a run or a sweep replaces goes through `move_into_place`.
+
+Only logs are appended to (`steps.jsonl`, the journal, TensorBoard's events); readers leave out an unfinished end.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+PROBE_BYTES = 2**20
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE})
+"""What an operating system says of a disk, whatever was written."""
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Writes a file whole or not at all: temporary file in the same folder, fsync, rename.
+
+    Makes the folder, but not what it is in: a folder of results that is gone must not come back empty.
+    """
+    path.parent.mkdir(exist_ok=True)
+    temporary = temporary_name(path)
+    data = content.encode() if isinstance(content, str) else content
+    try:
+        temporary.write_bytes(data)
+        move_into_place(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def temporary_name(path: Path) -> Path:
+    """Returns where to write what is to become `path`: beside it, hidden, this process's own."""
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def move_into_place(temporary: Path, path: Path) -> None:
+    """Flushes a file to the disk and gives it its name, so that after a power cut there is the old one or the new."""
+    _flush(temporary)
+    os.replace(temporary, path)
+    _flush(path.parent)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes what a killed process had not moved into place yet, in a folder that only this process writes to."""
+    for path in folder.glob(".*.tmp"):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def why_unwritable(folder: Path, error: BaseException) -> str | None:
+    """Returns what keeps a folder from being written to, where that is why something failed; else None.
+
+    Args:
+        folder: Where the results go.
+        error: What was raised. Libraries wrap what the system said, so its causes and its words are looked at too.
+    """
+    for cause in _causes(error):
+        if isinstance(cause, OSError) and cause.errno in FULL:
+            return os.strerror(cause.errno or 0)
+        if os.strerror(errno.ENOSPC) in str(cause):
+            return os.strerror(errno.ENOSPC)
+    if not folder.is_dir():
+        return os.strerror(errno.ENOENT)
+    try:
+        write_atomically(folder / ".probe", bytes(PROBE_BYTES))
+        (folder / ".probe").unlink()
+    except OSError as refused:
+        return os.strerror(refused.errno or errno.EIO)
+    return None
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

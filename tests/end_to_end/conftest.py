@@ -1,0 +1,142 @@
+"""Real processes to be killed: forked from one that has imported everything, so that each begins within a second."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import lorasweep
+
+TIMEOUT_S = 240.0  # for a machine that does much else
+SERVER = """
+import json, os, signal, sys
+from lorasweep.cli import run
+import lorasweep.analysis, lorasweep.report.board, lorasweep.sweep, lorasweep.training
+for line in sys.stdin:
+    asked = json.loads(line)
+    if "wait" in asked:
+        print(os.waitstatus_to_exitcode(os.waitpid(asked["wait"], 0)[1]), flush=True)
+        continue
+    child = os.fork()
+    if not child:
+        os.chdir(asked["folder"])
+        output = os.open(asked["output"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        for number in (1, 2):
+            os.dup2(output, number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        code = 70
+        try:
+            exec(asked["before"])
+            code = run(asked["words"])
+        except BaseException:
+            import traceback
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush(), sys.stderr.flush()
+            os._exit(code)
+    print(child, flush=True)
+"""
+
+
+@dataclass
+class Session:
+    """A command that runs in a process of its own."""
+
+    server: subprocess.Popen[str]
+    pid: int
+    path: Path
+    code: int | None = None
+    """Its exit code once it has been waited for."""
+
+    def send(self, number: int) -> None:
+        """Sends the process a signal."""
+        os.kill(self.pid, number)
+
+    def wait(self) -> int:
+        """Waits for the end and returns the exit code, minus the signal's number where one ended it."""
+        if self.code is None:
+            self.code = int(_ask(self.server, {"wait": self.pid}))
+        return self.code
+
+    def kill(self) -> None:
+        """Kills it at once."""
+        self.send(signal.SIGKILL)
+        self.wait()
+
+    @property
+    def output(self) -> str:
+        """What it printed, on both streams."""
+        return self.path.read_text()
+
+    def wait_for(self, condition: Callable[[], bool]) -> None:
+        """Waits until something is on disk."""
+        deadline = time.monotonic() + TIMEOUT_S
+        while not condition():
+            assert time.monotonic() < deadline, self.output
+            time.sleep(0.002)
+
+
+def _ask(server: subprocess.Popen[str], question: dict[str, Any]) -> str:
+    assert server.stdin is not None
+    assert server.stdout is not None
+    server.stdin.write(json.dumps(question) + "\n")
+    server.stdin.flush()
+    return server.stdout.readline()
+
+
+@pytest.fixture(scope="session")
+def _server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[subprocess.Popen[str]]:
+    environment = os.environ | {
+        "PYTHONPATH": str(Path(lorasweep.__file__).parent.parent),
+        "OMP_NUM_THREADS": "1",
+        "HF_DATASETS_CACHE": str(tmp_path_factory.mktemp("datasets")),
+        "COLUMNS": "200",
+    }
+    process = subprocess.Popen(
+        [sys.executable, "-c", SERVER], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    yield process
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.close()
+    process.wait(TIMEOUT_S)
+    process.stdout.close()
+
+
+@pytest.fixture
+def begin(_server: subprocess.Popen[str], tmp_path: Path) -> Iterator[Callable[..., Session]]:
+    """Begins a command in the test's folder; `before` is Python to run in its process first."""
+    begun: list[Session] = []
+
+    def start(*words: str, before: str = "", folder: Path = tmp_path) -> Session:
+        output = tmp_path / f"output-{len(begun)}.txt"
+        question = {"words": words, "folder": str(folder), "output": str(output), "before": before}
+        begun.append(Session(_server, int(_ask(_server, question)), output))
+        return begun[-1]
+
+    yield start
+    for session in begun:
+        if session.code is None:  # a failed test left it running
+            session.kill()
+
+
+@pytest.fixture
+def finish(begin: Callable[..., Session]) -> Callable[..., str]:
+    """Runs a command to its end, which must be a good one, and returns what it printed."""
+
+    def run(*words: str, code: int = 0, **others: Any) -> str:
+        session = begin(*words, **others)
+        assert session.wait() == code, session.output
+        return session.output
+
+    return run

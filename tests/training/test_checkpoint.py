@@ -1,0 +1,117 @@
+"""A checkpoint that is not what was written is noticed, never opened, and the one before it is used."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+
+from lorasweep.record import RunRecord, sha256_of, write_record
+from lorasweep.training.checkpoint import Found, find_checkpoint, has_checkpoint, remove_checkpoints, save_checkpoint
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run's folder with its record and checkpoints of steps 2, 4 and 6."""
+    write_record(RunRecord(status="running", config={}, metric="loss", direction="minimize"), tmp_path)
+    for step in (2, 4, 6):
+        save(tmp_path, step)
+    return tmp_path
+
+
+def save(folder: Path, step: int, kind="last") -> None:
+    state = {"global_step": step, "weights": torch.full((100,), float(step))}
+    save_checkpoint(folder, kind=kind, step=step, save=lambda path: torch.save(state, path))
+
+
+def newest(folder: Path) -> Path:
+    return max(folder.glob("last-*.ckpt"))
+
+
+def test_the_last_two_are_kept_each_named_by_its_checksum(run):
+    paths = sorted(run.glob("*.ckpt"))
+    assert [path.name.split("-")[1] for path in paths] == ["00000004", "00000006"]
+    for path in paths:
+        assert path.stem.split("-")[2] == sha256_of(path)
+    found = find_checkpoint(run, kind="last")
+    assert (found.path, found.step, found.damaged, found.notes) == (paths[1], 6, (), [])
+    assert torch.equal(found.state["weights"], torch.full((100,), 6.0))
+
+
+def cut(path):
+    with path.open("r+b") as file:
+        file.truncate(path.stat().st_size // 2)
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+@pytest.mark.parametrize("damage", [cut, flip_a_bit, empty])
+def test_of_a_damaged_one_the_one_before_is_used_and_a_note_says_so(run, damage):
+    damage(newest(run))
+    found = find_checkpoint(run, kind="last")
+    assert (found.step, found.damaged) == (4, (6,))
+    assert found.notes == ["The checkpoint of step 6 was damaged, so the run went on from step 4."]
+    assert has_checkpoint(run, kind="last")
+
+
+def test_where_all_are_damaged_there_is_nothing_to_go_on_from(run):
+    for path in run.glob("*.ckpt"):
+        cut(path)
+    found = find_checkpoint(run, kind="last")
+    assert (found.path, found.step, found.state) == (None, 0, {})
+    assert found.notes == ["The checkpoint of step 6, 4 was damaged, so the run went on from step 0."]
+    assert not has_checkpoint(run, kind="last")
+
+
+class Trap:
+    """Runs code when it is unpickled."""
+
+    def __init__(self, command):
+        self.command = command
+
+    def __reduce__(self):
+        return os.system, (self.command,)
+
+
+@pytest.mark.parametrize("write", [lambda thing, path: path.write_bytes(pickle.dumps(thing, protocol=2)), torch.save])
+def test_a_pickle_with_the_right_checksum_runs_no_code(run, tmp_path_factory, write):
+    outside = tmp_path_factory.mktemp("outside")
+    save_checkpoint(run, kind="last", step=8, save=lambda path: write(Trap(f"touch {outside / 'ran'}"), path))
+    assert find_checkpoint(run, kind="last").step == 6
+    assert list(outside.iterdir()) == []
+
+
+def test_a_write_that_fails_leaves_the_ones_before(run, monkeypatch):
+    before = {path.name for path in run.iterdir()}
+
+    def fail(path):
+        path.write_bytes(b"half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        save_checkpoint(run, kind="last", step=8, save=fail)
+    assert {path.name for path in run.iterdir()} == before
+
+
+def test_what_has_no_record_or_another_kind_is_not_gone_on_from(run, tmp_path):
+    assert find_checkpoint(run, kind="slot") == Found()
+    (run / "run.json").write_text("{")
+    assert find_checkpoint(run, kind="last") == Found()
+
+
+def test_files_of_other_names_are_left_alone(run):
+    (run / "last-mine.ckpt").write_text("mine")
+    save(run, 8)
+    remove_checkpoints(run)
+    assert {path.name for path in run.iterdir()} == {"run.json", "last-mine.ckpt"}
