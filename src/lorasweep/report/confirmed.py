@@ -41,7 +41,7 @@ def describe_confirmed(data: SweepData, *, prominent: Collection[str] = ()) -> l
         _about(data),
         *_ends(data),
         *(_arm_sentence(arm, data) for arm in shown),
-        *([f"The other {rest} arms are in the table below."] if rest else []),
+        *([f"The other {rest} {'arm is' if rest == 1 else 'arms are'} in the table below."] if rest else []),
     ]
 
 

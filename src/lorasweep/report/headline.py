@@ -54,7 +54,7 @@ def _comparison(data: SweepData) -> list[str]:
     )
     rest = len(others) - MAX_ARMS
     sentences = [_arm_sentence(arm, data) for arm in others if arm in shown[:MAX_ARMS]]
-    sentences += [f"The other {rest} arms are in the table below."] if rest > 0 else []
+    sentences += [f"The other {rest} {'arm is' if rest == 1 else 'arms are'} in the table below."] if rest > 0 else []
     return [f"Scores are {metric}, {order} is better. {_ends(data)}", *sentences]
 
 

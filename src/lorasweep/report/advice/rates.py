@@ -14,6 +14,8 @@ from lorasweep.report.advice.noise import ALPHA, LR, RANK, near_best, rank_group
 from lorasweep.report.tables import Arm, SweepData, Trial
 from lorasweep.wording import format_ratio, format_setting, join_words
 
+LEAST_SPAN = 4.0
+"""Ranks must lie so far apart before anything is said of how the best rate moves with them."""
 MIN_FIT = 5
 """A parabola has three coefficients: with fewer trials than this its best point says nothing."""
 
@@ -81,7 +83,13 @@ def find_trends(data: SweepData, rates: Sequence[RateAdvice]) -> list[RateTrend]
     """Returns how the best learning rate moves with rank in each group of arms."""
     best = {rate.arm: rate.fitted_lr or rate.lr for rate in rates}
     groups = [[arm for arm in group if arm.name in best] for group in rank_groups(data.arms)]
-    return [_fit_trend(group, best) for group in groups if len(group) > 1]
+    return [_fit_trend(group, best) for group in groups if _span(group) >= LEAST_SPAN]
+
+
+def _span(group: Sequence[Arm]) -> float:
+    """The highest rank over the lowest."""
+    ranks = [rank_of(arm) or 1.0 for arm in group]
+    return max(ranks) / min(ranks) if ranks else 1.0
 
 
 def fit_arm(arm: Arm, data: SweepData) -> Parabola | None:
