@@ -78,6 +78,7 @@ def write_run(
     )
     for name, value in values.items():
         setattr(record, name, value)
+    folder.mkdir(parents=True, exist_ok=True)
     write_record(record, folder)
     write_steps(folder, curve)
 
@@ -168,6 +169,7 @@ def build_sweep(folder: Path, *, lora: int = 18, full: int = 6, frozen: int = 1,
                 arm, LORA_PARAMS_PER_RANK * int(row.params.get("method.rank", 0))
             )
             write_run(folder / row.run, row, method=arm, curve=curve, trained=trained)
+    folder.mkdir(parents=True, exist_ok=True)
     write_record(
         SweepRecord(
             status="complete",

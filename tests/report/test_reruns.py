@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from lorasweep.errors import RecordError
 from lorasweep.report.tables import load_sweep_data
 
 from .conftest import build_sweep, confirm_sweep, edit_json
@@ -92,12 +93,17 @@ def test_sweep_without_examples_has_intervals_over_seeds(tmp_path: Path) -> None
         {"value": [1]},
         {"run": 5},
         {"reason": {}},
-        {"arm": "gone"},
         {"seed": True},
     ],
 )
-def test_row_of_wrong_kinds_is_left_out_and_said(confirmed: Path, row: dict[str, Any]) -> None:
+def test_row_of_wrong_kinds_is_named(confirmed: Path, row: dict[str, Any]) -> None:
     edit_json(confirmed / "sweep.json", lambda raw: raw["confirm"][2].update(row))
+    with pytest.raises(RecordError, match=f"`{next(iter(row))}` in .* must be .*, but is not. Restore the file"):
+        load_sweep_data(confirmed)
+
+
+def test_row_of_an_arm_that_is_gone_is_left_out_and_said(confirmed: Path) -> None:
+    edit_json(confirmed / "sweep.json", lambda raw: raw["confirm"][2].update(arm="gone"))
     data = load_sweep_data(confirmed)
     assert any(problem.startswith("A row of the confirm stage is left out") for problem in data.problems)
     assert len(data.reruns) == 10
