@@ -28,6 +28,7 @@ CHAT: dict[str, Any] = {
     "template": "auto",
     "separator": "\n",
     "packing": True,
+    "generate": False,
 }
 PARTS: dict[str, Any] = {"train": "train", "validation": None, "test": None}
 COLUMNS: dict[str, Any] = {"text": "text", "text_pair": None, "label": "label"}
