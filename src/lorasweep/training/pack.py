@@ -16,6 +16,7 @@ from typing import Any
 
 import lightning
 import torch
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -82,7 +83,7 @@ def train_pack(
     try:
         module = PackModule(jobs, bench=bench, supply=supply, stop_requested=stop_requested)
         _fit(module, jobs[0].config, bench)
-    except RunStopped:
+    except (RunStopped, SIGTERMException):  # Lightning's own, where SIGTERM comes during an evaluation
         assert module is not None
         module.interrupt()
         return False

@@ -16,6 +16,7 @@ import torch
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import nn
 
 from lorasweep.config.method import LoraConfig
@@ -342,7 +343,7 @@ def _fit(
             trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
             if record.last.get("step") != trainer.global_step:  # the last steps did not fill an interval
                 trainer.validate(module, datamodule=data, verbose=False)
-        except RunStopped:
+        except (RunStopped, SIGTERMException):  # Lightning's own, where SIGTERM comes during an evaluation
             record.steps_done = trainer.global_step
             record.reason = f"stopped at step {trainer.global_step} of {record.steps_planned}"
             return "interrupted"
