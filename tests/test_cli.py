@@ -13,6 +13,7 @@ import yaml
 
 import lorasweep.sweep.driver as driver_file
 import lorasweep.training as training_package
+import lorasweep.training.workbench as workbench_file
 from lorasweep.cli import DONE, FAILED, INTERRUPTED, WRONG, StopSignal, main, run
 from lorasweep.errors import Diverged
 from lorasweep.record import ArmRow, SweepRecord, read_run, read_sweep, write_record
@@ -309,7 +310,7 @@ def test_ctrl_c_before_anything_runs_ends_with_130(capsys, monkeypatch, mini):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(driver_file, "build_workbench", interrupted)
+    monkeypatch.setattr(workbench_file, "build_workbench", interrupted)
     assert run(["sweep", mini]) == INTERRUPTED
     assert capsys.readouterr().err == "lorasweep: interrupted\n"
     assert not Path("outputs").exists()

@@ -101,7 +101,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def sweep(arguments: argparse.Namespace) -> int:
     """Starts a sweep, or goes on with one, and ends with its report."""
-    from lorasweep.sweep import Benches, LiveTable, Worker
+    from lorasweep.sweep import LiveTable, Worker
+    from lorasweep.training import Benches
 
     benches = Benches()
     console = Console()
@@ -125,7 +126,8 @@ def sweep(arguments: argparse.Namespace) -> int:
 
 def plan(arguments: argparse.Namespace) -> int:
     """Measures a few steps of each arm and shows what the sweep would take; trains nothing and writes nothing."""
-    from lorasweep.sweep import Benches, check_definition, plan_sweep, render_plan
+    from lorasweep.sweep import check_definition, plan_sweep, render_plan
+    from lorasweep.training import Benches
 
     benches = Benches()
     definition = _read_definition(arguments.words)
@@ -246,7 +248,7 @@ def train_once(config: RunConfig, output: str | None) -> int:
     folder = _new_train_folder(output)
     bench = build_workbench(config)
     check_run(config, bench.base)
-    for note in bench.parts.notes:
+    for note in bench.notes:
         print(f"• {note}", file=sys.stderr)
     with StopSignal() as stop:
         record = train_run(config, RunPlace(folder=folder), bench=bench, stop_requested=stop)
@@ -344,7 +346,7 @@ def _resume(arguments: argparse.Namespace, benches: Any) -> SweepFolder:
 
 def _runs_to_reproduce(arguments: argparse.Namespace) -> list[Path]:
     """The folders of the runs that were asked for: one, a sweep's trial, or the winner of each of its arms."""
-    from lorasweep.record import SWEEP_FILE, folder_of_run, read_sweep
+    from lorasweep.record import SWEEP_FILE, folder_of_run, read_sweep, winners
 
     folder, trial = arguments.folder, arguments.trial
     if (folder is None) == (trial is None):
@@ -353,8 +355,6 @@ def _runs_to_reproduce(arguments: argparse.Namespace) -> list[Path]:
         return [_find_trial(trial)]
     if not (folder / SWEEP_FILE).is_file():
         return [folder]
-    from lorasweep.analysis.sweep import winners
-
     found = [winner for winner in winners(read_sweep(folder)).values() if winner is not None]
     if not found:
         raise RecordError(f"a sweep must have a complete trial to be repeated, but {str(folder)!r} has none.")

@@ -41,3 +41,11 @@ class OutOfMemory(RunError):
 
 class WorkerError(LoraSweepError):
     """A process that runs trials can't go on."""
+
+
+def first_line(error: BaseException) -> str:
+    """Returns the first line of an error's message without its full stop, for use inside a sentence.
+
+    Of an error without a message, such as Python's own MemoryError, the name of its class.
+    """
+    return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".: ")

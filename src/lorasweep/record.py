@@ -206,6 +206,19 @@ def utc_now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
+def winners(record: SweepRecord) -> dict[str, TrialRow | None]:
+    """Returns the best complete trial of each arm that trains, the earlier of equals; None where none is complete."""
+    sign = 1 if record.direction == "minimize" else -1
+    best: dict[str, TrialRow | None] = {arm.name: None for arm in record.arms if arm.method != "frozen"}
+    for trial in sorted(record.trials, key=lambda trial: trial.number):
+        if trial.arm not in best or trial.state != "complete" or trial.value is None or not math.isfinite(trial.value):
+            continue
+        before = best[trial.arm]
+        if before is None or before.value is None or sign * trial.value < sign * before.value:
+            best[trial.arm] = trial
+    return best
+
+
 def write_record(record: RunRecord | SweepRecord, folder: Path) -> None:
     """Writes `run.json` or `sweep.json` into the folder, without secrets.
 

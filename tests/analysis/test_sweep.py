@@ -8,9 +8,8 @@ import json
 import pytest
 
 from lorasweep.analysis import inspect_sweep
-from lorasweep.analysis.sweep import winners
 from lorasweep.errors import RecordError
-from lorasweep.record import read_sweep, write_record
+from lorasweep.record import read_sweep, winners, write_record
 from lorasweep.report.inspections import load_inspections
 from lorasweep.report.tables import load_sweep_data
 

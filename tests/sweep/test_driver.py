@@ -10,8 +10,8 @@ from lorasweep.config.compose import packaged_folder
 from lorasweep.errors import ConfigError, Diverged, OutOfMemory, WorkerError
 from lorasweep.models.load import load_base
 from lorasweep.record import read_sweep
-from lorasweep.sweep import Benches, check_definition, read_definition, reopen_sweep, sweep_metric
-from lorasweep.training import Workbench
+from lorasweep.sweep import check_definition, read_definition, reopen_sweep, sweep_metric
+from lorasweep.training import Benches, Workbench
 
 GRID = {"method.rank": [1, 2, 4], "optim.lr": [0.01, 0.1]}
 
@@ -295,15 +295,3 @@ def test_arms_with_different_metrics_are_refused(make_config):
 
     with pytest.raises(ConfigError, match=r"all arms must have one `data.metric`, but got bits_per_byte, loss."):
         sweep_metric(configs, Benches())
-
-
-def test_a_bench_is_loaded_once_for_all_runs_that_can_share_it(make_config, monkeypatch):
-    import lorasweep.sweep.driver as driver_file  # noqa: PLC0415
-
-    loaded = []
-    monkeypatch.setattr(driver_file, "build_workbench", lambda config: loaded.append(config) or object())
-    benches = Benches()
-    first = benches.of(make_config())
-    assert benches.of(make_config({"method": "full", "optim.lr": 1.0, "trainer.max_steps": 9})) is first
-    assert benches.of(make_config({"data.block_length": 16})) is not first
-    assert len(loaded) == 2

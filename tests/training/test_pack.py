@@ -252,6 +252,15 @@ def test_a_pack_that_runs_out_of_memory_says_so_and_its_runs_can_go_on(make_conf
     assert [step for step, _ in rows(tmp_path / "0")] == [1, 2, 2, 3, 4, 4, 5, 6, 6, 7, 8, 8]
 
 
+def test_memory_that_ran_out_without_a_word_is_said_too(make_config, bench, tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise MemoryError  # Python's own has no message
+
+    monkeypatch.setattr(pack_file, "slot_losses", fail)
+    with pytest.raises(OutOfMemory, match="MemoryError"):
+        train_pack([Outcomes().job(tmp_path / "0", make_config())], bench=bench, supply=no_more)
+
+
 def test_dropout_is_on_in_a_refilled_slot(make_config, bench, tmp_path):
     """Slots are refilled while the model evaluates; what joins there must train with dropout."""
     first, late = make_config(), make_config({"method.dropout": 0.5, "seed": 5})

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,13 +22,13 @@ from lorasweep.analysis.inspection import (
     write_inspection,
 )
 from lorasweep.analysis.measure import Side, compare_directions
-from lorasweep.analysis.restore import FinishedRun, read_finished_run
+from lorasweep.analysis.restore import read_finished_run
 from lorasweep.analysis.run import Inspected, examine
 from lorasweep.analysis.sentences import describe_comparison
 from lorasweep.analysis.subspaces import Similarity
 from lorasweep.errors import RecordError
-from lorasweep.record import SweepRecord, TrialRow, folder_of_run, read_sweep
-from lorasweep.training import Workbench, build_workbench
+from lorasweep.record import folder_of_run, read_sweep, winners
+from lorasweep.training import Benches, Workbench
 
 MOST_PAIRS = 6
 """Pairs of winners that are told of in words."""
@@ -63,14 +62,14 @@ def inspect_sweep(folder: Path, *, bench: Workbench | None = None, scores: bool 
     record = read_sweep(folder)
     found: dict[str, Inspected] = {}
     problems: list[str] = []
-    benches = _Benches(bench)
+    benches = Benches()
     for arm, winner in winners(record).items():
         if winner is None:
             problems.append(f"Arm `{arm}` has no complete trial to inspect.")
             continue
         try:
             run = read_finished_run(folder_of_run(folder, winner.run))
-            found[arm] = examine(run, benches.of(run), scores=scores)
+            found[arm] = examine(run, bench or benches.of(run.config), scores=scores)
         except RecordError as error:
             problems.append(f"Arm `{arm}` can't be inspected: {error}")
             continue
@@ -85,35 +84,6 @@ def inspect_sweep(folder: Path, *, bench: Workbench | None = None, scores: bool 
     )
     _write(inspection, pairs)
     return inspection
-
-
-def winners(record: SweepRecord) -> dict[str, TrialRow | None]:
-    """Returns the best complete trial of each arm that trains, the earlier of equals; None where none is complete."""
-    sign = 1 if record.direction == "minimize" else -1
-    best: dict[str, TrialRow | None] = {arm.name: None for arm in record.arms if arm.method != "frozen"}
-    for trial in sorted(record.trials, key=lambda trial: trial.number):
-        if trial.arm not in best or trial.state != "complete" or trial.value is None or not math.isfinite(trial.value):
-            continue
-        before = best[trial.arm]
-        if before is None or before.value is None or sign * trial.value < sign * before.value:
-            best[trial.arm] = trial
-    return best
-
-
-class _Benches:
-    """Base models and data, loaded once for all runs with the same settings of them."""
-
-    def __init__(self, given: Workbench | None) -> None:
-        self._given = given
-        self._loaded: dict[Any, Workbench] = {}
-
-    def of(self, run: FinishedRun) -> Workbench:
-        if self._given is not None:
-            return self._given
-        key = (run.config.model, run.config.data, run.config.trainer.precision)
-        if key not in self._loaded:
-            self._loaded[key] = build_workbench(run.config)
-        return self._loaded[key]
 
 
 Pairs = dict[tuple[str, str], dict[tuple[str, Side], Similarity]]

@@ -27,7 +27,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from lorasweep.config.build import build, nearest
 from lorasweep.config.run import RunConfig
 from lorasweep.config.sweep import DriverConfig
-from lorasweep.errors import ConfigError
+from lorasweep.errors import ConfigError, first_line
 from lorasweep.redaction import redact
 
 Primary = Literal["train", "sweep"]
@@ -113,7 +113,7 @@ def compose_values(primary: Primary, settings: Mapping[str, Any], *, require_all
     except MissingMandatoryValue as error:
         raise ConfigError(f"`{error.full_key}` must be set, but is missing.") from error
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(_first_line(error)) from error
+        raise ConfigError(first_line(error)) from error
 
 
 @cache
@@ -236,7 +236,7 @@ def _parse(overrides: Sequence[str]) -> list[Override]:
     try:
         return OverridesParser.create().parse_overrides(list(overrides))
     except HydraException as error:
-        raise ConfigError(f"an override must read `key=value`, but got {_first_line(error)}") from error
+        raise ConfigError(f"an override must read `key=value`, but got {first_line(error)}") from error
 
 
 def _read_override(override: Override) -> tuple[str, Any]:
@@ -295,8 +295,3 @@ def _flatten(values: Any, prefix: str = "") -> Iterator[str]:
 
 def _mapping(container: Any) -> dict[str, Any]:
     return {str(key): value for key, value in container.items()}
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__

@@ -79,6 +79,11 @@ def padding_fraction(lengths: Tensor, batches: Sequence[Sequence[int]]) -> float
     return 1.0 - real / padded if padded else 0.0
 
 
+def move_batch(batch: Batch, device: torch.device) -> Batch:
+    """Returns a batch on a device."""
+    return {name: value.to(device) for name, value in batch.items()}
+
+
 def repeat_batch(batch: Batch, *, slots: int) -> Batch:
     """Returns a batch once for every slot, slot after slot."""
     if slots == 1:

@@ -9,12 +9,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lorasweep.config.method import MethodConfig
-from lorasweep.errors import RecordError
+from lorasweep.errors import RecordError, first_line
 from lorasweep.lora.files import serialise
 from lorasweep.methods.head_init import draw_head
 from lorasweep.methods.method import ParameterGroup, one_group, read_weights, replacing_files, train_copies
 from lorasweep.models.load import BaseModel
-from lorasweep.models.pretrained import LOADING_ERRORS, first_line, load_pretrained, quiet_transformers
+from lorasweep.models.pretrained import LOADING_ERRORS, load_pretrained, quiet_transformers
 
 WEIGHTS_FILE = "model.safetensors"
 

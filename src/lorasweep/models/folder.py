@@ -17,8 +17,7 @@ from huggingface_hub.errors import GatedRepoError, HFValidationError
 from huggingface_hub.errors import HTTPError as HubError  # type: ignore[attr-defined]  # whichever its client raises
 
 from lorasweep.config.model import ModelConfig
-from lorasweep.errors import ConfigError
-from lorasweep.models.pretrained import first_line
+from lorasweep.errors import ConfigError, first_line
 
 EMBEDDED = "embedded:"
 HUB_TIMEOUT_S = 10.0

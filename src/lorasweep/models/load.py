@@ -25,13 +25,12 @@ from transformers import (
 )
 
 from lorasweep.config.model import ModelConfig, ModelKind
-from lorasweep.errors import ConfigError
+from lorasweep.errors import ConfigError, first_line
 from lorasweep.models.dropout import set_dropout_modules, set_dropout_settings
 from lorasweep.models.folder import ModelFiles, find_files, find_source
 from lorasweep.models.own import build_own
 from lorasweep.models.pretrained import (
     LOADING_ERRORS,
-    first_line,
     load_pretrained,
     load_with_new_head,
     quiet_transformers,

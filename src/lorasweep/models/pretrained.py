@@ -90,11 +90,6 @@ def own_stream() -> Iterator[None]:
         yield
 
 
-def first_line(error: Exception) -> str:
-    """Returns the first line of an error's message without its full stop, for use inside a sentence."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".: ")
-
-
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
     """Keeps transformers' progress bars and load report off the screen: what matters of them is in errors here."""

@@ -2,7 +2,7 @@
 
 from lorasweep.sweep.confirm import draw_seeds
 from lorasweep.sweep.definition import Arm, Definition, read_definition
-from lorasweep.sweep.driver import Benches, Worker, check_definition, data_notes, sweep_metric
+from lorasweep.sweep.driver import Worker, check_definition, data_notes, sweep_metric
 from lorasweep.sweep.fairness import find_warnings
 from lorasweep.sweep.folder import SweepFolder, create_sweep, new_folder, reopen_sweep
 from lorasweep.sweep.live import LiveTable, render_plan
@@ -13,7 +13,6 @@ from lorasweep.sweep.trials import Observer
 __all__ = [
     "Arm",
     "ArmPlan",
-    "Benches",
     "Definition",
     "LiveTable",
     "Observer",

@@ -18,9 +18,8 @@ from lorasweep.sweep.packing import plan_packing
 from lorasweep.sweep.stages import Confirm, Search, Stage
 from lorasweep.sweep.trials import Observer, OpenTrial, RunEnded, Trials
 from lorasweep.training import (
+    Benches,
     Job,
-    Workbench,
-    build_workbench,
     check_run,
     choose_pack_size,
     measure_pack_sizes,
@@ -28,20 +27,6 @@ from lorasweep.training import (
     train_pack,
     train_run,
 )
-
-
-class Benches:
-    """Base models and data by the settings that decide them, each loaded once."""
-
-    def __init__(self) -> None:
-        self._loaded: dict[tuple[Any, ...], Workbench] = {}
-
-    def of(self, config: RunConfig) -> Workbench:
-        """Returns the workbench of a run, loaded if no earlier run needed it."""
-        key = (config.model, config.data, config.trainer.precision, config.trainer.device)
-        if key not in self._loaded:
-            self._loaded[key] = build_workbench(config)
-        return self._loaded[key]
 
 
 def check_definition(definition: Definition, benches: Benches) -> dict[str, RunConfig]:
@@ -77,8 +62,8 @@ def sweep_metric(configs: Mapping[str, RunConfig], benches: Benches) -> str:
 
 
 def data_notes(configs: Mapping[str, RunConfig], benches: Benches) -> list[str]:
-    """Returns what there is to say on how the data of the arms was made, each sentence once."""
-    return list(dict.fromkeys(note for config in configs.values() for note in benches.of(config).parts.notes))
+    """Returns what there is to say on the data of the arms and the attention that was chosen, each sentence once."""
+    return list(dict.fromkeys(note for config in configs.values() for note in benches.of(config).notes))
 
 
 class Worker:

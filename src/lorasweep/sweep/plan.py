@@ -6,10 +6,9 @@ from dataclasses import dataclass
 
 from lorasweep.sweep.confirm import arm_seeds, draw_seeds
 from lorasweep.sweep.definition import Arm, Definition
-from lorasweep.sweep.driver import Benches
 from lorasweep.sweep.fairness import trained_tokens
 from lorasweep.sweep.packing import ArmPacking, plan_packing
-from lorasweep.training import choose_pack_size, measure_pack_sizes, measure_run
+from lorasweep.training import Benches, choose_pack_size, measure_pack_sizes, measure_run
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,12 +7,14 @@ from lorasweep.training.export import Export, ExportFormat, export_run
 from lorasweep.training.pack import train_pack
 from lorasweep.training.reproduce import Reproduction, reproduce_run
 from lorasweep.training.restore import restore_base, restore_config, restore_model
-from lorasweep.training.run import build_workbench, check_run, train_run
-from lorasweep.training.run_log import RunPlace, Workbench
+from lorasweep.training.run import check_run, train_run
+from lorasweep.training.run_log import RunPlace
 from lorasweep.training.score import score_run
 from lorasweep.training.slots import Job
+from lorasweep.training.workbench import Benches, Workbench, build_workbench
 
 __all__ = [
+    "Benches",
     "Export",
     "ExportFormat",
     "Job",

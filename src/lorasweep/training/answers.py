@@ -14,8 +14,8 @@ from lorasweep.data.examples import CompletionPart, SequencePart
 from lorasweep.data.part import IGNORED, Part
 from lorasweep.errors import ConfigError
 from lorasweep.methods import METHODS
-from lorasweep.training.environment import resolve_device
-from lorasweep.training.run_log import Workbench
+from lorasweep.training.environment import device_of
+from lorasweep.training.workbench import Workbench
 
 ROUGE = ("rouge1", "rouge2", "rougeL")
 LONGER = 1.5
@@ -79,7 +79,7 @@ def generate(
     bench: Workbench,
 ) -> list[list[int]]:
     """Returns the tokens that follow each prompt, greedily, up to the end of the text or the limit."""
-    device = torch.device("cuda" if resolve_device(config.trainer) == "gpu" else "cpu")
+    device = device_of(config.trainer)
     mixed = bench.precision == "bf16" and METHODS[config.method.name].needs_autocast
     longest = max(map(len, prompts))
     rows, mask = (

@@ -16,15 +16,17 @@ from torch import nn
 from lorasweep.config.method import LoraConfig
 from lorasweep.config.run import RunConfig
 from lorasweep.data.batching import EvaluationSampler, MicroBatch, StepBatchSampler
-from lorasweep.data.part import Batch
+from lorasweep.data.part import move_batch
 from lorasweep.lora.packed import inject_packed_lora, split_packed_parameters
 from lorasweep.methods import METHODS, copy_sharing_weights, draw_head, train_head
-from lorasweep.training.environment import resolve_device
+from lorasweep.training.batches import resolve_accumulate
+from lorasweep.training.environment import device_of
 from lorasweep.training.optim import build_optimizer
 from lorasweep.training.pack import slot_batch, slot_losses
 from lorasweep.training.pack_optim import StackedAdamW
-from lorasweep.training.run import prepare_model, resolve_accumulate
-from lorasweep.training.run_log import Workbench, is_out_of_memory
+from lorasweep.training.run import prepare_model
+from lorasweep.training.run_log import is_out_of_memory
+from lorasweep.training.workbench import Workbench
 
 LEAST_GAIN = 0.05
 """A size must save this share of a run's time over the size before it."""
@@ -63,7 +65,7 @@ class RunCost:
 
 def measure_run(config: RunConfig, *, bench: Workbench) -> RunCost:
     """Measures a few steps and a batch of evaluation of a run alone, under its method and precision; keeps nothing."""
-    device = torch.device("cuda" if resolve_device(config.trainer) == "gpu" else "cpu")
+    device = device_of(config.trainer)
     method = METHODS[config.method.name]
     state = torch.get_rng_state()
     model = prepare_model(config, bench.base)
@@ -71,7 +73,7 @@ def measure_run(config: RunConfig, *, bench: Workbench) -> RunCost:
     trained = [p for p in model.parameters() if p.requires_grad]
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=bench.precision == "bf16" and method.needs_autocast)
     task, micros = bench.parts.task, _micro_batches(config, bench)
-    batches = [_to(bench.parts.train.batch(micro.indices), device) for micro in micros]
+    batches = [move_batch(bench.parts.train.batch(micro.indices), device) for micro in micros]
     times = [0.0]
     if trained:
         optimizer = build_optimizer(config.optim, method.trainable_groups(model, lr_ratio_b=config.optim.lr_ratio_b))
@@ -87,7 +89,7 @@ def measure_run(config: RunConfig, *, bench: Workbench) -> RunCost:
         times = _time(step, device)
     held_out = bench.parts.validation
     evaluation = EvaluationSampler(held_out, batch_size=config.trainer.eval_batch_size).batches
-    longest = _to(held_out.batch(evaluation[-1]), device)
+    longest = move_batch(held_out.batch(evaluation[-1]), device)
 
     def evaluate() -> None:
         with torch.no_grad(), autocast:
@@ -158,7 +160,7 @@ def free_memory_bytes() -> int:
 
 
 def _measure(config: RunConfig, bench: Workbench, *, slots: int) -> PackMeasurement:
-    device = torch.device("cuda" if resolve_device(config.trainer) == "gpu" else "cpu")
+    device = device_of(config.trainer)
     stream = torch.get_rng_state()
     model: nn.Module = copy_sharing_weights(bench.base.model)
     model.to(device)
@@ -170,7 +172,7 @@ def _measure(config: RunConfig, bench: Workbench, *, slots: int) -> PackMeasurem
     model.train()
     optimizer = StackedAdamW(split_packed_parameters(model), [config.optim] * slots)
     micros = _micro_batches(config, bench, slots=slots)
-    batches = [_to(slot_batch(bench.parts.train, [micro] * slots, model=model), device) for micro in micros]
+    batches = [move_batch(slot_batch(bench.parts.train, [micro] * slots, model=model), device) for micro in micros]
 
     def step() -> None:
         for batch in batches:
@@ -191,10 +193,6 @@ def _micro_batches(config: RunConfig, bench: Workbench, *, slots: int = 1) -> li
     accumulate = resolve_accumulate(settings, part, slots=slots)
     steps = StepBatchSampler(part, batch_size=settings.batch_size, num_steps=1, seed=0, accumulate=accumulate)
     return steps.step(0)
-
-
-def _to(batch: Batch, device: torch.device) -> Batch:
-    return {name: value.to(device) for name, value in batch.items()}
 
 
 def _time(action: Callable[[], None], device: torch.device) -> list[float]:

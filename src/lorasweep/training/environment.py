@@ -71,6 +71,11 @@ def resolve_device(config: TrainerConfig) -> Literal["cpu", "gpu"]:
     return "gpu" if available and config.device != "cpu" else "cpu"
 
 
+def device_of(config: TrainerConfig) -> torch.device:
+    """Returns the device that `trainer.device` means here; errors as in `resolve_device`."""
+    return torch.device("cuda" if resolve_device(config) == "gpu" else "cpu")
+
+
 @cache
 def has_cpu_bf16() -> bool:
     """Whether the processor multiplies bf16 itself (AVX512-BF16 or AMX), so that bf16 is faster than fp32."""

@@ -9,10 +9,10 @@ from torch import nn
 
 from lorasweep.config.run import RunConfig
 from lorasweep.data.batching import EvaluationSampler
-from lorasweep.data.part import Part
+from lorasweep.data.part import Part, move_batch
 from lorasweep.data.tasks import Evaluation, RowScores, Task
 from lorasweep.methods import METHODS
-from lorasweep.training.environment import Precision, resolve_device
+from lorasweep.training.environment import Precision, device_of
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -37,15 +37,14 @@ def evaluate_model(model: nn.Module, part: Part, *, task: Task, config: RunConfi
         config: The run's settings.
         precision: That of the workbench.
     """
-    device = torch.device("cuda" if resolve_device(config.trainer) == "gpu" else "cpu")
+    device = device_of(config.trainer)
     mixed = precision == "bf16" and METHODS[config.method.name].needs_autocast
     batches = EvaluationSampler(part, batch_size=config.trainer.eval_batch_size)
     evaluation = Evaluation(task)
     model.to(device).eval()
     with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=mixed):
         for micro in batches:
-            batch = {name: value.to(device) for name, value in part.batch(micro.indices).items()}
-            evaluation.update(task.score(model, batch))
+            evaluation.update(task.score(model, move_batch(part.batch(micro.indices), device)))
     values = {name: float(value) for name, value in evaluation.compute().items()}
     rows = in_order(evaluation.rows, batches.order)
     model.cpu()

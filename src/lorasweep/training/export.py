@@ -19,12 +19,12 @@ from transformers import PreTrainedModel
 
 from lorasweep.config.model import ModelConfig
 from lorasweep.config.run import RunConfig
-from lorasweep.errors import ConfigError, RunError
+from lorasweep.errors import ConfigError, RunError, first_line
 from lorasweep.lora import load_adapter, save_adapter
 from lorasweep.methods import METHODS, copy_sharing_weights
 from lorasweep.models.folder import find_folder
 from lorasweep.models.load import BaseModel, fingerprint_weights, require_tokenizer
-from lorasweep.models.pretrained import LOADING_ERRORS, first_line, load_pretrained, quiet_transformers
+from lorasweep.models.pretrained import LOADING_ERRORS, load_pretrained, quiet_transformers
 from lorasweep.record import RunRecord, read_run
 from lorasweep.training.restore import check_kept_files, restore_base, restore_config, restore_model
 

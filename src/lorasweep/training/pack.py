@@ -24,9 +24,9 @@ from lorasweep.config.method import LoraConfig
 from lorasweep.config.run import RunConfig
 from lorasweep.data.batching import MicroBatch
 from lorasweep.data.module import evaluation_loader
-from lorasweep.data.part import Batch, Part, repeat_batch
+from lorasweep.data.part import Batch, Part, move_batch, repeat_batch
 from lorasweep.data.tasks import Evaluation, Task
-from lorasweep.errors import Diverged, OutOfMemory
+from lorasweep.errors import Diverged, OutOfMemory, first_line
 from lorasweep.lora.packed import (
     compact_slots,
     fill_slot,
@@ -40,20 +40,21 @@ from lorasweep.lora.packed import (
 )
 from lorasweep.methods import copy_sharing_weights, draw_head, train_head
 from lorasweep.record import read_run
+from lorasweep.training.batches import resolve_accumulate
 from lorasweep.training.callbacks import RunStopped
 from lorasweep.training.checkpoint import has_checkpoint
 from lorasweep.training.environment import deterministic_algorithms, reset_peak_memory, resolve_device
 from lorasweep.training.optim import schedule_factor
 from lorasweep.training.pack_optim import StackedAdamW
-from lorasweep.training.run import never_stop, quiet_lightning, resolve_accumulate
+from lorasweep.training.run import never_stop, quiet_lightning
 from lorasweep.training.run_log import (
     Values,
-    Workbench,
     describe_stale,
     is_out_of_memory,
     is_stale,
 )
 from lorasweep.training.slots import Job, SlotRun, Supply
+from lorasweep.training.workbench import Workbench
 
 
 def train_pack(
@@ -89,7 +90,7 @@ def train_pack(
         return False
     except Exception as error:
         if is_out_of_memory(error):
-            raise OutOfMemory(str(error).splitlines()[0]) from error
+            raise OutOfMemory(first_line(error)) from error
         raise
     return True
 
@@ -133,7 +134,7 @@ class PackModule(lightning.LightningModule):
         micros = [run.micro_batch(self.micro) for run in self.runs]
         rows = slot_batch(self.bench.parts.train, micros, model=self.model)
         with self._watch_draws():
-            shares = slot_losses(self.task, self.model, self._to_device(rows), slots=len(micros))
+            shares = slot_losses(self.task, self.model, move_batch(rows, self.device), slots=len(micros))
         shares = shares / torch.tensor([micro.step_weight for micro in micros], device=shares.device)  # (slots,)
         self.manual_backward(shares.sum())
         self.micro_losses.append(shares.detach())
@@ -300,9 +301,6 @@ class PackModule(lightning.LightningModule):
 
     def _new_evaluations(self) -> list[Evaluation]:
         return [Evaluation(self.task) for _ in self.runs]
-
-    def _to_device(self, batch: Batch) -> Batch:
-        return {name: value.to(self.device) for name, value in batch.items()}
 
 
 def shared_stream(device: torch.device) -> Tensor:

@@ -18,8 +18,9 @@ from lorasweep.record import RunRecord, read_run
 from lorasweep.redaction import HIDDEN
 from lorasweep.training.comparison import Comparison, compare_values, explain, read_values
 from lorasweep.training.restore import DTYPES, restore_config
-from lorasweep.training.run import build_workbench, check_run, never_stop, train_run
-from lorasweep.training.run_log import RunPlace, Workbench
+from lorasweep.training.run import check_run, never_stop, train_run
+from lorasweep.training.run_log import RunPlace
+from lorasweep.training.workbench import Workbench, build_workbench
 
 PACK_TOLERANCE = {"fp32": 1e-4, "bf16": 3e-2}
 """Of a run that was trained in a pack and is repeated alone, whose sums are then rounded otherwise. A difference of

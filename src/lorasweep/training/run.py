@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import lightning
 import torch
@@ -20,21 +19,15 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import nn
 
 from lorasweep.config.method import LoraConfig
-from lorasweep.config.run import RunConfig, TrainerConfig
-from lorasweep.data.batching import EvaluationSampler, StepBatchSampler, choose_accumulate
+from lorasweep.config.run import RunConfig
 from lorasweep.data.module import DataModule
-from lorasweep.data.part import Part
-from lorasweep.data.part import padding_fraction as measure_padding
-from lorasweep.data.parts import load_parts
-from lorasweep.data.rows import RowSource
-from lorasweep.data.sources import read_source
 from lorasweep.disk import why_unwritable
-from lorasweep.errors import ConfigError, OutOfMemory
+from lorasweep.errors import ConfigError, OutOfMemory, first_line
 from lorasweep.methods import METHODS, copy_sharing_weights
-from lorasweep.models.attention import choose_attention
-from lorasweep.models.load import BaseModel, Labels, load_base
+from lorasweep.models.load import BaseModel
 from lorasweep.record import RunRecord, RunStatus, read_run
 from lorasweep.training.averaging import PutBack, WeightAveraging
+from lorasweep.training.batches import resolve_accumulate
 from lorasweep.training.callbacks import EarlyStopping, Logging, Pruning, RunStopped, ShouldStop, Stopping
 from lorasweep.training.checkpoint import Found, find_checkpoint
 from lorasweep.training.environment import (
@@ -42,61 +35,17 @@ from lorasweep.training.environment import (
     deterministic_algorithms,
     reset_peak_memory,
     resolve_device,
-    resolve_precision,
 )
 from lorasweep.training.module import TrainingModule
 from lorasweep.training.run_log import (
     RunLog,
     RunPlace,
-    Workbench,
     describe_failure,
     is_out_of_memory,
     new_record,
     reopen_record,
 )
-
-
-def build_workbench(config: RunConfig) -> Workbench:
-    """Loads the base model and the data of a run.
-
-    Raises:
-        ConfigError: The model or data cannot be had; nothing was written.
-    """
-    precision = resolve_precision(config.trainer)
-    source = read_source(config.data)
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    base = load_base(config.model, dtype=dtype, labels=labels_of(source))
-    parts = load_parts(
-        config.data,
-        source=source,
-        tokenizer=base.tokenizer,
-        model_kind=base.kind,
-        start_token=getattr(getattr(base.model, "config", None), "decoder_start_token_id", None),
-    )
-    attention = None
-    if config.model.attention == "auto":
-        attention = choose_attention(
-            base.model,
-            lengths=typical_lengths(config.trainer, parts.train),
-            rows=config.trainer.batch_size // resolve_accumulate(config.trainer, parts.train),
-            device=torch.device("cuda" if resolve_device(config.trainer) == "gpu" else "cpu"),
-        )
-    return Workbench(base=base, parts=parts, precision=precision, attention=attention)
-
-
-def labels_of(source: RowSource) -> Labels | None:
-    """Returns what a classifier of these rows is to tell; None for rows without labels."""
-    if source.kind in ("documents", "conversations"):
-        return None
-    names = ("value",) if source.kind == "regression" else source.label_names
-    return Labels(kind=source.kind, names=names)  # type: ignore[arg-type]
-
-
-def typical_lengths(config: TrainerConfig, part: Part) -> list[int]:
-    """Returns the lengths of the rows of the first steps' micro-batches, one micro-batch after the other."""
-    accumulate = resolve_accumulate(config, part)
-    steps = StepBatchSampler(part, batch_size=config.batch_size, num_steps=4, seed=0, accumulate=accumulate)
-    return [int(part.lengths[row]) for micro in steps for row in micro.indices]
+from lorasweep.training.workbench import Workbench, describe_batching
 
 
 def never_prune(slot: int, step: int, value: float) -> bool:
@@ -202,7 +151,7 @@ def _train_session(
         trainer = _build_trainer(module, place.folder, precision=bench.precision, callbacks=callbacks)
         status = _fit(trainer, module, record, bench=bench, start_step=start_step, checkpoint=found.path)
     except BaseException as error:
-        failure = OutOfMemory(_first_line(error)) if is_out_of_memory(error) else error
+        failure = OutOfMemory(first_line(error)) if is_out_of_memory(error) else error
         log.close(status_after(failure, place.folder), describe_failure(failure))
         if failure is not error:
             raise failure from error
@@ -277,43 +226,6 @@ def checkpoint_activations(model: nn.Module) -> None:
         )
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})  # type: ignore[operator]
-
-
-def resolve_accumulate(config: TrainerConfig, part: Part, *, slots: int = 1, begun: RunRecord | None = None) -> int:
-    """Returns the micro-batches per optimizer step.
-
-    Args:
-        config: The run's; `auto` is decided by the rows' lengths and the number of slots.
-        part: The training part.
-        slots: Runs that train together.
-        begun: The record of the run where it goes on: it goes on with as many as it began with.
-    """
-    if begun is not None and "micro_batches" in begun.batching:
-        return int(begun.batching["micro_batches"])
-    if config.accumulate == "auto":
-        return choose_accumulate(part, batch_size=config.batch_size, slots=slots)
-    return config.accumulate
-
-
-def describe_batching(
-    bench: Workbench, config: TrainerConfig, *, accumulate: int, padding_fraction: float
-) -> dict[str, Any]:
-    """Returns what a run record keeps of how its batches are made."""
-    held_out = bench.parts.validation
-    batches = EvaluationSampler(held_out, batch_size=config.eval_batch_size).batches
-    return {
-        "micro_batches": accumulate,
-        "padding_fraction": {
-            "train": round(padding_fraction, 4),
-            "validation": round(measure_padding(held_out.lengths, batches), 4),
-        },
-        "attention": None if bench.attention is None else bench.attention._asdict(),
-    }
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).splitlines()
-    return lines[0] if lines else type(error).__name__  # Python's own MemoryError says nothing
 
 
 def _fit(

@@ -19,12 +19,9 @@ import torch
 from torch import Tensor
 
 from lorasweep.config.run import RunConfig, TrainerConfig
-from lorasweep.data.parts import DataParts
 from lorasweep.data.tasks import goal_direction
 from lorasweep.disk import remove_leftovers, write_atomically
 from lorasweep.errors import Diverged, LoraSweepError
-from lorasweep.models.attention import AttentionChoice
-from lorasweep.models.load import BaseModel
 from lorasweep.record import (
     PATCH_FILE,
     STEPS_FILE,
@@ -39,7 +36,6 @@ from lorasweep.record import (
 from lorasweep.redaction import redact
 from lorasweep.training.checkpoint import remove_checkpoints
 from lorasweep.training.environment import (
-    Precision,
     code_patch,
     describe_code,
     describe_command,
@@ -49,22 +45,12 @@ from lorasweep.training.environment import (
     peak_memory_bytes,
     resolve_device,
 )
+from lorasweep.training.workbench import Workbench
 
 HOST_OUT_OF_MEMORY = ("can't allocate memory", "std::bad_alloc")
 """What torch says where the host has no memory left."""
 Values = dict[str, float]
 """Metrics of one evaluation by name."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Workbench:
-    """What runs on one base model and data set share; loaded once per worker."""
-
-    base: BaseModel
-    parts: DataParts
-    precision: Precision
-    attention: AttentionChoice | None = None
-    """What was measured and chosen; None where `model.attention` says which."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,7 +172,7 @@ def new_record(config: RunConfig, place: RunPlace, bench: Workbench, *, notes: S
         packages=describe_packages(),
         platform=describe_platform(bench.precision, resolve_device(config.trainer)),
         environment=describe_environment(),
-        notes=[*bench.parts.notes, *notes],
+        notes=[*bench.notes, *notes],
         data={name: part.describe() for name, part in parts.items()},
         base=bench.base.describe(),
         started_at=utc_now(),

@@ -10,12 +10,13 @@ import torch
 
 from lorasweep.data.tasks import RowScores, Task
 from lorasweep.disk import write_atomically
-from lorasweep.errors import OutOfMemory
+from lorasweep.errors import OutOfMemory, first_line
 from lorasweep.record import TEST_SCORES_FILE, RunRecord, read_run, sha256_of, write_record
 from lorasweep.training.answers import score_answers, wants_answers
 from lorasweep.training.evaluate import evaluate_model
 from lorasweep.training.restore import restore_config, restore_model
-from lorasweep.training.run_log import Workbench, is_out_of_memory
+from lorasweep.training.run_log import is_out_of_memory
+from lorasweep.training.workbench import Workbench
 
 
 def score_run(folder: Path, *, bench: Workbench) -> RunRecord:
@@ -46,7 +47,7 @@ def score_run(folder: Path, *, bench: Workbench) -> RunRecord:
             generated = score_answers(model, part, config=config, bench=bench)
     except Exception as error:
         if is_out_of_memory(error):
-            raise OutOfMemory(str(error).splitlines()[0] if str(error) else type(error).__name__) from error
+            raise OutOfMemory(first_line(error)) from error
         raise
     lines = row_scores_csv(record.metric, scored.rows, task=task, value=scored.values[record.metric])
     if lines is not None:

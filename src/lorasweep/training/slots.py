@@ -13,9 +13,9 @@ from lorasweep.config.run import RunConfig
 from lorasweep.data.batching import MicroBatch, StepBatchSampler
 from lorasweep.record import RunRecord
 from lorasweep.training.checkpoint import find_checkpoint, save_checkpoint
-from lorasweep.training.environment import resolve_device
-from lorasweep.training.run import describe_batching
-from lorasweep.training.run_log import RunLog, RunPlace, Workbench, new_record, reopen_record
+from lorasweep.training.environment import device_of
+from lorasweep.training.run_log import RunLog, RunPlace, new_record, reopen_record
+from lorasweep.training.workbench import Workbench, describe_batching
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -70,7 +70,7 @@ class SlotRun:
         self.record.batching = describe_batching(bench, config.trainer, accumulate=accumulate, padding_fraction=0.0)
         self.log = RunLog(self.record, folder, start_step=self.step)
         self.writer = SummaryWriter(str(folder))
-        device = "cuda" if resolve_device(config.trainer) == "gpu" else "cpu"  # masks are drawn where the rows are
+        device = device_of(config.trainer)  # masks are drawn where the rows are
         self.stream = torch.Generator(device).manual_seed(config.seeds.dropout)
         if resumed:
             self.stream.set_state(resumed["stream"])

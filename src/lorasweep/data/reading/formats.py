@@ -19,7 +19,7 @@ import pyarrow
 import pyarrow.parquet
 
 from lorasweep.data.reading.files import MAX_LINE_BYTES, read_lines
-from lorasweep.errors import ConfigError
+from lorasweep.errors import ConfigError, first_line
 
 ColumnChoice = Callable[[Sequence[str], str], Sequence[str]]
 """From the columns that a file has, and its name, to those that are wanted; raises ConfigError where one is missing."""
@@ -186,8 +186,7 @@ def _read_parquet(path: Path, choose: ColumnChoice) -> Records:
     except ConfigError:
         raise
     except (OSError, ValueError, KeyError, pyarrow.ArrowException) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"{str(path)!r} must be a parquet file, but can't be read: {reason}") from error
+        raise ConfigError(f"{str(path)!r} must be a parquet file, but can't be read: {first_line(error)}.") from error
     return Records(names=names, unit="row", records=enumerate(zip(*columns, strict=True), start=1))
 
 

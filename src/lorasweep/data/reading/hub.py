@@ -18,7 +18,7 @@ from huggingface_hub import HfApi
 
 from lorasweep.data.reading.formats import ColumnChoice
 from lorasweep.data.reading.tables import Table
-from lorasweep.errors import ConfigError
+from lorasweep.errors import ConfigError, first_line
 
 HUB_TIMEOUT_S = 10
 COMMIT = re.compile("[0-9a-f]{40}")
@@ -72,7 +72,7 @@ def _load_folder(folder: Path, *, subset: str | None, revision: str | None) -> D
         return _require_splits(load_dataset(str(folder.absolute()), subset))
     except Exception as error:  # whatever a loader of one of a dozen formats raises
         raise ConfigError(
-            f"`data.path` must be a folder that `datasets` can load, but {str(folder)!r} can't be: {_first_line(error)}"
+            f"`data.path` must be a folder that `datasets` can load, but {str(folder)!r} can't be: {first_line(error)}."
         ) from error
 
 
@@ -112,7 +112,7 @@ def _download(path: str, *, subset: str | None, revision: str | None) -> Dataset
         return _require_splits(load_dataset(path, subset, revision=commit))
     except Exception as error:  # whatever the hub, its client and a loader of one of a dozen formats raise
         raise ConfigError(
-            f"the data set {path!r} must be in the cache or on the hub, but can't be loaded: {_first_line(error)} "
+            f"the data set {path!r} must be in the cache or on the hub, but can't be loaded: {first_line(error)}. "
             "Check its spelling and the connection, or use a local file by `data=table`, `chat` or `text`."
         ) from error
 
@@ -133,9 +133,3 @@ def _name_class(value: Any, names: Sequence[str] | None) -> Any:
     if isinstance(value, list):
         return [_name_class(item, names) for item in value]
     return names[value] if value >= 0 else None
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    line = text.splitlines()[0].strip() if text else type(error).__name__
-    return line if line.endswith(".") else f"{line}."

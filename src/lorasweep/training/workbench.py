@@ -1,0 +1,104 @@
+"""What runs on one base model and data set share: both, loaded once, in the precision and attention of the machine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lorasweep.config.run import RunConfig, TrainerConfig
+from lorasweep.data.batching import EvaluationSampler
+from lorasweep.data.part import padding_fraction as measure_padding
+from lorasweep.data.parts import DataParts, load_parts
+from lorasweep.data.rows import RowSource
+from lorasweep.data.sources import read_source
+from lorasweep.models.attention import AttentionChoice, choose_attention
+from lorasweep.models.load import BaseModel, Labels, load_base
+from lorasweep.training.batches import resolve_accumulate, typical_lengths
+from lorasweep.training.environment import Precision, device_of, resolve_precision
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workbench:
+    """What runs on one base model and data set share; loaded once per worker."""
+
+    base: BaseModel
+    parts: DataParts
+    precision: Precision
+    attention: AttentionChoice | None = None
+    """What was measured and chosen; None where `model.attention` says which."""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Sentences on how the data was made and which attention was chosen."""
+        if self.attention is None or not self.attention.measured:
+            return self.parts.notes
+        times = ", ".join(f"{name} {1000 * seconds:.0f} ms" for name, seconds in self.attention.measured.items())
+        return (*self.parts.notes, f"Attention is {self.attention.name}, the faster on rows of these lengths: {times}.")
+
+
+class Benches:
+    """Base models and data by the settings that decide them, each loaded once."""
+
+    def __init__(self) -> None:
+        self._loaded: dict[tuple[Any, ...], Workbench] = {}
+
+    def of(self, config: RunConfig) -> Workbench:
+        """Returns the workbench of a run, loaded if no earlier run needed it."""
+        key = (config.model, config.data, config.trainer.precision, config.trainer.device)
+        if key not in self._loaded:
+            self._loaded[key] = build_workbench(config)
+        return self._loaded[key]
+
+
+def build_workbench(config: RunConfig) -> Workbench:
+    """Loads the base model and the data of a run.
+
+    Raises:
+        ConfigError: The model or data cannot be had; nothing was written.
+    """
+    precision = resolve_precision(config.trainer)
+    source = read_source(config.data)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    base = load_base(config.model, dtype=dtype, labels=labels_of(source))
+    parts = load_parts(
+        config.data,
+        source=source,
+        tokenizer=base.tokenizer,
+        model_kind=base.kind,
+        start_token=getattr(getattr(base.model, "config", None), "decoder_start_token_id", None),
+    )
+    attention = None
+    if config.model.attention == "auto":
+        attention = choose_attention(
+            base.model,
+            lengths=typical_lengths(config.trainer, parts.train),
+            rows=config.trainer.batch_size // resolve_accumulate(config.trainer, parts.train),
+            device=device_of(config.trainer),
+        )
+    return Workbench(base=base, parts=parts, precision=precision, attention=attention)
+
+
+def labels_of(source: RowSource) -> Labels | None:
+    """Returns what a classifier of these rows is to tell; None for rows without labels."""
+    if source.kind in ("documents", "conversations"):
+        return None
+    names = ("value",) if source.kind == "regression" else source.label_names
+    return Labels(kind=source.kind, names=names)  # type: ignore[arg-type]
+
+
+def describe_batching(
+    bench: Workbench, config: TrainerConfig, *, accumulate: int, padding_fraction: float
+) -> dict[str, Any]:
+    """Returns what a run record keeps of how its batches are made."""
+    held_out = bench.parts.validation
+    batches = EvaluationSampler(held_out, batch_size=config.eval_batch_size).batches
+    return {
+        "micro_batches": accumulate,
+        "padding_fraction": {
+            "train": round(padding_fraction, 4),
+            "validation": round(measure_padding(held_out.lengths, batches), 4),
+        },
+        "attention": None if bench.attention is None else bench.attention._asdict(),
+    }
