@@ -10,12 +10,15 @@ import argparse
 import os
 import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from lorasweep.disk import free_folder
 from lorasweep.errors import ConfigError, LoraSweepError, RecordError
 from lorasweep.redaction import redact
 
@@ -37,16 +40,14 @@ def run(arguments: Sequence[str]) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads stall each other on shared cores
     try:
-        if arguments and arguments[0] == "train":  # a Hydra app, with Hydra's own flags
-            return train(list(arguments[1:]))
-        parsed = build_parser().parse_args(arguments)
-        command: Callable[[argparse.Namespace], int] = parsed.command
-        return command(parsed)
-    except LoraSweepError as error:
-        print(f"lorasweep: {redact(str(error))}", file=sys.stderr)
-        return WRONG if isinstance(error, ConfigError | RecordError) else FAILED
-    except OSError as error:
-        return _say_os_error(error)
+        with _threads_leave_files_to_us():
+            if arguments and arguments[0] == "train":  # a Hydra app, with Hydra's own flags
+                return train(list(arguments[1:]))
+            parsed = build_parser().parse_args(arguments)
+            command: Callable[[argparse.Namespace], int] = parsed.command
+            return command(parsed)
+    except (LoraSweepError, OSError) as error:
+        return _say_error(error)
     except KeyboardInterrupt:
         print("lorasweep: interrupted", file=sys.stderr)
         return INTERRUPTED
@@ -404,13 +405,7 @@ def _print_warnings(folder: SweepFolder, console: Console, *, after: int) -> int
 
 def _new_output(given: Path | None, default: Path) -> Path:
     """The folder that was asked for, or the default one with the next free number behind it."""
-    if given is not None:
-        return _require_new(given, key="--output")
-    path, number = default, 1
-    while path.exists():
-        number += 1
-        path = default.with_name(f"{default.name}-{number}")
-    return path
+    return free_folder(default) if given is None else _require_new(given, key="--output")
 
 
 def _require_new(path: Path, *, key: str) -> Path:
@@ -430,9 +425,28 @@ def _new_train_folder(output: str | None) -> Path:
     return path
 
 
-def _say_os_error(error: OSError) -> int:
-    """What the system refused, in a sentence: a full disk, a folder that is gone or may not be written to."""
-    named = f" {str(error.filename)!r}" if error.filename else ""
+@contextmanager
+def _threads_leave_files_to_us() -> Iterator[None]:
+    """Silences threads that can't write: TensorBoard's would print a traceback beside the sentence that we say."""
+    before = threading.excepthook
+
+    def quiet(what: threading.ExceptHookArgs) -> None:
+        if not issubclass(what.exc_type, OSError):
+            before(what)
+
+    threading.excepthook = quiet
+    try:
+        yield
+    finally:
+        threading.excepthook = before
+
+
+def _say_error(error: LoraSweepError | OSError) -> int:
+    """Prints an error as one sentence and returns its exit code."""
+    if isinstance(error, LoraSweepError):
+        print(f"lorasweep: {redact(str(error))}", file=sys.stderr)
+        return WRONG if isinstance(error, ConfigError | RecordError) else FAILED
+    named = f" {str(error.filename)!r}" if error.filename else ""  # a full disk, a folder that is gone or read-only
     print(
         f"lorasweep: the files of a run must be there and writable, but{named}: {error.strerror or error}.",
         file=sys.stderr,
@@ -441,11 +455,8 @@ def _say_os_error(error: OSError) -> int:
 
 
 def _guarded(action: Callable[[], int]) -> int:
-    """Runs an action inside Hydra, which would print a LoraSweepError as a traceback of its own."""
+    """Runs an action inside Hydra, which would print an error as a traceback of its own."""
     try:
         return action()
-    except LoraSweepError as error:
-        print(f"lorasweep: {redact(str(error))}", file=sys.stderr)
-        return WRONG if isinstance(error, ConfigError | RecordError) else FAILED
-    except OSError as error:
-        return _say_os_error(error)
+    except (LoraSweepError, OSError) as error:
+        return _say_error(error)

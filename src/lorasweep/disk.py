@@ -43,6 +43,15 @@ def move_into_place(temporary: Path, path: Path) -> None:
     _flush(path.parent)
 
 
+def free_folder(wanted: Path) -> Path:
+    """Returns this folder, or the first of NAME-2, NAME-3, ... that is not there yet."""
+    path, number = wanted, 1
+    while path.exists():
+        number += 1
+        path = wanted.with_name(f"{wanted.name}-{number}")
+    return path
+
+
 def remove_leftovers(folder: Path) -> None:
     """Removes what a killed process had not moved into place yet, in a folder that only this process writes to."""
     for path in folder.glob(".*.tmp"):

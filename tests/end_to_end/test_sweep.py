@@ -275,6 +275,7 @@ def test_a_sweep_killed_while_it_confirms_ends_with_the_same_scores(here, pack_s
         process.kill()
         process.communicate()
     killed = read_sweep(folder)
+    assert killed.status == "running"  # so in the middle of the stage, however far behind the record is
     assert run(["sweep", "--resume", "outputs/mini"]) == 0
     assert check_confirmed(folder).trials == killed.trials
     assert run([*words, "sweep.output=whole"]) == 0

@@ -24,7 +24,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from lorasweep.config.run import RunConfig
 from lorasweep.data.tasks import goal_direction
-from lorasweep.disk import remove_leftovers, why_unwritable
+from lorasweep.disk import free_folder, remove_leftovers, why_unwritable
 from lorasweep.errors import ConfigError, RecordError, WorkerError
 from lorasweep.record import SWEEP_FILE, SweepRecord, read_sweep, sha256_of, utc_now, write_record
 from lorasweep.sweep.confirm import draw_seeds
@@ -159,11 +159,7 @@ def new_folder(name: str, wanted: str | None) -> Path:
                 f"To go on with a sweep type `lorasweep sweep --resume {wanted}`."
             )
         return path
-    path, number = Path("outputs") / name, 1
-    while path.exists():
-        number += 1
-        path = Path("outputs") / f"{name}-{number}"
-    return path
+    return free_folder(Path("outputs") / name)
 
 
 def create_sweep(

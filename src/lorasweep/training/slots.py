@@ -113,6 +113,7 @@ class SlotRun:
         for row in self.log.flush(self.tokens_per_s):
             for name in ("loss", "lr", "tokens_per_s"):
                 self.writer.add_scalar(f"train/{name}", row[name], row["step"])
+            self.writer.add_scalar("train/padding_fraction", self.padding_fraction, row["step"])
 
     def save_checkpoint(self, state: dict[str, Any]) -> None:
         """Writes what the run needs to go on in any pack, whole or not at all."""
