@@ -21,14 +21,19 @@ from lorasweep.record import (
     RunRecord,
     SweepRecord,
     TrialRow,
+    WorkerRow,
     folder_of_run,
     read_run,
     read_schema,
     read_steps,
     read_sweep,
+    read_worker,
+    read_workers,
     sha256_of,
     utc_now,
+    worker_file,
     write_record,
+    write_worker,
 )
 
 VERSION_1 = Path(__file__).parent / "records" / "version_1"
@@ -69,6 +74,11 @@ def make_sweep(**values):
             | values
         )
     )
+
+
+def make_worker(**values):
+    began = "2026-01-01T00:00:00+00:00"
+    return WorkerRow(**({"id": "one", "host": "node1", "pid": 7, "started_at": began} | values))
 
 
 def test_a_run_comes_back_as_it_was_written(tmp_path):
@@ -198,10 +208,10 @@ def test_a_record_is_of_the_form_that_the_schema_gives(tmp_path, kind, record):
             validate(json.loads(written.read_text()) | {key: 3})
 
 
-@pytest.mark.parametrize("kind", [RunRecord, SweepRecord, ArmRow, TrialRow, ConfirmRow])
+@pytest.mark.parametrize("kind", [RunRecord, SweepRecord, ArmRow, TrialRow, ConfirmRow, WorkerRow])
 def test_the_schema_has_every_field_and_no_other(kind):
-    schema = read_schema("run" if kind is RunRecord else "sweep")
-    part = schema if kind in (RunRecord, SweepRecord) else schema["$defs"][kind.__name__]
+    schema = read_schema({RunRecord: "run", WorkerRow: "worker"}.get(kind, "sweep"))
+    part = schema["$defs"][kind.__name__] if kind in (ArmRow, TrialRow, ConfirmRow) else schema
     assert list(part["properties"]) == [f.name for f in fields(kind)]
 
 
@@ -258,3 +268,74 @@ def test_a_secret_is_not_written(tmp_path, monkeypatch):
     write_record(record, tmp_path)
     assert (read_run(tmp_path).config, read_run(tmp_path).reason) == ({"path": "https://***@host"}, "401 for ***")
     assert record.reason == "401 for open-sesame-42"  # in memory it is as it was
+
+
+def test_workers_come_back_as_they_were_written_the_earliest_first(tmp_path):
+    late = make_worker(id="a", started_at="2026-01-02T00:00:00+00:00", running=["lora-0003"], telemetry={"wall_s": 2.0})
+    for row in (late, make_worker()):
+        write_worker(row, tmp_path)
+    assert read_workers(tmp_path) == [make_worker(), late]
+
+
+def test_a_sweep_from_before_there_were_workers_has_none(tmp_path):
+    assert read_workers(tmp_path) == []
+
+
+def test_a_worker_is_of_the_form_that_the_schema_gives(tmp_path):
+    write_worker(make_worker(telemetry={"wall_s": math.nan, "idle_fraction": 0.5}, job="17_2"), tmp_path)
+    raw = json.loads(worker_file(tmp_path, "one").read_text())
+    assert raw["telemetry"] == {"idle_fraction": 0.5}
+    validate = fastjsonschema.compile(read_schema("worker"))
+    validate(raw)
+    with pytest.raises(fastjsonschema.JsonSchemaException, match="telemetry"):
+        validate(raw | {"telemetry": {"wall_s": "long"}})
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("", "{", "[]", "null", '{"format": "lorasweep.worker"}', "[" * 100_000),
+        json.dumps(asdict(make_worker(id="two"))),
+        json.dumps(asdict(make_worker()) | {"format": "lorasweep.run"}),
+        json.dumps(asdict(make_worker()) | {"version": 3}),
+        json.dumps(asdict(make_worker()) | {"status": "fine"}),
+        json.dumps(asdict(make_worker()) | {"running": {}}),
+        json.dumps(asdict(make_worker()) | {"pid": "7"}),
+    ],
+)
+def test_a_damaged_or_foreign_workers_file_is_left_out(tmp_path, content):
+    write_worker(make_worker(id="good"), tmp_path)
+    worker_file(tmp_path, "one").write_text(content)
+    (tmp_path / "workers" / "folder.json").mkdir()
+    assert [row.id for row in read_workers(tmp_path)] == ["good"]
+    with pytest.raises(RecordError, match=r"must (be|have)"):
+        read_worker(worker_file(tmp_path, "one"))
+
+
+def test_the_file_of_a_worker_of_another_name_is_refused(tmp_path):
+    worker_file(tmp_path, "one").parent.mkdir()
+    worker_file(tmp_path, "one").write_text(json.dumps(asdict(make_worker(id="two"))))
+    with pytest.raises(RecordError, match="must be the file of worker 'one', but is that of 'two'"):
+        read_worker(worker_file(tmp_path, "one"))
+
+
+def test_what_is_no_number_in_a_workers_telemetry_is_left_out(tmp_path):
+    write_worker(make_worker(), tmp_path)
+    path = worker_file(tmp_path, "one")
+    odd = '{"a": 1, "b": "2", "c": true, "d": null, "e": NaN, "f": 1' + "0" * 400 + "}"
+    path.write_text(path.read_text().replace('"telemetry": {}', f'"telemetry": {odd}'))
+    assert read_worker(path).telemetry == {"a": 1.0}
+
+
+def test_a_huge_workers_file_is_refused_before_it_is_read(tmp_path):
+    write_worker(make_worker(), tmp_path)
+    with worker_file(tmp_path, "one").open("wb") as file:
+        file.truncate(2**40)
+    with pytest.raises(RecordError, match="must be a record of at most 1 MiB, but is larger"):
+        read_worker(worker_file(tmp_path, "one"))
+
+
+def test_a_worker_writes_no_secret(tmp_path, monkeypatch):
+    monkeypatch.setenv("LORASWEEP_STORAGE_URL", "postgresql://me:open-sesame@host/db")
+    write_worker(make_worker(reason="postgresql://me:open-sesame@host/db does not answer"), tmp_path)
+    assert "open-sesame" not in worker_file(tmp_path, "one").read_text()
