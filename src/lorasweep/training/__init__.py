@@ -11,6 +11,7 @@ from lorasweep.training.run import check_run, train_run
 from lorasweep.training.run_log import RunPlace
 from lorasweep.training.score import score_run
 from lorasweep.training.slots import Job
+from lorasweep.training.telemetry import Telemetry
 from lorasweep.training.workbench import Benches, Workbench, build_workbench
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "Reproduction",
     "RunPlace",
     "Scored",
+    "Telemetry",
     "Workbench",
     "build_workbench",
     "check_run",

@@ -17,6 +17,7 @@ from lorasweep.record import RunRecord
 from lorasweep.training.checkpoint import save_checkpoint
 from lorasweep.training.module import TrainingModule
 from lorasweep.training.run_log import RunLog, Values, describe_stale, is_stale
+from lorasweep.training.telemetry import Telemetry
 
 ShouldStop = Callable[[int, int, float], bool]
 """`should_stop(slot, step, value)`: whether the run in a slot is to be pruned after this evaluation."""
@@ -25,15 +26,27 @@ ShouldStop = Callable[[int, int, float], bool]
 class Logging(lightning.Callback):
     """Hands steps and evaluations to the run's log, and leaves a checkpoint at each evaluation.
 
-    `save` writes the kept weights of the model into a folder.
+    `save` writes the kept weights of the model into a folder. The clock is told what each moment goes to.
     """
 
-    def __init__(self, run_log: RunLog, *, save: Callable[[Path], None], start_step: int) -> None:
+    def __init__(self, run_log: RunLog, *, save: Callable[[Path], None], start_step: int, telemetry: Telemetry) -> None:
         self.run_log = run_log
         self.save = save
         self.micro_losses: list[Tensor] = []
         self.lr = 0.0
         self.logged_step = start_step
+        self.telemetry = telemetry
+        self.counted_tokens = 0
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Leaves out what the clock of an earlier session counted."""
+        self.counted_tokens = _tokens(pl_module)
+
+    def on_train_batch_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Begins or goes on with training."""
+        self.telemetry.switch("training")
 
     def on_before_optimizer_step(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, optimizer: torch.optim.Optimizer
@@ -53,24 +66,33 @@ class Logging(lightning.Callback):
 
     def on_validation_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Writes the steps since the last evaluation."""
-        self.run_log.flush(_speed(pl_module))
+        self._flush(pl_module)
+        self.telemetry.switch("evaluating")
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Writes the evaluation; the checkpoint comes last, so that a run that resumes there knows it."""
+        self.telemetry.switch("saving")
         self.run_log.note_evaluation(trainer.global_step, validation_values(trainer), save=self.save)
         if trainer.state.fn == TrainerFn.FITTING:
             save_trainer(trainer, self.run_log.folder)
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Writes what is left."""
-        self.run_log.flush(_speed(pl_module))
+        self._flush(pl_module)
 
     def on_exception(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
     ) -> None:
         """Writes the steps of a run that is stopped or fails."""
         if not isinstance(exception, Diverged):
-            self.run_log.flush(_speed(pl_module))
+            self._flush(pl_module)
+
+    def _flush(self, module: lightning.LightningModule) -> None:
+        tokens = _tokens(module)  # waits for the device: its time is training's
+        self.telemetry.add_tokens(tokens - self.counted_tokens)
+        self.counted_tokens = tokens
+        self.telemetry.switch("saving")
+        self.run_log.flush(_speed(module))
 
 
 class Pruning(lightning.Callback):
@@ -149,6 +171,10 @@ def validation_values(trainer: lightning.Trainer) -> Values:
 def save_trainer(trainer: lightning.Trainer, folder: Path) -> None:
     """Writes Lightning's checkpoint: only what trains, see `TrainingModule`."""
     save_checkpoint(folder, kind="last", step=trainer.global_step, save=trainer.save_checkpoint)
+
+
+def _tokens(module: lightning.LightningModule) -> int:
+    return module.tokens_trained if isinstance(module, TrainingModule) else 0
 
 
 def _speed(module: lightning.LightningModule) -> float:

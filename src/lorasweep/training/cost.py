@@ -114,6 +114,21 @@ def measure_pack_sizes(config: RunConfig, *, bench: Workbench, most: int) -> lis
         bench: Base model and data.
         most: Largest size to try, such as the number of trials left.
     """
+    with bench.telemetry.phase("loading"):
+        return _measure_while_it_pays(config, bench, most=most)
+
+
+def choose_pack_size(measured: Sequence[PackMeasurement]) -> int:
+    """Returns the largest size that still pays: each must beat the one before it by `LEAST_GAIN` per slot."""
+    chosen = 1
+    for before, now in pairwise(measured):
+        if not _pays(now, before):
+            break
+        chosen = now.slots
+    return chosen
+
+
+def _measure_while_it_pays(config: RunConfig, bench: Workbench, *, most: int) -> list[PackMeasurement]:
     measured: list[PackMeasurement] = []
     slots = 1
     while slots <= most:
@@ -129,16 +144,6 @@ def measure_pack_sizes(config: RunConfig, *, bench: Workbench, most: int) -> lis
             break
         slots *= 2
     return measured
-
-
-def choose_pack_size(measured: Sequence[PackMeasurement]) -> int:
-    """Returns the largest size that still pays: each must beat the one before it by `LEAST_GAIN` per slot."""
-    chosen = 1
-    for before, now in pairwise(measured):
-        if not _pays(now, before):
-            break
-        chosen = now.slots
-    return chosen
 
 
 def _pays(now: PackMeasurement, before: PackMeasurement) -> bool:

@@ -190,8 +190,11 @@ def reset_peak_memory() -> None:
 
 def peak_memory_bytes() -> int:
     """Returns the largest memory since the reset: allocated on the GPU, else resident in the process."""
-    if torch.cuda.is_available():
-        return int(torch.cuda.max_memory_allocated())
+    return int(torch.cuda.max_memory_allocated()) if torch.cuda.is_available() else process_peak_bytes()
+
+
+def process_peak_bytes() -> int:
+    """Returns the largest resident memory of the process since the reset."""
     try:
         status = Path("/proc/self/status").read_text()
         return int(status.split("VmHWM:")[1].split()[0]) * 1024

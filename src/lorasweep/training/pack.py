@@ -82,8 +82,9 @@ def train_pack(
     torch.manual_seed(jobs[0].config.seeds.dropout)  # of what is drawn for the whole pack
     module: PackModule | None = None
     try:
-        module = PackModule(jobs, bench=bench, supply=supply, stop_requested=stop_requested)
-        _fit(module, jobs[0].config, bench)
+        with bench.telemetry.phase("loading"):
+            module = PackModule(jobs, bench=bench, supply=supply, stop_requested=stop_requested)
+            _fit(module, jobs[0].config, bench)
     except (RunStopped, SIGTERMException):  # Lightning's own, where SIGTERM comes during an evaluation
         assert module is not None
         module.interrupt()
@@ -130,6 +131,7 @@ class PackModule(lightning.LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
         """One micro-batch of every slot; with the last one of a step, the step."""
+        self.bench.telemetry.switch("training")
         started = time.perf_counter()
         micros = [run.micro_batch(self.micro) for run in self.runs]
         rows = slot_batch(self.bench.parts.train, micros, model=self.model)
@@ -139,8 +141,10 @@ class PackModule(lightning.LightningModule):
         self.manual_backward(shares.sum())
         self.micro_losses.append(shares.detach())
         self.micro += 1
+        positions, tokens = rows["input_ids"].numel() // len(micros), 0
         for run, micro in zip(self.runs, micros, strict=True):
-            run.note_batch(micro, positions=rows["input_ids"].numel() // len(micros))
+            tokens += run.note_batch(micro, positions=positions)
+        self.bench.telemetry.add_tokens(tokens)
         if self.micro == self.accumulate:
             self._step()
         share = (time.perf_counter() - started) / len(micros)
@@ -165,6 +169,7 @@ class PackModule(lightning.LightningModule):
 
     def on_validation_start(self) -> None:
         """Evaluates rows of one length in all slots."""
+        self.bench.telemetry.switch("evaluating")
         set_row_lengths(self.model, None)
 
     def on_validation_model_train(self) -> None:
@@ -174,6 +179,7 @@ class PackModule(lightning.LightningModule):
     def on_validation_end(self) -> None:
         """Settles every slot: logs, keeps, prunes, ends, refills; then compacts what stays empty."""
         computed = [evaluation.compute() for evaluation in self.evaluations]
+        self.bench.telemetry.switch("saving")
         values = [{name: float(value) for name, value in metrics.items()} for metrics in computed]
         self._share_time()
         freed = [n for n, run in enumerate(self.runs) if not self._goes_on(n, run, values[n])]

@@ -87,7 +87,10 @@ def train_run(
     too_large: list[int] = []
     while True:
         try:
-            return _train_session(config, place, bench, should_stop, stop_requested, resume=resume, too_large=too_large)
+            with bench.telemetry.phase("loading"):
+                return _train_session(
+                    config, place, bench, should_stop, stop_requested, resume=resume, too_large=too_large
+                )
         except OutOfMemory:
             used = read_run(place.folder)
             rows, micro_batches = config.trainer.batch_size, int(used.batching.get("micro_batches", 1))
@@ -142,7 +145,12 @@ def _train_session(
         averaging = [] if config.optim.ema_decay is None else [WeightAveraging(config.optim.ema_decay)]
         callbacks = [
             *averaging,
-            Logging(log, save=lambda folder: module.method.save(model, folder, base=bench.base), start_step=start_step),
+            Logging(
+                log,
+                save=lambda folder: module.method.save(model, folder, base=bench.base),
+                start_step=start_step,
+                telemetry=bench.telemetry,
+            ),
             pruning := Pruning(should_stop, metric=record.metric, max_steps=record.steps_planned),
             EarlyStopping(record, config.trainer),
             *map(PutBack, averaging),
@@ -303,6 +311,7 @@ def quiet_lightning() -> Iterator[None]:
             warnings.filterwarnings("ignore", message=".*does not have many workers.*")
             warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")  # ours starts at a step
             warnings.filterwarnings("ignore", message=".*this fit will run with no optimizer.*")  # a pack has its own
+            warnings.filterwarnings("ignore", message="The `srun` command is available")  # on a cluster's login node
             warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
             warnings.filterwarnings("ignore", message=".*`lr_scheduler.step\\(\\)` before `optimizer.step\\(\\)`.*")
             yield

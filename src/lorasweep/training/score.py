@@ -42,9 +42,10 @@ def score_run(folder: Path, *, bench: Workbench) -> RunRecord:
     model = restore_model(config, bench.base, folder=folder / "best")
     generated: dict[str, float] = {}
     try:
-        scored = evaluate_model(model, part, task=task, config=config, precision=bench.precision)
-        if wants_answers(config.data):
-            generated = score_answers(model, part, config=config, bench=bench)
+        with bench.telemetry.phase("evaluating"):
+            scored = evaluate_model(model, part, task=task, config=config, precision=bench.precision)
+            if wants_answers(config.data):
+                generated = score_answers(model, part, config=config, bench=bench)
     except Exception as error:
         if is_out_of_memory(error):
             raise OutOfMemory(first_line(error)) from error

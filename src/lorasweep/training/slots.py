@@ -99,10 +99,12 @@ class SlotRun:
             self._micros = self.step, self.order.step(self.step)
         return self._micros[1][micro]
 
-    def note_batch(self, micro: MicroBatch, *, positions: int) -> None:
-        """Counts the tokens of a batch and the positions that they took, padding included."""
-        self.tokens_trained += int(self.bench.parts.train.lengths[torch.tensor(micro.indices)].sum())
+    def note_batch(self, micro: MicroBatch, *, positions: int) -> int:
+        """Counts the tokens of a batch, which it returns, and the positions that they took, padding included."""
+        tokens = int(self.bench.parts.train.lengths[torch.tensor(micro.indices)].sum())
+        self.tokens_trained += tokens
         self.positions_trained += positions
+        return tokens
 
     def flush(self) -> None:
         """Writes the steps so far to the log and to TensorBoard.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from lorasweep.models.attention import AttentionChoice, choose_attention
 from lorasweep.models.load import BaseModel, Labels, load_base
 from lorasweep.training.batches import resolve_accumulate, typical_lengths
 from lorasweep.training.environment import Precision, device_of, resolve_precision
+from lorasweep.training.telemetry import Telemetry
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +29,8 @@ class Workbench:
     precision: Precision
     attention: AttentionChoice | None = None
     """What was measured and chosen; None where `model.attention` says which."""
+    telemetry: Telemetry = field(default_factory=Telemetry, compare=False)
+    """What the time of the process that has it goes to."""
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -42,18 +45,24 @@ class Benches:
     """Base models and data by the settings that decide them, each loaded once."""
 
     def __init__(self) -> None:
+        self.telemetry = Telemetry()
         self._loaded: dict[tuple[Any, ...], Workbench] = {}
 
     def of(self, config: RunConfig) -> Workbench:
         """Returns the workbench of a run, loaded if no earlier run needed it."""
         key = (config.model, config.data, config.trainer.precision, config.trainer.device)
         if key not in self._loaded:
-            self._loaded[key] = build_workbench(config)
+            with self.telemetry.phase("loading"):
+                self._loaded[key] = build_workbench(config, telemetry=self.telemetry)
         return self._loaded[key]
 
 
-def build_workbench(config: RunConfig) -> Workbench:
+def build_workbench(config: RunConfig, *, telemetry: Telemetry | None = None) -> Workbench:
     """Loads the base model and the data of a run.
+
+    Args:
+        config: The run's settings.
+        telemetry: The clock of this process, where it has one.
 
     Raises:
         ConfigError: The model or data cannot be had; nothing was written.
@@ -77,7 +86,9 @@ def build_workbench(config: RunConfig) -> Workbench:
             rows=config.trainer.batch_size // resolve_accumulate(config.trainer, parts.train),
             device=device_of(config.trainer),
         )
-    return Workbench(base=base, parts=parts, precision=precision, attention=attention)
+    return Workbench(
+        base=base, parts=parts, precision=precision, attention=attention, telemetry=telemetry or Telemetry()
+    )
 
 
 def labels_of(source: RowSource) -> Labels | None:
