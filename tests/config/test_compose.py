@@ -81,6 +81,13 @@ def test_interpolations_follow_what_was_set():
     assert compose_values("train", {"seed": 3})["seeds"] == {"init": 3, "data_order": 3, "dropout": 3}
 
 
+def test_interpolations_that_multiply_are_refused_before_they_are_resolved():
+    keys = ("model.path", "data.train", "data.validation", "data.test", "model.revision")
+    bomb = {key: f"${{{keys[n - 1]}}}" * 10 if n else "x" * 100 for n, key in enumerate(keys)}
+    with pytest.raises(ConfigError, match=r"settings must have at most 16 interpolations \(`\$\{...\}`\), but have 40"):
+        compose_run({"model": "causal_lm", "data": "table", **bomb})
+
+
 def test_known_keys_are_those_of_the_chosen_options():
     assert "method.rank" in known_keys({"method": "lora"})
     assert "method.rank" not in known_keys({"method": "full"})

@@ -49,6 +49,7 @@ def test_a_sampler_and_a_pruner_are_told_apart_by_name():
     ("values", "message"),
     [
         ({"trials": 0}, "`arms.lora.trials >= 1` must hold, but got 0."),
+        ({"trials": 10**7}, "`arms.lora.trials <= 1000000` must hold, but got 10000000."),
         ({"space": {}, "trials": 2}, "`arms.lora.trials` must be 1 for an arm without a space, but got 2. Add a `sp"),
         ({"name": "a/b"}, "an arm's name must consist of letters, digits, `_` and `-`, but got 'a/b'."),
         ({"name": ".."}, "an arm's name must consist of letters, digits, `_` and `-`, but got '..'."),

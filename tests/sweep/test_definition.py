@@ -183,6 +183,20 @@ def test_a_grid_takes_as_many_trials_as_it_has_combinations(read, content):
         read(content, "sampler=grid")
 
 
+def test_a_grid_that_is_too_large_to_lay_out_is_refused(read, content):
+    content["arms"]["lora"] |= {"space": {"trainer.max_steps": {"low": 1, "high": 10**8}}, "trials": 6}
+    message = "`arms.lora.space` must have at most 100,000 combinations under `sampler=grid`, but has 100,000,000."
+    with pytest.raises(ConfigError, match=message):
+        read(content, "arms.lora.sampler=grid")
+
+
+@pytest.mark.parametrize("pattern", ["a**b/.", "data/\0.csv", "../**x"])
+def test_a_path_that_is_no_pattern_of_files_is_left_to_who_reads_the_data(read, content, pattern):
+    del content["settings"]["data.block_length"]
+    content["settings"] |= {"model": "classifier", "data": "table", "data.train": pattern, "model.path": "m"}
+    assert read(content).raw["file"]["settings"]["data.train"] == pattern
+
+
 def test_a_definition_comes_back_from_its_record(read, content):
     definition = read(content, "optim.eps=1e-6", "method.rank=choice(1,8)", "sweep.trials=2")
     restored = restore_definition(json.loads(json.dumps(definition.raw)), source=definition.source)

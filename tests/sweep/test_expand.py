@@ -137,6 +137,10 @@ def test_the_command_line_may_expand_over_other_values_or_expand_an_arm(read, ex
         ({"optim.lr": [0.1]}, "`optim.lr` must be in `expand` or in `space` of arm `lora`, but is in both."),
         ({"confirm.seeds": [1, 2]}, "all arms must have one `confirm.seeds`, because their runs are compared in pairs"),
         ([1, 2], "`arms.lora.expand` must be a mapping of dotted keys"),
+        (
+            {"method.rank": [*range(1, 100)], "seed": [*range(100)]},
+            "`arms.lora.expand` must make at most 1000 arms, but makes 9,900.",
+        ),
     ],
 )
 def test_an_expansion_that_is_wrong_is_refused(read, expanded, values, message):

@@ -8,7 +8,7 @@ import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
 from lorasweep.errors import ConfigError
-from lorasweep.sweep.space import corner_values, describe_space, grid_values, parse_range
+from lorasweep.sweep.space import corner_values, count_values, describe_space, grid_values, parse_range
 
 
 @pytest.mark.parametrize(
@@ -54,6 +54,9 @@ def test_a_range_becomes_a_distribution(value, whole, expected):
         ({"low": 1, "high": 2, "step": 0}, "`0 < step <= high - low` must hold for the range of `k`, but got 0."),
         ({"low": 1, "high": 2, "step": 3}, "`0 < step <= high - low` must hold for the range of `k`, but got 3."),
         ({"low": 1, "high": 2, "step": "a"}, "the range of `k` must have a number as `step`, but got 'a'."),
+        ({"low": 1, "high": 10**400}, "the range of `k` must have a `high` of at most 1e.15, but got 10000"),
+        (list(range(1001)), "the range of `k` must have at most 1000 choices, but has 1001. Write `{low: ..., high:"),
+        ({"low": 0, "high": 10**10, "step": 1}, "the range of `k` must have fewer than 1,000,000,000 values, but `st"),
     ],
 )
 @pytest.mark.parametrize("whole", [True, False])
@@ -127,3 +130,17 @@ def test_a_described_space_reads_as_the_same_space():
     }
     described = describe_space(space)
     assert {key: parse_range(key, value, whole=key in "cf") for key, value in described.items()} == space
+
+
+@pytest.mark.parametrize(
+    "distribution",
+    [
+        CategoricalDistribution(["a", "b"]),
+        IntDistribution(1, 9, step=4),
+        FloatDistribution(0.1, 0.7, step=0.1),
+        FloatDistribution(0.0, 1.0, step=0.001),
+    ],
+)
+def test_the_values_of_a_grid_are_counted_without_laying_them_out(distribution):
+    assert count_values("k", distribution) == len(grid_values("k", distribution))
+    assert count_values("k", IntDistribution(1, 10**9)) == 10**9

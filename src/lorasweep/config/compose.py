@@ -32,6 +32,8 @@ from lorasweep.redaction import redact
 
 Primary = Literal["train", "sweep"]
 PACKAGE = Path(__file__).parent.parent
+MOST_INTERPOLATIONS = 16
+"""In the settings of a sweep or a run. Each may name another, so a few dozen could stand for any amount of text."""
 SHOWING_FLAGS = {"--cfg", "-c", "--info", "-i", "--help", "-h"}
 """Flags of Hydra with which nothing is trained."""
 
@@ -100,6 +102,7 @@ def compose_driver(settings: Mapping[str, Any]) -> DriverConfig:
 def compose_values(primary: Primary, settings: Mapping[str, Any], *, require_all: bool = True) -> dict[str, Any]:
     """Returns a primary config with the settings applied and all interpolations resolved, as nested mappings."""
     groups = {key: value for key, value in settings.items() if key in group_names(primary)}
+    check_interpolations(settings)
     try:
         composed = copy.deepcopy(
             _compose_groups(primary, tuple((k, _option(v)) for k, v in groups.items()), Path.cwd())
@@ -114,6 +117,19 @@ def compose_values(primary: Primary, settings: Mapping[str, Any], *, require_all
         raise ConfigError(f"`{error.full_key}` must be set, but is missing.") from error
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(first_line(error)) from error
+
+
+def check_interpolations(values: Any) -> None:
+    """Makes sure that settings don't stand for more than a machine holds once every `${...}` is resolved.
+
+    Raises:
+        ConfigError: There are too many of them.
+    """
+    if (count := str(values).count("${")) > MOST_INTERPOLATIONS:
+        raise ConfigError(
+            f"settings must have at most {MOST_INTERPOLATIONS} interpolations (`${{...}}`), but have {count}. "
+            "Write the values instead."
+        )
 
 
 @cache

@@ -13,6 +13,12 @@ def require_at_least(key: str, value: float, low: float) -> None:
         raise ConfigError(f"`{key} >= {low}` must hold, but got {value!r}.")
 
 
+def require_at_most(key: str, value: float, high: float) -> None:
+    """Raises ConfigError unless value <= high."""
+    if not value <= high:
+        raise ConfigError(f"`{key} <= {high}` must hold, but got {value!r}.")
+
+
 def require_fraction(key: str, value: float) -> None:
     """Raises ConfigError unless 0 <= value < 1."""
     if not 0 <= value < 1:

@@ -6,10 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from lorasweep.config.limits import require_at_least
+from lorasweep.config.limits import require_at_least, require_at_most
 from lorasweep.errors import ConfigError
 
 MOST_SEEDS = 1000
+MOST_TRIALS = 1_000_000
+"""Of one arm."""
 LONGEST_NAME = 100
 CONFIRM_ENDING = "-confirm"
 """Between an arm's name and a number in the folder names of the confirm stage."""
@@ -122,8 +124,7 @@ class ConfirmConfig:
 
     def __post_init__(self) -> None:
         require_at_least("confirm.seeds", self.seeds, 0)
-        if self.seeds > MOST_SEEDS:
-            raise ConfigError(f"`confirm.seeds <= {MOST_SEEDS}` must hold, but got {self.seeds!r}.")
+        require_at_most("confirm.seeds", self.seeds, MOST_SEEDS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,6 +158,7 @@ class ArmConfig:
 
     def __post_init__(self) -> None:
         require_at_least(f"arms.{self.name}.trials", self.trials, 1)
+        require_at_most(f"arms.{self.name}.trials", self.trials, MOST_TRIALS)
         _require_folder_name("an arm's name", self.name)
         if self.name.endswith(CONFIRM_ENDING):
             raise ConfigError(

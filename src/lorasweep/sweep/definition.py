@@ -26,11 +26,12 @@ from lorasweep.config.sweep import ArmConfig, DriverConfig, SweepFile
 from lorasweep.errors import ConfigError
 from lorasweep.sweep.expand import expand_arms, own_overrides, refuse_expanded
 from lorasweep.sweep.scaling import ALPHA, MULTIPLIER, compose_scaled, drop_rivals, lay_over, rival, spell_out
-from lorasweep.sweep.space import Space, corner_values, grid_values, parse_range
+from lorasweep.sweep.space import Space, corner_values, count_values, parse_range
 from lorasweep.sweep.sweep_file import parse_file, read_content, require_whole
 
 CONFIRM = "confirm"
-
+MOST_COMBINATIONS = 100_000
+"""Of a grid, which is laid out before its first trial."""
 
 PATH_KEYS = ("data.train", "data.validation", "data.test", "model.path")
 """Settings that name files."""
@@ -115,9 +116,16 @@ def _with_absolute_paths(value: Any, key: str = "") -> Any:
     if isinstance(value, Mapping):
         return {name: _with_absolute_paths(item, str(name)) for name, item in value.items()}
     is_path = isinstance(value, str) and key.endswith(PATH_KEYS) and ("/" in value or "." in value)
-    if is_path and not Path(value).is_absolute() and any(Path().glob(value)):
+    if is_path and not Path(value).is_absolute() and _is_there(value):
         return str(Path.cwd() / value)
     return value
+
+
+def _is_there(pattern: str) -> bool:
+    try:
+        return any(Path().glob(pattern))
+    except (ValueError, NotImplementedError, OSError):  # no pattern of files; who reads the data says so
+        return False
 
 
 def restore_definition(raw: Mapping[str, Any], *, source: Path | None) -> Definition:
@@ -296,7 +304,12 @@ def _check_arm(arm: Arm) -> None:
     if arm.driver.sampler.name == "grid" and arm.space:
         count = 1
         for key, distribution in arm.space.items():
-            count *= len(grid_values(key, distribution))
+            count *= count_values(key, distribution)
+        if count > MOST_COMBINATIONS:
+            raise ConfigError(
+                f"`arms.{arm.name}.space` must have at most {MOST_COMBINATIONS:,} combinations under `sampler=grid`, "
+                f"but has {count:,}. Use `sampler=qmc`."
+            )
         if arm.trials > count:
             raise ConfigError(
                 f"`arms.{arm.name}.trials <= {count}` must hold under `sampler=grid`, the number of combinations, "

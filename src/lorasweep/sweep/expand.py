@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -14,6 +15,8 @@ from typing import Any
 from lorasweep.config.sweep import ArmConfig, SweepFile
 from lorasweep.errors import ConfigError
 from lorasweep.sweep.scaling import lay_over, rival, spell_out
+
+MOST_ARMS = 1000
 
 
 def expand_arms(file: SweepFile, overrides: Mapping[str, Any], *, used: set[str]) -> list[ArmConfig]:
@@ -86,6 +89,8 @@ def _expand(arm: ArmConfig) -> Iterator[ArmConfig]:
             raise ConfigError(f"`{where}.{key}` must be a list with at least one value, but got {values!r}.")
         if key in arm.space or rival(key) in arm.space:
             raise ConfigError(f"`{key}` must be in `expand` or in `space` of arm `{arm.name}`, but is in both.")
+    if (count := math.prod(map(len, arm.expand.values()))) > MOST_ARMS:
+        raise ConfigError(f"`{where}` must make at most {MOST_ARMS} arms, but makes {count:,}.")
     for combination in itertools.product(*arm.expand.values()):
         expanded = spell_out(dict(zip(arm.expand, combination, strict=True)), where=where)
         labels = [describe_value(key, value) for key, value in expanded.items()]

@@ -15,6 +15,12 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from lorasweep.config.build import nearest
 from lorasweep.errors import ConfigError
 
+MOST_CHOICES = 1000
+"""Of one key: each is checked before the first trial."""
+MOST_VALUES = 10**9
+"""Of a range with a step."""
+LARGEST = 10**15
+"""Whole numbers up to here are exact as floats, as samplers compute."""
 RANGE_KEYS = {"low", "high", "log", "step"}
 Space = dict[str, BaseDistribution]
 
@@ -58,6 +64,8 @@ def parse_range(key: str, value: Any, *, whole: bool) -> BaseDistribution:
         raise ConfigError(f"`0 < step <= high - low` must hold for the range of `{key}`, but got {step!r}.")
     if whole:
         _require_whole(key, low, high, step)
+    if step is not None and (high - low) / step >= MOST_VALUES:
+        raise ConfigError(f"the range of `{key}` must have fewer than {MOST_VALUES:,} values, but `step` is {step!r}.")
     if step is not None and (Decimal(str(high)) - Decimal(str(low))) % Decimal(str(step)):
         raise ConfigError(
             f"`step` must divide `high - low` for the range of `{key}`, but got {step!r} for {low!r} to {high!r}."
@@ -92,6 +100,15 @@ def grid_values(key: str, distribution: BaseDistribution) -> list[Any]:
     raise ConfigError(f"the range of `{key}` must be a list or have a `step` under `sampler=grid`, but is continuous.")
 
 
+def count_values(key: str, distribution: BaseDistribution) -> int:
+    """Returns how many values a range has for a grid; arguments and errors as in `grid_values`."""
+    if isinstance(distribution, IntDistribution) and not distribution.log:
+        return (distribution.high - distribution.low) // distribution.step + 1
+    if isinstance(distribution, FloatDistribution) and distribution.step is not None:
+        return round((distribution.high - distribution.low) / distribution.step) + 1
+    return len(grid_values(key, distribution))
+
+
 def describe_space(space: Space) -> dict[str, Any]:
     """Returns ranges as the sweep record holds them."""
     described: dict[str, Any] = {}
@@ -108,6 +125,11 @@ def describe_space(space: Space) -> dict[str, Any]:
 def _parse_choices(key: str, choices: list[Any]) -> CategoricalDistribution:
     if not choices:
         raise ConfigError(f"the range of `{key}` must have at least one choice, but is empty.")
+    if len(choices) > MOST_CHOICES:
+        raise ConfigError(
+            f"the range of `{key}` must have at most {MOST_CHOICES} choices, but has {len(choices)}. "
+            "Write `{low: ..., high: ...}`."
+        )
     for choice in choices:
         plain = choice is None or isinstance(choice, bool | int | float | str)
         if not plain or (isinstance(choice, float) and not math.isfinite(choice)):
@@ -119,8 +141,10 @@ def _parse_choices(key: str, choices: list[Any]) -> CategoricalDistribution:
 
 def _number(key: str, value: Mapping[str, Any], name: str) -> float:
     number = value.get(name)
-    if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number):
+    if isinstance(number, bool) or not isinstance(number, int | float) or not abs(number) < math.inf:
         raise ConfigError(f"the range of `{key}` must have a number as `{name}`, but got {number!r}.")
+    if abs(number) > LARGEST:
+        raise ConfigError(f"the range of `{key}` must have a `{name}` of at most {LARGEST:g}, but got {number!r:.30}.")
     return number
 
 

@@ -11,10 +11,11 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from lorasweep.config.build import nearest
-from lorasweep.config.compose import packaged_folder
+from lorasweep.config.compose import check_interpolations, packaged_folder
 from lorasweep.config.sweep import ArmConfig, SweepFile
 from lorasweep.errors import ConfigError
 from lorasweep.sweep.scaling import spell_out
+from lorasweep.sweep.yaml_bounds import check_bounds
 
 FILE_KEYS = ("name", "description", "settings", "arms")
 ARM_KEYS = ("settings", "space", "trials", "expand")
@@ -45,10 +46,15 @@ def read_content(source: Path) -> Any:
     """Returns what a sweep file holds, as nested mappings and lists.
 
     Raises:
-        ConfigError: It is no YAML file.
+        ConfigError: It is no YAML file, or one that stands for more than a sweep can be.
     """
     try:
-        return OmegaConf.to_container(OmegaConf.load(source), resolve=True)
+        check_bounds(source)
+        loaded = OmegaConf.load(source)
+        check_interpolations(OmegaConf.to_container(loaded, resolve=False))
+        return OmegaConf.to_container(loaded, resolve=True)
+    except ConfigError:
+        raise
     except (YAMLError, OmegaConfBaseException, OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"{str(source)!r} must be a YAML file, but can't be read: {reason}.") from error
