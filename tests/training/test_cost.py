@@ -28,37 +28,37 @@ def test_the_largest_size_that_still_pays_is_chosen(steps_s, chosen):
     assert choose_pack_size([measurement(slots, seconds) for slots, seconds in steps_s.items()]) == chosen
 
 
-def test_measuring_stops_at_the_number_of_runs_left(monkeypatch):
+def test_measuring_stops_at_the_number_of_runs_left(monkeypatch, bench):
     monkeypatch.setattr(cost_file, "_measure", lambda config, bench, slots: measurement(slots, 1.0))
-    assert [m.slots for m in measure_pack_sizes(None, bench=None, most=5)] == [1, 2, 4]
+    assert [m.slots for m in measure_pack_sizes(None, bench=bench, most=5)] == [1, 2, 4]
 
 
-def test_measuring_stops_where_memory_runs_out(monkeypatch):
+def test_measuring_stops_where_memory_runs_out(monkeypatch, bench):
     def measure(config, bench, slots):
         if slots == 4:
             raise torch.OutOfMemoryError("no")
         return measurement(slots, 1.0)
 
     monkeypatch.setattr(cost_file, "_measure", measure)
-    assert [m.slots for m in measure_pack_sizes(None, bench=None, most=64)] == [1, 2]
+    assert [m.slots for m in measure_pack_sizes(None, bench=bench, most=64)] == [1, 2]
 
 
-def test_measuring_stops_before_the_next_size_would_fill_the_memory(monkeypatch):
+def test_measuring_stops_before_the_next_size_would_fill_the_memory(monkeypatch, bench):
     def measure(config, bench, slots):
         return measurement(slots, 1.0, memory_bytes=1000 * slots)
 
     monkeypatch.setattr(cost_file, "_measure", measure)
     monkeypatch.setattr(cost_file, "free_memory_bytes", lambda: 4900)
-    assert [m.slots for m in measure_pack_sizes(None, bench=None, most=64)] == [1, 2, 4]
+    assert [m.slots for m in measure_pack_sizes(None, bench=bench, most=64)] == [1, 2, 4]
 
 
-def test_another_error_while_measuring_is_not_hidden(monkeypatch):
+def test_another_error_while_measuring_is_not_hidden(monkeypatch, bench):
     def measure(config, bench, slots):
         raise KeyError("bug")
 
     monkeypatch.setattr(cost_file, "_measure", measure)
     with pytest.raises(KeyError, match="bug"):
-        measure_pack_sizes(None, bench=None, most=4)
+        measure_pack_sizes(None, bench=bench, most=4)
 
 
 def test_a_real_measurement_leaves_the_base_and_the_random_stream_alone(make_config, bench):

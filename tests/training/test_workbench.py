@@ -10,7 +10,7 @@ from lorasweep.training import Benches, RunPlace, train_run
 
 def test_a_bench_is_loaded_once_for_all_runs_that_can_share_it(make_config, monkeypatch):
     loaded = []
-    monkeypatch.setattr(workbench_file, "build_workbench", lambda config: loaded.append(config) or object())
+    monkeypatch.setattr(workbench_file, "build_workbench", lambda config, telemetry: loaded.append(config) or object())
     benches = Benches()
     first = benches.of(make_config())
     assert benches.of(make_config({"method": "full", "optim.lr": 1.0, "trainer.max_steps": 9})) is first
