@@ -3,7 +3,7 @@
 Makes the folder of a sweep that never ran (frozen, full, and LoRA at seven ranks, with a confirm stage), writes its
 report and opens the page in headless Chromium where there is one:
 
-    python benchmarks/bench_report.py --trials 1000 --examples 500
+    python benchmarks/bench_report.py --trials 1000 10000 --examples 500
 """
 
 from __future__ import annotations
@@ -13,14 +13,19 @@ import json
 import math
 import random
 import re
+import resource
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
+from dataclasses import asdict
+from functools import cache
 from pathlib import Path
+from typing import Any
 
+from lorasweep.config.compose import compose_run
 from lorasweep.record import ArmRow, ConfirmRow, RunRecord, SweepRecord, TrialRow, write_record
-from lorasweep.report import render_terminal, write_report
 
 BASE, FULL, STEPS = 2.03, 1.66, 500
 FULL_PARAMS = 1_280_000
@@ -31,39 +36,60 @@ OPTIONS = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
     *("--disable-background-networking", "--disable-component-update", "--disable-sync", "--window-size=1200,900"),
 )
-PROBE = "<script>addEventListener('load', () => { document.title = 'loaded ' + performance.now(); });</script>"
+PROBE = """<script>addEventListener("load", () => {
+  const loaded = performance.now();
+  dispatchEvent(new Event("beforeprint"));
+  const drawn = performance.now();
+  document.querySelector("#trial-table thead th:nth-child(3) button").click();
+  document.getElementById("trial-table").offsetHeight;
+  document.title = ["probe", loaded, drawn - loaded, performance.now() - drawn].join(" ");
+});</script>"""
+"""Draws every figure, as printing does, and sorts the table by score."""
+WRITE = (
+    "import sys; from pathlib import Path; from lorasweep.report import write_report; write_report(Path(sys.argv[1]))"
+)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--trials", type=int, default=1000)
+    parser.add_argument("--trials", type=int, nargs="+", default=[1000, 10_000])
     parser.add_argument("--examples", type=int, default=500)
-    parser.add_argument("--folder", type=Path, help="keep the sweep here; default: a temporary folder")
+    parser.add_argument("--folder", type=Path, help="keep the sweeps here; default: a temporary folder")
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
-        folder = build_sweep(asked.folder or Path(temporary) / "large", trials=asked.trials, examples=asked.examples)
-        start = time.perf_counter()
-        write_report(folder)
-        print(f"report of {asked.trials} trials written in {time.perf_counter() - start:.1f} s")
-        start = time.perf_counter()
-        render_terminal(folder)
-        print(f"terminal table in {time.perf_counter() - start:.1f} s")
-        page = folder / "report" / "index.html"
-        print(f"page of {page.stat().st_size / 2**20:.1f} MiB", end="")
-        print(f", loaded and drawn in {open_page(page, Path(temporary)):.1f} s" if CHROMIUM else "; no chromium here")
+        for trials in asked.trials:
+            folder = (asked.folder or Path(temporary)) / f"large-{trials}"
+            if not folder.exists():
+                build_sweep(folder, trials=trials, examples=asked.examples)
+            measure(folder, trials, Path(temporary))
 
 
-def open_page(page: Path, temporary: Path) -> float:
-    """Returns the seconds from the start of navigation to the load event, when every figure in sight is drawn."""
+def measure(folder: Path, trials: int, temporary: Path) -> None:
+    """Prints what the report of a sweep takes."""
+    began = time.perf_counter()
+    subprocess.run([sys.executable, "-c", WRITE, str(folder)], check=True)
+    seconds = time.perf_counter() - began
+    memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024  # of the largest so far
+    print(f"{trials:,} trials: report written in {seconds:.1f} s, with {memory:,.0f} MiB of memory")
+    sizes = {path.name: path.stat().st_size / 2**20 for path in sorted((folder / "report").iterdir()) if path.is_file()}
+    print("  MiB: " + ", ".join(f"{name} {size:.1f}" for name, size in sizes.items() if size >= 0.05))
+    if CHROMIUM:
+        loaded, drawn, sorted_ = open_page(folder / "report" / "index.html", temporary)
+        print(f"  page loaded in {loaded:.1f} s, every figure drawn in {drawn:.1f} s, table sorted in {sorted_:.2f} s")
+
+
+def open_page(page: Path, temporary: Path) -> tuple[float, float, float]:
+    """Returns the seconds to the load event, for drawing all figures, and for sorting the table of trials."""
     probed = page.with_name("probed.html")
     probed.write_text(page.read_text().replace("</body>", PROBE + "</body>"))
     command = [str(CHROMIUM), *OPTIONS, f"--user-data-dir={temporary / 'profile'}", "--dump-dom", probed.as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
     probed.unlink()
-    found = re.search(r"<title>loaded ([\d.]+)</title>", done.stdout)
+    found = re.search(r"<title>probe ([\d.]+) ([\d.]+) ([\d.]+)</title>", done.stdout)
     if found is None:
         raise RuntimeError("the page did not load")
-    return float(found[1]) / 1000
+    loaded, drawn, sorted_ = (float(number) / 1000 for number in found.groups())
+    return loaded, drawn, sorted_
 
 
 def build_sweep(folder: Path, *, trials: int, examples: int) -> Path:
@@ -166,7 +192,7 @@ def write_run(folder: Path, run: str, row: TrialRow, score: float, **values: obj
     steps = 0 if method == "frozen" else STEPS // 4 if row.state != "complete" else STEPS
     record = RunRecord(
         status=row.state if row.state != "running" else "complete",
-        config={"method": {"name": method, **settings}, "optim": {"lr": lr}},
+        config=settings_of(method) | {"method": {"name": method, **settings}, "optim": {"lr": lr}},
         arm=row.arm,
         trial=row.number,
         metric="bits_per_byte",
@@ -181,9 +207,12 @@ def write_run(folder: Path, run: str, row: TrialRow, score: float, **values: obj
         adapter_bytes=4 * trained,
         peak_memory_bytes=400 * 2**20 + 16 * trained,
         best={"bits_per_byte": score, "step": steps},
+        packages={f"package-{number}": "1.2.3" for number in range(17)},
+        files={f"{kept}/adapter_model.safetensors": {"bytes": 1, "sha256": "0" * 64} for kept in ("best", "last")},
         **values,  # type: ignore[arg-type]
     )
-    write_record(record, folder / run)
+    (folder / run).mkdir(parents=True)
+    (folder / run / "run.json").write_text(json.dumps(asdict(record), indent=1))  # `write_record` waits for the disk
     lines = []
     for step in range(steps + 1):
         if step:
@@ -192,6 +221,12 @@ def write_run(folder: Path, run: str, row: TrialRow, score: float, **values: obj
             value = score + (BASE - score) * math.exp(-6 * step / STEPS)
             lines.append({"step": step, "validation": {"bits_per_byte": value, "loss": 0.7 * value}})
     (folder / run / "steps.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+@cache
+def settings_of(method: str) -> dict[str, Any]:
+    """Returns all settings of a run."""
+    return asdict(compose_run({"method": method}))
 
 
 def method_of(arm: str) -> str:

@@ -9,7 +9,7 @@ import pytest
 
 from lorasweep.report.advice.rates import advise_rates
 from lorasweep.report.figures.confirmed import THICK, THIN, draw_confirmed, draw_confirmed_by_rank, find_reference
-from lorasweep.report.figures.curves import draw_learning_curves, thin_curve
+from lorasweep.report.figures.curves import draw_learning_curves
 from lorasweep.report.figures.panel import colours_of, score_range
 from lorasweep.report.figures.rates import draw_score_by_lr
 from lorasweep.report.figures.scores import draw_rank_alpha, draw_score_by_rank
@@ -36,14 +36,6 @@ def test_pareto_front_keeps_what_nothing_beats_in_both(sweep: Path) -> None:
     points = [(cost, score, trial) for cost, score in ((3, 1.0), (1, 2.0), (2, 2.5), (2, 1.5), (4, 1.0))]
     assert [point[:2] for point in pareto_front(points, sign=1)] == [(1, 2.0), (2, 1.5), (3, 1.0)]
     assert [point[:2] for point in pareto_front(points, sign=-1)] == [(1, 2.0), (2, 2.5)]
-
-
-@pytest.mark.parametrize("length", [1, 7, 8, 9, 1000])
-def test_thinned_curve_keeps_its_ends(length: int) -> None:
-    curve = tuple((step, float(step)) for step in range(length))
-    thin = thin_curve(curve, 8)
-    assert len(thin) == min(length, 8)
-    assert (thin[0], thin[-1]) == (curve[0], curve[-1])
 
 
 def test_diverged_score_does_not_flatten_the_others_and_is_counted(sweep: Path) -> None:

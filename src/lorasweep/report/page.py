@@ -5,6 +5,7 @@ Names in it are input that nobody checked: jinja2 escapes them in the page, `fig
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,10 +19,13 @@ from lorasweep import wording
 from lorasweep.report.figures import Panel
 from lorasweep.report.figures.panel import colours_of, link_of, link_to
 from lorasweep.report.summary import Summary
-from lorasweep.report.tables import SweepData, Trial
+from lorasweep.report.tables import Arm, SweepData, Trial
 from lorasweep.report.terminal import format_trial_counts
+from lorasweep.report.thinning import MOST_ROWS, share_out
 
 UNFINISHED = ("failed", "infeasible", "pruned", "running")
+MOST_REASONS = 100
+"""Trials that are listed per way of not ending well."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +45,7 @@ def render_page(data: SweepData, summary: Summary, panels: Sequence[Panel]) -> s
         summary: What it found.
         panels: The figures, in the order of the page.
     """
+    shown = find_rows(data)
     return load_template("index.html").render(
         sweep=data.record,
         summary=summary,
@@ -49,11 +54,28 @@ def render_page(data: SweepData, summary: Summary, panels: Sequence[Panel]) -> s
         panels=panels,
         pairs=data.evidence.pairs,
         columns=_columns(data),
-        rows=[(trial, link_to(trial), _cells(trial, data)) for trial in data.trials],
+        rows=[(trial, link_to(trial), _cells(trial, data)) for trial in shown],
+        num_trials=len(data.trials),
         reruns=[(rerun, link_of(rerun.run)) for rerun in data.reruns],
         unfinished={state: _unfinished(data, state) for state in UNFINISHED},
+        most_reasons=MOST_REASONS,
         problems=data.problems,
     )
+
+
+def find_rows(data: SweepData) -> list[Trial]:
+    """Returns the trials that the table has, by arm and number: all, or of a large sweep the best of each arm."""
+    shares = share_out([len(arm.trials) for arm in data.arms], MOST_ROWS)
+    return [trial for arm, share in zip(data.arms, shares, strict=True) for trial in _best_of(arm, share, data)]
+
+
+def _best_of(arm: Arm, count: int, data: SweepData) -> list[Trial]:
+    """An arm's best trials; those that are not complete come last."""
+
+    def rank(trial: Trial) -> tuple[bool, float]:
+        return not trial.is_complete, math.inf if trial.value is None else data.sign * trial.value
+
+    return sorted(sorted(arm.trials, key=rank)[:count], key=lambda trial: trial.number)
 
 
 def load_template(name: str) -> Template:

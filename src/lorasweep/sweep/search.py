@@ -11,7 +11,7 @@ import optuna
 from optuna.exceptions import ExperimentalWarning
 from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, NopPruner, SuccessiveHalvingPruner
-from optuna.samplers import BaseSampler, CmaEsSampler, GPSampler, GridSampler, QMCSampler, RandomSampler, TPESampler
+from optuna.samplers import BaseSampler, CmaEsSampler, GPSampler, GridSampler, QMCSampler, RandomSampler
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
@@ -21,6 +21,7 @@ from lorasweep.config.sweep import ModelBasedSampler, PrunerConfig, RungPruner, 
 from lorasweep.record import Direction
 from lorasweep.sweep.journal import JournalLock
 from lorasweep.sweep.space import Space, grid_values
+from lorasweep.sweep.window import WindowedTPE
 
 JOURNAL_FILE = "journal.log"
 CONFIRM_STUDY = "{arm}/confirm"
@@ -70,7 +71,7 @@ def build_sampler(config: SamplerConfig, space: Space, *, seed: int, number: int
         warnings.simplefilter("ignore", ExperimentalWarning)
         if isinstance(config, ModelBasedSampler):
             if config.name == "tpe":
-                return TPESampler(n_startup_trials=config.startup_trials, seed=each)
+                return WindowedTPE(n_startup_trials=config.startup_trials, seed=each)
             if config.name == "gp":
                 return GPSampler(n_startup_trials=config.startup_trials, seed=each, warn_independent_sampling=False)
             return CmaEsSampler(n_startup_trials=config.startup_trials, seed=each, warn_independent_sampling=False)

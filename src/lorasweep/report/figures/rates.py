@@ -19,7 +19,8 @@ from lorasweep.report.figures.panel import (
     link_to,
     show_scores,
 )
-from lorasweep.report.tables import Arm, SweepData
+from lorasweep.report.tables import Arm, SweepData, Trial
+from lorasweep.report.thinning import describe_thinning, thin_groups
 
 CURVE_POINTS = 40
 
@@ -32,10 +33,12 @@ def draw_score_by_lr(data: SweepData) -> Panel:
         return Panel(key="lr", title=title, text="No arm has complete trials at two learning rates.")
     figure = build_figure(data, x_title="learning rate (log scale)")
     figure.update_xaxes(type="log", exponentformat="e", dtick=1, minor={"ticks": "outside"})
-    for arm in arms:
-        complete = [(trial.number_at(LR), trial, score) for trial, score in complete_trials(arm)]
-        add_points(figure, complete, colours[arm.name], arm.name, showlegend=True)
-        _add_pruned(figure, arm, colours[arm.name])
+    groups = [*map(complete_trials, arms), *map(_pruned_trials, arms)]
+    shown = thin_groups(groups, key=lambda pair: pair[1])
+    for arm, complete, pruned in zip(arms, shown[: len(arms)], shown[len(arms) :], strict=True):
+        points = [(trial.number_at(LR), trial, score) for trial, score in complete]
+        add_points(figure, points, colours[arm.name], arm.name, showlegend=True)
+        _add_pruned(figure, [trial for trial, _ in pruned], arm.name, colours[arm.name])
         _mark_best(figure, arm, colours[arm.name])
         _add_fit(figure, fit_arm(arm, data), arm.name, colours[arm.name], sign=data.sign)
     advice = advise(data)
@@ -49,7 +52,8 @@ def draw_score_by_lr(data: SweepData) -> Panel:
         text=(
             "Dots are complete trials, rings the best of each arm, crosses pruned trials at their best so far. "
             "The pale bar spans the learning rates that are as good as the best; a dashed line is a parabola through "
-            f"the better trials of an arm that searched nothing else.{cut}"
+            "the better trials of an arm that searched nothing else."
+            f"{describe_thinning(shown, groups, file='lr.csv')}{cut}"
         ),
         figures=(figure,),
         notes=advice.rate_sentences,
@@ -58,13 +62,16 @@ def draw_score_by_lr(data: SweepData) -> Panel:
     )
 
 
-def _add_pruned(figure: go.Figure, arm: Arm, colour: str) -> None:
-    pruned = [trial for trial in arm.trials if trial.state == "pruned" and trial.value is not None]
+def _pruned_trials(arm: Arm) -> list[tuple[Trial, float]]:
+    return [(trial, trial.value) for trial in arm.trials if trial.state == "pruned" and trial.value is not None]
+
+
+def _add_pruned(figure: go.Figure, pruned: list[Trial], arm: str, colour: str) -> None:
     figure.add_scatter(
         x=[trial.number_at(LR) for trial in pruned],
         y=[trial.value for trial in pruned],
         mode="markers",
-        legendgroup=escape(arm.name),
+        legendgroup=escape(arm),
         showlegend=False,
         marker={"color": colour, "symbol": "x-thin-open", "size": 7, "opacity": 0.55},
         text=[label_of(trial) for trial in pruned],

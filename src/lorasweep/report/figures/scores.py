@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Sequence
 
 import plotly.graph_objects as go
 
@@ -20,6 +21,7 @@ from lorasweep.report.figures.panel import (
     show_scores,
 )
 from lorasweep.report.tables import SweepData, Trial
+from lorasweep.report.thinning import describe_thinning, thin_groups
 from lorasweep.wording import format_metric, format_score, format_setting
 
 MAX_CELLS = 10
@@ -39,8 +41,9 @@ def draw_score_by_rank(data: SweepData) -> Panel:
         )
     figure = build_figure(data, x_title="rank (log scale)")
     figure.update_xaxes(type="log", tickvals=ranks, ticktext=[format_setting(rank) for rank in ranks])
-    for (name, arm), points in groups.items():
-        add_points(figure, _at_rank(points), colours[arm], name)
+    shown = thin_groups([*groups.values()], key=lambda pair: pair[1])
+    for ((name, arm), points), dots in zip(groups.items(), shown, strict=True):
+        add_points(figure, _at_rank(dots), colours[arm], name)
         best = {rank: _best_at(points, rank, data) for rank in sorted(set(_ranks(points)))}
         line = {"color": colours[arm], "width": 2.5}
         figure.add_scatter(
@@ -61,7 +64,8 @@ def draw_score_by_rank(data: SweepData) -> Panel:
     return Panel(
         key="rank",
         title=title,
-        text=f"Each dot is a complete trial; the line joins the best of each rank.{cut}",
+        text=f"Each dot is a complete trial; the line joins the best of each rank."
+        f"{describe_thinning(shown, [*groups.values()], file='rank.csv')}{cut}",
         figures=(figure, *draw_confirmed_by_rank(data)),
         notes=advise(data).rank_sentences,
         columns=("arm", "trial", RANK, data.record.metric, "run"),
@@ -115,7 +119,7 @@ def _rank_groups(data: SweepData) -> dict[tuple[str, str], Scored]:
     return groups
 
 
-def _at_rank(points: Scored) -> list[tuple[float | None, Trial, float]]:
+def _at_rank(points: Sequence[tuple[Trial, float]]) -> list[tuple[float | None, Trial, float]]:
     return [(trial.number_at(RANK), trial, score) for trial, score in points]
 
 

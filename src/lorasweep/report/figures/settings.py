@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import plotly.graph_objects as go
@@ -16,6 +17,7 @@ from lorasweep.report.figures.panel import (
     score_range,
 )
 from lorasweep.report.tables import Arm, SweepData, Trial
+from lorasweep.report.thinning import describe_thinning, thin_groups
 from lorasweep.wording import format_metric, format_setting, short_key
 
 MIN_TRIALS = 3
@@ -32,11 +34,14 @@ def draw_parallel_coordinates(data: SweepData) -> Panel:
     if not arms:
         text = f"No arm swept two or more settings over at least {MIN_TRIALS} complete trials."
         return Panel(key="settings", title=title, text=text)
+    groups = [_in_range(arm, data) for arm in arms]
+    shown = thin_groups(groups, key=lambda pair: pair[1])
     text = (
         f"One line per complete trial of {', '.join(f'`{arm.name}`' for arm in arms)}, "
         "the redder the better. Drag along an axis to keep only the lines that pass there."
+        f"{describe_thinning(shown, groups, file='trials.csv')}"
     )
-    figures = tuple(_parallel(arm, data) for arm in arms)
+    figures = tuple(_parallel(arm, lines, data) for arm, lines in zip(arms, shown, strict=True))
     return Panel(key="settings", title=title, text=text, figures=figures, file="trials.csv")
 
 
@@ -66,11 +71,13 @@ def draw_importance(data: SweepData) -> Panel:
     return Panel(key="importance", title=title, text=text, figures=(figure,), columns=columns, rows=rows)
 
 
-def _parallel(arm: Arm, data: SweepData) -> go.Figure:
+def _in_range(arm: Arm, data: SweepData) -> list[tuple[Trial, float]]:
     complete = complete_trials(arm)
-    scores = [score for _, score in complete]
-    low, high = score_range(data, scores) or (0.0, 1.0)
-    shown = [(trial, score) for trial, score in complete if low <= score <= high]
+    low, high = score_range(data, [score for _, score in complete]) or (0.0, 1.0)
+    return [(trial, score) for trial, score in complete if low <= score <= high]
+
+
+def _parallel(arm: Arm, shown: Sequence[tuple[Trial, float]], data: SweepData) -> go.Figure:
     dimensions = [_dimension(key, arm, [trial for trial, _ in shown]) for key in arm.row.space]
     metric = {
         "label": escape(format_metric(data.record.metric)),

@@ -21,6 +21,7 @@ from lorasweep.report.figures.panel import (
     show_scores,
 )
 from lorasweep.report.tables import SweepData, Trial
+from lorasweep.report.thinning import describe_thinning, thin_groups
 
 Point = tuple[float, float, Trial]
 """Cost, score and trial."""
@@ -52,16 +53,20 @@ def draw_tradeoff(data: SweepData) -> Panel:
     usable = [(t, score) for t, score in trials if t.record and t.record.trainable_params > 0]
     if not usable:
         return Panel(key="tradeoff", title=title, text="No complete trial that trains something has a readable record.")
+    groups = [[pair for pair in usable if pair[0].arm == arm.name] for arm in data.arms]
+    shown = thin_groups(groups, key=lambda pair: pair[1])
+    drawn = {trial.run for group in shown for trial, _ in group}
     points = {cost.name: [(getattr(t.record, cost.name), score, t) for t, score in usable] for cost in COSTS}
     text = (
         "Complete trials against what they cost. The stepped line is the Pareto front: "
         "no trial is both cheaper and better than a point on it. Click a point to open its run's folder."
+        f"{describe_thinning(shown, groups, file='tradeoff.csv')}"
     )
     return Panel(
         key="tradeoff",
         title=title,
         text=text,
-        figures=tuple(_draw(data, points[cost.name], cost) for cost in COSTS),
+        figures=tuple(_draw(data, points[cost.name], cost, drawn) for cost in COSTS),
         notes=advise(data).kept_sentences,
         columns=(
             "arm",
@@ -98,7 +103,7 @@ def _rows(points: dict[str, list[Point]], *, sign: int) -> tuple[tuple[Any, ...]
     )
 
 
-def _draw(data: SweepData, measured: Sequence[Point], cost: Cost) -> go.Figure:
+def _draw(data: SweepData, measured: Sequence[Point], cost: Cost, drawn: set[str]) -> go.Figure:
     figure, colours = build_figure(data, x_title=cost.axis, height=340), colours_of(data)
     figure.update_xaxes(type="log" if cost.is_log else "linear", exponentformat="SI")
     points = [(value / cost.unit, score, trial) for value, score, trial in measured]
@@ -113,7 +118,7 @@ def _draw(data: SweepData, measured: Sequence[Point], cost: Cost) -> go.Figure:
         hoverinfo="skip",
     )
     for arm in data.arms:
-        mine = [point for point in points if point[2].arm == arm.name]
+        mine = [point for point in points if point[2].arm == arm.name and point[2].run in drawn]
         if mine:
             _add_arm(figure, mine, arm.name, colours[arm.name])
     show_scores(figure, data, [score for _, score, _ in points])
