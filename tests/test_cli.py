@@ -81,6 +81,8 @@ BAD = [
     (["sweep", "mini.yaml", "method.targets=[q_prj]"], "q_proj"),
     (["sweep", "mini.yaml", "words"], "an override must read `key=value`"),
     (["sweep", "mini.yaml", "sampler=tpee"], "Did you mean `tpe`?"),
+    (["sweep", "mini.yaml", "worker=slurm", "worker.num=0"], "`worker.num >= 1` must hold, but got 0."),
+    (["sweep", "mini.yaml", "worker=slurm", "worker.partion=a"], "Did you mean `worker.partition`?"),
     (["sweep", "mini.yaml", "worker.pack_size=99"], "`worker.pack_size <= "),
     (["sweep", "mini.yaml", "arms.frozen.data.metric=loss"], "all arms must have one `data.metric`"),
     (["sweep", "mini.yaml", "sweep.output=full"], "`sweep.output` must be a new or empty folder, but 'full' is not."),

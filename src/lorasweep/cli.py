@@ -107,7 +107,13 @@ def sweep(arguments: argparse.Namespace) -> int:
 
     benches = Benches()
     console = Console()
-    folder = _resume(arguments, benches) if arguments.resume else _start(arguments, benches)
+    if arguments.resume:
+        folder = _resume(arguments, benches)
+    else:
+        definition = _read_definition(arguments.words)
+        if definition.driver.worker.name == "slurm":
+            return _sweep_on_slurm(definition, benches)
+        folder = _start(definition, benches)
     console.print(f"sweep {folder.record.name} in {folder.path}", highlight=False, markup=False, soft_wrap=True)
     for note in folder.record.notes:
         console.print(f"• {note}", highlight=False, markup=False)
@@ -313,14 +319,32 @@ class StopSignal:
         self.requested = True
 
 
-def _start(arguments: argparse.Namespace, benches: Any) -> SweepFolder:
+def _start(definition: Definition, benches: Any) -> SweepFolder:
     from lorasweep.sweep import check_definition, create_sweep, data_notes, new_folder, sweep_metric
 
-    definition = _read_definition(arguments.words)
     path = new_folder(definition.name, definition.driver.sweep.output)
     configs = check_definition(definition, benches)
     metric = sweep_metric(configs, benches)
     return create_sweep(definition, path, configs=configs, metric=metric, notes=data_notes(configs, benches))
+
+
+def _sweep_on_slurm(definition: Definition, benches: Any) -> int:
+    """Shows the batch file of a sweep whose workers Slurm is to start."""
+    from lorasweep.config.slurm import SlurmWorkers
+    from lorasweep.sweep import check_definition, new_folder
+    from lorasweep.sweep.slurm import Batch, check_slurm, is_slurm_here
+
+    workers = definition.driver.worker
+    assert isinstance(workers, SlurmWorkers)
+    path = new_folder(definition.name, definition.driver.sweep.output)
+    check_definition(definition, benches)
+    if not workers.dry_run or is_slurm_here():
+        for warning in check_slurm(workers, path, name=definition.name, storage=definition.driver.storage.name):
+            print(f"warning: {warning}", file=sys.stderr)
+    if workers.dry_run:
+        print(Batch(workers, path, name=definition.name).text(), end="")
+        return DONE
+    raise ConfigError("`worker.dry_run` must be true, because this version can't submit its workers, but got False.")
 
 
 def _read_definition(words: Sequence[str]) -> Definition:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from lorasweep.config.limits import require_at_least, require_at_most
+from lorasweep.config.slurm import SlurmWorkers
 from lorasweep.errors import ConfigError
 
 MOST_SEEDS = 1000
@@ -134,7 +135,7 @@ class DriverConfig:
     sampler: SamplerConfig
     pruner: PrunerConfig
     storage: StorageConfig
-    worker: WorkerConfig
+    worker: WorkerConfig | SlurmWorkers
     sweep: SweepSettings
     confirm: ConfirmConfig
 

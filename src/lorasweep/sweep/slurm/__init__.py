@@ -1,0 +1,19 @@
+"""Workers that Slurm starts: the batch file, what is wrong with a request, what a job does, which jobs there are."""
+
+from lorasweep.sweep.slurm.batch import Batch
+from lorasweep.sweep.slurm.check import check_slurm, is_slurm_here
+from lorasweep.sweep.slurm.jobs import QueuedTask, SubmittedArray, note_array, read_arrays, read_queue
+from lorasweep.sweep.slurm.task import SlurmTask, job_time_left_s
+
+__all__ = [
+    "Batch",
+    "QueuedTask",
+    "SlurmTask",
+    "SubmittedArray",
+    "check_slurm",
+    "is_slurm_here",
+    "job_time_left_s",
+    "note_array",
+    "read_arrays",
+    "read_queue",
+]
