@@ -339,3 +339,10 @@ def test_a_worker_writes_no_secret(tmp_path, monkeypatch):
     monkeypatch.setenv("LORASWEEP_STORAGE_URL", "postgresql://me:open-sesame@host/db")
     write_worker(make_worker(reason="postgresql://me:open-sesame@host/db does not answer"), tmp_path)
     assert "open-sesame" not in worker_file(tmp_path, "one").read_text()
+
+
+def test_a_sweep_has_a_line_for_each_trial(tmp_path):
+    rows = [TrialRow(arm="lora", number=n, state="complete", params={"a": n}, value=1.0, run="r") for n in range(3)]
+    write_record(make_sweep(trials=rows), tmp_path)
+    lines = (tmp_path / SWEEP_FILE).read_text().splitlines()
+    assert [json.loads(line.strip().rstrip(",")) for line in lines if '"number"' in line] == [asdict(r) for r in rows]

@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
@@ -272,11 +272,30 @@ def write_record(record: RunRecord | SweepRecord, folder: Path) -> None:
     NaN and infinity become null: JSON has neither.
     """
     name = RUN_FILE if isinstance(record, RunRecord) else SWEEP_FILE
-    content = _finite(asdict(record))
-    text = json.dumps(content, indent=1)
+    text = _as_text({f.name: getattr(record, f.name) for f in fields(record)})
     if may_hold_secret(text):
-        text = json.dumps(redact(content), indent=1)
+        text = _as_text(redact(json.loads(text)))
     write_atomically(folder / name, text + "\n")
+
+
+def _as_text(content: dict[str, Any]) -> str:
+    """JSON that people can read, a line for each row: a sweep of 10,000 trials is written whenever one of them ends."""
+    entries = (f" {json.dumps(key)}: {_value_text(value)}" for key, value in content.items())
+    return "{\n" + ",\n".join(entries) + "\n}"
+
+
+def _value_text(value: Any) -> str:
+    if isinstance(value, list) and value and (is_dataclass(value[0]) or isinstance(value[0], dict)):
+        return "[\n  " + ",\n  ".join(map(_row_text, value)) + "\n ]"
+    return json.dumps(_finite(value), indent=1).replace("\n", "\n ")
+
+
+def _row_text(row: Any) -> str:
+    plain = row if isinstance(row, dict) else vars(row)
+    try:
+        return json.dumps(plain, allow_nan=False)
+    except ValueError:
+        return json.dumps(_finite(plain))
 
 
 def read_run(folder: Path) -> RunRecord:

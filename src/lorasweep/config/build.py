@@ -10,6 +10,7 @@ import types
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import fields, is_dataclass
+from functools import cache
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin
 
 from lorasweep.errors import ConfigError
@@ -36,7 +37,7 @@ def build(kind: type[T], values: Mapping[str, Any], *, key: str = "") -> T:
     Raises:
         ConfigError: A key is unknown or missing, or a value has another type than its field.
     """
-    hints = typing.get_type_hints(kind)
+    hints = _hints(cast("Any", kind))
     names = [f.name for f in fields(kind)]  # type: ignore[arg-type]
     for name in values:
         if name not in names:
@@ -48,6 +49,12 @@ def build(kind: type[T], values: Mapping[str, Any], *, key: str = "") -> T:
     if missing:
         raise ConfigError(f"`{_join(key, missing[0])}` must be set, but is missing.")
     return kind(**{name: convert(hints[name], values[name], key=_join(key, name)) for name in names})
+
+
+@cache
+def _hints(kind: type) -> dict[str, Any]:
+    """The declared type of each field; Python works them out from text, which takes longer than all the rest here."""
+    return typing.get_type_hints(kind)
 
 
 def convert(kind: Any, value: Any, *, key: str) -> Any:
@@ -84,7 +91,7 @@ def _convert_union(kinds: tuple[Any, ...], value: Any, *, key: str) -> Any:
     options = [kind for kind in kinds if kind is not type(None)]
     named = [kind for kind in options if is_dataclass(kind)]
     if named and isinstance(value, Mapping):
-        by_name = {name: kind for kind in named for name in get_args(typing.get_type_hints(kind)["name"])}
+        by_name = {name: kind for kind in named for name in get_args(_hints(cast("Any", kind))["name"])}
         name = value.get("name")
         if name not in by_name:
             raise ConfigError(
