@@ -11,6 +11,7 @@ from lorasweep.report.advice import Advice
 from lorasweep.report.confirmed import MAX_ARMS, describe_confirmed, describe_limits
 from lorasweep.report.dimension import describe_d90
 from lorasweep.report.tables import Arm, SweepData, Trial
+from lorasweep.report.workers import describe_use
 from lorasweep.wording import (
     format_count,
     format_metric,
@@ -36,6 +37,7 @@ def write_headline(data: SweepData, advice: Advice) -> list[str]:
         *found,
         *describe_d90(data),
         *_effort(data),
+        *describe_use(data.use),
         *caveat,
         *map(str, data.record.warnings),
         *advice.next_sentences,

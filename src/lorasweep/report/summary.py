@@ -11,6 +11,7 @@ from lorasweep.report.dimension import find_d90
 from lorasweep.report.evidence import ArmEvidence, Evidence
 from lorasweep.report.headline import write_headline
 from lorasweep.report.tables import Arm, SweepData
+from lorasweep.report.workers import ClusterUse
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +85,8 @@ class Summary:
     sentences: tuple[str, ...]
     evidence: Evidence
     advice: Advice
+    workers: ClusterUse | None
+    """How those that served it were used; null for a sweep from before they had files."""
 
     def as_json(self) -> dict[str, Any]:
         """Returns the summary as nested dicts, `base.score` under `base`; an arm's evidence stands in its arm alone."""
@@ -111,6 +114,7 @@ def summarize(data: SweepData) -> Summary:
         sentences=tuple(write_headline(data, advice)),
         evidence=data.evidence,
         advice=advice,
+        workers=data.use,
     )
 
 

@@ -19,11 +19,13 @@ from lorasweep.record import (
     SweepRecord,
     TrialRow,
     TrialState,
+    WorkerRow,
     read_sweep,
 )
 from lorasweep.report.evidence import Evidence, weigh_evidence
 from lorasweep.report.reruns import Rerun, join_reruns, score_reruns
 from lorasweep.report.runs import Curve, finite_number, misfits, read_curve, read_usable_run, value_of
+from lorasweep.report.workers import ClusterUse, measure_use, read_worker_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +107,8 @@ class SweepData:
     """A sentence for each run that can't be read and each trial that belongs to no arm."""
     evidence: Evidence
     """What the confirm stage shows; empty where there was none."""
+    workers: tuple[WorkerRow, ...] = ()
+    """Those that served it, the earliest first."""
 
     @property
     def reruns(self) -> tuple[Rerun, ...]:
@@ -136,6 +140,11 @@ class SweepData:
     def sign(self) -> int:
         """1 where lower scores are better, else -1: `sign * score` is always to be minimized."""
         return 1 if self.record.direction == "minimize" else -1
+
+    @cached_property
+    def use(self) -> ClusterUse | None:
+        """How its workers were used; None for a sweep from before they had files."""
+        return measure_use(self.workers, makespan_s=self.record.makespan_s)
 
     @cached_property
     def swept_keys(self) -> tuple[str, ...]:
@@ -185,12 +194,14 @@ def load_sweep_data(folder: Path) -> SweepData:
     names = {row.name for row in record.arms}
     strays = [_stray(trial) for trial in record.trials if trial.arm not in names]
     foreign = [sentence for arm in arms if (sentence := _foreign_metric(arm, record.metric))]
+    workers, worker_problems = read_worker_rows(folder)
     trial_problems = [trial.problem for arm in arms for trial in arm.trials if trial.problem]
     return SweepData(
         folder=folder,
         record=record,
         arms=arms,
-        problems=(*strays, *foreign, *score_problems, *trial_problems, *rerun_problems),
+        problems=(*strays, *foreign, *score_problems, *trial_problems, *rerun_problems, *worker_problems),
+        workers=workers,
         evidence=weigh_evidence(scores, [(arm.name, arm.row.method) for arm in arms], sign=sign),
     )
 
