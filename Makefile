@@ -21,11 +21,11 @@ $(READY): pyproject.toml constraints.txt
 sweep: $(READY) ## the main job: LoRA's rank, α and learning rate beside full fine-tuning, about 3 minutes
 	$(BIN)/lorasweep sweep quickstart
 
-test: $(READY) ## every test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+test: $(READY) ## every test; those that need Slurm, PostgreSQL or MariaDB skip where it is not installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 test-fast: $(READY) ## the tests that take under 3 minutes together
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m 'not slow'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m 'not slow'
 
 check: $(READY) ## lint, types, and who may import whom
 	$(BIN)/ruff check .

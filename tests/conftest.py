@@ -12,6 +12,8 @@ from lorasweep.config.compose import compose_run
 from lorasweep.config.run import RunConfig
 from lorasweep.training import Workbench, build_workbench
 
+pytest_plugins = ["tests.servers.mariadb", "tests.servers.postgres", "tests.servers.slurm"]
+
 SHORT_RUN: dict[str, Any] = {
     "data.block_length": 32,
     "data.max_validation_blocks": 4,
