@@ -65,6 +65,12 @@ def build_parser() -> argparse.ArgumentParser:
         "--resume", type=Path, metavar="DIR", help="go on with the sweep in this folder; may add confirm.seeds=N"
     )
     sweep_parser.set_defaults(command=sweep)
+    worker_parser = commands.add_parser("worker", help="one more worker for the sweep in a folder, from any machine")
+    worker_parser.add_argument("folder", type=Path, metavar="DIR", help="a sweep's folder, as this machine sees it")
+    worker_parser.add_argument(
+        "--allow-different", action="store_true", help="serve it with other code or packages than it was started with"
+    )
+    worker_parser.set_defaults(command=worker)
     commands.add_parser("train", help="one run; a Hydra app: --help, --cfg job, -m", add_help=False)
     plan_parser = commands.add_parser("plan", help="what a sweep would train, and its time, memory and disk")
     plan_parser.add_argument("words", nargs="*", metavar="NAME|FILE key=value", help="default: quickstart")
@@ -102,7 +108,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def sweep(arguments: argparse.Namespace) -> int:
     """Starts a sweep, or goes on with one, and ends with its report."""
-    from lorasweep.sweep import LiveTable, Worker
+    from lorasweep.sweep import count_workers
     from lorasweep.training import Benches
 
     benches = Benches()
@@ -118,17 +124,32 @@ def sweep(arguments: argparse.Namespace) -> int:
     for note in folder.record.notes:
         console.print(f"• {note}", highlight=False, markup=False)
     known = _print_warnings(folder, console, after=0)
-    stop = StopSignal()
-    try:
-        with stop, LiveTable(folder, console=console) as table:
-            worker = Worker(folder, benches, observer=table, stop_requested=stop, run_ended=write_hparams_row)
-            complete = worker.run()
-    finally:
-        folder.close()
+    if (num := count_workers(folder.definition.driver.worker)) > 1:
+        return _run_workers(folder, num=num, console=console)
+    complete = _serve(folder, benches, console=console)
     _print_warnings(folder, console, after=known)
     if not complete:
         return _say_how_to_go_on(folder)
     return show_report([folder.path])
+
+
+def worker(arguments: argparse.Namespace) -> int:
+    """Serves a sweep as one more worker until it is complete."""
+    from lorasweep.sweep import check_definition, join_sweep
+    from lorasweep.training import Benches
+
+    benches, console = Benches(), Console()
+    folder = join_sweep(arguments.folder, allow_different=arguments.allow_different)
+    try:
+        check_definition(folder.definition, benches)  # before a trial is taken that can't be run here
+    except BaseException:
+        folder.close()
+        raise
+    console.print(f"worker for sweep {folder.record.name} in {folder.path}", highlight=False, markup=False)
+    if not _serve(folder, benches, console=console):
+        return _say_how_to_go_on(folder)
+    console.print("the sweep is complete", highlight=False)
+    return DONE
 
 
 def plan(arguments: argparse.Namespace) -> int:
@@ -319,9 +340,41 @@ class StopSignal:
         self.requested = True
 
 
-def _start(definition: Definition, benches: Any) -> SweepFolder:
-    from lorasweep.sweep import check_definition, create_sweep, data_notes, new_folder, sweep_metric
+def _serve(folder: SweepFolder, benches: Any, *, console: Console) -> bool:
+    """Runs what is left of an open sweep in this process and closes it; returns whether the sweep is complete."""
+    from lorasweep.sweep import LiveTable, Worker
 
+    try:
+        with StopSignal() as stop, LiveTable(folder, console=console) as table:
+            return Worker(folder, benches, observer=table, stop_requested=stop, run_ended=write_hparams_row).run()
+    finally:
+        folder.close()
+
+
+def _run_workers(folder: SweepFolder, *, num: int, console: Console) -> int:
+    """Has several processes on this machine run what is left of a sweep, and shows the report."""
+    from lorasweep.record import read_sweep
+    from lorasweep.sweep import start_workers, watch_workers, why_ended
+
+    path = folder.path
+    folder.close()
+    console.print(f"{num} workers, their output in {path / 'workers'}", highlight=False, markup=False, soft_wrap=True)
+    with StopSignal() as stop:
+        workers = start_workers(path, num=num)
+        watch_workers(workers, stop_requested=stop)
+    record = read_sweep(path)
+    if record.status == "complete":
+        return show_report([path])
+    if stop.requested:
+        folder.record = record
+        return _say_how_to_go_on(folder)
+    raise why_ended(workers)
+
+
+def _start(definition: Definition, benches: Any) -> SweepFolder:
+    from lorasweep.sweep import check_definition, count_workers, create_sweep, data_notes, new_folder, sweep_metric
+
+    count_workers(definition.driver.worker)
     path = new_folder(definition.name, definition.driver.sweep.output)
     configs = check_definition(definition, benches)
     metric = sweep_metric(configs, benches)

@@ -14,6 +14,24 @@ from pathlib import Path
 PROBE_BYTES = 2**20
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE})
 """What an operating system says of a disk, whatever was written."""
+NETWORK_FILE_SYSTEMS = (
+    *(
+        "nfs",
+        "cifs",
+        "smb",
+        "lustre",
+        "gpfs",
+        "beegfs",
+        "ceph",
+        "afs",
+        "9p",
+        "glusterfs",
+        "fuse.sshfs",
+        "fuse.glusterfs",
+    ),
+    *("fuse.ceph", "fuse.juicefs", "fuse.s3fs", "fuse.gcsfuse", "wekafs", "panfs", "orangefs", "ocfs2", "gfs2"),
+)
+"""How their names begin, as Linux gives them."""
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -95,3 +113,30 @@ def _flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def network_file_system(path: Path) -> str | None:
+    """Returns the kind of network file system that a path, or the nearest folder above it that is there, is on.
+
+    None on a local one, and where the system doesn't say (it is not Linux).
+    """
+    found = path.absolute()
+    while not found.exists():
+        found = found.parent
+    kind = _file_system(found.resolve())
+    return kind if kind is not None and kind.startswith(NETWORK_FILE_SYSTEMS) else None
+
+
+def _file_system(path: Path) -> str | None:
+    """The kind of file system that is mounted at a path or nearest above it, see proc_pid_mountinfo(5)."""
+    try:
+        lines = Path("/proc/self/mountinfo").read_text().splitlines()
+    except OSError:
+        return None
+    nearest, kind = "", None
+    for line in lines:
+        before, _, after = line.partition(" - ")
+        mounted = before.split()[4].encode().decode("unicode_escape")
+        if path.is_relative_to(mounted) and len(mounted) >= len(nearest):
+            nearest, kind = mounted, after.split()[0]
+    return kind

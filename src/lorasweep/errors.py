@@ -7,6 +7,7 @@
     │   ├── Diverged                      its loss became NaN or infinite
     │   └── OutOfMemory                   it does not fit the machine at the smallest micro-batch
     └── WorkerError                       a process that runs trials can't go on; exit code 1
+        └── WorkerLost                    others took it for lost and go on with its trials
 
 `lorasweep.lora`, which people may use alone, raises plain `ValueError`. A message reads
 "`what must hold`, but got X. What to do."
@@ -41,6 +42,10 @@ class OutOfMemory(RunError):
 
 class WorkerError(LoraSweepError):
     """A process that runs trials can't go on."""
+
+
+class WorkerLost(WorkerError):
+    """Others took this process for lost and go on with its trials, so it must not write into their runs any more."""
 
 
 def first_line(error: BaseException) -> str:

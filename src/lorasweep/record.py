@@ -184,6 +184,8 @@ class SweepRecord:
     direction: Direction
     definition: dict[str, Any]
     """The sweep as composed: what `--resume` checks against."""
+    study_prefix: str = ""
+    """Before the names of its studies, where they are in a database that other sweeps share."""
     source: str | None = None
     """The sweep file it was read from, and `source_sha256` its content then."""
     source_sha256: str | None = None

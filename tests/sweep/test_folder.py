@@ -82,7 +82,8 @@ def test_a_stopped_sweep_is_taken_up_with_its_trials(stopped):
 def test_a_sweep_that_another_process_has_open_is_refused(stopped):
     folder = reopen_sweep(stopped)
     with pytest.raises(
-        WorkerError, match=r"only one process may run a sweep, but another one has .* open. Wait for it."
+        WorkerError,
+        match=r"a sweep is taken up when no worker runs it, but another process has .* open. Wait for it, .* join",
     ):
         reopen_sweep(stopped)
     folder.close()

@@ -14,6 +14,7 @@ MOST_SEEDS = 1000
 MOST_TRIALS = 1_000_000
 """Of one arm."""
 LONGEST_NAME = 100
+SHORTEST_LEASE_S = 2
 CONFIRM_ENDING = "-confirm"
 """Between an arm's name and a number in the folder names of the confirm stage."""
 
@@ -77,24 +78,61 @@ PrunerConfig = RungPruner | MedianPruner | NoPruner
 
 
 @dataclass(frozen=True, kw_only=True)
-class StorageConfig:
-    """Where the studies are kept."""
+class JournalStorage:
+    """The studies are a file in the sweep's folder: for any number of workers on one machine."""
 
     name: Literal["journal"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class WorkerConfig:
-    """What runs the trials."""
+class DatabaseStorage:
+    """The studies are in a database, where workers of many machines meet."""
 
-    name: Literal["local"]
-    pack_size: int | Literal["auto"]
-    """Most trials that train together on one frozen base; `auto` measures, 1 trains each alone."""
+    name: Literal["postgresql", "mysql"]
+    url: str | None
+    """`postgresql://USER@HOST/DATABASE`; null takes it from the environment variable LORASWEEP_STORAGE_URL. A password
+    in it is used and never written down."""
+    retry_s: float
+    """Seconds that a worker waits for a database that does not answer, before it stops."""
 
     def __post_init__(self) -> None:
-        """Refuses a pack without a trial."""
-        if self.pack_size != "auto":
-            require_at_least("worker.pack_size", self.pack_size, 1)
+        require_at_least("storage.retry_s", self.retry_s, 0)
+
+
+StorageConfig = JournalStorage | DatabaseStorage
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalWorkers:
+    """Processes on this machine, one per GPU or per group of processor cores."""
+
+    name: Literal["local"]
+    num: int | Literal["auto"]
+    """Worker processes; `auto` starts one per GPU, without a GPU one. A single one is this process itself."""
+    pack_size: int | Literal["auto"]
+    """Most trials that train together on one frozen base; `auto` measures, 1 trains each alone."""
+    lease_s: float
+    """A worker on another machine that gave no sign of life for so many seconds is taken for lost: its trials are gone
+    on with elsewhere."""
+
+    def __post_init__(self) -> None:
+        if self.num != "auto":
+            require_at_least("worker.num", self.num, 1)
+        check_worker(self)
+
+
+WorkerConfig = LocalWorkers | SlurmWorkers
+
+
+def check_worker(config: WorkerConfig) -> None:
+    """Checks what every kind of worker has.
+
+    Raises:
+        ConfigError: A pack without a trial, or a lease that a worker can't renew in time.
+    """
+    if config.pack_size != "auto":
+        require_at_least("worker.pack_size", config.pack_size, 1)
+    require_at_least("worker.lease_s", config.lease_s, SHORTEST_LEASE_S)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +173,7 @@ class DriverConfig:
     sampler: SamplerConfig
     pruner: PrunerConfig
     storage: StorageConfig
-    worker: WorkerConfig | SlurmWorkers
+    worker: WorkerConfig
     sweep: SweepSettings
     confirm: ConfirmConfig
 

@@ -24,6 +24,7 @@ from lorasweep.config.compose import (
 from lorasweep.config.run import RunConfig
 from lorasweep.config.sweep import ArmConfig, DriverConfig, SweepFile
 from lorasweep.errors import ConfigError
+from lorasweep.sweep.database import without_passwords
 from lorasweep.sweep.expand import expand_arms, own_overrides, refuse_expanded
 from lorasweep.sweep.scaling import ALPHA, MULTIPLIER, compose_scaled, drop_rivals, lay_over, rival, spell_out
 from lorasweep.sweep.space import Space, corner_values, count_values, parse_range
@@ -32,6 +33,8 @@ from lorasweep.sweep.sweep_file import parse_file, read_content, require_whole
 CONFIRM = "confirm"
 MOST_COMBINATIONS = 100_000
 """Of a grid, which is laid out before its first trial."""
+HOW = (CONFIRM, "worker", "storage")
+"""Groups of settings that don't change what is searched."""
 
 PATH_KEYS = ("data.train", "data.validation", "data.test", "model.path")
 """Settings that name files."""
@@ -91,8 +94,11 @@ class Definition:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of what was asked for; `--resume` goes on only with the same. A confirm stage may be added later."""
-        overrides = {key: value for key, value in self.raw["overrides"].items() if key.split(".")[0] != CONFIRM}
+        """SHA-256 of what was asked for; `--resume` goes on only with the same.
+
+        A confirm stage may be added later, and who runs the trials is another matter.
+        """
+        overrides = {key: value for key, value in self.raw["overrides"].items() if key.split(".")[0] not in HOW}
         searched = {"file": self.raw["file"], "overrides": overrides}
         return hashlib.sha256(json.dumps(searched, sort_keys=True).encode()).hexdigest()
 
@@ -104,7 +110,7 @@ def read_definition(source: Path, overrides: Sequence[str]) -> Definition:
         ConfigError: The file can't be read, a key or range is wrong, or an arm does not compose.
     """
     raw = {"file": read_content(source), "overrides": parse_overrides(overrides)}
-    raw = _with_absolute_paths(raw)
+    raw = without_passwords(_with_absolute_paths(raw))
     try:
         return restore_definition(raw, source=source)
     except ConfigError as error:

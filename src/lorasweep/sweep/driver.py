@@ -1,12 +1,11 @@
-"""The loop of a sweep: ask Optuna for a trial, train it, report, prune, tell. One worker, in this process."""
+"""The loop of a worker: ask Optuna for a trial, train it, report, prune, tell. Any number of them serve one sweep."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-from optuna.trial import FrozenTrial
 
 from lorasweep.config.run import RunConfig
 from lorasweep.errors import ConfigError, OutOfMemory, WorkerError
@@ -15,18 +14,24 @@ from lorasweep.sweep.confirm import draw_seeds
 from lorasweep.sweep.definition import Arm, Definition
 from lorasweep.sweep.folder import SweepFolder
 from lorasweep.sweep.packing import plan_packing
+from lorasweep.sweep.software import describe_software, packages_fingerprint
 from lorasweep.sweep.stages import Confirm, Search, Stage
 from lorasweep.sweep.trials import Observer, OpenTrial, RunEnded, Trials
+from lorasweep.sweep.workers import Colleagues, Registration
 from lorasweep.training import (
     Benches,
     Job,
     check_run,
     choose_pack_size,
     measure_pack_sizes,
+    name_device,
     score_run,
     train_pack,
     train_run,
 )
+
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 3.0
+"""Between two looks at what other workers run."""
 
 
 def check_definition(definition: Definition, benches: Benches) -> dict[str, RunConfig]:
@@ -67,7 +72,7 @@ def data_notes(configs: Mapping[str, RunConfig], benches: Benches) -> list[str]:
 
 
 class Worker:
-    """Runs the trials of an open sweep until every arm has as many as were asked for."""
+    """One of the processes that run the trials of an open sweep, until every arm has as many as were asked for."""
 
     def __init__(
         self,
@@ -77,30 +82,73 @@ class Worker:
         observer: Observer,
         stop_requested: Callable[[], bool],
         run_ended: RunEnded,
+        time_left_s: Callable[[], float | None] = lambda: None,
+        job: str | None = None,
     ) -> None:
+        """Takes what a worker needs.
+
+        Args:
+            sweep: The open sweep.
+            benches: Base models and data.
+            observer: Hears of this worker's trials.
+            stop_requested: Asked after every step.
+            run_ended: Called with each run that ended well.
+            time_left_s: Seconds until this process is ended from outside; None where it is not.
+            job: The Slurm job that it runs in.
+        """
         self.sweep = sweep
         self.benches = benches
         self.observer = observer
-        self.stop_requested = stop_requested
         self.run_ended = run_ended
         self.plans = plan_packing(sweep.definition)
         self.pack_limits: dict[Any, int] = {}
         """Largest packs after one ran out of memory or broke, by what its trials share."""
+        lease_s = sweep.definition.driver.worker.lease_s
+        self.colleagues = Colleagues(sweep.path, lease_s=lease_s)
+        self.registration = Registration(
+            sweep.path,
+            lease_s=lease_s,
+            code=describe_software()["lorasweep"],
+            packages=packages_fingerprint(),
+            device=name_device(),
+            job=job,
+            idle=sweep.storage.rest,
+        )
+        self._asked_to_stop = stop_requested
+        self._time_left_s = time_left_s
+        self._time_given_s = time_left_s()
+        sweep.has_others = self._has_others
+        sweep.storage.stop_waiting_when(stop_requested)
 
     def run(self) -> bool:
-        """Runs what is left and returns whether the sweep is complete (False: it was stopped).
+        """Runs what is left and returns whether the sweep is complete (False: this worker was stopped).
 
         Raises:
-            WorkerError: `sweep.max_failures` trials in a row failed, or the sweep's folder can't be written to.
+            WorkerError: `sweep.max_failures` trials in a row failed, the sweep's folder can't be written to, its
+                database does not answer, or others took this worker for lost.
         """
         try:
-            self.sweep.save("running")
-            complete = self._run_stage(Search(self.sweep)) and self._confirm()
+            with self.registration:
+                self.sweep.save("running")
+                complete = self._run_stage(Search(self.sweep)) and self._confirm()
+                self.registration.end(None if complete else "it was stopped")
             self.sweep.save("complete" if complete else "interrupted")
         except OSError as error:
             self.sweep.check_disk(error)
             raise
         return complete
+
+    def stop_requested(self) -> bool:
+        """Whether this worker is to stop after the step that runs.
+
+        Raises:
+            WorkerLost: Others took it for lost.
+        """
+        self.registration.check()
+        return self._asked_to_stop()
+
+    def _has_others(self) -> bool:
+        return any(row.id != self.registration.id for row in self.colleagues.live())
 
     def _confirm(self) -> bool:
         """Runs the confirm stage where one is asked for and possible; returns False if it was stopped."""
@@ -125,28 +173,48 @@ class Worker:
 
     def _run_stage(self, stage: Stage) -> bool:
         """Runs what is left of a stage and returns whether it is complete."""
-        self.trials = Trials(self.sweep, stage, observer=self.observer, run_ended=self.run_ended)
+        self.trials = Trials(
+            self.sweep,
+            stage,
+            worker=self.registration,
+            colleagues=self.colleagues,
+            observer=self.observer,
+            run_ended=self.run_ended,
+        )
         self.pack_sizes: dict[Any, int] = {}
         self.requeued: list[OpenTrial] = []
         """Trials whose pack broke up."""
-        self.unfinished: list[tuple[Arm, FrozenTrial]] = self.trials.unfinished()
-        """Trials that an earlier session left running."""
-        while (arm := self._next_arm()) is not None:
-            if self.stop_requested() or not self._run_arm(arm):
-                return False
-        return True
+        pause_s = FIRST_PAUSE_S
+        while True:
+            arm = self._next_arm()
+            if arm is not None:
+                if self.stop_requested() or not self._run_arm(arm):
+                    return False
+                pause_s = FIRST_PAUSE_S
+            elif self.trials.others_run():
+                if self.stop_requested():
+                    return False
+                time.sleep(pause_s)
+                pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+            else:
+                return not any(self.trials.left(arm) for arm in self.sweep.definition.arms)
 
     def _next_arm(self) -> Arm | None:
-        """The arm of a trial that was left running, else the one that is least far; arms without a space come first."""
+        """The arm of a trial whose pack broke up, or whose worker is gone, else the one that is least far."""
         if self.requeued:
             return self.requeued[0].arm
-        if self.unfinished:
-            return self.unfinished[0][0]
-        open_arms = [arm for arm in self.sweep.definition.arms if self.trials.left(arm) > 0]
-        return min(open_arms, key=self._progress, default=None)
+        arms = self._arms_in_time(self.sweep.definition.arms)
+        if abandoned := [arm for arm, _ in self.trials.abandoned() if arm in arms]:
+            return abandoned[0]
+        return min((arm for arm in arms if self.trials.left(arm) > 0), key=self.trials.order, default=None)
 
-    def _progress(self, arm: Arm) -> tuple[bool, float]:
-        return bool(arm.space), self.trials.progress(arm)
+    def _arms_in_time(self, arms: Sequence[Arm]) -> list[Arm]:
+        """The arms whose trials can end before this process is ended, or are longer than all the time it was given."""
+        left_s, given_s = self._time_left_s(), self._time_given_s
+        if left_s is None or given_s is None:
+            return list(arms)
+        expected = {arm.name: self.trials.expected_s(arm) or 0.0 for arm in arms}
+        return [arm for arm in arms if expected[arm.name] <= left_s or expected[arm.name] > given_s]
 
     def _run_arm(self, arm: Arm) -> bool:
         """Runs one trial of an arm, or a pack with its trials; returns False if it was interrupted."""
@@ -157,17 +225,12 @@ class Worker:
         return opened is None or self._run_trial(opened)
 
     def _take(self, arms: Sequence[Arm]) -> OpenTrial | None:
-        """The next trial of these arms: one that was left running, else a new one of the arm that is least far."""
+        """The next trial of these arms: one whose pack broke up, one that its worker left, or a new one."""
         for opened in self.requeued:
             if opened.arm in arms:
                 self.requeued.remove(opened)
                 return opened
-        for position, (arm, trial) in enumerate(self.unfinished):
-            if arm in arms:
-                del self.unfinished[position]
-                return self.trials.reopen(arm, trial)
-        open_arms = [arm for arm in arms if self.trials.left(arm) > 0]
-        return self.trials.ask(min(open_arms, key=self._progress)) if open_arms else None
+        return self.trials.take(self._arms_in_time(arms))
 
     def _run_trial(self, opened: OpenTrial) -> bool:
         """Trains one trial and tells the study; returns False if it was interrupted and stays running."""
@@ -254,8 +317,10 @@ class Worker:
         if plan.key not in self.pack_sizes:
             wanted = arm.driver.worker.pack_size
             mates = self._pack_mates(arm)
-            most = sum(self.trials.left(mate) for mate in mates) + sum(mate in mates for mate, _ in self.unfinished)
+            most = sum(self.trials.left(mate) for mate in mates)
+            most += sum(mate in mates for mate, _ in self.trials.abandoned())
             if wanted == "auto":
+                most = max(1, -(-most // max(1, len(self.colleagues.live()))))  # the others want some too
                 measured = measure_pack_sizes(plan.largest, bench=self.benches.of(plan.largest), most=most)
                 wanted = choose_pack_size(measured)
             self.pack_sizes[plan.key] = wanted

@@ -12,6 +12,8 @@ from lorasweep.sweep.definition import Arm
 from lorasweep.sweep.space import describe_space
 
 RUN_ATTRIBUTE = "lorasweep:run"
+WORKER_ATTRIBUTE = "lorasweep:worker"
+"""The worker that owns a trial."""
 REASON_ATTRIBUTE = "lorasweep:reason"
 INFEASIBLE_ATTRIBUTE = "lorasweep:infeasible"
 SCORE_ATTRIBUTE = "lorasweep:score"

@@ -1,31 +1,22 @@
-"""Optuna's samplers, pruners, storage and studies, made from a sweep's settings."""
+"""Optuna's samplers and pruners, made from a sweep's settings."""
 
 from __future__ import annotations
 
 import warnings
 import zlib
 from collections.abc import Sequence
-from pathlib import Path
 
 import optuna
 from optuna.exceptions import ExperimentalWarning
 from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, NopPruner, SuccessiveHalvingPruner
 from optuna.samplers import BaseSampler, CmaEsSampler, GPSampler, GridSampler, QMCSampler, RandomSampler
-from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
 from lorasweep.config.sweep import MedianPruner as MedianPrunerConfig
 from lorasweep.config.sweep import ModelBasedSampler, PrunerConfig, RungPruner, SamplerConfig
-from lorasweep.record import Direction
-from lorasweep.sweep.journal import JournalLock
 from lorasweep.sweep.space import Space, grid_values
 from lorasweep.sweep.window import WindowedTPE
-
-JOURNAL_FILE = "journal.log"
-CONFIRM_STUDY = "{arm}/confirm"
-"""Name of the study of an arm's confirm stage; no arm's name has a slash."""
 
 
 class Grid(GridSampler):
@@ -35,25 +26,6 @@ class Grid(GridSampler):
         self, study: optuna.Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None
     ) -> None:
         """Called by Optuna when a trial ended; outside of its own loop there is nothing to stop."""
-
-
-def open_storage(folder: Path) -> JournalStorage:
-    """Returns the storage in a sweep's folder: an append-only journal, for any number of processes on one machine."""
-    optuna.logging.set_verbosity(optuna.logging.WARNING)  # the live table says it
-    journal = str(folder / JOURNAL_FILE)
-    return JournalStorage(JournalFileBackend(journal, lock_obj=JournalLock(journal)))
-
-
-def open_study(storage: JournalStorage, arm: str, *, direction: Direction, pruner: BasePruner) -> optuna.Study:
-    """Returns an arm's study, made if it is missing."""
-    return optuna.create_study(study_name=arm, storage=storage, direction=direction, pruner=pruner, load_if_exists=True)
-
-
-def open_confirm_study(storage: JournalStorage, arm: str, *, direction: Direction) -> optuna.Study:
-    """Returns the study of an arm's confirm stage, made if it is missing: its trials are seeds; nothing is pruned."""
-    study = open_study(storage, CONFIRM_STUDY.format(arm=arm), direction=direction, pruner=NopPruner())
-    study.sampler = RandomSampler(seed=0)  # draws nothing: every trial is enqueued
-    return study
 
 
 def proposal_seed(seed: int, arm: str, number: int) -> int:

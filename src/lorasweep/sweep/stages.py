@@ -27,7 +27,8 @@ from lorasweep.sweep.rows import (
     confirm_run_name,
     run_name,
 )
-from lorasweep.sweep.search import build_sampler, open_confirm_study
+from lorasweep.sweep.search import build_sampler
+from lorasweep.sweep.storage import open_confirm_study
 from lorasweep.training import RunPlace
 
 ScoreRun = Callable[[RunConfig, Path], RunRecord]
@@ -52,7 +53,10 @@ class Stage(Protocol):
         """How many of them have not begun."""
 
     def ask(self, arm: Arm) -> Trial:
-        """Begins the next one."""
+        """Begins the next one; while no other worker does."""
+
+    def describe(self, arm: Arm, trial: Trial) -> None:
+        """Notes what there is to say of one that was just begun."""
 
     def params(self, arm: Arm, trial: Trial) -> Mapping[str, Any]:
         """The settings that tell a trial's run from others of its arm, as a person reads them."""
@@ -79,7 +83,8 @@ class Search:
     def __init__(self, sweep: SweepFolder) -> None:
         self.sweep = sweep
         self._functions: dict[str, dict[str, int]] = {}
-        """Per arm, the earliest trial of each function."""
+        """Per arm, the earliest trial of each function among the first `_looked_at`."""
+        self._looked_at: dict[str, int] = {}
         self._composed: dict[tuple[str, int], RunConfig] = {}
         """Settings of trials that have just been asked for."""
 
@@ -102,14 +107,16 @@ class Search:
         study.sampler = build_sampler(
             arm.driver.sampler, arm.space, seed=arm.driver.sweep.seed, number=number, arm=arm.name
         )
-        trial = study.ask(fixed_distributions=arm.space)
+        return study.ask(fixed_distributions=arm.space)
+
+    def describe(self, arm: Arm, trial: Trial) -> None:
+        """Names what the trial trains, and an earlier one that trains the same."""
         config = self._composed[arm.name, trial.number] = arm.compose(trial.params)
         function = name_function(config)
         first = self._first_of_its_function(arm, trial, function)
         trial.set_user_attr(FUNCTION_ATTRIBUTE, function)
         if first != trial.number:
             trial.set_user_attr(DUPLICATE_ATTRIBUTE, first)
-        return trial
 
     def params(self, arm: Arm, trial: Trial) -> Mapping[str, Any]:
         """The swept keys and their values."""
@@ -125,7 +132,7 @@ class Search:
 
     def should_prune(self, arm: Arm, trial: Trial, step: int, value: float) -> bool:
         """Reports an evaluation and asks the pruner."""
-        known = self.study(arm).get_trials(deepcopy=False)[trial.number]
+        known = frozen(trial)
         if step not in known.intermediate_values:
             trial.report(value, step)
         elif step < max(known.intermediate_values):  # it was not pruned here before it went back to a checkpoint
@@ -138,12 +145,13 @@ class Search:
 
     def _first_of_its_function(self, arm: Arm, trial: Trial, function: str) -> int:
         """The number of the arm's earliest trial that trains the same function, which may be this one."""
-        if arm.name not in self._functions:
-            self._functions[arm.name] = {}
-            for earlier in self.study(arm).get_trials(deepcopy=False)[: trial.number]:
+        functions, looked_at = self._functions.setdefault(arm.name, {}), self._looked_at.get(arm.name, 0)
+        if looked_at < trial.number:  # those that other workers, or an earlier session, began
+            for earlier in self.study(arm).get_trials(deepcopy=False)[looked_at : trial.number]:
                 known = earlier.user_attrs.get(FUNCTION_ATTRIBUTE) or name_function(arm.compose(earlier.params))
-                self._functions[arm.name].setdefault(known, earlier.number)
-        return self._functions[arm.name].setdefault(function, trial.number)
+                functions.setdefault(known, earlier.number)
+        self._looked_at[arm.name] = trial.number + 1
+        return functions.setdefault(function, trial.number)
 
 
 class Confirm:
@@ -159,6 +167,9 @@ class Confirm:
 
     def begin(self) -> None:
         """Makes the study of each arm that has a winner and puts its seeds in line, but for those that are there."""
+        self.sweep.storage.exclusively(self._begin)
+
+    def _begin(self) -> None:
         for arm in self.sweep.definition.arms:
             winner = self.winners[arm.name]
             if winner is None:
@@ -196,6 +207,9 @@ class Confirm:
         assert study is not None
         return study.ask(fixed_distributions={SEED: IntDistribution(0, 2**32 - 1)})
 
+    def describe(self, arm: Arm, trial: Trial) -> None:
+        """A seed says all."""
+
     def params(self, arm: Arm, trial: Trial) -> Mapping[str, Any]:
         """The winner's values of the swept keys, with the seed in place of any that were searched."""
         kept = {key: value for key, value in self._winner(arm).params.items() if key not in SEED_KEYS}
@@ -223,3 +237,8 @@ class Confirm:
         winner = self.winners[arm.name]
         assert winner is not None
         return winner
+
+
+def frozen(trial: Trial) -> FrozenTrial:
+    """Returns a trial as the storage has it now."""
+    return trial.study._storage.get_trial(trial._trial_id)

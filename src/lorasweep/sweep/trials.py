@@ -1,24 +1,38 @@
-"""Between Optuna's studies and runs: asks for a stage's trials, reports their evaluations, tells how they ended."""
+"""Between Optuna's studies and runs: takes a stage's trials, reports their evaluations, tells how they ended.
+
+A trial belongs to the worker that took it. Each is asked for once, told once, and taken over once where its worker is
+gone, because that happens while the worker holds the sweep's lock.
+"""
 
 from __future__ import annotations
 
+import statistics
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, Trial
 from optuna.trial import TrialState as OptunaState
 
 from lorasweep.config.run import RunConfig
-from lorasweep.errors import Diverged, OutOfMemory, RecordError, RunError, WorkerError
+from lorasweep.errors import Diverged, OutOfMemory, RecordError, RunError, WorkerError, WorkerLost
 from lorasweep.record import RunRecord, read_run
 from lorasweep.redaction import redact
 from lorasweep.sweep.definition import Arm
 from lorasweep.sweep.folder import SweepFolder
-from lorasweep.sweep.rows import INFEASIBLE_ATTRIBUTE, REASON_ATTRIBUTE, RUN_ATTRIBUTE, SCORE_ATTRIBUTE
-from lorasweep.sweep.stages import Stage
+from lorasweep.sweep.rows import (
+    INFEASIBLE_ATTRIBUTE,
+    REASON_ATTRIBUTE,
+    RUN_ATTRIBUTE,
+    SCORE_ATTRIBUTE,
+    WORKER_ATTRIBUTE,
+)
+from lorasweep.sweep.stages import Stage, frozen
+from lorasweep.sweep.workers import Colleagues, Registration
 from lorasweep.training import RunPlace
 
 RunEnded = Callable[[RunRecord, Path, Mapping[str, Any]], None]
@@ -53,14 +67,27 @@ class OpenTrial:
 
 
 class Trials:
-    """The trials of one stage of an open sweep."""
+    """The trials of one stage of an open sweep, as one worker takes them."""
 
-    def __init__(self, sweep: SweepFolder, stage: Stage, *, observer: Observer, run_ended: RunEnded) -> None:
+    def __init__(
+        self,
+        sweep: SweepFolder,
+        stage: Stage,
+        *,
+        worker: Registration,
+        colleagues: Colleagues,
+        observer: Observer,
+        run_ended: RunEnded,
+    ) -> None:
         self.sweep = sweep
         self.stage = stage
+        self.worker = worker
+        self.colleagues = colleagues
         self.observer = observer
         self.run_ended = run_ended
         self.failures_in_a_row = 0
+        self.mine: set[tuple[str, int]] = set()
+        """Arm and number of the trials that this worker has taken and not told."""
         observer.stage_started(stage.name, {arm.name: stage.asked(arm) for arm in sweep.definition.arms})
 
     def left(self, arm: Arm) -> int:
@@ -71,34 +98,50 @@ class Trials:
         """Returns the share of an arm's trials that have begun, 0 to 1."""
         return 1 - self.left(arm) / self.stage.asked(arm)
 
-    def unfinished(self) -> list[tuple[Arm, FrozenTrial]]:
-        """Returns the trials that an earlier session left running, arm by arm; tells those whose run had ended."""
-        left = []
-        for arm in self.sweep.definition.arms:
-            study = self.stage.study(arm)
-            for trial in study.get_trials(deepcopy=False, states=(OptunaState.RUNNING,)) if study else []:
-                record = _ended_run(self.stage.place(arm, trial.number).folder)
-                if record is None:
-                    left.append((arm, trial))
-                else:
-                    self.tell(self.reopen(arm, trial), record)
-        return left
+    def abandoned(self) -> list[tuple[Arm, FrozenTrial]]:
+        """Returns the running trials of workers that are gone, arm by arm."""
+        arms = self.sweep.definition.arms
+        return [(arm, trial) for arm in arms for trial in self._running(arm) if self._is_abandoned(arm, trial)]
 
-    def ask(self, arm: Arm) -> OpenTrial:
-        """Begins a new trial of an arm."""
-        trial = self.stage.ask(arm)
-        folder = self.stage.place(arm, trial.number).folder
-        trial.set_user_attr(RUN_ATTRIBUTE, folder.relative_to(self.sweep.path).as_posix())
-        return self._open(arm, trial)
+    def others_run(self) -> bool:
+        """Whether trials are running that belong to other workers, gone or not."""
+        return any(
+            (arm.name, trial.number) not in self.mine
+            for arm in self.sweep.definition.arms
+            for trial in self._running(arm)
+        )
 
-    def reopen(self, arm: Arm, trial: FrozenTrial) -> OpenTrial:
-        """Takes up a trial that an earlier session left running, under its number."""
+    def expected_s(self, arm: Arm) -> float | None:
+        """Returns how long a trial of an arm takes to its end (seconds, median); None before the first has."""
         study = self.stage.study(arm)
-        assert study is not None
-        return self._open(arm, Trial(study, trial._trial_id))
+        complete = study.get_trials(deepcopy=False, states=(OptunaState.COMPLETE,)) if study else []
+        times = [trial.duration.total_seconds() for trial in complete if trial.duration is not None]
+        return statistics.median(times) if times else None
+
+    def take(self, arms: Sequence[Arm]) -> OpenTrial | None:
+        """Takes the next trial of these arms: one whose worker is gone, else a new one of the arm that is least far.
+
+        One that had ended, but was not told because its worker was gone before that, is told.
+        """
+        while (claimed := self.sweep.storage.exclusively(lambda: self._claim(arms))) is not None:
+            arm, trial, is_new = claimed
+            self.mine.add((arm.name, trial.number))
+            if is_new:
+                self.stage.describe(arm, trial)
+            opened = self._open(arm, trial)
+            record = None if is_new else _ended_run(opened.place.folder)
+            if record is None:
+                return opened
+            self.tell(opened, record)
+        return None
 
     def report(self, opened: OpenTrial, step: int, value: float) -> bool:
-        """Reports an evaluation and returns whether the trial is to end."""
+        """Reports an evaluation and returns whether the trial is to end.
+
+        Raises:
+            WorkerLost: The trial was taken over.
+        """
+        self._check_mine(opened)
         self.observer.evaluated(opened.arm, opened.trial.number, step, value)
         return self.stage.should_prune(opened.arm, opened.trial, step, value)
 
@@ -106,17 +149,16 @@ class Trials:
         """Tells the study of a run that is complete or pruned, scored on test data first where the stage does that."""
         try:
             record, value = self.stage.finish(opened.config, record, opened.place.folder)
+        except WorkerError:
+            raise
         except Exception as error:  # a run that can't be scored must not end the sweep
             self.tell_failure(opened, error)
             return
         self.failures_in_a_row = 0
-        trial = opened.trial
-        trial.set_user_attr(SCORE_ATTRIBUTE, value)
         if record.status == "pruned":
-            trial.set_user_attr(REASON_ATTRIBUTE, record.reason)
-            trial.study.tell(trial, state=OptunaState.PRUNED)
+            self._tell(opened, OptunaState.PRUNED, {SCORE_ATTRIBUTE: value, REASON_ATTRIBUTE: record.reason})
         else:
-            trial.study.tell(trial, value)
+            self._tell(opened, OptunaState.COMPLETE, {SCORE_ATTRIBUTE: value}, value=value)
         self.run_ended(record, opened.place.folder, opened.params)
         self._ended(opened, record.status, value, wall_s=record.wall_s)
 
@@ -129,12 +171,13 @@ class Trials:
         self.sweep.check_disk(error)
         infeasible = isinstance(error, OutOfMemory)
         reason = str(error) if isinstance(error, RunError) else traceback.format_exception_only(error)[-1].strip()
-        opened.trial.set_user_attr(REASON_ATTRIBUTE, redact(reason))
-        if infeasible:
-            opened.trial.set_user_attr(INFEASIBLE_ATTRIBUTE, value=True)
-            opened.trial.set_constraint("memory", 1.0)
+        said: dict[str, Any] = {REASON_ATTRIBUTE: redact(reason)}
         # samplers leave failed trials out of account; from one that was pruned and breaks a constraint TPE learns
-        opened.trial.study.tell(opened.trial, state=OptunaState.PRUNED if infeasible else OptunaState.FAIL)
+        if infeasible:
+            opened.trial.set_constraint("memory", 1.0)
+            self._tell(opened, OptunaState.PRUNED, {**said, INFEASIBLE_ATTRIBUTE: True})
+        else:
+            self._tell(opened, OptunaState.FAIL, said)
         self._ended(opened, "infeasible" if infeasible else "failed", None, wall_s=0.0)
         if self.stage.reads_test and isinstance(error, Diverged):
             return  # that a winner diverges on other seeds is a result
@@ -148,13 +191,84 @@ class Trials:
                 f"Their records in {str(self.sweep.path / 'runs')!r} have the tracebacks."
             ) from error
 
+    def _claim(self, arms: Sequence[Arm]) -> tuple[Arm, Trial, bool] | None:
+        """Signs a trial, within the sweep's lock; whether it is new."""
+        for arm in arms:
+            for known in self._running(arm):
+                owner = known.user_attrs.get(WORKER_ATTRIBUTE)
+                if self._is_abandoned(arm, known) and (owner == self.worker.id or self.colleagues.say_lost(owner)):
+                    study = self.stage.study(arm)
+                    assert study is not None
+                    return arm, self._sign(Trial(study, known._trial_id)), False
+        open_arms = [arm for arm in arms if self.left(arm) > 0]
+        if not open_arms:
+            return None
+        arm = min(open_arms, key=self.order)
+        trial = self._sign(self.stage.ask(arm))
+        folder = self.stage.place(arm, trial.number).folder
+        trial.set_user_attr(RUN_ATTRIBUTE, folder.relative_to(self.sweep.path).as_posix())
+        return arm, trial, True
+
+    def order(self, arm: Arm) -> tuple[bool, float]:
+        """Arms without a space come first, then the one that is least far."""
+        return bool(arm.space), self.progress(arm)
+
+    def _sign(self, trial: Trial) -> Trial:
+        self.sweep.storage.check_exclusive()
+        trial.set_user_attr(WORKER_ATTRIBUTE, self.worker.id)
+        return trial
+
+    def _running(self, arm: Arm) -> list[FrozenTrial]:
+        study = self.stage.study(arm)
+        return study.get_trials(deepcopy=False, states=(OptunaState.RUNNING,)) if study else []
+
+    def _is_abandoned(self, arm: Arm, trial: FrozenTrial) -> bool:
+        if (arm.name, trial.number) in self.mine:
+            return False
+        owner = trial.user_attrs.get(WORKER_ATTRIBUTE)
+        return owner == self.worker.id or self.colleagues.is_gone(owner)
+
+    def _check_mine(self, opened: OpenTrial) -> FrozenTrial:
+        self.worker.check()
+        known = frozen(opened.trial)
+        owner = known.user_attrs.get(WORKER_ATTRIBUTE)
+        if owner != self.worker.id:
+            raise WorkerLost(
+                f"a trial must be run by the worker that owns it, but trial {opened.trial.number} of arm "
+                f"`{opened.arm.name}` was taken over by {owner}. To join again type "
+                f"`lorasweep worker {self.sweep.path}`."
+            )
+        return known
+
+    def _tell(
+        self, opened: OpenTrial, state: OptunaState, attributes: Mapping[str, Any], *, value: float | None = None
+    ) -> None:
+        def tell() -> None:
+            if self._check_mine(opened).state.is_finished():  # it was told, but the answer was lost
+                return
+            for name, attribute in attributes.items():
+                opened.trial.set_user_attr(name, attribute)
+            self.sweep.storage.check_exclusive()
+            with suppress(UpdateFinishedTrialError):
+                if state == OptunaState.COMPLETE:
+                    opened.trial.study.tell(opened.trial, value)
+                else:
+                    opened.trial.study.tell(opened.trial, state=state)
+
+        self.sweep.storage.exclusively(tell)
+        self.mine.discard((opened.arm.name, opened.trial.number))
+
     def _open(self, arm: Arm, trial: Trial) -> OpenTrial:
         config, params = self.stage.config(arm, trial), self.stage.params(arm, trial)
+        place = self.stage.place(arm, trial.number)
+        self.worker.row.running = [*self.worker.row.running, place.folder.name]
         self.observer.trial_started(arm, trial.number, params, steps=config.trainer.max_steps)
         self.sweep.save()
-        return OpenTrial(arm=arm, trial=trial, params=params, config=config, place=self.stage.place(arm, trial.number))
+        return OpenTrial(arm=arm, trial=trial, params=params, config=config, place=place)
 
     def _ended(self, opened: OpenTrial, state: str, value: float | None, *, wall_s: float) -> None:
+        self.worker.row.running = [name for name in self.worker.row.running if name != opened.place.folder.name]
+        self.worker.row.done += 1
         self.sweep.save()
         self.observer.trial_ended(opened.arm, opened.trial.number, state, value, wall_s=wall_s)
 

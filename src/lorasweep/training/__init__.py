@@ -1,7 +1,7 @@
 """One training: from settings, base model and data to a folder with a record, step metrics and the weights it kept."""
 
 from lorasweep.training.cost import choose_pack_size, measure_pack_sizes, measure_run
-from lorasweep.training.environment import resolve_precision
+from lorasweep.training.environment import describe_code, describe_packages, name_device, resolve_precision
 from lorasweep.training.evaluate import Scored, evaluate_model
 from lorasweep.training.export import Export, ExportFormat, export_run
 from lorasweep.training.pack import train_pack
@@ -27,10 +27,13 @@ __all__ = [
     "build_workbench",
     "check_run",
     "choose_pack_size",
+    "describe_code",
+    "describe_packages",
     "evaluate_model",
     "export_run",
     "measure_pack_sizes",
     "measure_run",
+    "name_device",
     "reproduce_run",
     "resolve_precision",
     "restore_base",

@@ -76,6 +76,11 @@ def device_of(config: TrainerConfig) -> torch.device:
     return torch.device("cuda" if resolve_device(config) == "gpu" else "cpu")
 
 
+def name_device() -> str:
+    """Returns what runs train on here by default, such as `NVIDIA H100 (cuda:0)` or `cpu`."""
+    return f"{torch.cuda.get_device_name()} (cuda:0)" if torch.cuda.is_available() else "cpu"
+
+
 @cache
 def has_cpu_bf16() -> bool:
     """Whether the processor multiplies bf16 itself (AVX512-BF16 or AMX), so that bf16 is faster than fp32."""

@@ -22,7 +22,7 @@ from lorasweep.config.method import LoraConfig
 from lorasweep.config.run import RunConfig
 from lorasweep.data.module import DataModule
 from lorasweep.disk import why_unwritable
-from lorasweep.errors import ConfigError, OutOfMemory, first_line
+from lorasweep.errors import ConfigError, OutOfMemory, WorkerError, WorkerLost, first_line
 from lorasweep.methods import METHODS, copy_sharing_weights
 from lorasweep.models.load import BaseModel
 from lorasweep.record import RunRecord, RunStatus, read_run
@@ -158,6 +158,8 @@ def _train_session(
         ]
         trainer = _build_trainer(module, place.folder, precision=bench.precision, callbacks=callbacks)
         status = _fit(trainer, module, record, bench=bench, start_step=start_step, checkpoint=found.path)
+    except WorkerLost:  # the folder is another worker's now
+        raise
     except BaseException as error:
         failure = OutOfMemory(first_line(error)) if is_out_of_memory(error) else error
         log.close(status_after(failure, place.folder), describe_failure(failure))
@@ -176,7 +178,8 @@ def status_after(error: BaseException, folder: Path) -> RunStatus:
     """Returns how a run ended by an error: what is not the run's fault leaves its checkpoint to go on from."""
     if isinstance(error, OutOfMemory):
         return "infeasible"
-    is_own = isinstance(error, Exception) and why_unwritable(folder, error) is None
+    is_own = isinstance(error, Exception) and not isinstance(error, WorkerError)
+    is_own = is_own and why_unwritable(folder, error) is None
     return "failed" if is_own else "interrupted"
 
 
