@@ -312,9 +312,9 @@ def write_hparams_row(record: RunRecord, folder: Path, swept: Mapping[str, Any])
 
 
 class StopSignal:
-    """Whether SIGINT, SIGTERM or SIGUSR1 came, for a clean stop at the next step; a second SIGINT ends at once.
+    """Whether SIGINT, SIGTERM, SIGUSR1 or SIGUSR2 came, to stop at the next step; a second SIGINT ends at once.
 
-    SIGUSR1 is what batch systems send before the time of a job is over.
+    The latter two are what batch systems send before the time of a job is over.
     """
 
     def __init__(self) -> None:
@@ -326,7 +326,7 @@ class StopSignal:
         return self.requested
 
     def __enter__(self) -> StopSignal:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
             self._before[number] = signal.signal(number, self._note)
         return self
 

@@ -72,7 +72,7 @@ def check_complete(folder: Path, before, *, trials: int = 4) -> None:
 
 
 @pytest.mark.parametrize("pack_size", ["1", "2"])
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2])
 def test_a_signal_stops_a_sweep_within_seconds_with_a_checkpoint_and_the_words_to_go_on(
     tmp_path, begin, words, number, pack_size
 ):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -52,6 +53,17 @@ def test_what_is_shown_is_what_is_submitted(tmp_path, fake_slurm, workers, num):
     assert (tmp_path / "given.sh").read_text() == shown
     assert sum(call.startswith("sbatch") for call in fake_slurm.calls) == 1
     assert len(list((tmp_path / "sweep" / "workers" / "slurm").glob("77*_submitted.pkl"))) == num
+
+
+def test_a_job_that_submits_hands_on_its_cluster_and_nothing_else(tmp_path, fake_slurm, workers, monkeypatch):
+    monkeypatch.setenv("SLURM_CONF", "/etc/other/slurm.conf")
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "32")
+    fake_slurm.says("sbatch", "Submitted batch job 77\n", body=f"env > {tmp_path}/environment")
+    Batch(workers(), tmp_path / "sweep", name="quickstart").submit_tasks(SlurmTask(sweep=tmp_path, command=len))
+    given = (tmp_path / "environment").read_text()
+    assert "SLURM_CONF=/etc/other/slurm.conf" in given
+    assert "SLURM_CPUS_PER_TASK" not in given
+    assert os.environ["SLURM_CPUS_PER_TASK"] == "32"
 
 
 def test_fewer_workers_than_asked_for_are_a_shorter_array(tmp_path, workers):

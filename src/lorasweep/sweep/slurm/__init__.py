@@ -3,17 +3,22 @@
 from lorasweep.sweep.slurm.batch import Batch
 from lorasweep.sweep.slurm.check import check_slurm, is_slurm_here
 from lorasweep.sweep.slurm.jobs import QueuedTask, SubmittedArray, note_array, read_arrays, read_queue
+from lorasweep.sweep.slurm.launch import Queue, cancel_command, last_errors, submit_missing
 from lorasweep.sweep.slurm.task import SlurmTask, job_time_left_s
 
 __all__ = [
     "Batch",
+    "Queue",
     "QueuedTask",
     "SlurmTask",
     "SubmittedArray",
+    "cancel_command",
     "check_slurm",
     "is_slurm_here",
     "job_time_left_s",
+    "last_errors",
     "note_array",
     "read_arrays",
     "read_queue",
+    "submit_missing",
 ]

@@ -5,11 +5,14 @@ Below DIR/workers/slurm: the batch files, what each task calls, and its output (
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import submitit
-from submitit.core.utils import FailedJobError
+from submitit.core.utils import FailedJobError, environment_variables
 from submitit.helpers import clean_env
 
 from lorasweep.config.slurm import SlurmWorkers
@@ -60,11 +63,19 @@ class Batch(submitit.SlurmExecutor):
             WorkerError: Slurm refuses it.
         """
         try:
-            with clean_env():
+            with _environment_of_a_login():
                 job_id = self.submit_array([task] * self.num)[0].job_id
         except FailedJobError as error:
             raise WorkerError(f"Slurm must take the workers, but sbatch says: {last_line(str(error))}.") from error
         return str(job_id).split("_")[0]
+
+
+@contextmanager
+def _environment_of_a_login() -> Iterator[None]:
+    """Takes away what a Slurm job that this process may run in would hand on, but for what a user sets."""
+    kept = {k: v for k, v in os.environ.items() if k in ("SLURM_CONF", "SLURM_CLUSTERS") or k.startswith("SBATCH_")}
+    with clean_env(), environment_variables(**kept):
+        yield
 
 
 def _parameters(workers: SlurmWorkers, sweep: Path, *, name: str, num: int) -> dict[str, Any]:
