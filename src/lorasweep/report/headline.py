@@ -103,7 +103,7 @@ def _effort(data: SweepData) -> list[str]:
     reruns = f" and {len(data.reruns)} reruns" if data.reruns else ""
     time = format_seconds(data.record.makespan_s)
     tokens = format_count(data.tokens_trained)
-    sentences = [f"{len(data.trials)} trials{reruns} in {time}, {tokens} tokens trained{_saving(data)}."]
+    sentences = [f"{len(data.trials):,} trials{reruns} in {time}, {tokens} tokens trained{_saving(data)}."]
     if data.record.status != "complete":
         asked = sum(arm.row.trials for arm in data.arms)
         sentences.append(f"The sweep is {data.record.status}: {asked} trials were asked for{_reruns_asked(data)}.")
