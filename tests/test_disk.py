@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 
 import pytest
 
+from lorasweep import disk
 from lorasweep.disk import why_unwritable, write_atomically
 
 
@@ -39,7 +41,9 @@ def test_content_and_name_reach_the_disk_before_a_write_returns(tmp_path, monkey
         os, "fsync", lambda handle: (flushed.append(os.readlink(f"/proc/self/fd/{handle}")), true_fsync(handle))
     )
     write_atomically(tmp_path / "file", "x")
-    assert [os.path.basename(name) for name in flushed] == [f".file.{os.getpid()}.tmp", tmp_path.name]
+    temporary, folder = (os.path.basename(name) for name in flushed)
+    assert re.fullmatch(rf"\.file\.{os.getpid()}-[0-9a-f]{{8}}\.tmp", temporary)
+    assert folder == tmp_path.name
 
 
 def test_a_folder_of_results_that_is_gone_does_not_come_back(tmp_path):
@@ -65,3 +69,15 @@ def test_an_error_of_a_runs_own_is_no_matter_of_the_disk(tmp_path):
     assert why_unwritable(tmp_path, FileNotFoundError(errno.ENOENT, "no such file", "my.csv")) is None
     assert why_unwritable(tmp_path, RuntimeError("shapes differ")) is None
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("kind", "is_network"), [("nfs4", True), ("lustre", True), ("ext4", False), ("tmpfs", False)])
+def test_a_network_file_system_is_known_by_its_mount(tmp_path, monkeypatch, kind, is_network):
+    mounts = tmp_path / "mountinfo"
+    mounts.write_text(
+        f"22 1 8:1 / / rw - ext4 /dev/sda1 rw\n30 22 0:40 / {tmp_path}/shared\\040space rw - {kind} server:/export rw\n"
+    )
+    monkeypatch.setattr(disk, "MOUNTS", mounts)
+    (tmp_path / "shared space").mkdir()
+    assert disk.network_file_system(tmp_path / "shared space" / "not" / "yet") == (kind if is_network else None)
+    assert disk.network_file_system(tmp_path) is None

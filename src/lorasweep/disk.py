@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,6 +33,7 @@ NETWORK_FILE_SYSTEMS = (
     *("fuse.ceph", "fuse.juicefs", "fuse.s3fs", "fuse.gcsfuse", "wekafs", "panfs", "orangefs", "ocfs2", "gfs2"),
 )
 """How their names begin, as Linux gives them."""
+MOUNTS = Path("/proc/self/mountinfo")
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -50,8 +52,8 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 
 def temporary_name(path: Path) -> Path:
-    """Returns where to write what is to become `path`: beside it, hidden, this process's own."""
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """Returns where to write what is to become `path`: beside it, hidden, of no other writer on any machine."""
+    return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
 
 
 def move_into_place(temporary: Path, path: Path) -> None:
@@ -130,7 +132,7 @@ def network_file_system(path: Path) -> str | None:
 def _file_system(path: Path) -> str | None:
     """The kind of file system that is mounted at a path or nearest above it, see proc_pid_mountinfo(5)."""
     try:
-        lines = Path("/proc/self/mountinfo").read_text().splitlines()
+        lines = MOUNTS.read_text().splitlines()
     except OSError:
         return None
     nearest, kind = "", None

@@ -16,7 +16,6 @@ from typing import Any, TypeVar
 from optuna.exceptions import StorageInternalError
 from optuna.storages import BaseStorage, RDBStorage, get_storage
 from sqlalchemy import Connection, make_url, text
-from sqlalchemy.engine import URL
 from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, OperationalError, SQLAlchemyError
 
 from lorasweep.config.sweep import DatabaseStorage
@@ -179,10 +178,11 @@ def keep_password(address: str) -> str:
     except (ArgumentError, ValueError):
         scheme, separator, rest = address.partition("://")
         return scheme + separator + rest.rpartition("@")[2]
-    if url.password:
-        os.environ[PASSWORD_VARIABLE] = url.password
-    kept = url.set(password=None) if url.password is not None else url
-    return _without_password(kept).render_as_string(hide_password=False)
+    in_query = [name for name in url.query if "pass" in name.lower()]
+    if password := url.password or next((str(url.query[name]) for name in in_query), None):
+        os.environ[PASSWORD_VARIABLE] = password
+    without = url._replace(password=None).difference_update_query(in_query)  # `set` leaves it where it is told None
+    return without.render_as_string(hide_password=False)
 
 
 def without_passwords(value: Any, key: str = "") -> Any:
@@ -191,11 +191,6 @@ def without_passwords(value: Any, key: str = "") -> Any:
         return {name: without_passwords(item, str(name)) for name, item in value.items()}
     is_address = isinstance(value, str) and key.endswith("storage.url") and "://" in value
     return keep_password(value) if is_address else value
-
-
-def _without_password(url: URL) -> URL:
-    """Leaves a password among the query's parameters out as well."""
-    return url.difference_update_query([name for name in url.query if "pass" in name.lower()])
 
 
 def _connect(address: str) -> PatientStorage:
