@@ -346,3 +346,10 @@ def test_a_sweep_has_a_line_for_each_trial(tmp_path):
     write_record(make_sweep(trials=rows), tmp_path)
     lines = (tmp_path / SWEEP_FILE).read_text().splitlines()
     assert [json.loads(line.strip().rstrip(",")) for line in lines if '"number"' in line] == [asdict(r) for r in rows]
+
+
+def test_a_record_that_is_too_deep_is_refused(tmp_path):
+    deep = json.loads("[" * 100 + "]" * 100)
+    (tmp_path / "run.json").write_text(json.dumps({"format": "lorasweep.run", "version": 1, "config": {"x": deep}}))
+    with pytest.raises(RecordError, match="must be at most 64 levels deep, but is deeper"):
+        read_run(tmp_path)

@@ -16,11 +16,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-
 from lorasweep.disk import free_folder
 from lorasweep.errors import ConfigError, LoraSweepError, RecordError
 from lorasweep.redaction import redact
+from lorasweep.terminal import PlainConsole, say, say_error
 
 if TYPE_CHECKING:
     from lorasweep.config.run import RunConfig
@@ -49,7 +48,7 @@ def run(arguments: Sequence[str]) -> int:
     except (LoraSweepError, OSError) as error:
         return _say_error(error)
     except KeyboardInterrupt:
-        print("lorasweep: interrupted", file=sys.stderr)
+        say_error("interrupted")
         return INTERRUPTED
 
 
@@ -112,7 +111,7 @@ def sweep(arguments: argparse.Namespace) -> int:
     from lorasweep.training import Benches
 
     benches = Benches()
-    console = Console()
+    console = PlainConsole()
     if arguments.resume:
         folder = _resume(arguments, benches)
     else:
@@ -138,7 +137,7 @@ def worker(arguments: argparse.Namespace) -> int:
     from lorasweep.sweep import check_definition, join_sweep
     from lorasweep.training import Benches
 
-    benches, console = Benches(), Console()
+    benches, console = Benches(), PlainConsole()
     folder = join_sweep(arguments.folder, allow_different=arguments.allow_different)
     try:
         check_definition(folder.definition, benches)  # before a trial is taken that can't be run here
@@ -160,7 +159,7 @@ def plan(arguments: argparse.Namespace) -> int:
     benches = Benches()
     definition = _read_definition(arguments.words)
     check_definition(definition, benches)
-    Console().print(render_plan(definition, plan_sweep(definition, benches)))
+    PlainConsole().print(render_plan(definition, plan_sweep(definition, benches)))
     return DONE
 
 
@@ -175,7 +174,7 @@ def export(arguments: argparse.Namespace) -> int:
     from lorasweep.wording import format_bytes
 
     written = export_run(arguments.run, format=arguments.format, out=arguments.out)
-    print(
+    say(
         f"{arguments.format}, {format_bytes(written.num_bytes)}: {written.folder}\n"
         f"its logits differ from the run's by at most {written.difference:.2g} (the largest is "
         f"{written.largest_logit:.3g})"
@@ -196,9 +195,9 @@ def inspect(arguments: argparse.Namespace) -> int:
         )
     found = inspect_sweep(folder, scores=scores) if is_sweep else inspect_run(folder, other=other, scores=scores)
     if arguments.format == "table":
-        Console().print(render_inspection(found))
+        PlainConsole().print(render_inspection(found))
     else:
-        print(as_json(found) if arguments.format == "json" else as_csv(found), end="")
+        say((as_json(found) if arguments.format == "json" else as_csv(found)).removesuffix("\n"))
     return DONE
 
 
@@ -217,7 +216,7 @@ def reproduce(arguments: argparse.Namespace) -> int:
                 trust=arguments.trust,
                 stop_requested=stop,
             )
-            print(found.describe(), flush=True)
+            say(found.describe())
             if found.verdict == "interrupted":
                 return INTERRUPTED
             holds = holds and found.holds
@@ -233,7 +232,7 @@ def show_report(folders: Sequence[Path]) -> int:
         read_sweep(folder)
     for folder in folders:
         write_report(folder)
-    console = Console()
+    console = PlainConsole()
     console.print(render_terminal(*folders))
     pages = [folder / "report" / "index.html" for folder in folders]
     if len(folders) > 1:
@@ -277,16 +276,16 @@ def train_once(config: RunConfig, output: str | None) -> int:
     bench = build_workbench(config)
     check_run(config, bench.base)
     for note in bench.notes:
-        print(f"• {note}", file=sys.stderr)
+        say(f"• {note}", file=sys.stderr)
     with StopSignal() as stop:
         record = train_run(config, RunPlace(folder=folder), bench=bench, stop_requested=stop)
     if record.status == "interrupted":
-        print(f"lorasweep: {record.reason}; its weights up to the last evaluation are in {folder}", file=sys.stderr)
+        say_error(f"{record.reason}; its weights up to the last evaluation are in {folder}")
         return INTERRUPTED
     swept = {"method": config.method.name, "optim.lr": config.optim.lr, "seed": config.seed}
     write_hparams_row(record, folder, swept)
     score = "-" if record.score is None else f"{record.score:.4f}"
-    print(
+    say(
         f"{record.metric} {score} at step {record.best.get('step', 0):.0f} of {record.steps_planned}, "
         f"{record.trainable_params:,} trained parameters ({format_share(record.trainable_fraction)} of the base), "
         f"{record.wall_s:.0f} s: {folder}"
@@ -340,7 +339,7 @@ class StopSignal:
         self.requested = True
 
 
-def _serve(folder: SweepFolder, benches: Any, *, console: Console) -> bool:
+def _serve(folder: SweepFolder, benches: Any, *, console: PlainConsole) -> bool:
     """Runs what is left of an open sweep in this process and closes it; returns whether the sweep is complete."""
     from lorasweep.sweep import LiveTable, Worker
 
@@ -351,7 +350,7 @@ def _serve(folder: SweepFolder, benches: Any, *, console: Console) -> bool:
         folder.close()
 
 
-def _run_workers(folder: SweepFolder, *, num: int, console: Console) -> int:
+def _run_workers(folder: SweepFolder, *, num: int, console: PlainConsole) -> int:
     """Has several processes on this machine run what is left of a sweep, and shows the report."""
     from lorasweep.record import read_sweep
     from lorasweep.sweep import start_workers, watch_workers, why_ended
@@ -393,9 +392,9 @@ def _sweep_on_slurm(definition: Definition, benches: Any) -> int:
     check_definition(definition, benches)
     if not workers.dry_run or is_slurm_here():
         for warning in check_slurm(workers, path, name=definition.name, storage=definition.driver.storage.name):
-            print(f"warning: {warning}", file=sys.stderr)
+            say(f"warning: {warning}", file=sys.stderr)
     if workers.dry_run:
-        print(Batch(workers, path, name=definition.name).text(), end="")
+        say(Batch(workers, path, name=definition.name).text().removesuffix("\n"))
         return DONE
     raise ConfigError("`worker.dry_run` must be true, because this version can't submit its workers, but got False.")
 
@@ -468,12 +467,12 @@ def _say_how_to_go_on(folder: SweepFolder) -> int:
         seeds = sum(len(study.get_trials(deepcopy=False)) for study in folder.confirm_studies.values())
         ended = sum(row.state != "running" for row in folder.record.confirm)
         confirming = f" and {ended} of {seeds} runs of the confirm stage"
-    print(f"lorasweep: stopped with {done} of {asked} trials{confirming} done. To go on type:", file=sys.stderr)
-    print(f"    lorasweep sweep --resume {folder.path}", file=sys.stderr)
+    say_error(f"stopped with {done} of {asked} trials{confirming} done. To go on type:")
+    say(f"    lorasweep sweep --resume {folder.path}", file=sys.stderr)
     return INTERRUPTED
 
 
-def _print_warnings(folder: SweepFolder, console: Console, *, after: int) -> int:
+def _print_warnings(folder: SweepFolder, console: PlainConsole, *, after: int) -> int:
     """Prints the record's warnings from the given one on, and returns how many there are."""
     for warning in folder.record.warnings[after:]:
         console.print(f"warning: {warning}", highlight=False, markup=False, soft_wrap=True)
@@ -521,13 +520,10 @@ def _threads_leave_files_to_us() -> Iterator[None]:
 def _say_error(error: LoraSweepError | OSError) -> int:
     """Prints an error as one sentence and returns its exit code."""
     if isinstance(error, LoraSweepError):
-        print(f"lorasweep: {redact(str(error))}", file=sys.stderr)
+        say_error(redact(str(error)))
         return WRONG if isinstance(error, ConfigError | RecordError) else FAILED
     named = f" {str(error.filename)!r}" if error.filename else ""  # a full disk, a folder that is gone or read-only
-    print(
-        f"lorasweep: the files of a run must be there and writable, but{named}: {error.strerror or error}.",
-        file=sys.stderr,
-    )
+    say_error(f"the files of a run must be there and writable, but{named}: {error.strerror or error}.")
     return FAILED
 
 

@@ -39,11 +39,12 @@ MOUNTS = Path("/proc/self/mountinfo")
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Writes a file whole or not at all: temporary file in the same folder, fsync, rename.
 
-    Makes the folder, but not what it is in: a folder of results that is gone must not come back empty.
+    Makes the folder, but not what it is in: a folder of results that is gone must not come back empty. Halves of
+    surrogate pairs in a text, which UTF-8 has no form for, are written as their escapes.
     """
     path.parent.mkdir(exist_ok=True)
     temporary = temporary_name(path)
-    data = content.encode() if isinstance(content, str) else content
+    data = content.encode(errors="backslashreplace") if isinstance(content, str) else content
     try:
         temporary.write_bytes(data)
         move_into_place(temporary, path)

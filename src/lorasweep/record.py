@@ -33,6 +33,9 @@ MOST_RECORD_BYTES = 256 * 2**20
 """A larger file is no record of ours: a sweep of 10,000 trials has some 10 MiB."""
 MOST_WORKER_BYTES = 2**20
 
+MOST_RECORD_DEPTH = 64
+"""Levels of lists and mappings in a record; its readers go through them by recursion."""
+
 RunStatus = Literal["running", "complete", "pruned", "failed", "infeasible", "interrupted"]
 TrialState = Literal["running", "complete", "pruned", "failed", "infeasible"]
 ConfirmState = Literal["running", "complete", "failed", "infeasible"]
@@ -424,6 +427,8 @@ def _read_json(path: Path, expected: str, *, most_bytes: int = MOST_RECORD_BYTES
         raw = json.loads(path.read_text())
     except (ValueError, RecursionError) as error:  # of JSON, of UTF-8, a number of too many digits; too deep
         raise RecordError(f"{str(path)!r} must be a JSON file, but is damaged: {error}.") from error
+    if _is_deeper(raw, MOST_RECORD_DEPTH):
+        raise RecordError(f"{str(path)!r} must be at most {MOST_RECORD_DEPTH} levels deep, but is deeper.")
     if not isinstance(raw, dict) or raw.get("format") != expected:
         raise RecordError(f"{str(path)!r} must be a record of format {expected!r}, but is not.")
     if not isinstance(raw.get("version"), int) or raw["version"] > VERSION:
@@ -431,6 +436,18 @@ def _read_json(path: Path, expected: str, *, most_bytes: int = MOST_RECORD_BYTES
             f"{str(path)!r} must have a version up to {VERSION}, but has {raw.get('version')!r}. Use a newer lorasweep."
         )
     return raw
+
+
+def _is_deeper(value: Any, most: int) -> bool:
+    level = [value]
+    for _ in range(most):
+        level = [
+            item
+            for holder in level
+            if isinstance(holder, dict | list)
+            for item in (holder.values() if isinstance(holder, dict) else holder)
+        ]
+    return bool(level)
 
 
 def _known_rows(kind: type[T], rows: Any, *, path: Path) -> list[T]:

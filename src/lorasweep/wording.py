@@ -1,13 +1,57 @@
-"""Numbers and settings as people read them: in the live table of a sweep and in every form of the report."""
+"""Numbers and settings as people read them: in the live table of a sweep and in every form of the report.
+
+And names as they may be shown (`visible`): files from elsewhere can hold anything in them.
+"""
 
 from __future__ import annotations
 
 import math
+import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
 UNKNOWN = "–"
 """Stands where a value is not known."""
+UNSEEN = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
+"""Unicode's categories of what orders a terminal about, turns the direction of text or ends a line, unseen."""
+JOINERS = "\u200c\u200d"
+"""Which Persian and emoji are written with, and which change nothing else."""
+LONGEST_SHOWN = 4000
+"""Characters of one text on a terminal."""
+
+
+def visible(text: str, *, keep: str = "") -> str:
+    r"""Returns text in which every character that acts without being seen is written as its escape: `\x1b`, `\u202e`.
+
+    So a name can't colour, move or retitle a terminal, turn text around, or begin a line of its own. Halves of
+    surrogate pairs, which can't be written anywhere, are escaped too.
+
+    Args:
+        text: From a file, so from anyone.
+        keep: Characters to leave, such as the ends of lines in a text that has some.
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        c.encode("unicode_escape").decode()
+        if unicodedata.category(c) in UNSEEN and c not in JOINERS and c not in keep
+        else c
+        for c in text
+    )
+
+
+def made_visible(value: Any, *, keep: str = "") -> Any:
+    """Returns what JSON can hold with every text in it, names of keys included, `visible`."""
+    if isinstance(value, str):
+        return visible(value, keep=keep)
+    if isinstance(value, dict):
+        return {visible(str(key)): made_visible(item, keep=keep) for key, item in value.items()}
+    return [made_visible(item, keep=keep) for item in value] if isinstance(value, list) else value
+
+
+def shorten(text: str, *, most: int = LONGEST_SHOWN) -> str:
+    """Returns text of at most so many characters; of a longer one the beginning and the end."""
+    return text if len(text) <= most else f"{text[: most // 2]} … {text[-(most // 2 - 3) :]}"
 
 
 def format_count(value: float | None) -> str:

@@ -36,6 +36,7 @@ from lorasweep.wording import (
     format_metric,
     format_score,
     format_share,
+    visible,
 )
 
 HPARAMS_FOLDER = "hparams"
@@ -145,9 +146,15 @@ def _markdown(summary: Summary) -> str:
         ]
         for arm in summary.arms
     ]
-    lines = (header, ["---"] * len(header), *rows)
+    lines = (header, ["---"] * len(header), *([_unmarked(cell) for cell in cells] for cells in rows))
     table = [f"| {' | '.join(cell.replace('|', '¦') for cell in cells)} |" for cells in lines]
-    return "\n".join([*(f"- {sentence}" for sentence in summary.sentences), "", *table])
+    return "\n".join([*(f"- {_unmarked(sentence)}" for sentence in summary.sentences), "", *table])
+
+
+def _unmarked(text: str) -> str:
+    """Returns text in which Markdown sees no link, image or HTML, which TensorBoard would show, and fetch."""
+    text = visible(text).replace("<", "‹").replace("\\", "⧵")
+    return re.sub(r"\](?=[(\[:])", "] ", text)
 
 
 def _text(tag: str, content: str) -> EventSummary:
@@ -204,7 +211,7 @@ def _literal(tag: str) -> str:
 
 
 def _scalar(tag: str, value: float) -> EventSummary:
-    return EventSummary(value=[EventSummary.Value(tag=tag, simple_value=value)])
+    return EventSummary(value=[EventSummary.Value(tag=visible(tag), simple_value=value)])
 
 
 def _is_shown(value: Any) -> bool:
@@ -213,7 +220,7 @@ def _is_shown(value: Any) -> bool:
 
 def _column_value(value: Any) -> float | str:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return float(value) if is_number else str(redact(str(value)))
+    return float(value) if is_number else visible(str(redact(str(value))))
 
 
 def _write_events(folder: Path, summaries: list[tuple[int, EventSummary]]) -> None:

@@ -83,7 +83,11 @@ def _best_of(arm: Arm, count: int, data: SweepData) -> list[Trial]:
 def load_template(name: str) -> Template:
     """Returns a template that knows how numbers are written and holds plotly's script."""
     environment = Environment(
-        loader=PackageLoader("lorasweep.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+        loader=PackageLoader("lorasweep.report"),
+        autoescape=True,
+        finalize=lambda value: wording.visible(value, keep="\n\t") if type(value) is str else value,
+        undefined=StrictUndefined,
+        trim_blocks=True,
     )
     environment.filters.update(code=mark_code, **_formats())
     environment.globals.update(
@@ -103,7 +107,9 @@ def part_of_time(worker: WorkerUse, name: str) -> float:
 
 def mark_code(text: str) -> Markup:
     """Returns text as HTML in which what stood between backticks is code."""
-    return Markup(re.sub(r"`([^`]*)`", r"<code>\1</code>", str(escape(text))))  # escaped one line above
+    return Markup(
+        re.sub(r"`([^`]*)`", r"<code>\1</code>", str(escape(wording.visible(text))))
+    )  # escaped one line above
 
 
 def figure_json(panel: Panel) -> Markup:

@@ -5,13 +5,13 @@ Comes after `record`, before `tables` and `reruns`.
 
 from __future__ import annotations
 
-import math
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from lorasweep.errors import RecordError
-from lorasweep.record import RunRecord, read_run, read_steps
+from lorasweep.record import ArmRow, ConfirmRow, RunRecord, SweepRecord, TrialRow, folder_of_run, read_run, read_steps
+from lorasweep.wording import made_visible
 
 Curve = tuple[tuple[int, float], ...]
 """Validation values of the sweep's metric over training: pairs of step and value, by step."""
@@ -25,6 +25,13 @@ KINDS: dict[str, type | tuple[type, ...]] = {
 }
 
 
+AS_THEY_ARE = ("run", "definition", "arms", "trials", "confirm")
+"""Fields of a record that are no texts to show: a folder, what a sweep is made from again, rows of their own."""
+LARGEST = 1e100
+"""Scores and settings beyond are damage: their differences and squares would be infinite."""
+Row = TypeVar("Row", RunRecord, SweepRecord, ArmRow, TrialRow, ConfirmRow)
+
+
 def misfits(row: Any) -> list[str]:
     """Returns the names of a record's fields whose values are not of the kind that the field declares."""
     known = [f for f in fields(row) if not ("None" in str(f.type) and getattr(row, f.name) is None)]
@@ -32,9 +39,24 @@ def misfits(row: Any) -> list[str]:
     return [name for name, kind in declared if kind and not _is_kind(getattr(row, name), kind)]
 
 
+def as_shown(row: Row) -> Row:
+    """Returns a record, or a row of one, in whose texts every character is seen: they may come from anyone.
+
+    The run's folder stays as it is, and a reason keeps its lines.
+    """
+    shown = {
+        f.name: made_visible(getattr(row, f.name), keep="\n\t" if f.name == "reason" else "")
+        for f in fields(row)
+        if f.name not in AS_THEY_ARE
+    }
+    return replace(row, **shown)
+
+
 def read_usable_run(sweep: Path, run: str) -> tuple[RunRecord | None, str | None]:
     """Returns a run's record, or None and the sentence that says why it can't be used."""
-    if not (sweep / run).resolve().is_relative_to(sweep.resolve()):
+    try:
+        folder_of_run(sweep, run)
+    except RecordError:
         return None, f"The run `{run}` is not read: its folder lies outside the sweep's."
     try:
         record = read_run(sweep / run)
@@ -42,7 +64,7 @@ def read_usable_run(sweep: Path, run: str) -> tuple[RunRecord | None, str | None
         return None, f"The run `{run}` can't be read: {error}"
     if wrong := misfits(record):
         return None, f"The run `{run}` can't be read: `{wrong[0]}` is not of its declared type."
-    return record, None
+    return as_shown(record), None
 
 
 def read_curve(run: Path, metric: str) -> Curve:
@@ -76,9 +98,9 @@ def value_of(
 
 
 def finite_number(value: Any) -> float | None:
-    """Returns a value that is a finite number, else None."""
+    """Returns a value that is a number and can be computed with, else None."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return value if is_number and math.isfinite(value) else None
+    return value if is_number and abs(value) <= LARGEST else None
 
 
 def _is_kind(value: Any, kind: type | tuple[type, ...]) -> bool:

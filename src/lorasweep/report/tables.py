@@ -24,7 +24,7 @@ from lorasweep.record import (
 )
 from lorasweep.report.evidence import Evidence, weigh_evidence
 from lorasweep.report.reruns import Rerun, join_reruns, score_reruns
-from lorasweep.report.runs import Curve, finite_number, misfits, read_curve, read_usable_run, value_of
+from lorasweep.report.runs import Curve, as_shown, finite_number, misfits, read_curve, read_usable_run, value_of
 from lorasweep.report.workers import ClusterUse, measure_use, read_worker_rows
 
 
@@ -187,6 +187,9 @@ def load_sweep_data(folder: Path) -> SweepData:
     rows: list[SweepRecord | ArmRow | TrialRow] = [record, *record.arms, *record.trials]
     for row in rows:
         _require_kinds(row, folder / SWEEP_FILE)
+    record = as_shown(record)
+    record.arms, record.trials = [as_shown(row) for row in record.arms], [as_shown(row) for row in record.trials]
+    record.confirm = [as_shown(row) for row in record.confirm]
     sign = 1 if record.direction == "minimize" else -1
     reruns, rerun_problems = join_reruns(record, folder)
     arms = tuple(_join_arm(row, record, folder, reruns, sign=sign) for row in record.arms)

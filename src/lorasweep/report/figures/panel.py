@@ -10,7 +10,7 @@ from urllib.parse import quote
 import plotly.graph_objects as go
 
 from lorasweep.report.tables import Arm, SweepData, Trial
-from lorasweep.wording import format_metric, format_score, format_settings
+from lorasweep.wording import format_metric, format_score, format_settings, visible
 
 METHOD_COLOURS = {"frozen": "#868e96", "full": "#d9622b", "lora": "#3578c6"}
 """Colours that hold on light and on dark paper."""
@@ -58,7 +58,7 @@ def colours_of(data: SweepData) -> dict[str, str]:
 
 def escape(text: object) -> str:
     """Returns text that plotly shows as it is: it would obey some HTML tags in names."""
-    return html.escape(str(text), quote=False)
+    return html.escape(visible(str(text)), quote=False)
 
 
 def link_to(trial: Trial) -> str:
@@ -68,7 +68,7 @@ def link_to(trial: Trial) -> str:
 
 def link_of(run: str) -> str:
     """Returns the address of a run's folder, given relative to the sweep's, as seen from `report/index.html`."""
-    return f"../{quote(run)}/"
+    return f"../{quote(run, errors='replace')}/"
 
 
 def label_of(trial: Trial) -> str:

@@ -16,6 +16,7 @@ from lorasweep.report.figures.panel import (
     escape,
     score_range,
 )
+from lorasweep.report.runs import finite_number
 from lorasweep.report.tables import Arm, SweepData, Trial
 from lorasweep.report.thinning import describe_thinning, thin_groups
 from lorasweep.wording import format_metric, format_setting, short_key
@@ -48,14 +49,14 @@ def draw_parallel_coordinates(data: SweepData) -> Panel:
 def draw_importance(data: SweepData) -> Panel:
     """Returns each arm's importance of its swept settings as bars."""
     title, colours = "What mattered", colours_of(data)
-    arms = [arm for arm in data.arms if len(arm.row.importance) > 1]
+    arms = [arm for arm in data.arms if len(_shares(arm)) > 1]
     if not arms:
         text = "The importance of settings is not known: it needs an arm with two swept settings and several trials."
         return Panel(key="importance", title=title, text=text)
     figure = build_figure(data, x_title="share of the score's variance", y_title=" ", barmode="group", height=280)
     figure.update_xaxes(tickformat=".0%", rangemode="tozero")
     for arm in arms:
-        rising = sorted(arm.row.importance.items(), key=lambda item: item[1])
+        rising = sorted(_shares(arm).items(), key=lambda item: item[1])
         figure.add_bar(
             x=[share for _, share in rising],
             y=[escape(key) for key, _ in rising],
@@ -66,7 +67,7 @@ def draw_importance(data: SweepData) -> Panel:
             hovertemplate="%{y}: %{x:.0%}<extra></extra>",
         )
     text = "How much of the score's variance over the trials each setting explains, as Optuna estimates it."
-    rows = tuple((arm.name, key, share) for arm in arms for key, share in arm.row.importance.items())
+    rows = tuple((arm.name, key, share) for arm in arms for key, share in _shares(arm).items())
     columns = ("arm", "setting", "share_of_variance")
     return Panel(key="importance", title=title, text=text, figures=(figure,), columns=columns, rows=rows)
 
@@ -124,3 +125,8 @@ def _log_dimension(label: str, values: list[float]) -> dict[str, Any]:
         "tickvals": ticks,
         "ticktext": [format_setting(10**tick) for tick in ticks],
     }
+
+
+def _shares(arm: Arm) -> dict[str, float]:
+    known = {key: finite_number(share) for key, share in arm.row.importance.items()}
+    return {key: share for key, share in known.items() if share is not None}
