@@ -49,8 +49,18 @@ def test_alpha_over_rank_is_that_of_the_best_trial_and_of_trials_as_good(sweep: 
     data = load_sweep_data(sweep)
     lora, best = advise_rates(data)[0], data.arms[1].best
     assert best
-    assert lora.alpha_over_rank == best.params["method.alpha"] / best.params["method.rank"]
+    assert (lora.scaling, lora.scale) == ("alpha_over_rank", best.params["method.alpha"] / best.params["method.rank"])
     assert "Its α/r is " in sentences_of([lora], [])[0]
+
+
+def test_alpha_of_rslora_is_said_over_the_root_of_the_rank(sweep: Path) -> None:
+    for record in sweep.glob("runs/lora-*/run.json"):
+        edit_json(record, lambda raw: raw["config"]["method"].update(scaling="alpha_over_sqrt_rank"))
+    data = load_sweep_data(sweep)
+    lora, best = advise_rates(data)[0], data.arms[1].best
+    assert best
+    assert lora.scale == pytest.approx(best.params["method.alpha"] / best.params["method.rank"] ** 0.5)
+    assert "Its α/√r is " in sentences_of([lora], [])[0]
 
 
 def test_fit_needs_five_rates_and_a_lowest_point_among_them(sweep: Path) -> None:

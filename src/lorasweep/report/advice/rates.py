@@ -20,6 +20,9 @@ MIN_FIT = 5
 """A parabola has three coefficients: with fewer trials than this its best point says nothing."""
 
 
+SCALING, SQRT = "method.scaling", "alpha_over_sqrt_rank"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Parabola:
     """A fit of sign · score over log10 of the learning rate near the best: a (x - x0)² + c, a > 0."""
@@ -53,9 +56,11 @@ class RateAdvice:
     """Best learning rate over full fine-tuning's; the fitted ones where both are known."""
     ratio_interval: tuple[float, float] | None
     """Smallest and largest ratio of learning rates that are as good as the best of both."""
-    alpha_over_rank: float | None
-    """α/r of the best trial, and the range of α/r among trials that score as well."""
-    alpha_over_rank_range: tuple[float, float] | None
+    scaling: str
+    """The rule by which α scales the change: `alpha_over_rank`, or rsLoRA's `alpha_over_sqrt_rank`."""
+    scale: float | None
+    """α/r, or α/√r, of the best trial, and its range among trials that score as well."""
+    scale_range: tuple[float, float] | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +147,7 @@ def _advise_rate(arm: Arm, data: SweepData, full: RateAdvice | None) -> RateAdvi
     lrs = [value for trial in near if (value := rate_of(trial))]
     fit = fit_arm(arm, data)
     low, high = _flat_range(fit, lrs, tolerance.width)
-    scales = [scale for trial in near if (scale := alpha_over_rank(trial)) is not None]
+    scales = [scale for trial in near if (scale := scale_of(trial)) is not None]
     return RateAdvice(
         arm=arm.name,
         lr=lr,
@@ -153,8 +158,9 @@ def _advise_rate(arm: Arm, data: SweepData, full: RateAdvice | None) -> RateAdvi
         tolerance=tolerance.source,
         ratio_to_full=_ratio(fit, lr, full) if full else None,
         ratio_interval=(low / full.high, high / full.low) if full else None,
-        alpha_over_rank=alpha_over_rank(best),
-        alpha_over_rank_range=(min(scales), max(scales)) if scales and len(set(scales)) > 1 else None,
+        scaling=SQRT if best.setting(SCALING) == SQRT else "alpha_over_rank",
+        scale=scale_of(best),
+        scale_range=(min(scales), max(scales)) if scales and len(set(scales)) > 1 else None,
     )
 
 
@@ -164,10 +170,12 @@ def rate_of(trial: Trial) -> float | None:
     return lr if lr is not None and lr > 0 else None
 
 
-def alpha_over_rank(trial: Trial) -> float | None:
-    """Returns α/r of a trial that has both."""
+def scale_of(trial: Trial) -> float | None:
+    """Returns α/r of a trial that has both, or α/√r where its α scales by that."""
     alpha, rank = trial.number_at(ALPHA), trial.number_at(RANK)
-    return alpha / rank if alpha is not None and rank else None
+    if alpha is None or rank is None or rank <= 0:
+        return None
+    return alpha / (math.sqrt(rank) if trial.setting(SCALING) == SQRT else rank)
 
 
 def _flat_range(fit: Parabola | None, lrs: Sequence[float], width: float) -> tuple[float, float]:
@@ -220,11 +228,11 @@ def _full_words(rate: RateAdvice) -> str:
 
 
 def _scale_words(rate: RateAdvice) -> str:
-    if rate.alpha_over_rank is None:
+    if rate.scale is None:
         return ""
-    ends = rate.alpha_over_rank_range
+    ends = rate.scale_range
     among = f"; trials as good have {format_ratio(ends[0])} to {format_ratio(ends[1])}" if ends else ""
-    return f" Its α/r is {format_ratio(rate.alpha_over_rank)}{among}."
+    return f" Its {'α/√r' if rate.scaling == SQRT else 'α/r'} is {format_ratio(rate.scale)}{among}."
 
 
 def _trend_sentence(trend: RateTrend) -> str:
