@@ -22,12 +22,14 @@ import optuna
 import yaml
 
 from lorasweep.record import RunRecord, RunStatus
-from lorasweep.sweep import SweepFolder, create_sweep, read_definition, reopen_sweep
+from lorasweep.sweep import Arm, SweepFolder, create_sweep, read_definition, reopen_sweep
 from lorasweep.sweep.rows import FUNCTION_ATTRIBUTE, SCORE_ATTRIBUTE
 from lorasweep.sweep.stages import Search
 from lorasweep.sweep.trials import Trials
+from lorasweep.sweep.workers import Colleagues, Registration
 
 MEASURED = 100
+LEASE_S = 120
 EVALUATIONS = (50, 100, 150)
 SPACE = {"method.rank": [1, 2, 4, 8, 16, 32, 64], "optim.lr": {"low": 1e-4, "high": 1e-1, "log": True}}
 
@@ -70,10 +72,25 @@ def measure(folder: Path, sampler: str, num_trials: int) -> None:
 def run_trials(sweep: SweepFolder) -> tuple[list[float], list[float], list[float]]:
     """Returns the milliseconds of each ask, report and tell."""
     (arm,) = sweep.definition.arms
-    trials = Trials(sweep, Search(sweep), observer=Silent(), run_ended=lambda record, folder, params: None)
     asks, reports, tells = [], [], []
-    for _ in range(MEASURED):
-        ask_ms, opened = timed(trials.ask, arm)
+    with Registration(sweep.path, lease_s=LEASE_S) as worker:
+        trials = Trials(
+            sweep,
+            Search(sweep),
+            worker=worker,
+            colleagues=Colleagues(sweep.path, lease_s=LEASE_S),
+            observer=Silent(),
+            run_ended=lambda record, folder, params: None,
+        )
+        for _ in range(MEASURED):
+            run_trial(trials, arm, asks, reports, tells)
+    return asks, reports, tells
+
+
+def run_trial(trials: Trials, arm: Arm, asks: list[float], reports: list[float], tells: list[float]) -> None:
+    """Adds the milliseconds that one trial takes."""
+    ask_ms, opened = timed(trials.take, [arm])
+    if opened is not None:
         asks.append(ask_ms)
         best, pruned = float("inf"), False
         for step in EVALUATIONS:
@@ -86,7 +103,6 @@ def run_trials(sweep: SweepFolder) -> tuple[list[float], list[float], list[float
         kept = {"bits_per_byte": best, "step": 150}
         record = RunRecord(status=status, config={}, metric="bits_per_byte", direction="minimize", best=kept)
         tells.append(timed(trials.tell, opened, record)[0])
-    return asks, reports, tells
 
 
 def timed(action: Callable[..., Any], *arguments: Any) -> tuple[float, Any]:

@@ -22,6 +22,12 @@ FUNCTION_ATTRIBUTE = "lorasweep:function"
 """Names what the trial trains, so that a sweep that goes on need not compose every earlier trial again."""
 WINNER_ATTRIBUTE = "lorasweep:winner"
 RUNS_FOLDER = "runs"
+STATES: dict[TrialState, RowState] = {
+    TrialState.COMPLETE: "complete",
+    TrialState.PRUNED: "pruned",
+    TrialState.FAIL: "failed",
+}
+"""How a trial ended, in the words of a record; another one is running."""
 SEED = "seed"
 """The one parameter of a trial of the confirm stage."""
 
@@ -87,9 +93,4 @@ def _value(trial: FrozenTrial) -> float | None:
 
 
 def _state(trial: FrozenTrial) -> RowState:
-    states: dict[TrialState, RowState] = {
-        TrialState.COMPLETE: "complete",
-        TrialState.PRUNED: "pruned",
-        TrialState.FAIL: "failed",
-    }
-    return "infeasible" if trial.user_attrs.get(INFEASIBLE_ATTRIBUTE) else states.get(trial.state, "running")
+    return "infeasible" if trial.user_attrs.get(INFEASIBLE_ATTRIBUTE) else STATES.get(trial.state, "running")
