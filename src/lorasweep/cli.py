@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -116,13 +117,15 @@ def sweep(arguments: argparse.Namespace) -> int:
         folder = _resume(arguments, benches)
     else:
         definition = _read_definition(arguments.words)
-        if definition.driver.worker.name == "slurm":
-            return _sweep_on_slurm(definition, benches)
+        if getattr(definition.driver.worker, "dry_run", False):
+            return _show_batch(definition, benches)
         folder = _start(definition, benches)
     console.print(f"sweep {folder.record.name} in {folder.path}", highlight=False, markup=False, soft_wrap=True)
     for note in folder.record.notes:
         console.print(f"• {note}", highlight=False, markup=False)
     known = _print_warnings(folder, console, after=0)
+    if folder.definition.driver.worker.name == "slurm":
+        return _run_on_slurm(folder)
     if (num := count_workers(folder.definition.driver.worker)) > 1:
         return _run_workers(folder, num=num, console=console)
     complete = _serve(folder, benches, console=console)
@@ -342,10 +345,20 @@ class StopSignal:
 def _serve(folder: SweepFolder, benches: Any, *, console: PlainConsole) -> bool:
     """Runs what is left of an open sweep in this process and closes it; returns whether the sweep is complete."""
     from lorasweep.sweep import LiveTable, Worker
+    from lorasweep.sweep.slurm import job_time_left_s, own_job_id
 
+    signal_s = getattr(folder.definition.driver.worker, "signal_s", 0)
     try:
         with StopSignal() as stop, LiveTable(folder, console=console) as table:
-            return Worker(folder, benches, observer=table, stop_requested=stop, run_ended=write_hparams_row).run()
+            return Worker(
+                folder,
+                benches,
+                observer=table,
+                stop_requested=stop,
+                run_ended=write_hparams_row,
+                time_left_s=lambda: job_time_left_s(signal_s=signal_s),
+                job=own_job_id(),
+            ).run()
     finally:
         folder.close()
 
@@ -377,26 +390,68 @@ def _start(definition: Definition, benches: Any) -> SweepFolder:
     path = new_folder(definition.name, definition.driver.sweep.output)
     configs = check_definition(definition, benches)
     metric = sweep_metric(configs, benches)
-    return create_sweep(definition, path, configs=configs, metric=metric, notes=data_notes(configs, benches))
+    warnings = _check_slurm(definition, path)
+    folder = create_sweep(definition, path, configs=configs, metric=metric, notes=data_notes(configs, benches))
+    for warning in warnings:
+        folder.warn(warning)
+    return folder
 
 
-def _sweep_on_slurm(definition: Definition, benches: Any) -> int:
-    """Shows the batch file of a sweep whose workers Slurm is to start."""
+def _check_slurm(definition: Definition, path: Path) -> list[str]:
+    """Checks that Slurm would take the sweep's workers, where it is to start them; returns sentences of warning."""
+    from lorasweep.config.slurm import SlurmWorkers
+
+    workers = definition.driver.worker
+    if not isinstance(workers, SlurmWorkers):
+        return []
+    from lorasweep.sweep.slurm import check_slurm
+
+    return check_slurm(workers, path, name=definition.name, storage=definition.driver.storage.name)
+
+
+def _show_batch(definition: Definition, benches: Any) -> int:
+    """Prints the batch file of a sweep's workers and starts nothing; on a machine without Slurm too."""
     from lorasweep.config.slurm import SlurmWorkers
     from lorasweep.sweep import check_definition, new_folder
-    from lorasweep.sweep.slurm import Batch, check_slurm, is_slurm_here
+    from lorasweep.sweep.slurm import Batch, is_slurm_here
 
     workers = definition.driver.worker
     assert isinstance(workers, SlurmWorkers)
     path = new_folder(definition.name, definition.driver.sweep.output)
     check_definition(definition, benches)
-    if not workers.dry_run or is_slurm_here():
-        for warning in check_slurm(workers, path, name=definition.name, storage=definition.driver.storage.name):
-            say(f"warning: {warning}", file=sys.stderr)
-    if workers.dry_run:
-        say(Batch(workers, path, name=definition.name).text().removesuffix("\n"))
-        return DONE
-    raise ConfigError("`worker.dry_run` must be true, because this version can't submit its workers, but got False.")
+    for warning in _check_slurm(definition, path) if is_slurm_here() else []:
+        say(f"warning: {warning}", file=sys.stderr)
+    say(Batch(workers, path, name=definition.name).text().rstrip())
+    return DONE
+
+
+def _run_on_slurm(folder: SweepFolder) -> int:
+    """Submits the workers that are missing, follows them all, and shows the report; may be left and typed again."""
+    from lorasweep.config.slurm import SlurmWorkers
+    from lorasweep.record import read_sweep
+    from lorasweep.sweep.slurm import Queue, cancel_command, describe_end, submit_missing
+
+    workers, path = folder.definition.driver.worker, folder.path
+    assert isinstance(workers, SlurmWorkers)
+    folder.close()
+    job_id = submit_missing(workers, path, name=folder.record.name, command=run)
+    said = f"Slurm job {job_id}: " if job_id else "nothing to submit: "
+    say(f"{said}the workers' output is in {path / 'workers' / 'slurm'}")
+    queue = Queue(path, changed=lambda state: say(f"workers: {state}"))
+    with StopSignal() as stop:
+        while not (stop() or read_sweep(path).status == "complete" or queue.is_empty()):
+            time.sleep(1)
+    if read_sweep(path).status == "complete":
+        return show_report([path])
+    if not stop.requested:
+        raise describe_end(path)
+    say(
+        "lorasweep: its workers go on. To follow them again, or to submit those that are missing, type:\n"
+        f"    lorasweep sweep --resume {path}\n"
+        f"To end them: {cancel_command(path)}",
+        file=sys.stderr,
+    )
+    return INTERRUPTED
 
 
 def _read_definition(words: Sequence[str]) -> Definition:
@@ -409,13 +464,16 @@ def _read_definition(words: Sequence[str]) -> Definition:
 
 def _resume(arguments: argparse.Namespace, benches: Any) -> SweepFolder:
     from lorasweep.config.compose import parse_overrides
-    from lorasweep.sweep import check_definition, reopen_sweep
+    from lorasweep.sweep import check_definition, join_sweep, reopen_sweep
+    from lorasweep.sweep.slurm import has_running_workers
 
     if foreign := [word for word in arguments.words if not word.startswith("confirm.")]:
         raise ConfigError(
             f"`--resume DIR` must stand alone or with `confirm.seeds=N`, but got {' '.join(foreign)!r} too: "
             "a search goes on as it began."
         )
+    if not arguments.words and has_running_workers(arguments.resume):
+        return join_sweep(arguments.resume)
     folder = reopen_sweep(arguments.resume, confirm=parse_overrides(arguments.words))
     check_definition(folder.definition, benches)
     return folder

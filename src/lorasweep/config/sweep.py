@@ -7,14 +7,13 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from lorasweep.config.limits import require_at_least, require_at_most
-from lorasweep.config.slurm import SlurmWorkers
+from lorasweep.config.slurm import SHORTEST_LEASE_S, SlurmWorkers
 from lorasweep.errors import ConfigError
 
 MOST_SEEDS = 1000
 MOST_TRIALS = 1_000_000
 """Of one arm."""
 LONGEST_NAME = 100
-SHORTEST_LEASE_S = 2
 CONFIRM_ENDING = "-confirm"
 """Between an arm's name and a number in the folder names of the confirm stage."""
 

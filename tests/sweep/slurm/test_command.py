@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import socket
 import sys
 
 import pytest
 import yaml
 
-from lorasweep.cli import DONE, WRONG, run
+import lorasweep.sweep.slurm.launch as launch_file
+from lorasweep.cli import DONE, FAILED, WRONG, run
 
 MINI = {
     "name": "mini",
@@ -61,3 +63,13 @@ def test_bad_input_is_one_sentence_and_leaves_the_disk_as_it_was(sweep, fake_slu
     )
     assert [path.name for path in sweep.folder.iterdir()] == ["mini.yaml"]
     assert not [call for call in fake_slurm.calls if call.startswith("sbatch")]
+
+
+def test_workers_that_all_ended_are_one_sentence_and_the_sweep_can_be_taken_up(sweep, fake_slurm, monkeypatch):
+    monkeypatch.setattr(launch_file, "LOOK_EVERY_S", 0.0)
+    fake_slurm.says("sinfo", f"main*|16|64000|(null)|2:00:00|{socket.gethostname()}\n")
+    code, printed = sweep()
+    assert code == FAILED
+    assert "Slurm job 77: the workers' output is in outputs/mini/workers/slurm" in printed.out.replace("\n", " ")
+    assert "a worker must run until the sweep is complete, but none is left in Slurm's line." in printed.err
+    assert (sweep.folder / "outputs" / "mini" / "workers" / "slurm.json").is_file()

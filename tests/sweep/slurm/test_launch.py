@@ -6,7 +6,15 @@ import itertools
 
 import pytest
 
-from lorasweep.sweep.slurm import Queue, cancel_command, last_errors, read_arrays, submit_missing
+from lorasweep.sweep.slurm import (
+    Queue,
+    cancel_command,
+    describe_end,
+    has_running_workers,
+    last_errors,
+    read_arrays,
+    submit_missing,
+)
 from lorasweep.sweep.slurm.launch import LOOK_EVERY_S
 
 
@@ -68,3 +76,31 @@ def test_what_workers_wrote_of_errors_is_found(submit, tmp_path):
         "srun: error: n1: task 0: Exited with exit code 1",
         "lorasweep: a run must fit",
     ]
+
+
+def test_a_change_in_the_queue_is_told_once(submit, fake_slurm, tmp_path):
+    submit(1)
+    told = []
+    queue = Queue(tmp_path, changed=told.append, clock=itertools.count(0, LOOK_EVERY_S).__next__)
+    for state in ("PENDING|Resources|", "PENDING|Resources|", "RUNNING|None|n1"):
+        fake_slurm.says("squeue", f"77|N/A|{state}\n")
+        queue.is_empty()
+    assert told == ["1 pending (Resources)", "1 running"]
+
+
+def test_a_sweep_whose_workers_only_wait_has_none_that_runs(submit, fake_slurm, tmp_path):
+    assert not has_running_workers(tmp_path)
+    submit(2)
+    fake_slurm.says("squeue", "77|0|PENDING|Resources|\n")
+    assert not has_running_workers(tmp_path)
+    fake_slurm.says("squeue", "77|0|PENDING|Resources|\n77|1|RUNNING|None|n1\n")
+    assert has_running_workers(tmp_path)
+
+
+def test_the_end_of_all_workers_says_what_one_wrote_or_that_none_did(submit, tmp_path):
+    submit(1)
+    assert "None of them wrote there: does every machine see that folder?" in str(describe_end(tmp_path))
+    (tmp_path / "workers" / "slurm" / "77_0_log.err").write_text("lorasweep: a run must fit.\n")
+    said = str(describe_end(tmp_path))
+    assert "none is left in Slurm's line. One wrote: lorasweep: a run must fit." in said
+    assert f"type `lorasweep sweep --resume {tmp_path}`" in said

@@ -3,8 +3,15 @@
 from lorasweep.sweep.slurm.batch import Batch
 from lorasweep.sweep.slurm.check import check_slurm, is_slurm_here
 from lorasweep.sweep.slurm.jobs import QueuedTask, SubmittedArray, note_array, read_arrays, read_queue
-from lorasweep.sweep.slurm.launch import Queue, cancel_command, last_errors, submit_missing
-from lorasweep.sweep.slurm.task import SlurmTask, job_time_left_s
+from lorasweep.sweep.slurm.launch import (
+    Queue,
+    cancel_command,
+    describe_end,
+    has_running_workers,
+    last_errors,
+    submit_missing,
+)
+from lorasweep.sweep.slurm.task import SlurmTask, job_time_left_s, own_job_id
 
 __all__ = [
     "Batch",
@@ -14,10 +21,13 @@ __all__ = [
     "SubmittedArray",
     "cancel_command",
     "check_slurm",
+    "describe_end",
+    "has_running_workers",
     "is_slurm_here",
     "job_time_left_s",
     "last_errors",
     "note_array",
+    "own_job_id",
     "read_arrays",
     "read_queue",
     "submit_missing",

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from lorasweep.config.slurm import SlurmWorkers
+from lorasweep.errors import WorkerError
 from lorasweep.sweep.slurm.batch import FOLDER, Batch
 from lorasweep.sweep.slurm.jobs import QueuedTask, note_array, read_arrays, read_queue
 from lorasweep.sweep.slurm.task import SlurmTask
@@ -45,9 +46,24 @@ def submit_missing(
 class Queue:
     """The workers of a sweep that run or wait, as Slurm says now and then."""
 
-    def __init__(self, sweep: Path, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        sweep: Path,
+        *,
+        changed: Callable[[str], None] = lambda state: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Begins to watch.
+
+        Args:
+            sweep: The sweep's folder.
+            changed: Called with `describe()` where that has changed.
+            clock: Seconds that only ever rise.
+        """
         self._sweep = sweep
+        self._changed = changed
         self._clock = clock
+        self._said = ""
         self._looked = -LOOK_EVERY_S
         self._empty_looks = 0
         self.tasks: list[QueuedTask] = []
@@ -68,14 +84,35 @@ class Queue:
 
     def _look(self) -> None:
         tasks = read_queue(read_arrays(self._sweep))
-        if tasks is not None:  # Slurm answers
-            self.tasks = tasks
-            self._empty_looks = 0 if tasks else self._empty_looks + 1
+        if tasks is None:  # Slurm does not answer
+            return
+        self.tasks = tasks
+        self._empty_looks = 0 if tasks else self._empty_looks + 1
+        if tasks and self.describe() != self._said:
+            self._said = self.describe()
+            self._changed(self._said)
 
 
 def cancel_command(sweep: Path) -> str:
     """Returns what ends the workers of a sweep."""
     return " ".join(["scancel", *(array.job_id for array in read_arrays(sweep))])
+
+
+def has_running_workers(sweep: Path) -> bool:
+    """Whether Slurm runs workers of a sweep now."""
+    arrays = read_arrays(sweep)
+    return bool(arrays) and any(task.state != "PENDING" for task in read_queue(arrays) or [])
+
+
+def describe_end(sweep: Path) -> WorkerError:
+    """Returns what to say where no worker is left and the sweep is not complete."""
+    said = " ".join(f"One wrote: {line}" for line in last_errors(sweep)[:1])
+    if not any((sweep / FOLDER).glob("*_log.*")):
+        said = "None of them wrote there: does every machine see that folder?"
+    return WorkerError(
+        f"a worker must run until the sweep is complete, but none is left in Slurm's line. {said} "
+        f"Their output is in {str(sweep / FOLDER)!r}; to submit them again type `lorasweep sweep --resume {sweep}`."
+    )
 
 
 def last_errors(sweep: Path) -> list[str]:

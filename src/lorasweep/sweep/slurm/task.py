@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from lorasweep.sweep.rows import RUNS_FOLDER
@@ -76,17 +77,18 @@ def job_time_left_s(*, signal_s: float = 0.0) -> float | None:
     Args:
         signal_s: So many seconds before the job's end it is told.
     """
-    end = os.environ.get("SLURM_JOB_END_TIME") or _read_end()
+    end = os.environ.get("SLURM_JOB_END_TIME") or _read_end(os.environ.get("SLURM_JOB_ID"))
     if end is None or not end.isdigit() or int(end) == 0:
         return None
     return max(0.0, int(end) - time.time() - signal_s)
 
 
-def _read_end() -> str | None:
-    """The end of this process's job as Slurm before 22.05 says it, in seconds since 1970."""
-    if "SLURM_JOB_ID" not in os.environ:
+@cache
+def _read_end(job_id: str | None) -> str | None:
+    """The end of this process's job where an older Slurm leaves it out of the environment, in seconds since 1970."""
+    if job_id is None:
         return None
-    shown = _output(["squeue", "--noheader", "--jobs", os.environ["SLURM_JOB_ID"], "--format", "%L"])
+    shown = _output(["squeue", "--noheader", "--jobs", job_id, "--format", "%L"])
     left = None if shown is None else parse_duration_s(shown.strip())
     return None if left is None else str(int(time.time() + left))
 
