@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
+import math
+import random
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from lorasweep.errors import RecordError
 from lorasweep.report import render_terminal, write_comparison, write_report
 from lorasweep.terminal import PlainConsole
 
@@ -22,6 +27,11 @@ EVIL = (
     "[red]`|\n![i](http://e.example/x)<http://e.example>\x1b]0;owned\x07\u202e\u2028{{7*7}}{% raw %}\ud800\0"
 )
 ORDERS = ("\x1b", "\x07", "\u202e", "\u2028", "\ud800", "\0")
+NUM_MUTANTS = 12
+VALUES: tuple[Any, ...] = (
+    *(None, True, -1, 0, 10**30, 10**400, 1e308, math.nan, -math.inf, "", "a\0b", "\ud800", EVIL, "../../etc", "/etc"),
+    *("A" * 5000, [], {}, [[]], {"a": {"b": 1}}, [1, "x", None], {EVIL: EVIL}),
+)
 
 
 @pytest.fixture
@@ -121,6 +131,51 @@ def test_hostile_text_is_no_markup_in_tensorboard(spoilt: Path) -> None:
     tags = [tag for tag, _ in Page(html).tags]
     assert "td" in tags
     assert not {"a", "img", "script", "svg"} & set(tags)
+
+
+def leaves(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    yield path
+    items = value.items() if isinstance(value, dict) else enumerate(value[:2]) if isinstance(value, list) else ()
+    for key, item in items:
+        yield from leaves(item, (*path, key))
+
+
+def replaced(content: Any, path: tuple[Any, ...], value: Any) -> Any:
+    if not path:
+        return value
+    changed = copy.deepcopy(content)
+    holder = changed
+    for key in path[:-1]:
+        holder = holder[key]
+    holder[path[-1]] = value
+    return changed
+
+
+def report_or_sentence(sweep: Path) -> bool:
+    """Whether the report could be written; where not, one sentence says why."""
+    try:
+        write_report(sweep)
+        show(sweep, sweep)
+    except RecordError:
+        return False
+    return True
+
+
+def everything_in(folder: Path) -> set[Path]:
+    return {path for path in folder.rglob("*") if "report" not in path.parts}
+
+
+@pytest.mark.slow
+def test_any_value_in_a_sweeps_record_is_reported_or_one_sentence(small: Path) -> None:
+    path, rng = small / "sweep.json", random.Random("sweep.json")
+    content, before = json.loads(path.read_text()), everything_in(small.parent)
+    places = list(leaves(content))
+    written = 0
+    for _ in range(NUM_MUTANTS):
+        path.write_text(json.dumps(replaced(content, rng.choice(places), rng.choice(VALUES))))
+        written += report_or_sentence(small)
+    assert 0 < written < NUM_MUTANTS
+    assert everything_in(small.parent) == before
 
 
 def test_a_link_that_leads_outside_of_the_sweep_is_not_followed(small: Path, tmp_path: Path) -> None:
