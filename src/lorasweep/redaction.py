@@ -15,7 +15,7 @@ HIDDEN = "***"
 LEAST_SECRET_LENGTH = 8
 """Of the value of an environment variable; a shorter one would be found in plain words and numbers."""
 
-_ADDRESS = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]*://)[^\s/\"'<>]+@")
+_ADDRESS = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]*://)(?!USER@HOST\b)[^\s/\"'<>]+@")  # not what an error says to type
 _WORDS = r"(?:password|passwd|passphrase|secret|secret_?key|api_?key|access_?key|(?:auth|access|hf|api)_?token)"
 _NAME = re.compile(rf"(?:.*[._-])?{_WORDS}", re.IGNORECASE)
 _ASSIGNED = re.compile(rf"(\b(?:[\w.-]*[._-])?{_WORDS}\s?[=:]\s?)([^\s\"'&,;}})]+)", re.IGNORECASE)

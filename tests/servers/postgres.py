@@ -19,7 +19,6 @@ from .daemon import find_free_port, find_program, find_servant, need, start_daem
 
 USER = "sweeper"
 PASSWORD = "p@ss/w:rd%20 of tests"  # whatever a URL must quote
-MAX_CONNECTIONS = 300
 
 
 @dataclass
@@ -28,6 +27,7 @@ class Postgres:
 
     folder: Path
     port: int = field(default_factory=find_free_port)
+    max_connections: int = 300
     _process: subprocess.Popen[bytes] | None = None
     _numbers: Iterator[int] = field(default_factory=itertools.count)
 
@@ -37,7 +37,7 @@ class Postgres:
             "port": self.port,
             "listen_addresses": "127.0.0.1",
             "unix_socket_directories": self.folder,
-            "max_connections": MAX_CONNECTIONS,
+            "max_connections": self.max_connections,
             "fsync": "off",  # no test cuts the power
         }
         words = [word for key, value in settings.items() for word in ("-c", f"{key}={value}")]
@@ -86,6 +86,11 @@ class Postgres:
         )
         assert done.returncode == 0, done.stderr
         return [line.split("|") for line in done.stdout.splitlines()]
+
+    def count_connections(self) -> int:
+        """Returns how many sessions of clients there are, this one left out."""
+        where = "backend_type = 'client backend' AND pid <> pg_backend_pid()"
+        return int(self.query(f"SELECT count(*) FROM pg_stat_activity WHERE {where}")[0][0])
 
     def initialise(self) -> None:
         """Makes its data: one user, who may do everything and has a password."""

@@ -128,6 +128,23 @@ class Slurm:
         """Waits until nothing runs or waits."""
         wait_until(lambda: not self.jobs(), lambda: f"no jobs: {self.jobs()}", every=0.2)
 
+    def clear(self) -> None:
+        """Cancels every job; a node that does not answer for them, or was lost, starts again."""
+        self._scancel()
+        deadline = time.monotonic() + 5
+        while self.jobs() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        if self.jobs() and self.has_node:
+            self.lose_node()
+            self._scancel()
+        if not self.has_node:
+            self.start_node()
+        self.wait_for_no_jobs()
+
+    def _scancel(self) -> None:
+        if self.jobs():
+            self.run("scancel", "--user", getpass.getuser())
+
     def cancel(self, job: str) -> None:
         """Cancels a job or a task of an array."""
         self.run("scancel", job)
@@ -248,8 +265,4 @@ def slurm(slurm_server: Slurm, monkeypatch: pytest.MonkeyPatch) -> Iterator[Slur
     for name, value in slurm_server.environment.items():
         monkeypatch.setenv(name, value)
     yield slurm_server
-    if not slurm_server.has_node:
-        slurm_server.start_node()
-    if slurm_server.jobs():
-        slurm_server.run("scancel", "--user", getpass.getuser())
-        slurm_server.wait_for_no_jobs()
+    slurm_server.clear()
