@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,6 +71,10 @@ def build_parser() -> argparse.ArgumentParser:
         "--allow-different", action="store_true", help="serve it with other code or packages than it was started with"
     )
     worker_parser.set_defaults(command=worker)
+    status_parser = commands.add_parser("status", help="a sweep's workers and arms, the best so far, the time left")
+    status_parser.add_argument("folder", type=Path, metavar="DIR", help="a sweep's folder")
+    status_parser.add_argument("--follow", action="store_true", help="show it until the sweep ends, or Ctrl-C")
+    status_parser.set_defaults(command=status)
     commands.add_parser("train", help="one run; a Hydra app: --help, --cfg job, -m", add_help=False)
     plan_parser = commands.add_parser("plan", help="what a sweep would train, and its time, memory and disk")
     plan_parser.add_argument("words", nargs="*", metavar="NAME|FILE key=value", help="default: quickstart")
@@ -151,6 +155,20 @@ def worker(arguments: argparse.Namespace) -> int:
     if not _serve(folder, benches, console=console):
         return _say_how_to_go_on(folder)
     console.print("the sweep is complete", highlight=False)
+    return DONE
+
+
+def status(arguments: argparse.Namespace) -> int:
+    """Shows how a sweep stands; never changes it."""
+    from lorasweep.sweep import follow, read_status, render_status
+
+    console = PlainConsole()
+    now = read_status(arguments.folder)
+    if arguments.follow:
+        with suppress(KeyboardInterrupt):  # looking ends, the sweep goes on
+            follow(arguments.folder, console=console)
+        now = read_status(arguments.folder)
+    console.print(render_status(now))
     return DONE
 
 
@@ -366,14 +384,15 @@ def _serve(folder: SweepFolder, benches: Any, *, console: PlainConsole) -> bool:
 def _run_workers(folder: SweepFolder, *, num: int, console: PlainConsole) -> int:
     """Has several processes on this machine run what is left of a sweep, and shows the report."""
     from lorasweep.record import read_sweep
-    from lorasweep.sweep import start_workers, watch_workers, why_ended
+    from lorasweep.sweep import start_workers, watch_workers, watching, why_ended
 
     path = folder.path
     folder.close()
     console.print(f"{num} workers, their output in {path / 'workers'}", highlight=False, markup=False, soft_wrap=True)
     with StopSignal() as stop:
         workers = start_workers(path, num=num)
-        watch_workers(workers, stop_requested=stop)
+        with watching(path, console=console) as view:
+            watch_workers(workers, stop_requested=stop, look=view)
     record = read_sweep(path)
     if record.status == "complete":
         return show_report([path])
@@ -429,6 +448,7 @@ def _run_on_slurm(folder: SweepFolder) -> int:
     """Submits the workers that are missing, follows them all, and shows the report; may be left and typed again."""
     from lorasweep.config.slurm import SlurmWorkers
     from lorasweep.record import read_sweep
+    from lorasweep.sweep import watching
     from lorasweep.sweep.slurm import Queue, cancel_command, describe_end, submit_missing
 
     workers, path = folder.definition.driver.worker, folder.path
@@ -438,8 +458,9 @@ def _run_on_slurm(folder: SweepFolder) -> int:
     said = f"Slurm job {job_id}: " if job_id else "nothing to submit: "
     say(f"{said}the workers' output is in {path / 'workers' / 'slurm'}")
     queue = Queue(path, changed=lambda state: say(f"workers: {state}"))
-    with StopSignal() as stop:
+    with StopSignal() as stop, watching(path, console=PlainConsole()) as view:
         while not (stop() or read_sweep(path).status == "complete" or queue.is_empty()):
+            view()
             time.sleep(1)
     if read_sweep(path).status == "complete":
         return show_report([path])

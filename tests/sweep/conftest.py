@@ -16,7 +16,7 @@ import lorasweep.sweep.driver as driver_file
 from lorasweep.config.run import RunConfig
 from lorasweep.record import RunRecord, TrialRow
 from lorasweep.sweep import SweepFolder, Worker, create_sweep, read_definition, reopen_sweep
-from lorasweep.training import RunPlace
+from lorasweep.training import RunPlace, Telemetry
 
 CONTENT: dict[str, Any] = {
     "name": "made_up",
@@ -137,6 +137,7 @@ class NoBenches:
 
     def __init__(self) -> None:
         self.test_reads = 0
+        self.telemetry = Telemetry()
         self.parts = self
 
     def of(self, config: RunConfig) -> NoBenches:

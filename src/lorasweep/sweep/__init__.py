@@ -9,8 +9,10 @@ from lorasweep.sweep.launch import count_workers, start_workers, watch_workers, 
 from lorasweep.sweep.live import LiveTable, render_plan
 from lorasweep.sweep.opening import create_sweep, join_sweep, new_folder, reopen_sweep
 from lorasweep.sweep.plan import ArmPlan, plan_sweep
+from lorasweep.sweep.status import SweepStatus, read_status
 from lorasweep.sweep.sweep_file import find_sweep_file
 from lorasweep.sweep.trials import Observer
+from lorasweep.sweep.watch import follow, render_status, watching
 
 __all__ = [
     "Arm",
@@ -19,6 +21,7 @@ __all__ = [
     "LiveTable",
     "Observer",
     "SweepFolder",
+    "SweepStatus",
     "Worker",
     "check_definition",
     "count_workers",
@@ -27,14 +30,18 @@ __all__ = [
     "draw_seeds",
     "find_sweep_file",
     "find_warnings",
+    "follow",
     "join_sweep",
     "new_folder",
     "plan_sweep",
     "read_definition",
+    "read_status",
     "render_plan",
+    "render_status",
     "reopen_sweep",
     "start_workers",
     "sweep_metric",
     "watch_workers",
+    "watching",
     "why_ended",
 ]

@@ -112,6 +112,7 @@ class Worker:
             packages=packages_fingerprint(),
             device=name_device(),
             job=job,
+            measure=lambda: benches.telemetry.sample().as_numbers(),
             idle=sweep.storage.rest,
         )
         self._asked_to_stop = stop_requested
@@ -180,13 +181,15 @@ class Worker:
             colleagues=self.colleagues,
             observer=self.observer,
             run_ended=self.run_ended,
+            telemetry=self.benches.telemetry,
         )
         self.pack_sizes: dict[Any, int] = {}
         self.requeued: list[OpenTrial] = []
         """Trials whose pack broke up."""
         pause_s = FIRST_PAUSE_S
         while True:
-            arm = self._next_arm()
+            with self.benches.telemetry.phase("storage"):
+                arm = self._next_arm()
             if arm is not None:
                 if self.stop_requested() or not self._run_arm(arm):
                     return False
@@ -194,7 +197,8 @@ class Worker:
             elif self.trials.others_run():
                 if self.stop_requested():
                     return False
-                time.sleep(pause_s)
+                with self.benches.telemetry.phase("waiting"):
+                    time.sleep(pause_s)
                 pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
             else:
                 return not any(self.trials.left(arm) for arm in self.sweep.definition.arms)

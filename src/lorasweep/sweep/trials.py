@@ -33,7 +33,7 @@ from lorasweep.sweep.rows import (
 )
 from lorasweep.sweep.stages import Stage, frozen
 from lorasweep.sweep.workers import Colleagues, Registration
-from lorasweep.training import RunPlace
+from lorasweep.training import RunPlace, Telemetry
 
 RunEnded = Callable[[RunRecord, Path, Mapping[str, Any]], None]
 """Called with the record, the folder and the swept values of each run that ended well."""
@@ -78,6 +78,7 @@ class Trials:
         colleagues: Colleagues,
         observer: Observer,
         run_ended: RunEnded,
+        telemetry: Telemetry,
     ) -> None:
         self.sweep = sweep
         self.stage = stage
@@ -85,6 +86,7 @@ class Trials:
         self.colleagues = colleagues
         self.observer = observer
         self.run_ended = run_ended
+        self.telemetry = telemetry
         self.failures_in_a_row = 0
         self.mine: set[tuple[str, int]] = set()
         """Arm and number of the trials that this worker has taken and not told."""
@@ -123,6 +125,10 @@ class Trials:
 
         One that had ended, but was not told because its worker was gone before that, is told.
         """
+        with self.telemetry.phase("storage"):
+            return self._take(arms)
+
+    def _take(self, arms: Sequence[Arm]) -> OpenTrial | None:
         while (claimed := self.sweep.storage.exclusively(lambda: self._claim(arms))) is not None:
             arm, trial, is_new = claimed
             self.mine.add((arm.name, trial.number))
@@ -141,9 +147,10 @@ class Trials:
         Raises:
             WorkerLost: The trial was taken over.
         """
-        self._check_mine(opened)
-        self.observer.evaluated(opened.arm, opened.trial.number, step, value)
-        return self.stage.should_prune(opened.arm, opened.trial, step, value)
+        with self.telemetry.phase("storage"):
+            self._check_mine(opened)
+            self.observer.evaluated(opened.arm, opened.trial.number, step, value)
+            return self.stage.should_prune(opened.arm, opened.trial, step, value)
 
     def tell(self, opened: OpenTrial, record: RunRecord) -> None:
         """Tells the study of a run that is complete or pruned, scored on test data first where the stage does that."""
@@ -255,21 +262,22 @@ class Trials:
                 else:
                     opened.trial.study.tell(opened.trial, state=state)
 
-        self.sweep.storage.exclusively(tell)
+        with self.telemetry.phase("storage"):
+            self.sweep.storage.exclusively(tell)
         self.mine.discard((opened.arm.name, opened.trial.number))
 
     def _open(self, arm: Arm, trial: Trial) -> OpenTrial:
         config, params = self.stage.config(arm, trial), self.stage.params(arm, trial)
         place = self.stage.place(arm, trial.number)
-        self.worker.row.running = [*self.worker.row.running, place.folder.name]
+        self.worker.note_runs(began=place.folder.name)
         self.observer.trial_started(arm, trial.number, params, steps=config.trainer.max_steps)
         self.sweep.save()
         return OpenTrial(arm=arm, trial=trial, params=params, config=config, place=place)
 
     def _ended(self, opened: OpenTrial, state: str, value: float | None, *, wall_s: float) -> None:
-        self.worker.row.running = [name for name in self.worker.row.running if name != opened.place.folder.name]
-        self.worker.row.done += 1
-        self.sweep.save()
+        self.worker.note_runs(ended=opened.place.folder.name)
+        with self.telemetry.phase("storage"):
+            self.sweep.save()
         self.observer.trial_ended(opened.arm, opened.trial.number, state, value, wall_s=wall_s)
 
 

@@ -24,6 +24,9 @@ from lorasweep.record import WorkerRow, read_worker, read_workers, utc_now, work
 
 BEATS_PER_LEASE = 4
 LONGEST_BEAT_S = 15.0
+SHORTEST_BEAT_S = 1.0
+"""Between two heartbeats where there is news."""
+MOST_PID = 2**31 - 1
 _ID = re.compile(r"[A-Za-z0-9-]{1,100}")
 
 
@@ -43,6 +46,8 @@ class Process:
 
     def is_dead(self) -> bool:
         """Whether it has ended; asked on its machine."""
+        if not 0 < self.pid <= MOST_PID:
+            return True
         try:
             os.kill(self.pid, 0)
         except ProcessLookupError:
@@ -112,7 +117,7 @@ class Registration:
         self._folder = folder
         self._beat_s = min(lease_s / BEATS_PER_LEASE, LONGEST_BEAT_S)
         self._measure, self._idle = measure, idle
-        self._ended = threading.Event()
+        self._ended, self._news = threading.Event(), threading.Event()
         self._writing = threading.Lock()
         self._thread = threading.Thread(target=self._keep_alive, name="heartbeat", daemon=True)
 
@@ -140,6 +145,7 @@ class Registration:
         if self._ended.is_set():
             return
         self._ended.set()
+        self._news.set()
         with suppress(RuntimeError):  # never started
             self._thread.join()
         self.row.status, self.row.reason, self.row.ended_at, self.row.running = "ended", reason, utc_now(), []
@@ -158,11 +164,25 @@ class Registration:
                 "with its trials. Nothing is lost; to join again type `lorasweep worker DIR`."
             )
 
+    def note_runs(self, *, began: str | None = None, ended: str | None = None) -> None:
+        """Notes a run that begins or ended; others read it within a second or so."""
+        self.row.running = [name for name in self.row.running if name != ended]
+        self.row.running += [] if began is None else [began]
+        self.row.done += ended is not None
+        self._news.set()
+
     def _keep_alive(self) -> None:
-        while not self._ended.wait(self._beat_s) and not self.lost:
+        pause_s, rested = min(SHORTEST_BEAT_S, self._beat_s / 2), time.monotonic()
+        while not self._ended.wait(pause_s) and not self.lost:
+            self._news.wait(self._beat_s - pause_s)
+            self._news.clear()
+            if self._ended.is_set():
+                return
             with suppress(OSError):  # a disk that is full or away for a while
                 self._write()
-            self._idle()
+            if time.monotonic() - rested >= self._beat_s - pause_s:
+                self._idle()
+                rested = time.monotonic()
 
     def _write(self) -> None:
         with self._writing:
@@ -171,7 +191,8 @@ class Registration:
                 return
             self.row.beat += 1
             self.row.beat_at = utc_now()
-            self.row.telemetry = self._measure()
+            with suppress(Exception):  # numbers to look at must not end the heartbeat
+                self.row.telemetry = self._measure()
             write_worker(self.row, self._folder)
 
 
