@@ -61,6 +61,7 @@ def test_a_sweep_on_slurm_is_left_taken_up_again_and_ends_with_its_report(slurm,
     slurm.run("scontrol", "update", f"JobId={array.job_id}_0", "StartTime=now")
     assert again.wait() == DONE, again.output
     assert "report: outputs/mini/report/index.html" in again.output
+    assert "can't be read" not in again.output
     rows = read_sweep(folder).trials
     assert [(row.arm, row.number, row.state) for row in rows] == [("lora", 0, "complete"), ("lora", 1, "complete")]
     assert [array.num for array in read_arrays(folder)] == [2, 1]

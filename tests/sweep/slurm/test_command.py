@@ -72,4 +72,4 @@ def test_workers_that_all_ended_are_one_sentence_and_the_sweep_can_be_taken_up(s
     assert code == FAILED
     assert "Slurm job 77: the workers' output is in outputs/mini/workers/slurm" in printed.out.replace("\n", " ")
     assert "a worker must run until the sweep is complete, but none is left in Slurm's line." in printed.err
-    assert (sweep.folder / "outputs" / "mini" / "workers" / "slurm.json").is_file()
+    assert (sweep.folder / "outputs" / "mini" / "workers" / "slurm" / "arrays.json").is_file()

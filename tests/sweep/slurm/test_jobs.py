@@ -17,8 +17,8 @@ def test_arrays_come_back_in_order(tmp_path):
 
 @pytest.mark.parametrize("content", ["", "{", "[1]", '[{"job_id": "7"}]', '[{"job_id": 7, "num": "x"}]', "[" * 10_000])
 def test_a_damaged_list_is_refused(tmp_path, content):
-    (tmp_path / "workers").mkdir()
-    (tmp_path / "workers" / "slurm.json").write_text(content)
+    (tmp_path / "workers" / "slurm").mkdir(parents=True)
+    (tmp_path / "workers" / "slurm" / "arrays.json").write_text(content)
     with pytest.raises(RecordError, match="must list the arrays of Slurm jobs of its sweep, but is damaged"):
         read_arrays(tmp_path)
 

@@ -17,10 +17,8 @@ from submitit.helpers import clean_env
 
 from lorasweep.config.slurm import SlurmWorkers
 from lorasweep.errors import WorkerError
-from lorasweep.sweep.slurm.task import SlurmTask
+from lorasweep.sweep.slurm.task import FOLDER, SlurmTask
 
-FOLDER = Path("workers") / "slurm"
-"""In a sweep's folder: what submitit writes."""
 CONTAINER_PYTHON = "python3"
 
 

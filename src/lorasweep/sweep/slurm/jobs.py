@@ -1,6 +1,6 @@
 """The jobs of a sweep: which arrays were submitted for it, and which of their tasks still run or wait.
 
-DIR/workers/slurm.json lists the arrays; Slurm knows the rest.
+DIR/workers/slurm/arrays.json lists the arrays; Slurm knows the rest.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from pathlib import Path
 from lorasweep.disk import write_atomically
 from lorasweep.errors import RecordError
 from lorasweep.record import utc_now
-from lorasweep.sweep.slurm.task import COMMAND_TIMEOUT_S
+from lorasweep.sweep.slurm.task import COMMAND_TIMEOUT_S, FOLDER
 
-ARRAYS_FILE = Path("workers") / "slurm.json"
+ARRAYS_FILE = FOLDER / "arrays.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,7 @@ class QueuedTask:
 
 def note_array(sweep: Path, *, job_id: str, num: int) -> None:
     """Adds an array to the sweep's list."""
-    (sweep / ARRAYS_FILE).parent.mkdir(exist_ok=True)
+    (sweep / ARRAYS_FILE).parent.mkdir(parents=True, exist_ok=True)
     arrays = [*read_arrays(sweep), SubmittedArray(job_id=job_id, num=num, submitted_at=utc_now())]
     write_atomically(sweep / ARRAYS_FILE, json.dumps([asdict(array) for array in arrays], indent=2) + "\n")
 

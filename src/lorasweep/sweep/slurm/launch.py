@@ -9,9 +9,9 @@ from pathlib import Path
 
 from lorasweep.config.slurm import SlurmWorkers
 from lorasweep.errors import WorkerError
-from lorasweep.sweep.slurm.batch import FOLDER, Batch
+from lorasweep.sweep.slurm.batch import Batch
 from lorasweep.sweep.slurm.jobs import QueuedTask, note_array, read_arrays, read_queue
-from lorasweep.sweep.slurm.task import SlurmTask
+from lorasweep.sweep.slurm.task import FOLDER, SlurmTask
 
 LOOK_EVERY_S = 5.0
 """Between two questions to Slurm, whose controller all users share."""

@@ -17,6 +17,8 @@ from pathlib import Path
 
 from lorasweep.sweep.rows import RUNS_FOLDER
 
+FOLDER = Path("workers") / "slurm"
+"""In a sweep's folder: what submitit writes, and the list of arrays."""
 INTERRUPTED = 130
 """Exit code of a worker that was stopped with trials left."""
 COMMAND_TIMEOUT_S = 60
