@@ -250,6 +250,17 @@ def test_time_of_all_sessions_is_added(begin, work, runs, content):
     assert read_sweep(folder.path).makespan_s > first > 0
 
 
+def test_time_in_which_the_process_was_stopped_is_not_the_sweeps(begin, content):
+    folder = begin(content)
+    folder.opened -= 1000
+    folder.save()
+    assert read_sweep(folder.path).makespan_s >= 1000
+    folder.stopped_s = 990
+    folder.save("interrupted")
+    assert 10 <= read_sweep(folder.path).makespan_s < 500
+    folder.close()
+
+
 @pytest.fixture(scope="module")
 def tiny_benches(bench, make_config):
     """Benches that have one model, whatever the data."""

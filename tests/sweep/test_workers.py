@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
+import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+import lorasweep.sweep.workers as workers_file
 from lorasweep.errors import WorkerLost
 from lorasweep.record import WorkerRow, read_worker, read_workers, worker_file, write_worker
 from lorasweep.sweep.workers import Colleagues, Registration, this_process
@@ -183,3 +187,58 @@ def test_a_worker_that_others_took_for_lost_notices_and_leaves_it_so(tmp_path):
         ):
             worker.check()
     assert [row.status for row in read_workers(tmp_path)] == ["lost"]
+
+
+def test_news_of_runs_is_read_before_the_next_heartbeat_is_due(tmp_path, monkeypatch):
+    monkeypatch.setattr(workers_file, "SHORTEST_BEAT_S", 0.01)
+    with Registration(tmp_path, lease_s=4 * 600) as mine:
+        for began, ended, shown in (("lora-0001", None, ["lora-0001"]), (None, "lora-0001", [])):
+            mine.note_runs(began=began, ended=ended)
+            deadline = time.monotonic() + 20
+            while (row := read_worker(worker_file(tmp_path, mine.id))).running != shown and time.monotonic() < deadline:
+                time.sleep(0.01)
+            assert row.running == shown
+    assert read_worker(worker_file(tmp_path, mine.id)).done == 1
+
+
+def test_numbers_that_can_not_be_measured_do_not_end_the_heartbeat(tmp_path):
+    def broken():
+        raise RuntimeError("no driver")
+
+    with Registration(tmp_path, lease_s=2, measure=broken) as mine:
+        beat = mine.row.beat
+        deadline = time.monotonic() + 20
+        while read_worker(worker_file(tmp_path, mine.id)).beat < beat + 2 and time.monotonic() < deadline:
+            time.sleep(0.05)
+    assert read_worker(worker_file(tmp_path, mine.id)).beat >= beat + 3
+
+
+STOPPED = """
+import sys, time
+from pathlib import Path
+from lorasweep.sweep import workers
+workers.LONGEST_DELAY_S = 0.5
+stopped = []
+with workers.Registration(Path(sys.argv[1]), lease_s=2, stopped=stopped.append):
+    print("ready", flush=True)
+    deadline = time.monotonic() + 30
+    while not stopped and time.monotonic() < deadline:
+        time.sleep(0.05)
+print(sum(stopped), flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_was_stopped_knows_for_how_long(tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-c", STOPPED, str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": str(Path(workers_file.__file__).parents[2])},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(3)
+    process.send_signal(signal.SIGCONT)
+    said, _ = process.communicate(timeout=60)
+    assert 1.5 < float(said) < 20

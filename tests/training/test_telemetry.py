@@ -70,6 +70,15 @@ def test_a_phase_ends_with_an_error_too_whatever_it_was_in_then(clock):
     assert seconds(telemetry.sample()) == {"training_s": 1, "waiting_s": 2}
 
 
+def test_time_in_which_the_process_was_stopped_is_left_out(clock):
+    telemetry = Telemetry()
+    with telemetry.phase("training"):
+        clock.s += 100
+        telemetry.leave_out(90)
+    usage = telemetry.sample()
+    assert (usage.training_s, usage.wall_s) == (10, 10)
+
+
 def test_tokens_per_second_do_not_sag_until_the_next_count(clock):
     telemetry = Telemetry()
     with telemetry.phase("training"):

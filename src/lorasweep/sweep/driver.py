@@ -114,6 +114,7 @@ class Worker:
             job=job,
             measure=lambda: benches.telemetry.sample().as_numbers(),
             idle=sweep.storage.rest,
+            stopped=self._leave_out,
         )
         self._asked_to_stop = stop_requested
         self._time_left_s = time_left_s
@@ -147,6 +148,11 @@ class Worker:
         """
         self.registration.check()
         return self._asked_to_stop()
+
+    def _leave_out(self, seconds: float) -> None:
+        """Time in which the process was stopped is none that the sweep took."""
+        self.sweep.stopped_s += seconds
+        self.benches.telemetry.leave_out(seconds)
 
     def _has_others(self) -> bool:
         return any(row.id != self.registration.id for row in self.colleagues.live())

@@ -50,6 +50,8 @@ class SweepFolder:
     """Whether other workers serve the sweep now and write its record too."""
     opened: float = field(default_factory=time.monotonic)
     makespan_before_s: float = 0.0
+    stopped_s: float = 0.0
+    """For so long this process was stopped meanwhile, as by Ctrl-Z."""
     saved: float = -math.inf
     save_s: float = 0.0
     """When the record was last written, and how long that took."""
@@ -105,7 +107,7 @@ class SweepFolder:
 
     def _save(self, status: Any) -> None:
         record = self.record
-        record.makespan_s = self.makespan_before_s + time.monotonic() - self.opened
+        record.makespan_s = self.makespan_before_s + time.monotonic() - self.opened - self.stopped_s
         record.trials = [
             trial_row(arm.name, trial)
             for arm in self.definition.arms

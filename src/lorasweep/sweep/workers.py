@@ -26,6 +26,8 @@ BEATS_PER_LEASE = 4
 LONGEST_BEAT_S = 15.0
 SHORTEST_BEAT_S = 1.0
 """Between two heartbeats where there is news."""
+LONGEST_DELAY_S = 5.0
+"""Of a thread that is to wake up; a longer one means that the whole process was stopped."""
 MOST_PID = 2**31 - 1
 _ID = re.compile(r"[A-Za-z0-9-]{1,100}")
 
@@ -83,6 +85,7 @@ class Registration:
         job: str | None = None,
         measure: Callable[[], dict[str, float]] = dict,
         idle: Callable[[], None] = lambda: None,
+        stopped: Callable[[float], None] = lambda seconds: None,
     ) -> None:
         """Names the worker.
 
@@ -95,6 +98,7 @@ class Registration:
             job: Its Slurm job.
             measure: Returns the telemetry of the moment; called at each heartbeat by another thread.
             idle: Called at each heartbeat by another thread.
+            stopped: Called by another thread with the seconds for which the process was stopped, once it goes on.
         """
         process = this_process()
         name = re.sub(r"[^A-Za-z0-9-]", "-", process.host)[:40] or "host"
@@ -116,7 +120,7 @@ class Registration:
         """Whether others said so."""
         self._folder = folder
         self._beat_s = min(lease_s / BEATS_PER_LEASE, LONGEST_BEAT_S)
-        self._measure, self._idle = measure, idle
+        self._measure, self._idle, self._stopped = measure, idle, stopped
         self._ended, self._news = threading.Event(), threading.Event()
         self._writing = threading.Lock()
         self._thread = threading.Thread(target=self._keep_alive, name="heartbeat", daemon=True)
@@ -173,8 +177,9 @@ class Registration:
 
     def _keep_alive(self) -> None:
         pause_s, rested = min(SHORTEST_BEAT_S, self._beat_s / 2), time.monotonic()
-        while not self._ended.wait(pause_s) and not self.lost:
-            self._news.wait(self._beat_s - pause_s)
+        while not self.lost:
+            self._wait(self._ended, pause_s)
+            self._wait(self._news, self._beat_s - pause_s)
             self._news.clear()
             if self._ended.is_set():
                 return
@@ -183,6 +188,13 @@ class Registration:
             if time.monotonic() - rested >= self._beat_s - pause_s:
                 self._idle()
                 rested = time.monotonic()
+
+    def _wait(self, event: threading.Event, seconds: float) -> None:
+        began = time.monotonic()
+        event.wait(seconds)
+        late_s = time.monotonic() - began - seconds
+        if late_s > LONGEST_DELAY_S:
+            self._stopped(late_s)
 
     def _write(self) -> None:
         with self._writing:

@@ -118,6 +118,13 @@ class Telemetry:
             self._tokens += number
             self._tokens_training_s = self._seconds.get("training", 0.0)
 
+    def leave_out(self, seconds: float) -> None:
+        """Takes back time of the present phase in which the process was stopped."""
+        with self._lock:
+            self._charge()
+            name = self._phases[-1]
+            self._seconds[name] = max(0.0, self._seconds[name] - seconds)
+
     def sample(self) -> Usage:
         """Returns what there is so far; takes well under a millisecond, in any thread."""
         self._note_peak()
