@@ -449,7 +449,7 @@ def _run_on_slurm(folder: SweepFolder) -> int:
     from lorasweep.config.slurm import SlurmWorkers
     from lorasweep.record import read_sweep
     from lorasweep.sweep import watching
-    from lorasweep.sweep.slurm import Queue, cancel_command, describe_end, submit_missing
+    from lorasweep.sweep.slurm import Queue, cancel_command, cancel_waiting, describe_end, submit_missing
 
     workers, path = folder.definition.driver.worker, folder.path
     assert isinstance(workers, SlurmWorkers)
@@ -463,6 +463,7 @@ def _run_on_slurm(folder: SweepFolder) -> int:
             view()
             time.sleep(1)
     if read_sweep(path).status == "complete":
+        cancel_waiting(path)
         return show_report([path])
     if not stop.requested:
         raise describe_end(path)

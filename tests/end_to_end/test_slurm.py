@@ -44,6 +44,7 @@ def sweep(slurm, tmp_path, begin):
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("slurm")
 def test_a_sweep_on_slurm_is_left_taken_up_again_and_ends_with_its_report(slurm, sweep, tmp_path):
     folder = tmp_path / "outputs" / "mini"
     first = sweep("mini.yaml")

@@ -75,6 +75,7 @@ def output(sweep, ending="out"):
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("slurm")
 def test_workers_whose_time_is_over_are_put_in_line_again_and_go_on(slurm, submit, tmp_path):
     jobs = submit(num=2)
     wait_until(lambda: output(tmp_path, "err").count("is in line again") == 2, lambda: output(tmp_path, "err"))
@@ -93,6 +94,7 @@ def test_workers_whose_time_is_over_are_put_in_line_again_and_go_on(slurm, submi
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("slurm")
 def test_a_cancelled_worker_stops_cleanly_and_does_not_come_back(slurm, submit, tmp_path):
     (job,) = submit(time_min=5)
     slurm.cancel(job)
@@ -102,6 +104,7 @@ def test_a_cancelled_worker_stops_cleanly_and_does_not_come_back(slurm, submit, 
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("slurm")
 def test_a_real_slurm_takes_what_it_has_and_refuses_the_rest(slurm, workers, tmp_path):
     def check(**settings):
         given = workers(**{"cpus": 1, "time_min": 5, **settings})

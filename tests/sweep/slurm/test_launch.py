@@ -6,9 +6,11 @@ import itertools
 
 import pytest
 
+from lorasweep.errors import WorkerError
 from lorasweep.sweep.slurm import (
     Queue,
     cancel_command,
+    cancel_waiting,
     describe_end,
     has_running_workers,
     last_errors,
@@ -104,3 +106,20 @@ def test_the_end_of_all_workers_says_what_one_wrote_or_that_none_did(submit, tmp
     said = str(describe_end(tmp_path))
     assert "none is left in Slurm's line. One wrote: lorasweep: a run must fit." in said
     assert f"type `lorasweep sweep --resume {tmp_path}`" in said
+
+
+def test_nothing_is_submitted_again_while_slurm_does_not_say_what_it_has(submit, fake_slurm, tmp_path):
+    submit(2)
+    fake_slurm.says("squeue", error="Unable to contact slurm controller", code=1)
+    with pytest.raises(WorkerError, match="Slurm must answer before workers are submitted again, but `squeue` does no"):
+        submit(2)
+    assert [array.num for array in read_arrays(tmp_path)] == [2]
+
+
+def test_workers_that_wait_for_a_complete_sweep_are_cancelled_and_no_others(submit, fake_slurm, tmp_path):
+    fake_slurm.says("scancel")
+    cancel_waiting(tmp_path)
+    assert fake_slurm.calls == []
+    submit(2)
+    cancel_waiting(tmp_path)
+    assert fake_slurm.calls[-1] == "scancel --state=PENDING 77"

@@ -6,6 +6,7 @@ from lorasweep.sweep.slurm.jobs import QueuedTask, SubmittedArray, note_array, r
 from lorasweep.sweep.slurm.launch import (
     Queue,
     cancel_command,
+    cancel_waiting,
     describe_end,
     has_running_workers,
     last_errors,
@@ -20,6 +21,7 @@ __all__ = [
     "SlurmTask",
     "SubmittedArray",
     "cancel_command",
+    "cancel_waiting",
     "check_slurm",
     "describe_end",
     "has_running_workers",

@@ -11,7 +11,7 @@ from lorasweep.config.slurm import SlurmWorkers
 from lorasweep.errors import WorkerError
 from lorasweep.sweep.slurm.batch import Batch
 from lorasweep.sweep.slurm.jobs import QueuedTask, note_array, read_arrays, read_queue
-from lorasweep.sweep.slurm.task import FOLDER, SlurmTask
+from lorasweep.sweep.slurm.task import FOLDER, SlurmTask, run_quietly
 
 LOOK_EVERY_S = 5.0
 """Between two questions to Slurm, whose controller all users share."""
@@ -32,9 +32,16 @@ def submit_missing(
         command: Runs a command line of lorasweep in the process of a job and returns its exit code.
 
     Raises:
-        WorkerError: Slurm refuses them.
+        WorkerError: Slurm refuses them, or does not say which ones it has.
     """
-    missing = workers.num - len(read_queue(read_arrays(sweep)) or [])
+    arrays = read_arrays(sweep)
+    queued = read_queue(arrays) if arrays else []
+    if queued is None:
+        raise WorkerError(
+            "Slurm must answer before workers are submitted again, but `squeue` does not. Nothing was submitted; the "
+            f"workers that run go on. Type `lorasweep sweep --resume {sweep}` later."
+        )
+    missing = workers.num - len(queued)
     if missing < 1:
         return None
     task = SlurmTask(sweep=sweep.resolve(), command=command)
@@ -96,6 +103,12 @@ class Queue:
 def cancel_command(sweep: Path) -> str:
     """Returns what ends the workers of a sweep."""
     return " ".join(["scancel", *(array.job_id for array in read_arrays(sweep))])
+
+
+def cancel_waiting(sweep: Path) -> None:
+    """Takes the workers of a complete sweep that still wait for their turn out of Slurm's line."""
+    if arrays := read_arrays(sweep):
+        run_quietly(["scancel", "--state=PENDING", *(array.job_id for array in arrays)])
 
 
 def has_running_workers(sweep: Path) -> bool:

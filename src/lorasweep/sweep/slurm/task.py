@@ -58,7 +58,7 @@ class SlurmTask:
                 file=sys.stderr,
             )
             return
-        refused = _run(["scontrol", "requeue", job_id])
+        refused = run_quietly(["scontrol", "requeue", job_id])
         if refused is None:
             print(f"lorasweep: job {job_id} is in line again", file=sys.stderr, flush=True)
         else:
@@ -136,8 +136,8 @@ def _output(command: Sequence[str]) -> str | None:
     return done.stdout if done.returncode == 0 else None
 
 
-def _run(command: Sequence[str]) -> str | None:
-    """Runs a command and returns None, or what it said where it failed."""
+def run_quietly(command: Sequence[str]) -> str | None:
+    """Runs a command of Slurm and returns None, or what it said where it failed."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=COMMAND_TIMEOUT_S)
     except (OSError, subprocess.TimeoutExpired) as error:
