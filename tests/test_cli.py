@@ -69,6 +69,7 @@ def files_below(folder):
 
 
 BAD = [
+    (["status", "."], "a sweep's folder must contain sweep.json, but '.' does not. Name another folder."),
     (["sweep", "quickstat"], "Did you mean `quickstart`?"),
     (["sweep", "nothing.yaml"], "a sweep file must exist, but 'nothing.yaml' does not."),
     (["sweep", "notes.txt"], "a sweep must be one of "),

@@ -191,6 +191,11 @@ def test_a_database_is_named_without_its_password(folder):
     assert read_status(folder).storage == "mysql, its address in the environment"
 
 
+def test_a_journal_that_is_missing_is_said(folder):
+    (folder / "journal.log").unlink()
+    assert read_status(folder).storage == "journal, which is not in the sweep's folder"
+
+
 def test_reading_changes_nothing(folder):
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     show(read_status(folder))

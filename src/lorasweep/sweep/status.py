@@ -203,8 +203,9 @@ def _describe_storage(record: SweepRecord, folder: Path) -> str:
     if journal.is_file():
         return f"journal in the sweep's folder, {format_bytes(journal.stat().st_size)}"
     asked = _asked_for(record.definition)
-    name = str(asked.get("storage", "storage"))
-    address = asked.get("storage.url")
+    name, address = str(asked.get("storage", "journal")), asked.get("storage.url")
+    if name == "journal":
+        return "journal, which is not in the sweep's folder"
     return str(redact(f"{name} {address}" if address else f"{name}, its address in the environment"))
 
 

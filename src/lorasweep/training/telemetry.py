@@ -60,7 +60,7 @@ class Usage:
     """Resident memory of the process now, and `peak_memory_bytes` at most; 0 where the system can't say."""
     peak_memory_bytes: int
     cpu_s: float
-    """Processor time of all its threads."""
+    """Processor time of all its threads in that time."""
     cpu_fraction: float
     """Share of the processors it may use that it did use since the sample before."""
     gpus: tuple[GpuUse, ...] = ()
@@ -80,12 +80,13 @@ class Telemetry:
         self._lock = threading.Lock()
         self._phases: list[Phase] = ["other"]
         self._seconds: dict[Phase, float] = {}
-        self._began = self._charged = time.monotonic()
+        self._charged = time.monotonic()
         self._tokens = 0
         self._tokens_training_s = 0.0
         self._peak = 0
         self._gpus = _Gpus()
-        self._cpu_before = (self._began, time.process_time())
+        self._cpu_began = time.process_time()
+        self._cpu_before = (self._charged, self._cpu_began)
 
     @contextmanager
     def phase(self, name: Phase) -> Iterator[None]:
@@ -148,7 +149,7 @@ class Telemetry:
             tokens_per_s=tokens / tokens_s if tokens_s else 0.0,
             memory_bytes=resident_bytes(),
             peak_memory_bytes=self._peak,
-            cpu_s=cpu_s,
+            cpu_s=cpu_s - self._cpu_began,
             cpu_fraction=(cpu_s - before[1]) / max(now - before[0], 1e-9) / usable_cores(),
             gpus=self._gpus.sample(),
         )
