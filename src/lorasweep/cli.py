@@ -423,8 +423,11 @@ def _check_slurm(definition: Definition, path: Path) -> list[str]:
     workers = definition.driver.worker
     if not isinstance(workers, SlurmWorkers):
         return []
-    from lorasweep.sweep.slurm import check_slurm
+    from lorasweep.sweep.slurm import check_ranks, check_slurm, is_slurm_here
 
+    check_ranks(workers, (next(arm.corners()) for arm in definition.arms))
+    if workers.dry_run and not is_slurm_here():
+        return []
     return check_slurm(workers, path, name=definition.name, storage=definition.driver.storage.name)
 
 
@@ -432,13 +435,13 @@ def _show_batch(definition: Definition, benches: Any) -> int:
     """Prints the batch file of a sweep's workers and starts nothing; on a machine without Slurm too."""
     from lorasweep.config.slurm import SlurmWorkers
     from lorasweep.sweep import check_definition, new_folder
-    from lorasweep.sweep.slurm import Batch, is_slurm_here
+    from lorasweep.sweep.slurm import Batch
 
     workers = definition.driver.worker
     assert isinstance(workers, SlurmWorkers)
     path = new_folder(definition.name, definition.driver.sweep.output)
     check_definition(definition, benches)
-    for warning in _check_slurm(definition, path) if is_slurm_here() else []:
+    for warning in _check_slurm(definition, path):
         say(f"warning: {warning}", file=sys.stderr)
     say(Batch(workers, path, name=definition.name).text().rstrip())
     return DONE

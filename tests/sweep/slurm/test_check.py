@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from lorasweep.errors import ConfigError
-from lorasweep.sweep.slurm import check_slurm
+from lorasweep.sweep.slurm import check_ranks, check_slurm
 from lorasweep.sweep.slurm.check import local_place
 
 HOST = socket.gethostname()
@@ -165,3 +166,32 @@ def test_a_folder_in_memory_is_in_a_place_of_one_machine(monkeypatch):
     assert local_place(Path("/fast/sweep")) == "`/fast`, a file system in memory (tmpfs)"
     assert local_place(Path("/fast/shared/sweep")) is None
     assert local_place(Path("/home/sweep")) is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "trainer", "message"),
+    [
+        (
+            {"tasks_per_node": 4},
+            {},
+            "`worker.tasks_per_node == trainer.devices` must hold, .* but got 4 and 1.",
+        ),
+        ({}, {"devices": 2}, "`worker.tasks_per_node == trainer.devices` must hold, .* but got 1 and 2."),
+        ({"nodes": 2}, {"devices": "auto"}, "`worker.nodes == trainer.num_nodes` must hold, .* but got 2 and 1."),
+    ],
+)
+def test_ranks_that_no_trial_is_spread_over_are_refused(workers, settings, trainer, message):
+    with pytest.raises(ConfigError, match=message):
+        check_ranks(workers(**settings), [SimpleNamespace(trainer=SimpleNamespace(**trainer))])
+
+
+@pytest.mark.parametrize(
+    ("settings", "trainer"),
+    [
+        ({}, {}),
+        ({"tasks_per_node": 4}, {"devices": 4, "num_nodes": 1}),
+        ({"tasks_per_node": 4, "nodes": 2}, {"devices": "auto", "num_nodes": 2}),
+    ],
+)
+def test_ranks_that_trials_are_spread_over_are_taken(workers, settings, trainer):
+    check_ranks(workers(**settings), [SimpleNamespace(trainer=SimpleNamespace(**trainer))])

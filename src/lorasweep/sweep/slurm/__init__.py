@@ -1,7 +1,7 @@
 """Workers that Slurm starts: the batch file, what is wrong with a request, what a job does, which jobs there are."""
 
 from lorasweep.sweep.slurm.batch import Batch
-from lorasweep.sweep.slurm.check import check_slurm, is_slurm_here
+from lorasweep.sweep.slurm.check import check_ranks, check_slurm, is_slurm_here
 from lorasweep.sweep.slurm.jobs import QueuedTask, SubmittedArray, note_array, read_arrays, read_queue
 from lorasweep.sweep.slurm.launch import (
     Queue,
@@ -22,6 +22,7 @@ __all__ = [
     "SubmittedArray",
     "cancel_command",
     "cancel_waiting",
+    "check_ranks",
     "check_slurm",
     "describe_end",
     "has_running_workers",

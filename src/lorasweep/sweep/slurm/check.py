@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lorasweep.config.build import nearest
+from lorasweep.config.run import RunConfig
 from lorasweep.config.slurm import SlurmWorkers
 from lorasweep.errors import ConfigError
 from lorasweep.sweep.slurm.batch import Batch, last_line
@@ -89,6 +90,25 @@ def check_slurm(workers: SlurmWorkers, sweep: Path, *, name: str, storage: str) 
             "will not see it. Set `sweep.output` to a folder that all machines share."
         )
     return warnings
+
+
+def check_ranks(workers: SlurmWorkers, configs: Iterable[RunConfig]) -> None:
+    """Checks that runs are spread over exactly the ranks that srun starts: ranks too many would be workers on one GPU.
+
+    Raises:
+        ConfigError: They are not.
+    """
+    for config in configs:
+        for key, asked, by in (
+            ("devices", workers.tasks_per_node, "tasks_per_node"),
+            ("num_nodes", workers.nodes, "nodes"),
+        ):
+            value = getattr(config.trainer, key, 1)  # a trainer without the key has one rank
+            if value not in (asked, "auto"):
+                raise ConfigError(
+                    f"`worker.{by} == trainer.{key}` must hold, because a worker spreads each trial over all of "
+                    f"its ranks, but got {asked!r} and {value!r}."
+                )
 
 
 def is_slurm_here() -> bool:
