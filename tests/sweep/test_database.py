@@ -29,13 +29,13 @@ def storage(url, name="postgresql"):
 @pytest.mark.parametrize(
     ("given", "kept"),
     [
-        (f"postgresql://ann:{SECRET}@db/sweeps", "postgresql://ann@db/sweeps"),
+        (f"postgresql://ann:{SECRET}@db/sweeps", "postgresql://db/sweeps?user=ann"),
         (
             f"postgresql+psycopg://ann:{SECRET}@db:5432/sweeps?sslmode=require",
-            "postgresql+psycopg://ann@db:5432/sweeps?sslm",
+            "postgresql+psycopg://db:5432/sweeps?sslmode=require&user=ann",
         ),
-        (f"mysql://ann:{SECRET}@db/sweeps", "mysql://ann@db/sweeps"),
-        (f"postgresql://ann@db/sweeps?password={SECRET}", "postgresql://ann@db/sweeps"),
+        (f"mysql://ann:{SECRET}@db/sweeps", "mysql://db/sweeps?user=ann"),
+        (f"postgresql://ann@db/sweeps?password={SECRET}", "postgresql://db/sweeps?user=ann"),
     ],
 )
 def test_the_password_of_an_address_is_kept_apart(given, kept):
@@ -44,8 +44,9 @@ def test_the_password_of_an_address_is_kept_apart(given, kept):
     assert os.environ[PASSWORD_VARIABLE] == SECRET
 
 
-def test_an_address_without_a_password_stays_as_it_is():
-    assert keep_password("postgresql://ann@db/sweeps") == "postgresql://ann@db/sweeps"
+def test_the_name_of_a_user_is_no_secret_and_stays():
+    assert keep_password("postgresql://ann@db/sweeps") == "postgresql://db/sweeps?user=ann"
+    assert keep_password("postgresql://db/sweeps?user=ann") == "postgresql://db/sweeps?user=ann"
     assert PASSWORD_VARIABLE not in os.environ
 
 
@@ -58,14 +59,14 @@ def test_a_sweep_is_written_down_without_the_password(write_file, content, in_fi
     definition = read_definition(write_file(content), words)
     assert SECRET not in str(definition.raw)
     assert definition.driver.storage == DatabaseStorage(
-        name="postgresql", url="postgresql://ann@db/sweeps", retry_s=300.0
+        name="postgresql", url="postgresql://db/sweeps?user=ann", retry_s=300.0
     )
     assert os.environ[PASSWORD_VARIABLE] == SECRET
 
 
 def test_the_address_may_stand_in_the_environment(monkeypatch):
     monkeypatch.setenv(URL_VARIABLE, f"postgresql://ann:{SECRET}@db/sweeps")
-    assert storage_address(storage(None)) == "postgresql://ann@db/sweeps"
+    assert storage_address(storage(None)) == "postgresql://db/sweeps?user=ann"
 
 
 def test_a_database_without_an_address_is_refused():

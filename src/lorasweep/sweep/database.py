@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
+import threading
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
@@ -16,7 +17,14 @@ from typing import Any, TypeVar
 from optuna.exceptions import StorageInternalError
 from optuna.storages import BaseStorage, RDBStorage, get_storage
 from sqlalchemy import Connection, make_url, text
-from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, OperationalError, SQLAlchemyError
+from sqlalchemy.exc import (
+    ArgumentError,
+    DBAPIError,
+    InterfaceError,
+    OperationalError,
+    PendingRollbackError,
+    SQLAlchemyError,
+)
 
 from lorasweep.config.sweep import DatabaseStorage
 from lorasweep.errors import ConfigError, WorkerError, first_line
@@ -88,6 +96,8 @@ class DatabaseStudies:
         self._retry_s = config.retry_s
         self._stop_requested: Callable[[], bool] = lambda: False
         self._held: Connection | None = None
+        self._used = threading.RLock()
+        """A pool that is closed while one of its connections is in use would lose that one."""
         self._database = _connect(self.address)
         self._database.patiently = self._patiently
         self._database.check_exclusive = self.check_exclusive
@@ -112,7 +122,11 @@ class DatabaseStudies:
 
     def rest(self) -> None:
         """Closes connections that are not in use, so that workers that train leave the server alone."""
-        self._database.engine.dispose()
+        if self._used.acquire(blocking=False):
+            try:
+                self._database.engine.dispose()
+            finally:
+                self._used.release()
 
     def stop_waiting_when(self, stop_requested: Callable[[], bool]) -> None:
         """A worker that is to stop does not wait for the database."""
@@ -134,7 +148,8 @@ class DatabaseStudies:
         began, pause_s = time.monotonic(), FIRST_PAUSE_S
         while True:
             try:
-                return attempt()
+                with self._used:
+                    return attempt()
             except (SQLAlchemyError, StorageInternalError, LostLockError) as error:
                 if self._held is not None or not _is_away(error):
                     raise
@@ -172,7 +187,10 @@ def storage_address(config: DatabaseStorage) -> str:
 
 
 def keep_password(address: str) -> str:
-    """Returns an address without its password, which goes into LORASWEEP_STORAGE_PASSWORD."""
+    """Returns an address without its password, which goes into LORASWEEP_STORAGE_PASSWORD.
+
+    The user's name goes into the query, since what stands before an `@` is taken for a secret wherever it is written.
+    """
     try:
         url = make_url(address)
     except (ArgumentError, ValueError):
@@ -181,7 +199,9 @@ def keep_password(address: str) -> str:
     in_query = [name for name in url.query if "pass" in name.lower()]
     if password := url.password or next((str(url.query[name]) for name in in_query), None):
         os.environ[PASSWORD_VARIABLE] = password
-    without = url._replace(password=None).difference_update_query(in_query)  # `set` leaves it where it is told None
+    without = url._replace(username=None, password=None).difference_update_query(in_query)
+    if url.username:
+        without = without.update_query_dict({"user": url.username})
     return without.render_as_string(hide_password=False)
 
 
@@ -195,6 +215,8 @@ def without_passwords(value: Any, key: str = "") -> Any:
 
 def _connect(address: str) -> PatientStorage:
     url = make_url(address)
+    if (user := url.query.get("user")) is not None:
+        url = url.difference_update_query(["user"]).set(username=str(user))
     backend = url.get_backend_name()
     if url.drivername == backend and backend in DRIVERS:
         url = url.set(drivername=f"{backend}+{DRIVERS[backend]}")
@@ -261,7 +283,7 @@ def _lock_name(prefix: str) -> str:
 def _is_away(error: BaseException | None) -> bool:
     """Whether a lost connection, a server that is starting or stopping, or a deadlock is behind an error."""
     while error is not None:
-        if isinstance(error, LostLockError | OperationalError | InterfaceError):
+        if isinstance(error, LostLockError | OperationalError | InterfaceError | PendingRollbackError):
             return True
         if isinstance(error, DBAPIError) and error.connection_invalidated:
             return True
