@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorasweep.disk import free_folder
 from lorasweep.errors import ConfigError, LoraSweepError, RecordError
+from lorasweep.launch import read_launch
 from lorasweep.redaction import redact
 from lorasweep.terminal import PlainConsole, say, say_error
 
@@ -276,6 +277,11 @@ def train(arguments: list[str]) -> int:
     check_command_line(arguments)
     register_search_path()
     codes: list[int] = []
+    if read_launch().size > 1 and {"-m", "--multirun"} & set(arguments):
+        raise ConfigError(
+            "`-m` must be left out where torchrun or srun launched several processes, but was given: a grid is for one "
+            "process. Use `lorasweep sweep`."
+        )
 
     def task(composed: Any) -> None:
         values: Any = OmegaConf.to_container(composed, resolve=True)
@@ -289,17 +295,31 @@ def train(arguments: list[str]) -> int:
 
 
 def train_once(config: RunConfig, output: str | None) -> int:
-    """Trains one run in a new folder and prints its score."""
-    from lorasweep.training import RunPlace, build_workbench, check_run, train_run
+    """Trains one run in a new folder and prints its score; of several ranks the first does."""
+    from lorasweep.training import join_ranks
+
+    ranks = join_ranks(config.trainer)
+    try:
+        with ranks.together():
+            folder = ranks.broadcast(_new_train_folder(output) if ranks.is_first else Path())
+        return _train_in(folder, config)
+    finally:
+        ranks.leave()
+
+
+def _train_in(folder: Path, config: RunConfig) -> int:
+    from lorasweep.training import RunPlace, build_workbench, check_run, current_ranks, share_bench, train_run
     from lorasweep.wording import format_share
 
-    folder = _new_train_folder(output)
-    bench = build_workbench(config)
+    is_first = current_ranks().is_first
+    bench = share_bench(current_ranks(), lambda: build_workbench(config))
     check_run(config, bench.base)
-    for note in bench.notes:
+    for note in bench.notes if is_first else ():
         say(f"• {note}", file=sys.stderr)
     with StopSignal() as stop:
         record = train_run(config, RunPlace(folder=folder), bench=bench, stop_requested=stop)
+    if not is_first:
+        return INTERRUPTED if record.status == "interrupted" else DONE
     if record.status == "interrupted":
         say_error(f"{record.reason}; its weights up to the last evaluation are in {folder}")
         return INTERRUPTED
@@ -611,8 +631,13 @@ def _say_error(error: LoraSweepError | OSError) -> int:
 
 
 def _guarded(action: Callable[[], int]) -> int:
-    """Runs an action inside Hydra, which would print an error as a traceback of its own."""
+    """Runs an action inside Hydra, which would print an error as a traceback of its own.
+
+    Of several processes that train together the first says what all of them end with.
+    """
     try:
         return action()
     except (LoraSweepError, OSError) as error:
+        if read_launch().rank > 0:
+            return FAILED
         return _say_error(error)

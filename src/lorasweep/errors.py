@@ -7,7 +7,8 @@
     │   ├── Diverged                      its loss became NaN or infinite
     │   └── OutOfMemory                   it does not fit the machine at the smallest micro-batch
     └── WorkerError                       a process that runs trials can't go on; exit code 1
-        └── WorkerLost                    others took it for lost and go on with its trials
+        ├── WorkerLost                    others took it for lost and go on with its trials
+        └── RanksLost                     because one that trains with it is gone
 
 `lorasweep.lora`, which people may use alone, raises plain `ValueError`. A message reads
 "`what must hold`, but got X. What to do."
@@ -46,6 +47,10 @@ class WorkerError(LoraSweepError):
 
 class WorkerLost(WorkerError):
     """Others took this process for lost and go on with its trials, so it must not write into their runs any more."""
+
+
+class RanksLost(WorkerError):
+    """A process can't go on, because one that trains with it is gone."""
 
 
 def first_line(error: BaseException) -> str:

@@ -98,6 +98,14 @@ class TrainerConfig:
     precision: Literal["auto", "bf16", "fp32"]
     """`auto` takes bf16 where the processor or GPU computes in it, else fp32."""
     device: Literal["auto", "cpu", "gpu"]
+    strategy: Literal["auto", "ddp", "fsdp"]
+    """How several processes train one run: `ddp` (what `auto` takes) has the whole model in each, `fsdp` a share of
+    every block's weights."""
+    devices: int | Literal["auto"]
+    """Processes per node, each with a GPU or share of the cores, launched by torchrun or srun; `auto` takes as many as
+    were launched. Trials of more than one run alone."""
+    num_nodes: int
+    """Nodes on which they were launched."""
     deterministic: Literal[True, False, "strict"]
     """`true` has torch take the implementation that gives the same bits each time wherever it has one, `strict` also
     ends a run at an operation that has none; `false` takes the fastest."""
@@ -105,8 +113,10 @@ class TrainerConfig:
     """Whether a single run shows a progress bar."""
 
     def __post_init__(self) -> None:
-        for key in ("max_steps", "batch_size", "eval_batch_size", "eval_every_steps"):
+        for key in ("max_steps", "batch_size", "eval_batch_size", "eval_every_steps", "num_nodes"):
             require_at_least(f"trainer.{key}", getattr(self, key), 1)
+        if self.devices != "auto":
+            require_at_least("trainer.devices", self.devices, 1)
         if self.early_stop_evaluations is not None:
             require_at_least("trainer.early_stop_evaluations", self.early_stop_evaluations, 1)
         if self.accumulate == "auto":
@@ -154,3 +164,20 @@ class RunConfig:
                 f"`optim.lr_ratio_b` must be 1 unless `method=lora`, but got {self.optim.lr_ratio_b!r} "
                 f"with `method={self.method.name}`, where it has no effect."
             )
+        if self.trainer.strategy == "fsdp":
+            self._check_shardable()
+
+    def _check_shardable(self) -> None:
+        if self.method.name not in ("full", "lora"):
+            raise ConfigError(
+                f"`trainer.strategy` must be ddp with `method={self.method.name}`, but got 'fsdp', which is for full "
+                "and lora."
+            )
+        for key, is_set in {
+            "trainer.compile": self.trainer.compile,
+            "optim.ema_decay": self.optim.ema_decay is not None,
+        }.items():
+            if is_set:
+                raise ConfigError(
+                    f"`trainer.strategy` must be ddp with `{key}`, but got 'fsdp', under which weights are not whole."
+                )

@@ -41,6 +41,27 @@ class MicroBatch(NamedTuple):
     """What the loss of the whole step is divided by: the weights of all its rows together."""
 
 
+class Share(NamedTuple):
+    """Which rows of each batch are for this one of the processes that train together."""
+
+    rank: int = 0
+    size: int = 1
+
+    def of(self, micro: MicroBatch) -> MicroBatch:
+        """Returns this rank's rows of a micro-batch, every `size`-th, so that all have rows of like lengths.
+
+        Where there are fewer rows than ranks, one of them with an infinite divisor: it goes through the model, so that
+        all ranks do the same, and counts for nothing.
+        """
+        if self.size == 1:
+            return micro
+        rows = micro.indices[self.rank :: self.size]
+        return MicroBatch(rows, micro.step_weight) if rows else MicroBatch(micro.indices[:1], math.inf)
+
+
+ALL = Share()
+
+
 class StepBatchSampler(Sampler[MicroBatch]):
     """Yields each step's micro-batches.
 
@@ -50,7 +71,15 @@ class StepBatchSampler(Sampler[MicroBatch]):
     """
 
     def __init__(
-        self, part: Part, *, batch_size: int, num_steps: int, seed: int, start_step: int = 0, accumulate: int = 1
+        self,
+        part: Part,
+        *,
+        batch_size: int,
+        num_steps: int,
+        seed: int,
+        start_step: int = 0,
+        accumulate: int = 1,
+        share: Share = ALL,
     ) -> None:
         """Describes the batches of steps `start_step` to `num_steps - 1`.
 
@@ -61,6 +90,7 @@ class StepBatchSampler(Sampler[MicroBatch]):
             seed: Decides the order.
             start_step: First step to yield, for a run that goes on.
             accumulate: Micro-batches per step, at most `batch_size`; together they are the step's batch.
+            share: Which of their rows to yield.
         """
         assert len(part) >= 1
         assert 0 <= start_step <= num_steps
@@ -71,6 +101,7 @@ class StepBatchSampler(Sampler[MicroBatch]):
         self.seed = seed
         self.start_step = start_step
         self.accumulate = accumulate
+        self.share = share
         self.sizes = choose_sizes(part, batch_size=batch_size, parts=accumulate)
         self._latest: tuple[int, list[int]] | None = None
 
@@ -81,10 +112,10 @@ class StepBatchSampler(Sampler[MicroBatch]):
     def __iter__(self) -> Iterator[MicroBatch]:
         """Yields each micro-batch, from `start_step` on."""
         for step in range(self.start_step, self.num_steps):
-            yield from self.step(step)
+            yield from map(self.share.of, self.step(step))
 
     def step(self, step: int) -> list[MicroBatch]:
-        """Returns the micro-batches of one step."""
+        """Returns the micro-batches of one step, with all their rows."""
         indices = self.indices_of_step(step)
         weight = float(self.part.weights[torch.tensor(indices)].sum())
         return [MicroBatch(rows, weight) for rows in cut_by_length(indices, self.part.lengths, sizes=self.sizes)]
@@ -104,10 +135,11 @@ class StepBatchSampler(Sampler[MicroBatch]):
 
 
 class EvaluationSampler(Sampler[MicroBatch]):
-    """Yields every row once, sorted by length, in batches of little padding."""
+    """Yields every row once, sorted by length, in batches of little padding; of each batch a share of its rows."""
 
-    def __init__(self, part: Part, *, batch_size: int) -> None:
+    def __init__(self, part: Part, *, batch_size: int, share: Share = ALL) -> None:
         """Takes a part and how many of its longest rows fit into a batch; of shorter ones it may hold more."""
+        self.share = share
         self.batches = batches_by_length(part.lengths, budget=batch_size * int(part.lengths.max()))
 
     def __len__(self) -> int:
@@ -115,8 +147,8 @@ class EvaluationSampler(Sampler[MicroBatch]):
         return len(self.batches)
 
     def __iter__(self) -> Iterator[MicroBatch]:
-        """Yields the batches; the step weight means nothing here."""
-        return (MicroBatch(batch, 1.0) for batch in self.batches)
+        """Yields the batches; the step weight is 1, or infinite for a row that does not count."""
+        return (self.share.of(MicroBatch(batch, 1.0)) for batch in self.batches)
 
     @property
     def order(self) -> list[int]:

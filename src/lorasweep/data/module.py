@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from lorasweep.data.batching import EvaluationSampler, MicroBatch, StepBatchSampler
+from lorasweep.data.batching import ALL, EvaluationSampler, MicroBatch, Share, StepBatchSampler
 from lorasweep.data.part import Batch, Part
 from lorasweep.data.parts import DataParts
 
@@ -25,7 +27,8 @@ class BatchDataset(Dataset[Batch]):
     def __getitem__(self, micro: MicroBatch) -> Batch:
         """Returns the batch of these rows, with the weight of the whole step and the tokens that are no padding."""
         batch = self.part.batch(micro.indices)
-        num_tokens = self.part.lengths[torch.tensor(micro.indices)].sum()
+        lengths = self.part.lengths[torch.tensor(micro.indices)]
+        num_tokens = lengths.sum() if math.isfinite(micro.step_weight) else torch.zeros_like(lengths[0])
         return {**batch, "step_weight": torch.tensor(micro.step_weight), "num_tokens": num_tokens}
 
 
@@ -46,6 +49,7 @@ class DataModule(LightningDataModule):
         num_steps: int,
         seed: int,
         start_step: int = 0,
+        share: Share = ALL,
     ) -> None:
         """Keeps the parts; the test part is read when its loader is asked for.
 
@@ -57,10 +61,12 @@ class DataModule(LightningDataModule):
             num_steps: Optimizer steps of the whole run.
             seed: Of the order of training rows.
             start_step: First step to yield, for a run that goes on.
+            share: Which rows of each batch to yield, where several processes train together.
         """
         super().__init__()
         self.parts = parts
         self.eval_batch_size = eval_batch_size
+        self.share = share
         self.train_batches = StepBatchSampler(
             parts.train,
             batch_size=batch_size,
@@ -68,6 +74,7 @@ class DataModule(LightningDataModule):
             seed=seed,
             start_step=start_step,
             accumulate=accumulate,
+            share=share,
         )
 
     def train_dataloader(self) -> DataLoader[Batch]:
@@ -75,17 +82,17 @@ class DataModule(LightningDataModule):
         return load_batches(self.parts.train, self.train_batches)
 
     def val_dataloader(self) -> DataLoader[Batch]:
-        """Returns every validation row once."""
-        return evaluation_loader(self.parts.validation, batch_size=self.eval_batch_size)
+        """Returns every validation row once, or this share of them."""
+        return evaluation_loader(self.parts.validation, batch_size=self.eval_batch_size, share=self.share)
 
     def test_dataloader(self) -> DataLoader[Batch]:
         """Returns every test row once."""
         return evaluation_loader(self.parts.test(), batch_size=self.eval_batch_size)
 
 
-def evaluation_loader(part: Part, *, batch_size: int) -> DataLoader[Batch]:
-    """Returns every row of a part once, in the order of `EvaluationSampler`."""
-    return load_batches(part, EvaluationSampler(part, batch_size=batch_size))
+def evaluation_loader(part: Part, *, batch_size: int, share: Share = ALL) -> DataLoader[Batch]:
+    """Returns every row of a part once, or this share of them, in the order of `EvaluationSampler`."""
+    return load_batches(part, EvaluationSampler(part, batch_size=batch_size, share=share))
 
 
 def load_batches(part: Part, batches: Sampler[MicroBatch]) -> DataLoader[Batch]:

@@ -85,8 +85,24 @@ class RowScores:
             target=None if self.target is None else self.target.chunk(slots)[slot],
         )
 
+    def of_rows(self, mask: Tensor) -> RowScores:
+        """Returns the rows where the mask, (rows,) of bool, is true."""
+        values = {name: getattr(self, name) for name in FIELDS}
+        return RowScores(**{name: value[mask] for name, value in values.items() if value is not None})
+
+    def cpu(self) -> RowScores:
+        """Returns them on the CPU."""
+        values = {name: getattr(self, name) for name in FIELDS}
+        return RowScores(**{name: value.cpu() for name, value in values.items() if value is not None})
+
 
 FIELDS = ("loss", "items", "prediction", "target")
+
+
+def join_rows(scores: Sequence[RowScores]) -> RowScores:
+    """Returns the rows of several evaluations of one task, one after the other."""
+    found = {name: [getattr(each, name) for each in scores] for name in FIELDS}
+    return RowScores(**{name: torch.cat(values) for name, values in found.items() if values[0] is not None})
 
 
 class Task(Protocol):
@@ -288,7 +304,7 @@ class Evaluation(Metric):
 
     def __init__(self, task: Task, **settings: Any) -> None:
         """Starts with no rows; settings are those of `torchmetrics.Metric`."""
-        super().__init__(**settings)
+        super().__init__(sync_on_compute=False, **settings)  # the rows of several processes are joined by `training`
         self.task = task
         for name in FIELDS:
             self.add_state(name, [], dist_reduce_fx="cat")

@@ -53,7 +53,7 @@ def choose_attention(
     """
     if not isinstance(model, PreTrainedModel):
         return AttentionChoice("own", {})
-    usable = [name for name in CANDIDATES if _set_attention(model, name)]
+    usable = [name for name in CANDIDATES if set_attention(model, name)]
     if len(usable) < 2:
         return AttentionChoice(str(model.config._attn_implementation), {})
     with own_stream(), _ready_to_measure(model, device):
@@ -61,7 +61,7 @@ def choose_attention(
     first, *others = usable
     fastest = min(usable, key=measured.__getitem__)
     name = fastest if fastest in others and measured[fastest] <= (1 - LEAST_GAIN) * measured[first] else first
-    _set_attention(model, name)
+    set_attention(model, name)
     return AttentionChoice(name, measured)
 
 
@@ -71,7 +71,7 @@ def _measure(model: PreTrainedModel, batches: list[dict[str, Tensor]], names: Se
     started = time.perf_counter()
     while len(times[names[0]]) <= ROUNDS and (len(times[names[0]]) < 2 or time.perf_counter() - started < TIME_LIMIT_S):
         for name in names:
-            _set_attention(model, name)
+            set_attention(model, name)
             times[name].append(_time_step(model, batches))
     return {name: min(seconds[1:]) for name, seconds in times.items()}  # the first round warms up
 
@@ -130,7 +130,7 @@ def _embeddings(model: PreTrainedModel) -> list[nn.Embedding]:
     return [module for module in model.modules() if isinstance(module, nn.Embedding) and module.weight is weight]
 
 
-def _set_attention(model: PreTrainedModel, name: str) -> bool:
+def set_attention(model: PreTrainedModel, name: str) -> bool:
     """Sets an implementation where the model has it, and returns whether it has."""
     try:
         with quiet_transformers():

@@ -4,7 +4,9 @@ from lorasweep.training.cost import choose_pack_size, measure_pack_sizes, measur
 from lorasweep.training.environment import describe_code, describe_packages, name_device, resolve_precision
 from lorasweep.training.evaluate import Scored, evaluate_model
 from lorasweep.training.export import Export, ExportFormat, export_run
+from lorasweep.training.follow import follow_runs, lead_run, release_followers, share_bench
 from lorasweep.training.pack import train_pack
+from lorasweep.training.ranks import Ranks, current_ranks, join_ranks, wants_ranks
 from lorasweep.training.reproduce import Reproduction, reproduce_run
 from lorasweep.training.restore import restore_base, restore_config, restore_model
 from lorasweep.training.run import check_run, train_run
@@ -19,6 +21,7 @@ __all__ = [
     "Export",
     "ExportFormat",
     "Job",
+    "Ranks",
     "Reproduction",
     "RunPlace",
     "Scored",
@@ -27,19 +30,26 @@ __all__ = [
     "build_workbench",
     "check_run",
     "choose_pack_size",
+    "current_ranks",
     "describe_code",
     "describe_packages",
     "evaluate_model",
     "export_run",
+    "follow_runs",
+    "join_ranks",
+    "lead_run",
     "measure_pack_sizes",
     "measure_run",
     "name_device",
+    "release_followers",
     "reproduce_run",
     "resolve_precision",
     "restore_base",
     "restore_config",
     "restore_model",
     "score_run",
+    "share_bench",
     "train_pack",
     "train_run",
+    "wants_ranks",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import lightning
 import torch
@@ -16,6 +16,7 @@ from lorasweep.errors import Diverged, WorkerLost
 from lorasweep.record import RunRecord
 from lorasweep.training.checkpoint import save_checkpoint
 from lorasweep.training.module import TrainingModule
+from lorasweep.training.ranks import Ranks
 from lorasweep.training.run_log import RunLog, Values, describe_stale, is_stale
 from lorasweep.training.telemetry import Telemetry
 
@@ -23,15 +24,26 @@ ShouldStop = Callable[[int, int, float], bool]
 """`should_stop(slot, step, value)`: whether the run in a slot is to be pruned after this evaluation."""
 
 
+class Saver(Protocol):
+    """How the kept weights of a run are written."""
+
+    def collect(self) -> None:
+        """Makes them whole on the first rank where they are sharded; every rank calls it."""
+
+    def save(self, folder: Path) -> None:
+        """Writes them into a folder."""
+
+
 class Logging(lightning.Callback):
     """Hands steps and evaluations to the run's log, and leaves a checkpoint at each evaluation.
 
-    `save` writes the kept weights of the model into a folder. The clock is told what each moment goes to.
+    The clock is told what each moment goes to.
     """
 
-    def __init__(self, run_log: RunLog, *, save: Callable[[Path], None], start_step: int, telemetry: Telemetry) -> None:
+    def __init__(self, run_log: RunLog, *, saver: Saver, start_step: int, telemetry: Telemetry, ranks: Ranks) -> None:
         self.run_log = run_log
-        self.save = save
+        self.saver = saver
+        self.ranks = ranks
         self.micro_losses: list[Tensor] = []
         self.lr = 0.0
         self.logged_step = start_step
@@ -61,20 +73,25 @@ class Logging(lightning.Callback):
         self.micro_losses.append(outputs["loss"].detach())  # its share, divided by Lightning
         if trainer.global_step > self.logged_step:
             self.logged_step = trainer.global_step
-            self.run_log.note_step(trainer.global_step, self.micro_losses, self.lr)
+            assert isinstance(pl_module, TrainingModule)
+            self.run_log.note_step(trainer.global_step, pl_module.summed_losses or self.micro_losses, self.lr)
             self.micro_losses = []
 
     def on_validation_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Writes the steps since the last evaluation."""
         self._flush(pl_module)
+        self.ranks.barrier()
         self.telemetry.switch("evaluating")
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Writes the evaluation; the checkpoint comes last, so that a run that resumes there knows it."""
         self.telemetry.switch("saving")
-        self.run_log.note_evaluation(trainer.global_step, validation_values(trainer), save=self.save)
+        self.ranks.barrier()
+        self.saver.collect()
+        self.run_log.note_evaluation(trainer.global_step, validation_values(trainer), save=self.saver.save)
+        self.ranks.barrier()
         if trainer.state.fn == TrainerFn.FITTING:
-            save_trainer(trainer, self.run_log.folder)
+            save_trainer(trainer, self.run_log.folder, ranks=self.ranks)
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Writes what is left."""
@@ -98,16 +115,17 @@ class Logging(lightning.Callback):
 class Pruning(lightning.Callback):
     """Ends the run where `should_stop` says so. What it says after the last step has no effect."""
 
-    def __init__(self, should_stop: ShouldStop, *, metric: str, max_steps: int) -> None:
+    def __init__(self, should_stop: ShouldStop, *, metric: str, max_steps: int, ranks: Ranks) -> None:
+        self.ranks = ranks
         self.should_stop = should_stop
         self.metric = metric
         self.max_steps = max_steps
         self.pruned_at: int | None = None
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Reports the evaluation and asks."""
+        """Reports the evaluation and asks; of several ranks the first does, and all do what it was told."""
         step, value = trainer.global_step, validation_values(trainer)[self.metric]
-        if self.should_stop(0, step, value) and step < self.max_steps:
+        if self.ranks.any(self.ranks.is_first and self.should_stop(0, step, value)) and step < self.max_steps:
             self.pruned_at = step
             trainer.should_stop = True
 
@@ -131,10 +149,13 @@ class RunStopped(BaseException):
 
 
 class Stopping(lightning.Callback):
-    """Ends the run, with a checkpoint at the present step, once `stop_requested` says so."""
+    """Ends the run, with a checkpoint at the present step, once `stop_requested` says so on any rank."""
 
-    def __init__(self, stop_requested: Callable[[], bool], folder: Path, *, eval_every_steps: int) -> None:
+    def __init__(
+        self, stop_requested: Callable[[], bool], folder: Path, *, eval_every_steps: int, ranks: Ranks
+    ) -> None:
         self.stop_requested = stop_requested
+        self.ranks = ranks
         self.folder = folder
         self.eval_every_steps = eval_every_steps
 
@@ -147,8 +168,9 @@ class Stopping(lightning.Callback):
             RunStopped: The run is to end here.
         """
         ends_step = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        if ends_step and trainer.global_step % self.eval_every_steps and self.stop_requested():
-            save_trainer(trainer, self.folder)
+        between = ends_step and trainer.global_step % self.eval_every_steps
+        if between and self.ranks.any(self.stop_requested()):
+            save_trainer(trainer, self.folder, ranks=self.ranks)
             raise RunStopped
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
@@ -157,7 +179,7 @@ class Stopping(lightning.Callback):
         Raises:
             RunStopped: The run is to end here.
         """
-        if trainer.global_step < trainer.max_steps and self.stop_requested():
+        if trainer.global_step < trainer.max_steps and self.ranks.any(self.stop_requested()):
             raise RunStopped
 
 
@@ -168,9 +190,12 @@ def validation_values(trainer: lightning.Trainer) -> Values:
     return {name.removeprefix(prefix): float(value) for name, value in metrics.items() if name.startswith(prefix)}
 
 
-def save_trainer(trainer: lightning.Trainer, folder: Path) -> None:
-    """Writes Lightning's checkpoint: only what trains, see `TrainingModule`."""
-    save_checkpoint(folder, kind="last", step=trainer.global_step, save=trainer.save_checkpoint)
+def save_trainer(trainer: lightning.Trainer, folder: Path, *, ranks: Ranks) -> None:
+    """Writes Lightning's checkpoint: only what trains, see `TrainingModule`. Every rank takes part, one writes."""
+    if ranks.is_first:
+        save_checkpoint(folder, kind="last", step=trainer.global_step, save=trainer.save_checkpoint)
+    else:
+        trainer.save_checkpoint(folder / "last.ckpt")
 
 
 def _tokens(module: lightning.LightningModule) -> int:

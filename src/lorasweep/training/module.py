@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from lorasweep.config.run import RunConfig
 from lorasweep.data.part import Batch
-from lorasweep.data.tasks import Evaluation, Task
+from lorasweep.data.tasks import Evaluation, Task, join_rows
 from lorasweep.methods import Method
 from lorasweep.training.optim import build_optimizer, build_schedule, refine_groups
+from lorasweep.training.ranks import Ranks
 
 
 class TrainingModule(lightning.LightningModule):
@@ -22,6 +23,7 @@ class TrainingModule(lightning.LightningModule):
     Attributes:
         train_s: Seconds spent in training steps, evaluation left out.
         positions_trained: Positions of all training batches so far, padding included.
+        summed_losses: Of the step that ended last, each micro-batch's share of its loss over all ranks; None alone.
     """
 
     def __init__(
@@ -33,8 +35,13 @@ class TrainingModule(lightning.LightningModule):
         task: Task,
         accumulate: int,
         head: tuple[str, ...] = (),
+        ranks: Ranks | None = None,
     ) -> None:
         super().__init__()
+        self.ranks = ranks or Ranks()
+        self.summed_losses: list[Tensor] | None = None
+        self._shares: list[Tensor] = []
+        self._counted: list[Tensor] = []
         self.head = head
         self.model = model
         self.method = method
@@ -69,11 +76,28 @@ class TrainingModule(lightning.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Returns a micro-batch's share of the step's loss, times their number, by which Lightning divides it."""
         share = self.task.losses(self.model, batch).sum() / batch["step_weight"]
+        if self.ranks.size > 1:
+            counts = [batch["num_tokens"].double(), share.new_tensor(num_positions(batch), dtype=torch.float64)]
+            self._shares.append(torch.stack([share.detach().double(), *counts]))
+            return share * self.accumulate
         self._tokens = self._tokens.to(share.device) + batch["num_tokens"]
         self.positions_trained += num_positions(batch)
         self._step_loss = share.detach() + (self._step_loss if batch_idx % self.accumulate else 0.0)
         self.log("train/loss", self._step_loss, prog_bar=True)
         return share * self.accumulate
+
+    def step_stats(self) -> Tensor:
+        """Returns this rank's share of a step's losses, its tokens and its positions by micro-batch, (micro, 3)."""
+        stats, self._shares = torch.stack(self._shares), []
+        return stats
+
+    def note_totals(self, stats: Tensor) -> None:
+        """Takes `step_stats` summed over ranks."""
+        losses, tokens, positions = stats.unbind(1)
+        self._tokens = self._tokens.to(tokens.device) + tokens.sum().long()
+        self.positions_trained += int(positions.sum())
+        self.summed_losses = list(losses.unbind())
+        self.log("train/loss", losses.sum().float(), prog_bar=True)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Logs the learning rate of the step that is about to be made."""
@@ -97,23 +121,31 @@ class TrainingModule(lightning.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Adds a batch to the evaluation."""
-        self.evaluation.update(self.task.score(self.model, batch))
+        scores = self.task.score(self.model, batch)
+        self.evaluation.update(scores)
+        if self.ranks.size > 1:
+            self._counted.append(batch["step_weight"].isfinite().expand(len(scores.loss)))
 
     def on_validation_epoch_end(self) -> None:
-        """Logs each metric of the whole validation part."""
-        values = self.evaluation.compute()
+        """Logs each metric of the whole validation part, from the rows of all ranks."""
+        if self.ranks.size == 1:
+            values = self.evaluation.compute()
+        else:
+            counted, self._counted = torch.cat(self._counted), []
+            rows = self.ranks.gather(self.evaluation.rows.of_rows(counted).cpu())
+            values = self.task.compute(join_rows(rows))
         self.evaluation.reset()
         self.log_dict({f"validation/{name}": value for name, value in values.items()})
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keeps only what trains (never the base), and the state of the dropout stream."""
+        """Keeps only what trains (never the base), and the state of every rank's dropout stream."""
         trainable = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trainable}
         checkpoint["progress"] = {
             "tokens_trained": self.tokens_trained,
             "positions_trained": self.positions_trained,
             "train_s": self.train_s,
-            "dropout_stream": torch.get_rng_state(),
+            "dropout_streams": self.ranks.gather(torch.get_rng_state()),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -121,7 +153,9 @@ class TrainingModule(lightning.LightningModule):
         progress = checkpoint["progress"]
         self._tokens = torch.tensor(progress["tokens_trained"])
         self.positions_trained, self.train_s = progress["positions_trained"], progress["train_s"]
-        torch.set_rng_state(progress["dropout_stream"])
+        streams = progress.get("dropout_streams") or [progress["dropout_stream"]]
+        if self.ranks.rank < len(streams):  # it may have been written by fewer
+            torch.set_rng_state(streams[self.ranks.rank])
 
 
 def num_positions(batch: Batch) -> int:

@@ -20,7 +20,12 @@ from lorasweep.record import RunRecord, sha256_of
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-LATER_SETTINGS: dict[str, Any] = {"trainer.deterministic": False}
+LATER_SETTINGS: dict[str, Any] = {
+    "trainer.deterministic": False,
+    "trainer.strategy": "auto",
+    "trainer.devices": 1,
+    "trainer.num_nodes": 1,
+}
 """Settings that records of an earlier version lack, by dotted key, with the value that runs then had."""
 
 

@@ -8,10 +8,12 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import lightning
 import torch
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
@@ -20,6 +22,7 @@ from torch import nn
 
 from lorasweep.config.method import LoraConfig
 from lorasweep.config.run import RunConfig
+from lorasweep.data.batching import Share
 from lorasweep.data.module import DataModule
 from lorasweep.disk import why_unwritable
 from lorasweep.errors import ConfigError, OutOfMemory, WorkerError, WorkerLost, first_line
@@ -33,18 +36,24 @@ from lorasweep.training.checkpoint import Found, find_checkpoint
 from lorasweep.training.environment import (
     Precision,
     deterministic_algorithms,
+    device_of,
     reset_peak_memory,
     resolve_device,
 )
 from lorasweep.training.module import TrainingModule
+from lorasweep.training.ranks import Ranks, current_ranks, require_ranks
 from lorasweep.training.run_log import (
     RunLog,
     RunPlace,
+    UnwrittenLog,
     describe_failure,
     is_out_of_memory,
     new_record,
     reopen_record,
 )
+from lorasweep.training.saving import ShardedModel, WholeModel
+from lorasweep.training.shard import check_shardable, shard_model
+from lorasweep.training.strategy import RankStrategy, SumGradients
 from lorasweep.training.workbench import Workbench, describe_batching
 
 
@@ -77,6 +86,9 @@ def train_run(
         stop_requested: Asked after every step whether to stop with a checkpoint (status `interrupted`).
         resume: Goes on from the folder's checkpoint where there is one.
 
+    Of several ranks (`ranks.join_ranks`) each calls this with the same run. The first alone writes and asks
+    `should_stop`; all end alike, by the first error of any.
+
     A run that runs out of memory begins again with micro-batches of half the rows and twice as many of them per step,
     down to one row: the batch of a step, and what is learned, stay the same.
 
@@ -84,6 +96,8 @@ def train_run(
         Diverged: The loss became NaN or infinite. The record says `failed`.
         OutOfMemory: It does not fit at one row per micro-batch. The record says `infeasible`.
     """
+    ranks = current_ranks()
+    require_ranks(config.trainer)
     too_large: list[int] = []
     while True:
         try:
@@ -92,7 +106,9 @@ def train_run(
                     config, place, bench, should_stop, stop_requested, resume=resume, too_large=too_large
                 )
         except OutOfMemory:
-            used = read_run(place.folder)
+            with ranks.together():
+                used = ranks.broadcast(read_run(place.folder) if ranks.is_first else None)
+            assert used is not None
             rows, micro_batches = config.trainer.batch_size, int(used.batching.get("micro_batches", 1))
             if micro_batches >= rows or not used.steps_planned:
                 raise
@@ -112,66 +128,125 @@ def _train_session(
     too_large: Sequence[int],
 ) -> RunRecord:
     """Trains to the end, a stop or an error, and closes the record. `too_large`: micro-batches that did not fit."""
-    found = find_checkpoint(place.folder, kind="last") if resume else Found()
-    resume, start_step = found.path is not None, found.step
-    record = (
-        reopen_record(place.folder, notes=found.notes)
-        if resume
-        else new_record(config, place, bench, notes=found.notes)
-    )
-    log = RunLog(record, place.folder, start_step=start_step)
+    ranks = current_ranks()
+    with ranks.together():
+        opened = ranks.broadcast(_open_record(config, place, bench, resume=resume) if ranks.is_first else None)
+        assert opened is not None
+        record, checkpoint, start_step = opened
+        log: RunLog = UnwrittenLog(record, place.folder)
+        if ranks.is_first:
+            log = RunLog(record, place.folder, start_step=start_step)
     reset_peak_memory()
+    session = _Session(config, place.folder, bench, log, ranks)
     try:
-        too_large = too_large or record.batching.get("too_large", [])
-        accumulate = (
-            min(2 * too_large[-1], config.trainer.batch_size)
-            if too_large
-            else resolve_accumulate(config.trainer, bench.parts.train, begun=record)
-        )
-        record.batching = describe_batching(bench, config.trainer, accumulate=accumulate, padding_fraction=0.0)
-        if too_large:
-            record.batching["too_large"] = list(too_large)
+        with ranks.together(), _out_of_memory_as_such():
+            status = session.train(
+                should_stop, stop_requested, start_step=start_step, checkpoint=checkpoint, too_large=too_large
+            )
+    except WorkerLost:  # the folder is another worker's now
+        raise
+    except BaseException as error:
+        log.close(status_after(error, place.folder) if ranks.is_first else "failed", describe_failure(error))
+        raise
+    log.close(status, record.reason)
+    return record
+
+
+def _open_record(
+    config: RunConfig, place: RunPlace, bench: Workbench, *, resume: bool
+) -> tuple[RunRecord, Path | None, int]:
+    """Returns a run's record, and the checkpoint and the step from which it goes on."""
+    found = find_checkpoint(place.folder, kind="last") if resume else Found()
+    if found.path is not None:
+        return reopen_record(place.folder, notes=found.notes), found.path, found.step
+    return new_record(config, place, bench, notes=found.notes), None, 0
+
+
+@contextmanager
+def _out_of_memory_as_such() -> Iterator[None]:
+    """Raises what says that memory ran out, in one of its many ways, as `OutOfMemory`."""
+    try:
+        yield
+    except BaseException as error:
+        if is_out_of_memory(error):
+            raise OutOfMemory(first_line(error)) from error
+        raise
+
+
+@dataclass(frozen=True, eq=False)
+class _Session:
+    """One training from a start or a checkpoint to an end or an error, on each of its ranks."""
+
+    config: RunConfig
+    folder: Path
+    bench: Workbench
+    log: RunLog
+    ranks: Ranks
+
+    def train(
+        self,
+        should_stop: ShouldStop,
+        stop_requested: Callable[[], bool],
+        *,
+        start_step: int,
+        checkpoint: Path | None,
+        too_large: Sequence[int],
+    ) -> RunStatus:
+        """Trains, fills the record, and returns how it ended."""
+        config, bench, ranks, record = self.config, self.bench, self.ranks, self.log.record
+        accumulate = self._choose_accumulate(too_large or record.batching.get("too_large", []))
         model = prepare_model(config, bench.base)
         record.trainable_params = sum(p.numel() for p in model.parameters() if p.requires_grad)
         record.trainable_fraction = record.trainable_params / record.total_params
+        method = METHODS[config.method.name]
+        saver = WholeModel(model, method, bench.base)
+        ranks.connect()
+        if config.trainer.strategy == "fsdp":
+            whole = prepare_model(config, bench.base) if ranks.is_first else None
+            saver = ShardedModel(model, whole=whole, method=method, base=bench.base)
+            shard_model(model, config, device=device_of(config.trainer))
+        torch.manual_seed(ranks.seed_of(config.seeds.dropout))
         module = TrainingModule(
             model,
-            method=METHODS[config.method.name],
+            method=method,
             config=config,
             task=bench.parts.task,
             accumulate=accumulate,
             head=bench.base.head,
+            ranks=ranks,
         )
         averaging = [] if config.optim.ema_decay is None else [WeightAveraging(config.optim.ema_decay)]
+        every = config.trainer.eval_every_steps
         callbacks = [
+            *([SumGradients(ranks)] if ranks.size > 1 else []),
             *averaging,
-            Logging(
-                log,
-                save=lambda folder: module.method.save(model, folder, base=bench.base),
-                start_step=start_step,
-                telemetry=bench.telemetry,
-            ),
-            pruning := Pruning(should_stop, metric=record.metric, max_steps=record.steps_planned),
+            Logging(self.log, saver=saver, start_step=start_step, telemetry=bench.telemetry, ranks=ranks),
+            pruning := Pruning(should_stop, metric=record.metric, max_steps=record.steps_planned, ranks=ranks),
             EarlyStopping(record, config.trainer),
             *map(PutBack, averaging),
-            Stopping(stop_requested, place.folder, eval_every_steps=config.trainer.eval_every_steps),
+            Stopping(stop_requested, self.folder, eval_every_steps=every, ranks=ranks),
         ]
-        trainer = _build_trainer(module, place.folder, precision=bench.precision, callbacks=callbacks)
-        status = _fit(trainer, module, record, bench=bench, start_step=start_step, checkpoint=found.path)
-    except WorkerLost:  # the folder is another worker's now
-        raise
-    except BaseException as error:
-        failure = OutOfMemory(first_line(error)) if is_out_of_memory(error) else error
-        log.close(status_after(failure, place.folder), describe_failure(failure))
-        if failure is not error:
-            raise failure from error
-        raise
-    if pruning.pruned_at is not None:
-        status, record.reason = "pruned", f"pruned at step {pruning.pruned_at} of {record.steps_planned}"
-    record.tokens_trained, record.tokens_per_s = module.tokens_trained, module.tokens_per_s
-    record.batching["padding_fraction"]["train"] = round(module.padding_fraction, 4)
-    log.close(status, record.reason)
-    return record
+        ranks.barrier()
+        trainer = _build_trainer(module, self.folder, precision=bench.precision, callbacks=callbacks)
+        status = _fit(trainer, module, record, bench=bench, start_step=start_step, checkpoint=checkpoint)
+        if pruning.pruned_at is not None:
+            status, record.reason = "pruned", f"pruned at step {pruning.pruned_at} of {record.steps_planned}"
+        record.tokens_trained, record.tokens_per_s = module.tokens_trained, module.tokens_per_s
+        record.batching["padding_fraction"]["train"] = round(module.padding_fraction, 4)
+        return status
+
+    def _choose_accumulate(self, too_large: Sequence[int]) -> int:
+        """Returns the micro-batches per step, twice as many as the last that did not fit, and puts them on record."""
+        settings, record = self.config.trainer, self.log.record
+        accumulate = (
+            min(2 * too_large[-1], settings.batch_size)
+            if too_large
+            else resolve_accumulate(settings, self.bench.parts.train, begun=record)
+        )
+        record.batching = describe_batching(self.bench, settings, accumulate=accumulate, padding_fraction=0.0)
+        if too_large:
+            record.batching["too_large"] = list(too_large)
+        return accumulate
 
 
 def status_after(error: BaseException, folder: Path) -> RunStatus:
@@ -215,6 +290,8 @@ def check_run(config: RunConfig, base: BaseModel) -> None:
         ConfigError: They do not, or one has no effect.
     """
     METHODS[config.method.name].check(base.model, config.method, head=base.head)
+    if config.trainer.strategy == "fsdp":
+        check_shardable(base.model)
     trains_more = bool(base.head) and config.method.name != "frozen"
     if isinstance(config.method, LoraConfig):
         trains_more = trains_more or bool(config.method.modules_to_save)
@@ -257,6 +334,7 @@ def _fit(
         num_steps=settings.max_steps,
         seed=module.config.seeds.data_order,
         start_step=start_step,
+        share=Share(module.ranks.rank, module.ranks.size),
     )
     with quiet_lightning(), deterministic_algorithms(settings.deterministic):
         if not record.steps_planned:
@@ -266,7 +344,9 @@ def _fit(
             trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
             if record.last.get("step") != trainer.global_step:  # the last steps did not fill an interval
                 trainer.validate(module, datamodule=data, verbose=False)
-        except (RunStopped, SIGTERMException):  # Lightning's own, where SIGTERM comes during an evaluation
+        except (RunStopped, SIGTERMException) as stop:  # Lightning's own, where SIGTERM comes during an evaluation
+            if isinstance(stop, SIGTERMException) and module.ranks.size > 1:
+                raise  # the others do not know: it ends them all as an error, and each from its last checkpoint
             record.steps_done = trainer.global_step
             record.reason = f"stopped at step {trainer.global_step} of {record.steps_planned}"
             return "interrupted"
@@ -276,16 +356,20 @@ def _fit(
 def _build_trainer(
     module: TrainingModule, folder: Path, *, precision: Precision, callbacks: list[lightning.Callback]
 ) -> lightning.Trainer:
-    config, method = module.config, module.method
-    show = config.trainer.progress and config.method.name != "frozen" and sys.stderr.isatty()
+    config, method, ranks = module.config, module.method, module.ranks
+    # Lightning takes it from variables of srun, where processes may be no ranks
+    setattr(rank_zero_only, "rank", ranks.rank)  # noqa: B010
+    show = ranks.is_first and config.trainer.progress and config.method.name != "frozen" and sys.stderr.isatty()
     if show:
         callbacks = [*callbacks, TQDMProgressBar(refresh_rate=1)]
     with quiet_lightning():
         return lightning.Trainer(
             accelerator=resolve_device(config.trainer),
             devices=1,
+            strategy=RankStrategy(ranks, device_of(config.trainer)) if ranks.size > 1 else "auto",
+            plugins=[LightningEnvironment()],  # which launches nothing and handles no signal of Slurm's
             precision="bf16-mixed" if precision == "bf16" and method.needs_autocast else "32-true",
-            logger=_EventLogger(folder, name="", version="", default_hp_metric=False),
+            logger=_EventLogger(folder, name="", version="", default_hp_metric=False) if ranks.is_first else False,
             callbacks=callbacks,
             max_epochs=1,
             max_steps=config.trainer.max_steps,
@@ -314,6 +398,7 @@ def quiet_lightning() -> Iterator[None]:
             warnings.filterwarnings("ignore", message=".*does not have many workers.*")
             warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")  # ours starts at a step
             warnings.filterwarnings("ignore", message=".*this fit will run with no optimizer.*")  # a pack has its own
+            warnings.filterwarnings("ignore", message="It is recommended to use .*sync_dist=True")  # all have the same
             warnings.filterwarnings("ignore", message="The `srun` command is available")  # on a cluster's login node
             warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
             warnings.filterwarnings("ignore", message=".*`lr_scheduler.step\\(\\)` before `optimizer.step\\(\\)`.*")

@@ -118,10 +118,7 @@ class RunLog:
         if not math.isfinite(value):
             raise Diverged(f"the validation {self.record.metric} became {value!r} at step {step}. Lower `optim.lr`.")
         self._append([{"step": step, "validation": values}])
-        self.record.last = {"step": step, **values}
-        self.record.steps_done = step
-        if self.record.score is None or is_better(value, self.record.score, direction=self.record.direction):
-            self.record.best = dict(self.record.last)
+        if self._note_score(step, values):
             save(self.folder / "best")
         if self.record.steps_planned:
             save(self.folder / "last")
@@ -150,11 +147,44 @@ class RunLog:
         if status != "interrupted":  # nothing goes on from here
             remove_checkpoints(folder)
 
+    def _note_score(self, step: int, values: Values) -> bool:
+        """Puts an evaluation into the record, and returns whether it is the best."""
+        record = self.record
+        record.last, record.steps_done = {"step": step, **values}, step
+        if record.score is not None and not is_better(values[record.metric], record.score, direction=record.direction):
+            return False
+        record.best = dict(record.last)
+        return True
+
     def _append(self, rows: list[dict[str, Any]]) -> None:
         with (self.folder / STEPS_FILE).open("a") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
             file.flush()
             os.fsync(file.fileno())  # a checkpoint that counts on these rows comes next
+
+
+class UnwrittenLog(RunLog):
+    """What a rank beside the first keeps of its run: the record in memory, from which early stopping decides."""
+
+    def __init__(self, record: RunRecord, folder: Path) -> None:
+        self.record = record
+        self.folder = folder
+
+    def note_step(self, step: int, micro_losses: list[Tensor], lr: float) -> None:
+        """Leaves it to the first rank."""
+
+    def flush(self, tokens_per_s: float) -> list[dict[str, Any]]:
+        """Has nothing to write."""
+        return []
+
+    def note_evaluation(self, step: int, values: Values, *, save: Callable[[Path], None]) -> float:
+        """Puts an evaluation into the record."""
+        self._note_score(step, values)
+        return values[self.record.metric]
+
+    def close(self, status: RunStatus, reason: str | None, *, wall_s: float | None = None) -> None:
+        """Puts how the run ended into the record."""
+        self.record.status, self.record.reason, self.record.ended_at = status, reason, utc_now()
 
 
 def new_record(config: RunConfig, place: RunPlace, bench: Workbench, *, notes: Sequence[str] = ()) -> RunRecord:
