@@ -58,7 +58,7 @@ def test_a_sweep_on_slurm_is_left_taken_up_again_and_ends_with_its_report(slurm,
     slurm.run("scancel", "--signal=USR2", f"{array.job_id}_0")
     first.wait_for(lambda: slurm.jobs() == {f"{array.job_id}_0": "PENDING"})
     again = sweep("--resume", "outputs/mini")
-    again.wait_for(lambda: "Slurm job" in again.output)
+    again.wait_for(lambda: again.path.exists() and "Slurm job" in again.output)
     slurm.run("scontrol", "update", f"JobId={array.job_id}_0", "StartTime=now")
     assert again.wait() == DONE, again.output
     assert "report: outputs/mini/report/index.html" in again.output

@@ -27,4 +27,4 @@ module load cuda
 
 # command
 export SUBMITIT_EXECUTOR=slurm
-srun --unbuffered --output SWEEP/workers/slurm/%A_%a_%t_log.out --error SWEEP/workers/slurm/%A_%a_%t_log.err --cpus-per-task=6 PYTHON -u -m submitit.core._submit SWEEP/workers/slurm
+srun --unbuffered --output SWEEP/workers/slurm/%A_%a_%t_log.out --error SWEEP/workers/slurm/%A_%a_%t_log.err --cpus-per-task=6 sh -c 'trap "" USR2; exec "$@"' sh PYTHON -u -m submitit.core._submit SWEEP/workers/slurm

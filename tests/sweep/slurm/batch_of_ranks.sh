@@ -16,4 +16,4 @@
 
 # command
 export SUBMITIT_EXECUTOR=slurm
-srun --unbuffered --output SWEEP/workers/slurm/%j_%t_log.out --error SWEEP/workers/slurm/%j_%t_log.err --cpus-per-task=4 --kill-on-bad-exit=1 '--container-image=registry#lorasweep:1' --container-mounts=HERE:HERE,SWEEP:SWEEP --container-workdir=HERE python3 -u -m submitit.core._submit SWEEP/workers/slurm
+srun --unbuffered --output SWEEP/workers/slurm/%j_%t_log.out --error SWEEP/workers/slurm/%j_%t_log.err --cpus-per-task=4 --kill-on-bad-exit=1 '--container-image=registry#lorasweep:1' --container-mounts=HERE:HERE,SWEEP:SWEEP --container-workdir=HERE sh -c 'trap "" USR2; exec "$@"' sh python3 -u -m submitit.core._submit SWEEP/workers/slurm

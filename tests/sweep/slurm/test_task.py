@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import pickle
+import signal
 import time
 
 import pytest
@@ -43,7 +44,9 @@ def in_job(fake_slurm, monkeypatch, tmp_path):
         assert heard == [["worker", str(tmp_path)]]
         return [call for call in fake_slurm.calls if "requeue" in call]
 
-    return run
+    before = signal.getsignal(signal.SIGUSR2)
+    yield run
+    signal.signal(signal.SIGUSR2, before)
 
 
 @pytest.mark.parametrize("state", [RUNNING, OUT_OF_TIME])
@@ -60,6 +63,12 @@ def test_a_worker_that_ended_by_itself_is_not_put_in_line_again(in_job, code):
 @pytest.mark.parametrize("state", [CANCELLED, ""])
 def test_a_cancelled_worker_is_not_put_in_line_again(in_job, state):
     assert in_job(code=130, state=state) == []
+
+
+def test_a_signal_after_the_end_of_the_worker_does_not_end_the_process(in_job):
+    in_job(code=0)
+    os.kill(os.getpid(), signal.SIGUSR2)
+    assert signal.getsignal(signal.SIGUSR2) == signal.SIG_IGN
 
 
 def test_a_rank_that_is_not_the_first_leaves_the_job_alone(in_job, monkeypatch):

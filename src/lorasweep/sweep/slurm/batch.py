@@ -6,6 +6,8 @@ Below DIR/workers/slurm: the batch files, what each task calls, and its output (
 from __future__ import annotations
 
 import os
+import shlex
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +22,8 @@ from lorasweep.errors import WorkerError
 from lorasweep.sweep.slurm.task import FOLDER, SlurmTask
 
 CONTAINER_PYTHON = "python3"
+IGNORING_SIGNAL = """sh -c 'trap "" USR2; exec "$@"' sh"""
+"""Starts what follows so that the signal does not end it while it imports; the worker then takes the signal."""
 
 
 class Batch(submitit.SlurmExecutor):
@@ -36,7 +40,8 @@ class Batch(submitit.SlurmExecutor):
         """
         sweep = sweep.resolve()
         self.num = workers.num if num is None else num
-        super().__init__(sweep / FOLDER, python=CONTAINER_PYTHON if workers.container else None)
+        python = CONTAINER_PYTHON if workers.container else shlex.quote(sys.executable)
+        super().__init__(sweep / FOLDER, python=f"{IGNORING_SIGNAL} {python}")
         self.update_parameters(**_parameters(workers, sweep, name=name, num=self.num))
 
     @classmethod

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -40,6 +41,7 @@ class SlurmTask:
         """
         before = _steps_kept(self.sweep)
         code = self.command(["worker", str(self.sweep)])
+        signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # what comes now is too late and must not end the process
         if code == INTERRUPTED and is_first_rank():
             self._go_on_later(has_moved=_steps_kept(self.sweep) != before)
         if code:
