@@ -61,7 +61,7 @@ def submit(slurm, tmp_path, monkeypatch, workers):
     monkeypatch.delitem(sys.modules, "stand_in_worker")
 
     def run(num=1, **settings):
-        config = workers(num=num, cpus=1, **{"time_min": 1, "signal_s": 20, **settings})
+        config = workers(num=num, cpus=1, **{"time_min": 1, "signal_s": 5, **settings})
         array = submit_missing(config, tmp_path, name="mini", command=stand_in.work)
         jobs = [array] if num == 1 else [f"{array}_{index}" for index in range(num)]
         wait_until(lambda: output(tmp_path).count("begun") == num, lambda: f"{slurm.jobs()} {output(tmp_path)}")
