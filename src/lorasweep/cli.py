@@ -76,6 +76,11 @@ def build_parser() -> argparse.ArgumentParser:
     status_parser.add_argument("folder", type=Path, metavar="DIR", help="a sweep's folder")
     status_parser.add_argument("--follow", action="store_true", help="show it until the sweep ends, or Ctrl-C")
     status_parser.set_defaults(command=status)
+    dashboard_parser = commands.add_parser("dashboard", help="TensorBoard and optuna-dashboard on a sweep, here only")
+    dashboard_parser.add_argument("folder", type=Path, metavar="DIR", help="a sweep's folder")
+    dashboard_parser.add_argument("--port", type=int, metavar="N", help="TensorBoard's; default: any free one")
+    dashboard_parser.add_argument("--optuna-port", type=int, metavar="N", help="optuna-dashboard's")
+    dashboard_parser.set_defaults(command=dashboard)
     commands.add_parser("train", help="one run; a Hydra app: --help, --cfg job, -m", add_help=False)
     plan_parser = commands.add_parser("plan", help="what a sweep would train, and its time, memory and disk")
     plan_parser.add_argument("words", nargs="*", metavar="NAME|FILE key=value", help="default: quickstart")
@@ -170,6 +175,17 @@ def status(arguments: argparse.Namespace) -> int:
             follow(arguments.folder, console=console)
         now = read_status(arguments.folder)
     console.print(render_status(now))
+    return DONE
+
+
+def dashboard(arguments: argparse.Namespace) -> int:
+    """Serves TensorBoard and optuna-dashboard on a sweep to this machine alone, until a signal ends them."""
+    from lorasweep.dashboard import serve_pages
+
+    with StopSignal() as stop:
+        serve_pages(
+            arguments.folder, port=arguments.port, optuna_port=arguments.optuna_port, say=say, stop_requested=stop
+        )
     return DONE
 
 
