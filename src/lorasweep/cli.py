@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from lorasweep.config.run import RunConfig
     from lorasweep.record import RunRecord
     from lorasweep.sweep import Definition, SweepFolder
+    from lorasweep.training import Ranks
 
 DONE, FAILED, WRONG, INTERRUPTED = 0, 1, 2, 130
 
@@ -129,6 +130,8 @@ def sweep(arguments: argparse.Namespace) -> int:
         definition = _read_definition(arguments.words)
         if getattr(definition.driver.worker, "dry_run", False):
             return _show_batch(definition, benches)
+        if not _join_ranks(definition).is_first:
+            return _follow_runs(benches)
         folder = _start(definition, benches)
     console.print(f"sweep {folder.record.name} in {folder.path}", highlight=False, markup=False, soft_wrap=True)
     for note in folder.record.notes:
@@ -153,6 +156,9 @@ def worker(arguments: argparse.Namespace) -> int:
     benches, console = Benches(), PlainConsole()
     folder = join_sweep(arguments.folder, allow_different=arguments.allow_different)
     try:
+        if not _join_ranks(folder.definition).is_first:
+            folder.close()
+            return _follow_runs(benches)
         check_definition(folder.definition, benches)  # before a trial is taken that can't be run here
     except BaseException:
         folder.close()
@@ -400,6 +406,7 @@ def _serve(folder: SweepFolder, benches: Any, *, console: PlainConsole) -> bool:
     """Runs what is left of an open sweep in this process and closes it; returns whether the sweep is complete."""
     from lorasweep.sweep import LiveTable, Worker
     from lorasweep.sweep.slurm import job_time_left_s, own_job_id
+    from lorasweep.training import current_ranks, release_followers
 
     signal_s = getattr(folder.definition.driver.worker, "signal_s", 0)
     try:
@@ -415,6 +422,38 @@ def _serve(folder: SweepFolder, benches: Any, *, console: PlainConsole) -> bool:
             ).run()
     finally:
         folder.close()
+        release_followers()
+        current_ranks().leave()
+
+
+def _join_ranks(definition: Definition) -> Ranks:
+    """Meets the processes that train each trial together with this one, where `trainer.devices` says there are some.
+
+    Workers that Slurm is to start meet there, not here.
+    """
+    from lorasweep.launch import read_launch
+    from lorasweep.training import current_ranks, join_ranks, wants_ranks
+
+    settings = {(t.devices, t.num_nodes): t for t in (next(arm.corners()).trainer for arm in definition.arms)}
+    if len(settings) > 1:
+        (first, _), (second, _) = list(settings)[:2]
+        raise ConfigError(
+            "all arms must have one `trainer.devices` and `trainer.num_nodes`, because their trials are trained by the "
+            f"same processes, but got {first!r} and {second!r}."
+        )
+    trainer = next(iter(settings.values()))
+    submits = definition.driver.worker.name == "slurm" and read_launch().size == 1
+    return join_ranks(trainer) if wants_ranks(trainer) and not submits else current_ranks()
+
+
+def _follow_runs(benches: Any) -> int:
+    """Takes part in the runs of the first rank until it ends."""
+    from lorasweep.training import current_ranks, follow_runs
+
+    with StopSignal() as stop:
+        follow_runs(benches, stop_requested=stop)
+    current_ranks().leave()
+    return DONE
 
 
 def _run_workers(folder: SweepFolder, *, num: int, console: PlainConsole) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from lorasweep.training import (
     Job,
     check_run,
     choose_pack_size,
+    current_ranks,
+    lead_run,
     measure_pack_sizes,
     name_device,
     score_run,
@@ -242,13 +245,18 @@ class Worker:
                 return opened
         return self.trials.take(self._arms_in_time(arms))
 
+    def _train(self, config: RunConfig) -> Callable[..., RunRecord]:
+        """How a run is trained: with the ranks that follow this process, or by it alone."""
+        if current_ranks().size > 1:
+            return partial(lead_run, benches=self.benches)
+        return partial(train_run, bench=self.benches.of(config))
+
     def _run_trial(self, opened: OpenTrial) -> bool:
         """Trains one trial and tells the study; returns False if it was interrupted and stays running."""
         try:
-            record = train_run(
+            record = self._train(opened.config)(
                 opened.config,
                 opened.place,
-                bench=self.benches.of(opened.config),
                 should_stop=lambda slot, step, value: self.trials.report(opened, step, value),
                 stop_requested=self.stop_requested,
                 resume=True,
