@@ -71,7 +71,7 @@ class RunRecord:
     packages: dict[str, str] = field(default_factory=dict)
     platform: dict[str, Any] = field(default_factory=dict)
     """`python`, `os`, `processor`, `instructions`, `cores`, `threads`, `device`, `gpu`, `cuda`, `cudnn`, `precision`,
-    `matmul_precision`."""
+    `matmul_precision`; of a run of several processes also `processes` and `strategy`."""
     environment: dict[str, str] = field(default_factory=dict)
     """Environment variables that can change numbers (`training.environment.NUMERIC_VARIABLES`), no others."""
     data: dict[str, Any] = field(default_factory=dict)

@@ -34,6 +34,8 @@ from lorasweep.errors import ConfigError
         ("trainer.batch_size", 0, "`trainer.batch_size >= 1` must hold, but got 0."),
         ("trainer.accumulate", 0, "`trainer.accumulate >= 1` must hold, but got 0."),
         ("trainer.accumulate", 17, "`trainer.accumulate <= trainer.batch_size` must hold, but got 17 and 16."),
+        ("trainer.devices", 0, "`trainer.devices >= 1` must hold, but got 0."),
+        ("trainer.num_nodes", 0, "`trainer.num_nodes >= 1` must hold, but got 0."),
         ("trainer.eval_batch_size", 0, "`trainer.eval_batch_size >= 1` must hold, but got 0."),
         ("trainer.eval_every_steps", 0, "`trainer.eval_every_steps >= 1` must hold, but got 0."),
         ("seeds.init", -1, r"`0 <= seeds.init < 2\*\*32` must hold, but got -1."),
@@ -51,6 +53,22 @@ def test_a_setting_out_of_range_is_refused(key, value, message):
 def test_a_learning_rate_of_b_is_refused_where_there_is_no_b(method):
     with pytest.raises(ConfigError, match=f"with `method={method}`, where it has no effect."):
         compose_run({"method": method, "optim.lr_ratio_b": 16.0})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"method": "head"},
+            "`trainer.strategy` must be ddp with `method=head`, but got 'fsdp', which is for full and",
+        ),
+        ({"trainer.compile": True}, "`trainer.strategy` must be ddp with `trainer.compile`, but got 'fsdp'"),
+        ({"optim.ema_decay": 0.9}, "`trainer.strategy` must be ddp with `optim.ema_decay`, but got 'fsdp'"),
+    ],
+)
+def test_what_can_not_be_sharded_is_refused(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        compose_run({"trainer.strategy": "fsdp", "trainer.devices": 2, **settings})
 
 
 def test_one_seed_sets_every_seed_that_is_not_set_by_itself():

@@ -96,6 +96,7 @@ class Collector(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
+@pytest.mark.filterwarnings("ignore:The `srun` command is available")  # where Slurm is installed
 @pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")  # Lightning with a newer torch
 @pytest.mark.filterwarnings("ignore:.*does not have many workers")  # where there are more than 3 cores
 def test_trainer_takes_the_batches_as_they_come(tmp_path):

@@ -48,6 +48,7 @@ def test_arms_that_differ_in_what_a_slot_owns_share_a_pack(write_file, content):
         ("method.init", "pissa", "`method.init=pissa` can't be packed"),
         ("trainer.max_steps", 9, "not a multiple of `trainer.eval_every_steps`"),
         ("optim.eps", 0.0, "`optim.eps` is 0"),
+        ("trainer.devices", 2, "`trainer.devices` does not go with packs"),
     ],
 )
 def test_what_a_slot_cannot_own_runs_alone_and_says_why(write_file, content, key, value, reason):

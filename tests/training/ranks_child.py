@@ -117,6 +117,8 @@ def end():
         steps = iter(range(1, 9))
         attempt(f"stopped-{strategy}", config, stop_requested=lambda steps=steps: next(steps) == 3 and ranks.rank == 1)
         attempt(f"stopped-{strategy}", config, resume=True)
+        steps = iter(range(1, 9))
+        attempt(f"moved-{strategy}", config, stop_requested=lambda steps=steps: next(steps) == 3)
 
     true_losses = LanguageModelling._token_losses
 

@@ -16,10 +16,13 @@ from transformers import AutoModelForCausalLM
 
 import lorasweep
 from lorasweep.config.compose import compose_run
-from lorasweep.errors import ConfigError, RunError
+from lorasweep.errors import ConfigError, RanksLost, RunError
 from lorasweep.launch import Launch
 from lorasweep.record import read_run, read_steps
+from lorasweep.training import RunPlace, build_workbench, share_bench, train_run
 from lorasweep.training.ranks import Ranks, check_launch, require_ranks
+from lorasweep.training.reproduce import config_as_run
+from lorasweep.training.shard import check_shardable
 
 CHILD = Path(__file__).parent / "ranks_child.py"
 TIMEOUT_S = 240
@@ -140,6 +143,19 @@ def test_a_run_that_one_rank_was_asked_to_stop_goes_on_as_if_it_was_not(ended, s
     assert len(losses(stopped)) == 6
     assert read_run(stopped).status == "complete"
     assert len(list(stopped.glob("events.out.tfevents.*"))) == 2  # two sessions
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_one_process_goes_on_with_what_two_began(ended, strategy):
+    folder = ended / f"moved-{strategy}"
+    record = read_run(folder)
+    assert (record.status, record.steps_done) == ("interrupted", 3)
+    assert (record.platform["processes"], record.platform["strategy"]) == (2, strategy)
+    config = config_as_run(record)
+    record = train_run(config, RunPlace(folder=folder), bench=build_workbench(config), resume=True)
+    assert (record.status, len(losses(folder))) == ("complete", 6)
+    assert losses(folder) == pytest.approx(losses(ended / f"whole-{strategy}"), **ROUNDING)
 
 
 @pytest.mark.slow
@@ -275,6 +291,56 @@ def test_a_run_for_several_processes_is_refused_in_one_that_joined_none():
         ConfigError, match=r"must be the number of processes of this run, 1, but is 2. Launch with `torchrun"
     ):
         require_ranks(trainer(devices=2))
+
+
+def test_a_strategy_of_several_processes_is_refused_for_one():
+    with pytest.raises(ConfigError, match=r"`trainer.strategy` must be auto for one process, but got 'fsdp'"):
+        require_ranks(trainer(devices="auto", strategy="fsdp"))
+
+
+def test_a_quantised_base_is_not_sharded():
+    layer = torch.nn.Linear(2, 2)
+    layer.weight = torch.nn.Parameter(torch.zeros(2, 2, dtype=torch.uint8), requires_grad=False)
+    with pytest.raises(
+        ConfigError, match=r"must be ddp for a quantised base, but got 'fsdp', and weight is torch.uint8"
+    ):
+        check_shardable(layer)
+
+
+class Gone:
+    """A connection whose other side is gone."""
+
+    def wait(self):
+        raise RuntimeError("Connection closed by peer [somewhere]")
+
+
+def test_a_rank_that_is_gone_is_said_in_a_sentence():
+    with pytest.raises(RanksLost, match=r"must be there, but rank 0 waits for one that is gone \(Connection closed"):
+        Ranks()._wait(Gone)
+
+
+class Other(Ranks):
+    """Two ranks, of which the other has something else."""
+
+    def __init__(self):
+        super().__init__()
+        self.size = 2
+
+    def barrier(self):
+        pass
+
+    def gather(self, value):
+        return [value, {**value, "data.train": "0"}]
+
+
+def test_different_data_on_ranks_is_refused(bench, monkeypatch):
+    monkeypatch.setattr(Ranks, "_raise_first_error", raise_own)
+    with pytest.raises(ConfigError, match=r"`data.train` must be the same for every process of a run, but rank 0 has"):
+        share_bench(Other(), lambda: bench)
+
+
+def raise_own(ranks, own):
+    raise own
 
 
 def test_one_process_alone_meets_nobody():

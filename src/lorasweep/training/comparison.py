@@ -120,7 +120,7 @@ def explain(recorded: RunRecord, repeated: RunRecord) -> list[str]:
             "the",
             recorded.platform,
             repeated.platform,
-            keys=("processor", "instructions", "threads", "matmul_precision"),
+            keys=("processes", "strategy", "processor", "instructions", "threads", "matmul_precision"),
         ),
     ]
     if recorded.environment or recorded.version > 1:

@@ -277,11 +277,7 @@ def check_launch(config: TrainerConfig, launch: Launch) -> None:
             "`trainer.devices` must be the number of processes that were launched on each node, "
             f"{launch.size / launch.num_nodes:g}, but got {config.devices!r}. Set it so, or launch with {how}."
         )
-    if config.strategy != "auto" and launch.size == 1:
-        raise ConfigError(
-            f"`trainer.strategy` must be auto for one process, but got {config.strategy!r}. Launch several with "
-            f"{describe_launch(devices=2, num_nodes=1)}."
-        )
+    _require_strategy(config, launch.size)
     on_gpu = torch.cuda.is_available() and config.device != "cpu"
     there = torch.cuda.device_count() if on_gpu else os.cpu_count() or 1
     if launch.local_size > there and not (on_gpu and there == 1 and "SLURM_STEP_NUM_TASKS" in os.environ):
@@ -299,12 +295,21 @@ def require_ranks(config: TrainerConfig) -> None:
         ConfigError: It has not.
     """
     ranks = current_ranks()
+    _require_strategy(config, ranks.size)
     asked = ranks.size if config.devices == "auto" else config.devices * config.num_nodes
     if asked != ranks.size:
         raise ConfigError(
             f"`trainer.devices` times `trainer.num_nodes` must be the number of processes of this run, {ranks.size}, "
             f"but is {asked}. Launch with "
             f"{describe_launch(devices=_devices(config, Launch()), num_nodes=config.num_nodes)}."
+        )
+
+
+def _require_strategy(config: TrainerConfig, size: int) -> None:
+    if config.strategy != "auto" and size == 1 and config.devices in (1, "auto") and config.num_nodes == 1:
+        raise ConfigError(
+            f"`trainer.strategy` must be auto for one process, but got {config.strategy!r}. Launch several with "
+            f"{describe_launch(devices=2, num_nodes=1)}."
         )
 
 

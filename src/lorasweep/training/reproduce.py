@@ -23,9 +23,10 @@ from lorasweep.training.run_log import RunPlace
 from lorasweep.training.workbench import Workbench, build_workbench
 
 PACK_TOLERANCE = {"fp32": 1e-4, "bf16": 3e-2}
-"""Of a run that was trained in a pack and is repeated alone, whose sums are then rounded otherwise. A difference of
-rounding grows with the steps, the faster the higher the learning rate is: over 60 steps of the embedded model the
-largest was 2e-7 in fp32 and 2e-3 in bf16, at a rate that is too high (3e-2) 1e-5 and 2e-2."""
+"""Of a run that was trained in a pack, or by several processes, and is repeated alone, whose sums are then rounded
+otherwise. A difference of rounding grows with the steps, the faster the higher the learning rate is: over 60 steps of
+the embedded model the largest of packs was 2e-7 in fp32 and 2e-3 in bf16, at a rate that is too high (3e-2) 1e-5 and
+2e-2."""
 
 Verdict = Literal["identical", "within tolerance", "different", "interrupted"]
 
@@ -99,7 +100,7 @@ def reproduce_run(
         run: Its folder.
         output: A new folder for the repetition.
         tolerance: Largest relative difference that still counts as the same. When None 0, or for a run that was
-            trained in a pack `PACK_TOLERANCE`.
+            trained in a pack or by several processes `PACK_TOLERANCE`.
         steps: Ends after so many steps; the schedule stays that of all. When None, as many as the run has.
         trust: Whether code and pickles that the record names may be run.
         stop_requested: Asked after every step whether to stop.
@@ -116,7 +117,8 @@ def reproduce_run(
     limit = _last_step(record, run, steps=steps)
     recorded = read_values(run, up_to=limit)
     if tolerance is None:
-        tolerance = 0.0 if record.pack is None else PACK_TOLERANCE.get(record.platform.get("precision", ""), 0.0)
+        alone = record.pack is None and "processes" not in record.platform
+        tolerance = 0.0 if alone else PACK_TOLERANCE.get(record.platform.get("precision", ""), 0.0)
     stop = _StepLimit(limit, stop_requested)
     with _threads(record.platform.get("threads")):
         bench = _build_bench(config, record)
@@ -141,7 +143,7 @@ def reproduce_run(
 
 
 def config_as_run(record: RunRecord) -> RunConfig:
-    """Returns a run's settings with what was `auto` as it turned out: precision, device, micro-batches.
+    """Returns a run's settings for one process, with what was `auto` as it turned out: precision, device, batches.
 
     Raises:
         RecordError: They are damaged, or of another version.
@@ -159,6 +161,9 @@ def config_as_run(record: RunRecord) -> RunConfig:
         precision=precision if precision in DTYPES else config.trainer.precision,
         device="auto" if on_gpu else "cpu",  # where there is no GPU, on the CPU: that is then the first suspect
         accumulate=micro_batches,
+        strategy="auto",
+        devices=1,
+        num_nodes=1,
         progress=False,
     )
     return replace(config, trainer=trainer)

@@ -45,6 +45,7 @@ from lorasweep.training.environment import (
     peak_memory_bytes,
     resolve_device,
 )
+from lorasweep.training.ranks import current_ranks
 from lorasweep.training.workbench import Workbench
 
 HOST_OUT_OF_MEMORY = ("can't allocate memory", "std::bad_alloc")
@@ -200,7 +201,7 @@ def new_record(config: RunConfig, place: RunPlace, bench: Workbench, *, notes: S
         command=describe_command(),
         code=describe_code(),
         packages=describe_packages(),
-        platform=describe_platform(bench.precision, resolve_device(config.trainer)),
+        platform=describe_platform(bench.precision, resolve_device(config.trainer)) | _describe_ranks(config.trainer),
         environment=describe_environment(),
         notes=[*bench.notes, *notes],
         data={name: part.describe() for name, part in parts.items()},
@@ -209,6 +210,12 @@ def new_record(config: RunConfig, place: RunPlace, bench: Workbench, *, notes: S
         steps_planned=0 if config.method.name == "frozen" else config.trainer.max_steps,
         total_params=bench.base.num_parameters,
     )
+
+
+def _describe_ranks(config: TrainerConfig) -> dict[str, Any]:
+    """What a record keeps of several processes that train one run; nothing of one."""
+    size = current_ranks().size
+    return {"processes": size, "strategy": "ddp" if config.strategy == "auto" else config.strategy} if size > 1 else {}
 
 
 def reopen_record(folder: Path, *, notes: Sequence[str] = ()) -> RunRecord:
