@@ -82,6 +82,25 @@ def test_scores_keep_the_digits_that_matter(value: float | None, text: str) -> N
     assert format_score(value) == text
 
 
+@pytest.mark.parametrize(
+    ("scores", "texts"),
+    [
+        ([1.7861, 1.3351, None], ["1.786", "1.335", "–"]),
+        ([1.7861, 1.37312, 1.37342], ["1.7861", "1.3731", "1.3734"]),
+        ([0.9123451, 0.9123462], ["0.912345", "0.912346"]),
+        ([1.3731201, 1.3731202, 1.5], ["1.373", "1.373", "1.500"]),
+        ([123.4561, 123.4569, 1.0], ["123.456", "123.457", "1.000"]),
+        ([1234.56, 1234.61], ["1234.56", "1234.61"]),
+        ([0.0, 0.00012341, 0.00012342], ["0.0000", "0.00012341", "0.00012342"]),
+        ([float("inf"), float("nan"), -1.0], ["inf", "nan", "-1.000"]),
+    ],
+)
+def test_scores_that_differ_read_differently_with_at_most_six_digits(
+    scores: list[float | None], texts: list[str]
+) -> None:
+    assert [format_score(score, beside=scores) for score in scores] == texts
+
+
 def test_settings_are_named_by_the_last_part_of_their_key() -> None:
     assert format_settings({"method.rank": 16, "optim.lr": 0.0123456}) == "rank 16, lr 0.0123"
     assert format_settings({}) == "nothing swept"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 UNKNOWN = "–"
@@ -16,6 +16,8 @@ UNSEEN = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
 """Unicode's categories of what orders a terminal about, turns the direction of text or ends a line, unseen."""
 JOINERS = "\u200c\u200d"
 """Which Persian and emoji are written with, and which change nothing else."""
+MOST_DIGITS = 6
+"""Of a score; closer ones are the same to a reader."""
 LONGEST_SHOWN = 4000
 """Characters of one text on a terminal."""
 
@@ -87,11 +89,27 @@ def format_seconds(value: float | None) -> str:
     return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def format_score(value: float | None) -> str:
-    """Returns a score with three decimals, or four digits where it is very small or large."""
+def format_score(value: float | None, *, beside: Iterable[float | None] = ()) -> str:
+    """Returns a score with three decimals, or four digits where it is very small or large.
+
+    Args:
+        value: The score.
+        beside: Scores that are shown with it. All have as many more digits as it takes that none reads like another
+            from which it differs within `MOST_DIGITS`.
+    """
     if value is None:
         return UNKNOWN
-    return f"{value:.3f}" if value == 0 or 0.1 <= abs(value) < 1000 else f"{value:.4g}"
+    others = {other for other in beside if other is not None}
+    apart = len({f"{other:.{MOST_DIGITS}g}" for other in others})
+    enough = (more for more in range(MOST_DIGITS) if len({_score_text(other, more) for other in others}) >= apart)
+    return _score_text(value, next(enough, MOST_DIGITS))
+
+
+def _score_text(value: float, more: int) -> str:
+    if value == 0 or 0.1 <= abs(value) < 1000:
+        whole = math.floor(math.log10(abs(value))) + 1 if value else 0
+        return f"{value:.{min(3 + more, MOST_DIGITS - whole)}f}"
+    return f"{value:.{min(4 + more, MOST_DIGITS)}g}"
 
 
 def format_estimate(value: float | None, interval: tuple[float, float] | None) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console, RenderableType
 
@@ -22,6 +23,17 @@ def test_one_sweep_shows_each_arm_and_every_sentence(sweep: Path) -> None:
     text = shown(render_terminal(sweep))
     for part in ("frozen", "lora", "full", "1.28 M", "11 complete, 6 pruned, 1 failed", "one seed", "saved 600"):
         assert part in text
+
+
+def test_scores_that_are_near_read_differently_in_the_table_and_the_sentences(sweep: Path) -> None:
+    def bring_near(raw: dict[str, Any]) -> None:
+        for trial in raw["trials"]:
+            if trial["state"] == "complete" and trial["arm"] != "frozen":
+                trial["value"] = 1.37342 if trial["arm"] == "full" else 1.37312
+
+    edit_json(sweep / "sweep.json", bring_near)
+    text = shown(render_terminal(sweep))
+    assert text.count("1.3734") == text.count("1.3731") == 2
 
 
 def test_markup_in_names_is_shown_not_obeyed(sweep: Path) -> None:

@@ -136,11 +136,12 @@ def _confirmed_events(index: int, group: list[Arm], data: SweepData) -> list[tup
 def _markdown(summary: Summary) -> str:
     """Returns the report's sentences and a table of arms as TensorBoard's text dashboard renders them."""
     header = ["arm", "test", "search", "of full's gain", "trained"]
+    scores = [arm.best.score for arm in summary.arms]
     rows = [
         [
             arm.name,
             format_estimate(arm.confirmed.mean, arm.confirmed.interval) if arm.confirmed else UNKNOWN,
-            format_score(arm.best.score),
+            format_score(arm.best.score, beside=scores),
             format_share(arm.share_of_full_gain),
             format_count(arm.trainable_params),
         ]

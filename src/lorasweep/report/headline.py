@@ -65,19 +65,23 @@ def _ends(data: SweepData) -> str:
     if base is None and full is None:
         return "There is no score of the frozen base or of full fine-tuning, so no share of a gain is given."
     if full is None:
-        return f"The frozen base scores {format_score(base)}; without full fine-tuning no share of its gain is given."
+        return f"The frozen base scores {_score(base, data)}; without full fine-tuning no share of its gain is given."
     if base is None:
-        return f"Full fine-tuning scores {format_score(full)}; without the frozen base no share of its gain is given."
+        return f"Full fine-tuning scores {_score(full, data)}; without the frozen base no share of its gain is given."
     best = data.best_arm("full")
     settings = f" with {format_settings(best.best.params)}" if best and best.best else ""
-    ends = f"The frozen base scores {format_score(base)} and full fine-tuning {format_score(full)}{settings}"
+    ends = f"The frozen base scores {_score(base, data)} and full fine-tuning {_score(full, data)}{settings}"
     return f"{ends}." if data.share_of_full_gain(full) else f"{ends}: it gained nothing, so no share is given."
+
+
+def _score(value: float | None, data: SweepData) -> str:
+    return format_score(value, beside=[arm.best.value for arm in data.arms if arm.best])
 
 
 def _arm_sentence(arm: Arm, data: SweepData) -> str:
     if arm.best is None:
         return f"`{arm.name}` has no complete trial."
-    reached = f"`{arm.name}` reaches {format_score(arm.best.value)} with {format_settings(arm.best.params)}"
+    reached = f"`{arm.name}` reaches {_score(arm.best.value, data)} with {format_settings(arm.best.params)}"
     share = data.share_of_full_gain(arm.best.value)
     gain = f", {format_share(share)} of what full fine-tuning gains" if share is not None else ""
     return f"{reached}{gain}{_cost(arm.best)}.{_lr_ratio(arm.best, data)}"

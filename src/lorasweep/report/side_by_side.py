@@ -41,7 +41,8 @@ def describe_cell(summary: Summary, name: str) -> Cell | None:
         return Cell(score="no complete trial", about="", is_confirmed=False)
     found, gain = arm.confirmed, format_gain(arm)
     share = f"{gain} of full's gain; " if arm.share_of_full_gain is not None or (found and found.share_interval) else ""
-    score = format_estimate(found.mean, found.interval) if found else format_score(arm.best.score)
+    alone = format_score(arm.best.score, beside=[other.best.score for other in summary.arms])
+    score = format_estimate(found.mean, found.interval) if found else alone
     return Cell(score=score, about=f"{share}{format_settings(arm.best.params)}", is_confirmed=found is not None)
 
 

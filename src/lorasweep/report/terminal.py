@@ -88,6 +88,7 @@ def render_side_by_side(labelled: list[tuple[str, Summary]], *, notes: Sequence[
 def _rows(summary: Summary) -> dict[str, list[str]]:
     """Returns the table by rows: a name, and a cell for each arm."""
     arms = summary.arms
+    scores = [arm.best.score for arm in arms]
     confirmed = {
         "test score": [
             format_estimate(a.confirmed.mean, a.confirmed.interval) if a.confirmed else UNKNOWN for a in arms
@@ -99,7 +100,7 @@ def _rows(summary: Summary) -> dict[str, list[str]]:
             format_settings(arm.best.params) if arm.best.params is not None else "no complete trial" for arm in arms
         ],
         **(confirmed if summary.evidence.arms else {}),
-        "score": [format_score(arm.best.score) for arm in arms],
+        "score": [format_score(score, beside=scores) for score in scores],
         "of full's gain": [format_gain(arm) for arm in arms],
         "trained": [format_count(arm.trainable_params) for arm in arms],
         "of base": [format_share(arm.trainable_fraction) for arm in arms],
