@@ -84,7 +84,7 @@ def test_workers_whose_time_is_over_are_put_in_line_again_and_go_on(slurm, submi
     for job in jobs:  # not after Slurm's two minutes
         slurm.run("scontrol", "update", f"JobId={job}", "StartTime=now")
     wait_until(lambda: not slurm.jobs(), lambda: f"{slurm.jobs()}")
-    assert output(tmp_path).count("begun") == 4
+    assert output(tmp_path).count("begun") >= 4  # a slow start may take a worker's time, which then begins once more
     lefts = [float(line.split()[-1]) for line in output(tmp_path).splitlines() if line.startswith("begun")]
     assert all(0 < left <= 60 for left in lefts)
     for job in jobs:
