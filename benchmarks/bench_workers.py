@@ -33,7 +33,9 @@ import yaml
 import lorasweep.sweep.driver
 from lorasweep.record import RunRecord, read_sweep
 from lorasweep.sweep import Worker, create_sweep, join_sweep, read_definition
+from lorasweep.sweep.database import URL_VARIABLE
 from lorasweep.sweep.trials import Trials
+from lorasweep.training import Benches
 
 sys.path.append(str(Path(__file__).parent.parent))
 from tests.servers.mariadb import MariaDB
@@ -65,10 +67,10 @@ class Silent:
         return lambda *_, **__: None
 
 
-class NoBenches:
+class NoBenches(Benches):
     """No base model and no data: nothing is trained."""
 
-    def of(self, config: Any) -> None:
+    def of(self, config: Any) -> Any:
         """Nothing."""
 
 
@@ -85,7 +87,7 @@ def main() -> None:
         f"{asked.storage}, {asked.sampler}, {asked.trials} trials of {len(STEPS)} evaluations, {os.cpu_count()} cores"
     )
     print(
-        f"{'workers':>7} {'trials/s':>9} {'take ms':>16} {'tell ms':>16} {'wrong':>6} {'connected':>10} {'own MiB':>8}"
+        f"{'workers':>7} {'trials/s':>9} {'take ms':>16} {'tell ms':>16} {'wrong':>6} {'connected':>10} {'own_MiB':>8}"
     )
     for num_workers in asked.workers:
         print(measure(num_workers, asked), flush=True)
@@ -99,12 +101,12 @@ def measure(num_workers: int, asked: argparse.Namespace) -> str:
     """
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        url, count = None, lambda: 0
+        count: Callable[[], int] = int
         if asked.storage != "journal":
             server = stack.enter_context(serve_database(asked.storage, asked.max_connections))
-            url = server.create_database()
+            os.environ[URL_VARIABLE] = server.create_database()
             count = server.count_connections if isinstance(server, Postgres) else count
-        path = make_sweep(folder, asked, url)
+        path = make_sweep(folder, asked)
         began = time.perf_counter()
         served, connections = run_workers(num_workers, path, asked.train_s, count)
         seconds = time.perf_counter() - began
@@ -164,7 +166,7 @@ def serve(path: Path, train_s: float, results: Any) -> None:
             sys.stdout = sys.stderr = nothing
             worker = Worker(
                 folder,
-                NoBenches(),  # type: ignore[arg-type]
+                NoBenches(),
                 observer=Silent(),
                 stop_requested=lambda: False,
                 run_ended=lambda record, folder, params: None,
@@ -196,11 +198,11 @@ def count_wrong(path: Path, served: list[Served], asked: int) -> int:
     return sum(told[number] != 1 or complete[number] != 1 for number in numbers) + (record.status != "complete")
 
 
-def make_sweep(folder: Path, asked: argparse.Namespace, url: str | None) -> Path:
+def make_sweep(folder: Path, asked: argparse.Namespace) -> Path:
     """Begins a sweep of one arm."""
     arm = {"settings": {"method": "lora"}, "space": SPACE, "trials": asked.trials}
     settings = {"sampler": asked.sampler, "pruner": "none", "confirm.seeds": 0, "worker.pack_size": 1}
-    settings |= {"storage": asked.storage} | ({} if url is None else {"storage.url": url})
+    settings["storage"] = asked.storage
     (folder / "many.yaml").write_text(yaml.safe_dump({"name": "many", "settings": settings, "arms": {"lora": arm}}))
     definition = read_definition(folder / "many.yaml", [])
     configs = {arm.name: next(arm.corners()) for arm in definition.arms}
