@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -93,6 +94,11 @@ def results_of(folder: Path) -> dict[tuple[str, int], tuple]:
         assert [step for step, _ in losses] == list(range(1, kept.steps_planned + 1))
         found[row.arm, row.number] = (row.params, row.state, row.value, losses)
     return found
+
+
+def told_of(folder: Path) -> list[tuple]:
+    """What the study was told of each trial."""
+    return sorted((row.arm, row.number, row.state, row.value) for row in read_sweep(folder).trials)
 
 
 def report_of(folder: Path) -> list[tuple]:
@@ -242,3 +248,22 @@ def test_one_of_two_workers_on_a_journal_is_killed(tmp_path, begin, undisturbed)
     first.kill()
     assert second.wait() == 0, second.output
     check_same(folder, undisturbed)
+
+
+def test_a_worker_that_was_stopped_for_longer_than_its_lease_notices_that_it_is_lost(tmp_path, begin, undisturbed):
+    folder = begin_sweep(tmp_path, "worker.lease_s=3")
+    first, second = begin("worker", str(folder)), begin("worker", str(folder))
+
+    def runs_one() -> bool:
+        rows = [row for row in read_workers(folder) if row.pid == first.pid]
+        return bool(rows and rows[0].running and rows[0].done >= 2)
+
+    first.wait_for(runs_one)
+    first.send(signal.SIGSTOP)
+    assert second.wait() == 0, second.output
+    first.send(signal.SIGCONT)
+    assert first.wait() == 1, first.output
+    assert "others go on with its trials" in first.output or "was taken over by" in first.output
+    assert told_of(folder) == told_of(undisturbed)
+    states = {row.pid: row.status for row in read_workers(folder)}
+    assert states == {first.pid: "lost", second.pid: "ended"}

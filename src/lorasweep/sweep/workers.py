@@ -119,6 +119,7 @@ class Registration:
         self.lost = False
         """Whether others said so."""
         self._folder = folder
+        self._lease_s, self._written = lease_s, time.monotonic()
         self._beat_s = min(lease_s / BEATS_PER_LEASE, LONGEST_BEAT_S)
         self._measure, self._idle, self._stopped = measure, idle, stopped
         self._ended, self._news = threading.Event(), threading.Event()
@@ -162,6 +163,9 @@ class Registration:
         Raises:
             WorkerLost: Others took it for lost.
         """
+        if time.monotonic() - self._written > self._lease_s:  # this process was stopped
+            with suppress(OSError):
+                self._write()
         if self.lost:
             raise WorkerLost(
                 f"a worker must give a sign of life within `worker.lease_s`, but {self.id} did not, so others go on "
@@ -206,6 +210,7 @@ class Registration:
             with suppress(Exception):  # numbers to look at must not end the heartbeat
                 self.row.telemetry = self._measure()
             write_worker(self.row, self._folder)
+            self._written = time.monotonic()
 
 
 class Colleagues:
