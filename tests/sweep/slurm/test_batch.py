@@ -17,7 +17,7 @@ RECORDED_RANKS = Path(__file__).parent / "batch_of_ranks.sh"
 
 def portable(text, sweep):
     """A batch file with the same paths on every machine."""
-    return text.replace(str(sweep), "SWEEP").replace(str(Path.cwd()), "HERE").replace(sys.executable, "PYTHON")
+    return text.replace(str(sweep), "SWEEP").replace(sys.executable, "PYTHON").replace(str(Path.cwd()), "HERE")
 
 
 def test_the_batch_file_is_the_recorded_one(tmp_path, workers):
