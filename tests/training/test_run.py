@@ -17,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import lorasweep.training.run as run_file
 from lorasweep.data.tasks import LanguageModelling
-from lorasweep.errors import ConfigError, Diverged, OutOfMemory
+from lorasweep.errors import ConfigError, Diverged, OutOfMemory, WorkerLost
 from lorasweep.methods import METHODS
 from lorasweep.models.load import fingerprint_weights
 from lorasweep.record import read_run, read_steps, sha256_of
@@ -497,6 +497,29 @@ def test_a_run_whose_checkpoint_is_damaged_goes_on_from_the_one_before_or_begins
     assert {name: kept["sha256"] for name, kept in record.files.items()} == {
         name: kept["sha256"] for name, kept in read_run(tmp_path / "whole").files.items()
     }
+
+
+def test_an_error_in_a_run_that_became_anothers_is_not_written_into_it(tmp_path, make_config, bench):
+    def fail(slot, step, value):
+        lost.append(step)
+        raise FileNotFoundError("the other one moved it")
+
+    def stop_requested():
+        if lost:
+            raise WorkerLost("others go on with its trials")
+        return False
+
+    lost: list[int] = []
+    with pytest.raises(WorkerLost, match="others go on with its trials"):
+        train_run(
+            make_config(),
+            RunPlace(folder=tmp_path / "run"),
+            bench=bench,
+            should_stop=fail,
+            stop_requested=stop_requested,
+        )
+    assert lost == [2]
+    assert read_run(tmp_path / "run").status == "running"
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")])

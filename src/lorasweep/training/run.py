@@ -146,6 +146,7 @@ def _train_session(
     except WorkerLost:  # the folder is another worker's now
         raise
     except BaseException as error:
+        stop_requested()  # asks first whether the folder has become another worker's meanwhile
         log.close(status_after(error, place.folder) if ranks.is_first else "failed", describe_failure(error))
         raise
     log.close(status, record.reason)
