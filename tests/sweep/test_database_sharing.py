@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
 from types import SimpleNamespace
@@ -23,6 +24,8 @@ def no_variables(monkeypatch):
     for name in (PASSWORD_VARIABLE, URL_VARIABLE):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
+    yield
+    gc.collect()  # a connection that was left open is the fault of this test
 
 
 @pytest.fixture(params=["postgresql", "mysql"])

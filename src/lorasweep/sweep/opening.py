@@ -143,7 +143,8 @@ def reopen_sweep(path: Path, *, confirm: Mapping[str, Any] | None = None) -> Swe
     seeds = draw_seeds(definition)
     lock = _lock(path, "alone", needed=not isinstance(definition.driver.storage, DatabaseStorage))
     try:
-        remove_leftovers(path)
+        for folder in (path, path / WORKERS_FOLDER):
+            remove_leftovers(folder)
         opened = _open(path, record, definition, lock=lock)
         adopt_software(opened)
         _share(lock)
@@ -174,12 +175,16 @@ def join_sweep(path: Path, *, allow_different: bool = False) -> SweepFolder:
     lock = _lock(path, "shared", needed=not in_database)
     try:
         opened = _open(path, record, definition, lock=lock)
+    except BaseException:
+        os.close(lock)
+        raise
+    try:
         if not allow_different:
             check_software(opened)
         if not in_database:
             _check_one_machine(opened)
     except BaseException:
-        os.close(lock)
+        opened.close()
         raise
     return opened
 
@@ -248,13 +253,22 @@ def _check_storage(definition: Definition, path: Path, *, prefix: str) -> Studie
     in_database = isinstance(definition.driver.storage, DatabaseStorage)
     if not in_database and not (path / JOURNAL_FILE).is_file():
         raise RecordError(f"a sweep's folder must contain {JOURNAL_FILE}, but {str(path)!r} does not.")
+    storage: Studies | None = None
     try:
         storage = open_studies(definition.driver.storage, path, prefix=prefix)
-        known = known_studies(storage)
-    except ConfigError:
+        _check_known(known_studies(storage), definition, path, prefix=prefix)
+    except BaseException as error:
+        if storage is not None:
+            storage.rest()
+        damaged = (ValueError, LookupError, TypeError, AttributeError, AssertionError, RecursionError)
+        if isinstance(error, damaged) and not isinstance(error, ConfigError):
+            raise RecordError(f"{str(path / JOURNAL_FILE)!r} must be Optuna's journal, but is damaged.") from error
         raise
-    except (ValueError, LookupError, TypeError, AttributeError, AssertionError, RecursionError) as error:
-        raise RecordError(f"{str(path / JOURNAL_FILE)!r} must be Optuna's journal, but is damaged.") from error
+    return storage
+
+
+def _check_known(known: Mapping[str, Mapping[str, object]], definition: Definition, path: Path, *, prefix: str) -> None:
+    in_database = isinstance(definition.driver.storage, DatabaseStorage)
     if in_database and not any(arm.name in known for arm in definition.arms):
         raise ConfigError(
             f"`storage.url` must be the database of the sweep in {str(path)!r}, but it has no study whose name begins "
@@ -265,7 +279,6 @@ def _check_storage(definition: Definition, path: Path, *, prefix: str) -> Studie
             f"`definition` in {str(path / SWEEP_FILE)!r} must be as it was when the sweep began, but has changed. "
             f"Restore it, or start a new sweep."
         )
-    return storage
 
 
 def _open_arms(definition: Definition, storage: Studies, record: SweepRecord) -> dict[str, optuna.Study]:

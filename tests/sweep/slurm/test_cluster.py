@@ -83,8 +83,10 @@ def test_workers_whose_time_is_over_are_put_in_line_again_and_go_on(slurm, submi
     (tmp_path / "enough").touch()
     for job in jobs:  # not after Slurm's two minutes
         slurm.run("scontrol", "update", f"JobId={job}", "StartTime=now")
-    wait_until(lambda: not slurm.jobs(), lambda: f"{slurm.jobs()}")
-    assert output(tmp_path).count("begun") >= 4  # a slow start may take a worker's time, which then begins once more
+    # a slow start may take a worker's time, which then begins once more
+    wait_until(
+        lambda: output(tmp_path).count("begun") >= 4 and not slurm.jobs(), lambda: f"{slurm.jobs()} {output(tmp_path)}"
+    )
     lefts = [float(line.split()[-1]) for line in output(tmp_path).splitlines() if line.startswith("begun")]
     assert all(0 < left <= 60 for left in lefts)
     for job in jobs:
