@@ -119,12 +119,15 @@ def build_parser() -> argparse.ArgumentParser:
 
 def sweep(arguments: argparse.Namespace) -> int:
     """Starts a sweep, or goes on with one, and ends with its report."""
-    from lorasweep.sweep import count_workers
+    from lorasweep.sweep import count_workers, saved_definition
     from lorasweep.training import Benches
 
     benches = Benches()
     console = PlainConsole()
     if arguments.resume:
+        _refuse_other_settings(arguments.words)
+        if not _join_ranks(saved_definition(arguments.resume)).is_first:
+            return _follow_runs(benches)
         folder = _resume(arguments, benches)
     else:
         definition = _read_definition(arguments.words)
@@ -431,7 +434,6 @@ def _join_ranks(definition: Definition) -> Ranks:
 
     Workers that Slurm is to start meet there, not here.
     """
-    from lorasweep.launch import read_launch
     from lorasweep.training import current_ranks, join_ranks, wants_ranks
 
     settings = {(t.devices, t.num_nodes): t for t in (next(arm.corners()).trainer for arm in definition.arms)}
@@ -562,16 +564,20 @@ def _read_definition(words: Sequence[str]) -> Definition:
     return read_definition(find_sweep_file(name), overrides)
 
 
+def _refuse_other_settings(words: Sequence[str]) -> None:
+    """Makes sure that a sweep that is taken up is given nothing but settings of its confirm stage."""
+    if foreign := [word for word in words if not word.startswith("confirm.")]:
+        raise ConfigError(
+            f"`--resume DIR` must stand alone or with `confirm.seeds=N`, but got {' '.join(foreign)!r} too: "
+            "a search goes on as it began."
+        )
+
+
 def _resume(arguments: argparse.Namespace, benches: Any) -> SweepFolder:
     from lorasweep.config.compose import parse_overrides
     from lorasweep.sweep import check_definition, join_sweep, reopen_sweep
     from lorasweep.sweep.slurm import has_running_workers
 
-    if foreign := [word for word in arguments.words if not word.startswith("confirm.")]:
-        raise ConfigError(
-            f"`--resume DIR` must stand alone or with `confirm.seeds=N`, but got {' '.join(foreign)!r} too: "
-            "a search goes on as it began."
-        )
     if not arguments.words and has_running_workers(arguments.resume):
         return join_sweep(arguments.resume)
     folder = reopen_sweep(arguments.resume, confirm=parse_overrides(arguments.words))
@@ -676,7 +682,12 @@ def _threads_leave_files_to_us() -> Iterator[None]:
 
 
 def _say_error(error: LoraSweepError | OSError) -> int:
-    """Prints an error as one sentence and returns its exit code."""
+    """Prints an error as one sentence and returns its exit code.
+
+    Of several processes that train together the first says what all of them end with.
+    """
+    if read_launch().rank > 0:
+        return FAILED
     if isinstance(error, LoraSweepError):
         say_error(redact(str(error)))
         return WRONG if isinstance(error, ConfigError | RecordError) else FAILED
@@ -686,13 +697,8 @@ def _say_error(error: LoraSweepError | OSError) -> int:
 
 
 def _guarded(action: Callable[[], int]) -> int:
-    """Runs an action inside Hydra, which would print an error as a traceback of its own.
-
-    Of several processes that train together the first says what all of them end with.
-    """
+    """Runs an action inside Hydra, which would print an error as a traceback of its own."""
     try:
         return action()
     except (LoraSweepError, OSError) as error:
-        if read_launch().rank > 0:
-            return FAILED
         return _say_error(error)

@@ -7,10 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from lorasweep.config.limits import require_at_least
+from lorasweep.config.limits import check_worker, require_at_least
 from lorasweep.errors import ConfigError
 
-SHORTEST_LEASE_S = 2
 OWNED_OPTIONS: Mapping[str, str | None] = {
     "partition": "worker.partition",
     "account": "worker.account",
@@ -82,9 +81,7 @@ class SlurmWorkers:
         for key in ("num", "time_min", "nodes", "tasks_per_node", "cpus", "signal_s"):
             require_at_least(f"worker.{key}", getattr(self, key), 1)
         require_at_least("worker.gpus", self.gpus, 0)
-        require_at_least("worker.lease_s", self.lease_s, SHORTEST_LEASE_S)
-        if self.pack_size != "auto":
-            require_at_least("worker.pack_size", self.pack_size, 1)
+        check_worker(pack_size=self.pack_size, lease_s=self.lease_s)
         if self.mem_gb is not None and not self.mem_gb > 0:
             raise ConfigError(f"`worker.mem_gb > 0` must hold, but got {self.mem_gb!r}. Leave it out for the default.")
         if self.signal_s >= 60 * self.time_min:

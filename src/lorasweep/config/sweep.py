@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from lorasweep.config.limits import require_at_least, require_at_most
-from lorasweep.config.slurm import SHORTEST_LEASE_S, SlurmWorkers
+from lorasweep.config.limits import check_worker, require_at_least, require_at_most
+from lorasweep.config.slurm import SlurmWorkers
 from lorasweep.errors import ConfigError
 
 MOST_SEEDS = 1000
@@ -117,21 +117,10 @@ class LocalWorkers:
     def __post_init__(self) -> None:
         if self.num != "auto":
             require_at_least("worker.num", self.num, 1)
-        check_worker(self)
+        check_worker(pack_size=self.pack_size, lease_s=self.lease_s)
 
 
 WorkerConfig = LocalWorkers | SlurmWorkers
-
-
-def check_worker(config: WorkerConfig) -> None:
-    """Checks what every kind of worker has.
-
-    Raises:
-        ConfigError: A pack without a trial, or a lease that a worker can't renew in time.
-    """
-    if config.pack_size != "auto":
-        require_at_least("worker.pack_size", config.pack_size, 1)
-    require_at_least("worker.lease_s", config.lease_s, SHORTEST_LEASE_S)
 
 
 @dataclass(frozen=True, kw_only=True)

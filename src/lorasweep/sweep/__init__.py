@@ -7,7 +7,7 @@ from lorasweep.sweep.fairness import find_warnings
 from lorasweep.sweep.folder import SweepFolder
 from lorasweep.sweep.launch import count_workers, start_workers, watch_workers, why_ended
 from lorasweep.sweep.live import LiveTable, render_plan
-from lorasweep.sweep.opening import create_sweep, join_sweep, new_folder, reopen_sweep
+from lorasweep.sweep.opening import create_sweep, join_sweep, new_folder, reopen_sweep, saved_definition
 from lorasweep.sweep.plan import ArmPlan, plan_sweep
 from lorasweep.sweep.status import SweepStatus, read_status
 from lorasweep.sweep.sweep_file import find_sweep_file
@@ -39,6 +39,7 @@ __all__ = [
     "render_plan",
     "render_status",
     "reopen_sweep",
+    "saved_definition",
     "start_workers",
     "sweep_metric",
     "watch_workers",

@@ -204,7 +204,7 @@ class Worker:
                     return False
                 pause_s = FIRST_PAUSE_S
             elif self.trials.others_run():
-                if self.stop_requested():
+                if self.stop_requested() or self._lacks_time():
                     return False
                 with self.benches.telemetry.phase("waiting"):
                     time.sleep(pause_s)
@@ -228,6 +228,10 @@ class Worker:
             return list(arms)
         expected = {arm.name: self.trials.expected_s(arm) or 0.0 for arm in arms}
         return [arm for arm in arms if expected[arm.name] <= left_s or expected[arm.name] > given_s]
+
+    def _lacks_time(self) -> bool:
+        """Whether trials are left of which none can end before this process is ended: it waits for nothing then."""
+        return any(self.trials.left(arm) for arm in self.sweep.definition.arms)
 
     def _run_arm(self, arm: Arm) -> bool:
         """Runs one trial of an arm, or a pack with its trials; returns False if it was interrupted."""

@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import TrialState
 
 from lorasweep.disk import why_unwritable
 from lorasweep.errors import RecordError, WorkerError
 from lorasweep.record import SweepRecord, read_sweep, utc_now, write_record
-from lorasweep.sweep.definition import Arm, Definition
+from lorasweep.sweep.definition import Definition
 from lorasweep.sweep.rows import WINNER_ATTRIBUTE, confirm_row, trial_row
 from lorasweep.sweep.search import measure_importance
 from lorasweep.sweep.storage import Studies
@@ -55,14 +55,6 @@ class SweepFolder:
     saved: float = -math.inf
     save_s: float = 0.0
     """When the record was last written, and how long that took."""
-
-    def finished(self, arm: Arm) -> int:
-        """Returns how many trials of an arm are finished, whatever became of them."""
-        return sum(trial.state.is_finished() for trial in self.studies[arm.name].get_trials(deepcopy=False))
-
-    def unfinished_trials(self, arm: Arm) -> list[FrozenTrial]:
-        """Returns the trials of an arm that run, or were left running, in order."""
-        return self.studies[arm.name].get_trials(deepcopy=False, states=(TrialState.RUNNING,))
 
     def save(self, status: Any = None) -> None:
         """Writes the record with every trial as the storage has it.

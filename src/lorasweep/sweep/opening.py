@@ -123,6 +123,16 @@ def create_sweep(
     return opened
 
 
+def saved_definition(path: Path) -> Definition:
+    """Returns what the sweep in a folder was made from; opens nothing.
+
+    Raises:
+        RecordError: The folder is not a sweep, or its record is damaged.
+    """
+    record = read_sweep(path)
+    return _restore(record, path, source=Path(record.source) if record.source else None)
+
+
 def reopen_sweep(path: Path, *, confirm: Mapping[str, Any] | None = None) -> SweepFolder:
     """Takes up a sweep where it stopped; changes nothing in its record or its trials yet.
 

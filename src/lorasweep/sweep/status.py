@@ -27,7 +27,7 @@ from lorasweep.record import (
 from lorasweep.redaction import redact
 from lorasweep.sweep.rows import RUNS_FOLDER
 from lorasweep.sweep.storage import JOURNAL_FILE
-from lorasweep.sweep.workers import LONGEST_BEAT_S, Process, this_process
+from lorasweep.sweep.workers import LONGEST_BEAT_S, Process, process_of, this_process
 from lorasweep.wording import format_bytes
 
 MISSED_BEATS = 4
@@ -148,9 +148,7 @@ def _worker_status(row: WorkerRow, folder: Path, *, here: Process, now: datetime
 
 
 def _is_gone(row: WorkerRow, seen_s: float, here: Process) -> bool:
-    process = Process(
-        host=row.host, boot=row.boot, pid_namespace=row.pid_namespace, pid=row.pid, started=row.process_started
-    )
+    process = process_of(row)
     if process.is_on_machine_of(here):
         return process.is_dead()
     return seen_s > MISSED_BEATS * LONGEST_BEAT_S

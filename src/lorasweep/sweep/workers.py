@@ -60,6 +60,13 @@ class Process:
         return state in ("Z", "X") or (bool(self.started) and bool(started) and started != self.started)
 
 
+def process_of(row: WorkerRow) -> Process:
+    """Returns the process that a worker's file is of."""
+    return Process(
+        host=row.host, boot=row.boot, pid_namespace=row.pid_namespace, pid=row.pid, started=row.process_started
+    )
+
+
 def this_process() -> Process:
     """Returns this process as others can find it."""
     return Process(
@@ -266,9 +273,7 @@ class Colleagues:
     def _row_is_gone(self, row: WorkerRow) -> bool:
         if row.status != "running":
             return True
-        process = Process(
-            host=row.host, boot=row.boot, pid_namespace=row.pid_namespace, pid=row.pid, started=row.process_started
-        )
+        process = process_of(row)
         if process.is_on_machine_of(self._here) and process.is_dead():
             return True
         return self._has_expired(row.id, row.beat)

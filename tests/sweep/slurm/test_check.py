@@ -182,7 +182,9 @@ def test_a_folder_in_memory_is_in_a_place_of_one_machine(monkeypatch):
 )
 def test_ranks_that_no_trial_is_spread_over_are_refused(workers, settings, trainer, message):
     with pytest.raises(ConfigError, match=message):
-        check_ranks(workers(**settings), [SimpleNamespace(trainer=SimpleNamespace(**trainer))])
+        check_ranks(
+            workers(**settings), [SimpleNamespace(trainer=SimpleNamespace(**{"devices": 1, "num_nodes": 1} | trainer))]
+        )
 
 
 @pytest.mark.parametrize(
@@ -194,4 +196,6 @@ def test_ranks_that_no_trial_is_spread_over_are_refused(workers, settings, train
     ],
 )
 def test_ranks_that_trials_are_spread_over_are_taken(workers, settings, trainer):
-    check_ranks(workers(**settings), [SimpleNamespace(trainer=SimpleNamespace(**trainer))])
+    check_ranks(
+        workers(**settings), [SimpleNamespace(trainer=SimpleNamespace(**{"devices": 1, "num_nodes": 1} | trainer))]
+    )

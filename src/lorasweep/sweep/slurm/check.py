@@ -103,7 +103,7 @@ def check_ranks(workers: SlurmWorkers, configs: Iterable[RunConfig]) -> None:
             ("devices", workers.tasks_per_node, "tasks_per_node"),
             ("num_nodes", workers.nodes, "nodes"),
         ):
-            value = getattr(config.trainer, key, 1)  # a trainer without the key has one rank
+            value = getattr(config.trainer, key)
             if value not in (asked, "auto"):
                 raise ConfigError(
                     f"`worker.{by} == trainer.{key}` must hold, because a worker spreads each trial over all of "

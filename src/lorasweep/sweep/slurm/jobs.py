@@ -6,7 +6,6 @@ DIR/workers/slurm/arrays.json lists the arrays; Slurm knows the rest.
 from __future__ import annotations
 
 import json
-import subprocess
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from pathlib import Path
 from lorasweep.disk import write_atomically
 from lorasweep.errors import RecordError
 from lorasweep.record import utc_now
-from lorasweep.sweep.slurm.task import COMMAND_TIMEOUT_S, FOLDER
+from lorasweep.sweep.slurm.task import FOLDER, output_of
 
 ARRAYS_FILE = FOLDER / "arrays.json"
 
@@ -68,13 +67,9 @@ def read_arrays(sweep: Path) -> list[SubmittedArray]:
 
 def read_queue(arrays: Sequence[SubmittedArray]) -> list[QueuedTask] | None:
     """Returns the tasks of these arrays that have not ended, or None where Slurm does not answer now."""
-    command = ["squeue", "--me", "--noheader", "--array", "--format", "%F|%K|%T|%r|%N"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=COMMAND_TIMEOUT_S)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    if done.returncode:
+    shown = output_of(["squeue", "--me", "--noheader", "--array", "--format", "%F|%K|%T|%r|%N"])
+    if shown is None:
         return None
     known = {array.job_id for array in arrays}
-    rows = [row.split("|") for row in done.stdout.splitlines() if row.count("|") == 4]
+    rows = [row.split("|") for row in shown.splitlines() if row.count("|") == 4]
     return [QueuedTask(job_id=j, index=i, state=s, reason=r, nodes=n) for j, i, s, r, n in rows if j in known]

@@ -92,7 +92,7 @@ def _read_end(job_id: str | None) -> str | None:
     """The end of this process's job where an older Slurm leaves it out of the environment, in seconds since 1970."""
     if job_id is None:
         return None
-    shown = _output(["squeue", "--noheader", "--jobs", job_id, "--format", "%L"])
+    shown = output_of(["squeue", "--noheader", "--jobs", job_id, "--format", "%L"])
     left = None if shown is None else parse_duration_s(shown.strip())
     return None if left is None else str(int(time.time() + left))
 
@@ -121,7 +121,7 @@ def may_go_on(job_id: str) -> bool:
     It is where Slurm still calls it running (a signal before its time is over, or before a machine is taken from it)
     or ends it by its time limit; it is not where a person cancelled it.
     """
-    shown = _output(["scontrol", "show", "job", "--oneliner", job_id]) or ""
+    shown = output_of(["scontrol", "show", "job", "--oneliner", job_id]) or ""
     return re.search(r"\bJobState=RUNNING\b|\bReason=TimeLimit\b", shown) is not None
 
 
@@ -130,7 +130,8 @@ def _steps_kept(sweep: Path) -> int:
     return sum(path.stat().st_size for path in (sweep / RUNS_FOLDER).glob("*/steps.jsonl"))
 
 
-def _output(command: Sequence[str]) -> str | None:
+def output_of(command: Sequence[str]) -> str | None:
+    """Runs a command of Slurm and returns what it printed, or None where it failed."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=COMMAND_TIMEOUT_S)
     except (OSError, subprocess.TimeoutExpired):
