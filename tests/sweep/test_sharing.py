@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import threading
 
@@ -12,8 +13,9 @@ from optuna.trial import TrialState
 import lorasweep.sweep.software as software_file
 from lorasweep.errors import ConfigError, RecordError, WorkerError, WorkerLost
 from lorasweep.record import WorkerRow, read_sweep, read_workers, write_worker
-from lorasweep.sweep import join_sweep, reopen_sweep
+from lorasweep.sweep import Worker, join_sweep, reopen_sweep
 from lorasweep.sweep.rows import WORKER_ATTRIBUTE
+from lorasweep.sweep.trials import Trials
 from lorasweep.sweep.workers import this_process
 
 
@@ -193,3 +195,23 @@ def test_a_worker_takes_no_trial_that_cannot_end_in_time(begin, runs, content, s
     left["s"] = 10.0
     assert [arm.name for arm in worker._arms_in_time(arms)] == ["frozen", "lora"]  # lora never fits: in pieces then
     folder.close()
+
+
+def test_a_worker_without_time_for_any_trial_leaves_while_others_run(
+    begin, runs, content, silent, benches, monkeypatch
+):
+    folder = begin(content)
+    leave_a_trial(folder, worker="elsewhere-1")
+    monkeypatch.setattr(Trials, "expected_s", lambda self, arm: 50.0)
+    left_s = itertools.chain([100.0], itertools.repeat(10.0))
+    worker = Worker(
+        folder,
+        benches,
+        observer=silent,
+        stop_requested=lambda: False,
+        run_ended=lambda *_: None,
+        time_left_s=lambda: next(left_s),
+    )
+    assert not worker.run()
+    folder.close()
+    assert runs.begun == []
