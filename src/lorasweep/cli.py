@@ -11,7 +11,6 @@ import os
 import signal
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -64,24 +63,13 @@ def build_parser() -> argparse.ArgumentParser:
     sweep_parser = commands.add_parser("sweep", help="search every arm of a sweep and write the report")
     sweep_parser.add_argument("words", nargs="*", metavar="NAME|FILE key=value", help="default: quickstart")
     sweep_parser.add_argument(
-        "--resume", type=Path, metavar="DIR", help="go on with the sweep in this folder; may add confirm.seeds=N"
+        "--resume", type=Path, metavar="DIR", help="resume the sweep in this folder; may add confirm.seeds=N"
     )
     sweep_parser.set_defaults(command=sweep)
-    worker_parser = commands.add_parser("worker", help="one more worker for the sweep in a folder, from any machine")
-    worker_parser.add_argument("folder", type=Path, metavar="DIR", help="a sweep's folder, as this machine sees it")
-    worker_parser.add_argument(
-        "--allow-different", action="store_true", help="serve it with other code or packages than it was started with"
-    )
-    worker_parser.set_defaults(command=worker)
-    status_parser = commands.add_parser("status", help="a sweep's workers and arms, the best so far, the time left")
+    status_parser = commands.add_parser("status", help="a sweep's arms and the best so far")
     status_parser.add_argument("folder", type=Path, metavar="DIR", help="a sweep's folder")
     status_parser.add_argument("--follow", action="store_true", help="show it until the sweep ends, or Ctrl-C")
     status_parser.set_defaults(command=status)
-    dashboard_parser = commands.add_parser("dashboard", help="TensorBoard and optuna-dashboard on a sweep, here only")
-    dashboard_parser.add_argument("folder", type=Path, metavar="DIR", help="a sweep's folder")
-    dashboard_parser.add_argument("--port", type=int, metavar="N", help="TensorBoard's; default: any free one")
-    dashboard_parser.add_argument("--optuna-port", type=int, metavar="N", help="optuna-dashboard's")
-    dashboard_parser.set_defaults(command=dashboard)
     commands.add_parser("train", help="one run; a Hydra app: --help, --cfg job, -m", add_help=False)
     plan_parser = commands.add_parser("plan", help="what a sweep would train, and its time, memory and disk")
     plan_parser.add_argument("words", nargs="*", metavar="NAME|FILE key=value", help="default: quickstart")
@@ -101,10 +89,10 @@ def build_parser() -> argparse.ArgumentParser:
     inspect_parser.add_argument("--no-scores", action="store_true", help="don't score smaller ranks")
     inspect_parser.set_defaults(command=inspect)
     reproduce_parser = commands.add_parser(
-        "reproduce", help="run it again from its record and check that it is the same"
+        "reproduce", help="run a run or a sweep again from its record and check that it is the same"
     )
     reproduce_parser.add_argument(
-        "folder", type=Path, nargs="?", metavar="RUN", help="folder of a run, or of a sweep: its winners"
+        "folder", type=Path, nargs="?", metavar="RUN|SWEEP", help="folder of a run, or of a whole sweep"
     )
     reproduce_parser.add_argument("--trial", metavar="SWEEP/ARM/NUMBER", help="a trial of a sweep instead of RUN")
     reproduce_parser.add_argument("--tolerance", type=float, metavar="T", help="relative difference that still counts")
@@ -118,59 +106,28 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def sweep(arguments: argparse.Namespace) -> int:
-    """Starts a sweep, or goes on with one, and ends with its report."""
-    from lorasweep.sweep import count_workers, saved_definition
+    """Starts a sweep, or resumes one, and ends with its report."""
+    from lorasweep.sweep import saved_definition
     from lorasweep.training import Benches
 
-    benches = Benches()
-    console = PlainConsole()
+    benches, console = Benches(), PlainConsole()
     if arguments.resume:
         _refuse_other_settings(arguments.words)
-        if not _join_ranks(saved_definition(arguments.resume)).is_first:
-            return _follow_runs(benches)
-        folder = _resume(arguments, benches)
+        definition = saved_definition(arguments.resume)
     else:
         definition = _read_definition(arguments.words)
-        if getattr(definition.driver.worker, "dry_run", False):
-            return _show_batch(definition, benches)
-        if not _join_ranks(definition).is_first:
-            return _follow_runs(benches)
-        folder = _start(definition, benches)
+    if not _join_ranks(definition).is_first:
+        return _follow_runs(benches)
+    folder = _resume(arguments, benches) if arguments.resume else _start(definition, benches)
     console.print(f"sweep {folder.record.name} in {folder.path}", highlight=False, markup=False, soft_wrap=True)
     for note in folder.record.notes:
         console.print(f"• {note}", highlight=False, markup=False)
     known = _print_warnings(folder, console, after=0)
-    if folder.definition.driver.worker.name == "slurm":
-        return _run_on_slurm(folder)
-    if (num := count_workers(folder.definition.driver.worker)) > 1:
-        return _run_workers(folder, num=num, console=console)
-    complete = _serve(folder, benches, console=console)
+    complete = _train(folder, benches, console=console)
     _print_warnings(folder, console, after=known)
     if not complete:
-        return _say_how_to_go_on(folder)
+        return _say_how_to_resume(folder)
     return show_report([folder.path])
-
-
-def worker(arguments: argparse.Namespace) -> int:
-    """Serves a sweep as one more worker until it is complete."""
-    from lorasweep.sweep import check_definition, join_sweep
-    from lorasweep.training import Benches
-
-    benches, console = Benches(), PlainConsole()
-    folder = join_sweep(arguments.folder, allow_different=arguments.allow_different)
-    try:
-        if not _join_ranks(folder.definition).is_first:
-            folder.close()
-            return _follow_runs(benches)
-        check_definition(folder.definition, benches)  # before a trial is taken that can't be run here
-    except BaseException:
-        folder.close()
-        raise
-    console.print(f"worker for sweep {folder.record.name} in {folder.path}", highlight=False, markup=False)
-    if not _serve(folder, benches, console=console):
-        return _say_how_to_go_on(folder)
-    console.print("the sweep is complete", highlight=False)
-    return DONE
 
 
 def status(arguments: argparse.Namespace) -> int:
@@ -184,17 +141,6 @@ def status(arguments: argparse.Namespace) -> int:
             follow(arguments.folder, console=console)
         now = read_status(arguments.folder)
     console.print(render_status(now))
-    return DONE
-
-
-def dashboard(arguments: argparse.Namespace) -> int:
-    """Serves TensorBoard and optuna-dashboard on a sweep to this machine alone, until a signal ends them."""
-    from lorasweep.dashboard import serve_pages
-
-    with StopSignal() as stop:
-        serve_pages(
-            arguments.folder, port=arguments.port, optuna_port=arguments.optuna_port, say=say, stop_requested=stop
-        )
     return DONE
 
 
@@ -249,25 +195,54 @@ def inspect(arguments: argparse.Namespace) -> int:
 
 
 def reproduce(arguments: argparse.Namespace) -> int:
-    """Runs a run, a trial or a sweep's winners again and says whether they are the same."""
+    """Runs a run, a trial or a whole sweep again and says whether it is the same."""
+    from lorasweep.record import SWEEP_FILE
     from lorasweep.training import reproduce_run
 
-    holds = True
+    if (arguments.folder is None) == (arguments.trial is None):
+        raise ConfigError("`lorasweep reproduce` must have a folder or `--trial SWEEP/ARM/NUMBER`, one of them.")
+    if arguments.folder is not None and (arguments.folder / SWEEP_FILE).is_file():
+        return _reproduce_sweep(arguments)
+    run = arguments.folder if arguments.trial is None else _find_trial(arguments.trial)
     with StopSignal() as stop:
-        for run in _runs_to_reproduce(arguments):
-            found = reproduce_run(
-                run,
-                output=_new_output(arguments.output, Path("outputs") / "reproduce" / run.resolve().name),
-                tolerance=arguments.tolerance,
-                steps=arguments.steps,
-                trust=arguments.trust,
-                stop_requested=stop,
-            )
-            say(found.describe())
-            if found.verdict == "interrupted":
-                return INTERRUPTED
-            holds = holds and found.holds
-    return DONE if holds else FAILED
+        found = reproduce_run(
+            run,
+            output=_new_output(arguments.output, Path("outputs") / "reproduce" / run.resolve().name),
+            tolerance=arguments.tolerance,
+            steps=arguments.steps,
+            trust=arguments.trust,
+            stop_requested=stop,
+        )
+    say(found.describe())
+    if found.verdict == "interrupted":
+        return INTERRUPTED
+    return DONE if found.holds else FAILED
+
+
+def _reproduce_sweep(arguments: argparse.Namespace) -> int:
+    """Runs a sweep again with as many threads, and compares proposals, decisions, losses and scores."""
+    import torch
+
+    from lorasweep.record import read_sweep
+    from lorasweep.sweep import compare_sweeps, saved_definition
+    from lorasweep.training import Benches
+
+    for name in ("tolerance", "steps"):
+        if getattr(arguments, name) is not None:
+            raise ConfigError(f"`--{name}` must be left out with a sweep, which is compared as a whole.")
+    original: Path = arguments.folder
+    record, definition = read_sweep(original), saved_definition(original)
+    if record.status != "complete":
+        raise RecordError(f"a sweep must be complete to be reproduced, but {str(original)!r} is {record.status}.")
+    torch.set_num_threads(record.threads or torch.get_num_threads())
+    benches, console = Benches(), PlainConsole()
+    output = _new_output(arguments.output, Path("outputs") / "reproduce" / original.resolve().name)
+    folder = _create(definition, benches, output)
+    if not _train(folder, benches, console=console):
+        return _say_how_to_resume(folder)
+    found = compare_sweeps(original, output)
+    say(found.describe())
+    return DONE if found.holds else FAILED
 
 
 def show_report(folders: Sequence[Path]) -> int:
@@ -405,24 +380,15 @@ class StopSignal:
         self.requested = True
 
 
-def _serve(folder: SweepFolder, benches: Any, *, console: PlainConsole) -> bool:
-    """Runs what is left of an open sweep in this process and closes it; returns whether the sweep is complete."""
+def _train(folder: SweepFolder, benches: Any, *, console: PlainConsole) -> bool:
+    """Trains what is left of an open sweep in this process and closes it; returns whether the sweep is complete."""
     from lorasweep.sweep import LiveTable, Worker
-    from lorasweep.sweep.slurm import job_time_left_s, own_job_id
     from lorasweep.training import current_ranks, release_followers
 
-    signal_s = getattr(folder.definition.driver.worker, "signal_s", 0)
     try:
         with StopSignal() as stop, LiveTable(folder, console=console) as table:
-            return Worker(
-                folder,
-                benches,
-                observer=table,
-                stop_requested=stop,
-                run_ended=write_hparams_row,
-                time_left_s=lambda: job_time_left_s(signal_s=signal_s),
-                job=own_job_id(),
-            ).run()
+            worker = Worker(folder, benches, observer=table, stop_requested=stop, run_ended=write_hparams_row)
+            return worker.run()
     finally:
         folder.close()
         release_followers()
@@ -430,10 +396,7 @@ def _serve(folder: SweepFolder, benches: Any, *, console: PlainConsole) -> bool:
 
 
 def _join_ranks(definition: Definition) -> Ranks:
-    """Meets the processes that train each trial together with this one, where `trainer.devices` says there are some.
-
-    Workers that Slurm is to start meet there, not here.
-    """
+    """Meets the processes that train each trial together with this one, where `trainer.devices` says there are some."""
     from lorasweep.training import current_ranks, join_ranks, wants_ranks
 
     settings = {(t.devices, t.num_nodes): t for t in (next(arm.corners()).trainer for arm in definition.arms)}
@@ -444,8 +407,7 @@ def _join_ranks(definition: Definition) -> Ranks:
             f"same processes, but got {first!r} and {second!r}."
         )
     trainer = next(iter(settings.values()))
-    submits = definition.driver.worker.name == "slurm" and read_launch().size == 1
-    return join_ranks(trainer) if wants_ranks(trainer) and not submits else current_ranks()
+    return join_ranks(trainer) if wants_ranks(trainer) else current_ranks()
 
 
 def _follow_runs(benches: Any) -> int:
@@ -458,102 +420,18 @@ def _follow_runs(benches: Any) -> int:
     return DONE
 
 
-def _run_workers(folder: SweepFolder, *, num: int, console: PlainConsole) -> int:
-    """Has several processes on this machine run what is left of a sweep, and shows the report."""
-    from lorasweep.record import read_sweep
-    from lorasweep.sweep import start_workers, watch_workers, watching, why_ended
-
-    path = folder.path
-    folder.close()
-    console.print(f"{num} workers, their output in {path / 'workers'}", highlight=False, markup=False, soft_wrap=True)
-    with StopSignal() as stop:
-        workers = start_workers(path, num=num)
-        with watching(path, console=console) as view:
-            watch_workers(workers, stop_requested=stop, look=view)
-    record = read_sweep(path)
-    if record.status == "complete":
-        return show_report([path])
-    if stop.requested:
-        folder.record = record
-        return _say_how_to_go_on(folder)
-    raise why_ended(workers)
-
-
 def _start(definition: Definition, benches: Any) -> SweepFolder:
-    from lorasweep.sweep import check_definition, count_workers, create_sweep, data_notes, new_folder, sweep_metric
+    from lorasweep.sweep import new_folder
 
-    count_workers(definition.driver.worker)
-    path = new_folder(definition.name, definition.driver.sweep.output)
+    return _create(definition, benches, new_folder(definition.name, definition.driver.sweep.output))
+
+
+def _create(definition: Definition, benches: Any, path: Path) -> SweepFolder:
+    from lorasweep.sweep import check_definition, create_sweep, data_notes, sweep_metric
+
     configs = check_definition(definition, benches)
     metric = sweep_metric(configs, benches)
-    warnings = _check_slurm(definition, path)
-    folder = create_sweep(definition, path, configs=configs, metric=metric, notes=data_notes(configs, benches))
-    for warning in warnings:
-        folder.warn(warning)
-    return folder
-
-
-def _check_slurm(definition: Definition, path: Path) -> list[str]:
-    """Checks that Slurm would take the sweep's workers, where it is to start them; returns sentences of warning."""
-    from lorasweep.config.slurm import SlurmWorkers
-
-    workers = definition.driver.worker
-    if not isinstance(workers, SlurmWorkers):
-        return []
-    from lorasweep.sweep.slurm import check_ranks, check_slurm, is_slurm_here
-
-    check_ranks(workers, (next(arm.corners()) for arm in definition.arms))
-    if workers.dry_run and not is_slurm_here():
-        return []
-    return check_slurm(workers, path, name=definition.name, storage=definition.driver.storage.name)
-
-
-def _show_batch(definition: Definition, benches: Any) -> int:
-    """Prints the batch file of a sweep's workers and starts nothing; on a machine without Slurm too."""
-    from lorasweep.config.slurm import SlurmWorkers
-    from lorasweep.sweep import check_definition, new_folder
-    from lorasweep.sweep.slurm import Batch
-
-    workers = definition.driver.worker
-    assert isinstance(workers, SlurmWorkers)
-    path = new_folder(definition.name, definition.driver.sweep.output)
-    check_definition(definition, benches)
-    for warning in _check_slurm(definition, path):
-        say(f"warning: {warning}", file=sys.stderr)
-    say(Batch(workers, path, name=definition.name).text().rstrip())
-    return DONE
-
-
-def _run_on_slurm(folder: SweepFolder) -> int:
-    """Submits the workers that are missing, follows them all, and shows the report; may be left and typed again."""
-    from lorasweep.config.slurm import SlurmWorkers
-    from lorasweep.record import read_sweep
-    from lorasweep.sweep import watching
-    from lorasweep.sweep.slurm import Queue, cancel_command, cancel_waiting, describe_end, submit_missing
-
-    workers, path = folder.definition.driver.worker, folder.path
-    assert isinstance(workers, SlurmWorkers)
-    folder.close()
-    job_id = submit_missing(workers, path, name=folder.record.name, command=run)
-    said = f"Slurm job {job_id}: " if job_id else "nothing to submit: "
-    say(f"{said}the workers' output is in {path / 'workers' / 'slurm'}")
-    queue = Queue(path, changed=lambda state: say(f"workers: {state}"))
-    with StopSignal() as stop, watching(path, console=PlainConsole()) as view:
-        while not (stop() or read_sweep(path).status == "complete" or queue.is_empty()):
-            view()
-            time.sleep(1)
-    if read_sweep(path).status == "complete":
-        cancel_waiting(path)
-        return show_report([path])
-    if not stop.requested:
-        raise describe_end(path)
-    say(
-        "lorasweep: its workers go on. To follow them again, or to submit those that are missing, type:\n"
-        f"    lorasweep sweep --resume {path}\n"
-        f"To end them: {cancel_command(path)}",
-        file=sys.stderr,
-    )
-    return INTERRUPTED
+    return create_sweep(definition, path, configs=configs, metric=metric, notes=data_notes(configs, benches))
 
 
 def _read_definition(words: Sequence[str]) -> Definition:
@@ -575,33 +453,11 @@ def _refuse_other_settings(words: Sequence[str]) -> None:
 
 def _resume(arguments: argparse.Namespace, benches: Any) -> SweepFolder:
     from lorasweep.config.compose import parse_overrides
-    from lorasweep.sweep import check_definition, join_sweep, reopen_sweep
-    from lorasweep.sweep.slurm import has_running_workers
+    from lorasweep.sweep import check_definition, reopen_sweep
 
-    if not arguments.words and has_running_workers(arguments.resume):
-        return join_sweep(arguments.resume)
     folder = reopen_sweep(arguments.resume, confirm=parse_overrides(arguments.words))
     check_definition(folder.definition, benches)
     return folder
-
-
-def _runs_to_reproduce(arguments: argparse.Namespace) -> list[Path]:
-    """The folders of the runs that were asked for: one, a sweep's trial, or the winner of each of its arms."""
-    from lorasweep.record import SWEEP_FILE, folder_of_run, read_sweep, winners
-
-    folder, trial = arguments.folder, arguments.trial
-    if (folder is None) == (trial is None):
-        raise ConfigError("`lorasweep reproduce` must have a RUN or `--trial SWEEP/ARM/NUMBER`, one of them.")
-    if trial is not None:
-        return [_find_trial(trial)]
-    if not (folder / SWEEP_FILE).is_file():
-        return [folder]
-    found = [winner for winner in winners(read_sweep(folder)).values() if winner is not None]
-    if not found:
-        raise RecordError(f"a sweep must have a complete trial to be repeated, but {str(folder)!r} has none.")
-    if arguments.output is not None and len(found) > 1:
-        raise ConfigError("`--output` must be left out with a sweep of several arms: each winner has its own folder.")
-    return [folder_of_run(folder, winner.run) for winner in found]
 
 
 def _find_trial(given: str) -> Path:
@@ -623,15 +479,12 @@ def _find_trial(given: str) -> Path:
     )
 
 
-def _say_how_to_go_on(folder: SweepFolder) -> int:
-    done = sum(row.state != "running" for row in folder.record.trials)
+def _say_how_to_resume(folder: SweepFolder) -> int:
+    done = sum(row.state not in ("running", "paused") for row in folder.record.trials)
     asked = sum(arm.trials for arm in folder.definition.arms)
-    confirming = ""
-    if folder.confirm_studies:
-        seeds = sum(len(study.get_trials(deepcopy=False)) for study in folder.confirm_studies.values())
-        ended = sum(row.state != "running" for row in folder.record.confirm)
-        confirming = f" and {ended} of {seeds} runs of the confirm stage"
-    say_error(f"stopped with {done} of {asked} trials{confirming} done. To go on type:")
+    ended = sum(row.state != "running" for row in folder.record.confirm)
+    confirming = f" and {ended} runs of the confirm stage" if folder.record.confirm else ""
+    say_error(f"stopped with {done} of {asked} trials{confirming} done. To resume type:")
     say(f"    lorasweep sweep --resume {folder.path}", file=sys.stderr)
     return INTERRUPTED
 

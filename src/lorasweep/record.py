@@ -1,7 +1,7 @@
-"""What runs, workers and sweeps leave on disk: `run.json`, `workers/ID.json`, `sweep.json`, whole or not at all.
+"""What runs and sweeps leave on disk: `run.json` and `sweep.json`, whole or not at all.
 
 A record is data: reading one runs nothing. Written by `training` and `sweep`, read by them and by `report`. Its form is
-in `run.schema.json`, `worker.schema.json` and `sweep.schema.json`; a secret is never written.
+in `run.schema.json` and `sweep.schema.json`; a secret is never written.
 """
 
 from __future__ import annotations
@@ -10,8 +10,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator
-from contextlib import suppress
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
@@ -26,20 +25,17 @@ STEPS_FILE = "steps.jsonl"
 TEST_SCORES_FILE = "test_scores.csv"
 SWEEP_FILE = "sweep.json"
 PATCH_FILE = "code.patch"
-WORKERS_FOLDER = "workers"
-VERSION = 2
-"""Of what is written. Version 1 had no `command` and no `environment` in a run's record; it is read."""
+VERSION = 1
+"""Version of the records' form. Records of another version are refused."""
 MOST_RECORD_BYTES = 256 * 2**20
 """A larger file is no record of ours: a sweep of 10,000 trials has some 10 MiB."""
-MOST_WORKER_BYTES = 2**20
 
 MOST_RECORD_DEPTH = 64
 """Levels of lists and mappings in a record; its readers go through them by recursion."""
 
 RunStatus = Literal["running", "complete", "pruned", "failed", "infeasible", "interrupted"]
-TrialState = Literal["running", "complete", "pruned", "failed", "infeasible"]
+TrialState = Literal["running", "paused", "complete", "pruned", "failed", "infeasible"]
 ConfirmState = Literal["running", "complete", "failed", "infeasible"]
-WorkerStatus = Literal["running", "ended", "lost"]
 Direction = Literal["minimize", "maximize"]
 
 
@@ -205,49 +201,12 @@ class SweepRecord:
     ended_at: str | None = None
     makespan_s: float = 0.0
     """Seconds from start to end, summed over the sessions of a resumed sweep."""
-
-
-@dataclass(kw_only=True)
-class WorkerRow:
-    """One worker of a sweep, as it said at its last heartbeat. A file of its own, `workers/ID.json`."""
-
-    format: str = "lorasweep.worker"
-    version: int = VERSION
-    id: str
-    """Names the worker and its file."""
-    host: str
-    pid: int
-    boot: str = ""
-    """Which start of the machine, and `pid_namespace` which container, the process number belongs to."""
-    pid_namespace: str = ""
-    process_started: float = 0.0
-    """When the process started, as its system counts: tells it from a later one of the same number."""
-    started_at: str
-    """UTC, ISO 8601."""
-    ended_at: str | None = None
-    beat: int = 0
-    """Counts heartbeats. Others see by it that the worker lives: no two clocks are compared."""
-    beat_at: str = ""
-    """When it last did, by the worker's own clock; UTC, ISO 8601."""
-    status: WorkerStatus = "running"
-    """`lost` is said by the others, of a worker that stopped without saying so."""
-    reason: str | None = None
-    """Why it ended before the sweep was complete."""
     device: str = ""
-    """Where it trains, such as `cpu` or `cuda:0`."""
+    """Where its trials were trained last, such as `cpu` or `cuda:0`."""
     threads: int = 0
-    code: str = ""
-    """Version and commit of its code."""
-    packages: str = ""
-    """Fingerprint of the packages that can change a run's numbers."""
-    job: str | None = None
-    """The Slurm job that it runs in."""
-    running: list[str] = field(default_factory=list)
-    """Names of the runs that it trains now."""
-    done: int = 0
-    """How many trials it has ended."""
+    """Processor threads of one operation."""
     telemetry: dict[str, float] = field(default_factory=dict)
-    """What its time and memory went to; the keys are those of `training.telemetry`."""
+    """What time and memory of the last session went to; the keys are those of `training.telemetry`."""
 
 
 T = TypeVar("T")
@@ -326,40 +285,6 @@ def read_sweep(folder: Path) -> SweepRecord:
     return _known(SweepRecord, raw | read, path=path)
 
 
-def write_worker(row: WorkerRow, folder: Path) -> None:
-    """Writes a worker's file into a sweep's folder, without secrets; numbers that are not finite are left out."""
-    content = asdict(row) | {"telemetry": _numbers(row.telemetry)}
-    write_atomically(worker_file(folder, row.id), json.dumps(redact(content), indent=1) + "\n")
-
-
-def worker_file(folder: Path, worker: str) -> Path:
-    """Returns where a worker's file is in a sweep's folder."""
-    return folder / WORKERS_FOLDER / f"{worker}.json"
-
-
-def read_worker(path: Path) -> WorkerRow:
-    """Reads a worker's file.
-
-    Raises:
-        RecordError: It is gone, damaged, that of another worker, or a newer version wrote it.
-    """
-    row = _known(WorkerRow, _read_json(path, "lorasweep.worker", most_bytes=MOST_WORKER_BYTES), path=path)
-    if row.id != path.stem:
-        raise RecordError(f"{str(path)!r} must be the file of worker {path.stem!r}, but is that of {row.id[:60]!r}.")
-    row.running = [run for run in row.running if isinstance(run, str)]
-    row.telemetry = _numbers(row.telemetry)
-    return row
-
-
-def read_workers(folder: Path) -> list[WorkerRow]:
-    """Returns the workers that a sweep has or had, the earliest first; what is no worker's file is left out."""
-    rows = []
-    for path in (folder / WORKERS_FOLDER).glob("*.json"):
-        with suppress(RecordError, OSError):  # damaged, or removed meanwhile
-            rows.append(read_worker(path))
-    return sorted(rows, key=lambda row: (row.started_at, row.id))
-
-
 def folder_of_run(sweep: Path, run: str) -> Path:
     """Returns the folder of a run that a sweep's record lists.
 
@@ -380,7 +305,7 @@ def folder_of_run(sweep: Path, run: str) -> Path:
 
 
 @cache
-def read_schema(kind: Literal["run", "worker", "sweep"]) -> dict[str, Any]:
+def read_schema(kind: Literal["run", "sweep"]) -> dict[str, Any]:
     """Returns the JSON schema of a record."""
     schema: dict[str, Any] = json.loads((Path(__file__).parent / f"{kind}.schema.json").read_text())
     return schema
@@ -415,14 +340,14 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _read_json(path: Path, expected: str, *, most_bytes: int = MOST_RECORD_BYTES) -> dict[str, Any]:
+def _read_json(path: Path, expected: str) -> dict[str, Any]:
     if not path.is_file():
         kind = expected.removeprefix("lorasweep.")
         raise RecordError(
             f"a {kind}'s folder must contain {path.name}, but {str(path.parent)!r} does not. Name another folder."
         )
-    if path.stat().st_size > most_bytes:
-        raise RecordError(f"{str(path)!r} must be a record of at most {most_bytes >> 20} MiB, but is larger.")
+    if path.stat().st_size > MOST_RECORD_BYTES:
+        raise RecordError(f"{str(path)!r} must be a record of at most {MOST_RECORD_BYTES >> 20} MiB, but is larger.")
     try:
         raw = json.loads(path.read_text())
     except (ValueError, RecursionError) as error:  # of JSON, of UTF-8, a number of too many digits; too deep
@@ -431,9 +356,10 @@ def _read_json(path: Path, expected: str, *, most_bytes: int = MOST_RECORD_BYTES
         raise RecordError(f"{str(path)!r} must be at most {MOST_RECORD_DEPTH} levels deep, but is deeper.")
     if not isinstance(raw, dict) or raw.get("format") != expected:
         raise RecordError(f"{str(path)!r} must be a record of format {expected!r}, but is not.")
-    if not isinstance(raw.get("version"), int) or raw["version"] > VERSION:
+    if raw.get("version") != VERSION:
         raise RecordError(
-            f"{str(path)!r} must have a version up to {VERSION}, but has {raw.get('version')!r}. Use a newer lorasweep."
+            f"{str(path)!r} must have version {VERSION}, but has {raw.get('version')!r}. Read it with the lorasweep "
+            "that wrote it."
         )
     return raw
 
@@ -487,7 +413,7 @@ JSON_WORDS = {"object": "a mapping", "array": "a list", "string": "a text", "num
 
 def _properties(kind: type) -> dict[str, Any]:
     """What the schema says of each field of a record or of one of its rows."""
-    whole: dict[type, Literal["run", "worker", "sweep"]] = {RunRecord: "run", WorkerRow: "worker", SweepRecord: "sweep"}
+    whole: dict[type, Literal["run", "sweep"]] = {RunRecord: "run", SweepRecord: "sweep"}
     part = read_schema(whole[kind]) if kind in whole else read_schema("sweep")["$defs"][kind.__name__]
     properties: dict[str, Any] = part["properties"]
     return properties
@@ -512,16 +438,6 @@ def _wanted(form: dict[str, Any]) -> str:
 def _type_names(form: dict[str, Any]) -> list[str]:
     names = form.get("type", [])
     return [names] if isinstance(names, str) else list(names)
-
-
-def _numbers(values: dict[str, Any]) -> dict[str, float]:
-    """The entries that are finite numbers; an integer too large for a float is none."""
-    kept = {}
-    for name, value in values.items():
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            with suppress(OverflowError):
-                kept[name] = float(value)
-    return {name: value for name, value in kept.items() if math.isfinite(value)}
 
 
 def _finite(value: Any) -> Any:

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import yaml
 
-import lorasweep.sweep.driver as driver_file
+import lorasweep.sweep.worker as worker_file
 from lorasweep.config.run import RunConfig
-from lorasweep.record import RunRecord, TrialRow
+from lorasweep.record import RunRecord, TrialRow, write_record
 from lorasweep.sweep import SweepFolder, Worker, create_sweep, read_definition, reopen_sweep
 from lorasweep.training import RunPlace, Telemetry
 
@@ -76,6 +76,8 @@ class MadeUpRuns:
     begun: list[tuple[str, int]] = field(default_factory=list)
     """Arm and trial of each session of a run, in order."""
     steps_done: dict[Path, int] = field(default_factory=dict)
+    steps_trained: int = 0
+    """Steps of all sessions together, repeated ones included."""
     ended: dict[Path, RunRecord] = field(default_factory=dict)
     """Records of complete runs, by folder."""
     configs: dict[Path, RunConfig] = field(default_factory=dict)
@@ -97,7 +99,7 @@ class MadeUpRuns:
         place: RunPlace,
         *,
         bench: Any,
-        should_stop: Callable[[int, int, float], bool],
+        on_evaluation: Callable[[int, float], bool],
         stop_requested: Callable[[], bool],
         resume: bool,
     ) -> RunRecord:
@@ -107,19 +109,30 @@ class MadeUpRuns:
         self.begun.append((place.arm, place.trial))
         self.configs[place.folder] = config
         every, last = config.trainer.eval_every_steps, config.trainer.max_steps
-        record = RunRecord(status="running", config=asdict(config), metric=config.data.metric, direction="minimize")
+        record = RunRecord(
+            status="running",
+            config=asdict(config),
+            metric=config.data.metric,
+            direction="minimize",
+            steps_planned=last,
+        )
+        place.folder.mkdir(parents=True, exist_ok=True)
         for step in range(self.steps_done.get(place.folder, 0) + every, last + 1, every):
             value = self.score(config, step)
-            record.best = {record.metric: value, "step": step}
+            self.steps_trained += every
+            record.best, record.steps_done = {record.metric: value, "step": step}, step
+            goes_on = on_evaluation(step, value)
             self.steps_done[place.folder] = step
-            if should_stop(0, step, value) and step < last:
-                record.status, record.reason = "pruned", f"pruned at step {step}"
-                return record
+            if step < last and not goes_on:
+                return self._close(record, place.folder, "paused")
             if step < last and stop_requested():
-                record.status = "interrupted"
-                return record
-        record.status = "complete"
+                return self._close(record, place.folder, "interrupted")
         self.ended[place.folder] = record
+        return self._close(record, place.folder, "complete")
+
+    def _close(self, record: RunRecord, folder: Path, status: Any) -> RunRecord:
+        record.status = status
+        write_record(record, folder)
         return record
 
 
@@ -127,8 +140,8 @@ class MadeUpRuns:
 def runs(monkeypatch: pytest.MonkeyPatch) -> MadeUpRuns:
     """The made-up runs of this test's sweeps."""
     made_up = MadeUpRuns()
-    monkeypatch.setattr(driver_file, "train_run", made_up)
-    monkeypatch.setattr(driver_file, "score_run", made_up.score_run)
+    monkeypatch.setattr(worker_file, "train_run", made_up)
+    monkeypatch.setattr(worker_file, "score_run", made_up.score_run)
     return made_up
 
 
@@ -163,6 +176,9 @@ class Silent:
 
     def evaluated(self, arm: Any, number: int, step: int, value: float) -> None:
         self.heard.append((f"evaluated {step}", arm.name, number))
+
+    def trial_paused(self, arm: Any, number: int) -> None:
+        self.heard.append(("paused", arm.name, number))
 
     def trial_ended(self, arm: Any, number: int, state: str, value: float | None, *, wall_s: float) -> None:
         self.heard.append((state, arm.name, number))

@@ -63,6 +63,8 @@ def convert(kind: Any, value: Any, *, key: str) -> Any:
     Raises:
         ConfigError: It is not of that type.
     """
+    if kind is Any:
+        return value
     origin = get_origin(kind)
     if origin in (Union, types.UnionType):
         return _convert_union(get_args(kind), value, key=key)

@@ -34,6 +34,7 @@ Primary = Literal["train", "sweep"]
 PACKAGE = Path(__file__).parent.parent
 MOST_INTERPOLATIONS = 16
 """In the settings of a sweep or a run. Each may name another, so a few dozen could stand for any amount of text."""
+TARGET = "pruner._target_"
 SHOWING_FLAGS = {"--cfg", "-c", "--info", "-i", "--help", "-h"}
 """Flags of Hydra with which nothing is trained."""
 
@@ -95,8 +96,16 @@ def refuse_secrets(values: Mapping[str, Any], *, prefix: str = "") -> None:
 
 
 def compose_driver(settings: Mapping[str, Any]) -> DriverConfig:
-    """Returns how a sweep is driven; arguments and errors as in `compose_run`."""
-    return build(DriverConfig, compose_values("sweep", settings))
+    """Returns how a sweep is driven; arguments and errors as in `compose_run`.
+
+    `pruner._target_` names a class, and the other keys of `pruner` are then its arguments, which it checks itself.
+    """
+    own = {key: value for key, value in settings.items() if key.startswith("pruner.")} if TARGET in settings else {}
+    values = compose_values("sweep", {key: value for key, value in settings.items() if key not in own})
+    if own:
+        arguments = {key.removeprefix("pruner."): value for key, value in own.items() if key != TARGET}
+        values["pruner"] = {"name": "optuna", "target": settings[TARGET], "arguments": arguments}
+    return build(DriverConfig, values)
 
 
 def compose_values(primary: Primary, settings: Mapping[str, Any], *, require_all: bool = True) -> dict[str, Any]:

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import re
-from typing import Literal
 
 from lorasweep.errors import ConfigError
-
-SHORTEST_LEASE_S = 2
 
 
 def require_at_least(key: str, value: float, low: float) -> None:
@@ -20,13 +17,6 @@ def require_at_most(key: str, value: float, high: float) -> None:
     """Raises ConfigError unless value <= high."""
     if not value <= high:
         raise ConfigError(f"`{key} <= {high}` must hold, but got {value!r}.")
-
-
-def check_worker(*, pack_size: int | Literal["auto"], lease_s: float) -> None:
-    """Raises ConfigError for a pack without a trial, or a lease that a worker can't renew in time."""
-    if pack_size != "auto":
-        require_at_least("worker.pack_size", pack_size, 1)
-    require_at_least("worker.lease_s", lease_s, SHORTEST_LEASE_S)
 
 
 def require_fraction(key: str, value: float) -> None:

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from lorasweep.config.limits import check_worker, require_at_least, require_at_most
-from lorasweep.config.slurm import SlurmWorkers
+from lorasweep.config.limits import require_at_least, require_at_most, require_fraction
 from lorasweep.errors import ConfigError
+from lorasweep.redaction import redact
 
 MOST_SEEDS = 1000
 MOST_TRIALS = 1_000_000
@@ -38,31 +38,33 @@ class FixedSampler:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RungPruner:
-    """Successive halving (ASHA, arXiv 1810.05934) or Hyperband (arXiv 1603.06560)."""
+class HalvingPruner:
+    """Promotion-type successive halving (arXiv 1810.05934, algorithm 2): the best part of a rung goes on."""
 
-    name: Literal["successive_halving", "hyperband"]
-    min_steps: int
-    """Optimizer steps of the first rung."""
+    name: Literal["halving"]
+    rungs: tuple[float, ...]
+    """Where trials are compared, as fractions of a run, ascending. Each is moved to the nearest evaluation."""
     reduction_factor: int
-    """One in so many goes on at each rung."""
+    """At each rung one in so many trials goes on."""
 
     def __post_init__(self) -> None:
-        require_at_least("pruner.min_steps", self.min_steps, 1)
+        _check_rungs(self.rungs)
         require_at_least("pruner.reduction_factor", self.reduction_factor, 2)
 
 
 @dataclass(frozen=True, kw_only=True)
 class MedianPruner:
-    """Ends a trial that is worse than the median of earlier trials at the same step."""
+    """A trial goes on where it is no worse than the median of all trials at the same step, running ones included."""
 
     name: Literal["median"]
-    startup_trials: int
-    min_steps: int
+    min_fraction: float
+    """Fraction of a run before which nothing is compared; after it every evaluation is a rung."""
+    min_trials: int
+    """Trials that must have reached a step before one of them goes on beyond it."""
 
     def __post_init__(self) -> None:
-        require_at_least("pruner.startup_trials", self.startup_trials, 1)
-        require_at_least("pruner.min_steps", self.min_steps, 0)
+        require_fraction("pruner.min_fraction", self.min_fraction)
+        require_at_least("pruner.min_trials", self.min_trials, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,55 +74,55 @@ class NoPruner:
     name: Literal["none"]
 
 
+@dataclass(frozen=True, kw_only=True)
+class OptunaPruner:
+    """A pruner of Optuna's or of the user's own, given by `pruner._target_` and the arguments of its class."""
+
+    name: Literal["optuna"]
+    target: str
+    """Import path of the class, such as `optuna.pruners.PercentilePruner`."""
+    arguments: Mapping[str, Any]
+
+
 SamplerConfig = ModelBasedSampler | FixedSampler
-PrunerConfig = RungPruner | MedianPruner | NoPruner
+PrunerConfig = HalvingPruner | MedianPruner | NoPruner | OptunaPruner
 
 
 @dataclass(frozen=True, kw_only=True)
-class JournalStorage:
-    """The studies are a file in the sweep's folder: for any number of workers on one machine."""
+class StorageConfig:
+    """Where the sweep's Optuna studies are kept."""
 
-    name: Literal["journal"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class DatabaseStorage:
-    """The studies are in a database, where workers of many machines meet."""
-
-    name: Literal["postgresql", "mysql"]
     url: str | None
-    """`postgresql://USER@HOST/DATABASE`; null takes it from the environment variable LORASWEEP_STORAGE_URL. A password
-    in it is used and never written down."""
-    retry_s: float
-    """Seconds that a worker waits for a database that does not answer, before it stops."""
+    """A database as SQLAlchemy writes it (`postgresql+psycopg://HOST/DATABASE`); null is a journal file in the sweep's
+    folder. A password is refused, because the record keeps the address."""
 
     def __post_init__(self) -> None:
-        require_at_least("storage.retry_s", self.retry_s, 0)
-
-
-StorageConfig = JournalStorage | DatabaseStorage
+        if self.url is not None and redact(self.url) != self.url:
+            raise ConfigError(
+                f"`storage.url` must have no user or password before an `@`, which a record never keeps, but got "
+                f"{redact(self.url)!r}. Write the user as `?user=NAME`, and give the password where the database's own "
+                "client looks for it, such as PGPASSWORD or ~/.pgpass."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
-class LocalWorkers:
-    """Processes on this machine, one per GPU or per group of processor cores."""
+class WorkerConfig:
+    """Who trains the trials."""
 
-    name: Literal["local"]
-    num: int | Literal["auto"]
-    """Worker processes; `auto` starts one per GPU, without a GPU one. A single one is this process itself."""
+    num: int
+    """Workers. There is one, in this process."""
     pack_size: int | Literal["auto"]
-    """Most trials that train together on one frozen base; `auto` measures, 1 trains each alone."""
-    lease_s: float
-    """A worker on another machine that gave no sign of life for so many seconds is taken for lost: its trials are gone
-    on with elsewhere."""
+    """Most trials that train together on one frozen base; `auto` follows from memory and the trials left, 1 trains each
+    alone."""
 
     def __post_init__(self) -> None:
-        if self.num != "auto":
-            require_at_least("worker.num", self.num, 1)
-        check_worker(pack_size=self.pack_size, lease_s=self.lease_s)
-
-
-WorkerConfig = LocalWorkers | SlurmWorkers
+        if self.num != 1:
+            raise ConfigError(
+                f"`worker.num` must be 1, but got {self.num!r}: a sweep has one worker, which trains packs of trials "
+                "in this process. Several workers are not supported yet."
+            )
+        if self.pack_size != "auto":
+            require_at_least("worker.pack_size", self.pack_size, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,3 +220,11 @@ def _require_folder_name(what: str, name: str) -> None:
         raise ConfigError(f"{what} must have at most {LONGEST_NAME} characters, but got {name!r}.")
     if not name.replace("_", "").replace("-", "").isalnum():
         raise ConfigError(f"{what} must consist of letters, digits, `_` and `-`, but got {name!r}.")
+
+
+def _check_rungs(rungs: tuple[float, ...]) -> None:
+    if not rungs or list(rungs) != sorted(set(rungs)) or not all(0 < rung < 1 for rung in rungs):
+        raise ConfigError(
+            f"`pruner.rungs` must be ascending fractions of a run, each more than 0 and less than 1, but got "
+            f"{list(rungs)!r}. A rung at or beyond the last step compares nothing that could still go on."
+        )

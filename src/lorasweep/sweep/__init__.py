@@ -1,22 +1,23 @@
-"""Many runs: which trials a sweep has, who proposes them, and the loop that asks, trains and tells, stage by stage."""
+"""Many runs: what a sweep is, the controller that owns its trials, and the worker that trains them, stage by stage."""
 
-from lorasweep.sweep.confirm import draw_seeds
+from lorasweep.sweep.checks import check_definition, data_notes, sweep_metric
+from lorasweep.sweep.controller.confirm import draw_seeds
+from lorasweep.sweep.controller.controller import Controller, Observer
+from lorasweep.sweep.controller.folder import SweepFolder
+from lorasweep.sweep.controller.lifecycle import create_sweep, new_folder, reopen_sweep, saved_definition
 from lorasweep.sweep.definition import Arm, Definition, read_definition
-from lorasweep.sweep.driver import Worker, check_definition, data_notes, sweep_metric
 from lorasweep.sweep.fairness import find_warnings
-from lorasweep.sweep.folder import SweepFolder
-from lorasweep.sweep.launch import count_workers, start_workers, watch_workers, why_ended
 from lorasweep.sweep.live import LiveTable, render_plan
-from lorasweep.sweep.opening import create_sweep, join_sweep, new_folder, reopen_sweep, saved_definition
 from lorasweep.sweep.plan import ArmPlan, plan_sweep
-from lorasweep.sweep.status import SweepStatus, read_status
+from lorasweep.sweep.reproduce import compare_sweeps
+from lorasweep.sweep.status import SweepStatus, follow, read_status, render_status
 from lorasweep.sweep.sweep_file import find_sweep_file
-from lorasweep.sweep.trials import Observer
-from lorasweep.sweep.watch import follow, render_status, watching
+from lorasweep.sweep.worker import Worker
 
 __all__ = [
     "Arm",
     "ArmPlan",
+    "Controller",
     "Definition",
     "LiveTable",
     "Observer",
@@ -24,14 +25,13 @@ __all__ = [
     "SweepStatus",
     "Worker",
     "check_definition",
-    "count_workers",
+    "compare_sweeps",
     "create_sweep",
     "data_notes",
     "draw_seeds",
     "find_sweep_file",
     "find_warnings",
     "follow",
-    "join_sweep",
     "new_folder",
     "plan_sweep",
     "read_definition",
@@ -40,9 +40,5 @@ __all__ = [
     "render_status",
     "reopen_sweep",
     "saved_definition",
-    "start_workers",
     "sweep_metric",
-    "watch_workers",
-    "watching",
-    "why_ended",
 ]

@@ -24,7 +24,6 @@ from lorasweep.config.compose import (
 from lorasweep.config.run import RunConfig
 from lorasweep.config.sweep import ArmConfig, DriverConfig, SweepFile
 from lorasweep.errors import ConfigError
-from lorasweep.sweep.database import without_passwords
 from lorasweep.sweep.expand import expand_arms, own_overrides, refuse_expanded
 from lorasweep.sweep.scaling import ALPHA, MULTIPLIER, compose_scaled, drop_rivals, lay_over, rival, spell_out
 from lorasweep.sweep.space import Space, corner_values, count_values, parse_range
@@ -110,7 +109,7 @@ def read_definition(source: Path, overrides: Sequence[str]) -> Definition:
         ConfigError: The file can't be read, a key or range is wrong, or an arm does not compose.
     """
     raw = {"file": read_content(source), "overrides": parse_overrides(overrides)}
-    raw = without_passwords(_with_absolute_paths(raw))
+    raw = _with_absolute_paths(raw)
     try:
         return restore_definition(raw, source=source)
     except ConfigError as error:
@@ -164,7 +163,7 @@ def restore_definition(raw: Mapping[str, Any], *, source: Path | None) -> Defini
 
 def split_driver(settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Returns the settings of runs, and those of the sweep's driver."""
-    groups = (*group_names("sweep"), "sweep", CONFIRM)
+    groups = (*group_names("sweep"), "sweep", "worker", "storage", CONFIRM)
     driver = {key: value for key, value in settings.items() if key.split(".")[0] in groups}
     return {key: value for key, value in settings.items() if key not in driver}, driver
 

@@ -15,9 +15,9 @@ from rich.table import Table
 from rich.text import Text
 
 from lorasweep.record import Direction
+from lorasweep.sweep.controller.folder import SweepFolder
 from lorasweep.sweep.definition import Arm, Definition
 from lorasweep.sweep.fairness import find_warnings
-from lorasweep.sweep.folder import SweepFolder
 from lorasweep.sweep.plan import ArmPlan
 from lorasweep.wording import format_bytes, format_count, format_seconds
 
@@ -111,6 +111,10 @@ class LiveTable:
         running = self.running.get((arm.name, number))
         if running is not None:
             running.step, running.value = step, value
+
+    def trial_paused(self, arm: Arm, number: int) -> None:
+        """Takes the trial out of those that run."""
+        self.running.pop((arm.name, number), None)
 
     def trial_ended(self, arm: Arm, number: int, state: str, value: float | None, *, wall_s: float) -> None:
         """Counts the trial; without a terminal, prints its line."""
@@ -211,7 +215,7 @@ def describe_params(params: Mapping[str, Any]) -> str:
 
 def _progress_so_far(sweep: SweepFolder, arm: Arm) -> ArmProgress:
     progress = ArmProgress(asked=arm.trials)
-    for trial in (row for row in sweep.record.trials if row.arm == arm.name and row.state != "running"):
+    for trial in (r for r in sweep.record.trials if r.arm == arm.name and r.state not in ("running", "paused")):
         progress.done += 1
         progress.pruned += trial.state == "pruned"
         progress.lost += trial.state in ("failed", "infeasible")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lorasweep.sweep.confirm import arm_seeds, draw_seeds
+from lorasweep.sweep.controller.confirm import arm_seeds, draw_seeds
 from lorasweep.sweep.definition import Arm, Definition
 from lorasweep.sweep.fairness import trained_tokens
 from lorasweep.sweep.packing import ArmPacking, plan_packing

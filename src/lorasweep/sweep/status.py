@@ -1,51 +1,34 @@
-"""How a sweep stands, read from its folder while workers run and after: its workers, its arms, the time left.
+"""How a sweep stands, read from its folder while it runs and after.
 
-Only files are read, each written whole by its worker, so looking locks and changes nothing and needs no database.
+Only files are read, each written whole, so looking locks and changes nothing and needs no database.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
 from lorasweep.errors import RecordError
-from lorasweep.record import (
-    ArmRow,
-    RunRecord,
-    SweepRecord,
-    WorkerRow,
-    folder_of_run,
-    read_run,
-    read_sweep,
-    read_workers,
-    winners,
-)
-from lorasweep.redaction import redact
-from lorasweep.sweep.rows import RUNS_FOLDER
-from lorasweep.sweep.storage import JOURNAL_FILE
-from lorasweep.sweep.workers import LONGEST_BEAT_S, Process, process_of, this_process
-from lorasweep.wording import format_bytes
+from lorasweep.record import ArmRow, SweepRecord, TrialRow, read_sweep, winners
+from lorasweep.sweep.controller.lifecycle import is_running
+from lorasweep.sweep.live import describe_params
+from lorasweep.wording import UNKNOWN, format_seconds
 
-MISSED_BEATS = 4
-"""After which a worker on another machine is said to be silent; only other workers decide that it is lost."""
-MOST_RUNS = 64
-"""Of the runs that go on, so many are looked into."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class WorkerStatus:
-    """One worker."""
-
-    row: WorkerRow
-    is_alive: bool
-    seen_s: float
-    """Seconds since its last heartbeat, by its clock and this one."""
-    runs: tuple[RunRecord, ...] = ()
-    """Those that it trains now, as of their last evaluation."""
+POLL_INTERVAL_S = 1.0
+LINE_INTERVAL_S = 10.0
+"""Shortest time between two lines where there is no terminal."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +39,7 @@ class ArmStatus:
     asked: int
     done: int
     running: int
+    paused: int
     pruned: int
     failed: int
     """Failed or infeasible."""
@@ -65,12 +49,6 @@ class ArmStatus:
     seeds_done: int = 0
     seeds_running: int = 0
 
-    @property
-    def left(self) -> float:
-        """Runs that are still to be made; one that is running counts half."""
-        begun = self.done + self.seeds_done + (self.running + self.seeds_running) / 2
-        return max(0.0, self.asked + self.seeds_asked - begun)
-
 
 @dataclass(frozen=True, kw_only=True)
 class SweepStatus:
@@ -78,37 +56,14 @@ class SweepStatus:
 
     folder: Path
     record: SweepRecord
-    workers: tuple[WorkerStatus, ...]
+    is_running: bool
+    """Whether a process has it open."""
     arms: tuple[ArmStatus, ...]
-    storage: str
-
-    @property
-    def live(self) -> list[WorkerStatus]:
-        """The workers that serve it now."""
-        return [worker for worker in self.workers if worker.is_alive]
 
     @property
     def is_over(self) -> bool:
-        """Whether it is complete, or none of the workers that it had is alive; they may be yet to come."""
-        return self.record.status == "complete" or (bool(self.workers) and not self.live)
-
-    @property
-    def seconds_left(self) -> float | None:
-        """Time for the runs left at the workers' pace so far, shared by those that live; None where it can't be said.
-
-        The pace is the time of all workers over the trials that they ended, so packs and pruning are in it.
-        """
-        done = sum(worker.row.done for worker in self.workers)
-        spent_s = sum(_positive(worker.row.telemetry.get("wall_s")) for worker in self.workers if worker.row.done)
-        left = sum(arm.left for arm in self.arms)
-        if self.record.status == "complete" or left == 0:
-            return 0.0
-        return spent_s / done * left / len(self.live) if done and spent_s and self.live else None
-
-    @property
-    def tokens_per_s(self) -> float:
-        """Tokens that the live workers train per second of their time, pauses included."""
-        return sum(pace_of(worker.row) for worker in self.live)
+        """Whether the sweep is complete, or no process runs it."""
+        return self.record.status == "complete" or not self.is_running
 
 
 def read_status(folder: Path) -> SweepStatus:
@@ -118,104 +73,97 @@ def read_status(folder: Path) -> SweepStatus:
         RecordError: The folder is no sweep, or its record is damaged.
     """
     record = read_sweep(folder)
-    here, now = this_process(), datetime.now(UTC)
-    rows = read_workers(folder)
+    best = winners(record)
     return SweepStatus(
         folder=folder,
         record=record,
-        workers=tuple(_worker_status(row, folder, here=here, now=now) for row in rows),
-        arms=_arm_statuses(record),
-        storage=_describe_storage(record, folder),
+        is_running=is_running(folder),
+        arms=tuple(_arm_status(arm, record, best.get(arm.name)) for arm in record.arms),
     )
 
 
-def pace_of(row: WorkerRow) -> float:
-    """Returns the tokens that a worker trained per second since it began."""
-    wall_s = _positive(row.telemetry.get("wall_s"))
-    return _positive(row.telemetry.get("trained_tokens")) / wall_s if wall_s else 0.0
+def render_status(status: SweepStatus) -> RenderableType:
+    """Returns how a sweep stands: its arms, and what to type to resume it where it was stopped."""
+    record = status.record
+    title = f"{record.name}: {record.metric} ({record.direction}), {record.status}"
+    notes = []
+    if status.is_over and record.status != "complete":
+        notes.append(f"• No process runs it. Type `lorasweep sweep --resume {status.folder}` to resume it.")
+    return Group(Text(title, style="bold"), _arms_table(status), *map(Text, notes))
 
 
-def _worker_status(row: WorkerRow, folder: Path, *, here: Process, now: datetime) -> WorkerStatus:
-    seen_s = _seconds_since(row.beat_at, now)
-    is_alive = row.status == "running" and not _is_gone(row, seen_s, here)
-    runs = row.running[:MOST_RUNS] if is_alive else []
-    return WorkerStatus(
-        row=row,
-        is_alive=is_alive,
-        seen_s=seen_s,
-        runs=tuple(run for name in runs if (run := _run(folder, name)) is not None),
-    )
+def follow(folder: Path, *, console: Console) -> None:
+    """Shows how a sweep stands until it is over: a table that moves, or a line now and then without a terminal."""
+    status = read_status(folder)
+    printed, printed_at = "", -math.inf
+    with Live(console=console, get_renderable=lambda: render_status(status), transient=True) as live:
+        if not console.is_terminal:
+            live.stop()
+        while True:
+            with suppress(RecordError, OSError):  # the folder is being moved, or a disk is away for a while
+                status = read_status(folder)
+            line = _describe(status)
+            if not console.is_terminal and line != printed and time.monotonic() - printed_at >= LINE_INTERVAL_S:
+                console.print(escape(line), highlight=False, soft_wrap=True)
+                printed, printed_at = line, time.monotonic()
+            if status.is_over:
+                return
+            time.sleep(POLL_INTERVAL_S)
 
 
-def _is_gone(row: WorkerRow, seen_s: float, here: Process) -> bool:
-    process = process_of(row)
-    if process.is_on_machine_of(here):
-        return process.is_dead()
-    return seen_s > MISSED_BEATS * LONGEST_BEAT_S
+def _describe(status: SweepStatus) -> str:
+    """How a sweep stands in one line."""
+    arms = status.arms
+    parts = [f"{sum(arm.done for arm in arms)}/{sum(arm.asked for arm in arms)} trials"]
+    if any(arm.seeds_done or arm.seeds_running for arm in arms):
+        parts.append(f"{sum(arm.seeds_done for arm in arms)}/{sum(arm.seeds_asked for arm in arms)} confirm runs")
+    for word in ("paused", "pruned", "failed"):
+        if number := sum(getattr(arm, word) for arm in arms):
+            parts.append(f"{number} {word}")
+    parts += [f"{arm.name} {arm.best:.4f}" for arm in arms if arm.best is not None]
+    return ", ".join([*parts, f"{format_seconds(status.record.makespan_s)} so far"])
 
 
-def _seconds_since(moment: str, now: datetime) -> float:
-    try:
-        return max(0.0, (now - datetime.fromisoformat(moment)).total_seconds())
-    except (ValueError, TypeError, OverflowError):  # no time, one without a zone, one that no calendar has
-        return math.inf
+def _arms_table(status: SweepStatus) -> Table:
+    confirms = any(arm.seeds_asked for arm in status.arms)
+    table = Table(header_style="bold", box=SIMPLE, padding=(0, 1, 0, 0))
+    table.add_column("arm", overflow="fold")
+    columns = ("trials", "running", "paused", "pruned", "failed", *(["confirm"] if confirms else []), "best")
+    for name in columns:
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("best settings", overflow="fold")
+    for arm in status.arms:
+        table.add_row(
+            escape(arm.name),
+            f"{arm.done}/{arm.asked}",
+            str(arm.running + arm.seeds_running),
+            str(arm.paused),
+            str(arm.pruned),
+            str(arm.failed),
+            *([f"{arm.seeds_done}/{arm.seeds_asked}"] if confirms else []),
+            UNKNOWN if arm.best is None else f"{arm.best:.4f}",
+            escape(describe_params(arm.best_params)),
+        )
+    return table
 
 
-def _run(folder: Path, name: str) -> RunRecord | None:
-    try:
-        return read_run(folder_of_run(folder, f"{RUNS_FOLDER}/{name}"))
-    except (RecordError, OSError, ValueError):
-        return None
-
-
-def _arm_statuses(record: SweepRecord) -> tuple[ArmStatus, ...]:
-    best = winners(record)
-    return tuple(_arm_status(arm, record, best.get(arm.name)) for arm in record.arms)
-
-
-def _arm_status(arm: ArmRow, record: SweepRecord, best: Any) -> ArmStatus:
+def _arm_status(arm: ArmRow, record: SweepRecord, best: TrialRow | None) -> ArmStatus:
     states = [trial.state for trial in record.trials if trial.arm == arm.name]
     reruns = [rerun.state for rerun in record.confirm if rerun.arm == arm.name]
-    running, seeds_running = states.count("running"), reruns.count("running")
     if best is None:  # nothing of it trains, so it is no winner
         scored = [t for t in record.trials if t.arm == arm.name and t.state == "complete" and t.value is not None]
         best = scored[0] if scored else None
-    seeds = len(record.confirm_seeds[:1] if arm.method == "frozen" else record.confirm_seeds)
     return ArmStatus(
         name=arm.name,
         asked=arm.trials,
-        done=len(states) - running,
-        running=running,
+        done=len(states) - states.count("running") - states.count("paused"),
+        running=states.count("running"),
+        paused=states.count("paused"),
         pruned=states.count("pruned"),
         failed=states.count("failed") + states.count("infeasible"),
         best=None if best is None else best.value,
         best_params={} if best is None else best.params,
-        seeds_asked=seeds,
-        seeds_done=len(reruns) - seeds_running,
-        seeds_running=seeds_running,
+        seeds_asked=len(record.confirm_seeds[:1] if arm.method == "frozen" else record.confirm_seeds),
+        seeds_done=len(reruns) - reruns.count("running"),
+        seeds_running=reruns.count("running"),
     )
-
-
-def _describe_storage(record: SweepRecord, folder: Path) -> str:
-    journal = folder / JOURNAL_FILE
-    if journal.is_file():
-        return f"journal in the sweep's folder, {format_bytes(journal.stat().st_size)}"
-    asked = _asked_for(record.definition)
-    name, address = str(asked.get("storage", "journal")), asked.get("storage.url")
-    if name == "journal":
-        return "journal, which is not in the sweep's folder"
-    return str(redact(f"{name} {address}" if address else f"{name}, its address in the environment"))
-
-
-def _asked_for(definition: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of the sweep's file with those of the command line over them."""
-    file = definition.get("file")
-    layers: Sequence[Any] = (
-        file.get("settings") if isinstance(file, Mapping) else None,
-        definition.get("overrides"),
-    )
-    return {str(key): value for layer in layers if isinstance(layer, Mapping) for key, value in layer.items()}
-
-
-def _positive(value: float | None) -> float:
-    return value if value is not None and value > 0 else 0.0

@@ -26,8 +26,8 @@ class StoppingRule(Protocol):
 
         Args:
             rung: One of `rungs`.
-            values: The value at the rung by trial number, lower is better, of every trial of the arm that has reached it
-                and has not failed since.
+            values: The value at the rung by trial number, lower is better, of every trial of the arm that has reached
+                it and has not failed since.
             all_arrived: Whether no further trial of the arm can reach this rung.
         """
 
@@ -63,7 +63,7 @@ class Halving:
 
 @dataclass(frozen=True, kw_only=True)
 class MedianOfPeers:
-    """A trial goes on if it is no worse than the median of all trials that have reached the rung, running ones included.
+    """A trial goes on if it is no worse than the median of all trials at the rung, running ones included.
 
     Optuna's MedianPruner compares with complete trials only, so that in a pack, where all trials run at once, it never
     stops one.

@@ -1,0 +1,63 @@
+"""What is checked of a sweep before anything is written: each arm against its base model and data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from lorasweep.config.run import RunConfig
+from lorasweep.errors import ConfigError
+from lorasweep.sweep.controller.confirm import draw_seeds
+from lorasweep.sweep.controller.proposals import propose
+from lorasweep.sweep.controller.stages import build_rule
+from lorasweep.sweep.definition import Definition
+from lorasweep.sweep.packing import plan_packing
+from lorasweep.training import Benches, check_run
+
+
+def check_definition(definition: Definition, benches: Benches) -> dict[str, RunConfig]:
+    """Checks every arm against its base model, before anything is written; returns one composed run per arm.
+
+    Raises:
+        ConfigError: A rank, target or other setting does not fit the model, a rung or the sampler does not fit the arm,
+            or the search leaves no seed fresh.
+    """
+    plan_packing(definition)
+    draw_seeds(definition)
+    configs: dict[str, RunConfig] = {}
+    for arm in definition.arms:
+        try:
+            build_rule(arm)
+            if arm.space:
+                propose(
+                    arm.space,
+                    [],
+                    sampler=arm.driver.sampler,
+                    direction="minimize",
+                    trials=arm.trials,
+                    number=0,
+                    seed=arm.driver.sweep.seed,
+                    arm=arm.name,
+                )
+            for config in arm.corners():
+                check_run(config, benches.of(config).base)
+                configs.setdefault(arm.name, config)
+        except ConfigError as error:
+            raise ConfigError(f"arm `{arm.name}`: {error}") from error
+    return configs
+
+
+def sweep_metric(configs: Mapping[str, RunConfig], benches: Benches) -> str:
+    """Returns what every arm is scored by; `data.metric: auto` depends on the data.
+
+    Raises:
+        ConfigError: The arms have different metrics.
+    """
+    metrics = sorted({benches.of(config).parts.metric for config in configs.values()})
+    if len(metrics) > 1:
+        raise ConfigError(f"all arms must have one `data.metric`, but got {', '.join(metrics)}.")
+    return metrics[0]
+
+
+def data_notes(configs: Mapping[str, RunConfig], benches: Benches) -> list[str]:
+    """Returns what there is to say on the data of the arms and the attention that was chosen, each sentence once."""
+    return list(dict.fromkeys(note for config in configs.values() for note in benches.of(config).notes))

@@ -1,0 +1,293 @@
+"""The trials of one arm in one stage: what the journal holds of them, and which of them may be trained next."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+import optuna
+from optuna.distributions import BaseDistribution
+from optuna.storages import BaseStorage
+from optuna.trial import FrozenTrial, Trial, create_trial
+from optuna.trial import TrialState as OptunaState
+
+from lorasweep.record import TrialState
+from lorasweep.sweep.controller.rows import (
+    INFEASIBLE_ATTRIBUTE,
+    PAUSED_ATTRIBUTE,
+    REASON_ATTRIBUTE,
+    TURN_ATTRIBUTE,
+    row_state,
+)
+from lorasweep.sweep.controller.rules import NoStopping, StoppingRule, rank_trials
+from lorasweep.sweep.definition import Arm
+
+LIVE: tuple[TrialState, ...] = ("running", "paused")
+
+
+@dataclass(kw_only=True, eq=False)
+class Entry:
+    """One trial of an arm as the controller sees it."""
+
+    number: int
+    params: Mapping[str, Any]
+    order: int
+    """How many trials the controller had handed out before it last handed out this one."""
+    passed: set[int] = field(default_factory=set)
+    """Rungs that it may go on beyond."""
+    promoted: set[int] = field(default_factory=set)
+    """Those of `passed` at which it was paused before."""
+    values: dict[int, float] = field(default_factory=dict)
+    """Value of each evaluation by step, as the metric has it."""
+    state: TrialState = "running"
+    is_held: bool = False
+    """Whether the worker trains it now."""
+
+
+class ArmTrials:
+    """The trials of one arm in one stage.
+
+    The journal is written before anything here changes, and holds all that is needed to make this object again. A trial
+    enters it in one write with all its parameters, so that no process can be killed between some of them.
+    """
+
+    def __init__(
+        self,
+        arm: Arm,
+        *,
+        study: optuna.Study,
+        storage: BaseStorage,
+        space: Mapping[str, BaseDistribution],
+        planned: int,
+        rule: StoppingRule | None = None,
+        prunes_by_study: bool = False,
+        first_part: int | None = None,
+    ) -> None:
+        """Reads the trials that the study has, and fails those that are not the controller's.
+
+        Args:
+            arm: The arm.
+            study: Its study in this stage.
+            storage: The storage that the study is in.
+            space: What each trial's parameters are drawn from.
+            planned: How many trials the arm gets, those that have ended included.
+            rule: Which trials may go on beyond a rung. None lets every trial run to its end.
+            prunes_by_study: Whether the study's own pruner decides instead, at every evaluation.
+            first_part: How many trials may begin before one of the arm is complete. None sets no limit.
+        """
+        self.arm = arm
+        self.study = study
+        self.planned = planned
+        self.foreign = 0
+        """Trials in the study that the controller did not make. They count as none."""
+        self._space = dict(space)
+        self._storage = storage
+        self._study_id = storage.get_study_id_from_name(study.study_name)
+        self._rule: StoppingRule = rule or NoStopping()
+        self._prunes_by_study = prunes_by_study
+        self._sign = 1 if study.direction == optuna.study.StudyDirection.MINIMIZE else -1
+        self._first_part = planned if first_part is None else first_part
+        self.entries: dict[int, Entry] = {}
+        for trial in study.get_trials(deepcopy=False):
+            self._read(trial)
+
+    @property
+    def left(self) -> int:
+        """Trials that have not begun."""
+        return self.planned - len(self.entries)
+
+    @property
+    def progress(self) -> float:
+        """Share of the trials that have begun, 0 to 1."""
+        return len(self.entries) / self.planned if self.planned else 1.0
+
+    def frozen(self) -> list[FrozenTrial]:
+        """Returns the controller's trials of this arm as the study has them, in the order of their numbers."""
+        return [trial for trial in self.study.get_trials(deepcopy=False) if trial.number in self.entries]
+
+    def history(self) -> list[FrozenTrial]:
+        """Returns what a sampler may learn from: a paused trial as pruned, because it is a result of fewer steps."""
+        return [_as_pruned(trial) if self.entries[trial.number].state == "paused" else trial for trial in self.frozen()]
+
+    def abandoned(self) -> Iterator[Entry]:
+        """Yields the trials that were handed out to a process that is gone."""
+        return (entry for entry in self.entries.values() if entry.state == "running" and not entry.is_held)
+
+    def next_promoted(self) -> tuple[Entry, int] | None:
+        """Returns the paused trial that is to go on next and the rung it goes on beyond; None where there is none.
+
+        Of several it is the one at the highest rung, there the best one.
+        """
+        for rung in reversed(self._rule.rungs):
+            better = self._better_part(rung)
+            paused = {n: self._ranked(rung)[n] for n in better if self._is_paused_at(self.entries[n], rung)}
+            if paused:
+                return self.entries[rank_trials(paused)[0]], rung
+        return None
+
+    def may_begin(self) -> bool:
+        """Whether a new trial may begin now.
+
+        An adaptive sampler is asked for no more than the first part of the trials before one of them is complete, as
+        long as anything of the arm still runs.
+        """
+        if self.left <= 0:
+            return False
+        waits = len(self.entries) >= self._first_part and not any(e.state == "complete" for e in self.entries.values())
+        return not (waits and any(entry.state == "running" for entry in self.entries.values()))
+
+    def begin(self, params: Mapping[str, Any], *, order: int, attributes: Mapping[str, Any]) -> Entry:
+        """Writes a new trial with all its parameters into the journal, in one step, and returns it."""
+        number = self.next_number()
+        turn = {"order": order, "passed": [], "promoted": []}
+        trial = create_trial(
+            state=OptunaState.RUNNING,
+            params=dict(params),
+            distributions=self._space,
+            user_attrs={TURN_ATTRIBUTE: turn, **attributes},
+        )
+        self.study.add_trial(trial)
+        self.entries[number] = Entry(number=number, params=dict(params), order=order, is_held=True)
+        return self.entries[number]
+
+    def next_number(self) -> int:
+        """Returns the number that the next trial of the study gets."""
+        return len(self.study.get_trials(deepcopy=False))
+
+    def promote(self, entry: Entry, rung: int, *, order: int) -> None:
+        """Hands out a trial that was paused at a rung, to go on beyond it."""
+        self._note_turn(entry, order=order, passed=entry.passed | {rung}, promoted=entry.promoted | {rung})
+        entry.state, entry.is_held = "running", True
+
+    def take_back(self, entry: Entry) -> None:
+        """Hands out a trial again that was handed out to a process that is gone.
+
+        Its order stays, so that the trials of a process that was killed twice are handed out again in the same order.
+        """
+        entry.state, entry.is_held = "running", True
+
+    def store(self, entry: Entry, step: int, value: float) -> None:
+        """Writes the value of an evaluation. One that is there is written again: the same run gives the same value."""
+        if entry.values.get(step) != value and entry.state in LIVE:
+            self._storage.set_trial_intermediate_value(self._trial_id(entry), step, value)
+            entry.values[step] = value
+
+    def decide(self, entry: Entry, step: int) -> bool:
+        """Returns whether a trial goes on after the evaluation at a step; all values of it must be stored by then."""
+        if self._prunes_by_study:
+            return not Trial(self.study, self._trial_id(entry)).should_prune()
+        if step not in self._rule.rungs:
+            return True
+        if step in entry.passed:  # a killed process had come here: decided as it was then
+            return step not in entry.promoted
+        if entry.number not in self._better_part(step):
+            return False
+        self._note_turn(entry, order=entry.order, passed=entry.passed | {step}, promoted=entry.promoted)
+        return True
+
+    def pause(self, entry: Entry, attributes: Mapping[str, Any]) -> None:
+        """Notes that a trial's run was paused; one that was promoted from here before waits to be handed out again."""
+        step = max(entry.values)
+        self.note(entry, {**attributes, PAUSED_ATTRIBUTE: step})
+        was_promoted = step in entry.promoted
+        entry.state, entry.is_held = ("running" if was_promoted else "paused"), False
+
+    def end(self, entry: Entry, state: TrialState, attributes: Mapping[str, Any], *, value: float | None) -> None:
+        """Tells the study how a trial ended; one that has ended already stays as it is.
+
+        Args:
+            entry: The trial.
+            state: `complete`, `pruned`, `failed` or `infeasible`.
+            attributes: What the record is to say of it.
+            value: Its score, where it is complete.
+        """
+        ended = self.study.get_trials(deepcopy=False)[entry.number].state.is_finished()
+        if not ended:
+            self.note(entry, attributes)
+            if state == "infeasible":
+                # A sampler leaves failed trials out. From one that was pruned and breaks a constraint it can learn.
+                self.note(entry, {INFEASIBLE_ATTRIBUTE: True})
+                Trial(self.study, self._trial_id(entry)).set_constraint("memory", 1.0)
+            told = {"complete": OptunaState.COMPLETE, "failed": OptunaState.FAIL}.get(state, OptunaState.PRUNED)
+            self.study.tell(entry.number, value if state == "complete" else None, state=told)
+        entry.state, entry.is_held = state, False
+
+    def note(self, entry: Entry, attributes: Mapping[str, Any]) -> None:
+        """Writes attributes of a trial."""
+        for name, attribute in attributes.items():
+            self._storage.set_trial_user_attr(self._trial_id(entry), name, attribute)
+
+    def paused(self) -> list[Entry]:
+        """Returns the paused trials in the order of their numbers."""
+        return [entry for entry in self.entries.values() if entry.state == "paused"]
+
+    def _read(self, trial: FrozenTrial) -> None:
+        turn = trial.user_attrs.get(TURN_ATTRIBUTE)
+        if not isinstance(turn, Mapping) or set(trial.params) != set(self._space):
+            self.foreign += 1
+            if not trial.state.is_finished():
+                reason = "it is not a trial of this sweep, or has not all parameters, so another one takes its place"
+                trial_id = self._storage.get_trial_id_from_study_id_trial_number(self._study_id, trial.number)
+                self._storage.set_trial_user_attr(trial_id, REASON_ATTRIBUTE, reason)
+                self._storage.set_trial_state_values(trial_id, OptunaState.FAIL)
+            return
+        entry = Entry(
+            number=trial.number,
+            params=dict(trial.params),
+            order=int(turn["order"]),
+            passed=set(turn["passed"]),
+            promoted=set(turn["promoted"]),
+            values=dict(trial.intermediate_values),
+            state=row_state(trial),
+        )
+        # A trial whose process was killed after the report and before the pause is running: it reports once more.
+        if entry.state == "running" and trial.user_attrs.get(PAUSED_ATTRIBUTE) == max(entry.values, default=0):
+            entry.state = "running" if max(entry.values) in entry.promoted else "paused"
+        self.entries[trial.number] = entry
+
+    def _better_part(self, rung: int) -> frozenset[int]:
+        return self._rule.better_part(rung, self._ranked(rung), all_arrived=self._all_arrived(rung))
+
+    def _ranked(self, rung: int) -> dict[int, float]:
+        """The value at a rung of each trial that has reached it and has not failed, lower is better."""
+        return {
+            entry.number: self._sign * entry.values[rung]
+            for entry in self.entries.values()
+            if rung in entry.values and entry.state not in ("failed", "infeasible")
+        }
+
+    def _all_arrived(self, rung: int) -> bool:
+        """Whether no further trial can reach a rung: none is to begin, and each other one ended or stays paused."""
+        if self.left > 0:
+            return False
+        return all(
+            rung in entry.values or entry.state not in LIVE or self._stays_below(entry, rung)
+            for entry in self.entries.values()
+        )
+
+    def _stays_below(self, entry: Entry, rung: int) -> bool:
+        waits_at = next((lower for lower in self._rule.rungs if lower < rung and self._waits_at(entry, lower)), None)
+        return waits_at is not None and entry.number not in self._better_part(waits_at)
+
+    def _waits_at(self, entry: Entry, rung: int) -> bool:
+        return rung in entry.values and rung not in entry.passed
+
+    def _is_paused_at(self, entry: Entry, rung: int) -> bool:
+        return entry.state == "paused" and self._waits_at(entry, rung)
+
+    def _note_turn(self, entry: Entry, *, order: int, passed: set[int], promoted: set[int]) -> None:
+        turn = {"order": order, "passed": sorted(passed), "promoted": sorted(promoted)}
+        self.note(entry, {TURN_ATTRIBUTE: turn})
+        entry.order, entry.passed, entry.promoted = order, passed, promoted
+
+    def _trial_id(self, entry: Entry) -> int:
+        return self._storage.get_trial_id_from_study_id_trial_number(self._study_id, entry.number)
+
+
+def _as_pruned(trial: FrozenTrial) -> FrozenTrial:
+    pruned = copy.copy(trial)
+    pruned.state, pruned.datetime_complete = OptunaState.PRUNED, datetime.now()
+    return pruned

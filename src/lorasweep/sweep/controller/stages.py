@@ -1,0 +1,226 @@
+"""The two stages of a sweep: `search` tunes on validation data, `confirm` runs the winners again on fresh seeds.
+
+The controller's calls are the same for both. A stage says which trials there are and what run each becomes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, Literal, Protocol
+
+from optuna.distributions import IntDistribution
+from optuna.pruners import BasePruner
+
+from lorasweep.config.run import RunConfig
+from lorasweep.config.sweep import HalvingPruner, MedianPruner, ModelBasedSampler, OptunaPruner, PrunerConfig
+from lorasweep.errors import ConfigError
+from lorasweep.sweep.controller.arm_trials import ArmTrials, Entry
+from lorasweep.sweep.controller.confirm import SEED_KEYS, arm_seeds, find_winner, seed_settings
+from lorasweep.sweep.controller.folder import SweepFolder
+from lorasweep.sweep.controller.proposals import propose
+from lorasweep.sweep.controller.rows import (
+    DUPLICATE_ATTRIBUTE,
+    FUNCTION_ATTRIBUTE,
+    RUN_ATTRIBUTE,
+    SEED,
+    WINNER_ATTRIBUTE,
+    confirm_run_name,
+    run_name,
+)
+from lorasweep.sweep.controller.rules import Halving, MedianOfPeers, NoStopping, StoppingRule
+from lorasweep.sweep.controller.storage import CONFIRM_STUDY
+from lorasweep.sweep.definition import Arm
+from lorasweep.sweep.duplicates import name_function
+from lorasweep.sweep.instantiate import build_pruner
+from lorasweep.training import RunPlace
+
+FIRST_PART_FRACTION = 0.5
+"""Share of an arm's trials that an adaptive sampler proposes before the first of them is complete."""
+
+
+class Stage(Protocol):
+    """What the controller must know of a stage."""
+
+    name: Literal["search", "confirm"]
+    reads_test: bool
+    """Whether a run that is complete has still to be scored on test data."""
+    trials: dict[str, ArmTrials]
+    """By the name of the arm, in the order of the sweep file."""
+
+    def propose(self, trials: ArmTrials) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Returns the parameters of an arm's next trial, and what else is to be written of it."""
+
+    def config(self, arm: Arm, params: Mapping[str, Any]) -> RunConfig:
+        """Returns all settings of a trial's run."""
+
+    def shown_params(self, arm: Arm, params: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the settings that tell a trial's run from others of its arm, as a person reads them."""
+
+    def place(self, arm: Arm, number: int) -> RunPlace:
+        """Returns where a trial's run belongs."""
+
+
+class Search:
+    """Each arm's sampler proposes, its rule pauses, and the best evaluation on validation data counts."""
+
+    name: Literal["search"] = "search"
+    reads_test = False
+
+    def __init__(self, sweep: SweepFolder) -> None:
+        self._sweep = sweep
+        self.trials = {arm.name: self._open(arm) for arm in sweep.definition.arms}
+        self._functions = {name: self._functions_of(trials) for name, trials in self.trials.items()}
+
+    def propose(self, trials: ArmTrials) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Asks the sampler; names the function that the trial trains, and an earlier trial that trains the same."""
+        arm, number = trials.arm, trials.next_number()
+        params = propose(
+            arm.space,
+            trials.history(),
+            sampler=arm.driver.sampler,
+            direction=self._sweep.record.direction,
+            trials=arm.trials,
+            number=len(trials.entries),
+            seed=arm.driver.sweep.seed,
+            arm=arm.name,
+        )
+        function = name_function(arm.compose(params))
+        first = self._functions[arm.name].setdefault(function, number)
+        attributes = {RUN_ATTRIBUTE: run_name(arm.name, number), FUNCTION_ATTRIBUTE: function}
+        return params, attributes if first == number else {**attributes, DUPLICATE_ATTRIBUTE: first}
+
+    def config(self, arm: Arm, params: Mapping[str, Any]) -> RunConfig:
+        """Returns the arm's settings with the swept values."""
+        return arm.compose(params)
+
+    def shown_params(self, arm: Arm, params: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the swept keys and their values."""
+        return dict(params)
+
+    def place(self, arm: Arm, number: int) -> RunPlace:
+        """Returns a folder by arm and number."""
+        return RunPlace(folder=self._sweep.path / run_name(arm.name, number), arm=arm.name, trial=number)
+
+    def _open(self, arm: Arm) -> ArmTrials:
+        config = arm.driver.pruner
+        own = isinstance(config, OptunaPruner)
+        return ArmTrials(
+            arm,
+            study=self._sweep.open_study(arm.name, pruner=_own_pruner(config)),
+            storage=self._sweep.storage,
+            space=arm.space,
+            planned=arm.trials,
+            rule=build_rule(arm),
+            prunes_by_study=own,
+            first_part=_first_part(arm),
+        )
+
+    def _functions_of(self, trials: ArmTrials) -> dict[str, int]:
+        functions: dict[str, int] = {}
+        for trial in trials.frozen():
+            functions.setdefault(trial.user_attrs[FUNCTION_ATTRIBUTE], trial.number)
+        return functions
+
+
+class Confirm:
+    """The best configuration of each arm on fresh seeds. The best weights of each run are scored once on test data."""
+
+    name: Literal["confirm"] = "confirm"
+    reads_test = True
+
+    def __init__(self, sweep: SweepFolder, search: Search) -> None:
+        self._sweep = sweep
+        self.winners: dict[str, Entry] = {}
+        self.trials: dict[str, ArmTrials] = {}
+        for arm in sweep.definition.arms:
+            number = find_winner(search.trials[arm.name].study)
+            if number is None:
+                sweep.warn(f"Arm `{arm.name}` has no complete trial, so the confirm stage leaves it out.")
+                continue
+            self.winners[arm.name] = search.trials[arm.name].entries[number]
+
+    def begin(self) -> None:
+        """Makes the study of each arm that has a winner, or opens the one that is there."""
+        for arm in self._sweep.definition.arms:
+            if (winner := self.winners.get(arm.name)) is None:
+                continue
+            study = self._sweep.open_study(CONFIRM_STUDY.format(arm=arm.name))
+            study.set_user_attr(WINNER_ATTRIBUTE, winner.number)
+            self.trials[arm.name] = ArmTrials(
+                arm,
+                study=study,
+                storage=self._sweep.storage,
+                space={SEED: IntDistribution(0, 2**32 - 1)},
+                planned=len(self._seeds(arm)),
+            )
+
+    def winner_config(self, arm: Arm) -> RunConfig | None:
+        """Returns the settings that won the arm's search, or None where no trial is complete."""
+        winner = self.winners.get(arm.name)
+        return None if winner is None else arm.compose(winner.params)
+
+    def propose(self, trials: ArmTrials) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Returns the next seed."""
+        name = confirm_run_name(trials.arm.name, trials.next_number())
+        return {SEED: self._seeds(trials.arm)[len(trials.entries)]}, {RUN_ATTRIBUTE: name}
+
+    def config(self, arm: Arm, params: Mapping[str, Any]) -> RunConfig:
+        """Returns the winner's settings, every source of chance set by the seed."""
+        return arm.compose({**self.shown_params(arm, params), **seed_settings(params[SEED])})
+
+    def shown_params(self, arm: Arm, params: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the winner's values of the swept keys, with the seed in place of any that were searched."""
+        kept = {key: value for key, value in self.winners[arm.name].params.items() if key not in SEED_KEYS}
+        return {**kept, SEED: params[SEED]}
+
+    def place(self, arm: Arm, number: int) -> RunPlace:
+        """Returns a folder of its own; the trial in the record is the winner."""
+        folder = self._sweep.path / confirm_run_name(arm.name, number)
+        return RunPlace(folder=folder, arm=arm.name, trial=self.winners[arm.name].number)
+
+    def _seeds(self, arm: Arm) -> list[int]:
+        return arm_seeds(arm, self._sweep.record.confirm_seeds)
+
+
+def build_rule(arm: Arm) -> StoppingRule:
+    """Returns the rule by which an arm's trials are paused.
+
+    Raises:
+        ConfigError: No rung lies at an evaluation before the last step, or the pruner can't be built.
+    """
+    pruner = arm.driver.pruner
+    trainer = next(arm.corners()).trainer
+    if next(arm.corners()).method.name == "frozen":  # it has no steps
+        return NoStopping()
+    steps = range(trainer.eval_every_steps, trainer.max_steps, trainer.eval_every_steps)
+    if isinstance(pruner, HalvingPruner):
+        _check_rungs(pruner.rungs, steps, max_steps=trainer.max_steps)
+        rungs = sorted({min(steps, key=lambda step: (abs(step - f * trainer.max_steps), step)) for f in pruner.rungs})
+        return Halving(rungs=tuple(rungs), reduction_factor=pruner.reduction_factor)
+    if isinstance(pruner, MedianPruner):
+        rungs = [step for step in steps if step >= pruner.min_fraction * trainer.max_steps]
+        return MedianOfPeers(rungs=tuple(rungs), min_trials=pruner.min_trials)
+    _own_pruner(pruner)
+    return NoStopping()
+
+
+def _check_rungs(rungs: tuple[float, ...], steps: range, *, max_steps: int) -> None:
+    half = steps.step / 2
+    last = steps[-1] if steps else 0
+    for rung in rungs:
+        if rung * max_steps > last + half or not steps:
+            raise ConfigError(
+                f"every rung of `pruner.rungs` must be near an evaluation before the last step, but it has {max_steps} "
+                f"steps, `trainer.eval_every_steps={steps.step}` and a rung at step {rung * max_steps:.0f}. "
+                "Evaluate more often, choose an earlier rung, or use `pruner=none`."
+            )
+
+
+def _own_pruner(config: PrunerConfig) -> BasePruner | None:
+    return build_pruner(config) if isinstance(config, OptunaPruner) else None
+
+
+def _first_part(arm: Arm) -> int | None:
+    is_adaptive = isinstance(arm.driver.sampler, ModelBasedSampler)
+    return math.ceil(FIRST_PART_FRACTION * arm.trials) if is_adaptive else None

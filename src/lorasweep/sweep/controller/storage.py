@@ -1,0 +1,93 @@
+"""Where a sweep's studies are kept: a journal in its folder, or a database. One process at a time has them open."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.pruners import BasePruner, NopPruner
+from optuna.storages import BaseStorage, JournalStorage, RDBStorage
+from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+from sqlalchemy.exc import SQLAlchemyError
+
+from lorasweep.config.sweep import StorageConfig
+from lorasweep.errors import ConfigError, first_line
+from lorasweep.record import Direction
+
+JOURNAL_FILE = "journal.log"
+CONFIRM_STUDY = "{arm}/confirm"
+"""Name of the study of an arm's confirm stage. No arm's name has a slash."""
+
+
+class _NoLock(JournalFileOpenLock):
+    """No lock of the journal: the lock of the sweep's folder lets one controller in.
+
+    Optuna's own locks are files beside the journal. A process that is killed while it writes leaves such a file behind,
+    and the next process waits for it.
+    """
+
+    def acquire(self) -> bool:
+        """Returns at once. Called by Optuna before each write."""
+        return True
+
+    def release(self) -> None:
+        """Does nothing. Called by Optuna after each write."""
+
+
+def open_storage(config: StorageConfig, folder: Path) -> BaseStorage:
+    """Returns Optuna's storage of a sweep.
+
+    Args:
+        config: Whether it is a journal or a database.
+        folder: The sweep's folder, whose lock this process holds.
+
+    Raises:
+        ConfigError: The database does not answer, its driver is not installed, or it refuses.
+    """
+    optuna.logging.set_verbosity(optuna.logging.ERROR)  # the live table says what matters
+    if config.url is None:
+        journal = folder / JOURNAL_FILE
+        _cut_unfinished_line(journal)
+        return JournalStorage(JournalFileBackend(str(journal), lock_obj=_NoLock(str(journal))))
+    try:
+        return RDBStorage(config.url)
+    except (SQLAlchemyError, ImportError, ValueError, RuntimeError) as error:
+        raise ConfigError(
+            f"`storage.url` must be a database that answers and whose driver is installed, but {config.url!r} is not: "
+            f"{first_line(error)}. Start it, install the driver, or leave the key out for a journal in the folder."
+        ) from error
+
+
+def open_study(
+    storage: BaseStorage, name: str, *, direction: Direction, pruner: BasePruner | None = None
+) -> optuna.Study:
+    """Returns a study, made if it is missing.
+
+    Its sampler is never asked: the controller proposes on a study in memory and writes each trial in one step.
+    """
+    return optuna.create_study(
+        study_name=name, storage=storage, direction=direction, pruner=pruner or NopPruner(), load_if_exists=True
+    )
+
+
+def study_attributes(storage: BaseStorage, *, prefix: str) -> Mapping[str, Mapping[str, Any]]:
+    """Returns the user attributes of each study of a sweep, by its name without prefix."""
+    found = optuna.get_all_study_summaries(storage, include_best_trial=False)
+    return {s.study_name.removeprefix(prefix): s.user_attrs for s in found if s.study_name.startswith(prefix)}
+
+
+def _cut_unfinished_line(journal: Path) -> None:
+    """Removes a line that a killed process left unfinished, because Optuna would glue the next line to it."""
+    try:
+        handle = os.open(journal, os.O_RDWR)
+    except FileNotFoundError:
+        return
+    try:
+        size = os.fstat(handle).st_size
+        if size and os.pread(handle, 1, size - 1) != b"\n":
+            os.ftruncate(handle, os.pread(handle, size, 0).rfind(b"\n") + 1)
+    finally:
+        os.close(handle)

@@ -1,0 +1,126 @@
+"""Running a whole sweep again from its record, and finding the first thing that differs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+from lorasweep.record import ConfirmRow, SweepRecord, TrialRow, folder_of_run, read_steps, read_sweep
+
+MISSING = "nothing"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """The first place where two sweeps differ."""
+
+    where: str
+    """Trial or run, and the step where there is one."""
+    key: str
+    first: Any
+    second: Any
+
+    def describe(self) -> str:
+        """Returns it in a sentence."""
+        return f"{self.where}: `{self.key}` was {self.first!r} and is {self.second!r}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepReproduction:
+    """What came out when a sweep was run again."""
+
+    folder: Path
+    """The new sweep's folder."""
+    num_trials: int
+    difference: Difference | None
+
+    @property
+    def holds(self) -> bool:
+        """Whether the two sweeps are identical."""
+        return self.difference is None
+
+    def describe(self) -> str:
+        """Returns the outcome in a sentence."""
+        if self.difference is None:
+            return f"identical: all {self.num_trials} trials, their decisions, losses and scores: {self.folder}"
+        return f"different: {self.difference.describe()}: {self.folder}"
+
+
+def compare_sweeps(first: Path, second: Path) -> SweepReproduction:
+    """Compares proposals, decisions, losses of every step and scores of two sweeps, trial by trial in their order.
+
+    Args:
+        first: Folder of the sweep that was reproduced.
+        second: Folder of the new one.
+
+    Raises:
+        RecordError: One of them has no record, or it is damaged.
+    """
+    one, other = read_sweep(first), read_sweep(second)
+    differences = _find_differences(one, other, first, second)
+    return SweepReproduction(
+        folder=second, num_trials=len(one.trials) + len(one.confirm), difference=next(differences, None)
+    )
+
+
+def _find_differences(one: SweepRecord, other: SweepRecord, first: Path, second: Path) -> Iterator[Difference]:
+    for key in ("metric", "direction", "confirm_seeds"):
+        yield from _differ("sweep", key, getattr(one, key), getattr(other, key))
+    yield from _in_rows(one.trials, other.trials, lambda row: f"trial {row.arm}-{row.number}", first, second)
+    yield from _in_rows(one.confirm, other.confirm, lambda row: f"confirm run {row.arm} seed {row.seed}", first, second)
+
+
+def _in_rows(
+    rows: list[TrialRow] | list[ConfirmRow],
+    others: list[TrialRow] | list[ConfirmRow],
+    name: Callable[[Any], str],
+    first: Path,
+    second: Path,
+) -> Iterator[Difference]:
+    for row, other in zip_longest(rows, others):
+        if row is None or other is None:
+            yield Difference(
+                where="sweep",
+                key="trials",
+                first=MISSING if row is None else name(row),
+                second=MISSING if other is None else name(other),
+            )
+            return
+        where = name(row)
+        if isinstance(row, TrialRow):
+            for key in sorted({*row.params, *other.params}):
+                yield from _differ(where, key, row.params.get(key, MISSING), other.params.get(key, MISSING))
+        yield from _in_steps(where, folder_of_run(first, row.run), folder_of_run(second, other.run))
+        for key in ("state", "value"):
+            yield from _differ(where, key, getattr(row, key), getattr(other, key))
+
+
+def _in_steps(where: str, first: Path, second: Path) -> Iterator[Difference]:
+    """Losses, learning rates and evaluations, step by step; speeds differ and are left out."""
+    for row, other in zip_longest(read_steps(first), read_steps(second)):
+        step = (row or other or {}).get("step")
+        place = f"{where}, step {step}"
+        if row is None or other is None:
+            yield Difference(where=place, key="step", first=_shown(row), second=_shown(other))
+            return
+        mine, theirs = _flat(row), _flat(other)
+        for key in sorted({*mine, *theirs} - {"tokens_per_s"}):
+            yield from _differ(place, key, mine.get(key, MISSING), theirs.get(key, MISSING))
+
+
+def _flat(row: Mapping[str, Any]) -> dict[str, Any]:
+    validation = row.get("validation")
+    scores = {f"validation.{key}": value for key, value in validation.items()} if isinstance(validation, dict) else {}
+    return {key: value for key, value in row.items() if key != "validation"} | scores
+
+
+def _shown(row: Mapping[str, Any] | None) -> Any:
+    return MISSING if row is None else row.get("step")
+
+
+def _differ(where: str, key: str, first: Any, second: Any) -> Iterator[Difference]:
+    if first != second:
+        yield Difference(where=where, key=key, first=first, second=second)

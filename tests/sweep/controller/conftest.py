@@ -1,0 +1,123 @@
+"""A controller without a worker: trials are advanced by hand, in any order, and the process may die at any write."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lorasweep.record import RunRecord, write_record
+from lorasweep.sweep import Controller, SweepFolder, reopen_sweep
+from lorasweep.sweep.controller.controller import Assignment
+from lorasweep.sweep.worker import find_ended_run
+
+EVERY, LAST = 2, 12
+
+
+@dataclass
+class Simulation:
+    """Trains packs of so many slots without training: a value is a function of the settings and the step."""
+
+    controller: Controller
+    slots: int = 4
+    shuffle: random.Random | None = None
+    """Puts the slots into another order before each report."""
+    curve: Callable[[Assignment, int], float] = lambda a, step: abs(a.params.get("optim.lr", 0.01) - 0.02) + 1 / step
+    steps: dict[str, int] = field(default_factory=dict)
+    """Steps done of each run, by its folder's name; what checkpoints are in a real sweep."""
+
+    def run(self) -> None:
+        """Trains until nothing is left."""
+        running: list[Assignment] = []
+        while True:
+            while len(running) < self.slots and (assignment := self.controller.take()) is not None:
+                record = find_ended_run(self.controller, assignment)
+                if record is None:
+                    running.append(assignment)
+                else:
+                    self.controller.tell(assignment, record)
+            if not running:
+                return
+            self.advance(running)
+
+    def advance(self, running: list[Assignment]) -> None:
+        """Trains all slots up to the next evaluation, reports it, and tells how the trials ended or paused."""
+        if self.shuffle is not None:
+            self.shuffle.shuffle(running)
+        reached = {a: min(self.steps.get(a.place.folder.name, 0) + EVERY, LAST) for a in running}
+        decisions = self.controller.report([(a, reached[a], self.curve(a, reached[a])) for a in running])
+        ended = []
+        for assignment, goes_on in zip(running, decisions, strict=True):
+            step = reached[assignment]
+            self.steps[assignment.place.folder.name] = step
+            if step < LAST and goes_on:
+                continue
+            ended.append(assignment)
+            status = "complete" if step == LAST else "paused"
+            self.controller.tell(assignment, self.record(assignment, step, status))
+        running[:] = [assignment for assignment in running if assignment not in ended]
+
+    def record(self, assignment: Assignment, step: int, status: Any) -> RunRecord:
+        """A run's record as training would have written it."""
+        best = min(self.curve(assignment, s) for s in range(EVERY, step + 1, EVERY))
+        record = RunRecord(
+            status=status,
+            config=asdict(assignment.config),
+            metric="bits_per_byte",
+            direction="minimize",
+            best={"bits_per_byte": best, "step": step},
+            steps_planned=LAST,
+            steps_done=step,
+        )
+        assignment.place.folder.mkdir(parents=True, exist_ok=True)
+        write_record(record, assignment.place.folder)
+        return record
+
+
+@pytest.fixture
+def content() -> dict[str, Any]:
+    """One arm of 8 trials that is halved, to change."""
+    return {
+        "name": "simulated",
+        "settings": {
+            "data.block_length": 32,
+            "trainer.max_steps": LAST,
+            "trainer.eval_every_steps": EVERY,
+            "pruner": "halving",
+            "pruner.rungs": [0.17, 0.5],
+            "pruner.reduction_factor": 3,
+            "confirm.seeds": 0,
+        },
+        "arms": {
+            "lora": {
+                "settings": {"method": "lora"},
+                "space": {"method.rank": [1, 2, 4, 8], "optim.lr": {"low": 1e-3, "high": 1e-1, "log": True}},
+                "trials": 8,
+            }
+        },
+    }
+
+
+@pytest.fixture
+def open_controller(silent: Any) -> Callable[[SweepFolder], Controller]:
+    """Makes the controller of an open sweep."""
+    return lambda sweep: Controller(sweep, observer=silent, run_ended=lambda record, folder, params: None)
+
+
+@pytest.fixture
+def resume(open_controller: Callable[[SweepFolder], Controller]) -> Callable[[Path], Controller]:
+    """Opens a sweep again, as a new process would."""
+    return lambda path: open_controller(reopen_sweep(path))
+
+
+def outcome(controller: Controller) -> list[tuple[Any, ...]]:
+    """What a sweep came to: each trial's proposal, values and end, in order."""
+    return [
+        (name, entry.number, sorted(entry.params.items()), entry.state, sorted(entry.values.items()))
+        for name, trials in controller.search.trials.items()
+        for entry in trials.entries.values()
+    ]

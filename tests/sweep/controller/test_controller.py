@@ -1,0 +1,285 @@
+"""The controller decides jointly, reversibly and repeatably, whatever the order of slots and wherever it is killed."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import optuna
+import pytest
+from optuna.storages import BaseStorage
+
+from lorasweep.errors import ConfigError, Diverged, OutOfMemory, RecordError, WorkerError
+from lorasweep.sweep import reopen_sweep
+from lorasweep.sweep.controller.lifecycle import FINGERPRINT
+from lorasweep.sweep.controller.rows import REASON_ATTRIBUTE, TURN_ATTRIBUTE
+from tests.sweep.controller.conftest import EVERY, LAST, Simulation, outcome
+
+
+def close(controller):
+    controller.sweep.close()
+
+
+@pytest.fixture
+def simulate(begin, open_controller):
+    def run(content, *, folder="sweep", **options):
+        controller = open_controller(begin(content, folder=folder))
+        Simulation(controller, **options).run()
+        controller.begin_confirm()
+        found = outcome(controller)
+        close(controller)
+        return found
+
+    return run
+
+
+def states(found):
+    return [state for *_, state, _ in found]
+
+
+@pytest.mark.parametrize("pruner", ["halving", "median", "none"])
+def test_the_order_of_slots_changes_nothing(simulate, content, pruner):
+    content["settings"] = {k: v for k, v in content["settings"].items() if not k.startswith("pruner")}
+    content["settings"] |= {"pruner": pruner}
+    whole = simulate(content, folder="whole")
+    for seed in range(6):
+        assert simulate(content, folder=f"shuffled{seed}", shuffle=random.Random(seed)) == whole
+
+
+def test_equal_trials_are_settled_by_number_in_any_order(simulate, content):
+    found = simulate(content, curve=lambda a, step: 1.0, slots=8, shuffle=random.Random(0))
+    complete = [number for _, number, _, state, _ in found if state == "complete"]
+    assert complete == simulate_numbers(found)
+
+
+def simulate_numbers(found):
+    """The trials that reached the last step, by number."""
+    return [number for _, number, _, _, values in found if dict(values).get(LAST) is not None]
+
+
+def test_a_paused_trial_goes_on_when_it_comes_into_the_better_part(begin, open_controller, content):
+    content["settings"] |= {"sampler": "qmc", "pruner.rungs": [0.17]}
+    controller = open_controller(begin(content))
+    # Of three trials the first goes on at first; the second follows when three worse ones have come.
+    first = [controller.take() for _ in range(3)]
+    assert controller.report([(a, EVERY, float(i)) for i, a in enumerate(first)]) == [True, False, False]
+    simulation = Simulation(controller, curve=lambda a, step: 9.0)
+    for assignment in first[1:]:
+        controller.tell(assignment, simulation.record(assignment, EVERY, "paused"))
+    others = [controller.take() for _ in range(3)]
+    assert [a.number for a in others] == [3, 4, 5]
+    assert controller.report([(a, EVERY, 10.0 + a.number) for a in others]) == [False, False, False]
+    assert controller.take().number == 1
+    close(controller)
+
+
+def test_all_values_of_a_report_are_stored_before_anything_is_decided(begin, open_controller, content):
+    content["settings"] |= {"sampler": "qmc"}
+    controller = open_controller(begin(content))
+    pack = [controller.take() for _ in range(6)]
+    # The best two come last; a rule that decides one after the other would let the first ones go on.
+    values = [6.0, 5.0, 4.0, 3.0, 2.0, 1.0]
+    goes_on = controller.report([(a, EVERY, v) for a, v in zip(pack, values, strict=True)])
+    assert goes_on == [False, False, False, False, True, True]
+    close(controller)
+
+
+def test_at_least_one_trial_is_complete_and_the_rest_is_told_as_pruned(simulate, content):
+    found = simulate(content)
+    assert "complete" in states(found)
+    assert set(states(found)) == {"complete", "pruned"}
+    assert len(found) == 8
+
+
+def test_a_failed_trial_gives_up_its_place_in_the_better_part(begin, open_controller, content):
+    content["settings"] |= {"sampler": "qmc", "pruner.rungs": [0.17]}
+    controller = open_controller(begin(content))
+    pack = [controller.take() for _ in range(8)]
+    assert controller.report([(a, EVERY, float(a.number)) for a in pack]) == [True] * 3 + [False] * 5
+    simulation = Simulation(controller, curve=lambda a, step: 1.0)
+    for assignment in pack[3:]:
+        controller.tell(assignment, simulation.record(assignment, EVERY, "paused"))
+    controller.tell_failure(pack[0], Diverged("the loss became NaN."))
+    assert controller.take().number == 3
+    close(controller)
+
+
+def test_an_adaptive_sampler_proposes_half_before_the_first_result(begin, open_controller, content):
+    controller = open_controller(begin(content))
+    taken = []
+    while (assignment := controller.take()) is not None:
+        taken.append(assignment)
+    assert len(taken) == 4
+    simulation = Simulation(controller)
+    simulation.advance(running := list(taken))
+    while running:
+        simulation.advance(running)
+    assert controller.take() is not None
+    close(controller)
+
+
+class Killed(BaseException):
+    """Stands for kill -9 in the middle of a write."""
+
+
+WRITES = ("create_new_trial", "set_trial_user_attr", "set_trial_intermediate_value", "set_trial_state_values")
+
+
+def kill_at(monkeypatch, storage: BaseStorage, count: int, *, after: bool) -> None:
+    """Has the process die at a write to the journal, before it or right after it."""
+    left = [count]
+
+    def wrap(write: Any) -> Any:
+        def call(*arguments: Any, **named: Any) -> Any:
+            left[0] -= 1
+            if left[0] == 0 and not after:
+                raise Killed
+            result = write(*arguments, **named)
+            if left[0] == 0:
+                raise Killed
+            return result
+
+        return call
+
+    for name in WRITES:
+        monkeypatch.setattr(storage, name, wrap(getattr(storage, name)))
+
+
+@pytest.mark.parametrize("count", range(1, 60, 3))
+@pytest.mark.parametrize("after", [False, True])
+def test_a_controller_killed_at_any_write_ends_with_the_same_trials(
+    begin, open_controller, resume, simulate, content, monkeypatch, count, after
+):
+    content["arms"]["lora"]["trials"] = 4
+    whole = simulate(content, folder="whole", slots=1)
+    controller = open_controller(begin(content, folder="killed"))
+    simulation = Simulation(controller, slots=1)
+    kill_at(monkeypatch, controller.sweep.storage, count, after=after)
+    try:
+        simulation.run()
+        controller.begin_confirm()
+    except Killed:
+        close(controller)
+        controller = resume(controller.sweep.path)
+        Simulation(controller, slots=1, steps=simulation.steps).run()
+        controller.begin_confirm()
+    assert outcome(controller) == whole
+    close(controller)
+
+
+def test_a_trial_enters_the_journal_with_all_its_parameters(begin, open_controller, content, monkeypatch):
+    controller = open_controller(begin(content))
+    storage = controller.sweep.storage
+    monkeypatch.setattr(storage, "set_trial_param", None)  # a trial that is filled in later would need it
+    assignment = controller.take()
+    trial = controller.search.trials["lora"].frozen()[0]
+    assert set(trial.params) == {"method.rank", "optim.lr"} == set(assignment.params)
+    close(controller)
+
+
+def test_a_half_sampled_trial_and_a_foreign_one_are_failed_and_replaced(begin, open_controller, resume, content):
+    sweep = begin(content)
+    path = sweep.path
+    study = sweep.open_study("lora")
+    study.ask({"optim.lr": optuna.distributions.FloatDistribution(1e-3, 1e-1, log=True)})  # of two parameters
+    half = study.ask({})
+    half.set_user_attr(TURN_ATTRIBUTE, {"order": 0, "passed": [], "promoted": []})
+    sweep.close()
+    controller = resume(path)
+    Simulation(controller).run()
+    trials = controller.search.trials["lora"]
+    assert len(trials.entries) == 8
+    assert min(trials.entries) == 2
+    for trial in trials.study.get_trials(deepcopy=False)[:2]:
+        assert trial.state == optuna.trial.TrialState.FAIL
+        assert "another one takes its place" in trial.user_attrs[REASON_ATTRIBUTE]
+    assert any("2 trials" in warning for warning in controller.sweep.record.warnings)
+    close(controller)
+
+
+def test_a_journal_cut_off_in_the_middle_of_a_line_is_resumed(begin, open_controller, resume, simulate, content):
+    whole = simulate(content, folder="whole", slots=1)
+    controller = open_controller(begin(content, folder="cut"))
+    simulation = Simulation(controller, slots=1)
+    running = [controller.take()]
+    simulation.advance(running)
+    close(controller)
+    journal = controller.sweep.path / "journal.log"
+    journal.write_bytes(journal.read_bytes() + b'{"op_code": 6, "worker')
+    controller = resume(controller.sweep.path)
+    Simulation(controller, slots=1, steps=simulation.steps).run()
+    controller.begin_confirm()
+    assert outcome(controller) == whole
+    close(controller)
+
+
+def test_a_damaged_journal_is_refused(begin, content):
+    sweep = begin(content)
+    sweep.close()
+    (sweep.path / "journal.log").write_text("not a journal\n")
+    with pytest.raises(RecordError, match=r"journal\.log"):
+        reopen_sweep(sweep.path)
+
+
+def test_a_second_controller_on_the_same_folder_is_refused(begin, content):
+    sweep = begin(content)
+    with pytest.raises(WorkerError, match="another one has"):
+        reopen_sweep(sweep.path)
+    sweep.close()
+
+
+def test_what_runs_out_of_memory_is_told_as_infeasible_and_never_ranked(begin, open_controller, content):
+    controller = open_controller(begin(content))
+    controller.tell_failure(controller.take(), OutOfMemory("no memory"))
+    trials = controller.search.trials["lora"]
+    assert trials.entries[0].state == "infeasible"
+    assert trials.frozen()[0].constraints == {"memory": 1.0}
+    assert trials.frozen()[0].state == optuna.trial.TrialState.PRUNED
+    close(controller)
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"pruner.rungs": [0.5, 1.0]}, "pruner.rungs"),
+        ({"pruner.rungs": [0.96]}, "pruner.rungs"),
+        ({"pruner.rungs": []}, "pruner.rungs"),
+        ({"trainer.eval_every_steps": LAST}, "pruner.rungs"),
+        ({"pruner._target_": "optuna.pruners.NoSuchPruner"}, "pruner._target_"),
+        ({"pruner._target_": "pathlib.Path"}, "pruner._target_"),
+        ({"pruner._target_": "optuna.pruners.PercentilePruner", "pruner.percent": 5}, "pruner"),
+    ],
+)
+def test_a_rule_that_cant_be_is_refused_in_one_sentence(begin, open_controller, content, settings, named):
+    content["settings"] = {k: v for k, v in content["settings"].items() if not k.startswith("pruner")} | settings
+    with pytest.raises(ConfigError, match=named.replace(".", r"\.")) as refused:
+        open_controller(begin(content))
+    assert "\n" not in str(refused.value)
+
+
+def test_a_pruner_of_optunas_is_asked_after_all_values_are_reported(begin, open_controller, content):
+    content["settings"] = {k: v for k, v in content["settings"].items() if not k.startswith("pruner")}
+    content["settings"] |= {
+        "sampler": "qmc",
+        "pruner._target_": "tests.sweep.controller.test_controller.WorstOfPeers",
+    }
+    controller = open_controller(begin(content))
+    pack = [controller.take() for _ in range(4)]
+    goes_on = controller.report([(a, EVERY, -float(a.number)) for a in pack])
+    assert goes_on == [False, True, True, True]
+    close(controller)
+
+
+class WorstOfPeers(optuna.pruners.BasePruner):
+    """Prunes the one trial that is worst among all that have reached its step."""
+
+    def prune(self, study, trial):
+        step = trial.last_step
+        values = [t.intermediate_values[step] for t in study.get_trials(deepcopy=False) if step in t.intermediate_values]
+        return len(values) > 1 and trial.intermediate_values[step] == max(values)
+
+
+def test_studies_carry_what_the_sweep_was_made_from(begin, content):
+    sweep = begin(content)
+    assert sweep.open_study("lora").user_attrs[FINGERPRINT] == sweep.definition.fingerprint
+    sweep.close()
