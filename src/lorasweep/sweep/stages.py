@@ -16,6 +16,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from lorasweep.config.run import RunConfig
 from lorasweep.record import RunRecord
 from lorasweep.sweep.confirm import SEED_KEYS, arm_seeds, find_winner, seed_settings
+from lorasweep.sweep.controller.proposals import propose
 from lorasweep.sweep.definition import Arm
 from lorasweep.sweep.duplicates import name_function
 from lorasweep.sweep.folder import SweepFolder
@@ -27,7 +28,6 @@ from lorasweep.sweep.rows import (
     confirm_run_name,
     run_name,
 )
-from lorasweep.sweep.search import build_sampler
 from lorasweep.sweep.storage import open_confirm_study
 from lorasweep.training import RunPlace
 
@@ -103,10 +103,18 @@ class Search:
     def ask(self, arm: Arm) -> Trial:
         """Asks the arm's sampler for a new trial."""
         study = self.study(arm)
-        number = len(study.get_trials(deepcopy=False))
-        study.sampler = build_sampler(
-            arm.driver.sampler, arm.space, seed=arm.driver.sweep.seed, number=number, arm=arm.name
+        history = study.get_trials(deepcopy=False)
+        params = propose(
+            arm.space,
+            history,
+            sampler=arm.driver.sampler,
+            direction="minimize" if study.direction == optuna.study.StudyDirection.MINIMIZE else "maximize",
+            trials=arm.trials,
+            number=len(history),
+            seed=arm.driver.sweep.seed,
+            arm=arm.name,
         )
+        study.enqueue_trial(params)
         return study.ask(fixed_distributions=arm.space)
 
     def describe(self, arm: Arm, trial: Trial) -> None:
