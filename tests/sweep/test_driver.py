@@ -65,7 +65,7 @@ def test_the_observer_hears_everything_in_order(begin, work, runs, content, sile
     ("sampler", "stop_at"),
     [(sampler, stop_at) for sampler in ("random", "tpe") for stop_at in (3, 7)]
     + [pytest.param(sampler, 2, marks=pytest.mark.slow) for sampler in ("random", "tpe")]
-    + [("gp", 5), ("cmaes", 5), ("qmc", 5)],
+    + [("gp", 5), ("qmc", 5)],
 )
 def test_a_stopped_sweep_proposes_what_an_uninterrupted_one_does(begin, work, runs, content, sampler, stop_at):
     content["settings"] |= {"sampler": sampler, "pruner": "successive_halving", "pruner.min_steps": 2}
@@ -212,7 +212,7 @@ def test_trials_are_pruned_and_keep_their_best_score(begin, work, runs, content)
 def test_every_sampler_runs_a_sweep(begin, work, runs, content, sampler):
     content["arms"]["lora"] |= {"space": GRID, "trials": 6}
     content["arms"]["full"] |= {"space": {"optim.lr": {"low": 0.1, "high": 0.3, "step": 0.1}}, "trials": 3}
-    startup = ["sampler.startup_trials=2"] if sampler in ("tpe", "gp", "cmaes") else []
+    startup = ["sampler.startup_trials=2"] if sampler in ("tpe", "gp") else []
     folder = begin(content, f"sampler={sampler}", *startup)
     assert work(folder)
     assert counts(folder.path) == {"frozen": {"complete": 1}, "full": {"complete": 3}, "lora": {"complete": 6}}

@@ -1,43 +1,12 @@
-"""What Optuna is given: seeds that depend on the history alone, and what each option of `conf/` means."""
+"""Which of Optuna's pruners each option of `conf/` is, and the importance of keys."""
 
 from __future__ import annotations
 
-import itertools
-
 import optuna
 import pytest
-from optuna.distributions import FloatDistribution
 
 from lorasweep.config.compose import compose_driver
-from lorasweep.sweep.search import build_pruner, build_sampler, measure_importance, proposal_seed
-
-
-def test_each_trial_of_each_arm_and_sweep_has_its_own_seed():
-    seeds = [proposal_seed(*key) for key in itertools.product(range(5), ("lora", "full"), range(20))]
-    assert len(set(seeds)) == len(seeds)
-    assert all(0 <= seed < 2**32 for seed in seeds)
-
-
-def test_a_proposal_seed_stays_what_it_was():
-    """A sweep begun by one version goes on with the next."""
-    assert proposal_seed(0, "lora", 3) == 2560719527
-
-
-@pytest.mark.parametrize(
-    ("option", "kind"),
-    [
-        ("tpe", optuna.samplers.TPESampler),
-        ("gp", optuna.samplers.GPSampler),
-        ("cmaes", optuna.samplers.CmaEsSampler),
-        ("qmc", optuna.samplers.QMCSampler),
-        ("random", optuna.samplers.RandomSampler),
-        ("grid", optuna.samplers.GridSampler),
-    ],
-)
-def test_an_option_is_that_sampler(option, kind):
-    config = compose_driver({"sampler": option}).sampler
-    space = {"optim.lr": FloatDistribution(0.0, 1.0, step=0.5)}
-    assert isinstance(build_sampler(config, space, seed=0, number=3, arm="lora"), kind)
+from lorasweep.sweep.search import build_pruner, measure_importance
 
 
 @pytest.mark.parametrize(

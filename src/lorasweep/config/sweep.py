@@ -20,19 +20,20 @@ CONFIRM_ENDING = "-confirm"
 
 @dataclass(frozen=True, kw_only=True)
 class ModelBasedSampler:
-    """TPE, GP or CMA-ES: learns from finished trials after some random ones."""
+    """Sobol points first; then TPE or a Gaussian process chooses, from what has ended and what runs."""
 
-    name: Literal["tpe", "gp", "cmaes"]
-    startup_trials: int
-    """Random trials before it learns, per arm."""
+    name: Literal["tpe", "gp"]
+    startup_trials: int | None
+    """Sobol points of an arm before the model chooses; null: half of the arm's trials, at most 32."""
 
     def __post_init__(self) -> None:
-        require_at_least("sampler.startup_trials", self.startup_trials, 1)
+        if self.startup_trials is not None:
+            require_at_least("sampler.startup_trials", self.startup_trials, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class FixedSampler:
-    """Quasi-random (Sobol), random, or every combination: learns nothing."""
+    """Sobol points, random points, or every combination once: learns nothing."""
 
     name: Literal["qmc", "random", "grid"]
 

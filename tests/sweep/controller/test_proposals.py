@@ -1,0 +1,535 @@
+"""What an arm's next trial tries: the first points cover the space, later ones learn, and each can be repeated."""
+
+from __future__ import annotations
+
+import ast
+import itertools
+import json
+import math
+import os
+import random
+import statistics
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import optuna
+import pytest
+import torch
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.trial import TrialState, create_trial
+
+import lorasweep
+from lorasweep.config.compose import compose_driver, packaged_folder
+from lorasweep.config.sweep import FixedSampler, ModelBasedSampler
+from lorasweep.errors import ConfigError, RunError
+from lorasweep.sweep.controller import proposals
+from lorasweep.sweep.controller.proposals import count_startup_trials, proposal_seed, propose, select_results
+
+RANKS = [1, 2, 4, 8, 16, 32]
+SPACE = {
+    "method.rank": CategoricalDistribution(RANKS),
+    "method.alpha_over_rank": CategoricalDistribution([1, 2, 4]),
+    "optim.lr": FloatDistribution(1e-4, 1e-2, log=True),
+}
+SAMPLERS = {
+    "tpe": ModelBasedSampler(name="tpe", startup_trials=None),
+    "gp": ModelBasedSampler(name="gp", startup_trials=None),
+    "qmc": FixedSampler(name="qmc"),
+    "random": FixedSampler(name="random"),
+    "grid": FixedSampler(name="grid"),
+}
+MODELS = ("tpe", "gp")
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    verbosity = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    yield
+    optuna.logging.set_verbosity(verbosity)
+
+
+def ask(history=(), *, space=SPACE, sampler="qmc", number=None, trials=16, seed=0, arm="lora", direction="minimize"):
+    return propose(
+        space,
+        history,
+        sampler=SAMPLERS[sampler] if isinstance(sampler, str) else sampler,
+        direction=direction,
+        trials=trials,
+        number=len(history) if number is None else number,
+        seed=seed,
+        arm=arm,
+    )
+
+
+def make_trial(params, *, space=SPACE, state=TrialState.COMPLETE, **told):
+    if state == TrialState.COMPLETE and "value" not in told:
+        told["value"] = bowl(params)
+    return create_trial(state=state, params=params, distributions={key: space[key] for key in params}, **told)
+
+
+def bowl(params):
+    """A loss that is lowest at rank 8 and lr 1e-3."""
+    return 1 + (math.log10(params["optim.lr"]) + 3) ** 2 + 0.1 * (math.log2(params.get("method.rank", 8)) - 3) ** 2
+
+
+def distance(params):
+    return abs(math.log10(params["optim.lr"]) + 3)
+
+
+def cover(num, *, arm="lora", space=SPACE, **how):
+    """An arm's first points, each told as complete with its loss."""
+    return [make_trial(ask(space=space, number=number, arm=arm), space=space, **how) for number in range(num)]
+
+
+def search(sampler, *, num, trials, arm="lora", space=SPACE, seed=0):
+    """An arm of which each trial ends before the next begins."""
+    history = []
+    for _ in range(num):
+        params = ask(history, space=space, sampler=sampler, trials=trials, arm=arm, seed=seed)
+        history.append(make_trial(params, space=space))
+    return [trial.params for trial in history]
+
+
+# the first points cover
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("num", [2, 4, 8, 16])
+def test_each_part_of_a_range_has_one_of_the_first_points(seed, num):
+    """The first point too, which Optuna's sampler draws at random as long as it does not know the space."""
+    space = {"optim.lr": SPACE["optim.lr"], "method.dropout": FloatDistribution(0, 0.5)}
+    points = [ask(space=space, number=number, seed=seed) for number in range(num)]
+    of_lr = [int((math.log10(point["optim.lr"]) + 4) / 2 * num) for point in points]
+    of_dropout = [int(point["method.dropout"] / 0.5 * num) for point in points]
+    assert sorted(of_lr) == sorted(of_dropout) == list(range(num))
+
+
+def test_each_quarter_of_the_plane_of_two_ranges_has_one_of_the_first_four_points():
+    space = {"optim.lr": SPACE["optim.lr"], "method.dropout": FloatDistribution(0, 0.5)}
+    for seed in range(20):
+        points = [ask(space=space, number=number, seed=seed) for number in range(4)]
+        halves = {(point["optim.lr"] > 1e-3, point["method.dropout"] > 0.25) for point in points}
+        assert len(halves) == 4
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_every_rank_is_tried_before_any_is_tried_again(seed):
+    points = [ask(number=number, seed=seed) for number in range(12)]
+    for first in (0, 6):
+        assert sorted(point["method.rank"] for point in points[first : first + 6]) == RANKS
+    assert Counter(point["method.alpha_over_rank"] for point in points) == {1: 4, 2: 4, 4: 4}
+
+
+def test_a_rank_is_not_tied_to_a_part_of_the_learning_rates():
+    """Each rank has, over 32 sequences, a learning rate of each third as often as any other: 64 of 192, +- 3 sigma."""
+    low = [
+        point["method.rank"]
+        for seed in range(32)
+        for point in (ask(number=number, seed=seed) for number in range(6))
+        if point["optim.lr"] < 1e-4 * 100 ** (1 / 3)
+    ]
+    for rank in RANKS:
+        assert abs(Counter(low)[rank] - 32 / 3) <= 3 * math.sqrt(32 * 2 / 9)
+
+
+def test_arms_and_seeds_have_their_own_sequences():
+    first = {json.dumps(ask(number=0, arm=arm, seed=seed)) for arm in ("lora", "full") for seed in range(5)}
+    assert len(first) == 10
+    seeds = {proposal_seed(*key) for key in itertools.product(range(5), ("lora", "full"), [None, *range(20)])}
+    assert len(seeds) == 5 * 2 * 21
+    assert all(0 <= seed < 2**32 for seed in seeds)
+
+
+@pytest.mark.parametrize(
+    ("startup", "trials", "expected"),
+    [(None, 8, 4), (None, 7, 4), (None, 1, 1), (None, 1000, 32), (3, 8, 3), (9, 8, 9)],
+)
+def test_half_of_an_arm_starts_as_sobol_points_unless_the_user_says_how_many(startup, trials, expected):
+    assert count_startup_trials(ModelBasedSampler(name="tpe", startup_trials=startup), trials=trials) == expected
+
+
+@pytest.mark.parametrize("sampler", MODELS)
+def test_a_model_is_asked_after_the_start_and_not_without_two_results(sampler):
+    history = cover(8)
+    assert ask(history[:7], sampler=sampler) == ask(number=7)
+    assert ask(history, sampler=sampler) != ask(number=8)
+    running = [make_trial(trial.params, state=TrialState.RUNNING) for trial in history]
+    assert ask(running, sampler=sampler) == ask(number=8)
+    assert ask([history[0], *running[1:]], sampler=sampler) == ask(number=8)
+    assert ask([*history[:2], *running[2:]], sampler=sampler) != ask(number=8)
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "gp", "qmc"])
+def test_no_value_is_drawn_at_random_behind_our_back(sampler, monkeypatch):
+    """Optuna's samplers do so for their first trials, and for keys that they do not know."""
+
+    def refuse(*_):
+        raise AssertionError("drawn at random")
+
+    monkeypatch.setattr(optuna.samplers.RandomSampler, "sample_independent", refuse)
+    space = SPACE | {"method.init": CategoricalDistribution(["a", "b"])}
+    search(sampler, num=6, trials=6, space=space)
+
+
+# later ones learn
+
+
+@pytest.mark.parametrize("sampler", MODELS)
+@pytest.mark.parametrize("direction", ["minimize", "maximize"])
+def test_a_model_goes_where_results_are_good(sampler, direction):
+    sign = 1 if direction == "minimize" else -1
+    found, covering = [], []
+    for arm in "abcdefgh":
+        history = [make_trial(trial.params, value=sign * trial.value) for trial in cover(12, arm=arm)]
+        found.append(distance(ask(history, sampler=sampler, arm=arm, direction=direction)))
+        covering.append(distance(ask(number=12, arm=arm)))
+    # Sobol points lie half a decade off in the mean; a model that has learned nothing does too
+    assert statistics.mean(found) < 0.5 * statistics.mean(covering)
+
+
+@pytest.mark.parametrize("sampler", MODELS)
+@pytest.mark.parametrize("state", [TrialState.PRUNED, TrialState.RUNNING])
+def test_a_paused_trial_and_one_with_an_evaluation_count_as_partial_results(sampler, state):
+    found = []
+    for arm in "abcdefgh":
+        history = [
+            make_trial(trial.params, state=state, intermediate_values={20: trial.value + 1, 40: trial.value + 0.5})
+            for trial in cover(12, arm=arm)
+        ]
+        found.append(distance(ask(history, sampler=sampler, arm=arm)))
+    assert statistics.mean(found) < 0.25  # half of that of Sobol points, as above
+
+
+@pytest.mark.parametrize("sampler", MODELS)
+def test_a_running_trial_changes_the_proposal(sampler):
+    for arm in "abc":
+        history = cover(8, arm=arm)
+        first = ask(history, sampler=sampler, arm=arm)
+        second = ask([*history, make_trial(first, state=TrialState.RUNNING)], sampler=sampler, arm=arm, number=8)
+        assert second != first, "the same number and seed: only the running trial is new"
+
+
+def test_a_gaussian_process_does_not_take_an_early_value_for_a_late_one():
+    """A value after 20 steps is worse than any after 120 though its trial is the better one; the progress is added."""
+    history = [make_trial(t.params, intermediate_values={20: t.value + 3}) for t in cover(6)]
+    paused = [
+        make_trial(params, state=TrialState.PRUNED, intermediate_values={20: bowl(params) + 3})
+        for params in (ask(number=number) for number in range(6, 12))
+    ]
+    whole = [make_trial(trial.params) for trial in [*history, *paused]]
+    assert ask([*history, *paused], sampler="gp") == pytest.approx(ask(whole, sampler="gp"))
+
+
+@pytest.mark.parametrize("sampler", MODELS)
+def test_what_does_not_fit_in_memory_is_proposed_less(sampler):
+    """Though the loss is lowest at the smallest rank that does not fit."""
+    space = {key: SPACE[key] for key in ("method.rank", "optim.lr")}
+    tried = {}
+    for state in (TrialState.PRUNED, TrialState.FAIL):
+        told = {"state": state, "constraints": {"memory": 1.0}} if state == TrialState.PRUNED else {"state": state}
+        history = []
+        for _ in range(40):
+            params = ask(history, space=space, sampler=sampler, trials=24)
+            fits = params["method.rank"] < 8
+            history.append(make_trial(params, space=space, **({} if fits else told)))
+        too_large = [trial.params["method.rank"] >= 8 for trial in history]
+        assert sum(too_large[:12]) == 6, "half of the ranks, while points cover"
+        tried[state] = sum(too_large[12:])
+    # of 28, on 6 seeds: 7 to 12 where they are told as infeasible, 17 to 28 as failed, from which nothing is learned
+    assert tried[TrialState.PRUNED] < 14 < tried[TrialState.FAIL]
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "gp", "qmc", "random", "grid"])
+def test_what_failed_teaches_nothing(sampler):
+    space = SPACE if sampler != "grid" else {key: SPACE[key] for key in ("method.rank", "method.alpha_over_rank")}
+    history = [make_trial({key: t.params[key] for key in space}, space=space, value=1.0) for t in cover(10)][:9]
+    failed = make_trial(ask(history, space=space, sampler=sampler), space=space, state=TrialState.FAIL)
+    again = ask([*history, failed], space=space, sampler=sampler, number=9)
+    assert again != failed.params
+    if sampler in MODELS:  # without the rule on repeats, it would be proposed again
+        assert again == ask(number=9)
+
+
+def test_numbers_are_ordered_and_other_choices_are_not():
+    """Seen at what the sampler gets: a proposal alone shows no order."""
+    seen = {}
+
+    class Watching(optuna.samplers.TPESampler):
+        def sample_relative(self, study, trial, search_space):
+            seen.update(search_space)
+            return super().sample_relative(study, trial, search_space)
+
+    space = {
+        "method.rank": CategoricalDistribution([8, 1, 64]),
+        "method.init": CategoricalDistribution(["b", "a"]),
+        "method.bias": CategoricalDistribution([True, False]),
+        "optim.lr": SPACE["optim.lr"],
+    }
+    history = [make_trial(ask(space=space, number=number), space=space) for number in range(4)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(proposals, "TPESampler", Watching)
+        ask(history, space=space, sampler="tpe", trials=4)
+    assert seen == {
+        "method.rank": IntDistribution(0, 2),
+        "method.init": CategoricalDistribution([0, 1]),
+        "method.bias": CategoricalDistribution([0, 1]),
+        "optim.lr": SPACE["optim.lr"],
+    }
+
+
+# what is proposed is valid, and no trial is proposed twice
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "gp", "qmc", "random"])
+def test_proposals_are_of_the_user_s_own_choices_and_ranges(sampler):
+    space = {
+        "a": CategoricalDistribution([True, 1, 1.0, None, "1"]),
+        "b": CategoricalDistribution([16, 2.5, 4]),
+        "c": CategoricalDistribution(["only"]),
+        "d": IntDistribution(1, 64, log=True),
+        "e": IntDistribution(0, 100, step=25),
+        "f": FloatDistribution(0, 1, step=0.25),
+        "g": IntDistribution(7, 7),
+        "optim.lr": SPACE["optim.lr"],
+    }
+    history = []
+    for _ in range(10):
+        params = ask(history, space=space, sampler=sampler, trials=10)
+        assert set(params) == set(space)
+        assert repr(params["a"]) in ("True", "1", "1.0", "None", "'1'")
+        assert repr(params["b"]) in ("16", "2.5", "4")
+        assert (params["c"], params["g"]) == ("only", 7)
+        assert type(params["d"]) is int
+        assert params["e"] in range(0, 101, 25)
+        assert params["f"] in (0, 0.25, 0.5, 0.75, 1)
+        history.append(make_trial(params, space=space, value=bowl(params)))
+    if sampler == "qmc":
+        assert {repr(trial.params["a"]) for trial in history} == {"True", "1", "1.0", "None", "'1'"}
+
+
+def test_an_arm_whose_keys_have_one_value_each_has_one_point():
+    space = {"method.rank": CategoricalDistribution([4]), "trainer.max_steps": IntDistribution(3, 3)}
+    for sampler in SAMPLERS:
+        assert ask(space=space, sampler=sampler, trials=1) == {"method.rank": 4, "trainer.max_steps": 3}
+
+
+def test_a_repeated_proposal_is_replaced_by_the_next_point_of_the_sequence():
+    next_points = [ask(number=number) for number in range(3)]
+    near = next_points[0] | {"optim.lr": next_points[0]["optim.lr"] * 1.0099}
+    far = next_points[0] | {"optim.lr": next_points[0]["optim.lr"] * 1.0102}
+    other = near | {"method.rank": next(rank for rank in RANKS if rank != near["method.rank"])}
+    assert ask([make_trial(near)], number=0) == next_points[1]
+    assert ask([make_trial(near), make_trial(next_points[1])], number=0) == next_points[2]
+    assert ask([make_trial(far)], number=0) == next_points[0]
+    assert ask([make_trial(other)], number=0) == next_points[0]
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "gp", "qmc", "random"])
+def test_every_point_of_a_small_space_is_tried_before_one_is_repeated(sampler):
+    space = {"method.rank": CategoricalDistribution([1, 2, 4]), "method.bias": CategoricalDistribution([True, False])}
+    history = []
+    for _ in range(8):
+        params = ask(history, space=space, sampler=sampler, trials=8)
+        history.append(make_trial(params, space=space, value=float(params["method.rank"])))
+    points = [tuple(trial.params.values()) for trial in history]
+    assert len(set(points[:6])) == 6
+    assert len(points) == 8, "and it goes on without an error"
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "gp", "qmc"])
+def test_a_trial_of_another_space_or_without_all_its_parameters_is_ignored(sampler):
+    history = cover(8)
+    strangers = [
+        make_trial({"optim.lr": 1e-3}),
+        make_trial({"optim.lr": 1e-3}, state=TrialState.RUNNING),
+        make_trial({"seed": 3}, space={"seed": IntDistribution(0, 9)}, value=0.0),
+        make_trial(history[0].params | {"optim.lr": 1.0}, space=SPACE | {"optim.lr": FloatDistribution(0.1, 1)}),
+        make_trial(history[0].params | {"method.rank": 3}, space=SPACE | {"method.rank": CategoricalDistribution([3])}),
+        create_trial(state=TrialState.WAITING),
+    ]
+    assert ask([*strangers, *history], sampler=sampler, number=8) == ask(history, sampler=sampler)
+
+
+# every combination
+
+
+def test_a_grid_is_each_combination_once_in_an_order_of_the_seed():
+    space = {
+        "method.rank": CategoricalDistribution([1, 2, 4]),
+        "method.init": CategoricalDistribution(["a", "b"]),
+        "optim.lr": FloatDistribution(0.1, 0.3, step=0.1),
+    }
+    orders = {}
+    for seed in (0, 1):
+        history = []
+        for number in range(18):
+            state = (TrialState.FAIL, TrialState.RUNNING, TrialState.COMPLETE)[number % 3]
+            params = ask(history, space=space, sampler="grid", seed=seed)
+            history.append(make_trial(params, space=space, state=state))
+        orders[seed] = [tuple(trial.params.values()) for trial in history]
+        with pytest.raises(RunError, match="`sampler=grid` must have a combination that arm 'lora' did not try"):
+            ask(history, space=space, sampler="grid", seed=seed)
+    assert set(orders[0]) == set(itertools.product(["a", "b"], [1, 2, 4], [0.1, 0.2, 0.3]))
+    assert len(set(orders[0])) == len(orders[0])
+    assert sorted(orders[0]) == sorted(orders[1])
+    assert orders[0] != orders[1]
+
+
+def test_a_grid_of_a_continuous_range_is_refused():
+    with pytest.raises(ConfigError, match=r"`optim.lr` must be a list or have a `step` under `sampler=grid`"):
+        ask(sampler="grid")
+
+
+# a proposal can be repeated
+
+SCRIPT = """
+import json, optuna
+from test_proposals import *
+optuna.logging.set_verbosity(optuna.logging.ERROR)
+space = SPACE | {"method.init": CategoricalDistribution(["a", "b"]), "x": CategoricalDistribution([True, False])}
+grid = {key: range_ for key, range_ in space.items() if key != "optim.lr"}
+found = {sampler: search(sampler, num=7, trials=8, space=space) for sampler in ("tpe", "gp", "qmc", "random")}
+found["grid"] = [ask(space=grid, sampler="grid", arm=arm) for arm in "abc"]
+print(json.dumps(found))
+"""
+
+
+def test_other_processes_with_other_hash_seeds_propose_the_same():
+    printed = []
+    for hash_seed in ("0", "1"):
+        paths = os.pathsep.join([str(Path(__file__).parent), str(Path(lorasweep.__file__).parent.parent)])
+        environment = {"PYTHONPATH": paths, "PYTHONHASHSEED": hash_seed, "PATH": os.defpath, "OMP_NUM_THREADS": "1"}
+        run = [sys.executable, "-c", SCRIPT]
+        printed.append(subprocess.run(run, env=environment, capture_output=True, text=True, check=True).stdout)
+    assert json.loads(printed[0])["gp"]
+    assert printed[0] == printed[1]
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "gp", "qmc", "random"])
+def test_the_order_of_keys_and_choices_in_the_file_changes_nothing(sampler):
+    space = SPACE | {"method.init": CategoricalDistribution(["a", "b"])}
+    turned = {
+        key: CategoricalDistribution(d.choices[::-1]) if isinstance(d, CategoricalDistribution) else d
+        for key, d in reversed(space.items())
+    }
+    assert search(sampler, num=7, trials=8, space=space) == search(sampler, num=7, trials=8, space=turned)
+
+
+@pytest.mark.parametrize("sampler", sorted(SAMPLERS))
+def test_what_was_proposed_before_and_random_states_of_the_process_change_nothing(sampler):
+    space = {key: SPACE[key] for key in SPACE if sampler != "grid" or key != "optim.lr"}
+    history = [make_trial({k: t.params[k] for k in space}, space=space, value=t.value) for t in cover(8)]
+    first = ask(history, space=space, sampler=sampler)
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    ask(history, space=space, sampler=sampler, number=20)
+    ask(space=space, sampler=sampler, seed=3)
+    assert ask(history, space=space, sampler=sampler) == first
+    assert states == (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
+
+
+def test_the_history_is_left_as_it_was():
+    history = cover(8)
+    before = [trial.params.copy() for trial in history]
+    ask(history, sampler="tpe")
+    assert [trial.params for trial in history] == before
+
+
+# long histories
+
+
+def test_of_a_long_history_a_model_sees_the_best_half_and_the_latest_others(monkeypatch):
+    monkeypatch.setattr(proposals, "MAX_HISTORY_TRIALS", 10)
+    params = ask(number=0)
+    values = [random.Random(0).sample(range(1000), 60)][0]
+    results = [(make_trial(params, value=float(value)), {"number": i}) for i, value in enumerate(values)]
+    partial = make_trial(params, state=TrialState.PRUNED, intermediate_values={20: -5.0})
+    infeasible = make_trial(params, state=TrialState.PRUNED, constraints={"memory": 1.0})
+    for direction, sign in (("minimize", 1), ("maximize", -1)):
+        best = sorted(range(60), key=lambda i: sign * values[i])[:5]
+        latest = [i for i in range(60) if i not in best][-5:]
+        kept = [point["number"] for _, point in select_results(results, direction=direction)]
+        assert kept == sorted([*best, *latest])
+    mixed = [(infeasible, {"number": -1}), (partial, {"number": -2}), *results]
+    assert {-1, -2}.isdisjoint(point["number"] for _, point in select_results(mixed, direction="minimize"))
+    few = [(infeasible, {"number": -1}), (partial, {"number": -2}), *results[:8]]
+    assert select_results(few, direction="minimize") == few
+
+
+@pytest.mark.parametrize("sampler", MODELS)
+def test_a_long_history_costs_no_more_than_a_short_one(sampler, monkeypatch):
+    """By what the sampler is given, because a time would depend on the machine."""
+    given = []
+    monkeypatch.setattr(proposals, "MAX_HISTORY_TRIALS", 20)
+    create_study = optuna.create_study
+
+    def watch(**how):
+        study = create_study(**how)
+        add_trials = study.add_trials
+        study.add_trials = lambda trials: (given.append(len(trials)), add_trials(trials))
+        return study
+
+    monkeypatch.setattr(optuna, "create_study", watch)
+    history = cover(100)
+    running = [make_trial(ask(number=number), state=TrialState.RUNNING) for number in (100, 101)]
+    ask([*history, *running], sampler=sampler)
+    assert given == [22]
+
+
+# faults
+
+
+@pytest.mark.parametrize(
+    ("sampler", "part"),
+    [("gp", "GPSampler"), ("tpe", "TPESampler"), ("qmc", "QMCSampler"), ("random", "RandomSampler")],
+)
+def test_a_sampler_that_cannot_be_built_is_named_in_one_sentence(sampler, part, monkeypatch):
+    def build(**_):
+        raise ImportError("no scipy\nat all")
+
+    history = cover(8)
+    proposals._sobol_sequence.cache_clear()
+    monkeypatch.setattr(proposals, part, build)
+    message = (
+        rf"^`sampler={sampler}` must be able to .* arm 'lora', but raised ImportError: no scipy. Use `sampler=qmc`.$"
+    )
+    with pytest.raises(ConfigError, match=message):
+        ask(history, sampler=sampler)
+    proposals._sobol_sequence.cache_clear()
+
+
+@pytest.mark.parametrize("sampler", MODELS)
+def test_results_that_are_all_equal_or_not_finite_are_no_error(sampler):
+    history = cover(8)
+    same = [make_trial(trial.params, value=1.0) for trial in history]
+    assert ask(same, sampler=sampler)
+    odd = [*same[:4], *(make_trial(trial.params, value=math.inf) for trial in history[4:])]
+    assert ask(odd, sampler=sampler)
+    paused = [make_trial(t.params, state=TrialState.PRUNED, intermediate_values={20: math.nan}) for t in history[4:]]
+    assert ask([*same[:4], *paused], sampler=sampler)
+
+
+def test_every_option_of_conf_is_one_of_these_samplers():
+    folder = packaged_folder("conf") / "sampler"
+    assert {file.stem for file in folder.glob("*.yaml")} == set(SAMPLERS)
+    for name, sampler in SAMPLERS.items():
+        assert compose_driver({"sampler": name}).sampler == sampler
+
+
+def test_the_controller_uses_no_private_name_of_another_package():
+    """`self._name` and `cls._name` are our own; a private name of anything else may be Optuna's."""
+    folder = Path(proposals.__file__).parent
+    found = []
+    for file in folder.glob("**/*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__"):
+                own = isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
+                found += [] if own else [f"{file.name}:{node.lineno} {node.attr}"]
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("optuna"):
+                names = [*(node.module or "").split("."), *(alias.name for alias in node.names)]
+                found += [f"{file.name}:{node.lineno} {name}" for name in names if name.startswith("_")]
+    assert found == []
