@@ -37,7 +37,7 @@ MOST_RECORD_DEPTH = 64
 """Levels of lists and mappings in a record; its readers go through them by recursion."""
 
 RunStatus = Literal["running", "complete", "pruned", "failed", "infeasible", "interrupted"]
-TrialState = Literal["running", "complete", "pruned", "failed", "infeasible"]
+TrialState = Literal["running", "paused", "complete", "pruned", "failed", "infeasible"]
 ConfirmState = Literal["running", "complete", "failed", "infeasible"]
 WorkerStatus = Literal["running", "ended", "lost"]
 Direction = Literal["minimize", "maximize"]
@@ -205,6 +205,12 @@ class SweepRecord:
     ended_at: str | None = None
     makespan_s: float = 0.0
     """Seconds from start to end, summed over the sessions of a resumed sweep."""
+    device: str = ""
+    """Where the worker trains, such as `cpu` or `cuda:0`."""
+    threads: int = 0
+    """Threads that torch computes with; 0 where it is not known."""
+    telemetry: dict[str, float] = field(default_factory=dict)
+    """What the worker's time and memory went to; the keys are those of `training.telemetry`."""
 
 
 @dataclass(kw_only=True)
