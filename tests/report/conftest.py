@@ -18,10 +18,8 @@ from lorasweep.record import (
     SweepRecord,
     TrialRow,
     TrialState,
-    WorkerRow,
     read_sweep,
     write_record,
-    write_worker,
 )
 
 BASE_SCORE = 2.031
@@ -309,44 +307,6 @@ def write_inspection(folder: Path, *, rank: int) -> None:
     (folder / "truncation.csv").write_text("\n".join(["rank,score,loss,kept_share,norm_share", *scores]) + "\n")
     summary = {"format": "lorasweep.inspection", "version": 1, "enough_rank": rank, "sentences": [f"At {rank}."]}
     (folder / "summary.json").write_text(json.dumps(summary))
-
-
-def add_workers(folder: Path, *, count: int = 3, **values: Any) -> list[WorkerRow]:
-    """Adds the files of workers to a sweep: each trained 60 s, evaluated 20 s and idled 20 s; the last one was lost."""
-    rows = []
-    for number in range(count):
-        row = WorkerRow(
-            id=f"node{number}-{100 + number}",
-            host=f"node{number % 2}",
-            pid=100 + number,
-            started_at=f"2026-01-01T00:{number:02d}:00+00:00",
-            ended_at="2026-01-01T01:00:00+00:00",
-            status="lost" if number == count - 1 else "ended",
-            reason="it gave no sign of life" if number == count - 1 else None,
-            device="cpu",
-            done=8,
-            telemetry={
-                "wall_s": 100.0,
-                "training_s": 60.0,
-                "evaluating_s": 20.0,
-                "loading_s": 4.0,
-                "saving_s": 1.0,
-                "storage_s": 1.0,
-                "waiting_s": 12.0,
-                "idle_fraction": 0.2,
-                "trained_tokens": 600_000.0,
-                "tokens_per_s": 10_000.0,
-                "memory_bytes": 2.0**29,
-                "peak_memory_bytes": 2.0**30,
-                "cpu_s": 150.0,
-                "cpu_fraction": 0.9,
-            },
-        )
-        for name, value in values.items():
-            setattr(row, name, value)
-        write_worker(row, folder)
-        rows.append(row)
-    return rows
 
 
 def edit_json(path: Path, change: Callable[[dict[str, Any]], object]) -> None:

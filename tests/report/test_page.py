@@ -100,6 +100,21 @@ def test_reruns_that_failed_stand_among_the_unfinished_with_their_reason(confirm
     assert "1 of 5 reruns of `full` have no score on test data".replace("`", "") in page.text
 
 
+def test_paused_trials_are_shown_as_paused(sweep: Path) -> None:
+    def pause(raw: dict[str, Any]) -> None:
+        for trial in raw["trials"]:
+            trial["state"] = "paused" if trial["state"] == "pruned" else trial["state"]
+
+    edit_json(sweep / "sweep.json", pause)
+    page = written(sweep)
+    assert "11 complete, 6 paused, 1 failed" in page.text
+    assert "6 paused" in page.text.split("Not finished")[2]
+    crosses = [trace for figure in page.figures for trace in figure["data"] if "x-thin" in str(trace.get("marker"))]
+    assert sum(len(trace["y"]) for trace in crosses) == 6
+    rows = [found.get("class") for tag, found in page.tags if tag == "tr"]
+    assert rows.count("paused") == 6
+
+
 def test_duplicates_are_marked(sweep: Path) -> None:
     edit_json(sweep / "sweep.json", lambda raw: raw["trials"][4].update(duplicate_of=1))
     assert "complete, same as 1" in written(sweep).text

@@ -31,7 +31,7 @@ def test_summary_has_the_promised_keys(sweep: Path) -> None:
         assert {"name", "method", "trainable_params", "trainable_fraction", "adapter_bytes"} <= set(arm)
         assert {"peak_memory_bytes", "share_of_full_gain"} <= set(arm)
         assert {"score", "params", "run"} == set(arm["best"])
-        assert {"complete", "pruned", "failed", "infeasible"} <= set(arm["trials"])
+        assert {"complete", "paused", "pruned", "failed", "infeasible"} <= set(arm["trials"])
 
 
 def test_share_of_full_gain_is_nothing_at_the_base_and_one_at_full(sweep: Path) -> None:
@@ -84,7 +84,21 @@ def test_pruning_saves_what_pruned_trials_did_not_train(sweep: Path) -> None:
     summary = summarize(load_sweep_data(sweep))
     # 6 trials pruned at step 50 of 150; the failed one did not save its steps
     assert summary.steps_saved_by_pruning == 6 * 100
-    assert any("pruning saved 600 of" in sentence for sentence in summary.sentences)
+    assert any("pruning saved 600 of 3,600 planned steps (17 %)" in sentence for sentence in summary.sentences)
+
+
+def test_paused_trials_count_like_pruned_ones_and_are_named(sweep: Path) -> None:
+    def pause(raw: dict[str, Any]) -> None:
+        for trial in raw["trials"]:
+            trial["state"] = "paused" if trial["state"] == "pruned" else trial["state"]
+
+    before = summarize(load_sweep_data(sweep))
+    edit_json(sweep / "sweep.json", pause)
+    summary = summarize(load_sweep_data(sweep))
+    assert (summary.arms[1].trials.paused, summary.arms[1].trials.pruned) == (6, 0)
+    assert summary.arms[1].best == before.arms[1].best
+    assert summary.steps_saved_by_pruning == before.steps_saved_by_pruning
+    assert any("pruning saved 600 of 3,600 planned steps so far (17 %)" in text for text in summary.sentences)
 
 
 def test_arm_without_a_complete_trial_has_nulls_and_a_sentence(sweep: Path) -> None:
@@ -138,6 +152,8 @@ def test_best_value_at_the_end_of_its_range_is_said(sweep: Path, space: object, 
         raw["arms"][1]["space"] = {"method.rank": space}
         for trial in raw["trials"]:
             trial["params"] = {"method.rank": value} if trial["arm"] == "lora" else {}
+        # a complete trial at another place, so that there is something to compare the end with
+        raw["trials"][2].update(value=3.0, params={"method.rank": 8 if isinstance(value, int) else 2e-3})
 
     edit_json(sweep / "sweep.json", sweep_one_rank)
     said = [text for text in summarize(load_sweep_data(sweep)).sentences if "end of its range" in text]

@@ -7,6 +7,7 @@ import pytest
 from lorasweep.sweep import find_warnings, read_definition
 
 RATES = {"low": 1e-3, "high": 1e-1, "log": True}
+SEARCHED = {"method.rank": [1, 64], "optim.lr": RATES}
 
 
 @pytest.fixture
@@ -43,12 +44,12 @@ def test_an_expansion_over_the_rank_is_warned_of_once_and_more_mildly(warnings):
 @pytest.mark.parametrize(
     "lora",
     [
-        {"space": {"method.rank": [1, 64], "method.alpha": [8, 16]}},
-        {"space": {"method.rank": [1, 64], "method.alpha": {"over_rank": [1, 2]}}},
-        {"space": {"method.rank": [1, 64]}, "settings": {"method": "lora", "method.alpha": {"over_rank": 2}}},
-        {"space": {"method.rank": [1, 64]}, "settings": {"method.scaling": "alpha_over_sqrt_rank"}},
+        {"space": {"method.rank": [1, 64], "method.alpha": [8, 16], "optim.lr": RATES}},
+        {"space": {"method.rank": [1, 64], "method.alpha": {"over_rank": [1, 2]}, "optim.lr": RATES}},
+        {"space": SEARCHED, "settings": {"method": "lora", "method.alpha": {"over_rank": 2}}},
+        {"space": SEARCHED, "settings": {"method.scaling": "alpha_over_sqrt_rank"}},
         {"space": {"optim.lr": RATES}, "expand": {"method.rank": [1, 8], "method.alpha": [8, 16]}},
-        {"space": {"method.rank": [8]}},
+        {"space": {"method.rank": [8], "optim.lr": RATES}},
         {"space": {"optim.lr": RATES}, "settings": {"method.rank": 64}},
     ],
 )
@@ -65,6 +66,17 @@ def test_unequal_numbers_of_trials_are_warned_of(warnings):
 def test_unequal_tokens_per_trial_are_warned_of(warnings):
     (warning,) = warnings({"settings": {"trainer.max_steps": 16}})
     assert warning.startswith("Arms train on unequal numbers of tokens per trial (full 4,096, lora 8,192): ")
+
+
+def test_learning_rates_searched_over_unequal_ranges_are_warned_of(warnings):
+    (warning,) = warnings({"space": {"optim.lr": {"low": 1e-3, "high": 3e-2, "log": True}}})
+    assert "(in decades: full 2.0, lora 1.5)" in warning
+    assert warnings({"space": {"optim.lr": {"low": 1e-3, "high": 4e-2, "log": True}}}) == []
+
+
+def test_a_learning_rate_that_one_arm_does_not_search_is_warned_of(warnings):
+    (warning,) = warnings({"space": {"method.rank": [8, 16], "method.alpha": [8, 16]}})
+    assert "(in decades: full 2.0, lora 0.0)" in warning
 
 
 def test_the_frozen_base_has_no_budget_to_compare(warnings, content):

@@ -3,8 +3,9 @@
 `write_report` writes them all, `render_terminal` shows one sweep or several side by side, `write_comparison` makes the
 page of several, `write_hparams` one run's row in TensorBoard. Nothing here imports torch.
 
-runs, reruns, workers, tables    from a sweep's folder to trials, arms, reruns and how the machines were used
+runs, reruns, tables    from a sweep's folder to trials, arms and reruns
 evidence, advice        what the confirm stage shows, and what follows from it
+fairness, time_use      whether the arms were treated alike, and where the time went
 headline, summary       in sentences and numbers
 figures, page, board, terminal, write    what a person sees
 """

@@ -10,8 +10,8 @@ import math
 from lorasweep.report.advice import Advice
 from lorasweep.report.confirmed import MAX_ARMS, describe_confirmed, describe_limits
 from lorasweep.report.dimension import describe_d90
+from lorasweep.report.fairness import Fairness
 from lorasweep.report.tables import Arm, SweepData, Trial
-from lorasweep.report.workers import describe_use
 from lorasweep.wording import (
     format_count,
     format_metric,
@@ -28,7 +28,7 @@ ONE_SEED = (
 )
 
 
-def write_headline(data: SweepData, advice: Advice) -> list[str]:
+def write_headline(data: SweepData, advice: Advice, fairness: Fairness) -> list[str]:
     """Returns the sentences, the most important first."""
     confirmed = describe_confirmed(data, prominent={name for rank in advice.ranks for name in rank.arms})
     found = [*confirmed, *advice.rank_sentences] if confirmed else [*_comparison(data)]
@@ -37,7 +37,7 @@ def write_headline(data: SweepData, advice: Advice) -> list[str]:
         *found,
         *describe_d90(data),
         *_effort(data),
-        *describe_use(data.use),
+        *fairness.sentences,
         *caveat,
         *map(str, data.record.warnings),
         *advice.next_sentences,
@@ -121,4 +121,8 @@ def _reruns_asked(data: SweepData) -> str:
 
 def _saving(data: SweepData) -> str:
     saved, planned = data.steps_saved_by_pruning, sum(record.steps_planned for record in data.run_records)
-    return f"; pruning saved {saved:,} of {planned:,} steps ({format_share(saved / planned)})" if saved > 0 else ""
+    if saved <= 0:
+        return ""
+    # a paused trial may still do the steps that it has saved
+    so_far = " so far" if any(trial.state == "paused" for trial in data.trials) else ""
+    return f"; pruning saved {saved:,} of {planned:,} planned steps{so_far} ({format_share(saved / planned)})"

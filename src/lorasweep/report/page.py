@@ -22,9 +22,9 @@ from lorasweep.report.summary import Summary
 from lorasweep.report.tables import Arm, SweepData, Trial
 from lorasweep.report.terminal import format_trial_counts
 from lorasweep.report.thinning import MOST_ROWS, share_out
-from lorasweep.report.workers import WorkerUse, format_cores
+from lorasweep.report.time_use import describe_time_use
 
-UNFINISHED = ("failed", "infeasible", "pruned", "running")
+UNFINISHED = ("failed", "infeasible", "pruned", "paused", "running")
 MOST_REASONS = 100
 """Trials that are listed per way of not ending well."""
 
@@ -61,7 +61,7 @@ def render_page(data: SweepData, summary: Summary, panels: Sequence[Panel]) -> s
         unfinished={state: _unfinished(data, state) for state in UNFINISHED},
         most_reasons=MOST_REASONS,
         problems=data.problems,
-        use=data.use if data.use and len(data.use.workers) > 1 else None,
+        use=summary.time_use,
     )
 
 
@@ -95,14 +95,9 @@ def load_template(name: str) -> Template:
         plotly_js=Markup(get_plotlyjs()),  # the library's own file
         settings=wording.format_settings,
         counts=format_trial_counts,
+        describe_time_use=describe_time_use,
     )
     return environment.get_template(name)
-
-
-def part_of_time(worker: WorkerUse, name: str) -> float:
-    """Returns a part of a worker's time in percent, for the width of a bar."""
-    share = (getattr(worker, name) or 0.0) / worker.wall_s if worker.wall_s else 0.0
-    return round(100 * min(max(share, 0.0), 1.0), 1)
 
 
 def mark_code(text: str) -> Markup:
@@ -132,8 +127,6 @@ def _formats() -> dict[str, Any]:
         "seconds": wording.format_seconds,
         "score": wording.format_score,
         "metric": wording.format_metric,
-        "cores": format_cores,
-        "part": part_of_time,
     }
 
 

@@ -9,6 +9,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from lorasweep.config.ranges import is_number
 from lorasweep.errors import RecordError
 from lorasweep.record import ArmRow, ConfirmRow, RunRecord, SweepRecord, TrialRow, folder_of_run, read_run, read_steps
 from lorasweep.wording import made_visible
@@ -27,8 +28,6 @@ KINDS: dict[str, type | tuple[type, ...]] = {
 
 AS_THEY_ARE = ("run", "definition", "arms", "trials", "confirm")
 """Fields of a record that are no texts to show: a folder, what a sweep is made from again, rows of their own."""
-LARGEST = 1e100
-"""Scores and settings beyond are damage: their differences and squares would be infinite."""
 Row = TypeVar("Row", RunRecord, SweepRecord, ArmRow, TrialRow, ConfirmRow)
 
 
@@ -99,8 +98,7 @@ def value_of(
 
 def finite_number(value: Any) -> float | None:
     """Returns a value that is a number and can be computed with, else None."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return value if is_number and abs(value) <= LARGEST else None
+    return value if is_number(value) else None
 
 
 def _is_kind(value: Any, kind: type | tuple[type, ...]) -> bool:

@@ -9,9 +9,10 @@ from lorasweep.record import Direction
 from lorasweep.report.advice import Advice, advise
 from lorasweep.report.dimension import find_d90
 from lorasweep.report.evidence import ArmEvidence, Evidence
+from lorasweep.report.fairness import Fairness, judge_fairness
 from lorasweep.report.headline import write_headline
 from lorasweep.report.tables import Arm, SweepData
-from lorasweep.report.workers import ClusterUse
+from lorasweep.report.time_use import TimeUse, measure_time_use
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,9 +35,10 @@ class Best:
 
 @dataclass(frozen=True, kw_only=True)
 class TrialCounts:
-    """How many trials of an arm ended how."""
+    """How many trials of an arm are in each state."""
 
     complete: int
+    paused: int
     pruned: int
     failed: int
     infeasible: int
@@ -77,7 +79,7 @@ class Summary:
     steps_planned: int
     steps_done: int
     steps_saved_by_pruning: int
-    """Steps planned but not done, over pruned trials."""
+    """Steps planned but not done, over trials that are pruned or paused."""
     base: FrozenBase
     d90: int | None
     """Smallest dimension of `method=intrinsic` that keeps 90 % of full fine-tuning's gain; null where none is known."""
@@ -85,8 +87,10 @@ class Summary:
     sentences: tuple[str, ...]
     evidence: Evidence
     advice: Advice
-    workers: ClusterUse | None
-    """How those that served it were used; null for a sweep from before they had files."""
+    fairness: Fairness
+    """Whether the search treated the arms alike, by what ran."""
+    time_use: TimeUse | None
+    """Where the worker's time went; null where the record does not say."""
 
     def as_json(self) -> dict[str, Any]:
         """Returns the summary as nested dicts, `base.score` under `base`; an arm's evidence stands in its arm alone."""
@@ -97,7 +101,7 @@ class Summary:
 
 def summarize(data: SweepData) -> Summary:
     """Returns what the sweep found."""
-    records, advice = data.run_records, advise(data)
+    records, advice, fairness = data.run_records, advise(data), judge_fairness(data)
     return Summary(
         sweep=data.record.name,
         status=data.record.status,
@@ -111,10 +115,11 @@ def summarize(data: SweepData) -> Summary:
         base=FrozenBase(score=data.score_of("frozen")),
         d90=find_d90(data),
         arms=tuple(_summarize_arm(arm, data) for arm in data.arms),
-        sentences=tuple(write_headline(data, advice)),
+        sentences=tuple(write_headline(data, advice, fairness)),
         evidence=data.evidence,
         advice=advice,
-        workers=data.use,
+        fairness=fairness,
+        time_use=measure_time_use(data.record),
     )
 
 
@@ -129,6 +134,7 @@ def _summarize_arm(arm: Arm, data: SweepData) -> ArmSummary:
         ),
         trials=TrialCounts(
             complete=arm.count("complete"),
+            paused=arm.count("paused"),
             pruned=arm.count("pruned"),
             failed=arm.count("failed"),
             infeasible=arm.count("infeasible"),

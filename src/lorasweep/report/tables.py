@@ -19,13 +19,11 @@ from lorasweep.record import (
     SweepRecord,
     TrialRow,
     TrialState,
-    WorkerRow,
     read_sweep,
 )
 from lorasweep.report.evidence import Evidence, weigh_evidence
 from lorasweep.report.reruns import Rerun, join_reruns, score_reruns
 from lorasweep.report.runs import Curve, as_shown, finite_number, misfits, read_curve, read_usable_run, value_of
-from lorasweep.report.workers import ClusterUse, measure_use, read_worker_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +52,11 @@ class Trial:
     def is_complete(self) -> bool:
         """Whether the trial ran to its end and has a score, so that it may be an arm's best."""
         return self.state == "complete" and self.value is not None
+
+    @property
+    def is_stopped_early(self) -> bool:
+        """Whether a stopping rule ended the trial, or paused it until it may go on; its values are partial."""
+        return self.state in ("paused", "pruned")
 
     def setting(self, key: str) -> Any:
         """Returns the value of a dotted key: the swept one, else the one in the run's configuration, else None."""
@@ -86,7 +89,7 @@ class Arm:
         return self.row.name
 
     def count(self, state: TrialState) -> int:
-        """Returns how many trials ended in that state."""
+        """Returns how many trials are in that state."""
         return sum(trial.state == state for trial in self.trials)
 
     @property
@@ -107,8 +110,6 @@ class SweepData:
     """A sentence for each run that can't be read and each trial that belongs to no arm."""
     evidence: Evidence
     """What the confirm stage shows; empty where there was none."""
-    workers: tuple[WorkerRow, ...] = ()
-    """Those that served it, the earliest first."""
 
     @property
     def reruns(self) -> tuple[Rerun, ...]:
@@ -132,19 +133,14 @@ class SweepData:
 
     @property
     def steps_saved_by_pruning(self) -> int:
-        """Steps planned but not done, over pruned trials."""
-        pruned = [trial.record for trial in self.trials if trial.record and trial.state == "pruned"]
-        return sum(record.steps_planned - record.steps_done for record in pruned)
+        """Steps planned but not done, over trials that are pruned or paused."""
+        stopped = [trial.record for trial in self.trials if trial.record and trial.is_stopped_early]
+        return sum(record.steps_planned - record.steps_done for record in stopped)
 
     @property
     def sign(self) -> int:
         """1 where lower scores are better, else -1: `sign * score` is always to be minimized."""
         return 1 if self.record.direction == "minimize" else -1
-
-    @cached_property
-    def use(self) -> ClusterUse | None:
-        """How its workers were used; None for a sweep from before they had files."""
-        return measure_use(self.workers, makespan_s=self.record.makespan_s)
 
     @cached_property
     def swept_keys(self) -> tuple[str, ...]:
@@ -197,14 +193,12 @@ def load_sweep_data(folder: Path) -> SweepData:
     names = {row.name for row in record.arms}
     strays = [_stray(trial) for trial in record.trials if trial.arm not in names]
     foreign = [sentence for arm in arms if (sentence := _foreign_metric(arm, record.metric))]
-    workers, worker_problems = read_worker_rows(folder)
     trial_problems = [trial.problem for arm in arms for trial in arm.trials if trial.problem]
     return SweepData(
         folder=folder,
         record=record,
         arms=arms,
-        problems=(*strays, *foreign, *score_problems, *trial_problems, *rerun_problems, *worker_problems),
-        workers=workers,
+        problems=(*strays, *foreign, *score_problems, *trial_problems, *rerun_problems),
         evidence=weigh_evidence(scores, [(arm.name, arm.row.method) for arm in arms], sign=sign),
     )
 

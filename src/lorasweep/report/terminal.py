@@ -112,7 +112,7 @@ def _rows(summary: Summary) -> dict[str, list[str]]:
 
 
 def format_trial_counts(arm: ArmSummary) -> str:
-    """Returns how an arm's trials ended, in words: `9 complete, 7 pruned`."""
+    """Returns how many of an arm's trials are in each state: `9 complete, 7 pruned`."""
     counts = [(count, state) for state, count in vars(arm.trials).items() if count]
     return ", ".join(f"{count} {state}" for count, state in counts) or "none"
 

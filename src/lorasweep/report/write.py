@@ -18,7 +18,6 @@ from lorasweep.report.figures import PANELS, Panel
 from lorasweep.report.page import render_page
 from lorasweep.report.summary import Summary, summarize
 from lorasweep.report.tables import SweepData, Trial, load_sweep_data
-from lorasweep.report.workers import COLUMNS, worker_cells
 
 REPORT_FOLDER = "report"
 MEASURED = (
@@ -58,11 +57,10 @@ def write_report(folder: Path) -> Summary:
 
 
 def _files(data: SweepData, panels: Sequence[Panel]) -> dict[str, str]:
-    """Returns the data files by name: trials, curves, pairs, workers, and what each figure shows."""
+    """Returns the data files by name: trials, curves, pairs, and what each figure shows."""
     files = {f"{panel.key}.csv": _csv(list(panel.columns), panel.rows) for panel in panels if panel.rows}
     pairs = {"pairs.csv": pairs_csv(data)} if data.evidence.pairs else {}
-    workers = {"workers.csv": workers_csv(data)} if data.use else {}
-    return {"trials.csv": trials_csv(data), "curves.csv": curves_csv(data), **pairs, **workers, **files}
+    return {"trials.csv": trials_csv(data), "curves.csv": curves_csv(data), **pairs, **files}
 
 
 def pairs_csv(data: SweepData) -> str:
@@ -92,11 +90,6 @@ def trials_csv(data: SweepData) -> str:
     ]
     rows = (_trial_cells(trial, data) for trial in data.trials)
     return _csv([*header, *MEASURED, "best_step", "run", "reason"], rows)
-
-
-def workers_csv(data: SweepData) -> str:
-    """Returns one line per worker: where it ran and what its time went to."""
-    return _csv([*COLUMNS], (worker_cells(worker) for worker in data.use.workers) if data.use else ())
 
 
 def curves_csv(data: SweepData) -> str:

@@ -1,4 +1,7 @@
-"""What may mislead a reader of a sweep's results, seen before the first trial: a sentence each."""
+"""What may mislead a reader of a sweep's results, as far as its definition shows it: a sentence each.
+
+`report.fairness` judges afterwards, by what ran.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,13 @@ from itertools import groupby
 
 from lorasweep.config.data import longest_row
 from lorasweep.config.method import LoraConfig
+from lorasweep.config.ranges import MAX_WIDTH_DIFFERENCE_DECADES, width_in_decades
 from lorasweep.config.run import RunConfig
 from lorasweep.sweep.definition import Arm, Definition
 from lorasweep.sweep.scaling import MULTIPLIER
+from lorasweep.sweep.space import describe_space
+
+LR = "optim.lr"
 
 
 def find_warnings(definition: Definition) -> list[str]:
@@ -17,6 +24,7 @@ def find_warnings(definition: Definition) -> list[str]:
     families = [list(arms) for _, arms in groupby(definition.arms, key=lambda arm: arm.expanded_from or arm.name)]
     return [
         *_warn_of_budgets(definition.arms),
+        *_warn_of_rates(definition.arms),
         *(warning for family in families for warning in _warn_of_alpha(family)),
         *_warn_of_one_seed(definition),
     ]
@@ -43,8 +51,19 @@ def _warn_of_budgets(arms: Sequence[Arm]) -> Iterator[str]:
         yield f"Arms train on unequal numbers of tokens per trial ({told}): a better score may come from more training."
 
 
+def _warn_of_rates(arms: Sequence[Arm]) -> Iterator[str]:
+    trained = [arm for arm in arms if any(map(trained_tokens, arm.corners()))]
+    widths = {arm.name: width_in_decades(describe_space(arm.space).get(LR)) or 0.0 for arm in trained}
+    if widths and max(widths.values()) - min(widths.values()) > MAX_WIDTH_DIFFERENCE_DECADES:
+        told = ", ".join(f"{name} {width:.1f}" for name, width in widths.items())
+        yield (
+            f"Arms search their learning rates over unequal ranges (in decades: {told}): a narrow range may leave out "
+            "an arm's best rate. `arms.NAME.optim.lr=tag(log,interval(LOW,HIGH))` sets the range of one arm."
+        )
+
+
 def _warn_of_alpha(family: Sequence[Arm]) -> Iterator[str]:
-    """An arm, or all arms of one expansion: α stays while the rank moves, so that α/r does too."""
+    """Yields a warning where α stays while the rank moves, so that α/r moves too: in an arm, or over an expansion."""
     if any(_moves_alpha(arm) for arm in family):
         return
     methods = [config.method for arm in family for config in arm.corners()]
@@ -67,7 +86,7 @@ def _warn_of_alpha(family: Sequence[Arm]) -> Iterator[str]:
 
 
 def _moves_alpha(arm: Arm) -> bool:
-    """Whether α is searched, or follows the rank."""
+    """Returns whether α is searched, or follows the rank."""
     return bool({"method.alpha", MULTIPLIER} & {*arm.space, *arm.expanded}) or MULTIPLIER in arm.settings
 
 

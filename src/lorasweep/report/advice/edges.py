@@ -1,27 +1,29 @@
-"""Best values at the end of their range, beyond which nothing was tried."""
+"""Best values at an end of their range, beyond which nothing was tried. Only complete trials count."""
 
 from __future__ import annotations
 
 import math
 from typing import Any
 
+from lorasweep.config.ranges import find_bounds
 from lorasweep.report.advice.noise import near_best, tolerance_of
 from lorasweep.report.tables import Arm, SweepData, Trial
 from lorasweep.wording import format_setting, join_words
 
 EDGE_FRACTION = 0.05
-"""A value this close to an end of its range, as a share of the range, counts as at the edge."""
+"""A value closer to an end of its range than this share of the range counts as at the end."""
 
 
 def describe_edges(data: SweepData) -> list[str]:
     """Returns a sentence for each key whose best value lies at an end of its range: where to search next.
 
-    Left out are arms with trials that are as good away from that end, as far as the confirm stage tells the noise.
+    An arm gets none for an end if no complete trial lies away from it, so that nothing shows that the end is better,
+    or if a trial that lies away from it is as good, as far as the confirm stage tells the noise.
     """
     found: dict[tuple[str, str], list[tuple[str, Any]]] = {}
     for arm in data.arms:
         for key, end in edges_of(arm, arm.best).items() if arm.best else ():
-            if arm.best and not _is_chance(arm, key, end, data):
+            if arm.best and _is_supported(arm, key, end, data):
                 found.setdefault((key, end), []).append((arm.name, arm.best.params[key]))
     return [_sentence(key, end, places) for (key, end), places in found.items()]
 
@@ -36,11 +38,12 @@ def _sentence(key: str, end: str, places: list[tuple[str, Any]]) -> str:
     )
 
 
-def _is_chance(arm: Arm, key: str, end: str, data: SweepData) -> bool:
+def _is_supported(arm: Arm, key: str, end: str, data: SweepData) -> bool:
+    """Whether complete trials away from the end are there, and none of them is as good as the best."""
+    away = [trial for trial in arm.trials if trial.is_complete and edges_of(arm, trial).get(key) != end]
     tolerance = tolerance_of(arm, data)
-    if tolerance is None or not tolerance.is_measured:
-        return False
-    return any(edges_of(arm, trial).get(key) != end for trial in near_best(arm, data, tolerance))
+    as_good = near_best(arm, data, tolerance) if tolerance and tolerance.is_measured else []
+    return bool(away) and not any(trial in as_good for trial in away)
 
 
 def edges_of(arm: Arm, trial: Trial) -> dict[str, str]:
@@ -50,26 +53,12 @@ def edges_of(arm: Arm, trial: Trial) -> dict[str, str]:
     return {key: end for key, end in ends.items() if end and not (key == "method.rank" and trial.params[key] == 1)}
 
 
-def _edge(space: Any, value: float | None) -> str | None:
-    bounds = _bounds(space)
-    if value is None or bounds is None:
+def _edge(searched: Any, value: float | None) -> str | None:
+    bounds = find_bounds(searched)
+    if value is None or bounds is None or (bounds.is_log and value <= 0):
         return None
-    low, high, is_log = bounds
-    if is_log and value <= 0:
-        return None
-    position = (math.log(value / low) / math.log(high / low)) if is_log else (value - low) / (high - low)
-    margin = 0.0 if isinstance(space, list) else EDGE_FRACTION
+    low, high = bounds.low, bounds.high
+    position = math.log(value / low) / math.log(high / low) if bounds.is_log else (value - low) / (high - low)
+    # a choice lies at an end only if it is the smallest or the largest
+    margin = 0.0 if isinstance(searched, list) else EDGE_FRACTION
     return "lower" if position <= margin else "upper" if position >= 1 - margin else None
-
-
-def _bounds(space: Any) -> tuple[float, float, bool] | None:
-    if isinstance(space, dict):
-        return _bounds_of([space.get("low"), space.get("high")], is_log=bool(space.get("log")))
-    return _bounds_of(space if isinstance(space, list) else [], is_log=False)
-
-
-def _bounds_of(values: list[Any], *, is_log: bool) -> tuple[float, float, bool] | None:
-    numbers = [value for value in values if isinstance(value, int | float) and not isinstance(value, bool)]
-    if len(numbers) != len(values) or len(set(numbers)) < 2:
-        return None
-    return min(numbers), max(numbers), is_log and min(numbers) > 0

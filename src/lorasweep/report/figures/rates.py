@@ -33,12 +33,12 @@ def draw_score_by_lr(data: SweepData) -> Panel:
         return Panel(key="lr", title=title, text="No arm has complete trials at two learning rates.")
     figure = build_figure(data, x_title="learning rate (log scale)")
     figure.update_xaxes(type="log", exponentformat="e", dtick=1, minor={"ticks": "outside"})
-    groups = [*map(complete_trials, arms), *map(_pruned_trials, arms)]
+    groups = [*map(complete_trials, arms), *map(_stopped_trials, arms)]
     shown = thin_groups(groups, key=lambda pair: pair[1])
-    for arm, complete, pruned in zip(arms, shown[: len(arms)], shown[len(arms) :], strict=True):
+    for arm, complete, stopped in zip(arms, shown[: len(arms)], shown[len(arms) :], strict=True):
         points = [(trial.number_at(LR), trial, score) for trial, score in complete]
         add_points(figure, points, colours[arm.name], arm.name, showlegend=True)
-        _add_pruned(figure, [trial for trial, _ in pruned], arm.name, colours[arm.name])
+        _add_stopped(figure, [trial for trial, _ in stopped], arm.name, colours[arm.name])
         _mark_best(figure, arm, colours[arm.name])
         _add_fit(figure, fit_arm(arm, data), arm.name, colours[arm.name], sign=data.sign)
     advice = advise(data)
@@ -50,9 +50,9 @@ def draw_score_by_lr(data: SweepData) -> Panel:
         key="lr",
         title=title,
         text=(
-            "Dots are complete trials, rings the best of each arm, crosses pruned trials at their best so far. "
-            "The pale bar spans the learning rates that are as good as the best; a dashed line is a parabola through "
-            "the better trials of an arm that searched nothing else."
+            "Dots are complete trials, rings the best of each arm, crosses the best value so far of trials that were "
+            "stopped early. The pale bar spans the learning rates that are as good as the best; a dashed line is a "
+            "parabola through the better trials of an arm that searched nothing else."
             f"{describe_thinning(shown, groups, file='lr.csv')}{cut}"
         ),
         figures=(figure,),
@@ -62,20 +62,20 @@ def draw_score_by_lr(data: SweepData) -> Panel:
     )
 
 
-def _pruned_trials(arm: Arm) -> list[tuple[Trial, float]]:
-    return [(trial, trial.value) for trial in arm.trials if trial.state == "pruned" and trial.value is not None]
+def _stopped_trials(arm: Arm) -> list[tuple[Trial, float]]:
+    return [(trial, trial.value) for trial in arm.trials if trial.is_stopped_early and trial.value is not None]
 
 
-def _add_pruned(figure: go.Figure, pruned: list[Trial], arm: str, colour: str) -> None:
+def _add_stopped(figure: go.Figure, stopped: list[Trial], arm: str, colour: str) -> None:
     figure.add_scatter(
-        x=[trial.number_at(LR) for trial in pruned],
-        y=[trial.value for trial in pruned],
+        x=[trial.number_at(LR) for trial in stopped],
+        y=[trial.value for trial in stopped],
         mode="markers",
         legendgroup=escape(arm),
         showlegend=False,
         marker={"color": colour, "symbol": "x-thin-open", "size": 7, "opacity": 0.55},
-        text=[label_of(trial) for trial in pruned],
-        customdata=[link_to(trial) for trial in pruned],
+        text=[label_of(trial) for trial in stopped],
+        customdata=[link_to(trial) for trial in stopped],
         hovertemplate="%{text}<extra></extra>",
     )
 

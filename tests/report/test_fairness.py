@@ -1,0 +1,148 @@
+"""Fairness is judged by what ran: trials, complete trials, tokens and the widths of learning-rate ranges."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lorasweep.report import render_terminal, write_report
+from lorasweep.report.fairness import Fairness, judge_fairness
+from lorasweep.report.summary import summarize
+from lorasweep.report.tables import load_sweep_data
+
+from .conftest import build_rank_arms, build_sweep, edit_json
+from .test_terminal import shown
+
+TOKENS_PER_STEP = 16 * 128
+"""As the sweeps of these tests are made."""
+
+
+@pytest.fixture
+def even(tmp_path: Path) -> Path:
+    """A sweep of 6 trials per arm, all complete, with learning rates over 1.5 and 1.7 decades."""
+    sweep = build_sweep(tmp_path / "even", lora=6, full=6)
+    for number in (2, 4, 5):
+        change_run(sweep, number, state="complete", steps=150)
+    return sweep
+
+
+def change_run(sweep: Path, number: int, *, state: str, steps: int) -> None:
+    def change_trial(raw: dict[str, Any]) -> None:
+        (trial,) = (row for row in raw["trials"] if (row["arm"], row["number"]) == ("lora", number))
+        trial.update(state=state, value=1.8)
+
+    edit_json(sweep / "sweep.json", change_trial)
+    tokens = steps * TOKENS_PER_STEP
+    edit_json(
+        sweep / f"runs/lora-{number:04d}/run.json", lambda raw: raw.update(steps_done=steps, tokens_trained=tokens)
+    )
+
+
+def judge(sweep: Path) -> Fairness:
+    return judge_fairness(load_sweep_data(sweep))
+
+
+def test_equal_arms_are_fair_and_the_numbers_are_named(even: Path) -> None:
+    fairness = judge(even)
+    assert fairness.is_fair
+    assert fairness.sentences[0].startswith("The comparison of arms is fair")
+    assert fairness.sentences[1] == (
+        "`lora`: 6 trials (6 complete), 1.84 M tokens, lr over 1.5, rank over 1.8, alpha over 0.9 decades; "
+        "`full`: 6 trials (6 complete), 1.84 M tokens, lr over 1.7 decades."
+    )
+
+
+def ask_for_more(raw: dict[str, Any]) -> None:
+    raw["arms"][1]["trials"] = 8
+
+
+def narrow(raw: dict[str, Any]) -> None:
+    raw["arms"][1]["space"]["optim.lr"] = {"low": 1e-3, "high": 2e-3, "log": True}
+
+
+def search_no_rate(raw: dict[str, Any]) -> None:
+    del raw["arms"][1]["space"]["optim.lr"]
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        (ask_for_more, "`lora` was given 8 trials and `full` 6"),
+        (narrow, "`full` was searched over 1.7 decades and that of `lora` over 0.3"),
+        (search_no_rate, "`full` was searched over 1.7 decades and that of `lora` not at all"),
+    ],
+)
+def test_what_the_definition_gave_unequally_is_named(
+    even: Path, change: Callable[[dict[str, Any]], None], fault: str
+) -> None:
+    edit_json(even / "sweep.json", change)
+    fairness = judge(even)
+    assert fairness.is_fair is False
+    assert fault in fairness.sentences[0]
+
+
+@pytest.mark.parametrize("state", ["pruned", "paused"])
+def test_trials_that_stopped_early_count_with_the_tokens_that_they_trained(even: Path, state: str) -> None:
+    for number in (2, 3, 4, 5):
+        change_run(even, number, state=state, steps=50)
+    fairness = judge(even)
+    lora, full = fairness.arms
+    assert (lora.trials_complete, lora.trials_stopped_early, full.trials_complete) == (2, 4, 6)
+    assert lora.tokens_trained == (2 * 150 + 4 * 50) * TOKENS_PER_STEP
+    assert "`lora` has 2 complete trials and `full` 6" in fairness.sentences[0]
+    assert "`full` trained on 1.8 times as many tokens as `lora`" in fairness.sentences[0]
+    assert "`lora`: 6 trials (2 complete, 4 stopped early)" in fairness.sentences[1]
+
+
+def test_one_complete_trial_more_is_fair(even: Path) -> None:
+    change_run(even, 5, state="pruned", steps=50)
+    assert judge(even).is_fair
+
+
+def test_an_arm_without_a_complete_trial_is_not_compared_fairly(even: Path) -> None:
+    for number in range(6):
+        change_run(even, number, state="failed", steps=150)
+    assert "`lora` has no complete trial and `full` 6" in judge(even).sentences[0]
+
+
+def test_an_arm_that_trained_nothing_is_not_compared_fairly(even: Path) -> None:
+    for number in range(6):
+        change_run(even, number, state="failed", steps=0)
+    assert "`full` trained on tokens, `lora` on none" in judge(even).sentences[0]
+
+
+def test_a_running_sweep_is_judged_so_far(even: Path) -> None:
+    edit_json(even / "sweep.json", lambda raw: raw.update(status="running"))
+    assert judge(even).sentences[0].startswith("The comparison of arms is so far fair")
+
+
+def test_one_arm_that_trains_is_compared_with_nothing(tmp_path: Path) -> None:
+    fairness = judge(build_sweep(tmp_path, lora=0))
+    assert (fairness.is_fair, fairness.sentences) == (None, ())
+    assert [arm.arm for arm in fairness.arms] == ["full"]
+
+
+def test_reruns_do_not_count(even: Path, confirmed: Path) -> None:
+    full = judge(confirmed).arms[1]
+    assert full == judge(even).arms[1]
+
+
+def test_many_arms_are_described_from_the_lowest_to_the_highest(tmp_path: Path) -> None:
+    fairness = judge(build_rank_arms(tmp_path, {1: 1.8, 4: 1.7, 16: 1.69, 64: 1.6}))
+    assert len(fairness.arms) == 5
+    assert fairness.sentences[1] == (
+        "Each of 5 arms: 6 to 9 trials (6 to 9 complete), 1.84 M to 2.76 M tokens, lr over 1.7 to 3.0 decades."
+    )
+
+
+def test_terminal_page_and_summary_have_the_judgement(even: Path) -> None:
+    raw = write_report(even).as_json()["fairness"]
+    assert raw["is_fair"] is True
+    assert raw["arms"][1]["widths_decades"]["optim.lr"] == pytest.approx(1.699, abs=1e-3)  # log10(50)
+    said = summarize(load_sweep_data(even)).sentences
+    assert set(raw["sentences"]) <= set(said)
+    assert raw["sentences"][0] in shown(render_terminal(even), width=1000)
+    assert raw["sentences"][0] in (even / "report" / "index.html").read_text()
