@@ -12,7 +12,7 @@ from lorasweep.report.figures import PANELS, curves
 from lorasweep.report.page import find_rows, render_page
 from lorasweep.report.summary import summarize
 from lorasweep.report.tables import SweepData, load_sweep_data
-from lorasweep.report.thinning import LEAST, describe_thinning, share_out, thin, thin_groups
+from lorasweep.report.thinning import MIN_GROUP_ITEMS, describe_thinning, share_out, thin, thin_groups
 
 from .conftest import build_sweep
 
@@ -33,7 +33,7 @@ def test_what_is_thinned_keeps_its_ends_and_is_spread_evenly(length: int) -> Non
 
 
 def test_groups_get_shares_by_their_size_and_a_small_one_stays_whole() -> None:
-    assert share_out([600, 300, 5, 100], 100) == [59, 29, 5, LEAST]
+    assert share_out([600, 300, 5, 100], 100) == [59, 29, 5, MIN_GROUP_ITEMS]
     assert share_out([60, 30, 5], 95) == [60, 30, 5]
     assert share_out([], 10) == []
 
@@ -52,8 +52,8 @@ def test_every_figure_of_a_large_sweep_says_what_it_leaves_out(
     large: SweepData, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = {panel.key: panel for panel in (draw(large) for draw in PANELS)}
-    monkeypatch.setattr(thinning, "MOST_POINTS", 20)
-    monkeypatch.setattr(curves, "MOST_CURVES", 20)
+    monkeypatch.setattr(thinning, "MAX_FIGURE_POINTS", 20)
+    monkeypatch.setattr(curves, "MAX_CURVES", 20)
     drawn = {panel.key: panel for panel in (draw(large) for draw in PANELS)}
     for key in ("rank", "lr", "curves", "tradeoff", "settings"):
         assert " are drawn, evenly over their scores" in drawn[key].text, key
@@ -62,7 +62,7 @@ def test_every_figure_of_a_large_sweep_says_what_it_leaves_out(
 
 
 def test_best_of_each_arm_is_drawn_however_few_are(large: SweepData, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(thinning, "MOST_POINTS", 20)
+    monkeypatch.setattr(thinning, "MAX_FIGURE_POINTS", 20)
     best = {arm.name: arm.best.value for arm in large.arms if arm.best}
     panel = next(panel for panel in (draw(large) for draw in PANELS) if panel.key == "tradeoff")
     drawn = {score for trace in panel.figures[0].data for score in trace.y}
@@ -72,7 +72,7 @@ def test_best_of_each_arm_is_drawn_however_few_are(large: SweepData, monkeypatch
 def test_table_of_a_large_sweep_has_the_best_of_each_arm_and_says_so(
     large: SweepData, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(page, "MOST_ROWS", 30)
+    monkeypatch.setattr(page, "MAX_TABLE_ROWS", 30)
     rows = find_rows(large)
     lora = [trial for trial in rows if trial.arm == "lora"]
     complete = [trial for trial in large.trials if trial.arm == "lora" and trial.is_complete]
@@ -92,7 +92,7 @@ def test_table_of_a_sweep_that_is_not_large_has_all(large: SweepData) -> None:
 
 
 def test_reasons_are_listed_up_to_a_number(large: SweepData, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(page, "MOST_REASONS", 3)
+    monkeypatch.setattr(page, "MAX_REASONS", 3)
     html = render_page(large, summarize(large), [])
     pruned = sum(trial.state == "pruned" for trial in large.trials)
     assert f"<summary>{pruned} pruned, of which the first 3 are listed</summary>" in html

@@ -1,6 +1,7 @@
-"""The sentences at the top of a report: what was found, what it took, and where to search next.
+"""The sentences at the top of a report: the results, the effort, and where to search next.
 
-Comes after `confirmed` and `advice`, before `summary`. What was confirmed on test data replaces what the search showed.
+Comes after `confirmed`, `fairness` and `advice`, before `summary`. Results on test data, where there are any, replace
+those of the search.
 """
 
 from __future__ import annotations

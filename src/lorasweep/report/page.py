@@ -21,12 +21,12 @@ from lorasweep.report.figures.panel import colours_of, link_of, link_to
 from lorasweep.report.summary import Summary
 from lorasweep.report.tables import Arm, SweepData, Trial
 from lorasweep.report.terminal import format_trial_counts
-from lorasweep.report.thinning import MOST_ROWS, share_out
+from lorasweep.report.thinning import MAX_TABLE_ROWS, share_out
 from lorasweep.report.time_use import describe_time_use
 
 UNFINISHED = ("failed", "infeasible", "pruned", "paused", "running")
-MOST_REASONS = 100
-"""Trials that are listed per way of not ending well."""
+MAX_REASONS = 100
+"""The section on unfinished trials lists at most this many trials of each state."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,20 +59,20 @@ def render_page(data: SweepData, summary: Summary, panels: Sequence[Panel]) -> s
         num_trials=len(data.trials),
         reruns=[(rerun, link_of(rerun.run)) for rerun in data.reruns],
         unfinished={state: _unfinished(data, state) for state in UNFINISHED},
-        most_reasons=MOST_REASONS,
+        max_reasons=MAX_REASONS,
         problems=data.problems,
         use=summary.time_use,
     )
 
 
 def find_rows(data: SweepData) -> list[Trial]:
-    """Returns the trials that the table has, by arm and number: all, or of a large sweep the best of each arm."""
-    shares = share_out([len(arm.trials) for arm in data.arms], MOST_ROWS)
+    """Returns the trials of the table by arm and number: all, or the best of each arm if the sweep is large."""
+    shares = share_out([len(arm.trials) for arm in data.arms], MAX_TABLE_ROWS)
     return [trial for arm, share in zip(data.arms, shares, strict=True) for trial in _best_of(arm, share, data)]
 
 
 def _best_of(arm: Arm, count: int, data: SweepData) -> list[Trial]:
-    """An arm's best trials; those that are not complete come last."""
+    """Returns an arm's best trials by number. Incomplete trials are taken last."""
 
     def rank(trial: Trial) -> tuple[bool, float]:
         return not trial.is_complete, math.inf if trial.value is None else data.sign * trial.value
@@ -131,7 +131,7 @@ def _formats() -> dict[str, Any]:
 
 
 def _unfinished(data: SweepData, state: str) -> list[tuple[str, str, str, str]]:
-    """Returns name, link, settings and reason of each trial and rerun that ended so, or has not ended."""
+    """Returns name, link, settings and reason of each trial and rerun in a state."""
     trials = [
         (f"{trial.arm} {trial.number}", link_to(trial), wording.format_settings(trial.params), trial.reason)
         for trial in data.trials
@@ -151,7 +151,7 @@ def _columns(data: SweepData) -> list[tuple[str, str]]:
     swept = [(wording.short_key(key), key) for key in data.swept_keys]
     return [
         ("trial", "arm and number of the trial in its Optuna study"),
-        ("state", "how it ended"),
+        ("state", "complete, running, or why it stopped"),
         (wording.format_metric(data.record.metric), "best value on validation data"),
         *swept,
         ("trained", "trainable parameters"),

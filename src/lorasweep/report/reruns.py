@@ -1,6 +1,6 @@
-"""The confirm stage as the report reads it: each rerun with its run's record, and the test scores as numbers.
+"""Reads the confirm stage for the report: each rerun with its run's record, and the test scores as numbers.
 
-Comes after `runs` and `evidence`, before `tables`. What can't be used is a sentence, no error.
+Comes after `runs` and `evidence`, before `tables`. A file that can't be used gives a sentence in place of an error.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from lorasweep.report.runs import misfits, read_usable_run, value_of
 
 @dataclass(frozen=True, kw_only=True)
 class Rerun:
-    """One rerun of an arm's winner with what it left on disk."""
+    """One rerun of an arm's winner with its run's record."""
 
     arm: str
     trial: int
@@ -84,7 +84,7 @@ def _join(row: ConfirmRow, record: SweepRecord, folder: Path) -> Rerun:
 
 
 def _unscored(reruns: Sequence[Rerun], arms: Sequence[ArmRow]) -> list[str]:
-    """Says which reruns have no score, and which arms the confirm stage lacks."""
+    """Returns a sentence for each arm without a score on test data, or with fewer scores than reruns."""
     sentences = []
     for arm in arms if reruns else ():
         mine = [rerun for rerun in reruns if rerun.arm == arm.name]

@@ -1,6 +1,6 @@
-"""Reads one run's folder for the report: its record and validation curve. What can't be read is a sentence, no error.
+"""Reads one run's folder for the report: its record and its validation curve. Comes before `tables` and `reruns`.
 
-Comes after `record`, before `tables` and `reruns`.
+A file that can't be read gives a sentence in place of an error.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from lorasweep.record import ArmRow, ConfirmRow, RunRecord, SweepRecord, TrialRo
 from lorasweep.wording import made_visible
 
 Curve = tuple[tuple[int, float], ...]
-"""Validation values of the sweep's metric over training: pairs of step and value, by step."""
+"""Validation values of the sweep's metric: pairs of step and value, by step."""
 
 KINDS: dict[str, type | tuple[type, ...]] = {
     "str": str,
@@ -24,24 +24,23 @@ KINDS: dict[str, type | tuple[type, ...]] = {
     "dict": dict,
     "list": list,
 }
-
-
+"""Types of a record's fields by the name that the field declares."""
 AS_THEY_ARE = ("run", "definition", "arms", "trials", "confirm")
-"""Fields of a record that are no texts to show: a folder, what a sweep is made from again, rows of their own."""
+"""Fields that `as_shown` leaves alone: a folder's path, the definition that `--resume` reads, and lists of rows."""
 Row = TypeVar("Row", RunRecord, SweepRecord, ArmRow, TrialRow, ConfirmRow)
 
 
 def misfits(row: Any) -> list[str]:
-    """Returns the names of a record's fields whose values are not of the kind that the field declares."""
+    """Returns the names of a record's fields whose values are not of the declared type."""
     known = [f for f in fields(row) if not ("None" in str(f.type) and getattr(row, f.name) is None)]
     declared = [(f.name, KINDS.get(str(f.type).removesuffix(" | None").split("[", 1)[0])) for f in known]
     return [name for name, kind in declared if kind and not _is_kind(getattr(row, name), kind)]
 
 
 def as_shown(row: Row) -> Row:
-    """Returns a record, or a row of one, in whose texts every character is seen: they may come from anyone.
+    """Returns a record, or a row of one, with invisible characters in its texts escaped: they may come from anyone.
 
-    The run's folder stays as it is, and a reason keeps its lines.
+    The run's folder stays as it is, and a reason keeps its line ends.
     """
     shown = {
         f.name: made_visible(getattr(row, f.name), keep="\n\t" if f.name == "reason" else "")
@@ -52,7 +51,7 @@ def as_shown(row: Row) -> Row:
 
 
 def read_usable_run(sweep: Path, run: str) -> tuple[RunRecord | None, str | None]:
-    """Returns a run's record, or None and the sentence that says why it can't be used."""
+    """Returns a run's record and None, or None and a sentence that says why the record can't be used."""
     try:
         folder_of_run(sweep, run)
     except RecordError:
@@ -84,13 +83,13 @@ def read_curve(run: Path, metric: str) -> Curve:
 def value_of(
     listed: Any, run: RunRecord | None, metric: str, *, part: Literal["best", "test"] = "best"
 ) -> float | None:
-    """Returns a run's finite value of the sweep's metric: the listed one, else the run's own; None where neither is.
+    """Returns a run's value of the sweep's metric: the listed one, else the run's own; None if neither is finite.
 
     Args:
-        listed: What the sweep's record says.
-        run: The run's record. One that is scored by another metric makes what is listed worthless.
+        listed: The value in the sweep's record. It is not used if the run is scored by another metric.
+        run: The run's record.
         metric: The sweep's metric.
-        part: Where the run has it: `best` on validation data, `test` on test data.
+        part: Which values of the run to read: `best` on validation data, `test` on test data.
     """
     value = finite_number(listed) if run is None or run.metric == metric else None
     return finite_number(getattr(run, part).get(metric)) if value is None and run else value

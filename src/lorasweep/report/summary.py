@@ -1,4 +1,4 @@
-"""What a sweep found in numbers (`report/summary.json`) and in plain sentences. Comes after `headline`."""
+"""The results of a sweep in numbers (`report/summary.json`) and in sentences. Comes after `headline`."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """Joins the records of one sweep: each trial with its run's record and validation curve, each arm with its trials.
 
-Comes after `record`, before `summary` and the figures. A run folder that is missing or damaged is a sentence, no error.
+Comes after `record`, before `summary` and the figures. A run folder that is missing or damaged gives a sentence in
+place of an error.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from lorasweep.report.runs import Curve, as_shown, finite_number, misfits, read_
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """One trial of a sweep with what its run left on disk."""
+    """One trial of a sweep with its run's record and curve."""
 
     arm: str
     method: str
@@ -81,7 +82,7 @@ class Arm:
     best: Trial | None
     """The best of the complete trials, the earlier one of equals; None where no trial is complete."""
     reruns: tuple[Rerun, ...] = ()
-    """Those of the confirm stage, by seed."""
+    """Reruns of the confirm stage, by seed."""
 
     @property
     def name(self) -> str:
@@ -109,7 +110,7 @@ class SweepData:
     problems: tuple[str, ...]
     """A sentence for each run that can't be read and each trial that belongs to no arm."""
     evidence: Evidence
-    """What the confirm stage shows; empty where there was none."""
+    """Results of the confirm stage; empty if there was none."""
 
     @property
     def reruns(self) -> tuple[Rerun, ...]:

@@ -18,13 +18,13 @@ GAIN_FRACTION = 0.02
 
 @dataclass(frozen=True, kw_only=True)
 class Tolerance:
-    """How much worse than the best a trial may score and still be called as good."""
+    """How much worse than the best a trial may score and still count as equally good."""
 
     width: float
     source: str
-    """What it rests on, as the end of a sentence."""
+    """What the width is derived from, as the end of a sentence."""
     is_measured: bool
-    """Whether that is the spread over seeds."""
+    """Whether the width comes from the measured spread over seeds."""
 
 
 def tolerance_of(arm: Arm, data: SweepData) -> Tolerance | None:

@@ -1,4 +1,4 @@
-"""The best learning rate of each arm: how flat it is, how it moves with rank and against full; the best α/r."""
+"""The best learning rate of each arm: how flat its optimum is, its trend over rank, its ratio to full's; best α/r."""
 
 from __future__ import annotations
 
@@ -14,12 +14,10 @@ from lorasweep.report.advice.noise import ALPHA, LR, RANK, near_best, rank_group
 from lorasweep.report.tables import Arm, SweepData, Trial
 from lorasweep.wording import format_ratio, format_setting, join_words
 
-LEAST_SPAN = 4.0
-"""Ranks must lie so far apart before anything is said of how the best rate moves with them."""
-MIN_FIT = 5
-"""A parabola has three coefficients: with fewer trials than this its best point says nothing."""
-
-
+MIN_RANK_RATIO = 4.0
+"""The highest rank must be this many times the lowest before the report says how the best rate moves with rank."""
+MIN_FIT_TRIALS = 5
+"""A parabola is fitted to at least this many trials: it has three coefficients, so fewer would say nothing."""
 SCALING, SQRT = "method.scaling", "alpha_over_sqrt_rank"
 
 
@@ -88,11 +86,11 @@ def find_trends(data: SweepData, rates: Sequence[RateAdvice]) -> list[RateTrend]
     """Returns how the best learning rate moves with rank in each group of arms."""
     best = {rate.arm: rate.fitted_lr or rate.lr for rate in rates}
     groups = [[arm for arm in group if arm.name in best] for group in rank_groups(data.arms)]
-    return [_fit_trend(group, best) for group in groups if _span(group) >= LEAST_SPAN]
+    return [_fit_trend(group, best) for group in groups if _span(group) >= MIN_RANK_RATIO]
 
 
 def _span(group: Sequence[Arm]) -> float:
-    """The highest rank over the lowest."""
+    """Returns the highest rank over the lowest."""
     ranks = [rank_of(arm) or 1.0 for arm in group]
     return max(ranks) / min(ranks) if ranks else 1.0
 
@@ -120,7 +118,7 @@ def fit_parabola(trials: Sequence[Trial], *, sign: int, base: float | None) -> P
     best = min(score for _, score in points)
     limit = (best + sign * base) / 2 if base is not None and sign * base > best else math.inf
     near = [(x, score) for x, score in points if score <= limit]
-    if len({x for x, _ in near}) < MIN_FIT:
+    if len({x for x, _ in near}) < MIN_FIT_TRIALS:
         return None
     xs, scores = (np.array(column) for column in zip(*near, strict=True))
     curvature, slope, _ = (float(c) for c in np.polyfit(xs, scores, 2))

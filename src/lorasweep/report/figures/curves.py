@@ -12,10 +12,10 @@ from lorasweep.report.tables import Arm, SweepData, Trial
 from lorasweep.report.thinning import describe_thinning, thin, thin_groups
 
 FILE = "curves.csv"
-MAX_POINTS = 20_000
-"""Points of all curves together; longer curves are thinned so that the page opens quickly."""
-MOST_CURVES = 500
-"""More than this are a carpet, in which no curve can be told from another."""
+MAX_CURVE_POINTS = 20_000
+"""All curves together have at most about this many points; longer curves are thinned so that the page opens quickly."""
+MAX_CURVES = 500
+"""A figure has at most about this many curves: among more, nobody can tell one from another."""
 
 
 def draw_learning_curves(data: SweepData) -> Panel:
@@ -25,8 +25,8 @@ def draw_learning_curves(data: SweepData) -> Panel:
     if not arms:
         return Panel(key="curves", title=title, text="No run has two evaluations, so there is no curve to draw.")
     others = [[trial for trial in arm.trials if trial is not arm.best and trial.curve] for arm in arms]
-    shown = thin_groups(others, key=lambda trial: _rank(trial, data), most=MOST_CURVES)
-    per_curve = max(8, MAX_POINTS // max(1, sum(map(len, shown))))
+    shown = thin_groups(others, key=lambda trial: _rank(trial, data), most=MAX_CURVES)
+    per_curve = max(8, MAX_CURVE_POINTS // max(1, sum(map(len, shown))))
     figure = build_figure(data, x_title="training step")
     for arm, trials in zip(arms, shown, strict=True):
         _add_faint(figure, trials, arm.name, colours[arm.name], per_curve)

@@ -17,10 +17,10 @@ METHOD_COLOURS = {"frozen": "#868e96", "full": "#d9622b", "lora": "#3578c6"}
 OTHER_COLOURS = ("#159588", "#9a63c4", "#b8901f", "#c94f7c", "#5f9e3f", "#2fa3c4", "#a8714a", "#7a7fd0")
 REFERENCES = (("frozen", "frozen base", "top right"), ("full", "full fine-tuning", "bottom left"))
 """Methods whose score is drawn as a level line: name, label, and where on the line it stands clear of curves."""
-CROWD = 200
-"""More points than this are drawn smaller."""
+MAX_LARGE_POINTS = 200
+"""Points are drawn smaller if there are more than this."""
 HEIGHT = 400
-"""Pixels."""
+"""Height of a figure in pixels."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +72,7 @@ def link_of(run: str) -> str:
 
 
 def label_of(trial: Trial) -> str:
-    """Returns what a point says when it is pointed at: arm and number, how it ended, score and settings."""
+    """Returns a point's hover text: arm and number, state if not complete, score and settings."""
     ended = "" if trial.state == "complete" else f" ({trial.state})"
     lines = [f"{trial.arm} {trial.number}{ended}", format_score(trial.value), format_settings(trial.params)]
     return "<br>".join(escape(line) for line in lines)
@@ -145,7 +145,7 @@ def marker_of(colour: str, points: int) -> dict[str, Any]:
     """Returns the marker of a trial; smaller and fainter where there are many, so that they don't hide each other."""
     return (
         {"color": colour, "size": 8, "opacity": 0.75}
-        if points <= CROWD
+        if points <= MAX_LARGE_POINTS
         else {"color": colour, "size": 5, "opacity": 0.5}
     )
 

@@ -11,16 +11,18 @@ from lorasweep.report.figures.panel import Panel, build_figure, colours_of, esca
 from lorasweep.report.inspections import ArmWeights, Cells, SweepWeights, load_inspections
 from lorasweep.report.tables import SweepData
 
-MOST_DIRECTIONS = 64
-MOST_PAIRS = 3
-"""Heat maps of similarity; pairs beyond these are in the CSV file."""
-MOST_KINDS = 12
-SMALL = 320
-"""Pixels."""
+MAX_DIRECTIONS = 64
+"""A spectrum shows at most this many singular values."""
+MAX_PAIRS = 3
+"""The page has at most this many heat maps of similarity; the CSV file has all pairs."""
+MAX_KINDS = 12
+"""The figure of shares shows at most this many kinds of matrix, those with the largest shares."""
+SMALL_HEIGHT = 320
+"""Height in pixels of a figure that stands beside others."""
 
 
 def draw_weights(data: SweepData) -> Panel:
-    """Returns what the weights of the winners say, as far as they were inspected."""
+    """Returns figures of the winners' weights, as far as they were inspected."""
     title, weights = "What the weights say", load_inspections(data)
     if not weights.arms:
         text = f"The winners' weights were not looked at. Type `lorasweep inspect {data.folder}`."
@@ -30,7 +32,7 @@ def draw_weights(data: SweepData) -> Panel:
         *_draw_truncation(weights, data),
         _draw_shares(weights, data),
         *_draw_blocks(weights, data),
-        *(_draw_similarity(pair, cells, data) for pair, cells in list(weights.similarity.items())[:MOST_PAIRS]),
+        *(_draw_similarity(pair, cells, data) for pair, cells in list(weights.similarity.items())[:MAX_PAIRS]),
     )
     text = (
         "The change ΔW of each arm's best trial: its singular values (median over layers, relative to each layer's "
@@ -51,7 +53,7 @@ def draw_weights(data: SweepData) -> Panel:
 
 
 def _rows(weights: SweepWeights) -> Iterable[tuple[object, ...]]:
-    """The data behind the figures, one point a line."""
+    """Yields the data behind the figures, a row per point."""
     for one in weights.arms:
         for direction, value in enumerate(median_spectrum(one), start=1):
             yield one.arm, "spectrum", direction, value
@@ -68,7 +70,7 @@ def _rows(weights: SweepWeights) -> Iterable[tuple[object, ...]]:
 
 def _draw_spectra(weights: SweepWeights, data: SweepData) -> go.Figure:
     figure, colours = (
-        build_figure(data, x_title="direction", y_title="singular value / first", height=SMALL),
+        build_figure(data, x_title="direction", y_title="singular value / first", height=SMALL_HEIGHT),
         colours_of(data),
     )
     figure.update_xaxes(type="log")
@@ -82,7 +84,7 @@ def _draw_spectra(weights: SweepWeights, data: SweepData) -> go.Figure:
 def median_spectrum(weights: ArmWeights) -> list[float]:
     """Returns at each index the median over layers of the singular value there over the layer's first."""
     relative = [[value / values[0] for value in values] for values in weights.spectra.values() if values and values[0]]
-    longest = min(max(map(len, relative), default=0), MOST_DIRECTIONS)
+    longest = min(max(map(len, relative), default=0), MAX_DIRECTIONS)
     return [median(values[i] for values in relative if len(values) > i) for i in range(longest)]
 
 
@@ -90,7 +92,10 @@ def _draw_truncation(weights: SweepWeights, data: SweepData) -> Iterable[go.Figu
     scored = [one for one in weights.arms if one.truncation]
     if not scored:
         return
-    figure, colours = build_figure(data, x_title="rank that every layer is cut to", height=SMALL), colours_of(data)
+    figure, colours = (
+        build_figure(data, x_title="rank that every layer is cut to", height=SMALL_HEIGHT),
+        colours_of(data),
+    )
     ranks = sorted({row.rank for one in scored for row in one.truncation})
     figure.update_xaxes(type="category", categoryorder="array", categoryarray=[str(rank) for rank in ranks])
     for one in scored:
@@ -110,12 +115,12 @@ def _draw_truncation(weights: SweepWeights, data: SweepData) -> Iterable[go.Figu
 
 
 def _draw_shares(weights: SweepWeights, data: SweepData) -> go.Figure:
-    figure = build_figure(data, x_title="share of squared norm", y_title=" ", barmode="group", height=SMALL)
+    figure = build_figure(data, x_title="share of squared norm", y_title=" ", barmode="group", height=SMALL_HEIGHT)
     figure.update_xaxes(tickformat=".0%", rangemode="tozero")
     colours = colours_of(data)
     for one in weights.arms:
         shares = _shares_by_kind(one)
-        kinds = list(shares)[-MOST_KINDS:]
+        kinds = list(shares)[-MAX_KINDS:]
         figure.add_bar(
             x=[shares[kind] for kind in kinds],
             y=[escape(kind) for kind in kinds],
@@ -129,7 +134,7 @@ def _draw_shares(weights: SweepWeights, data: SweepData) -> go.Figure:
 
 def _draw_blocks(weights: SweepWeights, data: SweepData) -> Iterable[go.Figure]:
     figure, colours = (
-        build_figure(data, x_title="block", y_title="share of the squared norm", height=SMALL),
+        build_figure(data, x_title="block", y_title="share of the squared norm", height=SMALL_HEIGHT),
         colours_of(data),
     )
     figure.update_yaxes(tickformat=".0%", rangemode="tozero")
@@ -144,7 +149,10 @@ def _draw_blocks(weights: SweepWeights, data: SweepData) -> Iterable[go.Figure]:
 def _draw_similarity(pair: tuple[str, str], cells: Cells, data: SweepData) -> go.Figure:
     first, second = pair
     figure = build_figure(
-        data, x_title=f"first j directions of {second}", y_title=f"first i directions of {first}", height=SMALL
+        data,
+        x_title=f"first j directions of {second}",
+        y_title=f"first i directions of {first}",
+        height=SMALL_HEIGHT,
     )
     rows, columns = sorted({i for i, _ in cells}), sorted({j for _, j in cells})
     figure.add_heatmap(
@@ -176,7 +184,7 @@ def _add_line(figure: go.Figure, name: str, x: Sequence[int] | Sequence[str], y:
 
 
 def _shares_by_kind(weights: ArmWeights) -> dict[str, float]:
-    """Share of the squared norm by kind of matrix, the smallest first."""
+    """Returns the share of the squared norm by kind of matrix, the smallest first."""
     shares: dict[str, float] = {}
     for row in weights.layers:
         if row.effective_rank is not None:
