@@ -206,7 +206,7 @@ class SweepRecord:
     threads: int = 0
     """Processor threads of one operation."""
     telemetry: dict[str, float] = field(default_factory=dict)
-    """What time and memory of the last session went to; the keys are those of `training.telemetry`."""
+    """What time and memory of all sessions went to; the keys are those of `training.telemetry`."""
 
 
 T = TypeVar("T")

@@ -1,14 +1,11 @@
-"""What a worker's time and memory go to: a clock with phases, tokens, memory and processors, cheap to look at.
-
-The process that trains moves the clock; another thread, the heartbeat of a sweep's worker, takes samples of it.
-"""
+"""What a process's time and memory go to: a clock with phases, tokens, memory and processors, cheap to look at."""
 
 from __future__ import annotations
 
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
@@ -19,7 +16,7 @@ import torch
 
 from lorasweep.training.environment import process_peak_bytes
 
-Phase = Literal["loading", "training", "evaluating", "saving", "storage", "waiting", "other"]
+Phase = Literal["loading", "training", "evaluating", "saving", "storage", "other"]
 STATUS_FILE = Path("/proc/self/status")
 
 
@@ -48,8 +45,6 @@ class Usage:
     """Weights, checkpoints and logs."""
     storage_s: float
     """Asking for trials, reporting and telling, and the sweep's record."""
-    waiting_s: float
-    """For other workers."""
     idle_fraction: float
     """Share of its time that it neither trained nor evaluated."""
     trained_tokens: int
@@ -119,13 +114,6 @@ class Telemetry:
             self._tokens += number
             self._tokens_training_s = self._seconds.get("training", 0.0)
 
-    def leave_out(self, seconds: float) -> None:
-        """Takes back time of the present phase in which the process was stopped."""
-        with self._lock:
-            self._charge()
-            name = self._phases[-1]
-            self._seconds[name] = max(0.0, self._seconds[name] - seconds)
-
     def sample(self) -> Usage:
         """Returns what there is so far; takes well under a millisecond, in any thread."""
         self._note_peak()
@@ -143,7 +131,6 @@ class Telemetry:
             evaluating_s=seconds.get("evaluating", 0.0),
             saving_s=seconds.get("saving", 0.0),
             storage_s=seconds.get("storage", 0.0),
-            waiting_s=seconds.get("waiting", 0.0),
             idle_fraction=max(0.0, 1 - (seconds.get("training", 0.0) + seconds.get("evaluating", 0.0)) / wall_s),
             trained_tokens=tokens,
             tokens_per_s=tokens / tokens_s if tokens_s else 0.0,
@@ -203,6 +190,26 @@ class _Gpus:
         self._use[device] = self._use.get(device, 0.0) + use
         self._samples[device] = self._samples.get(device, 0) + 1
         return self._use[device] / self._samples[device]
+
+
+def add_session(before: Mapping[str, float], now: Mapping[str, float]) -> dict[str, float]:
+    """Returns the telemetry of two sessions of a sweep together: times and tokens added, peaks the larger, rest the new.
+
+    Args:
+        before: The numbers of earlier sessions, as `Usage.as_numbers` names them; empty for the first one.
+        now: Those of this session.
+    """
+    total = dict(now)
+    for name, value in before.items():
+        if name == "trained_tokens" or (name.endswith("_s") and name != "tokens_per_s"):
+            total[name] = value + now.get(name, 0.0)
+        elif "peak" in name:
+            total[name] = max(value, now.get(name, 0.0))
+    if training_s := total.get("training_s"):
+        total["tokens_per_s"] = total["trained_tokens"] / training_s
+    if wall_s := total.get("wall_s"):
+        total["idle_fraction"] = max(0.0, 1 - (total["training_s"] + total["evaluating_s"]) / wall_s)
+    return total
 
 
 def resident_bytes() -> int:

@@ -275,7 +275,9 @@ class WorstOfPeers(optuna.pruners.BasePruner):
 
     def prune(self, study, trial):
         step = trial.last_step
-        values = [t.intermediate_values[step] for t in study.get_trials(deepcopy=False) if step in t.intermediate_values]
+        values = [
+            t.intermediate_values[step] for t in study.get_trials(deepcopy=False) if step in t.intermediate_values
+        ]
         return len(values) > 1 and trial.intermediate_values[step] == max(values)
 
 

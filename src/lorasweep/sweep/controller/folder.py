@@ -27,6 +27,7 @@ from lorasweep.errors import WorkerError
 from lorasweep.record import ConfirmRow, SweepRecord, TrialRow, utc_now, write_record
 from lorasweep.sweep.controller.storage import open_study
 from lorasweep.sweep.definition import Definition
+from lorasweep.training.telemetry import add_session
 
 LOCK_FILE = ".lock"
 PACK_FILE = "pack.json"
@@ -48,6 +49,8 @@ class SweepFolder:
     """Returns what the time and memory of this process go to."""
     opened: float = field(default_factory=time.monotonic)
     makespan_before_s: float = 0.0
+    telemetry_before: dict[str, float] = field(default_factory=dict)
+    """Of earlier sessions."""
     saved: float = -math.inf
     save_s: float = 0.0
     """When the record was last written (monotonic seconds), and how long that took."""
@@ -87,7 +90,7 @@ class SweepFolder:
         self.check_disk()
         record = self.record
         record.makespan_s = self.makespan_before_s + began - self.opened
-        record.telemetry = self.measure()
+        record.telemetry = add_session(self.telemetry_before, self.measure())
         record.trials, record.confirm = list(trials), list(confirm)
         if status is not None:
             record.status, record.ended_at = status, utc_now() if status != "running" else None

@@ -141,6 +141,7 @@ def reopen_sweep(path: Path, *, confirm: Mapping[str, Any] | None = None) -> Swe
         storage=storage,
         lock=lock,
         makespan_before_s=record.makespan_s,
+        telemetry_before=dict(record.telemetry),
     )
 
 
