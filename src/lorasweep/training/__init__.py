@@ -1,11 +1,12 @@
 """One training: from settings, base model and data to a folder with a record, step metrics and the weights it kept."""
 
-from lorasweep.training.cost import choose_pack_size, measure_pack_sizes, measure_run
+from lorasweep.training.cost import measure_pack, measure_run
 from lorasweep.training.environment import describe_code, describe_packages, name_device, resolve_precision
 from lorasweep.training.evaluate import Scored, evaluate_model
 from lorasweep.training.export import Export, ExportFormat, export_run
 from lorasweep.training.follow import follow_runs, lead_run, release_followers, share_bench
 from lorasweep.training.pack import train_pack
+from lorasweep.training.pack_size import PackSize, choose_pack_size
 from lorasweep.training.ranks import Ranks, current_ranks, join_ranks, wants_ranks
 from lorasweep.training.reproduce import Reproduction, reproduce_run
 from lorasweep.training.restore import restore_base, restore_config, restore_model
@@ -21,6 +22,7 @@ __all__ = [
     "Export",
     "ExportFormat",
     "Job",
+    "PackSize",
     "Ranks",
     "Reproduction",
     "RunPlace",
@@ -38,7 +40,7 @@ __all__ = [
     "follow_runs",
     "join_ranks",
     "lead_run",
-    "measure_pack_sizes",
+    "measure_pack",
     "measure_run",
     "name_device",
     "release_followers",
