@@ -200,7 +200,7 @@ def build_rule(arm: Arm) -> StoppingRule:
     if isinstance(pruner, HalvingPruner):
         _check_rungs(pruner.rungs, steps, max_steps=trainer.max_steps)
         rungs = sorted({min(steps, key=lambda step: (abs(step - f * trainer.max_steps), step)) for f in pruner.rungs})
-        return Halving(rungs=tuple(rungs), reduction_factor=pruner.reduction_factor)
+        return Halving(rungs=tuple(rungs), reduction_factor=pruner.reduction_factor, min_survivors=pruner.min_survivors)
     if isinstance(pruner, MedianPruner):
         rungs = [step for step in steps if step >= pruner.min_fraction * trainer.max_steps]
         return MedianOfPeers(rungs=tuple(rungs), min_trials=pruner.min_trials)
