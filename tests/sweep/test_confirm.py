@@ -6,10 +6,10 @@ import dataclasses
 
 import optuna
 import pytest
+from lorasweep.sweep.confirm import SEED_KEYS, arm_seeds, find_winner, seed_settings
 
 from lorasweep.errors import ConfigError
 from lorasweep.sweep import draw_seeds, read_definition
-from lorasweep.sweep.confirm import SEED_KEYS, arm_seeds, find_winner, seed_settings
 
 SEEDS_OF_0 = [253181, 295403, 688465]
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import lorasweep.sweep.driver as driver_file
 import pytest
 
-import lorasweep.sweep.driver as driver_file
 from lorasweep.errors import ConfigError, OutOfMemory
 from lorasweep.record import RunRecord
 from lorasweep.sweep import read_definition

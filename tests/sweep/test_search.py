@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import optuna
 import pytest
+from lorasweep.sweep.search import build_pruner, measure_importance
 
 from lorasweep.config.compose import compose_driver
-from lorasweep.sweep.search import build_pruner, measure_importance
 
 
 @pytest.mark.parametrize(

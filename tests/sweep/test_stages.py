@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import lorasweep.sweep.driver as driver_file
 import pytest
 from optuna.trial import TrialState
 
-import lorasweep.sweep.driver as driver_file
 from lorasweep.errors import ConfigError, Diverged, OutOfMemory, WorkerError
 from lorasweep.record import RunRecord, read_sweep, write_record
 from lorasweep.sweep import reopen_sweep

@@ -267,7 +267,7 @@ class PackModule(lightning.LightningModule):
             self._remove_checkpoints()
             self.trainer.should_stop = True
             return
-        if empty:
+        if freed:
             self._compact([slot for slot in range(len(self.runs)) if slot not in empty])
         set_dropout_streams(self.model, [run.stream for run in self.runs])
         self.evaluations = self._new_evaluations()

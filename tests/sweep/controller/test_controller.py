@@ -8,12 +8,12 @@ from typing import Any
 import optuna
 import pytest
 from optuna.storages import BaseStorage
+from tests.sweep.controller.conftest import EVERY, LAST, Simulation, outcome
 
 from lorasweep.errors import ConfigError, Diverged, OutOfMemory, RecordError, WorkerError
 from lorasweep.sweep import reopen_sweep
 from lorasweep.sweep.controller.lifecycle import FINGERPRINT
 from lorasweep.sweep.controller.rows import REASON_ATTRIBUTE, TURN_ATTRIBUTE
-from tests.sweep.controller.conftest import EVERY, LAST, Simulation, outcome
 
 
 def close(controller):
