@@ -55,8 +55,8 @@ class Worker:
         self.benches = benches
         self.stop_requested = stop_requested
         self._plans = plan_packing(sweep.definition)
-        self._pack_limits: dict[Any, int] = {}
-        """Most slots of a pack, by what its trials share."""
+        self._pack_limits: dict[Any, int | None] = {}
+        """Most slots of a pack, by what its trials share; None where packs don't pay."""
         sweep.record.device, sweep.record.threads = name_device(), torch.get_num_threads()
         sweep.measure = lambda: benches.telemetry.sample().as_numbers()
         with benches.telemetry.phase("storage"):
@@ -71,6 +71,8 @@ class Worker:
         try:
             self.controller.save("running")
             complete = self._train_stage() and self._train_confirm_stage()
+            if complete:
+                self.controller.remove_checkpoints()
             self.controller.save("complete" if complete else "interrupted")
         except OSError as error:
             self.sweep.check_disk(error)
@@ -83,7 +85,7 @@ class Worker:
             return False
         while not self.stop_requested() and (assignment := self._take()) is not None:
             slots = self._num_slots(assignment.arm)
-            done = self._train_pack([assignment], slots=slots) if slots > 1 else self._train_alone(assignment)
+            done = self._train_alone(assignment) if slots is None else self._train_pack([assignment], slots=slots)
             if not done:
                 return False
         return self.controller.is_complete()
@@ -173,7 +175,7 @@ class Worker:
         found = [assignment for assignment in taken if assignment is not None]
         if len(found) < len(taken):  # the pack of another stage
             return True
-        slots = max(self._num_slots(found[0].arm), len(found))
+        slots = max(self._num_slots(found[0].arm) or 1, len(found))
         return self._train_pack(found, slots=slots, start_steps=[slot.step for slot in state.slots])
 
     def _train_pack(
@@ -206,7 +208,7 @@ class Worker:
         except Exception as error:
             self.sweep.check_disk(error)
             # The trials go on from their last evaluation: after running out of memory in smaller packs, after any other
-            # error alone, where the one that is to blame fails by itself.
+            # error each in a pack of its own, where the one that is to blame fails by itself.
             fewer = len(pack.running) // 2 if isinstance(error, OutOfMemory) else 1
             self._pack_limits[self._plans[first[0].arm.name].key] = max(1, fewer)
             self.controller.release(pack.running)
@@ -219,20 +221,22 @@ class Worker:
         key = self._plans[arm.name].key
         return [other for other in self.sweep.definition.arms if self._plans[other.name].key == key]
 
-    def _num_slots(self, arm: Arm) -> int:
-        """How many trials to train together: what was asked for, or what the rule of `choose_pack_size` says."""
+    def _num_slots(self, arm: Arm) -> int | None:
+        """How many trials to train together: what was asked for, or what the rule of `choose_pack_size` says.
+
+        None where each trains alone. A pack of one is another matter: a run that began in a pack goes on in packs only.
+        """
         plan = self._plans[arm.name]
-        if plan.key is None:
-            return 1
-        mates = self._pack_mates(arm)
+        wanted: int | str | None = arm.driver.worker.pack_size
+        if plan.key is None or wanted == 1:
+            return None
         if plan.key not in self._pack_limits:
-            wanted = arm.driver.worker.pack_size
             if wanted == "auto":
-                trials = sum(mate.trials for mate in mates)
+                trials = sum(mate.trials for mate in self._pack_mates(arm))
                 chosen = choose_pack_size(plan.largest, bench=self.benches.of(plan.largest), trials_left=trials)
                 self.sweep.note([chosen.reason])
-                wanted = chosen.slots
-            self._pack_limits[plan.key] = wanted
+                wanted = None if chosen.slots == 1 else chosen.slots
+            self._pack_limits[plan.key] = None if wanted is None else int(wanted)
         return self._pack_limits[plan.key]
 
 

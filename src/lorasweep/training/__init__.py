@@ -1,5 +1,6 @@
 """One training: from settings, base model and data to a folder with a record, step metrics and the weights it kept."""
 
+from lorasweep.training.checkpoint import remove_checkpoints
 from lorasweep.training.cost import measure_pack, measure_run
 from lorasweep.training.environment import describe_code, describe_packages, name_device, resolve_precision
 from lorasweep.training.evaluate import Scored, evaluate_model
@@ -51,6 +52,7 @@ __all__ = [
     "name_device",
     "read_pack_state",
     "release_followers",
+    "remove_checkpoints",
     "reproduce_run",
     "resolve_precision",
     "restore_base",

@@ -27,6 +27,9 @@ from lorasweep.wording import format_metric, format_score, format_setting
 MAX_CELLS = 10
 """More different values than this along an axis are put together by powers of two."""
 
+MULTIPLIER = "method.alpha_over_rank"
+"""The key of α/r where a sweep searches that."""
+
 Scored = list[tuple[Trial, float]]
 
 
@@ -74,31 +77,60 @@ def draw_score_by_rank(data: SweepData) -> Panel:
 
 
 def draw_rank_alpha(data: SweepData) -> Panel:
-    """Returns a heat map: the best complete score at each rank and α."""
+    """Returns a heat map over rank and α, or α/r where that was swept: the best score in each cell.
+
+    A cell in which every trial was stopped early shows the best of their partial scores, without colour.
+    """
     title = "Rank × α"
-    trials = [pair for arm in data.arms for pair in complete_trials(arm) if _has(pair[0], RANK, ALPHA)]
-    rank_of, rank_note = _binning([trial.number_at(RANK) or 0 for trial, _ in trials], "Ranks")
-    alpha_of, alpha_note = _binning([trial.number_at(ALPHA) or 0 for trial, _ in trials], "α")
-    cells: dict[tuple[float, float], list[float]] = defaultdict(list)
-    for trial, score in trials:
-        cells[rank_of[trial.number_at(RANK) or 0], alpha_of[trial.number_at(ALPHA) or 0]].append(data.sign * score)
+    over_rank = any(MULTIPLIER in arm.row.space for arm in data.arms)
+    name = "α/r" if over_rank else "α"
+    trials = [(trial, trial.value) for arm in data.arms for trial in arm.trials if _is_scored(trial)]
+    points = [(trial, score, _strength(trial, over_rank=over_rank)) for trial, score in trials if score is not None]
+    rank_of, rank_note = _binning([trial.number_at(RANK) or 0 for trial, *_ in points], "Ranks")
+    alpha_of, alpha_note = _binning([strength for *_, strength in points], name)
+    cells: dict[tuple[float, float], list[tuple[bool, float]]] = defaultdict(list)
+    for trial, score, strength in points:  # a complete trial comes before every one that was stopped
+        key = rank_of[trial.number_at(RANK) or 0], alpha_of[strength]
+        cells[key].append((not trial.is_complete, data.sign * score))
     ranks, alphas = sorted({rank for rank, _ in cells}), sorted({alpha for _, alpha in cells})
     if len(ranks) < 2 or len(alphas) < 2:
-        return Panel(key="rank-alpha", title=title, text="Rank and α were not both swept over complete trials.")
-    best = [[min(cells[r, a]) * data.sign if (r, a) in cells else None for r in ranks] for a in alphas]
-    figure = build_figure(data, x_title="rank", y_title="α")
-    figure.add_trace(_heat_map(data, [format_setting(r) for r in ranks], [format_setting(a) for a in alphas], best))
-    figure.update_xaxes(type="category", showgrid=False)
-    figure.update_yaxes(type="category", showgrid=False)
-    text = f"Best {format_metric(data.record.metric)} of the complete trials in each cell; empty cells were not tried."
+        return Panel(key="rank-alpha", title=title, text="Rank and α were not both swept.")
+    best = {key: min(scores) for key, scores in cells.items()}
+
+    def grid(*, stopped: bool) -> list[list[float | None]]:
+        found = {key: data.sign * score for key, (is_stopped, score) in best.items() if is_stopped == stopped}
+        return [[found.get((r, a)) for r in ranks] for a in alphas]
+
+    names = [format_setting(r) for r in ranks], [format_setting(a) for a in alphas]
+    figure = build_figure(data, x_title="rank", y_title=name)
+    if any(score is not None for row in grid(stopped=False) for score in row):
+        figure.add_trace(_heat_map(data, *names, grid(stopped=False), y_name=name))
+    if any(score is not None for row in grid(stopped=True) for score in row):
+        figure.add_trace(_stopped_map(*names, grid(stopped=True), y_name=name))
+    figure.update_xaxes(type="category", showgrid=False, categoryorder="array", categoryarray=names[0])
+    figure.update_yaxes(type="category", showgrid=False, categoryorder="array", categoryarray=names[1])
+    text = (
+        f"Best {format_metric(data.record.metric)} in each cell. In grey cells all trials were stopped early, so their "
+        "scores are of fewer steps; empty cells were not tried."
+    )
     return Panel(
         key="rank-alpha",
         title=title,
         text=f"{text}{rank_note}{alpha_note}",
         figures=(figure,),
-        columns=(RANK, ALPHA, data.record.metric),
-        rows=tuple((r, a, best[i][j]) for i, a in enumerate(alphas) for j, r in enumerate(ranks)),
+        columns=(RANK, MULTIPLIER if over_rank else ALPHA, data.record.metric, "complete"),
+        rows=tuple((r, a, data.sign * score, not is_stopped) for (r, a), (is_stopped, score) in sorted(best.items())),
     )
+
+
+def _is_scored(trial: Trial) -> bool:
+    return _has(trial, RANK, ALPHA) and trial.value is not None and (trial.is_complete or trial.is_stopped_early)
+
+
+def _strength(trial: Trial, *, over_rank: bool) -> float:
+    """α, or α/r, rounded to what was swept: α was worked out from it."""
+    alpha, rank = trial.number_at(ALPHA) or 0, trial.number_at(RANK) or 1
+    return float(f"{alpha / rank:.6g}") if over_rank else alpha
 
 
 def _has(trial: Trial, *keys: str) -> bool:
@@ -139,7 +171,26 @@ def _binning(values: list[float], name: str) -> tuple[dict[float, float], str]:
     return bins, f" {name} are rounded to powers of two."
 
 
-def _heat_map(data: SweepData, ranks: list[str], alphas: list[str], best: list[list[float | None]]) -> go.Heatmap:
+def _stopped_map(ranks: list[str], alphas: list[str], best: list[list[float | None]], *, y_name: str) -> go.Heatmap:
+    """Cells whose trials were all stopped early: their scores as text on grey."""
+    return go.Heatmap(
+        x=ranks,
+        y=alphas,
+        z=[[None if score is None else 0.0 for score in row] for row in best],
+        text=[[format_score(score) if score is not None else "" for score in row] for row in best],
+        texttemplate="%{text}",
+        hovertemplate=f"rank %{{x}}, {y_name} %{{y}}: %{{text}}, stopped early<extra></extra>",
+        hoverongaps=False,
+        xgap=3,
+        ygap=3,
+        colorscale=[[0, "#e9ecef"], [1, "#e9ecef"]],
+        showscale=False,
+    )
+
+
+def _heat_map(
+    data: SweepData, ranks: list[str], alphas: list[str], best: list[list[float | None]], *, y_name: str
+) -> go.Heatmap:
     base = data.score_of("frozen")
     known = [score for row in best for score in row if score is not None]
     # cells no better than the base all get the palest colour
@@ -155,7 +206,7 @@ def _heat_map(data: SweepData, ranks: list[str], alphas: list[str], best: list[l
         zmax=ends[1],
         text=[[format_score(score) if score is not None else "" for score in row] for row in best],
         texttemplate="%{text}",
-        hovertemplate="rank %{x}, α %{y}: %{text}<extra></extra>",
+        hovertemplate=f"rank %{{x}}, {y_name} %{{y}}: %{{text}}<extra></extra>",
         hoverongaps=False,
         xgap=3,
         ygap=3,

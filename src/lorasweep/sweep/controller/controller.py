@@ -22,7 +22,7 @@ from lorasweep.sweep.controller.importance import measure_importance
 from lorasweep.sweep.controller.rows import REASON_ATTRIBUTE, SCORE_ATTRIBUTE, confirm_row, trial_row
 from lorasweep.sweep.controller.stages import Confirm, Search, Stage
 from lorasweep.sweep.definition import Arm
-from lorasweep.training import RunPlace, end_paused_run
+from lorasweep.training import RunPlace, end_paused_run, remove_checkpoints
 
 Status = Literal["running", "complete", "interrupted"]
 RunEnded = Callable[[RunRecord, Path, Mapping[str, Any]], None]
@@ -198,6 +198,14 @@ class Controller:
             and trials.next_promoted() is None
             for trials in self.stage.trials.values()
         )
+
+    def remove_checkpoints(self) -> None:
+        """Removes checkpoints that a process left that was killed between a run's end and their removal."""
+        stages: list[Stage] = [self.search, *([self._confirm] if self._confirm is not None else [])]
+        for stage in stages:
+            for trials in stage.trials.values():
+                for number in trials.entries:
+                    remove_checkpoints(stage.place(trials.arm, number).folder)
 
     def save(self, status: Status | None = None) -> None:
         """Writes the sweep's record."""
