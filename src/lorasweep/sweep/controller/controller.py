@@ -191,9 +191,11 @@ class Controller:
             ) from error
 
     def is_complete(self) -> bool:
-        """Whether every arm has all its trials in this stage, and none is running."""
+        """Whether every arm has all its trials in this stage, none is running, and none that is paused may go on."""
         return all(
-            not trials.left and all(entry.state != "running" for entry in trials.entries.values())
+            not trials.left
+            and all(entry.state != "running" for entry in trials.entries.values())
+            and trials.next_promoted() is None
             for trials in self.stage.trials.values()
         )
 
