@@ -188,9 +188,14 @@ class ArmTrials:
         self._note_turn(entry, order=entry.order, passed=entry.passed | {step}, promoted=entry.promoted)
         return True
 
-    def pause(self, entry: Entry, attributes: Mapping[str, Any]) -> None:
-        """Notes that a trial's run was paused; one that was promoted from here before waits to be handed out again."""
-        step = max(entry.values)
+    def pause(self, entry: Entry, attributes: Mapping[str, Any], *, step: int) -> None:
+        """Notes that a trial's run was paused; one that was promoted from here before waits to be handed out again.
+
+        Args:
+            entry: The trial.
+            attributes: What the record is to say of it.
+            step: Steps that its run has done. A run that began anew may have values of later steps.
+        """
         self.note(entry, {**attributes, PAUSED_ATTRIBUTE: step})
         was_promoted = step in entry.promoted
         entry.state, entry.is_held = ("running" if was_promoted else "paused"), False

@@ -157,7 +157,7 @@ class Controller:
         trials, entry = self._trials(assignment), self._entry(assignment)
         value = record.test[record.metric] if self.stage.reads_test else record.score
         if record.status == "paused":
-            trials.pause(entry, {SCORE_ATTRIBUTE: value})
+            trials.pause(entry, {SCORE_ATTRIBUTE: value}, step=record.steps_done)
             self._save_if_due()
             self.observer.trial_paused(assignment.arm, assignment.number)
             return
