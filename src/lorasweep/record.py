@@ -36,7 +36,8 @@ MOST_WORKER_BYTES = 2**20
 MOST_RECORD_DEPTH = 64
 """Levels of lists and mappings in a record; its readers go through them by recursion."""
 
-RunStatus = Literal["running", "complete", "pruned", "failed", "infeasible", "interrupted"]
+RunStatus = Literal["running", "complete", "paused", "pruned", "failed", "infeasible", "interrupted"]
+"""`paused`: left at an evaluation, may go on from its checkpoint. `pruned`: paused until its sweep ended."""
 TrialState = Literal["running", "complete", "pruned", "failed", "infeasible"]
 ConfirmState = Literal["running", "complete", "failed", "infeasible"]
 WorkerStatus = Literal["running", "ended", "lost"]
@@ -51,7 +52,7 @@ class RunRecord:
     version: int = VERSION
     status: RunStatus
     reason: str | None = None
-    """Why the run is failed, infeasible, pruned or interrupted."""
+    """Why the run is failed, infeasible, paused, pruned or interrupted, or complete before its last step."""
     config: dict[str, Any]
     """The resolved `RunConfig`, nested."""
     arm: str | None = None

@@ -99,7 +99,7 @@ def train():
 
 
 def end():
-    """A run that is pruned, stopped and gone on with, out of memory on one rank, and diverges on one."""
+    """A run that is paused, stopped and gone on with, out of memory on one rank, and diverges on one."""
     ranks, bench = joined()
     outcomes = {}
 
@@ -110,7 +110,7 @@ def end():
         except Exception as error:
             outcomes[name] = [type(error).__name__, str(error)]
 
-    attempt("pruned", config_of(), should_stop=lambda slot, step, value: ranks.rank == 0 and step == 2)
+    attempt("paused", config_of(), on_evaluation=lambda step, value: not (ranks.rank == 0 and step == 2))
     for strategy in ("ddp", "fsdp"):
         config = config_of(method="full", trainer__strategy=strategy, trainer__max_steps=6)
         attempt(f"whole-{strategy}", config)

@@ -93,24 +93,19 @@ def test_packed_rows_of_different_lengths_train_as_alone(make, tmp_path, kind, m
     bench = build_workbench(configs[0])
     jobs = []
     for n, config in enumerate(configs):
-        prune_at = 2 if n == 1 else None  # then the third run takes its slot: their steps have other rows
-
-        def prune(step: int, prune_at: int | None = prune_at) -> bool:
-            return step == prune_at
-
         alone = RunPlace(folder=tmp_path / f"alone{n}")
-        train_run(config, alone, bench=bench, should_stop=lambda slot, step, value, prune=prune: prune(step))
-        jobs.append(
-            Job(
-                config=config,
-                place=RunPlace(folder=tmp_path / f"pack{n}"),
-                should_stop=lambda step, value, prune=prune: prune(step),
-                ended=lambda record: None,
-                failed=lambda error: None,
-            )
-        )
+        train_run(config, alone, bench=bench, on_evaluation=lambda step, value, n=n: n != 1 or step != 2)
+        place = RunPlace(folder=tmp_path / f"pack{n}")
+        jobs.append(Job(config=config, place=place, ended=lambda record: None, failed=pytest.fail))
     late = [jobs[2]]
-    assert train_pack(jobs[:2], bench=bench, supply=lambda: late.pop() if late else None)
+    assert train_pack(
+        jobs[:2],
+        bench=bench,
+        supply=lambda: late.pop() if late else None,
+        # then the third run takes the second's slot: their steps have other rows
+        on_evaluation=lambda evaluated: [one.job is not jobs[1] or one.step != 2 for one in evaluated],
+        state_file=tmp_path / "pack.json",
+    )
     for n in range(3):
         alone, packed = tmp_path / f"alone{n}", tmp_path / f"pack{n}"
         assert [step for step, _ in numbers(alone)] == [step for step, _ in numbers(packed)]

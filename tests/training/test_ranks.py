@@ -131,7 +131,7 @@ def test_the_base_is_left_as_it_is_and_one_rank_writes(trained):
 @pytest.mark.slow
 def test_what_the_first_rank_is_told_ends_all_at_one_step(ended):
     assert seen(ended, "end", 0) == seen(ended, "end", 1)
-    assert seen(ended, "end")["pruned"] == ["pruned", 2, None]
+    assert seen(ended, "end")["paused"] == ["paused", 2, None]
 
 
 @pytest.mark.slow

@@ -128,9 +128,9 @@ def test_more_steps_than_there_are_repeat_all(repeat):
     assert repeat(steps=99).comparison.steps == 4
 
 
-def test_a_pruned_run_is_repeated_up_to_its_end(make_config, bench, tmp_path):
-    run = tmp_path / "pruned"
-    train_run(make_config(), RunPlace(folder=run), bench=bench, should_stop=lambda slot, step, value: True)
+def test_a_paused_run_is_repeated_up_to_its_end(make_config, bench, tmp_path):
+    run = tmp_path / "paused"
+    train_run(make_config(), RunPlace(folder=run), bench=bench, on_evaluation=lambda step, value: False)
     found = reproduce_run(run, output=tmp_path / "again")
     assert (found.verdict, found.comparison.steps, found.comparison.evaluations) == ("identical", 2, 1)
 
@@ -157,13 +157,18 @@ def test_a_run_of_a_pack_is_repeated_alone_within_the_tolerance_of_rounding(make
         Job(
             config=make_config({"method.rank": rank}),
             place=RunPlace(folder=tmp_path / f"slot-{rank}"),
-            should_stop=lambda step, value: False,
             ended=lambda record: None,
             failed=lambda error: None,
         )
         for rank in (1, 4)
     ]
-    train_pack(jobs, bench=bench, supply=lambda: None)
+    train_pack(
+        jobs,
+        bench=bench,
+        supply=lambda: None,
+        on_evaluation=lambda evaluated: [True] * len(evaluated),
+        state_file=tmp_path / "pack.json",
+    )
     found = reproduce_run(tmp_path / "slot-4", output=tmp_path / "again")
     assert found.tolerance == PACK_TOLERANCE["fp32"]
     assert found.holds

@@ -15,13 +15,15 @@ import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import lorasweep.training.callbacks as callbacks_file
 import lorasweep.training.run as run_file
+import lorasweep.training.run_log as run_log_file
 from lorasweep.data.tasks import LanguageModelling
-from lorasweep.errors import ConfigError, Diverged, OutOfMemory, WorkerLost
+from lorasweep.errors import ConfigError, Diverged, OutOfMemory, RecordError, WorkerLost
 from lorasweep.methods import METHODS
 from lorasweep.models.load import fingerprint_weights
-from lorasweep.record import read_run, read_steps, sha256_of
-from lorasweep.training import RunPlace, build_workbench, check_run, train_run
+from lorasweep.record import RUN_FILE, read_run, read_steps, sha256_of
+from lorasweep.training import RunPlace, build_workbench, check_run, end_paused_run, train_run
 from lorasweep.training.environment import has_cpu_bf16
 
 ADAPTER = "adapter_model.safetensors"
@@ -61,6 +63,15 @@ def assert_same_weights(file, other):
     found, expected = load_file(file), load_file(other)
     assert set(found) == set(expected)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def assert_same_run(folder, other):
+    assert (losses(folder), evaluations(folder)) == (losses(other), evaluations(other))
+    one, two = read_run(folder), read_run(other)
+    for name in ("status", "reason", "best", "last", "steps_done", "tokens_trained", "files", "adapter_bytes"):
+        assert getattr(one, name) == getattr(two, name), name
+    for name in one.files:
+        assert (folder / name).read_bytes() == (other / name).read_bytes()
 
 
 @pytest.fixture(scope="module")
@@ -304,15 +315,22 @@ def test_a_run_that_was_killed_goes_on_from_its_last_evaluation(tmp_path, make_c
     config = make_config({"method.dropout": 0.5, "trainer.max_steps": 6})
     killed = tmp_path / "killed"
 
-    def copy_at_step_2(slot, step, value):
-        if step == 2:
+    def copy_at_step_4(step, value):
+        if step == 4:
             shutil.copytree(tmp_path / "whole", killed)
-        return False
+        return True
 
-    whole = train(tmp_path / "whole", config, bench=bench, should_stop=copy_at_step_2)
-    with (killed / "steps.jsonl").open("a") as file:  # what it had written when it was killed at step 4
-        file.write('{"step": 3, "loss": 9.9, "lr": 1.0, "tokens_per_s": 1.0}\n{"step": 4, "lo')
-    record = train(killed, config, bench=bench, resume=True)
+    whole = train(tmp_path / "whole", config, bench=bench, on_evaluation=copy_at_step_4)
+    with (killed / "steps.jsonl").open("a") as file:  # a line that was cut off
+        file.write('{"step": 5, "lo')
+    reported = []
+
+    def report(step, value):
+        reported.append((step, value))
+        return True
+
+    record = train(killed, config, bench=bench, resume=True, on_evaluation=report)
+    assert reported == [(step, values["bits_per_byte"]) for step, values in evaluations(killed) if step > 2]
     assert losses(killed) == losses(tmp_path / "whole")
     assert evaluations(killed) == evaluations(tmp_path / "whole")
     assert record.files == whole.files
@@ -349,32 +367,114 @@ def test_a_checkpoint_has_only_what_trains(tmp_path, make_config, bench):
     assert all(".lora_a" in name or ".lora_b" in name for name in state)
 
 
-def test_a_pruned_run_ends_there_and_its_schedule_is_as_long_as_ever(tmp_path, make_config, bench, finished):
+def test_a_paused_run_ends_there_and_its_schedule_is_as_long_as_ever(tmp_path, make_config, bench, finished):
     asked = []
 
-    def prune(slot, step, value):
-        asked.append((slot, step, value))
-        return True
+    def pause(step, value):
+        asked.append((step, value))
+        return False
 
-    record = train(tmp_path, make_config(), bench=bench, should_stop=prune)
-    assert (record.status, record.steps_done, record.steps_planned) == ("pruned", 2, 4)
-    assert record.reason == "pruned at step 2 of 4"
-    assert asked == [(0, 2, record.score)]
+    record = train(tmp_path, make_config(), bench=bench, on_evaluation=pause)
+    assert (record.status, record.steps_done, record.steps_planned) == ("paused", 2, 4)
+    assert record.reason == "paused at step 2 of 4"
+    assert asked == [(2, record.score)]
     assert losses(tmp_path) == losses(finished)[:2]  # rates included
     assert record.tokens_trained == 2 * 2 * 32
-    assert not list(tmp_path.glob("*.ckpt"))
+    kept = read_run(tmp_path)
+    assert (kept.status, kept.files, kept.tokens_trained) == ("paused", record.files, record.tokens_trained)
+    (checkpoint,) = tmp_path.glob("*.ckpt")
+    assert checkpoint.name.startswith("last-00000002-")
     assert set(record.files) == {f"{part}/{name}" for part in ("best", "last") for name in KEPT["lora"]}
 
 
-def test_a_run_is_asked_after_every_evaluation_and_never_pruned_at_its_end(tmp_path, make_config, bench):
+def test_a_run_reports_every_evaluation_and_is_never_paused_at_its_end(tmp_path, make_config, bench):
     asked = []
 
-    def prune_at_the_end(slot, step, value):
+    def pause_at_the_end(step, value):
         asked.append(step)
-        return step == 4
+        return step < 4
 
-    record = train(tmp_path, make_config(), bench=bench, should_stop=prune_at_the_end)
+    record = train(tmp_path, make_config(), bench=bench, on_evaluation=pause_at_the_end)
     assert (record.status, record.reason, asked) == ("complete", None, [2, 4])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"method.dropout": 0.5},
+        {"method": "full", "optim.lr": 1e-3, "schedule": "cosine"},
+        {"optim.ema_decay": 0.9, "trainer.accumulate": 2},
+    ],
+)
+def test_a_paused_run_that_goes_on_ends_as_one_that_was_never_paused(tmp_path, make_config, bench, settings):
+    config = make_config({"trainer.max_steps": 6, **settings})
+    train(tmp_path / "whole", config, bench=bench)
+    for step in (2, 4):
+        record = train(tmp_path / "run", config, bench=bench, resume=True, on_evaluation=lambda at, _, s=step: at != s)
+        assert (record.status, record.steps_done) == ("paused", step)
+    train(tmp_path / "run", config, bench=bench, resume=True)
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+    assert not list((tmp_path / "run").glob("*.ckpt"))
+
+
+def test_a_paused_run_is_pruned_once_and_its_checkpoints_are_gone(tmp_path, make_config, bench):
+    paused = train(tmp_path, make_config(), bench=bench, on_evaluation=lambda step, value: False)
+    for reason in ("its sweep ended", "said again"):
+        record = end_paused_run(tmp_path, reason=reason)
+        assert (record.status, record.reason) == ("pruned", "its sweep ended")
+        assert not list(tmp_path.glob("*.ckpt"))
+    assert read_run(tmp_path).files == paused.files
+
+
+def test_a_run_that_is_not_paused_is_not_pruned(tmp_path, make_config, bench):
+    train(tmp_path, make_config(), bench=bench)
+    with pytest.raises(RecordError, match=r"must be paused before it is pruned, but .* is complete"):
+        end_paused_run(tmp_path, reason="its sweep ended")
+    assert read_run(tmp_path).status == "complete"
+
+
+@pytest.mark.parametrize(
+    ("settings", "pause_at"),
+    [({"method.dropout": 0.5}, 2), ({"trainer.early_stop_evaluations": 1, "optim.lr": 1e-12}, None)],
+    ids=["paused", "stopped early"],
+)
+def test_a_run_killed_at_any_moment_of_an_evaluation_ends_the_same(
+    tmp_path, make_config, bench, monkeypatch, settings, pause_at
+):
+    """Killed before and after each write of the record and of a checkpoint: between report and checkpoint as well."""
+    config = make_config({"trainer.max_steps": 6, **settings})
+    whole, killed = tmp_path / "whole", []
+
+    def snapshot():
+        if (whole / RUN_FILE).exists():
+            killed.append(Path(shutil.copytree(whole, tmp_path / f"killed-{len(killed)}")))
+
+    def around(write):
+        def wrapped(*args, **kwargs):
+            snapshot()
+            write(*args, **kwargs)
+            snapshot()
+
+        return wrapped
+
+    def decide(step, value):
+        return step != pause_at
+
+    with monkeypatch.context() as patch:
+        for module, name in ((callbacks_file, "save_checkpoint"), (run_log_file, "write_record")):
+            patch.setattr(module, name, around(getattr(module, name)))
+        first = train(whole, config, bench=bench, on_evaluation=decide)
+    assert first.status == ("paused" if pause_at else "complete")
+    assert first.steps_done < 6
+    for folder in killed:
+        if read_run(folder).status != "paused":  # a controller need not train it again
+            train(folder, config, bench=bench, resume=True, on_evaluation=decide)
+        assert_same_run(folder, whole)
+    if pause_at:
+        train(whole, config, bench=bench, resume=True)
+        for folder in killed:
+            train(folder, config, bench=bench, resume=True)
+            assert_same_run(folder, whole)
 
 
 def test_a_wild_learning_rate_diverges_and_the_record_says_so(tmp_path, make_config, bench):
@@ -500,7 +600,7 @@ def test_a_run_whose_checkpoint_is_damaged_goes_on_from_the_one_before_or_begins
 
 
 def test_an_error_in_a_run_that_became_anothers_is_not_written_into_it(tmp_path, make_config, bench):
-    def fail(slot, step, value):
+    def fail(step, value):
         lost.append(step)
         raise FileNotFoundError("the other one moved it")
 
@@ -515,7 +615,7 @@ def test_an_error_in_a_run_that_became_anothers_is_not_written_into_it(tmp_path,
             make_config(),
             RunPlace(folder=tmp_path / "run"),
             bench=bench,
-            should_stop=fail,
+            on_evaluation=fail,
             stop_requested=stop_requested,
         )
     assert lost == [2]

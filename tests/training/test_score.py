@@ -106,13 +106,18 @@ def test_a_run_in_a_pack_is_scored_like_one_alone(make_config, bench, tmp_path):
         Job(
             config=config,
             place=RunPlace(folder=tmp_path / f"packed-{n}"),
-            should_stop=lambda step, value: False,
             ended=lambda record: None,
             failed=lambda error: None,
         )
         for n, config in enumerate(configs)
     ]
-    assert train_pack(jobs, bench=bench, supply=lambda: None)
+    assert train_pack(
+        jobs,
+        bench=bench,
+        supply=lambda: None,
+        on_evaluation=lambda evaluated: [True] * len(evaluated),
+        state_file=tmp_path / "pack.json",
+    )
     for n, config in enumerate(configs):
         alone = tmp_path / f"alone-{n}"
         train_run(config, RunPlace(folder=alone), bench=bench)

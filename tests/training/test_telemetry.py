@@ -144,13 +144,18 @@ def test_a_packs_tokens_are_those_of_all_its_slots(make_config, fresh, tmp_path)
         Job(
             config=make_config({"seed": seed}),
             place=RunPlace(folder=tmp_path / str(seed)),
-            should_stop=lambda step, value: False,
             ended=records.append,
             failed=pytest.fail,
         )
         for seed in range(2)
     ]
-    assert train_pack(jobs, bench=fresh, supply=lambda: None)
+    assert train_pack(
+        jobs,
+        bench=fresh,
+        supply=lambda: None,
+        on_evaluation=lambda evaluated: [True] * len(evaluated),
+        state_file=tmp_path / "pack.json",
+    )
     usage = fresh.telemetry.sample()
     assert usage.trained_tokens == sum(record.tokens_trained for record in records) > 0
     assert min(usage.training_s, usage.evaluating_s, usage.loading_s) > 0

@@ -6,25 +6,30 @@ from lorasweep.training.evaluate import Scored, evaluate_model
 from lorasweep.training.export import Export, ExportFormat, export_run
 from lorasweep.training.follow import follow_runs, lead_run, release_followers, share_bench
 from lorasweep.training.pack import train_pack
+from lorasweep.training.pack_state import PackState, SlotState, read_pack_state, write_pack_state
 from lorasweep.training.ranks import Ranks, current_ranks, join_ranks, wants_ranks
 from lorasweep.training.reproduce import Reproduction, reproduce_run
 from lorasweep.training.restore import restore_base, restore_config, restore_model
 from lorasweep.training.run import check_run, train_run
-from lorasweep.training.run_log import RunPlace
+from lorasweep.training.run_log import RunPlace, end_paused_run
 from lorasweep.training.score import score_run
-from lorasweep.training.slots import Job
+from lorasweep.training.slots import Evaluated, Job, OnEvaluation
 from lorasweep.training.telemetry import Telemetry
 from lorasweep.training.workbench import Benches, Workbench, build_workbench
 
 __all__ = [
     "Benches",
+    "Evaluated",
     "Export",
     "ExportFormat",
     "Job",
+    "OnEvaluation",
+    "PackState",
     "Ranks",
     "Reproduction",
     "RunPlace",
     "Scored",
+    "SlotState",
     "Telemetry",
     "Workbench",
     "build_workbench",
@@ -33,6 +38,7 @@ __all__ = [
     "current_ranks",
     "describe_code",
     "describe_packages",
+    "end_paused_run",
     "evaluate_model",
     "export_run",
     "follow_runs",
@@ -41,6 +47,7 @@ __all__ = [
     "measure_pack_sizes",
     "measure_run",
     "name_device",
+    "read_pack_state",
     "release_followers",
     "reproduce_run",
     "resolve_precision",
@@ -52,4 +59,5 @@ __all__ = [
     "train_pack",
     "train_run",
     "wants_ranks",
+    "write_pack_state",
 ]

@@ -1,4 +1,12 @@
-"""What happens beside the steps of a run alone: its log, its checkpoint, pruning and stopping."""
+"""What happens beside the steps of a run alone: its log, its reports, its checkpoints, pausing and stopping.
+
+At an evaluation the callbacks act in this order, in which a killed run repeats at most one interval:
+
+1. `Logging` writes the rows, the kept weights and the record.
+2. `Settling` reports the value. Where the run is paused it closes the record: a run that is killed from here on either
+   is paused, or has no checkpoint of this step yet, repeats the interval and reports the same value again.
+3. `Checkpointing` writes the checkpoint, from which the run then resumes without reporting again.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +22,19 @@ from torch import Tensor
 from lorasweep.config.run import TrainerConfig
 from lorasweep.errors import Diverged, WorkerLost
 from lorasweep.record import RunRecord
-from lorasweep.training.checkpoint import save_checkpoint
+from lorasweep.training.checkpoint import remove_older_checkpoints, save_checkpoint
 from lorasweep.training.module import TrainingModule
 from lorasweep.training.ranks import Ranks
-from lorasweep.training.run_log import RunLog, Values, describe_stale, is_stale
+from lorasweep.training.run_log import RunLog, Values, describe_pause, describe_stale, is_stale
 from lorasweep.training.telemetry import Telemetry
 
-ShouldStop = Callable[[int, int, float], bool]
-"""`should_stop(slot, step, value)`: whether the run in a slot is to be pruned after this evaluation."""
+GoesOn = Callable[[int, float], bool]
+"""`on_evaluation(step, value)`: takes an evaluation and returns whether the run goes on (False: it is paused)."""
+
+
+def go_on(step: int, value: float) -> bool:
+    """The `on_evaluation` of a run that nothing pauses."""
+    return True
 
 
 class Saver(Protocol):
@@ -35,10 +48,7 @@ class Saver(Protocol):
 
 
 class Logging(lightning.Callback):
-    """Hands steps and evaluations to the run's log, and leaves a checkpoint at each evaluation.
-
-    The clock is told what each moment goes to.
-    """
+    """Hands steps and evaluations to the run's log, and tells the clock what each moment goes to."""
 
     def __init__(self, run_log: RunLog, *, saver: Saver, start_step: int, telemetry: Telemetry, ranks: Ranks) -> None:
         self.run_log = run_log
@@ -84,14 +94,14 @@ class Logging(lightning.Callback):
         self.telemetry.switch("evaluating")
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Writes the evaluation; the checkpoint comes last, so that a run that resumes there knows it."""
+        """Writes the evaluation."""
         self.telemetry.switch("saving")
         self.ranks.barrier()
         self.saver.collect()
+        assert isinstance(pl_module, TrainingModule)
+        note_progress(self.run_log.record, pl_module)
         self.run_log.note_evaluation(trainer.global_step, validation_values(trainer), save=self.saver.save)
         self.ranks.barrier()
-        if trainer.state.fn == TrainerFn.FITTING:
-            save_trainer(trainer, self.run_log.folder, ranks=self.ranks)
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Writes what is left."""
@@ -112,36 +122,49 @@ class Logging(lightning.Callback):
         self.run_log.flush(_speed(module))
 
 
-class Pruning(lightning.Callback):
-    """Ends the run where `should_stop` says so. What it says after the last step has no effect."""
+class Settling(lightning.Callback):
+    """Reports each evaluation, and ends the session where the run is to pause or no longer gets better.
 
-    def __init__(self, should_stop: ShouldStop, *, metric: str, max_steps: int, ranks: Ranks) -> None:
-        self.ranks = ranks
-        self.should_stop = should_stop
-        self.metric = metric
-        self.max_steps = max_steps
-        self.pruned_at: int | None = None
+    What `on_evaluation` returns has no effect on a run that ends anyway: after its last step, or by early stopping.
 
-    def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Reports the evaluation and asks; of several ranks the first does, and all do what it was told."""
-        step, value = trainer.global_step, validation_values(trainer)[self.metric]
-        if self.ranks.any(self.ranks.is_first and self.should_stop(0, step, value)) and step < self.max_steps:
-            self.pruned_at = step
-            trainer.should_stop = True
+    Attributes:
+        paused: Whether the run was paused.
+    """
 
-
-class EarlyStopping(lightning.Callback):
-    """Ends a run whose score no longer gets better, by the rule that packs have too."""
-
-    def __init__(self, record: RunRecord, config: TrainerConfig) -> None:
-        self.record = record
+    def __init__(self, on_evaluation: GoesOn, *, run_log: RunLog, config: TrainerConfig, ranks: Ranks) -> None:
+        self.on_evaluation = on_evaluation
+        self.run_log = run_log
         self.config = config
+        self.ranks = ranks
+        self.paused = False
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Looks at the record, in which this evaluation is."""
-        if trainer.global_step < self.record.steps_planned and is_stale(self.record, self.config):
-            self.record.reason = describe_stale(self.record)
+        """Of several ranks the first reports, and all do what it was told."""
+        record, step = self.run_log.record, trainer.global_step
+        value = validation_values(trainer)[record.metric]
+        pauses = self.ranks.any(self.ranks.is_first and not self.on_evaluation(step, value))
+        if step >= record.steps_planned:
+            return
+        if is_stale(record, self.config):
+            record.reason = describe_stale(record)
             trainer.should_stop = True
+        elif pauses:
+            self.paused = True
+            trainer.should_stop = True
+            self.run_log.close("paused", describe_pause(record))
+
+
+class Checkpointing(lightning.Callback):
+    """Leaves a checkpoint at each evaluation."""
+
+    def __init__(self, folder: Path, *, ranks: Ranks) -> None:
+        self.folder = folder
+        self.ranks = ranks
+
+    def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Writes it, unless training is over."""
+        if trainer.state.fn == TrainerFn.FITTING:
+            save_trainer(trainer, self.folder, ranks=self.ranks)
 
 
 class RunStopped(BaseException):
@@ -174,12 +197,13 @@ class Stopping(lightning.Callback):
             raise RunStopped
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Asks after each evaluation, which left a checkpoint.
+        """Asks after each evaluation, which left a checkpoint, unless the run ends there by itself.
 
         Raises:
             RunStopped: The run is to end here.
         """
-        if trainer.global_step < trainer.max_steps and self.ranks.any(self.stop_requested()):
+        goes_on = trainer.global_step < trainer.max_steps and not trainer.should_stop
+        if goes_on and self.ranks.any(self.stop_requested()):
             raise RunStopped
 
 
@@ -190,10 +214,20 @@ def validation_values(trainer: lightning.Trainer) -> Values:
     return {name.removeprefix(prefix): float(value) for name, value in metrics.items() if name.startswith(prefix)}
 
 
+def note_progress(record: RunRecord, module: TrainingModule) -> None:
+    """Puts into a record how much its run has trained."""
+    record.tokens_trained, record.tokens_per_s = module.tokens_trained, module.tokens_per_s
+    record.batching["padding_fraction"]["train"] = round(module.padding_fraction, 4)
+
+
 def save_trainer(trainer: lightning.Trainer, folder: Path, *, ranks: Ranks) -> None:
-    """Writes Lightning's checkpoint: only what trains, see `TrainingModule`. Every rank takes part, one writes."""
+    """Writes Lightning's checkpoint: only what trains, see `TrainingModule`. Every rank takes part, one writes.
+
+    The last two stay.
+    """
     if ranks.is_first:
         save_checkpoint(folder, kind="last", step=trainer.global_step, save=trainer.save_checkpoint)
+        remove_older_checkpoints(folder, kind="last")
     else:
         trainer.save_checkpoint(folder / "last.ckpt")
 

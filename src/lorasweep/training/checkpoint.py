@@ -1,4 +1,4 @@
-"""What a run goes on from: its last two checkpoints, each named by its step and by the SHA-256 of its content.
+"""What a run resumes from: its last two checkpoints, each named by its step and by the SHA-256 of its content.
 
 A file whose content is not what its name says was cut short or damaged; it is never opened, and the one before counts.
 """
@@ -36,7 +36,7 @@ class Found:
     """Optimizer steps done there."""
     state: dict[str, Any] = field(default_factory=dict)
     damaged: tuple[int, ...] = ()
-    """Steps of newer checkpoints that are damaged."""
+    """Steps of newer checkpoints that are damaged, or of the wanted one where it is gone."""
 
     @property
     def notes(self) -> list[str]:
@@ -48,11 +48,11 @@ class Found:
 
 
 def save_checkpoint(folder: Path, *, kind: Kind, step: int, save: Callable[[Path], None]) -> None:
-    """Writes a checkpoint whole or not at all, and removes all but the last two.
+    """Writes a checkpoint whole or not at all, beside those that are there.
 
     Args:
         folder: The run's.
-        kind: Who is to go on from it.
+        kind: Who resumes from it.
         step: Optimizer steps done.
         save: Writes it where it is told.
     """
@@ -62,21 +62,25 @@ def save_checkpoint(folder: Path, *, kind: Kind, step: int, save: Callable[[Path
         move_into_place(temporary, folder / f"{kind}-{step:08d}-{sha256_of(temporary)}.ckpt")
     finally:
         temporary.unlink(missing_ok=True)
-    for path in _newest_first(folder, kind)[KEPT:]:
-        path.unlink(missing_ok=True)
 
 
-def find_checkpoint(folder: Path, *, kind: Kind) -> Found:
-    """Returns the newest checkpoint that is whole, with the steps of those that are not."""
-    damaged: list[int] = []
-    if not _has_record(folder):
+def find_checkpoint(folder: Path, *, kind: Kind, step: int | None = None) -> Found:
+    """Returns the newest checkpoint that is whole, with the steps of those that are not.
+
+    Args:
+        folder: The run's.
+        kind: Who resumes from it.
+        step: The checkpoint that is wanted: later ones do not count. 0 means the beginning, which needs none.
+    """
+    if step == 0 or not _has_record(folder):
         return Found()
-    for path in _newest_first(folder, kind):
-        step = _step(path)
+    paths = [path for path in _newest_first(folder, kind) if step is None or _step(path) <= step]
+    damaged = [] if step is None or any(_step(path) == step for path in paths) else [step]
+    for path in paths:
         state = _read(path)
         if state is not None:
-            return Found(path=path, step=step, state=state, damaged=tuple(damaged))
-        damaged.append(step)
+            return Found(path=path, step=_step(path), state=state, damaged=tuple(damaged))
+        damaged.append(_step(path))
     return Found(damaged=tuple(damaged))
 
 
@@ -85,11 +89,18 @@ def has_checkpoint(folder: Path, *, kind: Kind) -> bool:
     return _has_record(folder) and any(_is_whole(path) for path in _newest_first(folder, kind))
 
 
-def remove_checkpoints(folder: Path) -> None:
-    """Removes every checkpoint of a run from which nothing goes on."""
+def remove_checkpoints(folder: Path, *, after_step: int = -1) -> None:
+    """Removes the checkpoints after a step; by default all of them."""
     for kind in ("last", "slot"):
         for path in _newest_first(folder, kind):
-            path.unlink(missing_ok=True)
+            if _step(path) > after_step:
+                path.unlink(missing_ok=True)
+
+
+def remove_older_checkpoints(folder: Path, *, kind: Kind) -> None:
+    """Removes all checkpoints of a kind but the last two."""
+    for path in _newest_first(folder, kind)[KEPT:]:
+        path.unlink(missing_ok=True)
 
 
 def _has_record(folder: Path) -> bool:

@@ -10,9 +10,9 @@ from lorasweep.config.run import RunConfig
 from lorasweep.errors import ConfigError, RanksLost
 from lorasweep.models.attention import set_attention
 from lorasweep.record import RunRecord
-from lorasweep.training.callbacks import ShouldStop
+from lorasweep.training.callbacks import GoesOn, go_on
 from lorasweep.training.ranks import IDLE, Ranks, current_ranks
-from lorasweep.training.run import never_prune, never_stop, train_run
+from lorasweep.training.run import never_stop, train_run
 from lorasweep.training.run_log import RunPlace
 from lorasweep.training.workbench import Benches, Workbench
 
@@ -31,7 +31,7 @@ def lead_run(
     place: RunPlace,
     *,
     benches: Benches,
-    should_stop: ShouldStop = never_prune,
+    on_evaluation: GoesOn = go_on,
     stop_requested: Callable[[], bool] = never_stop,
     resume: bool = False,
 ) -> RunRecord:
@@ -39,7 +39,9 @@ def lead_run(
     ranks = current_ranks()
     ranks.broadcast(_Order(config=config, place=place, resume=resume))
     bench = share_bench(ranks, lambda: benches.of(config))
-    return train_run(config, place, bench=bench, should_stop=should_stop, stop_requested=stop_requested, resume=resume)
+    return train_run(
+        config, place, bench=bench, on_evaluation=on_evaluation, stop_requested=stop_requested, resume=resume
+    )
 
 
 def release_followers() -> None:

@@ -3,6 +3,22 @@
 A run in a slot is the run that `run.train_run` would train alone: same data order, initial values, dropout stream,
 schedule and metrics. What differs is rounding, since kernels vary with shape, and the draws of what has no stream per
 slot, dropout inside a fused attention kernel; the record then says so.
+
+A pack goes from boundary to boundary; each follows an evaluation. A pack that is killed at any moment resumes at the
+last boundary that was committed, with the same slots at the same steps, and repeats to the bit what came after it. That
+holds because of the order in which a boundary is done:
+
+1. Of every slot the rows, the kept weights and the record are written. A slot that diverged fails here.
+2. The values of all slots that are left are reported in one call.
+3. Every slot is settled: complete, paused, or it goes on. A run to pause gets its checkpoint first, since whoever hears
+   that it is paused may resume it.
+4. Free slots are refilled in slot order. Slots that stay empty are dropped.
+5. The checkpoints of all slots are written.
+6. The state file is replaced. This is the commit: until then the boundary before it holds, so nothing that a pack needs
+   to resume there may be removed.
+7. Older checkpoints, and those of runs that ended, are removed.
+
+Shapes, batches and random streams after a boundary depend on the state file and the checkpoints alone.
 """
 
 from __future__ import annotations
@@ -39,21 +55,30 @@ from lorasweep.lora.packed import (
     split_packed_parameters,
 )
 from lorasweep.methods import copy_sharing_weights, draw_head, train_head
-from lorasweep.record import read_run
+from lorasweep.record import RunStatus, read_run
 from lorasweep.training.batches import resolve_accumulate
 from lorasweep.training.callbacks import RunStopped
-from lorasweep.training.checkpoint import has_checkpoint
+from lorasweep.training.checkpoint import has_checkpoint, remove_checkpoints, remove_older_checkpoints
 from lorasweep.training.environment import deterministic_algorithms, reset_peak_memory, resolve_device
 from lorasweep.training.optim import schedule_factor
 from lorasweep.training.pack_optim import StackedAdamW
-from lorasweep.training.run import never_stop, quiet_lightning
+from lorasweep.training.pack_state import (
+    PackState,
+    SlotState,
+    read_pack_state,
+    read_shared_stream,
+    restore_shared_stream,
+    write_pack_state,
+)
+from lorasweep.training.run import never_stop, quiet_lightning, status_after
 from lorasweep.training.run_log import (
     Values,
+    describe_pause,
     describe_stale,
     is_out_of_memory,
     is_stale,
 )
-from lorasweep.training.slots import Job, SlotRun, Supply
+from lorasweep.training.slots import Evaluated, Job, OnEvaluation, SlotRun, Supply
 from lorasweep.training.workbench import Workbench
 
 
@@ -62,34 +87,54 @@ def train_pack(
     *,
     bench: Workbench,
     supply: Supply,
+    on_evaluation: OnEvaluation,
+    state_file: Path,
     stop_requested: Callable[[], bool] = never_stop,
 ) -> bool:
     """Trains jobs together, and what `supply` gives as slots become free, until none is left.
+
+    A pack that was killed or interrupted leaves `state_file`. It resumes where it is given jobs in the order of the
+    slots of that file, each with its step as `start_step`. It may then report, and tell of runs that ended, what it
+    reported and told before; `supply` must give again what it gave since that boundary.
 
     Args:
         jobs: The first runs, one per slot; their model, data and trainer settings are the same.
         bench: Base model and data.
         supply: Asked for a run whenever a slot is free.
-        stop_requested: Asked after every step whether to stop; runs then go on from their last evaluation.
+        on_evaluation: Takes the evaluations of all slots at once and returns for each whether its run goes on. What it
+            returns of a run at its last step, or that early stopping ends, has no effect.
+        state_file: Where the pack keeps what it resumes from, see `pack_state`.
+        stop_requested: Asked after every step whether to stop.
 
     Returns:
         Whether every run ended; False if it was stopped.
 
     Raises:
-        OutOfMemory: The pack does not fit. Its runs can go on from their last evaluation, in a smaller one.
+        OutOfMemory: The pack does not fit. As after any error that would come again, the state file is gone: its runs
+            can go on from their newest checkpoints, in a smaller pack.
     """
     reset_peak_memory()
-    torch.manual_seed(jobs[0].config.seeds.dropout)  # of what is drawn for the whole pack
     module: PackModule | None = None
     try:
         with bench.telemetry.phase("loading"):
-            module = PackModule(jobs, bench=bench, supply=supply, stop_requested=stop_requested)
+            module = PackModule(
+                jobs,
+                bench=bench,
+                supply=supply,
+                on_evaluation=on_evaluation,
+                state_file=state_file,
+                stop_requested=stop_requested,
+            )
             _fit(module, jobs[0].config, bench)
     except (RunStopped, SIGTERMException):  # Lightning's own, where SIGTERM comes during an evaluation
         assert module is not None
         module.interrupt()
         return False
     except Exception as error:
+        if status_after(error, state_file.parent) != "interrupted":  # not the disk's fault, nor this process's
+            state_file.unlink(missing_ok=True)
+            if module is not None:
+                module.remove_checkpoints_of_ended()
         if is_out_of_memory(error):
             raise OutOfMemory(first_line(error)) from error
         raise
@@ -100,15 +145,25 @@ class PackModule(lightning.LightningModule):
     """A packed model, its stacked optimizer and the runs in its slots. A batch of the loader is only a tick."""
 
     def __init__(
-        self, jobs: Sequence[Job], *, bench: Workbench, supply: Supply, stop_requested: Callable[[], bool]
+        self,
+        jobs: Sequence[Job],
+        *,
+        bench: Workbench,
+        supply: Supply,
+        on_evaluation: OnEvaluation,
+        state_file: Path,
+        stop_requested: Callable[[], bool],
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
         self.bench = bench
         self.supply = supply
+        self.on_evaluation = on_evaluation
+        self.state_file = state_file
         self.stop_requested = stop_requested
         self.task = bench.parts.task
-        self.accumulate = _accumulate_of(jobs, bench)
+        self.resumed = _matching_state(state_file, jobs)
+        self.accumulate = _accumulate_of(jobs, bench) if self.resumed is None else self.resumed.micro_batches
         self.runs = [self._open(job, slot=slot, slots=len(jobs)) for slot, job in enumerate(jobs)]
         self.model: nn.Module = copy_sharing_weights(bench.base.model)
         generators = [torch.Generator().manual_seed(job.config.seeds.init) for job in jobs]
@@ -121,6 +176,10 @@ class PackModule(lightning.LightningModule):
             self._begin(slot, run, trainable_params=coverage.trainable_params)
         set_dropout_streams(self.model, [run.stream for run in self.runs])
         self.evaluations = self._new_evaluations()
+        self.paused: list[Path] = []
+        """Folders of runs that were paused at this boundary."""
+        self.ended: list[Path] = []
+        """Folders of runs that are complete or failed at this boundary."""
         self.micro = 0
         self.micro_losses: list[Tensor] = []
         self.shares_draws: bool | None = None
@@ -128,6 +187,14 @@ class PackModule(lightning.LightningModule):
 
     def configure_optimizers(self) -> None:
         """Leaves the optimizer to `training_step`: Lightning's counts would be those of one run."""
+
+    def on_train_start(self) -> None:
+        """Sets torch's own stream, whatever was drawn while the model was built, and commits the first boundary."""
+        if self.resumed is None:
+            torch.manual_seed(self.runs[0].job.config.seeds.dropout)
+        else:
+            restore_shared_stream(self.resumed.shared_stream, self.device)
+        self._commit()
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
         """One micro-batch of every slot; with the last one of a step, the step."""
@@ -177,26 +244,38 @@ class PackModule(lightning.LightningModule):
         self.model.train()
 
     def on_validation_end(self) -> None:
-        """Settles every slot: logs, keeps, prunes, ends, refills; then compacts what stays empty."""
+        """Does what belongs to a boundary; the order is the module's docstring's."""
         computed = [evaluation.compute() for evaluation in self.evaluations]
         self.bench.telemetry.switch("saving")
-        values = [{name: float(value) for name, value in metrics.items()} for metrics in computed]
+        metrics = [{name: float(value) for name, value in own.items()} for own in computed]
         self._share_time()
-        freed = [n for n, run in enumerate(self.runs) if not self._goes_on(n, run, values[n])]
+        living = [n for n, run in enumerate(self.runs) if self._log(n, run, metrics[n])]
+        goes_on = self._report(living)
+        freed = [n for n, run in enumerate(self.runs) if n not in goes_on or self._ends(n, run, goes_on=goes_on[n])]
         empty = [slot for slot in freed if not self._refill(slot)]
         if len(empty) == len(self.runs):
             self.runs = []
+            self.state_file.unlink(missing_ok=True)  # the commit: nothing is left to resume
+            self._remove_checkpoints()
             self.trainer.should_stop = True
             return
-        if empty:
+        if freed:
             self._compact([slot for slot in range(len(self.runs)) if slot not in empty])
         set_dropout_streams(self.model, [run.stream for run in self.runs])
         self.evaluations = self._new_evaluations()
-        self._save_checkpoints()
+        for slot, run in enumerate(self.runs):
+            self._save_checkpoint(slot, run)
+        self._commit()
+        self._remove_checkpoints()
         self.settled_at = time.monotonic()
 
+    def remove_checkpoints_of_ended(self) -> None:
+        """Removes the checkpoints of runs that are complete or failed since the last commit."""
+        for folder in self.ended:
+            remove_checkpoints(folder)
+
     def interrupt(self) -> None:
-        """Closes the runs as interrupted; each goes on from its last evaluation."""
+        """Closes the runs as interrupted; the pack resumes from its last boundary."""
         self._share_time()
         for run in self.runs:
             run.close("interrupted", f"stopped after step {run.step} of {run.record.steps_planned}")
@@ -207,9 +286,9 @@ class PackModule(lightning.LightningModule):
         if self.shares_draws is not None:
             yield
             return
-        before = shared_stream(self.device)
+        before = read_shared_stream(self.device)
         yield
-        self.shares_draws = not torch.equal(before, shared_stream(self.device))
+        self.shares_draws = before != read_shared_stream(self.device)
 
     def _step(self) -> None:
         factors = []
@@ -226,31 +305,44 @@ class PackModule(lightning.LightningModule):
             run.log.note_step(run.step, [losses], run.job.config.optim.lr * factor)
         self.micro, self.micro_losses = 0, []
 
-    def _goes_on(self, slot: int, run: SlotRun, values: Values) -> bool:
-        """Logs a slot's evaluation and returns whether its run has steps left; if not, it is closed."""
-        record = run.record
-        assert record.pack is not None
-        record.pack["shared_draws"] = bool(self.shares_draws)
+    def _log(self, slot: int, run: SlotRun, metrics: Values) -> bool:
+        """Writes a slot's evaluation, and returns whether its run lives; one that diverged fails."""
+        assert run.record.pack is not None
+        run.record.pack["shared_draws"] = bool(self.shares_draws)
         try:
-            run.flush()
-            value = run.log.note_evaluation(run.step, values, save=lambda folder: self._save(slot, folder))
+            run.note_evaluation(metrics, save=lambda folder: self._save(slot, folder))
         except Diverged as error:
-            run.close("failed", str(error))
+            self._end(run, "failed", str(error))
             run.job.failed(error)
             return False
-        for name, number in values.items():
-            run.writer.add_scalar(f"validation/{name}", number, run.step)
-        prune = run.job.should_stop(run.step, value)
+        return True
+
+    def _report(self, living: Sequence[int]) -> dict[int, bool]:
+        """Reports the evaluations of these slots in one call, and returns for each whether its run may go on."""
+        if not living:
+            return {}
+        runs = [self.runs[slot] for slot in living]
+        evaluated = [Evaluated(job=run.job, step=run.step, value=run.record.last[run.record.metric]) for run in runs]
+        return dict(zip(living, self.on_evaluation(evaluated), strict=True))
+
+    def _ends(self, slot: int, run: SlotRun, *, goes_on: bool) -> bool:
+        """Closes a run that is complete or to be paused, and returns whether it was."""
+        record = run.record
         if run.step >= record.steps_planned:
-            run.close("complete", None)
-        elif prune:
-            run.close("pruned", f"pruned at step {run.step} of {record.steps_planned}")
-        elif is_stale(record, run.job.config.trainer):
-            run.close("complete", describe_stale(record))
+            self._end(run, "complete", None)
+        elif is_stale(record, run.job.config.trainer):  # before pausing: it has no steps left to go on with
+            self._end(run, "complete", describe_stale(record))
+        elif not goes_on:
+            self._save_checkpoint(slot, run)
+            self._end(run, "paused", describe_pause(record))
         else:
-            return True
+            return False
         run.job.ended(record)
-        return False
+        return True
+
+    def _end(self, run: SlotRun, status: RunStatus, reason: str | None) -> None:
+        run.close(status, reason)
+        (self.paused if status == "paused" else self.ended).append(run.job.place.folder)
 
     def _refill(self, slot: int) -> bool:
         job = self.supply()
@@ -279,15 +371,30 @@ class PackModule(lightning.LightningModule):
             run.checkpoint = None
 
     def _compact(self, keep: list[int]) -> None:
+        """Drops the other slots, and ranks and layers that only runs before had: a resumed pack has none of them."""
         compact_slots(self.model, keep)
         self.optimizer.follow(split_packed_parameters(self.model), keep=keep)
         self.runs = [self.runs[slot] for slot in keep]
 
-    def _save_checkpoints(self) -> None:
+    def _save_checkpoint(self, slot: int, run: SlotRun) -> None:
+        """Writes a slot's checkpoint, unless it is at the step from which it began or resumed."""
+        if run.step == run.saved_step:
+            return
         names = {parameter: name for name, parameter in self.model.named_parameters()}
-        for slot, run in enumerate(self.runs):
-            moments = {names[p]: list(pair) for p, pair in self.optimizer.slot_moments(slot).items()}
-            run.save_checkpoint({"adapter": slot_state(self.model, slot), "moments": moments})
+        moments = {names[p]: list(pair) for p, pair in self.optimizer.slot_moments(slot).items()}
+        run.save_checkpoint({"adapter": slot_state(self.model, slot), "moments": moments})
+
+    def _commit(self) -> None:
+        slots = tuple(SlotState(folder_name=run.job.place.folder.name, step=run.step) for run in self.runs)
+        stream = read_shared_stream(self.device)
+        write_pack_state(self.state_file, PackState(slots=slots, shared_stream=stream, micro_batches=self.accumulate))
+
+    def _remove_checkpoints(self) -> None:
+        """Removes the checkpoints that nothing needs since the commit."""
+        for folder in [*(run.job.place.folder for run in self.runs), *self.paused]:
+            remove_older_checkpoints(folder, kind="slot")
+        self.remove_checkpoints_of_ended()
+        self.paused, self.ended = [], []
 
     def _by_name(self, moments: dict[str, Any]) -> dict[nn.Parameter, Any]:
         return {p: moments[name] for name, p in self.model.named_parameters() if name in moments}
@@ -309,17 +416,34 @@ class PackModule(lightning.LightningModule):
         return [Evaluation(self.task) for _ in self.runs]
 
 
-def shared_stream(device: torch.device) -> Tensor:
-    """Returns the state of torch's own random stream on a device."""
-    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
-
-
 class Ticks(IterableDataset[int]):
     """An endless loader: which examples a slot sees next is the slot's business."""
 
     def __iter__(self) -> Iterator[int]:
         while True:
             yield 0
+
+
+class HeldOut(IterableDataset[Batch]):
+    """The validation part in batches for as many slots as the pack has when an evaluation begins."""
+
+    def __init__(self, module: PackModule, *, rows: int) -> None:
+        """Takes the rows of a batch over all slots."""
+        self.module = module
+        self.rows = rows
+
+    def __iter__(self) -> Iterator[Batch]:
+        part, slots = self.module.bench.parts.validation, len(self.module.runs)
+        yield from evaluation_loader(part, batch_size=max(1, self.rows // slots))
+
+
+def _matching_state(state_file: Path, jobs: Sequence[Job]) -> PackState | None:
+    """The state of the pack that these jobs resume; None where they begin another one."""
+    state = read_pack_state(state_file)
+    if state is None:
+        return None
+    slots = [(slot.folder_name, slot.step) for slot in state.slots]
+    return state if slots == [(job.place.folder.name, job.start_step) for job in jobs] else None
 
 
 def slot_batch(part: Part, micros: Sequence[MicroBatch], *, model: nn.Module) -> Batch:
@@ -335,7 +459,7 @@ def slot_losses(task: Task, model: nn.Module, batch: Batch, *, slots: int) -> Te
 
 
 def _accumulate_of(jobs: Sequence[Job], bench: Workbench) -> int:
-    """The micro-batches per step of a pack: those of a run that goes on in it, else what pays for so many slots."""
+    """The micro-batches per step of a pack: those of a run that resumes in it, else what pays for so many slots."""
     folders = [job.place.folder for job in jobs if has_checkpoint(job.place.folder, kind="slot")]
     begun = read_run(folders[0]) if folders else None
     return resolve_accumulate(jobs[0].config.trainer, bench.parts.train, slots=len(jobs), begun=begun)
@@ -343,9 +467,6 @@ def _accumulate_of(jobs: Sequence[Job], bench: Workbench) -> int:
 
 def _fit(module: PackModule, config: RunConfig, bench: Workbench) -> None:
     settings = config.trainer
-    held_out = evaluation_loader(
-        bench.parts.validation, batch_size=max(1, settings.eval_batch_size // len(module.runs))
-    )
     with quiet_lightning(), deterministic_algorithms(settings.deterministic):
         trainer = lightning.Trainer(
             accelerator=resolve_device(settings),
@@ -361,4 +482,11 @@ def _fit(module: PackModule, config: RunConfig, bench: Workbench) -> None:
             enable_progress_bar=False,
             enable_model_summary=False,
         )
-        trainer.fit(module, DataLoader(Ticks(), batch_size=None), held_out)
+        # A DataLoader draws a seed at every start: from this generator, not from torch's own, which slots may share.
+        draws = torch.Generator().manual_seed(0)
+        held_out = HeldOut(module, rows=settings.eval_batch_size)
+        trainer.fit(
+            module,
+            DataLoader(Ticks(), batch_size=None, generator=draws),
+            DataLoader(held_out, batch_size=None, generator=draws),
+        )

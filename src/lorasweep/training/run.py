@@ -31,7 +31,16 @@ from lorasweep.models.load import BaseModel
 from lorasweep.record import RunRecord, RunStatus, read_run
 from lorasweep.training.averaging import PutBack, WeightAveraging
 from lorasweep.training.batches import resolve_accumulate
-from lorasweep.training.callbacks import EarlyStopping, Logging, Pruning, RunStopped, ShouldStop, Stopping
+from lorasweep.training.callbacks import (
+    Checkpointing,
+    GoesOn,
+    Logging,
+    RunStopped,
+    Settling,
+    Stopping,
+    go_on,
+    note_progress,
+)
 from lorasweep.training.checkpoint import Found, find_checkpoint
 from lorasweep.training.environment import (
     Precision,
@@ -47,7 +56,9 @@ from lorasweep.training.run_log import (
     RunPlace,
     UnwrittenLog,
     describe_failure,
+    describe_stale,
     is_out_of_memory,
+    is_stale,
     new_record,
     reopen_record,
 )
@@ -55,11 +66,6 @@ from lorasweep.training.saving import ShardedModel, WholeModel
 from lorasweep.training.shard import check_shardable, shard_model
 from lorasweep.training.strategy import RankStrategy, SumGradients
 from lorasweep.training.workbench import Workbench, describe_batching
-
-
-def never_prune(slot: int, step: int, value: float) -> bool:
-    """The `should_stop` of a run that nothing prunes."""
-    return False
 
 
 def never_stop() -> bool:
@@ -72,22 +78,26 @@ def train_run(
     place: RunPlace,
     *,
     bench: Workbench,
-    should_stop: ShouldStop = never_prune,
+    on_evaluation: GoesOn = go_on,
     stop_requested: Callable[[], bool] = never_stop,
     resume: bool = False,
 ) -> RunRecord:
     """Trains one run and returns its record, which is also in its folder.
 
+    A run that is paused (status `paused`) keeps its checkpoint and resumes in a later call. A killed run may report
+    evaluations that it reported before, with the same values.
+
     Args:
         config: The run's settings. Its model, data and precision are those of `bench`.
         place: Where it writes.
         bench: Base model and data.
-        should_stop: Asked after every evaluation whether to prune.
+        on_evaluation: Takes the step and the value of every evaluation, and returns whether the run goes on. What it
+            returns at the last step, or where early stopping ends the run, has no effect.
         stop_requested: Asked after every step whether to stop with a checkpoint (status `interrupted`).
-        resume: Goes on from the folder's checkpoint where there is one.
+        resume: Resumes from the folder's newest checkpoint of a run alone, where there is one.
 
     Of several ranks (`ranks.join_ranks`) each calls this with the same run. The first alone writes and asks
-    `should_stop`; all end alike, by the first error of any.
+    `on_evaluation`; all end alike, by the first error of any.
 
     A run that runs out of memory begins again with micro-batches of half the rows and twice as many of them per step,
     down to one row: the batch of a step, and what is learned, stay the same.
@@ -103,7 +113,7 @@ def train_run(
         try:
             with bench.telemetry.phase("loading"):
                 return _train_session(
-                    config, place, bench, should_stop, stop_requested, resume=resume, too_large=too_large
+                    config, place, bench, on_evaluation, stop_requested, resume=resume, too_large=too_large
                 )
         except OutOfMemory:
             with ranks.together():
@@ -121,7 +131,7 @@ def _train_session(
     config: RunConfig,
     place: RunPlace,
     bench: Workbench,
-    should_stop: ShouldStop,
+    on_evaluation: GoesOn,
     stop_requested: Callable[[], bool],
     *,
     resume: bool,
@@ -136,20 +146,26 @@ def _train_session(
         log: RunLog = UnwrittenLog(record, place.folder)
         if ranks.is_first:
             log = RunLog(record, place.folder, start_step=start_step)
+    if checkpoint is not None and is_stale(record, config.trainer):  # killed between its last evaluation and its end
+        log.close("complete", describe_stale(record))
+        return record
     reset_peak_memory()
     session = _Session(config, place.folder, bench, log, ranks)
     try:
         with ranks.together(), _out_of_memory_as_such():
             status = session.train(
-                should_stop, stop_requested, start_step=start_step, checkpoint=checkpoint, too_large=too_large
+                on_evaluation, stop_requested, start_step=start_step, checkpoint=checkpoint, too_large=too_large
             )
     except WorkerLost:  # the folder is another worker's now
         raise
     except BaseException as error:
         stop_requested()  # asks first whether the folder has become another worker's meanwhile
-        log.close(status_after(error, place.folder) if ranks.is_first else "failed", describe_failure(error))
+        status = status_after(error, place.folder) if ranks.is_first else "failed"
+        if (record.status, status) != ("paused", "interrupted"):  # a paused run stays paused, whatever ends the process
+            log.close(status, describe_failure(error))
         raise
-    log.close(status, record.reason)
+    if status != "paused":  # which `Settling` closed before the checkpoint
+        log.close(status, record.reason)
     return record
 
 
@@ -159,7 +175,7 @@ def _open_record(
     """Returns a run's record, and the checkpoint and the step from which it goes on."""
     found = find_checkpoint(place.folder, kind="last") if resume else Found()
     if found.path is not None:
-        return reopen_record(place.folder, notes=found.notes), found.path, found.step
+        return reopen_record(place.folder, step=found.step, notes=found.notes), found.path, found.step
     return new_record(config, place, bench, notes=found.notes), None, 0
 
 
@@ -186,14 +202,14 @@ class _Session:
 
     def train(
         self,
-        should_stop: ShouldStop,
+        on_evaluation: GoesOn,
         stop_requested: Callable[[], bool],
         *,
         start_step: int,
         checkpoint: Path | None,
         too_large: Sequence[int],
     ) -> RunStatus:
-        """Trains, fills the record, and returns how it ended."""
+        """Trains, fills the record, and returns how the session ended."""
         config, bench, ranks, record = self.config, self.bench, self.ranks, self.log.record
         accumulate = self._choose_accumulate(too_large or record.batching.get("too_large", []))
         model = prepare_model(config, bench.base)
@@ -222,19 +238,16 @@ class _Session:
             *([SumGradients(ranks)] if ranks.size > 1 else []),
             *averaging,
             Logging(self.log, saver=saver, start_step=start_step, telemetry=bench.telemetry, ranks=ranks),
-            pruning := Pruning(should_stop, metric=record.metric, max_steps=record.steps_planned, ranks=ranks),
-            EarlyStopping(record, config.trainer),
+            settling := Settling(on_evaluation, run_log=self.log, config=config.trainer, ranks=ranks),
+            Checkpointing(self.folder, ranks=ranks),
             *map(PutBack, averaging),
             Stopping(stop_requested, self.folder, eval_every_steps=every, ranks=ranks),
         ]
         ranks.barrier()
         trainer = _build_trainer(module, self.folder, precision=bench.precision, callbacks=callbacks)
         status = _fit(trainer, module, record, bench=bench, start_step=start_step, checkpoint=checkpoint)
-        if pruning.pruned_at is not None:
-            status, record.reason = "pruned", f"pruned at step {pruning.pruned_at} of {record.steps_planned}"
-        record.tokens_trained, record.tokens_per_s = module.tokens_trained, module.tokens_per_s
-        record.batching["padding_fraction"]["train"] = round(module.padding_fraction, 4)
-        return status
+        note_progress(record, module)
+        return "paused" if settling.paused else status
 
     def _choose_accumulate(self, too_large: Sequence[int]) -> int:
         """Returns the micro-batches per step, twice as many as the last that did not fit, and puts them on record."""

@@ -21,7 +21,7 @@ from torch import Tensor
 from lorasweep.config.run import RunConfig, TrainerConfig
 from lorasweep.data.tasks import goal_direction
 from lorasweep.disk import remove_leftovers, write_atomically
-from lorasweep.errors import Diverged, LoraSweepError
+from lorasweep.errors import Diverged, LoraSweepError, RecordError
 from lorasweep.record import (
     PATCH_FILE,
     STEPS_FILE,
@@ -29,6 +29,7 @@ from lorasweep.record import (
     RunRecord,
     RunStatus,
     read_run,
+    read_steps,
     sha256_of,
     utc_now,
     write_record,
@@ -52,6 +53,8 @@ HOST_OUT_OF_MEMORY = ("can't allocate memory", "std::bad_alloc")
 """What torch says where the host has no memory left."""
 Values = dict[str, float]
 """Metrics of one evaluation by name."""
+RESUMABLE: frozenset[RunStatus] = frozenset({"interrupted", "paused"})
+"""How a session ends of a run that may resume from its checkpoint."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +80,8 @@ class RunLog:
         folder.mkdir(parents=True, exist_ok=True)
         for place in (folder, folder / "best", folder / "last"):
             remove_leftovers(place)
+        # checkpoints first: one of a later step must not be found once the rows up to it are gone
+        remove_checkpoints(folder, after_step=start_step)
         _keep_steps_up_to(folder / STEPS_FILE, start_step)
         if record.code.get("patch", {}).get("file") and not (folder / PATCH_FILE).exists():
             write_atomically(folder / PATCH_FILE, code_patch())
@@ -119,20 +124,29 @@ class RunLog:
         if not math.isfinite(value):
             raise Diverged(f"the validation {self.record.metric} became {value!r} at step {step}. Lower `optim.lr`.")
         self._append([{"step": step, "validation": values}])
-        if self._note_score(step, values):
+        if note_score(self.record, step, values):
             save(self.folder / "best")
         if self.record.steps_planned:
             save(self.folder / "last")
         write_record(self.record, self.folder)
         return value
 
-    def close(self, status: RunStatus, reason: str | None, *, wall_s: float | None = None) -> None:
-        """Writes the final record, with the checksums of what was kept.
+    def close(
+        self,
+        status: RunStatus,
+        reason: str | None,
+        *,
+        wall_s: float | None = None,
+        keep_checkpoints: bool = False,
+    ) -> None:
+        """Writes the record of the session's end, with the checksums of what was kept.
 
         Args:
-            status: How the run ended.
+            status: How the session ended.
             reason: Why, where it is not complete.
             wall_s: Seconds of this session; measured from the opening when None.
+            keep_checkpoints: Whether to leave the checkpoints of a run that ended to the caller; those of a run that
+                may resume stay in any case.
         """
         record, folder = self.record, self.folder
         record.wall_s = self._before_s + (time.monotonic() - self._started if wall_s is None else wall_s)
@@ -145,17 +159,8 @@ class RunLog:
         }
         record.adapter_bytes = sum(path.stat().st_size for path in (folder / "best").glob("*.safetensors"))
         write_record(record, folder)
-        if status != "interrupted":  # nothing goes on from here
+        if not keep_checkpoints and status not in RESUMABLE:
             remove_checkpoints(folder)
-
-    def _note_score(self, step: int, values: Values) -> bool:
-        """Puts an evaluation into the record, and returns whether it is the best."""
-        record = self.record
-        record.last, record.steps_done = {"step": step, **values}, step
-        if record.score is not None and not is_better(values[record.metric], record.score, direction=record.direction):
-            return False
-        record.best = dict(record.last)
-        return True
 
     def _append(self, rows: list[dict[str, Any]]) -> None:
         with (self.folder / STEPS_FILE).open("a") as file:
@@ -180,11 +185,18 @@ class UnwrittenLog(RunLog):
 
     def note_evaluation(self, step: int, values: Values, *, save: Callable[[Path], None]) -> float:
         """Puts an evaluation into the record."""
-        self._note_score(step, values)
+        note_score(self.record, step, values)
         return values[self.record.metric]
 
-    def close(self, status: RunStatus, reason: str | None, *, wall_s: float | None = None) -> None:
-        """Puts how the run ended into the record."""
+    def close(
+        self,
+        status: RunStatus,
+        reason: str | None,
+        *,
+        wall_s: float | None = None,
+        keep_checkpoints: bool = False,
+    ) -> None:
+        """Puts how the session ended into the record."""
         self.record.status, self.record.reason, self.record.ended_at = status, reason, utc_now()
 
 
@@ -218,12 +230,53 @@ def _describe_ranks(config: TrainerConfig) -> dict[str, Any]:
     return {"processes": size, "strategy": "ddp" if config.strategy == "auto" else config.strategy} if size > 1 else {}
 
 
-def reopen_record(folder: Path, *, notes: Sequence[str] = ()) -> RunRecord:
-    """Returns the record of a run that goes on, with what there is to say of that."""
+def reopen_record(folder: Path, *, step: int, notes: Sequence[str] = ()) -> RunRecord:
+    """Returns the record of a run that resumes, as it was at a step.
+
+    Args:
+        folder: The run's.
+        step: That of the checkpoint. A killed run's record may be ahead of it.
+        notes: Sentences to add.
+    """
     record = read_run(folder)
     record.notes += [note for note in notes if note not in record.notes]
     record.status, record.reason, record.ended_at = "running", None, None
+    record.test = {}
+    if record.last.get("step", 0) > step:
+        record.best, record.last, record.steps_done = {}, {}, 0
+        for row in read_steps(folder, having='"validation"'):
+            if row["step"] <= step:
+                note_score(record, row["step"], row["validation"])
     return record
+
+
+def end_paused_run(folder: Path, *, reason: str) -> RunRecord:
+    """Makes a paused run a pruned one, which can't resume; returns its record. Repeated calls change nothing.
+
+    Args:
+        folder: The run's.
+        reason: Why it is pruned.
+
+    Raises:
+        RecordError: The run is neither paused nor pruned, or has no record.
+    """
+    record = read_run(folder)
+    if record.status not in ("paused", "pruned"):
+        raise RecordError(f"a run must be paused before it is pruned, but {str(folder)!r} is {record.status}.")
+    if record.status == "paused":
+        record.status, record.reason = "pruned", reason
+        write_record(record, folder)
+    remove_checkpoints(folder)  # also after a kill between the two
+    return record
+
+
+def note_score(record: RunRecord, step: int, values: Values) -> bool:
+    """Puts an evaluation into a record, and returns whether it is the best."""
+    record.last, record.steps_done = {"step": step, **values}, step
+    if record.score is not None and not is_better(values[record.metric], record.score, direction=record.direction):
+        return False
+    record.best = dict(record.last)
+    return True
 
 
 def is_stale(record: RunRecord, config: TrainerConfig) -> bool:
@@ -237,6 +290,11 @@ def is_stale(record: RunRecord, config: TrainerConfig) -> bool:
 def describe_stale(record: RunRecord) -> str:
     """Returns why a run ended early."""
     return f"no better score since step {record.best['step']:.0f}: stopped early at step {record.steps_done}"
+
+
+def describe_pause(record: RunRecord) -> str:
+    """Returns why a run is paused."""
+    return f"paused at step {record.steps_done} of {record.steps_planned}"
 
 
 def is_better(value: float, other: float, *, direction: Direction) -> bool:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -11,10 +13,11 @@ from torch.utils.tensorboard import SummaryWriter
 
 from lorasweep.config.run import RunConfig
 from lorasweep.data.batching import MicroBatch, StepBatchSampler
-from lorasweep.record import RunRecord
-from lorasweep.training.checkpoint import find_checkpoint, save_checkpoint
+from lorasweep.errors import RecordError
+from lorasweep.record import RunRecord, RunStatus, read_run
+from lorasweep.training.checkpoint import Found, find_checkpoint, save_checkpoint
 from lorasweep.training.environment import device_of
-from lorasweep.training.run_log import RunLog, RunPlace, new_record, reopen_record
+from lorasweep.training.run_log import RunLog, RunPlace, Values, new_record, reopen_record
 from lorasweep.training.workbench import Workbench, describe_batching
 
 
@@ -24,12 +27,28 @@ class Job:
 
     config: RunConfig
     place: RunPlace
-    should_stop: Callable[[int, float], bool]
-    """`should_stop(step, value)`: whether to prune it after this evaluation."""
     ended: Callable[[RunRecord], None]
-    """Called once with the record of a run that is complete or pruned."""
+    """Called with the record of a run that is complete or paused; again where the pack was killed before its commit."""
     failed: Callable[[Exception], None]
-    """Called once where it failed."""
+    """Called where it failed; again as `ended`."""
+    start_step: int | None = None
+    """Step of the checkpoint to resume from, 0 for the beginning. None: the newest one, or the beginning where there is
+    none."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Evaluated:
+    """One run's evaluation."""
+
+    job: Job
+    step: int
+    """Optimizer steps done."""
+    value: float
+    """The run's metric on the validation part."""
+
+
+OnEvaluation = Callable[[Sequence[Evaluated]], Sequence[bool]]
+"""Takes the evaluations of all slots at once and returns for each whether its run goes on (False: it is paused)."""
 
 
 class Supply(Protocol):
@@ -47,14 +66,15 @@ class SlotRun:
         stream: Random stream of its dropout, as a run alone has it.
         train_s: Its share of the seconds spent in training steps.
         wall_s: Its share of all seconds of this session.
-        checkpoint: What it goes on from, or None.
+        checkpoint: What it resumes from, or None.
+        saved_step: Step of its newest checkpoint; 0, the beginning, needs none.
     """
 
     def __init__(self, job: Job, *, bench: Workbench, slot: int, slots: int, accumulate: int) -> None:
         config, folder = job.config, job.place.folder
         self.job = job
         self.bench = bench
-        found = find_checkpoint(folder, kind="slot")
+        found = find_checkpoint(folder, kind="slot", step=job.start_step)
         resumed = found.state
         self.checkpoint: dict[str, Any] | None = resumed or None
         self.step = int(resumed.get("step", 0))
@@ -62,11 +82,8 @@ class SlotRun:
         self.positions_trained = int(resumed.get("positions_trained", 0))
         self.train_s = float(resumed.get("train_s", 0.0))
         self.wall_s = 0.0
-        notes = found.notes
-        self.record = (
-            reopen_record(folder, notes=notes) if resumed else new_record(config, job.place, bench, notes=notes)
-        )
-        self.record.pack = {"slot": slot, "slots": slots}
+        self.saved_step = self.step
+        self.record = _open_record(job, found, bench=bench, slot=slot, slots=slots)
         self.record.batching = describe_batching(bench, config.trainer, accumulate=accumulate, padding_fraction=0.0)
         self.log = RunLog(self.record, folder, start_step=self.step)
         self.writer = SummaryWriter(str(folder))
@@ -106,28 +123,55 @@ class SlotRun:
         self.positions_trained += positions
         return tokens
 
-    def flush(self) -> None:
-        """Writes the steps so far to the log and to TensorBoard.
+    def note_evaluation(self, values: Values, *, save: Callable[[Path], None]) -> float:
+        """Writes the steps so far and an evaluation to the log and to TensorBoard; returns the value of the metric.
+
+        Args:
+            values: Every metric.
+            save: Writes the present weights into a folder.
 
         Raises:
-            Diverged: One of their losses is NaN or infinite.
+            Diverged: A loss or the value is NaN or infinite.
         """
         for row in self.log.flush(self.tokens_per_s):
             for name in ("loss", "lr", "tokens_per_s"):
                 self.writer.add_scalar(f"train/{name}", row[name], row["step"])
             self.writer.add_scalar("train/padding_fraction", self.padding_fraction, row["step"])
+        self._note_progress()
+        value = self.log.note_evaluation(self.step, values, save=save)
+        for name, number in values.items():
+            self.writer.add_scalar(f"validation/{name}", number, self.step)
+        return value
 
-    def save_checkpoint(self, state: dict[str, Any]) -> None:
-        """Writes what the run needs to go on in any pack, whole or not at all."""
+    def save_checkpoint(self, state: Mapping[str, Any]) -> None:
+        """Writes what the run needs to resume in any pack, whole or not at all, beside its earlier checkpoints."""
         own: dict[str, Any] = {"step": self.step, "tokens_trained": self.tokens_trained, "train_s": self.train_s}
         own |= {"positions_trained": self.positions_trained, "stream": self.stream.get_state()}
         save_checkpoint(
             self.job.place.folder, kind="slot", step=self.step, save=lambda path: torch.save({**state, **own}, path)
         )
+        self.saved_step = self.step
 
-    def close(self, status: Any, reason: str | None) -> None:
-        """Writes the final record."""
+    def close(self, status: RunStatus, reason: str | None) -> None:
+        """Writes the record of the session's end; the checkpoints are the pack's to remove."""
+        self._note_progress()
+        self.log.close(status, reason, wall_s=self.wall_s, keep_checkpoints=True)
+        self.writer.close()
+
+    def _note_progress(self) -> None:
         self.record.tokens_trained, self.record.tokens_per_s = self.tokens_trained, self.tokens_per_s
         self.record.batching["padding_fraction"]["train"] = round(self.padding_fraction, 4)
-        self.log.close(status, reason, wall_s=self.wall_s)
-        self.writer.close()
+
+
+def _open_record(job: Job, found: Found, *, bench: Workbench, slot: int, slots: int) -> RunRecord:
+    """Returns the record of a run that begins, or resumes from what was found, in a slot."""
+    joined: dict[str, Any] = {"slot": slot, "slots": slots}
+    if job.start_step is not None:  # it was in this pack before the kill, maybe in another slot of more
+        with suppress(RecordError):
+            joined = read_run(job.place.folder).pack or joined
+    if found.path is None:
+        record = new_record(job.config, job.place, bench, notes=found.notes)
+    else:
+        record = reopen_record(job.place.folder, step=found.step, notes=found.notes)
+    record.pack = joined
+    return record
