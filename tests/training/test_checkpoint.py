@@ -10,7 +10,14 @@ import pytest
 import torch
 
 from lorasweep.record import RunRecord, sha256_of, write_record
-from lorasweep.training.checkpoint import Found, find_checkpoint, has_checkpoint, remove_checkpoints, save_checkpoint
+from lorasweep.training.checkpoint import (
+    Found,
+    find_checkpoint,
+    has_checkpoint,
+    remove_checkpoints,
+    remove_older_checkpoints,
+    save_checkpoint,
+)
 
 
 @pytest.fixture
@@ -32,6 +39,8 @@ def newest(folder: Path) -> Path:
 
 
 def test_the_last_two_are_kept_each_named_by_its_checksum(run):
+    assert len(list(run.glob("*.ckpt"))) == 3
+    remove_older_checkpoints(run, kind="last")
     paths = sorted(run.glob("*.ckpt"))
     assert [path.name.split("-")[1] for path in paths] == ["00000004", "00000006"]
     for path in paths:
@@ -65,12 +74,34 @@ def test_of_a_damaged_one_the_one_before_is_used_and_a_note_says_so(run, damage)
     assert has_checkpoint(run, kind="last")
 
 
+@pytest.mark.parametrize(("wanted", "found"), [(6, 6), (4, 4), (2, 2), (0, 0)])
+def test_the_checkpoint_of_a_step_is_found_whatever_came_after_it(run, wanted, found):
+    damaged = newest(run)
+    assert find_checkpoint(run, kind="last", step=wanted).step == found
+    if wanted < 6:
+        cut(damaged)
+        assert find_checkpoint(run, kind="last", step=wanted).notes == []
+
+
+def test_instead_of_the_checkpoint_of_a_step_that_is_gone_the_one_before_is_used_and_a_note_says_so(run):
+    next(run.glob("last-00000004-*.ckpt")).unlink()
+    found = find_checkpoint(run, kind="last", step=4)
+    assert (found.step, found.damaged) == (2, (4,))
+    assert found.notes == ["The checkpoint of step 4 was damaged, so the run went on from step 2."]
+
+
+def test_checkpoints_after_a_step_are_removed(run):
+    save(run, 4, kind="slot")
+    remove_checkpoints(run, after_step=2)
+    assert [path.name[:13] for path in run.glob("*.ckpt")] == ["last-00000002"]
+
+
 def test_where_all_are_damaged_there_is_nothing_to_go_on_from(run):
     for path in run.glob("*.ckpt"):
         cut(path)
     found = find_checkpoint(run, kind="last")
     assert (found.path, found.step, found.state) == (None, 0, {})
-    assert found.notes == ["The checkpoint of step 6, 4 was damaged, so the run went on from step 0."]
+    assert found.notes == ["The checkpoint of step 6, 4, 2 was damaged, so the run went on from step 0."]
     assert not has_checkpoint(run, kind="last")
 
 

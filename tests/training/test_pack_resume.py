@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -197,9 +198,8 @@ def test_the_search_has_all_that_can_happen(undisturbed):
 
 
 MOMENTS = (
-    *("before the report", "after the report", "run-1 is paused", "run-2 is about to be complete", "run-3 failed"),
-    *("run-0 is complete", "before a checkpoint of run-2", "before a checkpoint of run-4", "run-1 is complete"),
-    *("before the commit", "after the commit", "after the removal of run-0/slot-00000002"),
+    *("before the report", "after the report", "run-1 is paused", "run-2 is about to be complete"),
+    *("supply", "before a checkpoint of run-4", "before the commit", "after the commit"),
 )
 
 
@@ -314,6 +314,15 @@ def test_a_paused_run_that_goes_on_among_others_ends_within_rounding(undisturbed
     for a, b in zip(one, other, strict=True):
         # Adam's first steps divide by |g|, which magnifies rounding
         assert a.get("validation", a).get("loss") == pytest.approx(b.get("validation", b).get("loss"), rel=1e-4)
+
+
+def test_batches_of_an_evaluation_depend_on_the_slots_that_there_are_now(bench):
+    """Not on those with which the pack began, which one that resumes does not know."""
+    pack = SimpleNamespace(bench=bench, runs=[None] * 4)
+    held_out = pack_file.HeldOut(pack, rows=8)
+    assert [len(batch["input_ids"]) for batch in held_out] == [2, 2]
+    pack.runs = [None]
+    assert [len(batch["input_ids"]) for batch in held_out] == [4]
 
 
 def test_the_stream_that_slots_share_continues_after_a_kill(make_config, tmp_path):
