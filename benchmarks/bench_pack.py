@@ -33,6 +33,7 @@ from lorasweep.config.run import OptimConfig
 from lorasweep.lora import LoraConfig, inject_lora
 from lorasweep.lora.packed import inject_packed_lora, split_packed_parameters
 from lorasweep.models.load import load_base
+from lorasweep.training.memory import count_saved_bytes
 from lorasweep.training.pack_optim import StackedAdamW
 
 SIZES = (1, 2, 4, 8, 16, 32)
@@ -181,19 +182,7 @@ def saved_mib(task: Task, slots: int) -> float:
     packed = copy.deepcopy(task.model)
     inject_packed_lora(packed, [LoraConfig(rank=RANK)] * slots)
     ids, targets = token_batch(task, slots, next(packed.parameters()).device)
-    own = {tensor.untyped_storage().data_ptr() for tensor in (*packed.parameters(), *packed.buffers())}
-    saved: dict[int, int] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = slot_losses(packed, ids, targets, slots=slots)
-    del loss
-    return sum(saved.values()) / 2**20
+    return count_saved_bytes(lambda: slot_losses(packed, ids, targets, slots=slots), model=packed) / 2**20
 
 
 def main() -> None:

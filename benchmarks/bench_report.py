@@ -129,7 +129,7 @@ def make_arm(name: str, trials: int) -> ArmRow:
         settings={"method": method_of(name), **({"method.rank": rank} if rank else {})},
         space=space,
         sampler="tpe",
-        pruner="successive_halving",
+        pruner="halving",
         importance={"method.alpha_over_rank": 0.2, "optim.lr": 0.8} if rank else {},
         expanded_from="lora" if rank else None,
         expanded={"method.rank": rank} if rank else {},

@@ -35,7 +35,7 @@ QUICK = (
     "trainer.eval_every_steps=2",
     "trainer.batch_size=2",
     "data.max_validation_blocks=8",
-    "pruner.min_steps=2",
+    "pruner.rungs=[0.4]",
     "worker.pack_size=2",
     "sweep.trials=4",
 )

@@ -8,10 +8,10 @@ import signal
 import sys
 from pathlib import Path
 
+import lorasweep.sweep.driver as driver_file
 import pytest
 import yaml
 
-import lorasweep.sweep.driver as driver_file
 import lorasweep.training as training_package
 import lorasweep.training.workbench as workbench_file
 from lorasweep.cli import DONE, FAILED, INTERRUPTED, WRONG, StopSignal, main, run

@@ -170,7 +170,7 @@ def export(arguments: argparse.Namespace) -> int:
     say(
         f"{arguments.format}, {format_bytes(written.num_bytes)}: {written.folder}\n"
         f"its logits differ from the run's by at most {written.difference:.2g} (the largest is "
-        f"{written.largest_logit:.3g})"
+        f"{written.largest_logit:.3g}), both computed in fp32"
     )
     return DONE
 

@@ -77,7 +77,8 @@ class RunRecord:
     """Sentences on how the data was made: what was split off, duplicates, the majority class."""
     batching: dict[str, Any] = field(default_factory=dict)
     """`micro_batches` per optimizer step, `padding_fraction` of training and validation batches, the `attention` that
-    was chosen by measuring, with its times, and where memory ran out `too_large`: the micro-batches tried before."""
+    `model.attention=auto` chose (`name`, `reason`), and where memory ran out `too_large`: the micro-batches tried
+    before."""
     base: dict[str, Any] = field(default_factory=dict)
     """`path`, `fingerprint`, `parameters`."""
     started_at: str = ""

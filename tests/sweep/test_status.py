@@ -12,10 +12,12 @@ import threading
 import time
 from datetime import UTC, datetime, timedelta
 
+import lorasweep.sweep.watch as watch_file
 import pytest
+from lorasweep.sweep.watch import describe_status, follow, render_status
+from lorasweep.sweep.workers import this_process
 from rich.console import Console
 
-import lorasweep.sweep.watch as watch_file
 from lorasweep.errors import RecordError
 from lorasweep.record import (
     ArmRow,
@@ -28,8 +30,6 @@ from lorasweep.record import (
     write_worker,
 )
 from lorasweep.sweep.status import read_status
-from lorasweep.sweep.watch import describe_status, follow, render_status
-from lorasweep.sweep.workers import this_process
 
 
 def arm(name, *, method="lora", trials=4):

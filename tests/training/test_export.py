@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
@@ -32,6 +33,10 @@ from lorasweep.training.export import appearing_whole
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT
 
 TOKENS = torch.randint(256, (3, 20), generator=torch.Generator().manual_seed(1))
+PROBE = torch.randint(
+    257, (export_file.PROBE_ROWS, export_file.PROBE_TOKENS), generator=torch.Generator().manual_seed(0)
+)
+"""The tokens of `probe_logits` for the embedded model."""
 # fp32, logits up to about 10: sums in another order, through 4 layers, of parts that cancel (PiSSA)
 LOGIT_TOLERANCE = 1e-4
 LORA = (
@@ -63,6 +68,17 @@ def trained(make_config, bench, tmp_path_factory):
     return train
 
 
+@pytest.fixture
+def trained_in_bf16(trained, make_config):
+    """Trains a run in bf16 with these settings once and gives its folder."""
+
+    def train(settings=None, /):
+        given = {"method": "lora", **(settings or {}), "trainer.precision": "bf16"}
+        return trained(given, bench=build_workbench(make_config(given)))
+
+    return train
+
+
 def load_embedded():
     """The base as the runs of this file had it; on disk it is in bf16."""
     folder = find_folder(compose_run({}).model)
@@ -75,13 +91,17 @@ def restored(run):
     return restore_model(config, restore_base(record, config), folder=run / "best")
 
 
-def logits_of(model):
+def logits_of(model, tokens=TOKENS):
     with torch.inference_mode():
-        return model.eval()(input_ids=TOKENS).logits.float()
+        return model.eval()(input_ids=tokens).logits
 
 
 def largest_difference(one, other):
     return (one - other).abs().max().item()
+
+
+def root_mean_square(values):
+    return values.square().mean().sqrt().item()
 
 
 @pytest.mark.parametrize("settings", LORA)
@@ -146,29 +166,46 @@ def test_a_head_is_untied_from_the_embeddings_only_where_one_of_them_changed_alo
     assert (model.lm_head.weight is model.model.embed_tokens.weight) is tied
 
 
+def move_weights(model, *, seed):
+    """Moves each bf16 weight of a model, held in float64, up or down by half the distance to the next bf16 number."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        mantissa, exponent = torch.frexp(parameter.data)  # the mantissa lies from 1/2 to 1 and has 8 bits
+        half = torch.ldexp(torch.full_like(mantissa, 2**-9), exponent)
+        parameter.data += half * (torch.randint(2, half.shape, generator=generator) * 2 - 1)
+    return model
+
+
 @pytest.mark.parametrize("settings", [{"method": "lora"}, *OTHERS])
-def test_a_run_in_bf16_is_exported_from_its_base_in_bf16(trained, make_config, tmp_path, settings):
-    method, settings = settings["method"], settings | {"trainer.precision": "bf16"}
-    run = trained(settings, bench=build_workbench(make_config(settings)))
+def test_a_run_in_bf16_is_exported_from_its_base_in_bf16(trained_in_bf16, tmp_path, settings):
+    run = trained_in_bf16(settings)
     written = export_run(run, format="merged", out=tmp_path / "model")
     model = AutoModelForCausalLM.from_pretrained(written.folder, dtype="auto")
-    assert {parameter.dtype for parameter in model.parameters()} == {
-        torch.float32 if method == "full" else torch.bfloat16
-    }
-    # bf16 has 8 bits: 2^-8 of logits up to about 15 is 0.06, through 4 layers
-    assert written.difference < 0.02 * written.largest_logit
-    if method == "lora":
-        assert written.difference > 0
-        assert export_run(run, format="peft", out=tmp_path / "adapter").difference == 0
+    own = logits_of(restored(run).double(), PROBE)
+    if settings["method"] == "full":
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+        assert largest_difference(logits_of(model, PROBE), own) < LOGIT_TOLERANCE
+        assert written.difference < LOGIT_TOLERANCE
+        return
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    exact = logits_of(model.double(), PROBE)
+    # the number told is that of exact arithmetic, up to what fp32 loses
+    assert written.difference == pytest.approx(largest_difference(exact, own), abs=LOGIT_TOLERANCE)
+    assert written.difference > 10 * LOGIT_TOLERANCE  # so that the line above says something
+    # Rounding moves each weight by at most half a spacing, evenly spread: 1/√3 of half a spacing in the root mean
+    # square. If it moved all of them by half a spacing at random, the logits would move √3 times as far.
+    moves = torch.stack([logits_of(move_weights(copy.deepcopy(model), seed=seed), PROBE) - exact for seed in range(3)])
+    assert root_mean_square(own - exact) < root_mean_square(moves)
 
 
-def test_the_difference_that_is_told_is_that_of_merge_check(trained, make_config, tmp_path):
-    settings = {"method": "lora", "trainer.precision": "bf16"}
-    run = trained(settings, bench=build_workbench(make_config(settings)))
-    written = export_run(run, format="merged", out=tmp_path / "model")
-    shape = (export_file.PROBE_ROWS, export_file.PROBE_TOKENS)
-    tokens = torch.randint(257, shape, generator=torch.Generator().manual_seed(0))
-    assert written.difference == merge_check(restored(run), input_ids=tokens)
+def test_the_adapter_of_a_run_in_bf16_is_exported_as_it_is(trained_in_bf16, tmp_path):
+    assert export_run(trained_in_bf16(), format="peft", out=tmp_path / "adapter").difference == 0
+
+
+def test_the_difference_that_is_told_is_that_of_merge_check(trained_in_bf16, tmp_path):
+    written = export_run(trained_in_bf16(), format="merged", out=tmp_path / "model")
+    checked = merge_check(restored(trained_in_bf16()), input_ids=PROBE)
+    assert written.difference == pytest.approx(checked, abs=LOGIT_TOLERANCE)
 
 
 def test_the_base_is_bit_identical_after_an_export(trained, bench, tmp_path):

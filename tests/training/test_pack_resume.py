@@ -87,6 +87,7 @@ class Search:
         return train_pack(
             jobs,
             bench=bench,
+            slots=1,  # a pack of any size is refilled
             supply=self.supply,
             on_evaluation=self.report,
             state_file=self.folder / STATE,

@@ -101,6 +101,7 @@ def test_packed_rows_of_different_lengths_train_as_alone(make, tmp_path, kind, m
     assert train_pack(
         jobs[:2],
         bench=bench,
+        slots=2,
         supply=lambda: late.pop() if late else None,
         # then the third run takes the second's slot: their steps have other rows
         on_evaluation=lambda evaluated: [one.job is not jobs[1] or one.step != 2 for one in evaluated],

@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def state():
     slots = (SlotState(folder_name="lora-0001", step=20), SlotState(folder_name="lora-0000", step=0))
-    return PackState(slots=slots, shared_stream=read_shared_stream(CPU), micro_batches=2)
+    return PackState(slots=slots, shared_stream=read_shared_stream(CPU))
 
 
 def test_a_state_is_read_as_it_was_written(state, tmp_path):

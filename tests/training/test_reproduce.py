@@ -165,6 +165,7 @@ def test_a_run_of_a_pack_is_repeated_alone_within_the_tolerance_of_rounding(make
     train_pack(
         jobs,
         bench=bench,
+        slots=len(jobs),
         supply=lambda: None,
         on_evaluation=lambda evaluated: [True] * len(evaluated),
         state_file=tmp_path / "pack.json",

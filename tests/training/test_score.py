@@ -114,6 +114,7 @@ def test_a_run_in_a_pack_is_scored_like_one_alone(make_config, bench, tmp_path):
     assert train_pack(
         jobs,
         bench=bench,
+        slots=len(jobs),
         supply=lambda: None,
         on_evaluation=lambda evaluated: [True] * len(evaluated),
         state_file=tmp_path / "pack.json",

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import threading
-import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -152,6 +150,7 @@ def test_a_packs_tokens_are_those_of_all_its_slots(make_config, fresh, tmp_path)
     assert train_pack(
         jobs,
         bench=fresh,
+        slots=len(jobs),
         supply=lambda: None,
         on_evaluation=lambda evaluated: [True] * len(evaluated),
         state_file=tmp_path / "pack.json",
@@ -182,27 +181,6 @@ def test_the_peak_stays_when_runs_measure_theirs_anew(make_config, fresh, tmp_pa
     train_run(make_config(), RunPlace(folder=tmp_path / "run"), bench=fresh)
     usage = fresh.telemetry.sample()
     assert usage.peak_memory_bytes > usage.memory_bytes + 2**28
-
-
-def test_a_sample_takes_under_a_millisecond_while_the_clock_runs():
-    telemetry, done = Telemetry(), threading.Event()
-
-    def work():
-        while not done.is_set():
-            with telemetry.phase("storage"):
-                telemetry.switch("training")
-            time.sleep(0.0005)
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    times = []
-    for _ in range(50):
-        began = time.perf_counter()
-        telemetry.sample().as_numbers()
-        times.append(time.perf_counter() - began)
-    done.set()
-    thread.join()
-    assert sorted(times)[len(times) // 2] < 0.001
 
 
 @pytest.fixture

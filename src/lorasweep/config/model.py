@@ -29,7 +29,7 @@ class ModelConfig:
     factory: str | None
     """Your own model: `package.module:function`, which returns an `nn.Module` (see docs/models.md); null for none."""
     attention: Attention
-    """Implementation of attention; `auto` times sdpa and eager on the data's lengths and takes the faster."""
+    """Implementation of attention; `auto` takes eager for short rows on a CPU, else sdpa."""
     dropout: float | None
     """Rate of every dropout of the base in training, 0 <= p < 1; 0 turns all of them off, null keeps the model's."""
     allow_pickle: bool

@@ -47,10 +47,13 @@ class HalvingPruner:
     """Where trials are compared, as fractions of a run, ascending. Each is moved to the nearest evaluation."""
     reduction_factor: int
     """At each rung one in so many trials goes on."""
+    min_survivors: int
+    """Trials that go on beyond each rung at least, once no more can come."""
 
     def __post_init__(self) -> None:
         _check_rungs(self.rungs)
         require_at_least("pruner.reduction_factor", self.reduction_factor, 2)
+        require_at_least("pruner.min_survivors", self.min_survivors, 1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from lorasweep.lora.inject import replace_module
 from lorasweep.lora.layers import LoraLayer, lora_layers
 from lorasweep.lora.quantised import dequantised_weight, is_quantised
 from lorasweep.lora.trained import trained_modules
+
+NARROW_DTYPES = (torch.bfloat16, torch.float16)
+"""Dtypes in which computing rounds by more than merging changes."""
 
 
 def merge_lora(model: nn.Module) -> None:
@@ -49,16 +55,38 @@ def unmerge_lora(model: nn.Module) -> None:
         layer.base.weight, layer.unmerged_weight = original, ()
 
 
+@contextmanager
+def weights_in_fp32(model: nn.Module) -> Iterator[None]:
+    """Holds the bf16 and fp16 weights and buffers of a model in fp32, so that it computes with their exact values.
+
+    Two models can then be compared by their weights: in bf16 the rounding of activations, which differs between
+    processors, moves the logits several times as far as the rounding of merged weights.
+
+    Afterwards the model has the very tensors from before. Meanwhile each such number takes 4 bytes more.
+    """
+    narrow = [
+        (tensor, tensor.data) for tensor in chain(model.parameters(), model.buffers()) if tensor.dtype in NARROW_DTYPES
+    ]
+    try:
+        for tensor, data in narrow:
+            tensor.data = data.float()
+        yield
+    finally:
+        for tensor, data in narrow:
+            tensor.data = data
+
+
 @torch.no_grad()
 def merge_check(model: nn.Module, *args: Any, **kwargs: Any) -> float:
     """The largest difference that merging makes to the logits of one batch, in evaluation mode.
 
-    The model stays as it was.
+    The model stays as it was. Weights and inputs in bf16 or fp16 are computed with in fp32 (see `weights_in_fp32`): the
+    difference comes from the rounding of the merged weights to the base's dtype, not from the processor's kernels.
 
     Args:
         model: A model with LoRA layers that are not merged.
-        *args: What the model is called with.
-        **kwargs: And by name.
+        *args: Positional arguments of the model.
+        **kwargs: Keyword arguments of the model.
 
     Returns:
         max |merged - unmerged| over the output, its `logits` or its first tensor.
@@ -67,12 +95,15 @@ def merge_check(model: nn.Module, *args: Any, **kwargs: Any) -> float:
         ValueError: The model can't be merged (see `merge_lora`).
     """
     training = {module: module.training for module in model.modules()}
+    args, kwargs = tree_map(_widen, (args, kwargs))
     model.eval()
     try:
-        separate = _logits(model(*args, **kwargs))
-        merge_lora(model)
+        with weights_in_fp32(model):
+            separate = _logits(model(*args, **kwargs))
+        merge_lora(model)  # outside, so that the merged weights are rounded to the base's dtype
         try:
-            merged = _logits(model(*args, **kwargs))
+            with weights_in_fp32(model):
+                merged = _logits(model(*args, **kwargs))
         finally:
             unmerge_lora(model)
     finally:
@@ -140,6 +171,10 @@ def _plain_layer(layer: LoraLayer, *, keep_change: bool) -> nn.Module:
         weight = layer.merged_weight() if keep_change else layer.unmerged_weight[0]
         layer.base.weight = nn.Parameter(weight, requires_grad=False)
     return layer.base
+
+
+def _widen(value: Any) -> Any:
+    return value.float() if isinstance(value, Tensor) and value.dtype in NARROW_DTYPES else value
 
 
 def _logits(output: Any) -> Tensor:

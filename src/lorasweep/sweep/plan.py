@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lorasweep.config.run import RunConfig
+from lorasweep.errors import OutOfMemory
 from lorasweep.sweep.controller.confirm import arm_seeds, draw_seeds
 from lorasweep.sweep.definition import Arm, Definition
 from lorasweep.sweep.fairness import trained_tokens
 from lorasweep.sweep.packing import ArmPacking, plan_packing
-from lorasweep.training import Benches, choose_pack_size, measure_pack_sizes, measure_run
+from lorasweep.training import Benches, Workbench, choose_pack_size, measure_pack, measure_run
+from lorasweep.training.cost import PackMeasurement
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,10 +54,10 @@ def _plan_arm(arm: Arm, packing: ArmPacking, benches: Benches, *, seeds: int) ->
     size, step_s = 1, cost.step_s
     if packing.key is not None:
         wanted = arm.driver.worker.pack_size
-        most = arm.trials if wanted == "auto" else wanted
-        measured = measure_pack_sizes(config, bench=bench, most=most)
-        size = choose_pack_size(measured) if wanted == "auto" else measured[-1].slots
-        step_s = next(m.slot_step_s for m in measured if m.slots == size)
+        if wanted == "auto":
+            wanted = choose_pack_size(config, bench=bench, trials_left=arm.trials).slots
+        measured = _measure_fitting_pack(config, bench, slots=wanted)
+        size, step_s = measured.slots, measured.slot_step_s
     steps = 0 if config.method.name == "frozen" else config.trainer.max_steps
     evaluations = -(-steps // config.trainer.eval_every_steps) or 1
     runs = arm.trials + seeds
@@ -70,3 +73,13 @@ def _plan_arm(arm: Arm, packing: ArmPacking, benches: Benches, *, seeds: int) ->
         memory_bytes=cost.memory_bytes,
         seconds=runs * (steps * step_s + evaluations * cost.eval_s) + seeds * cost.eval_s,
     )
+
+
+def _measure_fitting_pack(config: RunConfig, bench: Workbench, *, slots: int) -> PackMeasurement:
+    """Measures a pack, halved as often as it does not fit, as the sweep halves it."""
+    while slots > 1:
+        try:
+            return measure_pack(config, bench=bench, slots=slots)
+        except OutOfMemory:
+            slots //= 2
+    return measure_pack(config, bench=bench, slots=1)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from lorasweep.record import ConfirmRow, SweepRecord, TrialRow, folder_of_run, read_steps, read_sweep
 
 MISSING = "nothing"
+Row = TypeVar("Row", TrialRow, ConfirmRow)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,28 +75,23 @@ def _find_differences(one: SweepRecord, other: SweepRecord, first: Path, second:
 
 
 def _in_rows(
-    rows: list[TrialRow] | list[ConfirmRow],
-    others: list[TrialRow] | list[ConfirmRow],
-    name: Callable[[Any], str],
-    first: Path,
-    second: Path,
+    rows: Sequence[Row], others: Sequence[Row], name: Callable[[Row], str], first: Path, second: Path
 ) -> Iterator[Difference]:
-    for row, other in zip_longest(rows, others):
-        if row is None or other is None:
-            yield Difference(
-                where="sweep",
-                key="trials",
-                first=MISSING if row is None else name(row),
-                second=MISSING if other is None else name(other),
-            )
-            return
+    if len(rows) != len(others):
+        yield Difference(where="sweep", key="number of trials", first=len(rows), second=len(others))
+    for row, other in zip(rows, others, strict=False):
         where = name(row)
-        if isinstance(row, TrialRow):
-            for key in sorted({*row.params, *other.params}):
-                yield from _differ(where, key, row.params.get(key, MISSING), other.params.get(key, MISSING))
+        yield from _in_params(where, row, other)
         yield from _in_steps(where, folder_of_run(first, row.run), folder_of_run(second, other.run))
         for key in ("state", "value"):
             yield from _differ(where, key, getattr(row, key), getattr(other, key))
+
+
+def _in_params(where: str, row: TrialRow | ConfirmRow, other: TrialRow | ConfirmRow) -> Iterator[Difference]:
+    if isinstance(row, ConfirmRow) or isinstance(other, ConfirmRow):
+        return
+    for key in sorted({*row.params, *other.params}):
+        yield from _differ(where, key, row.params.get(key, MISSING), other.params.get(key, MISSING))
 
 
 def _in_steps(where: str, first: Path, second: Path) -> Iterator[Difference]:

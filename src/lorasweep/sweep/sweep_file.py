@@ -18,6 +18,8 @@ from lorasweep.sweep.scaling import spell_out
 from lorasweep.sweep.yaml_bounds import check_bounds
 
 FILE_KEYS = ("name", "description", "settings", "arms")
+DEFAULT_TRIALS = 16
+"""Trials of an arm with a space whose file gives no number, so that arms get the same number by default."""
 ARM_KEYS = ("settings", "space", "trials", "expand")
 
 
@@ -89,7 +91,7 @@ def _parse_arm(name: str, arm: Any) -> ArmConfig:
         name=name,
         settings=spell_out(_mapping(arm, "settings", prefix), where=f"{prefix}settings"),
         space=spell_out(_mapping(arm, "space", prefix), where=f"{prefix}space"),
-        trials=require_whole(f"{prefix}trials", arm.get("trials", 1)),
+        trials=require_whole(f"{prefix}trials", arm.get("trials", DEFAULT_TRIALS if arm.get("space") else 1)),
         expand=spell_out(_mapping(arm, "expand", prefix), where=f"{prefix}expand"),
     )
 

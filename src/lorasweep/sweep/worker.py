@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -174,7 +173,8 @@ class Worker:
         found = [assignment for assignment in taken if assignment is not None]
         if len(found) < len(taken):  # the pack of another stage
             return True
-        return self._train_pack(found, slots=len(found), start_steps=[slot.step for slot in state.slots])
+        slots = max(self._num_slots(found[0].arm), len(found))
+        return self._train_pack(found, slots=slots, start_steps=[slot.step for slot in state.slots])
 
     def _train_pack(
         self, first: Sequence[Assignment], *, slots: int, start_steps: Sequence[int | None] | None = None
@@ -189,12 +189,13 @@ class Worker:
         pack = _Pack(self, arms=self._pack_mates(first[0].arm))
         steps = [None] * len(first) if start_steps is None else start_steps
         jobs = [pack.job(assignment, start_step=step) for assignment, step in zip(first, steps, strict=True)]
-        while len(jobs) < slots and (job := pack.supply()) is not None:
+        while start_steps is None and len(jobs) < slots and (job := pack.supply()) is not None:
             jobs.append(job)
         try:
             done = train_pack(
                 jobs,
                 bench=self.benches.of(first[0].config),
+                slots=slots,
                 supply=pack.supply,
                 on_evaluation=pack.report,
                 state_file=self.sweep.pack_file,

@@ -1,11 +1,12 @@
 """One training: from settings, base model and data to a folder with a record, step metrics and the weights it kept."""
 
-from lorasweep.training.cost import choose_pack_size, measure_pack_sizes, measure_run
+from lorasweep.training.cost import measure_pack, measure_run
 from lorasweep.training.environment import describe_code, describe_packages, name_device, resolve_precision
 from lorasweep.training.evaluate import Scored, evaluate_model
 from lorasweep.training.export import Export, ExportFormat, export_run
 from lorasweep.training.follow import follow_runs, lead_run, release_followers, share_bench
 from lorasweep.training.pack import train_pack
+from lorasweep.training.pack_size import PackSize, choose_pack_size
 from lorasweep.training.pack_state import PackState, SlotState, read_pack_state, write_pack_state
 from lorasweep.training.ranks import Ranks, current_ranks, join_ranks, wants_ranks
 from lorasweep.training.reproduce import Reproduction, reproduce_run
@@ -24,6 +25,7 @@ __all__ = [
     "ExportFormat",
     "Job",
     "OnEvaluation",
+    "PackSize",
     "PackState",
     "Ranks",
     "Reproduction",
@@ -44,7 +46,7 @@ __all__ = [
     "follow_runs",
     "join_ranks",
     "lead_run",
-    "measure_pack_sizes",
+    "measure_pack",
     "measure_run",
     "name_device",
     "read_pack_state",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lorasweep.config.run import TrainerConfig
-from lorasweep.data.batching import StepBatchSampler, choose_accumulate
+from lorasweep.data.batching import choose_accumulate
 from lorasweep.data.part import Part
 from lorasweep.record import RunRecord
 
@@ -22,10 +22,3 @@ def resolve_accumulate(config: TrainerConfig, part: Part, *, slots: int = 1, beg
     if config.accumulate == "auto":
         return choose_accumulate(part, batch_size=config.batch_size, slots=slots)
     return config.accumulate
-
-
-def typical_lengths(config: TrainerConfig, part: Part) -> list[int]:
-    """Returns the lengths of the rows of the first steps' micro-batches, one micro-batch after the other."""
-    accumulate = resolve_accumulate(config, part)
-    steps = StepBatchSampler(part, batch_size=config.batch_size, num_steps=4, seed=0, accumulate=accumulate)
-    return [int(part.lengths[row]) for micro in steps for row in micro.indices]

@@ -21,6 +21,7 @@ from lorasweep.config.model import ModelConfig
 from lorasweep.config.run import RunConfig
 from lorasweep.errors import ConfigError, RunError, first_line
 from lorasweep.lora import load_adapter, save_adapter
+from lorasweep.lora.merge import weights_in_fp32
 from lorasweep.methods import METHODS, copy_sharing_weights
 from lorasweep.models.folder import find_folder
 from lorasweep.models.load import BaseModel, fingerprint_weights, require_tokenizer
@@ -40,9 +41,12 @@ class Export:
     folder: Path
     num_bytes: int
     difference: float
-    """Largest difference of logits, of what was written from the run's own, on one batch: merging rounds."""
+    """Largest difference between the logits of the run's weights in `best/` and of the written weights, on one batch.
+
+    Both are computed in fp32, so the difference comes from the weights: merging rounds them to the base's dtype.
+    """
     largest_logit: float
-    """The largest of the run's own, to compare with."""
+    """The largest absolute logit of the run, to compare with."""
 
 
 def export_run(run: Path, *, format: ExportFormat, out: Path) -> Export:
@@ -157,9 +161,9 @@ def _export_merged(record: RunRecord, config: RunConfig, best: Path, folder: Pat
 def _write_merged(
     config: RunConfig, base: BaseModel, best: Path, folder: Path
 ) -> tuple[type[PreTrainedModel], torch.dtype, str, Tensor]:
-    method, model = METHODS[config.method.name], _restore(config, base, best)
-    logits = probe_logits(model, autocast=method.needs_autocast and _is_bf16(base))
-    method.merge(model)
+    model = _restore(config, base, best)
+    logits = probe_logits(model)
+    METHODS[config.method.name].merge(model)
     model.config.use_cache = True  # which training switched off
     with quiet_transformers():
         model.save_pretrained(folder)
@@ -173,25 +177,20 @@ def _restore(config: RunConfig, base: BaseModel, best: Path) -> PreTrainedModel:
     return model
 
 
-def _is_bf16(base: BaseModel) -> bool:
-    return next(base.model.parameters()).dtype == torch.bfloat16
-
-
-def probe_logits(model: PreTrainedModel, *, autocast: bool = False) -> Tensor:
-    """Returns the logits of one batch of random tokens, always the same, in fp32.
+def probe_logits(model: PreTrainedModel) -> Tensor:
+    """Returns the logits of one batch of random tokens, always the same batch, computed in fp32.
 
     Args:
-        model: In evaluation mode, on the CPU.
-        autocast: Whether to compute in bf16 what training under bf16 autocast did.
+        model: In evaluation mode, on the CPU. Its weights may be in bf16.
     """
     embeddings = model.get_input_embeddings().weight
     assert isinstance(embeddings, Tensor)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(len(embeddings), (PROBE_ROWS, PROBE_TOKENS), generator=generator)
     given = {"decoder_input_ids": tokens} if model.config.is_encoder_decoder else {}
-    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+    with weights_in_fp32(model), torch.inference_mode():
         logits: Tensor = model(input_ids=tokens, **given).logits
-    return logits.float()
+    return logits
 
 
 def _lasting_path(config: ModelConfig) -> str:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 from lorasweep.config.run import RunConfig
 from lorasweep.errors import ConfigError, RanksLost
-from lorasweep.models.attention import set_attention
 from lorasweep.record import RunRecord
 from lorasweep.training.callbacks import GoesOn, go_on
 from lorasweep.training.ranks import IDLE, Ranks, current_ranks
@@ -77,8 +76,6 @@ def follow_runs(benches: Benches, *, stop_requested: Callable[[], bool] = never_
 def share_bench(ranks: Ranks, load: Callable[[], Workbench]) -> Workbench:
     """Returns base model and data on each rank, read by one rank of each node first, and the same on all of them.
 
-    Where attention was chosen by measuring, all take what the first rank chose.
-
     Raises:
         ConfigError: They can't be had, or are not the same on all.
     """
@@ -91,6 +88,7 @@ def share_bench(ranks: Ranks, load: Callable[[], Workbench]) -> Workbench:
             "data.train": bench.parts.train.fingerprint,
             "data.validation": bench.parts.validation.fingerprint,
             "trainer.precision": bench.precision,
+            "model.attention": None if bench.attention is None else bench.attention.name,
         }
         for rank, other in enumerate(ranks.gather(own)):
             differing = [key for key, value in own.items() if other[key] != value]
@@ -99,7 +97,4 @@ def share_bench(ranks: Ranks, load: Callable[[], Workbench]) -> Workbench:
                     f"`{differing[0]}` must be the same for every process of a run, but rank {ranks.rank} has "
                     f"{own[differing[0]]!r} and rank {rank} {other[differing[0]]!r}. Put the same files on every node."
                 )
-        attention = ranks.broadcast(None if bench.attention is None else bench.attention.name)
-        if attention is not None and bench.attention is not None and attention != bench.attention.name:
-            set_attention(bench.base.model, attention)  # type: ignore[arg-type]
     return bench

@@ -55,10 +55,10 @@ from lorasweep.lora.packed import (
     split_packed_parameters,
 )
 from lorasweep.methods import copy_sharing_weights, draw_head, train_head
-from lorasweep.record import RunStatus, read_run
+from lorasweep.record import RunStatus
 from lorasweep.training.batches import resolve_accumulate
 from lorasweep.training.callbacks import RunStopped
-from lorasweep.training.checkpoint import has_checkpoint, remove_checkpoints, remove_older_checkpoints
+from lorasweep.training.checkpoint import remove_checkpoints, remove_older_checkpoints
 from lorasweep.training.environment import deterministic_algorithms, reset_peak_memory, resolve_device
 from lorasweep.training.optim import schedule_factor
 from lorasweep.training.pack_optim import StackedAdamW
@@ -86,6 +86,7 @@ def train_pack(
     jobs: Sequence[Job],
     *,
     bench: Workbench,
+    slots: int,
     supply: Supply,
     on_evaluation: OnEvaluation,
     state_file: Path,
@@ -100,7 +101,10 @@ def train_pack(
     Args:
         jobs: The first runs, one per slot; their model, data and trainer settings are the same.
         bench: Base model and data.
-        supply: Asked for a run whenever a slot is free.
+        slots: Most slots of a pack of these runs. It decides the micro-batches of a step, so that a run has the same
+            ones in each pack that it is in.
+        supply: Asked for a run whenever a slot is free, unless the pack has at most half of `slots`: such a pack ends
+            with the runs that it has, and the caller begins a full one.
         on_evaluation: Takes the evaluations of all slots at once and returns for each whether its run goes on. What it
             returns of a run at its last step, or that early stopping ends, has no effect.
         state_file: Where the pack keeps what it resumes from, see `pack_state`.
@@ -120,6 +124,7 @@ def train_pack(
             module = PackModule(
                 jobs,
                 bench=bench,
+                slots=slots,
                 supply=supply,
                 on_evaluation=on_evaluation,
                 state_file=state_file,
@@ -149,6 +154,7 @@ class PackModule(lightning.LightningModule):
         jobs: Sequence[Job],
         *,
         bench: Workbench,
+        slots: int,
         supply: Supply,
         on_evaluation: OnEvaluation,
         state_file: Path,
@@ -157,13 +163,14 @@ class PackModule(lightning.LightningModule):
         super().__init__()
         self.automatic_optimization = False
         self.bench = bench
+        self.slots = slots
         self.supply = supply
         self.on_evaluation = on_evaluation
         self.state_file = state_file
         self.stop_requested = stop_requested
         self.task = bench.parts.task
         self.resumed = _matching_state(state_file, jobs)
-        self.accumulate = _accumulate_of(jobs, bench) if self.resumed is None else self.resumed.micro_batches
+        self.accumulate = resolve_accumulate(jobs[0].config.trainer, bench.parts.train, slots=slots)
         self.runs = [self._open(job, slot=slot, slots=len(jobs)) for slot, job in enumerate(jobs)]
         self.model: nn.Module = copy_sharing_weights(bench.base.model)
         generators = [torch.Generator().manual_seed(job.config.seeds.init) for job in jobs]
@@ -252,7 +259,8 @@ class PackModule(lightning.LightningModule):
         living = [n for n, run in enumerate(self.runs) if self._log(n, run, metrics[n])]
         goes_on = self._report(living)
         freed = [n for n, run in enumerate(self.runs) if n not in goes_on or self._ends(n, run, goes_on=goes_on[n])]
-        empty = [slot for slot in freed if not self._refill(slot)]
+        is_refilled = 2 * len(self.runs) > self.slots
+        empty = [slot for slot in freed if not (is_refilled and self._refill(slot))]
         if len(empty) == len(self.runs):
             self.runs = []
             self.state_file.unlink(missing_ok=True)  # the commit: nothing is left to resume
@@ -387,7 +395,7 @@ class PackModule(lightning.LightningModule):
     def _commit(self) -> None:
         slots = tuple(SlotState(folder_name=run.job.place.folder.name, step=run.step) for run in self.runs)
         stream = read_shared_stream(self.device)
-        write_pack_state(self.state_file, PackState(slots=slots, shared_stream=stream, micro_batches=self.accumulate))
+        write_pack_state(self.state_file, PackState(slots=slots, shared_stream=stream))
 
     def _remove_checkpoints(self) -> None:
         """Removes the checkpoints that nothing needs since the commit."""
@@ -456,13 +464,6 @@ def slot_batch(part: Part, micros: Sequence[MicroBatch], *, model: nn.Module) ->
 def slot_losses(task: Task, model: nn.Module, batch: Batch, *, slots: int) -> Tensor:
     """Returns the sum of the losses of each slot's rows, in fp32, (slots,)."""
     return task.losses(model, batch).view(slots, -1).sum(1)
-
-
-def _accumulate_of(jobs: Sequence[Job], bench: Workbench) -> int:
-    """The micro-batches per step of a pack: those of a run that resumes in it, else what pays for so many slots."""
-    folders = [job.place.folder for job in jobs if has_checkpoint(job.place.folder, kind="slot")]
-    begun = read_run(folders[0]) if folders else None
-    return resolve_accumulate(jobs[0].config.trainer, bench.parts.train, slots=len(jobs), begun=begun)
 
 
 def _fit(module: PackModule, config: RunConfig, bench: Workbench) -> None:

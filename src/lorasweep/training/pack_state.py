@@ -33,8 +33,6 @@ class PackState:
     """In slot order."""
     shared_stream: str
     """Torch's own random stream as `read_shared_stream` gives it."""
-    micro_batches: int
-    """Per optimizer step, chosen for as many slots as the pack began with."""
 
 
 def write_pack_state(path: Path, state: PackState) -> None:

@@ -253,13 +253,13 @@ def _threads(recorded: Any) -> Iterator[None]:
 
 
 def _build_bench(config: RunConfig, record: RunRecord) -> Workbench:
-    """Base model and data, with the implementation of attention that the run chose by measuring."""
+    """Base model and data, with the implementation of attention that the run had."""
     chosen = record.batching.get("attention")
     name = chosen.get("name") if isinstance(chosen, dict) else None
     if config.model.attention != "auto" or name not in CANDIDATES:
         return build_workbench(config)
     bench = build_workbench(replace(config, model=replace(config.model, attention=name)))
-    return replace(bench, attention=AttentionChoice(name, {}))
+    return replace(bench, attention=AttentionChoice(name, "the run that is repeated had it"))
 
 
 def _train(config: RunConfig, output: Path, *, bench: Workbench, stop: Callable[[], bool]) -> str | None:

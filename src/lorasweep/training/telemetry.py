@@ -193,7 +193,7 @@ class _Gpus:
 
 
 def add_session(before: Mapping[str, float], now: Mapping[str, float]) -> dict[str, float]:
-    """Returns the telemetry of two sessions of a sweep together: times and tokens added, peaks the larger, rest the new.
+    """Returns the telemetry of two sessions of a sweep together: times and tokens added, the larger peaks.
 
     Args:
         before: The numbers of earlier sessions, as `Usage.as_numbers` names them; empty for the first one.

@@ -15,7 +15,6 @@ from lorasweep.data.rows import RowSource
 from lorasweep.data.sources import read_source
 from lorasweep.models.attention import AttentionChoice, choose_attention
 from lorasweep.models.load import BaseModel, Labels, load_base
-from lorasweep.training.batches import resolve_accumulate, typical_lengths
 from lorasweep.training.environment import Precision, device_of, resolve_precision
 from lorasweep.training.telemetry import Telemetry
 
@@ -28,17 +27,16 @@ class Workbench:
     parts: DataParts
     precision: Precision
     attention: AttentionChoice | None = None
-    """What was measured and chosen; None where `model.attention` says which."""
+    """What the rule of `model.attention=auto` chose; None where `model.attention` says which."""
     telemetry: Telemetry = field(default_factory=Telemetry, compare=False)
     """What the time of the process that has it goes to."""
 
     @property
     def notes(self) -> tuple[str, ...]:
         """Sentences on how the data was made and which attention was chosen."""
-        if self.attention is None or not self.attention.measured:
+        if self.attention is None or self.attention.name == "own":
             return self.parts.notes
-        times = ", ".join(f"{name} {1000 * seconds:.0f} ms" for name, seconds in self.attention.measured.items())
-        return (*self.parts.notes, f"Attention is {self.attention.name}, the faster on rows of these lengths: {times}.")
+        return (*self.parts.notes, f"Attention is {self.attention.name}: {self.attention.reason}.")
 
 
 class Benches:
@@ -80,12 +78,7 @@ def build_workbench(config: RunConfig, *, telemetry: Telemetry | None = None) ->
     )
     attention = None
     if config.model.attention == "auto":
-        attention = choose_attention(
-            base.model,
-            lengths=typical_lengths(config.trainer, parts.train),
-            rows=config.trainer.batch_size // resolve_accumulate(config.trainer, parts.train),
-            device=device_of(config.trainer),
-        )
+        attention = choose_attention(base.model, lengths=parts.train.lengths, device=device_of(config.trainer))
     return Workbench(
         base=base, parts=parts, precision=precision, attention=attention, telemetry=telemetry or Telemetry()
     )

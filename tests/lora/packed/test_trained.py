@@ -90,8 +90,8 @@ def test_copies_are_fp32_beside_a_bf16_base(make) -> None:
     x = rows(dtype=torch.bfloat16)
     output = model(x)
     assert output.dtype is torch.bfloat16
-    # fp32 sums in another order, rounded to bf16 afterwards
-    torch.testing.assert_close(output, solo(x), rtol=2**-7, atol=0)
+    # Sums in another order, rounded to bf16: one spacing of the largest output, since those near 0 are differences.
+    torch.testing.assert_close(output, solo(x), rtol=0, atol=2**-7 * float(output.detach().abs().max()))
     output.float().sum().backward()
     assert {p.grad.dtype for p in stacked.stacked} == {torch.float32}
 

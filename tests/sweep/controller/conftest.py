@@ -90,6 +90,7 @@ def content() -> dict[str, Any]:
             "pruner": "halving",
             "pruner.rungs": [0.17, 0.5],
             "pruner.reduction_factor": 3,
+            "pruner.min_survivors": 1,
             "confirm.seeds": 0,
         },
         "arms": {

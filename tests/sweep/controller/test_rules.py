@@ -35,6 +35,14 @@ def test_halving_lets_one_in_three_go_on_and_rounds_up_once_all_have_arrived(cou
     assert rule.better_part(20, values, all_arrived=all_arrived) == frozenset(range(expected))
 
 
+@pytest.mark.parametrize(("count", "expected"), [(2, 2), (8, 4), (16, 4), (24, 6)])
+def test_so_many_survive_at_least_once_all_have_arrived(count, expected):
+    rule = Halving(rungs=(20,), reduction_factor=4, min_survivors=4)
+    values = {number: float(number) for number in range(count)}
+    assert rule.better_part(20, values, all_arrived=True) == frozenset(range(expected))
+    assert rule.better_part(20, values, all_arrived=False) == frozenset(range(count // 4))
+
+
 def test_of_equal_values_the_earlier_trial_is_better():
     rule = Halving(rungs=(20,), reduction_factor=2)
     assert rule.better_part(20, {3: 1.0, 1: 1.0, 2: 1.0, 0: 2.0}, all_arrived=False) == {1, 2}

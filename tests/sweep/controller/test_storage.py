@@ -9,13 +9,13 @@ import sys
 import threading
 from pathlib import Path
 
+import lorasweep.sweep.journal as journal_file
 import pytest
+from lorasweep.sweep.journal import JournalLock
 
 import lorasweep
-import lorasweep.sweep.journal as journal_file
 from lorasweep.errors import WorkerError
 from lorasweep.sweep import reopen_sweep
-from lorasweep.sweep.journal import JournalLock
 
 SOURCE = str(Path(lorasweep.__file__).parent.parent)
 

@@ -203,8 +203,8 @@ def _open_known_storage(definition: Definition, record: SweepRecord, path: Path)
     has_studies = any(arm.name in known for arm in definition.arms)
     if in_journal and not has_studies:
         raise RecordError(
-            f"{str(path / JOURNAL_FILE)!r} must be Optuna's journal of this sweep, but has none of its studies. Restore "
-            "the file, or start a new sweep."
+            f"{str(path / JOURNAL_FILE)!r} must be Optuna's journal of this sweep, but has none of its studies. "
+            "Restore the file, or start a new sweep."
         )
     if not has_studies:
         raise ConfigError(

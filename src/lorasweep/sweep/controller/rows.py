@@ -80,7 +80,8 @@ def trial_row(arm: str, trial: FrozenTrial, *, is_paused: bool) -> TrialRow:
 def confirm_row(arm: str, trial: FrozenTrial, *, winner: int) -> ConfirmRow:
     """Returns the row of a trial of the confirm stage."""
     state = row_state(trial)
-    assert state not in ("pruned", "paused")
+    assert state != "pruned"
+    assert state != "paused"
     return ConfirmRow(
         arm=arm,
         trial=winner,

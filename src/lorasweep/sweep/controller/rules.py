@@ -47,17 +47,20 @@ class NoStopping:
 class Halving:
     """Promotion-type successive halving (Li et al. 2018, arXiv 1810.05934, algorithm 2).
 
-    Of m trials at a rung the best floor(m / reduction_factor) may go on. Once no further trial can reach the rung it is
-    the best ceil(m / reduction_factor), so that at least one trial ends complete.
+    Of m trials at a rung the best floor(m / reduction_factor) may go on. Once no further trial can reach the rung, the
+    best ceil(m / reduction_factor) may, and no fewer than `min_survivors`: of few trials an early rung says little.
+    *Differs:* the paper's rule has neither the second count nor the minimum, because it does not know how many trials
+    will come.
     """
 
     rungs: tuple[int, ...]
     reduction_factor: int
+    min_survivors: int = 1
 
     def better_part(self, rung: int, values: Mapping[int, float], *, all_arrived: bool) -> frozenset[int]:
         """Returns the best share of them, ties settled by trial number."""
         quotient = len(values) / self.reduction_factor
-        count = math.ceil(quotient) if all_arrived else math.floor(quotient)
+        count = max(math.ceil(quotient), self.min_survivors) if all_arrived else math.floor(quotient)
         return frozenset(rank_trials(values)[:count])
 
 

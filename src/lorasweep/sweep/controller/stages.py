@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from optuna.distributions import IntDistribution
 from optuna.pruners import BasePruner
@@ -42,7 +42,10 @@ FIRST_PART_FRACTION = 0.5
 class Stage(Protocol):
     """What the controller must know of a stage."""
 
-    name: Literal["search", "confirm"]
+    @property
+    def name(self) -> str:
+        """Returns `search` or `confirm`."""
+
     reads_test: bool
     """Whether a run that is complete has still to be scored on test data."""
     trials: dict[str, ArmTrials]
@@ -64,7 +67,7 @@ class Stage(Protocol):
 class Search:
     """Each arm's sampler proposes, its rule pauses, and the best evaluation on validation data counts."""
 
-    name: Literal["search"] = "search"
+    name = "search"
     reads_test = False
 
     def __init__(self, sweep: SweepFolder) -> None:
@@ -126,7 +129,7 @@ class Search:
 class Confirm:
     """The best configuration of each arm on fresh seeds. The best weights of each run are scored once on test data."""
 
-    name: Literal["confirm"] = "confirm"
+    name = "confirm"
     reads_test = True
 
     def __init__(self, sweep: SweepFolder, search: Search) -> None:
@@ -197,7 +200,7 @@ def build_rule(arm: Arm) -> StoppingRule:
     if isinstance(pruner, HalvingPruner):
         _check_rungs(pruner.rungs, steps, max_steps=trainer.max_steps)
         rungs = sorted({min(steps, key=lambda step: (abs(step - f * trainer.max_steps), step)) for f in pruner.rungs})
-        return Halving(rungs=tuple(rungs), reduction_factor=pruner.reduction_factor)
+        return Halving(rungs=tuple(rungs), reduction_factor=pruner.reduction_factor, min_survivors=pruner.min_survivors)
     if isinstance(pruner, MedianPruner):
         rungs = [step for step in steps if step >= pruner.min_fraction * trainer.max_steps]
         return MedianOfPeers(rungs=tuple(rungs), min_trials=pruner.min_trials)

@@ -47,7 +47,6 @@ def open_storage(config: StorageConfig, folder: Path) -> BaseStorage:
     Raises:
         ConfigError: The database does not answer, its driver is not installed, or it refuses.
     """
-    optuna.logging.set_verbosity(optuna.logging.ERROR)  # the live table says what matters
     if config.url is None:
         journal = folder / JOURNAL_FILE
         _cut_unfinished_line(journal)

@@ -1,0 +1,77 @@
+"""How much memory a machine has, and how much a forward pass keeps: counted, never read off what happens to be free."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+
+def machine_memory_bytes(device: torch.device) -> int:
+    """Returns the memory that this process may use at all, whatever of it is taken now.
+
+    Args:
+        device: A GPU, whose own memory it is; else the host, whose physical memory a control group may limit.
+    """
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return min([physical, *cgroup_limits()])
+
+
+def cgroup_limits(
+    *, memberships: Path = Path("/proc/self/cgroup"), mount: Path = Path("/sys/fs/cgroup")
+) -> Iterator[int]:
+    """Yields the limits of memory in bytes of the control groups that this process is in, and of those above them.
+
+    Containers and Slurm limit memory so. See cgroups(7); nothing on systems without control groups.
+
+    Args:
+        memberships: A file of lines `number:controllers:path`.
+        mount: Where the control groups of version 2 are mounted, and in `memory` below it those of version 1.
+    """
+    try:
+        lines = memberships.read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":  # version 2 has one hierarchy for all controllers
+            root, name = mount, "memory.max"
+        elif "memory" in controllers.split(","):
+            root, name = mount / "memory", "memory.limit_in_bytes"
+        else:
+            continue
+        group = Path(path.lstrip("/"))
+        for folder in (group, *group.parents):
+            try:
+                yield int((root / folder / name).read_text())
+            except (OSError, ValueError):  # no such group inside of a container; `max`, which is no limit
+                continue
+
+
+def count_saved_bytes(compute: Callable[[], Tensor], *, model: nn.Module) -> int:
+    """Returns the bytes that a forward pass keeps for its backward pass, which is not run.
+
+    Each storage counts once. Parameters and buffers of the model do not count: they are there anyway.
+
+    Args:
+        compute: The forward pass; what it returns is kept until all is counted.
+        model: The model that it goes through.
+    """
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    saved: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        result = compute()
+    del result
+    return sum(saved.values())
