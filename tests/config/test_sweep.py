@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 
 from lorasweep.config.compose import compose_driver
-from lorasweep.config.sweep import ArmConfig, FixedSampler, ModelBasedSampler, RungPruner, SweepFile
+from lorasweep.config.sweep import (
+    ArmConfig,
+    FixedSampler,
+    HalvingPruner,
+    MedianPruner,
+    ModelBasedSampler,
+    OptunaPruner,
+    SweepFile,
+)
 from lorasweep.errors import ConfigError
 
 
@@ -17,10 +25,24 @@ def make_arm(**values):
     ("settings", "message"),
     [
         ({"sampler.startup_trials": 0}, "`sampler.startup_trials >= 1` must hold, but got 0."),
-        ({"pruner.min_steps": 0}, "`pruner.min_steps >= 1` must hold, but got 0."),
         ({"pruner.reduction_factor": 1}, "`pruner.reduction_factor >= 2` must hold, but got 1."),
-        ({"pruner": "median", "pruner.startup_trials": 0}, "`pruner.startup_trials >= 1` must hold, but got 0."),
-        ({"pruner": "median", "pruner.min_steps": -1}, "`pruner.min_steps >= 0` must hold, but got -1."),
+        ({"pruner.rungs": []}, r"`pruner.rungs` must be ascending fractions of a run, .* but got \[\]."),
+        ({"pruner.rungs": [0.5, 0.2]}, r"`pruner.rungs` must be ascending fractions .* but got \[0.5, 0.2\]."),
+        ({"pruner.rungs": [0.2, 0.2]}, r"`pruner.rungs` must be ascending fractions .* but got \[0.2, 0.2\]."),
+        ({"pruner.rungs": [0.0, 0.2]}, "`pruner.rungs` must be ascending fractions .* more than 0 and less than 1"),
+        ({"pruner.rungs": [0.2, 1.0]}, "A rung at or beyond the last step compares nothing"),
+        ({"pruner.min_steps": 2}, "`pruner.min_steps` is not a setting."),
+        ({"pruner": "median", "pruner.min_trials": 0}, "`pruner.min_trials >= 1` must hold, but got 0."),
+        ({"pruner": "median", "pruner.min_fraction": 1.5}, "`0 <= pruner.min_fraction < 1` must hold, but got 1.5."),
+        ({"pruner": "hyperband"}, "`pruner` must be one of halving, median, none, but got 'hyperband'."),
+        ({"sampler": "cmaes"}, "`sampler` must be one of gp, grid, qmc, random, tpe, but got 'cmaes'."),
+        ({"worker.num": 2}, "`worker.num` must be 1, but got 2: .* Several workers are not supported yet."),
+        ({"worker.num": 0}, "`worker.num` must be 1, but got 0"),
+        ({"worker": "slurm"}, "`worker` must be a group of settings, but got 'slurm'."),
+        ({"worker.pack_size": 0}, "`worker.pack_size >= 1` must hold, but got 0."),
+        ({"worker.pack_size": "all"}, "`worker.pack_size` must be a whole number, but got 'all'."),
+        ({"worker.lease_s": 5}, "`worker.lease_s` is not a setting."),
+        ({"storage": "postgresql"}, "`storage` must be a group of settings, but got 'postgresql'."),
         ({"sweep.trials": 0}, "`sweep.trials >= 1` must hold, but got 0."),
         ({"sweep.seed": -1}, "`sweep.seed >= 0` must hold, but got -1."),
         ({"confirm.seeds": -1}, "`confirm.seeds >= 0` must hold, but got -1."),
@@ -39,10 +61,33 @@ def test_a_setting_of_the_driver_out_of_range_is_refused(settings, message):
 
 
 def test_a_sampler_and_a_pruner_are_told_apart_by_name():
-    driver = compose_driver({"sampler": "qmc", "pruner": "hyperband"})
+    driver = compose_driver({"sampler": "qmc", "pruner": "halving", "pruner.rungs": [0.25]})
     assert driver.sampler == FixedSampler(name="qmc")
-    assert driver.pruner == RungPruner(name="hyperband", min_steps=25, reduction_factor=3)
+    assert driver.pruner == HalvingPruner(name="halving", rungs=(0.25,), reduction_factor=3)
     assert isinstance(compose_driver({}).sampler, ModelBasedSampler)
+    assert isinstance(compose_driver({"pruner": "median"}).pruner, MedianPruner)
+
+
+def test_a_pruner_of_the_users_own_takes_any_argument():
+    driver = compose_driver({"pruner._target_": "optuna.pruners.PercentilePruner", "pruner.percentile": 25.0})
+    assert driver.pruner == OptunaPruner(
+        name="optuna", target="optuna.pruners.PercentilePruner", arguments={"percentile": 25.0}
+    )
+
+
+@pytest.mark.parametrize(
+    "url", ["postgresql+psycopg://me:open-sesame@host/db", "postgresql://me@host/db", "mysql://host/db?password=open-s"]
+)
+def test_an_address_of_a_database_with_a_secret_is_refused_without_saying_it(url):
+    with pytest.raises(ConfigError, match=r"`storage.url` must have no user or password before an `@`") as refused:
+        compose_driver({"storage.url": url})
+    assert "open-s" not in str(refused.value)
+    assert "PGPASSWORD" in str(refused.value)
+
+
+@pytest.mark.parametrize("url", [None, "postgresql+psycopg://host/db?user=me", "sqlite:////tmp/studies.db"])
+def test_an_address_of_a_database_without_a_secret_is_taken(url):
+    assert compose_driver({"storage.url": url}).storage.url == url
 
 
 @pytest.mark.parametrize(

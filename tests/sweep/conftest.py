@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,12 +12,14 @@ from typing import Any
 
 import pytest
 import yaml
+from optuna.storages import BaseStorage
 
 import lorasweep.sweep.worker as worker_file
 from lorasweep.config.run import RunConfig
-from lorasweep.record import RunRecord, TrialRow, write_record
+from lorasweep.errors import Diverged
+from lorasweep.record import RunRecord, TrialRow, read_run, write_record
 from lorasweep.sweep import SweepFolder, Worker, create_sweep, read_definition, reopen_sweep
-from lorasweep.training import RunPlace, Telemetry
+from lorasweep.training import Evaluated, Job, PackState, RunPlace, SlotState, Telemetry, write_pack_state
 
 CONTENT: dict[str, Any] = {
     "name": "made_up",
@@ -46,10 +49,15 @@ CONTENT: dict[str, Any] = {
 
 
 @pytest.fixture
-def content() -> dict[str, Any]:
+def three_arms() -> dict[str, Any]:
     """A sweep file's content, to change."""
-    copied: dict[str, Any] = yaml.safe_load(yaml.safe_dump(CONTENT))
-    return copied
+    return copy.deepcopy(CONTENT)
+
+
+@pytest.fixture
+def content(three_arms: dict[str, Any]) -> dict[str, Any]:
+    """A sweep file's content, to change."""
+    return three_arms
 
 
 @pytest.fixture
@@ -64,6 +72,33 @@ def write_file(tmp_path: Path) -> Callable[[Any], Path]:
     return write
 
 
+class Killed(BaseException):
+    """Stands for kill -9."""
+
+
+WRITES = ("create_new_trial", "set_trial_user_attr", "set_trial_intermediate_value", "set_trial_state_values")
+
+
+def kill_at(monkeypatch: pytest.MonkeyPatch, storage: BaseStorage, count: int, *, after: bool) -> None:
+    """Has the process die at a write to the journal, before it or right after it."""
+    left = [count]
+
+    def wrap(write: Any) -> Any:
+        def call(*arguments: Any, **named: Any) -> Any:
+            left[0] -= 1
+            if left[0] == 0 and not after:
+                raise Killed
+            result = write(*arguments, **named)
+            if left[0] == 0:
+                raise Killed
+            return result
+
+        return call
+
+    for name in WRITES:
+        monkeypatch.setattr(storage, name, wrap(getattr(storage, name)))
+
+
 @dataclass
 class MadeUpRuns:
     """Stands in for `train_run` and `score_run`.
@@ -73,24 +108,30 @@ class MadeUpRuns:
 
     score: Callable[[RunConfig, int], float] = lambda config, step: abs(config.optim.lr - 0.01) + 1 / (1 + step)
     """Score of a run at a step; may raise what a training raises."""
+    score_on_test: Callable[[RunRecord], float] = lambda record: record.best["bits_per_byte"] + 1
+    """Score of a run on test data; may raise."""
     begun: list[tuple[str, int]] = field(default_factory=list)
-    """Arm and trial of each session of a run, in order."""
+    """Arm and trial of each session of a run alone, in order."""
     steps_done: dict[Path, int] = field(default_factory=dict)
+    """Step of the newest checkpoint of each run alone."""
     steps_trained: int = 0
     """Steps of all sessions together, repeated ones included."""
-    ended: dict[Path, RunRecord] = field(default_factory=dict)
-    """Records of complete runs, by folder."""
+    values: dict[Path, dict[int, float]] = field(default_factory=dict)
+    """Evaluations of each run, by step."""
     configs: dict[Path, RunConfig] = field(default_factory=dict)
     scored: list[str] = field(default_factory=list)
     """Names of the folders that were scored on test data, in order."""
-    score_on_test: Callable[[RunRecord], float] = lambda record: record.best["bits_per_byte"] + 1
-    """Score of a run on test data; may raise."""
+    base_is_in_use: bool = False
 
     def score_run(self, folder: Path, *, bench: Any) -> RunRecord:
-        record = self.ended[folder]
-        bench.parts.test()
-        self.scored.append(folder.name)
-        record.test = {record.metric: self.score_on_test(record)}
+        assert not self.base_is_in_use
+        record = read_run(folder)
+        assert record.status == "complete"
+        if not record.test:
+            bench.parts.test()
+            self.scored.append(folder.name)
+            record.test = {record.metric: self.score_on_test(record)}
+            write_record(record, folder)
         return record
 
     def __call__(
@@ -107,33 +148,139 @@ class MadeUpRuns:
         assert place.arm is not None
         assert place.trial is not None
         self.begun.append((place.arm, place.trial))
-        self.configs[place.folder] = config
         every, last = config.trainer.eval_every_steps, config.trainer.max_steps
+        for step in range(self.steps_done.get(place.folder, 0) + every, last + 1, every):
+            goes_on = on_evaluation(step, self.evaluate(config, place.folder, step))
+            self.steps_done[place.folder] = step
+            if step < last and not goes_on:
+                return self.close(config, place.folder, step, "paused")
+            if step < last and stop_requested():
+                return self.close(config, place.folder, step, "interrupted")
+        return self.close(config, place.folder, last, "complete")
+
+    def evaluate(self, config: RunConfig, folder: Path, step: int) -> float:
+        """Trains a run up to its next evaluation, and returns the score there."""
+        self.configs[folder] = config
+        self.steps_trained += config.trainer.eval_every_steps
+        value = self.score(config, step)
+        self.values.setdefault(folder, {})[step] = value
+        return value
+
+    def close(self, config: RunConfig, folder: Path, step: int, status: Any) -> RunRecord:
+        """Writes a run's record and returns it."""
+        value, best = min((value, at) for at, value in self.values[folder].items() if at <= step)
         record = RunRecord(
-            status="running",
+            status=status,
             config=asdict(config),
             metric=config.data.metric,
             direction="minimize",
-            steps_planned=last,
+            best={config.data.metric: value, "step": best},
+            steps_planned=config.trainer.max_steps,
+            steps_done=step,
         )
-        place.folder.mkdir(parents=True, exist_ok=True)
-        for step in range(self.steps_done.get(place.folder, 0) + every, last + 1, every):
-            value = self.score(config, step)
-            self.steps_trained += every
-            record.best, record.steps_done = {record.metric: value, "step": step}, step
-            goes_on = on_evaluation(step, value)
-            self.steps_done[place.folder] = step
-            if step < last and not goes_on:
-                return self._close(record, place.folder, "paused")
-            if step < last and stop_requested():
-                return self._close(record, place.folder, "interrupted")
-        self.ended[place.folder] = record
-        return self._close(record, place.folder, "complete")
-
-    def _close(self, record: RunRecord, folder: Path, status: Any) -> RunRecord:
-        record.status = status
+        folder.mkdir(parents=True, exist_ok=True)
         write_record(record, folder)
         return record
+
+
+@dataclass
+class MadeUpPacks:
+    """Stands in for `train_pack`: goes from boundary to boundary in the order that `training.pack` states."""
+
+    runs: MadeUpRuns
+    errors: list[Exception] = field(default_factory=list)
+    """One is raised at the beginning of each of the first packs."""
+    sizes: list[int] = field(default_factory=list)
+    """Slots of each pack as it began."""
+    checkpoints: dict[Path, set[int]] = field(default_factory=dict)
+    """Steps of each run from which a pack may resume it."""
+    trained: list[tuple[str, int]] = field(default_factory=list)
+    """Folder's name and step of each evaluation, in order."""
+
+    def __call__(
+        self,
+        jobs: Sequence[Job],
+        *,
+        bench: Any,
+        supply: Callable[[], Job | None],
+        on_evaluation: Callable[[Sequence[Evaluated]], Sequence[bool]],
+        state_file: Path,
+        stop_requested: Callable[[], bool],
+    ) -> bool:
+        self.sizes.append(len(jobs))
+        self.runs.base_is_in_use = True
+        try:
+            if self.errors:
+                raise self.errors.pop(0)
+            return self._train(list(jobs), supply, on_evaluation, state_file, stop_requested)
+        except Exception:
+            state_file.unlink(missing_ok=True)
+            raise
+        finally:
+            self.runs.base_is_in_use = False
+
+    def _train(self, jobs: list[Job], supply: Any, on_evaluation: Any, state_file: Path, stop_requested: Any) -> bool:
+        trainer = jobs[0].config.trainer
+        steps = {job: self._first_step(job) for job in jobs}
+        self._commit(jobs, steps, state_file)
+        while jobs:
+            if stop_requested():
+                for job in jobs:
+                    self._interrupt(job, steps[job])
+                return False
+            living = [job for job in jobs if self._advance(job, steps, every=trainer.eval_every_steps)]
+            values = [self.runs.values[job.place.folder][steps[job]] for job in living]
+            evaluated = [Evaluated(job=job, step=steps[job], value=v) for job, v in zip(living, values, strict=True)]
+            goes_on = dict(zip(living, on_evaluation(evaluated) if living else [], strict=True))
+            slots: list[Job | None] = [
+                job if job in goes_on and not self._ends(job, steps[job], goes_on=goes_on[job]) else None
+                for job in jobs
+            ]
+            for slot, job in enumerate(slots):
+                if job is None and (refill := supply()) is not None:
+                    slots[slot] = refill
+                    steps[refill] = self._first_step(refill)
+            jobs = [job for job in slots if job is not None]  # a slot that stays empty is dropped
+            self._commit(jobs, steps, state_file)
+        return True
+
+    def _advance(self, job: Job, steps: dict[Job, int], *, every: int) -> bool:
+        """Trains a slot up to its next evaluation, and returns whether its run lives."""
+        steps[job] += every
+        self.trained.append((job.place.folder.name, steps[job]))
+        try:
+            self.runs.evaluate(job.config, job.place.folder, steps[job])
+        except Diverged as error:
+            job.failed(error)
+            return False
+        return True
+
+    def _ends(self, job: Job, step: int, *, goes_on: bool) -> bool:
+        done = step == job.config.trainer.max_steps
+        if not done and goes_on:
+            return False
+        if not done:
+            self.checkpoints.setdefault(job.place.folder, set()).add(step)
+        job.ended(self.runs.close(job.config, job.place.folder, step, "complete" if done else "paused"))
+        return True
+
+    def _first_step(self, job: Job) -> int:
+        kept = self.checkpoints.get(job.place.folder, set())
+        assert job.start_step is None or job.start_step == 0 or job.start_step in kept
+        return max(kept, default=0) if job.start_step is None else job.start_step
+
+    def _interrupt(self, job: Job, step: int) -> None:
+        if step:
+            self.runs.close(job.config, job.place.folder, step, "interrupted")
+
+    def _commit(self, jobs: Sequence[Job], steps: Mapping[Job, int], state_file: Path) -> None:
+        if not jobs:
+            state_file.unlink(missing_ok=True)
+            return
+        for job in jobs:
+            self.checkpoints.setdefault(job.place.folder, set()).add(steps[job])
+        slots = tuple(SlotState(folder_name=job.place.folder.name, step=steps[job]) for job in jobs)
+        write_pack_state(state_file, PackState(slots=slots, shared_stream="", micro_batches=1))
 
 
 @pytest.fixture
@@ -142,6 +289,14 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> MadeUpRuns:
     made_up = MadeUpRuns()
     monkeypatch.setattr(worker_file, "train_run", made_up)
     monkeypatch.setattr(worker_file, "score_run", made_up.score_run)
+    return made_up
+
+
+@pytest.fixture
+def packs(runs: MadeUpRuns, monkeypatch: pytest.MonkeyPatch) -> MadeUpPacks:
+    """The made-up packs of this test's sweeps."""
+    made_up = MadeUpPacks(runs)
+    monkeypatch.setattr(worker_file, "train_pack", made_up)
     return made_up
 
 

@@ -1,14 +1,12 @@
-"""Which trials train together: those that differ only in what a slot owns; and what happens when a pack breaks."""
+"""Which trials can train together: those that differ only in what a slot owns."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import lorasweep.sweep.driver as driver_file
 import pytest
 
-from lorasweep.errors import ConfigError, OutOfMemory
-from lorasweep.record import RunRecord
+from lorasweep.errors import ConfigError
 from lorasweep.sweep import read_definition
 from lorasweep.sweep.packing import plan_packing
 
@@ -76,69 +74,3 @@ def test_a_pack_larger_than_its_trials_is_refused(write_file, content):
 def test_a_pack_asked_for_an_arm_without_slots_is_refused(write_file, content):
     with pytest.raises(ConfigError, match=r"`worker.pack_size` must be 1 or auto for arm `full`, but got 2"):
         plan(write_file, content, "arms.full.worker.pack_size=2")
-
-
-class MadeUpPacks:
-    """Stands in for `train_pack`: every job of a pack ends at once, and freed slots are refilled."""
-
-    def __init__(self, *errors: Exception) -> None:
-        self.errors = list(errors)
-        self.sizes: list[int] = []
-
-    def __call__(self, jobs, *, bench, supply, stop_requested) -> bool:
-        self.sizes.append(len(jobs))
-        if self.errors:
-            raise self.errors.pop(0)
-        waiting = list(jobs)
-        while waiting:
-            job = waiting.pop(0)
-            assert not job.should_stop(2, job.config.optim.lr)
-            record = RunRecord(status="complete", config={}, metric="bits_per_byte", direction="minimize")
-            record.best = {"bits_per_byte": job.config.optim.lr}
-            job.ended(record)
-            refill = supply()
-            if refill is not None:
-                waiting.append(refill)
-        return True
-
-
-def packed_sweep(begin, work, content, monkeypatch, packs: MadeUpPacks, size: int):
-    content["settings"]["worker.pack_size"] = size
-    monkeypatch.setattr(driver_file, "train_pack", packs)
-    folder = begin(content)
-    assert work(folder)
-    return folder.record
-
-
-def test_a_packed_arm_has_exactly_its_trials(begin, work, content, runs, monkeypatch):
-    packs = MadeUpPacks()
-    record = packed_sweep(begin, work, content, monkeypatch, packs, 4)
-    lora = [row for row in record.trials if row.arm == "lora"]
-    assert [row.number for row in lora] == list(range(6))
-    assert {row.state for row in lora} == {"complete"}
-    assert packs.sizes == [4]
-    assert {arm for arm, _ in runs.begun} == {"frozen", "full"}
-
-
-def test_a_pack_out_of_memory_goes_on_in_smaller_ones_and_loses_no_trial(begin, work, content, runs, monkeypatch):
-    packs = MadeUpPacks(OutOfMemory("no memory"))
-    record = packed_sweep(begin, work, content, monkeypatch, packs, 4)
-    assert packs.sizes == [4, 2]
-    lora = [row for row in record.trials if row.arm == "lora"]
-    assert [(row.number, row.state) for row in lora] == [(n, "complete") for n in range(6)]
-
-
-def test_a_pack_that_breaks_runs_its_trials_alone(begin, work, content, runs, monkeypatch):
-    packs = MadeUpPacks(KeyError("bug"))
-    record = packed_sweep(begin, work, content, monkeypatch, packs, 3)
-    assert packs.sizes == [3]
-    assert sorted(trial for arm, trial in runs.begun if arm == "lora") == list(range(6))
-    assert {row.state for row in record.trials} == {"complete"}
-
-
-def test_a_measured_size_is_used(begin, work, content, runs, monkeypatch):
-    monkeypatch.setattr(driver_file, "measure_pack_sizes", lambda config, *, bench, most: [most])
-    monkeypatch.setattr(driver_file, "choose_pack_size", lambda measured: measured[0] // 2)
-    packs = MadeUpPacks()
-    packed_sweep(begin, work, content, monkeypatch, packs, "auto")
-    assert packs.sizes == [3]

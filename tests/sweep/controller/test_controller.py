@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import random
-from typing import Any
-
 import optuna
 import pytest
-from optuna.storages import BaseStorage
-from tests.sweep.controller.conftest import EVERY, LAST, Simulation, outcome
 
 from lorasweep.errors import ConfigError, Diverged, OutOfMemory, RecordError, WorkerError
 from lorasweep.sweep import reopen_sweep
 from lorasweep.sweep.controller.lifecycle import FINGERPRINT
 from lorasweep.sweep.controller.rows import REASON_ATTRIBUTE, TURN_ATTRIBUTE
+from tests.sweep.conftest import Killed, kill_at
+from tests.sweep.controller.conftest import EVERY, LAST, Simulation, outcome
 
 
 def close(controller):
@@ -116,33 +114,6 @@ def test_an_adaptive_sampler_proposes_half_before_the_first_result(begin, open_c
         simulation.advance(running)
     assert controller.take() is not None
     close(controller)
-
-
-class Killed(BaseException):
-    """Stands for kill -9 in the middle of a write."""
-
-
-WRITES = ("create_new_trial", "set_trial_user_attr", "set_trial_intermediate_value", "set_trial_state_values")
-
-
-def kill_at(monkeypatch, storage: BaseStorage, count: int, *, after: bool) -> None:
-    """Has the process die at a write to the journal, before it or right after it."""
-    left = [count]
-
-    def wrap(write: Any) -> Any:
-        def call(*arguments: Any, **named: Any) -> Any:
-            left[0] -= 1
-            if left[0] == 0 and not after:
-                raise Killed
-            result = write(*arguments, **named)
-            if left[0] == 0:
-                raise Killed
-            return result
-
-        return call
-
-    for name in WRITES:
-        monkeypatch.setattr(storage, name, wrap(getattr(storage, name)))
 
 
 @pytest.mark.parametrize("count", range(1, 60, 3))

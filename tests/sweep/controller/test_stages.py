@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import lorasweep.sweep.driver as driver_file
 import pytest
-from optuna.trial import TrialState
-
+import lorasweep.sweep.worker as worker_file
 from lorasweep.errors import ConfigError, Diverged, OutOfMemory, WorkerError
-from lorasweep.record import RunRecord, read_sweep, write_record
+from lorasweep.record import read_run, read_sweep
 from lorasweep.sweep import reopen_sweep
+from tests.sweep.conftest import Killed
 
 ASKED = {"frozen": 1, "full": 3, "lora": 3}
 
 
 @pytest.fixture
-def confirming(content):
+def confirming(three_arms):
     """A sweep with three seeds in its confirm stage."""
-    content["settings"]["confirm.seeds"] = 3
-    content["arms"]["lora"]["trials"] = 4
-    return content
+    three_arms["settings"]["confirm.seeds"] = 3
+    three_arms["arms"]["lora"]["trials"] = 4
+    return three_arms
 
 
 def rows_of(path):
@@ -53,7 +52,7 @@ def test_each_arms_best_settings_run_on_the_same_fresh_seeds(begin, work, runs, 
             assert config.optim.lr == winner.params["optim.lr"]
             assert getattr(config.method, "rank", None) == winner.params.get("method.rank")
             assert {config.seed, config.seeds.init, config.seeds.data_order, config.seeds.dropout} == {row.seed}
-            assert row.value == runs.ended[folder.path / row.run].best["bits_per_byte"] + 1
+            assert row.value == read_run(folder.path / row.run).best["bits_per_byte"] + 1
     (frozen,) = [row for row in record.confirm if row.arm == "frozen"]
     assert frozen.seed == seeds[0]
 
@@ -88,8 +87,8 @@ def test_nothing_of_the_test_part_is_read_before_the_search_is_over(begin, work,
     assert counts(folder.path) == ASKED
 
 
-def test_without_a_confirm_stage_the_test_part_is_never_read(begin, work, runs, content, benches):
-    folder = begin(content)
+def test_without_a_confirm_stage_the_test_part_is_never_read(begin, work, runs, three_arms, benches):
+    folder = begin(three_arms)
     assert work(folder, benches=benches)
     assert benches.test_reads == 0
 
@@ -126,54 +125,60 @@ def test_a_complete_sweep_that_is_taken_up_again_scores_nothing(begin, work, run
     assert (rows_of(folder.path), len(runs.begun), len(runs.scored)) == (before, begun, scored)
 
 
-class Killed(BaseException):
-    """What SIGKILL is to the code that runs."""
-
-
 def test_a_run_that_was_scored_but_not_told_is_neither_trained_nor_scored_again(
     begin, work, runs, confirming, monkeypatch
 ):
     folder = begin(confirming)
-    scores: dict[str, RunRecord] = {}
 
     def score_and_die(path, *, bench):
-        if path.name in scores:  # what the real one does: the record says that it was scored
-            return scores[path.name]
-        scores[path.name] = scored = runs.score_run(path, bench=bench)
-        write_record(scored, path)
-        if len(scores) == 3:
+        record = runs.score_run(path, bench=bench)
+        if len(runs.scored) == 3:
             raise Killed
-        return scored
+        return record
 
-    monkeypatch.setattr(driver_file, "score_run", score_and_die)
+    monkeypatch.setattr(worker_file, "score_run", score_and_die)
     with pytest.raises(Killed):
         work(folder)
-    running = [study.get_trials(states=(TrialState.RUNNING,)) for study in folder.confirm_studies.values()]
-    assert sum(map(len, running)) == 1
     begun = len(runs.begun)
+    monkeypatch.setattr(worker_file, "score_run", runs.score_run)
     assert work(reopen_sweep(folder.path))
     assert counts(folder.path) == ASKED
     assert len(runs.begun) - begun == 7 - 3
     assert len(runs.scored) == len(set(runs.scored)) == 7
 
 
-def test_a_search_run_that_ended_but_was_not_told_is_not_trained_again(begin, work, runs, content, monkeypatch):
-    folder = begin(content)
-    true_run = runs.__call__
+def test_a_search_run_that_ended_but_was_not_told_is_not_trained_again(begin, work, runs, three_arms, monkeypatch):
+    folder = begin(three_arms)
 
     def run_and_die(config, place, **others):
-        record = true_run(config, place, **others)
-        write_record(record, place.folder)
+        record = runs(config, place, **others)
         if len(runs.begun) == 3:
             raise Killed
         return record
 
-    monkeypatch.setattr(driver_file, "train_run", run_and_die)
+    monkeypatch.setattr(worker_file, "train_run", run_and_die)
     with pytest.raises(Killed):
         work(folder)
     assert work(reopen_sweep(folder.path))
     assert len(runs.begun) == len(set(runs.begun)) == 10
     assert {row.state for row in read_sweep(folder.path).trials} == {"complete"}
+
+
+def test_paused_trials_are_pruned_before_the_confirm_stage_and_none_of_them_is_a_winner(
+    begin, work, runs, confirming, silent
+):
+    confirming["settings"] |= {"pruner": "halving", "pruner.rungs": [0.25], "pruner.reduction_factor": 2}
+    folder = begin(confirming, "arms.lora.trials=8")
+    assert work(folder, observer=silent)
+    pruned = [row for row in read_sweep(folder.path).trials if row.state == "pruned"]
+    assert pruned
+    heard = [what for what, _, _ in silent.heard]
+    assert heard.count("pruned") == len(pruned)
+    # the last of the search's, before the 7 runs of the confirm stage
+    assert len(heard) - 1 - heard[::-1].index("pruned") < heard.index("started", len(heard) - 7 * 6)
+    states = {(row.arm, row.number): row.state for row in read_sweep(folder.path).trials}
+    assert {states[row.arm, row.trial] for row in read_sweep(folder.path).confirm} == {"complete"}
+    assert {row.state for row in read_sweep(folder.path).confirm} == {"complete"}  # no rungs here
 
 
 def test_a_finished_search_gets_the_stage_later_and_more_seeds_later_still(begin, work, runs, confirming):
@@ -279,64 +284,40 @@ def test_test_data_that_cannot_be_read_is_a_sentence_and_the_search_stays(begin,
     )
 
 
-class MadeUpPacks:
-    """Stands in for `train_pack`: every job of a pack ends at once, and freed slots are refilled."""
-
-    def __init__(self, runs):
-        self.runs = runs
-        self.packs = []
-        self.stop_after = None
-
-    def __call__(self, jobs, *, bench, supply, stop_requested):
-        waiting, ended = list(jobs), []
-        self.packs.append(ended)
-        while waiting:
-            if self.stop_after == sum(map(len, self.packs)):
-                return False
-            job = waiting.pop(0)
-            assert job.should_stop(2, job.config.optim.lr) is False
-            record = RunRecord(status="complete", config={}, metric="bits_per_byte", direction="minimize")
-            record.best = {"bits_per_byte": job.config.optim.lr}
-            self.runs.ended[job.place.folder] = record
-            write_record(record, job.place.folder)
-            scored = len(self.runs.scored)
-            job.ended(record)
-            assert len(self.runs.scored) == scored  # the base is in use
-            ended.append(job.place.folder.name)
-            if (refill := supply()) is not None:
-                waiting.append(refill)
-        return True
-
-
 @pytest.fixture
-def packed(confirming, runs, monkeypatch):
+def packed(confirming):
+    """Two arms whose trials and seeds share packs of two."""
     confirming["settings"]["worker.pack_size"] = 2
     confirming["arms"]["other"] = confirming["arms"]["lora"] | {"trials": 2}
-    packs = MadeUpPacks(runs)
-    monkeypatch.setattr(driver_file, "train_pack", packs)
-    return packs
+    return confirming
 
 
-def test_seeds_of_different_arms_share_packs_and_are_scored_after_them(begin, work, runs, confirming, packed):
-    folder = begin(confirming)
+def test_seeds_of_different_arms_share_packs_and_are_scored_after_them(begin, work, runs, packs, packed):
+    folder = begin(packed)
     assert work(folder)
-    search, confirm = packed.packs
-    assert len(search) == 6
-    assert {name.partition("-confirm")[0] for name in confirm} == {"lora", "other"}
+    confirmed = {name for name, _ in packs.trained if "-confirm" in name}
+    assert len(confirmed) == 6
+    assert {name.partition("-confirm")[0] for name in confirmed} == {"lora", "other"}
+    assert packs.sizes[-1] == 2  # one pack, whose slots were refilled
     assert counts(folder.path) == ASKED | {"other": 3}
     assert len(runs.scored) == 10
 
 
-def test_a_pack_that_is_stopped_loses_no_seed_and_scores_none_twice(begin, work, runs, confirming, packed):
-    folder = begin(confirming)
-    packed.stop_after = 6 + 2
-    assert not work(folder)
+def test_a_pack_that_is_stopped_loses_no_seed_and_scores_none_twice(begin, work, runs, packs, packed):
+    folder = begin(packed)
+    stop_at = 1
+    while not any("-confirm" in name and step > 2 for name, step in packs.trained):
+        stop_at += 1  # found by trying: the first question in the middle of the pack of the confirm stage
+        folder.close() if stop_at == 2 else None
+        packs.trained.clear()
+        folder = begin(packed, folder=f"sweep-{stop_at}")
+        assert not work(folder, stop_at=stop_at)
     states = [row.state for row in read_sweep(folder.path).confirm if row.arm in ("lora", "other")]
-    assert set(states) == {"running"}
-    packed.stop_after = None
+    assert "running" in states
+    runs.scored.clear()
+    scored = [row for row in read_sweep(folder.path).confirm if row.state == "complete"]
     assert work(reopen_sweep(folder.path))
     assert counts(folder.path) == ASKED | {"other": 3}
     assert {row.state for row in read_sweep(folder.path).confirm} == {"complete"}
-    trained = [name for pack in packed.packs for name in pack]
-    assert len(trained) == len(set(trained)) == 6 + 6
-    assert len(runs.scored) == len(set(runs.scored)) == 10
+    assert len(packs.trained) == len(set(packs.trained)) == (6 + 6) * 4
+    assert len(runs.scored) == len(set(runs.scored)) == 10 - len(scored)

@@ -6,17 +6,19 @@ import dataclasses
 
 import optuna
 import pytest
-from lorasweep.sweep.confirm import SEED_KEYS, arm_seeds, find_winner, seed_settings
+from optuna.trial import TrialState, create_trial
 
 from lorasweep.errors import ConfigError
 from lorasweep.sweep import draw_seeds, read_definition
+from lorasweep.sweep.controller.confirm import SEED_KEYS, arm_seeds, find_winner, seed_settings
+from lorasweep.sweep.controller.rows import TURN_ATTRIBUTE
 
 SEEDS_OF_0 = [253181, 295403, 688465]
 
 
 @pytest.fixture
-def define(write_file, content):
-    return lambda *overrides: read_definition(write_file(content), overrides)
+def define(write_file, three_arms):
+    return lambda *overrides: read_definition(write_file(three_arms), overrides)
 
 
 def test_seeds_depend_on_the_sweeps_seed_and_their_number_alone(define):
@@ -34,9 +36,9 @@ def test_seeds_stay_what_they_were(define):
     assert draw_seeds(define("confirm.seeds=3")) == SEEDS_OF_0
 
 
-def test_five_seeds_are_the_default(content, write_file):
-    del content["settings"]["confirm.seeds"]
-    assert len(draw_seeds(read_definition(write_file(content), []))) == 5
+def test_five_seeds_are_the_default(three_arms, write_file):
+    del three_arms["settings"]["confirm.seeds"]
+    assert len(draw_seeds(read_definition(write_file(three_arms), []))) == 5
 
 
 @pytest.mark.parametrize("key", ["seed", "seeds.init", "seeds.data_order", "seeds.dropout"])
@@ -68,14 +70,15 @@ def test_what_no_seed_changes_is_scored_once(define):
     assert arm_seeds(arms["lora"], [3, 4]) == [3, 4]
 
 
-@pytest.mark.parametrize(("direction", "best"), [("minimize", 1), ("maximize", 3)])
-def test_the_winner_is_the_earliest_of_the_best_complete_trials(direction, best):
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+@pytest.mark.parametrize(("direction", "best"), [("minimize", 2), ("maximize", 4)])
+def test_the_winner_is_the_earliest_of_the_best_complete_trials_that_are_the_controllers(direction, best):
     study = optuna.create_study(direction=direction)
     assert find_winner(study) is None
-    for value in (2.0, 1.0, 1.0, 3.0, 3.0):
-        study.tell(study.ask(), value)
-    study.tell(study.ask(), state=optuna.trial.TrialState.FAIL)
-    winner = find_winner(study)
-    assert winner is not None
-    assert winner.number == best
+    ours = {TURN_ATTRIBUTE: {"order": 0, "passed": [], "promoted": []}}
+    trials = [(0.0 if direction == "minimize" else 9.0, {})]  # somebody else's
+    trials += [(value, ours) for value in (2.0, 1.0, 1.0, 3.0, 3.0)]
+    for value, attributes in trials:
+        study.add_trial(create_trial(value=value, user_attrs=attributes))
+    study.add_trial(create_trial(state=TrialState.FAIL, user_attrs=ours))
+    study.add_trial(create_trial(state=TrialState.PRUNED, user_attrs=ours, intermediate_values={1: 0.5}))
+    assert find_winner(study) == best

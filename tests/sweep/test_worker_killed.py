@@ -1,0 +1,118 @@
+"""A worker that is killed at any write or in the middle of any run ends with the sweep that was not, alone and in packs."""
+
+from __future__ import annotations
+
+import pytest
+
+from lorasweep.record import read_run, read_sweep
+from lorasweep.sweep import reopen_sweep
+
+from .conftest import Killed, kill_at
+
+
+@pytest.fixture
+def killed(content):
+    """Two arms that are halved, with a confirm stage."""
+    del content["arms"]["frozen"]
+    content["settings"] |= {"pruner": "halving", "pruner.rungs": [0.25, 0.5], "pruner.reduction_factor": 2}
+    content["settings"]["confirm.seeds"] = 2
+    return content
+
+
+def table_of(path):
+    """Every trial and every run of the confirm stage: what was proposed, what became of it, and its record."""
+    record = read_sweep(path)
+    assert record.status == "complete"
+    rows = [(row.arm, row.number, row.params, row.state, row.value, row.reason) for row in record.trials]
+    rows += [(row.arm, row.trial, row.seed, row.state, row.value, row.reason) for row in record.confirm]
+    runs = [read_run(path / row.run) for row in (*record.trials, *record.confirm)]
+    return rows, [(run.status, run.best, run.steps_done, run.test) for run in runs]
+
+
+@pytest.fixture
+def whole(begin, work, killed, runs, packs):
+    """What becomes of the sweep with so many slots when nobody kills it."""
+
+    def run(pack_size):
+        folder = begin(killed, f"worker.pack_size={pack_size}", folder="whole")
+        assert work(folder)
+        found = table_of(folder.path)
+        assert {state for _, _, _, state, *_ in found[0]} == {"complete", "pruned"}
+        runs.scored.clear()
+        return found
+
+    return run
+
+
+def spread(total, few):
+    """Numbers up to a total, of which but a few are slow tests."""
+    return [number if number in few else pytest.param(number, marks=pytest.mark.slow) for number in total]
+
+
+@pytest.mark.parametrize("pack_size", [1, 3])
+@pytest.mark.parametrize("every", [7, *(pytest.param(n, marks=pytest.mark.slow) for n in (4, 5, 11))])
+def test_a_worker_killed_in_the_middle_of_runs_again_and_again(
+    begin, work, killed, runs, packs, whole, pack_size, every
+):
+    expected = whole(pack_size)
+    folder = begin(killed, f"worker.pack_size={pack_size}", folder="killed")
+    true_score, evaluations, sessions = runs.score, [0], 1
+
+    def score(config, step):
+        evaluations[0] += 1
+        if evaluations[0] % every == 0:  # a pack of three comes to its next boundary in between
+            raise Killed
+        return true_score(config, step)
+
+    runs.score = score
+    complete = False
+    while not complete:
+        try:
+            complete = work(folder)
+        except Killed:
+            sessions += 1
+            folder = reopen_sweep(folder.path)
+    assert sessions > 2
+    assert table_of(folder.path) == expected
+    assert len(runs.scored) == len(set(runs.scored)) == 4
+
+
+@pytest.mark.parametrize("pack_size", [1, 3])
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("count", spread(range(1, 140, 15), {31, 61}))
+def test_a_worker_killed_at_any_write_to_the_journal(
+    begin, work, killed, runs, packs, whole, monkeypatch, pack_size, after, count
+):
+    expected = whole(pack_size)
+    folder = begin(killed, f"worker.pack_size={pack_size}", folder="killed")
+    kill_at(monkeypatch, folder.storage, count, after=after)
+    try:
+        work(folder)
+    except Killed:
+        assert work(reopen_sweep(folder.path))
+    assert table_of(folder.path) == expected
+    assert len(runs.scored) == len(set(runs.scored)) == 4
+
+
+@pytest.mark.parametrize("pack_size", [1, 3])
+@pytest.mark.parametrize("count", spread(range(1, 18, 4), {9}))
+def test_a_worker_killed_at_any_write_of_a_runs_record(
+    begin, work, killed, runs, packs, whole, monkeypatch, pack_size, count
+):
+    expected = whole(pack_size)
+    folder = begin(killed, f"worker.pack_size={pack_size}", folder="killed")
+    true_close, left = runs.close, [count]
+
+    def close(*arguments):
+        record = true_close(*arguments)
+        left[0] -= 1
+        if left[0] == 0:
+            raise Killed
+        return record
+
+    monkeypatch.setattr(runs, "close", close)
+    with pytest.raises(Killed):
+        work(folder)
+    assert work(reopen_sweep(folder.path))
+    assert table_of(folder.path) == expected
+    assert len(runs.scored) == len(set(runs.scored)) == 4

@@ -1,0 +1,183 @@
+"""Trials that train in packs: none is lost when a pack breaks, and a killed pack resumes as it was."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import pytest
+
+import lorasweep.sweep.worker as worker_file
+from lorasweep.errors import Diverged, OutOfMemory, WorkerError
+from lorasweep.record import read_sweep
+from lorasweep.sweep import reopen_sweep
+
+from .conftest import of_arm
+
+
+@pytest.fixture
+def packed(content):
+    """Three arms, of which the trials of `lora` train in packs of four."""
+    content["settings"] |= {"worker.pack_size": 4, "sampler": "random"}
+    return content
+
+
+@pytest.fixture
+def lora_only(packed):
+    """The packed arm by itself."""
+    packed["arms"] = {"lora": packed["arms"]["lora"]}
+    return packed
+
+
+def lora_rows(folder):
+    return of_arm(read_sweep(folder.path).trials, "lora")
+
+
+def test_a_packed_arm_has_exactly_its_trials(begin, work, packed, runs, packs):
+    folder = begin(packed)
+    assert work(folder)
+    assert [(row.number, row.state) for row in lora_rows(folder)] == [(n, "complete") for n in range(6)]
+    assert packs.sizes == [4]
+    assert {arm for arm, _ in runs.begun} == {"frozen", "full"}
+    assert len(packs.trained) == len(set(packs.trained)) == 6 * 4
+    assert not folder.pack_file.exists()
+
+
+def test_a_pack_begins_with_no_more_slots_than_an_adaptive_sampler_may_propose(begin, work, packed, runs, packs):
+    packed["settings"]["sampler"] = "tpe"
+    packed["arms"]["lora"]["trials"] = 5
+    assert work(begin(packed))
+    assert packs.sizes[0] == 3  # half of 5, rounded up
+
+
+def test_trials_of_a_pack_are_compared_all_at_once(begin, work, packed, runs, packs):
+    packed["settings"] |= {"pruner": "halving", "pruner.rungs": [0.25], "pruner.reduction_factor": 2}
+    packed["settings"]["worker.pack_size"] = 6
+    seen = {}
+    runs.score = lambda config, step: -seen.setdefault(config.optim.lr, len(seen))  # later slots are better
+    folder = begin(packed)
+    assert work(folder)
+    assert [row.state for row in lora_rows(folder)] == ["pruned"] * 3 + ["complete"] * 3
+
+
+def test_a_pack_out_of_memory_goes_on_in_smaller_ones_and_loses_no_trial(begin, work, packed, runs, packs):
+    packs.errors = [OutOfMemory("no memory"), OutOfMemory("no memory")]
+    folder = begin(packed)
+    assert work(folder)
+    assert packs.sizes == [4, 2]
+    assert sorted(trial for arm, trial in runs.begun if arm == "lora") == list(range(6))  # in packs of one: alone
+    assert [(row.number, row.state) for row in lora_rows(folder)] == [(n, "complete") for n in range(6)]
+
+
+def test_a_pack_that_breaks_runs_its_trials_alone(begin, work, packed, runs, packs):
+    packs.errors = [KeyError("bug")]
+    folder = begin(packed)
+    assert work(folder)
+    assert packs.sizes == [4]
+    assert sorted(trial for arm, trial in runs.begun if arm == "lora") == list(range(6))
+    assert {row.state for row in read_sweep(folder.path).trials} == {"complete"}
+
+
+@pytest.mark.parametrize("rungs", [[0.25], [0.25, 0.5]])
+def test_a_promoted_trial_of_a_pack_that_breaks_still_ends(begin, work, lora_only, runs, packs, rungs):
+    """Alone it begins anew, so it comes to its rung a second time."""
+    lora_only["settings"] |= {"pruner": "halving", "pruner.rungs": rungs, "pruner.reduction_factor": 2}
+    lora_only["settings"]["worker.pack_size"] = 2
+    seen, broken = {}, []
+
+    def score(config, step):
+        number = seen.setdefault(config.optim.lr, len(seen))
+        if number == 0 and step == 8 and not broken:
+            broken.append(True)
+            raise KeyError("bug")
+        return number  # the first is the best of all
+
+    runs.score = score
+    folder = begin(lora_only)
+    assert work(folder)
+    assert broken
+    assert lora_rows(folder)[0].state == "complete"
+    assert {row.state for row in lora_rows(folder)} == {"complete", "pruned"}
+
+
+def test_a_trial_that_diverges_in_a_pack_fails_alone(begin, work, packed, runs, packs):
+    def score(config, step):
+        if config.method.rank == 4 and config.method.name == "lora" and step == 4:
+            raise Diverged("the training loss became NaN")
+        return config.optim.lr
+
+    def settings_of(row):
+        return row.params["method.rank"], row.state
+
+    runs.score = score
+    folder = begin(packed, "sweep.max_failures=100")
+    assert work(folder)
+    assert len(packs.sizes) == 1
+    assert {settings_of(row) for row in lora_rows(folder)} <= {(1, "complete"), (2, "complete"), (4, "failed")}
+    assert any(row.state == "failed" for row in lora_rows(folder))
+
+
+def test_so_many_failures_in_a_row_in_a_pack_stop_the_sweep(begin, work, packed, runs, packs):
+    def score(config, step):
+        if config.method.name == "lora":
+            raise Diverged("the training loss became NaN")
+        return 1.0
+
+    runs.score = score
+    folder = begin(packed, "sweep.max_failures=3")
+    with pytest.raises(WorkerError, match=r"fewer than 3 trials in a row may fail"):
+        work(folder)
+    record = read_sweep(folder.path)
+    assert record.status == "interrupted"
+    assert sum(row.state == "failed" for row in record.trials) == 3
+    runs.score = lambda config, step: 1.0
+    assert work(reopen_sweep(folder.path))
+    assert sorted(row.state for row in lora_rows(folder)) == ["complete"] * 3 + ["failed"] * 3
+
+
+def test_the_rule_chooses_the_size_and_its_reason_is_kept(begin, work, packed, runs, packs, monkeypatch):
+    asked = []
+
+    def choose(config, *, bench, trials_left):
+        asked.append((config.method.rank, trials_left))
+        return SimpleNamespace(slots=3, reason="Three trials share a pack, because that is so.")
+
+    monkeypatch.setattr(worker_file, "choose_pack_size", choose)
+    packed["settings"] |= {"worker.pack_size": "auto"}
+    folder = begin(packed)
+    assert work(folder)
+    assert asked == [(4, 6)]
+    assert packs.sizes == [3]
+    assert read_sweep(folder.path).notes.count("Three trials share a pack, because that is so.") == 1
+
+
+@pytest.mark.parametrize("stop_at", [2, 4, 7])  # before the first step, in the middle, after slots were refilled
+def test_a_stopped_pack_resumes_with_the_same_runs_in_the_same_slots(begin, work, lora_only, runs, packs, stop_at):
+    folder = begin(lora_only)
+    assert not work(folder, stop_at=stop_at)
+    left = json.loads(folder.pack_file.read_text())["state"]["slots"]
+    before = len(packs.trained)
+    assert work(reopen_sweep(folder.path))
+    slots = [(slot["folder_name"], slot["step"] + 2) for slot in left]
+    assert packs.trained[before : before + len(slots)] == slots
+    assert packs.sizes == [4, len(left)]
+    assert len(packs.trained) == len(set(packs.trained)) == 6 * 4
+
+
+@pytest.mark.parametrize("damaged", ["", "{", '{"state": {"slots": []}, "sha256": "0"}'])
+def test_a_damaged_pack_file_loses_no_trial(begin, work, lora_only, runs, packs, damaged):
+    folder = begin(lora_only)
+    assert not work(folder, stop_at=4)
+    folder.pack_file.write_text(damaged)
+    assert work(reopen_sweep(folder.path))
+    assert [(row.number, row.state) for row in lora_rows(folder)] == [(n, "complete") for n in range(6)]
+
+
+def test_a_pack_file_of_another_sweep_is_of_no_use(begin, work, lora_only, runs, packs):
+    other = begin(lora_only | {"arms": {"other": lora_only["arms"]["lora"]}}, folder="other")
+    assert not work(other, stop_at=4)
+    folder = begin(lora_only)
+    assert not work(folder, stop_at=4)
+    folder.pack_file.write_bytes(other.pack_file.read_bytes())
+    assert work(reopen_sweep(folder.path))
+    assert [(row.number, row.state) for row in lora_rows(folder)] == [(n, "complete") for n in range(6)]
