@@ -22,7 +22,7 @@ from lorasweep.sweep import read_definition
 
 ROOT = Path(__file__).parent.parent
 SOURCE = Path(lorasweep.__file__).parent.parent
-HEAVY = {"torch", "lightning", "optuna", "submitit", "transformers"}
+HEAVY = {"torch", "lightning", "optuna", "transformers"}
 
 OPTIONS = [
     (primary, group, file.stem)

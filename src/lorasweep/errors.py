@@ -6,8 +6,7 @@
     ├── RunError                          one training failed; exit code 1
     │   ├── Diverged                      its loss became NaN or infinite
     │   └── OutOfMemory                   it does not fit the machine at the smallest micro-batch
-    └── WorkerError                       a process that runs trials can't go on; exit code 1
-        ├── WorkerLost                    others took it for lost and go on with its trials
+    └── WorkerError                       the process that runs a sweep can't go on; exit code 1
         └── RanksLost                     because one that trains with it is gone
 
 `lorasweep.lora`, which people may use alone, raises plain `ValueError`. A message reads
@@ -42,11 +41,7 @@ class OutOfMemory(RunError):
 
 
 class WorkerError(LoraSweepError):
-    """A process that runs trials can't go on."""
-
-
-class WorkerLost(WorkerError):
-    """Others took this process for lost and go on with its trials, so it must not write into their runs any more."""
+    """The process that runs a sweep can't go on."""
 
 
 class RanksLost(WorkerError):

@@ -19,7 +19,7 @@ import lorasweep.training.callbacks as callbacks_file
 import lorasweep.training.run as run_file
 import lorasweep.training.run_log as run_log_file
 from lorasweep.data.tasks import LanguageModelling
-from lorasweep.errors import ConfigError, Diverged, OutOfMemory, RecordError, WorkerLost
+from lorasweep.errors import ConfigError, Diverged, OutOfMemory, RecordError
 from lorasweep.methods import METHODS
 from lorasweep.models.load import fingerprint_weights
 from lorasweep.record import RUN_FILE, read_run, read_steps, sha256_of
@@ -597,29 +597,6 @@ def test_a_run_whose_checkpoint_is_damaged_goes_on_from_the_one_before_or_begins
     assert {name: kept["sha256"] for name, kept in record.files.items()} == {
         name: kept["sha256"] for name, kept in read_run(tmp_path / "whole").files.items()
     }
-
-
-def test_an_error_in_a_run_that_became_anothers_is_not_written_into_it(tmp_path, make_config, bench):
-    def fail(step, value):
-        lost.append(step)
-        raise FileNotFoundError("the other one moved it")
-
-    def stop_requested():
-        if lost:
-            raise WorkerLost("others go on with its trials")
-        return False
-
-    lost: list[int] = []
-    with pytest.raises(WorkerLost, match="others go on with its trials"):
-        train_run(
-            make_config(),
-            RunPlace(folder=tmp_path / "run"),
-            bench=bench,
-            on_evaluation=fail,
-            stop_requested=stop_requested,
-        )
-    assert lost == [2]
-    assert read_run(tmp_path / "run").status == "running"
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")])

@@ -66,11 +66,6 @@ def plan_packing(definition: Definition) -> dict[str, ArmPacking]:
     return plans
 
 
-def describe_packing(plans: Mapping[str, ArmPacking]) -> list[str]:
-    """Returns one sentence per arm: packed or alone, and why."""
-    return [f"{name}: {plan.reason}" for name, plan in plans.items()]
-
-
 def _plan_arm(arm: Arm) -> ArmPacking:
     corners = list(arm.corners())
     largest = max(corners, key=lambda config: getattr(config.method, "rank", 0))

@@ -20,7 +20,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from lorasweep.config.run import TrainerConfig
-from lorasweep.errors import Diverged, WorkerLost
+from lorasweep.errors import Diverged
 from lorasweep.record import RunRecord
 from lorasweep.training.checkpoint import remove_older_checkpoints, save_checkpoint
 from lorasweep.training.module import TrainingModule
@@ -111,7 +111,7 @@ class Logging(lightning.Callback):
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
     ) -> None:
         """Writes the steps of a run that is stopped or fails."""
-        if not isinstance(exception, Diverged | WorkerLost):
+        if not isinstance(exception, Diverged):
             self._flush(pl_module)
 
     def _flush(self, module: lightning.LightningModule) -> None:

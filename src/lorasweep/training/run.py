@@ -25,7 +25,7 @@ from lorasweep.config.run import RunConfig
 from lorasweep.data.batching import Share
 from lorasweep.data.module import DataModule
 from lorasweep.disk import why_unwritable
-from lorasweep.errors import ConfigError, OutOfMemory, WorkerError, WorkerLost, first_line
+from lorasweep.errors import ConfigError, OutOfMemory, WorkerError, first_line
 from lorasweep.methods import METHODS, copy_sharing_weights
 from lorasweep.models.load import BaseModel
 from lorasweep.record import RunRecord, RunStatus, read_run
@@ -156,10 +156,7 @@ def _train_session(
             status = session.train(
                 on_evaluation, stop_requested, start_step=start_step, checkpoint=checkpoint, too_large=too_large
             )
-    except WorkerLost:  # the folder is another worker's now
-        raise
     except BaseException as error:
-        stop_requested()  # asks first whether the folder has become another worker's meanwhile
         status = status_after(error, place.folder) if ranks.is_first else "failed"
         if (record.status, status) != ("paused", "interrupted"):  # a paused run stays paused, whatever ends the process
             log.close(status, describe_failure(error))
