@@ -140,7 +140,7 @@ class MadeUpRuns:
         place: RunPlace,
         *,
         bench: Any,
-        on_evaluation: Callable[[int, float], bool],
+        on_evaluation: Callable[[int, dict[str, float]], bool],
         stop_requested: Callable[[], bool],
         resume: bool,
     ) -> RunRecord:

@@ -202,7 +202,7 @@ def test_all_slots_are_reported_in_one_call_in_slot_order_but_those_that_diverge
     reported = []
 
     def report(evaluated):
-        reported.append([(one.job.place.folder.name, one.step, one.value) for one in evaluated])
+        reported.append([(one.job.place.folder.name, one.step, one.values["bits_per_byte"]) for one in evaluated])
         return [True] * len(evaluated)
 
     jobs = [Outcomes().job(tmp_path / str(n), make_config(own)) for n, own in enumerate(settings)]
@@ -224,7 +224,7 @@ def test_permuted_slots_give_each_run_the_same_value(make_config, bench, tmp_pat
         found: dict[tuple[str, int], float] = {}
 
         def report(evaluated, found=found):
-            found.update({(one.job.place.folder.name, one.step): one.value for one in evaluated})
+            found.update({(one.job.place.folder.name, one.step): one.values["bits_per_byte"] for one in evaluated})
             return [one.job.place.folder.name != "1" for one in evaluated]
 
         train(

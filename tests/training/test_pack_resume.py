@@ -69,7 +69,7 @@ class Search:
 
     def report(self, evaluated: Sequence[Evaluated]) -> list[bool]:
         self.moment("before the report")
-        found = {f"{one.job.place.folder.name} at {one.step}": one.value for one in evaluated}
+        found = {f"{one.job.place.folder.name} at {one.step}": one.values["bits_per_byte"] for one in evaluated}
         self.values |= found
         self.moment("after the report")
         return [(one.job.place.folder.name, one.step) not in PAUSES for one in evaluated]

@@ -326,7 +326,7 @@ def test_a_run_that_was_killed_goes_on_from_its_last_evaluation(tmp_path, make_c
     reported = []
 
     def report(step, value):
-        reported.append((step, value))
+        reported.append((step, value["bits_per_byte"]))
         return True
 
     record = train(killed, config, bench=bench, resume=True, on_evaluation=report)
@@ -371,7 +371,7 @@ def test_a_paused_run_ends_there_and_its_schedule_is_as_long_as_ever(tmp_path, m
     asked = []
 
     def pause(step, value):
-        asked.append((step, value))
+        asked.append((step, value["bits_per_byte"]))
         return False
 
     record = train(tmp_path, make_config(), bench=bench, on_evaluation=pause)

@@ -49,6 +49,8 @@ class HalvingPruner:
     """At each rung one in so many trials goes on."""
     min_survivors: int
     """Trials that go on beyond each rung at least, once no more can come."""
+    criterion: Literal["loss", "metric"]
+    """What trials are compared by at a rung: the validation loss, or the sweep's metric, which picks the winner."""
 
     def __post_init__(self) -> None:
         _check_rungs(self.rungs)
@@ -65,6 +67,8 @@ class MedianPruner:
     """Fraction of a run before which nothing is compared; after it every evaluation is a rung."""
     min_trials: int
     """Trials that must have reached a step before one of them goes on beyond it."""
+    criterion: Literal["loss", "metric"]
+    """As for `halving`."""
 
     def __post_init__(self) -> None:
         require_fraction("pruner.min_fraction", self.min_fraction)

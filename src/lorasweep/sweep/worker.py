@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -28,6 +28,9 @@ from lorasweep.training import (
     train_pack,
     train_run,
 )
+
+LOSS = "loss"
+"""The metric that every task has beside its own."""
 
 
 class Worker:
@@ -133,9 +136,13 @@ class Worker:
         with self.benches.telemetry.phase("storage"):
             self.controller.tell(assignment, record)
 
-    def _report(self, evaluations: Sequence[tuple[Assignment, int, float]]) -> list[bool]:
+    def _report(self, evaluations: Sequence[tuple[Assignment, int, Mapping[str, float]]]) -> list[bool]:
+        metric = self.sweep.record.metric
         with self.benches.telemetry.phase("storage"):
-            return self.controller.report(evaluations)
+            return self.controller.report(
+                [(assignment, step, values[metric]) for assignment, step, values in evaluations],
+                losses={assignment: values[LOSS] for assignment, _, values in evaluations if LOSS in values},
+            )
 
     def _train_alone(self, assignment: Assignment) -> bool:
         """Trains one trial and tells the controller; returns False if it was interrupted."""
@@ -143,7 +150,7 @@ class Worker:
             record = self._train(assignment)(
                 assignment.config,
                 assignment.place,
-                on_evaluation=lambda step, value: self._report([(assignment, step, value)])[0],
+                on_evaluation=lambda step, values: self._report([(assignment, step, values)])[0],
                 stop_requested=self.stop_requested,
                 resume=True,
             )
@@ -271,7 +278,7 @@ class _Pack:
 
     def report(self, evaluated: Sequence[Evaluated]) -> list[bool]:
         """Reports the evaluations of all slots at once and returns which runs go on."""
-        return self._worker._report([(self._assignments[e.job], e.step, e.value) for e in evaluated])
+        return self._worker._report([(self._assignments[e.job], e.step, e.values) for e in evaluated])
 
     def _end(self, assignment: Assignment, record: RunRecord) -> None:
         self.running.remove(assignment)

@@ -28,11 +28,12 @@ from lorasweep.training.ranks import Ranks
 from lorasweep.training.run_log import RunLog, Values, describe_pause, describe_stale, is_stale
 from lorasweep.training.telemetry import Telemetry
 
-GoesOn = Callable[[int, float], bool]
-"""`on_evaluation(step, value)`: takes an evaluation and returns whether the run goes on (False: it is paused)."""
+GoesOn = Callable[[int, Values], bool]
+"""`on_evaluation(step, values)`: takes every metric of an evaluation and returns whether the run goes on (False: it is
+paused)."""
 
 
-def go_on(step: int, value: float) -> bool:
+def go_on(step: int, values: Values) -> bool:
     """The `on_evaluation` of a run that nothing pauses."""
     return True
 
@@ -141,8 +142,8 @@ class Settling(lightning.Callback):
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Of several ranks the first reports, and all do what it was told."""
         record, step = self.run_log.record, trainer.global_step
-        value = validation_values(trainer)[record.metric]
-        pauses = self.ranks.any(self.ranks.is_first and not self.on_evaluation(step, value))
+        values = validation_values(trainer)
+        pauses = self.ranks.any(self.ranks.is_first and not self.on_evaluation(step, values))
         if step >= record.steps_planned:
             return
         if is_stale(record, self.config):

@@ -330,7 +330,7 @@ class PackModule(lightning.LightningModule):
         if not living:
             return {}
         runs = [self.runs[slot] for slot in living]
-        evaluated = [Evaluated(job=run.job, step=run.step, value=run.record.last[run.record.metric]) for run in runs]
+        evaluated = [Evaluated(job=run.job, step=run.step, values=run.record.last) for run in runs]
         return dict(zip(living, self.on_evaluation(evaluated), strict=True))
 
     def _ends(self, slot: int, run: SlotRun, *, goes_on: bool) -> bool:

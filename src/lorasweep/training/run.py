@@ -91,7 +91,7 @@ def train_run(
         config: The run's settings. Its model, data and precision are those of `bench`.
         place: Where it writes.
         bench: Base model and data.
-        on_evaluation: Takes the step and the value of every evaluation, and returns whether the run goes on. What it
+        on_evaluation: Takes the step and the metrics of every evaluation, and returns whether the run goes on. What it
             returns at the last step, or where early stopping ends the run, has no effect.
         stop_requested: Asked after every step whether to stop with a checkpoint (status `interrupted`).
         resume: Resumes from the folder's newest checkpoint of a run alone, where there is one.

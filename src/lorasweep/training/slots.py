@@ -43,8 +43,8 @@ class Evaluated:
     job: Job
     step: int
     """Optimizer steps done."""
-    value: float
-    """The run's metric on the validation part."""
+    values: Values
+    """Every metric on the validation split, by name."""
 
 
 OnEvaluation = Callable[[Sequence[Evaluated]], Sequence[bool]]

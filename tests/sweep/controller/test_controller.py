@@ -257,3 +257,18 @@ def test_studies_carry_what_the_sweep_was_made_from(begin, content):
     sweep = begin(content)
     assert sweep.open_study("lora").user_attrs[FINGERPRINT] == sweep.definition.fingerprint
     sweep.close()
+
+
+@pytest.mark.parametrize(("criterion", "expected"), [("loss", [True, False, False]), ("metric", [False, False, True])])
+def test_rungs_compare_by_loss_or_by_the_metric_as_asked(begin, open_controller, resume, content, criterion, expected):
+    content["settings"] |= {"sampler": "qmc", "pruner.criterion": criterion}
+    controller = open_controller(begin(content))
+    pack = [controller.take() for _ in range(3)]
+    losses = {assignment: 1.0 + assignment.number for assignment in pack}
+    evaluations = [(assignment, EVERY, 9.0 - assignment.number) for assignment in pack]
+    assert controller.report(evaluations, losses=losses) == expected
+    close(controller)
+    again = resume(controller.sweep.path)  # what was compared is in the journal
+    taken = [again.take() for _ in range(3)]
+    assert again.report([(a, EVERY, 9.0 - a.number) for a in taken]) == expected
+    close(again)

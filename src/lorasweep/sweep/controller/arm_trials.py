@@ -17,6 +17,7 @@ from optuna.trial import TrialState as OptunaState
 from lorasweep.record import TrialState
 from lorasweep.sweep.controller.rows import (
     INFEASIBLE_ATTRIBUTE,
+    LOSSES_ATTRIBUTE,
     PAUSED_ATTRIBUTE,
     REASON_ATTRIBUTE,
     TURN_ATTRIBUTE,
@@ -42,6 +43,8 @@ class Entry:
     """Those of `passed` at which it was paused before."""
     values: dict[int, float] = field(default_factory=dict)
     """Value of each evaluation by step, as the metric has it."""
+    losses: dict[int, float] = field(default_factory=dict)
+    """Validation loss at each rung, where rungs compare by it."""
     state: TrialState = "running"
     is_held: bool = False
     """Whether the worker trains it now."""
@@ -63,6 +66,7 @@ class ArmTrials:
         space: Mapping[str, BaseDistribution],
         planned: int,
         rule: StoppingRule | None = None,
+        by_loss: bool = False,
         prunes_by_study: bool = False,
         first_part: int | None = None,
     ) -> None:
@@ -75,6 +79,7 @@ class ArmTrials:
             space: What each trial's parameters are drawn from.
             planned: How many trials the arm gets, those that have ended included.
             rule: Which trials may go on beyond a rung. None lets every trial run to its end.
+            by_loss: Whether rungs compare by the validation loss instead of the metric.
             prunes_by_study: Whether the study's own pruner decides instead, at every evaluation.
             first_part: How many trials may begin before one of the arm is complete. None sets no limit.
         """
@@ -87,6 +92,7 @@ class ArmTrials:
         self._storage = storage
         self._study_id = storage.get_study_id_from_name(study.study_name)
         self._rule: StoppingRule = rule or NoStopping()
+        self._by_loss = by_loss
         self._prunes_by_study = prunes_by_study
         self._sign = 1 if study.direction == optuna.study.StudyDirection.MINIMIZE else -1
         self._first_part = planned if first_part is None else first_part
@@ -169,8 +175,13 @@ class ArmTrials:
         """
         entry.state, entry.is_held = "running", True
 
-    def store(self, entry: Entry, step: int, value: float) -> None:
-        """Writes the value of an evaluation. One that is there is written again: the same run gives the same value."""
+    def store(self, entry: Entry, step: int, value: float, *, loss: float | None = None) -> None:
+        """Writes the value of an evaluation, and at a rung the loss. The same run gives the same value again."""
+        if self._by_loss and loss is not None and step in self._rule.rungs and entry.state in LIVE:
+            losses = {**entry.losses, step: loss}
+            if losses != entry.losses:
+                self.note(entry, {LOSSES_ATTRIBUTE: {str(rung): value for rung, value in losses.items()}})
+                entry.losses = losses
         if entry.values.get(step) != value and entry.state in LIVE:
             self._storage.set_trial_intermediate_value(self._trial_id(entry), step, value)
             entry.values[step] = value
@@ -246,6 +257,7 @@ class ArmTrials:
             passed=set(turn["passed"]),
             promoted=set(turn["promoted"]),
             values=dict(trial.intermediate_values),
+            losses={int(step): loss for step, loss in trial.user_attrs.get(LOSSES_ATTRIBUTE, {}).items()},
             state=row_state(trial),
         )
         # A trial whose process was killed after the report and before the pause is running: it reports once more.
@@ -257,9 +269,9 @@ class ArmTrials:
         return self._rule.better_part(rung, self._ranked(rung), all_arrived=self._all_arrived(rung))
 
     def _ranked(self, rung: int) -> dict[int, float]:
-        """The value at a rung of each trial that has reached it and has not failed, lower is better."""
+        """What each trial that has reached a rung and has not failed is compared by there, lower is better."""
         return {
-            entry.number: self._sign * entry.values[rung]
+            entry.number: entry.losses.get(rung, self._sign * entry.values[rung])
             for entry in self.entries.values()
             if rung in entry.values and entry.state not in ("failed", "infeasible")
         }

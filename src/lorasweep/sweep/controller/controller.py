@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, Protocol
 
 from lorasweep.config.run import RunConfig
@@ -135,7 +136,12 @@ class Controller:
         entry = self._entry(assignment)
         return max(entry.values, default=None) == step and step not in entry.passed
 
-    def report(self, evaluations: Sequence[tuple[Assignment, int, float]]) -> list[bool]:
+    def report(
+        self,
+        evaluations: Sequence[tuple[Assignment, int, float]],
+        *,
+        losses: Mapping[Assignment, float] = MappingProxyType({}),
+    ) -> list[bool]:
         """Takes the evaluations of one moment and returns for each trial whether it goes on.
 
         All values are stored before anything is decided, and the trials are looked at in the order of rungs and
@@ -143,11 +149,13 @@ class Controller:
 
         Args:
             evaluations: Trial, optimizer step and value of the metric.
+            losses: The validation loss of each trial, by which rungs compare under `pruner.criterion=loss`.
         """
+        loss_of = {(a.arm.name, a.number): loss for a, loss in losses.items()}
         reported = [(self._trials(a), self._entry(a), step, value) for a, step, value in evaluations]
         in_order = sorted(reported, key=lambda found: (found[0].arm.name, found[2], found[1].number))
         for trials, entry, step, value in in_order:
-            trials.store(entry, step, value)
+            trials.store(entry, step, value, loss=loss_of.get((trials.arm.name, entry.number)))
             self.observer.evaluated(trials.arm, entry.number, step, value)
         decisions = {(trials.arm.name, entry.number): trials.decide(entry, step) for trials, entry, step, _ in in_order}
         return [decisions[trials.arm.name, entry.number] for trials, entry, _, _ in reported]

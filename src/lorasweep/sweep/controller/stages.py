@@ -115,6 +115,7 @@ class Search:
             space=arm.space,
             planned=arm.trials,
             rule=build_rule(arm),
+            by_loss=getattr(config, "criterion", "metric") == "loss",
             prunes_by_study=own,
             first_part=_first_part(arm),
         )
