@@ -98,6 +98,35 @@ def test_heat_map_shows_the_best_of_each_cell_and_leaves_untried_ones_empty(swee
             assert shown == (min(cell) if cell else None)
 
 
+def test_heat_map_shows_cells_in_which_every_trial_was_stopped_early_without_colour(sweep: Path) -> None:
+    data = load_sweep_data(sweep)
+    panel = draw_rank_alpha(data)
+    stopped = panel.figures[0].data[1]
+    complete = {_at(t.params) for t in data.arms[1].trials if t.is_complete}
+    only_stopped = {_at(t.params) for t in data.arms[1].trials if t.is_stopped_early} - complete
+    shown = {
+        (rank, alpha)
+        for alpha, row in zip(stopped.y, stopped.z, strict=True)
+        for rank, z in zip(stopped.x, row, strict=True)
+        if z is not None
+    }
+    assert shown == only_stopped
+    assert shown
+    assert {row[3] for row in panel.rows} == {True, False}
+
+
+def test_the_map_is_over_the_multiplier_where_that_was_swept(sweep: Path) -> None:
+    def divide(raw: dict[str, Any]) -> None:
+        for arm in raw["arms"]:
+            if "method.alpha" in arm["space"]:
+                arm["space"]["method.alpha_over_rank"] = arm["space"].pop("method.alpha")
+
+    edit_json(sweep / "sweep.json", divide)
+    panel = draw_rank_alpha(load_sweep_data(sweep))
+    assert panel.columns[1] == "method.alpha_over_rank"
+    assert panel.figures[0].layout.yaxis.title.text == "α/r"
+
+
 def _at(params: dict[str, Any]) -> tuple[str, str]:
     return str(params["method.rank"]), str(params["method.alpha"])
 
