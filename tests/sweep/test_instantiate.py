@@ -38,7 +38,10 @@ def test_a_pruner_is_made_with_its_arguments():
         ({"pruner._target_": ""}, "`pruner._target_` must be the import path of a class, but got ''"),
         ({"pruner._target_": "optuna.create_study"}, "`pruner._target_` must be the import path of a class, but got"),
         ({"pruner._target_": "pathlib.Path"}, "must be a subclass of `optuna.pruners.BasePruner`, but 'pathlib.Path'"),
-        ({"pruner._target_": "optuna.pruners.PercentilePruner"}, "`pruner` must have arguments that 'optuna.pruners.Pe"),
+        (
+            {"pruner._target_": "optuna.pruners.PercentilePruner"},
+            "`pruner` must have arguments that 'optuna.pruners.Pe",
+        ),
         ({"pruner._target_": "optuna.pruners.PercentilePruner", "pruner.percentile": 200.0}, "`pruner` must have argu"),
         ({"pruner._target_": "tests.sweep.test_instantiate.Refusing"}, "no pruner today"),
     ],
