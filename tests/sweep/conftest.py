@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,7 +17,7 @@ from optuna.storages import BaseStorage
 
 import lorasweep.sweep.worker as worker_file
 from lorasweep.config.run import RunConfig
-from lorasweep.errors import Diverged
+from lorasweep.errors import Diverged, WorkerError
 from lorasweep.record import RunRecord, TrialRow, read_run, write_record
 from lorasweep.sweep import SweepFolder, Worker, create_sweep, read_definition, reopen_sweep
 from lorasweep.training import Evaluated, Job, PackState, RunPlace, SlotState, Telemetry, write_pack_state
@@ -122,6 +123,8 @@ class MadeUpRuns:
     scored: list[str] = field(default_factory=list)
     """Names of the folders that were scored on test data, in order."""
     base_is_in_use: bool = False
+    raised: list[Exception] = field(default_factory=list)
+    """Errors that a test asked for."""
 
     def score_run(self, folder: Path, *, bench: Any) -> RunRecord:
         assert not self.base_is_in_use
@@ -162,7 +165,11 @@ class MadeUpRuns:
         """Trains a run up to its next evaluation, and returns the score there."""
         self.configs[folder] = config
         self.steps_trained += config.trainer.eval_every_steps
-        value = self.score(config, step)
+        try:
+            value = self.score(config, step)
+        except Exception as error:
+            self.raised.append(error)
+            raise
         self.values.setdefault(folder, {})[step] = value
         return value
 
@@ -202,24 +209,37 @@ class MadeUpPacks:
         jobs: Sequence[Job],
         *,
         bench: Any,
+        slots: int,
         supply: Callable[[], Job | None],
         on_evaluation: Callable[[Sequence[Evaluated]], Sequence[bool]],
         state_file: Path,
         stop_requested: Callable[[], bool],
     ) -> bool:
+        assert len(jobs) <= slots
         self.sizes.append(len(jobs))
         self.runs.base_is_in_use = True
         try:
             if self.errors:
-                raise self.errors.pop(0)
-            return self._train(list(jobs), supply, on_evaluation, state_file, stop_requested)
-        except Exception:
+                self.runs.raised.append(self.errors.pop(0))
+                raise self.runs.raised[-1]
+            return self._train(list(jobs), slots, supply, on_evaluation, state_file, stop_requested)
+        except Exception as error:
+            if error not in self.runs.raised and not isinstance(error, WorkerError):
+                pytest.fail(f"a pack broke by an error that no test asked for: {traceback.format_exc()}")
             state_file.unlink(missing_ok=True)
             raise
         finally:
             self.runs.base_is_in_use = False
 
-    def _train(self, jobs: list[Job], supply: Any, on_evaluation: Any, state_file: Path, stop_requested: Any) -> bool:
+    def _train(
+        self,
+        jobs: list[Job],
+        most: int,
+        supply: Callable[[], Job | None],
+        on_evaluation: Callable[[Sequence[Evaluated]], Sequence[bool]],
+        state_file: Path,
+        stop_requested: Callable[[], bool],
+    ) -> bool:
         trainer = jobs[0].config.trainer
         steps = {job: self._first_step(job) for job in jobs}
         self._commit(jobs, steps, state_file)
@@ -236,8 +256,9 @@ class MadeUpPacks:
                 job if job in goes_on and not self._ends(job, steps[job], goes_on=goes_on[job]) else None
                 for job in jobs
             ]
+            is_refilled = 2 * len(jobs) > most
             for slot, job in enumerate(slots):
-                if job is None and (refill := supply()) is not None:
+                if job is None and is_refilled and (refill := supply()) is not None:
                     slots[slot] = refill
                     steps[refill] = self._first_step(refill)
             jobs = [job for job in slots if job is not None]  # a slot that stays empty is dropped
@@ -280,7 +301,7 @@ class MadeUpPacks:
         for job in jobs:
             self.checkpoints.setdefault(job.place.folder, set()).add(steps[job])
         slots = tuple(SlotState(folder_name=job.place.folder.name, step=steps[job]) for job in jobs)
-        write_pack_state(state_file, PackState(slots=slots, shared_stream="", micro_batches=1))
+        write_pack_state(state_file, PackState(slots=slots, shared_stream=""))
 
 
 @pytest.fixture

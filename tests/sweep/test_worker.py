@@ -54,7 +54,7 @@ def test_the_observer_hears_everything_in_order(begin, work, runs, content, sile
     assert silent.heard == [(what, "full", 0) for what in ("started", *steps, "complete")]
 
 
-HALVING = {"pruner": "halving", "pruner.rungs": [0.25, 0.5], "pruner.reduction_factor": 2}
+HALVING = {"pruner": "halving", "pruner.rungs": [0.25, 0.5], "pruner.reduction_factor": 2, "pruner.min_survivors": 1}
 
 
 @pytest.mark.parametrize(

@@ -12,10 +12,16 @@ from .conftest import Killed, kill_at
 
 @pytest.fixture
 def killed(content):
-    """Two arms that are halved, with a confirm stage."""
+    """Two arms that are halved, with a confirm stage of more seeds than a pack has slots."""
     del content["arms"]["frozen"]
-    content["settings"] |= {"pruner": "halving", "pruner.rungs": [0.25, 0.5], "pruner.reduction_factor": 2}
-    content["settings"]["confirm.seeds"] = 2
+    content["arms"]["full"]["trials"] = 2
+    content["settings"] |= {
+        "pruner": "halving",
+        "pruner.rungs": [0.25, 0.5],
+        "pruner.reduction_factor": 2,
+        "pruner.min_survivors": 1,
+    }
+    content["settings"]["confirm.seeds"] = 5
     return content
 
 
@@ -74,7 +80,7 @@ def test_a_worker_killed_in_the_middle_of_runs_again_and_again(
             folder = reopen_sweep(folder.path)
     assert sessions > 2
     assert table_of(folder.path) == expected
-    assert len(runs.scored) == len(set(runs.scored)) == 4
+    assert len(runs.scored) == len(set(runs.scored)) == 10
 
 
 @pytest.mark.parametrize("pack_size", [1, 3])
@@ -91,7 +97,7 @@ def test_a_worker_killed_at_any_write_to_the_journal(
     except Killed:
         assert work(reopen_sweep(folder.path))
     assert table_of(folder.path) == expected
-    assert len(runs.scored) == len(set(runs.scored)) == 4
+    assert len(runs.scored) == len(set(runs.scored)) == 10
 
 
 @pytest.mark.parametrize("pack_size", [1, 3])
@@ -115,4 +121,4 @@ def test_a_worker_killed_at_any_write_of_a_runs_record(
         work(folder)
     assert work(reopen_sweep(folder.path))
     assert table_of(folder.path) == expected
-    assert len(runs.scored) == len(set(runs.scored)) == 4
+    assert len(runs.scored) == len(set(runs.scored)) == 10

@@ -51,7 +51,12 @@ def test_a_pack_begins_with_no_more_slots_than_an_adaptive_sampler_may_propose(b
 
 
 def test_trials_of_a_pack_are_compared_all_at_once(begin, work, packed, runs, packs):
-    packed["settings"] |= {"pruner": "halving", "pruner.rungs": [0.25], "pruner.reduction_factor": 2}
+    packed["settings"] |= {
+        "pruner": "halving",
+        "pruner.rungs": [0.25],
+        "pruner.reduction_factor": 2,
+        "pruner.min_survivors": 1,
+    }
     packed["settings"]["worker.pack_size"] = 6
     seen = {}
     runs.score = lambda config, step: -seen.setdefault(config.optim.lr, len(seen))  # later slots are better
@@ -81,7 +86,12 @@ def test_a_pack_that_breaks_runs_its_trials_alone(begin, work, packed, runs, pac
 @pytest.mark.parametrize("rungs", [[0.25], [0.25, 0.5]])
 def test_a_promoted_trial_of_a_pack_that_breaks_still_ends(begin, work, lora_only, runs, packs, rungs):
     """Alone it begins anew, so it comes to its rung a second time."""
-    lora_only["settings"] |= {"pruner": "halving", "pruner.rungs": rungs, "pruner.reduction_factor": 2}
+    lora_only["settings"] |= {
+        "pruner": "halving",
+        "pruner.rungs": rungs,
+        "pruner.reduction_factor": 2,
+        "pruner.min_survivors": 1,
+    }
     lora_only["settings"]["worker.pack_size"] = 2
     seen, broken = {}, []
 

@@ -111,14 +111,21 @@ class Worker:
             if (config := confirm.winner_config(arm)) is not None:
                 self.benches.of(config).parts.test()
 
-    def _take(self, arms: Sequence[Arm] | None = None) -> Assignment | None:
-        """The next trial to train. One whose process was killed after its run ended is told instead."""
+    def _take(
+        self, arms: Sequence[Arm] | None = None, *, tell: Callable[[Assignment, RunRecord], None] | None = None
+    ) -> Assignment | None:
+        """The next trial to train. One whose process was killed after its run ended is told instead.
+
+        Args:
+            arms: Only trials of these arms; None stands for all.
+            tell: Takes a run that had ended; None is `_tell`.
+        """
         with self.benches.telemetry.phase("storage"):
             while (assignment := self.controller.take(arms)) is not None:
                 record = find_ended_run(self.controller, assignment)
                 if record is None:
                     return assignment
-                self._tell(assignment, record)
+                (tell or self._tell)(assignment, record)
         return None
 
     def _tell(self, assignment: Assignment, record: RunRecord) -> None:
@@ -260,7 +267,7 @@ class _Pack:
 
     def supply(self) -> Job | None:
         """Returns the next trial that can share the pack."""
-        assignment = self._worker._take(self._arms)
+        assignment = self._worker._take(self._arms, tell=self._tell)
         return None if assignment is None else self.job(assignment)
 
     def job(self, assignment: Assignment, *, start_step: int | None = None) -> Job:
@@ -282,6 +289,9 @@ class _Pack:
 
     def _end(self, assignment: Assignment, record: RunRecord) -> None:
         self.running.remove(assignment)
+        self._tell(assignment, record)
+
+    def _tell(self, assignment: Assignment, record: RunRecord) -> None:
         if self._worker.controller.stage.reads_test:
             self.unscored.append((assignment, record))
         else:

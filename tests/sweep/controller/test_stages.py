@@ -168,7 +168,12 @@ def test_a_search_run_that_ended_but_was_not_told_is_not_trained_again(begin, wo
 def test_paused_trials_are_pruned_before_the_confirm_stage_and_none_of_them_is_a_winner(
     begin, work, runs, confirming, silent
 ):
-    confirming["settings"] |= {"pruner": "halving", "pruner.rungs": [0.25], "pruner.reduction_factor": 2}
+    confirming["settings"] |= {
+        "pruner": "halving",
+        "pruner.rungs": [0.25],
+        "pruner.reduction_factor": 2,
+        "pruner.min_survivors": 1,
+    }
     folder = begin(confirming, "arms.lora.trials=8")
     assert work(folder, observer=silent)
     pruned = [row for row in read_sweep(folder.path).trials if row.state == "pruned"]

@@ -1,4 +1,4 @@
-"""A process that is killed while it writes the journal neither blocks nor damages it."""
+"""A sweep's studies are in a journal that no killed process blocks or damages, or in a database that answers."""
 
 from __future__ import annotations
 
@@ -6,102 +6,182 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
-import lorasweep.sweep.journal as journal_file
+import optuna
 import pytest
-from lorasweep.sweep.journal import JournalLock
 
 import lorasweep
-from lorasweep.errors import WorkerError
+from lorasweep.config.sweep import StorageConfig
+from lorasweep.errors import ConfigError, RecordError
+from lorasweep.record import read_sweep
 from lorasweep.sweep import reopen_sweep
+from lorasweep.sweep.controller.storage import JOURNAL_FILE, open_storage, open_study, study_attributes
 
+JOURNAL = StorageConfig(url=None)
 SOURCE = str(Path(lorasweep.__file__).parent.parent)
 
 
+def add_trials(folder, number):
+    study = open_study(open_storage(JOURNAL, folder), "lora", direction="minimize")
+    for _ in range(number):
+        study.add_trial(optuna.create_trial(value=1.0))
+
+
+def count_trials(folder):
+    return len(open_study(open_storage(JOURNAL, folder), "lora", direction="minimize").get_trials())
+
+
+def test_what_is_written_is_there_when_the_journal_is_opened_again(tmp_path):
+    add_trials(tmp_path, 2)
+    assert count_trials(tmp_path) == 2
+    assert [path.name for path in tmp_path.iterdir()] == [JOURNAL_FILE]  # no lock is left beside it
+
+
+@pytest.mark.parametrize("torn", ['{"op_code":5,"worker_id":"x","tri', "{", '{"op_code": 4, "\udcff'])
+def test_a_line_that_was_left_unfinished_is_cut_off_before_the_next_is_written(tmp_path, torn):
+    add_trials(tmp_path, 1)
+    journal = tmp_path / JOURNAL_FILE
+    whole = journal.read_bytes()
+    journal.write_bytes(whole + torn.encode(errors="surrogateescape"))
+    open_storage(JOURNAL, tmp_path)
+    assert journal.read_bytes() == whole
+    add_trials(tmp_path, 1)
+    assert count_trials(tmp_path) == 2
+
+
+def test_a_journal_that_is_but_an_unfinished_line_is_empty(tmp_path):
+    (tmp_path / JOURNAL_FILE).write_text('{"op_code"')
+    assert count_trials(tmp_path) == 0
+
+
+def test_a_lock_of_optunas_that_a_killed_process_left_blocks_nobody(tmp_path):
+    add_trials(tmp_path, 1)
+    (tmp_path / f"{JOURNAL_FILE}.lock").write_text("")
+    assert count_trials(tmp_path) == 1
+
+
 @pytest.mark.slow
-def test_a_lock_of_a_killed_process_is_free(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "journal.log").touch()
+def test_a_process_killed_while_it_writes_loses_nothing_that_it_had_written(tmp_path):
     code = (
-        "import os, signal; from lorasweep.sweep.journal import JournalLock; "
-        "JournalLock('journal.log').acquire(); os.kill(os.getpid(), signal.SIGKILL)"
+        "import os, signal\nfrom pathlib import Path\nimport optuna\n"
+        "from lorasweep.config.sweep import StorageConfig\n"
+        "from lorasweep.sweep.controller.storage import open_storage, open_study\n"
+        f"storage = open_storage(StorageConfig(url=None), Path({str(tmp_path)!r}))\n"
+        "study = open_study(storage, 'lora', direction='minimize')\n"
+        "study.add_trial(optuna.create_trial(value=1.0))\n"
+        f"open({str(tmp_path / JOURNAL_FILE)!r}, 'a').write('{{')\n"
+        "os.kill(os.getpid(), signal.SIGKILL)"
     )
-    killed = subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": SOURCE}, timeout=120)
+    killed = subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": SOURCE}, timeout=240)
     assert killed.returncode == -signal.SIGKILL
-    lock = JournalLock("journal.log")
-    assert lock.acquire()
-    lock.release()
-    assert os.listdir(tmp_path) == ["journal.log"]
+    assert count_trials(tmp_path) == 1
 
 
-def test_a_lock_that_another_has_is_waited_for(tmp_path):
-    path = str(tmp_path / "journal.log")
-    (tmp_path / "journal.log").touch()
-    first, second = JournalLock(path), JournalLock(path)
-    first.acquire()
-    got = threading.Event()
-    waiting = threading.Thread(target=lambda: (second.acquire(), got.set()), daemon=True)
-    waiting.start()
-    assert not got.wait(0.3)
-    first.release()
-    assert got.wait(60)
-    second.release()
+def test_a_study_that_is_there_is_opened_with_its_direction(tmp_path):
+    storage = open_storage(JOURNAL, tmp_path)
+    made = open_study(storage, "one/lora", direction="maximize")
+    made.set_user_attr("key", 3)
+    again = open_study(open_storage(JOURNAL, tmp_path), "one/lora", direction="maximize")
+    assert again.direction == optuna.study.StudyDirection.MAXIMIZE
+    open_study(storage, "two/lora", direction="maximize")
+    assert study_attributes(storage, prefix="one/") == {"lora": {"key": 3}}
+    assert set(study_attributes(storage, prefix="")) == {"one/lora", "two/lora"}
 
 
-def test_a_lock_that_is_never_let_go_of_is_waited_for_so_long_and_no_longer(tmp_path, monkeypatch):
-    path = tmp_path / "journal.log"
-    path.touch()
-    monkeypatch.setattr(journal_file, "LONGEST_WAIT_S", 0.2)
-    first = JournalLock(str(path))
-    first.acquire()
-    with pytest.raises(
-        WorkerError, match=r"journal.log' must be free within 0 s, but another process keeps it locked."
-    ):
-        JournalLock(str(path)).acquire()
-    first.release()
-    JournalLock(str(path)).acquire()
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("", "`storage.url` must be a database that answers"),
+        ("words", "but 'words' is not"),
+        ("nosuchdb://host/name", "but 'nosuchdb://host/name' is not"),
+        ("sqlite:////no/such/folder/studies.db", "unable to open database file"),
+        ("postgresql+psycopg://127.0.0.1:1/studies?connect_timeout=2", "'postgresql+psycopg://127.0.0.1:1/studies"),
+        ("oracle://127.0.0.1/studies", "but 'oracle://127.0.0.1/studies' is not"),
+        ("postgresql://127.0.0.1:no/studies", "but 'postgresql://127.0.0.1:no/studies' is not"),
+    ],
+)
+def test_a_database_that_does_not_answer_is_one_sentence_with_what_to_do(tmp_path, url, said):
+    with pytest.raises(ConfigError) as refused:
+        open_storage(StorageConfig(url=url), tmp_path)
+    assert said in str(refused.value)
+    assert "or leave the key out for a journal in the folder." in str(refused.value)
+    assert "\n" not in str(refused.value)
 
 
-def test_a_journal_that_is_gone_is_not_made_anew(tmp_path):
-    with pytest.raises(FileNotFoundError):
-        JournalLock(str(tmp_path / "journal.log")).acquire()
-    assert list(tmp_path.iterdir()) == []
+@pytest.fixture
+def in_database(three_arms, tmp_path):
+    """A sweep whose studies are in a database."""
+    three_arms["settings"]["storage.url"] = f"sqlite:///{tmp_path / 'studies.db'}"
+    return three_arms
 
 
-def test_a_line_that_was_left_unfinished_is_cut_off_before_the_next_is_written(tmp_path):
-    path = tmp_path / "journal.log"
-    path.write_text('{"a":1}\n{"b":2}\n{"c"')
-    lock = JournalLock(str(path))
-    lock.acquire()
-    lock.release()
-    assert path.read_text() == '{"a":1}\n{"b":2}\n'
-    path.write_text('{"a"')
-    lock.acquire()
-    lock.release()
-    assert path.read_text() == ""
+def rows_of(path):
+    return [(row.arm, row.number, row.params, row.state, row.value) for row in read_sweep(path).trials]
 
 
-def test_a_sweep_whose_journal_was_left_unfinished_goes_on(begin, work, runs, content):
-    folder = begin(content)
-    assert not work(folder, stop_at=6)
-    with (folder.path / "journal.log").open("a") as file:
-        file.write('{"op_code":5,"worker_id":"x","tri')
+def test_a_sweep_in_a_database_is_the_sweep_of_a_journal(begin, work, take_up, runs, in_database):
+    stored = begin(in_database, folder="stored")
+    assert not work(stored, stop_at=9)
+    take_up(stored.path, stop_at=9)
+    assert not (stored.path / JOURNAL_FILE).exists()
+    whole = begin(in_database | {"settings": in_database["settings"] | {"storage.url": None}}, folder="whole")
+    assert work(whole)
+    assert rows_of(stored.path) == rows_of(whole.path)
+
+
+def test_two_sweeps_of_one_name_share_a_database(begin, work, runs, in_database):
+    first, second = begin(in_database, folder="a"), begin(in_database, folder="b")
+    assert first.record.study_prefix != second.record.study_prefix
+    assert work(first)
+    assert work(second)
+    assert rows_of(first.path) == rows_of(second.path)
+    assert len(rows_of(first.path)) == 10
+
+
+def test_a_sweep_whose_database_lost_its_studies_is_refused(begin, work, runs, in_database, tmp_path):
+    folder = begin(in_database)
+    assert not work(folder, stop_at=9)
+    (tmp_path / "studies.db").unlink()
+    with pytest.raises(ConfigError, match=r"`storage.url` must be the database of the sweep in .*, but it has no study"):
+        reopen_sweep(folder.path)
+
+
+def test_a_sweep_whose_database_is_away_is_refused_and_goes_on_once_it_is_back(
+    begin, work, runs, in_database, tmp_path
+):
+    folder = begin(in_database)
+    assert not work(folder, stop_at=9)
+    (tmp_path / "studies.db").rename(tmp_path / "away")
+    (tmp_path / "studies.db").mkdir()
+    with pytest.raises(ConfigError, match=r"`storage.url` must be a database that answers"):
+        reopen_sweep(folder.path)
+    (tmp_path / "studies.db").rmdir()
+    (tmp_path / "away").rename(tmp_path / "studies.db")
     assert work(reopen_sweep(folder.path))
-    assert len(reopen_and_count(folder.path)) == 10
 
 
-def reopen_and_count(path):
-    opened = reopen_sweep(path)
-    opened.close()
-    return opened.record.trials
+def test_a_sweep_that_can_not_be_begun_leaves_no_record(begin, in_database, tmp_path):
+    in_database["settings"]["storage.url"] = "sqlite:////no/such/folder/studies.db"
+    with pytest.raises(ConfigError, match=r"`storage.url` must be"):
+        begin(in_database)
+    assert not (tmp_path / "sweep" / "sweep.json").exists()
+    begin(in_database | {"settings": in_database["settings"] | {"storage.url": None}}).close()  # it is not locked
 
 
-def test_a_sweep_in_a_relative_folder_is_not_blocked_by_a_stale_lock(begin, work, runs, content, tmp_path, monkeypatch):
-    """The file that Optuna's own lock leaves when a process is killed, as sweeps of earlier versions may have it."""
-    folder = begin(content)
+@pytest.mark.parametrize("content", [b"{nonsense\n", b"\x00\xff\n", b"[]\n", b'{"op_code": 99}\n', b"3\n"])
+def test_a_damaged_journal_is_refused(begin, work, runs, three_arms, content):
+    folder = begin(three_arms)
     assert not work(folder, stop_at=6)
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "sweep" / "journal.log.lock").symlink_to("sweep/journal.log")
-    assert work(reopen_sweep(Path("sweep")))
+    journal = folder.path / JOURNAL_FILE
+    journal.write_bytes(content + journal.read_bytes())
+    with pytest.raises(RecordError, match=r"journal.log' must be Optuna's journal, but is damaged."):
+        reopen_sweep(folder.path)
+
+
+def test_a_journal_of_nothing_is_refused(begin, work, runs, three_arms):
+    folder = begin(three_arms)
+    assert not work(folder, stop_at=6)
+    (folder.path / JOURNAL_FILE).write_text("")
+    with pytest.raises(RecordError, match=r"must be Optuna's journal of this sweep, but has none of its studies."):
+        reopen_sweep(folder.path)
