@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import yaml
@@ -77,12 +78,12 @@ def run_trials(controller: Controller) -> tuple[list[float], list[float], list[f
         for step in STEPS:
             record.best = {"bits_per_byte": 1.0 + number / 1000 + 1 / step, "step": step}
             value = record.best["bits_per_byte"]
-            goes_on, took = timed(lambda s=step, v=value: controller.report([(assignment, s, v)]))
+            goes_on, took = timed(partial(controller.report, [(assignment, step, value)]))
             reports.append(took)
             if not goes_on[0]:
                 record.status = "paused"
                 break
-        tells.append(timed(lambda: controller.tell(assignment, record))[1])
+        tells.append(timed(partial(controller.tell, assignment, record))[1])
     return takes, reports, tells
 
 

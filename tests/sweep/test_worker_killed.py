@@ -1,4 +1,4 @@
-"""A worker that is killed at any write or in the middle of any run ends with the sweep that was not, alone and in packs."""
+"""A worker that is killed at any write or in the middle of a run ends with the sweep that was not, alone and in packs."""
 
 from __future__ import annotations
 

@@ -143,7 +143,9 @@ def test_a_sweep_whose_database_lost_its_studies_is_refused(begin, work, runs, i
     folder = begin(in_database)
     assert not work(folder, stop_at=9)
     (tmp_path / "studies.db").unlink()
-    with pytest.raises(ConfigError, match=r"`storage.url` must be the database of the sweep in .*, but it has no study"):
+    with pytest.raises(
+        ConfigError, match=r"`storage.url` must be the database of the sweep in .*, but it has no study"
+    ):
         reopen_sweep(folder.path)
 
 
