@@ -1,0 +1,518 @@
+"""Records complete learning curves of many trials, which `bench_stopping.py` replays stopping rules on.
+
+    python benchmarks/curves/record.py --task stdlib_docs_lora --seed 0 --out FILE.csv [--cooldown | --grid] [key=value]
+
+Trains every trial of a task to its end without any stopping rule and writes one CSV row per trial and evaluation:
+`value` (the task's metric), `val_loss`, and as `ema_value` and `ema_loss` the same of an exponential moving average of
+the trained weights whose horizon is one twelfth of the run. With `--cooldown` the learning rate stays constant after
+its warm-up and each row is the end of a 1-sqrt cooldown (arXiv 2405.18392) over one twelfth of the run, which branches
+off from the constant rate at `step`. With `--grid` the trials are a grid of rank × α/r × learning rate. Data order,
+initial values, dropout streams, schedule and clipping are those of the product; LoRA trials share a pack, full
+fine-tuning runs one trial after another. A file that is complete is left as it is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import functools
+import itertools
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import yaml
+from torch import Tensor, nn
+
+from lorasweep.config.compose import compose_run
+from lorasweep.config.method import LoraConfig
+from lorasweep.config.run import RunConfig
+from lorasweep.data.batching import StepBatchSampler
+from lorasweep.data.module import evaluation_loader
+from lorasweep.data.part import repeat_batch
+from lorasweep.data.tasks import Evaluation
+from lorasweep.lora.packed import (
+    inject_packed_lora,
+    set_dropout_streams,
+    set_row_lengths,
+    split_packed_parameters,
+)
+from lorasweep.methods import METHODS, copy_sharing_weights, draw_head, train_head
+from lorasweep.training.batches import resolve_accumulate
+from lorasweep.training.environment import deterministic_algorithms
+from lorasweep.training.evaluate import evaluate_model
+from lorasweep.training.optim import build_optimizer, refine_groups, schedule_factor
+from lorasweep.training.pack import slot_batch, slot_losses
+from lorasweep.training.pack_optim import StackedAdamW
+from lorasweep.training.run import prepare_model
+from lorasweep.training.workbench import Workbench, build_workbench
+
+NUM_EVALUATIONS = 12
+BRANCH_EVALUATIONS = (2, 4, 6, 8, 11)
+"""Twelfths of a run at which a cooldown branches off; the last one ends where the run ends."""
+NUM_TRIALS = 24
+NUM_SLOTS = 8
+SPACE_SEED = 0
+"""Seed of the scrambled Sobol points; the trials of a task are the same for all seeds of training."""
+COLUMNS = (
+    *("task", "seed", "trial", "rank", "alpha", "lr"),
+    *("evaluation", "step", "value", "val_loss", "ema_value", "ema_loss"),
+)
+GRID_RANKS = (1, 2, 4, 8, 16, 32)
+GRID_RATIOS = (0.5, 1.0, 2.0, 4.0)
+GRID_RATES = 10
+GRID_SETTINGS = {"trainer.max_steps": 36}
+GRID_EVALUATIONS = (2, 4, 6, 8, 10, 12)
+
+LANGUAGE = {
+    "model": "tiny",
+    "data.metric": "bits_per_byte",
+    "trainer.max_steps": 60,
+    "trainer.batch_size": 8,
+}
+DOCUMENTS = {**LANGUAGE, "data.block_length": 64, "data.max_validation_blocks": 48}
+SENTENCES = {
+    "model": "minilm",
+    "model.attention": "eager",
+    "data": "table",
+    "data.metric": "accuracy",
+    "data.max_length": 24,
+    "data.max_validation_rows": 200,
+    "trainer.max_steps": 84,
+    "trainer.batch_size": 16,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskSettings:
+    """What is trained, and over which learning rates."""
+
+    settings: Mapping[str, Any]
+    lr_low: float
+    """Lower end of two decades of learning rate."""
+    evaluations: tuple[int, ...] = tuple(range(1, NUM_EVALUATIONS + 1))
+    """Twelfths of the run at which trials are evaluated."""
+    mean_evaluations: tuple[int, ...] = (2, 4, 6, 8)
+    """Twelfths at which the mean of the weights is evaluated too: the rungs that are replayed."""
+
+
+TASKS = {
+    "stdlib_docs_lora": TaskSettings(settings={**DOCUMENTS, "data": "stdlib_docs", "method": "lora"}, lr_low=5e-4),
+    "stdlib_code_lora": TaskSettings(settings={**DOCUMENTS, "data": "stdlib_code", "method": "lora"}, lr_low=5e-4),
+    "e2e_nlg_lora": TaskSettings(
+        settings={
+            **LANGUAGE,
+            "data": "chat",
+            "method": "lora",
+            "data.max_length": 320,
+            "data.packing": False,
+            "data.max_validation_rows": 20,
+            "trainer.batch_size": 3,
+        },
+        lr_low=5e-4,
+    ),
+    "movie_snippets_lora": TaskSettings(
+        settings={**SENTENCES, "method": "lora"},
+        lr_low=2e-4,
+        evaluations=(2, 4, 6, 8, 12),
+        mean_evaluations=(2, 4, 6),
+    ),
+    "stdlib_docs_full": TaskSettings(settings={**DOCUMENTS, "data": "stdlib_docs", "method": "full"}, lr_low=2e-4),
+    "stdlib_code_full": TaskSettings(settings={**DOCUMENTS, "data": "stdlib_code", "method": "full"}, lr_low=2e-4),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """A trial's parameters; rank and alpha are None under full fine-tuning."""
+
+    number: int
+    lr: float
+    rank: int | None = None
+    alpha: float | None = None
+
+
+def draw_points(task: TaskSettings, *, is_lora: bool) -> list[Point]:
+    """Returns the trials of a task: rank 1 to 64 and α/r 1 to 4 on log scales, and two decades of learning rate."""
+    engine = torch.quasirandom.SobolEngine(3 if is_lora else 1, scramble=True, seed=SPACE_SEED)
+    points = []
+    for number, unit in enumerate(engine.draw(NUM_TRIALS, dtype=torch.float64).tolist()):
+        lr = _round(task.lr_low * 100 ** unit[0])
+        rank = round(64 ** unit[1]) if is_lora else None
+        alpha = None if rank is None else _round(rank * 4 ** unit[2])
+        points.append(Point(number=number, lr=lr, rank=rank, alpha=alpha))
+    return points
+
+
+def grid_points(task: TaskSettings) -> list[Point]:
+    """Returns a grid of ranks, α/r and learning rates over two decades."""
+    rates = [_round(task.lr_low * 100 ** (n / (GRID_RATES - 1))) for n in range(GRID_RATES)]
+    settings = itertools.product(GRID_RANKS, GRID_RATIOS, rates)
+    return [
+        Point(number=number, rank=rank, alpha=rank * ratio, lr=lr) for number, (rank, ratio, lr) in enumerate(settings)
+    ]
+
+
+class Trials(Protocol):
+    """Trials that train together: one under full fine-tuning, a pack under LoRA."""
+
+    points: Sequence[Point]
+
+    def train_step(self, step: int, *, factor: float) -> None:
+        """Makes optimizer step `step` (0 is the first) at this share of each trial's peak learning rate."""
+
+    def evaluate(self) -> list[dict[str, float]]:
+        """Returns every metric of each trial on the validation data."""
+
+    def trained(self) -> list[nn.Parameter]:
+        """Returns what trains."""
+
+    def state(self) -> Any:
+        """Returns a copy of optimizer and random streams."""
+
+    def load(self, state: Any) -> None:
+        """Takes back what `state` gave."""
+
+
+class LoraPack:
+    """LoRA trials in the slots of one packed model; does what `PackModule` does in a step and an evaluation."""
+
+    def __init__(self, points: Sequence[Point], configs: Sequence[RunConfig], *, bench: Workbench) -> None:
+        """Fills a slot with each trial."""
+        self.points, self.configs, self.bench = points, configs, bench
+        seeds, settings = configs[0].seeds, configs[0].trainer
+        torch.manual_seed(seeds.dropout)
+        self.model: nn.Module = copy_sharing_weights(bench.base.model)
+        start = functools.partial(draw_head, names=bench.base.head)
+        generators = [torch.Generator().manual_seed(seeds.init) for _ in configs]
+        methods = [train_head(_lora(config), bench.base.head) for config in configs]
+        inject_packed_lora(self.model, methods, generators=generators, start=start)
+        self.model.train()
+        self.optimizer = StackedAdamW(split_packed_parameters(self.model), [config.optim for config in configs])
+        self.streams = [torch.Generator().manual_seed(seeds.dropout) for _ in configs]
+        set_dropout_streams(self.model, self.streams)
+        accumulate = resolve_accumulate(settings, bench.parts.train, slots=len(configs))
+        self.order = _order(configs[0], bench, accumulate=accumulate)
+
+    def train_step(self, step: int, *, factor: float) -> None:
+        """Makes one step in every slot; all slots see the same rows, since their seeds are the same."""
+        slots = len(self.points)
+        for micro in self.order.step(step):
+            rows = slot_batch(self.bench.parts.train, [micro] * slots, model=self.model)
+            losses = slot_losses(self.bench.parts.task, self.model, rows, slots=slots)
+            (losses / micro.step_weight).sum().backward()  # type: ignore[no-untyped-call]
+        self.optimizer.lr_factors = [factor] * slots
+        self.optimizer.clip_slots()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    @torch.no_grad()
+    def evaluate(self) -> list[dict[str, float]]:
+        """Evaluates all slots batch by batch."""
+        slots, task = len(self.points), self.bench.parts.task
+        evaluations = [Evaluation(task) for _ in self.points]
+        self.model.eval()
+        set_row_lengths(self.model, None)
+        rows_per_batch = self.configs[0].trainer.eval_batch_size
+        for batch in evaluation_loader(self.bench.parts.validation, batch_size=rows_per_batch):
+            scores = task.score(self.model, repeat_batch(batch, slots=slots))
+            for slot, evaluation in enumerate(evaluations):
+                evaluation.update(scores.of_slot(slot, slots=slots))
+        self.model.train()
+        return [_floats(evaluation.compute()) for evaluation in evaluations]
+
+    def trained(self) -> list[nn.Parameter]:
+        """Returns the stacked parameters."""
+        return [parameter for group in split_packed_parameters(self.model) for parameter in group]
+
+    def state(self) -> Any:
+        """Returns a copy of the moments and of each slot's dropout stream."""
+        return self.optimizer.state_dict(), [stream.get_state() for stream in self.streams], torch.get_rng_state()
+
+    def load(self, state: Any) -> None:
+        """Takes back what `state` gave."""
+        optimizer, streams, shared = state
+        self.optimizer.load_state_dict(optimizer)
+        for stream, saved in zip(self.streams, streams, strict=True):
+            stream.set_state(saved)
+        torch.set_rng_state(shared)
+
+
+class SoloTrial:
+    """One trial alone; does what `TrainingModule` and Lightning do in a step and an evaluation."""
+
+    def __init__(self, point: Point, config: RunConfig, *, bench: Workbench) -> None:
+        """Prepares the model as the method says."""
+        self.points, self.config, self.bench = (point,), config, bench
+        method = METHODS[config.method.name]
+        self.model = prepare_model(config, bench.base)
+        groups = method.trainable_groups(self.model, lr_ratio_b=config.optim.lr_ratio_b)
+        groups = refine_groups(self.model, groups, config.optim, head=bench.base.head)
+        self.optimizer = build_optimizer(config.optim, groups)
+        self.peaks = [group["lr"] for group in self.optimizer.param_groups]
+        self.mixed = bench.precision == "bf16" and method.needs_autocast
+        accumulate = resolve_accumulate(config.trainer, bench.parts.train)
+        self.order = _order(config, bench, accumulate=accumulate)
+
+    def train_step(self, step: int, *, factor: float) -> None:
+        """Makes one step."""
+        for micro in self.order.step(step):
+            with self._autocast():
+                losses = self.bench.parts.task.losses(self.model, self.bench.parts.train.batch(micro.indices))
+                loss = losses.sum() / micro.step_weight
+            loss.backward()  # type: ignore[no-untyped-call]
+        for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
+            group["lr"] = peak * factor
+        if self.config.optim.clip_norm is not None:
+            nn.utils.clip_grad_norm_(self.trained(), self.config.optim.clip_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def evaluate(self) -> list[dict[str, float]]:
+        """Evaluates the model."""
+        bench = self.bench
+        scored = evaluate_model(
+            self.model, bench.parts.validation, task=bench.parts.task, config=self.config, precision=bench.precision
+        )
+        self.model.train()
+        return [scored.values]
+
+    def trained(self) -> list[nn.Parameter]:
+        """Returns the parameters that train."""
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+    def state(self) -> Any:
+        """Returns a copy of the moments and of torch's stream, from which dropout draws."""
+        saved = self.optimizer.state_dict()
+        moments = {key: {name: value.clone() for name, value in of.items()} for key, of in saved["state"].items()}
+        return {**saved, "state": moments}, torch.get_rng_state()
+
+    def load(self, state: Any) -> None:
+        """Takes back what `state` gave."""
+        optimizer, shared = state
+        self.optimizer.load_state_dict(optimizer)
+        torch.set_rng_state(shared)
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        return torch.autocast("cpu", torch.bfloat16, enabled=self.mixed)
+
+
+@dataclass(kw_only=True)
+class MeanWeights:
+    """An exponential moving average of the trained weights."""
+
+    trials: Trials
+    decay: float
+    means: list[Tensor] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.means = [parameter.detach().clone() for parameter in self.trials.trained()]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Moves the means after an optimizer step."""
+        torch._foreach_lerp_(self.means, [p.detach() for p in self.trials.trained()], 1 - self.decay)
+
+    @torch.no_grad()
+    def evaluate(self) -> list[dict[str, float]]:
+        """Returns the metrics with the means in place of the weights, which come back afterwards."""
+        weights = [parameter.detach().clone() for parameter in self.trials.trained()]
+        _put(self.trials.trained(), self.means)
+        values = self.trials.evaluate()
+        _put(self.trials.trained(), weights)
+        return values
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """What one evaluation of one trial gave."""
+
+    point: Point
+    evaluation: int
+    step: int
+    values: Mapping[str, float]
+    mean_values: Mapping[str, float] = field(default_factory=dict)
+
+
+def record_curves(
+    trials: Trials, config: RunConfig, *, evaluations: Sequence[int], mean_evaluations: Sequence[int]
+) -> Iterator[Row]:
+    """Trains under the run's own schedule and yields each trial's evaluations."""
+    steps = config.trainer.max_steps
+    every = steps // NUM_EVALUATIONS
+    means = MeanWeights(trials=trials, decay=1 - 1 / every)
+    for evaluation in range(1, NUM_EVALUATIONS + 1):
+        for step in range((evaluation - 1) * every, evaluation * every):
+            trials.train_step(step, factor=schedule_factor(config.schedule, step, max_steps=steps))
+            means.update()
+        if evaluation not in evaluations:
+            continue
+        values = trials.evaluate()
+        mean_values = means.evaluate() if evaluation in mean_evaluations else [{}] * len(values)
+        for point, of, mean_of in zip(trials.points, values, mean_values, strict=True):
+            yield Row(point=point, evaluation=evaluation, step=evaluation * every, values=of, mean_values=mean_of)
+
+
+def record_cooldowns(trials: Trials, config: RunConfig) -> Iterator[Row]:
+    """Trains at a constant rate and yields what each trial scores after a cooldown that branches off at `step`."""
+    steps = config.trainer.max_steps
+    length = steps // NUM_EVALUATIONS
+    constant = replace(config.schedule, name="constant")
+    done = 0
+    for evaluation in BRANCH_EVALUATIONS:
+        while done < evaluation * length:
+            trials.train_step(done, factor=schedule_factor(constant, done, max_steps=steps))
+            done += 1
+        weights = [parameter.detach().clone() for parameter in trials.trained()]
+        state = trials.state()
+        for n in range(length):
+            # Hägele et al. 2024, arXiv 2405.18392, section 4; like `schedule_factor` it would be 0 after the last step.
+            trials.train_step(done + n, factor=1 - math.sqrt((n + 1) / (length + 1)))
+        for point, values in zip(trials.points, trials.evaluate(), strict=True):
+            yield Row(point=point, evaluation=evaluation, step=done, values=values)
+        _put(trials.trained(), weights)
+        trials.load(state)
+
+
+def record(args: argparse.Namespace) -> None:
+    """Trains the trials of a task and writes their rows."""
+    if args.out.exists():
+        print(f"{args.out} is there already.")
+        return
+    task = TASKS[args.task]
+    own = GRID_SETTINGS if args.grid else {}
+    settings = {**task.settings, **own, "seed": args.seed, **_parse(args.overrides)}
+    is_lora = settings["method"] == "lora"
+    points = grid_points(task) if args.grid else draw_points(task, is_lora=is_lora)
+    points = [point for point in points[: args.trials] if args.ranks is None or point.rank in args.ranks]
+    configs = [_config_of(settings, point) for point in points]
+    bench = build_workbench(configs[0])
+    metric = bench.parts.task.metrics[0] if settings["data.metric"] == "auto" else settings["data.metric"]
+    started = time.monotonic()
+    rows: list[dict[str, Any]] = []
+    with deterministic_algorithms(configs[0].trainer.deterministic):
+        frozen = compose_run({**settings, "method": "frozen"})
+        values = evaluate_model(
+            prepare_model(frozen, bench.base),
+            bench.parts.validation,
+            task=bench.parts.task,
+            config=frozen,
+            precision=bench.precision,
+        ).values
+        rows.append(_csv_row(args, metric, Row(point=Point(number=-1, lr=0.0), evaluation=0, step=0, values=values)))
+        for trials in _together(points, configs, bench, is_lora=is_lora):
+            if args.cooldown:
+                found = record_cooldowns(trials, configs[0])
+            else:
+                found = record_curves(
+                    trials,
+                    configs[0],
+                    evaluations=GRID_EVALUATIONS if args.grid else task.evaluations,
+                    mean_evaluations=() if args.grid else task.mean_evaluations,
+                )
+            rows += [_csv_row(args, metric, row) for row in found]
+            print(f"{args.out.name}: {len(rows)} rows, {time.monotonic() - started:.0f} s", flush=True)
+    rows.sort(key=lambda row: (row["trial"], row["evaluation"]))
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    whole = args.out.with_suffix(".part")
+    with whole.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    whole.rename(args.out)
+
+
+def _together(
+    points: Sequence[Point], configs: Sequence[RunConfig], bench: Workbench, *, is_lora: bool
+) -> Iterator[Trials]:
+    """Yields trials that train together. Packs are of neighbours in rank, since each pays for its greatest rank."""
+    if not is_lora:
+        for point, config in zip(points, configs, strict=True):
+            yield SoloTrial(point, config, bench=bench)
+        return
+    order = sorted(range(len(points)), key=lambda n: points[n].rank or 0)
+    for first in range(0, len(order), NUM_SLOTS):
+        chosen = order[first : first + NUM_SLOTS]
+        yield LoraPack([points[n] for n in chosen], [configs[n] for n in chosen], bench=bench)
+
+
+def _parse(overrides: Sequence[str]) -> dict[str, Any]:
+    return {key: yaml.safe_load(value) for key, value in (override.split("=", 1) for override in overrides)}
+
+
+def _config_of(settings: Mapping[str, Any], point: Point) -> RunConfig:
+    own: dict[str, Any] = {"optim.lr": point.lr}
+    if point.rank is not None:
+        own |= {"method.rank": point.rank, "method.alpha": point.alpha}
+    return compose_run({**settings, **own})
+
+
+def _lora(config: RunConfig) -> LoraConfig:
+    assert isinstance(config.method, LoraConfig)
+    return config.method
+
+
+def _order(config: RunConfig, bench: Workbench, *, accumulate: int) -> StepBatchSampler:
+    return StepBatchSampler(
+        bench.parts.train,
+        batch_size=config.trainer.batch_size,
+        num_steps=config.trainer.max_steps,
+        seed=config.seeds.data_order,
+        accumulate=accumulate,
+    )
+
+
+@torch.no_grad()
+def _put(parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> None:
+    for parameter, value in zip(parameters, values, strict=True):
+        parameter.copy_(value)
+
+
+def _csv_row(args: argparse.Namespace, metric: str, row: Row) -> dict[str, Any]:
+    point = row.point
+    return {
+        "task": args.task,
+        "seed": args.seed,
+        "trial": point.number,
+        "rank": "" if point.rank is None else point.rank,
+        "alpha": "" if point.alpha is None else f"{point.alpha:g}",
+        "lr": f"{point.lr:.5g}",
+        "evaluation": row.evaluation,
+        "step": row.step,
+        "value": f"{row.values[metric]:.5g}",
+        "val_loss": f"{row.values['loss']:.5g}",
+        "ema_value": f"{row.mean_values[metric]:.5g}" if row.mean_values else "",
+        "ema_loss": f"{row.mean_values['loss']:.5g}" if row.mean_values else "",
+    }
+
+
+def _floats(values: Mapping[str, Tensor]) -> dict[str, float]:
+    return {name: float(value) for name, value in values.items()}
+
+
+def _round(value: float) -> float:
+    return float(f"{value:.5g}")
+
+
+def main() -> None:
+    """Reads the arguments and records."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", required=True, choices=TASKS)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--trials", type=int, help="only so many of the trials, to try it out")
+    parser.add_argument("--ranks", type=int, nargs="+", help="only the trials of these ranks")
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--cooldown", action="store_true", help="constant rate with cooldown branches")
+    kind.add_argument("--grid", action="store_true", help="a grid of rank, α/r and learning rate")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings, such as data.train=train.jsonl")
+    record(parser.parse_args())
+
+
+if __name__ == "__main__":
+    main()
