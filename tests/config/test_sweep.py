@@ -64,7 +64,7 @@ def test_a_sampler_and_a_pruner_are_told_apart_by_name():
     driver = compose_driver({"sampler": "qmc", "pruner": "halving", "pruner.rungs": [0.25]})
     assert driver.sampler == FixedSampler(name="qmc")
     assert driver.pruner == HalvingPruner(
-        name="halving", rungs=(0.25,), reduction_factor=2, min_survivors=1, criterion="loss"
+        name="halving", rungs=(0.25,), reduction_factor=2, min_survivors=1, criterion="metric"
     )
     assert isinstance(compose_driver({}).sampler, ModelBasedSampler)
     assert isinstance(compose_driver({"pruner": "median"}).pruner, MedianPruner)

@@ -50,7 +50,7 @@ class HalvingPruner:
     min_survivors: int
     """Trials that go on beyond each rung at least, once no more can come."""
     criterion: Literal["loss", "metric"]
-    """What trials are compared by at a rung: the validation loss, or the sweep's metric, which picks the winner."""
+    """What trials are compared by at a rung: the sweep's metric, which picks the winner, or the validation loss."""
 
     def __post_init__(self) -> None:
         _check_rungs(self.rungs)
