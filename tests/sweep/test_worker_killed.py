@@ -1,4 +1,4 @@
-"""A worker that is killed at any write or in the middle of any run ends with the sweep that was not, alone and in packs."""
+"""A worker that is killed anywhere, alone or in packs, ends with the sweep that was not."""
 
 from __future__ import annotations
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import random
+
 import optuna
 import pytest
+from tests.sweep.conftest import Killed, kill_at
+from tests.sweep.controller.conftest import EVERY, LAST, Simulation, outcome
 
 from lorasweep.errors import ConfigError, Diverged, OutOfMemory, RecordError, WorkerError
 from lorasweep.sweep import reopen_sweep
 from lorasweep.sweep.controller.lifecycle import FINGERPRINT
 from lorasweep.sweep.controller.rows import REASON_ATTRIBUTE, TURN_ATTRIBUTE
-from tests.sweep.conftest import Killed, kill_at
-from tests.sweep.controller.conftest import EVERY, LAST, Simulation, outcome
 
 
 def close(controller):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import pytest
+from tests.sweep.conftest import Killed
+
 import lorasweep.sweep.worker as worker_file
 from lorasweep.errors import ConfigError, Diverged, OutOfMemory, WorkerError
 from lorasweep.record import read_run, read_sweep
 from lorasweep.sweep import reopen_sweep
-from tests.sweep.conftest import Killed
 
 ASKED = {"frozen": 1, "full": 3, "lora": 3}
 
