@@ -253,6 +253,8 @@ class ArmTrials:
         if entry.state == "running" and trial.user_attrs.get(PAUSED_ATTRIBUTE) == max(entry.values, default=0):
             entry.state = "running" if max(entry.values) in entry.promoted else "paused"
         self.entries[trial.number] = entry
+        if entry.state == "infeasible" and not trial.state.is_finished():  # killed before all of it was told
+            self.end(entry, "infeasible", {}, value=None)
 
     def _better_part(self, rung: int) -> frozenset[int]:
         return self._rule.better_part(rung, self._ranked(rung), all_arrived=self._all_arrived(rung))
