@@ -104,9 +104,9 @@ def test_trials_are_set_for_all_arms_with_a_space_or_for_one(read, content):
 
 
 def test_the_drivers_keys_are_set_for_all_arms(read, content):
-    definition = read(content, "sampler=qmc", "pruner=median", "pruner.min_steps=3", "sweep.seed=7")
+    definition = read(content, "sampler=qmc", "pruner=median", "pruner.min_trials=3", "sweep.seed=7")
     for driver in (definition.driver, *(arm.driver for arm in definition.arms)):
-        assert (driver.sampler.name, driver.pruner.name, driver.pruner.min_steps) == ("qmc", "median", 3)
+        assert (driver.sampler.name, driver.pruner.name, driver.pruner.min_trials) == ("qmc", "median", 3)
         assert driver.sweep.seed == 7
 
 
@@ -124,10 +124,10 @@ def test_an_arms_own_driver_settings_beat_the_files_and_the_command_line_beats_b
 @pytest.mark.parametrize(
     ("set_in_file", "word", "name"),
     [
-        ({"pruner.min_steps": 3}, "pruner=none", "none"),
-        ({"pruner.min_steps": 3, "pruner.reduction_factor": 4}, "pruner=median", "median"),
-        ({"pruner": "median", "pruner.startup_trials": 2}, "pruner=hyperband", "hyperband"),
-        ({"pruner": "median", "pruner.startup_trials": 2}, "arms.lora.pruner=none", "none"),
+        ({"pruner.reduction_factor": 4}, "pruner=none", "none"),
+        ({"pruner.rungs": [0.5], "pruner.reduction_factor": 4}, "pruner=median", "median"),
+        ({"pruner": "median", "pruner.min_trials": 2}, "pruner=halving", "halving"),
+        ({"pruner": "median", "pruner.min_trials": 2}, "arms.lora.pruner=none", "none"),
         ({"sampler.startup_trials": 7}, "sampler=random", "random"),
         ({"sampler.startup_trials": 7}, "arms.lora.sampler=qmc", "qmc"),
         ({"schedule.warmup_fraction": 0.5}, "schedule=constant", "constant"),
@@ -147,16 +147,26 @@ def test_another_option_of_a_group_has_its_own_defaults(read, content, set_in_fi
 
 
 def test_the_option_that_a_file_has_already_keeps_what_the_file_set(read, content):
-    content["settings"] |= {"pruner": "median", "pruner.min_steps": 3, "schedule.warmup_fraction": 0.5}
+    content["settings"] |= {"pruner": "median", "pruner.min_trials": 3, "schedule.warmup_fraction": 0.5}
     lora = arms_of(read(content, "pruner=median", "schedule=linear"))["lora"]
-    assert lora.driver.pruner.min_steps == 3
+    assert lora.driver.pruner.min_trials == 3
     assert next(lora.corners()).schedule.warmup_fraction == 0.5
 
 
 def test_what_is_set_beside_another_option_stays(read, content):
-    content["settings"] |= {"pruner": "median", "pruner.startup_trials": 2}
-    lora = arms_of(read(content, "pruner.min_steps=4", "pruner=hyperband"))["lora"]
-    assert (lora.driver.pruner.name, lora.driver.pruner.min_steps) == ("hyperband", 4)
+    content["settings"] |= {"pruner": "median", "pruner.min_trials": 2}
+    lora = arms_of(read(content, "pruner.reduction_factor=4", "pruner=halving"))["lora"]
+    assert (lora.driver.pruner.name, lora.driver.pruner.reduction_factor) == ("halving", 4)
+
+
+def test_a_pruner_of_the_users_own_is_set_by_its_target(read, content):
+    del content["settings"]["pruner"]
+    words = ["pruner._target_=optuna.pruners.PercentilePruner", "pruner.percentile=25.0"]
+    lora = arms_of(read(content, *words))["lora"]
+    assert (lora.driver.pruner.target, dict(lora.driver.pruner.arguments)) == (
+        "optuna.pruners.PercentilePruner",
+        {"percentile": 25.0},
+    )
 
 
 def test_an_arms_method_drops_what_the_file_set_for_another_method(read, content):
@@ -261,6 +271,8 @@ def change(content, path, value):
         ),
         (["settings", "sampler"], "tpee", r"`sampler` must be one of .*, but got 'tpee'. Did you mean `tpe`\?"),
         (["settings", "worker.pack_size"], 0, "`worker.pack_size >= 1` must hold, but got 0."),
+        (["settings", "worker.num"], 4, "`worker.num` must be 1, but got 4: .* Several workers are not supported yet."),
+        (["settings", "storage"], "postgresql", "`storage` must be a group of settings, but got 'postgresql'."),
     ],
 )
 def test_a_file_that_is_wrong_is_refused_by_name(read, content, path, value, message):

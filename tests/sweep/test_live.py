@@ -7,9 +7,12 @@ import io
 import pytest
 from rich.console import Console
 
-from lorasweep.sweep import ArmPlan, LiveTable, render_plan, reopen_sweep
+from lorasweep.record import read_sweep
+from lorasweep.sweep import ArmPlan, LiveTable, SweepFolder, render_plan, reopen_sweep
 from lorasweep.sweep.live import describe_params
 from lorasweep.sweep.packing import ArmPacking
+
+from .conftest import Killed
 
 
 def show(table, *, width=160):
@@ -63,6 +66,71 @@ def test_every_running_trial_has_a_line(table, arms):
     assert show(table).count("now: lora trial") == 3
 
 
+def test_a_paused_trial_is_neither_running_nor_done(table, arms):
+    for number in (0, 1):
+        table.trial_started(arms["lora"], number, {"method.rank": number + 1}, steps=8)
+        table.evaluated(arms["lora"], number, 2, 1.75)
+    table.trial_paused(arms["lora"], 0)
+    shown = show(table)
+    assert "now: lora trial 1" in shown
+    assert "lora trial 0" not in shown
+    assert "0/6" in shown
+    table.trial_started(arms["lora"], 0, {"method.rank": 1}, steps=8)  # promoted
+    assert "now: lora trial 0" in show(table)
+    table.trial_ended(arms["lora"], 0, "complete", 1.5, wall_s=1.0)
+    assert "1/6" in show(table)
+
+
+def test_a_trial_that_was_paused_and_is_pruned_at_the_end_is_counted(table, arms):
+    table.trial_started(arms["lora"], 0, {"method.rank": 1}, steps=8)
+    table.trial_paused(arms["lora"], 0)
+    table.trial_ended(arms["lora"], 0, "pruned", 1.75, wall_s=60.0)
+    (line,) = [line for line in show(table).splitlines() if "lora" in line]
+    cells = [cell.strip() for cell in line.strip("│").split("│")]
+    assert cells[1:4] == ["1/6", "1", "-"]  # no best: it is not complete
+
+
+def test_a_sweep_with_paused_trials_that_goes_on_counts_them_once(begin, work, runs, content):
+    content["settings"] |= {"pruner": "halving", "pruner.rungs": [0.25], "pruner.min_survivors": 1}
+    content["arms"] = {"lora": content["arms"]["lora"]}
+    folder = begin(content)
+    assert not work(folder, stop_at=4)
+    assert "paused" in {row.state for row in folder.record.trials}
+    reopened = reopen_sweep(folder.path)
+    table = LiveTable(reopened, console=Console(file=io.StringIO()))
+    ended = sum(row.state not in ("running", "paused") for row in reopened.record.trials)
+    assert table.arms["lora"].done == ended
+    assert work(reopened, observer=table)
+    assert table.arms["lora"].done == table.arms["lora"].asked == 6
+    assert table.arms["lora"].pruned > 0
+    assert table.running == {}
+
+
+def test_a_killed_pack_that_goes_on_counts_each_trial_once(begin, work, runs, packs, content, monkeypatch):
+    monkeypatch.setattr(SweepFolder, "is_due", lambda self: True)  # the record has all that was told
+    content["settings"] |= {"worker.pack_size": 3, "sampler": "random"}
+    content["arms"] = {"lora": content["arms"]["lora"]}
+    folder = begin(content)
+    true_close, closed = runs.close, []
+
+    def close(*arguments):
+        record = true_close(*arguments)
+        closed.append(record)
+        if len(closed) == 3:  # two of the pack were told of, and it has no later boundary than the one before
+            raise Killed
+        return record
+
+    monkeypatch.setattr(runs, "close", close)
+    with pytest.raises(Killed):
+        work(folder)
+    assert sum(row.state == "complete" for row in read_sweep(folder.path).trials) == 2
+    reopened = reopen_sweep(folder.path)
+    table = LiveTable(reopened, console=Console(file=io.StringIO()))
+    assert table.arms["lora"].done == 2
+    assert work(reopened, observer=table)
+    assert table.arms["lora"].done == 6
+
+
 def test_the_best_is_the_lowest_of_the_complete_trials(table, arms):
     for number, (state, value) in enumerate(
         [("complete", 2.0), ("complete", 1.5), ("complete", 1.7), ("pruned", 1.0), ("failed", None)]
@@ -88,7 +156,7 @@ def test_where_more_is_better_the_best_is_the_highest(folder, arms):
 def test_a_sweep_that_goes_on_counts_what_was_done(begin, work, runs, content):
     folder = begin(content)
     assert not work(folder, stop_at=12)
-    done = [row for row in folder.record.trials if row.state != "running"]
+    done = [row for row in folder.record.trials if row.state not in ("running", "paused")]
     reopened = reopen_sweep(folder.path)
     table = LiveTable(reopened, console=Console(file=io.StringIO()))
     reopened.close()

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import optuna
 import pytest
 
 from lorasweep.config.compose import packaged_folder
-from lorasweep.errors import ConfigError, Diverged, OutOfMemory, WorkerError
-from lorasweep.models.load import load_base
+from lorasweep.errors import Diverged, OutOfMemory, WorkerError
 from lorasweep.record import read_run, read_sweep
-from lorasweep.sweep import check_definition, read_definition, reopen_sweep, sweep_metric
+from lorasweep.sweep import reopen_sweep
 from lorasweep.sweep.controller.storage import open_storage
-from lorasweep.training import Benches, Workbench
 
 GRID = {"method.rank": [1, 2, 4], "optim.lr": [0.01, 0.1]}
 
@@ -284,50 +280,3 @@ def test_time_of_all_sessions_is_added(begin, work, runs, content):
     first = read_sweep(folder.path).makespan_s
     assert work(reopen_sweep(folder.path))
     assert read_sweep(folder.path).makespan_s > first > 0
-
-
-@pytest.fixture(scope="module")
-def tiny_benches(bench, make_config):
-    """Benches that have one model, whatever the data."""
-    base = load_base(make_config().model, dtype=bench.base.model.dtype)
-
-    class OneBench(Benches):
-        def of(self, config):
-            return Workbench(base=base, parts=bench.parts, precision="fp32")
-
-    return OneBench()
-
-
-def test_an_arm_that_does_not_fit_the_model_is_refused_by_name(write_file, content, tiny_benches):
-    content["arms"]["lora"]["space"]["method.rank"] = [1, 100_000]
-    definition = read_definition(write_file(content), [])
-    with pytest.raises(ConfigError, match=r"^arm `lora`: `method.rank <= \d+` must hold .*100000"):
-        check_definition(definition, tiny_benches)
-
-
-def test_a_target_that_is_not_there_is_refused_with_the_nearest(write_file, content, tiny_benches):
-    content["arms"]["lora"]["settings"]["method.targets"] = ["q_prj"]
-    definition = read_definition(write_file(content), [])
-    with pytest.raises(ConfigError, match=r"^arm `lora`: .*q_prj.*q_proj"):
-        check_definition(definition, tiny_benches)
-
-
-def test_a_right_definition_gives_a_run_per_arm(write_file, content, tiny_benches):
-    configs = check_definition(read_definition(write_file(content), []), tiny_benches)
-    assert {name: config.method.name for name, config in configs.items()} == {
-        "frozen": "frozen",
-        "full": "full",
-        "lora": "lora",
-    }
-    assert sweep_metric(configs, tiny_benches) == "bits_per_byte"
-
-
-def test_arms_with_different_metrics_are_refused(make_config):
-    configs = {metric: make_config({"data.metric": metric}) for metric in ("loss", "bits_per_byte")}
-
-    class Benches:
-        def of(self, config):
-            return SimpleNamespace(parts=SimpleNamespace(metric=config.data.metric))
-
-    with pytest.raises(ConfigError, match=r"all arms must have one `data.metric`, but got bits_per_byte, loss."):
-        sweep_metric(configs, Benches())

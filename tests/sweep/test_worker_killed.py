@@ -1,11 +1,16 @@
-"""A worker that is killed at any write or in the middle of a run ends with the sweep that was not, alone and in packs."""
+"""A worker that is killed anywhere, alone or in packs, ends with the sweep that was not."""
 
 from __future__ import annotations
 
+from contextlib import suppress
+
+import optuna
 import pytest
 
+from lorasweep.errors import OutOfMemory
 from lorasweep.record import read_run, read_sweep
 from lorasweep.sweep import reopen_sweep
+from lorasweep.sweep.controller.storage import open_storage
 
 from .conftest import Killed, kill_at
 
@@ -122,3 +127,35 @@ def test_a_worker_killed_at_any_write_of_a_runs_record(
     assert work(reopen_sweep(folder.path))
     assert table_of(folder.path) == expected
     assert len(runs.scored) == len(set(runs.scored)) == 10
+
+
+@pytest.mark.parametrize("error", [OutOfMemory("2 GiB"), KeyError("bug")])
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("back", range(1, 8, 2))
+def test_a_worker_killed_while_it_tells_of_a_failure_leaves_no_trial_half_told(
+    begin, work, killed, runs, monkeypatch, error, after, back
+):
+    killed["settings"] |= {"confirm.seeds": 0, "sweep.max_failures": 100, "worker.pack_size": 1}
+    del killed["arms"]["full"]
+    killed["arms"]["lora"]["trials"] = 3
+
+    def score(config, step):
+        if config.method.rank == 4:
+            raise error
+        return config.optim.lr
+
+    runs.score = score
+    whole = begin(killed, folder="whole")
+    assert work(whole)
+    expected = [(row.params, row.state, row.value, row.reason) for row in read_sweep(whole.path).trials]
+    assert {"failed", "infeasible"} & {state for _, state, _, _ in expected}
+    folder = begin(killed, folder="killed")
+    kill_at(monkeypatch, folder.storage, back, after=after)
+    with suppress(Killed):
+        work(folder)
+    assert work(reopen_sweep(folder.path))
+    assert [(row.params, row.state, row.value, row.reason) for row in read_sweep(folder.path).trials] == expected
+    trials = optuna.load_study(study_name="lora", storage=open_storage(folder.definition.driver.storage, folder.path))
+    assert all(trial.state.is_finished() for trial in trials.get_trials())
+    told = [trial.constraints for trial in trials.get_trials()]
+    assert told == [{"memory": 1.0} if state == "infeasible" else {} for _, state, _, _ in expected]

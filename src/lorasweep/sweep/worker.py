@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -13,6 +14,7 @@ from lorasweep.record import RunRecord, read_run
 from lorasweep.sweep.controller.controller import Assignment, Controller, Observer, RunEnded
 from lorasweep.sweep.controller.folder import SweepFolder
 from lorasweep.sweep.controller.stages import Confirm
+from lorasweep.sweep.controller.storage import database_must_answer
 from lorasweep.sweep.definition import Arm
 from lorasweep.sweep.packing import plan_packing
 from lorasweep.training import (
@@ -62,25 +64,33 @@ class Worker:
         """Most slots of a pack, by what its trials share; None where packs don't pay."""
         sweep.record.device, sweep.record.threads = name_device(), torch.get_num_threads()
         sweep.measure = lambda: benches.telemetry.sample().as_numbers()
-        with benches.telemetry.phase("storage"):
+        with self._asking():
             self.controller = Controller(sweep, observer=observer, run_ended=run_ended)
 
     def run(self) -> bool:
         """Trains what is left and returns whether the sweep is complete (False: it was stopped).
 
         Raises:
-            WorkerError: `sweep.max_failures` trials in a row failed, or the sweep's folder can't be written to.
+            WorkerError: `sweep.max_failures` trials in a row failed, the sweep's folder can't be written to, or its
+                database does not answer.
         """
         try:
-            self.controller.save("running")
-            complete = self._train_stage() and self._train_confirm_stage()
-            if complete:
-                self.controller.remove_checkpoints()
-            self.controller.save("complete" if complete else "interrupted")
+            with database_must_answer(self.sweep.path):
+                self.controller.save("running")
+                complete = self._train_stage() and self._train_confirm_stage()
+                if complete:
+                    self.controller.remove_checkpoints()
+                self.controller.save("complete" if complete else "interrupted")
         except OSError as error:
             self.sweep.check_disk(error)
             raise
         return complete
+
+    @contextmanager
+    def _asking(self) -> Iterator[None]:
+        """While the controller is asked or told. An error of its database must not look like one of the trial."""
+        with self.benches.telemetry.phase("storage"), database_must_answer(self.sweep.path):
+            yield
 
     def _train_stage(self) -> bool:
         """Trains what is left of a stage and returns whether it is complete."""
@@ -120,7 +130,7 @@ class Worker:
             arms: Only trials of these arms; None stands for all.
             tell: Takes a run that had ended; None is `_tell`.
         """
-        with self.benches.telemetry.phase("storage"):
+        with self._asking():
             while (assignment := self.controller.take(arms)) is not None:
                 record = find_ended_run(self.controller, assignment)
                 if record is None:
@@ -140,12 +150,12 @@ class Worker:
             except Exception as error:  # a run that can't be scored must not end the sweep
                 self.controller.tell_failure(assignment, error)
                 return
-        with self.benches.telemetry.phase("storage"):
+        with self._asking():
             self.controller.tell(assignment, record)
 
     def _report(self, evaluations: Sequence[tuple[Assignment, int, Mapping[str, float]]]) -> list[bool]:
         metric = self.sweep.record.metric
-        with self.benches.telemetry.phase("storage"):
+        with self._asking():
             return self.controller.report(
                 [(assignment, step, values[metric]) for assignment, step, values in evaluations],
                 losses={assignment: values[LOSS] for assignment, _, values in evaluations if LOSS in values},
@@ -299,7 +309,8 @@ class _Pack:
 
     def _fail(self, assignment: Assignment, error: Exception) -> None:
         self.running.remove(assignment)
-        self._worker.controller.tell_failure(assignment, error)
+        with self._worker._asking():
+            self._worker.controller.tell_failure(assignment, error)
 
 
 def find_ended_run(controller: Controller, assignment: Assignment) -> RunRecord | None:

@@ -10,10 +10,12 @@ from pathlib import Path
 
 import optuna
 import pytest
+from optuna.exceptions import StorageInternalError
+from sqlalchemy.exc import OperationalError
 
 import lorasweep
 from lorasweep.config.sweep import StorageConfig
-from lorasweep.errors import ConfigError, RecordError
+from lorasweep.errors import ConfigError, RecordError, WorkerError
 from lorasweep.record import read_sweep
 from lorasweep.sweep import reopen_sweep
 from lorasweep.sweep.controller.storage import JOURNAL_FILE, open_storage, open_study, study_attributes
@@ -143,9 +145,7 @@ def test_a_sweep_whose_database_lost_its_studies_is_refused(begin, work, runs, i
     folder = begin(in_database)
     assert not work(folder, stop_at=9)
     (tmp_path / "studies.db").unlink()
-    with pytest.raises(
-        ConfigError, match=r"`storage.url` must be the database of the sweep in .*, but it has no study"
-    ):
+    with pytest.raises(ConfigError, match=r"`storage.url` must be the database of the sweep in .*, but it has no"):
         reopen_sweep(folder.path)
 
 
@@ -187,3 +187,38 @@ def test_a_journal_of_nothing_is_refused(begin, work, runs, three_arms):
     (folder.path / JOURNAL_FILE).write_text("")
     with pytest.raises(RecordError, match=r"must be Optuna's journal of this sweep, but has none of its studies."):
         reopen_sweep(folder.path)
+
+
+def test_a_database_that_is_read_only_is_refused(begin, work, runs, in_database, tmp_path):
+    first = begin(in_database, folder="first")  # makes the tables
+    first.close()
+    in_database["settings"]["storage.url"] = f"sqlite:///file:{tmp_path / 'studies.db'}?mode=ro&uri=true"
+    with pytest.raises(ConfigError, match="attempt to write a readonly database") as refused:
+        begin(in_database, folder="second")
+    assert "\n" not in str(refused.value)
+    assert not (tmp_path / "second" / "sweep.json").exists()
+
+
+@pytest.mark.parametrize("pack_size", [1, 3])
+@pytest.mark.parametrize("error", [StorageInternalError("commit"), OperationalError("SELECT 1", {}, Exception("gone"))])
+@pytest.mark.parametrize("write", ["set_trial_intermediate_value", "set_trial_state_values"])
+def test_a_database_that_dies_in_the_middle_ends_the_sweep_and_blames_no_trial(
+    begin, work, runs, packs, in_database, monkeypatch, write, error, pack_size
+):
+    folder = begin(in_database, f"worker.pack_size={pack_size}")
+    true_write, calls = getattr(folder.storage, write), []
+
+    def die(*arguments, **named):
+        calls.append(write)
+        if len(calls) > 3:
+            raise error
+        return true_write(*arguments, **named)
+
+    monkeypatch.setattr(folder.storage, write, die)
+    with pytest.raises(WorkerError, match="the database of a sweep must answer as long as it runs, but") as said:
+        work(folder)
+    assert f"`lorasweep sweep --resume {folder.path}`" in str(said.value)
+    assert "\n" not in str(said.value)
+    assert work(reopen_sweep(folder.path))
+    assert {row.state for row in read_sweep(folder.path).trials} == {"complete"}
+    assert len(rows_of(folder.path)) == 10

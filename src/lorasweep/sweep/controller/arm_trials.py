@@ -211,8 +211,8 @@ class ArmTrials:
         was_promoted = step in entry.promoted
         entry.state, entry.is_held = ("running" if was_promoted else "paused"), False
 
-    def end(self, entry: Entry, state: TrialState, attributes: Mapping[str, Any], *, value: float | None) -> None:
-        """Tells the study how a trial ended; one that has ended already stays as it is.
+    def end(self, entry: Entry, state: TrialState, attributes: Mapping[str, Any], *, value: float | None) -> bool:
+        """Tells the study how a trial ended, and returns whether that is news; one that has ended stays as it is.
 
         Args:
             entry: The trial.
@@ -230,6 +230,7 @@ class ArmTrials:
             told = {"complete": OptunaState.COMPLETE, "failed": OptunaState.FAIL}.get(state, OptunaState.PRUNED)
             self.study.tell(entry.number, value if state == "complete" else None, state=told)
         entry.state, entry.is_held = state, False
+        return not ended
 
     def note(self, entry: Entry, attributes: Mapping[str, Any]) -> None:
         """Writes attributes of a trial."""
@@ -264,6 +265,8 @@ class ArmTrials:
         if entry.state == "running" and trial.user_attrs.get(PAUSED_ATTRIBUTE) == max(entry.values, default=0):
             entry.state = "running" if max(entry.values) in entry.promoted else "paused"
         self.entries[trial.number] = entry
+        if entry.state == "infeasible" and not trial.state.is_finished():  # killed before all of it was told
+            self.end(entry, "infeasible", {}, value=None)
 
     def _better_part(self, rung: int) -> frozenset[int]:
         return self._rule.better_part(rung, self._ranked(rung), all_arrived=self._all_arrived(rung))

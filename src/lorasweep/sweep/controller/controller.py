@@ -170,9 +170,10 @@ class Controller:
             self.observer.trial_paused(assignment.arm, assignment.number)
             return
         self._failures_in_a_row = 0
-        trials.end(entry, "complete", {SCORE_ATTRIBUTE: value}, value=value)
+        is_news = trials.end(entry, "complete", {SCORE_ATTRIBUTE: value}, value=value)
         self.run_ended(record, assignment.place.folder, assignment.params)
-        self._ended(assignment, "complete", value, wall_s=record.wall_s)
+        if is_news:  # else a killed pack did again what it had done
+            self._ended(assignment, "complete", value, wall_s=record.wall_s)
 
     def tell_failure(self, assignment: Assignment, error: Exception) -> None:
         """Takes the error of a run that failed, or that does not fit in memory (infeasible).
@@ -184,8 +185,8 @@ class Controller:
         state: Literal["infeasible", "failed"] = "infeasible" if isinstance(error, OutOfMemory) else "failed"
         reason = str(error) if isinstance(error, RunError) else traceback.format_exception_only(error)[-1].strip()
         trials, entry = self._trials(assignment), self._entry(assignment)
-        trials.end(entry, state, {REASON_ATTRIBUTE: redact(reason)}, value=None)
-        self._ended(assignment, state, None, wall_s=0.0)
+        if trials.end(entry, state, {REASON_ATTRIBUTE: redact(reason)}, value=None):
+            self._ended(assignment, state, None, wall_s=0.0)
         if self.stage.reads_test and isinstance(error, Diverged):
             return  # that a winner diverges on other seeds is a result
         self._failures_in_a_row += 1

@@ -19,7 +19,14 @@ from lorasweep.record import SWEEP_FILE, SweepRecord, read_sweep, sha256_of, utc
 from lorasweep.sweep.controller.confirm import draw_seeds
 from lorasweep.sweep.controller.folder import LOCK_FILE, SweepFolder
 from lorasweep.sweep.controller.rows import RUNS_FOLDER, arm_row
-from lorasweep.sweep.controller.storage import CONFIRM_STUDY, JOURNAL_FILE, open_storage, study_attributes
+from lorasweep.sweep.controller.storage import (
+    CONFIRM_STUDY,
+    DATABASE_ERRORS,
+    JOURNAL_FILE,
+    open_storage,
+    study_attributes,
+    unusable_database,
+)
 from lorasweep.sweep.definition import Definition, restore_definition
 from lorasweep.sweep.fairness import find_warnings
 
@@ -56,7 +63,7 @@ def create_sweep(
         notes: Sentences on how the data was made.
 
     Raises:
-        ConfigError: The folder can't be made, or the database does not answer; no record was written.
+        ConfigError: The folder can't be made, or the database does not answer or refuses; no record was written.
     """
     seeds, warnings = draw_seeds(definition), find_warnings(definition)
     in_database = definition.driver.storage.url is not None
@@ -89,6 +96,9 @@ def create_sweep(
         for arm in definition.arms:
             opened.open_study(arm.name).set_user_attr(FINGERPRINT, definition.fingerprint)
         write_record(record, path)  # last: a folder that has it can be resumed
+    except DATABASE_ERRORS as error:
+        os.close(lock)
+        raise unusable_database(definition.driver.storage, error) from error
     except BaseException:
         os.close(lock)
         raise
@@ -198,6 +208,8 @@ def _open_known_storage(definition: Definition, record: SweepRecord, path: Path)
         known = study_attributes(storage, prefix=record.study_prefix)
     except ConfigError:
         raise
+    except DATABASE_ERRORS as error:
+        raise unusable_database(definition.driver.storage, error) from error
     except (ValueError, LookupError, TypeError, AttributeError, AssertionError, RecursionError) as error:
         raise RecordError(f"{str(path / JOURNAL_FILE)!r} must be Optuna's journal, but is damaged.") from error
     has_studies = any(arm.name in known for arm in definition.arms)

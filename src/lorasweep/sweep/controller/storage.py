@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import optuna
+from optuna.exceptions import StorageInternalError
 from optuna.pruners import BasePruner, NopPruner
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from sqlalchemy.exc import SQLAlchemyError
 
 from lorasweep.config.sweep import StorageConfig
-from lorasweep.errors import ConfigError, first_line
+from lorasweep.errors import ConfigError, WorkerError, first_line
 from lorasweep.record import Direction
 
 JOURNAL_FILE = "journal.log"
 CONFIRM_STUDY = "{arm}/confirm"
 """Name of the study of an arm's confirm stage. No arm's name has a slash."""
+DATABASE_ERRORS = (StorageInternalError, SQLAlchemyError)
+"""What Optuna raises where a database is gone or refuses."""
 
 
 class _NoLock(JournalFileOpenLock):
@@ -53,10 +57,31 @@ def open_storage(config: StorageConfig, folder: Path) -> BaseStorage:
         return JournalStorage(JournalFileBackend(str(journal), lock_obj=_NoLock(str(journal))))
     try:
         return RDBStorage(config.url)
-    except (SQLAlchemyError, ImportError, ValueError, RuntimeError) as error:
-        raise ConfigError(
-            f"`storage.url` must be a database that answers and whose driver is installed, but {config.url!r} is not: "
-            f"{first_line(error)}. Start it, install the driver, or leave the key out for a journal in the folder."
+    except (*DATABASE_ERRORS, ImportError, ValueError, RuntimeError) as error:
+        raise unusable_database(config, error) from error
+
+
+def unusable_database(config: StorageConfig, error: Exception) -> ConfigError:
+    """Returns the error that says why no sweep can be kept in a database."""
+    return ConfigError(
+        f"`storage.url` must be a database that answers and whose driver is installed, but {config.url!r} is not: "
+        f"{_reason(error)}. Start it, install the driver, or leave the key out for a journal in the folder."
+    )
+
+
+@contextmanager
+def database_must_answer(folder: Path) -> Iterator[None]:
+    """Raises what says that a database is gone as `WorkerError`, because no trial is to blame for it.
+
+    Args:
+        folder: The sweep's folder.
+    """
+    try:
+        yield
+    except DATABASE_ERRORS as error:
+        raise WorkerError(
+            f"the database of a sweep must answer as long as it runs, but that of {str(folder)!r} does not: "
+            f"{_reason(error)}. Nothing that ended is lost; once it answers, type `lorasweep sweep --resume {folder}`."
         ) from error
 
 
@@ -76,6 +101,12 @@ def study_attributes(storage: BaseStorage, *, prefix: str) -> Mapping[str, Mappi
     """Returns the user attributes of each study of a sweep, by its name without prefix."""
     found = optuna.get_all_study_summaries(storage, include_best_trial=False)
     return {s.study_name.removeprefix(prefix): s.user_attrs for s in found if s.study_name.startswith(prefix)}
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what the database said; Optuna wraps it in a sentence on what may be the cause."""
+    cause = error.__cause__ if isinstance(error, StorageInternalError) else None
+    return first_line(cause or error)
 
 
 def _cut_unfinished_line(journal: Path) -> None:

@@ -1,0 +1,142 @@
+"""An open sweep keeps a record of each trial, as often as there is time for it, and notices when its folder is gone."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import time
+
+import pytest
+
+import lorasweep.sweep.controller.folder as folder_file
+from lorasweep.errors import WorkerError
+from lorasweep.record import read_sweep
+from lorasweep.sweep import reopen_sweep
+
+
+@pytest.fixture
+def folder(begin, three_arms):
+    """A new sweep."""
+    opened = begin(three_arms)
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def stopped(begin, work, runs, three_arms):
+    """The folder of a sweep that was stopped after a few trials, one of them paused."""
+    three_arms["settings"] |= {"pruner": "halving", "pruner.rungs": [0.25], "pruner.min_survivors": 1}
+    opened = begin(three_arms)
+    assert not work(opened, stop_at=8)
+    return opened.path
+
+
+def test_saving_lists_each_trial_with_its_run(stopped):
+    record = read_sweep(stopped)
+    states = {(row.arm, row.number): row.state for row in record.trials}
+    assert states["frozen", 0] == "complete"
+    assert {"running", "paused"} & set(states.values())
+    for row in record.trials:
+        assert row.run == f"runs/{row.arm}-{row.number:04d}"
+        assert (row.value is None) == (row.state == "running")
+        assert set(row.params) == set(next(arm for arm in record.arms if arm.name == row.arm).space)
+    assert record.status == "interrupted"
+
+
+def test_records_of_rows_have_only_json(stopped):
+    raw = json.loads((stopped / "sweep.json").read_text())
+    assert [dataclasses.asdict(row) for row in read_sweep(stopped).trials] == raw["trials"]
+
+
+def test_a_stopped_sweep_that_is_saved_again_says_the_same_of_its_trials(stopped, work, runs):
+    before = read_sweep(stopped)
+    assert not work(reopen_sweep(stopped), stop_at=1)
+    assert read_sweep(stopped).trials == before.trials
+
+
+def test_time_of_all_sessions_is_added_and_time_in_between_is_not(stopped, work, runs):
+    first = read_sweep(stopped)
+    reopened = reopen_sweep(stopped)
+    reopened.opened -= 1000  # as if it had been open for so long
+    assert not work(reopened, stop_at=1)
+    second = read_sweep(stopped)
+    assert 1000 <= second.makespan_s - first.makespan_s < 1500
+    assert second.telemetry["wall_s"] > first.telemetry["wall_s"]
+
+
+def test_saving_takes_no_more_than_its_share_of_the_time(folder, monkeypatch):
+    assert folder.is_due()  # it was never saved
+    folder.saved, folder.save_s = time.monotonic(), 100.0
+    assert not folder.is_due()
+    folder.saved -= 850  # a record that takes 100 s is written every 1,000 s
+    assert not folder.is_due()
+    folder.saved -= 60
+    assert folder.is_due()
+
+
+def test_what_is_noted_or_warned_of_is_kept_once(folder):
+    folder.note(["a", "b"])
+    folder.note(["b", "c"])
+    for sentence in ("x", "x"):
+        folder.warn(sentence)
+    folder.save(trials=[], confirm=[])
+    record = read_sweep(folder.path)
+    assert record.notes == ["a", "b", "c"]
+    assert record.warnings.count("x") == 1
+
+
+@pytest.mark.parametrize("becomes", ["moved", "replaced"])
+def test_a_folder_that_was_moved_is_not_written_to(folder, tmp_path, becomes):
+    folder.path.rename(tmp_path / "moved")
+    if becomes == "replaced":
+        (folder.path / "runs").mkdir(parents=True)
+        (folder.path / ".lock").touch()
+    with pytest.raises(WorkerError, match=r"but .* can't be written to: it was moved or removed. Nothing that ended"):
+        folder.save(trials=[], confirm=[])
+    assert not (folder.path / "sweep.json").exists()
+
+
+def test_a_full_disk_is_no_trials_fault(folder):
+    with pytest.raises(WorkerError, match=r"can't be written to: No space left on device"):
+        folder.check_disk(RuntimeError("No space left on device"))
+    with pytest.raises(WorkerError, match=r"can't be written to: No space left on device"):
+        folder.check_disk(OSError(errno.ENOSPC, "No space left on device"))
+    folder.check_disk(RuntimeError("shapes differ"))
+    folder.check_disk()
+
+
+def test_a_disk_that_is_full_when_a_trial_ends_ends_the_sweep_and_the_trial_goes_on_later(
+    begin, work, runs, three_arms, monkeypatch
+):
+    opened = begin(three_arms)
+    true_score = runs.score
+
+    def fill(config, step):
+        if config.method.name == "lora" and step == 4:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return true_score(config, step)
+
+    runs.score = fill
+    with pytest.raises(WorkerError, match=f"type `lorasweep sweep --resume {opened.path}`"):
+        work(opened)
+    runs.score = true_score
+    assert work(reopen_sweep(opened.path))
+    assert {row.state for row in read_sweep(opened.path).trials} == {"complete"}
+
+
+def test_a_record_that_cant_be_written_ends_the_sweep_with_a_sentence(begin, work, runs, three_arms, monkeypatch):
+    opened = begin(three_arms)
+    true_write = folder_file.write_record
+
+    def fail(record, path):
+        if record.trials:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        true_write(record, path)
+
+    monkeypatch.setattr(folder_file, "write_record", fail)
+    with pytest.raises(WorkerError, match=r"can't be written to: No space left on device"):
+        work(opened)
+    monkeypatch.setattr(folder_file, "write_record", true_write)
+    assert work(reopen_sweep(opened.path))
+    assert len(read_sweep(opened.path).trials) == 10
