@@ -153,7 +153,7 @@ class MadeUpRuns:
         self.begun.append((place.arm, place.trial))
         every, last = config.trainer.eval_every_steps, config.trainer.max_steps
         for step in range(self.steps_done.get(place.folder, 0) + every, last + 1, every):
-            goes_on = on_evaluation(step, self.evaluate(config, place.folder, step))
+            goes_on = on_evaluation(step, {config.data.metric: self.evaluate(config, place.folder, step)})
             self.steps_done[place.folder] = step
             if step < last and not goes_on:
                 return self.close(config, place.folder, step, "paused")
@@ -250,7 +250,10 @@ class MadeUpPacks:
                 return False
             living = [job for job in jobs if self._advance(job, steps, every=trainer.eval_every_steps)]
             values = [self.runs.values[job.place.folder][steps[job]] for job in living]
-            evaluated = [Evaluated(job=job, step=steps[job], value=v) for job, v in zip(living, values, strict=True)]
+            evaluated = [
+                Evaluated(job=job, step=steps[job], values={job.config.data.metric: value})
+                for job, value in zip(living, values, strict=True)
+            ]
             goes_on = dict(zip(living, on_evaluation(evaluated) if living else [], strict=True))
             slots: list[Job | None] = [
                 job if job in goes_on and not self._ends(job, steps[job], goes_on=goes_on[job]) else None
