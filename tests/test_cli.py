@@ -8,10 +8,10 @@ import signal
 import sys
 from pathlib import Path
 
-import lorasweep.sweep.driver as driver_file
 import pytest
 import yaml
 
+import lorasweep.sweep.worker as worker_file
 import lorasweep.training as training_package
 import lorasweep.training.workbench as workbench_file
 from lorasweep.cli import DONE, FAILED, INTERRUPTED, WRONG, StopSignal, main, run
@@ -68,6 +68,11 @@ def files_below(folder):
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
 
 
+def own_pruner(target, *arguments):
+    """The words that name a pruner's class."""
+    return [f"pruner._target_={target}", *arguments]
+
+
 BAD = [
     (["status", "."], "a sweep's folder must contain sweep.json, but '.' does not. Name another folder."),
     (["sweep", "quickstat"], "Did you mean `quickstart`?"),
@@ -82,8 +87,24 @@ BAD = [
     (["sweep", "mini.yaml", "method.targets=[q_prj]"], "q_proj"),
     (["sweep", "mini.yaml", "words"], "an override must read `key=value`"),
     (["sweep", "mini.yaml", "sampler=tpee"], "Did you mean `tpe`?"),
-    (["sweep", "mini.yaml", "worker=slurm", "worker.num=0"], "`worker.num >= 1` must hold, but got 0."),
-    (["sweep", "mini.yaml", "worker=slurm", "worker.partion=a"], "Did you mean `worker.partition`?"),
+    (["sweep", "mini.yaml", "storage.url=postgresql+psycopg://127.0.0.1:1/a"], "`storage.url` must be a database that"),
+    (["sweep", "mini.yaml", "storage.url=nosuchdb://host/a"], "`storage.url` must be a database that answers"),
+    (["sweep", "mini.yaml", "storage.url=postgresql+psycopg://me:pw@host/a"], "but got 'postgresql+psycopg://***@host"),
+    (["sweep", "mini.yaml", "worker.num=2"], "`worker.num` must be 1, but got 2: a sweep has one worker"),
+    (["sweep", "mini.yaml", "worker.num=0"], "`worker.num` must be 1, but got 0: a sweep has one worker"),
+    (["sweep", "mini.yaml", "worker=slurm"], "`worker` must be a group of settings, but got 'slurm'."),
+    (["sweep", "mini.yaml", "worker.partition=a"], "`worker.partition` is not a setting."),
+    (["sweep", "mini.yaml", *own_pruner("optuna.pruners.NoSuch")], "but got 'optuna.pruners.NoSuch'"),
+    (["sweep", "mini.yaml", *own_pruner("pathlib.Path")], "a subclass of `optuna.pruners.BasePruner`, but 'pathlib.P"),
+    (
+        ["sweep", "mini.yaml", *own_pruner("optuna.pruners.PercentilePruner", "pruner.percent=5")],
+        "arm `lora`: `pruner` must have arguments that 'optuna.pruners.PercentilePruner' takes, but got {'percent': 5",
+    ),
+    (["sweep", "mini.yaml", "pruner=halving", "pruner.rungs=[0.5,1.5]"], "less than 1, but got [0.5, 1.5]."),
+    (["sweep", "mini.yaml", "pruner=halving", "pruner.rungs=[0.9]"], "or use `pruner=none`."),
+    (["sweep", "mini.yaml", "pruner=halving", "pruner.rungs=[]"], "`pruner.rungs` must be ascending fractions"),
+    (["sweep", "mini.yaml", "method.rank=[]"], "`arms.lora.space.method.rank` must have at least one choice, but is e"),
+    (["sweep", "empty.yaml"], "`arms.lora.trials` must be 1 for an arm without a space, but got 2. Add a `space`."),
     (["sweep", "mini.yaml", "worker.pack_size=99"], "`worker.pack_size <= "),
     (["sweep", "mini.yaml", "arms.frozen.data.metric=loss"], "all arms must have one `data.metric`"),
     (["sweep", "mini.yaml", "sweep.output=full"], "`sweep.output` must be a new or empty folder, but 'full' is not."),
@@ -112,7 +133,7 @@ BAD = [
     (["inspect", "full"], "a run's folder must contain run.json, but 'full' does not."),
     (["inspect", "nowhere", "full"], "a run's folder must contain run.json, but 'nowhere' does not."),
     (["reproduce", "full"], "a run's folder must contain run.json, but 'full' does not."),
-    (["reproduce"], "`lorasweep reproduce` must have a RUN or `--trial SWEEP/ARM/NUMBER`, one of them."),
+    (["reproduce"], "`lorasweep reproduce` must have a folder or `--trial SWEEP/ARM/NUMBER`, one of them."),
     (["reproduce", "--trial", "full/lora/0"], "a sweep's folder must contain sweep.json, but 'full' does not."),
     (["train", "data.train=https://me:open-sesame@host/a.csv", "data=table"], "but got 'https://***@host/a.csv'."),
     (["sweep", "mini.yaml", "model.path=https://me:open-sesame@host"], "`model.path` must be a setting without a pass"),
@@ -134,10 +155,12 @@ BAD = [
 
 
 @pytest.mark.parametrize(("words", "message"), BAD, ids=[" ".join(words) for words, _ in BAD])
-def test_bad_input_is_one_line_and_exit_code_2_and_changes_nothing(here, mini, capsys, words, message):
+def test_bad_input_is_one_line_and_exit_code_2_and_changes_nothing(here, mini, capsys, caplog, words, message):
     (here / "full").mkdir()
     (here / "full" / "mine.txt").write_text("mine")
     (here / "notes.txt").write_text("just words\n")
+    empty = MINI | {"arms": {"lora": MINI["arms"]["lora"] | {"space": {}}}}
+    (here / "empty.yaml").write_text(yaml.safe_dump(empty))
     before = files_below(here)
     assert run(words) == WRONG == 2
     output = capsys.readouterr()
@@ -145,6 +168,7 @@ def test_bad_input_is_one_line_and_exit_code_2_and_changes_nothing(here, mini, c
     assert output.err.startswith("lorasweep: ")
     assert message in output.err
     assert output.out == ""
+    assert caplog.text == ""  # it would stand on standard error
     assert files_below(here) == before
     assert (here / "notes.txt").read_text() == "just words\n"
 
@@ -331,7 +355,7 @@ def test_a_sweep_whose_trials_all_fail_ends_with_1_and_says_where_to_look(capsys
     def fail(*_, **__):
         raise Diverged("the training loss became NaN.")
 
-    monkeypatch.setattr(driver_file, "train_run", fail)
+    monkeypatch.setattr(worker_file, "train_run", fail)
     assert run(["sweep", mini, "sweep.max_failures=2"]) == FAILED
     error = capsys.readouterr().err
     assert error.count("\n") == 1
@@ -438,13 +462,63 @@ def test_reproduce_says_identical_or_the_first_step_that_differs(here, short, ca
     assert {path.name for path in (here / "outputs" / "reproduce").iterdir()} == {"one"}
 
 
-def test_reproduce_repeats_the_winners_of_a_sweep_or_one_trial(here, mini, capsys):
-    assert run(["sweep", mini, "sweep.output=s"]) == DONE
-    rows = [row for row in read_sweep(here / "s").trials if row.arm == "lora"]
-    winner = min(rows, key=lambda row: row.value)
+def test_reproduce_runs_a_whole_sweep_again_and_says_identical(here, mini, capsys):
+    assert run(["sweep", mini, "sweep.output=s", "confirm.seeds=1"]) == DONE
+    before = {path: path.read_bytes() for path in (here / "s").rglob("*") if path.is_file()}
     capsys.readouterr()
     assert run(["reproduce", "s"]) == DONE
-    assert capsys.readouterr().out.startswith(f"identical: 2 steps and 2 evaluations of s/{winner.run} and ")
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        "identical: all 5 trials, their decisions, losses and scores: outputs/reproduce/s"
+    )
+    again = read_sweep(here / "outputs" / "reproduce" / "s")
+    assert again.status == "complete"
+    assert [row.value for row in again.trials] == [row.value for row in read_sweep(here / "s").trials]
+    assert {path: path.read_bytes() for path in (here / "s").rglob("*") if path.is_file()} == before
+
+
+def test_reproduce_says_where_a_sweep_first_differs_and_ends_with_1(here, mini, capsys):
+    assert run(["sweep", mini, "sweep.output=s"]) == DONE
+    log = here / "s" / "runs" / "lora-0001" / "steps.jsonl"
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    rows[0]["loss"] += 1.0
+    log.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    capsys.readouterr()
+    assert run(["reproduce", "s", "--output", "new"]) == FAILED
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith(f"different: trial lora-1, step 1: `loss` was {rows[0]['loss']!r} and is ")
+    assert last.endswith(": new")
+
+
+def test_a_sweep_that_is_not_complete_is_not_reproduced(here, mini, capsys):
+    assert run(["sweep", mini, "sweep.output=s"]) == DONE
+    for status in ("interrupted", "running"):
+        record = read_sweep(here / "s")
+        record.status = status
+        write_record(record, here / "s")
+        before = files_below(here)
+        capsys.readouterr()
+        assert run(["reproduce", "s"]) == WRONG
+        output = capsys.readouterr()
+        assert output.err == f"lorasweep: a sweep must be complete to be reproduced, but 's' is {status}.\n"
+        assert output.out == ""
+        assert files_below(here) == before
+
+
+@pytest.mark.parametrize("words", [["--steps", "1"], ["--tolerance", "0.1"]])
+def test_a_sweep_is_reproduced_as_a_whole_only(here, mini, capsys, words):
+    assert run(["sweep", mini, "sweep.output=s"]) == DONE
+    before = files_below(here)
+    capsys.readouterr()
+    assert run(["reproduce", "s", *words]) == WRONG
+    assert capsys.readouterr().err == (
+        f"lorasweep: `{words[0]}` must be left out with a sweep, which is compared as a whole.\n"
+    )
+    assert files_below(here) == before
+
+
+def test_reproduce_repeats_one_trial_of_a_sweep(here, mini, capsys):
+    assert run(["sweep", mini, "sweep.output=s"]) == DONE
+    capsys.readouterr()
     assert run(["reproduce", "--trial", "s/lora/1", "--steps", "1"]) == DONE
     assert "of s/runs/lora-0001 and outputs/reproduce/lora-0001" in capsys.readouterr().out
     assert run(["reproduce", "--trial", "s/lora/7"]) == WRONG
@@ -455,7 +529,7 @@ def test_reproduce_repeats_the_winners_of_a_sweep_or_one_trial(here, mini, capsy
     for row in raw["trials"]:
         row["run"] = "../elsewhere"
     (here / "s" / "sweep.json").write_text(json.dumps(raw))
-    assert run(["reproduce", "s"]) == WRONG
+    assert run(["reproduce", "--trial", "s/lora/1"]) == WRONG
     assert "a trial's run must lie in its sweep's folder, but '../elsewhere' does not." in capsys.readouterr().err
 
 

@@ -69,23 +69,23 @@ def test_a_pack_out_of_memory_goes_on_in_smaller_ones_and_loses_no_trial(begin, 
     packs.errors = [OutOfMemory("no memory"), OutOfMemory("no memory")]
     folder = begin(packed)
     assert work(folder)
-    assert packs.sizes == [4, 2]
-    assert sorted(trial for arm, trial in runs.begun if arm == "lora") == list(range(6))  # in packs of one: alone
+    assert packs.sizes == [4, 2, 1]  # a run that began in a pack goes on in packs only
+    assert {arm for arm, _ in runs.begun} == {"frozen", "full"}
     assert [(row.number, row.state) for row in lora_rows(folder)] == [(n, "complete") for n in range(6)]
 
 
-def test_a_pack_that_breaks_runs_its_trials_alone(begin, work, packed, runs, packs):
+def test_a_pack_that_breaks_goes_on_in_packs_of_one(begin, work, packed, runs, packs):
     packs.errors = [KeyError("bug")]
     folder = begin(packed)
     assert work(folder)
-    assert packs.sizes == [4]
-    assert sorted(trial for arm, trial in runs.begun if arm == "lora") == list(range(6))
+    assert packs.sizes == [4, 1]
+    assert {arm for arm, _ in runs.begun} == {"frozen", "full"}
     assert {row.state for row in read_sweep(folder.path).trials} == {"complete"}
 
 
 @pytest.mark.parametrize("rungs", [[0.25], [0.25, 0.5]])
 def test_a_promoted_trial_of_a_pack_that_breaks_still_ends(begin, work, lora_only, runs, packs, rungs):
-    """Alone it begins anew, so it comes to its rung a second time."""
+    """In a pack of one it goes on from its last checkpoint."""
     lora_only["settings"] |= {
         "pruner": "halving",
         "pruner.rungs": rungs,

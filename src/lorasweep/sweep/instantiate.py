@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from hydra.errors import HydraException
-from hydra.utils import get_class, instantiate
+from pkgutil import resolve_name
+
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
 from optuna.pruners import BasePruner
 
 from lorasweep.config.named import describe_error
 from lorasweep.config.sweep import OptunaPruner
-from lorasweep.errors import ConfigError, first_line
+from lorasweep.errors import ConfigError
 
 
 def build_pruner(config: OptunaPruner) -> BasePruner:
@@ -20,17 +22,20 @@ def build_pruner(config: OptunaPruner) -> BasePruner:
         ConfigError: There is no such class, it is no pruner, or it does not take these arguments.
     """
     try:
-        found = get_class(config.target)
-    except (HydraException, ImportError, ValueError, TypeError, AttributeError) as error:
+        found = resolve_name(config.target)  # Hydra's own look-up also logs what goes wrong, on several lines
+    except Exception as error:  # whatever the module raises while it is imported
         raise ConfigError(
-            f"`pruner._target_` must be the import path of a class, but got {config.target!r}: {first_line(error)}."
+            f"`pruner._target_` must be the import path of a class, but got {config.target!r}: {describe_error(error)}."
         ) from error
-    if not issubclass(found, BasePruner):
+    if not (isinstance(found, type) and issubclass(found, BasePruner)):
         raise ConfigError(
             f"`pruner._target_` must be a subclass of `optuna.pruners.BasePruner`, but {config.target!r} is none."
         )
     try:
-        pruner: BasePruner = instantiate({"_target_": config.target, **config.arguments})
+        nested = OmegaConf.create({"_target_": config.target, "_convert_": "all"})
+        for key, value in config.arguments.items():  # a key with dots is of a pruner inside of this one
+            OmegaConf.update(nested, key, value)
+        pruner: BasePruner = instantiate(nested)
     except Exception as error:  # whatever the class raises
         cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
         raise ConfigError(

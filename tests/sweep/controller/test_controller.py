@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 
 import optuna
 import pytest
@@ -43,6 +44,22 @@ def test_the_order_of_slots_changes_nothing(simulate, content, pruner):
     whole = simulate(content, folder="whole")
     for seed in range(6):
         assert simulate(content, folder=f"shuffled{seed}", shuffle=random.Random(seed)) == whole
+
+
+@pytest.mark.parametrize("pruner", ["halving", "median", "none"])
+def test_how_long_anything_takes_changes_nothing(simulate, content, monkeypatch, pruner):
+    content["settings"] = {k: v for k, v in content["settings"].items() if not k.startswith("pruner")}
+    content["settings"] |= {"pruner": pruner}
+    whole = simulate(content, folder="whole")
+    for seed in range(3):
+        delays, clock = random.Random(seed), [0.0]
+
+        def now(delays=delays, clock=clock):
+            clock[0] += delays.expovariate(0.01)  # 100 seconds on average between any two looks at the clock
+            return clock[0]
+
+        monkeypatch.setattr(time, "monotonic", now)
+        assert simulate(content, folder=f"delayed{seed}") == whole
 
 
 def test_equal_trials_are_settled_by_number_in_any_order(simulate, content):

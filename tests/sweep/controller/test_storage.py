@@ -12,6 +12,7 @@ import optuna
 import pytest
 from optuna.exceptions import StorageInternalError
 from sqlalchemy.exc import OperationalError
+from tests.servers.postgres import PASSWORD, USER
 
 import lorasweep
 from lorasweep.config.sweep import StorageConfig
@@ -132,6 +133,72 @@ def test_a_sweep_in_a_database_is_the_sweep_of_a_journal(begin, work, take_up, r
     assert rows_of(stored.path) == rows_of(whole.path)
 
 
+@pytest.fixture
+def in_postgres(three_arms, postgres, monkeypatch):
+    """A sweep whose studies are in PostgreSQL; its client gets the password from the environment."""
+    monkeypatch.setenv("PGPASSWORD", PASSWORD)
+    server = postgres.server
+    three_arms["settings"]["storage.url"] = f"postgresql+psycopg://127.0.0.1:{server.port}/{postgres.name}?user={USER}"
+    return three_arms
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pack_size", [1, 3])
+def test_a_sweep_in_postgresql_is_resumed_and_leaves_its_trials_there(
+    begin, work, runs, packs, in_postgres, postgres, pack_size
+):
+    how = f"worker.pack_size={pack_size}"
+    stored = begin(in_postgres, how, folder="stored")
+    assert not work(stored, stop_at=9)
+    begun = int(postgres.query("SELECT count(*) FROM trials")[0][0])
+    assert 0 < begun < 10
+    assert work(reopen_sweep(stored.path))
+    assert not (stored.path / JOURNAL_FILE).exists()
+    assert postgres.query("SELECT state, count(*) FROM trials GROUP BY state") == [["COMPLETE", "10"]]
+    names = [name for (name,) in postgres.query("SELECT study_name FROM studies ORDER BY study_id")]
+    assert names == [f"{stored.record.study_prefix}{arm}" for arm in ("frozen", "full", "lora")]
+    whole = begin(in_postgres | {"settings": in_postgres["settings"] | {"storage.url": None}}, how, folder="whole")
+    assert work(whole)
+    assert rows_of(stored.path) == rows_of(whole.path)
+    for path in stored.path.rglob("*"):
+        assert path.is_dir() or PASSWORD.encode() not in path.read_bytes()
+
+
+@pytest.mark.slow
+def test_a_postgresql_that_crashes_in_the_middle_ends_the_sweep_with_a_sentence_and_it_goes_on_later(
+    begin, work, runs, in_postgres, postgres
+):
+    folder = begin(in_postgres)
+    true_score = runs.score
+
+    def crash(config, step):
+        if config.method.name == "lora" and step == 4:
+            postgres.server.stop(immediately=True)
+        return true_score(config, step)
+
+    runs.score = crash
+    with pytest.raises(WorkerError, match=f"type `lorasweep sweep --resume {folder.path}`") as said:
+        work(folder)
+    assert "\n" not in str(said.value)
+    with pytest.raises(ConfigError, match=r"`storage.url` must be a database that answers") as refused:
+        reopen_sweep(folder.path)
+    assert "\n" not in str(refused.value)
+    postgres.server.start()
+    runs.score = true_score
+    assert work(reopen_sweep(folder.path))
+    assert postgres.query("SELECT state, count(*) FROM trials GROUP BY state") == [["COMPLETE", "10"]]
+
+
+@pytest.mark.slow
+def test_a_wrong_password_of_postgresql_is_one_sentence_that_does_not_say_it(begin, in_postgres, monkeypatch, tmp_path):
+    monkeypatch.setenv("PGPASSWORD", "wrong-one")
+    with pytest.raises(ConfigError, match="password authentication failed") as refused:
+        begin(in_postgres)
+    assert "wrong-one" not in str(refused.value)
+    assert "\n" not in str(refused.value)
+    assert not (tmp_path / "sweep").exists()
+
+
 def test_two_sweeps_of_one_name_share_a_database(begin, work, runs, in_database):
     first, second = begin(in_database, folder="a"), begin(in_database, folder="b")
     assert first.record.study_prefix != second.record.study_prefix
@@ -167,7 +234,7 @@ def test_a_sweep_that_can_not_be_begun_leaves_no_record(begin, in_database, tmp_
     in_database["settings"]["storage.url"] = "sqlite:////no/such/folder/studies.db"
     with pytest.raises(ConfigError, match=r"`storage.url` must be"):
         begin(in_database)
-    assert not (tmp_path / "sweep" / "sweep.json").exists()
+    assert not (tmp_path / "sweep").exists()
     begin(in_database | {"settings": in_database["settings"] | {"storage.url": None}}).close()  # it is not locked
 
 

@@ -25,7 +25,7 @@ from optuna.storages import BaseStorage
 from lorasweep.disk import why_unwritable
 from lorasweep.errors import WorkerError
 from lorasweep.record import ConfirmRow, SweepRecord, TrialRow, utc_now, write_record
-from lorasweep.sweep.controller.storage import open_study
+from lorasweep.sweep.controller.storage import close_storage, open_study
 from lorasweep.sweep.definition import Definition
 from lorasweep.training.telemetry import add_session
 
@@ -125,7 +125,7 @@ class SweepFolder:
 
     def close(self) -> None:
         """Lets go of the sweep, so that it can be resumed."""
-        self.storage.remove_session()
+        close_storage(self.storage)
         os.close(self.lock)
 
     def _is_here(self) -> bool:

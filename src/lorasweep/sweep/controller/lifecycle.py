@@ -6,6 +6,7 @@ import fcntl
 import os
 import secrets
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from lorasweep.sweep.controller.storage import (
     CONFIRM_STUDY,
     DATABASE_ERRORS,
     JOURNAL_FILE,
+    close_storage,
     open_storage,
     study_attributes,
     unusable_database,
@@ -67,41 +69,41 @@ def create_sweep(
     """
     seeds, warnings = draw_seeds(definition), find_warnings(definition)
     in_database = definition.driver.storage.url is not None
-    try:
-        (path / RUNS_FOLDER).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(
-            f"`sweep.output` must be a folder that can be made, but {str(path)!r} can't: {error.strerror}."
-        ) from error
-    lock = _lock(path)
-    record = SweepRecord(
-        status="running",
-        name=definition.name,
-        description=definition.description,
-        metric=metric,
-        direction=goal_direction(metric),
-        definition=definition.raw,
-        study_prefix=f"{definition.name}-{secrets.token_hex(4)}/" if in_database else "",
-        source=str(definition.source) if definition.source else None,
-        source_sha256=sha256_of(definition.source) if definition.source else None,
-        arms=[arm_row(arm, configs[arm.name]) for arm in definition.arms],
-        confirm_seeds=seeds,
-        notes=list(notes),
-        warnings=[*warnings, *_storage_warnings(definition, path)],
-        started_at=utc_now(),
-    )
-    try:
-        storage = open_storage(definition.driver.storage, path)
+    with ExitStack() as undo:
+        database = _open(definition, path, undo) if in_database else None  # before a folder is made
+        try:
+            (path / RUNS_FOLDER).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(
+                f"`sweep.output` must be a folder that can be made, but {str(path)!r} can't: {error.strerror}."
+            ) from error
+        lock = _lock(path)
+        undo.callback(os.close, lock)
+        record = SweepRecord(
+            status="running",
+            name=definition.name,
+            description=definition.description,
+            metric=metric,
+            direction=goal_direction(metric),
+            definition=definition.raw,
+            study_prefix=f"{definition.name}-{secrets.token_hex(4)}/" if in_database else "",
+            source=str(definition.source) if definition.source else None,
+            source_sha256=sha256_of(definition.source) if definition.source else None,
+            arms=[arm_row(arm, configs[arm.name]) for arm in definition.arms],
+            confirm_seeds=seeds,
+            notes=list(notes),
+            warnings=[*warnings, *_storage_warnings(definition, path)],
+            started_at=utc_now(),
+        )
+        storage = database or _open(definition, path, undo)
         opened = SweepFolder(path=path, definition=definition, record=record, storage=storage, lock=lock)
-        for arm in definition.arms:
-            opened.open_study(arm.name).set_user_attr(FINGERPRINT, definition.fingerprint)
+        try:
+            for arm in definition.arms:
+                opened.open_study(arm.name).set_user_attr(FINGERPRINT, definition.fingerprint)
+        except DATABASE_ERRORS as error:
+            raise unusable_database(definition.driver.storage, error) from error
         write_record(record, path)  # last: a folder that has it can be resumed
-    except DATABASE_ERRORS as error:
-        os.close(lock)
-        raise unusable_database(definition.driver.storage, error) from error
-    except BaseException:
-        os.close(lock)
-        raise
+        undo.pop_all()
     return opened
 
 
@@ -134,13 +136,12 @@ def reopen_sweep(path: Path, *, confirm: Mapping[str, Any] | None = None) -> Swe
     definition = _restore(record, path, source=source)
     seeds = draw_seeds(definition)
     lock = _lock(path)
-    try:
+    with ExitStack() as undo:
+        undo.callback(os.close, lock)
         remove_leftovers(path)
-        storage = _open_known_storage(definition, record, path)
+        storage = _open_known_storage(definition, record, path, undo)
         _check_seeds(definition, record, storage)
-    except BaseException:
-        os.close(lock)
-        raise
+        undo.pop_all()
     record.confirm_seeds = seeds
     record.warnings = [*find_warnings(definition), *_storage_warnings(definition, path)]
     # what a stage has to say it says again
@@ -198,13 +199,19 @@ def _restore(record: SweepRecord, path: Path, *, source: Path | None) -> Definit
         ) from error
 
 
-def _open_known_storage(definition: Definition, record: SweepRecord, path: Path) -> BaseStorage:
+def _open(definition: Definition, path: Path, undo: ExitStack) -> BaseStorage:
+    storage = open_storage(definition.driver.storage, path)
+    undo.callback(close_storage, storage)
+    return storage
+
+
+def _open_known_storage(definition: Definition, record: SweepRecord, path: Path, undo: ExitStack) -> BaseStorage:
     """Returns the storage of a sweep that is resumed, once it is clear that it holds this sweep's studies."""
     in_journal = definition.driver.storage.url is None
     if in_journal and not (path / JOURNAL_FILE).is_file():
         raise RecordError(f"a sweep's folder must contain {JOURNAL_FILE}, but {str(path)!r} does not.")
     try:
-        storage = open_storage(definition.driver.storage, path)
+        storage = _open(definition, path, undo)
         known = study_attributes(storage, prefix=record.study_prefix)
     except ConfigError:
         raise

@@ -61,6 +61,13 @@ def open_storage(config: StorageConfig, folder: Path) -> BaseStorage:
         raise unusable_database(config, error) from error
 
 
+def close_storage(storage: BaseStorage) -> None:
+    """Lets go of a storage, and of the connections to its database."""
+    storage.remove_session()
+    if isinstance(storage, RDBStorage):
+        storage.engine.dispose()
+
+
 def unusable_database(config: StorageConfig, error: Exception) -> ConfigError:
     """Returns the error that says why no sweep can be kept in a database."""
     return ConfigError(
