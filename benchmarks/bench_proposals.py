@@ -1,6 +1,6 @@
-"""Replays samplers on stored complete results (`benchmarks/curves/`): how many trials until one is nearly the best?
+"""Replays samplers on stored complete results (`benchmarks/curves/`): trials until one is nearly the best.
 
-    python benchmarks/bench_proposals.py [--json] [--draws 100] [--gp-draws 30] [--parts samplers sharing]
+    python benchmarks/bench_proposals.py [--json] [--draws 100] [--gp-draws 30]
 
 Tables: the grid of rank × α/r × learning rate of LoRA (`grid_stdlib_docs.csv`), and full fine-tuning's learning rate on
 two data sets and three seeds. A proposed learning rate is read off by linear interpolation in its logarithm between the
@@ -13,9 +13,6 @@ trial is within 1 % when it is worse than the best of the table by at most a hun
 the best of n trials is worse than the best of the table, in shares of the gain. Nothing is stopped early. Trials are
 asked for as the worker does it: packs of 4, whose members know the results of earlier packs only, and with a sampler
 that learns, half of the trials before the first result.
-
-Then each rank of the grid is an arm of 8 trials, judged by the best and the gain of its own rank, to see whether arms
-should share what they learn about learning rates.
 """
 
 from __future__ import annotations
@@ -38,29 +35,22 @@ import optuna
 from numpy.typing import NDArray
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 from optuna.trial import FrozenTrial, TrialState, create_trial
-from scipy.linalg import cho_solve
-from scipy.optimize import minimize
-from scipy.stats import norm
 
 from lorasweep.config.sweep import FixedSampler, ModelBasedSampler, SamplerConfig
 from lorasweep.sweep.controller.proposals import propose
 from lorasweep.sweep.space import Space
 
 CURVES = Path(__file__).parent / "curves"
-WITHIN = 0.01
-"""A trial that is worse than the best by at most this share of the gain is good enough."""
+WITHIN = {"1": 0.01, "5": 0.05}
+"""Shares of the gain, by their percent, that a good enough trial is worse than the best by at most."""
 NUM_SLOTS = 4
 FIRST_PART_FRACTION = 0.5
 """Share of an arm's trials that a sampler that learns proposes before the first result."""
 GRID_TRIALS = (8, 12, 16, 24)
-LR_TRIALS = (8, 12)
-"""Trials on the tables that have a learning rate only."""
-ARM_TRIALS = 8
+LR_TRIALS = (8,)
+"""Trials on the tables that have a learning rate only: one dimension needs no more."""
 GRID = CURVES / "grid_stdlib_docs.csv"
 LR_TASKS = ("stdlib_docs_full", "stdlib_code_full")
-QUANTILES = {"median": 0.5, "p90": 0.9}
-TRIALS_KEYS = tuple(f"{name}_trials" for name in QUANTILES)
-HALF_DECADE = 10**0.5
 RANK, RATIO, LR = "method.rank", "method.alpha_over_rank", "optim.lr"
 
 Setting = tuple[float, ...]
@@ -122,7 +112,7 @@ def read_table(path: Path) -> Table:
             if row["evaluation"] == "0":
                 frozen = float(row["value"])
                 continue
-            setting = (float(row["rank"]), float(row["alpha"]) / float(row["rank"])) if row["rank"] else ()
+            setting: Setting = (float(row["rank"]), float(row["alpha"]) / float(row["rank"])) if row["rank"] else ()
             key = setting, math.log(float(row["lr"]))
             best[key] = min(best.get(key, math.inf), float(row["value"]))
     points: dict[Setting, list[tuple[float, float]]] = defaultdict(list)
@@ -257,142 +247,30 @@ def ask_optuna(table: Table, way: Way, *, seed: int) -> Ask:
     return ask
 
 
-class SharedProcess:
-    """A Gaussian process over log rank, log α/r and log learning rate on the trials of one arm or of several.
-
-    Matérn 5/2 with one length per key, lengths and noise by maximum posterior; values worse than the frozen base count
-    as equal to it. Running trials have the value that the model predicts. The next point has the most expected
-    improvement on the arm's best, of all α/r × 100 learning rates of the arm's rank.
-    """
-
-    def __init__(self, others: Sequence[Replay], *, frozen: float) -> None:
-        """Takes the trials of the other arms and the value of the frozen base."""
-        self.params = [params for each in others for params in each.params]
-        self.values = [value for each in others for value in each.values]
-        self.frozen = frozen
-
-    def ask_in(self, arm: Table, *, startup: Ask, num_startup: int) -> Ask:
-        """Returns a caller for one arm, whose first trials `startup` proposes."""
-        rank = next(iter(arm.lines))[0]
-        rates = np.geomspace(*arm.lr_range, 100)
-        candidates = [{RANK: rank, RATIO: ratio, LR: float(lr)} for _, ratio in arm.lines for lr in rates]
-
-        def ask(number: int, params: Sequence[Mapping[str, Any]], values: Sequence[float]) -> Mapping[str, Any]:
-            if number < num_startup:
-                return startup(number, params, values)
-            x = self._inputs([*self.params, *params[: len(values)]])
-            y = np.minimum([*self.values, *values], self.frozen)
-            y = (y - y.mean()) / (y.std() + 1e-9)
-            logs = fit_lengths(x, y)
-            if running := params[len(values) :]:
-                pending = self._inputs(running)
-                y = np.append(y, predict(x, y, pending, logs)[0])
-                x = np.vstack([x, pending])
-            # An arm without results wants to be better than what the model expects of its best point.
-            mean, deviation = predict(x, y, self._inputs(candidates), logs)
-            mine = y[len(self.values) :]
-            goal = float(mine.min()) if len(mine) else float(mean.min())
-            z = (goal - mean) / deviation
-            return candidates[int(np.argmax(deviation * (z * norm.cdf(z) + norm.pdf(z))))]
-
-        return ask
-
-    def _inputs(self, params: Sequence[Mapping[str, Any]]) -> Matrix:
-        return np.array([[math.log2(p[RANK]) / 5, math.log2(p[RATIO]) / 3, math.log10(p[LR]) / 2] for p in params])
-
-
-def fit_lengths(x: Matrix, y: Matrix) -> Matrix:
-    """Returns the logarithms of three lengths, the signal's and the noise's variance."""
-
-    def cost(logs: Matrix) -> float:
-        factor = np.linalg.cholesky(covariance(x, x, logs) + (math.exp(logs[4]) + 1e-6) * np.eye(len(x)))
-        fit = 0.5 * y @ cho_solve((factor, True), y) + np.log(np.diag(factor)).sum()
-        prior = 0.5 * (((logs[:3] - math.log(0.5)) ** 2).sum() + logs[3] ** 2 + ((logs[4] + 7) / 2) ** 2)
-        return float(fit + prior)
-
-    start = np.array([math.log(0.5)] * 3 + [0.0, -7.0])
-    found: Matrix = minimize(cost, start, method="L-BFGS-B", bounds=[(-3, 3)] * 4 + [(-12, 0)]).x
-    return found
-
-
-def covariance(a: Matrix, b: Matrix, logs: Matrix) -> Matrix:
-    """Returns the Matérn 5/2 covariance between two sets of points."""
-    scaled = (a[:, None] - b[None]) / np.exp(logs[:3])
-    distance = np.sqrt(5 * (scaled**2).sum(-1))
-    result: Matrix = math.exp(logs[3]) * (1 + distance + distance**2 / 3) * np.exp(-distance)
-    return result
-
-
-def predict(x: Matrix, y: Matrix, at: Matrix, logs: Matrix) -> tuple[Matrix, Matrix]:
-    """Returns mean and standard deviation at points."""
-    factor = np.linalg.cholesky(covariance(x, x, logs) + (math.exp(logs[4]) + 1e-6) * np.eye(len(x)))
-    cross = covariance(x, at, logs)
-    spread = math.exp(logs[3]) - (cross * cho_solve((factor, True), cross)).sum(0)
-    return cross.T @ cho_solve((factor, True), y), np.sqrt(np.maximum(spread, 1e-9))
-
-
-SHARING = (
-    "tpe, each arm alone",
-    "gp, each arm alone",
-    "tpe, first half near the best rate of the rank before",
-    "gp, first half near the best rate of the rank before",
-    "own process, each arm alone",
-    "own process, shared, arms together",
-    "own process, shared, rank after rank",
-)
-
-
-def search_ranks(table: Table, way: str, *, seed: int) -> dict[str, list[float]]:
-    """Returns the regrets of each arm's trials in their order; an arm is a rank, from the lowest on."""
-    arms = [table.of_rank(rank) for rank in sorted({setting[0] for setting in table.lines})]
-    half = math.ceil(FIRST_PART_FRACTION * ARM_TRIALS)
-    sobol = [ask_product(arm, Way(name="", sampler="qmc"), n=ARM_TRIALS, seed=seed) for arm in arms]
-    first_halves = [run_arm(arm, ask, n=half) for arm, ask in zip(arms, sobol, strict=True)]
-    found: list[Replay] = []
-    for place, arm in enumerate(arms):
-        if not way.startswith("own process"):
-            near = None
-            if way.endswith("before") and found:
-                (low, high), best = arm.lr_range, found[-1].best_lr
-                near = max(best / HALF_DECADE, low), min(best * HALF_DECADE, high)
-            ask = ask_product(arm, Way(name="", sampler=way.split(",")[0]), n=ARM_TRIALS, seed=seed, first_lr=near)
-        else:
-            known = [] if way.endswith("alone") else found
-            if way.endswith("together"):  # every arm has its first half before one goes on, much as in the product
-                rest = [replace(each, params=each.params[half:], values=each.values[half:]) for each in found]
-                known = [*first_halves[:place], *first_halves[place + 1 :], *rest]
-            num_startup = 0 if known and way.endswith("after rank") else half
-            process = SharedProcess(known, frozen=table.frozen)
-            ask = process.ask_in(arm, startup=sobol[place], num_startup=num_startup)
-        found.append(run_arm(arm, ask, n=ARM_TRIALS, first_part=half))
-    return {arm.name: [arm.regret(v) for v in each.values] for arm, each in zip(arms, found, strict=True)}
-
-
-def summarize(searches: Sequence[Sequence[float]]) -> dict[str, float | None]:
-    """Returns what several searches gave; a number of trials is None where too few came within 1 %."""
-    needed = [next((i + 1 for i, regret in enumerate(each) if regret <= WITHIN), math.inf) for each in searches]
-    least = [min(each) for each in searches]
-    trials = {f"{name}_trials": float(np.quantile(needed, q, method="inverted_cdf")) for name, q in QUANTILES.items()}
-    return {
-        **{key: value if math.isfinite(value) else None for key, value in trials.items()},
-        "reached": round(statistics.fmean(math.isfinite(value) for value in needed), 4),
-        "median_regret": round(float(np.quantile(least, 0.5)), 5),
-        "p95_regret": round(float(np.quantile(least, 0.95)), 5),
-        "searches": len(searches),
-    }
+def summarize(searches: Sequence[Sequence[float]]) -> dict[str, Any]:
+    """Returns what several searches gave; a number of trials is None where too few searches came within the share."""
+    result: dict[str, Any] = {"searches": len(searches)}
+    for percent, share in WITHIN.items():
+        needed = [next((i + 1 for i, regret in enumerate(each) if regret <= share), math.inf) for each in searches]
+        for name, q in (("median", 0.5), ("p90", 0.9)):
+            trials = float(np.quantile(needed, q, method="inverted_cdf"))
+            result[f"{name}_trials_{percent}"] = int(trials) if math.isfinite(trials) else None
+        result[f"reached_{percent}"] = round(statistics.fmean(math.isfinite(value) for value in needed), 4)
+    median, p95 = np.quantile([min(each) for each in searches], [0.5, 0.95])
+    return {**result, "median_regret": round(float(median), 5), "p95_regret": round(float(p95), 5)}
 
 
 def measure_samplers(*, draws: int, gp_draws: int) -> list[dict[str, Any]]:
     """Returns one row per group of tables, number of trials and way; seeds of a group's tables are pooled."""
-    groups = {"grid": ([GRID], GRID_TRIALS)}
+    groups: dict[str, tuple[list[Path], tuple[int, ...]]] = {"grid": ([GRID], GRID_TRIALS)}
     for task in LR_TASKS:
         groups[task] = (sorted(CURVES.glob(f"{task}_seed*.csv")), LR_TRIALS)
     rows = []
     for group, (paths, numbers) in groups.items():
         tables = [read_table(path) for path in paths]
         for n, way in itertools.product(numbers, WAYS):
-            if group != "grid" and "unordered" in way.name:
-                continue  # nothing but a learning rate to search
+            if (group != "grid" and "unordered" in way.name) or (n == NUM_SLOTS * 2 and way.startup_fraction):
+                continue  # no choices; of 8 trials the first 4 begin before any result with a quarter too
             num = math.ceil((gp_draws if way.sampler == "gp" else draws) / len(tables))
             searches = [
                 [table.regret(value) for value in replay(table, way, n=n, seed=seed).values]
@@ -404,42 +282,32 @@ def measure_samplers(*, draws: int, gp_draws: int) -> list[dict[str, Any]]:
     return rows
 
 
-def measure_sharing(*, draws: int, gp_draws: int) -> list[dict[str, Any]]:
-    """Returns one row per way to share; all arms together, and `arms` has them one by one."""
-    table, rows = read_table(GRID), []
-    for way in SHARING:
-        found = [search_ranks(table, way, seed=seed) for seed in range(gp_draws if way.startswith("gp") else draws)]
-        by_arm = {arm: [each[arm] for each in found] for arm in found[0]}
-        pooled = summarize([search for searches in by_arm.values() for search in searches])
-        arms = {arm: summarize(searches) for arm, searches in by_arm.items()}
-        rows.append({"table": "ranks", "trials": ARM_TRIALS, "way": way, **pooled, "arms": arms})
-        print(rows[-1], file=sys.stderr, flush=True)
-    return rows
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print JSON only")
     parser.add_argument("--draws", type=int, default=100, help="seeds per number of trials and way")
     parser.add_argument("--gp-draws", type=int, default=30, help="the same for a Gaussian process, which is slower")
-    parser.add_argument("--parts", nargs="+", default=["samplers", "sharing"], choices=["samplers", "sharing"])
     args = parser.parse_args()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    rows = measure_samplers(draws=args.draws, gp_draws=args.gp_draws) if "samplers" in args.parts else []
-    rows += measure_sharing(draws=args.draws, gp_draws=args.gp_draws) if "sharing" in args.parts else []
+    rows = measure_samplers(draws=args.draws, gp_draws=args.gp_draws)
     print(json.dumps(rows, indent=1) if args.json else "\n".join(lines_of(rows)))
 
 
 def lines_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Returns the rows as a table in Markdown."""
-    columns = "table | trials | way | trials to 1 %: median | 90th | reached | regret: median | 95th | searches"
-    lines = [f"| {columns} |", f"|---|--:|---|{'--:|' * 6}"]
+    each = " | ".join(f"trials to {percent} %: median | 90th | reached" for percent in WITHIN)
+    lines = [
+        f"| table | trials | way | {each} | regret: median | 95th |",
+        f"|---|--:|---|{'--:|' * (3 * len(WITHIN) + 2)}",
+    ]
     for row in rows:
-        needed = [f"> {row['trials']}" if row[key] is None else f"{row[key]:.0f}" for key in TRIALS_KEYS]
-        shares = f"{row['reached']:.0%} | {row['median_regret']:.1%} | {row['p95_regret']:.1%}".replace("%", " %")
-        lines.append(
-            f"| {row['table']} | {row['trials']} | {row['way']} | {' | '.join(needed)} | {shares} | {row['searches']} |"
-        )
+        cells = [str(row[key]) for key in ("table", "trials", "way")]
+        for percent in WITHIN:
+            needed = [row[f"{name}_trials_{percent}"] for name in ("median", "p90")]
+            cells += [f"> {row['trials']}" if trials is None else str(trials) for trials in needed]
+            cells.append(f"{100 * row[f'reached_{percent}']:.0f} %")
+        cells += [f"{100 * row[key]:.1f} %" for key in ("median_regret", "p95_regret")]
+        lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
