@@ -5,7 +5,7 @@
 For each seed of the sampler the arm is searched by `lorasweep sweep`: trials in packs, pruned and refilled. Then every
 trial that was asked for is trained alone to its last step. So both sides train the same settings, and a difference of
 the best scores is what pruning missed (and rounding: packs and runs alone sum in another order). The search's time is
-that of its record: the choice of the pack's size, Optuna and the records are in it, loading is in neither. Which side
+that of its record: Optuna and the records are in it, loading is in neither. Which side
 goes first can't change, because the search says what the trials are; a ratio is one within a seed.
 """
 
@@ -175,8 +175,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--quick", action="store_true", help="one seed, a few steps: does it run?")
     arguments = parser.parse_args()
-    if "OMP_WAIT_POLICY" not in os.environ:  # read as torch starts; the command line sets it for itself
-        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+    if "GOMP_SPINCOUNT" not in os.environ:  # read as torch starts; the command line sets it for itself
+        os.environ["GOMP_SPINCOUNT"] = "20000"
         os.execv(sys.executable, [sys.executable, *sys.argv])
     torch.set_num_threads(arguments.threads)
     rows: list[Row] = []

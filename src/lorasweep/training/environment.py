@@ -25,7 +25,7 @@ from lorasweep.redaction import names_secret, redact
 
 RECORDED_PACKAGES = (
     *("torch", "lightning", "transformers", "tokenizers", "safetensors", "torchmetrics", "numpy"),
-    *("datasets", "pyarrow", "scipy", "optuna", "cmaes", "hydra-core", "omegaconf"),
+    *("datasets", "pyarrow", "scipy", "optuna", "hydra-core", "omegaconf"),
     *("accelerate", "gguf", "bitsandbytes"),
 )
 NUMERIC_VARIABLES = (
