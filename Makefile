@@ -54,6 +54,7 @@ bench-stopping: $(READY) ## stopping rules replayed on stored complete learning 
 
 bench-proposals: $(READY) ## samplers replayed on a stored grid of results
 	$(BIN)/python benchmarks/bench_proposals.py
+	$(BIN)/python benchmarks/bench_shared_rates.py
 
 bench-sweep: $(READY) ## the quickstart's LoRA arm with packs and pruning beside the same trials one by one
 	$(BIN)/python benchmarks/bench_sweep.py

@@ -1,0 +1,320 @@
+"""Replays samplers on stored complete results (`benchmarks/curves/`): trials until one is nearly the best.
+
+    python benchmarks/bench_proposals.py [--json] [--draws 100] [--gp-draws 30]
+
+Tables: the grid of rank × α/r × learning rate of LoRA (`grid_stdlib_docs.csv`), and full fine-tuning's learning rate on
+two data sets and three seeds. A proposed learning rate is read off by linear interpolation in its logarithm between the
+neighbours of the same rank and α/r. LoRA's other curves are left out: 24 points in three dimensions do not say what
+lies between them (each left out in turn and read off from the rest is wrong by a median of 7 to 28 % of the gain; of
+full's, by at most 1.2 %).
+
+A trial's value is its best evaluation, as in the product. The gain is the frozen base minus the best of the table; a
+trial is within 1 % when it is worse than the best of the table by at most a hundredth of the gain. Regret is how much
+the best of n trials is worse than the best of the table, in shares of the gain. Nothing is stopped early. Trials are
+asked for as the worker does it: packs of 4, whose members know the results of earlier packs only, and with a sampler
+that learns, half of the trials before the first result.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import itertools
+import json
+import math
+import statistics
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import optuna
+from numpy.typing import NDArray
+from optuna.distributions import CategoricalDistribution, FloatDistribution
+from optuna.trial import FrozenTrial, TrialState, create_trial
+
+from lorasweep.config.sweep import FixedSampler, ModelBasedSampler, SamplerConfig
+from lorasweep.sweep.controller.proposals import propose
+from lorasweep.sweep.space import Space
+
+CURVES = Path(__file__).parent / "curves"
+WITHIN = {"1": 0.01, "5": 0.05}
+"""Shares of the gain, by their percent, that a good enough trial is worse than the best by at most."""
+NUM_SLOTS = 4
+FIRST_PART_FRACTION = 0.5
+"""Share of an arm's trials that a sampler that learns proposes before the first result."""
+GRID_TRIALS = (8, 12, 16, 24)
+LR_TRIALS = (8,)
+"""Trials on the tables that have a learning rate only: one dimension needs no more."""
+GRID = CURVES / "grid_stdlib_docs.csv"
+LR_TASKS = ("stdlib_docs_full", "stdlib_code_full")
+RANK, RATIO, LR = "method.rank", "method.alpha_over_rank", "optim.lr"
+
+Setting = tuple[float, ...]
+"""Rank and α/r; empty where only the learning rate is searched."""
+Matrix = NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Table:
+    """Complete results, of which any learning rate can be read off; lower is better."""
+
+    name: str
+    lines: Mapping[Setting, tuple[Matrix, Matrix]]
+    """Per setting the logarithms of its learning rates, ascending, and their values."""
+    frozen: float
+
+    @property
+    def best(self) -> float:
+        """Best value of the table: a line between two points is nowhere lower than both."""
+        return min(float(values.min()) for _, values in self.lines.values())
+
+    @property
+    def lr_range(self) -> tuple[float, float]:
+        """Lowest and highest learning rate."""
+        rates = next(iter(self.lines.values()))[0]
+        return math.exp(rates[0]), math.exp(rates[-1])
+
+    def read(self, params: Mapping[str, Any]) -> float:
+        """Returns the value of a trial."""
+        setting = tuple(float(params[key]) for key in (RANK, RATIO) if key in params)
+        rates, values = self.lines[setting]
+        return float(np.interp(math.log(params[LR]), rates, values))
+
+    def regret(self, value: float) -> float:
+        """Returns how much worse than the best a value is, as a share of the gain."""
+        return (value - self.best) / (self.frozen - self.best)
+
+    def space(self, *, ordered: bool = True, lr_range: tuple[float, float] | None = None) -> Space:
+        """Returns the space that is searched; unordered choices are texts, whose order says nothing to a sampler."""
+        low, high = lr_range or self.lr_range
+        space: Space = {LR: FloatDistribution(low, high, log=True)}
+        for place, key in enumerate((RANK, RATIO)):
+            if values := sorted({setting[place] for setting in self.lines if setting}):
+                space[key] = CategoricalDistribution([value if ordered else str(value) for value in values])
+        return space
+
+    def of_rank(self, rank: float) -> Table:
+        """Returns the part of one rank, with its own best."""
+        lines = {setting: line for setting, line in self.lines.items() if setting[0] == rank}
+        return replace(self, name=f"{self.name}, rank {rank:g}", lines=lines)
+
+
+def read_table(path: Path) -> Table:
+    """Returns the table of a file; a trial's value is its best evaluation."""
+    best: dict[tuple[Setting, float], float] = {}
+    frozen = math.nan
+    with path.open(newline="") as file:
+        for row in csv.DictReader(file):
+            if row["evaluation"] == "0":
+                frozen = float(row["value"])
+                continue
+            setting: Setting = (float(row["rank"]), float(row["alpha"]) / float(row["rank"])) if row["rank"] else ()
+            key = setting, math.log(float(row["lr"]))
+            best[key] = min(best.get(key, math.inf), float(row["value"]))
+    points: dict[Setting, list[tuple[float, float]]] = defaultdict(list)
+    for (setting, rate), value in sorted(best.items()):
+        points[setting].append((rate, value))
+    lines = {setting: (np.array(line)[:, 0], np.array(line)[:, 1]) for setting, line in points.items()}
+    return Table(name=path.stem, lines=lines, frozen=frozen)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Way:
+    """How trials are proposed."""
+
+    name: str
+    sampler: str = "tpe"
+    startup_fraction: float | None = None
+    """Share of the trials that are Sobol points; None is the product's default."""
+    ordered: bool = True
+    optuna_startup: int | None = None
+    """Optuna's own TPE with so many random trials, as before the controller had `propose`."""
+    slots: int = NUM_SLOTS
+    cap: Literal["frozen", "median"] | None = None
+    """Values worse than the frozen base's, or than the median of those that ended, are told as equal to it; the product
+    has no cap."""
+
+    def build(self, n: int) -> SamplerConfig:
+        """Returns the product's settings of the sampler."""
+        if self.sampler not in ("tpe", "gp"):
+            return FixedSampler(name=self.sampler)  # type: ignore[arg-type]
+        startup = None if self.startup_fraction is None else math.ceil(self.startup_fraction * n)
+        return ModelBasedSampler(name=self.sampler, startup_trials=startup)  # type: ignore[arg-type]
+
+
+WAYS = (
+    Way(name="random", sampler="random"),
+    Way(name="qmc", sampler="qmc"),
+    Way(name="tpe of Optuna, 10 random, packs of 8", optuna_startup=10, ordered=False, slots=8),
+    Way(name="tpe of Optuna, 5 random, packs of 8", optuna_startup=5, ordered=False, slots=8),
+    Way(name="tpe, 1/2 Sobol"),
+    Way(name="tpe, 1/4 Sobol", startup_fraction=1 / 4),
+    Way(name="tpe, 1/2 Sobol, unordered", ordered=False),
+    Way(name="gp, 1/2 Sobol", sampler="gp"),
+    Way(name="gp, 1/4 Sobol", sampler="gp", startup_fraction=1 / 4),
+    Way(name="gp, 1/2 Sobol, unordered", sampler="gp", ordered=False),
+    Way(name="gp, 1/2 Sobol, capped at frozen", sampler="gp", cap="frozen"),
+    Way(name="gp, 1/2 Sobol, capped at the median", sampler="gp", cap="median"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Replay:
+    """The trials of one arm in their order."""
+
+    params: tuple[Mapping[str, Any], ...]
+    values: tuple[float, ...]
+    known: tuple[int, ...]
+    """How many results there were when each was asked for."""
+
+    @property
+    def best_lr(self) -> float:
+        """Learning rate of the best trial."""
+        return float(self.params[self.values.index(min(self.values))][LR])
+
+
+Ask = Callable[[int, Sequence[Mapping[str, Any]], Sequence[float]], Mapping[str, Any]]
+"""Returns the parameters of a trial from its number, those of all earlier ones, and the values of those that ended."""
+
+
+def run_arm(table: Table, ask: Ask, *, n: int, slots: int = NUM_SLOTS, first_part: int | None = None) -> Replay:
+    """Asks for n trials pack by pack, no more than `first_part` before the first result, and reads off their values."""
+    params: list[Mapping[str, Any]] = []
+    values: list[float] = []
+    known: list[int] = []
+    while len(params) < n:
+        limit = n if values or first_part is None else first_part
+        for _ in range(min(slots, limit - len(params))):
+            known.append(len(values))
+            params.append(ask(len(params), params, values))
+        values += [table.read(each) for each in params[len(values) :]]
+    return Replay(params=tuple(params), values=tuple(values), known=tuple(known))
+
+
+def replay(table: Table, way: Way, *, n: int, seed: int) -> Replay:
+    """Returns one search of a table."""
+    learns = way.sampler in ("tpe", "gp") and way.optuna_startup is None
+    first_part = math.ceil(FIRST_PART_FRACTION * n) if learns else None
+    ask = ask_optuna(table, way, seed=seed) if way.optuna_startup else ask_product(table, way, n=n, seed=seed)
+    return run_arm(table, ask, n=n, slots=way.slots, first_part=first_part)
+
+
+def ask_product(table: Table, way: Way, *, n: int, seed: int, first_lr: tuple[float, float] | None = None) -> Ask:
+    """Returns a caller of the product's `propose`; with `first_lr`, the first half are Sobol points of that range."""
+    space, sampler = table.space(ordered=way.ordered), way.build(n)
+
+    def ask(number: int, params: Sequence[Mapping[str, Any]], values: Sequence[float]) -> Mapping[str, Any]:
+        most = math.inf
+        if way.cap and values:
+            most = table.frozen if way.cap == "frozen" else statistics.median(values)
+        history = show_history(space, params, [min(value, most) for value in values])
+        is_first = first_lr is not None and number < math.ceil(FIRST_PART_FRACTION * n)
+        return propose(
+            table.space(lr_range=first_lr) if is_first else space,
+            history,
+            sampler=FixedSampler(name="qmc") if is_first else sampler,
+            direction="minimize",
+            trials=n,
+            number=number,
+            seed=seed,
+            arm=table.name,
+        )
+
+    return ask
+
+
+def show_history(space: Space, params: Sequence[Mapping[str, Any]], values: Sequence[float]) -> list[FrozenTrial]:
+    """Returns trials as Optuna has them: those without a value are running."""
+    history = [
+        create_trial(value=value, params=dict(each), distributions=space)
+        for each, value in zip(params, values, strict=False)
+    ]
+    running = params[len(values) :]
+    return history + [create_trial(state=TrialState.RUNNING, params=dict(e), distributions=space) for e in running]
+
+
+def ask_optuna(table: Table, way: Way, *, seed: int) -> Ask:
+    """Returns a caller of Optuna's own TPE on a study of its own."""
+    space = table.space(ordered=way.ordered)
+    startup = way.optuna_startup or 0
+    study = optuna.create_study(sampler=optuna.samplers.TPESampler(n_startup_trials=startup, seed=seed))
+
+    def ask(number: int, params: Sequence[Mapping[str, Any]], values: Sequence[float]) -> Mapping[str, Any]:
+        told = sum(trial.state == TrialState.COMPLETE for trial in study.get_trials(deepcopy=False))
+        for ended in range(told, len(values)):
+            study.tell(ended, values[ended])
+        return study.ask(space).params
+
+    return ask
+
+
+def summarize(searches: Sequence[Sequence[float]]) -> dict[str, Any]:
+    """Returns what several searches gave; a number of trials is None where too few searches came within the share."""
+    result: dict[str, Any] = {"searches": len(searches)}
+    for percent, share in WITHIN.items():
+        needed = [next((i + 1 for i, regret in enumerate(each) if regret <= share), math.inf) for each in searches]
+        for name, q in (("median", 0.5), ("p90", 0.9)):
+            trials = float(np.quantile(needed, q, method="inverted_cdf"))
+            result[f"{name}_trials_{percent}"] = int(trials) if math.isfinite(trials) else None
+        result[f"reached_{percent}"] = round(statistics.fmean(math.isfinite(value) for value in needed), 4)
+    median, p95 = np.quantile([min(each) for each in searches], [0.5, 0.95])
+    return {**result, "median_regret": round(float(median), 5), "p95_regret": round(float(p95), 5)}
+
+
+def measure_samplers(*, draws: int, gp_draws: int) -> list[dict[str, Any]]:
+    """Returns one row per group of tables, number of trials and way; seeds of a group's tables are pooled."""
+    groups: dict[str, tuple[list[Path], tuple[int, ...]]] = {"grid": ([GRID], GRID_TRIALS)}
+    for task in LR_TASKS:
+        groups[task] = (sorted(CURVES.glob(f"{task}_seed*.csv")), LR_TRIALS)
+    rows = []
+    for group, (paths, numbers) in groups.items():
+        tables = [read_table(path) for path in paths]
+        for n, way in itertools.product(numbers, WAYS):
+            if (group != "grid" and "unordered" in way.name) or (n == NUM_SLOTS * 2 and way.startup_fraction):
+                continue  # no choices; of 8 trials the first 4 begin before any result with a quarter too
+            num = math.ceil((gp_draws if way.sampler == "gp" else draws) / len(tables))
+            searches = [
+                [table.regret(value) for value in replay(table, way, n=n, seed=seed).values]
+                for table in tables
+                for seed in range(num)
+            ]
+            rows.append({"table": group, "trials": n, "way": way.name, **summarize(searches)})
+            print(rows[-1], file=sys.stderr, flush=True)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="print JSON only")
+    parser.add_argument("--draws", type=int, default=100, help="seeds per number of trials and way")
+    parser.add_argument("--gp-draws", type=int, default=30, help="the same for a Gaussian process, which is slower")
+    args = parser.parse_args()
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    rows = measure_samplers(draws=args.draws, gp_draws=args.gp_draws)
+    print(json.dumps(rows, indent=1) if args.json else "\n".join(lines_of(rows)))
+
+
+def lines_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Returns the rows as a table in Markdown."""
+    each = " | ".join(f"trials to {percent} %: median | 90th | reached" for percent in WITHIN)
+    lines = [
+        f"| table | trials | way | {each} | regret: median | 95th |",
+        f"|---|--:|---|{'--:|' * (3 * len(WITHIN) + 2)}",
+    ]
+    for row in rows:
+        cells = [str(row[key]) for key in ("table", "trials", "way")]
+        for percent in WITHIN:
+            needed = [row[f"{name}_trials_{percent}"] for name in ("median", "p90")]
+            cells += [f"> {row['trials']}" if trials is None else str(trials) for trials in needed]
+            cells.append(f"{100 * row[f'reached_{percent}']:.0f} %")
+        cells += [f"{100 * row[key]:.1f} %" for key in ("median_regret", "p95_regret")]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+if __name__ == "__main__":
+    main()
