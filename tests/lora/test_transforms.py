@@ -40,6 +40,7 @@ def test_activation_checkpointing_gives_the_same_gradients(adapted: nn.Module, t
         assert torch.equal(one, other)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_compiles_without_a_graph_break(adapted: nn.Module, tokens: Tensor) -> None:
     torch._dynamo.reset()  # code compiled for the models before this one counts towards its limit

@@ -377,13 +377,23 @@ def begin(write_file: Callable[[Any], Path], tmp_path: Path) -> Callable[..., Sw
 
 @pytest.fixture
 def work() -> Callable[..., bool]:
-    """Runs what is left of an open sweep; `stop_at` stops it at the worker's so-manieth question. Closes the folder."""
+    """Runs what is left of an open sweep and closes it.
 
-    def run(folder: SweepFolder, *, stop_at: int | None = None, observer: Any = None, benches: Any = None) -> bool:
+    `stop_at` stops it at the worker's so-manieth question, `stop_when` once that is so.
+    """
+
+    def run(
+        folder: SweepFolder,
+        *,
+        stop_at: int | None = None,
+        stop_when: Callable[[], bool] = lambda: False,
+        observer: Any = None,
+        benches: Any = None,
+    ) -> bool:
         asked = itertools.count(1)
 
         def stop_requested() -> bool:
-            return stop_at is not None and next(asked) >= stop_at
+            return stop_when() or (stop_at is not None and next(asked) >= stop_at)
 
         try:
             return Worker(

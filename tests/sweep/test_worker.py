@@ -55,9 +55,15 @@ HALVING = {"pruner": "halving", "pruner.rungs": [0.25, 0.5], "pruner.reduction_f
 
 @pytest.mark.parametrize(
     ("sampler", "stop_at"),
-    [(sampler, stop_at) for sampler in ("random", "tpe") for stop_at in (3, 7)]
-    + [pytest.param(sampler, 2, marks=pytest.mark.slow) for sampler in ("random", "tpe")]
-    + [("gp", 5), ("qmc", 5)],
+    [
+        ("random", 3),
+        ("tpe", 7),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (("random", 2), ("random", 7), ("tpe", 2), ("tpe", 3))
+        ),
+        *(pytest.param(sampler, 5, marks=pytest.mark.slow) for sampler in ("gp", "qmc")),
+    ],
 )
 def test_a_stopped_sweep_proposes_what_an_uninterrupted_one_does(begin, work, take_up, runs, content, sampler, stop_at):
     content["settings"] |= {"sampler": sampler} | HALVING

@@ -13,7 +13,7 @@ import torch
 import lorasweep.training.telemetry as telemetry_file
 from lorasweep.training import Benches, Job, RunPlace, Telemetry, score_run, train_pack, train_run
 
-PHASES = ("loading_s", "training_s", "evaluating_s", "saving_s", "storage_s", "waiting_s")
+PHASES = ("loading_s", "training_s", "evaluating_s", "saving_s", "storage_s")
 
 
 @pytest.fixture
@@ -61,20 +61,11 @@ def test_a_phase_ends_with_an_error_too_whatever_it_was_in_then(clock):
             clock.s += 1
             raise KeyError
 
-    with telemetry.phase("waiting"):
+    with telemetry.phase("saving"):
         with pytest.raises(KeyError):
             fail()
         clock.s += 2
-    assert seconds(telemetry.sample()) == {"training_s": 1, "waiting_s": 2}
-
-
-def test_time_in_which_the_process_was_stopped_is_left_out(clock):
-    telemetry = Telemetry()
-    with telemetry.phase("training"):
-        clock.s += 100
-        telemetry.leave_out(90)
-    usage = telemetry.sample()
-    assert (usage.training_s, usage.wall_s) == (10, 10)
+    assert seconds(telemetry.sample()) == {"training_s": 1, "saving_s": 2}
 
 
 def test_tokens_per_second_do_not_sag_until_the_next_count(clock):

@@ -42,7 +42,7 @@ def test_the_order_of_slots_changes_nothing(simulate, content, pruner):
     content["settings"] = {k: v for k, v in content["settings"].items() if not k.startswith("pruner")}
     content["settings"] |= {"pruner": pruner}
     whole = simulate(content, folder="whole")
-    for seed in range(6):
+    for seed in range(4):
         assert simulate(content, folder=f"shuffled{seed}", shuffle=random.Random(seed)) == whole
 
 

@@ -224,7 +224,7 @@ def test_a_gaussian_process_does_not_take_an_early_value_for_a_late_one():
     assert ask([*history, *paused], sampler="gp") == pytest.approx(ask(whole, sampler="gp"))
 
 
-@pytest.mark.parametrize("sampler", MODELS)
+@pytest.mark.parametrize("sampler", ["tpe", pytest.param("gp", marks=pytest.mark.slow)])
 def test_what_does_not_fit_in_memory_is_proposed_less(sampler):
     """Though the loss is lowest at the smallest rank that does not fit."""
     space = {key: SPACE[key] for key in ("method.rank", "optim.lr")}
@@ -398,6 +398,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.slow
 def test_other_processes_with_other_hash_seeds_propose_the_same():
     printed = []
     for hash_seed in ("0", "1"):

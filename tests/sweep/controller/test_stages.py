@@ -310,14 +310,11 @@ def test_seeds_of_different_arms_share_packs_and_are_scored_after_them(begin, wo
 
 
 def test_a_pack_that_is_stopped_loses_no_seed_and_scores_none_twice(begin, work, runs, packs, packed):
+    def in_the_middle_of_the_stage():
+        return any("-confirm" in name and step > 2 for name, step in packs.trained)
+
     folder = begin(packed)
-    stop_at = 1
-    while not any("-confirm" in name and step > 2 for name, step in packs.trained):
-        stop_at += 1  # found by trying: the first question in the middle of the pack of the confirm stage
-        folder.close() if stop_at == 2 else None
-        packs.trained.clear()
-        folder = begin(packed, folder=f"sweep-{stop_at}")
-        assert not work(folder, stop_at=stop_at)
+    assert not work(folder, stop_when=in_the_middle_of_the_stage)
     states = [row.state for row in read_sweep(folder.path).confirm if row.arm in ("lora", "other")]
     assert "running" in states
     runs.scored.clear()

@@ -267,7 +267,13 @@ def test_a_database_that_is_read_only_is_refused(begin, work, runs, in_database,
 
 
 @pytest.mark.parametrize("pack_size", [1, 3])
-@pytest.mark.parametrize("error", [StorageInternalError("commit"), OperationalError("SELECT 1", {}, Exception("gone"))])
+@pytest.mark.parametrize(
+    "error",
+    [
+        OperationalError("SELECT 1", {}, Exception("gone")),
+        pytest.param(StorageInternalError("commit"), marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("write", ["set_trial_intermediate_value", "set_trial_state_values"])
 def test_a_database_that_dies_in_the_middle_ends_the_sweep_and_blames_no_trial(
     begin, work, runs, packs, in_database, monkeypatch, write, error, pack_size
