@@ -158,6 +158,7 @@ class Controller:
             trials.store(entry, step, value, loss=loss_of.get((trials.arm.name, entry.number)))
             self.observer.evaluated(trials.arm, entry.number, step, value)
         decisions = {(trials.arm.name, entry.number): trials.decide(entry, step) for trials, entry, step, _ in in_order}
+        self._save_if_due()  # a trial mostly begins right after another was told, when saving is not due
         return [decisions[trials.arm.name, entry.number] for trials, entry, _, _ in reported]
 
     def tell(self, assignment: Assignment, record: RunRecord) -> None:
