@@ -171,8 +171,9 @@ class Controller:
             self.observer.trial_paused(assignment.arm, assignment.number)
             return
         self._failures_in_a_row = 0
-        is_news = trials.end(entry, "complete", {SCORE_ATTRIBUTE: value}, value=value)
+        # before the end is told: a killed process does again what was not told
         self.run_ended(record, assignment.place.folder, assignment.params)
+        is_news = trials.end(entry, "complete", {SCORE_ATTRIBUTE: value}, value=value)
         if is_news:  # else a killed pack did again what it had done
             self._ended(assignment, "complete", value, wall_s=record.wall_s)
 
@@ -263,8 +264,8 @@ class Controller:
         reason = f"stopped at step {step}, because it did not belong to the better part there"
         folder = self.search.place(trials.arm, entry.number).folder
         record = end_paused_run(folder, reason=reason)
-        trials.end(entry, "pruned", {REASON_ATTRIBUTE: reason}, value=None)
         self.run_ended(record, folder, entry.params)
+        trials.end(entry, "pruned", {REASON_ATTRIBUTE: reason}, value=None)
         self.observer.trial_ended(trials.arm, entry.number, "pruned", record.score, wall_s=record.wall_s)
 
     def _ended(self, assignment: Assignment, state: str, value: float | None, *, wall_s: float) -> None:
