@@ -14,6 +14,7 @@ from types import MappingProxyType
 from typing import Any, Literal, Protocol
 
 from lorasweep.config.run import RunConfig
+from lorasweep.disk import remove_leftovers
 from lorasweep.errors import Diverged, OutOfMemory, RunError, WorkerError
 from lorasweep.record import ConfirmRow, RunRecord, TrialRow
 from lorasweep.redaction import redact
@@ -211,12 +212,14 @@ class Controller:
         )
 
     def remove_checkpoints(self) -> None:
-        """Removes checkpoints that a process left that was killed between a run's end and their removal."""
+        """Removes what processes left in runs' folders that were killed: checkpoints of runs that ended, half files."""
         stages: list[Stage] = [self.search, *([self._confirm] if self._confirm is not None else [])]
         for stage in stages:
             for trials in stage.trials.values():
                 for number in trials.entries:
-                    remove_checkpoints(stage.place(trials.arm, number).folder)
+                    folder = stage.place(trials.arm, number).folder
+                    remove_checkpoints(folder)
+                    remove_leftovers(folder)
 
     def save(self, status: Status | None = None) -> None:
         """Writes the sweep's record."""
