@@ -1,38 +1,30 @@
-"""Two real workers on one sweep: what is said of them while they run, and what the report makes of it."""
+"""A real sweep that is looked at: what is said of it while it runs, once it was killed, and when it is complete."""
 
 from __future__ import annotations
 
-import csv
-import os
-import subprocess
-import sys
+import signal
 import time
-from pathlib import Path
 
 import pytest
 import yaml
 
-import lorasweep
 from lorasweep.cli import run
-from lorasweep.errors import RecordError
-from lorasweep.record import read_sweep, read_workers
+from lorasweep.record import read_sweep
 from lorasweep.sweep import read_status
 
 SWEEP = {
-    "name": "shared",
+    "name": "watched",
     "settings": {
         "data.block_length": 32,
         "data.max_validation_blocks": 4,
         "data.max_test_blocks": 4,
         "trainer.batch_size": 2,
-        "trainer.max_steps": 20,
-        "trainer.eval_every_steps": 10,
+        "trainer.max_steps": 24,
+        "trainer.eval_every_steps": 4,
         "trainer.precision": "fp32",
         "trainer.device": "cpu",
-        "pruner": "none",
-        "worker.num": 2,
         "worker.pack_size": 1,
-        "confirm.seeds": 0,
+        "confirm.seeds": 2,
     },
     "arms": {
         "lora": {
@@ -42,59 +34,63 @@ SWEEP = {
         },
     },
 }
+PHASES = ("loading", "training", "evaluating", "saving", "storage")
+pytestmark = pytest.mark.slow
 
 
-def status_of(folder):
-    try:
-        return read_status(folder)
-    except RecordError:
-        return None
+@pytest.fixture
+def watched(tmp_path, begin):
+    """A sweep that has just begun in `out`."""
+    (tmp_path / "watched.yaml").write_text(yaml.safe_dump(SWEEP))
+    session = begin("sweep", "watched.yaml", "sweep.output=out")
+    session.wait_for((tmp_path / "out" / "sweep.json").exists)
+    return session
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two workers need two processors")
-def test_two_workers_are_seen_while_they_run_and_told_of_in_the_report(tmp_path, capsys):
-    (tmp_path / "shared.yaml").write_text(yaml.safe_dump(SWEEP))
+def test_a_sweep_that_is_looked_at_all_the_time_is_seen_to_go_on_and_ends_well(tmp_path, watched, capsys):
     folder = tmp_path / "out"
-    environment = {**os.environ, "PYTHONPATH": str(Path(lorasweep.__file__).parents[1])}
-    output = (tmp_path / "output").open("w")
-    process = subprocess.Popen(
-        [sys.executable, "-m", "lorasweep", "sweep", str(tmp_path / "shared.yaml"), f"sweep.output={folder}"],
-        env=environment,
-        cwd=tmp_path,
-        stdout=output,
-        stderr=subprocess.STDOUT,
-    )
-    most, running = 0, set()
-    try:
-        while process.poll() is None:
-            if (status := status_of(folder)) is not None:
-                most = max(most, len(status.live))
-                running |= {run for worker in status.live for run in worker.row.running}
-            time.sleep(0.05)
-    finally:
-        process.kill()
-        output.close()
-    said = (tmp_path / "output").read_text()
-    assert process.returncode == 0, said
-    assert most == 2
-    assert len(running) >= 2
-    assert "2 workers" in said
-
-    rows = read_workers(folder)
-    assert sum(row.done for row in rows) == len(read_sweep(folder).trials) == 6
-    for row in (row for row in rows if row.done):
-        numbers = row.telemetry
-        parts = [numbers[f"{name}_s"] for name in ("loading", "training", "evaluating", "saving", "storage", "waiting")]
-        assert 0 < sum(parts) <= numbers["wall_s"] + 0.01
-        assert min(numbers[name] for name in ("training_s", "evaluating_s", "storage_s", "trained_tokens")) > 0
-        assert numbers["peak_memory_bytes"] >= numbers["memory_bytes"] > 2**20
+    seen = [read_status(folder)]  # each file read is whole, or this raises
+    while not seen[-1].is_over:
+        time.sleep(0.02)
+        seen.append(read_status(folder))
+    assert watched.wait() == 0, watched.output
+    arms = [status.arms[0] for status in seen]
+    assert [arm.done for arm in arms] == sorted(arm.done for arm in arms)
+    assert [arm.seeds_done for arm in arms] == sorted(arm.seeds_done for arm in arms)
+    assert max(arm.running for arm in arms) == 1
+    assert max(arm.paused for arm in arms) >= 1
+    assert all(arm.done + arm.running + arm.paused <= arm.asked == 6 for arm in arms)
+    last = arms[-1]
+    assert (last.done, last.running, last.paused, last.failed, last.seeds_done) == (6, 0, 0, 0, 2)
+    assert last.pruned >= 1
 
     assert run(["status", str(folder), "--follow"]) == 0
     shown = capsys.readouterr().out
-    assert "shared: bits_per_byte (minimize), complete" in shown
+    assert "watched: bits_per_byte (minimize), complete" in shown
     assert "6/6" in shown
-    with (folder / "report" / "workers.csv").open() as file:
-        lines = list(csv.DictReader(file))
-    assert {line["worker"] for line in lines} == {row.id for row in rows}
-    assert 'id="workers"' in (folder / "report" / "index.html").read_text()
+    assert "Type" not in shown
+
+
+def test_the_time_of_a_sweep_is_divided_into_phases_and_its_report_shows_them(tmp_path, watched):
+    assert watched.wait() == 0, watched.output
+    numbers = read_sweep(tmp_path / "out").telemetry
+    parts = [numbers[f"{name}_s"] for name in PHASES]
+    assert 0 < sum(parts) <= numbers["wall_s"] + 0.01
+    assert min(numbers[name] for name in ("training_s", "evaluating_s", "storage_s", "trained_tokens")) > 0
+    assert numbers["peak_memory_bytes"] >= numbers["memory_bytes"] > 2**20
+    assert '<section id="time">' in (tmp_path / "out" / "report" / "index.html").read_text()
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_sweep_that_was_ended_is_seen_as_such_with_what_to_type(tmp_path, watched, capsys, number):
+    folder = tmp_path / "out"
+    watched.wait_for(lambda: bool(read_sweep(folder).trials))
+    assert run(["status", str(folder)]) == 0
+    assert "--resume" not in capsys.readouterr().out
+    watched.send(number)
+    assert watched.wait() != 0
+    status = read_status(folder)
+    assert (status.is_running, status.is_over) == (False, True)
+    assert run(["status", str(folder), "--follow"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "No process runs it. Type `lorasweep sweep --resume" in shown

@@ -14,6 +14,7 @@ from types import MappingProxyType
 from typing import Any, Literal, Protocol
 
 from lorasweep.config.run import RunConfig
+from lorasweep.disk import remove_leftovers
 from lorasweep.errors import Diverged, OutOfMemory, RunError, WorkerError
 from lorasweep.record import ConfirmRow, RunRecord, TrialRow
 from lorasweep.redaction import redact
@@ -158,6 +159,7 @@ class Controller:
             trials.store(entry, step, value, loss=loss_of.get((trials.arm.name, entry.number)))
             self.observer.evaluated(trials.arm, entry.number, step, value)
         decisions = {(trials.arm.name, entry.number): trials.decide(entry, step) for trials, entry, step, _ in in_order}
+        self._save_if_due()  # a trial mostly begins right after another was told, when saving is not due
         return [decisions[trials.arm.name, entry.number] for trials, entry, _, _ in reported]
 
     def tell(self, assignment: Assignment, record: RunRecord) -> None:
@@ -170,8 +172,9 @@ class Controller:
             self.observer.trial_paused(assignment.arm, assignment.number)
             return
         self._failures_in_a_row = 0
-        is_news = trials.end(entry, "complete", {SCORE_ATTRIBUTE: value}, value=value)
+        # before the end is told: a killed process does again what was not told
         self.run_ended(record, assignment.place.folder, assignment.params)
+        is_news = trials.end(entry, "complete", {SCORE_ATTRIBUTE: value}, value=value)
         if is_news:  # else a killed pack did again what it had done
             self._ended(assignment, "complete", value, wall_s=record.wall_s)
 
@@ -209,12 +212,14 @@ class Controller:
         )
 
     def remove_checkpoints(self) -> None:
-        """Removes checkpoints that a process left that was killed between a run's end and their removal."""
+        """Removes what processes left in runs' folders that were killed: checkpoints of runs that ended, half files."""
         stages: list[Stage] = [self.search, *([self._confirm] if self._confirm is not None else [])]
         for stage in stages:
             for trials in stage.trials.values():
                 for number in trials.entries:
-                    remove_checkpoints(stage.place(trials.arm, number).folder)
+                    folder = stage.place(trials.arm, number).folder
+                    remove_checkpoints(folder)
+                    remove_leftovers(folder)
 
     def save(self, status: Status | None = None) -> None:
         """Writes the sweep's record."""
@@ -262,8 +267,8 @@ class Controller:
         reason = f"stopped at step {step}, because it did not belong to the better part there"
         folder = self.search.place(trials.arm, entry.number).folder
         record = end_paused_run(folder, reason=reason)
-        trials.end(entry, "pruned", {REASON_ATTRIBUTE: reason}, value=None)
         self.run_ended(record, folder, entry.params)
+        trials.end(entry, "pruned", {REASON_ATTRIBUTE: reason}, value=None)
         self.observer.trial_ended(trials.arm, entry.number, "pruned", record.score, wall_s=record.wall_s)
 
     def _ended(self, assignment: Assignment, state: str, value: float | None, *, wall_s: float) -> None:
