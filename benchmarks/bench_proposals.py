@@ -28,7 +28,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import optuna
@@ -134,9 +134,6 @@ class Way:
     optuna_startup: int | None = None
     """Optuna's own TPE with so many random trials, as before the controller had `propose`."""
     slots: int = NUM_SLOTS
-    cap: Literal["frozen", "median"] | None = None
-    """Values worse than the frozen base's, or than the median of those that ended, are told as equal to it; the product
-    has no cap."""
 
     def build(self, n: int) -> SamplerConfig:
         """Returns the product's settings of the sampler."""
@@ -157,8 +154,6 @@ WAYS = (
     Way(name="gp, 1/2 Sobol", sampler="gp"),
     Way(name="gp, 1/4 Sobol", sampler="gp", startup_fraction=1 / 4),
     Way(name="gp, 1/2 Sobol, unordered", sampler="gp", ordered=False),
-    Way(name="gp, 1/2 Sobol, capped at frozen", sampler="gp", cap="frozen"),
-    Way(name="gp, 1/2 Sobol, capped at the median", sampler="gp", cap="median"),
 )
 
 
@@ -208,10 +203,7 @@ def ask_product(table: Table, way: Way, *, n: int, seed: int, first_lr: tuple[fl
     space, sampler = table.space(ordered=way.ordered), way.build(n)
 
     def ask(number: int, params: Sequence[Mapping[str, Any]], values: Sequence[float]) -> Mapping[str, Any]:
-        most = math.inf
-        if way.cap and values:
-            most = table.frozen if way.cap == "frozen" else statistics.median(values)
-        history = show_history(space, params, [min(value, most) for value in values])
+        history = show_history(space, params, values)
         is_first = first_lr is not None and number < math.ceil(FIRST_PART_FRACTION * n)
         return propose(
             table.space(lr_range=first_lr) if is_first else space,

@@ -74,7 +74,7 @@ def test_a_key_of_the_driver_is_no_setting_of_a_run():
 
 def test_a_driver_has_the_values_of_conf():
     driver = compose_driver({"pruner": "none"})
-    assert (driver.sampler.name, driver.pruner.name, driver.sweep.trials) == ("tpe", "none", None)
+    assert (driver.sampler.name, driver.pruner.name, driver.sweep.trials) == ("gp", "none", None)
 
 
 def test_interpolations_follow_what_was_set():

@@ -341,8 +341,10 @@ def _show_to_tpe(results: list[tuple[FrozenTrial, Point]], ranges: Space, *, dir
 def _show_to_gp(results: list[tuple[FrozenTrial, Point]], ranges: Space, *, direction: Direction) -> list[FrozenTrial]:
     """Returns results as a Gaussian process takes them: each with one value.
 
-    A partial result has its last value plus the median progress of the complete trials since that step. A result
-    without a finite value, such as one that does not fit in memory, has the worst value of the others.
+    A partial result has its last value plus the median progress of the complete trials since that step. Values worse
+    than the median are told as the median: a trial that diverges is far worse than all others, and a process that
+    fits this cliff finds less where it matters (docs/benchmarks.md, Proposals). A result without a finite value has
+    the median too. One that does not fit in memory is infeasible besides.
     """
     complete = [trial for trial, _ in results if trial.state == TrialState.COMPLETE]
     values: list[float | None] = []
@@ -357,11 +359,18 @@ def _show_to_gp(results: list[tuple[FrozenTrial, Point]], ranges: Space, *, dire
             ]
             value += statistics.median(progress) if progress else 0.0
         values.append(value)
-    known = [value for value in values if value is not None and math.isfinite(value)]
-    worst = max(known) if direction == "minimize" else min(known)
+    median = statistics.median(value for value in values if value is not None)
+    better = min if direction == "minimize" else max
+    # the process wants the same constraints in every trial; at or below 0 a trial is feasible
+    names = sorted({name for trial, _ in results for name in trial.constraints})
     return [
-        create_trial(value=worst if value is None else value, params=point, distributions=ranges)
-        for value, (_, point) in zip(values, results, strict=True)
+        create_trial(
+            value=median if value is None else better(value, median),
+            params=point,
+            distributions=ranges,
+            constraints={name: trial.constraints.get(name, -1.0) for name in names},
+        )
+        for value, (trial, point) in zip(values, results, strict=True)
     ]
 
 
