@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import random
 import signal
 import time
 from pathlib import Path
 
-import optuna
 import pytest
 import yaml
 from safetensors.torch import load_file
 
-from lorasweep.config.sweep import StorageConfig
 from lorasweep.record import read_run, read_steps, read_sweep
 from lorasweep.sweep import compare_sweeps
-from lorasweep.sweep.controller.storage import open_storage
+
+from .conftest import journal_of, promoted_trials, state_of
 
 PLACES = {"anywhere": 13, "proposing": 4, "writing a trial": 4, "saving": 4}
 """Where a process is killed, and how often: 25 times of each kind, 50 in all."""
@@ -101,42 +99,6 @@ os.fsync = dying_fsync
 }
 MOST_CALLS = {"proposing": 3, "writing a trial": 3, "saving": 60}
 pytestmark = pytest.mark.slow
-
-
-def state_of(folder: Path) -> dict[str, tuple]:
-    """Every trial by its run's folder: what was proposed, how it ended, each loss and evaluation, and its weights."""
-    record = read_sweep(folder)
-    rows = [(row.run, row.arm, row.number, row.params, row.state, row.value, row.reason) for row in record.trials]
-    rows += [(row.run, row.arm, row.trial, row.seed, row.state, row.value, row.reason) for row in record.confirm]
-    state = {}
-    for run, *rest in rows:
-        kept = read_run(folder / run)
-        weights = {
-            str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-            for path in sorted((folder / run).rglob("*.safetensors"))
-        }
-        state[run] = (rest, kept.status, kept.steps_done, kept.best, kept.test, steps_of(folder / run), weights)
-    return state
-
-
-def steps_of(run: Path) -> list[dict]:
-    return [{key: value for key, value in row.items() if key != "tokens_per_s"} for row in read_steps(run)]
-
-
-def promoted_trials(folder: Path) -> int:
-    """How many trials were paused, and went on later."""
-    return sum(bool(turn["promoted"]) for trial in journal_of(folder) for turn in turns_of(trial))
-
-
-def turns_of(trial: optuna.trial.FrozenTrial) -> list[dict]:
-    return [value for value in trial.user_attrs.values() if isinstance(value, dict) and "promoted" in value]
-
-
-def journal_of(folder: Path) -> list[optuna.trial.FrozenTrial]:
-    """Every trial of every study."""
-    storage = open_storage(StorageConfig(url=None), folder)
-    names = optuna.get_all_study_names(storage)
-    return [trial for name in names for trial in optuna.load_study(study_name=name, storage=storage).trials]
 
 
 def ended_runs(folder: Path) -> dict[str, bytes]:

@@ -188,29 +188,6 @@ def test_ctrl_c_stops_a_sweep_which_says_how_to_resume_it_and_does(here, pack_si
         assert steps == list(range(1, len(steps) + 1))
 
 
-@pytest.mark.slow
-def test_a_killed_sweep_goes_on_to_the_same_total_with_the_same_trials(here):
-    words = [
-        "sweep",
-        "mini.yaml",
-        "worker.pack_size=1",
-        "trainer.max_steps=60",
-        "trainer.eval_every_steps=5",
-    ]
-    process = start(here, *words)
-    folder = here / "outputs" / "mini"
-    try:
-        wait_for(has_finished_trials(folder, 2), process)
-    finally:
-        process.kill()
-        process.communicate()
-    assert run(["sweep", "--resume", "outputs/mini"]) == 0
-    assert trials_of(folder) == ASKED
-    assert run([*words, "sweep.output=whole"]) == 0
-    same = [(row.arm, row.number, row.params, row.state, row.value) for row in read_sweep(folder).trials]
-    assert same == [(r.arm, r.number, r.params, r.state, r.value) for r in read_sweep(here / "whole").trials]
-
-
 CONFIRMED = {"frozen": 1, "full": 2, "lora": 2}
 
 
@@ -258,8 +235,8 @@ def test_a_sweep_killed_while_it_confirms_ends_with_the_same_scores(here, pack_s
         f"worker.pack_size={pack_size}",
         "pruner=none",
         "sampler=random",
-        "trainer.max_steps=40",
-        "trainer.eval_every_steps=5",
+        "trainer.max_steps=24",
+        "trainer.eval_every_steps=4",
         "confirm.seeds=2",
     ]
     process = start(here, *words)
@@ -278,9 +255,5 @@ def test_a_sweep_killed_while_it_confirms_ends_with_the_same_scores(here, pack_s
     assert run(["sweep", "--resume", "outputs/mini"]) == 0
     assert check_confirmed(folder).trials == killed.trials
     assert run([*words, "sweep.output=whole"]) == 0
-    same = [(row.arm, row.trial, row.seed, row.run) for row in read_sweep(folder).confirm]
-    assert same == [(row.arm, row.trial, row.seed, row.run) for row in read_sweep(here / "whole").confirm]
-    values = [row.value for row in read_sweep(folder).confirm]
-    # a run that goes on in another pack sums in another order; alone it is the same
-    tolerance = 0 if pack_size == "1" else 1e-4
-    assert values == pytest.approx([row.value for row in read_sweep(here / "whole").confirm], rel=tolerance)
+    rows = [[(r.arm, r.trial, r.seed, r.run, r.value) for r in read_sweep(f).confirm] for f in (folder, here / "whole")]
+    assert rows[0] == rows[1]  # to the last bit, in packs too
