@@ -161,14 +161,15 @@ def test_a_trial_that_does_not_fit_is_told_to_the_sampler_as_infeasible(begin, w
     assert [trial.constraints for trial in study.get_trials()] == [{"memory": 1.0}] * 2
 
 
-def test_the_sampler_learns_what_does_not_fit_and_the_sweep_goes_on(begin, work, runs, content):
+@pytest.mark.parametrize("sampler", ["tpe", pytest.param("gp", marks=pytest.mark.slow)])
+def test_the_sampler_learns_what_does_not_fit_and_the_sweep_goes_on(begin, work, runs, content, sampler):
     def score(config, step):
         if config.method.rank == 4 and step == 4:  # after an evaluation, which must not count as its score
             raise OutOfMemory("2 GiB")
         return abs(config.optim.lr - 0.01)
 
     runs.score = score
-    content["settings"] |= {"sweep.max_failures": 60}
+    content["settings"] |= {"sweep.max_failures": 60, "sampler": sampler}
     content["arms"] = {"lora": content["arms"]["lora"] | {"trials": 60}}
     folder = begin(content)
     assert work(folder)
