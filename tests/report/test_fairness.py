@@ -97,9 +97,10 @@ def test_trials_that_stopped_early_count_with_the_tokens_that_they_trained(even:
     assert "`lora`: 6 trials (2 complete, 4 stopped early)" in fairness.sentences[1]
 
 
-def test_one_complete_trial_more_is_fair(even: Path) -> None:
-    change_run(even, 5, state="pruned", steps=50)
-    assert judge(even).is_fair
+def test_two_complete_trials_more_are_fair_and_three_are_not(even: Path) -> None:
+    for number, expected in ((5, True), (4, True), (3, False)):
+        change_run(even, number, state="pruned", steps=140)
+        assert judge(even).is_fair is expected
 
 
 def test_an_arm_without_a_complete_trial_is_not_compared_fairly(even: Path) -> None:
