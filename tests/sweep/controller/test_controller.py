@@ -10,7 +10,7 @@ import pytest
 from tests.sweep.conftest import Killed, kill_at
 from tests.sweep.controller.conftest import EVERY, LAST, Simulation, outcome
 
-from lorasweep.errors import ConfigError, Diverged, OutOfMemory, RecordError, WorkerError
+from lorasweep.errors import ConfigError, Diverged, OutOfMemory, RecordError
 from lorasweep.sweep import reopen_sweep
 from lorasweep.sweep.controller.lifecycle import FINGERPRINT
 from lorasweep.sweep.controller.rows import REASON_ATTRIBUTE, TURN_ATTRIBUTE
@@ -212,7 +212,7 @@ def test_a_damaged_journal_is_refused(begin, content):
 
 def test_a_second_controller_on_the_same_folder_is_refused(begin, content):
     sweep = begin(content)
-    with pytest.raises(WorkerError, match="another one has"):
+    with pytest.raises(RecordError, match="another one has"):
         reopen_sweep(sweep.path)
     sweep.close()
 

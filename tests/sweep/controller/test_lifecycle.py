@@ -13,7 +13,7 @@ import pytest
 
 import lorasweep
 import lorasweep.sweep.controller.lifecycle as lifecycle_file
-from lorasweep.errors import ConfigError, RecordError, WorkerError
+from lorasweep.errors import ConfigError, RecordError
 from lorasweep.record import read_sweep
 from lorasweep.sweep import new_folder, reopen_sweep
 from lorasweep.sweep.controller.lifecycle import is_running
@@ -92,7 +92,7 @@ def test_a_sweep_that_another_process_has_open_is_refused(stopped):
     folder = reopen_sweep(stopped)
     assert is_running(stopped)
     before = contents(stopped)
-    with pytest.raises(WorkerError, match=r"must be run by one process, but another one has .* open.*lorasweep status"):
+    with pytest.raises(RecordError, match=r"must be run by one process, but another one has .* open.*lorasweep status"):
         reopen_sweep(stopped)
     assert contents(stopped) == before
     folder.close()

@@ -15,7 +15,7 @@ from optuna.storages import BaseStorage
 from lorasweep.config.run import RunConfig
 from lorasweep.data.tasks import goal_direction
 from lorasweep.disk import free_folder, network_file_system, remove_leftovers
-from lorasweep.errors import ConfigError, RecordError, WorkerError
+from lorasweep.errors import ConfigError, RecordError
 from lorasweep.record import SWEEP_FILE, SweepRecord, read_sweep, sha256_of, utc_now, write_record
 from lorasweep.sweep.controller.confirm import draw_seeds
 from lorasweep.sweep.controller.folder import LOCK_FILE, SweepFolder
@@ -125,9 +125,8 @@ def reopen_sweep(path: Path, *, confirm: Mapping[str, Any] | None = None) -> Swe
         confirm: Other settings of the confirm stage (`{"confirm.seeds": 5}`), which may be added to a search.
 
     Raises:
-        RecordError: The folder is not a sweep, or its record or journal is damaged.
+        RecordError: The folder is not a sweep, its record or journal is damaged, or another process runs it.
         ConfigError: What was asked for has changed since the sweep began, or its database does not answer.
-        WorkerError: Another process runs it.
     """
     record = read_sweep(path)
     source = _check_source(record, path)
@@ -270,7 +269,7 @@ def _lock(path: Path) -> int:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         os.close(handle)
-        raise WorkerError(
+        raise RecordError(
             f"a sweep must be run by one process, but another one has {str(path)!r} open. Wait for it, or look with "
             f"`lorasweep status {path}`."
         ) from error
