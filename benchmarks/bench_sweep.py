@@ -51,6 +51,7 @@ HEADINGS = (
     "best one by one",
     "worse by",
     "same best",
+    "winner",
 )
 
 
@@ -109,11 +110,19 @@ class Row:
             f"{alone:.4f}",
             f"{self.worse_by:+.4f}",
             "yes" if of_packed == of_alone else "no",
+            _settings(self.packed.records[of_packed]),
         )
 
 
 def _steps(side: Side) -> int:
     return sum(record.steps_done for record in side.records)
+
+
+def _settings(record: RunRecord) -> str:
+    """Returns the settings of a run that arms of the quickstart search."""
+    method, lr = record.config["method"], record.config["optim"]["lr"]
+    rank = f"rank {method['rank']}, α/r {method['alpha'] / method['rank']:g}, " if "rank" in method else ""
+    return f"{rank}lr {lr:.3g}"
 
 
 def search(source: Path, folder: Path, words: Sequence[str]) -> Side:
