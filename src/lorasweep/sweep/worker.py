@@ -79,7 +79,7 @@ class Worker:
                 self.controller.save("running")
                 complete = self._train_stage() and self._train_confirm_stage()
                 if complete:
-                    self.controller.remove_checkpoints()
+                    self.controller.clean_run_folders()
                 self.controller.save("complete" if complete else "interrupted")
         except OSError as error:
             self.sweep.check_disk(error)

@@ -159,7 +159,7 @@ class Controller:
             trials.store(entry, step, value, loss=loss_of.get((trials.arm.name, entry.number)))
             self.observer.evaluated(trials.arm, entry.number, step, value)
         decisions = {(trials.arm.name, entry.number): trials.decide(entry, step) for trials, entry, step, _ in in_order}
-        self._save_if_due()  # a trial mostly begins right after another was told, when saving is not due
+        self._save_if_due()  # status shows what runs, and a trial mostly begins just after a save, when none is due
         return [decisions[trials.arm.name, entry.number] for trials, entry, _, _ in reported]
 
     def tell(self, assignment: Assignment, record: RunRecord) -> None:
@@ -172,7 +172,7 @@ class Controller:
             self.observer.trial_paused(assignment.arm, assignment.number)
             return
         self._failures_in_a_row = 0
-        # before the end is told: a killed process does again what was not told
+        # before the end is told: a process that is killed in between repeats both, and neither is lost
         self.run_ended(record, assignment.place.folder, assignment.params)
         is_news = trials.end(entry, "complete", {SCORE_ATTRIBUTE: value}, value=value)
         if is_news:  # else a killed pack did again what it had done
@@ -211,8 +211,8 @@ class Controller:
             for trials in self.stage.trials.values()
         )
 
-    def remove_checkpoints(self) -> None:
-        """Removes what processes left in runs' folders that were killed: checkpoints of runs that ended, half files."""
+    def clean_run_folders(self) -> None:
+        """Removes what killed processes left in the runs' folders: checkpoints of ended runs, half-written files."""
         stages: list[Stage] = [self.search, *([self._confirm] if self._confirm is not None else [])]
         for stage in stages:
             for trials in stage.trials.values():

@@ -342,9 +342,9 @@ def _show_to_gp(results: list[tuple[FrozenTrial, Point]], ranges: Space, *, dire
     """Returns results as a Gaussian process takes them: each with one value.
 
     A partial result has its last value plus the median progress of the complete trials since that step. Values worse
-    than the median are told as the median: a trial that diverges is far worse than all others, and a process that
-    fits this cliff finds less where it matters (docs/benchmarks.md, Proposals). A result without a finite value has
-    the median too. One that does not fit in memory is infeasible besides.
+    than the median become the median: a trial that diverges is far worse than all others, and a model that has to fit
+    such a value is less exact near the best ones (docs/benchmarks.md, Proposals). A result without a finite value gets
+    the median too. A trial that does not fit in memory also violates a constraint.
     """
     complete = [trial for trial, _ in results if trial.state == TrialState.COMPLETE]
     values: list[float | None] = []
@@ -361,7 +361,7 @@ def _show_to_gp(results: list[tuple[FrozenTrial, Point]], ranges: Space, *, dire
         values.append(value)
     median = statistics.median(value for value in values if value is not None)
     better = min if direction == "minimize" else max
-    # the process wants the same constraints in every trial; at or below 0 a trial is feasible
+    # Optuna's sampler requires the same constraints in every trial; a trial is feasible at or below 0
     names = sorted({name for trial, _ in results for name in trial.constraints})
     return [
         create_trial(
