@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-import lorasweep.sweep.worker as worker_file
+import lorasweep.sweep.workers.worker as worker_file
 import lorasweep.training as training_package
 import lorasweep.training.workbench as workbench_file
 from lorasweep.cli import DONE, FAILED, INTERRUPTED, WRONG, StopSignal, main, run

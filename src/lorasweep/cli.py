@@ -24,9 +24,8 @@ from lorasweep.terminal import PlainConsole, say, say_error
 
 if TYPE_CHECKING:
     from lorasweep.config.run import RunConfig
-    from lorasweep.record import RunRecord
+    from lorasweep.record import RunRecord, SweepRecord
     from lorasweep.sweep import Definition, SweepFolder
-    from lorasweep.training import Ranks
 
 DONE, FAILED, WRONG, INTERRUPTED = 0, 1, 2, 130
 
@@ -65,7 +64,10 @@ def build_parser() -> argparse.ArgumentParser:
     sweep_parser = commands.add_parser("sweep", help="search every arm of a sweep and write the report")
     sweep_parser.add_argument("words", nargs="*", metavar="NAME|FILE key=value", help="default: quickstart")
     sweep_parser.add_argument(
-        "--resume", type=Path, metavar="DIR", help="resume the sweep in this folder; may add confirm.seeds=N"
+        "--resume",
+        type=Path,
+        metavar="DIR",
+        help="resume the sweep in this folder; may add confirm.seeds=N, worker=ray ...",
     )
     sweep_parser.set_defaults(command=sweep)
     status_parser = commands.add_parser("status", help="a sweep's arms and the best so far")
@@ -109,6 +111,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def sweep(arguments: argparse.Namespace) -> int:
     """Starts a sweep, or resumes one, and ends with its report."""
+    from lorasweep.record import read_sweep
     from lorasweep.sweep import saved_definition
     from lorasweep.training import Benches
 
@@ -118,17 +121,15 @@ def sweep(arguments: argparse.Namespace) -> int:
         definition = saved_definition(arguments.resume)
     else:
         definition = _read_definition(arguments.words)
-    if not _join_ranks(definition).is_first:
-        return _follow_runs(benches)
     folder = _resume(arguments, benches) if arguments.resume else _start(definition, benches)
     console.print(f"sweep {folder.record.name} in {folder.path}", highlight=False, markup=False, soft_wrap=True)
     for note in folder.record.notes:
         console.print(f"• {note}", highlight=False, markup=False)
-    known = _print_warnings(folder, console, after=0)
-    complete = _train(folder, benches, console=console)
-    _print_warnings(folder, console, after=known)
+    known = _print_warnings(folder.record, console, after=0)
+    complete = _train(folder, benches)
+    _print_warnings(read_sweep(folder.path), console, after=known)
     if not complete:
-        return _say_how_to_resume(folder)
+        return _say_how_to_resume(folder.path)
     return show_report([folder.path])
 
 
@@ -237,11 +238,11 @@ def _reproduce_sweep(arguments: argparse.Namespace) -> int:
     if record.status != "complete":
         raise RecordError(f"a sweep must be complete to be reproduced, but {str(original)!r} is {record.status}.")
     torch.set_num_threads(record.threads or torch.get_num_threads())
-    benches, console = Benches(), PlainConsole()
+    benches = Benches()
     output = _new_output(arguments.output, Path("outputs") / "reproduce" / original.resolve().name)
     folder = _create(definition, benches, output)
-    if not _train(folder, benches, console=console):
-        return _say_how_to_resume(folder)
+    if not _train(folder, benches):
+        return _say_how_to_resume(folder.path)
     found = compare_sweeps(original, output)
     say(found.describe())
     return DONE if found.holds else FAILED
@@ -382,44 +383,12 @@ class StopSignal:
         self.requested = True
 
 
-def _train(folder: SweepFolder, benches: Any, *, console: PlainConsole) -> bool:
-    """Trains what is left of an open sweep in this process and closes it; returns whether the sweep is complete."""
-    from lorasweep.sweep import LiveTable, Worker
-    from lorasweep.training import current_ranks, release_followers
-
-    try:
-        with StopSignal() as stop, LiveTable(folder, console=console) as table:
-            worker = Worker(folder, benches, observer=table, stop_requested=stop, run_ended=write_hparams_row)
-            return worker.run()
-    finally:
-        folder.close()
-        release_followers()
-        current_ranks().leave()
-
-
-def _join_ranks(definition: Definition) -> Ranks:
-    """Meets the processes that train each trial together with this one, where `trainer.devices` says there are some."""
-    from lorasweep.training import current_ranks, join_ranks, wants_ranks
-
-    settings = {(t.devices, t.num_nodes): t for t in (next(arm.corners()).trainer for arm in definition.arms)}
-    if len(settings) > 1:
-        (first, _), (second, _) = list(settings)[:2]
-        raise ConfigError(
-            "all arms must have one `trainer.devices` and `trainer.num_nodes`, because their trials are trained by the "
-            f"same processes, but got {first!r} and {second!r}."
-        )
-    trainer = next(iter(settings.values()))
-    return join_ranks(trainer) if wants_ranks(trainer) else current_ranks()
-
-
-def _follow_runs(benches: Any) -> int:
-    """Takes part in the runs of the first rank until it ends."""
-    from lorasweep.training import current_ranks, follow_runs
+def _train(folder: SweepFolder, benches: Any) -> bool:
+    """Trains what is left of an open sweep and closes it; returns whether the sweep is complete."""
+    from lorasweep.sweep import train_sweep
 
     with StopSignal() as stop:
-        follow_runs(benches, stop_requested=stop)
-    current_ranks().leave()
-    return DONE
+        return train_sweep(folder, benches, stop_requested=stop, run_ended=write_hparams_row)
 
 
 def _start(definition: Definition, benches: Any) -> SweepFolder:
@@ -445,11 +414,11 @@ def _read_definition(words: Sequence[str]) -> Definition:
 
 
 def _refuse_other_settings(words: Sequence[str]) -> None:
-    """Makes sure that a sweep that is taken up is given nothing but settings of its confirm stage."""
-    if foreign := [word for word in words if not word.startswith("confirm.")]:
+    """Makes sure that a sweep that is resumed is given nothing but settings of its workers and its confirm stage."""
+    if foreign := [word for word in words if word.split("=")[0].split(".")[0] not in ("confirm", "worker")]:
         raise ConfigError(
-            f"`--resume DIR` must stand alone or with `confirm.seeds=N`, but got {' '.join(foreign)!r} too: "
-            "a search goes on as it began."
+            f"`--resume DIR` must stand alone or with settings of `worker` and `confirm`, but got "
+            f"{' '.join(foreign)!r} too: a search goes on as it began."
         )
 
 
@@ -457,7 +426,7 @@ def _resume(arguments: argparse.Namespace, benches: Any) -> SweepFolder:
     from lorasweep.config.compose import parse_overrides
     from lorasweep.sweep import check_definition, reopen_sweep
 
-    folder = reopen_sweep(arguments.resume, confirm=parse_overrides(arguments.words))
+    folder = reopen_sweep(arguments.resume, changes=parse_overrides(arguments.words))
     check_definition(folder.definition, benches)
     return folder
 
@@ -481,21 +450,24 @@ def _find_trial(given: str) -> Path:
     )
 
 
-def _say_how_to_resume(folder: SweepFolder) -> int:
-    done = sum(row.state not in ("running", "paused") for row in folder.record.trials)
-    asked = sum(arm.trials for arm in folder.definition.arms)
-    ended = sum(row.state != "running" for row in folder.record.confirm)
-    confirming = f" and {ended} runs of the confirm stage" if folder.record.confirm else ""
+def _say_how_to_resume(path: Path) -> int:
+    from lorasweep.record import read_sweep
+
+    record = read_sweep(path)
+    done = sum(row.state not in ("running", "paused") for row in record.trials)
+    asked = sum(arm.trials for arm in record.arms)
+    ended = sum(row.state != "running" for row in record.confirm)
+    confirming = f" and {ended} runs of the confirm stage" if record.confirm else ""
     say_error(f"stopped with {done} of {asked} trials{confirming} done. To resume type:")
-    say(f"    lorasweep sweep --resume {folder.path}", file=sys.stderr)
+    say(f"    lorasweep sweep --resume {path}", file=sys.stderr)
     return INTERRUPTED
 
 
-def _print_warnings(folder: SweepFolder, console: PlainConsole, *, after: int) -> int:
+def _print_warnings(record: SweepRecord, console: PlainConsole, *, after: int) -> int:
     """Prints the record's warnings from the given one on, and returns how many there are."""
-    for warning in folder.record.warnings[after:]:
+    for warning in record.warnings[after:]:
         console.print(f"warning: {warning}", highlight=False, markup=False, soft_wrap=True)
-    return len(folder.record.warnings)
+    return len(record.warnings)
 
 
 def _new_output(given: Path | None, default: Path) -> Path:

@@ -15,11 +15,11 @@ import pytest
 import yaml
 from optuna.storages import BaseStorage
 
-import lorasweep.sweep.worker as worker_file
+import lorasweep.sweep.workers.worker as worker_file
 from lorasweep.config.run import RunConfig
 from lorasweep.errors import Diverged, WorkerError
 from lorasweep.record import RunRecord, TrialRow, read_run, write_record
-from lorasweep.sweep import SweepFolder, Worker, create_sweep, read_definition, reopen_sweep
+from lorasweep.sweep import SweepFolder, create_sweep, read_definition, reopen_sweep, train_sweep
 from lorasweep.training import Evaluated, Job, PackState, RunPlace, SlotState, Telemetry, write_pack_state
 
 CONTENT: dict[str, Any] = {
@@ -340,29 +340,6 @@ class NoBenches:
         return SimpleNamespace(notes=())
 
 
-class Silent:
-    """An observer that notes what it hears."""
-
-    def __init__(self) -> None:
-        self.heard: list[tuple[str, str, int]] = []
-        self.stages: list[tuple[str, dict[str, int]]] = []
-
-    def stage_started(self, stage: str, asked: Mapping[str, int]) -> None:
-        self.stages.append((stage, dict(asked)))
-
-    def trial_started(self, arm: Any, number: int, params: Mapping[str, Any], *, steps: int) -> None:
-        self.heard.append(("started", arm.name, number))
-
-    def evaluated(self, arm: Any, number: int, step: int, value: float) -> None:
-        self.heard.append((f"evaluated {step}", arm.name, number))
-
-    def trial_paused(self, arm: Any, number: int) -> None:
-        self.heard.append(("paused", arm.name, number))
-
-    def trial_ended(self, arm: Any, number: int, state: str, value: float | None, *, wall_s: float) -> None:
-        self.heard.append((state, arm.name, number))
-
-
 @pytest.fixture
 def begin(write_file: Callable[[Any], Path], tmp_path: Path) -> Callable[..., SweepFolder]:
     """Makes a sweep's folder from a file's content and overrides."""
@@ -387,7 +364,6 @@ def work() -> Callable[..., bool]:
         *,
         stop_at: int | None = None,
         stop_when: Callable[[], bool] = lambda: False,
-        observer: Any = None,
         benches: Any = None,
     ) -> bool:
         asked = itertools.count(1)
@@ -395,16 +371,12 @@ def work() -> Callable[..., bool]:
         def stop_requested() -> bool:
             return stop_when() or (stop_at is not None and next(asked) >= stop_at)
 
-        try:
-            return Worker(
-                folder,
-                benches or NoBenches(),
-                observer=observer or Silent(),
-                stop_requested=stop_requested,
-                run_ended=lambda record, path, params: None,
-            ).run()
-        finally:
-            folder.close()
+        return train_sweep(
+            folder,
+            benches or NoBenches(),  # type: ignore[arg-type]
+            stop_requested=stop_requested,
+            run_ended=lambda record, path, params: None,
+        )
 
     return run
 
@@ -432,9 +404,3 @@ def benches() -> NoBenches:
 def of_arm(rows: list[TrialRow], arm: str) -> list[TrialRow]:
     """Returns the trials of one arm."""
     return [row for row in rows if row.arm == arm]
-
-
-@pytest.fixture
-def silent() -> Silent:
-    """An observer that notes what it hears."""
-    return Silent()

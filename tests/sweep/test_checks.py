@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from lorasweep.data.parts import DataParts
 from lorasweep.errors import ConfigError
 from lorasweep.models.load import load_base
 from lorasweep.sweep import check_definition, data_notes, read_definition, sweep_metric
@@ -96,6 +97,18 @@ def test_a_search_that_leaves_no_seed_is_refused(write_file, content, tiny_bench
     content["arms"]["lora"]["space"]["seed"] = {"low": 0, "high": 2**32 - 1}
     with pytest.raises(ConfigError, match="the search must leave 2 seeds"):
         check_definition(read_definition(write_file(content), []), tiny_benches)
+
+
+def test_test_data_that_cannot_be_read_is_refused_before_the_search(write_file, content, tiny_benches, monkeypatch):
+    def test(self):
+        raise ConfigError("the test part must not be empty, but has no document.")
+
+    content["settings"]["confirm.seeds"] = 2
+    definition = read_definition(write_file(content), [])
+    monkeypatch.setattr(DataParts, "test", test)
+    with pytest.raises(ConfigError, match="the test part must not be empty"):
+        check_definition(definition, tiny_benches)
+    check_definition(read_definition(write_file(content), ["confirm.seeds=0"]), tiny_benches)
 
 
 def test_notes_on_the_data_of_several_arms_are_said_once(make_config):

@@ -114,11 +114,12 @@ class StorageConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class WorkerConfig:
-    """Who trains the trials."""
+class LocalWorker:
+    """One worker in the process that was started, which also has the controller."""
 
+    name: Literal["local"]
     num: int
-    """Workers. There is one, in this process."""
+    """Workers. More than one need `worker=ray`."""
     pack_size: int | Literal["auto"]
     """Most trials that train together on one frozen base; `auto` follows from memory and the trials left, 1 trains each
     alone."""
@@ -126,11 +127,44 @@ class WorkerConfig:
     def __post_init__(self) -> None:
         if self.num != 1:
             raise ConfigError(
-                f"`worker.num` must be 1, but got {self.num!r}: a sweep has one worker, which trains packs of trials "
-                "in this process. Several workers are not supported yet."
+                f"`worker.num` must be 1 with `worker=local`, but got {self.num!r}. For several workers "
+                f"use `worker=ray worker.num={self.num}`."
             )
-        if self.pack_size != "auto":
-            require_at_least("worker.pack_size", self.pack_size, 1)
+        _check_pack_size(self.pack_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RayWorkers:
+    """Workers that are Ray actors, on this machine or on a cluster."""
+
+    name: Literal["ray"]
+    num: int | Literal["auto"]
+    """Workers; `auto` takes as many as fit on the cluster, and more when nodes join."""
+    cpus: int
+    """Processor cores of each process of a worker."""
+    gpus: int
+    """GPUs of each process of a worker. A worker has one process, or as many as `trainer.devices` times
+    `trainer.num_nodes`, which train each trial together."""
+    address: str | None
+    """A Ray cluster to join: `auto` for the one of this machine, or `HOST:PORT`. Null starts one on this machine, which
+    ends with the sweep."""
+    pack_size: int | Literal["auto"]
+    """As for `local`."""
+
+    def __post_init__(self) -> None:
+        if self.num != "auto":
+            require_at_least("worker.num", self.num, 1)
+        require_at_least("worker.cpus", self.cpus, 1)
+        require_at_least("worker.gpus", self.gpus, 0)
+        _check_pack_size(self.pack_size)
+
+
+def _check_pack_size(size: int | Literal["auto"]) -> None:
+    if size != "auto":
+        require_at_least("worker.pack_size", size, 1)
+
+
+WorkerConfig = LocalWorker | RayWorkers
 
 
 @dataclass(frozen=True, kw_only=True)

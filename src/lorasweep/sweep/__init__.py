@@ -2,7 +2,7 @@
 
 from lorasweep.sweep.checks import check_definition, data_notes, sweep_metric
 from lorasweep.sweep.controller.confirm import draw_seeds
-from lorasweep.sweep.controller.controller import Controller, Observer
+from lorasweep.sweep.controller.controller import Controller
 from lorasweep.sweep.controller.folder import SweepFolder
 from lorasweep.sweep.controller.lifecycle import create_sweep, new_folder, reopen_sweep, saved_definition
 from lorasweep.sweep.definition import Arm, Definition, read_definition
@@ -12,7 +12,7 @@ from lorasweep.sweep.plan import ArmPlan, plan_sweep
 from lorasweep.sweep.reproduce import compare_sweeps
 from lorasweep.sweep.status import SweepStatus, follow, read_status, render_status
 from lorasweep.sweep.sweep_file import find_sweep_file
-from lorasweep.sweep.worker import Worker
+from lorasweep.sweep.workers.train import train_sweep
 
 __all__ = [
     "Arm",
@@ -20,10 +20,8 @@ __all__ = [
     "Controller",
     "Definition",
     "LiveTable",
-    "Observer",
     "SweepFolder",
     "SweepStatus",
-    "Worker",
     "check_definition",
     "compare_sweeps",
     "create_sweep",
@@ -41,4 +39,5 @@ __all__ = [
     "reopen_sweep",
     "saved_definition",
     "sweep_metric",
+    "train_sweep",
 ]

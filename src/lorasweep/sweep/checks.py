@@ -41,6 +41,8 @@ def check_definition(definition: Definition, benches: Benches) -> dict[str, RunC
             for config in arm.corners():
                 check_run(config, benches.of(config).base)
                 configs.setdefault(arm.name, config)
+                if definition.driver.confirm.seeds:
+                    benches.of(config).parts.test()  # before hours of training, not after
         except ConfigError as error:
             raise ConfigError(f"arm `{arm.name}`: {error}") from error
     return configs

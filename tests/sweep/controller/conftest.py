@@ -13,7 +13,7 @@ import pytest
 from lorasweep.record import RunRecord, write_record
 from lorasweep.sweep import Controller, SweepFolder, reopen_sweep
 from lorasweep.sweep.controller.controller import Assignment
-from lorasweep.sweep.worker import find_ended_run
+from lorasweep.sweep.workers.worker import find_ended_run
 
 EVERY, LAST = 2, 12
 
@@ -104,9 +104,9 @@ def content() -> dict[str, Any]:
 
 
 @pytest.fixture
-def open_controller(silent: Any) -> Callable[[SweepFolder], Controller]:
+def open_controller() -> Callable[[SweepFolder], Controller]:
     """Makes the controller of an open sweep."""
-    return lambda sweep: Controller(sweep, observer=silent, run_ended=lambda record, folder, params: None)
+    return lambda sweep: Controller(sweep, run_ended=lambda record, folder, params: None)
 
 
 @pytest.fixture

@@ -25,7 +25,6 @@ def simulate(begin, open_controller):
     def run(content, *, folder="sweep", **options):
         controller = open_controller(begin(content, folder=folder))
         Simulation(controller, **options).run()
-        controller.begin_confirm()
         found = outcome(controller)
         close(controller)
         return found
@@ -146,12 +145,10 @@ def test_a_controller_killed_at_any_write_ends_with_the_same_trials(
     kill_at(monkeypatch, controller.sweep.storage, count, after=after)
     try:
         simulation.run()
-        controller.begin_confirm()
     except Killed:
         close(controller)
         controller = resume(controller.sweep.path)
         Simulation(controller, slots=1, steps=simulation.steps).run()
-        controller.begin_confirm()
     assert outcome(controller) == whole
     close(controller)
 
@@ -197,7 +194,6 @@ def test_a_journal_cut_off_in_the_middle_of_a_line_is_resumed(begin, open_contro
     journal.write_bytes(journal.read_bytes() + b'{"op_code": 6, "worker')
     controller = resume(controller.sweep.path)
     Simulation(controller, slots=1, steps=simulation.steps).run()
-    controller.begin_confirm()
     assert outcome(controller) == whole
     close(controller)
 

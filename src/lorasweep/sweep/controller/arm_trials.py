@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -47,7 +48,11 @@ class Entry:
     """Validation loss at each rung, where rungs compare by it."""
     state: TrialState = "running"
     is_held: bool = False
-    """Whether the worker trains it now."""
+    """Whether a worker trains it now."""
+    worker: str = ""
+    """Name of the worker that it was last handed out to; empty for the worker of the controller's process."""
+    request: int = 0
+    """Number of the worker's request that was answered with it."""
 
 
 class ArmTrials:
@@ -69,6 +74,7 @@ class ArmTrials:
         by_loss: bool = False,
         prunes_by_study: bool = False,
         first_part: int | None = None,
+        session: str | None = None,
     ) -> None:
         """Reads the trials that the study has, and fails those that are not the controller's.
 
@@ -82,6 +88,7 @@ class ArmTrials:
             by_loss: Whether rungs compare by the validation loss instead of the metric.
             prunes_by_study: Whether the study's own pruner decides instead, at every evaluation.
             first_part: How many trials may begin before one of the arm is complete. None sets no limit.
+            session: What the names of the workers begin with that may train trials now; None where there are none.
         """
         self.arm = arm
         self.study = study
@@ -96,6 +103,7 @@ class ArmTrials:
         self._prunes_by_study = prunes_by_study
         self._sign = 1 if study.direction == optuna.study.StudyDirection.MINIMIZE else -1
         self._first_part = planned if first_part is None else first_part
+        self._session = session
         self.entries: dict[int, Entry] = {}
         for trial in study.get_trials(deepcopy=False):
             self._read(trial)
@@ -122,6 +130,10 @@ class ArmTrials:
         """Yields the trials that were handed out to a process that is gone."""
         return (entry for entry in self.entries.values() if entry.state == "running" and not entry.is_held)
 
+    def held_by(self, worker: str) -> list[Entry]:
+        """Returns the trials that a worker trains now."""
+        return [entry for entry in self.entries.values() if entry.is_held and entry.worker == worker]
+
     def next_promoted(self) -> tuple[Entry, int] | None:
         """Returns the paused trial that is to go on next and the rung it goes on beyond; None where there is none.
 
@@ -145,35 +157,58 @@ class ArmTrials:
         waits = len(self.entries) >= self._first_part and not any(e.state == "complete" for e in self.entries.values())
         return not (waits and any(entry.state == "running" for entry in self.entries.values()))
 
-    def begin(self, params: Mapping[str, Any], *, order: int, attributes: Mapping[str, Any]) -> Entry:
+    def begin(
+        self,
+        params: Mapping[str, Any],
+        *,
+        order: int,
+        attributes: Mapping[str, Any],
+        worker: str = "",
+        request: int = 0,
+    ) -> Entry:
         """Writes a new trial with all its parameters into the journal, in one step, and returns it."""
         number = self.next_number()
-        turn = {"order": order, "passed": [], "promoted": []}
+        entry = Entry(number=number, params=dict(params), order=order, is_held=True, worker=worker, request=request)
         trial = create_trial(
             state=OptunaState.RUNNING,
             params=dict(params),
             distributions=self._space,
-            user_attrs={TURN_ATTRIBUTE: turn, **attributes},
+            user_attrs={TURN_ATTRIBUTE: _describe_turn(entry), **attributes},
         )
         self.study.add_trial(trial)
-        self.entries[number] = Entry(number=number, params=dict(params), order=order, is_held=True)
-        return self.entries[number]
+        self.entries[number] = entry
+        return entry
 
     def next_number(self) -> int:
         """Returns the number that the next trial of the study gets."""
         return len(self.study.get_trials(deepcopy=False))
 
-    def promote(self, entry: Entry, rung: int, *, order: int) -> None:
+    def promote(self, entry: Entry, rung: int, *, order: int, worker: str = "", request: int = 0) -> None:
         """Hands out a trial that was paused at a rung, to go on beyond it."""
-        self._note_turn(entry, order=order, passed=entry.passed | {rung}, promoted=entry.promoted | {rung})
+        self._note_turn(
+            entry,
+            order=order,
+            passed=entry.passed | {rung},
+            promoted=entry.promoted | {rung},
+            worker=worker,
+            request=request,
+        )
         entry.state, entry.is_held = "running", True
 
-    def take_back(self, entry: Entry) -> None:
-        """Hands out a trial again that was handed out to a process that is gone.
+    def take_back(self, entry: Entry, *, worker: str = "", request: int = 0) -> None:
+        """Hands out a trial again that was handed out to a worker that is gone.
 
         Its order stays, so that the trials of a process that was killed twice are handed out again in the same order.
         """
+        if (worker, request) != (entry.worker, entry.request):
+            self._note_turn(entry, worker=worker, request=request)
         entry.state, entry.is_held = "running", True
+
+    def release(self, entry: Entry) -> None:
+        """Notes that the worker of a running trial trains it no more, so that it is handed out again."""
+        if entry.worker:
+            self._note_turn(entry, worker="", request=0)
+        entry.is_held = False
 
     def store(self, entry: Entry, step: int, value: float, *, loss: float | None = None) -> None:
         """Writes the value of an evaluation, and at a rung the loss. The same run gives the same value again."""
@@ -196,7 +231,7 @@ class ArmTrials:
             return step not in entry.promoted
         if entry.number not in self._better_part(step):
             return False
-        self._note_turn(entry, order=entry.order, passed=entry.passed | {step}, promoted=entry.promoted)
+        self._note_turn(entry, passed=entry.passed | {step})
         return True
 
     def pause(self, entry: Entry, attributes: Mapping[str, Any], *, step: int) -> None:
@@ -260,10 +295,14 @@ class ArmTrials:
             values=dict(trial.intermediate_values),
             losses={int(step): loss for step, loss in trial.user_attrs.get(LOSSES_ATTRIBUTE, {}).items()},
             state=row_state(trial),
+            worker=turn.get("worker", ""),
+            request=turn.get("request", 0),
         )
         # A trial whose process was killed after the report and before the pause is running: it reports once more.
         if entry.state == "running" and trial.user_attrs.get(PAUSED_ATTRIBUTE) == max(entry.values, default=0):
             entry.state = "running" if max(entry.values) in entry.promoted else "paused"
+        elif entry.state == "running" and self._session is not None:
+            entry.is_held = entry.worker.startswith(self._session)
         self.entries[trial.number] = entry
         if entry.state == "infeasible" and not trial.state.is_finished():  # killed before all of it was told
             self.end(entry, "infeasible", {}, value=None)
@@ -298,13 +337,19 @@ class ArmTrials:
     def _is_paused_at(self, entry: Entry, rung: int) -> bool:
         return entry.state == "paused" and self._waits_at(entry, rung)
 
-    def _note_turn(self, entry: Entry, *, order: int, passed: set[int], promoted: set[int]) -> None:
-        turn = {"order": order, "passed": sorted(passed), "promoted": sorted(promoted)}
-        self.note(entry, {TURN_ATTRIBUTE: turn})
-        entry.order, entry.passed, entry.promoted = order, passed, promoted
+    def _note_turn(self, entry: Entry, **changes: Any) -> None:
+        changed = dataclasses.replace(entry, **changes)
+        self.note(entry, {TURN_ATTRIBUTE: _describe_turn(changed)})
+        for name, value in changes.items():
+            setattr(entry, name, value)
 
     def _trial_id(self, entry: Entry) -> int:
         return self._storage.get_trial_id_from_study_id_trial_number(self._study_id, entry.number)
+
+
+def _describe_turn(entry: Entry) -> dict[str, Any]:
+    turn = {"order": entry.order, "passed": sorted(entry.passed), "promoted": sorted(entry.promoted)}
+    return turn | ({"worker": entry.worker, "request": entry.request} if entry.worker else {})
 
 
 def _as_pruned(trial: FrozenTrial) -> FrozenTrial:

@@ -55,11 +55,6 @@ class SweepFolder:
     save_s: float = 0.0
     """When the record was last written (monotonic seconds), and how long that took."""
 
-    @property
-    def pack_file(self) -> Path:
-        """Where the pack that trains now says which runs are in it."""
-        return self.path / PACK_FILE
-
     def open_study(self, name: str, *, pruner: BasePruner | None = None) -> optuna.Study:
         """Returns a study of the sweep, made if it is missing."""
         full_name = self.record.study_prefix + name
@@ -104,15 +99,10 @@ class SweepFolder:
         Raises:
             WorkerError: It is not, so no trial is to blame and the sweep must end here.
         """
-        reason = None if self._is_here() else "it was moved or removed"
-        if reason is None and error is not None:
-            reason = why_unwritable(self.path, error)
-        if reason is not None:
-            raise WorkerError(
-                f"a sweep's folder must stay in place and have room, but {str(self.path)!r} can't be written to: "
-                f"{reason}. Nothing that ended is lost; put that right, then type "
-                f"`lorasweep sweep --resume {self.path}`."
-            ) from error
+        if not self._is_here():
+            raise _unwritable(self.path, "it was moved or removed") from error
+        if error is not None:
+            check_writable(self.path, error)
 
     def note(self, sentences: Sequence[str]) -> None:
         """Keeps sentences on the data in the record, each once; `save` writes them."""
@@ -133,3 +123,17 @@ class SweepFolder:
             return os.path.samestat(os.stat(self.path / LOCK_FILE), os.fstat(self.lock))
         except OSError:
             return False
+
+
+def check_writable(path: Path, error: BaseException) -> None:
+    """Raises `WorkerError` where an error came because a sweep's folder can't be written to."""
+    reason = why_unwritable(path, error)
+    if reason is not None:
+        raise _unwritable(path, reason) from error
+
+
+def _unwritable(path: Path, reason: str) -> WorkerError:
+    return WorkerError(
+        f"a sweep's folder must stay in place and have room, but {str(path)!r} can't be written to: {reason}. Nothing "
+        f"that ended is lost; put that right, then type `lorasweep sweep --resume {path}`."
+    )

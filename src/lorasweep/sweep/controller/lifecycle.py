@@ -117,12 +117,12 @@ def saved_definition(path: Path) -> Definition:
     return _restore(record, path, source=Path(record.source) if record.source else None)
 
 
-def reopen_sweep(path: Path, *, confirm: Mapping[str, Any] | None = None) -> SweepFolder:
+def reopen_sweep(path: Path, *, changes: Mapping[str, Any] | None = None) -> SweepFolder:
     """Opens a sweep to resume it; changes nothing in its record or its trials yet.
 
     Args:
         path: The sweep's folder.
-        confirm: Other settings of the confirm stage (`{"confirm.seeds": 5}`), which may be added to a search.
+        changes: Other settings of the workers and of the confirm stage (`{"confirm.seeds": 5}`).
 
     Raises:
         RecordError: The folder is not a sweep, its record or journal is damaged, or another process runs it.
@@ -130,8 +130,8 @@ def reopen_sweep(path: Path, *, confirm: Mapping[str, Any] | None = None) -> Swe
     """
     record = read_sweep(path)
     source = _check_source(record, path)
-    if confirm:
-        record.definition = _with_confirm(record.definition, confirm)
+    if changes:
+        record.definition = _with_changes(record.definition, changes)
     definition = _restore(record, path, source=source)
     seeds = draw_seeds(definition)
     lock = _lock(path)
@@ -182,11 +182,14 @@ def _check_source(record: SweepRecord, path: Path) -> Path | None:
     return source
 
 
-def _with_confirm(raw: Any, confirm: Mapping[str, Any]) -> Any:
-    """The definition with other settings of the confirm stage; what is damaged stays so, for `_restore` to refuse."""
-    if isinstance(raw, dict) and isinstance(raw.get("overrides"), dict):
-        return {**raw, "overrides": {**raw["overrides"], **confirm}}
-    return raw
+def _with_changes(raw: Any, changes: Mapping[str, Any]) -> Any:
+    """The definition with other overrides; what is damaged stays so, for `_restore` to refuse."""
+    if not (isinstance(raw, dict) and isinstance(raw.get("overrides"), dict)):
+        return raw
+    before = raw["overrides"]
+    if "worker" in changes:  # the settings of other workers don't belong to these
+        before = {key: value for key, value in before.items() if key.split(".")[0] != "worker"}
+    return {**raw, "overrides": {**before, **changes}}
 
 
 def _restore(record: SweepRecord, path: Path, *, source: Path | None) -> Definition:

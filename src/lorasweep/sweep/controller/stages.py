@@ -70,8 +70,10 @@ class Search:
     name = "search"
     reads_test = False
 
-    def __init__(self, sweep: SweepFolder) -> None:
+    def __init__(self, sweep: SweepFolder, *, session: str | None = None) -> None:
+        """Reads each arm's trials; `session` is that of the controller."""
         self._sweep = sweep
+        self._session = session
         self.trials = {arm.name: self._open(arm) for arm in sweep.definition.arms}
         self._functions = {name: self._functions_of(trials) for name, trials in self.trials.items()}
 
@@ -118,6 +120,7 @@ class Search:
             by_loss=getattr(config, "criterion", "metric") == "loss",
             prunes_by_study=own,
             first_part=_first_part(arm),
+            session=self._session,
         )
 
     def _functions_of(self, trials: ArmTrials) -> dict[str, int]:
@@ -133,7 +136,8 @@ class Confirm:
     name = "confirm"
     reads_test = True
 
-    def __init__(self, sweep: SweepFolder, search: Search) -> None:
+    def __init__(self, sweep: SweepFolder, search: Search, *, session: str | None = None) -> None:
+        """Makes the study of each arm that has a winner, or opens the one that is there."""
         self._sweep = sweep
         self.winners: dict[str, Entry] = {}
         self.trials: dict[str, ArmTrials] = {}
@@ -143,26 +147,16 @@ class Confirm:
                 sweep.warn(f"Arm `{arm.name}` has no complete trial, so the confirm stage leaves it out.")
                 continue
             self.winners[arm.name] = search.trials[arm.name].entries[number]
-
-    def begin(self) -> None:
-        """Makes the study of each arm that has a winner, or opens the one that is there."""
-        for arm in self._sweep.definition.arms:
-            if (winner := self.winners.get(arm.name)) is None:
-                continue
-            study = self._sweep.open_study(CONFIRM_STUDY.format(arm=arm.name))
-            study.set_user_attr(WINNER_ATTRIBUTE, winner.number)
+            study = sweep.open_study(CONFIRM_STUDY.format(arm=arm.name))
+            study.set_user_attr(WINNER_ATTRIBUTE, number)
             self.trials[arm.name] = ArmTrials(
                 arm,
                 study=study,
-                storage=self._sweep.storage,
+                storage=sweep.storage,
                 space={SEED: IntDistribution(0, 2**32 - 1)},
                 planned=len(self._seeds(arm)),
+                session=session,
             )
-
-    def winner_config(self, arm: Arm) -> RunConfig | None:
-        """Returns the settings that won the arm's search, or None where no trial is complete."""
-        winner = self.winners.get(arm.name)
-        return None if winner is None else arm.compose(winner.params)
 
     def propose(self, trials: ArmTrials) -> tuple[dict[str, Any], dict[str, Any]]:
         """Returns the next seed."""

@@ -6,13 +6,12 @@ import json
 from types import SimpleNamespace
 
 import pytest
+from tests.sweep.conftest import of_arm
 
-import lorasweep.sweep.worker as worker_file
+import lorasweep.sweep.workers.worker as worker_file
 from lorasweep.errors import Diverged, OutOfMemory, WorkerError
 from lorasweep.record import read_sweep
 from lorasweep.sweep import reopen_sweep
-
-from .conftest import of_arm
 
 
 @pytest.fixture
@@ -40,7 +39,7 @@ def test_a_packed_arm_has_exactly_its_trials(begin, work, packed, runs, packs):
     assert packs.sizes == [4]
     assert {arm for arm, _ in runs.begun} == {"frozen", "full"}
     assert len(packs.trained) == len(set(packs.trained)) == 6 * 4
-    assert not folder.pack_file.exists()
+    assert not (folder.path / "pack.json").exists()
 
 
 def test_a_pack_begins_with_no_more_slots_than_an_adaptive_sampler_may_propose(begin, work, packed, runs, packs):
@@ -165,7 +164,7 @@ def test_the_rule_chooses_the_size_and_its_reason_is_kept(begin, work, packed, r
 def test_a_stopped_pack_resumes_with_the_same_runs_in_the_same_slots(begin, work, lora_only, runs, packs, stop_at):
     folder = begin(lora_only)
     assert not work(folder, stop_at=stop_at)
-    left = json.loads(folder.pack_file.read_text())["state"]["slots"]
+    left = json.loads((folder.path / "pack.json").read_text())["state"]["slots"]
     before = len(packs.trained)
     assert work(reopen_sweep(folder.path))
     slots = [(slot["folder_name"], slot["step"] + 2) for slot in left]
@@ -178,7 +177,7 @@ def test_a_stopped_pack_resumes_with_the_same_runs_in_the_same_slots(begin, work
 def test_a_damaged_pack_file_loses_no_trial(begin, work, lora_only, runs, packs, damaged):
     folder = begin(lora_only)
     assert not work(folder, stop_at=4)
-    folder.pack_file.write_text(damaged)
+    (folder.path / "pack.json").write_text(damaged)
     assert work(reopen_sweep(folder.path))
     assert [(row.number, row.state) for row in lora_rows(folder)] == [(n, "complete") for n in range(6)]
 
@@ -188,6 +187,6 @@ def test_a_pack_file_of_another_sweep_is_of_no_use(begin, work, lora_only, runs,
     assert not work(other, stop_at=4)
     folder = begin(lora_only)
     assert not work(folder, stop_at=4)
-    folder.pack_file.write_bytes(other.pack_file.read_bytes())
+    (folder.path / "pack.json").write_bytes((other.path / "pack.json").read_bytes())
     assert work(reopen_sweep(folder.path))
     assert [(row.number, row.state) for row in lora_rows(folder)] == [(n, "complete") for n in range(6)]

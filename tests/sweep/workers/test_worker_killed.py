@@ -6,13 +6,12 @@ from contextlib import suppress
 
 import optuna
 import pytest
+from tests.sweep.conftest import Killed, kill_at
 
 from lorasweep.errors import OutOfMemory
 from lorasweep.record import read_run, read_sweep
 from lorasweep.sweep import reopen_sweep
 from lorasweep.sweep.controller.storage import open_storage
-
-from .conftest import Killed, kill_at
 
 
 @pytest.fixture

@@ -1,30 +1,29 @@
-"""The loop of the worker: take a trial from the controller, or a pack of them, train, report, tell."""
+"""The loop of a worker: take a trial from the controller, or a pack of them, train, report, tell.
+
+A worker runs in the controller's process, or in one of its own as a Ray actor (`ray_workers`).
+"""
 
 from __future__ import annotations
 
+import itertools
+import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from pathlib import Path
 from typing import Any
 
-import torch
-
-from lorasweep.errors import ConfigError, OutOfMemory, RecordError, WorkerError
+from lorasweep.errors import OutOfMemory, RecordError, WorkerError
 from lorasweep.record import RunRecord, read_run
-from lorasweep.sweep.controller.controller import Assignment, Controller, Observer, RunEnded
-from lorasweep.sweep.controller.folder import SweepFolder
-from lorasweep.sweep.controller.stages import Confirm
-from lorasweep.sweep.controller.storage import database_must_answer
-from lorasweep.sweep.definition import Arm
+from lorasweep.sweep.controller.controller import Assignment, Controller
+from lorasweep.sweep.controller.folder import PACK_FILE, check_writable
+from lorasweep.sweep.definition import Arm, Definition
 from lorasweep.sweep.packing import plan_packing
 from lorasweep.training import (
     Benches,
     Evaluated,
     Job,
     choose_pack_size,
-    current_ranks,
-    lead_run,
-    name_device,
     read_pack_state,
     score_run,
     train_pack,
@@ -33,93 +32,88 @@ from lorasweep.training import (
 
 LOSS = "loss"
 """The metric that every task has beside its own."""
+POLL_INTERVAL_S = 2.0
+"""Seconds after which a worker without a trial asks again, while other workers train."""
 
 
 class Worker:
-    """Trains the trials of an open sweep in this process, until every arm has as many as were asked for."""
+    """Trains the trials that the controller hands out, until the sweep is over."""
 
     def __init__(
         self,
-        sweep: SweepFolder,
-        benches: Benches,
+        path: Path,
+        definition: Definition,
+        controller: Controller,
         *,
-        observer: Observer,
+        metric: str,
+        benches: Benches,
         stop_requested: Callable[[], bool],
-        run_ended: RunEnded,
+        name: str = "",
+        num_workers: int = 1,
+        train_alone: Callable[..., RunRecord] | None = None,
     ) -> None:
         """Takes what a worker needs.
 
         Args:
-            sweep: The open sweep.
+            path: The sweep's folder.
+            definition: The sweep.
+            controller: It, or a client of it in another process.
+            metric: What every trial is scored by.
             benches: Base models and data.
-            observer: Is told of the trials.
             stop_requested: Asked after every step.
-            run_ended: Called with each run that ended well.
+            name: Tells this worker from others. The only worker of a sweep, in the controller's process, has none.
+            num_workers: How many workers share the trials, for the size of a pack.
+            train_alone: Trains a run outside of a pack in place of `train_run`, such as with several processes.
         """
-        self.sweep = sweep
+        self.path = path
+        self.definition = definition
+        self.controller = controller
+        self.metric = metric
         self.benches = benches
         self.stop_requested = stop_requested
-        self._plans = plan_packing(sweep.definition)
+        self.name = name
+        self.num_workers = num_workers
+        self._train_run = train_alone or train_run
+        self.pack_file = path / (f"pack-{name}.json" if name else PACK_FILE)
+        self._requests = itertools.count(1)
+        self._plans = plan_packing(definition)
         self._pack_limits: dict[Any, int | None] = {}
         """Most slots of a pack, by what its trials share; None where packs don't pay."""
-        sweep.record.device, sweep.record.threads = name_device(), torch.get_num_threads()
-        sweep.measure = lambda: benches.telemetry.sample().as_numbers()
-        with self._asking():
-            self.controller = Controller(sweep, observer=observer, run_ended=run_ended)
 
     def run(self) -> bool:
-        """Trains what is left and returns whether the sweep is complete (False: it was stopped).
+        """Trains until the sweep is over, and returns whether it is (False: the worker was stopped).
 
         Raises:
             WorkerError: `sweep.max_failures` trials in a row failed, the sweep's folder can't be written to, or its
                 database does not answer.
         """
-        try:
-            with database_must_answer(self.sweep.path):
-                self.controller.save("running")
-                complete = self._train_stage() and self._train_confirm_stage()
-                if complete:
-                    self.controller.clean_run_folders()
-                self.controller.save("complete" if complete else "interrupted")
-        except OSError as error:
-            self.sweep.check_disk(error)
-            raise
-        return complete
+        is_over = self._resume_pack() and self._train()
+        self._note_usage()
+        return is_over
+
+    def _train(self) -> bool:
+        while not self.stop_requested():
+            if (assignment := self._take()) is not None:
+                if not self._train_assignment(assignment):
+                    return False
+            elif self.controller.is_over():
+                return True
+            else:  # others train the last trials, or those that decide what goes on
+                time.sleep(POLL_INTERVAL_S)
+        return False
+
+    def _train_assignment(self, assignment: Assignment) -> bool:
+        slots = self._num_slots(assignment.arm)
+        return self._train_alone(assignment) if slots is None else self._train_pack([assignment], slots=slots)
 
     @contextmanager
     def _asking(self) -> Iterator[None]:
-        """While the controller is asked or told. An error of its database must not look like one of the trial."""
-        with self.benches.telemetry.phase("storage"), database_must_answer(self.sweep.path):
+        """Counts the time in which the controller is asked or told."""
+        with self.benches.telemetry.phase("storage"):
             yield
 
-    def _train_stage(self) -> bool:
-        """Trains what is left of a stage and returns whether it is complete."""
-        if not self._resume_pack():
-            return False
-        while not self.stop_requested() and (assignment := self._take()) is not None:
-            slots = self._num_slots(assignment.arm)
-            done = self._train_alone(assignment) if slots is None else self._train_pack([assignment], slots=slots)
-            if not done:
-                return False
-        return self.controller.is_complete()
-
-    def _train_confirm_stage(self) -> bool:
-        """Trains the confirm stage where one is asked for and possible; returns False if it was stopped."""
-        confirm = self.controller.begin_confirm()
-        if not self.sweep.record.confirm_seeds:
-            return True
-        try:
-            self._read_test_data(confirm)
-        except ConfigError as error:
-            self.sweep.warn(f"The confirm stage is left out, because its test data can't be read: {error}")
-            return True
-        self.controller.start_confirm(confirm)
-        return self._train_stage()
-
-    def _read_test_data(self, confirm: Confirm) -> None:
-        for arm in self.sweep.definition.arms:
-            if (config := confirm.winner_config(arm)) is not None:
-                self.benches.of(config).parts.test()
+    def _note_usage(self) -> None:
+        self.controller.note_usage(self.name, self.benches.telemetry.sample().as_numbers())
 
     def _take(
         self, arms: Sequence[Arm] | None = None, *, tell: Callable[[Assignment, RunRecord], None] | None = None
@@ -130,8 +124,9 @@ class Worker:
             arms: Only trials of these arms; None stands for all.
             tell: Takes a run that had ended; None is `_tell`.
         """
+        names = None if arms is None else [arm.name for arm in arms]
         with self._asking():
-            while (assignment := self.controller.take(arms)) is not None:
+            while assignment := self.controller.take(names, worker=self.name, request=next(self._requests)):
                 record = find_ended_run(self.controller, assignment)
                 if record is None:
                     return assignment
@@ -140,11 +135,11 @@ class Worker:
 
     def _tell(self, assignment: Assignment, record: RunRecord) -> None:
         """Tells the controller of a run that is complete or paused, scored on test data first where the stage does."""
-        if record.status == "complete" and self.controller.stage.reads_test:
+        if record.status == "complete" and assignment.reads_test:
             try:
                 bench = self.benches.of(assignment.config)
                 record = score_run(assignment.place.folder, bench=bench)
-                self.sweep.note(bench.parts.test().notes)
+                self.controller.note(bench.parts.test().notes)
             except WorkerError:
                 raise
             except Exception as error:  # a run that can't be scored must not end the sweep
@@ -152,21 +147,22 @@ class Worker:
                 return
         with self._asking():
             self.controller.tell(assignment, record)
+        self._note_usage()
 
     def _report(self, evaluations: Sequence[tuple[Assignment, int, Mapping[str, float]]]) -> list[bool]:
-        metric = self.sweep.record.metric
         with self._asking():
             return self.controller.report(
-                [(assignment, step, values[metric]) for assignment, step, values in evaluations],
+                [(assignment, step, values[self.metric]) for assignment, step, values in evaluations],
                 losses={assignment: values[LOSS] for assignment, _, values in evaluations if LOSS in values},
             )
 
     def _train_alone(self, assignment: Assignment) -> bool:
         """Trains one trial and tells the controller; returns False if it was interrupted."""
         try:
-            record = self._train(assignment)(
+            record = self._train_run(
                 assignment.config,
                 assignment.place,
+                bench=self.benches.of(assignment.config),
                 on_evaluation=lambda step, values: self._report([(assignment, step, values)])[0],
                 stop_requested=self.stop_requested,
                 resume=True,
@@ -181,19 +177,13 @@ class Worker:
         self._tell(assignment, record)
         return True
 
-    def _train(self, assignment: Assignment) -> Callable[..., RunRecord]:
-        """How a run is trained: with the ranks that follow this process, or by it alone."""
-        if current_ranks().size > 1:
-            return partial(lead_run, benches=self.benches)
-        return partial(train_run, bench=self.benches.of(assignment.config))
-
     def _resume_pack(self) -> bool:
         """Goes on with the pack of a process that was killed or stopped: the same runs at the same steps.
 
         So every later number has the bits that it would have had. Returns False if it was stopped again.
         """
-        state = read_pack_state(self.sweep.pack_file)
-        if state is None:
+        state = read_pack_state(self.pack_file)
+        if state is None or self.name:  # a worker that is replaced has another name; its trials go on one by one
             return True
         taken = [self.controller.take_back(slot.folder_name) for slot in state.slots]
         found = [assignment for assignment in taken if assignment is not None]
@@ -224,13 +214,13 @@ class Worker:
                 slots=slots,
                 supply=pack.supply,
                 on_evaluation=pack.report,
-                state_file=self.sweep.pack_file,
+                state_file=self.pack_file,
                 stop_requested=self.stop_requested,
             )
         except WorkerError:
             raise
         except Exception as error:
-            self.sweep.check_disk(error)
+            check_writable(self.path, error)
             # The trials go on from their last evaluation: after running out of memory in smaller packs, after any other
             # error each in a pack of its own, where the one that is to blame fails by itself.
             fewer = len(pack.running) // 2 if isinstance(error, OutOfMemory) else 1
@@ -243,7 +233,7 @@ class Worker:
 
     def _pack_mates(self, arm: Arm) -> list[Arm]:
         key = self._plans[arm.name].key
-        return [other for other in self.sweep.definition.arms if self._plans[other.name].key == key]
+        return [other for other in self.definition.arms if self._plans[other.name].key == key]
 
     def _num_slots(self, arm: Arm) -> int | None:
         """How many trials to train together: what was asked for, or what the rule of `choose_pack_size` says.
@@ -256,9 +246,9 @@ class Worker:
             return None
         if plan.key not in self._pack_limits:
             if wanted == "auto":
-                trials = sum(mate.trials for mate in self._pack_mates(arm))
+                trials = math.ceil(sum(mate.trials for mate in self._pack_mates(arm)) / self.num_workers)
                 chosen = choose_pack_size(plan.largest, bench=self.benches.of(plan.largest), trials_left=trials)
-                self.sweep.note([chosen.reason])
+                self.controller.note([chosen.reason])
                 wanted = None if chosen.slots == 1 else chosen.slots
             self._pack_limits[plan.key] = None if wanted is None else int(wanted)
         return self._pack_limits[plan.key]
@@ -302,7 +292,7 @@ class _Pack:
         self._tell(assignment, record)
 
     def _tell(self, assignment: Assignment, record: RunRecord) -> None:
-        if self._worker.controller.stage.reads_test:
+        if assignment.reads_test:
             self.unscored.append((assignment, record))
         else:
             self._worker._tell(assignment, record)

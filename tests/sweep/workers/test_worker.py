@@ -43,13 +43,6 @@ def test_arms_without_a_space_come_first_and_the_others_take_turns(begin, work, 
     assert arms.index("lora") < 4
 
 
-def test_the_observer_hears_everything_in_order(begin, work, runs, content, silent):
-    content["arms"] = {"full": content["arms"]["full"] | {"trials": 1}}
-    work(begin(content), observer=silent)
-    steps = [f"evaluated {step}" for step in (2, 4, 6, 8)]
-    assert silent.heard == [(what, "full", 0) for what in ("started", *steps, "complete")]
-
-
 HALVING = {"pruner": "halving", "pruner.rungs": [0.25, 0.5], "pruner.reduction_factor": 2, "pruner.min_survivors": 1}
 
 
@@ -226,21 +219,15 @@ def test_trials_are_pruned_and_keep_their_best_score(begin, work, runs, content)
         assert kept.steps_done in (2, 4)
 
 
-def test_a_paused_trial_goes_on_under_its_number_from_where_it_was(begin, work, runs, content, silent):
+def test_a_paused_trial_goes_on_under_its_number_from_where_it_was(begin, work, runs, content):
     content["settings"] |= HALVING | {"sampler": "random"}
     content["arms"] = {"lora": content["arms"]["lora"] | {"trials": 12}}
     seen = {}
     runs.score = lambda config, step: seen.setdefault(config.optim.lr, len(seen)) - step / 100  # earlier is better
     folder = begin(content)
-    assert work(folder, observer=silent)
+    assert work(folder)
     again = {number for _, number in runs.begun if runs.begun.count(("lora", number)) > 1}
     assert 0 in again
-    for number in again:
-        heard = [what for what, _, of in silent.heard if of == number]
-        steps = [int(what.split()[1]) for what in heard if what.startswith("evaluated")]
-        assert steps == sorted(set(steps))  # no step twice
-        assert heard[0] == "started"
-        assert heard.count("started") == heard.count("paused") + (heard[-1] == "complete")
     rows = read_sweep(folder.path).trials
     assert runs.steps_trained == sum(read_run(folder.path / row.run).steps_done for row in rows) < 12 * 8
 

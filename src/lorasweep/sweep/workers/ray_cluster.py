@@ -1,0 +1,131 @@
+"""The Ray cluster of a sweep's workers: started on this machine for the sweep, or one that is there and is joined.
+
+Nothing of ours listens on a port. Ray's processes of a cluster that is started here listen on 127.0.0.1 alone, ask for
+a token, and have no dashboard.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from lorasweep.config.sweep import RayWorkers
+from lorasweep.errors import ConfigError, first_line
+
+OBJECT_STORE_BYTES = 100 * 2**20
+"""Shared memory of Ray's object store on a node. Our calls are small: the least that Ray takes is 75 MiB."""
+HEALTH_CHECKS = {
+    "health_check_initial_delay_ms": 1000,
+    "health_check_period_ms": 1000,
+    "health_check_timeout_ms": 2000,
+    "health_check_failure_threshold": 3,
+}
+"""A node whose processes are gone is noticed after 3 s instead of Ray's 15 s. A node that only answers slowly is asked
+three times."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerNeeds:
+    """What one process of a worker needs, as Ray counts it. A worker of several processes has one per device."""
+
+    cpus: int
+    gpus: int
+    processes: int = 1
+
+    def fit_on(self, resources: dict[str, float]) -> int:
+        """Returns how many such processes fit on a node with these resources."""
+        fits = int(resources.get("CPU", 0) // self.cpus)
+        return min(fits, int(resources.get("GPU", 0) // self.gpus)) if self.gpus else fits
+
+    def describe(self) -> str:
+        """Returns it in words."""
+        gpus = f" and {self.gpus} GPU{'s' * (self.gpus > 1)}" if self.gpus else ""
+        return f"{self.cpus} processor core{'s' * (self.cpus > 1)}{gpus}"
+
+
+@contextmanager
+def open_cluster(config: RayWorkers, *, folder: Path) -> Iterator[None]:
+    """Starts a Ray cluster on this machine, or joins one, and leaves it in the end; what was started here ends.
+
+    Args:
+        config: Which one.
+        folder: The sweep's folder, after which Ray's namespace is named: two sweeps on one cluster don't meet.
+
+    Raises:
+        ConfigError: Ray is not installed, or there is no cluster that lets this process in.
+    """
+    if find_spec("ray") is None:
+        raise ConfigError("`worker=ray` must find Ray, but it is not installed. Type `pip install 'lorasweep[ray]'`.")
+    namespace = "lorasweep-" + hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
+    options: dict[str, Any] = {"namespace": namespace, "log_to_driver": False, "logging_level": logging.ERROR}
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    with contextlib.ExitStack() as undo:
+        if config.address is None:
+            options |= _local_options()
+            undo.callback(shutil.rmtree, options["_temp_dir"], ignore_errors=True)
+        else:
+            options |= {"address": config.address}
+        import ray  # after the environment is set, which Ray reads once  # noqa: PLC0415
+
+        try:
+            undo.callback(ray.shutdown)
+            ray.init(**options)
+        except Exception as error:  # of several kinds: no answer, another version, a token that is missing or wrong
+            raise ConfigError(
+                f"`worker.address` must be a Ray cluster that runs and lets this process in, but got "
+                f"{config.address!r}: {first_line(error)}"
+            ) from error
+        yield
+
+
+def _local_options() -> dict[str, Any]:
+    # Ray's name for: this node is all there is to the cluster. Only then its processes listen on 127.0.0.1 alone.
+    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    return {
+        "address": "local",
+        "include_dashboard": False,
+        "object_store_memory": OBJECT_STORE_BYTES,
+        "_node_ip_address": "127.0.0.1",
+        "_temp_dir": tempfile.mkdtemp(prefix="lorasweep-", dir="/tmp"),  # short: a socket's path has at most 107 bytes
+        "_system_config": HEALTH_CHECKS,
+    }
+
+
+def count_fitting(needs: WorkerNeeds) -> int:
+    """Returns how many workers the nodes hold that are in the cluster now."""
+    import ray  # noqa: PLC0415
+
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return sum(needs.fit_on(resources) for resources in nodes) // needs.processes
+
+
+def check_capacity(needs: WorkerNeeds) -> None:
+    """Makes sure that the cluster can hold one worker.
+
+    Raises:
+        ConfigError: It can't; the message says what its nodes have.
+    """
+    import ray  # noqa: PLC0415
+
+    if count_fitting(needs):
+        return
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    have = ", ".join(f"{n.get('CPU', 0):.0f} cores and {n.get('GPU', 0):.0f} GPUs" for n in nodes) or "no resources"
+    each = f"{needs.processes} processes with " if needs.processes > 1 else ""
+    raise ConfigError(
+        f"one worker must fit on the cluster with {each}{needs.describe()} (`worker.cpus`, `worker.gpus`), but its "
+        f"nodes have {have}."
+    )

@@ -1,0 +1,413 @@
+"""Workers as Ray actors. Ray starts them, places them, notices when one dies, and restarts the controller.
+
+Three kinds of processes, of which only the second and third are ours alone:
+
+- this one, in which `lorasweep sweep` was typed: asks Ray for workers, and for another one whenever one has died;
+- the controller, a named actor: reads the sweep's journal when it begins, so also after Ray has restarted it;
+- the workers, each an actor that runs the loop of `worker`. Their calls wait, and Ray makes them again, while the
+  controller is restarted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+import socket
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
+from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
+
+from lorasweep.config.run import RunConfig
+from lorasweep.config.sweep import RayWorkers
+from lorasweep.errors import LoraSweepError, RunError, WorkerError, first_line
+from lorasweep.record import RunRecord, read_sweep
+from lorasweep.sweep.controller.controller import Controller, RunEnded
+from lorasweep.sweep.controller.lifecycle import reopen_sweep, saved_definition
+from lorasweep.sweep.workers.ray_cluster import WorkerNeeds, check_capacity, count_fitting
+from lorasweep.sweep.workers.worker import Worker
+from lorasweep.training import Benches, RunPlace, name_device, train_run
+from lorasweep.training.environment import describe_packages
+
+CONTROLLER = "controller"
+"""Name of the controller's actor in the sweep's namespace."""
+LOOK_INTERVAL_S = 1.0
+"""Seconds between two looks at a request to stop and at nodes that joined; a worker that ends is noticed at once."""
+FOLLOWER_TIMEOUT_S = 30.0
+"""Seconds that a rank has to end a run that failed on the first rank, before all ranks begin again."""
+RESTART_FOREVER = {"max_restarts": -1, "max_task_retries": -1}
+"""Ray restarts an actor that died, and makes the calls again whose answers were lost."""
+
+
+def train_on_ray(path: Path, config: RayWorkers, *, stop_requested: Callable[[], bool], run_ended: RunEnded) -> bool:
+    """Trains what is left of a sweep with workers on the Ray cluster that this process is connected to.
+
+    Args:
+        path: The sweep's folder, which no process has open. Every node sees it under this path.
+        config: The workers.
+        stop_requested: Asked every second whether to stop; each trial then keeps its last checkpoint.
+        run_ended: As for `Controller`; a function that another process can import.
+
+    Returns:
+        Whether the sweep is complete.
+
+    Raises:
+        ConfigError: No node of the cluster can hold a worker.
+        WorkerError: As for `Worker.run`, or every worker was refused.
+    """
+    trainer = next(saved_definition(path).arms[0].corners()).trainer
+    processes = 1 if trainer.devices == "auto" else trainer.devices * trainer.num_nodes
+    needs = WorkerNeeds(cpus=config.cpus, gpus=config.gpus, processes=processes)
+    check_capacity(needs)
+    return _Crew(path, config, needs, run_ended=run_ended).work(stop_requested)
+
+
+class WorkerRefused(WorkerError):  # noqa: N818 (named by what happened)
+    """A worker can't take part, because what it trained could not be compared."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What a process on another node needs in order to work as this one does."""
+
+    folder: Path
+    """From which relative paths are meant."""
+    path: Path
+    """The sweep's folder."""
+    code: dict[str, str]
+    """The versions that its code and packages must have."""
+
+    def enter(self) -> None:
+        """Makes sure that this process sees the same files and has the same code.
+
+        Raises:
+            WorkerRefused: It does not, so that what it trained could not be compared.
+        """
+        node = ray.get_runtime_context().get_node_id()[:8]
+        if not self.path.is_dir():
+            raise WorkerRefused(
+                f"every node must see the sweep's folder under the same path, but {str(self.path)!r} is not there on "
+                f"node {node}. Put it on a file system that the nodes share (`sweep.output`)."
+            )
+        own = code_versions()
+        if differing := [f"{name} {own[name]}, not {self.code[name]}" for name in own if own[name] != self.code[name]]:
+            raise WorkerRefused(
+                f"every node must have the same code and packages, but node {node} has {'; '.join(differing)}. Install "
+                "there what is installed here."
+            )
+        if self.folder.is_dir():
+            os.chdir(self.folder)
+
+
+@cache
+def code_versions() -> dict[str, str]:
+    """Returns the versions of packages that can change numbers, and a checksum of this package's code."""
+    own = hashlib.sha256()
+    for file in sorted(Path(str(files("lorasweep"))).rglob("*.py")):
+        own.update(file.read_bytes())
+    return {"lorasweep": own.hexdigest()[:16], "python": sys.version.split()[0], **describe_packages()}
+
+
+class ControllerActor(Controller):
+    """The controller of a sweep in a process of its own."""
+
+    def __init__(self, setting: Setting, *, session: str, run_ended: RunEnded) -> None:
+        """Opens the sweep, whose journal says what an earlier process of this session had done."""
+        setting.enter()
+        super().__init__(reopen_sweep(setting.path), run_ended=run_ended, session=session)
+        self.save("running")
+
+    def close(self) -> None:
+        """Lets go of the sweep's folder."""
+        self.sweep.close()
+
+
+class ControllerClient:
+    """The controller as another process sees it: the same methods."""
+
+    def __init__(self, actor: Any) -> None:
+        self._actor = actor
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        """Returns a method that waits for the controller's answer and raises what it raised."""
+        method = getattr(self._actor, name)
+        return lambda *args, **kwargs: result_of(method.remote(*args, **kwargs))
+
+
+def result_of(reference: Any) -> Any:
+    """Returns what a call returned, or raises what it raised.
+
+    Raises:
+        WorkerError: Ray gave the actor up.
+    """
+    try:
+        return ray.get(reference)
+    except RayTaskError as error:
+        raise (error.cause if isinstance(error.cause, Exception) else error) from None
+    except RayActorError as error:
+        if isinstance(cause := error.__cause__, LoraSweepError):
+            raise cause from None
+        raise WorkerError(
+            f"a sweep's controller must run as long as its workers do, but Ray gave it up: {first_line(error)}"
+        ) from error
+
+
+@ray.remote(concurrency_groups={"control": 1})
+class WorkerActor:
+    """One process of a worker. The first one runs the worker's loop, the others train its trials with it."""
+
+    def __init__(self, setting: Setting, *, threads: int) -> None:
+        self._setting = setting
+        self._stop = threading.Event()
+        self._peers: list[Any] = []
+        self._benches = Benches()
+        self._cluster: RayEnvironment | None = None
+        torch.set_num_threads(threads)
+
+    def run(self, controller: Any, *, name: str, num_workers: int, peers: Sequence[Any]) -> bool:
+        """Runs the worker's loop and returns whether the sweep is over (False: it was stopped)."""
+        self._setting.enter()
+        client, path = ControllerClient(controller), self._setting.path
+        client.note_worker(device=name_device(), threads=torch.get_num_threads())
+        self._peers = list(peers)
+        if peers:
+            self._meet()
+        return Worker(
+            path,
+            saved_definition(path),
+            client,  # type: ignore[arg-type]
+            metric=read_sweep(path).metric,
+            benches=self._benches,
+            stop_requested=self._stop.is_set,
+            name=name,
+            num_workers=num_workers,
+            train_alone=self._train_together if peers else None,
+        ).run()
+
+    @ray.method(concurrency_group="control")  # while `run` runs
+    def stop(self) -> None:
+        """Has the worker stop after its present step."""
+        self._stop.set()
+
+    def join(self, rank: int, *, size: int, address: str, port: int, local_rank: int) -> None:
+        """Takes part in the training of the first process as one of its ranks."""
+        self._setting.enter()
+        self._cluster = RayEnvironment(rank=rank, size=size, local_rank=local_rank, address=address, port=port)
+
+    def node(self) -> str:
+        """Returns the node that this process is on."""
+        return str(ray.get_runtime_context().get_node_id())
+
+    def follow(self, config: RunConfig, place: RunPlace, *, resume: bool) -> None:
+        """Trains a run together with the other ranks. Where that fails, the process ends, so that none waits for it."""
+        try:
+            train_run(config, place, bench=self._benches.of(config), resume=resume, cluster=self._cluster)
+        except RunError:  # raised by all ranks alike
+            return
+        except BaseException:
+            traceback.print_exc()  # into Ray's log of this process
+            os._exit(1)
+
+    def _meet(self) -> None:
+        """Gives each rank its place."""
+        actors = [ray.get_runtime_context().current_actor, *self._peers]
+        nodes = [self.node(), *ray.get([peer.node.remote() for peer in self._peers])]
+        with socket.socket() as found:
+            found.bind(("", 0))
+            port = found.getsockname()[1]
+        size, address = len(actors), ray.util.get_node_ip_address()
+        places = [
+            {"size": size, "address": address, "port": port, "local_rank": nodes[:rank].count(nodes[rank])}
+            for rank in range(size)
+        ]
+        self.join(0, **places[0])
+        ray.get([peer.join.remote(rank, **places[rank]) for rank, peer in enumerate(self._peers, start=1)])
+
+    def _train_together(self, config: RunConfig, place: RunPlace, *, resume: bool, **own: Any) -> RunRecord:
+        followers = [peer.follow.remote(config, place, resume=resume) for peer in self._peers]
+        try:
+            return train_run(config, place, resume=resume, cluster=self._cluster, **own)
+        except RunError:
+            raise
+        except Exception as error:
+            try:
+                ray.get(followers, timeout=FOLLOWER_TIMEOUT_S)
+            except RayError:  # a rank died, or hangs: all of them begin again from the last checkpoint
+                traceback.print_exception(error)
+                os._exit(1)
+            raise
+
+
+class RayEnvironment(ClusterEnvironment):
+    """Where the ranks of a run meet, as Lightning asks for it."""
+
+    def __init__(self, *, rank: int, size: int, local_rank: int, address: str, port: int) -> None:
+        self._rank, self._size, self._local_rank = rank, size, local_rank
+        self._address, self._port = address, port
+
+    @property
+    def creates_processes_externally(self) -> bool:
+        """Returns True: Ray has started the ranks."""
+        return True
+
+    @property
+    def main_address(self) -> str:
+        """Returns the address of the first rank's node."""
+        return self._address
+
+    @property
+    def main_port(self) -> int:
+        """Returns a port there."""
+        return self._port
+
+    @staticmethod
+    def detect() -> bool:
+        """Returns False: it is given to the Trainer."""
+        return False
+
+    def world_size(self) -> int:
+        """Returns the number of ranks."""
+        return self._size
+
+    def set_world_size(self, size: int) -> None:
+        """Does nothing: Ray's placement says how many there are."""
+
+    def global_rank(self) -> int:
+        """Returns the place among all ranks."""
+        return self._rank
+
+    def set_global_rank(self, rank: int) -> None:
+        """Does nothing: Ray's placement says which it is."""
+
+    def local_rank(self) -> int:
+        """Returns the GPU of this rank: always the first, because Ray lets a process see its own GPUs only."""
+        return 0
+
+    def node_rank(self) -> int:
+        """Returns 0: Lightning uses it to count ranks, which Ray does here."""
+        return 0
+
+
+@dataclass(kw_only=True, eq=False)
+class _Hired:
+    """One worker: its processes, and the call that ends when it does."""
+
+    name: str
+    actors: list[Any]
+    group: Any
+    """Ray's placement group, where it has several processes."""
+    run: Any
+
+
+class _Crew:
+    """The workers of a sweep while it trains."""
+
+    def __init__(self, path: Path, config: RayWorkers, needs: WorkerNeeds, *, run_ended: RunEnded) -> None:
+        self._config = config
+        self._needs = needs
+        self._setting = Setting(folder=Path.cwd(), path=path.resolve(), code=code_versions())
+        self._session = secrets.token_hex(4)
+        self._hired: dict[Any, _Hired] = {}
+        """By the reference of the call that runs it."""
+        self._count = 0
+        self._refused: list[LoraSweepError] = []
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+        self._actor = (
+            ray.remote(ControllerActor)
+            .options(name=CONTROLLER, num_cpus=0, scheduling_strategy=here, **RESTART_FOREVER)
+            .remote(self._setting, session=self._session, run_ended=run_ended)
+        )
+        self._controller = ControllerClient(self._actor)
+
+    def work(self, stop_requested: Callable[[], bool]) -> bool:
+        """Trains until the sweep is over, was stopped or can't go on; returns whether it is complete."""
+        try:
+            self._controller.is_over()  # an error while it begins is raised here
+            while not stop_requested() and not self._controller.is_over():
+                self._hire()
+                self._wait(LOOK_INTERVAL_S)
+            self._stop()
+            return bool(self._controller.finish())
+        finally:
+            for hired in self._hired.values():
+                self._dismiss(hired)
+            self._controller.close()
+            ray.kill(self._actor)
+
+    def _hire(self) -> None:
+        """Asks Ray for the workers that are missing. One for which there is no room waits until there is."""
+        fitting = count_fitting(self._needs)
+        wanted = fitting if self._config.num == "auto" else self._config.num
+        while len(self._hired) + len(self._refused) < wanted:
+            self._count += 1
+            name = f"{self._session}-{self._count}"
+            group, options = None, [self._options()]
+            if self._needs.processes > 1:
+                bundle = {"CPU": self._needs.cpus, **({"GPU": self._needs.gpus} if self._needs.gpus else {})}
+                group = ray.util.placement_group([bundle] * self._needs.processes)
+                options = [
+                    self._options() | {"scheduling_strategy": PlacementGroupSchedulingStrategy(group, False, number)}
+                    for number in range(self._needs.processes)
+                ]
+            actors = [WorkerActor.options(**each).remote(self._setting, threads=self._config.cpus) for each in options]
+            run = actors[0].run.remote(self._actor, name=name, num_workers=max(wanted, 1), peers=actors[1:])
+            self._hired[run] = _Hired(name=name, actors=actors, group=group, run=run)
+
+    def _options(self) -> dict[str, Any]:
+        return {
+            "num_cpus": self._needs.cpus,
+            "num_gpus": self._needs.gpus,
+        }
+
+    def _wait(self, timeout_s: float) -> None:
+        """Waits for a worker to end. The trials of one that died are handed out again, and another one is hired."""
+        ended, _ = ray.wait(list(self._hired), timeout=timeout_s)
+        for run in ended:
+            hired = self._hired.pop(run)
+            self._dismiss(hired)
+            try:
+                ray.get(run)
+            except RayActorError:
+                self._controller.release_worker(hired.name)
+            except RayTaskError as error:
+                if isinstance(error.cause, WorkerRefused):
+                    self._refused.append(error.cause)
+                    self._controller.warn(str(error.cause))
+                    if not self._hired:
+                        raise error.cause from None
+                else:
+                    raise (error.cause if isinstance(error.cause, LoraSweepError) else error) from None
+
+    def _stop(self) -> None:
+        """Has every worker stop after its present step; those for which there was no room never began."""
+        for hired in self._hired.values():
+            hired.actors[0].stop.remote()
+        waits = [hired for hired in self._hired.values() if not _has_begun(hired)]
+        for hired in waits:
+            del self._hired[hired.run]
+            self._dismiss(hired)
+        while self._hired:
+            self._wait(LOOK_INTERVAL_S)
+
+    def _dismiss(self, hired: _Hired) -> None:
+        for actor in hired.actors:
+            ray.kill(actor)
+        if hired.group is not None:
+            ray.util.remove_placement_group(hired.group)
+
+
+def _has_begun(hired: _Hired) -> bool:
+    ready, _ = ray.wait([hired.actors[0].__ray_ready__.remote()], timeout=LOOK_INTERVAL_S)
+    return bool(ready)
