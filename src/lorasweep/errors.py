@@ -54,3 +54,9 @@ def first_line(error: BaseException) -> str:
     Of an error without a message, such as Python's own MemoryError, the name of its class.
     """
     return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".: ")
+
+
+def describe_error(error: Exception) -> str:
+    """Returns the kind of an error and its first line, for use inside a sentence."""
+    line = next(iter(str(error).strip().splitlines()), "").rstrip(".: ")
+    return f"{type(error).__name__}: {line}" if line else type(error).__name__

@@ -13,6 +13,7 @@ from dataclasses import fields, is_dataclass
 from functools import cache
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin
 
+from lorasweep.config.targets import TARGET, Part
 from lorasweep.errors import ConfigError
 
 T = TypeVar("T")
@@ -29,6 +30,9 @@ def nearest(name: str, choices: Iterable[str]) -> str:
 def build(kind: type[T], values: Mapping[str, Any], *, key: str = "") -> T:
     """Makes a settings dataclass from a mapping.
 
+    A dataclass with a field `arguments` takes any key: those without a field of their own are arguments of a class.
+    `_target_` is the field `target`.
+
     Args:
         kind: The dataclass.
         values: A value for every field of it, nested mappings for nested dataclasses.
@@ -39,6 +43,8 @@ def build(kind: type[T], values: Mapping[str, Any], *, key: str = "") -> T:
     """
     hints = _hints(cast("Any", kind))
     names = [f.name for f in fields(kind)]  # type: ignore[arg-type]
+    if "arguments" in names:
+        values = _gather_arguments(names, values)
     for name in values:
         if name not in names:
             raise ConfigError(
@@ -47,8 +53,31 @@ def build(kind: type[T], values: Mapping[str, Any], *, key: str = "") -> T:
             )
     missing = [name for name in names if name not in values]
     if missing:
-        raise ConfigError(f"`{_join(key, missing[0])}` must be set, but is missing.")
+        missed = TARGET if missing[0] == "target" else missing[0]
+        raise ConfigError(f"`{_join(key, missed)}` must be set, but is missing.")
     return kind(**{name: convert(hints[name], values[name], key=_join(key, name)) for name in names})
+
+
+def as_settings(value: Any) -> Any:
+    """Returns settings as nested mappings, lists as tuples: what `build` makes the same settings from."""
+    if is_dataclass(value) and not isinstance(value, type):
+        own = {f.name: as_settings(getattr(value, f.name)) for f in fields(value)}
+        target = {TARGET: own.pop("target")} if isinstance(value, Part) else {}
+        arguments = own.pop("arguments", {})
+        return {**target, **own, **arguments}
+    if isinstance(value, Mapping):
+        return {name: as_settings(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(map(as_settings, value))
+    return value
+
+
+def _gather_arguments(names: list[str], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns values by field, where those without a field of their own are `arguments`."""
+    own = {name: value for name, value in values.items() if name in names and name not in ("target", "arguments")}
+    if "target" in names and TARGET in values:
+        own["target"] = values[TARGET]
+    return {**own, "arguments": {name: value for name, value in values.items() if name not in own and name != TARGET}}
 
 
 @cache
@@ -91,7 +120,10 @@ def _convert_union(kinds: tuple[Any, ...], value: Any, *, key: str) -> Any:
     if value is None and type(None) in kinds:
         return None
     options = [kind for kind in kinds if kind is not type(None)]
-    named = [kind for kind in options if is_dataclass(kind)]
+    parts = [kind for kind in options if isinstance(kind, type) and issubclass(kind, Part)]
+    if parts and isinstance(value, Mapping) and TARGET in value:
+        return build(parts[0], value, key=key)
+    named = [kind for kind in options if is_dataclass(kind) and kind not in parts]
     if named and isinstance(value, Mapping):
         by_name = {name: kind for kind in named for name in get_args(_hints(cast("Any", kind))["name"])}
         name = value.get("name")

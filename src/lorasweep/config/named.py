@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lorasweep.config.build import nearest
-from lorasweep.errors import ConfigError
+from lorasweep.errors import ConfigError, describe_error
 
 
 def call_named(name: str, *, key: str, offered: Mapping[str, Any]) -> Any:
@@ -76,9 +76,3 @@ def _choose_arguments(
                 f"{parameter.name!r}. Give that argument a default."
             )
     return {p.name: offered[p.name] for p in named if p.name in offered and p.kind not in positional}
-
-
-def describe_error(error: Exception) -> str:
-    """Returns the kind of an error and its first line, for use inside a sentence."""
-    line = next(iter(str(error).strip().splitlines()), "").rstrip(".: ")
-    return f"{type(error).__name__}: {line}" if line else type(error).__name__

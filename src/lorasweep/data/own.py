@@ -19,10 +19,10 @@ from torch.nn.functional import pad
 from torch.utils.data import DataLoader, IterableDataset
 
 from lorasweep.config.data import OwnDataConfig, OwnTask
-from lorasweep.config.named import call_named, describe_error
+from lorasweep.config.named import call_named
 from lorasweep.data.part import IGNORED, Batch, Part
 from lorasweep.data.rows import OwnRows, RowSource
-from lorasweep.errors import ConfigError
+from lorasweep.errors import ConfigError, describe_error
 
 KEY = "data.factory"
 LOADERS = {"train": "train_dataloader", "validation": "val_dataloader", "test": "test_dataloader"}

@@ -8,9 +8,8 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from optuna.pruners import BasePruner
 
-from lorasweep.config.named import describe_error
 from lorasweep.config.sweep import OptunaPruner
-from lorasweep.errors import ConfigError
+from lorasweep.errors import ConfigError, describe_error
 
 
 def build_pruner(config: OptunaPruner) -> BasePruner:

@@ -1,0 +1,244 @@
+"""Third-party parts that settings name by `_target_`: checked against a list of packages, then made by Hydra.
+
+A part runs code, and settings may come from a stranger's sweep file or record. So a target must be a class of a package
+that is trusted, and of the kind that its place needs: `torch.load` or `subprocess.Popen` can't be named. The user
+trusts more packages by `trust=[PACKAGE]` on the command line; no file can.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from pkgutil import resolve_name
+from typing import Any, TypeVar
+
+from lorasweep.errors import ConfigError, describe_error
+
+T = TypeVar("T")
+
+TARGET = "_target_"
+TRUSTED_PACKAGES = frozenset(
+    {
+        "lorasweep",
+        *("torch", "torchao", "transformers", "bitsandbytes", "deepspeed"),  # optimizers, schedules, strategies
+        *("lightning", "lightning_fabric", "pytorch_lightning", "torchmetrics"),  # loggers, callbacks, strategies
+        *("optuna", "optuna_integration"),  # samplers and pruners
+        *("wandb", "mlflow"),  # their own loggers and callbacks
+    }
+)
+"""Packages whose classes may be named without `trust`: what lorasweep depends on, and well-known packages beside them
+that are installed by hand. `optunahub` is none of them: it downloads code and runs it."""
+NESTED_BASES = frozenset(
+    {
+        "torch.optim.optimizer.Optimizer",
+        "torch.optim.lr_scheduler.LRScheduler",
+        "torch.distributed.fsdp.MixedPrecisionPolicy",
+        "torch.distributed.fsdp.OffloadPolicy",
+        "lightning.fabric.loggers.logger.Logger",
+        "lightning.fabric.plugins.environments.cluster_environment.ClusterEnvironment",
+        "lightning.fabric.plugins.io.checkpoint_io.CheckpointIO",
+        "lightning.fabric.plugins.precision.precision.Precision",
+        "lightning.pytorch.callbacks.callback.Callback",
+        "lightning.pytorch.profilers.profiler.Profiler",
+        "lightning.pytorch.strategies.strategy.Strategy",
+        "optuna.pruners._base.BasePruner",
+        "optuna.samplers._base.BaseSampler",
+        "optuna.samplers.nsgaii._crossovers._base.BaseCrossover",
+        "datetime.timedelta",
+    }
+)
+"""Classes of which a part inside of another part must be one, such as the pruner that a `PatientPruner` wraps."""
+EVERY_PACKAGE = "*"
+PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
+INSTALL = re.compile(r"pip install (?:-U )?'?([\w.-]+)")
+
+_trusted: set[str] = set()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """An object that settings name: the import path of its class, and the arguments of that class."""
+
+    target: str
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    """As the class names them. One with `_target_` is a part inside of this one."""
+
+    @property
+    def name(self) -> str:
+        """Returns the name of the class."""
+        return self.target.rpartition(".")[2]
+
+
+def set_trusted(packages: Iterable[str]) -> None:
+    """Trusts these packages beside `TRUSTED_PACKAGES`, in this process, in place of those of an earlier call."""
+    _trusted.clear()
+    _trusted.update(packages)
+
+
+def trusted_packages() -> tuple[str, ...]:
+    """Returns what `set_trusted` was told, for a process that works for this one."""
+    return tuple(sorted(_trusted))
+
+
+def is_trusted(package: str) -> bool:
+    """Whether classes of a package may be named."""
+    return package in TRUSTED_PACKAGES or package in _trusted or EVERY_PACKAGE in _trusted
+
+
+def instantiate(part: Part, *, key: str, expected: type[T], **more: Any) -> T:
+    """Returns the object that a part names. Importing its class runs the code of that module.
+
+    Args:
+        part: Class and arguments.
+        key: The setting that holds it, for messages.
+        expected: What the object must be an instance of.
+        more: Further arguments; they are handed over as they are, and win.
+
+    Raises:
+        ConfigError: The class is not trusted, not there or of another kind, or does not take these arguments.
+    """
+    found = find_class(part.target, key=key, expected=expected)
+    _check_arguments(part.arguments, key=key)
+    from hydra.utils import instantiate as make  # noqa: PLC0415 (slow to start)
+
+    taken = {name: value for name, value in part.arguments.items() if name not in more}
+    try:
+        made = make({TARGET: part.target, "_partial_": True, "_convert_": "all", **taken})(**more)
+    except Exception as error:  # whatever the class raises
+        raise ConfigError(_describe_refusal(error, part, key=key)) from error
+    assert isinstance(made, found)
+    return made
+
+
+def find_class(target: str, *, key: str, expected: type[T]) -> type[T]:
+    """Returns the class that a target names; importing it runs the code of its module.
+
+    Raises:
+        ConfigError: It is not trusted, not there, or no subclass of `expected`.
+    """
+    found = _import_class(target, key=key)
+    if not issubclass(found, expected):
+        raise ConfigError(
+            f"`{key}.{TARGET}` must be a subclass of `{expected.__module__}.{expected.__qualname__}`, "
+            f"but {target!r} is none."
+        )
+    return found
+
+
+def untrusted_targets(value: Any, *, key: str = "") -> Iterator[tuple[str, str]]:
+    """Yields key and target of every part in nested settings whose package is not trusted; imports nothing."""
+    if isinstance(value, Part):
+        value = {TARGET: value.target, **value.arguments}
+    if isinstance(value, Mapping):
+        for name, item in value.items():
+            inner = f"{key}.{name}" if key else str(name)
+            if name == TARGET and not is_trusted(str(item).partition(".")[0]):
+                yield inner, str(item)
+            yield from untrusted_targets(item, key=inner)
+    elif isinstance(value, list | tuple):
+        for position, item in enumerate(value):
+            yield from untrusted_targets(item, key=f"{key}.{position}")
+
+
+def require_trusted(value: Any, *, key: str = "") -> None:
+    """Makes sure that all parts in nested settings are of trusted packages; imports nothing.
+
+    Raises:
+        ConfigError: One is not.
+    """
+    for inner, target in untrusted_targets(value, key=key):
+        raise ConfigError(_describe_distrust(target, key=inner))
+
+
+def argument_names(target: str, *, key: str) -> tuple[list[str], bool]:
+    """Returns the names of the arguments that a class takes, and whether it takes any other too; imports the class.
+
+    Raises:
+        ConfigError: It is not trusted, or not there.
+    """
+    parameters = inspect.signature(_import_class(target, key=key)).parameters.values()
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return [parameter.name for parameter in parameters if parameter.kind in named], takes_any
+
+
+def _import_class(target: Any, *, key: str) -> type:
+    wrong = f"`{key}.{TARGET}` must be the import path of a class, but got {target!r}"
+    if not isinstance(target, str) or not PATH.fullmatch(target) or "__" in target:
+        raise ConfigError(f"{wrong}. Write it like `torch.optim.AdamW`.")
+    package = target.partition(".")[0]
+    if not is_trusted(package):
+        raise ConfigError(_describe_distrust(target, key=f"{key}.{TARGET}"))
+    if package not in TRUSTED_PACKAGES and (folder := str(Path.cwd())) not in sys.path:
+        sys.path.append(folder)  # the user's own modules: a console script's path does not have the current folder
+        importlib.invalidate_caches()
+    try:
+        if find_spec(package) is None:
+            raise ConfigError(
+                f"`{key}` needs the package {package!r}, which is not installed. Run `pip install {package}`."
+            )
+        found = resolve_name(target)  # Hydra's own look-up also logs what goes wrong, on several lines
+    except ConfigError:
+        raise
+    except Exception as error:  # whatever the module raises while it is imported
+        raise ConfigError(f"{wrong}: {describe_error(error)}.") from error
+    if not isinstance(found, type):
+        raise ConfigError(f"{wrong}, which is none.")
+    home = found.__module__.partition(".")[0]
+    if not is_trusted(home) and f"{found.__module__}.{found.__qualname__}" not in NESTED_BASES:
+        raise ConfigError(_describe_distrust(f"{found.__module__}.{found.__qualname__}", key=f"{key}.{TARGET}"))
+    return found
+
+
+def _check_arguments(value: Any, *, key: str) -> None:
+    """Checks what is inside of a part: nested parts, and that nothing in it is for Hydra or OmegaConf to work out."""
+    if isinstance(value, Mapping):
+        if TARGET in value:
+            found = _import_nested(value[TARGET], key=key)
+            bases = {f"{base.__module__}.{base.__qualname__}" for base in found.__mro__}
+            if not bases & NESTED_BASES:
+                raise ConfigError(
+                    f"`{key}.{TARGET}` must be a class that parts are made of, such as an optimizer, a callback or a "
+                    f"pruner, but {value[TARGET]!r} is none."
+                )
+        for name, item in value.items():
+            if name != TARGET and str(name).startswith("_"):
+                raise ConfigError(f"`{key}.{name}` must be an argument of a class, but starts with `_`. Leave it out.")
+            _check_arguments(item, key=f"{key}.{name}")
+    elif isinstance(value, list | tuple):
+        for position, item in enumerate(value):
+            _check_arguments(item, key=f"{key}.{position}")
+    elif isinstance(value, str) and "${" in value:
+        raise ConfigError(f"`{key}` must be a value, but got the interpolation {value!r}. Write the value instead.")
+
+
+def _import_nested(target: Any, *, key: str) -> type:
+    if target == "datetime.timedelta":
+        return resolve_name(target)  # type: ignore[no-any-return]
+    return _import_class(target, key=key)
+
+
+def _describe_distrust(target: str, *, key: str) -> str:
+    package = target.partition(".")[0]
+    return (
+        f"`{key}` must be a class of a package that is trusted, but got {target!r}. It could run any code: if you know "
+        f"{package!r}, add `trust=[{package}]` to the command line (to `lorasweep reproduce`, `--trust`)."
+    )
+
+
+def _describe_refusal(error: Exception, part: Part, *, key: str) -> str:
+    cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
+    if isinstance(cause, ModuleNotFoundError):
+        hint = INSTALL.search(str(cause))  # Lightning's own sentences give no name
+        if package := hint[1] if hint else (cause.name or "").partition(".")[0]:
+            return f"`{key}` needs the package {package!r}, which is not installed. Run `pip install {package}`."
+    return (
+        f"`{key}` must have arguments that {part.target!r} takes, but got {dict(part.arguments)!r}: "
+        f"{describe_error(cause)}."
+    )
