@@ -6,7 +6,6 @@ from types import SimpleNamespace
 
 import pytest
 
-from lorasweep.data.parts import DataParts
 from lorasweep.errors import ConfigError
 from lorasweep.models.load import load_base
 from lorasweep.sweep import check_definition, data_notes, read_definition, sweep_metric
@@ -99,16 +98,19 @@ def test_a_search_that_leaves_no_seed_is_refused(write_file, content, tiny_bench
         check_definition(read_definition(write_file(content), []), tiny_benches)
 
 
-def test_test_data_that_cannot_be_read_is_refused_before_the_search(write_file, content, tiny_benches, monkeypatch):
-    def test(self):
-        raise ConfigError("the test part must not be empty, but has no document.")
+def test_test_data_that_cannot_be_read_is_refused_before_the_search(write_file, content, tiny_benches):
+    class WithoutTest:
+        def of(self, config):
+            return SimpleNamespace(base=tiny_benches.of(config).base, parts=SimpleNamespace(test=self.test))
+
+        def test(self):
+            raise ConfigError("the test part must not be empty, but has no document.")
 
     content["settings"]["confirm.seeds"] = 2
     definition = read_definition(write_file(content), [])
-    monkeypatch.setattr(DataParts, "test", test)
-    with pytest.raises(ConfigError, match="the test part must not be empty"):
-        check_definition(definition, tiny_benches)
-    check_definition(read_definition(write_file(content), ["confirm.seeds=0"]), tiny_benches)
+    with pytest.raises(ConfigError, match=r"the test part must not be empty, .* `confirm\.seeds=0`"):
+        check_definition(definition, WithoutTest())
+    check_definition(read_definition(write_file(content), ["confirm.seeds=0"]), WithoutTest())
 
 
 def test_notes_on_the_data_of_several_arms_are_said_once(make_config):

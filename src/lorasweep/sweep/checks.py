@@ -42,10 +42,18 @@ def check_definition(definition: Definition, benches: Benches) -> dict[str, RunC
                 check_run(config, benches.of(config).base)
                 configs.setdefault(arm.name, config)
                 if definition.driver.confirm.seeds:
-                    benches.of(config).parts.test()  # before hours of training, not after
+                    _read_test_data(config, benches)
         except ConfigError as error:
             raise ConfigError(f"arm `{arm.name}`: {error}") from error
     return configs
+
+
+def _read_test_data(config: RunConfig, benches: Benches) -> None:
+    """Reads the test data before hours of training, not after."""
+    try:
+        benches.of(config).parts.test()
+    except ConfigError as error:
+        raise ConfigError(f"{error} Or leave the confirm stage out with `confirm.seeds=0`.") from error
 
 
 def sweep_metric(configs: Mapping[str, RunConfig], benches: Benches) -> str:
