@@ -237,6 +237,12 @@ def _reproduce_sweep(arguments: argparse.Namespace) -> int:
     record, definition = read_sweep(original), saved_definition(original)
     if record.status != "complete":
         raise RecordError(f"a sweep must be complete to be reproduced, but {str(original)!r} is {record.status}.")
+    if definition.driver.worker.name != "local":
+        raise ConfigError(
+            f"a sweep must have had one worker to be reproduced as a whole, but {str(original)!r} had `worker="
+            f"{definition.driver.worker.name}`: which result came first decided what was proposed. Reproduce a trial of "
+            "it with `--trial SWEEP/ARM/NUMBER`."
+        )
     torch.set_num_threads(record.threads or torch.get_num_threads())
     benches = Benches()
     output = _new_output(arguments.output, Path("outputs") / "reproduce" / original.resolve().name)

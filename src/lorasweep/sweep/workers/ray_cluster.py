@@ -12,6 +12,7 @@ import logging
 import os
 import secrets
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +26,8 @@ from lorasweep.errors import ConfigError, first_line
 
 OBJECT_STORE_BYTES = 100 * 2**20
 """Shared memory of Ray's object store on a node. Our calls are small: the least that Ray takes is 75 MiB."""
+CONNECT_TIMEOUT_S = 10.0
+"""Seconds that a cluster has to accept a connection."""
 HEALTH_CHECKS = {
     "health_check_initial_delay_ms": 1000,
     "health_check_period_ms": 1000,
@@ -75,6 +78,7 @@ def open_cluster(config: RayWorkers, *, folder: Path) -> Iterator[None]:
             options |= _local_options()
             undo.callback(shutil.rmtree, options["_temp_dir"], ignore_errors=True)
         else:
+            _check_answers(config.address)
             options |= {"address": config.address}
         import ray  # after the environment is set, which Ray reads once  # noqa: PLC0415
 
@@ -102,6 +106,20 @@ def _local_options() -> dict[str, Any]:
         "_temp_dir": tempfile.mkdtemp(prefix="lorasweep-", dir="/tmp"),  # short: a socket's path has at most 107 bytes
         "_system_config": HEALTH_CHECKS,
     }
+
+
+def _check_answers(address: str) -> None:
+    """Refuses an address where nothing listens at once; Ray itself would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if not port.isdecimal():  # `auto`, which Ray looks up
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S).close()
+    except OSError as error:
+        raise ConfigError(
+            f"`worker.address` must be a Ray cluster that runs and lets this process in, but nothing answers at "
+            f"{address!r}: {error.strerror or error}."
+        ) from error
 
 
 def count_fitting(needs: WorkerNeeds) -> int:

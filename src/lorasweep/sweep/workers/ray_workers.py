@@ -32,6 +32,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 
 from lorasweep.config.run import RunConfig
 from lorasweep.config.sweep import RayWorkers
+from lorasweep.config.targets import set_trusted, trusted_packages
 from lorasweep.errors import LoraSweepError, RunError, WorkerError, first_line
 from lorasweep.record import RunRecord, read_sweep
 from lorasweep.sweep.controller.controller import Controller, RunEnded
@@ -88,6 +89,8 @@ class Setting:
     """The sweep's folder."""
     code: dict[str, str]
     """The versions that its code and packages must have."""
+    trusted: tuple[str, ...]
+    """Packages whose classes settings may name beside the usual ones."""
 
     def enter(self) -> None:
         """Makes sure that this process sees the same files and has the same code.
@@ -107,6 +110,7 @@ class Setting:
                 f"every node must have the same code and packages, but node {node} has {'; '.join(differing)}. Install "
                 "there what is installed here."
             )
+        set_trusted(self.trusted)
         if self.folder.is_dir():
             os.chdir(self.folder)
 
@@ -317,7 +321,9 @@ class _Crew:
     def __init__(self, path: Path, config: RayWorkers, needs: WorkerNeeds, *, run_ended: RunEnded) -> None:
         self._config = config
         self._needs = needs
-        self._setting = Setting(folder=Path.cwd(), path=path.resolve(), code=code_versions())
+        self._setting = Setting(
+            folder=Path.cwd(), path=path.resolve(), code=code_versions(), trusted=trusted_packages()
+        )
         self._session = secrets.token_hex(4)
         self._hired: dict[Any, _Hired] = {}
         """By the reference of the call that runs it."""

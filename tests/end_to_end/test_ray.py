@@ -1,0 +1,301 @@
+"""Workers on a real Ray on 127.0.0.1: whatever process is killed, nothing is lost and the total stays."""
+
+from __future__ import annotations
+
+import os
+import random
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+import pytest
+import tests.servers
+import yaml
+
+import lorasweep
+from lorasweep.config.compose import packaged_folder
+from lorasweep.record import read_run, read_steps, read_sweep
+
+from .conftest import TIMEOUT_S, journal_of, state_of
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ray")]
+KILLS = int(os.environ.get("LORASWEEP_TEST_KILLS", "3"))
+"""How often each kind of process is killed."""
+SPACE = {"optim.lr": {"low": 1e-4, "high": 1e-2, "log": True}}
+SWEEP = {
+    "name": "on_ray",
+    "settings": {
+        "data.block_length": 32,
+        "data.max_validation_blocks": 4,
+        "data.max_test_blocks": 4,
+        "trainer.batch_size": 2,
+        "trainer.eval_batch_size": 4,
+        "trainer.max_steps": 24,
+        "trainer.eval_every_steps": 4,
+        "trainer.precision": "fp32",
+        "trainer.device": "cpu",
+        "sampler": "qmc",
+        "pruner": "none",
+        "confirm.seeds": 2,
+    },
+    "arms": {
+        "full": {"settings": {"method": "full"}, "space": SPACE, "trials": 3},
+        "lora": {
+            "settings": {"method": "lora", "method.dropout": 0.1},
+            "space": {"method.rank": [1, 2, 4], **SPACE},
+            "trials": 6,
+        },
+    },
+}
+
+
+class RaySweep:
+    """`lorasweep sweep` in a process of its own, and the processes that it started."""
+
+    def __init__(self, *words: str, folder: Path, environment: dict[str, str] | None = None) -> None:
+        self.output = folder / f"output-{len(list(folder.glob('output-*')))}.txt"
+        with self.output.open("w") as written:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "lorasweep", "sweep", *words],
+                cwd=folder,
+                env=os.environ
+                | {"PYTHONPATH": str(Path(lorasweep.__file__).parents[1]), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+                | (environment or {}),
+                stdout=written,
+                stderr=subprocess.STDOUT,
+            )
+
+    def find(self, name: str) -> list[psutil.Process]:
+        """Returns the processes below this one whose title begins with a name."""
+        found = []
+        for process in psutil.Process(self.process.pid).children(recursive=True):
+            with suppress(psutil.Error):
+                if " ".join(process.cmdline()).startswith(name) or process.name() == name:
+                    found.append(process)
+        return found
+
+    def wait(self, *, code: int = 0) -> str:
+        """Waits for the end, which must be this one, and returns what was printed."""
+        assert self.process.wait(TIMEOUT_S) == code, self.output.read_text()
+        return self.output.read_text()
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Begins a sweep of the file on Ray."""
+    (tmp_path / "on_ray.yaml").write_text(yaml.safe_dump(SWEEP, sort_keys=False))
+    begun = []
+
+    def begin(*words, environment=None):
+        words = words if words[0] == "--resume" else ("on_ray.yaml", "worker=ray", *words)
+        begun.append(RaySweep(*words, folder=tmp_path, environment=environment))
+        return begun[-1]
+
+    yield begin
+    for sweep in begun:
+        if sweep.process.poll() is None:  # a failed test left it running
+            for process in [*psutil.Process(sweep.process.pid).children(recursive=True), sweep.process]:
+                with suppress(psutil.Error):
+                    process.kill()
+            sweep.process.wait()
+
+
+def wait_for(condition, sweep):
+    deadline = time.monotonic() + TIMEOUT_S
+    while not condition():
+        assert time.monotonic() < deadline, sweep.output.read_text()
+        assert sweep.process.poll() is None, sweep.output.read_text()
+        time.sleep(0.05)
+
+
+def has_evaluated(folder, *, more_than=0):
+    """Whether more than so many evaluations are on disk."""
+    return sum('"validation"' in path.read_text() for path in folder.glob("runs/*/steps.jsonl")) > more_than
+
+
+def check_whole(folder):
+    """Every trial is there, complete, once, with the values that were sampled for it, each step trained in order."""
+    record = read_sweep(folder)
+    assert record.status == "complete"
+    assert Counter((row.arm, row.state) for row in record.trials) == {("full", "complete"): 3, ("lora", "complete"): 6}
+    assert Counter((row.arm, row.state) for row in record.confirm) == {("full", "complete"): 2, ("lora", "complete"): 2}
+    assert len(journal_of(folder)) == 9 + 4
+    for row in [*record.trials, *record.confirm]:
+        run = read_run(folder / row.run)
+        assert (run.status, run.steps_done) == ("complete", 24)
+        assert [step["step"] for step in read_steps(folder / row.run) if "loss" in step] == list(range(1, 25))
+        if hasattr(row, "params"):
+            assert run.config["optim"]["lr"] == row.params["optim.lr"]
+    for arm in ("full", "lora"):
+        best = min((row for row in record.trials if row.arm == arm), key=lambda row: row.value)
+        assert {row.trial for row in record.confirm if row.arm == arm} == {best.number}
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """What one worker in the sweep's own process makes of it."""
+    folder = tmp_path_factory.mktemp("alone")
+    (folder / "on_ray.yaml").write_text(yaml.safe_dump(SWEEP, sort_keys=False))
+    RaySweep("on_ray.yaml", "worker.pack_size=1", "sweep.output=out", folder=folder).wait()
+    return state_of(folder / "out")
+
+
+def test_two_workers_find_what_one_finds_and_all_of_ray_ends_with_the_sweep(start, tmp_path, alone):
+    sweep = start("worker.num=2", "worker.pack_size=1", "sweep.output=out")
+    wait_for(lambda: len(sweep.find("ray::WorkerActor")) == 2, sweep)
+    started = psutil.Process(sweep.process.pid).children(recursive=True)
+    listening = [c.laddr.ip for p in started for c in p.net_connections("tcp") if c.status == psutil.CONN_LISTEN]
+    assert listening
+    assert {ip.removeprefix("::ffff:") for ip in listening} == {"127.0.0.1"}
+    sweep.wait()
+    check_whole(tmp_path / "out")
+    assert state_of(tmp_path / "out") == alone
+    _, left = psutil.wait_procs(started, timeout=10)
+    assert left == []
+    assert not list((tmp_path / "out").glob("pack-*.json"))
+
+
+@pytest.mark.parametrize("victim", ["ray::WorkerActor", "ray::ControllerActor"])
+def test_processes_killed_at_random_moments_lose_nothing(start, tmp_path, alone, victim):
+    chance = random.Random(victim)
+    sweep = start("worker.num=2", "worker.pack_size=1", "sweep.output=out", "trainer.max_steps=24")
+    folder, killed = tmp_path / "out", 0
+    while sweep.process.poll() is None and killed < KILLS:
+        found = sweep.find(victim)
+        if not found or not has_evaluated(folder, more_than=killed):
+            time.sleep(0.05)
+            continue
+        time.sleep(chance.uniform(0, 3))
+        with suppress(psutil.NoSuchProcess):
+            chance.choice(found).kill()
+            killed += 1
+    sweep.wait()
+    assert killed
+    check_whole(folder)
+    # a trial that was continued repeats the steps after its checkpoint to the same bits
+    assert {run: state[:6] for run, state in state_of(folder).items()} == {r: s[:6] for r, s in alone.items()}
+
+
+@pytest.mark.parametrize("victim", ["raylet", "gcs_server", "driver"])
+def test_a_sweep_whose_head_died_is_resumed(start, tmp_path, victim):
+    sweep = start("worker.num=2", "sweep.output=out")
+    wait_for(lambda: has_evaluated(tmp_path / "out"), sweep)
+    started = psutil.Process(sweep.process.pid).children(recursive=True)
+    (sweep.process if victim == "driver" else sweep.find(victim)[0]).kill()
+    sweep.process.wait(TIMEOUT_S)
+    _, left = psutil.wait_procs(started, timeout=30)
+    assert left == []
+    start("--resume", "out").wait()
+    check_whole(tmp_path / "out")
+
+
+def test_an_interrupted_sweep_says_how_to_resume_and_goes_on_without_ray(start, tmp_path):
+    sweep = start("worker.num=2", "sweep.output=out")
+    wait_for(lambda: has_evaluated(tmp_path / "out"), sweep)
+    sweep.process.send_signal(signal.SIGINT)
+    assert "lorasweep sweep --resume out" in sweep.wait(code=130)
+    assert read_sweep(tmp_path / "out").status == "interrupted"
+    start("--resume", "out", "worker=local").wait()
+    check_whole(tmp_path / "out")
+
+
+def test_two_sweeps_on_one_machine_do_not_meet(start, tmp_path):
+    both = [start("worker.num=1", f"sweep.output={name}", f"sweep.seed={name}") for name in ("1", "2")]
+    for sweep in both:
+        sweep.wait()
+    for name in ("1", "2"):
+        check_whole(tmp_path / name)
+
+
+class Nodes:
+    """A cluster of this machine's, with nodes that come and go."""
+
+    def __init__(self, cores, environment):
+        self.environment = environment
+        self.process = subprocess.Popen(
+            [sys.executable, str(Path(tests.servers.__file__).parent / "ray_nodes.py"), str(cores)],
+            env=os.environ | environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        self.address = self.process.stdout.readline().strip()
+
+    def tell(self, words):
+        """Adds or removes a node, and waits until that is done."""
+        self.process.stdin.write(f"{words}\n")
+        self.process.stdin.flush()
+        assert self.process.stdout.readline().strip() == words.split()[0]
+
+    def close(self):
+        """Ends all nodes."""
+        self.process.stdin.close()
+        self.process.wait(TIMEOUT_S)
+        self.process.stdout.close()
+
+
+@pytest.fixture
+def nodes():
+    """Starts a cluster whose first node has so many cores."""
+    begun = []
+
+    def begin(cores):
+        environment = {
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": secrets.token_hex(32),
+            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+            "PYTHONPATH": str(Path(lorasweep.__file__).parents[1]),
+            "OMP_NUM_THREADS": "1",
+        }
+        begun.append(Nodes(cores, environment))
+        return begun[-1]
+
+    yield begin
+    for cluster in begun:
+        cluster.close()
+
+
+def test_nodes_that_join_get_workers_and_nodes_that_leave_are_no_error(start, tmp_path, nodes):
+    cluster, folder = nodes(1), tmp_path / "out"
+    sweep = start(f"worker.address={cluster.address}", "sweep.output=out", environment=cluster.environment)
+    wait_for(lambda: has_evaluated(folder), sweep)
+    cluster.tell("add")
+    wait_for(lambda: len({row.run for row in read_sweep(folder).trials if row.state == "running"}) > 1, sweep)
+    cluster.tell("remove")
+    sweep.wait()
+    check_whole(folder)
+
+
+def test_a_worker_with_other_code_is_refused_and_the_others_go_on(start, tmp_path, nodes):
+    other = tmp_path / "other"
+    shutil.copytree(Path(lorasweep.__file__).parent, other / "lorasweep", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(packaged_folder("conf"), other / "lorasweep" / "conf", dirs_exist_ok=True)
+    with (other / "lorasweep" / "errors.py").open("a") as file:
+        file.write("# changed\n")
+    cluster = nodes(1)
+    cluster.tell(f"add {other}")
+    sweep = start(f"worker.address={cluster.address}", "sweep.output=out", environment=cluster.environment)
+    assert "every node must have the same code and packages, but node " in sweep.wait()
+    check_whole(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (("worker.cpus=999",), "one worker must fit on the cluster with 999 processor cores"),
+        (("worker.gpus=9",), "and 9 GPUs"),
+        (("worker.address=127.0.0.1:1",), "`worker.address` must be a Ray cluster that runs"),
+    ],
+)
+def test_a_cluster_that_can_hold_no_worker_is_refused_at_once(start, words, sentence):
+    printed = start(*words, "sweep.output=out", "confirm.seeds=0").wait(code=2)
+    assert sentence in printed
+    assert "Traceback" not in printed
