@@ -239,9 +239,9 @@ def _reproduce_sweep(arguments: argparse.Namespace) -> int:
         raise RecordError(f"a sweep must be complete to be reproduced, but {str(original)!r} is {record.status}.")
     if definition.driver.worker.name != "local":
         raise ConfigError(
-            f"a sweep must have had one worker to be reproduced as a whole, but {str(original)!r} had `worker="
-            f"{definition.driver.worker.name}`: which result came first decided what was proposed. Reproduce one of its "
-            "trials with `--trial SWEEP/ARM/NUMBER`."
+            f"a sweep must have had one worker to be reproduced as a whole, but {str(original)!r} had "
+            f"`worker={definition.driver.worker.name}`: which result came first decided what was proposed. Reproduce "
+            "one of its trials with `--trial SWEEP/ARM/NUMBER`."
         )
     torch.set_num_threads(record.threads or torch.get_num_threads())
     benches = Benches()
