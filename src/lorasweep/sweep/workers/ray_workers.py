@@ -48,6 +48,8 @@ LOOK_INTERVAL_S = 1.0
 """Seconds between two looks at a request to stop and at nodes that joined; a worker that ends is noticed at once."""
 FOLLOWER_TIMEOUT_S = 30.0
 """Seconds that a rank has to end a run that failed on the first rank, before all ranks begin again."""
+STOP_TIMEOUT_S = 10.0
+"""Seconds in which a worker that has begun answers the request to stop."""
 RESTART_FOREVER = {"max_restarts": -1, "max_task_retries": -1}
 """Ray restarts an actor that died, and makes the calls again whose answers were lost."""
 
@@ -397,13 +399,11 @@ class _Crew:
                     raise (error.cause if isinstance(error.cause, LoraSweepError) else error) from None
 
     def _stop(self) -> None:
-        """Has every worker stop after its present step; those for which there was no room never began."""
-        for hired in self._hired.values():
-            hired.actors[0].stop.remote()
-        waits = [hired for hired in self._hired.values() if not _has_begun(hired)]
-        for hired in waits:
-            del self._hired[hired.run]
-            self._dismiss(hired)
+        """Has every worker stop after its present step. One that does not answer waits for room, and is let go."""
+        calls = {hired.actors[0].stop.remote(): hired for hired in self._hired.values()}
+        _, unanswered = ray.wait(list(calls), num_returns=len(calls), timeout=STOP_TIMEOUT_S) if calls else ([], [])
+        for call in unanswered:
+            self._dismiss(self._hired.pop(calls[call].run))
         while self._hired:
             self._wait(LOOK_INTERVAL_S)
 
@@ -412,8 +412,3 @@ class _Crew:
             ray.kill(actor)
         if hired.group is not None:
             ray.util.remove_placement_group(hired.group)
-
-
-def _has_begun(hired: _Hired) -> bool:
-    ready, _ = ray.wait([hired.actors[0].__ray_ready__.remote()], timeout=LOOK_INTERVAL_S)
-    return bool(ready)
