@@ -21,7 +21,7 @@ $(READY): pyproject.toml constraints.txt
 sweep: $(READY) ## the main job: LoRA's rank, α and learning rate beside full fine-tuning, about 3 minutes
 	$(BIN)/lorasweep sweep quickstart
 
-test: $(READY) ## every test; those that need PostgreSQL skip where it is not installed
+test: $(READY) ## every test; those that need Slurm or PostgreSQL skip where it is not installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 test-fast: $(READY) ## the tests that take under 3 minutes together

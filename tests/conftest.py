@@ -12,7 +12,7 @@ from lorasweep.config.compose import compose_run
 from lorasweep.config.run import RunConfig
 from lorasweep.training import Workbench, build_workbench
 
-pytest_plugins = ["tests.servers.postgres"]
+pytest_plugins = ["tests.servers.postgres", "tests.servers.slurm"]
 
 SHORT_RUN: dict[str, Any] = {
     "data.block_length": 32,

@@ -1,0 +1,94 @@
+"""A Ray head on 127.0.0.1, as a process of its own, for tests of nodes that join a sweep's cluster."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+LOOPBACK = Path(__file__).parent / "ray_loopback"
+"""For PYTHONPATH of every process that starts a part of Ray."""
+HEALTH_CHECKS = {
+    "health_check_initial_delay_ms": 1000,
+    "health_check_period_ms": 1000,
+    "health_check_timeout_ms": 2000,
+    "health_check_failure_threshold": 3,
+}
+
+
+class RayHead:
+    """The head of a sweep's cluster, which writes its address into the sweep's folder; it ends with this process."""
+
+    def __init__(self, folder: Path) -> None:
+        token = folder / "ray.token"
+        if not token.exists():
+            token.touch(0o600)
+            token.write_text(secrets.token_hex(32))
+        self._temporary = tempfile.mkdtemp(prefix="lorasweep-", dir="/tmp")
+        self._process = subprocess.Popen(
+            [sys.executable, __file__, str(folder), self._temporary],
+            env=os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self._ask("address")
+
+    def nodes(self) -> list[str]:
+        """The names of the nodes that joined and are there."""
+        return sorted(self._ask("nodes"))
+
+    def run_on(self, node: str) -> dict[str, str]:
+        """Runs a task on a node, and returns the environment that it saw there."""
+        return dict(self._ask(f"run {node}"))
+
+    def kill(self) -> None:
+        """Ends the head and its part of Ray at once."""
+        self._process.kill()
+        self._process.communicate()
+        shutil.rmtree(self._temporary, ignore_errors=True)
+
+    def _ask(self, question: str) -> Any:
+        self._process.stdin.write(question + "\n")
+        self._process.stdin.flush()
+        return json.loads(self._process.stdout.readline())
+
+
+def _serve(folder: Path, temporary: str) -> None:
+    import ray  # noqa: PLC0415
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy  # noqa: PLC0415
+
+    from lorasweep.ray_node import write_address  # noqa: PLC0415
+
+    ray.init(
+        _node_ip_address="127.0.0.1",
+        _temp_dir=temporary,
+        _system_config=HEALTH_CHECKS,
+        num_cpus=0,
+        include_dashboard=False,
+        object_store_memory=100_000_000,
+        log_to_driver=False,
+    )
+    address = ray.get_runtime_context().gcs_address
+    write_address(folder, address)
+    head = ray.get_runtime_context().get_node_id()
+    for question in sys.stdin:
+        word, _, name = question.strip().partition(" ")
+        nodes = {node["NodeName"]: node["NodeID"] for node in ray.nodes() if node["Alive"] and node["NodeID"] != head}
+        answer: Any = address
+        if word == "nodes":
+            answer = list(nodes)
+        elif word == "run":
+            there = NodeAffinitySchedulingStrategy(nodes[name], soft=False)
+            answer = ray.get(ray.remote(lambda: dict(os.environ)).options(scheduling_strategy=there).remote())
+        print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    _serve(Path(sys.argv[1]), sys.argv[2])

@@ -1,0 +1,319 @@
+"""Slurm jobs are checked and submitted as recorded, join a sweep's Ray head, leave it, and join it again."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+from tests.servers.daemon import wait_until
+from tests.servers.ray_head import LOOPBACK, RayHead
+from tests.servers.slurm import NODE, PARTITION
+
+from lorasweep.config.build import build
+from lorasweep.config.compose import packaged_folder
+from lorasweep.config.slurm import SlurmConfig
+from lorasweep.errors import ConfigError, WorkerError
+from lorasweep.ray_node import RayNode, write_address
+from lorasweep.record import read_sweep
+from lorasweep.sweep.workers.slurm import (
+    RayNodes,
+    batch_text,
+    cancel_nodes,
+    check_slurm,
+    describe_nodes,
+    read_job_ids,
+    read_states,
+    submit_head,
+    submit_nodes,
+)
+
+RECORDED = Path(__file__).parent / "batch.sh"
+RECORDED_CONTAINER = Path(__file__).parent / "batch_in_container.sh"
+SMALL = {"gpus": 0, "cpus": 1, "timeout_min": 5}
+on_slurm = pytest.mark.xdist_group("slurm")
+
+
+def make_config(**settings):
+    defaults = yaml.safe_load((packaged_folder("conf") / "worker" / "slurm.yaml").read_text())
+    return build(SlurmConfig, {**defaults, **settings}, key="worker")
+
+
+def portable(text, folder):
+    """A batch file with the same paths on every machine."""
+    return text.replace(str(folder), "SWEEP").replace(sys.executable, "PYTHON").replace(str(Path.cwd()), "HERE")
+
+
+def test_the_batch_file_is_the_recorded_one(tmp_path):
+    config = make_config(
+        jobs=8,
+        partition="gpu",
+        account="lab",
+        qos="high",
+        processes_per_job=4,
+        gpus=1,
+        cpus=6,
+        mem_gb=1.5,
+        constraint="a100|h100",
+        setup=["module load cuda"],
+        extra={"reservation": "on tuesday", "exclusive": True, "nice": 5},
+    )
+    assert portable(batch_text(config, tmp_path / "quickstart"), tmp_path) == RECORDED.read_text()
+
+
+def test_the_batch_file_of_one_job_in_a_container_that_is_not_requeued_is_the_recorded_one(tmp_path):
+    config = make_config(container="registry#lorasweep:1", requeue=False, gpus=0)
+    assert portable(batch_text(config, tmp_path / "quickstart"), tmp_path) == RECORDED_CONTAINER.read_text()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"jobs": 0}, r"`worker.jobs >= 1` must hold, but got 0"),
+        ({"gpus": -1}, r"`worker.gpus >= 0` must hold, but got -1"),
+        ({"pack_size": 0}, r"`worker.pack_size >= 1` must hold, but got 0"),
+        ({"mem_gb": 0}, r"`worker.mem_gb > 0` must hold, but got 0"),
+        ({"head": "there"}, r"`worker.head` must be one of here, job, but got 'there'"),
+        ({"timeout_min": 2}, r"`worker.signal_delay_s < 120` must hold, .* but got 120"),
+        ({"partition": "a\nb"}, r"`worker.partition` must be one line of text, but got 'a\\nb'"),
+        ({"setup": [" "]}, r"`worker.setup\[0\]` must be one line of text"),
+        ({"extra": {"mail_type": "END"}}, r"must have long names .* but got 'mail_type'. Write `mail-type`"),
+        ({"extra": {"time": 5}}, r"but got 'time'. Set `worker.timeout_min` instead"),
+        ({"extra": {"output": "x"}}, r"but got 'output'. Leave it out"),
+    ],
+)
+def test_a_wrong_setting_is_refused_with_its_key(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        make_config(**settings)
+
+
+def test_a_machine_without_slurm_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ConfigError, match="must be typed on a machine with Slurm, but `sbatch` is not found"):
+        check_slurm(make_config(), tmp_path)
+
+
+def test_a_slurm_that_does_not_answer_is_refused(tmp_path, monkeypatch, slurm_server):
+    (tmp_path / "slurm.conf").write_text("ClusterName=none\n")
+    monkeypatch.setenv("SLURM_CONF", str(tmp_path / "slurm.conf"))
+    with pytest.raises(ConfigError, match="Slurm must answer, but `sinfo` says: "):
+        check_slurm(make_config(), tmp_path)
+    assert describe_nodes(["1"]) == "Slurm does not answer"
+
+
+@on_slurm
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"partition": "mian"},
+            f"`worker.partition` must be one of {PARTITION}, but got 'mian'. Did you mean `{PARTITION}`",
+        ),
+        (
+            {"head": "job", "head_partition": "cpu"},
+            f"`worker.head_partition` must be one of {PARTITION}, but got 'cpu'",
+        ),
+        ({"constraint": "a100"}, "`worker.constraint` must be something that Slurm takes, but got 'a100': sbatch says"),
+        ({"timeout_min": 11}, f"`worker.timeout_min <= 10` must hold in partition `{PARTITION}`, but got 11."),
+        ({"gpus": 1}, "`worker.gpus` must be something that Slurm takes, but got 1: sbatch says"),
+        ({"cpus": 3}, "one job must fit a machine with 3 processor cores, 0 GPUs .* sbatch says"),
+        ({"mem_gb": 9}, "with 1 processor cores, 0 GPUs and 9 GB .*`worker.mem_gb`.* sbatch says"),
+        ({"extra": {"blu": 2}}, "`worker.extra` must be something that Slurm takes, but got .*: sbatch says .*unrec"),
+    ],
+)
+def test_jobs_that_slurm_would_never_run_are_refused_with_the_key(slurm, tmp_path, settings, message):
+    with pytest.raises(ConfigError, match=message):
+        check_slurm(make_config(**{**SMALL, **settings}), tmp_path)
+    assert slurm.jobs() == {}
+
+
+@pytest.fixture
+def sweep(tmp_path, monkeypatch, slurm) -> Path:
+    """A sweep's folder; Slurm's jobs and Ray's processes listen on 127.0.0.1 alone."""
+    path = [str(LOOPBACK), str(Path.cwd() / "src"), os.environ.get("PYTHONPATH", "")]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, path)))
+    monkeypatch.setenv("RAY_gcs_rpc_server_reconnect_timeout_s", "3")
+    folder = tmp_path / "quickstart"
+    folder.mkdir()
+    return folder
+
+
+@pytest.fixture
+def head(sweep) -> Iterator[RayHead]:
+    """The head of the sweep's Ray cluster."""
+    head = RayHead(sweep)
+    yield head
+    head.kill()
+
+
+def wait_for_nodes(head, *jobs):
+    wanted = sorted(f"slurm-{job}" for job in jobs)
+    wait_until(lambda: head.nodes() == wanted, lambda: f"{wanted} joined: {head.nodes()}", every=0.2)
+
+
+def processes_of(sweep):
+    """The processes of Ray in this sweep's jobs, with the temporary folder of their node."""
+    found = {}
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get("RAY_AUTH_TOKEN_PATH") == str(sweep / "ray.token"):
+                folder = re.search(r"/tmp/lorasweep-\w+", " ".join(process.cmdline()))
+                if folder is not None and "SLURM_JOB_ID" in process.environ():
+                    found[process.pid] = Path(folder.group())
+    return found
+
+
+def errors_of(sweep, job):
+    return (sweep / "slurm" / f"{job}_0_log.err").read_text()
+
+
+@on_slurm
+def test_jobs_join_the_head_more_are_added_and_a_cancelled_one_harms_no_other(slurm, sweep, head):
+    config = make_config(**SMALL)
+    assert check_slurm(config, sweep) == []
+    (first,) = submit_nodes(config, sweep)
+    wait_for_nodes(head, first)
+    of_first = processes_of(sweep)
+    (second,) = submit_nodes(config, sweep, num=1)
+    wait_for_nodes(head, first, second)
+    assert describe_nodes(read_job_ids(sweep)) == "2 running"
+    assert head.run_on(f"slurm-{second}")["SLURM_JOB_ID"] == second
+    listening = {connection.laddr.ip for pid in processes_of(sweep) for connection in listeners(pid)}
+    assert listening <= {"127.0.0.1", "::ffff:127.0.0.1"}
+    cancel_nodes([first])
+    wait_for_nodes(head, second)
+    slurm.wait_for_jobs({second: "RUNNING"})
+    assert read_states([first, second]) == {first: "CANCELLED", second: "RUNNING"}
+    assert head.run_on(f"slurm-{second}")["SLURM_JOB_ID"] == second
+    assert of_first
+    assert not any(psutil.pid_exists(pid) for pid in of_first)
+    assert not any(folder.exists() for folder in of_first.values())
+    write_address(sweep, "")
+    slurm.wait_for_jobs({})
+    assert read_states([second]) == {second: "COMPLETED"}
+
+
+def listeners(pid):
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return [found for found in psutil.Process(pid).net_connections("inet") if found.status == psutil.CONN_LISTEN]
+    return []
+
+
+@on_slurm
+def test_a_job_that_is_requeued_joins_again_once_its_node_is_resumed(slurm, sweep, head):
+    ids = submit_nodes(make_config(**SMALL, jobs=2), sweep)
+    assert [job.partition("_")[2] for job in ids] == ["0", "1"]
+    wait_for_nodes(head, *ids)
+    cancel_nodes(ids[1:])
+    slurm.run("scontrol", "update", f"NodeName={NODE}", "State=DRAIN", "Reason=test")
+    wait_for_nodes(head, ids[0])
+    slurm.wait_for_node("draining")
+    slurm.run("scontrol", "requeue", ids[0])
+    wait_for_nodes(head)
+    slurm.wait_for_node("drained")
+    slurm.wait_for_jobs({ids[0]: "PENDING"})
+    assert "1 pending (" in describe_nodes(ids)
+    slurm.run("scontrol", "update", f"NodeName={NODE}", "State=RESUME")
+    slurm.hurry(ids[0])
+    wait_for_nodes(head, ids[0])
+
+
+@on_slurm
+@pytest.mark.parametrize(("requeue", "after"), [(True, "PENDING"), (False, "FAILED")])
+def test_a_job_that_is_told_of_its_end_leaves_and_is_requeued_where_asked(slurm, sweep, head, requeue, after):
+    (job,) = submit_nodes(make_config(**SMALL, requeue=requeue), sweep)
+    wait_for_nodes(head, job)
+    slurm.run("scancel", "--signal=USR2", job)
+    wait_for_nodes(head)
+    wait_until(lambda: (read_states([job]) or {})[job].partition(" ")[0] == after, lambda: slurm.tell(job), every=0.2)
+    if requeue:
+        slurm.hurry(job)
+        wait_for_nodes(head, job)
+
+
+@on_slurm
+def test_a_node_leaves_a_head_that_is_gone_and_joins_the_next_one(slurm, sweep, head):
+    (job,) = submit_nodes(make_config(**SMALL), sweep)
+    wait_for_nodes(head, job)
+    head.kill()
+    wait_until(lambda: not processes_of(sweep), "the node has left")
+    assert slurm.jobs() == {job: "RUNNING"}
+    second = RayHead(sweep)
+    try:
+        wait_for_nodes(second, job)
+        third = RayHead(sweep)  # while the second one still answers
+        try:
+            wait_for_nodes(third, job)
+            assert second.nodes() == []
+        finally:
+            third.kill()
+    finally:
+        second.kill()
+
+
+@on_slurm
+def test_a_job_without_a_head_ends_with_a_sentence(slurm, sweep):
+    write_address(sweep, "127.0.0.1:1")
+    node = RayNode(folder=sweep, requeue=True, num_cpus=1, num_gpus=0, head_wait_s=1)
+    (job,) = RayNodes(make_config(**SMALL), sweep).submit_tasks(node, 1)
+    slurm.wait_for_jobs({})
+    assert read_states([job]) == {job: "FAILED"}
+    assert "a node must find the head of its sweep within 1 s, but" in errors_of(sweep, job)
+
+
+MINI = {
+    "name": "mini",
+    "settings": {
+        "data.block_length": 32,
+        "data.max_validation_blocks": 4,
+        "trainer.batch_size": 2,
+        "trainer.precision": "fp32",
+        "trainer.device": "cpu",
+        "trainer.max_steps": 100,
+        "trainer.eval_every_steps": 10,
+        "worker.pack_size": 1,
+        "confirm.seeds": 0,
+        "pruner": "none",
+    },
+    "arms": {"lora": {"settings": {"method": "lora"}, "space": {"method.rank": [1, 2]}, "trials": 2}},
+}
+
+
+@on_slurm
+@pytest.mark.slow
+def test_a_sweep_is_led_by_a_job_that_is_requeued_and_resumes_it(slurm, sweep):
+    (sweep.parent / "mini.yaml").write_text(yaml.safe_dump(MINI))
+    words = [sys.executable, "-m", "lorasweep", "sweep", "mini.yaml", f"sweep.output={sweep}"]
+    started = subprocess.Popen(words, cwd=sweep.parent, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_until((sweep / "sweep.json").exists, "the sweep has a folder")
+    started.kill()
+    started.wait()
+    job = submit_head(make_config(**SMALL), sweep)
+    wait_until(lambda: any(sweep.rglob("*.ckpt")), lambda: f"it trains: {slurm.jobs()}")
+    slurm.run("scancel", "--signal=USR2", job)
+    slurm.wait_for_jobs({job: "PENDING"})
+    assert read_sweep(sweep).status == "interrupted"
+    slurm.hurry(job)
+    slurm.wait_for_jobs({})
+    assert read_states([job]) == {job: "COMPLETED"}
+    assert [row.state for row in read_sweep(sweep).trials] == ["complete", "complete"]
+
+
+@on_slurm
+def test_a_head_that_fails_fails_its_job(slurm, sweep):
+    job = submit_head(make_config(**SMALL), sweep)
+    slurm.wait_for_jobs({})
+    assert read_states([job]) == {job: "FAILED"}
+    assert "lorasweep: " in errors_of(sweep, job)
+
+
+def test_what_slurm_refuses_at_submission_is_one_sentence(slurm, sweep):
+    with pytest.raises(WorkerError, match="Slurm must take the jobs, but sbatch says: "):
+        submit_nodes(make_config(**SMALL, partition="none"), sweep)
