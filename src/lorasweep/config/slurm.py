@@ -54,6 +54,8 @@ class SlurmConfig:
     alone."""
     head: Literal["here", "job"]
     """Where the controller and the head of the Ray cluster run: in this process, or in a Slurm job with one core."""
+    head_ip: str | None
+    """Address by which the jobs' machines reach the head; None is the one that Ray finds."""
     head_partition: str | None
     """Partition of that job; None is the same as `partition`."""
     partition: str | None

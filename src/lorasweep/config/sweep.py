@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from lorasweep.config.limits import require_at_least, require_at_most, require_fraction
+from lorasweep.config.slurm import SlurmConfig
 from lorasweep.errors import ConfigError
 from lorasweep.redaction import redact
 
@@ -164,7 +165,7 @@ def _check_pack_size(size: int | Literal["auto"]) -> None:
         require_at_least("worker.pack_size", size, 1)
 
 
-WorkerConfig = LocalWorker | RayWorkers
+WorkerConfig = LocalWorker | RayWorkers | SlurmConfig
 
 
 @dataclass(frozen=True, kw_only=True)

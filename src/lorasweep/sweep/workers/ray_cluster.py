@@ -21,7 +21,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from lorasweep.config.sweep import RayWorkers
+from lorasweep.config.run import TrainerConfig
 from lorasweep.errors import ConfigError, first_line
 
 OBJECT_STORE_BYTES = 100 * 2**20
@@ -58,54 +58,96 @@ class WorkerNeeds:
 
 
 @contextmanager
-def open_cluster(config: RayWorkers, *, folder: Path) -> Iterator[None]:
-    """Starts a Ray cluster on this machine, or joins one, and leaves it in the end; what was started here ends.
+def local_cluster(folder: Path) -> Iterator[None]:
+    """Starts a Ray cluster on this machine and ends it in the end.
 
     Args:
-        config: Which one.
-        folder: The sweep's folder, after which Ray's namespace is named: two sweeps on one cluster don't meet.
+        folder: The sweep's folder.
+
+    Raises:
+        ConfigError: Ray is not installed, or does not start.
+    """
+    # Ray's name for: this node is all there is to the cluster. Only then its processes listen on 127.0.0.1 alone.
+    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    with _connected(folder, **_head_options(), _node_ip_address="127.0.0.1"):
+        yield
+
+
+@contextmanager
+def head_for_nodes(folder: Path, *, ip: str | None, token_file: Path) -> Iterator[str]:
+    """Starts the head of a Ray cluster that other machines join, without room for a worker, and ends it in the end.
+
+    Args:
+        folder: The sweep's folder.
+        ip: The address by which the machines reach this one; None is the one that Ray finds.
+        token_file: Gets the token that they must know, readable by its owner alone.
+
+    Yields:
+        `HOST:PORT`, which they join.
+
+    Raises:
+        ConfigError: Ray is not installed, or does not start.
+    """
+    handle = os.open(token_file, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600)
+    os.write(handle, secrets.token_hex(32).encode())
+    os.close(handle)
+    os.environ["RAY_AUTH_TOKEN_PATH"] = str(token_file)
+    with _connected(folder, **_head_options(), num_cpus=0, num_gpus=0, _node_ip_address=ip):
+        import ray  # noqa: PLC0415
+
+        yield ray.get_runtime_context().gcs_address
+
+
+@contextmanager
+def joined_cluster(folder: Path, *, address: str) -> Iterator[None]:
+    """Joins a Ray cluster that runs and leaves it in the end.
+
+    Args:
+        folder: The sweep's folder.
+        address: `auto` for the one of this machine, or `HOST:PORT`.
 
     Raises:
         ConfigError: Ray is not installed, or there is no cluster that lets this process in.
     """
-    if find_spec("ray") is None:
-        raise ConfigError("`worker=ray` must find Ray, but it is not installed. Type `pip install 'lorasweep[ray]'`.")
-    namespace = "lorasweep-" + hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
-    options: dict[str, Any] = {"namespace": namespace, "log_to_driver": False, "logging_level": logging.ERROR}
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    with contextlib.ExitStack() as undo:
-        if config.address is None:
-            options |= _local_options()
-            undo.callback(shutil.rmtree, options["_temp_dir"], ignore_errors=True)
-        else:
-            _check_answers(config.address)
-            options |= {"address": config.address}
-        import ray  # after the environment is set, which Ray reads once  # noqa: PLC0415
-
-        try:
-            undo.callback(ray.shutdown)
-            ray.init(**options)
-        except Exception as error:  # of several kinds: no answer, another version, a token that is missing or wrong
-            raise ConfigError(
-                f"`worker.address` must be a Ray cluster that runs and lets this process in, but got "
-                f"{config.address!r}: {first_line(error)}"
-            ) from error
+    _check_answers(address)
+    with _connected(folder, address=address):
         yield
 
 
-def _local_options() -> dict[str, Any]:
-    # Ray's name for: this node is all there is to the cluster. Only then its processes listen on 127.0.0.1 alone.
-    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+def _head_options() -> dict[str, Any]:
     os.environ.setdefault("RAY_AUTH_MODE", "token")
-    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     return {
         "address": "local",
         "include_dashboard": False,
         "object_store_memory": OBJECT_STORE_BYTES,
-        "_node_ip_address": "127.0.0.1",
-        "_temp_dir": tempfile.mkdtemp(prefix="lorasweep-", dir="/tmp"),  # short: a socket's path has at most 107 bytes
         "_system_config": HEALTH_CHECKS,
     }
+
+
+@contextmanager
+def _connected(folder: Path, **options: Any) -> Iterator[None]:
+    """Connects this process; options are those of `ray.init`. The environment must be set before: Ray reads it once."""
+    if find_spec("ray") is None:
+        raise ConfigError("`worker=ray` must find Ray, but it is not installed. Type `pip install 'lorasweep[ray]'`.")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # named after the folder: two sweeps on one cluster don't meet
+    namespace = "lorasweep-" + hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
+    import ray  # noqa: PLC0415
+
+    with contextlib.ExitStack() as undo:
+        if options["address"] == "local":
+            options["_temp_dir"] = tempfile.mkdtemp(prefix="lorasweep-", dir="/tmp")  # a socket's path has 107 bytes
+            undo.callback(shutil.rmtree, options["_temp_dir"], ignore_errors=True)
+        undo.callback(ray.shutdown)
+        try:
+            ray.init(namespace=namespace, log_to_driver=False, logging_level=logging.ERROR, **options)
+        except Exception as error:  # of several kinds: no answer, another version, a token that is missing or wrong
+            raise ConfigError(
+                f"`worker.address` must be a Ray cluster that runs and lets this process in, but got "
+                f"{options['address']!r}: {first_line(error)}"
+            ) from error
+        yield
 
 
 def _check_answers(address: str) -> None:
@@ -120,6 +162,11 @@ def _check_answers(address: str) -> None:
             f"`worker.address` must be a Ray cluster that runs and lets this process in, but nothing answers at "
             f"{address!r}: {error.strerror or error}."
         ) from error
+
+
+def count_processes(trainer: TrainerConfig) -> int:
+    """Returns how many processes train each trial together."""
+    return 1 if trainer.devices == "auto" else trainer.devices * trainer.num_nodes
 
 
 def count_fitting(needs: WorkerNeeds) -> int:

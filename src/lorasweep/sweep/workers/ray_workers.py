@@ -16,13 +16,14 @@ import secrets
 import socket
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import ray
 import torch
@@ -31,13 +32,12 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from lorasweep.config.run import RunConfig
-from lorasweep.config.sweep import RayWorkers
 from lorasweep.config.targets import set_trusted, trusted_packages
 from lorasweep.errors import LoraSweepError, RunError, WorkerError, first_line
 from lorasweep.record import RunRecord, read_sweep
 from lorasweep.sweep.controller.controller import Controller, RunEnded
 from lorasweep.sweep.controller.lifecycle import reopen_sweep, saved_definition
-from lorasweep.sweep.workers.ray_cluster import WorkerNeeds, check_capacity, count_fitting
+from lorasweep.sweep.workers.ray_cluster import WorkerNeeds, count_fitting
 from lorasweep.sweep.workers.worker import Worker
 from lorasweep.training import Benches, RunPlace, name_device, train_run
 from lorasweep.training.environment import describe_packages
@@ -54,27 +54,32 @@ RESTART_FOREVER = {"max_restarts": -1, "max_task_retries": -1}
 """Ray restarts an actor that died, and makes the calls again whose answers were lost."""
 
 
-def train_on_ray(path: Path, config: RayWorkers, *, stop_requested: Callable[[], bool], run_ended: RunEnded) -> bool:
+def train_on_ray(
+    path: Path,
+    *,
+    num: int | Literal["auto"],
+    needs: WorkerNeeds,
+    stop_requested: Callable[[], bool],
+    run_ended: RunEnded,
+    require_nodes: Callable[[], None] = lambda: None,
+) -> bool:
     """Trains what is left of a sweep with workers on the Ray cluster that this process is connected to.
 
     Args:
         path: The sweep's folder, which no process has open. Every node sees it under this path.
-        config: The workers.
+        num: How many workers; `auto` takes as many as fit, and more when nodes join.
+        needs: What one process of a worker needs.
         stop_requested: Asked every second whether to stop; each trial then keeps its last checkpoint.
         run_ended: As for `Controller`; a function that another process can import.
+        require_nodes: Called while there is no worker; raises what says that there will be none.
 
     Returns:
         Whether the sweep is complete.
 
     Raises:
-        ConfigError: No node of the cluster can hold a worker.
         WorkerError: As for `Worker.run`, or every worker was refused.
     """
-    trainer = next(saved_definition(path).arms[0].corners()).trainer
-    processes = 1 if trainer.devices == "auto" else trainer.devices * trainer.num_nodes
-    needs = WorkerNeeds(cpus=config.cpus, gpus=config.gpus, processes=processes)
-    check_capacity(needs)
-    return _Crew(path, config, needs, run_ended=run_ended).work(stop_requested)
+    return _Crew(path, num, needs, run_ended=run_ended).work(stop_requested, require_nodes=require_nodes)
 
 
 class WorkerRefused(WorkerError):  # noqa: N818 (named by what happened)
@@ -202,7 +207,7 @@ class WorkerActor:
             train_alone=self._train_together if peers else None,
         ).run()
 
-    @ray.method(concurrency_group="control")  # while `run` runs
+    @ray.method(concurrency_group="control")  # type: ignore[untyped-decorator]  # while `run` runs
     def stop(self) -> None:
         """Has the worker stop after its present step."""
         self._stop.set()
@@ -320,8 +325,8 @@ class _Hired:
 class _Crew:
     """The workers of a sweep while it trains."""
 
-    def __init__(self, path: Path, config: RayWorkers, needs: WorkerNeeds, *, run_ended: RunEnded) -> None:
-        self._config = config
+    def __init__(self, path: Path, num: int | Literal["auto"], needs: WorkerNeeds, *, run_ended: RunEnded) -> None:
+        self._num = num
         self._needs = needs
         self._setting = Setting(
             folder=Path.cwd(), path=path.resolve(), code=code_versions(), trusted=trusted_packages()
@@ -339,12 +344,14 @@ class _Crew:
         )
         self._controller = ControllerClient(self._actor)
 
-    def work(self, stop_requested: Callable[[], bool]) -> bool:
+    def work(self, stop_requested: Callable[[], bool], *, require_nodes: Callable[[], None]) -> bool:
         """Trains until the sweep is over, was stopped or can't go on; returns whether it is complete."""
         try:
             self._controller.is_over()  # an error while it begins is raised here
             while not stop_requested() and not self._controller.is_over():
                 self._hire()
+                if not self._hired:
+                    require_nodes()
                 self._wait(LOOK_INTERVAL_S)
             self._stop()
             return bool(self._controller.finish())
@@ -357,7 +364,7 @@ class _Crew:
     def _hire(self) -> None:
         """Asks Ray for the workers that are missing. One for which there is no room waits until there is."""
         fitting = count_fitting(self._needs)
-        wanted = fitting if self._config.num == "auto" else self._config.num
+        wanted = fitting if self._num == "auto" else self._num
         while len(self._hired) + len(self._refused) < wanted:
             self._count += 1
             name = f"{self._session}-{self._count}"
@@ -369,7 +376,7 @@ class _Crew:
                     self._options() | {"scheduling_strategy": PlacementGroupSchedulingStrategy(group, False, number)}
                     for number in range(self._needs.processes)
                 ]
-            actors = [WorkerActor.options(**each).remote(self._setting, threads=self._config.cpus) for each in options]
+            actors = [WorkerActor.options(**each).remote(self._setting, threads=self._needs.cpus) for each in options]
             run = actors[0].run.remote(self._actor, name=name, num_workers=max(wanted, 1), peers=actors[1:])
             self._hired[run] = _Hired(name=name, actors=actors, group=group, run=run)
 
@@ -381,6 +388,9 @@ class _Crew:
 
     def _wait(self, timeout_s: float) -> None:
         """Waits for a worker to end. The trials of one that died are handed out again, and another one is hired."""
+        if not self._hired:
+            time.sleep(timeout_s)
+            return
         ended, _ = ray.wait(list(self._hired), timeout=timeout_s)
         for run in ended:
             hired = self._hired.pop(run)

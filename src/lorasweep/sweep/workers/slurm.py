@@ -53,6 +53,11 @@ KEYS = {
     "option": "worker.extra",
 }
 """A word of a refusal by sbatch, and the key that it is about."""
+LIVE_STATES = (
+    *("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "RESIZING", "SIGNALING"),
+    *("REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT", "RESV_DEL_HOLD", "STAGE_OUT"),
+)
+"""States of a job that has not ended, in Slurm's words."""
 UNFIT = "node configuration"
 """Words of the refusal of a job that no machine can hold."""
 BUSY = ("busy", "down", "not available now", "drained")
@@ -149,6 +154,12 @@ def read_states(ids: Sequence[str]) -> dict[str, str] | None:
             waits = state == "PENDING" and reason != "None"
             states[job] = f"{state} ({reason})" if waits else state
     return states
+
+
+def live_jobs(ids: Sequence[str]) -> int | None:
+    """Returns how many jobs wait, run or end now; None where Slurm does not answer."""
+    states = read_states(ids)
+    return None if states is None else sum(state.split()[0] in LIVE_STATES for state in states.values())
 
 
 def describe_nodes(ids: Sequence[str]) -> str:

@@ -1,17 +1,33 @@
-"""Trains what is left of a sweep: with one worker in this process, or with workers on Ray."""
+"""Trains what is left of a sweep: with one worker in this process, with workers on Ray, or on Ray in Slurm jobs."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
+from lorasweep.config.slurm import SlurmConfig
 from lorasweep.config.sweep import RayWorkers
+from lorasweep.errors import WorkerError
+from lorasweep.record import read_sweep
 from lorasweep.sweep.controller.controller import Controller, RunEnded
 from lorasweep.sweep.controller.folder import SweepFolder
-from lorasweep.sweep.workers.ray_cluster import open_cluster
+from lorasweep.sweep.definition import Definition
+from lorasweep.sweep.workers.ray_cluster import (
+    WorkerNeeds,
+    check_capacity,
+    count_processes,
+    head_for_nodes,
+    joined_cluster,
+    local_cluster,
+)
 from lorasweep.sweep.workers.worker import Worker
 from lorasweep.training import Benches, name_device
+
+JOBS_INTERVAL_S = 5.0
+"""Seconds between two questions to Slurm about the jobs of a sweep that has no worker."""
 
 
 def train_sweep(
@@ -27,15 +43,15 @@ def train_sweep(
 
     Raises:
         ConfigError: `worker` asks for a Ray cluster that is not there, or that can't hold a worker.
-        WorkerError: As for `Worker.run`.
+        WorkerError: As for `Worker.run`, or no Slurm job is left.
     """
     config = sweep.definition.driver.worker
     if isinstance(config, RayWorkers):
         sweep.close()  # the controller's process opens it
-        with open_cluster(config, folder=sweep.path):
-            from lorasweep.sweep.workers.ray_workers import train_on_ray  # noqa: PLC0415 (needs Ray)
-
-            return train_on_ray(sweep.path, config, stop_requested=stop_requested, run_ended=run_ended)
+        return _train_on_ray(sweep, config, stop_requested=stop_requested, run_ended=run_ended)
+    if isinstance(config, SlurmConfig):
+        sweep.close()
+        return _train_on_slurm(sweep, config, stop_requested=stop_requested, run_ended=run_ended)
     try:
         return _train_here(sweep, benches, stop_requested=stop_requested, run_ended=run_ended)
     finally:
@@ -47,6 +63,7 @@ def _train_here(
 ) -> bool:
     controller = Controller(sweep, run_ended=run_ended)
     controller.note_worker(device=name_device(), threads=torch.get_num_threads())
+    sweep.measure = lambda: benches.telemetry.sample().as_numbers()
     controller.save("running")
     worker = Worker(
         sweep.path,
@@ -56,6 +73,77 @@ def _train_here(
         benches=benches,
         stop_requested=stop_requested,
     )
-    sweep.measure = lambda: benches.telemetry.sample().as_numbers()
     worker.run()
     return controller.finish()
+
+
+def _train_on_ray(
+    sweep: SweepFolder, config: RayWorkers, *, stop_requested: Callable[[], bool], run_ended: RunEnded
+) -> bool:
+    needs = _worker_needs(sweep.definition, config)
+    address = config.address
+    with local_cluster(sweep.path) if address is None else joined_cluster(sweep.path, address=address):
+        from lorasweep.sweep.workers.ray_workers import train_on_ray  # noqa: PLC0415 (needs Ray)
+
+        check_capacity(needs)
+        return train_on_ray(sweep.path, num=config.num, needs=needs, stop_requested=stop_requested, run_ended=run_ended)
+
+
+def _train_on_slurm(
+    sweep: SweepFolder, config: SlurmConfig, *, stop_requested: Callable[[], bool], run_ended: RunEnded
+) -> bool:
+    from lorasweep.ray_node import TOKEN_FILE, leads_in_job, write_address  # noqa: PLC0415 (needs submitit)
+    from lorasweep.sweep.workers.slurm import (  # noqa: PLC0415
+        cancel_nodes,
+        live_jobs,
+        read_job_ids,
+        submit_head,
+        submit_nodes,
+    )
+
+    path = sweep.path
+    if config.head == "job" and not leads_in_job():
+        return _wait_for_head(path, submit_head(config, path), stop_requested=stop_requested)
+
+    def require_jobs() -> None:
+        time.sleep(JOBS_INTERVAL_S)
+        if live_jobs(read_job_ids(path)) == 0:
+            raise WorkerError(
+                f"a sweep's Slurm jobs must wait or run, but none of {str(path)!r} is left; what they printed is in "
+                f"{str(path / 'slurm')!r}. Type `lorasweep sweep --resume {path}` to submit others."
+            )
+
+    with head_for_nodes(path, ip=config.head_ip, token_file=path / TOKEN_FILE) as address:
+        from lorasweep.sweep.workers.ray_workers import train_on_ray  # noqa: PLC0415
+
+        write_address(path, address)
+        try:
+            if missing := config.jobs - (live_jobs(read_job_ids(path)) or 0):
+                submit_nodes(config, path, num=missing)
+            return train_on_ray(
+                path,
+                num="auto",
+                needs=_worker_needs(sweep.definition, config),
+                stop_requested=stop_requested,
+                run_ended=run_ended,
+                require_nodes=require_jobs,
+            )
+        finally:
+            write_address(path, "")  # jobs that run end by themselves
+            cancel_nodes(read_job_ids(path))
+
+
+def _wait_for_head(path: Path, job: str, *, stop_requested: Callable[[], bool]) -> bool:
+    """Waits for the job that leads a sweep. A stop ends the waiting only."""
+    from lorasweep.sweep.workers.slurm import live_jobs  # noqa: PLC0415
+
+    while not stop_requested():
+        time.sleep(JOBS_INTERVAL_S)
+        if live_jobs([job]) == 0:
+            break
+    return read_sweep(path).status == "complete"
+
+
+def _worker_needs(definition: Definition, config: RayWorkers | SlurmConfig) -> WorkerNeeds:
+    trainer = next(definition.arms[0].corners()).trainer
+    return WorkerNeeds(cpus=config.cpus, gpus=config.gpus, processes=count_processes(trainer))
