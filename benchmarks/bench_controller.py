@@ -30,14 +30,6 @@ STEPS = (25, 75, 150)
 SPACE = {"method.rank": [1, 2, 4, 8, 16, 32, 64], "optim.lr": {"low": 1e-4, "high": 1e-1, "log": True}}
 
 
-class Silent:
-    """An observer that hears nothing."""
-
-    def __getattr__(self, name: str) -> Callable[..., None]:
-        """Takes whatever there is to tell."""
-        return lambda *_, **__: None
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, nargs="+", default=[0, 1000, 10_000])
@@ -58,7 +50,7 @@ def measure(folder: Path, sampler: str, num_trials: int) -> None:
     sweep.close()
     began = time.perf_counter()
     sweep = reopen_sweep(folder / "sweep")
-    controller = Controller(sweep, observer=Silent(), run_ended=lambda *_: None)
+    controller = Controller(sweep, run_ended=lambda *_: None)
     opened = 1e3 * (time.perf_counter() - began)
     times = run_trials(controller)
     cells = " ".join(f"{statistics.median(t):>7.1f} ({max(t):>6.1f})" for t in times)

@@ -126,7 +126,7 @@ def sweep(arguments: argparse.Namespace) -> int:
     for note in folder.record.notes:
         console.print(f"• {note}", highlight=False, markup=False)
     known = _print_warnings(folder.record, console, after=0)
-    complete = _train(folder, benches)
+    complete = _train(folder, benches, console=console)
     _print_warnings(read_sweep(folder.path), console, after=known)
     if not complete:
         return _say_how_to_resume(folder.path)
@@ -141,7 +141,7 @@ def status(arguments: argparse.Namespace) -> int:
     now = read_status(arguments.folder)
     if arguments.follow:
         with suppress(KeyboardInterrupt):  # looking ends, the sweep goes on
-            follow(arguments.folder, console=console)
+            follow(lambda: read_status(arguments.folder), console=console)
         now = read_status(arguments.folder)
     console.print(render_status(now))
     return DONE
@@ -247,7 +247,7 @@ def _reproduce_sweep(arguments: argparse.Namespace) -> int:
     benches = Benches()
     output = _new_output(arguments.output, Path("outputs") / "reproduce" / original.resolve().name)
     folder = _create(definition, benches, output)
-    if not _train(folder, benches):
+    if not _train(folder, benches, console=PlainConsole()):
         return _say_how_to_resume(folder.path)
     found = compare_sweeps(original, output)
     say(found.describe())
@@ -389,11 +389,11 @@ class StopSignal:
         self.requested = True
 
 
-def _train(folder: SweepFolder, benches: Any) -> bool:
+def _train(folder: SweepFolder, benches: Any, *, console: PlainConsole) -> bool:
     """Trains what is left of an open sweep and closes it; returns whether the sweep is complete."""
-    from lorasweep.sweep import train_sweep
+    from lorasweep.sweep import followed, train_sweep
 
-    with StopSignal() as stop:
+    with StopSignal() as stop, followed(folder.path, console=console):
         return train_sweep(folder, benches, stop_requested=stop, run_ended=write_hparams_row)
 
 

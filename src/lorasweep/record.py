@@ -130,6 +130,10 @@ class TrialRow:
     reason: str | None = None
     duplicate_of: int | None = None
     """Number of the earliest trial of the arm that trains the same function in other words (see `sweep.duplicates`)."""
+    step: int = 0
+    """Optimizer steps at its last evaluation."""
+    last_value: float | None = None
+    """The sweep's metric on validation data at its last evaluation."""
 
 
 @dataclass(kw_only=True)
@@ -148,6 +152,10 @@ class ConfirmRow:
     """The sweep's metric on the test part, with the weights of the best evaluation."""
     reason: str | None = None
     """Why it failed or does not fit in memory."""
+    step: int = 0
+    """Optimizer steps at its last evaluation."""
+    last_value: float | None = None
+    """The sweep's metric on validation data at its last evaluation."""
 
 
 @dataclass(kw_only=True)
@@ -158,6 +166,8 @@ class ArmRow:
     method: str
     trials: int
     """Number of trials asked for."""
+    steps: int = 0
+    """Optimizer steps of a run to its end, unless `trainer.max_steps` is swept."""
     settings: dict[str, Any]
     """Dotted keys and values that differ from the defaults."""
     space: dict[str, Any]

@@ -13,17 +13,26 @@ from rich.console import Console
 
 import lorasweep.sweep.status as status_file
 from lorasweep.errors import RecordError
-from lorasweep.record import ArmRow, ConfirmRow, SweepRecord, TrialRow, write_record
-from lorasweep.sweep import follow, read_status, render_status
+from lorasweep.record import ArmRow, ConfirmRow, SweepRecord, TrialRow, read_sweep, write_record
+from lorasweep.sweep import SweepFolder, follow, followed, read_status, render_status, reopen_sweep
+from lorasweep.sweep.status import describe_params
+
+from .conftest import Killed
 
 
 def arm(name, *, method="lora", trials=4):
-    return ArmRow(name=name, method=method, trials=trials, settings={}, space={}, sampler="tpe", pruner="none")
+    steps = 0 if method == "frozen" else 8
+    given = {"settings": {}, "space": {}, "sampler": "tpe", "pruner": "none"}
+    return ArmRow(name=name, method=method, trials=trials, steps=steps, **given)
 
 
 def trial(number, state, value=None, *, arm="lora"):
     params = {} if arm == "frozen" else {"method.rank": number + 1}
     return TrialRow(arm=arm, number=number, state=state, params=params, value=value, run=f"runs/{arm}-{number:04d}")
+
+
+def confirm_row(seed, state, value=None):
+    return ConfirmRow(arm="lora", trial=0, seed=seed, state=state, run=f"runs/lora-confirm-{seed:04d}", value=value)
 
 
 def sweep_record(**values):
@@ -82,6 +91,28 @@ def test_arms_are_counted_by_what_became_of_their_trials(running):
     assert "resume" not in shown
 
 
+def test_every_running_trial_has_a_line_with_its_step_and_last_value(running):
+    rows = [trial(number, "running") for number in range(20)]
+    rows[0].step, rows[0].last_value = 4, 1.75
+    rows[1].params = {"trainer.max_steps": 100}
+    write_record(sweep_record(trials=rows), running)
+    lines = [line for line in show(read_status(running)).splitlines() if line.startswith("now:")]
+    assert lines[:2] == [
+        "now: lora trial 0  step 4/8  1.7500  method.rank=1",
+        "now: lora trial 1  step 0/100  trainer.max_steps=100",
+    ]
+    assert len(lines) == status_file.MAX_SHOWN_RUNS + 1
+    assert lines[-1] == f"now: {20 - status_file.MAX_SHOWN_RUNS} more"
+
+
+def test_the_time_left_is_worked_out_from_the_runs_that_have_ended(running):
+    status = read_status(running)
+    assert status.seconds_left == 65.0 / 4 * 3  # 4 of 7 trials
+    assert "1 min 05 s so far, about 49 s left at this pace" in show(status)
+    write_record(sweep_record(trials=[]), running)
+    assert read_status(running).seconds_left is None
+
+
 def test_a_sweep_that_no_process_runs_says_what_to_type(folder):
     status = read_status(folder)
     assert status.is_over
@@ -96,15 +127,17 @@ def test_a_complete_sweep_is_over_and_has_nothing_to_type(running):
 
 
 def test_the_confirm_stage_counts_a_seed_once_for_the_frozen_base(running):
-    reruns = [
-        ConfirmRow(arm="lora", trial=0, seed=7, state="complete", run="runs/lora-confirm-0000", value=1.6),
-        ConfirmRow(arm="lora", trial=0, seed=8, state="running", run="runs/lora-confirm-0001"),
-    ]
-    write_record(sweep_record(confirm=reruns, confirm_seeds=[7, 8, 9]), running)
+    reruns = [confirm_row(7, "complete", 1.6), confirm_row(8, "complete", 1.8), confirm_row(9, "failed")]
+    running_row = confirm_row(10, "running")
+    running_row.step, running_row.last_value = 4, 1.55
+    write_record(sweep_record(confirm=[*reruns, running_row], confirm_seeds=[7, 8, 9, 10]), running)
     status = read_status(running)
-    assert [(a.seeds_done, a.seeds_running, a.seeds_asked) for a in status.arms] == [(0, 0, 1), (1, 1, 3)]
-    (line,) = [line for line in show(status).splitlines() if line.strip().startswith("lora")]
-    assert line.split() == ["lora", "3/6", "2", "1", "1", "1", "1/3", "1.5000", "method.rank=1"]
+    assert [(a.seeds_done, a.seeds_running, a.seeds_asked) for a in status.arms] == [(0, 0, 1), (3, 1, 4)]
+    shown = show(status)
+    (line,) = [line for line in shown.splitlines() if line.strip().startswith("lora")]
+    assert line.split() == ["lora", "3/6", "2", "1", "1", "2", "3/4", "1.5000", "1.7000", "method.rank=1"]
+    assert "confirm: the best settings of each arm again on 4 fresh seeds, scored once on test data" in shown
+    assert "now: lora confirm  step 4/8  1.5500  method.rank=1 seed=10" in shown
 
 
 def test_a_sweep_without_a_confirm_stage_has_no_column_for_it(folder):
@@ -156,6 +189,18 @@ def test_reading_never_fails_while_others_write(running):
         writer.join()
 
 
+def test_a_name_is_never_taken_for_markup(folder):
+    write_record(sweep_record(name="[red]x", metric="[/]loss[red]", arms=[arm("[bold]")]), folder)
+    shown = show(read_status(folder))
+    assert "[red]x: [/]loss[red]" in shown
+    assert "[bold]" in shown
+
+
+def test_params_read_as_one_types_them():
+    params = {"method.rank": 8, "optim.lr": 0.0123456, "method.targets": None, "trainer.progress": True}
+    assert describe_params(params) == "method.rank=8 optim.lr=0.0123 method.targets=null trainer.progress=True"
+
+
 @pytest.mark.parametrize("hostile", ["[red]x[/red]", "[/]", "\x1b[2J"])
 def test_a_hostile_value_is_text(folder, hostile):
     row = trial(0, "complete", 1.5)
@@ -180,6 +225,10 @@ def test_a_real_sweep_is_seen_while_it_runs_and_after(begin, work, runs, content
     assert all(status.is_running and not status.is_over for status in seen)
     assert any(arm.paused for status in seen for arm in status.arms)
     assert max(sum(arm.running for arm in status.arms) for status in seen) == 1
+    running = [row for status in seen for row in status.record.trials if row.state == "running"]
+    assert {row.step for row in running} >= {0, 2, 4, 6}
+    assert all((row.last_value is None) == (row.step == 0) for row in running)
+    assert {arm.steps for arm in seen[-1].record.arms} == {0, 8}
     after = read_status(folder.path)
     assert after.is_over
     assert [(arm.done, arm.asked, arm.running, arm.paused) for arm in after.arms] == [
@@ -191,13 +240,14 @@ def test_a_real_sweep_is_seen_while_it_runs_and_after(begin, work, runs, content
 
 @pytest.fixture
 def at_once(monkeypatch):
-    """Looks and prints as often as it can."""
-    for name in ("POLL_INTERVAL_S", "LINE_INTERVAL_S"):
-        monkeypatch.setattr(status_file, name, 0.001)
+    """Looks as often as it can."""
+    monkeypatch.setattr(status_file, "POLL_INTERVAL_S", 0.001)
 
 
 def in_background(folder, console):
-    thread = threading.Thread(target=lambda: follow(folder, console=console), daemon=True)
+    thread = threading.Thread(
+        target=follow, args=(lambda: read_status(folder),), kwargs={"console": console}, daemon=True
+    )
     thread.start()
     return thread
 
@@ -219,23 +269,32 @@ def test_following_shows_the_table_until_the_sweep_is_complete(running, at_once)
     assert not thread.is_alive()
 
 
-def test_following_without_a_terminal_prints_a_line_when_something_changed(running, at_once):
+def test_following_without_a_terminal_prints_a_line_for_each_trial_that_ends(running, at_once):
     output = io.StringIO()
     thread = in_background(running, Console(file=output, width=200))
-    wait_for(lambda: output.getvalue().count("\n") == 1)
-    time.sleep(0.1)
-    assert output.getvalue().count("\n") == 1  # nothing changed
-    done = [trial(0, "complete", 1.5), trial(1, "pruned", 1.8), trial(2, "complete", 1.4)]
-    write_record(sweep_record(trials=done, status="complete"), running)
+    time.sleep(0.05)
+    assert output.getvalue() == ""  # what had ended before is in the table that `status` shows
+    ended = [
+        *(trial(0, "complete", 1.5), trial(1, "pruned", 1.8), trial(2, "complete", 1.4), trial(3, "paused", 1.7)),
+        *(trial(4, "infeasible"), trial(5, "failed")),
+    ]
+    write_record(sweep_record(trials=ended), running)
+    wait_for(lambda: output.getvalue().count("\n") == 2)
+    time.sleep(0.05)
+    seeds = [confirm_row(7, "complete", 1.6), confirm_row(8, "running")]
+    write_record(sweep_record(trials=ended, confirm=seeds, confirm_seeds=[7, 8], status="complete"), running)
     thread.join(60)
-    first, second = output.getvalue().splitlines()
-    assert first == "4/7 trials, 1 paused, 1 pruned, 1 failed, frozen 2.0000, lora 1.5000, 1 min 05 s so far"
-    assert second == "3/7 trials, 1 pruned, lora 1.4000, 1 min 05 s so far"
+    assert output.getvalue().splitlines() == [
+        "lora 4/6  complete     1.4000  method.rank=3",
+        "lora 5/6  failed            -  method.rank=6",
+        "confirm: the best settings of each arm again on 2 fresh seeds, scored once on test data",
+        "lora 1/2  complete     1.6000  method.rank=1 seed=7",
+    ]
 
 
 def test_following_goes_on_where_the_folder_is_away_for_a_while(running, at_once):
     output = io.StringIO()
-    thread = in_background(running, Console(file=output))
+    thread = in_background(running, Console(file=output, force_terminal=True, width=120))
     wait_for(lambda: output.getvalue())
     os.rename(running / "sweep.json", running / "away.json")
     time.sleep(0.05)
@@ -250,4 +309,60 @@ def test_following_goes_on_where_the_folder_is_away_for_a_while(running, at_once
 def test_following_what_is_over_ends_at_once(folder, is_complete):
     if is_complete:
         write_record(sweep_record(status="complete"), folder)
-    follow(folder, console=Console(file=io.StringIO()))
+    follow(lambda: read_status(folder), console=Console(file=io.StringIO()))
+
+
+def test_a_sweep_in_this_process_is_followed_with_a_line_per_run(begin, work, runs, content):
+    content["settings"] |= {"pruner": "halving", "pruner.rungs": [0.25], "pruner.min_survivors": 1, "confirm.seeds": 2}
+    folder = begin(content)
+    output = io.StringIO()
+    with followed(folder.path, console=Console(file=output, width=200)):
+        assert work(folder)
+    rows = [*folder.record.trials, *folder.record.confirm]
+    lines = output.getvalue().splitlines()
+    assert len(lines) == len(rows) + 1 == 10 + 5 + 1
+    assert sum(line.split()[2] == "pruned" for line in lines) == sum(row.state == "pruned" for row in rows) > 0
+    assert {line.split()[1] for line in lines[-5:]} == {"1/1", "1/2", "2/2"}
+
+
+def test_a_sweep_in_this_process_is_followed_with_a_table_that_is_taken_away(begin, work, runs, content):
+    folder = begin(content)
+    output = io.StringIO()
+    with followed(folder.path, console=Console(file=output, force_terminal=True, width=120)):
+        assert work(folder)
+    assert "made_up: bits_per_byte (minimize)" in output.getvalue()
+    assert output.getvalue().endswith("\x1b[2K")  # the last line is erased
+
+
+def test_a_sweep_that_fails_is_followed_no_longer(begin, content):
+    folder = begin(content)
+    before = threading.active_count()
+    with pytest.raises(Killed), followed(folder.path, console=Console(file=io.StringIO())):
+        raise Killed
+    assert threading.active_count() == before
+    folder.close()
+
+
+def test_a_killed_pack_that_goes_on_has_a_line_for_each_trial_once(begin, work, runs, packs, content, monkeypatch):
+    monkeypatch.setattr(SweepFolder, "is_due", lambda self: True)  # the record has all that was told
+    content["settings"] |= {"worker.pack_size": 3, "sampler": "random"}
+    content["arms"] = {"lora": content["arms"]["lora"]}
+    folder = begin(content)
+    true_close, closed = runs.close, []
+
+    def close(*arguments):
+        record = true_close(*arguments)
+        closed.append(record)
+        if len(closed) == 3:  # two of the pack were told of, and it has no later boundary than the one before
+            raise Killed
+        return record
+
+    monkeypatch.setattr(runs, "close", close)
+    with pytest.raises(Killed):
+        work(folder)
+    assert sum(row.state == "complete" for row in read_sweep(folder.path).trials) == 2
+    reopened = reopen_sweep(folder.path)
+    output = io.StringIO()
+    with followed(reopened.path, console=Console(file=output, width=200)):
+        assert work(reopened)
+    assert [line.split()[1] for line in output.getvalue().splitlines()] == ["3/6", "4/6", "5/6", "6/6"]

@@ -7,10 +7,9 @@ from lorasweep.sweep.controller.folder import SweepFolder
 from lorasweep.sweep.controller.lifecycle import create_sweep, new_folder, reopen_sweep, saved_definition
 from lorasweep.sweep.definition import Arm, Definition, read_definition
 from lorasweep.sweep.fairness import find_warnings
-from lorasweep.sweep.live import LiveTable, render_plan
-from lorasweep.sweep.plan import ArmPlan, plan_sweep
+from lorasweep.sweep.plan import ArmPlan, plan_sweep, render_plan
 from lorasweep.sweep.reproduce import compare_sweeps
-from lorasweep.sweep.status import SweepStatus, follow, read_status, render_status
+from lorasweep.sweep.status import SweepStatus, follow, followed, read_status, render_status
 from lorasweep.sweep.sweep_file import find_sweep_file
 from lorasweep.sweep.workers.train import train_sweep
 
@@ -19,7 +18,6 @@ __all__ = [
     "ArmPlan",
     "Controller",
     "Definition",
-    "LiveTable",
     "SweepFolder",
     "SweepStatus",
     "check_definition",
@@ -30,6 +28,7 @@ __all__ = [
     "find_sweep_file",
     "find_warnings",
     "follow",
+    "followed",
     "new_folder",
     "plan_sweep",
     "read_definition",

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+from rich.box import SIMPLE
+from rich.console import Group, RenderableType
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
 
 from lorasweep.config.run import RunConfig
 from lorasweep.errors import OutOfMemory
 from lorasweep.sweep.controller.confirm import arm_seeds, draw_seeds
 from lorasweep.sweep.definition import Arm, Definition
-from lorasweep.sweep.fairness import trained_tokens
+from lorasweep.sweep.fairness import find_warnings, trained_tokens
 from lorasweep.sweep.packing import ArmPacking, plan_packing
+from lorasweep.sweep.status import describe_confirm
 from lorasweep.training import Benches, Workbench, choose_pack_size, measure_pack, measure_run
 from lorasweep.training.cost import PackMeasurement
+from lorasweep.wording import format_bytes, format_count, format_seconds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +54,38 @@ def plan_sweep(definition: Definition, benches: Benches) -> list[ArmPlan]:
     """
     packings, seeds = plan_packing(definition), draw_seeds(definition)
     return [_plan_arm(arm, packings[arm.name], benches, seeds=len(arm_seeds(arm, seeds))) for arm in definition.arms]
+
+
+def render_plan(definition: Definition, plans: Sequence[ArmPlan]) -> RenderableType:
+    """Returns what a sweep would take, an arm per row, with why its trials are packed or run alone."""
+    title = escape(f"{definition.name}: nothing is trained yet")
+    table = Table(title=title, title_justify="left", header_style="bold", box=SIMPLE, padding=(0, 0))
+    table.add_column("arm", overflow="fold")
+    for name in ("runs", "steps", "tokens", "trained", "pack", "memory", "disk", "at most"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for plan in plans:
+        table.add_row(
+            escape(plan.arm.name),
+            f"{plan.arm.trials} + {plan.seeds}" if plan.seeds else str(plan.arm.trials),
+            format_count(plan.steps),
+            format_count(plan.tokens),
+            format_count(plan.trainable_params),
+            str(plan.pack_size),
+            format_bytes(plan.memory_bytes),
+            format_bytes(plan.kept_bytes),
+            format_seconds(plan.seconds),
+        )
+    total = format_seconds(sum(plan.seconds for plan in plans))
+    notes = [f"• {plan.arm.name}: {plan.packing.reason}" for plan in plans]
+    if most := max((plan.seeds for plan in plans), default=0):
+        notes.append(
+            f"• Stages (the two numbers of runs): search on validation data, then confirm: {describe_confirm(most)}."
+        )
+    else:
+        notes.append("• Stages: search on validation data; no confirm stage.")
+    notes += [f"• {warning}" for warning in find_warnings(definition)]
+    notes.append(f"• All arms: at most {total} on this machine, measured on a few steps; pruning takes less.")
+    return Group(table, *map(Text, notes))
 
 
 def _plan_arm(arm: Arm, packing: ArmPacking, benches: Benches, *, seeds: int) -> ArmPlan:

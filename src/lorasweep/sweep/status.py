@@ -1,15 +1,18 @@
-"""How a sweep stands, read from its folder while it runs and after.
+"""How a sweep stands: one table, for the terminal of `lorasweep sweep` and for `lorasweep status`.
 
-Only files are read, each written whole, so looking locks and changes nothing and needs no database.
+Everything shown comes from the sweep's record, so it does not matter which process trains. Reading the record's file
+locks and changes nothing and needs no database.
 """
 
 from __future__ import annotations
 
-import math
+import threading
 import time
-from collections.abc import Mapping
-from contextlib import suppress
-from dataclasses import dataclass, field
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +24,17 @@ from rich.table import Table
 from rich.text import Text
 
 from lorasweep.errors import RecordError
-from lorasweep.record import ArmRow, SweepRecord, TrialRow, read_sweep, winners
+from lorasweep.record import ArmRow, ConfirmRow, SweepRecord, TrialRow, read_sweep, winners
+from lorasweep.sweep.controller.confirm import SEED_KEYS
 from lorasweep.sweep.controller.lifecycle import is_running
-from lorasweep.sweep.live import describe_params
-from lorasweep.wording import UNKNOWN, format_seconds
+from lorasweep.wording import UNKNOWN, format_seconds, format_setting
 
 POLL_INTERVAL_S = 1.0
-LINE_INTERVAL_S = 10.0
-"""Shortest time between two lines where there is no terminal."""
+"""Seconds between two looks at a sweep that is followed."""
+MAX_READ_SHARE = 0.05
+"""Most of the time that looking may take. The process that looks may also be the one that trains."""
+MAX_SHOWN_RUNS = 16
+"""How many of the running trials get a line below the table."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +54,10 @@ class ArmStatus:
     seeds_asked: int = 0
     seeds_done: int = 0
     seeds_running: int = 0
+    seeds_failed: int = 0
+    """Failed or infeasible."""
+    test_mean: float | None = None
+    """Mean of the metric on test data over the seeds that are complete."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +75,13 @@ class SweepStatus:
         """Whether the sweep is complete, or no process runs it."""
         return self.record.status == "complete" or not self.is_running
 
+    @property
+    def seconds_left(self) -> float | None:
+        """Time for the runs left at the pace so far; None before the first has ended."""
+        asked = sum(arm.asked + arm.seeds_asked for arm in self.arms)
+        done = sum(arm.done + arm.seeds_done for arm in self.arms)
+        return self.record.makespan_s / done * (asked - done) if done else None
+
 
 def read_status(folder: Path) -> SweepStatus:
     """Reads how a sweep stands.
@@ -72,64 +89,166 @@ def read_status(folder: Path) -> SweepStatus:
     Raises:
         RecordError: The folder is no sweep, or its record is damaged.
     """
-    record = read_sweep(folder)
+    return summarise(read_sweep(folder), folder, is_running=is_running(folder))
+
+
+def summarise(record: SweepRecord, folder: Path, *, is_running: bool) -> SweepStatus:
+    """Returns how a sweep stands, from its record."""
     best = winners(record)
+    trials: dict[str, list[TrialRow]] = defaultdict(list)
+    reruns: dict[str, list[ConfirmRow]] = defaultdict(list)
+    for trial in record.trials:
+        trials[trial.arm].append(trial)
+    for rerun in record.confirm:
+        reruns[rerun.arm].append(rerun)
     return SweepStatus(
         folder=folder,
         record=record,
-        is_running=is_running(folder),
-        arms=tuple(_arm_status(arm, record, best.get(arm.name)) for arm in record.arms),
+        is_running=is_running,
+        arms=tuple(
+            _arm_status(arm, trials[arm.name], reruns[arm.name], best=best.get(arm.name), seeds=record.confirm_seeds)
+            for arm in record.arms
+        ),
     )
 
 
 def render_status(status: SweepStatus) -> RenderableType:
-    """Returns how a sweep stands: its arms, and what to type to resume it where it was stopped."""
+    """Returns how a sweep stands: its arms, what runs now, and what to type to resume it where it was stopped."""
     record = status.record
     title = f"{record.name}: {record.metric} ({record.direction}), {record.status}"
-    notes = []
-    if status.is_over and record.status != "complete":
+    notes: list[str] = []
+    if not status.is_over:
+        notes += _running_lines(record)
+        left = status.seconds_left
+        expected = "" if left is None else f", about {format_seconds(left)} left at this pace"
+        notes.append(f"{format_seconds(record.makespan_s)} so far{expected}")
+    elif record.status != "complete":
         notes.append(f"• No process runs it. Type `lorasweep sweep --resume {status.folder}` to resume it.")
     return Group(Text(title, style="bold"), _arms_table(status), *map(Text, notes))
 
 
-def follow(folder: Path, *, console: Console) -> None:
-    """Shows how a sweep stands until it is over: a table that moves, or a line now and then without a terminal."""
-    status = read_status(folder)
-    printed, printed_at = "", -math.inf
-    with Live(console=console, get_renderable=lambda: render_status(status), transient=True) as live:
-        if not console.is_terminal:
-            live.stop()
+def follow(read: Callable[[], SweepStatus], *, console: Console) -> None:
+    """Shows a sweep until it is over: a table that moves; without a terminal, a line for each trial that ends."""
+    _follow(read, read(), console=console, stop=None)
+
+
+@contextmanager
+def followed(folder: Path, *, console: Console) -> Iterator[None]:
+    """Shows a sweep from a thread of this process while the caller has it trained, here or elsewhere."""
+
+    def read() -> SweepStatus:
+        return replace(read_status(folder), is_running=True)  # also before a process on Ray has opened it
+
+    stop = threading.Event()
+    thread = threading.Thread(target=_follow, args=(read, read()), kwargs={"console": console, "stop": stop})
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+def describe_params(params: Mapping[str, Any]) -> str:
+    """Returns swept values in one line: `method.rank=8 optim.lr=0.0123`."""
+    return " ".join(f"{key}={format_setting(value)}" for key, value in params.items())
+
+
+def describe_confirm(seeds: int) -> str:
+    """Returns what the confirm stage does, in words."""
+    fresh = "1 fresh seed" if seeds == 1 else f"{seeds} fresh seeds"
+    return f"the best settings of each arm again on {fresh}, scored once on test data"
+
+
+def _follow(
+    read: Callable[[], SweepStatus], first: SweepStatus, *, console: Console, stop: threading.Event | None
+) -> None:
+    """Shows a sweep until `stop` is set; where it is None, until the sweep is over.
+
+    Args:
+        read: Returns how the sweep stands now.
+        first: How it stood before. Trials that had ended by then get no line.
+        console: Where to show it.
+        stop: Set by the caller once the sweep is trained no longer.
+    """
+    status, shown = first, {row.run for row in _ended_rows(first.record)}
+    live = Live(console=console, get_renderable=lambda: render_status(status), transient=True)
+    with live if console.is_terminal else nullcontext():
         while True:
+            is_last = stop is not None and stop.is_set()
+            began = time.monotonic()
             with suppress(RecordError, OSError):  # the folder is being moved, or a disk is away for a while
-                status = read_status(folder)
-            line = _describe(status)
-            if not console.is_terminal and line != printed and time.monotonic() - printed_at >= LINE_INTERVAL_S:
-                console.print(escape(line), highlight=False, soft_wrap=True)
-                printed, printed_at = line, time.monotonic()
-            if status.is_over:
+                status = read()
+            read_s = time.monotonic() - began
+            if not console.is_terminal:
+                for line in _new_lines(status, shown):
+                    console.print(escape(line), highlight=False, soft_wrap=True)
+            if is_last or (stop is None and status.is_over):
                 return
-            time.sleep(POLL_INTERVAL_S)
+            (stop or threading.Event()).wait(max(POLL_INTERVAL_S, read_s / MAX_READ_SHARE))
 
 
-def _describe(status: SweepStatus) -> str:
-    """How a sweep stands in one line."""
-    arms = status.arms
-    parts = [f"{sum(arm.done for arm in arms)}/{sum(arm.asked for arm in arms)} trials"]
-    if any(arm.seeds_done or arm.seeds_running for arm in arms):
-        parts.append(f"{sum(arm.seeds_done for arm in arms)}/{sum(arm.seeds_asked for arm in arms)} confirm runs")
-    for word in ("paused", "pruned", "failed"):
-        if number := sum(getattr(arm, word) for arm in arms):
-            parts.append(f"{number} {word}")
-    parts += [f"{arm.name} {arm.best:.4f}" for arm in arms if arm.best is not None]
-    return ", ".join([*parts, f"{format_seconds(status.record.makespan_s)} so far"])
+def _new_lines(status: SweepStatus, shown: set[str]) -> Iterator[str]:
+    """Yields a line for each trial that has ended and is not in `shown` (by its run), and puts it there."""
+    record = status.record
+    new = [row for row in _ended_rows(record) if row.run not in shown]
+    done = Counter((type(row), row.arm) for row in _ended_rows(record) if row.run in shown)
+    trials_asked = {arm.name: arm.asked for arm in status.arms}
+    seeds_asked = {arm.name: arm.seeds_asked for arm in status.arms}
+    for row in new:
+        in_search = isinstance(row, TrialRow)
+        if not in_search and not any(kind is ConfirmRow for kind, _ in done):
+            yield f"confirm: {describe_confirm(len(record.confirm_seeds))}"
+        done[type(row), row.arm] += 1
+        shown.add(row.run)
+        asked = (trials_asked if in_search else seeds_asked).get(row.arm, 0)
+        score = "-" if row.value is None else f"{row.value:.4f}"
+        params = describe_params(_params_of(row, record))
+        yield f"{row.arm} {done[type(row), row.arm]}/{asked}  {row.state:<10} {score:>8}  {params}"
+
+
+def _ended_rows(record: SweepRecord) -> Iterator[TrialRow | ConfirmRow]:
+    return (row for row in _rows(record) if row.state not in ("running", "paused"))
+
+
+def _rows(record: SweepRecord) -> Iterator[TrialRow | ConfirmRow]:
+    """Every run of the search and the confirm stage."""
+    yield from record.trials
+    yield from record.confirm
+
+
+def _running_lines(record: SweepRecord) -> Iterator[str]:
+    steps_of = {arm.name: arm.steps for arm in record.arms}
+    running = [row for row in _rows(record) if row.state == "running"]
+    if record.confirm:
+        yield f"confirm: {describe_confirm(len(record.confirm_seeds))}"
+    for row in islice(running, MAX_SHOWN_RUNS):
+        params = _params_of(row, record)
+        steps = params.get("trainer.max_steps", steps_of.get(row.arm))
+        name = f"trial {row.number}" if isinstance(row, TrialRow) else "confirm"
+        value = "" if row.last_value is None else f"  {row.last_value:.4f}"
+        yield f"now: {row.arm} {name}  step {row.step}{f'/{steps}' if steps else ''}{value}  {describe_params(params)}"
+    if len(running) > MAX_SHOWN_RUNS:
+        yield f"now: {len(running) - MAX_SHOWN_RUNS} more"
+
+
+def _params_of(row: TrialRow | ConfirmRow, record: SweepRecord) -> dict[str, Any]:
+    """The swept values of a run; in the confirm stage those of the arm's winner, and the seed."""
+    if isinstance(row, TrialRow):
+        return row.params
+    for trial in record.trials:
+        if (trial.arm, trial.number) == (row.arm, row.trial):
+            return {**{key: value for key, value in trial.params.items() if key not in SEED_KEYS}, "seed": row.seed}
+    return {"seed": row.seed}
 
 
 def _arms_table(status: SweepStatus) -> Table:
     confirms = any(arm.seeds_asked for arm in status.arms)
+    tested = any(arm.test_mean is not None for arm in status.arms)
     table = Table(header_style="bold", box=SIMPLE, padding=(0, 1, 0, 0))
     table.add_column("arm", overflow="fold")
-    columns = ("trials", "running", "paused", "pruned", "failed", *(["confirm"] if confirms else []), "best")
-    for name in columns:
+    columns = ["trials", "running", "paused", "pruned", "failed", *(["confirm"] if confirms else []), "best"]
+    for name in [*columns, *(["test"] if tested else [])]:
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("best settings", overflow="fold")
     for arm in status.arms:
@@ -139,20 +258,26 @@ def _arms_table(status: SweepStatus) -> Table:
             str(arm.running + arm.seeds_running),
             str(arm.paused),
             str(arm.pruned),
-            str(arm.failed),
+            str(arm.failed + arm.seeds_failed),
             *([f"{arm.seeds_done}/{arm.seeds_asked}"] if confirms else []),
-            UNKNOWN if arm.best is None else f"{arm.best:.4f}",
+            _score(arm.best),
+            *([_score(arm.test_mean)] if tested else []),
             escape(describe_params(arm.best_params)),
         )
     return table
 
 
-def _arm_status(arm: ArmRow, record: SweepRecord, best: TrialRow | None) -> ArmStatus:
-    states = [trial.state for trial in record.trials if trial.arm == arm.name]
-    reruns = [rerun.state for rerun in record.confirm if rerun.arm == arm.name]
+def _score(value: float | None) -> str:
+    return UNKNOWN if value is None else f"{value:.4f}"
+
+
+def _arm_status(
+    arm: ArmRow, trials: list[TrialRow], reruns: list[ConfirmRow], *, best: TrialRow | None, seeds: list[int]
+) -> ArmStatus:
+    states, seed_states = [trial.state for trial in trials], [rerun.state for rerun in reruns]
     if best is None:  # nothing of it trains, so it is no winner
-        scored = [t for t in record.trials if t.arm == arm.name and t.state == "complete" and t.value is not None]
-        best = scored[0] if scored else None
+        best = next((trial for trial in trials if trial.state == "complete" and trial.value is not None), None)
+    tested = [rerun.value for rerun in reruns if rerun.state == "complete" and rerun.value is not None]
     return ArmStatus(
         name=arm.name,
         asked=arm.trials,
@@ -163,7 +288,9 @@ def _arm_status(arm: ArmRow, record: SweepRecord, best: TrialRow | None) -> ArmS
         failed=states.count("failed") + states.count("infeasible"),
         best=None if best is None else best.value,
         best_params={} if best is None else best.params,
-        seeds_asked=len(record.confirm_seeds[:1] if arm.method == "frozen" else record.confirm_seeds),
-        seeds_done=len(reruns) - reruns.count("running"),
-        seeds_running=reruns.count("running"),
+        seeds_asked=len(seeds[:1] if arm.method == "frozen" else seeds),
+        seeds_done=len(seed_states) - seed_states.count("running"),
+        seeds_running=seed_states.count("running"),
+        seeds_failed=seed_states.count("failed") + seed_states.count("infeasible"),
+        test_mean=sum(tested) / len(tested) if tested else None,
     )

@@ -69,6 +69,7 @@ def test_the_search_is_the_same_with_and_without_the_stage(begin, work, runs, co
 def test_the_confirm_stage_begins_when_every_search_is_over(begin, work, runs, confirming):
     folder = begin(confirming)
     assert work(folder)
+    assert ["-confirm-" in path.name for path in runs.configs] == 8 * [False] + 7 * [True]
     assert len(runs.begun) == 8 + 7
     assert len(runs.scored) == len(set(runs.scored)) == 7
     assert all("-confirm-" in name for name in runs.scored)
@@ -172,9 +173,20 @@ def test_paused_trials_are_pruned_before_the_confirm_stage_and_none_of_them_is_a
         "pruner.min_survivors": 1,
     }
     folder = begin(confirming, "arms.lora.trials=8")
+    folder.is_due = lambda: True
+    seen = {}
+
+    def score(config, step):
+        record = read_sweep(folder.path)
+        seen[len(record.confirm)] = {row.state for row in record.trials}
+        return config.optim.lr
+
+    runs.score = score
     assert work(folder)
     pruned = [row for row in read_sweep(folder.path).trials if row.state == "pruned"]
     assert pruned
+    assert "paused" in seen[0]
+    assert all(seen[number] == {"complete", "pruned"} for number in range(1, 8))
     states = {(row.arm, row.number): row.state for row in read_sweep(folder.path).trials}
     assert {states[row.arm, row.trial] for row in read_sweep(folder.path).confirm} == {"complete"}
     assert {row.state for row in read_sweep(folder.path).confirm} == {"complete"}  # no rungs here

@@ -222,12 +222,18 @@ def test_trials_are_pruned_and_keep_their_best_score(begin, work, runs, content)
 def test_a_paused_trial_goes_on_under_its_number_from_where_it_was(begin, work, runs, content):
     content["settings"] |= HALVING | {"sampler": "random"}
     content["arms"] = {"lora": content["arms"]["lora"] | {"trials": 12}}
-    seen = {}
-    runs.score = lambda config, step: seen.setdefault(config.optim.lr, len(seen)) - step / 100  # earlier is better
+    steps = {}
+
+    def score(config, step):
+        steps.setdefault(config.optim.lr, []).append(step)
+        return list(steps).index(config.optim.lr) - step / 100  # earlier is better
+
+    runs.score = score
     folder = begin(content)
     assert work(folder)
     again = {number for _, number in runs.begun if runs.begun.count(("lora", number)) > 1}
     assert 0 in again
+    assert all(of_one == sorted(set(of_one)) for of_one in steps.values())  # no step twice
     rows = read_sweep(folder.path).trials
     assert runs.steps_trained == sum(read_run(folder.path / row.run).steps_done for row in rows) < 12 * 8
 

@@ -246,8 +246,8 @@ class ArmTrials:
         was_promoted = step in entry.promoted
         entry.state, entry.is_held = ("running" if was_promoted else "paused"), False
 
-    def end(self, entry: Entry, state: TrialState, attributes: Mapping[str, Any], *, value: float | None) -> bool:
-        """Tells the study how a trial ended, and returns whether that is news; one that has ended stays as it is.
+    def end(self, entry: Entry, state: TrialState, attributes: Mapping[str, Any], *, value: float | None) -> None:
+        """Tells the study how a trial ended; one that has ended stays as it is.
 
         Args:
             entry: The trial.
@@ -265,7 +265,6 @@ class ArmTrials:
             told = {"complete": OptunaState.COMPLETE, "failed": OptunaState.FAIL}.get(state, OptunaState.PRUNED)
             self.study.tell(entry.number, value if state == "complete" else None, state=told)
         entry.state, entry.is_held = state, False
-        return not ended
 
     def note(self, entry: Entry, attributes: Mapping[str, Any]) -> None:
         """Writes attributes of a trial."""

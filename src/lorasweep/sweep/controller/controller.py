@@ -236,9 +236,8 @@ class Controller:
         self._failures_in_a_row = 0
         # before the end is told: a process that is killed in between repeats both, and neither is lost
         self.run_ended(record, assignment.place.folder, assignment.params)
-        is_news = trials.end(entry, "complete", {SCORE_ATTRIBUTE: value}, value=value)
-        if is_news:  # else a killed pack did again what it had done
-            self._ended(assignment, "complete", value, wall_s=record.wall_s)
+        trials.end(entry, "complete", {SCORE_ATTRIBUTE: value}, value=value)
+        self._save_if_due()
 
     @_writes
     def tell_failure(self, assignment: Assignment, error: Exception) -> None:
@@ -253,8 +252,8 @@ class Controller:
         state: Literal["infeasible", "failed"] = "infeasible" if isinstance(error, OutOfMemory) else "failed"
         reason = str(error) if isinstance(error, RunError) else traceback.format_exception_only(error)[-1].strip()
         trials, entry = self._trials(assignment), self._entry(assignment)
-        if trials.end(entry, state, {REASON_ATTRIBUTE: redact(reason)}, value=None):
-            self._ended(assignment, state, None, wall_s=0.0)
+        trials.end(entry, state, {REASON_ATTRIBUTE: redact(reason)}, value=None)
+        self._save_if_due()
         if assignment.reads_test and isinstance(error, Diverged):
             return  # that a winner diverges on other seeds is a result
         self._failures_in_a_row += 1
@@ -378,9 +377,6 @@ class Controller:
         record = end_paused_run(folder, reason=reason)
         self.run_ended(record, folder, entry.params)
         trials.end(entry, "pruned", {REASON_ATTRIBUTE: reason}, value=None)
-
-    def _ended(self, assignment: Assignment, state: str, value: float | None, *, wall_s: float) -> None:
-        self._save_if_due()
 
     def _save_if_due(self) -> None:
         if self.sweep.is_due():

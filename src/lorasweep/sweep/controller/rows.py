@@ -56,6 +56,7 @@ def arm_row(arm: Arm, config: RunConfig) -> ArmRow:
         name=arm.name,
         method=config.method.name,
         trials=arm.trials,
+        steps=0 if config.method.name == "frozen" else config.trainer.max_steps,
         settings=dict(arm.settings),
         space=describe_space(arm.space),
         sampler=arm.driver.sampler.name,
@@ -67,6 +68,7 @@ def arm_row(arm: Arm, config: RunConfig) -> ArmRow:
 
 def trial_row(arm: str, trial: FrozenTrial, *, is_paused: bool) -> TrialRow:
     """Returns the row of a trial of the search."""
+    step = max(trial.intermediate_values, default=0)
     return TrialRow(
         arm=arm,
         number=trial.number,
@@ -76,6 +78,8 @@ def trial_row(arm: str, trial: FrozenTrial, *, is_paused: bool) -> TrialRow:
         run=run_name(arm, trial.number),
         reason=trial.user_attrs.get(REASON_ATTRIBUTE),
         duplicate_of=trial.user_attrs.get(DUPLICATE_ATTRIBUTE),
+        step=step,
+        last_value=trial.intermediate_values.get(step),
     )
 
 
@@ -84,6 +88,7 @@ def confirm_row(arm: str, trial: FrozenTrial, *, winner: int) -> ConfirmRow:
     state = row_state(trial)
     assert state != "pruned"
     assert state != "paused"
+    step = max(trial.intermediate_values, default=0)
     return ConfirmRow(
         arm=arm,
         trial=winner,
@@ -92,6 +97,8 @@ def confirm_row(arm: str, trial: FrozenTrial, *, winner: int) -> ConfirmRow:
         run=confirm_run_name(arm, trial.number),
         value=row_value(trial),
         reason=trial.user_attrs.get(REASON_ATTRIBUTE),
+        step=step,
+        last_value=trial.intermediate_values.get(step),
     )
 
 
