@@ -121,6 +121,11 @@ def sweep(arguments: argparse.Namespace) -> int:
         definition = saved_definition(arguments.resume)
     else:
         definition = _read_definition(arguments.words)
+    if (worker := definition.driver.worker).name == "slurm" and worker.dry_run:
+        from lorasweep.sweep.workers.slurm import batch_text
+
+        say(batch_text(worker, Path(definition.driver.sweep.output or f"outputs/{definition.name}")).removesuffix("\n"))
+        return DONE
     folder = _resume(arguments, benches) if arguments.resume else _start(definition, benches)
     console.print(f"sweep {folder.record.name} in {folder.path}", highlight=False, markup=False, soft_wrap=True)
     for note in folder.record.notes:
@@ -404,8 +409,10 @@ def _start(definition: Definition, benches: Any) -> SweepFolder:
 
 
 def _create(definition: Definition, benches: Any, path: Path) -> SweepFolder:
-    from lorasweep.sweep import check_definition, create_sweep, data_notes, sweep_metric
+    from lorasweep.sweep import check_definition, check_workers, create_sweep, data_notes, sweep_metric
 
+    for warning in check_workers(definition, path):
+        say(f"warning: {warning}")
     configs = check_definition(definition, benches)
     metric = sweep_metric(configs, benches)
     return create_sweep(definition, path, configs=configs, metric=metric, notes=data_notes(configs, benches))
@@ -430,9 +437,10 @@ def _refuse_other_settings(words: Sequence[str]) -> None:
 
 def _resume(arguments: argparse.Namespace, benches: Any) -> SweepFolder:
     from lorasweep.config.compose import parse_overrides
-    from lorasweep.sweep import check_definition, reopen_sweep
+    from lorasweep.sweep import check_definition, check_workers, reopen_sweep
 
     folder = reopen_sweep(arguments.resume, changes=parse_overrides(arguments.words))
+    check_workers(folder.definition, folder.path)
     check_definition(folder.definition, benches)
     return folder
 

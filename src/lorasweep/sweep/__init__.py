@@ -11,7 +11,7 @@ from lorasweep.sweep.plan import ArmPlan, plan_sweep, render_plan
 from lorasweep.sweep.reproduce import compare_sweeps
 from lorasweep.sweep.status import SweepStatus, follow, followed, read_status, render_status
 from lorasweep.sweep.sweep_file import find_sweep_file
-from lorasweep.sweep.workers.train import train_sweep
+from lorasweep.sweep.workers.train import check_workers, train_sweep
 
 __all__ = [
     "Arm",
@@ -21,6 +21,7 @@ __all__ = [
     "SweepFolder",
     "SweepStatus",
     "check_definition",
+    "check_workers",
     "compare_sweeps",
     "create_sweep",
     "data_notes",

@@ -376,7 +376,8 @@ class _Crew:
                     self._options() | {"scheduling_strategy": PlacementGroupSchedulingStrategy(group, False, number)}
                     for number in range(self._needs.processes)
                 ]
-            actors = [WorkerActor.options(**each).remote(self._setting, threads=self._needs.cpus) for each in options]
+            make: Any = WorkerActor
+            actors = [make.options(**each).remote(self._setting, threads=self._needs.cpus) for each in options]
             run = actors[0].run.remote(self._actor, name=name, num_workers=max(wanted, 1), peers=actors[1:])
             self._hired[run] = _Hired(name=name, actors=actors, group=group, run=run)
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 from lorasweep.config.slurm import SlurmConfig
-from lorasweep.config.sweep import RayWorkers
-from lorasweep.errors import WorkerError
+from lorasweep.config.sweep import LocalWorker, RayWorkers
+from lorasweep.errors import ConfigError, WorkerError
 from lorasweep.record import read_sweep
 from lorasweep.sweep.controller.controller import Controller, RunEnded
 from lorasweep.sweep.controller.folder import SweepFolder
@@ -28,6 +28,36 @@ from lorasweep.training import Benches, name_device
 
 JOBS_INTERVAL_S = 5.0
 """Seconds between two questions to Slurm about the jobs of a sweep that has no worker."""
+
+
+def check_workers(definition: Definition, path: Path) -> list[str]:
+    """Checks that the workers which a sweep asks for can train its trials; returns sentences of warning.
+
+    Args:
+        definition: The sweep.
+        path: Its folder, which need not exist yet.
+
+    Raises:
+        ConfigError: They can't, or Slurm refuses their jobs.
+    """
+    config = definition.driver.worker
+    processes = {arm.name: count_processes(next(arm.corners()).trainer) for arm in definition.arms}
+    most = max(processes, key=lambda name: processes[name])
+    if isinstance(config, LocalWorker) and processes[most] > 1:
+        raise ConfigError(
+            f"`trainer.devices` must be 1 with `worker=local`, but arm `{most}` has {processes[most]} processes a "
+            "trial. Use `worker=ray`, which starts them."
+        )
+    if len(set(processes.values())) > 1:
+        raise ConfigError(
+            "all arms must have one `trainer.devices` and `trainer.num_nodes`, because a worker has so many processes, "
+            f"but got {', '.join(f'{number} (arm `{name}`)' for name, number in processes.items())}."
+        )
+    if isinstance(config, SlurmConfig):
+        from lorasweep.sweep.workers.slurm import check_slurm  # noqa: PLC0415 (needs submitit)
+
+        return check_slurm(config, path)
+    return []
 
 
 def train_sweep(
