@@ -92,6 +92,8 @@ def head_for_nodes(folder: Path, *, ip: str | None, token_file: Path) -> Iterato
     handle = os.open(token_file, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600)
     os.write(handle, secrets.token_hex(32).encode())
     os.close(handle)
+    for name in ("RAY_AUTH_TOKEN", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"):  # would win over what is said here
+        os.environ.pop(name, None)
     os.environ["RAY_AUTH_TOKEN_PATH"] = str(token_file)
     with _connected(folder, **_head_options(), num_cpus=0, num_gpus=0, _node_ip_address=ip):
         import ray  # noqa: PLC0415

@@ -150,7 +150,7 @@ def _train_on_slurm(
         try:
             if missing := config.jobs - (live_jobs(read_job_ids(path)) or 0):
                 submit_nodes(config, path, num=missing)
-            return train_on_ray(
+            complete = train_on_ray(
                 path,
                 num="auto",
                 needs=_worker_needs(sweep.definition, config),
@@ -158,9 +158,14 @@ def _train_on_slurm(
                 run_ended=run_ended,
                 require_nodes=require_jobs,
             )
-        finally:
-            write_address(path, "")  # jobs that run end by themselves
+        except BaseException:
+            write_address(path, "")
             cancel_nodes(read_job_ids(path))
+            raise
+        if complete or not leads_in_job():  # a head that is requeued finds its nodes waiting
+            write_address(path, "")  # nodes end by themselves
+            cancel_nodes(read_job_ids(path))  # and jobs that wait for a machine
+        return complete
 
 
 def _wait_for_head(path: Path, job: str, *, stop_requested: Callable[[], bool]) -> bool:
