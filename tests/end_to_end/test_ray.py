@@ -190,8 +190,9 @@ def test_a_sweep_whose_head_died_is_resumed(start, tmp_path, victim):
     started = psutil.Process(sweep.process.pid).children(recursive=True)
     (sweep.process if victim == "driver" else sweep.find(victim)[0]).kill()
     sweep.process.wait(TIMEOUT_S)
-    _, left = psutil.wait_procs(started, timeout=30)
-    assert left == []
+    _, left = psutil.wait_procs(started, timeout=45)
+    # Ray's agents, which hold nothing, try for a minute or two to tell the head that it is gone
+    assert {process.name() for process in left} <= {"ray::DashboardAgent", "ray::RuntimeEnvAgent"}
     start("--resume", "out").wait()
     check_whole(tmp_path / "out")
 
