@@ -208,10 +208,10 @@ def test_an_interrupted_sweep_says_how_to_resume_and_goes_on_without_ray(start, 
 
 
 def test_two_sweeps_on_one_machine_do_not_meet(start, tmp_path):
-    both = [start("worker.num=1", f"sweep.output={name}", f"sweep.seed={name}") for name in ("1", "2")]
+    both = [start("worker.num=1", f"sweep.output={name}", f"sweep.seed={name[-1]}") for name in ("out1", "out2")]
     for sweep in both:
         sweep.wait()
-    for name in ("1", "2"):
+    for name in ("out1", "out2"):
         check_whole(tmp_path / name)
 
 
@@ -282,8 +282,9 @@ def test_a_worker_with_other_code_is_refused_and_the_others_go_on(start, tmp_pat
     with (other / "lorasweep" / "errors.py").open("a") as file:
         file.write("# changed\n")
     cluster = nodes(1)
-    cluster.tell(f"add {other}")
     sweep = start(f"worker.address={cluster.address}", "sweep.output=out", environment=cluster.environment)
+    wait_for(lambda: has_evaluated(tmp_path / "out"), sweep)
+    cluster.tell(f"add {other}")
     assert "every node must have the same code and packages, but node " in sweep.wait()
     check_whole(tmp_path / "out")
 
