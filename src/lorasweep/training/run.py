@@ -13,6 +13,7 @@ from pathlib import Path
 
 import lightning
 import torch
+from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -81,6 +82,7 @@ def train_run(
     on_evaluation: GoesOn = go_on,
     stop_requested: Callable[[], bool] = never_stop,
     resume: bool = False,
+    cluster: ClusterEnvironment | None = None,
 ) -> RunRecord:
     """Trains one run and returns its record, which is also in its folder.
 
@@ -95,6 +97,7 @@ def train_run(
             returns at the last step, or where early stopping ends the run, has no effect.
         stop_requested: Asked after every step whether to stop with a checkpoint (status `interrupted`).
         resume: Resumes from the folder's newest checkpoint of a run alone, where there is one.
+        cluster: Where the processes that train the run together meet; None where this process trains it alone.
 
     Of several ranks (`ranks.join_ranks`) each calls this with the same run. The first alone writes and asks
     `on_evaluation`; all end alike, by the first error of any.
@@ -108,6 +111,10 @@ def train_run(
     """
     ranks = current_ranks()
     require_ranks(config.trainer)
+    if cluster is not None and cluster.world_size() > 1:
+        raise ConfigError(
+            f"`trainer.devices` must be 1 with `worker=ray`, but a worker has {cluster.world_size()} processes."
+        )
     too_large: list[int] = []
     while True:
         try:
