@@ -5,11 +5,11 @@ from __future__ import annotations
 import errno
 import os
 import re
+from types import SimpleNamespace
 
 import pytest
 
-from lorasweep import disk
-from lorasweep.disk import why_unwritable, write_atomically
+from lorasweep.disk import network_file_system, why_unwritable, write_atomically
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_beside_it(tmp_path, monkeypatch):
@@ -73,11 +73,9 @@ def test_an_error_of_a_runs_own_is_no_matter_of_the_disk(tmp_path):
 
 @pytest.mark.parametrize(("kind", "is_network"), [("nfs4", True), ("lustre", True), ("ext4", False), ("tmpfs", False)])
 def test_a_network_file_system_is_known_by_its_mount(tmp_path, monkeypatch, kind, is_network):
-    mounts = tmp_path / "mountinfo"
-    mounts.write_text(
-        f"22 1 8:1 / / rw - ext4 /dev/sda1 rw\n30 22 0:40 / {tmp_path}/shared\\040space rw - {kind} server:/export rw\n"
-    )
-    monkeypatch.setattr(disk, "MOUNTS", mounts)
     (tmp_path / "shared space").mkdir()
-    assert disk.network_file_system(tmp_path / "shared space" / "not" / "yet") == (kind if is_network else None)
-    assert disk.network_file_system(tmp_path) is None
+    mounts = [("/", "ext4"), (str(tmp_path / "shared space"), "autofs"), (str(tmp_path / "shared space"), kind)]
+    parts = [SimpleNamespace(mountpoint=point, fstype=name) for point, name in mounts]
+    monkeypatch.setattr("psutil.disk_partitions", lambda all: parts)
+    assert network_file_system(tmp_path / "shared space" / "not" / "yet") == (kind if is_network else None)
+    assert network_file_system(tmp_path) is None

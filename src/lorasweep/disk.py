@@ -32,8 +32,7 @@ NETWORK_FILE_SYSTEMS = (
     ),
     *("fuse.ceph", "fuse.juicefs", "fuse.s3fs", "fuse.gcsfuse", "wekafs", "panfs", "orangefs", "ocfs2", "gfs2"),
 )
-"""How their names begin, as Linux gives them."""
-MOUNTS = Path("/proc/self/mountinfo")
+"""How the names of network file systems begin, as Linux gives them."""
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -121,25 +120,14 @@ def _flush(path: Path) -> None:
 def network_file_system(path: Path) -> str | None:
     """Returns the kind of network file system that a path, or the nearest folder above it that is there, is on.
 
-    None on a local one, and where the system doesn't say (it is not Linux).
+    None on a local one.
     """
+    import psutil  # noqa: PLC0415 (`lorasweep.lora` writes files too, and needs torch only)
+
     found = path.absolute()
     while not found.exists():
         found = found.parent
-    kind = _file_system(found.resolve())
-    return kind if kind is not None and kind.startswith(NETWORK_FILE_SYSTEMS) else None
-
-
-def _file_system(path: Path) -> str | None:
-    """The kind of file system that is mounted at a path or nearest above it, see proc_pid_mountinfo(5)."""
-    try:
-        lines = MOUNTS.read_text().splitlines()
-    except OSError:
-        return None
-    nearest, kind = "", None
-    for line in lines:
-        before, _, after = line.partition(" - ")
-        mounted = before.split()[4].encode().decode("unicode_escape")
-        if path.is_relative_to(mounted) and len(mounted) >= len(nearest):
-            nearest, kind = mounted, after.split()[0]
-    return kind
+    mounts = [part for part in psutil.disk_partitions(all=True) if found.resolve().is_relative_to(part.mountpoint)]
+    # Of several file systems mounted at one point, the last one is seen.
+    kind = max(reversed(mounts), key=lambda part: len(part.mountpoint)).fstype if mounts else ""
+    return kind if kind.startswith(NETWORK_FILE_SYSTEMS) else None

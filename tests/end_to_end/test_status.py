@@ -77,7 +77,7 @@ def test_the_time_of_a_sweep_is_divided_into_phases_and_its_report_shows_them(tm
     parts = [numbers[f"{name}_s"] for name in PHASES]
     assert 0 < sum(parts) <= numbers["wall_s"] + 0.01
     assert min(numbers[name] for name in ("training_s", "evaluating_s", "storage_s", "trained_tokens")) > 0
-    assert numbers["peak_memory_bytes"] >= numbers["memory_bytes"] > 2**20
+    assert numbers["peak_memory_bytes"] > 2**20
     assert '<section id="time">' in (tmp_path / "out" / "report" / "index.html").read_text()
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from lorasweep.record import SweepRecord
 from lorasweep.report.runs import finite_number
-from lorasweep.wording import format_bytes, format_count, format_seconds, format_share
+from lorasweep.wording import format_bytes, format_count, format_seconds
 
 ACTIVITIES = {
     "training_s": "training",
@@ -43,10 +43,8 @@ class TimeUse:
     peak_memory_bytes: float | None
     cores_used: float | None
     """Processor cores in use on average."""
-    gpu_use_fraction: float | None
-    """Mean over its GPUs."""
     gpu_peak_memory_bytes: float | None
-    """Of the GPU that used most."""
+    """Memory of the GPU of which it used most."""
 
 
 def measure_time_use(record: SweepRecord) -> TimeUse | None:
@@ -57,8 +55,7 @@ def measure_time_use(record: SweepRecord) -> TimeUse | None:
         return None
     spent = {name: known.get(key, 0.0) for key, name in ACTIVITIES.items()}
     spent[OTHER] = max(0.0, wall_s - sum(spent.values()))
-    uses = [value for key, value in known.items() if key.startswith("gpu") and key.endswith("_use_fraction")]
-    peaks = [value for key, value in known.items() if key.startswith("gpu") and key.endswith("_peak_memory_bytes")]
+    tokens, training_s = known.get("trained_tokens"), known.get("training_s")
     return TimeUse(
         device=record.device,
         threads=record.threads,
@@ -68,11 +65,10 @@ def measure_time_use(record: SweepRecord) -> TimeUse | None:
             for name, seconds in spent.items()
             if seconds > 0
         ),
-        tokens_per_s=known.get("tokens_per_s"),
+        tokens_per_s=tokens / training_s if tokens and training_s else None,
         peak_memory_bytes=known.get("peak_memory_bytes"),
         cores_used=cpu_s / wall_s if cpu_s else None,
-        gpu_use_fraction=sum(uses) / len(uses) if uses else None,
-        gpu_peak_memory_bytes=max(peaks, default=None),
+        gpu_peak_memory_bytes=known.get("gpu_peak_memory_bytes"),
     )
 
 
@@ -84,7 +80,6 @@ def describe_time_use(use: TimeUse) -> str:
         *([f"{format_count(use.tokens_per_s)} tokens per second of training"] if use.tokens_per_s else []),
         *([f"{use.cores_used:.1f} processor cores on average"] if use.cores_used else []),
         *([f"at most {format_bytes(use.peak_memory_bytes)} of memory"] if use.peak_memory_bytes else []),
-        *([f"{format_share(use.gpu_use_fraction)} of its GPUs' time"] if use.gpu_use_fraction else []),
         *([f"at most {format_bytes(use.gpu_peak_memory_bytes)} on a GPU"] if use.gpu_peak_memory_bytes else []),
     ]
     measured = f" Measured: {'; '.join(used)}." if used else ""

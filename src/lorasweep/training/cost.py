@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
+import psutil
 import torch
 
 from lorasweep.config.run import RunConfig
@@ -164,7 +163,4 @@ def _median(times: Sequence[float]) -> float:
 def _memory_in_use() -> int:
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())
-    try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:
-        return 0
+    return int(psutil.Process().memory_info().rss)

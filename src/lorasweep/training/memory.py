@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import torch
 from torch import Tensor, nn
 
@@ -18,16 +18,16 @@ def machine_memory_bytes(device: torch.device) -> int:
     """
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
-    physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return min([physical, *cgroup_limits()])
+    return min([int(psutil.virtual_memory().total), *cgroup_limits()])
 
 
 def cgroup_limits(
     *, memberships: Path = Path("/proc/self/cgroup"), mount: Path = Path("/sys/fs/cgroup")
 ) -> Iterator[int]:
-    """Yields the limits of memory in bytes of the control groups that this process is in, and of those above them.
+    """Yields the memory limits in bytes of the control groups that this process is in, and of those above them.
 
-    Containers and Slurm limit memory so. See cgroups(7); nothing on systems without control groups.
+    Containers and Slurm limit memory so; psutil does not read these limits. See cgroups(7). Yields nothing on systems
+    without control groups.
 
     Args:
         memberships: A file of lines `number:controllers:path`.

@@ -27,7 +27,7 @@ from lorasweep.sweep.controller.stages import Confirm, Search, Stage
 from lorasweep.sweep.controller.storage import database_must_answer
 from lorasweep.sweep.definition import Arm
 from lorasweep.training import RunPlace, end_paused_run, remove_checkpoints
-from lorasweep.training.telemetry import add_session
+from lorasweep.training.telemetry import add_telemetry
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -97,7 +97,7 @@ class Controller:
         self._deaths_in_a_row = 0
         self._is_over = False
         self._usage: dict[str, dict[str, float]] = {}
-        sweep.measure = lambda: functools.reduce(add_session, self._usage.values(), {})
+        sweep.measure = lambda: functools.reduce(add_telemetry, self._usage.values(), {})
         self._warn_of_foreign_trials()
         self._start(self.search)
         self._advance()

@@ -27,7 +27,7 @@ from lorasweep.errors import WorkerError
 from lorasweep.record import ConfirmRow, SweepRecord, TrialRow, utc_now, write_record
 from lorasweep.sweep.controller.storage import close_storage, open_study
 from lorasweep.sweep.definition import Definition
-from lorasweep.training.telemetry import add_session
+from lorasweep.training.telemetry import add_telemetry
 
 LOCK_FILE = ".lock"
 PACK_FILE = "pack.json"
@@ -46,7 +46,7 @@ class SweepFolder:
     lock: int
     """File descriptor of the folder's lock. The system lets go of it when the process ends, however it ends."""
     measure: Callable[[], dict[str, float]] = dict
-    """Returns what the time and memory of this process go to."""
+    """Returns the telemetry of all workers of this session."""
     opened: float = field(default_factory=time.monotonic)
     makespan_before_s: float = 0.0
     telemetry_before: dict[str, float] = field(default_factory=dict)
@@ -85,7 +85,7 @@ class SweepFolder:
         self.check_disk()
         record = self.record
         record.makespan_s = self.makespan_before_s + began - self.opened
-        record.telemetry = add_session(self.telemetry_before, self.measure())
+        record.telemetry = add_telemetry(self.telemetry_before, self.measure())
         record.trials, record.confirm = list(trials), list(confirm)
         if status is not None:
             record.status, record.ended_at = status, utc_now() if status != "running" else None

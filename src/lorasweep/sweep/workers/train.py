@@ -93,7 +93,7 @@ def _train_here(
 ) -> bool:
     controller = Controller(sweep, run_ended=run_ended)
     controller.note_worker(device=name_device(), threads=torch.get_num_threads())
-    sweep.measure = lambda: benches.telemetry.sample().as_numbers()
+    sweep.measure = benches.telemetry.sample
     controller.save("running")
     worker = Worker(
         sweep.path,

@@ -113,7 +113,7 @@ class Worker:
             yield
 
     def _note_usage(self) -> None:
-        self.controller.note_usage(self.name, self.benches.telemetry.sample().as_numbers())
+        self.controller.note_usage(self.name, self.benches.telemetry.sample())
 
     def _take(
         self, arms: Sequence[Arm] | None = None, *, tell: Callable[[Assignment, RunRecord], None] | None = None
