@@ -232,12 +232,15 @@ class LoraPack:
 
     def state(self) -> Any:
         """Returns a copy of the moments and of each slot's dropout stream."""
-        return self.optimizer.state_dict(), [stream.get_state() for stream in self.streams], torch.get_rng_state()
+        moments = [self.optimizer.slot_moments(slot) for slot in range(len(self.points))]
+        streams = [stream.get_state() for stream in self.streams]
+        return moments, list(self.optimizer.num_steps), streams, torch.get_rng_state()
 
     def load(self, state: Any) -> None:
         """Takes back what `state` gave."""
-        optimizer, streams, shared = state
-        self.optimizer.load_state_dict(optimizer)
+        moments, num_steps, streams, shared = state
+        for slot, (own, steps) in enumerate(zip(moments, num_steps, strict=True)):
+            self.optimizer.load_slot(slot, own, num_steps=steps)
         for stream, saved in zip(self.streams, streams, strict=True):
             stream.set_state(saved)
         torch.set_rng_state(shared)

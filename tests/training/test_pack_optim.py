@@ -1,8 +1,6 @@
 from __future__ import annotations
 
-import copy
 import dataclasses
-import itertools
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -261,37 +259,13 @@ def test_slots_that_join_and_leave_are_their_solo_runs(
         assert_same_trial(pack, slot, solo)
 
 
-def test_a_slot_that_pauses_goes_on_as_if_it_had_not() -> None:
-    batches = [draw_batches(slot, 20) for slot in range(2)]
-    pack = PackedRun(make_llama(), LLAMA_SLOTS[:2], SETTINGS[:2])
-    pack.train([b[:5] for b in batches])
-    before = slot_state(pack.model, 1)
-    pack.optimizer.active[1] = False
-    state, losses = pack.streams[1].get_state(), list(pack.losses[1])
-    pack.train([batches[0][5:10], batches[1][5:10]])
-    after = slot_state(pack.model, 1)
-    assert all(torch.equal(after[key], value) for key, value in before.items())
-    assert pack.optimizer.num_steps == [10, 5]
-
-    pack.optimizer.active[1] = True
-    pack.streams[1].set_state(state)
-    pack.losses[1] = losses
-    pack.train([batches[0][10:20], batches[1][5:15]])
-    for slot, num_steps in enumerate((20, 15)):
-        solo = SoloRun(make_llama(), LLAMA_SLOTS[slot], SETTINGS[slot], slot)
-        solo.train(batches[slot][:num_steps])
-        assert_same_trial(pack, slot, solo)
-
-
-@pytest.mark.parametrize("paused", [False, True])
-def test_a_slot_of_nan_leaves_the_others_bit_identical(paused: bool) -> None:
+def test_a_slot_of_nan_leaves_the_others_bit_identical() -> None:
     batches = [draw_batches(slot, 8) for slot in range(4)]
     healthy, broken = (PackedRun(make_llama(), LLAMA_SLOTS, SETTINGS) for _ in range(2))
     with torch.no_grad():
         for layer in packed_layers(broken.model).values():
             layer.lora_a[1] = float("nan")
             layer.lora_b[1] = float("inf")
-    broken.optimizer.active[1] = not paused
     for pack in (healthy, broken):
         pack.train(batches)
     assert torch.stack(broken.losses[1]).isnan().all()
@@ -305,21 +279,6 @@ def test_a_slot_of_nan_leaves_the_others_bit_identical(paused: bool) -> None:
     broken.losses[1] = []
     broken.train(batches)
     assert torch.stack(broken.losses[1]).isfinite().all()
-
-
-def test_nan_gradients_of_a_paused_slot_are_not_taken() -> None:
-    pack = PackedRun(make_llama(), LLAMA_SLOTS[:2], SETTINGS[:2])
-    before = slot_state(pack.model, 1)
-    pack.optimizer.active[1] = False
-    for parameter in itertools.chain(*split_packed_parameters(pack.model)):
-        parameter.grad = torch.ones_like(parameter)
-        parameter.grad[1] = float("nan")
-    pack.optimizer.step()
-    pack.optimizer.active[1] = True
-    pack.optimizer.zero_grad()
-    pack.optimizer.step()
-    after = slot_state(pack.model, 1)
-    assert all(torch.equal(after[key], value) for key, value in before.items())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -362,39 +321,6 @@ def test_a_parameter_without_a_gradient_stays() -> None:
     assert (used < 1).all()
 
 
-def test_a_closure_is_called_and_its_loss_returned() -> None:
-    parameter = nn.Parameter(torch.ones(2, 3, 4))
-    optimizer = StackedAdamW(([parameter], [], []), [settings()] * 2)
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = parameter.sum()
-        loss.backward()
-        return loss
-
-    assert optimizer.step(closure).item() == 24
-    assert torch.allclose(parameter, torch.tensor(0.99))  # Adam's first step has the length of the learning rate
-
-
-def test_goes_on_from_its_state() -> None:
-    batches = [draw_batches(slot, 12) for slot in range(3)]
-    whole = PackedRun(make_llama(), LLAMA_SLOTS[:3], SETTINGS[:3])
-    whole.train([b[:6] for b in batches])
-    resumed = PackedRun(make_llama(), LLAMA_SLOTS[:3], SETTINGS[1:])  # settings come with the state
-    resumed.model.load_state_dict(whole.model.state_dict())
-    resumed.optimizer.load_state_dict(copy.deepcopy(whole.optimizer.state_dict()))
-    resumed.losses = copy.deepcopy(whole.losses)
-    for mine, theirs in zip(resumed.streams, whole.streams, strict=True):
-        mine.set_state(theirs.get_state())
-    for pack in (whole, resumed):
-        pack.train([b[6:] for b in batches])
-        assert pack.optimizer.num_steps == [12] * 3
-    assert whole.losses == resumed.losses
-    for slot in range(3):
-        expected = slot_state(whole.model, slot)
-        assert all(torch.equal(value, expected[key]) for key, value in slot_state(resumed.model, slot).items())
-
-
 def test_bad_requests_are_refused() -> None:
     parameters = ([nn.Parameter(torch.ones(2, 3, 4))], [], [])
     with pytest.raises(ValueError, match="settings for 2 slots, but got 1"):
@@ -404,6 +330,3 @@ def test_bad_requests_are_refused() -> None:
     optimizer = StackedAdamW(parameters, [settings()] * 2)
     with pytest.raises(ValueError, match="slot 0 has 0"):
         optimizer.reset_slot(0, settings(eps=0.0))
-    other = StackedAdamW(([nn.Parameter(torch.ones(2, 3, 5))], [], []), [settings()] * 2)
-    with pytest.raises(ValueError, match=r"shapes \[\(2, 12\)\] of this pack, but got \[\(2, 15\)\]"):
-        optimizer.load_state_dict(other.state_dict())

@@ -18,8 +18,6 @@ from lorasweep.record import RUN_FILE, STEPS_FILE, read_run, read_steps
 from lorasweep.training import Job, RunPlace, reproduce_run, train_pack, train_run
 from lorasweep.training.reproduce import PACK_TOLERANCE, config_as_run
 
-VERSION_1 = Path(__file__).parent.parent / "records" / "version_1" / "runs" / "lora-0000"
-
 
 @pytest.fixture(scope="module")
 def finished(make_config, bench, tmp_path_factory):
@@ -191,12 +189,6 @@ def test_what_was_auto_is_as_it_turned_out(make_config, run):
     record.batching["micro_batches"] = 2
     trainer = config_as_run(record).trainer
     assert (trainer.precision, trainer.device, trainer.accumulate) == ("bf16", "auto", 2)
-
-
-def test_a_record_of_version_1_is_repeated(tmp_path):
-    found = reproduce_run(VERSION_1, output=tmp_path / "again", tolerance=1e-2)
-    assert found.comparison.steps == 4
-    assert not config_as_run(read_run(VERSION_1)).trainer.deterministic
 
 
 def forbid(monkeypatch, name):

@@ -15,7 +15,6 @@ from lorasweep.config.compose import check_interpolations, packaged_folder
 from lorasweep.config.sweep import ArmConfig, SweepFile
 from lorasweep.errors import ConfigError
 from lorasweep.sweep.scaling import spell_out
-from lorasweep.sweep.yaml_bounds import check_bounds
 
 FILE_KEYS = ("name", "description", "settings", "arms")
 DEFAULT_TRIALS = 16
@@ -48,10 +47,9 @@ def read_content(source: Path) -> Any:
     """Returns what a sweep file holds, as nested mappings and lists.
 
     Raises:
-        ConfigError: It is no YAML file, or one that stands for more than a sweep can be.
+        ConfigError: It is no YAML file.
     """
     try:
-        check_bounds(source)
         loaded = OmegaConf.load(source)
         check_interpolations(OmegaConf.to_container(loaded, resolve=False))
         return OmegaConf.to_container(loaded, resolve=True)

@@ -5,8 +5,8 @@ Everything is elementwise or reduced within a slot, so a slot whose gradient is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -39,12 +39,11 @@ class StackedAdamW(torch.optim.Optimizer):
     Attributes:
         settings: Of each slot.
         lr_factors: Share of the peak learning rate at which each slot makes its next step; its schedule's to set.
-        active: Whether each slot takes part in the next step; one that does not stays as it is, step count included.
         num_steps: Steps that each slot has made.
     """
 
     def __init__(self, parameters: PackedParameters, settings: Sequence[OptimConfig]) -> None:
-        """Starts with all slots active, at their peak rate.
+        """Starts with no steps made, at the peak rates.
 
         Args:
             parameters: Of a packed model; the first dimension of each is the slot.
@@ -61,7 +60,6 @@ class StackedAdamW(torch.optim.Optimizer):
         for slot, config in enumerate(self.settings):
             _check_eps(slot, config)
         self.lr_factors = [1.0] * slots
-        self.active = [True] * slots
         self.num_steps = [0] * slots
         self._moments = [_zero_moments(group["params"]) for group in self.param_groups]
 
@@ -71,33 +69,20 @@ class StackedAdamW(torch.optim.Optimizer):
         return len(self.settings)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Makes one step in every active slot, from the gradients of the parameters.
-
-        Args:
-            closure: Computes the loss anew, as for any optimizer of torch.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for slot, active in enumerate(self.active):
-            self.num_steps[slot] += active
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Makes one step in every slot, from the gradients of the parameters."""
+        self.num_steps = [number + 1 for number in self.num_steps]
         for group, moments in zip(self.param_groups, self._moments, strict=True):
             self._update(group, moments)
-        return loss
 
     @torch.no_grad()
-    def clip_slots(self, max_norms: Sequence[float | None] | None = None) -> Tensor:
-        """Scales each slot's gradients so that their norm is at most the slot's, as `clip_grad_norm_` does for a model.
-
-        Args:
-            max_norms: One per slot, None for no limit; by default `clip_norm` of the settings.
+    def clip_slots(self) -> Tensor:
+        """Scales each slot's gradients to a norm of at most its `clip_norm`, as `clip_grad_norm_` does for a model.
 
         Returns:
             The norms before, (slots,).
         """
-        limits = [config.clip_norm for config in self.settings] if max_norms is None else max_norms
+        limits = [config.clip_norm for config in self.settings]
         gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
         norms = torch.stack([torch.linalg.vector_norm(grad.flatten(1), dim=1) for grad in gradients])
         total: Tensor = torch.linalg.vector_norm(norms, dim=0)  # (slots,)
@@ -109,14 +94,14 @@ class StackedAdamW(torch.optim.Optimizer):
         return total
 
     def reset_slot(self, slot: int, settings: OptimConfig) -> None:
-        """Starts a slot anew for another trial: no steps, no moments, active at its peak rate.
+        """Starts a slot anew for another trial: no steps, no moments, at its peak rate.
 
         Raises:
             ValueError: `eps` is 0.
         """
         _check_eps(slot, settings)
         self.settings[slot] = settings
-        self.lr_factors[slot], self.active[slot], self.num_steps[slot] = 1.0, True, 0
+        self.lr_factors[slot], self.num_steps[slot] = 1.0, 0
         for moments in self._moments:
             moments.exp_avg[slot], moments.exp_avg_sq[slot] = 0, 0
 
@@ -132,7 +117,7 @@ class StackedAdamW(torch.optim.Optimizer):
         """
         kept = list(range(self.num_slots)) if keep is None else list(keep)
         known = self._by_parameter()
-        for name in ("settings", "lr_factors", "active", "num_steps"):
+        for name in ("settings", "lr_factors", "num_steps"):
             setattr(self, name, [getattr(self, name)[slot] for slot in kept])
         self.param_groups.clear()
         for group in _group(parameters):
@@ -157,53 +142,17 @@ class StackedAdamW(torch.optim.Optimizer):
                 overlap = tuple(slice(0, min(a, b)) for a, b in zip(into[slot].shape, given.shape, strict=True))
                 into[slot][overlap] = given[overlap].to(into)
 
-    def state_dict(self) -> dict[str, Any]:
-        """What `load_state_dict` needs to go on: tensors, numbers and texts."""
-        return {
-            "settings": [asdict(config) for config in self.settings],
-            "lr_factors": list(self.lr_factors),
-            "active": list(self.active),
-            "num_steps": list(self.num_steps),
-            "exp_avg": [moments.exp_avg.clone() for moments in self._moments],
-            "exp_avg_sq": [moments.exp_avg_sq.clone() for moments in self._moments],
-        }
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on from a state of a pack of the same slots and shapes.
-
-        Raises:
-            ValueError: The shapes are others.
-        """
-        for name in ("exp_avg", "exp_avg_sq"):
-            got = [tuple(moment.shape) for moment in state_dict[name]]
-            expected = [tuple(getattr(moments, name).shape) for moments in self._moments]
-            if got != expected:
-                raise ValueError(
-                    f"The optimizer's state must have the shapes {expected} of this pack, but got {got}. "
-                    "Fill or compact the pack as it was when the state was written."
-                )
-            for moments, moment in zip(self._moments, state_dict[name], strict=True):
-                getattr(moments, name).copy_(moment)
-        self.settings = [OptimConfig(**config) for config in state_dict["settings"]]
-        for name in ("lr_factors", "active", "num_steps"):
-            setattr(self, name, list(state_dict[name]))
-
     def _update(self, group: dict[str, Any], moments: Moments) -> None:
         """AdamW in the order of operations of `torch.optim.adamw`, on all parameters of a group laid side by side."""
         parameters: list[nn.Parameter] = group["params"]
         exp_avg, exp_avg_sq = moments.exp_avg, moments.exp_avg_sq
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         grad = torch.cat([gradient.flatten(1) for gradient in gradients], dim=1)  # (slots, numbers)
-        idle = None if all(self.active) else _column([not active for active in self.active], like=grad).bool()
-        if idle is not None:
-            grad.masked_fill_(idle, 0)
         decay, mean_weight, sq_factor, sq_weight, correction, eps, step_size = self._coefficients(group, like=grad)
         exp_avg.lerp_(grad, mean_weight)
         exp_avg_sq.mul_(sq_factor).addcmul_(grad * sq_weight, grad)
         denominator = exp_avg_sq.sqrt().div_(correction).add_(eps)
         change = (exp_avg * -step_size).div_(denominator)
-        if idle is not None:
-            change.masked_fill_(idle, 0)
         decays = group["decays"] and any(config.weight_decay for config in self.settings)
         sizes = [shape.numel() for shape in moments.shapes]
         for parameter, own in zip(parameters, torch.split(change, sizes, dim=1), strict=True):
@@ -212,13 +161,11 @@ class StackedAdamW(torch.optim.Optimizer):
             parameter.add_(own.view(parameter.shape))
 
     def _coefficients(self, group: dict[str, Any], *, like: Tensor) -> tuple[Tensor, ...]:
-        """A column (slots, 1) for each number that enters the update; those of an idle slot change nothing."""
+        """A column (slots, 1) for each number that enters the update."""
         rows = [self._slot_coefficients(slot, group) for slot in range(self.num_slots)]
         return tuple(_column(rows, like=like).unsqueeze(-1).unbind(1))
 
     def _slot_coefficients(self, slot: int, group: dict[str, Any]) -> tuple[float, ...]:
-        if not self.active[slot]:
-            return 1.0, 0.0, 1.0, 0.0, 1.0, 1.0, 0.0
         config, step = self.settings[slot], self.num_steps[slot]
         ratios = {"lora_a": 1.0, "lora_b": config.lr_ratio_b}
         lr = config.lr * ratios.get(group["name"], config.lr_ratio_head) * self.lr_factors[slot]
@@ -259,8 +206,7 @@ def _zero_moments(parameters: Sequence[nn.Parameter]) -> Moments:
 
 def _column(values: Sequence[Any], *, like: Tensor) -> Tensor:
     """Numbers per slot as a tensor: computed in float64, rounded once to the dtype of the parameters."""
-    column = torch.tensor(values, dtype=torch.float64).to(dtype=like.dtype).to(like.device, non_blocking=True)
-    return column if column.dim() > 1 else column[:, None]
+    return torch.tensor(values, dtype=torch.float64).to(dtype=like.dtype).to(like.device, non_blocking=True)
 
 
 def _per_slot(values: Tensor, like: Tensor) -> Tensor:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -20,15 +17,6 @@ from lorasweep.record import RunRecord, sha256_of
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-LATER_SETTINGS: dict[str, Any] = {
-    "trainer.deterministic": False,
-    "trainer.strategy": "auto",
-    "trainer.devices": 1,
-    "trainer.num_nodes": 1,
-}
-"""Settings that records of an earlier version lack, by dotted key, with the value that runs then had."""
-
-
 def restore_config(record: RunRecord) -> RunConfig:
     """Returns the settings of a run.
 
@@ -36,21 +24,12 @@ def restore_config(record: RunRecord) -> RunConfig:
         RecordError: The record has none that this version knows.
     """
     try:
-        return build(RunConfig, _with_later_settings(record.config))
+        return build(RunConfig, record.config)
     except (ConfigError, TypeError, AttributeError) as error:
         raise RecordError(
             f"a run's record must hold settings of this version of lorasweep, but does not: {error} "
             "Use the version that `code` in the record names."
         ) from error
-
-
-def _with_later_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    completed = copy.deepcopy(dict(config))
-    for key, value in LATER_SETTINGS.items():
-        group, name = key.split(".")
-        if isinstance(completed.get(group), dict):
-            completed[group].setdefault(name, value)
-    return completed
 
 
 def restore_base(record: RunRecord, config: RunConfig) -> BaseModel:

@@ -76,13 +76,9 @@ def descend(model: nn.Module) -> None:
 def make_pack() -> Callable[..., PackAndSolos]:
     """Makes a pack in float64 whose slots have random values, and the solo models with the same values."""
 
-    def make(
-        make_base: Callable[[], nn.Module], configs: Sequence[LoraConfig], *, rank_capacity: int = 0
-    ) -> PackAndSolos:
+    def make(make_base: Callable[[], nn.Module], configs: Sequence[LoraConfig]) -> PackAndSolos:
         pack = make_base().double()
-        inject_packed_lora(
-            pack, configs, generators=[stream(k) for k in range(len(configs))], rank_capacity=rank_capacity
-        )
+        inject_packed_lora(pack, configs, generators=[stream(k) for k in range(len(configs))])
         pack.double()
         solos = []
         for slot, config in enumerate(configs):

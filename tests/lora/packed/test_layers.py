@@ -142,12 +142,6 @@ def test_one_slot_is_a_pack(make_model, make_pack) -> None:
     make_pack(make_model, [LoraConfig(rank=2, dropout=0.3)]).assert_equal(tokens_of(11, 5))
 
 
-def test_spare_capacity_changes_nothing(make_model, make_pack) -> None:
-    both = make_pack(make_model, [LoraConfig(rank=2), LoraConfig(rank=1), LoraConfig(rank=2)], rank_capacity=6)
-    assert {layer.capacity for layer in packed_layers(both.pack).values()} == {6}
-    both.assert_equal(tokens_of(11, 5))
-
-
 def test_evaluation_drops_nothing(make_model, make_pack) -> None:
     both = make_pack(make_model, [LoraConfig(rank=2, dropout=0.5)] * 3)
     both.pack.eval()

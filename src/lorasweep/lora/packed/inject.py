@@ -13,7 +13,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lorasweep.config.method import LoraConfig
 from lorasweep.lora.inject import check_not_injected, freeze, inject_lora, replace_module
-from lorasweep.lora.kinds import matrix_shape
 from lorasweep.lora.layers import LoraLayer, lora_layers
 from lorasweep.lora.packed.dropout import SlotDropout, SlotStreams, slot_dropouts
 from lorasweep.lora.packed.layers import packed_class, packed_layers
@@ -34,7 +33,6 @@ def inject_packed_lora(
     configs: Sequence[LoraConfig],
     *,
     generators: Sequence[torch.Generator | None] | None = None,
-    rank_capacity: int = 0,
     start: SlotStart | None = None,
 ) -> list[Coverage]:
     """Adapts `model` in place for a pack of trials: slot k is what `inject_lora` makes of `configs[k]`.
@@ -49,7 +47,6 @@ def inject_packed_lora(
         model: Any module that `inject_lora` handles, whose inputs have the batch first.
         configs: One for each slot; ranks, α, scaling rule, dropout, start, targets and `modules_to_save` may differ.
         generators: CPU random stream of each slot's A and B, drawn as by `inject_lora`; torch's own where None.
-        rank_capacity: Least rank for which memory is laid out, so that higher ranks may be filled in later for free.
         start: Called as `start(copy, generator=...)` with each slot's own copy of the modules before it is adapted, to
             replace parameters of modules that the slot trains in full: a new head, drawn from the slot's stream as a
             solo run draws it. Must not write to tensors, which the copies share.
@@ -68,7 +65,7 @@ def inject_packed_lora(
     freeze(model)
     for dropout in [module for module in model.modules() if type(module) is nn.Dropout]:
         replace_module(model, dropout, SlotDropout(dropout, pack))
-    add_layers(model, solos, pack, rank_capacity=rank_capacity)
+    add_layers(model, solos, pack)
     for slot, solo in enumerate(solos):
         put_solo(model, slot, solo)
     return coverages
@@ -172,9 +169,7 @@ def check_together(model: nn.Module, solos: Sequence[nn.Module]) -> None:
     _check_modules(modules)
 
 
-def add_layers(
-    model: nn.Module, solos: Sequence[nn.Module], pack: SlotStreams, *, rank_capacity: int = 0
-) -> tuple[str, ...]:
+def add_layers(model: nn.Module, solos: Sequence[nn.Module], pack: SlotStreams) -> tuple[str, ...]:
     """Puts packed layers, as yet without a change, wherever one of these models has an ordinary one and `model` none.
 
     Returns:
@@ -187,7 +182,6 @@ def add_layers(
     for name, found in layers.items():
         base = model.get_submodule(name)
         capacity = max(layer.matrices()[0].shape[0] for layer in found)
-        capacity = max(capacity, min(rank_capacity, *matrix_shape(base)))
         replace_module(model, base, packed_class(found[0])(base, pack, dtype=dtype, capacity=capacity))
     for name in modules:
         base = model.get_submodule(name)
