@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorasweep.disk import free_folder
+from lorasweep.disk import free_folder, is_new_or_empty
 from lorasweep.errors import ConfigError, LoraSweepError, RecordError
 from lorasweep.launch import read_launch
 from lorasweep.redaction import redact
@@ -490,7 +490,7 @@ def _new_output(given: Path | None, default: Path) -> Path:
 
 
 def _require_new(path: Path, *, key: str) -> Path:
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    if not is_new_or_empty(path):
         raise ConfigError(
             f"`{key}` must be a new or empty folder, but {str(path)!r} is not. Leave it out for a new one."
         )

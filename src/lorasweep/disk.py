@@ -72,6 +72,11 @@ def free_folder(wanted: Path) -> Path:
     return path
 
 
+def is_new_or_empty(path: Path) -> bool:
+    """Returns whether a path is free for results: nothing is there, or a folder without files."""
+    return not path.exists() or (path.is_dir() and not any(path.iterdir()))
+
+
 def remove_leftovers(folder: Path) -> None:
     """Removes what a killed process had not moved into place yet, in a folder that only this process writes to."""
     for path in folder.glob(".*.tmp"):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lorasweep.record import ConfirmRow, SweepRecord, TrialRow, folder_of_run, read_steps, read_sweep
+from lorasweep.record import ConfirmRow, SweepRecord, TrialRow, folder_of_run, read_sweep
+from lorasweep.training.comparison import read_values
 
 MISSING = "nothing"
 Row = TypeVar("Row", TrialRow, ConfirmRow)
@@ -96,25 +96,10 @@ def _in_params(where: str, row: TrialRow | ConfirmRow, other: TrialRow | Confirm
 
 def _in_steps(where: str, first: Path, second: Path) -> Iterator[Difference]:
     """Losses, learning rates and evaluations, step by step; speeds differ and are left out."""
-    for row, other in zip_longest(read_steps(first), read_steps(second)):
-        step = (row or other or {}).get("step")
-        place = f"{where}, step {step}"
-        if row is None or other is None:
-            yield Difference(where=place, key="step", first=_shown(row), second=_shown(other))
-            return
-        mine, theirs = _flat(row), _flat(other)
-        for key in sorted({*mine, *theirs} - {"tokens_per_s"}):
-            yield from _differ(place, key, mine.get(key, MISSING), theirs.get(key, MISSING))
-
-
-def _flat(row: Mapping[str, Any]) -> dict[str, Any]:
-    validation = row.get("validation")
-    scores = {f"validation.{key}": value for key, value in validation.items()} if isinstance(validation, dict) else {}
-    return {key: value for key, value in row.items() if key != "validation"} | scores
-
-
-def _shown(row: Mapping[str, Any] | None) -> Any:
-    return MISSING if row is None else row.get("step")
+    one, other = read_values(first), read_values(second)
+    for step, key in sorted({*one, *other}):
+        values = one.get((step, key), MISSING), other.get((step, key), MISSING)
+        yield from _differ(f"{where}, step {step}", key, *values)
 
 
 def _differ(where: str, key: str, first: Any, second: Any) -> Iterator[Difference]:

@@ -123,8 +123,7 @@ def explain(recorded: RunRecord, repeated: RunRecord) -> list[str]:
             keys=("processes", "strategy", "processor", "instructions", "threads", "matmul_precision"),
         ),
     ]
-    if recorded.environment or recorded.version > 1:
-        pairs += _differing("the variable", recorded.environment, repeated.environment, everything=True)
+    pairs += _differing("the variable", recorded.environment, repeated.environment, everything=True)
     others = tuple(name for name in recorded.packages if name != "torch")
     pairs += _differing("package", recorded.packages, repeated.packages, keys=others)
     pairs += _differing("the", recorded.platform, repeated.platform, keys=("python", "os"))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from statistics import median
 
 import psutil
 import torch
@@ -89,10 +90,10 @@ def measure_run(config: RunConfig, *, bench: Workbench) -> RunCost:
             task.score(model, longest)
 
     share = int(held_out.lengths.sum()) / int(held_out.lengths[torch.tensor(evaluation[-1])].sum())
-    eval_s = _median(_time(evaluate, device)) * share
+    eval_s = median(_time(evaluate, device)) * share
     torch.set_rng_state(state)
     return RunCost(
-        step_s=_median(times),
+        step_s=median(times),
         eval_s=eval_s,
         memory_bytes=_memory_in_use(),
         trainable_params=sum(p.numel() for p in trained),
@@ -133,7 +134,7 @@ def measure_pack(config: RunConfig, *, bench: Workbench, slots: int) -> PackMeas
         raise
     finally:
         torch.set_rng_state(stream)
-    return PackMeasurement(slots=slots, step_s=_median(times), memory_bytes=_memory_in_use())
+    return PackMeasurement(slots=slots, step_s=median(times), memory_bytes=_memory_in_use())
 
 
 def _micro_batches(config: RunConfig, bench: Workbench, *, slots: int = 1) -> list[MicroBatch]:
@@ -154,10 +155,6 @@ def _time(action: Callable[[], None], device: torch.device) -> list[float]:
             torch.cuda.synchronize()
         times.append(time.perf_counter() - started)
     return times[1:]
-
-
-def _median(times: Sequence[float]) -> float:
-    return sorted(times)[len(times) // 2]
 
 
 def _memory_in_use() -> int:

@@ -14,7 +14,7 @@ from optuna.storages import BaseStorage
 
 from lorasweep.config.run import RunConfig
 from lorasweep.data.tasks import goal_direction
-from lorasweep.disk import free_folder, network_file_system, remove_leftovers
+from lorasweep.disk import free_folder, is_new_or_empty, network_file_system, remove_leftovers
 from lorasweep.errors import ConfigError, RecordError
 from lorasweep.record import SWEEP_FILE, SweepRecord, read_sweep, sha256_of, utc_now, write_record
 from lorasweep.sweep.controller.confirm import draw_seeds
@@ -42,13 +42,12 @@ def new_folder(name: str, wanted: str | None) -> Path:
         ConfigError: The folder that was asked for is not empty.
     """
     if wanted is not None:
-        path = Path(wanted)
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        if not is_new_or_empty(Path(wanted)):
             raise ConfigError(
                 f"`sweep.output` must be a new or empty folder, but {wanted!r} is not. "
                 f"To resume a sweep type `lorasweep sweep --resume {wanted}`."
             )
-        return path
+        return Path(wanted)
     return free_folder(Path("outputs") / name)
 
 
