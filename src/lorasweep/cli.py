@@ -111,8 +111,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def sweep(arguments: argparse.Namespace) -> int:
     """Starts a sweep, or resumes one, and ends with its report."""
+    from lorasweep.config.compose import parse_overrides
     from lorasweep.record import read_sweep
-    from lorasweep.sweep import saved_definition
+    from lorasweep.sweep import add_jobs, hand_over, saved_definition
     from lorasweep.training import Benches
 
     benches, console = Benches(), PlainConsole()
@@ -126,11 +127,20 @@ def sweep(arguments: argparse.Namespace) -> int:
 
         say(batch_text(worker, Path(definition.driver.sweep.output or f"outputs/{definition.name}")).removesuffix("\n"))
         return DONE
+    if arguments.resume and arguments.words:
+        added = add_jobs(arguments.resume, parse_overrides(arguments.words))
+        if added is not None:
+            say(f"the sweep runs; more Slurm jobs for it: {' '.join(added) or 'none, there are as many as that'}")
+            return DONE
     folder = _resume(arguments, benches) if arguments.resume else _start(definition, benches)
     console.print(f"sweep {folder.record.name} in {folder.path}", highlight=False, markup=False, soft_wrap=True)
     for note in folder.record.notes:
         console.print(f"• {note}", highlight=False, markup=False)
     known = _print_warnings(folder.record, console, after=0)
+    if (job := hand_over(folder)) is not None:
+        say(f"led by Slurm job {job}; what it prints is in {folder.path}/slurm/head. To look at the sweep type:")
+        say(f"    lorasweep status {folder.path} --follow")
+        return DONE
     complete = _train(folder, benches, console=console)
     _print_warnings(read_sweep(folder.path), console, after=known)
     if not complete:

@@ -271,7 +271,7 @@ def change(content, path, value):
         ),
         (["settings", "sampler"], "tpee", r"`sampler` must be one of .*, but got 'tpee'. Did you mean `tpe`\?"),
         (["settings", "worker.pack_size"], 0, "`worker.pack_size >= 1` must hold, but got 0."),
-        (["settings", "worker.num"], 4, "`worker.num` must be 1, but got 4: .* Several workers are not supported yet."),
+        (["settings", "worker.num"], 4, "`worker.num` must be 1 .*, but got 4. .* `worker=ray worker.num=4`"),
         (["settings", "storage"], "postgresql", "`storage` must be a group of settings, but got 'postgresql'."),
     ],
 )

@@ -11,7 +11,7 @@ from lorasweep.sweep.plan import ArmPlan, plan_sweep, render_plan
 from lorasweep.sweep.reproduce import compare_sweeps
 from lorasweep.sweep.status import SweepStatus, follow, followed, read_status, render_status
 from lorasweep.sweep.sweep_file import find_sweep_file
-from lorasweep.sweep.workers.train import check_workers, train_sweep
+from lorasweep.sweep.workers.train import add_jobs, check_workers, hand_over, train_sweep
 
 __all__ = [
     "Arm",
@@ -20,6 +20,7 @@ __all__ = [
     "Definition",
     "SweepFolder",
     "SweepStatus",
+    "add_jobs",
     "check_definition",
     "check_workers",
     "compare_sweeps",
@@ -30,6 +31,7 @@ __all__ = [
     "find_warnings",
     "follow",
     "followed",
+    "hand_over",
     "new_folder",
     "plan_sweep",
     "read_definition",

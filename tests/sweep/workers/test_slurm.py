@@ -171,7 +171,7 @@ def processes_of(sweep):
 
 
 def errors_of(sweep, job):
-    return (sweep / "slurm" / f"{job}_0_log.err").read_text()
+    return next(sweep.rglob(f"{job}_0_log.err")).read_text()
 
 
 @on_slurm
@@ -296,6 +296,7 @@ def test_a_sweep_is_led_by_a_job_that_is_requeued_and_resumes_it(slurm, sweep):
     started.kill()
     started.wait()
     job = submit_head(make_config(**SMALL), sweep)
+    assert read_job_ids(sweep) == []
     wait_until(lambda: any(sweep.rglob("*.ckpt")), lambda: f"it trains: {slurm.jobs()}")
     slurm.run("scancel", "--signal=USR2", job)
     slurm.wait_for_jobs({job: "PENDING"})

@@ -106,13 +106,19 @@ def create_sweep(
     return opened
 
 
-def saved_definition(path: Path) -> Definition:
+def saved_definition(path: Path, *, changes: Mapping[str, Any] | None = None) -> Definition:
     """Returns what the sweep in a folder was made from; opens nothing.
+
+    Args:
+        path: The sweep's folder.
+        changes: Other settings of the workers and of the confirm stage.
 
     Raises:
         RecordError: The folder is not a sweep, or its record is damaged.
     """
     record = read_sweep(path)
+    if changes:
+        record.definition = _with_changes(record.definition, changes)
     return _restore(record, path, source=Path(record.source) if record.source else None)
 
 

@@ -1,7 +1,7 @@
 """Slurm jobs that join a sweep's Ray cluster: checked before anything is queued, submitted, described and cancelled.
 
-submitit writes the batch files and submits them. Below DIR/slurm are the batch files, the pickled `RayNode` or
-`SweepHead` of each job, and its output (`JOB_0_log.out` and `.err`).
+submitit writes the batch files and submits them. DIR/slurm has the batch file of each job, its pickled `RayNode` and
+its output (`JOB_0_log.out` and `.err`); DIR/slurm/head has the same for a job that leads the sweep (`SweepHead`).
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ from lorasweep.errors import ConfigError, WorkerError
 from lorasweep.ray_node import RayNode, SlurmTask, SweepHead
 
 JOBS_FOLDER = "slurm"
-"""In a sweep's folder."""
+HEAD_FOLDER = "slurm/head"
+"""In a sweep's folder: what belongs to the jobs that are nodes, and to the one that leads the sweep."""
 COMMANDS = ("sbatch", "srun", "sinfo", "squeue", "scancel")
 COMMAND_TIMEOUT_S = 60
 MAX_REQUEUES = 1000
@@ -131,7 +132,7 @@ def submit_head(config: SlurmConfig, folder: Path) -> str:
 
 
 def read_job_ids(folder: Path) -> list[str]:
-    """Returns the id of every job that was ever submitted for a sweep; an array has one id for all of its jobs."""
+    """Returns the id of every job ever submitted as a sweep's node; an array has one id for all of its jobs."""
     return sorted(path.name.split("_")[0] for path in (folder / JOBS_FOLDER).glob("*_submission.sh"))
 
 
@@ -179,16 +180,17 @@ def cancel_nodes(ids: Sequence[str]) -> None:
 class RayNodes(submitit.SlurmExecutor):
     """Writes and submits the batch files of a sweep's jobs."""
 
-    def __init__(self, config: SlurmConfig, folder: Path, **changes: Any) -> None:
+    def __init__(self, config: SlurmConfig, folder: Path, *, files: str = JOBS_FOLDER, **changes: Any) -> None:
         """Takes the settings.
 
         Args:
             config: What the jobs are like.
             folder: The sweep's folder.
+            files: Where batch files and output go, below that folder.
             changes: Parameters of submitit that replace those of `config`; None leaves one out.
         """
         python = CONTAINER_PYTHON if config.container else shlex.quote(sys.executable)
-        super().__init__(folder.resolve() / JOBS_FOLDER, max_num_timeout=MAX_REQUEUES, python=python)
+        super().__init__(folder.resolve() / files, max_num_timeout=MAX_REQUEUES, python=python)
         found = _parameters(config, folder.resolve()) | changes
         self.update_parameters(wckey=None, **{key: value for key, value in found.items() if value is not None})
 
@@ -225,6 +227,7 @@ def _head_executor(config: SlurmConfig, folder: Path) -> RayNodes:
     return RayNodes(
         config,
         folder,
+        files=HEAD_FOLDER,
         job_name=f"lorasweep-{folder.resolve().name}-head",
         partition=config.head_partition or config.partition,
         constraint=None,

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from lorasweep.config.slurm import SlurmConfig
 from lorasweep.config.sweep import LocalWorker, RayWorkers
 from lorasweep.errors import ConfigError, WorkerError
-from lorasweep.record import read_sweep
 from lorasweep.sweep.controller.controller import Controller, RunEnded
 from lorasweep.sweep.controller.folder import SweepFolder
+from lorasweep.sweep.controller.lifecycle import is_running, saved_definition
 from lorasweep.sweep.definition import Definition
 from lorasweep.sweep.workers.ray_cluster import (
     WorkerNeeds,
@@ -58,6 +59,49 @@ def check_workers(definition: Definition, path: Path) -> list[str]:
 
         return check_slurm(config, path)
     return []
+
+
+def hand_over(sweep: SweepFolder) -> str | None:
+    """Closes a sweep that a Slurm job is to lead (`worker.head=job`), submits that job and returns its id.
+
+    Returns None where this process leads the sweep.
+
+    Raises:
+        WorkerError: Slurm refuses the job.
+    """
+    config = sweep.definition.driver.worker
+    if not isinstance(config, SlurmConfig) or config.head != "job":
+        return None
+    from lorasweep.ray_node import leads_in_job  # noqa: PLC0415 (needs submitit)
+    from lorasweep.sweep.workers.slurm import submit_head  # noqa: PLC0415
+
+    if leads_in_job():
+        return None
+    sweep.close()  # the job opens it
+    return submit_head(config, sweep.path)
+
+
+def add_jobs(path: Path, changes: Mapping[str, Any]) -> list[str] | None:
+    """Submits more Slurm jobs for a sweep that runs, up to `worker.jobs`; returns their ids.
+
+    Returns None where the sweep in this folder does not run on Slurm now.
+
+    Args:
+        path: The sweep's folder.
+        changes: Settings of the workers to be changed (`{"worker.jobs": 8}`).
+
+    Raises:
+        ConfigError: Slurm would not take the jobs.
+        WorkerError: Slurm refuses them.
+    """
+    config = saved_definition(path, changes=changes).driver.worker
+    if not isinstance(config, SlurmConfig) or not is_running(path):
+        return None
+    from lorasweep.sweep.workers.slurm import check_slurm, live_jobs, read_job_ids, submit_nodes  # noqa: PLC0415
+
+    check_slurm(config, path)
+    missing = config.jobs - (live_jobs(read_job_ids(path)) or 0)
+    return submit_nodes(config, path, num=missing) if missing > 0 else []
 
 
 def train_sweep(
@@ -127,13 +171,10 @@ def _train_on_slurm(
         cancel_nodes,
         live_jobs,
         read_job_ids,
-        submit_head,
         submit_nodes,
     )
 
     path = sweep.path
-    if config.head == "job" and not leads_in_job():
-        return _wait_for_head(path, submit_head(config, path), stop_requested=stop_requested)
 
     def require_jobs() -> None:
         time.sleep(JOBS_INTERVAL_S)
@@ -166,17 +207,6 @@ def _train_on_slurm(
             write_address(path, "")  # nodes end by themselves
             cancel_nodes(read_job_ids(path))  # and jobs that wait for a machine
         return complete
-
-
-def _wait_for_head(path: Path, job: str, *, stop_requested: Callable[[], bool]) -> bool:
-    """Waits for the job that leads a sweep. A stop ends the waiting only."""
-    from lorasweep.sweep.workers.slurm import live_jobs  # noqa: PLC0415
-
-    while not stop_requested():
-        time.sleep(JOBS_INTERVAL_S)
-        if live_jobs([job]) == 0:
-            break
-    return read_sweep(path).status == "complete"
 
 
 def _worker_needs(definition: Definition, config: RayWorkers | SlurmConfig) -> WorkerNeeds:

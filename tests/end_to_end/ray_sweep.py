@@ -1,0 +1,130 @@
+"""A small sweep in a process of its own with workers on Ray, and what must be true of it in the end."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+import lorasweep
+from lorasweep.record import read_run, read_steps, read_sweep
+
+from .conftest import TIMEOUT_S, journal_of
+
+SPACE = {"optim.lr": {"low": 1e-4, "high": 1e-2, "log": True}}
+SWEEP = {
+    "name": "on_ray",
+    "settings": {
+        "data.block_length": 32,
+        "data.max_validation_blocks": 4,
+        "data.max_test_blocks": 4,
+        "trainer.batch_size": 2,
+        "trainer.eval_batch_size": 4,
+        "trainer.max_steps": 24,
+        "trainer.eval_every_steps": 4,
+        "trainer.precision": "fp32",
+        "trainer.device": "cpu",
+        "sampler": "qmc",
+        "pruner": "none",
+        "confirm.seeds": 2,
+    },
+    "arms": {
+        "full": {"settings": {"method": "full"}, "space": SPACE, "trials": 3},
+        "lora": {
+            "settings": {"method": "lora", "method.dropout": 0.1},
+            "space": {"method.rank": [1, 2, 4], **SPACE},
+            "trials": 6,
+        },
+    },
+}
+
+
+class RaySweep:
+    """`lorasweep sweep` in a process of its own, and the processes that it started."""
+
+    def __init__(self, *words: str, folder: Path, environment: dict[str, str] | None = None) -> None:
+        self.output = folder / f"output-{len(list(folder.glob('output-*')))}.txt"
+        with self.output.open("w") as written:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "lorasweep", "sweep", *words],
+                cwd=folder,
+                env=os.environ
+                | {"PYTHONPATH": str(Path(lorasweep.__file__).parents[1]), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+                | (environment or {}),
+                stdout=written,
+                stderr=subprocess.STDOUT,
+            )
+
+    def find(self, name: str) -> list[psutil.Process]:
+        """Returns the processes below this one whose title begins with a name."""
+        found = []
+        for process in psutil.Process(self.process.pid).children(recursive=True):
+            with suppress(psutil.Error):
+                if " ".join(process.cmdline()).startswith(name) or process.name() == name:
+                    found.append(process)
+        return found
+
+    def wait(self, *, code: int = 0) -> str:
+        """Waits for the end, which must be this one, and returns what was printed."""
+        assert self.process.wait(TIMEOUT_S) == code, self.output.read_text()
+        return self.output.read_text()
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., RaySweep]]:
+    """Begins a sweep of the file on Ray."""
+    (tmp_path / "on_ray.yaml").write_text(yaml.safe_dump(SWEEP, sort_keys=False))
+    begun = []
+
+    def begin(*words, environment=None):
+        words = words if words[0] in ("--resume", "on_ray.yaml") else ("on_ray.yaml", "worker=ray", *words)
+        begun.append(RaySweep(*words, folder=tmp_path, environment=environment))
+        return begun[-1]
+
+    yield begin
+    for sweep in begun:
+        if sweep.process.poll() is None:  # a failed test left it running
+            for process in [*psutil.Process(sweep.process.pid).children(recursive=True), sweep.process]:
+                with suppress(psutil.Error):
+                    process.kill()
+            sweep.process.wait()
+
+
+def wait_for(condition, sweep):
+    deadline = time.monotonic() + TIMEOUT_S
+    while not condition():
+        assert time.monotonic() < deadline, sweep.output.read_text()
+        assert sweep.process.poll() is None, sweep.output.read_text()
+        time.sleep(0.05)
+
+
+def has_evaluated(folder, *, more_than=0):
+    """Whether more than so many evaluations are on disk."""
+    return sum('"validation"' in path.read_text() for path in folder.glob("runs/*/steps.jsonl")) > more_than
+
+
+def check_whole(folder, *, steps=24):
+    """Every trial is there, complete, once, with the values that were sampled for it, each step trained in order."""
+    record = read_sweep(folder)
+    assert record.status == "complete"
+    assert Counter((row.arm, row.state) for row in record.trials) == {("full", "complete"): 3, ("lora", "complete"): 6}
+    assert Counter((row.arm, row.state) for row in record.confirm) == {("full", "complete"): 2, ("lora", "complete"): 2}
+    assert len(journal_of(folder)) == 9 + 4
+    for row in [*record.trials, *record.confirm]:
+        run = read_run(folder / row.run)
+        assert (run.status, run.steps_done) == ("complete", steps)
+        assert [step["step"] for step in read_steps(folder / row.run) if "loss" in step] == list(range(1, steps + 1))
+        if hasattr(row, "params"):
+            assert run.config["optim"]["lr"] == row.params["optim.lr"]
+    for arm in ("full", "lora"):
+        best = min((row for row in record.trials if row.arm == arm), key=lambda row: row.value)
+        assert {row.trial for row in record.confirm if row.arm == arm} == {best.number}

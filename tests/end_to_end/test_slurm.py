@@ -1,0 +1,79 @@
+"""`worker=slurm` on a real Slurm: jobs that are cancelled, requeued, drained and added lose no trial."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from tests.servers.daemon import wait_until
+from tests.servers.ray_head import LOOPBACK
+from tests.servers.slurm import NODE
+
+import lorasweep
+from lorasweep.record import read_sweep
+
+from .ray_sweep import check_whole, has_evaluated, wait_for
+from .ray_sweep import start as start
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("slurm")]
+ON_SLURM = (
+    "worker=slurm",
+    "worker.head_ip=127.0.0.1",
+    "worker.gpus=0",
+    "worker.cpus=1",
+    "worker.timeout_min=5",
+    "worker.pack_size=1",
+    "sweep.output=out",
+)
+
+
+@pytest.fixture
+def on_loopback(monkeypatch, slurm):
+    """Slurm's jobs and Ray's processes listen on 127.0.0.1 alone, and import this code."""
+    path = [str(LOOPBACK), str(Path(lorasweep.__file__).parents[1])]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path))
+    return slurm
+
+
+def test_jobs_may_be_cancelled_drained_requeued_and_added(start, tmp_path, on_loopback):
+    slurm, folder = on_loopback, tmp_path / "out"
+    sweep = start("on_ray.yaml", *ON_SLURM, "worker.jobs=1", "trainer.max_steps=72", "trainer.eval_every_steps=8")
+    wait_for(lambda: has_evaluated(folder), sweep)
+    (first,) = slurm.jobs()
+    printed = start("--resume", "out", "worker.jobs=2").wait()
+    assert "more Slurm jobs for it: " in printed
+    wait_for(lambda: len({row.run for row in read_sweep(folder).trials if row.state == "running"}) == 2, sweep)
+    (second,) = set(slurm.jobs()) - {first}
+    slurm.run("scancel", first)  # its trial goes on in the other job
+    slurm.wait_for_jobs({second: "RUNNING"})
+    slurm.run("scontrol", "update", f"NodeName={NODE}", "State=DRAIN", "Reason=test")
+    slurm.run("scontrol", "requeue", second)  # no job is left until the node is back
+    slurm.wait_for_node("drained")
+    slurm.wait_for_jobs({second: "PENDING"})
+    assert sweep.process.poll() is None
+    slurm.run("scontrol", "update", f"NodeName={NODE}", "State=RESUME")
+    slurm.hurry(second)
+    sweep.wait()
+    check_whole(folder, steps=72)
+    slurm.wait_for_jobs({})
+
+
+def test_a_sweep_without_jobs_says_so_and_is_resumed_with_others(start, tmp_path, on_loopback):
+    slurm, folder = on_loopback, tmp_path / "out"
+    sweep = start("on_ray.yaml", *ON_SLURM)
+    wait_for(lambda: has_evaluated(folder), sweep)
+    slurm.clear()
+    assert "Slurm jobs must wait or run" in sweep.wait(code=1)
+    start("--resume", "out").wait()
+    check_whole(folder)
+    slurm.wait_for_jobs({})
+
+
+def test_a_job_that_leads_the_sweep_submits_the_others(start, tmp_path, on_loopback):
+    slurm, folder = on_loopback, tmp_path / "out"
+    printed = start("on_ray.yaml", *ON_SLURM, "worker.head=job").wait()
+    assert "lorasweep status out --follow" in printed
+    wait_until(lambda: read_sweep(folder).status == "complete", lambda: f"it is complete: {slurm.jobs()}", every=1)
+    slurm.wait_for_jobs({})
+    check_whole(folder)
