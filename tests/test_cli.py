@@ -111,7 +111,10 @@ BAD = [
     (["sweep", "mini.yaml", "model=causal_lm", "model.path=./no/model"], "`model.path` must be"),
     (["sweep", "--resume", "full"], "a sweep's folder must contain sweep.json, but 'full' does not."),
     (["sweep", "--resume", "nowhere"], "a sweep's folder must contain sweep.json, but 'nowhere' does not."),
-    (["sweep", "--resume", "full", "optim.lr=1"], "`--resume DIR` must stand alone or with settings of `worker` and `conf"),
+    (
+        ["sweep", "--resume", "full", "optim.lr=1"],
+        "`--resume DIR` must stand alone or with settings of `worker` and `conf",
+    ),
     (
         ["sweep", "--resume", "full", "confirm.seeds=1"],
         "a sweep's folder must contain sweep.json, but 'full' does not.",

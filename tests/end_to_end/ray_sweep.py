@@ -107,9 +107,9 @@ def wait_for(condition, sweep):
         time.sleep(0.05)
 
 
-def has_evaluated(folder, *, more_than=0):
-    """Whether more than so many evaluations are on disk."""
-    return sum('"validation"' in path.read_text() for path in folder.glob("runs/*/steps.jsonl")) > more_than
+def count_evaluations(folder):
+    """Returns how many evaluations of trials are on disk."""
+    return sum(path.read_text().count('"validation"') for path in folder.glob("runs/*/steps.jsonl"))
 
 
 def check_whole(folder, *, steps=24):

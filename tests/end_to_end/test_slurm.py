@@ -13,7 +13,7 @@ from tests.servers.slurm import NODE
 import lorasweep
 from lorasweep.record import read_sweep
 
-from .ray_sweep import check_whole, has_evaluated, wait_for
+from .ray_sweep import check_whole, count_evaluations, wait_for
 from .ray_sweep import start as start
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("slurm")]
@@ -39,7 +39,7 @@ def on_loopback(monkeypatch, slurm):
 def test_jobs_may_be_cancelled_drained_requeued_and_added(start, tmp_path, on_loopback):
     slurm, folder = on_loopback, tmp_path / "out"
     sweep = start("on_ray.yaml", *ON_SLURM, "worker.jobs=1", "trainer.max_steps=72", "trainer.eval_every_steps=8")
-    wait_for(lambda: has_evaluated(folder), sweep)
+    wait_for(lambda: count_evaluations(folder), sweep)
     (first,) = slurm.jobs()
     printed = start("--resume", "out", "worker.jobs=2").wait()
     assert "more Slurm jobs for it: " in printed
@@ -62,7 +62,7 @@ def test_jobs_may_be_cancelled_drained_requeued_and_added(start, tmp_path, on_lo
 def test_a_sweep_without_jobs_says_so_and_is_resumed_with_others(start, tmp_path, on_loopback):
     slurm, folder = on_loopback, tmp_path / "out"
     sweep = start("on_ray.yaml", *ON_SLURM)
-    wait_for(lambda: has_evaluated(folder), sweep)
+    wait_for(lambda: count_evaluations(folder), sweep)
     slurm.clear()
     assert "Slurm jobs must wait or run" in sweep.wait(code=1)
     start("--resume", "out").wait()
