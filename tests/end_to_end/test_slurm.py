@@ -13,6 +13,7 @@ from tests.servers.slurm import NODE
 import lorasweep
 from lorasweep.record import read_sweep
 
+from .conftest import TIMEOUT_S
 from .ray_sweep import check_whole, count_evaluations, wait_for
 from .ray_sweep import start as start
 
@@ -59,21 +60,13 @@ def test_jobs_may_be_cancelled_drained_requeued_and_added(start, tmp_path, on_lo
     slurm.wait_for_jobs({})
 
 
-def test_a_sweep_without_jobs_says_so_and_is_resumed_with_others(start, tmp_path, on_loopback):
+def test_a_sweep_without_jobs_says_so_and_is_resumed_by_a_job_that_submits_others(start, tmp_path, on_loopback):
     slurm, folder = on_loopback, tmp_path / "out"
     sweep = start("on_ray.yaml", *ON_SLURM)
     wait_for(lambda: count_evaluations(folder), sweep)
     slurm.clear()
     assert "Slurm jobs must wait or run" in sweep.wait(code=1)
-    start("--resume", "out").wait()
-    check_whole(folder)
-    slurm.wait_for_jobs({})
-
-
-def test_a_job_that_leads_the_sweep_submits_the_others(start, tmp_path, on_loopback):
-    slurm, folder = on_loopback, tmp_path / "out"
-    printed = start("on_ray.yaml", *ON_SLURM, "worker.head=job").wait()
-    assert "lorasweep status out --follow" in printed
-    wait_until(lambda: read_sweep(folder).status == "complete", lambda: f"it is complete: {slurm.jobs()}", every=1)
+    assert "lorasweep status out --follow" in start("--resume", "out", "worker.head=job").wait()
+    wait_until(lambda: read_sweep(folder).status == "complete", lambda: str(slurm.jobs()), seconds=TIMEOUT_S, every=1)
     slurm.wait_for_jobs({})
     check_whole(folder)
