@@ -11,9 +11,9 @@ from lorasweep.config.sweep import (
     HalvingPruner,
     MedianPruner,
     ModelBasedSampler,
-    OptunaPruner,
     SweepFile,
 )
+from lorasweep.config.targets import Part
 from lorasweep.errors import ConfigError
 
 
@@ -35,7 +35,7 @@ def make_arm(**values):
         ({"pruner": "median", "pruner.min_trials": 0}, "`pruner.min_trials >= 1` must hold, but got 0."),
         ({"pruner": "median", "pruner.min_fraction": 1.5}, "`0 <= pruner.min_fraction < 1` must hold, but got 1.5."),
         ({"pruner": "hyperband"}, "`pruner` must be one of halving, median, none, but got 'hyperband'."),
-        ({"sampler": "cmaes"}, "`sampler` must be one of gp, grid, qmc, random, tpe, but got 'cmaes'."),
+        ({"sampler": "cmaes"}, "`sampler` must be one of gp, grid, optunahub, qmc, random, tpe, but got 'cmaes'."),
         ({"worker.num": 2}, "`worker.num` must be 1 .*, but got 2. .* `worker=ray worker.num=2`"),
         ({"worker.num": 0}, "`worker.num` must be 1 .*, but got 0"),
         ({"worker": "ray", "worker.num": 0}, "`worker.num >= 1` must hold, but got 0"),
@@ -73,9 +73,20 @@ def test_a_sampler_and_a_pruner_are_told_apart_by_name():
 
 def test_a_pruner_of_the_users_own_takes_any_argument():
     driver = compose_driver({"pruner._target_": "optuna.pruners.PercentilePruner", "pruner.percentile": 25.0})
-    assert driver.pruner == OptunaPruner(
-        name="optuna", target="optuna.pruners.PercentilePruner", arguments={"percentile": 25.0}
-    )
+    assert driver.pruner == Part(target="optuna.pruners.PercentilePruner", arguments={"percentile": 25.0})
+
+
+def test_a_sampler_of_the_users_own_takes_any_argument_and_the_place_of_ours():
+    nested = {"sampler.base_sampler._target_": "optuna.samplers.RandomSampler", "sampler.base_sampler.seed": 3}
+    driver = compose_driver({"sampler._target_": "optuna.samplers.PartialFixedSampler", **nested})
+    inner = {"_target_": "optuna.samplers.RandomSampler", "seed": 3}
+    assert driver.sampler == Part(target="optuna.samplers.PartialFixedSampler", arguments={"base_sampler": inner})
+
+
+@pytest.mark.parametrize("group", ["sampler", "pruner"])
+def test_a_class_of_a_package_that_is_not_trusted_is_refused(group):
+    with pytest.raises(ConfigError, match=rf"`{group}._target_` must be a class of a package that is trusted"):
+        compose_driver({f"{group}._target_": "os.system", f"{group}.command": "true"})
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from lorasweep.config.build import build, nearest
 from lorasweep.config.run import RunConfig
 from lorasweep.config.sweep import DriverConfig
+from lorasweep.config.targets import TARGET, require_trusted
 from lorasweep.errors import ConfigError, first_line
 from lorasweep.redaction import redact
 
@@ -34,7 +35,8 @@ Primary = Literal["train", "sweep"]
 PACKAGE = Path(__file__).parent.parent
 MOST_INTERPOLATIONS = 16
 """In the settings of a sweep or a run. Each may name another, so a few dozen could stand for any amount of text."""
-TARGET = "pruner._target_"
+PARTS: Mapping[str, frozenset[str]] = {"sampler": frozenset(), "pruner": frozenset()}
+"""Settings that may be a class by `_target_`, with the keys beside its arguments that lorasweep reads itself."""
 SHOWING_FLAGS = {"--cfg", "-c", "--info", "-i", "--help", "-h"}
 """Flags of Hydra with which nothing is trained."""
 
@@ -96,16 +98,8 @@ def refuse_secrets(values: Mapping[str, Any], *, prefix: str = "") -> None:
 
 
 def compose_driver(settings: Mapping[str, Any]) -> DriverConfig:
-    """Returns how a sweep is driven; arguments and errors as in `compose_run`.
-
-    `pruner._target_` names a class, and the other keys of `pruner` are then its arguments, which it checks itself.
-    """
-    own = {key: value for key, value in settings.items() if key.startswith("pruner.")} if TARGET in settings else {}
-    values = compose_values("sweep", {key: value for key, value in settings.items() if key not in own})
-    if own:
-        arguments = {key.removeprefix("pruner."): value for key, value in own.items() if key != TARGET}
-        values["pruner"] = {"name": "optuna", "target": settings[TARGET], "arguments": arguments}
-    return build(DriverConfig, values)
+    """Returns how a sweep is driven; arguments and errors as in `compose_run`."""
+    return build(DriverConfig, compose_values("sweep", settings))
 
 
 def compose_values(primary: Primary, settings: Mapping[str, Any], *, require_all: bool = True) -> dict[str, Any]:
@@ -116,16 +110,34 @@ def compose_values(primary: Primary, settings: Mapping[str, Any], *, require_all
         composed = copy.deepcopy(
             _compose_groups(primary, tuple((k, _option(v)) for k, v in groups.items()), Path.cwd())
         )
+        _make_room_for_parts(composed, settings)
         known = set(_flatten(OmegaConf.to_container(composed, resolve=False)))
+        known |= set(groups) | set(group_names(primary)) | {key for key in settings if _names_part(key)}
         for key, value in settings.items():
             if key not in groups:
-                check_key(key, known | set(groups) | set(group_names(primary)), primary=primary)
-                OmegaConf.update(composed, key, value, merge=False)
-        return _mapping(OmegaConf.to_container(composed, resolve=True, throw_on_missing=require_all))
+                check_key(key, known, primary=primary)
+                OmegaConf.update(composed, key, value, merge=False, force_add=True)
+        values = _mapping(OmegaConf.to_container(composed, resolve=True, throw_on_missing=require_all))
     except MissingMandatoryValue as error:
         raise ConfigError(f"`{error.full_key}` must be set, but is missing.") from error
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(first_line(error)) from error
+    require_trusted(values)
+    return values
+
+
+def _names_part(key: str) -> bool:
+    """Whether a key gives the class of a part."""
+    return key.removesuffix(f".{TARGET}") in PARTS and key.endswith(TARGET)
+
+
+def _make_room_for_parts(composed: DictConfig, settings: Mapping[str, Any]) -> None:
+    """Removes what is set of another class, or of an option of ours, where settings name the class themselves."""
+    for key, own in PARTS.items():
+        before = OmegaConf.select(composed, key)
+        target = settings.get(f"{key}.{TARGET}")
+        if target is not None and isinstance(before, DictConfig) and before.get(TARGET) != target:
+            OmegaConf.update(composed, key, {name: before[name] for name in before if name in own}, merge=False)
 
 
 def check_interpolations(values: Any) -> None:
@@ -154,14 +166,18 @@ def layer_settings(primary: Primary, *layers: Mapping[str, Any]) -> dict[str, An
     """Returns settings given in layers, of which later ones win (a file, one of its arms, the command line).
 
     Where a layer chooses another option of a group than the ones before it, what those set inside the group goes:
-    `pruner.min_steps` of a file is no setting of `pruner=none`.
+    `pruner.min_steps` of a file is no setting of `pruner=none`. The same holds where it names another class.
     """
     layered: dict[str, Any] = {}
     for layer in layers:
         for group in group_names(primary):
             chosen = layered.get(group, default_options(primary)[group])
-            if group in layer and layer[group] != chosen:
+            target = f"{group}.{TARGET}"
+            if group in layer and (layer[group] != chosen or target in layered):
                 layered = {key: value for key, value in layered.items() if not key.startswith(f"{group}.")}
+            elif target in layer and layer[target] != layered.get(target):
+                kept = {f"{group}.{name}" for name in PARTS.get(group, ())}
+                layered = {k: v for k, v in layered.items() if not k.startswith(f"{group}.") or k in kept}
         layered |= layer
     return layered
 
@@ -176,12 +192,19 @@ def known_keys(settings: Mapping[str, Any]) -> set[str]:
 
 
 def check_key(key: str, known: set[str], *, primary: Primary) -> None:
-    """Raises ConfigError unless the dotted key is a setting."""
-    if key not in known:
+    """Raises ConfigError unless the dotted key is a setting, or an argument of a part that is set by its class."""
+    if key not in known and not any(f"{outer}.{TARGET}" in known for outer in _outer_keys(key)):
         raise ConfigError(
             f"`{key}` is not a setting.{nearest(key, sorted(known))} "
             f"`lorasweep {primary} --help` lists the groups, `lorasweep train --cfg job` every key."
         )
+
+
+def _outer_keys(key: str) -> Iterator[str]:
+    """Yields the dotted keys of what a setting lies in."""
+    while "." in key:
+        key = key.rpartition(".")[0]
+        yield key
 
 
 def group_names(primary: Primary) -> tuple[str, ...]:

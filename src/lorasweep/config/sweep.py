@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from lorasweep.config.limits import require_at_least, require_at_most, require_fraction
 from lorasweep.config.slurm import SlurmConfig
+from lorasweep.config.targets import Part
 from lorasweep.errors import ConfigError
 from lorasweep.redaction import redact
 
@@ -83,18 +84,10 @@ class NoPruner:
     name: Literal["none"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class OptunaPruner:
-    """A pruner of Optuna's or of the user's own, given by `pruner._target_` and the arguments of its class."""
-
-    name: Literal["optuna"]
-    target: str
-    """Import path of the class, such as `optuna.pruners.PercentilePruner`."""
-    arguments: Mapping[str, Any]
-
-
-SamplerConfig = ModelBasedSampler | FixedSampler
-PrunerConfig = HalvingPruner | MedianPruner | NoPruner | OptunaPruner
+SamplerConfig = ModelBasedSampler | FixedSampler | Part
+"""A part is a sampler of Optuna's, of OptunaHub's or of the user's own."""
+PrunerConfig = HalvingPruner | MedianPruner | NoPruner | Part
+"""A part is a pruner of Optuna's or of the user's own."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -66,7 +66,7 @@ class Part:
     """An object that settings name: the import path of its class, and the arguments of that class."""
 
     target: str
-    arguments: Mapping[str, Any] = field(default_factory=dict)
+    arguments: Mapping[str, Any] = field(default_factory=dict, hash=False)
     """As the class names them. One with `_target_` is a part inside of this one."""
 
     @property
@@ -138,8 +138,9 @@ def untrusted_targets(value: Any, *, key: str = "") -> Iterator[tuple[str, str]]
     if isinstance(value, Mapping):
         for name, item in value.items():
             inner = f"{key}.{name}" if key else str(name)
-            if name == TARGET and not is_trusted(str(item).partition(".")[0]):
-                yield inner, str(item)
+            if inner.rpartition(".")[2] == TARGET:  # a list is a choice of several
+                targets = item if isinstance(item, list | tuple) else [item]
+                yield from ((inner, str(t)) for t in targets if not is_trusted(str(t).partition(".")[0]))
             yield from untrusted_targets(item, key=inner)
     elif isinstance(value, list | tuple):
         for position, item in enumerate(value):
@@ -234,6 +235,8 @@ def _describe_distrust(target: str, *, key: str) -> str:
 
 def _describe_refusal(error: Exception, part: Part, *, key: str) -> str:
     cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
+    if isinstance(cause, ConfigError):  # of a class of ours
+        return str(cause)
     if isinstance(cause, ModuleNotFoundError):
         hint = INSTALL.search(str(cause))  # Lightning's own sentences give no name
         if package := hint[1] if hint else (cause.name or "").partition(".")[0]:

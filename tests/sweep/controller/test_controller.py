@@ -10,6 +10,7 @@ import pytest
 from tests.sweep.conftest import Killed, kill_at
 from tests.sweep.controller.conftest import EVERY, LAST, Simulation, outcome
 
+from lorasweep.config.targets import set_trusted
 from lorasweep.errors import ConfigError, Diverged, OutOfMemory, RecordError
 from lorasweep.sweep import reopen_sweep
 from lorasweep.sweep.controller.lifecycle import FINGERPRINT
@@ -242,7 +243,9 @@ def test_a_rule_that_cant_be_is_refused_in_one_sentence(begin, open_controller, 
     assert "\n" not in str(refused.value)
 
 
-def test_a_pruner_of_optunas_is_asked_after_all_values_are_reported(begin, open_controller, content):
+def test_a_pruner_of_the_users_own_is_asked_after_all_values_are_reported(
+    begin, open_controller, content, trust_our_tests
+):
     content["settings"] = {k: v for k, v in content["settings"].items() if not k.startswith("pruner")}
     content["settings"] |= {
         "sampler": "qmc",
@@ -253,6 +256,14 @@ def test_a_pruner_of_optunas_is_asked_after_all_values_are_reported(begin, open_
     goes_on = controller.report([(a, EVERY, -float(a.number)) for a in pack])
     assert goes_on == [False, True, True, True]
     close(controller)
+
+
+@pytest.fixture
+def trust_our_tests():
+    """Trusts `WorstOfPeers`, as `trust=[tests]` on the command line does."""
+    set_trusted(["tests"])
+    yield
+    set_trusted(())
 
 
 class WorstOfPeers(optuna.pruners.BasePruner):

@@ -31,7 +31,7 @@ from optuna.exceptions import ExperimentalWarning
 from optuna.samplers import BaseSampler, GPSampler, QMCSampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from lorasweep.config.sweep import ModelBasedSampler, SamplerConfig
+from lorasweep.config.sweep import FixedSampler, ModelBasedSampler
 from lorasweep.errors import ConfigError, RunError, first_line
 from lorasweep.record import Direction
 from lorasweep.sweep.space import Space, grid_values
@@ -58,7 +58,7 @@ def propose(
     space: Space,
     history: Sequence[FrozenTrial],
     *,
-    sampler: SamplerConfig,
+    sampler: ModelBasedSampler | FixedSampler,
     direction: Direction,
     trials: int,
     number: int,
@@ -85,7 +85,7 @@ def propose(
         ConfigError: The sampler can't be built, can't propose for this space, or the space is continuous under `grid`.
         RunError: The grid has no combination that was not tried.
     """
-    coding = _Coding(space)
+    coding = Coding(space)
     known = [(trial, point) for trial in history if (point := coding.encode(trial.params)) is not None]
     tried = _TriedPoints(coding.ranges, (point for _, point in known))
     if sampler.name == "grid":
@@ -144,7 +144,7 @@ def proposal_seed(seed: int, arm: str, number: int | None) -> int:
     return zlib.crc32(f"{seed}/{arm}/{'' if number is None else number}".encode())
 
 
-class _Coding:
+class Coding:
     """Turns an arm's parameters into points and back. Keys are sorted: their order in the file changes nothing."""
 
     def __init__(self, space: Space) -> None:
@@ -387,7 +387,7 @@ def _ask(sampler: BaseSampler, ranges: Space, seen: Sequence[FrozenTrial], *, di
     return study.ask(ranges).params
 
 
-def _propose_combination(coding: _Coding, tried: _TriedPoints, *, seed: int, arm: str) -> dict[str, Any]:
+def _propose_combination(coding: Coding, tried: _TriedPoints, *, seed: int, arm: str) -> dict[str, Any]:
     """Returns the first combination of the grid, in a random order that the seed decides, that no trial has."""
     axes = tuple(
         (key, tuple(range(len(coding.choices[key]))) if key in coding.choices else tuple(grid_values(key, range_)))

@@ -6,18 +6,22 @@ The controller's calls are the same for both. A stage says which trials there ar
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from optuna.distributions import IntDistribution
 from optuna.pruners import BasePruner
+from optuna.trial import FrozenTrial
 
 from lorasweep.config.run import RunConfig
-from lorasweep.config.sweep import HalvingPruner, MedianPruner, ModelBasedSampler, OptunaPruner, PrunerConfig
+from lorasweep.config.sweep import FixedSampler, HalvingPruner, MedianPruner, PrunerConfig
+from lorasweep.config.targets import Part, instantiate
 from lorasweep.errors import ConfigError
+from lorasweep.record import Direction
 from lorasweep.sweep.controller.arm_trials import ArmTrials, Entry
 from lorasweep.sweep.controller.confirm import SEED_KEYS, arm_seeds, find_winner, seed_settings
 from lorasweep.sweep.controller.folder import SweepFolder
+from lorasweep.sweep.controller.part_sampler import ask_part
 from lorasweep.sweep.controller.proposals import propose
 from lorasweep.sweep.controller.rows import (
     DUPLICATE_ATTRIBUTE,
@@ -32,7 +36,6 @@ from lorasweep.sweep.controller.rules import Halving, MedianOfPeers, NoStopping,
 from lorasweep.sweep.controller.storage import CONFIRM_STUDY
 from lorasweep.sweep.definition import Arm
 from lorasweep.sweep.duplicates import name_function
-from lorasweep.sweep.instantiate import build_pruner
 from lorasweep.training import RunPlace
 
 FIRST_PART_FRACTION = 0.5
@@ -80,19 +83,12 @@ class Search:
     def propose(self, trials: ArmTrials) -> tuple[dict[str, Any], dict[str, Any]]:
         """Asks the sampler; names the function that the trial trains, and an earlier trial that trains the same."""
         arm, number = trials.arm, trials.next_number()
-        params = propose(
-            arm.space,
-            trials.history(),
-            sampler=arm.driver.sampler,
-            direction=self._sweep.record.direction,
-            trials=arm.trials,
-            number=len(trials.entries),
-            seed=arm.driver.sweep.seed,
-            arm=arm.name,
+        params, state = propose_for(
+            arm, trials.history(), direction=self._sweep.record.direction, number=len(trials.entries)
         )
         function = name_function(arm.compose(params))
         first = self._functions[arm.name].setdefault(function, number)
-        attributes = {RUN_ATTRIBUTE: run_name(arm.name, number), FUNCTION_ATTRIBUTE: function}
+        attributes = {RUN_ATTRIBUTE: run_name(arm.name, number), FUNCTION_ATTRIBUTE: function, **state}
         return params, attributes if first == number else {**attributes, DUPLICATE_ATTRIBUTE: first}
 
     def config(self, arm: Arm, params: Mapping[str, Any]) -> RunConfig:
@@ -109,7 +105,7 @@ class Search:
 
     def _open(self, arm: Arm) -> ArmTrials:
         config = arm.driver.pruner
-        own = isinstance(config, OptunaPruner)
+        own = isinstance(config, Part)
         return ArmTrials(
             arm,
             study=self._sweep.open_study(arm.name, pruner=_own_pruner(config)),
@@ -181,6 +177,26 @@ class Confirm:
         return arm_seeds(arm, self._sweep.record.confirm_seeds)
 
 
+def propose_for(
+    arm: Arm, history: Sequence[FrozenTrial], *, direction: Direction, number: int
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns the parameters of an arm's next trial, and what is to be kept with it; as `proposals.propose`."""
+    sampler, seed = arm.driver.sampler, arm.driver.sweep.seed
+    if isinstance(sampler, Part):
+        return ask_part(sampler, arm.space, history, direction=direction, number=number, seed=seed, arm=arm.name)
+    params = propose(
+        arm.space,
+        history,
+        sampler=sampler,
+        direction=direction,
+        trials=arm.trials,
+        number=number,
+        seed=seed,
+        arm=arm.name,
+    )
+    return params, {}
+
+
 def build_rule(arm: Arm) -> StoppingRule:
     """Returns the rule by which an arm's trials are paused.
 
@@ -216,9 +232,10 @@ def _check_rungs(rungs: tuple[float, ...], steps: range, *, max_steps: int) -> N
 
 
 def _own_pruner(config: PrunerConfig) -> BasePruner | None:
-    return build_pruner(config) if isinstance(config, OptunaPruner) else None
+    expected: type[BasePruner] = BasePruner  # type: ignore[type-abstract]
+    return instantiate(config, key="pruner", expected=expected) if isinstance(config, Part) else None
 
 
 def _first_part(arm: Arm) -> int | None:
-    is_adaptive = isinstance(arm.driver.sampler, ModelBasedSampler)
+    is_adaptive = not isinstance(arm.driver.sampler, FixedSampler)  # a part may learn
     return math.ceil(FIRST_PART_FRACTION * arm.trials) if is_adaptive else None

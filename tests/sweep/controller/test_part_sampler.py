@@ -1,0 +1,201 @@
+"""Samplers by `_target_`: any class of Optuna's proposes as it would in Optuna, and the same again from the journal."""
+
+from __future__ import annotations
+
+import json
+import sys
+from types import ModuleType
+
+import optuna
+import pytest
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.trial import TrialState, create_trial
+
+from lorasweep.config.targets import Part, set_trusted
+from lorasweep.errors import ConfigError
+from lorasweep.sweep.controller.part_sampler import ask_part, build_sampler
+from lorasweep.sweep.controller.rows import SAMPLER_ATTRIBUTE
+
+SPACE = {
+    "method.rank": CategoricalDistribution([16, 1, 4]),
+    "optim.lr": FloatDistribution(1e-4, 1e-2, log=True),
+    "method.dim": IntDistribution(1, 50),
+}
+HUB = "lorasweep.sweep.controller.hub_sampler.HubSampler"
+
+
+@pytest.fixture(autouse=True)
+def _no_trust():
+    yield
+    set_trusted(())
+
+
+def part(target, **arguments):
+    return Part(target=target, arguments=arguments)
+
+
+def search(sampler, *, trials, space=SPACE, seed=0, arm="lora"):
+    """Proposes trials one after another, each complete before the next, and returns their parameters and states."""
+    history, states = [], []
+    for number in range(trials):
+        params, kept = ask_part(sampler, space, history, direction="minimize", number=number, seed=seed, arm=arm)
+        states.append(json.loads(json.dumps(kept)))  # as the journal keeps it
+        history.append(create_trial(value=float(number % 3), params=params, distributions=space, user_attrs=states[-1]))
+    return [trial.params for trial in history], states
+
+
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        part("optuna.samplers.RandomSampler"),
+        part("optuna.samplers.TPESampler", multivariate=True, n_startup_trials=3),
+        part("optuna.samplers.NSGAIISampler", population_size=4),
+        part("optuna.samplers.QMCSampler", qmc_type="halton"),
+        part(
+            "optuna.samplers.PartialFixedSampler",
+            fixed_params={"method.dim": 7},
+            base_sampler={"_target_": "optuna.samplers.TPESampler", "n_startup_trials": 2},
+        ),
+    ],
+    ids=lambda sampler: sampler.name,
+)
+@pytest.mark.filterwarnings("ignore:.*Sobol|.*independent sampling")
+def test_a_sampler_of_optunas_proposes_the_same_from_the_same_seed(sampler):
+    first, again, other = (search(sampler, trials=9, seed=seed)[0] for seed in (0, 0, 1))
+    assert first == again != other
+    assert len({tuple(params.values()) for params in first}) > 6
+    assert all(params["method.rank"] in (1, 4, 16) and 1e-4 <= params["optim.lr"] <= 1e-2 for params in first)
+    if sampler.name == "PartialFixedSampler":
+        assert {params["method.dim"] for params in first} == {7}
+
+
+def test_what_a_sampler_keeps_of_trials_is_handed_to_it_again():
+    _, states = search(part("optuna.samplers.NSGAIISampler", population_size=4), trials=9)
+    generations = [state[SAMPLER_ATTRIBUTE]["trial"]["NSGAIISampler:generation"] for state in states]
+    assert generations == [0] * 4 + [1] * 4 + [2]
+
+
+def test_what_a_sampler_keeps_of_the_study_is_handed_to_it_again():
+    """The Halton sequence counts its points in the study: ten trials are ten points of it."""
+    params, _ = search(part("optuna.samplers.QMCSampler", qmc_type="halton", scramble=False), trials=10)
+    rates = sorted(p["optim.lr"] for p in params[1:])  # the first is drawn independently
+    assert len(set(rates)) == 9
+
+
+def test_every_combination_comes_once_from_brute_force():
+    space = {"method.rank": CategoricalDistribution([1, 4]), "method.dim": IntDistribution(1, 3)}
+    params, _ = search(part("optuna.samplers.BruteForceSampler"), trials=6, space=space)
+    assert len({tuple(p.values()) for p in params}) == 6
+
+
+def test_paused_running_and_infeasible_trials_are_shown_as_they_are():
+    seen = {}
+
+    class Spy(optuna.samplers.RandomSampler):
+        def sample_independent(self, study, trial, name, distribution):
+            seen["trials"] = study.get_trials(deepcopy=False)[:-1]
+            return super().sample_independent(study, trial, name, distribution)
+
+    module = ModuleType("spy_sampler")
+    module.Spy, Spy.__module__ = Spy, "spy_sampler"
+    sys.modules["spy_sampler"] = module
+    set_trusted(["spy_sampler"])
+    module.__spec__ = sys.spec if hasattr(sys, "spec") else __spec__
+    params = {"method.rank": 4, "optim.lr": 1e-3, "method.dim": 5}
+    history = [
+        create_trial(state=TrialState.PRUNED, params=params, distributions=SPACE, intermediate_values={5: 1.5}),
+        create_trial(state=TrialState.RUNNING, params=params, distributions=SPACE),
+        create_trial(state=TrialState.PRUNED, params=params, distributions=SPACE, constraints={"memory": 1.0}),
+        create_trial(state=TrialState.FAIL, params=params, distributions=SPACE),
+    ]
+    try:
+        ask_part(part("spy_sampler.Spy"), SPACE, history, direction="maximize", number=4, seed=0, arm="a")
+    finally:
+        del sys.modules["spy_sampler"]
+    assert [trial.state.name for trial in seen["trials"]] == ["PRUNED", "RUNNING", "PRUNED", "FAIL"]
+    assert seen["trials"][0].intermediate_values == {5: 1.5}
+    assert seen["trials"][2].constraints == {"memory": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("sampler", "message"),
+    [
+        (part("optuna.samplers.NoSuch"), "`sampler._target_` must be the import path of a class"),
+        (part("optuna.pruners.NopPruner"), "must be a subclass of `optuna.samplers._base.BaseSampler`"),
+        (part("optuna.samplers.TPESampler", startup=3), "`sampler` must have arguments that 'optuna.samplers.TPESamp"),
+        (part("subprocess.Popen", args="true"), "`sampler._target_` must be a class of a package that is trusted"),
+        (
+            part("optuna.samplers.PartialFixedSampler", fixed_params={}, base_sampler={"_target_": "os.system"}),
+            "`sampler.base_sampler._target_` must be a class of a package that is trusted",
+        ),
+        (part("optuna.samplers.GridSampler", search_space={"x": [1]}), "must be able to propose a trial for the space"),
+    ],
+)
+def test_what_is_no_sampler_is_refused_in_one_sentence(sampler, message):
+    with pytest.raises(ConfigError, match=message) as refused:
+        ask_part(sampler, SPACE, [], direction="minimize", number=0, seed=0, arm="lora")
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
+def test_a_sampler_whose_state_is_a_pickle_needs_trust():
+    with pytest.raises(ConfigError, match=r"add `trust=\[cmaes\]` to the command line"):
+        build_sampler(part("optuna.samplers.CmaEsSampler"), seed=0)
+
+
+def test_a_pickle_in_a_strangers_journal_is_not_handed_to_a_sampler():
+    evil = {SAMPLER_ATTRIBUTE: {"trial": {"cma:optimizer:0": "80", "kept": 1}, "study": {"sepcma:x": "80"}}}
+    params = {"method.rank": 4, "optim.lr": 1e-3, "method.dim": 5}
+    seen = []
+
+    class Study:
+        _study_id = 0
+
+        def add_trial(self, trial):
+            seen.append(trial.system_attrs)
+
+    from lorasweep.sweep.controller import part_sampler  # noqa: PLC0415
+    from lorasweep.sweep.controller.proposals import Coding  # noqa: PLC0415
+
+    trial = create_trial(value=1.0, params=params, distributions=SPACE, user_attrs=evil)
+    assert part_sampler._restore(Study(), Coding(SPACE), [trial]) == {}
+    assert seen == [{"kept": 1}]
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A package `optunahub` whose registry has one sampler."""
+
+    class Given(optuna.samplers.RandomSampler):
+        def __init__(self, seed=None, width=1):
+            super().__init__(seed=seed)
+            made.append({"seed": seed, "width": width})
+
+    made: list[dict[str, object]] = []
+    asked = []
+    registry = ModuleType("registry")
+    registry.Given = Given
+    package = ModuleType("optunahub")
+    package.load_module = lambda package, ref: asked.append((package, ref)) or registry
+    package.__spec__ = __spec__
+    monkeypatch.setitem(sys.modules, "optunahub", package)
+    return made, asked
+
+
+def test_a_sampler_of_optunahub_needs_trust_and_gets_the_seed(hub):
+    made, asked = hub
+    sampler = part(HUB, package="samplers/given", sampler="Given", ref="abc", width=2)
+    with pytest.raises(ConfigError, match=r"OptunaHub downloads and runs.* add `trust=\[optunahub\]`"):
+        search(sampler, trials=1)
+    assert (made, asked) == ([], [])
+    set_trusted(["optunahub"])
+    assert search(sampler, trials=3) == search(sampler, trials=3)
+    assert set(asked) == {("samplers/given", "abc")}
+    assert {entry["width"] for entry in made} == {2}
+    assert len({entry["seed"] for entry in made}) == 3
+
+
+def test_a_sampler_that_optunahubs_package_does_not_have_is_refused_with_the_nearest(hub):
+    set_trusted(["optunahub"])
+    with pytest.raises(ConfigError, match=r"`sampler.sampler` must be a sampler in 'samplers/given'.* `Given`\?"):
+        search(part(HUB, package="samplers/given", sampler="Givn"), trials=1)
