@@ -17,6 +17,7 @@ import psutil
 import pytest
 import tests.servers
 import yaml
+from tests.servers.daemon import wait_until
 
 import lorasweep
 from lorasweep.config.compose import packaged_folder
@@ -93,12 +94,24 @@ def test_a_sweep_whose_head_died_is_resumed(start, tmp_path, victim):
         started = psutil.Process(sweep.process.pid).children(recursive=True)
         (sweep.process if victim == "driver" else sweep.find(victim)[0]).kill()
         sweep.process.wait(TIMEOUT_S)
-        _, left = psutil.wait_procs(started, timeout=45)
-        # Ray's agents, which hold nothing, try for a minute or two to tell the head that it is gone
-        assert {process.name() for process in left} <= {"ray::DashboardAgent", "ray::RuntimeEnvAgent"}
+        wait_until(lambda started=started: not names_of(started) - RAYS_AGENTS, lambda: str(started))
         sweep = start("--resume", "out")
     sweep.wait()
     check_whole(folder)
+
+
+RAYS_AGENTS = {"ray::DashboardAgent", "ray::RuntimeEnvAgent"}
+"""They hold nothing, and try for a minute or two to tell a head that it is gone."""
+
+
+def names_of(processes):
+    """The names of those that have not ended."""
+    names = set()
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            if process.status() != psutil.STATUS_ZOMBIE:
+                names.add(process.name())
+    return names
 
 
 def test_an_interrupted_sweep_says_how_to_resume_and_goes_on_without_ray(start, tmp_path):
@@ -109,6 +122,22 @@ def test_an_interrupted_sweep_says_how_to_resume_and_goes_on_without_ray(start, 
     assert read_sweep(tmp_path / "out").status == "interrupted"
     start("--resume", "out", "worker=local").wait()
     check_whole(tmp_path / "out")
+
+
+def test_a_full_disk_ends_the_sweep_with_a_sentence_and_it_goes_on_when_there_is_room(start, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", str(disk)], capture_output=True).returncode:
+        pytest.skip("needs the right to mount a small tmpfs")
+    try:
+        printed = start("worker.num=2", "sweep.output=disk/sweep").wait(code=1)
+        assert "No space left on device" in printed.splitlines()[-1]
+        assert "lorasweep sweep --resume disk/sweep" in printed.splitlines()[-1]
+        subprocess.run(["mount", "-o", "remount,size=400m", str(disk)], check=True)
+        start("--resume", "disk/sweep").wait()
+        check_whole(disk / "sweep")
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
 def test_two_sweeps_on_one_machine_do_not_meet(start, tmp_path):
