@@ -94,7 +94,7 @@ def test_a_sweep_whose_head_died_is_resumed(start, tmp_path, victim):
         started = psutil.Process(sweep.process.pid).children(recursive=True)
         (sweep.process if victim == "driver" else sweep.find(victim)[0]).kill()
         sweep.process.wait(TIMEOUT_S)
-        wait_until(lambda started=started: not names_of(started) - RAYS_AGENTS, lambda: str(started))
+        wait_until(lambda started=started: not names_of(started) - RAYS_AGENTS, lambda started=started: str(started))
         sweep = start("--resume", "out")
     sweep.wait()
     check_whole(folder)
