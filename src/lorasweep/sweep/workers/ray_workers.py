@@ -1,11 +1,11 @@
 """Workers as Ray actors. Ray starts them, places them, notices when one dies, and restarts the controller.
 
-Three kinds of processes, of which only the second and third are ours alone:
+A sweep has three kinds of processes:
 
-- this one, in which `lorasweep sweep` was typed: asks Ray for workers, and for another one whenever one has died;
-- the controller, a named actor: reads the sweep's journal when it begins, so also after Ray has restarted it;
-- the workers, each an actor that runs the loop of `worker`. Their calls wait, and Ray makes them again, while the
-  controller is restarted.
+- The process in which `lorasweep sweep` was typed asks Ray for workers, and for another one whenever one has died.
+- The controller is a named actor. It reads the sweep's journal when it starts, also when Ray restarts it.
+- Each worker is an actor that runs the loop of `worker.py`. While the controller restarts, a worker's calls wait, and
+  Ray repeats them.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ CONTROLLER = "controller"
 """Name of the controller's actor in the sweep's namespace."""
 LOOK_INTERVAL_S = 1.0
 """Seconds between two looks at a request to stop and at nodes that joined; a worker that ends is noticed at once."""
-FOLLOWER_TIMEOUT_S = 30.0
+PEER_TIMEOUT_S = 30.0
 """Seconds that a rank has to end a run that failed on the first rank, before all ranks begin again."""
 STOP_TIMEOUT_S = 10.0
 """Seconds in which a worker that has begun answers the request to stop."""
@@ -79,7 +79,7 @@ def train_on_ray(
     Raises:
         WorkerError: As for `Worker.run`, or every worker was refused.
     """
-    return _Crew(path, num, needs, run_ended=run_ended).work(stop_requested, require_nodes=require_nodes)
+    return _WorkerPool(path, num, needs, run_ended=run_ended).work(stop_requested, require_nodes=require_nodes)
 
 
 class WorkerRefused(WorkerError):  # noqa: N818 (named by what happened)
@@ -87,7 +87,7 @@ class WorkerRefused(WorkerError):  # noqa: N818 (named by what happened)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Setting:
+class WorkerContext:
     """What a process on another node needs in order to work as this one does."""
 
     folder: Path
@@ -134,10 +134,10 @@ def code_versions() -> dict[str, str]:
 class ControllerActor(Controller):
     """The controller of a sweep in a process of its own."""
 
-    def __init__(self, setting: Setting, *, session: str, run_ended: RunEnded) -> None:
+    def __init__(self, context: WorkerContext, *, session: str, run_ended: RunEnded) -> None:
         """Opens the sweep, whose journal says what an earlier process of this session had done."""
-        setting.enter()
-        super().__init__(reopen_sweep(setting.path), run_ended=run_ended, session=session)
+        context.enter()
+        super().__init__(reopen_sweep(context.path), run_ended=run_ended, session=session)
         self.save("running")
 
     def close(self) -> None:
@@ -179,8 +179,8 @@ def result_of(reference: Any) -> Any:
 class WorkerActor:
     """One process of a worker. The first one runs the worker's loop, the others train its trials with it."""
 
-    def __init__(self, setting: Setting, *, threads: int) -> None:
-        self._setting = setting
+    def __init__(self, context: WorkerContext, *, threads: int) -> None:
+        self._context = context
         self._stop = threading.Event()
         self._peers: list[Any] = []
         self._benches = Benches()
@@ -189,12 +189,12 @@ class WorkerActor:
 
     def run(self, controller: Any, *, name: str, num_workers: int, peers: Sequence[Any]) -> bool:
         """Runs the worker's loop and returns whether the sweep is over (False: it was stopped)."""
-        self._setting.enter()
-        client, path = ControllerClient(controller), self._setting.path
+        self._context.enter()
+        client, path = ControllerClient(controller), self._context.path
         client.note_worker(device=name_device(), threads=torch.get_num_threads())
         self._peers = list(peers)
         if peers:
-            self._meet()
+            self._assign_ranks()
         return Worker(
             path,
             saved_definition(path),
@@ -212,16 +212,16 @@ class WorkerActor:
         """Has the worker stop after its present step."""
         self._stop.set()
 
-    def join(self, rank: int, *, size: int, address: str, port: int, local_rank: int) -> None:
+    def set_rank(self, rank: int, *, size: int, address: str, port: int, local_rank: int) -> None:
         """Takes part in the training of the first process as one of its ranks."""
-        self._setting.enter()
+        self._context.enter()
         self._cluster = RayEnvironment(rank=rank, size=size, local_rank=local_rank, address=address, port=port)
 
     def node(self) -> str:
         """Returns the node that this process is on."""
         return str(ray.get_runtime_context().get_node_id())
 
-    def follow(self, config: RunConfig, place: RunPlace, *, resume: bool) -> None:
+    def train_as_peer(self, config: RunConfig, place: RunPlace, *, resume: bool) -> None:
         """Trains a run together with the other ranks. Where that fails, the process ends, so that none waits for it."""
         try:
             train_run(config, place, bench=self._benches.of(config), resume=resume, cluster=self._cluster)
@@ -231,7 +231,7 @@ class WorkerActor:
             traceback.print_exc()  # into Ray's log of this process
             os._exit(1)
 
-    def _meet(self) -> None:
+    def _assign_ranks(self) -> None:
         """Gives each rank its place."""
         actors = [ray.get_runtime_context().current_actor, *self._peers]
         nodes = [self.node(), *ray.get([peer.node.remote() for peer in self._peers])]
@@ -243,18 +243,18 @@ class WorkerActor:
             {"size": size, "address": address, "port": port, "local_rank": nodes[:rank].count(nodes[rank])}
             for rank in range(size)
         ]
-        self.join(0, **places[0])
-        ray.get([peer.join.remote(rank, **places[rank]) for rank, peer in enumerate(self._peers, start=1)])
+        self.set_rank(0, **places[0])
+        ray.get([peer.set_rank.remote(rank, **places[rank]) for rank, peer in enumerate(self._peers, start=1)])
 
     def _train_together(self, config: RunConfig, place: RunPlace, *, resume: bool, **own: Any) -> RunRecord:
-        followers = [peer.follow.remote(config, place, resume=resume) for peer in self._peers]
+        peers = [peer.train_as_peer.remote(config, place, resume=resume) for peer in self._peers]
         try:
             return train_run(config, place, resume=resume, cluster=self._cluster, **own)
         except RunError:
             raise
         except Exception as error:
             try:
-                ray.get(followers, timeout=FOLLOWER_TIMEOUT_S)
+                ray.get(peers, timeout=PEER_TIMEOUT_S)
             except RayError:  # a rank died, or hangs: all of them begin again from the last checkpoint
                 traceback.print_exception(error)
                 os._exit(1)
@@ -312,8 +312,8 @@ class RayEnvironment(ClusterEnvironment):
 
 
 @dataclass(kw_only=True, eq=False)
-class _Hired:
-    """One worker: its processes, and the call that ends when it does."""
+class _PoolMember:
+    """One worker: its processes, and the call that runs its loop."""
 
     name: str
     actors: list[Any]
@@ -322,17 +322,17 @@ class _Hired:
     run: Any
 
 
-class _Crew:
+class _WorkerPool:
     """The workers of a sweep while it trains."""
 
     def __init__(self, path: Path, num: int | Literal["auto"], needs: WorkerNeeds, *, run_ended: RunEnded) -> None:
         self._num = num
         self._needs = needs
-        self._setting = Setting(
+        self._context = WorkerContext(
             folder=Path.cwd(), path=path.resolve(), code=code_versions(), trusted=trusted_packages()
         )
         self._session = secrets.token_hex(4)
-        self._hired: dict[Any, _Hired] = {}
+        self._members: dict[Any, _PoolMember] = {}
         """By the reference of the call that runs it."""
         self._count = 0
         self._refused: list[LoraSweepError] = []
@@ -340,7 +340,7 @@ class _Crew:
         self._actor = (
             ray.remote(ControllerActor)
             .options(name=CONTROLLER, num_cpus=0, scheduling_strategy=here, **RESTART_FOREVER)
-            .remote(self._setting, session=self._session, run_ended=run_ended)
+            .remote(self._context, session=self._session, run_ended=run_ended)
         )
         self._controller = ControllerClient(self._actor)
 
@@ -349,23 +349,23 @@ class _Crew:
         try:
             self._controller.is_over()  # an error while it begins is raised here
             while not stop_requested() and not self._controller.is_over():
-                self._hire()
-                if not self._hired:
+                self._start_missing()
+                if not self._members:
                     require_nodes()
                 self._wait(LOOK_INTERVAL_S)
             self._stop()
             return bool(self._controller.finish())
         finally:
-            for hired in self._hired.values():
-                self._dismiss(hired)
+            for member in self._members.values():
+                self._kill(member)
             self._controller.close()
             ray.kill(self._actor)
 
-    def _hire(self) -> None:
+    def _start_missing(self) -> None:
         """Asks Ray for the workers that are missing. One for which there is no room waits until there is."""
         fitting = count_fitting(self._needs)
         wanted = fitting if self._num == "auto" else self._num
-        while len(self._hired) + len(self._refused) < wanted:
+        while len(self._members) + len(self._refused) < wanted:
             self._count += 1
             name = f"{self._session}-{self._count}"
             group, options = None, [self._options()]
@@ -377,9 +377,9 @@ class _Crew:
                     for number in range(self._needs.processes)
                 ]
             make: Any = WorkerActor
-            actors = [make.options(**each).remote(self._setting, threads=self._needs.cpus) for each in options]
+            actors = [make.options(**each).remote(self._context, threads=self._needs.cpus) for each in options]
             run = actors[0].run.remote(self._actor, name=name, num_workers=max(wanted, 1), peers=actors[1:])
-            self._hired[run] = _Hired(name=name, actors=actors, group=group, run=run)
+            self._members[run] = _PoolMember(name=name, actors=actors, group=group, run=run)
 
     def _options(self) -> dict[str, Any]:
         return {
@@ -388,38 +388,38 @@ class _Crew:
         }
 
     def _wait(self, timeout_s: float) -> None:
-        """Waits for a worker to end. The trials of one that died are handed out again, and another one is hired."""
-        if not self._hired:
+        """Waits for a worker to end. The trials of one that died are handed out again; `_start_missing` replaces it."""
+        if not self._members:
             time.sleep(timeout_s)
             return
-        ended, _ = ray.wait(list(self._hired), timeout=timeout_s)
+        ended, _ = ray.wait(list(self._members), timeout=timeout_s)
         for run in ended:
-            hired = self._hired.pop(run)
-            self._dismiss(hired)
+            member = self._members.pop(run)
+            self._kill(member)
             try:
                 ray.get(run)
-            except RayActorError:
-                self._controller.release_worker(hired.name)
-            except RayTaskError as error:
+            except RayTaskError as error:  # the worker's own loop raised
                 if isinstance(error.cause, WorkerRefused):
                     self._refused.append(error.cause)
                     self._controller.warn(str(error.cause))
-                    if not self._hired:
+                    if not self._members:
                         raise error.cause from None
                 else:
                     raise (error.cause if isinstance(error.cause, LoraSweepError) else error) from None
+            except RayError:  # its process died, or its node, or Ray ended it because the node had no memory left
+                self._controller.release_worker(member.name)
 
     def _stop(self) -> None:
         """Has every worker stop after its present step. One that does not answer waits for room, and is let go."""
-        calls = {hired.actors[0].stop.remote(): hired for hired in self._hired.values()}
+        calls = {member.actors[0].stop.remote(): member for member in self._members.values()}
         _, unanswered = ray.wait(list(calls), num_returns=len(calls), timeout=STOP_TIMEOUT_S) if calls else ([], [])
         for call in unanswered:
-            self._dismiss(self._hired.pop(calls[call].run))
-        while self._hired:
+            self._kill(self._members.pop(calls[call].run))
+        while self._members:
             self._wait(LOOK_INTERVAL_S)
 
-    def _dismiss(self, hired: _Hired) -> None:
-        for actor in hired.actors:
+    def _kill(self, member: _PoolMember) -> None:
+        for actor in member.actors:
             ray.kill(actor)
-        if hired.group is not None:
-            ray.util.remove_placement_group(hired.group)
+        if member.group is not None:
+            ray.util.remove_placement_group(member.group)
