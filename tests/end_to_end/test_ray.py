@@ -132,7 +132,7 @@ def test_a_full_disk_ends_the_sweep_with_a_sentence_and_it_goes_on_when_there_is
     try:
         printed = start("worker.num=2", "sweep.output=disk/sweep").wait(code=1)
         assert "No space left on device" in printed.splitlines()[-1]
-        assert "lorasweep sweep --resume disk/sweep" in printed.splitlines()[-1]
+        assert "lorasweep sweep --resume /" in printed.splitlines()[-1]
         subprocess.run(["mount", "-o", "remount,size=400m", str(disk)], check=True)
         start("--resume", "disk/sweep").wait()
         check_whole(disk / "sweep")
