@@ -351,7 +351,7 @@ def record_curves(
     means = MeanWeights(trials=trials, decay=1 - 1 / every)
     for evaluation in range(1, NUM_EVALUATIONS + 1):
         for step in range((evaluation - 1) * every, evaluation * every):
-            trials.train_step(step, factor=schedule_factor(config.schedule, step, max_steps=steps))
+            trials.train_step(step, factor=schedule_factor(config.schedule, step, max_steps=steps, lr=config.optim.lr))
             means.update()
         if evaluation not in evaluations:
             continue
@@ -369,7 +369,7 @@ def record_cooldowns(trials: Trials, config: RunConfig) -> Iterator[Row]:
     done = 0
     for evaluation in BRANCH_EVALUATIONS:
         while done < evaluation * length:
-            trials.train_step(done, factor=schedule_factor(constant, done, max_steps=steps))
+            trials.train_step(done, factor=schedule_factor(constant, done, max_steps=steps, lr=config.optim.lr))
             done += 1
         weights = [parameter.detach().clone() for parameter in trials.trained()]
         state = trials.state()

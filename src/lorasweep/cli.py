@@ -419,13 +419,21 @@ def _start(definition: Definition, benches: Any) -> SweepFolder:
 
 
 def _create(definition: Definition, benches: Any, path: Path) -> SweepFolder:
-    from lorasweep.sweep import check_definition, check_workers, create_sweep, data_notes, sweep_metric
+    from lorasweep.sweep import (
+        check_definition,
+        check_workers,
+        create_sweep,
+        data_notes,
+        packing_notes,
+        sweep_metric,
+    )
 
     for warning in check_workers(definition, path):
         say(f"warning: {warning}")
     configs = check_definition(definition, benches)
     metric = sweep_metric(configs, benches)
-    return create_sweep(definition, path, configs=configs, metric=metric, notes=data_notes(configs, benches))
+    notes = [*data_notes(configs, benches), *packing_notes(definition)]
+    return create_sweep(definition, path, configs=configs, metric=metric, notes=notes)
 
 
 def _read_definition(words: Sequence[str]) -> Definition:

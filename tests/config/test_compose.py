@@ -132,7 +132,7 @@ def test_a_users_own_conf_is_found_first(tmp_path, monkeypatch):
     assert compose_run({}).optim.lr == 0.25
     assert compose_run({"optim": "mine"}).optim.lr == 0.5
     with hydra_session():
-        assert group_options("optim") == ["adamw", "mine"]
+        assert group_options("optim") == ["adafactor", "adamw", "adamw_8bit", "mine", "sgd"]
     assert compose_run({}).trainer.max_steps == 150  # the packaged files are still found
 
 

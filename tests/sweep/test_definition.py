@@ -169,6 +169,38 @@ def test_a_pruner_of_the_users_own_is_set_by_its_target(read, content):
     )
 
 
+def test_arguments_of_an_optimizer_are_searched_as_other_settings(read, content):
+    content["arms"]["lora"]["settings"]["optim"] = "sgd"
+    content["arms"]["lora"]["space"] |= {"optim.dampening": {"low": 0.0, "high": 0.5}}
+    lora = arms_of(read(content, "optim.lr=tag(log,interval(0.01,1.0))", "arms.lora.optim.momentum=choice(0,0.9)"))[
+        "lora"
+    ]
+    assert lora.space["optim.momentum"] == CategoricalDistribution([0, 0.9])
+    assert lora.space["optim.dampening"] == FloatDistribution(0.0, 0.5)
+    assert lora.space["optim.lr"] == FloatDistribution(0.01, 1.0, log=True)
+    config = lora.compose({"method.rank": 1, "optim.lr": 0.1, "optim.momentum": 0.9, "optim.dampening": 0.2})
+    assert (config.optim.lr, dict(config.optim.arguments)) == (0.1, {"momentum": 0.9, "dampening": 0.2})
+
+
+def test_a_whole_argument_without_a_value_in_the_file_is_searched_in_whole_steps(read, content):
+    content["arms"]["lora"]["settings"]["schedule._target_"] = "torch.optim.lr_scheduler.StepLR"
+    content["arms"]["lora"]["space"] |= {"schedule.step_size": {"low": 1, "high": 5}}
+    assert arms_of(read(content))["lora"].space["schedule.step_size"] == IntDistribution(1, 5)
+
+
+def test_another_class_on_the_command_line_drops_what_the_file_set_for_the_first_but_our_settings(read, content):
+    content["settings"] |= {"optim": "sgd", "optim.momentum": 0.5, "optim.lr": 0.2}
+    lora = arms_of(read(content, "optim._target_=torch.optim.RMSprop", "optim.alpha=0.9"))["lora"]
+    config = next(lora.corners())
+    assert (config.optim.target, dict(config.optim.arguments)) == ("torch.optim.RMSprop", {"alpha": 0.9})
+    assert config.optim.lr == 0.2 or "optim.lr" in lora.space
+
+
+def test_a_name_on_the_command_line_drops_the_class_of_the_file(read, content):
+    content["settings"] |= {"optim._target_": "torch.optim.RMSprop", "optim.alpha": 0.9}
+    assert next(arms_of(read(content, "optim=adamw"))["lora"].corners()).optim.name == "adamw"
+
+
 def test_an_arms_method_drops_what_the_file_set_for_another_method(read, content):
     content["settings"]["method.dropout"] = 0.1
     arms = arms_of(read(content))
@@ -255,7 +287,11 @@ def change(content, path, value):
         (["arms", "lora", "space", "method.rnk"], [1], r"`arms.lora.space.method.rnk` is not a setting.*`rank`\?"),
         (["arms", "lora", "space", "nothing"], [1], "`arms.lora.space.nothing` is not a setting of its arm."),
         (["arms", "full", "space", "method.rank"], [1], "`arms.full.space.method.rank` is not a setting of its arm."),
-        (["arms", "lora", "space", "optim"], [1], "arm `lora`: `optim` must be one of adamw, but got '1'."),
+        (
+            ["arms", "lora", "space", "optim"],
+            [1],
+            "arm `lora`: `optim` must be one of adafactor, adamw, adamw_8bit, sgd, but got '1'.",
+        ),
         (["arms", "lora", "space", "method.rank"], [], "the range of `arms.lora.space.method.rank` must have at least"),
         (["arms", "lora", "space", "method.rank"], [4, 0], "arm `lora`: `method.rank >= 1` must hold, but got 0."),
         (["arms", "lora", "space", "method.rank"], ["a"], "arm `lora`: `method.rank` must be a whole number, but got"),

@@ -8,7 +8,7 @@ import pytest
 
 from lorasweep.errors import ConfigError
 from lorasweep.sweep import read_definition
-from lorasweep.sweep.packing import plan_packing
+from lorasweep.sweep.packing import packing_notes, plan_packing
 
 
 def plan(write_file, content: Any, *overrides: str):
@@ -47,6 +47,8 @@ def test_arms_that_differ_in_what_a_slot_owns_share_a_pack(write_file, content):
         ("trainer.max_steps", 9, "not a multiple of `trainer.eval_every_steps`"),
         ("optim.eps", 0.0, "`optim.eps` is 0"),
         ("trainer.devices", 2, "`trainer.devices` does not go with packs"),
+        ("optim", "sgd", "`optim._target_` does not go with packs, whose slots all train by AdamW, so its trials run"),
+        ("schedule", "one_cycle", "`schedule._target_` does not go with packs, whose slots have the schedules that"),
     ],
 )
 def test_what_a_slot_cannot_own_runs_alone_and_says_why(write_file, content, key, value, reason):
@@ -54,6 +56,19 @@ def test_what_a_slot_cannot_own_runs_alone_and_says_why(write_file, content, key
     plans = plan(write_file, content)
     assert plans["lora"].key is None
     assert reason in plans["lora"].reason
+
+
+def test_the_report_says_why_trials_run_alone(write_file, content):
+    assert packing_notes(read_definition(write_file(content), [])) == []  # `full` has no slots under any settings
+    content["arms"]["lora"]["settings"]["optim"] = "sgd"
+    (note,) = packing_notes(read_definition(write_file(content), ["worker.pack_size=auto"]))
+    assert note.startswith("`lora`: `optim._target_` does not go with packs")
+    assert packing_notes(read_definition(write_file(content), ["worker.pack_size=1"])) == []
+
+
+def test_a_swept_schedule_with_a_name_is_packed(write_file, content):
+    content["arms"]["lora"]["space"]["schedule"] = ["linear", "inverse_sqrt", "warmup_stable_decay"]
+    assert plan(write_file, content)["lora"].key is not None
 
 
 def test_a_swept_setting_that_slots_share_runs_alone(write_file, content):

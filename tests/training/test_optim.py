@@ -1,4 +1,4 @@
-"""AdamW's groups and the schedule's values, worked out by hand."""
+"""Optimizers' groups and the schedules' values, worked out by hand or by transformers."""
 
 from __future__ import annotations
 
@@ -6,11 +6,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+import transformers
 from torch import nn
+from transformers import get_scheduler
 
+from lorasweep.config.compose import compose_run
 from lorasweep.config.run import OptimConfig, ScheduleConfig
+from lorasweep.errors import ConfigError
 from lorasweep.methods import ParameterGroup
-from lorasweep.training.optim import build_optimizer, build_schedule, refine_groups, schedule_factor
+from lorasweep.training.optim import build_optimizer, build_schedule, check_optim, refine_groups, schedule_factor
 
 OPTIM = OptimConfig(
     name="adamw",
@@ -27,8 +31,8 @@ OPTIM = OptimConfig(
 )
 
 
-def make_schedule(name, warmup_fraction):
-    return ScheduleConfig(name=name, warmup_fraction=warmup_fraction)
+def make_schedule(name, warmup_fraction, **arguments):
+    return ScheduleConfig(name=name, warmup_fraction=warmup_fraction, arguments=arguments)
 
 
 @pytest.mark.parametrize(
@@ -44,21 +48,84 @@ def make_schedule(name, warmup_fraction):
     ],
 )
 def test_schedule_has_these_values(name, warmup_fraction, expected):
-    factors = [schedule_factor(make_schedule(name, warmup_fraction), step, max_steps=4) for step in range(4)]
+    schedule = make_schedule(name, warmup_fraction)
+    factors = [schedule_factor(schedule, step, max_steps=4, lr=0.1) for step in range(4)]
     assert factors == pytest.approx(expected, abs=1e-12)  # float64 arithmetic
 
 
 @pytest.mark.parametrize("name", ["linear", "cosine"])
 @pytest.mark.parametrize("warmup_fraction", [0.0, 0.06, 0.5, 0.9])
 def test_a_schedule_that_falls_would_be_zero_right_after_the_last_step(name, warmup_fraction):
-    factors = [schedule_factor(make_schedule(name, warmup_fraction), step, max_steps=50) for step in range(52)]
+    schedule = make_schedule(name, warmup_fraction)
+    factors = [schedule_factor(schedule, step, max_steps=50, lr=0.1) for step in range(52)]
     assert factors[50:] == pytest.approx([0.0, 0.0], abs=1e-12)
     assert all(0 < factor <= 1 for factor in factors[:50])
 
 
+@pytest.mark.parametrize(
+    ("name", "theirs", "arguments"),
+    [
+        ("linear", "linear", {}),
+        ("cosine", "cosine", {}),
+        ("cosine", "cosine", {"num_cycles": 1.5}),
+        ("constant", "constant", {}),
+        ("constant_with_warmup", "constant_with_warmup", {}),
+        ("cosine_with_restarts", "cosine_with_restarts", {"num_cycles": 3}),
+        ("cosine_with_min_lr", "cosine_with_min_lr", {"min_lr_rate": 0.1}),
+        ("cosine_with_min_lr", "cosine_with_min_lr", {"min_lr": 0.01}),
+        ("polynomial", "polynomial", {"lr_end": 0.01, "power": 2.0}),
+        ("inverse_sqrt", "inverse_sqrt", {"timescale": 5}),
+    ],
+)
+def test_without_warm_up_a_schedule_is_transformers(name, theirs, arguments):
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
+    expected = get_scheduler(theirs, optimizer, 0, 20, scheduler_specific_kwargs=arguments).lr_lambdas[0]
+    schedule = make_schedule(name, 0.0, **arguments)
+    found = [schedule_factor(schedule, step, max_steps=20, lr=0.1) for step in range(20)]
+    assert found == [expected(step) for step in range(20)]
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine", "constant_with_warmup", "inverse_sqrt", "polynomial"])
+def test_after_the_warm_up_a_schedule_is_transformers(name):
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
+    expected = get_scheduler(name, optimizer, 5, 20).lr_lambdas[0]
+    found = [schedule_factor(make_schedule(name, 0.25), step, max_steps=20, lr=0.1) for step in range(20)]
+    assert found[:5] == pytest.approx([1 / 6, 2 / 6, 3 / 6, 4 / 6, 5 / 6])  # transformers' first step has rate 0
+    assert found[5:] == pytest.approx([expected(step) for step in range(5, 20)], abs=1e-12)  # float64 arithmetic
+
+
+def test_a_schedule_may_stay_at_its_peak_and_fall_at_the_end():
+    schedule = make_schedule("warmup_stable_decay", 0.1, decay_fraction=0.2, decay_type="linear", min_lr_ratio=0.0)
+    found = [schedule_factor(schedule, step, max_steps=10, lr=0.1) for step in range(11)]
+    assert found == pytest.approx([0.5, *[1.0] * 8, 0.5, 0.0])
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        (
+            "linear",
+            {"power": 2},
+            "`schedule.power` is not a setting. The settings of `schedule=linear` are name, warmup_fr",
+        ),
+        ("polynomial", {"lr_end": 0.2}, "`schedule` must have arguments that transformers' 'polynomial' takes"),
+        ("warmup_stable_decay", {"decay_fraction": 1.5}, "`0 <= schedule.decay_fraction < 1` must hold, but got 1.5."),
+        (
+            "warmup_stable_decay",
+            {"decay_fraction": 0.1, "decay_type": "step"},
+            "`schedule` must have arguments .*Unknown decay type: step",
+        ),
+    ],
+)
+def test_arguments_that_a_schedule_does_not_take_are_refused_in_one_sentence(name, arguments, message):
+    with pytest.raises(ConfigError, match=message) as refused:
+        schedule_factor(make_schedule(name, 0.0, **arguments), 0, max_steps=10, lr=0.1)
+    assert "\n" not in str(refused.value)
+
+
 @pytest.mark.parametrize("name", ["linear", "cosine", "constant"])
 def test_a_run_of_one_step_has_a_rate(name):
-    assert 0 < schedule_factor(make_schedule(name, 0.5), 0, max_steps=1) <= 1
+    assert 0 < schedule_factor(make_schedule(name, 0.5), 0, max_steps=1, lr=0.1) <= 1
 
 
 def test_each_group_has_its_own_rate_and_only_matrices_decay():
@@ -77,14 +144,78 @@ def test_each_group_has_its_own_rate_and_only_matrices_decay():
 def test_the_schedule_moves_every_group_by_the_same_share():
     parameters = [nn.Parameter(torch.ones(2, 2)) for _ in range(2)]
     groups = [ParameterGroup(name=str(n), params=(p,), lr_factor=1.0 + n) for n, p in enumerate(parameters)]
-    optimizer = build_optimizer(OPTIM, groups)
-    schedule = build_schedule(make_schedule("linear", 0.0), optimizer, max_steps=4)
+    config = compose_run({"optim.lr": 0.1, "schedule.warmup_fraction": 0.0, "trainer.max_steps": 4})
+    optimizer = build_optimizer(config.optim, groups)
+    schedule = build_schedule(config, optimizer)
     rates = []
     for _ in range(4):
         rates.append([group["lr"] for group in optimizer.param_groups])
         optimizer.step()
         schedule.step()
     assert rates == pytest.approx(torch.tensor([[0.1, 0.2], [0.075, 0.15], [0.05, 0.1], [0.025, 0.05]]).numpy())
+
+
+def two_groups():
+    matrix, vector, b = (nn.Parameter(torch.ones(shape)) for shape in ((2, 3), (3,), (3, 2)))
+    return [
+        ParameterGroup(name="a", params=(matrix, vector), lr_factor=1.0),
+        ParameterGroup(name="b", params=(b,), lr_factor=16.0),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("settings", "kind", "expected"),
+    [
+        ({"optim": "sgd", "optim.nesterov": True}, torch.optim.SGD, {"momentum": 0.9, "nesterov": True}),
+        ({"optim": "adafactor"}, transformers.Adafactor, {"relative_step": False, "clip_threshold": 1.0}),
+        ({"optim._target_": "torch.optim.RMSprop", "optim.alpha": 0.9}, torch.optim.RMSprop, {"alpha": 0.9}),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_another_optimizer_has_our_rates_and_weight_decay_and_its_own_arguments(settings, kind, expected):
+    config = compose_run({**settings, "optim.lr": 0.1, "optim.weight_decay": 0.5})
+    optimizer = build_optimizer(config.optim, two_groups())
+    assert type(optimizer) is kind
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.1, 0.1, 1.6])
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.5, 0.0, 0.5]
+    assert {name: optimizer.param_groups[0][name] for name in expected} == expected
+
+
+def test_an_optimizer_without_weight_decay_takes_none():
+    target = {"optim._target_": "torch.optim.Rprop"}
+    optimizer = build_optimizer(compose_run(target).optim, two_groups())
+    assert "weight_decay" not in optimizer.param_groups[0]
+    with pytest.raises(ConfigError, match=r"`optim.weight_decay` must be 0 with 'torch.optim.Rprop', which has none"):
+        check_optim(compose_run({**target, "optim.weight_decay": 0.1}))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"optim": "sgd", "optim.momentun": 0.5}, "`optim` must have arguments that 'torch.optim.SGD' takes"),
+        ({"optim": "sgd", "optim.momentum": -1}, "Invalid momentum value: -1"),
+        ({"optim": "adamw_8bit"}, "`optim` needs the package 'bitsandbytes', which is not installed. Run `pip install"),
+        ({"optim._target_": "torch.nn.Linear"}, "`optim._target_` must be a subclass of `torch.optim.optimizer.Opti"),
+        ({"schedule._target_": "torch.optim.SGD"}, "must be a subclass of `torch.optim.lr_scheduler.LRScheduler`"),
+        ({"schedule": "one_cycle", "schedule.total_steps": -1}, "`schedule` must have arguments that"),
+    ],
+)
+def test_what_is_no_optimizer_or_schedule_is_refused_in_one_sentence(settings, message):
+    with pytest.raises(ConfigError, match=message) as refused:
+        check_optim(compose_run(settings))
+    assert "\n" not in str(refused.value)
+
+
+def test_a_schedule_of_torchs_gets_the_optimizer_and_values_of_other_settings():
+    config = compose_run({"schedule": "one_cycle", "optim.lr": 0.2, "trainer.max_steps": 10})
+    schedule = build_schedule(config, build_optimizer(config.optim, two_groups()))
+    rates = []
+    for _ in range(10):
+        rates.append(schedule.get_last_lr()[0])
+        schedule.optimizer.step()
+        schedule.step()
+    assert max(rates) == pytest.approx(0.2)
+    assert rates[0] == pytest.approx(0.2 / 25)
 
 
 class Blocks(nn.Module):

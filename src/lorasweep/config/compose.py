@@ -9,6 +9,7 @@ import copy
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -25,7 +26,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from lorasweep.config.build import build, nearest
-from lorasweep.config.run import RunConfig
+from lorasweep.config.run import OptimizerPart, RunConfig
 from lorasweep.config.sweep import DriverConfig
 from lorasweep.config.targets import TARGET, require_trusted
 from lorasweep.errors import ConfigError, first_line
@@ -35,7 +36,10 @@ Primary = Literal["train", "sweep"]
 PACKAGE = Path(__file__).parent.parent
 MOST_INTERPOLATIONS = 16
 """In the settings of a sweep or a run. Each may name another, so a few dozen could stand for any amount of text."""
-PARTS: Mapping[str, frozenset[str]] = {"sampler": frozenset(), "pruner": frozenset()}
+PARTS: Mapping[str, frozenset[str]] = {
+    "optim": frozenset(f.name for f in fields(OptimizerPart)) - {"target", "arguments"},
+    **dict.fromkeys(("schedule", "sampler", "pruner"), frozenset[str]()),
+}
 """Settings that may be a class by `_target_`, with the keys beside its arguments that lorasweep reads itself."""
 SHOWING_FLAGS = {"--cfg", "-c", "--info", "-i", "--help", "-h"}
 """Flags of Hydra with which nothing is trained."""

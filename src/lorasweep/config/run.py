@@ -5,13 +5,16 @@ Values come from `conf/` (see `compose`); only what is wrong whatever the model 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
+from lorasweep.config.build import nearest
 from lorasweep.config.data import DataConfig
 from lorasweep.config.limits import require_at_least, require_fraction
 from lorasweep.config.method import MethodConfig
 from lorasweep.config.model import ModelConfig
+from lorasweep.config.targets import Part
 from lorasweep.errors import ConfigError
 
 
@@ -42,34 +45,93 @@ class OptimConfig:
     """Largest norm of the whole gradient; null does not clip."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.lr < float("inf"):
-            raise ConfigError(f"`optim.lr > 0` must hold, but got {self.lr!r}.")
-        if not self.lr_ratio_b > 0:
-            raise ConfigError(f"`optim.lr_ratio_b > 0` must hold, but got {self.lr_ratio_b!r}.")
-        if not 0 < self.lr_ratio_head < float("inf"):
-            raise ConfigError(f"`optim.lr_ratio_head > 0` must hold, but got {self.lr_ratio_head!r}.")
-        if not 0 < self.layer_decay <= 1:
-            raise ConfigError(f"`0 < optim.layer_decay <= 1` must hold, but got {self.layer_decay!r}.")
-        if self.ema_decay is not None:
-            require_fraction("optim.ema_decay", self.ema_decay)
-        require_at_least("optim.weight_decay", self.weight_decay, 0)
+        _check_optim(self)
         require_at_least("optim.eps", self.eps, 0)
         require_fraction("optim.beta1", self.beta1)
         require_fraction("optim.beta2", self.beta2)
-        if self.clip_norm is not None and not self.clip_norm > 0:
-            raise ConfigError(f"`optim.clip_norm > 0` must hold, but got {self.clip_norm!r}. Use null not to clip.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerPart(Part):
+    """Another optimizer, by the class that `optim._target_` names. Trials with one run alone.
+
+    The settings below mean the same as in `OptimConfig`; all others are arguments of the class.
+    """
+
+    lr: float
+    lr_ratio_b: float
+    lr_ratio_head: float
+    layer_decay: float
+    ema_decay: float | None
+    weight_decay: float
+    """Of matrices; must be 0 where the class takes no `weight_decay`."""
+    clip_norm: float | None
+
+    def __post_init__(self) -> None:
+        _check_optim(self)
+
+
+def _check_optim(config: OptimConfig | OptimizerPart) -> None:
+    if not 0 < config.lr < float("inf"):
+        raise ConfigError(f"`optim.lr > 0` must hold, but got {config.lr!r}.")
+    if not config.lr_ratio_b > 0:
+        raise ConfigError(f"`optim.lr_ratio_b > 0` must hold, but got {config.lr_ratio_b!r}.")
+    if not 0 < config.lr_ratio_head < float("inf"):
+        raise ConfigError(f"`optim.lr_ratio_head > 0` must hold, but got {config.lr_ratio_head!r}.")
+    if not 0 < config.layer_decay <= 1:
+        raise ConfigError(f"`0 < optim.layer_decay <= 1` must hold, but got {config.layer_decay!r}.")
+    if config.ema_decay is not None:
+        require_fraction("optim.ema_decay", config.ema_decay)
+    require_at_least("optim.weight_decay", config.weight_decay, 0)
+    if config.clip_norm is not None and not config.clip_norm > 0:
+        raise ConfigError(f"`optim.clip_norm > 0` must hold, but got {config.clip_norm!r}. Use null not to clip.")
+
+
+ScheduleName = Literal[
+    "linear",
+    "cosine",
+    "constant",
+    "constant_with_warmup",
+    "cosine_with_restarts",
+    "cosine_with_min_lr",
+    "polynomial",
+    "inverse_sqrt",
+    "warmup_stable_decay",
+]
+SCHEDULE_ARGUMENTS: Mapping[str, tuple[str, ...]] = {
+    "cosine": ("num_cycles",),
+    "cosine_with_restarts": ("num_cycles",),
+    "cosine_with_min_lr": ("num_cycles", "min_lr", "min_lr_rate"),
+    "polynomial": ("lr_end", "power"),
+    "inverse_sqrt": ("timescale",),
+    "warmup_stable_decay": ("decay_fraction", "decay_type", "min_lr_ratio", "num_cycles"),
+}
+"""Arguments that a schedule takes beside `warmup_fraction`, as transformers' `get_scheduler` names them; only
+`decay_fraction`, a share of the steps, is `num_decay_steps` there."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleConfig:
-    """The learning rate over a run's `trainer.max_steps`, as a share of `optim.lr`."""
+    """The learning rate over a run's `trainer.max_steps`, as a share of `optim.lr`: a schedule of transformers'."""
 
-    name: Literal["linear", "cosine", "constant"]
+    name: ScheduleName
     warmup_fraction: float
     """Share of the steps that rise linearly from 0, 0 <= f < 1."""
+    arguments: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    """Of that schedule, see `SCHEDULE_ARGUMENTS`."""
 
     def __post_init__(self) -> None:
         require_fraction("schedule.warmup_fraction", self.warmup_fraction)
+        known = SCHEDULE_ARGUMENTS.get(self.name, ())
+        for name, value in self.arguments.items():
+            if name not in known:
+                named = ("name", "warmup_fraction", *known)
+                raise ConfigError(
+                    f"`schedule.{name}` is not a setting.{nearest(str(name), named)} The settings of "
+                    f"`schedule={self.name}` are {', '.join(named)}."
+                )
+            if name == "decay_fraction":
+                require_fraction("schedule.decay_fraction", value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,8 +213,9 @@ class RunConfig:
     model: ModelConfig
     data: DataConfig
     method: MethodConfig
-    optim: OptimConfig
-    schedule: ScheduleConfig
+    optim: OptimConfig | OptimizerPart
+    schedule: ScheduleConfig | Part
+    """A part is a scheduler of torch's or of the user's own. Trials with one run alone."""
     trainer: TrainerConfig
     seed: int
     """Sets every seed below that is not set by itself."""

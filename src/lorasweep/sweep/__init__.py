@@ -7,6 +7,7 @@ from lorasweep.sweep.controller.folder import SweepFolder
 from lorasweep.sweep.controller.lifecycle import create_sweep, new_folder, reopen_sweep, saved_definition
 from lorasweep.sweep.definition import Arm, Definition, read_definition
 from lorasweep.sweep.fairness import find_warnings
+from lorasweep.sweep.packing import packing_notes
 from lorasweep.sweep.plan import ArmPlan, plan_sweep, render_plan
 from lorasweep.sweep.reproduce import compare_sweeps
 from lorasweep.sweep.status import SweepStatus, follow, followed, read_status, render_status
@@ -33,6 +34,7 @@ __all__ = [
     "followed",
     "hand_over",
     "new_folder",
+    "packing_notes",
     "plan_sweep",
     "read_definition",
     "read_status",

@@ -21,8 +21,9 @@ from lorasweep.config.compose import (
     layer_settings,
     parse_overrides,
 )
-from lorasweep.config.run import RunConfig
+from lorasweep.config.run import RunConfig, ScheduleConfig
 from lorasweep.config.sweep import ArmConfig, DriverConfig, SweepFile
+from lorasweep.config.targets import Part
 from lorasweep.errors import ConfigError
 from lorasweep.sweep.expand import expand_arms, own_overrides, refuse_expanded
 from lorasweep.sweep.scaling import ALPHA, MULTIPLIER, compose_scaled, drop_rivals, lay_over, rival, spell_out
@@ -296,11 +297,20 @@ def _parse_space(arm: ArmConfig) -> Space:
 def _is_whole(config: RunConfig, key: str, *, arm: ArmConfig) -> bool:
     value: Any = config
     for name in (ALPHA if key == MULTIPLIER else key).split("."):
-        if not hasattr(value, name):
+        if isinstance(value, Part | ScheduleConfig) and not hasattr(value, name):
+            value = value.arguments
+        if isinstance(value, Mapping) and name not in value:  # an argument of a class, which has its own default
+            return _has_whole_bounds(arm.space[key])
+        if not (hasattr(value, name) or isinstance(value, Mapping)):
             names = [f.name for f in dataclasses.fields(value)] if dataclasses.is_dataclass(value) else []
             raise ConfigError(f"`arms.{arm.name}.space.{key}` is not a setting of its arm.{nearest(name, names)}")
-        value = getattr(value, name)
+        value = value[name] if isinstance(value, Mapping) else getattr(value, name)
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _has_whole_bounds(value: Any) -> bool:
+    bounds = value.values() if isinstance(value, Mapping) else value
+    return all(isinstance(bound, int) for bound in bounds)
 
 
 def _check_arm(arm: Arm) -> None:

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import asdict
 from typing import Any
 
+from lorasweep.config.build import as_settings
 from lorasweep.config.method import LoraConfig
-from lorasweep.config.run import RunConfig
+from lorasweep.config.run import OptimConfig, RunConfig
 
 DIGITS = 9
 """Numbers that agree to so many digits are one: 0.1 · 3 is not 0.3 in floating point."""
@@ -22,7 +22,7 @@ DIGITS = 9
 
 def describe_function(config: RunConfig) -> str:
     """Returns the same text for settings that train the same function, step by step, and another one for others."""
-    settings = asdict(config)
+    settings = as_settings(config)
     del settings["seed"]  # what it decides stands in `seeds`
     settings["trainer"] = {key: value for key, value in settings["trainer"].items() if key != "progress"}
     if isinstance(config.method, LoraConfig):
@@ -39,7 +39,7 @@ def is_scale_free(config: RunConfig) -> bool:
     """Whether a run is the same when α grows by a factor and the learning rate of B shrinks by it."""
     starts_at_zero = isinstance(config.method, LoraConfig) and config.method.init in ("default", "gaussian")
     optim = config.optim
-    return starts_at_zero and optim.name == "adamw" and optim.weight_decay == 0 and optim.clip_norm is None
+    return starts_at_zero and isinstance(optim, OptimConfig) and optim.weight_decay == 0 and optim.clip_norm is None
 
 
 def _canonize(settings: dict[str, Any], config: RunConfig, method: LoraConfig) -> None:

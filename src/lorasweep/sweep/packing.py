@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from lorasweep.config.method import LoraConfig
-from lorasweep.config.run import RunConfig
+from lorasweep.config.run import OptimConfig, RunConfig
+from lorasweep.config.targets import Part
 from lorasweep.errors import ConfigError
 from lorasweep.lora.packed import why_not_packable
 from lorasweep.sweep.definition import Arm, Definition
@@ -24,8 +25,15 @@ SOLO_SETTINGS: Mapping[str, Callable[[RunConfig], bool]] = {
     "trainer.devices": lambda config: wants_ranks(config.trainer),
     "optim.layer_decay": lambda config: config.optim.layer_decay != 1,
     "optim.ema_decay": lambda config: config.optim.ema_decay is not None,
+    "optim._target_": lambda config: isinstance(config.optim, Part),
+    "schedule._target_": lambda config: isinstance(config.schedule, Part),
 }
 """What a pack can't do for one slot, by key."""
+SOLO_CAUSES: Mapping[str, str] = {
+    "optim._target_": ", whose slots all train by AdamW",
+    "schedule._target_": ", whose slots have the schedules that have a name",
+}
+"""What a sentence says of such a key beside that it does not go with packs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +74,19 @@ def plan_packing(definition: Definition) -> dict[str, ArmPacking]:
     return plans
 
 
+def packing_notes(definition: Definition) -> list[str]:
+    """Returns why trials of LoRA run alone that nobody asked to: what a user could change."""
+    plans = plan_packing(definition)
+    return [
+        f"`{arm.name}`: {plans[arm.name].reason}"
+        for arm in definition.arms
+        if plans[arm.name].key is None
+        and isinstance(plans[arm.name].largest.method, LoraConfig)
+        and arm.driver.worker.pack_size != 1
+        and arm.trials > 1
+    ]
+
+
 def _plan_arm(arm: Arm) -> ArmPacking:
     corners = list(arm.corners())
     largest = max(corners, key=lambda config: getattr(config.method, "rank", 0))
@@ -91,12 +112,12 @@ def _why_alone(arm: Arm, corners: list[RunConfig]) -> str | None:
             return why
         for key, differs in SOLO_SETTINGS.items():
             if differs(config):
-                return f"`{key}` does not go with packs, so its trials run alone."
+                return f"`{key}` does not go with packs{SOLO_CAUSES.get(key, '')}, so its trials run alone."
         if config.trainer.max_steps % config.trainer.eval_every_steps:
             return (
                 "`trainer.max_steps` is not a multiple of `trainer.eval_every_steps`, where slots are refilled, "
                 "so its trials run alone."
             )
-        if config.optim.eps == 0:
+        if isinstance(config.optim, OptimConfig) and config.optim.eps == 0:
             return "`optim.eps` is 0, which padded parts of a pack can't have, so its trials run alone."
     return None

@@ -6,11 +6,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
+from typing import Any
 
 import psutil
 import torch
 
-from lorasweep.config.run import RunConfig
+from lorasweep.config.run import OptimConfig, RunConfig
 from lorasweep.data.batching import EvaluationSampler, MicroBatch, StepBatchSampler
 from lorasweep.data.part import move_batch
 from lorasweep.errors import OutOfMemory, first_line
@@ -72,13 +73,16 @@ def measure_run(config: RunConfig, *, bench: Workbench) -> RunCost:
     if trained:
         optimizer = build_optimizer(config.optim, method.trainable_groups(model, lr_ratio_b=config.optim.lr_ratio_b))
 
-        def step() -> None:
+        def losses() -> Any:
+            optimizer.zero_grad()
             for batch in batches:
                 with autocast:
                     loss = task.losses(model, batch).sum() / micros[0].step_weight
                 loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            optimizer.zero_grad()
+            return loss
+
+        def step() -> None:
+            optimizer.step(losses)  # some optimizers ask for the loss more than once
 
         times = _time(step, device)
     held_out = bench.parts.validation
@@ -115,6 +119,7 @@ def measure_pack(config: RunConfig, *, bench: Workbench, slots: int) -> PackMeas
     stream = torch.get_rng_state()
     try:
         model = build_pack(config, bench=bench, slots=slots)
+        assert isinstance(config.optim, OptimConfig)
         optimizer = StackedAdamW(split_packed_parameters(model), [config.optim] * slots)
         micros = _micro_batches(config, bench, slots=slots)
         batches = [move_batch(slot_batch(bench.parts.train, [micro] * slots, model=model), device) for micro in micros]

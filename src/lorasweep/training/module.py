@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from typing import Any
 
 import lightning
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lorasweep.config.run import RunConfig
 from lorasweep.data.part import Batch
@@ -62,12 +65,16 @@ class TrainingModule(lightning.LightningModule):
         return int(self._tokens)
 
     def configure_optimizers(self) -> Any:
-        """Returns AdamW and its schedule, stepped once per optimizer step."""
+        """Returns the optimizer and its schedule, stepped once per optimizer step."""
         groups = self.method.trainable_groups(self.model, lr_ratio_b=self.config.optim.lr_ratio_b)
         groups = refine_groups(self.model, groups, self.config.optim, head=self.head)
         optimizer = build_optimizer(self.config.optim, groups)
-        schedule = build_schedule(self.config.schedule, optimizer, max_steps=self.config.trainer.max_steps)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        schedule = build_schedule(self.config, optimizer)
+        stepped: dict[str, Any] = {"scheduler": schedule, "interval": "step"}
+        if isinstance(schedule, ReduceLROnPlateau):
+            # Lightning would step it after our checkpoint of the evaluation is written, so never; see below
+            stepped |= {"monitor": "validation/loss", "frequency": sys.maxsize}
+        return {"optimizer": optimizer, "lr_scheduler": stepped}
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Starts the step's clock."""
@@ -136,6 +143,10 @@ class TrainingModule(lightning.LightningModule):
             values = self.task.compute(join_rows(rows))
         self.evaluation.reset()
         self.log_dict({f"validation/{name}": value for name, value in values.items()})
+        if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
+            for scheduler in (config.scheduler for config in self.trainer.lr_scheduler_configs):
+                if isinstance(scheduler, ReduceLROnPlateau):
+                    scheduler.step(values["loss"])
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keeps only what trains (never the base), and the state of every rank's dropout stream."""

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
-from lorasweep.config.run import OptimConfig, ScheduleConfig
+from lorasweep.config.run import OptimConfig, OptimizerPart, RunConfig, ScheduleConfig
+from lorasweep.config.targets import Part, argument_names, instantiate
+from lorasweep.errors import ConfigError, describe_error
 from lorasweep.methods import ParameterGroup
 
 
 def refine_groups(
-    model: nn.Module, groups: Sequence[ParameterGroup], config: OptimConfig, *, head: Sequence[str]
+    model: nn.Module, groups: Sequence[ParameterGroup], config: OptimConfig | OptimizerPart, *, head: Sequence[str]
 ) -> list[ParameterGroup]:
     """Returns a method's groups split by learning rate: `optim.lr_ratio_head` and `optim.layer_decay`.
 
@@ -49,40 +53,113 @@ def blocks_above(name: str, *, top: int) -> int:
     return top + 1 if "embed" in name else 0
 
 
-def build_optimizer(config: OptimConfig, groups: Sequence[ParameterGroup]) -> torch.optim.AdamW:
-    """Returns AdamW, each group at `optim.lr` times its factor. Weight decay spares vectors (norms, biases)."""
-    options = []
+def build_optimizer(config: OptimConfig | OptimizerPart, groups: Sequence[ParameterGroup]) -> torch.optim.Optimizer:
+    """Returns AdamW or the optimizer that the settings name, each group at `optim.lr` times its factor.
+
+    Weight decay spares vectors (norms, biases).
+
+    Raises:
+        ConfigError: The class that is named is not trusted, not there or no optimizer, or refuses its arguments.
+    """
+    options: list[dict[str, Any]] = []
     for group in groups:
         for decays in (True, False):
             params = [p for p in group.params if (p.ndim >= 2) == decays]
             if params:
                 decay = config.weight_decay if decays else 0.0
                 options.append({"params": params, "lr": config.lr * group.lr_factor, "weight_decay": decay})
-    optimizer = torch.optim.AdamW(options, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
+    if isinstance(config, OptimizerPart):
+        optimizer = _build_part(config, options)
+    else:
+        optimizer = torch.optim.AdamW(options, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
     # It would undo a gradient scaler's work by itself, so Lightning forbids clipping. There is no scaler in bf16.
-    optimizer._step_supports_amp_scaling = False
+    setattr(optimizer, "_step_supports_amp_scaling", False)  # noqa: B010 (no attribute that mypy knows)
     return optimizer
 
 
-def schedule_factor(config: ScheduleConfig, step: int, *, max_steps: int) -> float:
+def _build_part(config: OptimizerPart, options: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    names, takes_any = argument_names(config.target, key="optim")
+    if "weight_decay" not in names and not takes_any:
+        if config.weight_decay:
+            raise ConfigError(
+                f"`optim.weight_decay` must be 0 with {config.target!r}, which has none, but got "
+                f"{config.weight_decay!r}."
+            )
+        for group in options:
+            del group["weight_decay"]
+    return instantiate(config, key="optim", expected=torch.optim.Optimizer, params=options, lr=config.lr)
+
+
+def check_optim(config: RunConfig) -> None:
+    """Makes an optimizer and a schedule for one matrix, to see that their settings are right.
+
+    Raises:
+        ConfigError: They are not.
+    """
+    group = ParameterGroup(name="check", params=(nn.Parameter(torch.zeros(2, 2)),), lr_factor=1.0)
+    build_schedule(config, build_optimizer(config.optim, [group]))
+
+
+def schedule_factor(config: ScheduleConfig, step: int, *, max_steps: int, lr: float) -> float:
     """Returns the share of the peak learning rate at a step (0 is the first), for a run of `max_steps`.
 
-    Warm-up rises linearly over `warmup_fraction` of the steps; then `constant` stays, while `linear` and `cosine` fall
-    so that the step after the last would be 0.
+    Warm-up rises linearly over `warmup_fraction` of the steps. After it the factor is that of transformers'
+    `get_scheduler` without warm-up over the steps that are left, so that the step after the last would end the decay.
+    *Differs:* transformers' warm-up begins at 0, so that its first step trains nothing.
+
+    Args:
+        config: The schedule.
+        step: Optimizer steps done.
+        max_steps: Those of the whole run.
+        lr: The peak learning rate, for the schedules whose end is an absolute rate.
     """
     warmup = math.ceil(config.warmup_fraction * max_steps)
     if step < warmup:
         return (step + 1) / (warmup + 1)
-    progress = min((step - warmup) / max(max_steps - warmup, 1), 1.0)
-    if config.name == "linear":
-        return 1.0 - progress
-    if config.name == "cosine":
-        return 0.5 * (1.0 + math.cos(math.pi * progress))
-    return 1.0
+    left = max(max_steps - warmup, 1)
+    decay = _decay(config, left, max_steps, lr)
+    return float(decay(min(step - warmup, left)))
 
 
-def build_schedule(
-    config: ScheduleConfig, optimizer: torch.optim.Optimizer, *, max_steps: int
-) -> torch.optim.lr_scheduler.LambdaLR:
-    """Returns the schedule, stepped once per optimizer step. Pruning a run never changes its length."""
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule_factor(config, step, max_steps=max_steps))
+@functools.lru_cache(maxsize=256)
+def _decay(config: ScheduleConfig, num_steps: int, max_steps: int, lr: float) -> Callable[[int], float]:
+    """Returns transformers' factor by step, for so many steps after the warm-up.
+
+    Raises:
+        ConfigError: It refuses the arguments.
+    """
+    from transformers import get_scheduler  # noqa: PLC0415 (slow to start)
+
+    arguments = dict(config.arguments)
+    if config.name == "inverse_sqrt" and arguments.get("timescale") is None:  # transformers takes the warm-up's length
+        arguments["timescale"] = max_steps - num_steps or 10_000
+    if config.name == "warmup_stable_decay":
+        arguments["num_decay_steps"] = min(math.ceil(arguments.pop("decay_fraction") * max_steps), num_steps)
+    name = "constant_with_warmup" if config.name == "constant" else config.name
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=lr)
+    try:
+        schedule = get_scheduler(
+            name, optimizer, num_warmup_steps=0, num_training_steps=num_steps, scheduler_specific_kwargs=arguments
+        )
+    except Exception as error:  # whatever it raises for an argument
+        raise ConfigError(
+            f"`schedule` must have arguments that transformers' {config.name!r} takes, but got "
+            f"{dict(config.arguments)!r}: {describe_error(error)}."
+        ) from error
+    factor: Callable[[int], float] = schedule.lr_lambdas[0]
+    return factor
+
+
+def build_schedule(config: RunConfig, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+    """Returns a run's schedule, stepped once per optimizer step. Pruning a run never changes its length.
+
+    Raises:
+        ConfigError: The class that is named is not trusted, not there or no schedule, or refuses its arguments.
+    """
+    schedule, max_steps, lr = config.schedule, config.trainer.max_steps, config.optim.lr
+    if isinstance(schedule, Part):
+        return instantiate(schedule, key="schedule", expected=torch.optim.lr_scheduler.LRScheduler, optimizer=optimizer)
+    schedule_factor(schedule, 0, max_steps=max_steps, lr=lr)
+    return torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: schedule_factor(schedule, step, max_steps=max_steps, lr=lr)
+    )

@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from lorasweep.config.method import LoraConfig
-from lorasweep.config.run import RunConfig
+from lorasweep.config.run import OptimConfig, RunConfig, ScheduleConfig
 from lorasweep.data.batching import MicroBatch
 from lorasweep.data.module import evaluation_loader
 from lorasweep.data.part import Batch, Part, move_batch, repeat_batch
@@ -178,7 +178,7 @@ class PackModule(lightning.LightningModule):
         configs = [self._method(job) for job in jobs]
         coverages = inject_packed_lora(self.model, configs, generators=generators, start=self.start)
         self.model.train()
-        self.optimizer = StackedAdamW(split_packed_parameters(self.model), [job.config.optim for job in jobs])
+        self.optimizer = StackedAdamW(split_packed_parameters(self.model), [self._optim(job) for job in jobs])
         for slot, (run, coverage) in enumerate(zip(self.runs, coverages, strict=True)):
             self._begin(slot, run, trainable_params=coverage.trainable_params)
         set_dropout_streams(self.model, [run.stream for run in self.runs])
@@ -302,7 +302,10 @@ class PackModule(lightning.LightningModule):
         factors = []
         for run in self.runs:
             config = run.job.config
-            factors.append(schedule_factor(config.schedule, run.step, max_steps=config.trainer.max_steps))
+            assert isinstance(config.schedule, ScheduleConfig)
+            factors.append(
+                schedule_factor(config.schedule, run.step, max_steps=config.trainer.max_steps, lr=config.optim.lr)
+            )
         self.optimizer.lr_factors = factors
         self.optimizer.clip_slots()
         self.optimizer.step()
@@ -361,7 +364,7 @@ class PackModule(lightning.LightningModule):
         filled = fill_slot(self.model, slot, self._method(job), generator=generator, start=self.start)
         if filled.changes_parameters:
             self.optimizer.follow(split_packed_parameters(self.model))
-        self.optimizer.reset_slot(slot, job.config.optim)
+        self.optimizer.reset_slot(slot, self._optim(job))
         self.runs[slot] = run
         self._begin(slot, run, trainable_params=filled.coverage.trainable_params)
         return True
@@ -419,6 +422,10 @@ class PackModule(lightning.LightningModule):
     def _method(self, job: Job) -> LoraConfig:
         assert isinstance(job.config.method, LoraConfig)
         return train_head(job.config.method, self.bench.base.head)
+
+    def _optim(self, job: Job) -> OptimConfig:
+        assert isinstance(job.config.optim, OptimConfig)
+        return job.config.optim
 
     def _new_evaluations(self) -> list[Evaluation]:
         return [Evaluation(self.task) for _ in self.runs]

@@ -51,6 +51,7 @@ from lorasweep.training.environment import (
     resolve_device,
 )
 from lorasweep.training.module import TrainingModule
+from lorasweep.training.optim import check_optim
 from lorasweep.training.ranks import Ranks, current_ranks, require_ranks
 from lorasweep.training.run_log import (
     RunLog,
@@ -308,6 +309,7 @@ def check_run(config: RunConfig, base: BaseModel) -> None:
         ConfigError: They do not, or one has no effect.
     """
     METHODS[config.method.name].check(base.model, config.method, head=base.head)
+    check_optim(config)
     if config.trainer.strategy == "fsdp":
         check_shardable(base.model)
     trains_more = bool(base.head) and config.method.name != "frozen"

@@ -11,13 +11,14 @@ import os
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lorasweep.config.build import as_settings
 from lorasweep.config.run import RunConfig, TrainerConfig
 from lorasweep.data.tasks import goal_direction
 from lorasweep.disk import remove_leftovers, write_atomically
@@ -205,7 +206,7 @@ def new_record(config: RunConfig, place: RunPlace, bench: Workbench, *, notes: S
     parts = {"train": bench.parts.train, "validation": bench.parts.validation}
     return RunRecord(
         status="running",
-        config=asdict(config),
+        config=as_settings(config),
         arm=place.arm,
         trial=place.trial,
         metric=bench.parts.metric,
