@@ -84,11 +84,6 @@ def find_checkpoint(folder: Path, *, kind: Kind, step: int | None = None) -> Fou
     return Found(damaged=tuple(damaged))
 
 
-def has_checkpoint(folder: Path, *, kind: Kind) -> bool:
-    """Whether a run has a whole checkpoint."""
-    return _has_record(folder) and any(_is_whole(path) for path in _newest_first(folder, kind))
-
-
 def remove_checkpoints(folder: Path, *, after_step: int = -1) -> None:
     """Removes the checkpoints after a step; by default all of them."""
     for kind in ("last", "slot"):

@@ -6,7 +6,6 @@ What is in the cache is used without asking the hub. Its loading scripts are not
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +20,6 @@ from lorasweep.data.reading.tables import Table
 from lorasweep.errors import ConfigError, first_line
 
 HUB_TIMEOUT_S = 10
-COMMIT = re.compile("[0-9a-f]{40}")
 
 
 def load_hub(path: str, *, subset: str | None, revision: str | None, splits: Mapping[str, str]) -> DatasetDict:
