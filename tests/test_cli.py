@@ -291,12 +291,10 @@ def test_a_grid_runs_every_combination_and_leaves_nothing_else(here, short, caps
     assert {path.name for path in (here / "outputs" / "train").iterdir()} == {"0001", "0002", "multirun.yaml"}
 
 
-def test_a_grid_is_refused_for_several_processes(here, short, capsys, monkeypatch):
-    for name, value in {"TORCHELASTIC_RUN_ID": "1", "RANK": "0", "WORLD_SIZE": "2"}.items():
-        monkeypatch.setenv(name, value)
-    assert run(["train", "-m", "method.rank=1,2"]) == WRONG
-    assert "`-m` must be left out where torchrun or srun launched several processes" in capsys.readouterr().err
-    assert not (here / "outputs").exists()
+def test_a_grid_is_refused_for_several_processes(here, short, capsys):
+    assert run(["train", "-m", "method.rank=1,2", "trainer.devices=2"]) == WRONG
+    assert "`trainer.devices` must be 1 and `trainer.strategy` auto with `-m`, but got 2" in capsys.readouterr().err
+    assert not list(here.rglob("run.json"))
 
 
 def test_a_run_of_a_grid_that_fails_does_not_end_the_others(here, short, capsys):

@@ -49,7 +49,7 @@ from lorasweep.training.evaluate import evaluate_model
 from lorasweep.training.optim import build_optimizer, refine_groups, schedule_factor
 from lorasweep.training.pack import slot_batch, slot_losses
 from lorasweep.training.pack_optim import StackedAdamW
-from lorasweep.training.run import prepare_model
+from lorasweep.training.prepare import prepare_model
 from lorasweep.training.workbench import Workbench, build_workbench
 
 NUM_EVALUATIONS = 12

@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorasweep.disk import free_folder, is_new_or_empty
-from lorasweep.errors import ConfigError, LoraSweepError, RecordError
-from lorasweep.launch import read_launch
+from lorasweep.errors import ConfigError, LoraSweepError, RanksLost, RecordError
 from lorasweep.redaction import redact
 from lorasweep.terminal import PlainConsole, say, say_error
 
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
     from lorasweep.config.run import RunConfig
     from lorasweep.record import RunRecord, SweepRecord
     from lorasweep.sweep import Definition, SweepFolder
+    from lorasweep.training import Workbench
 
 DONE, FAILED, WRONG, INTERRUPTED = 0, 1, 2, 130
 
@@ -301,16 +301,13 @@ def train(arguments: list[str]) -> int:
     check_command_line(arguments)
     register_search_path()
     codes: list[int] = []
-    if read_launch().size > 1 and {"-m", "--multirun"} & set(arguments):
-        raise ConfigError(
-            "`-m` must be left out where torchrun or srun launched several processes, but was given: a grid is for one "
-            "process. Use `lorasweep sweep`."
-        )
+    typed, is_grid = sys.argv, bool({"-m", "--multirun"} & set(arguments))
 
     def task(composed: Any) -> None:
         values: Any = OmegaConf.to_container(composed, resolve=True)
-        output = values.pop("output")
-        codes.append(_guarded(lambda: train_once(build(RunConfig, values), output)))
+        output, resume = values.pop("output"), bool(values.pop("resume"))
+        sys.argv = typed  # Lightning types it again to start other processes
+        codes.append(_guarded(lambda: train_once(build(RunConfig, values), output, resume=resume, is_grid=is_grid)))
 
     sys.argv = ["lorasweep train", *arguments]
     app = hydra.main(version_base="1.3", config_path=str(packaged_folder("conf").resolve()), config_name="train")
@@ -318,34 +315,35 @@ def train(arguments: list[str]) -> int:
     return max(codes, default=DONE)
 
 
-def train_once(config: RunConfig, output: str | None) -> int:
-    """Trains one run in a new folder and prints its score; of several ranks the first does."""
-    from lorasweep.training import join_ranks
+def train_once(config: RunConfig, output: str | None, *, resume: bool, is_grid: bool) -> int:
+    """Trains one run in its folder and prints its score; of several processes the first does."""
+    from lorasweep.training import build_workbench, join_processes, on_first
 
-    ranks = join_ranks(config.trainer)
-    try:
-        with ranks.together():
-            folder = ranks.broadcast(_new_train_folder(output) if ranks.is_first else Path())
-        return _train_in(folder, config)
-    finally:
-        ranks.leave()
+    if is_grid and config.trainer.wants_processes:
+        raise ConfigError(
+            "`trainer.devices` must be 1 and `trainer.strategy` auto with `-m`, but got "
+            f"{config.trainer.devices!r} and {config.trainer.strategy_name}. Use `lorasweep sweep` instead of a grid."
+        )
+    with join_processes(config.trainer) as group:
+        folder = on_first(group, lambda: _train_folder(output, resume=resume))
+        with group.rank_zero_first(local=True):  # the others of a node find what it downloads in the node's caches
+            bench = build_workbench(config)
+        return _train_in(folder, config, bench, resume=resume, is_first=group.is_global_zero)
 
 
-def _train_in(folder: Path, config: RunConfig) -> int:
-    from lorasweep.training import RunPlace, build_workbench, check_run, current_ranks, share_bench, train_run
+def _train_in(folder: Path, config: RunConfig, bench: Workbench, *, resume: bool, is_first: bool) -> int:
+    from lorasweep.training import RunPlace, check_run, train_run
     from lorasweep.wording import format_share
 
-    is_first = current_ranks().is_first
-    bench = share_bench(current_ranks(), lambda: build_workbench(config))
     check_run(config, bench.base)
     for note in bench.notes if is_first else ():
         say(f"• {note}", file=sys.stderr)
     with StopSignal() as stop:
-        record = train_run(config, RunPlace(folder=folder), bench=bench, stop_requested=stop)
-    if not is_first:
-        return INTERRUPTED if record.status == "interrupted" else DONE
+        record = train_run(config, RunPlace(folder=folder), bench=bench, stop_requested=stop, resume=resume)
+    if not is_first:  # Lightning ends all processes at once where one that it started ends with an error
+        return DONE
     if record.status == "interrupted":
-        say_error(f"{record.reason}; its weights up to the last evaluation are in {folder}")
+        say_error(f"{record.reason}; to resume type the same with `output={folder} resume=true`")
         return INTERRUPTED
     swept = {"method": config.method.name, "optim.lr": config.optim.lr, "seed": config.seed}
     write_hparams_row(record, folder, swept)
@@ -515,7 +513,12 @@ def _require_new(path: Path, *, key: str) -> Path:
     return path
 
 
-def _new_train_folder(output: str | None) -> Path:
+def _train_folder(output: str | None, *, resume: bool) -> Path:
+    """The folder of a run; to resume, one that may have a run."""
+    if resume and output is None:
+        raise ConfigError("`resume=true` must come with `output=DIR`, the folder of the run, but `output` is null.")
+    if output is not None and resume:
+        return Path(output)
     if output is not None:
         return _require_new(Path(output), key="output")
     number = 1
@@ -543,9 +546,9 @@ def _threads_leave_files_to_us() -> Iterator[None]:
 def _say_error(error: LoraSweepError | OSError) -> int:
     """Prints an error as one sentence and returns its exit code.
 
-    Of several processes that train together the first says what all of them end with.
+    Of several processes that train together the first says what all of them end with, and each that it is alone.
     """
-    if read_launch().rank > 0:
+    if _rank() > 0 and not isinstance(error, RanksLost):
         return FAILED
     if isinstance(error, LoraSweepError):
         say_error(redact(str(error)))
@@ -553,6 +556,12 @@ def _say_error(error: LoraSweepError | OSError) -> int:
     named = f" {str(error.filename)!r}" if error.filename else ""  # a full disk, a folder that is gone or read-only
     say_error(f"the files of a run must be there and writable, but{named}: {error.strerror or error}.")
     return FAILED
+
+
+def _rank() -> int:
+    """Returns the place of this process among those that torchrun, srun or Lightning started with it."""
+    found = (os.environ.get(name) for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"))
+    return int(next((value for value in found if value), 0))
 
 
 def _guarded(action: Callable[[], int]) -> int:

@@ -45,7 +45,7 @@ class WorkerError(LoraSweepError):
 
 
 class RanksLost(WorkerError):
-    """A process can't go on, because one that trains with it is gone."""
+    """A process can't go on, because one that trains with it is gone or ran out of memory. The run may start again."""
 
 
 def first_line(error: BaseException) -> str:

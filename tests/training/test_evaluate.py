@@ -10,7 +10,7 @@ from lorasweep.methods import METHODS
 from lorasweep.record import read_run
 from lorasweep.training import RunPlace, evaluate_model, train_run
 from lorasweep.training.evaluate import in_order
-from lorasweep.training.run import prepare_model
+from lorasweep.training.prepare import prepare_model
 
 
 def restore(config, bench, folder):

@@ -12,8 +12,8 @@ from lorasweep.methods import METHODS
 from lorasweep.models.load import fingerprint_weights
 from lorasweep.record import read_run
 from lorasweep.training import RunPlace, restore_base, restore_config, restore_model, train_run
+from lorasweep.training.prepare import prepare_model
 from lorasweep.training.restore import check_kept_files
-from lorasweep.training.run import prepare_model
 
 METHOD_SETTINGS = (
     {"method.dropout": 0.5, "method.init": "orthogonal"},

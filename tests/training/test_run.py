@@ -16,7 +16,6 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import lorasweep.training.callbacks as callbacks_file
-import lorasweep.training.run as run_file
 import lorasweep.training.run_log as run_log_file
 from lorasweep.data.tasks import LanguageModelling
 from lorasweep.errors import ConfigError, Diverged, OutOfMemory, RecordError
@@ -25,6 +24,7 @@ from lorasweep.models.load import fingerprint_weights
 from lorasweep.record import RUN_FILE, read_run, read_steps, sha256_of
 from lorasweep.training import RunPlace, build_workbench, check_run, end_paused_run, train_run
 from lorasweep.training.environment import has_cpu_bf16
+from lorasweep.training.prepare import prepare_model
 
 ADAPTER = "adapter_model.safetensors"
 KEPT = {
@@ -711,7 +711,7 @@ def test_the_running_mean_of_the_weights_is_what_is_evaluated_and_saved(tmp_path
     for step in range(5):  # by hand: the mean over the weights after 0, 1, ... steps
         folder = tmp_path / f"after{step}"
         if step == 0:
-            model = run_file.prepare_model(plain, bench.base)
+            model = prepare_model(plain, bench.base)
             METHODS["lora"].save(model, folder / "last", base=bench.base)
         else:
             stop = stop_after(step)

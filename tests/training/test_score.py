@@ -15,8 +15,8 @@ from lorasweep.errors import OutOfMemory, RecordError
 from lorasweep.methods import METHODS
 from lorasweep.record import TEST_SCORES_FILE, read_run, sha256_of
 from lorasweep.training import Job, RunPlace, score_run, train_pack, train_run
+from lorasweep.training.prepare import prepare_model
 from lorasweep.training.restore import restore_model
-from lorasweep.training.run import prepare_model
 
 
 @pytest.fixture

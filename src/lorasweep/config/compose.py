@@ -78,7 +78,7 @@ def compose_run(settings: Mapping[str, Any], *, require_all: bool = True) -> Run
         ConfigError: A key or value is wrong; the message names the nearest valid one.
     """
     values = compose_values("train", settings, require_all=require_all)
-    del values["output"]
+    del values["output"], values["resume"]
     refuse_secrets(values)
     return build(RunConfig, values)
 

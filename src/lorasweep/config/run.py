@@ -17,6 +17,20 @@ from lorasweep.config.model import ModelConfig
 from lorasweep.config.targets import Part
 from lorasweep.errors import ConfigError
 
+StrategyName = Literal[
+    "auto",
+    "ddp",
+    "ddp_find_unused_parameters_true",
+    "fsdp",
+    "model_parallel",
+    "deepspeed",
+    "deepspeed_stage_1",
+    "deepspeed_stage_2",
+    "deepspeed_stage_3",
+]
+"""Lightning's names of strategies that train in processes of their own, and `model_parallel`. The others start
+processes by fork or spawn, which a command line can't."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
@@ -160,19 +174,34 @@ class TrainerConfig:
     precision: Literal["auto", "bf16", "fp32"]
     """`auto` takes bf16 where the processor or GPU computes in it, else fp32."""
     device: Literal["auto", "cpu", "gpu"]
-    strategy: Literal["auto", "ddp", "fsdp"]
-    """How several processes train one run: `ddp` (what `auto` takes) has the whole model in each, `fsdp` a share of
-    every block's weights."""
+    strategy: StrategyName | Part
+    """Lightning's strategy. `auto` takes `ddp` for several processes: each holds the whole model. `fsdp` and
+    `model_parallel` (FSDP2) give each process a share of every block's weights. A `_target_` names any other."""
     devices: int | Literal["auto"]
-    """Processes per node, each with a GPU or share of the cores, launched by torchrun or srun; `auto` takes as many as
-    were launched. Trials of more than one run alone."""
+    """Processes per node, each with its own GPU or share of the cores. `auto` takes as many as torchrun or srun
+    started, else as many as there are GPUs. Trials of more than one process train alone."""
     num_nodes: int
-    """Nodes on which they were launched."""
+    """Nodes."""
     deterministic: Literal[True, False, "strict"]
     """`true` has torch take the implementation that gives the same bits each time wherever it has one, `strict` also
     ends a run at an operation that has none; `false` takes the fastest."""
     progress: bool
     """Whether a single run shows a progress bar."""
+
+    @property
+    def strategy_name(self) -> str:
+        """Returns the name of the strategy, of a class that of the class."""
+        return self.strategy.name if isinstance(self.strategy, Part) else self.strategy
+
+    @property
+    def wants_processes(self) -> bool:
+        """Whether a run needs a group of processes, if only of one."""
+        return (self.strategy, self.devices, self.num_nodes) != ("auto", 1, 1)
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each process holds a share of the weights only."""
+        return self.strategy_name in ("fsdp", "model_parallel", "ModelParallelStrategy")
 
     def __post_init__(self) -> None:
         for key in ("max_steps", "batch_size", "eval_batch_size", "eval_every_steps", "num_nodes"):
@@ -227,7 +256,7 @@ class RunConfig:
                 f"`optim.lr_ratio_b` must be 1 unless `method=lora`, but got {self.optim.lr_ratio_b!r} "
                 f"with `method={self.method.name}`, where it has no effect."
             )
-        if self.trainer.strategy == "fsdp":
+        if self.trainer.is_sharded:
             self._check_shardable()
 
     def _check_shardable(self) -> None:

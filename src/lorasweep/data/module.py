@@ -36,7 +36,8 @@ class DataModule(LightningDataModule):
     """Training batches in the order of `StepBatchSampler`, validation and test batches sorted by length.
 
     Draws from no shared random stream, so how often one evaluates changes nothing in training. Runs of one worker share
-    the parts and each have their own module.
+    the parts and each have their own module. Of several processes each gets its rows of every batch, so the Trainer
+    must not share out whole batches (`use_distributed_sampler=False`).
     """
 
     def __init__(
@@ -49,7 +50,6 @@ class DataModule(LightningDataModule):
         num_steps: int,
         seed: int,
         start_step: int = 0,
-        share: Share = ALL,
     ) -> None:
         """Keeps the parts; the test part is read when its loader is asked for.
 
@@ -61,12 +61,10 @@ class DataModule(LightningDataModule):
             num_steps: Optimizer steps of the whole run.
             seed: Of the order of training rows.
             start_step: First step to yield, for a run that goes on.
-            share: Which rows of each batch to yield, where several processes train together.
         """
         super().__init__()
         self.parts = parts
         self.eval_batch_size = eval_batch_size
-        self.share = share
         self.train_batches = StepBatchSampler(
             parts.train,
             batch_size=batch_size,
@@ -74,11 +72,16 @@ class DataModule(LightningDataModule):
             seed=seed,
             start_step=start_step,
             accumulate=accumulate,
-            share=share,
         )
+
+    @property
+    def share(self) -> Share:
+        """Which rows of each batch are for this process, of those that train together."""
+        return ALL if self.trainer is None else Share(self.trainer.global_rank, self.trainer.world_size)
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Returns the micro-batches from `start_step` to the run's end, `accumulate` per step."""
+        self.train_batches.share = self.share
         return load_batches(self.parts.train, self.train_batches)
 
     def val_dataloader(self) -> DataLoader[Batch]:
@@ -86,8 +89,8 @@ class DataModule(LightningDataModule):
         return evaluation_loader(self.parts.validation, batch_size=self.eval_batch_size, share=self.share)
 
     def test_dataloader(self) -> DataLoader[Batch]:
-        """Returns every test row once."""
-        return evaluation_loader(self.parts.test(), batch_size=self.eval_batch_size)
+        """Returns every test row once, or this share of them."""
+        return evaluation_loader(self.parts.test(), batch_size=self.eval_batch_size, share=self.share)
 
 
 def evaluation_loader(part: Part, *, batch_size: int, share: Share = ALL) -> DataLoader[Batch]:

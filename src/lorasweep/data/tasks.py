@@ -90,19 +90,8 @@ class RowScores:
         values = {name: getattr(self, name) for name in FIELDS}
         return RowScores(**{name: value[mask] for name, value in values.items() if value is not None})
 
-    def cpu(self) -> RowScores:
-        """Returns them on the CPU."""
-        values = {name: getattr(self, name) for name in FIELDS}
-        return RowScores(**{name: value.cpu() for name, value in values.items() if value is not None})
-
 
 FIELDS = ("loss", "items", "prediction", "target")
-
-
-def join_rows(scores: Sequence[RowScores]) -> RowScores:
-    """Returns the rows of several evaluations of one task, one after the other."""
-    found = {name: [getattr(each, name) for each in scores] for name in FIELDS}
-    return RowScores(**{name: torch.cat(values) for name, values in found.items() if values[0] is not None})
 
 
 class Task(Protocol):
@@ -293,7 +282,7 @@ class Regression:
 
 
 class Evaluation(Metric):
-    """Gathers what one evaluation says of each row; `compute` gives the task's metrics of them all."""
+    """Gathers what one evaluation says of each row; `compute` gives the task's metrics of those of all processes."""
 
     is_differentiable = False
     full_state_update = False
@@ -304,7 +293,7 @@ class Evaluation(Metric):
 
     def __init__(self, task: Task, **settings: Any) -> None:
         """Starts with no rows; settings are those of `torchmetrics.Metric`."""
-        super().__init__(sync_on_compute=False, **settings)  # the rows of several processes are joined by `training`
+        super().__init__(**settings)
         self.task = task
         for name in FIELDS:
             self.add_state(name, [], dist_reduce_fx="cat")
@@ -323,7 +312,8 @@ class Evaluation(Metric):
         joined = {
             name: torch.cat(value) if isinstance(value, list) and value else value for name, value in joined.items()
         }
-        return RowScores(**{name: value for name, value in joined.items() if isinstance(value, Tensor)})
+        given = {name: value for name, value in joined.items() if isinstance(value, Tensor) and value.numel()}
+        return RowScores(**given)
 
     def compute(self) -> dict[str, Tensor]:
         """Returns each metric of everything added so far."""

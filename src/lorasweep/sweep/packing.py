@@ -16,13 +16,12 @@ from lorasweep.config.targets import Part
 from lorasweep.errors import ConfigError
 from lorasweep.lora.packed import why_not_packable
 from lorasweep.sweep.definition import Arm, Definition
-from lorasweep.training import wants_ranks
 
 SLOT_GROUPS = ("method", "optim", "schedule", "seed", "seeds")
 SOLO_SETTINGS: Mapping[str, Callable[[RunConfig], bool]] = {
     "trainer.compile": lambda config: config.trainer.compile,
     "trainer.activation_checkpointing": lambda config: config.trainer.activation_checkpointing,
-    "trainer.devices": lambda config: wants_ranks(config.trainer),
+    "trainer.devices": lambda config: config.trainer.wants_processes,
     "optim.layer_decay": lambda config: config.optim.layer_decay != 1,
     "optim.ema_decay": lambda config: config.optim.ema_decay is not None,
     "optim._target_": lambda config: isinstance(config.optim, Part),

@@ -5,11 +5,10 @@ from lorasweep.training.cost import measure_pack, measure_run
 from lorasweep.training.environment import describe_code, describe_packages, name_device, resolve_precision
 from lorasweep.training.evaluate import Scored, evaluate_model
 from lorasweep.training.export import Export, ExportFormat, export_run
-from lorasweep.training.follow import follow_runs, lead_run, release_followers, share_bench
 from lorasweep.training.pack import train_pack
 from lorasweep.training.pack_size import PackSize, choose_pack_size
 from lorasweep.training.pack_state import PackState, SlotState, read_pack_state, write_pack_state
-from lorasweep.training.ranks import Ranks, current_ranks, join_ranks, wants_ranks
+from lorasweep.training.processes import join_processes, on_first
 from lorasweep.training.reproduce import Reproduction, reproduce_run
 from lorasweep.training.restore import restore_base, restore_config, restore_model
 from lorasweep.training.run import check_run, train_run
@@ -28,7 +27,6 @@ __all__ = [
     "OnEvaluation",
     "PackSize",
     "PackState",
-    "Ranks",
     "Reproduction",
     "RunPlace",
     "Scored",
@@ -38,20 +36,17 @@ __all__ = [
     "build_workbench",
     "check_run",
     "choose_pack_size",
-    "current_ranks",
     "describe_code",
     "describe_packages",
     "end_paused_run",
     "evaluate_model",
     "export_run",
-    "follow_runs",
-    "join_ranks",
-    "lead_run",
+    "join_processes",
     "measure_pack",
     "measure_run",
     "name_device",
+    "on_first",
     "read_pack_state",
-    "release_followers",
     "remove_checkpoints",
     "reproduce_run",
     "resolve_precision",
@@ -59,9 +54,7 @@ __all__ = [
     "restore_config",
     "restore_model",
     "score_run",
-    "share_bench",
     "train_pack",
     "train_run",
-    "wants_ranks",
     "write_pack_state",
 ]

@@ -6,25 +6,29 @@ At an evaluation the callbacks act in this order, in which a killed run repeats 
 2. `Settling` reports the value. Where the run is paused it closes the record: a run that is killed from here on either
    is paused, or has no checkpoint of this step yet, repeats the interval and reports the same value again.
 3. `Checkpointing` writes the checkpoint, from which the run then resumes without reporting again.
+
+Of several processes the first alone writes and reports; all of them do what came of it (`on_first`).
 """
 
 from __future__ import annotations
 
+import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal
 
 import lightning
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import Tensor
+from torch import nn
 
 from lorasweep.config.run import TrainerConfig
 from lorasweep.errors import Diverged
 from lorasweep.record import RunRecord
 from lorasweep.training.checkpoint import remove_older_checkpoints, save_checkpoint
 from lorasweep.training.module import TrainingModule
-from lorasweep.training.ranks import Ranks
+from lorasweep.training.processes import on_first
 from lorasweep.training.run_log import RunLog, Values, describe_pause, describe_stale, is_stale
 from lorasweep.training.telemetry import Telemetry
 
@@ -38,32 +42,29 @@ def go_on(step: int, values: Values) -> bool:
     return True
 
 
-class Saver(Protocol):
-    """How the kept weights of a run are written."""
-
-    def collect(self) -> None:
-        """Makes them whole on the first rank where they are sharded; every rank calls it."""
-
-    def save(self, folder: Path) -> None:
-        """Writes them into a folder."""
-
-
 class Logging(lightning.Callback):
-    """Hands steps and evaluations to the run's log, and tells the clock what each moment goes to."""
+    """Hands steps and evaluations to the run's log, and tells the clock what each moment goes to.
 
-    def __init__(self, run_log: RunLog, *, saver: Saver, start_step: int, telemetry: Telemetry, ranks: Ranks) -> None:
+    Attributes:
+        evaluated_step: The step of the last evaluation.
+    """
+
+    def __init__(self, run_log: RunLog | None, *, start_step: int, telemetry: Telemetry) -> None:
+        """Takes the log; None on processes beside the first."""
         self.run_log = run_log
-        self.saver = saver
-        self.ranks = ranks
-        self.micro_losses: list[Tensor] = []
         self.lr = 0.0
         self.logged_step = start_step
+        self.evaluated_step = -1
         self.telemetry = telemetry
         self.counted_tokens = 0
 
-    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Leaves out what the clock of an earlier session counted."""
-        self.counted_tokens = _tokens(pl_module)
+    def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Puts into the record what trains, and leaves out what the clock of an earlier session counted."""
+        self.counted_tokens = _own(pl_module).tokens_trained
+        if self.run_log is not None:
+            record = self.run_log.record
+            record.trainable_params = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
+            record.trainable_fraction = record.trainable_params / record.total_params
 
     def on_train_batch_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
@@ -80,47 +81,53 @@ class Logging(lightning.Callback):
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Notes a micro-batch; with the last one of a step, the step."""
-        self.micro_losses.append(outputs["loss"].detach())  # its share, divided by Lightning
+        """Notes the step that a micro-batch completed."""
         if trainer.global_step > self.logged_step:
             self.logged_step = trainer.global_step
-            assert isinstance(pl_module, TrainingModule)
-            self.run_log.note_step(trainer.global_step, pl_module.summed_losses or self.micro_losses, self.lr)
-            self.micro_losses = []
+            if self.run_log is not None:
+                self.run_log.note_step(trainer.global_step, [_own(pl_module).step_losses], self.lr)
 
     def on_validation_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Writes the steps since the last evaluation."""
-        self._flush(pl_module)
-        self.ranks.barrier()
+        on_first(trainer.strategy, lambda: self.flush(pl_module))
         self.telemetry.switch("evaluating")
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Writes the evaluation."""
         self.telemetry.switch("saving")
-        self.ranks.barrier()
-        self.saver.collect()
-        assert isinstance(pl_module, TrainingModule)
-        note_progress(self.run_log.record, pl_module)
-        self.run_log.note_evaluation(trainer.global_step, validation_values(trainer), save=self.saver.save)
-        self.ranks.barrier()
+        self.evaluated_step = trainer.global_step
+        whole = _own(pl_module).whole_model()
+        on_first(trainer.strategy, lambda: self._note_evaluation(trainer, _own(pl_module), whole))
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Writes what is left."""
-        self._flush(pl_module)
+        on_first(trainer.strategy, lambda: self.flush(pl_module))
 
     def on_exception(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
     ) -> None:
-        """Writes the steps of a run that is stopped or fails."""
+        """Writes the steps of a run that fails; the other processes may be gone."""
         if not isinstance(exception, Diverged):
-            self._flush(pl_module)
+            self.flush(pl_module)
 
-    def _flush(self, module: lightning.LightningModule) -> None:
-        tokens = _tokens(module)  # waits for the device: its time is training's
+    def flush(self, module: lightning.LightningModule) -> None:
+        """Writes the steps that are not written yet; the others than the first process have nothing to write."""
+        own = _own(module)
+        tokens = own.tokens_trained  # waits for the device: its time is training's
         self.telemetry.add_tokens(tokens - self.counted_tokens)
         self.counted_tokens = tokens
         self.telemetry.switch("saving")
-        self.run_log.flush(_speed(module))
+        if self.run_log is not None:
+            self.run_log.flush(own.tokens_per_s)
+
+    def _note_evaluation(self, trainer: lightning.Trainer, module: TrainingModule, model: nn.Module) -> None:
+        assert self.run_log is not None
+        note_progress(self.run_log.record, module)
+        self.run_log.note_evaluation(
+            trainer.global_step,
+            validation_values(trainer),
+            save=lambda folder: module.method.save(model, folder, base=module.base),
+        )
 
 
 class Settling(lightning.Callback):
@@ -132,40 +139,44 @@ class Settling(lightning.Callback):
         paused: Whether the run was paused.
     """
 
-    def __init__(self, on_evaluation: GoesOn, *, run_log: RunLog, config: TrainerConfig, ranks: Ranks) -> None:
+    def __init__(self, on_evaluation: GoesOn, *, run_log: RunLog | None, config: TrainerConfig) -> None:
         self.on_evaluation = on_evaluation
         self.run_log = run_log
         self.config = config
-        self.ranks = ranks
         self.paused = False
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Of several ranks the first reports, and all do what it was told."""
+        """Has all processes do what the first is told."""
+        decision = on_first(trainer.strategy, lambda: self._decide(trainer))
+        self.paused = decision == "pause"
+        if decision != "go on":
+            trainer.should_stop = True
+
+    def _decide(self, trainer: lightning.Trainer) -> Literal["go on", "end", "pause"]:
+        assert self.run_log is not None
         record, step = self.run_log.record, trainer.global_step
-        values = validation_values(trainer)
-        pauses = self.ranks.any(self.ranks.is_first and not self.on_evaluation(step, values))
+        goes_on = self.on_evaluation(step, validation_values(trainer))
         if step >= record.steps_planned:
-            return
+            return "go on"
         if is_stale(record, self.config):
             record.reason = describe_stale(record)
-            trainer.should_stop = True
-        elif pauses:
-            self.paused = True
-            trainer.should_stop = True
-            self.run_log.close("paused", describe_pause(record))
+            return "end"
+        if goes_on:
+            return "go on"
+        self.run_log.close("paused", describe_pause(record))
+        return "pause"
 
 
 class Checkpointing(lightning.Callback):
     """Leaves a checkpoint at each evaluation."""
 
-    def __init__(self, folder: Path, *, ranks: Ranks) -> None:
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.ranks = ranks
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Writes it, unless training is over."""
         if trainer.state.fn == TrainerFn.FITTING:
-            save_trainer(trainer, self.folder, ranks=self.ranks)
+            save_trainer(trainer, self.folder)
 
 
 class RunStopped(BaseException):
@@ -173,15 +184,15 @@ class RunStopped(BaseException):
 
 
 class Stopping(lightning.Callback):
-    """Ends the run, with a checkpoint at the present step, once `stop_requested` says so on any rank."""
+    """Ends the run, with a checkpoint at the present step, once `stop_requested` says so on any process."""
 
     def __init__(
-        self, stop_requested: Callable[[], bool], folder: Path, *, eval_every_steps: int, ranks: Ranks
+        self, stop_requested: Callable[[], bool], folder: Path, *, eval_every_steps: int, logging: Logging
     ) -> None:
         self.stop_requested = stop_requested
-        self.ranks = ranks
         self.folder = folder
         self.eval_every_steps = eval_every_steps
+        self.logging = logging
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -192,9 +203,9 @@ class Stopping(lightning.Callback):
             RunStopped: The run is to end here.
         """
         ends_step = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        between = ends_step and trainer.global_step % self.eval_every_steps
-        if between and self.ranks.any(self.stop_requested()):
-            save_trainer(trainer, self.folder, ranks=self.ranks)
+        if ends_step and trainer.global_step % self.eval_every_steps and self._is_requested(trainer):
+            on_first(trainer.strategy, lambda: self.logging.flush(pl_module))
+            save_trainer(trainer, self.folder)
             raise RunStopped
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
@@ -203,9 +214,43 @@ class Stopping(lightning.Callback):
         Raises:
             RunStopped: The run is to end here.
         """
-        goes_on = trainer.global_step < trainer.max_steps and not trainer.should_stop
-        if goes_on and self.ranks.any(self.stop_requested()):
+        if trainer.global_step < trainer.max_steps and not trainer.should_stop and self._is_requested(trainer):
             raise RunStopped
+
+    def _is_requested(self, trainer: lightning.Trainer) -> bool:
+        """Whether any process was asked to stop; every process must call it at the same step."""
+        return bool(trainer.strategy.reduce_boolean_decision(self.stop_requested(), all=False))
+
+
+class KeepSignalHandler(lightning.Callback):
+    """Keeps this process's own handler of SIGTERM in place of Lightning's.
+
+    Lightning's sends a message to the other processes from inside of the handler, where they may be in the middle of
+    another one, and raises in the middle of a step. While it is in place SIGTERM is held back.
+    """
+
+    def __init__(self) -> None:
+        self.handler = signal.getsignal(signal.SIGTERM)
+        self.is_main = threading.current_thread() is threading.main_thread()
+
+    def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
+        """Holds SIGTERM back: Lightning sets its handler after this."""
+        if self.is_main:
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Puts it back: Lightning has set its own just before."""
+        self.put_back()
+
+    def on_validation_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Puts it back where there is no training."""
+        self.put_back()
+
+    def put_back(self) -> None:
+        """Puts it back and lets a signal through that came meanwhile."""
+        if self.is_main:  # Python allows no other thread to set one
+            signal.signal(signal.SIGTERM, self.handler)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 
 
 def validation_values(trainer: lightning.Trainer) -> Values:
@@ -221,21 +266,18 @@ def note_progress(record: RunRecord, module: TrainingModule) -> None:
     record.batching["padding_fraction"]["train"] = round(module.padding_fraction, 4)
 
 
-def save_trainer(trainer: lightning.Trainer, folder: Path, *, ranks: Ranks) -> None:
-    """Writes Lightning's checkpoint: only what trains, see `TrainingModule`. Every rank takes part, one writes.
+def save_trainer(trainer: lightning.Trainer, folder: Path) -> None:
+    """Writes Lightning's checkpoint: only what trains, see `TrainingModule`. Every process takes part, one writes.
 
     The last two stay.
     """
-    if ranks.is_first:
+    if trainer.is_global_zero:
         save_checkpoint(folder, kind="last", step=trainer.global_step, save=trainer.save_checkpoint)
         remove_older_checkpoints(folder, kind="last")
     else:
         trainer.save_checkpoint(folder / "last.ckpt")
 
 
-def _tokens(module: lightning.LightningModule) -> int:
-    return module.tokens_trained if isinstance(module, TrainingModule) else 0
-
-
-def _speed(module: lightning.LightningModule) -> float:
-    return module.tokens_per_s if isinstance(module, TrainingModule) else 0.0
+def _own(module: lightning.LightningModule) -> TrainingModule:
+    assert isinstance(module, TrainingModule)
+    return module

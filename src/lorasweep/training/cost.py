@@ -23,7 +23,7 @@ from lorasweep.training.optim import build_optimizer
 from lorasweep.training.pack import slot_batch, slot_losses
 from lorasweep.training.pack_optim import StackedAdamW
 from lorasweep.training.pack_size import build_pack
-from lorasweep.training.run import prepare_model
+from lorasweep.training.prepare import prepare_model
 from lorasweep.training.run_log import is_out_of_memory
 from lorasweep.training.workbench import Workbench
 

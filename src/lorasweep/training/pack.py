@@ -70,7 +70,8 @@ from lorasweep.training.pack_state import (
     restore_shared_stream,
     write_pack_state,
 )
-from lorasweep.training.run import never_stop, quiet_lightning, status_after
+from lorasweep.training.quiet import quiet_lightning
+from lorasweep.training.run import never_stop, status_after
 from lorasweep.training.run_log import (
     Values,
     describe_pause,

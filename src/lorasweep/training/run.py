@@ -3,31 +3,26 @@
 from __future__ import annotations
 
 import gc
-import logging
 import sys
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import lightning
 import torch
+from lightning.fabric import Fabric
 from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
-from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
-from lightning.pytorch.utilities.exceptions import SIGTERMException
-from torch import nn
 
 from lorasweep.config.method import LoraConfig
 from lorasweep.config.run import RunConfig
-from lorasweep.data.batching import Share
 from lorasweep.data.module import DataModule
 from lorasweep.disk import why_unwritable
 from lorasweep.errors import ConfigError, OutOfMemory, WorkerError, first_line
-from lorasweep.methods import METHODS, copy_sharing_weights
+from lorasweep.methods import METHODS
 from lorasweep.models.load import BaseModel
 from lorasweep.record import RunRecord, RunStatus, read_run
 from lorasweep.training.averaging import PutBack, WeightAveraging
@@ -35,6 +30,7 @@ from lorasweep.training.batches import resolve_accumulate
 from lorasweep.training.callbacks import (
     Checkpointing,
     GoesOn,
+    KeepSignalHandler,
     Logging,
     RunStopped,
     Settling,
@@ -43,20 +39,23 @@ from lorasweep.training.callbacks import (
     note_progress,
 )
 from lorasweep.training.checkpoint import Found, find_checkpoint
-from lorasweep.training.environment import (
-    Precision,
-    deterministic_algorithms,
-    device_of,
-    reset_peak_memory,
-    resolve_device,
-)
+from lorasweep.training.environment import deterministic_algorithms, reset_peak_memory, resolve_device
+from lorasweep.training.fsdp import check_shardable
 from lorasweep.training.module import TrainingModule
 from lorasweep.training.optim import check_optim
-from lorasweep.training.ranks import Ranks, current_ranks, require_ranks
+from lorasweep.training.processes import (
+    build_strategy,
+    explain_failure,
+    find_launch,
+    join_processes,
+    on_first,
+    require_same,
+    take_failure_note,
+)
+from lorasweep.training.quiet import quiet_lightning
 from lorasweep.training.run_log import (
     RunLog,
     RunPlace,
-    UnwrittenLog,
     describe_failure,
     describe_stale,
     is_out_of_memory,
@@ -64,9 +63,6 @@ from lorasweep.training.run_log import (
     new_record,
     reopen_record,
 )
-from lorasweep.training.saving import ShardedModel, WholeModel
-from lorasweep.training.shard import check_shardable, shard_model
-from lorasweep.training.strategy import RankStrategy, SumGradients
 from lorasweep.training.workbench import Workbench, describe_batching
 
 
@@ -90,6 +86,12 @@ def train_run(
     A run that is paused (status `paused`) keeps its checkpoint and resumes in a later call. A killed run may report
     evaluations that it reported before, with the same values.
 
+    Of several processes each calls this with the same run. The first alone writes and asks `on_evaluation`.
+
+    A run that runs out of memory begins again with micro-batches of half the rows and twice as many of them per step,
+    down to one row: the batch of a step, and what is learned, stay the same. Of several processes the one that ran out
+    of memory ends, and with it the others; the run begins again when it is started again.
+
     Args:
         config: The run's settings. Its model, data and precision are those of `bench`.
         place: Where it writes.
@@ -98,90 +100,28 @@ def train_run(
             returns at the last step, or where early stopping ends the run, has no effect.
         stop_requested: Asked after every step whether to stop with a checkpoint (status `interrupted`).
         resume: Resumes from the folder's newest checkpoint of a run alone, where there is one.
-        cluster: Where the processes that train the run together meet; None where this process trains it alone.
-
-    Of several ranks (`ranks.join_ranks`) each calls this with the same run. The first alone writes and asks
-    `on_evaluation`; all end alike, by the first error of any.
-
-    A run that runs out of memory begins again with micro-batches of half the rows and twice as many of them per step,
-    down to one row: the batch of a step, and what is learned, stay the same.
+        cluster: Where the processes that train the run together meet, if Lightning can't find it by itself.
 
     Raises:
         Diverged: The loss became NaN or infinite. The record says `failed`.
         OutOfMemory: It does not fit at one row per micro-batch. The record says `infeasible`.
+        RanksLost: Another process is gone, or one ran out of memory. The record says `interrupted`.
     """
-    ranks = current_ranks()
-    require_ranks(config.trainer)
-    if cluster is not None and cluster.world_size() > 1:
-        raise ConfigError(
-            f"`trainer.devices` must be 1 with `worker=ray`, but a worker has {cluster.world_size()} processes."
-        )
     too_large: list[int] = []
     while True:
         try:
-            with bench.telemetry.phase("loading"):
-                return _train_session(
-                    config, place, bench, on_evaluation, stop_requested, resume=resume, too_large=too_large
-                )
+            with bench.telemetry.phase("loading"), join_processes(config.trainer, cluster=cluster) as group:
+                require_same(bench.fingerprints() if group.world_size > 1 else {})
+                session = _Session(config, place, bench, group, cluster)
+                return session.run(on_evaluation, stop_requested, resume=resume, too_large=too_large)
         except OutOfMemory:
-            with ranks.together():
-                used = ranks.broadcast(read_run(place.folder) if ranks.is_first else None)
-            assert used is not None
-            rows, micro_batches = config.trainer.batch_size, int(used.batching.get("micro_batches", 1))
-            if micro_batches >= rows or not used.steps_planned:
+            used = read_run(place.folder)
+            micro_batches = int(used.batching.get("micro_batches", 1))
+            if group.world_size > 1 or micro_batches >= config.trainer.batch_size or not used.steps_planned:
                 raise
             too_large.append(micro_batches)
         resume = False  # from the beginning: micro-batches of one size throughout, as a run that is repeated has
         free_memory()  # outside of the handler, whose traceback holds the tensors
-
-
-def _train_session(
-    config: RunConfig,
-    place: RunPlace,
-    bench: Workbench,
-    on_evaluation: GoesOn,
-    stop_requested: Callable[[], bool],
-    *,
-    resume: bool,
-    too_large: Sequence[int],
-) -> RunRecord:
-    """Trains to the end, a stop or an error, and closes the record. `too_large`: micro-batches that did not fit."""
-    ranks = current_ranks()
-    with ranks.together():
-        opened = ranks.broadcast(_open_record(config, place, bench, resume=resume) if ranks.is_first else None)
-        assert opened is not None
-        record, checkpoint, start_step = opened
-        log: RunLog = UnwrittenLog(record, place.folder)
-        if ranks.is_first:
-            log = RunLog(record, place.folder, start_step=start_step)
-    if checkpoint is not None and is_stale(record, config.trainer):  # killed between its last evaluation and its end
-        log.close("complete", describe_stale(record))
-        return record
-    reset_peak_memory()
-    session = _Session(config, place.folder, bench, log, ranks)
-    try:
-        with ranks.together(), _out_of_memory_as_such():
-            status = session.train(
-                on_evaluation, stop_requested, start_step=start_step, checkpoint=checkpoint, too_large=too_large
-            )
-    except BaseException as error:
-        status = status_after(error, place.folder) if ranks.is_first else "failed"
-        if (record.status, status) != ("paused", "interrupted"):  # a paused run stays paused, whatever ends the process
-            log.close(status, describe_failure(error))
-        raise
-    if status != "paused":  # which `Settling` closed before the checkpoint
-        log.close(status, record.reason)
-    return record
-
-
-def _open_record(
-    config: RunConfig, place: RunPlace, bench: Workbench, *, resume: bool
-) -> tuple[RunRecord, Path | None, int]:
-    """Returns a run's record, and the checkpoint and the step from which it goes on."""
-    found = find_checkpoint(place.folder, kind="last") if resume else Found()
-    if found.path is not None:
-        return reopen_record(place.folder, step=found.step, notes=found.notes), found.path, found.step
-    return new_record(config, place, bench, notes=found.notes), None, 0
 
 
 @contextmanager
@@ -197,75 +137,171 @@ def _out_of_memory_as_such() -> Iterator[None]:
 
 @dataclass(frozen=True, eq=False)
 class _Session:
-    """One training from a start or a checkpoint to an end or an error, on each of its ranks."""
+    """One training from a start or a checkpoint to an end or an error, on each of its processes."""
 
     config: RunConfig
-    folder: Path
+    place: RunPlace
     bench: Workbench
-    log: RunLog
-    ranks: Ranks
+    group: Fabric
+    cluster: ClusterEnvironment | None
 
-    def train(
+    def run(
+        self, on_evaluation: GoesOn, stop_requested: Callable[[], bool], *, resume: bool, too_large: list[int]
+    ) -> RunRecord:
+        """Trains to the end, a stop or an error, and closes the record. `too_large`: micro-batches that did not fit."""
+        folder, logs = self.place.folder, list[RunLog]()
+
+        def begin() -> tuple[RunRecord, Path | None, int]:
+            record, checkpoint, start_step = self._open_record(resume=resume, too_large=too_large)
+            logs.append(RunLog(record, folder, start_step=start_step))
+            if record.batching.get("too_large", [0])[-1] >= self.config.trainer.batch_size:
+                logs[0].close("infeasible", reason := "one row per process and micro-batch does not fit")
+                raise OutOfMemory(reason)
+            return record, checkpoint, start_step
+
+        record, checkpoint, start_step = on_first(self.group, begin)
+        log = logs[0] if logs else None
+        if checkpoint is not None and is_stale(record, self.config.trainer):  # killed between last evaluation and end
+            status: RunStatus = "complete"
+            record.reason = describe_stale(record)
+        else:
+            reset_peak_memory()
+            try:
+                with _out_of_memory_as_such():
+                    status = self._train(
+                        record, log, on_evaluation, stop_requested, start_step=start_step, checkpoint=checkpoint
+                    )
+            except BaseException as caught:
+                micro_batches = int(record.batching["micro_batches"])
+                error = explain_failure(caught, group=self.group, folder=folder, micro_batches=micro_batches)
+                if log is not None:
+                    status = status_after(error, folder)
+                    # a paused run stays paused, whatever ends the process
+                    if (record.status, status) != ("paused", "interrupted"):
+                        log.close(status, describe_failure(error))
+                if error is caught:
+                    raise
+                raise error from caught
+
+        def end() -> RunRecord:
+            assert log is not None
+            if status != "paused":  # which `Settling` closed before the checkpoint
+                log.close(status, log.record.reason)
+            return log.record
+
+        return on_first(self.group, end)
+
+    def _open_record(self, *, resume: bool, too_large: list[int]) -> tuple[RunRecord, Path | None, int]:
+        """Returns a run's record, and the checkpoint and the step from which it goes on."""
+        config, folder, bench = self.config, self.place.folder, self.bench
+        did_not_fit = take_failure_note(folder) if resume else None
+        if did_not_fit is not None:
+            too_large = [*read_run(folder).batching.get("too_large", []), did_not_fit]
+        found = find_checkpoint(folder, kind="last") if resume and not too_large else Found()
+        if found.path is not None:
+            record = reopen_record(folder, step=found.step, notes=found.notes)
+        else:
+            record = new_record(config, self.place, bench, num_processes=self.group.world_size, notes=found.notes)
+        too_large = too_large or record.batching.get("too_large", [])
+        accumulate = (
+            min(2 * too_large[-1], config.trainer.batch_size)
+            if too_large
+            else resolve_accumulate(config.trainer, bench.parts.train, begun=record)
+        )
+        record.batching = describe_batching(bench, config.trainer, accumulate=accumulate, padding_fraction=0.0)
+        if too_large:
+            record.batching["too_large"] = list(too_large)
+        return record, found.path, found.step
+
+    def _train(
         self,
+        record: RunRecord,
+        log: RunLog | None,
         on_evaluation: GoesOn,
         stop_requested: Callable[[], bool],
         *,
         start_step: int,
         checkpoint: Path | None,
-        too_large: Sequence[int],
     ) -> RunStatus:
         """Trains, fills the record, and returns how the session ended."""
-        config, bench, ranks, record = self.config, self.bench, self.ranks, self.log.record
-        accumulate = self._choose_accumulate(too_large or record.batching.get("too_large", []))
-        model = prepare_model(config, bench.base)
-        record.trainable_params = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        record.trainable_fraction = record.trainable_params / record.total_params
-        method = METHODS[config.method.name]
-        saver = WholeModel(model, method, bench.base)
-        ranks.connect()
-        if config.trainer.strategy == "fsdp":
-            whole = prepare_model(config, bench.base) if ranks.is_first else None
-            saver = ShardedModel(model, whole=whole, method=method, base=bench.base)
-            shard_model(model, config, device=device_of(config.trainer))
-        torch.manual_seed(ranks.seed_of(config.seeds.dropout))
+        config, bench, settings = self.config, self.bench, self.config.trainer
         module = TrainingModule(
-            model,
-            method=method,
-            config=config,
-            task=bench.parts.task,
-            accumulate=accumulate,
-            head=bench.base.head,
-            ranks=ranks,
+            config, base=bench.base, task=bench.parts.task, accumulate=int(record.batching["micro_batches"])
+        )
+        data = DataModule(
+            bench.parts,
+            batch_size=settings.batch_size,
+            accumulate=module.accumulate,
+            eval_batch_size=settings.eval_batch_size,
+            num_steps=settings.max_steps,
+            seed=config.seeds.data_order,
+            start_step=start_step,
         )
         averaging = [] if config.optim.ema_decay is None else [WeightAveraging(config.optim.ema_decay)]
-        every = config.trainer.eval_every_steps
+        folder, every = self.place.folder, settings.eval_every_steps
         callbacks = [
-            *([SumGradients(ranks)] if ranks.size > 1 else []),
+            keeping := KeepSignalHandler(),
             *averaging,
-            Logging(self.log, saver=saver, start_step=start_step, telemetry=bench.telemetry, ranks=ranks),
-            settling := Settling(on_evaluation, run_log=self.log, config=config.trainer, ranks=ranks),
-            Checkpointing(self.folder, ranks=ranks),
+            logging := Logging(log, start_step=start_step, telemetry=bench.telemetry),
+            settling := Settling(on_evaluation, run_log=log, config=settings),
+            Checkpointing(folder),
             *map(PutBack, averaging),
-            Stopping(stop_requested, self.folder, eval_every_steps=every, ranks=ranks),
+            Stopping(stop_requested, folder, eval_every_steps=every, logging=logging),
         ]
-        ranks.barrier()
-        trainer = _build_trainer(module, self.folder, precision=bench.precision, callbacks=callbacks)
-        status = _fit(trainer, module, record, bench=bench, start_step=start_step, checkpoint=checkpoint)
-        note_progress(record, module)
+        trainer = self._build_trainer(module, callbacks)
+        status: RunStatus = "complete"
+        with quiet_lightning(), deterministic_algorithms(settings.deterministic):
+            try:
+                if record.steps_planned:
+                    trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+                if logging.evaluated_step != trainer.global_step:  # the last steps did not fill an interval
+                    trainer.validate(module, datamodule=data, verbose=False)
+            except RunStopped:
+                status = "interrupted"
+            finally:
+                keeping.put_back()
+        if log is not None:
+            note_progress(log.record, module)
+            if status == "interrupted":
+                log.record.steps_done = trainer.global_step
+                log.record.reason = f"stopped at step {trainer.global_step} of {record.steps_planned}"
         return "paused" if settling.paused else status
 
-    def _choose_accumulate(self, too_large: Sequence[int]) -> int:
-        """Returns the micro-batches per step, twice as many as the last that did not fit, and puts them on record."""
-        settings, record = self.config.trainer, self.log.record
-        accumulate = (
-            min(2 * too_large[-1], settings.batch_size)
-            if too_large
-            else resolve_accumulate(settings, self.bench.parts.train, begun=record)
+    def _build_trainer(self, module: TrainingModule, callbacks: list[lightning.Callback]) -> lightning.Trainer:
+        config, settings, folder = self.config, self.config.trainer, self.place.folder
+        launch = find_launch(settings, self.cluster)
+        mixed = self.bench.precision == "bf16" and module.method.needs_autocast
+        if launch.size == 1:  # Lightning takes it from variables of srun, where this process may be no rank
+            setattr(rank_zero_only, "rank", 0)  # noqa: B010
+        show = (
+            self.group.is_global_zero and settings.progress and config.method.name != "frozen" and sys.stderr.isatty()
         )
-        record.batching = describe_batching(self.bench, settings, accumulate=accumulate, padding_fraction=0.0)
-        if too_large:
-            record.batching["too_large"] = list(too_large)
-        return accumulate
+        if show:
+            callbacks = [*callbacks, TQDMProgressBar(refresh_rate=1)]
+        with quiet_lightning():
+            return lightning.Trainer(
+                accelerator=resolve_device(settings),
+                devices=launch.devices,
+                num_nodes=launch.num_nodes,
+                strategy=build_strategy(settings, launch),
+                plugins=[launch.environment],
+                use_distributed_sampler=False,  # the data module shares out the rows of each batch
+                precision="bf16-mixed" if mixed else "32-true",
+                logger=_EventLogger(folder, name="", version="", default_hp_metric=False),
+                callbacks=callbacks,
+                max_epochs=1,
+                max_steps=settings.max_steps,
+                val_check_interval=settings.eval_every_steps * module.accumulate,
+                check_val_every_n_epoch=None,
+                num_sanity_val_steps=0,
+                log_every_n_steps=max(1, settings.max_steps // 200),
+                enable_checkpointing=False,
+                enable_progress_bar=show,
+                enable_model_summary=False,
+                accumulate_grad_batches=module.accumulate,
+                gradient_clip_val=config.optim.clip_norm,
+                default_root_dir=folder,
+            )
 
 
 def status_after(error: BaseException, folder: Path) -> RunStatus:
@@ -284,24 +320,6 @@ def free_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def prepare_model(config: RunConfig, base: BaseModel) -> nn.Module:
-    """Returns a model that trains as the method says; the base's own weights are shared and never written.
-
-    Seeds are set here, before anything is drawn.
-    """
-    torch.manual_seed(config.seeds.dropout)
-    model = copy_sharing_weights(base.model)
-    generator = torch.Generator().manual_seed(config.seeds.init)
-    METHODS[config.method.name].prepare(model, config.method, generator=generator, head=base.head)
-    torch.manual_seed(config.seeds.dropout)
-    model.train()  # dropout on; Lightning keeps each module's mode and switches it for evaluation
-    if config.trainer.activation_checkpointing:
-        checkpoint_activations(model)
-    if config.trainer.compile:
-        model.compile()
-    return model
-
-
 def check_run(config: RunConfig, base: BaseModel) -> None:
     """Makes sure that a run's settings fit its base model, before anything is written.
 
@@ -310,7 +328,7 @@ def check_run(config: RunConfig, base: BaseModel) -> None:
     """
     METHODS[config.method.name].check(base.model, config.method, head=base.head)
     check_optim(config)
-    if config.trainer.strategy == "fsdp":
+    if config.trainer.is_sharded:
         check_shardable(base.model)
     trains_more = bool(base.head) and config.method.name != "frozen"
     if isinstance(config.method, LoraConfig):
@@ -320,112 +338,6 @@ def check_run(config: RunConfig, base: BaseModel) -> None:
             f"`optim.lr_ratio_head` must be 1 for a model without a new head, but got {config.optim.lr_ratio_head!r}, "
             "which would have no effect."
         )
-
-
-def checkpoint_activations(model: nn.Module) -> None:
-    """Has the model compute its blocks' activations again in the backward pass.
-
-    Raises:
-        ConfigError: It does not know how.
-    """
-    if not getattr(model, "supports_gradient_checkpointing", False):
-        raise ConfigError(
-            "`trainer.activation_checkpointing` must be false for a model that does not support it, but is true."
-        )
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})  # type: ignore[operator]
-
-
-def _fit(
-    trainer: lightning.Trainer,
-    module: TrainingModule,
-    record: RunRecord,
-    *,
-    bench: Workbench,
-    start_step: int,
-    checkpoint: Path | None,
-) -> RunStatus:
-    settings = module.config.trainer
-    data = DataModule(
-        bench.parts,
-        batch_size=settings.batch_size,
-        accumulate=module.accumulate,
-        eval_batch_size=settings.eval_batch_size,
-        num_steps=settings.max_steps,
-        seed=module.config.seeds.data_order,
-        start_step=start_step,
-        share=Share(module.ranks.rank, module.ranks.size),
-    )
-    with quiet_lightning(), deterministic_algorithms(settings.deterministic):
-        if not record.steps_planned:
-            trainer.validate(module, datamodule=data, verbose=False)
-            return "complete"
-        try:
-            trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
-            if record.last.get("step") != trainer.global_step:  # the last steps did not fill an interval
-                trainer.validate(module, datamodule=data, verbose=False)
-        except (RunStopped, SIGTERMException) as stop:  # Lightning's own, where SIGTERM comes during an evaluation
-            if isinstance(stop, SIGTERMException) and module.ranks.size > 1:
-                raise  # the others do not know: it ends them all as an error, and each from its last checkpoint
-            record.steps_done = trainer.global_step
-            record.reason = f"stopped at step {trainer.global_step} of {record.steps_planned}"
-            return "interrupted"
-    return "complete"
-
-
-def _build_trainer(
-    module: TrainingModule, folder: Path, *, precision: Precision, callbacks: list[lightning.Callback]
-) -> lightning.Trainer:
-    config, method, ranks = module.config, module.method, module.ranks
-    # Lightning takes it from variables of srun, where processes may be no ranks
-    setattr(rank_zero_only, "rank", ranks.rank)  # noqa: B010
-    show = ranks.is_first and config.trainer.progress and config.method.name != "frozen" and sys.stderr.isatty()
-    if show:
-        callbacks = [*callbacks, TQDMProgressBar(refresh_rate=1)]
-    with quiet_lightning():
-        return lightning.Trainer(
-            accelerator=resolve_device(config.trainer),
-            devices=1,
-            strategy=RankStrategy(ranks, device_of(config.trainer)) if ranks.size > 1 else "auto",
-            plugins=[LightningEnvironment()],  # which launches nothing and handles no signal of Slurm's
-            precision="bf16-mixed" if precision == "bf16" and method.needs_autocast else "32-true",
-            logger=_EventLogger(folder, name="", version="", default_hp_metric=False) if ranks.is_first else False,
-            callbacks=callbacks,
-            max_epochs=1,
-            max_steps=config.trainer.max_steps,
-            val_check_interval=config.trainer.eval_every_steps * module.accumulate,
-            check_val_every_n_epoch=None,
-            num_sanity_val_steps=0,
-            log_every_n_steps=max(1, config.trainer.max_steps // 200),
-            enable_checkpointing=False,
-            enable_progress_bar=show,
-            enable_model_summary=False,
-            accumulate_grad_batches=module.accumulate,
-            gradient_clip_val=config.optim.clip_norm,
-            default_root_dir=folder,
-        )
-
-
-@contextmanager
-def quiet_lightning() -> Iterator[None]:
-    """Leaves out Lightning's log lines, and its advice on loader workers and intervals, which is not for our users."""
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-            warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")  # ours starts at a step
-            warnings.filterwarnings("ignore", message=".*this fit will run with no optimizer.*")  # a pack has its own
-            warnings.filterwarnings("ignore", message="It is recommended to use .*sync_dist=True")  # all have the same
-            warnings.filterwarnings("ignore", message="The `srun` command is available")  # on a cluster's login node
-            warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
-            warnings.filterwarnings("ignore", message=".*`lr_scheduler.step\\(\\)` before `optimizer.step\\(\\)`.*")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
 
 
 class _EventLogger(TensorBoardLogger):

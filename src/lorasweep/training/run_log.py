@@ -47,7 +47,6 @@ from lorasweep.training.environment import (
     peak_memory_bytes,
     resolve_device,
 )
-from lorasweep.training.ranks import current_ranks
 from lorasweep.training.workbench import Workbench
 
 HOST_OUT_OF_MEMORY = ("can't allocate memory", "std::bad_alloc")
@@ -170,40 +169,14 @@ class RunLog:
             os.fsync(file.fileno())  # a checkpoint that counts on these rows comes next
 
 
-class UnwrittenLog(RunLog):
-    """What a rank beside the first keeps of its run: the record in memory, from which early stopping decides."""
-
-    def __init__(self, record: RunRecord, folder: Path) -> None:
-        self.record = record
-        self.folder = folder
-
-    def note_step(self, step: int, micro_losses: list[Tensor], lr: float) -> None:
-        """Leaves it to the first rank."""
-
-    def flush(self, tokens_per_s: float) -> list[dict[str, Any]]:
-        """Has nothing to write."""
-        return []
-
-    def note_evaluation(self, step: int, values: Values, *, save: Callable[[Path], None]) -> float:
-        """Puts an evaluation into the record."""
-        note_score(self.record, step, values)
-        return values[self.record.metric]
-
-    def close(
-        self,
-        status: RunStatus,
-        reason: str | None,
-        *,
-        wall_s: float | None = None,
-        keep_checkpoints: bool = False,
-    ) -> None:
-        """Puts how the session ended into the record."""
-        self.record.status, self.record.reason, self.record.ended_at = status, reason, utc_now()
-
-
-def new_record(config: RunConfig, place: RunPlace, bench: Workbench, *, notes: Sequence[str] = ()) -> RunRecord:
+def new_record(
+    config: RunConfig, place: RunPlace, bench: Workbench, *, num_processes: int = 1, notes: Sequence[str] = ()
+) -> RunRecord:
     """Returns the record of a run that begins, with everything it can be repeated from, and more notes."""
     parts = {"train": bench.parts.train, "validation": bench.parts.validation}
+    platform = describe_platform(bench.precision, resolve_device(config.trainer))
+    if num_processes > 1:
+        platform |= {"processes": num_processes, "strategy": config.trainer.strategy_name}
     return RunRecord(
         status="running",
         config=as_settings(config),
@@ -214,7 +187,7 @@ def new_record(config: RunConfig, place: RunPlace, bench: Workbench, *, notes: S
         command=describe_command(),
         code=describe_code(),
         packages=describe_packages(),
-        platform=describe_platform(bench.precision, resolve_device(config.trainer)) | _describe_ranks(config.trainer),
+        platform=platform,
         environment=describe_environment(),
         notes=[*bench.notes, *notes],
         data={name: part.describe() for name, part in parts.items()},
@@ -223,12 +196,6 @@ def new_record(config: RunConfig, place: RunPlace, bench: Workbench, *, notes: S
         steps_planned=0 if config.method.name == "frozen" else config.trainer.max_steps,
         total_params=bench.base.num_parameters,
     )
-
-
-def _describe_ranks(config: TrainerConfig) -> dict[str, Any]:
-    """What a record keeps of several processes that train one run; nothing of one."""
-    size = current_ranks().size
-    return {"processes": size, "strategy": "ddp" if config.strategy == "auto" else config.strategy} if size > 1 else {}
 
 
 def reopen_record(folder: Path, *, step: int, notes: Sequence[str] = ()) -> RunRecord:

@@ -38,6 +38,16 @@ class Workbench:
             return self.parts.notes
         return (*self.parts.notes, f"Attention is {self.attention.name}: {self.attention.reason}.")
 
+    def fingerprints(self) -> dict[str, Any]:
+        """Returns what must be the same for every process of a run, by the setting that it comes from."""
+        return {
+            "model.path": self.base.fingerprint,
+            "data.train": self.parts.train.fingerprint,
+            "data.validation": self.parts.validation.fingerprint,
+            "trainer.precision": self.precision,
+            "model.attention": None if self.attention is None else self.attention.name,
+        }
+
 
 class Benches:
     """Base models and data by the settings that decide them, each loaded once."""
