@@ -1,124 +1,249 @@
-"""How long the controller takes to hand out a trial, to take a report and a result, by how many trials an arm has.
+"""How many trials a second the controller hands out and takes back, with many workers that train nothing.
 
-Fills an arm's study with made-up complete trials, then hands out a hundred more with nothing trained in between:
+One loop plays all workers: it picks one of them at random (seeded), makes the call that this worker makes next
+(`take`, `report` at each evaluation, `tell`), and times that call. All workers hold a trial all the time.
 
-    python benchmarks/bench_controller.py --trials 0 1000 10000 --samplers tpe random
+    python benchmarks/bench_controller.py --workers 1000 --trials 5000 --sampler tpe
+
+With `--ray N` the workers are N real Ray actors instead, which call the controller's actor on this machine:
+
+    python benchmarks/bench_controller.py --ray 64 --trials 2000 --sampler tpe
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+import os
 import random
-import statistics
+import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
+from typing import Any
 
+import psutil
 import yaml
 from optuna.trial import TrialState, create_trial
 
-from lorasweep.record import RunRecord
+from lorasweep.record import RunRecord, write_record
 from lorasweep.sweep import Controller, SweepFolder, create_sweep, read_definition, reopen_sweep
-from lorasweep.sweep.controller.rows import FUNCTION_ATTRIBUTE, SCORE_ATTRIBUTE, TURN_ATTRIBUTE
+from lorasweep.sweep.controller.controller import Assignment
+from lorasweep.sweep.controller.rows import (
+    FUNCTION_ATTRIBUTE,
+    RUN_ATTRIBUTE,
+    SCORE_ATTRIBUTE,
+    TURN_ATTRIBUTE,
+    run_name,
+)
 
-NUM_MEASURED = 100
-STEPS = (25, 75, 150)
 SPACE = {"method.rank": [1, 2, 4, 8, 16, 32, 64], "optim.lr": {"low": 1e-4, "high": 1e-1, "log": True}}
+METRIC = "bits_per_byte"
+CALLS = ("take", "report", "tell")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--trials", type=int, nargs="+", default=[0, 1000, 10_000])
-    parser.add_argument("--samplers", nargs="+", default=["tpe", "random"])
+    parser.add_argument("--workers", type=int, default=1000)
+    parser.add_argument("--trials", type=int, default=5000)
+    parser.add_argument("--filled", type=int, default=0, help="complete trials that the arm has before")
+    parser.add_argument("--sampler", default="tpe")
+    parser.add_argument("--every", type=int, help="trials per row of the table; default: all")
+    parser.add_argument("--folder", type=Path, help="where the sweep's folder is made; default: a temporary one")
     asked = parser.parse_args()
-    print(f"median (slowest) of {NUM_MEASURED} trials, ms")
-    print(f"{'sampler':<8} {'trials':>7} {'take':>16} {'report':>16} {'tell':>16} {'open':>8}")
-    for sampler in asked.samplers:
-        for num_trials in asked.trials:
-            with tempfile.TemporaryDirectory() as folder:
-                measure(Path(folder), sampler, num_trials)
-
-
-def measure(folder: Path, sampler: str, num_trials: int) -> None:
-    """Prints a row."""
-    sweep = make_sweep(folder, sampler, num_trials)
-    fill(sweep, num_trials)
-    sweep.close()
-    began = time.perf_counter()
-    sweep = reopen_sweep(folder / "sweep")
-    controller = Controller(sweep, run_ended=lambda *_: None)
-    opened = 1e3 * (time.perf_counter() - began)
-    times = run_trials(controller)
-    cells = " ".join(f"{statistics.median(t):>7.1f} ({max(t):>6.1f})" for t in times)
-    print(f"{sampler:<8} {num_trials:>7,} {cells} {opened:>8.0f}", flush=True)
-    sweep.close()
-
-
-def run_trials(controller: Controller) -> tuple[list[float], list[float], list[float]]:
-    """Returns the milliseconds of each `take`, `report` and `tell`."""
-    takes, reports, tells = [], [], []
-    for number in range(NUM_MEASURED):
-        assignment, took = timed(controller.take)
-        takes.append(took)
-        record = RunRecord(
-            status="complete", config=asdict(assignment.config), metric="bits_per_byte", direction="minimize"
-        )
-        for step in STEPS:
-            record.best = {"bits_per_byte": 1.0 + number / 1000 + 1 / step, "step": step}
-            value = record.best["bits_per_byte"]
-            goes_on, took = timed(partial(controller.report, [(assignment, step, value)]))
-            reports.append(took)
-            if not goes_on[0]:
-                record.status = "paused"
-                break
-        tells.append(timed(partial(controller.tell, assignment, record))[1])
-    return takes, reports, tells
-
-
-def timed(action: Callable) -> tuple:
-    """Returns what an action gives, and the milliseconds that it took."""
-    began = time.perf_counter()
-    result = action()
-    return result, 1e3 * (time.perf_counter() - began)
+    with tempfile.TemporaryDirectory(dir=asked.folder) as folder:
+        sweep = make_sweep(Path(folder), asked.sampler, asked.filled + asked.trials)
+        fill(sweep, asked.filled)
+        simulate(sweep, asked.workers, every=asked.every or asked.trials)
+        measure_restart(sweep.path)
 
 
 def make_sweep(folder: Path, sampler: str, num_trials: int) -> SweepFolder:
-    """Makes the folder of a sweep of one arm."""
+    """Makes the folder of a sweep of one arm, with the rungs and evaluations that a sweep has by default."""
     file = folder / "many.yaml"
-    settings = {"method": "lora"}
-    arm = {"settings": settings, "space": SPACE, "trials": num_trials + 2 * NUM_MEASURED}
+    arm = {"settings": {"method": "lora"}, "space": SPACE, "trials": num_trials}
     content = {"name": "many", "settings": {"sampler": sampler, "confirm.seeds": 0}, "arms": {"lora": arm}}
     file.write_text(yaml.safe_dump(content))
     definition = read_definition(file, [])
     configs = {arm.name: next(arm.corners()) for arm in definition.arms}
-    return create_sweep(definition, folder / "sweep", configs=configs, metric="bits_per_byte")
+    return create_sweep(definition, folder / "sweep", configs=configs, metric=METRIC)
 
 
 def fill(sweep: SweepFolder, num_trials: int) -> None:
-    """Adds trials that are complete: the score is best at a rate of 0.01 and hardly depends on the rank."""
+    """Adds complete trials, drawn at random."""
     (arm,) = sweep.definition.arms
     study, drawn = sweep.open_study(arm.name), random.Random(0)
     for number in range(num_trials):
-        rank, lr = drawn.choice(SPACE["method.rank"]), 10 ** drawn.uniform(-4, -1)
-        score = 1.2 + 0.1 * abs(math.log10(lr) + 2) + 0.01 / rank
+        params = {"method.rank": drawn.choice(SPACE["method.rank"]), "optim.lr": 10 ** drawn.uniform(-4, -1)}
+        score = score_of(params, number, 150)
         study.add_trial(
             create_trial(
                 state=TrialState.COMPLETE,
                 value=score,
-                params={"method.rank": rank, "optim.lr": lr},
+                params=params,
                 distributions=arm.space,
-                intermediate_values={step: score + 1 / step for step in STEPS},
+                intermediate_values={step: score_of(params, number, step) for step in (25, 50, 75, 100, 125, 150)},
                 user_attrs={
-                    TURN_ATTRIBUTE: {"order": number, "passed": [25], "promoted": []},
+                    TURN_ATTRIBUTE: {"order": number, "passed": [25, 75], "promoted": []},
+                    RUN_ATTRIBUTE: run_name(arm.name, number),
                     FUNCTION_ATTRIBUTE: f"{number:016x}",
                     SCORE_ATTRIBUTE: score,
                 },
             )
         )
+
+
+def value_at(assignment: Assignment, step: int) -> float:
+    """Returns a made-up score of a trial."""
+    return score_of(assignment.params, assignment.number, step)
+
+
+def score_of(params: Mapping[str, Any], number: int, step: int) -> float:
+    """Returns a made-up score: it is best at a learning rate of 0.01 and hardly depends on the rank."""
+    noise = random.Random(number).gauss(0, 0.01)
+    return 1.2 + 0.1 * abs(math.log10(params["optim.lr"]) + 2) + 0.01 / params["method.rank"] + 1 / step + noise
+
+
+class TrainingWorker:
+    """A worker that holds a trial: each call of `advance` is the next call that it makes to the controller."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.requests = 0
+        self.assignment: Assignment | None = None
+        self.steps: list[int] = []
+
+    def advance(self, controller: Any, timed: Callable[..., Any], paused_at: dict[str, int]) -> None:
+        """Makes one call; `paused_at` holds the step of each paused run, as its checkpoint would."""
+        if self.assignment is None:
+            self.requests += 1
+            self.assignment = timed("take", controller.take, worker=self.name, request=self.requests)
+            if self.assignment is not None:
+                trainer = self.assignment.config.trainer
+                done = paused_at.get(self.assignment.place.folder.name, 0)
+                self.steps = list(
+                    range(done + trainer.eval_every_steps, trainer.max_steps + 1, trainer.eval_every_steps)
+                )
+            return
+        step = self.steps.pop(0)
+        value = value_at(self.assignment, step)
+        (goes_on,) = timed("report", controller.report, [(self.assignment, step, value)])
+        if self.steps and goes_on:
+            return
+        self._end(controller, timed, step, value, paused_at)
+
+    def _end(
+        self, controller: Any, timed: Callable[..., Any], step: int, value: float, paused_at: dict[str, int]
+    ) -> None:
+        assignment = self.assignment
+        assert assignment is not None
+        record = RunRecord(
+            status="paused" if self.steps else "complete",
+            config=asdict(assignment.config),
+            metric=METRIC,
+            direction="minimize",
+            best={METRIC: value, "step": step},
+            steps_done=step,
+        )
+        if self.steps:  # the end of the search reads what is paused
+            paused_at[assignment.place.folder.name] = step
+            write_record(record, assignment.place.folder)
+        timed("tell", controller.tell, assignment, record)
+        self.assignment = None
+
+
+class Times:
+    """Seconds of each call by kind, files opened meanwhile, and the journal's size."""
+
+    def __init__(self, path: Path) -> None:
+        self.seconds: dict[str, list[float]] = {name: [] for name in CALLS}
+        self.opened = 0
+        self.cpu_s = 0.0
+        self._journal = path / "journal.log"
+        self._journal_before = self._journal.stat().st_size
+        self._in_call = False
+
+        def count(event: str, _: Any) -> None:
+            self.opened += event == "open" and self._in_call
+
+        sys.addaudithook(count)
+
+    def __call__(self, kind: str, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Makes a call of the controller and keeps how long it took."""
+        self._in_call = True
+        began, cpu_began = time.perf_counter(), time.process_time()
+        try:
+            return call(*args, **kwargs)
+        finally:
+            self.seconds[kind].append(time.perf_counter() - began)
+            self.cpu_s += time.process_time() - cpu_began
+            self._in_call = False
+
+    def print_row(self, label: str, num_trials: int) -> None:
+        """Prints what was measured since the last row, and begins anew."""
+        total = sum(map(sum, self.seconds.values()))
+        size = self._journal.stat().st_size
+        cells = "  ".join(describe_ms(self.seconds[name]) for name in CALLS)
+        rss = psutil.Process().memory_info().rss / 2**20
+        rates = f"{num_trials / total:>8.1f} {num_trials / self.cpu_s:>9.1f}"
+        written = f"{self.opened / num_trials:>6.2f} {(size - self._journal_before) / num_trials:>7.0f}"
+        print(f"{label:>9} {rates}  {cells} {rss:>7.0f} {written}", flush=True)
+        self.seconds, self.opened, self.cpu_s = {name: [] for name in CALLS}, 0, 0.0
+        self._journal_before = size
+
+    @staticmethod
+    def print_head() -> None:
+        """Prints the names of the columns."""
+        cells = "  ".join(f"{name + ' p50 / p99 / max ms':>24}" for name in CALLS)
+        print(f"{'trials':>9} {'trials/s':>8} {'per CPU s':>9}  {cells} {'MiB':>7} {'opens':>6} {'journal':>7}")
+
+
+def describe_ms(seconds: Sequence[float]) -> str:
+    """Returns the median, the 99th percentile and the largest, in milliseconds."""
+    ordered = sorted(1e3 * s for s in seconds) or [math.nan]
+    p99 = ordered[min(len(ordered) - 1, math.ceil(0.99 * len(ordered)) - 1)]
+    return f"{ordered[len(ordered) // 2]:>6.1f} /{p99:>7.1f} /{ordered[-1]:>7.0f}"
+
+
+def simulate(sweep: SweepFolder, num_workers: int, *, every: int) -> None:
+    """Plays a whole sweep and prints a row for every so many trials that began."""
+    controller = Controller(sweep, run_ended=lambda *_: None, session="bench")
+    workers = [TrainingWorker(f"bench-{number}") for number in range(num_workers)]
+    drawn, paused_at, times = random.Random(0), {}, Times(sweep.path)
+    trials = controller.search.trials["lora"]
+    before = len(trials.entries)
+    (arm,) = sweep.record.arms
+    asked = f"{num_workers} workers, {before:,} trials before, {trials.planned - before:,} to go, {arm.sampler}"
+    print(f"{asked}; load {os.getloadavg()[0]:.1f}")
+    times.print_head()
+    printed = before
+    while not controller.is_over():
+        drawn.choice(workers).advance(controller, times, paused_at)
+        begun = len(trials.entries)
+        if begun >= printed + every and begun < trials.planned:
+            times.print_row(f"{begun:,}", begun - printed)
+            printed = begun
+    times.print_row("end", trials.planned - printed)
+    began = time.perf_counter()
+    controller.finish()
+    print(f"finish: {time.perf_counter() - began:.1f} s")
+    sweep.close()
+
+
+def measure_restart(path: Path) -> None:
+    """Prints how long a controller needs that is restarted."""
+    began = time.perf_counter()
+    sweep = reopen_sweep(path)
+    read = time.perf_counter()
+    Controller(sweep, run_ended=lambda *_: None, session="bench")
+    ended = time.perf_counter()
+    size = (path / "journal.log").stat().st_size / 2**20
+    print(
+        f"restart: journal of {size:.0f} MiB replayed in {read - began:.1f} s, controller made in {ended - read:.1f} s"
+    )
+    sweep.close()
 
 
 if __name__ == "__main__":

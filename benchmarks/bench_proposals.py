@@ -37,6 +37,7 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from lorasweep.config.sweep import FixedSampler, ModelBasedSampler, SamplerConfig
+from lorasweep.sweep.controller.history import History
 from lorasweep.sweep.controller.proposals import propose
 from lorasweep.sweep.space import Space
 
@@ -206,10 +207,8 @@ def ask_product(table: Table, way: Way, *, n: int, seed: int, first_lr: tuple[fl
         history = show_history(space, params, values)
         is_first = first_lr is not None and number < math.ceil(FIRST_PART_FRACTION * n)
         return propose(
-            table.space(lr_range=first_lr) if is_first else space,
-            history,
+            History(table.space(lr_range=first_lr) if is_first else space, history, direction="minimize"),
             sampler=FixedSampler(name="qmc") if is_first else sampler,
-            direction="minimize",
             trials=n,
             number=number,
             seed=seed,

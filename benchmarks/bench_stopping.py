@@ -75,9 +75,6 @@ class StoppingRule(Protocol):
     def __hash__(self) -> int:
         """Rules are known by their settings, or by what they are."""
 
-    def better_part(self, rung: int, values: Mapping[int, float], *, all_arrived: bool) -> frozenset[int]:
-        """Returns the numbers of the trials that may go on beyond a rung."""
-
 
 def load_product_rules() -> Any:
     """Returns the module of the product's stopping rules, without the package around it, which would import torch."""
@@ -112,7 +109,7 @@ class Extrapolation:
     ends: Mapping[tuple[int, int], tuple[float, float]] = field(default_factory=dict)
     """Mean and variance of the predicted final value, by trial and rung."""
 
-    def better_part(self, rung: int, values: Mapping[int, float], *, all_arrived: bool) -> frozenset[int]:
+    def better_part(self, rung: int, values: Mapping[int, float]) -> frozenset[int]:
         """Returns those that may still be the best."""
         found = {number: self.ends[number, rung] for number in values}
         if not found:
@@ -125,6 +122,14 @@ class Extrapolation:
             if number == best
             or normal_cdf((mean - own_mean) / math.sqrt(variance + own_variance + 1e-12)) >= self.least_probability
         )
+
+
+def better_part(rule: Any, rung: int, values: Mapping[int, float], *, all_arrived: bool) -> frozenset[int]:
+    """Returns the numbers of the trials that may go on beyond a rung, by a rule of the product or by extrapolation."""
+    if isinstance(rule, Extrapolation):
+        return rule.better_part(rung, values)
+    ranked = sorted((value, number) for number, value in values.items())
+    return frozenset(number for _, number in ranked[: rule.count_better(ranked, all_arrived=all_arrived)])
 
 
 def normal_cdf(z: float) -> float:
@@ -307,7 +312,7 @@ class Arm:
     def _better_part(self, rung: int) -> frozenset[int]:
         if rung not in self._better_parts:
             arrived = self._all_arrived(rung)
-            self._better_parts[rung] = self.rule.better_part(rung, self.at[rung], all_arrived=arrived)
+            self._better_parts[rung] = better_part(self.rule, rung, self.at[rung], all_arrived=arrived)
         return self._better_parts[rung]
 
     def _all_arrived(self, rung: int) -> bool:

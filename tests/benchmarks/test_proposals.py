@@ -12,6 +12,7 @@ import optuna
 import pytest
 
 from lorasweep.sweep.controller import proposals
+from lorasweep.sweep.controller.history import History
 
 FILE = Path(__file__).parents[2] / "benchmarks" / "bench_proposals.py"
 
@@ -68,12 +69,12 @@ def test_a_sampler_that_learns_nothing_fills_its_packs(bench, table):
 def test_the_product_proposes_and_sees_who_runs(bench, table, monkeypatch):
     asked = []
 
-    def spy(space, history, **settings):
-        asked.append((settings["number"], [trial.state.name for trial in history]))
-        return proposals.propose(space, history, **settings)
+    def spy(space, trials, **settings):
+        asked.append((len(asked), [trial.state.name for trial in trials]))
+        return History(space, trials, **settings)
 
     assert bench.propose is proposals.propose
-    monkeypatch.setattr(bench, "propose", spy)
+    monkeypatch.setattr(bench, "History", spy)
     bench.replay(table, bench.Way(name="tpe"), n=4, seed=0)
     assert asked == [
         (0, []),

@@ -171,7 +171,7 @@ def test_a_trial_that_cannot_catch_up_is_stopped_by_its_extrapolation(bench):
     rule = bench.Extrapolation(
         rungs=(4,), least_probability=0.05, ends={(0, 4): (1.0, 0.01), (1, 4): (1.1, 0.01), (2, 4): (2.0, 0.01)}
     )
-    assert rule.better_part(4, {0: 1.5, 1: 1.4, 2: 2.1}, all_arrived=True) == {0, 1}
+    assert rule.better_part(4, {0: 1.5, 1: 1.4, 2: 2.1}) == {0, 1}
 
 
 def row(trial, evaluation, value, *, seed=0):

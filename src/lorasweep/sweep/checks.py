@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from lorasweep.config.run import RunConfig
 from lorasweep.errors import ConfigError
 from lorasweep.sweep.controller.confirm import draw_seeds
+from lorasweep.sweep.controller.history import History
 from lorasweep.sweep.controller.stages import build_rule, propose_for
 from lorasweep.sweep.definition import Definition
 from lorasweep.sweep.packing import plan_packing
@@ -27,7 +28,7 @@ def check_definition(definition: Definition, benches: Benches) -> dict[str, RunC
         try:
             build_rule(arm)
             if arm.space:
-                propose_for(arm, [], direction="minimize", number=0)
+                propose_for(arm, History(arm.space, direction="minimize"), number=0)
             for config in arm.corners():
                 check_run(config, benches.of(config).base)
                 configs.setdefault(arm.name, config)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import random
 import time
+from collections import Counter
 
 import optuna
 import pytest
-from tests.sweep.conftest import Killed, kill_at
+from optuna.storages import JournalStorage
+from tests.sweep.conftest import WRITES, Killed, kill_at
 from tests.sweep.controller.conftest import EVERY, LAST, Simulation, outcome
 
 from lorasweep.config.targets import set_trusted
 from lorasweep.errors import ConfigError, Diverged, OutOfMemory, RecordError
-from lorasweep.sweep import reopen_sweep
+from lorasweep.sweep import Controller, SweepFolder, reopen_sweep
 from lorasweep.sweep.controller.lifecycle import FINGERPRINT
 from lorasweep.sweep.controller.rows import REASON_ATTRIBUTE, TURN_ATTRIBUTE
 
@@ -296,3 +299,55 @@ def test_rungs_compare_by_loss_or_by_the_metric_as_asked(begin, open_controller,
     taken = [again.take() for _ in range(3)]
     assert again.report([(a, EVERY, 9.0 - a.number) for a in taken]) == expected
     close(again)
+
+
+def test_a_restarted_controller_leaves_a_promoted_trial_to_the_worker_that_trains_it(begin, content):
+    content["settings"] |= {"sampler": "qmc", "pruner.rungs": [0.17]}
+    first = Controller(begin(content), run_ended=lambda *_: None, session="s")
+    pack = [first.take(worker="s-1", request=number) for number in range(6)]
+    values = [6.0, 5.0, 4.0, 3.0, 2.0, 1.0]
+    assert first.report([(a, EVERY, v) for a, v in zip(pack, values, strict=True)]) == [False] * 4 + [True] * 2
+    simulation = Simulation(first)
+    for assignment in pack[:4]:
+        first.tell(assignment, simulation.record(assignment, EVERY, "paused"))
+    for assignment in pack[4:]:  # so that the best of the others goes on
+        first.tell_failure(assignment, Diverged("the loss became NaN."))
+    promoted = first.take(worker="s-1", request=7)
+    assert promoted.number == 3
+    close(first)
+    second = Controller(reopen_sweep(first.sweep.path), run_ended=lambda *_: None, session="s")
+    assert second.take(worker="s-2", request=1).number != 3
+    assert second.report([(promoted, 2 * EVERY, 3.0)]) == [True]
+    close(second)
+
+
+@pytest.mark.parametrize("sampler", ["random", "tpe"])
+def test_a_call_reads_no_more_trials_and_files_the_more_workers_there_are(begin, content, monkeypatch, sampler):
+    """By what is read, because a time would depend on the machine."""
+    content["settings"] |= {"sampler": sampler}
+    content["arms"]["lora"]["trials"] = 1000
+    read = Counter()
+
+    def counted(function, name):
+        return lambda *args, **kwargs: (read.update([name]), function(*args, **kwargs))[1]
+
+    for name in ("get_all_trials", "get_trial", *WRITES):
+        monkeypatch.setattr(JournalStorage, name, counted(getattr(JournalStorage, name), name))
+    monkeypatch.setattr(os, "open", counted(os.open, "open"))
+    monkeypatch.setattr(SweepFolder, "is_due", lambda _: False)
+    costs = []
+    for num_workers in (10, 200):
+        controller = Controller(begin(content, folder=str(num_workers)), run_ended=lambda *_: None, session="s")
+        held = [controller.take(worker=f"s-{n}", request=0) for n in range(num_workers)]
+        controller.report([(a, EVERY, 1.0 + a.number) for a in held])
+        controller.take(worker="s-new", request=1)
+        read.clear()
+        assignment = controller.take(worker="s-new", request=2)
+        controller.report([(assignment, EVERY, 9999.0)])
+        record = Simulation(controller).record(assignment, EVERY, "paused")
+        opened = read["open"]
+        controller.tell(assignment, record)
+        costs.append({**read, "open": read["open"] - opened})
+        close(controller)
+    assert costs[0] == costs[1]
+    assert costs[0].get("get_all_trials", 0) == 0

@@ -13,6 +13,7 @@ from optuna.trial import TrialState, create_trial
 
 from lorasweep.config.targets import Part, set_trusted
 from lorasweep.errors import ConfigError
+from lorasweep.sweep.controller.history import History
 from lorasweep.sweep.controller.part_sampler import ask_part, build_sampler
 from lorasweep.sweep.controller.rows import SAMPLER_ATTRIBUTE
 
@@ -38,7 +39,9 @@ def search(sampler, *, trials, space=SPACE, seed=0, arm="lora"):
     """Proposes trials one after another, each complete before the next, and returns their parameters and states."""
     history, states = [], []
     for number in range(trials):
-        params, kept = ask_part(sampler, space, history, direction="minimize", number=number, seed=seed, arm=arm)
+        params, kept = ask_part(
+            sampler, History(space, history, direction="minimize"), number=number, seed=seed, arm=arm
+        )
         states.append(json.loads(json.dumps(kept)))  # as the journal keeps it
         history.append(create_trial(value=float(number % 3), params=params, distributions=space, user_attrs=states[-1]))
     return [trial.params for trial in history], states
@@ -109,7 +112,7 @@ def test_paused_running_and_infeasible_trials_are_shown_as_they_are():
         create_trial(state=TrialState.FAIL, params=params, distributions=SPACE),
     ]
     try:
-        ask_part(part("spy_sampler.Spy"), SPACE, history, direction="maximize", number=4, seed=0, arm="a")
+        ask_part(part("spy_sampler.Spy"), History(SPACE, history, direction="maximize"), number=4, seed=0, arm="a")
     finally:
         del sys.modules["spy_sampler"]
     assert [trial.state.name for trial in seen["trials"]] == ["PRUNED", "RUNNING", "PRUNED", "FAIL"]
@@ -133,7 +136,7 @@ def test_paused_running_and_infeasible_trials_are_shown_as_they_are():
 )
 def test_what_is_no_sampler_is_refused_in_one_sentence(sampler, message):
     with pytest.raises(ConfigError, match=message) as refused:
-        ask_part(sampler, SPACE, [], direction="minimize", number=0, seed=0, arm="lora")
+        ask_part(sampler, History(SPACE, direction="minimize"), number=0, seed=0, arm="lora")
     assert "\n" not in str(refused.value)
 
 
@@ -155,10 +158,9 @@ def test_a_pickle_in_a_strangers_journal_is_not_handed_to_a_sampler():
             seen.append(trial.system_attrs)
 
     from lorasweep.sweep.controller import part_sampler  # noqa: PLC0415
-    from lorasweep.sweep.controller.proposals import Coding  # noqa: PLC0415
 
     trial = create_trial(value=1.0, params=params, distributions=SPACE, user_attrs=evil)
-    assert part_sampler._restore(Study(), Coding(SPACE), [trial]) == {}
+    assert part_sampler._restore(Study(), History(SPACE, [trial], direction="minimize")) == {}
     assert seen == [{"kept": 1}]
 
 

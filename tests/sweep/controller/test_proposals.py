@@ -19,14 +19,17 @@ import optuna
 import pytest
 import torch
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.exceptions import ExperimentalWarning
 from optuna.trial import TrialState, create_trial
 
 import lorasweep
 from lorasweep.config.compose import compose_driver, packaged_folder
 from lorasweep.config.sweep import FixedSampler, ModelBasedSampler
 from lorasweep.errors import ConfigError, RunError
+from lorasweep.sweep.controller import history as history_module
 from lorasweep.sweep.controller import proposals
-from lorasweep.sweep.controller.proposals import count_startup_trials, proposal_seed, propose, select_results
+from lorasweep.sweep.controller.history import History
+from lorasweep.sweep.controller.proposals import count_startup_trials, proposal_seed, propose
 
 RANKS = [1, 2, 4, 8, 16, 32]
 SPACE = {
@@ -54,10 +57,8 @@ def quiet():
 
 def ask(history=(), *, space=SPACE, sampler="qmc", number=None, trials=16, seed=0, arm="lora", direction="minimize"):
     return propose(
-        space,
-        history,
+        History(space, history, direction=direction),
         sampler=SAMPLERS[sampler] if isinstance(sampler, str) else sampler,
-        direction=direction,
         trials=trials,
         number=len(history) if number is None else number,
         seed=seed,
@@ -444,41 +445,96 @@ def test_the_history_is_left_as_it_was():
 
 
 def test_of_a_long_history_a_model_sees_the_best_half_and_the_latest_others(monkeypatch):
-    monkeypatch.setattr(proposals, "MAX_HISTORY_TRIALS", 10)
+    monkeypatch.setattr(history_module, "MAX_HISTORY_TRIALS", 10)
     params = ask(number=0)
-    values = [random.Random(0).sample(range(1000), 60)][0]
-    results = [(make_trial(params, value=float(value)), {"number": i}) for i, value in enumerate(values)]
+    values = random.Random(0).sample(range(1000), 60)
+    results = [make_trial(params, value=float(value)) for value in values]
     partial = make_trial(params, state=TrialState.PRUNED, intermediate_values={20: -5.0})
     infeasible = make_trial(params, state=TrialState.PRUNED, constraints={"memory": 1.0})
     for direction, sign in (("minimize", 1), ("maximize", -1)):
         best = sorted(range(60), key=lambda i: sign * values[i])[:5]
         latest = [i for i in range(60) if i not in best][-5:]
-        kept = [point["number"] for _, point in select_results(results, direction=direction)]
-        assert kept == sorted([*best, *latest])
-    mixed = [(infeasible, {"number": -1}), (partial, {"number": -2}), *results]
-    assert {-1, -2}.isdisjoint(point["number"] for _, point in select_results(mixed, direction="minimize"))
-    few = [(infeasible, {"number": -1}), (partial, {"number": -2}), *results[:8]]
-    assert select_results(few, direction="minimize") == few
+        kept = [trial for trial, _ in History(SPACE, results, direction=direction).results()]
+        assert kept == [results[i] for i in sorted([*best, *latest])]
+    kept = [trial for trial, _ in History(SPACE, [infeasible, partial, *results], direction="minimize").results()]
+    assert infeasible not in kept
+    assert partial not in kept
+    few = [infeasible, partial, *results[:8]]
+    assert [trial for trial, _ in History(SPACE, few, direction="minimize").results()] == few
 
 
 @pytest.mark.parametrize("sampler", MODELS)
 def test_a_long_history_costs_no_more_than_a_short_one(sampler, monkeypatch):
     """By what the sampler is given, because a time would depend on the machine."""
-    given = []
-    monkeypatch.setattr(proposals, "MAX_HISTORY_TRIALS", 20)
-    create_study = optuna.create_study
-
-    def watch(**how):
-        study = create_study(**how)
-        add_trials = study.add_trials
-        study.add_trials = lambda trials: (given.append(len(trials)), add_trials(trials))
-        return study
-
-    monkeypatch.setattr(optuna, "create_study", watch)
+    given, show = [], proposals._show
+    monkeypatch.setattr(history_module, "MAX_HISTORY_TRIALS", 20)
+    monkeypatch.setattr(proposals, "_show", lambda *args, **how: (given.append(args), show(*args, **how))[1])
     history = cover(100)
     running = [make_trial(ask(number=number), state=TrialState.RUNNING) for number in (100, 101)]
     ask([*history, *running], sampler=sampler)
-    assert given == [22]
+    assert len(given) == 22
+
+
+def test_a_history_that_is_updated_is_the_history_that_is_read_anew(monkeypatch):
+    monkeypatch.setattr(history_module, "MAX_HISTORY_TRIALS", 12)
+    drawn = random.Random(0)
+    states = (TrialState.RUNNING, TrialState.RUNNING, TrialState.PRUNED, TrialState.FAIL, TrialState.COMPLETE)
+    points = [ask(number=number) for number in range(60)]
+    for direction in ("minimize", "maximize"):
+        trials, history = [], History(SPACE, direction=direction)
+        for _ in range(400):
+            number = drawn.randrange(min(len(trials) + 1, len(points)))
+            values = {20 * n: drawn.choice((1.0, 2.0, math.nan)) for n in range(drawn.randrange(4))}
+            told = {"state": drawn.choice(states), "intermediate_values": values}
+            if told["state"] == TrialState.COMPLETE:
+                told["value"] = drawn.choice((1.0, 1.5, 2.0))
+            elif told["state"] == TrialState.PRUNED and drawn.random() < 0.3:
+                told["constraints"] = {"memory": 1.0}
+            trials[number : number + 1] = [make_trial(points[number], **told)]
+            history.update(number, trials[number])
+            anew = History(SPACE, trials, direction=direction)
+            assert [id(trial) for trial, _ in history.results()] == [id(trial) for trial, _ in anew.results()]
+            assert history.running() == anew.running()
+            assert history.num_values == anew.num_values
+
+
+def test_a_point_repeats_another_where_all_of_its_values_are_near():
+    drawn = random.Random(0)
+    ranges = {"a": FloatDistribution(-1, 1), "b": FloatDistribution(-1, 1), "n": IntDistribution(0, 2)}
+
+    def draw():
+        near = drawn.choice((-0.5, 0.0, 1e-3, 0.5))
+        return {key: near * drawn.uniform(0.98, 1.02) for key in "ab"} | {"n": drawn.randrange(3)}
+
+    def is_near(a, b):
+        return abs(a - b) <= history_module.MAX_REPEAT_FRACTION * max(abs(a), abs(b))
+
+    earlier, points = [draw() for _ in range(60)], [draw() for _ in range(300)]
+    tried = history_module.TriedPoints(ranges, earlier)
+    expected = [any(p["n"] == e["n"] and all(is_near(p[k], e[k]) for k in "ab") for e in earlier) for p in points]
+    assert [point in tried for point in points] == expected
+    assert set(expected) == {True, False}
+
+
+def test_sobol_points_are_those_of_optunas_sampler():
+    ranges = {
+        "a": FloatDistribution(1e-4, 1e-1, log=True),
+        "b": FloatDistribution(-1, 2.5),
+        "c": FloatDistribution(0.1, 0.7, step=0.2),
+        "d": IntDistribution(1, 64, log=True),
+        "e": IntDistribution(3, 87, step=7),
+        "f": IntDistribution(0, 2**32 - 1),
+    }
+    with pytest.warns(ExperimentalWarning):
+        sampler = optuna.samplers.QMCSampler(scramble=True, seed=7, warn_independent_sampling=False)
+    study = optuna.create_study(sampler=sampler)
+    lows = {key: range_.low for key, range_ in ranges.items()}
+    study.add_trial(create_trial(value=0.0, params=lows, distributions=ranges))  # it learns the space from a trial
+    sobol = proposals._SobolSequence(ranges, frozenset(), 7)
+    for index in range(proposals.NUM_SOBOL_DRAWN + 44):
+        theirs, ours = study.ask(ranges).params, sobol.point(index)
+        assert ours == theirs
+        assert [type(value) for value in ours.values()] == [type(value) for value in theirs.values()]
 
 
 # faults
@@ -486,10 +542,10 @@ def test_a_long_history_costs_no_more_than_a_short_one(sampler, monkeypatch):
 
 @pytest.mark.parametrize(
     ("sampler", "part"),
-    [("gp", "GPSampler"), ("tpe", "TPESampler"), ("qmc", "QMCSampler"), ("random", "RandomSampler")],
+    [("gp", "GPSampler"), ("tpe", "TPESampler"), ("qmc", "_SobolSequence"), ("random", "RandomSampler")],
 )
 def test_a_sampler_that_cannot_be_built_is_named_in_one_sentence(sampler, part, monkeypatch):
-    def build(**_):
+    def build(*_, **__):
         raise ImportError("no scipy\nat all")
 
     history = cover(8)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from datetime import datetime
+from collections import Counter, defaultdict
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import optuna
@@ -15,7 +13,9 @@ from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, Trial, create_trial
 from optuna.trial import TrialState as OptunaState
 
-from lorasweep.record import TrialState
+from lorasweep.record import Direction, TrialState
+from lorasweep.sweep.controller.entry import LIVE, Entry
+from lorasweep.sweep.controller.history import History
 from lorasweep.sweep.controller.rows import (
     INFEASIBLE_ATTRIBUTE,
     LOSSES_ATTRIBUTE,
@@ -24,35 +24,9 @@ from lorasweep.sweep.controller.rows import (
     TURN_ATTRIBUTE,
     row_state,
 )
-from lorasweep.sweep.controller.rules import NoStopping, StoppingRule, rank_trials
+from lorasweep.sweep.controller.rules import NoStopping, StoppingRule
+from lorasweep.sweep.controller.rungs import Rungs
 from lorasweep.sweep.definition import Arm
-
-LIVE: tuple[TrialState, ...] = ("running", "paused")
-
-
-@dataclass(kw_only=True, eq=False)
-class Entry:
-    """One trial of an arm as the controller sees it."""
-
-    number: int
-    params: Mapping[str, Any]
-    order: int
-    """How many trials the controller had handed out before it last handed out this one."""
-    passed: set[int] = field(default_factory=set)
-    """Rungs that it may go on beyond."""
-    promoted: set[int] = field(default_factory=set)
-    """Those of `passed` at which it was paused before."""
-    values: dict[int, float] = field(default_factory=dict)
-    """Value of each evaluation by step, as the metric has it."""
-    losses: dict[int, float] = field(default_factory=dict)
-    """Validation loss at each rung, where rungs compare by it."""
-    state: TrialState = "running"
-    is_held: bool = False
-    """Whether a worker trains it now."""
-    worker: str = ""
-    """Name of the worker that it was last handed out to; empty for the worker of the controller's process."""
-    request: int = 0
-    """Number of the worker's request that was answered with it."""
 
 
 class ArmTrials:
@@ -101,12 +75,22 @@ class ArmTrials:
         self._rule: StoppingRule = rule or NoStopping()
         self._by_loss = by_loss
         self._prunes_by_study = prunes_by_study
-        self._sign = 1 if study.direction == optuna.study.StudyDirection.MINIMIZE else -1
+        direction: Direction = "minimize" if study.direction == optuna.study.StudyDirection.MINIMIZE else "maximize"
         self._first_part = planned if first_part is None else first_part
         self._session = session
         self.entries: dict[int, Entry] = {}
+        self._rungs = Rungs(self._rule, self.entries, sign=1 if direction == "minimize" else -1)
+        self._history = History(self._space, direction=direction)
+        self._changed: set[int] = set()
+        """Trials that the history does not know as they are now."""
+        self._num_in_state: Counter[TrialState] = Counter()
+        self._abandoned: dict[int, Entry] = {}
+        self._held: defaultdict[str, dict[int, Entry]] = defaultdict(dict)
+        """By the worker that holds them."""
+        self._next_number = 0
         for trial in study.get_trials(deepcopy=False):
             self._read(trial)
+            self._next_number = trial.number + 1
 
     @property
     def left(self) -> int:
@@ -122,29 +106,32 @@ class ArmTrials:
         """Returns the controller's trials of this arm as the study has them, in the order of their numbers."""
         return [trial for trial in self.study.get_trials(deepcopy=False) if trial.number in self.entries]
 
-    def history(self) -> list[FrozenTrial]:
-        """Returns what a sampler may learn from: a paused trial as pruned, because it is a result of fewer steps."""
-        return [_as_pruned(trial) if self.entries[trial.number].state == "paused" else trial for trial in self.frozen()]
+    def history(self) -> History:
+        """Returns what a sampler may learn from."""
+        for number in sorted(self._changed):
+            trial = self._storage.get_trial(self._trial_id(self.entries[number]))
+            self._history.update(number, trial, is_paused=self.entries[number].state == "paused")
+        self._changed.clear()
+        return self._history
 
-    def abandoned(self) -> Iterator[Entry]:
-        """Yields the trials that were handed out to a process that is gone."""
-        return (entry for entry in self.entries.values() if entry.state == "running" and not entry.is_held)
+    def abandoned(self) -> Collection[Entry]:
+        """Returns the trials that were handed out to a process that is gone."""
+        return self._abandoned.values()
 
     def held_by(self, worker: str) -> list[Entry]:
         """Returns the trials that a worker trains now."""
-        return [entry for entry in self.entries.values() if entry.is_held and entry.worker == worker]
+        return list(self._held.get(worker, {}).values())
+
+    def is_any(self, state: TrialState) -> bool:
+        """Whether any trial is in a state."""
+        return self._num_in_state[state] > 0
 
     def next_promoted(self) -> tuple[Entry, int] | None:
         """Returns the paused trial that is to go on next and the rung it goes on beyond; None where there is none.
 
         Of several it is the one at the highest rung, there the best one.
         """
-        for rung in reversed(self._rule.rungs):
-            better = self._better_part(rung)
-            paused = {n: self._ranked(rung)[n] for n in better if self._is_paused_at(self.entries[n], rung)}
-            if paused:
-                return self.entries[rank_trials(paused)[0]], rung
-        return None
+        return self._rungs.next_promoted(all_begun=self.left <= 0)
 
     def may_begin(self) -> bool:
         """Whether a new trial may begin now.
@@ -154,8 +141,8 @@ class ArmTrials:
         """
         if self.left <= 0:
             return False
-        waits = len(self.entries) >= self._first_part and not any(e.state == "complete" for e in self.entries.values())
-        return not (waits and any(entry.state == "running" for entry in self.entries.values()))
+        waits = len(self.entries) >= self._first_part and not self.is_any("complete")
+        return not (waits and self.is_any("running"))
 
     def begin(
         self,
@@ -176,12 +163,15 @@ class ArmTrials:
             user_attrs={TURN_ATTRIBUTE: _describe_turn(entry), **attributes},
         )
         self.study.add_trial(trial)
-        self.entries[number] = entry
+        self._next_number = number + 1
+        self._add(entry)
         return entry
 
     def next_number(self) -> int:
         """Returns the number that the next trial of the study gets."""
-        return len(self.study.get_trials(deepcopy=False))
+        while self._is_taken(self._next_number):  # by a trial that somebody else added to a database
+            self._next_number += 1
+        return self._next_number
 
     def promote(self, entry: Entry, rung: int, *, order: int, worker: str = "", request: int = 0) -> None:
         """Hands out a trial that was paused at a rung, to go on beyond it."""
@@ -193,7 +183,7 @@ class ArmTrials:
             worker=worker,
             request=request,
         )
-        entry.state, entry.is_held = "running", True
+        self._change(entry, state="running", is_held=True)
 
     def take_back(self, entry: Entry, *, worker: str = "", request: int = 0) -> None:
         """Hands out a trial again that was handed out to a worker that is gone.
@@ -202,13 +192,13 @@ class ArmTrials:
         """
         if (worker, request) != (entry.worker, entry.request):
             self._note_turn(entry, worker=worker, request=request)
-        entry.state, entry.is_held = "running", True
+        self._change(entry, state="running", is_held=True)
 
     def release(self, entry: Entry) -> None:
         """Notes that the worker of a running trial trains it no more, so that it is handed out again."""
         if entry.worker:
             self._note_turn(entry, worker="", request=0)
-        entry.is_held = False
+        self._change(entry, is_held=False)
 
     def store(self, entry: Entry, step: int, value: float, *, loss: float | None = None) -> None:
         """Writes the value of an evaluation, and at a rung the loss. The same run gives the same value again."""
@@ -216,10 +206,10 @@ class ArmTrials:
             losses = {**entry.losses, step: loss}
             if losses != entry.losses:
                 self.note(entry, {LOSSES_ATTRIBUTE: {str(rung): value for rung, value in losses.items()}})
-                entry.losses = losses
+                self._change(entry, losses=losses)
         if entry.values.get(step) != value and entry.state in LIVE:
             self._storage.set_trial_intermediate_value(self._trial_id(entry), step, value)
-            entry.values[step] = value
+            self._change(entry, values={**entry.values, step: value})
 
     def decide(self, entry: Entry, step: int) -> bool:
         """Returns whether a trial goes on after the evaluation at a step; all values of it must be stored by then."""
@@ -229,7 +219,7 @@ class ArmTrials:
             return True
         if step in entry.passed:  # a killed process had come here: decided as it was then
             return step not in entry.promoted
-        if entry.number not in self._better_part(step):
+        if not self._rungs.is_better(entry, step, all_begun=self.left <= 0):
             return False
         self._note_turn(entry, passed=entry.passed | {step})
         return True
@@ -244,7 +234,9 @@ class ArmTrials:
         """
         self.note(entry, {**attributes, PAUSED_ATTRIBUTE: step})
         was_promoted = step in entry.promoted
-        entry.state, entry.is_held = ("running" if was_promoted else "paused"), False
+        if was_promoted and entry.worker:  # else a restarted controller would take it for one that is being trained
+            self._note_turn(entry, worker="", request=0)
+        self._change(entry, state="running" if was_promoted else "paused", is_held=False)
 
     def end(self, entry: Entry, state: TrialState, attributes: Mapping[str, Any], *, value: float | None) -> None:
         """Tells the study how a trial ended; one that has ended stays as it is.
@@ -255,8 +247,7 @@ class ArmTrials:
             attributes: What the record is to say of it.
             value: Its score, where it is complete.
         """
-        ended = self.study.get_trials(deepcopy=False)[entry.number].state.is_finished()
-        if not ended:
+        if not self._storage.get_trial(self._trial_id(entry)).state.is_finished():
             self.note(entry, attributes)
             if state == "infeasible":
                 # A sampler leaves failed trials out. From one that was pruned and breaks a constraint it can learn.
@@ -264,7 +255,7 @@ class ArmTrials:
                 Trial(self.study, self._trial_id(entry)).set_constraint("memory", 1.0)
             told = {"complete": OptunaState.COMPLETE, "failed": OptunaState.FAIL}.get(state, OptunaState.PRUNED)
             self.study.tell(entry.number, value if state == "complete" else None, state=told)
-        entry.state, entry.is_held = state, False
+        self._change(entry, state=state, is_held=False)
 
     def note(self, entry: Entry, attributes: Mapping[str, Any]) -> None:
         """Writes attributes of a trial."""
@@ -289,8 +280,8 @@ class ArmTrials:
             number=trial.number,
             params=dict(trial.params),
             order=int(turn["order"]),
-            passed=set(turn["passed"]),
-            promoted=set(turn["promoted"]),
+            passed=frozenset(turn["passed"]),
+            promoted=frozenset(turn["promoted"]),
             values=dict(trial.intermediate_values),
             losses={int(step): loss for step, loss in trial.user_attrs.get(LOSSES_ATTRIBUTE, {}).items()},
             state=row_state(trial),
@@ -300,47 +291,54 @@ class ArmTrials:
         # A trial whose process was killed after the report and before the pause is running: it reports once more.
         if entry.state == "running" and trial.user_attrs.get(PAUSED_ATTRIBUTE) == max(entry.values, default=0):
             entry.state = "running" if max(entry.values) in entry.promoted else "paused"
-        elif entry.state == "running" and self._session is not None:
+        if entry.state == "running" and self._session is not None:
             entry.is_held = entry.worker.startswith(self._session)
-        self.entries[trial.number] = entry
+        self._add(entry)
         if entry.state == "infeasible" and not trial.state.is_finished():  # killed before all of it was told
             self.end(entry, "infeasible", {}, value=None)
-
-    def _better_part(self, rung: int) -> frozenset[int]:
-        return self._rule.better_part(rung, self._ranked(rung), all_arrived=self._all_arrived(rung))
-
-    def _ranked(self, rung: int) -> dict[int, float]:
-        """What each trial that has reached a rung and has not failed is compared by there, lower is better."""
-        return {
-            entry.number: entry.losses.get(rung, self._sign * entry.values[rung])
-            for entry in self.entries.values()
-            if rung in entry.values and entry.state not in ("failed", "infeasible")
-        }
-
-    def _all_arrived(self, rung: int) -> bool:
-        """Whether no further trial can reach a rung: none is to begin, and each other one ended or stays paused."""
-        if self.left > 0:
-            return False
-        return all(
-            rung in entry.values or entry.state not in LIVE or self._stays_below(entry, rung)
-            for entry in self.entries.values()
-        )
-
-    def _stays_below(self, entry: Entry, rung: int) -> bool:
-        waits_at = next((lower for lower in self._rule.rungs if lower < rung and self._waits_at(entry, lower)), None)
-        return waits_at is not None and entry.number not in self._better_part(waits_at)
-
-    def _waits_at(self, entry: Entry, rung: int) -> bool:
-        return rung in entry.values and rung not in entry.passed
-
-    def _is_paused_at(self, entry: Entry, rung: int) -> bool:
-        return entry.state == "paused" and self._waits_at(entry, rung)
 
     def _note_turn(self, entry: Entry, **changes: Any) -> None:
         changed = dataclasses.replace(entry, **changes)
         self.note(entry, {TURN_ATTRIBUTE: _describe_turn(changed)})
+        self._change(entry, **changes)
+
+    def _add(self, entry: Entry) -> None:
+        self.entries[entry.number] = entry
+        self._rungs.move(set(), self._rungs.places(entry))
+        self._list(entry)
+        self._changed.add(entry.number)
+
+    def _change(self, entry: Entry, **changes: Any) -> None:
+        """Sets attributes of a trial, and keeps the lists of trials as they would be if they were made anew."""
+        places = self._rungs.places(entry)
+        self._unlist(entry)
         for name, value in changes.items():
             setattr(entry, name, value)
+        self._list(entry)
+        self._rungs.move(places, self._rungs.places(entry))
+        self._changed.add(entry.number)
+
+    def _list(self, entry: Entry) -> None:
+        self._num_in_state[entry.state] += 1
+        if entry.is_held:
+            self._held[entry.worker][entry.number] = entry
+        elif entry.state == "running":
+            self._abandoned[entry.number] = entry
+
+    def _unlist(self, entry: Entry) -> None:
+        self._num_in_state[entry.state] -= 1
+        self._abandoned.pop(entry.number, None)
+        if entry.is_held:
+            del self._held[entry.worker][entry.number]
+            if not self._held[entry.worker]:
+                del self._held[entry.worker]
+
+    def _is_taken(self, number: int) -> bool:
+        try:
+            self._storage.get_trial_id_from_study_id_trial_number(self._study_id, number)
+        except KeyError:
+            return False
+        return True
 
     def _trial_id(self, entry: Entry) -> int:
         return self._storage.get_trial_id_from_study_id_trial_number(self._study_id, entry.number)
@@ -349,9 +347,3 @@ class ArmTrials:
 def _describe_turn(entry: Entry) -> dict[str, Any]:
     turn = {"order": entry.order, "passed": sorted(entry.passed), "promoted": sorted(entry.promoted)}
     return turn | ({"worker": entry.worker, "request": entry.request} if entry.worker else {})
-
-
-def _as_pruned(trial: FrozenTrial) -> FrozenTrial:
-    pruned = copy.copy(trial)
-    pruned.state, pruned.datetime_complete = OptunaState.PRUNED, datetime.now()
-    return pruned

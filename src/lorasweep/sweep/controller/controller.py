@@ -19,12 +19,13 @@ from lorasweep.disk import remove_leftovers
 from lorasweep.errors import Diverged, OutOfMemory, RunError, WorkerError
 from lorasweep.record import ConfirmRow, RunRecord, TrialRow
 from lorasweep.redaction import redact
-from lorasweep.sweep.controller.arm_trials import ArmTrials, Entry
+from lorasweep.sweep.controller.arm_trials import ArmTrials
+from lorasweep.sweep.controller.entry import Entry
 from lorasweep.sweep.controller.folder import SweepFolder
 from lorasweep.sweep.controller.importance import measure_importance
 from lorasweep.sweep.controller.rows import REASON_ATTRIBUTE, SCORE_ATTRIBUTE, confirm_row, trial_row
 from lorasweep.sweep.controller.stages import Confirm, Search, Stage
-from lorasweep.sweep.controller.storage import database_must_answer
+from lorasweep.sweep.controller.storage import database_must_answer, flush_storage
 from lorasweep.sweep.definition import Arm
 from lorasweep.training import RunPlace, end_paused_run, remove_checkpoints
 from lorasweep.training.telemetry import add_telemetry
@@ -58,13 +59,18 @@ class Assignment:
 
 
 def _writes(method: Callable[Concatenate[Controller, P], T]) -> Callable[Concatenate[Controller, P], T]:
-    """Raises what says that the journal, the database or the disk is gone as `WorkerError`: no trial is to blame."""
+    """Flushes what a call wrote before it is answered: once a call, because a disk takes milliseconds for each time.
+
+    What says that the journal, the database or the disk is gone is raised as `WorkerError`: no trial is to blame.
+    """
 
     @functools.wraps(method)
     def call(self: Controller, *args: P.args, **kwargs: P.kwargs) -> T:
         try:
             with database_must_answer(self.sweep.path):
-                return method(self, *args, **kwargs)
+                answer = method(self, *args, **kwargs)
+                flush_storage(self.sweep.storage)
+                return answer
         except OSError as error:
             self.sweep.check_disk(error)
             raise
@@ -309,9 +315,7 @@ class Controller:
 
     def _is_complete(self) -> bool:
         return all(
-            not trials.left
-            and all(entry.state != "running" for entry in trials.entries.values())
-            and trials.next_promoted() is None
+            not trials.left and not trials.is_any("running") and trials.next_promoted() is None
             for trials in self.stage.trials.values()
         )
 

@@ -9,20 +9,19 @@ and handed to it again. Nothing else is done: no Sobol points before it, and a p
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import optuna
 from optuna.exceptions import ExperimentalWarning
 from optuna.samplers import BaseSampler, CmaEsSampler
-from optuna.trial import FrozenTrial, create_trial
+from optuna.trial import create_trial
 
 from lorasweep.config.targets import TARGET, Part, argument_names, instantiate, is_trusted
 from lorasweep.errors import ConfigError, first_line
-from lorasweep.record import Direction
-from lorasweep.sweep.controller.proposals import Coding, proposal_seed
+from lorasweep.sweep.controller.history import History
+from lorasweep.sweep.controller.proposals import proposal_seed
 from lorasweep.sweep.controller.rows import SAMPLER_ATTRIBUTE
-from lorasweep.sweep.space import Space
 
 PICKLING_PACKAGE = "cmaes"
 """Package whose objects Optuna's `CmaEsSampler` keeps as pickles in the journal. Reading one could run any code."""
@@ -32,10 +31,8 @@ PICKLE_PREFIXES = ("cma:", "sepcma:", "cmawm:")
 
 def ask_part(
     part: Part,
-    space: Space,
-    history: Sequence[FrozenTrial],
+    history: History,
     *,
-    direction: Direction,
     number: int,
     seed: int,
     arm: str,
@@ -47,15 +44,15 @@ def ask_part(
     Raises:
         ConfigError: The sampler can't be built, or can't propose for this space.
     """
-    coding = Coding(space)
+    coding = history.coding
     if not coding.ranges:
         return coding.decode({}), {}
     sampler = build_sampler(part, seed=proposal_seed(seed, arm, number))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ExperimentalWarning)
-            study = optuna.create_study(sampler=sampler, direction=direction)
-            known = _restore(study, coding, history)
+            study = optuna.create_study(sampler=sampler, direction=history.direction)
+            known = _restore(study, history)
             trial = study.ask(coding.ranges)
             state = {
                 "trial": study.get_trials(deepcopy=False)[-1].system_attrs,
@@ -102,21 +99,19 @@ def _with_seed(value: Any, *, seed: int, key: str) -> Any:
     return seeded
 
 
-def _restore(study: optuna.Study, coding: Coding, history: Sequence[FrozenTrial]) -> dict[str, Any]:
+def _restore(study: optuna.Study, history: History) -> dict[str, Any]:
     """Puts an arm's trials into a study, with what the sampler kept of each; returns what it kept of the study."""
     of_study: dict[str, Any] = {}
-    for trial in history:
-        point = coding.encode(trial.params)
-        if point is None:
-            continue
+    for known in history.trials():
+        trial = known.trial
         kept = trial.user_attrs.get(SAMPLER_ATTRIBUTE, {})
         of_study |= _without_pickles(kept.get("study", {}))
         study.add_trial(
             create_trial(
-                state=trial.state,
+                state=known.state,
                 value=trial.value,
-                params=point,
-                distributions=coding.ranges,
+                params=known.point,
+                distributions=history.coding.ranges,
                 intermediate_values=trial.intermediate_values,
                 constraints=trial.constraints,
                 system_attrs=_without_pickles(kept.get("trial", {})),

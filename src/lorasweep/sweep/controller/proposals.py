@@ -14,52 +14,48 @@ fresh in-memory study, so nothing is written and no sampler carries a state from
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 import random
 import statistics
 import warnings
 import zlib
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from functools import lru_cache
+from types import MappingProxyType
 from typing import Any
 
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.exceptions import ExperimentalWarning
-from optuna.samplers import BaseSampler, GPSampler, QMCSampler, RandomSampler, TPESampler
-from optuna.trial import FrozenTrial, TrialState, create_trial
+from optuna.samplers import BaseSampler, GPSampler, RandomSampler, TPESampler
+from optuna.storages import InMemoryStorage
+from optuna.trial import FrozenTrial, TrialState
+from scipy.stats import qmc
 
 from lorasweep.config.sweep import FixedSampler, ModelBasedSampler
 from lorasweep.errors import ConfigError, RunError, first_line
 from lorasweep.record import Direction
+from lorasweep.sweep.controller.history import Coding, History, Point, TriedPoints, last_value
 from lorasweep.sweep.space import Space, grid_values
 
-MAX_HISTORY_TRIALS = 200
-"""Results that a model sees. The cost of a Gaussian process grows with the cube of their number: at 200 a proposal
-takes about 0.5 s (TPE: 0.04 s), at 500 about 3 s."""
 MAX_STARTUP_TRIALS = 32
 """Sobol points at the start of an arm of 64 trials or more."""
 MIN_RESULTS = 2
 """Results before a model is asked: a single result is neither better nor worse."""
 MAX_SOBOL_DRAWS = 20
 """Sobol points that are tried in place of a proposal that repeats an earlier trial."""
-MAX_REPEAT_FRACTION = 0.01
-"""Two values of a continuous range that differ by at most this fraction of the larger one count as equal."""
+NUM_SOBOL_DRAWN = 256
+"""Sobol points that are drawn at once; their number must be a power of 2."""
 MAX_CACHED_ARMS = 256
 """Arms whose Sobol sequence or order of grid points is kept in memory."""
 
-Point = dict[str, Any]
-"""One value per key that has more than one; a choice is its position."""
-
 
 def propose(
-    space: Space,
-    history: Sequence[FrozenTrial],
+    history: History,
     *,
     sampler: ModelBasedSampler | FixedSampler,
-    direction: Direction,
     trials: int,
     number: int,
     seed: int,
@@ -68,14 +64,8 @@ def propose(
     """Returns the parameters of trial `number` of an arm, from the seed and the history alone.
 
     Args:
-        space: Dotted keys and their ranges.
-        history: The arm's earlier trials in the order of their numbers. COMPLETE: has its value. PRUNED, or RUNNING
-            with intermediate values: a partial result. PRUNED with a violated constraint: does not fit in memory.
-            RUNNING without intermediate values: no result yet. FAIL: teaches nothing, and is not repeated.
-            Intermediate values are of the same metric as values. A trial that has not exactly the space's keys, each
-            with a value of its range, is ignored.
+        history: The arm's earlier trials.
         sampler: How points are chosen.
-        direction: Whether lower or higher values are better.
         trials: Number of trials that the arm gets in all.
         number: Position of the new trial among the arm's trials, from 0.
         seed: The sweep's seed.
@@ -85,9 +75,7 @@ def propose(
         ConfigError: The sampler can't be built, can't propose for this space, or the space is continuous under `grid`.
         RunError: The grid has no combination that was not tried.
     """
-    coding = Coding(space)
-    known = [(trial, point) for trial in history if (point := coding.encode(trial.params)) is not None]
-    tried = _TriedPoints(coding.ranges, (point for _, point in known))
+    coding, tried, direction = history.coding, history.tried, history.direction
     if sampler.name == "grid":
         return _propose_combination(coding, tried, seed=proposal_seed(seed, arm, None), arm=arm)
     if not coding.ranges:
@@ -99,23 +87,18 @@ def propose(
                 tuple(coding.ranges.items()), frozenset(coding.choices), proposal_seed(seed, arm, None)
             )
             each_seed = proposal_seed(seed, arm, number)
-            results = [(trial, point) for trial, point in known if _is_result(trial)]
             if sampler.name == "random":
                 point = _ask(RandomSampler(seed=each_seed), coding.ranges, [], direction=direction)
             elif (
                 not isinstance(sampler, ModelBasedSampler)
                 or number < count_startup_trials(sampler, trials=trials)
-                or sum(_last_value(trial) is not None for trial, _ in results) < MIN_RESULTS
+                or history.num_values < MIN_RESULTS
             ):
                 point = sobol.point(number)
             else:
                 show = _show_to_tpe if sampler.name == "tpe" else _show_to_gp
-                seen = show(select_results(results, direction=direction), coding.ranges, direction=direction)
-                seen += [
-                    create_trial(state=TrialState.RUNNING, params=point, distributions=coding.ranges)
-                    for trial, point in known
-                    if trial.state == TrialState.RUNNING and not _is_result(trial)
-                ]
+                seen = show(history.results(), coding.ranges, direction=direction)
+                seen += [_show(point, coding.ranges, state=TrialState.RUNNING) for point in history.running()]
                 point = _ask(_build_model(sampler, seed=each_seed), coding.ranges, seen, direction=direction)
             if point in tried:
                 draws = (sobol.point(number + ahead) for ahead in range(MAX_SOBOL_DRAWS))
@@ -144,69 +127,10 @@ def proposal_seed(seed: int, arm: str, number: int | None) -> int:
     return zlib.crc32(f"{seed}/{arm}/{'' if number is None else number}".encode())
 
 
-class Coding:
-    """Turns an arm's parameters into points and back. Keys are sorted: their order in the file changes nothing."""
-
-    def __init__(self, space: Space) -> None:
-        self.space: Space = {key: space[key] for key in sorted(space)}
-        self.choices: dict[str, list[Any]] = {}
-        """Per key with a list of choices, the choices by position."""
-        self.ranges: Space = {}
-        """What Optuna sees: per key with more than one value, the range of a point's value."""
-        for key, distribution in self.space.items():
-            encoded = distribution
-            if isinstance(distribution, CategoricalDistribution):
-                self.choices[key], is_ordered = _order_choices(distribution.choices)
-                count = len(distribution.choices)
-                encoded = IntDistribution(0, count - 1) if is_ordered else CategoricalDistribution(range(count))
-            if not encoded.single():
-                self.ranges[key] = encoded
-        # by their text, because 1, 1.0 and True are equal
-        self._positions = {
-            key: {repr(choice): position for position, choice in enumerate(choices)}
-            for key, choices in self.choices.items()
-        }
-
-    def encode(self, params: Mapping[str, Any]) -> Point | None:
-        """Returns the point of a trial's parameters; None unless they are a point of this space."""
-        if params.keys() != self.space.keys():
-            return None
-        point: Point = {}
-        for key, distribution in self.space.items():
-            value = params[key]
-            if key in self.choices:
-                value = self._positions[key].get(repr(value))
-                if value is None:
-                    return None
-            elif isinstance(distribution, FloatDistribution | IntDistribution) and not (
-                distribution.low <= value <= distribution.high
-            ):
-                return None
-            if key in self.ranges:
-                point[key] = value
-        return point
-
-    def decode(self, point: Point) -> dict[str, Any]:
-        """Returns the parameters of a point, choices as the user wrote them."""
-        params: dict[str, Any] = {}
-        for key, distribution in self.space.items():
-            if key in self.choices:
-                params[key] = self.choices[key][point.get(key, 0)]
-            elif isinstance(distribution, FloatDistribution | IntDistribution):
-                params[key] = point.get(key, distribution.low)
-        return params
-
-
-def _order_choices(choices: Iterable[Any]) -> tuple[list[Any], bool]:
-    """Returns choices in an order that doesn't depend on the file's, and whether they are ascending numbers."""
-    listed = list(choices)
-    if all(isinstance(choice, int | float) and not isinstance(choice, bool) for choice in listed):
-        return sorted(listed, key=lambda choice: (choice, repr(choice))), True
-    return sorted(listed, key=lambda choice: (type(choice).__name__, repr(choice))), False
-
-
 class _SobolSequence:
-    """The scrambled Sobol points of one arm (Optuna's QMC sampler), in which every choice is equally frequent.
+    """The scrambled Sobol points of one arm, in which every choice is equally frequent.
+
+    They are those of Optuna's QMC sampler, which would build the sequence anew for each point.
 
     Of k successive points, each of k choices has exactly one: they are assigned in the order of the points'
     coordinates. A cut of the coordinate into k equal parts would not do that, because Sobol points are even over 2^n
@@ -218,14 +142,7 @@ class _SobolSequence:
         self._drawn: Space = {
             key: FloatDistribution(0.0, 1.0) if key in self._num_choices else range_ for key, range_ in ranges.items()
         }
-        sampler = QMCSampler(qmc_type="sobol", scramble=True, seed=seed, warn_independent_sampling=False)
-        self._study = optuna.create_study(sampler=sampler)
-        # QMC reads its space from the first finished trial, and without one draws independently at random
-        known: Point = {}
-        for key, range_ in self._drawn.items():
-            if isinstance(range_, FloatDistribution | IntDistribution):
-                known[key] = range_.low
-        self._study.add_trial(create_trial(value=0.0, params=known, distributions=self._drawn))
+        self._engine = qmc.Sobol(len(ranges), scramble=True, seed=seed)
         self._coordinates: list[Point] = []
 
     def point(self, index: int) -> Point:
@@ -239,8 +156,29 @@ class _SobolSequence:
 
     def _coordinate(self, index: int) -> Point:
         while len(self._coordinates) <= index:
-            self._coordinates.append(self._study.ask(self._drawn).params)
+            self._coordinates += [
+                {key: _scale_to(range_, float(at)) for (key, range_), at in zip(self._drawn.items(), row, strict=True)}
+                for row in self._engine.random(NUM_SOBOL_DRAWN)
+            ]
         return self._coordinates[index]
+
+
+def _scale_to(range_: BaseDistribution, fraction: float) -> float:
+    """Returns the value of a range at a fraction of its length, as Optuna's QMC sampler does."""
+    assert isinstance(range_, FloatDistribution | IntDistribution)
+    step = range_.step or 0
+    low, high = range_.low - 0.5 * step, range_.high + 0.5 * step
+    if range_.log:
+        low, high = math.log(low), math.log(high)
+    value = low + fraction * (high - low)
+    value = math.exp(value) if range_.log else value
+    if isinstance(range_, IntDistribution):
+        nearest = round(value) if range_.log else math.floor((value - range_.low) / step + 0.5) * step + range_.low
+        return min(max(nearest, range_.low), range_.high)
+    if step:
+        nearest = round((value - range_.low) / step) * step + range_.low
+        return min(max(nearest, range_.low), range_.high)
+    return min(max(value, range_.low), math.nextafter(range_.high, range_.high - 1))
 
 
 def _count_positions(range_: BaseDistribution) -> int:
@@ -257,80 +195,14 @@ def _sobol_sequence(
     return _SobolSequence(dict(ranges), choices, seed)
 
 
-class _TriedPoints:
-    """The points of earlier trials; `point in tried` says whether a point repeats one."""
-
-    def __init__(self, ranges: Space, points: Iterable[Point]) -> None:
-        self._continuous = [
-            key for key, range_ in ranges.items() if isinstance(range_, FloatDistribution) and range_.step is None
-        ]
-        self._discrete = [key for key in ranges if key not in self._continuous]
-        self._tried: defaultdict[tuple[Any, ...], list[list[float]]] = defaultdict(list)
-        """Continuous values of all points with the same discrete ones."""
-        for point in points:
-            self._tried[self._discrete_values(point)].append([point[key] for key in self._continuous])
-
-    def __contains__(self, point: Point) -> bool:
-        values = [point[key] for key in self._continuous]
-        return any(
-            all(abs(a - b) <= MAX_REPEAT_FRACTION * max(abs(a), abs(b)) for a, b in zip(values, other, strict=True))
-            for other in self._tried.get(self._discrete_values(point), ())
-        )
-
-    def _discrete_values(self, point: Point) -> tuple[Any, ...]:
-        return tuple(point[key] for key in self._discrete)
-
-
-def _is_infeasible(trial: FrozenTrial) -> bool:
-    return any(excess > 0 for excess in trial.constraints.values())
-
-
-def _is_result(trial: FrozenTrial) -> bool:
-    """Whether something is known of a trial: a value, a partial one, or that it does not fit in memory."""
-    if trial.state in (TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING):
-        return _is_infeasible(trial) or _last_value(trial) is not None
-    return False
-
-
-def _last_value(trial: FrozenTrial) -> float | None:
-    """Returns a trial's value, or its last intermediate one; None where there is none that is finite."""
-    if _is_infeasible(trial):
-        return None
-    value = trial.value
-    if value is None and trial.intermediate_values:
-        value = trial.intermediate_values[max(trial.intermediate_values)]
-    return value if value is not None and math.isfinite(value) else None
-
-
-def select_results(
-    results: list[tuple[FrozenTrial, Point]], *, direction: Direction
-) -> list[tuple[FrozenTrial, Point]]:
-    """Returns at most `MAX_HISTORY_TRIALS` results in their order: the best half, and the latest of the others."""
-    if len(results) <= MAX_HISTORY_TRIALS:
-        return results
-    by_rank = sorted(range(len(results)), key=lambda index: _rank(results[index][0], direction=direction))
-    best, others = by_rank[: MAX_HISTORY_TRIALS // 2], by_rank[MAX_HISTORY_TRIALS // 2 :]
-    latest = sorted(others)[len(best) - MAX_HISTORY_TRIALS :]
-    return [results[index] for index in sorted([*best, *latest])]
-
-
-def _rank(trial: FrozenTrial, *, direction: Direction) -> tuple[int, int, float]:
-    """Returns the sort key of a result, best first: complete ones, then partial ones by how far they came (as TPE)."""
-    value = _last_value(trial)
-    if value is None:
-        return 2, 0, 0.0
-    cost = value if direction == "minimize" else -value
-    return (0, 0, cost) if trial.state == TrialState.COMPLETE else (1, -max(trial.intermediate_values), cost)
-
-
 def _show_to_tpe(results: list[tuple[FrozenTrial, Point]], ranges: Space, *, direction: Direction) -> list[FrozenTrial]:
     """Returns results as TPE takes them: it sorts partial ones behind complete ones, and infeasible ones last."""
     return [
-        create_trial(
+        _show(
+            point,
+            ranges,
             state=TrialState.COMPLETE if trial.state == TrialState.COMPLETE else TrialState.PRUNED,
             value=trial.value,
-            params=point,
-            distributions=ranges,
             intermediate_values=trial.intermediate_values,
             constraints=trial.constraints,
         )
@@ -349,13 +221,13 @@ def _show_to_gp(results: list[tuple[FrozenTrial, Point]], ranges: Space, *, dire
     complete = [trial for trial, _ in results if trial.state == TrialState.COMPLETE]
     values: list[float | None] = []
     for trial, _ in results:
-        value = _last_value(trial)
+        value = last_value(trial)
         if value is not None and trial.state != TrialState.COMPLETE:
             step = max(trial.intermediate_values)
             progress = [
                 end - peer.intermediate_values[step]
                 for peer in complete
-                if step in peer.intermediate_values and (end := _last_value(peer)) is not None
+                if step in peer.intermediate_values and (end := last_value(peer)) is not None
             ]
             value += statistics.median(progress) if progress else 0.0
         values.append(value)
@@ -364,10 +236,11 @@ def _show_to_gp(results: list[tuple[FrozenTrial, Point]], ranges: Space, *, dire
     # Optuna's sampler requires the same constraints in every trial; a trial is feasible at or below 0
     names = sorted({name for trial, _ in results for name in trial.constraints})
     return [
-        create_trial(
+        _show(
+            point,
+            ranges,
+            state=TrialState.COMPLETE,
             value=median if value is None else better(value, median),
-            params=point,
-            distributions=ranges,
             constraints={name: trial.constraints.get(name, -1.0) for name in names},
         )
         for value, (trial, point) in zip(values, results, strict=True)
@@ -381,13 +254,63 @@ def _build_model(sampler: ModelBasedSampler, *, seed: int) -> BaseSampler:
     return TPESampler(n_startup_trials=1, seed=seed)
 
 
+class _SeenTrials(InMemoryStorage):
+    """The storage of a study that a sampler is asked on: the trials that it sees, and the one that it proposes.
+
+    Optuna would copy each trial on its way into a study, which takes longer than a proposal.
+    """
+
+    def __init__(self, seen: Sequence[FrozenTrial]) -> None:
+        super().__init__()
+        self._seen = seen
+        for number, trial in enumerate(seen, start=1):  # the new trial is number 0
+            trial.number = number
+
+    def get_all_trials(
+        self,
+        study_id: int,
+        deepcopy: bool = True,  # noqa: FBT001, FBT002 (Optuna's)
+        states: Container[TrialState] | None = None,
+    ) -> list[FrozenTrial]:
+        """Returns the trials that are seen, then the new one. Called by Optuna."""
+        seen = [trial for trial in self._seen if states is None or trial.state in states]
+        return [*(copy.deepcopy(seen) if deepcopy else seen), *super().get_all_trials(study_id, deepcopy, states)]
+
+
 def _ask(sampler: BaseSampler, ranges: Space, seen: Sequence[FrozenTrial], *, direction: Direction) -> Point:
-    study = optuna.create_study(sampler=sampler, direction=direction)
-    study.add_trials(seen)
+    study = optuna.create_study(sampler=sampler, direction=direction, storage=_SeenTrials(seen))
     return study.ask(ranges).params
 
 
-def _propose_combination(coding: Coding, tried: _TriedPoints, *, seed: int, arm: str) -> dict[str, Any]:
+def _show(
+    point: Point,
+    ranges: Space,
+    *,
+    state: TrialState,
+    value: float | None = None,
+    intermediate_values: Mapping[int, float] = MappingProxyType({}),
+    constraints: Mapping[str, float] = MappingProxyType({}),
+) -> FrozenTrial:
+    """Returns a trial as a sampler sees it. Unlike `create_trial` it does not check again what was checked before."""
+    trial = FrozenTrial(
+        number=0,
+        trial_id=0,
+        state=state,
+        value=value,
+        params=point,
+        distributions=ranges,
+        intermediate_values=dict(intermediate_values),
+        user_attrs={},
+        system_attrs={},
+        datetime_start=None,
+        datetime_complete=None,
+    )
+    for name, excess in constraints.items():
+        trial.set_constraint(name, excess)
+    return trial
+
+
+def _propose_combination(coding: Coding, tried: TriedPoints, *, seed: int, arm: str) -> dict[str, Any]:
     """Returns the first combination of the grid, in a random order that the seed decides, that no trial has."""
     axes = tuple(
         (key, tuple(range(len(coding.choices[key]))) if key in coding.choices else tuple(grid_values(key, range_)))

@@ -8,10 +8,13 @@ rung, and lets it go on when it later belongs to it.
 from __future__ import annotations
 
 import math
-import statistics
-from collections.abc import Mapping
+from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
+
+Ranked = Sequence[tuple[float, int]]
+"""Value (lower is better) and number of trials, best first; of equal values the earlier trial is first."""
 
 
 class StoppingRule(Protocol):
@@ -21,14 +24,12 @@ class StoppingRule(Protocol):
     def rungs(self) -> tuple[int, ...]:
         """Optimizer steps at which trials are compared, ascending; each is a step with an evaluation."""
 
-    def better_part(self, rung: int, values: Mapping[int, float], *, all_arrived: bool) -> frozenset[int]:
-        """Returns the numbers of the trials that may go on beyond a rung.
+    def count_better(self, ranked: Ranked, *, all_arrived: bool) -> int:
+        """Returns how many of the trials at a rung may go on beyond it: so many of the best ones.
 
         Args:
-            rung: One of `rungs`.
-            values: The value at the rung by trial number, lower is better, of every trial of the arm that has reached
-                it and has not failed since.
-            all_arrived: Whether no further trial of the arm can reach this rung.
+            ranked: Every trial of the arm that has reached the rung and has not failed since.
+            all_arrived: Whether no further trial of the arm can reach the rung.
         """
 
 
@@ -38,9 +39,9 @@ class NoStopping:
 
     rungs: tuple[int, ...] = ()
 
-    def better_part(self, rung: int, values: Mapping[int, float], *, all_arrived: bool) -> frozenset[int]:
-        """Returns all of them."""
-        return frozenset(values)
+    def count_better(self, ranked: Ranked, *, all_arrived: bool) -> int:
+        """Returns the number of all of them."""
+        return len(ranked)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,11 +58,11 @@ class Halving:
     reduction_factor: int
     min_survivors: int = 1
 
-    def better_part(self, rung: int, values: Mapping[int, float], *, all_arrived: bool) -> frozenset[int]:
-        """Returns the best share of them, ties settled by trial number."""
-        quotient = len(values) / self.reduction_factor
+    def count_better(self, ranked: Ranked, *, all_arrived: bool) -> int:
+        """Returns the size of the best share."""
+        quotient = len(ranked) / self.reduction_factor
         count = max(math.ceil(quotient), self.min_survivors) if all_arrived else math.floor(quotient)
-        return frozenset(rank_trials(values)[:count])
+        return min(count, len(ranked))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,14 +77,10 @@ class MedianOfPeers:
     min_trials: int
     """Trials that must have reached a rung before any goes on, unless no more can come."""
 
-    def better_part(self, rung: int, values: Mapping[int, float], *, all_arrived: bool) -> frozenset[int]:
-        """Returns those at or below the median."""
-        if not values or (len(values) < self.min_trials and not all_arrived):
-            return frozenset()
-        median = statistics.median(values.values())
-        return frozenset(number for number, value in values.items() if value <= median)
-
-
-def rank_trials(values: Mapping[int, float]) -> list[int]:
-    """Returns trial numbers from the best (lowest) value to the worst; of equal values the earlier trial is first."""
-    return sorted(values, key=lambda number: (values[number], number))
+    def count_better(self, ranked: Ranked, *, all_arrived: bool) -> int:
+        """Returns how many are at or below the median."""
+        if not ranked or (len(ranked) < self.min_trials and not all_arrived):
+            return 0
+        half = len(ranked) // 2
+        median = ranked[half][0] if len(ranked) % 2 else (ranked[half - 1][0] + ranked[half][0]) / 2
+        return bisect_right(ranked, median, key=lambda row: row[0])

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import os
+from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +15,7 @@ import optuna
 from optuna.exceptions import StorageInternalError
 from optuna.pruners import BasePruner, NopPruner
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
-from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+from optuna.storages.journal import BaseJournalBackend
 from sqlalchemy.exc import SQLAlchemyError
 
 from lorasweep.config.sweep import StorageConfig
@@ -26,19 +29,71 @@ DATABASE_ERRORS = (StorageInternalError, SQLAlchemyError)
 """What Optuna raises where a database is gone or refuses."""
 
 
-class _NoLock(JournalFileOpenLock):
-    """No lock of the journal: the lock of the sweep's folder lets one controller in.
+class OwnJournal(BaseJournalBackend):
+    """A journal file in Optuna's format that no other process writes to.
 
-    Optuna's own locks are files beside the journal. A process that is killed while it writes leaves such a file behind,
-    and the next process waits for it.
+    *Differs* from Optuna's `JournalFileBackend`: the file is opened and read once, because the lock of the sweep's
+    folder lets one controller in; there is no lock file, which a killed process would leave behind and for which the
+    next one would wait; and several operations are flushed to the disk together (`flush`).
     """
 
-    def acquire(self) -> bool:
-        """Returns at once. Called by Optuna before each write."""
-        return True
+    def __init__(self, path: Path) -> None:
+        """Opens the file, or makes it, and removes a line that a killed process left unfinished."""
+        self._file = os.open(path, os.O_CREAT | os.O_RDWR | os.O_APPEND, 0o644)
+        self._size = os.fstat(self._file).st_size
+        if self._size and os.pread(self._file, 1, self._size - 1) != b"\n":
+            self._size = os.pread(self._file, self._size, 0).rfind(b"\n") + 1
+            os.ftruncate(self._file, self._size)
+        self._path = path
+        self._is_read = False
+        self._is_flushed = True
+        self._unread: deque[bytes] = deque()
 
-    def release(self) -> None:
-        """Does nothing. Called by Optuna after each write."""
+    def read_logs(self, log_number_from: int) -> Iterator[dict[str, Any]]:
+        """Yields the operations that were not read yet. Called by Optuna, which has read those before this number."""
+        if not self._is_read:
+            self._is_read = True
+            with open(self._path, "rb") as lines:
+                yield from map(json.loads, lines)
+        while self._unread:
+            yield json.loads(self._unread.popleft())
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        """Writes operations, all of them or none, so that they outlast this process. Called by Optuna."""
+        lines = [json.dumps(log, separators=(",", ":")).encode() + b"\n" for log in logs]
+        data = b"".join(lines)
+        try:
+            if os.write(self._file, data) != len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            os.ftruncate(self._file, self._size)
+            raise
+        self._size += len(data)
+        self._unread += lines
+        self._is_flushed = False
+
+    def flush(self) -> None:
+        """Makes what was written outlast a power cut."""
+        if not self._is_flushed:
+            os.fsync(self._file)
+            self._is_flushed = True
+
+    def close(self) -> None:
+        """Flushes and closes the file."""
+        self.flush()
+        os.close(self._file)
+
+
+class _OwnJournalStorage(JournalStorage):
+    def __init__(self, journal: OwnJournal) -> None:
+        self.journal = journal
+        super().__init__(journal)
+
+
+def flush_storage(storage: BaseStorage) -> None:
+    """Makes what was written outlast a power cut; a database does so by itself."""
+    if isinstance(storage, _OwnJournalStorage):
+        storage.journal.flush()
 
 
 def open_storage(config: StorageConfig, folder: Path) -> BaseStorage:
@@ -52,9 +107,7 @@ def open_storage(config: StorageConfig, folder: Path) -> BaseStorage:
         ConfigError: The database does not answer, its driver is not installed, or it refuses.
     """
     if config.url is None:
-        journal = folder / JOURNAL_FILE
-        _cut_unfinished_line(journal)
-        return JournalStorage(JournalFileBackend(str(journal), lock_obj=_NoLock(str(journal))))
+        return _OwnJournalStorage(OwnJournal(folder / JOURNAL_FILE))
     try:
         return RDBStorage(config.url)
     except (*DATABASE_ERRORS, ImportError, ValueError, RuntimeError) as error:
@@ -66,6 +119,8 @@ def close_storage(storage: BaseStorage) -> None:
     storage.remove_session()
     if isinstance(storage, RDBStorage):
         storage.engine.dispose()
+    elif isinstance(storage, _OwnJournalStorage):
+        storage.journal.close()
 
 
 def unusable_database(config: StorageConfig, error: Exception) -> ConfigError:
@@ -114,17 +169,3 @@ def _reason(error: Exception) -> str:
     """The first line of what the database said; Optuna wraps it in a sentence on what may be the cause."""
     cause = error.__cause__ if isinstance(error, StorageInternalError) else None
     return first_line(cause or error)
-
-
-def _cut_unfinished_line(journal: Path) -> None:
-    """Removes a line that a killed process left unfinished, because Optuna would glue the next line to it."""
-    try:
-        handle = os.open(journal, os.O_RDWR)
-    except FileNotFoundError:
-        return
-    try:
-        size = os.fstat(handle).st_size
-        if size and os.pread(handle, 1, size - 1) != b"\n":
-            os.ftruncate(handle, os.pread(handle, size, 0).rfind(b"\n") + 1)
-    finally:
-        os.close(handle)
