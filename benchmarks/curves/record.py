@@ -33,7 +33,7 @@ from lorasweep.config.compose import compose_run
 from lorasweep.config.method import LoraConfig
 from lorasweep.config.run import RunConfig
 from lorasweep.data.batching import StepBatchSampler
-from lorasweep.data.module import evaluation_loader
+from lorasweep.data.loaders import evaluation_loader
 from lorasweep.data.part import repeat_batch
 from lorasweep.data.tasks import Evaluation
 from lorasweep.lora.packed import (

@@ -6,13 +6,16 @@ import sys
 
 import pytest
 import torch
-from lightning import LightningDataModule
+from lightning import LightningDataModule, Trainer
 from torch import nn
 from torch.utils.data import DataLoader
 
+import lorasweep
 from lorasweep.config.compose import compose_run
+from lorasweep.errors import ConfigError
 from lorasweep.record import read_run
 from lorasweep.training import RunPlace, build_workbench, train_run
+from lorasweep.training.quiet import quiet_lightning
 
 
 class Points(LightningDataModule):
@@ -78,3 +81,19 @@ def test_own_model_learns_own_data(tmp_path, method):
     assert read_run(tmp_path / "run").base["path"] == "own_points:build"
     again = train_run(config, RunPlace(folder=tmp_path / "again"), bench=build_workbench(config))
     assert again.last == record.last
+
+
+def test_own_model_and_data_train_under_a_trainer_of_ones_own(tmp_path):
+    words = [f"{key}={value}".replace("'", "") for key, value in (SETTINGS | {"method.rank": 2}).items()]
+    module, data = lorasweep.TrainingModule(words), lorasweep.DataModule(words)
+    with quiet_lightning():
+        trainer = Trainer(max_steps=60, accelerator="cpu", logger=False, default_root_dir=tmp_path)
+        trainer.fit(module, data)
+    assert trainer.callback_metrics["validation/accuracy"] > 0.8
+    with pytest.raises(ConfigError, match="`trust=True` must be given"):
+        lorasweep.TrainingModule.load_from_checkpoint(trainer.checkpoint_callback.best_model_path)
+    path = trainer.checkpoint_callback.best_model_path
+    loaded = lorasweep.TrainingModule.load_from_checkpoint(path, trust=True)
+    with quiet_lightning():
+        (scores,) = trainer.validate(loaded, data, verbose=False)
+    assert scores["validation/accuracy"] == trainer.callback_metrics["validation/accuracy"]

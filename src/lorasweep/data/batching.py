@@ -1,6 +1,6 @@
 """Which rows make up the batch of each optimizer step, and how a batch is cut so that little of it is padding.
 
-What is learned is decided by seed and step alone, so a run can go on anywhere. Comes after `part` and before `module`.
+What is learned is decided by seed and step alone, so a run can go on anywhere. Comes after `part` and before `loaders`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import Sampler
+from torch.utils.data import DistributedSampler
 
 from lorasweep.data.part import Part
 
@@ -62,7 +62,21 @@ class Share(NamedTuple):
 ALL = Share()
 
 
-class StepBatchSampler(Sampler[MicroBatch]):
+class SharedSampler(DistributedSampler[MicroBatch]):
+    """Yields micro-batches, of each one the rows of its share.
+
+    It is what it says to Lightning: a sampler that knows of the other processes and needs none around it.
+    """
+
+    def __init__(self, share: Share) -> None:
+        """Takes the share. torch's own sampler, which deals out single rows, is not set up."""
+        self.share = share
+
+    def set_epoch(self, epoch: int) -> None:
+        """Ignores the epoch: the order depends on the seed and the step alone."""
+
+
+class StepBatchSampler(SharedSampler):
     """Yields each step's micro-batches.
 
     The order is an endless stream: one permutation of all rows per pass, each drawn from (seed, pass) alone, cut
@@ -101,7 +115,7 @@ class StepBatchSampler(Sampler[MicroBatch]):
         self.seed = seed
         self.start_step = start_step
         self.accumulate = accumulate
-        self.share = share
+        super().__init__(share)
         self.sizes = choose_sizes(part, batch_size=batch_size, parts=accumulate)
         self._latest: tuple[int, list[int]] | None = None
 
@@ -134,12 +148,12 @@ class StepBatchSampler(Sampler[MicroBatch]):
         return self._latest[1]
 
 
-class EvaluationSampler(Sampler[MicroBatch]):
+class EvaluationSampler(SharedSampler):
     """Yields every row once, sorted by length, in batches of little padding; of each batch a share of its rows."""
 
     def __init__(self, part: Part, *, batch_size: int, share: Share = ALL) -> None:
         """Takes a part and how many of its longest rows fit into a batch; of shorter ones it may hold more."""
-        self.share = share
+        super().__init__(share)
         self.batches = batches_by_length(part.lengths, budget=batch_size * int(part.lengths.max()))
 
     def __len__(self) -> int:

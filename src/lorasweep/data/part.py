@@ -1,6 +1,6 @@
 """What a part of a data set is to everything that trains on it: rows with lengths and weights, and batches of them.
 
-`parts` makes parts of text blocks, `examples` of rows of their own; `batching` and `module` draw from them.
+`parts` makes parts of text blocks, `examples` of rows of their own; `batching` and `loaders` draw from them.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A data set's parts as a model gets them, made once per worker and shared by all its runs.
 
-Comes after `sources` (rows), `blocks` and `examples` (parts of them), and before `batching` and `module` (batches).
+Comes after `sources` (rows), `blocks` and `examples` (parts of them), and before `batching` and `loaders` (batches).
 """
 
 from __future__ import annotations

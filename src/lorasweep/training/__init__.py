@@ -8,10 +8,11 @@ from lorasweep.training.export import Export, ExportFormat, export_run
 from lorasweep.training.pack import train_pack
 from lorasweep.training.pack_size import PackSize, choose_pack_size
 from lorasweep.training.pack_state import PackState, SlotState, read_pack_state, write_pack_state
+from lorasweep.training.prepare import check_run
 from lorasweep.training.processes import join_processes, on_first
 from lorasweep.training.reproduce import Reproduction, reproduce_run
 from lorasweep.training.restore import restore_base, restore_config, restore_model
-from lorasweep.training.run import check_run, train_run
+from lorasweep.training.run import train_run
 from lorasweep.training.run_log import RunPlace, end_paused_run
 from lorasweep.training.score import score_run
 from lorasweep.training.slots import Evaluated, Job, OnEvaluation

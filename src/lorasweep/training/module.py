@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import lightning
@@ -16,16 +18,21 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from lorasweep.config.build import as_settings
 from lorasweep.config.method import LoraConfig
-from lorasweep.config.run import RunConfig
 from lorasweep.data.part import Batch
 from lorasweep.data.tasks import Evaluation, Task
+from lorasweep.errors import ConfigError, RecordError
 from lorasweep.methods import METHODS
 from lorasweep.models.load import BaseModel
+from lorasweep.training.averaging import WeightAveraging
+from lorasweep.training.data_module import DataModule, accumulate_of
 from lorasweep.training.fsdp import average_gradients, copy_trained, shard_model
 from lorasweep.training.optim import build_optimizer, build_schedule, refine_groups
-from lorasweep.training.prepare import prepare_model
+from lorasweep.training.prepare import check_run, prepare_model
 from lorasweep.training.processes import seed_of_rank
+from lorasweep.training.settings import Settings, read_settings
+from lorasweep.training.workbench import share_workbench
 
 
 class TrainingModule(lightning.LightningModule):
@@ -41,22 +48,44 @@ class TrainingModule(lightning.LightningModule):
 
     model: nn.Module
 
-    def __init__(self, config: RunConfig, *, base: BaseModel, task: Task, accumulate: int = 1) -> None:
-        """Takes what to train.
+    def __init__(
+        self,
+        config: Settings,
+        *,
+        base: BaseModel | None = None,
+        task: Task | None = None,
+        accumulate: int | None = None,
+        trust: bool = False,
+    ) -> None:
+        """Takes settings, and loads the base model unless it is given one.
 
         Args:
-            config: The run's settings; of `trainer` only those of the model.
+            config: The settings of the run: the words of `lorasweep train`, or what a checkpoint holds. Of `trainer`
+                only those of the model count.
             base: The base model, which is not changed.
-            task: What is learned.
-            accumulate: Micro-batches into which the data cuts the batch of each optimizer step.
+            task: What is learned; None takes that of the data which `config` names.
+            accumulate: Micro-batches into which the data cuts each batch; None as in `DataModule`.
+            trust: Whether code and pickles that a checkpoint names may be run.
+
+        Raises:
+            ConfigError: A setting is wrong, does not fit the model, or wants `trust`; or model or data can't be had.
         """
         super().__init__()
-        self.config = config
+        self.config = read_settings(config, trust=trust)
+        self._bench = share_workbench(self.config) if base is None or task is None else None
+        if self._bench is not None:
+            base, task = base or self._bench.base, task or self._bench.parts.task
+            self.config = replace(self.config, trainer=replace(self.config.trainer, precision=self._bench.precision))
+            check_run(self.config, base)
+        assert base is not None
+        assert task is not None
         self.base = base
         self.task = task
-        self.accumulate = accumulate
-        self.method = METHODS[config.method.name]
+        self.accumulate = accumulate or accumulate_of(self.config)
+        self.method = METHODS[self.config.method.name]
         self.evaluation = Evaluation(task)
+        # our own runs log their settings by themselves
+        self.save_hyperparameters({"config": as_settings(self.config)}, logger=self._bench is not None)
         self.train_s = 0.0
         self.positions_trained = 0
         self.step_losses = torch.zeros(0)
@@ -84,6 +113,33 @@ class TrainingModule(lightning.LightningModule):
         self.model = model
         torch.manual_seed(seed_of_rank(self.config.seeds.dropout, self.global_rank))
 
+    def setup(self, stage: str) -> None:
+        """Makes sure that the Trainer has what these settings ask for.
+
+        Raises:
+            ConfigError: The data is that of other settings, or the callback of `optim.ema_decay` is missing.
+        """
+        theirs, mine = self._data_module(), self.config
+        for key in ("model", "data"):
+            if theirs is not None and getattr(theirs.config, key) != getattr(mine, key):
+                raise ConfigError(
+                    f"`{key}` must be the same in TrainingModule and DataModule. Give both the same words."
+                )
+        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
+        if mine.optim.ema_decay is not None and not any(isinstance(found, WeightAveraging) for found in callbacks):
+            raise ConfigError(
+                f"`optim.ema_decay` must be null under a Trainer of one's own, but got {mine.optim.ema_decay!r}. "
+                "Use Lightning's callback `WeightAveraging` instead."
+            )
+
+    def _data_module(self) -> DataModule | None:
+        data = getattr(self.trainer, "datamodule", None)
+        return data if isinstance(data, DataModule) else None
+
+    def forward(self, *arguments: Any, **named: Any) -> Any:
+        """Calls the model, as `module(input_ids=tokens).logits`."""
+        return self.model(*arguments, **named)
+
     def whole_model(self) -> nn.Module:
         """Returns the model with whole weights on the first process. All processes must call it."""
         if self._device_mesh is None:
@@ -100,7 +156,10 @@ class TrainingModule(lightning.LightningModule):
         groups = self.method.trainable_groups(self.model, lr_ratio_b=self.config.optim.lr_ratio_b)
         groups = refine_groups(self.model, groups, self.config.optim, head=self.base.head)
         optimizer = build_optimizer(self.config.optim, groups)
-        schedule = build_schedule(self.config, optimizer)
+        config, steps = self.config, self.trainer.max_steps
+        if steps > 0:  # else the Trainer leaves it to the settings
+            config = replace(config, trainer=replace(config.trainer, max_steps=steps))
+        schedule = build_schedule(config, optimizer)
         stepped: dict[str, Any] = {"scheduler": schedule, "interval": "step"}
         if isinstance(schedule, ReduceLROnPlateau):
             # Lightning would step it after our checkpoint of the evaluation is written, so never; see below
@@ -156,6 +215,16 @@ class TrainingModule(lightning.LightningModule):
         """Share of the training positions so far that was padding."""
         return 1.0 - self.tokens_trained / self.positions_trained if self.positions_trained else 0.0
 
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clips as the Trainer says, else to a norm of `optim.clip_norm`."""
+        limit = self.config.optim.clip_norm if gradient_clip_val is None else gradient_clip_val
+        self.clip_gradients(optimizer, gradient_clip_val=limit, gradient_clip_algorithm=gradient_clip_algorithm)
+
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Adds a batch to the evaluation, without rows that only keep this process in step with the others."""
         rows = self.task.score(self.model, batch)
@@ -163,13 +232,38 @@ class TrainingModule(lightning.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Logs each metric of the whole validation part, from the rows of all processes."""
-        values = self.evaluation.compute()
-        self.evaluation.reset()
-        self.log_dict({f"validation/{name}": value for name, value in values.items()})
+        values = self._log_evaluation("validation")
         if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
             for scheduler in (config.scheduler for config in self.trainer.lr_scheduler_configs):
                 if isinstance(scheduler, ReduceLROnPlateau):
                     scheduler.step(values["loss"])
+
+    def on_test_epoch_start(self) -> None:
+        """Scores test rows by their own task: bits per byte count the bytes of their own text."""
+        if (data := self._data_module()) is not None:
+            self.evaluation.task = data.parts.task_of(data.parts.test())
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Adds a batch of test data to the evaluation."""
+        self.validation_step(batch, batch_idx)
+
+    def on_test_epoch_end(self) -> None:
+        """Logs each metric of the test data."""
+        self._log_evaluation("test")
+        self.evaluation.task = self.task
+
+    def predict_step(self, batch: Batch) -> dict[str, Tensor]:
+        """Returns what the model says of each row: `loss`, a sum over `items`; of a classifier `prediction` too."""
+        rows = self.task.score(self.model, batch)
+        return {name: value for name, value in vars(rows).items() if value is not None}
+
+    def _log_evaluation(self, part: str) -> dict[str, Tensor]:
+        values = self.evaluation.compute()
+        self.evaluation.reset()
+        # The values are the same on all processes; the maximum is theirs to the bit, and Lightning wants one of them.
+        named = {f"{part}/{name}": value for name, value in values.items()}
+        self.log_dict(named, sync_dist=True, reduce_fx="max")
+        return values
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keeps only what trains (never the base), and the state of every process's dropout stream."""
@@ -178,6 +272,7 @@ class TrainingModule(lightning.LightningModule):
         streams = [torch.get_rng_state()] * self.trainer.world_size
         if len(streams) > 1:
             dist.all_gather_object(streams, streams[0])
+        checkpoint["base"] = self.base.fingerprint
         checkpoint["progress"] = {
             "tokens_trained": self.tokens_trained,
             "positions_trained": self.positions_trained,
@@ -186,13 +281,35 @@ class TrainingModule(lightning.LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Goes on where the checkpoint was written."""
+        """Continues where the checkpoint was written; torch's random stream only where training is resumed.
+
+        Raises:
+            RecordError: It was written on another base model.
+        """
+        if checkpoint["base"] != self.base.fingerprint:
+            raise RecordError(
+                f"the base model must be the one that the checkpoint was trained on (fingerprint "
+                f"{checkpoint['base']!r}), but {self.base.path!r} has {self.base.fingerprint!r}."
+            )
         progress = checkpoint["progress"]
         self._tokens = torch.tensor(progress["tokens_trained"])
         self.positions_trained, self.train_s = progress["positions_trained"], progress["train_s"]
         streams = progress["dropout_streams"]
-        if self.global_rank < len(streams):  # it may have been written by fewer
+        if self._trainer is not None and self.global_rank < len(streams):  # it may have been written by fewer
             torch.set_rng_state(streams[self.global_rank])
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:  # noqa: FBT001, FBT002
+        """Loads what trains.
+
+        Raises:
+            RecordError: It is not all there, or more is.
+        """
+        found = super().load_state_dict(state_dict, strict=False, assign=assign)
+        trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        wrong = sorted(trained.intersection(found.missing_keys)) + found.unexpected_keys
+        if wrong:
+            raise RecordError(f"a checkpoint must hold what these settings train, but {wrong[0]!r} differs.")
+        return type(found)([], [])
 
 
 def num_positions(batch: Batch) -> int:

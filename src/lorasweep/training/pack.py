@@ -39,7 +39,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from lorasweep.config.method import LoraConfig
 from lorasweep.config.run import OptimConfig, RunConfig, ScheduleConfig
 from lorasweep.data.batching import MicroBatch
-from lorasweep.data.module import evaluation_loader
+from lorasweep.data.loaders import evaluation_loader
 from lorasweep.data.part import Batch, Part, move_batch, repeat_batch
 from lorasweep.data.tasks import Evaluation, Task
 from lorasweep.errors import Diverged, OutOfMemory, first_line

@@ -5,10 +5,13 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from lorasweep.config.method import LoraConfig
 from lorasweep.config.run import RunConfig
 from lorasweep.errors import ConfigError
 from lorasweep.methods import METHODS, copy_sharing_weights
 from lorasweep.models.load import BaseModel
+from lorasweep.training.fsdp import check_shardable
+from lorasweep.training.optim import check_optim
 
 
 def prepare_model(config: RunConfig, base: BaseModel) -> nn.Module:
@@ -27,6 +30,26 @@ def prepare_model(config: RunConfig, base: BaseModel) -> nn.Module:
     if config.trainer.compile:
         model.compile()
     return model
+
+
+def check_run(config: RunConfig, base: BaseModel) -> None:
+    """Makes sure that a run's settings fit its base model, before anything is written.
+
+    Raises:
+        ConfigError: They do not, or one has no effect.
+    """
+    METHODS[config.method.name].check(base.model, config.method, head=base.head)
+    check_optim(config)
+    if config.trainer.is_sharded:
+        check_shardable(base.model)
+    trains_more = bool(base.head) and config.method.name != "frozen"
+    if isinstance(config.method, LoraConfig):
+        trains_more = trains_more or bool(config.method.modules_to_save)
+    if config.optim.lr_ratio_head != 1 and not trains_more:
+        raise ConfigError(
+            f"`optim.lr_ratio_head` must be 1 for a model without a new head, but got {config.optim.lr_ratio_head!r}, "
+            "which would have no effect."
+        )
 
 
 def checkpoint_activations(model: nn.Module) -> None:

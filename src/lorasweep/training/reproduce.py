@@ -17,8 +17,9 @@ from lorasweep.models.attention import CANDIDATES, AttentionChoice
 from lorasweep.record import RunRecord, read_run
 from lorasweep.redaction import HIDDEN
 from lorasweep.training.comparison import Comparison, compare_values, explain, read_values
-from lorasweep.training.restore import DTYPES, restore_config
-from lorasweep.training.run import check_run, never_stop, train_run
+from lorasweep.training.prepare import check_run
+from lorasweep.training.restore import DTYPES, require_trust, restore_config
+from lorasweep.training.run import never_stop, train_run
 from lorasweep.training.run_log import RunPlace
 from lorasweep.training.workbench import Workbench, build_workbench
 
@@ -167,26 +168,6 @@ def config_as_run(record: RunRecord) -> RunConfig:
         progress=False,
     )
     return replace(config, trainer=trainer)
-
-
-def require_trust(config: RunConfig, *, trust: bool) -> None:
-    """Makes sure that what runs code was asked for: a record may come from anywhere.
-
-    Raises:
-        ConfigError: The settings name code or a pickle, and `trust` is False.
-    """
-    named: dict[str, Any] = {
-        "model.factory": config.model.factory,
-        "data.factory": getattr(config.data, "factory", None),
-        "model.trust_remote_code": config.model.trust_remote_code,
-        "model.allow_pickle": config.model.allow_pickle,
-    }
-    asked = [f"`{key}={value}`" for key, value in named.items() if value]
-    if asked and not trust:
-        raise ConfigError(
-            f"`--trust` must be given for a run that runs code of its own ({', '.join(asked)}), but was not. "
-            "That code can do whatever you can on this machine: read it first."
-        )
 
 
 class _StepLimit:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -30,6 +31,26 @@ def restore_config(record: RunRecord) -> RunConfig:
             f"a run's record must hold settings of this version of lorasweep, but does not: {error} "
             "Use the version that `code` in the record names."
         ) from error
+
+
+def require_trust(config: RunConfig, *, trust: bool, option: str = "--trust") -> None:
+    """Makes sure that what runs code was asked for: a record or a checkpoint may come from anywhere.
+
+    Raises:
+        ConfigError: The settings name code or a pickle, and `trust` is False.
+    """
+    named: dict[str, Any] = {
+        "model.factory": config.model.factory,
+        "data.factory": getattr(config.data, "factory", None),
+        "model.trust_remote_code": config.model.trust_remote_code,
+        "model.allow_pickle": config.model.allow_pickle,
+    }
+    asked = [f"`{key}={value}`" for key, value in named.items() if value]
+    if asked and not trust:
+        raise ConfigError(
+            f"`{option}` must be given for a run that runs code of its own ({', '.join(asked)}), but was not. "
+            "That code can do whatever you can on this machine: read it first."
+        )
 
 
 def restore_base(record: RunRecord, config: RunConfig) -> BaseModel:

@@ -17,13 +17,9 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from lorasweep.config.method import LoraConfig
 from lorasweep.config.run import RunConfig
-from lorasweep.data.module import DataModule
 from lorasweep.disk import why_unwritable
-from lorasweep.errors import ConfigError, OutOfMemory, WorkerError, first_line
-from lorasweep.methods import METHODS
-from lorasweep.models.load import BaseModel
+from lorasweep.errors import OutOfMemory, WorkerError, first_line
 from lorasweep.record import RunRecord, RunStatus, read_run
 from lorasweep.training.averaging import PutBack, WeightAveraging
 from lorasweep.training.batches import resolve_accumulate
@@ -39,10 +35,9 @@ from lorasweep.training.callbacks import (
     note_progress,
 )
 from lorasweep.training.checkpoint import Found, find_checkpoint
+from lorasweep.training.data_module import DataModule
 from lorasweep.training.environment import deterministic_algorithms, reset_peak_memory, resolve_device
-from lorasweep.training.fsdp import check_shardable
 from lorasweep.training.module import TrainingModule
-from lorasweep.training.optim import check_optim
 from lorasweep.training.processes import (
     build_strategy,
     explain_failure,
@@ -228,15 +223,7 @@ class _Session:
         module = TrainingModule(
             config, base=bench.base, task=bench.parts.task, accumulate=int(record.batching["micro_batches"])
         )
-        data = DataModule(
-            bench.parts,
-            batch_size=settings.batch_size,
-            accumulate=module.accumulate,
-            eval_batch_size=settings.eval_batch_size,
-            num_steps=settings.max_steps,
-            seed=config.seeds.data_order,
-            start_step=start_step,
-        )
+        data = DataModule(config, parts=bench.parts, accumulate=module.accumulate)
         averaging = [] if config.optim.ema_decay is None else [WeightAveraging(config.optim.ema_decay)]
         folder, every = self.place.folder, settings.eval_every_steps
         callbacks = [
@@ -285,7 +272,6 @@ class _Session:
                 num_nodes=launch.num_nodes,
                 strategy=build_strategy(settings, launch),
                 plugins=[launch.environment],
-                use_distributed_sampler=False,  # the data module shares out the rows of each batch
                 precision="bf16-mixed" if mixed else "32-true",
                 logger=_EventLogger(folder, name="", version="", default_hp_metric=False),
                 callbacks=callbacks,
@@ -299,7 +285,7 @@ class _Session:
                 enable_progress_bar=show,
                 enable_model_summary=False,
                 accumulate_grad_batches=module.accumulate,
-                gradient_clip_val=config.optim.clip_norm,
+                gradient_clip_val=config.optim.clip_norm,  # the module clips by itself, but DeepSpeed does it for it
                 default_root_dir=folder,
             )
 
@@ -318,26 +304,6 @@ def free_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def check_run(config: RunConfig, base: BaseModel) -> None:
-    """Makes sure that a run's settings fit its base model, before anything is written.
-
-    Raises:
-        ConfigError: They do not, or one has no effect.
-    """
-    METHODS[config.method.name].check(base.model, config.method, head=base.head)
-    check_optim(config)
-    if config.trainer.is_sharded:
-        check_shardable(base.model)
-    trains_more = bool(base.head) and config.method.name != "frozen"
-    if isinstance(config.method, LoraConfig):
-        trains_more = trains_more or bool(config.method.modules_to_save)
-    if config.optim.lr_ratio_head != 1 and not trains_more:
-        raise ConfigError(
-            f"`optim.lr_ratio_head` must be 1 for a model without a new head, but got {config.optim.lr_ratio_head!r}, "
-            "which would have no effect."
-        )
 
 
 class _EventLogger(TensorBoardLogger):

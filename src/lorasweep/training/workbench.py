@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 
@@ -49,6 +50,21 @@ class Workbench:
         }
 
 
+_SHARED: WeakValueDictionary[tuple[Any, ...], Workbench] = WeakValueDictionary()
+
+
+def share_workbench(config: RunConfig) -> Workbench:
+    """Returns base model and data of these settings: those that somebody in this process still holds, else new ones."""
+    key = _what_is_loaded(config)
+    if (bench := _SHARED.get(key)) is None:
+        bench = _SHARED[key] = build_workbench(config)
+    return bench
+
+
+def _what_is_loaded(config: RunConfig) -> tuple[Any, ...]:
+    return config.model, config.data, resolve_precision(config.trainer), config.trainer.device
+
+
 class Benches:
     """Base models and data by the settings that decide them, each loaded once."""
 
@@ -58,7 +74,7 @@ class Benches:
 
     def of(self, config: RunConfig) -> Workbench:
         """Returns the workbench of a run, loaded if no earlier run needed it."""
-        key = (config.model, config.data, config.trainer.precision, config.trainer.device)
+        key = _what_is_loaded(config)
         if key not in self._loaded:
             with self.telemetry.phase("loading"):
                 self._loaded[key] = build_workbench(config, telemetry=self.telemetry)

@@ -1,15 +1,17 @@
 """Batches as Lightning gets them: right tokens, right order, and nothing drawn from a shared random stream."""
 
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
 from lightning import LightningModule, Trainer
 
+from lorasweep.config.compose import compose_run
 from lorasweep.data.blocks import BlockPart, cut_blocks
-from lorasweep.data.module import DataModule
 from lorasweep.data.parts import DataParts
 from lorasweep.data.tasks import LanguageModelling
+from lorasweep.training.data_module import DataModule
 
 
 def make_part(name, *, blocks):
@@ -25,8 +27,8 @@ def make_module(*, test=None, **settings):
         metric="loss",
         test=test or (lambda: make_part("test", blocks=3)),
     )
-    defaults = {"batch_size": 4, "accumulate": 1, "eval_batch_size": 2, "num_steps": 6, "seed": 0}
-    return DataModule(parts, **(defaults | settings))
+    config = compose_run({"trainer.batch_size": 4, "trainer.eval_batch_size": 2, "trainer.max_steps": 6, **settings})
+    return DataModule(config, parts=parts)
 
 
 def test_targets_are_the_next_tokens():
@@ -45,14 +47,16 @@ def test_evaluation_scores_every_token_once_and_in_order(loader, blocks):
 
 def test_accumulation_splits_the_same_batches():
     whole = torch.stack([batch["input_ids"] for batch in make_module().train_dataloader()])
-    split = torch.stack([batch["input_ids"] for batch in make_module(accumulate=2).train_dataloader()])
+    split = torch.stack([batch["input_ids"] for batch in make_module(**{"trainer.accumulate": 2}).train_dataloader()])
     assert split.shape == (12, 2, 4)
     assert torch.equal(split.reshape(whole.shape), whole)
 
 
 def test_resumed_run_gets_the_remaining_batches():
     whole = [batch["input_ids"] for batch in make_module().train_dataloader()]
-    rest = [batch["input_ids"] for batch in make_module(start_step=4).train_dataloader()]
+    module = make_module()
+    module.trainer = SimpleNamespace(global_step=4, max_steps=6, accumulate_grad_batches=1, global_rank=0, world_size=1)
+    rest = [batch["input_ids"] for batch in module.train_dataloader()]
     assert torch.equal(torch.stack(rest), torch.stack(whole[4:]))
 
 
@@ -100,7 +104,7 @@ class Collector(LightningModule):
 @pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")  # Lightning with a newer torch
 @pytest.mark.filterwarnings("ignore:.*does not have many workers")  # where there are more than 3 cores
 def test_trainer_takes_the_batches_as_they_come(tmp_path):
-    module, data = Collector(), make_module(accumulate=2)
+    module, data = Collector(), make_module(**{"trainer.accumulate": 2})
     trainer = Trainer(
         max_steps=6,
         accumulate_grad_batches=2,
@@ -113,6 +117,6 @@ def test_trainer_takes_the_batches_as_they_come(tmp_path):
         num_sanity_val_steps=0,
     )
     trainer.fit(module, datamodule=data)
-    expected = [batch["input_ids"] for batch in make_module(accumulate=2).train_dataloader()]
+    expected = [batch["input_ids"] for batch in make_module(**{"trainer.accumulate": 2}).train_dataloader()]
     assert torch.equal(torch.stack(module.seen), torch.stack(expected))
     assert module.validated == 20

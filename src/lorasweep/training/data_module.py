@@ -1,0 +1,100 @@
+"""The LightningDataModule of one run: which batches its Trainer gets."""
+
+from __future__ import annotations
+
+import lightning
+from torch.utils.data import DataLoader
+
+from lorasweep.config.run import RunConfig
+from lorasweep.data.batching import ALL, MicroBatch, Share, StepBatchSampler
+from lorasweep.data.loaders import evaluation_loader, load_batches
+from lorasweep.data.part import Batch
+from lorasweep.data.parts import DataParts
+from lorasweep.errors import ConfigError
+from lorasweep.training.settings import Settings, read_settings
+from lorasweep.training.workbench import share_workbench
+
+
+class DataModule(lightning.LightningDataModule):
+    """Training batches of a whole run, in an order that seed and step decide; validation and test batches by length.
+
+    For a Trainer the whole run is one epoch, of as many steps as its `max_steps`, else `trainer.max_steps`. A run that
+    is resumed begins at the Trainer's step. Draws from no shared random stream, so how often one evaluates changes
+    nothing in training. Of several processes each gets its rows of every batch.
+
+    Attributes:
+        config: The run's settings.
+        parts: The rows.
+        accumulate: Micro-batches into which the batch of a step is cut.
+    """
+
+    def __init__(self, config: Settings, *, parts: DataParts | None = None, accumulate: int | None = None) -> None:
+        """Takes settings, and reads the rows unless it is given them; those of the test part once they are asked for.
+
+        Args:
+            config: The settings of the run, the same as those of its `TrainingModule`: the words of `lorasweep train`.
+            parts: The rows.
+            accumulate: Micro-batches per batch; None takes `trainer.accumulate`, and 1 where that is `auto`.
+
+        Raises:
+            ConfigError: A setting is wrong, or the data or the base model's tokenizer can't be had.
+        """
+        super().__init__()
+        self.config = read_settings(config)
+        self._bench = share_workbench(self.config) if parts is None else None
+        self.parts = parts or share_workbench(self.config).parts
+        self.accumulate = accumulate or accumulate_of(self.config)
+
+    @property
+    def share(self) -> Share:
+        """Which rows of each batch are for this process, of those that train together."""
+        return ALL if self.trainer is None else Share(self.trainer.global_rank, self.trainer.world_size)
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        """Returns the micro-batches from the Trainer's step to the run's end.
+
+        Raises:
+            ConfigError: The Trainer wants several epochs.
+        """
+        settings, trainer = self.config.trainer, self.trainer
+        num_steps, start_step, per_step = settings.max_steps, 0, self.accumulate
+        if trainer is not None:
+            if trainer.max_steps > 0:
+                num_steps = trainer.max_steps
+            elif trainer.max_epochs != 1:
+                raise ConfigError(
+                    "`Trainer(max_steps=...)` must be set, because the whole run is one epoch, but got "
+                    f"max_epochs={trainer.max_epochs!r} alone."
+                )
+            start_step, per_step = trainer.global_step, trainer.accumulate_grad_batches
+        batches = StepBatchSampler(
+            self.parts.train,
+            batch_size=settings.batch_size,
+            num_steps=-(-num_steps * per_step // self.accumulate),
+            seed=self.config.seeds.data_order,
+            start_step=start_step * per_step // self.accumulate,
+            accumulate=self.accumulate,
+            share=self.share,
+        )
+        return load_batches(self.parts.train, batches)
+
+    def val_dataloader(self) -> DataLoader[Batch]:
+        """Returns every validation row once, or this process's share of them."""
+        return evaluation_loader(
+            self.parts.validation, batch_size=self.config.trainer.eval_batch_size, share=self.share
+        )
+
+    def test_dataloader(self) -> DataLoader[Batch]:
+        """Returns every test row once, or this process's share of them."""
+        return evaluation_loader(self.parts.test(), batch_size=self.config.trainer.eval_batch_size, share=self.share)
+
+    def predict_dataloader(self) -> DataLoader[Batch]:
+        """Returns every test row once, in the rows' own order; Lightning deals the batches out to several processes."""
+        part, size = self.parts.test(), self.config.trainer.eval_batch_size
+        starts = range(0, len(part), size)
+        return load_batches(part, [MicroBatch(list(range(n, min(n + size, len(part)))), 1.0) for n in starts])
+
+
+def accumulate_of(config: RunConfig) -> int:
+    """Returns the micro-batches per batch that settings ask for, 1 where they leave it open."""
+    return 1 if config.trainer.accumulate == "auto" else config.trainer.accumulate

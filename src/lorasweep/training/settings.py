@@ -1,0 +1,34 @@
+"""Settings in the forms in which `TrainingModule` and `DataModule` take them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+from lorasweep.config.build import build
+from lorasweep.config.run import RunConfig
+from lorasweep.training.restore import require_trust
+
+Settings: TypeAlias = RunConfig | Sequence[str] | Mapping[str, Any]
+"""Settings of a run: themselves, the words of `lorasweep train` (`["method.rank=8"]`), or as a checkpoint has them."""
+
+
+def read_settings(given: Settings, *, trust: bool = False) -> RunConfig:
+    """Returns the settings of a run.
+
+    Args:
+        given: In one of three forms. What comes from a checkpoint, as nested mappings, may come from anyone.
+        trust: Whether code and pickles that nested mappings name may be run.
+
+    Raises:
+        ConfigError: A key or value is wrong, or `trust` is wanted.
+    """
+    if isinstance(given, RunConfig):
+        return given
+    if isinstance(given, Mapping):
+        config = build(RunConfig, given)
+        require_trust(config, trust=trust, option="trust=True")
+        return config
+    from lorasweep.config.compose import compose_run, parse_overrides  # noqa: PLC0415 (Hydra is slow to start)
+
+    return compose_run(parse_overrides(given))

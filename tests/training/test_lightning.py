@@ -1,0 +1,303 @@
+"""TrainingModule and DataModule under a user's own Trainer: Lightning's parts work, and the numbers are our own."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import lightning
+import pytest
+import torch
+from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+
+import lorasweep
+from lorasweep.config.compose import compose_run, parse_overrides
+from lorasweep.errors import ConfigError, RecordError
+from lorasweep.record import read_steps
+from lorasweep.training import RunPlace, train_run
+from lorasweep.training.workbench import share_workbench
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The `srun` command is available"),  # where Slurm is installed
+    pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning"),  # Lightning with a newer torch
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),  # the parts are in memory
+]
+MAX_STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def words(short_run):
+    """The words of a run of a few seconds, with dropout."""
+    settings = short_run | {"trainer.max_steps": MAX_STEPS, "method.dropout": 0.1}
+    return [f"{key}={value}" for key, value in settings.items()]
+
+
+@pytest.fixture(scope="module")
+def data(words):
+    """Keeps base model and data in memory for all tests."""
+    return lorasweep.DataModule(words)
+
+
+class Losses(lightning.Callback):
+    """Keeps the loss of every optimizer step."""
+
+    def __init__(self):
+        self.steps = {}
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.global_step:
+            self.steps[trainer.global_step] = float(trainer.callback_metrics["train/loss"])
+
+
+@pytest.fixture
+def make_trainer(tmp_path):
+    """Makes a Trainer that a user may have written."""
+
+    def make(*callbacks, **settings):
+        defaults = {"max_steps": MAX_STEPS, "val_check_interval": 2, "accelerator": "cpu", "logger": False}
+        quiet = {"enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
+        has_checkpoint = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)
+        return lightning.Trainer(
+            **{**defaults, **quiet, "enable_checkpointing": has_checkpoint, **settings},
+            callbacks=list(callbacks),
+            default_root_dir=tmp_path,
+        )
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def own_run(words, data, tmp_path_factory):
+    """The same run as `lorasweep train` trains it."""
+    folder = tmp_path_factory.mktemp("own") / "run"
+    config = compose_run(parse_overrides(words))
+    train_run(config, RunPlace(folder=folder), bench=share_workbench(config))
+    return folder
+
+
+def losses_of(folder):
+    return {row["step"]: row["loss"] for row in read_steps(folder) if "loss" in row}
+
+
+def scores_of(folder):
+    return [row["validation"] for row in read_steps(folder) if "validation" in row]
+
+
+def test_the_numbers_are_those_of_lorasweep_train(words, data, own_run, make_trainer):
+    losses, module = Losses(), lorasweep.TrainingModule(words)
+    trainer = make_trainer(losses)
+    trainer.fit(module, data)
+    assert losses.steps == losses_of(own_run)
+    last = {name: float(trainer.callback_metrics[f"validation/{name}"]) for name in scores_of(own_run)[-1]}
+    assert last == scores_of(own_run)[-1]
+
+
+def test_the_best_checkpoint_is_small_loads_and_scores_the_same(words, data, make_trainer, tmp_path):
+    best = ModelCheckpoint(dirpath=tmp_path / "kept", monitor="validation/loss")
+    trainer = make_trainer(best, LearningRateMonitor(), logger=CSVLogger(tmp_path, name="csv"), log_every_n_steps=1)
+    trainer.fit(lorasweep.TrainingModule(words), data)
+    checkpoint = torch.load(best.best_model_path, weights_only=True)
+    assert all("lora" in name for name in checkpoint["state_dict"])
+    assert Path(best.best_model_path).stat().st_size < data.parts.train.tokens.nbytes + 400_000
+    assert checkpoint["hyper_parameters"]["config"]["method"]["rank"] == 2
+    logged = (tmp_path / "csv" / "version_0" / "metrics.csv").read_text()
+    assert "lr-AdamW" in logged
+    assert "validation/loss" in logged
+
+    loaded = lorasweep.TrainingModule.load_from_checkpoint(best.best_model_path)
+    (scores,) = make_trainer().validate(loaded, data, verbose=False)
+    assert scores["validation/loss"] == pytest.approx(float(best.best_model_score), abs=1e-6)
+
+
+def test_a_run_that_is_resumed_continues_to_the_bit(words, data, own_run, make_trainer, tmp_path):
+    every = ModelCheckpoint(dirpath=tmp_path / "kept", filename="{step}", every_n_train_steps=3, save_top_k=-1)
+    make_trainer(every).fit(lorasweep.TrainingModule(words), data)
+    losses, path = Losses(), (tmp_path / "kept" / "step=3.ckpt").rename(tmp_path / "three.ckpt")
+    shutil.rmtree(tmp_path / "kept")
+    make_trainer(losses, every).fit(lorasweep.TrainingModule(words), data, ckpt_path=path)
+    assert losses.steps == {step: loss for step, loss in losses_of(own_run).items() if step > 3}
+
+
+def test_batches_add_up_to_a_step_as_lightning_accumulates_them(words, make_trainer):
+    kept = []
+    for settings, batches in ((["trainer.batch_size=2"], 2), (["trainer.batch_size=4"], 1)):
+        given, losses = [*words, "method.dropout=0", *settings], Losses()
+        trainer = make_trainer(losses, accumulate_grad_batches=batches, max_steps=3, val_check_interval=1.0)
+        trainer.fit(lorasweep.TrainingModule(given), lorasweep.DataModule(given))
+        kept.append([loss for _, loss in sorted(losses.steps.items())])
+    assert kept[0] == pytest.approx(kept[1], rel=1e-5)  # sums of other order
+
+
+def test_early_stopping_clipping_and_mixed_precision_are_the_trainers(words, data, make_trainer):
+    stops = EarlyStopping("validation/loss", patience=1, min_delta=100.0)
+    trainer = make_trainer(stops, precision="bf16-mixed", gradient_clip_val=0.1)
+    trainer.fit(lorasweep.TrainingModule(words), data)
+    assert trainer.global_step == stops.stopped_epoch or trainer.global_step == 4  # two evaluations
+    assert 0 < trainer.callback_metrics["validation/loss"] < 10
+
+
+def test_a_gradient_is_clipped_as_the_settings_say_unless_the_trainer_does(words, data, make_trainer):
+    norms = []
+
+    class Norms(lightning.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            grads = [p.grad for p in pl_module.parameters() if p.grad is not None]
+            norms.append(float(torch.stack([grad.norm() for grad in grads]).norm()))
+
+    for given in (None, 1e-3):
+        make_trainer(Norms(), gradient_clip_val=given, max_steps=1, val_check_interval=1.0).fit(
+            lorasweep.TrainingModule([*words, "optim.clip_norm=1e-2"]), data
+        )
+    assert norms == pytest.approx([1e-2, 1e-3], rel=1e-3)
+
+
+def test_test_data_is_scored_and_predicted_in_its_own_order(words, data, make_trainer):
+    module = lorasweep.TrainingModule(words)
+    trainer = make_trainer()
+    (scores,) = trainer.test(module, data, verbose=False)
+    rows = trainer.predict(module, data)
+    loss = sum(float(batch["loss"].sum()) for batch in rows) / sum(int(batch["items"].sum()) for batch in rows)
+    assert scores["test/loss"] == pytest.approx(loss, rel=1e-5)
+    assert {"test/loss", "test/bits_per_byte", "test/perplexity"} == set(scores)
+    part = data.parts.test()
+    assert sum(len(batch["loss"]) for batch in rows) == len(part)
+    with torch.no_grad():
+        alone = module.predict_step(part.batch([1]))
+    torch.testing.assert_close(torch.cat([batch["loss"] for batch in rows])[1:2], alone["loss"])
+    assert module(input_ids=part.batch([0])["input_ids"]).logits.shape[0] == 1
+
+
+def test_wrong_uses_are_refused_in_one_sentence(words, data, make_trainer):
+    module = lorasweep.TrainingModule(words)
+    with pytest.raises(ConfigError, match=r"Trainer\(max_steps=...\).* max_epochs=3 alone"):
+        make_trainer(max_steps=-1, max_epochs=3).fit(module, data)
+    with pytest.raises(ConfigError, match="`data` must be the same in TrainingModule and DataModule"):
+        make_trainer().fit(lorasweep.TrainingModule([*words, "data.block_length=16"]), data)
+    with pytest.raises(ConfigError, match=r"`optim.ema_decay` must be null"):
+        make_trainer().fit(lorasweep.TrainingModule([*words, "optim.ema_decay=0.9"]), data)
+    with pytest.raises(ConfigError, match=r"`method.rankk` is not a setting"):
+        lorasweep.TrainingModule(["method.rankk=8"])
+
+
+def test_one_epoch_of_the_settings_length_needs_no_steps_from_the_trainer(words, data, make_trainer):
+    trainer = make_trainer(max_steps=-1, max_epochs=1)
+    trainer.fit(lorasweep.TrainingModule(words), data)
+    assert trainer.global_step == MAX_STEPS
+
+
+@pytest.fixture
+def checkpoint(words, data, make_trainer, tmp_path):
+    """A checkpoint, to be changed."""
+    trainer = make_trainer(max_steps=1, val_check_interval=1.0)
+    trainer.fit(lorasweep.TrainingModule(words), data)
+    trainer.save_checkpoint(tmp_path / "one.ckpt")
+    return tmp_path / "one.ckpt"
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda c: c.update(base="0" * 64), RecordError, "the base model must be the one"),
+        (lambda c: c["state_dict"].popitem(), RecordError, "must hold what these settings train"),
+        (lambda c: c["state_dict"].update(more=torch.zeros(1)), RecordError, "'more' differs"),
+        (
+            lambda c: c["hyper_parameters"]["config"]["model"].update(factory="evil_module:run"),
+            ConfigError,
+            "`trust=True` must be given .*`model.factory=evil_module:run`",
+        ),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_is_refused(checkpoint, change, error, message):
+    content = torch.load(checkpoint, weights_only=True)
+    change(content)
+    torch.save(content, checkpoint)
+    with pytest.raises(error, match=message):
+        lorasweep.TrainingModule.load_from_checkpoint(checkpoint)
+    assert "evil_module" not in sys.modules
+
+
+def test_loading_a_checkpoint_leaves_the_base_alone(checkpoint, data):
+    before = {name: tensor.clone() for name, tensor in data._bench.base.model.state_dict().items()}
+    loaded = lorasweep.TrainingModule.load_from_checkpoint(checkpoint)
+    assert loaded.base is data._bench.base
+    assert all(torch.equal(tensor, before[name]) for name, tensor in loaded.base.model.state_dict().items())
+
+
+ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+SCRIPT = """
+import json, sys, warnings
+import lightning, lorasweep
+
+warnings.simplefilter("error")
+for ignored in ("The `srun` command", ".*LeafSpec.*", ".*does not have many workers"):
+    warnings.filterwarnings("ignore", message=ignored)
+words = sys.argv[2:]
+
+class Losses(lightning.Callback):
+    def __init__(self):
+        self.steps = []
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.steps.append(float(trainer.callback_metrics["train/loss"]))
+
+losses = Losses()
+trainer = lightning.Trainer(
+    strategy="ddp", devices=2, accelerator="cpu", max_steps=6, logger=False, enable_checkpointing=False,
+    enable_progress_bar=False, enable_model_summary=False, callbacks=[losses], num_sanity_val_steps=0,
+)
+trainer.fit(lorasweep.TrainingModule(words), lorasweep.DataModule(words))
+scores = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("validation/")}
+if trainer.is_global_zero:
+    with open(sys.argv[1], "w") as file:
+        json.dump([losses.steps, scores], file)
+"""
+
+
+def test_two_processes_train_as_one_under_a_default_trainer(words, data, make_trainer, tmp_path):
+    given, losses = [*words, "method.dropout=0"], Losses()
+    trainer = make_trainer(losses)
+    trainer.fit(lorasweep.TrainingModule(given), data)
+    (tmp_path / "script.py").write_text(SCRIPT)
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "script.py"), str(tmp_path / "out.json"), *given],
+        cwd=tmp_path,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    steps, scores = json.loads((tmp_path / "out.json").read_text())
+    assert steps == pytest.approx(list(losses.steps.values()), rel=1e-5)  # sums of other order
+    for name, value in scores.items():
+        assert value == pytest.approx(float(trainer.callback_metrics[name]), rel=1e-5)
+
+
+GUIDE = (Path(__file__).parent.parent.parent / "docs" / "lightning.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```python\n(.*?)^```", GUIDE, flags=re.MULTILINE | re.DOTALL)
+SHORTER = {
+    "max_steps=60": "max_steps=4",
+    "val_check_interval=20": "val_check_interval=2",
+    "log_every_n_steps=20": "log_every_n_steps=1",
+    "trainer.batch_size=16": 'trainer.batch_size=2", "data.block_length=32", "data.max_validation_blocks=4", '
+    '"data.max_test_blocks=4',
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*litlogger.*")
+def test_the_guide_runs_as_it_is_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code = "\n".join(BLOCKS)
+    for long, short in SHORTER.items():
+        assert long in code
+        code = code.replace(long, short)
+    names = {}
+    exec(code, names)
+    assert names["trainer"].global_step == 4
+    assert len(names["rows"]) == 1
+    assert Path(names["best"].last_model_path).is_file()
