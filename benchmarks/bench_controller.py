@@ -5,7 +5,8 @@ One loop plays all workers: it picks one of them at random (seeded), makes the c
 
     python benchmarks/bench_controller.py --workers 1000 --trials 5000 --sampler tpe
 
-With `--ray N` the workers are N real Ray actors instead, which call the controller's actor on this machine:
+With `--ray N` the workers are N processes instead, Ray actors that call the controller's actor on this machine as often
+as they can:
 
     python benchmarks/bench_controller.py --ray 64 --trials 2000 --sampler tpe
 """
@@ -28,7 +29,8 @@ import psutil
 import yaml
 from optuna.trial import TrialState, create_trial
 
-from lorasweep.record import RunRecord, write_record
+from lorasweep.config.targets import trusted_packages
+from lorasweep.record import RunRecord, read_run, write_record
 from lorasweep.sweep import Controller, SweepFolder, create_sweep, read_definition, reopen_sweep
 from lorasweep.sweep.controller.controller import Assignment
 from lorasweep.sweep.controller.rows import (
@@ -38,6 +40,7 @@ from lorasweep.sweep.controller.rows import (
     TURN_ATTRIBUTE,
     run_name,
 )
+from lorasweep.sweep.workers.ray_cluster import local_cluster
 
 SPACE = {"method.rank": [1, 2, 4, 8, 16, 32, 64], "optim.lr": {"low": 1e-4, "high": 1e-1, "log": True}}
 METRIC = "bits_per_byte"
@@ -51,11 +54,15 @@ def main() -> None:
     parser.add_argument("--filled", type=int, default=0, help="complete trials that the arm has before")
     parser.add_argument("--sampler", default="tpe")
     parser.add_argument("--every", type=int, help="trials per row of the table; default: all")
+    parser.add_argument("--ray", type=int, help="Ray actors in place of the one loop")
     parser.add_argument("--folder", type=Path, help="where the sweep's folder is made; default: a temporary one")
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=asked.folder) as folder:
         sweep = make_sweep(Path(folder), asked.sampler, asked.filled + asked.trials)
         fill(sweep, asked.filled)
+        if asked.ray:
+            measure_ray(sweep, asked.ray)
+            return
         simulate(sweep, asked.workers, every=asked.every or asked.trials)
         measure_restart(sweep.path)
 
@@ -244,6 +251,89 @@ def measure_restart(path: Path) -> None:
         f"restart: journal of {size:.0f} MiB replayed in {read - began:.1f} s, controller made in {ended - read:.1f} s"
     )
     sweep.close()
+
+
+def measure_ray(sweep: SweepFolder, num_actors: int) -> None:
+    """Plays a sweep with workers that are Ray actors, and prints what their calls took, waiting included."""
+    planned = sweep.definition.arms[0].trials
+    sweep.close()
+    with local_cluster(sweep.path):
+        import ray  # noqa: PLC0415 (reads the environment, which is set by then, once)
+
+        from lorasweep.sweep.workers.ray_workers import (  # noqa: PLC0415
+            ControllerActor,
+            ControllerClient,
+            WorkerContext,
+            code_versions,
+        )
+
+        context = WorkerContext(folder=Path.cwd(), path=sweep.path, code=code_versions(), trusted=trusted_packages())
+        actor = ray.remote(ControllerActor).options(num_cpus=0).remote(context, session="bench", run_ended=ignore_run)
+        controller = ControllerClient(actor)
+        controller.is_over()
+        began = time.perf_counter()
+        make: Any = ray.remote(PlayingWorker)
+        players = [
+            make.options(num_cpus=0).remote(actor, f"bench-{number}", sweep.path / "runs")
+            for number in range(num_actors)
+        ]
+        ray.get([player.get_ready.remote() for player in players])
+        started = time.perf_counter()
+        found = ray.get([player.play.remote() for player in players])
+        took = time.perf_counter() - started
+        seconds = {name: [s for each in found for s in each[name]] for name in CALLS}
+        print(f"{num_actors} Ray actors ready in {started - began:.0f} s; load {os.getloadavg()[0]:.1f}")
+        calls = sum(map(len, seconds.values()))
+        print(f"{planned:,} trials in {took:.0f} s: {planned / took:.1f} trials/s, {calls / took:.0f} calls/s")
+        for name in CALLS:
+            print(f"{name:>8} p50 / p99 / max ms, waiting included: {describe_ms(seconds[name])}")
+        controller.finish()
+        controller.close()
+
+
+def ignore_run(*_: Any) -> None:
+    """Stands for what is done with a run that ended."""
+
+
+class PausedRuns(dict[str, int]):
+    """The step of each paused run, which another process may have paused, from its record."""
+
+    def __init__(self, runs: Path) -> None:
+        super().__init__()
+        self._runs = runs
+
+    def get(self, name: str, default: Any = 0) -> Any:
+        """Returns the step, or the default where the run has not begun."""
+        return read_run(self._runs / name).steps_done if (self._runs / name).is_dir() else default
+
+
+class PlayingWorker:
+    """A worker that trains nothing, in a process of its own."""
+
+    def __init__(self, controller: Any, name: str, runs: Path) -> None:
+        from lorasweep.sweep.workers.ray_workers import ControllerClient  # noqa: PLC0415
+
+        self._controller = ControllerClient(controller)
+        self._worker = TrainingWorker(name)
+        self._paused = PausedRuns(runs)
+
+    def get_ready(self) -> None:
+        """Returns once the process has begun."""
+
+    def play(self) -> dict[str, list[float]]:
+        """Makes calls until nothing is left, and returns the seconds of each."""
+        seconds: dict[str, list[float]] = {name: [] for name in CALLS}
+
+        def timed(kind: str, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            began = time.perf_counter()
+            answer = call(*args, **kwargs)
+            seconds[kind].append(time.perf_counter() - began)
+            return answer
+
+        while True:
+            self._worker.advance(self._controller, timed, self._paused)
+            if self._worker.assignment is None and self._controller.is_over():
+                return seconds
 
 
 if __name__ == "__main__":

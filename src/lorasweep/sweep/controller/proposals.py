@@ -48,6 +48,8 @@ MAX_SOBOL_DRAWS = 20
 """Sobol points that are tried in place of a proposal that repeats an earlier trial."""
 NUM_SOBOL_DRAWN = 256
 """Sobol points that are drawn at once; their number must be a power of 2."""
+MAX_SOBOL_CHUNKS = 4
+"""How often so many points of an arm are kept: a trial looks at the 20 after its own, and at those of their choices."""
 MAX_CACHED_ARMS = 256
 """Arms whose Sobol sequence or order of grid points is kept in memory."""
 
@@ -142,8 +144,9 @@ class _SobolSequence:
         self._drawn: Space = {
             key: FloatDistribution(0.0, 1.0) if key in self._num_choices else range_ for key, range_ in ranges.items()
         }
-        self._engine = qmc.Sobol(len(ranges), scramble=True, seed=seed)
-        self._coordinates: list[Point] = []
+        self._seed = seed
+        self._drawn_points: dict[int, list[Point]] = {}
+        """The last ones that were drawn, by their index over `NUM_SOBOL_DRAWN`."""
 
     def point(self, index: int) -> Point:
         """Returns the point at an index, from 0."""
@@ -155,12 +158,20 @@ class _SobolSequence:
         return point
 
     def _coordinate(self, index: int) -> Point:
-        while len(self._coordinates) <= index:
-            self._coordinates += [
-                {key: _scale_to(range_, float(at)) for (key, range_), at in zip(self._drawn.items(), row, strict=True)}
-                for row in self._engine.random(NUM_SOBOL_DRAWN)
-            ]
-        return self._coordinates[index]
+        chunk, place = divmod(index, NUM_SOBOL_DRAWN)
+        if chunk not in self._drawn_points:
+            self._drawn_points = dict(list(self._drawn_points.items())[1 - MAX_SOBOL_CHUNKS :])
+            self._drawn_points[chunk] = self._draw(chunk)
+        return self._drawn_points[chunk][place]
+
+    def _draw(self, chunk: int) -> list[Point]:
+        engine = qmc.Sobol(len(self._drawn), scramble=True, seed=self._seed)
+        if chunk:
+            engine.fast_forward(chunk * NUM_SOBOL_DRAWN)
+        return [
+            {key: _scale_to(range_, float(at)) for (key, range_), at in zip(self._drawn.items(), row, strict=True)}
+            for row in engine.random(NUM_SOBOL_DRAWN)
+        ]
 
 
 def _scale_to(range_: BaseDistribution, fraction: float) -> float:
