@@ -21,7 +21,7 @@ from tests.servers.daemon import wait_until
 
 import lorasweep
 from lorasweep.config.compose import packaged_folder
-from lorasweep.record import read_sweep
+from lorasweep.record import read_run, read_steps, read_sweep
 
 from .conftest import TIMEOUT_S, state_of
 from .ray_sweep import SWEEP, RaySweep, check_whole, count_evaluations, wait_for
@@ -98,6 +98,22 @@ def test_a_sweep_whose_head_died_is_resumed(start, tmp_path, victim):
         sweep = start("--resume", "out")
     sweep.wait()
     check_whole(folder)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_a_worker_of_two_processes_trains_each_trial_on_both(start, tmp_path, strategy):
+    words = ("trainer.devices=2", f"trainer.strategy={strategy}", "sweep.output=out", "confirm.seeds=0")
+    sweep, folder = start("worker.num=1", *words, "sweep.trials=2"), tmp_path / "out"
+    wait_for(lambda: count_evaluations(folder), sweep)
+    assert len(sweep.find("ray::WorkerActor")) == 2
+    sweep.find("ray::WorkerActor")[-1].kill()  # one of the two: the other ends too, and both begin again
+    sweep.wait()
+    record = read_sweep(folder)
+    assert [row.state for row in record.trials] == ["complete"] * 4
+    for row in record.trials:
+        run = read_run(folder / row.run)
+        assert (run.status, run.steps_done, run.platform["processes"]) == ("complete", 24, 2)
+        assert [step["step"] for step in read_steps(folder / row.run) if "loss" in step] == list(range(1, 25))
 
 
 RAYS_AGENTS = {"ray::DashboardAgent", "ray::RuntimeEnvAgent"}

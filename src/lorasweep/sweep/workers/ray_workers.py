@@ -368,24 +368,20 @@ class _WorkerPool:
         while len(self._members) + len(self._refused) < wanted:
             self._count += 1
             name = f"{self._session}-{self._count}"
-            group, options = None, [self._options()]
+            options: dict[str, Any] = {"num_cpus": self._needs.cpus, "num_gpus": self._needs.gpus}
+            group, places = None, [options]
             if self._needs.processes > 1:
                 bundle = {"CPU": self._needs.cpus, **({"GPU": self._needs.gpus} if self._needs.gpus else {})}
                 group = ray.util.placement_group([bundle] * self._needs.processes)
-                options = [
-                    self._options() | {"scheduling_strategy": PlacementGroupSchedulingStrategy(group, False, number)}
-                    for number in range(self._needs.processes)
+                there = [
+                    PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank)
+                    for rank in range(self._needs.processes)
                 ]
+                places = [options | {"scheduling_strategy": each} for each in there]
             make: Any = WorkerActor
-            actors = [make.options(**each).remote(self._context, threads=self._needs.cpus) for each in options]
+            actors = [make.options(**each).remote(self._context, threads=self._needs.cpus) for each in places]
             run = actors[0].run.remote(self._actor, name=name, num_workers=max(wanted, 1), peers=actors[1:])
             self._members[run] = _PoolMember(name=name, actors=actors, group=group, run=run)
-
-    def _options(self) -> dict[str, Any]:
-        return {
-            "num_cpus": self._needs.cpus,
-            "num_gpus": self._needs.gpus,
-        }
 
     def _wait(self, timeout_s: float) -> None:
         """Waits for a worker to end. The trials of one that died are handed out again; `_start_missing` replaces it."""
