@@ -33,7 +33,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 
 from lorasweep.config.run import RunConfig
 from lorasweep.config.targets import set_trusted, trusted_packages
-from lorasweep.errors import LoraSweepError, RunError, WorkerError, first_line
+from lorasweep.errors import LoraSweepError, RanksLost, WorkerError, first_line
 from lorasweep.record import RunRecord, read_sweep
 from lorasweep.sweep.controller.controller import Controller, RunEnded
 from lorasweep.sweep.controller.lifecycle import reopen_sweep, saved_definition
@@ -46,8 +46,8 @@ CONTROLLER = "controller"
 """Name of the controller's actor in the sweep's namespace."""
 LOOK_INTERVAL_S = 1.0
 """Seconds between two looks at a request to stop and at nodes that joined; a worker that ends is noticed at once."""
-PEER_TIMEOUT_S = 30.0
-"""Seconds that a rank has to end a run that failed on the first rank, before all ranks begin again."""
+PEER_TIMEOUT_S = 10.0
+"""Seconds that the other ranks have to end a run after the first one has, before all ranks begin again."""
 STOP_TIMEOUT_S = 10.0
 """Seconds in which a worker that has begun answers the request to stop."""
 RESTART_FOREVER = {"max_restarts": -1, "max_task_retries": -1}
@@ -184,7 +184,6 @@ class WorkerActor:
         self._stop = threading.Event()
         self._peers: list[Any] = []
         self._benches = Benches()
-        self._cluster: RayEnvironment | None = None
         torch.set_num_threads(threads)
 
     def run(self, controller: Any, *, name: str, num_workers: int, peers: Sequence[Any]) -> bool:
@@ -193,8 +192,6 @@ class WorkerActor:
         client, path = ControllerClient(controller), self._context.path
         client.note_worker(device=name_device(), threads=torch.get_num_threads())
         self._peers = list(peers)
-        if peers:
-            self._assign_ranks()
         return Worker(
             path,
             saved_definition(path),
@@ -212,60 +209,50 @@ class WorkerActor:
         """Has the worker stop after its present step."""
         self._stop.set()
 
-    def set_rank(self, rank: int, *, size: int, address: str, port: int, local_rank: int) -> None:
-        """Takes part in the training of the first process as one of its ranks."""
-        self._context.enter()
-        self._cluster = RayEnvironment(rank=rank, size=size, local_rank=local_rank, address=address, port=port)
-
-    def node(self) -> str:
-        """Returns the node that this process is on."""
-        return str(ray.get_runtime_context().get_node_id())
-
-    def train_as_peer(self, config: RunConfig, place: RunPlace, *, resume: bool) -> None:
+    def train_as_peer(self, config: RunConfig, place: RunPlace, *, resume: bool, cluster: RayEnvironment) -> None:
         """Trains a run together with the other ranks. Where that fails, the process ends, so that none waits for it."""
         try:
-            train_run(config, place, bench=self._benches.of(config), resume=resume, cluster=self._cluster)
-        except RunError:  # raised by all ranks alike
-            return
-        except BaseException:
-            traceback.print_exc()  # into Ray's log of this process
-            os._exit(1)
-
-    def _assign_ranks(self) -> None:
-        """Gives each rank its place."""
-        actors = [ray.get_runtime_context().current_actor, *self._peers]
-        nodes = [self.node(), *ray.get([peer.node.remote() for peer in self._peers])]
-        with socket.socket() as found:
-            found.bind(("", 0))
-            port = found.getsockname()[1]
-        size, address = len(actors), ray.util.get_node_ip_address()
-        places = [
-            {"size": size, "address": address, "port": port, "local_rank": nodes[:rank].count(nodes[rank])}
-            for rank in range(size)
-        ]
-        self.set_rank(0, **places[0])
-        ray.get([peer.set_rank.remote(rank, **places[rank]) for rank, peer in enumerate(self._peers, start=1)])
+            self._context.enter()
+            train_run(config, place, bench=self._benches.of(config), resume=resume, cluster=cluster)
+        except BaseException as error:
+            if not isinstance(error, LoraSweepError) or isinstance(error, RanksLost):  # others are raised by all ranks
+                traceback.print_exc()  # into Ray's log of this process
+                os._exit(1)
 
     def _train_together(self, config: RunConfig, place: RunPlace, *, resume: bool, **own: Any) -> RunRecord:
-        peers = [peer.train_as_peer.remote(config, place, resume=resume) for peer in self._peers]
+        """Trains a run on all ranks. Where one of them was lost, this process ends too, so that all begin again."""
+        with socket.socket() as found:  # another port for each run: torch keeps a store, and what is in it, for a while
+            found.bind(("", 0))
+            port = found.getsockname()[1]
+        place_of = {"size": len(self._peers) + 1, "address": ray.util.get_node_ip_address(), "port": port}
+        peers = [
+            peer.train_as_peer.remote(config, place, resume=resume, cluster=RayEnvironment(rank=rank, **place_of))
+            for rank, peer in enumerate(self._peers, start=1)
+        ]
         try:
-            return train_run(config, place, resume=resume, cluster=self._cluster, **own)
-        except RunError:
-            raise
+            return train_run(config, place, resume=resume, cluster=RayEnvironment(rank=0, **place_of), **own)
         except Exception as error:
-            try:
-                ray.get(peers, timeout=PEER_TIMEOUT_S)
-            except RayError:  # a rank died, or hangs: all of them begin again from the last checkpoint
+            if isinstance(error, RanksLost):
                 traceback.print_exception(error)
                 os._exit(1)
             raise
+        finally:
+            self._wait_for_peers(peers)
+
+    def _wait_for_peers(self, calls: Sequence[Any]) -> None:
+        """Returns when the other ranks have ended a run that this one has ended."""
+        try:
+            ray.get(calls, timeout=PEER_TIMEOUT_S)
+        except RayError:  # a rank died, or hangs
+            traceback.print_exc()
+            os._exit(1)
 
 
 class RayEnvironment(ClusterEnvironment):
     """Where the ranks of a run meet, as Lightning asks for it."""
 
-    def __init__(self, *, rank: int, size: int, local_rank: int, address: str, port: int) -> None:
-        self._rank, self._size, self._local_rank = rank, size, local_rank
+    def __init__(self, *, rank: int, size: int, address: str, port: int) -> None:
+        self._rank, self._size = rank, size
         self._address, self._port = address, port
 
     @property
