@@ -292,10 +292,17 @@ def show_report(folders: Sequence[Path]) -> int:
 def train(arguments: list[str]) -> int:
     """Runs one training as a plain Hydra app; `-m` runs a grid."""
     import hydra
-    from omegaconf import OmegaConf
+    from hydra.core.hydra_config import HydraConfig
 
     from lorasweep.config.build import build
-    from lorasweep.config.compose import check_command_line, packaged_folder, register_search_path
+    from lorasweep.config.compose import (
+        add_arguments,
+        check_command_line,
+        compose_values,
+        packaged_folder,
+        parse_overrides,
+        register_search_path,
+    )
     from lorasweep.config.run import RunConfig
 
     check_command_line(arguments)
@@ -304,12 +311,13 @@ def train(arguments: list[str]) -> int:
     typed, is_grid = sys.argv, bool({"-m", "--multirun"} & set(arguments))
 
     def task(composed: Any) -> None:
-        values: Any = OmegaConf.to_container(composed, resolve=True)
+        # as `sweep` composes it, where a class by `_target_` takes the place of what the default option sets
+        values = compose_values("train", parse_overrides(HydraConfig.get().overrides.task))
         output, resume = values.pop("output"), bool(values.pop("resume"))
         sys.argv = typed  # Lightning types it again to start other processes
         codes.append(_guarded(lambda: train_once(build(RunConfig, values), output, resume=resume, is_grid=is_grid)))
 
-    sys.argv = ["lorasweep train", *arguments]
+    sys.argv = ["lorasweep train", *add_arguments(arguments)]
     app = hydra.main(version_base="1.3", config_path=str(packaged_folder("conf").resolve()), config_name="train")
     app(task)()
     return max(codes, default=DONE)

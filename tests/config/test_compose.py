@@ -7,6 +7,8 @@ from omegaconf import OmegaConf
 
 from lorasweep.config.build import as_settings
 from lorasweep.config.compose import (
+    LIST_GROUPS,
+    add_arguments,
     check_command_line,
     compose_driver,
     compose_run,
@@ -31,6 +33,37 @@ def test_a_run_has_the_values_of_conf():
 def test_options_of_groups_and_dotted_keys_are_set_together():
     config = compose_run({"method.rank": 3, "schedule": "cosine", "method": "lora", "optim.lr": "2e-3"})
     assert (config.method.rank, config.schedule.name, config.optim.lr) == (3, "cosine", 2e-3)
+
+
+def test_several_loggers_and_callbacks_are_chosen_at_once():
+    config = compose_run({"logger": ["tensorboard", "csv"], "callbacks": ["lr_monitor"], "logger.csv.prefix": "a"})
+    assert list(config.logger) == ["tensorboard", "csv"]
+    assert config.logger["csv"].arguments == {"name": "csv", "prefix": "a"}
+    assert list(compose_run({"logger": "none"}).logger) == []
+    assert list(compose_run({}).logger) == ["tensorboard"]
+    with pytest.raises(ConfigError, match=r"`logger` must be one of .*, but got 'tensorbord'. Did you mean `tensorbo"):
+        compose_run({"logger": ["csv", "tensorbord"]})
+    with pytest.raises(ConfigError, match=r"`optim` must be one of .*, but got"):
+        compose_run({"optim": ["adamw", "sgd"]})
+
+
+def test_a_class_takes_the_place_of_an_option_and_leaves_our_settings():
+    config = compose_run({"optim._target_": "torch.optim.RMSprop", "optim.alpha": 0.9, "optim.clip_norm": None})
+    assert (config.optim.target, config.optim.arguments) == ("torch.optim.RMSprop", {"alpha": 0.9})
+    assert (config.optim.lr, config.optim.clip_norm) == (1e-3, None)
+
+
+@pytest.mark.parametrize("key", ["logger.mine.prefix", "optim.momentum", "schedule.total_steps", "trainer.profiler.a"])
+def test_an_argument_without_a_class_is_no_setting(key):
+    with pytest.raises(ConfigError, match=f"`{key}` is not a setting"):
+        compose_run({key: 1})
+
+
+def test_arguments_of_a_class_may_be_new_keys_to_hydra():
+    words = ["--cfg", "job", "optim=sgd", "optim.nesterov=true", "logger.csv.name=a", "method.rank=4", "-m"]
+    assert add_arguments(words) == [
+        *("--cfg", "job", "optim=sgd", "++optim.nesterov=true", "++logger.csv.name=a", "method.rank=4", "-m")
+    ]
 
 
 def test_lists_and_mappings_are_set_whole():
@@ -282,6 +315,9 @@ def test_a_conf_file_has_one_line_for_every_setting_and_no_other(primary, group,
     settings = {group: option} | MANDATORY.get(f"{group}={option}", {})
     built = getattr(compose(settings), group)
     names = list(as_settings(built))
+    if group in LIST_GROUPS:  # parts by a name each, with the lines of their classes
+        assert OmegaConf.to_container(written) == as_settings(built)
+        return
     if written.pop("defaults", None):  # it says what differs from another file
         names = [name for name in names if name in list(written)]
     assert list(written) == names  # in the same order, too
@@ -290,5 +326,7 @@ def test_a_conf_file_has_one_line_for_every_setting_and_no_other(primary, group,
 def test_an_option_is_named_as_its_file():
     for _, group, option in OPTIONS:
         written = OmegaConf.load(packaged_folder("conf") / group / f"{option}.yaml")
-        if group != "trainer" and TARGET not in written:  # which has no variants to tell apart
+        if group in LIST_GROUPS:
+            assert list(written) == ([] if option == "none" else [option])
+        elif group != "trainer" and TARGET not in written:  # which has no variants to tell apart
             assert written.name == option

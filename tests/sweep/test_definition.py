@@ -182,6 +182,14 @@ def test_arguments_of_an_optimizer_are_searched_as_other_settings(read, content)
     assert (config.optim.lr, dict(config.optim.arguments)) == (0.1, {"momentum": 0.9, "dampening": 0.2})
 
 
+def test_a_list_of_loggers_or_callbacks_is_no_choice_of_one(read, content):
+    arms = arms_of(read(content, "logger=[tensorboard,csv]", "arms.lora.callbacks=[lr_monitor,throughput]"))
+    assert set(arms["lora"].space) == {"method.rank", "optim.lr"}
+    config = next(arms["lora"].corners())
+    assert (list(config.logger), list(config.callbacks)) == (["tensorboard", "csv"], ["lr_monitor", "throughput"])
+    assert list(next(arms["full"].corners()).callbacks) == []
+
+
 def test_a_whole_argument_without_a_value_in_the_file_is_searched_in_whole_steps(read, content):
     content["arms"]["lora"]["settings"]["schedule._target_"] = "torch.optim.lr_scheduler.StepLR"
     content["arms"]["lora"]["space"] |= {"schedule.step_size": {"low": 1, "high": 5}}

@@ -48,6 +48,8 @@ def test_arms_that_differ_in_what_a_slot_owns_share_a_pack(write_file, content):
         ("optim.eps", 0.0, "`optim.eps` is 0"),
         ("trainer.devices", 2, "`trainer.devices` does not go with packs"),
         ("optim", "sgd", "`optim._target_` does not go with packs, whose slots all train by AdamW, so its trials run"),
+        ("callbacks", ["lr_monitor"], "`callbacks` does not go with packs, where a callback would see several runs as"),
+        ("trainer.profiler", "simple", "`trainer.profiler` does not go with packs, whose steps belong to several runs"),
         ("schedule", "one_cycle", "`schedule._target_` does not go with packs, whose slots have the schedules that"),
     ],
 )
@@ -64,6 +66,14 @@ def test_the_report_says_why_trials_run_alone(write_file, content):
     (note,) = packing_notes(read_definition(write_file(content), ["worker.pack_size=auto"]))
     assert note.startswith("`lora`: `optim._target_` does not go with packs")
     assert packing_notes(read_definition(write_file(content), ["worker.pack_size=1"])) == []
+
+
+def test_arms_with_other_loggers_share_a_pack(write_file, content):
+    content["arms"]["lora"]["settings"]["logger"] = ["tensorboard", "csv"]
+    content["arms"]["other"] = {"settings": {"method": "lora", "logger": "none"}, "trials": 1}
+    plans = plan(write_file, content)
+    assert plans["other"].key is not None
+    assert plans["other"].key == plans["lora"].key
 
 
 def test_a_swept_schedule_with_a_name_is_packed(write_file, content):

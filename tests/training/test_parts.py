@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities import rank_zero_only
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from lorasweep.config.targets import set_trusted
+from lorasweep.errors import ConfigError
 from lorasweep.record import read_run, read_steps
 from lorasweep.training import RunPlace, train_run
+from lorasweep.training.optim import schedule_factor
+from lorasweep.training.pack import train_pack
+from lorasweep.training.parts import build_callbacks, check_parts
 from lorasweep.training.restore import restore_config
+from lorasweep.training.slots import Job
 
 PLATEAU = {
     "schedule._target_": "torch.optim.lr_scheduler.ReduceLROnPlateau",
-    "schedule.mode": "max",  # the loss falls, so that every evaluation counts as a bad one
+    "schedule.threshold": 9.0,  # so that no evaluation counts as better than the first
+    "schedule.threshold_mode": "abs",
     "schedule.patience": 0,
     "schedule.factor": 0.5,
 }
@@ -60,3 +72,190 @@ def test_a_schedule_that_waits_for_the_loss_moves_at_evaluations(tmp_path, make_
     assert paused.status == "paused"
     train(tmp_path / "paused", config, bench=bench, resume=True)
     assert rows(tmp_path / "paused") == rows(tmp_path / "whole")
+
+
+def scalars(folder):
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def csv_rows(folder):
+    (file,) = folder.glob("csv/version_0/metrics.csv")
+    with file.open() as opened:
+        return list(csv.DictReader(opened))
+
+
+class Memory(Logger):
+    """A logger of a user's own, which keeps what it is told."""
+
+    runs: ClassVar[list[Memory]] = []
+
+    def __init__(self, run_name, tag="none"):
+        super().__init__()
+        self.run_name, self.tag = run_name, tag
+        self.settings, self.metrics, self.status = None, [], None
+        Memory.runs.append(self)
+
+    name, version = "memory", 0
+
+    @rank_zero_only
+    def log_metrics(self, metrics, step=None):
+        self.metrics.append((step, dict(metrics)))
+
+    @rank_zero_only
+    def log_hyperparams(self, params, *_):
+        self.settings = params
+
+    def finalize(self, status):
+        self.status = status
+
+
+@pytest.fixture
+def trust_our_tests():
+    """Trusts the classes of this file, as `trust=[tests]` on the command line does."""
+    set_trusted(["tests"])
+    Memory.runs.clear()
+    yield
+    set_trusted(())
+
+
+OWN = {"logger.memory._target_": f"{__name__}.Memory", "logger.memory.tag": "mine"}
+
+
+def test_several_loggers_get_every_metric_in_the_runs_folder(tmp_path, make_config, bench, trust_our_tests):
+    config = make_config({"logger": ["tensorboard", "csv"], **OWN})
+    train(tmp_path, config, bench=bench)
+    losses = [(row["step"], row["loss"]) for row in read_steps(tmp_path) if "loss" in row]
+    values = [(row["step"], row["validation"]["loss"]) for row in read_steps(tmp_path) if "validation" in row]
+    shown = scalars(tmp_path)
+    assert [value for _, value in shown["train/loss"]] == pytest.approx([loss for _, loss in losses], rel=1e-6)
+    logged = [float(row["validation/loss"]) for row in csv_rows(tmp_path) if row["validation/loss"]]
+    assert logged == pytest.approx([value for _, value in values], rel=1e-6)
+    (own,) = Memory.runs
+    assert (own.tag, own.run_name, own.status) == ("mine", tmp_path.name, "success")
+    assert own.settings["optim"]["lr"] == config.optim.lr
+    assert len([metrics for _, metrics in own.metrics if "train/loss" in metrics]) == len(losses)
+
+
+def test_each_slot_of_a_pack_has_its_own_loggers(tmp_path, make_config, bench, trust_our_tests):
+    settings = {"logger": ["tensorboard", "csv"], **OWN, "trainer.max_steps": 4, "trainer.eval_every_steps": 2}
+    jobs = [
+        Job(
+            config=make_config({**settings, "optim.lr": rate, "schedule": name}),
+            place=RunPlace(folder=tmp_path / name),
+            ended=lambda record: None,
+            failed=lambda error: None,
+        )
+        for name, rate in (("polynomial", 1e-3), ("inverse_sqrt", 2e-3))
+    ]
+    train_pack(
+        jobs,
+        bench=bench,
+        slots=2,
+        supply=lambda: None,
+        on_evaluation=lambda evaluated: [True] * len(evaluated),
+        state_file=tmp_path / "pack.json",
+    )
+    assert [own.run_name for own in Memory.runs] == ["polynomial", "inverse_sqrt"]
+    for own, job in zip(Memory.runs, jobs, strict=True):
+        folder = job.place.folder
+        expected = {row["step"]: row for row in read_steps(folder) if "loss" in row}
+        for step, metrics in own.metrics:
+            if "train/loss" in metrics:
+                assert (metrics["train/loss"], metrics["train/lr"]) == (expected[step]["loss"], expected[step]["lr"])
+        factors = [schedule_factor(job.config.schedule, n, max_steps=4, lr=job.config.optim.lr) for n in range(4)]
+        assert [row["lr"] for row in expected.values()] == [job.config.optim.lr * factor for factor in factors]
+        assert [float(row["train/lr"]) for row in csv_rows(folder) if row["train/lr"]] == [
+            row["lr"] for row in expected.values()
+        ]
+        assert [step for step, _ in scalars(folder)["validation/loss"]] == [2, 4]
+        assert own.status == "success"
+
+
+def test_without_loggers_steps_are_kept_all_the_same(tmp_path, make_config, bench):
+    train(tmp_path, make_config({"logger": "none"}), bench=bench)
+    assert not list(tmp_path.rglob("events.*"))
+    assert len([row for row in read_steps(tmp_path) if "loss" in row]) == 4
+
+
+def test_lightnings_callbacks_see_the_run_and_log(tmp_path, make_config, bench, capsys):
+    names = ["lr_monitor", "device_stats", "throughput", "model_summary"]
+    settings = {"callbacks.device_stats.cpu_stats": True, "callbacks.throughput.window_size": 2}
+    config = make_config({"callbacks": names, **settings, "trainer.max_steps": 6})
+    plain = make_config({"trainer.max_steps": 6})
+    train(tmp_path / "with", config, bench=bench)
+    train(tmp_path / "without", plain, bench=bench)
+    assert rows(tmp_path / "with") == rows(tmp_path / "without")  # none of them changes what is learned
+    shown = scalars(tmp_path / "with")
+    assert [value for _, value in shown["lr-AdamW"]] == pytest.approx(rates(tmp_path / "with"), rel=1e-6)
+    assert any("cpu_percent" in tag for tag in shown)
+    assert any("samples_per_sec" in tag for tag in shown)
+    assert "LlamaForCausalLM" in capsys.readouterr().out
+
+
+def test_an_early_stopping_of_lightnings_ends_the_run_and_resumes_with_what_it_knew(tmp_path, make_config, bench):
+    settings = {
+        "callbacks": "early_stopping",
+        "callbacks.early_stopping.min_delta": 9.0,  # so that nothing counts as better than the first
+        "callbacks.early_stopping.patience": 2,
+        "trainer.max_steps": 10,
+        "trainer.eval_every_steps": 2,
+    }
+    whole = train(tmp_path / "whole", make_config(settings), bench=bench)
+    assert (whole.status, whole.steps_done) == ("complete", 6)
+    assert whole.reason == "a callback stopped it at step 6 of 10"
+    train(tmp_path / "paused", make_config(settings), bench=bench, on_evaluation=lambda step, values: step != 4)
+    assert train(tmp_path / "paused", make_config(settings), bench=bench, resume=True).steps_done == 6
+
+
+def test_a_model_checkpoint_of_lightnings_writes_into_the_runs_folder(tmp_path, make_config, bench):
+    target = {"callbacks.kept._target_": "lightning.pytorch.callbacks.ModelCheckpoint"}
+    config = make_config({**target, "callbacks.kept.monitor": "validation/loss"})
+    train(tmp_path, config, bench=bench)
+    assert len(list(tmp_path.glob("checkpoints/*.ckpt"))) == 1
+
+
+def test_a_progress_bar_is_shown_only_where_one_is_asked_for(make_config):
+    shown = {"callbacks": "rich_progress_bar", "trainer.progress": True}
+    assert [type(callback).__name__ for callback in build_callbacks(make_config(shown))] == ["RichProgressBar"]
+    assert build_callbacks(make_config({**shown, "trainer.progress": False})) == []
+
+
+@pytest.mark.parametrize(
+    ("profiler", "file"),
+    [
+        ({"trainer.profiler": "simple"}, "fit-profile.txt"),
+        ({"trainer.profiler": "advanced"}, "fit-profile.txt"),
+        ({"trainer.profiler._target_": "lightning.pytorch.profilers.SimpleProfiler"}, "fit-profile.txt"),
+    ],
+    ids=["simple", "advanced", "target"],
+)
+def test_a_profiler_writes_into_the_runs_folder(tmp_path, make_config, bench, profiler, file):
+    train(tmp_path, make_config(profiler), bench=bench)
+    assert "training_step" in (tmp_path / file).read_text()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"logger": "wandb"},
+            "`logger.wandb` needs the package 'wandb', which is not installed. Run `pip install wandb`",
+        ),
+        ({"logger": "mlflow"}, "`logger.mlflow` needs the package 'mlflow', which is not installed. Run `pip install"),
+        ({"logger": "csv", "logger.csv.save_dir": "/tmp"}, "`logger.csv.save_dir` must be left out, because each run"),
+        ({"logger": "csv", "logger.csv.flush": 1}, "`logger.csv` must have arguments that 'lightning.pytorch.loggers"),
+        ({"logger.a._target_": "lightning.pytorch.callbacks.Timer"}, "`logger.a._target_` must be a subclass of"),
+        ({"callbacks.a._target_": "lightning.pytorch.loggers.CSVLogger"}, "`callbacks.a._target_` must be a subclass"),
+        ({"callbacks": "early_stopping", "callbacks.early_stopping.mode": "best"}, "`callbacks.early_stopping` must"),
+        ({"trainer.profiler._target_": "lightning.pytorch.callbacks.Timer"}, "`trainer.profiler._target_` must be a"),
+    ],
+)
+def test_parts_that_cant_be_are_refused_before_anything_is_written(
+    tmp_path, monkeypatch, make_config, settings, message
+):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=message) as refused:
+        check_parts(make_config(settings))
+    assert "\n" not in str(refused.value)
+    assert list(tmp_path.iterdir()) == []

@@ -38,9 +38,11 @@ MOST_INTERPOLATIONS = 16
 """In the settings of a sweep or a run. Each may name another, so a few dozen could stand for any amount of text."""
 PARTS: Mapping[str, frozenset[str]] = {
     "optim": frozenset(f.name for f in fields(OptimizerPart)) - {"target", "arguments"},
-    **dict.fromkeys(("schedule", "sampler", "pruner"), frozenset[str]()),
+    **dict.fromkeys(("schedule", "sampler", "pruner", "trainer.profiler", "trainer.strategy"), frozenset[str]()),
 }
 """Settings that may be a class by `_target_`, with the keys beside its arguments that lorasweep reads itself."""
+LIST_GROUPS = ("logger", "callbacks")
+"""Groups of which several options may be chosen at once (`logger=[tensorboard,csv]`): parts by a name each."""
 SHOWING_FLAGS = {"--cfg", "-c", "--info", "-i", "--help", "-h"}
 """Flags of Hydra with which nothing is trained."""
 
@@ -131,17 +133,19 @@ def compose_values(primary: Primary, settings: Mapping[str, Any], *, require_all
 
 
 def _names_part(key: str) -> bool:
-    """Whether a key gives the class of a part."""
-    return key.removesuffix(f".{TARGET}") in PARTS and key.endswith(TARGET)
+    """Whether a key gives the class of a part that is not inside of another one."""
+    outer, _, last = key.rpartition(".")
+    return last == TARGET and (outer in PARTS or (outer.count(".") == 1 and outer.split(".")[0] in LIST_GROUPS))
 
 
 def _make_room_for_parts(composed: DictConfig, settings: Mapping[str, Any]) -> None:
     """Removes what is set of another class, or of an option of ours, where settings name the class themselves."""
-    for key, own in PARTS.items():
-        before = OmegaConf.select(composed, key)
-        target = settings.get(f"{key}.{TARGET}")
-        if target is not None and isinstance(before, DictConfig) and before.get(TARGET) != target:
-            OmegaConf.update(composed, key, {name: before[name] for name in before if name in own}, merge=False)
+    for key in filter(_names_part, settings):
+        part = key.removesuffix(f".{TARGET}")
+        before = OmegaConf.select(composed, part)
+        if isinstance(before, DictConfig) and before.get(TARGET) != settings[key]:
+            kept = {name: before[name] for name in before if name in PARTS.get(part, ())}
+            OmegaConf.update(composed, part, kept, merge=False)
 
 
 def check_interpolations(values: Any) -> None:
@@ -158,12 +162,18 @@ def check_interpolations(values: Any) -> None:
 
 
 @cache
-def _compose_groups(primary: Primary, groups: tuple[tuple[str, str], ...], folder: Path) -> DictConfig:
+def _compose_groups(
+    primary: Primary, groups: tuple[tuple[str, str | tuple[str, ...]], ...], folder: Path
+) -> DictConfig:
     """Composes options of groups, as seen from the current folder; once, because Hydra takes its time."""
     with hydra_session():
+        overrides = []
         for key, value in groups:
-            _check_option(key, value)
-        return compose(primary, overrides=[f"{key}={value}" for key, value in groups])
+            several = key in LIST_GROUPS and not isinstance(value, str)
+            for option in value if several else (value,):
+                _check_option(key, option if isinstance(option, str) else str(list(option)))
+            overrides.append(f"{key}=[{','.join(value)}]" if several else f"{key}={value}")
+        return compose(primary, overrides=overrides)
 
 
 def layer_settings(primary: Primary, *layers: Mapping[str, Any]) -> dict[str, Any]:
@@ -186,8 +196,11 @@ def layer_settings(primary: Primary, *layers: Mapping[str, Any]) -> dict[str, An
     return layered
 
 
-def _option(value: Any) -> str:
-    return value if isinstance(value, str) else repr(value)  # which no option is called
+def _option(value: Any) -> str | tuple[str, ...]:
+    """Returns an option, or several as a tuple; what can't be one is a text that no option is called."""
+    if isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):
+        return tuple(value)
+    return value if isinstance(value, str) else repr(value)
 
 
 def known_keys(settings: Mapping[str, Any]) -> set[str]:
@@ -265,6 +278,15 @@ def check_command_line(arguments: Sequence[str]) -> None:
         compose_run(dict(zip(values, combination, strict=True)), require_all=not only_shows)
 
 
+def add_arguments(arguments: Sequence[str]) -> list[str]:
+    """Returns a command line of Hydra's in which arguments of parts by `_target_` may be new keys (`++key=value`)."""
+    parts = tuple(f"{key}." for key in (*PARTS, *LIST_GROUPS))
+    return [
+        f"++{word}" if word.startswith(parts) and not _is_flag(arguments, position) else word
+        for position, word in enumerate(arguments)
+    ]
+
+
 def _is_flag(arguments: Sequence[str], position: int) -> bool:
     """Whether a word is one of Hydra's flags or the value of one (`--cfg job`)."""
     with_value = (
@@ -294,7 +316,8 @@ def _parse(overrides: Sequence[str]) -> list[Override]:
 def _read_override(override: Override) -> tuple[str, Any]:
     if not override.key_or_group:
         raise ConfigError(f"an override must read `key=value`, but got {override.input_line!r}.")
-    if override.is_add() or override.is_force_add() or override.is_delete():
+    is_argument = any(str(override.key_or_group).startswith(f"{part}.") for part in (*PARTS, *LIST_GROUPS))
+    if override.is_delete() or ((override.is_add() or override.is_force_add()) and not is_argument):
         raise ConfigError(
             f"an override must read `key=value`, but got {override.input_line!r}. Leave out the `+` or `~`."
         )

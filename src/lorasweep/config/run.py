@@ -187,6 +187,9 @@ class TrainerConfig:
     ends a run at an operation that has none; `false` takes the fastest."""
     progress: bool
     """Whether a single run shows a progress bar."""
+    profiler: Literal["simple", "advanced", "pytorch"] | Part | None
+    """What measures where the time goes, by Lightning's name or a class: writes into the run's folder. Such trials run
+    alone."""
 
     @property
     def strategy_name(self) -> str:
@@ -246,6 +249,10 @@ class RunConfig:
     schedule: ScheduleConfig | Part
     """A part is a scheduler of torch's or of the user's own. Trials with one run alone."""
     trainer: TrainerConfig
+    logger: Mapping[str, Part] = field(hash=False)
+    """Where metrics go beside the run's own `steps.jsonl`: any Lightning logger, by a name of the user's."""
+    callbacks: Mapping[str, Part] = field(hash=False)
+    """Any Lightning callback, by a name of the user's. Trials with one run alone."""
     seed: int
     """Sets every seed below that is not set by itself."""
     seeds: SeedsConfig

@@ -116,6 +116,19 @@ def instantiate(part: Part, *, key: str, expected: type[T], **more: Any) -> T:
     return made
 
 
+def check_part(part: Part, *, key: str, expected: type, **more: Any) -> None:
+    """Makes sure that a part's class takes its arguments by their names, without making the object.
+
+    Arguments and errors as in `instantiate`.
+    """
+    found: type = find_class(part.target, key=key, expected=expected)
+    _check_arguments(part.arguments, key=key)
+    try:
+        inspect.signature(found).bind(**{**part.arguments, **more})
+    except TypeError as error:
+        raise ConfigError(_describe_refusal(error, part, key=key)) from error
+
+
 def find_class(target: str, *, key: str, expected: type[T]) -> type[T]:
     """Returns the class that a target names; importing it runs the code of its module.
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from lorasweep.config.build import nearest
 from lorasweep.config.compose import (
+    LIST_GROUPS,
     check_key,
     compose_driver,
     compose_run,
@@ -213,8 +214,8 @@ def _layer_run(
     for key in for_all:
         refuse_expanded(arm, key, written=key)
     typed = (for_all, *for_this)
-    ranges = {key: value for key, value in lay_over(*typed).items() if _is_range(value)}
-    values = [{k: v for k, v in layer.items() if not _is_range(v)} for layer in typed]
+    ranges = {key: value for key, value in lay_over(*typed).items() if _is_range(key, value)}
+    values = [{k: v for k, v in layer.items() if not _is_range(k, v)} for layer in typed]
     replaced = {either for layer in values for key in layer for either in (key, rival(key))}
     replaced |= {rival(key) for key in ranges} - set(ranges)
     settings = _layer(of_file, of_arm, of_expansion, *values)
@@ -256,7 +257,7 @@ def _check_one_stage(arms: Sequence[Arm], driver: DriverConfig) -> None:
 def _options(*layers: Mapping[str, Any]) -> dict[str, Any]:
     """The option of each group that is chosen; one that is swept is left out."""
     layered = layer_settings("train", *layers)
-    return {key: layered[key] for key in group_names("train") if key in layered and not _is_range(layered[key])}
+    return {key: layered[key] for key in group_names("train") if key in layered and not _is_range(key, layered[key])}
 
 
 def _without_arms(overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -269,7 +270,7 @@ def _without_trials(overrides: Mapping[str, Any]) -> dict[str, Any]:
 
 def _reaches(key: str, value: Any, *, method: str, space: Mapping[str, Any]) -> bool:
     """Whether an override without an arm's name is for this arm: its method has the key, and a range needs a space."""
-    if _is_range(value) and not space:
+    if _is_range(key, value) and not space:
         return False
     if not key.startswith("method."):
         return True
@@ -278,8 +279,8 @@ def _reaches(key: str, value: Any, *, method: str, space: Mapping[str, Any]) -> 
     return name.removeprefix("method.") in {f.name for f in dataclasses.fields(config.method)}
 
 
-def _is_range(value: Any) -> bool:
-    return isinstance(value, Mapping | list)
+def _is_range(key: str, value: Any) -> bool:
+    return isinstance(value, Mapping | list) and key not in LIST_GROUPS
 
 
 def _parse_space(arm: ArmConfig) -> Space:

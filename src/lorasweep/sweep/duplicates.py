@@ -23,8 +23,8 @@ DIGITS = 9
 def describe_function(config: RunConfig) -> str:
     """Returns the same text for settings that train the same function, step by step, and another one for others."""
     settings = as_settings(config)
-    del settings["seed"]  # what it decides stands in `seeds`
-    settings["trainer"] = {key: value for key, value in settings["trainer"].items() if key != "progress"}
+    del settings["seed"], settings["logger"]  # what the seed decides stands in `seeds`
+    settings["trainer"] = {k: v for k, v in settings["trainer"].items() if k not in ("progress", "profiler")}
     if isinstance(config.method, LoraConfig):
         _canonize(settings, config, config.method)
     return repr(_rounded(settings))

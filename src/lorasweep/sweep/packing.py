@@ -1,7 +1,7 @@
 """Which trials can train together, and how many: the sweep's side of packs.
 
 Trials share a pack when their settings differ only in what a slot may own: those of `method=lora` that can be stacked,
-`optim`, `schedule` and seeds. Model, data and trainer settings must be the same.
+`optim`, `schedule`, `logger` and seeds. Model, data and trainer settings must be the same.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from lorasweep.errors import ConfigError
 from lorasweep.lora.packed import why_not_packable
 from lorasweep.sweep.definition import Arm, Definition
 
-SLOT_GROUPS = ("method", "optim", "schedule", "seed", "seeds")
+SLOT_GROUPS = ("method", "optim", "schedule", "logger", "seed", "seeds")
 SOLO_SETTINGS: Mapping[str, Callable[[RunConfig], bool]] = {
     "trainer.compile": lambda config: config.trainer.compile,
     "trainer.activation_checkpointing": lambda config: config.trainer.activation_checkpointing,
@@ -26,11 +26,15 @@ SOLO_SETTINGS: Mapping[str, Callable[[RunConfig], bool]] = {
     "optim.ema_decay": lambda config: config.optim.ema_decay is not None,
     "optim._target_": lambda config: isinstance(config.optim, Part),
     "schedule._target_": lambda config: isinstance(config.schedule, Part),
+    "callbacks": lambda config: bool(config.callbacks),
+    "trainer.profiler": lambda config: config.trainer.profiler is not None,
 }
 """What a pack can't do for one slot, by key."""
 SOLO_CAUSES: Mapping[str, str] = {
     "optim._target_": ", whose slots all train by AdamW",
     "schedule._target_": ", whose slots have the schedules that have a name",
+    "callbacks": ", where a callback would see several runs as one",
+    "trainer.profiler": ", whose steps belong to several runs",
 }
 """What a sentence says of such a key beside that it does not go with packs."""
 

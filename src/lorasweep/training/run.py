@@ -13,8 +13,8 @@ import lightning
 import torch
 from lightning.fabric import Fabric
 from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
-from lightning.pytorch.callbacks import TQDMProgressBar
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.callbacks import ProgressBar, TQDMProgressBar
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 from lorasweep.config.run import RunConfig
@@ -38,6 +38,7 @@ from lorasweep.training.checkpoint import Found, find_checkpoint
 from lorasweep.training.data_module import DataModule
 from lorasweep.training.environment import deterministic_algorithms, reset_peak_memory, resolve_device
 from lorasweep.training.module import TrainingModule
+from lorasweep.training.parts import build_callbacks, build_profiler, open_loggers, writes_checkpoints
 from lorasweep.training.processes import (
     build_strategy,
     explain_failure,
@@ -229,15 +230,20 @@ class _Session:
         callbacks = [
             keeping := KeepSignalHandler(),
             *averaging,
+            *build_callbacks(config),  # before `Checkpointing`, which keeps what they know of this evaluation
             logging := Logging(log, start_step=start_step, telemetry=bench.telemetry),
             settling := Settling(on_evaluation, run_log=log, config=settings),
             Checkpointing(folder),
             *map(PutBack, averaging),
             Stopping(stop_requested, folder, eval_every_steps=every, logging=logging),
         ]
-        trainer = self._build_trainer(module, callbacks)
         status: RunStatus = "complete"
-        with quiet_lightning(), deterministic_algorithms(settings.deterministic):
+        with (
+            open_loggers(config, folder, is_first=self.group.is_global_zero) as loggers,
+            quiet_lightning(),
+            deterministic_algorithms(settings.deterministic),
+        ):
+            trainer = self._build_trainer(module, callbacks, loggers)
             try:
                 if record.steps_planned:
                     trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
@@ -249,12 +255,17 @@ class _Session:
                 keeping.put_back()
         if log is not None:
             note_progress(log.record, module)
+            stopped_at = f"step {trainer.global_step} of {record.steps_planned}"
             if status == "interrupted":
                 log.record.steps_done = trainer.global_step
-                log.record.reason = f"stopped at step {trainer.global_step} of {record.steps_planned}"
+                log.record.reason = f"stopped at {stopped_at}"
+            elif trainer.global_step < record.steps_planned and log.record.reason is None:
+                log.record.reason = f"a callback stopped it at {stopped_at}"
         return "paused" if settling.paused else status
 
-    def _build_trainer(self, module: TrainingModule, callbacks: list[lightning.Callback]) -> lightning.Trainer:
+    def _build_trainer(
+        self, module: TrainingModule, callbacks: list[lightning.Callback], loggers: list[Logger]
+    ) -> lightning.Trainer:
         config, settings, folder = self.config, self.config.trainer, self.place.folder
         launch = find_launch(settings, self.cluster)
         mixed = self.bench.precision == "bf16" and module.method.needs_autocast
@@ -263,7 +274,8 @@ class _Session:
         show = (
             self.group.is_global_zero and settings.progress and config.method.name != "frozen" and sys.stderr.isatty()
         )
-        if show:
+        has_bar = any(isinstance(callback, ProgressBar) for callback in callbacks)
+        if show and not has_bar:
             callbacks = [*callbacks, TQDMProgressBar(refresh_rate=1)]
         with quiet_lightning():
             return lightning.Trainer(
@@ -273,7 +285,8 @@ class _Session:
                 strategy=build_strategy(settings, launch),
                 plugins=[launch.environment],
                 precision="bf16-mixed" if mixed else "32-true",
-                logger=_EventLogger(folder, name="", version="", default_hp_metric=False),
+                logger=loggers or False,
+                profiler=build_profiler(config, folder),
                 callbacks=callbacks,
                 max_epochs=1,
                 max_steps=settings.max_steps,
@@ -281,8 +294,8 @@ class _Session:
                 check_val_every_n_epoch=None,
                 num_sanity_val_steps=0,
                 log_every_n_steps=max(1, settings.max_steps // 200),
-                enable_checkpointing=False,
-                enable_progress_bar=show,
+                enable_checkpointing=writes_checkpoints(callbacks),
+                enable_progress_bar=show or has_bar,
                 enable_model_summary=False,
                 accumulate_grad_batches=module.accumulate,
                 gradient_clip_val=config.optim.clip_norm,  # the module clips by itself, but DeepSpeed does it for it
@@ -304,12 +317,3 @@ def free_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-class _EventLogger(TensorBoardLogger):
-    """TensorBoard's event file without Lightning's empty `hparams.yaml` beside it."""
-
-    @rank_zero_only
-    def save(self) -> None:
-        if self._experiment is not None:
-            self._experiment.flush()

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch.utils.tensorboard import SummaryWriter
 
 from lorasweep.config.run import RunConfig
 from lorasweep.data.batching import MicroBatch, StepBatchSampler
@@ -17,6 +16,7 @@ from lorasweep.errors import RecordError
 from lorasweep.record import RunRecord, RunStatus, read_run
 from lorasweep.training.checkpoint import Found, find_checkpoint, save_checkpoint
 from lorasweep.training.environment import device_of
+from lorasweep.training.parts import finish_loggers, start_loggers
 from lorasweep.training.run_log import RunLog, RunPlace, Values, new_record, reopen_record
 from lorasweep.training.workbench import Workbench, describe_batching
 
@@ -86,7 +86,7 @@ class SlotRun:
         self.record = _open_record(job, found, bench=bench, slot=slot, slots=slots)
         self.record.batching = describe_batching(bench, config.trainer, accumulate=accumulate, padding_fraction=0.0)
         self.log = RunLog(self.record, folder, start_step=self.step)
-        self.writer = SummaryWriter(str(folder))
+        self.loggers = start_loggers(config, folder)
         device = device_of(config.trainer)  # masks are drawn where the rows are
         self.stream = torch.Generator(device).manual_seed(config.seeds.dropout)
         if resumed:
@@ -124,7 +124,7 @@ class SlotRun:
         return tokens
 
     def note_evaluation(self, values: Values, *, save: Callable[[Path], None]) -> float:
-        """Writes the steps so far and an evaluation to the log and to TensorBoard; returns the value of the metric.
+        """Writes the steps so far and an evaluation to the run's log and its loggers; returns the value of the metric.
 
         Args:
             values: Every metric.
@@ -134,13 +134,15 @@ class SlotRun:
             Diverged: A loss or the value is NaN or infinite.
         """
         for row in self.log.flush(self.tokens_per_s):
-            for name in ("loss", "lr", "tokens_per_s"):
-                self.writer.add_scalar(f"train/{name}", row[name], row["step"])
-            self.writer.add_scalar("train/padding_fraction", self.padding_fraction, row["step"])
+            metrics = {f"train/{name}": row[name] for name in ("loss", "lr", "tokens_per_s")}
+            metrics["train/padding_fraction"] = self.padding_fraction
+            for logger in self.loggers:
+                logger.log_metrics(metrics, step=row["step"])
         self._note_progress()
         value = self.log.note_evaluation(self.step, values, save=save)
-        for name, number in values.items():
-            self.writer.add_scalar(f"validation/{name}", number, self.step)
+        for logger in self.loggers:
+            logger.log_metrics({f"validation/{name}": number for name, number in values.items()}, step=self.step)
+            logger.save()
         return value
 
     def save_checkpoint(self, state: Mapping[str, Any]) -> None:
@@ -156,7 +158,9 @@ class SlotRun:
         """Writes the record of the session's end; the checkpoints are the pack's to remove."""
         self._note_progress()
         self.log.close(status, reason, wall_s=self.wall_s, keep_checkpoints=True)
-        self.writer.close()
+        for logger in self.loggers:
+            logger.finalize("failed" if status == "failed" else "success")
+        finish_loggers(self.loggers)
 
     def _note_progress(self) -> None:
         self.record.tokens_trained, self.record.tokens_per_s = self.tokens_trained, self.tokens_per_s

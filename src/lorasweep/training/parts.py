@@ -1,0 +1,183 @@
+"""Loggers, callbacks and profilers that settings name by `_target_`, as Lightning's users know them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import lightning
+from lightning.pytorch.callbacks import Checkpoint, ProgressBar, ThroughputMonitor
+from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.profilers import AdvancedProfiler, Profiler, PyTorchProfiler, SimpleProfiler
+from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor
+
+from lorasweep.config.build import as_settings
+from lorasweep.config.run import RunConfig
+from lorasweep.config.targets import Part, argument_names, check_part, find_class, instantiate
+from lorasweep.data.part import Batch
+from lorasweep.errors import ConfigError
+
+PROFILERS: Mapping[str, type[Profiler]] = {
+    "simple": SimpleProfiler,
+    "advanced": AdvancedProfiler,
+    "pytorch": PyTorchProfiler,
+}
+"""Lightning's names of profilers."""
+LOGGER_PACKAGES: Mapping[str, str] = {
+    "WandbLogger": "wandb",
+    "MLFlowLogger": "mlflow",
+    "CometLogger": "comet_ml",
+    "NeptuneLogger": "neptune",
+}
+"""Package that each of Lightning's loggers needs, and that is installed by hand."""
+
+
+class EventLogger(TensorBoardLogger):
+    """TensorBoard's event file in a run's own folder, without Lightning's `hparams.yaml` beside it.
+
+    The row of the HParams tab, with the score, is written when the run has ended.
+    """
+
+    def __init__(self, save_dir: str, **arguments: Any) -> None:
+        super().__init__(save_dir, name="", version="", default_hp_metric=False, **arguments)
+
+    @rank_zero_only
+    def log_hyperparams(self, *_: Any, **__: Any) -> None:
+        """Leaves them to the end of the run."""
+
+    @rank_zero_only
+    def save(self) -> None:
+        """Writes what is in memory."""
+        if self._experiment is not None:
+            self._experiment.flush()
+
+
+class Throughput(ThroughputMonitor):
+    """Lightning's `ThroughputMonitor`, which counts rows and tokens of our batches, padding left out."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(batch_size_fn=_count_rows, length_fn=_count_tokens, **arguments)
+        self._module_has_flops = False  # ours does not say, and Lightning would warn
+
+
+def _count_rows(batch: Batch) -> int:
+    return next(len(value) for value in batch.values() if isinstance(value, Tensor) and value.ndim)
+
+
+def _count_tokens(batch: Batch) -> int:
+    return int(batch["num_tokens"])
+
+
+@contextmanager
+def open_loggers(config: RunConfig, folder: Path, *, is_first: bool) -> Iterator[list[Logger]]:
+    """Gives a run's loggers, which write into its folder, and ends what they began.
+
+    Each process of a run has them, as Lightning expects, but only those of the first write.
+    """
+    loggers = start_loggers(config, folder, is_first=is_first)
+    try:
+        yield loggers
+    finally:
+        if is_first:
+            finish_loggers(loggers)
+
+
+def start_loggers(config: RunConfig, folder: Path, *, is_first: bool = True) -> list[Logger]:
+    """Returns a run's loggers; those of its first process get the run's settings.
+
+    Raises:
+        ConfigError: A class is not trusted, not there or no logger, or refuses its arguments.
+    """
+    loggers: list[Logger] = []
+    for name, part in config.logger.items():
+        key = f"logger.{name}"
+        offered = _offer(part, key=key, folder=folder)
+        loggers.append(instantiate(part, key=key, expected=Logger, **offered))  # type: ignore[type-abstract]
+        if is_first:
+            loggers[-1].log_hyperparams(as_settings(config))
+    return loggers
+
+
+def finish_loggers(loggers: list[Logger]) -> None:
+    """Ends what loggers leave open for the next run of this process."""
+    for logger in loggers:
+        if isinstance(logger, WandbLogger):
+            logger.experiment.finish()
+
+
+def _offer(part: Part, *, key: str, folder: Path) -> dict[str, Any]:
+    """Returns what a logger's class is told of its run, of what it takes.
+
+    Raises:
+        ConfigError: The settings name a folder of their own.
+    """
+    names, _ = argument_names(part.target, key=key)
+    if "save_dir" in part.arguments:
+        raise ConfigError(
+            f"`{key}.save_dir` must be left out, because each run logs into its own folder, but got "
+            f"{part.arguments['save_dir']!r}."
+        )
+    offered = {"save_dir": str(folder), "run_name": folder.name}
+    if issubclass(find_class(part.target, key=key, expected=Logger), WandbLogger):  # type: ignore[type-abstract]
+        offered["name"] = folder.name
+    return {name: value for name, value in offered.items() if name in names and name not in part.arguments}
+
+
+def build_callbacks(config: RunConfig) -> list[lightning.Callback]:
+    """Returns the callbacks of a run; progress bars only where `trainer.progress` asks for one.
+
+    Raises:
+        ConfigError: A class is not trusted, not there or no callback, or refuses its arguments.
+    """
+    built = [
+        instantiate(part, key=f"callbacks.{name}", expected=lightning.Callback)
+        for name, part in config.callbacks.items()
+    ]
+    return [one for one in built if config.trainer.progress or not isinstance(one, ProgressBar)]
+
+
+def build_profiler(config: RunConfig, folder: Path) -> Profiler | None:
+    """Returns a run's profiler, which writes into the run's folder; None where it has none.
+
+    Raises:
+        ConfigError: A class is not trusted, not there or no profiler, or refuses its arguments.
+    """
+    named = config.trainer.profiler
+    if named is None:
+        return None
+    place: dict[str, Any] = {"dirpath": str(folder), "filename": "profile"}
+    if not isinstance(named, Part):
+        return PROFILERS[named](**place)
+    taken = argument_names(named.target, key="trainer.profiler")[0]
+    place = {name: value for name, value in place.items() if name in taken}
+    return instantiate(named, key="trainer.profiler", expected=Profiler, **place)  # type: ignore[type-abstract]
+
+
+def writes_checkpoints(callbacks: list[lightning.Callback]) -> bool:
+    """Whether one of these callbacks keeps checkpoints of its own, which Lightning then has to be told."""
+    return any(isinstance(callback, Checkpoint) for callback in callbacks)
+
+
+def check_parts(config: RunConfig) -> None:
+    """Makes sure, before anything is written, that a run's loggers, callbacks and profiler can be made.
+
+    Callbacks and profilers are made to see that. Loggers are not, because some connect to a server when they are made.
+
+    Raises:
+        ConfigError: One can't.
+    """
+    for name, part in config.logger.items():
+        key = f"logger.{name}"
+        offered = _offer(part, key=key, folder=Path("run"))
+        check_part(part, key=key, expected=Logger, **offered)
+        package = LOGGER_PACKAGES.get(part.name)
+        if package is not None and find_spec(package) is None:
+            raise ConfigError(
+                f"`{key}` needs the package {package!r}, which is not installed. Run `pip install {package}`."
+            )
+    build_callbacks(config)
+    build_profiler(config, Path("run"))
