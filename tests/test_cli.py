@@ -291,6 +291,19 @@ def test_a_grid_runs_every_combination_and_leaves_nothing_else(here, short, caps
     assert {path.name for path in (here / "outputs" / "train").iterdir()} == {"0001", "0002", "multirun.yaml"}
 
 
+def test_a_run_is_resumed_with_its_settings_only(here, short, capsys):
+    words = ["train", *short, "output=run", "resume=true"]
+    assert run(words) == DONE  # there is none yet
+    first = read_run(here / "run")
+    assert run(words) == DONE
+    assert read_run(here / "run") == first
+    capsys.readouterr()
+    assert run([*words, "optim.lr=1e-5"]) == WRONG
+    assert "`optim.lr` must be" in capsys.readouterr().err
+    assert run(["train", *short, "resume=true"]) == WRONG
+    assert "must come with `output=DIR`" in capsys.readouterr().err
+
+
 def test_a_grid_is_refused_for_several_processes(here, short, capsys):
     assert run(["train", "-m", "method.rank=1,2", "trainer.devices=2"]) == WRONG
     assert "`trainer.devices` must be 1 and `trainer.strategy` auto with `-m`, but got 2" in capsys.readouterr().err

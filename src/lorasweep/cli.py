@@ -333,7 +333,9 @@ def train_once(config: RunConfig, output: str | None, *, resume: bool, is_grid: 
             f"{config.trainer.devices!r} and {config.trainer.strategy_name}. Use `lorasweep sweep` instead of a grid."
         )
     with join_processes(config.trainer) as group:
-        folder = on_first(group, lambda: _train_folder(output, resume=resume))
+        folder, ended = on_first(group, lambda: _train_folder(output, config, resume=resume))
+        if ended is not None:
+            return _say_score(ended, folder) if group.is_global_zero else DONE
         with group.rank_zero_first(local=True):  # the others of a node find what it downloads in the node's caches
             bench = build_workbench(config)
         return _train_in(folder, config, bench, resume=resume, is_first=group.is_global_zero)
@@ -341,7 +343,6 @@ def train_once(config: RunConfig, output: str | None, *, resume: bool, is_grid: 
 
 def _train_in(folder: Path, config: RunConfig, bench: Workbench, *, resume: bool, is_first: bool) -> int:
     from lorasweep.training import RunPlace, check_run, train_run
-    from lorasweep.wording import format_share
 
     check_run(config, bench.base)
     for note in bench.notes if is_first else ():
@@ -355,6 +356,12 @@ def _train_in(folder: Path, config: RunConfig, bench: Workbench, *, resume: bool
         return INTERRUPTED
     swept = {"method": config.method.name, "optim.lr": config.optim.lr, "seed": config.seed}
     write_hparams_row(record, folder, swept)
+    return _say_score(record, folder)
+
+
+def _say_score(record: RunRecord, folder: Path) -> int:
+    from lorasweep.wording import format_share
+
     score = "-" if record.score is None else f"{record.score:.4f}"
     say(
         f"{record.metric} {score} at step {record.best.get('step', 0):.0f} of {record.steps_planned}, "
@@ -521,18 +528,24 @@ def _require_new(path: Path, *, key: str) -> Path:
     return path
 
 
-def _train_folder(output: str | None, *, resume: bool) -> Path:
-    """The folder of a run; to resume, one that may have a run."""
+def _train_folder(output: str | None, config: RunConfig, *, resume: bool) -> tuple[Path, RunRecord | None]:
+    """The folder of a run; and the record of one that is resumed though it is complete."""
+    from lorasweep.record import RUN_FILE, read_run
+    from lorasweep.training import check_same_run
+
     if resume and output is None:
         raise ConfigError("`resume=true` must come with `output=DIR`, the folder of the run, but `output` is null.")
-    if output is not None and resume:
-        return Path(output)
-    if output is not None:
-        return _require_new(Path(output), key="output")
-    number = 1
-    while (path := Path("outputs") / "train" / f"{number:04d}").exists():
-        number += 1
-    return path
+    if output is None:
+        number = 1
+        while (path := Path("outputs") / "train" / f"{number:04d}").exists():
+            number += 1
+        return path, None
+    path = Path(output)
+    if not resume or not (path / RUN_FILE).is_file():
+        return _require_new(path, key="output"), None
+    record = read_run(path)
+    check_same_run(record, config)
+    return path, record if record.status == "complete" else None
 
 
 @contextmanager

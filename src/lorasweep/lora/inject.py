@@ -19,6 +19,7 @@ def inject_lora(
     *,
     generator: torch.Generator | None = None,
     allow_full_rank: bool = False,
+    device: str | None = None,
 ) -> Coverage:
     """Adapts `model` in place: matched layers become LoRA layers, and only those and what `config` names train.
 
@@ -29,6 +30,7 @@ def inject_lora(
         config: What to adapt and how.
         generator: CPU random stream for A and B, drawn in the model's order; torch's own when None.
         allow_full_rank: Whether a rank above a layer's own is a warning instead of an error.
+        device: Where A and B live; the base's when None.
 
     Returns:
         What was matched and what was not.
@@ -38,7 +40,7 @@ def inject_lora(
     """
     check_not_injected(model)
     coverage, targets = plan_targets(model, config, allow_full_rank=allow_full_rank)
-    layers = build_layers(model, config, targets, generator=generator)
+    layers = build_layers(model, config, targets, generator=generator, device=device)
     modules = find_trained_modules(model, config.modules_to_save)
     biases = find_trained_biases(model, config.bias, targets, modules)
     freeze(model)

@@ -155,7 +155,7 @@ class LoraLayer(nn.Module):
         d_out, d_in = matrix_shape(self.base)
         is_embedding = isinstance(self.base, nn.Embedding)
         parts = self.rows or ((0, d_out),)
-        if device.type == "meta" or self.weight.is_meta:
+        if device.type == "meta":
             b_rows = sum(past - first for first, past in parts)
             return torch.empty(len(parts) * self.rank, d_in, device=device), torch.empty(
                 b_rows, self.rank, device=device

@@ -28,7 +28,9 @@ def draw_head(model: nn.Module, names: Sequence[str], *, generator: torch.Genera
         for module in model.get_submodule(name).modules():
             for key, parameter in list(module.named_parameters(recurse=False)):
                 values = _draw(key, parameter, deviation=deviation, generator=generator)
-                setattr(module, key, nn.Parameter(values.to(parameter), requires_grad=parameter.requires_grad))
+                place = "cpu" if parameter.is_meta else parameter.device  # other weights are read later
+                values = values.to(place, parameter.dtype)
+                setattr(module, key, nn.Parameter(values, requires_grad=parameter.requires_grad))
 
 
 def _draw(key: str, parameter: Tensor, *, deviation: float, generator: torch.Generator | None) -> Tensor:

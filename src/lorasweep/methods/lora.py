@@ -55,7 +55,9 @@ class LoraMethod:
         assert isinstance(config, LoraConfig)
         try:
             draw_head(model, head, generator=generator)
-            inject_lora(model, train_head(config, head), generator=generator)
+            # the weights of a model on the meta device are read later, but A and B are drawn here
+            device = "cpu" if any(parameter.is_meta for parameter in model.parameters()) else None
+            inject_lora(model, train_head(config, head), generator=generator, device=device)
         except ValueError as error:
             raise ConfigError(str(error)) from error
 

@@ -35,6 +35,7 @@ from lorasweep.models.pretrained import (
     load_with_new_head,
     quiet_transformers,
 )
+from lorasweep.models.weight_files import WeightFiles, build_on_meta
 
 CLASSES: dict[ModelKind, Any] = {
     "causal_lm": AutoModelForCausalLM,
@@ -81,6 +82,8 @@ class BaseModel:
     """Names of the modules that were not in the checkpoint: each run draws them from its own seed, and trains them."""
     labels: Labels | None = None
     """What a classifier was told to tell."""
+    files: WeightFiles | None = None
+    """Where the weights are, for a model on the meta device; None for one that has them."""
 
     def describe(self) -> dict[str, Any]:
         """Returns what a run record keeps of it."""
@@ -94,7 +97,9 @@ class BaseModel:
         }
 
 
-def load_base(config: ModelConfig, *, dtype: torch.dtype, labels: Labels | None = None) -> BaseModel:
+def load_base(
+    config: ModelConfig, *, dtype: torch.dtype, labels: Labels | None = None, on_meta: bool = False
+) -> BaseModel:
     """Loads the base model straight into `dtype`, on the CPU.
 
     Buffers that transformers keeps in fp32 (rotary frequencies) stay so. For what is in a folder or in the hub's cache
@@ -104,6 +109,8 @@ def load_base(config: ModelConfig, *, dtype: torch.dtype, labels: Labels | None 
         config: Which model.
         dtype: Of the parameters.
         labels: Of a classifier; with None it keeps those of its checkpoint.
+        on_meta: Leaves the weights in their files (`BaseModel.files`) where that can be: a folder of safetensors whose
+            names are those of the model.
 
     Raises:
         ConfigError: The model is not there, damaged, incomplete or not of `model.kind`; reading it needs a permission
@@ -113,8 +120,11 @@ def load_base(config: ModelConfig, *, dtype: torch.dtype, labels: Labels | None 
         raise ConfigError(
             f"`model.kind` must be classifier for data with labels, but got {config.kind!r}. Use `model=classifier`."
         )
-    load = _load if config.factory is None else _build
-    model, tokenizer, head = load(config, dtype=dtype, labels=labels)
+    files = None
+    if config.factory is not None:
+        model, tokenizer, head = _build(config, dtype=dtype, labels=labels)
+    else:
+        model, tokenizer, head, files = _load(config, dtype=dtype, labels=labels, on_meta=on_meta)
     _set_padding(model, tokenizer)
     model.requires_grad_(False).train(False)
     if isinstance(model, PreTrainedModel):
@@ -123,11 +133,12 @@ def load_base(config: ModelConfig, *, dtype: torch.dtype, labels: Labels | None 
         model=model,
         tokenizer=tokenizer,
         path=config.factory or str(config.path),
-        fingerprint=fingerprint_weights(model, leave_out=head),
+        fingerprint=fingerprint_weights(model, leave_out=head, files=files),
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
         kind=config.kind,
         head=head,
         labels=labels,
+        files=files,
     )
 
 
@@ -145,7 +156,7 @@ def require_tokenizer(base: BaseModel) -> PreTrainedTokenizerBase:
     return base.tokenizer
 
 
-def fingerprint_weights(model: nn.Module, *, leave_out: Collection[str] = ()) -> str:
+def fingerprint_weights(model: nn.Module, *, leave_out: Collection[str] = (), files: WeightFiles | None = None) -> str:
     """Returns the first 16 hex digits of a SHA-256 over the sorted names and raw bytes of all parameters.
 
     Tied weights count once, under their first name.
@@ -153,19 +164,25 @@ def fingerprint_weights(model: nn.Module, *, leave_out: Collection[str] = ()) ->
     Args:
         model: Any module.
         leave_out: Names of modules whose parameters do not count.
+        files: Where the parameters are that are on the meta device.
     """
     digest = hashlib.sha256()
     without = tuple(f"{name}." for name in leave_out)
     for name, parameter in sorted(model.named_parameters()):
         if not name.startswith(without):
             digest.update(name.encode())
-            digest.update(parameter.detach().cpu().flatten().view(torch.uint8).numpy().data)
+            if parameter.is_meta:
+                assert files is not None
+                values = files.read(name).to(parameter.dtype)
+            else:
+                values = parameter.detach()
+            digest.update(values.cpu().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
 
 
 def _load(
-    config: ModelConfig, *, dtype: torch.dtype, labels: Labels | None
-) -> tuple[nn.Module, PreTrainedTokenizerBase | None, tuple[str, ...]]:
+    config: ModelConfig, *, dtype: torch.dtype, labels: Labels | None, on_meta: bool
+) -> tuple[nn.Module, PreTrainedTokenizerBase | None, tuple[str, ...], WeightFiles | None]:
     files = find_files(config)
     source = str(files.folder)
     shared: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
@@ -177,7 +194,20 @@ def _load(
             tokenizer = AutoTokenizer.from_pretrained(source, **shared)
         _change_settings(settings, config, labels)
         given = {"config": settings, **_reading(config, files), **shared}
-        if config.kind == "classifier":
+        is_classifier = config.kind == "classifier"
+        if on_meta and files.form == "safetensors" and not config.trust_remote_code:
+            built = build_on_meta(
+                CLASSES[config.kind],
+                settings,
+                files.folder,
+                dtype=dtype,
+                may_lack_head=is_classifier,
+                **({} if config.attention == "auto" else {"attn_implementation": config.attention}),
+            )
+            if built is not None:
+                model, head, weight_files = built
+                return _with_dropout(model, config), tokenizer, head, weight_files
+        if is_classifier:
             model, head = load_with_new_head(CLASSES[config.kind], source, dtype=dtype, **given)
         else:
             model, head = load_pretrained(CLASSES[config.kind], source, dtype=dtype, **given), ()
@@ -185,9 +215,13 @@ def _load(
         raise _explain(error, config, files) from error
     if files.form == "gguf":
         setattr(model, "hf_quantizer", None)  # noqa: B010 (plain weights by now; transformers refused to save them)
+    return _with_dropout(model, config), tokenizer, head, None
+
+
+def _with_dropout(model: nn.Module, config: ModelConfig) -> nn.Module:
     if config.dropout is not None:
         set_dropout_modules(model, config.dropout)
-    return model, tokenizer, head
+    return model
 
 
 def _build(

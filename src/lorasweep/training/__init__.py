@@ -11,7 +11,7 @@ from lorasweep.training.pack_state import PackState, SlotState, read_pack_state,
 from lorasweep.training.prepare import check_run
 from lorasweep.training.processes import join_processes, on_first
 from lorasweep.training.reproduce import Reproduction, reproduce_run
-from lorasweep.training.restore import restore_base, restore_config, restore_model
+from lorasweep.training.restore import check_same_run, restore_base, restore_config, restore_model
 from lorasweep.training.run import train_run
 from lorasweep.training.run_log import RunPlace, end_paused_run
 from lorasweep.training.score import score_run
@@ -36,6 +36,7 @@ __all__ = [
     "Workbench",
     "build_workbench",
     "check_run",
+    "check_same_run",
     "choose_pack_size",
     "describe_code",
     "describe_packages",

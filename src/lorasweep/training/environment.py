@@ -40,6 +40,7 @@ CODE_FOLDERS = ("src", "conf", "sweeps", "pyproject.toml", "constraints.txt")
 MOST_PATCH_BYTES = 256 * 2**10
 MOST_UNTRACKED = 20
 Precision = Literal["bf16", "fp32"]
+DTYPES: dict[Precision, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def resolve_precision(config: TrainerConfig) -> Precision:

@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from lorasweep.errors import ConfigError
+from lorasweep.models.weight_files import WeightFiles
 
 
 class FsdpStrategy(ModelParallelStrategy):
@@ -88,28 +89,54 @@ def check_shardable(model: nn.Module) -> None:
             )
 
 
-def shard_model(model: nn.Module, mesh: DeviceMesh, *, leave_trained: bool) -> None:
+def shard_model(model: nn.Module, mesh: DeviceMesh, *, leave_trained: bool, files: WeightFiles | None = None) -> None:
     """Shares out a prepared model's weights, block by block, in place; the base's own tensors are left as they are.
 
     Args:
-        model: As `prepare_model` gives it, on the CPU and the same on every process.
+        model: As `prepare_model` gives it, the same on every process.
         mesh: The processes.
         leave_trained: Whether what trains stays whole on every process; `average_gradients` is then for it.
+        files: Where the weights are that are on the meta device: each process reads them one by one and keeps its
+            share.
     """
+    device = torch.device(mesh.device_type)
     left = {p for p in model.parameters() if p.requires_grad} if leave_trained else set()
-    own_parameters(model, left)
+    read = {p: read_weight(p, name, files) for name, p in model.named_parameters() if p in left and p.is_meta}
+    replace_parameters(model, read)
+    left = {read.get(p, p) for p in left}
+    # sharding moves the parameters that it is given, so it gets new ones on the same memory
+    own = {p: nn.Parameter(p.detach(), requires_grad=p.requires_grad) for p in model.parameters() if p not in left}
+    replace_parameters(model, own)
     for block in [*find_blocks(model), model]:
         fully_shard(block, mesh=mesh, ignored_params=left)
+    shares: dict[nn.Parameter, nn.Parameter] = {}
+    for name, p in model.named_parameters():
+        if p.is_meta:
+            assert isinstance(p, DTensor)
+            weight = read_weight(p, name, files).detach().to(device)
+            share = distribute_tensor(weight, p.device_mesh, p.placements, src_data_rank=None)
+            shares[p] = nn.Parameter(share, requires_grad=p.requires_grad)
+    replace_parameters(model, shares)
 
 
-def own_parameters(model: nn.Module, besides: set[nn.Parameter]) -> None:
-    """Puts new parameters on the same memory in place of a model's: sharding moves those that it is given."""
-    own: dict[int, nn.Parameter] = {}
-    for module in model.modules():
+def read_weight(parameter: nn.Parameter, name: str, files: WeightFiles | None) -> nn.Parameter:
+    """Returns a parameter of a prepared model with the base's values, whole and on the CPU.
+
+    A layer with a change and a module that trains hold the base's module one level deeper, as `base` or `trained`.
+    """
+    assert files is not None
+    stored = name
+    if files.shape(stored) is None:
+        stored = ".".join(part for part in name.split(".") if part not in ("base", "trained"))
+    return nn.Parameter(files.read(stored).to(parameter.dtype), requires_grad=parameter.requires_grad)
+
+
+def replace_parameters(model: nn.Module, new: Mapping[nn.Parameter, nn.Parameter]) -> None:
+    """Puts parameters in place of others wherever the model uses them, so that tied ones stay tied."""
+    for module in model.modules() if new else ():
         for name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
-            if parameter not in besides:
-                fresh = own.setdefault(id(parameter), nn.Parameter(parameter.detach(), parameter.requires_grad))
-                setattr(module, name, fresh)
+            if parameter in new:
+                setattr(module, name, new[parameter])
 
 
 def find_blocks(model: nn.Module) -> Iterator[nn.Module]:
@@ -151,13 +178,13 @@ def shard_like(tensor: Tensor, other: Tensor) -> Tensor:
 
 
 def copy_trained(model: nn.Module, to: nn.Module | None) -> None:
-    """Copies what trains into a whole model that was prepared alike. All processes must call it; one may have none."""
+    """Puts what trains, whole, into a model that was prepared alike. All processes must call it; one may have none."""
     own = {} if to is None else dict(to.named_parameters())
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             value = whole(parameter)
             if to is not None:
-                own[name].data.copy_(value)
+                replace_parameters(to, {own[name]: nn.Parameter(value)})
 
 
 def _share(value: Any, parameter: Tensor) -> Any:

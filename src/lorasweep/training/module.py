@@ -109,7 +109,8 @@ class TrainingModule(lightning.LightningModule):
             model = prepare_model(self.config, self.base)
         if self._device_mesh is not None:
             leave_trained = isinstance(self.config.method, LoraConfig)
-            shard_model(model, self._device_mesh["data_parallel"], leave_trained=leave_trained)
+            mesh = self._device_mesh["data_parallel"]
+            shard_model(model, mesh, leave_trained=leave_trained, files=self.base.files)
         self.model = model
         torch.manual_seed(seed_of_rank(self.config.seeds.dropout, self.global_rank))
 

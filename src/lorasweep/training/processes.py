@@ -25,6 +25,8 @@ from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch.strategies import Strategy
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from lorasweep.config.run import TrainerConfig
 from lorasweep.config.targets import Part, instantiate
@@ -128,6 +130,8 @@ def join_processes(config: TrainerConfig, *, cluster: ClusterEnvironment | None 
             plugins=[launch.environment],
         )
         begins = is_distributed(config, launch) and not dist.is_initialized()
+        if begins and isinstance(launch.environment, TorchElasticEnvironment):
+            _meet_under_torchrun(fabric)
         if is_distributed(config, launch):
             fabric.launch()
     try:
@@ -141,6 +145,19 @@ def join_processes(config: TrainerConfig, *, cluster: ClusterEnvironment | None 
     finally:
         if begins and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _meet_under_torchrun(fabric: Fabric) -> None:
+    """Makes the process group with keys of this start.
+
+    torchrun keeps its store when it starts processes again, with the addresses of those that are gone, which would be
+    taken for those of the new ones.
+    """
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    store = next(rendezvous("env://", rank, size))[0]
+    keys = PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    backend = "nccl" if fabric.device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=keys, rank=rank, world_size=size)
 
 
 def build_strategy(config: TrainerConfig, launch: Launch) -> Strategy | str:

@@ -17,8 +17,9 @@ from lorasweep.models.attention import CANDIDATES, AttentionChoice
 from lorasweep.record import RunRecord, read_run
 from lorasweep.redaction import HIDDEN
 from lorasweep.training.comparison import Comparison, compare_values, explain, read_values
+from lorasweep.training.environment import DTYPES
 from lorasweep.training.prepare import check_run
-from lorasweep.training.restore import DTYPES, require_trust, restore_config
+from lorasweep.training.restore import require_trust, restore_config
 from lorasweep.training.run import never_stop, train_run
 from lorasweep.training.run_log import RunPlace
 from lorasweep.training.workbench import Workbench, build_workbench

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from lorasweep.config.build import build
+from lorasweep.config.build import as_settings, build
 from lorasweep.config.run import RunConfig
 from lorasweep.errors import ConfigError, RecordError
 from lorasweep.methods import METHODS, copy_sharing_weights
 from lorasweep.models.load import BaseModel, Labels, load_base
 from lorasweep.record import RunRecord, sha256_of
-
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+from lorasweep.training.environment import DTYPES
 
 
 def restore_config(record: RunRecord) -> RunConfig:
@@ -51,6 +51,28 @@ def require_trust(config: RunConfig, *, trust: bool, option: str = "--trust") ->
             f"`{option}` must be given for a run that runs code of its own ({', '.join(asked)}), but was not. "
             "That code can do whatever you can on this machine: read it first."
         )
+
+
+def check_same_run(record: RunRecord, config: RunConfig) -> None:
+    """Makes sure that a run can be resumed with these settings: how many processes train it may change.
+
+    Raises:
+        ConfigError: A setting has changed.
+    """
+    began = restore_config(record)
+    free = ("strategy", "devices", "num_nodes", "device", "progress")
+    trainer = replace(began.trainer, **{name: getattr(config.trainer, name) for name in free})
+    before, now = as_settings(replace(began, trainer=trainer)), as_settings(config)
+    for group, values in now.items():
+        pairs = values.items() if isinstance(values, dict) else [(None, values)]
+        for name, value in pairs:
+            was = before[group] if name is None else before[group].get(name)
+            if was != value:
+                key = group if name is None else f"{group}.{name}"
+                raise ConfigError(
+                    f"`{key}` must be {was!r} as when the run began, but got {value!r}. "
+                    "For another run leave `resume` out."
+                )
 
 
 def restore_base(record: RunRecord, config: RunConfig) -> BaseModel:

@@ -39,7 +39,7 @@ def score_run(folder: Path, *, bench: Workbench) -> RunRecord:
     config = restore_config(record)
     part = bench.parts.test()
     task = bench.parts.task_of(part)
-    model = restore_model(config, bench.base, folder=folder / "best")
+    model = restore_model(config, bench.whole_base(config), folder=folder / "best")
     generated: dict[str, float] = {}
     try:
         with bench.telemetry.phase("evaluating"):

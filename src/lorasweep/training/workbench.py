@@ -6,8 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakValueDictionary
 
-import torch
-
+from lorasweep.config.method import LoraConfig
 from lorasweep.config.run import RunConfig, TrainerConfig
 from lorasweep.data.batching import EvaluationSampler
 from lorasweep.data.part import padding_fraction as measure_padding
@@ -16,7 +15,7 @@ from lorasweep.data.rows import RowSource
 from lorasweep.data.sources import read_source
 from lorasweep.models.attention import AttentionChoice, choose_attention
 from lorasweep.models.load import BaseModel, Labels, load_base
-from lorasweep.training.environment import Precision, device_of, resolve_precision
+from lorasweep.training.environment import DTYPES, Precision, device_of, resolve_precision
 from lorasweep.training.telemetry import Telemetry
 
 
@@ -31,6 +30,12 @@ class Workbench:
     """What the rule of `model.attention=auto` chose; None where `model.attention` says which."""
     telemetry: Telemetry = field(default_factory=Telemetry, compare=False)
     """What the time of the process that has it goes to."""
+
+    def whole_base(self, config: RunConfig) -> BaseModel:
+        """Returns the base with its weights in memory, also where each process of a run holds a share only."""
+        if self.base.files is None:
+            return self.base
+        return load_base(config.model, dtype=DTYPES[self.precision], labels=self.base.labels)
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -62,7 +67,8 @@ def share_workbench(config: RunConfig) -> Workbench:
 
 
 def _what_is_loaded(config: RunConfig) -> tuple[Any, ...]:
-    return config.model, config.data, resolve_precision(config.trainer), config.trainer.device
+    trainer = config.trainer
+    return config.model, config.data, resolve_precision(trainer), trainer.device, _stays_in_files(config)
 
 
 class Benches:
@@ -93,8 +99,8 @@ def build_workbench(config: RunConfig, *, telemetry: Telemetry | None = None) ->
     """
     precision = resolve_precision(config.trainer)
     source = read_source(config.data)
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    base = load_base(config.model, dtype=dtype, labels=labels_of(source))
+    dtype = DTYPES[precision]
+    base = load_base(config.model, dtype=dtype, labels=labels_of(source), on_meta=_stays_in_files(config))
     parts = load_parts(
         config.data,
         source=source,
@@ -108,6 +114,13 @@ def build_workbench(config: RunConfig, *, telemetry: Telemetry | None = None) ->
     return Workbench(
         base=base, parts=parts, precision=precision, attention=attention, telemetry=telemetry or Telemetry()
     )
+
+
+def _stays_in_files(config: RunConfig) -> bool:
+    """Whether each process reads no more than its share of the base's weights; not where a start is computed of all."""
+    method = config.method
+    needs_all = isinstance(method, LoraConfig) and (method.init == "pissa" or method.variant == "dora")
+    return config.trainer.is_sharded and not needs_all
 
 
 def labels_of(source: RowSource) -> Labels | None:

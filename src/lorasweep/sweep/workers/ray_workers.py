@@ -19,6 +19,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -229,15 +230,23 @@ class WorkerActor:
             peer.train_as_peer.remote(config, place, resume=resume, cluster=RayEnvironment(rank=rank, **place_of))
             for rank, peer in enumerate(self._peers, start=1)
         ]
+        ended = threading.Event()
+        threading.Thread(target=_end_with_peers, args=(peers, ended), daemon=True).start()
         try:
-            return train_run(config, place, resume=resume, cluster=RayEnvironment(rank=0, **place_of), **own)
-        except Exception as error:
-            if isinstance(error, RanksLost):
-                traceback.print_exception(error)
-                os._exit(1)
+            record = train_run(config, place, resume=resume, cluster=RayEnvironment(rank=0, **place_of), **own)
+        except RanksLost:
+            traceback.print_exc()
+            os._exit(1)
+        except (
+            Exception
+        ):  # is told to the controller also where other ranks died of it; the next run then ends this one
+            with suppress(RayError):
+                ray.get(peers, timeout=PEER_TIMEOUT_S)
             raise
         finally:
-            self._wait_for_peers(peers)
+            ended.set()
+        self._wait_for_peers(peers)
+        return record
 
     def _wait_for_peers(self, calls: Sequence[Any]) -> None:
         """Returns when the other ranks have ended a run that this one has ended."""
@@ -246,6 +255,13 @@ class WorkerActor:
         except RayError:  # a rank died, or hangs
             traceback.print_exc()
             os._exit(1)
+
+
+def _end_with_peers(calls: Sequence[Any], ended: threading.Event) -> None:
+    """Ends this process where another rank has ended and this one waits for it, as it may under NCCL."""
+    ray.wait(list(calls))
+    if not ended.wait(PEER_TIMEOUT_S):
+        os._exit(1)
 
 
 class RayEnvironment(ClusterEnvironment):

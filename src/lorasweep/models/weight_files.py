@@ -1,0 +1,97 @@
+"""A base model on the meta device, whose weights are read from safetensors one by one: for processes that share it out.
+
+Nothing but the tensor that is asked for is read, so no process ever holds all of them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedModel
+
+from lorasweep.models.pretrained import outermost_modules, quiet_transformers
+
+INDEX_FILE, WEIGHTS_FILE = "model.safetensors.index.json", "model.safetensors"
+
+
+class WeightFiles:
+    """The tensors of a folder in safetensors, by name."""
+
+    def __init__(self, folder: Path) -> None:
+        """Reads which file has which tensor."""
+        index = folder / INDEX_FILE
+        if index.is_file():
+            names = json.loads(index.read_text())["weight_map"]
+        else:
+            with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
+                names = dict.fromkeys(file.keys(), WEIGHTS_FILE)
+        self._files = {name: folder / file for name, file in names.items()}
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """Returns the shape of a tensor; None where there is none of that name."""
+        if name not in self._files:
+            return None
+        with safe_open(self._files[name], framework="pt") as file:
+            return tuple(file.get_slice(name).get_shape())
+
+    def read(self, name: str) -> Tensor:
+        """Returns a tensor as it is stored."""
+        with safe_open(self._files[name], framework="pt") as file:
+            tensor: Tensor = file.get_tensor(name)
+        return tensor
+
+
+def build_on_meta(
+    kind: Any, settings: Any, folder: Path, *, dtype: torch.dtype, may_lack_head: bool, **given: Any
+) -> tuple[PreTrainedModel, tuple[str, ...], WeightFiles] | None:
+    """Returns a model without weights, the names of its new modules, and the files that its weights are in.
+
+    Buffers are there. None where the files name or shape weights otherwise than the model does: transformers then works
+    them out while loading.
+
+    Args:
+        kind: One of transformers' `AutoModel...` classes.
+        settings: The model's configuration.
+        folder: Where its files are.
+        dtype: Of its parameters.
+        may_lack_head: Whether the files may lack weights outside of the pre-trained network.
+        given: Passed on to `from_config`.
+    """
+    if getattr(settings, "quantization_config", None) is not None:
+        return None
+    files = WeightFiles(folder)
+    with quiet_transformers(), _parameters_on_meta():
+        model: PreTrainedModel = kind.from_config(settings, dtype=dtype, **given)
+    lacking = [name for name, p in model.named_parameters() if files.shape(name) != tuple(p.shape)]
+    network = f"{model.base_model_prefix}."
+    if any(not may_lack_head or name.startswith(network) for name in lacking):
+        return None
+    if any(files.shape(name) for name, buffer in model.named_buffers()):
+        return None  # such as running means, which are no parameters and not computed either
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(str(folder))
+    return model, outermost_modules(model, lacking), files
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Has every parameter that is made meanwhile leave its values, but no buffer."""
+    register = nn.Module.register_parameter
+
+    def register_on_meta(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None and not param.is_meta:  # one that is, is shared with another module
+            param = nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
+        register(module, name, param)
+
+    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]

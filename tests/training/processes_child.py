@@ -1,0 +1,153 @@
+"""What a process of the tests of several processes runs; not a test. Prints nothing: what is to be seen is on disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import lightning
+import torch
+
+from lorasweep.cli import StopSignal
+from lorasweep.config.compose import compose_run
+from lorasweep.data.tasks import LanguageModelling
+from lorasweep.models.load import fingerprint_weights
+from lorasweep.training import Benches, RunPlace, join_processes, train_run
+
+SETTINGS = {
+    "data.block_length": 32,
+    "data.max_validation_blocks": 5,
+    "data.max_test_blocks": 4,
+    "trainer.batch_size": 5,
+    "trainer.eval_batch_size": 4,
+    "trainer.max_steps": 4,
+    "trainer.eval_every_steps": 2,
+    "trainer.precision": "fp32",
+    "trainer.device": "cpu",
+    "trainer.progress": False,
+    "optim.lr": 1e-3,
+    "optim.clip_norm": 0.5,
+}
+TRUE_LOSSES = LanguageModelling._token_losses
+
+
+def config_of(**settings):
+    return compose_run(SETTINGS | {key.replace("__", "."): value for key, value in settings.items()})
+
+
+class Child:
+    """One of the processes."""
+
+    def __init__(self, out):
+        self.out = out
+        self.base = config_of(trainer__devices=2, trainer__strategy="ddp")
+        self.outcomes = {}
+
+    def run(self, mode):
+        with join_processes(self.base.trainer) as group:
+            self.rank = group.global_rank
+            self.benches = Benches()
+            getattr(self, mode)()
+            (self.out / f"{mode}.{self.rank}.json").write_text(json.dumps(self.outcomes))
+
+    def attempt(self, name, hooks=None, **settings):
+        config = config_of(trainer__devices=2, **settings)
+        try:
+            record = train_run(config, RunPlace(folder=self.out / name), bench=self.benches.of(config), **(hooks or {}))
+            self.outcomes[name] = [record.status, record.steps_done, record.batching.get("too_large")]
+        except Exception as error:
+            self.outcomes[name] = [type(error).__name__, str(error)]
+            if type(error).__name__ == "RanksLost":
+                raise
+
+    def all(self):
+        """Everything that no process dies of."""
+        self.train()
+        self.end()
+        self.signalled()
+
+    def train(self):
+        for method in ("lora", "full"):
+            for strategy in ("ddp", "fsdp"):
+                for n in (1, 3):
+                    settings = {"method": method, "trainer__strategy": strategy, "trainer__accumulate": n}
+                    self.attempt(f"{method}-{strategy}-{n}", **settings)
+        base = self.benches.of(self.base).base
+        self.outcomes["base"] = fingerprint_weights(base.model) == base.fingerprint
+        on_meta = self.benches.of(config_of(trainer__devices=2, trainer__strategy="fsdp")).base
+        self.outcomes["on meta"] = all(parameter.is_meta for parameter in on_meta.model.parameters())
+
+    def short(self):
+        """One run of each strategy, in which an ordinary callback counts the processes."""
+        seen = self.outcomes["world sizes"] = []
+        true_start = lightning.Callback.on_train_start
+        lightning.Callback.on_train_start = lambda callback, trainer, module: seen.append(trainer.world_size)
+        for strategy in ("ddp", "fsdp"):
+            self.attempt(strategy, trainer__strategy=strategy)
+        lightning.Callback.on_train_start = true_start
+
+    def end(self):
+        """Runs that are paused, stopped and resumed, and that diverge on one process."""
+        self.attempt("paused", {"on_evaluation": lambda step, value: step != 2})
+        for strategy in ("ddp", "fsdp"):
+            settings = {"method": "full", "trainer__strategy": strategy, "trainer__max_steps": 6}
+            self.attempt(f"whole-{strategy}", **settings)
+            for name in ("stopped", "moved"):
+                steps = iter(range(1, 9))
+                stop = {"stop_requested": lambda steps=steps: next(steps) == 3 and self.rank == 1}
+                self.attempt(f"{name}-{strategy}", stop, **settings)
+            self.attempt(f"stopped-{strategy}", {"resume": True}, **settings)
+            self.damage(lambda model, losses: losses * (float("nan") if self.rank == 1 and model.training else 1))
+            self.attempt(f"nan-{strategy}", trainer__strategy=strategy)
+            self.damage(lambda model, losses: losses)
+
+    def memory(self):
+        """The second process can't hold more than one row; torchrun starts both again."""
+        self.damage(self.too_large)
+        self.attempt("memory", {"resume": True}, trainer__batch_size=8, trainer__strategy=sys.argv[3])
+
+    def killed(self):
+        """The second process is killed at step 3; torchrun starts both again."""
+        steps = iter(range(1, 9))
+
+        def stop():
+            if next(steps) == 3 and self.rank == 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+                os.kill(os.getpid(), signal.SIGKILL)
+            return False
+
+        self.attempt("killed", {"stop_requested": stop, "resume": True}, trainer__strategy=sys.argv[3])
+
+    def signalled(self):
+        """Processes get SIGTERM in the middle of a batch, in training or in an evaluation; the runs then go on."""
+        for moment in ("training", "evaluation"):
+            for ranks in ("0", "1", "01"):
+                calls = iter(range(1, 99))
+
+                def terminate(model, losses, moment=moment, ranks=ranks, calls=calls):
+                    now = model.training == (moment == "training") and str(self.rank) in ranks
+                    if now and next(calls) == 1 + self.rank:
+                        os.kill(os.getpid(), signal.SIGTERM)
+                    return losses
+
+                name = f"{moment}-{ranks}"
+                self.damage(terminate)
+                with StopSignal() as stop:
+                    self.attempt(name, {"stop_requested": stop})
+                self.outcomes[f"{name} stopped"] = self.outcomes[name]
+                self.damage(lambda model, losses: losses)
+                self.attempt(name, {"resume": True})
+
+    def too_large(self, model, losses):
+        if self.rank == 1 and model.training and len(losses) > 1:
+            raise torch.OutOfMemoryError("out of memory on one rank")
+        return losses
+
+    def damage(self, action):
+        LanguageModelling._token_losses = lambda task, model, batch: action(model, TRUE_LOSSES(task, model, batch))
+
+
+if __name__ == "__main__":
+    Child(Path(sys.argv[2])).run(sys.argv[1])

@@ -1,0 +1,368 @@
+"""Several processes train a run as one does, and end alike whatever happens to one: two real ones, over gloo."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tests.training.processes_child import SETTINGS
+from transformers import AutoModelForCausalLM
+
+import lorasweep
+from lorasweep.config.compose import compose_run
+from lorasweep.errors import ConfigError, OutOfMemory, RanksLost, RunError
+from lorasweep.record import read_run, read_steps
+from lorasweep.training import RunPlace, build_workbench, train_run
+from lorasweep.training.fsdp import check_shardable
+from lorasweep.training.processes import (
+    FAILURE_FILE,
+    build_strategy,
+    explain_failure,
+    find_launch,
+    join_processes,
+    on_first,
+    seed_of_rank,
+    take_failure_note,
+)
+from lorasweep.training.reproduce import config_as_run
+
+CHILD = Path(__file__).parent / "processes_child.py"
+TIMEOUT_S = 240
+ROUNDING = {"rel": 1e-5}
+"""fp32: sums in another order, which Adam's first steps magnify where a gradient is near 0."""
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+
+
+def start(folder, *words, **variables):
+    """Runs Python to its end, and returns what came of it."""
+    outer = ("SLURM_", "MASTER_", "LOCAL_RANK", "WORLD_SIZE", "NODE_RANK")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(outer)}
+    kept |= {
+        "PYTHONPATH": str(Path(lorasweep.__file__).parent.parent),
+        "OMP_NUM_THREADS": "1",
+        "HF_DATASETS_CACHE": str(folder / "datasets"),
+        **variables,
+    }
+    command = [sys.executable, *map(str, words)]
+    return subprocess.run(command, env=kept, cwd=folder, capture_output=True, text=True, timeout=TIMEOUT_S)
+
+
+def run_child(folder, mode, *words, launcher=(), fails=False):
+    done = start(folder, *launcher, CHILD, mode, folder, *words)
+    assert (done.returncode != 0) == fails, done.stderr
+    return done
+
+
+def seen(folder, name, rank=0):
+    return json.loads((folder / f"{name}.{rank}.json").read_text())
+
+
+def losses(run):
+    return [row["loss"] for row in read_steps(run) if "loss" in row]
+
+
+def scores(run):
+    return [row["validation"] for row in read_steps(run) if "validation" in row]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """Trains runs of one process, once each."""
+    folder = tmp_path_factory.mktemp("alone")
+    bench = build_workbench(compose_run(SETTINGS))
+
+    def train(name="lora-1", **settings):
+        if not (folder / name).exists():
+            config = compose_run(SETTINGS | {key.replace("__", "."): value for key, value in settings.items()})
+            train_run(config, RunPlace(folder=folder / name), bench=bench)
+        return folder / name
+
+    return train
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Runs of two processes that Lightning started: by each strategy, paused, stopped, signalled, diverged."""
+    folder = tmp_path_factory.mktemp("processes")
+    run_child(folder, "all")
+    return folder
+
+
+def assert_equal_runs(two, one):
+    assert losses(two) == pytest.approx(losses(one), **ROUNDING)
+    for found, expected in zip(scores(two), scores(one), strict=True):
+        assert found == pytest.approx(expected, **ROUNDING)
+    record, single = read_run(two), read_run(one)
+    for name in ("tokens_trained", "trainable_params", "status", "steps_done"):
+        assert getattr(record, name) == getattr(single, name), name
+
+
+def assert_equal_weights(two, one):
+    for part in ("best", "last"):
+        assert {path.name for path in (two / part).iterdir()} == {path.name for path in (one / part).iterdir()}
+        (file,) = (two / part).glob("*.safetensors")
+        found, expected = load_file(file), load_file(one / part / file.name)
+        assert set(found) == set(expected)
+        for name, tensor in expected.items():
+            # Adam's first steps are lr whatever a gradient's size, so where it is nearly 0 its rounding shows
+            torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=1e-4)
+
+
+def test_lightning_starts_two_processes_that_learn_what_one_does(tmp_path, alone):
+    """5 rows a step, 5 rows of validation: one process has a row more than the other."""
+    run_child(tmp_path, "short")
+    for strategy in ("ddp", "fsdp"):
+        assert_equal_runs(tmp_path / strategy, alone())
+        assert_equal_weights(tmp_path / strategy, alone())
+        assert len(list((tmp_path / strategy).glob("events.out.tfevents.*"))) == 1
+    assert set(seen(tmp_path, "short")["world sizes"]) == set(seen(tmp_path, "short", 1)["world sizes"]) == {2}
+    assert not list(tmp_path.rglob("*.tmp"))
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
+KINDS = [(method, strategy, n) for method in ("lora", "full") for strategy in ("ddp", "fsdp") for n in (1, 3)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "strategy", "accumulate"), KINDS)
+def test_two_processes_learn_what_one_does(trained, alone, method, strategy, accumulate):
+    """5 rows a step, in 3 micro-batches one of them of a single row."""
+    two = trained / f"{method}-{strategy}-{accumulate}"
+    one = alone(f"{method}-{accumulate}", method=method, trainer__accumulate=accumulate)
+    assert_equal_runs(two, one)
+    assert_equal_weights(two, one)
+
+
+@pytest.mark.slow
+def test_full_fine_tunings_weights_load_in_transformers(trained):
+    model = AutoModelForCausalLM.from_pretrained(trained / "full-fsdp-1" / "best")
+    assert all(tensor.isfinite().all() for tensor in model.state_dict().values())
+
+
+@pytest.mark.slow
+def test_the_base_is_left_as_it_is(trained):
+    assert seen(trained, "all", 0)["base"]
+    assert seen(trained, "all", 1)["base"]
+    assert seen(trained, "all")["on meta"]
+
+
+@pytest.mark.slow
+def test_what_the_first_process_is_told_ends_all_at_one_step(trained):
+    assert seen(trained, "all", 0) == seen(trained, "all", 1)
+    assert seen(trained, "all")["paused"] == ["paused", 2, None]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_a_run_that_one_process_was_asked_to_stop_goes_on_as_if_it_was_not(trained, strategy):
+    """Stopped at step 3 with a checkpoint whose weights and moments are whole."""
+    whole, stopped = trained / f"whole-{strategy}", trained / f"stopped-{strategy}"
+    assert losses(stopped) == pytest.approx(losses(whole), rel=1e-6)
+    assert len(losses(stopped)) == 6
+    assert read_run(stopped).status == "complete"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_one_process_goes_on_with_what_two_began(trained, strategy):
+    folder = trained / f"moved-{strategy}"
+    record = read_run(folder)
+    assert (record.status, record.steps_done) == ("interrupted", 3)
+    assert (record.platform["processes"], record.platform["strategy"]) == (2, strategy)
+    config = config_as_run(record)
+    record = train_run(config, RunPlace(folder=folder), bench=build_workbench(config), resume=True)
+    assert (record.status, record.steps_done) == ("complete", 6)
+    assert losses(folder) == pytest.approx(losses(trained / f"whole-{strategy}"), **ROUNDING)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_a_loss_that_is_nan_on_one_process_fails_on_all(trained, strategy):
+    kind, message = seen(trained, "all")[f"nan-{strategy}"]
+    assert kind == "Diverged"
+    assert "the training loss became NaN" in message
+    assert read_run(trained / f"nan-{strategy}").status == "failed"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["training", "evaluation"])
+@pytest.mark.parametrize("ranks", ["0", "1", "01"])
+def test_a_signal_ends_all_processes_at_one_step(trained, alone, moment, ranks):
+    """Sent in the middle of a batch, to one process or to both in different batches; the run then goes on."""
+    stopped = seen(trained, "all", 0)[f"{moment}-{ranks} stopped"]
+    assert stopped == seen(trained, "all", 1)[f"{moment}-{ranks} stopped"]
+    assert stopped[0] == "interrupted"
+    assert 0 < stopped[1] < 4
+    assert_equal_runs(trained / f"{moment}-{ranks}", alone())
+
+
+@pytest.mark.slow
+def test_out_of_memory_on_one_process_halves_the_micro_batches_of_all(tmp_path, alone):
+    """It ends its process, torchrun starts all again, and they begin with half of the rows."""
+    run_child(tmp_path, "memory", "fsdp", launcher=(*TORCHRUN, "--max-restarts", "2"))
+    record = read_run(tmp_path / "memory")
+    assert (record.status, record.batching["micro_batches"], record.batching["too_large"]) == ("complete", 4, [1, 2])
+    whole = alone("memory", trainer__batch_size=8, trainer__accumulate=4)
+    assert losses(tmp_path / "memory") == pytest.approx(losses(whole), **ROUNDING)
+
+
+@pytest.mark.slow
+def test_a_killed_process_ends_the_others_and_the_run_goes_on_when_started_again(tmp_path, alone):
+    run_child(tmp_path, "killed", "ddp", launcher=(*TORCHRUN, "--max-restarts", "1"))
+    assert_equal_runs(tmp_path / "killed", alone())
+
+
+def typed(*words):
+    settings = {"trainer.devices": 2, **SETTINGS}
+    return ["train", *(f"{key}={value}" for key, value in settings.items()), *words]
+
+
+@pytest.mark.slow
+def test_the_command_starts_processes_and_resumes(tmp_path, alone):
+    done = start(tmp_path, "-m", "lorasweep", *typed("output=run", "trainer.strategy=fsdp", "trainer.max_steps=4"))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("bits_per_byte") == 1
+    assert {path.name for path in tmp_path.iterdir()} - {"datasets"} == {"run"}  # no folder of the second process
+    assert_equal_runs(tmp_path / "run", alone())
+
+
+@pytest.mark.slow
+def test_out_of_memory_under_lightnings_launcher_says_what_to_type(tmp_path):
+    done = run_child(tmp_path, "memory", "ddp", fails=True)
+    assert "rank 1 ran out of memory" in done.stderr
+    assert json.loads((tmp_path / "memory" / FAILURE_FILE).read_text())["too_large"] == 1
+    assert read_run(tmp_path / "memory").status == "interrupted"
+
+
+@pytest.mark.slow
+def test_a_step_of_srun_is_joined(tmp_path, alone):
+    """Two processes with Slurm's variables, as srun starts them."""
+    words = [sys.executable, "-m", "lorasweep", *typed("output=run", "trainer.strategy=ddp")]
+    variables = {
+        "SLURM_JOB_ID": str(10_000 + os.getpid() % 9_000),
+        "SLURM_JOB_NAME": "train",
+        "SLURM_NTASKS": "2",
+        "SLURM_NTASKS_PER_NODE": "2",
+        "SLURM_NNODES": "1",
+        "SLURM_NODELIST": "127.0.0.1",
+        "SLURM_STEP_NUM_TASKS": "2",
+        "SLURM_STEP_NUM_NODES": "1",
+        "SLURM_NODEID": "0",
+        "PYTHONPATH": str(Path(lorasweep.__file__).parent.parent),
+        "OMP_NUM_THREADS": "1",
+    }
+    ranks = [
+        subprocess.Popen(
+            words,
+            cwd=tmp_path,
+            env={**os.environ, **variables, "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    ended = [(process.communicate(timeout=TIMEOUT_S)[1], process.returncode) for process in ranks]
+    assert [code for _, code in ended] == [0, 0], ended
+    assert_equal_runs(tmp_path / "run", alone())
+
+
+def trainer_of(**settings):
+    return compose_run({"trainer.device": "cpu"} | {k.replace("__", "."): v for k, v in settings.items()}).trainer
+
+
+def test_processes_that_were_launched_must_be_those_asked_for(monkeypatch):
+    for name, value in {"TORCHELASTIC_RUN_ID": "1", "WORLD_SIZE": "4", "GROUP_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    launch = find_launch(trainer_of(trainer__devices="auto", trainer__num_nodes=2))
+    assert (launch.devices, launch.num_nodes, launch.size) == (2, 2, 4)
+    with pytest.raises(ConfigError, match=r"must be what was launched, 2 on 2 nodes, but got 1 and 1"):
+        find_launch(trainer_of())
+
+
+def test_a_batch_script_of_slurm_is_one_process(monkeypatch):
+    for name, value in {"SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_JOB_ID": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert find_launch(trainer_of()).size == 1
+
+
+def test_a_strategy_of_lightnings_is_made_from_its_class():
+    part = {"_target_": "lightning.pytorch.strategies.DDPStrategy", "find_unused_parameters": True}
+    config = trainer_of(trainer__devices=2, trainer__strategy=part)
+    strategy = build_strategy(config, find_launch(config))
+    assert strategy._ddp_kwargs == {"find_unused_parameters": True}
+    wrong = trainer_of(trainer__strategy={"_target_": "lightning.pytorch.callbacks.Timer"})
+    with pytest.raises(ConfigError, match=r"`trainer.strategy._target_` must be a subclass of"):
+        build_strategy(wrong, find_launch(wrong))
+
+
+def test_deepspeed_must_be_installed():
+    config = trainer_of(trainer__devices=2, trainer__strategy="deepspeed_stage_2")
+    with pytest.raises(ConfigError, match=r"pip install deepspeed"):
+        build_strategy(config, find_launch(config))
+
+
+def test_a_quantised_base_is_not_sharded():
+    layer = torch.nn.Linear(2, 2)
+    layer.weight = torch.nn.Parameter(torch.zeros(2, 2, dtype=torch.uint8), requires_grad=False)
+    with pytest.raises(
+        ConfigError, match=r"must be ddp for a quantised base, but got 'fsdp', and weight is torch.uint8"
+    ):
+        check_shardable(layer)
+
+
+class Second:
+    """The second of two processes, as Fabric shows it."""
+
+    is_global_zero, global_rank, world_size = False, 1, 2
+
+    def __init__(self, sent=None):
+        self.sent = sent
+
+    def broadcast(self, obj):
+        return self.sent
+
+
+def test_what_the_first_process_raises_is_raised_by_all():
+    with join_processes(trainer_of()) as group:
+        assert on_first(group, lambda: 3) == 3
+        with pytest.raises(KeyError):
+            on_first(group, lambda: {}["missing"])
+    assert on_first(Second((5, None)), lambda: 3) == 5
+    with pytest.raises(RunError, match="the first process failed: KeyError"):
+        on_first(Second((None, RunError("the first process failed: KeyError: 'missing'"))), lambda: 3)
+
+
+def test_a_process_that_fails_alone_leaves_a_note(tmp_path):
+    gone = RuntimeError("[../gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1")
+    failed = explain_failure(OutOfMemory("no"), group=Second(), folder=tmp_path, micro_batches=2)
+    assert isinstance(failed, RanksLost)
+    assert "micro-batches of half the rows" in str(failed)
+    told = explain_failure(gone, group=Second(), folder=tmp_path, micro_batches=2)
+    assert (type(told), str(told)) == (RanksLost, str(failed))
+    assert take_failure_note(tmp_path) == 2
+    assert take_failure_note(tmp_path) is None
+    own = ValueError("a row is broken")
+    assert explain_failure(own, group=Second(), folder=tmp_path, micro_batches=2) is own
+    told = explain_failure(gone, group=Second(), folder=tmp_path, micro_batches=2)
+    assert (type(told), str(told)) == (RunError, "rank 1 failed: ValueError: a row is broken")
+    assert take_failure_note(tmp_path) is None
+
+
+def test_a_process_that_is_gone_is_said_in_a_sentence(tmp_path, monkeypatch):
+    monkeypatch.setattr("lorasweep.training.processes.FAILURE_WAIT_S", 0.0)
+    gone = RuntimeError("[../gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1")
+    told = explain_failure(gone, group=Second(), folder=tmp_path, micro_batches=2)
+    assert isinstance(told, RanksLost)
+    assert "rank 1 waits for one that is gone" in str(told)
+
+
+def test_each_process_has_a_dropout_stream_of_its_own():
+    seeds = [seed_of_rank(7, rank) for rank in range(3)]
+    assert seeds[0] == 7
+    assert len(set(seeds)) == 3
