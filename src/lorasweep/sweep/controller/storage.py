@@ -161,7 +161,7 @@ def open_study(
 
 def study_attributes(storage: BaseStorage, *, prefix: str) -> Mapping[str, Mapping[str, Any]]:
     """Returns the user attributes of each study of a sweep, by its name without prefix."""
-    found = optuna.get_all_study_summaries(storage, include_best_trial=False)
+    found = storage.get_all_studies()  # Optuna's summaries would copy every trial
     return {s.study_name.removeprefix(prefix): s.user_attrs for s in found if s.study_name.startswith(prefix)}
 
 
