@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lorasweep.config.targets import EVERY_PACKAGE, require_trusted, set_trusted, trusted_packages
 from lorasweep.disk import free_folder, is_new_or_empty
 from lorasweep.errors import ConfigError, LoraSweepError, RanksLost, RecordError
 from lorasweep.redaction import redact
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from lorasweep.training import Workbench
 
 DONE, FAILED, WRONG, INTERRUPTED = 0, 1, 2, 130
+TRUST = "trust"
+"""The word of a command line that trusts packages; it is a setting of nothing."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -44,8 +47,12 @@ def run(arguments: Sequence[str]) -> int:
     try:
         with _threads_leave_files_to_us():
             if arguments and arguments[0] == "train":  # a Hydra app, with Hydra's own flags
-                return train(list(arguments[1:]))
+                return train(_take_trust(arguments[1:]))
             parsed = build_parser().parse_args(arguments)
+            if hasattr(parsed, "words"):
+                parsed.words = _take_trust(parsed.words)
+            elif getattr(parsed, "trust", False):
+                set_trusted([EVERY_PACKAGE])
             command: Callable[[argparse.Namespace], int] = parsed.command
             return command(parsed)
     except (LoraSweepError, OSError) as error:
@@ -67,7 +74,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--resume",
         type=Path,
         metavar="DIR",
-        help="resume the sweep in this folder; may add confirm.seeds=N, worker=ray ...",
+        help="resume the sweep in this folder; may add confirm.seeds=N, worker=ray, trust=[PACKAGE] ...",
     )
     sweep_parser.set_defaults(command=sweep)
     status_parser = commands.add_parser("status", help="a sweep's arms and the best so far")
@@ -101,11 +108,10 @@ def build_parser() -> argparse.ArgumentParser:
     reproduce_parser.add_argument("--trial", metavar="SWEEP/ARM/NUMBER", help="a trial of a sweep instead of RUN")
     reproduce_parser.add_argument("--tolerance", type=float, metavar="T", help="relative difference that still counts")
     reproduce_parser.add_argument("--steps", type=int, metavar="N", help="compare the first N steps only")
-    reproduce_parser.add_argument(
-        "--trust", action="store_true", help="run code and read pickles that the record names"
-    )
     reproduce_parser.add_argument("--output", type=Path, metavar="DIR", help="default: outputs/reproduce/NAME")
     reproduce_parser.set_defaults(command=reproduce)
+    for reader in (compare_parser, export_parser, inspect_parser, reproduce_parser):
+        reader.add_argument("--trust", action="store_true", help="run code and read pickles that the record names")
     return parser
 
 
@@ -275,7 +281,7 @@ def show_report(folders: Sequence[Path]) -> int:
     from lorasweep.report import COMPARE_FILE, render_terminal, write_comparison, write_report
 
     for folder in folders:  # before anything is written
-        read_sweep(folder)
+        require_trusted(read_sweep(folder).definition)
     for folder in folders:
         write_report(folder)
     console = PlainConsole()
@@ -457,6 +463,26 @@ def _read_definition(words: Sequence[str]) -> Definition:
     return read_definition(find_sweep_file(name), overrides)
 
 
+def _take_trust(words: Sequence[str]) -> list[str]:
+    """Trusts what `trust=[PACKAGE]` on a command line names, in this process, and returns the other words.
+
+    No file and no record can do that.
+    """
+    from lorasweep.config.compose import parse_overrides
+
+    typed = [word for word in words if word.startswith(f"{TRUST}=")]
+    given = parse_overrides(typed).get(TRUST, [])
+    packages = [str(package) for package in (given if isinstance(given, list) else [given])]
+    for package in packages:
+        if not package.isidentifier():
+            raise ConfigError(
+                f"`{TRUST}` must be names of packages, such as `{TRUST}=[optunahub]`, but got {package!r}. "
+                "Give the first word of the class's import path."
+            )
+    set_trusted(packages)
+    return [word for word in words if word not in typed]
+
+
 def _refuse_other_settings(words: Sequence[str]) -> None:
     """Makes sure that a sweep that is resumed is given nothing but settings of its workers and its confirm stage."""
     if foreign := [word for word in words if word.split("=")[0].split(".")[0] not in ("confirm", "worker")]:
@@ -504,7 +530,8 @@ def _say_how_to_resume(path: Path) -> int:
     ended = sum(row.state != "running" for row in record.confirm)
     confirming = f" and {ended} runs of the confirm stage" if record.confirm else ""
     say_error(f"stopped with {done} of {asked} trials{confirming} done. To resume type:")
-    say(f"    lorasweep sweep --resume {path}", file=sys.stderr)
+    trust = f" 'trust=[{','.join(packages)}]'" if (packages := trusted_packages()) else ""
+    say(f"    lorasweep sweep --resume {path}{trust}", file=sys.stderr)
     return INTERRUPTED
 
 

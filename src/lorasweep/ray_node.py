@@ -144,10 +144,15 @@ class RayNode(SlurmTask):
 class SweepHead(SlurmTask):
     """The process that leads a sweep, in a job of its own."""
 
+    trusted: tuple[str, ...] = ()
+    """Packages that the user trusts by `trust=[PACKAGE]`."""
+
     def __call__(self) -> None:
         """Runs `lorasweep sweep --resume DIR`, and exits as it does where that is not 0."""
         signal.signal(signal.SIGTERM, _exit_on_signal)
         command = [sys.executable, "-m", "lorasweep", "sweep", "--resume", str(self.folder)]
+        if self.trusted:
+            command.append(f"trust=[{','.join(self.trusted)}]")
         environment = {**os.environ, HEAD_VARIABLE: "1"}
         with run_child(command, environment=environment) as child:
             code = child.wait()

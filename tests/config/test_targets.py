@@ -13,6 +13,7 @@ from torch import nn
 
 from lorasweep.config.build import as_settings, build
 from lorasweep.config.targets import (
+    EVERY_PACKAGE,
     Part,
     argument_names,
     find_class,
@@ -190,7 +191,7 @@ def test_untrusted_parts_are_found_in_settings_without_importing_them(evil):
     assert list(untrusted_targets(settings)) == [("callbacks.mine._target_", "evil_parts.Pruner")]
     with pytest.raises(ConfigError, match=r"`callbacks.mine._target_` must be a class of a package that is trusted"):
         require_trusted(settings)
-    set_trusted(["*"])
+    set_trusted([EVERY_PACKAGE])
     require_trusted(settings)
     assert not evil.exists()
 

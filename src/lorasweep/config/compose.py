@@ -118,7 +118,7 @@ def compose_values(primary: Primary, settings: Mapping[str, Any], *, require_all
         )
         _make_room_for_parts(composed, settings)
         known = set(_flatten(OmegaConf.to_container(composed, resolve=False)))
-        known |= set(groups) | set(group_names(primary)) | {key for key in settings if _names_part(key)}
+        known |= set(groups) | set(group_names(primary)) | {key for key in settings if names_part(key)}
         for key, value in settings.items():
             if key not in groups:
                 check_key(key, known, primary=primary)
@@ -132,7 +132,7 @@ def compose_values(primary: Primary, settings: Mapping[str, Any], *, require_all
     return values
 
 
-def _names_part(key: str) -> bool:
+def names_part(key: str) -> bool:
     """Whether a key gives the class of a part that is not inside of another one."""
     outer, _, last = key.rpartition(".")
     return last == TARGET and (outer in PARTS or (outer.count(".") == 1 and outer.split(".")[0] in LIST_GROUPS))
@@ -140,7 +140,7 @@ def _names_part(key: str) -> bool:
 
 def _make_room_for_parts(composed: DictConfig, settings: Mapping[str, Any]) -> None:
     """Removes what is set of another class, or of an option of ours, where settings name the class themselves."""
-    for key in filter(_names_part, settings):
+    for key in filter(names_part, settings):
         part = key.removesuffix(f".{TARGET}")
         before = OmegaConf.select(composed, part)
         if isinstance(before, DictConfig) and before.get(TARGET) != settings[key]:
@@ -151,14 +151,34 @@ def _make_room_for_parts(composed: DictConfig, settings: Mapping[str, Any]) -> N
 def check_interpolations(values: Any) -> None:
     """Makes sure that settings don't stand for more than a machine holds once every `${...}` is resolved.
 
+    None may call a resolver either: a stranger's `${oc.env:TOKEN}` would put a secret into a record or a logger.
+
     Raises:
-        ConfigError: There are too many of them.
+        ConfigError: There are too many of them, or one calls a resolver.
     """
+    if (called := _find_resolver(str(values))) is not None:
+        raise ConfigError(
+            f"an interpolation must name a setting (`${{optim.lr}}`), but got {called!r}. Write the value instead."
+        )
     if (count := str(values).count("${")) > MOST_INTERPOLATIONS:
         raise ConfigError(
             f"settings must have at most {MOST_INTERPOLATIONS} interpolations (`${{...}}`), but have {count}. "
             "Write the values instead."
         )
+
+
+def _find_resolver(text: str) -> str | None:
+    """Returns the first interpolation in a text that calls a resolver, as far as its colon."""
+    depth, start = 0, 0
+    for position, character in enumerate(text):
+        if text.startswith("${", position):
+            start = start if depth else position
+            depth += 1
+        elif character == "}" and depth:
+            depth -= 1
+        elif character == ":" and depth:
+            return text[start : position + 1]
+    return None
 
 
 @cache
@@ -210,7 +230,9 @@ def known_keys(settings: Mapping[str, Any]) -> set[str]:
 
 def check_key(key: str, known: set[str], *, primary: Primary) -> None:
     """Raises ConfigError unless the dotted key is a setting, or an argument of a part that is set by its class."""
-    if key not in known and not any(f"{outer}.{TARGET}" in known for outer in _outer_keys(key)):
+    if names_part(key) or key in known:
+        return
+    if not any(f"{outer}.{TARGET}" in known for outer in _outer_keys(key)):
         raise ConfigError(
             f"`{key}` is not a setting.{nearest(key, sorted(known))} "
             f"`lorasweep {primary} --help` lists the groups, `lorasweep train --cfg job` every key."

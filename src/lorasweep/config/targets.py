@@ -54,7 +54,8 @@ NESTED_BASES = frozenset(
     }
 )
 """Classes of which a part inside of another part must be one, such as the pruner that a `PatientPruner` wraps."""
-EVERY_PACKAGE = "*"
+EVERY_PACKAGE = "all"
+"""Trusts every package."""
 PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
 INSTALL = re.compile(r"pip install (?:-U )?'?([\w.-]+)")
 
@@ -242,7 +243,7 @@ def _describe_distrust(target: str, *, key: str) -> str:
     package = target.partition(".")[0]
     return (
         f"`{key}` must be a class of a package that is trusted, but got {target!r}. It could run any code: if you know "
-        f"{package!r}, add `trust=[{package}]` to the command line (to `lorasweep reproduce`, `--trust`)."
+        f"{package!r}, add `trust=[{package}]` to the command line of sweep, train or plan, `--trust` to others."
     )
 
 

@@ -20,6 +20,7 @@ from lorasweep.config.compose import (
     group_names,
     known_keys,
     layer_settings,
+    names_part,
     parse_overrides,
 )
 from lorasweep.config.run import RunConfig, ScheduleConfig
@@ -241,6 +242,7 @@ def _check_run_keys(file: SweepFile, overrides: Mapping[str, Any]) -> None:
         of_file, *of_arms = (split_driver(layer)[0] for layer in (file.settings, *(a.settings for a in file.arms)))
         known = set().union(*(known_keys(_options(of_file, of_arm, plain)) for of_arm in of_arms))
         known |= {MULTIPLIER} if ALPHA in known else set()
+        known |= {key for layer in (of_file, *of_arms, plain) for key in layer if names_part(key)}
         for key in [*plain, *expanded]:
             check_key(key, known, primary="train")
 

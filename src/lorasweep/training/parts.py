@@ -27,6 +27,8 @@ PROFILERS: Mapping[str, type[Profiler]] = {
     "pytorch": PyTorchProfiler,
 }
 """Lightning's names of profilers."""
+EVENT_LOGGER = "lorasweep.training.parts.EventLogger"
+"""Import path of the logger that every run has by default; it writes into the run's folder and nowhere else."""
 LOGGER_PACKAGES: Mapping[str, str] = {
     "WandbLogger": "wandb",
     "MLFlowLogger": "mlflow",

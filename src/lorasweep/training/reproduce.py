@@ -18,6 +18,7 @@ from lorasweep.record import RunRecord, read_run
 from lorasweep.redaction import HIDDEN
 from lorasweep.training.comparison import Comparison, compare_values, explain, read_values
 from lorasweep.training.environment import DTYPES
+from lorasweep.training.parts import EVENT_LOGGER
 from lorasweep.training.prepare import check_run
 from lorasweep.training.restore import require_trust, restore_config
 from lorasweep.training.run import never_stop, train_run
@@ -147,6 +148,8 @@ def reproduce_run(
 def config_as_run(record: RunRecord) -> RunConfig:
     """Returns a run's settings for one process, with what was `auto` as it turned out: precision, device, batches.
 
+    Loggers that may send metrics elsewhere are left out, and the profiler: neither changes what is learned.
+
     Raises:
         RecordError: They are damaged, or of another version.
     """
@@ -167,8 +170,10 @@ def config_as_run(record: RunRecord) -> RunConfig:
         devices=1,
         num_nodes=1,
         progress=False,
+        profiler=None,
     )
-    return replace(config, trainer=trainer)
+    local = {name: part for name, part in config.logger.items() if part.target == EVENT_LOGGER}
+    return replace(config, trainer=trainer, logger=local)
 
 
 class _StepLimit:

@@ -11,6 +11,7 @@ from torch import nn
 
 from lorasweep.config.build import as_settings, build
 from lorasweep.config.run import RunConfig
+from lorasweep.config.targets import require_trusted
 from lorasweep.errors import ConfigError, RecordError
 from lorasweep.methods import METHODS, copy_sharing_weights
 from lorasweep.models.load import BaseModel, Labels, load_base
@@ -23,7 +24,9 @@ def restore_config(record: RunRecord) -> RunConfig:
 
     Raises:
         RecordError: The record has none that this version knows.
+        ConfigError: They name a class of a package that is not trusted.
     """
+    require_trusted(record.config)
     try:
         return build(RunConfig, record.config)
     except (ConfigError, TypeError, AttributeError) as error:

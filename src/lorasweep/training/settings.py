@@ -7,6 +7,7 @@ from typing import Any, TypeAlias
 
 from lorasweep.config.build import build
 from lorasweep.config.run import RunConfig
+from lorasweep.config.targets import require_trusted
 from lorasweep.training.restore import require_trust
 
 Settings: TypeAlias = RunConfig | Sequence[str] | Mapping[str, Any]
@@ -26,6 +27,7 @@ def read_settings(given: Settings, *, trust: bool = False) -> RunConfig:
     if isinstance(given, RunConfig):
         return given
     if isinstance(given, Mapping):
+        require_trusted(given)
         config = build(RunConfig, given)
         require_trust(config, trust=trust, option="trust=True")
         return config

@@ -27,6 +27,7 @@ from submitit.helpers import clean_env
 
 from lorasweep.config.build import nearest
 from lorasweep.config.slurm import SlurmConfig
+from lorasweep.config.targets import trusted_packages
 from lorasweep.disk import network_file_system
 from lorasweep.errors import ConfigError, WorkerError
 from lorasweep.ray_node import RayNode, SlurmTask, SweepHead
@@ -127,7 +128,7 @@ def submit_head(config: SlurmConfig, folder: Path) -> str:
     Raises:
         WorkerError: Slurm refuses it.
     """
-    head = SweepHead(folder=folder.resolve(), requeue=config.requeue)
+    head = SweepHead(folder=folder.resolve(), requeue=config.requeue, trusted=trusted_packages())
     return _head_executor(config, folder).submit_tasks(head, 1)[0]
 
 
