@@ -8,8 +8,9 @@ import signal
 import sys
 from pathlib import Path
 
-import lightning
 import torch
+from lightning.pytorch.callbacks import LearningRateMonitor
+from torch.distributed.tensor import DTensor
 
 from lorasweep.cli import StopSignal
 from lorasweep.config.compose import compose_run
@@ -31,6 +32,16 @@ SETTINGS = {
     "optim.lr": 1e-3,
     "optim.clip_norm": 0.5,
 }
+VARIANTS = {
+    "fsdp": [
+        {"method.variant": "dora"},
+        {"method.modules_to_save": ["model.norm"]},
+        {"trainer.activation_checkpointing": True},
+        {"trainer.early_stop_evaluations": 1, "optim.lr": 1e-12},
+    ],
+    "ddp": [{"optim.ema_decay": 0.5}, {"method": "head"}],
+}
+"""Settings that must work too, by strategy."""
 TRUE_LOSSES = LanguageModelling._token_losses
 
 
@@ -75,19 +86,25 @@ class Child:
                 for n in (1, 3):
                     settings = {"method": method, "trainer__strategy": strategy, "trainer__accumulate": n}
                     self.attempt(f"{method}-{strategy}-{n}", **settings)
+        for strategy, variants in VARIANTS.items():
+            for number, settings in enumerate(variants):
+                self.attempt(f"variant-{strategy}-{number}", trainer__strategy=strategy, **settings)
         base = self.benches.of(self.base).base
         self.outcomes["base"] = fingerprint_weights(base.model) == base.fingerprint
         on_meta = self.benches.of(config_of(trainer__devices=2, trainer__strategy="fsdp")).base
         self.outcomes["on meta"] = all(parameter.is_meta for parameter in on_meta.model.parameters())
 
     def short(self):
-        """One run of each strategy, in which an ordinary callback counts the processes."""
-        seen = self.outcomes["world sizes"] = []
-        true_start = lightning.Callback.on_train_start
-        lightning.Callback.on_train_start = lambda callback, trainer, module: seen.append(trainer.world_size)
+        """One run of each strategy, in which an ordinary callback counts processes and the numbers that each holds."""
+
+        def look(callback, trainer, module, *batch):
+            held = [p.to_local() if isinstance(p, DTensor) else p for p in module.parameters()]
+            self.outcomes["seen"] = [trainer.world_size, sum(p.numel() for p in held)]
+
+        LearningRateMonitor.on_train_batch_start = look
         for strategy in ("ddp", "fsdp"):
-            self.attempt(strategy, trainer__strategy=strategy)
-        lightning.Callback.on_train_start = true_start
+            self.attempt(strategy, trainer__strategy=strategy, callbacks="lr_monitor")
+            self.outcomes[f"seen-{strategy}"] = self.outcomes.pop("seen")
 
     def end(self):
         """Runs that are paused, stopped and resumed, and that diverge on one process."""

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.training.processes_child import SETTINGS
+from tests.training.processes_child import SETTINGS, VARIANTS
 from transformers import AutoModelForCausalLM
 
 import lorasweep
@@ -121,7 +121,12 @@ def test_lightning_starts_two_processes_that_learn_what_one_does(tmp_path, alone
         assert_equal_runs(tmp_path / strategy, alone())
         assert_equal_weights(tmp_path / strategy, alone())
         assert len(list((tmp_path / strategy).glob("events.out.tfevents.*"))) == 1
-    assert set(seen(tmp_path, "short")["world sizes"]) == set(seen(tmp_path, "short", 1)["world sizes"]) == {2}
+    total = read_run(alone()).total_params + read_run(alone()).trainable_params
+    for rank in range(2):
+        assert seen(tmp_path, "short", rank)["seen-ddp"] == [2, total]
+        size, held = seen(tmp_path, "short", rank)["seen-fsdp"]
+        assert size == 2
+        assert held == pytest.approx(read_run(alone()).total_params / 2 + read_run(alone()).trainable_params, rel=0.01)
     assert not list(tmp_path.rglob("*.tmp"))
     assert not list(tmp_path.rglob("*.ckpt"))
 
@@ -135,6 +140,17 @@ def test_two_processes_learn_what_one_does(trained, alone, method, strategy, acc
     """5 rows a step, in 3 micro-batches one of them of a single row."""
     two = trained / f"{method}-{strategy}-{accumulate}"
     one = alone(f"{method}-{accumulate}", method=method, trainer__accumulate=accumulate)
+    assert_equal_runs(two, one)
+    assert_equal_weights(two, one)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("strategy", "number"), [(name, number) for name, variants in VARIANTS.items() for number in range(len(variants))]
+)
+def test_variants_train_as_in_one_process(trained, alone, strategy, number):
+    settings = VARIANTS[strategy][number]
+    two, one = trained / f"variant-{strategy}-{number}", alone(f"variant-{strategy}-{number}", **settings)
     assert_equal_runs(two, one)
     assert_equal_weights(two, one)
 
@@ -296,9 +312,13 @@ def test_a_strategy_of_lightnings_is_made_from_its_class():
     config = trainer_of(trainer__devices=2, trainer__strategy=part)
     strategy = build_strategy(config, find_launch(config))
     assert strategy._ddp_kwargs == {"find_unused_parameters": True}
-    wrong = trainer_of(trainer__strategy={"_target_": "lightning.pytorch.callbacks.Timer"})
-    with pytest.raises(ConfigError, match=r"`trainer.strategy._target_` must be a subclass of"):
-        build_strategy(wrong, find_launch(wrong))
+    for name, words in {
+        "callbacks.Timer": "`trainer.strategy._target_` must be a subclass of",
+        "strategies.ModelParallelStrategy": "`trainer.strategy` must be fsdp for",
+    }.items():
+        wrong = trainer_of(trainer__strategy={"_target_": f"lightning.pytorch.{name}"})
+        with pytest.raises(ConfigError, match=words):
+            build_strategy(wrong, find_launch(wrong))
 
 
 def test_deepspeed_must_be_installed():

@@ -84,6 +84,8 @@ def find_launch(config: TrainerConfig, cluster: ClusterEnvironment | None = None
         devices = int(found("WORLD_SIZE", 1)) // num_nodes
         environment: ClusterEnvironment = TorchElasticEnvironment()
     elif (tasks := int(found("SLURM_STEP_NUM_TASKS", 1))) > 1:  # a step of srun; a batch script is one process
+        if "SLURM_NTASKS_PER_NODE" not in os.environ:  # which Lightning asks for
+            raise ConfigError(f"`srun --ntasks-per-node` must be set, but got {tasks} tasks by another option.")
         num_nodes = int(found("SLURM_STEP_NUM_NODES", 1))
         devices = tasks // num_nodes
         environment = SLURMEnvironment(auto_requeue=False)  # Slurm's own `--requeue` does it
@@ -167,6 +169,10 @@ def build_strategy(config: TrainerConfig, launch: Launch) -> Strategy | str:
         ConfigError: It can't be made, or needs a package that is not installed.
     """
     if isinstance(config.strategy, Part):
+        if config.is_sharded:
+            raise ConfigError(
+                "`trainer.strategy` must be fsdp for `ModelParallelStrategy`, but got its class. Set it so."
+            )
         return instantiate(config.strategy, key="trainer.strategy", expected=Strategy)  # type: ignore[type-abstract]
     if config.is_sharded:
         return FsdpStrategy(data_parallel_size=launch.size, tensor_parallel_size=1, save_distributed_checkpoint=False)
