@@ -72,9 +72,6 @@ class SharedSampler(DistributedSampler[MicroBatch]):
         """Takes the share. torch's own sampler, which deals out single rows, is not set up."""
         self.share = share
 
-    def set_epoch(self, epoch: int) -> None:
-        """Ignores the epoch: the order depends on the seed and the step alone."""
-
 
 class StepBatchSampler(SharedSampler):
     """Yields each step's micro-batches.

@@ -18,9 +18,7 @@ def quiet_lightning() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-            warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")  # ours starts at a step
             warnings.filterwarnings("ignore", message=".*this fit will run with no optimizer.*")  # a pack has its own
-            warnings.filterwarnings("ignore", message="It is recommended to use .*sync_dist=True")  # all have the same
             warnings.filterwarnings("ignore", message="The `srun` command is available")  # on a cluster's login node
             warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
             warnings.filterwarnings("ignore", message=".*`lr_scheduler.step\\(\\)` before `optimizer.step\\(\\)`.*")
