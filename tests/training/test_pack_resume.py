@@ -357,6 +357,6 @@ def test_the_stream_that_slots_share_continues_after_a_kill(make_config, tmp_pat
     (later.folder / STATE).unlink()
     other = Search(later.folder, config)
     other.waiting = later.waiting
-    jobs = [other.job(slot["folder_name"], start_step=slot["step"]) for slot in content["state"]["slots"]]
+    jobs = [other.job(slot["folder_name"], start_step=slot["step"]) for slot in content["slots"]]
     assert other.train(jobs, bench=bench)
     assert rows(later.folder / "run-0") != rows(search.folder / "run-0")
