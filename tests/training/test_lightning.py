@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, Mode
 from lightning.pytorch.loggers import CSVLogger
 
 import lorasweep
+from lorasweep.config.build import as_settings
 from lorasweep.config.compose import compose_run, parse_overrides
 from lorasweep.errors import ConfigError, RecordError
 from lorasweep.record import read_steps
@@ -29,6 +30,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),  # the parts are in memory
 ]
 MAX_STEPS = 6
+SGD = as_settings(compose_run({"optim": "sgd"}).optim)
 
 
 @pytest.fixture(scope="module")
@@ -210,6 +212,11 @@ def checkpoint(words, data, make_trainer, tmp_path):
             lambda c: c["hyper_parameters"]["config"]["model"].update(factory="evil_module:run"),
             ConfigError,
             "`trust=True` must be given .*`model.factory=evil_module:run`",
+        ),
+        (
+            lambda c: c["hyper_parameters"]["config"].update(optim={**SGD, "_target_": "evil_module.Optimizer"}),
+            ConfigError,
+            "evil_module",
         ),
     ],
 )
