@@ -39,13 +39,13 @@ MINI = {
 PROGRAM = """
 import sys
 from lorasweep.cli import run
-import lorasweep.training.run as run_file
+import lorasweep.training.module as module_file
 
 if "broken" in sys.argv:  # an error that tells a secret, in the middle of training
     sys.argv.remove("broken")
     def fail(*_, **__):
         raise OSError("postgresql://me:open-sesame-2@host/db refused open-sesame-1")
-    run_file.prepare_model = fail
+    module_file.prepare_model = fail
 sys.exit(run(sys.argv[1:]))
 """
 

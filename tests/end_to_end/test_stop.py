@@ -211,7 +211,7 @@ def test_a_trial_that_diverges_ends_with_its_reason_and_the_sweep_goes_on(tmp_pa
 
 BREAK = """
 import itertools
-import lorasweep.training.run as file
+import lorasweep.training.module as file
 calls, true = itertools.count(1), file.prepare_model
 def prepare_model(config, base):
     if next(calls) in ({calls}):
@@ -244,7 +244,7 @@ def test_a_sweep_ends_when_so_many_trials_in_a_row_broke_and_says_why(tmp_path, 
 LIMIT = """
 import resource
 import lorasweep.training.run as file
-true = file._fit
+true = file.lightning.Trainer.fit
 def fit(*arguments, **others):
     used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + 160 * 2**20, resource.RLIM_INFINITY))
@@ -252,7 +252,7 @@ def fit(*arguments, **others):
         return true(*arguments, **others)
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-file._fit = fit
+file.lightning.Trainer.fit = fit
 """
 
 
