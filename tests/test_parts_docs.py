@@ -1,0 +1,49 @@
+"""The page on parts says what is so: each of its commands composes, and it names every shipped option."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from lorasweep.cli import _take_trust
+from lorasweep.config.compose import check_command_line, packaged_folder
+from lorasweep.config.targets import TRUSTED_PACKAGES, set_trusted
+from lorasweep.sweep import find_sweep_file, read_definition
+
+PAGE = (Path(__file__).parent.parent / "docs" / "parts.md").read_text(encoding="utf-8")
+COMMANDS = [line for line in PAGE.splitlines() if line.startswith("lorasweep ")]
+
+
+@pytest.fixture(autouse=True)
+def _no_trust():
+    yield
+    set_trusted(())
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_each_command_composes(line):
+    _, command, *words = shlex.split(line)
+    words = _take_trust(words)
+    if command == "train":
+        check_command_line(words)
+    else:
+        read_definition(find_sweep_file(words[0]), words[1:])
+
+
+def test_there_are_commands():
+    assert len(COMMANDS) == 11
+
+
+@pytest.mark.parametrize("group", ["optim", "schedule", "logger", "callbacks", "sampler", "pruner"])
+def test_the_table_names_every_shipped_option(group):
+    (row,) = [line for line in PAGE.splitlines() if line.startswith(f"| `{group}`")]
+    shipped = {path.stem for path in (packaged_folder("conf") / group).glob("*.yaml")}
+    assert shipped <= set(re.findall(r"`(\w+)`", row))
+
+
+def test_the_page_names_the_packages_that_are_trusted():
+    named = set(re.findall(r"\w+", PAGE.split("must be of a package in this list: ")[1].split(";")[0]))
+    assert {"lightning_fabric", "pytorch_lightning", "optuna_integration"} == TRUSTED_PACKAGES - named
