@@ -74,8 +74,16 @@ def find_launch(config: TrainerConfig, cluster: ClusterEnvironment | None = None
     """Returns who starts the processes of a run: the given cluster, torchrun, srun, or else Lightning.
 
     Raises:
-        ConfigError: Others were started than the settings ask for, or there are not enough GPUs.
+        ConfigError: Others were started than the settings ask for, there are not enough GPUs, or the strategy needs a
+            package that is not installed.
     """
+    if config.is_sharded and isinstance(config.strategy, Part):
+        raise ConfigError("`trainer.strategy` must be fsdp for `ModelParallelStrategy`, but got its class.")
+    if config.strategy_name.startswith("deepspeed") and find_spec("deepspeed") is None:
+        raise ConfigError(
+            f"`trainer.strategy={config.strategy_name}` needs the package deepspeed, which is not installed. "
+            "Run `pip install deepspeed`."
+        )
     if cluster is not None:  # Ray, where each process sees its own GPU only
         return Launch(environment=cluster, devices=1, num_nodes=cluster.world_size())
     found = os.environ.get
@@ -166,7 +174,7 @@ def build_strategy(config: TrainerConfig, launch: Launch) -> Strategy | str:
     """Returns what `trainer.strategy` means, for Lightning's Trainer.
 
     Raises:
-        ConfigError: It can't be made, or needs a package that is not installed.
+        ConfigError: It can't be made.
     """
     if isinstance(config.strategy, Part):
         if config.is_sharded:
@@ -176,11 +184,6 @@ def build_strategy(config: TrainerConfig, launch: Launch) -> Strategy | str:
         return instantiate(config.strategy, key="trainer.strategy", expected=Strategy)  # type: ignore[type-abstract]
     if config.is_sharded:
         return FsdpStrategy(data_parallel_size=launch.size, tensor_parallel_size=1, save_distributed_checkpoint=False)
-    if config.strategy.startswith("deepspeed") and find_spec("deepspeed") is None:
-        raise ConfigError(
-            f"`trainer.strategy={config.strategy}` needs the package deepspeed, which is not installed. "
-            "Run `pip install deepspeed`."
-        )
     return "ddp" if config.strategy == "auto" and is_distributed(config, launch) else config.strategy
 
 
