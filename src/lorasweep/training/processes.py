@@ -177,10 +177,6 @@ def build_strategy(config: TrainerConfig, launch: Launch) -> Strategy | str:
         ConfigError: It can't be made.
     """
     if isinstance(config.strategy, Part):
-        if config.is_sharded:
-            raise ConfigError(
-                "`trainer.strategy` must be fsdp for `ModelParallelStrategy`, but got its class. Set it so."
-            )
         return instantiate(config.strategy, key="trainer.strategy", expected=Strategy)  # type: ignore[type-abstract]
     if config.is_sharded:
         return FsdpStrategy(data_parallel_size=launch.size, tensor_parallel_size=1, save_distributed_checkpoint=False)
