@@ -33,11 +33,12 @@ OPTIONS = [
 MANDATORY = {
     **{f"model={option}": {"model.path": "owner/name"} for option in ("causal_lm", "classifier", "seq2seq")},
     "model=own": {"model.factory": "own:build"},
+    "sampler=optunahub": {"sampler.package": "samplers/auto_sampler", "sampler.sampler": "AutoSampler"},
     "data=hub": {"data.path": "owner/name"},
     "data=own": {"data.factory": "own:build", "data.labels": ["no", "yes"]},
     **{f"data={option}": {"data.train": "file"} for option in ("text", "table", "chat")},
 }
-"""What has no default: the user's own model and data."""
+"""What has no default."""
 MANDATORY_IN_SWEEPS = {"sentences": ["model.path=owner/name", "data.train=file"]}
 SWEEPS = sorted(packaged_folder("sweeps").glob("*.yaml"))
 
