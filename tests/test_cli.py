@@ -95,7 +95,10 @@ BAD = [
     (["sweep", "mini.yaml", "worker=slurm", "worker.jobs=0"], "`worker.jobs >= 1` must hold, but got 0"),
     (["sweep", "mini.yaml", "worker.partition=a"], "`worker.partition` is not a setting."),
     (["sweep", "mini.yaml", *own_pruner("optuna.pruners.NoSuch")], "but got 'optuna.pruners.NoSuch'"),
-    (["sweep", "mini.yaml", *own_pruner("pathlib.Path")], "must be a class of a package that is trusted, but got 'pathlib"),
+    (
+        ["sweep", "mini.yaml", *own_pruner("pathlib.Path")],
+        "a class of a package that is trusted, but got 'pathlib",
+    ),
     (
         ["sweep", "mini.yaml", *own_pruner("optuna.pruners.PercentilePruner", "pruner.percent=5")],
         "arm `lora`: `pruner` must have arguments that 'optuna.pruners.PercentilePruner' takes, but got {'percent': 5",

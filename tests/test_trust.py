@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from lorasweep.cli import DONE, WRONG, run
+from lorasweep.config.compose import packaged_folder
 from lorasweep.config.targets import set_trusted
 from lorasweep.record import read_sweep
 
@@ -116,6 +117,14 @@ HOSTILE = {
     "a strategy": ({"trainer.strategy._target_": "evil.Callback"}, "`trainer.strategy._target_` must be a class of a"),
     "a profiler": ({"trainer.profiler._target_": "os.system"}, "`trainer.profiler._target_` must be a class of a"),
     "an environment variable": ({"logger": "csv", "logger.csv.prefix": "${oc.env:HOME}"}, "but got '${oc.env:'"),
+    "a factory": (
+        {"model": "own", "model.factory": "evil:build", "model.kind": "causal_lm"},
+        "`model.factory` must be code that is trusted, but got 'evil:build'",
+    ),
+    "remote code": (
+        {"model": "own", "model.path": "theirs", "model.trust_remote_code": True},
+        "add `trust=[transformers_modules]` to the command line",
+    ),
     "trust itself": ({"trust": ["evil"], "callbacks.a._target_": "evil.Callback"}, "trust"),
 }
 
@@ -140,6 +149,10 @@ def test_a_conf_file_of_a_strangers_runs_nothing(here, capsys):
     (here / "conf" / "optim").mkdir(parents=True)
     (here / "conf" / "optim" / "theirs.yaml").write_text("_target_: evil.Callback\nlr: 0.1\n")
     refused(capsys, ["train", "optim=theirs"], "`optim._target_` must be a class of a package that is trusted")
+    (here / "conf" / "model").mkdir()
+    theirs = (packaged_folder("conf") / "model" / "own.yaml").read_text().replace("factory: ???", "factory: evil:build")
+    (here / "conf" / "model" / "theirs.yaml").write_text(theirs)
+    refused(capsys, ["train", "model=theirs"], "`model.factory` must be code that is trusted, but got 'evil:build'")
 
 
 @pytest.mark.parametrize("command", ["compare", "reproduce", "sweep --resume"])

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 DONE, FAILED, WRONG, INTERRUPTED = 0, 1, 2, 130
 TRUST = "trust"
 """The word of a command line that trusts packages; it is a setting of nothing."""
+FLAGS_OF_CODE = {"model.trust_remote_code": "transformers_modules", "model.allow_pickle": "pickle"}
+"""Settings that let code in, and the package that it is of."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -332,12 +334,14 @@ def train(arguments: list[str]) -> int:
 def train_once(config: RunConfig, output: str | None, *, resume: bool, is_grid: bool) -> int:
     """Trains one run in its folder and prints its score; of several processes the first does."""
     from lorasweep.training import build_workbench, join_processes, on_first
+    from lorasweep.training.restore import require_trusted_code
 
     if is_grid and config.trainer.wants_processes:
         raise ConfigError(
             "`trainer.devices` must be 1 and `trainer.strategy` auto with `-m`, but got "
             f"{config.trainer.devices!r} and {config.trainer.strategy_name}. Use `lorasweep sweep` instead of a grid."
         )
+    require_trusted_code(config)
     with join_processes(config.trainer) as group:
         folder, ended = on_first(group, lambda: _train_folder(output, config, resume=resume))
         if ended is not None:
@@ -466,7 +470,7 @@ def _read_definition(words: Sequence[str]) -> Definition:
 def _take_trust(words: Sequence[str]) -> list[str]:
     """Trusts what `trust=[PACKAGE]` on a command line names, in this process, and returns the other words.
 
-    No file and no record can do that.
+    Code that is named on the command line is trusted too. No file and no record can do either.
     """
     from lorasweep.config.compose import parse_overrides
 
@@ -479,8 +483,14 @@ def _take_trust(words: Sequence[str]) -> list[str]:
                 f"`{TRUST}` must be names of packages, such as `{TRUST}=[optunahub]`, but got {package!r}. "
                 "Give the first word of the class's import path."
             )
+    others = [word for word in words if word not in typed]
+    for key, value in (word.partition("=")[::2] for word in others):
+        if key.endswith(("model.factory", "data.factory")):  # also of one arm: `arms.NAME.model.factory`
+            packages.append(value.partition(":")[0].partition(".")[0])
+        elif value == "true" and key.endswith(tuple(FLAGS_OF_CODE)):
+            packages.append(next(package for name, package in FLAGS_OF_CODE.items() if key.endswith(name)))
     set_trusted(packages)
-    return [word for word in words if word not in typed]
+    return others
 
 
 def _refuse_other_settings(words: Sequence[str]) -> None:

@@ -12,6 +12,7 @@ from lorasweep.sweep.controller.stages import build_rule, propose_for
 from lorasweep.sweep.definition import Definition
 from lorasweep.sweep.packing import plan_packing
 from lorasweep.training import Benches, check_run
+from lorasweep.training.restore import require_trusted_code
 
 
 def check_definition(definition: Definition, benches: Benches) -> dict[str, RunConfig]:
@@ -21,6 +22,9 @@ def check_definition(definition: Definition, benches: Benches) -> dict[str, RunC
         ConfigError: A rank, target or other setting does not fit the model, a rung or the sampler does not fit the arm,
             or the search leaves no seed fresh.
     """
+    for arm in definition.arms:
+        for config in arm.corners():
+            require_trusted_code(config)
     plan_packing(definition)
     draw_seeds(definition)
     configs: dict[str, RunConfig] = {}

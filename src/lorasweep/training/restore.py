@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from torch import nn
 
 from lorasweep.config.build import as_settings, build
 from lorasweep.config.run import RunConfig
-from lorasweep.config.targets import require_trusted
+from lorasweep.config.targets import is_trusted, require_trusted
 from lorasweep.errors import ConfigError, RecordError
 from lorasweep.methods import METHODS, copy_sharing_weights
 from lorasweep.models.load import BaseModel, Labels, load_base
@@ -36,19 +37,38 @@ def restore_config(record: RunRecord) -> RunConfig:
         ) from error
 
 
+def named_code(config: RunConfig) -> Iterator[tuple[str, Any, str]]:
+    """Yields key and value of each setting by which a run runs code of its own, and the package that has that code."""
+    for key, name in (("model.factory", config.model.factory), ("data.factory", getattr(config.data, "factory", None))):
+        if name:
+            yield key, name, name.partition(":")[0].partition(".")[0]
+    if config.model.trust_remote_code:
+        yield "model.trust_remote_code", True, "transformers_modules"  # where transformers puts it
+    if config.model.allow_pickle:
+        yield "model.allow_pickle", True, "pickle"
+
+
+def require_trusted_code(config: RunConfig) -> None:
+    """Makes sure that code which settings name is of a trusted package: a sweep file may come from anywhere.
+
+    Raises:
+        ConfigError: It is not.
+    """
+    for key, value, package in named_code(config):
+        if not is_trusted(package):
+            raise ConfigError(
+                f"`{key}` must be code that is trusted, but got {value!r}. It could do whatever you can on this "
+                f"machine: if you know it, add `trust=[{package}]` to the command line."
+            )
+
+
 def require_trust(config: RunConfig, *, trust: bool, option: str = "--trust") -> None:
     """Makes sure that what runs code was asked for: a record or a checkpoint may come from anywhere.
 
     Raises:
         ConfigError: The settings name code or a pickle, and `trust` is False.
     """
-    named: dict[str, Any] = {
-        "model.factory": config.model.factory,
-        "data.factory": getattr(config.data, "factory", None),
-        "model.trust_remote_code": config.model.trust_remote_code,
-        "model.allow_pickle": config.model.allow_pickle,
-    }
-    asked = [f"`{key}={value}`" for key, value in named.items() if value]
+    asked = [f"`{key}={value}`" for key, value, _ in named_code(config)]
     if asked and not trust:
         raise ConfigError(
             f"`{option}` must be given for a run that runs code of its own ({', '.join(asked)}), but was not. "
