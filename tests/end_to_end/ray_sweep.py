@@ -20,6 +20,10 @@ from lorasweep.record import read_run, read_steps, read_sweep
 
 from .conftest import TIMEOUT_S, journal_of
 
+KILLS = int(os.environ.get("LORASWEEP_TEST_KILLS", "2"))
+"""How often each kind of process is killed. From 10 on what takes long is tested too."""
+THOROUGH = KILLS >= 10
+thorough = pytest.mark.skipif(not THOROUGH, reason="takes long: LORASWEEP_TEST_KILLS=20")
 SPACE = {"optim.lr": {"low": 1e-4, "high": 1e-2, "log": True}}
 SWEEP = {
     "name": "on_ray",
@@ -53,12 +57,13 @@ class RaySweep:
 
     def __init__(self, *words: str, folder: Path, environment: dict[str, str] | None = None) -> None:
         self.output = folder / f"output-{len(list(folder.glob('output-*')))}.txt"
+        path = [str(Path(lorasweep.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
         with self.output.open("w") as written:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "lorasweep", "sweep", *words],
                 cwd=folder,
                 env=os.environ
-                | {"PYTHONPATH": str(Path(lorasweep.__file__).parents[1]), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+                | {"PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
                 | (environment or {}),
                 stdout=written,
                 stderr=subprocess.STDOUT,
@@ -128,3 +133,14 @@ def check_whole(folder, *, steps=24):
     for arm in ("full", "lora"):
         best = min((row for row in record.trials if row.arm == arm), key=lambda row: row.value)
         assert {row.trial for row in record.confirm if row.arm == arm} == {best.number}
+
+
+def check_listens_here_only(processes):
+    """Processes listen on 127.0.0.1 and on no other address."""
+    addresses = set()
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            found = process.net_connections("tcp")
+            addresses |= {connection.laddr.ip for connection in found if connection.status == psutil.CONN_LISTEN}
+    assert addresses
+    assert {ip.removeprefix("::ffff:") for ip in addresses} == {"127.0.0.1"}

@@ -11,7 +11,9 @@ import yaml
 
 from lorasweep.record import read_run, read_sweep
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ray")]
+from .ray_sweep import thorough
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ray"), thorough]
 
 CONTENT = {
     "name": "processes",

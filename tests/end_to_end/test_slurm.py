@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import psutil
 import pytest
 from tests.servers.daemon import wait_until
 from tests.servers.ray_head import LOOPBACK
@@ -14,7 +15,7 @@ import lorasweep
 from lorasweep.record import read_sweep
 
 from .conftest import TIMEOUT_S
-from .ray_sweep import check_whole, count_evaluations, wait_for
+from .ray_sweep import check_listens_here_only, check_whole, count_evaluations, wait_for
 from .ray_sweep import start as start
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("slurm")]
@@ -41,6 +42,7 @@ def test_jobs_may_be_cancelled_drained_requeued_and_added(start, tmp_path, on_lo
     slurm, folder = on_loopback, tmp_path / "out"
     sweep = start("on_ray.yaml", *ON_SLURM, "worker.jobs=1", "trainer.max_steps=72", "trainer.eval_every_steps=8")
     wait_for(lambda: count_evaluations(folder), sweep)
+    check_listens_here_only(psutil.Process(sweep.process.pid).children(recursive=True))
     (first,) = slurm.jobs()
     printed = start("--resume", "out", "worker.jobs=2").wait()
     assert "more Slurm jobs for it: " in printed

@@ -86,6 +86,15 @@ def train_on_ray(
 class WorkerRefused(WorkerError):  # noqa: N818 (named by what happened)
     """A worker can't take part, because what it trained could not be compared."""
 
+    def __init__(self, message: str, node: str) -> None:
+        """Takes the reason and the id of the worker's node."""
+        super().__init__(message)
+        self.node = node
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Returns how Ray hands it to another process."""
+        return type(self), (str(self), self.node)
+
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerContext:
@@ -106,17 +115,19 @@ class WorkerContext:
         Raises:
             WorkerRefused: It does not, so that what it trained could not be compared.
         """
-        node = ray.get_runtime_context().get_node_id()[:8]
+        node = ray.get_runtime_context().get_node_id()
         if not self.path.is_dir():
             raise WorkerRefused(
                 f"every node must see the sweep's folder under the same path, but {str(self.path)!r} is not there on "
-                f"node {node}. Put it on a file system that the nodes share (`sweep.output`)."
+                f"node {node[:8]}. Put it on a file system that the nodes share (`sweep.output`).",
+                node,
             )
         own = code_versions()
         if differing := [f"{name} {own[name]}, not {self.code[name]}" for name in own if own[name] != self.code[name]]:
             raise WorkerRefused(
-                f"every node must have the same code and packages, but node {node} has {'; '.join(differing)}. Install "
-                "there what is installed here."
+                f"every node must have the same code and packages, but node {node[:8]} has {'; '.join(differing)}. "
+                "Install there what is installed here.",
+                node,
             )
         set_trusted(self.trusted)
         if self.folder.is_dir():
@@ -338,7 +349,8 @@ class _WorkerPool:
         self._members: dict[Any, _PoolMember] = {}
         """By the reference of the call that runs it."""
         self._count = 0
-        self._refused: list[LoraSweepError] = []
+        self._refused: list[WorkerRefused] = []
+        """Workers that were refused on nodes which are still there: their places stay empty."""
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
         self._actor = (
             ray.remote(ControllerActor)
@@ -367,6 +379,8 @@ class _WorkerPool:
     def _start_missing(self) -> None:
         """Asks Ray for the workers that are missing. One for which there is no room waits until there is."""
         fitting = count_fitting(self._needs)
+        nodes = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        self._refused = [refused for refused in self._refused if refused.node in nodes]
         wanted = fitting if self._num == "auto" else self._num
         while len(self._members) + len(self._refused) < wanted:
             self._count += 1
