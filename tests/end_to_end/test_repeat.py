@@ -53,7 +53,7 @@ NUM_TRIALS = 8 + 4
 DELAYS = """
 import os, random, time
 import lorasweep.sweep.controller.stages as stages
-from lorasweep.sweep.worker import Worker
+from lorasweep.sweep.workers.worker import Worker
 from lorasweep.training.run_log import RunLog
 clock = random.Random(os.urandom(8))
 def delayed(function, most_s):

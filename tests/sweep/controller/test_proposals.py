@@ -572,7 +572,7 @@ def test_results_that_are_all_equal_or_not_finite_are_no_error(sampler):
 
 def test_every_option_of_conf_is_one_of_these_samplers():
     folder = packaged_folder("conf") / "sampler"
-    assert {file.stem for file in folder.glob("*.yaml")} == set(SAMPLERS)
+    assert {file.stem for file in folder.glob("*.yaml")} == {*SAMPLERS, "optunahub"}
     for name, sampler in SAMPLERS.items():
         assert compose_driver({"sampler": name}).sampler == sampler
 

@@ -31,6 +31,7 @@ from lorasweep.training.telemetry import add_telemetry
 
 LOCK_FILE = ".lock"
 PACK_FILE = "pack.json"
+MOVED = "it was moved or removed"
 MAX_SAVE_SHARE = 0.1
 """Most of the time that writing the record may take. The journal has everything meanwhile."""
 
@@ -100,7 +101,7 @@ class SweepFolder:
             WorkerError: It is not, so no trial is to blame and the sweep must end here.
         """
         if not self._is_here():
-            raise _unwritable(self.path, "it was moved or removed") from error
+            raise _unwritable(self.path, MOVED) from error
         if error is not None:
             check_writable(self.path, error)
 
@@ -129,7 +130,7 @@ def check_writable(path: Path, error: BaseException) -> None:
     """Raises `WorkerError` where an error came because a sweep's folder can't be written to."""
     reason = why_unwritable(path, error)
     if reason is not None:
-        raise _unwritable(path, reason) from error
+        raise _unwritable(path, reason if path.is_dir() else MOVED) from error
 
 
 def _unwritable(path: Path, reason: str) -> WorkerError:

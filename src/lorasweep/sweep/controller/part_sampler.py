@@ -15,6 +15,7 @@ from typing import Any
 import optuna
 from optuna.exceptions import ExperimentalWarning
 from optuna.samplers import BaseSampler, CmaEsSampler
+from optuna.storages import InMemoryStorage
 from optuna.trial import create_trial
 
 from lorasweep.config.targets import TARGET, Part, argument_names, instantiate, is_trusted
@@ -51,12 +52,17 @@ def ask_part(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ExperimentalWarning)
-            study = optuna.create_study(sampler=sampler, direction=history.direction)
+            storage = InMemoryStorage()
+            study = optuna.create_study(sampler=sampler, direction=history.direction, storage=storage)
+            study_id = storage.get_study_id_from_name(study.study_name)
             known = _restore(study, history)
+            for name, value in known.items():
+                storage.set_study_system_attr(study_id, name, value)
             trial = study.ask(coding.ranges)
+            of_study = storage.get_study_system_attrs(study_id)
             state = {
                 "trial": study.get_trials(deepcopy=False)[-1].system_attrs,
-                "study": {name: value for name, value in _study_state(study).items() if known.get(name) != value},
+                "study": {name: value for name, value in of_study.items() if known.get(name) != value},
             }
     except Exception as error:  # whatever a sampler raises
         raise ConfigError(
@@ -117,14 +123,7 @@ def _restore(study: optuna.Study, history: History) -> dict[str, Any]:
                 system_attrs=_without_pickles(kept.get("trial", {})),
             )
         )
-    for name, value in of_study.items():
-        study._storage.set_study_system_attr(study._study_id, name, value)
     return of_study
-
-
-def _study_state(study: optuna.Study) -> dict[str, Any]:
-    """Returns what a sampler keeps of a study; Optuna has no public way to read that."""
-    return dict(study._storage.get_study_system_attrs(study._study_id))
 
 
 def _without_pickles(state: Mapping[str, Any]) -> dict[str, Any]:
