@@ -217,7 +217,8 @@ def test_nodes_join_and_leave_and_one_with_other_code_is_refused(start, tmp_path
     with (other / "lorasweep" / "errors.py").open("a") as file:
         file.write("# changed\n")
     cluster = nodes(1)
-    sweep = start(f"worker.address={cluster.address}", "sweep.output=out", environment=cluster.environment)
+    words = (f"worker.address={cluster.address}", "trainer.max_steps=72", "trainer.eval_every_steps=8")
+    sweep = start(*words, "sweep.output=out", environment=cluster.environment)
     wait_for(lambda: count_evaluations(folder), sweep)
     cluster.tell(f"add {other}")
     wait_for(lambda: "must have the same code and packages" in str(read_sweep(folder).warnings), sweep)
@@ -226,7 +227,7 @@ def test_nodes_join_and_leave_and_one_with_other_code_is_refused(start, tmp_path
     wait_for(lambda: len({row.run for row in read_sweep(folder).trials if row.state == "running"}) > 1, sweep)
     cluster.tell("remove")
     assert "every node must have the same code and packages, but node " in sweep.wait()
-    check_whole(folder)
+    check_whole(folder, steps=72)
 
 
 @pytest.mark.parametrize(
