@@ -104,7 +104,13 @@ def test_a_sweep_whose_head_died_is_resumed(start, tmp_path, victim):
 
 @pytest.mark.parametrize("strategy", ["fsdp", pytest.param("ddp", marks=thorough)])
 def test_a_worker_of_two_processes_trains_each_trial_on_both(start, tmp_path, strategy):
-    words = ("trainer.devices=2", f"trainer.strategy={strategy}", "sweep.output=out", "confirm.seeds=0")
+    words = (
+        "trainer.devices=2",
+        f"trainer.strategy={strategy}",
+        "sweep.output=out",
+        "confirm.seeds=0",
+        "trainer.max_steps=12",
+    )
     sweep, folder = start("worker.num=1", *words, "sweep.trials=2"), tmp_path / "out"
     wait_for(lambda: count_evaluations(folder), sweep)
     assert len(sweep.find("ray::WorkerActor")) == 2
@@ -114,8 +120,8 @@ def test_a_worker_of_two_processes_trains_each_trial_on_both(start, tmp_path, st
     assert [row.state for row in record.trials] == ["complete"] * 4
     for row in record.trials:
         run = read_run(folder / row.run)
-        assert (run.status, run.steps_done, run.platform["processes"]) == ("complete", 24, 2)
-        assert [step["step"] for step in read_steps(folder / row.run) if "loss" in step] == list(range(1, 25))
+        assert (run.status, run.steps_done, run.platform["processes"]) == ("complete", 12, 2)
+        assert [step["step"] for step in read_steps(folder / row.run) if "loss" in step] == list(range(1, 13))
 
 
 RAYS_AGENTS = {"ray::DashboardAgent", "ray::RuntimeEnvAgent"}
@@ -133,7 +139,10 @@ def names_of(processes):
 
 
 def test_of_two_sweeps_at_once_one_is_interrupted_and_goes_on_without_ray(start, tmp_path):
-    first, second = (start("worker.num=1", f"sweep.output={name}", f"sweep.seed={name[-1]}") for name in ("o1", "o2"))
+    first, second = (
+        start("worker.num=1", f"sweep.output={name}", f"sweep.seed={name[-1]}", "trainer.max_steps=12")
+        for name in ("o1", "o2")
+    )
     wait_for(lambda: count_evaluations(tmp_path / "o1"), first)
     wait_for(lambda: count_evaluations(tmp_path / "o2"), second)
     first.process.send_signal(signal.SIGINT)
@@ -141,8 +150,8 @@ def test_of_two_sweeps_at_once_one_is_interrupted_and_goes_on_without_ray(start,
     assert read_sweep(tmp_path / "o1").status == "interrupted"
     start("--resume", "o1", "worker=local").wait()
     second.wait()
-    check_whole(tmp_path / "o1")
-    check_whole(tmp_path / "o2")
+    check_whole(tmp_path / "o1", steps=12)
+    check_whole(tmp_path / "o2", steps=12)
 
 
 def test_a_full_disk_ends_the_sweep_with_a_sentence_and_it_goes_on_when_there_is_room(start, tmp_path):
@@ -151,12 +160,12 @@ def test_a_full_disk_ends_the_sweep_with_a_sentence_and_it_goes_on_when_there_is
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", str(disk)], capture_output=True).returncode:
         pytest.skip("needs the right to mount a small tmpfs")
     try:
-        printed = start("worker.num=2", "sweep.output=disk/sweep").wait(code=1)
+        printed = start("worker.num=2", "sweep.output=disk/sweep", "trainer.max_steps=12").wait(code=1)
         assert "No space left on device" in printed.splitlines()[-1]
         assert "lorasweep sweep --resume /" in printed.splitlines()[-1]
         subprocess.run(["mount", "-o", "remount,size=400m", str(disk)], check=True)
         start("--resume", "disk/sweep").wait()
-        check_whole(disk / "sweep")
+        check_whole(disk / "sweep", steps=12)
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=True)
 
