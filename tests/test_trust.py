@@ -9,9 +9,9 @@ import sys
 import pytest
 import yaml
 
-from lorasweep.cli import DONE, WRONG, run
+from lorasweep.cli import DONE, WRONG, _take_trust, run
 from lorasweep.config.compose import packaged_folder
-from lorasweep.config.targets import set_trusted
+from lorasweep.config.targets import set_trusted, trusted_packages
 from lorasweep.record import read_sweep
 
 from .test_cli import MINI
@@ -178,6 +178,21 @@ def test_a_strangers_run_runs_nothing(here, capsys, made, command):
     words = command.split()
     refused(capsys, [words[0], "theirs", *words[1:]], "callbacks.a._target_` must be a class of a package")
     assert not (here / "canary").exists()
+
+
+@pytest.mark.parametrize(
+    ("word", "package"),
+    [
+        ("model.factory=mine.models:build", "mine"),
+        ("arms.lora.data.factory='mine:Data'", "mine"),
+        ("model.trust_remote_code=True", "transformers_modules"),
+        ("model.allow_pickle=true", "pickle"),
+        ("model.allow_pickle=false", None),
+    ],
+)
+def test_code_that_is_typed_is_trusted(word, package):
+    assert _take_trust([word]) == [word]
+    assert trusted_packages() == ((package,) if package else ())
 
 
 def test_trust_in_a_record_is_no_setting(here, capsys, made):

@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lorasweep.config.named import FLAGS_OF_CODE, package_of
 from lorasweep.config.targets import EVERY_PACKAGE, require_trusted, set_trusted, trusted_packages
 from lorasweep.disk import free_folder, is_new_or_empty
 from lorasweep.errors import ConfigError, LoraSweepError, RanksLost, RecordError
@@ -31,8 +32,6 @@ if TYPE_CHECKING:
 DONE, FAILED, WRONG, INTERRUPTED = 0, 1, 2, 130
 TRUST = "trust"
 """The word of a command line that trusts packages; it is a setting of nothing."""
-FLAGS_OF_CODE = {"model.trust_remote_code": "transformers_modules", "model.allow_pickle": "pickle"}
-"""Settings that let code in, and the package that it is of."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -138,7 +137,7 @@ def sweep(arguments: argparse.Namespace) -> int:
     if arguments.resume and arguments.words:
         added = add_jobs(arguments.resume, parse_overrides(arguments.words))
         if added is not None:
-            say(f"the sweep runs; more Slurm jobs for it: {' '.join(added) or 'none, there are as many as that'}")
+            say(f"the sweep runs; more Slurm jobs for it: {' '.join(added) or 'none, it has as many already'}")
             return DONE
     folder = _resume(arguments, benches) if arguments.resume else _start(definition, benches)
     console.print(f"sweep {folder.record.name} in {folder.path}", highlight=False, markup=False, soft_wrap=True)
@@ -158,7 +157,7 @@ def sweep(arguments: argparse.Namespace) -> int:
 
 def status(arguments: argparse.Namespace) -> int:
     """Shows how a sweep stands; never changes it."""
-    from lorasweep.sweep import follow, read_status, render_status
+    from lorasweep.sweep import describe_jobs, follow, read_status, render_status
 
     console = PlainConsole()
     now = read_status(arguments.folder)
@@ -167,6 +166,8 @@ def status(arguments: argparse.Namespace) -> int:
             follow(lambda: read_status(arguments.folder), console=console)
         now = read_status(arguments.folder)
     console.print(render_status(now))
+    if jobs := describe_jobs(arguments.folder):
+        say(f"Slurm jobs: {jobs}")
     return DONE
 
 
@@ -485,10 +486,11 @@ def _take_trust(words: Sequence[str]) -> list[str]:
             )
     others = [word for word in words if word not in typed]
     for key, value in (word.partition("=")[::2] for word in others):
-        if key.endswith(("model.factory", "data.factory")):  # also of one arm: `arms.NAME.model.factory`
-            packages.append(value.partition(":")[0].partition(".")[0])
-        elif value == "true" and key.endswith(tuple(FLAGS_OF_CODE)):
-            packages.append(next(package for name, package in FLAGS_OF_CODE.items() if key.endswith(name)))
+        setting = ".".join(key.split(".")[-2:])  # also of one arm: `arms.NAME.model.factory`
+        if setting in ("model.factory", "data.factory"):
+            packages.append(package_of(value.strip("'\"")))
+        elif setting in FLAGS_OF_CODE and value.lower() == "true":
+            packages.append(FLAGS_OF_CODE[setting])
     set_trusted(packages)
     return others
 

@@ -12,6 +12,14 @@ from typing import Any
 from lorasweep.config.build import nearest
 from lorasweep.errors import ConfigError, describe_error
 
+FLAGS_OF_CODE = {"model.trust_remote_code": "transformers_modules", "model.allow_pickle": "pickle"}
+"""Settings that let code in, and the package that has the code; transformers puts remote code into its own."""
+
+
+def package_of(name: str) -> str:
+    """Returns the package of a function (`package.module:function`)."""
+    return name.partition(":")[0].partition(".")[0]
+
 
 def call_named(name: str, *, key: str, offered: Mapping[str, Any]) -> Any:
     """Returns what a named function returns; it is given those of the offered arguments that it asks for by name.

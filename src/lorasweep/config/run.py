@@ -78,7 +78,7 @@ class OptimizerPart(Part):
     layer_decay: float
     ema_decay: float | None
     weight_decay: float
-    """Of matrices; must be 0 where the class takes no `weight_decay`."""
+    """Weight decay of matrices. It must be 0 if the class takes no `weight_decay`."""
     clip_norm: float | None
 
     def __post_init__(self) -> None:
@@ -132,7 +132,7 @@ class ScheduleConfig:
     warmup_fraction: float
     """Share of the steps that rise linearly from 0, 0 <= f < 1."""
     arguments: Mapping[str, Any] = field(default_factory=dict, hash=False)
-    """Of that schedule, see `SCHEDULE_ARGUMENTS`."""
+    """Further arguments of the schedule, by the names in `SCHEDULE_ARGUMENTS`."""
 
     def __post_init__(self) -> None:
         require_fraction("schedule.warmup_fraction", self.warmup_fraction)
@@ -188,17 +188,17 @@ class TrainerConfig:
     progress: bool
     """Whether a single run shows a progress bar."""
     profiler: Literal["simple", "advanced", "pytorch"] | Part | None
-    """What measures where the time goes, by Lightning's name or a class: writes into the run's folder. Such trials run
+    """A Lightning profiler, by Lightning's name or by its class. It writes into the run's folder. Trials with one train
     alone."""
 
     @property
     def strategy_name(self) -> str:
-        """Returns the name of the strategy, of a class that of the class."""
+        """Returns the name of the strategy, or of its class."""
         return self.strategy.name if isinstance(self.strategy, Part) else self.strategy
 
     @property
     def wants_processes(self) -> bool:
-        """Whether a run needs a group of processes, if only of one."""
+        """Whether a run needs a process group, even one with a single process."""
         return (self.strategy, self.devices, self.num_nodes) != ("auto", 1, 1)
 
     @property
@@ -247,7 +247,7 @@ class RunConfig:
     method: MethodConfig
     optim: OptimConfig | OptimizerPart
     schedule: ScheduleConfig | Part
-    """A part is a scheduler of torch's or of the user's own. Trials with one run alone."""
+    """A `Part` is any torch scheduler. Trials with one train alone."""
     trainer: TrainerConfig
     logger: Mapping[str, Part] = field(hash=False)
     """Where metrics go beside the run's own `steps.jsonl`: any Lightning logger, by a name of the user's."""

@@ -12,7 +12,7 @@ from lorasweep.sweep.plan import ArmPlan, plan_sweep, render_plan
 from lorasweep.sweep.reproduce import compare_sweeps
 from lorasweep.sweep.status import SweepStatus, follow, followed, read_status, render_status
 from lorasweep.sweep.sweep_file import find_sweep_file
-from lorasweep.sweep.workers.train import add_jobs, check_workers, hand_over, train_sweep
+from lorasweep.sweep.workers.train import add_jobs, check_workers, describe_jobs, hand_over, train_sweep
 
 __all__ = [
     "Arm",
@@ -27,6 +27,7 @@ __all__ = [
     "compare_sweeps",
     "create_sweep",
     "data_notes",
+    "describe_jobs",
     "draw_seeds",
     "find_sweep_file",
     "find_warnings",

@@ -36,7 +36,7 @@ SOLO_CAUSES: Mapping[str, str] = {
     "callbacks": ", where a callback would see several runs as one",
     "trainer.profiler": ", whose steps belong to several runs",
 }
-"""What a sentence says of such a key beside that it does not go with packs."""
+"""Why a key does not go with packs, for the sentence that says so."""
 
 
 @dataclass(frozen=True, kw_only=True)

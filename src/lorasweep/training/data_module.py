@@ -41,8 +41,10 @@ class DataModule(lightning.LightningDataModule):
         """
         super().__init__()
         self.config = read_settings(config)
-        self._bench = share_workbench(self.config) if parts is None else None
-        self.parts = parts or share_workbench(self.config).parts
+        if parts is None:
+            self._bench = share_workbench(self.config)  # shared as long as somebody holds it
+            parts = self._bench.parts
+        self.parts = parts
         self.accumulate = accumulate or accumulate_of(self.config)
 
     @property

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from lorasweep.config.build import as_settings, build
+from lorasweep.config.named import FLAGS_OF_CODE, package_of
 from lorasweep.config.run import RunConfig
 from lorasweep.config.targets import is_trusted, require_trusted
 from lorasweep.errors import ConfigError, RecordError
@@ -41,11 +42,10 @@ def named_code(config: RunConfig) -> Iterator[tuple[str, Any, str]]:
     """Yields key and value of each setting by which a run runs code of its own, and the package that has that code."""
     for key, name in (("model.factory", config.model.factory), ("data.factory", getattr(config.data, "factory", None))):
         if name:
-            yield key, name, name.partition(":")[0].partition(".")[0]
-    if config.model.trust_remote_code:
-        yield "model.trust_remote_code", True, "transformers_modules"  # where transformers puts it
-    if config.model.allow_pickle:
-        yield "model.allow_pickle", True, "pickle"
+            yield key, name, package_of(name)
+    for key, package in FLAGS_OF_CODE.items():
+        if getattr(config.model, key.removeprefix("model.")):
+            yield key, True, package
 
 
 def require_trusted_code(config: RunConfig) -> None:

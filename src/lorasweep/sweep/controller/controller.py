@@ -34,7 +34,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 MAX_DEATHS_IN_A_ROW = 10
-"""Workers that may die without any evaluation in between: more of them die of what they are given to train."""
+"""Workers that may die in a row without any evaluation in between. After more the trials themselves are to blame."""
 Status = Literal["running", "complete", "interrupted"]
 RunEnded = Callable[[RunRecord, Path, Mapping[str, Any]], None]
 """Called with the record, the folder and the swept values of each run that ended well."""
@@ -188,8 +188,8 @@ class Controller:
         self._deaths_in_a_row += 1
         if self._deaths_in_a_row >= MAX_DEATHS_IN_A_ROW:
             raise WorkerError(
-                f"a worker must live until its first evaluation, but {MAX_DEATHS_IN_A_ROW} workers died one after the "
-                "other before that. Look whether the system ended them for want of memory."
+                f"a worker must live until its first evaluation, but {MAX_DEATHS_IN_A_ROW} workers in a row died "
+                "before that. Check whether the system killed them because memory ran out."
             )
 
     def awaits_pause(self, assignment: Assignment, *, step: int) -> bool:

@@ -1,7 +1,7 @@
-"""What a sampler may learn from: the points of an arm's trials and their results, kept up to date trial by trial.
+"""An arm's earlier trials as its sampler sees them. Each change of a trial updates them.
 
-An arm may have 100,000 trials, and a proposal looks at a few hundred of them. So nothing here reads all of them again
-when one of them changes.
+An arm may have 100,000 trials, and a proposal uses a few hundred of them. So a change of one trial never makes this
+module read all of them again.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ Rank = tuple[int, int, float]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Known:
-    """A trial of the space, its point, and its rank among the results where it is one."""
+class HistoryTrial:
+    """A trial whose parameters lie in the space, with its point. `rank` is None if the trial has no result."""
 
     trial: FrozenTrial
     point: Point
@@ -63,7 +63,7 @@ class History:
         self.tried = TriedPoints(self.coding.ranges)
         self.num_values = 0
         """Results that have a finite value."""
-        self._known: dict[int, Known] = {}
+        self._trials: dict[int, HistoryTrial] = {}
         self._ranked: list[tuple[Rank, int]] = []
         """Rank and number of all results, best first."""
         self._numbers: list[int] = []
@@ -81,7 +81,7 @@ class History:
             trial: As the study has it.
             is_paused: Whether it is paused: a result of fewer steps.
         """
-        before = self._known.get(number)
+        before = self._trials.get(number)
         point = before.point if before is not None else self.coding.encode(trial.params)
         if point is None:
             return
@@ -91,14 +91,14 @@ class History:
         is_result = trial.state in (TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING) and (
             value is not None or is_infeasible(trial)
         )
-        now = Known(
+        now = HistoryTrial(
             trial=trial,
             point=point,
             is_paused=is_paused,
             rank=rank(trial, direction=self.direction) if is_result else None,
             has_value=is_result and value is not None,
         )
-        self._known[number] = now
+        self._trials[number] = now
         self._place(number, None if before is None else before.rank, now.rank)
         self.num_values += now.has_value - (before is not None and before.has_value)
         if trial.state == TrialState.RUNNING and not is_paused and not is_result:
@@ -106,9 +106,9 @@ class History:
         else:
             self._running.pop(number, None)
 
-    def trials(self) -> list[Known]:
+    def trials(self) -> list[HistoryTrial]:
         """Returns all trials in the order of their numbers."""
-        return [self._known[number] for number in sorted(self._known)]
+        return [self._trials[number] for number in sorted(self._trials)]
 
     def results(self) -> list[tuple[FrozenTrial, Point]]:
         """Returns at most `MAX_HISTORY_TRIALS` results in their order: the best half, and the latest of the others."""
@@ -120,7 +120,7 @@ class History:
                     break
                 chosen.add(number)
             numbers = sorted(chosen)
-        return [(self._known[number].trial, self._known[number].point) for number in numbers]
+        return [(self._trials[number].trial, self._trials[number].point) for number in numbers]
 
     def running(self) -> list[Point]:
         """Returns the points of the running trials that have no result yet, in the order of their numbers."""
@@ -147,7 +147,7 @@ class Coding:
         self.choices: dict[str, list[Any]] = {}
         """Per key with a list of choices, the choices by position."""
         self.ranges: Space = {}
-        """What Optuna sees: per key with more than one value, the range of a point's value."""
+        """Optuna's range for each key that has more than one value."""
         for key, distribution in self.space.items():
             encoded = distribution
             if isinstance(distribution, CategoricalDistribution):

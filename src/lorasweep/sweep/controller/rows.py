@@ -29,7 +29,7 @@ FUNCTION_ATTRIBUTE = "lorasweep:function"
 """Names what the trial trains, so that a resumed sweep need not compose every earlier trial again."""
 DUPLICATE_ATTRIBUTE = "lorasweep:duplicate_of"
 SAMPLER_ATTRIBUTE = "lorasweep:sampler"
-"""What a sampler that is named by `_target_` keeps with the trial that it proposed."""
+"""State that a sampler set by `_target_` stores with each trial that it proposes."""
 WINNER_ATTRIBUTE = "lorasweep:winner"
 RUNS_FOLDER = "runs"
 STATES: dict[TrialState, RowState] = {

@@ -1,6 +1,6 @@
-"""The trials at each rung in the order of their values, kept up to date, so that a decision looks at none but the best.
+"""Sorted tables of the trials at each rung, so that a decision reads only the best trials.
 
-An arm may have 100,000 trials. To compare all of them at each report would take longer than to train one.
+An arm may have 100,000 trials. Comparing all of them at each report would take longer than training one.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ Place = tuple[str, int, tuple[float, int]]
 
 
 class Rungs:
-    """What the trials of an arm have come to at each rung of its rule.
+    """The trials of an arm at each rung of its stopping rule.
 
     Three tables per rung, each sorted:
 
-    - `reached`: value and number of every trial that has reached the rung and has not failed.
-    - `waiting`: those of them that are running or paused and may not go on beyond it.
-    - `below`: number of every running or paused trial that has not reached it and waits at no lower rung.
+    - `reached`: value and number of each trial that has reached the rung and has not failed.
+    - `waiting`: the rows of `reached` whose trial is running or paused and may not go on beyond the rung.
+    - `below`: number of each running or paused trial that has not reached the rung and waits at no lower one.
     """
 
     def __init__(self, rule: StoppingRule, entries: Mapping[int, Entry], *, sign: int) -> None:
@@ -128,6 +128,6 @@ class Rungs:
         return next((rung for rung in self._rule.rungs if rung in entry.values and rung not in entry.passed), None)
 
     def _key(self, entry: Entry, rung: int) -> tuple[float, int]:
-        """What a trial is compared by at a rung, lower is better, and of equal ones the earlier first."""
+        """Returns a trial's sort key at a rung: lower is better, and the earlier of two equal trials comes first."""
         value = entry.losses.get(rung, self._sign * entry.values[rung])
         return (math.inf if math.isnan(value) else value), entry.number

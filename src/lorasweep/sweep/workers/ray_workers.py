@@ -204,6 +204,7 @@ class WorkerActor:
         client, path = ControllerClient(controller), self._context.path
         client.note_worker(device=name_device(), threads=torch.get_num_threads())
         self._peers = list(peers)
+        self._prepare_peers()
         return Worker(
             path,
             saved_definition(path),
@@ -221,10 +222,27 @@ class WorkerActor:
         """Has the worker stop after its present step."""
         self._stop.set()
 
+    def enter(self) -> None:
+        """Makes sure that this process can take part.
+
+        Raises:
+            WorkerRefused: It can't.
+        """
+        self._context.enter()
+
+    def _prepare_peers(self) -> None:
+        """Makes sure that the other ranks can take part; raises what refuses one of them."""
+        try:
+            ray.get([peer.enter.remote() for peer in self._peers])
+        except RayTaskError as error:
+            raise (error.cause if isinstance(error.cause, Exception) else error) from None
+        except RayError:  # one of them died
+            traceback.print_exc()
+            os._exit(1)
+
     def train_as_peer(self, config: RunConfig, place: RunPlace, *, resume: bool, cluster: RayEnvironment) -> None:
         """Trains a run together with the other ranks. Where that fails, the process ends, so that none waits for it."""
         try:
-            self._context.enter()
             train_run(config, place, bench=self._benches.of(config), resume=resume, cluster=cluster)
         except BaseException as error:
             if not isinstance(error, LoraSweepError) or isinstance(error, RanksLost):  # others are raised by all ranks
@@ -248,9 +266,7 @@ class WorkerActor:
         except RanksLost:
             traceback.print_exc()
             os._exit(1)
-        except (
-            Exception
-        ):  # is told to the controller also where other ranks died of it; the next run then ends this one
+        except Exception:  # the controller must hear of it first, even if another rank died of it too
             with suppress(RayError):
                 ray.get(peers, timeout=PEER_TIMEOUT_S)
             raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,15 @@ def add_jobs(path: Path, changes: Mapping[str, Any]) -> list[str] | None:
     check_slurm(config, path)
     missing = config.jobs - (live_jobs(read_job_ids(path)) or 0)
     return submit_nodes(config, path, num=missing) if missing > 0 else []
+
+
+def describe_jobs(path: Path) -> str | None:
+    """Returns how many of a sweep's Slurm jobs are in which state; None if it has none or Slurm is not here."""
+    if not (path / "slurm").is_dir() or find_spec("submitit") is None:
+        return None
+    from lorasweep.sweep.workers.slurm import describe_nodes, read_job_ids  # noqa: PLC0415
+
+    return describe_nodes(read_job_ids(path))
 
 
 def train_sweep(
