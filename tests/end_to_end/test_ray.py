@@ -77,7 +77,8 @@ def test_workers_and_controllers_that_are_killed_lose_nothing_and_all_of_ray_end
     assert len(victims) < KILLS
     check_whole(folder, steps=STEPS)
     # a trial that was continued repeats the steps after its checkpoint to the same bits
-    assert {run: state[:6] for run, state in state_of(folder).items()} == {r: s[:6] for r, s in alone.items()}
+    for run, state in state_of(folder).items():
+        assert state[:6] == alone[run][:6], run
     _, left = psutil.wait_procs(started, timeout=10)
     assert left == []
     assert not list(folder.glob("pack-*.json"))
@@ -88,7 +89,7 @@ def test_workers_and_controllers_that_are_killed_lose_nothing_and_all_of_ray_end
 )
 def test_a_sweep_whose_head_died_is_resumed(start, tmp_path, victim):
     chance, folder = random.Random(victim), tmp_path / "out"
-    sweep = start("worker.num=2", "sweep.output=out")
+    sweep = start("worker.num=2", "sweep.output=out", f"trainer.max_steps={STEPS}")
     for _ in range(KILLS if THOROUGH else 1):
         before = count_evaluations(folder)
         wait_for(lambda before=before: count_evaluations(folder) > before, sweep)
@@ -99,7 +100,7 @@ def test_a_sweep_whose_head_died_is_resumed(start, tmp_path, victim):
         wait_until(lambda started=started: not names_of(started) - RAYS_AGENTS, lambda started=started: str(started))
         sweep = start("--resume", "out")
     sweep.wait()
-    check_whole(folder)
+    check_whole(folder, steps=STEPS)
 
 
 @pytest.mark.parametrize("strategy", ["fsdp", pytest.param("ddp", marks=thorough)])

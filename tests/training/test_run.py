@@ -273,6 +273,7 @@ RESUMED = [
     pytest.param({}, [3], id="between evaluations"),
     pytest.param({}, [1, 1, 1, 1], id="at every step"),
     pytest.param({"trainer.eval_every_steps": 3}, [3], id="at an evaluation that does not divide the run"),
+    pytest.param({"trainer.eval_every_steps": 4}, [6], id="after the last step, before its evaluation"),
     pytest.param({"method.dropout": 0.5}, [1], id="with dropout before the first evaluation"),
     pytest.param({"method.dropout": 0.5}, [2], id="with dropout at an evaluation"),
     pytest.param({"method.dropout": 0.5}, [3], id="with dropout between evaluations"),
@@ -435,8 +436,13 @@ def test_a_run_that_is_not_paused_is_not_pruned(tmp_path, make_config, bench):
 
 @pytest.mark.parametrize(
     ("settings", "pause_at"),
-    [({"method.dropout": 0.5}, 2), ({"trainer.early_stop_evaluations": 1, "optim.lr": 1e-12}, None)],
-    ids=["paused", "stopped early"],
+    [
+        ({"method.dropout": 0.5}, 2),
+        ({"trainer.early_stop_evaluations": 1, "optim.lr": 1e-12}, None),
+        ({"method.dropout": 0.5, "trainer.max_steps": 4}, None),
+        ({"method.dropout": 0.5, "trainer.max_steps": 3}, None),
+    ],
+    ids=["paused", "stopped early", "complete", "complete after a last interval that is shorter"],
 )
 def test_a_run_killed_at_any_moment_of_an_evaluation_ends_the_same(
     tmp_path, make_config, bench, monkeypatch, settings, pause_at
@@ -465,7 +471,6 @@ def test_a_run_killed_at_any_moment_of_an_evaluation_ends_the_same(
             patch.setattr(module, name, around(getattr(module, name)))
         first = train(whole, config, bench=bench, on_evaluation=decide)
     assert first.status == ("paused" if pause_at else "complete")
-    assert first.steps_done < 6
     for folder in killed:
         if read_run(folder).status != "paused":  # a controller need not train it again
             train(folder, config, bench=bench, resume=True, on_evaluation=decide)

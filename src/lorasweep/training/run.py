@@ -157,9 +157,11 @@ class _Session:
 
         record, checkpoint, start_step = on_first(self.group, begin)
         log = logs[0] if logs else None
-        if checkpoint is not None and is_stale(record, self.config.trainer):  # killed between last evaluation and end
+        stale = checkpoint is not None and is_stale(record, self.config.trainer)
+        if stale or (checkpoint is not None and record.last.get("step") == record.steps_planned):
+            # killed after its last evaluation, which must not be written a second time
             status: RunStatus = "complete"
-            record.reason = describe_stale(record)
+            record.reason = describe_stale(record) if stale else None
         else:
             reset_peak_memory()
             try:
