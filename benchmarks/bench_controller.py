@@ -31,8 +31,9 @@ from optuna.trial import TrialState, create_trial
 
 from lorasweep.config.targets import trusted_packages
 from lorasweep.record import RunRecord, read_run, write_record
-from lorasweep.sweep import Controller, SweepFolder, create_sweep, read_definition, reopen_sweep
-from lorasweep.sweep.controller.controller import Assignment
+from lorasweep.sweep.controller.controller import Assignment, Controller
+from lorasweep.sweep.controller.folder import SweepFolder
+from lorasweep.sweep.controller.lifecycle import create_sweep, reopen_sweep
 from lorasweep.sweep.controller.rows import (
     FUNCTION_ATTRIBUTE,
     RUN_ATTRIBUTE,
@@ -40,6 +41,7 @@ from lorasweep.sweep.controller.rows import (
     TURN_ATTRIBUTE,
     run_name,
 )
+from lorasweep.sweep.definition.arms import read_definition
 from lorasweep.sweep.workers.ray_cluster import local_cluster
 
 SPACE = {"method.rank": [1, 2, 4, 8, 16, 32, 64], "optim.lr": {"low": 1e-4, "high": 1e-1, "log": True}}
@@ -216,7 +218,7 @@ def describe_ms(seconds: Sequence[float]) -> str:
 
 def simulate(sweep: SweepFolder, num_workers: int, *, every: int) -> None:
     """Plays a whole sweep and prints a row for every so many trials that began."""
-    controller = Controller(sweep, run_ended=lambda *_: None, session="bench")
+    controller = Controller(sweep, run_ended=lambda *_: None, session="inputs")
     workers = [TrainingWorker(f"bench-{number}") for number in range(num_workers)]
     drawn, paused_at, times = random.Random(0), {}, Times(sweep.path)
     trials = controller.search.trials["lora"]
@@ -244,7 +246,7 @@ def measure_restart(path: Path) -> None:
     began = time.perf_counter()
     sweep = reopen_sweep(path)
     read = time.perf_counter()
-    Controller(sweep, run_ended=lambda *_: None, session="bench")
+    Controller(sweep, run_ended=lambda *_: None, session="inputs")
     ended = time.perf_counter()
     size = (path / "journal.log").stat().st_size / 2**20
     print(
@@ -268,7 +270,7 @@ def measure_ray(sweep: SweepFolder, num_actors: int) -> None:
         )
 
         context = WorkerContext(folder=Path.cwd(), path=sweep.path, code=code_versions(), trusted=trusted_packages())
-        actor = ray.remote(ControllerActor).options(num_cpus=0).remote(context, session="bench", run_ended=ignore_run)
+        actor = ray.remote(ControllerActor).options(num_cpus=0).remote(context, session="inputs", run_ended=ignore_run)
         controller = ControllerClient(actor)
         controller.is_over()
         began = time.perf_counter()

@@ -34,7 +34,7 @@ from lorasweep.lora import LoraConfig, inject_lora
 from lorasweep.lora.packed import inject_packed_lora, split_packed_parameters
 from lorasweep.models.load import load_base
 from lorasweep.training.memory import count_saved_bytes
-from lorasweep.training.pack_optim import StackedAdamW
+from lorasweep.training.packs.optim import StackedAdamW
 
 SIZES = (1, 2, 4, 8, 16, 32)
 RANK = 8

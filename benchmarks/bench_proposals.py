@@ -39,7 +39,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from lorasweep.config.sweep import FixedSampler, ModelBasedSampler, SamplerConfig
 from lorasweep.sweep.controller.history import History
 from lorasweep.sweep.controller.proposals import propose
-from lorasweep.sweep.space import Space
+from lorasweep.sweep.definition.space import Space
 
 CURVES = Path(__file__).parent / "curves"
 WITHIN = {"1": 0.01, "5": 0.05}

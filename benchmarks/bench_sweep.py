@@ -27,8 +27,11 @@ from omegaconf import OmegaConf
 
 from lorasweep.cli import run
 from lorasweep.record import Direction, RunRecord, read_run, read_sweep
-from lorasweep.sweep import find_sweep_file
-from lorasweep.training import RunPlace, build_workbench, restore_config, train_run
+from lorasweep.sweep.definition.sweep_file import find_sweep_file
+from lorasweep.training.inputs import build_inputs
+from lorasweep.training.restore import restore_config
+from lorasweep.training.run import train_run
+from lorasweep.training.run_log import RunPlace
 
 QUICK = (
     "trainer.max_steps=8",
@@ -138,9 +141,9 @@ def search(source: Path, folder: Path, words: Sequence[str]) -> Side:
 def repeat_alone(trials: Sequence[RunRecord], folder: Path) -> Side:
     """The same settings to the last step, one after another."""
     configs = [restore_config(record) for record in trials]
-    bench = build_workbench(configs[0])
+    inputs = build_inputs(configs[0])
     started = time.monotonic()
-    records = [train_run(config, RunPlace(folder=folder / str(n)), bench=bench) for n, config in enumerate(configs)]
+    records = [train_run(config, RunPlace(folder=folder / str(n)), inputs=inputs) for n, config in enumerate(configs)]
     return Side(seconds=time.monotonic() - started, records=records)
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from lorasweep.config.compose import compose_run
 from lorasweep.config.run import RunConfig
-from lorasweep.training import Workbench, build_workbench
+from lorasweep.training.inputs import RunInputs, build_inputs
 
 pytest_plugins = ["tests.servers.postgres", "tests.servers.slurm"]
 
@@ -59,6 +59,6 @@ def make_config() -> Callable[..., RunConfig]:
 
 
 @pytest.fixture(scope="session")
-def bench(make_config: Callable[..., RunConfig]) -> Workbench:
+def inputs(make_config: Callable[..., RunConfig]) -> RunInputs:
     """Base model and data of such a run, in fp32."""
-    return build_workbench(make_config())
+    return build_inputs(make_config())

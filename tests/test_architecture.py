@@ -18,7 +18,7 @@ from lorasweep.cli import run
 from lorasweep.config.compose import compose_driver, compose_run, group_names, packaged_folder
 from lorasweep.config.method import MethodConfig
 from lorasweep.methods import METHODS
-from lorasweep.sweep import read_definition
+from lorasweep.sweep.definition.arms import read_definition
 
 ROOT = Path(__file__).parent.parent
 SOURCE = Path(lorasweep.__file__).parent.parent

@@ -13,7 +13,7 @@ import yaml
 
 import lorasweep.sweep.workers.worker as worker_file
 import lorasweep.training as training_package
-import lorasweep.training.workbench as workbench_file
+import lorasweep.training.inputs as workbench_file
 from lorasweep.cli import DONE, FAILED, INTERRUPTED, WRONG, StopSignal, main, run
 from lorasweep.errors import Diverged
 from lorasweep.record import ArmRow, SweepRecord, read_run, read_sweep, write_record
@@ -362,7 +362,7 @@ def test_ctrl_c_before_anything_runs_ends_with_130(capsys, monkeypatch, mini):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(workbench_file, "build_workbench", interrupted)
+    monkeypatch.setattr(workbench_file, "build_inputs", interrupted)
     assert run(["sweep", mini]) == INTERRUPTED
     assert capsys.readouterr().err == "lorasweep: interrupted\n"
     assert not Path("outputs").exists()

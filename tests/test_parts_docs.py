@@ -11,7 +11,8 @@ import pytest
 from lorasweep.cli import _take_trust
 from lorasweep.config.compose import check_command_line, packaged_folder
 from lorasweep.config.targets import TRUSTED_PACKAGES, set_trusted
-from lorasweep.sweep import find_sweep_file, read_definition
+from lorasweep.sweep.definition.arms import read_definition
+from lorasweep.sweep.definition.sweep_file import find_sweep_file
 
 PAGE = (Path(__file__).parent.parent / "docs" / "parts.md").read_text(encoding="utf-8")
 COMMANDS = [line for line in PAGE.splitlines() if line.startswith("lorasweep ")]

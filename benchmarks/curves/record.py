@@ -46,11 +46,11 @@ from lorasweep.methods import METHODS, copy_sharing_weights, draw_head, train_he
 from lorasweep.training.batches import resolve_accumulate
 from lorasweep.training.environment import deterministic_algorithms
 from lorasweep.training.evaluate import evaluate_model
+from lorasweep.training.inputs import RunInputs, build_inputs
 from lorasweep.training.optim import build_optimizer, refine_groups, schedule_factor
-from lorasweep.training.pack import slot_batch, slot_losses
-from lorasweep.training.pack_optim import StackedAdamW
+from lorasweep.training.packs.optim import StackedAdamW
+from lorasweep.training.packs.pack import slot_batch, slot_losses
 from lorasweep.training.prepare import prepare_model
-from lorasweep.training.workbench import Workbench, build_workbench
 
 NUM_EVALUATIONS = 12
 BRANCH_EVALUATIONS = (2, 4, 6, 8, 11)
@@ -182,29 +182,29 @@ class Trials(Protocol):
 class LoraPack:
     """LoRA trials in the slots of one packed model; does what `PackModule` does in a step and an evaluation."""
 
-    def __init__(self, points: Sequence[Point], configs: Sequence[RunConfig], *, bench: Workbench) -> None:
+    def __init__(self, points: Sequence[Point], configs: Sequence[RunConfig], *, inputs: RunInputs) -> None:
         """Fills a slot with each trial."""
-        self.points, self.configs, self.bench = points, configs, bench
+        self.points, self.configs, self.inputs = points, configs, inputs
         seeds, settings = configs[0].seeds, configs[0].trainer
         torch.manual_seed(seeds.dropout)
-        self.model: nn.Module = copy_sharing_weights(bench.base.model)
-        start = functools.partial(draw_head, names=bench.base.head)
+        self.model: nn.Module = copy_sharing_weights(inputs.base.model)
+        start = functools.partial(draw_head, names=inputs.base.head)
         generators = [torch.Generator().manual_seed(seeds.init) for _ in configs]
-        methods = [train_head(_lora(config), bench.base.head) for config in configs]
+        methods = [train_head(_lora(config), inputs.base.head) for config in configs]
         inject_packed_lora(self.model, methods, generators=generators, start=start)
         self.model.train()
         self.optimizer = StackedAdamW(split_packed_parameters(self.model), [config.optim for config in configs])
         self.streams = [torch.Generator().manual_seed(seeds.dropout) for _ in configs]
         set_dropout_streams(self.model, self.streams)
-        accumulate = resolve_accumulate(settings, bench.parts.train, slots=len(configs))
-        self.order = _order(configs[0], bench, accumulate=accumulate)
+        accumulate = resolve_accumulate(settings, inputs.parts.train, slots=len(configs))
+        self.order = _order(configs[0], inputs, accumulate=accumulate)
 
     def train_step(self, step: int, *, factor: float) -> None:
         """Makes one step in every slot; all slots see the same rows, since their seeds are the same."""
         slots = len(self.points)
         for micro in self.order.step(step):
-            rows = slot_batch(self.bench.parts.train, [micro] * slots, model=self.model)
-            losses = slot_losses(self.bench.parts.task, self.model, rows, slots=slots)
+            rows = slot_batch(self.inputs.parts.train, [micro] * slots, model=self.model)
+            losses = slot_losses(self.inputs.parts.task, self.model, rows, slots=slots)
             (losses / micro.step_weight).sum().backward()  # type: ignore[no-untyped-call]
         self.optimizer.lr_factors = [factor] * slots
         self.optimizer.clip_slots()
@@ -214,12 +214,12 @@ class LoraPack:
     @torch.no_grad()
     def evaluate(self) -> list[dict[str, float]]:
         """Evaluates all slots batch by batch."""
-        slots, task = len(self.points), self.bench.parts.task
+        slots, task = len(self.points), self.inputs.parts.task
         evaluations = [Evaluation(task) for _ in self.points]
         self.model.eval()
         set_row_lengths(self.model, None)
         rows_per_batch = self.configs[0].trainer.eval_batch_size
-        for batch in evaluation_loader(self.bench.parts.validation, batch_size=rows_per_batch):
+        for batch in evaluation_loader(self.inputs.parts.validation, batch_size=rows_per_batch):
             scores = task.score(self.model, repeat_batch(batch, slots=slots))
             for slot, evaluation in enumerate(evaluations):
                 evaluation.update(scores.of_slot(slot, slots=slots))
@@ -249,24 +249,24 @@ class LoraPack:
 class SoloTrial:
     """One trial alone; does what `TrainingModule` and Lightning do in a step and an evaluation."""
 
-    def __init__(self, point: Point, config: RunConfig, *, bench: Workbench) -> None:
+    def __init__(self, point: Point, config: RunConfig, *, inputs: RunInputs) -> None:
         """Prepares the model as the method says."""
-        self.points, self.config, self.bench = (point,), config, bench
+        self.points, self.config, self.inputs = (point,), config, inputs
         method = METHODS[config.method.name]
-        self.model = prepare_model(config, bench.base)
+        self.model = prepare_model(config, inputs.base)
         groups = method.trainable_groups(self.model, lr_ratio_b=config.optim.lr_ratio_b)
-        groups = refine_groups(self.model, groups, config.optim, head=bench.base.head)
+        groups = refine_groups(self.model, groups, config.optim, head=inputs.base.head)
         self.optimizer = build_optimizer(config.optim, groups)
         self.peaks = [group["lr"] for group in self.optimizer.param_groups]
-        self.mixed = bench.precision == "bf16" and method.needs_autocast
-        accumulate = resolve_accumulate(config.trainer, bench.parts.train)
-        self.order = _order(config, bench, accumulate=accumulate)
+        self.mixed = inputs.precision == "bf16" and method.needs_autocast
+        accumulate = resolve_accumulate(config.trainer, inputs.parts.train)
+        self.order = _order(config, inputs, accumulate=accumulate)
 
     def train_step(self, step: int, *, factor: float) -> None:
         """Makes one step."""
         for micro in self.order.step(step):
             with self._autocast():
-                losses = self.bench.parts.task.losses(self.model, self.bench.parts.train.batch(micro.indices))
+                losses = self.inputs.parts.task.losses(self.model, self.inputs.parts.train.batch(micro.indices))
                 loss = losses.sum() / micro.step_weight
             loss.backward()  # type: ignore[no-untyped-call]
         for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
@@ -278,9 +278,9 @@ class SoloTrial:
 
     def evaluate(self) -> list[dict[str, float]]:
         """Evaluates the model."""
-        bench = self.bench
+        inputs = self.inputs
         scored = evaluate_model(
-            self.model, bench.parts.validation, task=bench.parts.task, config=self.config, precision=bench.precision
+            self.model, inputs.parts.validation, task=inputs.parts.task, config=self.config, precision=inputs.precision
         )
         self.model.train()
         return [scored.values]
@@ -394,21 +394,21 @@ def record(args: argparse.Namespace) -> None:
     points = grid_points(task) if args.grid else draw_points(task, is_lora=is_lora)
     points = [point for point in points[: args.trials] if args.ranks is None or point.rank in args.ranks]
     configs = [_config_of(settings, point) for point in points]
-    bench = build_workbench(configs[0])
-    metric = bench.parts.task.metrics[0] if settings["data.metric"] == "auto" else settings["data.metric"]
+    inputs = build_inputs(configs[0])
+    metric = inputs.parts.task.metrics[0] if settings["data.metric"] == "auto" else settings["data.metric"]
     started = time.monotonic()
     rows: list[dict[str, Any]] = []
     with deterministic_algorithms(configs[0].trainer.deterministic):
         frozen = compose_run({**settings, "method": "frozen"})
         values = evaluate_model(
-            prepare_model(frozen, bench.base),
-            bench.parts.validation,
-            task=bench.parts.task,
+            prepare_model(frozen, inputs.base),
+            inputs.parts.validation,
+            task=inputs.parts.task,
             config=frozen,
-            precision=bench.precision,
+            precision=inputs.precision,
         ).values
         rows.append(_csv_row(args, metric, Row(point=Point(number=-1, lr=0.0), evaluation=0, step=0, values=values)))
-        for trials in _together(points, configs, bench, is_lora=is_lora):
+        for trials in _together(points, configs, inputs, is_lora=is_lora):
             if args.cooldown:
                 found = record_cooldowns(trials, configs[0])
             else:
@@ -431,17 +431,17 @@ def record(args: argparse.Namespace) -> None:
 
 
 def _together(
-    points: Sequence[Point], configs: Sequence[RunConfig], bench: Workbench, *, is_lora: bool
+    points: Sequence[Point], configs: Sequence[RunConfig], inputs: RunInputs, *, is_lora: bool
 ) -> Iterator[Trials]:
     """Yields trials that train together. Packs are of neighbours in rank, since each pays for its greatest rank."""
     if not is_lora:
         for point, config in zip(points, configs, strict=True):
-            yield SoloTrial(point, config, bench=bench)
+            yield SoloTrial(point, config, inputs=inputs)
         return
     order = sorted(range(len(points)), key=lambda n: points[n].rank or 0)
     for first in range(0, len(order), NUM_SLOTS):
         chosen = order[first : first + NUM_SLOTS]
-        yield LoraPack([points[n] for n in chosen], [configs[n] for n in chosen], bench=bench)
+        yield LoraPack([points[n] for n in chosen], [configs[n] for n in chosen], inputs=inputs)
 
 
 def _parse(overrides: Sequence[str]) -> dict[str, Any]:
@@ -460,9 +460,9 @@ def _lora(config: RunConfig) -> LoraConfig:
     return config.method
 
 
-def _order(config: RunConfig, bench: Workbench, *, accumulate: int) -> StepBatchSampler:
+def _order(config: RunConfig, inputs: RunInputs, *, accumulate: int) -> StepBatchSampler:
     return StepBatchSampler(
-        bench.parts.train,
+        inputs.parts.train,
         batch_size=config.trainer.batch_size,
         num_steps=config.trainer.max_steps,
         seed=config.seeds.data_order,

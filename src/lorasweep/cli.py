@@ -18,16 +18,17 @@ from typing import TYPE_CHECKING, Any
 
 from lorasweep.config.named import FLAGS_OF_CODE, package_of
 from lorasweep.config.targets import EVERY_PACKAGE, require_trusted, set_trusted, trusted_packages
+from lorasweep.console import PlainConsole, say, say_error
 from lorasweep.disk import free_folder, is_new_or_empty
 from lorasweep.errors import ConfigError, LoraSweepError, RanksLost, RecordError
 from lorasweep.redaction import redact
-from lorasweep.terminal import PlainConsole, say, say_error
 
 if TYPE_CHECKING:
     from lorasweep.config.run import RunConfig
     from lorasweep.record import RunRecord, SweepRecord
-    from lorasweep.sweep import Definition, SweepFolder
-    from lorasweep.training import Workbench
+    from lorasweep.sweep.controller.folder import SweepFolder
+    from lorasweep.sweep.definition.arms import Definition
+    from lorasweep.training.inputs import RunInputs
 
 DONE, FAILED, WRONG, INTERRUPTED = 0, 1, 2, 130
 TRUST = "trust"
@@ -120,10 +121,11 @@ def sweep(arguments: argparse.Namespace) -> int:
     """Starts a sweep, or resumes one, and ends with its report."""
     from lorasweep.config.compose import parse_overrides
     from lorasweep.record import read_sweep
-    from lorasweep.sweep import add_jobs, hand_over, saved_definition
-    from lorasweep.training import Benches
+    from lorasweep.sweep.controller.lifecycle import saved_definition
+    from lorasweep.sweep.workers.train import add_jobs, hand_over
+    from lorasweep.training.inputs import InputsCache
 
-    benches, console = Benches(), PlainConsole()
+    inputs_cache, console = InputsCache(), PlainConsole()
     if arguments.resume:
         _refuse_other_settings(arguments.words)
         definition = saved_definition(arguments.resume)
@@ -139,7 +141,7 @@ def sweep(arguments: argparse.Namespace) -> int:
         if added is not None:
             say(f"the sweep runs; more Slurm jobs for it: {' '.join(added) or 'none, it has as many already'}")
             return DONE
-    folder = _resume(arguments, benches) if arguments.resume else _start(definition, benches)
+    folder = _resume(arguments, inputs_cache) if arguments.resume else _start(definition, inputs_cache)
     console.print(f"sweep {folder.record.name} in {folder.path}", highlight=False, markup=False, soft_wrap=True)
     for note in folder.record.notes:
         console.print(f"• {note}", highlight=False, markup=False)
@@ -148,7 +150,7 @@ def sweep(arguments: argparse.Namespace) -> int:
         say(f"led by Slurm job {job}; what it prints is in {folder.path}/slurm/head. To look at the sweep type:")
         say(f"    lorasweep status {folder.path} --follow")
         return DONE
-    complete = _train(folder, benches, console=console)
+    complete = _train(folder, inputs_cache, console=console)
     _print_warnings(read_sweep(folder.path), console, after=known)
     if not complete:
         return _say_how_to_resume(folder.path)
@@ -157,7 +159,8 @@ def sweep(arguments: argparse.Namespace) -> int:
 
 def status(arguments: argparse.Namespace) -> int:
     """Shows how a sweep stands; never changes it."""
-    from lorasweep.sweep import describe_jobs, follow, read_status, render_status
+    from lorasweep.sweep.status import follow, read_status, render_status
+    from lorasweep.sweep.workers.train import describe_jobs
 
     console = PlainConsole()
     now = read_status(arguments.folder)
@@ -173,13 +176,14 @@ def status(arguments: argparse.Namespace) -> int:
 
 def plan(arguments: argparse.Namespace) -> int:
     """Measures a few steps of each arm and shows what the sweep would take; trains nothing and writes nothing."""
-    from lorasweep.sweep import check_definition, plan_sweep, render_plan
-    from lorasweep.training import Benches
+    from lorasweep.sweep.definition.checks import check_definition
+    from lorasweep.sweep.definition.plan import plan_sweep, render_plan
+    from lorasweep.training.inputs import InputsCache
 
-    benches = Benches()
+    inputs_cache = InputsCache()
     definition = _read_definition(arguments.words)
-    check_definition(definition, benches)
-    PlainConsole().print(render_plan(definition, plan_sweep(definition, benches)))
+    check_definition(definition, inputs_cache)
+    PlainConsole().print(render_plan(definition, plan_sweep(definition, inputs_cache)))
     return DONE
 
 
@@ -190,7 +194,7 @@ def compare(arguments: argparse.Namespace) -> int:
 
 def export(arguments: argparse.Namespace) -> int:
     """Writes a run's best weights for another tool, and says how close they are to the run."""
-    from lorasweep.training import export_run
+    from lorasweep.runs.export import export_run
     from lorasweep.wording import format_bytes
 
     written = export_run(arguments.run, format=arguments.format, out=arguments.out)
@@ -204,8 +208,10 @@ def export(arguments: argparse.Namespace) -> int:
 
 def inspect(arguments: argparse.Namespace) -> int:
     """Writes what the weights of a run, or of a sweep's winners, say into `inspect/` and shows it."""
-    from lorasweep.analysis import as_csv, as_json, inspect_run, inspect_sweep, render_inspection
     from lorasweep.record import SWEEP_FILE
+    from lorasweep.runs.inspect.formats import as_csv, as_json, render_inspection
+    from lorasweep.runs.inspect.inspect_run import inspect_run
+    from lorasweep.runs.inspect.inspect_sweep import inspect_sweep
 
     folder, other, scores = arguments.folder, arguments.other, not arguments.no_scores
     is_sweep = (folder / SWEEP_FILE).is_file()
@@ -224,7 +230,7 @@ def inspect(arguments: argparse.Namespace) -> int:
 def reproduce(arguments: argparse.Namespace) -> int:
     """Runs a run, a trial or a whole sweep again and says whether it is the same."""
     from lorasweep.record import SWEEP_FILE
-    from lorasweep.training import reproduce_run
+    from lorasweep.runs.reproduce import reproduce_run
 
     if (arguments.folder is None) == (arguments.trial is None):
         raise ConfigError("`lorasweep reproduce` must have a folder or `--trial SWEEP/ARM/NUMBER`, one of them.")
@@ -251,8 +257,9 @@ def _reproduce_sweep(arguments: argparse.Namespace) -> int:
     import torch
 
     from lorasweep.record import read_sweep
-    from lorasweep.sweep import compare_sweeps, saved_definition
-    from lorasweep.training import Benches
+    from lorasweep.runs.reproduce_sweep import compare_sweeps
+    from lorasweep.sweep.controller.lifecycle import saved_definition
+    from lorasweep.training.inputs import InputsCache
 
     for name in ("tolerance", "steps"):
         if getattr(arguments, name) is not None:
@@ -268,10 +275,10 @@ def _reproduce_sweep(arguments: argparse.Namespace) -> int:
             "one of its trials with `--trial SWEEP/ARM/NUMBER`."
         )
     torch.set_num_threads(record.threads or torch.get_num_threads())
-    benches = Benches()
+    inputs_cache = InputsCache()
     output = _new_output(arguments.output, Path("outputs") / "reproduce" / original.resolve().name)
-    folder = _create(definition, benches, output)
-    if not _train(folder, benches, console=PlainConsole()):
+    folder = _create(definition, inputs_cache, output)
+    if not _train(folder, inputs_cache, console=PlainConsole()):
         return _say_how_to_resume(folder.path)
     found = compare_sweeps(original, output)
     say(found.describe())
@@ -334,7 +341,8 @@ def train(arguments: list[str]) -> int:
 
 def train_once(config: RunConfig, output: str | None, *, resume: bool, is_grid: bool) -> int:
     """Trains one run in its folder and prints its score; of several processes the first does."""
-    from lorasweep.training import build_workbench, join_processes, on_first
+    from lorasweep.training.inputs import build_inputs
+    from lorasweep.training.processes import join_processes, on_first
     from lorasweep.training.restore import require_trusted_code
 
     if is_grid and config.trainer.wants_processes:
@@ -348,18 +356,20 @@ def train_once(config: RunConfig, output: str | None, *, resume: bool, is_grid: 
         if ended is not None:
             return _say_score(ended, folder) if group.is_global_zero else DONE
         with group.rank_zero_first(local=True):  # the others of a node find what it downloads in the node's caches
-            bench = build_workbench(config)
-        return _train_in(folder, config, bench, resume=resume, is_first=group.is_global_zero)
+            inputs = build_inputs(config)
+        return _train_in(folder, config, inputs, resume=resume, is_first=group.is_global_zero)
 
 
-def _train_in(folder: Path, config: RunConfig, bench: Workbench, *, resume: bool, is_first: bool) -> int:
-    from lorasweep.training import RunPlace, check_run, train_run
+def _train_in(folder: Path, config: RunConfig, inputs: RunInputs, *, resume: bool, is_first: bool) -> int:
+    from lorasweep.training.prepare import check_run
+    from lorasweep.training.run import train_run
+    from lorasweep.training.run_log import RunPlace
 
-    check_run(config, bench.base)
-    for note in bench.notes if is_first else ():
+    check_run(config, inputs.base)
+    for note in inputs.notes if is_first else ():
         say(f"• {note}", file=sys.stderr)
     with StopSignal() as stop:
-        record = train_run(config, RunPlace(folder=folder), bench=bench, stop_requested=stop, resume=resume)
+        record = train_run(config, RunPlace(folder=folder), inputs=inputs, stop_requested=stop, resume=resume)
     if not is_first:  # Lightning ends all processes at once where one that it started ends with an error
         return DONE
     if record.status == "interrupted":
@@ -428,40 +438,38 @@ class StopSignal:
         self.requested = True
 
 
-def _train(folder: SweepFolder, benches: Any, *, console: PlainConsole) -> bool:
+def _train(folder: SweepFolder, inputs_cache: Any, *, console: PlainConsole) -> bool:
     """Trains what is left of an open sweep and closes it; returns whether the sweep is complete."""
-    from lorasweep.sweep import followed, train_sweep
+    from lorasweep.sweep.status import followed
+    from lorasweep.sweep.workers.train import train_sweep
 
     with StopSignal() as stop, followed(folder.path, console=console):
-        return train_sweep(folder, benches, stop_requested=stop, run_ended=write_hparams_row)
+        return train_sweep(folder, inputs_cache, stop_requested=stop, run_ended=write_hparams_row)
 
 
-def _start(definition: Definition, benches: Any) -> SweepFolder:
-    from lorasweep.sweep import new_folder
+def _start(definition: Definition, inputs_cache: Any) -> SweepFolder:
+    from lorasweep.sweep.controller.lifecycle import new_folder
 
-    return _create(definition, benches, new_folder(definition.name, definition.driver.sweep.output))
+    return _create(definition, inputs_cache, new_folder(definition.name, definition.driver.sweep.output))
 
 
-def _create(definition: Definition, benches: Any, path: Path) -> SweepFolder:
-    from lorasweep.sweep import (
-        check_definition,
-        check_workers,
-        create_sweep,
-        data_notes,
-        packing_notes,
-        sweep_metric,
-    )
+def _create(definition: Definition, inputs_cache: Any, path: Path) -> SweepFolder:
+    from lorasweep.sweep.controller.lifecycle import create_sweep
+    from lorasweep.sweep.definition.checks import check_definition, data_notes, sweep_metric
+    from lorasweep.sweep.definition.packing import packing_notes
+    from lorasweep.sweep.workers.train import check_workers
 
     for warning in check_workers(definition, path):
         say(f"warning: {warning}")
-    configs = check_definition(definition, benches)
-    metric = sweep_metric(configs, benches)
-    notes = [*data_notes(configs, benches), *packing_notes(definition)]
+    configs = check_definition(definition, inputs_cache)
+    metric = sweep_metric(configs, inputs_cache)
+    notes = [*data_notes(configs, inputs_cache), *packing_notes(definition)]
     return create_sweep(definition, path, configs=configs, metric=metric, notes=notes)
 
 
 def _read_definition(words: Sequence[str]) -> Definition:
-    from lorasweep.sweep import find_sweep_file, read_definition
+    from lorasweep.sweep.definition.arms import read_definition
+    from lorasweep.sweep.definition.sweep_file import find_sweep_file
 
     named = bool(words) and "=" not in words[0]
     name, overrides = (words[0], words[1:]) if named else ("quickstart", words)
@@ -504,13 +512,15 @@ def _refuse_other_settings(words: Sequence[str]) -> None:
         )
 
 
-def _resume(arguments: argparse.Namespace, benches: Any) -> SweepFolder:
+def _resume(arguments: argparse.Namespace, inputs_cache: Any) -> SweepFolder:
     from lorasweep.config.compose import parse_overrides
-    from lorasweep.sweep import check_definition, check_workers, reopen_sweep
+    from lorasweep.sweep.controller.lifecycle import reopen_sweep
+    from lorasweep.sweep.definition.checks import check_definition
+    from lorasweep.sweep.workers.train import check_workers
 
     folder = reopen_sweep(arguments.resume, changes=parse_overrides(arguments.words))
     check_workers(folder.definition, folder.path)
-    check_definition(folder.definition, benches)
+    check_definition(folder.definition, inputs_cache)
     return folder
 
 
@@ -570,7 +580,7 @@ def _require_new(path: Path, *, key: str) -> Path:
 def _train_folder(output: str | None, config: RunConfig, *, resume: bool) -> tuple[Path, RunRecord | None]:
     """The folder of a run; and the record of one that is resumed though it is complete."""
     from lorasweep.record import RUN_FILE, read_run
-    from lorasweep.training import check_same_run
+    from lorasweep.training.restore import check_same_run
 
     if resume and output is None:
         raise ConfigError("`resume=true` must come with `output=DIR`, the folder of the run, but `output` is null.")

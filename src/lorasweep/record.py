@@ -27,10 +27,10 @@ SWEEP_FILE = "sweep.json"
 PATCH_FILE = "code.patch"
 VERSION = 1
 """Version of the records' form. Records of another version are refused."""
-MOST_RECORD_BYTES = 256 * 2**20
+MAX_RECORD_BYTES = 256 * 2**20
 """A larger file is no record of ours: a sweep of 10,000 trials has some 10 MiB."""
 
-MOST_RECORD_DEPTH = 64
+MAX_RECORD_DEPTH = 64
 """Levels of lists and mappings in a record; its readers go through them by recursion."""
 
 RunStatus = Literal["running", "complete", "paused", "pruned", "failed", "infeasible", "interrupted"]
@@ -358,14 +358,14 @@ def _read_json(path: Path, expected: str) -> dict[str, Any]:
         raise RecordError(
             f"a {kind}'s folder must contain {path.name}, but {str(path.parent)!r} does not. Name another folder."
         )
-    if path.stat().st_size > MOST_RECORD_BYTES:
-        raise RecordError(f"{str(path)!r} must be a record of at most {MOST_RECORD_BYTES >> 20} MiB, but is larger.")
+    if path.stat().st_size > MAX_RECORD_BYTES:
+        raise RecordError(f"{str(path)!r} must be a record of at most {MAX_RECORD_BYTES >> 20} MiB, but is larger.")
     try:
         raw = json.loads(path.read_text())
     except (ValueError, RecursionError) as error:  # of JSON, of UTF-8, a number of too many digits; too deep
         raise RecordError(f"{str(path)!r} must be a JSON file, but is damaged: {error}.") from error
-    if _is_deeper(raw, MOST_RECORD_DEPTH):
-        raise RecordError(f"{str(path)!r} must be at most {MOST_RECORD_DEPTH} levels deep, but is deeper.")
+    if _is_deeper(raw, MAX_RECORD_DEPTH):
+        raise RecordError(f"{str(path)!r} must be at most {MAX_RECORD_DEPTH} levels deep, but is deeper.")
     if not isinstance(raw, dict) or raw.get("format") != expected:
         raise RecordError(f"{str(path)!r} must be a record of format {expected!r}, but is not.")
     if raw.get("version") != VERSION:

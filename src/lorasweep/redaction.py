@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 HIDDEN = "***"
-LEAST_SECRET_LENGTH = 8
+MIN_SECRET_LENGTH = 8
 """Of the value of an environment variable; a shorter one would be found in plain words and numbers."""
 
 _ADDRESS = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]*://)(?!USER@HOST\b)[^\s/\"'<>]+@")  # not what an error says to type
@@ -99,4 +99,4 @@ def _environment() -> list[str]:
             found.add(value)
         if "://" in value:
             found |= {match.group(1) for match in re.finditer(r"://[^\s/:]*:([^\s/]+)@", value)}
-    return sorted((one for one in found if len(one) >= LEAST_SECRET_LENGTH), key=len, reverse=True)
+    return sorted((one for one in found if len(one) >= MIN_SECRET_LENGTH), key=len, reverse=True)

@@ -16,9 +16,9 @@ UNSEEN = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
 """Unicode's categories of what orders a terminal about, turns the direction of text or ends a line, unseen."""
 JOINERS = "\u200c\u200d"
 """Which Persian and emoji are written with, and which change nothing else."""
-MOST_DIGITS = 6
+MAX_DIGITS = 6
 """Of a score; closer ones are the same to a reader."""
-LONGEST_SHOWN = 4000
+MAX_SHOWN_LENGTH = 4000
 """Characters of one text on a terminal."""
 
 
@@ -51,7 +51,7 @@ def made_visible(value: Any, *, keep: str = "") -> Any:
     return [made_visible(item, keep=keep) for item in value] if isinstance(value, list) else value
 
 
-def shorten(text: str, *, most: int = LONGEST_SHOWN) -> str:
+def shorten(text: str, *, most: int = MAX_SHOWN_LENGTH) -> str:
     """Returns text of at most so many characters; of a longer one the beginning and the end."""
     return text if len(text) <= most else f"{text[: most // 2]} … {text[-(most // 2 - 3) :]}"
 
@@ -95,21 +95,21 @@ def format_score(value: float | None, *, beside: Iterable[float | None] = ()) ->
     Args:
         value: The score.
         beside: Scores that are shown with it. All have as many more digits as it takes that none reads like another
-            from which it differs within `MOST_DIGITS`.
+            from which it differs within `MAX_DIGITS`.
     """
     if value is None:
         return UNKNOWN
     others = {other for other in beside if other is not None}
-    apart = len({f"{other:.{MOST_DIGITS}g}" for other in others})
-    enough = (more for more in range(MOST_DIGITS) if len({_score_text(other, more) for other in others}) >= apart)
-    return _score_text(value, next(enough, MOST_DIGITS))
+    apart = len({f"{other:.{MAX_DIGITS}g}" for other in others})
+    enough = (more for more in range(MAX_DIGITS) if len({_score_text(other, more) for other in others}) >= apart)
+    return _score_text(value, next(enough, MAX_DIGITS))
 
 
 def _score_text(value: float, more: int) -> str:
     if value == 0 or 0.1 <= abs(value) < 1000:
         whole = math.floor(math.log10(abs(value))) + 1 if value else 0
-        return f"{value:.{min(3 + more, MOST_DIGITS - whole)}f}"
-    return f"{value:.{min(4 + more, MOST_DIGITS)}g}"
+        return f"{value:.{min(3 + more, MAX_DIGITS - whole)}f}"
+    return f"{value:.{min(4 + more, MAX_DIGITS)}g}"
 
 
 def format_estimate(value: float | None, interval: tuple[float, float] | None) -> str:

@@ -19,7 +19,7 @@ FILE = Path(__file__).parents[2] / "benchmarks" / "bench_stopping.py"
 
 
 @pytest.fixture(scope="module")
-def bench():
+def inputs():
     spec = importlib.util.spec_from_file_location("bench_stopping", FILE)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
@@ -28,84 +28,84 @@ def bench():
     del sys.modules[spec.name]
 
 
-def halving(bench, *rungs):
-    return bench.rules.Halving(rungs=rungs, reduction_factor=2)
+def halving(inputs, *rungs):
+    return inputs.rules.Halving(rungs=rungs, reduction_factor=2)
 
 
-def arm(bench, values, rule, *, first_part=None, fails_at=None, **settings):
+def arm(inputs, values, rule, *, first_part=None, fails_at=None, **settings):
     """An arm whose trials have the same value at every rung."""
     by_rung = [dict.fromkeys(rule.rungs, value) for value in values]
     fails_at = fails_at or [None] * len(values)
-    return bench.Arm(by_rung, fails_at, rule, first_part=first_part or len(values), **settings)
+    return inputs.Arm(by_rung, fails_at, rule, first_part=first_part or len(values), **settings)
 
 
-def test_without_a_rule_every_trial_is_complete(bench):
-    outcome = arm(bench, [3.0, 1.0, 2.0], bench.rules.NoStopping()).run()
-    assert outcome.steps == 3 * bench.LAST
+def test_without_a_rule_every_trial_is_complete(inputs):
+    outcome = arm(inputs, [3.0, 1.0, 2.0], inputs.rules.NoStopping()).run()
+    assert outcome.steps == 3 * inputs.LAST
     assert outcome.complete == (0, 1, 2)
 
 
-def test_one_rung_keeps_the_better_half(bench):
-    outcome = arm(bench, [4.0, 1.0, 3.0, 2.0], halving(bench, 3)).run()
+def test_one_rung_keeps_the_better_half(inputs):
+    outcome = arm(inputs, [4.0, 1.0, 3.0, 2.0], halving(inputs, 3)).run()
     assert outcome.complete == (1, 3)
-    assert outcome.steps == 2 * 3 + 2 * bench.LAST
+    assert outcome.steps == 2 * 3 + 2 * inputs.LAST
 
 
-def test_a_trial_of_the_first_part_is_promoted_when_the_others_are_worse(bench):
+def test_a_trial_of_the_first_part_is_promoted_when_the_others_are_worse(inputs):
     # Of 0 and 1 the better one goes on; 2 and 3 come later and are worse than 0, which then is of the better half.
-    outcome = arm(bench, [2.0, 1.0, 4.0, 3.0], halving(bench, 6), first_part=2).run()
+    outcome = arm(inputs, [2.0, 1.0, 4.0, 3.0], halving(inputs, 6), first_part=2).run()
     assert outcome.complete == (0, 1)
-    assert outcome.steps == 2 * 6 + 2 * bench.LAST
+    assert outcome.steps == 2 * 6 + 2 * inputs.LAST
 
 
-def test_a_trial_that_went_on_stays_complete_when_later_ones_are_better(bench):
-    outcome = arm(bench, [4.0, 3.0, 2.0, 1.0], halving(bench, 6), first_part=2).run()
+def test_a_trial_that_went_on_stays_complete_when_later_ones_are_better(inputs):
+    outcome = arm(inputs, [4.0, 3.0, 2.0, 1.0], halving(inputs, 6), first_part=2).run()
     assert outcome.complete == (1, 2, 3)  # 1 was the better one of the first two
-    assert outcome.steps == 6 + 3 * bench.LAST
+    assert outcome.steps == 6 + 3 * inputs.LAST
 
 
-def test_a_failed_trial_is_not_compared_and_costs_what_it_trained(bench):
-    outcome = arm(bench, [0.0, 1.0, 2.0, 3.0], halving(bench, 2), fails_at=[5, None, None, None]).run()
+def test_a_failed_trial_is_not_compared_and_costs_what_it_trained(inputs):
+    outcome = arm(inputs, [0.0, 1.0, 2.0, 3.0], halving(inputs, 2), fails_at=[5, None, None, None]).run()
     assert outcome.steps == 5 + 2 * 12 + 1 * 2
     assert outcome.complete == (1, 2)  # of the three left, the best two go on
 
 
-def test_a_branch_is_counted_at_every_rung_that_a_trial_reaches(bench):
-    outcome = arm(bench, [1.0, 2.0], halving(bench, 2, 4), branch_steps=1).run()
+def test_a_branch_is_counted_at_every_rung_that_a_trial_reaches(inputs):
+    outcome = arm(inputs, [1.0, 2.0], halving(inputs, 2, 4), branch_steps=1).run()
     assert outcome.steps == (12 + 2) + (2 + 1)
 
 
-def test_a_minimum_of_survivors_holds_once_all_have_arrived(bench):
-    rule = bench.rules.Halving(rungs=(2,), reduction_factor=4, min_survivors=3)
-    assert arm(bench, [5.0, 1.0, 4.0, 2.0, 3.0], rule, first_part=3).run().complete == (1, 3, 4)
+def test_a_minimum_of_survivors_holds_once_all_have_arrived(inputs):
+    rule = inputs.rules.Halving(rungs=(2,), reduction_factor=4, min_survivors=3)
+    assert arm(inputs, [5.0, 1.0, 4.0, 2.0, 3.0], rule, first_part=3).run().complete == (1, 3, 4)
 
 
-def random_arm(bench, seed, rule):
+def random_arm(inputs, seed, rule):
     """An arm of random values with ties, some trials of which fail, and the rest of its settings."""
     draw = random.Random(seed)
     n = draw.choice([3, 8, 16, 20])
     values = [{rung: draw.choice(range(10)) + rung for rung in rule.rungs} for _ in range(n)]
-    fails_at = [draw.randint(1, bench.LAST) if draw.random() < 0.1 else None for _ in range(n)]
-    return bench.Arm(values, fails_at, rule, first_part=draw.choice([n, math.ceil(n / 2)]))
+    fails_at = [draw.randint(1, inputs.LAST) if draw.random() < 0.1 else None for _ in range(n)]
+    return inputs.Arm(values, fails_at, rule, first_part=draw.choice([n, math.ceil(n / 2)]))
 
 
-def rules_of(bench):
+def rules_of(inputs):
     return [
-        halving(bench, 2, 4, 6, 8),
-        bench.rules.Halving(rungs=(2, 6), reduction_factor=3, min_survivors=3),
-        bench.rules.MedianOfPeers(rungs=(2, 4, 8), min_trials=4),
+        halving(inputs, 2, 4, 6, 8),
+        inputs.rules.Halving(rungs=(2, 6), reduction_factor=3, min_survivors=3),
+        inputs.rules.MedianOfPeers(rungs=(2, 4, 8), min_trials=4),
     ]
 
 
 @pytest.mark.parametrize("seed", range(60))
-def test_the_order_of_slots_changes_nothing(bench, seed):
-    for rule in rules_of(bench):
-        straight = random_arm(bench, seed, rule).run()
-        assert random_arm(bench, seed, rule).run(shuffle=random.Random(seed).shuffle) == straight
-        assert straight.complete or not any(f is None for f in random_arm(bench, seed, rule).fails_at)
+def test_the_order_of_slots_changes_nothing(inputs, seed):
+    for rule in rules_of(inputs):
+        straight = random_arm(inputs, seed, rule).run()
+        assert random_arm(inputs, seed, rule).run(shuffle=random.Random(seed).shuffle) == straight
+        assert straight.complete or not any(f is None for f in random_arm(inputs, seed, rule).fails_at)
 
 
-def run_by_controller(bench, arm):
+def run_by_controller(inputs, arm):
     """Steps and complete trials where the controller's own `ArmTrials` decides what the replay decides."""
     storage = optuna.storages.InMemoryStorage()
     trials = ArmTrials(
@@ -119,7 +119,7 @@ def run_by_controller(bench, arm):
     )
     done, pack, order = {}, [], 0
     while True:
-        while len(pack) < bench.NUM_SLOTS:
+        while len(pack) < inputs.NUM_SLOTS:
             order += 1
             if (promoted := trials.next_promoted()) is not None:
                 trials.promote(*promoted, order=order)
@@ -140,35 +140,35 @@ def run_by_controller(bench, arm):
             trials.store(entry, step, arm.values[entry.number].get(step, 0.0))
         for entry in sorted(pack, key=lambda entry: (done[entry.number], entry.number)):
             goes_on = trials.decide(entry, done[entry.number])
-            if done[entry.number] == bench.LAST:
+            if done[entry.number] == inputs.LAST:
                 trials.end(entry, "complete", {}, value=1.0)
             elif not goes_on:
                 trials.pause(entry, {}, step=step)
         pack = [entry for entry in pack if entry.state == "running"]
     complete = tuple(number for number, entry in sorted(trials.entries.items()) if entry.state == "complete")
-    return bench.Outcome(steps=sum(done.values()), complete=complete)
+    return inputs.Outcome(steps=sum(done.values()), complete=complete)
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_the_replay_decides_as_the_controller(bench, seed):
-    for rule in rules_of(bench):
-        assert random_arm(bench, seed, rule).run() == run_by_controller(bench, random_arm(bench, seed, rule))
+def test_the_replay_decides_as_the_controller(inputs, seed):
+    for rule in rules_of(inputs):
+        assert random_arm(inputs, seed, rule).run() == run_by_controller(inputs, random_arm(inputs, seed, rule))
 
 
-def test_the_extrapolation_of_a_curve_lies_below_what_is_known_of_it_and_is_surer_later(bench):
-    curve = {t: 1 + t**-0.5 for t in range(1, bench.LAST + 1)}
+def test_the_extrapolation_of_a_curve_lies_below_what_is_known_of_it_and_is_surer_later(inputs):
+    curve = {t: 1 + t**-0.5 for t in range(1, inputs.LAST + 1)}
     errors, spreads = [], []
     for rung in (2, 4, 8):
-        mean, variance = bench.extrapolate(range(1, rung + 1), [curve[t] for t in range(1, rung + 1)])
+        mean, variance = inputs.extrapolate(range(1, rung + 1), [curve[t] for t in range(1, rung + 1)])
         assert mean < curve[rung]
-        errors.append(abs(mean - curve[bench.LAST]))
+        errors.append(abs(mean - curve[inputs.LAST]))
         spreads.append(variance)
     assert errors == sorted(errors, reverse=True)
     assert spreads == sorted(spreads, reverse=True)
 
 
-def test_a_trial_that_cannot_catch_up_is_stopped_by_its_extrapolation(bench):
-    rule = bench.Extrapolation(
+def test_a_trial_that_cannot_catch_up_is_stopped_by_its_extrapolation(inputs):
+    rule = inputs.Extrapolation(
         rungs=(4,), least_probability=0.05, ends={(0, 4): (1.0, 0.01), (1, 4): (1.1, 0.01), (2, 4): (2.0, 0.01)}
     )
     assert rule.better_part(4, {0: 1.5, 1: 1.4, 2: 2.1}) == {0, 1}
@@ -178,30 +178,30 @@ def row(trial, evaluation, value, *, seed=0):
     return {"task": "t", "seed": str(seed), "trial": str(trial), "evaluation": str(evaluation), "value": str(value)}
 
 
-def test_the_gain_is_that_of_the_best_trial_over_the_frozen_base(bench):
+def test_the_gain_is_that_of_the_best_trial_over_the_frozen_base(inputs):
     rows = [row(-1, 0, 2.0), row(0, 12, 1.0), row(1, 12, 1.5), row(2, 12, "nan")]
-    assert bench.measure_gain(rows, "t") == pytest.approx(1.0)
+    assert inputs.measure_gain(rows, "t") == pytest.approx(1.0)
 
 
-def test_seed_noise_leaves_out_what_a_seed_does_to_all_settings(bench):
+def test_seed_noise_leaves_out_what_a_seed_does_to_all_settings(inputs):
     finals = {0: [1.0, 1.1, 9, 9, 9, 9], 1: [1.5, 1.6, 9, 9, 9, 9], 2: [1.0, 1.16, 9, 9, 9, 9]}
     rows = {("curves", "t", seed): [row(n, 12, value) for n, value in enumerate(of)] for seed, of in finals.items()}
     # Of the best third, settings 0 and 1, the differences are 0.1, 0.1 and 0.16: half their spread around 0.12 each.
-    assert bench.measure_noise(rows)["t"] == pytest.approx(math.sqrt((0.02**2 + 0.02**2 + 0.04**2) / 2 / 2))
+    assert inputs.measure_noise(rows)["t"] == pytest.approx(math.sqrt((0.02**2 + 0.02**2 + 0.04**2) / 2 / 2))
 
 
-def result(bench, name, *, steps, loss):
-    tally = bench.Tally(steps=[steps] * 20, losses=[loss] * 20, hits=[True] * 20)
-    return bench.Result(
-        candidate=bench.Candidate(name=name, rule=bench.rules.NoStopping()),
-        tallies={n: {"t": tally} for n in bench.BOUNDS},
+def result(inputs, name, *, steps, loss):
+    tally = inputs.Tally(steps=[steps] * 20, losses=[loss] * 20, hits=[True] * 20)
+    return inputs.Result(
+        candidate=inputs.Candidate(name=name, rule=inputs.rules.NoStopping()),
+        tallies={n: {"t": tally} for n in inputs.BOUNDS},
     )
 
 
-def test_the_default_is_the_cheapest_that_keeps_the_bounds_else_the_losses(bench):
-    cheap = result(bench, "cheap", steps=0.2, loss=0.03)
-    good, better = result(bench, "good", steps=0.39, loss=0.004), result(bench, "better", steps=0.35, loss=0.004)
-    dear = result(bench, "dear", steps=0.7, loss=0.0)
-    assert bench.choose_rule([dear, cheap, good, better], ["t"]) == (better, True)
-    dearer = result(bench, "dearer", steps=0.9, loss=0.0)
-    assert bench.choose_rule([dearer, cheap, dear], ["t"]) == (dear, False)
+def test_the_default_is_the_cheapest_that_keeps_the_bounds_else_the_losses(inputs):
+    cheap = result(inputs, "cheap", steps=0.2, loss=0.03)
+    good, better = result(inputs, "good", steps=0.39, loss=0.004), result(inputs, "better", steps=0.35, loss=0.004)
+    dear = result(inputs, "dear", steps=0.7, loss=0.0)
+    assert inputs.choose_rule([dear, cheap, good, better], ["t"]) == (better, True)
+    dearer = result(inputs, "dearer", steps=0.9, loss=0.0)
+    assert inputs.choose_rule([dearer, cheap, dear], ["t"]) == (dear, False)

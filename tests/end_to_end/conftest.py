@@ -26,7 +26,7 @@ TIMEOUT_S = float(os.environ.get("LORASWEEP_TEST_TIMEOUT_S", "240"))  # for a ma
 SERVER = """
 import json, os, signal, sys
 from lorasweep.cli import run
-import lorasweep.analysis, lorasweep.report.board, lorasweep.sweep, lorasweep.training
+import lorasweep.runs.inspect.inspect_run, lorasweep.report.board, lorasweep.sweep.workers.train
 for line in sys.stdin:
     asked = json.loads(line)
     if "wait" in asked:

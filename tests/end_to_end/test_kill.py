@@ -13,13 +13,13 @@ import yaml
 from safetensors.torch import load_file
 
 from lorasweep.record import read_run, read_steps, read_sweep
-from lorasweep.sweep import compare_sweeps
+from lorasweep.runs.reproduce_sweep import compare_sweeps
 
 from .conftest import journal_of, promoted_trials, state_of
 
 PLACES = {"anywhere": 13, "proposing": 4, "writing a trial": 4, "saving": 4}
 """Where a process is killed, and how often: 25 times of each kind, 50 in all."""
-LONGEST_S = 2.0
+MAX_S = 2.0
 ASKED = {"frozen": 1, "full": 2, "lora": 6}
 CONFIRMED = {"frozen": 1, "full": 2, "lora": 2}
 SWEEP = {
@@ -97,7 +97,7 @@ def dying_fsync(handle):
 os.fsync = dying_fsync
 """,
 }
-MOST_CALLS = {"proposing": 3, "writing a trial": 3, "saving": 60}
+MAX_CALLS = {"proposing": 3, "writing a trial": 3, "saving": 60}
 pytestmark = pytest.mark.slow
 
 
@@ -170,10 +170,10 @@ def test_a_sweep_killed_at_25_moments_is_the_sweep_that_was_not_to_the_last_bit(
             if place == "anywhere":
                 session = begin(*asked)
                 session.wait_for((folder / "sweep.json").exists)
-                time.sleep(drawn.uniform(0, LONGEST_S))
+                time.sleep(drawn.uniform(0, MAX_S))
                 session.kill()
             else:
-                number, share = drawn.randint(1, MOST_CALLS[place]), drawn.random()
+                number, share = drawn.randint(1, MAX_CALLS[place]), drawn.random()
                 code = (KILL + BEFORE[place]).format(number=number, share=share, folder=str(folder))
                 session = begin(*asked, before=code)
                 session.wait()

@@ -10,7 +10,7 @@ import yaml
 
 from lorasweep.cli import run
 from lorasweep.record import read_sweep
-from lorasweep.sweep import read_status
+from lorasweep.sweep.status import read_status
 
 SWEEP = {
     "name": "watched",

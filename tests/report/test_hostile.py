@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from lorasweep.console import PlainConsole
 from lorasweep.errors import RecordError
 from lorasweep.report import render_terminal, write_comparison, write_report
-from lorasweep.terminal import PlainConsole
 
 from .conftest import build_sweep, confirm_sweep, edit_json, inspect_winners
 from .test_page import Page

@@ -11,7 +11,7 @@ import pytest
 from lorasweep.record import SweepRecord, read_sweep, write_record
 from lorasweep.report import write_report
 from lorasweep.report.time_use import ACTIVITIES, TimeUse, describe_time_use, measure_time_use
-from lorasweep.training import Telemetry
+from lorasweep.training.telemetry import Telemetry
 
 from .conftest import edit_json
 

@@ -64,7 +64,7 @@ def _serve(folder: Path, temporary: str) -> None:
     import ray  # noqa: PLC0415
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy  # noqa: PLC0415
 
-    from lorasweep.ray_node import write_address  # noqa: PLC0415
+    from lorasweep.sweep.workers.slurm_job import write_address  # noqa: PLC0415
 
     ray.init(
         _node_ip_address="127.0.0.1",

@@ -19,8 +19,14 @@ import lorasweep.sweep.workers.worker as worker_file
 from lorasweep.config.run import RunConfig
 from lorasweep.errors import Diverged, WorkerError
 from lorasweep.record import RunRecord, TrialRow, read_run, write_record
-from lorasweep.sweep import SweepFolder, create_sweep, read_definition, reopen_sweep, train_sweep
-from lorasweep.training import Evaluated, Job, PackState, RunPlace, SlotState, Telemetry, write_pack_state
+from lorasweep.sweep.controller.folder import SweepFolder
+from lorasweep.sweep.controller.lifecycle import create_sweep, reopen_sweep
+from lorasweep.sweep.definition.arms import read_definition
+from lorasweep.sweep.workers.train import train_sweep
+from lorasweep.training.packs.slots import Evaluated, Job
+from lorasweep.training.packs.state import PackState, SlotState, write_pack_state
+from lorasweep.training.run_log import RunPlace
+from lorasweep.training.telemetry import Telemetry
 
 CONTENT: dict[str, Any] = {
     "name": "made_up",
@@ -126,12 +132,12 @@ class MadeUpRuns:
     raised: list[Exception] = field(default_factory=list)
     """Errors that a test asked for."""
 
-    def score_run(self, folder: Path, *, bench: Any) -> RunRecord:
+    def score_run(self, folder: Path, *, inputs: Any) -> RunRecord:
         assert not self.base_is_in_use
         record = read_run(folder)
         assert record.status == "complete"
         if not record.test:
-            bench.parts.test()
+            inputs.parts.test()
             self.scored.append(folder.name)
             record.test = {record.metric: self.score_on_test(record)}
             write_record(record, folder)
@@ -142,7 +148,7 @@ class MadeUpRuns:
         config: RunConfig,
         place: RunPlace,
         *,
-        bench: Any,
+        inputs: Any,
         on_evaluation: Callable[[int, dict[str, float]], bool],
         stop_requested: Callable[[], bool],
         resume: bool,
@@ -208,7 +214,7 @@ class MadeUpPacks:
         self,
         jobs: Sequence[Job],
         *,
-        bench: Any,
+        inputs: Any,
         slots: int,
         supply: Callable[[], Job | None],
         on_evaluation: Callable[[Sequence[Evaluated]], Sequence[bool]],
@@ -364,7 +370,7 @@ def work() -> Callable[..., bool]:
         *,
         stop_at: int | None = None,
         stop_when: Callable[[], bool] = lambda: False,
-        benches: Any = None,
+        inputs_cache: Any = None,
     ) -> bool:
         asked = itertools.count(1)
 
@@ -373,7 +379,7 @@ def work() -> Callable[..., bool]:
 
         return train_sweep(
             folder,
-            benches or NoBenches(),  # type: ignore[arg-type]
+            inputs_cache or NoBenches(),  # type: ignore[arg-type]
             stop_requested=stop_requested,
             run_ended=lambda record, path, params: None,
         )
@@ -396,7 +402,7 @@ def take_up(work: Callable[..., bool]) -> Callable[..., int]:
 
 
 @pytest.fixture
-def benches() -> NoBenches:
+def inputs_cache() -> NoBenches:
     """Stands in for base models and data; notes reads of the test part."""
     return NoBenches()
 

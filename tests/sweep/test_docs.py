@@ -10,7 +10,9 @@ import pytest
 import yaml
 
 from lorasweep.errors import ConfigError
-from lorasweep.sweep import draw_seeds, find_warnings, read_definition
+from lorasweep.sweep.controller.confirm import draw_seeds
+from lorasweep.sweep.definition.arms import read_definition
+from lorasweep.sweep.definition.warnings import find_warnings
 
 GUIDE = (Path(__file__).parent.parent.parent / "docs" / "sweeps.md").read_text(encoding="utf-8")
 (FILE,) = re.findall(r"^```yaml\n(.*?)^```", GUIDE, flags=re.MULTILINE | re.DOTALL)

@@ -14,8 +14,9 @@ from rich.console import Console
 import lorasweep.sweep.status as status_file
 from lorasweep.errors import RecordError
 from lorasweep.record import ArmRow, ConfirmRow, SweepRecord, TrialRow, read_sweep, write_record
-from lorasweep.sweep import SweepFolder, follow, followed, read_status, render_status, reopen_sweep
-from lorasweep.sweep.status import describe_params
+from lorasweep.sweep.controller.folder import SweepFolder
+from lorasweep.sweep.controller.lifecycle import reopen_sweep
+from lorasweep.sweep.status import describe_params, follow, followed, read_status, render_status
 
 from .conftest import Killed
 

@@ -16,7 +16,10 @@ from lorasweep.cli import StopSignal
 from lorasweep.config.compose import compose_run
 from lorasweep.data.tasks import LanguageModelling
 from lorasweep.models.load import fingerprint_weights
-from lorasweep.training import Benches, RunPlace, join_processes, train_run
+from lorasweep.training.inputs import InputsCache
+from lorasweep.training.processes import join_processes
+from lorasweep.training.run import train_run
+from lorasweep.training.run_log import RunPlace
 
 SETTINGS = {
     "data.block_length": 32,
@@ -60,14 +63,16 @@ class Child:
     def run(self, mode):
         with join_processes(self.base.trainer) as group:
             self.rank = group.global_rank
-            self.benches = Benches()
+            self.inputs_cache = InputsCache()
             getattr(self, mode)()
             (self.out / f"{mode}.{self.rank}.json").write_text(json.dumps(self.outcomes))
 
     def attempt(self, name, hooks=None, **settings):
         config = config_of(trainer__devices=2, **settings)
         try:
-            record = train_run(config, RunPlace(folder=self.out / name), bench=self.benches.of(config), **(hooks or {}))
+            record = train_run(
+                config, RunPlace(folder=self.out / name), inputs=self.inputs_cache.of(config), **(hooks or {})
+            )
             self.outcomes[name] = [record.status, record.steps_done, record.batching.get("too_large")]
         except Exception as error:
             self.outcomes[name] = [type(error).__name__, str(error)]
@@ -89,9 +94,9 @@ class Child:
         for strategy, variants in VARIANTS.items():
             for number, settings in enumerate(variants):
                 self.attempt(f"variant-{strategy}-{number}", trainer__strategy=strategy, **settings)
-        base = self.benches.of(self.base).base
+        base = self.inputs_cache.of(self.base).base
         self.outcomes["base"] = fingerprint_weights(base.model) == base.fingerprint
-        on_meta = self.benches.of(config_of(trainer__devices=2, trainer__strategy="fsdp")).base
+        on_meta = self.inputs_cache.of(config_of(trainer__devices=2, trainer__strategy="fsdp")).base
         self.outcomes["on meta"] = all(parameter.is_meta for parameter in on_meta.model.parameters())
 
     def short(self):

@@ -22,7 +22,7 @@ ANSWERS = [b"yes it is", b"no", b"yes", b"one two three"]
 
 
 @pytest.fixture
-def bench():
+def inputs():
     return SimpleNamespace(base=SimpleNamespace(tokenizer=build_tokenizer()), precision="fp32")
 
 
@@ -46,23 +46,23 @@ def completion_part(answers):
     return CompletionPart(tokens=Ragged.of(rows), targets=Ragged.of(targets), **shared)
 
 
-def test_rows_of_one_prompt_are_its_references(bench):
-    found = gather_references(completion_part(ANSWERS), bench)
+def test_rows_of_one_prompt_are_its_references(inputs):
+    found = gather_references(completion_part(ANSWERS), inputs)
     assert [bytes(prompt) for prompt in found] == [b"name: a", b"b", b"a longer prompt"]
     assert [bytes(answer[:-1]) for answer in found[tuple(b"name: a")]] == [b"yes it is", b"yes"]
 
 
-def test_answers_in_a_batch_are_those_alone(llama, bench, config):
+def test_answers_in_a_batch_are_those_alone(llama, inputs, config):
     prompts = [tuple(prompt) for prompt in dict.fromkeys(PROMPTS)]
-    settings = {"limit": 8, "part": completion_part(ANSWERS), "config": config, "bench": bench}
+    settings = {"limit": 8, "part": completion_part(ANSWERS), "config": config, "inputs": inputs}
     together = generate(llama, prompts, **settings)
     assert together == [generate(llama, [prompt], **settings)[0] for prompt in prompts]
     assert all(0 < len(answer) <= 8 for answer in together)
 
 
-def test_the_score_is_corpus_bleu_over_all_references(llama, bench, config):
+def test_the_score_is_corpus_bleu_over_all_references(llama, inputs, config):
     part = completion_part(ANSWERS)
-    scores = score_answers(llama, part, config=config, bench=bench)
+    scores = score_answers(llama, part, config=config, inputs=inputs)
     assert set(scores) == {"bleu", "rouge1", "rouge2", "rougeL"}
     texts = [[b"yes it is", b"yes"], [b"no"], [b"one two three"]]
     made = generate(
@@ -71,14 +71,14 @@ def test_the_score_is_corpus_bleu_over_all_references(llama, bench, config):
         limit=int(1.5 * (len(b"one two three") + 1)),
         part=part,
         config=config,
-        bench=bench,
+        inputs=inputs,
     )
-    answers = [bench.base.tokenizer.decode(row, skip_special_tokens=True).strip() for row in made]
+    answers = [inputs.base.tokenizer.decode(row, skip_special_tokens=True).strip() for row in made]
     expected = sacre_bleu_score(answers, [[text.decode() for text in given] for given in texts])
     assert scores["bleu"] == pytest.approx(100 * expected.item())
 
 
-def test_an_encoder_decoder_answers_too(bench, config):
+def test_an_encoder_decoder_answers_too(inputs, config):
     torch.manual_seed(0)
     settings = transformers.T5Config(
         vocab_size=257, d_model=16, d_ff=32, d_kv=8, num_layers=2, num_heads=2, decoder_start_token_id=0
@@ -95,21 +95,21 @@ def test_an_encoder_decoder_answers_too(bench, config):
         scored_bytes=1,
     )
     prompts = [tuple(prompt) for prompt in dict.fromkeys(PROMPTS)]
-    shared = {"limit": 6, "part": part, "config": config, "bench": bench}
+    shared = {"limit": 6, "part": part, "config": config, "inputs": inputs}
     assert generate(model, prompts, **shared) == [generate(model, [prompt], **shared)[0] for prompt in prompts]
-    assert 0 <= score_answers(model, part, config=config, bench=bench)["rouge1"] <= 1
+    assert 0 <= score_answers(model, part, config=config, inputs=inputs)["rouge1"] <= 1
 
 
-def test_several_answers_in_a_row_are_refused(bench):
+def test_several_answers_in_a_row_are_refused(inputs):
     part = completion_part(ANSWERS)
     part.targets.values[-2] = IGNORED
     with pytest.raises(ConfigError, match=r"`data.generate` needs rows with one answer each"):
-        gather_references(part, bench)
+        gather_references(part, inputs)
 
 
-def test_a_model_that_cant_generate_is_refused(bench, config):
+def test_a_model_that_cant_generate_is_refused(inputs, config):
     with pytest.raises(ConfigError, match=r"`data.generate` needs a model of transformers that generates text"):
-        score_answers(torch.nn.Linear(2, 2), completion_part(ANSWERS), config=config, bench=bench)
+        score_answers(torch.nn.Linear(2, 2), completion_part(ANSWERS), config=config, inputs=inputs)
 
 
 def test_answers_are_an_option_of_chats():

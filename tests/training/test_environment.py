@@ -130,7 +130,7 @@ def test_the_patch_leads_from_the_commit_to_the_code(monkeypatch, tmp_path):
     subprocess.run([*git, "stash", "-q"], check=True)
     subprocess.run([*git, "apply"], input=code_patch(), text=True, check=True)
     assert file.read_text() == "one = 2\nurl = 'https://***@host'\n"
-    monkeypatch.setattr(environment_file, "MOST_PATCH_BYTES", 10)
+    monkeypatch.setattr(environment_file, "MAX_PATCH_BYTES", 10)
     forget()
     assert set(describe_code()["patch"]) == {"bytes", "sha256"}
     forget()

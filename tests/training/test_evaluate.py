@@ -8,46 +8,47 @@ import torch
 from lorasweep.data.tasks import RowScores
 from lorasweep.methods import METHODS
 from lorasweep.record import read_run
-from lorasweep.training import RunPlace, evaluate_model, train_run
-from lorasweep.training.evaluate import in_order
+from lorasweep.training.evaluate import evaluate_model, in_order
 from lorasweep.training.prepare import prepare_model
+from lorasweep.training.run import train_run
+from lorasweep.training.run_log import RunPlace
 
 
-def restore(config, bench, folder):
-    model = prepare_model(config, bench.base)
+def restore(config, inputs, folder):
+    model = prepare_model(config, inputs.base)
     METHODS[config.method.name].load(model, folder / "best")
     return model
 
 
-def score(model, config, bench, part=None):
-    part = bench.parts.validation if part is None else part
-    return evaluate_model(model, part, task=bench.parts.task_of(part), config=config, precision=bench.precision)
+def score(model, config, inputs, part=None):
+    part = inputs.parts.validation if part is None else part
+    return evaluate_model(model, part, task=inputs.parts.task_of(part), config=config, precision=inputs.precision)
 
 
 @pytest.mark.parametrize("method", ["lora", "full", "head"])
-def test_the_best_weights_score_what_the_record_says(tmp_path, make_config, bench, method):
+def test_the_best_weights_score_what_the_record_says(tmp_path, make_config, inputs, method):
     config = make_config({"method": method})
-    train_run(config, RunPlace(folder=Path(tmp_path)), bench=bench)
-    found = score(restore(config, bench, tmp_path), config, bench)
+    train_run(config, RunPlace(folder=Path(tmp_path)), inputs=inputs)
+    found = score(restore(config, inputs, tmp_path), config, inputs)
     record = read_run(tmp_path)
     assert found.values == {name: record.best[name] for name in found.values}
-    assert len(found.rows.loss) == len(bench.parts.validation)
+    assert len(found.rows.loss) == len(inputs.parts.validation)
 
 
-def test_scoring_moves_no_random_stream_and_leaves_the_model_evaluating(make_config, bench):
+def test_scoring_moves_no_random_stream_and_leaves_the_model_evaluating(make_config, inputs):
     config = make_config()
-    model = prepare_model(config, bench.base)
+    model = prepare_model(config, inputs.base)
     before = torch.get_rng_state()
-    score(model, config, bench)
+    score(model, config, inputs)
     assert torch.equal(torch.get_rng_state(), before)
     assert not model.training
 
 
-def test_rows_come_in_the_order_of_the_part(make_config, bench):
+def test_rows_come_in_the_order_of_the_part(make_config, inputs):
     config = make_config({"trainer.eval_batch_size": 1})
-    model = prepare_model(config, bench.base)
-    together = score(model, make_config(), bench).rows
-    one_by_one = score(model, config, bench).rows
+    model = prepare_model(config, inputs.base)
+    together = score(model, make_config(), inputs).rows
+    one_by_one = score(model, config, inputs).rows
     torch.testing.assert_close(together.loss, one_by_one.loss, rtol=1e-4, atol=1e-4)  # fp32, other batch shapes
 
 
@@ -56,10 +57,10 @@ def test_rows_that_came_sorted_are_put_back():
     assert in_order(rows, [2, 0, 1]).loss.tolist() == [10.0, 20.0, 30.0]
 
 
-def test_the_test_part_is_scored_by_its_own_bytes(make_config, bench):
+def test_the_test_part_is_scored_by_its_own_bytes(make_config, inputs):
     config = make_config()
-    part = bench.parts.test()
-    found = score(prepare_model(config, bench.base), config, bench, part)
+    part = inputs.parts.test()
+    found = score(prepare_model(config, inputs.base), config, inputs, part)
     nats = found.rows.loss.sum() / found.rows.items.sum()
     expected = nats.item() / torch.log(torch.tensor(2.0)).item() / part.bytes_per_token
     assert found.values["bits_per_byte"] == pytest.approx(expected, rel=1e-6)

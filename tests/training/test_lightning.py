@@ -21,8 +21,9 @@ from lorasweep.config.build import as_settings
 from lorasweep.config.compose import compose_run, parse_overrides
 from lorasweep.errors import ConfigError, RecordError
 from lorasweep.record import read_steps
-from lorasweep.training import RunPlace, train_run
-from lorasweep.training.workbench import share_workbench
+from lorasweep.training.inputs import share_inputs
+from lorasweep.training.run import train_run
+from lorasweep.training.run_log import RunPlace
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The `srun` command is available"),  # where Slurm is installed
@@ -79,7 +80,7 @@ def own_run(words, data, tmp_path_factory):
     """The same run as `lorasweep train` trains it."""
     folder = tmp_path_factory.mktemp("own") / "run"
     config = compose_run(parse_overrides(words))
-    train_run(config, RunPlace(folder=folder), bench=share_workbench(config))
+    train_run(config, RunPlace(folder=folder), inputs=share_inputs(config))
     return folder
 
 

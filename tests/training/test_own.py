@@ -14,8 +14,10 @@ import lorasweep
 from lorasweep.config.compose import compose_run
 from lorasweep.errors import ConfigError
 from lorasweep.record import read_run
-from lorasweep.training import RunPlace, build_workbench, train_run
+from lorasweep.training.inputs import build_inputs
 from lorasweep.training.quiet import quiet_lightning
+from lorasweep.training.run import train_run
+from lorasweep.training.run_log import RunPlace
 
 
 class Points(LightningDataModule):
@@ -74,12 +76,12 @@ def own_points(monkeypatch):
 @pytest.mark.parametrize("method", ["lora", "full", "head"])
 def test_own_model_learns_own_data(tmp_path, method):
     config = compose_run(SETTINGS | {"method": method} | ({"method.rank": 2} if method == "lora" else {}))
-    bench = build_workbench(config)
-    record = train_run(config, RunPlace(folder=tmp_path / "run"), bench=bench)
+    inputs = build_inputs(config)
+    record = train_run(config, RunPlace(folder=tmp_path / "run"), inputs=inputs)
     assert record.status == "complete"
     assert record.best["accuracy"] > 0.8  # half of the points by guessing, about as many by the best line
     assert read_run(tmp_path / "run").base["path"] == "own_points:build"
-    again = train_run(config, RunPlace(folder=tmp_path / "again"), bench=build_workbench(config))
+    again = train_run(config, RunPlace(folder=tmp_path / "again"), inputs=build_inputs(config))
     assert again.last == record.last
 
 

@@ -14,12 +14,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from lorasweep.config.targets import set_trusted
 from lorasweep.errors import ConfigError
 from lorasweep.record import read_run, read_steps
-from lorasweep.training import RunPlace, train_run
 from lorasweep.training.optim import schedule_factor
-from lorasweep.training.pack import train_pack
+from lorasweep.training.packs.pack import train_pack
+from lorasweep.training.packs.slots import Job
 from lorasweep.training.parts import build_callbacks, check_parts
 from lorasweep.training.restore import restore_config
-from lorasweep.training.slots import Job
+from lorasweep.training.run import train_run
+from lorasweep.training.run_log import RunPlace
 
 PLATEAU = {
     "schedule._target_": "torch.optim.lr_scheduler.ReduceLROnPlateau",
@@ -30,8 +31,8 @@ PLATEAU = {
 }
 
 
-def train(folder, config, *, bench, **hooks):
-    return train_run(config, RunPlace(folder=Path(folder)), bench=bench, **hooks)
+def train(folder, config, *, inputs, **hooks):
+    return train_run(config, RunPlace(folder=Path(folder)), inputs=inputs, **hooks)
 
 
 def rows(folder):
@@ -52,25 +53,25 @@ def rates(folder):
     ],
     ids=["sgd", "adafactor", "one_cycle", "plateau"],
 )
-def test_a_run_with_another_optimizer_or_schedule_learns_and_resumes_exactly(tmp_path, make_config, bench, settings):
+def test_a_run_with_another_optimizer_or_schedule_learns_and_resumes_exactly(tmp_path, make_config, inputs, settings):
     config = make_config({**settings, "optim.lr": 1e-3})
-    whole = train(tmp_path / "whole", config, bench=bench)
+    whole = train(tmp_path / "whole", config, inputs=inputs)
     assert whole.status == "complete"
     assert len({row["loss"] for row in rows(tmp_path / "whole") if "loss" in row}) == whole.steps_done
     asked = iter([False, False, True])  # stops after the third step
-    train(tmp_path / "halves", config, bench=bench, stop_requested=lambda: next(asked))
-    assert train(tmp_path / "halves", config, bench=bench, resume=True).status == "complete"
+    train(tmp_path / "halves", config, inputs=inputs, stop_requested=lambda: next(asked))
+    assert train(tmp_path / "halves", config, inputs=inputs, resume=True).status == "complete"
     assert rows(tmp_path / "halves") == rows(tmp_path / "whole")
     assert restore_config(read_run(tmp_path / "whole")) == config
 
 
-def test_a_schedule_that_waits_for_the_loss_moves_at_evaluations(tmp_path, make_config, bench):
+def test_a_schedule_that_waits_for_the_loss_moves_at_evaluations(tmp_path, make_config, inputs):
     config = make_config({**PLATEAU, "optim.lr": 1e-3, "trainer.max_steps": 8, "trainer.eval_every_steps": 2})
-    train(tmp_path / "whole", config, bench=bench)
+    train(tmp_path / "whole", config, inputs=inputs)
     assert rates(tmp_path / "whole") == [1e-3] * 4 + [5e-4] * 2 + [2.5e-4] * 2
-    paused = train(tmp_path / "paused", config, bench=bench, on_evaluation=lambda step, values: step != 4)
+    paused = train(tmp_path / "paused", config, inputs=inputs, on_evaluation=lambda step, values: step != 4)
     assert paused.status == "paused"
-    train(tmp_path / "paused", config, bench=bench, resume=True)
+    train(tmp_path / "paused", config, inputs=inputs, resume=True)
     assert rows(tmp_path / "paused") == rows(tmp_path / "whole")
 
 
@@ -122,9 +123,9 @@ def trust_our_tests():
 OWN = {"logger.memory._target_": f"{__name__}.Memory", "logger.memory.tag": "mine"}
 
 
-def test_several_loggers_get_every_metric_in_the_runs_folder(tmp_path, make_config, bench, trust_our_tests):
+def test_several_loggers_get_every_metric_in_the_runs_folder(tmp_path, make_config, inputs, trust_our_tests):
     config = make_config({"logger": ["tensorboard", "csv"], **OWN})
-    train(tmp_path, config, bench=bench)
+    train(tmp_path, config, inputs=inputs)
     losses = [(row["step"], row["loss"]) for row in read_steps(tmp_path) if "loss" in row]
     values = [(row["step"], row["validation"]["loss"]) for row in read_steps(tmp_path) if "validation" in row]
     shown = scalars(tmp_path)
@@ -137,7 +138,7 @@ def test_several_loggers_get_every_metric_in_the_runs_folder(tmp_path, make_conf
     assert len([metrics for _, metrics in own.metrics if "train/loss" in metrics]) == len(losses)
 
 
-def test_each_slot_of_a_pack_has_its_own_loggers(tmp_path, make_config, bench, trust_our_tests):
+def test_each_slot_of_a_pack_has_its_own_loggers(tmp_path, make_config, inputs, trust_our_tests):
     settings = {"logger": ["tensorboard", "csv"], **OWN, "trainer.max_steps": 4, "trainer.eval_every_steps": 2}
     jobs = [
         Job(
@@ -150,7 +151,7 @@ def test_each_slot_of_a_pack_has_its_own_loggers(tmp_path, make_config, bench, t
     ]
     train_pack(
         jobs,
-        bench=bench,
+        inputs=inputs,
         slots=2,
         supply=lambda: None,
         on_evaluation=lambda evaluated: [True] * len(evaluated),
@@ -172,19 +173,19 @@ def test_each_slot_of_a_pack_has_its_own_loggers(tmp_path, make_config, bench, t
         assert own.status == "success"
 
 
-def test_without_loggers_steps_are_kept_all_the_same(tmp_path, make_config, bench):
-    train(tmp_path, make_config({"logger": "none"}), bench=bench)
+def test_without_loggers_steps_are_kept_all_the_same(tmp_path, make_config, inputs):
+    train(tmp_path, make_config({"logger": "none"}), inputs=inputs)
     assert not list(tmp_path.rglob("events.*"))
     assert len([row for row in read_steps(tmp_path) if "loss" in row]) == 4
 
 
-def test_lightnings_callbacks_see_the_run_and_log(tmp_path, make_config, bench, capsys):
+def test_lightnings_callbacks_see_the_run_and_log(tmp_path, make_config, inputs, capsys):
     names = ["lr_monitor", "device_stats", "throughput", "model_summary"]
     settings = {"callbacks.device_stats.cpu_stats": True, "callbacks.throughput.window_size": 2}
     config = make_config({"callbacks": names, **settings, "trainer.max_steps": 6})
     plain = make_config({"trainer.max_steps": 6})
-    train(tmp_path / "with", config, bench=bench)
-    train(tmp_path / "without", plain, bench=bench)
+    train(tmp_path / "with", config, inputs=inputs)
+    train(tmp_path / "without", plain, inputs=inputs)
     assert rows(tmp_path / "with") == rows(tmp_path / "without")  # none of them changes what is learned
     shown = scalars(tmp_path / "with")
     assert [value for _, value in shown["lr-AdamW"]] == pytest.approx(rates(tmp_path / "with"), rel=1e-6)
@@ -193,7 +194,7 @@ def test_lightnings_callbacks_see_the_run_and_log(tmp_path, make_config, bench, 
     assert "LlamaForCausalLM" in capsys.readouterr().out
 
 
-def test_an_early_stopping_of_lightnings_ends_the_run_and_resumes_with_what_it_knew(tmp_path, make_config, bench):
+def test_an_early_stopping_of_lightnings_ends_the_run_and_resumes_with_what_it_knew(tmp_path, make_config, inputs):
     settings = {
         "callbacks": "early_stopping",
         "callbacks.early_stopping.min_delta": 9.0,  # so that nothing counts as better than the first
@@ -201,17 +202,17 @@ def test_an_early_stopping_of_lightnings_ends_the_run_and_resumes_with_what_it_k
         "trainer.max_steps": 10,
         "trainer.eval_every_steps": 2,
     }
-    whole = train(tmp_path / "whole", make_config(settings), bench=bench)
+    whole = train(tmp_path / "whole", make_config(settings), inputs=inputs)
     assert (whole.status, whole.steps_done) == ("complete", 6)
     assert whole.reason == "a callback stopped it at step 6 of 10"
-    train(tmp_path / "paused", make_config(settings), bench=bench, on_evaluation=lambda step, values: step != 4)
-    assert train(tmp_path / "paused", make_config(settings), bench=bench, resume=True).steps_done == 6
+    train(tmp_path / "paused", make_config(settings), inputs=inputs, on_evaluation=lambda step, values: step != 4)
+    assert train(tmp_path / "paused", make_config(settings), inputs=inputs, resume=True).steps_done == 6
 
 
-def test_a_model_checkpoint_of_lightnings_writes_into_the_runs_folder(tmp_path, make_config, bench):
+def test_a_model_checkpoint_of_lightnings_writes_into_the_runs_folder(tmp_path, make_config, inputs):
     target = {"callbacks.kept._target_": "lightning.pytorch.callbacks.ModelCheckpoint"}
     config = make_config({**target, "callbacks.kept.monitor": "validation/loss"})
-    train(tmp_path, config, bench=bench)
+    train(tmp_path, config, inputs=inputs)
     assert len(list(tmp_path.glob("checkpoints/*.ckpt"))) == 1
 
 
@@ -230,8 +231,8 @@ def test_a_progress_bar_is_shown_only_where_one_is_asked_for(make_config):
     ],
     ids=["simple", "advanced", "target"],
 )
-def test_a_profiler_writes_into_the_runs_folder(tmp_path, make_config, bench, profiler, file):
-    train(tmp_path, make_config(profiler), bench=bench)
+def test_a_profiler_writes_into_the_runs_folder(tmp_path, make_config, inputs, profiler, file):
+    train(tmp_path, make_config(profiler), inputs=inputs)
     assert "training_step" in (tmp_path / file).read_text()
 
 

@@ -18,8 +18,9 @@ import lorasweep
 from lorasweep.config.compose import compose_run
 from lorasweep.errors import ConfigError, OutOfMemory, RanksLost, RunError
 from lorasweep.record import read_run, read_steps
-from lorasweep.training import RunPlace, build_workbench, train_run
+from lorasweep.runs.reproduce import config_as_run
 from lorasweep.training.fsdp import check_shardable
+from lorasweep.training.inputs import build_inputs
 from lorasweep.training.processes import (
     FAILURE_FILE,
     build_strategy,
@@ -30,7 +31,8 @@ from lorasweep.training.processes import (
     seed_of_rank,
     take_failure_note,
 )
-from lorasweep.training.reproduce import config_as_run
+from lorasweep.training.run import train_run
+from lorasweep.training.run_log import RunPlace
 
 CHILD = Path(__file__).parent / "processes_child.py"
 TIMEOUT_S = 240
@@ -75,12 +77,12 @@ def scores(run):
 def alone(tmp_path_factory):
     """Trains runs of one process, once each."""
     folder = tmp_path_factory.mktemp("alone")
-    bench = build_workbench(compose_run(SETTINGS))
+    inputs = build_inputs(compose_run(SETTINGS))
 
     def train(name="lora-1", **settings):
         if not (folder / name).exists():
             config = compose_run(SETTINGS | {key.replace("__", "."): value for key, value in settings.items()})
-            train_run(config, RunPlace(folder=folder / name), bench=bench)
+            train_run(config, RunPlace(folder=folder / name), inputs=inputs)
         return folder / name
 
     return train
@@ -192,7 +194,7 @@ def test_one_process_goes_on_with_what_two_began(trained, strategy):
     assert (record.status, record.steps_done) == ("interrupted", 3)
     assert (record.platform["processes"], record.platform["strategy"]) == (2, strategy)
     config = config_as_run(record)
-    record = train_run(config, RunPlace(folder=folder), bench=build_workbench(config), resume=True)
+    record = train_run(config, RunPlace(folder=folder), inputs=build_inputs(config), resume=True)
     assert (record.status, record.steps_done) == ("complete", 6)
     assert losses(folder) == pytest.approx(losses(trained / f"whole-{strategy}"), **ROUNDING)
 

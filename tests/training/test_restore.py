@@ -11,9 +11,10 @@ from lorasweep.errors import ConfigError, RecordError
 from lorasweep.methods import METHODS
 from lorasweep.models.load import fingerprint_weights
 from lorasweep.record import read_run
-from lorasweep.training import RunPlace, restore_base, restore_config, restore_model, train_run
 from lorasweep.training.prepare import prepare_model
-from lorasweep.training.restore import check_kept_files
+from lorasweep.training.restore import check_kept_files, restore_base, restore_config, restore_model
+from lorasweep.training.run import train_run
+from lorasweep.training.run_log import RunPlace
 
 METHOD_SETTINGS = (
     {"method.dropout": 0.5, "method.init": "orthogonal"},
@@ -26,38 +27,38 @@ TOKENS = torch.arange(24).reshape(2, 12)
 
 
 @pytest.fixture(scope="module")
-def lora_run(make_config, bench, tmp_path_factory):
+def lora_run(make_config, inputs, tmp_path_factory):
     """The folder of a run of two evaluations."""
     folder = tmp_path_factory.mktemp("runs") / "lora"
-    train_run(make_config(), RunPlace(folder=folder), bench=bench)
+    train_run(make_config(), RunPlace(folder=folder), inputs=inputs)
     return folder
 
 
 @pytest.mark.parametrize("settings", METHOD_SETTINGS, ids=lambda settings: settings.get("method", "lora"))
-def test_a_restored_model_is_the_trained_one_without_dropout(make_config, bench, tmp_path, settings):
-    config, before = make_config(settings), fingerprint_weights(bench.base.model)
-    train_run(config, RunPlace(folder=tmp_path), bench=bench)
+def test_a_restored_model_is_the_trained_one_without_dropout(make_config, inputs, tmp_path, settings):
+    config, before = make_config(settings), fingerprint_weights(inputs.base.model)
+    train_run(config, RunPlace(folder=tmp_path), inputs=inputs)
     assert restore_config(read_run(tmp_path)) == config
     for part in ("best", "last"):
-        restored = restore_model(config, bench.base, folder=tmp_path / part)
-        prepared = prepare_model(config, bench.base).eval()
+        restored = restore_model(config, inputs.base, folder=tmp_path / part)
+        prepared = prepare_model(config, inputs.base).eval()
         METHODS[config.method.name].load(prepared, tmp_path / part)
         assert not any(module.training for module in restored.modules())
         with torch.inference_mode():
             logits = restored(input_ids=TOKENS).logits
             assert torch.equal(logits, prepared(input_ids=TOKENS).logits)
-            assert not torch.equal(logits, bench.base.model(input_ids=TOKENS).logits)
-    assert fingerprint_weights(bench.base.model) == before
+            assert not torch.equal(logits, inputs.base.model(input_ids=TOKENS).logits)
+    assert fingerprint_weights(inputs.base.model) == before
 
 
-def test_an_adapter_is_put_on_without_drawing_its_start_again(lora_run, bench):
+def test_an_adapter_is_put_on_without_drawing_its_start_again(lora_run, inputs):
     """So a start that another machine works out otherwise does no harm, nor does a seed."""
     config = restore_config(read_run(lora_run))
-    first = restore_model(config, bench.base, folder=lora_run / "best")
+    first = restore_model(config, inputs.base, folder=lora_run / "best")
     other = dataclasses.replace(config, seeds=dataclasses.replace(config.seeds, init=7))
     torch.manual_seed(3)
     stream = torch.get_rng_state()
-    second = restore_model(other, bench.base, folder=lora_run / "best")
+    second = restore_model(other, inputs.base, folder=lora_run / "best")
     assert torch.equal(torch.get_rng_state(), stream)
     assert fingerprint_weights(first) == fingerprint_weights(second)
 

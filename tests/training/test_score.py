@@ -14,18 +14,22 @@ from lorasweep.data.tasks import LANGUAGE_MODEL_METRICS
 from lorasweep.errors import OutOfMemory, RecordError
 from lorasweep.methods import METHODS
 from lorasweep.record import TEST_SCORES_FILE, read_run, sha256_of
-from lorasweep.training import Job, RunPlace, score_run, train_pack, train_run
+from lorasweep.training.packs.pack import train_pack
+from lorasweep.training.packs.slots import Job
 from lorasweep.training.prepare import prepare_model
 from lorasweep.training.restore import restore_model
+from lorasweep.training.run import train_run
+from lorasweep.training.run_log import RunPlace
+from lorasweep.training.score import score_run
 
 
 @pytest.fixture
-def trained(make_config, bench, tmp_path):
+def trained(make_config, inputs, tmp_path):
     """Trains a run and returns its folder."""
 
     def train(settings=None):
         folder = tmp_path / "run"
-        train_run(make_config(settings), RunPlace(folder=folder, arm="lora", trial=0), bench=bench)
+        train_run(make_config(settings), RunPlace(folder=folder, arm="lora", trial=0), inputs=inputs)
         return folder
 
     return train
@@ -37,28 +41,28 @@ def read_rows(folder):
 
 
 @pytest.mark.parametrize("method", ["lora", "full", "head", "frozen"])
-def test_every_method_is_scored_with_the_weights_of_its_best_evaluation(trained, bench, method):
+def test_every_method_is_scored_with_the_weights_of_its_best_evaluation(trained, inputs, method):
     folder = trained({"method": method})
-    record = score_run(folder, bench=bench)
+    record = score_run(folder, inputs=inputs)
     assert record == read_run(folder)
     assert set(record.test) == set(LANGUAGE_MODEL_METRICS)
     rows = read_rows(folder)
     assert [row["row"] for row in rows] == list(range(4))
     mean = sum(row["score"] * row["weight"] for row in rows) / sum(row["weight"] for row in rows)
     assert mean == pytest.approx(record.test["bits_per_byte"], rel=1e-12)
-    assert record.data["test"] == bench.parts.test().describe()
+    assert record.data["test"] == inputs.parts.test().describe()
     assert record.files[TEST_SCORES_FILE]["sha256"] == sha256_of(folder / TEST_SCORES_FILE)
 
 
-def test_the_scores_are_those_of_the_best_weights_and_not_of_the_last(trained, bench, make_config):
+def test_the_scores_are_those_of_the_best_weights_and_not_of_the_last(trained, inputs, make_config):
     folder = trained({"optim.lr": 0.5, "trainer.eval_every_steps": 1})  # so high that the first steps are the best
     record = read_run(folder)
     assert record.best["step"] < record.last["step"]
-    scored = score_run(folder, bench=bench)
+    scored = score_run(folder, inputs=inputs)
     losses = {}
-    blocks = bench.parts.test().tokens
+    blocks = inputs.parts.test().tokens
     for which in ("best", "last"):
-        model = prepare_model(make_config(), bench.base).eval()
+        model = prepare_model(make_config(), inputs.base).eval()
         METHODS["lora"].load(model, folder / which)
         with torch.no_grad():
             logits = model(input_ids=blocks[:, :-1]).logits
@@ -67,19 +71,19 @@ def test_the_scores_are_those_of_the_best_weights_and_not_of_the_last(trained, b
     assert scored.test["loss"] != pytest.approx(losses["last"], rel=1e-3)
 
 
-def test_bits_per_byte_count_the_bytes_of_the_test_part(trained, bench):
-    record = score_run(trained(), bench=bench)
-    per_token = bench.parts.test().bytes_per_token
+def test_bits_per_byte_count_the_bytes_of_the_test_part(trained, inputs):
+    record = score_run(trained(), inputs=inputs)
+    per_token = inputs.parts.test().bytes_per_token
     nats = record.test["loss"]
     assert record.test["bits_per_byte"] == pytest.approx(nats / (per_token * 0.6931471805599453), rel=1e-12)
-    assert per_token != bench.parts.validation.bytes_per_token
+    assert per_token != inputs.parts.validation.bytes_per_token
 
 
-def test_rows_of_perplexity_are_losses_of_which_it_is_the_exponential(make_config, bench, tmp_path):
-    by_perplexity = dataclasses.replace(bench, parts=dataclasses.replace(bench.parts, metric="perplexity"))
+def test_rows_of_perplexity_are_losses_of_which_it_is_the_exponential(make_config, inputs, tmp_path):
+    by_perplexity = dataclasses.replace(inputs, parts=dataclasses.replace(inputs.parts, metric="perplexity"))
     config = make_config({"data.metric": "perplexity"})
-    train_run(config, RunPlace(folder=tmp_path), bench=by_perplexity)
-    record = score_run(tmp_path, bench=by_perplexity)
+    train_run(config, RunPlace(folder=tmp_path), inputs=by_perplexity)
+    record = score_run(tmp_path, inputs=by_perplexity)
     assert record.metric == "perplexity"
     rows = read_rows(tmp_path)
     mean = sum(row["score"] * row["weight"] for row in rows) / sum(row["weight"] for row in rows)
@@ -87,20 +91,20 @@ def test_rows_of_perplexity_are_losses_of_which_it_is_the_exponential(make_confi
     assert math.exp(mean) == pytest.approx(record.test["perplexity"], rel=1e-12)
 
 
-def test_a_run_is_scored_once(trained, bench):
+def test_a_run_is_scored_once(trained, inputs):
     folder = trained()
-    first = score_run(folder, bench=bench)
+    first = score_run(folder, inputs=inputs)
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
 
     def read():
         raise AssertionError("the test part is read again")
 
-    again = dataclasses.replace(bench, parts=dataclasses.replace(bench.parts, test=read))
-    assert score_run(folder, bench=again) == first
+    again = dataclasses.replace(inputs, parts=dataclasses.replace(inputs.parts, test=read))
+    assert score_run(folder, inputs=again) == first
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
 
 
-def test_a_run_in_a_pack_is_scored_like_one_alone(make_config, bench, tmp_path):
+def test_a_run_in_a_pack_is_scored_like_one_alone(make_config, inputs, tmp_path):
     configs = [make_config({"method.rank": rank, "seed": 3}) for rank in (1, 2)]
     jobs = [
         Job(
@@ -113,7 +117,7 @@ def test_a_run_in_a_pack_is_scored_like_one_alone(make_config, bench, tmp_path):
     ]
     assert train_pack(
         jobs,
-        bench=bench,
+        inputs=inputs,
         slots=len(jobs),
         supply=lambda: None,
         on_evaluation=lambda evaluated: [True] * len(evaluated),
@@ -121,22 +125,22 @@ def test_a_run_in_a_pack_is_scored_like_one_alone(make_config, bench, tmp_path):
     )
     for n, config in enumerate(configs):
         alone = tmp_path / f"alone-{n}"
-        train_run(config, RunPlace(folder=alone), bench=bench)
-        packed = score_run(tmp_path / f"packed-{n}", bench=bench).test["loss"]
-        assert packed == pytest.approx(score_run(alone, bench=bench).test["loss"], rel=1e-4)  # rounding of 4 steps
+        train_run(config, RunPlace(folder=alone), inputs=inputs)
+        packed = score_run(tmp_path / f"packed-{n}", inputs=inputs).test["loss"]
+        assert packed == pytest.approx(score_run(alone, inputs=inputs).test["loss"], rel=1e-4)  # rounding of 4 steps
 
 
-def test_weights_that_are_missing_or_damaged_are_refused_and_nothing_is_written(trained, bench):
+def test_weights_that_are_missing_or_damaged_are_refused_and_nothing_is_written(trained, inputs):
     folder = trained()
     (folder / "best" / "adapter_model.safetensors").write_bytes(b"damaged")
     before = (folder / "run.json").read_bytes()
     with pytest.raises(RecordError, match=r"adapter_model\.safetensors"):
-        score_run(folder, bench=bench)
+        score_run(folder, inputs=inputs)
     assert (folder / "run.json").read_bytes() == before
     assert not (folder / TEST_SCORES_FILE).exists()
 
 
-def test_memory_that_runs_out_is_told_as_such(trained, bench, monkeypatch):
+def test_memory_that_runs_out_is_told_as_such(trained, inputs, monkeypatch):
     folder = trained()
 
     def restore(*arguments, **others):
@@ -146,7 +150,7 @@ def test_memory_that_runs_out_is_told_as_such(trained, bench, monkeypatch):
 
     monkeypatch.setattr(score_file, "restore_model", restore)
     with pytest.raises(OutOfMemory, match="2 GiB"):
-        score_run(folder, bench=bench)
+        score_run(folder, inputs=inputs)
     assert read_run(folder).test == {}
 
 
@@ -154,9 +158,9 @@ def run_out_of_memory(**_):
     raise torch.OutOfMemoryError("2 GiB\nand more")
 
 
-def test_training_reads_nothing_of_the_test_part(make_config, bench, tmp_path):
+def test_training_reads_nothing_of_the_test_part(make_config, inputs, tmp_path):
     def read():
         raise AssertionError("the test part is read in training")
 
-    blind = dataclasses.replace(bench, parts=dataclasses.replace(bench.parts, test=read))
-    assert train_run(make_config(), RunPlace(folder=tmp_path), bench=blind).status == "complete"
+    blind = dataclasses.replace(inputs, parts=dataclasses.replace(inputs.parts, test=read))
+    assert train_run(make_config(), RunPlace(folder=tmp_path), inputs=blind).status == "complete"

@@ -10,9 +10,14 @@ import pytest
 import torch
 
 import lorasweep.training.telemetry as telemetry_file
-from lorasweep.training import Benches, Job, RunPlace, Telemetry, score_run, train_pack, train_run
 from lorasweep.training.environment import process_peak_bytes
-from lorasweep.training.telemetry import add_telemetry
+from lorasweep.training.inputs import InputsCache
+from lorasweep.training.packs.pack import train_pack
+from lorasweep.training.packs.slots import Job
+from lorasweep.training.run import train_run
+from lorasweep.training.run_log import RunPlace
+from lorasweep.training.score import score_run
+from lorasweep.training.telemetry import Telemetry, add_telemetry
 
 PHASES = ("loading_s", "training_s", "evaluating_s", "saving_s", "storage_s")
 
@@ -26,9 +31,9 @@ def clock(monkeypatch):
 
 
 @pytest.fixture
-def fresh(bench):
+def fresh(inputs):
     """The base model and data of the other tests under a clock of its own."""
-    return dataclasses.replace(bench, telemetry=Telemetry())
+    return dataclasses.replace(inputs, telemetry=Telemetry())
 
 
 def seconds(usage):
@@ -82,7 +87,7 @@ def test_two_sessions_add_times_and_tokens_and_keep_the_larger_peaks():
 
 
 def test_a_run_alone_is_training_and_evaluating_and_its_tokens_are_counted(make_config, fresh, tmp_path):
-    record = train_run(make_config(), RunPlace(folder=tmp_path / "run"), bench=fresh)
+    record = train_run(make_config(), RunPlace(folder=tmp_path / "run"), inputs=fresh)
     usage = fresh.telemetry.sample()
     assert usage["trained_tokens"] == record.tokens_trained > 0
     assert min(usage["training_s"], usage["evaluating_s"], usage["saving_s"], usage["loading_s"]) > 0
@@ -92,11 +97,11 @@ def test_a_run_alone_is_training_and_evaluating_and_its_tokens_are_counted(make_
 def test_the_tokens_of_a_run_that_goes_on_are_counted_once(make_config, fresh, tmp_path):
     asked = iter(range(100))
     stopped = train_run(
-        make_config(), RunPlace(folder=tmp_path / "run"), bench=fresh, stop_requested=lambda: next(asked) >= 2
+        make_config(), RunPlace(folder=tmp_path / "run"), inputs=fresh, stop_requested=lambda: next(asked) >= 2
     )
     assert stopped.status == "interrupted"
     before = fresh.telemetry.sample()["trained_tokens"]
-    record = train_run(make_config(), RunPlace(folder=tmp_path / "run"), bench=fresh, resume=True)
+    record = train_run(make_config(), RunPlace(folder=tmp_path / "run"), inputs=fresh, resume=True)
     assert 0 < before < record.tokens_trained
     assert fresh.telemetry.sample()["trained_tokens"] == record.tokens_trained
 
@@ -114,7 +119,7 @@ def test_a_packs_tokens_are_those_of_all_its_slots(make_config, fresh, tmp_path)
     ]
     assert train_pack(
         jobs,
-        bench=fresh,
+        inputs=fresh,
         slots=len(jobs),
         supply=lambda: None,
         on_evaluation=lambda evaluated: [True] * len(evaluated),
@@ -125,18 +130,18 @@ def test_a_packs_tokens_are_those_of_all_its_slots(make_config, fresh, tmp_path)
     assert min(usage["training_s"], usage["evaluating_s"], usage["loading_s"]) > 0
 
 
-def test_scoring_on_test_data_is_evaluating(make_config, bench, fresh, tmp_path):
-    train_run(make_config(), RunPlace(folder=tmp_path / "run"), bench=bench)
-    score_run(tmp_path / "run", bench=fresh)
+def test_scoring_on_test_data_is_evaluating(make_config, inputs, fresh, tmp_path):
+    train_run(make_config(), RunPlace(folder=tmp_path / "run"), inputs=inputs)
+    score_run(tmp_path / "run", inputs=fresh)
     usage = fresh.telemetry.sample()
     assert (usage["evaluating_s"] > 0, usage["training_s"]) == (True, 0)
 
 
 def test_all_that_a_process_loads_is_on_one_clock(make_config):
-    benches = Benches()
-    bench = benches.of(make_config())
-    assert bench.telemetry is benches.telemetry
-    assert benches.telemetry.sample()["loading_s"] > 0
+    inputs_cache = InputsCache()
+    inputs = inputs_cache.of(make_config())
+    assert inputs.telemetry is inputs_cache.telemetry
+    assert inputs_cache.telemetry.sample()["loading_s"] > 0
 
 
 def test_the_peak_stays_when_runs_measure_theirs_anew(make_config, fresh, tmp_path):
@@ -144,7 +149,7 @@ def test_the_peak_stays_when_runs_measure_theirs_anew(make_config, fresh, tmp_pa
         block = np.ones(2**26)  # 512 MiB
         peak = process_peak_bytes()
     del block
-    train_run(make_config(), RunPlace(folder=tmp_path / "run"), bench=fresh)
+    train_run(make_config(), RunPlace(folder=tmp_path / "run"), inputs=fresh)
     assert fresh.telemetry.sample()["peak_memory_bytes"] == pytest.approx(peak, rel=0.01)
     assert process_peak_bytes() < peak - 2**28
 

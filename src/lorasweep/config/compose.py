@@ -34,7 +34,7 @@ from lorasweep.redaction import redact
 
 Primary = Literal["train", "sweep"]
 PACKAGE = Path(__file__).parent.parent
-MOST_INTERPOLATIONS = 16
+MAX_INTERPOLATIONS = 16
 """In the settings of a sweep or a run. Each may name another, so a few dozen could stand for any amount of text."""
 PARTS: Mapping[str, frozenset[str]] = {
     "optim": frozenset(f.name for f in fields(OptimizerPart)) - {"target", "arguments"},
@@ -160,9 +160,9 @@ def check_interpolations(values: Any) -> None:
         raise ConfigError(
             f"an interpolation must name a setting (`${{optim.lr}}`), but got {called!r}. Write the value instead."
         )
-    if (count := str(values).count("${")) > MOST_INTERPOLATIONS:
+    if (count := str(values).count("${")) > MAX_INTERPOLATIONS:
         raise ConfigError(
-            f"settings must have at most {MOST_INTERPOLATIONS} interpolations (`${{...}}`), but have {count}. "
+            f"settings must have at most {MAX_INTERPOLATIONS} interpolations (`${{...}}`), but have {count}. "
             "Write the values instead."
         )
 

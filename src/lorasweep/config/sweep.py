@@ -12,10 +12,10 @@ from lorasweep.config.targets import Part
 from lorasweep.errors import ConfigError
 from lorasweep.redaction import redact
 
-MOST_SEEDS = 1000
-MOST_TRIALS = 1_000_000
+MAX_SEEDS = 1000
+MAX_TRIALS = 1_000_000
 """Of one arm."""
-LONGEST_NAME = 100
+MAX_NAME_LENGTH = 100
 CONFIRM_ENDING = "-confirm"
 """Between an arm's name and a number in the folder names of the confirm stage."""
 
@@ -189,7 +189,7 @@ class ConfirmConfig:
 
     def __post_init__(self) -> None:
         require_at_least("confirm.seeds", self.seeds, 0)
-        require_at_most("confirm.seeds", self.seeds, MOST_SEEDS)
+        require_at_most("confirm.seeds", self.seeds, MAX_SEEDS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,7 +223,7 @@ class ArmConfig:
 
     def __post_init__(self) -> None:
         require_at_least(f"arms.{self.name}.trials", self.trials, 1)
-        require_at_most(f"arms.{self.name}.trials", self.trials, MOST_TRIALS)
+        require_at_most(f"arms.{self.name}.trials", self.trials, MAX_TRIALS)
         _require_folder_name("an arm's name", self.name)
         if self.name.endswith(CONFIRM_ENDING):
             raise ConfigError(
@@ -252,8 +252,8 @@ class SweepFile:
 
 
 def _require_folder_name(what: str, name: str) -> None:
-    if len(name) > LONGEST_NAME:
-        raise ConfigError(f"{what} must have at most {LONGEST_NAME} characters, but got {name!r}.")
+    if len(name) > MAX_NAME_LENGTH:
+        raise ConfigError(f"{what} must have at most {MAX_NAME_LENGTH} characters, but got {name!r}.")
     if not name.replace("_", "").replace("-", "").isalnum():
         raise ConfigError(f"{what} must consist of letters, digits, `_` and `-`, but got {name!r}.")
 

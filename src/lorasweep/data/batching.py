@@ -18,7 +18,7 @@ from torch.utils.data import DistributedSampler
 
 from lorasweep.data.part import Part
 
-MOST_PADDING = 0.1
+MAX_PADDING = 0.1
 """`trainer.accumulate=auto` takes as few micro-batches as leave at most this share of padding, where that pays."""
 BATCH_POSITIONS = 256
 """What a batch costs beside its positions, in positions: on 2 cores a step of MiniLM-L6 took 28 ms before its first
@@ -27,8 +27,8 @@ EVALUATION_POSITIONS = 48
 """The same of an evaluation's batch, which has no backward pass and no optimizer, and may be large."""
 WORTH_IT = 1.1
 """Little padding may cost this factor of the cheapest number of micro-batches."""
-MOST_MICRO_BATCHES = 16
-MOST_LENGTHS = 64
+MAX_MICRO_BATCHES = 16
+MAX_LENGTHS = 64
 """Rows of so many different lengths at most share an evaluation batch."""
 LOOKED_AT_STEPS = 100
 
@@ -211,14 +211,14 @@ def choose_accumulate(part: Part, *, batch_size: int, slots: int = 1) -> int:
     typical = torch.tensor(typical_lengths(part, batch_size))
     costs: dict[int, float] = {}
     padding: dict[int, float] = {}
-    for parts in range(1, min(batch_size, MOST_MICRO_BATCHES) + 1):
+    for parts in range(1, min(batch_size, MAX_MICRO_BATCHES) + 1):
         sizes = choose_sizes(part, batch_size=batch_size, parts=parts)
         ends = torch.tensor(sizes).cumsum(0) - 1
         positions = float((torch.tensor(sizes) * typical[ends]).sum())
         costs[parts] = slots * positions + parts * BATCH_POSITIONS
         padding[parts] = 1 - float(typical.sum()) / positions
     cheapest = min(costs, key=costs.__getitem__)
-    little = next((parts for parts in costs if padding[parts] <= MOST_PADDING), cheapest)
+    little = next((parts for parts in costs if padding[parts] <= MAX_PADDING), cheapest)
     return little if costs[little] <= WORTH_IT * costs[cheapest] else cheapest
 
 
@@ -234,7 +234,7 @@ def batches_by_length(lengths: Tensor, *, budget: int) -> list[list[int]]:
     best: list[tuple[float, int]] = [(0.0, 0)]  # cost of all runs before, and where the last group of runs starts
     for last, size in enumerate(sizes):
         options = []
-        for first in range(last, max(-1, last - MOST_LENGTHS), -1):
+        for first in range(last, max(-1, last - MAX_LENGTHS), -1):
             count = ends[last + 1] - ends[first]
             passes = math.ceil(count / max(1, budget // size))
             options.append((best[first][0] + count * size + passes * EVALUATION_POSITIONS, first))

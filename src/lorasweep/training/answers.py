@@ -15,7 +15,7 @@ from lorasweep.data.part import IGNORED, Part
 from lorasweep.errors import ConfigError
 from lorasweep.methods import METHODS
 from lorasweep.training.environment import device_of
-from lorasweep.training.workbench import Workbench
+from lorasweep.training.inputs import RunInputs
 
 ROUGE = ("rouge1", "rouge2", "rougeL")
 LONGER = 1.5
@@ -27,7 +27,7 @@ def wants_answers(config: DataConfig) -> bool:
     return isinstance(config, ChatConfig | HubConfig) and config.generate
 
 
-def score_answers(model: nn.Module, part: Part, *, config: RunConfig, bench: Workbench) -> dict[str, float]:
+def score_answers(model: nn.Module, part: Part, *, config: RunConfig, inputs: RunInputs) -> dict[str, float]:
     """Answers every prompt of a part by greedy decoding and returns corpus BLEU (0 to 100) and ROUGE F-measures.
 
     BLEU is that of sacreBLEU (Post 2018, tokenizer 13a), ROUGE that of Lin 2004; rows with the same prompt are
@@ -38,21 +38,21 @@ def score_answers(model: nn.Module, part: Part, *, config: RunConfig, bench: Wor
     """
     if not hasattr(model, "generate") or not isinstance(part, CompletionPart | SequencePart):
         raise ConfigError("`data.generate` needs a model of transformers that generates text. Set it to false.")
-    references = gather_references(part, bench)
+    references = gather_references(part, inputs)
     prompts = list(references)
     limit = int(LONGER * max(len(answer) for answers in references.values() for answer in answers))
     answers: list[str] = []
     size = config.trainer.eval_batch_size
     for first in range(0, len(prompts), size):
-        tokens = generate(model, prompts[first : first + size], limit=limit, part=part, config=config, bench=bench)
-        answers += decode(tokens, bench)
-    expected = [decode(list(references[prompt]), bench) for prompt in prompts]
+        tokens = generate(model, prompts[first : first + size], limit=limit, part=part, config=config, inputs=inputs)
+        answers += decode(tokens, inputs)
+    expected = [decode(list(references[prompt]), inputs) for prompt in prompts]
     scores = {"bleu": 100 * float(sacre_bleu_score(answers, expected))}
     rouge = rouge_score(answers, expected, rouge_keys=ROUGE)
     return scores | {name: float(rouge[f"{name}_fmeasure"]) for name in ROUGE}
 
 
-def gather_references(part: CompletionPart | SequencePart, bench: Workbench) -> dict[tuple[int, ...], list[list[int]]]:
+def gather_references(part: CompletionPart | SequencePart, inputs: RunInputs) -> dict[tuple[int, ...], list[list[int]]]:
     """Returns the answers that a part gives to each of its prompts, as token ids."""
     found: dict[tuple[int, ...], list[list[int]]] = {}
     for row in range(len(part)):
@@ -76,11 +76,11 @@ def generate(
     limit: int,
     part: CompletionPart | SequencePart,
     config: RunConfig,
-    bench: Workbench,
+    inputs: RunInputs,
 ) -> list[list[int]]:
     """Returns the tokens that follow each prompt, greedily, up to the end of the text or the limit."""
     device = device_of(config.trainer)
-    mixed = bench.precision == "bf16" and METHODS[config.method.name].needs_autocast
+    mixed = inputs.precision == "bf16" and METHODS[config.method.name].needs_autocast
     longest = max(map(len, prompts))
     rows, mask = (
         torch.full((len(prompts), longest), part.pad_token),
@@ -90,7 +90,7 @@ def generate(
         place = slice(longest - len(prompt), None) if isinstance(part, CompletionPart) else slice(len(prompt))
         rows[row, place], mask[row, place] = torch.tensor(prompt), 1
     model.to(device).eval()
-    end = None if bench.base.tokenizer is None else bench.base.tokenizer.eos_token_id
+    end = None if inputs.base.tokenizer is None else inputs.base.tokenizer.eos_token_id
     with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
         made: Tensor = model.generate(
             input_ids=rows.to(device),
@@ -107,10 +107,10 @@ def generate(
     return [_until(row, end) for row in made[:, start:].tolist()]
 
 
-def decode(rows: list[list[int]], bench: Workbench) -> list[str]:
+def decode(rows: list[list[int]], inputs: RunInputs) -> list[str]:
     """Returns texts of token ids, without special tokens."""
-    assert bench.base.tokenizer is not None
-    return [str(bench.base.tokenizer.decode(row, skip_special_tokens=True)).strip() for row in rows]
+    assert inputs.base.tokenizer is not None
+    return [str(inputs.base.tokenizer.decode(row, skip_special_tokens=True)).strip() for row in rows]
 
 
 def _until(row: list[int], end: int | None) -> list[int]:

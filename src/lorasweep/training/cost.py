@@ -19,13 +19,13 @@ from lorasweep.lora.packed import split_packed_parameters
 from lorasweep.methods import METHODS
 from lorasweep.training.batches import resolve_accumulate
 from lorasweep.training.environment import device_of
+from lorasweep.training.inputs import RunInputs
 from lorasweep.training.optim import build_optimizer
-from lorasweep.training.pack import slot_batch, slot_losses
-from lorasweep.training.pack_optim import StackedAdamW
-from lorasweep.training.pack_size import build_pack
+from lorasweep.training.packs.optim import StackedAdamW
+from lorasweep.training.packs.pack import slot_batch, slot_losses
+from lorasweep.training.packs.size import build_pack
 from lorasweep.training.prepare import prepare_model
 from lorasweep.training.run_log import is_out_of_memory
-from lorasweep.training.workbench import Workbench
 
 MEASURED_STEPS = 3
 
@@ -58,17 +58,17 @@ class RunCost:
     trainable_params: int
 
 
-def measure_run(config: RunConfig, *, bench: Workbench) -> RunCost:
+def measure_run(config: RunConfig, *, inputs: RunInputs) -> RunCost:
     """Measures a few steps and a batch of evaluation of a run alone, under its method and precision; keeps nothing."""
     device = device_of(config.trainer)
     method = METHODS[config.method.name]
     state = torch.get_rng_state()
-    model = prepare_model(config, bench.base)
+    model = prepare_model(config, inputs.base)
     model.to(device)
     trained = [p for p in model.parameters() if p.requires_grad]
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=bench.precision == "bf16" and method.needs_autocast)
-    task, micros = bench.parts.task, _micro_batches(config, bench)
-    batches = [move_batch(bench.parts.train.batch(micro.indices), device) for micro in micros]
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=inputs.precision == "bf16" and method.needs_autocast)
+    task, micros = inputs.parts.task, _micro_batches(config, inputs)
+    batches = [move_batch(inputs.parts.train.batch(micro.indices), device) for micro in micros]
     times = [0.0]
     if trained:
         optimizer = build_optimizer(config.optim, method.trainable_groups(model, lr_ratio_b=config.optim.lr_ratio_b))
@@ -85,7 +85,7 @@ def measure_run(config: RunConfig, *, bench: Workbench) -> RunCost:
             optimizer.step(losses)  # some optimizers ask for the loss more than once
 
         times = _time(step, device)
-    held_out = bench.parts.validation
+    held_out = inputs.parts.validation
     evaluation = EvaluationSampler(held_out, batch_size=config.trainer.eval_batch_size).batches
     longest = move_batch(held_out.batch(evaluation[-1]), device)
 
@@ -104,12 +104,12 @@ def measure_run(config: RunConfig, *, bench: Workbench) -> RunCost:
     )
 
 
-def measure_pack(config: RunConfig, *, bench: Workbench, slots: int) -> PackMeasurement:
+def measure_pack(config: RunConfig, *, inputs: RunInputs, slots: int) -> PackMeasurement:
     """Measures a few steps of a pack of equal runs; keeps nothing and decides nothing.
 
     Args:
         config: A run of the pack; its rank should be the largest of them.
-        bench: Base model and data.
+        inputs: Base model and data.
         slots: Runs that train together.
 
     Raises:
@@ -118,15 +118,15 @@ def measure_pack(config: RunConfig, *, bench: Workbench, slots: int) -> PackMeas
     device = device_of(config.trainer)
     stream = torch.get_rng_state()
     try:
-        model = build_pack(config, bench=bench, slots=slots)
+        model = build_pack(config, inputs=inputs, slots=slots)
         assert isinstance(config.optim, OptimConfig)
         optimizer = StackedAdamW(split_packed_parameters(model), [config.optim] * slots)
-        micros = _micro_batches(config, bench, slots=slots)
-        batches = [move_batch(slot_batch(bench.parts.train, [micro] * slots, model=model), device) for micro in micros]
+        micros = _micro_batches(config, inputs, slots=slots)
+        batches = [move_batch(slot_batch(inputs.parts.train, [micro] * slots, model=model), device) for micro in micros]
 
         def step() -> None:
             for batch in batches:
-                losses = slot_losses(bench.parts.task, model, batch, slots=slots)
+                losses = slot_losses(inputs.parts.task, model, batch, slots=slots)
                 (losses.sum() / micros[0].step_weight).backward()  # type: ignore[no-untyped-call]
             optimizer.clip_slots()
             optimizer.step()
@@ -142,9 +142,9 @@ def measure_pack(config: RunConfig, *, bench: Workbench, slots: int) -> PackMeas
     return PackMeasurement(slots=slots, step_s=median(times), memory_bytes=_memory_in_use())
 
 
-def _micro_batches(config: RunConfig, bench: Workbench, *, slots: int = 1) -> list[MicroBatch]:
+def _micro_batches(config: RunConfig, inputs: RunInputs, *, slots: int = 1) -> list[MicroBatch]:
     """The first step's, cut as a pack of so many slots cuts it."""
-    part, settings = bench.parts.train, config.trainer
+    part, settings = inputs.parts.train, config.trainer
     accumulate = resolve_accumulate(settings, part, slots=slots)
     steps = StepBatchSampler(part, batch_size=settings.batch_size, num_steps=1, seed=0, accumulate=accumulate)
     return steps.step(0)

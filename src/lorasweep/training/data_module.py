@@ -11,8 +11,8 @@ from lorasweep.data.loaders import evaluation_loader, load_batches
 from lorasweep.data.part import Batch
 from lorasweep.data.parts import DataParts
 from lorasweep.errors import ConfigError
+from lorasweep.training.inputs import share_inputs
 from lorasweep.training.settings import Settings, read_settings
-from lorasweep.training.workbench import share_workbench
 
 
 class DataModule(lightning.LightningDataModule):
@@ -42,7 +42,7 @@ class DataModule(lightning.LightningDataModule):
         super().__init__()
         self.config = read_settings(config)
         if parts is None:
-            self._bench = share_workbench(self.config)  # shared as long as somebody holds it
+            self._bench = share_inputs(self.config)  # shared as long as somebody holds it
             parts = self._bench.parts
         self.parts = parts
         self.accumulate = accumulate or accumulate_of(self.config)

@@ -34,11 +34,11 @@ NUMERIC_VARIABLES = (
     "PYTHONHASHSEED",
 )
 """How the names of environment variables begin that can change a run's numbers. No other one is ever recorded."""
-MOST_VARIABLE_LENGTH = 200
+MAX_VARIABLE_LENGTH = 200
 CODE_FOLDERS = ("src", "conf", "sweeps", "pyproject.toml", "constraints.txt")
 """Of a git checkout, what a run's numbers can depend on."""
-MOST_PATCH_BYTES = 256 * 2**10
-MOST_UNTRACKED = 20
+MAX_PATCH_BYTES = 256 * 2**10
+MAX_UNTRACKED = 20
 Precision = Literal["bf16", "fp32"]
 DTYPES: dict[Precision, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -103,11 +103,11 @@ def describe_code() -> dict[str, Any]:
     patch = code_patch().encode()
     if patch:
         described["patch"] = {"bytes": len(patch), "sha256": hashlib.sha256(patch).hexdigest()}
-        if len(patch) <= MOST_PATCH_BYTES:
+        if len(patch) <= MAX_PATCH_BYTES:
             described["patch"]["file"] = PATCH_FILE
     untracked = _git("ls-files", "--others", "--exclude-standard", "--", *CODE_FOLDERS).splitlines()
     if untracked:
-        described["untracked"] = untracked[:MOST_UNTRACKED]
+        described["untracked"] = untracked[:MAX_UNTRACKED]
     return described
 
 
@@ -125,7 +125,7 @@ def describe_command() -> dict[str, Any]:
 def describe_environment() -> dict[str, str]:
     """Returns the environment variables that can change a run's numbers; one named like a secret is left out."""
     return {
-        name: value[:MOST_VARIABLE_LENGTH]
+        name: value[:MAX_VARIABLE_LENGTH]
         for name, value in sorted(os.environ.items())
         if name.startswith(NUMERIC_VARIABLES) and not names_secret(name)
     }

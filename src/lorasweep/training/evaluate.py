@@ -35,7 +35,7 @@ def evaluate_model(model: nn.Module, part: Part, *, task: Task, config: RunConfi
         part: The rows.
         task: What they are scored by; for another part than validation, that part's (`DataParts.task_of`).
         config: The run's settings.
-        precision: That of the workbench.
+        precision: That of the inputs.
     """
     device = device_of(config.trainer)
     mixed = precision == "bf16" and METHODS[config.method.name].needs_autocast

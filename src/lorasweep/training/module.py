@@ -28,11 +28,11 @@ from lorasweep.models.load import BaseModel
 from lorasweep.training.averaging import WeightAveraging
 from lorasweep.training.data_module import DataModule, accumulate_of
 from lorasweep.training.fsdp import average_gradients, copy_trained, shard_model
+from lorasweep.training.inputs import share_inputs
 from lorasweep.training.optim import build_optimizer, build_schedule, refine_groups
 from lorasweep.training.prepare import check_run, prepare_model
 from lorasweep.training.processes import seed_of_rank
 from lorasweep.training.settings import Settings, read_settings
-from lorasweep.training.workbench import share_workbench
 
 
 class TrainingModule(lightning.LightningModule):
@@ -72,7 +72,7 @@ class TrainingModule(lightning.LightningModule):
         """
         super().__init__()
         self.config = read_settings(config, trust=trust)
-        self._bench = share_workbench(self.config) if base is None or task is None else None
+        self._bench = share_inputs(self.config) if base is None or task is None else None
         if self._bench is not None:
             base, task = base or self._bench.base, task or self._bench.parts.task
             self.config = replace(self.config, trainer=replace(self.config.trainer, precision=self._bench.precision))

@@ -37,6 +37,7 @@ from lorasweep.training.callbacks import (
 from lorasweep.training.checkpoint import Found, find_checkpoint
 from lorasweep.training.data_module import DataModule
 from lorasweep.training.environment import deterministic_algorithms, reset_peak_memory, resolve_device
+from lorasweep.training.inputs import RunInputs, describe_batching
 from lorasweep.training.module import TrainingModule
 from lorasweep.training.parts import build_callbacks, build_profiler, open_loggers, writes_checkpoints
 from lorasweep.training.processes import (
@@ -59,7 +60,6 @@ from lorasweep.training.run_log import (
     new_record,
     reopen_record,
 )
-from lorasweep.training.workbench import Workbench, describe_batching
 
 
 def never_stop() -> bool:
@@ -71,7 +71,7 @@ def train_run(
     config: RunConfig,
     place: RunPlace,
     *,
-    bench: Workbench,
+    inputs: RunInputs,
     on_evaluation: GoesOn = go_on,
     stop_requested: Callable[[], bool] = never_stop,
     resume: bool = False,
@@ -89,9 +89,9 @@ def train_run(
     of memory ends, and with it the others; the run begins again when it is started again.
 
     Args:
-        config: The run's settings. Its model, data and precision are those of `bench`.
+        config: The run's settings. Its model, data and precision are those of `inputs`.
         place: Where it writes.
-        bench: Base model and data.
+        inputs: Base model and data.
         on_evaluation: Takes the step and the metrics of every evaluation, and returns whether the run goes on. What it
             returns at the last step, or where early stopping ends the run, has no effect.
         stop_requested: Asked after every step whether to stop with a checkpoint (status `interrupted`).
@@ -106,9 +106,9 @@ def train_run(
     too_large: list[int] = []
     while True:
         try:
-            with bench.telemetry.phase("loading"), join_processes(config.trainer, cluster=cluster) as group:
-                require_same(bench.fingerprints() if group.world_size > 1 else {})
-                session = _Session(config, place, bench, group, cluster)
+            with inputs.telemetry.phase("loading"), join_processes(config.trainer, cluster=cluster) as group:
+                require_same(inputs.fingerprints() if group.world_size > 1 else {})
+                session = _Session(config, place, inputs, group, cluster)
                 return session.run(on_evaluation, stop_requested, resume=resume, too_large=too_large)
         except OutOfMemory:
             used = read_run(place.folder)
@@ -137,7 +137,7 @@ class _Session:
 
     config: RunConfig
     place: RunPlace
-    bench: Workbench
+    inputs: RunInputs
     group: Fabric
     cluster: ClusterEnvironment | None
 
@@ -191,7 +191,7 @@ class _Session:
 
     def _open_record(self, *, resume: bool, too_large: list[int]) -> tuple[RunRecord, Path | None, int]:
         """Returns a run's record, and the checkpoint and the step from which it goes on."""
-        config, folder, bench = self.config, self.place.folder, self.bench
+        config, folder, inputs = self.config, self.place.folder, self.inputs
         did_not_fit = take_failure_note(folder) if resume else None
         if did_not_fit is not None:
             too_large = [*read_run(folder).batching.get("too_large", []), did_not_fit]
@@ -199,14 +199,14 @@ class _Session:
         if found.path is not None:
             record = reopen_record(folder, step=found.step, notes=found.notes)
         else:
-            record = new_record(config, self.place, bench, num_processes=self.group.world_size, notes=found.notes)
+            record = new_record(config, self.place, inputs, num_processes=self.group.world_size, notes=found.notes)
         too_large = too_large or record.batching.get("too_large", [])
         accumulate = (
             min(2 * too_large[-1], config.trainer.batch_size)
             if too_large
-            else resolve_accumulate(config.trainer, bench.parts.train, begun=record)
+            else resolve_accumulate(config.trainer, inputs.parts.train, begun=record)
         )
-        record.batching = describe_batching(bench, config.trainer, accumulate=accumulate, padding_fraction=0.0)
+        record.batching = describe_batching(inputs, config.trainer, accumulate=accumulate, padding_fraction=0.0)
         if too_large:
             record.batching["too_large"] = list(too_large)
         return record, found.path, found.step
@@ -222,18 +222,18 @@ class _Session:
         checkpoint: Path | None,
     ) -> RunStatus:
         """Trains, fills the record, and returns how the session ended."""
-        config, bench, settings = self.config, self.bench, self.config.trainer
+        config, inputs, settings = self.config, self.inputs, self.config.trainer
         module = TrainingModule(
-            config, base=bench.base, task=bench.parts.task, accumulate=int(record.batching["micro_batches"])
+            config, base=inputs.base, task=inputs.parts.task, accumulate=int(record.batching["micro_batches"])
         )
-        data = DataModule(config, parts=bench.parts, accumulate=module.accumulate)
+        data = DataModule(config, parts=inputs.parts, accumulate=module.accumulate)
         averaging = [] if config.optim.ema_decay is None else [WeightAveraging(config.optim.ema_decay)]
         folder, every = self.place.folder, settings.eval_every_steps
         callbacks = [
             keeping := KeepSignalHandler(),
             *averaging,
             *build_callbacks(config),  # before `Checkpointing`, which keeps what they know of this evaluation
-            logging := Logging(log, start_step=start_step, telemetry=bench.telemetry),
+            logging := Logging(log, start_step=start_step, telemetry=inputs.telemetry),
             settling := Settling(on_evaluation, run_log=log, config=settings),
             Checkpointing(folder),
             *map(PutBack, averaging),
@@ -270,7 +270,7 @@ class _Session:
     ) -> lightning.Trainer:
         config, settings, folder = self.config, self.config.trainer, self.place.folder
         launch = find_launch(settings, self.cluster)
-        mixed = self.bench.precision == "bf16" and module.method.needs_autocast
+        mixed = self.inputs.precision == "bf16" and module.method.needs_autocast
         if launch.size == 1:  # Lightning takes it from variables of srun, where this process may be no rank
             setattr(rank_zero_only, "rank", 0)  # noqa: B010
         show = (

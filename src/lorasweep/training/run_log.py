@@ -47,7 +47,7 @@ from lorasweep.training.environment import (
     peak_memory_bytes,
     resolve_device,
 )
-from lorasweep.training.workbench import Workbench
+from lorasweep.training.inputs import RunInputs
 
 HOST_OUT_OF_MEMORY = ("can't allocate memory", "std::bad_alloc")
 """What torch says where the host has no memory left."""
@@ -170,11 +170,11 @@ class RunLog:
 
 
 def new_record(
-    config: RunConfig, place: RunPlace, bench: Workbench, *, num_processes: int = 1, notes: Sequence[str] = ()
+    config: RunConfig, place: RunPlace, inputs: RunInputs, *, num_processes: int = 1, notes: Sequence[str] = ()
 ) -> RunRecord:
     """Returns the record of a run that begins, with everything it can be repeated from, and more notes."""
-    parts = {"train": bench.parts.train, "validation": bench.parts.validation}
-    platform = describe_platform(bench.precision, resolve_device(config.trainer))
+    parts = {"train": inputs.parts.train, "validation": inputs.parts.validation}
+    platform = describe_platform(inputs.precision, resolve_device(config.trainer))
     if num_processes > 1:
         platform |= {"processes": num_processes, "strategy": config.trainer.strategy_name}
     return RunRecord(
@@ -182,19 +182,19 @@ def new_record(
         config=as_settings(config),
         arm=place.arm,
         trial=place.trial,
-        metric=bench.parts.metric,
-        direction=goal_direction(bench.parts.metric),
+        metric=inputs.parts.metric,
+        direction=goal_direction(inputs.parts.metric),
         command=describe_command(),
         code=describe_code(),
         packages=describe_packages(),
         platform=platform,
         environment=describe_environment(),
-        notes=[*bench.notes, *notes],
+        notes=[*inputs.notes, *notes],
         data={name: part.describe() for name, part in parts.items()},
-        base=bench.base.describe(),
+        base=inputs.base.describe(),
         started_at=utc_now(),
         steps_planned=0 if config.method.name == "frozen" else config.trainer.max_steps,
-        total_params=bench.base.num_parameters,
+        total_params=inputs.base.num_parameters,
     )
 
 

@@ -14,19 +14,19 @@ from lorasweep.errors import OutOfMemory, first_line
 from lorasweep.record import TEST_SCORES_FILE, RunRecord, read_run, sha256_of, write_record
 from lorasweep.training.answers import score_answers, wants_answers
 from lorasweep.training.evaluate import evaluate_model
+from lorasweep.training.inputs import RunInputs
 from lorasweep.training.restore import restore_config, restore_model
 from lorasweep.training.run_log import is_out_of_memory
-from lorasweep.training.workbench import Workbench
 
 
-def score_run(folder: Path, *, bench: Workbench) -> RunRecord:
+def score_run(folder: Path, *, inputs: RunInputs) -> RunRecord:
     """Scores a run's best weights on the test part and returns its record; one that has been scored is left as it is.
 
     Writes `test_scores.csv` where the run's metric is a mean over rows, then the record.
 
     Args:
         folder: A finished run.
-        bench: Base model and data of that run.
+        inputs: Base model and data of that run.
 
     Raises:
         ConfigError: There is no test part, or it can't be read.
@@ -37,15 +37,15 @@ def score_run(folder: Path, *, bench: Workbench) -> RunRecord:
     if record.test:
         return record
     config = restore_config(record)
-    part = bench.parts.test()
-    task = bench.parts.task_of(part)
-    model = restore_model(config, bench.whole_base(config), folder=folder / "best")
+    part = inputs.parts.test()
+    task = inputs.parts.task_of(part)
+    model = restore_model(config, inputs.whole_base(config), folder=folder / "best")
     generated: dict[str, float] = {}
     try:
-        with bench.telemetry.phase("evaluating"):
-            scored = evaluate_model(model, part, task=task, config=config, precision=bench.precision)
+        with inputs.telemetry.phase("evaluating"):
+            scored = evaluate_model(model, part, task=task, config=config, precision=inputs.precision)
             if wants_answers(config.data):
-                generated = score_answers(model, part, config=config, bench=bench)
+                generated = score_answers(model, part, config=config, inputs=inputs)
     except Exception as error:
         if is_out_of_memory(error):
             raise OutOfMemory(first_line(error)) from error

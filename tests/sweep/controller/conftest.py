@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from lorasweep.record import RunRecord, write_record
-from lorasweep.sweep import Controller, SweepFolder, reopen_sweep
-from lorasweep.sweep.controller.controller import Assignment
+from lorasweep.sweep.controller.controller import Assignment, Controller
+from lorasweep.sweep.controller.folder import SweepFolder
+from lorasweep.sweep.controller.lifecycle import reopen_sweep
 from lorasweep.sweep.workers.worker import find_ended_run
 
 EVERY, LAST = 2, 12

@@ -9,9 +9,9 @@ import pytest
 from optuna.trial import TrialState, create_trial
 
 from lorasweep.errors import ConfigError
-from lorasweep.sweep import draw_seeds, read_definition
-from lorasweep.sweep.controller.confirm import SEED_KEYS, arm_seeds, find_winner, seed_settings
+from lorasweep.sweep.controller.confirm import SEED_KEYS, arm_seeds, draw_seeds, find_winner, seed_settings
 from lorasweep.sweep.controller.rows import TURN_ATTRIBUTE
+from lorasweep.sweep.definition.arms import read_definition
 
 SEEDS_OF_0 = [253181, 295403, 688465]
 

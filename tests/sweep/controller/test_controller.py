@@ -15,8 +15,9 @@ from tests.sweep.controller.conftest import EVERY, LAST, Simulation, outcome
 
 from lorasweep.config.targets import set_trusted
 from lorasweep.errors import ConfigError, Diverged, OutOfMemory, RecordError
-from lorasweep.sweep import Controller, SweepFolder, reopen_sweep
-from lorasweep.sweep.controller.lifecycle import FINGERPRINT
+from lorasweep.sweep.controller.controller import Controller
+from lorasweep.sweep.controller.folder import SweepFolder
+from lorasweep.sweep.controller.lifecycle import FINGERPRINT, reopen_sweep
 from lorasweep.sweep.controller.rows import REASON_ATTRIBUTE, TURN_ATTRIBUTE
 
 

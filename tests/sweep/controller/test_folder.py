@@ -12,7 +12,7 @@ import pytest
 import lorasweep.sweep.controller.folder as folder_file
 from lorasweep.errors import WorkerError
 from lorasweep.record import read_sweep
-from lorasweep.sweep import reopen_sweep
+from lorasweep.sweep.controller.lifecycle import reopen_sweep
 
 
 @pytest.fixture

@@ -15,8 +15,7 @@ import lorasweep
 import lorasweep.sweep.controller.lifecycle as lifecycle_file
 from lorasweep.errors import ConfigError, RecordError
 from lorasweep.record import read_sweep
-from lorasweep.sweep import new_folder, reopen_sweep
-from lorasweep.sweep.controller.lifecycle import is_running
+from lorasweep.sweep.controller.lifecycle import is_running, new_folder, reopen_sweep
 
 
 def contents(folder):
@@ -103,7 +102,7 @@ def test_a_sweep_that_another_process_has_open_is_refused(stopped):
 @pytest.mark.slow
 def test_a_lock_of_a_killed_process_is_free(stopped):
     code = (
-        "import os, signal\nfrom pathlib import Path\nfrom lorasweep.sweep import reopen_sweep\n"
+        "import os, signal\nfrom pathlib import Path\nfrom lorasweep.sweep.controller.lifecycle import reopen_sweep\n"
         f"reopen_sweep(Path({str(stopped)!r}))\nos.kill(os.getpid(), signal.SIGKILL)"
     )
     source = str(Path(lorasweep.__file__).parent.parent)

@@ -8,7 +8,7 @@ from tests.sweep.conftest import Killed
 import lorasweep.sweep.workers.worker as worker_file
 from lorasweep.errors import ConfigError, Diverged, OutOfMemory, WorkerError
 from lorasweep.record import read_run, read_sweep
-from lorasweep.sweep import reopen_sweep
+from lorasweep.sweep.controller.lifecycle import reopen_sweep
 
 ASKED = {"frozen": 1, "full": 3, "lora": 3}
 
@@ -75,23 +75,23 @@ def test_the_confirm_stage_begins_when_every_search_is_over(begin, work, runs, c
     assert all("-confirm-" in name for name in runs.scored)
 
 
-def test_nothing_of_the_test_part_is_read_before_the_search_is_over(begin, work, runs, confirming, benches):
+def test_nothing_of_the_test_part_is_read_before_the_search_is_over(begin, work, runs, confirming, inputs_cache):
     def score(config, step):
         if len(runs.begun) <= 8:
-            assert benches.test_reads == 0
+            assert inputs_cache.test_reads == 0
         return config.optim.lr
 
     runs.score = score
     folder = begin(confirming)
-    assert work(folder, benches=benches)
-    assert benches.test_reads > 0
+    assert work(folder, inputs_cache=inputs_cache)
+    assert inputs_cache.test_reads > 0
     assert counts(folder.path) == ASKED
 
 
-def test_without_a_confirm_stage_the_test_part_is_never_read(begin, work, runs, three_arms, benches):
+def test_without_a_confirm_stage_the_test_part_is_never_read(begin, work, runs, three_arms, inputs_cache):
     folder = begin(three_arms)
-    assert work(folder, benches=benches)
-    assert benches.test_reads == 0
+    assert work(folder, inputs_cache=inputs_cache)
+    assert inputs_cache.test_reads == 0
 
 
 def test_a_seed_that_was_searched_gives_way_to_the_fresh_ones(begin, work, runs, confirming):
@@ -131,8 +131,8 @@ def test_a_run_that_was_scored_but_not_told_is_neither_trained_nor_scored_again(
 ):
     folder = begin(confirming)
 
-    def score_and_die(path, *, bench):
-        record = runs.score_run(path, bench=bench)
+    def score_and_die(path, *, inputs):
+        record = runs.score_run(path, inputs=inputs)
         if len(runs.scored) == 3:
             raise Killed
         return record

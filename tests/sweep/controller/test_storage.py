@@ -18,7 +18,7 @@ import lorasweep
 from lorasweep.config.sweep import StorageConfig
 from lorasweep.errors import ConfigError, RecordError, WorkerError
 from lorasweep.record import read_sweep
-from lorasweep.sweep import reopen_sweep
+from lorasweep.sweep.controller.lifecycle import reopen_sweep
 from lorasweep.sweep.controller.storage import JOURNAL_FILE, open_storage, open_study, study_attributes
 
 JOURNAL = StorageConfig(url=None)

@@ -21,7 +21,6 @@ from lorasweep.config.build import build
 from lorasweep.config.compose import packaged_folder
 from lorasweep.config.slurm import SlurmConfig
 from lorasweep.errors import ConfigError, WorkerError
-from lorasweep.ray_node import RayNode, write_address
 from lorasweep.record import read_sweep
 from lorasweep.sweep.workers.slurm import (
     RayNodes,
@@ -34,6 +33,7 @@ from lorasweep.sweep.workers.slurm import (
     submit_head,
     submit_nodes,
 )
+from lorasweep.sweep.workers.slurm_job import RayNode, write_address
 
 RECORDED = Path(__file__).parent / "batch.sh"
 RECORDED_CONTAINER = Path(__file__).parent / "batch_in_container.sh"

@@ -8,7 +8,7 @@ import pytest
 from lorasweep.config.compose import packaged_folder
 from lorasweep.errors import Diverged, OutOfMemory, WorkerError
 from lorasweep.record import read_run, read_sweep
-from lorasweep.sweep import reopen_sweep
+from lorasweep.sweep.controller.lifecycle import reopen_sweep
 from lorasweep.sweep.controller.storage import open_storage
 
 GRID = {"method.rank": [1, 2, 4], "optim.lr": [0.01, 0.1]}

@@ -10,7 +10,7 @@ from tests.sweep.conftest import Killed, kill_at
 
 from lorasweep.errors import OutOfMemory
 from lorasweep.record import read_run, read_sweep
-from lorasweep.sweep import reopen_sweep
+from lorasweep.sweep.controller.lifecycle import reopen_sweep
 from lorasweep.sweep.controller.storage import open_storage
 
 

@@ -11,7 +11,7 @@ from tests.sweep.conftest import of_arm
 import lorasweep.sweep.workers.worker as worker_file
 from lorasweep.errors import Diverged, OutOfMemory, WorkerError
 from lorasweep.record import read_sweep
-from lorasweep.sweep import reopen_sweep
+from lorasweep.sweep.controller.lifecycle import reopen_sweep
 
 
 @pytest.fixture
@@ -147,7 +147,7 @@ def test_so_many_failures_in_a_row_in_a_pack_stop_the_sweep(begin, work, packed,
 def test_the_rule_chooses_the_size_and_its_reason_is_kept(begin, work, packed, runs, packs, monkeypatch):
     asked = []
 
-    def choose(config, *, bench, trials_left):
+    def choose(config, *, inputs, trials_left):
         asked.append((config.method.rank, trials_left))
         return SimpleNamespace(slots=3, reason="Three trials share a pack, because that is so.")
 

@@ -9,9 +9,9 @@ weigh      all of it for one sweep
 Pure functions of numbers: nothing here knows records. Comes before `tables`. The choices stand in docs/evidence.md.
 """
 
+from lorasweep.report.evidence.compare_arms import ArmEvidence, Evidence, weigh_evidence
 from lorasweep.report.evidence.scores import ConfirmScores, build_scores, read_examples
 from lorasweep.report.evidence.verdicts import Pair
-from lorasweep.report.evidence.weigh import ArmEvidence, Evidence, weigh_evidence
 
 __all__ = [
     "ArmEvidence",

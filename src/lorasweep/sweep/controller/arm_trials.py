@@ -26,7 +26,7 @@ from lorasweep.sweep.controller.rows import (
 )
 from lorasweep.sweep.controller.rules import NoStopping, StoppingRule
 from lorasweep.sweep.controller.rungs import Rungs
-from lorasweep.sweep.definition import Arm
+from lorasweep.sweep.definition.arms import Arm
 
 
 class ArmTrials:

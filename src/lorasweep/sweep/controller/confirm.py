@@ -14,7 +14,7 @@ from optuna.trial import TrialState
 from lorasweep.config.run import RunConfig, SeedsConfig
 from lorasweep.errors import ConfigError
 from lorasweep.sweep.controller.rows import TURN_ATTRIBUTE
-from lorasweep.sweep.definition import Arm, Definition
+from lorasweep.sweep.definition.arms import Arm, Definition
 
 SEEDS_BELOW = 1_000_000
 """Short enough to be read and typed."""

@@ -26,8 +26,9 @@ from lorasweep.sweep.controller.importance import measure_importance
 from lorasweep.sweep.controller.rows import REASON_ATTRIBUTE, SCORE_ATTRIBUTE, confirm_row, trial_row
 from lorasweep.sweep.controller.stages import Confirm, Search, Stage
 from lorasweep.sweep.controller.storage import database_must_answer, flush_storage
-from lorasweep.sweep.definition import Arm
-from lorasweep.training import RunPlace, end_paused_run, remove_checkpoints
+from lorasweep.sweep.definition.arms import Arm
+from lorasweep.training.checkpoint import remove_checkpoints
+from lorasweep.training.run_log import RunPlace, end_paused_run
 from lorasweep.training.telemetry import add_telemetry
 
 P = ParamSpec("P")

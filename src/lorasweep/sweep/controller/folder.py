@@ -26,7 +26,7 @@ from lorasweep.disk import why_unwritable
 from lorasweep.errors import WorkerError
 from lorasweep.record import ConfirmRow, SweepRecord, TrialRow, utc_now, write_record
 from lorasweep.sweep.controller.storage import close_storage, open_study
-from lorasweep.sweep.definition import Definition
+from lorasweep.sweep.definition.arms import Definition
 from lorasweep.training.telemetry import add_telemetry
 
 LOCK_FILE = ".lock"

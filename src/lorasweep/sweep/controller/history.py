@@ -17,7 +17,7 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 from optuna.trial import FrozenTrial, TrialState
 
 from lorasweep.record import Direction
-from lorasweep.sweep.space import Space
+from lorasweep.sweep.definition.space import Space
 
 MAX_HISTORY_TRIALS = 200
 """Results that a model sees. The cost of a Gaussian process grows with the cube of their number: at 200 a proposal

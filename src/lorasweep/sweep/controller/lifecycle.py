@@ -29,8 +29,8 @@ from lorasweep.sweep.controller.storage import (
     study_attributes,
     unusable_database,
 )
-from lorasweep.sweep.definition import Definition, restore_definition
-from lorasweep.sweep.fairness import find_warnings
+from lorasweep.sweep.definition.arms import Definition, restore_definition
+from lorasweep.sweep.definition.warnings import find_warnings
 
 FINGERPRINT = "lorasweep:definition"
 

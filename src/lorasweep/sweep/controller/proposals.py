@@ -38,7 +38,7 @@ from lorasweep.config.sweep import FixedSampler, ModelBasedSampler
 from lorasweep.errors import ConfigError, RunError, first_line
 from lorasweep.record import Direction
 from lorasweep.sweep.controller.history import Coding, History, Point, TriedPoints, last_value
-from lorasweep.sweep.space import Space, grid_values
+from lorasweep.sweep.definition.space import Space, grid_values
 
 MAX_STARTUP_TRIALS = 32
 """Sobol points at the start of an arm of 64 trials or more."""

@@ -8,8 +8,8 @@ from lorasweep.config.run import RunConfig
 from lorasweep.config.sweep import CONFIRM_ENDING
 from lorasweep.record import ArmRow, ConfirmRow, TrialRow
 from lorasweep.record import TrialState as RowState
-from lorasweep.sweep.definition import Arm
-from lorasweep.sweep.space import describe_space
+from lorasweep.sweep.definition.arms import Arm
+from lorasweep.sweep.definition.space import describe_space
 
 TURN_ATTRIBUTE = "lorasweep:turn"
 """`order`: how many trials the controller had handed out before it last handed out this one; `passed`: the rungs that

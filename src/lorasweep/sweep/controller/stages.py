@@ -34,9 +34,9 @@ from lorasweep.sweep.controller.rows import (
 )
 from lorasweep.sweep.controller.rules import Halving, MedianOfPeers, NoStopping, StoppingRule
 from lorasweep.sweep.controller.storage import CONFIRM_STUDY
-from lorasweep.sweep.definition import Arm
-from lorasweep.sweep.duplicates import name_function
-from lorasweep.training import RunPlace
+from lorasweep.sweep.definition.arms import Arm
+from lorasweep.sweep.definition.duplicates import name_function
+from lorasweep.training.run_log import RunPlace
 
 FIRST_PART_FRACTION = 0.5
 """Share of an arm's trials that an adaptive sampler proposes before the first of them is complete."""

@@ -40,8 +40,10 @@ from lorasweep.sweep.controller.controller import Controller, RunEnded
 from lorasweep.sweep.controller.lifecycle import reopen_sweep, saved_definition
 from lorasweep.sweep.workers.ray_cluster import WorkerNeeds, count_fitting
 from lorasweep.sweep.workers.worker import Worker
-from lorasweep.training import Benches, RunPlace, name_device, train_run
-from lorasweep.training.environment import describe_packages
+from lorasweep.training.environment import describe_packages, name_device
+from lorasweep.training.inputs import InputsCache
+from lorasweep.training.run import train_run
+from lorasweep.training.run_log import RunPlace
 
 CONTROLLER = "controller"
 """Name of the controller's actor in the sweep's namespace."""
@@ -195,7 +197,7 @@ class WorkerActor:
         self._context = context
         self._stop = threading.Event()
         self._peers: list[Any] = []
-        self._benches = Benches()
+        self._benches = InputsCache()
         torch.set_num_threads(threads)
 
     def run(self, controller: Any, *, name: str, num_workers: int, peers: Sequence[Any]) -> bool:
@@ -210,7 +212,7 @@ class WorkerActor:
             saved_definition(path),
             client,  # type: ignore[arg-type]
             metric=read_sweep(path).metric,
-            benches=self._benches,
+            inputs_cache=self._benches,
             stop_requested=self._stop.is_set,
             name=name,
             num_workers=num_workers,
@@ -243,7 +245,7 @@ class WorkerActor:
     def train_as_peer(self, config: RunConfig, place: RunPlace, *, resume: bool, cluster: RayEnvironment) -> None:
         """Trains a run together with the other ranks. Where that fails, the process ends, so that none waits for it."""
         try:
-            train_run(config, place, bench=self._benches.of(config), resume=resume, cluster=cluster)
+            train_run(config, place, inputs=self._benches.of(config), resume=resume, cluster=cluster)
         except BaseException as error:
             if not isinstance(error, LoraSweepError) or isinstance(error, RanksLost):  # others are raised by all ranks
                 traceback.print_exc()  # into Ray's log of this process

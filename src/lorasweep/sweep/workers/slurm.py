@@ -30,7 +30,7 @@ from lorasweep.config.slurm import SlurmConfig
 from lorasweep.config.targets import trusted_packages
 from lorasweep.disk import network_file_system
 from lorasweep.errors import ConfigError, WorkerError
-from lorasweep.ray_node import RayNode, SlurmTask, SweepHead
+from lorasweep.sweep.workers.slurm_job import RayNode, SlurmTask, SweepHead
 
 JOBS_FOLDER = "slurm"
 HEAD_FOLDER = "slurm/head"

@@ -16,7 +16,7 @@ from lorasweep.errors import ConfigError, WorkerError
 from lorasweep.sweep.controller.controller import Controller, RunEnded
 from lorasweep.sweep.controller.folder import SweepFolder
 from lorasweep.sweep.controller.lifecycle import is_running, saved_definition
-from lorasweep.sweep.definition import Definition
+from lorasweep.sweep.definition.arms import Definition
 from lorasweep.sweep.workers.ray_cluster import (
     WorkerNeeds,
     check_capacity,
@@ -26,7 +26,8 @@ from lorasweep.sweep.workers.ray_cluster import (
     local_cluster,
 )
 from lorasweep.sweep.workers.worker import Worker
-from lorasweep.training import Benches, name_device
+from lorasweep.training.environment import name_device
+from lorasweep.training.inputs import InputsCache
 
 JOBS_INTERVAL_S = 5.0
 """Seconds between two questions to Slurm about the jobs of a sweep that has no worker."""
@@ -73,8 +74,8 @@ def hand_over(sweep: SweepFolder) -> str | None:
     config = sweep.definition.driver.worker
     if not isinstance(config, SlurmConfig) or config.head != "job":
         return None
-    from lorasweep.ray_node import leads_in_job  # noqa: PLC0415 (needs submitit)
     from lorasweep.sweep.workers.slurm import submit_head  # noqa: PLC0415
+    from lorasweep.sweep.workers.slurm_job import leads_in_job  # noqa: PLC0415 (needs submitit)
 
     if leads_in_job():
         return None
@@ -115,13 +116,13 @@ def describe_jobs(path: Path) -> str | None:
 
 
 def train_sweep(
-    sweep: SweepFolder, benches: Benches, *, stop_requested: Callable[[], bool], run_ended: RunEnded
+    sweep: SweepFolder, inputs_cache: InputsCache, *, stop_requested: Callable[[], bool], run_ended: RunEnded
 ) -> bool:
     """Trains what is left of an open sweep, closes it, and returns whether it is complete (False: it was stopped).
 
     Args:
         sweep: The open sweep.
-        benches: Base models and data of this process.
+        inputs_cache: Base models and data of this process.
         stop_requested: Asked after every step; each trial then keeps its last checkpoint.
         run_ended: As for `Controller`.
 
@@ -137,24 +138,24 @@ def train_sweep(
         sweep.close()
         return _train_on_slurm(sweep, config, stop_requested=stop_requested, run_ended=run_ended)
     try:
-        return _train_here(sweep, benches, stop_requested=stop_requested, run_ended=run_ended)
+        return _train_here(sweep, inputs_cache, stop_requested=stop_requested, run_ended=run_ended)
     finally:
         sweep.close()
 
 
 def _train_here(
-    sweep: SweepFolder, benches: Benches, *, stop_requested: Callable[[], bool], run_ended: RunEnded
+    sweep: SweepFolder, inputs_cache: InputsCache, *, stop_requested: Callable[[], bool], run_ended: RunEnded
 ) -> bool:
     controller = Controller(sweep, run_ended=run_ended)
     controller.note_worker(device=name_device(), threads=torch.get_num_threads())
-    sweep.measure = benches.telemetry.sample
+    sweep.measure = inputs_cache.telemetry.sample
     controller.save("running")
     worker = Worker(
         sweep.path,
         sweep.definition,
         controller,
         metric=sweep.record.metric,
-        benches=benches,
+        inputs_cache=inputs_cache,
         stop_requested=stop_requested,
     )
     worker.run()
@@ -176,13 +177,13 @@ def _train_on_ray(
 def _train_on_slurm(
     sweep: SweepFolder, config: SlurmConfig, *, stop_requested: Callable[[], bool], run_ended: RunEnded
 ) -> bool:
-    from lorasweep.ray_node import TOKEN_FILE, leads_in_job, write_address  # noqa: PLC0415 (needs submitit)
     from lorasweep.sweep.workers.slurm import (  # noqa: PLC0415
         cancel_nodes,
         live_jobs,
         read_job_ids,
         submit_nodes,
     )
+    from lorasweep.sweep.workers.slurm_job import TOKEN_FILE, leads_in_job, write_address  # noqa: PLC0415 (needs submitit)
 
     path = sweep.path
 

@@ -17,18 +17,15 @@ from lorasweep.errors import OutOfMemory, RecordError, WorkerError
 from lorasweep.record import RunRecord, read_run
 from lorasweep.sweep.controller.controller import Assignment, Controller
 from lorasweep.sweep.controller.folder import PACK_FILE, check_writable
-from lorasweep.sweep.definition import Arm, Definition
-from lorasweep.sweep.packing import plan_packing
-from lorasweep.training import (
-    Benches,
-    Evaluated,
-    Job,
-    choose_pack_size,
-    read_pack_state,
-    score_run,
-    train_pack,
-    train_run,
-)
+from lorasweep.sweep.definition.arms import Arm, Definition
+from lorasweep.sweep.definition.packing import plan_packing
+from lorasweep.training.inputs import InputsCache
+from lorasweep.training.packs.pack import train_pack
+from lorasweep.training.packs.size import choose_pack_size
+from lorasweep.training.packs.slots import Evaluated, Job
+from lorasweep.training.packs.state import read_pack_state
+from lorasweep.training.run import train_run
+from lorasweep.training.score import score_run
 
 LOSS = "loss"
 """The metric that every task has beside its own."""
@@ -46,7 +43,7 @@ class Worker:
         controller: Controller,
         *,
         metric: str,
-        benches: Benches,
+        inputs_cache: InputsCache,
         stop_requested: Callable[[], bool],
         name: str = "",
         num_workers: int = 1,
@@ -59,7 +56,7 @@ class Worker:
             definition: The sweep.
             controller: It, or a client of it in another process.
             metric: What every trial is scored by.
-            benches: Base models and data.
+            inputs_cache: Base models and data.
             stop_requested: Asked after every step.
             name: Tells this worker from others. The only worker of a sweep, in the controller's process, has none.
             num_workers: How many workers share the trials, for the size of a pack.
@@ -69,7 +66,7 @@ class Worker:
         self.definition = definition
         self.controller = controller
         self.metric = metric
-        self.benches = benches
+        self.inputs_cache = inputs_cache
         self.stop_requested = stop_requested
         self.name = name
         self.num_workers = num_workers
@@ -109,11 +106,11 @@ class Worker:
     @contextmanager
     def _asking(self) -> Iterator[None]:
         """Counts the time in which the controller is asked or told."""
-        with self.benches.telemetry.phase("storage"):
+        with self.inputs_cache.telemetry.phase("storage"):
             yield
 
     def _note_usage(self) -> None:
-        self.controller.note_usage(self.name, self.benches.telemetry.sample())
+        self.controller.note_usage(self.name, self.inputs_cache.telemetry.sample())
 
     def _take(
         self, arms: Sequence[Arm] | None = None, *, tell: Callable[[Assignment, RunRecord], None] | None = None
@@ -137,9 +134,9 @@ class Worker:
         """Tells the controller of a run that is complete or paused, scored on test data first where the stage does."""
         if record.status == "complete" and assignment.reads_test:
             try:
-                bench = self.benches.of(assignment.config)
-                record = score_run(assignment.place.folder, bench=bench)
-                self.controller.note(bench.parts.test().notes)
+                inputs = self.inputs_cache.of(assignment.config)
+                record = score_run(assignment.place.folder, inputs=inputs)
+                self.controller.note(inputs.parts.test().notes)
             except WorkerError:
                 raise
             except Exception as error:  # a run that can't be scored must not end the sweep
@@ -162,7 +159,7 @@ class Worker:
             record = self._train_run(
                 assignment.config,
                 assignment.place,
-                bench=self.benches.of(assignment.config),
+                inputs=self.inputs_cache.of(assignment.config),
                 on_evaluation=lambda step, values: self._report([(assignment, step, values)])[0],
                 stop_requested=self.stop_requested,
                 resume=True,
@@ -210,7 +207,7 @@ class Worker:
         try:
             done = train_pack(
                 jobs,
-                bench=self.benches.of(first[0].config),
+                inputs=self.inputs_cache.of(first[0].config),
                 slots=slots,
                 supply=pack.supply,
                 on_evaluation=pack.report,
@@ -247,7 +244,7 @@ class Worker:
         if plan.key not in self._pack_limits:
             if wanted == "auto":
                 trials = math.ceil(sum(mate.trials for mate in self._pack_mates(arm)) / self.num_workers)
-                chosen = choose_pack_size(plan.largest, bench=self.benches.of(plan.largest), trials_left=trials)
+                chosen = choose_pack_size(plan.largest, inputs=self.inputs_cache.of(plan.largest), trials_left=trials)
                 self.controller.note([chosen.reason])
                 wanted = None if chosen.slots == 1 else chosen.slots
             self._pack_limits[plan.key] = None if wanted is None else int(wanted)

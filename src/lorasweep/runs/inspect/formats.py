@@ -1,0 +1,109 @@
+"""An inspection as it is printed: tables and sentences (rich), JSON or CSV."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from statistics import median
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from lorasweep.runs.inspect.inspect_sweep import SweepInspection
+from lorasweep.runs.inspect.inspection import LAYER_HEADER, Inspection, content_of, layers_csv, relative_norm, write_csv
+from lorasweep.runs.inspect.measure import LayerRow
+from lorasweep.runs.inspect.truncation import Truncation
+from lorasweep.wording import UNKNOWN, format_metric, format_score, format_share
+
+MAX_ROWS = 16
+"""Kinds of layer beyond this many, those that carry least, are put together."""
+
+
+def render_inspection(found: Inspection | SweepInspection) -> RenderableType:
+    """Returns a run's tables with its sentences below, or those of every winner of a sweep and what they share."""
+    if isinstance(found, Inspection):
+        return _render_run(found)
+    parts: list[RenderableType] = []
+    for arm, one in found.inspections.items():
+        parts += [Text(f"{arm}: {one.run.folder}", style="bold"), _render_run(one), Text()]
+    return Group(*parts, *map(_bullet, found.sentences))
+
+
+def as_json(found: Inspection | SweepInspection) -> str:
+    """Returns the summary with every layer and rank, of a sweep by arm."""
+    if isinstance(found, Inspection):
+        content = content_of(found)
+    else:
+        arms = {arm: content_of(one) for arm, one in found.inspections.items()}
+        content = {"arms": arms, "sentences": list(found.sentences)}
+    return json.dumps(content, indent=1) + "\n"
+
+
+def as_csv(found: Inspection | SweepInspection) -> str:
+    """Returns one line per changed weight, of a sweep with the arm in the first column."""
+    if isinstance(found, Inspection):
+        return layers_csv(found.layers)
+    rows = ([arm, *asdict(row).values()] for arm, one in found.inspections.items() for row in one.layers)
+    return write_csv(["arm", *LAYER_HEADER], rows)
+
+
+def _render_run(inspection: Inspection) -> RenderableType:
+    parts: list[RenderableType] = [_layer_table(inspection)]
+    if inspection.truncation is not None:
+        parts.append(_truncation_table(inspection.truncation, inspection.run.record.metric))
+    return Group(*parts, *map(_bullet, inspection.sentences))
+
+
+def _layer_table(inspection: Inspection) -> Table:
+    table = Table(title="what changed, by kind of layer (medians)", title_justify="left")
+    table.add_column("layers", no_wrap=True)
+    for name in ("share", "of base", "effective rank", "stable rank", "90 % in", "times base"):
+        table.add_column(name, justify="right")
+    for name, rows in _groups(inspection.layers, inspection.shares_by_kind).items():
+        if rows:
+            table.add_row(Text(f"{len(rows)} {name}"), *_kind_cells(rows))
+    return table
+
+
+def _groups(rows: Sequence[LayerRow], kinds: Iterable[str]) -> dict[str, list[LayerRow]]:
+    """Matrices by kind, the smaller kinds and what has no rank together."""
+    matrices = [row for row in rows if row.effective_rank is not None]
+    names = [kind for kind in kinds if any(row.kind == kind for row in matrices)]
+    groups = {kind: [row for row in matrices if row.kind == kind] for kind in names[:MAX_ROWS]}
+    groups["of other kinds"] = [row for row in matrices if row.kind in names[MAX_ROWS:]]
+    groups["norms, biases"] = [row for row in rows if row.effective_rank is None]
+    return groups
+
+
+def _kind_cells(rows: Sequence[LayerRow]) -> list[str]:
+    return [
+        format_share(sum(row.norm_share for row in rows)),
+        format_share(relative_norm(rows)),
+        _median([row.effective_rank for row in rows], digits=1),
+        _median([row.stable_rank for row in rows], digits=1),
+        _median([row.energy_rank for row in rows], digits=0),
+        _median([row.amplification for row in rows], digits=2),
+    ]
+
+
+def _median(values: Sequence[float | None], *, digits: int) -> str:
+    known = [value for value in values if value is not None]
+    return f"{median(known):.{digits}f}" if known else UNKNOWN
+
+
+def _truncation_table(truncation: Truncation, metric: str) -> Table:
+    table = Table(title="cut to a smaller rank", title_justify="left")
+    for name in ("rank", format_metric(metric), "loss", "gain kept", "squared norm kept"):
+        table.add_column(name, justify="right")
+    for row in truncation.scores:
+        style = "bold" if row is truncation.enough else ""
+        cells = [str(row.rank), format_score(row.score), format_score(truncation.loss(row))]
+        cells += [format_share(truncation.kept(row)), format_share(row.norm_share)]
+        table.add_row(*(Text(cell, style=style) for cell in cells))
+    return table
+
+
+def _bullet(sentence: str) -> Text:
+    return Text(f"• {sentence}")

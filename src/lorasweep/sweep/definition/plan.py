@@ -1,0 +1,129 @@
+"""What a sweep would train, and what that would take: measured on a few steps of each arm, trains nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rich.box import SIMPLE
+from rich.console import Group, RenderableType
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from lorasweep.config.run import RunConfig
+from lorasweep.errors import OutOfMemory
+from lorasweep.sweep.controller.confirm import arm_seeds, draw_seeds
+from lorasweep.sweep.definition.arms import Arm, Definition
+from lorasweep.sweep.definition.packing import ArmPacking, plan_packing
+from lorasweep.sweep.definition.warnings import find_warnings, trained_tokens
+from lorasweep.sweep.status import describe_confirm
+from lorasweep.training.cost import PackMeasurement, measure_pack, measure_run
+from lorasweep.training.inputs import InputsCache, RunInputs
+from lorasweep.training.packs.size import choose_pack_size
+from lorasweep.wording import format_bytes, format_count, format_seconds
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArmPlan:
+    """One arm, at the run with its highest rank and as if nothing were pruned."""
+
+    arm: Arm
+    packing: ArmPacking
+    pack_size: int
+    seeds: int
+    """Runs of the confirm stage."""
+    steps: int
+    """Optimizer steps of all trials and seeds together."""
+    tokens: int
+    """Training tokens of all trials and seeds together, at most."""
+    trainable_params: int
+    kept_bytes: int
+    """Disk that all runs' best and last weights take."""
+    memory_bytes: int
+    """Memory in use after a step: allocated on the GPU, else resident in the process."""
+    seconds: float
+    """Training and evaluation of all runs; test data counts as one more evaluation, since it is not looked at yet."""
+
+
+def plan_sweep(definition: Definition, inputs_cache: InputsCache) -> list[ArmPlan]:
+    """Measures a few steps of each arm and multiplies.
+
+    Args:
+        definition: A sweep whose arms were checked.
+        inputs_cache: Base models and data.
+    """
+    packings, seeds = plan_packing(definition), draw_seeds(definition)
+    return [
+        _plan_arm(arm, packings[arm.name], inputs_cache, seeds=len(arm_seeds(arm, seeds))) for arm in definition.arms
+    ]
+
+
+def render_plan(definition: Definition, plans: Sequence[ArmPlan]) -> RenderableType:
+    """Returns what a sweep would take, an arm per row, with why its trials are packed or run alone."""
+    title = escape(f"{definition.name}: nothing is trained yet")
+    table = Table(title=title, title_justify="left", header_style="bold", box=SIMPLE, padding=(0, 0))
+    table.add_column("arm", overflow="fold")
+    for name in ("runs", "steps", "tokens", "trained", "pack", "memory", "disk", "at most"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for plan in plans:
+        table.add_row(
+            escape(plan.arm.name),
+            f"{plan.arm.trials} + {plan.seeds}" if plan.seeds else str(plan.arm.trials),
+            format_count(plan.steps),
+            format_count(plan.tokens),
+            format_count(plan.trainable_params),
+            str(plan.pack_size),
+            format_bytes(plan.memory_bytes),
+            format_bytes(plan.kept_bytes),
+            format_seconds(plan.seconds),
+        )
+    total = format_seconds(sum(plan.seconds for plan in plans))
+    notes = [f"• {plan.arm.name}: {plan.packing.reason}" for plan in plans]
+    if most := max((plan.seeds for plan in plans), default=0):
+        notes.append(
+            f"• Stages (the two numbers of runs): search on validation data, then confirm: {describe_confirm(most)}."
+        )
+    else:
+        notes.append("• Stages: search on validation data; no confirm stage.")
+    notes += [f"• {warning}" for warning in find_warnings(definition)]
+    notes.append(f"• All arms: at most {total} on this machine, measured on a few steps; pruning takes less.")
+    return Group(table, *map(Text, notes))
+
+
+def _plan_arm(arm: Arm, packing: ArmPacking, inputs_cache: InputsCache, *, seeds: int) -> ArmPlan:
+    config = packing.largest
+    inputs = inputs_cache.of(config)
+    cost = measure_run(config, inputs=inputs)
+    size, step_s = 1, cost.step_s
+    if packing.key is not None:
+        wanted = arm.driver.worker.pack_size
+        if wanted == "auto":
+            wanted = choose_pack_size(config, inputs=inputs, trials_left=arm.trials).slots
+        measured = _measure_fitting_pack(config, inputs, slots=wanted)
+        size, step_s = measured.slots, measured.slot_step_s
+    steps = 0 if config.method.name == "frozen" else config.trainer.max_steps
+    evaluations = -(-steps // config.trainer.eval_every_steps) or 1
+    runs = arm.trials + seeds
+    return ArmPlan(
+        arm=arm,
+        packing=packing,
+        pack_size=size,
+        seeds=seeds,
+        steps=steps * runs,
+        tokens=trained_tokens(config) * runs,
+        trainable_params=cost.trainable_params,
+        kept_bytes=2 * 4 * cost.trainable_params * runs,  # best and last, in fp32
+        memory_bytes=cost.memory_bytes,
+        seconds=runs * (steps * step_s + evaluations * cost.eval_s) + seeds * cost.eval_s,
+    )
+
+
+def _measure_fitting_pack(config: RunConfig, inputs: RunInputs, *, slots: int) -> PackMeasurement:
+    """Measures a pack, halved as often as it does not fit, as the sweep halves it."""
+    while slots > 1:
+        try:
+            return measure_pack(config, inputs=inputs, slots=slots)
+        except OutOfMemory:
+            slots //= 2
+    return measure_pack(config, inputs=inputs, slots=1)

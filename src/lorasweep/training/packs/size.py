@@ -1,0 +1,173 @@
+"""How many runs train together: a rule of memory, row lengths, device and trials left, which reads no clock."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from lorasweep.config.method import LoraConfig
+from lorasweep.config.run import RunConfig
+from lorasweep.data.batching import MicroBatch, StepBatchSampler
+from lorasweep.data.part import move_batch
+from lorasweep.lora.packed import inject_packed_lora
+from lorasweep.methods import copy_sharing_weights, draw_head, train_head
+from lorasweep.training.batches import resolve_accumulate
+from lorasweep.training.environment import Precision, device_of
+from lorasweep.training.inputs import RunInputs
+from lorasweep.training.memory import count_saved_bytes, machine_memory_bytes
+from lorasweep.training.packs.pack import slot_batch, slot_losses
+from lorasweep.training.run_log import is_out_of_memory
+from lorasweep.wording import format_bytes
+
+MAX_SLOTS: Mapping[str, int] = {"cpu": 8, "cuda": 32}
+"""Slots of a pack by device. CPU: from 8 to 16 slots a trial's step of MiniLM-L6 (240 tokens) became 1 to 3 % shorter
+on 2 cores, that of `tiny` (512 tokens) 1 % in bf16 and longer in fp32 (docs/benchmarks.md, packs). GPU: the largest
+size that the benchmark tries; nothing was measured there."""
+MAX_PASS_TOKENS: Mapping[tuple[str, Precision], int] = {
+    ("cpu", "fp32"): 2048,
+    ("cpu", "bf16"): 4096,
+    ("cuda", "fp32"): 16384,
+    ("cuda", "bf16"): 16384,
+}
+"""Tokens that go through the model at once, by device and precision. CPU: with 512, 1,024 and 2,048 tokens per slot a
+trial's step of `tiny` gained at most 3 % beyond these sizes, or became longer (docs/decisions.md). GPU: mLoRA reports
+a gain of at most 8 % at 4,096 tokens per adapter, so four such slots are more than pay; nothing was measured here."""
+MAX_MEMORY_FRACTION: Mapping[str, float] = {"cpu": 0.5, "cuda": 0.8}
+"""Share of the machine's memory, less the base model, that the slots of a pack may have. A step was seen to take 0.93
+to 1.04 of what is counted for its slots; the rest is for evaluation, the data and, on a host, other processes."""
+BYTES_PER_TRAINED_NUMBER = 16
+"""A weight, its gradient and Adam's two moments, each in fp32."""
+COUNTED_STEPS = 16
+"""Steps among whose micro-batches the largest is looked for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackSize:
+    """How many runs train together at most, and why."""
+
+    slots: int
+    reason: str
+    """A sentence for the record."""
+
+
+def choose_pack_size(config: RunConfig, *, inputs: RunInputs, trials_left: int) -> PackSize:
+    """Returns how many runs train together. The same arguments on the same machine always give the same answer.
+
+    Costs one forward pass of one run. Draws nothing from torch's random streams.
+
+    Args:
+        config: A run of the pack; its rank should be the largest of them.
+        inputs: Base model and data.
+        trials_left: Runs that can share the pack, at least 1.
+    """
+    device = device_of(config.trainer)
+    base = sum(tensor.nbytes for tensor in (*inputs.base.model.parameters(), *inputs.base.model.buffers()))
+    try:
+        with inputs.telemetry.phase("loading"):
+            slot_bytes = count_slot_bytes(config, inputs=inputs)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        return PackSize(slots=1, reason="Trials run alone, because memory ran out in a forward pass of one of them.")
+    return limit_slots(
+        device.type,
+        inputs.precision,
+        trials_left=trials_left,
+        slot_bytes=slot_bytes,
+        room_bytes=max(0, int(MAX_MEMORY_FRACTION[device.type] * (machine_memory_bytes(device) - base))),
+        pass_tokens=functools.partial(count_pass_tokens, config, inputs=inputs),
+    )
+
+
+def limit_slots(
+    device_type: str,
+    precision: Precision,
+    *,
+    trials_left: int,
+    slot_bytes: int,
+    room_bytes: int,
+    pass_tokens: Callable[[int], int],
+) -> PackSize:
+    """Returns the largest number of slots within all limits, at least 1, and names the limit that decides.
+
+    Args:
+        device_type: `cpu` or `cuda`.
+        precision: In which the base computes.
+        trials_left: Runs that can share the pack.
+        slot_bytes: Memory that one slot needs.
+        room_bytes: Memory that the slots together may have.
+        pass_tokens: Returns the tokens of one pass through the model of so many slots.
+    """
+    where = "a GPU" if device_type == "cuda" else "a CPU"
+    most, most_tokens = MAX_SLOTS[device_type], MAX_PASS_TOKENS[device_type, precision]
+    fitting = room_bytes // slot_bytes
+    within = min(most, trials_left, fitting)
+    paying = next((slots for slots in range(within, 0, -1) if pass_tokens(slots) <= most_tokens), 1)
+    slots = max(1, min(within, paying))
+    if paying < within:
+        limit = f"a pass on {where} in {precision} may have {most_tokens:,} tokens"
+    elif trials_left <= min(most, fitting):
+        limit = "one trial is left" if trials_left == 1 else f"{trials_left} trials are left"
+    elif fitting < most:
+        limit = "more would not fit"
+    else:
+        limit = f"a pack on {where} may have {most} slots"
+    size = "Trials run alone" if slots == 1 else f"Packs have up to {slots} slots"
+    return PackSize(
+        slots=slots,
+        reason=f"{size}, because {limit}: one slot needs about {format_bytes(slot_bytes)} of the "
+        f"{format_bytes(room_bytes)} that a pack may have, and its pass through the model has "
+        f"{pass_tokens(1):,} tokens.",
+    )
+
+
+def count_slot_bytes(config: RunConfig, *, inputs: RunInputs) -> int:
+    """Returns the memory of one slot: what its largest micro-batch keeps for the backward pass, and what it trains.
+
+    A pack cuts a step into more micro-batches than a run alone, whose size is taken here, so a slot of it needs less.
+    """
+    device = device_of(config.trainer)
+    with torch.random.fork_rng(devices=[torch.cuda.current_device()] if device.type == "cuda" else []):
+        model = build_pack(config, inputs=inputs, slots=1)
+        batch = slot_batch(inputs.parts.train, [_largest_micro_batch(config, inputs)], model=model)
+        batch = move_batch(batch, device)
+        saved = count_saved_bytes(lambda: slot_losses(inputs.parts.task, model, batch, slots=1), model=model)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return saved + BYTES_PER_TRAINED_NUMBER * trained
+
+
+def count_pass_tokens(config: RunConfig, slots: int, *, inputs: RunInputs) -> int:
+    """Returns the tokens, padding left out, that go through the model at once in a pack, on average."""
+    part, settings = inputs.parts.train, config.trainer
+    accumulate = resolve_accumulate(settings, part, slots=slots)
+    return math.ceil(slots * settings.batch_size * float(part.lengths.double().mean()) / accumulate)
+
+
+def build_pack(config: RunConfig, *, inputs: RunInputs, slots: int) -> nn.Module:
+    """Returns a model of as many equal slots, ready to train, on the run's device; the base's weights are shared."""
+    assert isinstance(config.method, LoraConfig)
+    model: nn.Module = copy_sharing_weights(inputs.base.model)
+    model.to(device_of(config.trainer))
+    head = inputs.base.head
+    inject_packed_lora(
+        model,
+        [train_head(config.method, head)] * slots,
+        generators=[torch.Generator().manual_seed(0) for _ in range(slots)],
+        start=functools.partial(draw_head, names=head),
+    )
+    return model.train()
+
+
+def _largest_micro_batch(config: RunConfig, inputs: RunInputs) -> MicroBatch:
+    """The one of the first steps that has the most positions, padding included, as a run alone cuts them."""
+    part, settings = inputs.parts.train, config.trainer
+    accumulate = resolve_accumulate(settings, part)
+    steps = StepBatchSampler(
+        part, batch_size=settings.batch_size, num_steps=COUNTED_STEPS, seed=0, accumulate=accumulate
+    )
+    return max(steps, key=lambda micro: len(micro.indices) * int(part.lengths[torch.tensor(micro.indices)].max()))

@@ -1,0 +1,57 @@
+"""What is printed: tables that fit a terminal, JSON and CSV that other programs read."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+
+import pytest
+from rich.console import Console
+
+from lorasweep.runs.inspect.formats import as_csv, as_json, render_inspection
+from lorasweep.runs.inspect.inspect_run import inspect_run
+from lorasweep.runs.inspect.inspect_sweep import inspect_sweep
+
+
+def printed(renderable, *, width=80):
+    console = Console(file=io.StringIO(), width=width)
+    console.print(renderable)
+    return console.file.getvalue()
+
+
+@pytest.fixture
+def inspection(runs, inputs):
+    return inspect_run(runs["lora"], inputs=inputs)
+
+
+def test_tables_have_a_row_per_kind_and_rank(inspection):
+    text = printed(render_inspection(inspection))
+    assert all(kind in text for kind in inspection.shares_by_kind)
+    assert "cut to a smaller rank" in text
+    assert all(len(line) <= 80 for line in text.splitlines())
+    joined = " ".join(text.split())
+    assert all(sentence in joined for sentence in inspection.sentences)
+
+
+def test_many_kinds_are_put_together(inspection, monkeypatch):
+    monkeypatch.setattr("lorasweep.runs.inspect.formats.MAX_ROWS", 2)
+    text = printed(render_inspection(inspection))
+    assert "20 of other kinds" in text
+
+
+def test_json_and_csv_hold_every_layer(inspection):
+    content = json.loads(as_json(inspection))
+    rows = list(csv.DictReader(as_csv(inspection).splitlines()))
+    layers = [row.layer for row in inspection.layers]
+    assert [row["layer"] for row in rows] == [row["layer"] for row in content["by_layer"]] == layers
+    assert [row["rank"] for row in content["ranks"]] == [row.rank for row in inspection.truncation.scores]
+
+
+def test_a_sweep_is_printed_by_arm(sweep, inputs):
+    found = inspect_sweep(sweep, inputs=inputs, scores=False)
+    text = printed(render_inspection(found))
+    assert text.count("what changed, by kind of layer") == 2
+    assert "Arm `none` has no complete trial to inspect." in text
+    assert set(json.loads(as_json(found))["arms"]) == {"lora", "full"}
+    assert {row["arm"] for row in csv.DictReader(as_csv(found).splitlines())} == {"lora", "full"}

@@ -1,0 +1,369 @@
+"""What is exported loads in PEFT and transformers and computes what the run does; what fails leaves nothing behind."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import lorasweep.runs.export as export_file
+from lorasweep.config.compose import compose_run
+from lorasweep.errors import ConfigError, RecordError, RunError
+from lorasweep.lora import merge_check
+from lorasweep.methods import METHODS
+from lorasweep.models.folder import find_folder
+from lorasweep.models.load import fingerprint_weights
+from lorasweep.record import read_run, write_record
+from lorasweep.runs.export import appearing_whole, export_run
+from lorasweep.training.inputs import build_inputs
+from lorasweep.training.restore import restore_base, restore_config, restore_model
+from lorasweep.training.run import train_run
+from lorasweep.training.run_log import RunPlace
+
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT
+
+TOKENS = torch.randint(256, (3, 20), generator=torch.Generator().manual_seed(1))
+PROBE = torch.randint(
+    257, (export_file.PROBE_ROWS, export_file.PROBE_TOKENS), generator=torch.Generator().manual_seed(0)
+)
+"""The tokens of `probe_logits` for the embedded model."""
+# fp32, logits up to about 10: sums in another order, through 4 layers, of parts that cancel (PiSSA)
+LOGIT_TOLERANCE = 1e-4
+LORA = (
+    {},
+    {"method.rank": 3, "method.targets": ["q_proj", "v_proj"], "method.scaling": "alpha_over_sqrt_rank"},
+    {"method.init": "pissa", "method.rank_pattern": {"down_proj": 4}},
+    {"method.variant": "dora", "method.dropout": 0.1},
+)
+# the embedded model ties its head to its embeddings
+TIED = (
+    {"method.targets": ["lm_head", "q_proj"]},
+    {"method.targets": ["embed_tokens"]},
+    {"method.modules_to_save": ["embed_tokens", "lm_head"]},
+)
+
+
+@pytest.fixture(scope="module")
+def trained(make_config, inputs, tmp_path_factory):
+    """Trains a run with these settings once and gives its folder."""
+    folders = {}
+
+    def train(settings=None, /, *, inputs=inputs):
+        key = json.dumps(settings or {}, sort_keys=True)
+        if key not in folders:
+            folders[key] = tmp_path_factory.mktemp("run") / "run"
+            train_run(make_config(settings), RunPlace(folder=folders[key]), inputs=inputs)
+        return folders[key]
+
+    return train
+
+
+@pytest.fixture
+def trained_in_bf16(trained, make_config):
+    """Trains a run in bf16 with these settings once and gives its folder."""
+
+    def train(settings=None, /):
+        given = {"method": "lora", **(settings or {}), "trainer.precision": "bf16"}
+        return trained(given, inputs=build_inputs(make_config(given)))
+
+    return train
+
+
+def load_embedded():
+    """The base as the runs of this file had it; on disk it is in bf16."""
+    folder = find_folder(compose_run({}).model)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+def restored(run):
+    record = read_run(run)
+    config = restore_config(record)
+    return restore_model(config, restore_base(record, config), folder=run / "best")
+
+
+def logits_of(model, tokens=TOKENS):
+    with torch.inference_mode():
+        return model.eval()(input_ids=tokens).logits
+
+
+def largest_difference(one, other):
+    return (one - other).abs().max().item()
+
+
+def root_mean_square(values):
+    return values.square().mean().sqrt().item()
+
+
+@pytest.mark.parametrize("settings", LORA)
+def test_peft_loads_the_adapter_onto_its_base_with_the_same_logits(trained, tmp_path, settings):
+    run = trained(settings)
+    written = export_run(run, format="peft", out=tmp_path / "adapter")
+    assert written.difference == 0
+    assert {file.name for file in written.folder.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    base = load_embedded()
+    before = logits_of(base)
+    model = peft.PeftModel.from_pretrained(base, written.folder)
+    own = logits_of(restored(run))
+    assert largest_difference(logits_of(model), own) < LOGIT_TOLERANCE
+    assert largest_difference(before, own) > 10 * LOGIT_TOLERANCE
+
+
+def test_peft_finds_the_base_by_itself(trained, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # PEFT asks the hub whether a local folder has a tokenizer
+    export_run(trained(), format="peft", out=tmp_path / "adapter")
+    model = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter", dtype=torch.float32)
+    assert largest_difference(logits_of(model), logits_of(restored(trained()))) < LOGIT_TOLERANCE
+
+
+OTHERS = (
+    {"method": "full"},
+    {"method": "head"},
+    {"method": "bitfit", "method.train": "biases_and_norms"},
+    {"method": "intrinsic"},
+)
+
+
+@pytest.mark.parametrize("settings", [*LORA, *TIED, *OTHERS])
+def test_transformers_loads_the_merged_model_with_the_same_logits(trained, tmp_path, settings):
+    run = trained(settings)
+    written = export_run(run, format="merged", out=tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(written.folder)
+    own = logits_of(restored(run))
+    assert largest_difference(logits_of(model), own) < LOGIT_TOLERANCE
+    assert largest_difference(logits_of(load_embedded()), own) > 10 * LOGIT_TOLERANCE
+    assert written.difference < LOGIT_TOLERANCE
+    assert written.num_bytes == sum(file.stat().st_size for file in written.folder.iterdir())
+
+
+def test_a_merged_model_is_whole_and_generates(trained, tmp_path):
+    export_run(trained(), format="merged", out=tmp_path / "model")
+    names = {file.name for file in (tmp_path / "model").iterdir()}
+    assert names >= {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    assert model.config.use_cache  # training switches it off
+    prompt = tokenizer("def f(", return_tensors="pt")
+    made = model.generate(**prompt, max_new_tokens=4, do_sample=False)
+    again = restored(trained()).generate(**prompt, max_new_tokens=4, do_sample=False)
+    assert torch.equal(made, again)
+
+
+@pytest.mark.parametrize(("settings", "tied"), [({}, True), (TIED[0], False), (TIED[1], False), (TIED[2], True)])
+def test_a_head_is_untied_from_the_embeddings_only_where_one_of_them_changed_alone(trained, tmp_path, settings, tied):
+    export_run(trained(settings), format="merged", out=tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert model.config.tie_word_embeddings is tied
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) is tied
+
+
+def move_weights(model, *, seed):
+    """Moves each bf16 weight of a model, held in float64, up or down by half the distance to the next bf16 number."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        mantissa, exponent = torch.frexp(parameter.data)  # the mantissa lies from 1/2 to 1 and has 8 bits
+        half = torch.ldexp(torch.full_like(mantissa, 2**-9), exponent)
+        parameter.data += half * (torch.randint(2, half.shape, generator=generator) * 2 - 1)
+    return model
+
+
+@pytest.mark.parametrize("settings", [{"method": "lora"}, *OTHERS])
+def test_a_run_in_bf16_is_exported_from_its_base_in_bf16(trained_in_bf16, tmp_path, settings):
+    run = trained_in_bf16(settings)
+    written = export_run(run, format="merged", out=tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(written.folder, dtype="auto")
+    own = logits_of(restored(run).double(), PROBE)
+    if settings["method"] == "full":
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+        assert largest_difference(logits_of(model, PROBE), own) < LOGIT_TOLERANCE
+        assert written.difference < LOGIT_TOLERANCE
+        return
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    exact = logits_of(model.double(), PROBE)
+    # the number told is that of exact arithmetic, up to what fp32 loses
+    assert written.difference == pytest.approx(largest_difference(exact, own), abs=LOGIT_TOLERANCE)
+    assert written.difference > 10 * LOGIT_TOLERANCE  # so that the line above says something
+    # Rounding moves each weight by at most half a spacing, evenly spread: 1/√3 of half a spacing in the root mean
+    # square. If it moved all of them by half a spacing at random, the logits would move √3 times as far.
+    moves = torch.stack([logits_of(move_weights(copy.deepcopy(model), seed=seed), PROBE) - exact for seed in range(3)])
+    assert root_mean_square(own - exact) < root_mean_square(moves)
+
+
+def test_the_adapter_of_a_run_in_bf16_is_exported_as_it_is(trained_in_bf16, tmp_path):
+    assert export_run(trained_in_bf16(), format="peft", out=tmp_path / "adapter").difference == 0
+
+
+def test_the_difference_that_is_told_is_that_of_merge_check(trained_in_bf16, tmp_path):
+    written = export_run(trained_in_bf16(), format="merged", out=tmp_path / "model")
+    checked = merge_check(restored(trained_in_bf16()), input_ids=PROBE)
+    assert written.difference == pytest.approx(checked, abs=LOGIT_TOLERANCE)
+
+
+def test_the_base_is_bit_identical_after_an_export(trained, inputs, tmp_path):
+    before = fingerprint_weights(inputs.base.model)
+    model = restore_model(restore_config(read_run(trained())), inputs.base, folder=trained() / "best")
+    METHODS["lora"].merge(model)
+    assert fingerprint_weights(model) != before
+    assert fingerprint_weights(inputs.base.model) == before
+
+
+def test_an_empty_folder_and_one_below_new_folders_are_filled(trained, tmp_path):
+    (tmp_path / "empty").mkdir()
+    for out in (tmp_path / "empty", tmp_path / "new" / "below"):
+        assert export_run(trained(), format="peft", out=out).folder == out
+        assert (out / "adapter_config.json").is_file()
+    assert {path.name for path in tmp_path.iterdir()} == {"empty", "new"}
+
+
+@pytest.mark.parametrize("format", ["peft", "merged"])
+def test_a_folder_that_is_not_empty_is_refused(trained, tmp_path, format):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("mine")
+    for out in (tmp_path / "full", tmp_path / "full" / "mine.txt"):
+        with pytest.raises(ConfigError, match=r"`--out` must be a new or empty folder, but .* is not"):
+            export_run(trained(), format=format, out=out)
+    assert {path.name for path in (tmp_path / "full").iterdir()} == {"mine.txt"}
+
+
+def test_a_folder_that_cannot_be_made_is_refused(trained, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"`--out` must be a folder that can be made, but .* can't: "):
+        export_run(trained(), format="peft", out=tmp_path / "file" / "below")
+
+
+@pytest.mark.parametrize("settings", OTHERS)
+def test_a_run_without_an_adapter_has_none_for_peft(trained, tmp_path, settings):
+    message = f"`--format` must be merged for a run of `method={settings['method']}`, but got 'peft'"
+    with pytest.raises(ConfigError, match=message):
+        export_run(trained(settings), format="peft", out=tmp_path / "out")
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_run_that_trained_nothing_is_refused(trained, tmp_path):
+    with pytest.raises(ConfigError, match="must have trained something to be exported, but got one of `method=frozen`"):
+        export_run(trained({"method": "frozen"}), format="merged", out=tmp_path / "out")
+
+
+def test_what_is_no_run_is_refused(tmp_path):
+    with pytest.raises(RecordError, match=r"a run's folder must contain run.json"):
+        export_run(tmp_path, format="peft", out=tmp_path / "out")
+
+
+@pytest.fixture
+def copied(trained, tmp_path):
+    """A run to damage."""
+    run = tmp_path / "run"
+    run.mkdir()
+    for file in trained().rglob("*"):
+        if file.is_file():
+            target = run / file.relative_to(trained())
+            target.parent.mkdir(exist_ok=True)
+            target.write_bytes(file.read_bytes())
+    return run
+
+
+def change_record(run: Path, **fields) -> None:
+    record = read_run(run)
+    for name, value in fields.items():
+        setattr(record, name, value)
+    write_record(record, run)
+
+
+def remove_best(run):
+    for file in (run / "best").iterdir():
+        file.unlink()
+
+
+def damage_best(run):
+    file = run / "best" / "adapter_model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(bytes(data))
+
+
+BROKEN = [
+    (remove_best, "a run must have kept weights in `best`, but .* has none."),
+    (damage_best, r"adapter_model.safetensors' must be as the run wrote it, but has changed. Run it again."),
+    (
+        lambda run: (run / "best" / "adapter_config.json").unlink(),
+        r"adapter_config.json' must be as the run wrote it, but is missing.",
+    ),
+    (lambda run: change_record(run, config={"method": {"name": "lora"}}), "a run's record must hold settings of this"),
+    (
+        lambda run: change_record(run, platform={}),
+        "`precision` in a run's record must be one of bf16, fp32, but is None",
+    ),
+    (
+        lambda run: change_record(run, platform={"precision": "bf16"}),
+        r"the base model must be the one that the run was trained on \(fingerprint .* in bf16\), but 'embedded:tiny'",
+    ),
+    (
+        lambda run: change_record(run, base={"fingerprint": "0123"}),
+        r"the base model must be the one that the run was trained on \(fingerprint '0123' in fp32\)",
+    ),
+]
+
+
+@pytest.mark.parametrize(("damage", "message"), BROKEN)
+def test_a_run_that_does_not_fit_its_record_is_refused_and_nothing_is_written(copied, tmp_path, damage, message):
+    damage(copied)
+    for format in ("peft", "merged"):
+        with pytest.raises(RecordError, match=message):
+            export_run(copied, format=format, out=tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {"run"}
+
+
+def test_a_run_that_was_killed_can_be_exported(copied, tmp_path):
+    change_record(copied, status="running", files={})
+    assert export_run(copied, format="peft", out=tmp_path / "out").difference == 0
+
+
+def test_a_disk_that_fills_up_leaves_nothing_behind(trained, tmp_path, monkeypatch):
+    def fail(model, folder, **settings):
+        (folder / "half.safetensors").write_bytes(b"0")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(export_file, "save_adapter", fail)
+    with pytest.raises(RunError, match=r"must be written whole, but could not be: .*No space left on device"):
+        export_run(trained(), format="peft", out=tmp_path / "new" / "out")
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_model_that_comes_back_otherwise_is_not_exported(trained, tmp_path, monkeypatch):
+    """As one would whose class ties weights whatever its settings say."""
+    load = export_file.load_pretrained
+
+    def load_tied(kind, source, **settings):
+        model = load(kind, source, **settings)
+        model.lm_head.weight = model.model.embed_tokens.weight
+        return model
+
+    monkeypatch.setattr(export_file, "load_pretrained", load_tied)
+    with pytest.raises(RunError, match="a merged LlamaForCausalLM must come back with the weights that were written"):
+        export_run(trained({"method": "head"}), format="merged", out=tmp_path / "out")
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_model_that_does_not_load_again_is_not_exported(trained, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise ValueError("unknown class.\nmore")
+
+    monkeypatch.setattr(export_file, "load_pretrained", fail)
+    with pytest.raises(RunError, match="a merged LlamaForCausalLM must load again, but does not: unknown class"):
+        export_run(trained(), format="merged", out=tmp_path / "out")
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_folder_appears_at_the_end_only(tmp_path):
+    with appearing_whole(tmp_path / "out") as folder:
+        (folder / "file").write_text("whole")
+        assert not (tmp_path / "out").exists()
+    assert (tmp_path / "out" / "file").read_text() == "whole"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    with pytest.raises(KeyboardInterrupt), appearing_whole(tmp_path / "other"):
+        raise KeyboardInterrupt
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

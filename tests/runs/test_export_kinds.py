@@ -1,0 +1,126 @@
+"""Classifiers and encoder-decoders are exported with what tells their labels, and their new head."""
+
+from __future__ import annotations
+
+import json
+
+import peft
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from lorasweep.config.compose import compose_run
+from lorasweep.record import read_run
+from lorasweep.runs.export import export_run
+from lorasweep.training.inputs import build_inputs
+from lorasweep.training.restore import restore_base, restore_config, restore_model
+from lorasweep.training.run import train_run
+from lorasweep.training.run_log import RunPlace
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),  # what PEFT calls in transformers
+]
+WORDS = [f"w{n}" for n in range(40)]
+SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+T5_SIZES = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2}
+TOKENS = torch.randint(3, 43, (3, 9), generator=torch.Generator().manual_seed(1))
+# fp32, two small layers: sums in another order
+LOGIT_TOLERANCE = 1e-5
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny BERT and T5 with random weights and a tokenizer of words, and data for each."""
+    folder = tmp_path_factory.mktemp("kinds")
+    vocabulary = {word: n for n, word in enumerate(["[PAD]", "[UNK]", "[END]", *WORDS])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="[UNK]", pad_token="[PAD]", eos_token="[END]"
+    )
+    torch.manual_seed(0)
+    made = {
+        "classifier": transformers.BertModel(transformers.BertConfig(vocab_size=64, **SIZES)),
+        "seq2seq": transformers.T5ForConditionalGeneration(
+            transformers.T5Config(vocab_size=64, decoder_start_token_id=0, eos_token_id=2, **T5_SIZES)
+        ),
+    }
+    for kind, model in made.items():
+        model.save_pretrained(folder / kind)
+        tokenizer.save_pretrained(folder / kind)
+    texts = [" ".join(WORDS[(n * 7 + k) % 40] for k in range(2 + n % 9)) for n in range(40)]
+    rows = [{"text": text, "label": ("odd", "even", "none")[n % 3]} for n, text in enumerate(texts)]
+    (folder / "classifier.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    pairs = [{"prompt": text, "completion": text} for text in texts]
+    (folder / "seq2seq.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    return folder
+
+
+@pytest.fixture
+def train(folder, tmp_path):
+    """Trains a short run of one kind and gives its folder."""
+
+    def train(kind, settings):
+        data = {"classifier": {"data": "table"}, "seq2seq": {"data": "chat"}}[kind]
+        short = {
+            "model": kind,
+            "model.path": str(folder / kind),
+            "model.attention": "eager",
+            "data.train": str(folder / f"{kind}.jsonl"),
+            "trainer.batch_size": 4,
+            "trainer.max_steps": 3,
+            "trainer.eval_every_steps": 3,
+            "trainer.precision": "fp32",
+            "trainer.device": "cpu",
+            "trainer.progress": False,
+            "optim.lr": 1e-2,
+        }
+        config = compose_run({**short, **data, **settings})
+        train_run(config, RunPlace(folder=tmp_path / "run"), inputs=build_inputs(config))
+        return tmp_path / "run"
+
+    return train
+
+
+def own_logits(run, given):
+    record = read_run(run)
+    config = restore_config(record)
+    return logits_of(restore_model(config, restore_base(record, config), folder=run / "best"), given)
+
+
+def logits_of(model, given):
+    with torch.inference_mode():
+        return model.eval()(input_ids=TOKENS, **given).logits
+
+
+GIVEN = {"classifier": {}, "seq2seq": {"decoder_input_ids": TOKENS}}
+AUTO = {
+    "classifier": (transformers.AutoModelForSequenceClassification, peft.AutoPeftModelForSequenceClassification),
+    "seq2seq": (transformers.AutoModelForSeq2SeqLM, peft.AutoPeftModelForSeq2SeqLM),
+}
+
+
+@pytest.mark.parametrize("settings", [{"method.rank": 2}, {"method": "full"}, {"method": "head"}])
+@pytest.mark.parametrize("kind", GIVEN)
+def test_transformers_loads_the_merged_model(train, tmp_path, kind, settings):
+    run = train(kind, settings)
+    written = export_run(run, format="merged", out=tmp_path / "model")
+    model = AUTO[kind][0].from_pretrained(written.folder)
+    assert (logits_of(model, GIVEN[kind]) - own_logits(run, GIVEN[kind])).abs().max() < LOGIT_TOLERANCE
+    assert written.difference < LOGIT_TOLERANCE
+    tokenizer = transformers.AutoTokenizer.from_pretrained(written.folder)
+    assert tokenizer("w3 w4")["input_ids"][:2] == [6, 7]
+    if kind == "classifier":
+        assert sorted(model.config.id2label.values()) == ["even", "none", "odd"]
+
+
+@pytest.mark.parametrize("kind", GIVEN)
+def test_peft_loads_the_adapter_and_the_head(train, tmp_path, monkeypatch, kind):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # PEFT asks the hub whether a local folder has a tokenizer
+    run = train(kind, {"method.rank": 2})
+    written = export_run(run, format="peft", out=tmp_path / "adapter")
+    labels = {"num_labels": 3} if kind == "classifier" else {}
+    model = AUTO[kind][1].from_pretrained(written.folder, **labels)
+    assert (logits_of(model, GIVEN[kind]) - own_logits(run, GIVEN[kind])).abs().max() < LOGIT_TOLERANCE
+    assert written.difference == 0

@@ -1,0 +1,305 @@
+"""A run is repeated from its record: bit for bit here, and where it is not, the first step and the reason are named."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import lorasweep.runs.reproduce as reproduce_file
+from lorasweep.errors import ConfigError, Diverged, RecordError
+from lorasweep.record import RUN_FILE, STEPS_FILE, read_run, read_steps
+from lorasweep.runs.reproduce import PACK_TOLERANCE, config_as_run, reproduce_run
+from lorasweep.training.packs.pack import train_pack
+from lorasweep.training.packs.slots import Job
+from lorasweep.training.run import train_run
+from lorasweep.training.run_log import RunPlace
+
+
+@pytest.fixture(scope="module")
+def finished(make_config, inputs, tmp_path_factory):
+    """A LoRA run with dropout, of 4 steps and 2 evaluations."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    train_run(make_config({"method.dropout": 0.1}), RunPlace(folder=folder), inputs=inputs)
+    return folder
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    """A copy of it, to be changed."""
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+@pytest.fixture
+def repeat(run, tmp_path):
+    def act(**given):
+        return reproduce_run(run, output=tmp_path / "again", **given)
+
+    return act
+
+
+@pytest.fixture(autouse=True)
+def _bench_of_the_tests(monkeypatch, inputs):
+    """Spares loading model and data for each test; `test_two_processes` and the command line's tests load them."""
+    monkeypatch.setattr(reproduce_file, "_build_bench", lambda config, record: inputs)
+
+
+def edit(run, change):
+    raw = json.loads((run / RUN_FILE).read_text())
+    change(raw)
+    (run / RUN_FILE).write_text(json.dumps(raw))
+
+
+def edit_step(run, step, name, value):
+    rows = [json.loads(line) for line in (run / STEPS_FILE).read_text().splitlines()]
+    for row in rows:
+        if row["step"] == step and name in row:
+            row[name] = value
+    (run / STEPS_FILE).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_a_run_is_repeated_bit_for_bit(run, repeat, tmp_path):
+    found = repeat()
+    assert (found.verdict, found.holds) == ("identical", True)
+    assert found.describe() == (
+        f"identical: 4 steps and 2 evaluations of {run} and {tmp_path / 'again'} are the same, bit for bit"
+    )
+    assert read_run(tmp_path / "again").files == read_run(run).files
+
+
+def test_the_first_step_that_differs_is_named(run, repeat):
+    edit_step(run, 3, "loss", 1.0)
+    edit_step(run, 4, "loss", -7.0)
+    found = repeat()
+    assert not found.holds
+    first, largest = found.comparison.first, found.comparison.largest
+    assert (first.step, first.name, first.recorded) == (3, "loss", 1.0)
+    assert (largest.step, largest.recorded) == (4, -7.0)
+    assert "different: first at step 3 loss was 1.0 and is " in found.describe()
+    assert "; the largest at step 4 loss was -7.0" in found.describe()
+    assert "nothing that the record keeps of the surroundings differs" in found.describe()
+
+
+def test_a_difference_within_the_tolerance_holds(run, repeat):
+    loss = next(row["loss"] for row in read_steps(run) if row.get("step") == 2)
+    edit_step(run, 2, "loss", loss * (1 + 1e-5))
+    found = repeat(tolerance=1e-4)
+    assert (found.verdict, found.comparison.first.step) == ("within tolerance", 2)
+    assert "within a tolerance of 0.0001" in found.describe()
+
+
+def test_other_weights_after_the_same_losses_are_a_difference(run, repeat):
+    edit(run, lambda raw: raw["files"]["best/adapter_model.safetensors"].update(sha256="0" * 64))
+    found = repeat()
+    assert found.other_weights == ("best/adapter_model.safetensors",)
+    assert "every value is the same, but not the weights in best/adapter_model.safetensors" in found.describe()
+
+
+def test_what_differs_is_listed_in_order_of_suspicion(run, repeat):
+    def change(raw):
+        raw["code"]["commit"] = "an older one"
+        raw["packages"]["numpy"], raw["packages"]["torch"] = "0.1", "0.2"
+        raw["platform"]["threads"] = 10**6
+        raw["environment"]["OMP_NUM_THREADS"] = "99"
+        raw["platform"]["cuda"] = "1.0"
+        raw["base"]["fingerprint"] = "other"
+        raw["data"]["train"]["fingerprint"] = "\x1b[2J"
+
+    edit(run, change)
+    edit_step(run, 1, "loss", 0.0)
+    suspects = repeat().suspects
+    expected = ["train's fingerprint", "base model", "cuda", "torch", "threads", "OMP_NUM", "numpy", "commit"]
+    assert [word in suspect for word, suspect in zip(expected, suspects, strict=True)] == [True] * len(expected)
+    assert "\x1b" not in "".join(suspects)
+
+
+def test_the_first_steps_are_those_of_the_whole_run(repeat):
+    found = repeat(steps=3)
+    assert (found.verdict, found.comparison.steps, found.comparison.evaluations) == ("identical", 3, 1)
+    assert read_run(found.folder).steps_done == 3
+
+
+def test_more_steps_than_there_are_repeat_all(repeat):
+    assert repeat(steps=99).comparison.steps == 4
+
+
+def test_a_paused_run_is_repeated_up_to_its_end(make_config, inputs, tmp_path):
+    run = tmp_path / "paused"
+    train_run(make_config(), RunPlace(folder=run), inputs=inputs, on_evaluation=lambda step, value: False)
+    found = reproduce_run(run, output=tmp_path / "again")
+    assert (found.verdict, found.comparison.steps, found.comparison.evaluations) == ("identical", 2, 1)
+
+
+def test_a_run_that_diverged_diverges_again(make_config, inputs, tmp_path):
+    run = tmp_path / "diverged"
+    config = make_config({"optim.lr": 1e30, "optim.clip_norm": None})
+    with pytest.raises(Diverged, match="NaN or infinite"):
+        train_run(config, RunPlace(folder=run), inputs=inputs)
+    found = reproduce_run(run, output=tmp_path / "again")
+    assert found.verdict == "identical"
+    assert read_run(found.folder).status == "failed"
+
+
+def test_a_run_that_trained_nothing_is_repeated(make_config, inputs, tmp_path):
+    run = tmp_path / "frozen"
+    train_run(make_config({"method": "frozen"}), RunPlace(folder=run), inputs=inputs)
+    found = reproduce_run(run, output=tmp_path / "again")
+    assert (found.verdict, found.comparison.steps, found.comparison.evaluations) == ("identical", 0, 1)
+
+
+def test_a_run_of_a_pack_is_repeated_alone_within_the_tolerance_of_rounding(make_config, inputs, tmp_path):
+    jobs = [
+        Job(
+            config=make_config({"method.rank": rank}),
+            place=RunPlace(folder=tmp_path / f"slot-{rank}"),
+            ended=lambda record: None,
+            failed=lambda error: None,
+        )
+        for rank in (1, 4)
+    ]
+    train_pack(
+        jobs,
+        inputs=inputs,
+        slots=len(jobs),
+        supply=lambda: None,
+        on_evaluation=lambda evaluated: [True] * len(evaluated),
+        state_file=tmp_path / "pack.json",
+    )
+    found = reproduce_run(tmp_path / "slot-4", output=tmp_path / "again")
+    assert found.tolerance == PACK_TOLERANCE["fp32"]
+    assert found.holds
+    assert found.comparison.steps == 4
+    exact = reproduce_run(tmp_path / "slot-4", output=tmp_path / "exact", tolerance=0.0)
+    assert exact.verdict in ("identical", "different")
+    if exact.verdict == "different":
+        assert exact.suspects[0].startswith("it was trained in a pack of 2 and is alone now")
+
+
+def test_an_interrupted_repetition_says_nothing_of_the_rest(repeat):
+    found = repeat(stop_requested=lambda: True)
+    assert (found.verdict, found.holds) == ("interrupted", False)
+
+
+def test_what_was_auto_is_as_it_turned_out(make_config, run):
+    record = read_run(run)
+    record.platform |= {"precision": "bf16", "device": "gpu"}
+    record.batching["micro_batches"] = 2
+    trainer = config_as_run(record).trainer
+    assert (trainer.precision, trainer.device, trainer.accumulate) == ("bf16", "auto", 2)
+
+
+def forbid(monkeypatch, name):
+    def fail(*_, **__):
+        pytest.fail(f"{name} was called")
+
+    monkeypatch.setattr(reproduce_file, name, fail)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda raw: raw["config"]["model"].update(factory="evil_module:run"), "`model.factory=evil_module:run`"),
+        (lambda raw: raw["config"]["model"].update(trust_remote_code=True), "`model.trust_remote_code=True`"),
+        (lambda raw: raw["config"]["model"].update(allow_pickle=True), "`model.allow_pickle=True`"),
+    ],
+)
+def test_a_record_that_names_code_needs_trust_and_runs_nothing_before(
+    run, repeat, monkeypatch, tmp_path, change, named
+):
+    (tmp_path / "evil_module.py").write_text("raise SystemExit('it was imported')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    forbid(monkeypatch, "_build_bench")
+    edit(run, change)
+    message = re.escape(f"`--trust` must be given for a run that runs code of its own ({named})")
+    with pytest.raises(ConfigError, match=message):
+        repeat()
+    assert "evil_module" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda raw: raw.update(config=[]), "`config` in .* must be a mapping"),
+        (lambda raw: raw["config"].update(trainer=3), "must hold settings of this version"),
+        (lambda raw: raw["config"].update(model={}), "must hold settings of this version"),
+        (lambda raw: raw["config"]["optim"].update(lr="fast"), "must hold settings of this version"),
+        (lambda raw: raw["batching"].update(micro_batches="../../etc"), "`micro_batches` in a run's record must be a"),
+        (lambda raw: raw["batching"].update(micro_batches=True), "`micro_batches` in a run's record must be a"),
+        (lambda raw: raw["batching"].update(micro_batches=10**9), "`trainer.accumulate <= trainer.batch_size` must"),
+        (lambda raw: raw["config"]["model"].update(path="https://***@host"), "without secrets in its settings"),
+    ],
+)
+def test_a_hostile_record_is_one_sentence(run, repeat, monkeypatch, tmp_path, change, message):
+    forbid(monkeypatch, "_build_bench")
+    edit(run, change)
+    with pytest.raises((RecordError, ConfigError), match=message):
+        repeat()
+    assert not (tmp_path / "again").exists()
+
+
+@pytest.mark.parametrize(
+    "line", ["[]", "3", '{"step": "1"}', '{"step": 1, "loss": "x"}', '{"step": 1, "validation": [1]}', "[" * 10**5]
+)
+def test_a_hostile_step_log_is_one_sentence(run, repeat, line):
+    (run / STEPS_FILE).write_text(line + "\n" + line)
+    with pytest.raises(RecordError, match=r"must be a run's step log, but is damaged|must have logged a step"):
+        repeat()
+
+
+def test_a_run_without_steps_is_refused(run, repeat):
+    (run / STEPS_FILE).unlink()
+    with pytest.raises(RecordError, match=r"a run must have logged a step to be repeated, but .* has none"):
+        repeat()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"tolerance": -1.0}, "`0 <= --tolerance < 1` must hold, but got -1.0"),
+        ({"steps": 0}, "`--steps >= 1` must hold, but got 0"),
+    ],
+)
+def test_a_wrong_request_is_refused(repeat, given, message):
+    with pytest.raises(ConfigError, match=message):
+        repeat(**given)
+
+
+@pytest.mark.parametrize("recorded", [1, 10**9, 0, -1, True, "many", None])
+def test_the_threads_of_the_run_are_taken_where_there_can_be_so_many(recorded):
+    before = torch.get_num_threads()
+    with reproduce_file._threads(recorded):
+        assert torch.get_num_threads() == (1 if recorded == 1 else before)
+    assert torch.get_num_threads() == before
+
+
+@pytest.mark.slow
+def test_two_processes_train_the_same_bits(short_run, tmp_path):
+    """Fresh processes, from the command line; then a third one repeats the first."""
+    words = [f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in short_run.items()]
+    program = "import sys; from lorasweep.cli import main; main(sys.argv[1:])"
+
+    def act(*arguments):
+        done = subprocess.run([sys.executable, "-c", program, *arguments], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    for name in ("one", "two"):
+        act("train", *words, "method.dropout=0.1", f"output={name}")
+    one, two = (tmp_path / name for name in ("one", "two"))
+    values = [
+        [{key: value for key, value in row.items() if key != "tokens_per_s"} for row in read_steps(folder)]
+        for folder in (one, two)
+    ]
+    assert values[0] == values[1]
+    assert read_run(one).files == read_run(two).files
+    assert act("reproduce", "one").startswith("identical: 4 steps and 2 evaluations of one and outputs/reproduce/one")
+
+
+def test_the_settings_of_the_repetition_are_those_of_the_run(run, repeat):
+    assert config_as_run(read_run(repeat().folder)) == config_as_run(read_run(run))

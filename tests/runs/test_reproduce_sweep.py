@@ -1,0 +1,171 @@
+"""Two sweeps are compared proposal by proposal, step by step; the first difference has its trial, step and key."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+
+from lorasweep.errors import RecordError
+from lorasweep.record import (
+    ArmRow,
+    ConfirmRow,
+    RunRecord,
+    SweepRecord,
+    TrialRow,
+    read_sweep,
+    write_record,
+)
+from lorasweep.runs.reproduce_sweep import compare_sweeps
+
+STEPS = [
+    {"step": 1, "loss": 2.5, "lr": 0.01, "tokens_per_s": 100.0},
+    {"step": 2, "loss": 2.0, "lr": 0.005, "tokens_per_s": 110.0},
+    {"step": 2, "validation": {"loss": 2.25, "bits_per_byte": 1.5}},
+]
+
+
+def write_run(folder, steps):
+    folder.mkdir(parents=True)
+    write_record(RunRecord(status="complete", config={}, metric="loss", direction="minimize"), folder)
+    (folder / "steps.jsonl").write_text("".join(json.dumps(row) + "\n" for row in steps))
+
+
+@pytest.fixture
+def one(tmp_path):
+    """A sweep of two trials, of which one was confirmed on two seeds."""
+    folder = tmp_path / "one"
+    params = {"method.rank": 4, "optim.lr": 0.01}
+    trials = [
+        TrialRow(arm="lora", number=0, state="complete", params=params, value=1.5, run="runs/lora-0000"),
+        TrialRow(arm="lora", number=1, state="pruned", params=params, value=1.75, run="runs/lora-0001"),
+    ]
+    confirm = [
+        ConfirmRow(arm="lora", trial=0, seed=s, state="complete", run=f"runs/lora-confirm-{n:04d}", value=2.0)
+        for n, s in enumerate((7, 9))
+    ]
+    arm = ArmRow(name="lora", method="lora", trials=2, settings={}, space={}, sampler="tpe", pruner="none")
+    for row in (*trials, *confirm):
+        write_run(folder / row.run, STEPS)
+    record = SweepRecord(
+        status="complete",
+        name="s",
+        metric="bits_per_byte",
+        direction="minimize",
+        definition={},
+        arms=[arm],
+        trials=trials,
+        confirm=confirm,
+        confirm_seeds=[7, 9],
+        started_at="2026-01-01T00:00:00+00:00",
+        makespan_s=10.0,
+        telemetry={"wall_s": 10.0},
+    )
+    write_record(record, folder)
+    return folder
+
+
+@pytest.fixture
+def other(one, tmp_path):
+    """A copy of it."""
+    return shutil.copytree(one, tmp_path / "other")
+
+
+def change_record(folder, change):
+    record = read_sweep(folder)
+    change(record)
+    write_record(record, folder)
+
+
+def change_step(folder, row, **values):
+    steps = [dict(step) for step in STEPS]
+    steps[row] |= values
+    (folder / "steps.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
+
+
+def test_sweeps_that_differ_in_times_and_speeds_are_identical(one, other):
+    def change(record):
+        record.started_at, record.makespan_s = "2027-01-01T00:00:00+00:00", 99.0
+        record.telemetry, record.threads = {"wall_s": 99.0}, 1
+
+    change_record(other, change)
+    change_step(other / "runs" / "lora-0000", 0, tokens_per_s=7.0)
+    found = compare_sweeps(one, other)
+    assert found.holds
+    assert found.num_trials == 4
+    assert found.describe() == f"identical: all 4 trials, their decisions, losses and scores: {other}"
+
+
+@pytest.mark.parametrize(
+    ("run", "row", "values", "said"),
+    [
+        (
+            "lora-0001",
+            1,
+            {"loss": 2.0000000000000004},
+            "trial lora-1, step 2: `loss` was 2.0 and is 2.00000",
+        ),
+        ("lora-0000", 0, {"lr": 0.02}, "trial lora-0, step 1: `lr` was 0.01 and is 0.02"),
+        (
+            "lora-0000",
+            2,
+            {"validation": {"loss": 2.25, "bits_per_byte": 1.4}},
+            "trial lora-0, step 2: `validation bits_per_byte` was 1.5 and is 1.4",
+        ),
+        ("lora-confirm-0001", 0, {"loss": 3.0}, "confirm run lora seed 9, step 1: `loss` was 2.5 and is 3.0"),
+    ],
+)
+def test_the_first_step_that_differs_is_named_with_its_key(one, other, run, row, values, said):
+    change_step(other / "runs" / run, row, **values)
+    found = compare_sweeps(one, other)
+    assert not found.holds
+    assert found.describe().startswith(f"different: {said}")
+    assert found.describe().endswith(f": {other}")
+
+
+def test_a_run_that_ended_earlier_differs_where_it_ended(one, other):
+    path = other / "runs" / "lora-0001" / "steps.jsonl"
+    path.write_text(path.read_text().splitlines(keepends=True)[0])
+    assert "trial lora-1, step 2: `loss` was 2.0 and is 'nothing'" in compare_sweeps(one, other).describe()
+    assert "trial lora-1, step 2: `loss` was 'nothing' and is 2.0" in compare_sweeps(other, one).describe()
+
+
+def set_value(record, key, value):
+    setattr(record.trials[1], key, value)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda r: r.trials[1].params.update({"optim.lr": 0.02}), "trial lora-1: `optim.lr` was 0.01 and is 0.02"),
+        (lambda r: r.trials[1].params.pop("optim.lr"), "trial lora-1: `optim.lr` was 0.01 and is 'nothing'"),
+        (lambda r: set_value(r, "state", "complete"), "trial lora-1: `state` was 'pruned' and is 'complete'"),
+        (lambda r: set_value(r, "value", 1.76), "trial lora-1: `value` was 1.75 and is 1.76"),
+        (lambda r: r.trials.pop(), "sweep: `number of trials` was 2 and is 1"),
+        (lambda r: setattr(r, "confirm_seeds", [7]), "sweep: `confirm_seeds` was [7, 9] and is [7]"),
+        (lambda r: setattr(r.confirm[0], "value", 2.1), "confirm run lora seed 7: `value` was 2.0 and is 2.1"),
+        (lambda r: setattr(r, "metric", "loss"), "sweep: `metric` was 'bits_per_byte' and is 'loss'"),
+    ],
+)
+def test_the_first_decision_that_differs_is_named(one, other, change, said):
+    change_record(other, change)
+    assert compare_sweeps(one, other).describe() == f"different: {said}: {other}"
+
+
+def test_the_earliest_of_several_differences_is_named(one, other):
+    change_step(other / "runs" / "lora-0001", 0, loss=9.0)
+    change_step(other / "runs" / "lora-0000", 1, loss=9.0)
+    assert "trial lora-0, step 2: `loss`" in compare_sweeps(one, other).describe()
+
+
+def test_what_is_no_sweep_is_refused(one, tmp_path):
+    with pytest.raises(RecordError, match=r"must contain sweep\.json"):
+        compare_sweeps(one, tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("run", ["../one/runs/lora-0000", "/etc"])
+def test_a_run_outside_of_its_sweep_is_refused(one, other, run):
+    change_record(other, lambda record: setattr(record.trials[0], "run", run))
+    with pytest.raises(RecordError, match="a trial's run must lie in its sweep's folder"):
+        compare_sweeps(one, other)

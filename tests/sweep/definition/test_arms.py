@@ -1,0 +1,383 @@
+"""A sweep's file and the command line become arms; whatever does not is one sentence, before anything is written."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+from lorasweep.config.compose import compose_driver, compose_run
+from lorasweep.errors import ConfigError
+from lorasweep.sweep.definition.arms import read_definition, restore_definition
+
+LR = FloatDistribution(1e-3, 1e-1, log=True)
+
+
+@pytest.fixture
+def read(write_file):
+    """Reads a sweep file's content with overrides; returns the definition."""
+    return lambda content, *overrides: read_definition(write_file(content), overrides)
+
+
+def arms_of(definition):
+    return {arm.name: arm for arm in definition.arms}
+
+
+def test_a_file_becomes_arms_in_its_order(read, content):
+    definition = read(content)
+    assert [(arm.name, arm.trials) for arm in definition.arms] == [("frozen", 1), ("full", 3), ("lora", 6)]
+    assert definition.name == "made_up"
+    assert arms_of(definition)["lora"].space == {
+        "method.rank": CategoricalDistribution([1, 2, 4]),
+        "optim.lr": LR,
+    }
+    assert arms_of(definition)["frozen"].space == {}
+
+
+def test_an_arm_composes_its_trials(read, content):
+    config = arms_of(read(content))["lora"].compose({"method.rank": 2, "optim.lr": 0.5})
+    assert (config.method.rank, config.optim.lr, config.trainer.max_steps) == (2, 0.5, 8)
+    assert not config.trainer.progress
+
+
+def test_corners_are_both_ends_of_each_range_and_all_upper_ends(read, content):
+    corners = [(c.method.rank, c.optim.lr) for c in arms_of(read(content))["lora"].corners()]
+    assert corners == [(1, 1e-3), (2, 1e-3), (4, 1e-3), (1, 1e-1), (4, 1e-1)]
+
+
+def test_an_override_reaches_every_arm_that_has_the_key(read, content):
+    arms = arms_of(read(content, "optim.weight_decay=0.1", "method.alpha=32"))
+    assert {name: arm.settings.get("optim.weight_decay") for name, arm in arms.items()} == dict.fromkeys(arms, 0.1)
+    assert {name for name, arm in arms.items() if "method.alpha" in arm.settings} == {"lora"}
+
+
+def test_an_override_fixes_a_swept_key(read, content):
+    lora = arms_of(read(content, "method.rank=2"))["lora"]
+    assert lora.space == {"optim.lr": LR}
+    assert lora.settings["method.rank"] == 2
+
+
+def test_an_arm_whose_space_was_fixed_away_has_one_trial(read, content):
+    full = arms_of(read(content, "arms.full.optim.lr=1e-3"))["full"]
+    assert (full.space, full.trials) == ({}, 1)
+    assert full.compose({}).optim.lr == 1e-3
+
+
+def test_an_override_of_one_arm_reaches_that_one_alone(read, content):
+    arms = arms_of(read(content, "arms.lora.trainer.batch_size=4"))
+    assert {name for name, arm in arms.items() if "trainer.batch_size" in arm.settings} == {"lora"}
+
+
+def test_an_override_of_one_arm_beats_one_of_all(read, content):
+    for words in (["optim.eps=1e-6", "arms.lora.optim.eps=1e-7"], ["arms.lora.optim.eps=1e-7", "optim.eps=1e-6"]):
+        arms = arms_of(read(content, *words))
+        assert (arms["lora"].settings["optim.eps"], arms["full"].settings["optim.eps"]) == (1e-7, 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "expected"),
+    [
+        ("method.rank=choice(1,8)", "method.rank", CategoricalDistribution([1, 8])),
+        ("method.rank=1,8", "method.rank", CategoricalDistribution([1, 8])),
+        ("method.rank=range(2,9,2)", "method.rank", IntDistribution(2, 8, step=2)),
+        ("method.rank=interval(1,8)", "method.rank", IntDistribution(1, 8)),
+        ("method.rank=tag(log,interval(1,8))", "method.rank", IntDistribution(1, 8, log=True)),
+        ("optim.lr=tag(log,interval(1e-4,1e-2))", "optim.lr", FloatDistribution(1e-4, 1e-2, log=True)),
+        ("method.alpha=8,16", "method.alpha", CategoricalDistribution([8, 16])),
+        ("arms.lora.optim.weight_decay=interval(0,0.1)", "optim.weight_decay", FloatDistribution(0.0, 0.1)),
+    ],
+)
+def test_a_range_in_hydras_words_replaces_or_adds_one(read, content, override, key, expected):
+    assert arms_of(read(content, override))["lora"].space[key] == expected
+
+
+def test_a_range_reaches_only_arms_with_a_space(read, content):
+    arms = arms_of(read(content, "optim.lr=choice(0.1,0.2)"))
+    assert [name for name, arm in arms.items() if "optim.lr" in arm.space] == ["full", "lora"]
+
+
+def test_trials_are_set_for_all_arms_with_a_space_or_for_one(read, content):
+    trials = {arm.name: arm.trials for arm in read(content, "sweep.trials=2", "arms.lora.trials=5").arms}
+    assert trials == {"frozen": 1, "full": 2, "lora": 5}
+
+
+def test_the_drivers_keys_are_set_for_all_arms(read, content):
+    definition = read(content, "sampler=qmc", "pruner=median", "pruner.min_trials=3", "sweep.seed=7")
+    for driver in (definition.driver, *(arm.driver for arm in definition.arms)):
+        assert (driver.sampler.name, driver.pruner.name, driver.pruner.min_trials) == ("qmc", "median", 3)
+        assert driver.sweep.seed == 7
+
+
+def test_an_arms_own_driver_settings_beat_the_files_and_the_command_line_beats_both(read, content):
+    content["settings"]["sampler"] = "qmc"
+    content["arms"]["lora"]["settings"]["sampler"] = "random"
+    names = {arm.name: arm.driver.sampler.name for arm in read(content).arms}
+    assert names == {"frozen": "qmc", "full": "qmc", "lora": "random"}
+    names = {arm.name: arm.driver.sampler.name for arm in read(content, "sampler=gp").arms}
+    assert names == {"frozen": "gp", "full": "gp", "lora": "gp"}
+    names = {arm.name: arm.driver.sampler.name for arm in read(content, "sampler=gp", "arms.lora.sampler=tpe").arms}
+    assert names == {"frozen": "gp", "full": "gp", "lora": "tpe"}
+
+
+@pytest.mark.parametrize(
+    ("set_in_file", "word", "name"),
+    [
+        ({"pruner.reduction_factor": 4}, "pruner=none", "none"),
+        ({"pruner.rungs": [0.5], "pruner.reduction_factor": 4}, "pruner=median", "median"),
+        ({"pruner": "median", "pruner.min_trials": 2}, "pruner=halving", "halving"),
+        ({"pruner": "median", "pruner.min_trials": 2}, "arms.lora.pruner=none", "none"),
+        ({"sampler.startup_trials": 7}, "sampler=random", "random"),
+        ({"sampler.startup_trials": 7}, "arms.lora.sampler=qmc", "qmc"),
+        ({"schedule.warmup_fraction": 0.5}, "schedule=constant", "constant"),
+        ({"schedule.warmup_fraction": 0.5}, "arms.lora.schedule=cosine", "cosine"),
+    ],
+)
+def test_another_option_of_a_group_has_its_own_defaults(read, content, set_in_file, word, name):
+    """What the file says inside the group was meant for the option that it had."""
+    group = word.removeprefix("arms.lora.").partition("=")[0]
+    of_driver = group in ("pruner", "sampler")
+    of_conf = getattr((compose_driver if of_driver else compose_run)({group: name}), group)
+    del content["settings"]["pruner"]
+    for settings in (content["settings"], content["arms"]["lora"]["settings"]):
+        settings |= set_in_file
+        lora = arms_of(read(content, word))["lora"]
+        assert getattr(lora.driver if of_driver else next(lora.corners()), group) == of_conf
+
+
+def test_the_option_that_a_file_has_already_keeps_what_the_file_set(read, content):
+    content["settings"] |= {"pruner": "median", "pruner.min_trials": 3, "schedule.warmup_fraction": 0.5}
+    lora = arms_of(read(content, "pruner=median", "schedule=linear"))["lora"]
+    assert lora.driver.pruner.min_trials == 3
+    assert next(lora.corners()).schedule.warmup_fraction == 0.5
+
+
+def test_what_is_set_beside_another_option_stays(read, content):
+    content["settings"] |= {"pruner": "median", "pruner.min_trials": 2}
+    lora = arms_of(read(content, "pruner.reduction_factor=4", "pruner=halving"))["lora"]
+    assert (lora.driver.pruner.name, lora.driver.pruner.reduction_factor) == ("halving", 4)
+
+
+def test_a_pruner_of_the_users_own_is_set_by_its_target(read, content):
+    del content["settings"]["pruner"]
+    words = ["pruner._target_=optuna.pruners.PercentilePruner", "pruner.percentile=25.0"]
+    lora = arms_of(read(content, *words))["lora"]
+    assert (lora.driver.pruner.target, dict(lora.driver.pruner.arguments)) == (
+        "optuna.pruners.PercentilePruner",
+        {"percentile": 25.0},
+    )
+
+
+def test_arguments_of_an_optimizer_are_searched_as_other_settings(read, content):
+    content["arms"]["lora"]["settings"]["optim"] = "sgd"
+    content["arms"]["lora"]["space"] |= {"optim.dampening": {"low": 0.0, "high": 0.5}}
+    lora = arms_of(read(content, "optim.lr=tag(log,interval(0.01,1.0))", "arms.lora.optim.momentum=choice(0,0.9)"))[
+        "lora"
+    ]
+    assert lora.space["optim.momentum"] == CategoricalDistribution([0, 0.9])
+    assert lora.space["optim.dampening"] == FloatDistribution(0.0, 0.5)
+    assert lora.space["optim.lr"] == FloatDistribution(0.01, 1.0, log=True)
+    config = lora.compose({"method.rank": 1, "optim.lr": 0.1, "optim.momentum": 0.9, "optim.dampening": 0.2})
+    assert (config.optim.lr, dict(config.optim.arguments)) == (0.1, {"momentum": 0.9, "dampening": 0.2})
+
+
+def test_a_list_of_loggers_or_callbacks_is_no_choice_of_one(read, content):
+    arms = arms_of(read(content, "logger=[tensorboard,csv]", "arms.lora.callbacks=[lr_monitor,throughput]"))
+    assert set(arms["lora"].space) == {"method.rank", "optim.lr"}
+    config = next(arms["lora"].corners())
+    assert (list(config.logger), list(config.callbacks)) == (["tensorboard", "csv"], ["lr_monitor", "throughput"])
+    assert list(next(arms["full"].corners()).callbacks) == []
+
+
+def test_a_whole_argument_without_a_value_in_the_file_is_searched_in_whole_steps(read, content):
+    content["arms"]["lora"]["settings"]["schedule._target_"] = "torch.optim.lr_scheduler.StepLR"
+    content["arms"]["lora"]["space"] |= {"schedule.step_size": {"low": 1, "high": 5}}
+    assert arms_of(read(content))["lora"].space["schedule.step_size"] == IntDistribution(1, 5)
+
+
+def test_another_class_on_the_command_line_drops_what_the_file_set_for_the_first_but_our_settings(read, content):
+    content["settings"] |= {"optim": "sgd", "optim.momentum": 0.5, "optim.lr": 0.2}
+    lora = arms_of(read(content, "optim._target_=torch.optim.RMSprop", "optim.alpha=0.9"))["lora"]
+    config = next(lora.corners())
+    assert (config.optim.target, dict(config.optim.arguments)) == ("torch.optim.RMSprop", {"alpha": 0.9})
+    assert config.optim.lr == 0.2 or "optim.lr" in lora.space
+
+
+def test_a_name_on_the_command_line_drops_the_class_of_the_file(read, content):
+    content["settings"] |= {"optim._target_": "torch.optim.RMSprop", "optim.alpha": 0.9}
+    assert next(arms_of(read(content, "optim=adamw"))["lora"].corners()).optim.name == "adamw"
+
+
+def test_an_arms_method_drops_what_the_file_set_for_another_method(read, content):
+    content["settings"]["method.dropout"] = 0.1
+    arms = arms_of(read(content))
+    assert next(arms["lora"].corners()).method.dropout == 0.1
+    assert next(arms["full"].corners()).method.name == "full"
+
+
+def test_a_swept_group_leaves_its_settings_alone(read, content):
+    content["settings"]["schedule.warmup_fraction"] = 0.5
+    lora = arms_of(read(content, "arms.lora.schedule=choice(linear,cosine)"))["lora"]
+    assert lora.space["schedule"] == CategoricalDistribution(["linear", "cosine"])
+    assert {config.schedule.name for config in lora.corners()} == {"linear", "cosine"}
+    assert {config.schedule.warmup_fraction for config in lora.corners()} == {0.5}
+
+
+def test_a_grid_takes_as_many_trials_as_it_has_combinations(read, content):
+    content["arms"]["lora"] |= {"space": {"method.rank": [1, 2], "optim.lr": [0.1, 0.2, 0.3]}, "trials": 6}
+    content["arms"]["full"] |= {"space": {"optim.lr": {"low": 0.1, "high": 0.3, "step": 0.1}}, "trials": 3}
+    assert read(content, "sampler=grid").driver.sampler.name == "grid"
+    content["arms"]["lora"]["trials"] = 7
+    with pytest.raises(ConfigError, match=r"`arms.lora.trials <= 6` must hold under `sampler=grid`.*, but got 7."):
+        read(content, "sampler=grid")
+
+
+def test_a_grid_that_is_too_large_to_lay_out_is_refused(read, content):
+    content["arms"]["lora"] |= {"space": {"trainer.max_steps": {"low": 1, "high": 10**8}}, "trials": 6}
+    message = "`arms.lora.space` must have at most 100,000 combinations under `sampler=grid`, but has 100,000,000."
+    with pytest.raises(ConfigError, match=message):
+        read(content, "arms.lora.sampler=grid")
+
+
+@pytest.mark.parametrize("pattern", ["a**b/.", "data/\0.csv", "../**x"])
+def test_a_path_that_is_no_pattern_of_files_is_left_to_who_reads_the_data(read, content, pattern):
+    del content["settings"]["data.block_length"]
+    content["settings"] |= {"model": "classifier", "data": "table", "data.train": pattern, "model.path": "m"}
+    assert read(content).raw["file"]["settings"]["data.train"] == pattern
+
+
+def test_a_definition_comes_back_from_its_record(read, content):
+    definition = read(content, "optim.eps=1e-6", "method.rank=choice(1,8)", "sweep.trials=2")
+    restored = restore_definition(json.loads(json.dumps(definition.raw)), source=definition.source)
+    assert restored == definition
+    assert restored.fingerprint == definition.fingerprint
+
+
+def test_the_fingerprint_is_that_of_what_was_asked_for(read, content):
+    first = read(content)
+    assert read(content).fingerprint == first.fingerprint
+    assert read(content, "optim.eps=1e-6").fingerprint != first.fingerprint
+    content["arms"]["lora"]["trials"] += 1
+    assert read(content).fingerprint != first.fingerprint
+
+
+def change(content, path, value):
+    *parents, last = path
+    for name in parents:
+        content = content[name]
+    if value is None:
+        del content[last]
+    else:
+        content[last] = value
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (["arm"], {}, r"made_up.yaml: `arm` is not a key of a sweep file. Did you mean `arms`\? Known are name, desc"),
+        (["arms"], None, "`arms` must be a mapping with at least one arm, but got none."),
+        (["arms"], {}, "`arms` must be a mapping with at least one arm, but got none."),
+        (["arms"], [1], "`arms` must be a mapping with at least one arm, but got none."),
+        (["arms", "lora"], 3, "`arms.lora` must be a mapping with `settings`, but got 3."),
+        (["arms", "a b"], {"settings": {}}, "an arm's name must consist of letters, digits, `_` and `-`, but got 'a b"),
+        (["name"], "../x", "`name` must consist of letters, digits, `_` and `-`, but got '../x'."),
+        (["arms", "lora", "spaces"], {}, r"`arms.lora.spaces` is not a key of a sweep file. Did you mean `space`\?"),
+        (["arms", "lora", "trials"], "six", "`arms.lora.trials` must be a whole number, but got 'six'."),
+        (["arms", "lora", "trials"], True, "`arms.lora.trials` must be a whole number, but got True."),
+        (["arms", "lora", "trials"], 0, "`arms.lora.trials >= 1` must hold, but got 0."),
+        (["arms", "frozen", "trials"], 2, "`arms.frozen.trials` must be 1 for an arm without a space, but got 2."),
+        (["arms", "lora", "space"], [1], r"`arms.lora.space` must be a mapping of dotted keys, but got \[1\]."),
+        (["settings"], [1], r"`settings` must be a mapping of dotted keys, but got \[1\]."),
+        (["settings", "optim.lrr"], 1, r"arm `frozen`: `optim.lrr` is not a setting. Did you mean `optim.lr`\?"),
+        (["arms", "lora", "settings", "method"], "lorra", r"`method` must be one of .*. Did you mean `lora`\?"),
+        (["arms", "lora", "settings", "method.rnk"], 1, "`method.rnk` is not a setting. Did you mean `method.rank`"),
+        (["arms", "lora", "space", "method.rnk"], [1], r"`arms.lora.space.method.rnk` is not a setting.*`rank`\?"),
+        (["arms", "lora", "space", "nothing"], [1], "`arms.lora.space.nothing` is not a setting of its arm."),
+        (["arms", "full", "space", "method.rank"], [1], "`arms.full.space.method.rank` is not a setting of its arm."),
+        (
+            ["arms", "lora", "space", "optim"],
+            [1],
+            "arm `lora`: `optim` must be one of adafactor, adamw, adamw_8bit, sgd, but got '1'.",
+        ),
+        (["arms", "lora", "space", "method.rank"], [], "the range of `arms.lora.space.method.rank` must have at least"),
+        (["arms", "lora", "space", "method.rank"], [4, 0], "arm `lora`: `method.rank >= 1` must hold, but got 0."),
+        (["arms", "lora", "space", "method.rank"], ["a"], "arm `lora`: `method.rank` must be a whole number, but got"),
+        (
+            ["arms", "lora", "space", "optim.lr"],
+            {"low": 0.1, "high": 0.01},
+            "`low < high` must hold for the range of `arms.lora.space.optim.lr`, but got 0.1 and 0.01: it is empty.",
+        ),
+        (
+            ["arms", "lora", "space", "optim.beta1"],
+            {"low": 0.5, "high": 1.5},
+            "arm `lora`: `0 <= optim.beta1 < 1` must hold, but got 1.5.",
+        ),
+        (["settings", "sampler"], "tpee", r"`sampler` must be one of .*, but got 'tpee'. Did you mean `tpe`\?"),
+        (["settings", "worker.pack_size"], 0, "`worker.pack_size >= 1` must hold, but got 0."),
+        (["settings", "worker.num"], 4, "`worker.num` must be 1 .*, but got 4. .* `worker=ray worker.num=4`"),
+        (["settings", "storage"], "postgresql", "`storage` must be a group of settings, but got 'postgresql'."),
+    ],
+)
+def test_a_file_that_is_wrong_is_refused_by_name(read, content, path, value, message):
+    change(content, path, value)
+    with pytest.raises(ConfigError, match=f"^made_up.yaml: .*{message.removeprefix('made_up.yaml: ')}"):
+        read(content)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["name: [", "just words", "- a\n- b\n", "name: ${nothing}", "name: '${'", "a: 1\na: 2\n", "\x00", ""],
+)
+def test_a_file_that_is_no_sweep_is_refused(read, text):
+    with pytest.raises(ConfigError, match=r"made_up\.yaml"):
+        read(text)
+
+
+def test_a_file_in_another_encoding_is_refused(write_file):
+    path = write_file("")
+    path.write_bytes("name: Größe".encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"made_up.yaml' must be a YAML file, but can't be read: "):
+        read_definition(path, [])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optim.lrr=1", r"`optim.lrr` is not a setting. Did you mean `optim.lr`\?"),
+        ("method.rnk=1", r"`method.rnk` is not a setting. Did you mean `method.rank`\?"),
+        ("sampler=tpee", r"`sampler` must be one of .*, but got 'tpee'. Did you mean `tpe`\?"),
+        ("sweep.trails=1", r"`sweep.trails` is not a setting. Did you mean `sweep.trials`\?"),
+        (
+            "arms.lorra.optim.lr=1",
+            r"`arms.lorra.optim.lr` must be a setting of at least one arm \(frozen, full, lora\)",
+        ),
+        ("arms.lora.method.rnk=1", r"arm `lora`: `method.rnk` is not a setting. Did you mean `method.rank`\?"),
+        ("arms.full.method.rank=1", "arm `full`: `method.rank` is not a setting."),
+        ("arms.lora.trials=many", "`arms.lora.trials` must be a whole number, but got 'many'."),
+        ("arms.frozen.method.rank=choice(1,2)", "`arms.frozen.space.method.rank` is not a setting of its arm."),
+        ("method.rank=0", "arm `lora`: `method.rank >= 1` must hold, but got 0."),
+        ("words", "an override must read `key=value`, but got"),
+        ("arms.lora=1", "`arms.lora` must be a setting of at least one arm"),
+    ],
+)
+def test_an_override_that_is_wrong_is_refused(read, content, override, message):
+    with pytest.raises(ConfigError, match=message):
+        read(content, override)
+
+
+def test_a_range_where_no_arm_has_a_space_is_refused(read, content):
+    content["arms"] = {"frozen": content["arms"]["frozen"]}
+    with pytest.raises(ConfigError, match=r"`optim.lr` must be a setting of at least one arm \(frozen\), but is none"):
+        read(content, "optim.lr=choice(0.1,0.2)")
+
+
+def test_paths_of_files_are_kept_absolute_so_that_a_sweep_goes_on_from_anywhere(read, content, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.txt", "b.txt", "train"):
+        (tmp_path / name).write_text("some text")
+    content["settings"] |= {"data": "text", "data.train": "./a.txt"}
+    definition = read(content, "data.validation='*.txt'", "arms.lora.data.test=b.txt")
+    assert definition.raw["file"]["settings"]["data.train"] == str(tmp_path / "a.txt")
+    assert definition.raw["overrides"]["data.validation"] == str(tmp_path / "*.txt")
+    assert definition.raw["overrides"]["arms.lora.data.test"] == str(tmp_path / "b.txt")
+    assert read(content, "data.train=train").raw["overrides"]["data.train"] == "train"  # may be a split of the hub

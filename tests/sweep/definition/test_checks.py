@@ -1,0 +1,123 @@
+"""Each arm is checked against its base model and data before anything is written."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from lorasweep.errors import ConfigError
+from lorasweep.models.load import load_base
+from lorasweep.sweep.definition.arms import read_definition
+from lorasweep.sweep.definition.checks import check_definition, data_notes, sweep_metric
+from lorasweep.training.inputs import InputsCache, RunInputs
+
+
+@pytest.fixture(scope="module")
+def tiny_benches(inputs, make_config):
+    """InputsCache that have one model, whatever the data."""
+    base = load_base(make_config().model, dtype=inputs.base.model.dtype)
+
+    class OneBench(InputsCache):
+        def of(self, config):
+            return RunInputs(base=base, parts=inputs.parts, precision="fp32")
+
+    return OneBench()
+
+
+def test_an_arm_that_does_not_fit_the_model_is_refused_by_name(write_file, content, tiny_benches):
+    content["arms"]["lora"]["space"]["method.rank"] = [1, 100_000]
+    definition = read_definition(write_file(content), [])
+    with pytest.raises(ConfigError, match=r"^arm `lora`: `method.rank <= \d+` must hold .*100000"):
+        check_definition(definition, tiny_benches)
+
+
+def test_a_target_that_is_not_there_is_refused_with_the_nearest(write_file, content, tiny_benches):
+    content["arms"]["lora"]["settings"]["method.targets"] = ["q_prj"]
+    definition = read_definition(write_file(content), [])
+    with pytest.raises(ConfigError, match=r"^arm `lora`: .*q_prj.*q_proj"):
+        check_definition(definition, tiny_benches)
+
+
+def test_a_right_definition_gives_a_run_per_arm(write_file, content, tiny_benches):
+    configs = check_definition(read_definition(write_file(content), []), tiny_benches)
+    assert {name: config.method.name for name, config in configs.items()} == {
+        "frozen": "frozen",
+        "full": "full",
+        "lora": "lora",
+    }
+    assert sweep_metric(configs, tiny_benches) == "bits_per_byte"
+
+
+def test_arms_with_different_metrics_are_refused(make_config):
+    configs = {metric: make_config({"data.metric": metric}) for metric in ("loss", "bits_per_byte")}
+
+    class InputsCache:
+        def of(self, config):
+            return SimpleNamespace(parts=SimpleNamespace(metric=config.data.metric))
+
+    with pytest.raises(ConfigError, match=r"all arms must have one `data.metric`, but got bits_per_byte, loss."):
+        sweep_metric(configs, InputsCache())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"pruner": "halving", "pruner.rungs": [0.99]},
+            "every rung of `pruner.rungs` must be near an evaluation",
+        ),
+        (
+            {"pruner": "halving", "trainer.eval_every_steps": 8},
+            "`trainer.eval_every_steps=8` and a rung at step",
+        ),
+        ({"pruner._target_": "optuna.pruners.NoSuch"}, "`pruner._target_` must be the import path of a class"),
+        ({"pruner._target_": "optuna.pruners.PercentilePruner"}, "`pruner` must have arguments that"),
+    ],
+)
+def test_a_rule_that_cant_be_is_refused_with_its_arm(write_file, content, tiny_benches, settings, message):
+    del content["settings"]["pruner"]
+    content["settings"] |= settings
+    definition = read_definition(write_file(content), [])
+    with pytest.raises(ConfigError, match=r"^arm `(full|lora)`: ") as refused:
+        check_definition(definition, tiny_benches)
+    assert message in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_the_frozen_base_needs_no_rung(write_file, content, tiny_benches):
+    content["settings"] |= {"pruner": "halving"}
+    content["arms"] = {"frozen": content["arms"]["frozen"]}
+    content["arms"]["frozen"]["settings"]["trainer.eval_every_steps"] = 8
+    assert set(check_definition(read_definition(write_file(content), []), tiny_benches)) == {"frozen"}
+
+
+def test_a_search_that_leaves_no_seed_is_refused(write_file, content, tiny_benches):
+    content["settings"]["confirm.seeds"] = 2
+    content["arms"]["lora"]["space"]["seed"] = {"low": 0, "high": 2**32 - 1}
+    with pytest.raises(ConfigError, match="the search must leave 2 seeds"):
+        check_definition(read_definition(write_file(content), []), tiny_benches)
+
+
+def test_test_data_that_cannot_be_read_is_refused_before_the_search(write_file, content, tiny_benches):
+    class WithoutTest:
+        def of(self, config):
+            return SimpleNamespace(base=tiny_benches.of(config).base, parts=SimpleNamespace(test=self.test))
+
+        def test(self):
+            raise ConfigError("the test part must not be empty, but has no document.")
+
+    content["settings"]["confirm.seeds"] = 2
+    definition = read_definition(write_file(content), [])
+    with pytest.raises(ConfigError, match=r"the test part must not be empty, .* `confirm\.seeds=0`"):
+        check_definition(definition, WithoutTest())
+    check_definition(read_definition(write_file(content), ["confirm.seeds=0"]), WithoutTest())
+
+
+def test_notes_on_the_data_of_several_arms_are_said_once(make_config):
+    class InputsCache:
+        def of(self, config):
+            return SimpleNamespace(notes=("shared", f"of {config.method.name}"))
+
+    configs = {name: make_config({"method": name}) for name in ("lora", "full")}
+    assert data_notes(configs, InputsCache()) == ["shared", "of lora", "of full"]

@@ -1,0 +1,101 @@
+"""Which trials can train together: those that differ only in what a slot owns."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from lorasweep.errors import ConfigError
+from lorasweep.sweep.definition.arms import read_definition
+from lorasweep.sweep.definition.packing import packing_notes, plan_packing
+
+
+def plan(write_file, content: Any, *overrides: str):
+    return plan_packing(read_definition(write_file(content), overrides))
+
+
+def test_lora_trials_share_packs_and_others_run_alone(write_file, content):
+    plans = plan(write_file, content)
+    assert plans["lora"].key is not None
+    assert plans["full"].key is None
+    assert "`method=full` has no slots" in plans["full"].reason
+    assert plans["lora"].largest.method.rank == 4
+
+
+@pytest.mark.parametrize("method", ["head", "bitfit", "intrinsic"])
+def test_methods_that_change_the_base_itself_run_alone_and_say_why(write_file, content, method):
+    content["arms"]["full"]["settings"]["method"] = method
+    plans = plan(write_file, content)
+    assert plans["full"].key is None
+    assert plans["full"].reason == f"`method={method}` has no slots on a frozen base, so its trials run alone."
+
+
+def test_arms_that_differ_in_what_a_slot_owns_share_a_pack(write_file, content):
+    content["arms"]["other"] = {"settings": {"method": "lora", "method.alpha": 4, "schedule": "cosine"}, "trials": 1}
+    content["arms"]["longer"] = {"settings": {"method": "lora", "trainer.max_steps": 16}, "trials": 1}
+    plans = plan(write_file, content)
+    assert plans["other"].key == plans["lora"].key
+    assert plans["longer"].key not in (None, plans["lora"].key)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "reason"),
+    [
+        ("method.variant", "dora", "`method.variant=dora` can't be packed"),
+        ("method.init", "pissa", "`method.init=pissa` can't be packed"),
+        ("trainer.max_steps", 9, "not a multiple of `trainer.eval_every_steps`"),
+        ("optim.eps", 0.0, "`optim.eps` is 0"),
+        ("trainer.devices", 2, "`trainer.devices` does not go with packs"),
+        ("optim", "sgd", "`optim._target_` does not go with packs, whose slots all train by AdamW, so its trials run"),
+        ("callbacks", ["lr_monitor"], "`callbacks` does not go with packs, where a callback would see several runs as"),
+        ("trainer.profiler", "simple", "`trainer.profiler` does not go with packs, whose steps belong to several runs"),
+        ("schedule", "one_cycle", "`schedule._target_` does not go with packs, whose slots have the schedules that"),
+    ],
+)
+def test_what_a_slot_cannot_own_runs_alone_and_says_why(write_file, content, key, value, reason):
+    content["arms"]["lora"]["settings"][key] = value
+    plans = plan(write_file, content)
+    assert plans["lora"].key is None
+    assert reason in plans["lora"].reason
+
+
+def test_the_report_says_why_trials_run_alone(write_file, content):
+    assert packing_notes(read_definition(write_file(content), [])) == []  # `full` has no slots under any settings
+    content["arms"]["lora"]["settings"]["optim"] = "sgd"
+    (note,) = packing_notes(read_definition(write_file(content), ["worker.pack_size=auto"]))
+    assert note.startswith("`lora`: `optim._target_` does not go with packs")
+    assert packing_notes(read_definition(write_file(content), ["worker.pack_size=1"])) == []
+
+
+def test_arms_with_other_loggers_share_a_pack(write_file, content):
+    content["arms"]["lora"]["settings"]["logger"] = ["tensorboard", "csv"]
+    content["arms"]["other"] = {"settings": {"method": "lora", "logger": "none"}, "trials": 1}
+    plans = plan(write_file, content)
+    assert plans["other"].key is not None
+    assert plans["other"].key == plans["lora"].key
+
+
+def test_a_swept_schedule_with_a_name_is_packed(write_file, content):
+    content["arms"]["lora"]["space"]["schedule"] = ["linear", "inverse_sqrt", "warmup_stable_decay"]
+    assert plan(write_file, content)["lora"].key is not None
+
+
+def test_a_swept_setting_that_slots_share_runs_alone(write_file, content):
+    content["arms"]["lora"]["space"]["trainer.batch_size"] = [2, 4]
+    assert "`trainer.batch_size` is swept" in plan(write_file, content)["lora"].reason
+
+
+def test_a_model_of_the_users_own_runs_alone(write_file, content):
+    content["settings"] |= {"model": "own", "model.factory": "models:build"}
+    assert "`model.factory` may mix the rows of a batch" in plan(write_file, content)["lora"].reason
+
+
+def test_a_pack_larger_than_its_trials_is_refused(write_file, content):
+    with pytest.raises(ConfigError, match=r"`worker.pack_size <= 6` must hold.*but got 7"):
+        plan(write_file, content, "worker.pack_size=7")
+
+
+def test_a_pack_asked_for_an_arm_without_slots_is_refused(write_file, content):
+    with pytest.raises(ConfigError, match=r"`worker.pack_size` must be 1 or auto for arm `full`, but got 2"):
+        plan(write_file, content, "arms.full.worker.pack_size=2")

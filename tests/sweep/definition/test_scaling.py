@@ -1,0 +1,150 @@
+"""α by its multiplier: fixed or searched, by whichever of the two keys was said last."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from optuna.distributions import CategoricalDistribution, FloatDistribution
+
+from lorasweep.errors import ConfigError
+from lorasweep.sweep.definition.arms import read_definition
+from lorasweep.sweep.definition.scaling import MULTIPLIER, compose_scaled, lay_over, spell_out
+
+
+@pytest.fixture
+def lora(write_file, content):
+    """Reads a sweep of which the LoRA arm has these settings and space; returns that arm."""
+
+    def read(settings, space, *overrides):
+        trials = {} if space else {"trials": 1}
+        content["arms"]["lora"] |= {"settings": {"method": "lora", **settings}, "space": space, **trials}
+        arms = read_definition(write_file(content), overrides).arms
+        return next(arm for arm in arms if arm.name == "lora")
+
+    return read
+
+
+RANKS = {"method.rank": [1, 4]}
+
+
+def test_a_fixed_multiplier_gives_alpha_by_rank(lora):
+    arm = lora({"method.alpha": {"over_rank": 2}}, RANKS)
+    assert [arm.compose({"method.rank": rank}).method.alpha for rank in (1, 4)] == [2, 8]
+    assert arm.settings[MULTIPLIER] == 2
+
+
+def test_choices_of_the_multiplier_are_searched_under_its_own_key(lora):
+    arm = lora({}, {**RANKS, "method.alpha": {"over_rank": [1, 2, 4]}})
+    assert arm.space[MULTIPLIER] == CategoricalDistribution([1, 2, 4])
+    assert arm.compose({"method.rank": 4, MULTIPLIER: 2}).method.alpha == 8
+
+
+def test_a_range_of_the_multiplier_is_searched(lora):
+    arm = lora({}, {**RANKS, "method.alpha": {"over_rank": {"low": 0.5, "high": 8, "log": True}}})
+    assert arm.space[MULTIPLIER] == FloatDistribution(0.5, 8, log=True)
+    assert {config.method.alpha / config.method.rank for config in arm.corners()} == {0.5, 8}
+
+
+def test_the_key_of_the_multiplier_can_be_typed_as_it_is_recorded(lora):
+    assert lora({MULTIPLIER: 3}, RANKS).compose({"method.rank": 4}).method.alpha == 12
+    assert lora({}, {MULTIPLIER: [1, 2]}).space == {MULTIPLIER: CategoricalDistribution([1, 2])}
+
+
+@pytest.mark.parametrize(
+    ("override", "alpha"),
+    [
+        ("method.alpha={over_rank:3}", 12),
+        ("method.alpha_over_rank=3", 12),
+        ("arms.lora.method.alpha={over_rank:3}", 12),
+        ("method.alpha=5", 5),
+    ],
+)
+@pytest.mark.parametrize("before", [{}, {"method.alpha": 64}, {"method.alpha": {"over_rank": 7}}])
+def test_an_override_counts_more_than_either_key_in_the_file(lora, before, override, alpha):
+    assert lora(before, RANKS, override).compose({"method.rank": 4}).method.alpha == alpha
+
+
+def test_an_override_may_search_what_was_fixed_and_fix_what_was_searched(lora):
+    searched = lora({"method.alpha": 64}, RANKS, "method.alpha={over_rank:[1,2]}")
+    assert searched.space[MULTIPLIER] == CategoricalDistribution([1, 2])
+    assert "method.alpha" not in searched.settings
+    ranged = lora({"method.alpha": {"over_rank": 2}}, RANKS, "method.alpha=choice(8,16)")
+    assert ranged.space["method.alpha"] == CategoricalDistribution([8, 16])
+    assert ranged.compose({"method.rank": 4, "method.alpha": 8}).method.alpha == 8
+    fixed = lora({}, {**RANKS, "method.alpha": {"over_rank": [1, 2]}}, "method.alpha=8")
+    assert (set(fixed.space), fixed.settings["method.alpha"]) == ({"method.rank"}, 8)
+
+
+def test_an_arm_beats_the_whole_sweep_by_either_key(write_file, content):
+    content["arms"] = {"lora": {"settings": {"method": "lora", "method.alpha": 8}}, "other": {"settings": {}}}
+    content["settings"] |= {"method.alpha": {"over_rank": 2}, "method.rank": 4}
+    arms = read_definition(write_file(content), []).arms
+    assert [arm.compose({}).method.alpha for arm in arms] == [8, 8]
+    content["arms"]["lora"]["settings"]["method.alpha"] = {"over_rank": 3}
+    assert read_definition(write_file(content), []).arms[0].compose({}).method.alpha == 12
+
+
+@pytest.mark.parametrize(
+    ("settings", "space", "message"),
+    [
+        ({"method.alpha": {"over_rank": -1}}, {}, "`method.alpha_over_rank` must be a finite number >= 0, but got -1"),
+        (
+            {"method.alpha": {"over_rank": [1]}},
+            {},
+            r"`method.alpha_over_rank` must be a finite number >= 0, but got",
+        ),
+        (
+            {"method.alpha": {"over_rank": "a"}},
+            {},
+            "`method.alpha_over_rank` must be a finite number >= 0, but got 'a",
+        ),
+        ({"method.alpha": {"over_rnk": 2}}, {}, "`method.alpha` must be a number, but got"),
+        (
+            {"method.alpha": {"over_rank": 2, "low": 1}},
+            {},
+            "`over_rank` must stand alone in `method.alpha`",
+        ),
+        ({"method.alpha": 2, MULTIPLIER: 2}, {}, "`arms.lora.settings` must have `method.alpha` or its multiplier"),
+        (
+            {"method.alpha": {"over_rank": 2}, MULTIPLIER: 2},
+            {},
+            "`method.alpha_over_rank` must be given once",
+        ),
+        ({}, {"method.alpha": {"over_rank": []}}, "`arms.lora.space.method.alpha_over_rank` must have at least one"),
+        (
+            {},
+            {"method.alpha": {"over_rank": 2}},
+            "the range of `arms.lora.space.method.alpha_over_rank` must be",
+        ),
+        (
+            {"method.alpha": {"over_rank": 2}, "method.rank_pattern": {"q_proj": 2}},
+            {},
+            "`method.rank_pattern` must be",
+        ),
+        (
+            {"method": "full", MULTIPLIER: 2},
+            {},
+            "`method.alpha_over_rank` is a setting of `method=lora`, but",
+        ),
+    ],
+)
+def test_a_multiplier_that_does_not_fit_is_refused(lora, settings, space, message):
+    with pytest.raises(ConfigError, match=message):
+        lora(settings, space)
+
+
+def test_a_misspelt_multiplier_is_refused_with_the_nearest(lora):
+    with pytest.raises(ConfigError, match=r"`method.alpha_over_rnk` is not a setting. Did you mean `method.alpha_over"):
+        lora({}, RANKS, "method.alpha_over_rnk=2")
+
+
+def test_infinity_is_refused():
+    with pytest.raises(ConfigError, match=r"`method.alpha_over_rank` must be a finite number >= 0, but got inf\."):
+        compose_scaled({MULTIPLIER: math.inf})
+
+
+def test_layers_of_settings_replace_each_others_alpha():
+    assert lay_over({"method.alpha": 8, "a": 1}, {MULTIPLIER: 2}) == {"a": 1, MULTIPLIER: 2}
+    assert lay_over({MULTIPLIER: 2}, {"method.alpha": 8}) == {"method.alpha": 8}
+    assert spell_out({"arms.x.method.alpha": {"over_rank": 2}}, where="w") == {"arms.x.method.alpha_over_rank": 2}

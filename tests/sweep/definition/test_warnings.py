@@ -1,0 +1,97 @@
+"""What makes a comparison less fair is said before the first trial; what is fair is not warned of."""
+
+from __future__ import annotations
+
+import pytest
+
+from lorasweep.sweep.definition.arms import read_definition
+from lorasweep.sweep.definition.warnings import find_warnings
+
+RATES = {"low": 1e-3, "high": 1e-1, "log": True}
+SEARCHED = {"method.rank": [1, 64], "optim.lr": RATES}
+
+
+@pytest.fixture
+def warnings(write_file, content):
+    """Returns the warnings of a sweep with one LoRA arm beside `full`, both with 3 trials."""
+
+    def of(lora, *overrides, settings=None):
+        content["arms"]["lora"] = {"settings": {"method": "lora"}, "space": {"optim.lr": RATES}, "trials": 3} | lora
+        content["settings"] |= settings or {}
+        return find_warnings(read_definition(write_file(content), overrides))
+
+    return of
+
+
+def test_a_fair_sweep_is_not_warned_of(warnings):
+    assert warnings({}) == []
+
+
+def test_a_fixed_alpha_is_warned_of_where_the_rank_is_searched(warnings):
+    (warning,) = warnings({"space": {"method.rank": [1, 64], "optim.lr": RATES}})
+    assert warning == (
+        "`method.alpha` of `lora` is 16 at every rank, so the change is scaled by α/r = 16 at rank 1 and 0.25 at rank "
+        "64. What looks like an effect of rank may then be one of strength. `method.alpha: {over_rank: 2}` holds α/r, "
+        "`{over_rank: [1, 2, 4]}` searches it."
+    )
+
+
+def test_an_expansion_over_the_rank_is_warned_of_once_and_more_mildly(warnings):
+    (warning,) = warnings({"expand": {"method.rank": [1, 2, 8]}})
+    assert "of `lora` is 16 at every rank, so the change is scaled by α/r = 16 at rank 1 and 2 at rank 8." in warning
+    assert "Each rank searches by itself, which makes up for it as far as the ranges reach." in warning
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {"space": {"method.rank": [1, 64], "method.alpha": [8, 16], "optim.lr": RATES}},
+        {"space": {"method.rank": [1, 64], "method.alpha": {"over_rank": [1, 2]}, "optim.lr": RATES}},
+        {"space": SEARCHED, "settings": {"method": "lora", "method.alpha": {"over_rank": 2}}},
+        {"space": SEARCHED, "settings": {"method.scaling": "alpha_over_sqrt_rank"}},
+        {"space": {"optim.lr": RATES}, "expand": {"method.rank": [1, 8], "method.alpha": [8, 16]}},
+        {"space": {"method.rank": [8], "optim.lr": RATES}},
+        {"space": {"optim.lr": RATES}, "settings": {"method.rank": 64}},
+    ],
+)
+def test_alpha_that_moves_or_a_rank_that_stays_is_not_warned_of(warnings, lora):
+    assert warnings(lora) == []
+
+
+def test_unequal_numbers_of_trials_are_warned_of(warnings):
+    (warning,) = warnings({"trials": 6})
+    assert warning.startswith("Arms have unequal numbers of trials (full 3, lora 6): ")
+    assert warnings({"trials": 6}, "sweep.trials=4") == []
+
+
+def test_unequal_tokens_per_trial_are_warned_of(warnings):
+    (warning,) = warnings({"settings": {"trainer.max_steps": 16}})
+    assert warning.startswith("Arms train on unequal numbers of tokens per trial (full 4,096, lora 8,192): ")
+
+
+def test_learning_rates_searched_over_unequal_ranges_are_warned_of(warnings):
+    (warning,) = warnings({"space": {"optim.lr": {"low": 1e-3, "high": 3e-2, "log": True}}})
+    assert "(in decades: full 2.0, lora 1.5)" in warning
+    assert warnings({"space": {"optim.lr": {"low": 1e-3, "high": 4e-2, "log": True}}}) == []
+
+
+def test_a_learning_rate_that_one_arm_does_not_search_is_warned_of(warnings):
+    (warning,) = warnings({"space": {"method.rank": [8, 16], "method.alpha": [8, 16]}})
+    assert "(in decades: full 2.0, lora 0.0)" in warning
+
+
+def test_the_frozen_base_has_no_budget_to_compare(warnings, content):
+    assert content["arms"]["frozen"]["settings"]["method"] == "frozen"
+    assert warnings({}) == []
+
+
+def test_one_seed_is_warned_of(warnings):
+    assert warnings({}, "confirm.seeds=1") == ["`confirm.seeds` is 1: from one seed no interval over seeds follows."]
+    assert warnings({}, "confirm.seeds=2") == []
+
+
+def test_warnings_are_in_the_record(begin, content):
+    folder = begin(content, "arms.lora.trials=9")
+    folder.close()
+    assert folder.record.warnings == find_warnings(folder.definition)
+    assert len(folder.record.warnings) == 2

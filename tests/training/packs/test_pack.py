@@ -1,0 +1,339 @@
+"""A run in a slot of a pack is the run alone: same losses, adapter and record, whoever shares the pack and when."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import GPT2Config, GPT2LMHeadModel
+
+import lorasweep.training.packs.pack as pack_file
+from lorasweep.errors import Diverged, OutOfMemory
+from lorasweep.models import tiny
+from lorasweep.models.load import fingerprint_weights
+from lorasweep.record import read_run, read_steps
+from lorasweep.training.inputs import build_inputs
+from lorasweep.training.packs.pack import train_pack
+from lorasweep.training.packs.slots import Evaluated, Job
+from lorasweep.training.run import train_run
+from lorasweep.training.run_log import RunPlace
+
+ADAPTER = "adapter_model.safetensors"
+MIXED = (
+    {"method.rank": 2, "method.dropout": 0.2},
+    {"method.rank": 8, "method.alpha": 4.0, "optim.lr": 3e-3, "seed": 3},
+    {"method.rank": 4, "method.targets": ["q_proj", "up_proj"], "optim.lr": 2e-2, "optim.weight_decay": 0.1},
+    {"method.rank": 3, "method.scaling": "alpha_over_sqrt_rank", "optim.lr_ratio_b": 4.0, "schedule": "cosine"},
+)
+# fp32 kernels sum in another order for other shapes; Adam's first steps divide by |g|, which magnifies it
+LOSS_TOLERANCE = 1e-4
+# bf16 keeps 8 bits, half a percent of each number, and rounds where another shape's kernel has another partial sum
+BF16_LOSS_TOLERANCE = 0.02
+TINY = Path(tiny.__file__).parent
+
+
+class Outcomes:
+    """What became of each job, by its folder's name."""
+
+    def __init__(self) -> None:
+        self.ended: dict[str, str] = {}
+        self.failed: dict[str, Exception] = {}
+
+    def job(self, folder: Path, config, *, start_step: int | None = None) -> Job:
+        return Job(
+            config=config,
+            place=RunPlace(folder=folder),
+            start_step=start_step,
+            ended=lambda record: self.ended.update({folder.name: record.status}),
+            failed=lambda error: self.failed.update({folder.name: error}),
+        )
+
+
+def all_go_on(evaluated: Sequence[Evaluated]) -> list[bool]:
+    return [True] * len(evaluated)
+
+
+def train(jobs, folder, *, inputs, waiting=(), on_evaluation=all_go_on, **hooks) -> bool:
+    """Trains a pack whose state is in `folder`, and then what waits."""
+    waiting = list(waiting)
+    return train_pack(
+        jobs,
+        inputs=inputs,
+        slots=1,  # a pack of any size is refilled
+        supply=lambda: waiting.pop(0) if waiting else None,
+        on_evaluation=on_evaluation,
+        state_file=folder / "pack.json",
+        **hooks,
+    )
+
+
+def rows(folder: Path) -> list[tuple[int, float]]:
+    return [(row["step"], row.get("loss", row.get("validation", {}).get("loss"))) for row in read_steps(folder)]
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_packed_runs_equal_runs_alone_while_slots_join_and_leave(make_config, inputs, tmp_path, accumulate):
+    configs = [
+        make_config({**settings, "trainer.accumulate": accumulate, "trainer.max_steps": 6}) for settings in MIXED
+    ]
+    outcomes = Outcomes()
+    for n, config in enumerate(configs):
+        place = RunPlace(folder=tmp_path / f"alone{n}")
+        train_run(config, place, inputs=inputs, on_evaluation=lambda step, value, n=n: (n, step) != (1, 2))
+    jobs = [outcomes.job(tmp_path / f"pack{n}", config) for n, config in enumerate(configs)]
+
+    def pause_one(evaluated):
+        return [(one.job, one.step) != (jobs[1], 2) for one in evaluated]
+
+    assert train(jobs[:2], tmp_path, inputs=inputs, waiting=jobs[2:], on_evaluation=pause_one)
+    assert outcomes.ended == {"pack0": "complete", "pack1": "paused", "pack2": "complete", "pack3": "complete"}
+    for n in range(len(configs)):
+        alone, packed = tmp_path / f"alone{n}", tmp_path / f"pack{n}"
+        assert [step for step, _ in rows(alone)] == [step for step, _ in rows(packed)]
+        for (_, a), (_, b) in zip(rows(alone), rows(packed), strict=True):
+            assert a == pytest.approx(b, rel=LOSS_TOLERANCE)
+        a, b = load_file(alone / "last" / ADAPTER), load_file(packed / "last" / ADAPTER)
+        assert a.keys() == b.keys()
+        assert all(torch.allclose(a[key], b[key], atol=2e-3) for key in a)
+        one, other = read_run(alone), read_run(packed)
+        for name in ("status", "steps_done", "tokens_trained", "trainable_params", "adapter_bytes", "reason"):
+            assert getattr(one, name) == getattr(other, name), name
+        assert other.pack is not None
+        assert [path.name[:13] for path in packed.glob("*.ckpt")] == (["slot-00000002"] if n == 1 else [])
+    assert not (tmp_path / "pack.json").exists()
+
+
+def test_packed_runs_equal_runs_alone_in_bf16(make_config, tmp_path):
+    configs = [make_config({**settings, "trainer.precision": "bf16", "trainer.max_steps": 6}) for settings in MIXED]
+    inputs = build_inputs(configs[0])
+    for n, config in enumerate(configs):
+        train_run(config, RunPlace(folder=tmp_path / f"alone{n}"), inputs=inputs)
+    jobs = [Outcomes().job(tmp_path / f"pack{n}", config) for n, config in enumerate(configs)]
+    assert train(jobs, tmp_path, inputs=inputs)
+    for n in range(len(configs)):
+        for (_, a), (_, b) in zip(rows(tmp_path / f"alone{n}"), rows(tmp_path / f"pack{n}"), strict=True):
+            assert a == pytest.approx(b, rel=BF16_LOSS_TOLERANCE)
+
+
+@pytest.fixture
+def make_dropping(tmp_path, make_config):
+    """Saves a small random GPT-2 that drops in its embeddings and its residuals, and gives the settings of a run."""
+
+    def make(*, attention, settings):
+        config = GPT2Config(vocab_size=257, n_embd=32, n_layer=2, n_head=2, n_positions=64, bos_token_id=256)
+        config.attn_pdrop, config.resid_pdrop, config.embd_pdrop, config.eos_token_id = attention, 0.1, 0.1, 256
+        torch.manual_seed(0)
+        GPT2LMHeadModel(config).save_pretrained(tmp_path / "model")
+        for file in TINY.glob("tokenizer*"):
+            shutil.copy(file, tmp_path / "model")
+        return [make_config({"model": "causal_lm", "model.path": str(tmp_path / "model"), **own}) for own in settings]
+
+    return make
+
+
+DROPPING = ({"method.rank": 2, "method.dropout": 0.2}, {"method.rank": 4, "seed": 3}, {"method.rank": 3, "seed": 1})
+
+
+def test_a_base_that_drops_is_packed_with_a_stream_for_each_slot(make_dropping, tmp_path):
+    configs = make_dropping(attention=0.0, settings=DROPPING)
+    inputs, outcomes = build_inputs(configs[0]), Outcomes()
+    for n, config in enumerate(configs):
+        train_run(config, RunPlace(folder=tmp_path / f"alone{n}"), inputs=inputs)
+    jobs = [outcomes.job(tmp_path / f"pack{n}", config) for n, config in enumerate(configs)]
+    assert train(jobs[:2], tmp_path, inputs=inputs, waiting=jobs[2:])
+    for n in range(len(configs)):
+        for (_, a), (_, b) in zip(rows(tmp_path / f"alone{n}"), rows(tmp_path / f"pack{n}"), strict=True):
+            assert a == pytest.approx(b, rel=LOSS_TOLERANCE)
+        assert read_run(tmp_path / f"pack{n}").pack["shared_draws"] is False
+    undropped = dataclasses.replace(configs[1], seeds=dataclasses.replace(configs[1].seeds, dropout=8))
+    train_run(undropped, RunPlace(folder=tmp_path / "other"), inputs=inputs)
+    assert rows(tmp_path / "other")[0][1] != pytest.approx(rows(tmp_path / "alone1")[0][1], rel=LOSS_TOLERANCE)
+
+
+def test_a_base_that_drops_attention_in_its_kernel_is_packed_and_the_record_says_so(make_dropping, tmp_path):
+    configs = make_dropping(attention=0.3, settings=DROPPING)
+    inputs = build_inputs(configs[0])
+    train_run(configs[0], RunPlace(folder=tmp_path / "alone"), inputs=inputs)
+    for seed, name in enumerate(("first", "again")):
+        jobs = [Outcomes().job(tmp_path / f"{name}{n}", config) for n, config in enumerate(configs)]
+        torch.manual_seed(seed)  # whatever was drawn before
+        assert train(jobs[:2], tmp_path, inputs=inputs, waiting=jobs[2:])
+    for n in range(len(configs)):
+        assert read_run(tmp_path / f"first{n}").pack["shared_draws"] is True  # also in a slot that was refilled
+        assert rows(tmp_path / f"first{n}") == rows(tmp_path / f"again{n}")
+    assert read_run(tmp_path / "alone").pack is None
+    alone, packed = (rows(tmp_path / name)[0][1] for name in ("alone", "first0"))
+    assert alone != pytest.approx(packed, rel=1e-5)  # of equal draws it would be rounding, 1e-7
+    assert alone == pytest.approx(packed, rel=0.05)
+
+
+def test_the_base_is_bit_identical_after_a_pack(make_config, inputs, tmp_path):
+    before = fingerprint_weights(inputs.base.model)
+    outcomes = Outcomes()
+    jobs = [outcomes.job(tmp_path / str(n), make_config(settings)) for n, settings in enumerate(MIXED[:2])]
+    train(jobs, tmp_path, inputs=inputs)
+    assert fingerprint_weights(inputs.base.model) == before
+
+
+def test_a_slot_that_diverges_ends_alone_and_changes_no_bit_of_the_others(make_config, inputs, tmp_path):
+    """Another run takes its place at the next evaluation, so the pack keeps its size, on which rounding depends."""
+    good, late = make_config({"method.dropout": 0.1}), make_config({"seed": 2, "method.dropout": 0.3})
+    for name, lr in (("calm", 1e-3), ("wild", 1e30)):
+        outcomes, folder = Outcomes(), tmp_path / name
+        other = make_config({"seed": 1, "optim.lr": lr, "optim.clip_norm": None})
+        waiting = [outcomes.job(folder / "late", late)] if name == "wild" else []
+        jobs = [outcomes.job(folder / "good", good), outcomes.job(folder / "other", other)]
+        assert train(jobs, tmp_path, inputs=inputs, waiting=waiting)
+        assert outcomes.ended["good"] == "complete"
+    assert outcomes.ended["late"] == "complete"
+    assert isinstance(outcomes.failed["other"], Diverged)
+    assert read_run(tmp_path / "wild" / "other").status == "failed"
+    calm, wild = (tmp_path / name / "good" for name in ("calm", "wild"))
+    assert rows(calm) == rows(wild)
+    for part in ("best", "last"):
+        a, b = load_file(calm / part / ADAPTER), load_file(wild / part / ADAPTER)
+        assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_all_slots_are_reported_in_one_call_in_slot_order_but_those_that_diverged(make_config, inputs, tmp_path):
+    settings = [*MIXED[:2], {"optim.lr": 1e30, "optim.clip_norm": None}]
+    reported = []
+
+    def report(evaluated):
+        reported.append([(one.job.place.folder.name, one.step, one.values["bits_per_byte"]) for one in evaluated])
+        return [True] * len(evaluated)
+
+    jobs = [Outcomes().job(tmp_path / str(n), make_config(own)) for n, own in enumerate(settings)]
+    assert train(jobs, tmp_path, inputs=inputs, on_evaluation=report)
+    assert [[(name, step) for name, step, _ in together] for together in reported] == [
+        [("0", 2), ("1", 2)],
+        [("0", 4), ("1", 4)],
+    ]
+    for name, step, value in itertools.chain(*reported):
+        (evaluation,) = [row for row in read_steps(tmp_path / name) if row["step"] == step and "validation" in row]
+        assert value == evaluation["validation"]["bits_per_byte"]
+
+
+def test_permuted_slots_give_each_run_the_same_value(make_config, inputs, tmp_path):
+    values: list[dict[tuple[str, int], float]] = []
+    for order in ((0, 1, 2), (2, 0, 1), (1, 0, 2)):
+        folder = tmp_path / "".join(map(str, order))
+        folder.mkdir()
+        found: dict[tuple[str, int], float] = {}
+
+        def report(evaluated, found=found):
+            found.update({(one.job.place.folder.name, one.step): one.values["bits_per_byte"] for one in evaluated})
+            return [one.job.place.folder.name != "1" for one in evaluated]
+
+        train(
+            [Outcomes().job(folder / str(n), make_config(MIXED[n])) for n in order],
+            folder,
+            inputs=inputs,
+            on_evaluation=report,
+        )
+        values.append(found)
+    for found in values[1:]:
+        # a kernel may round the rows of its last block otherwise than those before
+        assert found == pytest.approx(values[0], rel=LOSS_TOLERANCE)
+
+
+def test_a_pack_that_runs_out_of_memory_says_so_and_its_runs_can_go_on(make_config, inputs, tmp_path, monkeypatch):
+    outcomes = Outcomes()
+    real, calls = pack_file.slot_losses, iter(range(1000))
+
+    def fail_at_last(*args, **kwargs):
+        if next(calls) == 5:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(pack_file, "slot_losses", fail_at_last)
+    jobs = [outcomes.job(tmp_path / str(n), make_config({"trainer.max_steps": 8, "seed": n})) for n in range(2)]
+    with pytest.raises(OutOfMemory, match="CUDA out of memory"):
+        train(jobs, tmp_path, inputs=inputs)
+    assert outcomes.ended == {}
+    assert list((tmp_path / "0").glob("slot-*.ckpt"))
+    assert not (tmp_path / "pack.json").exists()
+    assert train(jobs[:1], tmp_path, inputs=inputs)
+    assert outcomes.ended == {"0": "complete"}
+    assert [step for step, _ in rows(tmp_path / "0")] == [1, 2, 2, 3, 4, 4, 5, 6, 6, 7, 8, 8]
+
+
+def test_memory_that_ran_out_without_a_word_is_said_too(make_config, inputs, tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise MemoryError  # Python's own has no message
+
+    monkeypatch.setattr(pack_file, "slot_losses", fail)
+    with pytest.raises(OutOfMemory, match="MemoryError"):
+        train([Outcomes().job(tmp_path / "0", make_config())], tmp_path, inputs=inputs)
+
+
+def test_dropout_is_on_in_a_refilled_slot(make_config, inputs, tmp_path):
+    """Slots are refilled while the model evaluates; what joins there must train with dropout."""
+    first, late = make_config(), make_config({"method.dropout": 0.5, "seed": 5})
+    outcomes = Outcomes()
+    train(
+        [outcomes.job(tmp_path / "first", first)],
+        tmp_path,
+        inputs=inputs,
+        waiting=[outcomes.job(tmp_path / "late", late)],
+    )
+    train_run(late, RunPlace(folder=tmp_path / "alone"), inputs=inputs)
+    for (_, a), (_, b) in zip(rows(tmp_path / "alone"), rows(tmp_path / "late"), strict=True):
+        assert a == pytest.approx(b, rel=LOSS_TOLERANCE)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+def test_packed_runs_equal_runs_alone_on_a_gpu(make_config, tmp_path):
+    configs = [make_config({**settings, "trainer.device": "gpu"}) for settings in MIXED]
+    inputs = build_inputs(configs[0])
+    for n, config in enumerate(configs):
+        train_run(config, RunPlace(folder=tmp_path / f"alone{n}"), inputs=inputs)
+    jobs = [Outcomes().job(tmp_path / f"pack{n}", config) for n, config in enumerate(configs)]
+    assert train(jobs[:2], tmp_path, inputs=inputs, waiting=jobs[2:])
+    for n in range(len(configs)):
+        for (_, a), (_, b) in zip(rows(tmp_path / f"alone{n}"), rows(tmp_path / f"pack{n}"), strict=True):
+            assert a == pytest.approx(b, rel=1e-2)  # a GPU may multiply fp32 in TF32, which keeps 10 bits
+
+
+def test_a_slot_that_gets_no_better_ends_early_as_alone(make_config, inputs, tmp_path):
+    stuck = make_config({"optim.lr": 1e-12, "trainer.max_steps": 8, "trainer.early_stop_evaluations": 1})
+    better = make_config({"optim.lr": 1e-3, "trainer.max_steps": 8, "trainer.early_stop_evaluations": 1})
+    outcomes = Outcomes()
+    jobs = [outcomes.job(tmp_path / "stuck", stuck), outcomes.job(tmp_path / "better", better)]
+
+    def pause_then(evaluated):  # makes no difference: it has nothing left to do
+        return [(one.job, one.step) != (jobs[0], 4) for one in evaluated]
+
+    train(jobs, tmp_path, inputs=inputs, on_evaluation=pause_then)
+    alone = train_run(stuck, RunPlace(folder=tmp_path / "alone"), inputs=inputs)
+    packed = read_run(tmp_path / "stuck")
+    assert (packed.status, packed.steps_done, packed.reason) == ("complete", alone.steps_done, alone.reason)
+    assert read_run(tmp_path / "better").steps_done == 8
+
+
+def test_a_pack_of_at_most_half_of_its_slots_is_not_refilled(make_config, inputs, tmp_path):
+    first, second, waits = (
+        Outcomes().job(tmp_path / name, make_config({"seed": n})) for n, name in enumerate(("first", "second", "waits"))
+    )
+    waiting = [waits]
+
+    def pause_first(evaluated):
+        return [one.job is not first for one in evaluated]
+
+    assert train_pack(
+        [first, second],
+        inputs=inputs,
+        slots=4,
+        supply=lambda: waiting.pop(),
+        on_evaluation=pause_first,
+        state_file=tmp_path / "pack.json",
+    )
+    assert waiting == [waits]
+    assert read_run(tmp_path / "second").status == "complete"

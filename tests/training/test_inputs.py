@@ -1,0 +1,33 @@
+"""What runs share is loaded once, and says how it was made."""
+
+from dataclasses import replace
+
+import lorasweep.training.inputs as workbench_file
+from lorasweep.models.attention import AttentionChoice
+from lorasweep.record import read_run
+from lorasweep.training.inputs import InputsCache
+from lorasweep.training.run import train_run
+from lorasweep.training.run_log import RunPlace
+
+
+def test_a_bench_is_loaded_once_for_all_runs_that_can_share_it(make_config, monkeypatch):
+    loaded = []
+    monkeypatch.setattr(workbench_file, "build_inputs", lambda config, telemetry: loaded.append(config) or object())
+    inputs_cache = InputsCache()
+    first = inputs_cache.of(make_config())
+    assert inputs_cache.of(make_config({"method": "full", "optim.lr": 1.0, "trainer.max_steps": 9})) is first
+    assert inputs_cache.of(make_config({"data.block_length": 16})) is not first
+    assert len(loaded) == 2
+
+
+def test_the_attention_that_was_chosen_is_said_and_recorded(make_config, inputs, tmp_path):
+    assert inputs.notes == inputs.parts.notes
+    chosen = replace(inputs, attention=AttentionChoice("eager", "rows of 15 tokens in the median on a CPU"))
+    told = "Attention is eager: rows of 15 tokens in the median on a CPU."
+    assert chosen.notes == (*inputs.parts.notes, told)
+    train_run(make_config({"method": "frozen"}), RunPlace(folder=tmp_path), inputs=chosen)
+    assert told in read_run(tmp_path).notes
+    assert (
+        replace(inputs, attention=AttentionChoice("own", "transformers did not make this model")).notes
+        == inputs.parts.notes
+    )
