@@ -26,7 +26,8 @@ import torch
 from omegaconf import OmegaConf
 
 from lorasweep.cli import run
-from lorasweep.record import Direction, RunRecord, read_run, read_sweep
+from lorasweep.config.data import Direction
+from lorasweep.record import RunRecord, read_run, read_sweep
 from lorasweep.sweep.definition.sweep_file import find_sweep_file
 from lorasweep.training.inputs import build_inputs
 from lorasweep.training.restore import restore_config

@@ -16,6 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from lorasweep.config.data import Direction
 from lorasweep.disk import write_atomically
 from lorasweep.errors import RecordError
 from lorasweep.redaction import may_hold_secret, redact
@@ -37,7 +38,6 @@ RunStatus = Literal["running", "complete", "paused", "pruned", "failed", "infeas
 """`paused`: left at an evaluation, may go on from its checkpoint. `pruned`: paused until its sweep ended."""
 TrialState = Literal["running", "paused", "complete", "pruned", "failed", "infeasible"]
 ConfirmState = Literal["running", "complete", "failed", "infeasible"]
-Direction = Literal["minimize", "maximize"]
 
 
 @dataclass(kw_only=True)

@@ -13,7 +13,7 @@ from lorasweep.config.sweep import (
     ModelBasedSampler,
     SweepFile,
 )
-from lorasweep.config.targets import Part
+from lorasweep.config.targets import Component
 from lorasweep.errors import ConfigError
 
 
@@ -73,14 +73,14 @@ def test_a_sampler_and_a_pruner_are_told_apart_by_name():
 
 def test_a_pruner_of_the_users_own_takes_any_argument():
     driver = compose_driver({"pruner._target_": "optuna.pruners.PercentilePruner", "pruner.percentile": 25.0})
-    assert driver.pruner == Part(target="optuna.pruners.PercentilePruner", arguments={"percentile": 25.0})
+    assert driver.pruner == Component(target="optuna.pruners.PercentilePruner", arguments={"percentile": 25.0})
 
 
 def test_a_sampler_of_the_users_own_takes_any_argument_and_the_place_of_ours():
     nested = {"sampler.base_sampler._target_": "optuna.samplers.RandomSampler", "sampler.base_sampler.seed": 3}
     driver = compose_driver({"sampler._target_": "optuna.samplers.PartialFixedSampler", **nested})
     inner = {"_target_": "optuna.samplers.RandomSampler", "seed": 3}
-    assert driver.sampler == Part(target="optuna.samplers.PartialFixedSampler", arguments={"base_sampler": inner})
+    assert driver.sampler == Component(target="optuna.samplers.PartialFixedSampler", arguments={"base_sampler": inner})
 
 
 @pytest.mark.parametrize("group", ["sampler", "pruner"])

@@ -14,7 +14,7 @@ from torch import nn
 from lorasweep.config.build import as_settings, build
 from lorasweep.config.targets import (
     EVERY_PACKAGE,
-    Part,
+    Component,
     argument_names,
     find_class,
     instantiate,
@@ -49,12 +49,12 @@ def evil(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return trace
 
 
-def part(target: str, **arguments) -> Part:
-    return Part(target=target, arguments=arguments)
+def named(target: str, **arguments) -> Component:
+    return Component(target=target, arguments=arguments)
 
 
 def test_a_part_is_made_with_its_arguments():
-    made = instantiate(part(PERCENTILE, percentile=25.0), key="pruner", expected=PRUNER)
+    made = instantiate(named(PERCENTILE, percentile=25.0), key="pruner", expected=PRUNER)
     assert type(made) is optuna.pruners.PercentilePruner
     assert made._percentile == 25.0
 
@@ -62,7 +62,7 @@ def test_a_part_is_made_with_its_arguments():
 @pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 def test_a_part_inside_of_a_part_is_made():
     inner = {"_target_": PERCENTILE, "percentile": 25.0}
-    outer = part("optuna.pruners.PatientPruner", patience=2, wrapped_pruner=inner)
+    outer = named("optuna.pruners.PatientPruner", patience=2, wrapped_pruner=inner)
     made = instantiate(outer, key="pruner", expected=PRUNER)
     assert type(made._wrapped_pruner) is optuna.pruners.PercentilePruner
 
@@ -70,7 +70,7 @@ def test_a_part_inside_of_a_part_is_made():
 def test_what_the_caller_hands_over_is_the_same_object_and_wins():
     weights = nn.Parameter(torch.ones(2))
     made = instantiate(
-        part("torch.optim.SGD", lr=0.5, momentum=0.9),
+        named("torch.optim.SGD", lr=0.5, momentum=0.9),
         key="optim",
         expected=torch.optim.Optimizer,
         params=[weights],
@@ -85,7 +85,7 @@ def test_what_the_caller_hands_over_is_the_same_object_and_wins():
 )
 def test_a_class_outside_of_the_list_is_refused_and_not_imported(target, evil):
     with pytest.raises(ConfigError, match=r"`pruner._target_` must be a class of a package that is trusted") as refused:
-        instantiate(part(target), key="pruner", expected=PRUNER)
+        instantiate(named(target), key="pruner", expected=PRUNER)
     assert f"add `trust=[{target.partition('.')[0]}]` to the command line" in str(refused.value)
     assert not evil.exists()
 
@@ -93,7 +93,7 @@ def test_a_class_outside_of_the_list_is_refused_and_not_imported(target, evil):
 def test_a_package_that_the_user_trusts_is_taken(evil):
     set_trusted(["evil_parts"])
     assert trusted_packages() == ("evil_parts",)
-    made = instantiate(part("evil_parts.Pruner"), key="pruner", expected=PRUNER)
+    made = instantiate(named("evil_parts.Pruner"), key="pruner", expected=PRUNER)
     assert isinstance(made, optuna.pruners.NopPruner)
     assert evil.exists()
     set_trusted([])
@@ -117,7 +117,7 @@ def test_a_trusted_packages_other_names_are_refused(target):
     with pytest.raises(
         ConfigError, match=r"`pruner._target_` must be (a subclass of|the import path of a class|a class)"
     ):
-        instantiate(part(target), key="pruner", expected=PRUNER)
+        instantiate(named(target), key="pruner", expected=PRUNER)
 
 
 @pytest.mark.parametrize("target", ["", "words", "a..b", "optuna.pruners:NopPruner", "optuna.__class__", 3, None])
@@ -130,7 +130,7 @@ def test_what_is_no_import_path_is_refused(target):
     ("inner", "message"),
     [
         ({"_target_": "os.system", "command": "true"}, "`pruner.wrapped_pruner._target_` must be a class of a package"),
-        ({"_target_": "torch.nn.Linear"}, "must be a class that parts are made of"),
+        ({"_target_": "torch.nn.Linear"}, "must be a class such as an optimizer"),
         ({"_target_": "torch.load", "f": "x"}, "`pruner.wrapped_pruner._target_` must be the import path of a class"),
         ([{"_target_": "subprocess.Popen", "args": "true"}], "`pruner.wrapped_pruner.0._target_` must be a class of a"),
         ({"deep": {"_target_": "builtins.exec"}}, "`pruner.wrapped_pruner.deep._target_` must be a class of a package"),
@@ -141,7 +141,7 @@ def test_what_is_no_import_path_is_refused(target):
 def test_what_is_inside_of_a_part_is_checked_before_anything_is_made(inner, message):
     with pytest.raises(ConfigError, match=message):
         instantiate(
-            part("optuna.pruners.PatientPruner", patience=2, wrapped_pruner=inner), key="pruner", expected=PRUNER
+            named("optuna.pruners.PatientPruner", patience=2, wrapped_pruner=inner), key="pruner", expected=PRUNER
         )
 
 
@@ -160,7 +160,7 @@ def test_what_is_inside_of_a_part_is_checked_before_anything_is_made(inner, mess
 )
 def test_an_error_of_a_class_is_one_sentence(target, arguments, message, caplog):
     with pytest.raises(ConfigError, match=message) as refused:
-        instantiate(part(target, **arguments), key="pruner", expected=PRUNER)
+        instantiate(named(target, **arguments), key="pruner", expected=PRUNER)
     assert "\n" not in str(refused.value)
     assert caplog.text == ""  # a log would stand beside the sentence
 
@@ -177,7 +177,9 @@ def test_a_package_that_is_missing_is_named_with_its_install_command(monkeypatch
     monkeypatch.setattr("lightning.pytorch.loggers.wandb._WANDB_AVAILABLE", False)
     with pytest.raises(ConfigError, match=r"`logger.wandb` "):
         instantiate(
-            part("lightning.pytorch.loggers.WandbLogger"), key="logger.wandb", expected=lightning.pytorch.loggers.Logger
+            named("lightning.pytorch.loggers.WandbLogger"),
+            key="logger.wandb",
+            expected=lightning.pytorch.loggers.Logger,
         )
 
 
@@ -198,11 +200,11 @@ def test_untrusted_parts_are_found_in_settings_without_importing_them(evil):
 
 def test_settings_of_a_part_are_the_same_after_a_round_trip():
     given = {"_target_": PERCENTILE, "percentile": 25.0, "inner": {"_target_": "optuna.pruners.NopPruner"}, "list": [1]}
-    made = build(Part, given, key="pruner")
+    made = build(Component, given, key="pruner")
     assert (made.target, made.name) == (PERCENTILE, "PercentilePruner")
     assert as_settings(made) == given
 
 
 def test_a_part_without_a_target_is_refused():
     with pytest.raises(ConfigError, match=r"`pruner._target_` must be set, but is missing"):
-        build(Part, {"percentile": 25.0}, key="pruner")
+        build(Component, {"percentile": 25.0}, key="pruner")

@@ -13,7 +13,7 @@ from dataclasses import fields, is_dataclass
 from functools import cache
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin
 
-from lorasweep.config.targets import TARGET, Part
+from lorasweep.config.targets import TARGET, Component
 from lorasweep.errors import ConfigError
 
 T = TypeVar("T")
@@ -62,7 +62,7 @@ def as_settings(value: Any) -> Any:
     """Returns settings as nested mappings, lists as tuples: what `build` makes the same settings from."""
     if is_dataclass(value) and not isinstance(value, type):
         own = {f.name: as_settings(getattr(value, f.name)) for f in fields(value)}
-        target = {TARGET: own.pop("target")} if isinstance(value, Part) else {}
+        target = {TARGET: own.pop("target")} if isinstance(value, Component) else {}
         arguments = own.pop("arguments", {})
         return {**target, **own, **arguments}
     if isinstance(value, Mapping):
@@ -120,10 +120,10 @@ def _convert_union(kinds: tuple[Any, ...], value: Any, *, key: str) -> Any:
     if value is None and type(None) in kinds:
         return None
     options = [kind for kind in kinds if kind is not type(None)]
-    parts = [kind for kind in options if isinstance(kind, type) and issubclass(kind, Part)]
-    if parts and isinstance(value, Mapping) and TARGET in value:
-        return build(parts[0], value, key=key)
-    named = [kind for kind in options if is_dataclass(kind) and kind not in parts]
+    components = [kind for kind in options if isinstance(kind, type) and issubclass(kind, Component)]
+    if components and isinstance(value, Mapping) and TARGET in value:
+        return build(components[0], value, key=key)
+    named = [kind for kind in options if is_dataclass(kind) and kind not in components]
     if named and isinstance(value, Mapping):
         by_name = {name: kind for kind in named for name in get_args(_hints(cast("Any", kind))["name"])}
         name = value.get("name")

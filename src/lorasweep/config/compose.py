@@ -26,7 +26,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from lorasweep.config.build import build, nearest
-from lorasweep.config.run import OptimizerPart, RunConfig
+from lorasweep.config.run import OptimizerComponent, RunConfig
 from lorasweep.config.sweep import DriverConfig
 from lorasweep.config.targets import TARGET, require_trusted
 from lorasweep.errors import ConfigError, first_line
@@ -36,13 +36,13 @@ Primary = Literal["train", "sweep"]
 PACKAGE = Path(__file__).parent.parent
 MAX_INTERPOLATIONS = 16
 """In the settings of a sweep or a run. Each may name another, so a few dozen could stand for any amount of text."""
-PARTS: Mapping[str, frozenset[str]] = {
-    "optim": frozenset(f.name for f in fields(OptimizerPart)) - {"target", "arguments"},
+COMPONENTS: Mapping[str, frozenset[str]] = {
+    "optim": frozenset(f.name for f in fields(OptimizerComponent)) - {"target", "arguments"},
     **dict.fromkeys(("schedule", "sampler", "pruner", "trainer.profiler", "trainer.strategy"), frozenset[str]()),
 }
 """Settings that may be a class by `_target_`, with the keys beside its arguments that lorasweep reads itself."""
 LIST_GROUPS = ("logger", "callbacks")
-"""Groups of which several options may be chosen at once (`logger=[tensorboard,csv]`): parts by a name each."""
+"""Groups of which several options may be chosen at once (`logger=[tensorboard,csv]`): components by a name each."""
 SHOWING_FLAGS = {"--cfg", "-c", "--info", "-i", "--help", "-h"}
 """Flags of Hydra with which nothing is trained."""
 
@@ -116,9 +116,9 @@ def compose_values(primary: Primary, settings: Mapping[str, Any], *, require_all
         composed = copy.deepcopy(
             _compose_groups(primary, tuple((k, _option(v)) for k, v in groups.items()), Path.cwd())
         )
-        _make_room_for_parts(composed, settings)
+        _make_room_for_components(composed, settings)
         known = set(_flatten(OmegaConf.to_container(composed, resolve=False)))
-        known |= set(groups) | set(group_names(primary)) | {key for key in settings if names_part(key)}
+        known |= set(groups) | set(group_names(primary)) | {key for key in settings if names_component(key)}
         for key, value in settings.items():
             if key not in groups:
                 check_key(key, known, primary=primary)
@@ -132,20 +132,20 @@ def compose_values(primary: Primary, settings: Mapping[str, Any], *, require_all
     return values
 
 
-def names_part(key: str) -> bool:
-    """Whether a key gives the class of a part that is not inside of another one."""
+def names_component(key: str) -> bool:
+    """Whether a key gives the class of a component that is not inside of another one."""
     outer, _, last = key.rpartition(".")
-    return last == TARGET and (outer in PARTS or (outer.count(".") == 1 and outer.split(".")[0] in LIST_GROUPS))
+    return last == TARGET and (outer in COMPONENTS or (outer.count(".") == 1 and outer.split(".")[0] in LIST_GROUPS))
 
 
-def _make_room_for_parts(composed: DictConfig, settings: Mapping[str, Any]) -> None:
+def _make_room_for_components(composed: DictConfig, settings: Mapping[str, Any]) -> None:
     """Removes what is set of another class, or of an option of ours, where settings name the class themselves."""
-    for key in filter(names_part, settings):
-        part = key.removesuffix(f".{TARGET}")
-        before = OmegaConf.select(composed, part)
+    for key in filter(names_component, settings):
+        component = key.removesuffix(f".{TARGET}")
+        before = OmegaConf.select(composed, component)
         if isinstance(before, DictConfig) and before.get(TARGET) != settings[key]:
-            kept = {name: before[name] for name in before if name in PARTS.get(part, ())}
-            OmegaConf.update(composed, part, kept, merge=False)
+            kept = {name: before[name] for name in before if name in COMPONENTS.get(component, ())}
+            OmegaConf.update(composed, component, kept, merge=False)
 
 
 def check_interpolations(values: Any) -> None:
@@ -210,7 +210,7 @@ def layer_settings(primary: Primary, *layers: Mapping[str, Any]) -> dict[str, An
             if group in layer and (layer[group] != chosen or target in layered):
                 layered = {key: value for key, value in layered.items() if not key.startswith(f"{group}.")}
             elif target in layer and layer[target] != layered.get(target):
-                kept = {f"{group}.{name}" for name in PARTS.get(group, ())}
+                kept = {f"{group}.{name}" for name in COMPONENTS.get(group, ())}
                 layered = {k: v for k, v in layered.items() if not k.startswith(f"{group}.") or k in kept}
         layered |= layer
     return layered
@@ -229,8 +229,8 @@ def known_keys(settings: Mapping[str, Any]) -> set[str]:
 
 
 def check_key(key: str, known: set[str], *, primary: Primary) -> None:
-    """Raises ConfigError unless the dotted key is a setting, or an argument of a part that is set by its class."""
-    if names_part(key) or key in known:
+    """Raises ConfigError unless the dotted key is a setting, or an argument of a component that is set by its class."""
+    if names_component(key) or key in known:
         return
     if not any(f"{outer}.{TARGET}" in known for outer in _outer_keys(key)):
         raise ConfigError(
@@ -301,10 +301,10 @@ def check_command_line(arguments: Sequence[str]) -> None:
 
 
 def add_arguments(arguments: Sequence[str]) -> list[str]:
-    """Returns a command line of Hydra's in which arguments of parts by `_target_` may be new keys (`++key=value`)."""
-    parts = tuple(f"{key}." for key in (*PARTS, *LIST_GROUPS))
+    """Returns a Hydra command line in which arguments of components are new keys (`++key=value`)."""
+    components = tuple(f"{key}." for key in (*COMPONENTS, *LIST_GROUPS))
     return [
-        f"++{word}" if word.startswith(parts) and not _is_flag(arguments, position) else word
+        f"++{word}" if word.startswith(components) and not _is_flag(arguments, position) else word
         for position, word in enumerate(arguments)
     ]
 
@@ -338,7 +338,9 @@ def _parse(overrides: Sequence[str]) -> list[Override]:
 def _read_override(override: Override) -> tuple[str, Any]:
     if not override.key_or_group:
         raise ConfigError(f"an override must read `key=value`, but got {override.input_line!r}.")
-    is_argument = any(str(override.key_or_group).startswith(f"{part}.") for part in (*PARTS, *LIST_GROUPS))
+    is_argument = any(
+        str(override.key_or_group).startswith(f"{component}.") for component in (*COMPONENTS, *LIST_GROUPS)
+    )
     if override.is_delete() or ((override.is_add() or override.is_force_add()) and not is_argument):
         raise ConfigError(
             f"an override must read `key=value`, but got {override.input_line!r}. Leave out the `+` or `~`."

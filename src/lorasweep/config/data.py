@@ -15,6 +15,8 @@ from lorasweep.errors import ConfigError
 
 T = TypeVar("T")
 
+Direction = Literal["minimize", "maximize"]
+"""Whether a lower or a higher score is better."""
 TextMetric = Literal["bits_per_byte", "loss", "perplexity"]
 """Scores of predicted text, per token or byte; lower is better for each."""
 LabelMetric = Literal["auto", "accuracy", "f1", "matthews", "pearson", "spearman", "mse", "loss"]

@@ -14,7 +14,7 @@ from lorasweep.config.data import DataConfig
 from lorasweep.config.limits import require_at_least, require_fraction
 from lorasweep.config.method import MethodConfig
 from lorasweep.config.model import ModelConfig
-from lorasweep.config.targets import Part
+from lorasweep.config.targets import Component
 from lorasweep.errors import ConfigError
 
 StrategyName = Literal[
@@ -66,7 +66,7 @@ class OptimConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimizerPart(Part):
+class OptimizerComponent(Component):
     """Another optimizer, by the class that `optim._target_` names. Trials with one run alone.
 
     The settings below mean the same as in `OptimConfig`; all others are arguments of the class.
@@ -85,7 +85,7 @@ class OptimizerPart(Part):
         _check_optim(self)
 
 
-def _check_optim(config: OptimConfig | OptimizerPart) -> None:
+def _check_optim(config: OptimConfig | OptimizerComponent) -> None:
     if not 0 < config.lr < float("inf"):
         raise ConfigError(f"`optim.lr > 0` must hold, but got {config.lr!r}.")
     if not config.lr_ratio_b > 0:
@@ -174,7 +174,7 @@ class TrainerConfig:
     precision: Literal["auto", "bf16", "fp32"]
     """`auto` takes bf16 where the processor or GPU computes in it, else fp32."""
     device: Literal["auto", "cpu", "gpu"]
-    strategy: StrategyName | Part
+    strategy: StrategyName | Component
     """Lightning's strategy. `auto` takes `ddp` for several processes: each holds the whole model. `fsdp` and
     `model_parallel` (FSDP2) give each process a share of every block's weights. A `_target_` names any other."""
     devices: int | Literal["auto"]
@@ -187,14 +187,14 @@ class TrainerConfig:
     ends a run at an operation that has none; `false` takes the fastest."""
     progress: bool
     """Whether a single run shows a progress bar."""
-    profiler: Literal["simple", "advanced", "pytorch"] | Part | None
+    profiler: Literal["simple", "advanced", "pytorch"] | Component | None
     """A Lightning profiler, by Lightning's name or by its class. It writes into the run's folder. Trials with one train
     alone."""
 
     @property
     def strategy_name(self) -> str:
         """Returns the name of the strategy, or of its class."""
-        return self.strategy.name if isinstance(self.strategy, Part) else self.strategy
+        return self.strategy.name if isinstance(self.strategy, Component) else self.strategy
 
     @property
     def wants_processes(self) -> bool:
@@ -245,13 +245,13 @@ class RunConfig:
     model: ModelConfig
     data: DataConfig
     method: MethodConfig
-    optim: OptimConfig | OptimizerPart
-    schedule: ScheduleConfig | Part
-    """A `Part` is any torch scheduler. Trials with one train alone."""
+    optim: OptimConfig | OptimizerComponent
+    schedule: ScheduleConfig | Component
+    """A `Component` is any torch scheduler. Trials with one train alone."""
     trainer: TrainerConfig
-    logger: Mapping[str, Part] = field(hash=False)
+    logger: Mapping[str, Component] = field(hash=False)
     """Where metrics go beside the run's own `steps.jsonl`: any Lightning logger, by a name of the user's."""
-    callbacks: Mapping[str, Part] = field(hash=False)
+    callbacks: Mapping[str, Component] = field(hash=False)
     """Any Lightning callback, by a name of the user's. Trials with one run alone."""
     seed: int
     """Sets every seed below that is not set by itself."""

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from lorasweep.config.limits import require_at_least, require_at_most, require_fraction
 from lorasweep.config.slurm import SlurmConfig
-from lorasweep.config.targets import Part
+from lorasweep.config.targets import Component
 from lorasweep.errors import ConfigError
 from lorasweep.redaction import redact
 
@@ -84,10 +84,10 @@ class NoPruner:
     name: Literal["none"]
 
 
-SamplerConfig = ModelBasedSampler | FixedSampler | Part
-"""A part is a sampler of Optuna's, of OptunaHub's or of the user's own."""
-PrunerConfig = HalvingPruner | MedianPruner | NoPruner | Part
-"""A part is a pruner of Optuna's or of the user's own."""
+SamplerConfig = ModelBasedSampler | FixedSampler | Component
+"""A component is a sampler of Optuna's, of OptunaHub's or of the user's own."""
+PrunerConfig = HalvingPruner | MedianPruner | NoPruner | Component
+"""A component is a pruner of Optuna's or of the user's own."""
 
 
 @dataclass(frozen=True, kw_only=True)

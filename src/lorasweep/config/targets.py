@@ -1,7 +1,7 @@
-"""Third-party parts that settings name by `_target_`: checked against a list of packages, then made by Hydra.
+"""Third-party components that settings name by `_target_`: checked against a list of packages, then made by Hydra.
 
-A part runs code, and settings may come from a stranger's sweep file or record. So a target must be a class of a package
-that is trusted, and of the kind that its place needs: `torch.load` or `subprocess.Popen` can't be named. The user
+A component runs code, and settings may come from a stranger's sweep file or record. So a target must be a class of a
+trusted package and of the kind that its place needs: `torch.load` or `subprocess.Popen` can't be named. The user
 trusts more packages by `trust=[PACKAGE]` on the command line; no file can.
 """
 
@@ -53,7 +53,7 @@ NESTED_BASES = frozenset(
         "datetime.timedelta",
     }
 )
-"""Classes of which a part inside of another part must be one, such as the pruner that a `PatientPruner` wraps."""
+"""A nested component must be one of these classes, such as the pruner that a `PatientPruner` wraps."""
 EVERY_PACKAGE = "all"
 """Trusts every package."""
 PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
@@ -63,12 +63,12 @@ _trusted: set[str] = set()
 
 
 @dataclass(frozen=True, kw_only=True)
-class Part:
+class Component:
     """An object that settings name: the import path of its class, and the arguments of that class."""
 
     target: str
     arguments: Mapping[str, Any] = field(default_factory=dict, hash=False)
-    """As the class names them. One with `_target_` is a part inside of this one."""
+    """As the class names them. One with `_target_` is a component inside of this one."""
 
     @property
     def name(self) -> str:
@@ -92,11 +92,11 @@ def is_trusted(package: str) -> bool:
     return package in TRUSTED_PACKAGES or package in _trusted or EVERY_PACKAGE in _trusted
 
 
-def instantiate(part: Part, *, key: str, expected: type[T], **more: Any) -> T:
-    """Returns the object that a part names. Importing its class runs the code of that module.
+def instantiate(component: Component, *, key: str, expected: type[T], **more: Any) -> T:
+    """Returns the object that a component names. Importing its class runs the code of that module.
 
     Args:
-        part: Class and arguments.
+        component: Class and arguments.
         key: The setting that holds it, for messages.
         expected: What the object must be an instance of.
         more: Further arguments; they are handed over as they are, and win.
@@ -104,30 +104,30 @@ def instantiate(part: Part, *, key: str, expected: type[T], **more: Any) -> T:
     Raises:
         ConfigError: The class is not trusted, not there or of another kind, or does not take these arguments.
     """
-    found = find_class(part.target, key=key, expected=expected)
-    _check_arguments(part.arguments, key=key)
+    found = find_class(component.target, key=key, expected=expected)
+    _check_arguments(component.arguments, key=key)
     from hydra.utils import instantiate as make  # noqa: PLC0415 (slow to start)
 
-    taken = {name: value for name, value in part.arguments.items() if name not in more}
+    taken = {name: value for name, value in component.arguments.items() if name not in more}
     try:
-        made = make({TARGET: part.target, "_partial_": True, "_convert_": "all", **taken})(**more)
+        made = make({TARGET: component.target, "_partial_": True, "_convert_": "all", **taken})(**more)
     except Exception as error:  # whatever the class raises
-        raise ConfigError(_describe_refusal(error, part, key=key)) from error
+        raise ConfigError(_describe_refusal(error, component, key=key)) from error
     assert isinstance(made, found)
     return made
 
 
-def check_part(part: Part, *, key: str, expected: type, **more: Any) -> None:
-    """Makes sure that a part's class takes its arguments by their names, without making the object.
+def check_component(component: Component, *, key: str, expected: type, **more: Any) -> None:
+    """Makes sure that a component's class takes its arguments by their names, without making the object.
 
     Arguments and errors as in `instantiate`.
     """
-    found: type = find_class(part.target, key=key, expected=expected)
-    _check_arguments(part.arguments, key=key)
+    found: type = find_class(component.target, key=key, expected=expected)
+    _check_arguments(component.arguments, key=key)
     try:
-        inspect.signature(found).bind(**{**part.arguments, **more})
+        inspect.signature(found).bind(**{**component.arguments, **more})
     except TypeError as error:
-        raise ConfigError(_describe_refusal(error, part, key=key)) from error
+        raise ConfigError(_describe_refusal(error, component, key=key)) from error
 
 
 def find_class(target: str, *, key: str, expected: type[T]) -> type[T]:
@@ -146,8 +146,8 @@ def find_class(target: str, *, key: str, expected: type[T]) -> type[T]:
 
 
 def untrusted_targets(value: Any, *, key: str = "") -> Iterator[tuple[str, str]]:
-    """Yields key and target of every part in nested settings whose package is not trusted; imports nothing."""
-    if isinstance(value, Part):
+    """Yields key and target of every component in nested settings whose package is not trusted; imports nothing."""
+    if isinstance(value, Component):
         value = {TARGET: value.target, **value.arguments}
     if isinstance(value, Mapping):
         for name, item in value.items():
@@ -162,7 +162,7 @@ def untrusted_targets(value: Any, *, key: str = "") -> Iterator[tuple[str, str]]
 
 
 def require_trusted(value: Any, *, key: str = "") -> None:
-    """Makes sure that all parts in nested settings are of trusted packages; imports nothing.
+    """Makes sure that all components in nested settings are of trusted packages; imports nothing.
 
     Raises:
         ConfigError: One is not.
@@ -212,15 +212,15 @@ def _import_class(target: Any, *, key: str) -> type:
 
 
 def _check_arguments(value: Any, *, key: str) -> None:
-    """Checks what is inside of a part: nested parts, and that nothing in it is for Hydra or OmegaConf to work out."""
+    """Checks nested components, and that Hydra and OmegaConf have nothing to resolve."""
     if isinstance(value, Mapping):
         if TARGET in value:
             found = _import_nested(value[TARGET], key=key)
             bases = {f"{base.__module__}.{base.__qualname__}" for base in found.__mro__}
             if not bases & NESTED_BASES:
                 raise ConfigError(
-                    f"`{key}.{TARGET}` must be a class that parts are made of, such as an optimizer, a callback or a "
-                    f"pruner, but {value[TARGET]!r} is none."
+                    f"`{key}.{TARGET}` must be a class such as an optimizer, a callback or a pruner, "
+                    f"but {value[TARGET]!r} is none."
                 )
         for name, item in value.items():
             if name != TARGET and str(name).startswith("_"):
@@ -247,7 +247,7 @@ def _describe_distrust(target: str, *, key: str) -> str:
     )
 
 
-def _describe_refusal(error: Exception, part: Part, *, key: str) -> str:
+def _describe_refusal(error: Exception, component: Component, *, key: str) -> str:
     cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
     if isinstance(cause, ConfigError):  # of a class of ours
         return str(cause)
@@ -256,6 +256,6 @@ def _describe_refusal(error: Exception, part: Part, *, key: str) -> str:
         if package := hint[1] if hint else (cause.name or "").partition(".")[0]:
             return f"`{key}` needs the package {package!r}, which is not installed. Run `pip install {package}`."
     return (
-        f"`{key}` must have arguments that {part.target!r} takes, but got {dict(part.arguments)!r}: "
+        f"`{key}` must have arguments that {component.target!r} takes, but got {dict(component.arguments)!r}: "
         f"{describe_error(cause)}."
     )

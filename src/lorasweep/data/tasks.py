@@ -9,7 +9,7 @@ import difflib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -23,10 +23,10 @@ from torchmetrics.functional.classification import (
 )
 from torchmetrics.functional.regression import pearson_corrcoef, spearman_corrcoef
 
+from lorasweep.config.data import Direction
 from lorasweep.data.part import IGNORED, NOT_INPUTS, Batch
 from lorasweep.errors import ConfigError
 
-Direction = Literal["minimize", "maximize"]
 DIRECTIONS: Mapping[str, Direction] = {
     "bits_per_byte": "minimize",
     "loss": "minimize",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from lorasweep.record import Direction
+from lorasweep.config.data import Direction
 from lorasweep.report.advice import Advice, advise
 from lorasweep.report.dimension import find_d90
 from lorasweep.report.evidence import ArmEvidence, Evidence

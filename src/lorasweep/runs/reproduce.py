@@ -17,9 +17,9 @@ from lorasweep.models.attention import CANDIDATES, AttentionChoice
 from lorasweep.record import RunRecord, read_run
 from lorasweep.redaction import HIDDEN
 from lorasweep.runs.compare_runs import Comparison, compare_values, explain, read_values
+from lorasweep.training.components import EVENT_LOGGER
 from lorasweep.training.environment import DTYPES
 from lorasweep.training.inputs import RunInputs, build_inputs
-from lorasweep.training.parts import EVENT_LOGGER
 from lorasweep.training.prepare import check_run
 from lorasweep.training.restore import require_trust, restore_config
 from lorasweep.training.run import never_stop, train_run

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorasweep.config.run import OptimConfig, OptimizerPart, RunConfig, ScheduleConfig
-from lorasweep.config.targets import Part, argument_names, instantiate
+from lorasweep.config.run import OptimConfig, OptimizerComponent, RunConfig, ScheduleConfig
+from lorasweep.config.targets import Component, argument_names, instantiate
 from lorasweep.errors import ConfigError, describe_error
 from lorasweep.methods import ParameterGroup
 
 
 def refine_groups(
-    model: nn.Module, groups: Sequence[ParameterGroup], config: OptimConfig | OptimizerPart, *, head: Sequence[str]
+    model: nn.Module, groups: Sequence[ParameterGroup], config: OptimConfig | OptimizerComponent, *, head: Sequence[str]
 ) -> list[ParameterGroup]:
     """Returns a method's groups split by learning rate: `optim.lr_ratio_head` and `optim.layer_decay`.
 
@@ -53,7 +53,9 @@ def blocks_above(name: str, *, top: int) -> int:
     return top + 1 if "embed" in name else 0
 
 
-def build_optimizer(config: OptimConfig | OptimizerPart, groups: Sequence[ParameterGroup]) -> torch.optim.Optimizer:
+def build_optimizer(
+    config: OptimConfig | OptimizerComponent, groups: Sequence[ParameterGroup]
+) -> torch.optim.Optimizer:
     """Returns AdamW or the optimizer that the settings name, each group at `optim.lr` times its factor.
 
     Weight decay spares vectors (norms, biases).
@@ -68,8 +70,8 @@ def build_optimizer(config: OptimConfig | OptimizerPart, groups: Sequence[Parame
             if params:
                 decay = config.weight_decay if decays else 0.0
                 options.append({"params": params, "lr": config.lr * group.lr_factor, "weight_decay": decay})
-    if isinstance(config, OptimizerPart):
-        optimizer = _build_part(config, options)
+    if isinstance(config, OptimizerComponent):
+        optimizer = _build_component(config, options)
     else:
         optimizer = torch.optim.AdamW(options, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
     # It would undo a gradient scaler's work by itself, so Lightning forbids clipping. There is no scaler in bf16.
@@ -77,7 +79,7 @@ def build_optimizer(config: OptimConfig | OptimizerPart, groups: Sequence[Parame
     return optimizer
 
 
-def _build_part(config: OptimizerPart, options: list[dict[str, Any]]) -> torch.optim.Optimizer:
+def _build_component(config: OptimizerComponent, options: list[dict[str, Any]]) -> torch.optim.Optimizer:
     names, takes_any = argument_names(config.target, key="optim")
     if "weight_decay" not in names and not takes_any:
         if config.weight_decay:
@@ -157,7 +159,7 @@ def build_schedule(config: RunConfig, optimizer: torch.optim.Optimizer) -> torch
         ConfigError: The class that is named is not trusted, not there or no schedule, or refuses its arguments.
     """
     schedule, max_steps, lr = config.schedule, config.trainer.max_steps, config.optim.lr
-    if isinstance(schedule, Part):
+    if isinstance(schedule, Component):
         return instantiate(schedule, key="schedule", expected=torch.optim.lr_scheduler.LRScheduler, optimizer=optimizer)
     schedule_factor(schedule, 0, max_steps=max_steps, lr=lr)
     return torch.optim.lr_scheduler.LambdaLR(

@@ -10,9 +10,9 @@ from lorasweep.config.run import RunConfig
 from lorasweep.errors import ConfigError
 from lorasweep.methods import METHODS, copy_sharing_weights
 from lorasweep.models.load import BaseModel
+from lorasweep.training.components import check_components
 from lorasweep.training.fsdp import check_shardable
 from lorasweep.training.optim import check_optim
-from lorasweep.training.parts import check_parts
 
 
 def prepare_model(config: RunConfig, base: BaseModel) -> nn.Module:
@@ -41,7 +41,7 @@ def check_run(config: RunConfig, base: BaseModel) -> None:
     """
     METHODS[config.method.name].check(base.model, config.method, head=base.head)
     check_optim(config)
-    check_parts(config)
+    check_components(config)
     if config.trainer.is_sharded:
         check_shardable(base.model)
     trains_more = bool(base.head) and config.method.name != "frozen"

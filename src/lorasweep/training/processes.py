@@ -29,7 +29,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from lorasweep.config.run import TrainerConfig
-from lorasweep.config.targets import Part, instantiate
+from lorasweep.config.targets import Component, instantiate
 from lorasweep.disk import write_atomically
 from lorasweep.errors import ConfigError, LoraSweepError, OutOfMemory, RanksLost, RunError, describe_error, first_line
 from lorasweep.training.environment import resolve_device
@@ -77,7 +77,7 @@ def find_launch(config: TrainerConfig, cluster: ClusterEnvironment | None = None
         ConfigError: Others were started than the settings ask for, there are not enough GPUs, or the strategy needs a
             package that is not installed.
     """
-    if config.is_sharded and isinstance(config.strategy, Part):
+    if config.is_sharded and isinstance(config.strategy, Component):
         raise ConfigError("`trainer.strategy` must be fsdp for `ModelParallelStrategy`, but got its class.")
     if config.strategy_name.startswith("deepspeed") and find_spec("deepspeed") is None:
         raise ConfigError(
@@ -176,7 +176,7 @@ def build_strategy(config: TrainerConfig, launch: Launch) -> Strategy | str:
     Raises:
         ConfigError: It can't be made.
     """
-    if isinstance(config.strategy, Part):
+    if isinstance(config.strategy, Component):
         return instantiate(config.strategy, key="trainer.strategy", expected=Strategy)  # type: ignore[type-abstract]
     if config.is_sharded:
         return FsdpStrategy(data_parallel_size=launch.size, tensor_parallel_size=1, save_distributed_checkpoint=False)

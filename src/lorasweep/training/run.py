@@ -35,11 +35,11 @@ from lorasweep.training.callbacks import (
     note_progress,
 )
 from lorasweep.training.checkpoint import Found, find_checkpoint
+from lorasweep.training.components import build_callbacks, build_profiler, open_loggers, writes_checkpoints
 from lorasweep.training.data_module import DataModule
 from lorasweep.training.environment import deterministic_algorithms, reset_peak_memory, resolve_device
 from lorasweep.training.inputs import RunInputs, describe_batching
 from lorasweep.training.module import TrainingModule
-from lorasweep.training.parts import build_callbacks, build_profiler, open_loggers, writes_checkpoints
 from lorasweep.training.processes import (
     build_strategy,
     explain_failure,

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from lorasweep.config.build import as_settings
+from lorasweep.config.data import Direction
 from lorasweep.config.run import RunConfig, TrainerConfig
 from lorasweep.data.tasks import goal_direction
 from lorasweep.disk import remove_leftovers, write_atomically
@@ -26,7 +27,6 @@ from lorasweep.errors import Diverged, LoraSweepError, RecordError
 from lorasweep.record import (
     PATCH_FILE,
     STEPS_FILE,
-    Direction,
     RunRecord,
     RunStatus,
     read_run,

@@ -13,7 +13,8 @@ from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, Trial, create_trial
 from optuna.trial import TrialState as OptunaState
 
-from lorasweep.record import Direction, TrialState
+from lorasweep.config.data import Direction
+from lorasweep.record import TrialState
 from lorasweep.sweep.controller.entry import LIVE, Entry
 from lorasweep.sweep.controller.history import History
 from lorasweep.sweep.controller.rows import (

@@ -16,7 +16,7 @@ from typing import Any
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import FrozenTrial, TrialState
 
-from lorasweep.record import Direction
+from lorasweep.config.data import Direction
 from lorasweep.sweep.definition.space import Space
 
 MAX_HISTORY_TRIALS = 200

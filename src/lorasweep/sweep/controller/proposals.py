@@ -34,9 +34,9 @@ from optuna.storages import InMemoryStorage
 from optuna.trial import FrozenTrial, TrialState
 from scipy.stats import qmc
 
+from lorasweep.config.data import Direction
 from lorasweep.config.sweep import FixedSampler, ModelBasedSampler
 from lorasweep.errors import ConfigError, RunError, first_line
-from lorasweep.record import Direction
 from lorasweep.sweep.controller.history import Coding, History, Point, TriedPoints, last_value
 from lorasweep.sweep.definition.space import Space, grid_values
 

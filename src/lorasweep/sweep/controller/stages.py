@@ -14,14 +14,14 @@ from optuna.pruners import BasePruner
 
 from lorasweep.config.run import RunConfig
 from lorasweep.config.sweep import FixedSampler, HalvingPruner, MedianPruner, PrunerConfig
-from lorasweep.config.targets import Part, instantiate
+from lorasweep.config.targets import Component, instantiate
 from lorasweep.errors import ConfigError
 from lorasweep.sweep.controller.arm_trials import ArmTrials
+from lorasweep.sweep.controller.component_sampler import ask_component
 from lorasweep.sweep.controller.confirm import SEED_KEYS, arm_seeds, find_winner, seed_settings
 from lorasweep.sweep.controller.entry import Entry
 from lorasweep.sweep.controller.folder import SweepFolder
 from lorasweep.sweep.controller.history import History
-from lorasweep.sweep.controller.part_sampler import ask_part
 from lorasweep.sweep.controller.proposals import propose
 from lorasweep.sweep.controller.rows import (
     DUPLICATE_ATTRIBUTE,
@@ -107,7 +107,7 @@ class Search:
 
     def _open(self, arm: Arm) -> ArmTrials:
         config = arm.driver.pruner
-        own = isinstance(config, Part)
+        own = isinstance(config, Component)
         return ArmTrials(
             arm,
             study=self._sweep.open_study(arm.name, pruner=_own_pruner(config)),
@@ -182,8 +182,8 @@ class Confirm:
 def propose_for(arm: Arm, history: History, *, number: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """Returns the parameters of an arm's next trial, and what is to be kept with it; as `proposals.propose`."""
     sampler, seed = arm.driver.sampler, arm.driver.sweep.seed
-    if isinstance(sampler, Part):
-        return ask_part(sampler, history, number=number, seed=seed, arm=arm.name)
+    if isinstance(sampler, Component):
+        return ask_component(sampler, history, number=number, seed=seed, arm=arm.name)
     params = propose(
         history,
         sampler=sampler,
@@ -231,9 +231,9 @@ def _check_rungs(rungs: tuple[float, ...], steps: range, *, max_steps: int) -> N
 
 def _own_pruner(config: PrunerConfig) -> BasePruner | None:
     expected: type[BasePruner] = BasePruner  # type: ignore[type-abstract]
-    return instantiate(config, key="pruner", expected=expected) if isinstance(config, Part) else None
+    return instantiate(config, key="pruner", expected=expected) if isinstance(config, Component) else None
 
 
 def _first_part(arm: Arm) -> int | None:
-    is_adaptive = not isinstance(arm.driver.sampler, FixedSampler)  # a part may learn
+    is_adaptive = not isinstance(arm.driver.sampler, FixedSampler)  # a component may learn
     return math.ceil(FIRST_PART_FRACTION * arm.trials) if is_adaptive else None

@@ -18,9 +18,9 @@ from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import BaseJournalBackend
 from sqlalchemy.exc import SQLAlchemyError
 
+from lorasweep.config.data import Direction
 from lorasweep.config.sweep import StorageConfig
 from lorasweep.errors import ConfigError, WorkerError, first_line
-from lorasweep.record import Direction
 
 JOURNAL_FILE = "journal.log"
 CONFIRM_STUDY = "{arm}/confirm"

@@ -20,12 +20,12 @@ from lorasweep.config.compose import (
     group_names,
     known_keys,
     layer_settings,
-    names_part,
+    names_component,
     parse_overrides,
 )
 from lorasweep.config.run import RunConfig, ScheduleConfig
 from lorasweep.config.sweep import ArmConfig, DriverConfig, SweepFile
-from lorasweep.config.targets import Part
+from lorasweep.config.targets import Component
 from lorasweep.errors import ConfigError
 from lorasweep.sweep.definition.expand import expand_arms, own_overrides, refuse_expanded
 from lorasweep.sweep.definition.scaling import (
@@ -250,7 +250,7 @@ def _check_run_keys(file: SweepFile, overrides: Mapping[str, Any]) -> None:
         of_file, *of_arms = (split_driver(layer)[0] for layer in (file.settings, *(a.settings for a in file.arms)))
         known = set().union(*(known_keys(_options(of_file, of_arm, plain)) for of_arm in of_arms))
         known |= {MULTIPLIER} if ALPHA in known else set()
-        known |= {key for layer in (of_file, *of_arms, plain) for key in layer if names_part(key)}
+        known |= {key for layer in (of_file, *of_arms, plain) for key in layer if names_component(key)}
         for key in [*plain, *expanded]:
             check_key(key, known, primary="train")
 
@@ -308,7 +308,7 @@ def _parse_space(arm: ArmConfig) -> Space:
 def _is_whole(config: RunConfig, key: str, *, arm: ArmConfig) -> bool:
     value: Any = config
     for name in (ALPHA if key == MULTIPLIER else key).split("."):
-        if isinstance(value, Part | ScheduleConfig) and not hasattr(value, name):
+        if isinstance(value, Component | ScheduleConfig) and not hasattr(value, name):
             value = value.arguments
         if isinstance(value, Mapping) and name not in value:  # an argument of a class, which has its own default
             return _has_whole_bounds(arm.space[key])

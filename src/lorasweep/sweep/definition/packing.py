@@ -12,7 +12,7 @@ from typing import Any
 
 from lorasweep.config.method import LoraConfig
 from lorasweep.config.run import OptimConfig, RunConfig
-from lorasweep.config.targets import Part
+from lorasweep.config.targets import Component
 from lorasweep.errors import ConfigError
 from lorasweep.lora.packed import why_not_packable
 from lorasweep.sweep.definition.arms import Arm, Definition
@@ -24,8 +24,8 @@ SOLO_SETTINGS: Mapping[str, Callable[[RunConfig], bool]] = {
     "trainer.devices": lambda config: config.trainer.wants_processes,
     "optim.layer_decay": lambda config: config.optim.layer_decay != 1,
     "optim.ema_decay": lambda config: config.optim.ema_decay is not None,
-    "optim._target_": lambda config: isinstance(config.optim, Part),
-    "schedule._target_": lambda config: isinstance(config.schedule, Part),
+    "optim._target_": lambda config: isinstance(config.optim, Component),
+    "schedule._target_": lambda config: isinstance(config.schedule, Component),
     "callbacks": lambda config: bool(config.callbacks),
     "trainer.profiler": lambda config: config.trainer.profiler is not None,
 }

@@ -15,9 +15,9 @@ from lorasweep.data.batching import MicroBatch, StepBatchSampler
 from lorasweep.errors import RecordError
 from lorasweep.record import RunRecord, RunStatus, read_run
 from lorasweep.training.checkpoint import Found, find_checkpoint, save_checkpoint
+from lorasweep.training.components import finish_loggers, start_loggers
 from lorasweep.training.environment import device_of
 from lorasweep.training.inputs import RunInputs, describe_batching
-from lorasweep.training.parts import finish_loggers, start_loggers
 from lorasweep.training.run_log import RunLog, RunPlace, Values, new_record, reopen_record
 
 

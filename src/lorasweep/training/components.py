@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lorasweep.config.build import as_settings
 from lorasweep.config.run import RunConfig
-from lorasweep.config.targets import Part, argument_names, check_part, find_class, instantiate
+from lorasweep.config.targets import Component, argument_names, check_component, find_class, instantiate
 from lorasweep.data.part import Batch
 from lorasweep.errors import ConfigError
 
@@ -27,7 +27,7 @@ PROFILERS: Mapping[str, type[Profiler]] = {
     "pytorch": PyTorchProfiler,
 }
 """Lightning's names of profilers."""
-EVENT_LOGGER = "lorasweep.training.parts.EventLogger"
+EVENT_LOGGER = "lorasweep.training.components.EventLogger"
 """Import path of the logger that every run has by default; it writes into the run's folder and nowhere else."""
 LOGGER_PACKAGES: Mapping[str, str] = {
     "WandbLogger": "wandb",
@@ -95,10 +95,10 @@ def start_loggers(config: RunConfig, folder: Path, *, is_first: bool = True) -> 
         ConfigError: A class is not trusted, not there or no logger, or refuses its arguments.
     """
     loggers: list[Logger] = []
-    for name, part in config.logger.items():
+    for name, component in config.logger.items():
         key = f"logger.{name}"
-        offered = _offer(part, key=key, folder=folder)
-        loggers.append(instantiate(part, key=key, expected=Logger, **offered))  # type: ignore[type-abstract]
+        offered = _offer(component, key=key, folder=folder)
+        loggers.append(instantiate(component, key=key, expected=Logger, **offered))  # type: ignore[type-abstract]
         if is_first:
             loggers[-1].log_hyperparams(as_settings(config))
     return loggers
@@ -111,22 +111,22 @@ def finish_loggers(loggers: list[Logger]) -> None:
             logger.experiment.finish()
 
 
-def _offer(part: Part, *, key: str, folder: Path) -> dict[str, Any]:
+def _offer(component: Component, *, key: str, folder: Path) -> dict[str, Any]:
     """Returns what a logger's class is told of its run, of what it takes.
 
     Raises:
         ConfigError: The settings name a folder of their own.
     """
-    names, _ = argument_names(part.target, key=key)
-    if "save_dir" in part.arguments:
+    names, _ = argument_names(component.target, key=key)
+    if "save_dir" in component.arguments:
         raise ConfigError(
             f"`{key}.save_dir` must be left out, because each run logs into its own folder, but got "
-            f"{part.arguments['save_dir']!r}."
+            f"{component.arguments['save_dir']!r}."
         )
     offered = {"save_dir": str(folder), "run_name": folder.name}
-    if issubclass(find_class(part.target, key=key, expected=Logger), WandbLogger):  # type: ignore[type-abstract]
+    if issubclass(find_class(component.target, key=key, expected=Logger), WandbLogger):  # type: ignore[type-abstract]
         offered["name"] = folder.name
-    return {name: value for name, value in offered.items() if name in names and name not in part.arguments}
+    return {name: value for name, value in offered.items() if name in names and name not in component.arguments}
 
 
 def build_callbacks(config: RunConfig) -> list[lightning.Callback]:
@@ -136,8 +136,8 @@ def build_callbacks(config: RunConfig) -> list[lightning.Callback]:
         ConfigError: A class is not trusted, not there or no callback, or refuses its arguments.
     """
     built = [
-        instantiate(part, key=f"callbacks.{name}", expected=lightning.Callback)
-        for name, part in config.callbacks.items()
+        instantiate(component, key=f"callbacks.{name}", expected=lightning.Callback)
+        for name, component in config.callbacks.items()
     ]
     return [one for one in built if config.trainer.progress or not isinstance(one, ProgressBar)]
 
@@ -152,7 +152,7 @@ def build_profiler(config: RunConfig, folder: Path) -> Profiler | None:
     if named is None:
         return None
     place: dict[str, Any] = {"dirpath": str(folder), "filename": "profile"}
-    if not isinstance(named, Part):
+    if not isinstance(named, Component):
         return PROFILERS[named](**place)
     taken = argument_names(named.target, key="trainer.profiler")[0]
     place = {name: value for name, value in place.items() if name in taken}
@@ -164,7 +164,7 @@ def writes_checkpoints(callbacks: list[lightning.Callback]) -> bool:
     return any(isinstance(callback, Checkpoint) for callback in callbacks)
 
 
-def check_parts(config: RunConfig) -> None:
+def check_components(config: RunConfig) -> None:
     """Makes sure, before anything is written, that a run's loggers, callbacks and profiler can be made.
 
     Callbacks and profilers are made to see that. Loggers are not, because some connect to a server when they are made.
@@ -172,11 +172,11 @@ def check_parts(config: RunConfig) -> None:
     Raises:
         ConfigError: One can't.
     """
-    for name, part in config.logger.items():
+    for name, component in config.logger.items():
         key = f"logger.{name}"
-        offered = _offer(part, key=key, folder=Path("run"))
-        check_part(part, key=key, expected=Logger, **offered)
-        package = LOGGER_PACKAGES.get(part.name)
+        offered = _offer(component, key=key, folder=Path("run"))
+        check_component(component, key=key, expected=Logger, **offered)
+        package = LOGGER_PACKAGES.get(component.name)
         if package is not None and find_spec(package) is None:
             raise ConfigError(
                 f"`{key}` needs the package {package!r}, which is not installed. Run `pip install {package}`."

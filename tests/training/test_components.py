@@ -14,10 +14,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from lorasweep.config.targets import set_trusted
 from lorasweep.errors import ConfigError
 from lorasweep.record import read_run, read_steps
+from lorasweep.training.components import build_callbacks, check_components
 from lorasweep.training.optim import schedule_factor
 from lorasweep.training.packs.pack import train_pack
 from lorasweep.training.packs.slots import Job
-from lorasweep.training.parts import build_callbacks, check_parts
 from lorasweep.training.restore import restore_config
 from lorasweep.training.run import train_run
 from lorasweep.training.run_log import RunPlace
@@ -257,6 +257,6 @@ def test_parts_that_cant_be_are_refused_before_anything_is_written(
 ):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match=message) as refused:
-        check_parts(make_config(settings))
+        check_components(make_config(settings))
     assert "\n" not in str(refused.value)
     assert list(tmp_path.iterdir()) == []

@@ -14,7 +14,7 @@ from lorasweep.config.targets import TRUSTED_PACKAGES, set_trusted
 from lorasweep.sweep.definition.arms import read_definition
 from lorasweep.sweep.definition.sweep_file import find_sweep_file
 
-PAGE = (Path(__file__).parent.parent / "docs" / "parts.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parent.parent / "docs" / "components.md").read_text(encoding="utf-8")
 COMMANDS = [line for line in PAGE.splitlines() if line.startswith("lorasweep ")]
 
 

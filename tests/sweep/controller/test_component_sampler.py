@@ -11,10 +11,10 @@ import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import TrialState, create_trial
 
-from lorasweep.config.targets import Part, set_trusted
+from lorasweep.config.targets import Component, set_trusted
 from lorasweep.errors import ConfigError
+from lorasweep.sweep.controller.component_sampler import ask_component, build_sampler
 from lorasweep.sweep.controller.history import History
-from lorasweep.sweep.controller.part_sampler import ask_part, build_sampler
 from lorasweep.sweep.controller.rows import SAMPLER_ATTRIBUTE
 
 SPACE = {
@@ -31,15 +31,15 @@ def _no_trust():
     set_trusted(())
 
 
-def part(target, **arguments):
-    return Part(target=target, arguments=arguments)
+def named(target, **arguments):
+    return Component(target=target, arguments=arguments)
 
 
 def search(sampler, *, trials, space=SPACE, seed=0, arm="lora"):
     """Proposes trials one after another, each complete before the next, and returns their parameters and states."""
     history, states = [], []
     for number in range(trials):
-        params, kept = ask_part(
+        params, kept = ask_component(
             sampler, History(space, history, direction="minimize"), number=number, seed=seed, arm=arm
         )
         states.append(json.loads(json.dumps(kept)))  # as the journal keeps it
@@ -50,11 +50,11 @@ def search(sampler, *, trials, space=SPACE, seed=0, arm="lora"):
 @pytest.mark.parametrize(
     "sampler",
     [
-        part("optuna.samplers.RandomSampler"),
-        part("optuna.samplers.TPESampler", multivariate=True, n_startup_trials=3),
-        part("optuna.samplers.NSGAIISampler", population_size=4),
-        part("optuna.samplers.QMCSampler", qmc_type="halton"),
-        part(
+        named("optuna.samplers.RandomSampler"),
+        named("optuna.samplers.TPESampler", multivariate=True, n_startup_trials=3),
+        named("optuna.samplers.NSGAIISampler", population_size=4),
+        named("optuna.samplers.QMCSampler", qmc_type="halton"),
+        named(
             "optuna.samplers.PartialFixedSampler",
             fixed_params={"method.dim": 7},
             base_sampler={"_target_": "optuna.samplers.TPESampler", "n_startup_trials": 2},
@@ -73,21 +73,21 @@ def test_a_sampler_of_optunas_proposes_the_same_from_the_same_seed(sampler):
 
 
 def test_what_a_sampler_keeps_of_trials_is_handed_to_it_again():
-    _, states = search(part("optuna.samplers.NSGAIISampler", population_size=4), trials=9)
+    _, states = search(named("optuna.samplers.NSGAIISampler", population_size=4), trials=9)
     generations = [state[SAMPLER_ATTRIBUTE]["trial"]["NSGAIISampler:generation"] for state in states]
     assert generations == [0] * 4 + [1] * 4 + [2]
 
 
 def test_what_a_sampler_keeps_of_the_study_is_handed_to_it_again():
     """The Halton sequence counts its points in the study: ten trials are ten points of it."""
-    params, _ = search(part("optuna.samplers.QMCSampler", qmc_type="halton", scramble=False), trials=10)
+    params, _ = search(named("optuna.samplers.QMCSampler", qmc_type="halton", scramble=False), trials=10)
     rates = sorted(p["optim.lr"] for p in params[1:])  # the first is drawn independently
     assert len(set(rates)) == 9
 
 
 def test_every_combination_comes_once_from_brute_force():
     space = {"method.rank": CategoricalDistribution([1, 4]), "method.dim": IntDistribution(1, 3)}
-    params, _ = search(part("optuna.samplers.BruteForceSampler"), trials=6, space=space)
+    params, _ = search(named("optuna.samplers.BruteForceSampler"), trials=6, space=space)
     assert len({tuple(p.values()) for p in params}) == 6
 
 
@@ -112,7 +112,9 @@ def test_paused_running_and_infeasible_trials_are_shown_as_they_are():
         create_trial(state=TrialState.FAIL, params=params, distributions=SPACE),
     ]
     try:
-        ask_part(part("spy_sampler.Spy"), History(SPACE, history, direction="maximize"), number=4, seed=0, arm="a")
+        ask_component(
+            named("spy_sampler.Spy"), History(SPACE, history, direction="maximize"), number=4, seed=0, arm="a"
+        )
     finally:
         del sys.modules["spy_sampler"]
     assert [trial.state.name for trial in seen["trials"]] == ["PRUNED", "RUNNING", "PRUNED", "FAIL"]
@@ -123,27 +125,33 @@ def test_paused_running_and_infeasible_trials_are_shown_as_they_are():
 @pytest.mark.parametrize(
     ("sampler", "message"),
     [
-        (part("optuna.samplers.NoSuch"), "`sampler._target_` must be the import path of a class"),
-        (part("optuna.pruners.NopPruner"), "must be a subclass of `optuna.samplers._base.BaseSampler`"),
-        (part("optuna.samplers.TPESampler", startup=3), "`sampler` must have arguments that 'optuna.samplers.TPESamp"),
-        (part("subprocess.Popen", args="true"), "`sampler._target_` must be a class of a package that is trusted"),
+        (named("optuna.samplers.NoSuch"), "`sampler._target_` must be the import path of a class"),
+        (named("optuna.pruners.NopPruner"), "must be a subclass of `optuna.samplers._base.BaseSampler`"),
         (
-            part("optuna.samplers.PartialFixedSampler", fixed_params={}, base_sampler={"_target_": "os.system"}),
+            named("optuna.samplers.TPESampler", startup=3),
+            "`sampler` must have arguments that 'optuna.samplers.TPESamp",
+        ),
+        (named("subprocess.Popen", args="true"), "`sampler._target_` must be a class of a package that is trusted"),
+        (
+            named("optuna.samplers.PartialFixedSampler", fixed_params={}, base_sampler={"_target_": "os.system"}),
             "`sampler.base_sampler._target_` must be a class of a package that is trusted",
         ),
-        (part("optuna.samplers.GridSampler", search_space={"x": [1]}), "must be able to propose a trial for the space"),
+        (
+            named("optuna.samplers.GridSampler", search_space={"x": [1]}),
+            "must be able to propose a trial for the space",
+        ),
     ],
 )
 def test_what_is_no_sampler_is_refused_in_one_sentence(sampler, message):
     with pytest.raises(ConfigError, match=message) as refused:
-        ask_part(sampler, History(SPACE, direction="minimize"), number=0, seed=0, arm="lora")
+        ask_component(sampler, History(SPACE, direction="minimize"), number=0, seed=0, arm="lora")
     assert "\n" not in str(refused.value)
 
 
 @pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 def test_a_sampler_whose_state_is_a_pickle_needs_trust():
     with pytest.raises(ConfigError, match=r"add `trust=\[cmaes\]` to the command line"):
-        build_sampler(part("optuna.samplers.CmaEsSampler"), seed=0)
+        build_sampler(named("optuna.samplers.CmaEsSampler"), seed=0)
 
 
 def test_a_pickle_in_a_strangers_journal_is_not_handed_to_a_sampler():
@@ -157,10 +165,10 @@ def test_a_pickle_in_a_strangers_journal_is_not_handed_to_a_sampler():
         def add_trial(self, trial):
             seen.append(trial.system_attrs)
 
-    from lorasweep.sweep.controller import part_sampler  # noqa: PLC0415
+    from lorasweep.sweep.controller import component_sampler  # noqa: PLC0415
 
     trial = create_trial(value=1.0, params=params, distributions=SPACE, user_attrs=evil)
-    assert part_sampler._restore(Study(), History(SPACE, [trial], direction="minimize")) == {}
+    assert component_sampler._restore(Study(), History(SPACE, [trial], direction="minimize")) == {}
     assert seen == [{"kept": 1}]
 
 
@@ -186,7 +194,7 @@ def hub(monkeypatch):
 
 def test_a_sampler_of_optunahub_needs_trust_and_gets_the_seed(hub):
     made, asked = hub
-    sampler = part(HUB, package="samplers/given", sampler="Given", ref="abc", width=2)
+    sampler = named(HUB, package="samplers/given", sampler="Given", ref="abc", width=2)
     with pytest.raises(ConfigError, match=r"OptunaHub downloads and runs.* add `trust=\[optunahub\]`"):
         search(sampler, trials=1)
     assert (made, asked) == ([], [])
@@ -200,4 +208,4 @@ def test_a_sampler_of_optunahub_needs_trust_and_gets_the_seed(hub):
 def test_a_sampler_that_optunahubs_package_does_not_have_is_refused_with_the_nearest(hub):
     set_trusted(["optunahub"])
     with pytest.raises(ConfigError, match=r"`sampler.sampler` must be a sampler in 'samplers/given'.* `Given`\?"):
-        search(part(HUB, package="samplers/given", sampler="Givn"), trials=1)
+        search(named(HUB, package="samplers/given", sampler="Givn"), trials=1)

@@ -18,7 +18,7 @@ from optuna.samplers import BaseSampler, CmaEsSampler
 from optuna.storages import InMemoryStorage
 from optuna.trial import create_trial
 
-from lorasweep.config.targets import TARGET, Part, argument_names, instantiate, is_trusted
+from lorasweep.config.targets import TARGET, Component, argument_names, instantiate, is_trusted
 from lorasweep.errors import ConfigError, first_line
 from lorasweep.sweep.controller.history import History
 from lorasweep.sweep.controller.proposals import proposal_seed
@@ -30,8 +30,8 @@ PICKLE_PREFIXES = ("cma:", "sepcma:", "cmawm:")
 """Names under which it keeps them begin so."""
 
 
-def ask_part(
-    part: Part,
+def ask_component(
+    component: Component,
     history: History,
     *,
     number: int,
@@ -40,7 +40,7 @@ def ask_part(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Returns the parameters of trial `number` of an arm, and what its journal entry is to keep for the sampler.
 
-    Arguments as in `proposals.propose`, but for `part`, which names the sampler's class.
+    Arguments as in `proposals.propose`, but for `component`, which names the sampler's class.
 
     Raises:
         ConfigError: The sampler can't be built, or can't propose for this space.
@@ -48,7 +48,7 @@ def ask_part(
     coding = history.coding
     if not coding.ranges:
         return coding.decode({}), {}
-    sampler = build_sampler(part, seed=proposal_seed(seed, arm, number))
+    sampler = build_sampler(component, seed=proposal_seed(seed, arm, number))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ExperimentalWarning)
@@ -66,35 +66,35 @@ def ask_part(
             }
     except Exception as error:  # whatever a sampler raises
         raise ConfigError(
-            f"`sampler` must be able to propose a trial for the space of arm {arm!r}, but {part.target!r} raised "
+            f"`sampler` must be able to propose a trial for the space of arm {arm!r}, but {component.target!r} raised "
             f"{type(error).__name__}: {first_line(error)}."
         ) from error
     return coding.decode(trial.params), {SAMPLER_ATTRIBUTE: state} if any(state.values()) else {}
 
 
-def build_sampler(part: Part, *, seed: int) -> BaseSampler:
-    """Returns the sampler that a part names; it and the samplers inside of it get the seed, where they take one.
+def build_sampler(component: Component, *, seed: int) -> BaseSampler:
+    """Returns the sampler that a component names; it and the samplers inside of it get the seed, where they take one.
 
     Raises:
         ConfigError: The class is not trusted, not there or no sampler, or does not take these arguments.
     """
-    seeded: dict[str, Any] = _with_seed({TARGET: part.target, **part.arguments}, seed=seed, key="sampler")
+    seeded: dict[str, Any] = _with_seed({TARGET: component.target, **component.arguments}, seed=seed, key="sampler")
     del seeded[TARGET]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
         expected: type[BaseSampler] = BaseSampler  # type: ignore[type-abstract]
-        made = instantiate(Part(target=part.target, arguments=seeded), key="sampler", expected=expected)
+        made = instantiate(Component(target=component.target, arguments=seeded), key="sampler", expected=expected)
     if isinstance(made, CmaEsSampler) and not is_trusted(PICKLING_PACKAGE):
         raise ConfigError(
-            f"`sampler._target_` must be a sampler that keeps no pickles, but {part.target!r} does, and a stranger's "
-            f"journal could run code by them. For a sweep of your own add `trust=[{PICKLING_PACKAGE}]` to the command "
-            "line."
+            f"`sampler._target_` must be a sampler that keeps no pickles, but {component.target!r} does, and a "
+            f"stranger's journal could run code by them. For a sweep of your own add `trust=[{PICKLING_PACKAGE}]` to "
+            "the command line."
         )
     return made
 
 
 def _with_seed(value: Any, *, seed: int, key: str) -> Any:
-    """Returns settings of a part with a seed for each class in them that takes one."""
+    """Returns settings of a component with a seed for each class in them that takes one."""
     if isinstance(value, list | tuple):
         return [_with_seed(item, seed=seed, key=f"{key}.{position}") for position, item in enumerate(value)]
     if not isinstance(value, Mapping):
