@@ -286,9 +286,9 @@ def _reproduce_sweep(arguments: argparse.Namespace) -> int:
 
 
 def show_report(folders: Sequence[Path]) -> int:
-    """Writes the report of each sweep, of several also the page that shows them together, and prints their table."""
+    """Writes the report of each sweep and prints one table of all of them."""
     from lorasweep.record import read_sweep
-    from lorasweep.report import COMPARE_FILE, render_terminal, write_comparison, write_report
+    from lorasweep.report import render_terminal, write_report
 
     for folder in folders:  # before anything is written
         require_trusted(read_sweep(folder).definition)
@@ -296,12 +296,8 @@ def show_report(folders: Sequence[Path]) -> int:
         write_report(folder)
     console = PlainConsole()
     console.print(render_terminal(*folders))
-    pages = [folder / "report" / "index.html" for folder in folders]
-    if len(folders) > 1:
-        pages.append(folders[0] / "report" / COMPARE_FILE)
-        write_comparison(folders, pages[-1])
-    for page in pages:
-        console.print(f"report: {page}", highlight=False, markup=False, soft_wrap=True)
+    for folder in folders:
+        console.print(f"report: {folder / 'report' / 'index.html'}", highlight=False, markup=False, soft_wrap=True)
     return DONE
 
 
