@@ -34,7 +34,7 @@ from lorasweep.config.method import LoraConfig
 from lorasweep.config.run import RunConfig
 from lorasweep.data.batching import StepBatchSampler
 from lorasweep.data.loaders import evaluation_loader
-from lorasweep.data.part import repeat_batch
+from lorasweep.data.split import repeat_batch
 from lorasweep.data.tasks import Evaluation
 from lorasweep.lora.packed import (
     inject_packed_lora,
@@ -196,15 +196,15 @@ class LoraPack:
         self.optimizer = StackedAdamW(split_packed_parameters(self.model), [config.optim for config in configs])
         self.streams = [torch.Generator().manual_seed(seeds.dropout) for _ in configs]
         set_dropout_streams(self.model, self.streams)
-        accumulate = resolve_accumulate(settings, inputs.parts.train, slots=len(configs))
+        accumulate = resolve_accumulate(settings, inputs.splits.train, slots=len(configs))
         self.order = _order(configs[0], inputs, accumulate=accumulate)
 
     def train_step(self, step: int, *, factor: float) -> None:
         """Makes one step in every slot; all slots see the same rows, since their seeds are the same."""
         slots = len(self.points)
         for micro in self.order.step(step):
-            rows = slot_batch(self.inputs.parts.train, [micro] * slots, model=self.model)
-            losses = slot_losses(self.inputs.parts.task, self.model, rows, slots=slots)
+            rows = slot_batch(self.inputs.splits.train, [micro] * slots, model=self.model)
+            losses = slot_losses(self.inputs.splits.task, self.model, rows, slots=slots)
             (losses / micro.step_weight).sum().backward()  # type: ignore[no-untyped-call]
         self.optimizer.lr_factors = [factor] * slots
         self.optimizer.clip_slots()
@@ -214,12 +214,12 @@ class LoraPack:
     @torch.no_grad()
     def evaluate(self) -> list[dict[str, float]]:
         """Evaluates all slots batch by batch."""
-        slots, task = len(self.points), self.inputs.parts.task
+        slots, task = len(self.points), self.inputs.splits.task
         evaluations = [Evaluation(task) for _ in self.points]
         self.model.eval()
         set_row_lengths(self.model, None)
         rows_per_batch = self.configs[0].trainer.eval_batch_size
-        for batch in evaluation_loader(self.inputs.parts.validation, batch_size=rows_per_batch):
+        for batch in evaluation_loader(self.inputs.splits.validation, batch_size=rows_per_batch):
             scores = task.score(self.model, repeat_batch(batch, slots=slots))
             for slot, evaluation in enumerate(evaluations):
                 evaluation.update(scores.of_slot(slot, slots=slots))
@@ -259,14 +259,14 @@ class SoloTrial:
         self.optimizer = build_optimizer(config.optim, groups)
         self.peaks = [group["lr"] for group in self.optimizer.param_groups]
         self.mixed = inputs.precision == "bf16" and method.needs_autocast
-        accumulate = resolve_accumulate(config.trainer, inputs.parts.train)
+        accumulate = resolve_accumulate(config.trainer, inputs.splits.train)
         self.order = _order(config, inputs, accumulate=accumulate)
 
     def train_step(self, step: int, *, factor: float) -> None:
         """Makes one step."""
         for micro in self.order.step(step):
             with self._autocast():
-                losses = self.inputs.parts.task.losses(self.model, self.inputs.parts.train.batch(micro.indices))
+                losses = self.inputs.splits.task.losses(self.model, self.inputs.splits.train.batch(micro.indices))
                 loss = losses.sum() / micro.step_weight
             loss.backward()  # type: ignore[no-untyped-call]
         for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
@@ -280,7 +280,11 @@ class SoloTrial:
         """Evaluates the model."""
         inputs = self.inputs
         scored = evaluate_model(
-            self.model, inputs.parts.validation, task=inputs.parts.task, config=self.config, precision=inputs.precision
+            self.model,
+            inputs.splits.validation,
+            task=inputs.splits.task,
+            config=self.config,
+            precision=inputs.precision,
         )
         self.model.train()
         return [scored.values]
@@ -395,15 +399,15 @@ def record(args: argparse.Namespace) -> None:
     points = [point for point in points[: args.trials] if args.ranks is None or point.rank in args.ranks]
     configs = [_config_of(settings, point) for point in points]
     inputs = build_inputs(configs[0])
-    metric = inputs.parts.task.metrics[0] if settings["data.metric"] == "auto" else settings["data.metric"]
+    metric = inputs.splits.task.metrics[0] if settings["data.metric"] == "auto" else settings["data.metric"]
     started = time.monotonic()
     rows: list[dict[str, Any]] = []
     with deterministic_algorithms(configs[0].trainer.deterministic):
         frozen = compose_run({**settings, "method": "frozen"})
         values = evaluate_model(
             prepare_model(frozen, inputs.base),
-            inputs.parts.validation,
-            task=inputs.parts.task,
+            inputs.splits.validation,
+            task=inputs.splits.task,
             config=frozen,
             precision=inputs.precision,
         ).values
@@ -462,7 +466,7 @@ def _lora(config: RunConfig) -> LoraConfig:
 
 def _order(config: RunConfig, inputs: RunInputs, *, accumulate: int) -> StepBatchSampler:
     return StepBatchSampler(
-        inputs.parts.train,
+        inputs.splits.train,
         batch_size=config.trainer.batch_size,
         num_steps=config.trainer.max_steps,
         seed=config.seeds.data_order,

@@ -36,7 +36,7 @@ GLUE = {"data": "glue"}
         ({**TEXT, "data.test": ""}, "`data.test` must name where its rows are, but is empty."),
         (
             {**TABLE, "data.test": "a.csv"},
-            "must be different, but got 'a.csv', None and 'a.csv'. Use null to split a part",
+            "must be different, but got 'a.csv', None and 'a.csv'. Use null to take a split",
         ),
         ({**HUB, "data.validation": "train"}, "must be different, but got 'train', 'train' and None."),
         (

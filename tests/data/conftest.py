@@ -30,15 +30,15 @@ CHAT: dict[str, Any] = {
     "packing": True,
     "generate": False,
 }
-PARTS: dict[str, Any] = {"train": "train", "validation": None, "test": None}
+SPLITS: dict[str, Any] = {"train": "train", "validation": None, "test": None}
 COLUMNS: dict[str, Any] = {"text": "text", "text_pair": None, "label": "label"}
 HUB: dict[str, Any] = dict.fromkeys((*COLUMNS, "subset", "revision")) | {"path": "owner/toy", "kind": "table"}
 SETTINGS: dict[str, dict[str, Any]] = {
-    "table": PARTS | LIMITS | LABELS | COLUMNS | {"max_length": 8, "metric": "auto"},
-    "chat": PARTS | LIMITS | CHAT | {"max_length": 8, "metric": "loss"},
-    "text": PARTS | BLOCKS | {"metric": "loss"},
+    "table": SPLITS | LIMITS | LABELS | COLUMNS | {"max_length": 8, "metric": "auto"},
+    "chat": SPLITS | LIMITS | CHAT | {"max_length": 8, "metric": "loss"},
+    "text": SPLITS | BLOCKS | {"metric": "loss"},
     "glue": LIMITS | LABELS | {"task": "mrpc", "max_length": 8, "metric": "auto"},
-    "hub": PARTS | LIMITS | LABELS | CHAT | BLOCKS | HUB | {"max_length": 8, "metric": "auto"},
+    "hub": SPLITS | LIMITS | LABELS | CHAT | BLOCKS | HUB | {"max_length": 8, "metric": "auto"},
 }
 
 
@@ -63,7 +63,7 @@ def read(folder: Path) -> Callable[..., RowSource]:
             path = folder / file
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content if isinstance(content, bytes) else content.encode())
-        parts = {Path(file).stem: file for file in files if Path(file).stem in PARTS}
-        return read_source(make_data(name, **(parts | settings)))
+        splits = {Path(file).stem: file for file in files if Path(file).stem in SPLITS}
+        return read_source(make_data(name, **(splits | settings)))
 
     return write_and_read

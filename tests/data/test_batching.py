@@ -17,11 +17,11 @@ from lorasweep.data.batching import (
     draw_order,
     typical_lengths,
 )
-from lorasweep.data.part import padding_fraction
+from lorasweep.data.split import padding_fraction
 
 
 class Rows:
-    """A part of which only lengths and weights matter."""
+    """A split of which only lengths and weights matter."""
 
     def __init__(self, lengths, weights=None):
         self.lengths = torch.tensor(lengths)
@@ -92,10 +92,10 @@ def test_shared_random_stream_is_left_alone():
 
 
 def test_a_step_has_the_rows_that_the_seed_drew_however_it_is_cut():
-    part = Rows([3, 9, 1, 7, 5, 2, 8, 6])
-    whole = StepBatchSampler(part, batch_size=4, num_steps=6, seed=1)
+    split = Rows([3, 9, 1, 7, 5, 2, 8, 6])
+    whole = StepBatchSampler(split, batch_size=4, num_steps=6, seed=1)
     for accumulate in (2, 4):
-        cut = StepBatchSampler(part, batch_size=4, num_steps=6, seed=1, accumulate=accumulate)
+        cut = StepBatchSampler(split, batch_size=4, num_steps=6, seed=1, accumulate=accumulate)
         for step in range(6):
             assert sorted(row for m in cut.step(step) for row in m.indices) == sorted(whole.indices_of_step(step))
             assert {m.step_weight for m in cut.step(step)} == {m.step_weight for m in whole.step(step)}
@@ -109,8 +109,8 @@ def test_micro_batches_hold_rows_of_like_length():
 
 
 def test_the_step_weight_is_that_of_all_its_rows():
-    part = Rows([1, 1, 1], weights=[0.5, 2.0, 1.0])
-    for micro in StepBatchSampler(part, batch_size=3, num_steps=2, seed=0, accumulate=3):
+    split = Rows([1, 1, 1], weights=[0.5, 2.0, 1.0])
+    for micro in StepBatchSampler(split, batch_size=3, num_steps=2, seed=0, accumulate=3):
         assert micro.step_weight == 3.5
 
 
@@ -141,9 +141,9 @@ def mixed():
     return Rows(torch.randint(3, 60, (500,), generator=generator).tolist())
 
 
-def padding_when_cut(part, accumulate):
-    steps = StepBatchSampler(part, batch_size=16, num_steps=100, seed=0, accumulate=accumulate)
-    return padding_fraction(part.lengths, [micro.indices for micro in steps])
+def padding_when_cut(split, accumulate):
+    steps = StepBatchSampler(split, batch_size=16, num_steps=100, seed=0, accumulate=accumulate)
+    return padding_fraction(split.lengths, [micro.indices for micro in steps])
 
 
 def test_more_slots_pay_for_more_cuts_until_a_tenth_is_padding(mixed):
@@ -153,17 +153,17 @@ def test_more_slots_pay_for_more_cuts_until_a_tenth_is_padding(mixed):
     assert padding_when_cut(mixed, chosen[-1]) <= 0.1 < padding_when_cut(mixed, chosen[-1] - 1)
 
 
-@pytest.mark.parametrize("parts", [2, 3, 5])
-def test_sizes_leave_least_padding(mixed, parts):
-    sizes = choose_sizes(mixed, batch_size=15, parts=parts)
+@pytest.mark.parametrize("micro_batches", [2, 3, 5])
+def test_sizes_leave_least_padding(mixed, micro_batches):
+    sizes = choose_sizes(mixed, batch_size=15, micro_batches=micro_batches)
     assert sum(sizes) == 15
-    assert len(sizes) == parts
+    assert len(sizes) == micro_batches
     typical = typical_lengths(mixed, 15)
 
     def positions(sizes):
         return sum(size * typical[end - 1] for size, end in zip(sizes, itertools.accumulate(sizes), strict=True))
 
-    every = itertools.combinations(range(1, 15), parts - 1)
+    every = itertools.combinations(range(1, 15), micro_batches - 1)
     least = min(positions([b - a for a, b in itertools.pairwise((0, *cuts, 15))]) for cuts in every)
     assert positions(sizes) == pytest.approx(least)
 

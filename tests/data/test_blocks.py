@@ -1,4 +1,4 @@
-"""Documents become token blocks that score every token once, and a bad part is named before anything is trained."""
+"""Documents become token blocks that score every token once, and a bad split is named before anything is trained."""
 
 import math
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 
-from lorasweep.data.blocks import choose_evenly, cut_blocks, make_block_part, positions_in_documents
+from lorasweep.data.blocks import build_block_split, choose_evenly, cut_blocks, positions_in_documents
 from lorasweep.data.rows import Documents, fingerprint_documents
 from lorasweep.data.stdlib import Document
 from lorasweep.data.tasks import LanguageModelling
@@ -24,8 +24,8 @@ def make_rows(*texts, name="train"):
     return Documents(name=name, documents=documents, fingerprint=fingerprint_documents(documents))
 
 
-def make_part(rows, tokenizer, *, block_length=4, max_blocks=None, separate=False):
-    return make_block_part(
+def make_split(rows, tokenizer, *, block_length=4, max_blocks=None, separate=False):
+    return build_block_split(
         rows,
         data="text",
         tokenizer=tokenizer,
@@ -50,30 +50,30 @@ def test_fewer_blocks_are_evenly_spaced(most, chosen):
 
 
 def test_a_part_counts_bytes_and_tokens(tokenizer):
-    part = make_part(make_rows("añb", "cdef"), tokenizer)
-    assert part.describe() == {"documents": 2, "bytes": 8, "blocks": 2, "fingerprint": part.fingerprint}
-    assert math.isclose(part.bytes_per_token, 8 / 10)  # 8 bytes and 2 ends
-    assert part.lengths.tolist() == part.weights.tolist() == [4, 4]
+    split = make_split(make_rows("añb", "cdef"), tokenizer)
+    assert split.describe() == {"documents": 2, "bytes": 8, "blocks": 2, "fingerprint": split.fingerprint}
+    assert math.isclose(split.bytes_per_token, 8 / 10)  # 8 bytes and 2 ends
+    assert split.lengths.tolist() == split.weights.tolist() == [4, 4]
 
 
 def test_targets_are_the_next_tokens(tokenizer):
-    batch = make_part(make_rows("abcdefgh"), tokenizer).batch([1, 0])
+    batch = make_split(make_rows("abcdefgh"), tokenizer).batch([1, 0])
     assert batch["input_ids"].tolist() == [[101, 102, 103, 104], [97, 98, 99, 100]]
     assert batch["targets"].tolist() == [[102, 103, 104, END_OF_TEXT], [98, 99, 100, 101]]
     assert set(batch) == {"input_ids", "targets"}
 
 
 def test_an_empty_part_is_named(tokenizer):
-    with pytest.raises(ConfigError, match="the validation part of `data=text` must not be empty"):
-        make_part(make_rows(name="validation"), tokenizer)
+    with pytest.raises(ConfigError, match="the validation split of `data=text` must not be empty"):
+        make_split(make_rows(name="validation"), tokenizer)
 
 
 def test_a_part_shorter_than_a_block_is_named(tokenizer):
-    assert len(make_part(make_rows("abcd"), tokenizer)) == 1
+    assert len(make_split(make_rows("abcd"), tokenizer)) == 1
     with pytest.raises(
-        ConfigError, match=r"`data.block_length` must be less than the 5 tokens of the train part .* got 5"
+        ConfigError, match=r"`data.block_length` must be less than the 5 tokens of the train split .* got 5"
     ):
-        make_part(make_rows("abcd"), tokenizer, block_length=5)
+        make_split(make_rows("abcd"), tokenizer, block_length=5)
 
 
 def test_positions_start_anew_after_the_end_of_a_document():
@@ -94,9 +94,9 @@ def test_no_token_sees_an_earlier_document_where_documents_are_separate(tokenize
     task = LanguageModelling(bytes_per_token=1.0)
 
     def losses(text, separate):
-        part = make_part(make_rows(text, "xyzuvw"), tokenizer, block_length=9, separate=separate)
+        split = make_split(make_rows(text, "xyzuvw"), tokenizer, block_length=9, separate=separate)
         with torch.no_grad():
-            return task._token_losses(model, part.batch([0]))[0, 3:]  # of the second document
+            return task._token_losses(model, split.batch([0]))[0, 3:]  # of the second document
 
     # fp32 in two orders of summation
     torch.testing.assert_close(losses("ab", True), losses("cd", True), rtol=1e-5, atol=1e-6)

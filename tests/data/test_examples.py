@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorasweep.data.batching import StepBatchSampler
-from lorasweep.data.examples import CompletionPart, LabelledPart, Ragged, SequencePart, fill_bins
-from lorasweep.data.part import IGNORED
+from lorasweep.data.examples import CompletionSplit, LabelledSplit, Ragged, SequenceSplit, fill_bins
+from lorasweep.data.split import IGNORED
 from lorasweep.data.tasks import Classification, LanguageModelling
 
 ROWS = [[5, 6, 7], [8, 9], [10, 11, 12, 13, 14], [15], [16, 17, 18, 19]]
@@ -17,7 +17,7 @@ CLOSE = {"rtol": 1e-9, "atol": 1e-11}
 
 
 def labelled(**settings):
-    return LabelledPart(
+    return LabelledSplit(
         name="train",
         fingerprint="0",
         tokens=Ragged.of(ROWS),
@@ -30,7 +30,7 @@ def labelled(**settings):
 
 def completions(*, packing=False):
     targets = [[IGNORED, *row[2:], 3] if len(row) > 1 else [3] for row in ROWS]
-    return CompletionPart(
+    return CompletionSplit(
         name="train",
         fingerprint="0",
         tokens=Ragged.of(ROWS),
@@ -62,13 +62,13 @@ def bert():
     return transformers.BertForSequenceClassification(config).double().eval()
 
 
-def step_gradient(model, part, task, *, accumulate, batch_size):
+def step_gradient(model, split, task, *, accumulate, batch_size):
     """The gradient of one optimizer step, its rows cut into so many micro-batches."""
     model.zero_grad()
     loss = torch.zeros(())
-    steps = StepBatchSampler(part, batch_size=batch_size, num_steps=1, seed=0, accumulate=accumulate)
+    steps = StepBatchSampler(split, batch_size=batch_size, num_steps=1, seed=0, accumulate=accumulate)
     for micro in steps:
-        share = task.losses(model, part.batch(micro.indices)).double().sum() / micro.step_weight
+        share = task.losses(model, split.batch(micro.indices)).double().sum() / micro.step_weight
         share.backward()
         loss = loss + share.detach()
     return loss, [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
@@ -92,20 +92,20 @@ def test_padding_is_masked_and_a_batch_without_any_has_no_mask():
 
 
 def test_class_weights_are_those_of_each_rows_class():
-    part = labelled(class_weights=torch.tensor([2.0, 0.5]))
-    assert part.weights.tolist() == [2.0, 0.5, 0.5, 2.0, 0.5]
-    assert part.batch([0, 1])["weights"].tolist() == [2.0, 0.5]
+    split = labelled(class_weights=torch.tensor([2.0, 0.5]))
+    assert split.weights.tolist() == [2.0, 0.5, 0.5, 2.0, 0.5]
+    assert split.batch([0, 1])["weights"].tolist() == [2.0, 0.5]
 
 
 def test_second_texts_are_told_apart():
-    part = labelled(token_types=Ragged.of([[0, 1, 1], [0, 1], [0, 0, 0, 1, 1], [0], [0, 0, 1, 1]]))
-    assert part.batch([0, 1])["token_type_ids"].tolist() == [[0, 1, 1], [0, 1, 0]]
+    split = labelled(token_types=Ragged.of([[0, 1, 1], [0, 1], [0, 0, 0, 1, 1], [0], [0, 0, 1, 1]]))
+    assert split.batch([0, 1])["token_type_ids"].tolist() == [[0, 1, 1], [0, 1, 0]]
 
 
 def test_weights_of_completions_are_their_scored_tokens():
-    part = completions()
-    assert part.weights.tolist() == [2.0, 1.0, 4.0, 1.0, 3.0]
-    assert part.bytes_per_token == 30 / 11
+    split = completions()
+    assert split.weights.tolist() == [2.0, 1.0, 4.0, 1.0, 3.0]
+    assert split.bytes_per_token == 30 / 11
 
 
 @pytest.mark.parametrize("accumulate", [2, 4])
@@ -114,9 +114,9 @@ def test_the_gradient_of_a_step_cut_by_length_is_that_of_the_padded_batch(llama,
         (llama, completions(), LanguageModelling(bytes_per_token=1.0)),
         (bert, labelled(class_weights=torch.tensor([2.0, 0.5])), Classification(num_classes=2)),
     ]
-    for model, part, task in cases:
-        whole, expected = step_gradient(model, part, task, accumulate=1, batch_size=4)
-        cut, found = step_gradient(model, part, task, accumulate=accumulate, batch_size=4)
+    for model, split, task in cases:
+        whole, expected = step_gradient(model, split, task, accumulate=1, batch_size=4)
+        cut, found = step_gradient(model, split, task, accumulate=accumulate, batch_size=4)
         torch.testing.assert_close(cut, whole, rtol=1e-5, atol=0)  # losses are fp32
         for one, other in zip(found, expected, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-7)  # cross-entropy runs in fp32
@@ -149,7 +149,7 @@ def test_bins_hold_every_row_once_within_their_capacity(lengths):
 
 
 def test_an_encoder_decoder_sees_its_target_shifted():
-    part = SequencePart(
+    split = SequenceSplit(
         name="train",
         fingerprint="0",
         tokens=Ragged.of([[5, 6], [7]]),
@@ -159,7 +159,7 @@ def test_an_encoder_decoder_sees_its_target_shifted():
         start_token=2,
         scored_bytes=5,
     )
-    batch = part.batch([0, 1])
+    batch = split.batch([0, 1])
     assert batch["decoder_input_ids"].tolist() == [[2, 8, 1], [2, 9, 10]]
     assert batch["targets"].tolist() == [[8, 1, IGNORED], [9, 10, 1]]
-    assert part.bytes_per_token == 1.0
+    assert split.bytes_per_token == 1.0

@@ -1,4 +1,4 @@
-"""A LightningDataModule of the user's own gives parts like any other's, and every mistake in it is one sentence."""
+"""A LightningDataModule of the user's own gives splits like any other's, and every mistake in it is one sentence."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, IterableDataset, random_split
 
 from lorasweep.config.data import OwnDataConfig
-from lorasweep.data.part import IGNORED
-from lorasweep.data.parts import load_parts
 from lorasweep.data.sources import read_source
+from lorasweep.data.split import IGNORED
+from lorasweep.data.splits import load_splits
 from lorasweep.data.tasks import Classification, LanguageModelling, MultiLabel, Regression
 from lorasweep.errors import ConfigError
 
@@ -43,20 +43,20 @@ class Own(LightningDataModule):
 
     def setup(self, stage):
         assert stage in ("fit", "test")
-        self.parts = random_split(self.rows, [0.6, 0.2, 0.2])
+        self.splits = random_split(self.rows, [0.6, 0.2, 0.2])
         self.stages = [*getattr(self, "stages", []), stage]
 
-    def _load(self, part):
-        return DataLoader(part, batch_size=3, shuffle=True, collate_fn=self.collate)
+    def _load(self, split):
+        return DataLoader(split, batch_size=3, shuffle=True, collate_fn=self.collate)
 
     def train_dataloader(self):
-        return self._load(self.parts[0])
+        return self._load(self.splits[0])
 
     def val_dataloader(self):
-        return self._load(self.parts[1])
+        return self._load(self.splits[1])
 
     def test_dataloader(self):
-        return self._load(self.parts[2])
+        return self._load(self.splits[2])
 
 
 class Stream(IterableDataset):
@@ -102,24 +102,24 @@ def make_config(name="build", **settings):
 
 def load(name="build", *, model_kind="classifier", **settings):
     config = make_config(name, **settings)
-    return load_parts(config, source=read_source(config), tokenizer=None, model_kind=model_kind)
+    return load_splits(config, source=read_source(config), tokenizer=None, model_kind=model_kind)
 
 
 def test_parts_are_those_of_the_module():
-    parts = load()
-    assert [len(part) for part in (parts.train, parts.validation, parts.test())] == [12, 4, 4]
-    assert parts.metric == "accuracy"
-    assert isinstance(parts.task, Classification)
-    assert parts.task.num_classes == 2
+    splits = load()
+    assert [len(split) for split in (splits.train, splits.validation, splits.test())] == [12, 4, 4]
+    assert splits.metric == "accuracy"
+    assert isinstance(splits.task, Classification)
+    assert splits.task.num_classes == 2
 
 
 def test_batches_come_from_its_collate_function_with_labels_as_targets():
-    part = load().train
-    batch = part.batch([0, 3, 5])
-    assert batch["input_ids"].shape == batch["attention_mask"].shape == (3, max(part.lengths[[0, 3, 5]]))
-    assert batch["attention_mask"].sum(1).tolist() == part.lengths[[0, 3, 5]].tolist()
+    split = load().train
+    batch = split.batch([0, 3, 5])
+    assert batch["input_ids"].shape == batch["attention_mask"].shape == (3, max(split.lengths[[0, 3, 5]]))
+    assert batch["attention_mask"].sum(1).tolist() == split.lengths[[0, 3, 5]].tolist()
     assert "labels" not in batch
-    assert batch["targets"].tolist() == [length % 2 for length in part.lengths[[0, 3, 5]].tolist()]
+    assert batch["targets"].tolist() == [length % 2 for length in split.lengths[[0, 3, 5]].tolist()]
 
 
 def test_what_it_draws_is_the_same_each_time_and_moves_no_stream():
@@ -135,19 +135,19 @@ def test_what_it_draws_is_the_same_each_time_and_moves_no_stream():
 def test_test_part_is_set_up_only_when_it_is_asked_for(monkeypatch):
     made = Own()
     monkeypatch.setattr(sys.modules["own_data"], "build", lambda: made)
-    parts = load()
+    splits = load()
     assert made.stages == ["fit"]
-    assert parts.test() is parts.test()
+    assert splits.test() is splits.test()
     assert made.stages == ["fit", "test"]
 
 
 def test_text_is_scored_at_the_token_before():
-    parts = load("text", model_kind="causal_lm", task="text", labels=())
-    assert isinstance(parts.task, LanguageModelling)
-    assert parts.metric == "loss"
-    assert parts.train.weights.tolist() == [length - 1 for length in parts.train.lengths.tolist()]
-    short, long = (int(parts.train.lengths.argmin()), int(parts.train.lengths.argmax()))
-    batch = parts.train.batch([short, long])
+    splits = load("text", model_kind="causal_lm", task="text", labels=())
+    assert isinstance(splits.task, LanguageModelling)
+    assert splits.metric == "loss"
+    assert splits.train.weights.tolist() == [length - 1 for length in splits.train.lengths.tolist()]
+    short, long = (int(splits.train.lengths.argmin()), int(splits.train.lengths.argmax()))
+    batch = splits.train.batch([short, long])
     assert batch["targets"].tolist() == [[1, *[IGNORED] * 5], [1, 2, 3, 4, 5, IGNORED]]
 
 
@@ -161,9 +161,9 @@ def test_labels_of_other_kinds_are_numbers():
 
 
 def test_rows_need_not_be_text():
-    parts = load("images")
-    assert parts.train.lengths.tolist() == [1] * 12
-    assert parts.train.batch([0, 1])["pixels"].shape == (2, 3, 2, 2)
+    splits = load("images")
+    assert splits.train.lengths.tolist() == [1] * 12
+    assert splits.train.batch([0, 1])["pixels"].shape == (2, 3, 2, 2)
 
 
 @pytest.mark.parametrize(
@@ -176,7 +176,7 @@ def test_rows_need_not_be_text():
         ("broken_collate", "the collate function of 'own_data:broken_collate' fails: KeyError: 'column'"),
         ("no_labels", "must give rows with `labels`, but got input_ids, attention_mask"),
         ("no_mapping", "must give batches that are mappings of tensors, but got Tensor"),
-        ("empty", "the train part of `data.factory` must not be empty"),
+        ("empty", "the train split of `data.factory` must not be empty"),
         ("missing", "none of that name"),
     ],
 )
@@ -188,11 +188,11 @@ def test_wrong_module_is_one_sentence(name, message):
 
 
 def test_wrong_labels_name_the_row():
-    with pytest.raises(ConfigError, match=r"`data.labels` must name every label, but row . of the train part has 1"):
+    with pytest.raises(ConfigError, match=r"`data.labels` must name every label, but row . of the train split has 1"):
         load(labels=("only",))
-    with pytest.raises(ConfigError, match=r"must be 2 numbers, 0 or 1 .* row 0 of the train part has 3"):
+    with pytest.raises(ConfigError, match=r"must be 2 numbers, 0 or 1 .* row 0 of the train split has 3"):
         load("several", task="multi_label")
-    with pytest.raises(ConfigError, match=r"must be finite numbers, but those of row 0 of the train part are not"):
+    with pytest.raises(ConfigError, match=r"must be finite numbers, but those of row 0 of the train split are not"):
         load("not_a_number", task="regression", labels=())
 
 

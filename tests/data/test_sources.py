@@ -11,7 +11,7 @@ from lorasweep.data.stdlib import read_docs
 from lorasweep.data.tasks import Classification, MultiLabel, Regression
 
 
-def test_embedded_text_comes_as_documents_in_its_own_parts():
+def test_embedded_text_comes_as_documents_in_its_own_splits():
     source = read_source(compose_run({"data": "stdlib_docs"}).data)
     assert (source.kind, source.label_names, source.notes) == ("documents", (), ())
     assert source.train.documents == read_docs("train")

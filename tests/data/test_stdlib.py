@@ -19,19 +19,19 @@ def test_module_twin_and_tests_are_split_together(path):
 
 @pytest.mark.parametrize("read", [read_docs, read_code])
 def test_parts_are_disjoint_and_not_empty(read):
-    parts = [{document.name for document in read(part)} for part in ("train", "validation", "test")]
-    assert all(parts)
-    assert len(set.union(*parts)) == sum(map(len, parts))
+    splits = [{document.name for document in read(split)} for split in ("train", "validation", "test")]
+    assert all(splits)
+    assert len(set.union(*splits)) == sum(map(len, splits))
 
 
 def test_docs_parts_hold_every_topic():
-    names = {document.name for part in ("train", "validation", "test") for document in read_docs(part)}
+    names = {document.name for split in ("train", "validation", "test") for document in read_docs(split)}
     assert {"assert", "lambda", "yield"} <= names
 
 
 def test_tests_of_held_out_modules_are_not_pretrained_on():
     pretrained = {code_key(document.name) for document in read_code("pretraining")}
-    held_out = {code_key(document.name) for part in ("train", "validation", "test") for document in read_code(part)}
+    held_out = {code_key(document.name) for split in ("train", "validation", "test") for document in read_code(split)}
     assert pretrained.isdisjoint(held_out)
 
 

@@ -8,7 +8,7 @@ from scipy import stats
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from lorasweep.data.part import IGNORED, repeat_batch
+from lorasweep.data.split import IGNORED, repeat_batch
 from lorasweep.data.tasks import (
     DIRECTIONS,
     LANGUAGE_MODEL_METRICS,

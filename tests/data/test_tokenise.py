@@ -5,8 +5,8 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 import lorasweep.data.tokenise as tokenise_file
-from lorasweep.data.part import IGNORED
 from lorasweep.data.rows import Message
+from lorasweep.data.split import IGNORED
 from lorasweep.data.tokenise import cache_key, tokenise_chats, tokenise_labelled, tokenise_sequences, tokenise_texts
 from lorasweep.errors import ConfigError
 from lorasweep.models.tiny.pretrain import END_OF_TEXT, build_tokenizer

@@ -137,7 +137,7 @@ class MadeUpRuns:
         record = read_run(folder)
         assert record.status == "complete"
         if not record.test:
-            inputs.parts.test()
+            inputs.splits.test()
             self.scored.append(folder.name)
             record.test = {record.metric: self.score_on_test(record)}
             write_record(record, folder)
@@ -331,12 +331,12 @@ def packs(runs: MadeUpRuns, monkeypatch: pytest.MonkeyPatch) -> MadeUpPacks:
 
 
 class NoBenches:
-    """Made-up runs need neither model nor data, but for a test part that notes when it is read."""
+    """Made-up runs need neither model nor data, but for a test split that notes when it is read."""
 
     def __init__(self) -> None:
         self.test_reads = 0
         self.telemetry = Telemetry()
-        self.parts = self
+        self.splits = self
 
     def of(self, config: RunConfig) -> NoBenches:
         return self
@@ -403,7 +403,7 @@ def take_up(work: Callable[..., bool]) -> Callable[..., int]:
 
 @pytest.fixture
 def inputs_cache() -> NoBenches:
-    """Stands in for base models and data; notes reads of the test part."""
+    """Stands in for base models and data; notes reads of the test split."""
     return NoBenches()
 
 

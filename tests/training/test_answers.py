@@ -1,4 +1,4 @@
-"""Answers to the prompts of a part: the same alone and in batches, and scored against all answers that are given."""
+"""Answers to the prompts of a split: the same alone and in batches, and scored against all answers that are given."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import transformers
 from torchmetrics.functional.text import sacre_bleu_score
 
 from lorasweep.config.compose import compose_run
-from lorasweep.data.examples import CompletionPart, Ragged, SequencePart
-from lorasweep.data.part import IGNORED
+from lorasweep.data.examples import CompletionSplit, Ragged, SequenceSplit
+from lorasweep.data.split import IGNORED
 from lorasweep.errors import ConfigError
 from lorasweep.models.tiny.pretrain import build_tokenizer
 from lorasweep.training.answers import gather_references, generate, score_answers, wants_answers
@@ -39,37 +39,37 @@ def llama():
     return model.eval()
 
 
-def completion_part(answers):
+def completion_split(answers):
     rows = [[*prompt, *answer] for prompt, answer in zip(PROMPTS, answers, strict=True)]
     targets = [[*[IGNORED] * (len(prompt) - 1), *answer, 256] for prompt, answer in zip(PROMPTS, answers, strict=True)]
     shared = {"name": "test", "fingerprint": "0", "pad_token": 0, "bytes": 1, "scored_bytes": 1}
-    return CompletionPart(tokens=Ragged.of(rows), targets=Ragged.of(targets), **shared)
+    return CompletionSplit(tokens=Ragged.of(rows), targets=Ragged.of(targets), **shared)
 
 
 def test_rows_of_one_prompt_are_its_references(inputs):
-    found = gather_references(completion_part(ANSWERS), inputs)
+    found = gather_references(completion_split(ANSWERS), inputs)
     assert [bytes(prompt) for prompt in found] == [b"name: a", b"b", b"a longer prompt"]
     assert [bytes(answer[:-1]) for answer in found[tuple(b"name: a")]] == [b"yes it is", b"yes"]
 
 
 def test_answers_in_a_batch_are_those_alone(llama, inputs, config):
     prompts = [tuple(prompt) for prompt in dict.fromkeys(PROMPTS)]
-    settings = {"limit": 8, "part": completion_part(ANSWERS), "config": config, "inputs": inputs}
+    settings = {"limit": 8, "split": completion_split(ANSWERS), "config": config, "inputs": inputs}
     together = generate(llama, prompts, **settings)
     assert together == [generate(llama, [prompt], **settings)[0] for prompt in prompts]
     assert all(0 < len(answer) <= 8 for answer in together)
 
 
 def test_the_score_is_corpus_bleu_over_all_references(llama, inputs, config):
-    part = completion_part(ANSWERS)
-    scores = score_answers(llama, part, config=config, inputs=inputs)
+    split = completion_split(ANSWERS)
+    scores = score_answers(llama, split, config=config, inputs=inputs)
     assert set(scores) == {"bleu", "rouge1", "rouge2", "rougeL"}
     texts = [[b"yes it is", b"yes"], [b"no"], [b"one two three"]]
     made = generate(
         llama,
         [tuple(p) for p in dict.fromkeys(PROMPTS)],
         limit=int(1.5 * (len(b"one two three") + 1)),
-        part=part,
+        split=split,
         config=config,
         inputs=inputs,
     )
@@ -84,7 +84,7 @@ def test_an_encoder_decoder_answers_too(inputs, config):
         vocab_size=257, d_model=16, d_ff=32, d_kv=8, num_layers=2, num_heads=2, decoder_start_token_id=0
     )
     model = transformers.T5ForConditionalGeneration(settings).eval()
-    part = SequencePart(
+    split = SequenceSplit(
         name="test",
         fingerprint="0",
         tokens=Ragged.of([list(prompt) for prompt in PROMPTS]),
@@ -95,21 +95,21 @@ def test_an_encoder_decoder_answers_too(inputs, config):
         scored_bytes=1,
     )
     prompts = [tuple(prompt) for prompt in dict.fromkeys(PROMPTS)]
-    shared = {"limit": 6, "part": part, "config": config, "inputs": inputs}
+    shared = {"limit": 6, "split": split, "config": config, "inputs": inputs}
     assert generate(model, prompts, **shared) == [generate(model, [prompt], **shared)[0] for prompt in prompts]
-    assert 0 <= score_answers(model, part, config=config, inputs=inputs)["rouge1"] <= 1
+    assert 0 <= score_answers(model, split, config=config, inputs=inputs)["rouge1"] <= 1
 
 
 def test_several_answers_in_a_row_are_refused(inputs):
-    part = completion_part(ANSWERS)
-    part.targets.values[-2] = IGNORED
+    split = completion_split(ANSWERS)
+    split.targets.values[-2] = IGNORED
     with pytest.raises(ConfigError, match=r"`data.generate` needs rows with one answer each"):
-        gather_references(part, inputs)
+        gather_references(split, inputs)
 
 
 def test_a_model_that_cant_generate_is_refused(inputs, config):
     with pytest.raises(ConfigError, match=r"`data.generate` needs a model of transformers that generates text"):
-        score_answers(torch.nn.Linear(2, 2), completion_part(ANSWERS), config=config, inputs=inputs)
+        score_answers(torch.nn.Linear(2, 2), completion_split(ANSWERS), config=config, inputs=inputs)
 
 
 def test_answers_are_an_option_of_chats():

@@ -8,19 +8,19 @@ import torch
 from lightning import LightningModule, Trainer
 
 from lorasweep.config.compose import compose_run
-from lorasweep.data.blocks import BlockPart, cut_blocks
-from lorasweep.data.parts import DataParts
+from lorasweep.data.blocks import BlockSplit, cut_blocks
+from lorasweep.data.splits import DataSplits
 from lorasweep.data.tasks import LanguageModelling
 from lorasweep.training.data_module import DataModule
 
 
 def make_part(name, *, blocks):
     tokens = cut_blocks(torch.arange(blocks * 4 + 1), block_length=4)
-    return BlockPart(name=name, tokens=tokens, documents=1, bytes=1, bytes_per_token=1.0, fingerprint=name)
+    return BlockSplit(name=name, tokens=tokens, documents=1, bytes=1, bytes_per_token=1.0, fingerprint=name)
 
 
 def make_module(*, test=None, **settings):
-    parts = DataParts(
+    splits = DataSplits(
         train=make_part("train", blocks=10),
         validation=make_part("validation", blocks=5),
         task=LanguageModelling(bytes_per_token=1.0),
@@ -28,7 +28,7 @@ def make_module(*, test=None, **settings):
         test=test or (lambda: make_part("test", blocks=3)),
     )
     config = compose_run({"trainer.batch_size": 4, "trainer.eval_batch_size": 2, "trainer.max_steps": 6, **settings})
-    return DataModule(config, parts=parts)
+    return DataModule(config, splits=splits)
 
 
 def test_targets_are_the_next_tokens():
@@ -62,7 +62,7 @@ def test_resumed_run_gets_the_remaining_batches():
 
 def test_test_part_is_not_read_by_training():
     def read():
-        raise AssertionError("the test part was read")
+        raise AssertionError("the test split was read")
 
     module = make_module(test=read)
     list(module.train_dataloader())

@@ -1,4 +1,4 @@
-"""A model scored after its training scores what the run said of it, row by row in the part's own order."""
+"""A model scored after its training scores what the run said of it, row by row in the split's own order."""
 
 from pathlib import Path
 
@@ -20,9 +20,9 @@ def restore(config, inputs, folder):
     return model
 
 
-def score(model, config, inputs, part=None):
-    part = inputs.parts.validation if part is None else part
-    return evaluate_model(model, part, task=inputs.parts.task_of(part), config=config, precision=inputs.precision)
+def score(model, config, inputs, split=None):
+    split = inputs.splits.validation if split is None else split
+    return evaluate_model(model, split, task=inputs.splits.task_of(split), config=config, precision=inputs.precision)
 
 
 @pytest.mark.parametrize("method", ["lora", "full", "head"])
@@ -32,7 +32,7 @@ def test_the_best_weights_score_what_the_record_says(tmp_path, make_config, inpu
     found = score(restore(config, inputs, tmp_path), config, inputs)
     record = read_run(tmp_path)
     assert found.values == {name: record.best[name] for name in found.values}
-    assert len(found.rows.loss) == len(inputs.parts.validation)
+    assert len(found.rows.loss) == len(inputs.splits.validation)
 
 
 def test_scoring_moves_no_random_stream_and_leaves_the_model_evaluating(make_config, inputs):
@@ -59,8 +59,8 @@ def test_rows_that_came_sorted_are_put_back():
 
 def test_the_test_part_is_scored_by_its_own_bytes(make_config, inputs):
     config = make_config()
-    part = inputs.parts.test()
-    found = score(prepare_model(config, inputs.base), config, inputs, part)
+    split = inputs.splits.test()
+    found = score(prepare_model(config, inputs.base), config, inputs, split)
     nats = found.rows.loss.sum() / found.rows.items.sum()
-    expected = nats.item() / torch.log(torch.tensor(2.0)).item() / part.bytes_per_token
+    expected = nats.item() / torch.log(torch.tensor(2.0)).item() / split.bytes_per_token
     assert found.values["bits_per_byte"] == pytest.approx(expected, rel=1e-6)

@@ -21,13 +21,13 @@ def test_a_bench_is_loaded_once_for_all_runs_that_can_share_it(make_config, monk
 
 
 def test_the_attention_that_was_chosen_is_said_and_recorded(make_config, inputs, tmp_path):
-    assert inputs.notes == inputs.parts.notes
+    assert inputs.notes == inputs.splits.notes
     chosen = replace(inputs, attention=AttentionChoice("eager", "rows of 15 tokens in the median on a CPU"))
     told = "Attention is eager: rows of 15 tokens in the median on a CPU."
-    assert chosen.notes == (*inputs.parts.notes, told)
+    assert chosen.notes == (*inputs.splits.notes, told)
     train_run(make_config({"method": "frozen"}), RunPlace(folder=tmp_path), inputs=chosen)
     assert told in read_run(tmp_path).notes
     assert (
         replace(inputs, attention=AttentionChoice("own", "transformers did not make this model")).notes
-        == inputs.parts.notes
+        == inputs.splits.notes
     )

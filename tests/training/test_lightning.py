@@ -28,7 +28,7 @@ from lorasweep.training.run_log import RunPlace
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The `srun` command is available"),  # where Slurm is installed
     pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning"),  # Lightning with a newer torch
-    pytest.mark.filterwarnings("ignore:.*does not have many workers"),  # the parts are in memory
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),  # the splits are in memory
 ]
 MAX_STEPS = 6
 SGD = as_settings(compose_run({"optim": "sgd"}).optim)
@@ -107,7 +107,7 @@ def test_the_best_checkpoint_is_small_loads_and_scores_the_same(words, data, mak
     trainer.fit(lorasweep.TrainingModule(words), data)
     checkpoint = torch.load(best.best_model_path, weights_only=True)
     assert all("lora" in name for name in checkpoint["state_dict"])
-    assert Path(best.best_model_path).stat().st_size < data.parts.train.tokens.nbytes + 400_000
+    assert Path(best.best_model_path).stat().st_size < data.splits.train.tokens.nbytes + 400_000
     assert checkpoint["hyper_parameters"]["config"]["method"]["rank"] == 2
     logged = (tmp_path / "csv" / "version_0" / "metrics.csv").read_text()
     assert "lr-AdamW" in logged
@@ -168,12 +168,12 @@ def test_test_data_is_scored_and_predicted_in_its_own_order(words, data, make_tr
     loss = sum(float(batch["loss"].sum()) for batch in rows) / sum(int(batch["items"].sum()) for batch in rows)
     assert scores["test/loss"] == pytest.approx(loss, rel=1e-5)
     assert {"test/loss", "test/bits_per_byte", "test/perplexity"} == set(scores)
-    part = data.parts.test()
-    assert sum(len(batch["loss"]) for batch in rows) == len(part)
+    split = data.splits.test()
+    assert sum(len(batch["loss"]) for batch in rows) == len(split)
     with torch.no_grad():
-        alone = module.predict_step(part.batch([1]))
+        alone = module.predict_step(split.batch([1]))
     torch.testing.assert_close(torch.cat([batch["loss"] for batch in rows])[1:2], alone["loss"])
-    assert module(input_ids=part.batch([0])["input_ids"]).logits.shape[0] == 1
+    assert module(input_ids=split.batch([0])["input_ids"]).logits.shape[0] == 1
 
 
 def test_wrong_uses_are_refused_in_one_sentence(words, data, make_trainer):

@@ -1,4 +1,4 @@
-"""A finished run's best weights are scored on the test part, once, with a line per row."""
+"""A finished run's best weights are scored on the test split, once, with a line per row."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_every_method_is_scored_with_the_weights_of_its_best_evaluation(trained,
     assert [row["row"] for row in rows] == list(range(4))
     mean = sum(row["score"] * row["weight"] for row in rows) / sum(row["weight"] for row in rows)
     assert mean == pytest.approx(record.test["bits_per_byte"], rel=1e-12)
-    assert record.data["test"] == inputs.parts.test().describe()
+    assert record.data["test"] == inputs.splits.test().describe()
     assert record.files[TEST_SCORES_FILE]["sha256"] == sha256_of(folder / TEST_SCORES_FILE)
 
 
@@ -60,7 +60,7 @@ def test_the_scores_are_those_of_the_best_weights_and_not_of_the_last(trained, i
     assert record.best["step"] < record.last["step"]
     scored = score_run(folder, inputs=inputs)
     losses = {}
-    blocks = inputs.parts.test().tokens
+    blocks = inputs.splits.test().tokens
     for which in ("best", "last"):
         model = prepare_model(make_config(), inputs.base).eval()
         METHODS["lora"].load(model, folder / which)
@@ -73,14 +73,14 @@ def test_the_scores_are_those_of_the_best_weights_and_not_of_the_last(trained, i
 
 def test_bits_per_byte_count_the_bytes_of_the_test_part(trained, inputs):
     record = score_run(trained(), inputs=inputs)
-    per_token = inputs.parts.test().bytes_per_token
+    per_token = inputs.splits.test().bytes_per_token
     nats = record.test["loss"]
     assert record.test["bits_per_byte"] == pytest.approx(nats / (per_token * 0.6931471805599453), rel=1e-12)
-    assert per_token != inputs.parts.validation.bytes_per_token
+    assert per_token != inputs.splits.validation.bytes_per_token
 
 
 def test_rows_of_perplexity_are_losses_of_which_it_is_the_exponential(make_config, inputs, tmp_path):
-    by_perplexity = dataclasses.replace(inputs, parts=dataclasses.replace(inputs.parts, metric="perplexity"))
+    by_perplexity = dataclasses.replace(inputs, splits=dataclasses.replace(inputs.splits, metric="perplexity"))
     config = make_config({"data.metric": "perplexity"})
     train_run(config, RunPlace(folder=tmp_path), inputs=by_perplexity)
     record = score_run(tmp_path, inputs=by_perplexity)
@@ -97,9 +97,9 @@ def test_a_run_is_scored_once(trained, inputs):
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
 
     def read():
-        raise AssertionError("the test part is read again")
+        raise AssertionError("the test split is read again")
 
-    again = dataclasses.replace(inputs, parts=dataclasses.replace(inputs.parts, test=read))
+    again = dataclasses.replace(inputs, splits=dataclasses.replace(inputs.splits, test=read))
     assert score_run(folder, inputs=again) == first
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
 
@@ -160,7 +160,7 @@ def run_out_of_memory(**_):
 
 def test_training_reads_nothing_of_the_test_part(make_config, inputs, tmp_path):
     def read():
-        raise AssertionError("the test part is read in training")
+        raise AssertionError("the test split is read in training")
 
-    blind = dataclasses.replace(inputs, parts=dataclasses.replace(inputs.parts, test=read))
+    blind = dataclasses.replace(inputs, splits=dataclasses.replace(inputs.splits, test=read))
     assert train_run(make_config(), RunPlace(folder=tmp_path), inputs=blind).status == "complete"

@@ -63,7 +63,7 @@ class StdlibConfig:
     max_validation_blocks: int | None
     """Use at most so many evenly spaced validation blocks; null uses all."""
     max_test_blocks: int | None
-    """The same for the test part."""
+    """The same for the test split."""
     separate_documents: bool
     """Whether no token sees an earlier document of its block."""
     metric: TextMetric
@@ -93,7 +93,7 @@ class TextConfig:
     metric: TextMetric
 
     def __post_init__(self) -> None:
-        _check_parts(self.train, self.validation, self.test)
+        _check_splits(self.train, self.validation, self.test)
         _check_blocks(self.block_length, self.max_validation_blocks, self.max_test_blocks)
 
 
@@ -118,17 +118,17 @@ class TableConfig:
     max_length: int
     """Most tokens per row, >= 2; what is longer is cut off."""
     max_train_rows: int | None
-    """Use at most so many evenly spaced rows of the training part; null uses all."""
+    """Use at most so many evenly spaced rows of the training split; null uses all."""
     max_validation_rows: int | None
     max_test_rows: int | None
     label_smoothing: float
     """Share of each target that is spread evenly over all classes, 0 <= s < 1."""
     class_weights: Literal["none", "balanced"]
-    """`balanced` weighs a class by rows / (classes · its rows) of the training part."""
+    """`balanced` weighs a class by rows / (classes · its rows) of the training split."""
     metric: LabelMetric
 
     def __post_init__(self) -> None:
-        _check_parts(self.train, self.validation, self.test)
+        _check_splits(self.train, self.validation, self.test)
         _check_columns(text=self.text, text_pair=self.text_pair, label=self.label)
         _check_rows(self)
         require_fraction("data.label_smoothing", self.label_smoothing)
@@ -160,17 +160,17 @@ class ChatConfig:
     max_length: int
     """Most tokens per conversation, >= 2; what is longer is cut off."""
     max_train_rows: int | None
-    """Use at most so many evenly spaced rows of the training part; null uses all."""
+    """Use at most so many evenly spaced rows of the training split; null uses all."""
     max_validation_rows: int | None
     max_test_rows: int | None
     packing: bool
     """Whether short conversations share one sequence, without seeing each other."""
     generate: bool
-    """Whether the prompts of the test part are also answered, token by token, and scored by BLEU and ROUGE."""
+    """Whether the prompts of the test split are also answered, token by token, and scored by BLEU and ROUGE."""
     metric: TextMetric
 
     def __post_init__(self) -> None:
-        _check_parts(self.train, self.validation, self.test)
+        _check_splits(self.train, self.validation, self.test)
         _check_columns(prompt=self.prompt, completion=self.completion, messages=self.messages)
         _check_rows(self)
         if self.messages is not None and (self.prompt, self.completion) != (None, None):
@@ -194,13 +194,13 @@ class GlueConfig:
     max_length: int
     """Most tokens per row, >= 2; what is longer is cut off."""
     max_train_rows: int | None
-    """Use at most so many evenly spaced rows of the training part; null uses all."""
+    """Use at most so many evenly spaced rows of the training split; null uses all."""
     max_validation_rows: int | None
     max_test_rows: int | None
     label_smoothing: float
     """Share of each target that is spread evenly over all classes, 0 <= s < 1."""
     class_weights: Literal["none", "balanced"]
-    """`balanced` weighs a class by rows / (classes · its rows) of the training part."""
+    """`balanced` weighs a class by rows / (classes · its rows) of the training split."""
     metric: LabelMetric
     """`auto` takes the task's own: Matthews for `cola`, Pearson for `stsb`, accuracy for the others."""
 
@@ -390,7 +390,7 @@ def _take_over(kind: type[T], config: DataConfig, **changes: Any) -> T:
     return kind(**({name: getattr(config, name) for name in names if name not in changes} | changes))
 
 
-def _check_parts(train: str, validation: str | None, test: str | None) -> None:
+def _check_splits(train: str, validation: str | None, test: str | None) -> None:
     for key, value in (("train", train), ("validation", validation), ("test", test)):
         if value is not None and not value.strip():
             raise ConfigError(f"`data.{key}` must name where its rows are, but is empty.")
@@ -398,7 +398,7 @@ def _check_parts(train: str, validation: str | None, test: str | None) -> None:
     if len(set(names)) < len(names):
         raise ConfigError(
             "`data.train`, `data.validation` and `data.test` must be different, but got "
-            f"{train!r}, {validation!r} and {test!r}. Use null to split a part off from `data.train`."
+            f"{train!r}, {validation!r} and {test!r}. Use null to take a split from `data.train`."
         )
 
 

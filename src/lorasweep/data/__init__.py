@@ -1,1 +1,1 @@
-"""From text to batches: `sources` (documents), `parts` (token blocks), `batching`, `loaders`; `tasks` says how well."""
+"""From text to batches: `sources` (texts), `splits` (token blocks), `batching`, `loaders`; `tasks` says how well."""

@@ -1,6 +1,6 @@
 """Which rows make up the batch of each optimizer step, and how a batch is cut so that little of it is padding.
 
-What is learned is decided by seed and step alone, so a run can go on anywhere. Comes after `part` and before `loaders`.
+What is learned is decided by seed and step alone, so a run can resume at any step. After `split`, before `loaders`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DistributedSampler
 
-from lorasweep.data.part import Part
+from lorasweep.data.split import Split
 
 MAX_PADDING = 0.1
 """`trainer.accumulate=auto` takes as few micro-batches as leave at most this share of padding, where that pays."""
@@ -83,7 +83,7 @@ class StepBatchSampler(SharedSampler):
 
     def __init__(
         self,
-        part: Part,
+        split: Split,
         *,
         batch_size: int,
         num_steps: int,
@@ -95,7 +95,7 @@ class StepBatchSampler(SharedSampler):
         """Describes the batches of steps `start_step` to `num_steps - 1`.
 
         Args:
-            part: Rows to choose from, at least one. May be fewer than `batch_size`.
+            split: Rows to choose from, at least one. May be fewer than `batch_size`.
             batch_size: Rows per step.
             num_steps: Steps of the whole run, those before `start_step` included.
             seed: Decides the order.
@@ -103,17 +103,17 @@ class StepBatchSampler(SharedSampler):
             accumulate: Micro-batches per step, at most `batch_size`; together they are the step's batch.
             share: Which of their rows to yield.
         """
-        assert len(part) >= 1
+        assert len(split) >= 1
         assert 0 <= start_step <= num_steps
         assert 1 <= accumulate <= batch_size
-        self.part = part
+        self.split = split
         self.batch_size = batch_size
         self.num_steps = num_steps
         self.seed = seed
         self.start_step = start_step
         self.accumulate = accumulate
         super().__init__(share)
-        self.sizes = choose_sizes(part, batch_size=batch_size, parts=accumulate)
+        self.sizes = choose_sizes(split, batch_size=batch_size, micro_batches=accumulate)
         self._latest: tuple[int, list[int]] | None = None
 
     def __len__(self) -> int:
@@ -128,30 +128,30 @@ class StepBatchSampler(SharedSampler):
     def step(self, step: int) -> list[MicroBatch]:
         """Returns the micro-batches of one step, with all their rows."""
         indices = self.indices_of_step(step)
-        weight = float(self.part.weights[torch.tensor(indices)].sum())
-        return [MicroBatch(rows, weight) for rows in cut_by_length(indices, self.part.lengths, sizes=self.sizes)]
+        weight = float(self.split.weights[torch.tensor(indices)].sum())
+        return [MicroBatch(rows, weight) for rows in cut_by_length(indices, self.split.lengths, sizes=self.sizes)]
 
     def indices_of_step(self, step: int) -> list[int]:
         """Returns the rows of one step's whole batch, in the order that was drawn."""
         indices: list[int] = []
         while len(indices) < self.batch_size:
-            number, offset = divmod(step * self.batch_size + len(indices), len(self.part))
+            number, offset = divmod(step * self.batch_size + len(indices), len(self.split))
             indices += self._order_of_pass(number)[offset : offset + self.batch_size - len(indices)]
         return indices
 
     def _order_of_pass(self, number: int) -> list[int]:
         if self._latest is None or self._latest[0] != number:
-            self._latest = number, draw_order(len(self.part), seed=self.seed, number=number)
+            self._latest = number, draw_order(len(self.split), seed=self.seed, number=number)
         return self._latest[1]
 
 
 class EvaluationSampler(SharedSampler):
     """Yields every row once, sorted by length, in batches of little padding; of each batch a share of its rows."""
 
-    def __init__(self, part: Part, *, batch_size: int, share: Share = ALL) -> None:
-        """Takes a part and how many of its longest rows fit into a batch; of shorter ones it may hold more."""
+    def __init__(self, split: Split, *, batch_size: int, share: Share = ALL) -> None:
+        """Takes a split and how many of its longest rows fit into a batch; of shorter ones it may hold more."""
         super().__init__(share)
-        self.batches = batches_by_length(part.lengths, budget=batch_size * int(part.lengths.max()))
+        self.batches = batches_by_length(split.lengths, budget=batch_size * int(split.lengths.max()))
 
     def __len__(self) -> int:
         """Returns the number of batches."""
@@ -175,17 +175,17 @@ def cut_by_length(indices: Sequence[int], lengths: Tensor, *, sizes: Sequence[in
 
 
 @functools.lru_cache(maxsize=64)
-def choose_sizes(part: Part, *, batch_size: int, parts: int) -> tuple[int, ...]:
+def choose_sizes(split: Split, *, batch_size: int, micro_batches: int) -> tuple[int, ...]:
     """Returns the sizes of a step's micro-batches that leave the least padding on average, the shortest rows first.
 
     They are the same for every step, so that the slots of a pack agree on them.
     """
-    if parts == 1 or int(part.lengths.min()) == int(part.lengths.max()):
-        return tuple(batch_size // parts + (n < batch_size % parts) for n in range(parts))
-    typical = typical_lengths(part, batch_size)
+    if micro_batches == 1 or int(split.lengths.min()) == int(split.lengths.max()):
+        return tuple(batch_size // micro_batches + (n < batch_size % micro_batches) for n in range(micro_batches))
+    typical = typical_lengths(split, batch_size)
     costs = [(count + 1) * length for count, length in enumerate(typical)]  # of the first micro-batch
     best: list[tuple[float, tuple[int, ...]]] = [(cost, (count + 1,)) for count, cost in enumerate(costs)]
-    for _ in range(parts - 1):
+    for _ in range(micro_batches - 1):
         best = [
             min(((best[i][0] + (j - i) * typical[j], (*best[i][1], j - i)) for i in range(j)), default=(math.inf, ()))
             for j in range(batch_size)
@@ -194,31 +194,31 @@ def choose_sizes(part: Part, *, batch_size: int, parts: int) -> tuple[int, ...]:
 
 
 @functools.lru_cache(maxsize=64)
-def typical_lengths(part: Part, batch_size: int) -> tuple[float, ...]:
+def typical_lengths(split: Split, batch_size: int) -> tuple[float, ...]:
     """Returns the mean length of a step's shortest row, of its second shortest, and so on, from the first steps."""
-    steps = StepBatchSampler(part, batch_size=batch_size, num_steps=LOOKED_AT_STEPS, seed=0)
-    drawn = torch.stack([part.lengths[torch.tensor(steps.indices_of_step(step))] for step in range(LOOKED_AT_STEPS)])
+    steps = StepBatchSampler(split, batch_size=batch_size, num_steps=LOOKED_AT_STEPS, seed=0)
+    drawn = torch.stack([split.lengths[torch.tensor(steps.indices_of_step(step))] for step in range(LOOKED_AT_STEPS)])
     return tuple(drawn.sort(dim=1).values.double().mean(0).tolist())
 
 
-def choose_accumulate(part: Part, *, batch_size: int, slots: int = 1) -> int:
+def choose_accumulate(split: Split, *, batch_size: int, slots: int = 1) -> int:
     """Returns how many micro-batches per step pay: cutting saves padding and costs a pass through the model each.
 
     It depends on the data, the batch size and the number of slots alone.
     """
-    if int(part.lengths.min()) == int(part.lengths.max()):
+    if int(split.lengths.min()) == int(split.lengths.max()):
         return 1
-    typical = torch.tensor(typical_lengths(part, batch_size))
+    typical = torch.tensor(typical_lengths(split, batch_size))
     costs: dict[int, float] = {}
     padding: dict[int, float] = {}
-    for parts in range(1, min(batch_size, MAX_MICRO_BATCHES) + 1):
-        sizes = choose_sizes(part, batch_size=batch_size, parts=parts)
+    for count in range(1, min(batch_size, MAX_MICRO_BATCHES) + 1):
+        sizes = choose_sizes(split, batch_size=batch_size, micro_batches=count)
         ends = torch.tensor(sizes).cumsum(0) - 1
         positions = float((torch.tensor(sizes) * typical[ends]).sum())
-        costs[parts] = slots * positions + parts * BATCH_POSITIONS
-        padding[parts] = 1 - float(typical.sum()) / positions
+        costs[count] = slots * positions + count * BATCH_POSITIONS
+        padding[count] = 1 - float(typical.sum()) / positions
     cheapest = min(costs, key=costs.__getitem__)
-    little = next((parts for parts in costs if padding[parts] <= MAX_PADDING), cheapest)
+    little = next((count for count in costs if padding[count] <= MAX_PADDING), cheapest)
     return little if costs[little] <= WORTH_IT * costs[cheapest] else cheapest
 
 

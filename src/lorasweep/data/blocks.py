@@ -1,4 +1,4 @@
-"""Parts whose rows are blocks of running text. Comes after `part` and `tokenise`, beside `examples`."""
+"""Splits whose rows are blocks of running text. Comes after `split` and `tokenise`, beside `examples`."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lorasweep.data.part import Batch, Part
 from lorasweep.data.rows import Documents
+from lorasweep.data.split import Batch, Split
 from lorasweep.data.tokenise import end_token, tokenise_texts
 from lorasweep.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class BlockPart(Part):
+class BlockSplit(Split):
     """A text as one row of tokens, cut into blocks that overlap by one token."""
 
     tokens: Tensor
@@ -28,7 +28,7 @@ class BlockPart(Part):
     bytes: int
     """UTF-8 bytes of all texts."""
     bytes_per_token: float
-    """Bytes over tokens of the whole part, the ends of documents counted as tokens."""
+    """Bytes over tokens of the whole split, the ends of documents counted as tokens."""
     separator: int | None = None
     """The token after which another document begins, to which no earlier token is shown; None shows all of a block."""
 
@@ -51,7 +51,7 @@ class BlockPart(Part):
         return {**batch, "position_ids": positions_in_documents(batch["input_ids"], separator=self.separator)}
 
     def describe(self) -> dict[str, Any]:
-        """Returns what a run record keeps of the part."""
+        """Returns what a run record keeps of the split."""
         return {
             "documents": self.documents,
             "bytes": self.bytes,
@@ -60,7 +60,7 @@ class BlockPart(Part):
         }
 
 
-def make_block_part(
+def build_block_split(
     rows: Documents,
     *,
     data: str,
@@ -68,8 +68,8 @@ def make_block_part(
     block_length: int,
     max_blocks: int | None,
     separate: bool,
-) -> BlockPart:
-    """Tokenises and cuts one part.
+) -> BlockSplit:
+    """Tokenises and cuts one split.
 
     Args:
         rows: Its documents.
@@ -84,17 +84,17 @@ def make_block_part(
     """
     if not rows.documents:
         raise ConfigError(
-            f"the {rows.name} part of `data={data}` must not be empty, but has no document. Use other data."
+            f"the {rows.name} split of `data={data}` must not be empty, but has no document. Use other data."
         )
     texts = [document.text for document in rows.documents]
     row = tokenise_texts(texts, tokenizer=tokenizer, fingerprint=rows.fingerprint)["input_ids"].values
     if len(row) <= block_length:
         raise ConfigError(
-            f"`data.block_length` must be less than the {len(row)} tokens of the {rows.name} part of `data={data}`, "
+            f"`data.block_length` must be less than the {len(row)} tokens of the {rows.name} split of `data={data}`, "
             f"but got {block_length!r}. Use shorter blocks or more text."
         )
     size = sum(len(text.encode()) for text in texts)
-    return BlockPart(
+    return BlockSplit(
         name=rows.name,
         notes=rows.notes,
         tokens=choose_evenly(cut_blocks(row, block_length=block_length), most=max_blocks),

@@ -1,6 +1,6 @@
-"""Parts whose rows are examples of different lengths: sentences with labels, prompts with completions.
+"""Splits whose rows are examples of different lengths: sentences with labels, prompts with completions.
 
-Comes after `part` and beside `parts`; `tokenise` makes them of a source's rows.
+Comes after `split` and beside `splits`; `tokenise` makes them of a source's rows.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from lorasweep.data.part import IGNORED, Batch, Part
+from lorasweep.data.split import IGNORED, Batch, Split
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -54,7 +54,7 @@ class Ragged:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class ExamplePart(Part):
+class ExampleSplit(Split):
     """Rows of tokens, each with something to predict."""
 
     tokens: Ragged
@@ -72,7 +72,7 @@ class ExamplePart(Part):
         return self.tokens.lengths
 
     def describe(self) -> dict[str, Any]:
-        """Returns what a run record keeps of the part."""
+        """Returns what a run record keeps of the split."""
         return {
             "rows": len(self),
             "bytes": self.bytes,
@@ -91,7 +91,7 @@ class ExamplePart(Part):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class LabelledPart(ExamplePart):
+class LabelledSplit(ExampleSplit):
     """Texts with a label each: a class, several classes, or a number."""
 
     labels: Tensor
@@ -117,7 +117,7 @@ class LabelledPart(ExamplePart):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class CompletionPart(ExamplePart):
+class CompletionSplit(ExampleSplit):
     """Conversations for a causal model; only some tokens are scored, such as those of the completion."""
 
     targets: Ragged
@@ -134,8 +134,8 @@ class CompletionPart(ExamplePart):
         ends = scored[self.targets.ends]
         return torch.diff(ends, prepend=ends.new_zeros(1)).float()
 
-    def without_unscored(self) -> CompletionPart:
-        """Returns the part without rows in which nothing is scored: their answers were cut off."""
+    def without_unscored(self) -> CompletionSplit:
+        """Returns the split without rows in which nothing is scored: their answers were cut off."""
         kept = self.weights.nonzero().flatten().tolist()
         if len(kept) == len(self):
             return self
@@ -178,7 +178,7 @@ class CompletionPart(ExamplePart):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class SequencePart(ExamplePart):
+class SequenceSplit(ExampleSplit):
     """Pairs of texts for an encoder-decoder: `tokens` go into the encoder, `targets` are what the decoder writes."""
 
     targets: Ragged

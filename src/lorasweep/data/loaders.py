@@ -1,4 +1,4 @@
-"""Batches of the parts that are in memory, as torch loads them. The last room of `data`; next: `training`."""
+"""Batches of the splits that are in memory, as torch loads them. The last room of `data`; next: `training`."""
 
 from __future__ import annotations
 
@@ -10,37 +10,39 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from lorasweep.data.batching import ALL, EvaluationSampler, MicroBatch, Share
-from lorasweep.data.part import Batch, Part
+from lorasweep.data.split import Batch, Split
 
 
 class BatchDataset(Dataset[Batch]):
-    """Whole batches of a part's rows."""
+    """Whole batches of a split's rows."""
 
-    def __init__(self, part: Part) -> None:
-        """Keeps the part; copies nothing."""
-        self.part = part
+    def __init__(self, split: Split) -> None:
+        """Keeps the split; copies nothing."""
+        self.split = split
 
     def __len__(self) -> int:
         """Returns the number of rows."""
-        return len(self.part)
+        return len(self.split)
 
     def __getitem__(self, micro: MicroBatch) -> Batch:
         """Returns the batch of these rows, with the weight of the whole step and the tokens that are no padding."""
-        batch = self.part.batch(micro.indices)
-        lengths = self.part.lengths[torch.tensor(micro.indices)]
+        batch = self.split.batch(micro.indices)
+        lengths = self.split.lengths[torch.tensor(micro.indices)]
         num_tokens = lengths.sum() if math.isfinite(micro.step_weight) else torch.zeros_like(lengths[0])
         return {**batch, "step_weight": torch.tensor(micro.step_weight), "num_tokens": num_tokens}
 
 
-def evaluation_loader(part: Part, *, batch_size: int, share: Share = ALL) -> DataLoader[Batch]:
-    """Returns every row of a part once, or this share of them, in the order of `EvaluationSampler`."""
-    return load_batches(part, EvaluationSampler(part, batch_size=batch_size, share=share))
+def evaluation_loader(split: Split, *, batch_size: int, share: Share = ALL) -> DataLoader[Batch]:
+    """Returns every row of a split once, or this share of them, in the order of `EvaluationSampler`."""
+    return load_batches(split, EvaluationSampler(split, batch_size=batch_size, share=share))
 
 
-def load_batches(part: Part, batches: Iterable[MicroBatch]) -> DataLoader[Batch]:
-    """Returns these batches of a part."""
+def load_batches(split: Split, batches: Iterable[MicroBatch]) -> DataLoader[Batch]:
+    """Returns these batches of a split."""
     # A DataLoader draws a seed for its workers at every start: from this generator, not from torch's own.
-    return BatchLoader(BatchDataset(part), batch_size=None, sampler=batches, generator=torch.Generator().manual_seed(0))
+    return BatchLoader(
+        BatchDataset(split), batch_size=None, sampler=batches, generator=torch.Generator().manual_seed(0)
+    )
 
 
 class BatchLoader(DataLoader[Batch]):

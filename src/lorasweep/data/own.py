@@ -1,6 +1,6 @@
 """Data of the user's own: rows of the data sets in a LightningDataModule, each read once to know its length.
 
-Beside `examples`; `sources` calls `read_own`, `parts` makes an `OwnPart` of what it gives.
+Beside `examples`; `sources` calls `read_own`, `splits` makes an `OwnSplit` of what it gives.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lorasweep.config.data import OwnDataConfig, OwnTask
 from lorasweep.config.named import call_named
-from lorasweep.data.part import IGNORED, Batch, Part
 from lorasweep.data.rows import OwnRows, RowSource
+from lorasweep.data.split import IGNORED, Batch, Split
 from lorasweep.errors import ConfigError, describe_error
 
 KEY = "data.factory"
@@ -29,7 +29,7 @@ LOADERS = {"train": "train_dataloader", "validation": "val_dataloader", "test": 
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class OwnPart(Part):
+class OwnSplit(Split):
     """Rows as the user's own data set and collate function give them."""
 
     rows: OwnRows
@@ -52,7 +52,7 @@ class OwnPart(Part):
         return make_batch(self.rows.collate([self.rows.dataset[index] for index in indices]), task=self.task)
 
     def describe(self) -> dict[str, Any]:
-        """Returns what a run record keeps of the part."""
+        """Returns what a run record keeps of the split."""
         return {"rows": len(self), "fingerprint": self.fingerprint}
 
 
@@ -73,12 +73,12 @@ def read_own(config: OwnDataConfig) -> RowSource:
             )
         _call(config, "prepare_data", module.prepare_data)
         _call(config, "setup", functools.partial(module.setup, "fit"))
-        train, validation = (_read_part(config, module, name) for name in ("train", "validation"))
+        train, validation = (_read_split(config, module, name) for name in ("train", "validation"))
 
     def read_test() -> OwnRows:
         with _fixed_stream():
             _call(config, "setup", functools.partial(module.setup, "test"))
-            return _read_part(config, module, "test")
+            return _read_split(config, module, "test")
 
     return RowSource(
         kind="documents" if config.task == "text" else config.task,
@@ -116,8 +116,8 @@ def make_batch(collated: Any, *, task: OwnTask) -> Batch:
     return {**batch, "targets": labels.float().flatten() if task == "regression" else labels.float()}
 
 
-def _read_part(config: OwnDataConfig, module: LightningDataModule, name: str) -> OwnRows:
-    """Reads every row of a part once.
+def _read_split(config: OwnDataConfig, module: LightningDataModule, name: str) -> OwnRows:
+    """Reads every row of a split once.
 
     Raises:
         ConfigError: There is no data set of known length, it is empty, or a row or label is not as it must be.
@@ -131,15 +131,15 @@ def _read_part(config: OwnDataConfig, module: LightningDataModule, name: str) ->
     dataset, collate = cast(Any, loader.dataset), loader.collate_fn
     digest, lengths, weights = hashlib.sha256(), [], []
     for index in range(len(dataset)):
-        row = _call(config, f"row {index} of the {name} part", functools.partial(_take, dataset, index))
+        row = _call(config, f"row {index} of the {name} split", functools.partial(_take, dataset, index))
         batch = make_batch(_call(config, "the collate function", functools.partial(collate, [row])), task=config.task)
-        _check_targets(batch["targets"], config, place=f"row {index} of the {name} part")
+        _check_targets(batch["targets"], config, place=f"row {index} of the {name} split")
         for key in sorted(batch):
             digest.update(key.encode() + batch[key].contiguous().cpu().flatten().view(torch.uint8).numpy().tobytes())
         lengths.append(batch["input_ids"].shape[1] if "input_ids" in batch else 1)
         weights.append(float((batch["targets"] != IGNORED).sum()) if config.task == "text" else 1.0)
     if not lengths:
-        raise ConfigError(f"the {name} part of `{KEY}` must not be empty, but {config.factory!r} gives no row.")
+        raise ConfigError(f"the {name} split of `{KEY}` must not be empty, but {config.factory!r} gives no row.")
     return OwnRows(
         name=name,
         dataset=dataset,

@@ -1,4 +1,4 @@
-"""What reading gives: checked rows of plain Python, split into parts. `sources` makes them, `parts` tokenises them."""
+"""What reading gives: checked rows of plain Python, by split. `sources` makes them, `splits` tokenises them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Documents:
     fingerprint: str
     """16 hex digits over names and texts in order."""
     notes: tuple[str, ...] = ()
-    """Sentences on what only this part could tell; of the test part, which is read last."""
+    """Sentences on what only this split could tell; of the test split, which is read last."""
 
     def __len__(self) -> int:
         """Returns the number of documents."""
@@ -46,7 +46,7 @@ class LabelledRows:
     fingerprint: str
     """16 hex digits over texts, pairs and labels in order."""
     notes: tuple[str, ...] = ()
-    """Sentences on what only this part could tell; of the test part, which is read last."""
+    """Sentences on what only this split could tell; of the test split, which is read last."""
 
     def __len__(self) -> int:
         """Returns the number of rows."""
@@ -71,7 +71,7 @@ class Conversations:
     fingerprint: str
     """16 hex digits over roles and contents in order."""
     notes: tuple[str, ...] = ()
-    """Sentences on what only this part could tell; of the test part, which is read last."""
+    """Sentences on what only this split could tell; of the test split, which is read last."""
 
     def __len__(self) -> int:
         """Returns the number of conversations."""
@@ -106,7 +106,7 @@ Rows = Documents | LabelledRows | Conversations | OwnRows
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class RowSource:
-    """A data set as it was read: its parts and what there is to say about them."""
+    """A data set as it was read: its splits and what there is to say about them."""
 
     kind: Kind
     label_names: tuple[str, ...]
@@ -114,7 +114,7 @@ class RowSource:
     train: Rows
     validation: Rows
     test: Callable[[], Rows]
-    """Reads the test part at its first call and returns the same one afterwards; nothing of it is used before."""
+    """Reads the test split at its first call and returns the same one afterwards; nothing of it is used before."""
     notes: tuple[str, ...]
     """Sentences: what was split off and how, duplicates, the majority class and its score, rows left out."""
 
@@ -130,15 +130,15 @@ def fingerprint_labelled(
     """Returns 16 hex digits that change with any text, pair, label or their order."""
     seconds = pairs if pairs is not None else [""] * len(texts)
     rows = zip(texts, seconds, labels, strict=True)
-    return fingerprint_texts(part for text, pair, label in rows for part in (text, pair, repr(label)))
+    return fingerprint_texts(each for text, pair, label in rows for each in (text, pair, repr(label)))
 
 
 def fingerprint_conversations(conversations: Sequence[Sequence[Message]]) -> str:
     """Returns 16 hex digits that change with any role, content or their order."""
     return fingerprint_texts(
-        part
+        each
         for messages in conversations
-        for part in (str(len(messages)), *(part for message in messages for part in (message.role, message.content)))
+        for each in (str(len(messages)), *(each for message in messages for each in (message.role, message.content)))
     )
 
 

@@ -1,4 +1,4 @@
-"""Where rows come from: `read_source` gives them for any `data=...`. Next: `parts` makes tokens of them."""
+"""Where rows come from: `read_source` gives them for any `data=...`. Next: `splits` makes tokens of them."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ from lorasweep.data.rows import Documents, RowSource, fingerprint_documents
 from lorasweep.data.stdlib import Document, read_code, read_docs
 
 DocumentReader = Callable[[str], list[Document]]
-"""From the name of a part (`train`, `validation`, `test`) to its documents, always the same and in the same order."""
+"""From the name of a split (`train`, `validation`, `test`) to its documents, always the same and in the same order."""
 
 SOURCES: Mapping[str, DocumentReader] = {"stdlib_docs": read_docs, "stdlib_code": read_code}
 
 
 def read_source(config: DataConfig) -> RowSource:
-    """Returns the rows of a data set: checked, split into parts, with sentences on what was found.
+    """Returns the rows of a data set: checked, by split, with sentences on what was found.
 
-    The test part is read at the first call of `test`; that its file is there is checked at once.
+    The test split is read at the first call of `test`; that its file is there is checked at once.
 
     Raises:
-        ConfigError: A file, column, row or label can't be used; the message names the place. For the test part,
+        ConfigError: A file, column, row or label can't be used; the message names the place. For the test split,
             when it is called for.
     """
     if isinstance(config, StdlibConfig):
@@ -60,9 +60,9 @@ def read_source(config: DataConfig) -> RowSource:
 
 
 def _read_stdlib(config: StdlibConfig) -> RowSource:
-    def read(part: str) -> Documents:
-        documents = SOURCES[config.name](part)
-        return Documents(name=part, documents=documents, fingerprint=fingerprint_documents(documents))
+    def read(split: str) -> Documents:
+        documents = SOURCES[config.name](split)
+        return Documents(name=split, documents=documents, fingerprint=fingerprint_documents(documents))
 
     return RowSource(
         kind="documents",
@@ -78,21 +78,21 @@ def _open_tables(config: TableConfig | ChatConfig | GlueConfig | HubConfig) -> T
     if isinstance(config, GlueConfig):
         return _open_glue(config)
     names = {"train": config.train, "validation": config.validation, "test": config.test}
-    given = {part: name for part, name in names.items() if name is not None}
+    given = {split: name for split, name in names.items() if name is not None}
     if isinstance(config, HubConfig):
-        splits = {f"data.{part}": split for part, split in given.items()}
+        splits = {f"data.{split}": name for split, name in given.items()}
         data = load_hub(config.path, subset=config.subset, revision=config.revision, splits=splits)
 
-        def load_split(part: str, choose: ColumnChoice) -> Table:
-            return take_table(data[given[part]], choose=choose, place=f"{config.path}, {given[part]}")
+        def load_split(split: str, choose: ColumnChoice) -> Table:
+            return take_table(data[given[split]], choose=choose, place=f"{config.path}, {given[split]}")
 
         return Tables(load=load_split, given=frozenset(given))
-    files = {part: find_tables(name, key=f"data.{part}") for part, name in given.items()}
-    return Tables(load=lambda part, choose: read_table(files[part], choose=choose), given=frozenset(given))
+    files = {split: find_tables(name, key=f"data.{split}") for split, name in given.items()}
+    return Tables(load=lambda split, choose: read_table(files[split], choose=choose), given=frozenset(given))
 
 
 def _open_glue(config: GlueConfig) -> Tables:
-    """GLUE keeps the labels of its test part to itself: its validation part is halved into validation and test."""
+    """GLUE keeps the labels of its test split to itself: its validation split is halved into validation and test."""
     table_config = resolve_data(config)
     assert isinstance(table_config, TableConfig)
     assert table_config.validation is not None
@@ -100,22 +100,22 @@ def _open_glue(config: GlueConfig) -> Tables:
     data = load_hub(GLUE_PATH, subset=config.task, revision=None, splits=splits)
     held_out = data[table_config.validation]
 
-    def load(part: str, choose: ColumnChoice) -> Table:
-        place = f"{GLUE_PATH}, {config.task}, {table_config.train if part == 'train' else table_config.validation}"
-        if part == "train":
+    def load(split: str, choose: ColumnChoice) -> Table:
+        place = f"{GLUE_PATH}, {config.task}, {table_config.train if split == 'train' else table_config.validation}"
+        if split == "train":
             return take_table(data[table_config.train], choose=choose, place=place)
-        return _take_half(take_table(held_out, choose=choose, place=place), config=table_config, part=part)
+        return _take_half(take_table(held_out, choose=choose, place=place), config=table_config, split=split)
 
     return Tables(load=load, given=frozenset({"train", "validation", "test"}))
 
 
-def _take_half(table: Table, *, config: TableConfig, part: str) -> Table:
+def _take_half(table: Table, *, config: TableConfig, split: str) -> Table:
     """Keeps the rows whose texts have an even hash (`validation`) or an odd one (`test`)."""
     names = [name for name in (config.text, config.text_pair) if name is not None]
     keys = (content_key(texts) for texts in zip(*(table.columns[name] for name in names), strict=True))
-    rows = [row for row, key in enumerate(keys) if key % 2 == ("validation", "test").index(part)]
+    rows = [row for row, key in enumerate(keys) if key % 2 == ("validation", "test").index(split)]
     note = (
-        f"GLUE hides the labels of its test part: {part} is {len(rows)} of the {len(table)} rows of its "
-        f"{config.validation} part, those whose texts have an {'even' if part == 'validation' else 'odd'} hash."
+        f"GLUE hides the labels of its test split: {split} is {len(rows)} of the {len(table)} rows of its "
+        f"{config.validation} split, those whose texts have an {'even' if split == 'validation' else 'odd'} hash."
     )
     return table.take(rows, note=note)

@@ -1,6 +1,6 @@
 """Text that every Python installation has: the source of its standard library and its language documentation.
 
-Documents come out whole and already assigned to a part; `parts` turns them into tokens.
+Documents come out whole and already assigned to a split; `splits` turns them into tokens.
 The split is fixed by names alone, so it does not move when a file changes or a module is added.
 """
 
@@ -67,22 +67,22 @@ def read_standard_library(*, with_tests: bool) -> Iterator[Document]:
             yield Document(name=path, text=text)
 
 
-def read_code(part: str) -> list[Document]:
-    """Returns the modules of one part of the standard library's code.
+def read_code(split: str) -> list[Document]:
+    """Returns the modules of one split of the standard library's code.
 
     By the bucket of `code_key`: below 70 `pretraining` (with test suites), 70 to 89 `train`, 90 to 94 `validation`,
     95 to 99 `test` (the last three without test suites).
     """
-    low, high = {"pretraining": (0, 70), "train": (70, 90), "validation": (90, 95), "test": (95, 100)}[part]
-    documents = read_standard_library(with_tests=part == "pretraining")
+    low, high = {"pretraining": (0, 70), "train": (70, 90), "validation": (90, 95), "test": (95, 100)}[split]
+    documents = read_standard_library(with_tests=split == "pretraining")
     return [document for document in documents if low <= assign_bucket(code_key(document.name)) < high]
 
 
-def read_docs(part: str) -> list[Document]:
-    """Returns the topics of one part of `pydoc_data.topics`.
+def read_docs(split: str) -> list[Document]:
+    """Returns the topics of one split of `pydoc_data.topics`.
 
     By the bucket of the topic's name: below 70 `train`, 70 to 84 `validation`, 85 to 99 `test`.
     """
-    low, high = {"train": (0, 70), "validation": (70, 85), "test": (85, 100)}[part]
+    low, high = {"train": (0, 70), "validation": (70, 85), "test": (85, 100)}[split]
     topics = sorted(pydoc_data.topics.topics.items())
     return [Document(name=name, text=text) for name, text in topics if low <= assign_bucket(name) < high]

@@ -24,7 +24,7 @@ from torchmetrics.functional.classification import (
 from torchmetrics.functional.regression import pearson_corrcoef, spearman_corrcoef
 
 from lorasweep.config.data import Direction
-from lorasweep.data.part import IGNORED, NOT_INPUTS, Batch
+from lorasweep.data.split import IGNORED, NOT_INPUTS, Batch
 from lorasweep.errors import ConfigError
 
 DIRECTIONS: Mapping[str, Direction] = {

@@ -1,6 +1,6 @@
 """From a source's rows to token ids, kept in the cache of `datasets` so that the next run or sweep starts from there.
 
-Comes after `rows` and before `parts`, which makes parts of the ids.
+Comes after `rows` and before `splits`, which makes splits of the ids.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from lorasweep.data.examples import Ragged
-from lorasweep.data.part import IGNORED
 from lorasweep.data.rows import Message
+from lorasweep.data.split import IGNORED
 from lorasweep.errors import ConfigError
 
 FORMAT = 1

@@ -1,4 +1,4 @@
-"""What a model answers to the prompts of a part, token by token, and how like the given answers that is."""
+"""What a model answers to the prompts of a split, token by token, and how like the given answers that is."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torchmetrics.functional.text import rouge_score, sacre_bleu_score
 
 from lorasweep.config.data import ChatConfig, DataConfig, HubConfig
 from lorasweep.config.run import RunConfig
-from lorasweep.data.examples import CompletionPart, SequencePart
-from lorasweep.data.part import IGNORED, Part
+from lorasweep.data.examples import CompletionSplit, SequenceSplit
+from lorasweep.data.split import IGNORED, Split
 from lorasweep.errors import ConfigError
 from lorasweep.methods import METHODS
 from lorasweep.training.environment import device_of
@@ -23,12 +23,12 @@ LONGER = 1.5
 
 
 def wants_answers(config: DataConfig) -> bool:
-    """Returns whether the test part's prompts are to be answered."""
+    """Returns whether the test split's prompts are to be answered."""
     return isinstance(config, ChatConfig | HubConfig) and config.generate
 
 
-def score_answers(model: nn.Module, part: Part, *, config: RunConfig, inputs: RunInputs) -> dict[str, float]:
-    """Answers every prompt of a part by greedy decoding and returns corpus BLEU (0 to 100) and ROUGE F-measures.
+def score_answers(model: nn.Module, split: Split, *, config: RunConfig, inputs: RunInputs) -> dict[str, float]:
+    """Answers every prompt of a split by greedy decoding and returns corpus BLEU (0 to 100) and ROUGE F-measures.
 
     BLEU is that of sacreBLEU (Post 2018, tokenizer 13a), ROUGE that of Lin 2004; rows with the same prompt are
     references of one answer, which E2E NLG and its like have several of.
@@ -36,15 +36,15 @@ def score_answers(model: nn.Module, part: Part, *, config: RunConfig, inputs: Ru
     Raises:
         ConfigError: The model can't generate, or the rows have several answers each.
     """
-    if not hasattr(model, "generate") or not isinstance(part, CompletionPart | SequencePart):
+    if not hasattr(model, "generate") or not isinstance(split, CompletionSplit | SequenceSplit):
         raise ConfigError("`data.generate` needs a model of transformers that generates text. Set it to false.")
-    references = gather_references(part, inputs)
+    references = gather_references(split, inputs)
     prompts = list(references)
     limit = int(LONGER * max(len(answer) for answers in references.values() for answer in answers))
     answers: list[str] = []
     size = config.trainer.eval_batch_size
     for first in range(0, len(prompts), size):
-        tokens = generate(model, prompts[first : first + size], limit=limit, part=part, config=config, inputs=inputs)
+        tokens = generate(model, prompts[first : first + size], limit=limit, split=split, config=config, inputs=inputs)
         answers += decode(tokens, inputs)
     expected = [decode(list(references[prompt]), inputs) for prompt in prompts]
     scores = {"bleu": 100 * float(sacre_bleu_score(answers, expected))}
@@ -52,13 +52,15 @@ def score_answers(model: nn.Module, part: Part, *, config: RunConfig, inputs: Ru
     return scores | {name: float(rouge[f"{name}_fmeasure"]) for name in ROUGE}
 
 
-def gather_references(part: CompletionPart | SequencePart, inputs: RunInputs) -> dict[tuple[int, ...], list[list[int]]]:
-    """Returns the answers that a part gives to each of its prompts, as token ids."""
+def gather_references(
+    split: CompletionSplit | SequenceSplit, inputs: RunInputs
+) -> dict[tuple[int, ...], list[list[int]]]:
+    """Returns the answers that a split gives to each of its prompts, as token ids."""
     found: dict[tuple[int, ...], list[list[int]]] = {}
-    for row in range(len(part)):
-        tokens, targets = part.tokens[row].tolist(), part.targets[row].tolist()
+    for row in range(len(split)):
+        tokens, targets = split.tokens[row].tolist(), split.targets[row].tolist()
         scored = [place for place, target in enumerate(targets) if target != IGNORED]
-        if isinstance(part, CompletionPart):
+        if isinstance(split, CompletionSplit):
             if scored != list(range(scored[0], scored[-1] + 1)):
                 raise ConfigError(
                     "`data.generate` needs rows with one answer each, but one has several. Set it to false."
@@ -74,7 +76,7 @@ def generate(
     prompts: list[tuple[int, ...]],
     *,
     limit: int,
-    part: CompletionPart | SequencePart,
+    split: CompletionSplit | SequenceSplit,
     config: RunConfig,
     inputs: RunInputs,
 ) -> list[list[int]]:
@@ -83,11 +85,11 @@ def generate(
     mixed = inputs.precision == "bf16" and METHODS[config.method.name].needs_autocast
     longest = max(map(len, prompts))
     rows, mask = (
-        torch.full((len(prompts), longest), part.pad_token),
+        torch.full((len(prompts), longest), split.pad_token),
         torch.zeros(len(prompts), longest, dtype=torch.int64),
     )
     for row, prompt in enumerate(prompts):  # what goes on is padded on the left, what is only read on the right
-        place = slice(longest - len(prompt), None) if isinstance(part, CompletionPart) else slice(len(prompt))
+        place = slice(longest - len(prompt), None) if isinstance(split, CompletionSplit) else slice(len(prompt))
         rows[row, place], mask[row, place] = torch.tensor(prompt), 1
     model.to(device).eval()
     end = None if inputs.base.tokenizer is None else inputs.base.tokenizer.eos_token_id
@@ -98,12 +100,12 @@ def generate(
             do_sample=False,
             num_beams=1,
             max_new_tokens=limit,
-            pad_token_id=part.pad_token,
+            pad_token_id=split.pad_token,
             eos_token_id=end,
             use_cache=True,
         )
     model.cpu()
-    start = longest if isinstance(part, CompletionPart) else 1
+    start = longest if isinstance(split, CompletionSplit) else 1
     return [_until(row, end) for row in made[:, start:].tolist()]
 
 

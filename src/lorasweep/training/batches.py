@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from lorasweep.config.run import TrainerConfig
 from lorasweep.data.batching import choose_accumulate
-from lorasweep.data.part import Part
+from lorasweep.data.split import Split
 from lorasweep.record import RunRecord
 
 
-def resolve_accumulate(config: TrainerConfig, part: Part, *, slots: int = 1, begun: RunRecord | None = None) -> int:
+def resolve_accumulate(config: TrainerConfig, split: Split, *, slots: int = 1, begun: RunRecord | None = None) -> int:
     """Returns the micro-batches per optimizer step.
 
     Args:
         config: The run's; `auto` is decided by the rows' lengths and the number of slots.
-        part: The training part.
+        split: The training split.
         slots: Runs that train together.
         begun: The record of the run where it goes on: it goes on with as many as it began with.
     """
     if begun is not None and "micro_batches" in begun.batching:
         return int(begun.batching["micro_batches"])
     if config.accumulate == "auto":
-        return choose_accumulate(part, batch_size=config.batch_size, slots=slots)
+        return choose_accumulate(split, batch_size=config.batch_size, slots=slots)
     return config.accumulate

@@ -18,7 +18,7 @@ from torch import Tensor
 from lorasweep.config.build import as_settings
 from lorasweep.config.run import RunConfig
 from lorasweep.config.targets import Component, argument_names, check_component, find_class, instantiate
-from lorasweep.data.part import Batch
+from lorasweep.data.split import Batch
 from lorasweep.errors import ConfigError
 
 PROFILERS: Mapping[str, type[Profiler]] = {

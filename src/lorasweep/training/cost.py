@@ -13,7 +13,7 @@ import torch
 
 from lorasweep.config.run import OptimConfig, RunConfig
 from lorasweep.data.batching import EvaluationSampler, MicroBatch, StepBatchSampler
-from lorasweep.data.part import move_batch
+from lorasweep.data.split import move_batch
 from lorasweep.errors import OutOfMemory, first_line
 from lorasweep.lora.packed import split_packed_parameters
 from lorasweep.methods import METHODS
@@ -67,8 +67,8 @@ def measure_run(config: RunConfig, *, inputs: RunInputs) -> RunCost:
     model.to(device)
     trained = [p for p in model.parameters() if p.requires_grad]
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=inputs.precision == "bf16" and method.needs_autocast)
-    task, micros = inputs.parts.task, _micro_batches(config, inputs)
-    batches = [move_batch(inputs.parts.train.batch(micro.indices), device) for micro in micros]
+    task, micros = inputs.splits.task, _micro_batches(config, inputs)
+    batches = [move_batch(inputs.splits.train.batch(micro.indices), device) for micro in micros]
     times = [0.0]
     if trained:
         optimizer = build_optimizer(config.optim, method.trainable_groups(model, lr_ratio_b=config.optim.lr_ratio_b))
@@ -85,7 +85,7 @@ def measure_run(config: RunConfig, *, inputs: RunInputs) -> RunCost:
             optimizer.step(losses)  # some optimizers ask for the loss more than once
 
         times = _time(step, device)
-    held_out = inputs.parts.validation
+    held_out = inputs.splits.validation
     evaluation = EvaluationSampler(held_out, batch_size=config.trainer.eval_batch_size).batches
     longest = move_batch(held_out.batch(evaluation[-1]), device)
 
@@ -122,11 +122,13 @@ def measure_pack(config: RunConfig, *, inputs: RunInputs, slots: int) -> PackMea
         assert isinstance(config.optim, OptimConfig)
         optimizer = StackedAdamW(split_packed_parameters(model), [config.optim] * slots)
         micros = _micro_batches(config, inputs, slots=slots)
-        batches = [move_batch(slot_batch(inputs.parts.train, [micro] * slots, model=model), device) for micro in micros]
+        batches = [
+            move_batch(slot_batch(inputs.splits.train, [micro] * slots, model=model), device) for micro in micros
+        ]
 
         def step() -> None:
             for batch in batches:
-                losses = slot_losses(inputs.parts.task, model, batch, slots=slots)
+                losses = slot_losses(inputs.splits.task, model, batch, slots=slots)
                 (losses.sum() / micros[0].step_weight).backward()  # type: ignore[no-untyped-call]
             optimizer.clip_slots()
             optimizer.step()
@@ -144,9 +146,9 @@ def measure_pack(config: RunConfig, *, inputs: RunInputs, slots: int) -> PackMea
 
 def _micro_batches(config: RunConfig, inputs: RunInputs, *, slots: int = 1) -> list[MicroBatch]:
     """The first step's, cut as a pack of so many slots cuts it."""
-    part, settings = inputs.parts.train, config.trainer
-    accumulate = resolve_accumulate(settings, part, slots=slots)
-    steps = StepBatchSampler(part, batch_size=settings.batch_size, num_steps=1, seed=0, accumulate=accumulate)
+    split, settings = inputs.splits.train, config.trainer
+    accumulate = resolve_accumulate(settings, split, slots=slots)
+    steps = StepBatchSampler(split, batch_size=settings.batch_size, num_steps=1, seed=0, accumulate=accumulate)
     return steps.step(0)
 
 

@@ -8,8 +8,8 @@ from torch.utils.data import DataLoader
 from lorasweep.config.run import RunConfig
 from lorasweep.data.batching import ALL, MicroBatch, Share, StepBatchSampler
 from lorasweep.data.loaders import evaluation_loader, load_batches
-from lorasweep.data.part import Batch
-from lorasweep.data.parts import DataParts
+from lorasweep.data.split import Batch
+from lorasweep.data.splits import DataSplits
 from lorasweep.errors import ConfigError
 from lorasweep.training.inputs import share_inputs
 from lorasweep.training.settings import Settings, read_settings
@@ -24,16 +24,16 @@ class DataModule(lightning.LightningDataModule):
 
     Attributes:
         config: The run's settings.
-        parts: The rows.
+        splits: The rows.
         accumulate: Micro-batches into which the batch of a step is cut.
     """
 
-    def __init__(self, config: Settings, *, parts: DataParts | None = None, accumulate: int | None = None) -> None:
-        """Takes settings, and reads the rows unless it is given them; those of the test part once they are asked for.
+    def __init__(self, config: Settings, *, splits: DataSplits | None = None, accumulate: int | None = None) -> None:
+        """Takes settings, and reads the rows unless it is given them; those of the test split once they are asked for.
 
         Args:
             config: The settings of the run, the same as those of its `TrainingModule`: the words of `lorasweep train`.
-            parts: The rows.
+            splits: The rows.
             accumulate: Micro-batches per batch; None takes `trainer.accumulate`, and 1 where that is `auto`.
 
         Raises:
@@ -41,10 +41,10 @@ class DataModule(lightning.LightningDataModule):
         """
         super().__init__()
         self.config = read_settings(config)
-        if parts is None:
+        if splits is None:
             self._bench = share_inputs(self.config)  # shared as long as somebody holds it
-            parts = self._bench.parts
-        self.parts = parts
+            splits = self._bench.splits
+        self.splits = splits
         self.accumulate = accumulate or accumulate_of(self.config)
 
     @property
@@ -70,7 +70,7 @@ class DataModule(lightning.LightningDataModule):
                 )
             start_step, per_step = trainer.global_step, trainer.accumulate_grad_batches
         batches = StepBatchSampler(
-            self.parts.train,
+            self.splits.train,
             batch_size=settings.batch_size,
             num_steps=-(-num_steps * per_step // self.accumulate),
             seed=self.config.seeds.data_order,
@@ -78,23 +78,23 @@ class DataModule(lightning.LightningDataModule):
             accumulate=self.accumulate,
             share=self.share,
         )
-        return load_batches(self.parts.train, batches)
+        return load_batches(self.splits.train, batches)
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """Returns every validation row once, or this process's share of them."""
         return evaluation_loader(
-            self.parts.validation, batch_size=self.config.trainer.eval_batch_size, share=self.share
+            self.splits.validation, batch_size=self.config.trainer.eval_batch_size, share=self.share
         )
 
     def test_dataloader(self) -> DataLoader[Batch]:
         """Returns every test row once, or this process's share of them."""
-        return evaluation_loader(self.parts.test(), batch_size=self.config.trainer.eval_batch_size, share=self.share)
+        return evaluation_loader(self.splits.test(), batch_size=self.config.trainer.eval_batch_size, share=self.share)
 
     def predict_dataloader(self) -> DataLoader[Batch]:
         """Returns every test row once, in the rows' own order; Lightning deals the batches out to several processes."""
-        part, size = self.parts.test(), self.config.trainer.eval_batch_size
-        starts = range(0, len(part), size)
-        return load_batches(part, [MicroBatch(list(range(n, min(n + size, len(part)))), 1.0) for n in starts])
+        split, size = self.splits.test(), self.config.trainer.eval_batch_size
+        starts = range(0, len(split), size)
+        return load_batches(split, [MicroBatch(list(range(n, min(n + size, len(split)))), 1.0) for n in starts])
 
 
 def accumulate_of(config: RunConfig) -> int:

@@ -1,4 +1,4 @@
-"""Scores a model on a part of the data outside of training: the test part, or a model that was changed afterwards."""
+"""Scores a model on a split of the data outside of training: the test split, or a model that was changed afterwards."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import nn
 
 from lorasweep.config.run import RunConfig
 from lorasweep.data.batching import EvaluationSampler
-from lorasweep.data.part import Part, move_batch
+from lorasweep.data.split import Split, move_batch
 from lorasweep.data.tasks import Evaluation, RowScores, Task
 from lorasweep.methods import METHODS
 from lorasweep.training.environment import Precision, device_of
@@ -17,34 +17,34 @@ from lorasweep.training.environment import Precision, device_of
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Scored:
-    """What a model scores on a part."""
+    """What a model scores on a split."""
 
     values: dict[str, float]
     """Every metric of the task."""
     rows: RowScores
-    """Per row, in the part's own order."""
+    """Per row, in the split's own order."""
 
 
-def evaluate_model(model: nn.Module, part: Part, *, task: Task, config: RunConfig, precision: Precision) -> Scored:
-    """Evaluates a prepared model on every row of a part, in the precision and batches of its run.
+def evaluate_model(model: nn.Module, split: Split, *, task: Task, config: RunConfig, precision: Precision) -> Scored:
+    """Evaluates a prepared model on every row of a split, in the precision and batches of its run.
 
     The model is on the CPU and in evaluation mode afterwards; torch's random stream is left as it is.
 
     Args:
         model: What `prepare_model` gives, trained or with weights loaded.
-        part: The rows.
-        task: What they are scored by; for another part than validation, that part's (`DataParts.task_of`).
+        split: The rows.
+        task: What they are scored by; for another split than validation, that split's (`DataSplits.task_of`).
         config: The run's settings.
         precision: That of the inputs.
     """
     device = device_of(config.trainer)
     mixed = precision == "bf16" and METHODS[config.method.name].needs_autocast
-    batches = EvaluationSampler(part, batch_size=config.trainer.eval_batch_size)
+    batches = EvaluationSampler(split, batch_size=config.trainer.eval_batch_size)
     evaluation = Evaluation(task)
     model.to(device).eval()
     with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=mixed):
         for micro in batches:
-            evaluation.update(task.score(model, move_batch(part.batch(micro.indices), device)))
+            evaluation.update(task.score(model, move_batch(split.batch(micro.indices), device)))
     values = {name: float(value) for name, value in evaluation.compute().items()}
     rows = in_order(evaluation.rows, batches.order)
     model.cpu()
@@ -54,5 +54,5 @@ def evaluate_model(model: nn.Module, part: Part, *, task: Task, config: RunConfi
 def in_order(rows: RowScores, order: list[int]) -> RowScores:
     """Returns rows that came in this order in the order of their numbers, on the CPU."""
     places = torch.tensor(order).argsort()
-    parts = {"loss": rows.loss, "items": rows.items, "prediction": rows.prediction, "target": rows.target}
-    return RowScores(**{name: value.cpu()[places] for name, value in parts.items() if value is not None})
+    values = {"loss": rows.loss, "items": rows.items, "prediction": rows.prediction, "target": rows.target}
+    return RowScores(**{name: value.cpu()[places] for name, value in values.items() if value is not None})

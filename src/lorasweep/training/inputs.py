@@ -9,10 +9,10 @@ from weakref import WeakValueDictionary
 from lorasweep.config.method import LoraConfig
 from lorasweep.config.run import RunConfig, TrainerConfig
 from lorasweep.data.batching import EvaluationSampler
-from lorasweep.data.part import padding_fraction as measure_padding
-from lorasweep.data.parts import DataParts, load_parts
 from lorasweep.data.rows import RowSource
 from lorasweep.data.sources import read_source
+from lorasweep.data.split import padding_fraction as measure_padding
+from lorasweep.data.splits import DataSplits, load_splits
 from lorasweep.models.attention import AttentionChoice, choose_attention
 from lorasweep.models.load import BaseModel, Labels, load_base
 from lorasweep.training.environment import DTYPES, Precision, device_of, resolve_precision
@@ -24,7 +24,7 @@ class RunInputs:
     """What runs on one base model and data set share; loaded once per worker."""
 
     base: BaseModel
-    parts: DataParts
+    splits: DataSplits
     precision: Precision
     attention: AttentionChoice | None = None
     """What the rule of `model.attention=auto` chose; None where `model.attention` says which."""
@@ -41,15 +41,15 @@ class RunInputs:
     def notes(self) -> tuple[str, ...]:
         """Sentences on how the data was made and which attention was chosen."""
         if self.attention is None or self.attention.name == "own":
-            return self.parts.notes
-        return (*self.parts.notes, f"Attention is {self.attention.name}: {self.attention.reason}.")
+            return self.splits.notes
+        return (*self.splits.notes, f"Attention is {self.attention.name}: {self.attention.reason}.")
 
     def fingerprints(self) -> dict[str, Any]:
         """Returns what must be the same for every process of a run, by the setting that it comes from."""
         return {
             "model.path": self.base.fingerprint,
-            "data.train": self.parts.train.fingerprint,
-            "data.validation": self.parts.validation.fingerprint,
+            "data.train": self.splits.train.fingerprint,
+            "data.validation": self.splits.validation.fingerprint,
             "trainer.precision": self.precision,
             "model.attention": None if self.attention is None else self.attention.name,
         }
@@ -101,7 +101,7 @@ def build_inputs(config: RunConfig, *, telemetry: Telemetry | None = None) -> Ru
     source = read_source(config.data)
     dtype = DTYPES[precision]
     base = load_base(config.model, dtype=dtype, labels=labels_of(source), on_meta=_stays_in_files(config))
-    parts = load_parts(
+    splits = load_splits(
         config.data,
         source=source,
         tokenizer=base.tokenizer,
@@ -110,9 +110,9 @@ def build_inputs(config: RunConfig, *, telemetry: Telemetry | None = None) -> Ru
     )
     attention = None
     if config.model.attention == "auto":
-        attention = choose_attention(base.model, lengths=parts.train.lengths, device=device_of(config.trainer))
+        attention = choose_attention(base.model, lengths=splits.train.lengths, device=device_of(config.trainer))
     return RunInputs(
-        base=base, parts=parts, precision=precision, attention=attention, telemetry=telemetry or Telemetry()
+        base=base, splits=splits, precision=precision, attention=attention, telemetry=telemetry or Telemetry()
     )
 
 
@@ -135,7 +135,7 @@ def describe_batching(
     inputs: RunInputs, config: TrainerConfig, *, accumulate: int, padding_fraction: float
 ) -> dict[str, Any]:
     """Returns what a run record keeps of how its batches are made."""
-    held_out = inputs.parts.validation
+    held_out = inputs.splits.validation
     batches = EvaluationSampler(held_out, batch_size=config.eval_batch_size).batches
     return {
         "micro_batches": accumulate,

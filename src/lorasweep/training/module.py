@@ -20,7 +20,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lorasweep.config.build import as_settings
 from lorasweep.config.method import LoraConfig
-from lorasweep.data.part import Batch
+from lorasweep.data.split import Batch
 from lorasweep.data.tasks import Evaluation, Task
 from lorasweep.errors import ConfigError, RecordError
 from lorasweep.methods import METHODS
@@ -74,7 +74,7 @@ class TrainingModule(lightning.LightningModule):
         self.config = read_settings(config, trust=trust)
         self._bench = share_inputs(self.config) if base is None or task is None else None
         if self._bench is not None:
-            base, task = base or self._bench.base, task or self._bench.parts.task
+            base, task = base or self._bench.base, task or self._bench.splits.task
             self.config = replace(self.config, trainer=replace(self.config.trainer, precision=self._bench.precision))
             check_run(self.config, base)
         assert base is not None
@@ -232,7 +232,7 @@ class TrainingModule(lightning.LightningModule):
         self.evaluation.update(rows.of_rows(batch["step_weight"].isfinite().expand(len(rows.loss))))
 
     def on_validation_epoch_end(self) -> None:
-        """Logs each metric of the whole validation part, from the rows of all processes."""
+        """Logs each metric of the whole validation split, from the rows of all processes."""
         values = self._log_evaluation("validation")
         if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
             for scheduler in (config.scheduler for config in self.trainer.lr_scheduler_configs):
@@ -242,7 +242,7 @@ class TrainingModule(lightning.LightningModule):
     def on_test_epoch_start(self) -> None:
         """Scores test rows by their own task: bits per byte count the bytes of their own text."""
         if (data := self._data_module()) is not None:
-            self.evaluation.task = data.parts.task_of(data.parts.test())
+            self.evaluation.task = data.splits.task_of(data.splits.test())
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Adds a batch of test data to the evaluation."""
@@ -258,11 +258,11 @@ class TrainingModule(lightning.LightningModule):
         rows = self.task.score(self.model, batch)
         return {name: value for name, value in vars(rows).items() if value is not None}
 
-    def _log_evaluation(self, part: str) -> dict[str, Tensor]:
+    def _log_evaluation(self, split: str) -> dict[str, Tensor]:
         values = self.evaluation.compute()
         self.evaluation.reset()
         # The values are the same on all processes; the maximum is theirs to the bit, and Lightning wants one of them.
-        named = {f"{part}/{name}": value for name, value in values.items()}
+        named = {f"{split}/{name}": value for name, value in values.items()}
         self.log_dict(named, sync_dist=True, reduce_fx="max")
         return values
 

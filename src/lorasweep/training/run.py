@@ -204,7 +204,7 @@ class _Session:
         accumulate = (
             min(2 * too_large[-1], config.trainer.batch_size)
             if too_large
-            else resolve_accumulate(config.trainer, inputs.parts.train, begun=record)
+            else resolve_accumulate(config.trainer, inputs.splits.train, begun=record)
         )
         record.batching = describe_batching(inputs, config.trainer, accumulate=accumulate, padding_fraction=0.0)
         if too_large:
@@ -224,9 +224,9 @@ class _Session:
         """Trains, fills the record, and returns how the session ended."""
         config, inputs, settings = self.config, self.inputs, self.config.trainer
         module = TrainingModule(
-            config, base=inputs.base, task=inputs.parts.task, accumulate=int(record.batching["micro_batches"])
+            config, base=inputs.base, task=inputs.splits.task, accumulate=int(record.batching["micro_batches"])
         )
-        data = DataModule(config, parts=inputs.parts, accumulate=module.accumulate)
+        data = DataModule(config, splits=inputs.splits, accumulate=module.accumulate)
         averaging = [] if config.optim.ema_decay is None else [WeightAveraging(config.optim.ema_decay)]
         folder, every = self.place.folder, settings.eval_every_steps
         callbacks = [

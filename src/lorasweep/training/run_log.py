@@ -173,7 +173,7 @@ def new_record(
     config: RunConfig, place: RunPlace, inputs: RunInputs, *, num_processes: int = 1, notes: Sequence[str] = ()
 ) -> RunRecord:
     """Returns the record of a run that begins, with everything it can be repeated from, and more notes."""
-    parts = {"train": inputs.parts.train, "validation": inputs.parts.validation}
+    splits = {"train": inputs.splits.train, "validation": inputs.splits.validation}
     platform = describe_platform(inputs.precision, resolve_device(config.trainer))
     if num_processes > 1:
         platform |= {"processes": num_processes, "strategy": config.trainer.strategy_name}
@@ -182,15 +182,15 @@ def new_record(
         config=as_settings(config),
         arm=place.arm,
         trial=place.trial,
-        metric=inputs.parts.metric,
-        direction=goal_direction(inputs.parts.metric),
+        metric=inputs.splits.metric,
+        direction=goal_direction(inputs.splits.metric),
         command=describe_command(),
         code=describe_code(),
         packages=describe_packages(),
         platform=platform,
         environment=describe_environment(),
         notes=[*inputs.notes, *notes],
-        data={name: part.describe() for name, part in parts.items()},
+        data={name: split.describe() for name, split in splits.items()},
         base=inputs.base.describe(),
         started_at=utc_now(),
         steps_planned=0 if config.method.name == "frozen" else config.trainer.max_steps,

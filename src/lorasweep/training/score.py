@@ -1,4 +1,4 @@
-"""Scores a finished run on the test part: its best weights, once. The only place where a test part is read."""
+"""Scores a finished run on the test split: its best weights, once. The only place where a test split is read."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lorasweep.training.run_log import is_out_of_memory
 
 
 def score_run(folder: Path, *, inputs: RunInputs) -> RunRecord:
-    """Scores a run's best weights on the test part and returns its record; one that has been scored is left as it is.
+    """Scores a run's best weights on the test split and returns its record; one that has been scored is left as it is.
 
     Writes `test_scores.csv` where the run's metric is a mean over rows, then the record.
 
@@ -29,7 +29,7 @@ def score_run(folder: Path, *, inputs: RunInputs) -> RunRecord:
         inputs: Base model and data of that run.
 
     Raises:
-        ConfigError: There is no test part, or it can't be read.
+        ConfigError: There is no test split, or it can't be read.
         RecordError: The record or the weights are missing or damaged.
         OutOfMemory: It does not fit.
     """
@@ -37,15 +37,15 @@ def score_run(folder: Path, *, inputs: RunInputs) -> RunRecord:
     if record.test:
         return record
     config = restore_config(record)
-    part = inputs.parts.test()
-    task = inputs.parts.task_of(part)
+    split = inputs.splits.test()
+    task = inputs.splits.task_of(split)
     model = restore_model(config, inputs.whole_base(config), folder=folder / "best")
     generated: dict[str, float] = {}
     try:
         with inputs.telemetry.phase("evaluating"):
-            scored = evaluate_model(model, part, task=task, config=config, precision=inputs.precision)
+            scored = evaluate_model(model, split, task=task, config=config, precision=inputs.precision)
             if wants_answers(config.data):
-                generated = score_answers(model, part, config=config, inputs=inputs)
+                generated = score_answers(model, split, config=config, inputs=inputs)
     except Exception as error:
         if is_out_of_memory(error):
             raise OutOfMemory(first_line(error)) from error
@@ -55,8 +55,8 @@ def score_run(folder: Path, *, inputs: RunInputs) -> RunRecord:
         path = folder / TEST_SCORES_FILE
         write_atomically(path, lines)
         record.files[TEST_SCORES_FILE] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
-    record.data[part.name] = part.describe()
-    record.notes += [note for note in part.notes if note not in record.notes]
+    record.data[split.name] = split.describe()
+    record.notes += [note for note in split.notes if note not in record.notes]
     record.test = scored.values | generated  # last: it says that the run has been scored
     write_record(record, folder)
     return record
@@ -69,7 +69,7 @@ def row_scores_csv(metric: str, rows: RowScores, *, task: Task, value: float) ->
 
     Args:
         metric: The run's metric.
-        rows: Every row of the part, in its order.
+        rows: Every row of the split, in its order.
         task: What they were scored by.
         value: The metric over all of them.
     """

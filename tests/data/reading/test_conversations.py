@@ -9,7 +9,7 @@ import pytest
 from lorasweep.data.rows import Message
 from lorasweep.errors import ConfigError
 
-PARTS = ("train", "validation", "test")
+SPLITS = ("train", "validation", "test")
 
 
 def jsonl_of(*rows):
@@ -35,7 +35,7 @@ def messages_of(conversation):
 )
 def test_prompt_and_completion_are_what_user_and_assistant_say(read, columns, settings):
     rows = [dict(zip(columns, (f"ask {n}", f"say {n}"), strict=True)) for n in range(3)]
-    source = read("chat", {f"{part}.jsonl": jsonl_of(*rows) for part in PARTS}, **settings)
+    source = read("chat", {f"{split}.jsonl": jsonl_of(*rows) for split in SPLITS}, **settings)
     assert (source.kind, source.label_names) == ("conversations", ())
     assert source.train.conversations[1] == [
         Message(role="user", content="ask 1"),
@@ -49,34 +49,34 @@ def test_prompt_and_completion_are_what_user_and_assistant_say(read, columns, se
 )
 def test_messages_are_read_as_they_are(read, column, settings):
     row = {column: [said("system", "be kind"), said("user", "hi"), said("assistant", "hello")]}
-    source = read("chat", {f"{part}.jsonl": jsonl_of(row) for part in PARTS}, **settings)
+    source = read("chat", {f"{split}.jsonl": jsonl_of(row) for split in SPLITS}, **settings)
     assert messages_of(source.train.conversations[0]) == [("system", "be kind"), ("user", "hi"), ("assistant", "hello")]
 
 
 def test_words_of_sharegpt_are_known(read):
     row = {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]}
-    source = read("chat", {f"{part}.jsonl": jsonl_of(row) for part in PARTS})
+    source = read("chat", {f"{split}.jsonl": jsonl_of(row) for split in SPLITS})
     assert messages_of(source.train.conversations[0]) == [("user", "hi"), ("assistant", "hello")]
 
 
 def test_prompt_and_completion_may_be_messages(read):
     row = {"prompt": [said("system", "be kind"), said("user", "hi")], "completion": [said("assistant", "hello")]}
-    source = read("chat", {f"{part}.jsonl": jsonl_of(row) for part in PARTS})
+    source = read("chat", {f"{split}.jsonl": jsonl_of(row) for split in SPLITS})
     assert [role for role, _ in messages_of(source.train.conversations[0])] == ["system", "user", "assistant"]
 
 
 def test_csv_is_read_too(read):
-    source = read("chat", {f"{part}.csv": "prompt,completion\nhi,hello\n" for part in PARTS})
+    source = read("chat", {f"{split}.csv": "prompt,completion\nhi,hello\n" for split in SPLITS})
     assert messages_of(source.train.conversations[0]) == [("user", "hi"), ("assistant", "hello")]
 
 
-def test_answers_to_one_prompt_stay_in_one_part(read):
+def test_answers_to_one_prompt_stay_in_one_split(read):
     rows = [{"prompt": f"ask {n % 50}", "completion": f"say {n}"} for n in range(200)]
     source = read("chat", {"train.jsonl": jsonl_of(*rows)})
-    parts = [source.train, source.validation, source.test()]
-    prompts = [{conversation[0].content for conversation in part.conversations} for part in parts]
+    splits = [source.train, source.validation, source.test()]
+    prompts = [{conversation[0].content for conversation in split.conversations} for split in splits]
     assert sum(map(len, prompts)) == 50
-    assert sum(map(len, parts)) == 200
+    assert sum(map(len, splits)) == 200
     assert any("whose prompt has a hash" in note for note in source.notes)
     assert f"train has {len(source.train)} conversations with {len(prompts[0])} different prompts." in source.notes
 
@@ -102,7 +102,7 @@ def test_prompts_that_training_has_are_counted(read):
 
 def test_limits_and_fingerprints_are_of_what_is_used(read):
     rows = [{"prompt": f"ask {n}", "completion": "say"} for n in range(30)]
-    files = {f"{part}.jsonl": jsonl_of(*rows) for part in PARTS}
+    files = {f"{split}.jsonl": jsonl_of(*rows) for split in SPLITS}
     whole, less = read("chat", files), read("chat", files, max_train_rows=10)
     assert [c[0].content for c in less.train.conversations] == [f"ask {n}" for n in range(0, 30, 3)]
     assert whole.train.fingerprint != less.train.fingerprint

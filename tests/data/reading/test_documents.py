@@ -15,12 +15,12 @@ from lorasweep.errors import ConfigError
 LINES = [f"line {n} of a text that goes on\n" for n in range(200)]
 
 
-def names_of(part):
-    return [document.name for document in part.documents]
+def names_of(split):
+    return [document.name for document in split.documents]
 
 
-def text_of(part):
-    return "".join(document.text for document in part.documents)
+def text_of(split):
+    return "".join(document.text for document in split.documents)
 
 
 def test_folder_is_every_file_below_it_but_hidden_ones(read):
@@ -70,19 +70,19 @@ def test_files_without_text_are_left_out_and_counted(read):
 
 def test_many_documents_are_split_by_their_content(read):
     source = read("text", {f"books/{n}": f"book {n}" for n in range(100)}, train="books")
-    parts = [set(names_of(part)) for part in (source.train, source.validation, source.test())]
-    assert sum(map(len, parts)) == len(set.union(*parts)) == 100
+    splits = [set(names_of(split)) for split in (source.train, source.validation, source.test())]
+    assert sum(map(len, splits)) == len(set.union(*splits)) == 100
     assert any("whose text has a hash" in note for note in source.notes)
 
 
 def test_end_of_one_document_is_split_off(read):
     source = read("text", {"train.txt": "".join(LINES)})
     assert text_of(source.train) + text_of(source.validation) + text_of(source.test()) == "".join(LINES)
-    assert [len(text_of(part)) for part in (source.train, source.validation, source.test())] == pytest.approx(
+    assert [len(text_of(split)) for split in (source.train, source.validation, source.test())] == pytest.approx(
         [0.8 * len("".join(LINES)), 0.1 * len("".join(LINES)), 0.1 * len("".join(LINES))],
         abs=2 * len(LINES[-1]),  # a cut is moved to the end of a line
     )
-    assert all(text_of(part).startswith("line ") for part in (source.validation, source.test()))
+    assert all(text_of(split).startswith("line ") for split in (source.validation, source.test()))
     tail = "of each of its 1 documents, cut where a line ends."
     assert source.notes[:2] == (
         f"validation is split off from train: the text between 80 % and 90 % {tail}",
@@ -90,10 +90,10 @@ def test_end_of_one_document_is_split_off(read):
     )
 
 
-@pytest.mark.parametrize("given_part", ["validation", "test"])
-def test_one_part_that_is_missing_gets_the_last_tenth(read, given_part):
-    source = read("text", {"train.txt": "".join(LINES), f"{given_part}.txt": "so"})
-    split_off = source.test() if given_part == "validation" else source.validation
+@pytest.mark.parametrize("given_split", ["validation", "test"])
+def test_one_part_that_is_missing_gets_the_last_tenth(read, given_split):
+    source = read("text", {"train.txt": "".join(LINES), f"{given_split}.txt": "so"})
+    split_off = source.test() if given_split == "validation" else source.validation
     assert text_of(source.train) + text_of(split_off) == "".join(LINES)
     assert len(text_of(split_off)) == pytest.approx(0.1 * len("".join(LINES)), abs=2 * len(LINES[-1]))
 

@@ -218,13 +218,13 @@ def test_glue_halves_its_validation_part_and_says_so(read, fill_cache):
     fill_cache("nyu-mll/glue", subset="mrpc", train=rows, validation=rows)
     source = read("glue", {}, task="mrpc")
     assert source.label_names == ("not_eq", "eq")
-    halves = [set(zip(part.texts, part.pairs, part.labels, strict=True)) for part in (source.validation, source.test())]
+    halves = [
+        set(zip(split.texts, split.pairs, split.labels, strict=True)) for split in (source.validation, source.test())
+    ]
     assert halves[0].isdisjoint(halves[1])
     assert halves[0] | halves[1] == set(GLUE)
     assert min(map(len, halves)) > 10  # of 40: a hash halves them evenly but for chance
-    note = (
-        "GLUE hides the labels of its test part: {} is {} of the 40 rows of its validation part, those whose texts have"
-    )
+    note = "GLUE hides the labels of its test split: {} is {} of the 40 rows of its validation split, those whose texts"
     assert any(n.startswith(note.format("validation", len(halves[0]))) for n in source.notes)
     assert any(n.startswith(note.format("test", len(halves[1]))) for n in source.test().notes)
 
@@ -241,7 +241,7 @@ def test_glue_has_numbers_and_matched_validation_where_the_task_has(read, fill_c
     fill_cache("nyu-mll/glue", subset="mnli", train=rows, validation_matched=rows, validation_mismatched=rows)
     source = read("glue", {}, task="mnli")
     assert source.train.pairs[0] == "other 0"
-    assert any("of its validation_matched part" in note for note in source.notes)
+    assert any("of its validation_matched split" in note for note in source.notes)
 
 
 def test_glue_that_can_not_be_had_is_one_sentence(read):

@@ -20,19 +20,19 @@ def test_parts_that_are_given_are_read_as_they_are(read):
         "table", {"train.csv": csv_of(ROWS[:40]), "validation.csv": csv_of(ROWS[40:50]), "test.csv": csv_of(ROWS[50:])}
     )
     assert (source.kind, source.label_names) == ("single_label", ("a", "b"))
-    for part, rows in ((source.train, ROWS[:40]), (source.validation, ROWS[40:50]), (source.test(), ROWS[50:])):
-        assert list(zip(part.texts, part.labels, strict=True)) == [(text, "ab".index(label)) for text, label in rows]
-        assert part.pairs is None
+    for split, rows in ((source.train, ROWS[:40]), (source.validation, ROWS[40:50]), (source.test(), ROWS[50:])):
+        assert list(zip(split.texts, split.labels, strict=True)) == [(text, "ab".index(label)) for text, label in rows]
+        assert split.pairs is None
     assert (source.train.name, source.validation.name, source.test().name) == ("train", "validation", "test")
 
 
 def test_test_part_is_read_at_its_first_call_and_once(read, folder):
     source = read("table", {"train.csv": csv_of(ROWS), "test.csv": "broken \xff"})
     (folder / "test.csv").write_text(csv_of(ROWS[:3]))
-    part = source.test()
+    split = source.test()
     (folder / "test.csv").unlink()
-    assert source.test() is part
-    assert len(part) == 3
+    assert source.test() is split
+    assert len(split) == 3
 
 
 def test_test_file_that_is_not_there_is_named_at_once(read):
@@ -42,11 +42,11 @@ def test_test_file_that_is_not_there_is_named_at_once(read):
 
 def test_missing_parts_are_split_off_and_said(read):
     source = read("table", {"train.csv": csv_of([*ROWS, *ROWS])})
-    parts = (source.train, source.validation, source.test())
-    texts = [set(part.texts) for part in parts]
+    splits = (source.train, source.validation, source.test())
+    texts = [set(split.texts) for split in splits]
     assert all(texts)
     assert sum(map(len, texts)) == len(ROWS)  # a text and its copy are on the same side
-    assert sum(map(len, parts)) == 2 * len(ROWS)
+    assert sum(map(len, splits)) == 2 * len(ROWS)
     validation, test = (note for note in source.notes if "is split off" in note)
     assert validation == (
         f"validation is split off from train: {len(source.validation)} of 120 rows, whose text has a hash that is "
@@ -107,7 +107,7 @@ def test_pairs_of_texts_belong_together(read):
     rows = [("q", "yes", "x"), ("q", "no", "y"), ("r", "yes", "x")]
     source = read(
         "table",
-        {f"{part}.csv": csv_of(rows, "question,answer,label") for part in ("train", "validation", "test")},
+        {f"{split}.csv": csv_of(rows, "question,answer,label") for split in ("train", "validation", "test")},
         text="question",
         text_pair="answer",
     )
@@ -117,7 +117,9 @@ def test_pairs_of_texts_belong_together(read):
 
 
 def test_numbers_are_predicted_as_numbers(read):
-    source = read("table", {f"{part}.csv": csv_of([("a", 1), ("b", 2.5)]) for part in ("train", "validation", "test")})
+    source = read(
+        "table", {f"{split}.csv": csv_of([("a", 1), ("b", 2.5)]) for split in ("train", "validation", "test")}
+    )
     assert (source.kind, source.label_names, source.train.labels) == ("regression", (), [1.0, 2.5])
     assert "Always answering 1.75, the mean of train, has a squared error of 0.5625 on validation." in source.notes
 
@@ -125,13 +127,13 @@ def test_numbers_are_predicted_as_numbers(read):
 def test_lists_of_labels_are_predicted_as_sets(read):
     rows = [{"text": "a", "label": ["x", "y"]}, {"text": "b", "label": []}, {"text": "c", "label": ["y"]}]
     content = "\n".join(map(json.dumps, rows))
-    source = read("table", {f"{part}.jsonl": content for part in ("train", "validation", "test")})
+    source = read("table", {f"{split}.jsonl": content for split in ("train", "validation", "test")})
     assert (source.kind, source.train.labels) == ("multi_label", [[0, 1], [], [1]])
     assert "Labels of train: 'x' 33.3%, 'y' 66.7%." in source.notes
 
 
-def test_limits_take_evenly_spaced_rows_of_each_part(read):
-    files = {f"{part}.csv": csv_of(ROWS) for part in ("train", "validation", "test")}
+def test_limits_take_evenly_spaced_rows_of_each_split(read):
+    files = {f"{split}.csv": csv_of(ROWS) for split in ("train", "validation", "test")}
     source = read("table", files, max_train_rows=30, max_validation_rows=2, max_test_rows=60)
     assert source.train.texts == [text for text, _ in ROWS[::2]]
     assert source.validation.texts == ["text 0", "text 30"]

@@ -1,4 +1,4 @@
-"""A row's part is decided by its own content, no part is empty, and equal rows are never in two."""
+"""A row's split is decided by its own content, no split is empty, and equal rows are never in two."""
 
 from __future__ import annotations
 
@@ -30,21 +30,21 @@ def test_parts_are_disjoint_whole_and_hold_equal_rows_together(keys, off):
         with pytest.raises(ConfigError, match=f"must have at least {len(off) + 1} different rows, but has"):
             split_rows(keys, off=off)
         return
-    parts = split_rows(keys, off=off)
-    assert sorted(row for rows in parts.values() for row in rows) == list(range(len(keys)))
-    assert all(parts.values())
-    assert all(rows == sorted(rows) for rows in parts.values())
-    sets = [{keys[row] for row in rows} for rows in parts.values()]
+    splits = split_rows(keys, off=off)
+    assert sorted(row for rows in splits.values() for row in rows) == list(range(len(keys)))
+    assert all(splits.values())
+    assert all(rows == sorted(rows) for rows in splits.values())
+    sets = [{keys[row] for row in rows} for rows in splits.values()]
     assert sum(map(len, sets)) == len(set(keys))
 
 
 @given(keys=KEYS)
 def test_row_is_where_its_bucket_says_whatever_else_there_is(keys):
-    keys = [*keys, 105, 215, 350]  # one for each part
+    keys = [*keys, 105, 215, 350]  # one for each split
     for off in (["validation"], ["validation", "test"]):
-        parts = split_rows(keys, off=off)
-        for part in off:
-            assert all(keys[row] % 100 in BUCKETS[part] for row in parts[part])
+        splits = split_rows(keys, off=off)
+        for split in off:
+            assert all(keys[row] % 100 in BUCKETS[split] for row in splits[split])
 
 
 def test_small_data_gives_each_part_the_smallest_keys():
@@ -53,8 +53,10 @@ def test_small_data_gives_each_part_the_smallest_keys():
 
 def test_a_tenth_of_many_rows_is_split_off():
     keys = [content_key([str(n)]) for n in range(10_000)]
-    parts = split_rows(keys, off=["validation", "test"])
-    assert [len(parts[part]) for part in ("validation", "test")] == pytest.approx([1000, 1000], rel=0.1)  # 3 deviations
+    splits = split_rows(keys, off=["validation", "test"])
+    assert [len(splits[split]) for split in ("validation", "test")] == pytest.approx(
+        [1000, 1000], rel=0.1
+    )  # 3 deviations
 
 
 @pytest.mark.parametrize(("most", "chosen"), [(1, [0]), (2, [0, 2]), (4, [0, 1, 2, 3]), (5, [0, 1, 2, 3, 4])])

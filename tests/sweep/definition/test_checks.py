@@ -20,7 +20,7 @@ def tiny_benches(inputs, make_config):
 
     class OneBench(InputsCache):
         def of(self, config):
-            return RunInputs(base=base, parts=inputs.parts, precision="fp32")
+            return RunInputs(base=base, splits=inputs.splits, precision="fp32")
 
     return OneBench()
 
@@ -54,7 +54,7 @@ def test_arms_with_different_metrics_are_refused(make_config):
 
     class InputsCache:
         def of(self, config):
-            return SimpleNamespace(parts=SimpleNamespace(metric=config.data.metric))
+            return SimpleNamespace(splits=SimpleNamespace(metric=config.data.metric))
 
     with pytest.raises(ConfigError, match=r"all arms must have one `data.metric`, but got bits_per_byte, loss."):
         sweep_metric(configs, InputsCache())
@@ -102,14 +102,14 @@ def test_a_search_that_leaves_no_seed_is_refused(write_file, content, tiny_bench
 def test_test_data_that_cannot_be_read_is_refused_before_the_search(write_file, content, tiny_benches):
     class WithoutTest:
         def of(self, config):
-            return SimpleNamespace(base=tiny_benches.of(config).base, parts=SimpleNamespace(test=self.test))
+            return SimpleNamespace(base=tiny_benches.of(config).base, splits=SimpleNamespace(test=self.test))
 
         def test(self):
-            raise ConfigError("the test part must not be empty, but has no document.")
+            raise ConfigError("the test split must not be empty, but has no document.")
 
     content["settings"]["confirm.seeds"] = 2
     definition = read_definition(write_file(content), [])
-    with pytest.raises(ConfigError, match=r"the test part must not be empty, .* `confirm\.seeds=0`"):
+    with pytest.raises(ConfigError, match=r"the test split must not be empty, .* `confirm\.seeds=0`"):
         check_definition(definition, WithoutTest())
     check_definition(read_definition(write_file(content), ["confirm.seeds=0"]), WithoutTest())
 

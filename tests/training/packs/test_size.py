@@ -107,7 +107,7 @@ def test_another_error_while_counting_is_not_hidden(make_config, inputs, monkeyp
 
 def test_tokens_of_a_pass_are_those_of_a_micro_batch_of_all_slots(make_config, inputs):
     config = make_config({"trainer.batch_size": 8, "trainer.accumulate": 2})
-    length = int(inputs.parts.train.lengths[0])  # blocks of one length
+    length = int(inputs.splits.train.lengths[0])  # blocks of one length
     assert count_pass_tokens(config, 3, inputs=inputs) == 3 * 4 * length
 
 
@@ -142,12 +142,12 @@ def test_a_real_step_takes_what_is_counted(make_config, inputs, settings, slots)
     model = build_pack(config, inputs=inputs, slots=slots)
     optimizer = StackedAdamW(split_packed_parameters(model), [config.optim] * slots)
     micro = pack_size_file._largest_micro_batch(config, inputs)
-    batch = slot_batch(inputs.parts.train, [micro] * slots, model=model)
+    batch = slot_batch(inputs.splits.train, [micro] * slots, model=model)
     there = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     trained = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
     with LiveStorages(there) as live:
         for _ in range(2):  # Adam's moments are there from the end of the first step on
-            loss = slot_losses(inputs.parts.task, model, batch, slots=slots).sum()
+            loss = slot_losses(inputs.splits.task, model, batch, slots=slots).sum()
             kept = live.alive() - loss.nbytes
             loss.backward()
             del loss

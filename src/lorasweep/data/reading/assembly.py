@@ -1,4 +1,4 @@
-"""From the checked rows of each part to a `RowSource`: splits off what is missing, limits, counts what parts share.
+"""From the checked rows of each split to a `RowSource`: splits off what is missing, limits, counts what splits share.
 
 The same for every form of rows; `labelled`, `conversations` and `documents` say what differs.
 """
@@ -17,7 +17,7 @@ from lorasweep.errors import ConfigError
 
 Row = TypeVar("Row")
 
-PARTS = ("train", "validation", "test")
+SPLITS = ("train", "validation", "test")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -54,37 +54,37 @@ class Form(Generic[Row]):
     train: Checked[Row]
     """All rows of the training file, before anything is split off."""
     read: Callable[[str], Checked[Row]]
-    """Reads a part that is given."""
+    """Reads a split that is given."""
     given: Collection[str]
-    """The parts that are there; the others are split off."""
+    """The splits that are there; the others are split off."""
     pieces: Mapping[str, Checked[Row]]
-    """`train` and the parts that are split off, where the form has cut them itself; else empty."""
+    """`train` and the splits that are split off, where the form has cut them itself; else empty."""
     same: str
     """What rows with the same key share: `text`."""
     limits: Mapping[str, int | None]
-    """Most rows by part."""
+    """Most rows by split."""
     build: Callable[[str, list[Row], tuple[str, ...]], Rows]
-    """Makes a part of its name, rows and notes."""
+    """Makes a split of its name, rows and notes."""
     describe: Callable[[Checked[Row], Checked[Row]], list[str]]
     """Sentences on the rows of training and validation."""
 
 
 def assemble(form: Form[Row]) -> RowSource:
-    """Returns the parts of a data set; the test part waits until it is called for.
+    """Returns the splits of a data set; the test split waits until it is called for.
 
     Raises:
-        ConfigError: A part that is given can't be used, or there is too little to split off. For the test part, when
+        ConfigError: A split that is given can't be used, or there is too little to split off. For the test split, when
             it is called for.
     """
-    parts = form.pieces or _split(form)
-    train = _limit(form, "train", parts["train"])
-    validation = _limit(form, "validation", parts.get("validation") or form.read("validation"))
+    splits = form.pieces or _split(form)
+    train = _limit(form, "train", splits["train"])
+    validation = _limit(form, "validation", splits.get("validation") or form.read("validation"))
     seen = frozenset(train.keys)
 
     @functools.cache
     def test() -> Rows:
-        part = _limit(form, "test", parts.get("test") or form.read("test"))
-        return form.build("test", part.rows, (*part.notes, *_count_duplicates(form, "test", part, seen)))
+        split = _limit(form, "test", splits.get("test") or form.read("test"))
+        return form.build("test", split.rows, (*split.notes, *_count_duplicates(form, "test", split, seen)))
 
     return RowSource(
         kind=form.kind,
@@ -127,33 +127,33 @@ def keep_usable(table: Table, found: Iterable[str | None]) -> Usable:
     return Usable(rows=kept, notes=(*table.notes, note))
 
 
-def _limit(form: Form[Row], name: str, part: Checked[Row]) -> Checked[Row]:
-    most, size = form.limits.get(name), len(part.rows)
+def _limit(form: Form[Row], name: str, split: Checked[Row]) -> Checked[Row]:
+    most, size = form.limits.get(name), len(split.rows)
     if most is None or most >= size:
-        return part
-    return part.take(choose_evenly(size, most=most), f"{name} uses {most} of {size} rows, evenly spaced.")
+        return split
+    return split.take(choose_evenly(size, most=most), f"{name} uses {most} of {size} rows, evenly spaced.")
 
 
 def _split(form: Form[Row]) -> Mapping[str, Checked[Row]]:
-    """Splits the parts that are missing off the training file."""
-    off = [part for part in PARTS[1:] if part not in form.given]
+    """Splits the splits that are missing off the training file."""
+    off = [split for split in SPLITS[1:] if split not in form.given]
     if not off:
         return {"train": form.train}
     assigned = split_rows(form.train.keys, off=off)
     rules = {"validation": "0 to 9", "test": "10 to 19"}
     notes = [
-        f"{part} is split off from train: {len(assigned[part])} of {len(form.train.rows)} rows, whose {form.same} has "
-        f"a hash that is {rules[part]} modulo 100. Rows with the same {form.same} stay together."
-        for part in off
+        f"{split} is split off from train: {len(assigned[split])} of {len(form.train.rows)} rows, whose {form.same} "
+        f"has a hash that is {rules[split]} modulo 100. Rows with the same {form.same} stay together."
+        for split in off
     ]
     plain = replace(form.train, notes=())
-    parts = {part: plain.take(rows) for part, rows in assigned.items()}
-    return {**parts, "train": form.train.take(assigned["train"], *notes)}
+    splits = {split: plain.take(rows) for split, rows in assigned.items()}
+    return {**splits, "train": form.train.take(assigned["train"], *notes)}
 
 
-def _count_duplicates(form: Form[Row], name: str, part: Checked[Row], seen: Collection[int]) -> list[str]:
+def _count_duplicates(form: Form[Row], name: str, split: Checked[Row], seen: Collection[int]) -> list[str]:
     if name not in form.given:
         return []  # split off, so that there are none
-    shared = sum(key in seen for key in part.keys)
+    shared = sum(key in seen for key in split.keys)
     same = f"the {form.same} of a row of train, apart from case and white space"
-    return [f"{shared} of {len(part.keys)} rows of {name} have {same}."]
+    return [f"{shared} of {len(split.keys)} rows of {name} have {same}."]

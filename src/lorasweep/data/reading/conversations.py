@@ -40,11 +40,11 @@ def read_conversations(config: ChatConfig, tables: Tables) -> RowSource:
         ConfigError: A column is missing, or a conversation can't be used.
     """
 
-    def load(part: str) -> Table:
-        return tables.load(part, lambda names, place: _choose_columns(config, names, place))
+    def load(split: str) -> Table:
+        return tables.load(split, lambda names, place: _choose_columns(config, names, place))
 
-    def read(part: str) -> Checked[Conversation]:
-        rows, notes = _check(load(part))
+    def read(split: str) -> Checked[Conversation]:
+        rows, notes = _check(load(split))
         return Checked(rows=rows, keys=list(map(key, rows)), notes=notes)
 
     rows, notes = _check(load("train"))

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 from lorasweep.config.data import TextConfig
-from lorasweep.data.reading.assembly import PARTS, Checked, Form, assemble, keep_usable
+from lorasweep.data.reading.assembly import SPLITS, Checked, Form, assemble, keep_usable
 from lorasweep.data.reading.files import find_files, read_lines
 from lorasweep.data.reading.labelled import Tables, find_text_problem
 from lorasweep.data.reading.splitting import content_key
@@ -22,7 +22,7 @@ TAILS: Mapping[int, Mapping[str, tuple[int, int]]] = {
     1: {"validation": (90, 100), "test": (90, 100)},
     2: {"validation": (80, 90), "test": (90, 100)},
 }
-"""Where the part of a document begins and ends, in hundredths, when so many parts are split off."""
+"""Where a split's share of a document begins and ends, in hundredths, by the number of splits that are split off."""
 
 Reader = Callable[[str], Checked[Document]]
 
@@ -34,8 +34,8 @@ def read_text_files(config: TextConfig) -> RowSource:
         ConfigError: There is no such file, or it is not text in UTF-8.
     """
     given = {"train": config.train, "validation": config.validation, "test": config.test}
-    files = {part: find_texts(path, key=f"data.{part}") for part, path in given.items() if path is not None}
-    return _assemble(lambda part: _read_files(*files[part]), given=set(files))
+    files = {split: find_texts(path, key=f"data.{split}") for split, path in given.items() if path is not None}
+    return _assemble(lambda split: _read_files(*files[split]), given=set(files))
 
 
 def read_text_column(column: str, tables: Tables) -> RowSource:
@@ -45,8 +45,8 @@ def read_text_column(column: str, tables: Tables) -> RowSource:
         ConfigError: There is no such column, or no row has a text.
     """
 
-    def read(part: str) -> Checked[Document]:
-        table = tables.load(part, lambda names, place: [require_column(column, names, key="data.text", place=place)])
+    def read(split: str) -> Checked[Document]:
+        table = tables.load(split, lambda names, place: [require_column(column, names, key="data.text", place=place)])
         usable = keep_usable(table, (find_text_problem(text, column=column) for text in table.columns[column]))
         documents = [Document(name=f"row {row + 1}", text=table.columns[column][row]) for row in usable.rows]
         return check(documents, *usable.notes)
@@ -95,7 +95,7 @@ def check(documents: list[Document], *notes: str) -> Checked[Document]:
 
 def _assemble(read: Reader, *, given: Collection[str]) -> RowSource:
     train = read("train")
-    off = [part for part in PARTS[1:] if part not in given]
+    off = [split for split in SPLITS[1:] if split not in given]
     pieces: Mapping[str, Checked[Document]] = {}
     if off and len(train.rows) < FEW_DOCUMENTS:
         pieces = _cut_tails(train, off)
@@ -116,28 +116,28 @@ def _assemble(read: Reader, *, given: Collection[str]) -> RowSource:
 
 
 def _cut_tails(train: Checked[Document], off: Sequence[str]) -> dict[str, Checked[Document]]:
-    """Cuts the parts that are missing off the end of every document."""
+    """Cuts the splits that are missing off the end of every document."""
     spans = {"train": (0, 100 - 10 * len(off)), **TAILS[len(off)]}
     pieces = {}
-    for part in ("train", *off):
-        low, high = spans[part]
+    for split in ("train", *off):
+        low, high = spans[split]
         rows = [piece for document in train.rows if (piece := cut(document, low=low, high=high)).text.strip()]
         if not rows:
             raise ConfigError(
                 f"`data.train` must be long enough to split {' and '.join(off)} off from the end of its documents, "
-                f"but then nothing is left for {part}. Give more text, or the parts as files of their own."
+                f"but then nothing is left for {split}. Give more text, or the splits as files of their own."
             )
-        notes = (*train.notes, *_describe_tails(train.rows, off)) if part == "train" else ()
-        pieces[part] = check(rows, *notes)
+        notes = (*train.notes, *_describe_tails(train.rows, off)) if split == "train" else ()
+        pieces[split] = check(rows, *notes)
     return pieces
 
 
 def _describe_tails(documents: Sequence[Document], off: Sequence[str]) -> list[str]:
     return [
-        f"{part} is split off from train: the text between {low} % and {high} % of each of its {len(documents)} "
+        f"{split} is split off from train: the text between {low} % and {high} % of each of its {len(documents)} "
         "documents, cut where a line ends."
-        for part in off
-        for low, high in [TAILS[len(off)][part]]
+        for split in off
+        for low, high in [TAILS[len(off)][split]]
     ]
 
 
@@ -167,6 +167,6 @@ def _build(name: str, rows: list[Document], notes: tuple[str, ...]) -> Documents
 
 
 def _describe(train: Checked[Document], validation: Checked[Document]) -> list[str]:
-    size, held_out = (sum(len(document.text.encode()) for document in part.rows) for part in (train, validation))
+    size, held_out = (sum(len(document.text.encode()) for document in split.rows) for split in (train, validation))
     counts = len(train.rows), len(validation.rows)
     return [f"train has {size:,} bytes in {counts[0]} documents, validation {held_out:,} in {counts[1]}."]

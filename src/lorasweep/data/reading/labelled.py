@@ -22,9 +22,9 @@ class Tables:
     """The tables of a data set, each read when it is asked for."""
 
     load: Callable[[str, ColumnChoice], Table]
-    """From a part's name and the choice of its columns to its table."""
+    """From a split's name and the choice of its columns to its table."""
     given: frozenset[str]
-    """The parts that there are."""
+    """The splits that there are."""
 
 
 LabelledRow = tuple[str, str | None, Label]
@@ -47,8 +47,8 @@ def read_labelled(config: TableConfig, tables: Tables) -> RowSource:
     )
     check_label_settings(config, code.task)
 
-    def read(part: str) -> Checked[LabelledRow]:
-        table = tables.load(part, lambda names, place: _choose_columns(config, names, place))
+    def read(split: str) -> Checked[LabelledRow]:
+        table = tables.load(split, lambda names, place: _choose_columns(config, names, place))
         return _encode(config, code, table, _check(config, table))
 
     train = _encode(config, code, table, usable)
@@ -69,7 +69,7 @@ def read_labelled(config: TableConfig, tables: Tables) -> RowSource:
 
 
 def row_limits(config: TableConfig | ChatConfig) -> Mapping[str, int | None]:
-    """Returns the most rows of each part."""
+    """Returns the most rows of each split."""
     return {
         "train": config.max_train_rows,
         "validation": config.max_validation_rows,

@@ -26,7 +26,7 @@ Place = Callable[[int], str]
 
 @dataclass(frozen=True, kw_only=True)
 class LabelCode:
-    """How labels become numbers: learnt from the training file, used for every part."""
+    """How labels become numbers: learnt from the training file, used for every split."""
 
     task: LabelTask
     names: tuple[str, ...]

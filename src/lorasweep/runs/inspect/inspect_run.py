@@ -103,7 +103,7 @@ def examine(run: FinishedRun, inputs: RunInputs, *, scores: bool) -> Inspected:
     inspection = Inspection(
         run=run,
         layers=rows,
-        spectra={name: parts.s.tolist() for name, parts in decompositions.items()},
+        spectra={name: found.s.tolist() for name, found in decompositions.items()},
         truncation=truncation,
         comparison=None,
         sentences=describe_run(run, rows, truncation, note=note),
@@ -133,16 +133,16 @@ def compared(first: Inspected, second: Inspected) -> Inspection:
 
 
 def score_model(model: nn.Module, run: FinishedRun, inputs: RunInputs) -> float:
-    """Returns a model's score as the run was scored: its metric on the validation part."""
-    parts = inputs.parts
-    scored = evaluate_model(model, parts.validation, task=parts.task, config=run.config, precision=inputs.precision)
+    """Returns a model's score as the run was scored: its metric on the validation split."""
+    splits = inputs.splits
+    scored = evaluate_model(model, splits.validation, task=splits.task, config=run.config, precision=inputs.precision)
     return scored.values[run.record.metric]
 
 
 def why_not_scored(run: FinishedRun, inputs: RunInputs) -> str | None:
     """Returns why scores would not be those of the run, or None where they are."""
     recorded = run.record.data.get("validation", {}).get("fingerprint")
-    present = inputs.parts.validation.fingerprint
+    present = inputs.splits.validation.fingerprint
     if recorded == present:
         return None
     return (

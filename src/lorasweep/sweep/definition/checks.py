@@ -47,7 +47,7 @@ def check_definition(definition: Definition, inputs_cache: InputsCache) -> dict[
 def _read_test_data(config: RunConfig, inputs_cache: InputsCache) -> None:
     """Reads the test data before hours of training, not after."""
     try:
-        inputs_cache.of(config).parts.test()
+        inputs_cache.of(config).splits.test()
     except ConfigError as error:
         raise ConfigError(f"{error} Or leave the confirm stage out with `confirm.seeds=0`.") from error
 
@@ -58,7 +58,7 @@ def sweep_metric(configs: Mapping[str, RunConfig], inputs_cache: InputsCache) ->
     Raises:
         ConfigError: The arms have different metrics.
     """
-    metrics = sorted({inputs_cache.of(config).parts.metric for config in configs.values()})
+    metrics = sorted({inputs_cache.of(config).splits.metric for config in configs.values()})
     if len(metrics) > 1:
         raise ConfigError(f"all arms must have one `data.metric`, but got {', '.join(metrics)}.")
     return metrics[0]

@@ -136,7 +136,7 @@ class Worker:
             try:
                 inputs = self.inputs_cache.of(assignment.config)
                 record = score_run(assignment.place.folder, inputs=inputs)
-                self.controller.note(inputs.parts.test().notes)
+                self.controller.note(inputs.splits.test().notes)
             except WorkerError:
                 raise
             except Exception as error:  # a run that can't be scored must not end the sweep

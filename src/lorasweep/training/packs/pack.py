@@ -40,7 +40,7 @@ from lorasweep.config.method import LoraConfig
 from lorasweep.config.run import OptimConfig, RunConfig, ScheduleConfig
 from lorasweep.data.batching import MicroBatch
 from lorasweep.data.loaders import evaluation_loader
-from lorasweep.data.part import Batch, Part, move_batch, repeat_batch
+from lorasweep.data.split import Batch, Split, move_batch, repeat_batch
 from lorasweep.data.tasks import Evaluation, Task
 from lorasweep.errors import Diverged, OutOfMemory, first_line
 from lorasweep.lora.packed import (
@@ -169,9 +169,9 @@ class PackModule(lightning.LightningModule):
         self.on_evaluation = on_evaluation
         self.state_file = state_file
         self.stop_requested = stop_requested
-        self.task = inputs.parts.task
+        self.task = inputs.splits.task
         self.resumed = _matching_state(state_file, jobs)
-        self.accumulate = resolve_accumulate(jobs[0].config.trainer, inputs.parts.train, slots=slots)
+        self.accumulate = resolve_accumulate(jobs[0].config.trainer, inputs.splits.train, slots=slots)
         self.runs = [self._open(job, slot=slot, slots=len(jobs)) for slot, job in enumerate(jobs)]
         self.model: nn.Module = copy_sharing_weights(inputs.base.model)
         generators = [torch.Generator().manual_seed(job.config.seeds.init) for job in jobs]
@@ -209,7 +209,7 @@ class PackModule(lightning.LightningModule):
         self.inputs.telemetry.switch("training")
         started = time.perf_counter()
         micros = [run.micro_batch(self.micro) for run in self.runs]
-        rows = slot_batch(self.inputs.parts.train, micros, model=self.model)
+        rows = slot_batch(self.inputs.splits.train, micros, model=self.model)
         with self._watch_draws():
             shares = slot_losses(self.task, self.model, move_batch(rows, self.device), slots=len(micros))
         shares = shares / torch.tensor([micro.step_weight for micro in micros], device=shares.device)  # (slots,)
@@ -441,7 +441,7 @@ class Ticks(IterableDataset[int]):
 
 
 class HeldOut(IterableDataset[Batch]):
-    """The validation part in batches for as many slots as the pack has when an evaluation begins."""
+    """The validation split in batches for as many slots as the pack has when an evaluation begins."""
 
     def __init__(self, module: PackModule, *, rows: int) -> None:
         """Takes the rows of a batch over all slots."""
@@ -449,8 +449,8 @@ class HeldOut(IterableDataset[Batch]):
         self.rows = rows
 
     def __iter__(self) -> Iterator[Batch]:
-        part, slots = self.module.inputs.parts.validation, len(self.module.runs)
-        yield from evaluation_loader(part, batch_size=max(1, self.rows // slots))
+        split, slots = self.module.inputs.splits.validation, len(self.module.runs)
+        yield from evaluation_loader(split, batch_size=max(1, self.rows // slots))
 
 
 def _matching_state(state_file: Path, jobs: Sequence[Job]) -> PackState | None:
@@ -462,11 +462,11 @@ def _matching_state(state_file: Path, jobs: Sequence[Job]) -> PackState | None:
     return state if slots == [(job.place.folder.name, job.start_step) for job in jobs] else None
 
 
-def slot_batch(part: Part, micros: Sequence[MicroBatch], *, model: nn.Module) -> Batch:
+def slot_batch(split: Split, micros: Sequence[MicroBatch], *, model: nn.Module) -> Batch:
     """Returns a batch of the rows of all slots, slot-major, and tells the packed model how long each slot's are."""
-    longest = [int(part.lengths[torch.tensor(micro.indices)].max()) for micro in micros]
+    longest = [int(split.lengths[torch.tensor(micro.indices)].max()) for micro in micros]
     set_row_lengths(model, longest if len(set(longest)) > 1 else None)
-    return part.batch([index for micro in micros for index in micro.indices], slots=len(micros))
+    return split.batch([index for micro in micros for index in micro.indices], slots=len(micros))
 
 
 def slot_losses(task: Task, model: nn.Module, batch: Batch, *, slots: int) -> Tensor:

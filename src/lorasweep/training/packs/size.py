@@ -13,7 +13,7 @@ from torch import nn
 from lorasweep.config.method import LoraConfig
 from lorasweep.config.run import RunConfig
 from lorasweep.data.batching import MicroBatch, StepBatchSampler
-from lorasweep.data.part import move_batch
+from lorasweep.data.split import move_batch
 from lorasweep.lora.packed import inject_packed_lora
 from lorasweep.methods import copy_sharing_weights, draw_head, train_head
 from lorasweep.training.batches import resolve_accumulate
@@ -134,18 +134,18 @@ def count_slot_bytes(config: RunConfig, *, inputs: RunInputs) -> int:
     device = device_of(config.trainer)
     with torch.random.fork_rng(devices=[torch.cuda.current_device()] if device.type == "cuda" else []):
         model = build_pack(config, inputs=inputs, slots=1)
-        batch = slot_batch(inputs.parts.train, [_largest_micro_batch(config, inputs)], model=model)
+        batch = slot_batch(inputs.splits.train, [_largest_micro_batch(config, inputs)], model=model)
         batch = move_batch(batch, device)
-        saved = count_saved_bytes(lambda: slot_losses(inputs.parts.task, model, batch, slots=1), model=model)
+        saved = count_saved_bytes(lambda: slot_losses(inputs.splits.task, model, batch, slots=1), model=model)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     return saved + BYTES_PER_TRAINED_NUMBER * trained
 
 
 def count_pass_tokens(config: RunConfig, slots: int, *, inputs: RunInputs) -> int:
     """Returns the tokens, padding left out, that go through the model at once in a pack, on average."""
-    part, settings = inputs.parts.train, config.trainer
-    accumulate = resolve_accumulate(settings, part, slots=slots)
-    return math.ceil(slots * settings.batch_size * float(part.lengths.double().mean()) / accumulate)
+    split, settings = inputs.splits.train, config.trainer
+    accumulate = resolve_accumulate(settings, split, slots=slots)
+    return math.ceil(slots * settings.batch_size * float(split.lengths.double().mean()) / accumulate)
 
 
 def build_pack(config: RunConfig, *, inputs: RunInputs, slots: int) -> nn.Module:
@@ -165,9 +165,9 @@ def build_pack(config: RunConfig, *, inputs: RunInputs, slots: int) -> nn.Module
 
 def _largest_micro_batch(config: RunConfig, inputs: RunInputs) -> MicroBatch:
     """The one of the first steps that has the most positions, padding included, as a run alone cuts them."""
-    part, settings = inputs.parts.train, config.trainer
-    accumulate = resolve_accumulate(settings, part)
+    split, settings = inputs.splits.train, config.trainer
+    accumulate = resolve_accumulate(settings, split)
     steps = StepBatchSampler(
-        part, batch_size=settings.batch_size, num_steps=COUNTED_STEPS, seed=0, accumulate=accumulate
+        split, batch_size=settings.batch_size, num_steps=COUNTED_STEPS, seed=0, accumulate=accumulate
     )
-    return max(steps, key=lambda micro: len(micro.indices) * int(part.lengths[torch.tensor(micro.indices)].max()))
+    return max(steps, key=lambda micro: len(micro.indices) * int(split.lengths[torch.tensor(micro.indices)].max()))

@@ -92,7 +92,7 @@ class SlotRun:
         if resumed:
             self.stream.set_state(resumed["stream"])
         self.order = StepBatchSampler(
-            inputs.parts.train,
+            inputs.splits.train,
             batch_size=config.trainer.batch_size,
             num_steps=config.trainer.max_steps,
             seed=config.seeds.data_order,
@@ -118,7 +118,7 @@ class SlotRun:
 
     def note_batch(self, micro: MicroBatch, *, positions: int) -> int:
         """Counts the tokens of a batch, which it returns, and the positions that they took, padding included."""
-        tokens = int(self.inputs.parts.train.lengths[torch.tensor(micro.indices)].sum())
+        tokens = int(self.inputs.splits.train.lengths[torch.tensor(micro.indices)].sum())
         self.tokens_trained += tokens
         self.positions_trained += positions
         return tokens

@@ -1,6 +1,6 @@
-"""What a part of a data set is to everything that trains on it: rows with lengths and weights, and batches of them.
+"""What a split of a data set is to everything that trains on it: rows with lengths and weights, and batches of them.
 
-`parts` makes parts of text blocks, `examples` of rows of their own; `batching` and `loaders` draw from them.
+`splits` makes splits of text blocks, `examples` of rows of their own; `batching` and `loaders` draw from them.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ Batch = dict[str, Tensor]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Part(Protocol):
-    """One part of a data set."""
+class Split(Protocol):
+    """One split of a data set."""
 
     name: str
     """`train`, `validation` or `test`."""
     fingerprint: str
     """SHA-256 over names, texts and labels in order, its first 16 hex digits."""
     notes: tuple[str, ...] = ()
-    """Sentences on what only this part could tell; of the test part, which is read last."""
+    """Sentences on what only this split could tell; of the test split, which is read last."""
 
     @property
     @abstractmethod
@@ -55,7 +55,7 @@ class Part(Protocol):
         return len(self.lengths)
 
     def __hash__(self) -> int:
-        """Tells parts apart by what they are, not by what they hold."""
+        """Tells splits apart by what they are, not by what they hold."""
         return id(self)
 
     @abstractmethod
@@ -63,13 +63,13 @@ class Part(Protocol):
         """Returns the rows at these indices, padded to the longest.
 
         Args:
-            indices: Rows of the part; slot-major where they are for several slots, as many for each.
+            indices: Rows of the split; slot-major where they are for several slots, as many for each.
             slots: How many slots they are for; rows of different slots never share a sequence.
         """
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
-        """Returns what a run record keeps of the part."""
+        """Returns what a run record keeps of the split."""
 
 
 def padding_fraction(lengths: Tensor, batches: Sequence[Sequence[int]]) -> float:

@@ -1,6 +1,6 @@
-"""A data set's parts as a model gets them, made once per worker and shared by all its runs.
+"""A data set's splits as a model gets them, made once per worker and shared by all its runs.
 
-Comes after `sources` (rows), `blocks` and `examples` (parts of them), and before `batching` and `loaders` (batches).
+Comes after `sources` (rows), `blocks` and `examples` (splits of them), and before `batching` and `loaders` (batches).
 """
 
 from __future__ import annotations
@@ -24,40 +24,40 @@ from lorasweep.config.data import (
     resolve_data,
 )
 from lorasweep.config.model import ModelKind
-from lorasweep.data.blocks import make_block_part
-from lorasweep.data.examples import CompletionPart, LabelledPart, SequencePart
-from lorasweep.data.own import OwnPart
-from lorasweep.data.part import Part
+from lorasweep.data.blocks import build_block_split
+from lorasweep.data.examples import CompletionSplit, LabelledSplit, SequenceSplit
+from lorasweep.data.own import OwnSplit
 from lorasweep.data.rows import Conversations, Documents, LabelledRows, OwnRows, Rows, RowSource
+from lorasweep.data.split import Split
 from lorasweep.data.tasks import Classification, LanguageModelling, MultiLabel, Regression, Task, check_metric
 from lorasweep.data.tokenise import describe_cut, tokenise_chats, tokenise_labelled, tokenise_sequences
 from lorasweep.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class DataParts:
-    """The parts of a data set, and what is to be learned from them."""
+class DataSplits:
+    """The splits of a data set, and what is to be learned from them."""
 
-    train: Part
-    validation: Part
+    train: Split
+    validation: Split
     task: Task
     metric: str
     """What runs are scored by: `data.metric`, or what `auto` means here."""
-    test: Callable[[], Part]
-    """Reads the test part at its first call and returns the same one afterwards; nothing of it is read before."""
+    test: Callable[[], Split]
+    """Reads the test split at its first call and returns the same one afterwards; nothing of it is read before."""
     notes: tuple[str, ...] = ()
-    """Sentences on how the parts were made, for whoever trains on them."""
+    """Sentences on how the splits were made, for whoever trains on them."""
 
-    def task_of(self, part: Part) -> Task:
-        """Returns the task by which a part is scored: bits per byte count the bytes of that part's own text."""
+    def task_of(self, split: Split) -> Task:
+        """Returns the task by which a split is scored: bits per byte count the bytes of that split's own text."""
         if isinstance(self.task, LanguageModelling):
-            return replace(self.task, bytes_per_token=part.bytes_per_token)  # type: ignore[attr-defined]
+            return replace(self.task, bytes_per_token=split.bytes_per_token)  # type: ignore[attr-defined]
         return self.task
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Maker:
-    """Makes parts of the rows of one source."""
+    """Makes splits of the rows of one source."""
 
     config: StdlibConfig | TextConfig | TableConfig | ChatConfig
     source: RowSource
@@ -65,22 +65,22 @@ class _Maker:
     model_kind: ModelKind
     start_token: int | None
 
-    def make(self, rows: Rows) -> Part:
+    def make(self, rows: Rows) -> Split:
         if isinstance(rows, Documents):
             return self._blocks(rows)
         assert not isinstance(rows, OwnRows)
-        part = self._labelled(rows) if isinstance(rows, LabelledRows) else self._chats(rows)
-        if not len(part):
+        split = self._labelled(rows) if isinstance(rows, LabelledRows) else self._chats(rows)
+        if not len(split):
             raise ConfigError(
-                f"the {rows.name} part of `data={self.config.name}` must have a row with something to predict, but has "
-                "none. Raise `data.max_length`, or use other data."
+                f"the {rows.name} split of `data={self.config.name}` must have a row with something to predict, but "
+                "has none. Raise `data.max_length`, or use other data."
             )
-        return part
+        return split
 
-    def _blocks(self, rows: Documents) -> Part:
+    def _blocks(self, rows: Documents) -> Split:
         assert isinstance(self.config, StdlibConfig | TextConfig)
         limits = {"validation": self.config.max_validation_blocks, "test": self.config.max_test_blocks}
-        return make_block_part(
+        return build_block_split(
             rows,
             data=self.config.name,
             tokenizer=self.tokenizer,
@@ -89,7 +89,7 @@ class _Maker:
             separate=self.config.separate_documents,
         )
 
-    def _labelled(self, rows: LabelledRows) -> LabelledPart:
+    def _labelled(self, rows: LabelledRows) -> LabelledSplit:
         assert isinstance(self.config, TableConfig)
         made = tokenise_labelled(
             rows.texts,
@@ -99,7 +99,7 @@ class _Maker:
             fingerprint=rows.fingerprint,
         )
         texts = [*rows.texts, *(rows.pairs or [])]
-        return LabelledPart(
+        return LabelledSplit(
             name=rows.name,
             notes=rows.notes,
             fingerprint=rows.fingerprint,
@@ -121,7 +121,7 @@ class _Maker:
         counts = torch.bincount(torch.tensor(self.source.train.labels), minlength=len(self.source.label_names))
         return len(self.source.train) / (len(counts) * counts.clamp(min=1).float())
 
-    def _chats(self, rows: Conversations) -> CompletionPart | SequencePart:
+    def _chats(self, rows: Conversations) -> CompletionSplit | SequenceSplit:
         assert isinstance(self.config, ChatConfig)
         shared: dict[str, Any] = {
             "tokenizer": self.tokenizer,
@@ -143,14 +143,14 @@ class _Maker:
         }
         if self.model_kind == "seq2seq":
             assert self.start_token is not None
-            return SequencePart(
+            return SequenceSplit(
                 tokens=made["input_ids"],
                 targets=made["targets"],
                 start_token=self.start_token,
                 scored_bytes=int(made["scored_bytes"].values.sum()),
                 **facts,
             )
-        whole = CompletionPart(
+        whole = CompletionSplit(
             tokens=made["input_ids"],
             targets=made["targets"],
             scored_bytes=int(made["scored_bytes"].values.sum()),
@@ -160,15 +160,15 @@ class _Maker:
         return whole.without_unscored()
 
 
-def load_parts(
+def load_splits(
     config: DataConfig,
     *,
     source: RowSource,
     tokenizer: PreTrainedTokenizerBase | None,
     model_kind: ModelKind,
     start_token: int | None = None,
-) -> DataParts:
-    """Tokenises the training and validation part; the test part waits until it is called for.
+) -> DataSplits:
+    """Tokenises the training and validation splits; the test split waits until it is called for.
 
     Args:
         config: Settings of the data.
@@ -178,14 +178,14 @@ def load_parts(
         start_token: What an encoder-decoder's decoder starts with.
 
     Raises:
-        ConfigError: The model can't learn from such rows; a part is empty or shorter than one block, or the tokenizer
-            has no token that ends a text (for the test part, when it is called for); the metric is not one of the
+        ConfigError: The model can't learn from such rows; a split is empty or shorter than one block, or the tokenizer
+            has no token that ends a text (for the test split, when it is called for); the metric is not one of the
             task's.
     """
     form = resolve_data(config)
     check_model_kind(source, model_kind, data=config.name)
     if isinstance(form, OwnDataConfig):
-        return _own_parts(form, source)
+        return _own_splits(form, source)
     if tokenizer is None:
         raise ConfigError("`model.factory` must bring a tokenizer, but brings none. Return it, or set `model.path`.")
     maker = _Maker(config=form, source=source, tokenizer=tokenizer, model_kind=model_kind, start_token=start_token)
@@ -193,7 +193,7 @@ def load_parts(
     task = make_task(source, form, validation)
     metric = task.metrics[0] if form.metric == "auto" else form.metric
     check_metric(metric, task.metrics)
-    return DataParts(
+    return DataSplits(
         train=maker.make(source.train),
         validation=validation,
         task=task,
@@ -203,14 +203,14 @@ def load_parts(
     )
 
 
-def _own_parts(config: OwnDataConfig, source: RowSource) -> DataParts:
-    def make(rows: Rows) -> OwnPart:
+def _own_splits(config: OwnDataConfig, source: RowSource) -> DataSplits:
+    def make(rows: Rows) -> OwnSplit:
         assert isinstance(rows, OwnRows)
-        return OwnPart(name=rows.name, fingerprint=rows.fingerprint, rows=rows, task=config.task)
+        return OwnSplit(name=rows.name, fingerprint=rows.fingerprint, rows=rows, task=config.task)
 
     validation = make(source.validation)
     task = make_task(source, config, validation)
-    return DataParts(
+    return DataSplits(
         train=make(source.train),
         validation=validation,
         task=task,
@@ -238,7 +238,7 @@ def check_model_kind(source: RowSource, model_kind: ModelKind, *, data: str) -> 
         )
 
 
-def make_task(source: RowSource, config: DataConfig, validation: Part) -> Task:
+def make_task(source: RowSource, config: DataConfig, validation: Split) -> Task:
     """Returns what is learned from the rows of a source."""
     if source.kind == "single_label":
         smoothing = config.label_smoothing if isinstance(config, TableConfig) else 0.0
@@ -253,7 +253,7 @@ def make_task(source: RowSource, config: DataConfig, validation: Part) -> Task:
 
 
 def label_tensor(rows: LabelledRows, source: RowSource) -> Tensor:
-    """Returns the labels as `LabelledPart` holds them."""
+    """Returns the labels as `LabelledSplit` holds them."""
     if source.kind == "single_label":
         return torch.tensor(rows.labels, dtype=torch.int64)
     if source.kind == "regression":

@@ -1,13 +1,12 @@
-"""Rows of any kind become parts with a task, and data that a model can't learn from is named before training."""
+"""Rows of any kind become splits with a task, and data that a model can't learn from is named before training."""
 
 import functools
 
 import pytest
 
 from lorasweep.config.compose import compose_run
-from lorasweep.data import parts as parts_file
-from lorasweep.data.examples import CompletionPart, LabelledPart, SequencePart
-from lorasweep.data.parts import load_parts
+from lorasweep.data import splits as parts_file
+from lorasweep.data.examples import CompletionSplit, LabelledSplit, SequenceSplit
 from lorasweep.data.rows import (
     Conversations,
     Documents,
@@ -19,6 +18,7 @@ from lorasweep.data.rows import (
     fingerprint_labelled,
 )
 from lorasweep.data.sources import read_source
+from lorasweep.data.splits import load_splits
 from lorasweep.data.stdlib import Document
 from lorasweep.data.tasks import Classification, LanguageModelling, MultiLabel, Regression
 from lorasweep.errors import ConfigError
@@ -77,24 +77,24 @@ def conversations(name):
 def test_limits_of_validation_and_test_do_not_touch_training(tokenizer):
     source, _ = make_source(documents, kind="documents")
     settings = config(block_length=4, max_validation_blocks=3, max_test_blocks=2)
-    parts = load_parts(settings, source=source, tokenizer=tokenizer, model_kind="causal_lm")
-    assert [len(part) for part in (parts.train, parts.validation, parts.test())] == [20, 3, 2]
+    splits = load_splits(settings, source=source, tokenizer=tokenizer, model_kind="causal_lm")
+    assert [len(split) for split in (splits.train, splits.validation, splits.test())] == [20, 3, 2]
 
 
 def test_the_test_part_is_read_once_and_not_before_it_is_called_for(tokenizer):
     source, read = make_source(documents, kind="documents")
-    parts = load_parts(config(block_length=4), source=source, tokenizer=tokenizer, model_kind="causal_lm")
+    splits = load_splits(config(block_length=4), source=source, tokenizer=tokenizer, model_kind="causal_lm")
     assert read == ["train", "validation"]
-    assert parts.test() is parts.test()
+    assert splits.test() is splits.test()
     assert read == ["train", "validation", "test"]
-    assert parts.notes == ("said",)
+    assert splits.notes == ("said",)
 
 
 def test_bits_per_byte_of_a_part_count_its_own_bytes(tokenizer):
     source, _ = make_source(lambda name: documents(name, ["ü" * 40 if name == "test" else "x" * 80]), kind="documents")
-    parts = load_parts(config(block_length=4), source=source, tokenizer=tokenizer, model_kind="causal_lm")
-    assert parts.task_of(parts.validation).bytes_per_token == parts.validation.bytes_per_token
-    assert parts.task_of(parts.test()).bytes_per_token == parts.test().bytes_per_token
+    splits = load_splits(config(block_length=4), source=source, tokenizer=tokenizer, model_kind="causal_lm")
+    assert splits.task_of(splits.validation).bytes_per_token == splits.validation.bytes_per_token
+    assert splits.task_of(splits.test()).bytes_per_token == splits.test().bytes_per_token
 
 
 @pytest.mark.parametrize(
@@ -107,43 +107,43 @@ def test_bits_per_byte_of_a_part_count_its_own_bytes(tokenizer):
 )
 def test_labels_decide_the_task_and_its_metric(tokenizer, kind, labels, names, task, metric):
     source, _ = make_source(lambda name: labelled(name, labels), kind=kind, label_names=names)
-    parts = load_parts(config(data="table"), source=source, tokenizer=tokenizer, model_kind="classifier")
-    assert isinstance(parts.task, task)
-    assert parts.metric == metric
-    assert isinstance(parts.train, LabelledPart)
-    targets = parts.train.batch([0, 1, 2])["targets"].tolist()
+    splits = load_splits(config(data="table"), source=source, tokenizer=tokenizer, model_kind="classifier")
+    assert isinstance(splits.task, task)
+    assert splits.metric == metric
+    assert isinstance(splits.train, LabelledSplit)
+    targets = splits.train.batch([0, 1, 2])["targets"].tolist()
     assert targets == {"multi_label": [[1, 0], [0, 0], [1, 1]]}.get(kind, list(labels))
-    assert parts.train.describe()["rows"] == 3
+    assert splits.train.describe()["rows"] == 3
 
 
 def test_balanced_weights_give_every_class_the_same_say_in_training_alone(tokenizer):
     source, _ = make_source(labelled, kind="single_label", label_names=("bad", "good"))
     settings = config(data="table", class_weights="balanced", label_smoothing=0.1)
-    parts = load_parts(settings, source=source, tokenizer=tokenizer, model_kind="classifier")
-    assert parts.train.weights.tolist() == [1.5, 0.75, 0.75]
-    assert parts.validation.weights.tolist() == [1.0, 1.0, 1.0]
-    assert parts.task.label_smoothing == 0.1
-    assert parts.train.describe()["labels"] == {"bad": 1, "good": 2}
+    splits = load_splits(settings, source=source, tokenizer=tokenizer, model_kind="classifier")
+    assert splits.train.weights.tolist() == [1.5, 0.75, 0.75]
+    assert splits.validation.weights.tolist() == [1.0, 1.0, 1.0]
+    assert splits.task.label_smoothing == 0.1
+    assert splits.train.describe()["labels"] == {"bad": 1, "good": 2}
 
 
 def test_conversations_are_completions_or_sequences_by_the_model(tokenizer):
     source, _ = make_source(conversations, kind="conversations")
     settings = config(data="chat", template="plain")
-    causal = load_parts(settings, source=source, tokenizer=tokenizer, model_kind="causal_lm")
-    assert isinstance(causal.train, CompletionPart)
+    causal = load_splits(settings, source=source, tokenizer=tokenizer, model_kind="causal_lm")
+    assert isinstance(causal.train, CompletionSplit)
     assert isinstance(causal.task, LanguageModelling)
-    other = load_parts(settings, source=source, tokenizer=tokenizer, model_kind="seq2seq", start_token=0)
-    assert isinstance(other.train, SequencePart)
+    other = load_splits(settings, source=source, tokenizer=tokenizer, model_kind="seq2seq", start_token=0)
+    assert isinstance(other.train, SequenceSplit)
 
 
 def test_rows_whose_answer_is_cut_off_are_left_out_and_counted(tokenizer):
     source, _ = make_source(conversations, kind="conversations")
     settings = config(data="chat", template="plain", max_length=10)
-    parts = load_parts(settings, source=source, tokenizer=tokenizer, model_kind="causal_lm")
-    assert len(parts.train) == 1
-    assert parts.train.describe()["left_out"] == 1
+    splits = load_splits(settings, source=source, tokenizer=tokenizer, model_kind="causal_lm")
+    assert len(splits.train) == 1
+    assert splits.train.describe()["left_out"] == 1
     with pytest.raises(ConfigError, match=r"must have a row with something to predict, but has none. Raise"):
-        load_parts(
+        load_splits(
             config(data="chat", template="plain", max_length=2),
             source=source,
             tokenizer=tokenizer,
@@ -162,19 +162,19 @@ def test_rows_whose_answer_is_cut_off_are_left_out_and_counted(tokenizer):
 def test_data_that_the_model_cant_learn_from_is_refused(tokenizer, rows, kind, data, model_kind, wanted):
     source, _ = make_source(rows, kind=kind, label_names=("a", "b"))
     with pytest.raises(ConfigError, match=f"`model.kind` must be {wanted} for the rows of `data={data}`"):
-        load_parts(config(data=data), source=source, tokenizer=tokenizer, model_kind=model_kind)
+        load_splits(config(data=data), source=source, tokenizer=tokenizer, model_kind=model_kind)
 
 
 def test_a_metric_of_another_task_is_refused(tokenizer):
     source, _ = make_source(labelled, kind="single_label", label_names=("a", "b"))
     with pytest.raises(ConfigError, match=r"`data.metric` must be one of accuracy, .*, but got 'pearson'"):
-        load_parts(config(data="table", metric="pearson"), source=source, tokenizer=tokenizer, model_kind="classifier")
+        load_splits(config(data="table", metric="pearson"), source=source, tokenizer=tokenizer, model_kind="classifier")
 
 
 def test_a_model_without_a_tokenizer_is_refused():
     source, _ = make_source(documents, kind="documents")
     with pytest.raises(ConfigError, match=r"`model.factory` must bring a tokenizer"):
-        load_parts(config(), source=source, tokenizer=None, model_kind="causal_lm")
+        load_splits(config(), source=source, tokenizer=None, model_kind="causal_lm")
 
 
 def test_a_tokenizer_without_padding_still_pads(tokenizer):
@@ -186,7 +186,7 @@ def test_a_tokenizer_without_padding_still_pads(tokenizer):
 
 def test_embedded_docs_load_and_can_be_read_back(tokenizer):
     settings = config(block_length=128)
-    parts = load_parts(settings, source=read_source(settings), tokenizer=tokenizer, model_kind="causal_lm")
-    assert len(parts.train) > 1000
-    first = bytes(parts.train.tokens[0].tolist()).decode()
+    splits = load_splits(settings, source=read_source(settings), tokenizer=tokenizer, model_kind="causal_lm")
+    assert len(splits.train) > 1000
+    first = bytes(splits.train.tokens[0].tolist()).decode()
     assert "assert" in first  # the first topic
