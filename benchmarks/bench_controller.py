@@ -35,7 +35,6 @@ from lorasweep.sweep.controller.controller import Assignment, Controller
 from lorasweep.sweep.controller.folder import SweepFolder
 from lorasweep.sweep.controller.lifecycle import create_sweep, reopen_sweep
 from lorasweep.sweep.controller.rows import (
-    FUNCTION_ATTRIBUTE,
     RUN_ATTRIBUTE,
     SCORE_ATTRIBUTE,
     TURN_ATTRIBUTE,
@@ -97,7 +96,6 @@ def fill(sweep: SweepFolder, num_trials: int) -> None:
                 user_attrs={
                     TURN_ATTRIBUTE: {"order": number, "passed": [25, 75], "promoted": []},
                     RUN_ATTRIBUTE: run_name(arm.name, number),
-                    FUNCTION_ATTRIBUTE: f"{number:016x}",
                     SCORE_ATTRIBUTE: score,
                 },
             )

@@ -128,8 +128,6 @@ class TrialRow:
     run: str
     """The run's folder, relative to the sweep's."""
     reason: str | None = None
-    duplicate_of: int | None = None
-    """Number of the earliest trial of the arm that trains the same function in other words (see `sweep.duplicates`)."""
     step: int = 0
     """Optimizer steps at its last evaluation."""
     last_value: float | None = None

@@ -115,11 +115,6 @@ def test_paused_trials_are_shown_as_paused(sweep: Path) -> None:
     assert rows.count("paused") == 6
 
 
-def test_duplicates_are_marked(sweep: Path) -> None:
-    edit_json(sweep / "sweep.json", lambda raw: raw["trials"][4].update(duplicate_of=1))
-    assert "complete, same as 1" in written(sweep).text
-
-
 def test_page_shows_what_was_inspected(sweep: Path) -> None:
     assert f"Type lorasweep inspect {sweep}." in written(sweep).text
     inspect_winners(sweep)
@@ -249,7 +244,7 @@ def test_figures_inside_a_script_element_cannot_end_it(sweep: Path) -> None:
         {"params": {"optim.lr": -1, "method.rank": 0, "method.alpha": "x"}},
         {"params": {"optim.lr": True, "method.rank": 1e308, "method.alpha": 1e-320}},
         {"params": {"optim.lr": None, "method.rank": [1], "method.alpha": {"low": 1}}},
-        {"params": {}, "duplicate_of": 3},
+        {"params": {}},
         {"value": 1e308},
         {"number": -5},
     ],

@@ -171,15 +171,11 @@ def _cells(trial: Trial, data: SweepData) -> list[Cell]:
     }
     costs = [(getattr(record, name, None), form) for name, form in measured.items()]
     return [
-        Cell(text=_state(trial), key=trial.state),
+        Cell(text=trial.state, key=trial.state),
         Cell(text=wording.format_score(trial.value), key=trial.value),
         *(_setting_cell(trial, key) for key in data.swept_keys),
         *(Cell(text=wording.UNKNOWN if value is None else form(value), key=value) for value, form in costs),
     ]
-
-
-def _state(trial: Trial) -> str:
-    return trial.state if trial.duplicate_of is None else f"{trial.state}, same as {trial.duplicate_of}"
 
 
 def _setting_cell(trial: Trial, key: str) -> Cell:

@@ -46,8 +46,6 @@ class Trial:
     """None where the run's record can't be read; `problem` says why."""
     curve: Curve
     problem: str | None
-    duplicate_of: int | None = None
-    """Number of the earliest trial of its arm that trains the same function in other words."""
 
     @property
     def is_complete(self) -> bool:
@@ -247,5 +245,4 @@ def _join_trial(row: TrialRow, arm: ArmRow, metric: str, folder: Path) -> Trial:
         record=run,
         curve=read_curve(folder / row.run, metric) if run else (),
         problem=problem,
-        duplicate_of=row.duplicate_of,
     )

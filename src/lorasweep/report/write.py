@@ -83,7 +83,6 @@ def trials_csv(data: SweepData) -> str:
         "method",
         "trial",
         "state",
-        "duplicate_of",
         data.record.metric,
         "share_of_full_gain",
         *data.swept_keys,
@@ -99,7 +98,7 @@ def curves_csv(data: SweepData) -> str:
 
 
 def _trial_cells(trial: Trial, data: SweepData) -> list[Any]:
-    identity = [trial.arm, trial.method, trial.number, trial.state, trial.duplicate_of]
+    identity = [trial.arm, trial.method, trial.number, trial.state]
     score = [trial.value, data.share_of_full_gain(trial.value)]
     settings = [trial.setting(key) for key in data.swept_keys]
     measured = [getattr(trial.record, name, None) for name in MEASURED]

@@ -25,9 +25,6 @@ INFEASIBLE_ATTRIBUTE = "lorasweep:infeasible"
 SCORE_ATTRIBUTE = "lorasweep:score"
 """The best value of the trial's run. Optuna gives a trial that it does not count as complete the value of its last
 evaluation."""
-FUNCTION_ATTRIBUTE = "lorasweep:function"
-"""Names what the trial trains, so that a resumed sweep need not compose every earlier trial again."""
-DUPLICATE_ATTRIBUTE = "lorasweep:duplicate_of"
 SAMPLER_ATTRIBUTE = "lorasweep:sampler"
 """State that a sampler set by `_target_` stores with each trial that it proposes."""
 WINNER_ATTRIBUTE = "lorasweep:winner"
@@ -79,7 +76,6 @@ def trial_row(arm: str, trial: FrozenTrial, *, is_paused: bool) -> TrialRow:
         value=row_value(trial),
         run=run_name(arm, trial.number),
         reason=trial.user_attrs.get(REASON_ATTRIBUTE),
-        duplicate_of=trial.user_attrs.get(DUPLICATE_ATTRIBUTE),
         step=step,
         last_value=trial.intermediate_values.get(step),
     )

@@ -24,8 +24,6 @@ from lorasweep.sweep.controller.folder import SweepFolder
 from lorasweep.sweep.controller.history import History
 from lorasweep.sweep.controller.proposals import propose
 from lorasweep.sweep.controller.rows import (
-    DUPLICATE_ATTRIBUTE,
-    FUNCTION_ATTRIBUTE,
     RUN_ATTRIBUTE,
     SEED,
     WINNER_ATTRIBUTE,
@@ -35,7 +33,6 @@ from lorasweep.sweep.controller.rows import (
 from lorasweep.sweep.controller.rules import Halving, MedianOfPeers, NoStopping, StoppingRule
 from lorasweep.sweep.controller.storage import CONFIRM_STUDY
 from lorasweep.sweep.definition.arms import Arm
-from lorasweep.sweep.definition.duplicates import name_function
 from lorasweep.training.run_log import RunPlace
 
 FIRST_PART_FRACTION = 0.5
@@ -78,24 +75,16 @@ class Search:
         self._sweep = sweep
         self._session = session
         self.trials = {arm.name: self._open(arm) for arm in sweep.definition.arms}
-        self._functions = {name: self._functions_of(trials) for name, trials in self.trials.items()}
-        self._proposed: tuple[str, RunConfig | None] = "", None
-        """The settings of the last trial that was proposed: to compose them takes milliseconds."""
 
     def propose(self, trials: ArmTrials) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Asks the sampler; names the function that the trial trains, and an earlier trial that trains the same."""
-        arm, number = trials.arm, trials.next_number()
+        """Asks the arm's sampler."""
+        arm = trials.arm
         params, state = propose_for(arm, trials.history(), number=len(trials.entries))
-        self._proposed = repr((arm.name, params)), arm.compose(params)
-        function = name_function(self._proposed[1])
-        first = self._functions[arm.name].setdefault(function, number)
-        attributes = {RUN_ATTRIBUTE: run_name(arm.name, number), FUNCTION_ATTRIBUTE: function, **state}
-        return params, attributes if first == number else {**attributes, DUPLICATE_ATTRIBUTE: first}
+        return params, {RUN_ATTRIBUTE: run_name(arm.name, trials.next_number()), **state}
 
     def config(self, arm: Arm, params: Mapping[str, Any]) -> RunConfig:
         """Returns the arm's settings with the swept values."""
-        proposed, config = self._proposed
-        return config if config is not None and proposed == repr((arm.name, params)) else arm.compose(params)
+        return arm.compose(params)
 
     def shown_params(self, arm: Arm, params: Mapping[str, Any]) -> dict[str, Any]:
         """Returns the swept keys and their values."""
@@ -120,12 +109,6 @@ class Search:
             first_part=_first_part(arm),
             session=self._session,
         )
-
-    def _functions_of(self, trials: ArmTrials) -> dict[str, int]:
-        functions: dict[str, int] = {}
-        for trial in trials.frozen():
-            functions.setdefault(trial.user_attrs[FUNCTION_ATTRIBUTE], trial.number)
-        return functions
 
 
 class Confirm:
