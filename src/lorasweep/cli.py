@@ -176,7 +176,7 @@ def status(arguments: argparse.Namespace) -> int:
 
 def plan(arguments: argparse.Namespace) -> int:
     """Measures a few steps of each arm and shows what the sweep would take; trains nothing and writes nothing."""
-    from lorasweep.sweep.definition.checks import check_definition
+    from lorasweep.sweep.checks import check_definition
     from lorasweep.sweep.definition.plan import plan_sweep, render_plan
     from lorasweep.training.inputs import InputsCache
 
@@ -450,8 +450,8 @@ def _start(definition: Definition, inputs_cache: Any) -> SweepFolder:
 
 
 def _create(definition: Definition, inputs_cache: Any, path: Path) -> SweepFolder:
+    from lorasweep.sweep.checks import check_definition, data_notes, sweep_metric
     from lorasweep.sweep.controller.lifecycle import create_sweep
-    from lorasweep.sweep.definition.checks import check_definition, data_notes, sweep_metric
     from lorasweep.sweep.definition.packing import packing_notes
     from lorasweep.sweep.workers.train import check_workers
 
@@ -510,8 +510,8 @@ def _refuse_other_settings(words: Sequence[str]) -> None:
 
 def _resume(arguments: argparse.Namespace, inputs_cache: Any) -> SweepFolder:
     from lorasweep.config.compose import parse_overrides
+    from lorasweep.sweep.checks import check_definition
     from lorasweep.sweep.controller.lifecycle import reopen_sweep
-    from lorasweep.sweep.definition.checks import check_definition
     from lorasweep.sweep.workers.train import check_workers
 
     folder = reopen_sweep(arguments.resume, changes=parse_overrides(arguments.words))

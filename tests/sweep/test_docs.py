@@ -10,8 +10,8 @@ import pytest
 import yaml
 
 from lorasweep.errors import ConfigError
-from lorasweep.sweep.controller.confirm import draw_seeds
 from lorasweep.sweep.definition.arms import read_definition
+from lorasweep.sweep.definition.seeds import draw_seeds
 from lorasweep.sweep.definition.warnings import find_warnings
 
 GUIDE = (Path(__file__).parent.parent.parent / "docs" / "sweeps.md").read_text(encoding="utf-8")

@@ -25,8 +25,8 @@ from rich.text import Text
 
 from lorasweep.errors import RecordError
 from lorasweep.record import ArmRow, ConfirmRow, SweepRecord, TrialRow, read_sweep, winners
-from lorasweep.sweep.controller.confirm import SEED_KEYS
 from lorasweep.sweep.controller.lifecycle import is_running
+from lorasweep.sweep.definition.seeds import SEED_KEYS, describe_confirm
 from lorasweep.wording import UNKNOWN, format_seconds, format_setting
 
 POLL_INTERVAL_S = 1.0
@@ -152,12 +152,6 @@ def followed(folder: Path, *, console: Console) -> Iterator[None]:
 def describe_params(params: Mapping[str, Any]) -> str:
     """Returns swept values in one line: `method.rank=8 optim.lr=0.0123`."""
     return " ".join(f"{key}={format_setting(value)}" for key, value in params.items())
-
-
-def describe_confirm(seeds: int) -> str:
-    """Returns what the confirm stage does, in words."""
-    fresh = "1 fresh seed" if seeds == 1 else f"{seeds} fresh seeds"
-    return f"the best settings of each arm again on {fresh}, scored once on test data"
 
 
 def _follow(

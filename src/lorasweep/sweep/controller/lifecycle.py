@@ -17,7 +17,6 @@ from lorasweep.data.tasks import goal_direction
 from lorasweep.disk import free_folder, is_new_or_empty, network_file_system, remove_leftovers
 from lorasweep.errors import ConfigError, RecordError
 from lorasweep.record import SWEEP_FILE, SweepRecord, read_sweep, sha256_of, utc_now, write_record
-from lorasweep.sweep.controller.confirm import draw_seeds
 from lorasweep.sweep.controller.folder import LOCK_FILE, SweepFolder
 from lorasweep.sweep.controller.rows import RUNS_FOLDER, arm_row
 from lorasweep.sweep.controller.storage import (
@@ -30,6 +29,7 @@ from lorasweep.sweep.controller.storage import (
     unusable_database,
 )
 from lorasweep.sweep.definition.arms import Definition, restore_definition
+from lorasweep.sweep.definition.seeds import draw_seeds
 from lorasweep.sweep.definition.warnings import find_warnings
 
 FINGERPRINT = "lorasweep:definition"

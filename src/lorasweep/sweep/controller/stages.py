@@ -9,8 +9,11 @@ import math
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+import optuna
 from optuna.distributions import IntDistribution
 from optuna.pruners import BasePruner
+from optuna.study import StudyDirection
+from optuna.trial import TrialState
 
 from lorasweep.config.run import RunConfig
 from lorasweep.config.sweep import FixedSampler, HalvingPruner, MedianPruner, PrunerConfig
@@ -18,7 +21,6 @@ from lorasweep.config.targets import Component, instantiate
 from lorasweep.errors import ConfigError
 from lorasweep.sweep.controller.arm_trials import ArmTrials
 from lorasweep.sweep.controller.component_sampler import ask_component
-from lorasweep.sweep.controller.confirm import SEED_KEYS, arm_seeds, find_winner, seed_settings
 from lorasweep.sweep.controller.entry import Entry
 from lorasweep.sweep.controller.folder import SweepFolder
 from lorasweep.sweep.controller.history import History
@@ -26,6 +28,7 @@ from lorasweep.sweep.controller.proposals import propose
 from lorasweep.sweep.controller.rows import (
     RUN_ATTRIBUTE,
     SEED,
+    TURN_ATTRIBUTE,
     WINNER_ATTRIBUTE,
     confirm_run_name,
     run_name,
@@ -33,6 +36,7 @@ from lorasweep.sweep.controller.rows import (
 from lorasweep.sweep.controller.rules import Halving, MedianOfPeers, NoStopping, StoppingRule
 from lorasweep.sweep.controller.storage import CONFIRM_STUDY
 from lorasweep.sweep.definition.arms import Arm
+from lorasweep.sweep.definition.seeds import SEED_KEYS, arm_seeds
 from lorasweep.training.run_log import RunPlace
 
 FIRST_PART_FRACTION = 0.5
@@ -146,7 +150,7 @@ class Confirm:
 
     def config(self, arm: Arm, params: Mapping[str, Any]) -> RunConfig:
         """Returns the winner's settings, every source of chance set by the seed."""
-        return arm.compose({**self.shown_params(arm, params), **seed_settings(params[SEED])})
+        return arm.compose({**self.shown_params(arm, params), **dict.fromkeys(SEED_KEYS, params[SEED])})
 
     def shown_params(self, arm: Arm, params: Mapping[str, Any]) -> dict[str, Any]:
         """Returns the winner's values of the swept keys, with the seed in place of any that were searched."""
@@ -160,6 +164,21 @@ class Confirm:
 
     def _seeds(self, arm: Arm) -> list[int]:
         return arm_seeds(arm, self._sweep.record.confirm_seeds)
+
+
+def find_winner(study: optuna.Study) -> int | None:
+    """Returns the number of the best complete trial of a search, the earliest of equals; None where none is complete.
+
+    Only the controller's own trials count.
+    """
+    sign = 1 if study.direction == StudyDirection.MINIMIZE else -1
+    complete = [
+        trial
+        for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        if TURN_ATTRIBUTE in trial.user_attrs
+    ]
+    best = min(complete, key=lambda trial: (sign * (trial.value or 0.0), trial.number), default=None)
+    return None if best is None else best.number
 
 
 def propose_for(arm: Arm, history: History, *, number: int) -> tuple[dict[str, Any], dict[str, Any]]:

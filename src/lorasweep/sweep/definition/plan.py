@@ -13,11 +13,10 @@ from rich.text import Text
 
 from lorasweep.config.run import RunConfig
 from lorasweep.errors import OutOfMemory
-from lorasweep.sweep.controller.confirm import arm_seeds, draw_seeds
 from lorasweep.sweep.definition.arms import Arm, Definition
 from lorasweep.sweep.definition.packing import ArmPacking, plan_packing
+from lorasweep.sweep.definition.seeds import arm_seeds, describe_confirm, draw_seeds
 from lorasweep.sweep.definition.warnings import find_warnings, trained_tokens
-from lorasweep.sweep.status import describe_confirm
 from lorasweep.training.cost import PackMeasurement, measure_pack, measure_run
 from lorasweep.training.inputs import InputsCache, RunInputs
 from lorasweep.training.packs.size import choose_pack_size

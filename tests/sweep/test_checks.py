@@ -8,8 +8,8 @@ import pytest
 
 from lorasweep.errors import ConfigError
 from lorasweep.models.load import load_base
+from lorasweep.sweep.checks import check_definition, data_notes, sweep_metric
 from lorasweep.sweep.definition.arms import read_definition
-from lorasweep.sweep.definition.checks import check_definition, data_notes, sweep_metric
 from lorasweep.training.inputs import InputsCache, RunInputs
 
 
@@ -95,7 +95,7 @@ def test_the_frozen_base_needs_no_rung(write_file, content, tiny_benches):
 def test_a_search_that_leaves_no_seed_is_refused(write_file, content, tiny_benches):
     content["settings"]["confirm.seeds"] = 2
     content["arms"]["lora"]["space"]["seed"] = {"low": 0, "high": 2**32 - 1}
-    with pytest.raises(ConfigError, match="the search must leave 2 seeds"):
+    with pytest.raises(ConfigError, match="must find 2 seeds"):
         check_definition(read_definition(write_file(content), []), tiny_benches)
 
 

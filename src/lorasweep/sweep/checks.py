@@ -6,11 +6,11 @@ from collections.abc import Mapping
 
 from lorasweep.config.run import RunConfig
 from lorasweep.errors import ConfigError
-from lorasweep.sweep.controller.confirm import draw_seeds
 from lorasweep.sweep.controller.history import History
 from lorasweep.sweep.controller.stages import build_rule, propose_for
 from lorasweep.sweep.definition.arms import Definition
 from lorasweep.sweep.definition.packing import plan_packing
+from lorasweep.sweep.definition.seeds import draw_seeds
 from lorasweep.training.inputs import InputsCache
 from lorasweep.training.prepare import check_run
 from lorasweep.training.restore import require_trusted_code

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 
-import optuna
 import pytest
-from optuna.trial import TrialState, create_trial
 
 from lorasweep.errors import ConfigError
-from lorasweep.sweep.controller.confirm import SEED_KEYS, arm_seeds, draw_seeds, find_winner, seed_settings
-from lorasweep.sweep.controller.rows import TURN_ATTRIBUTE
 from lorasweep.sweep.definition.arms import read_definition
+from lorasweep.sweep.definition.seeds import SEED_KEYS, arm_seeds, draw_seeds
 
 SEEDS_OF_0 = [253181, 295403, 688465]
 
@@ -54,12 +51,12 @@ def test_a_seed_of_the_search_is_not_used_again(define, key):
 
 
 def test_a_search_that_leaves_no_seed_is_refused(define):
-    with pytest.raises(ConfigError, match=r"the search must leave 5 seeds below 1,000,000 fresh for `confirm.seeds`"):
+    with pytest.raises(ConfigError, match=r"`confirm.seeds` must find 5 seeds.*Narrow the range of `seed`"):
         draw_seeds(define("confirm.seeds=5", "arms.lora.seed=interval(0,4294967295)"))
 
 
 def test_a_seed_sets_every_source_of_chance(make_config):
-    config = make_config({"seeds.init": 1, **seed_settings(77)})
+    config = make_config({"seeds.init": 1, **dict.fromkeys(SEED_KEYS, 77)})
     assert {config.seed, *dataclasses.asdict(config.seeds).values()} == {77}
     assert {f"seeds.{name}" for name in dataclasses.asdict(config.seeds)} | {"seed"} == set(SEED_KEYS)
 
@@ -68,17 +65,3 @@ def test_what_no_seed_changes_is_scored_once(define):
     arms = {arm.name: arm for arm in define().arms}
     assert arm_seeds(arms["frozen"], [3, 4]) == [3]
     assert arm_seeds(arms["lora"], [3, 4]) == [3, 4]
-
-
-@pytest.mark.parametrize(("direction", "best"), [("minimize", 2), ("maximize", 4)])
-def test_the_winner_is_the_earliest_of_the_best_complete_trials_that_are_the_controllers(direction, best):
-    study = optuna.create_study(direction=direction)
-    assert find_winner(study) is None
-    ours = {TURN_ATTRIBUTE: {"order": 0, "passed": [], "promoted": []}}
-    trials = [(0.0 if direction == "minimize" else 9.0, {})]  # somebody else's
-    trials += [(value, ours) for value in (2.0, 1.0, 1.0, 3.0, 3.0)]
-    for value, attributes in trials:
-        study.add_trial(create_trial(value=value, user_attrs=attributes))
-    study.add_trial(create_trial(state=TrialState.FAIL, user_attrs=ours))
-    study.add_trial(create_trial(state=TrialState.PRUNED, user_attrs=ours, intermediate_values={1: 0.5}))
-    assert find_winner(study) == best
