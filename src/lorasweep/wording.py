@@ -5,6 +5,7 @@ And names as they may be shown (`visible`): files from elsewhere can hold anythi
 
 from __future__ import annotations
 
+import difflib
 import math
 import unicodedata
 from collections.abc import Iterable, Sequence
@@ -20,6 +21,14 @@ MAX_DIGITS = 6
 """Of a score; closer ones are the same to a reader."""
 MAX_SHOWN_LENGTH = 4000
 """Characters of one text on a terminal."""
+
+
+def nearest(name: str, choices: Iterable[str]) -> str:
+    """Returns ` Did you mean ...?` with the nearest choice, or an empty string where nothing is near."""
+    options = list(choices)
+    endings = [option for option in options if option.endswith(f".{name}")]
+    found = endings or difflib.get_close_matches(name, options, n=1, cutoff=0.5)
+    return f" Did you mean `{found[0]}`?" if found else ""
 
 
 def visible(text: str, *, keep: str = "") -> str:

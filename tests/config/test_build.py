@@ -8,8 +8,9 @@ from typing import Any, Literal
 
 import pytest
 
-from lorasweep.config.build import build, convert, nearest
+from lorasweep.config.build import build, convert
 from lorasweep.errors import ConfigError
+from lorasweep.wording import nearest
 
 
 @dataclass(frozen=True, kw_only=True)

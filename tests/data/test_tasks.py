@@ -220,6 +220,6 @@ def test_errors_are_to_be_small_and_agreement_large(metric):
 
 def test_unknown_metric_gets_the_nearest_name():
     with pytest.raises(
-        ConfigError, match=r"`data.metric` must be one of .*, but got 'perplexty'. Did you mean 'perplexity'"
+        ConfigError, match=r"`data.metric` must be one of .*, but got 'perplexty'. Did you mean `perplexity`"
     ):
         goal_direction("perplexty")

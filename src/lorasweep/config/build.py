@@ -5,26 +5,18 @@
 
 from __future__ import annotations
 
-import difflib
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from functools import cache
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin
 
 from lorasweep.config.targets import TARGET, Component
 from lorasweep.errors import ConfigError
+from lorasweep.wording import nearest
 
 T = TypeVar("T")
-
-
-def nearest(name: str, choices: Iterable[str]) -> str:
-    """Returns ` Did you mean ...?` with the nearest choice, or an empty string where nothing is near."""
-    options = list(choices)
-    endings = [option for option in options if option.endswith(f".{name}")]
-    found = endings or difflib.get_close_matches(name, options, n=1, cutoff=0.5)
-    return f" Did you mean `{found[0]}`?" if found else ""
 
 
 def build(kind: type[T], values: Mapping[str, Any], *, key: str = "") -> T:

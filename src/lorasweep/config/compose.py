@@ -25,12 +25,13 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from lorasweep.config.build import build, nearest
+from lorasweep.config.build import build
 from lorasweep.config.run import OptimizerComponent, RunConfig
 from lorasweep.config.sweep import DriverConfig
 from lorasweep.config.targets import TARGET, require_trusted
 from lorasweep.errors import ConfigError, first_line
 from lorasweep.redaction import redact
+from lorasweep.wording import nearest
 
 Primary = Literal["train", "sweep"]
 PACKAGE = Path(__file__).parent.parent

@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lorasweep.config.build import nearest
 from lorasweep.errors import ConfigError, describe_error
+from lorasweep.wording import nearest
 
 FLAGS_OF_CODE = {"model.trust_remote_code": "transformers_modules", "model.allow_pickle": "pickle"}
 """Settings that let code in, and the package that has the code; transformers puts remote code into its own."""

@@ -9,13 +9,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from lorasweep.config.build import nearest
 from lorasweep.config.data import DataConfig
 from lorasweep.config.limits import require_at_least, require_fraction
 from lorasweep.config.method import MethodConfig
 from lorasweep.config.model import ModelConfig
 from lorasweep.config.targets import Component
 from lorasweep.errors import ConfigError
+from lorasweep.wording import nearest
 
 StrategyName = Literal[
     "auto",

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from torchmetrics.functional.regression import pearson_corrcoef, spearman_corrco
 from lorasweep.config.data import Direction
 from lorasweep.data.split import IGNORED, NOT_INPUTS, Batch
 from lorasweep.errors import ConfigError
+from lorasweep.wording import nearest
 
 DIRECTIONS: Mapping[str, Direction] = {
     "bits_per_byte": "minimize",
@@ -58,9 +58,9 @@ def check_metric(metric: str, metrics: Sequence[str]) -> None:
         ConfigError: It is not; the message names the nearest.
     """
     if metric not in metrics:
-        near = difflib.get_close_matches(metric, metrics, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(f"`data.metric` must be one of {', '.join(metrics)}, but got {metric!r}.{hint}")
+        raise ConfigError(
+            f"`data.metric` must be one of {', '.join(metrics)}, but got {metric!r}.{nearest(metric, metrics)}"
+        )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

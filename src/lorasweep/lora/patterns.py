@@ -69,6 +69,19 @@ def parse_rows(pattern: str, *, num_rows: int) -> Rows:
     return tuple(ordered)
 
 
+def block_of(name: str) -> str | None:
+    """Returns the name of the block that holds a layer or parameter: `layers.3` of `layers.3.mlp.up`; None outside."""
+    parts = name.split(".")
+    end = next((i for i, part in enumerate(parts, start=1) if part.isdecimal()), None)
+    return None if end is None else ".".join(parts[:end])
+
+
+def block_index(name: str) -> int | None:
+    """Returns the index of the block that holds a layer or parameter: 3 of `layers.3.mlp.up`; None outside."""
+    block = block_of(name)
+    return None if block is None else int(block.rpartition(".")[2])
+
+
 def nearest_names(pattern: str, names: Sequence[str]) -> str:
     """Up to three names or name endings that look like `pattern`, for a message."""
     endings = dict.fromkeys(".".join(name.split(".")[-parts:]) for name in names for parts in (1, 2, 0))

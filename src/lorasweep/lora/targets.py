@@ -15,7 +15,7 @@ from torch import nn
 from lorasweep.config.method import LoraConfig
 from lorasweep.lora.functional import Rows
 from lorasweep.lora.kinds import can_be_adapted, is_linear, matrix_shape
-from lorasweep.lora.patterns import ALL_LINEAR, first_fit, fits_pattern, nearest_names, parse_rows
+from lorasweep.lora.patterns import ALL_LINEAR, block_index, first_fit, fits_pattern, nearest_names, parse_rows
 from lorasweep.lora.trained import find_trained_biases, find_trained_modules, is_inside
 
 HEAD_NAMES = frozenset({"lm_head", "score", "classifier", "qa_outputs"})
@@ -174,12 +174,8 @@ def _is_output_head(name: str, layer: nn.Module, model: nn.Module) -> bool:
 
 def is_left_out(name: str, config: LoraConfig, trained: Collection[str]) -> bool:
     """Whether a layer gets no change though `targets` match it; `trained` are the modules that train in full."""
-    wrong_index = bool(config.layers) and _first_index(name) not in config.layers
+    wrong_index = bool(config.layers) and block_index(name) not in config.layers
     return wrong_index or is_inside(name, trained) or first_fit(config.exclude, name) is not None
-
-
-def _first_index(name: str) -> int | None:
-    return next((int(part) for part in name.split(".") if part.isdecimal()), None)
 
 
 def _warn_of_gaps(
@@ -232,10 +228,10 @@ def _check_effect(config: LoraConfig, model: nn.Module, names: list[str]) -> Non
         if not any(fits_pattern(pattern, name) for name in every):
             near = nearest_names(pattern, every)
             raise ValueError(f"`method.exclude` must match layers, but {pattern!r} matches none. Nearest: {near}.")
-    indices = {_first_index(name) for name in names}
+    indices = {block_index(name) for name in names}
     for index in config.layers:
         if index not in indices:
-            have = sorted({i for i in map(_first_index, every) if i is not None})
+            have = sorted({i for i in map(block_index, every) if i is not None})
             raise ValueError(
                 f"`method.layers` must be indices of layers that match, but got {index}. There are: {have}."
             )

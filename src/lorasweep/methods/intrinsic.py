@@ -6,7 +6,6 @@ How few numbers reach most of what full fine-tuning gains is the intrinsic dimen
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from torch.nn.utils import parametrize
 from lorasweep.config.method import IntrinsicConfig, MethodConfig
 from lorasweep.errors import ConfigError, RecordError
 from lorasweep.lora.files import serialise
+from lorasweep.lora.patterns import block_of
 from lorasweep.methods.head_init import draw_head
 from lorasweep.methods.method import ParameterGroup, read_weights, replacing_files
 from lorasweep.methods.projection import PIECE, add_projection, block_size, draw_signs
@@ -214,9 +214,8 @@ def find_weights(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def layer_of(name: str) -> str:
-    """Returns the layer of a weight: its block, up to the first number in its name, or the module that holds it."""
-    block = re.match(r"(?:[^.]+\.)*?\d+(?=\.)", name)
-    return block.group() if block else name.rpartition(".")[0]
+    """Returns the layer of a weight: its block, or outside of blocks the module that holds the weight."""
+    return block_of(name) or name.rpartition(".")[0]
 
 
 def layer_numbers(weights: Sequence[str] | Mapping[str, Tensor]) -> dict[str, int]:

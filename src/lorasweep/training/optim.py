@@ -13,6 +13,7 @@ from torch import nn
 from lorasweep.config.run import OptimConfig, OptimizerComponent, RunConfig, ScheduleConfig
 from lorasweep.config.targets import Component, argument_names, instantiate
 from lorasweep.errors import ConfigError, describe_error
+from lorasweep.lora.patterns import block_index
 from lorasweep.methods import ParameterGroup
 
 
@@ -28,7 +29,7 @@ def refine_groups(
         head: Names of the model's new modules.
     """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    top = max((block for block in map(block_of, names.values()) if block is not None), default=-1)
+    top = max((block for block in map(block_index, names.values()) if block is not None), default=-1)
     refined: dict[tuple[str, float], list[nn.Parameter]] = {}
     for group in groups:
         for parameter in group.params:
@@ -40,14 +41,9 @@ def refine_groups(
     return [ParameterGroup(name=name, params=tuple(of), lr_factor=factor) for (name, factor), of in refined.items()]
 
 
-def block_of(name: str) -> int | None:
-    """Returns the number of a parameter's block, the first number in its name; None outside of blocks."""
-    return next((int(part) for part in name.split(".") if part.isdecimal()), None)
-
-
 def blocks_above(name: str, *, top: int) -> int:
     """Returns how many blocks lie above a parameter's: 0 of the last block and what comes after it."""
-    block = block_of(name)
+    block = block_index(name)
     if block is not None:
         return top - block
     return top + 1 if "embed" in name else 0

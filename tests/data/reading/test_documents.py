@@ -136,7 +136,7 @@ def test_sizes_are_said(read):
         (
             {"a.txt": "a"},
             "b.txt",
-            r"`data.train` must name a file that is there, but got 'b.txt'. Did you mean 'a.txt'\?",
+            r"`data.train` must name a file that is there, but got 'b.txt'. Did you mean `a.txt`\?",
         ),
     ],
 )

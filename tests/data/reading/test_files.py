@@ -101,7 +101,7 @@ def test_home_is_found(folder, monkeypatch):
     [
         (
             "reviws.csv",
-            r"`data.train` must name a file that is there, but got 'reviws.csv'. Did you mean 'reviews.csv'?",
+            r"`data.train` must name a file that is there, but got 'reviws.csv'. Did you mean `reviews.csv`?",
         ),
         ("nothing", r"`data.train` must name a file that is there, but got 'nothing'.$"),
         ("*.parquet", r"must name a file that is there, but got '\*.parquet'.$"),

@@ -106,7 +106,7 @@ def test_parquet_reads_the_wanted_columns(folder):
         (
             "a.csv",
             "txt,label\n",
-            r"`data.text` must be a column of 'a.csv', but got 'text'. Did you mean 'txt'\? Its col",
+            r"`data.text` must be a column of 'a.csv', but got 'text'. Did you mean `txt`\? Its col",
         ),
         ("a.jsonl", "", "'a.jsonl' must have rows, but is empty."),
         ("a.jsonl", "\n \n", "'a.jsonl' must have rows, but is empty."),

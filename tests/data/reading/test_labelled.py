@@ -188,7 +188,7 @@ def test_order_of_the_names_is_that_of_the_training_file_before_it_is_split(read
         (
             "text,lable\na,x\n",
             {},
-            r"`data.label` must be a column of 'train.csv', but got 'label'. Did you mean 'lable'\?",
+            r"`data.label` must be a column of 'train.csv', but got 'label'. Did you mean `lable`\?",
         ),
         ("text,label\na,x\n", {"text": "txt"}, r"`data.text` must be a column of 'train.csv', but got 'txt'. Did you"),
         (

@@ -137,7 +137,7 @@ def test_many_classes_are_believed_where_the_task_is_said():
         (
             "positve",
             r"line 2 of 'a.csv', column 'label', must be a label that training has, 'negative', 'positive', but is "
-            r"'positve'. Did you mean 'positive'\?",
+            r"'positve'. Did you mean `positive`\?",
         ),
         ("0.5", "must be the name or whole number of a class, but is '0.5'."),
     ],

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import codecs
-import difflib
 import glob
 from collections.abc import Iterator
 from pathlib import Path
 
 from lorasweep.errors import ConfigError
+from lorasweep.wording import nearest
 
 MAX_LINE_BYTES = 64 * 2**20
 """A longer line is refused before it is read whole: it is a file of another kind, and would fill the memory."""
@@ -48,8 +48,7 @@ def _nearest_file(path: Path) -> str:
     if not path.parent.is_dir():
         return f" There is no folder {str(path.parent)!r}."
     names = [entry.name for entry in path.parent.iterdir()]
-    near = difflib.get_close_matches(path.name, names, n=1)
-    return f" Did you mean {str(path.parent / near[0])!r}?" if near else ""
+    return nearest(path.name, names)
 
 
 def read_lines(path: Path) -> Iterator[str]:

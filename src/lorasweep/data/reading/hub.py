@@ -5,7 +5,6 @@ What is in the cache is used without asking the hub. Its loading scripts are not
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +17,7 @@ from huggingface_hub import HfApi
 from lorasweep.data.reading.formats import ColumnChoice
 from lorasweep.data.reading.tables import Table
 from lorasweep.errors import ConfigError, first_line
+from lorasweep.wording import nearest
 
 HUB_TIMEOUT_S = 10
 
@@ -42,8 +42,7 @@ def load_hub(path: str, *, subset: str | None, revision: str | None, splits: Map
         )
     for key, split in splits.items():
         if split not in found:
-            near = difflib.get_close_matches(split, found, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
+            hint = nearest(split, found)
             raise ConfigError(f"`{key}` must be a split of {path!r}, {', '.join(found)}, but got {split!r}.{hint}")
     return found
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -11,6 +10,7 @@ from typing import Any
 
 from lorasweep.config.data import LabelTask
 from lorasweep.errors import ConfigError
+from lorasweep.wording import nearest
 
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 WHOLE = re.compile(r"-?\d{1,18}", re.ASCII)
@@ -203,9 +203,7 @@ def _sort_names(names: set[str]) -> tuple[str, ...]:
 
 
 def _unknown(name: str, names: Sequence[str], *, place: str) -> str:
-    near = difflib.get_close_matches(name, names, n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    return f"{place} must be a label that training has, {_shown(names)}, but is {_short(name)}.{hint}"
+    return f"{place} must be a label that training has, {_shown(names)}, but is {_short(name)}.{nearest(name, names)}"
 
 
 def _shown(names: Sequence[str]) -> str:

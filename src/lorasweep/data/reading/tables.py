@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,6 +11,7 @@ from typing import Any
 from lorasweep.data.reading.files import find_files
 from lorasweep.data.reading.formats import READERS, ColumnChoice
 from lorasweep.errors import ConfigError
+from lorasweep.wording import nearest
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -117,8 +117,8 @@ def require_column(name: str, names: Sequence[str], *, key: str, place: str) -> 
         ConfigError: It is not; the message names the nearest one.
     """
     if name not in names:
-        near = difflib.get_close_matches(name, names, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
         shown = [given if len(given) <= 30 else f"{given[:30]}..." for given in names[:12]]
-        raise ConfigError(f"`{key}` must be a column of {place}, but got {name!r}.{hint} Its columns are {shown!r}.")
+        raise ConfigError(
+            f"`{key}` must be a column of {place}, but got {name!r}.{nearest(name, names)} Its columns are {shown!r}."
+        )
     return name

@@ -5,7 +5,6 @@ Comes after `restore`, which gives the trained model; before `spectrum`, which s
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -15,6 +14,7 @@ from torch.nn.utils import parametrize
 
 from lorasweep.lora import LoraLayer, TrainedModule, lora_layers
 from lorasweep.lora.kinds import weight_to_matrix
+from lorasweep.lora.patterns import block_index
 from lorasweep.lora.quantised import dequantised_weight, is_quantised
 from lorasweep.runs.inspect.spectrum import Decomposition, decompose
 
@@ -58,8 +58,7 @@ class Change:
     @property
     def block(self) -> int | None:
         """Index of its block: the first number in its name; None outside the blocks."""
-        found = re.search(r"(?:^|\.)(\d+)(?:\.|$)", self.name)
-        return int(found.group(1)) if found else None
+        return block_index(self.name)
 
     @property
     def kind(self) -> str:

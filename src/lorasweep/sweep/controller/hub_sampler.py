@@ -12,9 +12,9 @@ from optuna.samplers import BaseSampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
-from lorasweep.config.build import nearest
 from lorasweep.config.targets import is_trusted
 from lorasweep.errors import ConfigError
+from lorasweep.wording import nearest
 
 HUB = "optunahub"
 

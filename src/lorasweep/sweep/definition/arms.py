@@ -11,7 +11,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from lorasweep.config.build import nearest
 from lorasweep.config.compose import (
     LIST_GROUPS,
     check_key,
@@ -39,6 +38,7 @@ from lorasweep.sweep.definition.scaling import (
 )
 from lorasweep.sweep.definition.space import Space, corner_values, count_values, parse_range
 from lorasweep.sweep.definition.sweep_file import parse_file, read_content, require_whole
+from lorasweep.wording import nearest
 
 CONFIRM = "confirm"
 MAX_COMBINATIONS = 100_000

@@ -12,8 +12,8 @@ from typing import Any
 
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
-from lorasweep.config.build import nearest
 from lorasweep.errors import ConfigError
+from lorasweep.wording import nearest
 
 MAX_CHOICES = 1000
 """Of one key: each is checked before the first trial."""

@@ -10,11 +10,11 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from lorasweep.config.build import nearest
 from lorasweep.config.compose import check_interpolations, packaged_folder
 from lorasweep.config.sweep import ArmConfig, SweepFile
 from lorasweep.errors import ConfigError
 from lorasweep.sweep.definition.scaling import spell_out
+from lorasweep.wording import nearest
 
 FILE_KEYS = ("name", "description", "settings", "arms")
 DEFAULT_TRIALS = 16

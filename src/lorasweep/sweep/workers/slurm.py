@@ -25,12 +25,12 @@ import submitit
 from submitit.core.utils import FailedJobError, environment_variables
 from submitit.helpers import clean_env
 
-from lorasweep.config.build import nearest
 from lorasweep.config.slurm import SlurmConfig
 from lorasweep.config.targets import trusted_packages
 from lorasweep.disk import network_file_system
 from lorasweep.errors import ConfigError, WorkerError
 from lorasweep.sweep.workers.slurm_job import RayNode, SlurmTask, SweepHead
+from lorasweep.wording import nearest
 
 JOBS_FOLDER = "slurm"
 HEAD_FOLDER = "slurm/head"
