@@ -82,7 +82,7 @@ SENTENCES = {
     "data": "table",
     "data.metric": "accuracy",
     "data.max_length": 24,
-    "data.max_validation_rows": 200,
+    "data.max_validation_examples": 200,
     "trainer.max_steps": 84,
     "trainer.batch_size": 16,
 }
@@ -111,7 +111,7 @@ TASKS = {
             "method": "lora",
             "data.max_length": 320,
             "data.packing": False,
-            "data.max_validation_rows": 20,
+            "data.max_validation_examples": 20,
             "trainer.batch_size": 3,
         },
         lr_low=5e-4,

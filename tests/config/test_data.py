@@ -58,9 +58,9 @@ GLUE = {"data": "glue"}
         ({**TABLE, "data.max_length": 1}, "`data.max_length >= 2` must hold, but got 1."),
         ({**CHAT, "data.max_length": 1}, "`data.max_length >= 2` must hold, but got 1."),
         ({**GLUE, "data.max_length": 1}, "`data.max_length >= 2` must hold, but got 1."),
-        ({**TABLE, "data.max_train_rows": 0}, "`data.max_train_rows >= 1` must hold, but got 0."),
-        ({**GLUE, "data.max_validation_rows": 0}, "`data.max_validation_rows >= 1` must hold, but got 0."),
-        ({**CHAT, "data.max_test_rows": 0}, "`data.max_test_rows >= 1` must hold, but got 0."),
+        ({**TABLE, "data.max_train_examples": 0}, "`data.max_train_examples >= 1` must hold, but got 0."),
+        ({**GLUE, "data.max_validation_examples": 0}, "`data.max_validation_examples >= 1` must hold, but got 0."),
+        ({**CHAT, "data.max_test_examples": 0}, "`data.max_test_examples >= 1` must hold, but got 0."),
         ({**TEXT, "data.block_length": 1}, "`data.block_length >= 2` must hold, but got 1."),
         ({**TEXT, "data.max_validation_blocks": 0}, "`data.max_validation_blocks >= 1` must hold, but got 0."),
         ({**TABLE, "data.label_smoothing": 1.0}, "`0 <= data.label_smoothing < 1` must hold, but got 1.0."),
@@ -120,8 +120,10 @@ def test_settings_that_can_not_be_meant_are_refused(settings, message):
 
 @pytest.mark.parametrize(("task", "metric"), [("mrpc", "accuracy"), ("cola", "matthews"), ("stsb", "pearson")])
 def test_glue_is_a_table_with_the_metric_of_its_task(task, metric):
-    form = resolve_data(compose_run({**GLUE, "data.task": task, "data.max_length": 77, "data.max_test_rows": 5}).data)
-    assert (form.name, form.metric, form.max_length, form.max_test_rows) == ("table", metric, 77, 5)
+    form = resolve_data(
+        compose_run({**GLUE, "data.task": task, "data.max_length": 77, "data.max_test_examples": 5}).data
+    )
+    assert (form.name, form.metric, form.max_length, form.max_test_examples) == ("table", metric, 77, 5)
     assert (form.text, form.text_pair) == GLUE_COLUMNS[task]
     assert form.task == ("regression" if task == "stsb" else "single_label")
 

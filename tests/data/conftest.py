@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from lorasweep.config.data import ChatConfig, DataConfig, GlueConfig, HubConfig, TableConfig, TextConfig
-from lorasweep.data.rows import RowSource
-from lorasweep.data.sources import read_source
+from lorasweep.data.read_source import read_source
+from lorasweep.data.source import DataSource
 
 KINDS = {"table": TableConfig, "chat": ChatConfig, "text": TextConfig, "hub": HubConfig, "glue": GlueConfig}
-LIMITS: dict[str, Any] = {"max_train_rows": None, "max_validation_rows": None, "max_test_rows": None}
+LIMITS: dict[str, Any] = {"max_train_examples": None, "max_validation_examples": None, "max_test_examples": None}
 BLOCKS: dict[str, Any] = {
     "block_length": 8,
     "separate_documents": False,
@@ -55,10 +55,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def read(folder: Path) -> Callable[..., RowSource]:
+def read(folder: Path) -> Callable[..., DataSource]:
     """Writes files and reads them: `read("table", {"train.csv": "..."}, train="train.csv")`."""
 
-    def write_and_read(name: str, files: dict[str, str | bytes], /, **settings: Any) -> RowSource:
+    def write_and_read(name: str, files: dict[str, str | bytes], /, **settings: Any) -> DataSource:
         for file, content in files.items():
             path = folder / file
             path.parent.mkdir(parents=True, exist_ok=True)

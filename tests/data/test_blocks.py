@@ -7,7 +7,7 @@ import torch
 import transformers
 
 from lorasweep.data.blocks import build_block_split, choose_evenly, cut_blocks, positions_in_documents
-from lorasweep.data.rows import Documents, fingerprint_documents
+from lorasweep.data.source import Documents, fingerprint_documents
 from lorasweep.data.stdlib import Document
 from lorasweep.data.tasks import LanguageModelling
 from lorasweep.errors import ConfigError

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from lorasweep.config.compose import compose_run, packaged_folder, parse_overrides
+from lorasweep.data.read_source import read_source
 from lorasweep.data.reading.conversations import KNOWN_COLUMNS
 from lorasweep.data.reading.documents import FEW_DOCUMENTS
 from lorasweep.data.reading.formats import READERS
-from lorasweep.data.sources import read_source
 
 GUIDE = (Path(__file__).parent.parent.parent / "docs" / "data.md").read_text(encoding="utf-8")
 FILES = dict(re.findall(r"^```\w+ ([\w.]+)\n(.*?)^```", GUIDE, flags=re.MULTILINE | re.DOTALL))

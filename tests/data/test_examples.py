@@ -134,7 +134,7 @@ def test_packed_rows_do_not_see_each_other(llama, attention):
 
 def test_slots_never_share_a_packed_sequence():
     batch = completions(packing=True).batch([0, 1, 2, 3, 1, 3], slots=2)
-    of_first, of_second = batch["rows"].chunk(2)
+    of_first, of_second = batch["examples"].chunk(2)
     scored = batch["targets"] != IGNORED
     assert set(of_first[scored.chunk(2)[0]].tolist()) <= {0, 1, 2}
     assert set(of_second[scored.chunk(2)[1]].tolist()) == {3, 4, 5}

@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, IterableDataset, random_split
 
 from lorasweep.config.data import OwnDataConfig
-from lorasweep.data.sources import read_source
+from lorasweep.data.read_source import read_source
 from lorasweep.data.split import IGNORED
 from lorasweep.data.splits import load_splits
 from lorasweep.data.tasks import Classification, LanguageModelling, MultiLabel, Regression

@@ -7,17 +7,17 @@ import pytest
 from lorasweep.config.compose import compose_run
 from lorasweep.data import splits as parts_file
 from lorasweep.data.examples import CompletionSplit, LabelledSplit, SequenceSplit
-from lorasweep.data.rows import (
+from lorasweep.data.read_source import read_source
+from lorasweep.data.source import (
     Conversations,
+    DataSource,
     Documents,
-    LabelledRows,
+    LabelledExamples,
     Message,
-    RowSource,
     fingerprint_conversations,
     fingerprint_documents,
     fingerprint_labelled,
 )
-from lorasweep.data.sources import read_source
 from lorasweep.data.splits import load_splits
 from lorasweep.data.stdlib import Document
 from lorasweep.data.tasks import Classification, LanguageModelling, MultiLabel, Regression
@@ -45,7 +45,7 @@ def make_source(rows, *, kind, label_names=()):
         read.append(name)
         return rows(name)
 
-    source = RowSource(
+    source = DataSource(
         kind=kind,
         label_names=label_names,
         train=make("train"),
@@ -63,7 +63,7 @@ def documents(name, texts=("x" * 80,)):
 
 def labelled(name, labels=(0, 1, 1), texts=("good", "bad bad", "so so so")):
     rows = {"texts": list(texts), "pairs": None, "labels": list(labels)}
-    return LabelledRows(name=name, **rows, fingerprint=fingerprint_labelled(**rows))
+    return LabelledExamples(name=name, **rows, fingerprint=fingerprint_labelled(**rows))
 
 
 def conversations(name):
@@ -113,7 +113,7 @@ def test_labels_decide_the_task_and_its_metric(tokenizer, kind, labels, names, t
     assert isinstance(splits.train, LabelledSplit)
     targets = splits.train.batch([0, 1, 2])["targets"].tolist()
     assert targets == {"multi_label": [[1, 0], [0, 0], [1, 1]]}.get(kind, list(labels))
-    assert splits.train.describe()["rows"] == 3
+    assert splits.train.describe()["examples"] == 3
 
 
 def test_balanced_weights_give_every_class_the_same_say_in_training_alone(tokenizer):

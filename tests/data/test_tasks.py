@@ -14,10 +14,10 @@ from lorasweep.data.tasks import (
     LANGUAGE_MODEL_METRICS,
     Classification,
     Evaluation,
+    ExampleScores,
     LanguageModelling,
     MultiLabel,
     Regression,
-    RowScores,
     goal_direction,
 )
 from lorasweep.errors import ConfigError
@@ -79,7 +79,7 @@ def test_rows_that_share_a_sequence_are_told_apart(table):
     batch = text_batch()
     apart = LanguageModelling(bytes_per_token=1.0).losses(table, batch)
     joined = {name: value.view(1, -1) for name, value in batch.items()}
-    joined["rows"] = torch.arange(5).repeat_interleave(8).view(1, -1)
+    joined["examples"] = torch.arange(5).repeat_interleave(8).view(1, -1)
     torch.testing.assert_close(LanguageModelling(bytes_per_token=1.0).losses(table, joined), apart)
 
 
@@ -88,7 +88,7 @@ def test_a_batch_repeated_for_slots_scores_the_same_in_each(table, packed):
     batch, task = text_batch(), LanguageModelling(bytes_per_token=1.0)
     if packed:
         batch = {name: value.view(1, -1) for name, value in batch.items()}
-        batch["rows"] = torch.arange(5).repeat_interleave(8).view(1, -1)
+        batch["examples"] = torch.arange(5).repeat_interleave(8).view(1, -1)
     rows = task.score(table, repeat_batch(batch, slots=3))
     alone = task.score(table, batch)
     for slot in range(3):
@@ -98,12 +98,12 @@ def test_a_batch_repeated_for_slots_scores_the_same_in_each(table, packed):
 
 def test_uniform_guess_over_bytes_costs_eight_bits():
     task = LanguageModelling(bytes_per_token=1.0)
-    rows = RowScores(loss=torch.tensor([1000 * math.log(256)]), items=torch.tensor([1000]))
+    rows = ExampleScores(loss=torch.tensor([1000 * math.log(256)]), items=torch.tensor([1000]))
     assert task.compute(rows)["bits_per_byte"].item() == pytest.approx(8, rel=1e-6)  # the sum came in fp32
 
 
 def test_sum_of_many_rows_keeps_its_digits():
-    rows = RowScores(loss=torch.tensor([2.0**24, 1.0] * 3), items=torch.ones(6))  # fp32 sums would drop the ones
+    rows = ExampleScores(loss=torch.tensor([2.0**24, 1.0] * 3), items=torch.ones(6))  # fp32 sums would drop the ones
     assert LanguageModelling(bytes_per_token=1.0).compute(rows)["loss"].item() == 3 * (2**24 + 1) / 6
 
 
@@ -118,11 +118,11 @@ def test_reset_starts_anew(table):
 
 
 def test_nan_is_not_hidden():
-    rows = RowScores(loss=torch.tensor([1.0, math.nan]), items=torch.ones(2))
+    rows = ExampleScores(loss=torch.tensor([1.0, math.nan]), items=torch.ones(2))
     assert all(value.isnan() for value in LanguageModelling(bytes_per_token=1.0).compute(rows).values())
     assert (
         Regression()
-        .compute(RowScores(loss=rows.loss, items=rows.items, prediction=rows.loss, target=rows.items))["mse"]
+        .compute(ExampleScores(loss=rows.loss, items=rows.items, prediction=rows.loss, target=rows.items))["mse"]
         .isnan()
     )
 
@@ -202,13 +202,14 @@ def test_a_constant_guess_correlates_with_nothing():
 def test_weighted_mean_over_rows_is_the_metric(table, task, metric):
     batch = text_batch() if isinstance(task, LanguageModelling) else class_batch(11)
     rows = task.score(table, batch)
-    values, weights = task.per_row(metric, rows)
+    values, weights = task.per_example(metric, rows)
     assert ((values * weights).sum() / weights.sum()).item() == pytest.approx(task.compute(rows)[metric].item())
 
 
 def test_metrics_of_no_row_alone_say_so(table):
     assert (
-        Classification(num_classes=2).per_row("f1", Classification(num_classes=11).score(table, class_batch(2))) is None
+        Classification(num_classes=2).per_example("f1", Classification(num_classes=11).score(table, class_batch(2)))
+        is None
     )
 
 

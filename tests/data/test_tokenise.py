@@ -5,7 +5,7 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 import lorasweep.data.tokenise as tokenise_file
-from lorasweep.data.rows import Message
+from lorasweep.data.source import Message
 from lorasweep.data.split import IGNORED
 from lorasweep.data.tokenise import cache_key, tokenise_chats, tokenise_labelled, tokenise_sequences, tokenise_texts
 from lorasweep.errors import ConfigError

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lorasweep.data.tasks import RowScores
+from lorasweep.data.tasks import ExampleScores
 from lorasweep.methods import METHODS
 from lorasweep.record import read_run
 from lorasweep.training.evaluate import evaluate_model, in_order
@@ -32,7 +32,7 @@ def test_the_best_weights_score_what_the_record_says(tmp_path, make_config, inpu
     found = score(restore(config, inputs, tmp_path), config, inputs)
     record = read_run(tmp_path)
     assert found.values == {name: record.best[name] for name in found.values}
-    assert len(found.rows.loss) == len(inputs.splits.validation)
+    assert len(found.examples.loss) == len(inputs.splits.validation)
 
 
 def test_scoring_moves_no_random_stream_and_leaves_the_model_evaluating(make_config, inputs):
@@ -47,13 +47,13 @@ def test_scoring_moves_no_random_stream_and_leaves_the_model_evaluating(make_con
 def test_rows_come_in_the_order_of_the_part(make_config, inputs):
     config = make_config({"trainer.eval_batch_size": 1})
     model = prepare_model(config, inputs.base)
-    together = score(model, make_config(), inputs).rows
-    one_by_one = score(model, config, inputs).rows
+    together = score(model, make_config(), inputs).examples
+    one_by_one = score(model, config, inputs).examples
     torch.testing.assert_close(together.loss, one_by_one.loss, rtol=1e-4, atol=1e-4)  # fp32, other batch shapes
 
 
 def test_rows_that_came_sorted_are_put_back():
-    rows = RowScores(loss=torch.tensor([30.0, 10.0, 20.0]), items=torch.tensor([3.0, 1.0, 2.0]))
+    rows = ExampleScores(loss=torch.tensor([30.0, 10.0, 20.0]), items=torch.tensor([3.0, 1.0, 2.0]))
     assert in_order(rows, [2, 0, 1]).loss.tolist() == [10.0, 20.0, 30.0]
 
 
@@ -61,6 +61,6 @@ def test_the_test_part_is_scored_by_its_own_bytes(make_config, inputs):
     config = make_config()
     split = inputs.splits.test()
     found = score(prepare_model(config, inputs.base), config, inputs, split)
-    nats = found.rows.loss.sum() / found.rows.items.sum()
+    nats = found.examples.loss.sum() / found.examples.items.sum()
     expected = nats.item() / torch.log(torch.tensor(2.0)).item() / split.bytes_per_token
     assert found.values["bits_per_byte"] == pytest.approx(expected, rel=1e-6)

@@ -1,7 +1,7 @@
 """Settings of data: where rows come from, which columns count, how long they get. One class per file in `conf/data/`.
 
 Downstream of reading only three forms are left, `text`, `table` and `chat`: `resolve_data` gives them for `glue` and
-`hub`. `lorasweep.data.sources` reads what is described here.
+`hub`. `lorasweep.data.read_source` reads what is described here.
 """
 
 from __future__ import annotations
@@ -117,10 +117,10 @@ class TableConfig:
     """What is predicted; `auto` decides by the labels and says so."""
     max_length: int
     """Most tokens per row, >= 2; what is longer is cut off."""
-    max_train_rows: int | None
+    max_train_examples: int | None
     """Use at most so many evenly spaced rows of the training split; null uses all."""
-    max_validation_rows: int | None
-    max_test_rows: int | None
+    max_validation_examples: int | None
+    max_test_examples: int | None
     label_smoothing: float
     """Share of each target that is spread evenly over all classes, 0 <= s < 1."""
     class_weights: Literal["none", "balanced"]
@@ -159,10 +159,10 @@ class ChatConfig:
     """Stands between the texts of a `plain` template."""
     max_length: int
     """Most tokens per conversation, >= 2; what is longer is cut off."""
-    max_train_rows: int | None
+    max_train_examples: int | None
     """Use at most so many evenly spaced rows of the training split; null uses all."""
-    max_validation_rows: int | None
-    max_test_rows: int | None
+    max_validation_examples: int | None
+    max_test_examples: int | None
     packing: bool
     """Whether short conversations share one sequence, without seeing each other."""
     generate: bool
@@ -193,10 +193,10 @@ class GlueConfig:
     task: GlueTask
     max_length: int
     """Most tokens per row, >= 2; what is longer is cut off."""
-    max_train_rows: int | None
+    max_train_examples: int | None
     """Use at most so many evenly spaced rows of the training split; null uses all."""
-    max_validation_rows: int | None
-    max_test_rows: int | None
+    max_validation_examples: int | None
+    max_test_examples: int | None
     label_smoothing: float
     """Share of each target that is spread evenly over all classes, 0 <= s < 1."""
     class_weights: Literal["none", "balanced"]
@@ -245,9 +245,9 @@ class HubConfig:
     generate: bool
     max_length: int
     """Of `table` and `chat`: most tokens per row."""
-    max_train_rows: int | None
-    max_validation_rows: int | None
-    max_test_rows: int | None
+    max_train_examples: int | None
+    max_validation_examples: int | None
+    max_test_examples: int | None
     block_length: int
     """Of `text`: tokens per sequence."""
     max_validation_blocks: int | None
@@ -424,6 +424,6 @@ def _check_limit(key: str, value: int | None) -> None:
 
 def _check_rows(config: TableConfig | ChatConfig) -> None:
     require_at_least("data.max_length", config.max_length, 2)
-    _check_limit("max_train_rows", config.max_train_rows)
-    _check_limit("max_validation_rows", config.max_validation_rows)
-    _check_limit("max_test_rows", config.max_test_rows)
+    _check_limit("max_train_examples", config.max_train_examples)
+    _check_limit("max_validation_examples", config.max_validation_examples)
+    _check_limit("max_test_examples", config.max_test_examples)

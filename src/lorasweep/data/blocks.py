@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lorasweep.data.rows import Documents
+from lorasweep.data.source import Documents
 from lorasweep.data.split import Batch, Split
 from lorasweep.data.tokenise import end_token, tokenise_texts
 from lorasweep.errors import ConfigError

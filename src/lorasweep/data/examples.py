@@ -74,7 +74,7 @@ class ExampleSplit(Split):
     def describe(self) -> dict[str, Any]:
         """Returns what a run record keeps of the split."""
         return {
-            "rows": len(self),
+            "examples": len(self),
             "bytes": self.bytes,
             "truncated": self.truncated,
             "fingerprint": self.fingerprint,
@@ -173,7 +173,7 @@ class CompletionSplit(ExampleSplit):
             "input_ids": tokens,
             "position_ids": positions,
             "targets": join([[self.targets[indices[n]] for n in row] for row in sequences], IGNORED),
-            "rows": join([[torch.full((lengths[n],), n) for n in row] for row in sequences], 0),
+            "examples": join([[torch.full((lengths[n],), n) for n in row] for row in sequences], 0),
         }
 
 

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lorasweep.config.data import OwnDataConfig, OwnTask
 from lorasweep.config.named import call_named
-from lorasweep.data.rows import OwnRows, RowSource
+from lorasweep.data.source import DataSource, OwnExamples
 from lorasweep.data.split import IGNORED, Batch, Split
 from lorasweep.errors import ConfigError, describe_error
 
@@ -32,7 +32,7 @@ LOADERS = {"train": "train_dataloader", "validation": "val_dataloader", "test": 
 class OwnSplit(Split):
     """Rows as the user's own data set and collate function give them."""
 
-    rows: OwnRows
+    rows: OwnExamples
     task: OwnTask
     bytes_per_token: None = None
     """Unknown: the rows may not even be text."""
@@ -53,10 +53,10 @@ class OwnSplit(Split):
 
     def describe(self) -> dict[str, Any]:
         """Returns what a run record keeps of the split."""
-        return {"rows": len(self), "fingerprint": self.fingerprint}
+        return {"examples": len(self), "fingerprint": self.fingerprint}
 
 
-def read_own(config: OwnDataConfig) -> RowSource:
+def read_own(config: OwnDataConfig) -> DataSource:
     """Returns the rows of the LightningDataModule that `data.factory` makes.
 
     Of its loaders only the data set and the collate function are used: order and batches are those of every other data
@@ -75,12 +75,12 @@ def read_own(config: OwnDataConfig) -> RowSource:
         _call(config, "setup", functools.partial(module.setup, "fit"))
         train, validation = (_read_split(config, module, name) for name in ("train", "validation"))
 
-    def read_test() -> OwnRows:
+    def read_test() -> OwnExamples:
         with _fixed_stream():
             _call(config, "setup", functools.partial(module.setup, "test"))
             return _read_split(config, module, "test")
 
-    return RowSource(
+    return DataSource(
         kind="documents" if config.task == "text" else config.task,
         label_names=config.labels,
         train=train,
@@ -116,7 +116,7 @@ def make_batch(collated: Any, *, task: OwnTask) -> Batch:
     return {**batch, "targets": labels.float().flatten() if task == "regression" else labels.float()}
 
 
-def _read_split(config: OwnDataConfig, module: LightningDataModule, name: str) -> OwnRows:
+def _read_split(config: OwnDataConfig, module: LightningDataModule, name: str) -> OwnExamples:
     """Reads every row of a split once.
 
     Raises:
@@ -140,7 +140,7 @@ def _read_split(config: OwnDataConfig, module: LightningDataModule, name: str) -
         weights.append(float((batch["targets"] != IGNORED).sum()) if config.task == "text" else 1.0)
     if not lengths:
         raise ConfigError(f"the {name} split of `{KEY}` must not be empty, but {config.factory!r} gives no row.")
-    return OwnRows(
+    return OwnExamples(
         name=name,
         dataset=dataset,
         collate=collate,

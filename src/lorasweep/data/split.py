@@ -15,14 +15,14 @@ from torch import Tensor
 
 IGNORED = -100
 """A target that is not scored: what torch's cross-entropy ignores."""
-NOT_INPUTS = ("targets", "rows", "weights", "step_weight", "num_tokens")
+NOT_INPUTS = ("targets", "examples", "weights", "step_weight", "num_tokens")
 """Keys of a batch that the model does not get."""
 
 Batch = dict[str, Tensor]
 """What a model gets, under its own names (`input_ids`, and `attention_mask` where a row is padded), and beside it:
 
 - `targets`: (batch, length) int64 of the next tokens, `IGNORED` where not scored; or one label per row.
-- `rows`: (batch, length) int64, the row that each token belongs to; only where rows are packed into sequences.
+- `examples`: (batch, length) int64, the row that each token belongs to; only where rows are packed into sequences.
 - `weights`: (rows,) float, how much each row's mean loss counts; only where not every row counts alike.
 - `step_weight` and `num_tokens`: scalars, what the step's loss is divided by and how many positions are no padding;
   only in batches of a loader.
@@ -89,8 +89,10 @@ def repeat_batch(batch: Batch, *, slots: int) -> Batch:
     if slots == 1:
         return batch
     repeated = {name: x.repeat(slots, *[1] * (x.dim() - 1)) if x.dim() else x for name, x in batch.items()}
-    if "rows" in batch:
-        per_slot = int(batch["rows"].max()) + 1
-        first = torch.arange(slots, device=batch["rows"].device).repeat_interleave(len(batch["rows"])) * per_slot
-        repeated["rows"] = repeated["rows"] + first[:, None]
+    if "examples" in batch:
+        per_slot = int(batch["examples"].max()) + 1
+        first = (
+            torch.arange(slots, device=batch["examples"].device).repeat_interleave(len(batch["examples"])) * per_slot
+        )
+        repeated["examples"] = repeated["examples"] + first[:, None]
     return repeated

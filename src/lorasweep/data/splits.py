@@ -27,7 +27,7 @@ from lorasweep.config.model import ModelKind
 from lorasweep.data.blocks import build_block_split
 from lorasweep.data.examples import CompletionSplit, LabelledSplit, SequenceSplit
 from lorasweep.data.own import OwnSplit
-from lorasweep.data.rows import Conversations, Documents, LabelledRows, OwnRows, Rows, RowSource
+from lorasweep.data.source import Conversations, DataSource, Documents, LabelledExamples, OwnExamples, Rows
 from lorasweep.data.split import Split
 from lorasweep.data.tasks import Classification, LanguageModelling, MultiLabel, Regression, Task, check_metric
 from lorasweep.data.tokenise import describe_cut, tokenise_chats, tokenise_labelled, tokenise_sequences
@@ -60,7 +60,7 @@ class _Maker:
     """Makes splits of the rows of one source."""
 
     config: StdlibConfig | TextConfig | TableConfig | ChatConfig
-    source: RowSource
+    source: DataSource
     tokenizer: PreTrainedTokenizerBase
     model_kind: ModelKind
     start_token: int | None
@@ -68,8 +68,8 @@ class _Maker:
     def make(self, rows: Rows) -> Split:
         if isinstance(rows, Documents):
             return self._blocks(rows)
-        assert not isinstance(rows, OwnRows)
-        split = self._labelled(rows) if isinstance(rows, LabelledRows) else self._chats(rows)
+        assert not isinstance(rows, OwnExamples)
+        split = self._labelled(rows) if isinstance(rows, LabelledExamples) else self._chats(rows)
         if not len(split):
             raise ConfigError(
                 f"the {rows.name} split of `data={self.config.name}` must have a row with something to predict, but "
@@ -89,7 +89,7 @@ class _Maker:
             separate=self.config.separate_documents,
         )
 
-    def _labelled(self, rows: LabelledRows) -> LabelledSplit:
+    def _labelled(self, rows: LabelledExamples) -> LabelledSplit:
         assert isinstance(self.config, TableConfig)
         made = tokenise_labelled(
             rows.texts,
@@ -117,7 +117,7 @@ class _Maker:
         assert isinstance(self.config, TableConfig)
         if self.config.class_weights == "none" or self.source.kind != "single_label":
             return None
-        assert isinstance(self.source.train, LabelledRows)
+        assert isinstance(self.source.train, LabelledExamples)
         counts = torch.bincount(torch.tensor(self.source.train.labels), minlength=len(self.source.label_names))
         return len(self.source.train) / (len(counts) * counts.clamp(min=1).float())
 
@@ -163,7 +163,7 @@ class _Maker:
 def load_splits(
     config: DataConfig,
     *,
-    source: RowSource,
+    source: DataSource,
     tokenizer: PreTrainedTokenizerBase | None,
     model_kind: ModelKind,
     start_token: int | None = None,
@@ -203,9 +203,9 @@ def load_splits(
     )
 
 
-def _own_splits(config: OwnDataConfig, source: RowSource) -> DataSplits:
+def _own_splits(config: OwnDataConfig, source: DataSource) -> DataSplits:
     def make(rows: Rows) -> OwnSplit:
-        assert isinstance(rows, OwnRows)
+        assert isinstance(rows, OwnExamples)
         return OwnSplit(name=rows.name, fingerprint=rows.fingerprint, rows=rows, task=config.task)
 
     validation = make(source.validation)
@@ -220,7 +220,7 @@ def _own_splits(config: OwnDataConfig, source: RowSource) -> DataSplits:
     )
 
 
-def check_model_kind(source: RowSource, model_kind: ModelKind, *, data: str) -> None:
+def check_model_kind(source: DataSource, model_kind: ModelKind, *, data: str) -> None:
     """Refuses data from which a model of this kind can't learn.
 
     Raises:
@@ -238,7 +238,7 @@ def check_model_kind(source: RowSource, model_kind: ModelKind, *, data: str) -> 
         )
 
 
-def make_task(source: RowSource, config: DataConfig, validation: Split) -> Task:
+def make_task(source: DataSource, config: DataConfig, validation: Split) -> Task:
     """Returns what is learned from the rows of a source."""
     if source.kind == "single_label":
         smoothing = config.label_smoothing if isinstance(config, TableConfig) else 0.0
@@ -252,7 +252,7 @@ def make_task(source: RowSource, config: DataConfig, validation: Split) -> Task:
     return LanguageModelling(bytes_per_token=validation.bytes_per_token)  # type: ignore[attr-defined]
 
 
-def label_tensor(rows: LabelledRows, source: RowSource) -> Tensor:
+def label_tensor(rows: LabelledExamples, source: DataSource) -> Tensor:
     """Returns the labels as `LabelledSplit` holds them."""
     if source.kind == "single_label":
         return torch.tensor(rows.labels, dtype=torch.int64)
@@ -265,7 +265,7 @@ def label_tensor(rows: LabelledRows, source: RowSource) -> Tensor:
     return labels
 
 
-def count_labels(rows: LabelledRows, names: Sequence[str]) -> dict[str, int]:
+def count_labels(rows: LabelledExamples, names: Sequence[str]) -> dict[str, int]:
     """Returns how many rows have each label; empty for numbers."""
     found = [label for labels in rows.labels for label in (labels if isinstance(labels, list) else [labels])]
     return {name: found.count(index) for index, name in enumerate(names)}

@@ -64,7 +64,7 @@ def check_metric(metric: str, metrics: Sequence[str]) -> None:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class RowScores:
+class ExampleScores:
     """What an evaluation says of each row."""
 
     loss: Tensor
@@ -76,19 +76,19 @@ class RowScores:
     target: Tensor | None = None
     """As `prediction`."""
 
-    def of_slot(self, slot: int, *, slots: int) -> RowScores:
+    def of_slot(self, slot: int, *, slots: int) -> ExampleScores:
         """Returns the rows of one slot of a slot-major batch."""
-        return RowScores(
+        return ExampleScores(
             loss=self.loss.chunk(slots)[slot],
             items=self.items.chunk(slots)[slot],
             prediction=None if self.prediction is None else self.prediction.chunk(slots)[slot],
             target=None if self.target is None else self.target.chunk(slots)[slot],
         )
 
-    def of_rows(self, mask: Tensor) -> RowScores:
+    def of_examples(self, mask: Tensor) -> ExampleScores:
         """Returns the rows where the mask, (rows,) of bool, is true."""
         values = {name: getattr(self, name) for name in FIELDS}
-        return RowScores(**{name: value[mask] for name, value in values.items() if value is not None})
+        return ExampleScores(**{name: value[mask] for name, value in values.items() if value is not None})
 
 
 FIELDS = ("loss", "items", "prediction", "target")
@@ -104,13 +104,13 @@ class Task(Protocol):
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:
         """Returns each row's loss to train on, (rows,), fp32: the sum over its scored items, times its weight."""
 
-    def score(self, model: nn.Module, batch: Batch) -> RowScores:
+    def score(self, model: nn.Module, batch: Batch) -> ExampleScores:
         """Returns what an evaluation keeps of each row."""
 
-    def compute(self, rows: RowScores) -> dict[str, Tensor]:
+    def compute(self, rows: ExampleScores) -> dict[str, Tensor]:
         """Returns every metric of an evaluation's rows, scalars."""
 
-    def per_row(self, metric: str, rows: RowScores) -> tuple[Tensor, Tensor] | None:
+    def per_example(self, metric: str, rows: ExampleScores) -> tuple[Tensor, Tensor] | None:
         """Returns (values, weights) whose weighted mean is the metric (its logarithm for perplexity), or None."""
 
 
@@ -132,13 +132,13 @@ class LanguageModelling:
         """Returns each row's sum of nats over its scored tokens, (rows,)."""
         return sum_by_row(self._token_losses(model, batch), batch)
 
-    def score(self, model: nn.Module, batch: Batch) -> RowScores:
+    def score(self, model: nn.Module, batch: Batch) -> ExampleScores:
         """Returns each row's nats and scored tokens."""
         losses = self._token_losses(model, batch)
         scored = (batch["targets"] != IGNORED).to(losses.dtype)
-        return RowScores(loss=sum_by_row(losses.double(), batch), items=sum_by_row(scored.double(), batch))
+        return ExampleScores(loss=sum_by_row(losses.double(), batch), items=sum_by_row(scored.double(), batch))
 
-    def compute(self, rows: RowScores) -> dict[str, Tensor]:
+    def compute(self, rows: ExampleScores) -> dict[str, Tensor]:
         """Returns each metric, float64. NaN without a token."""
         loss = rows.loss.double().sum() / rows.items.double().sum()
         values = {"loss": loss, "perplexity": loss.exp()}
@@ -146,7 +146,7 @@ class LanguageModelling:
             return values
         return {"bits_per_byte": loss / (math.log(2) * self.bytes_per_token), **values}
 
-    def per_row(self, metric: str, rows: RowScores) -> tuple[Tensor, Tensor] | None:
+    def per_example(self, metric: str, rows: ExampleScores) -> tuple[Tensor, Tensor] | None:
         """Returns nats (or bits per byte) per token and tokens of each row."""
         per_token = rows.loss.double() / rows.items.double().clamp(min=1)
         if metric == "bits_per_byte" and self.bytes_per_token is not None:
@@ -183,13 +183,13 @@ class Classification:
         losses = nn.functional.cross_entropy(logits, batch["targets"], reduction="none", label_smoothing=smoothing)
         return losses * batch["weights"] if "weights" in batch else losses
 
-    def score(self, model: nn.Module, batch: Batch) -> RowScores:
+    def score(self, model: nn.Module, batch: Batch) -> ExampleScores:
         """Returns each row's cross-entropy and likeliest class."""
         logits, targets = logits_of(model, batch).float(), batch["targets"]
         losses = nn.functional.cross_entropy(logits, targets, reduction="none")
-        return RowScores(loss=losses, items=torch.ones_like(losses), prediction=logits.argmax(-1), target=targets)
+        return ExampleScores(loss=losses, items=torch.ones_like(losses), prediction=logits.argmax(-1), target=targets)
 
-    def compute(self, rows: RowScores) -> dict[str, Tensor]:
+    def compute(self, rows: ExampleScores) -> dict[str, Tensor]:
         """Returns each metric."""
         predicted, target = _pair(rows)
         classes = self.num_classes
@@ -201,10 +201,10 @@ class Classification:
             "loss": rows.loss.double().mean(),
         }
 
-    def per_row(self, metric: str, rows: RowScores) -> tuple[Tensor, Tensor] | None:
+    def per_example(self, metric: str, rows: ExampleScores) -> tuple[Tensor, Tensor] | None:
         """Returns 1 where the class is right, or the row's loss."""
         predicted, target = _pair(rows)
-        return _per_row({"accuracy": (predicted == target).double(), "loss": rows.loss.double()}, metric)
+        return _per_example({"accuracy": (predicted == target).double(), "loss": rows.loss.double()}, metric)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -224,14 +224,14 @@ class MultiLabel:
         logits = logits_of(model, batch).float()
         return nn.functional.binary_cross_entropy_with_logits(logits, batch["targets"], reduction="none").mean(-1)
 
-    def score(self, model: nn.Module, batch: Batch) -> RowScores:
+    def score(self, model: nn.Module, batch: Batch) -> ExampleScores:
         """Returns each row's loss and the labels that are likelier than not."""
         logits, targets = logits_of(model, batch).float(), batch["targets"]
         losses = nn.functional.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(-1)
         predicted = (logits > 0).long()
-        return RowScores(loss=losses, items=torch.ones_like(losses), prediction=predicted, target=targets.long())
+        return ExampleScores(loss=losses, items=torch.ones_like(losses), prediction=predicted, target=targets.long())
 
-    def compute(self, rows: RowScores) -> dict[str, Tensor]:
+    def compute(self, rows: ExampleScores) -> dict[str, Tensor]:
         """Returns each metric."""
         predicted, target = _pair(rows)
         return {
@@ -240,10 +240,10 @@ class MultiLabel:
             "loss": rows.loss.double().mean(),
         }
 
-    def per_row(self, metric: str, rows: RowScores) -> tuple[Tensor, Tensor] | None:
+    def per_example(self, metric: str, rows: ExampleScores) -> tuple[Tensor, Tensor] | None:
         """Returns 1 where all labels are right, or the row's loss."""
         predicted, target = _pair(rows)
-        return _per_row({"accuracy": (predicted == target).all(-1).double(), "loss": rows.loss.double()}, metric)
+        return _per_example({"accuracy": (predicted == target).all(-1).double(), "loss": rows.loss.double()}, metric)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -256,13 +256,13 @@ class Regression:
         """Returns each row's squared error."""
         return (logits_of(model, batch).float().squeeze(-1) - batch["targets"]).square()
 
-    def score(self, model: nn.Module, batch: Batch) -> RowScores:
+    def score(self, model: nn.Module, batch: Batch) -> ExampleScores:
         """Returns each row's squared error and prediction."""
         predicted = logits_of(model, batch).float().squeeze(-1)
         losses = (predicted - batch["targets"]).square()
-        return RowScores(loss=losses, items=torch.ones_like(losses), prediction=predicted, target=batch["targets"])
+        return ExampleScores(loss=losses, items=torch.ones_like(losses), prediction=predicted, target=batch["targets"])
 
-    def compute(self, rows: RowScores) -> dict[str, Tensor]:
+    def compute(self, rows: ExampleScores) -> dict[str, Tensor]:
         """Returns each metric; a correlation is 0 where every prediction is the same."""
         predicted, target = (values.double() for values in _pair(rows))
         mse = rows.loss.double().mean()
@@ -276,9 +276,9 @@ class Regression:
             "loss": mse,
         }
 
-    def per_row(self, metric: str, rows: RowScores) -> tuple[Tensor, Tensor] | None:
+    def per_example(self, metric: str, rows: ExampleScores) -> tuple[Tensor, Tensor] | None:
         """Returns the squared errors; correlations have no value per row."""
-        return _per_row({"mse": rows.loss.double(), "loss": rows.loss.double()}, metric)
+        return _per_example({"mse": rows.loss.double(), "loss": rows.loss.double()}, metric)
 
 
 class Evaluation(Metric):
@@ -298,7 +298,7 @@ class Evaluation(Metric):
         for name in FIELDS:
             self.add_state(name, [], dist_reduce_fx="cat")
 
-    def update(self, rows: RowScores) -> None:
+    def update(self, rows: ExampleScores) -> None:
         """Adds the rows of a batch."""
         for name in FIELDS:
             value = getattr(rows, name)
@@ -306,18 +306,18 @@ class Evaluation(Metric):
                 getattr(self, name).append(value.detach())
 
     @property
-    def rows(self) -> RowScores:
+    def examples(self) -> ExampleScores:
         """Every row so far, in the order in which they came."""
         joined = {name: getattr(self, name) for name in FIELDS}
         joined = {
             name: torch.cat(value) if isinstance(value, list) and value else value for name, value in joined.items()
         }
         given = {name: value for name, value in joined.items() if isinstance(value, Tensor) and value.numel()}
-        return RowScores(**given)
+        return ExampleScores(**given)
 
     def compute(self) -> dict[str, Tensor]:
         """Returns each metric of everything added so far."""
-        return self.task.compute(self.rows)
+        return self.task.compute(self.examples)
 
 
 def logits_of(model: nn.Module, batch: Batch) -> Tensor:
@@ -329,18 +329,18 @@ def logits_of(model: nn.Module, batch: Batch) -> Tensor:
 
 def sum_by_row(values: Tensor, batch: Batch) -> Tensor:
     """Returns the sum of a value per position over each row, (rows,)."""
-    if "rows" not in batch:
+    if "examples" not in batch:
         return values.sum(-1)
-    rows = batch["rows"]
+    rows = batch["examples"]
     return values.new_zeros(int(rows.max()) + 1).index_add(0, rows.flatten(), values.flatten())
 
 
-def _pair(rows: RowScores) -> tuple[Tensor, Tensor]:
+def _pair(rows: ExampleScores) -> tuple[Tensor, Tensor]:
     assert rows.prediction is not None
     assert rows.target is not None
     return rows.prediction, rows.target
 
 
-def _per_row(values: Mapping[str, Tensor], metric: str) -> tuple[Tensor, Tensor] | None:
+def _per_example(values: Mapping[str, Tensor], metric: str) -> tuple[Tensor, Tensor] | None:
     found = values.get(metric)
     return None if found is None else (found, torch.ones_like(found))

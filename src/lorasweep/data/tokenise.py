@@ -17,7 +17,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from lorasweep.data.examples import Ragged
-from lorasweep.data.rows import Message
+from lorasweep.data.source import Message
 from lorasweep.data.split import IGNORED
 from lorasweep.errors import ConfigError
 

@@ -10,7 +10,7 @@ from torch import nn
 from lorasweep.config.run import RunConfig
 from lorasweep.data.batching import EvaluationSampler
 from lorasweep.data.split import Split, move_batch
-from lorasweep.data.tasks import Evaluation, RowScores, Task
+from lorasweep.data.tasks import Evaluation, ExampleScores, Task
 from lorasweep.methods import METHODS
 from lorasweep.training.environment import Precision, device_of
 
@@ -21,7 +21,7 @@ class Scored:
 
     values: dict[str, float]
     """Every metric of the task."""
-    rows: RowScores
+    examples: ExampleScores
     """Per row, in the split's own order."""
 
 
@@ -46,13 +46,13 @@ def evaluate_model(model: nn.Module, split: Split, *, task: Task, config: RunCon
         for micro in batches:
             evaluation.update(task.score(model, move_batch(split.batch(micro.indices), device)))
     values = {name: float(value) for name, value in evaluation.compute().items()}
-    rows = in_order(evaluation.rows, batches.order)
+    examples = in_order(evaluation.examples, batches.order)
     model.cpu()
-    return Scored(values=values, rows=rows)
+    return Scored(values=values, examples=examples)
 
 
-def in_order(rows: RowScores, order: list[int]) -> RowScores:
+def in_order(rows: ExampleScores, order: list[int]) -> ExampleScores:
     """Returns rows that came in this order in the order of their numbers, on the CPU."""
     places = torch.tensor(order).argsort()
     values = {"loss": rows.loss, "items": rows.items, "prediction": rows.prediction, "target": rows.target}
-    return RowScores(**{name: value.cpu()[places] for name, value in values.items() if value is not None})
+    return ExampleScores(**{name: value.cpu()[places] for name, value in values.items() if value is not None})

@@ -9,8 +9,8 @@ from weakref import WeakValueDictionary
 from lorasweep.config.method import LoraConfig
 from lorasweep.config.run import RunConfig, TrainerConfig
 from lorasweep.data.batching import EvaluationSampler
-from lorasweep.data.rows import RowSource
-from lorasweep.data.sources import read_source
+from lorasweep.data.read_source import read_source
+from lorasweep.data.source import DataSource
 from lorasweep.data.split import padding_fraction as measure_padding
 from lorasweep.data.splits import DataSplits, load_splits
 from lorasweep.models.attention import AttentionChoice, choose_attention
@@ -123,7 +123,7 @@ def _stays_in_files(config: RunConfig) -> bool:
     return config.trainer.is_sharded and not needs_all
 
 
-def labels_of(source: RowSource) -> Labels | None:
+def labels_of(source: DataSource) -> Labels | None:
     """Returns what a classifier of these rows is to tell; None for rows without labels."""
     if source.kind in ("documents", "conversations"):
         return None

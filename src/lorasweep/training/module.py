@@ -229,7 +229,7 @@ class TrainingModule(lightning.LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Adds a batch to the evaluation, without rows that only keep this process in step with the others."""
         rows = self.task.score(self.model, batch)
-        self.evaluation.update(rows.of_rows(batch["step_weight"].isfinite().expand(len(rows.loss))))
+        self.evaluation.update(rows.of_examples(batch["step_weight"].isfinite().expand(len(rows.loss))))
 
     def on_validation_epoch_end(self) -> None:
         """Logs each metric of the whole validation split, from the rows of all processes."""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from lorasweep.data.tasks import RowScores, Task
+from lorasweep.data.tasks import ExampleScores, Task
 from lorasweep.disk import write_atomically
 from lorasweep.errors import OutOfMemory, first_line
 from lorasweep.record import TEST_SCORES_FILE, RunRecord, read_run, sha256_of, write_record
@@ -50,7 +50,7 @@ def score_run(folder: Path, *, inputs: RunInputs) -> RunRecord:
         if is_out_of_memory(error):
             raise OutOfMemory(first_line(error)) from error
         raise
-    lines = row_scores_csv(record.metric, scored.rows, task=task, value=scored.values[record.metric])
+    lines = row_scores_csv(record.metric, scored.examples, task=task, value=scored.values[record.metric])
     if lines is not None:
         path = folder / TEST_SCORES_FILE
         write_atomically(path, lines)
@@ -62,7 +62,7 @@ def score_run(folder: Path, *, inputs: RunInputs) -> RunRecord:
     return record
 
 
-def row_scores_csv(metric: str, rows: RowScores, *, task: Task, value: float) -> str | None:
+def row_scores_csv(metric: str, rows: ExampleScores, *, task: Task, value: float) -> str | None:
     """Returns `row,score,weight` for each row, whose weighted mean is the metric; None where no such mean is.
 
     Rows of perplexity are losses, and it is the exponential of their mean.
@@ -73,10 +73,10 @@ def row_scores_csv(metric: str, rows: RowScores, *, task: Task, value: float) ->
         task: What they were scored by.
         value: The metric over all of them.
     """
-    per_row = task.per_row(metric, rows)
-    if per_row is None:
+    per_example = task.per_example(metric, rows)
+    if per_example is None:
         return None
-    scores, weights = (column.double() for column in per_row)
+    scores, weights = (column.double() for column in per_example)
     mean = (scores * weights).sum() / weights.sum()
     told = mean.exp() if metric == "perplexity" else mean  # whose rows are losses
     if not torch.isclose(told, torch.tensor(value, dtype=torch.float64), rtol=1e-6, atol=1e-9):

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from lorasweep.data.rows import Message
+from lorasweep.data.source import Message
 from lorasweep.errors import ConfigError
 
 SPLITS = ("train", "validation", "test")
@@ -103,7 +103,7 @@ def test_prompts_that_training_has_are_counted(read):
 def test_limits_and_fingerprints_are_of_what_is_used(read):
     rows = [{"prompt": f"ask {n}", "completion": "say"} for n in range(30)]
     files = {f"{split}.jsonl": jsonl_of(*rows) for split in SPLITS}
-    whole, less = read("chat", files), read("chat", files, max_train_rows=10)
+    whole, less = read("chat", files), read("chat", files, max_train_examples=10)
     assert [c[0].content for c in less.train.conversations] == [f"ask {n}" for n in range(0, 30, 3)]
     assert whole.train.fingerprint != less.train.fingerprint
     assert whole.train.fingerprint == read("chat", files).train.fingerprint == whole.validation.fingerprint

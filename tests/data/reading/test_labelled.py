@@ -134,7 +134,7 @@ def test_lists_of_labels_are_predicted_as_sets(read):
 
 def test_limits_take_evenly_spaced_rows_of_each_split(read):
     files = {f"{split}.csv": csv_of(ROWS) for split in ("train", "validation", "test")}
-    source = read("table", files, max_train_rows=30, max_validation_rows=2, max_test_rows=60)
+    source = read("table", files, max_train_examples=30, max_validation_examples=2, max_test_examples=60)
     assert source.train.texts == [text for text, _ in ROWS[::2]]
     assert source.validation.texts == ["text 0", "text 30"]
     assert len(source.test()) == 60
@@ -144,7 +144,7 @@ def test_limits_take_evenly_spaced_rows_of_each_split(read):
 
 def test_fingerprint_is_of_what_is_used(read):
     files = {"train.csv": csv_of(ROWS), "validation.csv": csv_of(ROWS[:5])}
-    whole, less = read("table", files), read("table", files, max_train_rows=30)
+    whole, less = read("table", files), read("table", files, max_train_examples=30)
     assert whole.train.fingerprint != less.train.fingerprint
     assert whole.validation.fingerprint == less.validation.fingerprint
     assert read("table", files).train.fingerprint == whole.train.fingerprint

@@ -1,4 +1,4 @@
-"""From the checked rows of each split to a `RowSource`: splits off what is missing, limits, counts what splits share.
+"""From the checked rows of each split to a `DataSource`: splits off what is missing, limits, counts what splits share.
 
 The same for every form of rows; `labelled`, `conversations` and `documents` say what differs.
 """
@@ -12,7 +12,7 @@ from typing import Generic, TypeVar
 
 from lorasweep.data.reading.splitting import choose_evenly, split_rows
 from lorasweep.data.reading.tables import Table
-from lorasweep.data.rows import Kind, Rows, RowSource
+from lorasweep.data.source import DataSource, Kind, Rows
 from lorasweep.errors import ConfigError
 
 Row = TypeVar("Row")
@@ -69,7 +69,7 @@ class Form(Generic[Row]):
     """Sentences on the rows of training and validation."""
 
 
-def assemble(form: Form[Row]) -> RowSource:
+def assemble(form: Form[Row]) -> DataSource:
     """Returns the splits of a data set; the test split waits until it is called for.
 
     Raises:
@@ -86,7 +86,7 @@ def assemble(form: Form[Row]) -> RowSource:
         split = _limit(form, "test", splits.get("test") or form.read("test"))
         return form.build("test", split.rows, (*split.notes, *_count_duplicates(form, "test", split, seen)))
 
-    return RowSource(
+    return DataSource(
         kind=form.kind,
         label_names=form.label_names,
         train=form.build("train", train.rows, ()),

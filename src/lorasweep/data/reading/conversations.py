@@ -10,7 +10,7 @@ from lorasweep.data.reading.assembly import Checked, Form, assemble, keep_usable
 from lorasweep.data.reading.labelled import Tables, row_limits
 from lorasweep.data.reading.splitting import content_key
 from lorasweep.data.reading.tables import Table, require_column
-from lorasweep.data.rows import Conversations, Message, Role, RowSource, fingerprint_conversations
+from lorasweep.data.source import Conversations, DataSource, Message, Role, fingerprint_conversations
 from lorasweep.errors import ConfigError
 
 KNOWN_COLUMNS: Sequence[tuple[str, ...]] = (
@@ -33,7 +33,7 @@ FEW_PROMPTS = 20
 Conversation = list[Message]
 
 
-def read_conversations(config: ChatConfig, tables: Tables) -> RowSource:
+def read_conversations(config: ChatConfig, tables: Tables) -> DataSource:
     """Returns the conversations of a table.
 
     Raises:

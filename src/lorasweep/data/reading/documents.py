@@ -12,7 +12,7 @@ from lorasweep.data.reading.files import find_files, read_lines
 from lorasweep.data.reading.labelled import Tables, find_text_problem
 from lorasweep.data.reading.splitting import content_key
 from lorasweep.data.reading.tables import require_column
-from lorasweep.data.rows import Documents, RowSource, fingerprint_documents
+from lorasweep.data.source import DataSource, Documents, fingerprint_documents
 from lorasweep.data.stdlib import Document
 from lorasweep.errors import ConfigError
 
@@ -27,7 +27,7 @@ TAILS: Mapping[int, Mapping[str, tuple[int, int]]] = {
 Reader = Callable[[str], Checked[Document]]
 
 
-def read_text_files(config: TextConfig) -> RowSource:
+def read_text_files(config: TextConfig) -> DataSource:
     """Returns plain text files as documents.
 
     Raises:
@@ -38,7 +38,7 @@ def read_text_files(config: TextConfig) -> RowSource:
     return _assemble(lambda split: _read_files(*files[split]), given=set(files))
 
 
-def read_text_column(column: str, tables: Tables) -> RowSource:
+def read_text_column(column: str, tables: Tables) -> DataSource:
     """Returns each row of a column as a document.
 
     Raises:
@@ -93,7 +93,7 @@ def check(documents: list[Document], *notes: str) -> Checked[Document]:
     return Checked(rows=documents, keys=[content_key([document.text]) for document in documents], notes=notes)
 
 
-def _assemble(read: Reader, *, given: Collection[str]) -> RowSource:
+def _assemble(read: Reader, *, given: Collection[str]) -> DataSource:
     train = read("train")
     off = [split for split in SPLITS[1:] if split not in given]
     pieces: Mapping[str, Checked[Document]] = {}

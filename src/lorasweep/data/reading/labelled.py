@@ -14,7 +14,7 @@ from lorasweep.data.reading.formats import ColumnChoice
 from lorasweep.data.reading.labels import Label, LabelCode, is_missing, learn_labels
 from lorasweep.data.reading.splitting import content_key
 from lorasweep.data.reading.tables import Table, require_column
-from lorasweep.data.rows import LabelledRows, RowSource, fingerprint_labelled
+from lorasweep.data.source import DataSource, LabelledExamples, fingerprint_labelled
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -30,7 +30,7 @@ class Tables:
 LabelledRow = tuple[str, str | None, Label]
 
 
-def read_labelled(config: TableConfig, tables: Tables) -> RowSource:
+def read_labelled(config: TableConfig, tables: Tables) -> DataSource:
     """Returns the rows of a table, with labels as indices or numbers.
 
     Raises:
@@ -71,9 +71,9 @@ def read_labelled(config: TableConfig, tables: Tables) -> RowSource:
 def row_limits(config: TableConfig | ChatConfig) -> Mapping[str, int | None]:
     """Returns the most rows of each split."""
     return {
-        "train": config.max_train_rows,
-        "validation": config.max_validation_rows,
-        "test": config.max_test_rows,
+        "train": config.max_train_examples,
+        "validation": config.max_validation_examples,
+        "test": config.max_test_examples,
     }
 
 
@@ -121,11 +121,11 @@ def _place_labels(config: TableConfig, table: Table, rows: Sequence[int]) -> Cal
     return lambda number: f"{table.place(rows[number])}, column {config.label!r},"
 
 
-def _build(name: str, rows: list[LabelledRow], notes: tuple[str, ...]) -> LabelledRows:
+def _build(name: str, rows: list[LabelledRow], notes: tuple[str, ...]) -> LabelledExamples:
     texts = [text for text, _, _ in rows]
     pairs = [pair for _, pair, _ in rows if pair is not None] or None
     labels = cast("list[int]", [label for _, _, label in rows])
-    return LabelledRows(
+    return LabelledExamples(
         name=name,
         texts=texts,
         pairs=pairs,

@@ -6,7 +6,7 @@ import pytest
 
 from lorasweep.config.compose import compose_run
 from lorasweep.config.data import METRICS_OF_TASK
-from lorasweep.data.sources import read_source
+from lorasweep.data.read_source import read_source
 from lorasweep.data.stdlib import read_docs
 from lorasweep.data.tasks import Classification, MultiLabel, Regression
 

@@ -25,7 +25,7 @@ from lorasweep.data.reading.hub import load_hub, take_table
 from lorasweep.data.reading.labelled import Tables, read_labelled
 from lorasweep.data.reading.splitting import content_key
 from lorasweep.data.reading.tables import Table, find_tables, read_table
-from lorasweep.data.rows import Documents, RowSource, fingerprint_documents
+from lorasweep.data.source import DataSource, Documents, fingerprint_documents
 from lorasweep.data.stdlib import Document, read_code, read_docs
 
 DocumentReader = Callable[[str], list[Document]]
@@ -34,7 +34,7 @@ DocumentReader = Callable[[str], list[Document]]
 SOURCES: Mapping[str, DocumentReader] = {"stdlib_docs": read_docs, "stdlib_code": read_code}
 
 
-def read_source(config: DataConfig) -> RowSource:
+def read_source(config: DataConfig) -> DataSource:
     """Returns the rows of a data set: checked, by split, with sentences on what was found.
 
     The test split is read at the first call of `test`; that its file is there is checked at once.
@@ -59,12 +59,12 @@ def read_source(config: DataConfig) -> RowSource:
     return read_labelled(form, tables)
 
 
-def _read_stdlib(config: StdlibConfig) -> RowSource:
+def _read_stdlib(config: StdlibConfig) -> DataSource:
     def read(split: str) -> Documents:
         documents = SOURCES[config.name](split)
         return Documents(name=split, documents=documents, fingerprint=fingerprint_documents(documents))
 
-    return RowSource(
+    return DataSource(
         kind="documents",
         label_names=(),
         train=read("train"),

@@ -33,7 +33,7 @@ class Documents:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LabelledRows:
+class LabelledExamples:
     """Texts, or pairs of texts, each with what is to be predicted."""
 
     name: str
@@ -79,7 +79,7 @@ class Conversations:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class OwnRows:
+class OwnExamples:
     """Rows of a data set of the user's own, which gives them when they are asked for."""
 
     name: str
@@ -101,11 +101,11 @@ class OwnRows:
         return len(self.lengths)
 
 
-Rows = Documents | LabelledRows | Conversations | OwnRows
+Rows = Documents | LabelledExamples | Conversations | OwnExamples
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class RowSource:
+class DataSource:
     """A data set as it was read: its splits and what there is to say about them."""
 
     kind: Kind

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lorasweep.data.rows import Message, fingerprint_conversations, fingerprint_documents, fingerprint_labelled
+from lorasweep.data.source import Message, fingerprint_conversations, fingerprint_documents, fingerprint_labelled
 from lorasweep.data.stdlib import Document
 
 
