@@ -65,7 +65,7 @@ def delayed(function, most_s):
     return call
 stages.propose = delayed(stages.propose, 0.1)
 RunLog.note_evaluation = delayed(RunLog.note_evaluation, 0.05)
-Worker._report = delayed(Worker._report, 0.05)
+Worker.report = delayed(Worker.report, 0.05)
 os.fsync = delayed(os.fsync, 0.003)
 """
 OTHER_THREADS = "import torch; torch.set_num_threads(2)"

@@ -200,17 +200,17 @@ class WorkerActor:
         self._benches = InputsCache()
         torch.set_num_threads(threads)
 
-    def run(self, controller: Any, *, name: str, num_workers: int, peers: Sequence[Any]) -> bool:
-        """Runs the worker's loop and returns whether the sweep is over (False: it was stopped)."""
+    def run(self, controller: Any, *, name: str, num_workers: int, peers: Sequence[Any]) -> None:
+        """Runs the worker's loop until the sweep is over or the worker is stopped."""
         self._context.enter()
         client, path = ControllerClient(controller), self._context.path
         client.note_worker(device=name_device(), threads=torch.get_num_threads())
         self._peers = list(peers)
         self._prepare_peers()
-        return Worker(
-            path,
-            saved_definition(path),
-            client,  # type: ignore[arg-type]
+        Worker(
+            path=path,
+            definition=saved_definition(path),
+            controller=client,  # type: ignore[arg-type]
             metric=read_sweep(path).metric,
             inputs_cache=self._benches,
             stop_requested=self._stop.is_set,

@@ -150,15 +150,14 @@ def _train_here(
     controller.note_worker(device=name_device(), threads=torch.get_num_threads())
     sweep.measure = inputs_cache.telemetry.sample
     controller.save("running")
-    worker = Worker(
-        sweep.path,
-        sweep.definition,
-        controller,
+    Worker(
+        path=sweep.path,
+        definition=sweep.definition,
+        controller=controller,
         metric=sweep.record.metric,
         inputs_cache=inputs_cache,
         stop_requested=stop_requested,
-    )
-    worker.run()
+    ).run()
     return controller.finish()
 
 
