@@ -5,12 +5,15 @@ Only logs are appended to (`steps.jsonl`, the journal, TensorBoard's events); re
 
 from __future__ import annotations
 
+import csv
 import errno
+import io
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 PROBE_BYTES = 2**20
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE})
@@ -49,6 +52,15 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         move_into_place(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def csv_text(header: Sequence[str], rows: Iterable[Iterable[Any]]) -> str:
+    """Returns a table as CSV; None is an empty cell."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(rows)
+    return text.getvalue()
 
 
 def temporary_name(path: Path) -> Path:

@@ -286,8 +286,8 @@ def inspect_winners(sweep: Path) -> None:
         write_inspection(sweep / arms[arm] / "inspect", rank=rank)
     folder = sweep / "inspect"
     folder.mkdir()
-    means = [f"lora,full,mean,{side},{i},1,{0.5 / i},0.1" for side in ("input", "output") for i in (1, 2)]
-    header = "arm,other,layer,side,i,j,phi,random"
+    means = [f"lora,full,mean,{i},1,{0.5 / i},0.1" for i in (1, 2)]
+    header = "arm,other,layer,i,j,phi,random"
     (folder / "similarity.csv").write_text("\n".join([header, *means]) + "\n")
     summary = {"format": "lorasweep.inspections", "version": 1, "arms": arms, "sentences": ["`lora` and `full` share."]}
     (folder / "summary.json").write_text(json.dumps(summary))

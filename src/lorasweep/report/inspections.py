@@ -135,7 +135,7 @@ def _read_sweep(data: SweepData) -> tuple[tuple[str, ...], dict[tuple[str, str],
 def _similarity(folder: Path) -> dict[tuple[str, str], Cells]:
     pairs: dict[tuple[str, str], Cells] = {}
     for row in _read_csv(folder / "similarity.csv"):
-        if row["layer"] == "mean" and row["side"] == "input":
+        if row["layer"] == "mean":
             pairs.setdefault((row["arm"], row["other"]), {})[int(row["i"]), int(row["j"])] = _number(row["phi"])
     return pairs
 

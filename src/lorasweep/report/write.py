@@ -5,14 +5,12 @@ Last of this package: everything else here makes content, this puts it on disk.
 
 from __future__ import annotations
 
-import csv
-import io
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lorasweep.disk import write_atomically
+from lorasweep.disk import csv_text, write_atomically
 from lorasweep.report.board import BOARD_FOLDER, write_board
 from lorasweep.report.figures import PANELS, Panel
 from lorasweep.report.page import render_page
@@ -58,12 +56,12 @@ def write_report(folder: Path) -> Summary:
 
 def _files(data: SweepData, panels: Sequence[Panel]) -> dict[str, str]:
     """Returns the data files by name: trials, curves, pairs, and what each figure shows."""
-    files = {f"{panel.key}.csv": _csv(list(panel.columns), panel.rows) for panel in panels if panel.rows}
-    pairs = {"pairs.csv": pairs_csv(data)} if data.evidence.pairs else {}
-    return {"trials.csv": trials_csv(data), "curves.csv": curves_csv(data), **pairs, **files}
+    files = {f"{panel.key}.csv": csv_text(list(panel.columns), panel.rows) for panel in panels if panel.rows}
+    pairs = {"pairs.csv": pairscsv_text(data)} if data.evidence.pairs else {}
+    return {"trials.csv": trialscsv_text(data), "curves.csv": curvescsv_text(data), **pairs, **files}
 
 
-def pairs_csv(data: SweepData) -> str:
+def pairscsv_text(data: SweepData) -> str:
     """Returns one line per pair of arms: difference, interval, p values and verdict."""
     rows = (
         [
@@ -73,10 +71,10 @@ def pairs_csv(data: SweepData) -> str:
         ]
         for pair in data.evidence.pairs
     )
-    return _csv([*PAIR_COLUMNS], rows)
+    return csv_text([*PAIR_COLUMNS], rows)
 
 
-def trials_csv(data: SweepData) -> str:
+def trialscsv_text(data: SweepData) -> str:
     """Returns one line per trial: what it was, how it ended, its swept settings by dotted key, what it cost."""
     header = [
         "arm",
@@ -88,13 +86,13 @@ def trials_csv(data: SweepData) -> str:
         *data.swept_keys,
     ]
     rows = (_trial_cells(trial, data) for trial in data.trials)
-    return _csv([*header, *MEASURED, "best_step", "run", "reason"], rows)
+    return csv_text([*header, *MEASURED, "best_step", "run", "reason"], rows)
 
 
-def curves_csv(data: SweepData) -> str:
+def curvescsv_text(data: SweepData) -> str:
     """Returns one line per evaluation: the data behind the learning curves."""
     rows = ([trial.arm, trial.number, step, value] for trial in data.trials for step, value in trial.curve)
-    return _csv(["arm", "trial", "step", data.record.metric], rows)
+    return csv_text(["arm", "trial", "step", data.record.metric], rows)
 
 
 def _trial_cells(trial: Trial, data: SweepData) -> list[Any]:
@@ -104,11 +102,3 @@ def _trial_cells(trial: Trial, data: SweepData) -> list[Any]:
     measured = [getattr(trial.record, name, None) for name in MEASURED]
     best_step = trial.record.best.get("step") if trial.record else None
     return [*identity, *score, *settings, *measured, best_step, trial.run, trial.reason]
-
-
-def _csv(header: list[str], rows: Iterable[Sequence[Any]]) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows(rows)
-    return text.getvalue()

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from pathlib import Path
 
 import torch
 
 from lorasweep.data.tasks import ExampleScores, Task
-from lorasweep.disk import write_atomically
+from lorasweep.disk import csv_text, write_atomically
 from lorasweep.errors import OutOfMemory, first_line
 from lorasweep.record import TEST_SCORES_FILE, RunRecord, read_run, sha256_of, write_record
 from lorasweep.training.answers import score_answers, wants_answers
@@ -81,8 +79,5 @@ def row_scores_csv(metric: str, rows: ExampleScores, *, task: Task, value: float
     told = mean.exp() if metric == "perplexity" else mean  # whose rows are losses
     if not torch.isclose(told, torch.tensor(value, dtype=torch.float64), rtol=1e-6, atol=1e-9):
         return None
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["row", "score", "weight"])
-    writer.writerows(zip(range(len(scores)), scores.tolist(), weights.tolist(), strict=True))
-    return text.getvalue()
+    columns = range(len(scores)), scores.tolist(), weights.tolist()
+    return csv_text(("row", "score", "weight"), zip(*columns, strict=True))

@@ -5,18 +5,18 @@ from __future__ import annotations
 from dataclasses import replace
 from types import SimpleNamespace
 
-import torch
+import pytest
 
-from lorasweep.runs.inspect.measure import LayerRow
-from lorasweep.runs.inspect.sentences import describe_comparison, describe_run
-from lorasweep.runs.inspect.subspaces import Similarity
+from lorasweep.runs.inspect.layers import LayerChange
+from lorasweep.runs.inspect.sentences import describe_overlaps, describe_run
+from lorasweep.runs.inspect.subspaces import Overlap
 from lorasweep.runs.inspect.truncation import TruncatedScore, Truncation
 
 RUN = SimpleNamespace(method="lora", record=SimpleNamespace(metric="bits_per_byte"))
 
 
 def make_row(**values):
-    row = LayerRow(
+    row = LayerChange(
         layer="layers.0.q_proj",
         block=0,
         kind="q_proj",
@@ -25,14 +25,10 @@ def make_row(**values):
         trained_rank=8,
         change_norm=0.3,
         base_norm=4.0,
-        relative_norm=0.075,
         norm_share=0.2,
         effective_rank=5.24,
         stable_rank=2.0,
         energy_rank=4,
-        base_in_change=0.1,
-        base_in_own=2.0,
-        base_in_random=0.05,
         amplification=3.0,
     )
     return replace(row, **values)
@@ -53,47 +49,40 @@ def describe(truncation=None, rows=ROWS, note=None):
     return describe_run(RUN, rows, truncation, note=note)
 
 
-def test_size_rank_place_and_amplification_are_said():
+def test_size_rank_and_place_are_said():
     assert describe() == (
         "`lora` at rank 8 changed 2 weights of the base by 10 % of their norm.",
         "Its effective rank is 5.2 and its stable rank 2.0; 90 % of the squared norm lies in 4 directions "
         "(medians over layers).",
-        "Of the squared norm `up_proj` carries the most (80 %) and `q_proj` the least (20 %); "
-        "block 1 of 0 to 1 carries 80 %.",
-        "In its own directions the change is 3.00 times the base; there the base is 2.0 times what it is in random "
-        "directions and 5 % of what it is in its own largest (medians over layers).",
+        "`up_proj` has the largest share of the squared norm (80 %) and `q_proj` the smallest (20 %); "
+        "block 1 of 0 to 1 has 80 %.",
     )
 
 
-def test_the_rank_that_would_do_and_what_half_of_it_loses_are_said():
-    scores = {0: 2.0, 1: 1.6, 2: 1.4, 4: 1.2, 6: 1.004, 8: 1.0}
-    assert (
-        "Trained at rank 8, 6 would do: cut to that it keeps 99% of its gain; 2 loses 0.400 bits per byte."
-        in describe(make_truncation(scores))
-    )
-    unlimited = [make_row(trained_rank=None)]
-    assert "Trained by `lora`, 6 would do" in " ".join(describe(make_truncation(scores), rows=unlimited))
-    full = SimpleNamespace(**{**vars(RUN), "method": "full"})
-    found = describe_run(full, unlimited, make_truncation(scores), note=None)
-    assert "Trained in full, 6 would do" in " ".join(found)
+@pytest.mark.parametrize(
+    ("method", "trained_rank", "how"),
+    [("lora", 8, "at rank 8"), ("bitfit", None, "by `bitfit`"), ("full", None, "in full")],
+)
+def test_the_rank_that_is_enough_and_the_loss_of_half_of_it_are_said(method, trained_rank, how):
+    truncation = make_truncation({0: 2.0, 1: 1.6, 2: 1.4, 4: 1.2, 6: 1.004, 8: 1.0})
+    run = SimpleNamespace(**{**vars(RUN), "method": method})
+    found = " ".join(describe_run(run, [make_row(trained_rank=trained_rank)], truncation, note=None))
+    assert f"Trained {how}, rank 6 is enough" in found
+    assert "keeps 99% of its gain; rank 2 loses 0.400 bits per byte." in found
 
 
-def test_a_change_that_needs_all_its_rank_says_so():
-    sentences = describe(make_truncation({0: 2.0, 1: 1.9, 2: 1.0}), rows=[make_row(trained_rank=2)])
-    assert "Trained at rank 2, it needs all of it to keep 99% of its gain; 1 loses 0.900 bits per byte." in sentences
-
-
-def test_a_change_that_needs_its_trained_rank_says_so_though_its_weights_have_more():
-    scores = {0: 2.0, 1: 1.9, 2: 1.001, 16: 1.0}
-    sentences = describe(make_truncation(scores), rows=[make_row(trained_rank=2)])  # as DoRA
-    assert "Trained at rank 2, it needs all of it to keep 99% of its gain; 1 loses 0.900 bits per byte." in sentences
+@pytest.mark.parametrize(
+    "scores", [{0: 2.0, 1: 1.9, 2: 1.0}, {0: 2.0, 1: 1.9, 2: 1.001, 16: 1.0}], ids=["all", "more directions, as DoRA"]
+)
+def test_a_change_that_needs_its_trained_rank_says_so(scores):
+    found = " ".join(describe(make_truncation(scores), rows=[make_row(trained_rank=2)]))
+    assert "Trained at rank 2, it needs all of it" in found
+    assert "rank 1 loses 0.900 bits per byte" in found
 
 
 def test_a_change_that_gains_nothing_says_so():
-    assert (
-        "The whole change scores 1.500 bits per byte and none of it 1.000: "
-        "it gains nothing that a smaller rank could keep." in describe(make_truncation({0: 1.0, 1: 1.5}))
-    )
+    found = " ".join(describe(make_truncation({0: 1.0, 1: 1.5})))
+    assert "scores 1.500 bits per byte and none of it 1.000: it gains nothing" in found
 
 
 def test_a_note_stands_where_scores_are_missing():
@@ -110,11 +99,9 @@ def test_vectors_alone_have_no_rank():
     )
 
 
-def test_a_comparison_names_each_side_and_what_random_directions_share():
-    found = Similarity(rows=(1, 2), columns=(1, 2), values=torch.tensor([[0.5, 0.6], [0.7, 0.25]]), dimension=10)
-    values = {("q", "a"): found, ("q", "output"): found}
-    assert describe_comparison("This run", "`x`", values) == (
-        "This run and `x` share of their directions (φ, mean over layers) "
-        "of the first 1 of A 0.50 (random ones: 0.10); "
-        "of the first 1 that they write 0.50 (random ones: 0.10)."
+def test_overlaps_stand_beside_those_of_random_directions():
+    overlaps = [Overlap("mean", n, n, 0.5 / n, 0.1 * n) for n in (1, 2, 4)] + [Overlap("q", 1, 1, 0.9, 0.1)]
+    assert describe_overlaps("This run", "`x`", overlaps) == (
+        "This run and `x` share (φ, mean over layers) 0.50 of the first direction (random: 0.10), "
+        "0.12 of the first 4 directions (random: 0.40)."
     )

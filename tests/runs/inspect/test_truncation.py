@@ -13,12 +13,11 @@ from lorasweep.lora.kinds import weight_to_matrix
 from lorasweep.methods import METHODS, copy_sharing_weights
 from lorasweep.methods.intrinsic import find_coordinates
 from lorasweep.runs.inspect.changes import weight_changes
-from lorasweep.runs.inspect.measure import decompose_changes
+from lorasweep.runs.inspect.spectrum import decompose
 from lorasweep.runs.inspect.truncation import (
     TruncatedScore,
     Truncation,
-    cut_changes,
-    powers_of_two,
+    changes_to_cut,
     score_truncated,
     truncated_model,
 )
@@ -36,6 +35,10 @@ CONFIGS = [
 ]
 
 
+def decompose_changes(changes):
+    return {change.name: decompose(change.left, change.right) for change in changes if change.is_matrix}
+
+
 def logits(model):
     with torch.no_grad():
         return model(input_ids=TOKENS).logits
@@ -45,7 +48,7 @@ def cut(model, base, rank):
     changes = weight_changes(model, base.model)
     if find_coordinates(model):
         METHODS["intrinsic"].merge(model)
-    return truncated_model(model, cut_changes(changes), decompose_changes(changes), rank=rank)
+    return truncated_model(model, changes_to_cut(changes), decompose_changes(changes), rank=rank)
 
 
 @pytest.mark.parametrize("config", [*CONFIGS, IntrinsicConfig(dim=40, form="said")], ids=str)
@@ -67,7 +70,7 @@ def test_each_layers_change_is_the_nearest_of_that_rank(base, trained, config, r
     model = trained(config)
     before = weight_changes(model, base.model)
     after = {change.name: change for change in weight_changes(cut(model, base, rank), base.model)}
-    for change in cut_changes(before):
+    for change in changes_to_cut(before):
         dense = (change.left if change.right is None else change.left @ change.right.double()).detach().numpy()
         u, s, vh = np.linalg.svd(dense)
         expected = (u[:, :rank] * s[:rank]) @ vh[:rank]
@@ -106,7 +109,7 @@ def test_what_trains_beside_lora_is_left_as_it_was_trained(base, trained):
 
 def test_a_new_head_is_left_as_it_was_trained(base, trained):
     changes = weight_changes(trained(FullConfig()), base.model)
-    names = {change.name for change in cut_changes(changes, head=("model.layers.0",))}
+    names = {change.name for change in changes_to_cut(changes, head=("model.layers.0",))}
     assert {name.rpartition(".")[2] for name in names} >= {"q_proj", "embed_tokens"}
     assert not any(name.startswith("model.layers.0.") for name in names)
 
@@ -178,9 +181,5 @@ def test_a_run_that_changed_no_matrix_has_nothing_to_cut(base, trained):
     model = trained(BitfitConfig(train="biases_and_norms"))
     changes = weight_changes(model, base.model)
     assert len(changes) == 5
-    assert cut_changes(changes) == []
+    assert changes_to_cut(changes) == []
     assert score_truncated(nn.Linear(1, 1), [], {}, score=lambda model: 0.0, sign=1) is None
-
-
-def test_powers_of_two_stop_below_the_end():
-    assert [powers_of_two(end) for end in (1, 2, 5, 8)] == [[], [1], [1, 2, 4], [1, 2, 4]]

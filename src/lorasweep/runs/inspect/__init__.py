@@ -1,5 +1,5 @@
-"""What a finished run's weights say: spectra and ranks of its change, what a smaller rank scores, shared subspaces.
+"""Measurements of a finished run's weights: spectrum and rank of ΔW, scores of smaller ranks, shared subspaces.
 
-`restore_weights` brings a run's model back, `changes` reads ΔW from it, `spectrum`, `subspaces` and `truncation`
-measure it, `inspect_run` and `inspect_sweep` put the numbers together.
+`restore_weights` puts a run's weights on its base, `changes` reads ΔW, `spectrum`, `layers`, `subspaces` and
+`truncation` measure it, `inspect_run` and `inspect_sweep` put the measurements together.
 """

@@ -1,4 +1,4 @@
-"""An inspection as it is printed: tables and sentences (rich), JSON or CSV."""
+"""An inspection as rich tables with sentences, as JSON and as CSV."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from lorasweep.disk import csv_text
 from lorasweep.runs.inspect.inspect_sweep import SweepInspection
-from lorasweep.runs.inspect.inspection import LAYER_HEADER, Inspection, content_of, layers_csv, relative_norm, write_csv
-from lorasweep.runs.inspect.measure import LayerRow
+from lorasweep.runs.inspect.inspection import LAYER_HEADER, Inspection, content_of, layers_csv
+from lorasweep.runs.inspect.layers import LayerChange, relative_norm
 from lorasweep.runs.inspect.truncation import Truncation
 from lorasweep.wording import UNKNOWN, format_metric, format_score, format_share
 
-MAX_ROWS = 16
-"""Kinds of layer beyond this many, those that carry least, are put together."""
+MAX_KINDS = 16
+"""The table has a row for this many kinds of layer, those that changed most, and one row for all others."""
 
 
 def render_inspection(found: Inspection | SweepInspection) -> RenderableType:
-    """Returns a run's tables with its sentences below, or those of every winner of a sweep and what they share."""
+    """Returns the tables and sentences of a run, or of every winner of a sweep."""
     if isinstance(found, Inspection):
         return _render_run(found)
     parts: list[RenderableType] = []
@@ -32,7 +33,7 @@ def render_inspection(found: Inspection | SweepInspection) -> RenderableType:
 
 
 def as_json(found: Inspection | SweepInspection) -> str:
-    """Returns the summary with every layer and rank, of a sweep by arm."""
+    """Returns the summary, every layer and every rank as JSON; for a sweep by arm."""
     if isinstance(found, Inspection):
         content = content_of(found)
     else:
@@ -42,11 +43,11 @@ def as_json(found: Inspection | SweepInspection) -> str:
 
 
 def as_csv(found: Inspection | SweepInspection) -> str:
-    """Returns one line per changed weight, of a sweep with the arm in the first column."""
+    """Returns a line for each changed weight; for a sweep the first column is the arm."""
     if isinstance(found, Inspection):
         return layers_csv(found.layers)
     rows = ([arm, *asdict(row).values()] for arm, one in found.inspections.items() for row in one.layers)
-    return write_csv(["arm", *LAYER_HEADER], rows)
+    return csv_text(["arm", *LAYER_HEADER], rows)
 
 
 def _render_run(inspection: Inspection) -> RenderableType:
@@ -57,7 +58,7 @@ def _render_run(inspection: Inspection) -> RenderableType:
 
 
 def _layer_table(inspection: Inspection) -> Table:
-    table = Table(title="what changed, by kind of layer (medians)", title_justify="left")
+    table = Table(title="changes by kind of layer (medians)", title_justify="left")
     table.add_column("layers", no_wrap=True)
     for name in ("share", "of base", "effective rank", "stable rank", "90 % in", "times base"):
         table.add_column(name, justify="right")
@@ -67,17 +68,17 @@ def _layer_table(inspection: Inspection) -> Table:
     return table
 
 
-def _groups(rows: Sequence[LayerRow], kinds: Iterable[str]) -> dict[str, list[LayerRow]]:
-    """Matrices by kind, the smaller kinds and what has no rank together."""
+def _groups(rows: Sequence[LayerChange], kinds: Iterable[str]) -> dict[str, list[LayerChange]]:
+    """Returns matrices by kind, in one group those of small kinds, and in one group weights without a rank."""
     matrices = [row for row in rows if row.effective_rank is not None]
     names = [kind for kind in kinds if any(row.kind == kind for row in matrices)]
-    groups = {kind: [row for row in matrices if row.kind == kind] for kind in names[:MAX_ROWS]}
-    groups["of other kinds"] = [row for row in matrices if row.kind in names[MAX_ROWS:]]
+    groups = {kind: [row for row in matrices if row.kind == kind] for kind in names[:MAX_KINDS]}
+    groups["other matrices"] = [row for row in matrices if row.kind in names[MAX_KINDS:]]
     groups["norms, biases"] = [row for row in rows if row.effective_rank is None]
     return groups
 
 
-def _kind_cells(rows: Sequence[LayerRow]) -> list[str]:
+def _kind_cells(rows: Sequence[LayerChange]) -> list[str]:
     return [
         format_share(sum(row.norm_share for row in rows)),
         format_share(relative_norm(rows)),

@@ -1,27 +1,17 @@
-"""Inspects one run, alone or beside another: what `lorasweep inspect RUN` does.
-
-Comes after everything else of this package but `sweep`, which inspects the winners of a sweep with this.
-"""
+"""Inspection of one run, alone or beside another: `lorasweep inspect RUN [OTHER_RUN]`."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from torch import nn
 
 from lorasweep.errors import RecordError
 from lorasweep.methods import METHODS
-from lorasweep.runs.inspect.changes import as_pissa_trained, weight_changes
-from lorasweep.runs.inspect.inspection import Comparison, Inspection, write_inspection
-from lorasweep.runs.inspect.measure import (
-    Directions,
-    compare_directions,
-    decompose_changes,
-    leading_directions,
-    measure_layers,
-)
+from lorasweep.runs.inspect.changes import weight_changes
+from lorasweep.runs.inspect.inspection import Inspection, write_inspection
+from lorasweep.runs.inspect.layers import measure_layers
 from lorasweep.runs.inspect.restore_weights import (
     FinishedRun,
     read_finished_run,
@@ -29,118 +19,103 @@ from lorasweep.runs.inspect.restore_weights import (
     restore_trained,
     starting_model,
 )
-from lorasweep.runs.inspect.sentences import describe_comparison, describe_run
-from lorasweep.runs.inspect.truncation import cut_changes, score_truncated
+from lorasweep.runs.inspect.sentences import describe_overlaps, describe_run
+from lorasweep.runs.inspect.spectrum import decompose
+from lorasweep.runs.inspect.subspaces import compare_subspaces, top_directions
+from lorasweep.runs.inspect.truncation import changes_to_cut, score_truncated
 from lorasweep.training.evaluate import evaluate_model
 from lorasweep.training.inputs import RunInputs, build_inputs
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Inspected:
-    """An inspection and the directions that other runs are compared with."""
-
-    inspection: Inspection
-    directions: Mapping[str, Directions]
 
 
 def inspect_run(
     folder: Path, *, inputs: RunInputs | None = None, other: Path | None = None, scores: bool = True
 ) -> Inspection:
-    """Inspects a run's best weights, writes `inspect/` in its folder and returns what was found.
+    """Inspects a run's best weights, writes `inspect/` into its folder and returns the measurements.
 
     Args:
         folder: A run's folder.
         inputs: The run's base model and data; loaded when None.
-        other: Another run of the same base, whose directions are compared.
-        scores: Whether to score the change cut to smaller ranks, which evaluates some ten times.
+        other: Folder of another run of the same base, whose directions are compared with this run's.
+        scores: Whether to score the change cut to smaller ranks, which takes some ten evaluations.
 
     Raises:
-        RecordError: A folder is not a run's, has no or damaged weights, or trained nothing; the bases differ.
-        ConfigError: The base model or the data cannot be had.
+        RecordError: A folder is not a run's, weights are missing or damaged, nothing was trained, or the bases differ.
+        ConfigError: The base model or the data can't be loaded.
     """
     run = read_finished_run(folder)
-    rival = None if other is None else read_finished_run(other)
-    if rival is not None:
-        require_same_base(run, rival)
+    second = None if other is None else read_finished_run(other)
+    if second is not None:
+        require_same_base(run, second)
     inputs = inputs or build_inputs(run.config)
-    inspected = examine(run, inputs, scores=scores)
-    inspection = inspected.inspection
-    if rival is not None:
-        inspection = compared(inspected, examine(rival, inputs, scores=False))
+    inspection = measure_run(run, inputs, scores=scores)
+    if second is not None:
+        inspection = _compare(inspection, measure_run(second, inputs, scores=False))
     write_inspection(inspection)
     return inspection
 
 
-def examine(run: FinishedRun, inputs: RunInputs, *, scores: bool) -> Inspected:
-    """Measures a run and writes nothing.
+def measure_run(run: FinishedRun, inputs: RunInputs, *, scores: bool) -> Inspection:
+    """Returns the inspection of a run and writes nothing.
 
     Raises:
-        RecordError: Its weights are those of its base, do not fit it, or are damaged.
+        RecordError: Its weights are its base's own, do not fit the base, or are damaged.
     """
     model = restore_trained(run, inputs.base)
     changes = weight_changes(model, starting_model(run, inputs.base))
     if getattr(run.config.method, "init", None) == "pissa":
-        changes = as_pissa_trained(changes)
+        # An adapter of PiSSA is stored with its start subtracted, [A, A0] and [B, -B0], so with twice the trained rank.
+        changes = [replace(change, rank=change.rank and change.rank // 2) for change in changes]
     if run.method == "intrinsic":
-        METHODS[run.method].merge(model)  # plain weights, to be cut
-    decompositions = decompose_changes(changes)
-    rows = measure_layers(changes, decompositions)
-    if not any(row.change_norm for row in rows):
+        METHODS[run.method].merge(model)  # truncation replaces plain weights
+    decompositions = {change.name: decompose(change.left, change.right) for change in changes if change.is_matrix}
+    layers = measure_layers(changes, decompositions)
+    if not any(row.change_norm for row in layers):
         raise RecordError(
             f"a run must have changed its base to be inspected, but the best weights of {str(run.folder)!r} are the "
             "base's own. Name a run that trained for longer."
         )
-    note = why_not_scored(run, inputs) if scores else None
+    note = _why_not_scored(run, inputs) if scores else None
     truncation = None
     if scores and note is None:
         truncation = score_truncated(
             model,
-            cut_changes(changes, head=inputs.base.head),
+            changes_to_cut(changes, head=inputs.base.head),
             decompositions,
-            score=lambda changed: score_model(changed, run, inputs),
+            score=lambda cut: _score(cut, run, inputs),
             sign=1 if run.record.direction == "minimize" else -1,
         )
-    inspection = Inspection(
+    return Inspection(
         run=run,
-        layers=rows,
+        layers=layers,
         spectra={name: found.s.tolist() for name, found in decompositions.items()},
+        directions=top_directions(decompositions),
         truncation=truncation,
-        comparison=None,
-        sentences=describe_run(run, rows, truncation, note=note),
+        sentences=describe_run(run, layers, truncation, note=note),
     )
-    return Inspected(inspection=inspection, directions=leading_directions(changes, decompositions))
 
 
-def compared(first: Inspected, second: Inspected) -> Inspection:
-    """Returns the first run's inspection with the directions of both compared.
-
-    Raises:
-        RecordError: No matrix was changed by both.
-    """
-    run, other = first.inspection.run.folder, second.inspection.run.folder
-    values = compare_directions(first.directions, second.directions)
-    if not values:
+def _compare(first: Inspection, second: Inspection) -> Inspection:
+    """Returns the first run's inspection with the directions of both compared."""
+    other = str(second.run.folder)
+    overlaps = compare_subspaces(first.directions, second.directions)
+    if not overlaps:
         raise RecordError(
-            f"two runs must have changed the same layers to be compared, but {str(run)!r} and {str(other)!r} have "
-            "none in common. Name two runs with common `method.targets`."
+            f"two runs must have changed the same layers to be compared, but {str(first.run.folder)!r} and {other!r} "
+            "have none in common. Name two runs with common `method.targets`."
         )
-    sentence = describe_comparison("This run", f"`{other}`", values)
-    return replace(
-        first.inspection,
-        comparison=Comparison(other=str(other), values=values),
-        sentences=(*first.inspection.sentences, sentence),
-    )
+    sentence = describe_overlaps("This run", f"`{other}`", overlaps)
+    return replace(first, other=other, overlaps=overlaps, sentences=(*first.sentences, sentence))
 
 
-def score_model(model: nn.Module, run: FinishedRun, inputs: RunInputs) -> float:
-    """Returns a model's score as the run was scored: its metric on the validation split."""
+def _score(model: nn.Module, run: FinishedRun, inputs: RunInputs) -> float:
+    """Returns a model's score by the run's metric on the run's validation data."""
     splits = inputs.splits
     scored = evaluate_model(model, splits.validation, task=splits.task, config=run.config, precision=inputs.precision)
     return scored.values[run.record.metric]
 
 
-def why_not_scored(run: FinishedRun, inputs: RunInputs) -> str | None:
-    """Returns why scores would not be those of the run, or None where they are."""
+def _why_not_scored(run: FinishedRun, inputs: RunInputs) -> str | None:
+    """Returns a sentence where the validation data are not the run's, so that scores can't be compared; else None."""
     recorded = run.record.data.get("validation", {}).get("fingerprint")
     present = inputs.splits.validation.fingerprint
     if recorded == present:

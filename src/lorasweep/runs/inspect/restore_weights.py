@@ -1,7 +1,4 @@
-"""A finished run as it was at its best evaluation: its settings, its base model and the trained weights on it.
-
-First of this package: `changes` reads what is made here.
-"""
+"""A finished run with its best weights: read from its folder, checked, and put on its base model."""
 
 from __future__ import annotations
 
@@ -16,7 +13,7 @@ from lorasweep.config.run import RunConfig
 from lorasweep.errors import RecordError
 from lorasweep.methods import METHODS, copy_sharing_weights, draw_head
 from lorasweep.models.load import BaseModel
-from lorasweep.record import RUN_FILE, RunRecord, read_run
+from lorasweep.record import RunRecord, read_run
 from lorasweep.training.restore import check_kept_files, restore_config, restore_model
 
 WEIGHTS_FOLDER = "best"
@@ -24,7 +21,7 @@ WEIGHTS_FOLDER = "best"
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class FinishedRun:
-    """A run's folder as read, its weights known to be whole; no model is loaded yet."""
+    """Folder, record and settings of a run whose weights are as it wrote them. No model is loaded yet."""
 
     folder: Path
     record: RunRecord
@@ -32,23 +29,17 @@ class FinishedRun:
 
     @property
     def method(self) -> str:
-        """What trained."""
+        """Name of its method."""
         return self.config.method.name
 
 
 def read_finished_run(folder: Path) -> FinishedRun:
-    """Reads a run that has weights to look at.
+    """Reads a run that has weights to inspect.
 
     Raises:
-        RecordError: The folder is not a run's, its record is damaged, or its weights are missing, changed or damaged;
-            or the run trains nothing.
+        RecordError: The folder is not a run's; its record or weights are damaged or missing; or the run trains nothing.
     """
     record = read_run(folder)
-    for name in ("config", "platform", "data", "base", "best", "files"):
-        if not isinstance(getattr(record, name), dict):
-            raise RecordError(
-                f"`{name}` in {str(folder / RUN_FILE)!r} must be a mapping, but is not. Restore the file."
-            )
     config = restore_config(record)
     if config.method.name == "frozen":
         raise RecordError(
@@ -56,20 +47,27 @@ def read_finished_run(folder: Path) -> FinishedRun:
             "Name a run of another method."
         )
     check_kept_files(record, folder, part=WEIGHTS_FOLDER)
-    return FinishedRun(folder=folder, record=record, config=_anywhere(config, record))
+    # the base is loaded on any device, but in the precision that `trainer.precision=auto` chose
+    precision = record.platform.get("precision", config.trainer.precision)
+    trainer = replace(config.trainer, device="auto", precision=precision)
+    return FinishedRun(folder=folder, record=record, config=replace(config, trainer=trainer))
 
 
 def restore_trained(run: FinishedRun, base: BaseModel) -> nn.Module:
-    """Returns the run's model with its best weights, in evaluation mode; it shares the base's frozen tensors.
-
-    LoRA layers are made as the run made them, so that the parts of a fused projection are known apart. Not those of
-    PiSSA, whose start another machine may work out otherwise: they come as they are stored, of twice the rank.
+    """Returns the run's model with its best weights, in evaluation mode. It shares the base's frozen tensors.
 
     Raises:
-        RecordError: The base is another one than the run's, or the weights do not fit it.
+        RecordError: The base is not the run's, or the weights do not fit it.
     """
-    check_base(run, base)
+    trained_on = run.record.base.get("fingerprint")
+    if trained_on != base.fingerprint:
+        raise RecordError(
+            f"{str(run.folder)!r} must be inspected on the base model it was trained on ({trained_on!r}), but "
+            f"{base.path!r} has {base.fingerprint!r}. Restore that model, or train the run again."
+        )
     folder, config = run.folder / WEIGHTS_FOLDER, run.config.method
+    # Preparing LoRA as the run did keeps the changes of a fused projection apart. PiSSA's start depends on the
+    # machine's arithmetic, so its adapter is taken as it is stored, with twice the rank.
     if not isinstance(config, LoraConfig) or config.init == "pissa":
         return restore_model(run.config, base, folder=folder)
     model, method = copy_sharing_weights(base.model), METHODS[run.method]
@@ -79,7 +77,7 @@ def restore_trained(run: FinishedRun, base: BaseModel) -> nn.Module:
 
 
 def starting_model(run: FinishedRun, base: BaseModel) -> nn.Module:
-    """Returns the base as the run began: with the new head that it drew, if it drew one."""
+    """Returns the base as the run began, with the new head that the run initialised, if it has one."""
     model = copy_sharing_weights(base.model)
     draw_head(model, base.head, generator=_init_stream(run))
     return model.eval()
@@ -89,26 +87,8 @@ def _init_stream(run: FinishedRun) -> torch.Generator:
     return torch.Generator().manual_seed(run.config.seeds.init)
 
 
-def check_base(run: FinishedRun, base: BaseModel) -> None:
-    """Makes sure that a base model is the one that a run was trained on.
-
-    Raises:
-        RecordError: It is not.
-    """
-    trained_on = run.record.base.get("fingerprint")
-    if trained_on != base.fingerprint:
-        raise RecordError(
-            f"{str(run.folder)!r} must be inspected on the base model it was trained on ({trained_on!r}), but "
-            f"{base.path!r} has {base.fingerprint!r}. Restore that model, or train the run again."
-        )
-
-
 def require_same_base(run: FinishedRun, other: FinishedRun) -> None:
-    """Makes sure that two runs changed the same base, so that their directions lie in one space.
-
-    Raises:
-        RecordError: They did not.
-    """
+    """Raises RecordError unless two runs trained the same base model, so that their directions lie in one space."""
     bases = [one.record.base for one in (run, other)]
     if bases[0].get("fingerprint") != bases[1].get("fingerprint"):
         described = " and ".join(f"{base.get('path')!r} ({base.get('fingerprint')})" for base in bases)
@@ -116,10 +96,3 @@ def require_same_base(run: FinishedRun, other: FinishedRun) -> None:
             f"two runs must have one base model in one precision to be compared, but {str(run.folder)!r} and "
             f"{str(other.folder)!r} have {described}. Name two runs of the same base."
         )
-
-
-def _anywhere(config: RunConfig, record: RunRecord) -> RunConfig:
-    """The run's settings, on any device but in the precision that it found: the base is to be loaded as it was."""
-    precision = record.platform.get("precision")
-    known = precision if precision in ("bf16", "fp32") else config.trainer.precision
-    return replace(config, trainer=replace(config.trainer, device="auto", precision=known))

@@ -1,134 +1,104 @@
-"""What an inspection says in plain sentences. Comes after `measure` and `truncation`."""
+"""The sentences of an inspection."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from statistics import median
 
-from lorasweep.runs.inspect.measure import LayerRow, Side, mean_similarity
+from lorasweep.runs.inspect.layers import LayerChange, relative_norm
 from lorasweep.runs.inspect.restore_weights import FinishedRun
-from lorasweep.runs.inspect.subspaces import Similarity
-from lorasweep.runs.inspect.truncation import KEPT_SHARE, TruncatedScore, Truncation
+from lorasweep.runs.inspect.subspaces import MEAN, Overlap
+from lorasweep.runs.inspect.truncation import KEPT_FRACTION, Truncation
 from lorasweep.wording import format_metric, format_score, format_share
 
-COMPARED = (1, 4, 16)
-"""Numbers of directions whose similarity is said in words."""
-SIDE_WORDS: Mapping[Side, str] = {"a": "of A", "input": "that they read", "output": "that they write"}
+TOLD_DIRECTIONS = (1, 4, 16)
+"""Numbers of top directions whose φ is told in a sentence."""
 
 
 def describe_run(
-    run: FinishedRun, rows: Sequence[LayerRow], truncation: Truncation | None, *, note: str | None
+    run: FinishedRun, rows: Sequence[LayerChange], truncation: Truncation | None, *, note: str | None
 ) -> tuple[str, ...]:
-    """Returns what a run's weights say: size, rank, what a smaller one would score, where it is, what it amplifies.
+    """Returns sentences on the size of a run's change, its rank, the score of smaller ranks, and where it is.
 
     Args:
         run: The run.
         rows: Its changed weights.
         truncation: Scores of smaller ranks.
-        note: Why there are none, where somebody might expect them.
+        note: Why there are no scores, where a reader may expect them.
     """
-    sentences = [_size(run, rows), _ranks(rows)]
-    sentences += _truncation(run, rows, truncation) if truncation else [note or ""]
-    sentences += [_places(rows), _amplification(rows)]
+    trained = _trained_ranks(rows)
+    at_rank = f" at rank {trained}" if trained else ""
+    weights = f"{len(rows)} weight{'s' if len(rows) > 1 else ''}"
+    size = (
+        f"`{run.method}`{at_rank} changed {weights} of the base by {format_share(relative_norm(rows))} of their norm."
+    )
+    matrices = [row for row in rows if row.effective_rank is not None]
+    sentences = [size, _describe_ranks(matrices)]
+    sentences.append(_describe_truncation(run, trained, truncation) if truncation else note or "")
+    sentences.append(_describe_places(matrices or rows))
     return tuple(sentence for sentence in sentences if sentence)
 
 
-def describe_comparison(first: str, second: str, values: Mapping[tuple[str, Side], Similarity]) -> str:
-    """Returns how far the directions of two runs are the same, by each side that both have."""
-    parts = []
-    for side, words in SIDE_WORDS.items():
-        cells = mean_similarity(values, side)
-        counts = [n for n in COMPARED if (n, n) in cells]
-        if counts:
-            shared, expected = (", ".join(f"{cells[n, n][which]:.2f}" for n in counts) for which in (0, 1))
-            parts.append(f"of the first {', '.join(map(str, counts))} {words} {shared} (random ones: {expected})")
-    return f"{first} and {second} share of their directions (φ, mean over layers) {'; '.join(parts)}."
+def describe_overlaps(first: str, second: str, overlaps: Sequence[Overlap]) -> str:
+    """Returns a sentence on the mean φ over layers of two runs' top directions."""
+    means = {row.i: row for row in overlaps if row.layer == MEAN and row.i == row.j}
+    told = [
+        f"{means[n].phi:.2f} of the first {f'{n} directions' if n > 1 else 'direction'} (random: {means[n].random:.2f})"
+        for n in TOLD_DIRECTIONS
+        if n in means
+    ]
+    return f"{first} and {second} share (φ, mean over layers) {', '.join(told)}."
 
 
-def _size(run: FinishedRun, rows: Sequence[LayerRow]) -> str:
-    trained = _trained_ranks(rows)
-    at_rank = f" at rank {trained}" if trained else ""
-    base = sum(row.base_norm**2 for row in rows) ** 0.5
-    share = sum(row.change_norm**2 for row in rows) ** 0.5 / base if base else None
-    return (
-        f"`{run.method}`{at_rank} changed {_counted(len(rows), 'weight')} of the base by {format_share(share)} of "
-        "their norm."
-    )
-
-
-def _ranks(rows: Sequence[LayerRow]) -> str:
-    matrices = [row for row in rows if row.effective_rank is not None]
+def _describe_ranks(matrices: Sequence[LayerChange]) -> str:
     if not matrices:
         return "No matrix changed, so there is no rank to speak of."
     entropy = median(row.effective_rank or 0.0 for row in matrices)
     stable = median(row.stable_rank or 0.0 for row in matrices)
-    held = median(row.energy_rank or 0 for row in matrices)
+    held = round(median(row.energy_rank or 0 for row in matrices))
     return (
         f"Its effective rank is {entropy:.1f} and its stable rank {stable:.1f}; 90 % of the squared norm lies in "
-        f"{_counted(round(held), 'direction')} (medians over layers)."
+        f"{held} direction{'s' if held > 1 else ''} (medians over layers)."
     )
 
 
-def _truncation(run: FinishedRun, rows: Sequence[LayerRow], truncation: Truncation) -> list[str]:
+def _describe_truncation(run: FinishedRun, trained: str, truncation: Truncation) -> str:
     enough, whole = truncation.enough, truncation.scores[-1]
     metric = format_metric(run.record.metric)
     if enough is None:
-        return [
+        return (
             f"The whole change scores {format_score(whole.score)} {metric} and none of it "
             f"{format_score(truncation.scores[0].score)}: it gains nothing that a smaller rank could keep."
-        ]
-    trained = _trained_ranks(rows)
-    by_method = "Trained in full" if run.method == "full" else f"Trained by `{run.method}`"
-    lead = f"Trained at rank {trained}" if trained else by_method
+        )
+    how = f"at rank {trained}" if trained else "in full" if run.method == "full" else f"by `{run.method}`"
     if enough.rank >= whole.rank or trained == str(enough.rank):
-        found = f"{lead}, it needs all of it to keep {KEPT_SHARE:.0%} of its gain"
+        found = f"Trained {how}, it needs all of it to keep {KEPT_FRACTION:.0%} of its gain"
     else:
-        found = f"{lead}, {enough.rank} would do: cut to that it keeps {KEPT_SHARE:.0%} of its gain"
-    less = _cheaper(truncation, enough)
-    return [found + (f"; {less.rank} loses {format_score(truncation.loss(less))} {metric}" if less else "") + "."]
-
-
-def _cheaper(truncation: Truncation, enough: TruncatedScore) -> TruncatedScore | None:
-    """The largest rank that was tried at half of what is enough or below, and not 0."""
+        found = f"Trained {how}, rank {enough.rank} is enough: cut to it, it keeps {KEPT_FRACTION:.0%} of its gain"
     smaller = [row for row in truncation.scores if 0 < row.rank <= enough.rank // 2]
-    return smaller[-1] if smaller else None
+    less = f"; rank {smaller[-1].rank} loses {format_score(truncation.loss(smaller[-1]))} {metric}" if smaller else ""
+    return f"{found}{less}."
 
 
-def _places(rows: Sequence[LayerRow]) -> str:
+def _describe_places(rows: Sequence[LayerChange]) -> str:
+    """Returns a sentence on the kinds of layer and the block with the largest and smallest shares of the change."""
     kinds: dict[str, float] = {}
     blocks: dict[int, float] = {}
-    for row in [row for row in rows if row.effective_rank is not None] or rows:
+    for row in rows:
         kinds[row.kind] = kinds.get(row.kind, 0.0) + row.norm_share
         if row.block is not None:
             blocks[row.block] = blocks.get(row.block, 0.0) + row.norm_share
     if len(kinds) < 2:
         return ""
-    most, least = max(kinds, key=lambda kind: kinds[kind]), min(kinds, key=lambda kind: kinds[kind])
-    text = f"Of the squared norm `{most}` carries the most ({format_share(kinds[most])}) and `{least}` the least "
-    text += f"({format_share(kinds[least])})"
+    most, least = max(kinds, key=kinds.__getitem__), min(kinds, key=kinds.__getitem__)
+    text = f"`{most}` has the largest share of the squared norm ({format_share(kinds[most])}) and `{least}` the "
+    text += f"smallest ({format_share(kinds[least])})"
     if len(blocks) < 2:
         return f"{text}."
-    block = max(blocks, key=lambda index: blocks[index])
-    return f"{text}; block {block} of {min(blocks)} to {max(blocks)} carries {format_share(blocks[block])}."
+    block = max(blocks, key=blocks.__getitem__)
+    return f"{text}; block {block} of {min(blocks)} to {max(blocks)} has {format_share(blocks[block])}."
 
 
-def _amplification(rows: Sequence[LayerRow]) -> str:
-    known = [row for row in rows if row.amplification]
-    if not known:
-        return ""
-    factor = median(row.amplification or 0.0 for row in known)
-    random = median((row.base_in_change or 0.0) / row.base_in_random for row in known if row.base_in_random)
-    own = median((row.base_in_change or 0.0) / row.base_in_own for row in known if row.base_in_own)
-    return (
-        f"In its own directions the change is {factor:.2f} times the base; there the base is {random:.1f} times what "
-        f"it is in random directions and {format_share(own)} of what it is in its own largest (medians over layers)."
-    )
-
-
-def _counted(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
-def _trained_ranks(rows: Sequence[LayerRow]) -> str:
+def _trained_ranks(rows: Sequence[LayerChange]) -> str:
     ranks = sorted({row.trained_rank for row in rows if row.trained_rank is not None})
     return "" if not ranks else str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"

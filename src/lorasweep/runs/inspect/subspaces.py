@@ -1,106 +1,72 @@
-"""How far two changes share their directions, and what a change does to directions that the base has (LoRA, section 7).
-
-Comes after `spectrum`. The LoRA paper is arXiv 2106.09685.
-"""
+"""How far the top singular directions of two runs' changes are the same: φ of LoRA's section 7.2 (arXiv 2106.09685)."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Mapping
+from statistics import fmean
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lorasweep.runs.inspect.spectrum import Decomposition, largest_values
+from lorasweep.runs.inspect.spectrum import Decomposition
 
 GRID = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64)
-"""Numbers of directions that are compared, as far as both changes have them."""
+"""Numbers of top directions that are compared, as far as both changes have them."""
+MEAN = "mean"
+"""Stands in place of a layer's name for the mean over layers."""
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Similarity:
-    """φ between the first i directions of one change and the first j of another."""
+class Overlap(NamedTuple):
+    """φ of the first i directions of one change and the first j of another; a line of `similarity.csv`."""
 
-    rows: tuple[int, ...]
-    """The i."""
-    columns: tuple[int, ...]
-    """The j."""
-    values: Tensor
-    """(rows, columns), each 0 (orthogonal) to 1 (one contains the other)."""
-    dimension: int
-    """Of the space in which the directions lie."""
-
-    def cells(self) -> Iterator[tuple[int, int, float]]:
-        """Yields i, j and φ."""
-        for i, row in zip(self.rows, self.values.tolist(), strict=True):
-            for j, value in zip(self.columns, row, strict=True):
-                yield i, j, value
+    layer: str
+    i: int
+    j: int
+    phi: float
+    """0: orthogonal; 1: the smaller subspace lies in the larger one."""
+    random: float
+    """φ of random directions on average: max(i, j) over the dimension."""
 
 
-def similarity(first: Tensor, second: Tensor) -> Similarity:
-    """Returns φ(i, j) = ‖Uᵢᵀ Uⱼ‖²_F / min(i, j) (LoRA, section 7.2, equation 4) over a grid of i and j.
+def top_directions(decompositions: Mapping[str, Decomposition]) -> dict[str, Tensor]:
+    """Returns by layer the first right singular vectors of ΔW, as rows (n, d_in), n <= 64; none where nothing changed.
+
+    *Differs* from the paper, which takes those of A: full fine-tuning has no A. For LoRA both span the same space.
+    Directions below the rounding of fp32 are left out.
+    """
+    found = {}
+    for layer, change in decompositions.items():
+        used = int((change.s > change.s[:1] * torch.finfo(torch.float32).eps).sum())
+        if used:
+            found[layer] = change.vh[: min(used, GRID[-1])]
+    return found
+
+
+def compare_subspaces(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> tuple[Overlap, ...]:
+    """Returns φ of every layer that both runs changed, after the means over layers.
 
     Args:
-        first: (n, d): directions as orthonormal rows, the most important first.
-        second: (m, d): those of the other change.
+        first: The top directions of one run by layer, see `top_directions`.
+        second: Those of the other run.
     """
-    rows = tuple(i for i in GRID if i <= len(first))
-    columns = tuple(j for j in GRID if j <= len(second))
-    products = first[: max(rows, default=0)] @ second[: max(columns, default=0)].t()
-    sums = (products**2).cumsum(0).cumsum(1)  # ‖Uᵢᵀ Uⱼ‖²_F at each (i, j)
-    chosen = sums[[i - 1 for i in rows]][:, [j - 1 for j in columns]]
-    smaller = torch.minimum(torch.tensor(rows)[:, None], torch.tensor(columns)[None, :])
-    return Similarity(rows=rows, columns=columns, values=chosen / smaller, dimension=first.shape[1])
+    rows = [row for layer in first if layer in second for row in _compare_layer(layer, first[layer], second[layer])]
+    cells: dict[tuple[int, int], list[Overlap]] = {}
+    for row in rows:
+        cells.setdefault((row.i, row.j), []).append(row)
+    means = [
+        Overlap(MEAN, i, j, fmean(row.phi for row in found), fmean(row.random for row in found))
+        for (i, j), found in sorted(cells.items())
+    ]
+    return (*means, *rows)
 
 
-def random_similarity(i: int, j: int, dimension: int) -> float:
-    """Returns what φ(i, j) is on average for random directions in so many dimensions: max(i, j) / dimension."""
-    return max(i, j) / dimension
-
-
-@dataclass(frozen=True, kw_only=True)
-class Amplification:
-    """What a change does to the base within the change's own directions (LoRA, section 7.3, Table 7)."""
-
-    rank: int
-    """r: so many directions of the change are looked at."""
-    change_norm: float
-    """‖ΔW‖_F within them."""
-    base_in_change: float
-    """‖Uᵀ W0 V‖_F for the change's first r output and input directions: what the base does there."""
-    base_in_own: float
-    """The same for the base's own first r directions."""
-    base_in_random: float
-    """The same for random ones: the root mean square, r ‖W0‖_F / √(d_out · d_in)."""
-    base_spectral_norm: float
-    """‖W0‖₂."""
-
-    @property
-    def factor(self) -> float | None:
-        """‖ΔW‖_F / ‖Uᵀ W0 V‖_F; None where the base does nothing there."""
-        return self.change_norm / self.base_in_change if self.base_in_change > 0 else None
-
-
-def amplification(change: Decomposition, base: Tensor, *, rank: int) -> Amplification:
-    """Returns the amplification of the change's first `rank` directions.
-
-    *Differs* from Table 7 in the random column, which is the root mean square instead of one draw: for its
-    12288 × 12288 matrix of norm 61.95 that is 0.02 at r = 4 and 0.32 at r = 64, where the table has 0.02 and 0.33.
-
-    Args:
-        change: Decomposition of ΔW.
-        base: W0 (d_out, d_in).
-        rank: r, at most as many as the change has.
-    """
-    wide = base.double()
-    own = largest_values(wide, max(rank, 1))
-    inside = change.u[:, :rank].t() @ wide @ change.vh[:rank].t()  # (rank, rank)
-    return Amplification(
-        rank=rank,
-        change_norm=torch.linalg.vector_norm(change.s[:rank]).item(),
-        base_in_change=torch.linalg.matrix_norm(inside).item(),
-        base_in_own=torch.linalg.vector_norm(own[:rank]).item(),
-        base_in_random=rank * torch.linalg.matrix_norm(wide).item() / math.sqrt(wide.numel()),
-        base_spectral_norm=own[0].item(),
-    )
+def _compare_layer(layer: str, first: Tensor, second: Tensor) -> list[Overlap]:
+    """Returns φ(i, j) = ‖Uᵢᵀ Uⱼ‖²_F / min(i, j) (equation 4) of orthonormal rows (n, d) and (m, d)."""
+    sums = ((first @ second.t()) ** 2).cumsum(0).cumsum(1).tolist()  # ‖Uᵢᵀ Uⱼ‖²_F at each (i, j)
+    return [
+        Overlap(layer, i, j, sums[i - 1][j - 1] / min(i, j), max(i, j) / first.shape[1])
+        for i in GRID
+        for j in GRID
+        if i <= len(first) and j <= len(second)
+    ]

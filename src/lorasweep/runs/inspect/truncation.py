@@ -1,7 +1,4 @@
-"""What a run would score had its change a smaller rank: each layer's ΔW cut to its k largest directions, and scored.
-
-Comes after `spectrum`; how a model is scored is handed in.
-"""
+"""Scores of a trained model with the change of each layer cut to its k largest singular directions."""
 
 from __future__ import annotations
 
@@ -21,10 +18,8 @@ from lorasweep.methods import copy_sharing_weights
 from lorasweep.runs.inspect.changes import Change
 from lorasweep.runs.inspect.spectrum import Decomposition
 
-KEPT_SHARE = 0.99
-"""A rank is enough when this share of the gain is kept."""
-
-Score = Callable[[nn.Module], float]
+KEPT_FRACTION = 0.99
+"""A rank is enough if it keeps this fraction of the whole change's gain."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,23 +27,23 @@ class TruncatedScore:
     """The score with every change cut to one rank."""
 
     rank: int
-    """0: nothing is left of the changes that are cut."""
     score: float
     norm_share: float
-    """Share of the squared norm that is left."""
+    """Share of the changes' squared norm that is left."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Truncation:
-    """Scores by rank, the whole change last."""
+    """Scores by rank."""
 
     scores: tuple[TruncatedScore, ...]
+    """In ascending order of rank; the first is rank 0, the last the whole change."""
     sign: int
     """1 where lower scores are better, else -1."""
 
     @property
     def gain(self) -> float:
-        """How much better the whole change is than none of it; negative where it is worse."""
+        """How much better the whole change scores than none of it; negative where it scores worse."""
         return self.sign * (self.scores[0].score - self.scores[-1].score)
 
     def kept(self, row: TruncatedScore) -> float | None:
@@ -62,20 +57,18 @@ class Truncation:
 
     @property
     def enough(self) -> TruncatedScore | None:
-        """The smallest rank tried that keeps `KEPT_SHARE` of the gain; None where there is no gain."""
-        return next((row for row in self.scores if (self.kept(row) or 0.0) >= KEPT_SHARE), None)
+        """The smallest rank tried that keeps `KEPT_FRACTION` of the gain; None where there is no gain."""
+        return next((row for row in self.scores if (self.kept(row) or 0.0) >= KEPT_FRACTION), None)
 
 
-def cut_changes(changes: Sequence[Change], *, head: Sequence[str] = ()) -> list[Change]:
-    """Returns the changes that a smaller rank cuts: those of LoRA layers, or without any those of all matrices.
-
-    What trained beside them (norms, biases, a new head) is left as it is.
+def changes_to_cut(changes: Sequence[Change], *, head: Sequence[str] = ()) -> list[Change]:
+    """Returns the changes of LoRA layers, or if there are none those of all matrices outside the new head.
 
     Args:
-        changes: What a run changed.
-        head: Modules that the base did not have, which the run drew.
+        changes: The changes of a run.
+        head: Names of the modules of the new head, if the run has one.
     """
-    lora = [change for change in changes if change.place.layer is not None]
+    lora = [change for change in changes if change.lora_layer is not None]
     return lora or [change for change in changes if change.is_matrix and not is_inside(change.name, head)]
 
 
@@ -84,20 +77,18 @@ def score_truncated(
     changes: Sequence[Change],
     decompositions: Mapping[str, Decomposition],
     *,
-    score: Score,
+    score: Callable[[nn.Module], float],
     sign: int,
 ) -> Truncation | None:
-    """Scores the run at rank 0, 1, 2, 4, ... and at the whole, and between two of these to find what is enough.
+    """Scores the run at rank 0, 1, 2, 4, ..., at the whole, and between two of these to find the rank that is enough.
 
-    What is enough is found exactly up to a rank of 31, to within a sixteenth above.
-
-    The search between them takes it that more rank is not worse, which is so but for noise.
+    That rank is exact up to 31 and within a sixteenth above. Bisection assumes that a higher rank never scores worse.
 
     Args:
         model: The trained model; it is not changed.
-        changes: What is to be cut, see `cut_changes`.
-        decompositions: By the name of each of them.
-        score: Gives a model's score on the data that the run was scored on.
+        changes: The changes to cut, see `changes_to_cut`.
+        decompositions: The decomposition of each change, by name.
+        score: Returns a model's score on the run's validation data.
         sign: 1 where lower scores are better, else -1.
 
     Returns:
@@ -110,47 +101,47 @@ def score_truncated(
         return None
     rows: dict[int, TruncatedScore] = {}
 
-    def look(rank: int) -> TruncatedScore:
-        if rank not in rows:
-            is_cut = rank < whole  # the whole is the run's own model, not one put together again
-            value = score(truncated_model(model, changes, decompositions, rank=rank) if is_cut else model)
-            left = sum((s[:rank] ** 2).sum().item() for s in spectra)
-            rows[rank] = TruncatedScore(rank=rank, score=value, norm_share=left / total)
-        return rows[rank]
+    def add(rank: int) -> Truncation:
+        # the whole change is scored with the run's own model, so that the score is the recorded one
+        cut = truncated_model(model, changes, decompositions, rank=rank) if rank < whole else model
+        left = sum((s[:rank] ** 2).sum().item() for s in spectra)
+        rows[rank] = TruncatedScore(rank=rank, score=score(cut), norm_share=left / total)
+        return Truncation(scores=tuple(rows[rank] for rank in sorted(rows)), sign=sign)
 
-    for rank in (0, *powers_of_two(whole), whole):
-        look(rank)
-    _search_enough(look, rows, sign=sign)
-    return _truncation(rows, sign=sign)
-
-
-def powers_of_two(end: int) -> list[int]:
-    """Returns 1, 2, 4, ... below `end`."""
-    return [2**power for power in range(end.bit_length()) if 2**power < end]
+    powers = [2**power for power in range(whole.bit_length()) if 2**power < whole]
+    for rank in (0, *powers, whole):
+        truncation = add(rank)
+    # bisect between the smallest rank that is enough and the one tried below it, to a sixteenth of that rank
+    while (enough := truncation.enough) is not None:
+        below = max((rank for rank in rows if rank < enough.rank), default=enough.rank)
+        if enough.rank - below <= max(1, enough.rank // 16):
+            break
+        truncation = add((below + enough.rank) // 2)
+    return truncation
 
 
 @torch.no_grad()
 def truncated_model(
     model: nn.Module, changes: Sequence[Change], decompositions: Mapping[str, Decomposition], *, rank: int
 ) -> nn.Module:
-    """Returns a copy of the trained model in which each of these changes is the nearest of at most this rank.
+    """Returns a copy of the trained model in which each change is replaced by the nearest one of at most this rank.
 
-    LoRA layers stay LoRA layers beside their unrounded base and weights keep the dtype that they ran in, so that the
-    score differs from the run's by what was cut and not by how it is stored. The copy shares all other tensors.
+    LoRA layers stay LoRA layers beside their unrounded base, and weights keep their dtype, so that scores differ by the
+    cut alone and not by rounding. The copy shares all other tensors.
     """
     copy = copy_sharing_weights(model)
     cut = {change.name: decompositions[change.name].truncated(rank) for change in changes}
     for name, layer in lora_layers(copy).items():
-        own = [change for change in changes if change.place.layer == name]
-        replace_module(copy, layer, _truncated_layer(layer, [(c.place.first_row, *cut[c.name]) for c in own]))
+        own = [change for change in changes if change.lora_layer == name]
+        replace_module(copy, layer, _truncated_layer(layer, [(c.first_row, *cut[c.name]) for c in own]))
     for change in changes:
-        if change.place.weight is not None:
-            _truncate_weight(copy, change.place.weight, change.base, *cut[change.name])
+        if change.weight is not None:
+            _truncate_weight(copy, change.weight, change.base, *cut[change.name])
     return copy.eval()
 
 
 def _truncate_weight(model: nn.Module, name: str, base: Tensor, lora_b: Tensor, lora_a: Tensor) -> None:
-    """Puts W0 + B A in place of a trained weight, wherever it is used, so that tied ones stay tied."""
+    """Replaces a trained weight by W0 + B A in every module that uses it, so that tied weights stay tied."""
     owner, trained = model.get_submodule(name.rpartition(".")[0]), model.get_parameter(name)
     weight = matrix_to_weight(owner, base.double() + lora_b @ lora_a)
     cut = nn.Parameter(weight.reshape(trained.shape).to(trained.dtype), requires_grad=False)
@@ -161,7 +152,7 @@ def _truncate_weight(model: nn.Module, name: str, base: Tensor, lora_b: Tensor, 
 
 
 def _truncated_layer(layer: LoraLayer, parts: Sequence[tuple[int, Tensor, Tensor]]) -> nn.Module:
-    """A plain LoRA layer on the same base; each part is its first row, B and A."""
+    """Returns a plain LoRA layer on the same base; each part is its first row, B and A."""
     rank = sum(len(lora_a) for _, _, lora_a in parts)
     if not rank:
         return layer.base
@@ -173,16 +164,3 @@ def _truncated_layer(layer: LoraLayer, parts: Sequence[tuple[int, Tensor, Tensor
     plain = layer_class(layer.base)(layer.base, config, rank=rank, alpha=float(rank), generator=torch.Generator())
     plain.load_matrices(torch.cat([part_a for _, _, part_a in parts]), lora_b)
     return plain
-
-
-def _search_enough(look: Callable[[int], TruncatedScore], rows: Mapping[int, TruncatedScore], *, sign: int) -> None:
-    """Halves the gap between the smallest rank that is enough and the one below it, to a sixteenth of the rank."""
-    while (enough := _truncation(rows, sign=sign).enough) is not None:
-        below = max((rank for rank in rows if rank < enough.rank), default=enough.rank)
-        if enough.rank - below <= max(1, enough.rank // 16):
-            return
-        look((below + enough.rank) // 2)
-
-
-def _truncation(rows: Mapping[int, TruncatedScore], *, sign: int) -> Truncation:
-    return Truncation(scores=tuple(rows[rank] for rank in sorted(rows)), sign=sign)
