@@ -12,7 +12,6 @@ goes first can't change, because the search says what the trials are; a ratio is
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 import statistics
 import sys
@@ -25,9 +24,9 @@ from pathlib import Path
 import torch
 from omegaconf import OmegaConf
 
-from lorasweep.cli import run
+from lorasweep.api import run_sweep
 from lorasweep.config.data import Direction
-from lorasweep.record import RunRecord, read_run, read_sweep
+from lorasweep.record import RunRecord, read_run
 from lorasweep.sweep.definition.sweep_file import find_sweep_file
 from lorasweep.training.inputs import build_inputs
 from lorasweep.training.restore import restore_config
@@ -131,11 +130,7 @@ def _settings(record: RunRecord) -> str:
 
 def search(source: Path, folder: Path, words: Sequence[str]) -> Side:
     """The sweep as `lorasweep sweep` runs it, by its own clock."""
-    with contextlib.redirect_stdout(sys.stderr):
-        code = run(["sweep", str(source), *words, "confirm.seeds=0", f"sweep.output={folder}"])
-    if code:
-        raise SystemExit(code)
-    record = read_sweep(folder)
+    record = run_sweep(source, overrides=[*words, "confirm.seeds=0"], output=folder, progress=None).record
     return Side(seconds=record.makespan_s, records=[read_run(folder / row.run) for row in record.trials])
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from lorasweep.cli import _take_trust
 from lorasweep.config.compose import check_command_line, packaged_folder
 from lorasweep.config.targets import TRUSTED_PACKAGES, set_trusted
+from lorasweep.config.trust import split_trust
 from lorasweep.sweep.definition.arms import read_definition
 from lorasweep.sweep.definition.sweep_file import find_sweep_file
 
@@ -27,7 +27,8 @@ def _no_trust():
 @pytest.mark.parametrize("line", COMMANDS)
 def test_each_command_composes(line):
     _, command, *words = shlex.split(line)
-    words = _take_trust(words)
+    packages, words = split_trust(words)
+    set_trusted(packages)
     if command == "train":
         check_command_line(words)
     else:

@@ -9,9 +9,10 @@ import sys
 import pytest
 import yaml
 
-from lorasweep.cli import DONE, WRONG, _take_trust, run
+from lorasweep.cli import DONE, WRONG, run
 from lorasweep.config.compose import packaged_folder
-from lorasweep.config.targets import set_trusted, trusted_packages
+from lorasweep.config.targets import set_trusted
+from lorasweep.config.trust import split_trust
 from lorasweep.record import read_sweep
 
 from .test_cli import MINI
@@ -191,8 +192,7 @@ def test_a_strangers_run_runs_nothing(here, capsys, made, command):
     ],
 )
 def test_code_that_is_typed_is_trusted(word, package):
-    assert _take_trust([word]) == [word]
-    assert trusted_packages() == ((package,) if package else ())
+    assert split_trust([word]) == ([package] if package else [], [word])
 
 
 def test_trust_in_a_record_is_no_setting(here, capsys, made):

@@ -1,19 +1,54 @@
-"""lorasweep finds, for a model and data, which LoRA rank, α and learning rate to use, and whether LoRA is enough."""
+"""lorasweep finds, for a model and data, which LoRA rank, α and learning rate to use, and whether LoRA is enough.
+
+    result = lorasweep.run_sweep("quickstart", overrides=["trainer.max_steps=60"])
+    result.best("lora").params, result.trials_dataframe(), result.study("lora")
+
+`run_sweep`, `resume_sweep` and `train_run` train; `load_sweep` and `load_run` read a folder. `TrainingModule` and
+`DataModule` are for a Trainer of your own. Every name is imported when it is first used: torch is slow to start.
+"""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lorasweep.api import resume_sweep, run_sweep, train_run
+    from lorasweep.results import RunResult, SweepResult, TrialResult, load_run, load_sweep
     from lorasweep.training.data_module import DataModule
     from lorasweep.training.module import TrainingModule
 
-__all__ = ["DataModule", "TrainingModule"]
+__all__ = [
+    "DataModule",
+    "RunResult",
+    "SweepResult",
+    "TrainingModule",
+    "TrialResult",
+    "load_run",
+    "load_sweep",
+    "resume_sweep",
+    "run_sweep",
+    "train_run",
+]
 
-_HOMES = {"DataModule": "lorasweep.training.data_module", "TrainingModule": "lorasweep.training.module"}
+_HOMES = {
+    **dict.fromkeys(("resume_sweep", "run_sweep", "train_run"), "lorasweep.api"),
+    **dict.fromkeys(("RunResult", "SweepResult", "TrialResult", "load_run", "load_sweep"), "lorasweep.results"),
+    "DataModule": "lorasweep.training.data_module",
+    "TrainingModule": "lorasweep.training.module",
+}
+"""The module of each public name."""
 
 
 def __getattr__(name: str) -> Any:
-    """Imports a public name when it is first used: torch and Lightning are slow to import."""
+    """Imports a public name when it is first used."""
+    if name == "__version__":
+        from importlib.metadata import version  # noqa: PLC0415 (the version is seldom asked for)
+
+        return version("lorasweep")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    """Lists the public names, which are not there yet before their first use."""
+    return __all__

@@ -1,4 +1,4 @@
-"""The command line: one short function per command, and the place where an error becomes one line and an exit code.
+"""The command line: parses what was typed, calls the Python API, prints, and turns errors into exit codes.
 
 Exit code 0: done. 2: the request is wrong. 1: it was right but failed. 130: interrupted.
 Imports happen on use, so that `--help` and `compare` start in a fraction of a second.
@@ -8,46 +8,33 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from lorasweep.config.named import FLAGS_OF_CODE, package_of
 from lorasweep.config.targets import EVERY_PACKAGE, require_trusted, set_trusted, trusted_packages
-from lorasweep.console import PlainConsole, say, say_error
-from lorasweep.disk import free_folder, is_new_or_empty
+from lorasweep.console import PlainConsole, say, say_error, threads_leave_file_errors
 from lorasweep.errors import ConfigError, LoraSweepError, RanksLost, RecordError
 from lorasweep.redaction import redact
 
 if TYPE_CHECKING:
-    from lorasweep.config.run import RunConfig
-    from lorasweep.record import RunRecord, SweepRecord
-    from lorasweep.sweep.controller.folder import SweepFolder
-    from lorasweep.sweep.definition.arms import Definition
-    from lorasweep.training.inputs import RunInputs
+    from lorasweep.results import RunResult, SweepResult
 
 DONE, FAILED, WRONG, INTERRUPTED = 0, 1, 2, 130
-TRUST = "trust"
-"""The word of a command line that trusts packages; it is a setting of nothing."""
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Runs the command that was typed and ends the process with its exit code."""
     sys.exit(run(sys.argv[1:] if arguments is None else arguments))
 
 
 def run(arguments: Sequence[str]) -> int:
     """Runs one command and returns its exit code; an error of ours is one line on standard error."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # OpenMP's threads wait a moment for the next operation before they sleep: waking them after each costs a fifth of a
-    # sweep, and threads that spin without end stall each other on shared cores
-    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     try:
-        with _threads_leave_files_to_us():
+        with threads_leave_file_errors():
             if arguments and arguments[0] == "train":  # a Hydra app, with Hydra's own flags
                 return train(_take_trust(arguments[1:]))
             parsed = build_parser().parse_args(arguments)
@@ -58,52 +45,56 @@ def run(arguments: Sequence[str]) -> int:
             command: Callable[[argparse.Namespace], int] = parsed.command
             return command(parsed)
     except (LoraSweepError, OSError) as error:
-        return _say_error(error)
+        return _say_exception(error)
     except KeyboardInterrupt:
         say_error("interrupted")
         return INTERRUPTED
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Returns the parser of every command but `train`, whose arguments are Hydra's."""
+    """Returns the parser of every command; the arguments of `train` are Hydra's."""
     parser = argparse.ArgumentParser(
         prog="lorasweep", description="Finds the LoRA rank, alpha and learning rate for your model and data."
     )
+    parser.add_argument("--version", action="version", version=f"lorasweep {version('lorasweep')}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    sweep_parser = commands.add_parser("sweep", help="search every arm of a sweep and write the report")
-    sweep_parser.add_argument("words", nargs="*", metavar="NAME|FILE key=value", help="default: quickstart")
+
+    def add(command: Callable[[argparse.Namespace], int], help: str, **more: Any) -> argparse.ArgumentParser:
+        added = commands.add_parser(command.__name__, help=help, **more)
+        added.set_defaults(command=command)
+        return added
+
+    def add_words(to: argparse.ArgumentParser, metavar: str, help: str) -> None:
+        words = to.add_argument("words", nargs="*", metavar=metavar, help=help)
+        words.completer = complete_words  # type: ignore[attr-defined]  # read by argcomplete
+
+    sweep_parser = add(sweep, "search every arm of a sweep and write the report")
+    add_words(sweep_parser, "NAME|FILE key=value", "default: quickstart")
     sweep_parser.add_argument(
         "--resume",
         type=Path,
         metavar="DIR",
         help="resume the sweep in this folder; may add confirm.seeds=N, worker=ray, trust=[PACKAGE] ...",
     )
-    sweep_parser.set_defaults(command=sweep)
-    status_parser = commands.add_parser("status", help="a sweep's arms and the best so far")
+    status_parser = add(status, "a sweep's arms and the best so far")
     status_parser.add_argument("folder", type=Path, metavar="DIR", help="a sweep's folder")
     status_parser.add_argument("--follow", action="store_true", help="show it until the sweep ends, or Ctrl-C")
-    status_parser.set_defaults(command=status)
-    commands.add_parser("train", help="one run; a Hydra app: --help, --cfg job, -m", add_help=False)
-    plan_parser = commands.add_parser("plan", help="what a sweep would train, and its time, memory and disk")
-    plan_parser.add_argument("words", nargs="*", metavar="NAME|FILE key=value", help="default: quickstart")
-    plan_parser.set_defaults(command=plan)
-    compare_parser = commands.add_parser("compare", help="write and show the report again from what is on disk")
+    train_parser = commands.add_parser("train", help="one run; a Hydra app: --help, --cfg job, -m", add_help=False)
+    add_words(train_parser, "key=value", "settings of the run")
+    plan_parser = add(plan, "what a sweep would train, and its time, memory and disk")
+    add_words(plan_parser, "NAME|FILE key=value", "as in sweep")
+    compare_parser = add(compare, "write and show the report again from what is on disk")
     compare_parser.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="folders of sweeps")
-    compare_parser.set_defaults(command=compare)
-    export_parser = commands.add_parser("export", help="a run's adapter for PEFT, or the merged model for transformers")
+    export_parser = add(export, "a run's adapter for PEFT, or the merged model for transformers")
     export_parser.add_argument("run", type=Path, metavar="RUN", help="a run's folder")
     export_parser.add_argument("--format", required=True, choices=["peft", "merged"])
     export_parser.add_argument("--out", required=True, type=Path, metavar="D", help="a new or empty folder")
-    export_parser.set_defaults(command=export)
-    inspect_parser = commands.add_parser("inspect", help="what a run's weights say: how much of its rank it used")
+    inspect_parser = add(inspect, "what a run's weights say: how much of its rank it used")
     inspect_parser.add_argument("folder", type=Path, metavar="RUN", help="folder of a run, or of a sweep: its winners")
     inspect_parser.add_argument("other", type=Path, nargs="?", metavar="OTHER_RUN", help="a run to compare with")
     inspect_parser.add_argument("--format", choices=("table", "json", "csv"), default="table", help="what to print")
     inspect_parser.add_argument("--no-scores", action="store_true", help="don't score smaller ranks")
-    inspect_parser.set_defaults(command=inspect)
-    reproduce_parser = commands.add_parser(
-        "reproduce", help="run a run or a sweep again from its record and check that it is the same"
-    )
+    reproduce_parser = add(reproduce, "run a run or a sweep again from its record and check that it is the same")
     reproduce_parser.add_argument(
         "folder", type=Path, nargs="?", metavar="RUN|SWEEP", help="folder of a run, or of a whole sweep"
     )
@@ -111,64 +102,62 @@ def build_parser() -> argparse.ArgumentParser:
     reproduce_parser.add_argument("--tolerance", type=float, metavar="T", help="relative difference that still counts")
     reproduce_parser.add_argument("--steps", type=int, metavar="N", help="compare the first N steps only")
     reproduce_parser.add_argument("--output", type=Path, metavar="DIR", help="default: outputs/reproduce/NAME")
-    reproduce_parser.set_defaults(command=reproduce)
     for reader in (compare_parser, export_parser, inspect_parser, reproduce_parser):
         reader.add_argument("--trust", action="store_true", help="run code and read pickles that the record names")
+    if "_ARGCOMPLETE" in os.environ:  # the shell asks what may come next
+        import argcomplete
+
+        argcomplete.autocomplete(parser)
     return parser
+
+
+def complete_words(prefix: str, parsed_args: argparse.Namespace, **_: Any) -> Iterable[str]:
+    """Returns what a word may become: the name of a sweep, a key with `=`, or the options of a group."""
+    from lorasweep.config.completion import complete_override, sweep_names
+
+    is_first = not getattr(parsed_args, "words", None) and getattr(parsed_args, "command", None) in (sweep, plan)
+    return [*(sweep_names() if is_first and "=" not in prefix else ()), *complete_override(prefix)]
 
 
 def sweep(arguments: argparse.Namespace) -> int:
     """Starts a sweep, or resumes one, and ends with its report."""
-    from lorasweep.config.compose import parse_overrides
-    from lorasweep.record import read_sweep
+    from lorasweep import api
     from lorasweep.sweep.controller.lifecycle import saved_definition
-    from lorasweep.sweep.workers.train import add_jobs, hand_over
-    from lorasweep.training.inputs import InputsCache
+    from lorasweep.sweep.workers.train import add_jobs
 
-    inputs_cache, console = InputsCache(), PlainConsole()
-    if arguments.resume:
-        _refuse_other_settings(arguments.words)
-        definition = saved_definition(arguments.resume)
-    else:
-        definition = _read_definition(arguments.words)
-    if (worker := definition.driver.worker).name == "slurm" and worker.dry_run:
+    name, overrides = _split_name(arguments.words)
+    changes = api.read_changes(arguments.words) if arguments.resume else {}
+    asked = saved_definition(arguments.resume) if arguments.resume else api.read_sweep_definition(name, overrides)
+    if (worker := asked.driver.worker).name == "slurm" and worker.dry_run:
         from lorasweep.sweep.workers.slurm import batch_text
 
-        say(batch_text(worker, Path(definition.driver.sweep.output or f"outputs/{definition.name}")).removesuffix("\n"))
+        say(batch_text(worker, Path(asked.driver.sweep.output or f"outputs/{asked.name}")).removesuffix("\n"))
         return DONE
-    if arguments.resume and arguments.words:
-        added = add_jobs(arguments.resume, parse_overrides(arguments.words))
-        if added is not None:
-            say(f"the sweep runs; more Slurm jobs for it: {' '.join(added) or 'none, it has as many already'}")
-            return DONE
-    folder = _resume(arguments, inputs_cache) if arguments.resume else _start(definition, inputs_cache)
-    console.print(f"sweep {folder.record.name} in {folder.path}", highlight=False, markup=False, soft_wrap=True)
-    for note in folder.record.notes:
-        console.print(f"• {note}", highlight=False, markup=False)
-    known = _print_warnings(folder.record, console, after=0)
-    if (job := hand_over(folder)) is not None:
-        say(f"led by Slurm job {job}; what it prints is in {folder.path}/slurm/head. To look at the sweep type:")
-        say(f"    lorasweep status {folder.path} --follow")
+    if changes and (added := add_jobs(arguments.resume, changes)) is not None:
+        say(f"the sweep runs; more Slurm jobs for it: {' '.join(added) or 'none, it has as many already'}")
         return DONE
-    complete = _train(folder, inputs_cache, console=console)
-    _print_warnings(read_sweep(folder.path), console, after=known)
-    if not complete:
-        return _say_how_to_resume(folder.path)
-    return show_report([folder.path])
+    if arguments.resume:
+        result = api.resume_sweep(arguments.resume, overrides=changes)
+    else:
+        result = api.run_sweep(name, overrides=overrides)
+    if result.job is not None:
+        say(f"led by Slurm job {result.job}, whose output is in {result.folder}/slurm/head. To see the sweep type:")
+        say(f"    lorasweep status {result.folder} --follow")
+        return DONE
+    return _show_reports([result]) if result.status == "complete" else _say_how_to_resume(result)
 
 
 def status(arguments: argparse.Namespace) -> int:
     """Shows how a sweep stands; never changes it."""
-    from lorasweep.sweep.status import follow, read_status, render_status
+    from lorasweep.sweep.progress import show_until_over
+    from lorasweep.sweep.status import read_status, render_status
     from lorasweep.sweep.workers.train import describe_jobs
 
     console = PlainConsole()
-    now = read_status(arguments.folder)
     if arguments.follow:
         with suppress(KeyboardInterrupt):  # looking ends, the sweep goes on
-            follow(lambda: read_status(arguments.folder), console=console)
-        now = read_status(arguments.folder)
-    console.print(render_status(now))
+            show_until_over(arguments.folder, console)
+    console.print(render_status(read_status(arguments.folder)))
     if jobs := describe_jobs(arguments.folder):
         say(f"Slurm jobs: {jobs}")
     return DONE
@@ -176,12 +165,13 @@ def status(arguments: argparse.Namespace) -> int:
 
 def plan(arguments: argparse.Namespace) -> int:
     """Measures a few steps of each arm and shows what the sweep would take; trains nothing and writes nothing."""
+    from lorasweep import api
     from lorasweep.sweep.checks import check_definition
     from lorasweep.sweep.definition.plan import plan_sweep, render_plan
     from lorasweep.training.inputs import InputsCache
 
-    inputs_cache = InputsCache()
-    definition = _read_definition(arguments.words)
+    api.prepare_environment()
+    inputs_cache, definition = InputsCache(), api.read_sweep_definition(*_split_name(arguments.words))
     check_definition(definition, inputs_cache)
     PlainConsole().print(render_plan(definition, plan_sweep(definition, inputs_cache)))
     return DONE
@@ -189,7 +179,15 @@ def plan(arguments: argparse.Namespace) -> int:
 
 def compare(arguments: argparse.Namespace) -> int:
     """Writes the report of each sweep again and shows it."""
-    return show_report(arguments.folders)
+    from lorasweep.report import write_report
+    from lorasweep.results import load_sweep
+
+    results = [load_sweep(folder) for folder in arguments.folders]
+    for result in results:  # before anything is written
+        require_trusted(result.record.definition)
+    for result in results:
+        write_report(result.folder)
+    return _show_reports(results)
 
 
 def export(arguments: argparse.Namespace) -> int:
@@ -229,18 +227,21 @@ def inspect(arguments: argparse.Namespace) -> int:
 
 def reproduce(arguments: argparse.Namespace) -> int:
     """Runs a run, a trial or a whole sweep again and says whether it is the same."""
+    from lorasweep import api
     from lorasweep.record import SWEEP_FILE
+    from lorasweep.results import find_trial
     from lorasweep.runs.reproduce import reproduce_run
+    from lorasweep.stop_signal import StopSignal
 
     if (arguments.folder is None) == (arguments.trial is None):
         raise ConfigError("`lorasweep reproduce` must have a folder or `--trial SWEEP/ARM/NUMBER`, one of them.")
-    if arguments.folder is not None and (arguments.folder / SWEEP_FILE).is_file():
+    folder = find_trial(arguments.trial) if arguments.folder is None else arguments.folder
+    if (folder / SWEEP_FILE).is_file():
         return _reproduce_sweep(arguments)
-    run = arguments.folder if arguments.trial is None else _find_trial(arguments.trial)
     with StopSignal() as stop:
         found = reproduce_run(
-            run,
-            output=_new_output(arguments.output, Path("outputs") / "reproduce" / run.resolve().name),
+            folder,
+            output=api.reproduction_folder(folder, arguments.output),
             tolerance=arguments.tolerance,
             steps=arguments.steps,
             trust=arguments.trust,
@@ -253,363 +254,82 @@ def reproduce(arguments: argparse.Namespace) -> int:
 
 
 def _reproduce_sweep(arguments: argparse.Namespace) -> int:
-    """Runs a sweep again with as many threads, and compares proposals, decisions, losses and scores."""
-    import torch
-
-    from lorasweep.record import read_sweep
-    from lorasweep.runs.reproduce_sweep import compare_sweeps
-    from lorasweep.sweep.controller.lifecycle import saved_definition
-    from lorasweep.training.inputs import InputsCache
+    from lorasweep import api
 
     for name in ("tolerance", "steps"):
         if getattr(arguments, name) is not None:
             raise ConfigError(f"`--{name}` must be left out with a sweep, which is compared as a whole.")
-    original: Path = arguments.folder
-    record, definition = read_sweep(original), saved_definition(original)
-    if record.status != "complete":
-        raise RecordError(f"a sweep must be complete to be reproduced, but {str(original)!r} is {record.status}.")
-    if definition.driver.worker.name != "local":
-        raise ConfigError(
-            f"a sweep must have had one worker to be reproduced as a whole, but {str(original)!r} had "
-            f"`worker={definition.driver.worker.name}`: which result came first decided what was proposed. Reproduce "
-            "one of its trials with `--trial SWEEP/ARM/NUMBER`."
-        )
-    torch.set_num_threads(record.threads or torch.get_num_threads())
-    inputs_cache = InputsCache()
-    output = _new_output(arguments.output, Path("outputs") / "reproduce" / original.resolve().name)
-    folder = _create(definition, inputs_cache, output)
-    if not _train(folder, inputs_cache, console=PlainConsole()):
-        return _say_how_to_resume(folder.path)
-    found = compare_sweeps(original, output)
-    say(found.describe())
-    return DONE if found.holds else FAILED
+    result, compared = api.reproduce_sweep(arguments.folder, output=arguments.output)
+    if compared is None:
+        return _say_how_to_resume(result)
+    say(compared.describe())
+    return DONE if compared.holds else FAILED
 
 
-def show_report(folders: Sequence[Path]) -> int:
-    """Writes the report of each sweep and prints one table of all of them."""
-    from lorasweep.record import read_sweep
-    from lorasweep.report import render_terminal, write_report
-
-    for folder in folders:  # before anything is written
-        require_trusted(read_sweep(folder).definition)
-    for folder in folders:
-        write_report(folder)
-    console = PlainConsole()
-    console.print(render_terminal(*folders))
-    for folder in folders:
-        console.print(f"report: {folder / 'report' / 'index.html'}", highlight=False, markup=False, soft_wrap=True)
-    return DONE
-
-
-def train(arguments: list[str]) -> int:
+def train(arguments: Sequence[str]) -> int:
     """Runs one training as a plain Hydra app; `-m` runs a grid."""
-    import hydra
-    from hydra.core.hydra_config import HydraConfig
+    from lorasweep.train_app import run_train_app
 
-    from lorasweep.config.build import build
-    from lorasweep.config.compose import (
-        add_arguments,
-        check_command_line,
-        compose_values,
-        packaged_folder,
-        parse_overrides,
-        register_search_path,
-    )
-    from lorasweep.config.run import RunConfig
-
-    check_command_line(arguments)
-    register_search_path()
-    codes: list[int] = []
-    typed, is_grid = sys.argv, bool({"-m", "--multirun"} & set(arguments))
-
-    def task(composed: Any) -> None:
-        # as `sweep` composes it, where a class by `_target_` takes the place of what the default option sets
-        values = compose_values("train", parse_overrides(HydraConfig.get().overrides.task))
-        output, resume = values.pop("output"), bool(values.pop("resume"))
-        sys.argv = typed  # Lightning types it again to start other processes
-        codes.append(_guarded(lambda: train_once(build(RunConfig, values), output, resume=resume, is_grid=is_grid)))
-
-    sys.argv = ["lorasweep train", *add_arguments(arguments)]
-    app = hydra.main(version_base="1.3", config_path=str(packaged_folder("conf").resolve()), config_name="train")
-    app(task)()
-    return max(codes, default=DONE)
+    return max(run_train_app(arguments, show=_say_run, refuse=_say_exception), default=DONE)
 
 
-def train_once(config: RunConfig, output: str | None, *, resume: bool, is_grid: bool) -> int:
-    """Trains one run in its folder and prints its score; of several processes the first does."""
-    from lorasweep.training.inputs import build_inputs
-    from lorasweep.training.processes import join_processes, on_first
-    from lorasweep.training.restore import require_trusted_code
-
-    if is_grid and config.trainer.wants_processes:
-        raise ConfigError(
-            "`trainer.devices` must be 1 and `trainer.strategy` auto with `-m`, but got "
-            f"{config.trainer.devices!r} and {config.trainer.strategy_name}. Use `lorasweep sweep` instead of a grid."
-        )
-    require_trusted_code(config)
-    with join_processes(config.trainer) as group:
-        folder, ended = on_first(group, lambda: _train_folder(output, config, resume=resume))
-        if ended is not None:
-            return _say_score(ended, folder) if group.is_global_zero else DONE
-        with group.rank_zero_first(local=True):  # the others of a node find what it downloads in the node's caches
-            inputs = build_inputs(config)
-        return _train_in(folder, config, inputs, resume=resume, is_first=group.is_global_zero)
-
-
-def _train_in(folder: Path, config: RunConfig, inputs: RunInputs, *, resume: bool, is_first: bool) -> int:
-    from lorasweep.training.prepare import check_run
-    from lorasweep.training.run import train_run
-    from lorasweep.training.run_log import RunPlace
-
-    check_run(config, inputs.base)
-    for note in inputs.notes if is_first else ():
-        say(f"• {note}", file=sys.stderr)
-    with StopSignal() as stop:
-        record = train_run(config, RunPlace(folder=folder), inputs=inputs, stop_requested=stop, resume=resume)
-    if not is_first:  # Lightning ends all processes at once where one that it started ends with an error
-        return DONE
-    if record.status == "interrupted":
-        say_error(f"{record.reason}; to resume type the same with `output={folder} resume=true`")
-        return INTERRUPTED
-    swept = {"method": config.method.name, "optim.lr": config.optim.lr, "seed": config.seed}
-    write_hparams_row(record, folder, swept)
-    return _say_score(record, folder)
-
-
-def _say_score(record: RunRecord, folder: Path) -> int:
-    from lorasweep.wording import format_share
-
-    score = "-" if record.score is None else f"{record.score:.4f}"
-    say(
-        f"{record.metric} {score} at step {record.best.get('step', 0):.0f} of {record.steps_planned}, "
-        f"{record.trainable_params:,} trained parameters ({format_share(record.trainable_fraction)} of the base), "
-        f"{record.wall_s:.0f} s: {folder}"
-    )
-    return DONE
-
-
-def write_hparams_row(record: RunRecord, folder: Path, swept: Mapping[str, Any]) -> None:
-    """Writes a run's one row of TensorBoard's HParams tab."""
-    from lorasweep.report.board import write_hparams
-
-    if record.score is None:
-        return
-    measured = {
-        f"best/{record.metric}": record.score,
-        "trainable_params": float(record.trainable_params),
-        "peak_memory_bytes": float(record.peak_memory_bytes),
-        "wall_s": record.wall_s,
-    }
-    if record.metric in record.test:
-        measured[f"test/{record.metric}"] = record.test[record.metric]
-    write_hparams(folder, swept={"arm": record.arm or record.config["method"]["name"], **swept}, metrics=measured)
-
-
-class StopSignal:
-    """Whether SIGINT, SIGTERM, SIGUSR1 or SIGUSR2 came, to stop at the next step; a second SIGINT ends at once.
-
-    The latter two are what batch systems send before the time of a job is over.
-    """
-
-    def __init__(self) -> None:
-        self.requested = False
-        self._before: dict[int, Any] = {}
-
-    def __call__(self) -> bool:
-        """Whether a signal came."""
-        return self.requested
-
-    def __enter__(self) -> StopSignal:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
-            self._before[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, frame: object) -> None:
-        if self.requested and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.requested = True
-
-
-def _train(folder: SweepFolder, inputs_cache: Any, *, console: PlainConsole) -> bool:
-    """Trains what is left of an open sweep and closes it; returns whether the sweep is complete."""
-    from lorasweep.sweep.status import followed
-    from lorasweep.sweep.workers.train import train_sweep
-
-    with StopSignal() as stop, followed(folder.path, console=console):
-        return train_sweep(folder, inputs_cache, stop_requested=stop, run_ended=write_hparams_row)
-
-
-def _start(definition: Definition, inputs_cache: Any) -> SweepFolder:
-    from lorasweep.sweep.controller.lifecycle import new_folder
-
-    return _create(definition, inputs_cache, new_folder(definition.name, definition.driver.sweep.output))
-
-
-def _create(definition: Definition, inputs_cache: Any, path: Path) -> SweepFolder:
-    from lorasweep.sweep.checks import check_definition, data_notes, sweep_metric
-    from lorasweep.sweep.controller.lifecycle import create_sweep
-    from lorasweep.sweep.definition.packing import packing_notes
-    from lorasweep.sweep.workers.train import check_workers
-
-    for warning in check_workers(definition, path):
-        say(f"warning: {warning}")
-    configs = check_definition(definition, inputs_cache)
-    metric = sweep_metric(configs, inputs_cache)
-    notes = [*data_notes(configs, inputs_cache), *packing_notes(definition)]
-    return create_sweep(definition, path, configs=configs, metric=metric, notes=notes)
-
-
-def _read_definition(words: Sequence[str]) -> Definition:
-    from lorasweep.sweep.definition.arms import read_definition
-    from lorasweep.sweep.definition.sweep_file import find_sweep_file
-
-    named = bool(words) and "=" not in words[0]
-    name, overrides = (words[0], words[1:]) if named else ("quickstart", words)
-    return read_definition(find_sweep_file(name), overrides)
+def _split_name(words: Sequence[str]) -> tuple[str, list[str]]:
+    """Returns the sweep's name or file, and the overrides behind it."""
+    is_named = bool(words) and "=" not in words[0]
+    return (words[0], list(words[1:])) if is_named else ("quickstart", list(words))
 
 
 def _take_trust(words: Sequence[str]) -> list[str]:
-    """Trusts what `trust=[PACKAGE]` on a command line names, in this process, and returns the other words.
+    """Trusts packages that the command line names, in this process, and returns the other words."""
+    from lorasweep.config.trust import split_trust
 
-    Code that is named on the command line is trusted too. No file and no record can do either.
-    """
-    from lorasweep.config.compose import parse_overrides
-
-    typed = [word for word in words if word.startswith(f"{TRUST}=")]
-    given = parse_overrides(typed).get(TRUST, [])
-    packages = [str(package) for package in (given if isinstance(given, list) else [given])]
-    for package in packages:
-        if not package.isidentifier():
-            raise ConfigError(
-                f"`{TRUST}` must be names of packages, such as `{TRUST}=[optunahub]`, but got {package!r}. "
-                "Give the first word of the class's import path."
-            )
-    others = [word for word in words if word not in typed]
-    for key, value in (word.partition("=")[::2] for word in others):
-        setting = ".".join(key.split(".")[-2:])  # also of one arm: `arms.NAME.model.factory`
-        if setting in ("model.factory", "data.factory"):
-            packages.append(package_of(value.strip("'\"")))
-        elif setting in FLAGS_OF_CODE and value.lower() == "true":
-            packages.append(FLAGS_OF_CODE[setting])
+    packages, others = split_trust(words)
     set_trusted(packages)
     return others
 
 
-def _refuse_other_settings(words: Sequence[str]) -> None:
-    """Makes sure that a sweep that is resumed is given nothing but settings of its workers and its confirm stage."""
-    if foreign := [word for word in words if word.split("=")[0].split(".")[0] not in ("confirm", "worker")]:
-        raise ConfigError(
-            f"`--resume DIR` must stand alone or with settings of `worker` and `confirm`, but got "
-            f"{' '.join(foreign)!r} too: a search goes on as it began."
-        )
+def _say_run(result: RunResult) -> int:
+    from lorasweep.wording import format_share
 
-
-def _resume(arguments: argparse.Namespace, inputs_cache: Any) -> SweepFolder:
-    from lorasweep.config.compose import parse_overrides
-    from lorasweep.sweep.checks import check_definition
-    from lorasweep.sweep.controller.lifecycle import reopen_sweep
-    from lorasweep.sweep.workers.train import check_workers
-
-    folder = reopen_sweep(arguments.resume, changes=parse_overrides(arguments.words))
-    check_workers(folder.definition, folder.path)
-    check_definition(folder.definition, inputs_cache)
-    return folder
-
-
-def _find_trial(given: str) -> Path:
-    """The folder of the run of `SWEEP/ARM/NUMBER`; without ARM where the sweep has one arm only."""
-    from lorasweep.record import SWEEP_FILE, folder_of_run, read_sweep
-
-    path = Path(given)
-    arm = None if (path.parent / SWEEP_FILE).is_file() else path.parent.name
-    folder = path.parent if arm is None else path.parent.parent
-    record = read_sweep(folder)
-    names = [row.name for row in record.arms]
-    if arm is None and len(names) == 1:
-        arm = names[0]
-    for row in record.trials:
-        if row.arm == arm and str(row.number) == path.name:
-            return folder_of_run(folder, row.run)
-    raise ConfigError(
-        f"`--trial` must be SWEEP/ARM/NUMBER of a trial that was begun (arms: {', '.join(names)}), but got {given!r}."
+    if _rank() > 0:  # the first process says it for all of them
+        return DONE
+    record = result.record
+    if record.status == "interrupted":
+        say_error(f"{record.reason}; to resume type the same with `output={result.folder} resume=true`")
+        return INTERRUPTED
+    score = "-" if record.score is None else f"{record.score:.4f}"
+    say(
+        f"{record.metric} {score} at step {record.best.get('step', 0):.0f} of {record.steps_planned}, "
+        f"{record.trainable_params:,} trained parameters ({format_share(record.trainable_fraction)} of the base), "
+        f"{record.wall_s:.0f} s: {result.folder}"
     )
+    return DONE
 
 
-def _say_how_to_resume(path: Path) -> int:
-    from lorasweep.record import read_sweep
+def _show_reports(results: Sequence[SweepResult]) -> int:
+    """Prints the table of one sweep, or of several side by side, and where their pages are."""
+    from lorasweep.report import render_terminal
 
-    record = read_sweep(path)
+    console = PlainConsole()
+    console.print(render_terminal(*(result.folder for result in results)))
+    for result in results:
+        console.print(f"report: {result.report}", highlight=False, markup=False, soft_wrap=True)
+    return DONE
+
+
+def _say_how_to_resume(result: SweepResult) -> int:
+    record = result.record
     done = sum(row.state not in ("running", "paused") for row in record.trials)
     asked = sum(arm.trials for arm in record.arms)
     ended = sum(row.state != "running" for row in record.confirm)
     confirming = f" and {ended} runs of the confirm stage" if record.confirm else ""
     say_error(f"stopped with {done} of {asked} trials{confirming} done. To resume type:")
     trust = f" 'trust=[{','.join(packages)}]'" if (packages := trusted_packages()) else ""
-    say(f"    lorasweep sweep --resume {path}{trust}", file=sys.stderr)
+    say(f"    lorasweep sweep --resume {result.folder}{trust}", file=sys.stderr)
     return INTERRUPTED
 
 
-def _print_warnings(record: SweepRecord, console: PlainConsole, *, after: int) -> int:
-    """Prints the record's warnings from the given one on, and returns how many there are."""
-    for warning in record.warnings[after:]:
-        console.print(f"warning: {warning}", highlight=False, markup=False, soft_wrap=True)
-    return len(record.warnings)
-
-
-def _new_output(given: Path | None, default: Path) -> Path:
-    """The folder that was asked for, or the default one with the next free number behind it."""
-    return free_folder(default) if given is None else _require_new(given, key="--output")
-
-
-def _require_new(path: Path, *, key: str) -> Path:
-    if not is_new_or_empty(path):
-        raise ConfigError(
-            f"`{key}` must be a new or empty folder, but {str(path)!r} is not. Leave it out for a new one."
-        )
-    return path
-
-
-def _train_folder(output: str | None, config: RunConfig, *, resume: bool) -> tuple[Path, RunRecord | None]:
-    """The folder of a run; and the record of one that is resumed though it is complete."""
-    from lorasweep.record import RUN_FILE, read_run
-    from lorasweep.training.restore import check_same_run
-
-    if resume and output is None:
-        raise ConfigError("`resume=true` must come with `output=DIR`, the folder of the run, but `output` is null.")
-    if output is None:
-        number = 1
-        while (path := Path("outputs") / "train" / f"{number:04d}").exists():
-            number += 1
-        return path, None
-    path = Path(output)
-    if not resume or not (path / RUN_FILE).is_file():
-        return _require_new(path, key="output"), None
-    record = read_run(path)
-    check_same_run(record, config)
-    return path, record if record.status == "complete" else None
-
-
-@contextmanager
-def _threads_leave_files_to_us() -> Iterator[None]:
-    """Silences threads that can't write: TensorBoard's would print a traceback beside the sentence that we say."""
-    before = threading.excepthook
-
-    def quiet(what: threading.ExceptHookArgs) -> None:
-        if not issubclass(what.exc_type, OSError):
-            before(what)
-
-    threading.excepthook = quiet
-    try:
-        yield
-    finally:
-        threading.excepthook = before
-
-
-def _say_error(error: LoraSweepError | OSError) -> int:
+def _say_exception(error: LoraSweepError | OSError) -> int:
     """Prints an error as one sentence and returns its exit code.
 
     Of several processes that train together the first says what all of them end with, and each that it is alone.
@@ -628,11 +348,3 @@ def _rank() -> int:
     """Returns the place of this process among those that torchrun, srun or Lightning started with it."""
     found = (os.environ.get(name) for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"))
     return int(next((value for value in found if value), 0))
-
-
-def _guarded(action: Callable[[], int]) -> int:
-    """Runs an action inside Hydra, which would print an error as a traceback of its own."""
-    try:
-        return action()
-    except (LoraSweepError, OSError) as error:
-        return _say_error(error)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import TextIO
 
 from rich.console import Console, ConsoleOptions, RenderableType
@@ -36,3 +38,19 @@ def say(text: str, *, file: TextIO | None = None, keep: str = "\n") -> None:
 def say_error(text: str) -> None:
     """Prints one sentence on standard error, in one line and of a length that can be read."""
     say(f"lorasweep: {shorten(' '.join(text.splitlines()))}", file=sys.stderr, keep="")
+
+
+@contextmanager
+def threads_leave_file_errors() -> Iterator[None]:
+    """Silences threads that can't write a file: TensorBoard's would print a traceback beside the error's sentence."""
+    before = threading.excepthook
+
+    def quiet(what: threading.ExceptHookArgs) -> None:
+        if not issubclass(what.exc_type, OSError):
+            before(what)
+
+    threading.excepthook = quiet
+    try:
+        yield
+    finally:
+        threading.excepthook = before

@@ -15,6 +15,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from lorasweep.errors import ConfigError
+
 PROBE_BYTES = 2**20
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE})
 """What an operating system says of a disk, whatever was written."""
@@ -84,9 +86,20 @@ def free_folder(wanted: Path) -> Path:
     return path
 
 
-def is_new_or_empty(path: Path) -> bool:
-    """Returns whether a path is free for results: nothing is there, or a folder without files."""
-    return not path.exists() or (path.is_dir() and not any(path.iterdir()))
+def require_new_folder(path: Path, *, key: str, remedy: str = "Leave it out for a new one.") -> Path:
+    """Returns a path that is free for results: nothing is there, or a folder without files.
+
+    Args:
+        path: The folder that was asked for.
+        key: The setting or option that names it, for the message.
+        remedy: A sentence on what to do instead.
+
+    Raises:
+        ConfigError: Something is there.
+    """
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise ConfigError(f"`{key}` must be a new or empty folder, but {str(path)!r} is not. {remedy}")
+    return path
 
 
 def remove_leftovers(folder: Path) -> None:

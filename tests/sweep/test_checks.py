@@ -9,7 +9,9 @@ import pytest
 from lorasweep.errors import ConfigError
 from lorasweep.models.load import load_base
 from lorasweep.sweep.checks import check_definition, data_notes, sweep_metric
+from lorasweep.sweep.controller.stages import build_rule
 from lorasweep.sweep.definition.arms import read_definition
+from lorasweep.sweep.definition.warnings import find_warnings
 from lorasweep.training.inputs import InputsCache, RunInputs
 
 
@@ -63,14 +65,6 @@ def test_arms_with_different_metrics_are_refused(make_config):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (
-            {"pruner": "halving", "pruner.rungs": [0.99]},
-            "every rung of `pruner.rungs` must be near an evaluation",
-        ),
-        (
-            {"pruner": "halving", "trainer.eval_every_steps": 8},
-            "`trainer.eval_every_steps=8` and a rung at step",
-        ),
         ({"pruner._target_": "optuna.pruners.NoSuch"}, "`pruner._target_` must be the import path of a class"),
         ({"pruner._target_": "optuna.pruners.PercentilePruner"}, "`pruner` must have arguments that"),
     ],
@@ -83,6 +77,16 @@ def test_a_rule_that_cant_be_is_refused_with_its_arm(write_file, content, tiny_b
         check_definition(definition, tiny_benches)
     assert message in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(("rungs", "every", "expected"), [([0.5, 0.99], 2, (4,)), ([0.5], 8, ())])
+def test_a_rung_without_an_evaluation_before_the_end_is_left_out(write_file, content, rungs, every, expected):
+    content["settings"] |= {"pruner": "halving", "pruner.rungs": rungs, "trainer.eval_every_steps": every}
+    definition = read_definition(write_file(content), [])
+    rules = [build_rule(arm) for arm in definition.arms if arm.name != "frozen"]
+    assert {getattr(rule, "rungs", None) for rule in rules} == {expected}
+    warned = [warning for warning in find_warnings(definition) if "trainer.eval_every_steps" in warning]
+    assert len(warned) == (not expected)
 
 
 def test_the_frozen_base_needs_no_rung(write_file, content, tiny_benches):

@@ -12,10 +12,10 @@ import torch
 from lightning.pytorch.callbacks import LearningRateMonitor
 from torch.distributed.tensor import DTensor
 
-from lorasweep.cli import StopSignal
 from lorasweep.config.compose import compose_run
 from lorasweep.data.tasks import LanguageModelling
 from lorasweep.models.load import fingerprint_weights
+from lorasweep.stop_signal import StopSignal
 from lorasweep.training.inputs import InputsCache
 from lorasweep.training.processes import join_processes
 from lorasweep.training.run import train_run

@@ -25,6 +25,7 @@ from tensorboard.plugins.hparams.summary_v2 import hparams_pb
 from tensorboard.plugins.text import metadata as text_metadata
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
+from lorasweep.record import RunRecord
 from lorasweep.redaction import redact
 from lorasweep.report.advice.noise import rank_groups, rank_of
 from lorasweep.report.summary import ArmSummary, Summary
@@ -72,6 +73,27 @@ def write_hparams(folder: Path, *, swept: Mapping[str, Any], metrics: Mapping[st
     )
     values = [_scalar(name, value) for name, value in metrics.items() if value is not None and math.isfinite(value)]
     _write_events(folder / HPARAMS_FOLDER, [(0, session), *((0, value) for value in values), (0, ended)])
+
+
+def write_run_hparams(record: RunRecord, folder: Path, swept: Mapping[str, Any]) -> None:
+    """Writes the row of a run that was evaluated.
+
+    Args:
+        record: The run's record.
+        folder: Its folder.
+        swept: Keys (dotted) and values that tell it from other runs.
+    """
+    if record.score is None:
+        return
+    metrics = {
+        f"best/{record.metric}": record.score,
+        "trainable_params": float(record.trainable_params),
+        "peak_memory_bytes": float(record.peak_memory_bytes),
+        "wall_s": record.wall_s,
+    }
+    if record.metric in record.test:
+        metrics[f"test/{record.metric}"] = record.test[record.metric]
+    write_hparams(folder, swept={"arm": record.arm or record.config["method"]["name"], **swept}, metrics=metrics)
 
 
 def write_board(data: SweepData, summary: Summary, folder: Path) -> None:

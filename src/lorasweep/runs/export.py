@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from lorasweep.config.model import ModelConfig
 from lorasweep.config.run import RunConfig
-from lorasweep.disk import is_new_or_empty
+from lorasweep.disk import require_new_folder
 from lorasweep.errors import ConfigError, RunError, first_line
 from lorasweep.lora import load_adapter, save_adapter
 from lorasweep.lora.merge import weights_in_fp32
@@ -121,8 +121,7 @@ def _check_request(config: RunConfig, *, format: ExportFormat, out: Path) -> Non
             f"`--format` must be merged for a run of `method={method}`, but got 'peft': only `method=lora` trains an "
             "adapter. Use `--format merged`."
         )
-    if not is_new_or_empty(out):
-        raise ConfigError(f"`--out` must be a new or empty folder, but {str(out)!r} is not. Name another one.")
+    require_new_folder(out, key="--out", remedy="Name another one.")
 
 
 def _export_adapter(record: RunRecord, config: RunConfig, best: Path, folder: Path) -> tuple[Tensor, Tensor]:

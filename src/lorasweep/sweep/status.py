@@ -6,33 +6,24 @@ locks and changes nothing and needs no database.
 
 from __future__ import annotations
 
-import threading
-import time
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field, replace
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE
-from rich.console import Console, Group, RenderableType
-from rich.live import Live
+from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from lorasweep.errors import RecordError
 from lorasweep.record import ArmRow, ConfirmRow, SweepRecord, TrialRow, read_sweep, winners
 from lorasweep.sweep.controller.lifecycle import is_running
 from lorasweep.sweep.definition.seeds import SEED_KEYS, describe_confirm
 from lorasweep.wording import UNKNOWN, format_seconds, format_setting
 
-POLL_INTERVAL_S = 1.0
-"""Seconds between two looks at a sweep that is followed."""
-MAX_READ_SHARE = 0.05
-"""Most of the time that looking may take. The process that looks may also be the one that trains."""
 MAX_SHOWN_RUNS = 16
 """How many of the running trials get a line below the table."""
 
@@ -127,81 +118,13 @@ def render_status(status: SweepStatus) -> RenderableType:
     return Group(Text(title, style="bold"), _arms_table(status), *map(Text, notes))
 
 
-def follow(read: Callable[[], SweepStatus], *, console: Console) -> None:
-    """Shows a sweep until it is over: a table that moves; without a terminal, a line for each trial that ends."""
-    _follow(read, read(), console=console, stop=None)
-
-
-@contextmanager
-def followed(folder: Path, *, console: Console) -> Iterator[None]:
-    """Shows a sweep from a thread of this process while the caller has it trained, here or elsewhere."""
-
-    def read() -> SweepStatus:
-        return replace(read_status(folder), is_running=True)  # also before a process on Ray has opened it
-
-    stop = threading.Event()
-    thread = threading.Thread(target=_follow, args=(read, read()), kwargs={"console": console, "stop": stop})
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
-
-
 def describe_params(params: Mapping[str, Any]) -> str:
     """Returns swept values in one line: `method.rank=8 optim.lr=0.0123`."""
     return " ".join(f"{key}={format_setting(value)}" for key, value in params.items())
 
 
-def _follow(
-    read: Callable[[], SweepStatus], first: SweepStatus, *, console: Console, stop: threading.Event | None
-) -> None:
-    """Shows a sweep until `stop` is set; where it is None, until the sweep is over.
-
-    Args:
-        read: Returns how the sweep stands now.
-        first: How it stood before. Trials that had ended by then get no line.
-        console: Where to show it.
-        stop: Set by the caller once the sweep is trained no longer.
-    """
-    status, shown = first, {row.run for row in _ended_rows(first.record)}
-    live = Live(console=console, get_renderable=lambda: render_status(status), transient=True)
-    with live if console.is_terminal else nullcontext():
-        while True:
-            is_last = stop is not None and stop.is_set()
-            began = time.monotonic()
-            with suppress(RecordError, OSError):  # the folder is being moved, or a disk is away for a while
-                status = read()
-            read_s = time.monotonic() - began
-            if not console.is_terminal:
-                for line in _new_lines(status, shown):
-                    console.print(escape(line), highlight=False, soft_wrap=True)
-            if is_last or (stop is None and status.is_over):
-                return
-            (stop or threading.Event()).wait(max(POLL_INTERVAL_S, read_s / MAX_READ_SHARE))
-
-
-def _new_lines(status: SweepStatus, shown: set[str]) -> Iterator[str]:
-    """Yields a line for each trial that has ended and is not in `shown` (by its run), and puts it there."""
-    record = status.record
-    new = [row for row in _ended_rows(record) if row.run not in shown]
-    done = Counter((type(row), row.arm) for row in _ended_rows(record) if row.run in shown)
-    trials_asked = {arm.name: arm.asked for arm in status.arms}
-    seeds_asked = {arm.name: arm.seeds_asked for arm in status.arms}
-    for row in new:
-        in_search = isinstance(row, TrialRow)
-        if not in_search and not any(kind is ConfirmRow for kind, _ in done):
-            yield f"confirm: {describe_confirm(len(record.confirm_seeds))}"
-        done[type(row), row.arm] += 1
-        shown.add(row.run)
-        asked = (trials_asked if in_search else seeds_asked).get(row.arm, 0)
-        score = "-" if row.value is None else f"{row.value:.4f}"
-        params = describe_params(_params_of(row, record))
-        yield f"{row.arm} {done[type(row), row.arm]}/{asked}  {row.state:<10} {score:>8}  {params}"
-
-
-def _ended_rows(record: SweepRecord) -> Iterator[TrialRow | ConfirmRow]:
+def ended_rows(record: SweepRecord) -> Iterator[TrialRow | ConfirmRow]:
+    """Yields the trials of both stages that have ended."""
     return (row for row in _rows(record) if row.state not in ("running", "paused"))
 
 
@@ -217,7 +140,7 @@ def _running_lines(record: SweepRecord) -> Iterator[str]:
     if record.confirm:
         yield f"confirm: {describe_confirm(len(record.confirm_seeds))}"
     for row in islice(running, MAX_SHOWN_RUNS):
-        params = _params_of(row, record)
+        params = params_of(row, record)
         steps = params.get("trainer.max_steps", steps_of.get(row.arm))
         name = f"trial {row.number}" if isinstance(row, TrialRow) else "confirm"
         value = "" if row.last_value is None else f"  {row.last_value:.4f}"
@@ -226,8 +149,8 @@ def _running_lines(record: SweepRecord) -> Iterator[str]:
         yield f"now: {len(running) - MAX_SHOWN_RUNS} more"
 
 
-def _params_of(row: TrialRow | ConfirmRow, record: SweepRecord) -> dict[str, Any]:
-    """The swept values of a run; in the confirm stage those of the arm's winner, and the seed."""
+def params_of(row: TrialRow | ConfirmRow, record: SweepRecord) -> dict[str, Any]:
+    """Returns the swept values of a run; in the confirm stage those of the arm's best trial, and the seed."""
     if isinstance(row, TrialRow):
         return row.params
     for trial in record.trials:

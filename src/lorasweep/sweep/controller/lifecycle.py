@@ -10,11 +10,13 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from optuna.storages import BaseStorage
+import optuna
+from optuna.storages import BaseStorage, JournalStorage
+from optuna.storages.journal import JournalFileBackend
 
 from lorasweep.config.run import RunConfig
 from lorasweep.data.tasks import goal_direction
-from lorasweep.disk import free_folder, is_new_or_empty, network_file_system, remove_leftovers
+from lorasweep.disk import free_folder, network_file_system, remove_leftovers, require_new_folder
 from lorasweep.errors import ConfigError, RecordError
 from lorasweep.record import SWEEP_FILE, SweepRecord, read_sweep, sha256_of, utc_now, write_record
 from lorasweep.sweep.controller.folder import LOCK_FILE, SweepFolder
@@ -41,14 +43,10 @@ def new_folder(name: str, wanted: str | None) -> Path:
     Raises:
         ConfigError: The folder that was asked for is not empty.
     """
-    if wanted is not None:
-        if not is_new_or_empty(Path(wanted)):
-            raise ConfigError(
-                f"`sweep.output` must be a new or empty folder, but {wanted!r} is not. "
-                f"To resume a sweep type `lorasweep sweep --resume {wanted}`."
-            )
-        return Path(wanted)
-    return free_folder(Path("outputs") / name)
+    if wanted is None:
+        return free_folder(Path("outputs") / name)
+    remedy = f"To resume a sweep type `lorasweep sweep --resume {wanted}`."
+    return require_new_folder(Path(wanted), key="sweep.output", remedy=remedy)
 
 
 def create_sweep(
@@ -120,6 +118,23 @@ def saved_definition(path: Path, *, changes: Mapping[str, Any] | None = None) ->
     if changes:
         record.definition = _with_changes(record.definition, changes)
     return _restore(record, path, source=Path(record.source) if record.source else None)
+
+
+def load_study(path: Path, arm: str) -> optuna.Study:
+    """Returns the study of an arm of the sweep in a folder, for reading.
+
+    Raises:
+        RecordError: The folder is not a sweep, or has no study of the arm.
+        ConfigError: The sweep's database does not answer.
+    """
+    record, config = read_sweep(path), saved_definition(path).driver.storage
+    try:
+        # Optuna's own journal, not ours, which would cut off what another process is writing at its end
+        journal = JournalFileBackend(str(path / JOURNAL_FILE)) if config.url is None else None
+        storage = open_storage(config, path) if journal is None else JournalStorage(journal)
+        return optuna.load_study(study_name=record.study_prefix + arm, storage=storage)
+    except KeyError as error:
+        raise RecordError(f"a sweep must have a study for each arm, but {str(path)!r} has none of `{arm}`.") from error
 
 
 def reopen_sweep(path: Path, *, changes: Mapping[str, Any] | None = None) -> SweepFolder:

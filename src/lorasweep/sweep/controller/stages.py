@@ -18,7 +18,6 @@ from optuna.trial import TrialState
 from lorasweep.config.run import RunConfig
 from lorasweep.config.sweep import FixedSampler, HalvingPruner, MedianPruner, PrunerConfig
 from lorasweep.config.targets import Component, instantiate
-from lorasweep.errors import ConfigError
 from lorasweep.sweep.controller.arm_trials import ArmTrials
 from lorasweep.sweep.controller.component_sampler import ask_component
 from lorasweep.sweep.controller.entry import Entry
@@ -201,7 +200,7 @@ def build_rule(arm: Arm) -> StoppingRule:
     """Returns the rule by which an arm's trials are paused.
 
     Raises:
-        ConfigError: No rung lies at an evaluation before the last step, or the pruner can't be built.
+        ConfigError: The pruner can't be built.
     """
     pruner = arm.driver.pruner
     trainer = next(arm.corners()).trainer
@@ -209,26 +208,19 @@ def build_rule(arm: Arm) -> StoppingRule:
         return NoStopping()
     steps = range(trainer.eval_every_steps, trainer.max_steps, trainer.eval_every_steps)
     if isinstance(pruner, HalvingPruner):
-        _check_rungs(pruner.rungs, steps, max_steps=trainer.max_steps)
-        rungs = sorted({min(steps, key=lambda step: (abs(step - f * trainer.max_steps), step)) for f in pruner.rungs})
+        # A rung behind the last evaluation but one would compare trials that have ended: it is left out.
+        wanted = [fraction * trainer.max_steps for fraction in pruner.rungs]
+        latest = steps[-1] + steps.step / 2 if steps else 0
+        near = [min(steps, key=lambda step: (abs(step - rung), step)) for rung in wanted if rung <= latest]
+        rungs = sorted(set(near))
+        if not rungs:
+            return NoStopping()  # `find_warnings` says so
         return Halving(rungs=tuple(rungs), reduction_factor=pruner.reduction_factor, min_survivors=pruner.min_survivors)
     if isinstance(pruner, MedianPruner):
         rungs = [step for step in steps if step >= pruner.min_fraction * trainer.max_steps]
         return MedianOfPeers(rungs=tuple(rungs), min_trials=pruner.min_trials)
     _own_pruner(pruner)
     return NoStopping()
-
-
-def _check_rungs(rungs: tuple[float, ...], steps: range, *, max_steps: int) -> None:
-    half = steps.step / 2
-    last = steps[-1] if steps else 0
-    for rung in rungs:
-        if rung * max_steps > last + half or not steps:
-            raise ConfigError(
-                f"every rung of `pruner.rungs` must be near an evaluation before the last step, but it has {max_steps} "
-                f"steps, `trainer.eval_every_steps={steps.step}` and a rung at step {rung * max_steps:.0f}. "
-                "Evaluate more often, choose an earlier rung, or use `pruner=none`."
-            )
 
 
 def _own_pruner(config: PrunerConfig) -> BasePruner | None:

@@ -113,14 +113,20 @@ class Definition:
         return hashlib.sha256(json.dumps(searched, sort_keys=True).encode()).hexdigest()
 
 
-def read_definition(source: Path, overrides: Sequence[str]) -> Definition:
-    """Composes a sweep file with the command line's overrides and checks every arm.
+def read_definition(source: Path | Mapping[str, Any], overrides: Sequence[str] | Mapping[str, Any] = ()) -> Definition:
+    """Composes a sweep file, or the content of one, with overrides and checks every arm.
+
+    Args:
+        source: The file, or its content.
+        overrides: Words of the command line, or dotted keys and values.
 
     Raises:
         ConfigError: The file can't be read, a key or range is wrong, or an arm does not compose.
     """
-    raw = {"file": read_content(source), "overrides": parse_overrides(overrides)}
-    raw = _with_absolute_paths(raw)
+    typed = dict(overrides) if isinstance(overrides, Mapping) else parse_overrides(overrides)
+    raw = _with_absolute_paths({"file": read_content(source), "overrides": typed})
+    if isinstance(source, Mapping):
+        return restore_definition(raw, source=None)
     try:
         return restore_definition(raw, source=source)
     except ConfigError as error:

@@ -43,21 +43,22 @@ def find_sweep_file(name: str) -> Path:
     )
 
 
-def read_content(source: Path) -> Any:
-    """Returns what a sweep file holds, as nested mappings and lists.
+def read_content(source: Path | Mapping[str, Any]) -> Any:
+    """Returns the content of a sweep file as nested mappings and lists, with its interpolations resolved.
 
     Raises:
-        ConfigError: It is no YAML file.
+        ConfigError: It is no YAML file, or the content holds what YAML can't.
     """
     try:
-        loaded = OmegaConf.load(source)
+        loaded = OmegaConf.create(dict(source)) if isinstance(source, Mapping) else OmegaConf.load(source)
         check_interpolations(OmegaConf.to_container(loaded, resolve=False))
         return OmegaConf.to_container(loaded, resolve=True)
     except ConfigError:
         raise
     except (YAMLError, OmegaConfBaseException, OSError, ValueError) as error:
         reason = " ".join(str(error).split())
-        raise ConfigError(f"{str(source)!r} must be a YAML file, but can't be read: {reason}.") from error
+        name = "a sweep" if isinstance(source, Mapping) else repr(str(source))
+        raise ConfigError(f"{name} must be a YAML file or what one holds, but can't be read: {reason}.") from error
 
 
 def parse_file(content: Any) -> SweepFile:

@@ -12,9 +12,11 @@ from lorasweep.config.data import longest_row
 from lorasweep.config.method import LoraConfig
 from lorasweep.config.ranges import MAX_WIDTH_DIFFERENCE_DECADES, width_in_decades
 from lorasweep.config.run import RunConfig
+from lorasweep.config.sweep import HalvingPruner
 from lorasweep.sweep.definition.arms import Arm, Definition
 from lorasweep.sweep.definition.scaling import MULTIPLIER
 from lorasweep.sweep.definition.space import describe_space
+from lorasweep.wording import join_words
 
 LR = "optim.lr"
 
@@ -26,6 +28,7 @@ def find_warnings(definition: Definition) -> list[str]:
         *_warn_of_budgets(definition.arms),
         *_warn_of_rates(definition.arms),
         *(warning for family in families for warning in _warn_of_alpha(family)),
+        *_warn_of_no_rung(definition.arms),
         *_warn_of_one_seed(definition),
     ]
 
@@ -88,6 +91,22 @@ def _warn_of_alpha(family: Sequence[Arm]) -> Iterator[str]:
 def _moves_alpha(arm: Arm) -> bool:
     """Returns whether α is searched, or follows the rank."""
     return bool({"method.alpha", MULTIPLIER} & {*arm.space, *arm.expanded}) or MULTIPLIER in arm.settings
+
+
+def _warn_of_no_rung(arms: Sequence[Arm]) -> Iterator[str]:
+    """Warns of arms with a pruner whose first evaluation is at the last step."""
+    late = [
+        arm.name
+        for arm in arms
+        for trainer in [next(arm.corners()).trainer]
+        if isinstance(arm.driver.pruner, HalvingPruner) and trainer.eval_every_steps >= trainer.max_steps
+        if next(arm.corners()).method.name != "frozen"
+    ]
+    if late:
+        yield (
+            f"No trial of {join_words(late)} is stopped early, because there is no evaluation before the last step. "
+            "Lower `trainer.eval_every_steps`, or choose `pruner=none`."
+        )
 
 
 def _warn_of_one_seed(definition: Definition) -> Iterator[str]:

@@ -1,0 +1,300 @@
+"""Sweeps and runs from Python. The command line calls these functions and prints what they return.
+
+    result = lorasweep.run_sweep("quickstart", overrides=["trainer.max_steps=60"])
+    print(result.best("lora").params)
+
+A wrong request raises `ConfigError`, a damaged file `RecordError`, everything else that keeps a run or a sweep from
+going on another `LoraSweepError`. Ctrl-C ends a sweep or a run after the present step, with a checkpoint: its result
+has the status `interrupted` and can be resumed. A second Ctrl-C raises KeyboardInterrupt.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import torch
+
+from lorasweep.config.compose import compose_run, parse_overrides
+from lorasweep.config.run import RunConfig
+from lorasweep.config.targets import set_trusted, trusted_packages
+from lorasweep.config.trust import check_packages, packages_of
+from lorasweep.console import PlainConsole, say
+from lorasweep.disk import free_folder, require_new_folder
+from lorasweep.errors import ConfigError, RecordError
+from lorasweep.record import RUN_FILE, RunRecord, read_run, read_sweep
+from lorasweep.report import write_report
+from lorasweep.report.board import write_run_hparams
+from lorasweep.results import RunResult, SweepResult, load_run, load_sweep
+from lorasweep.runs.reproduce_sweep import SweepReproduction, compare_sweeps
+from lorasweep.stop_signal import StopSignal
+from lorasweep.sweep.checks import check_definition, data_notes, sweep_metric
+from lorasweep.sweep.controller.folder import SweepFolder
+from lorasweep.sweep.controller.lifecycle import create_sweep, new_folder, reopen_sweep, saved_definition
+from lorasweep.sweep.definition.arms import Definition, read_definition
+from lorasweep.sweep.definition.packing import packing_notes
+from lorasweep.sweep.definition.sweep_file import find_sweep_file
+from lorasweep.sweep.progress import show_progress, watch_sweep
+from lorasweep.sweep.status import SweepStatus
+from lorasweep.sweep.workers.train import check_workers, hand_over, train_sweep
+from lorasweep.training.inputs import InputsCache, build_inputs
+from lorasweep.training.prepare import check_run
+from lorasweep.training.processes import join_processes, on_first
+from lorasweep.training.restore import check_same_run, require_trusted_code
+from lorasweep.training.run import train_run as train_in_folder
+from lorasweep.training.run_log import RunPlace
+
+__all__ = ["load_run", "load_sweep", "resume_sweep", "run_sweep", "train_run"]
+
+Overrides: TypeAlias = Sequence[str] | Mapping[str, Any]
+"""Words of the command line (`["optim.lr=1e-3"]`), or dotted keys and values (`{"optim.lr": 1e-3}`)."""
+Progress: TypeAlias = Callable[[SweepStatus], None] | Literal["auto"] | None
+"""Called with the state of a sweep about once a second, from a thread. `auto` shows a live table in a terminal, and
+plain lines in a notebook or a pipe."""
+RESUME_KEYS = ("confirm", "worker")
+"""Groups of settings that may change when a sweep is resumed: a search goes on as it began."""
+
+
+def run_sweep(
+    sweep: str | Path | Mapping[str, Any] = "quickstart",
+    *,
+    overrides: Overrides = (),
+    output: str | Path | None = None,
+    trust: Sequence[str] = (),
+    progress: Progress = "auto",
+) -> SweepResult:
+    """Runs a sweep, writes its report, and returns what it found.
+
+    Args:
+        sweep: Name of a sweep that lorasweep or the folder `sweeps/` has, a YAML file, or the content of one.
+        overrides: Settings that win over those of the sweep.
+        output: A new or empty folder; by default `outputs/NAME` with the next free number.
+        trust: Packages that the sweep's settings may run code of, beside the usual ones.
+        progress: Takes the state of the sweep while it runs.
+
+    Raises:
+        ConfigError: The request is wrong; nothing was written.
+        LoraSweepError: The sweep can't go on; `resume_sweep` continues it once the cause is gone.
+    """
+    with _session(trust, overrides):
+        definition = read_sweep_definition(sweep, overrides)
+        inputs_cache = InputsCache()
+        opened = start_sweep(definition, inputs_cache, output=output)
+        return train_opened_sweep(opened, inputs_cache, progress=progress)
+
+
+def resume_sweep(
+    folder: str | Path,
+    *,
+    overrides: Overrides = (),
+    trust: Sequence[str] = (),
+    progress: Progress = "auto",
+) -> SweepResult:
+    """Continues a sweep to the same number of trials, writes its report, and returns what it found.
+
+    Args:
+        folder: The sweep's folder.
+        overrides: Other settings of `worker` and `confirm`, such as `["confirm.seeds=5"]`.
+        trust: As in `run_sweep`.
+        progress: As in `run_sweep`.
+
+    Raises:
+        ConfigError: `overrides` would change the search, or the sweep file has changed.
+        RecordError: The folder is not a sweep, is damaged, or another process runs it.
+        LoraSweepError: The sweep can't go on.
+    """
+    with _session(trust, overrides):
+        opened = reopen_sweep(Path(folder), changes=read_changes(overrides))
+        check_workers(opened.definition, opened.path)
+        inputs_cache = InputsCache()
+        check_definition(opened.definition, inputs_cache)
+        return train_opened_sweep(opened, inputs_cache, progress=progress)
+
+
+def train_run(
+    overrides: Overrides = (), *, output: str | Path | None = None, resume: bool = False, trust: Sequence[str] = ()
+) -> RunResult:
+    """Trains one run and returns its result. Several processes that train a run together all call this.
+
+    Args:
+        overrides: The settings that differ from the defaults, such as `["method.rank=8", "optim.lr=1e-3"]`.
+        output: A new or empty folder; by default the next one of `outputs/train/0001`, `0002`, ...
+        resume: Whether to continue the run in `output`.
+        trust: Packages that the settings may run code of, beside the usual ones.
+
+    Raises:
+        ConfigError: The request is wrong.
+        RunError: The run diverged or does not fit in memory; its record says so.
+    """
+    with _session(trust, overrides):
+        config = compose_run(_parse(overrides))
+        return load_run(train_config(config, output=None if output is None else str(output), resume=resume).folder)
+
+
+def read_sweep_definition(sweep: str | Path | Mapping[str, Any], overrides: Overrides) -> Definition:
+    """Returns what a sweep asks for.
+
+    Raises:
+        ConfigError: There is no such sweep, or a key or value is wrong.
+    """
+    content = sweep if isinstance(sweep, Mapping) else find_sweep_file(str(sweep))
+    return read_definition(content, _parse(overrides))
+
+
+def read_changes(overrides: Overrides) -> dict[str, Any]:
+    """Returns the settings that a sweep is resumed with in place of those that it began with.
+
+    Raises:
+        ConfigError: One would change the search.
+    """
+    changes = _parse(overrides)
+    if foreign := [key for key in changes if key.split(".")[0] not in RESUME_KEYS]:
+        raise ConfigError(
+            f"a sweep is resumed with other settings of `worker` and `confirm` only, but got `{'`, `'.join(foreign)}` "
+            "too. Start a new sweep to change what is searched."
+        )
+    return changes
+
+
+def start_sweep(definition: Definition, inputs_cache: InputsCache, *, output: str | Path | None) -> SweepFolder:
+    """Checks a sweep against its models, data and workers, and makes its folder.
+
+    Raises:
+        ConfigError: Something does not fit; nothing was written.
+    """
+    wanted = definition.driver.sweep.output if output is None else str(output)
+    path = new_folder(definition.name, wanted)
+    warnings = check_workers(definition, path)
+    configs = check_definition(definition, inputs_cache)
+    metric = sweep_metric(configs, inputs_cache)
+    notes = [*data_notes(configs, inputs_cache), *packing_notes(definition)]
+    opened = create_sweep(definition, path, configs=configs, metric=metric, notes=notes)
+    opened.record.warnings += warnings
+    return opened
+
+
+def train_opened_sweep(opened: SweepFolder, inputs_cache: InputsCache, *, progress: Progress) -> SweepResult:
+    """Trains what is left of an open sweep and closes it; a complete one gets its report."""
+    folder = opened.path
+    if (job := hand_over(opened)) is not None:
+        return SweepResult(folder, read_sweep(folder), job)
+    with StopSignal() as stop, _watched(folder, progress):
+        is_complete = train_sweep(opened, inputs_cache, stop_requested=stop, run_ended=write_run_hparams)
+    if is_complete:
+        write_report(folder)
+    return load_sweep(folder)
+
+
+def train_config(config: RunConfig, *, output: str | None, resume: bool) -> RunResult:
+    """Trains one run in its folder; of several processes each calls this."""
+    prepare_environment()
+    require_trusted_code(config)
+    with join_processes(config.trainer) as group:
+        folder, ended = on_first(group, lambda: _run_folder(output, config, resume=resume))
+        if ended is not None:
+            return RunResult(folder=folder, record=ended)
+        with group.rank_zero_first(local=True):  # the others of a node find what it downloads in the node's caches
+            inputs = build_inputs(config)
+        check_run(config, inputs.base)
+        for note in inputs.notes if group.is_global_zero else ():
+            say(f"• {note}", file=sys.stderr)
+        with StopSignal() as stop:
+            place = RunPlace(folder=folder)
+            record = train_in_folder(config, place, inputs=inputs, stop_requested=stop, resume=resume)
+        if group.is_global_zero and record.status != "interrupted":
+            swept = {"method": config.method.name, "optim.lr": config.optim.lr, "seed": config.seed}
+            write_run_hparams(record, folder, swept)
+        return RunResult(folder=folder, record=record)
+
+
+def reproduce_sweep(
+    folder: Path, *, output: Path | None = None, progress: Progress = "auto"
+) -> tuple[SweepResult, SweepReproduction | None]:
+    """Runs a sweep again with as many threads, and compares proposals, decisions, losses and scores.
+
+    Args:
+        folder: The sweep to run again.
+        output: A new or empty folder; by default `outputs/reproduce/NAME` with the next free number.
+        progress: As in `run_sweep`.
+
+    Returns:
+        The repetition, and how it compares; None where it was interrupted.
+
+    Raises:
+        ConfigError: The sweep had several workers.
+        RecordError: It is not complete, or its folder is not a sweep.
+    """
+    prepare_environment()
+    record, definition = read_sweep(folder), saved_definition(folder)
+    if record.status != "complete":
+        raise RecordError(f"a sweep must be complete to be reproduced, but {str(folder)!r} is {record.status}.")
+    if (worker := definition.driver.worker.name) != "local":
+        raise ConfigError(
+            f"a sweep must have had one worker to be reproduced as a whole, but {str(folder)!r} had `worker={worker}`: "
+            "which result came first decided what was proposed. Reproduce one of its trials with "
+            "`--trial SWEEP/ARM/NUMBER`."
+        )
+    torch.set_num_threads(record.threads or torch.get_num_threads())
+    inputs_cache = InputsCache()
+    opened = start_sweep(definition, inputs_cache, output=reproduction_folder(folder, output))
+    result = train_opened_sweep(opened, inputs_cache, progress=progress)
+    return result, compare_sweeps(folder, result.folder) if result.status == "complete" else None
+
+
+def reproduction_folder(original: Path, wanted: Path | None) -> Path:
+    """Returns where to repeat a run or a sweep: the folder that was asked for, or `outputs/reproduce/NAME`."""
+    if wanted is not None:
+        return require_new_folder(wanted, key="--output")
+    return free_folder(Path("outputs") / "reproduce" / original.resolve().name)
+
+
+@contextmanager
+def _session(trust: Sequence[str], overrides: Overrides) -> Iterator[None]:
+    """Trusts packages for the time of a call, and sets what must be set before torch starts its threads."""
+    prepare_environment()
+    pairs = overrides.items() if isinstance(overrides, Mapping) else (word.partition("=")[::2] for word in overrides)
+    before = trusted_packages()
+    set_trusted([*before, *check_packages(trust), *packages_of(pairs)])
+    try:
+        yield
+    finally:
+        set_trusted(before)
+
+
+def prepare_environment() -> None:
+    """Sets environment variables that a library reads once, when it starts, unless the user has set them."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # OpenMP's threads wait a moment for the next operation before they sleep: waking them after each costs a fifth of a
+    # sweep, and threads that spin without end stall each other on shared cores.
+    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+
+
+def _watched(folder: Path, progress: Progress) -> Any:
+    if progress is None:
+        return nullcontext()
+    return show_progress(folder, PlainConsole()) if progress == "auto" else watch_sweep(folder, progress)
+
+
+def _parse(overrides: Overrides) -> dict[str, Any]:
+    return dict(overrides) if isinstance(overrides, Mapping) else parse_overrides(overrides)
+
+
+def _run_folder(output: str | None, config: RunConfig, *, resume: bool) -> tuple[Path, RunRecord | None]:
+    """Returns the folder of a run, and the record of one that is resumed though it is complete."""
+    if resume and output is None:
+        raise ConfigError("`resume=true` must come with `output=DIR`, the folder of the run, but `output` is null.")
+    if output is None:
+        number = 1
+        while (path := Path("outputs") / "train" / f"{number:04d}").exists():
+            number += 1
+        return path, None
+    path = Path(output)
+    if not resume or not (path / RUN_FILE).is_file():
+        return require_new_folder(path, key="output"), None
+    record = read_run(path)
+    check_same_run(record, config)
+    return path, record if record.status == "complete" else None

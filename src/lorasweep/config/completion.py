@@ -1,0 +1,41 @@
+"""What a word of the command line may become, for tab completion in a shell."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lorasweep.config.compose import compose_values, group_names, group_options, hydra_session, packaged_folder
+
+
+def sweep_names() -> list[str]:
+    """Returns the names of the sweeps in `sweeps/` of the current folder and among the packaged ones."""
+    folders = (Path("sweeps"), packaged_folder("sweeps"))
+    return sorted({path.stem for folder in folders for path in folder.glob("*.yaml")})
+
+
+def complete_override(prefix: str) -> list[str]:
+    """Returns the overrides that begin with a prefix: a key with `=`, or after a group's `=` its options."""
+    key, has_value, _ = prefix.partition("=")
+    if not has_value:
+        return [f"{name}=" for name in _keys() if name.startswith(key)]
+    if key not in {*group_names("train"), *group_names("sweep")}:
+        return []
+    with hydra_session():
+        return [f"{key}={option}" for option in group_options(key) if f"{key}={option}".startswith(prefix)]
+
+
+def _keys() -> list[str]:
+    """Returns every dotted key of a run and of a sweep with the default options."""
+    keys: set[str] = set()
+    for primary in ("train", "sweep"):
+        keys.update(group_names(primary))
+        keys.update(_leaves(compose_values(primary, {}, require_all=False)))
+    return sorted(keys)
+
+
+def _leaves(values: dict[str, object], prefix: str = "") -> list[str]:
+    found = []
+    for name, value in values.items():
+        key = f"{prefix}{name}"
+        found += _leaves(value, f"{key}.") if isinstance(value, dict) else [key]
+    return found

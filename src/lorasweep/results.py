@@ -1,0 +1,283 @@
+"""What the Python API returns: a sweep, a trial or a run, read from its folder.
+
+Results hold no models and no open files, so they can be kept as long as one likes.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from lorasweep.config.data import Direction
+from lorasweep.errors import ConfigError, RecordError
+from lorasweep.record import (
+    SWEEP_FILE,
+    ConfirmRow,
+    RunRecord,
+    SweepRecord,
+    TrialRow,
+    TrialState,
+    folder_of_run,
+    read_run,
+    read_steps,
+    read_sweep,
+    winners,
+)
+
+if TYPE_CHECKING:
+    import optuna
+    import pandas
+    from plotly.graph_objects import Figure
+    from rich.console import RenderableType
+    from torch import nn
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunResult:
+    """One run: its record and the weights that it kept in its folder."""
+
+    folder: Path
+    record: RunRecord
+
+    @property
+    def status(self) -> str:
+        """How the run ended: `complete`, `interrupted`, `failed`, ..."""
+        return self.record.status
+
+    @property
+    def score(self) -> float | None:
+        """The best validation value of `metric`, or None before the first evaluation."""
+        return self.record.score
+
+    @property
+    def metric(self) -> str:
+        """Name of the score, such as `bits_per_byte`."""
+        return self.record.metric
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The resolved settings, nested."""
+        return self.record.config
+
+    def steps_dataframe(self) -> pandas.DataFrame:
+        """Returns one row per optimizer step: `loss`, `lr`, and `validation/METRIC` where the run was evaluated."""
+        import pandas  # noqa: PLC0415 (slow to import)
+
+        rows: dict[int, dict[str, float]] = defaultdict(dict)
+        for entry in read_steps(self.folder):
+            row = rows[entry["step"]]
+            if "validation" in entry:
+                row |= {f"validation/{name}": value for name, value in entry["validation"].items()}
+            else:
+                row |= {key: value for key, value in entry.items() if key != "step"}
+        return pandas.DataFrame.from_dict(rows, orient="index").rename_axis("step").sort_index()
+
+    def load_model(self, *, weights: Literal["best", "last"] = "best", trust: bool = False) -> nn.Module:
+        """Returns the base model with the weights that the run kept, in evaluation mode on the CPU.
+
+        Args:
+            weights: Those of the best evaluation, or of the last one.
+            trust: Whether to run code or read a pickle that the run's settings name.
+
+        Raises:
+            ConfigError: The settings name code, and `trust` is False.
+            RecordError: The weights are missing or changed, or the base model is another one.
+        """
+        from lorasweep.training.restore import (  # noqa: PLC0415 (needs torch)
+            check_kept_files,
+            require_trust,
+            restore_base,
+            restore_config,
+            restore_model,
+        )
+
+        config = restore_config(self.record)
+        require_trust(config, trust=trust, option="trust=True")
+        check_kept_files(self.record, self.folder, part=weights)
+        return restore_model(config, restore_base(self.record, config), folder=self.folder / weights)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialResult:
+    """One trial of a sweep's search."""
+
+    arm: str
+    number: int
+    state: TrialState
+    params: dict[str, Any]
+    """Swept keys (dotted) and their values."""
+    score: float | None
+    """The best validation value of the sweep's metric."""
+    folder: Path
+    """Its run's folder."""
+
+    @property
+    def run(self) -> RunResult:
+        """The trial's run, read from its folder."""
+        return RunResult(folder=self.folder, record=read_run(self.folder))
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """One sweep, as its record was when this result was made."""
+
+    folder: Path
+    record: SweepRecord
+    job: str | None = None
+    """Id of the Slurm job that leads the sweep (`worker.head=job`); None where this process led it."""
+
+    @property
+    def status(self) -> str:
+        """`complete`, `interrupted` or `running`."""
+        return self.record.status
+
+    @property
+    def metric(self) -> str:
+        """Name of the score, such as `bits_per_byte`."""
+        return self.record.metric
+
+    @property
+    def direction(self) -> Direction:
+        """Whether a lower score is better (`minimize`) or a higher one."""
+        return self.record.direction
+
+    @property
+    def arms(self) -> list[str]:
+        """Names of the arms, in the order of the sweep file."""
+        return [arm.name for arm in self.record.arms]
+
+    @property
+    def report(self) -> Path:
+        """The HTML page of the report, which is there once the sweep is complete."""
+        return self.folder / "report" / "index.html"
+
+    @cached_property
+    def trials(self) -> list[TrialResult]:
+        """Every trial of the search, by arm and number."""
+        return [self._trial(row) for arm in self.arms for row in self._rows(arm)]
+
+    def best(self, arm: str) -> TrialResult:
+        """Returns the complete trial of an arm with the best validation score, the earlier one of equals.
+
+        Raises:
+            ConfigError: There is no such arm.
+            RecordError: No trial of the arm is complete.
+        """
+        self._check_arm(arm)
+        row = winners(self.record).get(arm) or next((r for r in self._rows(arm) if r.state == "complete"), None)
+        if row is None:
+            raise RecordError(f"an arm must have a complete trial to have a best one, but `{arm}` has none yet.")
+        return self._trial(row)
+
+    def trials_dataframe(self) -> pandas.DataFrame:
+        """Returns one row per trial: `arm`, `trial`, `state`, the metric, swept keys (dotted), `step` and `run`."""
+        import pandas  # noqa: PLC0415 (slow to import)
+
+        metric = self.record.metric
+        return pandas.DataFrame.from_records(
+            [
+                {"arm": row.arm, "trial": row.number, "state": row.state, metric: row.value}
+                | row.params
+                | {"step": row.step, "run": row.run}
+                for arm in self.arms
+                for row in self._rows(arm)
+            ]
+        )
+
+    def confirm_dataframe(self) -> pandas.DataFrame:
+        """Returns one row per run of the confirm stage: `arm`, `trial`, `seed`, `state`, the test score, and `run`."""
+        import pandas  # noqa: PLC0415 (slow to import)
+
+        def columns(row: ConfirmRow) -> dict[str, Any]:
+            identity = {"arm": row.arm, "trial": row.trial, "seed": row.seed, "state": row.state}
+            return identity | {f"test/{self.record.metric}": row.value, "run": row.run}
+
+        return pandas.DataFrame.from_records([columns(row) for row in self.record.confirm])
+
+    def study(self, arm: str) -> optuna.Study:
+        """Returns the Optuna study of an arm, for Optuna's own plots and importances. Don't add trials to it.
+
+        Raises:
+            ConfigError: There is no such arm.
+        """
+        from lorasweep.sweep.controller.lifecycle import load_study  # noqa: PLC0415 (needs Optuna and torch)
+
+        self._check_arm(arm)
+        return load_study(self.folder, arm)
+
+    def figures(self) -> dict[str, Figure]:
+        """Returns the report's figures (plotly) by their titles, those that this sweep has data for."""
+        from lorasweep.report.figures import PANELS  # noqa: PLC0415 (plotly is slow to import)
+        from lorasweep.report.tables import load_sweep_data  # noqa: PLC0415
+
+        data = load_sweep_data(self.folder)
+        panels = [draw(data) for draw in PANELS]
+        return {panel.title: figure for panel in panels for figure in panel.figures[:1]}
+
+    def table(self) -> RenderableType:
+        """Returns the table of the terminal report: `rich.print(result.table())`."""
+        from lorasweep.report import render_terminal  # noqa: PLC0415 (plotly is slow to import)
+
+        return render_terminal(self.folder)
+
+    def _rows(self, arm: str) -> list[TrialRow]:
+        return sorted((row for row in self.record.trials if row.arm == arm), key=lambda row: row.number)
+
+    def _trial(self, row: TrialRow) -> TrialResult:
+        return TrialResult(
+            arm=row.arm,
+            number=row.number,
+            state=row.state,
+            params=dict(row.params),
+            score=row.value,
+            folder=folder_of_run(self.folder, row.run),
+        )
+
+    def _check_arm(self, arm: str) -> None:
+        if arm not in self.arms:
+            raise ConfigError(f"`arm` must be one of {', '.join(self.arms)}, but got {arm!r}.")
+
+
+def load_sweep(folder: str | Path) -> SweepResult:
+    """Returns the sweep in a folder, also of one that still runs; changes nothing.
+
+    Raises:
+        RecordError: The folder is not a sweep, or its record is damaged.
+    """
+    return SweepResult(Path(folder), read_sweep(Path(folder)))
+
+
+def load_run(folder: str | Path) -> RunResult:
+    """Returns the run in a folder, also of one that still trains; changes nothing.
+
+    Raises:
+        RecordError: The folder is not a run, or its record is damaged.
+    """
+    return RunResult(folder=Path(folder), record=read_run(Path(folder)))
+
+
+def find_trial(name: str) -> Path:
+    """Returns the folder of a trial's run.
+
+    Args:
+        name: `SWEEP/ARM/NUMBER`; ARM may be left out where the sweep has one arm.
+
+    Raises:
+        ConfigError: There is no such trial.
+        RecordError: SWEEP is not a sweep's folder.
+    """
+    path = Path(name)
+    arm = None if (path.parent / SWEEP_FILE).is_file() else path.parent.name
+    result = load_sweep(path.parent if arm is None else path.parent.parent)
+    if arm is None and len(result.arms) == 1:
+        arm = result.arms[0]
+    for trial in result.trials:
+        if trial.arm == arm and str(trial.number) == path.name:
+            return trial.folder
+    raise ConfigError(
+        f"`--trial` must be SWEEP/ARM/NUMBER of a trial that was begun (arms: {', '.join(result.arms)}), "
+        f"but got {name!r}."
+    )

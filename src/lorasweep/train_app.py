@@ -1,0 +1,71 @@
+"""`lorasweep train` as a Hydra app: Hydra reads the command line, and composes one run or a grid of them (`-m`)."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+
+from lorasweep import api
+from lorasweep.config.build import build
+from lorasweep.config.compose import (
+    add_arguments,
+    check_command_line,
+    compose_values,
+    packaged_folder,
+    parse_overrides,
+    register_search_path,
+)
+from lorasweep.config.run import RunConfig
+from lorasweep.errors import ConfigError, LoraSweepError
+from lorasweep.results import RunResult
+
+
+def run_train_app(
+    arguments: Sequence[str],
+    *,
+    show: Callable[[RunResult], int],
+    refuse: Callable[[LoraSweepError | OSError], int],
+) -> list[int]:
+    """Trains the run, or each run of a grid, and returns their exit codes; none where Hydra only shows settings.
+
+    Args:
+        arguments: The command line behind `lorasweep train`.
+        show: Prints a run's result and returns its exit code.
+        refuse: Prints what kept a run from training and returns its exit code.
+
+    Raises:
+        ConfigError: A word is no override, or a key or value is wrong.
+    """
+    check_command_line(arguments)
+    register_search_path()
+    codes: list[int] = []
+    typed, is_grid = sys.argv, bool({"-m", "--multirun"} & set(arguments))
+
+    def task(composed: Any) -> None:
+        sys.argv = typed  # Lightning types it again to start other processes
+        try:
+            codes.append(show(_train(HydraConfig.get().overrides.task, is_grid=is_grid)))
+        except (LoraSweepError, OSError) as error:  # Hydra would print a traceback
+            codes.append(refuse(error))
+
+    sys.argv = ["lorasweep train", *add_arguments(arguments)]
+    app = hydra.main(version_base="1.3", config_path=str(packaged_folder("conf").resolve()), config_name="train")
+    app(task)()
+    return codes
+
+
+def _train(overrides: Sequence[str], *, is_grid: bool) -> RunResult:
+    # composed as `sweep` does it, where a class by `_target_` takes the place of what the default option sets
+    values = compose_values("train", parse_overrides(overrides))
+    output, resume = values.pop("output"), bool(values.pop("resume"))
+    config = build(RunConfig, values)
+    if is_grid and config.trainer.wants_processes:
+        raise ConfigError(
+            "`trainer.devices` must be 1 and `trainer.strategy` auto with `-m`, but got "
+            f"{config.trainer.devices!r} and {config.trainer.strategy_name}. Use `lorasweep sweep` instead of a grid."
+        )
+    return api.train_config(config, output=output, resume=resume)

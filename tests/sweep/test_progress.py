@@ -1,0 +1,159 @@
+"""A sweep is shown while it runs, on a terminal, in a pipe or by a caller's function; looking at it changes nothing."""
+
+from __future__ import annotations
+
+import io
+import os
+import threading
+import time
+
+import pytest
+from rich.console import Console
+
+import lorasweep.sweep.progress as progress_file
+from lorasweep.record import read_sweep, write_record
+from lorasweep.sweep.controller.folder import SweepFolder
+from lorasweep.sweep.controller.lifecycle import reopen_sweep
+from lorasweep.sweep.progress import show_progress, show_until_over, watch_sweep
+
+from .conftest import Killed
+from .test_status import confirm_row, sweep_record, trial
+from .test_status import folder as folder
+from .test_status import running as running
+
+
+def test_a_callers_function_gets_every_status_and_the_last_one(begin, work, runs, content):
+    folder, seen = begin(content), []
+    with watch_sweep(folder.path, seen.append):
+        assert work(folder)
+    assert sum(arm.done for arm in seen[0].arms) == 0
+    assert sum(arm.done for arm in seen[-1].arms) == 10
+
+
+@pytest.fixture
+def at_once(monkeypatch):
+    """Looks as often as it can."""
+    monkeypatch.setattr(progress_file, "POLL_INTERVAL_S", 0.001)
+
+
+def in_background(folder, console):
+    thread = threading.Thread(target=show_until_over, args=(folder, console), daemon=True)
+    thread.start()
+    return thread
+
+
+def wait_for(condition):
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def test_following_shows_the_table_until_the_sweep_is_complete(running, at_once):
+    output = io.StringIO()
+    thread = in_background(running, Console(file=output, force_terminal=True, width=120))
+    wait_for(lambda: "made_up: bits_per_byte" in output.getvalue())
+    assert thread.is_alive()
+    write_record(sweep_record(status="complete"), running)
+    thread.join(60)
+    assert not thread.is_alive()
+
+
+def test_following_without_a_terminal_prints_a_line_for_each_trial_that_ends(running, at_once):
+    output = io.StringIO()
+    thread = in_background(running, Console(file=output, width=200))
+    time.sleep(0.05)
+    assert output.getvalue() == ""  # what had ended before is in the table that `status` shows
+    ended = [
+        *(trial(0, "complete", 1.5), trial(1, "pruned", 1.8), trial(2, "complete", 1.4), trial(3, "paused", 1.7)),
+        *(trial(4, "infeasible"), trial(5, "failed")),
+    ]
+    write_record(sweep_record(trials=ended), running)
+    wait_for(lambda: output.getvalue().count("\n") == 2)
+    time.sleep(0.05)
+    seeds = [confirm_row(7, "complete", 1.6), confirm_row(8, "running")]
+    write_record(sweep_record(trials=ended, confirm=seeds, confirm_seeds=[7, 8], status="complete"), running)
+    thread.join(60)
+    assert output.getvalue().splitlines() == [
+        "lora 4/6  complete     1.4000  method.rank=3",
+        "lora 5/6  failed            -  method.rank=6",
+        "confirm: the best settings of each arm again on 2 fresh seeds, scored once on test data",
+        "lora 1/2  complete     1.6000  method.rank=1 seed=7",
+    ]
+
+
+def test_following_goes_on_where_the_folder_is_away_for_a_while(running, at_once):
+    output = io.StringIO()
+    thread = in_background(running, Console(file=output, force_terminal=True, width=120))
+    wait_for(lambda: output.getvalue())
+    os.rename(running / "sweep.json", running / "away.json")
+    time.sleep(0.05)
+    assert thread.is_alive()
+    os.rename(running / "away.json", running / "sweep.json")
+    write_record(sweep_record(status="complete"), running)
+    thread.join(60)
+    assert not thread.is_alive()
+
+
+@pytest.mark.parametrize("is_complete", [False, True])
+def test_following_what_is_over_ends_at_once(folder, is_complete):
+    if is_complete:
+        write_record(sweep_record(status="complete"), folder)
+    show_until_over(folder, Console(file=io.StringIO()))
+
+
+def test_a_sweep_in_this_process_is_shown_with_a_line_per_run(begin, work, runs, content):
+    content["settings"] |= {"pruner": "halving", "pruner.rungs": [0.25], "pruner.min_survivors": 1, "confirm.seeds": 2}
+    folder = begin(content)
+    output = io.StringIO()
+    with show_progress(folder.path, Console(file=output, width=200)):
+        assert work(folder)
+    rows = [*folder.record.trials, *folder.record.confirm]
+    lines = [line for line in output.getvalue().splitlines() if not line.startswith(("sweep ", "warning: "))]
+    assert len(lines) == len(rows) + 1 == 10 + 5 + 1
+    assert sum(line.split()[2] == "pruned" for line in lines) == sum(row.state == "pruned" for row in rows) > 0
+    assert {line.split()[1] for line in lines[-5:]} == {"1/1", "1/2", "2/2"}
+
+
+def test_a_sweep_in_this_process_is_shown_with_a_table_that_is_taken_away(begin, work, runs, content):
+    folder = begin(content)
+    output = io.StringIO()
+    with show_progress(folder.path, Console(file=output, force_terminal=True, width=120)):
+        assert work(folder)
+    assert "made_up: bits_per_byte (minimize)" in output.getvalue()
+    assert output.getvalue().endswith("\x1b[2K")  # the last line is erased
+
+
+def test_a_sweep_that_fails_is_shown_no_longer(begin, content):
+    folder = begin(content)
+    before = threading.active_count()
+    with pytest.raises(Killed), show_progress(folder.path, Console(file=io.StringIO())):
+        raise Killed
+    assert threading.active_count() == before
+    folder.close()
+
+
+def test_a_killed_pack_that_goes_on_has_a_line_for_each_trial_once(begin, work, runs, packs, content, monkeypatch):
+    monkeypatch.setattr(SweepFolder, "is_due", lambda self: True)  # the record has all that was told
+    content["settings"] |= {"worker.pack_size": 3, "sampler": "random"}
+    content["arms"] = {"lora": content["arms"]["lora"]}
+    folder = begin(content)
+    true_close, closed = runs.close, []
+
+    def close(*arguments):
+        record = true_close(*arguments)
+        closed.append(record)
+        if len(closed) == 3:  # two of the pack were told of, and it has no later boundary than the one before
+            raise Killed
+        return record
+
+    monkeypatch.setattr(runs, "close", close)
+    with pytest.raises(Killed):
+        work(folder)
+    assert sum(row.state == "complete" for row in read_sweep(folder.path).trials) == 2
+    reopened = reopen_sweep(folder.path)
+    output = io.StringIO()
+    with show_progress(reopened.path, Console(file=output, width=200)):
+        assert work(reopened)
+    lines = [line for line in output.getvalue().splitlines() if line.startswith("lora ")]
+    assert [line.split()[1] for line in lines] == ["3/6", "4/6", "5/6", "6/6"]

@@ -1,0 +1,153 @@
+"""The Python API runs, resumes and reads sweeps and runs, and raises what the command line would say."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas
+import pytest
+import yaml
+
+import lorasweep
+from lorasweep.config.targets import trusted_packages
+from lorasweep.errors import ConfigError, RecordError
+
+SMALL = {
+    "data.block_length": 32,
+    "data.max_validation_blocks": 2,
+    "data.max_test_blocks": 2,
+    "trainer.max_steps": 4,
+    "trainer.eval_every_steps": 2,
+    "trainer.batch_size": 2,
+    "trainer.eval_batch_size": 2,
+    "trainer.precision": "fp32",
+    "trainer.device": "cpu",
+}
+SWEEP = {
+    "name": "small",
+    "settings": {**SMALL, "sampler": "random", "confirm.seeds": 1},
+    "arms": {
+        "frozen": {"settings": {"method": "frozen"}},
+        "lora": {"settings": {"method": "lora"}, "space": {"method.rank": [1, 2]}, "trials": 2},
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory):
+    """A sweep given as a mapping, which was run in silence."""
+    return lorasweep.run_sweep(SWEEP, output=tmp_path_factory.mktemp("sweep") / "out", progress=None)
+
+
+def test_a_sweep_from_a_mapping_is_complete_and_has_its_report(result):
+    assert (result.status, result.metric, result.direction) == ("complete", "bits_per_byte", "minimize")
+    assert result.arms == ["frozen", "lora"]
+    assert result.report.is_file()
+
+
+def test_the_best_trial_is_that_of_the_study(result):
+    best, study = result.best("lora"), result.study("lora")
+    assert best.score == study.best_value == min(trial.score for trial in result.trials if trial.arm == "lora")
+    assert (best.number, best.params) == (study.best_trial.number, study.best_params)
+    assert best.run.score == best.score
+    assert result.best("frozen").params == {}
+
+
+def test_dataframes_have_a_row_per_trial_run_and_step(result):
+    trials, confirmed = result.trials_dataframe(), result.confirm_dataframe()
+    assert list(trials["arm"]) == ["frozen", "lora", "lora"]
+    assert sorted(trials["method.rank"].dropna()) == [1, 2]
+    assert confirmed["test/bits_per_byte"].notna().all()
+    steps = result.best("lora").run.steps_dataframe()
+    assert list(steps.index) == [1, 2, 3, 4]
+    assert list(steps["validation/bits_per_byte"].dropna().index) == [2, 4]
+    assert steps["loss"].notna().all()
+
+
+def test_figures_and_the_table_show_what_the_report_shows(result):
+    assert all(figure.data for figure in result.figures().values())
+    assert result.table() is not None
+
+
+def test_the_kept_weights_come_back_as_a_model(result):
+    run = result.best("lora").run
+    names = {name for name, _ in run.load_model().named_parameters()}
+    assert any("lora_a" in name for name in names)
+
+
+def test_loading_reads_what_running_returned(result):
+    again = lorasweep.load_sweep(result.folder)
+    pandas.testing.assert_frame_equal(again.trials_dataframe(), result.trials_dataframe())
+
+
+def test_a_sweep_is_resumed_with_more_seeds_and_nothing_else(result, tmp_path):
+    with pytest.raises(ConfigError, match=r"`worker` and `confirm` only.*optim\.lr"):
+        lorasweep.resume_sweep(result.folder, overrides={"optim.lr": 1e-3}, progress=None)
+    seen = []
+    resumed = lorasweep.resume_sweep(result.folder, overrides=["confirm.seeds=2"], progress=seen.append)
+    assert list(resumed.confirm_dataframe()["arm"]) == ["frozen", "lora", "lora"]  # the base needs one seed
+    assert [row.value for row in resumed.record.trials] == [row.value for row in result.record.trials]
+    assert seen[-1].record.status == "complete"
+
+
+def test_overrides_as_words_and_as_a_mapping_are_the_same_run(tmp_path):
+    words = [f"{key}={value}" for key, value in SMALL.items()]
+    first = lorasweep.train_run([*words, "method.rank=2"], output=tmp_path / "words")
+    second = lorasweep.train_run({**SMALL, "method.rank": 2}, output=tmp_path / "mapping")
+    assert first.score == second.score
+    assert first.config == second.config
+    assert lorasweep.load_run(tmp_path / "words").record == first.record
+    again = lorasweep.train_run({**SMALL, "method.rank": 2}, output=tmp_path / "mapping", resume=True)
+    assert again.record.ended_at == second.record.ended_at
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        (lambda path: lorasweep.run_sweep("quickstrat"), ConfigError, "quickstart"),
+        (lambda path: lorasweep.run_sweep({"name": "x"}), ConfigError, "`arms`"),
+        (lambda path: lorasweep.run_sweep({**SWEEP, "name": object()}), ConfigError, "YAML"),
+        (lambda path: lorasweep.run_sweep(SWEEP, overrides={"optim.lrr": 1}, output=path), ConfigError, "optim.lr"),
+        (lambda path: lorasweep.run_sweep(SWEEP, trust=["a.b"]), ConfigError, "'a.b'"),
+        (lambda path: lorasweep.train_run(["method.rank=x"], output=path), ConfigError, "method.rank"),
+        (lambda path: lorasweep.train_run(resume=True), ConfigError, "output"),
+        (lambda path: lorasweep.load_sweep(path), RecordError, "sweep.json"),
+        (lambda path: lorasweep.load_run(path), RecordError, "run.json"),
+    ],
+)
+def test_a_wrong_request_is_an_exception_and_leaves_nothing(tmp_path, monkeypatch, call, error, words):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(error) as raised:
+        call(tmp_path / "new")
+    assert words in str(raised.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_arm_that_is_not_there_is_refused(result):
+    for call in (result.best, result.study):
+        with pytest.raises(ConfigError, match=r"`arm` must be one of frozen, lora.*'full'"):
+            call("full")
+
+
+def test_trust_holds_for_one_call(tmp_path):
+    with pytest.raises(ConfigError, match="nowhere"):
+        lorasweep.train_run({**SMALL, "callbacks.a._target_": "nowhere.Callback"}, trust=["nowhere"])
+    assert trusted_packages() == ()
+
+
+def test_importing_the_package_imports_no_torch_and_lists_its_names():
+    code = "import sys, lorasweep; print(*dir(lorasweep)); sys.exit('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert {"run_sweep", "resume_sweep", "load_sweep", "train_run", "load_run"} <= set(done.stdout.split())
+
+
+def test_a_sweep_file_is_found_by_its_path(tmp_path, monkeypatch):
+    file = tmp_path / "mine.yaml"
+    file.write_text(yaml.safe_dump({**SWEEP, "arms": {"frozen": SWEEP["arms"]["frozen"]}}, sort_keys=False))
+    monkeypatch.chdir(tmp_path)
+    found = lorasweep.run_sweep(Path("mine.yaml"), overrides=["confirm.seeds=0"], progress=None)
+    assert found.folder == Path("outputs/small")
+    assert len(found.trials) == 1
