@@ -23,7 +23,6 @@ from lorasweep.record import ConfirmRow, TrialRow
 from lorasweep.sweep.definition.seeds import describe_confirm
 from lorasweep.sweep.status import (
     SweepStatus,
-    describe_confirm,
     describe_params,
     ended_rows,
     params_of,
@@ -131,7 +130,7 @@ def watch_sweep(folder: Path, on_status: Callable[[SweepStatus], None]) -> Itera
 
 def show_until_over(folder: Path, console: Console) -> None:
     """Shows a sweep that other processes train until it is over, or no process runs it."""
-    stop = threading.Event()
+    first, stop = read_status(folder), threading.Event()
 
     def show(status: SweepStatus) -> None:
         display(status)
@@ -139,7 +138,7 @@ def show_until_over(folder: Path, console: Console) -> None:
             stop.set()
 
     with ProgressDisplay(console, announce=False) as display:
-        show(read_status(folder))
+        show(first)
         if not stop.is_set():
             _poll(lambda: read_status(folder), show, stop)
 
