@@ -1,7 +1,6 @@
-"""What runs and sweeps leave on disk: `run.json` and `sweep.json`, whole or not at all.
+"""Records of runs and sweeps on disk: `run.json` and `sweep.json`, each written whole and without secrets.
 
-A record is data: reading one runs nothing. Written by `training` and `sweep`, read by them and by `report`. Its form is
-in `run.schema.json` and `sweep.schema.json`; a secret is never written.
+The fields of the classes below are the format of the files. Reading a record runs no code.
 """
 
 from __future__ import annotations
@@ -14,7 +13,8 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from types import UnionType
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from lorasweep.config.data import Direction
 from lorasweep.disk import write_atomically
@@ -27,86 +27,81 @@ TEST_SCORES_FILE = "test_scores.csv"
 SWEEP_FILE = "sweep.json"
 PATCH_FILE = "code.patch"
 VERSION = 1
-"""Version of the records' form. Records of another version are refused."""
-MAX_RECORD_BYTES = 256 * 2**20
-"""A larger file is no record of ours: a sweep of 10,000 trials has some 10 MiB."""
-
-MAX_RECORD_DEPTH = 64
-"""Levels of lists and mappings in a record; its readers go through them by recursion."""
+"""Version of the format. Records of another version are refused."""
 
 RunStatus = Literal["running", "complete", "paused", "pruned", "failed", "infeasible", "interrupted"]
-"""`paused`: left at an evaluation, may go on from its checkpoint. `pruned`: paused until its sweep ended."""
+"""A `paused` run stopped at an evaluation and may resume from its checkpoint; `pruned`: it was paused until its sweep
+ended."""
 TrialState = Literal["running", "paused", "complete", "pruned", "failed", "infeasible"]
 ConfirmState = Literal["running", "complete", "failed", "infeasible"]
 
 
 @dataclass(kw_only=True)
 class RunRecord:
-    """One run, from which it can be repeated and checked. Rewritten whole at each change of status."""
+    """Settings, surroundings and results of one run, by which it can be repeated and checked."""
 
     format: str = "lorasweep.run"
     version: int = VERSION
     status: RunStatus
     reason: str | None = None
-    """Why the run is failed, infeasible, paused, pruned or interrupted, or complete before its last step."""
+    """Why the run failed or stopped before its last step."""
     config: dict[str, Any]
     """The resolved `RunConfig`, nested."""
     arm: str | None = None
     trial: int | None = None
     """Number of the trial in its arm; in the confirm stage that of the arm's winner; null for a single run."""
     pack: dict[str, Any] | None = None
-    """`slot`, `slots` of the pack when the run joined it, and `shared_draws`: whether something was drawn for all slots
-    at once (dropout of attention probabilities in a fused kernel), so otherwise than alone. Null for a run alone."""
+    """`slot`, the number of `slots` when the run joined the pack, and `shared_draws`: whether a fused kernel drew the
+    dropout of attention for all slots at once, so that the run differs from one alone. Null for a run alone."""
     metric: str
     """The score's name, such as `bits_per_byte`."""
     direction: Direction
     command: dict[str, Any] = field(default_factory=dict)
-    """`words` of the command line and the `folder` it was typed in, from which relative paths are meant."""
+    """`words` of the command line, and the `folder` in which it was typed; relative paths start there."""
     code: dict[str, Any] = field(default_factory=dict)
-    """`version`, and where the code is a git checkout `commit` and `modified`; if it was modified also `patch`
-    (`bytes`, `sha256` and, unless it is too large, `file`) and the names of `untracked` files."""
+    """`version` of lorasweep. A git checkout also has `commit` and `modified`; a modified one has `patch` (`bytes`,
+    `sha256` and, unless it is too large, `file`) and the names of `untracked` files."""
     packages: dict[str, str] = field(default_factory=dict)
     platform: dict[str, Any] = field(default_factory=dict)
     """`python`, `os`, `processor`, `instructions`, `cores`, `threads`, `device`, `gpu`, `cuda`, `cudnn`, `precision`,
-    `matmul_precision`; of a run of several processes also `processes` and `strategy`."""
+    `matmul_precision`. A run of several processes also has `processes` and `strategy`."""
     environment: dict[str, str] = field(default_factory=dict)
     """Environment variables that can change numbers (`training.environment.NUMERIC_VARIABLES`), no others."""
     data: dict[str, Any] = field(default_factory=dict)
     """Per part (`train`, `validation`, `test`): `fingerprint`, `bytes`, and `documents` and `blocks` or `rows`."""
     notes: list[str] = field(default_factory=list)
-    """Sentences on how the data was made: what was split off, duplicates, the majority class."""
+    """Sentences on the data: splits, duplicates, the majority class."""
     batching: dict[str, Any] = field(default_factory=dict)
     """`micro_batches` per optimizer step, `padding_fraction` of training and validation batches, the `attention` that
-    `model.attention=auto` chose (`name`, `reason`), and where memory ran out `too_large`: the micro-batches tried
-    before."""
+    `model.attention=auto` chose (`name`, `reason`), and `too_large`: micro-batches that ran out of memory."""
     base: dict[str, Any] = field(default_factory=dict)
     """`path`, `fingerprint`, `parameters`."""
     started_at: str = ""
     """UTC, ISO 8601."""
     ended_at: str | None = None
     wall_s: float = 0.0
-    """Seconds of all sessions of this run together; in a pack its share, the time over the slots in use."""
+    """Seconds in all sessions of the run. A run in a pack counts the pack's time over the number of slots in use."""
     steps_planned: int = 0
     steps_done: int = 0
     tokens_trained: int = 0
     tokens_per_s: float = 0.0
-    """Training tokens per second of training time, evaluation left out."""
+    """Training tokens per second, without the time of evaluations."""
     trainable_params: int = 0
     total_params: int = 0
     trainable_fraction: float = 0.0
     """Trained parameters over those of the base model."""
     adapter_bytes: int = 0
-    """Size of the weights that a run keeps (`best/`): the adapter, the head, or under `full` the whole model."""
+    """Size of the weights in `best/`: the adapter, the head, or the whole model for `method=full`."""
     peak_memory_bytes: int = 0
-    """Largest resident memory of the process during the run; on a GPU, largest allocated memory of the device. In a
-    pack, that of the whole pack."""
+    """Largest resident memory of the process during the run; on a GPU the largest allocated memory. In a pack it is
+    that of the whole pack."""
     best: dict[str, float] = field(default_factory=dict)
     """Validation metrics at the best step, and `step`."""
     last: dict[str, float] = field(default_factory=dict)
     test: dict[str, float] = field(default_factory=dict)
     """Every metric of the best weights on the test part; empty until a confirm stage scored the run."""
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Per kept file, relative to the run's folder: `bytes` and `sha256`."""
+    """`bytes` and `sha256` of each kept file, by its path in the run's folder."""
 
     @property
     def score(self) -> float | None:
@@ -116,7 +111,7 @@ class RunRecord:
 
 @dataclass(kw_only=True)
 class TrialRow:
-    """One trial of a sweep as its record lists it."""
+    """One trial of a sweep."""
 
     arm: str
     number: int
@@ -124,7 +119,7 @@ class TrialRow:
     params: dict[str, Any]
     """Swept keys (dotted) and their values."""
     value: float | None
-    """Best value of the sweep's metric, or None where none was measured."""
+    """Best validation value of the sweep's metric; None before the first evaluation."""
     run: str
     """The run's folder, relative to the sweep's."""
     reason: str | None = None
@@ -136,20 +131,19 @@ class TrialRow:
 
 @dataclass(kw_only=True)
 class ConfirmRow:
-    """One run of the confirm stage: the best configuration of an arm on a fresh seed, scored once on test data."""
+    """One run of the confirm stage: the best configuration of an arm with a fresh seed, scored once on test data."""
 
     arm: str
     trial: int
     """Number of the arm's winner in its search."""
     seed: int
-    """The run's seed, of initial values, data order and dropout alike; that of the same row of every other arm."""
+    """Seed of initial values, data order and dropout. The same seeds are used for every arm."""
     state: ConfirmState
     run: str
     """The run's folder, relative to the sweep's."""
     value: float | None = None
-    """The sweep's metric on the test part, with the weights of the best evaluation."""
+    """The sweep's metric on test data, with the weights of the best evaluation."""
     reason: str | None = None
-    """Why it failed or does not fit in memory."""
     step: int = 0
     """Optimizer steps at its last evaluation."""
     last_value: float | None = None
@@ -158,14 +152,14 @@ class ConfirmRow:
 
 @dataclass(kw_only=True)
 class ArmRow:
-    """One arm of a sweep as its record lists it."""
+    """One arm of a sweep."""
 
     name: str
     method: str
     trials: int
-    """Number of trials asked for."""
+    """Number of trials that were asked for."""
     steps: int = 0
-    """Optimizer steps of a run to its end, unless `trainer.max_steps` is swept."""
+    """Optimizer steps of a whole run, unless `trainer.max_steps` is swept."""
     settings: dict[str, Any]
     """Dotted keys and values that differ from the defaults."""
     space: dict[str, Any]
@@ -173,16 +167,16 @@ class ArmRow:
     sampler: str
     pruner: str
     importance: dict[str, float] = field(default_factory=dict)
-    """Share of the score's variance per swept key (Optuna), where it could be computed."""
+    """Share of the score's variance that each swept key explains (Optuna), where it could be computed."""
     expanded_from: str | None = None
     """The arm in the sweep file whose `expand` made this one."""
     expanded: dict[str, Any] = field(default_factory=dict)
-    """Keys and values that tell it from the other arms of that `expand`."""
+    """Its own values of the expanded keys."""
 
 
 @dataclass(kw_only=True)
 class SweepRecord:
-    """One sweep: what was asked for and what became of each trial."""
+    """The definition of one sweep and the state of each trial."""
 
     format: str = "lorasweep.sweep"
     version: int = VERSION
@@ -192,38 +186,39 @@ class SweepRecord:
     metric: str
     direction: Direction
     definition: dict[str, Any]
-    """The sweep as composed: what `--resume` checks against."""
+    """Content of the sweep file and overrides, which `--resume` composes again."""
     study_prefix: str = ""
-    """Before the names of its studies, where they are in a database that other sweeps share."""
+    """Prefix of the names of its Optuna studies, for a database that other sweeps share."""
     source: str | None = None
-    """The sweep file it was read from, and `source_sha256` its content then."""
+    """Path of the sweep file."""
     source_sha256: str | None = None
+    """Checksum of the sweep file's content when the sweep began."""
     arms: list[ArmRow]
     trials: list[TrialRow] = field(default_factory=list)
     confirm: list[ConfirmRow] = field(default_factory=list)
     confirm_seeds: list[int] = field(default_factory=list)
-    """Seeds on which the best configuration of each arm is to run again, once the search is over."""
+    """Seeds of the confirm stage."""
     notes: list[str] = field(default_factory=list)
-    """Sentences on how the data was made: what was split off, duplicates, the majority class and its score."""
+    """Sentences on the data: splits, duplicates, the majority class and its score."""
     warnings: list[str] = field(default_factory=list)
-    """What may mislead a reader of the results, a sentence each."""
+    """Sentences on settings and results that may mislead a reader."""
     started_at: str = ""
     ended_at: str | None = None
     makespan_s: float = 0.0
     """Seconds from start to end, summed over the sessions of a resumed sweep."""
     device: str = ""
-    """Where its trials were trained last, such as `cpu` or `cuda:0`."""
+    """Device of the last trials, such as `cpu` or `cuda:0`."""
     threads: int = 0
     """Processor threads of one operation."""
     telemetry: dict[str, float] = field(default_factory=dict)
-    """What time and memory of all sessions went to; the keys are those of `training.telemetry`."""
+    """Time and memory of all sessions by purpose; the keys are those of `training.telemetry`."""
 
 
 T = TypeVar("T")
 
 
 def utc_now() -> str:
-    """Returns the time now as records hold it: UTC, ISO 8601, to the second."""
+    """Returns the present time in UTC, ISO 8601, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
@@ -241,10 +236,7 @@ def winners(record: SweepRecord) -> dict[str, TrialRow | None]:
 
 
 def write_record(record: RunRecord | SweepRecord, folder: Path) -> None:
-    """Writes `run.json` or `sweep.json` into the folder, without secrets.
-
-    NaN and infinity become null: JSON has neither.
-    """
+    """Writes `run.json` or `sweep.json` without secrets. NaN and infinity become null, because JSON has neither."""
     name = RUN_FILE if isinstance(record, RunRecord) else SWEEP_FILE
     text = _as_text({f.name: getattr(record, f.name) for f in fields(record)})
     if may_hold_secret(text):
@@ -253,7 +245,7 @@ def write_record(record: RunRecord | SweepRecord, folder: Path) -> None:
 
 
 def _as_text(content: dict[str, Any]) -> str:
-    """JSON that people can read, a line for each row: a sweep of 10,000 trials is written whenever one of them ends."""
+    """Returns JSON with a line for each trial: indenting trials too would slow down a sweep of 10,000 of them."""
     entries = (f" {json.dumps(key)}: {_value_text(value)}" for key, value in content.items())
     return "{\n" + ",\n".join(entries) + "\n}"
 
@@ -276,59 +268,39 @@ def read_run(folder: Path) -> RunRecord:
     """Reads a run's record.
 
     Raises:
-        RecordError: There is none, it is damaged, or a newer version wrote it.
+        RecordError: The folder has none, or it is damaged or of another version.
     """
-    path = folder / RUN_FILE
-    return _known(RunRecord, _read_json(path, "lorasweep.run"), path=path)
+    return _read(RunRecord, folder / RUN_FILE)
 
 
 def read_sweep(folder: Path) -> SweepRecord:
     """Reads a sweep's record.
 
     Raises:
-        RecordError: The folder is not a sweep, or its record is damaged or of a newer version.
+        RecordError: The folder has none, or it is damaged or of another version.
     """
-    path = folder / SWEEP_FILE
-    raw = _read_json(path, "lorasweep.sweep")
-    rows = {"arms": ArmRow, "trials": TrialRow, "confirm": ConfirmRow}
-    read: dict[str, Any] = {key: _known_rows(kind, raw.get(key, []), path=path) for key, kind in rows.items()}
-    return _known(SweepRecord, raw | read, path=path)
+    return _read(SweepRecord, folder / SWEEP_FILE)
 
 
 def folder_of_run(sweep: Path, run: str) -> Path:
-    """Returns the folder of a run that a sweep's record lists.
-
-    Args:
-        sweep: The sweep's folder.
-        run: `run` of its row.
+    """Returns the folder of a run, by its relative path in a sweep's record.
 
     Raises:
-        RecordError: It would lie outside of the sweep.
+        RecordError: It lies outside of the sweep's folder; commands that write into it would write anywhere.
     """
-    try:
-        inside = (sweep / run).resolve().is_relative_to(sweep.resolve())
-    except (OSError, ValueError):  # a name that no file can have
-        inside = False
-    if not inside:
+    if not (sweep / run).resolve().is_relative_to(sweep.resolve()):
         raise RecordError(f"a trial's run must lie in its sweep's folder, but {run!r} does not. Restore sweep.json.")
     return sweep / run
 
 
-@cache
-def read_schema(kind: Literal["run", "sweep"]) -> dict[str, Any]:
-    """Returns the JSON schema of a record."""
-    schema: dict[str, Any] = json.loads((Path(__file__).parent / f"{kind}.schema.json").read_text())
-    return schema
-
-
 def read_steps(folder: Path, *, having: str = "") -> Iterator[dict[str, Any]]:
-    """Yields the rows of `steps.jsonl` as written: `{"step", "loss", "lr"}` and `{"step", "validation": {..}}`.
+    """Yields the rows of `steps.jsonl`: `{"step", "loss", "lr"}` and `{"step", "validation": {..}}`.
 
-    A last line that was cut off by a killed process is left out.
+    It ends before a line that is damaged: a killed process may leave a part of its last line.
 
     Args:
-        folder: The run's.
-        having: Only rows whose line contains this text, which is much faster than to parse them all.
+        folder: The run's folder.
+        having: Only lines that contain this text are parsed, which is much faster.
     """
     path = folder / STEPS_FILE
     if not path.exists():
@@ -338,7 +310,7 @@ def read_steps(folder: Path, *, having: str = "") -> Iterator[dict[str, Any]]:
             continue
         try:
             row = json.loads(line)
-        except (ValueError, RecursionError):
+        except ValueError:
             return
         if isinstance(row, dict):
             yield row
@@ -350,20 +322,16 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _read_json(path: Path, expected: str) -> dict[str, Any]:
+def _read(kind: type[T], path: Path) -> T:
+    expected = "lorasweep.run" if kind is RunRecord else "lorasweep.sweep"
     if not path.is_file():
-        kind = expected.removeprefix("lorasweep.")
         raise RecordError(
-            f"a {kind}'s folder must contain {path.name}, but {str(path.parent)!r} does not. Name another folder."
+            f"a {path.stem}'s folder must contain {path.name}, but {str(path.parent)!r} does not. Name another folder."
         )
-    if path.stat().st_size > MAX_RECORD_BYTES:
-        raise RecordError(f"{str(path)!r} must be a record of at most {MAX_RECORD_BYTES >> 20} MiB, but is larger.")
     try:
         raw = json.loads(path.read_text())
-    except (ValueError, RecursionError) as error:  # of JSON, of UTF-8, a number of too many digits; too deep
+    except (ValueError, RecursionError) as error:
         raise RecordError(f"{str(path)!r} must be a JSON file, but is damaged: {error}.") from error
-    if _is_deeper(raw, MAX_RECORD_DEPTH):
-        raise RecordError(f"{str(path)!r} must be at most {MAX_RECORD_DEPTH} levels deep, but is deeper.")
     if not isinstance(raw, dict) or raw.get("format") != expected:
         raise RecordError(f"{str(path)!r} must be a record of format {expected!r}, but is not.")
     if raw.get("version") != VERSION:
@@ -371,83 +339,65 @@ def _read_json(path: Path, expected: str) -> dict[str, Any]:
             f"{str(path)!r} must have version {VERSION}, but has {raw.get('version')!r}. Read it with the lorasweep "
             "that wrote it."
         )
-    return raw
+    record: T = _build(kind, raw, path=path)
+    return record
 
 
-def _is_deeper(value: Any, most: int) -> bool:
-    level = [value]
-    for _ in range(most):
-        level = [
-            item
-            for holder in level
-            if isinstance(holder, dict | list)
-            for item in (holder.values() if isinstance(holder, dict) else holder)
-        ]
-    return bool(level)
+def _build(kind: Any, raw: Any, *, path: Path) -> Any:
+    """Returns a record or a row from JSON. Keys that this version does not know are ignored.
 
-
-def _known_rows(kind: type[T], rows: Any, *, path: Path) -> list[T]:
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise RecordError(f"a record must have a list of {kind.__name__}s, but has {str(rows)[:60]!r}.")
-    return [_known(kind, row, path=path) for row in rows]
-
-
-def _known(kind: type[T], raw: dict[str, Any], *, path: Path) -> T:
-    names = {f.name for f in fields(kind)}  # type: ignore[arg-type]
-    known = {key: value for key, value in raw.items() if key in names}
+    Raises:
+        RecordError: A field is missing or has another type.
+    """
+    if not isinstance(raw, dict):
+        raise RecordError(
+            f"{str(path)!r} must hold a mapping for each {kind.__name__}, but is damaged. Restore the file."
+        )
+    values = {}
+    for name, hint in _field_types(kind).items():
+        if name not in raw:
+            continue
+        values[name] = raw[name]
+        if not _has_type(raw[name], hint):
+            raise RecordError(
+                f"`{name}` in {str(path)!r} must be {_describe_type(hint)}, but got {str(raw[name])[:60]!r}. "
+                "Restore the file."
+            )
+        if get_origin(hint) is list and (row := get_args(hint)[0]) in (ArmRow, TrialRow, ConfirmRow):
+            values[name] = [_build(row, item, path=path) for item in raw[name]]
     try:
-        made = kind(**known)
+        return kind(**values)
     except TypeError as error:
-        raise RecordError(f"a record must have every field of {kind.__name__}: {error}.") from error
-    for key, form in _properties(kind).items():
-        if key in known and not _fits(known[key], form):
-            raise RecordError(f"`{key}` in {str(path)!r} must be {_wanted(form)}, but is not. Restore the file.")
-    return made
+        raise RecordError(
+            f"{str(path)!r} must have every field of {kind.__name__}: {error}. Restore the file."
+        ) from error
 
 
-JSON_TYPES: dict[str, tuple[type, ...]] = {
-    "object": (dict,),
-    "array": (list,),
-    "string": (str,),
-    "number": (int, float),
-    "integer": (int,),
-    "boolean": (bool,),
-    "null": (type(None),),
-}
-JSON_WORDS = {"object": "a mapping", "array": "a list", "string": "a text", "number": "a number"} | {
-    "integer": "a whole number",
-    "boolean": "true or false",
-    "null": "null",
-}
+@cache  # a sweep has thousands of rows of one kind
+def _field_types(kind: Any) -> dict[str, Any]:
+    return get_type_hints(kind)
 
 
-def _properties(kind: type) -> dict[str, Any]:
-    """What the schema says of each field of a record or of one of its rows."""
-    whole: dict[type, Literal["run", "sweep"]] = {RunRecord: "run", SweepRecord: "sweep"}
-    part = read_schema(whole[kind]) if kind in whole else read_schema("sweep")["$defs"][kind.__name__]
-    properties: dict[str, Any] = part["properties"]
-    return properties
+def _has_type(value: Any, hint: Any) -> bool:
+    """Returns whether a JSON value has a field's type; the items of lists and mappings are not looked at."""
+    kind = get_origin(hint) or hint
+    if kind is Literal:
+        return value in get_args(hint)
+    if kind is UnionType:
+        return any(_has_type(value, option) for option in get_args(hint))
+    if kind is float:  # NaN was written as null
+        return value is None or type(value) in (int, float)
+    return type(value) is kind  # not isinstance: True is an int
 
 
-def _fits(value: Any, form: dict[str, Any]) -> bool:
-    """Whether a value is of the type, or one of the words, that a schema gives; what it holds is for its reader."""
-    if "enum" in form:
-        return value in form["enum"]
-    names = _type_names(form)
-    if isinstance(value, bool):
-        return not names or "boolean" in names
-    return not names or isinstance(value, tuple(kind for name in names for kind in JSON_TYPES[name]))
-
-
-def _wanted(form: dict[str, Any]) -> str:
-    if "enum" in form:
-        return f"one of {', '.join(map(str, form['enum']))}"
-    return " or ".join(JSON_WORDS[name] for name in _type_names(form))
-
-
-def _type_names(form: dict[str, Any]) -> list[str]:
-    names = form.get("type", [])
-    return [names] if isinstance(names, str) else list(names)
+def _describe_type(hint: Any) -> str:
+    words = {dict: "a mapping", list: "a list", str: "a text", float: "a number", int: "a whole number"}
+    kind = get_origin(hint) or hint
+    if kind is Literal:
+        return f"one of {', '.join(map(str, get_args(hint)))}"
+    if kind is UnionType:
+        return " or ".join(_describe_type(option) for option in get_args(hint))
+    return "null" if kind is type(None) else words[kind]
 
 
 def _finite(value: Any) -> Any:

@@ -98,7 +98,7 @@ def test_sweep_without_examples_has_intervals_over_seeds(tmp_path: Path) -> None
 )
 def test_row_of_wrong_kinds_is_named(confirmed: Path, row: dict[str, Any]) -> None:
     edit_json(confirmed / "sweep.json", lambda raw: raw["confirm"][2].update(row))
-    with pytest.raises(RecordError, match=f"`{next(iter(row))}` in .* must be .*, but is not. Restore the file"):
+    with pytest.raises(RecordError, match=f"`{next(iter(row))}` in .* must be .*, but got .* Restore the file"):
         load_sweep_data(confirmed)
 
 

@@ -116,7 +116,7 @@ def test_folder_that_is_no_sweep_is_refused(tmp_path: Path) -> None:
 
 def test_sweep_record_of_wrong_types_is_refused(sweep: Path) -> None:
     edit_json(sweep / "sweep.json", lambda raw: raw["trials"][3].update(params=[1]))
-    with pytest.raises(RecordError, match=r"`params` in .* must be a mapping, but is not. Restore the file"):
+    with pytest.raises(RecordError, match=r"`params` in .* must be a mapping, but got .* Restore the file"):
         load_sweep_data(sweep)
 
 

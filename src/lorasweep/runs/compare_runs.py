@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lorasweep.errors import RecordError
-from lorasweep.record import MAX_RECORD_BYTES, STEPS_FILE, RunRecord, read_steps
+from lorasweep.record import STEPS_FILE, RunRecord, read_steps
 
 MAX_SHOWN = 60
 """Letters of a value that a record holds; it may hold anything."""
@@ -72,8 +72,6 @@ def read_values(run: Path, *, up_to: int | None = None) -> Values:
         RecordError: The log is damaged.
     """
     path, values = run / STEPS_FILE, dict[tuple[int, str], float | None]()
-    if path.is_file() and path.stat().st_size > MAX_RECORD_BYTES:
-        raise RecordError(f"{str(path)!r} must have at most {MAX_RECORD_BYTES >> 20} MiB, but is larger.")
     try:
         for row in read_steps(run):
             for step, name, value in _read_row(row):
