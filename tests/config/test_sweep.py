@@ -30,7 +30,7 @@ def make_arm(**values):
         ({"pruner.rungs": [0.5, 0.2]}, r"`pruner.rungs` must be ascending fractions .* but got \[0.5, 0.2\]."),
         ({"pruner.rungs": [0.2, 0.2]}, r"`pruner.rungs` must be ascending fractions .* but got \[0.2, 0.2\]."),
         ({"pruner.rungs": [0.0, 0.2]}, "`pruner.rungs` must be ascending fractions .* more than 0 and less than 1"),
-        ({"pruner.rungs": [0.2, 1.0]}, "A rung at or beyond the last step compares nothing"),
+        ({"pruner.rungs": [0.2, 1.0]}, "ascending fractions of a run.* but got"),
         ({"pruner.min_steps": 2}, "`pruner.min_steps` is not a setting."),
         ({"pruner": "median", "pruner.min_trials": 0}, "`pruner.min_trials >= 1` must hold, but got 0."),
         ({"pruner": "median", "pruner.min_fraction": 1.5}, "`0 <= pruner.min_fraction < 1` must hold, but got 1.5."),

@@ -1,7 +1,4 @@
-"""From plain mappings to the frozen dataclasses: every key known, every value of its declared type.
-
-`compose` gives the mappings (from Hydra) and calls `build`; sweeps call it once per arm and trial.
-"""
+"""Frozen dataclasses of settings from nested mappings: every key must be known and every value have its type."""
 
 from __future__ import annotations
 
@@ -20,14 +17,14 @@ T = TypeVar("T")
 
 
 def build(kind: type[T], values: Mapping[str, Any], *, key: str = "") -> T:
-    """Makes a settings dataclass from a mapping.
+    """Returns an instance of a settings dataclass.
 
-    A dataclass with a field `arguments` takes any key: those without a field of their own are arguments of a class.
+    A dataclass with a field `arguments` takes any key; keys without a field of their own become `arguments`.
     `_target_` is the field `target`.
 
     Args:
         kind: The dataclass.
-        values: A value for every field of it, nested mappings for nested dataclasses.
+        values: A value for every field, nested mappings for nested dataclasses.
         key: Dotted key of the mapping itself, for messages.
 
     Raises:
@@ -51,7 +48,7 @@ def build(kind: type[T], values: Mapping[str, Any], *, key: str = "") -> T:
 
 
 def as_settings(value: Any) -> Any:
-    """Returns settings as nested mappings, lists as tuples: what `build` makes the same settings from."""
+    """Returns settings as nested mappings, from which `build` makes the same settings."""
     if is_dataclass(value) and not isinstance(value, type):
         own = {f.name: as_settings(getattr(value, f.name)) for f in fields(value)}
         target = {TARGET: own.pop("target")} if isinstance(value, Component) else {}
@@ -65,7 +62,7 @@ def as_settings(value: Any) -> Any:
 
 
 def _gather_arguments(names: list[str], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns values by field, where those without a field of their own are `arguments`."""
+    """Returns values by field; keys without a field are put into `arguments`."""
     own = {name: value for name, value in values.items() if name in names and name not in ("target", "arguments")}
     if "target" in names and TARGET in values:
         own["target"] = values[TARGET]
@@ -74,15 +71,15 @@ def _gather_arguments(names: list[str], values: Mapping[str, Any]) -> dict[str, 
 
 @cache
 def _hints(kind: type) -> dict[str, Any]:
-    """The declared type of each field; Python works them out from text, which takes longer than all the rest here."""
+    """Returns the type of each field. Cached, because Python evaluates them from text."""
     return typing.get_type_hints(kind)
 
 
 def convert(kind: Any, value: Any, *, key: str) -> Any:
-    """Returns the value as its declared type holds it (a list as a tuple, an int as a float).
+    """Returns a value in its declared type: a list becomes a tuple, an int a float.
 
     Raises:
-        ConfigError: It is not of that type.
+        ConfigError: The value does not have that type.
     """
     if kind is Any:
         return value

@@ -1,4 +1,4 @@
-"""From `conf/` to settings: Hydra composes, `build` makes the frozen dataclasses. Nothing else sees a `DictConfig`.
+"""Settings from `conf/` and overrides: Hydra composes them, `build` makes the frozen dataclasses.
 
 A user's own `conf/` in the current folder is searched before the packaged one.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hydra import compose, initialize_config_dir
+from hydra._internal.utils import get_args_parser
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -35,21 +37,17 @@ from lorasweep.wording import nearest
 
 Primary = Literal["train", "sweep"]
 PACKAGE = Path(__file__).parent.parent
-MAX_INTERPOLATIONS = 16
-"""In the settings of a sweep or a run. Each may name another, so a few dozen could stand for any amount of text."""
 COMPONENTS: Mapping[str, frozenset[str]] = {
     "optim": frozenset(f.name for f in fields(OptimizerComponent)) - {"target", "arguments"},
     **dict.fromkeys(("schedule", "sampler", "pruner", "trainer.profiler", "trainer.strategy"), frozenset[str]()),
 }
-"""Settings that may be a class by `_target_`, with the keys beside its arguments that lorasweep reads itself."""
+"""Settings that may be a component, with the keys beside its arguments that lorasweep reads itself."""
 LIST_GROUPS = ("logger", "callbacks")
-"""Groups of which several options may be chosen at once (`logger=[tensorboard,csv]`): components by a name each."""
-SHOWING_FLAGS = {"--cfg", "-c", "--info", "-i", "--help", "-h"}
-"""Flags of Hydra with which nothing is trained."""
+"""Groups of components by name. Several of their options may be chosen at once: `logger=[tensorboard,csv]`."""
 
 
 def packaged_folder(name: Literal["conf", "sweeps"]) -> Path:
-    """Returns the folder that came with lorasweep: inside an installed package, or beside `src` in a checkout."""
+    """Returns a folder of lorasweep's own files: inside an installed package, or beside `src` in a checkout."""
     inside = PACKAGE / name
     return inside if inside.is_dir() else PACKAGE.parent.parent / name
 
@@ -58,7 +56,7 @@ class UserConfFirst(SearchPathPlugin):
     """Puts `conf/` of the current folder before the packaged one in Hydra's search path."""
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
-        """Called by Hydra once per composition."""
+        """Adds the folder; Hydra calls it for each composition."""
         folder = Path.cwd() / "conf"
         if folder.is_dir() and folder.resolve() != packaged_folder("conf").resolve():
             search_path.prepend(provider="user", path=f"file://{folder}", anchor="main")
@@ -66,7 +64,7 @@ class UserConfFirst(SearchPathPlugin):
 
 @cache
 def register_search_path() -> None:
-    """Tells Hydra of the user's `conf/`; once per process."""
+    """Registers the user's `conf/` with Hydra, once per process."""
     Plugins.instance().register(UserConfFirst)
 
 
@@ -75,7 +73,7 @@ def compose_run(settings: Mapping[str, Any], *, require_all: bool = True) -> Run
 
     Args:
         settings: Dotted keys and values, and options of groups (`{"method": "lora", "method.rank": 4}`).
-        require_all: Whether a setting without a default (a text, such as `model.path`) must be set; else it is `???`.
+        require_all: Whether a setting without a default, such as `model.path`, must be set. If not, it is `???`.
 
     Raises:
         ConfigError: A key or value is wrong; the message names the nearest valid one.
@@ -87,11 +85,7 @@ def compose_run(settings: Mapping[str, Any], *, require_all: bool = True) -> Run
 
 
 def refuse_secrets(values: Mapping[str, Any], *, prefix: str = "") -> None:
-    """Makes sure that no setting of a run holds a secret: it would be wanted again from a record that does not have it.
-
-    Raises:
-        ConfigError: One does.
-    """
+    """Raises ConfigError if a setting holds a secret: a record never keeps it, so the run could not be repeated."""
     if (whole := str(values)) == redact(whole):
         return
     for name, value in values.items():
@@ -105,14 +99,17 @@ def refuse_secrets(values: Mapping[str, Any], *, prefix: str = "") -> None:
 
 
 def compose_driver(settings: Mapping[str, Any]) -> DriverConfig:
-    """Returns how a sweep is driven; arguments and errors as in `compose_run`."""
+    """Returns the settings of a sweep beside those of its runs; arguments and errors as in `compose_run`."""
     return build(DriverConfig, compose_values("sweep", settings))
 
 
 def compose_values(primary: Primary, settings: Mapping[str, Any], *, require_all: bool = True) -> dict[str, Any]:
-    """Returns a primary config with the settings applied and all interpolations resolved, as nested mappings."""
+    """Returns a primary config with settings applied and interpolations resolved, as nested mappings.
+
+    Arguments and errors as in `compose_run`.
+    """
     groups = {key: value for key, value in settings.items() if key in group_names(primary)}
-    check_interpolations(settings)
+    refuse_resolvers(settings)
     try:
         composed = copy.deepcopy(
             _compose_groups(primary, tuple((k, _option(v)) for k, v in groups.items()), Path.cwd())
@@ -134,13 +131,13 @@ def compose_values(primary: Primary, settings: Mapping[str, Any], *, require_all
 
 
 def names_component(key: str) -> bool:
-    """Whether a key gives the class of a component that is not inside of another one."""
+    """Returns whether a key is the `_target_` of a component that is not nested in another one."""
     outer, _, last = key.rpartition(".")
     return last == TARGET and (outer in COMPONENTS or (outer.count(".") == 1 and outer.split(".")[0] in LIST_GROUPS))
 
 
 def _make_room_for_components(composed: DictConfig, settings: Mapping[str, Any]) -> None:
-    """Removes what is set of another class, or of an option of ours, where settings name the class themselves."""
+    """Removes the arguments of a group's option where the settings name another class by `_target_`."""
     for key in filter(names_component, settings):
         component = key.removesuffix(f".{TARGET}")
         before = OmegaConf.select(composed, component)
@@ -149,44 +146,23 @@ def _make_room_for_components(composed: DictConfig, settings: Mapping[str, Any])
             OmegaConf.update(composed, component, kept, merge=False)
 
 
-def check_interpolations(values: Any) -> None:
-    """Makes sure that settings don't stand for more than a machine holds once every `${...}` is resolved.
-
-    None may call a resolver either: a stranger's `${oc.env:TOKEN}` would put a secret into a record or a logger.
-
-    Raises:
-        ConfigError: There are too many of them, or one calls a resolver.
-    """
-    if (called := _find_resolver(str(values))) is not None:
-        raise ConfigError(
-            f"an interpolation must name a setting (`${{optim.lr}}`), but got {called!r}. Write the value instead."
-        )
-    if (count := str(values).count("${")) > MAX_INTERPOLATIONS:
-        raise ConfigError(
-            f"settings must have at most {MAX_INTERPOLATIONS} interpolations (`${{...}}`), but have {count}. "
-            "Write the values instead."
-        )
-
-
-def _find_resolver(text: str) -> str | None:
-    """Returns the first interpolation in a text that calls a resolver, as far as its colon."""
-    depth, start = 0, 0
-    for position, character in enumerate(text):
-        if text.startswith("${", position):
-            start = start if depth else position
-            depth += 1
-        elif character == "}" and depth:
-            depth -= 1
-        elif character == ":" and depth:
-            return text[start : position + 1]
-    return None
+def refuse_resolvers(values: Any) -> None:
+    """Raises ConfigError if settings call a resolver: `${oc.env:TOKEN}` would put a secret into a record."""
+    text = str(values)
+    while (called := re.search(r"\$\{[^{}]*:", text)) is None:
+        text, count = re.subn(r"\$\{[^{}]*\}", "", text)  # innermost `${name}`; the next round sees the outer ones
+        if not count:
+            return
+    raise ConfigError(
+        f"an interpolation must name a setting (`${{optim.lr}}`), but got {called[0]!r}. Write the value instead."
+    )
 
 
 @cache
 def _compose_groups(
     primary: Primary, groups: tuple[tuple[str, str | tuple[str, ...]], ...], folder: Path
 ) -> DictConfig:
-    """Composes options of groups, as seen from the current folder; once, because Hydra takes its time."""
+    """Composes options of groups. The result depends on the current folder and is cached, because Hydra is slow."""
     with hydra_session():
         overrides = []
         for key, value in groups:
@@ -198,10 +174,10 @@ def _compose_groups(
 
 
 def layer_settings(primary: Primary, *layers: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns settings given in layers, of which later ones win (a file, one of its arms, the command line).
+    """Returns settings of several layers together; later layers win (a file, one of its arms, the command line).
 
-    Where a layer chooses another option of a group than the ones before it, what those set inside the group goes:
-    `pruner.min_steps` of a file is no setting of `pruner=none`. The same holds where it names another class.
+    A layer that chooses another option or class for a group drops the settings that earlier layers made inside the
+    group: `pruner.min_trials` of a file is no setting of `pruner=none`.
     """
     layered: dict[str, Any] = {}
     for layer in layers:
@@ -218,7 +194,7 @@ def layer_settings(primary: Primary, *layers: Mapping[str, Any]) -> dict[str, An
 
 
 def _option(value: Any) -> str | tuple[str, ...]:
-    """Returns an option, or several as a tuple; what can't be one is a text that no option is called."""
+    """Returns an option, or several as a tuple, so that they can be cached; any other value as its text."""
     if isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):
         return tuple(value)
     return value if isinstance(value, str) else repr(value)
@@ -230,21 +206,14 @@ def known_keys(settings: Mapping[str, Any]) -> set[str]:
 
 
 def check_key(key: str, known: set[str], *, primary: Primary) -> None:
-    """Raises ConfigError unless the dotted key is a setting, or an argument of a component that is set by its class."""
-    if names_component(key) or key in known:
-        return
-    if not any(f"{outer}.{TARGET}" in known for outer in _outer_keys(key)):
+    """Raises ConfigError unless a dotted key is a setting or an argument of a component."""
+    names = key.split(".")
+    outer = (".".join(names[:depth]) for depth in range(1, len(names)))
+    if not (names_component(key) or key in known or any(f"{one}.{TARGET}" in known for one in outer)):
         raise ConfigError(
             f"`{key}` is not a setting.{nearest(key, sorted(known))} "
             f"`lorasweep {primary} --help` lists the groups, `lorasweep train --cfg job` every key."
         )
-
-
-def _outer_keys(key: str) -> Iterator[str]:
-    """Yields the dotted keys of what a setting lies in."""
-    while "." in key:
-        key = key.rpartition(".")[0]
-        yield key
 
 
 def group_names(primary: Primary) -> tuple[str, ...]:
@@ -254,7 +223,7 @@ def group_names(primary: Primary) -> tuple[str, ...]:
 
 @cache
 def default_options(primary: Primary) -> Mapping[str, str]:
-    """Returns the option of each group that a primary config takes by itself."""
+    """Returns the default option of each group of a primary config."""
     defaults = OmegaConf.load(packaged_folder("conf") / f"{primary}.yaml").defaults
     pairs = [next(iter(entry.items())) for entry in defaults if entry != "_self_"]
     return {group: option for group, option in pairs if not group.startswith("override ")}
@@ -267,7 +236,7 @@ def group_options(group: str) -> list[str]:
 
 
 def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
-    """Returns command-line overrides as keys and values; a sweep in Hydra's words becomes a range as in a sweep file.
+    """Returns command-line overrides as keys and values. Hydra's sweep syntax becomes a range as in a sweep file.
 
     Raises:
         ConfigError: One is not of the form `key=value`.
@@ -276,15 +245,15 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def check_command_line(arguments: Sequence[str]) -> None:
-    """Checks the command line of `lorasweep train` before Hydra sees it, so that every error is one sentence.
+    """Checks the command line of `lorasweep train` before Hydra does, so that every error is one sentence.
 
-    Of a grid (`-m method.rank=1,4`) every run is checked, before the first one trains.
+    Every run of a grid (`-m method.rank=1,4`) is checked before the first one trains.
 
     Raises:
         ConfigError: A word is no override, or a key or value is wrong.
     """
-    words = [word for n, word in enumerate(arguments) if not _is_flag(arguments, n)]
-    parsed = [override for override in _parse(words) if not override.key_or_group.startswith("hydra")]
+    flags, words = get_args_parser().parse_known_args(list(arguments))
+    parsed = [word for word in _parse([*flags.overrides, *words]) if not word.key_or_group.startswith("hydra")]
     values: dict[str, list[Any]] = {}
     for override in parsed:
         key, value = _read_override(override)
@@ -293,40 +262,21 @@ def check_command_line(arguments: Sequence[str]) -> None:
                 f"a range is for `lorasweep sweep`, but got {override.input_line!r}. "
                 f"Give values: `{key}=1,2,4` with `-m`."
             )
-        if override.is_sweep_override() and not {"-m", "--multirun"} & set(arguments):
+        if override.is_sweep_override() and not flags.multirun:
             raise ConfigError(f"`{key}` must have one value, but got {value!r}. Add `-m` to run each of them.")
         values[key] = value if override.is_sweep_override() else [value]
-    only_shows = not SHOWING_FLAGS.isdisjoint(word.partition("=")[0] for word in arguments)
+    trains = not (flags.help or flags.cfg or flags.info)
     for combination in itertools.product(*values.values()):
-        compose_run(dict(zip(values, combination, strict=True)), require_all=not only_shows)
+        compose_run(dict(zip(values, combination, strict=True)), require_all=trains)
 
 
-def add_arguments(arguments: Sequence[str]) -> list[str]:
-    """Returns a Hydra command line in which arguments of components are new keys (`++key=value`)."""
-    components = tuple(f"{key}." for key in (*COMPONENTS, *LIST_GROUPS))
-    return [
-        f"++{word}" if word.startswith(components) and not _is_flag(arguments, position) else word
-        for position, word in enumerate(arguments)
-    ]
+def add_arguments(words: Sequence[str]) -> list[str]:
+    """Returns a command line for Hydra in which arguments of components may be new keys (`++key=value`)."""
+    return [f"++{word}" if _is_component_key(word) else word for word in words]
 
 
-def _is_flag(arguments: Sequence[str], position: int) -> bool:
-    """Whether a word is one of Hydra's flags or the value of one (`--cfg job`)."""
-    with_value = (
-        "--cfg",
-        "-c",
-        "--package",
-        "-p",
-        "--config-path",
-        "-cp",
-        "--config-name",
-        "-cn",
-        "--config-dir",
-        "-cd",
-    )
-    return arguments[position].startswith("-") or (
-        position > 0 and arguments[position - 1] in (*with_value, "--info", "-i")
-    )
+def _is_component_key(key: str) -> bool:
+    return key.startswith(tuple(f"{group}." for group in (*COMPONENTS, *LIST_GROUPS)))
 
 
 def _parse(overrides: Sequence[str]) -> list[Override]:
@@ -339,10 +289,8 @@ def _parse(overrides: Sequence[str]) -> list[Override]:
 def _read_override(override: Override) -> tuple[str, Any]:
     if not override.key_or_group:
         raise ConfigError(f"an override must read `key=value`, but got {override.input_line!r}.")
-    is_argument = any(
-        str(override.key_or_group).startswith(f"{component}.") for component in (*COMPONENTS, *LIST_GROUPS)
-    )
-    if override.is_delete() or ((override.is_add() or override.is_force_add()) and not is_argument):
+    adds = override.is_add() or override.is_force_add()
+    if override.is_delete() or (adds and not _is_component_key(str(override.key_or_group))):
         raise ConfigError(
             f"an override must read `key=value`, but got {override.input_line!r}. Leave out the `+` or `~`."
         )
@@ -360,7 +308,7 @@ def _read_override(override: Override) -> tuple[str, Any]:
 
 
 def _last_of(value: RangeSweep) -> float:
-    """The largest value of Hydra's `range(start, stop, step)`, which leaves out `stop` as Python's does."""
+    """Returns the largest value of Hydra's `range(start, stop, step)`, which leaves out `stop` as Python's does."""
     values = list(value.range())
     if not values:
         raise ConfigError(f"a range must not be empty, but got range({value.start}, {value.stop}, {value.step}).")
@@ -369,7 +317,7 @@ def _last_of(value: RangeSweep) -> float:
 
 @contextmanager
 def hydra_session() -> Iterator[None]:
-    """Opens Hydra on `conf/` for composing, or joins the session that is open."""
+    """Initialises Hydra on `conf/` for composing, unless it is initialised already."""
     register_search_path()
     if GlobalHydra.instance().is_initialized():
         yield

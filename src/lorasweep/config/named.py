@@ -1,4 +1,4 @@
-"""Functions of the user's own that a setting names as `package.module:function`: found, checked and called."""
+"""Functions of the user that a setting names as `package.module:function`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lorasweep.errors import ConfigError, describe_error
 from lorasweep.wording import nearest
 
 FLAGS_OF_CODE = {"model.trust_remote_code": "transformers_modules", "model.allow_pickle": "pickle"}
-"""Settings that let code in, and the package that has the code; transformers puts remote code into its own."""
+"""Settings that run code of others, and the package of that code: transformers imports remote code into its own."""
 
 
 def package_of(name: str) -> str:
@@ -22,20 +22,29 @@ def package_of(name: str) -> str:
 
 
 def call_named(name: str, *, key: str, offered: Mapping[str, Any]) -> Any:
-    """Returns what a named function returns; it is given those of the offered arguments that it asks for by name.
+    """Calls a named function with those of the offered arguments that it takes, and returns its result.
 
     Args:
-        name: `package.module:function`; modules in the current folder are found too.
-        key: The setting that names it, for messages.
+        name: `package.module:function`. Modules in the current folder are found too.
+        key: Dotted key of the setting, for messages.
         offered: Arguments by name.
 
     Raises:
         ConfigError: There is no such function, it needs an argument that is not offered, or it fails.
     """
     function = find_named(name, key=key)
-    arguments = _choose_arguments(function, name, key=key, offered=offered)
+    parameters = inspect.signature(function).parameters.values()
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+    for parameter in parameters:
+        is_needed = parameter.default is parameter.empty and not parameter.kind.name.startswith("VAR_")
+        if is_needed and parameter.name not in offered:
+            raise ConfigError(
+                f"`{key}` must name a function whose arguments are among {', '.join(offered)}, but {name!r} needs "
+                f"{parameter.name!r}. Give that argument a default."
+            )
+    names = {parameter.name for parameter in parameters}
     try:
-        return function(**arguments)
+        return function(**{name: value for name, value in offered.items() if takes_any or name in names})
     except Exception as error:
         raise ConfigError(
             f"`{key}` must name a function that works, but {name!r} fails: {describe_error(error)}."
@@ -43,16 +52,13 @@ def call_named(name: str, *, key: str, offered: Mapping[str, Any]) -> Any:
 
 
 def find_named(name: str, *, key: str) -> Callable[..., Any]:
-    """Returns the function that `package.module:function` names. Importing runs the module's code.
+    """Returns the function that `package.module:function` names. Importing it runs the module's code.
 
     Raises:
-        ConfigError: The module is not there or fails when it is imported, or has no such function.
+        ConfigError: The module can't be imported, or has no such function.
     """
     module_name, _, function_name = name.partition(":")
-    folder = str(Path.cwd())
-    if folder not in sys.path:
-        sys.path.insert(0, folder)  # a console script's path does not have it
-    importlib.invalidate_caches()
+    add_current_folder()
     try:
         module = importlib.import_module(module_name)
     except Exception as error:
@@ -68,19 +74,8 @@ def find_named(name: str, *, key: str) -> Callable[..., Any]:
     return function  # type: ignore[no-any-return]
 
 
-def _choose_arguments(
-    function: Callable[..., Any], name: str, *, key: str, offered: Mapping[str, Any]
-) -> dict[str, Any]:
-    parameters = inspect.signature(function).parameters.values()
-    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
-        return dict(offered)
-    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_POSITIONAL)
-    named = [parameter for parameter in parameters if parameter.kind is not inspect.Parameter.VAR_POSITIONAL]
-    for parameter in named:
-        unknown = parameter.name not in offered or parameter.kind in positional
-        if unknown and parameter.default is inspect.Parameter.empty:
-            raise ConfigError(
-                f"`{key}` must name a function whose arguments are among {', '.join(offered)}, but {name!r} needs "
-                f"{parameter.name!r}. Give that argument a default."
-            )
-    return {p.name: offered[p.name] for p in named if p.name in offered and p.kind not in positional}
+def add_current_folder() -> None:
+    """Lets modules of the current folder be imported; the path of a console script does not have that folder."""
+    if (folder := str(Path.cwd())) not in sys.path:
+        sys.path.append(folder)
+    importlib.invalidate_caches()  # a module may have been written since the last import

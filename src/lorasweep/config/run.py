@@ -1,6 +1,6 @@
-"""Settings of one run: `RunConfig` and its parts, one dataclass per folder of `conf/`.
+"""Settings of one run: `RunConfig`, with one dataclass for each folder of `conf/`.
 
-Values come from `conf/` (see `compose`); only what is wrong whatever the model or data is checked here.
+Checks that need neither the model nor the data are made here.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ StrategyName = Literal[
     "deepspeed_stage_2",
     "deepspeed_stage_3",
 ]
-"""Lightning's names of strategies that train in processes of their own, and `model_parallel`. The others start
-processes by fork or spawn, which a command line can't."""
+"""Names of Lightning's strategies whose processes are started from the command line, and `model_parallel`. Lightning's
+other strategies fork or spawn processes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """AdamW (Loshchilov and Hutter 2019) and what is done to gradients before it."""
+    """AdamW (Loshchilov and Hutter 2019), its learning rates, and gradient clipping."""
 
     name: Literal["adamw"]
     lr: float
@@ -42,16 +42,15 @@ class OptimConfig:
     lr_ratio_b: float
     """Learning rate of B over that of A (LoRA+, arXiv 2402.12354); 1 is plain LoRA."""
     lr_ratio_head: float
-    """Learning rate of a new head, and of what else trains in full beside changes (`method.modules_to_save`), over
-    `optim.lr`."""
+    """Learning rate of a new head and of `method.modules_to_save` over `optim.lr`."""
     layer_decay: float
     """Learning rate of a block over that of the block above it (ULMFiT, arXiv 1801.06146, section 3.2), 0 < f <= 1; the
     embeddings lie below the first block. Such trials run alone."""
     ema_decay: float | None
-    """Share of the running mean of the weights that is kept at each step, 0 <= f < 1: that mean is evaluated and saved;
-    null evaluates the weights as they are. Such trials run alone."""
+    """Decay of an exponential moving average of the weights, 0 <= f < 1. The average is evaluated and saved; null
+    evaluates the weights themselves. Such trials run alone."""
     weight_decay: float
-    """Of matrices; vectors (biases, norms) do not decay."""
+    """Weight decay of matrices. Vectors (biases, norms) do not decay."""
     beta1: float
     beta2: float
     eps: float
@@ -67,7 +66,7 @@ class OptimConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerComponent(Component):
-    """Another optimizer, by the class that `optim._target_` names. Trials with one run alone.
+    """Another optimizer, whose class is `optim._target_`. Its trials run alone.
 
     The settings below mean the same as in `OptimConfig`; all others are arguments of the class.
     """
@@ -120,19 +119,19 @@ SCHEDULE_ARGUMENTS: Mapping[str, tuple[str, ...]] = {
     "inverse_sqrt": ("timescale",),
     "warmup_stable_decay": ("decay_fraction", "decay_type", "min_lr_ratio", "num_cycles"),
 }
-"""Arguments that a schedule takes beside `warmup_fraction`, as transformers' `get_scheduler` names them; only
-`decay_fraction`, a share of the steps, is `num_decay_steps` there."""
+"""Arguments of each schedule beside `warmup_fraction`, named as in transformers' `get_scheduler`. `decay_fraction`, a
+fraction of the steps, stands for `num_decay_steps`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleConfig:
-    """The learning rate over a run's `trainer.max_steps`, as a share of `optim.lr`: a schedule of transformers'."""
+    """A learning-rate schedule of transformers over `trainer.max_steps`."""
 
     name: ScheduleName
     warmup_fraction: float
-    """Share of the steps that rise linearly from 0, 0 <= f < 1."""
+    """Fraction of the steps in which the rate rises linearly from 0, 0 <= f < 1."""
     arguments: Mapping[str, Any] = field(default_factory=dict, hash=False)
-    """Further arguments of the schedule, by the names in `SCHEDULE_ARGUMENTS`."""
+    """Further arguments of the schedule, see `SCHEDULE_ARGUMENTS`."""
 
     def __post_init__(self) -> None:
         require_fraction("schedule.warmup_fraction", self.warmup_fraction)
@@ -150,50 +149,47 @@ class ScheduleConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainerConfig:
-    """How long, how large, how precise, and on what."""
+    """Steps, batches, precision, device and processes of a run."""
 
     max_steps: int
     """Optimizer steps, >= 1."""
     batch_size: int
     """Sequences per optimizer step, >= 1."""
     accumulate: int | Literal["auto"]
-    """Micro-batches into which one optimizer step is split by the rows' length, 1 to `trainer.batch_size`. What is
-    learned stays the same. `auto` takes as few as leave at most a tenth of padding, where that pays: in packs."""
+    """Micro-batches of one optimizer step, 1 to `trainer.batch_size`; sequences are split by their length. Training is
+    the same for every number. `auto` takes the fewest that leave at most 10 % padding in a pack, and 1 alone."""
     eval_batch_size: int
-    """Rows of the greatest length per evaluation batch; of shorter rows there are more."""
+    """Sequences of the greatest length per evaluation batch; a batch of shorter sequences has more."""
     eval_every_steps: int
-    """Steps between two evaluations on validation data; also when a run can be pruned and is checkpointed."""
+    """Steps between two evaluations on validation data. A run can be pruned, and is checkpointed, at an evaluation."""
     early_stop_evaluations: int | None
-    """End a run after so many evaluations in a row without a better score; null trains all steps. The schedule's
-    length stays that of all steps."""
+    """Evaluations in a row without a better score after which a run ends; null trains all steps. The schedule keeps
+    the length of all steps."""
     activation_checkpointing: bool
-    """Whether activations are computed again in the backward pass instead of kept: less memory, about a third more
-    time."""
+    """Whether activations are recomputed in the backward pass: it takes less memory and about a third more time."""
     compile: bool
-    """Whether the model runs through `torch.compile`. Its trials run alone: a pack changes its model as it goes."""
+    """Whether the model runs through `torch.compile`. Such trials run alone, because a pack changes its model."""
     precision: Literal["auto", "bf16", "fp32"]
-    """`auto` takes bf16 where the processor or GPU computes in it, else fp32."""
+    """`auto` takes bf16 if the processor or GPU computes in it, else fp32."""
     device: Literal["auto", "cpu", "gpu"]
     strategy: StrategyName | Component
-    """Lightning's strategy. `auto` takes `ddp` for several processes: each holds the whole model. `fsdp` and
-    `model_parallel` (FSDP2) give each process a share of every block's weights. A `_target_` names any other."""
+    """Lightning's strategy. `auto` takes `ddp` for several processes, each with the whole model. `fsdp` and
+    `model_parallel` (FSDP2) shard every block's weights over the processes. Any other is set by `_target_`."""
     devices: int | Literal["auto"]
     """Processes per node, each with its own GPU or share of the cores. `auto` takes as many as torchrun or srun
-    started, else as many as there are GPUs. Trials of more than one process train alone."""
+    started, else as many as there are GPUs. Trials of more than one process run alone."""
     num_nodes: int
-    """Nodes."""
     deterministic: Literal[True, False, "strict"]
-    """`true` has torch take the implementation that gives the same bits each time wherever it has one, `strict` also
-    ends a run at an operation that has none; `false` takes the fastest."""
+    """`true` uses torch's deterministic implementations where they exist; `strict` also ends a run at an operation
+    without one; `false` takes the fastest."""
     progress: bool
     """Whether a single run shows a progress bar."""
     profiler: Literal["simple", "advanced", "pytorch"] | Component | None
-    """A Lightning profiler, by Lightning's name or by its class. It writes into the run's folder. Trials with one train
-    alone."""
+    """A Lightning profiler, by name or by `_target_`. It writes into the run's folder, and its trials run alone."""
 
     @property
     def strategy_name(self) -> str:
-        """Returns the name of the strategy, or of its class."""
+        """Name of the strategy or of its class."""
         return self.strategy.name if isinstance(self.strategy, Component) else self.strategy
 
     @property
@@ -225,10 +221,10 @@ class TrainerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SeedsConfig:
-    """One seed per source of chance, so that each can be held while another moves."""
+    """A seed for each source of randomness, so that one can change while the others stay."""
 
     init: int
-    """Adapters and new heads."""
+    """Seed of the initial values of adapters and new heads."""
     data_order: int
     dropout: int
 
@@ -240,21 +236,21 @@ class SeedsConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Everything that one run depends on."""
+    """All settings of one run."""
 
     model: ModelConfig
     data: DataConfig
     method: MethodConfig
     optim: OptimConfig | OptimizerComponent
     schedule: ScheduleConfig | Component
-    """A `Component` is any torch scheduler. Trials with one train alone."""
+    """A `Component` is any torch scheduler; its trials run alone."""
     trainer: TrainerConfig
     logger: Mapping[str, Component] = field(hash=False)
-    """Where metrics go beside the run's own `steps.jsonl`: any Lightning logger, by a name of the user's."""
+    """Lightning loggers by name. They get every metric that is in `steps.jsonl`."""
     callbacks: Mapping[str, Component] = field(hash=False)
-    """Any Lightning callback, by a name of the user's. Trials with one run alone."""
+    """Lightning callbacks by name. Trials with one run alone."""
     seed: int
-    """Sets every seed below that is not set by itself."""
+    """Default of every seed below."""
     seeds: SeedsConfig
 
     def __post_init__(self) -> None:

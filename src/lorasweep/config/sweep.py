@@ -1,4 +1,4 @@
-"""Settings of a sweep: how it is driven (`conf/sweep.yaml`), and the form of a file in `sweeps/`."""
+"""Settings of a sweep beside those of its runs (`conf/sweep.yaml`), and the content of a file in `sweeps/`."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from lorasweep.config.targets import Component
 from lorasweep.errors import ConfigError
 from lorasweep.redaction import redact
 
-MAX_SEEDS = 1000
-MAX_TRIALS = 1_000_000
-"""Of one arm."""
-MAX_NAME_LENGTH = 100
+MAX_CONFIRM_SEEDS = 1000
+MAX_TRIALS_PER_ARM = 1_000_000
+MAX_NAME_CHARACTERS = 100
+"""A name becomes a folder, and file systems limit its length."""
 CONFIRM_ENDING = "-confirm"
-"""Between an arm's name and a number in the folder names of the confirm stage."""
+"""Stands between an arm's name and a number in the folder names of the confirm stage."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelBasedSampler:
-    """Sobol points first; then TPE or a Gaussian process chooses, from what has ended and what runs."""
+    """Sobol points first; then TPE or a Gaussian process proposes trials from finished and running ones."""
 
     name: Literal["tpe", "gp"]
     startup_trials: int | None
-    """Sobol points of an arm before the model chooses; null: half of the arm's trials, at most 32."""
+    """Number of Sobol points of an arm; null: half of the arm's trials, at most 32."""
 
     def __post_init__(self) -> None:
         if self.startup_trials is not None:
@@ -35,24 +35,24 @@ class ModelBasedSampler:
 
 @dataclass(frozen=True, kw_only=True)
 class FixedSampler:
-    """Sobol points, random points, or every combination once: learns nothing."""
+    """Sobol points, random points, or every combination once. Proposals do not depend on scores."""
 
     name: Literal["qmc", "random", "grid"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class HalvingPruner:
-    """Promotion-type successive halving (arXiv 1810.05934, algorithm 2): the best part of a rung goes on."""
+    """Promotion-type successive halving (arXiv 1810.05934, algorithm 2): the best trials at a rung continue."""
 
     name: Literal["halving"]
     rungs: tuple[float, ...]
-    """Where trials are compared, as fractions of a run, ascending. Each is moved to the nearest evaluation."""
+    """Rungs as ascending fractions of a run. Each rung is moved to the nearest evaluation."""
     reduction_factor: int
-    """At each rung one in so many trials goes on."""
+    """One in `reduction_factor` trials continues at each rung."""
     min_survivors: int
-    """Trials that go on beyond each rung at least, once no more can come."""
+    """Smallest number of trials that continue at each rung, once no more can arrive there."""
     criterion: Literal["loss", "metric"]
-    """What trials are compared by at a rung: the sweep's metric, which picks the winner, or the validation loss."""
+    """Trials are compared by the sweep's metric, which also picks the winner, or by the validation loss."""
 
     def __post_init__(self) -> None:
         _check_rungs(self.rungs)
@@ -62,13 +62,13 @@ class HalvingPruner:
 
 @dataclass(frozen=True, kw_only=True)
 class MedianPruner:
-    """A trial goes on where it is no worse than the median of all trials at the same step, running ones included."""
+    """A trial continues if it is no worse than the median of all trials at the same step, running ones included."""
 
     name: Literal["median"]
     min_fraction: float
-    """Fraction of a run before which nothing is compared; after it every evaluation is a rung."""
+    """Fraction of a run after which every evaluation is a rung."""
     min_trials: int
-    """Trials that must have reached a step before one of them goes on beyond it."""
+    """Trials that must have reached a rung before one of them continues."""
     criterion: Literal["loss", "metric"]
     """As for `halving`."""
 
@@ -85,38 +85,37 @@ class NoPruner:
 
 
 SamplerConfig = ModelBasedSampler | FixedSampler | Component
-"""A component is a sampler of Optuna's, of OptunaHub's or of the user's own."""
+"""A component is any Optuna sampler: one of Optuna, of OptunaHub or of the user."""
 PrunerConfig = HalvingPruner | MedianPruner | NoPruner | Component
-"""A component is a pruner of Optuna's or of the user's own."""
+"""A component is any Optuna pruner: one of Optuna or of the user."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StorageConfig:
-    """Where the sweep's Optuna studies are kept."""
+    """Storage of the sweep's Optuna studies."""
 
     url: str | None
-    """A database as SQLAlchemy writes it (`postgresql+psycopg://HOST/DATABASE`); null is a journal file in the sweep's
-    folder. A password is refused, because the record keeps the address."""
+    """Address of a database for SQLAlchemy (`postgresql+psycopg://HOST/DATABASE`); null is a journal file in the
+    sweep's folder. An address with a password is refused, because the record keeps the address."""
 
     def __post_init__(self) -> None:
         if self.url is not None and redact(self.url) != self.url:
             raise ConfigError(
                 f"`storage.url` must have no user or password before an `@`, which a record never keeps, but got "
-                f"{redact(self.url)!r}. Write the user as `?user=NAME`, and give the password where the database's own "
-                "client looks for it, such as PGPASSWORD or ~/.pgpass."
+                f"{redact(self.url)!r}. Write the user as `?user=NAME`, and set PGPASSWORD or ~/.pgpass."
             )
 
 
 @dataclass(frozen=True, kw_only=True)
 class LocalWorker:
-    """One worker in the process that was started, which also has the controller."""
+    """One worker in the process of the controller."""
 
     name: Literal["local"]
     num: int
-    """Workers. More than one need `worker=ray`."""
+    """Number of workers, which is 1."""
     pack_size: int | Literal["auto"]
-    """Most trials that train together on one frozen base; `auto` follows from memory and the trials left, 1 trains each
-    alone."""
+    """Largest number of trials that train together on one frozen base; 1 trains each trial alone, `auto` depends on
+    memory and on the number of trials left."""
 
     def __post_init__(self) -> None:
         if self.num != 1:
@@ -133,15 +132,15 @@ class RayWorkers:
 
     name: Literal["ray"]
     num: int | Literal["auto"]
-    """Workers; `auto` takes as many as fit on the cluster, and more when nodes join."""
+    """Number of workers; `auto` takes as many as fit on the cluster, and more when nodes join."""
     cpus: int
     """Processor cores of each process of a worker."""
     gpus: int
-    """GPUs of each process of a worker. A worker has one process, or as many as `trainer.devices` times
-    `trainer.num_nodes`, which train each trial together."""
+    """GPUs of each process of a worker. A worker has `trainer.devices` times `trainer.num_nodes` processes, which train
+    each trial together."""
     address: str | None
-    """A Ray cluster to join: `auto` for the one of this machine, or `HOST:PORT`. Null starts one on this machine, which
-    ends with the sweep."""
+    """Ray cluster to join: `auto` for the one on this machine, or `HOST:PORT`. Null starts a cluster on this machine
+    that ends with the sweep."""
     pack_size: int | Literal["auto"]
     """As for `local`."""
 
@@ -163,15 +162,15 @@ WorkerConfig = LocalWorker | RayWorkers | SlurmConfig
 
 @dataclass(frozen=True, kw_only=True)
 class SweepSettings:
-    """What holds for the whole sweep."""
+    """Settings of the whole sweep."""
 
     trials: int | None
-    """Trials of every arm that has a space; None leaves each arm's own number."""
+    """Number of trials of every arm with a space; null keeps each arm's own number."""
     seed: int
-    """The sampler's seed; each arm draws from its own stream."""
+    """Seed of the sampler; each arm has its own random stream."""
     output: str | None
     max_failures: int
-    """So many failed trials in a row stop the sweep: then it is not the trials that are wrong."""
+    """Number of failed trials in a row that stops the sweep: their common cause is then outside the trials."""
 
     def __post_init__(self) -> None:
         if self.trials is not None:
@@ -182,19 +181,19 @@ class SweepSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class ConfirmConfig:
-    """The stage after the search: each arm's best configuration again on fresh seeds, scored once on test data."""
+    """The stage after the search: each arm's best configuration runs with fresh seeds and is scored on test data."""
 
     seeds: int
-    """Number of fresh seeds, 0 to 1000; 0 leaves the stage out."""
+    """Number of fresh seeds, 0 to 1000; 0 skips the stage."""
 
     def __post_init__(self) -> None:
         require_at_least("confirm.seeds", self.seeds, 0)
-        require_at_most("confirm.seeds", self.seeds, MAX_SEEDS)
+        require_at_most("confirm.seeds", self.seeds, MAX_CONFIRM_SEEDS)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DriverConfig:
-    """How a sweep is driven."""
+    """Sampler, pruner, storage, workers and stages of a sweep."""
 
     sampler: SamplerConfig
     pruner: PrunerConfig
@@ -206,24 +205,24 @@ class DriverConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ArmConfig:
-    """One arm as its sweep file states it."""
+    """One arm of a sweep file."""
 
     name: str
     settings: Mapping[str, Any]
-    """Dotted keys and values of this arm, over those of the whole sweep."""
+    """Dotted keys and values of this arm. They win over those of the whole sweep."""
     space: Mapping[str, Any]
     """Swept keys: a list of choices, or a mapping `low`, `high`, and `log` or `step`."""
     trials: int
     expand: Mapping[str, list[Any]] = field(default_factory=dict)
-    """Keys and their values: one arm for each combination, with its own search and the same budget."""
+    """Dotted keys and lists of values. Each combination becomes an arm with its own search and the same budget."""
     expanded_from: str | None = None
-    """The arm whose `expand` made this one."""
+    """Name of the arm whose `expand` made this one."""
     expanded: Mapping[str, Any] = field(default_factory=dict)
     """Its own values of the expanded keys."""
 
     def __post_init__(self) -> None:
         require_at_least(f"arms.{self.name}.trials", self.trials, 1)
-        require_at_most(f"arms.{self.name}.trials", self.trials, MAX_TRIALS)
+        require_at_most(f"arms.{self.name}.trials", self.trials, MAX_TRIALS_PER_ARM)
         _require_folder_name("an arm's name", self.name)
         if self.name.endswith(CONFIRM_ENDING):
             raise ConfigError(
@@ -252,8 +251,8 @@ class SweepFile:
 
 
 def _require_folder_name(what: str, name: str) -> None:
-    if len(name) > MAX_NAME_LENGTH:
-        raise ConfigError(f"{what} must have at most {MAX_NAME_LENGTH} characters, but got {name!r}.")
+    if len(name) > MAX_NAME_CHARACTERS:
+        raise ConfigError(f"{what} must have at most {MAX_NAME_CHARACTERS} characters, but got {name!r}.")
     if not name.replace("_", "").replace("-", "").isalnum():
         raise ConfigError(f"{what} must consist of letters, digits, `_` and `-`, but got {name!r}.")
 
@@ -262,5 +261,5 @@ def _check_rungs(rungs: tuple[float, ...]) -> None:
     if not rungs or list(rungs) != sorted(set(rungs)) or not all(0 < rung < 1 for rung in rungs):
         raise ConfigError(
             f"`pruner.rungs` must be ascending fractions of a run, each more than 0 and less than 1, but got "
-            f"{list(rungs)!r}. A rung at or beyond the last step compares nothing that could still go on."
+            f"{list(rungs)!r}."
         )

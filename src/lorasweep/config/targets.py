@@ -1,23 +1,21 @@
-"""Third-party components that settings name by `_target_`: checked against a list of packages, then made by Hydra.
+"""Third-party components that settings configure by `_target_`: checked, then instantiated by Hydra.
 
-A component runs code, and settings may come from a stranger's sweep file or record. So a target must be a class of a
-trusted package and of the kind that its place needs: `torch.load` or `subprocess.Popen` can't be named. The user
-trusts more packages by `trust=[PACKAGE]` on the command line; no file can.
+A component runs code, and settings may come from a stranger's sweep file or record. So `_target_` must be a class of a
+trusted package, and a subclass of the type that its setting needs. `torch.load` and `subprocess.Popen` are refused.
+The user trusts more packages by `trust=[PACKAGE]` on the command line; a file can't.
 """
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import re
-import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
-from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any, TypeVar
 
+from lorasweep.config.named import add_current_folder
 from lorasweep.errors import ConfigError, describe_error
 
 T = TypeVar("T")
@@ -32,8 +30,10 @@ TRUSTED_PACKAGES = frozenset(
         *("wandb", "mlflow"),  # their own loggers and callbacks
     }
 )
-"""Packages whose classes may be named without `trust`: what lorasweep depends on, and well-known packages beside them
-that are installed by hand. `optunahub` is none of them: it downloads code and runs it."""
+"""Packages whose classes need no `trust`: dependencies of lorasweep, and well-known ones that are installed by hand.
+`optunahub` is not among them, because it downloads code and runs it."""
+TIMEDELTA = "datetime.timedelta"
+"""The one class of another package that may be nested: a strategy's `timeout`."""
 NESTED_BASES = frozenset(
     {
         "torch.optim.optimizer.Optimizer",
@@ -50,10 +50,11 @@ NESTED_BASES = frozenset(
         "optuna.pruners._base.BasePruner",
         "optuna.samplers._base.BaseSampler",
         "optuna.samplers.nsgaii._crossovers._base.BaseCrossover",
-        "datetime.timedelta",
+        TIMEDELTA,
     }
 )
-"""A nested component must be one of these classes, such as the pruner that a `PatientPruner` wraps."""
+"""A nested component, such as the pruner that a `PatientPruner` wraps, must be a subclass of one of these: a trusted
+package also has classes that run code when they are made, such as `torch.package.PackageImporter`."""
 EVERY_PACKAGE = "all"
 """Trusts every package."""
 PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
@@ -64,45 +65,45 @@ _trusted: set[str] = set()
 
 @dataclass(frozen=True, kw_only=True)
 class Component:
-    """An object that settings name: the import path of its class, and the arguments of that class."""
+    """An object of another package: the import path of its class, and the arguments of that class."""
 
     target: str
     arguments: Mapping[str, Any] = field(default_factory=dict, hash=False)
-    """As the class names them. One with `_target_` is a component inside of this one."""
+    """By the names of the class's parameters. An argument with `_target_` is a nested component."""
 
     @property
     def name(self) -> str:
-        """Returns the name of the class."""
+        """Name of the class."""
         return self.target.rpartition(".")[2]
 
 
 def set_trusted(packages: Iterable[str]) -> None:
-    """Trusts these packages beside `TRUSTED_PACKAGES`, in this process, in place of those of an earlier call."""
+    """Trusts these packages beside `TRUSTED_PACKAGES` in this process, instead of those of an earlier call."""
     _trusted.clear()
     _trusted.update(packages)
 
 
 def trusted_packages() -> tuple[str, ...]:
-    """Returns what `set_trusted` was told, for a process that works for this one."""
+    """Returns the packages of the last `set_trusted`, for worker processes."""
     return tuple(sorted(_trusted))
 
 
 def is_trusted(package: str) -> bool:
-    """Whether classes of a package may be named."""
+    """Returns whether classes of a package may be instantiated."""
     return package in TRUSTED_PACKAGES or package in _trusted or EVERY_PACKAGE in _trusted
 
 
 def instantiate(component: Component, *, key: str, expected: type[T], **more: Any) -> T:
-    """Returns the object that a component names. Importing its class runs the code of that module.
+    """Returns the instance of a component. Importing its class runs the code of that module.
 
     Args:
         component: Class and arguments.
-        key: The setting that holds it, for messages.
-        expected: What the object must be an instance of.
-        more: Further arguments; they are handed over as they are, and win.
+        key: Dotted key of the setting, for messages.
+        expected: The type that the instance must have.
+        more: Further arguments, which win over the component's own.
 
     Raises:
-        ConfigError: The class is not trusted, not there or of another kind, or does not take these arguments.
+        ConfigError: The class is not trusted, not installed or of another type, or does not take these arguments.
     """
     found = find_class(component.target, key=key, expected=expected)
     _check_arguments(component.arguments, key=key)
@@ -118,7 +119,7 @@ def instantiate(component: Component, *, key: str, expected: type[T], **more: An
 
 
 def check_component(component: Component, *, key: str, expected: type, **more: Any) -> None:
-    """Makes sure that a component's class takes its arguments by their names, without making the object.
+    """Checks that a component's class takes arguments of these names, without making an instance.
 
     Arguments and errors as in `instantiate`.
     """
@@ -131,10 +132,10 @@ def check_component(component: Component, *, key: str, expected: type, **more: A
 
 
 def find_class(target: str, *, key: str, expected: type[T]) -> type[T]:
-    """Returns the class that a target names; importing it runs the code of its module.
+    """Returns the class with an import path; importing it runs the code of its module.
 
     Raises:
-        ConfigError: It is not trusted, not there, or no subclass of `expected`.
+        ConfigError: It is not trusted, not installed, or no subclass of `expected`.
     """
     found = _import_class(target, key=key)
     if not issubclass(found, expected):
@@ -146,7 +147,7 @@ def find_class(target: str, *, key: str, expected: type[T]) -> type[T]:
 
 
 def untrusted_targets(value: Any, *, key: str = "") -> Iterator[tuple[str, str]]:
-    """Yields key and target of every component in nested settings whose package is not trusted; imports nothing."""
+    """Yields dotted key and import path of each component whose package is not trusted. Imports nothing."""
     if isinstance(value, Component):
         value = {TARGET: value.target, **value.arguments}
     if isinstance(value, Mapping):
@@ -162,20 +163,16 @@ def untrusted_targets(value: Any, *, key: str = "") -> Iterator[tuple[str, str]]
 
 
 def require_trusted(value: Any, *, key: str = "") -> None:
-    """Makes sure that all components in nested settings are of trusted packages; imports nothing.
-
-    Raises:
-        ConfigError: One is not.
-    """
+    """Raises ConfigError unless all components in nested settings are of trusted packages. Imports nothing."""
     for inner, target in untrusted_targets(value, key=key):
         raise ConfigError(_describe_distrust(target, key=inner))
 
 
 def argument_names(target: str, *, key: str) -> tuple[list[str], bool]:
-    """Returns the names of the arguments that a class takes, and whether it takes any other too; imports the class.
+    """Returns the names of the parameters of a class, and whether it takes any other argument too.
 
     Raises:
-        ConfigError: It is not trusted, or not there.
+        ConfigError: The class is not trusted or not installed.
     """
     parameters = inspect.signature(_import_class(target, key=key)).parameters.values()
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
@@ -190,15 +187,14 @@ def _import_class(target: Any, *, key: str) -> type:
     package = target.partition(".")[0]
     if not is_trusted(package):
         raise ConfigError(_describe_distrust(target, key=f"{key}.{TARGET}"))
-    if package not in TRUSTED_PACKAGES and (folder := str(Path.cwd())) not in sys.path:
-        sys.path.append(folder)  # the user's own modules: a console script's path does not have the current folder
-        importlib.invalidate_caches()
+    if package not in TRUSTED_PACKAGES:
+        add_current_folder()
     try:
         if find_spec(package) is None:
             raise ConfigError(
                 f"`{key}` needs the package {package!r}, which is not installed. Run `pip install {package}`."
             )
-        found = resolve_name(target)  # Hydra's own look-up also logs what goes wrong, on several lines
+        found = resolve_name(target)  # Hydra's own function would also log an error on several lines
     except ConfigError:
         raise
     except Exception as error:  # whatever the module raises while it is imported
@@ -215,7 +211,7 @@ def _check_arguments(value: Any, *, key: str) -> None:
     """Checks nested components, and that Hydra and OmegaConf have nothing to resolve."""
     if isinstance(value, Mapping):
         if TARGET in value:
-            found = _import_nested(value[TARGET], key=key)
+            found = resolve_name(value[TARGET]) if value[TARGET] == TIMEDELTA else _import_class(value[TARGET], key=key)
             bases = {f"{base.__module__}.{base.__qualname__}" for base in found.__mro__}
             if not bases & NESTED_BASES:
                 raise ConfigError(
@@ -233,12 +229,6 @@ def _check_arguments(value: Any, *, key: str) -> None:
         raise ConfigError(f"`{key}` must be a value, but got the interpolation {value!r}. Write the value instead.")
 
 
-def _import_nested(target: Any, *, key: str) -> type:
-    if target == "datetime.timedelta":
-        return resolve_name(target)  # type: ignore[no-any-return]
-    return _import_class(target, key=key)
-
-
 def _describe_distrust(target: str, *, key: str) -> str:
     package = target.partition(".")[0]
     return (
@@ -249,10 +239,10 @@ def _describe_distrust(target: str, *, key: str) -> str:
 
 def _describe_refusal(error: Exception, component: Component, *, key: str) -> str:
     cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
-    if isinstance(cause, ConfigError):  # of a class of ours
+    if isinstance(cause, ConfigError):  # raised by a class of lorasweep
         return str(cause)
     if isinstance(cause, ModuleNotFoundError):
-        hint = INSTALL.search(str(cause))  # Lightning's own sentences give no name
+        hint = INSTALL.search(str(cause))  # Lightning raises errors without `name`, but tells the command
         if package := hint[1] if hint else (cause.name or "").partition(".")[0]:
             return f"`{key}` needs the package {package!r}, which is not installed. Run `pip install {package}`."
     return (

@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from lorasweep.config.compose import check_interpolations, packaged_folder
+from lorasweep.config.compose import packaged_folder, refuse_resolvers
 from lorasweep.config.sweep import ArmConfig, SweepFile
 from lorasweep.errors import ConfigError
 from lorasweep.sweep.definition.scaling import spell_out
@@ -51,7 +51,7 @@ def read_content(source: Path | Mapping[str, Any]) -> Any:
     """
     try:
         loaded = OmegaConf.create(dict(source)) if isinstance(source, Mapping) else OmegaConf.load(source)
-        check_interpolations(OmegaConf.to_container(loaded, resolve=False))
+        refuse_resolvers(OmegaConf.to_container(loaded, resolve=False))
         return OmegaConf.to_container(loaded, resolve=True)
     except ConfigError:
         raise
