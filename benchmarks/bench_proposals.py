@@ -36,9 +36,10 @@ from numpy.typing import NDArray
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
+from lorasweep.config.compose import compose_driver
 from lorasweep.config.sweep import FixedSampler, ModelBasedSampler, SamplerConfig
-from lorasweep.sweep.controller.history import History
 from lorasweep.sweep.controller.proposals import propose
+from lorasweep.sweep.definition.arms import Arm
 from lorasweep.sweep.definition.space import Space
 
 CURVES = Path(__file__).parent / "curves"
@@ -202,18 +203,19 @@ def replay(table: Table, way: Way, *, n: int, seed: int) -> Replay:
 def ask_product(table: Table, way: Way, *, n: int, seed: int, first_lr: tuple[float, float] | None = None) -> Ask:
     """Returns a caller of the product's `propose`; with `first_lr`, the first half are Sobol points of that range."""
     space, sampler = table.space(ordered=way.ordered), way.build(n)
+    driver = compose_driver({"sweep.seed": seed})
 
     def ask(number: int, params: Sequence[Mapping[str, Any]], values: Sequence[float]) -> Mapping[str, Any]:
         history = show_history(space, params, values)
         is_first = first_lr is not None and number < math.ceil(FIRST_PART_FRACTION * n)
-        return propose(
-            History(table.space(lr_range=first_lr) if is_first else space, history, direction="minimize"),
-            sampler=FixedSampler(name="qmc") if is_first else sampler,
+        arm = Arm(
+            name=table.name,
+            settings={},
+            space=table.space(lr_range=first_lr) if is_first else space,
             trials=n,
-            number=number,
-            seed=seed,
-            arm=table.name,
+            driver=replace(driver, sampler=FixedSampler(name="qmc") if is_first else sampler),
         )
+        return propose(arm, history, number=number, direction="minimize")[0]
 
     return ask
 

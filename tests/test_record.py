@@ -19,6 +19,7 @@ from lorasweep.record import (
     RunRecord,
     SweepRecord,
     TrialRow,
+    best_trial,
     folder_of_run,
     read_run,
     read_steps,
@@ -219,3 +220,15 @@ def test_a_sweep_has_a_line_for_each_trial(tmp_path):
     write_record(make_sweep(trials=rows), tmp_path)
     lines = (tmp_path / SWEEP_FILE).read_text().splitlines()
     assert [json.loads(line.strip().rstrip(",")) for line in lines if '"number"' in line] == [asdict(r) for r in rows]
+
+
+@pytest.mark.parametrize(("direction", "best"), [("minimize", 1), ("maximize", 3)])
+def test_the_best_trial_is_the_earliest_complete_one_with_the_best_finite_score(direction, best):
+    ended = [("complete", v) for v in (2.0, 1.0, 1.0, 3.0, 3.0, math.inf, -math.inf, None)]
+    ended += [("pruned", 0.0), ("pruned", 9.0), ("failed", None)]
+    rows = [
+        TrialRow(arm="lora", number=n, state=state, params={}, value=value, run="r")
+        for n, (state, value) in enumerate(ended)
+    ]
+    assert best_trial(rows[::-1], direction=direction).number == best
+    assert best_trial(rows[5:], direction=direction) is None

@@ -8,13 +8,13 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Protocol, TypeVar, get_args, get_origin, get_type_hints
 
 from lorasweep.config.data import Direction
 from lorasweep.disk import write_atomically
@@ -222,17 +222,38 @@ def utc_now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
+class ScoredTrial(Protocol):
+    """A trial that may be the best one: a row of a record, or what the report knows of it."""
+
+    @property
+    def number(self) -> int:
+        """Returns its number in its arm."""
+
+    @property
+    def state(self) -> TrialState:
+        """Returns how it ended."""
+
+    @property
+    def value(self) -> float | None:
+        """Returns its score."""
+
+
+ScoredT = TypeVar("ScoredT", bound=ScoredTrial)
+
+
+def best_trial(trials: Iterable[ScoredT], *, direction: Direction) -> ScoredT | None:
+    """Returns the complete trial with the best finite score, the earliest of equals; None if there is none."""
+    sign = 1 if direction == "minimize" else -1
+    scored = [(sign * t.value, t) for t in trials if t.state == "complete" and t.value is not None]
+    finite = [(cost, trial) for cost, trial in scored if math.isfinite(cost)]
+    return min(finite, key=lambda pair: (pair[0], pair[1].number))[1] if finite else None
+
+
 def winners(record: SweepRecord) -> dict[str, TrialRow | None]:
-    """Returns the best complete trial of each arm that trains, the earlier of equals; None where none is complete."""
-    sign = 1 if record.direction == "minimize" else -1
-    best: dict[str, TrialRow | None] = {arm.name: None for arm in record.arms if arm.method != "frozen"}
-    for trial in sorted(record.trials, key=lambda trial: trial.number):
-        if trial.arm not in best or trial.state != "complete" or trial.value is None or not math.isfinite(trial.value):
-            continue
-        before = best[trial.arm]
-        if before is None or before.value is None or sign * trial.value < sign * before.value:
-            best[trial.arm] = trial
-    return best
+    """Returns the best trial of each arm that trains; None for an arm without a complete trial."""
+    trained = [arm.name for arm in record.arms if arm.method != "frozen"]
+    by_arm = {name: [trial for trial in record.trials if trial.arm == name] for name in trained}
+    return {name: best_trial(trials, direction=record.direction) for name, trials in by_arm.items()}
 
 
 def write_record(record: RunRecord | SweepRecord, folder: Path) -> None:

@@ -20,11 +20,11 @@ from lorasweep.record import (
     SweepRecord,
     TrialRow,
     TrialState,
+    best_trial,
     folder_of_run,
     read_run,
     read_steps,
     read_sweep,
-    winners,
 )
 
 if TYPE_CHECKING:
@@ -167,7 +167,7 @@ class SweepResult:
             RecordError: No trial of the arm is complete.
         """
         self._check_arm(arm)
-        row = winners(self.record).get(arm) or next((r for r in self._rows(arm) if r.state == "complete"), None)
+        row = best_trial(self._rows(arm), direction=self.record.direction)
         if row is None:
             raise RecordError(f"an arm must have a complete trial to have a best one, but `{arm}` has none yet.")
         return self._trial(row)

@@ -12,7 +12,6 @@ import optuna
 import pytest
 
 from lorasweep.sweep.controller import proposals
-from lorasweep.sweep.controller.history import History
 
 FILE = Path(__file__).parents[2] / "benchmarks" / "bench_proposals.py"
 
@@ -69,12 +68,12 @@ def test_a_sampler_that_learns_nothing_fills_its_packs(inputs, table):
 def test_the_product_proposes_and_sees_who_runs(inputs, table, monkeypatch):
     asked = []
 
-    def spy(space, trials, **settings):
-        asked.append((len(asked), [trial.state.name for trial in trials]))
-        return History(space, trials, **settings)
+    def spy(arm, history, **settings):
+        asked.append((len(asked), [trial.state.name for trial in history]))
+        return proposals.propose(arm, history, **settings)
 
     assert inputs.propose is proposals.propose
-    monkeypatch.setattr(inputs, "History", spy)
+    monkeypatch.setattr(inputs, "propose", spy)
     inputs.replay(table, inputs.Way(name="tpe"), n=4, seed=0)
     assert asked == [
         (0, []),

@@ -115,7 +115,7 @@ def run_by_controller(inputs, arm):
         space={"optim.lr": FloatDistribution(0, 1)},
         planned=len(arm.values),
         rule=arm.rule,
-        first_part=arm.first_part,
+        first_trials=arm.first_part,
     )
     done, pack, order = {}, [], 0
     while True:
@@ -145,7 +145,7 @@ def run_by_controller(inputs, arm):
             elif not goes_on:
                 trials.pause(entry, {}, step=step)
         pack = [entry for entry in pack if entry.state == "running"]
-    complete = tuple(number for number, entry in sorted(trials.entries.items()) if entry.state == "complete")
+    complete = tuple(number for number, entry in sorted(trials.trials.items()) if entry.state == "complete")
     return inputs.Outcome(steps=sum(done.values()), complete=complete)
 
 

@@ -105,7 +105,7 @@ def instantiate(component: Component, *, key: str, expected: type[T], **more: An
     Raises:
         ConfigError: The class is not trusted, not installed or of another type, or does not take these arguments.
     """
-    found = find_class(component.target, key=key, expected=expected)
+    find_class(component.target, key=key, expected=expected)
     _check_arguments(component.arguments, key=key)
     from hydra.utils import instantiate as make  # noqa: PLC0415 (slow to start)
 
@@ -114,7 +114,7 @@ def instantiate(component: Component, *, key: str, expected: type[T], **more: An
         made = make({TARGET: component.target, "_partial_": True, "_convert_": "all", **taken})(**more)
     except Exception as error:  # whatever the class raises
         raise ConfigError(_describe_refusal(error, component, key=key)) from error
-    assert isinstance(made, found)
+    assert isinstance(made, expected)
     return made
 
 

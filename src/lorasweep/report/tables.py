@@ -6,7 +6,6 @@ place of an error.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +19,7 @@ from lorasweep.record import (
     SweepRecord,
     TrialRow,
     TrialState,
+    best_trial,
     read_sweep,
 )
 from lorasweep.report.evidence import Evidence, weigh_evidence
@@ -150,7 +150,7 @@ class SweepData:
     def best_arm(self, method: str) -> Arm | None:
         """Returns the arm of that method with the best score, or None where none has one."""
         scored = [arm for arm in self.arms if arm.row.method == method and arm.best]
-        best = best_trial([arm.best for arm in scored if arm.best], sign=self.sign)
+        best = best_trial([arm.best for arm in scored if arm.best], direction=self.record.direction)
         return next((arm for arm in scored if arm.best is best), None)
 
     def score_of(self, method: str) -> float | None:
@@ -164,12 +164,6 @@ class SweepData:
         if score is None or base is None or full is None or self.sign * (base - full) <= 0:
             return None
         return (base - score) / (base - full)
-
-
-def best_trial(trials: Iterable[Trial], *, sign: int) -> Trial | None:
-    """Returns the complete trial whose `sign * value` is lowest, the first of equals; None where none is complete."""
-    complete = [(sign * trial.value, trial) for trial in trials if trial.is_complete and trial.value is not None]
-    return min(complete, key=lambda pair: pair[0])[1] if complete else None
 
 
 def load_sweep_data(folder: Path) -> SweepData:
@@ -187,7 +181,7 @@ def load_sweep_data(folder: Path) -> SweepData:
     record.confirm = [as_shown(row) for row in record.confirm]
     sign = 1 if record.direction == "minimize" else -1
     reruns, rerun_problems = join_reruns(record, folder)
-    arms = tuple(_join_arm(row, record, folder, reruns, sign=sign) for row in record.arms)
+    arms = tuple(_join_arm(row, record, folder, reruns) for row in record.arms)
     scores, score_problems = score_reruns(reruns, record, folder)
     names = {row.name for row in record.arms}
     strays = [_stray(trial) for trial in record.trials if trial.arm not in names]
@@ -224,11 +218,11 @@ def _foreign_metric(arm: Arm, metric: str) -> str | None:
     return f"Runs of `{arm.name}` are scored by {named} and not by `{metric}` like the sweep: they are not compared."
 
 
-def _join_arm(row: ArmRow, record: SweepRecord, folder: Path, reruns: tuple[Rerun, ...], *, sign: int) -> Arm:
+def _join_arm(row: ArmRow, record: SweepRecord, folder: Path, reruns: tuple[Rerun, ...]) -> Arm:
     mine = sorted((trial for trial in record.trials if trial.arm == row.name), key=lambda trial: trial.number)
     trials = tuple(_join_trial(trial, row, record.metric, folder) for trial in mine)
     own = tuple(rerun for rerun in reruns if rerun.arm == row.name)
-    return Arm(row=row, trials=trials, best=best_trial(trials, sign=sign), reruns=own)
+    return Arm(row=row, trials=trials, best=best_trial(trials, direction=record.direction), reruns=own)
 
 
 def _join_trial(row: TrialRow, arm: ArmRow, metric: str, folder: Path) -> Trial:

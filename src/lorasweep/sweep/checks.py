@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 from lorasweep.config.run import RunConfig
 from lorasweep.errors import ConfigError
-from lorasweep.sweep.controller.history import History
-from lorasweep.sweep.controller.stages import build_rule, propose_for
+from lorasweep.sweep.controller.proposals import propose
+from lorasweep.sweep.controller.rules import build_rule
 from lorasweep.sweep.definition.arms import Definition
 from lorasweep.sweep.definition.packing import plan_packing
 from lorasweep.sweep.definition.seeds import draw_seeds
@@ -33,7 +33,7 @@ def check_definition(definition: Definition, inputs_cache: InputsCache) -> dict[
         try:
             build_rule(arm)
             if arm.space:
-                propose_for(arm, History(arm.space, direction="minimize"), number=0)
+                propose(arm, [], number=0, direction="minimize")
             for config in arm.corners():
                 check_run(config, inputs_cache.of(config).base)
                 configs.setdefault(arm.name, config)

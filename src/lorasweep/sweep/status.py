@@ -19,7 +19,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from lorasweep.record import ArmRow, ConfirmRow, SweepRecord, TrialRow, read_sweep, winners
+from lorasweep.record import ArmRow, ConfirmRow, SweepRecord, TrialRow, best_trial, read_sweep
 from lorasweep.sweep.controller.lifecycle import is_running
 from lorasweep.sweep.definition.seeds import SEED_KEYS, describe_confirm
 from lorasweep.wording import UNKNOWN, format_seconds, format_setting
@@ -85,7 +85,6 @@ def read_status(folder: Path) -> SweepStatus:
 
 def summarise(record: SweepRecord, folder: Path, *, is_running: bool) -> SweepStatus:
     """Returns how a sweep stands, from its record."""
-    best = winners(record)
     trials: dict[str, list[TrialRow]] = defaultdict(list)
     reruns: dict[str, list[ConfirmRow]] = defaultdict(list)
     for trial in record.trials:
@@ -96,10 +95,7 @@ def summarise(record: SweepRecord, folder: Path, *, is_running: bool) -> SweepSt
         folder=folder,
         record=record,
         is_running=is_running,
-        arms=tuple(
-            _arm_status(arm, trials[arm.name], reruns[arm.name], best=best.get(arm.name), seeds=record.confirm_seeds)
-            for arm in record.arms
-        ),
+        arms=tuple(_arm_status(arm, record, trials[arm.name], reruns[arm.name]) for arm in record.arms),
     )
 
 
@@ -188,12 +184,10 @@ def _score(value: float | None) -> str:
     return UNKNOWN if value is None else f"{value:.4f}"
 
 
-def _arm_status(
-    arm: ArmRow, trials: list[TrialRow], reruns: list[ConfirmRow], *, best: TrialRow | None, seeds: list[int]
-) -> ArmStatus:
+def _arm_status(arm: ArmRow, record: SweepRecord, trials: list[TrialRow], reruns: list[ConfirmRow]) -> ArmStatus:
     states, seed_states = [trial.state for trial in trials], [rerun.state for rerun in reruns]
-    if best is None:  # nothing of it trains, so it is no winner
-        best = next((trial for trial in trials if trial.state == "complete" and trial.value is not None), None)
+    best = best_trial(trials, direction=record.direction)
+    seeds = record.confirm_seeds
     tested = [rerun.value for rerun in reruns if rerun.state == "complete" and rerun.value is not None]
     return ArmStatus(
         name=arm.name,

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from lorasweep.config.compose import compose_driver
+from lorasweep.config.sweep import DriverConfig, SamplerConfig
 from lorasweep.record import RunRecord, write_record
 from lorasweep.sweep.controller.controller import Assignment, Controller
 from lorasweep.sweep.controller.folder import SweepFolder
 from lorasweep.sweep.controller.lifecycle import reopen_sweep
+from lorasweep.sweep.definition.arms import Arm
+from lorasweep.sweep.definition.space import Space
 from lorasweep.sweep.workers.worker import find_ended_run
 
 EVERY, LAST = 2, 12
@@ -116,10 +121,23 @@ def resume(open_controller: Callable[[SweepFolder], Controller]) -> Callable[[Pa
     return lambda path: open_controller(reopen_sweep(path))
 
 
+def make_arm(space: Space, sampler: SamplerConfig, *, name: str = "lora", trials: int = 16, seed: int = 0) -> Arm:
+    """An arm that is asked for proposals."""
+    driver = default_driver()
+    driver = replace(driver, sampler=sampler, sweep=replace(driver.sweep, seed=seed))
+    return Arm(name=name, settings={}, space=space, trials=trials, driver=driver)
+
+
+@cache
+def default_driver() -> DriverConfig:
+    """The settings of a sweep that sets nothing."""
+    return compose_driver({})
+
+
 def outcome(controller: Controller) -> list[tuple[Any, ...]]:
     """What a sweep came to: each trial's proposal, values and end, in order."""
     return [
-        (name, entry.number, sorted(entry.params.items()), entry.state, sorted(entry.values.items()))
-        for name, trials in controller.search.trials.items()
-        for entry in trials.entries.values()
+        (name, trial.number, sorted(trial.params.items()), trial.state, sorted(trial.values.items()))
+        for name, trials in controller.search.arms.items()
+        for trial in trials.trials.values()
     ]

@@ -10,19 +10,19 @@ import optuna
 import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import TrialState, create_trial
+from tests.sweep.controller.conftest import make_arm
 
 from lorasweep.config.targets import Component, set_trusted
 from lorasweep.errors import ConfigError
-from lorasweep.sweep.controller.component_sampler import ask_component, build_sampler
-from lorasweep.sweep.controller.history import History
-from lorasweep.sweep.controller.rows import SAMPLER_ATTRIBUTE
+from lorasweep.sweep.controller.component_sampler import build_sampler
+from lorasweep.sweep.controller.proposals import SAMPLER_ATTRIBUTE, propose
 
 SPACE = {
     "method.rank": CategoricalDistribution([16, 1, 4]),
     "optim.lr": FloatDistribution(1e-4, 1e-2, log=True),
     "method.dim": IntDistribution(1, 50),
 }
-HUB = "lorasweep.sweep.controller.hub_sampler.HubSampler"
+HUB = "lorasweep.sweep.controller.component_sampler.OptunaHubSampler"
 
 
 @pytest.fixture(autouse=True)
@@ -39,8 +39,8 @@ def search(sampler, *, trials, space=SPACE, seed=0, arm="lora"):
     """Proposes trials one after another, each complete before the next, and returns their parameters and states."""
     history, states = [], []
     for number in range(trials):
-        params, kept = ask_component(
-            sampler, History(space, history, direction="minimize"), number=number, seed=seed, arm=arm
+        params, kept = propose(
+            make_arm(space, sampler, name=arm, seed=seed), history, number=number, direction="minimize"
         )
         states.append(json.loads(json.dumps(kept)))  # as the journal keeps it
         history.append(create_trial(value=float(number % 3), params=params, distributions=space, user_attrs=states[-1]))
@@ -112,9 +112,7 @@ def test_paused_running_and_infeasible_trials_are_shown_as_they_are():
         create_trial(state=TrialState.FAIL, params=params, distributions=SPACE),
     ]
     try:
-        ask_component(
-            named("spy_sampler.Spy"), History(SPACE, history, direction="maximize"), number=4, seed=0, arm="a"
-        )
+        propose(make_arm(SPACE, named("spy_sampler.Spy")), history, number=4, direction="maximize")
     finally:
         del sys.modules["spy_sampler"]
     assert [trial.state.name for trial in seen["trials"]] == ["PRUNED", "RUNNING", "PRUNED", "FAIL"]
@@ -144,7 +142,7 @@ def test_paused_running_and_infeasible_trials_are_shown_as_they_are():
 )
 def test_what_is_no_sampler_is_refused_in_one_sentence(sampler, message):
     with pytest.raises(ConfigError, match=message) as refused:
-        ask_component(sampler, History(SPACE, direction="minimize"), number=0, seed=0, arm="lora")
+        propose(make_arm(SPACE, sampler), [], number=0, direction="minimize")
     assert "\n" not in str(refused.value)
 
 
@@ -152,24 +150,9 @@ def test_what_is_no_sampler_is_refused_in_one_sentence(sampler, message):
 def test_a_sampler_whose_state_is_a_pickle_needs_trust():
     with pytest.raises(ConfigError, match=r"add `trust=\[cmaes\]` to the command line"):
         build_sampler(named("optuna.samplers.CmaEsSampler"), seed=0)
-
-
-def test_a_pickle_in_a_strangers_journal_is_not_handed_to_a_sampler():
-    evil = {SAMPLER_ATTRIBUTE: {"trial": {"cma:optimizer:0": "80", "kept": 1}, "study": {"sepcma:x": "80"}}}
-    params = {"method.rank": 4, "optim.lr": 1e-3, "method.dim": 5}
-    seen = []
-
-    class Study:
-        _study_id = 0
-
-        def add_trial(self, trial):
-            seen.append(trial.system_attrs)
-
-    from lorasweep.sweep.controller import component_sampler  # noqa: PLC0415
-
-    trial = create_trial(value=1.0, params=params, distributions=SPACE, user_attrs=evil)
-    assert component_sampler._restore(Study(), History(SPACE, [trial], direction="minimize")) == {}
-    assert seen == [{"kept": 1}]
+    inside = {"_target_": "optuna.samplers.CmaEsSampler"}
+    with pytest.raises(ConfigError, match=r"`sampler.base_sampler._target_`.* add `trust=\[cmaes\]`"):
+        build_sampler(named("optuna.samplers.PartialFixedSampler", fixed_params={}, base_sampler=inside), seed=0)
 
 
 @pytest.fixture

@@ -58,7 +58,7 @@ def test_a_stopped_sweep_that_is_saved_again_says_the_same_of_its_trials(stopped
 def test_time_of_all_sessions_is_added_and_time_in_between_is_not(stopped, work, runs):
     first = read_sweep(stopped)
     reopened = reopen_sweep(stopped)
-    reopened.opened -= 1000  # as if it had been open for so long
+    reopened.opened_s -= 1000  # as if it had been open for so long
     assert not work(reopened, stop_at=1)
     second = read_sweep(stopped)
     assert 1000 <= second.makespan_s - first.makespan_s < 1500
@@ -67,11 +67,11 @@ def test_time_of_all_sessions_is_added_and_time_in_between_is_not(stopped, work,
 
 def test_saving_takes_no_more_than_its_share_of_the_time(folder, monkeypatch):
     assert folder.is_due()  # it was never saved
-    folder.saved, folder.save_s = time.monotonic(), 100.0
+    folder.saved_s, folder.save_duration_s = time.monotonic(), 100.0
     assert not folder.is_due()
-    folder.saved -= 850  # a record that takes 100 s is written every 1,000 s
+    folder.saved_s -= 850  # a record that takes 100 s is written every 1,000 s
     assert not folder.is_due()
-    folder.saved -= 60
+    folder.saved_s -= 60
     assert folder.is_due()
 
 
@@ -80,7 +80,7 @@ def test_what_is_noted_or_warned_of_is_kept_once(folder):
     folder.note(["b", "c"])
     for sentence in ("x", "x"):
         folder.warn(sentence)
-    folder.save(trials=[], confirm=[])
+    folder.save(usage={})
     record = read_sweep(folder.path)
     assert record.notes == ["a", "b", "c"]
     assert record.warnings.count("x") == 1
@@ -93,7 +93,7 @@ def test_a_folder_that_was_moved_is_not_written_to(folder, tmp_path, becomes):
         (folder.path / "runs").mkdir(parents=True)
         (folder.path / ".lock").touch()
     with pytest.raises(WorkerError, match=r"but .* can't be written to: it was moved or removed. Nothing that ended"):
-        folder.save(trials=[], confirm=[])
+        folder.save(usage={})
     assert not (folder.path / "sweep.json").exists()
 
 

@@ -21,15 +21,16 @@ import torch
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.exceptions import ExperimentalWarning
 from optuna.trial import TrialState, create_trial
+from tests.sweep.controller.conftest import make_arm
 
 import lorasweep
 from lorasweep.config.compose import compose_driver, packaged_folder
 from lorasweep.config.sweep import FixedSampler, ModelBasedSampler
 from lorasweep.errors import ConfigError, RunError
-from lorasweep.sweep.controller import history as history_module
 from lorasweep.sweep.controller import proposals
-from lorasweep.sweep.controller.history import History
-from lorasweep.sweep.controller.proposals import count_startup_trials, proposal_seed, propose
+from lorasweep.sweep.controller.encoding import MAX_REPEAT_FRACTION, SpaceEncoding
+from lorasweep.sweep.controller.proposals import count_startup_trials, propose
+from lorasweep.sweep.controller.sobol import NUM_POINTS_DRAWN, SobolSequence
 
 RANKS = [1, 2, 4, 8, 16, 32]
 SPACE = {
@@ -56,14 +57,9 @@ def quiet():
 
 
 def ask(history=(), *, space=SPACE, sampler="qmc", number=None, trials=16, seed=0, arm="lora", direction="minimize"):
-    return propose(
-        History(space, history, direction=direction),
-        sampler=SAMPLERS[sampler] if isinstance(sampler, str) else sampler,
-        trials=trials,
-        number=len(history) if number is None else number,
-        seed=seed,
-        arm=arm,
-    )
+    sampler = SAMPLERS[sampler] if isinstance(sampler, str) else sampler
+    asked = make_arm(space, sampler, name=arm, trials=trials, seed=seed)
+    return propose(asked, history, number=len(history) if number is None else number, direction=direction)[0]
 
 
 def make_trial(params, *, space=SPACE, state=TrialState.COMPLETE, **told):
@@ -140,9 +136,6 @@ def test_a_rank_is_not_tied_to_a_part_of_the_learning_rates():
 def test_arms_and_seeds_have_their_own_sequences():
     first = {json.dumps(ask(number=0, arm=arm, seed=seed)) for arm in ("lora", "full") for seed in range(5)}
     assert len(first) == 10
-    seeds = {proposal_seed(*key) for key in itertools.product(range(5), ("lora", "full"), [None, *range(20)])}
-    assert len(seeds) == 5 * 2 * 21
-    assert all(0 <= seed < 2**32 for seed in seeds)
 
 
 @pytest.mark.parametrize(
@@ -341,20 +334,6 @@ def test_every_point_of_a_small_space_is_tried_before_one_is_repeated(sampler):
     assert len(points) == 8, "and it goes on without an error"
 
 
-@pytest.mark.parametrize("sampler", ["tpe", "gp", "qmc"])
-def test_a_trial_of_another_space_or_without_all_its_parameters_is_ignored(sampler):
-    history = cover(8)
-    strangers = [
-        make_trial({"optim.lr": 1e-3}),
-        make_trial({"optim.lr": 1e-3}, state=TrialState.RUNNING),
-        make_trial({"seed": 3}, space={"seed": IntDistribution(0, 9)}, value=0.0),
-        make_trial(history[0].params | {"optim.lr": 1.0}, space=SPACE | {"optim.lr": FloatDistribution(0.1, 1)}),
-        make_trial(history[0].params | {"method.rank": 3}, space=SPACE | {"method.rank": CategoricalDistribution([3])}),
-        create_trial(state=TrialState.WAITING),
-    ]
-    assert ask([*strangers, *history], sampler=sampler, number=8) == ask(history, sampler=sampler)
-
-
 # every combination
 
 
@@ -403,7 +382,9 @@ print(json.dumps(found))
 def test_other_processes_with_other_hash_seeds_propose_the_same():
     printed = []
     for hash_seed in ("0", "1"):
-        paths = os.pathsep.join([str(Path(__file__).parent), str(Path(lorasweep.__file__).parent.parent)])
+        paths = os.pathsep.join(
+            [str(Path(__file__).parent), str(Path(__file__).parents[3]), str(Path(lorasweep.__file__).parent.parent)]
+        )
         environment = {"PYTHONPATH": paths, "PYTHONHASHSEED": hash_seed, "PATH": os.defpath, "OMP_NUM_THREADS": "1"}
         run = [sys.executable, "-c", SCRIPT]
         printed.append(subprocess.run(run, env=environment, capture_output=True, text=True, check=True).stdout)
@@ -444,76 +425,37 @@ def test_the_history_is_left_as_it_was():
 # long histories
 
 
-def test_of_a_long_history_a_model_sees_the_best_half_and_the_latest_others(monkeypatch):
-    monkeypatch.setattr(history_module, "MAX_HISTORY_TRIALS", 10)
+@pytest.mark.parametrize("direction", ["minimize", "maximize"])
+def test_of_a_long_history_a_model_sees_the_best_half_and_the_latest_others(monkeypatch, direction):
+    seen = []
+
+    class Watching(optuna.samplers.TPESampler):
+        def sample_relative(self, study, trial, search_space):
+            seen.append([t.value for t in study.get_trials(deepcopy=False)[:-1]])
+            return super().sample_relative(study, trial, search_space)
+
+    monkeypatch.setattr(proposals, "MAX_HISTORY_TRIALS", 10)
+    monkeypatch.setattr(proposals, "TPESampler", Watching)
     params = ask(number=0)
-    values = random.Random(0).sample(range(1000), 60)
-    results = [make_trial(params, value=float(value)) for value in values]
+    values = [float(value) for value in random.Random(0).sample(range(1000), 60)]
+    results = [make_trial(params, value=value) for value in values]
     partial = make_trial(params, state=TrialState.PRUNED, intermediate_values={20: -5.0})
-    infeasible = make_trial(params, state=TrialState.PRUNED, constraints={"memory": 1.0})
-    for direction, sign in (("minimize", 1), ("maximize", -1)):
-        best = sorted(range(60), key=lambda i: sign * values[i])[:5]
-        latest = [i for i in range(60) if i not in best][-5:]
-        kept = [trial for trial, _ in History(SPACE, results, direction=direction).results()]
-        assert kept == [results[i] for i in sorted([*best, *latest])]
-    kept = [trial for trial, _ in History(SPACE, [infeasible, partial, *results], direction="minimize").results()]
-    assert infeasible not in kept
-    assert partial not in kept
-    few = [infeasible, partial, *results[:8]]
-    assert [trial for trial, _ in History(SPACE, few, direction="minimize").results()] == few
-
-
-@pytest.mark.parametrize("sampler", MODELS)
-def test_a_long_history_costs_no_more_than_a_short_one(sampler, monkeypatch):
-    """By what the sampler is given, because a time would depend on the machine."""
-    given, show = [], proposals._show
-    monkeypatch.setattr(history_module, "MAX_HISTORY_TRIALS", 20)
-    monkeypatch.setattr(proposals, "_show", lambda *args, **how: (given.append(args), show(*args, **how))[1])
-    history = cover(100)
     running = [make_trial(ask(number=number), state=TrialState.RUNNING) for number in (100, 101)]
-    ask([*history, *running], sampler=sampler)
-    assert len(given) == 22
+    ask([partial, *results, *running], sampler="tpe", number=63, direction=direction)
+    best = sorted(range(60), key=lambda i: values[i] if direction == "minimize" else -values[i])[:5]
+    latest = [i for i in range(60) if i not in best][-5:]
+    assert seen == [[*(values[i] for i in sorted([*best, *latest])), None, None]]
+    ask([partial, *results[:8]], sampler="tpe", number=63, direction=direction)
+    assert seen[1] == [None, *values[:8]]  # a partial result has intermediate values only
 
 
-def test_a_history_that_is_updated_is_the_history_that_is_read_anew(monkeypatch):
-    monkeypatch.setattr(history_module, "MAX_HISTORY_TRIALS", 12)
-    drawn = random.Random(0)
-    states = (TrialState.RUNNING, TrialState.RUNNING, TrialState.PRUNED, TrialState.FAIL, TrialState.COMPLETE)
-    points = [ask(number=number) for number in range(60)]
-    for direction in ("minimize", "maximize"):
-        trials, history = [], History(SPACE, direction=direction)
-        for _ in range(400):
-            number = drawn.randrange(min(len(trials) + 1, len(points)))
-            values = {20 * n: drawn.choice((1.0, 2.0, math.nan)) for n in range(drawn.randrange(4))}
-            told = {"state": drawn.choice(states), "intermediate_values": values}
-            if told["state"] == TrialState.COMPLETE:
-                told["value"] = drawn.choice((1.0, 1.5, 2.0))
-            elif told["state"] == TrialState.PRUNED and drawn.random() < 0.3:
-                told["constraints"] = {"memory": 1.0}
-            trials[number : number + 1] = [make_trial(points[number], **told)]
-            history.update(number, trials[number])
-            anew = History(SPACE, trials, direction=direction)
-            assert [id(trial) for trial, _ in history.results()] == [id(trial) for trial, _ in anew.results()]
-            assert history.running() == anew.running()
-            assert history.num_values == anew.num_values
-
-
-def test_a_point_repeats_another_where_all_of_its_values_are_near():
-    drawn = random.Random(0)
-    ranges = {"a": FloatDistribution(-1, 1), "b": FloatDistribution(-1, 1), "n": IntDistribution(0, 2)}
-
-    def draw():
-        near = drawn.choice((-0.5, 0.0, 1e-3, 0.5))
-        return {key: near * drawn.uniform(0.98, 1.02) for key in "ab"} | {"n": drawn.randrange(3)}
-
-    def is_near(a, b):
-        return abs(a - b) <= history_module.MAX_REPEAT_FRACTION * max(abs(a), abs(b))
-
-    earlier, points = [draw() for _ in range(60)], [draw() for _ in range(300)]
-    tried = history_module.TriedPoints(ranges, earlier)
-    expected = [any(p["n"] == e["n"] and all(is_near(p[k], e[k]) for k in "ab") for e in earlier) for p in points]
-    assert [point in tried for point in points] == expected
-    assert set(expected) == {True, False}
+def test_a_point_repeats_another_if_all_of_its_values_are_near():
+    space = {"a": FloatDistribution(-1, 1), "b": FloatDistribution(-1, 1), "n": IntDistribution(0, 2)}
+    encoding, point = SpaceEncoding(space), {"a": 0.5, "b": -0.001, "n": 1}
+    near, far = 1 + 0.99 * MAX_REPEAT_FRACTION, 1 + 1.03 * MAX_REPEAT_FRACTION
+    assert encoding.is_repeat(point, {"a": 0.5 * near, "b": -0.001 * near, "n": 1})
+    for other in ({"a": 0.5 * far}, {"b": -0.001 * far}, {"b": 0.001}, {"n": 2}):
+        assert not encoding.is_repeat(point, point | other)
 
 
 def test_sobol_points_are_those_of_optunas_sampler():
@@ -530,8 +472,8 @@ def test_sobol_points_are_those_of_optunas_sampler():
     study = optuna.create_study(sampler=sampler)
     lows = {key: range_.low for key, range_ in ranges.items()}
     study.add_trial(create_trial(value=0.0, params=lows, distributions=ranges))  # it learns the space from a trial
-    sobol = proposals._SobolSequence(ranges, frozenset(), 7)
-    for index in range(proposals.NUM_SOBOL_DRAWN + 44):
+    sobol = SobolSequence(ranges, choices=frozenset(), seed=7)
+    for index in range(NUM_POINTS_DRAWN + 44):
         theirs, ours = study.ask(ranges).params, sobol.point(index)
         assert ours == theirs
         assert [type(value) for value in ours.values()] == [type(value) for value in theirs.values()]
@@ -541,22 +483,17 @@ def test_sobol_points_are_those_of_optunas_sampler():
 
 
 @pytest.mark.parametrize(
-    ("sampler", "part"),
-    [("gp", "GPSampler"), ("tpe", "TPESampler"), ("qmc", "_SobolSequence"), ("random", "RandomSampler")],
+    ("sampler", "built"),
+    [("gp", "GPSampler"), ("tpe", "TPESampler"), ("qmc", "SobolSequence"), ("random", "RandomSampler")],
 )
-def test_a_sampler_that_cannot_be_built_is_named_in_one_sentence(sampler, part, monkeypatch):
+def test_a_sampler_that_cannot_be_built_is_named_in_one_sentence(sampler, built, monkeypatch):
     def build(*_, **__):
         raise ImportError("no scipy\nat all")
 
     history = cover(8)
-    proposals._sobol_sequence.cache_clear()
-    monkeypatch.setattr(proposals, part, build)
-    message = (
-        rf"^`sampler={sampler}` must be able to .* arm 'lora', but raised ImportError: no scipy. Use `sampler=qmc`.$"
-    )
-    with pytest.raises(ConfigError, match=message):
+    monkeypatch.setattr(proposals, built, build)
+    with pytest.raises(ConfigError, match=rf"arm 'lora', but '{sampler}' raised ImportError: no scipy. Use `sampler="):
         ask(history, sampler=sampler)
-    proposals._sobol_sequence.cache_clear()
 
 
 @pytest.mark.parametrize("sampler", MODELS)

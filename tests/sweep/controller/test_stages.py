@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import optuna
 import pytest
-from optuna.trial import TrialState, create_trial
 from tests.sweep.conftest import Killed
 
 import lorasweep.sweep.workers.worker as worker_file
 from lorasweep.errors import ConfigError, Diverged, OutOfMemory, WorkerError
 from lorasweep.record import read_run, read_sweep
 from lorasweep.sweep.controller.lifecycle import reopen_sweep
-from lorasweep.sweep.controller.rows import TURN_ATTRIBUTE
-from lorasweep.sweep.controller.stages import find_winner
 
 ASKED = {"frozen": 1, "full": 3, "lora": 3}
 
@@ -319,17 +315,3 @@ def test_a_pack_that_is_stopped_loses_no_seed_and_scores_none_twice(begin, work,
     assert {row.state for row in read_sweep(folder.path).confirm} == {"complete"}
     assert len(packs.trained) == len(set(packs.trained)) == (6 + 6) * 4
     assert len(runs.scored) == len(set(runs.scored)) == 10 - len(scored)
-
-
-@pytest.mark.parametrize(("direction", "best"), [("minimize", 2), ("maximize", 4)])
-def test_the_winner_is_the_earliest_of_the_best_complete_trials_that_are_the_controllers(direction, best):
-    study = optuna.create_study(direction=direction)
-    assert find_winner(study) is None
-    ours = {TURN_ATTRIBUTE: {"order": 0, "passed": [], "promoted": []}}
-    trials = [(0.0 if direction == "minimize" else 9.0, {})]  # somebody else's
-    trials += [(value, ours) for value in (2.0, 1.0, 1.0, 3.0, 3.0)]
-    for value, attributes in trials:
-        study.add_trial(create_trial(value=value, user_attrs=attributes))
-    study.add_trial(create_trial(state=TrialState.FAIL, user_attrs=ours))
-    study.add_trial(create_trial(state=TrialState.PRUNED, user_attrs=ours, intermediate_values={1: 0.5}))
-    assert find_winner(study) == best

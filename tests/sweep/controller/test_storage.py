@@ -266,15 +266,13 @@ def test_a_database_that_is_read_only_is_refused(begin, work, runs, in_database,
     assert not (tmp_path / "second" / "sweep.json").exists()
 
 
-@pytest.mark.parametrize("pack_size", [1, 3])
 @pytest.mark.parametrize(
-    "error",
+    ("write", "error", "pack_size"),
     [
-        OperationalError("SELECT 1", {}, Exception("gone")),
-        pytest.param(StorageInternalError("commit"), marks=pytest.mark.slow),
+        ("set_trial_intermediate_value", OperationalError("SELECT 1", {}, Exception("gone")), 3),
+        ("set_trial_state_values", StorageInternalError("commit"), 1),
     ],
 )
-@pytest.mark.parametrize("write", ["set_trial_intermediate_value", "set_trial_state_values"])
 def test_a_database_that_dies_in_the_middle_ends_the_sweep_and_blames_no_trial(
     begin, work, runs, packs, in_database, monkeypatch, write, error, pack_size
 ):

@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-from collections import Counter, defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import optuna
 from optuna.distributions import BaseDistribution
 from optuna.storages import BaseStorage
-from optuna.trial import FrozenTrial, Trial, create_trial
+from optuna.trial import FrozenTrial, create_trial
 from optuna.trial import TrialState as OptunaState
 
-from lorasweep.config.data import Direction
 from lorasweep.record import TrialState
-from lorasweep.sweep.controller.entry import LIVE, Entry
-from lorasweep.sweep.controller.history import History
-from lorasweep.sweep.controller.rows import (
+from lorasweep.sweep.controller.rules import NoStopping, StoppingRule, find_better_parts
+from lorasweep.sweep.controller.trial import (
     INFEASIBLE_ATTRIBUTE,
     LOSSES_ATTRIBUTE,
     PAUSED_ATTRIBUTE,
     REASON_ATTRIBUTE,
     TURN_ATTRIBUTE,
-    row_state,
+    Trial,
+    read_trial,
 )
-from lorasweep.sweep.controller.rules import NoStopping, StoppingRule
-from lorasweep.sweep.controller.rungs import Rungs
 from lorasweep.sweep.definition.arms import Arm
 
 
@@ -48,7 +45,7 @@ class ArmTrials:
         rule: StoppingRule | None = None,
         by_loss: bool = False,
         prunes_by_study: bool = False,
-        first_part: int | None = None,
+        first_trials: int | None = None,
         session: str | None = None,
     ) -> None:
         """Reads the trials that the study has, and fails those that are not the controller's.
@@ -57,92 +54,101 @@ class ArmTrials:
             arm: The arm.
             study: Its study in this stage.
             storage: The storage that the study is in.
-            space: What each trial's parameters are drawn from.
+            space: The range of each parameter of a trial.
             planned: How many trials the arm gets, those that have ended included.
-            rule: Which trials may go on beyond a rung. None lets every trial run to its end.
+            rule: Which trials may train beyond a rung. None lets every trial run to its end.
             by_loss: Whether rungs compare by the validation loss instead of the metric.
             prunes_by_study: Whether the study's own pruner decides instead, at every evaluation.
-            first_part: How many trials may begin before one of the arm is complete. None sets no limit.
-            session: What the names of the workers begin with that may train trials now; None where there are none.
+            first_trials: How many trials may begin before one of the arm is complete. None sets no limit.
+            session: What the names of workers begin with that may train trials now; None if there are none.
         """
         self.arm = arm
         self.study = study
         self.planned = planned
-        self.foreign = 0
-        """Trials in the study that the controller did not make. They count as none."""
+        self.trials: dict[int, Trial] = {}
+        """The controller's trials by number."""
+        self.num_foreign = 0
+        """Number of trials in the study that are not the controller's."""
         self._space = dict(space)
         self._storage = storage
         self._study_id = storage.get_study_id_from_name(study.study_name)
         self._rule: StoppingRule = rule or NoStopping()
         self._by_loss = by_loss
         self._prunes_by_study = prunes_by_study
-        direction: Direction = "minimize" if study.direction == optuna.study.StudyDirection.MINIMIZE else "maximize"
-        self._first_part = planned if first_part is None else first_part
-        self._session = session
-        self.entries: dict[int, Entry] = {}
-        self._rungs = Rungs(self._rule, self.entries, sign=1 if direction == "minimize" else -1)
-        self._history = History(self._space, direction=direction)
-        self._changed: set[int] = set()
-        """Trials that the history does not know as they are now."""
-        self._num_in_state: Counter[TrialState] = Counter()
-        self._abandoned: dict[int, Entry] = {}
-        self._held: defaultdict[str, dict[int, Entry]] = defaultdict(dict)
-        """By the worker that holds them."""
-        self._next_number = 0
-        for trial in study.get_trials(deepcopy=False):
-            self._read(trial)
-            self._next_number = trial.number + 1
+        self._sign = 1 if study.direction == optuna.study.StudyDirection.MINIMIZE else -1
+        self._first_trials = planned if first_trials is None else first_trials
+        for frozen in study.get_trials(deepcopy=False):
+            self._read(frozen, session=session)
 
     @property
     def left(self) -> int:
-        """Trials that have not begun."""
-        return self.planned - len(self.entries)
+        """Number of trials that have not begun."""
+        return self.planned - len(self.trials)
 
     @property
     def progress(self) -> float:
-        """Share of the trials that have begun, 0 to 1."""
-        return len(self.entries) / self.planned if self.planned else 1.0
+        """Fraction of the trials that have begun."""
+        return len(self.trials) / self.planned if self.planned else 1.0
 
     def frozen(self) -> list[FrozenTrial]:
         """Returns the controller's trials of this arm as the study has them, in the order of their numbers."""
-        return [trial for trial in self.study.get_trials(deepcopy=False) if trial.number in self.entries]
+        return [frozen for frozen in self.study.get_trials(deepcopy=False) if frozen.number in self.trials]
 
-    def history(self) -> History:
-        """Returns what a sampler may learn from."""
-        for number in sorted(self._changed):
-            trial = self._storage.get_trial(self._trial_id(self.entries[number]))
-            self._history.update(number, trial, is_paused=self.entries[number].state == "paused")
-        self._changed.clear()
-        return self._history
+    def history(self) -> list[FrozenTrial]:
+        """Returns the trials as a sampler sees them: a paused one is pruned, because it is a result of fewer steps."""
+        shown = []
+        for frozen in self.frozen():
+            if self.trials[frozen.number].state == "paused":
+                frozen = copy.copy(frozen)  # the study's own trial still runs
+                frozen.state = OptunaState.PRUNED
+            shown.append(frozen)
+        return shown
 
-    def abandoned(self) -> Collection[Entry]:
+    def next_number(self) -> int:
+        """Returns the number that the next trial of the study gets; trials of others count in it."""
+        return len(self.study.get_trials(deepcopy=False))
+
+    def find_abandoned(self) -> list[Trial]:
         """Returns the trials that were handed out to a process that is gone."""
-        return self._abandoned.values()
+        return [trial for trial in self.trials.values() if trial.state == "running" and not trial.is_held]
 
-    def held_by(self, worker: str) -> list[Entry]:
+    def held_by(self, worker: str) -> list[Trial]:
         """Returns the trials that a worker trains now."""
-        return list(self._held.get(worker, {}).values())
+        return [trial for trial in self.trials.values() if trial.is_held and trial.worker == worker]
+
+    def paused(self) -> list[Trial]:
+        """Returns the paused trials in the order of their numbers."""
+        return [trial for trial in self.trials.values() if trial.state == "paused"]
 
     def is_any(self, state: TrialState) -> bool:
         """Whether any trial is in a state."""
-        return self._num_in_state[state] > 0
+        return any(trial.state == state for trial in self.trials.values())
 
-    def next_promoted(self) -> tuple[Entry, int] | None:
-        """Returns the paused trial that is to go on next and the rung it goes on beyond; None where there is none.
+    def next_promoted(self) -> tuple[Trial, int] | None:
+        """Returns the paused trial to be resumed next and the rung it passes; None if no paused trial may continue.
 
         Of several it is the one at the highest rung, there the best one.
         """
-        return self._rungs.next_promoted(all_begun=self.left <= 0)
+        if not self.is_any("paused"):
+            return None
+        better = self._find_better_parts()
+        waiting = (
+            (trial, rung)
+            for rung in reversed(self._rule.rungs)
+            for trial in better[rung].values()
+            if trial.state == "paused" and rung not in trial.passed
+        )
+        return next(waiting, None)
 
     def may_begin(self) -> bool:
         """Whether a new trial may begin now.
 
-        An adaptive sampler is asked for no more than the first part of the trials before one of them is complete, as
-        long as anything of the arm still runs.
+        An adaptive sampler is asked for no more than the first trials before one of them is complete, as long as any
+        trial of the arm runs.
         """
         if self.left <= 0:
             return False
-        waits = len(self.entries) >= self._first_part and not self.is_any("complete")
+        waits = len(self.trials) >= self._first_trials and not self.is_any("complete")
         return not (waits and self.is_any("running"))
 
     def begin(
@@ -153,198 +159,136 @@ class ArmTrials:
         attributes: Mapping[str, Any],
         worker: str = "",
         request: int = 0,
-    ) -> Entry:
+    ) -> Trial:
         """Writes a new trial with all its parameters into the journal, in one step, and returns it."""
-        number = self.next_number()
-        entry = Entry(number=number, params=dict(params), order=order, is_held=True, worker=worker, request=request)
-        trial = create_trial(
-            state=OptunaState.RUNNING,
+        trial = Trial(
+            number=self.next_number(),
             params=dict(params),
-            distributions=self._space,
-            user_attrs={TURN_ATTRIBUTE: _describe_turn(entry), **attributes},
-        )
-        self.study.add_trial(trial)
-        self._next_number = number + 1
-        self._add(entry)
-        return entry
-
-    def next_number(self) -> int:
-        """Returns the number that the next trial of the study gets."""
-        while self._is_taken(self._next_number):  # by a trial that somebody else added to a database
-            self._next_number += 1
-        return self._next_number
-
-    def promote(self, entry: Entry, rung: int, *, order: int, worker: str = "", request: int = 0) -> None:
-        """Hands out a trial that was paused at a rung, to go on beyond it."""
-        self._note_turn(
-            entry,
             order=order,
-            passed=entry.passed | {rung},
-            promoted=entry.promoted | {rung},
+            is_held=True,
             worker=worker,
             request=request,
         )
-        self._change(entry, state="running", is_held=True)
+        self.study.add_trial(
+            create_trial(
+                state=OptunaState.RUNNING,
+                params=dict(params),
+                distributions=self._space,
+                user_attrs={TURN_ATTRIBUTE: trial.turn, **attributes},
+            )
+        )
+        self.trials[trial.number] = trial
+        return trial
 
-    def take_back(self, entry: Entry, *, worker: str = "", request: int = 0) -> None:
-        """Hands out a trial again that was handed out to a worker that is gone.
+    def promote(self, trial: Trial, rung: int, *, order: int, worker: str = "", request: int = 0) -> None:
+        """Hands out a trial that was paused at a rung, to train beyond it."""
+        passed, promoted = trial.passed | {rung}, trial.promoted | {rung}
+        self._write_turn(trial, order=order, passed=passed, promoted=promoted, worker=worker, request=request)
+        trial.state, trial.is_held = "running", True
+
+    def hand_out_again(self, trial: Trial, *, worker: str = "", request: int = 0) -> None:
+        """Hands out a trial whose worker is gone.
 
         Its order stays, so that the trials of a process that was killed twice are handed out again in the same order.
         """
-        if (worker, request) != (entry.worker, entry.request):
-            self._note_turn(entry, worker=worker, request=request)
-        self._change(entry, state="running", is_held=True)
+        if (worker, request) != (trial.worker, trial.request):
+            self._write_turn(trial, worker=worker, request=request)
+        trial.state, trial.is_held = "running", True
 
-    def release(self, entry: Entry) -> None:
-        """Notes that the worker of a running trial trains it no more, so that it is handed out again."""
-        if entry.worker:
-            self._note_turn(entry, worker="", request=0)
-        self._change(entry, is_held=False)
+    def release(self, trial: Trial) -> None:
+        """Notes that the worker of a running trial no longer trains it, so that it is handed out again."""
+        if trial.worker:
+            self._write_turn(trial, worker="", request=0)
+        trial.is_held = False
 
-    def store(self, entry: Entry, step: int, value: float, *, loss: float | None = None) -> None:
-        """Writes the value of an evaluation, and at a rung the loss. The same run gives the same value again."""
-        if self._by_loss and loss is not None and step in self._rule.rungs and entry.state in LIVE:
-            losses = {**entry.losses, step: loss}
-            if losses != entry.losses:
-                self.note(entry, {LOSSES_ATTRIBUTE: {str(rung): value for rung, value in losses.items()}})
-                self._change(entry, losses=losses)
-        if entry.values.get(step) != value and entry.state in LIVE:
-            self._storage.set_trial_intermediate_value(self._trial_id(entry), step, value)
-            self._change(entry, values={**entry.values, step: value})
+    def store(self, trial: Trial, step: int, value: float, *, loss: float | None = None) -> None:
+        """Writes the value of an evaluation, and at a rung the loss. A resumed run may report the same value again."""
+        if not trial.is_live:
+            return
+        if self._by_loss and loss is not None and step in self._rule.rungs and trial.losses.get(step) != loss:
+            losses = {**trial.losses, step: loss}
+            self.write(trial, {LOSSES_ATTRIBUTE: {str(rung): value for rung, value in losses.items()}})
+            trial.losses = losses
+        if trial.values.get(step) != value:
+            self._storage.set_trial_intermediate_value(self._trial_id(trial), step, value)
+            trial.values[step] = value
 
-    def decide(self, entry: Entry, step: int) -> bool:
-        """Returns whether a trial goes on after the evaluation at a step; all values of it must be stored by then."""
+    def decide(self, trial: Trial, step: int) -> bool:
+        """Returns whether a trial trains on after the evaluation at a step; all values of it must be stored by then."""
         if self._prunes_by_study:
-            return not Trial(self.study, self._trial_id(entry)).should_prune()
+            return not self._as_optuna_trial(trial).should_prune()
         if step not in self._rule.rungs:
             return True
-        if step in entry.passed:  # a killed process had come here: decided as it was then
-            return step not in entry.promoted
-        if not self._rungs.is_better(entry, step, all_begun=self.left <= 0):
+        if step in trial.passed:  # a process that was killed since had reported this step: the decision stays
+            return step not in trial.promoted
+        if trial.number not in self._find_better_parts()[step]:
             return False
-        self._note_turn(entry, passed=entry.passed | {step})
+        self._write_turn(trial, passed=trial.passed | {step})
         return True
 
-    def pause(self, entry: Entry, attributes: Mapping[str, Any], *, step: int) -> None:
+    def pause(self, trial: Trial, attributes: Mapping[str, Any], *, step: int) -> None:
         """Notes that a trial's run was paused; one that was promoted from here before waits to be handed out again.
 
         Args:
-            entry: The trial.
-            attributes: What the record is to say of it.
+            trial: The trial.
+            attributes: User attributes to write.
             step: Steps that its run has done. A run that began anew may have values of later steps.
         """
-        self.note(entry, {**attributes, PAUSED_ATTRIBUTE: step})
-        was_promoted = step in entry.promoted
-        if was_promoted and entry.worker:  # else a restarted controller would take it for one that is being trained
-            self._note_turn(entry, worker="", request=0)
-        self._change(entry, state="running" if was_promoted else "paused", is_held=False)
+        self.write(trial, {**attributes, PAUSED_ATTRIBUTE: step})
+        was_promoted = step in trial.promoted
+        if was_promoted and trial.worker:  # else a restarted controller would believe that the worker trains it
+            self._write_turn(trial, worker="", request=0)
+        trial.state, trial.is_held = "running" if was_promoted else "paused", False
 
-    def end(self, entry: Entry, state: TrialState, attributes: Mapping[str, Any], *, value: float | None) -> None:
+    def end(self, trial: Trial, state: TrialState, attributes: Mapping[str, Any], *, value: float | None) -> None:
         """Tells the study how a trial ended; one that has ended stays as it is.
 
         Args:
-            entry: The trial.
+            trial: The trial.
             state: `complete`, `pruned`, `failed` or `infeasible`.
-            attributes: What the record is to say of it.
-            value: Its score, where it is complete.
+            attributes: User attributes to write.
+            value: The score of a complete trial.
         """
-        if not self._storage.get_trial(self._trial_id(entry)).state.is_finished():
-            self.note(entry, attributes)
+        if not self._storage.get_trial(self._trial_id(trial)).state.is_finished():
+            self.write(trial, attributes)
             if state == "infeasible":
                 # A sampler leaves failed trials out. From one that was pruned and breaks a constraint it can learn.
-                self.note(entry, {INFEASIBLE_ATTRIBUTE: True})
-                Trial(self.study, self._trial_id(entry)).set_constraint("memory", 1.0)
+                self.write(trial, {INFEASIBLE_ATTRIBUTE: True})
+                self._as_optuna_trial(trial).set_constraint("memory", 1.0)
             told = {"complete": OptunaState.COMPLETE, "failed": OptunaState.FAIL}.get(state, OptunaState.PRUNED)
-            self.study.tell(entry.number, value if state == "complete" else None, state=told)
-        self._change(entry, state=state, is_held=False)
+            self.study.tell(trial.number, value if state == "complete" else None, state=told)
+        trial.state, trial.is_held = state, False
 
-    def note(self, entry: Entry, attributes: Mapping[str, Any]) -> None:
-        """Writes attributes of a trial."""
+    def write(self, trial: Trial, attributes: Mapping[str, Any]) -> None:
+        """Writes user attributes of a trial."""
         for name, attribute in attributes.items():
-            self._storage.set_trial_user_attr(self._trial_id(entry), name, attribute)
+            self._storage.set_trial_user_attr(self._trial_id(trial), name, attribute)
 
-    def paused(self) -> list[Entry]:
-        """Returns the paused trials in the order of their numbers."""
-        return [entry for entry in self.entries.values() if entry.state == "paused"]
+    def _find_better_parts(self) -> dict[int, dict[int, Trial]]:
+        return find_better_parts(self._rule, self.trials.values(), sign=self._sign, all_begun=self.left <= 0)
 
-    def _read(self, trial: FrozenTrial) -> None:
-        turn = trial.user_attrs.get(TURN_ATTRIBUTE)
-        if not isinstance(turn, Mapping) or set(trial.params) != set(self._space):
-            self.foreign += 1
-            if not trial.state.is_finished():
+    def _read(self, frozen: FrozenTrial, *, session: str | None) -> None:
+        if TURN_ATTRIBUTE not in frozen.user_attrs or set(frozen.params) != set(self._space):
+            self.num_foreign += 1
+            if not frozen.state.is_finished():
                 reason = "it is not a trial of this sweep, or has not all parameters, so another one takes its place"
-                trial_id = self._storage.get_trial_id_from_study_id_trial_number(self._study_id, trial.number)
+                trial_id = self._storage.get_trial_id_from_study_id_trial_number(self._study_id, frozen.number)
                 self._storage.set_trial_user_attr(trial_id, REASON_ATTRIBUTE, reason)
                 self._storage.set_trial_state_values(trial_id, OptunaState.FAIL)
             return
-        entry = Entry(
-            number=trial.number,
-            params=dict(trial.params),
-            order=int(turn["order"]),
-            passed=frozenset(turn["passed"]),
-            promoted=frozenset(turn["promoted"]),
-            values=dict(trial.intermediate_values),
-            losses={int(step): loss for step, loss in trial.user_attrs.get(LOSSES_ATTRIBUTE, {}).items()},
-            state=row_state(trial),
-            worker=turn.get("worker", ""),
-            request=turn.get("request", 0),
-        )
-        # A trial whose process was killed after the report and before the pause is running: it reports once more.
-        if entry.state == "running" and trial.user_attrs.get(PAUSED_ATTRIBUTE) == max(entry.values, default=0):
-            entry.state = "running" if max(entry.values) in entry.promoted else "paused"
-        if entry.state == "running" and self._session is not None:
-            entry.is_held = entry.worker.startswith(self._session)
-        self._add(entry)
-        if entry.state == "infeasible" and not trial.state.is_finished():  # killed before all of it was told
-            self.end(entry, "infeasible", {}, value=None)
+        trial = read_trial(frozen, session=session)
+        self.trials[trial.number] = trial
+        if trial.state == "infeasible" and not frozen.state.is_finished():  # killed before all of it was told
+            self.end(trial, "infeasible", {}, value=None)
 
-    def _note_turn(self, entry: Entry, **changes: Any) -> None:
-        changed = dataclasses.replace(entry, **changes)
-        self.note(entry, {TURN_ATTRIBUTE: _describe_turn(changed)})
-        self._change(entry, **changes)
-
-    def _add(self, entry: Entry) -> None:
-        self.entries[entry.number] = entry
-        self._rungs.move(set(), self._rungs.places(entry))
-        self._list(entry)
-        self._changed.add(entry.number)
-
-    def _change(self, entry: Entry, **changes: Any) -> None:
-        """Sets attributes of a trial, and keeps the lists of trials as they would be if they were made anew."""
-        places = self._rungs.places(entry)
-        self._unlist(entry)
+    def _write_turn(self, trial: Trial, **changes: Any) -> None:
+        """Changes when and to whom a trial was handed out: in the journal first, in one write."""
+        self.write(trial, {TURN_ATTRIBUTE: dataclasses.replace(trial, **changes).turn})
         for name, value in changes.items():
-            setattr(entry, name, value)
-        self._list(entry)
-        self._rungs.move(places, self._rungs.places(entry))
-        self._changed.add(entry.number)
+            setattr(trial, name, value)
 
-    def _list(self, entry: Entry) -> None:
-        self._num_in_state[entry.state] += 1
-        if entry.is_held:
-            self._held[entry.worker][entry.number] = entry
-        elif entry.state == "running":
-            self._abandoned[entry.number] = entry
+    def _as_optuna_trial(self, trial: Trial) -> optuna.trial.Trial:
+        return optuna.trial.Trial(self.study, self._trial_id(trial))
 
-    def _unlist(self, entry: Entry) -> None:
-        self._num_in_state[entry.state] -= 1
-        self._abandoned.pop(entry.number, None)
-        if entry.is_held:
-            del self._held[entry.worker][entry.number]
-            if not self._held[entry.worker]:
-                del self._held[entry.worker]
-
-    def _is_taken(self, number: int) -> bool:
-        try:
-            self._storage.get_trial_id_from_study_id_trial_number(self._study_id, number)
-        except KeyError:
-            return False
-        return True
-
-    def _trial_id(self, entry: Entry) -> int:
-        return self._storage.get_trial_id_from_study_id_trial_number(self._study_id, entry.number)
-
-
-def _describe_turn(entry: Entry) -> dict[str, Any]:
-    turn = {"order": entry.order, "passed": sorted(entry.passed), "promoted": sorted(entry.promoted)}
-    return turn | ({"worker": entry.worker, "request": entry.request} if entry.worker else {})
+    def _trial_id(self, trial: Trial) -> int:
+        return self._storage.get_trial_id_from_study_id_trial_number(self._study_id, trial.number)

@@ -1,132 +1,151 @@
-"""The parameters of an arm's next trial from a sampler that settings name by `_target_`: one of Optuna's or another's.
+"""Samplers that settings name by `_target_`: one of Optuna's, of OptunaHub's or of the user's own.
 
-As in `proposals`, a proposal depends on the sweep's seed, the arm's name, the trial's number and the arm's history
-alone: the sampler is made anew for each, with a seed of its own, on a fresh in-memory study. What it writes beside the
-parameters (the generation of a genetic algorithm, the position in a sequence) is kept with the trial in the journal,
-and handed to it again. Nothing else is done: no Sobol points before it, and a point that it repeats is trained again.
+The sampler is made anew for each trial, with a seed of its own. If it writes something beside the parameters, such as
+the generation of a genetic algorithm, this is kept with the trial in the journal and given to the next sampler.
 """
 
 from __future__ import annotations
 
+import inspect
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import optuna
 from optuna.exceptions import ExperimentalWarning
-from optuna.samplers import BaseSampler, CmaEsSampler
+from optuna.samplers import BaseSampler
 from optuna.storages import InMemoryStorage
-from optuna.trial import create_trial
+from optuna.trial import FrozenTrial, create_trial
 
+from lorasweep.config.data import Direction
 from lorasweep.config.targets import TARGET, Component, argument_names, instantiate, is_trusted
-from lorasweep.errors import ConfigError, first_line
-from lorasweep.sweep.controller.history import History
-from lorasweep.sweep.controller.proposals import proposal_seed
-from lorasweep.sweep.controller.rows import SAMPLER_ATTRIBUTE
+from lorasweep.errors import ConfigError
+from lorasweep.sweep.controller.encoding import Point
+from lorasweep.sweep.definition.space import Space
+from lorasweep.wording import nearest
 
-PICKLING_PACKAGE = "cmaes"
-"""Package whose objects Optuna's `CmaEsSampler` keeps as pickles in the journal. Reading one could run any code."""
-PICKLE_PREFIXES = ("cma:", "sepcma:", "cmawm:")
-"""Names under which it keeps them begin so."""
+OPTUNA_HUB = "optunahub"
+PICKLING_SAMPLER, PICKLING_PACKAGE = "CmaEsSampler", "cmaes"
+"""A sampler of Optuna's that keeps objects of this package as pickles in the journal. Reading a pickle can run code."""
 
 
-def ask_component(
-    component: Component,
-    history: History,
+def ask_sampler(
+    part: Component,
+    history: Sequence[tuple[FrozenTrial, Point]],
+    ranges: Space,
     *,
-    number: int,
+    kept_as: str,
     seed: int,
-    arm: str,
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Returns the parameters of trial `number` of an arm, and what its journal entry is to keep for the sampler.
+    direction: Direction,
+) -> tuple[Point, dict[str, Any]]:
+    """Returns the point of the next trial, and the user attributes of that trial which keep the sampler's state.
 
-    Arguments as in `proposals.propose`, but for `component`, which names the sampler's class.
-
-    Raises:
-        ConfigError: The sampler can't be built, or can't propose for this space.
-    """
-    coding = history.coding
-    if not coding.ranges:
-        return coding.decode({}), {}
-    sampler = build_sampler(component, seed=proposal_seed(seed, arm, number))
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ExperimentalWarning)
-            storage = InMemoryStorage()
-            study = optuna.create_study(sampler=sampler, direction=history.direction, storage=storage)
-            study_id = storage.get_study_id_from_name(study.study_name)
-            known = _restore(study, history)
-            for name, value in known.items():
-                storage.set_study_system_attr(study_id, name, value)
-            trial = study.ask(coding.ranges)
-            of_study = storage.get_study_system_attrs(study_id)
-            state = {
-                "trial": study.get_trials(deepcopy=False)[-1].system_attrs,
-                "study": {name: value for name, value in of_study.items() if known.get(name) != value},
-            }
-    except Exception as error:  # whatever a sampler raises
-        raise ConfigError(
-            f"`sampler` must be able to propose a trial for the space of arm {arm!r}, but {component.target!r} raised "
-            f"{type(error).__name__}: {first_line(error)}."
-        ) from error
-    return coding.decode(trial.params), {SAMPLER_ATTRIBUTE: state} if any(state.values()) else {}
-
-
-def build_sampler(component: Component, *, seed: int) -> BaseSampler:
-    """Returns the sampler that a component names; it and the samplers inside of it get the seed, where they take one.
+    Args:
+        part: The sampler's class and arguments.
+        history: The arm's earlier trials and their points.
+        ranges: The range of each key of a point.
+        kept_as: The name of the user attribute.
+        seed: The seed of this proposal.
+        direction: Which scores are better.
 
     Raises:
-        ConfigError: The class is not trusted, not there or no sampler, or does not take these arguments.
+        ConfigError: The sampler can't be built.
     """
-    seeded: dict[str, Any] = _with_seed({TARGET: component.target, **component.arguments}, seed=seed, key="sampler")
+    sampler = build_sampler(part, seed=seed)
+    storage = InMemoryStorage()
+    study = optuna.create_study(sampler=sampler, direction=direction, storage=storage)
+    study_id = storage.get_study_id_from_name(study.study_name)
+    known: dict[str, Any] = {}
+    for trial, point in history:
+        state = trial.user_attrs.get(kept_as, {})
+        known |= state.get("study", {})
+        study.add_trial(
+            create_trial(
+                state=trial.state,
+                value=trial.value,
+                params=point,
+                distributions=ranges,
+                intermediate_values=trial.intermediate_values,
+                constraints=trial.constraints,
+                system_attrs=state.get("trial", {}),
+            )
+        )
+    for name, value in known.items():
+        storage.set_study_system_attr(study_id, name, value)
+    params = study.ask(ranges).params
+    kept_of_study = storage.get_study_system_attrs(study_id)
+    state = {
+        "trial": study.get_trials(deepcopy=False)[-1].system_attrs,
+        "study": {name: value for name, value in kept_of_study.items() if known.get(name) != value},
+    }
+    return params, {kept_as: state} if any(state.values()) else {}
+
+
+def build_sampler(part: Component, *, seed: int) -> BaseSampler:
+    """Returns the sampler that a part names; it and the samplers inside of it get the seed, if they take one.
+
+    Raises:
+        ConfigError: The class is not trusted, does not exist or is no sampler, or does not take these arguments.
+    """
+    seeded: dict[str, Any] = _add_seeds({TARGET: part.target, **part.arguments}, seed=seed, key="sampler")
     del seeded[TARGET]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
         expected: type[BaseSampler] = BaseSampler  # type: ignore[type-abstract]
-        made = instantiate(Component(target=component.target, arguments=seeded), key="sampler", expected=expected)
-    if isinstance(made, CmaEsSampler) and not is_trusted(PICKLING_PACKAGE):
-        raise ConfigError(
-            f"`sampler._target_` must be a sampler that keeps no pickles, but {component.target!r} does, and a "
-            f"stranger's journal could run code by them. For a sweep of your own add `trust=[{PICKLING_PACKAGE}]` to "
-            "the command line."
-        )
-    return made
+        return instantiate(Component(target=part.target, arguments=seeded), key="sampler", expected=expected)
 
 
-def _with_seed(value: Any, *, seed: int, key: str) -> Any:
-    """Returns settings of a component with a seed for each class in them that takes one."""
+def _add_seeds(value: Any, *, seed: int, key: str) -> Any:
+    """Returns the settings of a part with a seed for each class in them that takes one."""
     if isinstance(value, list | tuple):
-        return [_with_seed(item, seed=seed, key=f"{key}.{position}") for position, item in enumerate(value)]
+        return [_add_seeds(item, seed=seed, key=f"{key}.{position}") for position, item in enumerate(value)]
     if not isinstance(value, Mapping):
         return value
-    seeded = {name: _with_seed(item, seed=seed, key=f"{key}.{name}") for name, item in value.items()}
-    if TARGET in value and "seed" in argument_names(value[TARGET], key=key)[0]:
-        seeded["seed"] = seed
+    seeded = {name: _add_seeds(item, seed=seed, key=f"{key}.{name}") for name, item in value.items()}
+    if TARGET in value:
+        if "seed" in argument_names(value[TARGET], key=key)[0]:
+            seeded["seed"] = seed
+        if value[TARGET].endswith(PICKLING_SAMPLER) and not is_trusted(PICKLING_PACKAGE):
+            raise ConfigError(
+                f"`{key}.{TARGET}` must be a sampler that keeps no pickles, because a pickle in somebody else's "
+                f"journal could run any code, but got {value[TARGET]!r}. For a sweep of your own add "
+                f"`trust=[{PICKLING_PACKAGE}]` to the command line."
+            )
     return seeded
 
 
-def _restore(study: optuna.Study, history: History) -> dict[str, Any]:
-    """Puts an arm's trials into a study, with what the sampler kept of each; returns what it kept of the study."""
-    of_study: dict[str, Any] = {}
-    for known in history.trials():
-        trial = known.trial
-        kept = trial.user_attrs.get(SAMPLER_ATTRIBUTE, {})
-        of_study |= _without_pickles(kept.get("study", {}))
-        study.add_trial(
-            create_trial(
-                state=known.state,
-                value=trial.value,
-                params=known.point,
-                distributions=history.coding.ranges,
-                intermediate_values=trial.intermediate_values,
-                constraints=trial.constraints,
-                system_attrs=_without_pickles(kept.get("trial", {})),
+class OptunaHubSampler(BaseSampler):
+    """A sampler from OptunaHub (https://hub.optuna.org). Making one downloads code and runs it."""
+
+    def __new__(  # type: ignore[misc]  # it returns the sampler of the package itself
+        cls, package: str, sampler: str, *, ref: str = "main", seed: int | None = None, **arguments: Any
+    ) -> BaseSampler:
+        """Downloads the package, unless it is in OptunaHub's cache, and makes its sampler.
+
+        Args:
+            package: The package in the registry, such as `samplers/auto_sampler`.
+            sampler: The class in the package, such as `AutoSampler`.
+            ref: Branch, tag or commit of the registry. Only a commit makes a sweep that can be repeated later.
+            seed: The class gets it, if it takes one.
+            arguments: Further arguments of the class.
+
+        Raises:
+            ConfigError: OptunaHub is not trusted or not installed, or the package has no such sampler.
+        """
+        if not is_trusted(OPTUNA_HUB):
+            raise ConfigError(
+                f"`sampler` must be of a package that is trusted, but {package!r} is code that OptunaHub downloads and "
+                f"runs. If you know it, add `trust=[{OPTUNA_HUB}]` to the command line."
             )
-        )
-    return of_study
-
-
-def _without_pickles(state: Mapping[str, Any]) -> dict[str, Any]:
-    if is_trusted(PICKLING_PACKAGE):
-        return dict(state)
-    return {name: value for name, value in state.items() if not name.startswith(PICKLE_PREFIXES)}
+        if find_spec(OPTUNA_HUB) is None:
+            raise ConfigError(f"`sampler` needs the package {OPTUNA_HUB!r}. Run `pip install {OPTUNA_HUB}`.")
+        module = import_module(OPTUNA_HUB).load_module(package, ref=ref)
+        found = getattr(module, sampler, None)
+        if not (isinstance(found, type) and issubclass(found, BaseSampler)):
+            near = nearest(sampler, vars(module))
+            raise ConfigError(f"`sampler.sampler` must be a sampler in {package!r}, but got {sampler!r}.{near}")
+        if "seed" in inspect.signature(found).parameters:
+            arguments = {**arguments, "seed": seed}
+        return found(**arguments)

@@ -20,7 +20,7 @@ from lorasweep.disk import free_folder, network_file_system, remove_leftovers, r
 from lorasweep.errors import ConfigError, RecordError
 from lorasweep.record import SWEEP_FILE, SweepRecord, read_sweep, sha256_of, utc_now, write_record
 from lorasweep.sweep.controller.folder import LOCK_FILE, SweepFolder
-from lorasweep.sweep.controller.rows import RUNS_FOLDER, arm_row
+from lorasweep.sweep.controller.record_rows import RUNS_FOLDER, arm_row
 from lorasweep.sweep.controller.storage import (
     CONFIRM_STUDY,
     DATABASE_ERRORS,
@@ -170,8 +170,6 @@ def reopen_sweep(path: Path, *, changes: Mapping[str, Any] | None = None) -> Swe
         record=record,
         storage=storage,
         lock=lock,
-        makespan_before_s=record.makespan_s,
-        telemetry_before=dict(record.telemetry),
     )
 
 

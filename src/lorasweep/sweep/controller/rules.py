@@ -1,17 +1,24 @@
-"""Stopping rules: which of an arm's trials may go on beyond a rung.
+"""Stopping rules: which of an arm's trials may train beyond a rung.
 
 A rung is a step at which trials are compared. A rule is a pure function of values and trial numbers: neither the order
-in which values arrive nor a clock changes what it says. The controller pauses a trial outside of the better part of its
-rung, and lets it go on when it later belongs to it.
+in which values arrive nor a clock changes its answer. The controller pauses a trial that is not in the better part of
+its rung, and resumes it if it later belongs to the better part.
 """
 
 from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
+
+from optuna.pruners import BasePruner
+
+from lorasweep.config.sweep import HalvingPruner, MedianPruner
+from lorasweep.config.targets import Component, instantiate
+from lorasweep.sweep.controller.trial import Trial
+from lorasweep.sweep.definition.arms import Arm
 
 Ranked = Sequence[tuple[float, int]]
 """Value (lower is better) and number of trials, best first; of equal values the earlier trial is first."""
@@ -25,7 +32,7 @@ class StoppingRule(Protocol):
         """Optimizer steps at which trials are compared, ascending; each is a step with an evaluation."""
 
     def count_better(self, ranked: Ranked, *, all_arrived: bool) -> int:
-        """Returns how many of the trials at a rung may go on beyond it: so many of the best ones.
+        """Returns how many of the best trials at a rung may train beyond it.
 
         Args:
             ranked: Every trial of the arm that has reached the rung and has not failed since.
@@ -84,3 +91,79 @@ class MedianOfPeers:
         half = len(ranked) // 2
         median = ranked[half][0] if len(ranked) % 2 else (ranked[half - 1][0] + ranked[half][0]) / 2
         return bisect_right(ranked, median, key=lambda row: row[0])
+
+
+def build_rule(arm: Arm) -> StoppingRule:
+    """Returns the rule by which an arm's trials are paused.
+
+    Raises:
+        ConfigError: The pruner can't be built.
+    """
+    pruner, config = arm.driver.pruner, next(arm.corners())
+    if config.method.name == "frozen":  # it has no steps
+        return NoStopping()
+    every, max_steps = config.trainer.eval_every_steps, config.trainer.max_steps
+    steps = range(every, max_steps, every)
+    if isinstance(pruner, HalvingPruner):
+        # a rung after the last evaluation but one would compare trials that have ended: it is left out
+        latest = steps[-1] + every / 2 if steps else 0
+        wanted = [fraction * max_steps for fraction in pruner.rungs if fraction * max_steps <= latest]
+        rungs = {min(steps, key=lambda step: (abs(step - rung), step)) for rung in wanted}
+        if not rungs:
+            return NoStopping()  # `find_warnings` says so
+        return Halving(
+            rungs=tuple(sorted(rungs)), reduction_factor=pruner.reduction_factor, min_survivors=pruner.min_survivors
+        )
+    if isinstance(pruner, MedianPruner):
+        first = pruner.min_fraction * max_steps
+        return MedianOfPeers(rungs=tuple(step for step in steps if step >= first), min_trials=pruner.min_trials)
+    build_pruner(arm)  # it decides later, but a wrong one is to be refused before the first trial
+    return NoStopping()
+
+
+def build_pruner(arm: Arm) -> BasePruner | None:
+    """Returns the arm's pruner if it is set by `_target_`, else None.
+
+    Raises:
+        ConfigError: The pruner can't be built.
+    """
+    if not isinstance(arm.driver.pruner, Component):
+        return None
+    expected: type[BasePruner] = BasePruner  # type: ignore[type-abstract]
+    return instantiate(arm.driver.pruner, key="pruner", expected=expected)
+
+
+def find_better_parts(
+    rule: StoppingRule, trials: Collection[Trial], *, sign: int, all_begun: bool
+) -> dict[int, dict[int, Trial]]:
+    """Returns for each rung the trials that may train beyond it, best first, by number.
+
+    Args:
+        rule: How many trials of a rung may train beyond it.
+        trials: All trials of the arm.
+        sign: 1 if lower values are better, -1 if higher ones are.
+        all_begun: Whether no further trial of the arm will begin.
+    """
+    better: dict[int, dict[int, Trial]] = {}
+    by_number = {trial.number: trial for trial in trials}
+    for rung in rule.rungs:  # ascending: whether a trial can still arrive depends on the lower rungs
+        arrived = [t for t in trials if rung in t.values and t.state not in ("failed", "infeasible")]
+        ranked = sorted((_cost(trial, rung, sign=sign), trial.number) for trial in arrived)
+        all_arrived = all_begun and not any(_can_arrive(trial, rung, better) for trial in trials)
+        count = rule.count_better(ranked, all_arrived=all_arrived)
+        better[rung] = {number: by_number[number] for _, number in ranked[:count]}
+    return better
+
+
+def _can_arrive(trial: Trial, rung: int, better: Mapping[int, Mapping[int, Trial]]) -> bool:
+    """Whether a trial can still reach a rung: it trains towards it, or waits in the better part of a lower rung."""
+    if not trial.is_live or rung in trial.values:
+        return False
+    waits_at = next((lower for lower in better if lower in trial.values and lower not in trial.passed), None)
+    return waits_at is None or trial.number in better[waits_at]
+
+
+def _cost(trial: Trial, rung: int, *, sign: int) -> float:
+    """Returns the number by which a rung compares a trial; lower is better."""
+    value = trial.losses.get(rung, sign * trial.values[rung])
+    return math.inf if math.isnan(value) else value

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import errno
-import json
 import os
-from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +12,7 @@ import optuna
 from optuna.exceptions import StorageInternalError
 from optuna.pruners import BasePruner, NopPruner
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
-from optuna.storages.journal import BaseJournalBackend
+from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from sqlalchemy.exc import SQLAlchemyError
 
 from lorasweep.config.data import Direction
@@ -26,74 +23,38 @@ JOURNAL_FILE = "journal.log"
 CONFIRM_STUDY = "{arm}/confirm"
 """Name of the study of an arm's confirm stage. No arm's name has a slash."""
 DATABASE_ERRORS = (StorageInternalError, SQLAlchemyError)
-"""What Optuna raises where a database is gone or refuses."""
+"""The errors that Optuna raises if a database is gone or refuses."""
 
 
-class OwnJournal(BaseJournalBackend):
-    """A journal file in Optuna's format that no other process writes to.
+class _NoLock(JournalFileOpenLock):
+    """Makes no lock file: a killed process would leave it behind, and the sweep's folder has a lock already."""
 
-    *Differs* from Optuna's `JournalFileBackend`: the file is opened and read once, because the lock of the sweep's
-    folder lets one controller in; there is no lock file, which a killed process would leave behind and for which the
-    next one would wait; and several operations are flushed to the disk together (`flush`).
-    """
+    def acquire(self) -> bool:
+        """Returns at once. Called by Optuna."""
+        return True
+
+    def release(self) -> None:
+        """Does nothing. Called by Optuna."""
+
+
+class _Journal(JournalFileBackend):
+    """Optuna's journal file, in which no line is left unfinished."""
 
     def __init__(self, path: Path) -> None:
         """Opens the file, or makes it, and removes a line that a killed process left unfinished."""
-        self._file = os.open(path, os.O_CREAT | os.O_RDWR | os.O_APPEND, 0o644)
-        self._size = os.fstat(self._file).st_size
-        if self._size and os.pread(self._file, 1, self._size - 1) != b"\n":
-            self._size = os.pread(self._file, self._size, 0).rfind(b"\n") + 1
-            os.ftruncate(self._file, self._size)
+        super().__init__(str(path), lock_obj=_NoLock(str(path)))
         self._path = path
-        self._is_read = False
-        self._is_flushed = True
-        self._unread: deque[bytes] = deque()
-
-    def read_logs(self, log_number_from: int) -> Iterator[dict[str, Any]]:
-        """Yields the operations that were not read yet. Called by Optuna, which has read those before this number."""
-        if not self._is_read:
-            self._is_read = True
-            with open(self._path, "rb") as lines:
-                yield from map(json.loads, lines)
-        while self._unread:
-            yield json.loads(self._unread.popleft())
+        content = path.read_bytes()
+        os.truncate(path, content.rfind(b"\n") + 1)
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
-        """Writes operations, all of them or none, so that they outlast this process. Called by Optuna."""
-        lines = [json.dumps(log, separators=(",", ":")).encode() + b"\n" for log in logs]
-        data = b"".join(lines)
+        """Writes operations and flushes them to the disk; if the disk is full, none of them stays in the file."""
+        size = self._path.stat().st_size
         try:
-            if os.write(self._file, data) != len(data):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            super().append_logs(logs)
         except OSError:
-            os.ftruncate(self._file, self._size)
+            os.truncate(self._path, size)
             raise
-        self._size += len(data)
-        self._unread += lines
-        self._is_flushed = False
-
-    def flush(self) -> None:
-        """Makes what was written outlast a power cut."""
-        if not self._is_flushed:
-            os.fsync(self._file)
-            self._is_flushed = True
-
-    def close(self) -> None:
-        """Flushes and closes the file."""
-        self.flush()
-        os.close(self._file)
-
-
-class _OwnJournalStorage(JournalStorage):
-    def __init__(self, journal: OwnJournal) -> None:
-        self.journal = journal
-        super().__init__(journal)
-
-
-def flush_storage(storage: BaseStorage) -> None:
-    """Makes what was written outlast a power cut; a database does so by itself."""
-    if isinstance(storage, _OwnJournalStorage):
-        storage.journal.flush()
 
 
 def open_storage(config: StorageConfig, folder: Path) -> BaseStorage:
@@ -104,10 +65,10 @@ def open_storage(config: StorageConfig, folder: Path) -> BaseStorage:
         folder: The sweep's folder, whose lock this process holds.
 
     Raises:
-        ConfigError: The database does not answer, its driver is not installed, or it refuses.
+        ConfigError: The database does not answer, or its driver is not installed.
     """
     if config.url is None:
-        return _OwnJournalStorage(OwnJournal(folder / JOURNAL_FILE))
+        return JournalStorage(_Journal(folder / JOURNAL_FILE))
     try:
         return RDBStorage(config.url)
     except (*DATABASE_ERRORS, ImportError, ValueError, RuntimeError) as error:
@@ -115,12 +76,10 @@ def open_storage(config: StorageConfig, folder: Path) -> BaseStorage:
 
 
 def close_storage(storage: BaseStorage) -> None:
-    """Lets go of a storage, and of the connections to its database."""
+    """Closes the connections to a database."""
     storage.remove_session()
     if isinstance(storage, RDBStorage):
         storage.engine.dispose()
-    elif isinstance(storage, _OwnJournalStorage):
-        storage.journal.close()
 
 
 def unusable_database(config: StorageConfig, error: Exception) -> ConfigError:

@@ -148,7 +148,6 @@ def _train_here(
 ) -> bool:
     controller = Controller(sweep, run_ended=run_ended)
     controller.note_worker(device=name_device(), threads=torch.get_num_threads())
-    sweep.measure = inputs_cache.telemetry.sample
     controller.save("running")
     Worker(
         path=sweep.path,

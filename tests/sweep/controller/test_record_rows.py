@@ -5,7 +5,7 @@ from __future__ import annotations
 import optuna
 import pytest
 
-from lorasweep.sweep.controller.importance import measure_importance
+from lorasweep.sweep.controller.record_rows import measure_importance
 
 
 def test_importance_is_not_guessed_from_a_few_trials_or_equal_scores():

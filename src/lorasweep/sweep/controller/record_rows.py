@@ -1,0 +1,102 @@
+"""The rows of a sweep's record: what it lists of each arm, of each trial of the search and of each confirm run."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import optuna
+from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
+from optuna.trial import FrozenTrial, TrialState
+
+from lorasweep.config.run import RunConfig
+from lorasweep.config.sweep import CONFIRM_ENDING
+from lorasweep.record import ArmRow, ConfirmRow, TrialRow
+from lorasweep.sweep.controller.trial import REASON_ATTRIBUTE, SCORE_ATTRIBUTE, read_state
+from lorasweep.sweep.definition.arms import Arm
+from lorasweep.sweep.definition.space import describe_space
+
+RUNS_FOLDER = "runs"
+SEED = "seed"
+"""The one parameter of a trial of the confirm stage."""
+MIN_IMPORTANCE_TRIALS = 4
+"""Number of complete trials below which the importance of a key would be a guess."""
+
+
+def run_name(arm: str, number: int) -> str:
+    """Returns the folder of a run of the search, relative to the sweep's folder."""
+    return f"{RUNS_FOLDER}/{arm}-{number:04d}"
+
+
+def confirm_run_name(arm: str, number: int) -> str:
+    """Returns the folder of a run of the confirm stage. No arm's name may end in `CONFIRM_ENDING`."""
+    return run_name(arm + CONFIRM_ENDING, number)
+
+
+def arm_row(arm: Arm, config: RunConfig) -> ArmRow:
+    """Returns an arm's row; `config` is one of its runs."""
+    return ArmRow(
+        name=arm.name,
+        method=config.method.name,
+        trials=arm.trials,
+        steps=0 if config.method.name == "frozen" else config.trainer.max_steps,
+        settings=dict(arm.settings),
+        space=describe_space(arm.space),
+        sampler=arm.driver.sampler.name,
+        pruner=arm.driver.pruner.name,
+        expanded_from=arm.expanded_from,
+        expanded=dict(arm.expanded),
+    )
+
+
+def trial_row(arm: str, trial: FrozenTrial, *, is_paused: bool) -> TrialRow:
+    """Returns the row of a trial of the search."""
+    return TrialRow(
+        arm=arm,
+        number=trial.number,
+        state="paused" if is_paused else read_state(trial),
+        params=dict(trial.params),
+        run=run_name(arm, trial.number),
+        **_read_results(trial),
+    )
+
+
+def confirm_row(arm: str, trial: FrozenTrial, *, winner: int) -> ConfirmRow:
+    """Returns the row of a trial of the confirm stage, which trains the settings of the arm's trial `winner`."""
+    state = read_state(trial)
+    assert state != "pruned"  # the confirm stage has no rungs
+    assert state != "paused"
+    return ConfirmRow(
+        arm=arm,
+        trial=winner,
+        seed=trial.params[SEED],
+        state=state,
+        run=confirm_run_name(arm, trial.number),
+        **_read_results(trial),
+    )
+
+
+def _read_results(trial: FrozenTrial) -> dict[str, Any]:
+    step = max(trial.intermediate_values, default=0)
+    return {
+        "value": None if read_state(trial) == "infeasible" else trial.user_attrs.get(SCORE_ATTRIBUTE),
+        "reason": trial.user_attrs.get(REASON_ATTRIBUTE),
+        "step": step,
+        "last_value": trial.intermediate_values.get(step),
+    }
+
+
+def measure_importance(trials: Sequence[FrozenTrial]) -> dict[str, float]:
+    """Returns each swept key's share of the score's variance (PED-ANOVA, arXiv 2304.10255).
+
+    Empty if fewer than `MIN_IMPORTANCE_TRIALS` trials are complete, or all of them have the same score.
+    """
+    complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
+    if len(complete) < MIN_IMPORTANCE_TRIALS or len({trial.value for trial in complete}) < 2:
+        return {}
+    study = optuna.create_study()
+    study.add_trials(complete)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return get_param_importances(study, evaluator=PedAnovaImportanceEvaluator())

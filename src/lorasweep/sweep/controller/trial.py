@@ -1,0 +1,103 @@
+"""One trial of an arm as the controller sees it, and the attributes that the journal holds of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from optuna.trial import FrozenTrial
+from optuna.trial import TrialState as OptunaState
+
+from lorasweep.record import TrialState
+
+TURN_ATTRIBUTE = "lorasweep:turn"
+"""`order`, `passed`, `promoted`, `worker` and `request` of a `Trial`. A trial without it is not the controller's."""
+PAUSED_ATTRIBUTE = "lorasweep:paused_at"
+"""Step of the evaluation after which the trial's run was last paused."""
+LOSSES_ATTRIBUTE = "lorasweep:rung_losses"
+"""Validation loss by rung, if rungs compare by it."""
+RUN_ATTRIBUTE = "lorasweep:run"
+"""The trial's run folder, relative to the sweep's folder."""
+REASON_ATTRIBUTE = "lorasweep:reason"
+"""Why the trial failed, was pruned or does not fit in memory."""
+INFEASIBLE_ATTRIBUTE = "lorasweep:infeasible"
+"""True for a trial that does not fit in memory."""
+SCORE_ATTRIBUTE = "lorasweep:score"
+"""The best value of the trial's run. The value that Optuna gives a trial that is not complete is its last one."""
+LIVE_STATES: tuple[TrialState, ...] = ("running", "paused")
+ENDED_STATES: dict[OptunaState, TrialState] = {
+    OptunaState.COMPLETE: "complete",
+    OptunaState.PRUNED: "pruned",
+    OptunaState.FAIL: "failed",
+}
+
+
+@dataclass(kw_only=True, eq=False)
+class Trial:
+    """One trial of an arm as the controller sees it."""
+
+    number: int
+    params: Mapping[str, Any]
+    order: int
+    """How many trials the controller had handed out before it last handed out this one."""
+    passed: frozenset[int] = frozenset()
+    """The rungs beyond which the trial may train."""
+    promoted: frozenset[int] = frozenset()
+    """Those of `passed` at which the trial was paused before."""
+    values: dict[int, float] = field(default_factory=dict)
+    """The metric's value at each evaluation, by step."""
+    losses: dict[int, float] = field(default_factory=dict)
+    """The validation loss at each rung, if rungs compare by it."""
+    state: TrialState = "running"
+    is_held: bool = False
+    """Whether a worker trains the trial now."""
+    worker: str = ""
+    """The worker that the trial was last handed out to; empty for the worker of the controller's process."""
+    request: int = 0
+    """Number of the worker's request that was answered with this trial."""
+
+    @property
+    def is_live(self) -> bool:
+        """Whether the trial runs or is paused."""
+        return self.state in LIVE_STATES
+
+    @property
+    def turn(self) -> dict[str, Any]:
+        """Returns the value of `TURN_ATTRIBUTE`."""
+        turn = {"order": self.order, "passed": sorted(self.passed), "promoted": sorted(self.promoted)}
+        return turn | ({"worker": self.worker, "request": self.request} if self.worker else {})
+
+
+def read_trial(frozen: FrozenTrial, *, session: str | None) -> Trial:
+    """Returns a trial of the controller from what a study holds of it.
+
+    Args:
+        frozen: The trial in the study.
+        session: What the names of workers begin with that may train trials now; None if there are none.
+    """
+    turn = frozen.user_attrs[TURN_ATTRIBUTE]
+    trial = Trial(
+        number=frozen.number,
+        params=dict(frozen.params),
+        order=turn["order"],
+        passed=frozenset(turn["passed"]),
+        promoted=frozenset(turn["promoted"]),
+        values=dict(frozen.intermediate_values),
+        losses={int(step): loss for step, loss in frozen.user_attrs.get(LOSSES_ATTRIBUTE, {}).items()},
+        state=read_state(frozen),
+        worker=turn.get("worker", ""),
+        request=turn.get("request", 0),
+    )
+    # A process that was killed after the report and before the pause leaves a running trial, which reports once more.
+    last = max(trial.values, default=0)
+    if trial.state == "running" and frozen.user_attrs.get(PAUSED_ATTRIBUTE) == last and last not in trial.promoted:
+        trial.state = "paused"
+    if trial.state == "running" and session is not None:
+        trial.is_held = trial.worker.startswith(session)
+    return trial
+
+
+def read_state(frozen: FrozenTrial) -> TrialState:
+    """Returns how a trial ended, in the words of a record; `running` if it has not ended."""
+    return "infeasible" if frozen.user_attrs.get(INFEASIBLE_ATTRIBUTE) else ENDED_STATES.get(frozen.state, "running")
