@@ -34,7 +34,6 @@ MANDATORY = {
     **{f"model={option}": {"model.path": "owner/name"} for option in ("causal_lm", "classifier", "seq2seq")},
     "model=own": {"model.factory": "own:build"},
     "sampler=optunahub": {"sampler.package": "samplers/auto_sampler", "sampler.sampler": "AutoSampler"},
-    "data=hub": {"data.path": "owner/name"},
     "data=own": {"data.factory": "own:build", "data.labels": ["no", "yes"]},
     **{f"data={option}": {"data.train": "file"} for option in ("text", "table", "chat")},
 }

@@ -6,9 +6,9 @@ import pytest
 import torch
 import transformers
 
-from lorasweep.data.blocks import build_block_split, choose_evenly, cut_blocks, positions_in_documents
-from lorasweep.data.source import Documents, fingerprint_documents
-from lorasweep.data.stdlib import Document
+from lorasweep.config.compose import compose_run
+from lorasweep.data.blocks import build_block_split, cut_blocks, positions_in_documents
+from lorasweep.data.source import Document, collect_examples
 from lorasweep.data.tasks import LanguageModelling
 from lorasweep.errors import ConfigError
 from lorasweep.models.tiny.pretrain import END_OF_TEXT, build_tokenizer
@@ -19,20 +19,14 @@ def tokenizer():
     return build_tokenizer()
 
 
-def make_rows(*texts, name="train"):
-    documents = [Document(name=f"document {n}", text=text) for n, text in enumerate(texts)]
-    return Documents(name=name, documents=documents, fingerprint=fingerprint_documents(documents))
+def make_documents(*texts, name="train"):
+    return collect_examples(name, [Document(f"document {n}", text) for n, text in enumerate(texts)])
 
 
-def make_split(rows, tokenizer, *, block_length=4, max_blocks=None, separate=False):
-    return build_block_split(
-        rows,
-        data="text",
-        tokenizer=tokenizer,
-        block_length=block_length,
-        max_blocks=max_blocks,
-        separate=separate,
-    )
+def make_split(documents, tokenizer, *, block_length=4, separate=False, **limits):
+    settings = {"data.block_length": block_length, "data.separate_documents": separate}
+    config = compose_run({"data": "stdlib_docs", **settings, **{f"data.{key}": value for key, value in limits.items()}})
+    return build_block_split(documents, config=config.data, tokenizer=tokenizer)
 
 
 def test_blocks_predict_every_token_but_the_first_once():
@@ -42,38 +36,32 @@ def test_blocks_predict_every_token_but_the_first_once():
     assert torch.equal(blocks[1:, 0], blocks[:-1, -1])
 
 
-@pytest.mark.parametrize(
-    ("most", "chosen"), [(None, [0, 1, 2, 3, 4, 5, 6]), (3, [0, 2, 4]), (7, [0, 1, 2, 3, 4, 5, 6]), (1, [0])]
-)
-def test_fewer_blocks_are_evenly_spaced(most, chosen):
-    assert choose_evenly(torch.arange(7)[:, None], most=most).flatten().tolist() == chosen
+def test_fewer_blocks_are_evenly_spaced_and_training_keeps_all(tokenizer):
+    text = "abcdefghijklmnopqrstuvwxyz01"  # 7 blocks
+    first = [block[0] for block in make_split(make_documents(text), tokenizer, max_test_blocks=3).tokens.tolist()]
+    assert first == list(text.encode()[::4])
+    held_out = make_split(make_documents(text, name="test"), tokenizer, max_test_blocks=3)
+    assert [block[0] for block in held_out.tokens.tolist()] == list(text.encode()[::8][:3])
 
 
-def test_a_part_counts_bytes_and_tokens(tokenizer):
-    split = make_split(make_rows("añb", "cdef"), tokenizer)
+def test_a_split_counts_bytes_and_tokens(tokenizer):
+    split = make_split(make_documents("añb", "cdef"), tokenizer)
     assert split.describe() == {"documents": 2, "bytes": 8, "blocks": 2, "fingerprint": split.fingerprint}
     assert math.isclose(split.bytes_per_token, 8 / 10)  # 8 bytes and 2 ends
     assert split.lengths.tolist() == split.weights.tolist() == [4, 4]
 
 
 def test_targets_are_the_next_tokens(tokenizer):
-    batch = make_split(make_rows("abcdefgh"), tokenizer).batch([1, 0])
+    batch = make_split(make_documents("abcdefgh"), tokenizer).batch([1, 0])
     assert batch["input_ids"].tolist() == [[101, 102, 103, 104], [97, 98, 99, 100]]
     assert batch["targets"].tolist() == [[102, 103, 104, END_OF_TEXT], [98, 99, 100, 101]]
     assert set(batch) == {"input_ids", "targets"}
 
 
-def test_an_empty_part_is_named(tokenizer):
-    with pytest.raises(ConfigError, match="the validation split of `data=text` must not be empty"):
-        make_split(make_rows(name="validation"), tokenizer)
-
-
-def test_a_part_shorter_than_a_block_is_named(tokenizer):
-    assert len(make_split(make_rows("abcd"), tokenizer)) == 1
-    with pytest.raises(
-        ConfigError, match=r"`data.block_length` must be less than the 5 tokens of the train split .* got 5"
-    ):
-        make_split(make_rows("abcd"), tokenizer, block_length=5)
+def test_a_split_shorter_than_a_block_is_named(tokenizer):
+    assert len(make_split(make_documents("abcd"), tokenizer)) == 1
+    with pytest.raises(ConfigError, match=r"`data.block_length` .* 5 tokens of the train split"):
+        make_split(make_documents("abcd"), tokenizer, block_length=5)
 
 
 def test_positions_start_anew_after_the_end_of_a_document():
@@ -94,7 +82,7 @@ def test_no_token_sees_an_earlier_document_where_documents_are_separate(tokenize
     task = LanguageModelling(bytes_per_token=1.0)
 
     def losses(text, separate):
-        split = make_split(make_rows(text, "xyzuvw"), tokenizer, block_length=9, separate=separate)
+        split = make_split(make_documents(text, "xyzuvw"), tokenizer, block_length=9, separate=separate)
         with torch.no_grad():
             return task._token_losses(model, split.batch([0]))[0, 3:]  # of the second document
 

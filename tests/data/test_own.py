@@ -105,7 +105,7 @@ def load(name="build", *, model_kind="classifier", **settings):
     return load_splits(config, source=read_source(config), tokenizer=None, model_kind=model_kind)
 
 
-def test_parts_are_those_of_the_module():
+def test_splits_are_those_of_the_module():
     splits = load()
     assert [len(split) for split in (splits.train, splits.validation, splits.test())] == [12, 4, 4]
     assert splits.metric == "accuracy"
@@ -132,7 +132,7 @@ def test_what_it_draws_is_the_same_each_time_and_moves_no_stream():
     assert first.train.fingerprint == again.train.fingerprint != first.validation.fingerprint
 
 
-def test_test_part_is_set_up_only_when_it_is_asked_for(monkeypatch):
+def test_test_split_is_set_up_only_when_it_is_asked_for(monkeypatch):
     made = Own()
     monkeypatch.setattr(sys.modules["own_data"], "build", lambda: made)
     splits = load()
@@ -197,7 +197,7 @@ def test_wrong_labels_name_the_row():
 
 
 def test_model_must_fit_the_task():
-    with pytest.raises(ConfigError, match=r"`model.kind` must be classifier for the rows of `data=own`"):
+    with pytest.raises(ConfigError, match=r"`model.kind` must be classifier for `data=own`"):
         load(model_kind="causal_lm")
 
 

@@ -1,4 +1,4 @@
-"""Every `data=...` gives rows of its kind."""
+"""Every `data=...` gives examples of its kind."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from lorasweep.data.tasks import Classification, MultiLabel, Regression
 def test_embedded_text_comes_as_documents_in_its_own_splits():
     source = read_source(compose_run({"data": "stdlib_docs"}).data)
     assert (source.kind, source.label_names, source.notes) == ("documents", (), ())
-    assert source.train.documents == read_docs("train")
-    assert source.validation.documents == read_docs("validation")
-    assert source.test().documents == read_docs("test")
+    assert source.train.items == read_docs("train")
+    assert source.validation.items == read_docs("validation")
+    assert source.test().items == read_docs("test")
     assert source.test() is source.test()
 
 
@@ -29,11 +29,11 @@ def test_embedded_text_comes_as_documents_in_its_own_splits():
             {"data": "chat", "data.train": "train.csv", "data.prompt": "text", "data.completion": "label"},
             "conversations",
         ),
-        ({"data": "hub", "data.path": "toy"}, "single_label"),
-        ({"data": "hub", "data.path": "toy", "data.kind": "text"}, "documents"),
+        ({"data": "table", "data.path": "toy", "data.train": "train"}, "single_label"),
+        ({"data": "text", "data.path": "toy", "data.train": "train"}, "documents"),
     ],
 )
-def test_two_overrides_are_enough(folder, monkeypatch, settings, kind):
+def test_few_overrides_are_enough(folder, monkeypatch, settings, kind):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(folder / "cache"))
     (folder / "toy").mkdir()
     for name in ("train.csv", "toy/train.csv"):

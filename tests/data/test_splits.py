@@ -1,25 +1,15 @@
-"""Rows of any kind become splits with a task, and data that a model can't learn from is named before training."""
+"""Examples of any kind become splits with a task, and data that a model can't learn from is named before training."""
 
 import functools
 
 import pytest
 
 from lorasweep.config.compose import compose_run
-from lorasweep.data import splits as parts_file
+from lorasweep.data import splits as splits_file
 from lorasweep.data.examples import CompletionSplit, LabelledSplit, SequenceSplit
 from lorasweep.data.read_source import read_source
-from lorasweep.data.source import (
-    Conversations,
-    DataSource,
-    Documents,
-    LabelledExamples,
-    Message,
-    fingerprint_conversations,
-    fingerprint_documents,
-    fingerprint_labelled,
-)
+from lorasweep.data.source import DataSource, Document, LabelledText, Message, collect_examples
 from lorasweep.data.splits import load_splits
-from lorasweep.data.stdlib import Document
 from lorasweep.data.tasks import Classification, LanguageModelling, MultiLabel, Regression
 from lorasweep.errors import ConfigError
 from lorasweep.models.tiny.pretrain import build_tokenizer
@@ -57,21 +47,20 @@ def make_source(rows, *, kind, label_names=()):
 
 
 def documents(name, texts=("x" * 80,)):
-    made = [Document(name=str(n), text=text) for n, text in enumerate(texts)]
-    return Documents(name=name, documents=made, fingerprint=fingerprint_documents(made))
+    return collect_examples(name, [Document(str(n), text) for n, text in enumerate(texts)])
 
 
-def labelled(name, labels=(0, 1, 1), texts=("good", "bad bad", "so so so")):
-    rows = {"texts": list(texts), "pairs": None, "labels": list(labels)}
-    return LabelledExamples(name=name, **rows, fingerprint=fingerprint_labelled(**rows))
+def labelled(name, labels=(0, 1, 1)):
+    texts = ("good", "bad bad", "so so so")
+    return collect_examples(name, [LabelledText(text, None, label) for text, label in zip(texts, labels, strict=True)])
 
 
 def conversations(name):
-    rows = [
-        [Message(role="user", content="hi"), Message(role="assistant", content="yes")],
-        [Message(role="user", content="a long question"), Message(role="assistant", content="no")],
+    talks = [
+        [Message("user", "hi"), Message("assistant", "yes")],
+        [Message("user", "a long question"), Message("assistant", "no")],
     ]
-    return Conversations(name=name, conversations=rows, fingerprint=fingerprint_conversations(rows))
+    return collect_examples(name, talks)
 
 
 def test_limits_of_validation_and_test_do_not_touch_training(tokenizer):
@@ -81,7 +70,7 @@ def test_limits_of_validation_and_test_do_not_touch_training(tokenizer):
     assert [len(split) for split in (splits.train, splits.validation, splits.test())] == [20, 3, 2]
 
 
-def test_the_test_part_is_read_once_and_not_before_it_is_called_for(tokenizer):
+def test_the_test_split_is_read_once_and_not_before_it_is_called_for(tokenizer):
     source, read = make_source(documents, kind="documents")
     splits = load_splits(config(block_length=4), source=source, tokenizer=tokenizer, model_kind="causal_lm")
     assert read == ["train", "validation"]
@@ -90,7 +79,7 @@ def test_the_test_part_is_read_once_and_not_before_it_is_called_for(tokenizer):
     assert splits.notes == ("said",)
 
 
-def test_bits_per_byte_of_a_part_count_its_own_bytes(tokenizer):
+def test_bits_per_byte_of_a_split_count_its_own_bytes(tokenizer):
     source, _ = make_source(lambda name: documents(name, ["ü" * 40 if name == "test" else "x" * 80]), kind="documents")
     splits = load_splits(config(block_length=4), source=source, tokenizer=tokenizer, model_kind="causal_lm")
     assert splits.task_of(splits.validation).bytes_per_token == splits.validation.bytes_per_token
@@ -142,7 +131,7 @@ def test_rows_whose_answer_is_cut_off_are_left_out_and_counted(tokenizer):
     splits = load_splits(settings, source=source, tokenizer=tokenizer, model_kind="causal_lm")
     assert len(splits.train) == 1
     assert splits.train.describe()["left_out"] == 1
-    with pytest.raises(ConfigError, match=r"must have a row with something to predict, but has none. Raise"):
+    with pytest.raises(ConfigError, match=r"`data\.max_length`"):
         load_splits(
             config(data="chat", template="plain", max_length=2),
             source=source,
@@ -161,7 +150,7 @@ def test_rows_whose_answer_is_cut_off_are_left_out_and_counted(tokenizer):
 )
 def test_data_that_the_model_cant_learn_from_is_refused(tokenizer, rows, kind, data, model_kind, wanted):
     source, _ = make_source(rows, kind=kind, label_names=("a", "b"))
-    with pytest.raises(ConfigError, match=f"`model.kind` must be {wanted} for the rows of `data={data}`"):
+    with pytest.raises(ConfigError, match=f"`model.kind` must be {wanted} for `data={data}`"):
         load_splits(config(data=data), source=source, tokenizer=tokenizer, model_kind=model_kind)
 
 
@@ -173,15 +162,15 @@ def test_a_metric_of_another_task_is_refused(tokenizer):
 
 def test_a_model_without_a_tokenizer_is_refused():
     source, _ = make_source(documents, kind="documents")
-    with pytest.raises(ConfigError, match=r"`model.factory` must bring a tokenizer"):
+    with pytest.raises(ConfigError, match=r"`model\.factory` must return a tokenizer"):
         load_splits(config(), source=source, tokenizer=None, model_kind="causal_lm")
 
 
 def test_a_tokenizer_without_padding_still_pads(tokenizer):
-    assert parts_file.pad_token(tokenizer) == tokenizer.eos_token_id
+    assert splits_file.pad_token(tokenizer) == tokenizer.eos_token_id
     tokenizer = build_tokenizer()
     tokenizer.pad_token = tokenizer.eos_token = None
-    assert parts_file.pad_token(tokenizer) == 0
+    assert splits_file.pad_token(tokenizer) == 0
 
 
 def test_embedded_docs_load_and_can_be_read_back(tokenizer):

@@ -5,7 +5,7 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 import lorasweep.data.tokenise as tokenise_file
-from lorasweep.data.source import Message
+from lorasweep.data.source import LabelledText, Message
 from lorasweep.data.split import IGNORED
 from lorasweep.data.tokenise import cache_key, tokenise_chats, tokenise_labelled, tokenise_sequences, tokenise_texts
 from lorasweep.errors import ConfigError
@@ -113,10 +113,14 @@ def test_the_key_changes_with_whatever_changes_the_ids(tokenizer):
 
 
 def test_labelled_texts_are_cut_and_counted(tokenizer):
-    made = tokenise_labelled(["abc", "abcdef"], None, tokenizer=tokenizer, max_length=4, fingerprint="g")
+    made = tokenise_labelled(
+        [LabelledText("abc", None, 0), LabelledText("abcdef", None, 1)],
+        tokenizer=tokenizer,
+        max_length=4,
+        fingerprint="g",
+    )
     assert [len(row) for row in rows(made["input_ids"])] == [3, 4]
     assert rows(made["whole"]) == [[3], [6]]
-    assert tokenise_file.describe_cut(made, max_length=4) == 1
 
 
 def test_pairs_are_told_apart_where_the_model_does():
@@ -130,7 +134,7 @@ def test_pairs_are_told_apart_where_the_model_does():
     )
     typed: PreTrainedTokenizerBase = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[U]")
     typed.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
-    made = tokenise_labelled(["a a"], ["b"], tokenizer=typed, max_length=8, fingerprint="h")
+    made = tokenise_labelled([LabelledText("a a", "b", 0)], tokenizer=typed, max_length=8, fingerprint="h")
     assert rows(made["input_ids"]) == [[2, 2, 1, 3, 1]]
     assert rows(made["token_type_ids"]) == [[0, 0, 0, 1, 1]]
 

@@ -1,19 +1,16 @@
-"""Settings of data: where rows come from, which columns count, how long they get. One class per file in `conf/data/`.
+"""Settings of data: where examples come from, which columns count, how long they get.
 
-Downstream of reading only three forms are left, `text`, `table` and `chat`: `resolve_data` gives them for `glue` and
-`hub`. `lorasweep.data.read_source` reads what is described here.
+One `...Config` per file in `conf/data/`; `...Settings` are those that several kinds of data share.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Literal, TypeVar, get_args
+from typing import Literal
 
 from lorasweep.config.limits import check_function_name, require_at_least, require_fraction
 from lorasweep.errors import ConfigError
-
-T = TypeVar("T")
 
 Direction = Literal["minimize", "maximize"]
 """Whether a lower or a higher score is better."""
@@ -21,12 +18,9 @@ TextMetric = Literal["bits_per_byte", "loss", "perplexity"]
 """Scores of predicted text, per token or byte; lower is better for each."""
 LabelMetric = Literal["auto", "accuracy", "f1", "matthews", "pearson", "spearman", "mse", "loss"]
 """Scores of predicted labels. `auto`: accuracy of one label, F1 of several, Pearson's correlation of numbers."""
-HubMetric = Literal[
-    "auto", "accuracy", "f1", "matthews", "pearson", "spearman", "mse", "loss", "bits_per_byte", "perplexity"
-]
-"""All of them."""
 LabelTask = Literal["single_label", "multi_label", "regression"]
 OwnTask = Literal["single_label", "multi_label", "regression", "text"]
+OwnMetric = Literal["auto", "accuracy", "f1", "matthews", "pearson", "spearman", "mse", "loss", "perplexity"]
 GlueTask = Literal["cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli"]
 
 METRICS_OF_TASK: Mapping[LabelTask, tuple[LabelMetric, ...]] = {
@@ -54,59 +48,134 @@ GLUE_METRICS: Mapping[GlueTask, LabelMetric] = {"cola": "matthews", "stsb": "pea
 
 
 @dataclass(frozen=True, kw_only=True)
-class StdlibConfig:
+class SplitSettings:
+    """Where training, validation and test data are: in files, or in a data set of the hub."""
+
+    path: str | None
+    """Id of a data set on the hub, such as `owner/name`, or a folder that `datasets` loads; null reads files."""
+    subset: str | None
+    """Name of one of that data set's configurations; null where it has only one."""
+    revision: str | None
+    """Commit, branch or tag on the hub."""
+    train: str
+    """Name of a split of `path`. Without `path`: a file, a folder of texts, or a glob such as `shards/*.parquet`."""
+    validation: str | None
+    """The same; null takes it from `train`."""
+    test: str | None
+    """The same; null takes it from `train`."""
+
+    @property
+    def given(self) -> dict[str, str]:
+        """The names of the splits that are set."""
+        names = {"train": self.train, "validation": self.validation, "test": self.test}
+        return {split: name for split, name in names.items() if name is not None}
+
+    def check_splits(self) -> None:
+        """Raises ConfigError if two splits are the same, or a setting of the hub has no effect."""
+        for key, name in {**self.given, "path": self.path}.items():
+            if name is not None and not name.strip():
+                raise ConfigError(f"`data.{key}` must name where data is, but is empty.")
+        if len(set(self.given.values())) < len(self.given):
+            raise ConfigError(
+                "`data.train`, `data.validation` and `data.test` must be different, but got "
+                f"{self.train!r}, {self.validation!r} and {self.test!r}. Use null to take a split from `data.train`."
+            )
+        for key, value in {"subset": self.subset, "revision": self.revision}.items():
+            if self.path is None and value is not None:
+                raise ConfigError(f"`data.{key}` must be null without `data.path`, but got {value!r}. Set `data.path`.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExampleSettings:
+    """How long an example may be, and how many are used."""
+
+    max_length: int
+    """Maximum of tokens per example, >= 2; what is longer is cut off."""
+    max_train_examples: int | None
+    """Maximum of training examples, evenly spaced; null uses all."""
+    max_validation_examples: int | None
+    """Maximum of validation examples, evenly spaced; null uses all."""
+    max_test_examples: int | None
+    """Maximum of test examples, evenly spaced; null uses all."""
+
+    def check_limits(self) -> None:
+        """Raises ConfigError if a limit is too low."""
+        require_at_least("data.max_length", self.max_length, 2)
+        _check_optional("data.max_train_examples", self.max_train_examples)
+        _check_optional("data.max_validation_examples", self.max_validation_examples)
+        _check_optional("data.max_test_examples", self.max_test_examples)
+
+    @property
+    def max_examples(self) -> dict[str, int | None]:
+        """Maximum of examples by split."""
+        return {
+            "train": self.max_train_examples,
+            "validation": self.max_validation_examples,
+            "test": self.max_test_examples,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockSettings:
+    """How running text is cut into blocks."""
+
+    block_length: int
+    """Tokens per training and evaluation sequence, >= 2."""
+    max_validation_blocks: int | None
+    """Maximum of validation blocks, evenly spaced; null uses all."""
+    max_test_blocks: int | None
+    """Maximum of test blocks, evenly spaced; null uses all."""
+    separate_documents: bool
+    """Whether no token attends to an earlier document of its block."""
+    metric: TextMetric
+    """The run's score; lower is better for each."""
+
+    def check_blocks(self) -> None:
+        """Raises ConfigError if a limit is too low."""
+        require_at_least("data.block_length", self.block_length, 2)
+        _check_optional("data.max_validation_blocks", self.max_validation_blocks)
+        _check_optional("data.max_test_blocks", self.max_test_blocks)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelSettings:
+    """How predicted labels are trained on and scored."""
+
+    label_smoothing: float
+    """Share of each target that is spread evenly over all classes, 0 <= s < 1."""
+    class_weights: Literal["none", "balanced"]
+    """`balanced` weighs a class by examples / (classes · its examples) of the training split."""
+    metric: LabelMetric
+
+
+@dataclass(frozen=True, kw_only=True)
+class StdlibConfig(BlockSettings):
     """Text that every Python installation has: `stdlib_docs` and `stdlib_code`."""
 
     name: Literal["stdlib_docs", "stdlib_code"]
-    block_length: int
-    """Tokens per training and evaluation sequence, >= 2."""
-    max_validation_blocks: int | None
-    """Use at most so many evenly spaced validation blocks; null uses all."""
-    max_test_blocks: int | None
-    """The same for the test split."""
-    separate_documents: bool
-    """Whether no token sees an earlier document of its block."""
-    metric: TextMetric
-    """What is reported as the run's score; lower is better for each."""
 
     def __post_init__(self) -> None:
-        _check_blocks(self.block_length, self.max_validation_blocks, self.max_test_blocks)
+        self.check_blocks()
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextConfig:
+class TextConfig(SplitSettings, BlockSettings):
     """Plain text, cut into blocks that are predicted token by token."""
 
     name: Literal["text"]
-    train: str
-    """A file, a folder (every file below it) or a glob such as `books/**/*.txt`."""
-    validation: str | None
-    """The same; null splits it off from `train`."""
-    test: str | None
-    block_length: int
-    """Tokens per training and evaluation sequence, >= 2."""
-    max_validation_blocks: int | None
-    """Use at most so many evenly spaced validation blocks; null uses all."""
-    max_test_blocks: int | None
-    separate_documents: bool
-    """Whether no token sees an earlier document of its block."""
-    metric: TextMetric
+    text: str
+    """Column of the texts in a data set of the hub; files are read whole."""
 
     def __post_init__(self) -> None:
-        _check_splits(self.train, self.validation, self.test)
-        _check_blocks(self.block_length, self.max_validation_blocks, self.max_test_blocks)
+        self.check_splits()
+        self.check_blocks()
 
 
 @dataclass(frozen=True, kw_only=True)
-class TableConfig:
-    """Texts or pairs of texts with labels, from csv, tsv, jsonl, json or parquet files."""
+class TableConfig(SplitSettings, ExampleSettings, LabelSettings):
+    """Texts or pairs of texts with labels, from csv, tsv, jsonl, json or parquet files, or from the hub."""
 
     name: Literal["table"]
-    train: str
-    """A file, or a glob of files of one kind such as `shards/*.parquet`."""
-    validation: str | None
-    """The same; null splits it off from `train`."""
-    test: str | None
     text: str
     """Column of the text."""
     text_pair: str | None
@@ -115,37 +184,21 @@ class TableConfig:
     """Column of the label: a name, a number, or a list of names."""
     task: Literal["auto", "single_label", "multi_label", "regression"]
     """What is predicted; `auto` decides by the labels and says so."""
-    max_length: int
-    """Most tokens per row, >= 2; what is longer is cut off."""
-    max_train_examples: int | None
-    """Use at most so many evenly spaced rows of the training split; null uses all."""
-    max_validation_examples: int | None
-    max_test_examples: int | None
-    label_smoothing: float
-    """Share of each target that is spread evenly over all classes, 0 <= s < 1."""
-    class_weights: Literal["none", "balanced"]
-    """`balanced` weighs a class by rows / (classes · its rows) of the training split."""
-    metric: LabelMetric
 
     def __post_init__(self) -> None:
-        _check_splits(self.train, self.validation, self.test)
+        self.check_splits()
+        self.check_limits()
         _check_columns(text=self.text, text_pair=self.text_pair, label=self.label)
-        _check_rows(self)
         require_fraction("data.label_smoothing", self.label_smoothing)
         if self.task != "auto":
             check_label_settings(self, self.task)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChatConfig:
+class ChatConfig(SplitSettings, ExampleSettings):
     """Prompts with completions, or conversations; the loss is on what the assistant says."""
 
     name: Literal["chat"]
-    train: str
-    """A file, or a glob of files of one kind: jsonl, json, parquet, csv or tsv."""
-    validation: str | None
-    """The same; null splits it off from `train`."""
-    test: str | None
     prompt: str | None
     """Column of the prompt. With `completion` and `messages` also null, the columns are found by name."""
     completion: str | None
@@ -157,25 +210,19 @@ class ChatConfig:
     where the tokenizer has one."""
     separator: str
     """Stands between the texts of a `plain` template."""
-    max_length: int
-    """Most tokens per conversation, >= 2; what is longer is cut off."""
-    max_train_examples: int | None
-    """Use at most so many evenly spaced rows of the training split; null uses all."""
-    max_validation_examples: int | None
-    max_test_examples: int | None
     packing: bool
-    """Whether short conversations share one sequence, without seeing each other."""
+    """Whether short conversations share one sequence, without attending to each other."""
     generate: bool
     """Whether the prompts of the test split are also answered, token by token, and scored by BLEU and ROUGE."""
     metric: TextMetric
 
     def __post_init__(self) -> None:
-        _check_splits(self.train, self.validation, self.test)
+        self.check_splits()
+        self.check_limits()
         _check_columns(prompt=self.prompt, completion=self.completion, messages=self.messages)
-        _check_rows(self)
         if self.messages is not None and (self.prompt, self.completion) != (None, None):
             raise ConfigError(
-                "`data.messages` must stand instead of `data.prompt` and `data.completion`, but got both. "
+                "`data.messages` must be set instead of `data.prompt` and `data.completion`, but got both. "
                 "Leave one out."
             )
         if (self.prompt is None) != (self.completion is None):
@@ -186,112 +233,31 @@ class ChatConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GlueConfig:
-    """A task of the GLUE benchmark (arXiv 1804.07461), from the hub or its cache."""
+class GlueConfig(ExampleSettings, LabelSettings):
+    """A task of the GLUE benchmark (arXiv 1804.07461), from the hub or its cache.
+
+    `metric=auto` takes the task's own: Matthews for `cola`, Pearson for `stsb`, accuracy for the others.
+    """
 
     name: Literal["glue"]
     task: GlueTask
-    max_length: int
-    """Most tokens per row, >= 2; what is longer is cut off."""
-    max_train_examples: int | None
-    """Use at most so many evenly spaced rows of the training split; null uses all."""
-    max_validation_examples: int | None
-    max_test_examples: int | None
-    label_smoothing: float
-    """Share of each target that is spread evenly over all classes, 0 <= s < 1."""
-    class_weights: Literal["none", "balanced"]
-    """`balanced` weighs a class by rows / (classes · its rows) of the training split."""
-    metric: LabelMetric
-    """`auto` takes the task's own: Matthews for `cola`, Pearson for `stsb`, accuracy for the others."""
 
     def __post_init__(self) -> None:
-        resolve_data(self)  # which checks what a table wants
-
-
-@dataclass(frozen=True, kw_only=True)
-class HubConfig:
-    """Any data set of the hub, read as a table, as conversations or as text."""
-
-    name: Literal["hub"]
-    path: str
-    """Id on the hub, or a folder that `datasets` can load."""
-    subset: str | None
-    """Name of one of its configurations; null where it has only one."""
-    revision: str | None
-    """Commit, branch or tag on the hub."""
-    train: str
-    """Name of a split."""
-    validation: str | None
-    """The same; null splits it off from `train`."""
-    test: str | None
-    kind: Literal["table", "chat", "text"]
-    """What its rows are; the keys of the other kinds have no effect."""
-    text: str | None
-    """Of `table` and `text`: column of the text; null is `text`."""
-    text_pair: str | None
-    """Of `table`: column of a second text."""
-    label: str | None
-    """Of `table`: column of the label; null is `label`."""
-    task: Literal["auto", "single_label", "multi_label", "regression"]
-    label_smoothing: float
-    class_weights: Literal["none", "balanced"]
-    prompt: str | None
-    """Of `chat`, as the next two; all three null: found by name."""
-    completion: str | None
-    messages: str | None
-    template: Literal["auto", "model", "plain"]
-    separator: str
-    packing: bool
-    generate: bool
-    max_length: int
-    """Of `table` and `chat`: most tokens per row."""
-    max_train_examples: int | None
-    max_validation_examples: int | None
-    max_test_examples: int | None
-    block_length: int
-    """Of `text`: tokens per sequence."""
-    max_validation_blocks: int | None
-    max_test_blocks: int | None
-    separate_documents: bool
-    metric: HubMetric
-    """`auto`: as in `table`, or bits per byte."""
-
-    def __post_init__(self) -> None:
-        if not self.path.strip():
-            raise ConfigError("`data.path` must name a data set on the hub or a folder, but is empty.")
-        own = {"table": ("text", "text_pair", "label"), "chat": ("prompt", "completion", "messages"), "text": ("text",)}
-        for key in ("text", "text_pair", "label", "prompt", "completion", "messages"):
-            if getattr(self, key) is not None and key not in own[self.kind]:
-                raise ConfigError(
-                    f"`data.{key}` must be null with `data.kind={self.kind}`, but got {getattr(self, key)!r}, "
-                    "which would have no effect."
-                )
-        if self.kind != "table" and (self.label_smoothing, self.class_weights, self.task) != (0, "none", "auto"):
-            raise ConfigError(
-                "`data.label_smoothing`, `data.class_weights` and `data.task` must keep their defaults "
-                f"with `data.kind={self.kind}`, but were set. They are for `data.kind=table`."
-            )
-        choices = get_args(LabelMetric) if self.kind == "table" else ("auto", *get_args(TextMetric))
-        if self.metric not in choices:
-            raise ConfigError(
-                f"`data.metric` must be one of {', '.join(choices)} with `data.kind={self.kind}`, "
-                f"but got {self.metric!r}."
-            )
-        resolve_data(self)  # which checks what its kind wants
+        glue_as_table(self)  # which checks every setting
 
 
 @dataclass(frozen=True, kw_only=True)
 class OwnDataConfig:
-    """The rows of a LightningDataModule of the user's own."""
+    """A LightningDataModule of the user's own."""
 
     name: Literal["own"]
     factory: str
     """`package.module:function` that returns it (see docs/data.md). Its code runs."""
     task: OwnTask
-    """What `labels` of its rows are: one index, several 0 and 1, a number; or the tokens of a text."""
+    """What `labels` of an example are: one index, several 0 and 1, a number; or the tokens of a text."""
     labels: tuple[str, ...]
-    """Names of the labels in the order of their indices; none for numbers and text."""
-    metric: HubMetric
+    """Names of the labels in the order of their indices; empty for numbers and text."""
+    metric: OwnMetric
     """`auto`: as in `table`, or the loss of text."""
 
     def __post_init__(self) -> None:
@@ -310,59 +276,24 @@ class OwnDataConfig:
             )
 
 
-DataConfig = StdlibConfig | TextConfig | TableConfig | ChatConfig | GlueConfig | HubConfig | OwnDataConfig
-Form = StdlibConfig | TextConfig | TableConfig | ChatConfig | OwnDataConfig
-"""What is left of them downstream of reading."""
+DataConfig = StdlibConfig | TextConfig | TableConfig | ChatConfig | GlueConfig | OwnDataConfig
 
 
-def resolve_data(config: DataConfig) -> Form:
-    """Returns the settings of the form that the rows have: of `glue` and `hub` those of a table, chat or text.
+def glue_as_table(config: GlueConfig) -> TableConfig:
+    """Returns the settings of a task of GLUE as those of a table of the hub.
 
-    `train`, `validation` and `test` of what comes from the hub are names of splits. `metric` is `auto` only where it
-    depends on labels that have not been read.
+    GLUE hides the labels of its test split, so the test split is taken from training data.
     """
-    if isinstance(config, GlueConfig):
-        return _glue_as_table(config)
-    if isinstance(config, HubConfig):
-        return _hub_as_its_kind(config)
-    return config
-
-
-def longest_row(config: DataConfig) -> int:
-    """Returns the most tokens that one training sequence can have."""
-    form = resolve_data(config)
-    if isinstance(form, OwnDataConfig):
-        return 1  # not known before it is read: a row is counted as one
-    return form.block_length if isinstance(form, StdlibConfig | TextConfig) else form.max_length
-
-
-def check_label_settings(config: TableConfig, task: LabelTask) -> None:
-    """Raises ConfigError if the metric does not fit what is predicted, or a setting of classes has no effect on it."""
-    if config.metric not in ("auto", *METRICS_OF_TASK[task]):
-        raise ConfigError(
-            f"`data.metric` must be one of auto, {', '.join(METRICS_OF_TASK[task])} for {_WORDS[task]}, "
-            f"but got {config.metric!r}."
-        )
-    if task != "single_label" and (config.label_smoothing, config.class_weights) != (0, "none"):
-        raise ConfigError(
-            f"`data.label_smoothing` must be 0 and `data.class_weights` none for {_WORDS[task]}, "
-            f"but got {config.label_smoothing!r} and {config.class_weights!r}, which would have no effect."
-        )
-
-
-_WORDS: Mapping[LabelTask, str] = {
-    "single_label": "one label per row",
-    "multi_label": "several labels per row",
-    "regression": "labels that are numbers",
-}
-
-
-def _glue_as_table(config: GlueConfig) -> TableConfig:
     text, text_pair = GLUE_COLUMNS[config.task]
-    return _take_over(
-        TableConfig,
-        config,
+    shared = {f.name: getattr(config, f.name) for f in (*fields(ExampleSettings), *fields(LabelSettings))}
+    if config.metric == "auto":
+        shared["metric"] = GLUE_METRICS.get(config.task, "accuracy")
+    return TableConfig(
+        **shared,
         name="table",
+        path=GLUE_PATH,
+        subset=config.task,
+        revision=None,
         train="train",
         validation="validation_matched" if config.task == "mnli" else "validation",
         test=None,
@@ -370,39 +301,32 @@ def _glue_as_table(config: GlueConfig) -> TableConfig:
         text_pair=text_pair,
         label="label",
         task="regression" if config.task == "stsb" else "single_label",
-        metric=GLUE_METRICS.get(config.task, "accuracy") if config.metric == "auto" else config.metric,
     )
 
 
-def _hub_as_its_kind(config: HubConfig) -> TextConfig | TableConfig | ChatConfig:
-    if config.kind == "table":
-        text, label = config.text or "text", config.label or "label"
-        return _take_over(TableConfig, config, name="table", text=text, label=label)
-    metric = "bits_per_byte" if config.metric == "auto" else config.metric
-    if config.kind == "chat":
-        return _take_over(ChatConfig, config, name="chat", metric=metric)
-    return _take_over(TextConfig, config, name="text", metric=metric)
+def max_tokens_per_example(config: DataConfig) -> int:
+    """Returns the maximum of tokens that one training sequence can have."""
+    if isinstance(config, OwnDataConfig):
+        return 1  # not known before it is read: an example is counted as one
+    return config.block_length if isinstance(config, BlockSettings) else config.max_length
 
 
-def _take_over(kind: type[T], config: DataConfig, **changes: Any) -> T:
-    """Makes settings of one kind from those of another: what both have, and the changes."""
-    names = [f.name for f in fields(kind)]  # type: ignore[arg-type]
-    return kind(**({name: getattr(config, name) for name in names if name not in changes} | changes))
-
-
-def _check_splits(train: str, validation: str | None, test: str | None) -> None:
-    for key, value in (("train", train), ("validation", validation), ("test", test)):
-        if value is not None and not value.strip():
-            raise ConfigError(f"`data.{key}` must name where its rows are, but is empty.")
-    names = [name for name in (train, validation, test) if name is not None]
-    if len(set(names)) < len(names):
+def check_label_settings(config: TableConfig, task: LabelTask) -> None:
+    """Raises ConfigError if the metric does not fit what is predicted, or a setting of classes has no effect on it."""
+    if config.metric not in ("auto", *METRICS_OF_TASK[task]):
         raise ConfigError(
-            "`data.train`, `data.validation` and `data.test` must be different, but got "
-            f"{train!r}, {validation!r} and {test!r}. Use null to take a split from `data.train`."
+            f"`data.metric` must be one of auto, {', '.join(METRICS_OF_TASK[task])} for `data.task={task}`, "
+            f"but got {config.metric!r}."
+        )
+    if task != "single_label" and (config.label_smoothing, config.class_weights) != (0, "none"):
+        raise ConfigError(
+            f"`data.label_smoothing` must be 0 and `data.class_weights` none for `data.task={task}`, "
+            f"but got {config.label_smoothing!r} and {config.class_weights!r}, which would have no effect."
         )
 
 
 def _check_columns(**columns: str | None) -> None:
+    """Raises ConfigError if two settings name the same column."""
     seen: dict[str, str] = {}
     for key, column in columns.items():
         if column in seen:
@@ -411,19 +335,6 @@ def _check_columns(**columns: str | None) -> None:
             seen[column] = key
 
 
-def _check_blocks(block_length: int, max_validation_blocks: int | None, max_test_blocks: int | None) -> None:
-    require_at_least("data.block_length", block_length, 2)
-    _check_limit("max_validation_blocks", max_validation_blocks)
-    _check_limit("max_test_blocks", max_test_blocks)
-
-
-def _check_limit(key: str, value: int | None) -> None:
+def _check_optional(key: str, value: int | None) -> None:
     if value is not None:
-        require_at_least(f"data.{key}", value, 1)
-
-
-def _check_rows(config: TableConfig | ChatConfig) -> None:
-    require_at_least("data.max_length", config.max_length, 2)
-    _check_limit("max_train_examples", config.max_train_examples)
-    _check_limit("max_validation_examples", config.max_validation_examples)
-    _check_limit("max_test_examples", config.max_test_examples)
+        require_at_least(key, value, 1)

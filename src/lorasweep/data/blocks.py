@@ -1,4 +1,4 @@
-"""Splits whose rows are blocks of running text. Comes after `split` and `tokenise`, beside `examples`."""
+"""Splits whose examples are blocks of running text. Comes after `split` and `tokenise`, beside `examples`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lorasweep.data.source import Documents
+from lorasweep.config.data import StdlibConfig, TextConfig
+from lorasweep.data.source import Document, Examples
 from lorasweep.data.split import Batch, Split
 from lorasweep.data.tokenise import end_token, tokenise_texts
 from lorasweep.errors import ConfigError
@@ -19,18 +20,18 @@ from lorasweep.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class BlockSplit(Split):
-    """A text as one row of tokens, cut into blocks that overlap by one token."""
+    """All documents end to end, cut into blocks that overlap by one token."""
 
     tokens: Tensor
     """(blocks, block_length + 1), int64. A block's last token is the next one's first, so each token but the very
-    first is predicted once; what does not fill a block at the end is left out. A view: not to be written to."""
+    first is predicted once. The last tokens, which do not fill a block, are left out. A view: do not write to it."""
     documents: int
     bytes: int
     """UTF-8 bytes of all texts."""
     bytes_per_token: float
     """Bytes over tokens of the whole split, the ends of documents counted as tokens."""
     separator: int | None = None
-    """The token after which another document begins, to which no earlier token is shown; None shows all of a block."""
+    """The token that ends a document, if no token may attend to an earlier document of its block; else None."""
 
     @functools.cached_property
     def lengths(self) -> Tensor:
@@ -61,67 +62,46 @@ class BlockSplit(Split):
 
 
 def build_block_split(
-    rows: Documents,
-    *,
-    data: str,
-    tokenizer: PreTrainedTokenizerBase,
-    block_length: int,
-    max_blocks: int | None,
-    separate: bool,
+    examples: Examples[Document], *, config: StdlibConfig | TextConfig, tokenizer: PreTrainedTokenizerBase
 ) -> BlockSplit:
-    """Tokenises and cuts one split.
-
-    Args:
-        rows: Its documents.
-        data: `data.name`, for messages.
-        tokenizer: The model's.
-        block_length: Tokens per block.
-        max_blocks: Use at most so many, evenly spaced.
-        separate: Whether no token sees an earlier document.
+    """Tokenises the documents of one split and cuts them into blocks.
 
     Raises:
-        ConfigError: It is empty or shorter than one block, or the tokenizer has no token that ends a text.
+        ConfigError: The split has less than one block, or the tokenizer has no token that ends a text.
     """
-    if not rows.documents:
+    texts = [document.text for document in examples.items]
+    tokens = tokenise_texts(texts, tokenizer=tokenizer, fingerprint=examples.fingerprint)["input_ids"].values
+    if len(tokens) <= config.block_length:
         raise ConfigError(
-            f"the {rows.name} split of `data={data}` must not be empty, but has no document. Use other data."
+            f"`data.block_length` must be less than the {len(tokens)} tokens of the {examples.name} split of "
+            f"`data={config.name}`, but got {config.block_length}. Use shorter blocks or more text."
         )
-    texts = [document.text for document in rows.documents]
-    row = tokenise_texts(texts, tokenizer=tokenizer, fingerprint=rows.fingerprint)["input_ids"].values
-    if len(row) <= block_length:
-        raise ConfigError(
-            f"`data.block_length` must be less than the {len(row)} tokens of the {rows.name} split of `data={data}`, "
-            f"but got {block_length!r}. Use shorter blocks or more text."
-        )
+    blocks = cut_blocks(tokens, block_length=config.block_length)
+    most = {"validation": config.max_validation_blocks, "test": config.max_test_blocks}.get(examples.name)
+    if most is not None and most < len(blocks):
+        blocks = blocks[torch.arange(most) * len(blocks) // most]  # evenly spaced
     size = sum(len(text.encode()) for text in texts)
     return BlockSplit(
-        name=rows.name,
-        notes=rows.notes,
-        tokens=choose_evenly(cut_blocks(row, block_length=block_length), most=max_blocks),
+        name=examples.name,
+        notes=examples.notes,
+        tokens=blocks,
         documents=len(texts),
         bytes=size,
-        bytes_per_token=size / len(row),
-        fingerprint=rows.fingerprint,
-        separator=end_token(tokenizer) if separate else None,
+        bytes_per_token=size / len(tokens),
+        fingerprint=examples.fingerprint,
+        separator=end_token(tokenizer) if config.separate_documents else None,
     )
 
 
-def cut_blocks(row: Tensor, *, block_length: int) -> Tensor:
-    """Returns a view of a row of tokens as overlapping blocks, (blocks, block_length + 1)."""
-    return row.unfold(0, block_length + 1, block_length)
-
-
-def choose_evenly(blocks: Tensor, *, most: int | None) -> Tensor:
-    """Returns at most so many blocks, evenly spaced from the first on; all of them for None."""
-    if most is None or most >= len(blocks):
-        return blocks
-    return blocks[torch.arange(most) * len(blocks) // most]
+def cut_blocks(tokens: Tensor, *, block_length: int) -> Tensor:
+    """Returns a view of tokens, (tokens,), as overlapping blocks, (blocks, block_length + 1)."""
+    return tokens.unfold(0, block_length + 1, block_length)
 
 
 def positions_in_documents(tokens: Tensor, *, separator: int) -> Tensor:
     """Returns how far each token is from the start of its document or block, (batch, block), int64.
 
-    Transformers takes a position that does not follow its neighbour's for the start of another sequence, and lets no
+    If a position does not follow its neighbour's, transformers takes it for the start of another sequence and lets no
     token attend across it.
     """
     places = torch.arange(tokens.shape[1]).expand_as(tokens)

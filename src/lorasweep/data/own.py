@@ -32,7 +32,7 @@ LOADERS = {"train": "train_dataloader", "validation": "val_dataloader", "test": 
 class OwnSplit(Split):
     """Rows as the user's own data set and collate function give them."""
 
-    rows: OwnExamples
+    examples: OwnExamples
     task: OwnTask
     bytes_per_token: None = None
     """Unknown: the rows may not even be text."""
@@ -40,16 +40,16 @@ class OwnSplit(Split):
     @property
     def lengths(self) -> Tensor:
         """Tokens of each row; 1 for rows without `input_ids`."""
-        return self.rows.lengths
+        return self.examples.lengths
 
     @property
     def weights(self) -> Tensor:
         """The scored tokens of each row of text, else 1."""
-        return self.rows.weights
+        return self.examples.weights
 
     def batch(self, indices: Sequence[int], *, slots: int = 1) -> Batch:
         """Returns these rows as the collate function puts them together, with their labels as targets."""
-        return make_batch(self.rows.collate([self.rows.dataset[index] for index in indices]), task=self.task)
+        return make_batch(self.examples.collate([self.examples.dataset[index] for index in indices]), task=self.task)
 
     def describe(self) -> dict[str, Any]:
         """Returns what a run record keeps of the split."""

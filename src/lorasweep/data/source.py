@@ -1,86 +1,69 @@
-"""What reading gives: checked rows of plain Python, by split. `sources` makes them, `splits` tokenises them."""
+"""What reading gives: checked examples in plain Python, by split. `read_source` makes them, `splits` tokenises them."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 from torch import Tensor
 
-from lorasweep.data.stdlib import Document
-
 Role = Literal["system", "user", "assistant"]
 Kind = Literal["documents", "single_label", "multi_label", "regression", "conversations"]
+Label = int | float | list[int]
+"""Index of the label's name; a number under regression; the rising indices of all labels under multi-label."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Documents:
-    """Whole texts, to be cut into blocks."""
-
-    name: str
-    """`train`, `validation` or `test`."""
-    documents: list[Document]
-    fingerprint: str
-    """16 hex digits over names and texts in order."""
-    notes: tuple[str, ...] = ()
-    """Sentences on what only this split could tell; of the test split, which is read last."""
-
-    def __len__(self) -> int:
-        """Returns the number of documents."""
-        return len(self.documents)
-
-
-@dataclass(frozen=True, kw_only=True)
-class LabelledExamples:
-    """Texts, or pairs of texts, each with what is to be predicted."""
+class Document(NamedTuple):
+    """A whole text, to be cut into blocks, and where it comes from."""
 
     name: str
-    """`train`, `validation` or `test`."""
-    texts: list[str]
-    pairs: list[str] | None
-    """The second text of each row, as many as texts."""
-    labels: list[int] | list[float] | list[list[int]]
-    """Index of the label's name; a number under regression; the rising indices of all labels under multi-label."""
-    fingerprint: str
-    """16 hex digits over texts, pairs and labels in order."""
-    notes: tuple[str, ...] = ()
-    """Sentences on what only this split could tell; of the test split, which is read last."""
-
-    def __len__(self) -> int:
-        """Returns the number of rows."""
-        return len(self.texts)
+    text: str
 
 
-@dataclass(frozen=True, kw_only=True)
-class Message:
-    """What one side says."""
+class LabelledText(NamedTuple):
+    """A text, or a pair of texts, with the label to predict."""
+
+    text: str
+    pair: str | None
+    label: Label
+
+
+class Message(NamedTuple):
+    """What one side of a conversation says."""
 
     role: Role
     content: str
 
 
+Conversation = list[Message]
+"""Messages, the last one the assistant's. A prompt is a user's message, its completion the assistant's."""
+
+Example = TypeVar("Example")
+"""A `Document`, `LabelledText` or `Conversation`."""
+
+
 @dataclass(frozen=True, kw_only=True)
-class Conversations:
-    """Conversations that end with the assistant; a prompt is a user's message, its completion the assistant's."""
+class Examples(Generic[Example]):
+    """The examples of one split."""
 
     name: str
     """`train`, `validation` or `test`."""
-    conversations: list[list[Message]]
+    items: list[Example]
     fingerprint: str
-    """16 hex digits over roles and contents in order."""
+    """16 hex digits over all examples in order."""
     notes: tuple[str, ...] = ()
-    """Sentences on what only this split could tell; of the test split, which is read last."""
+    """Sentences on the split for the user; only of the test split, which is read last. Else `DataSource` has them."""
 
     def __len__(self) -> int:
-        """Returns the number of conversations."""
-        return len(self.conversations)
+        """Returns the number of examples."""
+        return len(self.items)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class OwnExamples:
-    """Rows of a data set of the user's own, which gives them when they are asked for."""
+    """Examples of a data set of the user's own, which gives them when they are asked for."""
 
     name: str
     """`train`, `validation` or `test`."""
@@ -89,63 +72,54 @@ class OwnExamples:
     collate: Callable[[list[Any]], Any]
     """Makes a batch, a mapping of tensors, of items."""
     lengths: Tensor
-    """Tokens of each row, (rows,), int64."""
+    """Tokens of each example, (examples,), int64."""
     weights: Tensor
-    """Scored items of each row, (rows,), float."""
+    """Scored items of each example, (examples,), float."""
     fingerprint: str
-    """16 hex digits over all rows in order."""
-    notes: tuple[str, ...] = ()
+    """16 hex digits over all examples in order."""
 
     def __len__(self) -> int:
-        """Returns the number of rows."""
+        """Returns the number of examples."""
         return len(self.lengths)
 
 
-Rows = Documents | LabelledExamples | Conversations | OwnExamples
+AnyExamples = Examples[Any] | OwnExamples
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class DataSource:
-    """A data set as it was read: its splits and what there is to say about them."""
+    """A data set as it was read: its splits, and sentences about them."""
 
     kind: Kind
-    label_names: tuple[str, ...]
+    label_names: tuple[str, ...] = ()
     """Names of the classes in the order of their indices; empty where there are none."""
-    train: Rows
-    validation: Rows
-    test: Callable[[], Rows]
+    train: AnyExamples
+    validation: AnyExamples
+    test: Callable[[], AnyExamples]
     """Reads the test split at its first call and returns the same one afterwards; nothing of it is used before."""
-    notes: tuple[str, ...]
-    """Sentences: what was split off and how, duplicates, the majority class and its score, rows left out."""
+    notes: tuple[str, ...] = ()
+    """Sentences: which splits were taken from train and how, duplicates, the majority class and its score."""
 
 
-def fingerprint_documents(documents: Sequence[Document]) -> str:
-    """Returns 16 hex digits that change with any name, text or their order."""
-    return fingerprint_texts(text for document in documents for text in (document.name, document.text))
+def collect_examples(name: str, items: list[Example], notes: tuple[str, ...] = ()) -> Examples[Example]:
+    """Returns the examples of a split with their fingerprint."""
+    return Examples(name=name, items=items, fingerprint=fingerprint_examples(items), notes=notes)
 
 
-def fingerprint_labelled(
-    texts: Sequence[str], pairs: Sequence[str] | None, labels: Sequence[int] | Sequence[float] | Sequence[list[int]]
-) -> str:
-    """Returns 16 hex digits that change with any text, pair, label or their order."""
-    seconds = pairs if pairs is not None else [""] * len(texts)
-    rows = zip(texts, seconds, labels, strict=True)
-    return fingerprint_texts(each for text, pair, label in rows for each in (text, pair, repr(label)))
-
-
-def fingerprint_conversations(conversations: Sequence[Sequence[Message]]) -> str:
-    """Returns 16 hex digits that change with any role, content or their order."""
-    return fingerprint_texts(
-        each
-        for messages in conversations
-        for each in (str(len(messages)), *(each for message in messages for each in (message.role, message.content)))
-    )
-
-
-def fingerprint_texts(texts: Iterable[str]) -> str:
-    """Returns the first 16 hex digits of the SHA-256 over texts, each with its length before it."""
+def fingerprint_examples(items: Iterable[Example]) -> str:
+    """Returns the first 16 hex digits of a SHA-256 that changes with any text, label or their order."""
     digest = hashlib.sha256()
-    for text in texts:
+    for text in (text for item in items for text in _texts_of(item)):
         data = text.encode()
-        digest.update(len(data).to_bytes(8, "little") + data)  # with its length, so that no text can move over
+        # The length keeps texts apart: ("ab", "c") is not ("a", "bc").
+        digest.update(len(data).to_bytes(8, "little") + data)
     return digest.hexdigest()[:16]
+
+
+def _texts_of(item: Any) -> Iterator[str]:
+    if isinstance(item, list):  # a conversation: the count keeps two conversations apart from one long one
+        yield str(len(item))
+        for message in item:
+            yield from message
+    else:
+        yield from (value if isinstance(value, str) else repr(value) for value in item)

@@ -10,23 +10,11 @@ import hashlib
 import pydoc_data.topics
 import sysconfig
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
+from lorasweep.data.source import Document
+
 NOT_PROSE_OR_CODE = frozenset({"encodings", "pydoc_data", "site-packages", "__pycache__"})
-
-
-@dataclass(frozen=True, kw_only=True)
-class Document:
-    """One text of a source.
-
-    Attributes:
-        name: Where it comes from: a topic, or a path below the standard library's folder.
-        text: The whole text.
-    """
-
-    name: str
-    text: str
 
 
 def assign_bucket(key: str) -> int:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,15 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from lorasweep.data.examples import Ragged
-from lorasweep.data.source import Message
+from lorasweep.data.source import Conversation, LabelledText, Message
 from lorasweep.data.split import IGNORED
 from lorasweep.errors import ConfigError
 
-FORMAT = 1
-"""Goes into every key: to be raised when the ids of the same rows change."""
+FORMAT = 2
+"""Goes into every cache key: raise it when the ids of the same examples change."""
 Columns = dict[str, list[Any]]
+Encoder = Callable[[Sequence[Message]], tuple[list[int], list[bool]]]
+"""Takes a conversation, returns its token ids and whether each one is scored."""
 
 
 def tokenise_texts(texts: Sequence[str], *, tokenizer: PreTrainedTokenizerBase, fingerprint: str) -> dict[str, Ragged]:
@@ -44,32 +46,28 @@ def tokenise_texts(texts: Sequence[str], *, tokenizer: PreTrainedTokenizerBase, 
 
 
 def tokenise_labelled(
-    texts: Sequence[str],
-    pairs: Sequence[str] | None,
-    *,
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
-    fingerprint: str,
+    examples: Sequence[LabelledText], *, tokenizer: PreTrainedTokenizerBase, max_length: int, fingerprint: str
 ) -> dict[str, Ragged]:
-    """Returns `input_ids` and `whole`, one number per row: its tokens before it was cut.
+    """Returns `input_ids` and `whole`, one number per example: its tokens before it was cut.
 
-    Of pairs also `token_type_ids`, where the tokenizer tells the texts apart.
+    For pairs also `token_type_ids`, where the tokenizer tells the texts apart.
     """
-    typed = pairs is not None and "token_type_ids" in tokenizer.model_input_names
+    columns: Columns = {"text": [example.text for example in examples]}
+    if any(example.pair is not None for example in examples):
+        columns["pair"] = [example.pair for example in examples]
+    typed = "pair" in columns and "token_type_ids" in tokenizer.model_input_names
 
     def tokenise(columns: Columns) -> Columns:
-        given = (columns["text"], columns["pair"]) if pairs is not None else (columns["text"],)
-        whole = tokenizer(*given, return_attention_mask=False, verbose=False)["input_ids"]
-        cut = tokenizer(*given, truncation=True, max_length=max_length, return_token_type_ids=typed)
-        kept = {"input_ids": cut["input_ids"], "whole": [[len(row)] for row in whole]}
+        whole = tokenizer(*columns.values(), return_attention_mask=False, verbose=False)["input_ids"]
+        cut = tokenizer(*columns.values(), truncation=True, max_length=max_length, return_token_type_ids=typed)
+        kept = {"input_ids": cut["input_ids"], "whole": [[len(ids)] for ids in whole]}
         return {**kept, "token_type_ids": cut["token_type_ids"]} if typed else kept
 
-    columns = {"text": list(texts)} if pairs is None else {"text": list(texts), "pair": list(pairs)}
     return cached(columns, tokenise, key=cache_key(tokenizer, fingerprint, form="labelled", max_length=max_length))
 
 
 def tokenise_chats(
-    conversations: Sequence[Sequence[Message]],
+    conversations: Sequence[Conversation],
     *,
     tokenizer: PreTrainedTokenizerBase,
     template: str,
@@ -79,7 +77,7 @@ def tokenise_chats(
 ) -> dict[str, Ragged]:
     """Returns `input_ids` and `targets`: the next token where the assistant says it, else `IGNORED`.
 
-    Beside them `whole` as in `tokenise_labelled`, and `scored_bytes`, one number per row.
+    Also `whole` as in `tokenise_labelled`, and `scored_bytes`, one number per example.
 
     Raises:
         ConfigError: The tokenizer has no chat template, or one that does not take these conversations, or no
@@ -96,8 +94,7 @@ def tokenise_chats(
     def tokenise(columns: Columns) -> Columns:
         made: Columns = {"input_ids": [], "targets": [], "whole": [], "scored_bytes": []}
         for text in columns["conversation"]:
-            messages = [Message(role=role, content=content) for role, content in json.loads(text)]
-            ids, scored = encode(messages)
+            ids, scored = encode([Message(*message) for message in json.loads(text)])
             following = [token if is_scored else IGNORED for token, is_scored in zip(ids[1:], scored[1:], strict=True)]
             made["input_ids"].append(ids[:-1][:max_length])
             made["targets"].append(following[:max_length])
@@ -106,23 +103,23 @@ def tokenise_chats(
             made["scored_bytes"].append([len(str(tokenizer.decode(kept, skip_special_tokens=True)).encode())])
         return made
 
-    rows = [json.dumps([(message.role, message.content) for message in row]) for row in conversations]
+    texts = [json.dumps(conversation) for conversation in conversations]  # a column of plain texts, for `datasets`
     form = "template" if with_template else "plain"
     key = cache_key(tokenizer, fingerprint, form=form, separator=separator, max_length=max_length)
-    return cached({"conversation": rows}, tokenise, key=key)
+    return cached({"conversation": texts}, tokenise, key=key)
 
 
 def tokenise_sequences(
-    conversations: Sequence[Sequence[Message]],
+    conversations: Sequence[Conversation],
     *,
     tokenizer: PreTrainedTokenizerBase,
     separator: str,
     max_length: int,
     fingerprint: str,
 ) -> dict[str, Ragged]:
-    """Returns, for an encoder-decoder, `input_ids` of what comes before the last message and `targets` of that message.
+    """Returns for an encoder-decoder `input_ids` of all messages but the last, and `targets` of the last message.
 
-    Beside them `whole` and `scored_bytes` as in `tokenise_chats`.
+    Also `whole` and `scored_bytes` as in `tokenise_chats`.
     """
 
     def tokenise(columns: Columns) -> Columns:
@@ -158,7 +155,7 @@ def end_token(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def plain_ids(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Returns the ids of texts without special tokens; one that a text spells out becomes ordinary tokens."""
+    """Returns the ids of texts without special tokens; a text that spells one out becomes ordinary tokens."""
     ids: list[list[int]] = tokenizer(
         list(texts),
         add_special_tokens=False,
@@ -171,7 +168,7 @@ def plain_ids(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[
 
 
 def cache_key(tokenizer: PreTrainedTokenizerBase, fingerprint: str, **settings: Any) -> str:
-    """Returns 32 hex digits that change with the rows, the tokenizer, the settings or how ids are made of them."""
+    """Returns 32 hex digits that change with the examples, the tokenizer, the settings or `FORMAT`."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     made = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
     parts = [FORMAT, fingerprint, made, str(tokenizer.chat_template), tokenizer.padding_side, sorted(settings.items())]
@@ -179,7 +176,7 @@ def cache_key(tokenizer: PreTrainedTokenizerBase, fingerprint: str, **settings: 
 
 
 def cached(columns: Columns, tokenise: Callable[[Columns], Columns], *, key: str) -> dict[str, Ragged]:
-    """Returns what `tokenise` makes of columns, from the cache of `datasets` where it is there."""
+    """Returns what `tokenise` makes of columns, or loads it from the cache of `datasets`."""
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "lorasweep"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -199,9 +196,7 @@ def _ragged(column: Any) -> Ragged:
     return Ragged(values=values, ends=ends)
 
 
-def _template_encoder(
-    tokenizer: PreTrainedTokenizerBase,
-) -> Callable[[Sequence[Message]], tuple[list[int], list[bool]]]:
+def _template_encoder(tokenizer: PreTrainedTokenizerBase) -> Encoder:
     def encode(messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
         ids: list[int] = []
         scored: list[bool] = []
@@ -225,10 +220,12 @@ def _template_encoder(
 def _apply(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, add_generation_prompt: bool
 ) -> list[int]:
-    rows = [{"role": message.role, "content": message.content} for message in messages]
     try:
         ids = tokenizer.apply_chat_template(
-            rows, tokenize=True, add_generation_prompt=add_generation_prompt, return_dict=False
+            [message._asdict() for message in messages],
+            tokenize=True,
+            add_generation_prompt=add_generation_prompt,
+            return_dict=False,
         )
     except Exception as error:  # whatever a template of jinja's raises
         raise ConfigError(
@@ -238,9 +235,7 @@ def _apply(
     return list(ids)
 
 
-def _plain_encoder(
-    tokenizer: PreTrainedTokenizerBase, separator: str
-) -> Callable[[Sequence[Message]], tuple[list[int], list[bool]]]:
+def _plain_encoder(tokenizer: PreTrainedTokenizerBase, separator: str) -> Encoder:
     end = end_token(tokenizer)
     start = [tokenizer.bos_token_id] if isinstance(tokenizer.bos_token_id, int) else []
 
@@ -261,7 +256,7 @@ def _plain_encoder(
 
 
 def _cut(row: list[int], length: int) -> list[int]:
-    """Returns at most so many tokens; the last one, which ends the text, stays."""
+    """Returns at most `length` tokens; the last one, which ends the text, stays."""
     return row if len(row) <= length else [*row[: length - 1], row[-1]]
 
 
@@ -274,8 +269,3 @@ def _quiet() -> Iterator[None]:
     finally:
         if was_shown:
             datasets.enable_progress_bars()
-
-
-def describe_cut(whole: Mapping[str, Ragged], *, max_length: int) -> int:
-    """Returns how many rows were longer than `data.max_length`."""
-    return int((whole["whole"].values > max_length).sum())

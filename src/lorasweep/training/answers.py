@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics.functional.text import rouge_score, sacre_bleu_score
 
-from lorasweep.config.data import ChatConfig, DataConfig, HubConfig
+from lorasweep.config.data import ChatConfig, DataConfig
 from lorasweep.config.run import RunConfig
 from lorasweep.data.examples import CompletionSplit, SequenceSplit
 from lorasweep.data.split import IGNORED, Split
@@ -24,7 +24,7 @@ LONGER = 1.5
 
 def wants_answers(config: DataConfig) -> bool:
     """Returns whether the test split's prompts are to be answered."""
-    return isinstance(config, ChatConfig | HubConfig) and config.generate
+    return isinstance(config, ChatConfig) and config.generate
 
 
 def score_answers(model: nn.Module, split: Split, *, config: RunConfig, inputs: RunInputs) -> dict[str, float]:

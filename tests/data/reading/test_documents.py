@@ -9,18 +9,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorasweep.data.reading.documents import cut
-from lorasweep.data.stdlib import Document
+from lorasweep.data.source import Document
 from lorasweep.errors import ConfigError
 
 LINES = [f"line {n} of a text that goes on\n" for n in range(200)]
 
 
 def names_of(split):
-    return [document.name for document in split.documents]
+    return [document.name for document in split.items]
 
 
 def text_of(split):
-    return "".join(document.text for document in split.documents)
+    return "".join(document.text for document in split.items)
 
 
 def test_folder_is_every_file_below_it_but_hidden_ones(read):
@@ -34,7 +34,7 @@ def test_folder_is_every_file_below_it_but_hidden_ones(read):
     source = read("text", files, train="books", validation="books/b.txt", test="books/a")
     assert source.kind == "documents"
     assert names_of(source.train) == ["a/z.md", "a.txt", "b.txt"]
-    assert source.train.documents[1].text == "a\nb"
+    assert source.train.items[1].text == "a\nb"
     assert (names_of(source.validation), names_of(source.test())) == (["b.txt"], ["z.md"])
 
 
@@ -65,7 +65,7 @@ def test_files_without_text_are_left_out_and_counted(read):
         "text", {"books/a": "a", "books/b": " \n", "books/c": ""}, train="books", validation="books/a", test="books/a*"
     )
     assert names_of(source.train) == ["a"]
-    assert source.notes[0] == "2 files without text are left out. The first: books/b."
+    assert "2 files of train without text" in source.notes[0]
 
 
 def test_many_documents_are_split_by_their_content(read):
@@ -83,15 +83,12 @@ def test_end_of_one_document_is_split_off(read):
         abs=2 * len(LINES[-1]),  # a cut is moved to the end of a line
     )
     assert all(text_of(split).startswith("line ") for split in (source.validation, source.test()))
-    tail = "of each of its 1 documents, cut where a line ends."
-    assert source.notes[:2] == (
-        f"validation is split off from train: the text between 80 % and 90 % {tail}",
-        f"test is split off from train: the text between 90 % and 100 % {tail}",
-    )
+    assert "between 80 % and 90 % of each of its 1 documents" in source.notes[0]
+    assert "between 90 % and 100 %" in source.notes[1]
 
 
 @pytest.mark.parametrize("given_split", ["validation", "test"])
-def test_one_part_that_is_missing_gets_the_last_tenth(read, given_split):
+def test_one_split_that_is_missing_gets_the_last_tenth(read, given_split):
     source = read("text", {"train.txt": "".join(LINES), f"{given_split}.txt": "so"})
     split_off = source.test() if given_split == "validation" else source.validation
     assert text_of(source.train) + text_of(split_off) == "".join(LINES)
@@ -115,31 +112,20 @@ def test_text_without_line_ends_is_cut_at_a_space_or_right_there():
 
 def test_sizes_are_said(read):
     source = read("text", {"train.txt": "é" * 600, "validation.txt": "b", "test.txt": "c"})
-    assert "train has 1,200 bytes in 1 documents, validation 1 in 1." in source.notes
+    assert "train has 1,200 bytes in 1 documents." in source.notes
 
 
 @pytest.mark.parametrize(
-    ("files", "train", "message"),
+    ("files", "train", "words"),
     [
-        ({"a.txt": "  \n"}, "a.txt", "'a.txt' must have text, but is empty."),
-        ({"books/.hidden": "x"}, "books", "`data.train` must name a folder with files, but 'books' has none."),
-        (
-            {"books/a.txt": "a", "books/b.png": b"\x89PNG"},
-            "books",
-            "line 1 of 'books/b.png' must be text in UTF-8, but its byte 1",
-        ),
-        (
-            {"a.txt": "ab"},
-            "a.txt",
-            "must be long enough to split validation and test off .* nothing is left for validation",
-        ),
-        (
-            {"a.txt": "a"},
-            "b.txt",
-            r"`data.train` must name a file that is there, but got 'b.txt'. Did you mean `a.txt`\?",
-        ),
+        ({"a.txt": "  \n"}, "a.txt", ["`data.train`", "'a.txt'", "empty"]),
+        ({"books/.hidden": "x"}, "books", ["`data.train`", "'books'"]),
+        ({"books/a.txt": "a", "books/b.png": b"\x89PNG"}, "books", ["'books/b.png'", "UTF-8"]),
+        ({"a.txt": "ab"}, "a.txt", ["`data.train`", "validation and test", "Give more text"]),
+        ({"a.txt": "a"}, "b.txt", ["`data.train`", "'b.txt'", "`a.txt`"]),
     ],
 )
-def test_what_is_no_text_is_named(read, files, train, message):
-    with pytest.raises(ConfigError, match=message):
+def test_what_is_no_text_is_named(read, files, train, words):
+    with pytest.raises(ConfigError) as raised:
         read("text", files, train=train)
+    assert [word for word in words if word not in str(raised.value)] == []

@@ -15,18 +15,25 @@ def csv_of(rows, header="text,label"):
     return "\n".join([header, *(",".join(map(str, row)) for row in rows)]) + "\n"
 
 
-def test_parts_that_are_given_are_read_as_they_are(read):
+def texts_of(split):
+    return [example.text for example in split.items]
+
+
+def labels_of(split):
+    return [example.label for example in split.items]
+
+
+def test_splits_that_are_given_are_read_as_they_are(read):
     source = read(
         "table", {"train.csv": csv_of(ROWS[:40]), "validation.csv": csv_of(ROWS[40:50]), "test.csv": csv_of(ROWS[50:])}
     )
     assert (source.kind, source.label_names) == ("single_label", ("a", "b"))
     for split, rows in ((source.train, ROWS[:40]), (source.validation, ROWS[40:50]), (source.test(), ROWS[50:])):
-        assert list(zip(split.texts, split.labels, strict=True)) == [(text, "ab".index(label)) for text, label in rows]
-        assert split.pairs is None
+        assert split.items == [(text, None, "ab".index(label)) for text, label in rows]
     assert (source.train.name, source.validation.name, source.test().name) == ("train", "validation", "test")
 
 
-def test_test_part_is_read_at_its_first_call_and_once(read, folder):
+def test_test_split_is_read_at_its_first_call_and_once(read, folder):
     source = read("table", {"train.csv": csv_of(ROWS), "test.csv": "broken \xff"})
     (folder / "test.csv").write_text(csv_of(ROWS[:3]))
     split = source.test()
@@ -36,23 +43,21 @@ def test_test_part_is_read_at_its_first_call_and_once(read, folder):
 
 
 def test_test_file_that_is_not_there_is_named_at_once(read):
-    with pytest.raises(ConfigError, match=r"`data.test` must name a file that is there, but got 'tset.csv'"):
+    with pytest.raises(ConfigError, match=r"`data.test` .* 'tset.csv'"):
         read("table", {"train.csv": csv_of(ROWS)}, test="tset.csv")
 
 
-def test_missing_parts_are_split_off_and_said(read):
+def test_missing_splits_are_split_off_and_said(read):
     source = read("table", {"train.csv": csv_of([*ROWS, *ROWS])})
     splits = (source.train, source.validation, source.test())
-    texts = [set(split.texts) for split in splits]
+    texts = [set(texts_of(split)) for split in splits]
     assert all(texts)
     assert sum(map(len, texts)) == len(ROWS)  # a text and its copy are on the same side
     assert sum(map(len, splits)) == 2 * len(ROWS)
     validation, test = (note for note in source.notes if "is split off" in note)
-    assert validation == (
-        f"validation is split off from train: {len(source.validation)} of 120 rows, whose text has a hash that is "
-        "0 to 9 modulo 100. Rows with the same text stay together."
-    )
-    assert f"test is split off from train: {len(source.test())} of 120 rows" in test
+    assert f"validation is split off from train: {len(source.validation)} of 120 examples" in validation
+    assert "0 to 9 modulo 100" in validation
+    assert f"test is split off from train: {len(source.test())} of 120 examples" in test
     assert not any("of validation have" in note for note in source.notes)
     assert source.test().notes == ()
 
@@ -60,14 +65,14 @@ def test_missing_parts_are_split_off_and_said(read):
 def test_split_does_not_move_when_rows_are_added(read):
     before = read("table", {"train.csv": csv_of(ROWS[:50])})
     after = read("table", {"train.csv": csv_of(ROWS[::-1])})
-    assert set(before.validation.texts) <= set(after.validation.texts)
-    assert set(before.test().texts) <= set(after.test().texts)
+    assert set(texts_of(before.validation)) <= set(texts_of(after.validation))
+    assert set(texts_of(before.test())) <= set(texts_of(after.test()))
 
 
 def test_given_validation_leaves_the_test_split_where_it_was(read):
     both = read("table", {"train.csv": csv_of(ROWS)})
     one = read("table", {"train.csv": csv_of(ROWS), "validation.csv": csv_of(ROWS[:1])})
-    assert one.test().texts == both.test().texts
+    assert texts_of(one.test()) == texts_of(both.test())
 
 
 def test_duplicates_are_counted(read):
@@ -79,12 +84,10 @@ def test_duplicates_are_counted(read):
             "test.csv": csv_of([("one", "a"), ("four", "b")]),
         },
     )
-    assert "2 of 4 rows of train repeat the text of another one." in source.notes
-    assert "2 of 3 rows of validation have the text of a row of train, apart from case and white space." in source.notes
+    assert "2 of 4 examples of train repeat the text of another one." in source.notes
+    assert "2 of 3 examples of validation have the text of an example of train." in source.notes
     assert "1 texts of train are there with different labels." in source.notes
-    assert source.test().notes == (
-        "1 of 2 rows of test have the text of a row of train, apart from case and white space.",
-    )
+    assert source.test().notes == ("1 of 2 examples of test have the text of an example of train.",)
 
 
 def test_majority_score_and_shares_are_said(read):
@@ -111,16 +114,15 @@ def test_pairs_of_texts_belong_together(read):
         text="question",
         text_pair="answer",
     )
-    assert source.train.texts == ["q", "q", "r"]
-    assert source.train.pairs == ["yes", "no", "yes"]
-    assert "0 of 3 rows of train repeat the pair of texts of another one." in source.notes
+    assert [item[:2] for item in source.train.items] == [row[:2] for row in rows]
+    assert "0 of 3 examples of train repeat the pair of texts of another one." in source.notes
 
 
 def test_numbers_are_predicted_as_numbers(read):
     source = read(
         "table", {f"{split}.csv": csv_of([("a", 1), ("b", 2.5)]) for split in ("train", "validation", "test")}
     )
-    assert (source.kind, source.label_names, source.train.labels) == ("regression", (), [1.0, 2.5])
+    assert (source.kind, source.label_names, labels_of(source.train)) == ("regression", (), [1.0, 2.5])
     assert "Always answering 1.75, the mean of train, has a squared error of 0.5625 on validation." in source.notes
 
 
@@ -128,18 +130,18 @@ def test_lists_of_labels_are_predicted_as_sets(read):
     rows = [{"text": "a", "label": ["x", "y"]}, {"text": "b", "label": []}, {"text": "c", "label": ["y"]}]
     content = "\n".join(map(json.dumps, rows))
     source = read("table", {f"{split}.jsonl": content for split in ("train", "validation", "test")})
-    assert (source.kind, source.train.labels) == ("multi_label", [[0, 1], [], [1]])
+    assert (source.kind, labels_of(source.train)) == ("multi_label", [[0, 1], [], [1]])
     assert "Labels of train: 'x' 33.3%, 'y' 66.7%." in source.notes
 
 
 def test_limits_take_evenly_spaced_rows_of_each_split(read):
     files = {f"{split}.csv": csv_of(ROWS) for split in ("train", "validation", "test")}
     source = read("table", files, max_train_examples=30, max_validation_examples=2, max_test_examples=60)
-    assert source.train.texts == [text for text, _ in ROWS[::2]]
-    assert source.validation.texts == ["text 0", "text 30"]
+    assert texts_of(source.train) == [text for text, _ in ROWS[::2]]
+    assert texts_of(source.validation) == ["text 0", "text 30"]
     assert len(source.test()) == 60
-    assert "train uses 30 of 60 rows, evenly spaced." in source.notes
-    assert "validation uses 2 of 60 rows, evenly spaced." in source.notes
+    assert "train uses 30 of 60 examples, evenly spaced." in source.notes
+    assert "validation uses 2 of 60 examples, evenly spaced." in source.notes
 
 
 def test_fingerprint_is_of_what_is_used(read):
@@ -156,93 +158,39 @@ def test_order_of_the_names_is_that_of_the_training_file_before_it_is_split(read
     rows = [(f"text {n}", f"class {n % 20}") for n in range(60)]
     source = read("table", {"train.csv": csv_of(rows)})
     assert len(source.label_names) == 20
-    assert max(source.test().labels) < 20
+    assert max(labels_of(source.test())) < 20
 
 
 @pytest.mark.parametrize(
-    ("content", "settings", "message"),
+    ("content", "settings", "words"),
     [
-        (
-            "text,label\nfine,a\n ,b\n",
-            {},
-            "line 3 of 'train.csv' must have a text in column 'text', but it is empty. Mend",
-        ),
-        ("text,label\n,b\n,b\nc,a\n", {}, "it is empty. Mend the row or remove it. 1 more rows have a problem."),
-        ("text,label\nfine,\n", {}, "line 2 of 'train.csv' must have a label in column 'label', but has ''. Mend"),
-        ("text,label\nfine,NaN\n", {}, "line 2 of 'train.csv' must have a label in column 'label', but has 'NaN'."),
-        (
-            "text,label\na,x\nb,x\n",
-            {},
-            "`data.label=label` must have at least two different labels in training, but every",
-        ),
-        (
-            "text,label\na,0.5\nb,1\n",
-            {"task": "single_label"},
-            "line 2 of 'train.csv', column 'label', must be the name",
-        ),
-        (
-            "text,label\na,x\nb,1\n",
-            {"task": "regression"},
-            "line 2 of 'train.csv', column 'label', must be a finite number",
-        ),
-        (
-            "text,lable\na,x\n",
-            {},
-            r"`data.label` must be a column of 'train.csv', but got 'label'. Did you mean `lable`\?",
-        ),
-        ("text,label\na,x\n", {"text": "txt"}, r"`data.text` must be a column of 'train.csv', but got 'txt'. Did you"),
-        (
-            "text,label\na,x\n",
-            {"text_pair": "b"},
-            r"`data.text_pair` must be a column of 'train.csv', but got 'b'. Its",
-        ),
-        (
-            "text,label\na,x\nb,y\n",
-            {"metric": "pearson"},
-            "`data.metric` must be one of auto, accuracy, f1, matthews, loss",
-        ),
-        (
-            "text,label\na,1.5\nb,2\n",
-            {"class_weights": "balanced"},
-            "`data.class_weights` none for labels that are numbers",
-        ),
-        (
-            "text,label\na,x\nb,y\n",
-            {},
-            "`data.train` must have at least 3 different rows, but has 2, so that test and valid",
-        ),
+        ("text,label\nfine,a\n ,b\n", {}, ["row 2 of 'train.csv'", "text", "' '", "Mend"]),
+        ("text,label\n,b\n,b\nc,a\n", {}, ["row 1", "2 rows"]),
+        ("text,label\nfine,\n", {}, ["row 1 of 'train.csv'", "column 'label'"]),
+        ("text,label\na,x\nb,x\n", {}, ["`data.label=label`", "two different labels"]),
+        ("text,label\na,x\nb,1\n", {"task": "regression"}, ["`data.label=label`", "finite number", "'x'"]),
+        ("text,lable\na,x\n", {}, ["`data.label`", "'train.csv'", "`lable`"]),
+        ("text,label\na,x\n", {"text_pair": "b"}, ["`data.text_pair`", "'train.csv'", "'b'"]),
+        ("text,label\na,x\nb,y\n", {"metric": "pearson"}, ["`data.metric`", "accuracy, f1, matthews, loss"]),
+        ("text,label\na,1.5\nb,2\n", {"class_weights": "balanced"}, ["`data.class_weights`", "regression"]),
+        ("text,label\na,x\nb,y\n", {}, ["`data.train`", "at least 3 different examples", "has 2"]),
     ],
 )
-def test_what_can_not_be_used_is_named(read, content, settings, message):
-    with pytest.raises(ConfigError, match=message):
+def test_what_can_not_be_used_is_named(read, content, settings, words):
+    with pytest.raises(ConfigError) as raised:
         read("table", {"train.csv": content}, **settings)
+    assert [word for word in words if word not in str(raised.value)] == []
 
 
-@pytest.mark.parametrize(
-    ("row", "message"),
-    [
-        ({"text": None, "label": 1}, "line 2 of 'train.jsonl' must have a text in column 'text', but has None."),
-        ({"text": 5, "label": 1}, "must have a text in column 'text', but has 5."),
-        ({"label": 1}, "must have a text in column 'text', but has None."),
-        ({"text": "a", "label": None}, "must have a label in column 'label', but has None."),
-        ({"text": "a", "label": float("nan")}, "must have a label in column 'label', but has nan."),
-        ({"text": "a"}, "must have a label in column 'label', but has None."),
-    ],
-)
-def test_rows_of_jsonl_without_a_text_or_label_are_named(read, row, message):
+@pytest.mark.parametrize("row", [{"text": None, "label": 1}, {"text": 5, "label": 1}, {"label": 1}, {"text": "a"}])
+def test_rows_of_jsonl_without_a_text_or_label_are_named(read, row):
     lines = [{"text": "fine", "label": 0}, row, {"text": "so", "label": 1}]
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError, match=r"row 2 of 'train.jsonl' must have a (text|label)"):
         read("table", {"train.jsonl": "\n".join(map(json.dumps, lines))})
 
 
-def test_unknown_label_of_another_part_is_named_when_it_is_read(read):
-    files = {"train.csv": csv_of(ROWS), "test.csv": "text,label\nfine,a\n\nwell,c\n"}
+def test_unknown_label_of_another_split_is_named_when_it_is_read(read):
+    files = {"train.csv": csv_of(ROWS), "test.csv": "text,label\nfine,a\nwell,c\n"}
     source = read("table", files)
-    with pytest.raises(
-        ConfigError, match=r"line 4 of 'test.csv', column 'label', must be a label that training has, 'a', 'b',"
-    ):
+    with pytest.raises(ConfigError, match=r"row 2 of 'test.csv' must have a label that training has, \('a', 'b'\)"):
         source.test()
-    with pytest.raises(
-        ConfigError, match=r"line 4 of 'validation.csv', column 'label', must be a label that training has"
-    ):
-        read("table", {**files, "validation.csv": files["test.csv"]})

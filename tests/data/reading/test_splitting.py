@@ -1,4 +1,4 @@
-"""A row's split is decided by its own content, no split is empty, and equal rows are never in two."""
+"""An example's split is decided by its own content, no split is empty, and equal examples are never in two."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorasweep.data.reading.splitting import BUCKETS, choose_evenly, content_key, split_rows
+from lorasweep.data.reading.splitting import BUCKETS, assign_splits, choose_evenly, content_key
 from lorasweep.errors import ConfigError
 
 KEYS = st.lists(st.integers(0, 2**64 - 1) | st.integers(0, 5), min_size=3, max_size=60)
-OFF = st.sampled_from([("validation",), ("test",), ("validation", "test")])
+MISSING = st.sampled_from([("validation",), ("test",), ("validation", "test")])
 
 
 def test_key_of_a_content_is_fixed():
@@ -24,13 +24,13 @@ def test_key_ignores_case_and_white_space_and_nothing_else():
     assert content_key(["a", "b"]) != content_key(["ab", ""]) != content_key(["a b"])
 
 
-@given(keys=KEYS, off=OFF)
-def test_parts_are_disjoint_whole_and_hold_equal_rows_together(keys, off):
-    if len(set(keys)) <= len(off):
-        with pytest.raises(ConfigError, match=f"must have at least {len(off) + 1} different rows, but has"):
-            split_rows(keys, off=off)
+@given(keys=KEYS, missing=MISSING)
+def test_splits_are_disjoint_whole_and_hold_equal_rows_together(keys, missing):
+    if len(set(keys)) <= len(missing):
+        with pytest.raises(ConfigError, match=f"must have at least {len(missing) + 1} different examples"):
+            assign_splits(keys, missing=missing)
         return
-    splits = split_rows(keys, off=off)
+    splits = assign_splits(keys, missing=missing)
     assert sorted(row for rows in splits.values() for row in rows) == list(range(len(keys)))
     assert all(splits.values())
     assert all(rows == sorted(rows) for rows in splits.values())
@@ -41,19 +41,23 @@ def test_parts_are_disjoint_whole_and_hold_equal_rows_together(keys, off):
 @given(keys=KEYS)
 def test_row_is_where_its_bucket_says_whatever_else_there_is(keys):
     keys = [*keys, 105, 215, 350]  # one for each split
-    for off in (["validation"], ["validation", "test"]):
-        splits = split_rows(keys, off=off)
-        for split in off:
+    for missing in (["validation"], ["validation", "test"]):
+        splits = assign_splits(keys, missing=missing)
+        for split in missing:
             assert all(keys[row] % 100 in BUCKETS[split] for row in splits[split])
 
 
-def test_small_data_gives_each_part_the_smallest_keys():
-    assert split_rows([50, 60, 70, 60], off=["validation", "test"]) == {"train": [2], "validation": [0], "test": [1, 3]}
+def test_small_data_gives_each_split_the_smallest_keys():
+    assert assign_splits([50, 60, 70, 60], missing=["validation", "test"]) == {
+        "train": [2],
+        "validation": [0],
+        "test": [1, 3],
+    }
 
 
 def test_a_tenth_of_many_rows_is_split_off():
     keys = [content_key([str(n)]) for n in range(10_000)]
-    splits = split_rows(keys, off=["validation", "test"])
+    splits = assign_splits(keys, missing=["validation", "test"])
     assert [len(splits[split]) for split in ("validation", "test")] == pytest.approx(
         [1000, 1000], rel=0.1
     )  # 3 deviations

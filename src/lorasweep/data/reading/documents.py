@@ -1,144 +1,111 @@
-"""Whole texts, from plain files or a column of a table. Comes after `files` and `tables`."""
+"""Whole texts, from plain files or a column of a table."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from lorasweep.config.data import TextConfig
-from lorasweep.data.reading.assembly import SPLITS, Checked, Form, assemble, keep_usable
-from lorasweep.data.reading.files import find_files, read_lines
-from lorasweep.data.reading.labelled import Tables, find_text_problem
-from lorasweep.data.reading.splitting import content_key
-from lorasweep.data.reading.tables import require_column
-from lorasweep.data.source import DataSource, Documents, fingerprint_documents
-from lorasweep.data.stdlib import Document
+from lorasweep.data.reading.files import find_files, read_text
+from lorasweep.data.reading.splitting import Checked, build_source, content_key
+from lorasweep.data.reading.tables import choose_columns, open_tables, parse_rows, require_text
+from lorasweep.data.source import DataSource, Document
 from lorasweep.errors import ConfigError
 
-FEW_DOCUMENTS = 20
-"""Fewer documents than this are not split by document: the end of each is split off."""
-TAILS: Mapping[int, Mapping[str, tuple[int, int]]] = {
-    1: {"validation": (90, 100), "test": (90, 100)},
-    2: {"validation": (80, 90), "test": (90, 100)},
-}
-"""Where a split's share of a document begins and ends, in hundredths, by the number of splits that are split off."""
-
-Reader = Callable[[str], Checked[Document]]
+MIN_DOCUMENTS = 20
+"""With fewer documents than this, missing splits are the ends of all documents and not whole documents."""
+SHARE_PERCENT = 10
+"""Share of each document that a missing split gets where documents are cut."""
 
 
-def read_text_files(config: TextConfig) -> DataSource:
-    """Returns plain text files as documents.
+def read_texts(config: TextConfig) -> DataSource:
+    """Returns text files, or the texts in a column of a hub data set, as documents.
 
     Raises:
-        ConfigError: There is no such file, or it is not text in UTF-8.
+        ConfigError: There is no such file or column, or it has no text.
     """
-    given = {"train": config.train, "validation": config.validation, "test": config.test}
-    files = {split: find_texts(path, key=f"data.{split}") for split, path in given.items() if path is not None}
-    return _assemble(lambda split: _read_files(*files[split]), given=set(files))
+    read = _read_column(config) if config.path is not None else _read_files(config)
+    train = read("train")
+    return build_source(
+        train,
+        read,
+        kind="documents",
+        given=config.given,
+        describe=lambda train, validation: [_describe("train", train), _describe("validation", validation)],
+        split_off=_cut_tails if len(train.items) < MIN_DOCUMENTS else None,
+    )
 
 
-def read_text_column(column: str, tables: Tables) -> DataSource:
-    """Returns each row of a column as a document.
-
-    Raises:
-        ConfigError: There is no such column, or no row has a text.
-    """
+def _read_column(config: TextConfig) -> Callable[[str], Checked[Document]]:
+    load = open_tables(config)
 
     def read(split: str) -> Checked[Document]:
-        table = tables.load(split, lambda names, place: [require_column(column, names, key="data.text", place=place)])
-        usable = keep_usable(table, (find_text_problem(text, column=column) for text in table.columns[column]))
-        documents = [Document(name=f"row {row + 1}", text=table.columns[column][row]) for row in usable.rows]
-        return check(documents, *usable.notes)
+        table = load(split, lambda names, place: choose_columns([("text", config.text)], names, place))
+        texts, notes = parse_rows(table, require_text)
+        return _check([Document(f"text {number}", text) for number, text in enumerate(texts, start=1)], *notes)
 
-    return _assemble(read, given=tables.given)
+    return read
+
+
+def _read_files(config: TextConfig) -> Callable[[str], Checked[Document]]:
+    files = {split: find_texts(name, key=f"data.{split}") for split, name in config.given.items()}
+
+    def read(split: str) -> Checked[Document]:
+        paths, folder = files[split]
+        texts = {path.absolute().relative_to(folder.absolute()).as_posix(): read_text(path) for path in paths}
+        documents = [Document(name, text.replace("\r\n", "\n")) for name, text in texts.items() if text.strip()]
+        if not documents:
+            raise ConfigError(f"`data.{split}` must name files with text, but {str(paths[0])!r} is empty.")
+        blank = len(texts) - len(documents)
+        return _check(documents, *([f"{blank} files of {split} without text are left out."] if blank else []))
+
+    return read
 
 
 def find_texts(given: str, *, key: str) -> tuple[list[Path], Path]:
     """Returns the files that a setting names, and the folder that their names are relative to.
 
-    Of a folder these are all files below it, but those whose name, or folder's name, begins with a dot.
+    A folder means all files below it, except where a name begins with a dot.
 
     Raises:
         ConfigError: There is none.
     """
     found = find_files(given, key=key)
-    if found[0].is_dir():
-        folder = found[0]
-        names = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
-        files = [folder / name for name in names if not any(part.startswith(".") for part in name.parts)]
-        if not files:
-            raise ConfigError(f"`{key}` must name a folder with files, but {given!r} has none.")
-        return files, folder
-    return found, Path(os.path.commonpath([file.parent.absolute() for file in found]))
+    if not found[0].is_dir():
+        return found, Path(os.path.commonpath([file.parent.absolute() for file in found]))
+    folder = found[0]
+    names = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    files = [folder / name for name in names if not any(piece.startswith(".") for piece in name.parts)]
+    if not files:
+        raise ConfigError(f"`{key}` must name a folder with files, but {given!r} has none.")
+    return files, folder
 
 
-def _read_files(files: Sequence[Path], folder: Path) -> Checked[Document]:
-    texts = [(file, "".join(read_lines(file)).replace("\r\n", "\n")) for file in files]
-    documents = [
-        Document(name=file.absolute().relative_to(folder.absolute()).as_posix(), text=text)
-        for file, text in texts
-        if text.strip()
-    ]
-    empty = [file for file, text in texts if not text.strip()]
-    if not documents:
-        raise ConfigError(f"{str(empty[0])!r} must have text, but is empty.")
-    if not empty:
-        return check(documents)
-    return check(documents, f"{len(empty)} files without text are left out. The first: {empty[0]}.")
+def _check(documents: list[Document], *notes: str) -> Checked[Document]:
+    return Checked(items=documents, keys=[content_key([document.text]) for document in documents], notes=notes)
 
 
-def check(documents: list[Document], *notes: str) -> Checked[Document]:
-    """Returns documents with their content keys."""
-    return Checked(rows=documents, keys=[content_key([document.text]) for document in documents], notes=notes)
-
-
-def _assemble(read: Reader, *, given: Collection[str]) -> DataSource:
-    train = read("train")
-    off = [split for split in SPLITS[1:] if split not in given]
-    pieces: Mapping[str, Checked[Document]] = {}
-    if off and len(train.rows) < FEW_DOCUMENTS:
-        pieces = _cut_tails(train, off)
-    return assemble(
-        Form(
-            kind="documents",
-            label_names=(),
-            train=train,
-            read=read,
-            given=given,
-            pieces=pieces,
-            same="text",
-            limits={},
-            build=_build,
-            describe=_describe,
-        )
-    )
-
-
-def _cut_tails(train: Checked[Document], off: Sequence[str]) -> dict[str, Checked[Document]]:
-    """Cuts the splits that are missing off the end of every document."""
-    spans = {"train": (0, 100 - 10 * len(off)), **TAILS[len(off)]}
-    pieces = {}
-    for split in ("train", *off):
-        low, high = spans[split]
-        rows = [piece for document in train.rows if (piece := cut(document, low=low, high=high)).text.strip()]
-        if not rows:
+def _cut_tails(train: Checked[Document], missing: Sequence[str]) -> dict[str, Checked[Document]]:
+    """Cuts the missing splits off the end of every document."""
+    start = 100 - SHARE_PERCENT * len(missing)
+    spans = {"train": (0, start)}
+    spans |= {split: (start + n * SHARE_PERCENT, start + (n + 1) * SHARE_PERCENT) for n, split in enumerate(missing)}
+    splits = {}
+    for split, (low, high) in spans.items():
+        pieces = [piece for document in train.items if (piece := cut(document, low=low, high=high)).text.strip()]
+        if not pieces:
             raise ConfigError(
-                f"`data.train` must be long enough to split {' and '.join(off)} off from the end of its documents, "
-                f"but then nothing is left for {split}. Give more text, or the splits as files of their own."
+                f"`data.train` must be long enough to take {' and '.join(missing)} from the end of its documents, but "
+                f"then nothing is left for {split}. Give more text, or the splits as files of their own."
             )
-        notes = (*train.notes, *_describe_tails(train.rows, off)) if split == "train" else ()
-        pieces[split] = check(rows, *notes)
-    return pieces
-
-
-def _describe_tails(documents: Sequence[Document], off: Sequence[str]) -> list[str]:
-    return [
-        f"{split} is split off from train: the text between {low} % and {high} % of each of its {len(documents)} "
-        "documents, cut where a line ends."
-        for split in off
-        for low, high in [TAILS[len(off)][split]]
+        splits[split] = _check(pieces)
+    notes = [
+        f"{split} is split off from train: the text between {spans[split][0]} % and {spans[split][1]} % of each of its "
+        f"{len(train.items)} documents, cut where a line ends."
+        for split in missing
     ]
+    return {**splits, "train": _check(splits["train"].items, *train.notes, *notes)}
 
 
 def cut(document: Document, *, low: int, high: int) -> Document:
@@ -146,15 +113,14 @@ def cut(document: Document, *, low: int, high: int) -> Document:
 
     Where no line ends in the hundredth that follows, it ends after a space, or else right there.
     """
-    text = document.text
-    first, last = (_find_cut(text, hundredth) for hundredth in (low, high))
-    return Document(name=document.name, text=text[first:last])
+    first, last = (_find_cut(document.text, percent) for percent in (low, high))
+    return Document(document.name, document.text[first:last])
 
 
-def _find_cut(text: str, hundredth: int) -> int:
-    if hundredth in (0, 100):
-        return len(text) * hundredth // 100
-    at = len(text) * hundredth // 100
+def _find_cut(text: str, percent: int) -> int:
+    at = len(text) * percent // 100
+    if percent in (0, 100):
+        return at
     for end in ("\n", " "):
         found = text.find(end, at, at + len(text) // 100 + 1)
         if found >= 0:
@@ -162,11 +128,6 @@ def _find_cut(text: str, hundredth: int) -> int:
     return at
 
 
-def _build(name: str, rows: list[Document], notes: tuple[str, ...]) -> Documents:
-    return Documents(name=name, documents=rows, fingerprint=fingerprint_documents(rows), notes=notes)
-
-
-def _describe(train: Checked[Document], validation: Checked[Document]) -> list[str]:
-    size, held_out = (sum(len(document.text.encode()) for document in split.rows) for split in (train, validation))
-    counts = len(train.rows), len(validation.rows)
-    return [f"train has {size:,} bytes in {counts[0]} documents, validation {held_out:,} in {counts[1]}."]
+def _describe(name: str, split: Checked[Document]) -> str:
+    size = sum(len(document.text.encode()) for document in split.items)
+    return f"{name} has {size:,} bytes in {len(split.items)} documents."

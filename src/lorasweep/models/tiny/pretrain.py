@@ -21,7 +21,8 @@ from tokenizers import models as tokenizer_models
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from lorasweep.data.stdlib import Document, read_code
+from lorasweep.data.source import Document
+from lorasweep.data.stdlib import read_code
 
 END_OF_TEXT = 256
 BLOCK = 512  # bytes per training sequence

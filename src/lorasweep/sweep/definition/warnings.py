@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 
-from lorasweep.config.data import longest_row
+from lorasweep.config.data import max_tokens_per_example
 from lorasweep.config.method import LoraConfig
 from lorasweep.config.ranges import MAX_WIDTH_DIFFERENCE_DECADES, width_in_decades
 from lorasweep.config.run import RunConfig
@@ -37,7 +37,7 @@ def trained_tokens(config: RunConfig) -> int:
     """Returns the most training tokens that a run with these settings can see; 0 where nothing trains."""
     if config.method.name == "frozen":
         return 0
-    return config.trainer.max_steps * config.trainer.batch_size * longest_row(config.data)
+    return config.trainer.max_steps * config.trainer.batch_size * max_tokens_per_example(config.data)
 
 
 def _warn_of_budgets(arms: Sequence[Arm]) -> Iterator[str]:
