@@ -70,8 +70,7 @@ def make_sweep(folder: Path, sampler: str, num_trials: int) -> SweepFolder:
     content = {"name": "many", "settings": {"sampler": sampler, "confirm.seeds": 0}, "arms": {"lora": arm}}
     file.write_text(yaml.safe_dump(content))
     definition = read_definition(file, [])
-    configs = {arm.name: next(arm.corners()) for arm in definition.arms}
-    return create_sweep(definition, folder / "sweep", configs=configs, metric=METRIC)
+    return create_sweep(definition, folder / "sweep", metric=METRIC)
 
 
 def fill(sweep: SweepFolder, num_trials: int) -> None:

@@ -169,10 +169,10 @@ def start_sweep(definition: Definition, inputs_cache: InputsCache, *, output: st
     wanted = definition.driver.sweep.output if output is None else str(output)
     path = new_folder(definition.name, wanted)
     warnings = check_workers(definition, path)
-    configs = check_definition(definition, inputs_cache)
-    metric = sweep_metric(configs, inputs_cache)
-    notes = [*data_notes(configs, inputs_cache), *packing_notes(definition)]
-    opened = create_sweep(definition, path, configs=configs, metric=metric, notes=notes)
+    check_definition(definition, inputs_cache)
+    metric = sweep_metric(definition, inputs_cache)
+    notes = [*data_notes(definition, inputs_cache), *packing_notes(definition)]
+    opened = create_sweep(definition, path, metric=metric, notes=notes)
     opened.record.warnings += warnings
     return opened
 

@@ -352,8 +352,7 @@ def begin(write_file: Callable[[Any], Path], tmp_path: Path) -> Callable[..., Sw
 
     def make(content: Any, *overrides: str, folder: str = "sweep") -> SweepFolder:
         definition = read_definition(write_file(content), overrides)
-        configs = {arm.name: next(arm.corners()) for arm in definition.arms}
-        return create_sweep(definition, tmp_path / folder, configs=configs, metric="bits_per_byte")
+        return create_sweep(definition, tmp_path / folder, metric="bits_per_byte")
 
     return make
 

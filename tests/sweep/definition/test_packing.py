@@ -83,12 +83,12 @@ def test_a_swept_schedule_with_a_name_is_packed(write_file, content):
 
 def test_a_swept_setting_that_slots_share_runs_alone(write_file, content):
     content["arms"]["lora"]["space"]["trainer.batch_size"] = [2, 4]
-    assert "`trainer.batch_size` is swept" in plan(write_file, content)["lora"].reason
+    assert "`trainer.batch_size` is searched" in plan(write_file, content)["lora"].reason
 
 
 def test_a_model_of_the_users_own_runs_alone(write_file, content):
     content["settings"] |= {"model": "own", "model.factory": "models:build"}
-    assert "`model.factory` may mix the rows of a batch" in plan(write_file, content)["lora"].reason
+    assert "`model.factory` may mix the examples of a batch" in plan(write_file, content)["lora"].reason
 
 
 def test_a_pack_larger_than_its_trials_is_refused(write_file, content):

@@ -29,17 +29,16 @@ def test_a_fair_sweep_is_not_warned_of(warnings):
 
 def test_a_fixed_alpha_is_warned_of_where_the_rank_is_searched(warnings):
     (warning,) = warnings({"space": {"method.rank": [1, 64], "optim.lr": RATES}})
-    assert warning == (
-        "`method.alpha` of `lora` is 16 at every rank, so the change is scaled by α/r = 16 at rank 1 and 0.25 at rank "
-        "64. What looks like an effect of rank may then be one of strength. `method.alpha: {over_rank: 2}` holds α/r, "
-        "`{over_rank: [1, 2, 4]}` searches it."
-    )
+    assert "`method.alpha` of `lora` is 16" in warning
+    assert "α/r = 16 at rank 1 and 0.25 at rank 64" in warning
+    assert "An apparent effect" in warning
+    assert "`method.alpha: {over_rank: 2}`" in warning
 
 
 def test_an_expansion_over_the_rank_is_warned_of_once_and_more_mildly(warnings):
     (warning,) = warnings({"expand": {"method.rank": [1, 2, 8]}})
-    assert "of `lora` is 16 at every rank, so the change is scaled by α/r = 16 at rank 1 and 2 at rank 8." in warning
-    assert "Each rank searches by itself, which makes up for it as far as the ranges reach." in warning
+    assert "α/r = 16 at rank 1 and 2 at rank 8" in warning
+    assert "Each rank has its own search" in warning
 
 
 @pytest.mark.parametrize(
@@ -86,7 +85,7 @@ def test_the_frozen_base_has_no_budget_to_compare(warnings, content):
 
 
 def test_one_seed_is_warned_of(warnings):
-    assert warnings({}, "confirm.seeds=1") == ["`confirm.seeds` is 1: from one seed no interval over seeds follows."]
+    assert warnings({}, "confirm.seeds=1") == ["`confirm.seeds` is 1, but an interval over seeds needs at least 2."]
     assert warnings({}, "confirm.seeds=2") == []
 
 

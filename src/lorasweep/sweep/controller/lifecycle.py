@@ -14,7 +14,6 @@ import optuna
 from optuna.storages import BaseStorage, JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
-from lorasweep.config.run import RunConfig
 from lorasweep.data.tasks import goal_direction
 from lorasweep.disk import free_folder, network_file_system, remove_leftovers, require_new_folder
 from lorasweep.errors import ConfigError, RecordError
@@ -49,15 +48,12 @@ def new_folder(name: str, wanted: str | None) -> Path:
     return require_new_folder(Path(wanted), key="sweep.output", remedy=remedy)
 
 
-def create_sweep(
-    definition: Definition, path: Path, *, configs: dict[str, RunConfig], metric: str, notes: Sequence[str] = ()
-) -> SweepFolder:
+def create_sweep(definition: Definition, path: Path, *, metric: str, notes: Sequence[str] = ()) -> SweepFolder:
     """Makes the folder, the record and the studies.
 
     Args:
         definition: The sweep.
         path: The new folder.
-        configs: One composed run per arm.
         metric: What every arm is scored by.
         notes: Sentences on how the data was made.
 
@@ -86,7 +82,7 @@ def create_sweep(
             study_prefix=f"{definition.name}-{secrets.token_hex(4)}/" if in_database else "",
             source=str(definition.source) if definition.source else None,
             source_sha256=sha256_of(definition.source) if definition.source else None,
-            arms=[arm_row(arm, configs[arm.name]) for arm in definition.arms],
+            arms=[arm_row(arm, arm.corners[0]) for arm in definition.arms],
             confirm_seeds=seeds,
             notes=list(notes),
             warnings=[*warnings, *_storage_warnings(definition, path)],

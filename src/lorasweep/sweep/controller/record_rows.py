@@ -11,10 +11,9 @@ from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 from optuna.trial import FrozenTrial, TrialState
 
 from lorasweep.config.run import RunConfig
-from lorasweep.config.sweep import CONFIRM_ENDING
 from lorasweep.record import ArmRow, ConfirmRow, TrialRow
 from lorasweep.sweep.controller.trial import REASON_ATTRIBUTE, SCORE_ATTRIBUTE, read_state
-from lorasweep.sweep.definition.arms import Arm
+from lorasweep.sweep.definition.arms import CONFIRM_ENDING, Arm
 from lorasweep.sweep.definition.space import describe_space
 
 RUNS_FOLDER = "runs"

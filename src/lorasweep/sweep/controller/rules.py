@@ -99,7 +99,7 @@ def build_rule(arm: Arm) -> StoppingRule:
     Raises:
         ConfigError: The pruner can't be built.
     """
-    pruner, config = arm.driver.pruner, next(arm.corners())
+    pruner, config = arm.driver.pruner, arm.corners[0]
     if config.method.name == "frozen":  # it has no steps
         return NoStopping()
     every, max_steps = config.trainer.eval_every_steps, config.trainer.max_steps

@@ -1,1 +1,1 @@
-"""What a sweep asks for: its arms, the space of each, budgets, packs, and the plan of what it will cost."""
+"""The definition of a sweep: its arms with their search spaces, the confirm stage's seeds, packs, warnings and plan."""

@@ -1,109 +1,102 @@
-"""Arms by expansion: `expand: {method.rank: [1, 4]}` makes one arm per value, each with its own search and budget.
-
-Comes after `sweep_file`, before `definition`.
-"""
+"""Lists the arms of a sweep: `expand: {method.rank: [1, 4]}` makes one arm per value, each with its own search."""
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
-import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-from lorasweep.config.sweep import ArmConfig, SweepFile
 from lorasweep.errors import ConfigError
-from lorasweep.sweep.definition.scaling import lay_over, rival, spell_out
+from lorasweep.sweep.definition.alpha_over_rank import merge_layers, rival, spell_out_multiplier
+from lorasweep.sweep.definition.sweep_file import ArmConfig, SweepFile
 
-MAX_ARMS = 1000
+
+@dataclass(frozen=True, kw_only=True)
+class ExpandedArm:
+    """An arm of a sweep file, or one of the arms that its `expand` makes."""
+
+    name: str
+    config: ArmConfig
+    expanded_from: str | None = None
+    """The arm in the sweep file whose `expand` made this one."""
+    expanded: Mapping[str, Any] = field(default_factory=dict)
+    """The keys and values that distinguish it from the other arms of that `expand`."""
 
 
-def expand_arms(file: SweepFile, overrides: Mapping[str, Any], *, used: set[str]) -> list[ArmConfig]:
-    """Returns the arms of a sweep file, those with `expand` once per combination of its values.
+def expand_arms(file: SweepFile, overrides: Mapping[str, Any], *, used: set[str]) -> list[ExpandedArm]:
+    """Returns the arms of a sweep file; an arm with `expand` appears once per combination of its values.
 
     Args:
         file: The sweep file.
-        overrides: The command line's; `arms.ARM.expand.KEY` gives other values to expand over.
-        used: Overrides that have found their arm; those used here are added.
+        overrides: From the command line; `arms.ARM.expand.KEY` gives other values.
+        used: Receives the keys of those overrides.
 
     Raises:
-        ConfigError: A key has no values, is also searched, or two arms get the same name.
+        ConfigError: A key has no values or is also searched, or two arms have the same name.
     """
-    arms = [arm for written in file.arms for arm in _expand(_with_overrides(written, overrides, used=used))]
-    seen: set[str] = set()
-    for arm in arms:
-        if arm.name in seen:
-            raise ConfigError(f"arms must have different names, but two are called {arm.name!r}. Rename one.")
-        seen.add(arm.name)
-    return arms
+    arms: dict[str, ExpandedArm] = {}
+    for name, config in file.arms.items():
+        prefix = f"arms.{name}.expand."
+        typed = {key.removeprefix(prefix): value for key, value in overrides.items() if key.startswith(prefix)}
+        used |= {prefix + key for key in typed}
+        for arm in _expand(name, config, merge_layers(config.expand, typed)):
+            if arm.name in arms:
+                raise ConfigError(f"arms must have different names, but two are called {arm.name!r}. Rename one.")
+            arms[arm.name] = arm
+    return list(arms.values())
 
 
-def own_overrides(
-    arm: ArmConfig, overrides: Mapping[str, Any], *, used: set[str]
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Returns what the command line says about an arm's whole expansion, and about it alone, by key.
+def arm_overrides(arm: ExpandedArm, overrides: Mapping[str, Any], *, used: set[str]) -> list[dict[str, Any]]:
+    """Returns the overrides of an arm's whole expansion (`arms.lora.KEY`) and its own (`arms.lora-rank4.KEY`), by KEY.
 
-    `arms.lora.KEY` reaches every arm that `lora` was expanded to, `arms.lora-rank4.KEY` one of them.
+    Args:
+        arm: The arm.
+        overrides: From the command line.
+        used: Receives the keys of the overrides that are returned.
 
     Raises:
-        ConfigError: It sets what the arm was expanded over.
+        ConfigError: An override sets a key over which the arm is expanded.
     """
-    of_family, own = (_overrides_of(name, arm, overrides, used=used) for name in (arm.expanded_from, arm.name))
-    return of_family, own
+    layers = []
+    for name in (arm.expanded_from or "", arm.name):
+        prefix = f"arms.{name}."
+        found = {key.removeprefix(prefix): value for key, value in overrides.items() if key.startswith(prefix)}
+        layers.append({key: value for key, value in found.items() if not key.startswith("expand.")})
+        used |= {prefix + key for key in layers[-1]}
+        refuse_expanded_keys(arm, layers[-1], prefix=prefix)
+    return layers
 
 
-def _overrides_of(name: str | None, arm: ArmConfig, overrides: Mapping[str, Any], *, used: set[str]) -> dict[str, Any]:
-    prefix = f"arms.{name}."
-    found = {key.removeprefix(prefix): value for key, value in overrides.items() if key.startswith(prefix)}
-    found = {key: value for key, value in found.items() if not key.startswith("expand.")}
-    used |= {prefix + key for key in found}
-    for key in found:
-        refuse_expanded(arm, key, written=prefix + key)
-    return found
+def refuse_expanded_keys(arm: ExpandedArm, keys: Iterable[str], *, prefix: str = "") -> None:
+    """Raises ConfigError if one of the keys, typed with this prefix, is a key over which the arm is expanded."""
+    for key in keys:
+        if key in arm.expanded or rival(key) in arm.expanded:
+            raise ConfigError(
+                f"`{prefix}{key}` must be left out, because arm `{arm.expanded_from}` is expanded over it. "
+                f"Write `arms.{arm.expanded_from}.expand.{key}=[..]` for other values."
+            )
 
 
-def refuse_expanded(arm: ArmConfig, key: str, *, written: str) -> None:
-    """Raises ConfigError where an override sets what tells an arm from the others of its expansion."""
-    if key in arm.expanded or rival(key) in arm.expanded:
-        raise ConfigError(
-            f"`{written}` must be left out, because arm `{arm.expanded_from}` is expanded over it. "
-            f"Write `arms.{arm.expanded_from}.expand.{key}=[..]` for other values."
-        )
-
-
-def _with_overrides(arm: ArmConfig, overrides: Mapping[str, Any], *, used: set[str]) -> ArmConfig:
-    prefix = f"arms.{arm.name}.expand."
-    own = {key.removeprefix(prefix): value for key, value in overrides.items() if key.startswith(prefix)}
-    used |= {prefix + key for key in own}
-    return dataclasses.replace(arm, expand=lay_over(arm.expand, own)) if own else arm
-
-
-def _expand(arm: ArmConfig) -> Iterator[ArmConfig]:
-    if not arm.expand:
-        yield arm
+def _expand(name: str, config: ArmConfig, expand: Mapping[str, Any]) -> Iterator[ExpandedArm]:
+    if not expand:
+        yield ExpandedArm(name=name, config=config)
         return
-    where = f"arms.{arm.name}.expand"
-    for key, values in arm.expand.items():
+    where = f"arms.{name}.expand"
+    for key, values in expand.items():
         if not isinstance(values, list | tuple) or not values:
             raise ConfigError(f"`{where}.{key}` must be a list with at least one value, but got {values!r}.")
-        if key in arm.space or rival(key) in arm.space:
-            raise ConfigError(f"`{key}` must be in `expand` or in `space` of arm `{arm.name}`, but is in both.")
-    if (count := math.prod(map(len, arm.expand.values()))) > MAX_ARMS:
-        raise ConfigError(f"`{where}` must make at most {MAX_ARMS} arms, but makes {count:,}.")
-    for combination in itertools.product(*arm.expand.values()):
-        expanded = spell_out(dict(zip(arm.expand, combination, strict=True)), where=where)
-        labels = [describe_value(key, value) for key, value in expanded.items()]
-        yield dataclasses.replace(
-            arm,
-            name="-".join([arm.name, *labels]),
-            expand={},
-            expanded_from=arm.name,
-            expanded=expanded,
-        )
+        if key in config.space or rival(key) in config.space:
+            raise ConfigError(f"`{key}` must be in `expand` or in `space` of arm `{name}`, but is in both.")
+    for combination in itertools.product(*expand.values()):
+        # one value of `method.alpha` may be a number and the next one a multiplier, so each is spelled out by itself
+        expanded = spell_out_multiplier(dict(zip(expand, combination, strict=True)), where=where)
+        labels = [_label(key, value) for key, value in expanded.items()]
+        yield ExpandedArm(name="-".join([name, *labels]), config=config, expanded_from=name, expanded=expanded)
 
 
-def describe_value(key: str, value: Any) -> str:
+def _label(key: str, value: Any) -> str:
     """Returns a value as part of an arm's name: `rank4`, `alpha_over_rank0_5`, `targets_q_proj_v_proj`."""
     name = key.rpartition(".")[2]
     if isinstance(value, int | float) and not isinstance(value, bool):

@@ -16,7 +16,7 @@ from lorasweep.errors import OutOfMemory
 from lorasweep.sweep.definition.arms import Arm, Definition
 from lorasweep.sweep.definition.packing import ArmPacking, plan_packing
 from lorasweep.sweep.definition.seeds import arm_seeds, describe_confirm, draw_seeds
-from lorasweep.sweep.definition.warnings import find_warnings, trained_tokens
+from lorasweep.sweep.definition.warnings import count_tokens, find_warnings
 from lorasweep.training.cost import PackMeasurement, measure_pack, measure_run
 from lorasweep.training.inputs import InputsCache, RunInputs
 from lorasweep.training.packs.size import choose_pack_size
@@ -110,7 +110,7 @@ def _plan_arm(arm: Arm, packing: ArmPacking, inputs_cache: InputsCache, *, seeds
         pack_size=size,
         seeds=seeds,
         steps=steps * runs,
-        tokens=trained_tokens(config) * runs,
+        tokens=count_tokens(config) * runs,
         trainable_params=cost.trainable_params,
         kept_bytes=2 * 4 * cost.trainable_params * runs,  # best and last, in fp32
         memory_bytes=cost.memory_bytes,

@@ -30,7 +30,7 @@ def draw_seeds(definition: Definition) -> list[int]:
     """
     drawn: list[int] = []
     count, sweep_seed = definition.driver.confirm.seeds, definition.driver.sweep.seed
-    configs = [next(arm.corners()) for arm in definition.arms] if count else []
+    configs = [arm.corners[0] for arm in definition.arms] if count else []
     fixed = {seed for config in configs for seed in (config.seed, *astuple(config.seeds))}
     ranges = [arm.space[key] for arm in definition.arms for key in SEED_KEYS if key in arm.space]
     for draw in range(MAX_DRAWS_PER_SEED * count):
@@ -50,7 +50,7 @@ def draw_seeds(definition: Definition) -> list[int]:
 
 def arm_seeds(arm: Arm, seeds: list[int]) -> list[int]:
     """Returns the seeds of one arm: all, or one under `method=frozen`, whose score does not depend on a seed."""
-    return seeds[:1] if next(arm.corners()).method.name == "frozen" else seeds
+    return seeds[:1] if arm.corners[0].method.name == "frozen" else seeds
 
 
 def describe_confirm(num_seeds: int) -> str:

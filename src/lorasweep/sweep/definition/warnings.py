@@ -1,114 +1,105 @@
-"""What may mislead a reader of a sweep's results, as far as its definition shows it: a sentence each.
+"""Warns of settings that would make a sweep's comparisons less fair or less certain, before the first trial.
 
-`report.fairness` judges afterwards, by what ran.
+After the sweep, `report.fairness` judges the trials that ran.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
+from typing import Any
 
 from lorasweep.config.data import max_tokens_per_example
 from lorasweep.config.method import LoraConfig
 from lorasweep.config.ranges import MAX_WIDTH_DIFFERENCE_DECADES, width_in_decades
 from lorasweep.config.run import RunConfig
 from lorasweep.config.sweep import HalvingPruner
+from lorasweep.sweep.definition.alpha_over_rank import ALPHA, MULTIPLIER
 from lorasweep.sweep.definition.arms import Arm, Definition
-from lorasweep.sweep.definition.scaling import MULTIPLIER
 from lorasweep.sweep.definition.space import describe_space
-from lorasweep.wording import join_words
 
 LR = "optim.lr"
 
 
 def find_warnings(definition: Definition) -> list[str]:
-    """Returns a sentence for each thing in a sweep's definition that makes its comparisons less fair or less sure."""
+    """Returns a sentence for each setting that makes the comparisons of a sweep less fair or less certain."""
+    # the frozen base has neither a budget nor a learning rate to compare
+    trained = [arm for arm in definition.arms if max(map(count_tokens, arm.corners))]
     families = [list(arms) for _, arms in groupby(definition.arms, key=lambda arm: arm.expanded_from or arm.name)]
-    return [
-        *_warn_of_budgets(definition.arms),
-        *_warn_of_rates(definition.arms),
+    warnings = [
+        *_warn_of_budgets(trained),
+        *_warn_of_learning_rates(trained),
         *(warning for family in families for warning in _warn_of_alpha(family)),
-        *_warn_of_no_rung(definition.arms),
-        *_warn_of_one_seed(definition),
     ]
+    if late := ", ".join(arm.name for arm in trained if _has_no_rung(arm)):
+        warnings.append(
+            f"Trials of {late} are never stopped early, because they have no evaluation before their last step. "
+            "Lower `trainer.eval_every_steps`, or choose `pruner=none`."
+        )
+    if definition.driver.confirm.seeds == 1:
+        warnings.append("`confirm.seeds` is 1, but an interval over seeds needs at least 2.")
+    return warnings
 
 
-def trained_tokens(config: RunConfig) -> int:
-    """Returns the most training tokens that a run with these settings can see; 0 where nothing trains."""
+def count_tokens(config: RunConfig) -> int:
+    """Returns the most training tokens that a run can see; 0 under `method=frozen`."""
     if config.method.name == "frozen":
         return 0
     return config.trainer.max_steps * config.trainer.batch_size * max_tokens_per_example(config.data)
 
 
+def _has_no_rung(arm: Arm) -> bool:
+    trainer = arm.corners[0].trainer
+    return isinstance(arm.driver.pruner, HalvingPruner) and trainer.eval_every_steps >= trainer.max_steps
+
+
 def _warn_of_budgets(arms: Sequence[Arm]) -> Iterator[str]:
-    budgets = {arm.name: (arm.trials, max(map(trained_tokens, arm.corners()))) for arm in arms}
-    trained = {name: budget for name, budget in budgets.items() if budget[1]}
-    if len({trials for trials, _ in trained.values()}) > 1:
-        told = ", ".join(f"{name} {trials}" for name, (trials, _) in trained.items())
+    trials = {arm.name: arm.trials for arm in arms}
+    tokens = {arm.name: max(map(count_tokens, arm.corners)) for arm in arms}
+    if len(set(trials.values())) > 1:
         yield (
-            f"Arms have unequal numbers of trials ({told}): the one with more has more chances of a good score. "
-            "`sweep.trials=N` gives every arm the same."
+            f"Arms have unequal numbers of trials ({_list(trials)}): the one with more has more chances of a good "
+            "score. `sweep.trials=N` gives every arm the same."
         )
-    if len({tokens for _, tokens in trained.values()}) > 1:
-        told = ", ".join(f"{name} {tokens:,}" for name, (_, tokens) in trained.items())
-        yield f"Arms train on unequal numbers of tokens per trial ({told}): a better score may come from more training."
-
-
-def _warn_of_rates(arms: Sequence[Arm]) -> Iterator[str]:
-    trained = [arm for arm in arms if any(map(trained_tokens, arm.corners()))]
-    widths = {arm.name: width_in_decades(describe_space(arm.space).get(LR)) or 0.0 for arm in trained}
-    if widths and max(widths.values()) - min(widths.values()) > MAX_WIDTH_DIFFERENCE_DECADES:
-        told = ", ".join(f"{name} {width:.1f}" for name, width in widths.items())
+    if len(set(tokens.values())) > 1:
         yield (
-            f"Arms search their learning rates over unequal ranges (in decades: {told}): a narrow range may leave out "
-            "an arm's best rate. `arms.NAME.optim.lr=tag(log,interval(LOW,HIGH))` sets the range of one arm."
+            f"Arms train on unequal numbers of tokens per trial ({_list(tokens)}): a better score may come from more "
+            "training."
+        )
+
+
+def _warn_of_learning_rates(arms: Sequence[Arm]) -> Iterator[str]:
+    widths = {arm.name: width_in_decades(describe_space(arm.space).get(LR)) or 0.0 for arm in arms}
+    if widths and max(widths.values()) - min(widths.values()) > MAX_WIDTH_DIFFERENCE_DECADES:
+        yield (
+            f"Arms search their learning rates over unequal ranges (in decades: {_list(widths, '.1f')}): a narrow "
+            "range may leave out an arm's best rate. `arms.NAME.optim.lr=tag(log,interval(LOW,HIGH))` sets the range "
+            "of one arm."
         )
 
 
 def _warn_of_alpha(family: Sequence[Arm]) -> Iterator[str]:
-    """Yields a warning where α stays while the rank moves, so that α/r moves too: in an arm, or over an expansion."""
-    if any(_moves_alpha(arm) for arm in family):
+    """Warns of an arm, or an expansion, whose ranks differ but whose α does not, so that α/r differs too."""
+    if any({ALPHA, MULTIPLIER} & {*arm.space, *arm.expanded} or MULTIPLIER in arm.settings for arm in family):
         return
-    methods = [config.method for arm in family for config in arm.corners()]
-    lora = [method for method in methods if isinstance(method, LoraConfig) and method.scaling == "alpha_over_rank"]
-    ranks, alphas = {method.rank for method in lora}, {method.alpha for method in lora}
+    methods = [[c.method for c in arm.corners if isinstance(c.method, LoraConfig)] for arm in family]
+    scaled = [method for of_arm in methods for method in of_arm if method.scaling == "alpha_over_rank"]
+    ranks, alphas = {method.rank for method in scaled}, {method.alpha for method in scaled}
     if len(ranks) < 2 or len(alphas) != 1:
         return
     alpha, low, high = alphas.pop(), min(ranks), max(ranks)
-    each = len({method.rank for config in family[0].corners() if isinstance(method := config.method, LoraConfig)}) == 1
-    made_up_for = (
-        "Each rank searches by itself, which makes up for it as far as the ranges reach."
-        if each and all(arm.space for arm in family)
-        else "What looks like an effect of rank may then be one of strength."
+    searches_alone = all(arm.space for arm in family) and len({method.rank for method in methods[0]}) == 1
+    consequence = (
+        "Each rank has its own search, which makes up for it as far as the ranges reach."
+        if searches_alone
+        else "An apparent effect of the rank may then be an effect of α/r."
     )
     yield (
         f"`method.alpha` of `{family[0].expanded_from or family[0].name}` is {alpha:g} at every rank, so the change is "
-        f"scaled by α/r = {alpha / low:.3g} at rank {low} and {alpha / high:.3g} at rank {high}. {made_up_for} "
-        "`method.alpha: {over_rank: 2}` holds α/r, `{over_rank: [1, 2, 4]}` searches it."
+        f"scaled by α/r = {alpha / low:.3g} at rank {low} and {alpha / high:.3g} at rank {high}. {consequence} "
+        "`method.alpha: {over_rank: 2}` fixes α/r, `{over_rank: [1, 2, 4]}` searches it."
     )
 
 
-def _moves_alpha(arm: Arm) -> bool:
-    """Returns whether α is searched, or follows the rank."""
-    return bool({"method.alpha", MULTIPLIER} & {*arm.space, *arm.expanded}) or MULTIPLIER in arm.settings
-
-
-def _warn_of_no_rung(arms: Sequence[Arm]) -> Iterator[str]:
-    """Warns of arms with a pruner whose first evaluation is at the last step."""
-    late = [
-        arm.name
-        for arm in arms
-        for trainer in [next(arm.corners()).trainer]
-        if isinstance(arm.driver.pruner, HalvingPruner) and trainer.eval_every_steps >= trainer.max_steps
-        if next(arm.corners()).method.name != "frozen"
-    ]
-    if late:
-        yield (
-            f"No trial of {join_words(late)} is stopped early, because there is no evaluation before the last step. "
-            "Lower `trainer.eval_every_steps`, or choose `pruner=none`."
-        )
-
-
-def _warn_of_one_seed(definition: Definition) -> Iterator[str]:
-    if definition.driver.confirm.seeds == 1:
-        yield "`confirm.seeds` is 1: from one seed no interval over seeds follows."
+def _list(numbers: Mapping[str, Any], form: str = ",") -> str:
+    return ", ".join(f"{name} {number:{form}}" for name, number in numbers.items())

@@ -44,7 +44,7 @@ def check_workers(definition: Definition, path: Path) -> list[str]:
         ConfigError: They can't, or Slurm refuses their jobs.
     """
     config = definition.driver.worker
-    processes = {arm.name: count_processes(next(arm.corners()).trainer) for arm in definition.arms}
+    processes = {arm.name: count_processes(arm.corners[0].trainer) for arm in definition.arms}
     most = max(processes, key=lambda name: processes[name])
     if isinstance(config, LocalWorker) and processes[most] > 1:
         raise ConfigError(
@@ -219,5 +219,5 @@ def _train_on_slurm(
 
 
 def _worker_needs(definition: Definition, config: RayWorkers | SlurmConfig) -> WorkerNeeds:
-    trainer = next(definition.arms[0].corners()).trainer
+    trainer = definition.arms[0].corners[0].trainer
     return WorkerNeeds(cpus=config.cpus, gpus=config.gpus, processes=count_processes(trainer))

@@ -1,6 +1,6 @@
 """α by its multiplier α/r: a sweep file's `method.alpha: {over_rank: ...}` is the key `method.alpha_over_rank`.
 
-The multiplier is what a sweep fixes or searches; a run gets `method.alpha` = multiplier × `method.rank`.
+A sweep fixes or searches the multiplier. Each run gets `method.alpha` = multiplier × `method.rank`.
 """
 
 from __future__ import annotations
@@ -17,61 +17,58 @@ from lorasweep.errors import ConfigError
 
 ALPHA = "method.alpha"
 MULTIPLIER = "method.alpha_over_rank"
-WORD = "over_rank"
+OVER_RANK = "over_rank"
 
 
-def spell_out(settings: Mapping[str, Any], *, where: str) -> dict[str, Any]:
+def spell_out_multiplier(settings: Mapping[str, Any], *, where: str) -> dict[str, Any]:
     """Returns settings in which `method.alpha: {over_rank: X}` has become `method.alpha_over_rank: X`.
 
     Args:
         settings: Dotted keys, with or without an arm's name before them.
-        where: The part of a sweep file that they stand in, for messages.
+        where: The part of the sweep file that has them, for messages.
 
     Raises:
-        ConfigError: α and its multiplier are both given, or `over_rank` does not stand alone.
+        ConfigError: α and its multiplier are both given, or `over_rank` has other keys beside it.
     """
     spelled: dict[str, Any] = {}
     for key, value in settings.items():
-        is_rule = key.endswith(ALPHA) and isinstance(value, Mapping) and WORD in value
-        if is_rule and len(value) > 1:
-            raise ConfigError(f"`{WORD}` must stand alone in `{key}` of `{where}`, but got {dict(value)!r}.")
-        name = f"{key.removesuffix(ALPHA)}{MULTIPLIER}" if is_rule else key
-        if name in spelled:
-            raise ConfigError(f"`{name}` must be given once in `{where}`, but is given twice.")
-        spelled[name] = value[WORD] if is_rule else value
-    for key in spelled:
-        if key.endswith(MULTIPLIER) and f"{key.removesuffix(MULTIPLIER)}{ALPHA}" in spelled:
-            raise ConfigError(f"`{where}` must have `{ALPHA}` or its multiplier α/r, but has both. Leave one out.")
+        if key.endswith(ALPHA) and isinstance(value, Mapping) and OVER_RANK in value:
+            if len(value) > 1:
+                raise ConfigError(f"`{OVER_RANK}` must be the only key in `{key}` of `{where}`, but got {value!r}.")
+            key, value = key.removesuffix(ALPHA) + MULTIPLIER, value[OVER_RANK]
+        spelled[key] = value
+    prefixes = {key.removesuffix(MULTIPLIER) for key in spelled if key.endswith(MULTIPLIER)}
+    if len(spelled) < len(settings) or any(prefix + ALPHA in spelled for prefix in prefixes):
+        raise ConfigError(f"`{where}` must have `{ALPHA}` or its multiplier α/r, but has both. Leave one out.")
     return spelled
 
 
-def lay_over(*layers: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns settings given in layers, of which later ones win; α and its multiplier replace each other."""
-    layered: dict[str, Any] = {}
+def merge_layers(*layers: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the settings of several layers, of which later ones win; α and its multiplier replace each other."""
+    merged: dict[str, Any] = {}
     for layer in layers:
-        layered = {**drop_rivals(layered, layer), **layer}
-    return layered
+        merged = {**drop_rivals(merged, layer), **layer}
+    return merged
 
 
 def drop_rivals(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the lower settings without α where the upper ones give its multiplier, and without that where α."""
+    """Returns the lower layer without α if the upper one has the multiplier, and without the multiplier if it has α."""
     rivals = {rival(key) for key in upper} - set(upper)
     return {key: value for key, value in lower.items() if key not in rivals}
 
 
 def rival(key: str) -> str:
-    """Returns the key that says the same thing in another way, else the key itself."""
+    """Returns the multiplier's key for α's key, α's key for the multiplier's, and any other key itself."""
     return {ALPHA: MULTIPLIER, MULTIPLIER: ALPHA}.get(key, key)
 
 
-def compose_scaled(settings: Mapping[str, Any]) -> RunConfig:
-    """Returns the settings of one run, α worked out where its multiplier is given; arguments as in `compose_run`.
+def compose_with_multiplier(settings: Mapping[str, Any]) -> RunConfig:
+    """Returns the settings of one run, as `compose_run`; if the multiplier is given, α follows from it.
 
     Raises:
         ConfigError: A key or value is wrong, or the multiplier does not fit the other settings.
     """
-    plain = {key: value for key, value in settings.items() if key != MULTIPLIER}
-    config = compose_run(plain)
+    config = compose_run({key: value for key, value in settings.items() if key != MULTIPLIER})
     if MULTIPLIER not in settings:
         return config
     multiplier, method = settings[MULTIPLIER], config.method
@@ -81,7 +78,7 @@ def compose_scaled(settings: Mapping[str, Any]) -> RunConfig:
         raise ConfigError(f"`{MULTIPLIER}` must be a finite number >= 0, but got {multiplier!r}.")
     if method.rank_pattern:
         raise ConfigError(
-            f"`method.rank_pattern` must be empty with `{MULTIPLIER}`, which knows one rank, "
+            f"`method.rank_pattern` must be empty with `{MULTIPLIER}`, which needs one rank for all layers, "
             f"but got {dict(method.rank_pattern)!r}. Give `method.alpha` and `method.alpha_pattern`."
         )
     return dataclasses.replace(config, method=dataclasses.replace(method, alpha=float(multiplier * method.rank)))
