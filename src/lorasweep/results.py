@@ -211,7 +211,7 @@ class SweepResult:
     def figures(self) -> dict[str, Figure]:
         """Returns the report's figures (plotly) by their titles, those that this sweep has data for."""
         from lorasweep.report.figures import PANELS  # noqa: PLC0415 (plotly is slow to import)
-        from lorasweep.report.tables import load_sweep_data  # noqa: PLC0415
+        from lorasweep.report.sweep_data import load_sweep_data  # noqa: PLC0415
 
         data = load_sweep_data(self.folder)
         panels = [draw(data) for draw in PANELS]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -316,13 +317,26 @@ def edit_json(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
     path.write_text(json.dumps(content))
 
 
-@pytest.fixture
-def confirmed(tmp_path: Path) -> Path:
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Returns the folder of a finished sweep of 25 trials, which no test may change."""
+    return build_sweep(tmp_path_factory.mktemp("finished") / "quickstart")
+
+
+@pytest.fixture(scope="session")
+def finished_and_confirmed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Returns the folder of the same sweep with a confirm stage of 5 seeds and 40 test examples."""
-    return confirm_sweep(build_sweep(tmp_path / "quickstart"))
+    return confirm_sweep(build_sweep(tmp_path_factory.mktemp("confirmed") / "quickstart"))
+
+
+# Copies: to write a sweep takes longer, because each record waits for the disk.
+@pytest.fixture
+def sweep(finished: Path, tmp_path: Path) -> Path:
+    """Returns the folder of a finished sweep of 25 trials, which the test may change."""
+    return shutil.copytree(finished, tmp_path / "quickstart")
 
 
 @pytest.fixture
-def sweep(tmp_path: Path) -> Path:
-    """Returns the folder of a finished sweep of 25 trials."""
-    return build_sweep(tmp_path / "quickstart")
+def confirmed(finished_and_confirmed: Path, tmp_path: Path) -> Path:
+    """Returns the folder of a confirmed sweep, which the test may change."""
+    return shutil.copytree(finished_and_confirmed, tmp_path / "quickstart")

@@ -68,26 +68,19 @@ def test_board_puts_the_best_curve_of_each_arm_in_one_chart(sweep: Path) -> None
     assert list(layout.category[0].chart[0].multiline.tag) == ["^best/frozen$", "^best/lora$", "^best/full$"]
 
 
-def test_board_has_one_file_however_often_the_report_is_written(sweep: Path) -> None:
-    write_report(sweep)
-    write_report(sweep)
-    folders = {sweep / "report" / BOARD_FOLDER, *(sweep / "report" / BOARD_FOLDER / "arms").glob("*/hparams")}
-    assert len(folders) == 4
-    assert all(len(list(folder.glob("events.*"))) == 1 for folder in folders)
-
-
 def test_board_has_a_row_per_arm_with_its_best_and_its_confirmed_score(confirmed: Path) -> None:
     summary = write_report(confirmed)
     settings, metrics = row_of(confirmed / "report" / BOARD_FOLDER / "arms" / "01-lora")
-    lora = summary.arms[1]
-    assert lora.confirmed
-    assert lora.confirmed.interval
+    best, found = summary.data.arms[1].best, summary.data.evidence.arm("lora")
+    assert best
+    assert found
+    assert found.interval
     assert settings["arm"] == "lora"
-    assert settings["optim.lr"] == pytest.approx(lora.best.params["optim.lr"] if lora.best.params else 0)
+    assert settings["optim.lr"] == pytest.approx(best.params["optim.lr"])
     # TensorBoard keeps single precision
-    assert metrics["best/bits_per_byte"] == pytest.approx(lora.best.score, rel=1e-6)
-    assert metrics["confirmed/bits_per_byte"] == pytest.approx(lora.confirmed.mean, rel=1e-6)
-    assert metrics["confirmed/bits_per_byte_high"] == pytest.approx(lora.confirmed.interval[1], rel=1e-6)
+    assert metrics["best/bits_per_byte"] == pytest.approx(best.value, rel=1e-6)
+    assert metrics["confirmed/bits_per_byte"] == pytest.approx(found.mean, rel=1e-6)
+    assert metrics["confirmed/bits_per_byte_high"] == pytest.approx(found.interval[1], rel=1e-6)
 
 
 def test_board_shows_confirmed_scores_over_rank_with_their_intervals(tmp_path: Path) -> None:

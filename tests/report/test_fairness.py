@@ -11,7 +11,7 @@ import pytest
 from lorasweep.report import render_terminal, write_report
 from lorasweep.report.fairness import Fairness, judge_fairness
 from lorasweep.report.summary import summarize
-from lorasweep.report.tables import load_sweep_data
+from lorasweep.report.sweep_data import load_sweep_data
 
 from .conftest import build_rank_arms, build_sweep, edit_json
 from .test_terminal import shown
@@ -143,7 +143,7 @@ def test_terminal_page_and_summary_have_the_judgement(even: Path) -> None:
     raw = write_report(even).as_json()["fairness"]
     assert raw["is_fair"] is True
     assert raw["arms"][1]["widths_decades"]["optim.lr"] == pytest.approx(1.699, abs=1e-3)  # log10(50)
-    said = summarize(load_sweep_data(even)).sentences
+    said = summarize(even).sentences
     assert set(raw["sentences"]) <= set(said)
     assert raw["sentences"][0] in shown(render_terminal(even), width=1000)
     assert raw["sentences"][0] in (even / "report" / "index.html").read_text()

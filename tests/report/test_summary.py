@@ -7,15 +7,14 @@ from typing import Any
 
 import pytest
 
-from lorasweep.report.headline import ONE_SEED
-from lorasweep.report.summary import summarize
-from lorasweep.report.tables import load_sweep_data
+from lorasweep.report.findings import ONE_SEED
+from lorasweep.report.summary import Summary, summarize
 
 from .conftest import BASE_SCORE, build_sweep, edit_json
 
 
 def test_summary_has_the_promised_keys(sweep: Path) -> None:
-    raw = summarize(load_sweep_data(sweep)).as_json()
+    raw = summarize(sweep).as_json()
     assert {
         "sweep",
         "metric",
@@ -34,12 +33,16 @@ def test_summary_has_the_promised_keys(sweep: Path) -> None:
         assert {"complete", "paused", "pruned", "failed", "infeasible"} <= set(arm["trials"])
 
 
+def shares_of(summary: Summary) -> list[float | None]:
+    return [arm["share_of_full_gain"] for arm in summary.as_json()["arms"]]
+
+
 def test_share_of_full_gain_is_nothing_at_the_base_and_one_at_full(sweep: Path) -> None:
-    frozen, lora, full = summarize(load_sweep_data(sweep)).arms
-    assert (frozen.share_of_full_gain, full.share_of_full_gain) == (0, 1)
-    assert lora.best.score
-    assert full.best.score
-    assert lora.share_of_full_gain == pytest.approx((BASE_SCORE - lora.best.score) / (BASE_SCORE - full.best.score))
+    summary = summarize(sweep)
+    frozen, lora, full = shares_of(summary)
+    scores = [arm["best"]["score"] for arm in summary.as_json()["arms"]]
+    assert (frozen, full) == (0, 1)
+    assert lora == pytest.approx((BASE_SCORE - scores[1]) / (BASE_SCORE - scores[2]))
 
 
 def test_share_of_full_gain_is_mirrored_when_maximizing(sweep: Path) -> None:
@@ -48,9 +51,9 @@ def test_share_of_full_gain_is_mirrored_when_maximizing(sweep: Path) -> None:
         for trial in raw["trials"]:
             trial["value"] = None if trial["value"] is None else -trial["value"]
 
-    before = [arm.share_of_full_gain for arm in summarize(load_sweep_data(sweep)).arms]
+    before = shares_of(summarize(sweep))
     edit_json(sweep / "sweep.json", negate)
-    assert [arm.share_of_full_gain for arm in summarize(load_sweep_data(sweep)).arms] == pytest.approx(before)
+    assert shares_of(summarize(sweep)) == pytest.approx(before)
 
 
 @pytest.mark.parametrize(
@@ -64,9 +67,9 @@ def test_share_of_full_gain_is_mirrored_when_maximizing(sweep: Path) -> None:
 def test_share_is_null_and_said_so_where_an_end_is_missing(
     tmp_path: Path, missing: dict[str, Any], sentence: str
 ) -> None:
-    summary = summarize(load_sweep_data(build_sweep(tmp_path, **missing)))
-    assert all(arm.share_of_full_gain is None for arm in summary.arms)
-    assert sentence in summary.sentences[0]
+    summary = summarize(build_sweep(tmp_path, **missing))
+    assert set(shares_of(summary)) == {None}
+    assert sentence in summary.sentences[1]
 
 
 def test_share_is_null_where_full_fine_tuning_gained_nothing(sweep: Path) -> None:
@@ -75,15 +78,15 @@ def test_share_is_null_where_full_fine_tuning_gained_nothing(sweep: Path) -> Non
             trial["value"] = 2.5 if trial["arm"] == "full" else trial["value"]
 
     edit_json(sweep / "sweep.json", spoil_full)
-    summary = summarize(load_sweep_data(sweep))
-    assert all(arm.share_of_full_gain is None for arm in summary.arms)
-    assert "it gained nothing" in summary.sentences[0]
+    summary = summarize(sweep)
+    assert set(shares_of(summary)) == {None}
+    assert "it gained nothing" in summary.sentences[1]
 
 
 def test_pruning_saves_what_pruned_trials_did_not_train(sweep: Path) -> None:
-    summary = summarize(load_sweep_data(sweep))
+    summary = summarize(sweep)
     # 6 trials pruned at step 50 of 150; the failed one did not save its steps
-    assert summary.steps_saved_by_pruning == 6 * 100
+    assert summary.data.steps_saved_by_pruning == 6 * 100
     assert any("pruning saved 600 of 3,600 planned steps (17 %)" in sentence for sentence in summary.sentences)
 
 
@@ -92,12 +95,13 @@ def test_paused_trials_count_like_pruned_ones_and_are_named(sweep: Path) -> None
         for trial in raw["trials"]:
             trial["state"] = "paused" if trial["state"] == "pruned" else trial["state"]
 
-    before = summarize(load_sweep_data(sweep))
+    before = summarize(sweep)
     edit_json(sweep / "sweep.json", pause)
-    summary = summarize(load_sweep_data(sweep))
-    assert (summary.arms[1].trials.paused, summary.arms[1].trials.pruned) == (6, 0)
-    assert summary.arms[1].best == before.arms[1].best
-    assert summary.steps_saved_by_pruning == before.steps_saved_by_pruning
+    summary = summarize(sweep)
+    lora = summary.as_json()["arms"][1]
+    assert (lora["trials"]["paused"], lora["trials"]["pruned"]) == (6, 0)
+    assert lora["best"] == before.as_json()["arms"][1]["best"]
+    assert summary.data.steps_saved_by_pruning == before.data.steps_saved_by_pruning
     assert any("pruning saved 600 of 3,600 planned steps so far (17 %)" in text for text in summary.sentences)
 
 
@@ -107,27 +111,27 @@ def test_arm_without_a_complete_trial_has_nulls_and_a_sentence(sweep: Path) -> N
             trial["state"] = "failed" if trial["arm"] == "lora" else trial["state"]
 
     edit_json(sweep / "sweep.json", fail_lora)
-    summary = summarize(load_sweep_data(sweep))
-    lora = summary.arms[1]
-    assert (lora.best.score, lora.best.params, lora.best.run) == (None, None, None)
-    assert (lora.trainable_params, lora.share_of_full_gain) == (None, None)
-    assert lora.trials.failed == 18
+    summary = summarize(sweep)
+    lora = summary.as_json()["arms"][1]
+    assert lora["best"] == {"score": None, "params": None, "run": None}
+    assert (lora["trainable_params"], lora["share_of_full_gain"]) == (None, None)
+    assert lora["trials"]["failed"] == 18
     assert "`lora` has no complete trial." in summary.sentences
 
 
 def test_sweep_in_which_all_failed_says_so(sweep: Path) -> None:
     edit_json(sweep / "sweep.json", lambda raw: [trial.update(state="failed") for trial in raw["trials"]])
-    assert summarize(load_sweep_data(sweep)).sentences[0] == "No trial is complete, so there is no score to compare."
+    assert summarize(sweep).sentences[0].startswith("No trial is complete")
 
 
 def test_one_seed_is_said_plainly(sweep: Path) -> None:
-    assert ONE_SEED in summarize(load_sweep_data(sweep)).sentences
+    assert ONE_SEED in summarize(sweep).sentences
     assert all(part in ONE_SEED for part in ("one seed", "validation", "not tested"))
 
 
 def test_unfinished_sweep_says_how_many_trials_were_asked_for(sweep: Path) -> None:
     edit_json(sweep / "sweep.json", lambda raw: raw.update(status="interrupted"))
-    assert "The sweep is interrupted: 25 trials were asked for." in summarize(load_sweep_data(sweep)).sentences
+    assert "The sweep is interrupted: 25 trials were asked for." in summarize(sweep).sentences
 
 
 @pytest.mark.parametrize(
@@ -156,6 +160,6 @@ def test_best_value_at_the_end_of_its_range_is_said(sweep: Path, space: object, 
         raw["trials"][2].update(value=3.0, params={"method.rank": 8 if isinstance(value, int) else 2e-3})
 
     edit_json(sweep / "sweep.json", sweep_one_rank)
-    said = [text for text in summarize(load_sweep_data(sweep)).sentences if "end of its range" in text]
+    said = [text for text in summarize(sweep).sentences if "end of its range" in text]
     assert [end for text in said if f"lies at the {end} end" in text] == ([end] if end else [])
     assert len(said) == (1 if end else 0)

@@ -1,13 +1,15 @@
-"""What a sweep found: terminal table, CSV, JSON, one HTML page and TensorBoard's boards, read from records alone.
+"""The report of a sweep, made from records alone: terminal table, CSV, JSON, one HTML page and TensorBoard's board.
 
-`write_report` writes them all, `render_terminal` shows one sweep or several side by side, `write_hparams` writes one
-run's row in TensorBoard. Nothing here imports torch.
+`write_report` writes the files, `render_terminal` shows one sweep or several side by side, and `write_hparams` writes
+one run's row in TensorBoard. Nothing here imports torch.
 
-runs, reruns, tables    from a sweep's folder to trials, arms and reruns
-evidence, advice        what the confirm stage shows, and what follows from it
-fairness, time_use      whether the arms were treated alike, and where the time went
-headline, summary       in sentences and numbers
-figures, page, board, terminal, write    what a person sees
+sweep_data                       reads a sweep's folder: trials, arms and reruns with their runs' records
+evidence, advice                 the results of the confirm stage, and the conclusions from them
+fairness, time_breakdown, intrinsic_dimension, inspections
+                                 whether arms were treated alike, the worker's time, d90, weights of the winners
+findings, summary                the sentences at the top, and the content of the whole report
+figures, page, board, terminal, write
+                                 the report as a person sees it
 """
 
 from lorasweep.report.board import write_hparams

@@ -1,60 +1,66 @@
-"""Whether a sweep treated its arms alike, judged by what ran. Comes after `tables`, before `headline`.
+"""Whether a sweep treated its arms alike, judged by the trials and tokens that the search spent on them.
 
-`sweep.fairness` warns of what was planned, before the first trial. This counts what became of it: completed trials and
-training tokens of the search. Reruns of the confirm stage are left out: they choose nothing.
+`sweep.definition.fairness` warns about the plan before the first trial. This module judges the result. The reruns of
+the confirm stage don't count: they choose nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from lorasweep.config.ranges import MAX_WIDTH_DIFFERENCE_DECADES, width_in_decades
-from lorasweep.report.confirmed import MAX_ARMS
-from lorasweep.report.tables import Arm, SweepData
+from lorasweep.report.sweep_data import LR, ArmData, SweepData
 from lorasweep.wording import format_count, format_ratio, short_key
 
 MAX_RATIO = 1.25
-"""Arms count as alike if none has more than this times another's tokens or complete trials."""
+"""Arms are treated alike if none has more than this times another's tokens or complete trials."""
 MAX_COMPLETE_DIFFERENCE = 2
-"""Arms count as alike in complete trials, whatever the ratio, if none has more than this many more than another. Who
-belongs to the better half of a rung depends on the order of the trials: on stored learning curves, two arms of 8 to 16
-trials under the default rule differ by three or more in 0 to 1 % of the pairs, by two in 4 to 14 %."""
-LR = "optim.lr"
+"""Arms are treated alike if none has more than this many more complete trials than another, whatever the ratio.
+
+Which trials belong to the better half of a rung depends on the order of the trials. On stored learning curves, two arms
+of 8 to 16 trials under the default rule differ by three or more in 0 to 1 % of the pairs, by two in 4 to 14 %."""
+MAX_NAMED_ARMS = 4
+"""If there are more arms than this, sentences name the most important ones only."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ArmEffort:
-    """What the search spent on one arm."""
+    """The trials and tokens that the search spent on one arm."""
 
     arm: str
     trials_asked: int
     trials_complete: int
     trials_stopped_early: int
-    """Pruned or paused."""
+    """The number of pruned and paused trials."""
     tokens_trained: int
-    """Training tokens of all the arm's trials, complete or not."""
+    """The training tokens of all the arm's trials, complete or not."""
     widths_decades: dict[str, float | None]
-    """Per swept key log10(highest / lowest value); null where the values are not positive numbers."""
+    """Per swept key log10(highest / lowest value); null if the values are not positive numbers."""
+
+    @property
+    def lr_width(self) -> float:
+        """The width of the learning-rate range in decades; 0 if it is not searched."""
+        return self.widths_decades.get(LR) or 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fairness:
-    """How alike the arms that train were treated."""
+    """Whether the arms that train were treated alike."""
 
     is_fair: bool | None
-    """Null where fewer than two arms train, so that there is nothing to compare."""
+    """Null if fewer than two arms train."""
     sentences: tuple[str, ...]
-    """The judgement and the numbers behind it; none where there is nothing to compare."""
+    """The judgement and its numbers; empty if fewer than two arms train."""
     arms: tuple[ArmEffort, ...]
 
 
 def judge_fairness(data: SweepData) -> Fairness:
-    """Returns whether the arms had equal trials, like tokens, like learning-rate ranges and like complete trials."""
+    """Returns whether arms had equal trials, and similar tokens, complete trials and widths of learning-rate ranges."""
     arms = tuple(_measure(arm) for arm in data.arms if arm.row.method != "frozen")
     if len(arms) < 2:
         return Fairness(is_fair=None, sentences=(), arms=arms)
-    faults = [*_find_faults(arms)]
+    faults = _find_faults(arms)
     so_far = "" if data.record.status == "complete" else "so far "
     judgement = (
         f"The comparison of arms is {so_far}not fair: {'; '.join(faults)}."
@@ -64,13 +70,13 @@ def judge_fairness(data: SweepData) -> Fairness:
     )
     numbers = (
         f"Each of {len(arms)} arms: {_describe(arms)}."
-        if len(arms) > MAX_ARMS
+        if len(arms) > MAX_NAMED_ARMS
         else f"{'; '.join(f'`{arm.arm}`: {_describe([arm])}' for arm in arms)}."
     )
     return Fairness(is_fair=not faults, sentences=(judgement, numbers), arms=arms)
 
 
-def _measure(arm: Arm) -> ArmEffort:
+def _measure(arm: ArmData) -> ArmEffort:
     return ArmEffort(
         arm=arm.name,
         trials_asked=arm.row.trials,
@@ -81,51 +87,49 @@ def _measure(arm: Arm) -> ArmEffort:
     )
 
 
-def _find_faults(arms: Sequence[ArmEffort]) -> Iterable[str]:
-    """Yields what differs too much, each with the two arms that are farthest apart."""
-    least, most = _ends(arms, lambda arm: arm.trials_asked)
+def _find_faults(arms: Sequence[ArmEffort]) -> list[str]:
+    """Returns each difference that is too large, with the two arms that differ most."""
+
+    def find_ends(measure: Callable[[ArmEffort], float]) -> tuple[ArmEffort, ArmEffort]:
+        return min(arms, key=measure), max(arms, key=measure)
+
+    faults = []
+    least, most = find_ends(lambda arm: arm.trials_asked)
     if least.trials_asked < most.trials_asked:
-        yield f"`{most.arm}` was given {most.trials_asked} trials and `{least.arm}` {least.trials_asked}"
-    least, most = _ends(arms, lambda arm: arm.trials_complete)
+        faults.append(f"`{most.arm}` was given {most.trials_asked} trials and `{least.arm}` {least.trials_asked}")
+    least, most = find_ends(lambda arm: arm.trials_complete)
     low, high = least.trials_complete, most.trials_complete
     if low == 0 or (high - low > MAX_COMPLETE_DIFFERENCE and high > MAX_RATIO * low):
-        yield f"`{least.arm}` has {low or 'no'} complete trial{'' if low <= 1 else 's'} and `{most.arm}` {high}"
-    least, most = _ends(arms, lambda arm: arm.tokens_trained)
+        faults.append(
+            f"`{least.arm}` has {low or 'no'} complete trial{'' if low <= 1 else 's'} and `{most.arm}` {high}"
+        )
+    least, most = find_ends(lambda arm: arm.tokens_trained)
     low, high = least.tokens_trained, most.tokens_trained
     if high > MAX_RATIO * low:
-        yield (
+        faults.append(
             f"`{most.arm}` trained on {format_ratio(high / low)} times as many tokens as `{least.arm}`"
             if low > 0
             else f"`{most.arm}` trained on tokens, `{least.arm}` on none"
         )
-    least, most = _ends(arms, _lr_width)
-    if _lr_width(most) - _lr_width(least) > MAX_WIDTH_DIFFERENCE_DECADES:
-        narrow = f"over {_lr_width(least):.1f}" if _lr_width(least) else "not at all"
-        yield (
-            f"the learning rate of `{most.arm}` was searched over {_lr_width(most):.1f} decades and that of "
+    least, most = find_ends(lambda arm: arm.lr_width)
+    if most.lr_width - least.lr_width > MAX_WIDTH_DIFFERENCE_DECADES:
+        narrow = f"over {least.lr_width:.1f}" if least.lr_width else "not at all"
+        faults.append(
+            f"the learning rate of `{most.arm}` was searched over {most.lr_width:.1f} decades and that of "
             f"`{least.arm}` {narrow}"
         )
-
-
-def _ends(arms: Sequence[ArmEffort], measure: Callable[[ArmEffort], float]) -> tuple[ArmEffort, ArmEffort]:
-    """Returns the arms with the least and the most of something."""
-    return min(arms, key=measure), max(arms, key=measure)
-
-
-def _lr_width(arm: ArmEffort) -> float:
-    """Returns how wide the arm's learning-rate range is, in decades; 0 where it is not searched."""
-    return arm.widths_decades.get(LR) or 0.0
+    return faults
 
 
 def _describe(arms: Sequence[ArmEffort]) -> str:
-    """Returns the numbers of one arm, or from the lowest to the highest of several."""
-    asked = _span([arm.trials_asked for arm in arms])
-    complete = _span([arm.trials_complete for arm in arms])
-    stopped = _span([arm.trials_stopped_early for arm in arms])
+    """Returns the numbers of one arm, or the lowest and the highest number of several."""
+    asked = _format_range([arm.trials_asked for arm in arms])
+    complete = _format_range([arm.trials_complete for arm in arms])
+    stopped = _format_range([arm.trials_stopped_early for arm in arms])
     ended = f"{complete} complete" if stopped == "0" else f"{complete} complete, {stopped} stopped early"
-    tokens = _span([arm.tokens_trained for arm in arms], format_count)
+    tokens = _format_range([arm.tokens_trained for arm in arms], format_count)
     widths = [
-        f"{short_key(key)} over {_span(found, '{:.1f}'.format)}"
+        f"{short_key(key)} over {_format_range(found, '{:.1f}'.format)}"
         for key in dict.fromkeys([LR, *(key for arm in arms for key in arm.widths_decades)])
         if (found := [width for arm in arms if (width := arm.widths_decades.get(key)) is not None])
     ]
@@ -133,6 +137,6 @@ def _describe(arms: Sequence[ArmEffort]) -> str:
     return f"{asked} trial{'' if asked == '1' else 's'} ({ended}), {tokens} tokens, {searched}"
 
 
-def _span(values: Sequence[float], form: Callable[[float], str] = str) -> str:
+def _format_range(values: Sequence[float], form: Callable[[float], str] = str) -> str:
     low, high = form(min(values)), form(max(values))
     return low if low == high else f"{low} to {high}"

@@ -1,7 +1,4 @@
-"""The report as one self-contained HTML page: tables and plotly's figures, nothing from the network.
-
-Names in it are input that nobody checked: jinja2 escapes them in the page, `figures.panel.escape` in the figures.
-"""
+"""The report as one self-contained HTML page with tables and plotly's figures. It loads nothing from the network."""
 
 from __future__ import annotations
 
@@ -9,178 +6,136 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined, Template
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 from plotly.offline import get_plotlyjs
 
 from lorasweep import wording
-from lorasweep.report.figures import Panel
-from lorasweep.report.figures.panel import colours_of, link_of, link_to
+from lorasweep.report.downsampling import MAX_TABLE_ROWS, allocate
+from lorasweep.report.figures.panel import Panel, colours_of, link_of
 from lorasweep.report.summary import Summary
-from lorasweep.report.tables import Arm, SweepData, Trial
-from lorasweep.report.terminal import format_trial_counts
-from lorasweep.report.thinning import MAX_TABLE_ROWS, share_out
-from lorasweep.report.time_use import describe_time_use
+from lorasweep.report.sweep_data import STATES, SweepData, TrialData
 
-UNFINISHED = ("failed", "infeasible", "pruned", "paused", "running")
 MAX_REASONS = 100
 """The section on unfinished trials lists at most this many trials of each state."""
+FILTERS = {
+    "count": wording.format_count,
+    "size": wording.format_bytes,
+    "share": wording.format_share_estimate,
+    "estimate": wording.format_estimate,
+    "difference": wording.format_difference,
+    "p_value": wording.format_p_value,
+    "seconds": wording.format_seconds,
+    "score": wording.format_score,
+    "metric": wording.format_metric,
+    "settings": wording.format_settings,
+}
+"""The template's names of functions that format numbers and settings."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cell:
+class TableCell:
     """One cell of the table of trials."""
 
     text: str
     key: float | str | None = None
-    """What the column is sorted by; None sorts last."""
+    """The value by which the column is sorted; None sorts last."""
 
 
-def render_page(data: SweepData, summary: Summary, panels: Sequence[Panel]) -> str:
+def render_page(summary: Summary, panels: Sequence[Panel]) -> str:
     """Returns the page as HTML.
 
     Args:
-        data: The sweep.
-        summary: What it found.
+        summary: The content of the report.
         panels: The figures, in the order of the page.
     """
-    shown = find_rows(data)
-    return load_template("index.html").render(
+    environment = Environment(
+        loader=PackageLoader("lorasweep.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    environment.filters.update(FILTERS, code=mark_code, link=link_of)
+    environment.globals.update(figure_json=figure_json, plotly_js=Markup(get_plotlyjs()))
+    data = summary.data
+    return environment.get_template("index.html").render(
+        data=data,
         sweep=data.record,
         summary=summary,
-        prefix="..",
+        evidence=data.evidence,
+        scores=[arm.best.value for arm in data.arms if arm.best],
         colours=colours_of(data),
         panels=panels,
-        pairs=data.evidence.pairs,
-        columns=_columns(data),
-        rows=[(trial, link_to(trial), _cells(trial, data)) for trial in shown],
-        num_trials=len(data.trials),
-        reruns=[(rerun, link_of(rerun.run)) for rerun in data.reruns],
-        unfinished={state: _unfinished(data, state) for state in UNFINISHED},
+        columns=_list_columns(data),
+        rows=[(trial, _build_cells(trial, data)) for trial in select_rows(data)],
+        unfinished={state: _list_unfinished(data, state) for state in STATES if state != "complete"},
         max_reasons=MAX_REASONS,
-        problems=data.problems,
-        use=summary.time_use,
     )
 
 
-def find_rows(data: SweepData) -> list[Trial]:
+def select_rows(data: SweepData) -> list[TrialData]:
     """Returns the trials of the table by arm and number: all, or the best of each arm if the sweep is large."""
-    shares = share_out([len(arm.trials) for arm in data.arms], MAX_TABLE_ROWS)
-    return [trial for arm, share in zip(data.arms, shares, strict=True) for trial in _best_of(arm, share, data)]
 
-
-def _best_of(arm: Arm, count: int, data: SweepData) -> list[Trial]:
-    """Returns an arm's best trials by number. Incomplete trials are taken last."""
-
-    def rank(trial: Trial) -> tuple[bool, float]:
+    def order(trial: TrialData) -> tuple[bool, float]:
         return not trial.is_complete, math.inf if trial.value is None else data.sign * trial.value
 
-    return sorted(sorted(arm.trials, key=rank)[:count], key=lambda trial: trial.number)
-
-
-def load_template(name: str) -> Template:
-    """Returns a template that knows how numbers are written and holds plotly's script."""
-    environment = Environment(
-        loader=PackageLoader("lorasweep.report"),
-        autoescape=True,
-        finalize=lambda value: wording.visible(value, keep="\n\t") if type(value) is str else value,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-    )
-    environment.filters.update(code=mark_code, **_formats())
-    environment.globals.update(
-        figure_json=figure_json,
-        plotly_js=Markup(get_plotlyjs()),  # the library's own file
-        settings=wording.format_settings,
-        counts=format_trial_counts,
-        describe_time_use=describe_time_use,
-    )
-    return environment.get_template(name)
+    sizes = allocate([len(arm.trials) for arm in data.arms], MAX_TABLE_ROWS)
+    best = [sorted(arm.trials, key=order)[:size] for arm, size in zip(data.arms, sizes, strict=True)]
+    return [trial for trials in best for trial in sorted(trials, key=lambda trial: trial.number)]
 
 
 def mark_code(text: str) -> Markup:
-    """Returns text as HTML in which what stood between backticks is code."""
-    return Markup(
-        re.sub(r"`([^`]*)`", r"<code>\1</code>", str(escape(wording.visible(text))))
-    )  # escaped one line above
+    """Returns text as HTML in which the words between backticks are code."""
+    return Markup(re.sub(r"`([^`]*)`", r"<code>\1</code>", str(escape(text))))
 
 
 def figure_json(panel: Panel) -> Markup:
-    """Returns a panel's figures as JSON that can stand inside a script element whatever names it holds."""
-    text = f"[{','.join(figure.to_json() for figure in panel.figures)}]"
-    for character in "<>&\u2028\u2029":
-        text = text.replace(character, f"\\u{ord(character):04x}")
-    return Markup(text)  # no character that ends a script element is left
+    """Returns a panel's figures as JSON. Plotly escapes `<` in it, so that no name can end the script element."""
+    return Markup(f"[{','.join(figure.to_json() for figure in panel.figures)}]")
 
 
-def _formats() -> dict[str, Any]:
-    return {
-        "count": wording.format_count,
-        "size": wording.format_bytes,
-        "share": wording.format_share,
-        "shares": wording.format_share_estimate,
-        "estimate": wording.format_estimate,
-        "difference": wording.format_difference,
-        "p_value": wording.format_p_value,
-        "seconds": wording.format_seconds,
-        "score": wording.format_score,
-        "metric": wording.format_metric,
-    }
-
-
-def _unfinished(data: SweepData, state: str) -> list[tuple[str, str, str, str]]:
-    """Returns name, link, settings and reason of each trial and rerun in a state."""
+def _list_unfinished(data: SweepData, state: str) -> list[tuple[str, str, str, str]]:
+    """Returns name, run folder, settings and reason of each trial and rerun in a state."""
     trials = [
-        (f"{trial.arm} {trial.number}", link_to(trial), wording.format_settings(trial.params), trial.reason)
+        (f"{trial.arm} {trial.number}", trial.run, wording.format_settings(trial.params), trial.reason)
         for trial in data.trials
         if trial.state == state
     ]
     reruns = [
-        (f"{rerun.arm} {rerun.trial}, seed {rerun.seed}", link_of(rerun.run), "rerun", rerun.reason)
+        (f"{rerun.arm} {rerun.trial}, seed {rerun.seed}", rerun.run, "rerun", rerun.reason)
         for rerun in data.reruns
         if rerun.state == state
     ]
-    rows = (*trials, *reruns)
-    return [(name, link, about, (why or "no reason recorded").strip()) for name, link, about, why in rows]
+    return [(name, run, about, (why or "no reason recorded").strip()) for name, run, about, why in (*trials, *reruns)]
 
 
-def _columns(data: SweepData) -> list[tuple[str, str]]:
-    """Titles of the table of trials with what they say when pointed at."""
-    swept = [(wording.short_key(key), key) for key in data.swept_keys]
+def _list_columns(data: SweepData) -> list[tuple[str, str]]:
+    """Returns the titles of the table of trials with their hover texts."""
     return [
         ("trial", "arm and number of the trial in its Optuna study"),
         ("state", "complete, running, or why it stopped"),
         (wording.format_metric(data.record.metric), "best value on validation data"),
-        *swept,
+        *((wording.short_key(key), key) for key in data.swept_keys),
         ("trained", "trainable parameters"),
         ("steps", "optimizer steps done"),
         ("memory", "peak memory"),
-        ("time", "seconds of the run"),
+        ("time", "time of the run"),
     ]
 
 
-def _cells(trial: Trial, data: SweepData) -> list[Cell]:
-    record = trial.record
-    measured = {
-        "trainable_params": wording.format_count,
-        "steps_done": wording.format_setting,
-        "peak_memory_bytes": wording.format_bytes,
-        "wall_s": wording.format_seconds,
-    }
-    costs = [(getattr(record, name, None), form) for name, form in measured.items()]
-    return [
-        Cell(text=trial.state, key=trial.state),
-        Cell(text=wording.format_score(trial.value), key=trial.value),
-        *(_setting_cell(trial, key) for key in data.swept_keys),
-        *(Cell(text=wording.UNKNOWN if value is None else form(value), key=value) for value, form in costs),
+def _build_cells(trial: TrialData, data: SweepData) -> list[TableCell]:
+    cells = [
+        TableCell(text=trial.state, key=trial.state),
+        TableCell(text=wording.format_score(trial.value), key=trial.value),
     ]
-
-
-def _setting_cell(trial: Trial, key: str) -> Cell:
-    if key not in trial.params:
-        return Cell(text="")
-    number = trial.number_at(key)
-    text = wording.format_setting(trial.params[key])
-    return Cell(text=text, key=text if number is None else number)
+    for key in data.swept_keys:
+        text, number = wording.format_setting(trial.params.get(key, "")), trial.number_at(key)
+        is_swept = key in trial.params
+        cells.append(TableCell(text=text, key=(text if number is None else number) if is_swept else None))
+    for name, form in (
+        ("trainable_params", wording.format_count),
+        ("steps_done", wording.format_setting),
+        ("peak_memory_bytes", wording.format_bytes),
+        ("wall_s", wording.format_seconds),
+    ):
+        value = getattr(trial.record, name, None)
+        cells.append(TableCell(text=wording.UNKNOWN if value is None else form(value), key=value))
+    return cells

@@ -1,18 +1,16 @@
-"""The report in the terminal (rich): one sweep's arms, or several sweeps side by side. Comes after `summary`."""
+"""The report in the terminal (rich): the arms of one sweep, or several sweeps side by side."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from lorasweep.report.side_by_side import describe_cell, describe_differences, format_gain
-from lorasweep.report.summary import ArmSummary, Summary, summarize
-from lorasweep.report.tables import load_sweep_data
+from lorasweep.report.summary import Summary, summarize
+from lorasweep.report.sweep_data import ArmData, SweepData
 from lorasweep.wording import (
     UNKNOWN,
     format_bytes,
@@ -23,102 +21,128 @@ from lorasweep.wording import (
     format_seconds,
     format_settings,
     format_share,
+    format_share_estimate,
 )
 
-ARMS_SIDE_BY_SIDE = 4
-MAX_NAME = 24
-"""Characters of an arm's name that are kept on one line."""
-STRONG = ("arm", "test score", "score")
+MAX_COLUMNS = 4
+"""Up to this many arms are columns of the table. More arms are rows."""
+MAX_NAME_LENGTH = 24
+"""The number of characters of an arm's name that are kept on one line."""
+BOLD_ROWS = ("arm", "test score", "score")
 
 
 def render_terminal(*folders: Path) -> RenderableType:
-    """Returns what the sweeps in these folders found: a table and sentences for one, a table side by side for several.
+    """Returns the results of the sweeps in these folders: a table and sentences, of several sweeps side by side.
 
     Raises:
-        RecordError: A folder is not a sweep or its record is damaged.
+        RecordError: A folder is not a sweep, or its record is damaged.
     """
-    data = [load_sweep_data(folder) for folder in folders]
-    summaries = [summarize(sweep) for sweep in data]
+    summaries = [summarize(folder) for folder in folders]
     if len(summaries) == 1:
-        return render_summary(summaries[0], problems=data[0].problems)
-    labels = [f"{summary.sweep}\n{folder}" for summary, folder in zip(summaries, folders, strict=True)]
-    return render_side_by_side(list(zip(labels, summaries, strict=True)), notes=describe_differences(data))
+        table = _draw_arms(summaries[0])
+        sentences = [*summaries[0].sentences, *summaries[0].data.problems]
+    else:
+        table = _draw_side_by_side([summary.data for summary in summaries])
+        sentences = describe_differences([summary.data for summary in summaries])
+    return Group(table, *(Text(f"• {sentence}") for sentence in sentences))
 
 
-def render_summary(summary: Summary, *, problems: tuple[str, ...] = ()) -> RenderableType:
-    """Returns one sweep's table with its sentences below: an arm per column while they fit a narrow terminal."""
-    title = Text(f"{summary.sweep}: {format_metric(summary.metric)}", style="bold")
-    rows = _rows(summary)
-    if len(summary.arms) <= ARMS_SIDE_BY_SIDE:
-        table = Table(show_header=False, show_lines=False, title=title, title_justify="left")
+def describe_differences(sweeps: Sequence[SweepData]) -> list[str]:
+    """Returns the reasons why scores of the sweeps can't be compared, and a sentence about tests between sweeps."""
+    metrics = dict.fromkeys(format_metric(sweep.record.metric) for sweep in sweeps)
+    sentences = []
+    if len(metrics) > 1:
+        sentences.append(f"The sweeps have different metrics ({', '.join(metrics)}): scores can't be compared.")
+    for keys, name in ((("data", "test"), "test data"), (("data", "validation"), "validation data")):
+        if len({_find_fingerprint(sweep, *keys) for sweep in sweeps} - {None}) > 1:
+            sentences.append(f"The sweeps have different {name}: their scores can't be compared.")
+    if len({_find_fingerprint(sweep, "base") for sweep in sweeps} - {None}) > 1:
+        sentences.append("The sweeps have different base models.")
+    if all(sweep.evidence.arms for sweep in sweeps):
+        sentences.append("Arms were tested inside each sweep; differences between sweeps are not tested.")
+    else:
+        sentences.append(
+            "A score without an interval is one seed on validation data; "
+            "whether differences between sweeps are more than chance is not tested."
+        )
+    return sentences
+
+
+def _find_fingerprint(sweep: SweepData, *keys: str) -> str | None:
+    """Returns the fingerprint of the data or the base model in the first run record that has one."""
+    for record in (*(rerun.record for rerun in sweep.reruns), *sweep.run_records):
+        found = getattr(record, keys[0]) if record else {}
+        for key in keys[1:]:
+            found = found.get(key) or {}
+        if found.get("fingerprint"):
+            return str(found["fingerprint"])
+    return None
+
+
+def _draw_arms(summary: Summary) -> Table:
+    data = summary.data
+    title = Text(f"{data.record.name}: {format_metric(data.record.metric)}", style="bold")
+    rows = _build_rows(data)
+    if len(data.arms) <= MAX_COLUMNS:
+        table = Table(show_header=False, title=title, title_justify="left")
         table.add_column(style="dim")
-        for _ in summary.arms:
+        for _ in data.arms:
             table.add_column(justify="right", overflow="fold")
         for name, cells in rows.items():
-            table.add_row(name, *(Text(cell, style="bold" if name in STRONG else "") for cell in cells))
-    else:
-        table = Table(title=title, title_justify="left")
-        for name, cells in rows.items():
-            justify: Literal["left", "right"] = "left" if name in ("arm", "best settings") else "right"
-            width = min(MAX_NAME, max(map(len, cells))) if name == "arm" else None
-            table.add_column(name, justify=justify, overflow="fold", min_width=width)
-        for arm_cells in zip(*rows.values(), strict=True):
-            table.add_row(*map(Text, arm_cells))
-    notes = [*summary.sentences, *problems]
-    return Group(table, *(Text(f"• {note}") for note in notes))
+            table.add_row(name, *(Text(cell, style="bold" if name in BOLD_ROWS else "") for cell in cells))
+        return table
+    table = Table(title=title, title_justify="left")
+    for name, cells in rows.items():
+        # Without a minimum width rich would break long names of arms over several lines.
+        width = min(MAX_NAME_LENGTH, max(map(len, cells))) if name == "arm" else None
+        is_text = name in ("arm", "best settings")
+        table.add_column(name, justify="left" if is_text else "right", overflow="fold", min_width=width)
+    for arm_cells in zip(*rows.values(), strict=True):
+        table.add_row(*map(Text, arm_cells))
+    return table
 
 
-def render_side_by_side(labelled: list[tuple[str, Summary]], *, notes: Sequence[str] = ()) -> RenderableType:
-    """Returns several sweeps' arms side by side: per sweep the best score, its share of full's gain and its settings.
-
-    Args:
-        labelled: Heading and summary of each sweep; headings may repeat.
-        notes: Sentences below the table.
-    """
-    summaries = [summary for _, summary in labelled]
-    table = Table(title="best of each arm", title_justify="left", show_lines=True)
-    table.add_column("arm", overflow="fold")
-    for label, _ in labelled:
-        table.add_column(Text(label), overflow="fold")
-    for name in dict.fromkeys(arm.name for summary in summaries for arm in summary.arms):
-        table.add_row(Text(name), *(Text(_side_text(summary, name)) for summary in summaries))
-    return Group(table, *(Text(f"• {note}") for note in notes))
-
-
-def _rows(summary: Summary) -> dict[str, list[str]]:
-    """Returns the table by rows: a name, and a cell for each arm."""
-    arms = summary.arms
-    scores = [arm.best.score for arm in arms]
-    confirmed = {
-        "test score": [
-            format_estimate(a.confirmed.mean, a.confirmed.interval) if a.confirmed else UNKNOWN for a in arms
-        ]
-    }
+def _build_rows(data: SweepData) -> dict[str, list[str]]:
+    """Returns the table by rows: the name of each row, and a cell for each arm."""
+    arms = data.arms
+    found = [data.evidence.arm(arm.name) for arm in arms]
+    scores = [arm.best.value if arm.best else None for arm in arms]
+    confirmed = [format_estimate(one.mean, one.interval) if one else UNKNOWN for one in found]
     return {
         "arm": [arm.name for arm in arms],
-        "best settings": [
-            format_settings(arm.best.params) if arm.best.params is not None else "no complete trial" for arm in arms
-        ],
-        **(confirmed if summary.evidence.arms else {}),
+        "best settings": [format_settings(arm.best.params) if arm.best else "no complete trial" for arm in arms],
+        **({"test score": confirmed} if data.evidence.arms else {}),
         "score": [format_score(score, beside=scores) for score in scores],
-        "of full's gain": [format_gain(arm) for arm in arms],
-        "trained": [format_count(arm.trainable_params) for arm in arms],
-        "of base": [format_share(arm.trainable_fraction) for arm in arms],
-        "adapter": [format_bytes(arm.adapter_bytes) for arm in arms],
-        "memory": [format_bytes(arm.peak_memory_bytes) for arm in arms],
-        "time": [format_seconds(arm.wall_s) for arm in arms],
-        "trials": [format_trial_counts(arm) for arm in arms],
+        "of full's gain": [format_share_estimate(*data.gain_of(arm)) for arm in arms],
+        "trained": [format_count(arm.cost("trainable_params")) for arm in arms],
+        "of base": [format_share(arm.cost("trainable_fraction")) for arm in arms],
+        "adapter": [format_bytes(arm.cost("adapter_bytes")) for arm in arms],
+        "memory": [format_bytes(arm.cost("peak_memory_bytes")) for arm in arms],
+        "time": [format_seconds(arm.cost("wall_s")) for arm in arms],
+        "trials": [arm.describe_states() for arm in arms],
     }
 
 
-def format_trial_counts(arm: ArmSummary) -> str:
-    """Returns how many of an arm's trials are in each state: `9 complete, 7 pruned`."""
-    counts = [(count, state) for state, count in vars(arm.trials).items() if count]
-    return ", ".join(f"{count} {state}" for count, state in counts) or "none"
+def _draw_side_by_side(sweeps: Sequence[SweepData]) -> Table:
+    table = Table(title="best of each arm", title_justify="left", show_lines=True)
+    table.add_column("arm", overflow="fold")
+    for sweep in sweeps:
+        table.add_column(Text(f"{sweep.record.name}\n{sweep.folder}"), overflow="fold")
+    for name in dict.fromkeys(arm.name for sweep in sweeps for arm in sweep.arms):
+        cells = [
+            next((_describe_best(arm, sweep) for arm in sweep.arms if arm.name == name), UNKNOWN) for sweep in sweeps
+        ]
+        table.add_row(Text(name), *map(Text, cells))
+    return table
 
 
-def _side_text(summary: Summary, name: str) -> str:
-    cell = describe_cell(summary, name)
-    if cell is None:
-        return UNKNOWN
-    return f"{cell.score}\n{cell.about}" if cell.about else cell.score
+def _describe_best(arm: ArmData, data: SweepData) -> str:
+    """Returns an arm's score, on test data if it was confirmed, its share of full's gain, and its settings."""
+    if arm.best is None:
+        return "no complete trial"
+    found = data.evidence.arm(arm.name)
+    searched = format_score(arm.best.value, beside=[other.best.value for other in data.arms if other.best])
+    score = format_estimate(found.mean, found.interval) if found else searched
+    share, interval = data.gain_of(arm)
+    gain = f"{format_share_estimate(share, interval)} of full's gain; " if share is not None else ""
+    return f"{score}\n{gain}{format_settings(arm.best.params)}"

@@ -6,47 +6,47 @@ from pathlib import Path
 
 import pytest
 
-from lorasweep.report.advice.costs import advise_costs, sentences_of
-from lorasweep.report.tables import load_sweep_data
+from lorasweep.report.advice.costs import compare_costs
+from lorasweep.report.sweep_data import load_sweep_data
 
 from ..conftest import build_sweep, edit_json
 
 
 def test_confirmed_share_has_an_interval_and_costs_are_those_of_the_reruns(confirmed: Path) -> None:
     data = load_sweep_data(confirmed)
-    (kept,) = advise_costs(data)
+    (kept,) = compare_costs(data)
     lora, full = ([rerun.record for rerun in arm.reruns if rerun.record] for arm in data.arms[1:])
     assert kept.is_confirmed
     assert kept.share_interval
     assert kept.share_interval[0] < kept.share_of_gain < kept.share_interval[1]
     assert kept.time_ratio == pytest.approx(sum(r.wall_s for r in lora) / sum(r.wall_s for r in full))
-    (sentence,) = sentences_of([kept])
+    sentence = kept.sentence
     assert sentence.startswith("`lora` keeps 9")
     for part in ("of its trainable parameters", "of its bytes on disk", "of its peak memory and ", "of its time."):
         assert part in sentence
 
 
 def test_without_a_confirm_stage_the_share_is_said_to_be_of_one_seed(sweep: Path) -> None:
-    (kept,) = advise_costs(load_sweep_data(sweep))
+    (kept,) = compare_costs(load_sweep_data(sweep))
     assert (kept.is_confirmed, kept.share_interval) == (False, None)
-    assert "of full fine-tuning's gain (one seed, validation data) at" in sentences_of([kept])[0]
+    assert "(one seed, validation data) at" in kept.sentence
 
 
 def test_memory_of_a_pack_is_said_to_be_that(sweep: Path) -> None:
     for path in sweep.glob("runs/lora-*/run.json"):
         edit_json(path, lambda raw: raw.update(pack={"slot": 0, "slots": 4}))
-    (kept,) = advise_costs(load_sweep_data(sweep))
-    assert "its memory is that of a pack of runs" in sentences_of([kept])[0]
+    (kept,) = compare_costs(load_sweep_data(sweep))
+    assert "its memory is that of a pack of runs" in kept.sentence
 
 
 def test_without_an_end_of_the_scale_nothing_is_kept(tmp_path: Path) -> None:
-    assert advise_costs(load_sweep_data(build_sweep(tmp_path / "a", full=0))) == []
-    assert advise_costs(load_sweep_data(build_sweep(tmp_path / "b", frozen=0))) == []
+    assert compare_costs(load_sweep_data(build_sweep(tmp_path / "a", full=0))) == []
+    assert compare_costs(load_sweep_data(build_sweep(tmp_path / "b", frozen=0))) == []
 
 
 def test_unreadable_runs_leave_the_costs_out(sweep: Path) -> None:
     for path in sweep.glob("runs/*/run.json"):
         path.unlink()
-    (kept,) = advise_costs(load_sweep_data(sweep))
+    (kept,) = compare_costs(load_sweep_data(sweep))
     assert kept.time_ratio is None
-    assert sentences_of([kept])[0].endswith("of full fine-tuning's gain (one seed, validation data).")
+    assert kept.sentence.endswith("(one seed, validation data).")

@@ -6,8 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from lorasweep.report.evidence import ConfirmScores, build_scores
-from lorasweep.report.evidence.scores import ExampleScores
+from lorasweep.report.evidence.scores import ConfirmScores, ExampleScores, build_scores
 
 
 def plant(
@@ -18,7 +17,7 @@ def plant(
     seed_spread: float = 0.01,
     example_spread: float = 0.1,
     own_spread: float = 0.02,
-    chanceless: frozenset[str] = frozenset(),
+    deterministic: frozenset[str] = frozenset(),
     draws: int = 400,
     rng: np.random.Generator | None = None,
 ) -> ConfirmScores:
@@ -30,12 +29,12 @@ def plant(
     hardness = rng.normal(0, example_spread, examples)
     values, found = {}, {}
     for arm, mean in means.items():
-        for seed in range(1 if arm in chanceless else seeds):
-            value = mean + (0 if arm in chanceless else rng.normal(0, seed_spread))
+        for seed in range(1 if arm in deterministic else seeds):
+            value = mean + (0 if arm in deterministic else rng.normal(0, seed_spread))
             if examples:
                 scores = value + hardness + rng.normal(0, own_spread, examples)
                 value = float(scores.mean())
                 rows = tuple(map(str, range(examples)))
                 found[arm, seed] = ExampleScores(rows=rows, scores=scores, weights=np.ones(examples))
             values[arm, seed] = value
-    return build_scores(values, found, chanceless=chanceless, draws=draws)
+    return build_scores(values, found, deterministic=deterministic, draws=draws)

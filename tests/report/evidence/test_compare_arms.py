@@ -7,7 +7,8 @@ from dataclasses import asdict
 
 import pytest
 
-from lorasweep.report.evidence import ConfirmScores, build_scores, weigh_evidence
+from lorasweep.report.evidence import compare_arms
+from lorasweep.report.evidence.scores import ConfirmScores, build_scores
 
 from .conftest import plant
 
@@ -16,11 +17,11 @@ BASE = frozenset({"base"})
 
 
 def planted(**settings: int) -> ConfirmScores:
-    return plant({"base": 2.0, "a": 1.2, "full": 1.0, "full-2": 1.1}, chanceless=BASE, **settings)  # type: ignore[arg-type]
+    return plant({"base": 2.0, "a": 1.2, "full": 1.0, "full-2": 1.1}, deterministic=BASE, **settings)  # type: ignore[arg-type]
 
 
 def test_share_of_full_gain_is_that_of_the_best_full_arm() -> None:
-    evidence = weigh_evidence(planted(examples=40), METHODS, sign=1)
+    evidence = compare_arms(planted(examples=40), METHODS, sign=1)
     shares = {arm.name: arm.share_of_full_gain for arm in evidence.arms}
     assert (evidence.base, evidence.full) == ("base", "full")
     assert (shares["base"], shares["full"]) == (0.0, 1.0)
@@ -33,7 +34,7 @@ def test_share_of_full_gain_is_that_of_the_best_full_arm() -> None:
 
 def test_mean_interval_and_seeds_are_those_of_the_arm() -> None:
     scores = planted()
-    arm = weigh_evidence(scores, METHODS, sign=1).arm("a")
+    arm = compare_arms(scores, METHODS, sign=1).arm("a")
     assert arm
     assert arm.values == tuple(scores.values["a"].values())
     assert arm.mean == pytest.approx(sum(arm.values) / 5)
@@ -43,7 +44,7 @@ def test_mean_interval_and_seeds_are_those_of_the_arm() -> None:
 
 
 def test_examples_widen_the_interval_but_not_that_over_seeds() -> None:
-    arm = weigh_evidence(planted(examples=40), METHODS, sign=1).arm("a")
+    arm = compare_arms(planted(examples=40), METHODS, sign=1).arm("a")
     assert arm
     assert arm.interval
     assert arm.seed_interval
@@ -51,33 +52,36 @@ def test_examples_widen_the_interval_but_not_that_over_seeds() -> None:
 
 
 def test_share_is_unknown_without_an_end_of_the_scale_or_without_a_gain() -> None:
-    no_base = weigh_evidence(plant({"a": 1.2, "full": 1.0}), METHODS, sign=1)
-    no_gain = weigh_evidence(plant({"base": 1.0, "a": 1.2, "full": 1.5}, chanceless=BASE), METHODS, sign=1)
+    no_base = compare_arms(plant({"a": 1.2, "full": 1.0}), METHODS, sign=1)
+    no_gain = compare_arms(plant({"base": 1.0, "a": 1.2, "full": 1.5}, deterministic=BASE), METHODS, sign=1)
     assert [arm.share_of_full_gain for arm in (*no_base.arms, *no_gain.arms)] == [None] * 5
 
 
 def test_one_seed_is_said_and_has_no_verdict() -> None:
-    evidence = weigh_evidence(plant({"a": 1.2, "full": 1.0}, seeds=1), METHODS, sign=1)
+    evidence = compare_arms(plant({"a": 1.2, "full": 1.0}, seeds=1), METHODS, sign=1)
     assert evidence.num_compared == 0
-    assert any("One seed says nothing about another: there is no verdict on `a`, `full`." in n for n in evidence.notes)
+    assert any("no verdict on `a`, `full`" in note for note in evidence.notes)
 
 
 def test_no_examples_is_said() -> None:
-    notes = weigh_evidence(planted(), METHODS, sign=1).notes
+    notes = compare_arms(planted(), METHODS, sign=1).notes
     assert any("intervals are over seeds alone" in note for note in notes)
 
 
 def test_no_confirm_stage_is_no_evidence_and_no_note() -> None:
-    evidence = weigh_evidence(build_scores({}, {}), METHODS, sign=1)
+    evidence = compare_arms(build_scores({}, {}), METHODS, sign=1)
     assert (evidence.arms, evidence.pairs, evidence.notes) == ((), (), ())
 
 
 def test_evidence_is_the_same_every_time_and_is_json() -> None:
-    texts = [json.dumps(asdict(weigh_evidence(planted(examples=30), METHODS, sign=1)), allow_nan=False) for _ in "ab"]
+    texts = [json.dumps(asdict(compare_arms(planted(examples=30), METHODS, sign=1)), allow_nan=False) for _ in "ab"]
     assert texts[0] == texts[1]
 
 
-def test_pair_is_found_in_either_order() -> None:
-    evidence = weigh_evidence(planted(), METHODS, sign=1)
-    assert evidence.pair("full", "a") is evidence.pair("a", "full")
+def test_pair_is_seen_from_the_arm_that_is_named_first() -> None:
+    evidence = compare_arms(planted(), METHODS, sign=1)
+    first, second = evidence.pair("full", "a"), evidence.pair("a", "full")
+    assert first
+    assert second
+    assert (first.verdict, second.verdict) == ("better", "worse")
     assert evidence.pair("a", "gone") is None

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
-from lorasweep.report.evidence import ConfirmScores, build_scores
-from lorasweep.report.evidence.estimates import bootstrap_interval, estimate_ratio, estimate_sum
+from lorasweep.report.evidence.estimates import estimate_ratio, estimate_sum
+from lorasweep.report.evidence.scores import build_scores
 
 from .conftest import plant
 
@@ -34,7 +36,7 @@ def test_what_is_common_to_seeds_and_examples_cancels_in_a_difference() -> None:
 
 
 def test_the_frozen_base_stands_beside_every_seed() -> None:
-    scores = plant({"base": 2.0, "a": 1.0}, chanceless=frozenset({"base"}))
+    scores = plant({"base": 2.0, "a": 1.0}, deterministic=frozenset({"base"}))
     found = estimate_sum(scores, {"base": 1.0, "a": -1.0})
     alone = estimate_sum(scores, {"base": 1.0})
     assert found
@@ -62,13 +64,7 @@ def test_one_seed_has_an_interval_over_examples_alone_and_is_not_testable() -> N
 
 def test_examples_are_used_only_where_every_run_has_them() -> None:
     scores = plant({"a": 1.0, "b": 1.0}, examples=20)
-    partial = ConfirmScores(
-        values=scores.values,
-        chanceless=scores.chanceless,
-        deviations={key: value for key, value in scores.deviations.items() if key != ("b", 3)},
-        num_examples=20,
-        problems=(),
-    )
+    partial = replace(scores, deviations={key: v for key, v in scores.deviations.items() if key != ("b", 3)})
     uses = [estimate_sum(partial, {arm: 1.0}) for arm in ("a", "b")]
     assert [found.uses_examples for found in uses if found] == [True, False]
 
@@ -91,31 +87,8 @@ def test_intervals_over_seeds_and_examples_hold_the_truth_in_at_least_95_of_100_
     assert 0.93 <= np.mean(hits) <= 0.99
 
 
-def test_plain_bootstrap_over_five_seeds_is_too_narrow() -> None:
-    rng = np.random.default_rng(7)
-    hits = [covers(bootstrap_interval(plant({"a": 1.0}, rng=rng), "a"), 1.0) for _ in range(60)]
-    # why the verdicts don't rest on it: about 0.83, with a standard error of 5 %
-    assert np.mean(hits) < 0.93
-
-
-def test_plain_bootstrap_is_left_out_where_it_says_nothing() -> None:
-    scores = plant({"a": 1.0, "base": 2.0}, seeds=2, chanceless=frozenset({"base"}))
-    assert bootstrap_interval(scores, "a") is None
-    assert bootstrap_interval(scores, "base") is None
-    assert bootstrap_interval(build_scores({("a", seed): 1.0 for seed in range(5)}, {}), "a") is None
-
-
-def test_plain_bootstrap_over_examples_too_is_wider() -> None:
-    scores = plant({"a": 1.0}, examples=60, example_spread=0.5)
-    over_seeds = bootstrap_interval(plant({"a": 1.0}), "a")
-    over_both = bootstrap_interval(scores, "a")
-    assert over_seeds
-    assert over_both
-    assert over_both[1] - over_both[0] > 3 * (over_seeds[1] - over_seeds[0])
-
-
 def test_ratio_of_means_has_fiellers_interval() -> None:
-    scores = plant({"base": 2.0, "a": 1.2, "full": 1.0}, chanceless=frozenset({"base"}), seed_spread=0.05)
+    scores = plant({"base": 2.0, "a": 1.2, "full": 1.0}, deterministic=frozenset({"base"}), seed_spread=0.05)
     found = estimate_ratio(scores, {"base": 1.0, "a": -1.0}, {"base": 1.0, "full": -1.0})
     above = 2.0 - np.array(list(scores.values["a"].values()))
     below = 2.0 - np.array(list(scores.values["full"].values()))
@@ -135,7 +108,7 @@ def test_ratio_of_means_has_fiellers_interval() -> None:
 
 
 def test_ratio_to_a_gain_that_may_be_none_has_no_interval() -> None:
-    scores = plant({"base": 1.0, "a": 0.99, "full": 0.999}, chanceless=frozenset({"base"}), seed_spread=0.05)
+    scores = plant({"base": 1.0, "a": 0.99, "full": 0.999}, deterministic=frozenset({"base"}), seed_spread=0.05)
     found = estimate_ratio(scores, {"base": 1.0, "a": -1.0}, {"base": 1.0, "full": -1.0})
     assert found
     assert found[1] is None
@@ -144,7 +117,9 @@ def test_ratio_to_a_gain_that_may_be_none_has_no_interval() -> None:
 def test_intervals_of_a_ratio_hold_the_truth_in_95_of_100_cases() -> None:
     rng, hits = np.random.default_rng(8), []
     for _ in range(200):
-        scores = plant({"base": 2.0, "a": 1.2, "full": 1.0}, chanceless=frozenset({"base"}), seed_spread=0.1, rng=rng)
+        scores = plant(
+            {"base": 2.0, "a": 1.2, "full": 1.0}, deterministic=frozenset({"base"}), seed_spread=0.1, rng=rng
+        )
         found = estimate_ratio(scores, {"base": 1.0, "a": -1.0}, {"base": 1.0, "full": -1.0})
         hits.append(covers(found[1] if found else None, 0.8))
     # the binomial's standard error is 1.5 %

@@ -39,14 +39,14 @@ def test_planted_differences_are_found_and_equal_arms_are_not_told_apart(sign: i
     lower = "better" if sign == 1 else "worse"
     assert (found["a", "b"].verdict, found["same", "b"].verdict) == (lower, lower)
     assert all(pair.uses_examples == bool(examples) for pair in found.values())
-    assert found["a", "b"].smallest_visible is None
+    assert found["a", "b"].minimum_detectable is None
 
 
-def test_a_difference_of_the_smallest_visible_size_is_seen_in_80_of_100_cases() -> None:
+def test_a_difference_of_the_minimum_detectable_size_is_seen_in_80_of_100_cases() -> None:
     rng, sizes, seen = np.random.default_rng(4), [], []
     for _ in range(300):
         found = estimate_sum(plant({"a": 1.0, "b": 1.0}, rng=rng), {"a": 1.0, "b": -1.0})
-        sizes.append(found.distribution.smallest_visible(0.05) if found and found.distribution else np.nan)
+        sizes.append(found.distribution.minimum_detectable(0.05) if found and found.distribution else np.nan)
     # five seeds know a spread to within a factor of two; the mean square over many is the true one
     size = float(np.sqrt(np.mean(np.square(sizes))))
     for _ in range(300):
@@ -69,15 +69,16 @@ def test_one_common_seed_is_not_tested_and_says_why() -> None:
     (pair,) = compare_pairs(plant({"a": 1.0, "b": 2.0}, seeds=1, examples=30), ["a", "b"], sign=1)
     assert (pair.verdict, pair.p_value, pair.adjusted_p_value) == ("not tested", None, None)
     assert pair.difference == pytest.approx(-1.0, abs=0.1)
-    assert pair.reason == "they have one seed in common, which says nothing about another"
+    assert "one seed in common" in (pair.reason or "")
 
 
 def test_no_common_seed_is_not_tested_and_says_why() -> None:
     scores = plant({"a": 1.0, "b": 2.0})
     values = {"a": scores.values["a"], "b": {seed + 10: value for seed, value in scores.values["b"].items()}}
-    moved = type(scores)(values=values, chanceless=frozenset(), deviations={}, num_examples=0, problems=())
+    moved = type(scores)(values=values, deterministic=frozenset(), deviations={}, num_examples=0, problems=())
     (pair,) = compare_pairs(moved, ["a", "b"], sign=1)
-    assert (pair.verdict, pair.difference, pair.reason) == ("not tested", None, "they have no seed in common")
+    assert (pair.verdict, pair.difference) == ("not tested", None)
+    assert "no seed in common" in (pair.reason or "")
 
 
 def test_arms_without_scores_are_in_no_pair() -> None:
@@ -88,7 +89,7 @@ def test_what_could_be_seen_shrinks_with_more_seeds_and_grows_with_more_comparis
     def smallest(arms: int, seeds: int) -> float:
         names = list("abcdef")[:arms]
         pairs = compare_pairs(plant(dict.fromkeys(names, 1.0), seeds=seeds), names, sign=1)
-        return float(np.median([pair.smallest_visible or np.nan for pair in pairs]))
+        return float(np.median([pair.minimum_detectable or np.nan for pair in pairs]))
 
     assert smallest(2, 20) < smallest(2, 5) < smallest(6, 5)
 

@@ -10,7 +10,7 @@ import pytest
 from lorasweep.errors import RecordError
 from lorasweep.record import read_sweep, winners, write_record
 from lorasweep.report.inspections import load_inspections
-from lorasweep.report.tables import load_sweep_data
+from lorasweep.report.sweep_data import load_sweep_data
 from lorasweep.runs.inspect.inspect_sweep import inspect_sweep
 
 from .conftest import edit_json

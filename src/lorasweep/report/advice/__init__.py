@@ -1,14 +1,9 @@
-"""What to do with what a sweep found: the smallest rank, α/r, the learning rate, what a gain costs, what to try next.
+"""Conclusions from a sweep: the smallest sufficient rank, the best learning rate, costs, and where to search next.
 
-noise    how far two scores may lie apart by chance
-ranks    the smallest rank that is not distinguishably worse than the best
-rates    the best learning rate: how flat, how it moves with rank, against full fine-tuning; the best α/r
-costs    what share of full fine-tuning's gain is kept at what share of its cost
-edges    best values that lie at the end of their range
-
-Comes after `tables`, before `summary`. Each part is numbers first (`summary.json`), then sentences.
+tolerance  how much worse than the best a trial may score and still be as good
+ranks      the smallest rank that is not distinguishably worse than the best
+rates      the best learning rate of each arm, its range and its change over rank
+costs      the share of full fine-tuning's gain that an arm keeps, and its share of the cost
+edges      best values at an end of their range
+advise     all of it for one sweep
 """
-
-from lorasweep.report.advice.advise import Advice, advise
-
-__all__ = ["Advice", "advise"]

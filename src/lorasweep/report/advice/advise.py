@@ -1,43 +1,35 @@
-"""All advice of one sweep, as numbers and in sentences. Last of this package."""
+"""All advice of one sweep."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lorasweep.report.advice import costs, rates
-from lorasweep.report.advice.costs import KeptGain, advise_costs
+from lorasweep.report.advice.costs import KeptGain, compare_costs
 from lorasweep.report.advice.edges import describe_edges
-from lorasweep.report.advice.ranks import RankAdvice, advise_rank
-from lorasweep.report.advice.rates import RateAdvice, RateTrend, advise_rates, find_trends
-from lorasweep.report.tables import SweepData
+from lorasweep.report.advice.ranks import RankAdvice, advise_ranks
+from lorasweep.report.advice.rates import RateAdvice, RateTrend, advise_rates, fit_trends
+from lorasweep.report.sweep_data import SweepData
 
 
 @dataclass(frozen=True, kw_only=True)
 class Advice:
-    """What to do with what a sweep found."""
+    """All advice of one sweep; fields that nothing supports are empty."""
 
     ranks: tuple[RankAdvice, ...]
     rates: tuple[RateAdvice, ...]
     trends: tuple[RateTrend, ...]
     kept: tuple[KeptGain, ...]
-    rank_sentences: tuple[str, ...]
-    kept_sentences: tuple[str, ...]
-    rate_sentences: tuple[str, ...]
-    next_sentences: tuple[str, ...]
-    """Where to search next."""
+    next_searches: tuple[str, ...]
+    """One sentence for each range that should be searched further."""
 
 
 def advise(data: SweepData) -> Advice:
-    """Returns what to do with what the sweep found; parts that nothing supports are empty."""
-    ranks, kept, found = advise_rank(data), advise_costs(data), advise_rates(data)
-    trends = find_trends(data, found)
+    """Returns all advice of a sweep."""
+    rates = advise_rates(data)
     return Advice(
-        ranks=tuple(ranks),
-        rates=tuple(found),
-        trends=tuple(trends),
-        kept=tuple(kept),
-        rank_sentences=tuple(advice.sentence for advice in ranks),
-        kept_sentences=tuple(costs.sentences_of(kept)),
-        rate_sentences=tuple(rates.sentences_of(found, trends)),
-        next_sentences=tuple(describe_edges(data)),
+        ranks=tuple(advise_ranks(data)),
+        rates=tuple(rates),
+        trends=tuple(fit_trends(data, rates)),
+        kept=tuple(compare_costs(data)),
+        next_searches=tuple(describe_edges(data)),
     )

@@ -1,4 +1,4 @@
-"""Best values at an end of their range, beyond which nothing was tried. Only complete trials count."""
+"""Best values at an end of their range, so that a better value may lie outside. Only complete trials count."""
 
 from __future__ import annotations
 
@@ -6,59 +6,58 @@ import math
 from typing import Any
 
 from lorasweep.config.ranges import find_bounds
-from lorasweep.report.advice.noise import near_best, tolerance_of
-from lorasweep.report.tables import Arm, SweepData, Trial
+from lorasweep.report.advice.tolerance import find_tolerance, near_best
+from lorasweep.report.sweep_data import RANK, ArmData, SweepData, TrialData
 from lorasweep.wording import format_setting, join_words
 
 EDGE_FRACTION = 0.05
-"""A value closer to an end of its range than this share of the range counts as at the end."""
+"""A value is at an end of its range if it is closer to the end than this share of the range."""
 
 
 def describe_edges(data: SweepData) -> list[str]:
     """Returns a sentence for each key whose best value lies at an end of its range: where to search next.
 
-    An arm gets none for an end if no complete trial lies away from it, so that nothing shows that the end is better,
-    or if a trial that lies away from it is as good, as far as the confirm stage tells the noise.
+    An arm is left out if no complete trial lies away from that end, so that nothing shows that the end is better, or
+    if such a trial is as good as the best within the noise that the confirm stage measured.
     """
     found: dict[tuple[str, str], list[tuple[str, Any]]] = {}
     for arm in data.arms:
-        for key, end in edges_of(arm, arm.best).items() if arm.best else ():
+        for key, end in find_edges(arm, arm.best).items() if arm.best else ():
             if arm.best and _is_supported(arm, key, end, data):
                 found.setdefault((key, end), []).append((arm.name, arm.best.params[key]))
-    return [_sentence(key, end, places) for (key, end), places in found.items()]
+    sentences = []
+    for (key, end), bests in found.items():
+        arms = join_words([f"`{name}`" for name, _ in bests])
+        values = {format_setting(value) for _, value in bests}
+        value = f", {values.pop()}," if len(values) == 1 else ""
+        direction = "lower" if end == "lower" else "higher"
+        sentences.append(
+            f"The best `{key}` of {arms}{value} lies at the {end} end of its range: search {direction} values too."
+        )
+    return sentences
 
 
-def _sentence(key: str, end: str, places: list[tuple[str, Any]]) -> str:
-    arms = join_words([f"`{name}`" for name, _ in places])
-    values = {format_setting(value) for _, value in places}
-    value = f", {values.pop()}," if len(values) == 1 else ""
-    return (
-        f"The best `{key}` of {arms}{value} lies at the {end} end of its range: "
-        f"search {'lower' if end == 'lower' else 'higher'} values too."
-    )
+def find_edges(arm: ArmData, trial: TrialData) -> dict[str, str]:
+    """Returns the swept keys whose value in the trial lies at an end of its range, with that `lower` or `upper` end."""
+    ends = {key: _find_end(arm.row.space.get(key), trial.number_at(key)) for key in trial.params}
+    # No rank is lower than 1, so there is nothing to search below it.
+    return {key: end for key, end in ends.items() if end and not (key == RANK and trial.params[key] == 1)}
 
 
-def _is_supported(arm: Arm, key: str, end: str, data: SweepData) -> bool:
-    """Whether complete trials away from the end are there, and none of them is as good as the best."""
-    away = [trial for trial in arm.trials if trial.is_complete and edges_of(arm, trial).get(key) != end]
-    tolerance = tolerance_of(arm, data)
+def _is_supported(arm: ArmData, key: str, end: str, data: SweepData) -> bool:
+    """Returns whether complete trials lie away from the end and none of them is as good as the best."""
+    away = [trial for trial in arm.trials if trial.is_complete and find_edges(arm, trial).get(key) != end]
+    tolerance = find_tolerance(arm, data)
     as_good = near_best(arm, data, tolerance) if tolerance and tolerance.is_measured else []
     return bool(away) and not any(trial in as_good for trial in away)
 
 
-def edges_of(arm: Arm, trial: Trial) -> dict[str, str]:
-    """Returns the swept keys whose value in that trial lies at an end of its range, and which: `lower` or `upper`."""
-    ends = {key: _edge(arm.row.space.get(key), trial.number_at(key)) for key in trial.params}
-    # no rank is lower than 1
-    return {key: end for key, end in ends.items() if end and not (key == "method.rank" and trial.params[key] == 1)}
-
-
-def _edge(searched: Any, value: float | None) -> str | None:
+def _find_end(searched: Any, value: float | None) -> str | None:
     bounds = find_bounds(searched)
     if value is None or bounds is None or (bounds.is_log and value <= 0):
         return None
     low, high = bounds.low, bounds.high
     position = math.log(value / low) / math.log(high / low) if bounds.is_log else (value - low) / (high - low)
-    # a choice lies at an end only if it is the smallest or the largest
+    # In a list of choices only the smallest and the largest are at an end.
     margin = 0.0 if isinstance(searched, list) else EDGE_FRACTION
     return "lower" if position <= margin else "upper" if position >= 1 - margin else None

@@ -1,31 +1,30 @@
-"""The evidence of one sweep: arms, pairs and shares of full fine-tuning's gain. Last of this package."""
+"""The evidence of one sweep: its arms, its pairs of arms, and their shares of full fine-tuning's gain."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from lorasweep.report.evidence.estimates import Interval, bootstrap_interval, estimate_ratio, estimate_sum
+from lorasweep.report.evidence.estimates import Interval, estimate_ratio, estimate_sum
 from lorasweep.report.evidence.scores import ConfirmScores
-from lorasweep.report.evidence.verdicts import Pair, compare_pairs
+from lorasweep.report.evidence.verdicts import PairComparison, compare_pairs
 
 
 @dataclass(frozen=True, kw_only=True)
 class ArmEvidence:
-    """One arm's reruns on test data."""
+    """The results of one arm's reruns on test data."""
 
     name: str
     seeds: tuple[int, ...]
     values: tuple[float, ...]
+    """The score of each seed."""
     mean: float
-    spread: float | None
-    """Standard deviation over seeds; None for one seed."""
+    std: float | None
+    """The standard deviation over seeds; None for one seed."""
     interval: Interval | None
-    """95 %: t over seeds, and a bootstrap over examples where they are known."""
+    """The 95 % interval of the mean: t over seeds, and a bootstrap over examples if they are known."""
     seed_interval: Interval | None
-    """95 % over seeds alone: what another training on the same test data might score."""
-    bootstrap_interval: Interval | None
-    """The plain bootstrap's, for comparison: too narrow with few seeds."""
+    """The 95 % interval over seeds alone: the mean of other trainings on the same test data."""
     uses_examples: bool
     share_of_full_gain: float | None
     """(base - arm) / (base - full) on test data."""
@@ -34,104 +33,97 @@ class ArmEvidence:
 
 @dataclass(frozen=True, kw_only=True)
 class Evidence:
-    """What the confirm stage shows; no arms where there was none."""
+    """The results of the confirm stage; without arms if there was none."""
 
     arms: tuple[ArmEvidence, ...] = ()
-    pairs: tuple[Pair, ...] = ()
+    pairs: tuple[PairComparison, ...] = ()
     num_examples: int = 0
-    """Test examples that the intervals take for a sample; 0 where single examples have no score."""
+    """The number of test examples behind the intervals; 0 if no scores of single examples are known."""
     base: str | None = None
-    """The arm that is the frozen base, and `full` the best that is full fine-tuning, where there is one."""
+    """The name of the arm that is the frozen base."""
     full: str | None = None
+    """The name of the best arm of full fine-tuning."""
     notes: tuple[str, ...] = ()
-    """What the numbers can't say, in sentences."""
+    """One sentence for each limit of the numbers."""
 
-    def arm(self, name: str) -> ArmEvidence | None:
+    def arm(self, name: str | None) -> ArmEvidence | None:
         """Returns the evidence on an arm."""
         return next((arm for arm in self.arms if arm.name == name), None)
 
-    def pair(self, first: str, second: str) -> Pair | None:
-        """Returns the verdict on a pair, in whichever order it is named."""
-        return next((pair for pair in self.pairs if {pair.first, pair.second} == {first, second}), None)
+    def pair(self, first: str, second: str | None) -> PairComparison | None:
+        """Returns the comparison of two arms, seen from the first."""
+        found = next((pair for pair in self.pairs if {pair.first, pair.second} == {first, second}), None)
+        return found.seen_from(first) if found else None
 
     @property
     def num_compared(self) -> int:
-        """How many pairs were tested."""
+        """The number of pairs that were tested."""
         return sum(pair.verdict != "not tested" for pair in self.pairs)
 
 
-def weigh_evidence(scores: ConfirmScores, methods: Sequence[tuple[str, str]], *, sign: int) -> Evidence:
-    """Returns what the confirm stage shows.
+def compare_arms(scores: ConfirmScores, methods: Sequence[tuple[str, str]], *, sign: int) -> Evidence:
+    """Returns the results of the confirm stage.
 
     Args:
-        scores: Its numbers.
-        methods: Name and method of every arm of the sweep, in its order.
-        sign: 1 where lower scores are better, else -1.
+        scores: The scores of the confirm stage.
+        methods: The name and method of every arm, in the sweep's order.
+        sign: 1 if lower scores are better, else -1.
     """
     names = [name for name, _ in methods if scores.values.get(name)]
-    base, full = (_best_of(method, methods, scores, sign=sign) for method in ("frozen", "full"))
+    base, full = (_find_best(method, methods, scores, sign=sign) for method in ("frozen", "full"))
     return Evidence(
-        arms=tuple(arm for arm in (_weigh_arm(scores, name, base, full, sign=sign) for name in names) if arm),
+        arms=tuple(arm for name in names if (arm := _estimate_arm(scores, name, base, full, sign=sign))),
         pairs=compare_pairs(scores, names, sign=sign),
         num_examples=scores.num_examples,
         base=base,
         full=full,
-        notes=(*_notes(scores, names), *scores.problems),
+        notes=(*_describe_limits(scores, names), *scores.problems),
     )
 
 
-def _best_of(method: str, methods: Sequence[tuple[str, str]], scores: ConfirmScores, *, sign: int) -> str | None:
+def _find_best(method: str, methods: Sequence[tuple[str, str]], scores: ConfirmScores, *, sign: int) -> str | None:
     found = [(name, estimate_sum(scores, {name: 1.0})) for name, kind in methods if kind == method]
     means = {name: sign * estimate.value for name, estimate in found if estimate}
     return min(means, key=means.__getitem__, default=None)
 
 
-def _weigh_arm(
+def _estimate_arm(
     scores: ConfirmScores, name: str, base: str | None, full: str | None, *, sign: int
 ) -> ArmEvidence | None:
     estimate = estimate_sum(scores, {name: 1.0})
-    if estimate is None:
+    seeds_alone = estimate_sum(replace(scores, deviations={}, num_examples=0), {name: 1.0})
+    if estimate is None or seeds_alone is None:
         return None
-    alone = estimate_sum(_without_examples(scores), {name: 1.0})
-    share = _share(scores, name, base, full, sign=sign)
-    seeds = sorted(scores.values[name])
+    share, share_interval = _estimate_share(scores, name, base, full, sign=sign)
     return ArmEvidence(
         name=name,
-        seeds=tuple(seeds),
-        values=tuple(scores.values[name][seed] for seed in seeds),
+        seeds=tuple(sorted(scores.values[name])),
+        values=tuple(value for _, value in sorted(scores.values[name].items())),
         mean=estimate.value,
-        spread=estimate.spread,
+        std=estimate.std,
         interval=estimate.interval,
-        seed_interval=alone.interval if alone else None,
-        bootstrap_interval=bootstrap_interval(scores, name),
+        seed_interval=seeds_alone.interval,
         uses_examples=estimate.uses_examples,
-        share_of_full_gain=share[0] if share else None,
-        share_interval=share[1] if share else None,
+        share_of_full_gain=share,
+        share_interval=share_interval,
     )
 
 
-def _without_examples(scores: ConfirmScores) -> ConfirmScores:
-    return ConfirmScores(values=scores.values, chanceless=scores.chanceless, deviations={}, num_examples=0, problems=())
-
-
-def _share(
+def _estimate_share(
     scores: ConfirmScores, name: str, base: str | None, full: str | None, *, sign: int
-) -> tuple[float, Interval | None] | None:
-    if base is None or full is None:
-        return None
-    gain = estimate_sum(scores, {base: float(sign), full: -float(sign)})
-    if gain is None or gain.value <= 0:
-        return None
-    if name in (base, full):
-        # by definition, without error
-        return (0.0, None) if name == base else (1.0, None)
-    return estimate_ratio(scores, {base: 1.0, name: -1.0}, {base: 1.0, full: -1.0})
+) -> tuple[float | None, Interval | None]:
+    """Returns an arm's share of full fine-tuning's gain with its interval; None if there is no such gain."""
+    gain = estimate_sum(scores, {base: float(sign), full: -float(sign)}) if base and full else None
+    if base is None or full is None or gain is None or gain.value <= 0:
+        return None, None
+    if name in (base, full):  # 0 and 1 by definition, without error
+        return float(name == full), None
+    return estimate_ratio(scores, {base: 1.0, name: -1.0}, {base: 1.0, full: -1.0}) or (None, None)
 
 
-def _notes(scores: ConfirmScores, names: Sequence[str]) -> list[str]:
-    chance = [name for name in names if name not in scores.chanceless]
-    single = [name for name in chance if len(scores.values[name]) == 1]
+def _describe_limits(scores: ConfirmScores, names: Sequence[str]) -> list[str]:
     notes = []
+    single = [name for name in names if name not in scores.deterministic and len(scores.values[name]) == 1]
     if single:
         listed = ", ".join(f"`{name}`" for name in single)
         notes.append(f"One seed says nothing about another: there is no verdict on {listed}. Confirm on two or more.")

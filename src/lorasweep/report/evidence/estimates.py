@@ -1,4 +1,4 @@
-"""Means, differences and ratios of arms, each on the same seeds and examples. Comes after `scores`."""
+"""Means, differences and ratios of arms, each on the same seeds and examples."""
 
 from __future__ import annotations
 
@@ -6,34 +6,32 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
 from scipy.optimize import brentq
 
-from lorasweep.report.evidence.confidence import CONFIDENCE, Array, ConfidenceDistribution, distribute
-from lorasweep.report.evidence.scores import SEED, ConfirmScores
+from lorasweep.report.evidence.confidence import CONFIDENCE, Array, ConfidenceDistribution, estimate_mean
+from lorasweep.report.evidence.scores import ConfirmScores
 
-MIN_BOOTSTRAP = 3
-"""Two seeds have three resamples: not even a rough interval."""
-RESAMPLES = 9999
 MAX_DOUBLINGS = 30
 
 Interval = tuple[float, float]
+Coefficients = Mapping[str, float]
+"""The weight of each arm in a sum."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Estimate:
-    """A weighted sum of arms' mean scores."""
+    """A weighted sum of the mean scores of arms."""
 
     value: float
     seeds: tuple[int, ...]
-    """Those that every arm of it has; empty where seeds make no difference."""
+    """The seeds that all arms of the sum have; empty if seeds make no difference."""
     values: tuple[float, ...]
     """The sum for each seed."""
     distribution: ConfidenceDistribution | None
-    """None where nothing is known about its error: one seed and no scores of examples."""
+    """None if nothing is known about the error: one seed and no scores of examples."""
     uses_examples: bool
     is_testable: bool
-    """Whether chance over seeds is known: two seeds, or none that matters. A verdict needs that."""
+    """Whether the error over seeds is known: there are two seeds, or seeds make no difference. A verdict needs it."""
 
     @property
     def interval(self) -> Interval | None:
@@ -41,13 +39,13 @@ class Estimate:
         return self.distribution.interval if self.distribution else None
 
     @property
-    def spread(self) -> float | None:
-        """Standard deviation over seeds."""
+    def std(self) -> float | None:
+        """The standard deviation over seeds."""
         return float(np.std(self.values, ddof=1)) if len(self.values) > 1 else None
 
 
-def estimate_sum(scores: ConfirmScores, coefficients: Mapping[str, float]) -> Estimate | None:
-    """Returns Σ coefficient · mean of the arm over the seeds that all of them have, or None where there are none."""
+def estimate_sum(scores: ConfirmScores, coefficients: Coefficients) -> Estimate | None:
+    """Returns Σ coefficient · mean of the arm over the seeds that all arms have, or None if they have none."""
     if any(not scores.values.get(arm) for arm in coefficients):
         return None
     seeds = _common_seeds(scores, coefficients)
@@ -61,111 +59,78 @@ def estimate_sum(scores: ConfirmScores, coefficients: Mapping[str, float]) -> Es
         value=float(sums.mean()),
         seeds=seeds or (),
         values=tuple(map(float, sums)),
-        distribution=distribute(sums, deviations, has_chance=seeds is not None),
+        distribution=estimate_mean(sums, deviations, varies_by_seed=seeds is not None),
         uses_examples=deviations is not None,
         is_testable=seeds is None or len(seeds) > 1,
     )
 
 
-def bootstrap_interval(scores: ConfirmScores, arm: str) -> Interval | None:
-    """Returns the plain bootstrap interval of an arm's mean: over seeds, and over examples where they are known.
-
-    Over both it is the pigeonhole bootstrap (Owen 2007): seeds and examples are drawn apart, since every seed scored
-    the same examples. Over seeds alone it is BCa (Efron 1987). With few seeds both are too narrow; see `confidence`.
-    """
-    seeds = sorted(scores.values.get(arm, {}))
-    values = np.array([scores.values[arm][seed] for seed in seeds])
-    if arm in scores.chanceless or len(seeds) < MIN_BOOTSTRAP or np.ptp(values) == 0:
-        return None
-    if any((arm, seed) not in scores.deviations for seed in seeds):
-        return _bootstrap_seeds(values)
-    deviations = np.array([scores.deviations[arm, seed] for seed in seeds])  # (seeds, draws)
-    drawn = np.random.default_rng(SEED).integers(len(seeds), size=deviations.shape)
-    means = (values[drawn] + np.take_along_axis(deviations, drawn, axis=0)).mean(axis=0)
-    low, high = np.quantile(means, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return float(low), float(high)
-
-
 def estimate_ratio(
-    scores: ConfirmScores, numerator: Mapping[str, float], denominator: Mapping[str, float]
+    scores: ConfirmScores, numerator: Coefficients, denominator: Coefficients
 ) -> tuple[float, Interval | None] | None:
-    """Returns a ratio of two sums with its interval by Fieller's theorem (1954); None where the sums can't be had.
+    """Returns a ratio of two sums with its interval by Fieller's theorem (1954); None if a sum is not known.
 
-    A value is inside the interval where numerator - value · denominator is not distinguishable from 0. Where the
-    denominator itself is not, the interval is not bounded, and None stands for it.
+    The interval holds each value for which numerator - value · denominator is not distinguishable from 0. It is None
+    if the denominator itself is not distinguishable from 0: the interval would have no bounds.
     """
-    below = estimate_sum(scores, denominator)
-    ratio = _ratio_at(scores, numerator, denominator)
-    if below is None or ratio is None:
+    # A coefficient of 0 for the other sum's arms takes both sums over the same seeds.
+    above = estimate_sum(scores, _subtract(numerator, denominator, 0.0))
+    below = estimate_sum(scores, _subtract(denominator, numerator, 0.0))
+    if above is None or below is None or below.value == 0:
         return None
-    known = below.is_testable and below.distribution is not None
-    if not known or below.distribution is None or below.distribution.p_value > 1 - CONFIDENCE:
+    ratio = above.value / below.value
+    alone = estimate_sum(scores, denominator)
+    tested = alone.distribution if alone and alone.is_testable else None
+    if tested is None or tested.p_value > 1 - CONFIDENCE:
         return ratio, None
-    ends = [
+    low, high = (
         _solve(scores, numerator, denominator, ratio, confidence)
         for confidence in ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2)
-    ]
-    low, high = ends
+    )
     return ratio, None if low is None or high is None else (min(low, high), max(low, high))
 
 
-def _common_seeds(scores: ConfirmScores, arms: Mapping[str, float]) -> tuple[int, ...] | None:
-    """Returns the seeds that every arm has; None where seeds make no difference in any of them."""
-    sets = [set(scores.values[arm]) for arm in arms if arm not in scores.chanceless]
+def _common_seeds(scores: ConfirmScores, arms: Coefficients) -> tuple[int, ...] | None:
+    """Returns the seeds that every arm has; None if seeds make no difference in any of them."""
+    sets = [set(scores.values[arm]) for arm in arms if arm not in scores.deterministic]
     return tuple(sorted(set.intersection(*sets))) if sets else None
 
 
 def _values_of(scores: ConfirmScores, arm: str, seeds: tuple[int, ...] | None) -> Array:
     values = scores.values[arm]
-    if arm in scores.chanceless or seeds is None:
-        # the base's one score stands beside every seed
+    if arm in scores.deterministic or seeds is None:
+        # The base model has one score. It stands beside every seed.
         return np.full(len(seeds) if seeds else 1, float(np.mean(list(values.values()))))
     return np.array([values[seed] for seed in seeds])
 
 
-def _sum_deviations(
-    scores: ConfirmScores, coefficients: Mapping[str, float], seeds: tuple[int, ...] | None
-) -> Array | None:
-    parts = []
+def _sum_deviations(scores: ConfirmScores, coefficients: Coefficients, seeds: tuple[int, ...] | None) -> Array | None:
+    sums = []
     for arm, coefficient in coefficients.items():
-        mine = scores.values[arm] if arm in scores.chanceless or seeds is None else seeds
-        keys = [(arm, seed) for seed in mine]
+        own_seeds = scores.values[arm] if arm in scores.deterministic or seeds is None else seeds
+        keys = [(arm, seed) for seed in own_seeds]
         if any(key not in scores.deviations for key in keys):
             return None
-        parts.append(coefficient * np.mean([scores.deviations[key] for key in keys], axis=0))
-    return np.sum(parts, axis=0)  # type: ignore[no-any-return]
+        sums.append(coefficient * np.mean([scores.deviations[key] for key in keys], axis=0))
+    return np.sum(sums, axis=0)  # type: ignore[no-any-return]
 
 
-def _bootstrap_seeds(values: Array) -> Interval:
-    found = stats.bootstrap(
-        (values,), np.mean, confidence_level=CONFIDENCE, n_resamples=RESAMPLES, method="BCa", rng=SEED
-    ).confidence_interval
-    return float(found.low), float(found.high)
-
-
-def _difference(numerator: Mapping[str, float], denominator: Mapping[str, float], value: float) -> dict[str, float]:
+def _subtract(numerator: Coefficients, denominator: Coefficients, factor: float) -> dict[str, float]:
+    """Returns the coefficients of numerator - factor · denominator."""
     arms = dict.fromkeys([*numerator, *denominator])
-    return {arm: numerator.get(arm, 0.0) - value * denominator.get(arm, 0.0) for arm in arms}
-
-
-def _ratio_at(scores: ConfirmScores, numerator: Mapping[str, float], denominator: Mapping[str, float]) -> float | None:
-    # 0 · denominator: the numerator on the seeds that both sums have
-    above = estimate_sum(scores, _difference(numerator, denominator, 0.0))
-    below = estimate_sum(scores, _difference(denominator, numerator, 0.0))
-    return above.value / below.value if above and below and below.value != 0 else None
+    return {arm: numerator.get(arm, 0.0) - factor * denominator.get(arm, 0.0) for arm in arms}
 
 
 def _solve(
-    scores: ConfirmScores,
-    numerator: Mapping[str, float],
-    denominator: Mapping[str, float],
-    ratio: float,
-    confidence: float,
+    scores: ConfirmScores, numerator: Coefficients, denominator: Coefficients, ratio: float, confidence: float
 ) -> float | None:
-    def excess(value: float) -> float:
-        found = estimate_sum(scores, _difference(numerator, denominator, value))
-        return found.distribution.below(0.0) - confidence if found and found.distribution else -confidence
+    """Returns the ratio at which 0 is the quantile of numerator - ratio · denominator, or None if it is not found."""
 
+    def excess(value: float) -> float:
+        found = estimate_sum(scores, _subtract(numerator, denominator, value))
+        return found.distribution.cdf(0.0) - confidence if found and found.distribution else -confidence
+
+    # The bracket grows from the estimate until it holds a change of sign, below the estimate first.
     for direction in (-1, 1):
         width = 0.05
         for _ in range(MAX_DOUBLINGS):

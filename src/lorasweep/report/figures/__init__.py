@@ -1,16 +1,15 @@
-"""The page's figures (plotly), one function each: `SweepData` in, `Panel` out. A new one joins `PANELS`."""
+"""The page's figures (plotly): each function takes a `SweepData` and returns a `Panel`."""
 
 from collections.abc import Callable
 
 from lorasweep.report.figures.confirmed import draw_confirmed
 from lorasweep.report.figures.curves import draw_learning_curves
 from lorasweep.report.figures.panel import Panel
-from lorasweep.report.figures.rates import draw_score_by_lr
-from lorasweep.report.figures.scores import draw_rank_alpha, draw_score_by_rank
+from lorasweep.report.figures.scores import draw_rank_alpha, draw_score_by_lr, draw_score_by_rank
 from lorasweep.report.figures.settings import draw_importance, draw_parallel_coordinates
 from lorasweep.report.figures.tradeoff import draw_tradeoff
 from lorasweep.report.figures.weights import draw_weights
-from lorasweep.report.tables import SweepData
+from lorasweep.report.sweep_data import SweepData
 
 PANELS: tuple[Callable[[SweepData], Panel], ...] = (
     draw_confirmed,
@@ -23,6 +22,4 @@ PANELS: tuple[Callable[[SweepData], Panel], ...] = (
     draw_importance,
     draw_weights,
 )
-"""In the order of the page."""
-
-__all__ = ["PANELS", "Panel"]
+"""The panels in the order of the page."""

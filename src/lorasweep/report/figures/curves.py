@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
-import plotly.graph_objects as go
-
-from lorasweep.report.figures.panel import Panel, build_figure, colours_of, escape, label_of, link_to, show_scores
-from lorasweep.report.tables import Arm, SweepData, Trial
-from lorasweep.report.thinning import describe_thinning, thin, thin_groups
+from lorasweep.report.downsampling import describe_downsampling, downsample, downsample_groups
+from lorasweep.report.figures.panel import (
+    Panel,
+    add_line,
+    build_figure,
+    colours_of,
+    label_of,
+    link_of,
+    show_scores,
+)
+from lorasweep.report.sweep_data import SweepData
 
 FILE = "curves.csv"
 MAX_CURVE_POINTS = 20_000
-"""All curves together have at most about this many points; longer curves are thinned so that the page opens quickly."""
+"""All curves together have at most about this many points: more make the page slow to open."""
+MIN_CURVE_POINTS = 8
 MAX_CURVES = 500
 """A figure has at most about this many curves: among more, nobody can tell one from another."""
 
@@ -25,61 +31,41 @@ def draw_learning_curves(data: SweepData) -> Panel:
     if not arms:
         return Panel(key="curves", title=title, text="No run has two evaluations, so there is no curve to draw.")
     others = [[trial for trial in arm.trials if trial is not arm.best and trial.curve] for arm in arms]
-    shown = thin_groups(others, key=lambda trial: _rank(trial, data), most=MAX_CURVES)
-    per_curve = max(8, MAX_CURVE_POINTS // max(1, sum(map(len, shown))))
+    shown = downsample_groups(
+        others, key=lambda t: math.inf if t.value is None else data.sign * t.value, max_items=MAX_CURVES
+    )
+    max_points = max(MIN_CURVE_POINTS, MAX_CURVE_POINTS // max(1, sum(map(len, shown))))
     figure = build_figure(data, x_title="training step")
     for arm, trials in zip(arms, shown, strict=True):
-        _add_faint(figure, trials, arm.name, colours[arm.name], per_curve)
-    for arm in arms:
-        _add_best(figure, arm, colours[arm.name], per_curve)
+        x: list[int | None] = []
+        y: list[float | None] = []
+        for trial in trials:
+            curve = downsample(trial.curve, max_points)
+            # A gap ends each curve, so that one trace holds all curves of an arm.
+            x += [*(step for step, _ in curve), None]
+            y += [*(score for _, score in curve), None]
+        add_line(figure, x, y, colours[arm.name], arm.name, line={"width": 1}, opacity=0.35)
+    for arm in arms:  # after the faint curves, so that the bold ones lie above them
+        if arm.best:
+            curve = downsample(arm.best.curve, max_points)
+            add_line(
+                figure,
+                [step for step, _ in curve],
+                [score for _, score in curve],
+                colours[arm.name],
+                arm.name,
+                line={"width": 3},
+                showlegend=True,
+                hoverinfo=None,
+                customdata=[link_of(arm.best.run)] * len(curve),
+                hovertemplate=f"step %{{x}}: %{{y:.4f}}<br>{label_of(arm.best)}<extra></extra>",
+            )
     cut = show_scores(figure, data, [score for arm in arms for trial in arm.trials for _, score in trial.curve])
+    left_out = describe_downsampling(shown, others, file=FILE)
     return Panel(
         key="curves",
         title=title,
-        text=(
-            "Validation score over training: the best trial of each arm bold, the others faint."
-            f"{describe_thinning(shown, others, file=FILE)}{cut}"
-        ),
+        text=f"Validation score over training: the best trial of each arm bold, the others faint.{left_out}{cut}",
         figures=(figure,),
         file=FILE,
-    )
-
-
-def _rank(trial: Trial, data: SweepData) -> float:
-    return math.inf if trial.value is None else data.sign * trial.value
-
-
-def _add_faint(figure: go.Figure, trials: Sequence[Trial], arm: str, colour: str, points: int) -> None:
-    x: list[int | None] = []
-    y: list[float | None] = []
-    for trial in trials:
-        curve = thin(trial.curve, points)
-        # a gap ends the line, so that one trace holds all curves of an arm
-        x += [*(step for step, _ in curve), None]
-        y += [*(score for _, score in curve), None]
-    figure.add_scatter(
-        x=x,
-        y=y,
-        mode="lines",
-        line={"color": colour, "width": 1},
-        opacity=0.35,
-        legendgroup=escape(arm),
-        showlegend=False,
-        hoverinfo="skip",
-    )
-
-
-def _add_best(figure: go.Figure, arm: Arm, colour: str, points: int) -> None:
-    if arm.best is None:
-        return
-    curve = thin(arm.best.curve, points)
-    figure.add_scatter(
-        x=[step for step, _ in curve],
-        y=[score for _, score in curve],
-        mode="lines",
-        line={"color": colour, "width": 3},
-        name=escape(arm.name),
-        legendgroup=escape(arm.name),
-        customdata=[link_to(arm.best)] * len(curve),
-        hovertemplate=f"step %{{x}}: %{{y:.4f}}<br>{label_of(arm.best)}<extra></extra>",
     )

@@ -1,4 +1,4 @@
-"""Figures of the score against rank, and against rank and α together."""
+"""Figures of the score against rank, against rank and α, and against the learning rate."""
 
 from __future__ import annotations
 
@@ -6,211 +6,193 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 
-import plotly.graph_objects as go
-
-from lorasweep.report.advice import advise
-from lorasweep.report.advice.noise import ALPHA, RANK
+from lorasweep.report.advice.advise import advise
+from lorasweep.report.downsampling import describe_downsampling, downsample_groups
 from lorasweep.report.figures.confirmed import draw_confirmed_by_rank
 from lorasweep.report.figures.panel import (
     Panel,
+    ScoredTrial,
+    add_heat_map,
+    add_line,
     add_points,
+    add_ring,
     build_figure,
+    build_rank_figure,
     colours_of,
     complete_trials,
-    escape,
     show_scores,
 )
-from lorasweep.report.tables import SweepData, Trial
-from lorasweep.report.thinning import describe_thinning, thin_groups
+from lorasweep.report.sweep_data import ALPHA, LR, RANK, SweepData, TrialData
 from lorasweep.wording import format_metric, format_score, format_setting
 
 MAX_CELLS = 10
-"""More different values than this along an axis are put together by powers of two."""
-
+"""If an axis of the heat map has more values than this, they are rounded to powers of two."""
 MULTIPLIER = "method.alpha_over_rank"
-"""The key of α/r where a sweep searches that."""
-
-Scored = list[tuple[Trial, float]]
+"""The key of α/r in a sweep that searches it."""
 
 
 def draw_score_by_rank(data: SweepData) -> Panel:
     """Returns each complete trial's score at its rank, with a line through the best of each rank."""
     title, colours = "Score by rank", colours_of(data)
-    groups = _rank_groups(data)
-    ranks = sorted({rank for points in groups.values() for rank in _ranks(points)})
+    groups = _group_trials_with_rank(data)
+    ranks = {trial.number_at(RANK) or 0 for trials in groups.values() for trial, _ in trials}
     if len(ranks) < 2:
-        return Panel(
-            key="rank", title=title, text="No two ranks have a complete trial, so there is nothing to compare."
-        )
-    figure = build_figure(data, x_title="rank (log scale)")
-    figure.update_xaxes(type="log", tickvals=ranks, ticktext=[format_setting(rank) for rank in ranks])
-    shown = thin_groups([*groups.values()], key=lambda pair: pair[1])
-    for ((name, arm), points), dots in zip(groups.items(), shown, strict=True):
-        add_points(figure, _at_rank(dots), colours[arm], name)
-        best = {rank: _best_at(points, rank, data) for rank in sorted(set(_ranks(points)))}
-        line = {"color": colours[arm], "width": 2.5}
-        figure.add_scatter(
-            x=list(best),
-            y=list(best.values()),
-            mode="lines",
-            name=escape(f"{name}: best"),
-            line=line,
-            hoverinfo="skip",
-        )
-    scores = [score for points in groups.values() for _, score in points]
-    cut = show_scores(figure, data, scores)
-    rows = [
-        (arm, t.number, rank, score, t.run)
-        for (_, arm), points in groups.items()
-        for rank, t, score in _at_rank(points)
-    ]
+        text = "No two ranks have a complete trial, so there is nothing to compare."
+        return Panel(key="rank", title=title, text=text)
+    figure = build_rank_figure(data, ranks)
+    shown = downsample_groups([*groups.values()], key=lambda pair: pair[1])
+    for ((name, arm), trials), dots in zip(groups.items(), shown, strict=True):
+        add_points(figure, _at(RANK, dots), colours[arm], name)
+        best: dict[float, float] = {}
+        for rank, _, score in _at(RANK, trials):
+            best[rank or 0] = data.sign * min(data.sign * score, data.sign * best.get(rank or 0, score))
+        line = dict(sorted(best.items()))
+        add_line(figure, [*line], [*line.values()], colours[arm], f"{name}: best", showlegend=True, line={"width": 2.5})
+    cut = show_scores(figure, data, [score for trials in groups.values() for _, score in trials])
+    left_out = describe_downsampling(shown, [*groups.values()], file="rank.csv")
     return Panel(
         key="rank",
         title=title,
-        text=f"Each dot is a complete trial; the line joins the best of each rank."
-        f"{describe_thinning(shown, [*groups.values()], file='rank.csv')}{cut}",
+        text=f"Each dot is a complete trial; the line joins the best of each rank.{left_out}{cut}",
         figures=(figure, *draw_confirmed_by_rank(data)),
-        notes=advise(data).rank_sentences,
+        notes=tuple(rank.sentence for rank in advise(data).ranks),
         columns=("arm", "trial", RANK, data.record.metric, "run"),
-        rows=tuple(rows),
+        rows=tuple(
+            (arm, trial.number, rank, score, trial.run)
+            for (_, arm), trials in groups.items()
+            for rank, trial, score in _at(RANK, trials)
+        ),
     )
 
 
 def draw_rank_alpha(data: SweepData) -> Panel:
-    """Returns a heat map over rank and α, or α/r where that was swept: the best score in each cell.
+    """Returns a heat map over rank and α, or over rank and α/r if that was swept: the best score in each cell.
 
-    A cell in which every trial was stopped early shows the best of their partial scores, without colour.
+    If all trials of a cell were stopped early, the cell shows the best of their partial scores, in grey.
     """
     title = "Rank × α"
     over_rank = any(MULTIPLIER in arm.row.space for arm in data.arms)
     name = "α/r" if over_rank else "α"
-    trials = [(trial, trial.value) for arm in data.arms for trial in arm.trials if _is_scored(trial)]
-    points = [(trial, score, _strength(trial, over_rank=over_rank)) for trial, score in trials if score is not None]
-    rank_of, rank_note = _binning([trial.number_at(RANK) or 0 for trial, *_ in points], "Ranks")
-    alpha_of, alpha_note = _binning([strength for *_, strength in points], name)
+    points = [(t, t.value, *_rank_and_alpha(t, over_rank=over_rank)) for t in data.trials if t.value is not None]
+    points = [point for point in points if (point[0].is_complete or point[0].is_stopped_early) and min(point[2:]) > 0]
+    rank_bins, rank_note = _bin_values([rank for _, _, rank, _ in points], "Ranks")
+    alpha_bins, alpha_note = _bin_values([alpha for *_, alpha in points], name)
     cells: dict[tuple[float, float], list[tuple[bool, float]]] = defaultdict(list)
-    for trial, score, strength in points:  # a complete trial comes before every one that was stopped
-        key = rank_of[trial.number_at(RANK) or 0], alpha_of[strength]
-        cells[key].append((not trial.is_complete, data.sign * score))
+    for trial, score, rank, alpha in points:
+        # The minimum of a cell is then a complete trial if there is one, however good a stopped trial's score is.
+        cells[rank_bins[rank], alpha_bins[alpha]].append((not trial.is_complete, data.sign * score))
     ranks, alphas = sorted({rank for rank, _ in cells}), sorted({alpha for _, alpha in cells})
     if len(ranks) < 2 or len(alphas) < 2:
         return Panel(key="rank-alpha", title=title, text="Rank and α were not both swept.")
-    best = {key: min(scores) for key, scores in cells.items()}
-
-    def grid(*, stopped: bool) -> list[list[float | None]]:
-        found = {key: data.sign * score for key, (is_stopped, score) in best.items() if is_stopped == stopped}
-        return [[found.get((r, a)) for r in ranks] for a in alphas]
-
-    names = [format_setting(r) for r in ranks], [format_setting(a) for a in alphas]
+    best = {key: min(scores) for key, scores in sorted(cells.items())}
     figure = build_figure(data, x_title="rank", y_title=name)
-    if any(score is not None for row in grid(stopped=False) for score in row):
-        figure.add_trace(_heat_map(data, *names, grid(stopped=False), y_name=name))
-    if any(score is not None for row in grid(stopped=True) for score in row):
-        figure.add_trace(_stopped_map(*names, grid(stopped=True), y_name=name))
-    figure.update_xaxes(type="category", showgrid=False, categoryorder="array", categoryarray=names[0])
-    figure.update_yaxes(type="category", showgrid=False, categoryorder="array", categoryarray=names[1])
-    text = (
-        f"Best {format_metric(data.record.metric)} in each cell. In grey cells all trials were stopped early, so their "
-        "scores are of fewer steps; empty cells were not tried."
-    )
+    x, y = [format_setting(rank) for rank in ranks], [format_setting(alpha) for alpha in alphas]
+    for stopped in (False, True):
+        found = {key: data.sign * score for key, (is_stopped, score) in best.items() if is_stopped == stopped}
+        if not found:
+            continue
+        grid = [[found.get((rank, alpha)) for rank in ranks] for alpha in alphas]
+        text = [["" if score is None else format_score(score) for score in row] for row in grid]
+        hover = f"rank %{{x}}, {name} %{{y}}: %{{text}}{', stopped early' if stopped else ''}<extra></extra>"
+        shared = {"text": text, "texttemplate": "%{text}", "hovertemplate": hover}
+        if stopped:
+            grey = [[0, "#e9ecef"], [1, "#e9ecef"]]
+            flat = [[None if score is None else 0.0 for score in row] for row in grid]
+            add_heat_map(figure, x, y, flat, **shared, colorscale=grey, showscale=False)
+        else:
+            low, high = _colour_range(list(found.values()), data)
+            reverse, bar = data.record.direction == "maximize", {"thickness": 12, "outlinewidth": 0}
+            add_heat_map(figure, x, y, grid, **shared, zmin=low, zmax=high, reversescale=reverse, colorbar=bar)
     return Panel(
         key="rank-alpha",
         title=title,
-        text=f"{text}{rank_note}{alpha_note}",
+        text=(
+            f"Best {format_metric(data.record.metric)} in each cell. In grey cells all trials were stopped early, so "
+            f"their scores are of fewer steps; empty cells were not tried.{rank_note}{alpha_note}"
+        ),
         figures=(figure,),
         columns=(RANK, MULTIPLIER if over_rank else ALPHA, data.record.metric, "complete"),
-        rows=tuple((r, a, data.sign * score, not is_stopped) for (r, a), (is_stopped, score) in sorted(best.items())),
+        rows=tuple((rank, alpha, data.sign * score, not stopped) for (rank, alpha), (stopped, score) in best.items()),
     )
 
 
-def _is_scored(trial: Trial) -> bool:
-    return _has(trial, RANK, ALPHA) and trial.value is not None and (trial.is_complete or trial.is_stopped_early)
+def draw_score_by_lr(data: SweepData) -> Panel:
+    """Returns score against learning rate for each arm that swept it, with its best trial and the range as good."""
+    title, colours = "Score against learning rate", colours_of(data)
+    arms = [arm for arm in data.arms if len({trial.number_at(LR) for trial, _ in complete_trials(arm)}) > 1]
+    if not arms:
+        return Panel(key="lr", title=title, text="No arm has complete trials at two learning rates.")
+    figure, advice = build_figure(data, x_title="learning rate (log scale)"), advise(data)
+    figure.update_xaxes(type="log", exponentformat="e", dtick=1, minor={"ticks": "outside"})
+    stopped = [[(t, t.value) for t in arm.trials if t.is_stopped_early and t.value is not None] for arm in arms]
+    groups = [*map(complete_trials, arms), *stopped]
+    shown = downsample_groups(groups, key=lambda pair: pair[1])
+    for arm, dots, crosses in zip(arms, shown[: len(arms)], shown[len(arms) :], strict=True):
+        colour = colours[arm.name]
+        add_points(figure, _at(LR, dots), colour, arm.name, showlegend=True)
+        add_points(figure, _at(LR, crosses), colour, arm.name, symbol="x-thin-open")
+        if arm.best:
+            add_ring(figure, arm.best.number_at(LR), arm.best.value, colour, arm.name)
+            for rate in (rate for rate in advice.rates if rate.arm == arm.name):
+                level = [arm.best.value, arm.best.value]
+                add_line(figure, [rate.low, rate.high], level, colour, arm.name, line={"width": 9}, opacity=0.25)
+    cut = show_scores(figure, data, [t.value for arm in arms for t in arm.trials if t.value is not None])
+    return Panel(
+        key="lr",
+        title=title,
+        text=(
+            "Dots are complete trials, rings the best of each arm, crosses the best value so far of trials that were "
+            "stopped early. The pale bar spans the learning rates that are as good as the best."
+            f"{describe_downsampling(shown, groups, file='lr.csv')}{cut}"
+        ),
+        figures=(figure,),
+        notes=(*(rate.sentence for rate in advice.rates), *(trend.sentence for trend in advice.trends)),
+        columns=("arm", "trial", "state", LR, data.record.metric, "run"),
+        rows=tuple((t.arm, t.number, t.state, t.number_at(LR), t.value, t.run) for arm in arms for t in arm.trials),
+    )
 
 
-def _strength(trial: Trial, *, over_rank: bool) -> float:
-    """α, or α/r, rounded to what was swept: α was worked out from it."""
-    alpha, rank = trial.number_at(ALPHA) or 0, trial.number_at(RANK) or 1
-    return float(f"{alpha / rank:.6g}") if over_rank else alpha
+def _at(key: str, trials: Sequence[ScoredTrial]) -> list[tuple[float | None, TrialData, float]]:
+    """Returns the points of trials over a setting."""
+    return [(trial.number_at(key), trial, score) for trial, score in trials]
 
 
-def _has(trial: Trial, *keys: str) -> bool:
-    return all((trial.number_at(key) or 0) > 0 for key in keys)
+def _group_trials_with_rank(data: SweepData) -> dict[tuple[str, str], list[ScoredTrial]]:
+    """Returns complete trials by the name of their line and the arm that gives its colour.
 
-
-def _rank_groups(data: SweepData) -> dict[tuple[str, str], Scored]:
-    """Groups trials by arm, but arms of one rank each by their method, so that one line joins them."""
-    groups: dict[tuple[str, str], Scored] = {}
+    An arm with several ranks has a line of its own. Arms of one rank each share a line per method.
+    """
+    groups: dict[tuple[str, str], list[ScoredTrial]] = {}
     first: dict[str, str] = {}
     for arm in data.arms:
-        points = [pair for pair in complete_trials(arm) if _has(pair[0], RANK)]
-        if len(set(_ranks(points))) > 1:
-            groups[arm.name, arm.name] = points
-        elif points:
+        trials = [(trial, score) for trial, score in complete_trials(arm) if (trial.number_at(RANK) or 0) > 0]
+        if len({trial.number_at(RANK) for trial, _ in trials}) > 1:
+            groups[arm.name, arm.name] = trials
+        elif trials:
             name = first.setdefault(arm.row.method, arm.name)
-            groups.setdefault((arm.row.method, name), []).extend(points)
+            groups.setdefault((arm.row.method, name), []).extend(trials)
     return groups
 
 
-def _at_rank(points: Sequence[tuple[Trial, float]]) -> list[tuple[float | None, Trial, float]]:
-    return [(trial.number_at(RANK), trial, score) for trial, score in points]
+def _rank_and_alpha(trial: TrialData, *, over_rank: bool) -> tuple[float, float]:
+    """Returns a trial's rank and its α or α/r; 0 if it has none."""
+    rank, alpha = trial.number_at(RANK) or 0, trial.number_at(ALPHA) or 0
+    # α was computed from the swept α/r, so that the division has to be rounded back to it.
+    return rank, float(f"{alpha / rank:.6g}") if over_rank and rank > 0 else alpha
 
 
-def _ranks(points: Scored) -> list[float]:
-    return [trial.number_at(RANK) or 0 for trial, _ in points]
-
-
-def _best_at(points: Scored, rank: float, data: SweepData) -> float:
-    return data.sign * min(data.sign * score for trial, score in points if trial.number_at(RANK) == rank)
-
-
-def _binning(values: list[float], name: str) -> tuple[dict[float, float], str]:
+def _bin_values(values: Sequence[float], name: str) -> tuple[dict[float, float], str]:
+    """Returns the bin of each value, with a note if they are rounded to powers of two."""
     distinct = set(values)
     if len(distinct) <= MAX_CELLS:
         return {value: value for value in distinct}, ""
-    bins = {value: 2.0 ** round(math.log2(value)) for value in distinct}
-    return bins, f" {name} are rounded to powers of two."
+    return {value: 2.0 ** round(math.log2(value)) for value in distinct}, f" {name} are rounded to powers of two."
 
 
-def _stopped_map(ranks: list[str], alphas: list[str], best: list[list[float | None]], *, y_name: str) -> go.Heatmap:
-    """Cells whose trials were all stopped early: their scores as text on grey."""
-    return go.Heatmap(
-        x=ranks,
-        y=alphas,
-        z=[[None if score is None else 0.0 for score in row] for row in best],
-        text=[[format_score(score) if score is not None else "" for score in row] for row in best],
-        texttemplate="%{text}",
-        hovertemplate=f"rank %{{x}}, {y_name} %{{y}}: %{{text}}, stopped early<extra></extra>",
-        hoverongaps=False,
-        xgap=3,
-        ygap=3,
-        colorscale=[[0, "#e9ecef"], [1, "#e9ecef"]],
-        showscale=False,
-    )
-
-
-def _heat_map(
-    data: SweepData, ranks: list[str], alphas: list[str], best: list[list[float | None]], *, y_name: str
-) -> go.Heatmap:
+def _colour_range(scores: Sequence[float], data: SweepData) -> tuple[float, float]:
+    """Returns the ends of the colour scale. Scores no better than the frozen base's all get the palest colour."""
     base = data.score_of("frozen")
-    known = [score for row in best for score in row if score is not None]
-    # cells no better than the base all get the palest colour
-    worst = data.sign * max(data.sign * score for score in known)
-    if base is not None and data.sign * base < data.sign * worst:
-        worst = base
-    ends = sorted((worst, data.sign * min(data.sign * score for score in known)))
-    return go.Heatmap(
-        x=ranks,
-        y=alphas,
-        z=best,
-        zmin=ends[0],
-        zmax=ends[1],
-        text=[[format_score(score) if score is not None else "" for score in row] for row in best],
-        texttemplate="%{text}",
-        hovertemplate=f"rank %{{x}}, {y_name} %{{y}}: %{{text}}<extra></extra>",
-        hoverongaps=False,
-        xgap=3,
-        ygap=3,
-        colorscale=[[0, "#174a86"], [0.5, "#7db0e2"], [1, "#dce9f7"]],
-        reversescale=data.record.direction == "maximize",
-        colorbar={"thickness": 12, "outlinewidth": 0},
-    )
+    signed = [data.sign * score for score in scores]
+    worst = min(max(signed), data.sign * base) if base is not None else max(signed)
+    low, high = sorted((data.sign * worst, data.sign * min(signed)))
+    return low, high

@@ -8,15 +8,13 @@ from typing import Any
 
 import pytest
 
-from lorasweep.report.confirmed import describe_confirmed, describe_pair
-from lorasweep.report.evidence import Pair
-from lorasweep.report.headline import ONE_SEED
+from lorasweep.report.evidence import PairComparison
+from lorasweep.report.findings import ONE_SEED, describe_pair
 from lorasweep.report.summary import summarize
-from lorasweep.report.tables import load_sweep_data
 
 from .conftest import build_rank_arms, build_sweep, confirm_sweep, edit_json
 
-PAIR = Pair(
+PAIR = PairComparison(
     first="a",
     second="b",
     verdict="worse",
@@ -24,12 +22,12 @@ PAIR = Pair(
     interval=(0.0302, 0.042),
     p_value=0.001,
     adjusted_p_value=0.003,
-    smallest_visible=None,
+    minimum_detectable=None,
     num_seeds=5,
     uses_examples=True,
 )
 ALIKE = replace(
-    PAIR, verdict="not distinguishable", difference=0.002, interval=(-0.004, 0.008), smallest_visible=0.0091
+    PAIR, verdict="not distinguishable", difference=0.002, interval=(-0.004, 0.008), minimum_detectable=0.0091
 )
 
 
@@ -44,7 +42,7 @@ ALIKE = replace(
         (
             replace(ALIKE, p_value=0.4),
             "`a` and `b` are not distinguishable: they differ by 0.002 [-0.004, 0.008], "
-            "and the smallest difference that could have been seen is 0.0091",
+            "and the minimum detectable difference is 0.0091",
         ),
         (
             replace(PAIR, verdict="not tested", p_value=None, reason="they have no seed in common"),
@@ -52,7 +50,7 @@ ALIKE = replace(
         ),
     ],
 )
-def test_verdict_in_words(pair: Pair, sentence: str) -> None:
+def test_verdict_in_words(pair: PairComparison, sentence: str) -> None:
     assert describe_pair(pair) == sentence
 
 
@@ -61,7 +59,7 @@ def test_pair_that_alone_would_pass_is_said_to_fall_to_the_correction() -> None:
 
 
 def test_top_says_ends_arm_share_verdict_and_limits(confirmed: Path) -> None:
-    sentences = summarize(load_sweep_data(confirmed)).sentences
+    sentences = summarize(confirmed).sentences
     text = " ".join(sentences)
     assert sentences[0].startswith("Scores are bits per byte on test data that no search has seen, lower is better")
     assert sentences[1].startswith("The frozen base scores 2.0")
@@ -72,24 +70,20 @@ def test_top_says_ends_arm_share_verdict_and_limits(confirmed: Path) -> None:
     assert ONE_SEED not in sentences
 
 
-def test_without_a_confirm_stage_nothing_is_said(sweep: Path) -> None:
-    assert describe_confirmed(load_sweep_data(sweep)) == []
-
-
 def test_one_seed_has_no_verdict_and_says_so(tmp_path: Path) -> None:
-    summary = summarize(load_sweep_data(confirm_sweep(build_sweep(tmp_path), seeds=1)))
+    summary = summarize(confirm_sweep(build_sweep(tmp_path), seeds=1))
     text = " ".join(summary.sentences)
     assert "means over 1 fresh seed with" in text
     assert "were not tested: they have one seed in common" in text
-    assert "One seed says nothing about another: there is no verdict on `lora`, `full`." in text
+    assert "no verdict on `lora`, `full`" in text
 
 
 @pytest.mark.parametrize(
     ("missing", "sentence"),
     [
-        ("full", "without the other end of the scale no share of full fine-tuning's gain is given"),
-        ("frozen", "without the other end of the scale no share of full fine-tuning's gain is given"),
-        ("both", "Neither the frozen base nor full fine-tuning was confirmed"),
+        ("full", "without full fine-tuning no share"),
+        ("frozen", "without the frozen base no share"),
+        ("both", "no score of the frozen base or of full"),
     ],
 )
 def test_missing_end_of_the_scale_is_said(confirmed: Path, missing: str, sentence: str) -> None:
@@ -99,24 +93,24 @@ def test_missing_end_of_the_scale_is_said(confirmed: Path, missing: str, sentenc
         raw["confirm"] = [row for row in raw["confirm"] if row["arm"] not in gone]
 
     edit_json(confirmed / "sweep.json", drop)
-    assert any(sentence in text for text in summarize(load_sweep_data(confirmed)).sentences)
+    assert any(sentence in text for text in summarize(confirmed).sentences)
 
 
 def test_full_that_gained_nothing_has_no_share(confirmed: Path) -> None:
     edit_json(confirmed / "sweep.json", lambda raw: raw.update(direction="maximize"))
-    sentences = summarize(load_sweep_data(confirmed)).sentences
+    sentences = summarize(confirmed).sentences
     assert any("it gained nothing, so no share is given" in text for text in sentences)
     assert "higher is better" in sentences[0]
 
 
-def test_of_many_arms_the_best_and_the_advised_get_a_sentence(tmp_path: Path) -> None:
+def test_of_many_arms_four_best_get_a_sentence(tmp_path: Path) -> None:
     sweep = build_rank_arms(tmp_path, {1: 1.9, 2: 1.8, 4: 1.75, 8: 1.7, 16: 1.67, 32: 1.669})
-    sentences = summarize(load_sweep_data(sweep)).sentences
+    sentences = summarize(sweep).sentences
     scored = [text for text in sentences if " scores " in text and text.startswith("`lora")]
-    assert [text.split("`")[1] for text in scored] == ["lora-rank16", "lora-rank32"]
-    assert "The other 4 arms are in the table below." in sentences
+    assert [text.split("`")[1] for text in scored] == ["lora-rank4", "lora-rank8", "lora-rank16", "lora-rank32"]
+    assert "The other 2 arms are in the table below." in sentences
 
 
 def test_warnings_of_the_sweep_are_shown(sweep: Path) -> None:
     edit_json(sweep / "sweep.json", lambda raw: raw.update(warnings=["Arms have unequal numbers of trials."]))
-    assert "Arms have unequal numbers of trials." in summarize(load_sweep_data(sweep)).sentences
+    assert "Arms have unequal numbers of trials." in summarize(sweep).sentences

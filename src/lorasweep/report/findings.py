@@ -1,0 +1,218 @@
+"""The sentences at the top of a report: scores, effort, fairness, limits, and where to search next.
+
+Scores on test data, if there are any, replace those of the search.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from lorasweep.report.advice.advise import Advice
+from lorasweep.report.evidence import PairComparison
+from lorasweep.report.evidence.verdicts import LEVEL
+from lorasweep.report.fairness import MAX_NAMED_ARMS, Fairness
+from lorasweep.report.intrinsic_dimension import describe_d90
+from lorasweep.report.sweep_data import ArmData, SweepData, TrialData
+from lorasweep.wording import (
+    format_count,
+    format_difference,
+    format_estimate,
+    format_metric,
+    format_ratio,
+    format_score,
+    format_seconds,
+    format_settings,
+    format_share,
+    format_share_estimate,
+)
+
+ONE_SEED = (
+    "Every score is one seed on validation data, on which the search also picked the winners; "
+    "whether the differences are more than chance is not tested yet."
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArmScore:
+    """The score of an arm that the sentences name: on test data after a confirm stage, else that of the best trial."""
+
+    value: float
+    text: str
+    share_of_full_gain: str
+    """The share in words; empty if it is not known."""
+    trial: TrialData | None
+    """The trial with the arm's settings."""
+
+
+def describe_findings(data: SweepData, advice: Advice, fairness: Fairness) -> list[str]:
+    """Returns the sentences, the most important first."""
+    is_confirmed = bool(data.evidence.arms)
+    return [
+        *_describe_scores(data, advice),
+        *([rank.sentence for rank in advice.ranks] if is_confirmed else []),
+        *describe_d90(data),
+        *_describe_effort(data),
+        *fairness.sentences,
+        *(_describe_limits(data) if is_confirmed else [ONE_SEED]),
+        *data.record.warnings,
+        *advice.next_searches,
+        *data.record.notes,
+    ]
+
+
+def describe_pair(pair: PairComparison, *, first: str | None = None, second: str | None = None) -> str:
+    """Returns the verdict on a pair in words, without the full stop.
+
+    Args:
+        pair: The comparison.
+        first: The words for the first arm. Default: its name.
+        second: The words for the second arm. Default: its name.
+    """
+    left, right = first or f"`{pair.first}`", second or f"`{pair.second}`"
+    if pair.verdict == "not tested":
+        return f"{left} and {right} were not tested: {pair.reason}"
+    if pair.verdict in ("better", "worse"):
+        # The size without its sign. An interval across 0 has no such size: its ends would be swapped.
+        is_across_zero = pair.interval is None or pair.interval[0] < 0 < pair.interval[1]
+        low, high = sorted(map(abs, pair.interval or (0.0, 0.0)))
+        size = format_estimate(abs(pair.difference or 0.0), None if is_across_zero else (low, high))
+        return f"{left} is {pair.verdict} than {right} by {size}"
+    is_alone = pair.p_value is not None and pair.p_value < LEVEL
+    alone = "; the interval of this pair alone leaves out 0, but not after correction for the number of pairs"
+    difference = format_estimate(pair.difference, pair.interval)
+    return (
+        f"{left} and {right} are not distinguishable: they differ by {difference}, "
+        f"and the minimum detectable difference is {format_difference(pair.minimum_detectable)}"
+        f"{alone if is_alone else ''}"
+    )
+
+
+def _describe_scores(data: SweepData, advice: Advice) -> list[str]:
+    scores = {arm.name: score for arm in data.arms if (score := _score_of(arm, data))}
+    if not scores:
+        return ["No trial is complete, so there is no score to compare."]
+    others = [arm for arm in data.arms if arm.row.method not in ("frozen", "full")]
+    if data.evidence.arms:
+        others = [
+            arm for arm in others if arm.name in scores
+        ]  # a problem's sentence names the arms without a test score
+    ordered = sorted(others, key=lambda arm: data.sign * scores[arm.name].value if arm.name in scores else math.inf)
+    named = {arm.name for arm in ordered[:MAX_NAMED_ARMS]} | {name for rank in advice.ranks for name in rank.arms}
+    shown = [arm for arm in others if arm.name in named]
+    rest = len(others) - len(shown)
+    return [
+        _describe_metric(data),
+        _describe_ends(scores, data),
+        *(_describe_arm(arm, scores.get(arm.name), data, advice) for arm in shown),
+        *([f"The other {rest} {'arm is' if rest == 1 else 'arms are'} in the table below."] if rest else []),
+    ]
+
+
+def _score_of(arm: ArmData, data: SweepData) -> ArmScore | None:
+    if data.evidence.arms:
+        found = data.evidence.arm(arm.name)
+        if found is None:
+            return None
+        share = found.share_of_full_gain
+        return ArmScore(
+            value=found.mean,
+            text=format_estimate(found.mean, found.interval),
+            share_of_full_gain="" if share is None else format_share_estimate(share, found.share_interval),
+            trial=arm.winner,
+        )
+    if arm.best is None or arm.best.value is None:
+        return None
+    share = data.share_of_full_gain(arm.best.value)
+    return ArmScore(
+        value=arm.best.value,
+        text=format_score(arm.best.value, beside=[other.best.value for other in data.arms if other.best]),
+        share_of_full_gain="" if share is None else format_share(share),
+        trial=arm.best,
+    )
+
+
+def _describe_metric(data: SweepData) -> str:
+    metric, evidence = format_metric(data.record.metric), data.evidence
+    order = "lower" if data.record.direction == "minimize" else "higher"
+    if not evidence.arms:
+        return f"Scores are {metric}, {order} is better."
+    counts = sorted({len(arm.seeds) for arm in evidence.arms if arm.name != evidence.base} or {1})
+    seeds = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    examples = f" and {evidence.num_examples:,} test examples" if evidence.num_examples else ""
+    return (
+        f"Scores are {metric} on test data that no search has seen, {order} is better: means over {seeds} fresh "
+        f"{'seed' if counts[-1] == 1 else 'seeds'} with 95 % intervals over seeds{examples}."
+    )
+
+
+def _describe_ends(scores: dict[str, ArmScore], data: SweepData) -> str:
+    """Returns a sentence about the two ends of the scale: the frozen base and full fine-tuning."""
+
+    def find(method: str) -> ArmScore | None:
+        ends = [scores[arm.name] for arm in data.arms if arm.row.method == method and arm.name in scores]
+        return min(ends, key=lambda score: data.sign * score.value, default=None)
+
+    base, full = find("frozen"), find("full")
+    if full is None:
+        if base is None:
+            return "There is no score of the frozen base or of full fine-tuning, so no share of a gain is given."
+        return f"The frozen base scores {base.text}; without full fine-tuning no share of its gain is given."
+    settings = _format_trial_settings(full.trial)
+    if base is None:
+        return f"Full fine-tuning scores {full.text}{settings}; without the frozen base no share of its gain is given."
+    no_gain = "" if full.share_of_full_gain else ": it gained nothing, so no share is given"
+    return f"The frozen base scores {base.text} and full fine-tuning {full.text}{settings}{no_gain}."
+
+
+def _format_trial_settings(trial: TrialData | None) -> str:
+    return f" with {format_settings(trial.params)}" if trial and trial.params else ""
+
+
+def _describe_arm(arm: ArmData, score: ArmScore | None, data: SweepData, advice: Advice) -> str:
+    if score is None:
+        return f"`{arm.name}` has no complete trial."
+    sentence = f"`{arm.name}` scores {score.text}{_format_trial_settings(score.trial)}"
+    if score.share_of_full_gain:
+        sentence += f", {score.share_of_full_gain} of what full fine-tuning gains"
+    record = score.trial.record if score.trial else None
+    if record:
+        share = format_share(record.trainable_fraction)
+        sentence += f", training {format_count(record.trainable_params)} parameters ({share} of the base)"
+    sentence += "."
+    rate = next((rate for rate in advice.rates if rate.arm == arm.name), None)
+    if rate and rate.ratio_to_full:
+        sentence += f" Its best learning rate is {format_ratio(rate.ratio_to_full)} times full fine-tuning's."
+    pair = data.evidence.pair(arm.name, data.evidence.full)
+    if pair:
+        verdict = describe_pair(pair, first="it", second="full fine-tuning")
+        sentence += f" {verdict[0].upper()}{verdict[1:]}."
+    return sentence
+
+
+def _describe_effort(data: SweepData) -> list[str]:
+    saved, planned = data.steps_saved_by_pruning, sum(record.steps_planned for record in data.run_records)
+    # A paused trial may still do the steps that it has saved so far.
+    so_far = " so far" if any(trial.state == "paused" for trial in data.trials) else ""
+    saving = (
+        f"; pruning saved {saved:,} of {planned:,} planned steps{so_far} ({format_share(saved / planned)})"
+        if saved > 0
+        else ""
+    )
+    reruns = f" and {len(data.reruns)} reruns" if data.reruns else ""
+    sentences = [
+        f"{len(data.trials):,} trials{reruns} in {format_seconds(data.record.makespan_s)}, "
+        f"{format_count(data.tokens_trained)} tokens trained{saving}."
+    ]
+    if data.record.status != "complete":
+        asked, seeds = sum(arm.row.trials for arm in data.arms), len(data.record.confirm_seeds)
+        also = f" and {seeds} reruns of each arm's winner" if seeds else ""
+        sentences.append(f"The sweep is {data.record.status}: {asked} trials were asked for{also}.")
+    return sentences
+
+
+def _describe_limits(data: SweepData) -> list[str]:
+    count = data.evidence.num_compared
+    corrected = f", corrected for {count} comparisons (Holm)" if count > 1 else ""
+    level = f"Verdicts are at the 5 % level{corrected}; an interval is for one number alone."
+    return [*([level] if count else []), *data.evidence.notes]

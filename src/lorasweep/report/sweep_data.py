@@ -1,0 +1,392 @@
+"""Reads a sweep's folder: joins each trial and each rerun with its run's record, and each arm with its trials.
+
+A run that can't be read leaves its trial without a record and adds a sentence to `SweepData.problems`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from lorasweep.config.ranges import is_number
+from lorasweep.errors import RecordError
+from lorasweep.record import (
+    TEST_SCORES_FILE,
+    ArmRow,
+    ConfirmRow,
+    ConfirmState,
+    RunRecord,
+    SweepRecord,
+    TrialRow,
+    TrialState,
+    best_trial,
+    read_run,
+    read_steps,
+    read_sweep,
+)
+from lorasweep.report.evidence import Evidence, compare_arms
+from lorasweep.report.evidence.estimates import Interval
+from lorasweep.report.evidence.scores import ConfirmScores, ExampleScores, RunKey, build_scores, read_examples
+
+RANK, ALPHA, LR = "method.rank", "method.alpha", "optim.lr"
+
+STATES: tuple[TrialState, ...] = ("complete", "paused", "pruned", "failed", "infeasible", "running")
+"""The states of a trial, in the order of the report."""
+
+Curve = tuple[tuple[int, float], ...]
+"""Validation scores of one run: pairs of step and value, by step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialData:
+    """One trial with its run's record and validation curve."""
+
+    arm: str
+    method: str
+    number: int
+    state: TrialState
+    params: dict[str, Any]
+    """The swept keys (dotted) and their values."""
+    value: float | None
+    """The best finite validation score."""
+    run: str
+    """The run's folder, relative to the sweep's."""
+    reason: str | None
+    record: RunRecord | None
+    """None if the run's record can't be read."""
+    curve: Curve
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the trial finished and has a score, so that it may be its arm's best."""
+        return self.state == "complete" and self.value is not None
+
+    @property
+    def is_stopped_early(self) -> bool:
+        """Whether a stopping rule pruned or paused the trial, so that its score is of fewer steps."""
+        return self.state in ("paused", "pruned")
+
+    def setting(self, key: str) -> Any:
+        """Returns the value of a dotted key: the swept one, else the one in the run's configuration, else None."""
+        if key in self.params:
+            return self.params[key]
+        value: Any = self.record.config if self.record else {}
+        for name in key.split("."):
+            value = value.get(name) if isinstance(value, dict) else None
+        return value
+
+    def number_at(self, key: str) -> float | None:
+        """Returns the value of a dotted key if it is a finite number, else None."""
+        return finite_number(self.setting(key))
+
+
+@dataclass(frozen=True, kw_only=True)
+class RerunData:
+    """One rerun of an arm's winner in the confirm stage, with its run's record."""
+
+    arm: str
+    trial: int
+    """The winner's number in the arm's search."""
+    seed: int
+    state: ConfirmState
+    value: float | None
+    """The finite score on test data."""
+    run: str
+    """The run's folder, relative to the sweep's."""
+    reason: str | None
+    record: RunRecord | None
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether the rerun finished and has a score on test data."""
+        return self.state == "complete" and self.value is not None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArmData:
+    """One arm with its trials by number and its reruns by seed."""
+
+    row: ArmRow
+    trials: tuple[TrialData, ...]
+    best: TrialData | None
+    """The best complete trial, the earlier of equals; None if no trial is complete."""
+    reruns: tuple[RerunData, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The arm's name."""
+        return self.row.name
+
+    @property
+    def winner(self) -> TrialData | None:
+        """The trial that the confirm stage ran again; the best trial if there was no confirm stage."""
+        confirmed = {rerun.trial for rerun in self.reruns}
+        return next((trial for trial in self.trials if trial.number in confirmed), self.best)
+
+    @property
+    def rank(self) -> float | None:
+        """The rank of an arm that has one rank; None if it has none or sweeps it."""
+        if RANK in self.row.space:
+            return None
+        rank = finite_number(self.row.settings.get(RANK))
+        if rank is None and self.winner:
+            rank = self.winner.number_at(RANK)
+        return float(rank) if rank is not None and rank > 0 else None
+
+    def count(self, state: TrialState) -> int:
+        """Returns how many trials are in a state."""
+        return sum(trial.state == state for trial in self.trials)
+
+    def describe_states(self) -> str:
+        """Returns how many trials are in each state: `9 complete, 7 pruned`."""
+        return ", ".join(f"{count} {state}" for state in STATES if (count := self.count(state))) or "none"
+
+    def cost(self, name: str) -> Any:
+        """Returns a field of the best trial's run record, such as `wall_s`; None if there is no such record."""
+        return getattr(self.best.record, name) if self.best and self.best.record else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepData:
+    """One sweep as the report reads it."""
+
+    folder: Path
+    record: SweepRecord
+    arms: tuple[ArmData, ...]
+    problems: tuple[str, ...]
+    """One sentence for each run, file or row that is left out."""
+    evidence: Evidence
+    """The results of the confirm stage; empty if there was none."""
+
+    @property
+    def trials(self) -> tuple[TrialData, ...]:
+        """Every trial, by arm and number."""
+        return tuple(trial for arm in self.arms for trial in arm.trials)
+
+    @property
+    def reruns(self) -> tuple[RerunData, ...]:
+        """Every rerun, by arm and seed."""
+        return tuple(rerun for arm in self.arms for rerun in arm.reruns)
+
+    @property
+    def run_records(self) -> tuple[RunRecord, ...]:
+        """The record of every trial whose record can be read."""
+        return tuple(trial.record for trial in self.trials if trial.record)
+
+    @property
+    def tokens_trained(self) -> int:
+        """The number of tokens that trials and reruns trained on."""
+        return sum(record.tokens_trained for record in (*self.run_records, *(r.record for r in self.reruns)) if record)
+
+    @property
+    def steps_saved_by_pruning(self) -> int:
+        """The number of steps that pruned and paused trials were planned to do and did not."""
+        stopped = [trial.record for trial in self.trials if trial.record and trial.is_stopped_early]
+        return sum(record.steps_planned - record.steps_done for record in stopped)
+
+    @property
+    def sign(self) -> int:
+        """1 if lower scores are better, else -1, so that a lower `sign * score` is always better."""
+        return 1 if self.record.direction == "minimize" else -1
+
+    @cached_property
+    def swept_keys(self) -> tuple[str, ...]:
+        """The dotted keys that any arm sweeps, in the order of the arms."""
+        keys = [key for arm in self.arms for key in arm.row.space]
+        return tuple(dict.fromkeys([*keys, *(key for trial in self.trials for key in trial.params)]))
+
+    def best_arm(self, method: str) -> ArmData | None:
+        """Returns the arm of a method with the best score, or None if no arm of it has one."""
+        scored = [arm for arm in self.arms if arm.row.method == method and arm.best]
+        best = best_trial([arm.best for arm in scored if arm.best], direction=self.record.direction)
+        return next((arm for arm in scored if arm.best is best), None)
+
+    def score_of(self, method: str) -> float | None:
+        """Returns the best search score of a method: `frozen` is the base model, `full` is full fine-tuning."""
+        arm = self.best_arm(method)
+        return arm.best.value if arm and arm.best else None
+
+    def gain_of(self, arm: ArmData) -> tuple[float | None, Interval | None]:
+        """Returns an arm's share of full fine-tuning's gain with its interval: on test data, else in the search."""
+        confirmed = self.evidence.arm(arm.name)
+        if confirmed and confirmed.share_of_full_gain is not None:
+            return confirmed.share_of_full_gain, confirmed.share_interval
+        return self.share_of_full_gain(arm.best.value if arm.best else None), None
+
+    def share_of_full_gain(self, score: float | None) -> float | None:
+        """Returns (base - score) / (base - full), or None if a score is missing or full fine-tuning gained nothing."""
+        base, full = self.score_of("frozen"), self.score_of("full")
+        if score is None or base is None or full is None or self.sign * (base - full) <= 0:
+            return None
+        return (base - score) / (base - full)
+
+
+def group_by_rank(arms: Iterable[ArmData]) -> list[list[ArmData]]:
+    """Returns groups of two or more arms that differ in nothing but rank, each by rising rank."""
+    groups: dict[str, list[ArmData]] = {}
+    for arm in arms:
+        if arm.rank is not None:
+            others = {key: value for key, value in arm.row.settings.items() if key != RANK}
+            groups.setdefault(f"{arm.row.method} {sorted(others.items(), key=str)}", []).append(arm)
+    found = [sorted(group, key=lambda arm: arm.rank or 0.0) for group in groups.values()]
+    return [group for group in found if len({arm.rank for arm in group}) > 1]
+
+
+def finite_number(value: Any) -> float | None:
+    """Returns the value if it is a finite number, else None."""
+    return value if is_number(value) else None
+
+
+def load_sweep_data(folder: Path) -> SweepData:
+    """Reads a sweep's folder.
+
+    Raises:
+        RecordError: The folder is not a sweep, or its record is damaged.
+    """
+    record = read_sweep(folder)
+    names = {row.name for row in record.arms}
+    problems = [
+        f"Trial {row.number} belongs to arm `{row.arm}`, which is not listed."
+        for row in record.trials
+        if row.arm not in names
+    ]
+    problems += [
+        f"The rerun of seed {row.seed} belongs to arm `{row.arm}`, which is not listed."
+        for row in record.confirm
+        if row.arm not in names
+    ]
+    arms = tuple(_join_arm(row, record, folder, problems) for row in record.arms)
+    for arm in arms:
+        problems += [*_find_other_metrics(arm, record.metric), *_find_missing_scores(arm, arms)]
+    scores = _read_test_scores(arms, record, folder, problems)
+    sign = 1 if record.direction == "minimize" else -1
+    return SweepData(
+        folder=folder,
+        record=record,
+        arms=arms,
+        problems=tuple(problems),
+        evidence=compare_arms(scores, [(arm.name, arm.row.method) for arm in arms], sign=sign),
+    )
+
+
+def _join_arm(arm: ArmRow, record: SweepRecord, folder: Path, problems: list[str]) -> ArmData:
+    trials = sorted((row for row in record.trials if row.arm == arm.name), key=lambda row: row.number)
+    reruns = sorted((row for row in record.confirm if row.arm == arm.name), key=lambda row: row.seed)
+    joined = tuple(_join_trial(row, arm, record.metric, folder, problems) for row in trials)
+    return ArmData(
+        row=arm,
+        trials=joined,
+        best=best_trial(joined, direction=record.direction),
+        reruns=tuple(_join_rerun(row, record.metric, folder, problems) for row in reruns),
+    )
+
+
+def _join_trial(row: TrialRow, arm: ArmRow, metric: str, folder: Path, problems: list[str]) -> TrialData:
+    run = _read_run(folder, row.run, problems)
+    return TrialData(
+        arm=row.arm,
+        method=arm.method,
+        number=row.number,
+        state=row.state,
+        params=row.params,
+        value=_select_value(row.value, run, metric, split="validation"),
+        run=row.run,
+        reason=row.reason or (run.reason if run else None),
+        record=run,
+        curve=_read_curve(folder / row.run, metric) if run else (),
+    )
+
+
+def _join_rerun(row: ConfirmRow, metric: str, folder: Path, problems: list[str]) -> RerunData:
+    run = _read_run(folder, row.run, problems) if row.run else None
+    return RerunData(
+        arm=row.arm,
+        trial=row.trial,
+        seed=row.seed,
+        state=row.state,
+        value=_select_value(row.value, run, metric, split="test"),
+        run=row.run,
+        reason=row.reason or (run.reason if run else None),
+        record=run,
+    )
+
+
+def _read_run(folder: Path, run: str, problems: list[str]) -> RunRecord | None:
+    try:
+        return read_run(folder / run)
+    except (RecordError, OSError) as error:
+        problems.append(f"The run `{run}` can't be read: {error}")
+        return None
+
+
+def _read_curve(run: Path, metric: str) -> Curve:
+    values: dict[int, float] = {}
+    try:
+        for row in read_steps(run, having='"validation"'):
+            value = finite_number(row.get("validation", {}).get(metric))
+            if value is not None:
+                # A resumed run writes the steps after its checkpoint again. The later row counts.
+                values[row["step"]] = value
+    except (OSError, UnicodeDecodeError):
+        return ()
+    return tuple(sorted(values.items()))
+
+
+def _select_value(
+    listed: float | None, run: RunRecord | None, metric: str, *, split: Literal["validation", "test"]
+) -> float | None:
+    """Returns the score in the sweep's record, else the one in the run's record, else None.
+
+    The listed score is ignored if the run is scored by another metric than the sweep.
+    """
+    value = finite_number(listed) if run is None or run.metric == metric else None
+    if value is not None or run is None:
+        return value
+    return finite_number((run.best if split == "validation" else run.test).get(metric))
+
+
+def _find_other_metrics(arm: ArmData, metric: str) -> list[str]:
+    """Returns a sentence if runs of the arm are scored by another metric than the sweep."""
+    records = [*(trial.record for trial in arm.trials), *(rerun.record for rerun in arm.reruns)]
+    others = ", ".join(f"`{name}`" for name in sorted({run.metric for run in records if run} - {metric}))
+    if not others:
+        return []
+    return [f"Runs of `{arm.name}` are scored by {others}, but the sweep by `{metric}`: they are not compared."]
+
+
+def _find_missing_scores(arm: ArmData, arms: Sequence[ArmData]) -> list[str]:
+    """Returns a sentence if there was a confirm stage and the arm has fewer test scores than reruns, or no rerun."""
+    scored, total = sum(rerun.is_scored for rerun in arm.reruns), len(arm.reruns)
+    if not any(other.reruns for other in arms) or 0 < scored == total:
+        return []
+    if not total:
+        return [f"`{arm.name}` was not confirmed: it has no score on test data."]
+    if not scored:
+        return [f"`{arm.name}` has no score on test data: none of its {total} reruns finished with one."]
+    return [
+        f"{total - scored} of {total} reruns of `{arm.name}` have no score on test data; its mean is over the others."
+    ]
+
+
+def _read_test_scores(arms: Sequence[ArmData], record: SweepRecord, folder: Path, problems: list[str]) -> ConfirmScores:
+    values: dict[RunKey, float] = {}
+    examples: dict[RunKey, ExampleScores] = {}
+    for rerun in (rerun for arm in arms for rerun in arm.reruns if rerun.is_scored):
+        if rerun.value is None:
+            continue
+        values[rerun.arm, rerun.seed] = rerun.value
+        path = folder / rerun.run / TEST_SCORES_FILE
+        try:
+            if rerun.record and path.is_file():
+                examples[rerun.arm, rerun.seed] = read_examples(path)
+        except (OSError, ValueError) as error:
+            problems.append(f"`{rerun.run}/{TEST_SCORES_FILE}` is not used: {error}.")
+    return build_scores(
+        values,
+        examples,
+        deterministic=frozenset(arm.name for arm in arms if arm.row.method == "frozen"),
+        is_perplexity=record.metric == "perplexity",
+    )

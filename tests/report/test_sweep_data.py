@@ -1,0 +1,163 @@
+"""A sweep's records are joined, and whatever can't be read is a sentence."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lorasweep.errors import RecordError
+from lorasweep.report.sweep_data import load_sweep_data
+
+from .conftest import build_sweep, confirm_sweep, edit_json
+
+
+def test_trials_and_reruns_are_joined_with_their_runs(confirmed: Path) -> None:
+    edit_json(confirmed / "sweep.json", lambda raw: raw["confirm"].reverse())
+    data = load_sweep_data(confirmed)
+    assert [(arm.name, len(arm.trials), len(arm.reruns)) for arm in data.arms] == [
+        ("frozen", 1, 1),
+        ("lora", 18, 5),
+        ("full", 6, 5),
+    ]
+    assert all((t.record.arm, t.record.trial) == (t.arm, t.number) for t in data.trials if t.record)
+    assert [rerun.seed for rerun in data.arms[1].reruns] == [0, 1, 2, 3, 4]
+    assert all(rerun.record and rerun.is_scored for rerun in data.reruns)
+    assert (data.evidence.num_examples, data.problems) == (40, ())
+
+
+@pytest.mark.parametrize("direction", ["minimize", "maximize"])
+def test_best_trial_is_the_best_complete_one(sweep: Path, direction: str) -> None:
+    def make_pruned_best(raw: dict[str, Any]) -> None:
+        raw["direction"] = direction
+        pruned = next(trial for trial in raw["trials"] if trial["state"] == "pruned")
+        pruned["value"] = 0.5 if direction == "minimize" else 5.0
+
+    edit_json(sweep / "sweep.json", make_pruned_best)
+    lora = load_sweep_data(sweep).arms[1]
+    complete = [trial.value for trial in lora.trials if trial.state == "complete" and trial.value is not None]
+    assert lora.best
+    assert lora.best.value == (min(complete) if direction == "minimize" else max(complete))
+
+
+def test_of_equal_trials_the_earlier_is_best(sweep: Path) -> None:
+    edit_json(sweep / "sweep.json", lambda raw: [trial.update(value=1.0) for trial in raw["trials"]])
+    assert [arm.best.number for arm in load_sweep_data(sweep).arms if arm.best] == [0, 0, 0]
+
+
+def test_winner_is_the_trial_that_was_confirmed_even_if_another_is_better_now(confirmed: Path) -> None:
+    edit_json(confirmed / "sweep.json", lambda raw: raw["trials"][1].update(value=0.5))
+    lora = load_sweep_data(confirmed).arms[1]
+    assert lora.best
+    assert lora.winner
+    assert lora.best.number == 0
+    assert lora.winner.number == lora.reruns[0].trial != 0
+
+
+def test_curve_keeps_the_later_of_steps_that_a_resumed_run_wrote_twice(sweep: Path) -> None:
+    with (sweep / "runs/full-0000/steps.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 25, "validation": {"bits_per_byte": 1.25}}) + "\n")
+    curve = load_sweep_data(sweep).arms[2].trials[0].curve
+    assert [step for step, _ in curve] == [0, 25, 50, 75, 100, 125, 150]
+    assert dict(curve)[25] == 1.25
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (None, "must contain run.json"),
+        ("{", "damaged"),
+        ('{"format": "lorasweep.run", "version": 1}', "every field"),
+    ],
+)
+def test_run_that_cannot_be_read_is_a_sentence_and_its_trial_stays(
+    sweep: Path, content: str | None, sentence: str
+) -> None:
+    path = sweep / "runs/full-0002/run.json"
+    path.unlink() if content is None else path.write_text(content)
+    data = load_sweep_data(sweep)
+    (problem,) = data.problems
+    assert sentence in problem
+    assert data.arms[2].trials[2].record is None
+    assert data.arms[2].trials[2].value is not None
+
+
+def test_trial_and_rerun_of_an_unlisted_arm_are_named(confirmed: Path) -> None:
+    edit_json(confirmed / "sweep.json", lambda raw: raw["trials"][0].update(arm="gone"))
+    edit_json(confirmed / "sweep.json", lambda raw: raw["confirm"][2].update(arm="gone"))
+    data = load_sweep_data(confirmed)
+    assert sum("`gone`" in problem for problem in data.problems) == 2
+    assert (len(data.trials), len(data.reruns)) == (24, 10)
+
+
+@pytest.mark.parametrize("row", ["trials", "confirm"])
+def test_sweep_record_of_wrong_types_is_refused(confirmed: Path, row: str) -> None:
+    edit_json(confirmed / "sweep.json", lambda raw: raw[row][2].update(run=5))
+    with pytest.raises(RecordError, match=r"`run` in .* must be"):
+        load_sweep_data(confirmed)
+
+
+def test_setting_is_the_swept_one_else_the_configured_one(sweep: Path) -> None:
+    data = load_sweep_data(sweep)
+    lora, frozen = data.arms[1].trials[0], data.arms[0].trials[0]
+    assert lora.setting("method.rank") == lora.params["method.rank"]
+    assert frozen.setting("optim.lr") == 1e-3
+    assert frozen.setting("optim.lr.deeper") is None
+    assert replace(frozen, record=None).setting("optim.lr") is None
+    assert frozen.number_at("method.name") is None
+
+
+def test_test_score_that_the_sweep_lacks_is_that_of_the_run(confirmed: Path) -> None:
+    before = [rerun.value for rerun in load_sweep_data(confirmed).reruns]
+    edit_json(confirmed / "sweep.json", lambda raw: [row.update(value=None) for row in raw["confirm"]])
+    assert [rerun.value for rerun in load_sweep_data(confirmed).reruns] == before
+
+
+def test_arm_without_a_rerun_is_named_and_the_others_are_compared(confirmed: Path) -> None:
+    def drop(raw: dict[str, Any]) -> None:
+        raw["confirm"] = [row for row in raw["confirm"] if row["arm"] != "full"]
+
+    edit_json(confirmed / "sweep.json", drop)
+    data = load_sweep_data(confirmed)
+    assert "`full` was not confirmed" in data.problems[0]
+    assert [arm.name for arm in data.evidence.arms] == ["frozen", "lora"]
+    assert data.evidence.num_compared == 1
+
+
+def test_arm_whose_reruns_all_failed_is_named(confirmed: Path) -> None:
+    edit_json(confirmed / "sweep.json", lambda raw: [row.update(state="failed", value=None) for row in raw["confirm"]])
+    data = load_sweep_data(confirmed)
+    assert any("`lora` has no score on test data: none of its 5 reruns" in problem for problem in data.problems)
+    assert data.evidence.arms == ()
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [("row,score,weight\n0,nan,1\n", "must be finite"), ("row,score,weight\n0,9,1\n1,9,1\n", "their mean is 9")],
+)
+def test_damaged_examples_are_a_sentence_and_seeds_still_count(confirmed: Path, content: str, sentence: str) -> None:
+    (confirmed / "runs/lora-confirm-0002/test_scores.csv").write_text(content)
+    data = load_sweep_data(confirmed)
+    assert any(sentence in text for text in (*data.problems, *data.evidence.notes))
+    lora = data.evidence.arm("lora")
+    assert lora
+    assert (lora.uses_examples, len(lora.seeds)) == (False, 5)
+
+
+def test_sweep_without_examples_has_intervals_over_seeds(tmp_path: Path) -> None:
+    data = load_sweep_data(confirm_sweep(build_sweep(tmp_path), examples=0))
+    assert any("over seeds alone" in note for note in data.evidence.notes)
+    assert data.evidence.num_compared == 3
+
+
+def test_arm_scored_by_another_metric_is_named_and_not_compared(confirmed: Path) -> None:
+    for path in confirmed.glob("runs/full-*/run.json"):
+        edit_json(path, lambda raw: raw.update(metric="accuracy", best={"accuracy": 0.9}, test={"accuracy": 0.9}))
+    data = load_sweep_data(confirmed)
+    assert "`full` are scored by `accuracy`" in data.problems[0]
+    assert data.arms[2].best is None
+    assert data.evidence.full is None
+    assert data.arms[1].best
