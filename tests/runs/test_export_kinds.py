@@ -101,7 +101,7 @@ AUTO = {
 }
 
 
-@pytest.mark.parametrize("settings", [{"method.rank": 2}, {"method": "full"}, {"method": "head"}])
+@pytest.mark.parametrize("settings", [{"method.rank": 2}, {"method": "head"}])
 @pytest.mark.parametrize("kind", GIVEN)
 def test_transformers_loads_the_merged_model(train, tmp_path, kind, settings):
     run = train(kind, settings)

@@ -1,6 +1,6 @@
-"""What a run learned, for other tools: an adapter that PEFT loads, or a whole model that transformers loads.
+"""Export of a run: an adapter for PEFT, or a whole model for transformers.
 
-What is written is read back and compared with the run before it appears in its place.
+The written files are loaded again and compared with the run before they appear in the output folder.
 """
 
 from __future__ import annotations
@@ -32,22 +32,22 @@ from lorasweep.training.restore import check_kept_files, restore_base, restore_c
 
 ExportFormat = Literal["peft", "merged"]
 PROBE_ROWS, PROBE_TOKENS = 8, 16
-"""Size of the batch of random tokens whose logits are compared."""
+"""Size of the batch of random tokens on which logits are compared."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Export:
-    """What was written, and how close it is to the run."""
+    """An exported run and its difference from the original."""
 
     folder: Path
     num_bytes: int
     difference: float
-    """Largest difference between the logits of the run's weights in `best/` and of the written weights, on one batch.
+    """Largest difference between the logits of `best/` and those of the written weights, on one batch.
 
-    Both are computed in fp32, so the difference comes from the weights: merging rounds them to the base's dtype.
+    Both are computed in fp32, so that only weights differ: merging rounds them to the base's dtype.
     """
     largest_logit: float
-    """The largest absolute logit of the run, to compare with."""
+    """The largest absolute logit of the run."""
 
 
 def export_run(run: Path, *, format: ExportFormat, out: Path) -> Export:
@@ -55,13 +55,13 @@ def export_run(run: Path, *, format: ExportFormat, out: Path) -> Export:
 
     Args:
         run: The run's folder.
-        format: `peft` writes the adapter; `merged` the whole model with its tokenizer, the change in its weights.
-        out: A new or empty folder; nothing is in it unless all is.
+        format: `peft` writes the adapter; `merged` writes the whole model, with the adapter merged, and its tokenizer.
+        out: A new or empty folder. It stays as it is after an error.
 
     Raises:
-        ConfigError: `out` is not empty, the base model can't be had, or the run's method has nothing of that format.
-        RecordError: The folder is no run, it kept no weights or they have changed, or its base model is another one.
-        RunError: What was written can't be written whole, or comes back as another model.
+        ConfigError: `out` is not empty, the base model can't be loaded, or the run's method does not have the format.
+        RecordError: The folder is not a run's, its weights are missing or damaged, or the base model is another one.
+        RunError: The files can't be written, or load as another model.
     """
     record = read_run(run)
     config = restore_config(record)
@@ -81,10 +81,10 @@ def export_run(run: Path, *, format: ExportFormat, out: Path) -> Export:
 
 @contextmanager
 def appearing_whole(out: Path) -> Iterator[Path]:
-    """Gives a folder to fill, which becomes `out` (new or empty) at the end and is gone after an error.
+    """Yields a temporary folder, which becomes `out` at the end and is removed after an error.
 
     Raises:
-        ConfigError: Nothing can be written beside `out`.
+        ConfigError: The folder of `out` can't be written to.
         RunError: Writing failed.
     """
     target = out.resolve()
@@ -108,8 +108,8 @@ def _check_request(config: RunConfig, *, format: ExportFormat, out: Path) -> Non
     method = config.method.name
     if config.model.factory is not None:
         raise ConfigError(
-            "a run must have a base of transformers to be exported, but its model is that of "
-            f"{config.model.factory!r}. Its weights are in `best/` of its folder."
+            f"a run must have a base of transformers to be exported, but got `model.factory={config.model.factory}`. "
+            "Its weights are in `best/` of its folder."
         )
     if method == "frozen":
         raise ConfigError(
@@ -125,7 +125,7 @@ def _check_request(config: RunConfig, *, format: ExportFormat, out: Path) -> Non
 
 
 def _export_adapter(record: RunRecord, config: RunConfig, best: Path, folder: Path) -> tuple[Tensor, Tensor]:
-    """Writes the adapter and returns the run's logits, and those of the base with what was written."""
+    """Writes the adapter. Returns the run's logits, and those of the base with the written adapter."""
     base = restore_base(record, config)
     model = _restore(config, base, best)
     save_adapter(
@@ -142,9 +142,9 @@ def _export_adapter(record: RunRecord, config: RunConfig, best: Path, folder: Pa
 
 
 def _export_merged(record: RunRecord, config: RunConfig, best: Path, folder: Path) -> tuple[Tensor, Tensor]:
-    """Writes the whole model and returns the run's logits, and those of what transformers loads again."""
+    """Writes the whole model. Returns the run's logits, and those of the model that transformers loads again."""
     kind, dtype, fingerprint, logits = _write_merged(config, restore_base(record, config), best, folder)
-    # by now the base and the merged model are out of memory
+    # a function of its own has freed the base and the merged model before they are loaded again
     attention = {} if config.model.attention == "auto" else {"attn_implementation": config.model.attention}
     try:
         written = load_pretrained(kind, str(folder), dtype=dtype, **attention)
@@ -152,8 +152,8 @@ def _export_merged(record: RunRecord, config: RunConfig, best: Path, folder: Pat
         raise RunError(f"a merged {kind.__name__} must load again, but does not: {first_line(error)}.") from error
     if fingerprint_weights(written) != fingerprint:
         raise RunError(
-            f"a merged {kind.__name__} must come back with the weights that were written, but transformers gives it "
-            "others, perhaps because it ties them. Use `--format peft`."
+            f"a merged {kind.__name__} must load with the weights that were written, but transformers loads others, "
+            "perhaps because it ties them. Use `--format peft`."
         )
     return logits, probe_logits(written)
 
@@ -164,7 +164,7 @@ def _write_merged(
     model = _restore(config, base, best)
     logits = probe_logits(model)
     METHODS[config.method.name].merge(model)
-    model.config.use_cache = True  # which training switched off
+    model.config.use_cache = True  # training switched it off
     with quiet_transformers():
         model.save_pretrained(folder)
         require_tokenizer(base).save_pretrained(folder)
@@ -178,11 +178,7 @@ def _restore(config: RunConfig, base: BaseModel, best: Path) -> PreTrainedModel:
 
 
 def probe_logits(model: PreTrainedModel) -> Tensor:
-    """Returns the logits of one batch of random tokens, always the same batch, computed in fp32.
-
-    Args:
-        model: In evaluation mode, on the CPU. Its weights may be in bf16.
-    """
+    """Returns a model's logits of a fixed batch of random tokens, computed in fp32 on the CPU."""
     embeddings = model.get_input_embeddings().weight
     assert isinstance(embeddings, Tensor)
     generator = torch.Generator().manual_seed(0)
@@ -194,6 +190,6 @@ def probe_logits(model: PreTrainedModel) -> Tensor:
 
 
 def _lasting_path(config: ModelConfig) -> str:
-    """Where others find the base: a folder by its full path, else the hub id."""
+    """Returns the path of the base for other tools: the absolute path of a folder, or the hub id."""
     folder = find_folder(config)
     return str(config.path if folder is None else folder.resolve())

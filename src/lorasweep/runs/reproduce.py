@@ -1,4 +1,4 @@
-"""Trains a run again from its record and says whether it is the same: what `lorasweep reproduce` does for each run."""
+"""Repetition of a run from its record, compared step by step: `lorasweep reproduce RUN`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 
+from lorasweep.config.build import convert
 from lorasweep.config.run import RunConfig
 from lorasweep.errors import ConfigError, Diverged, RecordError
 from lorasweep.models.attention import CANDIDATES, AttentionChoice
@@ -18,7 +19,6 @@ from lorasweep.record import RunRecord, read_run
 from lorasweep.redaction import HIDDEN
 from lorasweep.runs.compare_runs import Comparison, compare_values, explain, read_values
 from lorasweep.training.components import EVENT_LOGGER
-from lorasweep.training.environment import DTYPES
 from lorasweep.training.inputs import RunInputs, build_inputs
 from lorasweep.training.prepare import check_run
 from lorasweep.training.restore import require_trust, restore_config
@@ -26,38 +26,37 @@ from lorasweep.training.run import never_stop, train_run
 from lorasweep.training.run_log import RunPlace
 
 PACK_TOLERANCE = {"fp32": 1e-4, "bf16": 3e-2}
-"""Of a run that was trained in a pack, or by several processes, and is repeated alone, whose sums are then rounded
-otherwise. A difference of rounding grows with the steps, the faster the higher the learning rate is: over 60 steps of
-the embedded model the largest of packs was 2e-7 in fp32 and 2e-3 in bf16, at a rate that is too high (3e-2) 1e-5 and
-2e-2."""
+"""Default tolerance for a run that was trained in a pack or by several processes: alone, its sums round otherwise.
+Such a difference grows with the steps and with the learning rate. Over 60 steps of the embedded model the largest was
+2e-7 in fp32 and 2e-3 in bf16; at a rate that is too high (3e-2) it was 1e-5 and 2e-2."""
 
 Verdict = Literal["identical", "within tolerance", "different", "interrupted"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Reproduction:
-    """A run, its repetition, and how they compare."""
+    """The comparison of a run with its repetition."""
 
     run: Path
     folder: Path
-    """Of the repetition."""
+    """Folder of the repetition."""
     verdict: Verdict
     tolerance: float
     comparison: Comparison
     other_weights: tuple[str, ...] = ()
-    """Files of weights that are not the same; looked at where every value of a whole run is."""
+    """Files of weights that differ, although every value of the log is the same."""
     suspects: tuple[str, ...] = ()
-    """What may explain a difference, the most suspicious first."""
+    """Surroundings that may explain a difference, the most suspicious first."""
     failure: str | None = None
-    """Why the repetition did not end, where it diverged."""
+    """Why the repetition diverged, if it did."""
 
     @property
     def holds(self) -> bool:
-        """Whether the run is repeated: every bit of it, or within a tolerance that is not 0."""
+        """Whether the repetition is identical or within the tolerance."""
         return self.verdict in ("identical", "within tolerance")
 
     def describe(self) -> str:
-        """Returns what a person is told: one line, and where something differs one for each suspect."""
+        """Returns the result in one line, and if it is different a line for each suspect."""
         found = self.comparison
         compared = f"{found.steps} steps and {found.evaluations} evaluations"
         if self.verdict == "interrupted":
@@ -83,9 +82,9 @@ class Reproduction:
 
     def _describe_suspects(self) -> list[str]:
         if not self.suspects:
-            return ["nothing that the record keeps of the surroundings differs"]
+            return ["nothing in the recorded surroundings differs"]
         listed = [f"  {number}. {suspect}" for number, suspect in enumerate(self.suspects, start=1)]
-        return ["what may explain it, the most suspicious first:", *listed]
+        return ["possible reasons, the most suspicious first:", *listed]
 
 
 def reproduce_run(
@@ -102,16 +101,16 @@ def reproduce_run(
     Args:
         run: Its folder.
         output: A new folder for the repetition.
-        tolerance: Largest relative difference that still counts as the same. When None 0, or for a run that was
-            trained in a pack or by several processes `PACK_TOLERANCE`.
-        steps: Ends after so many steps; the schedule stays that of all. When None, as many as the run has.
+        tolerance: Largest relative difference that still counts as the same. None means `PACK_TOLERANCE` for a run that
+            was trained in a pack or by several processes, and 0 for any other.
+        steps: Number of steps to compare; the schedule stays that of all steps. None compares all.
         trust: Whether code and pickles that the record names may be run.
-        stop_requested: Asked after every step whether to stop.
+        stop_requested: Called after every step; returns whether to stop.
 
     Raises:
-        RecordError: There is no such run, it has nothing to compare, or its record is damaged.
-        ConfigError: It needs `trust`, or model or data can't be had.
-        OutOfMemory: It does not fit.
+        RecordError: There is no such run, it logged no step, or its record is damaged.
+        ConfigError: It needs `trust`, or model or data can't be loaded.
+        OutOfMemory: It does not fit in memory.
     """
     _check_request(tolerance, steps)
     record = read_run(run)
@@ -123,8 +122,8 @@ def reproduce_run(
         alone = record.pack is None and "processes" not in record.platform
         tolerance = 0.0 if alone else PACK_TOLERANCE.get(record.platform.get("precision", ""), 0.0)
     stop = _StepLimit(limit, stop_requested)
-    with _threads(record.platform.get("threads")):
-        inputs = _build_bench(config, record)
+    with _recorded_threads(record.platform.get("threads")):
+        inputs = _build_inputs(config, record)
         check_run(config, inputs.base)
         failure = _train(config, output, inputs=inputs, stop=stop)
     repeated = read_run(output)
@@ -146,26 +145,22 @@ def reproduce_run(
 
 
 def config_as_run(record: RunRecord) -> RunConfig:
-    """Returns a run's settings for one process, with what was `auto` as it turned out: precision, device, batches.
+    """Returns a run's settings for one process, with the recorded values of precision, device and micro-batches.
 
-    Loggers that may send metrics elsewhere are left out, and the profiler: neither changes what is learned.
+    Without loggers that may send metrics elsewhere, and without a profiler: they do not change the training.
 
     Raises:
-        RecordError: They are damaged, or of another version.
+        RecordError: The settings are damaged or of another version.
+        ConfigError: The number of micro-batches is not one.
     """
     config, platform = restore_config(record), record.platform
-    precision = platform.get("precision")
     micro_batches = record.batching.get("micro_batches", config.trainer.accumulate)
-    if micro_batches != "auto" and (not isinstance(micro_batches, int) or isinstance(micro_batches, bool)):
-        raise RecordError(
-            f"`micro_batches` in a run's record must be a whole number, but is {str(micro_batches)[:60]!r}."
-        )
     on_gpu = platform.get("device", "gpu" if platform.get("gpu") else "cpu") == "gpu"
     trainer = replace(
         config.trainer,
-        precision=precision if precision in DTYPES else config.trainer.precision,
-        device="auto" if on_gpu else "cpu",  # where there is no GPU, on the CPU: that is then the first suspect
-        accumulate=micro_batches,
+        precision=platform.get("precision", config.trainer.precision),
+        device="auto" if on_gpu else "cpu",  # on a machine without a GPU the device becomes the first suspect
+        accumulate=convert(int | Literal["auto"], micro_batches, key="batching.micro_batches"),
         strategy="auto",
         devices=1,
         num_nodes=1,
@@ -177,7 +172,7 @@ def config_as_run(record: RunRecord) -> RunConfig:
 
 
 class _StepLimit:
-    """A `stop_requested`, which is asked once after every step: whether enough are done, or a person asks to stop."""
+    """A `stop_requested` that also stops after a number of steps. It is called once after every step."""
 
     def __init__(self, steps: int | None, stop_requested: Callable[[], bool]) -> None:
         self.steps = steps
@@ -201,15 +196,15 @@ def _check_request(tolerance: float | None, steps: int | None) -> None:
 
 
 def _last_step(record: RunRecord, run: Path, *, steps: int | None) -> int | None:
-    """The step to end after; None trains to the end.
+    """Returns the last step to train; None trains all.
 
     Raises:
-        RecordError: The run logged nothing.
+        RecordError: The run logged no step, or its settings held a secret.
     """
     logged = read_values(run)
     if not logged:
         raise RecordError(f"a run must have logged a step to be repeated, but {str(run)!r} has none. Name another run.")
-    if any(isinstance(value, str) and HIDDEN in value for value in _texts(record.config)):
+    if HIDDEN in str(record.config):
         raise RecordError(
             f"{str(run)!r} must have been run without secrets in its settings to be repeated from its record, "
             "which does not keep them. Start it again by `lorasweep train`."
@@ -219,19 +214,11 @@ def _last_step(record: RunRecord, run: Path, *, steps: int | None) -> int | None
     return None if last >= record.steps_planned else last
 
 
-def _texts(value: Any) -> Iterator[Any]:
-    if isinstance(value, dict | list | tuple):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _texts(item)
-    else:
-        yield value
-
-
 @contextmanager
-def _threads(recorded: Any) -> Iterator[None]:
-    """Has torch compute in as many threads as the run did, which decide how sums are cut; afterwards as before."""
-    before, most = torch.get_num_threads(), 4 * (os.cpu_count() or 1)
-    if isinstance(recorded, int) and not isinstance(recorded, bool) and 1 <= recorded <= most:
+def _recorded_threads(recorded: Any) -> Iterator[None]:
+    """Sets torch's number of threads to the recorded one, because sums are split by thread; restores it afterwards."""
+    before = torch.get_num_threads()
+    if isinstance(recorded, int) and 1 <= recorded <= 4 * (os.cpu_count() or 1):
         torch.set_num_threads(recorded)
     try:
         yield
@@ -239,18 +226,17 @@ def _threads(recorded: Any) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _build_bench(config: RunConfig, record: RunRecord) -> RunInputs:
-    """Base model and data, with the implementation of attention that the run had."""
-    chosen = record.batching.get("attention")
-    name = chosen.get("name") if isinstance(chosen, dict) else None
+def _build_inputs(config: RunConfig, record: RunRecord) -> RunInputs:
+    """Returns base model and data, with the recorded implementation of attention."""
+    name = (record.batching.get("attention") or {}).get("name")
     if config.model.attention != "auto" or name not in CANDIDATES:
         return build_inputs(config)
     inputs = build_inputs(replace(config, model=replace(config.model, attention=name)))
-    return replace(inputs, attention=AttentionChoice(name, "the run that is repeated had it"))
+    return replace(inputs, attention=AttentionChoice(name, "as in the run that is repeated"))
 
 
 def _train(config: RunConfig, output: Path, *, inputs: RunInputs, stop: Callable[[], bool]) -> str | None:
-    """Trains, and returns why it diverged if it did."""
+    """Trains, and returns the reason if the run diverged."""
     try:
         train_run(config, RunPlace(folder=output), inputs=inputs, stop_requested=stop)
     except Diverged as error:
@@ -259,12 +245,8 @@ def _train(config: RunConfig, output: Path, *, inputs: RunInputs, stop: Callable
 
 
 def _other_weights(record: RunRecord, repeated: RunRecord) -> tuple[str, ...]:
-    def weights(files: dict[str, Any]) -> dict[str, Any]:
-        kept = {name: file for name, file in files.items() if name.endswith(".safetensors")}
-        return {name: file.get("sha256") if isinstance(file, dict) else None for name, file in kept.items()}
-
-    before, now = weights(record.files), weights(repeated.files)
-    return tuple(name for name in before if before[name] != now.get(name))
+    names = [name for name in record.files if name.endswith(".safetensors")]
+    return tuple(name for name in names if record.files[name] != repeated.files.get(name))
 
 
 def _judge(comparison: Comparison, weights: tuple[str, ...], *, tolerance: float) -> Verdict:
