@@ -8,7 +8,6 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BertConfig, LlamaConfig
 
 from lorasweep.config.compose import compose_run
-from lorasweep.models.folder import find_files
 from lorasweep.models.load import load_base
 from lorasweep.models.weight_files import WeightFiles, build_on_meta
 from lorasweep.training.fsdp import read_weight
@@ -104,7 +103,3 @@ def test_a_classifier_may_lack_its_head(tmp_path):
     assert found is not None
     assert found[1] == ("classifier",)
     assert build_on_meta(AutoModelForSequenceClassification, settings, tmp_path, may_lack_head=False, **given) is None
-
-
-def test_the_embedded_model_is_a_folder_of_safetensors(config):
-    assert find_files(config.model).form == "safetensors"

@@ -22,8 +22,8 @@ def test_a_bench_is_loaded_once_for_all_runs_that_can_share_it(make_config, monk
 
 def test_the_attention_that_was_chosen_is_said_and_recorded(make_config, inputs, tmp_path):
     assert inputs.notes == inputs.splits.notes
-    chosen = replace(inputs, attention=AttentionChoice("eager", "rows of 15 tokens in the median on a CPU"))
-    told = "Attention is eager: rows of 15 tokens in the median on a CPU."
+    chosen = replace(inputs, attention=AttentionChoice("eager", "short"))
+    told = "Attention is eager: short."
     assert chosen.notes == (*inputs.splits.notes, told)
     train_run(make_config({"method": "frozen"}), RunPlace(folder=tmp_path), inputs=chosen)
     assert told in read_run(tmp_path).notes

@@ -1,4 +1,4 @@
-"""`model.attention=auto`: which implementation of attention a model gets, by a rule of device and row length."""
+"""`model.attention=auto`: chooses a model's implementation of attention by device and length of the examples."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lorasweep.models.pretrained import quiet_transformers
 
 CANDIDATES = ("sdpa", "eager")
 MAX_EAGER_TOKENS = 64
-"""Median length of the training rows, in tokens, up to which `auto` takes eager on a CPU.
+"""Median length of the training examples, in tokens, up to which `auto` takes eager on a CPU.
 
 Forward and backward passes were measured at 16 to 512 tokens (docs/decisions.md): up to 64, eager took 0.64 to 0.98
 of sdpa's time on an encoder and 0.81 to 1.01 on a causal model. Above, eager may lose in fp32, and it keeps memory that
@@ -31,39 +31,29 @@ class AttentionChoice(NamedTuple):
 
 
 def choose_attention(model: nn.Module, *, lengths: Tensor | Sequence[int], device: torch.device) -> AttentionChoice:
-    """Sets the implementation of attention that `attention_for` says, and returns it with the reason.
+    """Sets the implementation of attention that fits device and examples, and returns it with the reason.
 
-    The same model, rows and device always get the same one.
+    The same model, examples and device always get the same one.
 
     Args:
-        model: A base model as `load_base` gives it. Only its implementation of attention changes.
-        lengths: Tokens of each training row, at least one row.
+        model: A base model as `load_base` returns it. Only its implementation of attention changes.
+        lengths: Tokens of each training example, at least one.
         device: Where the model trains.
     """
     if not isinstance(model, PreTrainedModel):
         return AttentionChoice("own", "transformers did not make this model")
-    usable = [name for name in CANDIDATES if set_attention(model, name)]
-    if len(usable) < 2:
+    usable = [name for name in CANDIDATES if _set_attention(model, name)]
+    if len(usable) < len(CANDIDATES):
         return AttentionChoice(str(model.config._attn_implementation), "the model has no other")
     tokens = int(torch.as_tensor(lengths).median())
-    name = attention_for(device.type, median_tokens=tokens)
-    set_attention(model, name)
+    name = "eager" if device.type == "cpu" and tokens <= MAX_EAGER_TOKENS else "sdpa"
+    _set_attention(model, name)
     where = "a GPU" if device.type == "cuda" else "a CPU"
-    return AttentionChoice(name, f"rows of {tokens} tokens in the median on {where}")
+    return AttentionChoice(name, f"the median example has {tokens} tokens, on {where}")
 
 
-def attention_for(device_type: str, *, median_tokens: int) -> str:
-    """Returns `eager` for short rows on a CPU, else `sdpa`.
-
-    Args:
-        device_type: `cpu` or `cuda`.
-        median_tokens: Median length of the training rows.
-    """
-    return "eager" if device_type == "cpu" and median_tokens <= MAX_EAGER_TOKENS else "sdpa"
-
-
-def set_attention(model: PreTrainedModel, name: str) -> bool:
-    """Sets an implementation where the model has it, and returns whether it has."""
+def _set_attention(model: PreTrainedModel, name: str) -> bool:
+    """Sets an implementation if the model has it, and returns whether it has."""
     try:
         with quiet_transformers():
             model.set_attn_implementation(name)

@@ -27,15 +27,10 @@ from transformers import (
 from lorasweep.config.model import ModelConfig, ModelKind
 from lorasweep.errors import ConfigError, first_line
 from lorasweep.models.dropout import set_dropout_modules, set_dropout_settings
-from lorasweep.models.folder import ModelFiles, find_files, find_source
+from lorasweep.models.folder import find_files
 from lorasweep.models.own import build_own
-from lorasweep.models.pretrained import (
-    LOADING_ERRORS,
-    load_pretrained,
-    load_with_new_head,
-    quiet_transformers,
-)
-from lorasweep.models.weight_files import WeightFiles, build_on_meta
+from lorasweep.models.pretrained import LOADING_ERRORS, load_pretrained, load_with_new_head, quiet_transformers
+from lorasweep.models.weight_files import WeightFiles, build_on_meta, has_weight_files
 
 CLASSES: dict[ModelKind, Any] = {
     "causal_lm": AutoModelForCausalLM,
@@ -51,11 +46,11 @@ KIND_NAMES: dict[ModelKind, str] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Labels:
-    """What a classifier is to tell."""
+    """The labels that a classifier predicts."""
 
     kind: Literal["single_label", "multi_label", "regression"]
     names: tuple[str, ...]
-    """One for each output; of a regression, the name of the number."""
+    """One for each output; under regression the name of the number."""
 
     @property
     def num_outputs(self) -> int:
@@ -74,16 +69,16 @@ class BaseModel:
     path: str
     """`model.path` as it was set, or `model.factory`."""
     fingerprint: str
-    """Of the weights as loaded, so it differs between dtypes (see `fingerprint_weights`); new modules are left out."""
+    """Fingerprint of the weights as loaded, so it differs between dtypes; new modules are left out."""
     num_parameters: int
-    """A tensor used twice counts once."""
+    """Number of parameters; a tensor used twice counts once."""
     kind: ModelKind = "causal_lm"
     head: tuple[str, ...] = ()
     """Names of the modules that were not in the checkpoint: each run draws them from its own seed, and trains them."""
     labels: Labels | None = None
-    """What a classifier was told to tell."""
+    """The labels that a classifier was loaded for."""
     files: WeightFiles | None = None
-    """Where the weights are, for a model on the meta device; None for one that has them."""
+    """Files of the weights, for a model on the meta device; None for a model that has its weights in memory."""
 
     def describe(self) -> dict[str, Any]:
         """Returns what a run record keeps of it."""
@@ -102,15 +97,14 @@ def load_base(
 ) -> BaseModel:
     """Loads the base model straight into `dtype`, on the CPU.
 
-    Buffers that transformers keeps in fp32 (rotary frequencies) stay so. For what is in a folder or in the hub's cache
-    nothing is asked for on the network.
+    Buffers that transformers keeps in fp32 (rotary frequencies) stay in fp32.
 
     Args:
-        config: Which model.
-        dtype: Of the parameters.
-        labels: Of a classifier; with None it keeps those of its checkpoint.
-        on_meta: Leaves the weights in their files (`BaseModel.files`) where that can be: a folder of safetensors whose
-            names are those of the model.
+        config: Settings of the model.
+        dtype: Type of the parameters.
+        labels: Labels of a classifier; with None it keeps those of its checkpoint.
+        on_meta: Leaves the weights in their files (`BaseModel.files`) if possible: if they are safetensors with the
+            model's own names.
 
     Raises:
         ConfigError: The model is not there, damaged, incomplete or not of `model.kind`; reading it needs a permission
@@ -122,7 +116,8 @@ def load_base(
         )
     files = None
     if config.factory is not None:
-        model, tokenizer, head = _build(config, dtype=dtype, labels=labels)
+        model, tokenizer, head = build_own(config, dtype=dtype, offered={"labels": labels})
+        tokenizer = tokenizer or _load_tokenizer(config)
     else:
         model, tokenizer, head, files = _load(config, dtype=dtype, labels=labels, on_meta=on_meta)
     _set_padding(model, tokenizer)
@@ -164,7 +159,7 @@ def fingerprint_weights(model: nn.Module, *, leave_out: Collection[str] = (), fi
     Args:
         model: Any module.
         leave_out: Names of modules whose parameters do not count.
-        files: Where the parameters are that are on the meta device.
+        files: Files of the parameters that are on the meta device.
     """
     digest = hashlib.sha256()
     without = tuple(f"{name}." for name in leave_out)
@@ -183,37 +178,35 @@ def fingerprint_weights(model: nn.Module, *, leave_out: Collection[str] = (), fi
 def _load(
     config: ModelConfig, *, dtype: torch.dtype, labels: Labels | None, on_meta: bool
 ) -> tuple[nn.Module, PreTrainedTokenizerBase | None, tuple[str, ...], WeightFiles | None]:
-    files = find_files(config)
-    source = str(files.folder)
+    """Returns the model, its tokenizer, the names of its new modules, and its files if the weights stay in them."""
+    folder, gguf_file = find_files(config)
+    kind, is_classifier = CLASSES[config.kind], config.kind == "classifier"
     shared: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
-    if files.gguf_file is not None:
-        shared["gguf_file"] = files.gguf_file
+    if gguf_file is not None:
+        shared["gguf_file"] = gguf_file
+    attention = {} if config.attention == "auto" else {"attn_implementation": config.attention}
     try:
         with quiet_transformers():
-            settings = AutoConfig.from_pretrained(source, **shared)
-            tokenizer = AutoTokenizer.from_pretrained(source, **shared)
+            settings = AutoConfig.from_pretrained(str(folder), **shared)
+            tokenizer = AutoTokenizer.from_pretrained(str(folder), **shared)
         _change_settings(settings, config, labels)
-        given = {"config": settings, **_reading(config, files), **shared}
-        is_classifier = config.kind == "classifier"
-        if on_meta and files.form == "safetensors" and not config.trust_remote_code:
-            built = build_on_meta(
-                CLASSES[config.kind],
-                settings,
-                files.folder,
-                dtype=dtype,
-                may_lack_head=is_classifier,
-                **({} if config.attention == "auto" else {"attn_implementation": config.attention}),
-            )
+        if on_meta and gguf_file is None and not config.trust_remote_code and has_weight_files(folder):
+            built = build_on_meta(kind, settings, folder, dtype=dtype, may_lack_head=is_classifier, **attention)
             if built is not None:
-                model, head, weight_files = built
-                return _with_dropout(model, config), tokenizer, head, weight_files
+                model, head, files = built
+                return _with_dropout(model, config), tokenizer, head, files
+        given = {"config": settings, **attention, **shared}
+        if gguf_file is not None and hasattr(transformers, "GgufConfig"):  # without it, all weights are dequantised
+            given["quantization_config"] = transformers.GgufConfig(dequantize=True)
+        if gguf_file is not None or config.allow_pickle:
+            given["use_safetensors"] = None if gguf_file is None else False  # None: where there are some
         if is_classifier:
-            model, head = load_with_new_head(CLASSES[config.kind], source, dtype=dtype, **given)
+            model, head = load_with_new_head(kind, str(folder), dtype=dtype, **given)
         else:
-            model, head = load_pretrained(CLASSES[config.kind], source, dtype=dtype, **given), ()
+            model, head = load_pretrained(kind, str(folder), dtype=dtype, **given), ()
     except LOADING_ERRORS as error:
-        raise _explain(error, config, files) from error
-    if files.form == "gguf":
+        raise _explain(error, config, is_gguf=gguf_file is not None) from error
+    if gguf_file is not None:
         setattr(model, "hf_quantizer", None)  # noqa: B010 (plain weights by now; transformers refused to save them)
     return _with_dropout(model, config), tokenizer, head, None
 
@@ -224,22 +217,15 @@ def _with_dropout(model: nn.Module, config: ModelConfig) -> nn.Module:
     return model
 
 
-def _build(
-    config: ModelConfig, *, dtype: torch.dtype, labels: Labels | None
-) -> tuple[nn.Module, PreTrainedTokenizerBase | None, tuple[str, ...]]:
-    model, tokenizer, head = build_own(config, dtype=dtype, offered={"labels": labels})
-    return model, tokenizer or _load_tokenizer(config), head
-
-
 def _load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase | None:
-    """The tokenizer that `model.path` names beside `model.factory`."""
+    """Returns the tokenizer that `model.path` names beside `model.factory`, if it names one."""
     if config.path is None:
         return None
-    source = find_source(config)
+    folder, _ = find_files(config)
     try:
         with quiet_transformers():
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-                str(source), trust_remote_code=config.trust_remote_code
+                str(folder), trust_remote_code=config.trust_remote_code
             )
     except LOADING_ERRORS as error:
         raise ConfigError(
@@ -260,17 +246,9 @@ def _change_settings(settings: Any, config: ModelConfig, labels: Labels | None) 
         settings.problem_type = "regression" if labels.kind == "regression" else f"{labels.kind}_classification"
 
 
-def _reading(config: ModelConfig, files: ModelFiles) -> dict[str, Any]:
-    given: dict[str, Any] = {"use_safetensors": files.form == "safetensors"}
-    if config.attention != "auto":
-        given["attn_implementation"] = config.attention
-    if files.form == "gguf" and hasattr(transformers, "GgufConfig"):  # without it, all are dequantised
-        given["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    return given
-
-
-def _explain(error: Exception, config: ModelConfig, files: ModelFiles) -> ConfigError:
-    if files.form == "gguf" and isinstance(error, ImportError):
+def _explain(error: Exception, config: ModelConfig, *, is_gguf: bool) -> ConfigError:
+    """Returns the error of transformers as one sentence, with the setting that helps."""
+    if is_gguf and isinstance(error, ImportError):
         return ConfigError(
             f"a GGUF file needs the package gguf, which is missing ({first_line(error)}). "
             "Install `pip install 'lorasweep[gguf]'`."
@@ -287,10 +265,9 @@ def _explain(error: Exception, config: ModelConfig, files: ModelFiles) -> Config
         )
     holds_more = isinstance(error, UnpicklingError)  # whose message advises to read it without restrictions
     reason = "it holds other things than tensors" if holds_more else first_line(error)
-    form = {"safetensors": "safetensors", "pickle": "a pickle file", "gguf": "a GGUF file"}[files.form]
     return ConfigError(
-        f"`model.path` must be a {KIND_NAMES[config.kind]} in {form} with its tokenizer, but "
-        f"{config.path!r} can't be loaded: {reason}. Get the model again, or use another."
+        f"`model.path` must be a {KIND_NAMES[config.kind]} with its tokenizer, but {config.path!r} can't be loaded: "
+        f"{reason}. Get the model again, or use another."
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -12,13 +11,13 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import PreTrainedModel, modeling_gguf_pytorch_utils
+from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 LOADING_ERRORS = (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError, UnpicklingError, EOFError)
 """What transformers raises for a model or tokenizer that is missing, damaged or of a kind that it does not know."""
 DRAWING_SEED = 0
-"""Of what is drawn while loading, so that the same model comes out each time; runs draw their heads anew."""
+"""Seed of heads that are drawn while loading, so that loading gives the same model each time; runs draw them anew."""
 
 
 class IncompleteError(ValueError):
@@ -26,16 +25,16 @@ class IncompleteError(ValueError):
 
 
 def load_pretrained(kind: Any, source: str, *, dtype: torch.dtype, **settings: Any) -> PreTrainedModel:
-    """Loads a model straight into `dtype`, all of whose weights are there.
+    """Loads a model straight into `dtype` and checks that all of its weights are there.
 
     Args:
         kind: A model class of transformers, or one of its `AutoModel...` classes.
         source: Folder or hub id.
-        dtype: Of the parameters; some buffers (rotary frequencies) stay fp32.
+        dtype: Type of the parameters; some buffers (rotary frequencies) stay fp32.
         settings: Passed on to `from_pretrained`.
 
     Raises:
-        IncompleteError: Weights are missing or have the wrong shape; transformers alone would make them up.
+        IncompleteError: Weights are missing or have the wrong shape; transformers alone would draw them anew.
         Exception: One of `LOADING_ERRORS`.
     """
     model, lacking = _load(kind, source, dtype=dtype, **settings)
@@ -48,8 +47,8 @@ def load_with_new_head(
 ) -> tuple[PreTrainedModel, tuple[str, ...]]:
     """Loads a model whose checkpoint may lack a head, or have one for other labels.
 
-    A head is what lies outside the pre-trained network (`classifier`, `score`), and the pooler before it. A new one is
-    drawn as its architecture says, from a seed that is always the same.
+    A head is every module outside the pre-trained network (`classifier`, `score`), and the pooler before it. A new head
+    is drawn as its architecture defines, always from the same seed.
 
     Returns:
         The model, and the names of the modules that are newly drawn, outermost.
@@ -66,7 +65,7 @@ def load_with_new_head(
 
 
 def outermost_modules(model: nn.Module, parameters: Collection[str]) -> tuple[str, ...]:
-    """Returns the largest modules of which some parameters, given by name, are parts, with nothing else inside."""
+    """Returns the names of the largest modules that have only these parameters, given by name."""
     found = dict.fromkeys(name.rpartition(".")[0] for name in parameters)
     given = set(parameters)
 
@@ -84,7 +83,7 @@ def outermost_modules(model: nn.Module, parameters: Collection[str]) -> tuple[st
 
 @contextmanager
 def own_stream() -> Iterator[None]:
-    """Lets what is drawn inside come from `DRAWING_SEED`; torch's own stream is afterwards as it was."""
+    """Draws random numbers inside from `DRAWING_SEED`; restores torch's own stream afterwards."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(DRAWING_SEED)
         yield
@@ -92,22 +91,20 @@ def own_stream() -> Iterator[None]:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Keeps transformers' progress bars and load report off the screen: what matters of them is in errors here."""
-    verbosity = transformers_logging.get_verbosity()
+    """Turns off transformers' progress bars and load report: problems become errors here."""
+    verbosity, had_bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity(logging.ERROR + 1)
-    previous = transformers_logging.set_tqdm_hook(lambda make, args, settings: make(*args, **settings, disable=True))
-    of_gguf: Any = modeling_gguf_pytorch_utils
-    bar, of_gguf.tqdm = of_gguf.tqdm, functools.partial(of_gguf.tqdm, disable=True)  # which does not ask the hook
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         yield
     finally:
         transformers_logging.set_verbosity(verbosity)
-        transformers_logging.set_tqdm_hook(previous)
-        of_gguf.tqdm = bar
+        if had_bars:
+            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def _load(kind: Any, source: str, *, dtype: torch.dtype, **settings: Any) -> tuple[PreTrainedModel, list[str]]:
-    """A model and the names of its weights that the checkpoint lacks or has in another shape."""
+    """Returns a model and the names of its weights that the checkpoint lacks or has in another shape."""
     given = {"use_safetensors": True, "trust_remote_code": False} | settings
     with quiet_transformers():
         model: PreTrainedModel

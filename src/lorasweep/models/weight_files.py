@@ -1,6 +1,6 @@
-"""A base model on the meta device, whose weights are read from safetensors one by one: for processes that share it out.
+"""A base model on the meta device, whose weights are read from safetensors one by one.
 
-Nothing but the tensor that is asked for is read, so no process ever holds all of them.
+For processes that shard a model: each reads only the tensors that it needs, so no process ever holds all of them.
 """
 
 from __future__ import annotations
@@ -19,6 +19,11 @@ from transformers import GenerationConfig, PreTrainedModel
 from lorasweep.models.pretrained import outermost_modules, quiet_transformers
 
 INDEX_FILE, WEIGHTS_FILE = "model.safetensors.index.json", "model.safetensors"
+
+
+def has_weight_files(folder: Path) -> bool:
+    """Returns whether a folder has weights in safetensors."""
+    return (folder / INDEX_FILE).is_file() or (folder / WEIGHTS_FILE).is_file()
 
 
 class WeightFiles:
@@ -51,16 +56,15 @@ class WeightFiles:
 def build_on_meta(
     kind: Any, settings: Any, folder: Path, *, dtype: torch.dtype, may_lack_head: bool, **given: Any
 ) -> tuple[PreTrainedModel, tuple[str, ...], WeightFiles] | None:
-    """Returns a model without weights, the names of its new modules, and the files that its weights are in.
+    """Returns a model without weights but with buffers, the names of its new modules, and the files of its weights.
 
-    Buffers are there. None where the files name or shape weights otherwise than the model does: transformers then works
-    them out while loading.
+    Returns None where the files have other names or shapes than the model: only transformers can convert them.
 
     Args:
         kind: One of transformers' `AutoModel...` classes.
         settings: The model's configuration.
-        folder: Where its files are.
-        dtype: Of its parameters.
+        folder: The folder of its files.
+        dtype: Type of its parameters.
         may_lack_head: Whether the files may lack weights outside of the pre-trained network.
         given: Passed on to `from_config`.
     """
@@ -82,7 +86,10 @@ def build_on_meta(
 
 @contextmanager
 def _parameters_on_meta() -> Iterator[None]:
-    """Has every parameter that is made meanwhile leave its values, but no buffer."""
+    """Moves every parameter that is made inside to the meta device; buffers keep their values.
+
+    `torch.device("meta")` would move buffers too, and rotary frequencies are in no file.
+    """
     register = nn.Module.register_parameter
 
     def register_on_meta(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
