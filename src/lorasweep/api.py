@@ -38,7 +38,7 @@ from lorasweep.sweep.controller.lifecycle import create_sweep, new_folder, reope
 from lorasweep.sweep.definition.arms import Definition, read_definition
 from lorasweep.sweep.definition.packing import packing_notes
 from lorasweep.sweep.definition.sweep_file import find_sweep_file
-from lorasweep.sweep.progress import show_progress, watch_sweep
+from lorasweep.sweep.progress import report_status, show_progress
 from lorasweep.sweep.status import SweepStatus
 from lorasweep.sweep.workers.train import check_workers, hand_over, train_sweep
 from lorasweep.training.inputs import InputsCache, build_inputs
@@ -276,7 +276,7 @@ def prepare_environment() -> None:
 def _watched(folder: Path, progress: Progress) -> Any:
     if progress is None:
         return nullcontext()
-    return show_progress(folder, PlainConsole()) if progress == "auto" else watch_sweep(folder, progress)
+    return show_progress(folder, PlainConsole()) if progress == "auto" else report_status(folder, progress)
 
 
 def _parse(overrides: Overrides) -> dict[str, Any]:

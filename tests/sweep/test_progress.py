@@ -14,7 +14,7 @@ import lorasweep.sweep.progress as progress_file
 from lorasweep.record import read_sweep, write_record
 from lorasweep.sweep.controller.folder import SweepFolder
 from lorasweep.sweep.controller.lifecycle import reopen_sweep
-from lorasweep.sweep.progress import show_progress, show_until_over, watch_sweep
+from lorasweep.sweep.progress import report_status, show_progress, show_until_over
 
 from .conftest import Killed
 from .test_status import confirm_row, sweep_record, trial
@@ -24,7 +24,7 @@ from .test_status import running as running
 
 def test_a_callers_function_gets_every_status_and_the_last_one(begin, work, runs, content):
     folder, seen = begin(content), []
-    with watch_sweep(folder.path, seen.append):
+    with report_status(folder.path, seen.append):
         assert work(folder)
     assert sum(arm.done for arm in seen[0].arms) == 0
     assert sum(arm.done for arm in seen[-1].arms) == 10

@@ -1,20 +1,18 @@
 """Shows a sweep while it runs: a live table in a terminal, plain lines in a notebook or a pipe, or a caller's function.
 
-All of it reads the sweep's record about once a second, so it does not matter which process trains.
+The sweep's record is read about once a second, so it does not matter which process trains.
 """
 
 from __future__ import annotations
 
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, RenderableType
 from rich.live import Live
 from rich.markup import escape
 
@@ -32,31 +30,27 @@ from lorasweep.sweep.status import (
 
 POLL_INTERVAL_S = 1.0
 """Seconds between two readings of a sweep's record."""
-MAX_READ_FRACTION = 0.05
-"""Largest fraction of the time that reading may take: the process that reads may also be the one that trains."""
 
 
 class ProgressDisplay:
-    """Shows each status that it is called with. Use it as a context, at whose end the live table is removed."""
+    """Shows each status that it is called with. As a context manager, it removes the live table at its end."""
 
     def __init__(self, console: Console, *, announce: bool = True) -> None:
-        """Takes where to print; `announce` prints the sweep's folder, notes and warnings too."""
+        """Takes the console; `announce` says whether the sweep's folder, notes and warnings are printed too."""
         self._console = console
         self._announce = announce
         self._status: SweepStatus | None = None
         self._shown: set[str] = set()
         """Runs that have a line already, and runs that had ended before the first status."""
         self._warnings: set[str] = set()
-        self._live = Live(console=console, get_renderable=lambda: Group(self._render()), transient=True)
+        self._live = Live(console=console, get_renderable=self._render, transient=True)
 
     def __enter__(self) -> ProgressDisplay:
         if self._console.is_terminal:
             self._live.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._console.is_terminal:
             self._live.stop()
 
@@ -85,39 +79,39 @@ class ProgressDisplay:
         self._console.print(escape(line), highlight=False, soft_wrap=True)
 
     def _new_lines(self, status: SweepStatus) -> Iterator[str]:
-        """Yields a line for each trial that has ended and has none yet."""
-        record, shown = status.record, self._shown
-        new = [row for row in ended_rows(record) if row.run not in shown]
-        done = Counter((type(row), row.arm) for row in ended_rows(record) if row.run in shown)
-        trials_asked = {arm.name: arm.asked for arm in status.arms}
-        seeds_asked = {arm.name: arm.seeds_asked for arm in status.arms}
-        for row in new:
-            in_search = isinstance(row, TrialRow)
-            if not in_search and not any(kind is ConfirmRow for kind, _ in done):
+        """Yields a line for each run that has ended and has no line yet: `lora 4/6  complete  1.4  optim.lr=0.01`."""
+        record, ended = status.record, ended_rows(status.record)
+        asked: dict[tuple[type, str], int] = {(TrialRow, arm.name): arm.asked for arm in status.arms}
+        asked |= {(ConfirmRow, arm.name): arm.seeds_asked for arm in status.arms}
+        done: Counter[tuple[type, str]] = Counter((type(row), row.arm) for row in ended if row.run in self._shown)
+        for row in ended:
+            if row.run in self._shown:
+                continue
+            stage = type(row), row.arm
+            if isinstance(row, ConfirmRow) and not any(kind is ConfirmRow for kind, _ in done):
                 yield f"confirm: {describe_confirm(len(record.confirm_seeds))}"
-            done[type(row), row.arm] += 1
-            shown.add(row.run)
-            asked = (trials_asked if in_search else seeds_asked).get(row.arm, 0)
+            done[stage] += 1
+            self._shown.add(row.run)
             score = "-" if row.value is None else f"{row.value:.4f}"
             params = describe_params(params_of(row, record))
-            yield f"{row.arm} {done[type(row), row.arm]}/{asked}  {row.state:<10} {score:>8}  {params}"
+            yield f"{row.arm} {done[stage]}/{asked[stage]}  {row.state:<10} {score:>8}  {params}"
 
 
 @contextmanager
 def show_progress(folder: Path, console: Console) -> Iterator[None]:
     """Shows a sweep on a console while the caller has it trained, in this process or elsewhere."""
-    with ProgressDisplay(console) as display, watch_sweep(folder, display):
+    with ProgressDisplay(console) as display, report_status(folder, display):
         yield
 
 
 @contextmanager
-def watch_sweep(folder: Path, on_status: Callable[[SweepStatus], None]) -> Iterator[None]:
-    """Calls a function with the sweep's status from a thread, about once a second, and a last time at the end."""
+def report_status(folder: Path, on_status: Callable[[SweepStatus], None]) -> Iterator[None]:
+    """Calls a function with the sweep's status from a thread, about once a second and a last time at the end."""
 
     def read() -> SweepStatus:
         return replace(read_status(folder), is_running=True)  # also before a process on Ray has opened it
 
-    on_status(read())
+    on_status(read())  # here and not in the thread, so that it shows the sweep before any trial has ended
     stop = threading.Event()
     thread = threading.Thread(target=_poll, args=(read, on_status, stop))
     thread.start()
@@ -144,12 +138,11 @@ def show_until_over(folder: Path, console: Console) -> None:
 
 
 def _poll(read: Callable[[], SweepStatus], on_status: Callable[[SweepStatus], None], stop: threading.Event) -> None:
-    """Reads and hands on the status until `stop` is set, and once more then."""
+    """Reads the status and hands it on until `stop` is set, and then once more."""
     while True:
         is_last = stop.is_set()
-        began = time.monotonic()
         with suppress(RecordError, OSError):  # the folder is being moved, or a disk is away for a while
             on_status(read())
         if is_last:
             return
-        stop.wait(max(POLL_INTERVAL_S, (time.monotonic() - began) / MAX_READ_FRACTION))
+        stop.wait(POLL_INTERVAL_S)

@@ -1,16 +1,16 @@
-"""How a sweep stands: one table, for the terminal of `lorasweep sweep` and for `lorasweep status`.
+"""The state of a sweep as one table, for the live display of `lorasweep sweep` and for `lorasweep status`.
 
-Everything shown comes from the sweep's record, so it does not matter which process trains. Reading the record's file
-locks and changes nothing and needs no database.
+All of it comes from the sweep's record, so it does not matter which process trains. Reading the record takes no lock,
+changes nothing and needs no database.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from itertools import islice
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from rich.box import SIMPLE
@@ -25,12 +25,12 @@ from lorasweep.sweep.definition.seeds import SEED_KEYS, describe_confirm
 from lorasweep.wording import UNKNOWN, format_seconds, format_setting
 
 MAX_SHOWN_RUNS = 16
-"""How many of the running trials get a line below the table."""
+"""Running trials that get a line of their own below the table."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ArmStatus:
-    """One arm in the search and, where there is one, the confirm stage."""
+    """The state of one arm: numbers of its trials in the search, and of its seeds in the confirm stage."""
 
     name: str
     asked: int
@@ -39,26 +39,26 @@ class ArmStatus:
     paused: int
     pruned: int
     failed: int
-    """Failed or infeasible."""
+    """Failed or infeasible trials."""
     best: float | None
-    best_params: Mapping[str, Any] = field(default_factory=dict)
-    seeds_asked: int = 0
-    seeds_done: int = 0
-    seeds_running: int = 0
-    seeds_failed: int = 0
-    """Failed or infeasible."""
-    test_mean: float | None = None
-    """Mean of the metric on test data over the seeds that are complete."""
+    best_params: Mapping[str, Any]
+    seeds_asked: int
+    seeds_done: int
+    seeds_running: int
+    seeds_failed: int
+    """Failed or infeasible seeds."""
+    test_mean: float | None
+    """Mean of the metric on test data over the complete seeds."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SweepStatus:
-    """A sweep at one moment."""
+    """The state of a sweep at one moment."""
 
     folder: Path
     record: SweepRecord
     is_running: bool
-    """Whether a process has it open."""
+    """Whether a process has the sweep open."""
     arms: tuple[ArmStatus, ...]
 
     @property
@@ -68,39 +68,25 @@ class SweepStatus:
 
     @property
     def seconds_left(self) -> float | None:
-        """Time for the runs left at the pace so far; None before the first has ended."""
+        """Estimated seconds for the remaining runs, at the pace so far; None before the first run has ended."""
         asked = sum(arm.asked + arm.seeds_asked for arm in self.arms)
         done = sum(arm.done + arm.seeds_done for arm in self.arms)
         return self.record.makespan_s / done * (asked - done) if done else None
 
 
 def read_status(folder: Path) -> SweepStatus:
-    """Reads how a sweep stands.
+    """Reads the state of a sweep.
 
     Raises:
         RecordError: The folder is no sweep, or its record is damaged.
     """
-    return summarise(read_sweep(folder), folder, is_running=is_running(folder))
-
-
-def summarise(record: SweepRecord, folder: Path, *, is_running: bool) -> SweepStatus:
-    """Returns how a sweep stands, from its record."""
-    trials: dict[str, list[TrialRow]] = defaultdict(list)
-    reruns: dict[str, list[ConfirmRow]] = defaultdict(list)
-    for trial in record.trials:
-        trials[trial.arm].append(trial)
-    for rerun in record.confirm:
-        reruns[rerun.arm].append(rerun)
-    return SweepStatus(
-        folder=folder,
-        record=record,
-        is_running=is_running,
-        arms=tuple(_arm_status(arm, record, trials[arm.name], reruns[arm.name]) for arm in record.arms),
-    )
+    record = read_sweep(folder)
+    arms = tuple(_arm_status(arm, record) for arm in record.arms)
+    return SweepStatus(folder=folder, record=record, is_running=is_running(folder), arms=arms)
 
 
 def render_status(status: SweepStatus) -> RenderableType:
-    """Returns how a sweep stands: its arms, what runs now, and what to type to resume it where it was stopped."""
+    """Returns a table of the arms, then the running trials, or the command that resumes the sweep if it was stopped."""
     record = status.record
     title = f"{record.name}: {record.metric} ({record.direction}), {record.status}"
     notes: list[str] = []
@@ -115,27 +101,25 @@ def render_status(status: SweepStatus) -> RenderableType:
 
 
 def describe_params(params: Mapping[str, Any]) -> str:
-    """Returns swept values in one line: `method.rank=8 optim.lr=0.0123`."""
+    """Returns searched values in one line: `method.rank=8 optim.lr=0.0123`."""
     return " ".join(f"{key}={format_setting(value)}" for key, value in params.items())
 
 
-def ended_rows(record: SweepRecord) -> Iterator[TrialRow | ConfirmRow]:
-    """Yields the trials of both stages that have ended."""
-    return (row for row in _rows(record) if row.state not in ("running", "paused"))
+def ended_rows(record: SweepRecord) -> list[TrialRow | ConfirmRow]:
+    """Returns the runs of both stages that have ended."""
+    return [row for row in _runs(record) if row.state not in ("running", "paused")]
 
 
-def _rows(record: SweepRecord) -> Iterator[TrialRow | ConfirmRow]:
-    """Every run of the search and the confirm stage."""
-    yield from record.trials
-    yield from record.confirm
+def _runs(record: SweepRecord) -> list[TrialRow | ConfirmRow]:
+    return [*record.trials, *record.confirm]
 
 
 def _running_lines(record: SweepRecord) -> Iterator[str]:
     steps_of = {arm.name: arm.steps for arm in record.arms}
-    running = [row for row in _rows(record) if row.state == "running"]
+    running = [row for row in _runs(record) if row.state == "running"]
     if record.confirm:
         yield f"confirm: {describe_confirm(len(record.confirm_seeds))}"
-    for row in islice(running, MAX_SHOWN_RUNS):
+    for row in running[:MAX_SHOWN_RUNS]:
         params = params_of(row, record)
         steps = params.get("trainer.max_steps", steps_of.get(row.arm))
         name = f"trial {row.number}" if isinstance(row, TrialRow) else "confirm"
@@ -146,7 +130,7 @@ def _running_lines(record: SweepRecord) -> Iterator[str]:
 
 
 def params_of(row: TrialRow | ConfirmRow, record: SweepRecord) -> dict[str, Any]:
-    """Returns the swept values of a run; in the confirm stage those of the arm's best trial, and the seed."""
+    """Returns the searched values of a run; in the confirm stage, those of the arm's best trial and the seed."""
     if isinstance(row, TrialRow):
         return row.params
     for trial in record.trials:
@@ -184,24 +168,26 @@ def _score(value: float | None) -> str:
     return UNKNOWN if value is None else f"{value:.4f}"
 
 
-def _arm_status(arm: ArmRow, record: SweepRecord, trials: list[TrialRow], reruns: list[ConfirmRow]) -> ArmStatus:
-    states, seed_states = [trial.state for trial in trials], [rerun.state for rerun in reruns]
+def _arm_status(arm: ArmRow, record: SweepRecord) -> ArmStatus:
+    trials = [row for row in record.trials if row.arm == arm.name]
+    seeds = [row for row in record.confirm if row.arm == arm.name]
+    states, seed_states = Counter(row.state for row in trials), Counter(row.state for row in seeds)
+    tested = [row.value for row in seeds if row.state == "complete" and row.value is not None]
     best = best_trial(trials, direction=record.direction)
-    seeds = record.confirm_seeds
-    tested = [rerun.value for rerun in reruns if rerun.state == "complete" and rerun.value is not None]
+    num_seeds = len(record.confirm_seeds)
     return ArmStatus(
         name=arm.name,
         asked=arm.trials,
-        done=len(states) - states.count("running") - states.count("paused"),
-        running=states.count("running"),
-        paused=states.count("paused"),
-        pruned=states.count("pruned"),
-        failed=states.count("failed") + states.count("infeasible"),
+        done=len(trials) - states["running"] - states["paused"],
+        running=states["running"],
+        paused=states["paused"],
+        pruned=states["pruned"],
+        failed=states["failed"] + states["infeasible"],
         best=None if best is None else best.value,
         best_params={} if best is None else best.params,
-        seeds_asked=len(seeds[:1] if arm.method == "frozen" else seeds),
-        seeds_done=len(seed_states) - seed_states.count("running"),
-        seeds_running=seed_states.count("running"),
-        seeds_failed=seed_states.count("failed") + seed_states.count("infeasible"),
-        test_mean=sum(tested) / len(tested) if tested else None,
+        seeds_asked=min(num_seeds, 1) if arm.method == "frozen" else num_seeds,  # no seed changes the frozen base
+        seeds_done=len(seeds) - seed_states["running"],
+        seeds_running=seed_states["running"],
+        seeds_failed=seed_states["failed"] + seed_states["infeasible"],
+        test_mean=fmean(tested) if tested else None,
     )
