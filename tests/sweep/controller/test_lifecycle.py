@@ -203,9 +203,7 @@ def test_a_definition_that_does_not_compose_is_refused(stopped):
 @pytest.mark.parametrize("definition", [{}, {"file": {}}, {"file": {"name": "x"}, "overrides": 3}, []])
 def test_a_damaged_definition_is_refused(stopped, definition):
     edit(stopped / "sweep.json", lambda raw: raw.update(definition=definition))
-    with pytest.raises(
-        (RecordError, ConfigError), match=r"sweep.json' must be (what the sweep was made from|a mapping)|`arms` must"
-    ):
+    with pytest.raises((RecordError, ConfigError), match=r"sweep.json' must be|`arms`"):
         reopen_sweep(stopped)
 
 
