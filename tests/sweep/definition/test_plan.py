@@ -1,4 +1,4 @@
-"""What `lorasweep plan` shows."""
+"""`lorasweep plan` fits a terminal, and names stages and warnings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a sweep would train, and what that would take: measured on a few steps of each arm, trains nothing."""
+"""Estimates the time, memory and disk of a sweep from a few measured steps of each arm."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from lorasweep.wording import format_bytes, format_count, format_seconds
 
 @dataclass(frozen=True, kw_only=True)
 class ArmPlan:
-    """One arm, at the run with its highest rank and as if nothing were pruned."""
+    """The cost of one arm, as if every run had the arm's highest rank and none were pruned."""
 
     arm: Arm
     packing: ArmPacking
@@ -35,21 +35,23 @@ class ArmPlan:
     steps: int
     """Optimizer steps of all trials and seeds together."""
     tokens: int
-    """Training tokens of all trials and seeds together, at most."""
+    """Maximum of training tokens of all trials and seeds together."""
     trainable_params: int
+    """Trainable parameters of one run."""
     kept_bytes: int
-    """Disk that all runs' best and last weights take."""
+    """Size on disk of the best and last weights of all runs."""
     memory_bytes: int
     """Memory in use after a step: allocated on the GPU, else resident in the process."""
     seconds: float
-    """Training and evaluation of all runs; test data counts as one more evaluation, since it is not looked at yet."""
+    """Time for training and evaluating all runs. Scoring on test data counts as one evaluation, because the test data
+    is not read yet."""
 
 
 def plan_sweep(definition: Definition, inputs_cache: InputsCache) -> list[ArmPlan]:
-    """Measures a few steps of each arm and multiplies.
+    """Returns the estimated cost of each arm; trains a few steps and keeps nothing.
 
     Args:
-        definition: A sweep whose arms were checked.
+        definition: A sweep that `check_definition` has accepted.
         inputs_cache: Base models and data.
     """
     packings, seeds = plan_packing(definition), draw_seeds(definition)
@@ -59,7 +61,7 @@ def plan_sweep(definition: Definition, inputs_cache: InputsCache) -> list[ArmPla
 
 
 def render_plan(definition: Definition, plans: Sequence[ArmPlan]) -> RenderableType:
-    """Returns what a sweep would take, an arm per row, with why its trials are packed or run alone."""
+    """Returns a table with a row per arm, and below it the reasons for packs and the warnings."""
     title = escape(f"{definition.name}: nothing is trained yet")
     table = Table(title=title, title_justify="left", header_style="bold", box=SIMPLE, padding=(0, 0))
     table.add_column("arm", overflow="fold")
@@ -77,17 +79,17 @@ def render_plan(definition: Definition, plans: Sequence[ArmPlan]) -> RenderableT
             format_bytes(plan.kept_bytes),
             format_seconds(plan.seconds),
         )
+    confirm = "no confirm stage"
+    if num_seeds := max(plan.seeds for plan in plans):
+        confirm = f"then confirm: {describe_confirm(num_seeds)}"
     total = format_seconds(sum(plan.seconds for plan in plans))
-    notes = [f"• {plan.arm.name}: {plan.packing.reason}" for plan in plans]
-    if most := max((plan.seeds for plan in plans), default=0):
-        notes.append(
-            f"• Stages (the two numbers of runs): search on validation data, then confirm: {describe_confirm(most)}."
-        )
-    else:
-        notes.append("• Stages: search on validation data; no confirm stage.")
-    notes += [f"• {warning}" for warning in find_warnings(definition)]
-    notes.append(f"• All arms: at most {total} on this machine, measured on a few steps; pruning takes less.")
-    return Group(table, *map(Text, notes))
+    notes = [
+        *(f"{plan.arm.name}: {plan.packing.reason}" for plan in plans),
+        f"Stages (the two numbers of runs): search on validation data; {confirm}.",
+        *find_warnings(definition),
+        f"All arms: at most {total} on this machine, measured on a few steps; pruning shortens it.",
+    ]
+    return Group(table, *(Text(f"• {note}") for note in notes))
 
 
 def _plan_arm(arm: Arm, packing: ArmPacking, inputs_cache: InputsCache, *, seeds: int) -> ArmPlan:
@@ -102,6 +104,7 @@ def _plan_arm(arm: Arm, packing: ArmPacking, inputs_cache: InputsCache, *, seeds
         measured = _measure_fitting_pack(config, inputs, slots=wanted)
         size, step_s = measured.slots, measured.slot_step_s
     steps = 0 if config.method.name == "frozen" else config.trainer.max_steps
+    # rounded up, because a run is also evaluated after its last step; the frozen base is evaluated once
     evaluations = -(-steps // config.trainer.eval_every_steps) or 1
     runs = arm.trials + seeds
     return ArmPlan(
@@ -119,7 +122,7 @@ def _plan_arm(arm: Arm, packing: ArmPacking, inputs_cache: InputsCache, *, seeds
 
 
 def _measure_fitting_pack(config: RunConfig, inputs: RunInputs, *, slots: int) -> PackMeasurement:
-    """Measures a pack, halved as often as it does not fit, as the sweep halves it."""
+    """Measures a pack; one that does not fit in memory is halved, as in the sweep."""
     while slots > 1:
         try:
             return measure_pack(config, inputs=inputs, slots=slots)
