@@ -243,7 +243,7 @@ def test_nodes_join_and_leave_and_one_with_other_code_is_refused(start, tmp_path
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (("worker.cpus=999", "worker.gpus=9"), "must fit on the cluster with 999 processor cores and 9 GPUs"),
+        (("worker.cpus=999", "worker.gpus=9"), "999 processor cores and 9 GPUs (`worker.cpus`, `worker.gpus`)"),
         (("worker.address=127.0.0.1:1",), "`worker.address` must be a Ray cluster that runs"),
     ],
 )

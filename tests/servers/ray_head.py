@@ -14,12 +14,6 @@ from typing import Any
 
 LOOPBACK = Path(__file__).parent / "ray_loopback"
 """For PYTHONPATH of every process that starts a part of Ray."""
-HEALTH_CHECKS = {
-    "health_check_initial_delay_ms": 1000,
-    "health_check_period_ms": 1000,
-    "health_check_timeout_ms": 2000,
-    "health_check_failure_threshold": 3,
-}
 
 
 class RayHead:
@@ -64,15 +58,16 @@ def _serve(folder: Path, temporary: str) -> None:
     import ray  # noqa: PLC0415
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy  # noqa: PLC0415
 
+    from lorasweep.sweep.workers.ray_cluster import HEALTH_CHECKS, OBJECT_STORE_BYTES  # noqa: PLC0415
     from lorasweep.sweep.workers.slurm_job import write_address  # noqa: PLC0415
 
     ray.init(
         _node_ip_address="127.0.0.1",
         _temp_dir=temporary,
-        _system_config=HEALTH_CHECKS,
+        _system_config={**HEALTH_CHECKS, "gcs_rpc_server_reconnect_timeout_s": 3},
         num_cpus=0,
         include_dashboard=False,
-        object_store_memory=100_000_000,
+        object_store_memory=OBJECT_STORE_BYTES,
         log_to_driver=False,
     )
     address = ray.get_runtime_context().gcs_address

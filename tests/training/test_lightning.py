@@ -212,7 +212,7 @@ def checkpoint(words, data, make_trainer, tmp_path):
         (
             lambda c: c["hyper_parameters"]["config"]["model"].update(factory="evil_module:run"),
             ConfigError,
-            "`trust=True` must be given .*`model.factory=evil_module:run`",
+            "`model.factory` must be code that is trusted.* give `trust=True`",
         ),
         (
             lambda c: c["hyper_parameters"]["config"].update(optim={**SGD, "_target_": "evil_module.Optimizer"}),

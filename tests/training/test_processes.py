@@ -299,7 +299,7 @@ def test_processes_that_were_launched_must_be_those_asked_for(monkeypatch):
         monkeypatch.setenv(name, value)
     launch = find_launch(trainer_of(trainer__devices="auto", trainer__num_nodes=2))
     assert (launch.devices, launch.num_nodes, launch.size) == (2, 2, 4)
-    with pytest.raises(ConfigError, match=r"must be what was launched, 2 on 2 nodes, but got 1 and 1"):
+    with pytest.raises(ConfigError, match=r"must be 4, .* but got 1 and 1"):
         find_launch(trainer_of())
 
 
@@ -381,7 +381,7 @@ def test_a_process_that_is_gone_is_said_in_a_sentence(tmp_path, monkeypatch):
     gone = RuntimeError("[../gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1")
     told = explain_failure(gone, group=Second(), folder=tmp_path, micro_batches=2)
     assert isinstance(told, RanksLost)
-    assert "rank 1 waits for one that is gone" in str(told)
+    assert "rank 1 waits for a process that is gone" in str(told)
 
 
 def test_each_process_has_a_dropout_stream_of_its_own():

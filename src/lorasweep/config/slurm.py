@@ -11,28 +11,18 @@ from lorasweep.config.limits import require_at_least
 from lorasweep.errors import ConfigError
 
 OWNED_OPTIONS: Mapping[str, str | None] = {
-    "partition": "worker.partition",
-    "account": "worker.account",
-    "qos": "worker.qos",
-    "constraint": "worker.constraint",
-    "time": "worker.timeout_min",
-    "signal": "worker.signal_delay_s",
-    "requeue": "worker.requeue",
-    "no-requeue": "worker.requeue",
-    "mem": "worker.mem_gb",
-    "array": "worker.jobs",
-    "nodes": "worker.jobs",
-    "ntasks": "worker.processes_per_job",
-    "ntasks-per-node": "worker.processes_per_job",
-    "gpus": "worker.gpus",
-    "gpus-per-node": "worker.gpus",
-    "cpus-per-task": "worker.cpus",
-    "job-name": None,
-    "output": None,
-    "error": None,
-    "open-mode": None,
+    **{name: name for name in ("partition", "account", "qos", "constraint", "requeue", "gpus")},
+    "time": "timeout_min",
+    "signal": "signal_delay_s",
+    "no-requeue": "requeue",
+    "mem": "mem_gb",
+    "gpus-per-node": "gpus",
+    "cpus-per-task": "cpus",
+    **dict.fromkeys(("array", "nodes"), "jobs"),
+    **dict.fromkeys(("ntasks", "ntasks-per-node"), "processes_per_job"),
+    **dict.fromkeys(("job-name", "output", "error", "open-mode")),
 }
-"""Options of sbatch that lorasweep writes itself, with the key that sets each; None: a user can't set it."""
+"""Options of sbatch that lorasweep writes itself, with the key of `worker` for each; None: a user can't set it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,35 +33,35 @@ class SlurmConfig:
     jobs: int
     """Jobs, each on one machine. More may be added while the sweep runs."""
     processes_per_job: int
-    """Processes of workers that the machine of each job has room for. A worker has one, or as many as `trainer.devices`
-    times `trainer.num_nodes`, which train each trial together."""
+    """Processes that each job has room for. A worker has one process, or `trainer.devices` times `trainer.num_nodes`
+    processes, which train each trial together."""
     gpus: int
-    """GPUs of one process of a worker."""
+    """GPUs of each process."""
     cpus: int
-    """Processor cores of one process of a worker."""
+    """Processor cores of each process."""
     pack_size: int | Literal["auto"]
     """Most trials that train together on one frozen base; `auto` follows from memory and the trials left, 1 trains each
     alone."""
     head: Literal["here", "job"]
     """Where the controller and the head of the Ray cluster run: in this process, or in a Slurm job with one core."""
     head_ip: str | None
-    """Address by which the jobs' machines reach the head; None is the one that Ray finds."""
+    """Address by which the jobs' machines reach the head; None is the address that Ray finds."""
     head_partition: str | None
-    """Partition of that job; None is the same as `partition`."""
+    """Partition of the head's job; None is the same as `partition`."""
     partition: str | None
-    """None leaves it to the cluster, as for `account`, `qos`, `mem_gb` and `constraint`."""
+    """None leaves the choice to the cluster, as for `account`, `qos`, `mem_gb` and `constraint`."""
     account: str | None
     qos: str | None
     constraint: str | None
-    """Features that a machine must have, in Slurm's words (`a100|h100`)."""
+    """Features that a machine must have, in Slurm's syntax (`a100|h100`)."""
     mem_gb: float | None
     """Memory of one job."""
     timeout_min: int
     """Minutes until Slurm ends a job."""
     signal_delay_s: int
-    """Seconds before that at which the job is told, leaves the sweep and is requeued."""
+    """Seconds before the end of its time at which a job gets a signal, leaves the sweep and is requeued."""
     requeue: bool
-    """Whether a job that was preempted or out of time is requeued; it then joins the sweep again."""
+    """Whether a job that is preempted or out of time is requeued; it then joins the sweep again."""
     setup: tuple[str, ...]
     """Lines of shell before the node starts (`module load cuda`)."""
     container: str | None
@@ -95,19 +85,6 @@ class SlurmConfig:
                 f"`worker.signal_delay_s < {60 * self.timeout_min}` must hold, the seconds of `worker.timeout_min`, "
                 f"but got {self.signal_delay_s!r}."
             )
-        self._check_lines()
-        self._check_extra()
-
-    def _check_lines(self) -> None:
-        keys = ("partition", "head_partition", "account", "qos", "constraint", "container")
-        texts = {key: getattr(self, key) for key in keys}
-        texts |= {f"setup[{number}]": line for number, line in enumerate(self.setup)}
-        texts |= {f"extra.{name}": value for name, value in self.extra.items()}
-        for key, value in texts.items():
-            if isinstance(value, str) and not (value.strip() and value.isprintable()):
-                raise ConfigError(f"`worker.{key}` must be one line of text, but got {value!r}.")
-
-    def _check_extra(self) -> None:
         for name in self.extra:
             if not re.fullmatch(r"[a-z][a-z0-9-]*", name):
                 raise ConfigError(
@@ -115,8 +92,8 @@ class SlurmConfig:
                     "Write `mail-type` for `--mail-type`."
                 )
             if name in OWNED_OPTIONS:
-                key = OWNED_OPTIONS[name]
-                advice = f"Set `{key}` instead." if key else "Leave it out: lorasweep needs it as it writes it."
+                own = OWNED_OPTIONS[name]
+                advice = f"Set `worker.{own}` instead." if own else "Leave it out: lorasweep sets it by itself."
                 raise ConfigError(
                     f"`worker.extra` must hold options that have no key of their own, but got {name!r}. {advice}"
                 )

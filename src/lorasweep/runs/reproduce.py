@@ -21,7 +21,7 @@ from lorasweep.runs.compare_runs import Comparison, compare_values, explain, rea
 from lorasweep.training.components import EVENT_LOGGER
 from lorasweep.training.inputs import RunInputs, build_inputs
 from lorasweep.training.prepare import check_run
-from lorasweep.training.restore import require_trust, restore_config
+from lorasweep.training.restore import require_trusted_code, restore_config
 from lorasweep.training.run import never_stop, train_run
 from lorasweep.training.run_log import RunPlace
 
@@ -115,7 +115,7 @@ def reproduce_run(
     _check_request(tolerance, steps)
     record = read_run(run)
     config = config_as_run(record)
-    require_trust(config, trust=trust)
+    require_trusted_code(config, trust=trust, option="--trust")
     limit = _last_step(record, run, steps=steps)
     recorded = read_values(run, up_to=limit)
     if tolerance is None:

@@ -1,4 +1,4 @@
-"""What a run depends on beside its settings: code, packages, machine, precision. Goes into the run record."""
+"""Code, packages, machine and precision, on which a run depends beside its settings. They go into the run record."""
 
 from __future__ import annotations
 
@@ -33,21 +33,24 @@ NUMERIC_VARIABLES = (
     *("CUBLAS_", "CUBLASLT_", "CUDNN_", "NVIDIA_TF32_OVERRIDE", "CUDA_VISIBLE_DEVICES", "CUDA_LAUNCH_BLOCKING"),
     "PYTHONHASHSEED",
 )
-"""How the names of environment variables begin that can change a run's numbers. No other one is ever recorded."""
+"""First letters of environment variables that can change a run's numbers. No other variable is recorded."""
 MAX_VARIABLE_LENGTH = 200
+"""Characters of a variable's value that are recorded."""
 CODE_FOLDERS = ("src", "conf", "sweeps", "pyproject.toml", "constraints.txt")
-"""Of a git checkout, what a run's numbers can depend on."""
+"""Files and folders of a git checkout on which a run's numbers can depend."""
 MAX_PATCH_BYTES = 256 * 2**10
+"""Size of the largest patch that is kept in a run's folder; of a larger one the record has the checksum alone."""
 MAX_UNTRACKED = 20
+"""Files not under version control that the record names."""
 Precision = Literal["bf16", "fp32"]
 DTYPES: dict[Precision, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def resolve_precision(config: TrainerConfig) -> Precision:
-    """Returns what `trainer.precision` means here: bf16 where the processor or GPU computes in it, else fp32.
+    """Returns the precision for `trainer.precision`: `auto` is bf16 where the processor or GPU has it, else fp32.
 
     Raises:
-        ConfigError: `bf16` is asked for on a GPU that has none.
+        ConfigError: The precision is bf16 on a GPU without it.
     """
     on_gpu = resolve_device(config) == "gpu"
     has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False) if on_gpu else has_cpu_bf16()
@@ -59,10 +62,10 @@ def resolve_precision(config: TrainerConfig) -> Precision:
 
 
 def resolve_device(config: TrainerConfig) -> Literal["cpu", "gpu"]:
-    """Returns what `trainer.device` means here.
+    """Returns the kind of device for `trainer.device`. `auto` is a GPU where PyTorch sees one.
 
     Raises:
-        ConfigError: A GPU is asked for where PyTorch sees none.
+        ConfigError: The device is `gpu`, but PyTorch sees none.
     """
     available = torch.cuda.is_available()
     if config.device == "gpu" and not available:
@@ -73,27 +76,27 @@ def resolve_device(config: TrainerConfig) -> Literal["cpu", "gpu"]:
 
 
 def device_of(config: TrainerConfig) -> torch.device:
-    """Returns the device that `trainer.device` means here; errors as in `resolve_device`."""
+    """Returns the device for `trainer.device`; errors as in `resolve_device`."""
     return torch.device("cuda" if resolve_device(config) == "gpu" else "cpu")
 
 
 def name_device() -> str:
-    """Returns what runs train on here by default, such as `NVIDIA H100 (cuda:0)` or `cpu`."""
+    """Returns the name of the default device, such as `NVIDIA H100 (cuda:0)` or `cpu`."""
     return f"{torch.cuda.get_device_name()} (cuda:0)" if torch.cuda.is_available() else "cpu"
 
 
 @cache
 def has_cpu_bf16() -> bool:
-    """Whether the processor multiplies bf16 itself (AVX512-BF16 or AMX), so that bf16 is faster than fp32."""
+    """Returns whether the processor multiplies bf16 itself (AVX512-BF16 or AMX), so that bf16 is faster than fp32."""
     capabilities = torch.cpu.get_capabilities()
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
 @cache
 def describe_code() -> dict[str, Any]:
-    """Returns lorasweep's version and, in a git checkout, its commit and how its files differ from that.
+    """Returns lorasweep's version and, in a git checkout, its commit and how its files differ from that commit.
 
-    As it was when it was first asked for, near the start of the process that imported it.
+    Cached, so that edits during a sweep do not change the records of its later runs.
     """
     described: dict[str, Any] = {"version": _version("lorasweep")}
     commit = _git("rev-parse", "HEAD").strip()
@@ -113,17 +116,17 @@ def describe_code() -> dict[str, Any]:
 
 @cache
 def code_patch() -> str:
-    """Returns what `git apply` makes the code of, from the recorded commit; empty where nothing was modified."""
+    """Returns a patch for `git apply` from the recorded commit to the code that runs; "" if nothing was modified."""
     return str(redact(_git("diff", "--no-ext-diff", "--no-color", "HEAD", "--", *CODE_FOLDERS)))
 
 
 def describe_command() -> dict[str, Any]:
-    """Returns the command line of this process and the folder it was typed in."""
+    """Returns the command line of this process and its current folder."""
     return {"words": [Path(sys.argv[0]).name, *sys.argv[1:]], "folder": str(Path.cwd())}
 
 
 def describe_environment() -> dict[str, str]:
-    """Returns the environment variables that can change a run's numbers; one named like a secret is left out."""
+    """Returns the environment variables that can change a run's numbers, without those named like a secret."""
     return {
         name: value[:MAX_VARIABLE_LENGTH]
         for name, value in sorted(os.environ.items())
@@ -138,12 +141,7 @@ def describe_packages() -> dict[str, str]:
 
 
 def describe_platform(precision: Precision, device: Literal["cpu", "gpu"]) -> dict[str, Any]:
-    """Returns the machine as far as it can change a run's numbers or speed.
-
-    Args:
-        precision: What the run is trained in.
-        device: What it is trained on.
-    """
+    """Returns the properties of the machine that can change the numbers or the speed of a run."""
     has_gpu = torch.cuda.is_available()
     return {
         "python": platform.python_version(),
@@ -163,16 +161,13 @@ def describe_platform(precision: Precision, device: Literal["cpu", "gpu"]) -> di
 
 @contextmanager
 def deterministic_algorithms(wanted: Literal[True, False, "strict"]) -> Iterator[None]:
-    """Has torch compute as `trainer.deterministic` says, and afterwards as before.
-
-    Where there is a GPU, cuBLAS is told by an environment variable, which it reads when it is first used.
-    """
+    """Applies `trainer.deterministic` to torch inside the block, and restores the earlier state at its end."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     memory: Any = torch.utils.deterministic
     cudnn, fill = torch.backends.cudnn.deterministic, memory.fill_uninitialized_memory
     if wanted and torch.cuda.is_available():
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    memory.fill_uninitialized_memory = False  # guards against bugs, for a price
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it is first used
+    memory.fill_uninitialized_memory = False  # a guard against bugs that costs time
     torch.backends.cudnn.deterministic = bool(wanted)
     torch.use_deterministic_algorithms(bool(wanted), warn_only=wanted != "strict")
     try:
@@ -187,7 +182,7 @@ def deterministic_algorithms(wanted: Literal[True, False, "strict"]) -> Iterator
 
 
 def reset_peak_memory() -> None:
-    """Starts a new measurement of `peak_memory_bytes`. Where the system can't (not Linux) the old peak stays."""
+    """Starts a new measurement of `peak_memory_bytes`. On systems other than Linux the old peak stays."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     with suppress(OSError):
@@ -195,12 +190,12 @@ def reset_peak_memory() -> None:
 
 
 def peak_memory_bytes() -> int:
-    """Returns the largest memory since the reset: allocated on the GPU, else resident in the process."""
+    """Returns the peak memory since the reset: allocated on the GPU, or resident in the process without a GPU."""
     return int(torch.cuda.max_memory_allocated()) if torch.cuda.is_available() else process_peak_bytes()
 
 
 def process_peak_bytes() -> int:
-    """Returns the largest resident memory of the process since the reset."""
+    """Returns the peak of the process's resident memory since the reset."""
     try:
         status = Path("/proc/self/status").read_text()
         return int(status.split("VmHWM:")[1].split()[0]) * 1024
@@ -217,7 +212,7 @@ def _version(package: str) -> str:
 
 
 def _git(*arguments: str) -> str:
-    """What git says of the checkout that this file is in; nothing where it is in none, as in an installed package."""
+    """Returns what git prints about the checkout of this file; "" in an installed package."""
     folder = Path(__file__).resolve().parents[3]
     if not (folder / ".git").exists():
         return ""

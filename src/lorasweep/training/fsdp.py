@@ -1,6 +1,6 @@
-"""FSDP2 (`trainer.strategy=fsdp`): each process holds a share of every block's weights, by `ModelParallelStrategy`.
+"""FSDP2 (`trainer.strategy=fsdp`): each process holds a shard of every block's weights, by `ModelParallelStrategy`.
 
-A block's weights are whole only while it computes. What trains under LoRA is small and stays whole on every process.
+A block's weights are whole only while the block computes. LoRA's own weights are small and stay whole everywhere.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from lorasweep.models.weight_files import WeightFiles
 
 
 class FsdpStrategy(ModelParallelStrategy):
-    """Lightning's strategy, but checkpoints hold only what trains, whole, so that any number of processes resumes.
+    """Lightning's strategy, but checkpoints hold the trained weights alone, whole: any number of processes can resume.
 
-    *Differs* from `ModelParallelStrategy`, whose checkpoint gathers the frozen base too and numbers the optimizer's
-    state by all parameters of the model.
+    The checkpoints of `ModelParallelStrategy` would gather the frozen base too, and number the optimizer's state by all
+    parameters of the model.
     """
 
     @property
@@ -35,7 +35,7 @@ class FsdpStrategy(ModelParallelStrategy):
         return True
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Returns what trains, whole."""
+        """Returns the trained weights, whole."""
         assert self.lightning_module is not None
         return {name: whole(p) for name, p in self.lightning_module.named_parameters() if p.requires_grad}
 
@@ -44,11 +44,11 @@ class FsdpStrategy(ModelParallelStrategy):
         checkpoint_path: _PATH,
         weights_only: bool | None = None,  # noqa: FBT001
     ) -> dict[str, Any]:
-        """Reads a checkpoint on every process; nothing in it is unpickled."""
+        """Reads a checkpoint on every process, without unpickling."""
         return Strategy.load_checkpoint(self, checkpoint_path, weights_only=True)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:  # noqa: FBT001, FBT002
-        """Takes this process's share of each tensor."""
+        """Loads this process's shard of each tensor."""
         assert self.lightning_module is not None
         own = dict(self.lightning_module.named_parameters())
         state = {name: shard_like(tensor, own[name]) for name, tensor in checkpoint["state_dict"].items()}
@@ -64,12 +64,12 @@ class FsdpStrategy(ModelParallelStrategy):
         return {**state, "state": moments}
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Takes this process's share of each tensor."""
+        """Loads this process's shard of each moment."""
         states = []
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
             moments = {
-                number: {name: _share(value, parameters[number]) for name, value in of.items()}
+                number: {name: _shard_moment(value, parameters[number]) for name, value in of.items()}
                 for number, of in state["state"].items()
             }
             states.append({**state, "state": moments})
@@ -77,10 +77,10 @@ class FsdpStrategy(ModelParallelStrategy):
 
 
 def check_shardable(model: nn.Module) -> None:
-    """Makes sure that a base model's weights can be cut into shares.
+    """Checks that a base model's weights can be sharded.
 
     Raises:
-        ConfigError: They are stored in another form than floating-point numbers.
+        ConfigError: They are not floating-point numbers, but quantised.
     """
     for name, parameter in model.named_parameters():
         if not parameter.is_floating_point():
@@ -90,33 +90,33 @@ def check_shardable(model: nn.Module) -> None:
 
 
 def shard_model(model: nn.Module, mesh: DeviceMesh, *, leave_trained: bool, files: WeightFiles | None = None) -> None:
-    """Shares out a prepared model's weights, block by block, in place; the base's own tensors are left as they are.
+    """Shards a prepared model's weights, block by block, in place; the tensors of the base model stay as they are.
 
     Args:
-        model: As `prepare_model` gives it, the same on every process.
+        model: The result of `prepare_model`, the same on every process.
         mesh: The processes.
-        leave_trained: Whether what trains stays whole on every process; `average_gradients` is then for it.
-        files: Where the weights are that are on the meta device: each process reads them one by one and keeps its
-            share.
+        leave_trained: Whether trained weights stay whole on every process; their gradients need `average_gradients`.
+        files: The source of the weights that are on the meta device: each process reads them one by one and keeps its
+            shard.
     """
     device = torch.device(mesh.device_type)
     left = {p for p in model.parameters() if p.requires_grad} if leave_trained else set()
     read = {p: read_weight(p, name, files) for name, p in model.named_parameters() if p in left and p.is_meta}
     replace_parameters(model, read)
     left = {read.get(p, p) for p in left}
-    # sharding moves the parameters that it is given, so it gets new ones on the same memory
+    # `fully_shard` moves parameters, so it gets new ones on the same memory: other runs share the base's
     own = {p: nn.Parameter(p.detach(), requires_grad=p.requires_grad) for p in model.parameters() if p not in left}
     replace_parameters(model, own)
     for block in [*find_blocks(model), model]:
         fully_shard(block, mesh=mesh, ignored_params=left)
-    shares: dict[nn.Parameter, nn.Parameter] = {}
+    shards: dict[nn.Parameter, nn.Parameter] = {}
     for name, p in model.named_parameters():
         if p.is_meta:
             assert isinstance(p, DTensor)
             weight = read_weight(p, name, files).detach().to(device)
-            share = distribute_tensor(weight, p.device_mesh, p.placements, src_data_rank=None)
-            shares[p] = nn.Parameter(share, requires_grad=p.requires_grad)
-    replace_parameters(model, shares)
+            shard = distribute_tensor(weight, p.device_mesh, p.placements, src_data_rank=None)
+            shards[p] = nn.Parameter(shard, requires_grad=p.requires_grad)
+    replace_parameters(model, shards)
 
 
 def read_weight(parameter: nn.Parameter, name: str, files: WeightFiles | None) -> nn.Parameter:
@@ -132,7 +132,7 @@ def read_weight(parameter: nn.Parameter, name: str, files: WeightFiles | None) -
 
 
 def replace_parameters(model: nn.Module, new: Mapping[nn.Parameter, nn.Parameter]) -> None:
-    """Puts parameters in place of others wherever the model uses them, so that tied ones stay tied."""
+    """Replaces parameters wherever the model uses them, so that tied parameters stay tied."""
     for module in model.modules() if new else ():
         for name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
             if parameter in new:
@@ -140,7 +140,7 @@ def replace_parameters(model: nn.Module, new: Mapping[nn.Parameter, nn.Parameter
 
 
 def find_blocks(model: nn.Module) -> Iterator[nn.Module]:
-    """Yields a model's blocks: what its outermost lists of modules hold."""
+    """Yields a model's blocks: the modules in its outermost lists of modules."""
     for child in model.children():
         if isinstance(child, nn.ModuleList):
             yield from (block for block in child if any(True for _ in block.parameters()))
@@ -149,7 +149,7 @@ def find_blocks(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def average_gradients(model: nn.Module) -> None:
-    """Replaces the gradients of what is whole on every process by their mean, as FSDP does with what is sharded."""
+    """Replaces the gradients of weights that are whole on every process by their mean; FSDP does so for the others."""
     by_dtype: dict[torch.dtype, list[Tensor]] = {}
     for parameter in model.parameters():
         if parameter.grad is not None and not isinstance(parameter, DTensor):
@@ -164,13 +164,13 @@ def average_gradients(model: nn.Module) -> None:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """Returns a tensor with every process's share of it, on the CPU. All processes must ask together."""
+    """Returns a whole tensor on the CPU, gathered from all shards. All processes must call it together."""
     tensor = tensor.detach()
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu()
 
 
 def shard_like(tensor: Tensor, other: Tensor) -> Tensor:
-    """Returns this process's share of a whole tensor as `other` is shared out; the tensor itself where it is not."""
+    """Returns this process's shard of a whole tensor, cut as `other` is; the tensor itself if `other` is whole."""
     if not isinstance(other, DTensor):
         return tensor
     placed = tensor.to(other.device, other.dtype)
@@ -178,7 +178,10 @@ def shard_like(tensor: Tensor, other: Tensor) -> Tensor:
 
 
 def copy_trained(model: nn.Module, to: nn.Module | None) -> None:
-    """Puts what trains, whole, into a model that was prepared alike. All processes must call it; one may have none."""
+    """Copies the trained weights, whole, into a model that was prepared alike.
+
+    All processes must call it together, because they gather the weights; those without a model pass None.
+    """
     own = {} if to is None else dict(to.named_parameters())
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -187,6 +190,6 @@ def copy_trained(model: nn.Module, to: nn.Module | None) -> None:
                 replace_parameters(to, {own[name]: nn.Parameter(value)})
 
 
-def _share(value: Any, parameter: Tensor) -> Any:
-    """Returns a moment as its parameter is shared out; a step count as it is."""
+def _shard_moment(value: Any, parameter: Tensor) -> Any:
+    """Returns a moment sharded as its parameter is; a step count as it is."""
     return shard_like(value, parameter) if isinstance(value, Tensor) and value.shape == parameter.shape else value

@@ -1,4 +1,4 @@
-"""How much memory a machine has, and how much a forward pass keeps: counted, never read off what happens to be free."""
+"""The memory of a machine and of a forward pass: counted, so that it does not depend on the memory that is free now."""
 
 from __future__ import annotations
 
@@ -11,11 +11,7 @@ from torch import Tensor, nn
 
 
 def machine_memory_bytes(device: torch.device) -> int:
-    """Returns the memory that this process may use at all, whatever of it is taken now.
-
-    Args:
-        device: A GPU, whose own memory it is; else the host, whose physical memory a control group may limit.
-    """
+    """Returns the memory of a GPU, or of the host within the limits of its control groups, used or not."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     return min([int(psutil.virtual_memory().total), *cgroup_limits()])
@@ -24,14 +20,14 @@ def machine_memory_bytes(device: torch.device) -> int:
 def cgroup_limits(
     *, memberships: Path = Path("/proc/self/cgroup"), mount: Path = Path("/sys/fs/cgroup")
 ) -> Iterator[int]:
-    """Yields the memory limits in bytes of the control groups that this process is in, and of those above them.
+    """Yields the memory limits in bytes of the control groups of this process, and of the groups above them.
 
-    Containers and Slurm limit memory so; psutil does not read these limits. See cgroups(7). Yields nothing on systems
-    without control groups.
+    Containers and Slurm set these limits; psutil does not read them. See cgroups(7). Yields nothing on systems without
+    control groups.
 
     Args:
         memberships: A file of lines `number:controllers:path`.
-        mount: Where the control groups of version 2 are mounted, and in `memory` below it those of version 1.
+        mount: The folder of the control groups of version 2, and in `memory` below it of version 1.
     """
     try:
         lines = memberships.read_text().splitlines()
@@ -56,11 +52,11 @@ def cgroup_limits(
 def count_saved_bytes(compute: Callable[[], Tensor], *, model: nn.Module) -> int:
     """Returns the bytes that a forward pass keeps for its backward pass, which is not run.
 
-    Each storage counts once. Parameters and buffers of the model do not count: they are there anyway.
+    Each storage counts once. Parameters and buffers of the model do not count: they exist without a pass, too.
 
     Args:
-        compute: The forward pass; what it returns is kept until all is counted.
-        model: The model that it goes through.
+        compute: The forward pass. Its result is kept until all is counted.
+        model: The model of the pass.
     """
     own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     saved: dict[int, int] = {}

@@ -1,7 +1,7 @@
-"""The processes that train one run together: where they meet, how they agree, and what is left when one fails.
+"""The processes that train one run together: how they start, agree, and end when one of them fails.
 
 Lightning, torchrun, srun or Ray start them; Lightning's strategies make them train together. The first process alone
-writes the run's folder. A process that fails ends, so that whoever started it ends the others too: nobody waits.
+writes the run's folder. A process that fails ends, and its launcher then ends the others, so that none waits for it.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -37,22 +37,13 @@ from lorasweep.training.fsdp import FsdpStrategy
 from lorasweep.training.quiet import quiet_lightning
 
 T = TypeVar("T")
+Group: TypeAlias = Fabric | Strategy
+"""A group of processes that can agree: Lightning's Fabric, or the strategy of a Trainer."""
 
 FAILURE_FILE = "failed_rank.json"
-"""Beside the run record: why a process of several ended. It is read by the others, and when the run starts again."""
+"""Beside the run record: the reason why one of several processes ended, for the others and for the next start."""
 FAILURE_WAIT_S = 3.0
-"""Seconds in which a process that failed has written why."""
-
-
-class Group(Protocol):
-    """Processes that can agree: Lightning's Fabric, or the strategy of a Trainer."""
-
-    @property
-    def is_global_zero(self) -> bool:
-        """Whether this is the first process."""
-
-    def broadcast(self, obj: Any, src: int = 0) -> Any:
-        """Returns the first process's object."""
+"""Seconds that a process which lost another one waits for its reason."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,8 +61,8 @@ class Launch:
         return self.devices * self.num_nodes
 
 
-def find_launch(config: TrainerConfig, cluster: ClusterEnvironment | None = None) -> Launch:
-    """Returns who starts the processes of a run: the given cluster, torchrun, srun, or else Lightning.
+def find_launch(config: TrainerConfig) -> Launch:
+    """Returns how the processes of a run are started: by torchrun (or Ray in its place), by srun, or else by Lightning.
 
     Raises:
         ConfigError: Others were started than the settings ask for, there are not enough GPUs, or the strategy needs a
@@ -84,53 +75,48 @@ def find_launch(config: TrainerConfig, cluster: ClusterEnvironment | None = None
             f"`trainer.strategy={config.strategy_name}` needs the package deepspeed, which is not installed. "
             "Run `pip install deepspeed`."
         )
-    if cluster is not None:  # Ray, where each process sees its own GPU only
-        return Launch(environment=cluster, devices=1, num_nodes=cluster.world_size())
-    found = os.environ.get
+    environ = os.environ
     if TorchElasticEnvironment.detect():
-        num_nodes = int(found("GROUP_WORLD_SIZE", 1))
-        devices = int(found("WORLD_SIZE", 1)) // num_nodes
+        size, num_nodes = int(environ.get("WORLD_SIZE", 1)), int(environ.get("GROUP_WORLD_SIZE", 1))
         environment: ClusterEnvironment = TorchElasticEnvironment()
-    elif (tasks := int(found("SLURM_STEP_NUM_TASKS", 1))) > 1:  # a step of srun; a batch script is one process
-        if "SLURM_NTASKS_PER_NODE" not in os.environ:  # which Lightning asks for
-            raise ConfigError(f"`srun --ntasks-per-node` must be set, but got {tasks} tasks by another option.")
-        num_nodes = int(found("SLURM_STEP_NUM_NODES", 1))
-        devices = tasks // num_nodes
+    elif (size := int(environ.get("SLURM_STEP_NUM_TASKS", 1))) > 1:  # a step of srun; a batch script is one process
+        if "SLURM_NTASKS_PER_NODE" not in environ:  # Lightning needs it
+            raise ConfigError(f"`srun --ntasks-per-node` must be set, but got {size} tasks by another option.")
+        num_nodes = int(environ.get("SLURM_STEP_NUM_NODES", 1))
         environment = SLURMEnvironment(auto_requeue=False)  # Slurm's own `--requeue` does it
     else:
-        devices = _auto_devices(config) if config.devices == "auto" else config.devices
-        if resolve_device(config) == "gpu" and devices > (there := torch.cuda.device_count()):
+        is_gpu = resolve_device(config) == "gpu"
+        count = torch.cuda.device_count() if is_gpu else 1
+        devices = count if config.devices == "auto" else config.devices
+        if is_gpu and devices > count:
             raise ConfigError(
-                f"`trainer.devices <= {there}` must hold, the number of GPUs of this node, but got {devices!r}."
+                f"`trainer.devices <= {count}` must hold, the number of GPUs of this node, but got {devices!r}."
             )
         return Launch(environment=LightningEnvironment(), devices=devices, num_nodes=config.num_nodes)
-    if config.devices not in ("auto", devices) or config.num_nodes != num_nodes:
+    # the product alone: Ray counts each process as a node
+    if config.devices != "auto" and config.devices * config.num_nodes != size:
         raise ConfigError(
-            f"`trainer.devices` and `trainer.num_nodes` must be what was launched, {devices} on {num_nodes} nodes, but "
-            f"got {config.devices!r} and {config.num_nodes!r}. Set them so, or launch others."
+            f"`trainer.devices` times `trainer.num_nodes` must be {size}, the number of processes that were launched, "
+            f"but got {config.devices!r} and {config.num_nodes!r}. Set them so, or launch others."
         )
-    return Launch(environment=environment, devices=devices, num_nodes=num_nodes)
+    return Launch(environment=environment, devices=size // num_nodes, num_nodes=num_nodes)
 
 
 def is_distributed(config: TrainerConfig, launch: Launch) -> bool:
-    """Whether a run needs a process group."""
+    """Returns whether a run needs a process group."""
     return launch.size > 1 or config.strategy != "auto"
 
 
 @contextmanager
-def join_processes(config: TrainerConfig, *, cluster: ClusterEnvironment | None = None) -> Iterator[Fabric]:
-    """Starts the processes of a run where nobody has, and lets them meet; at the end they part.
+def join_processes(config: TrainerConfig) -> Iterator[Fabric]:
+    """Starts the processes of a run, unless torchrun or srun has, and connects them inside the block.
 
-    Inside of another such block nothing is started. Lightning starts processes by running the command again.
-
-    Args:
-        config: How many there are.
-        cluster: Where they meet, if not as `find_launch` finds.
+    An inner block joins the group of the outer one. Lightning starts processes by running the command again.
 
     Raises:
         ConfigError: As `find_launch`.
     """
-    launch = find_launch(config, cluster)
+    launch = find_launch(config)
     with quiet_lightning():
         fabric = Fabric(
             accelerator=resolve_device(config),
@@ -141,27 +127,27 @@ def join_processes(config: TrainerConfig, *, cluster: ClusterEnvironment | None 
         )
         begins = is_distributed(config, launch) and not dist.is_initialized()
         if begins and isinstance(launch.environment, TorchElasticEnvironment):
-            _meet_under_torchrun(fabric)
+            _connect_under_torchrun(fabric)
         if is_distributed(config, launch):
             fabric.launch()
     try:
         yield fabric
         if begins:
-            fabric.barrier()  # so that no launcher takes a process that ends first for a failure
+            fabric.barrier()  # a launcher could take a process that ends before the others for a failure
     except BaseException:
         for child in getattr(fabric.strategy.launcher, "procs", ()) if begins else ():
-            child.kill()  # it may wait for this process, and has nothing to write
+            child.kill()  # it may wait for this process, and writes no files
         raise
     finally:
         if begins and dist.is_initialized():
             dist.destroy_process_group()
 
 
-def _meet_under_torchrun(fabric: Fabric) -> None:
-    """Makes the process group with keys of this start.
+def _connect_under_torchrun(fabric: Fabric) -> None:
+    """Creates the process group under keys of this start.
 
-    torchrun keeps its store when it starts processes again, with the addresses of those that are gone, which would be
-    taken for those of the new ones.
+    torchrun keeps its store when it restarts processes. Under the same keys the new processes would find the addresses
+    of the old ones.
     """
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     store = next(rendezvous("env://", rank, size))[0]
@@ -171,10 +157,10 @@ def _meet_under_torchrun(fabric: Fabric) -> None:
 
 
 def build_strategy(config: TrainerConfig, launch: Launch) -> Strategy | str:
-    """Returns what `trainer.strategy` means, for Lightning's Trainer.
+    """Returns the strategy for Lightning's Trainer.
 
     Raises:
-        ConfigError: It can't be made.
+        ConfigError: `trainer.strategy` can't be built.
     """
     if isinstance(config.strategy, Component):
         return instantiate(config.strategy, key="trainer.strategy", expected=Strategy)  # type: ignore[type-abstract]
@@ -184,10 +170,10 @@ def build_strategy(config: TrainerConfig, launch: Launch) -> Strategy | str:
 
 
 def on_first(group: Group, action: Callable[[], T]) -> T:
-    """Returns on every process what the action returned on the first, or raises what it raised there.
+    """Runs an action on the first process; returns its result, or raises its error, on every process.
 
     Raises:
-        RunError: On the other processes, in place of an error that is not one of ours.
+        RunError: On the other processes, in place of an error that is no `LoraSweepError`.
     """
     outcome: tuple[Any, Exception | None] = (None, None)
     if group.is_global_zero:
@@ -205,10 +191,10 @@ def on_first(group: Group, action: Callable[[], T]) -> T:
 
 
 def require_same(own: dict[str, Any]) -> None:
-    """Makes sure that all processes have the same values, by the keys of the settings that they come from.
+    """Checks that all processes have the same values; keys are those of the settings that the values come from.
 
     Raises:
-        ConfigError: On every process: they have not.
+        ConfigError: On every process, if one value differs.
     """
     if not dist.is_initialized():
         return
@@ -224,24 +210,26 @@ def require_same(own: dict[str, Any]) -> None:
 
 
 def seed_of_rank(seed: int, rank: int) -> int:
-    """Returns a process's own seed of what each draws for its own rows; that of the first is the seed itself."""
+    """Returns a seed for the random numbers that each process draws for its own rows; the first keeps `seed`."""
     if rank == 0:
         return seed
     return int.from_bytes(hashlib.sha256(f"{seed}/{rank}".encode()).digest()[:7], "little")
 
 
 def explain_failure(error: BaseException, *, group: Fabric, folder: Path, micro_batches: int) -> BaseException:
-    """Returns what a process of several raises in place of an error that it may have alone; leaves a note for others.
+    """Returns the error that one of several processes raises in place of an error of its own.
+
+    Leaves a note in the run's folder if the error began here; otherwise the other process's note says why.
 
     Args:
-        error: What ended the training here.
+        error: The error that ended the training on this process.
         group: The processes.
-        folder: The run's.
-        micro_batches: Micro-batches per step, which were too large where memory ran out.
+        folder: The run's folder.
+        micro_batches: Micro-batches per step. They were too few if memory ran out.
     """
     rank = group.global_rank
-    agreed = isinstance(error, LoraSweepError) and not isinstance(error, OutOfMemory)
-    if group.world_size == 1 or agreed or not isinstance(error, Exception):
+    is_shared = isinstance(error, LoraSweepError) and not isinstance(error, OutOfMemory)  # raised by every process
+    if group.world_size == 1 or is_shared or not isinstance(error, Exception):
         return error
     if not _is_lost_peer(error):
         is_memory = isinstance(error, OutOfMemory)
@@ -252,19 +240,19 @@ def explain_failure(error: BaseException, *, group: Fabric, folder: Path, micro_
         }
         write_atomically(folder / FAILURE_FILE, json.dumps(note))
         return _describe_memory(rank) if is_memory else error
-    note = _wait_for_note(folder)
+    note = _read_note(folder, wait_s=FAILURE_WAIT_S)
     if note.get("too_large"):
         return _describe_memory(note["rank"])
     if note:
         return RunError(f"rank {note['rank']} failed: {note['reason']}")
     return RanksLost(
-        f"every process of a run must be there, but rank {rank} waits for one that is gone ({first_line(error)[:80]}). "
-        "Start the run again to go on from its last checkpoint."
+        f"every process of a run must live, but rank {rank} waits for a process that is gone "
+        f"({first_line(error)[:80]}). Start the run again to resume from its last checkpoint."
     )
 
 
 def take_failure_note(folder: Path) -> int | None:
-    """Returns the micro-batches per step that were too large when the run ended last, and forgets why it did."""
+    """Removes the note of the last failure; returns the micro-batches per step with which memory ran out, if it did."""
     note = _read_note(folder)
     (folder / FAILURE_FILE).unlink(missing_ok=True)
     return note.get("too_large")
@@ -276,27 +264,20 @@ def _describe_memory(rank: int) -> RanksLost:
     )
 
 
-def _wait_for_note(folder: Path) -> dict[str, Any]:
-    deadline = time.monotonic() + FAILURE_WAIT_S
-    while not (note := _read_note(folder)) and time.monotonic() < deadline:
+def _read_note(folder: Path, *, wait_s: float = 0.0) -> dict[str, Any]:
+    """Returns the note of a failed process, waiting for it; empty if there is none."""
+    deadline = time.monotonic() + wait_s
+    while True:
+        with suppress(OSError, ValueError):  # not there, or not whole yet
+            note: dict[str, Any] = json.loads((folder / FAILURE_FILE).read_text())
+            return note
+        if time.monotonic() >= deadline:
+            return {}
         time.sleep(0.1)
-    return note
-
-
-def _read_note(folder: Path) -> dict[str, Any]:
-    try:
-        note: dict[str, Any] = json.loads((folder / FAILURE_FILE).read_text())
-    except (OSError, ValueError):
-        return {}
-    return note
 
 
 def _is_lost_peer(error: Exception) -> bool:
-    """Whether a process waited for another one that is gone, as gloo, NCCL and torch's store say it."""
+    """Returns whether an error of gloo, NCCL or torch's store says that another process is gone."""
     words = ("gloo", "NCCL", "Connection closed by peer")
-    tells = isinstance(error, RuntimeError) and any(word in str(error) for word in words)
-    return tells or isinstance(error, dist.DistError)
-
-
-def _auto_devices(config: TrainerConfig) -> int:
-    return torch.cuda.device_count() if resolve_device(config) == "gpu" else 1
+    is_named = isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    return is_named or isinstance(error, dist.DistError)

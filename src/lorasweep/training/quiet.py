@@ -1,4 +1,4 @@
-"""Keeps Lightning's own lines away from our users."""
+"""Hides Lightning's messages that are not for our users."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def quiet_lightning() -> Iterator[None]:
-    """Leaves out Lightning's log lines, and its advice on loader workers and intervals, which is not for our users."""
+    """Hides Lightning's log lines and its advice on loader workers and intervals inside the block."""
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

@@ -48,32 +48,24 @@ def named_code(config: RunConfig) -> Iterator[tuple[str, Any, str]]:
             yield key, True, package
 
 
-def require_trusted_code(config: RunConfig) -> None:
-    """Makes sure that code which settings name is of a trusted package: a sweep file may come from anywhere.
+def require_trusted_code(config: RunConfig, *, trust: bool = False, option: str | None = None) -> None:
+    """Makes sure that code which settings name is trusted: a sweep file, a record or a checkpoint may come from anyone.
+
+    Args:
+        config: The settings.
+        trust: Whether the user trusts all code that they name.
+        option: The option by which the user says so, for the message; None is `trust=[PACKAGE]`.
 
     Raises:
-        ConfigError: It is not.
+        ConfigError: The settings name code or a pickle that is not trusted.
     """
     for key, value, package in named_code(config):
-        if not is_trusted(package):
+        if not (trust or is_trusted(package)):
+            remedy = f"give `{option}`" if option else f"add `trust=[{package}]` to the command line"
             raise ConfigError(
                 f"`{key}` must be code that is trusted, but got {value!r}. It could do whatever you can on this "
-                f"machine: if you know it, add `trust=[{package}]` to the command line."
+                f"machine: if you know it, {remedy}."
             )
-
-
-def require_trust(config: RunConfig, *, trust: bool, option: str = "--trust") -> None:
-    """Makes sure that what runs code was asked for: a record or a checkpoint may come from anywhere.
-
-    Raises:
-        ConfigError: The settings name code or a pickle, and `trust` is False.
-    """
-    asked = [f"`{key}={value}`" for key, value, _ in named_code(config)]
-    if asked and not trust:
-        raise ConfigError(
-            f"`{option}` must be given for a run that runs code of its own ({', '.join(asked)}), but was not. "
-            "That code can do whatever you can on this machine: read it first."
-        )
 
 
 def check_same_run(record: RunRecord, config: RunConfig) -> None:

@@ -12,7 +12,6 @@ from pathlib import Path
 import lightning
 import torch
 from lightning.fabric import Fabric
-from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning.pytorch.callbacks import ProgressBar, TQDMProgressBar
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
@@ -75,7 +74,6 @@ def train_run(
     on_evaluation: GoesOn = go_on,
     stop_requested: Callable[[], bool] = never_stop,
     resume: bool = False,
-    cluster: ClusterEnvironment | None = None,
 ) -> RunRecord:
     """Trains one run and returns its record, which is also in its folder.
 
@@ -96,7 +94,6 @@ def train_run(
             returns at the last step, or where early stopping ends the run, has no effect.
         stop_requested: Asked after every step whether to stop with a checkpoint (status `interrupted`).
         resume: Resumes from the folder's newest checkpoint of a run alone, where there is one.
-        cluster: Where the processes that train the run together meet, if Lightning can't find it by itself.
 
     Raises:
         Diverged: The loss became NaN or infinite. The record says `failed`.
@@ -106,9 +103,9 @@ def train_run(
     too_large: list[int] = []
     while True:
         try:
-            with inputs.telemetry.phase("loading"), join_processes(config.trainer, cluster=cluster) as group:
+            with inputs.telemetry.phase("loading"), join_processes(config.trainer) as group:
                 require_same(inputs.fingerprints() if group.world_size > 1 else {})
-                session = _Session(config, place, inputs, group, cluster)
+                session = _Session(config, place, inputs, group)
                 return session.run(on_evaluation, stop_requested, resume=resume, too_large=too_large)
         except OutOfMemory:
             used = read_run(place.folder)
@@ -139,7 +136,6 @@ class _Session:
     place: RunPlace
     inputs: RunInputs
     group: Fabric
-    cluster: ClusterEnvironment | None
 
     def run(
         self, on_evaluation: GoesOn, stop_requested: Callable[[], bool], *, resume: bool, too_large: list[int]
@@ -269,7 +265,7 @@ class _Session:
         self, module: TrainingModule, callbacks: list[lightning.Callback], loggers: list[Logger]
     ) -> lightning.Trainer:
         config, settings, folder = self.config, self.config.trainer, self.place.folder
-        launch = find_launch(settings, self.cluster)
+        launch = find_launch(settings)
         mixed = self.inputs.precision == "bf16" and module.method.needs_autocast
         if launch.size == 1:  # Lightning takes it from variables of srun, where this process may be no rank
             setattr(rank_zero_only, "rank", 0)  # noqa: B010

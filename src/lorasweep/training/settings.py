@@ -8,17 +8,17 @@ from typing import Any, TypeAlias
 from lorasweep.config.build import build
 from lorasweep.config.run import RunConfig
 from lorasweep.config.targets import require_trusted
-from lorasweep.training.restore import require_trust
+from lorasweep.training.restore import require_trusted_code
 
 Settings: TypeAlias = RunConfig | Sequence[str] | Mapping[str, Any]
-"""Settings of a run: themselves, the words of `lorasweep train` (`["method.rank=8"]`), or as a checkpoint has them."""
+"""Settings of a run: a `RunConfig`, the words of `lorasweep train` (`["method.rank=8"]`), or a checkpoint's mapping."""
 
 
 def read_settings(given: Settings, *, trust: bool = False) -> RunConfig:
     """Returns the settings of a run.
 
     Args:
-        given: In one of three forms. What comes from a checkpoint, as nested mappings, may come from anyone.
+        given: Settings in one of three forms. Nested mappings come from a checkpoint, which may be anyone's.
         trust: Whether code and pickles that nested mappings name may be run.
 
     Raises:
@@ -29,7 +29,7 @@ def read_settings(given: Settings, *, trust: bool = False) -> RunConfig:
     if isinstance(given, Mapping):
         require_trusted(given)
         config = build(RunConfig, given)
-        require_trust(config, trust=trust, option="trust=True")
+        require_trusted_code(config, trust=trust, option="trust=True")
         return config
     from lorasweep.config.compose import compose_run, parse_overrides  # noqa: PLC0415 (Hydra is slow to start)
 

@@ -19,7 +19,7 @@ class Telemetry:
     """The clock of one process: at each moment it is in one phase, or in none."""
 
     def __init__(self) -> None:
-        self._phases: list[Phase | None] = [None]
+        self._phase: Phase | None = None
         self._seconds: dict[Phase | None, float] = {}
         self._began = self._changed = time.monotonic()
         self._cpu_began = time.process_time()
@@ -28,23 +28,21 @@ class Telemetry:
 
     @contextmanager
     def phase(self, name: Phase) -> Iterator[None]:
-        """Counts the time inside as that phase, and not as the one around it, however it ends."""
+        """Counts the time inside as that phase, and not as the phase around it, however the block ends."""
+        outer = self._phase
         self._note_peaks()
-        self._count_seconds()
-        depth = len(self._phases)
-        self._phases.append(name)
+        self.switch(name)
         try:
             yield
         finally:
             self._note_peaks()
-            self._count_seconds()
-            del self._phases[depth:]
+            self.switch(outer)
 
-    def switch(self, name: Phase) -> None:
-        """Begins another phase, which lasts until the present `phase` ends."""
-        if self._phases[-1] != name:
-            self._count_seconds()
-            self._phases[-1] = name
+    def switch(self, name: Phase | None) -> None:
+        """Begins another phase, which lasts until the `phase` block around it ends."""
+        now = time.monotonic()
+        self._seconds[self._phase] = self._seconds.get(self._phase, 0.0) + now - self._changed
+        self._phase, self._changed = name, now
 
     def add_tokens(self, number: int) -> None:
         """Counts tokens of training batches, padding left out."""
@@ -54,20 +52,14 @@ class Telemetry:
         """Returns the numbers so far.
 
         They are `wall_s`, the seconds of each phase (`training_s`, ...), `cpu_s` of all threads, `trained_tokens`,
-        `peak_memory_bytes` of the process, and `gpu_peak_memory_bytes` of the GPU of which it used most, if any.
+        `peak_memory_bytes` of the process, and `gpu_peak_memory_bytes` of the GPU with the highest peak, if any.
         """
         self._note_peaks()
-        self._count_seconds()
+        self.switch(self._phase)
         numbers = {f"{name}_s": self._seconds.get(name, 0.0) for name in get_args(Phase)}
         numbers |= {"wall_s": self._changed - self._began, "cpu_s": time.process_time() - self._cpu_began}
         numbers |= {"trained_tokens": self._tokens, **self._peaks}
         return {name: round(value, 4) for name, value in numbers.items()}
-
-    def _count_seconds(self) -> None:
-        """Adds the time since the last change to the present phase."""
-        now, name = time.monotonic(), self._phases[-1]
-        self._seconds[name] = self._seconds.get(name, 0.0) + now - self._changed
-        self._changed = now
 
     def _note_peaks(self) -> None:
         """Keeps the peaks, because each run resets them to measure its own."""
@@ -79,7 +71,7 @@ class Telemetry:
 
 
 def add_telemetry(first: Mapping[str, float], second: Mapping[str, float]) -> dict[str, float]:
-    """Returns the numbers of two processes or sessions of a sweep together: sums, and the larger of two peaks."""
+    """Returns the numbers of two processes or sessions of a sweep together: sums, and the higher of two peaks."""
     total = dict(first)
     for name, value in second.items():
         known = total.get(name, 0.0)

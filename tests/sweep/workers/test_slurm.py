@@ -23,15 +23,13 @@ from lorasweep.config.slurm import SlurmConfig
 from lorasweep.errors import ConfigError, WorkerError
 from lorasweep.record import read_sweep
 from lorasweep.sweep.workers.slurm import (
-    RayNodes,
+    SlurmJobs,
     batch_text,
-    cancel_nodes,
     check_slurm,
-    describe_nodes,
-    read_job_ids,
-    read_states,
+    describe_jobs,
+    read_live_jobs,
     submit_head,
-    submit_nodes,
+    submit_missing_jobs,
 )
 from lorasweep.sweep.workers.slurm_job import RayNode, write_address
 
@@ -82,8 +80,6 @@ def test_the_batch_file_of_one_job_in_a_container_that_is_not_requeued_is_the_re
         ({"mem_gb": 0}, r"`worker.mem_gb > 0` must hold, but got 0"),
         ({"head": "there"}, r"`worker.head` must be one of here, job, but got 'there'"),
         ({"timeout_min": 2}, r"`worker.signal_delay_s < 120` must hold, .* but got 120"),
-        ({"partition": "a\nb"}, r"`worker.partition` must be one line of text, but got 'a\\nb'"),
-        ({"setup": [" "]}, r"`worker.setup\[0\]` must be one line of text"),
         ({"extra": {"mail_type": "END"}}, r"must have long names .* but got 'mail_type'. Write `mail-type`"),
         ({"extra": {"time": 5}}, r"but got 'time'. Set `worker.timeout_min` instead"),
         ({"extra": {"output": "x"}}, r"but got 'output'. Leave it out"),
@@ -105,7 +101,7 @@ def test_a_slurm_that_does_not_answer_is_refused(tmp_path, monkeypatch, slurm_se
     monkeypatch.setenv("SLURM_CONF", str(tmp_path / "slurm.conf"))
     with pytest.raises(ConfigError, match="Slurm must answer, but `sinfo` says: "):
         check_slurm(make_config(), tmp_path)
-    assert describe_nodes(["1"]) == "Slurm does not answer"
+    assert describe_jobs(tmp_path) == "Slurm does not answer"
 
 
 @on_slurm
@@ -178,26 +174,26 @@ def errors_of(sweep, job):
 def test_jobs_join_the_head_more_are_added_and_a_cancelled_one_harms_no_other(slurm, sweep, head):
     config = make_config(**SMALL)
     assert check_slurm(config, sweep) == []
-    (first,) = submit_nodes(config, sweep)
+    (first,) = submit_missing_jobs(config, sweep)
     wait_for_nodes(head, first)
     of_first = processes_of(sweep)
-    (second,) = submit_nodes(config, sweep, num=1)
+    (second,) = submit_missing_jobs(make_config(**SMALL, jobs=2), sweep)
     wait_for_nodes(head, first, second)
-    assert describe_nodes(read_job_ids(sweep)) == "2 running"
+    assert describe_jobs(sweep) == "2 running"
     assert head.run_on(f"slurm-{second}")["SLURM_JOB_ID"] == second
     listening = {connection.laddr.ip for pid in processes_of(sweep) for connection in listeners(pid)}
     assert listening <= {"127.0.0.1", "::ffff:127.0.0.1"}
-    cancel_nodes([first])
+    slurm.run("scancel", first)
     wait_for_nodes(head, second)
     slurm.wait_for_jobs({second: "RUNNING"})
-    assert read_states([first, second]) == {first: "CANCELLED", second: "RUNNING"}
+    assert read_live_jobs(sweep) == {second: "running"}
     assert head.run_on(f"slurm-{second}")["SLURM_JOB_ID"] == second
     assert of_first
     assert not any(psutil.pid_exists(pid) for pid in of_first)
     assert not any(folder.exists() for folder in of_first.values())
     write_address(sweep, "")
     slurm.wait_for_jobs({})
-    assert read_states([second]) == {second: "COMPLETED"}
+    assert slurm.tell(second)["JobState"] == "COMPLETED"
 
 
 def listeners(pid):
@@ -208,10 +204,10 @@ def listeners(pid):
 
 @on_slurm
 def test_a_job_that_is_requeued_joins_again_once_its_node_is_resumed(slurm, sweep, head):
-    ids = submit_nodes(make_config(**SMALL, jobs=2), sweep)
+    ids = submit_missing_jobs(make_config(**SMALL, jobs=2), sweep)
     assert [job.partition("_")[2] for job in ids] == ["0", "1"]
     wait_for_nodes(head, *ids)
-    cancel_nodes(ids[1:])
+    slurm.run("scancel", ids[1])
     slurm.run("scontrol", "update", f"NodeName={NODE}", "State=DRAIN", "Reason=test")
     wait_for_nodes(head, ids[0])
     slurm.wait_for_node("draining")
@@ -219,7 +215,7 @@ def test_a_job_that_is_requeued_joins_again_once_its_node_is_resumed(slurm, swee
     wait_for_nodes(head)
     slurm.wait_for_node("drained")
     slurm.wait_for_jobs({ids[0]: "PENDING"})
-    assert "1 pending (" in describe_nodes(ids)
+    assert "1 pending (" in describe_jobs(sweep)
     slurm.run("scontrol", "update", f"NodeName={NODE}", "State=RESUME")
     slurm.hurry(ids[0])
     wait_for_nodes(head, ids[0])
@@ -228,11 +224,11 @@ def test_a_job_that_is_requeued_joins_again_once_its_node_is_resumed(slurm, swee
 @on_slurm
 @pytest.mark.parametrize(("requeue", "after"), [(True, "PENDING"), (False, "FAILED")])
 def test_a_job_that_is_told_of_its_end_leaves_and_is_requeued_where_asked(slurm, sweep, head, requeue, after):
-    (job,) = submit_nodes(make_config(**SMALL, requeue=requeue), sweep)
+    (job,) = submit_missing_jobs(make_config(**SMALL, requeue=requeue), sweep)
     wait_for_nodes(head, job)
     slurm.run("scancel", "--signal=USR2", job)
     wait_for_nodes(head)
-    wait_until(lambda: (read_states([job]) or {})[job].partition(" ")[0] == after, lambda: slurm.tell(job), every=0.2)
+    wait_until(lambda: slurm.tell(job)["JobState"] == after, lambda: slurm.tell(job), every=0.2)
     if requeue:
         slurm.hurry(job)
         wait_for_nodes(head, job)
@@ -240,7 +236,7 @@ def test_a_job_that_is_told_of_its_end_leaves_and_is_requeued_where_asked(slurm,
 
 @on_slurm
 def test_a_node_leaves_a_head_that_is_gone_and_joins_the_next_one(slurm, sweep, head):
-    (job,) = submit_nodes(make_config(**SMALL), sweep)
+    (job,) = submit_missing_jobs(make_config(**SMALL), sweep)
     wait_for_nodes(head, job)
     head.kill()
     wait_until(lambda: not processes_of(sweep), "the node has left")
@@ -262,9 +258,9 @@ def test_a_node_leaves_a_head_that_is_gone_and_joins_the_next_one(slurm, sweep, 
 def test_a_job_without_a_head_ends_with_a_sentence(slurm, sweep):
     write_address(sweep, "127.0.0.1:1")
     node = RayNode(folder=sweep, requeue=True, num_cpus=1, num_gpus=0, head_wait_s=1)
-    (job,) = RayNodes(make_config(**SMALL), sweep).submit_tasks(node, 1)
+    (job,) = SlurmJobs(make_config(**SMALL), sweep).submit_tasks(node, 1)
     slurm.wait_for_jobs({})
-    assert read_states([job]) == {job: "FAILED"}
+    assert slurm.tell(job)["JobState"] == "FAILED"
     assert "a node must find the head of its sweep within 1 s, but" in errors_of(sweep, job)
 
 
@@ -296,14 +292,14 @@ def test_a_sweep_is_led_by_a_job_that_is_requeued_and_resumes_it(slurm, sweep):
     started.kill()
     started.wait()
     job = submit_head(make_config(**SMALL), sweep)
-    assert read_job_ids(sweep) == []
+    assert read_live_jobs(sweep) == {}  # it is no node
     wait_until(lambda: any(sweep.rglob("*.ckpt")), lambda: f"it trains: {slurm.jobs()}")
     slurm.run("scancel", "--signal=USR2", job)
     slurm.wait_for_jobs({job: "PENDING"})
     assert read_sweep(sweep).status == "interrupted"
     slurm.hurry(job)
     slurm.wait_for_jobs({})
-    assert read_states([job]) == {job: "COMPLETED"}
+    assert slurm.tell(job)["JobState"] == "COMPLETED"
     assert [row.state for row in read_sweep(sweep).trials] == ["complete", "complete"]
 
 
@@ -311,10 +307,10 @@ def test_a_sweep_is_led_by_a_job_that_is_requeued_and_resumes_it(slurm, sweep):
 def test_a_head_that_fails_fails_its_job(slurm, sweep):
     job = submit_head(make_config(**SMALL), sweep)
     slurm.wait_for_jobs({})
-    assert read_states([job]) == {job: "FAILED"}
+    assert slurm.tell(job)["JobState"] == "FAILED"
     assert "lorasweep: " in errors_of(sweep, job)
 
 
 def test_what_slurm_refuses_at_submission_is_one_sentence(slurm, sweep):
     with pytest.raises(WorkerError, match="Slurm must take the jobs, but sbatch says: "):
-        submit_nodes(make_config(**SMALL, partition="none"), sweep)
+        submit_missing_jobs(make_config(**SMALL, partition="none"), sweep)

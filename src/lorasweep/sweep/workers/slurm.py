@@ -15,66 +15,61 @@ import socket
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import submitit
 from submitit.core.utils import FailedJobError, environment_variables
 from submitit.helpers import clean_env
+from submitit.slurm.slurm import _make_sbatch_string
 
 from lorasweep.config.slurm import SlurmConfig
 from lorasweep.config.targets import trusted_packages
 from lorasweep.disk import network_file_system
 from lorasweep.errors import ConfigError, WorkerError
-from lorasweep.sweep.workers.slurm_job import RayNode, SlurmTask, SweepHead
+from lorasweep.sweep.workers.slurm_job import RayNode, SweepHead
 from lorasweep.wording import nearest
 
 JOBS_FOLDER = "slurm"
 HEAD_FOLDER = "slurm/head"
-"""In a sweep's folder: what belongs to the jobs that are nodes, and to the one that leads the sweep."""
+"""Folders in a sweep's folder for the files of the jobs that are nodes, and of the job that leads the sweep."""
 COMMANDS = ("sbatch", "srun", "sinfo", "squeue", "scancel")
 COMMAND_TIMEOUT_S = 60
 MAX_REQUEUES = 1000
-"""Times that a job whose time is over is requeued. Without a head to join it ends by itself."""
+"""Times that a job is requeued when its time is over. Without a head to join it ends by itself."""
 HEAD_CPUS = 1
 HEAD_MEM_GB = 4
 """Memory of the job that leads a sweep: its studies, and the libraries that they need."""
 CONTAINER_PYTHON = "python3"
 KEYS = {
-    "account": "worker.account",
-    "partition": "worker.partition",
-    "qos": "worker.qos",
-    "feature": "worker.constraint",
-    "gres": "worker.gpus",
-    "time limit": "worker.timeout_min",
-    "reservation": "worker.extra",
-    "node name": "worker.extra",
-    "option": "worker.extra",
+    "account": "account",
+    "partition": "partition",
+    "qos": "qos",
+    "feature": "constraint",
+    "gres": "gpus",
+    "time limit": "timeout_min",
+    "reservation": "extra",
+    "node name": "extra",
+    "option": "extra",
 }
-"""A word of a refusal by sbatch, and the key that it is about."""
-LIVE_STATES = (
-    *("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "RESIZING", "SIGNALING"),
-    *("REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT", "RESV_DEL_HOLD", "STAGE_OUT"),
-)
-"""States of a job that has not ended, in Slurm's words."""
+"""A word in a refusal by sbatch, and the key of `worker` that it is about."""
 UNFIT = "node configuration"
-"""Words of the refusal of a job that no machine can hold."""
+"""Words in the refusal of a job that no machine can hold."""
 BUSY = ("busy", "down", "not available now", "drained")
-"""Words of refusals of a job that can start later."""
+"""Words in the refusal of a job that can start later."""
 
 
 def check_slurm(config: SlurmConfig, folder: Path) -> list[str]:
     """Checks that Slurm would take the jobs; returns sentences of warning.
 
     Args:
-        config: What is asked for.
+        config: The settings of the jobs.
         folder: The sweep's folder, which need not exist yet.
 
     Raises:
-        ConfigError: There is no Slurm here, it has no such partition, or it refuses the batch file.
+        ConfigError: Slurm is not here, has no such partition, or refuses the batch file.
     """
     for command in COMMANDS:
         if shutil.which(command) is None:
@@ -82,14 +77,19 @@ def check_slurm(config: SlurmConfig, folder: Path) -> list[str]:
                 f"`worker=slurm` must be typed on a machine with Slurm, but `{command}` is not found. "
                 "Log in to the cluster, or leave `worker` out for a process on this machine."
             )
-    machines = _read_machines()
-    _check_partition("partition", config, machines)
-    warnings = _test(config, RayNodes(config, folder))
+    answer = _run(["sinfo", "--noheader", "--Node", "--format=%P|%n|%l"])
+    if answer.returncode:
+        raise ConfigError(f"Slurm must answer, but `sinfo` says: {_last_line(answer.stderr)}.")
+    # one row for each pair of partition and machine: partition, with `*` if it is the default; host; time limit
+    rows = [tuple(word.strip() for word in row.split("|")) for row in answer.stdout.splitlines()]
+    limits_min = {partition: _parse_minutes(limit) for partition, _, limit in rows}
+    _check_partition("partition", config, limits_min)
+    warnings = _test(config, SlurmJobs(config, folder))
     if config.head == "job":
-        _check_partition("head_partition", config, machines)
-        _test(config, _head_executor(config, folder))
-    own = {socket.gethostname(), socket.gethostname().partition(".")[0]}
-    if not own.issuperset(machine.host for machine in machines) and network_file_system(folder) is None:
+        _check_partition("head_partition", config, limits_min)
+        _test(config, _head_job(config, folder))
+    is_only_host = {host for _, host, _ in rows} <= {socket.gethostname(), socket.gethostname().partition(".")[0]}
+    if not is_only_host and network_file_system(folder) is None:
         warnings.append(
             f"The sweep's folder {str(folder)!r} seems to be on a disk of this machine alone: jobs elsewhere would not "
             "see it. Set `sweep.output` to a folder that all machines share."
@@ -99,27 +99,25 @@ def check_slurm(config: SlurmConfig, folder: Path) -> list[str]:
 
 def batch_text(config: SlurmConfig, folder: Path) -> str:
     """Returns the batch file of the jobs, for `worker.dry_run`."""
-    return RayNodes(config, folder).text(config.jobs)
+    return SlurmJobs(config, folder).text(config.jobs)
 
 
-def submit_nodes(config: SlurmConfig, folder: Path, *, num: int | None = None) -> list[str]:
-    """Submits jobs that join the Ray cluster whose head `write_address` names, now or later; returns their ids.
-
-    Args:
-        config: What the jobs are like.
-        folder: The sweep's folder.
-        num: Jobs; None: `worker.jobs` of them.
+def submit_missing_jobs(config: SlurmConfig, folder: Path) -> list[str]:
+    """Submits jobs that join the sweep's Ray cluster, so that `worker.jobs` of them wait or run; returns their ids.
 
     Raises:
         WorkerError: Slurm refuses them.
     """
+    missing = config.jobs - len(read_live_jobs(folder) or ())
+    if missing <= 0:
+        return []
     node = RayNode(
         folder=folder.resolve(),
         requeue=config.requeue,
         num_cpus=config.processes_per_job * config.cpus,
         num_gpus=config.processes_per_job * config.gpus,
     )
-    return RayNodes(config, folder).submit_tasks(node, config.jobs if num is None else num)
+    return SlurmJobs(config, folder).submit_tasks(node, missing)
 
 
 def submit_head(config: SlurmConfig, folder: Path) -> str:
@@ -129,63 +127,54 @@ def submit_head(config: SlurmConfig, folder: Path) -> str:
         WorkerError: Slurm refuses it.
     """
     head = SweepHead(folder=folder.resolve(), requeue=config.requeue, trusted=trusted_packages())
-    return _head_executor(config, folder).submit_tasks(head, 1)[0]
+    return _head_job(config, folder).submit_tasks(head, 1)[0]
 
 
-def read_job_ids(folder: Path) -> list[str]:
+def read_live_jobs(folder: Path) -> dict[str, str] | None:
+    """Returns the state of each job of a sweep that waits, runs or ends now, by its id.
+
+    States are Slurm's, with the reason why a job waits: `{"77_0": "running", "77_1": "pending (Priority)"}`. Returns
+    None where Slurm does not answer.
+    """
+    answer = _run(["squeue", "--noheader", "--array", "--me", "--format=%i|%T|%r"])
+    if answer.returncode:
+        return None
+    ids = _read_job_ids(folder)
+    states = {}
+    for job, state, reason in (row.split("|") for row in answer.stdout.splitlines()):
+        if job.partition("_")[0] in ids:
+            is_waiting = state == "PENDING" and reason != "None"
+            states[job] = f"{state.lower()} ({reason})" if is_waiting else state.lower()
+    return states
+
+
+def describe_jobs(folder: Path) -> str:
+    """Returns how many jobs of a sweep are in which state: `2 running, 1 pending (Resources)`."""
+    states = read_live_jobs(folder)
+    if states is None:
+        return "Slurm does not answer"
+    return ", ".join(f"{count} {state}" for state, count in Counter(states.values()).most_common()) or "none"
+
+
+def cancel_jobs(folder: Path) -> None:
+    """Cancels the jobs of a sweep; those that have ended are left alone."""
+    if ids := _read_job_ids(folder):
+        _run(["scancel", "--quiet", *ids])
+
+
+def _read_job_ids(folder: Path) -> list[str]:
     """Returns the id of every job ever submitted as a sweep's node; an array has one id for all of its jobs."""
     return sorted(path.name.split("_")[0] for path in (folder / JOBS_FOLDER).glob("*_submission.sh"))
 
 
-def read_states(ids: Sequence[str]) -> dict[str, str] | None:
-    """Returns the state of each job that Slurm still knows, by its id; None where Slurm does not answer.
-
-    Args:
-        ids: Ids of jobs; the id of an array stands for all of its jobs.
-
-    Returns:
-        States in Slurm's words, with the reason of a job that waits, such as `{"77_0": "RUNNING", "77_1": "PENDING
-        (Priority)"}`. Slurm forgets a job some minutes after its end.
-    """
-    done = _run(["squeue", "--noheader", "--array", "--me", "--states=all", "--format=%i|%T|%r"])
-    if done.returncode:
-        return None
-    states = {}
-    for job, state, reason in (row.split("|") for row in done.stdout.splitlines()):
-        if job in ids or job.partition("_")[0] in ids:
-            waits = state == "PENDING" and reason != "None"
-            states[job] = f"{state} ({reason})" if waits else state
-    return states
-
-
-def live_jobs(ids: Sequence[str]) -> int | None:
-    """Returns how many jobs wait, run or end now; None where Slurm does not answer."""
-    states = read_states(ids)
-    return None if states is None else sum(state.split()[0] in LIVE_STATES for state in states.values())
-
-
-def describe_nodes(ids: Sequence[str]) -> str:
-    """Returns how many jobs are in which state: `2 running, 1 pending (Resources)`."""
-    states = read_states(ids)
-    if states is None:
-        return "Slurm does not answer"
-    return ", ".join(f"{count} {_lower(state)}" for state, count in Counter(states.values()).most_common()) or "none"
-
-
-def cancel_nodes(ids: Sequence[str]) -> None:
-    """Cancels jobs; those that have ended are left alone."""
-    if ids:
-        _run(["scancel", "--quiet", *ids])
-
-
-class RayNodes(submitit.SlurmExecutor):
+class SlurmJobs(submitit.SlurmExecutor):
     """Writes and submits the batch files of a sweep's jobs."""
 
     def __init__(self, config: SlurmConfig, folder: Path, *, files: str = JOBS_FOLDER, **changes: Any) -> None:
         """Takes the settings.
 
         Args:
-            config: What the jobs are like.
+            config: The settings of the jobs.
             folder: The sweep's folder.
             files: Where batch files and output go, below that folder.
             changes: Parameters of submitit that replace those of `config`; None leaves one out.
@@ -197,20 +186,15 @@ class RayNodes(submitit.SlurmExecutor):
 
     @classmethod
     def affinity(cls) -> int:
-        """Says that Slurm is here; `check_slurm` tells in a sentence where it is not."""
+        """Tells submitit that Slurm is here: `worker.dry_run` works without it, and `check_slurm` looks for it."""
         return 2
 
     def text(self, num: int) -> str:
-        """Returns the batch file of so many jobs."""
-        parameters = self.parameters
-        if num > 1:  # submitit makes no array of a single job
-            self.parameters = parameters | {"map_count": num}
-        try:
-            return self._make_submission_file_text(self._submitit_command_str, "")
-        finally:
-            self.parameters = parameters
+        """Returns the batch file of a number of jobs."""
+        array: dict[str, Any] = {"map_count": num} if num > 1 else {}  # submitit makes no array of a single job
+        return _make_sbatch_string(self._submitit_command_str, self.folder, **self.parameters, **array)
 
-    def submit_tasks(self, task: SlurmTask, num: int) -> list[str]:
+    def submit_tasks(self, task: RayNode | SweepHead, num: int) -> list[str]:
         """Submits jobs that each run the task, and returns their ids.
 
         Raises:
@@ -224,8 +208,8 @@ class RayNodes(submitit.SlurmExecutor):
             raise WorkerError(f"Slurm must take the jobs, but sbatch says: {_last_line(str(error))}.") from error
 
 
-def _head_executor(config: SlurmConfig, folder: Path) -> RayNodes:
-    return RayNodes(
+def _head_job(config: SlurmConfig, folder: Path) -> SlurmJobs:
+    return SlurmJobs(
         config,
         folder,
         files=HEAD_FOLDER,
@@ -248,7 +232,7 @@ def _login_environment() -> Iterator[None]:
 
 
 def _parameters(config: SlurmConfig, folder: Path) -> dict[str, Any]:
-    """The settings by submitit's names."""
+    """Returns the settings by submitit's names; None leaves a parameter out."""
     cpus = config.processes_per_job * config.cpus
     return {
         "job_name": f"lorasweep-{folder.name}",
@@ -283,105 +267,75 @@ def _srun_options(config: SlurmConfig, folder: Path, *, cpus: int) -> list[str]:
     return options
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Machine:
-    """One machine as one partition offers it."""
-
-    partition: str
-    is_default: bool
-    host: str
-    limit_min: float
-    """Most minutes of a job in this partition."""
-
-
-def _read_machines() -> list[_Machine]:
-    """Returns every machine of the cluster, once for each partition that it is in.
-
-    Raises:
-        ConfigError: Slurm does not answer.
-    """
-    done = _run(["sinfo", "--noheader", "--Node", "--format=%P|%n|%l"])
-    if done.returncode:
-        raise ConfigError(f"Slurm must answer, but `sinfo` says: {_last_line(done.stderr)}.")
-    rows = (row.split("|") for row in done.stdout.splitlines())
-    return [
-        _Machine(
-            partition=partition.strip().rstrip("*"),
-            is_default=partition.strip().endswith("*"),
-            host=host.strip(),
-            limit_min=_parse_minutes(limit.strip()),
-        )
-        for partition, host, limit in rows
-    ]
-
-
 def _parse_minutes(text: str) -> float:
     """Returns the minutes of a duration as Slurm writes it (`[DAYS-]HOURS:MINUTES:SECONDS`), inf for `infinite`."""
     found = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", text)
     if found is None:
         return math.inf
-    days, hours, minutes, seconds = (int(part or 0) for part in found.groups())
+    days, hours, minutes, seconds = (int(number or 0) for number in found.groups())
     return (days * 24 + hours) * 60 + minutes + seconds / 60
 
 
-def _check_partition(key: str, config: SlurmConfig, machines: Sequence[_Machine]) -> None:
-    """Checks that a partition exists and allows the time. Slurm itself lets a job that asks for more wait for ever.
+def _check_partition(key: str, config: SlurmConfig, limits_min: Mapping[str, float]) -> None:
+    """Checks that a partition exists and allows the time: Slurm lets a job that asks for more wait for ever.
+
+    Args:
+        key: `partition` or `head_partition`.
+        config: The settings of the jobs.
+        limits_min: The longest job in minutes by partition; the name of the default partition ends with `*`.
 
     Raises:
-        ConfigError: It does not, or none is named and the cluster has no default one.
+        ConfigError: It does not, or no partition is named and the cluster has no default one.
     """
     value = getattr(config, key) or config.partition
-    names = sorted({machine.partition for machine in machines})
-    wanted = value.split(",") if value else [machine.partition for machine in machines if machine.is_default]
+    names = sorted(name.rstrip("*") for name in limits_min)
+    wanted = value.split(",") if value else [name.rstrip("*") for name in limits_min if name.endswith("*")]
     if not wanted:
-        choices = ", ".join(names) or "`sinfo` shows none at all"
-        raise ConfigError(f"`worker.{key}` must be set, because this cluster has no default partition: {choices}.")
+        raise ConfigError(
+            f"`worker.{key}` must be set, because this cluster has no default partition: {', '.join(names) or 'none'}."
+        )
     for name in wanted:
         if name not in names:
             raise ConfigError(
                 f"`worker.{key}` must be one of {', '.join(names)}, but got {name!r}.{nearest(name, names)}"
             )
-    limit = max(machine.limit_min for machine in machines if machine.partition in wanted)
+    limit = max(minutes for name, minutes in limits_min.items() if name.rstrip("*") in wanted)
     if config.timeout_min > limit:
         raise ConfigError(
-            f"`worker.timeout_min <= {limit:.0f}` must hold in partition `{','.join(dict.fromkeys(wanted))}`, "
+            f"`worker.timeout_min <= {limit:.0f}` must hold in partition `{','.join(wanted)}`, "
             f"but got {config.timeout_min!r}."
         )
 
 
-def _test(config: SlurmConfig, executor: RayNodes) -> list[str]:
+def _test(config: SlurmConfig, jobs: SlurmJobs) -> list[str]:
     """Asks Slurm whether it would take a job; returns a warning where the job would have to wait.
 
     Raises:
         ConfigError: It would not.
     """
     with _login_environment():
-        done = _run(["sbatch", "--test-only"], given=executor.text(1))
-    if done.returncode == 0:
+        answer = _run(["sbatch", "--test-only"], given=jobs.text(1))
+    if answer.returncode == 0:
         return []
-    said = _last_line(done.stderr.replace('Try "sbatch --help" for more information', ""))
-    if any(word in said.lower() for word in BUSY):
-        return [f"Slurm can't start the jobs now, they will wait: {said}."]
-    if UNFIT in said.lower():
+    refusal = _last_line(answer.stderr.replace('Try "sbatch --help" for more information', ""))
+    words = refusal.lower()
+    if any(word in words for word in BUSY):
+        return [f"Slurm can't start the jobs now, they will wait: {refusal}."]
+    if UNFIT in words:
         cpus, gpus = (config.processes_per_job * each for each in (config.cpus, config.gpus))
         memory = f" and {config.mem_gb:g} GB" if config.mem_gb else ""
         raise ConfigError(
             f"one job must fit a machine with {cpus} processor cores, {gpus} GPUs{memory} (`worker.processes_per_job` "
-            f"times `worker.cpus` and `worker.gpus`, and `worker.mem_gb`), but sbatch says {said!r}."
+            f"times `worker.cpus` and `worker.gpus`, and `worker.mem_gb`), but sbatch says {refusal!r}."
         )
-    key = next((key for word, key in KEYS.items() if word in said.lower()), "worker")
-    value = getattr(config, key.partition(".")[2], None)
-    got = f", but got {value!r}" if value is not None else ""
-    raise ConfigError(f"`{key}` must be something that Slurm takes{got}: sbatch says {said!r}.")
-
-
-def _lower(state: str) -> str:
-    word, _, reason = state.partition(" ")
-    return f"{word.lower()} {reason}".strip()
+    if (key := next((key for word, key in KEYS.items() if word in words), None)) is None:
+        raise ConfigError(f"`worker` must be something that Slurm takes, but sbatch says {refusal!r}.")
+    got = getattr(config, key)
+    raise ConfigError(f"`worker.{key}` must be something that Slurm takes, but got {got!r}: sbatch says {refusal!r}.")
 
 
 def _last_line(text: str) -> str:
-    """Returns the last line of a message of Slurm's, without the command's name and the full stop."""
+    """Returns the last line of a message by Slurm, without the command's name and the full stop."""
     line = next(iter(reversed(text.strip().splitlines())), "nothing")
     for prefix in ("sbatch: ", "error: ", "Batch job submission failed: ", "allocation failure: "):
         line = line.removeprefix(prefix)

@@ -1,4 +1,4 @@
-"""What a Slurm job of a sweep runs: a node of the sweep's Ray cluster, or the head of the sweep itself.
+"""The tasks of a sweep's Slurm jobs: a node of the sweep's Ray cluster, or the head of the sweep itself.
 
 submitit unpickles a `RayNode` or a `SweepHead` in the job and calls it. This module imports neither Ray nor torch, so
 that the process that waits beside a node stays small. DIR/ray.address and DIR/ray.token say how to join the sweep in
@@ -12,7 +12,6 @@ import ctypes
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -27,35 +26,28 @@ from submitit.core.utils import DelayedSubmission
 from submitit.slurm.slurm import SlurmJobEnvironment
 
 from lorasweep.disk import write_atomically
+from lorasweep.sweep.workers.ray_cluster import OBJECT_STORE_BYTES, SOCKETS_FOLDER, answers
 
 ADDRESS_FILE = "ray.address"
 """In a sweep's folder: `HOST:PORT` of its Ray head. Empty once the sweep is over."""
 TOKEN_FILE = "ray.token"
-"""In a sweep's folder, with mode 0600: what every process must know to join its Ray cluster."""
+"""In a sweep's folder, with mode 0600: the secret that every process needs to join the sweep's Ray cluster."""
 HEAD_VARIABLE = "LORASWEEP_HEAD_JOB"
 """Environment variable of the process that leads a sweep in a Slurm job."""
-OBJECT_STORE_BYTES = 100_000_000
-"""Shared memory of each node's object store. Trials and their results are a few kilobytes; Ray's least is 75 MB."""
-MAX_HEAD_SILENCE_S = 30
-"""Seconds for which a node's raylet tries to reach a head that does not answer; Ray's default is 60."""
 DEFAULT_HEAD_WAIT_S = 600
 """Seconds for which a job waits for a head, so that a sweep can be resumed while its jobs stay."""
 CHECK_INTERVAL_S = 5
-"""Seconds between two looks at the address file, which all jobs share."""
-MAX_FAILED_STARTS = 5
-"""Starts of a node in a row that may fail before its job ends."""
-MIN_JOINED_S = 60
-"""Seconds after which a node that has ended counts as one that had joined."""
+"""Seconds between two reads of the address file, which all jobs share."""
+MAX_STARTS = 20
+"""Times that a job starts its node: once for each head, and again where the node ended by itself."""
 MAX_END_S = 20
 """Seconds that a child process gets to end by itself. Slurm gives 30 (KillWait) before it kills the job."""
-SHORT_FOLDER = "/tmp"
-"""Where a node's temporary folder is made. Ray's sockets lie some 70 characters below it, and 107 is the limit."""
 PR_SET_PDEATHSIG = 1
-"""For Linux's prctl: the signal that a process gets when its parent ends."""
+"""Option of Linux's prctl: the signal that a process gets when its parent ends."""
 
 
 def write_address(folder: Path, address: str) -> None:
-    """Tells the jobs of a sweep where its Ray head is (`HOST:PORT`), or by an empty text that the sweep is over."""
+    """Tells the jobs of a sweep the address of its Ray head (`HOST:PORT`), or by "" that the sweep is over."""
     write_atomically(folder / ADDRESS_FILE, address)
 
 
@@ -67,14 +59,14 @@ def read_address(folder: Path) -> str | None:
         return None
 
 
-def leads_in_job(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether this process is the head that `SweepHead` started, so that it must not submit another one."""
-    return HEAD_VARIABLE in environment
+def leads_in_job() -> bool:
+    """Returns whether this process is the head that `SweepHead` started, which must not submit another head."""
+    return HEAD_VARIABLE in os.environ
 
 
 @dataclass(frozen=True, kw_only=True)
 class SlurmTask(ABC):
-    """Something that a job runs, and runs again when the job is requeued."""
+    """A callable that a job runs, and runs again when the job is requeued."""
 
     folder: Path
     """The sweep's folder."""
@@ -85,7 +77,7 @@ class SlurmTask(ABC):
         """Called by submitit in the job."""
 
     def checkpoint(self) -> DelayedSubmission | None:
-        """Called by submitit on SIGUSR2; it requeues the job if this returns something to run."""
+        """Called by submitit on SIGUSR2, which requeues the job if this returns a task."""
         return DelayedSubmission(self) if self.requeue else None
 
 
@@ -100,17 +92,15 @@ class RayNode(SlurmTask):
     def __call__(self) -> None:
         """Runs the node until the sweep is over, or exits with a sentence where there is no head to join."""
         signal.signal(signal.SIGTERM, _exit_on_signal)
-        failed = 0
-        while (address := _wait_for_head(self.folder, wait_s=self.head_wait_s)) is not None:
-            began = time.monotonic()
+        for _ in range(MAX_STARTS):
+            if (address := _wait_for_head(self.folder, wait_s=self.head_wait_s)) is None:
+                return
             self._join(address)
-            failed = 0 if time.monotonic() - began >= MIN_JOINED_S else failed + 1
-            if failed == MAX_FAILED_STARTS:
-                sys.exit(f"lorasweep: a node must stay in the Ray cluster at {address}, but {failed} starts failed.")
+        sys.exit(f"lorasweep: a node must stay in the Ray cluster at {address}, but it ended {MAX_STARTS} times.")
 
     def _join(self, address: str) -> None:
         """Runs `ray start` until it ends or the sweep has another head."""
-        temporary = tempfile.mkdtemp(prefix="lorasweep-", dir=SHORT_FOLDER)
+        temporary = tempfile.mkdtemp(prefix="lorasweep-", dir=SOCKETS_FOLDER)
         try:
             with run_child(self._command(address, temporary), environment=_node_environment(self.folder)) as child:
                 while read_address(self.folder) == address:
@@ -148,16 +138,14 @@ class SweepHead(SlurmTask):
     """Packages that the user trusts by `trust=[PACKAGE]`."""
 
     def __call__(self) -> None:
-        """Runs `lorasweep sweep --resume DIR`, and exits as it does where that is not 0."""
+        """Runs `lorasweep sweep --resume DIR`, and exits with its exit code."""
         signal.signal(signal.SIGTERM, _exit_on_signal)
         command = [sys.executable, "-m", "lorasweep", "sweep", "--resume", str(self.folder)]
         if self.trusted:
             command.append(f"trust=[{','.join(self.trusted)}]")
-        environment = {**os.environ, HEAD_VARIABLE: "1"}
-        with run_child(command, environment=environment) as child:
-            code = child.wait()
-        if code:
-            sys.exit(code)
+        with run_child(command, environment={**os.environ, HEAD_VARIABLE: "1"}) as child:
+            if code := child.wait():
+                sys.exit(code)
 
 
 @contextlib.contextmanager
@@ -173,22 +161,22 @@ def run_child(command: Sequence[str], *, environment: Mapping[str, str]) -> Iter
 
 
 def _prepare_child() -> None:
-    """Ends the child when this process is killed. SIGUSR2, which Slurm sends to all processes of a job, is for us."""
+    """Has the child end with this process, and ignore SIGUSR2, which Slurm sends to all processes of a job."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)
 
 
 def _end(child: subprocess.Popen[bytes]) -> None:
-    """Ends a child process and the descendants that it leaves behind, and nothing else on the machine."""
-    with contextlib.suppress(psutil.NoSuchProcess):
-        descendants = psutil.Process(child.pid).children(recursive=True) if child.poll() is None else []
-        if child.poll() is None:
-            child.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                child.wait(MAX_END_S)
-        for process in (child, *descendants):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
+    """Ends a child process and the descendants that it leaves behind, and no other process of the machine."""
+    if child.poll() is not None:
+        return
+    descendants = psutil.Process(child.pid).children(recursive=True)
+    child.terminate()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        child.wait(MAX_END_S)
+    for process in (child, *descendants):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
     child.wait()
 
 
@@ -201,34 +189,19 @@ def _wait_for_head(folder: Path, *, wait_s: float) -> str | None:
     """Returns the address of a head that answers, or None once the sweep is over; exits where there is none."""
     deadline = time.monotonic() + wait_s
     while (address := read_address(folder)) != "":
-        if address is not None and _answers(address):
+        if address is not None and answers(address):
             return address
         if time.monotonic() > deadline:
             sys.exit(
                 f"lorasweep: a node must find the head of its sweep within {wait_s:g} s, but "
-                f"{str(folder / ADDRESS_FILE)!r} names {address!r}. "
-                f"Type `lorasweep sweep --resume {folder}`."
+                f"{str(folder / ADDRESS_FILE)!r} names {address!r}. Type `lorasweep sweep --resume {folder}`."
             )
         time.sleep(1)
     return None
 
 
-def _answers(address: str) -> bool:
-    host, _, port = address.rpartition(":")
-    try:
-        socket.create_connection((host, int(port)), timeout=CHECK_INTERVAL_S).close()
-    except (OSError, ValueError):
-        return False
-    return True
-
-
 def _node_environment(folder: Path) -> dict[str, str]:
-    """The environment of `ray start`: with this sweep's token, and no other cluster's address or token."""
+    """Returns the environment of `ray start`: with this sweep's token, and no other cluster's address or token."""
     others = ("RAY_ADDRESS", "RAY_AUTH_TOKEN", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER")
-    silence = {"RAY_gcs_rpc_server_reconnect_timeout_s": str(MAX_HEAD_SILENCE_S)}
-    own = {
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN_PATH": str(folder / TOKEN_FILE),
-        "RAY_USAGE_STATS_ENABLED": "0",
-    }
-    return silence | {name: value for name, value in os.environ.items() if name not in others} | own
+    own = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(folder / TOKEN_FILE), "RAY_USAGE_STATS_ENABLED": "0"}
+    return {name: value for name, value in os.environ.items() if name not in others} | own

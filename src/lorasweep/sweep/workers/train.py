@@ -45,16 +45,16 @@ def check_workers(definition: Definition, path: Path) -> list[str]:
     """
     config = definition.driver.worker
     processes = {arm.name: count_processes(arm.corners[0].trainer) for arm in definition.arms}
-    most = max(processes, key=lambda name: processes[name])
-    if isinstance(config, LocalWorker) and processes[most] > 1:
+    found = ", ".join(f"{number} (arm `{name}`)" for name, number in processes.items())
+    if isinstance(config, LocalWorker) and max(processes.values()) > 1:
         raise ConfigError(
-            f"`trainer.devices` must be 1 with `worker=local`, but arm `{most}` has {processes[most]} processes a "
-            "trial. Use `worker=ray`, which starts them."
+            f"`trainer.devices` must be 1 with `worker=local`, but the processes of a trial are {found}. "
+            "Use `worker=ray`, which starts them."
         )
     if len(set(processes.values())) > 1:
         raise ConfigError(
-            "all arms must have one `trainer.devices` and `trainer.num_nodes`, because a worker has so many processes, "
-            f"but got {', '.join(f'{number} (arm `{name}`)' for name, number in processes.items())}."
+            "`trainer.devices` times `trainer.num_nodes` must be the same for all arms, the processes of a worker, "
+            f"but got {found}."
         )
     if isinstance(config, SlurmConfig):
         from lorasweep.sweep.workers.slurm import check_slurm  # noqa: PLC0415 (needs submitit)
@@ -99,20 +99,19 @@ def add_jobs(path: Path, changes: Mapping[str, Any]) -> list[str] | None:
     config = saved_definition(path, changes=changes).driver.worker
     if not isinstance(config, SlurmConfig) or not is_running(path):
         return None
-    from lorasweep.sweep.workers.slurm import check_slurm, live_jobs, read_job_ids, submit_nodes  # noqa: PLC0415
+    from lorasweep.sweep.workers.slurm import check_slurm, submit_missing_jobs  # noqa: PLC0415
 
     check_slurm(config, path)
-    missing = config.jobs - (live_jobs(read_job_ids(path)) or 0)
-    return submit_nodes(config, path, num=missing) if missing > 0 else []
+    return submit_missing_jobs(config, path)
 
 
 def describe_jobs(path: Path) -> str | None:
     """Returns how many of a sweep's Slurm jobs are in which state; None if it has none or Slurm is not here."""
     if not (path / "slurm").is_dir() or find_spec("submitit") is None:
         return None
-    from lorasweep.sweep.workers.slurm import describe_nodes, read_job_ids  # noqa: PLC0415
+    from lorasweep.sweep.workers import slurm  # noqa: PLC0415
 
-    return describe_nodes(read_job_ids(path))
+    return slurm.describe_jobs(path)
 
 
 def train_sweep(
@@ -131,16 +130,15 @@ def train_sweep(
         WorkerError: As for `Worker.run`, or no Slurm job is left.
     """
     config = sweep.definition.driver.worker
-    if isinstance(config, RayWorkers):
-        sweep.close()  # the controller's process opens it
-        return _train_on_ray(sweep, config, stop_requested=stop_requested, run_ended=run_ended)
+    if isinstance(config, LocalWorker):
+        try:
+            return _train_here(sweep, inputs_cache, stop_requested=stop_requested, run_ended=run_ended)
+        finally:
+            sweep.close()
+    sweep.close()  # the controller's process opens it
     if isinstance(config, SlurmConfig):
-        sweep.close()
         return _train_on_slurm(sweep, config, stop_requested=stop_requested, run_ended=run_ended)
-    try:
-        return _train_here(sweep, inputs_cache, stop_requested=stop_requested, run_ended=run_ended)
-    finally:
-        sweep.close()
+    return _train_on_ray(sweep, config, stop_requested=stop_requested, run_ended=run_ended)
 
 
 def _train_here(
@@ -166,55 +164,42 @@ def _train_on_ray(
     needs = _worker_needs(sweep.definition, config)
     address = config.address
     with local_cluster(sweep.path) if address is None else joined_cluster(sweep.path, address=address):
-        from lorasweep.sweep.workers.ray_workers import train_on_ray  # noqa: PLC0415 (needs Ray)
+        from lorasweep.sweep.workers.ray_workers import WorkerPool  # noqa: PLC0415 (needs Ray)
 
         check_capacity(needs)
-        return train_on_ray(sweep.path, num=config.num, needs=needs, stop_requested=stop_requested, run_ended=run_ended)
+        pool = WorkerPool(sweep.path, num=config.num, needs=needs, run_ended=run_ended)
+        return pool.train(stop_requested=stop_requested)
 
 
 def _train_on_slurm(
     sweep: SweepFolder, config: SlurmConfig, *, stop_requested: Callable[[], bool], run_ended: RunEnded
 ) -> bool:
-    from lorasweep.sweep.workers.slurm import (  # noqa: PLC0415
-        cancel_nodes,
-        live_jobs,
-        read_job_ids,
-        submit_nodes,
-    )
-    from lorasweep.sweep.workers.slurm_job import TOKEN_FILE, leads_in_job, write_address  # noqa: PLC0415 (needs submitit)
+    from lorasweep.sweep.workers.slurm import cancel_jobs, read_live_jobs, submit_missing_jobs  # noqa: PLC0415
+    from lorasweep.sweep.workers.slurm_job import TOKEN_FILE, leads_in_job, write_address  # noqa: PLC0415
 
-    path = sweep.path
+    path, is_left_to_next_head = sweep.path, False
 
     def require_jobs() -> None:
         time.sleep(JOBS_INTERVAL_S)
-        if live_jobs(read_job_ids(path)) == 0:
+        if read_live_jobs(path) == {}:
             raise WorkerError(
                 f"a sweep's Slurm jobs must wait or run, but none of {str(path)!r} is left; what they printed is in "
                 f"{str(path / 'slurm')!r}. Type `lorasweep sweep --resume {path}` to submit others."
             )
 
     with head_for_nodes(path, ip=config.head_ip, token_file=path / TOKEN_FILE) as address:
-        from lorasweep.sweep.workers.ray_workers import train_on_ray  # noqa: PLC0415
+        from lorasweep.sweep.workers.ray_workers import WorkerPool  # noqa: PLC0415 (only now may Ray be imported)
 
         write_address(path, address)
         try:
-            if missing := config.jobs - (live_jobs(read_job_ids(path)) or 0):
-                submit_nodes(config, path, num=missing)
-            complete = train_on_ray(
-                path,
-                num="auto",
-                needs=_worker_needs(sweep.definition, config),
-                stop_requested=stop_requested,
-                run_ended=run_ended,
-                require_nodes=require_jobs,
-            )
-        except BaseException:
-            write_address(path, "")
-            cancel_nodes(read_job_ids(path))
-            raise
-        if complete or not leads_in_job():  # a head that is requeued finds its nodes waiting
-            write_address(path, "")  # nodes end by themselves
-            cancel_nodes(read_job_ids(path))  # and jobs that wait for a machine
+            submit_missing_jobs(config, path)
+            pool = WorkerPool(path, num="auto", needs=_worker_needs(sweep.definition, config), run_ended=run_ended)
+            complete = pool.train(stop_requested=stop_requested, require_nodes=require_jobs)
+            is_left_to_next_head = not complete and leads_in_job()  # this job is requeued and finds its nodes waiting
+        finally:
+            if not is_left_to_next_head:
+                write_address(path, "")  # nodes end by themselves
+                cancel_jobs(path)  # and jobs that wait for a machine
         return complete
 
 
