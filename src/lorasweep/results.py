@@ -88,14 +88,14 @@ class RunResult:
         """
         from lorasweep.training.restore import (  # noqa: PLC0415 (needs torch)
             check_kept_files,
-            require_trust,
+            require_trusted_code,
             restore_base,
             restore_config,
             restore_model,
         )
 
         config = restore_config(self.record)
-        require_trust(config, trust=trust, option="trust=True")
+        require_trusted_code(config, trust=trust, option="trust=True")
         check_kept_files(self.record, self.folder, part=weights)
         return restore_model(config, restore_base(self.record, config), folder=self.folder / weights)
 
