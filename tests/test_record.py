@@ -181,11 +181,11 @@ def test_a_paused_trial_comes_back_as_it_was_written(tmp_path):
         ("config", [], "`config` in .* must be a mapping, but got .* Restore the file."),
         ("status", "fine", "`status` in .* must be one of running, complete,"),
         ("status", [], "`status` in .* must be one of running, complete,"),
-        ("metric", None, "`metric` in .* must be a text, but got 'None'"),
-        ("reason", 3, "`reason` in .* must be a text or null, but got '3'"),
-        ("steps_done", True, "`steps_done` in .* must be a whole number, but got 'True'"),
+        ("metric", None, "`metric` in .* must be a text, but got None"),
+        ("reason", 3, "`reason` in .* must be a text or null, but got 3"),
+        ("steps_done", True, "`steps_done` in .* must be a whole number, but got True"),
         ("wall_s", "long", "`wall_s` in .* must be a number, but got 'long'"),
-        ("notes", {}, "`notes` in .* must be a list, but got '{}'"),
+        ("notes", {}, "`notes` in .* must be a list, but got {}"),
     ],
 )
 def test_a_field_of_another_type_is_refused(tmp_path, key, value, message):

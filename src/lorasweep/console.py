@@ -1,4 +1,4 @@
-"""What goes to the terminal: every character of a name is seen there and none is obeyed. Used by `cli` alone."""
+"""Output on the terminal. Names from files may hold control characters, which are printed as escapes."""
 
 from __future__ import annotations
 
@@ -11,38 +11,37 @@ from typing import TextIO
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 
-from lorasweep.wording import shorten, visible
+MAX_ERROR_CHARACTERS = 4000
+"""Longer messages are cut: an error may quote a value of any length."""
 
 
 class PlainConsole(Console):
-    """A console that obeys its own styles and tables, but no control character in what it is given to show."""
+    """A rich console that prints control characters in texts as escapes."""
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
-        """Called by rich for whatever is printed, at every level of it."""
+        """Escapes the texts of a renderable; rich calls it for everything that is printed."""
         for segment in super().render(renderable, options):
             text, style, control = segment
-            yield segment if control else Segment(visible(text, keep="\n"), style)
+            yield segment if control else Segment(_escape_controls(text), style)
 
 
-def say(text: str, *, file: TextIO | None = None, keep: str = "\n") -> None:
-    """Prints a text, at once; names in it may come from anyone.
-
-    Args:
-        text: One or several lines.
-        file: Standard output, unless another is given.
-        keep: Unseen characters to leave as they are.
-    """
-    print(visible(text, keep=keep), file=file or sys.stdout, flush=True)
+def say(text: str, *, file: TextIO | None = None) -> None:
+    """Prints a text of one or several lines at once, on standard output unless another file is given."""
+    print(_escape_controls(text), file=file or sys.stdout, flush=True)
 
 
 def say_error(text: str) -> None:
-    """Prints one sentence on standard error, in one line and of a length that can be read."""
-    say(f"lorasweep: {shorten(' '.join(text.splitlines()))}", file=sys.stderr, keep="")
+    """Prints a sentence on standard error in one line."""
+    say(f"lorasweep: {' '.join(text.splitlines())[:MAX_ERROR_CHARACTERS]}", file=sys.stderr)
+
+
+def _escape_controls(text: str) -> str:
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
 @contextmanager
 def threads_leave_file_errors() -> Iterator[None]:
-    """Silences threads that can't write a file: TensorBoard's would print a traceback beside the error's sentence."""
+    """Silences OSErrors of threads: TensorBoard's writer would print a traceback beside the sentence of the error."""
     before = threading.excepthook
 
     def quiet(what: threading.ExceptHookArgs) -> None:

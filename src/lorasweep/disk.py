@@ -1,6 +1,6 @@
-"""Files that are written whole or not at all. What a run or a sweep replaces goes through `move_into_place`.
+"""Files that are written whole or not at all, and folders for results.
 
-Only logs are appended to (`steps.jsonl`, the journal, TensorBoard's events); readers leave out an unfinished end.
+Only logs are appended to (`steps.jsonl`, the journal, TensorBoard's events); readers ignore an unfinished last line.
 """
 
 from __future__ import annotations
@@ -18,33 +18,20 @@ from typing import Any
 from lorasweep.errors import ConfigError
 
 PROBE_BYTES = 2**20
-FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE})
-"""What an operating system says of a disk, whatever was written."""
+"""Size of the file that tests whether a folder can be written to."""
+DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE})
+"""Error numbers whose cause is the disk and not the file."""
 NETWORK_FILE_SYSTEMS = (
-    *(
-        "nfs",
-        "cifs",
-        "smb",
-        "lustre",
-        "gpfs",
-        "beegfs",
-        "ceph",
-        "afs",
-        "9p",
-        "glusterfs",
-        "fuse.sshfs",
-        "fuse.glusterfs",
-    ),
-    *("fuse.ceph", "fuse.juicefs", "fuse.s3fs", "fuse.gcsfuse", "wekafs", "panfs", "orangefs", "ocfs2", "gfs2"),
-)
-"""How the names of network file systems begin, as Linux gives them."""
+    "nfs", "cifs", "smb", "lustre", "gpfs", "beegfs", "ceph", "afs", "9p", "glusterfs", "wekafs", "panfs", "orangefs",
+    "fuse.sshfs", "fuse.glusterfs", "fuse.ceph", "fuse.juicefs", "fuse.s3fs", "fuse.gcsfuse", "ocfs2", "gfs2",
+)  # fmt: skip
+"""Prefixes of the names of network file systems on Linux."""
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Writes a file whole or not at all: temporary file in the same folder, fsync, rename.
 
-    Makes the folder, but not what it is in: a folder of results that is gone must not come back empty. Halves of
-    surrogate pairs in a text, which UTF-8 has no form for, are written as their escapes.
+    It makes the folder, but no folder above it, so that a deleted folder of results does not come back empty.
     """
     path.parent.mkdir(exist_ok=True)
     temporary = temporary_name(path)
@@ -66,19 +53,19 @@ def csv_text(header: Sequence[str], rows: Iterable[Iterable[Any]]) -> str:
 
 
 def temporary_name(path: Path) -> Path:
-    """Returns where to write what is to become `path`: beside it, hidden, of no other writer on any machine."""
+    """Returns a hidden path beside `path` that no other process on any machine uses."""
     return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
 
 
 def move_into_place(temporary: Path, path: Path) -> None:
-    """Flushes a file to the disk and gives it its name, so that after a power cut there is the old one or the new."""
+    """Flushes a file to the disk and renames it, so that after a power cut either the old or the new file is there."""
     _flush(temporary)
     os.replace(temporary, path)
     _flush(path.parent)
 
 
 def free_folder(wanted: Path) -> Path:
-    """Returns this folder, or the first of NAME-2, NAME-3, ... that is not there yet."""
+    """Returns this path, or the first of NAME-2, NAME-3, ... where nothing is yet."""
     path, number = wanted, 1
     while path.exists():
         number += 1
@@ -103,7 +90,7 @@ def require_new_folder(path: Path, *, key: str, remedy: str = "Leave it out for 
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Removes what a killed process had not moved into place yet, in a folder that only this process writes to."""
+    """Removes temporary files of a killed process, in a folder that only this process writes to."""
     for path in folder.glob(".*.tmp"):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -112,14 +99,14 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def why_unwritable(folder: Path, error: BaseException) -> str | None:
-    """Returns what keeps a folder from being written to, where that is why something failed; else None.
+    """Returns why a folder can't be written to, if that caused an error; else None.
 
     Args:
-        folder: Where the results go.
-        error: What was raised. Libraries wrap what the system said, so its causes and its words are looked at too.
+        folder: The folder of the results.
+        error: The error. Its causes and messages are searched too, because libraries wrap the system's errors.
     """
     for cause in _causes(error):
-        if isinstance(cause, OSError) and cause.errno in FULL:
+        if isinstance(cause, OSError) and cause.errno in DISK_ERRORS:
             return os.strerror(cause.errno or 0)
         if os.strerror(errno.ENOSPC) in str(cause):
             return os.strerror(errno.ENOSPC)
@@ -148,10 +135,7 @@ def _flush(path: Path) -> None:
 
 
 def network_file_system(path: Path) -> str | None:
-    """Returns the kind of network file system that a path, or the nearest folder above it that is there, is on.
-
-    None on a local one.
-    """
+    """Returns the network file system of a path, or of the nearest existing folder above it; None on a local one."""
     import psutil  # noqa: PLC0415 (`lorasweep.lora` writes files too, and needs torch only)
 
     found = path.absolute()

@@ -1,23 +1,23 @@
-"""The exceptions of lorasweep, drawn as a tree. Caught in two places only: the sweep's worker and `cli`.
+"""The exceptions of lorasweep. They are caught in the sweep's worker and in `cli`.
 
     LoraSweepError
-    ├── ConfigError (also a ValueError)   a setting, a sweep file or a command line is wrong; exit code 2
-    ├── RecordError                       a file of a run or sweep can't be read or doesn't fit; exit code 2
-    ├── RunError                          one training failed; exit code 1
-    │   ├── Diverged                      its loss became NaN or infinite
-    │   └── OutOfMemory                   it does not fit the machine at the smallest micro-batch
-    └── WorkerError                       the process that runs a sweep can't go on; exit code 1
-        └── RanksLost                     because one that trains with it is gone
+    ├── ConfigError (also a ValueError)   exit code 2
+    ├── RecordError                       exit code 2
+    ├── RunError                          exit code 1
+    │   ├── Diverged
+    │   └── OutOfMemory
+    └── WorkerError                       exit code 1
+        └── RanksLost
 
-`lorasweep.lora`, which people may use alone, raises plain `ValueError`. A message reads
-"`what must hold`, but got X. What to do."
+`lorasweep.lora`, which may be used alone, raises plain `ValueError`.
+A message reads "`what must hold`, but got X. What to do."
 """
 
 from __future__ import annotations
 
 
 class LoraSweepError(Exception):
-    """What every error of this package is."""
+    """Base class of the errors of this package."""
 
 
 class ConfigError(LoraSweepError, ValueError):
@@ -41,22 +41,22 @@ class OutOfMemory(RunError):
 
 
 class WorkerError(LoraSweepError):
-    """The process that runs a sweep can't go on."""
+    """The process that runs a sweep can't continue."""
 
 
 class RanksLost(WorkerError):
-    """A process can't go on, because one that trains with it is gone or ran out of memory. The run may start again."""
+    """Another process of the same run is gone or ran out of memory. The run may start again."""
 
 
 def first_line(error: BaseException) -> str:
-    """Returns the first line of an error's message without its full stop, for use inside a sentence.
-
-    Of an error without a message, such as Python's own MemoryError, the name of its class.
-    """
-    return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".: ")
+    """Returns the first line of an error's message without its full stop, or its class if it has no message."""
+    return _message(error) or type(error).__name__
 
 
 def describe_error(error: Exception) -> str:
-    """Returns the kind of an error and its first line, for use inside a sentence."""
-    line = next(iter(str(error).strip().splitlines()), "").rstrip(".: ")
-    return f"{type(error).__name__}: {line}" if line else type(error).__name__
+    """Returns the class of an error and the first line of its message without its full stop."""
+    return ": ".join(filter(None, (type(error).__name__, _message(error))))
+
+
+def _message(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), "").rstrip(".: ")

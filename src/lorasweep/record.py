@@ -20,6 +20,7 @@ from lorasweep.config.data import Direction
 from lorasweep.disk import write_atomically
 from lorasweep.errors import RecordError
 from lorasweep.redaction import may_hold_secret, redact
+from lorasweep.wording import shorten
 
 RUN_FILE = "run.json"
 STEPS_FILE = "steps.jsonl"
@@ -381,7 +382,7 @@ def _build(kind: Any, raw: Any, *, path: Path) -> Any:
         values[name] = raw[name]
         if not _has_type(raw[name], hint):
             raise RecordError(
-                f"`{name}` in {str(path)!r} must be {_describe_type(hint)}, but got {str(raw[name])[:60]!r}. "
+                f"`{name}` in {str(path)!r} must be {_describe_type(hint)}, but got {shorten(raw[name])}. "
                 "Restore the file."
             )
         if get_origin(hint) is list and (row := get_args(hint)[0]) in (ArmRow, TrialRow, ConfirmRow):

@@ -1,6 +1,6 @@
-"""Takes secrets out of what is written: passwords in addresses, tokens, values of environment variables named so.
+"""Hides secrets: passwords in addresses, tokens, and values of environment variables with names such as `HF_TOKEN`.
 
-Called where a record, a trial's reason or an error is written; a setting of a run that holds one is refused before.
+It is applied wherever a record, a trial's reason or an error is written.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import Any
 
 HIDDEN = "***"
 MIN_SECRET_LENGTH = 8
-"""Of the value of an environment variable; a shorter one would be found in plain words and numbers."""
+"""Shorter values of environment variables are not hidden, because plain words and numbers may contain them."""
 
-_ADDRESS = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]*://)(?!USER@HOST\b)[^\s/\"'<>]+@")  # not what an error says to type
+_ADDRESS = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]*://)(?!USER@HOST\b)[^\s/\"'<>]+@")  # USER@HOST: a hint of ours
 _WORDS = r"(?:password|passwd|passphrase|secret|secret_?key|api_?key|access_?key|(?:auth|access|hf|api)_?token)"
 _NAME = re.compile(rf"(?:.*[._-])?{_WORDS}", re.IGNORECASE)
 _ASSIGNED = re.compile(rf"(\b(?:[\w.-]*[._-])?{_WORDS}\s?[=:]\s?)([^\s\"'&,;}})]+)", re.IGNORECASE)
@@ -23,41 +23,26 @@ _SHAPES = re.compile(
     r"\b(?:hf_[A-Za-z0-9]{20,}|gh[oprsu]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|sk-[A-Za-z0-9]{20,}|AKIA[0-9A-Z]{16})"
 )
 _HINTS = (
-    *(
-        "://",
-        "passw",
-        "passphrase",
-        "secret",
-        "api_key",
-        "apikey",
-        "access_key",
-        "accesskey",
-        "auth_token",
-        "authtoken",
-    ),
-    *("access_token", "accesstoken", "api_token", "apitoken", "hf_", "hftoken", "gho_", "ghp_", "ghr_", "ghs_", "ghu_"),
-    *("github_pat_", "sk-", "akia"),
-)
-"""A text without any of these, in small letters, has nothing that the patterns find."""
+    "://", "passw", "passphrase", "secret", "api_key", "apikey", "access_key", "accesskey", "auth_token", "authtoken",
+    "access_token", "accesstoken", "api_token", "apitoken", "hf_", "hftoken", "gho_", "ghp_", "ghr_", "ghs_", "ghu_",
+    "github_pat_", "sk-", "akia",
+)  # fmt: skip
+"""A text in lower case without any of these has no match of the patterns above."""
 _VARIABLE = re.compile(r"PASSW|PASSPHRASE|SECRET|CREDENTIAL|(?:^|_)(?:TOKEN|KEY|AUTH|PAT)(?:_|$)|APIKEY", re.IGNORECASE)
 
 
 def redact(value: Any) -> Any:
-    """Returns a value, or the values of a mapping or list at any depth, with `***` in place of every secret.
-
-    Args:
-        value: A text, or what JSON can hold. What is no text comes back as it is.
-    """
+    """Returns a JSON value with `***` in place of every secret in its texts and keys."""
     return _redact(value, _environment())
 
 
 def may_hold_secret(text: str) -> bool:
-    """Whether a text, such as a whole record as JSON, is worth going through: quick, and never wrongly False."""
+    """Returns whether a text, such as a record as JSON, may hold a secret. Quick, and never wrongly False."""
     return _has_hint(text.lower(), _environment())
 
 
 def names_secret(name: str) -> bool:
-    """Whether an environment variable's name says that its value is a secret."""
+    """Returns whether the value of an environment variable is a secret, by the variable's name."""
     return _VARIABLE.search(name) is not None
 
 
@@ -86,16 +71,16 @@ def _redact_text(text: str, secrets: Sequence[str]) -> str:
 
 
 def _has_hint(lowered: str, secrets: Sequence[str]) -> bool:
-    """Whether the patterns may find something in a text in small letters; secrets also as JSON writes them."""
+    """Returns whether a text in lower case may hold a secret; secrets are also looked for as JSON escapes them."""
     forms = {form.lower() for secret in secrets for form in (secret, json.dumps(secret)[1:-1])}
     return any(hint in lowered for hint in (*_HINTS, *forms))
 
 
 def _environment() -> list[str]:
-    """The secrets in this process's environment, the longest first: one may be part of another."""
+    """Returns the secrets in the environment, the longest first because one may contain another."""
     found = set()
     for name, value in os.environ.items():
-        if names_secret(name) and not value.startswith("/"):  # a path to a file with a secret is none
+        if names_secret(name) and not value.startswith("/"):  # the path of a file is no secret
             found.add(value)
         if "://" in value:
             found |= {match.group(1) for match in re.finditer(r"://[^\s/:]*:([^\s/]+)@", value)}

@@ -1,26 +1,16 @@
-"""Numbers and settings as people read them: in the live table of a sweep and in every form of the report.
-
-And names as they may be shown (`visible`): files from elsewhere can hold anything in them.
-"""
+"""Numbers, settings and names as text for people: in tables, sentences and error messages."""
 
 from __future__ import annotations
 
 import difflib
 import math
-import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 UNKNOWN = "–"
-"""Stands where a value is not known."""
-UNSEEN = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
-"""Unicode's categories of what orders a terminal about, turns the direction of text or ends a line, unseen."""
-JOINERS = "\u200c\u200d"
-"""Which Persian and emoji are written with, and which change nothing else."""
-MAX_DIGITS = 6
-"""Of a score; closer ones are the same to a reader."""
-MAX_SHOWN_LENGTH = 4000
-"""Characters of one text on a terminal."""
+"""Text of an unknown value."""
+MAX_SCORE_DIGITS = 6
+"""Scores that differ only beyond this many digits are shown as equal."""
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:
@@ -31,38 +21,10 @@ def nearest(name: str, choices: Iterable[str]) -> str:
     return f" Did you mean `{found[0]}`?" if found else ""
 
 
-def visible(text: str, *, keep: str = "") -> str:
-    r"""Returns text in which every character that acts without being seen is written as its escape: `\x1b`, `\u202e`.
-
-    So a name can't colour, move or retitle a terminal, turn text around, or begin a line of its own. Halves of
-    surrogate pairs, which can't be written anywhere, are escaped too.
-
-    Args:
-        text: From a file, so from anyone.
-        keep: Characters to leave, such as the ends of lines in a text that has some.
-    """
-    if text.isprintable():
-        return text
-    return "".join(
-        c.encode("unicode_escape").decode()
-        if unicodedata.category(c) in UNSEEN and c not in JOINERS and c not in keep
-        else c
-        for c in text
-    )
-
-
-def made_visible(value: Any, *, keep: str = "") -> Any:
-    """Returns what JSON can hold with every text in it, names of keys included, `visible`."""
-    if isinstance(value, str):
-        return visible(value, keep=keep)
-    if isinstance(value, dict):
-        return {visible(str(key)): made_visible(item, keep=keep) for key, item in value.items()}
-    return [made_visible(item, keep=keep) for item in value] if isinstance(value, list) else value
-
-
-def shorten(text: str, *, most: int = MAX_SHOWN_LENGTH) -> str:
-    """Returns text of at most so many characters; of a longer one the beginning and the end."""
-    return text if len(text) <= most else f"{text[: most // 2]} … {text[-(most // 2 - 3) :]}"
+def shorten(value: Any, limit: int = 60) -> str:
+    """Returns a value as Python writes it, cut to `limit` characters."""
+    text = repr(value)
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
 def format_count(value: float | None) -> str:
@@ -103,28 +65,28 @@ def format_score(value: float | None, *, beside: Iterable[float | None] = ()) ->
 
     Args:
         value: The score.
-        beside: Scores that are shown with it. All have as many more digits as it takes that none reads like another
-            from which it differs within `MAX_DIGITS`.
+        beside: Scores of the same table. All get more digits until those that differ also read differently, with at
+            most `MAX_SCORE_DIGITS`.
     """
     if value is None:
         return UNKNOWN
     others = {other for other in beside if other is not None}
-    apart = len({f"{other:.{MAX_DIGITS}g}" for other in others})
-    enough = (more for more in range(MAX_DIGITS) if len({_score_text(other, more) for other in others}) >= apart)
-    return _score_text(value, next(enough, MAX_DIGITS))
+    apart = len({f"{other:.{MAX_SCORE_DIGITS}g}" for other in others})
+    enough = (more for more in range(MAX_SCORE_DIGITS) if len({_score_text(other, more) for other in others}) >= apart)
+    return _score_text(value, next(enough, MAX_SCORE_DIGITS))
 
 
 def _score_text(value: float, more: int) -> str:
     if value == 0 or 0.1 <= abs(value) < 1000:
         whole = math.floor(math.log10(abs(value))) + 1 if value else 0
-        return f"{value:.{min(3 + more, MAX_DIGITS - whole)}f}"
-    return f"{value:.{min(4 + more, MAX_DIGITS)}g}"
+        return f"{value:.{min(3 + more, MAX_SCORE_DIGITS - whole)}f}"
+    return f"{value:.{min(4 + more, MAX_SCORE_DIGITS)}g}"
 
 
 def format_estimate(value: float | None, interval: tuple[float, float] | None) -> str:
-    """Returns a score with its interval, all with the decimals that the interval's width deserves.
+    """Returns a score with its interval, `1.372 [1.365, 1.379]`, or the score alone without one.
 
-    `1.372 [1.365, 1.379]`; without an interval the score alone.
+    The width of the interval decides the number of decimals.
     """
     if value is None or interval is None:
         return format_score(value)
@@ -133,7 +95,7 @@ def format_estimate(value: float | None, interval: tuple[float, float] | None) -
         return format_score(value)
     decimals = min(8, max(0, 1 - math.floor(math.log10(high - low))))
     if any(end != 0 and round(end, decimals) == 0 for end in interval):
-        decimals += 1  # on which side of 0 an end lies matters
+        decimals += 1  # an end of the interval must not read as 0: its sign matters
     shown = [f"{round(number, decimals) + 0.0:.{decimals}f}" for number in (value, low, high)]  # no -0.000
     return f"{shown[0]} [{shown[1]}, {shown[2]}]"
 

@@ -10,9 +10,7 @@ from typing import Any
 
 from lorasweep.errors import RecordError
 from lorasweep.record import STEPS_FILE, RunRecord, read_steps
-
-MAX_SHOWN_CHARACTERS = 60
-"""Longer values of a record are cut in messages."""
+from lorasweep.wording import shorten
 
 Values = Mapping[tuple[int, str], float | None]
 """Values by step and name (`loss`, `lr`, `validation loss`), in order. None stands for NaN and infinity."""
@@ -115,10 +113,10 @@ def explain(recorded: RunRecord, repeated: RunRecord) -> list[str]:
     clauses = []
     for name in dict.fromkeys([*before, *now]):
         if before.get(name) != now.get(name):
-            clauses.append(f"{name} was {_shorten(before.get(name))} and is {_shorten(now.get(name))}")
+            clauses.append(f"{name} was {shorten(before.get(name))} and is {shorten(now.get(name))}")
     if recorded.pack is None:
         return clauses
-    pack = f"it was trained in a pack of {_shorten(recorded.pack.get('slots'))} and is alone now: sums round otherwise"
+    pack = f"it was trained in a pack of {shorten(recorded.pack.get('slots'))} and is alone now: sums round otherwise"
     if recorded.pack.get("shared_draws"):
         pack = "it was trained in a pack whose slots drew from one stream (dropout of attention) and is alone now"
     # other data or another base explain more than a pack does
@@ -146,11 +144,6 @@ def _surroundings(record: RunRecord) -> dict[str, Any]:
     found |= {f"the code's {key}": code.get(key) for key in ("version", "commit")}
     found["the code's patch"] = code.get("patch", {}).get("sha256")
     return found
-
-
-def _shorten(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= MAX_SHOWN_CHARACTERS else f"{text[:MAX_SHOWN_CHARACTERS]}…"
 
 
 def _number(value: float | None) -> str:

@@ -7,9 +7,10 @@ from typing import Any, get_args
 
 from lorasweep.config.data import ChatConfig
 from lorasweep.data.reading.splitting import Checked, build_source, content_key
-from lorasweep.data.reading.tables import LoadTable, choose_columns, parse_rows, require_text, shorten
+from lorasweep.data.reading.tables import LoadTable, choose_columns, parse_rows, require_text
 from lorasweep.data.source import Conversation, DataSource, Message, Role
 from lorasweep.errors import ConfigError
+from lorasweep.wording import shorten
 
 KNOWN_COLUMNS: Sequence[tuple[str, ...]] = (
     ("messages",),

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from lorasweep.config.data import LabelTask
-from lorasweep.data.reading.tables import shorten
 from lorasweep.data.source import Label
 from lorasweep.errors import ConfigError
-from lorasweep.wording import nearest
+from lorasweep.wording import nearest, shorten
 
 SEPARATORS = ("|", ";", ",")
 """What may stand between several labels in one text: the first of these that occurs in training."""

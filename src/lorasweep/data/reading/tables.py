@@ -21,7 +21,7 @@ from lorasweep.config.data import SplitSettings
 from lorasweep.data.reading.files import find_files, read_text
 from lorasweep.data.reading.hub import class_names_of, load_hub, select_columns
 from lorasweep.errors import ConfigError, first_line
-from lorasweep.wording import nearest
+from lorasweep.wording import nearest, shorten
 
 T = TypeVar("T")
 
@@ -242,9 +242,3 @@ def choose_columns(wanted: Iterable[tuple[str, str | None]], names: Sequence[str
                 f"Its columns are {shorten(list(names), 400)}."
             )
     return [name for _, name in chosen]
-
-
-def shorten(value: Any, limit: int = 60) -> str:
-    """Returns a value as Python writes it, cut to `limit` characters."""
-    text = repr(value)
-    return text if len(text) <= limit else f"{text[: limit - 3]}..."
