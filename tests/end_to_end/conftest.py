@@ -23,6 +23,38 @@ from lorasweep.record import read_run, read_steps, read_sweep
 from lorasweep.sweep.controller.storage import open_storage
 
 TIMEOUT_S = float(os.environ.get("LORASWEEP_TEST_TIMEOUT_S", "240"))  # for a machine that does much else
+SETTINGS: dict[str, Any] = {
+    "data.block_length": 32,
+    "data.max_validation_blocks": 4,
+    "data.max_test_blocks": 4,
+    "trainer.batch_size": 2,
+    "trainer.eval_batch_size": 4,
+    "trainer.max_steps": 12,
+    "trainer.eval_every_steps": 3,
+    "trainer.precision": "fp32",
+    "trainer.device": "cpu",
+}
+"""Settings of runs that take a fraction of a second."""
+HALVED_SWEEP: dict[str, Any] = {
+    "name": "halved",
+    "settings": SETTINGS | {"confirm.seeds": 2, "sampler": "tpe", "pruner": "halving"},
+    "arms": {
+        "frozen": {"settings": {"method": "frozen"}},
+        "full": {
+            "settings": {"method": "full"},
+            "space": {"optim.lr": {"low": 1e-4, "high": 1e-3, "log": True}},
+            "trials": 2,
+        },
+        "lora": {
+            "settings": {"method": "lora", "method.dropout": 0.1},
+            "space": {"method.rank": [1, 2, 4], "optim.lr": {"low": 1e-3, "high": 1e-2, "log": True}},
+            "trials": 6,
+        },
+    },
+}
+"""A sweep in which trials are paused and promoted, with a confirm stage."""
+HALVED_TRIALS = {"frozen": 1, "full": 2, "lora": 6}
+HALVED_CONFIRM_RUNS = {"frozen": 1, "full": 2, "lora": 2}
 SERVER = """
 import json, os, signal, sys
 from lorasweep.cli import run

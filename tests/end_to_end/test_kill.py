@@ -15,44 +15,11 @@ from safetensors.torch import load_file
 from lorasweep.record import read_run, read_steps, read_sweep
 from lorasweep.runs.reproduce_sweep import compare_sweeps
 
-from .conftest import journal_of, promoted_trials, state_of
+from .conftest import HALVED_CONFIRM_RUNS, HALVED_SWEEP, HALVED_TRIALS, journal_of, promoted_trials, state_of
 
 PLACES = {"anywhere": 13, "proposing": 4, "writing a trial": 4, "saving": 4}
 """Where a process is killed, and how often: 25 times of each kind, 50 in all."""
 MAX_S = 2.0
-ASKED = {"frozen": 1, "full": 2, "lora": 6}
-CONFIRMED = {"frozen": 1, "full": 2, "lora": 2}
-SWEEP = {
-    "name": "killed",
-    "settings": {
-        "data.block_length": 32,
-        "data.max_validation_blocks": 4,
-        "data.max_test_blocks": 4,
-        "trainer.batch_size": 2,
-        "trainer.eval_batch_size": 4,
-        "trainer.max_steps": 12,
-        "trainer.eval_every_steps": 3,
-        "trainer.precision": "fp32",
-        "trainer.device": "cpu",
-        "confirm.seeds": 2,
-        "sampler": "tpe",
-        "pruner": "halving",
-    },
-    "arms": {
-        "frozen": {"settings": {"method": "frozen"}},
-        "full": {
-            "settings": {"method": "full"},
-            "space": {"optim.lr": {"low": 1e-4, "high": 1e-3, "log": True}},
-            "trials": 2,
-        },
-        "lora": {
-            "settings": {"method": "lora", "method.dropout": 0.1},
-            "space": {"method.rank": [1, 2, 4], "optim.lr": {"low": 1e-3, "high": 1e-2, "log": True}},
-            "trials": 6,
-        },
-    },
-}
-
 KILL = """
 import itertools, os, pathlib, signal
 calls = itertools.count(1)
@@ -115,7 +82,7 @@ def check_whole(folder: Path) -> None:
     assert record.status == "complete"
     assert not any("did not propose" in warning for warning in record.warnings)
     rows = [*record.trials, *record.confirm]
-    for listed, asked in ((record.trials, ASKED), (record.confirm, CONFIRMED)):
+    for listed, asked in ((record.trials, HALVED_TRIALS), (record.confirm, HALVED_CONFIRM_RUNS)):
         arms = [row.arm for row in listed]
         assert {arm: arms.count(arm) for arm in arms} == asked
     assert {row.state for row in record.trials} == {"complete", "pruned"}
@@ -129,10 +96,10 @@ def check_whole(folder: Path) -> None:
         assert steps == list(range(1, kept.steps_done + 1))
         assert len(list((folder / row.run / "hparams").iterdir())) == 1
     trials = journal_of(folder)
-    assert len(trials) == sum(ASKED.values()) + sum(CONFIRMED.values())
+    assert len(trials) == sum(HALVED_TRIALS.values()) + sum(HALVED_CONFIRM_RUNS.values())
     assert all(trial.state.is_finished() for trial in trials)
     assert sorted(len(trial.params) for trial in trials) == sorted(
-        [0, *[1] * ASKED["full"], *[2] * ASKED["lora"], *[1] * sum(CONFIRMED.values())]
+        [0, *[1] * HALVED_TRIALS["full"], *[2] * HALVED_TRIALS["lora"], *[1] * sum(HALVED_CONFIRM_RUNS.values())]
     )
     told = [json.loads(line) for line in (folder / "journal.log").read_text().splitlines()]
     ends = [line["trial_id"] for line in told if line["op_code"] == 6 and line["state"] in (1, 2, 3)]
@@ -149,7 +116,7 @@ def check_whole(folder: Path) -> None:
 
 @pytest.mark.parametrize("pack_size", ["1", "3"])
 def test_a_sweep_killed_at_25_moments_is_the_sweep_that_was_not_to_the_last_bit(tmp_path, begin, finish, pack_size):
-    (tmp_path / "killed.yaml").write_text(yaml.safe_dump(SWEEP, sort_keys=False))
+    (tmp_path / "killed.yaml").write_text(yaml.safe_dump(HALVED_SWEEP, sort_keys=False))
     words = ["sweep", "killed.yaml", f"worker.pack_size={pack_size}"]
     whole = tmp_path / "whole"
     finish(*words, "sweep.output=whole")

@@ -12,20 +12,12 @@ from lorasweep.cli import run
 from lorasweep.record import read_sweep
 from lorasweep.sweep.status import read_status
 
+from .conftest import SETTINGS
+
 SWEEP = {
     "name": "watched",
-    "settings": {
-        "data.block_length": 32,
-        "data.max_validation_blocks": 4,
-        "data.max_test_blocks": 4,
-        "trainer.batch_size": 2,
-        "trainer.max_steps": 24,
-        "trainer.eval_every_steps": 4,
-        "trainer.precision": "fp32",
-        "trainer.device": "cpu",
-        "worker.pack_size": 1,
-        "confirm.seeds": 2,
-    },
+    "settings": SETTINGS
+    | {"trainer.max_steps": 24, "trainer.eval_every_steps": 4, "worker.pack_size": 1, "confirm.seeds": 2},
     "arms": {
         "lora": {
             "settings": {"method": "lora", "method.rank": 2},

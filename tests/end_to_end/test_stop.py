@@ -13,6 +13,8 @@ import yaml
 
 from lorasweep.record import read_run, read_steps, read_sweep
 
+from .conftest import SETTINGS
+
 LORA = {
     "settings": {"method": "lora"},
     "space": {"method.rank": [1, 2, 4], "optim.lr": {"low": 1e-3, "high": 1e-2, "log": True}},
@@ -20,18 +22,8 @@ LORA = {
 }
 SWEEP = {
     "name": "stopped",
-    "settings": {
-        "data.block_length": 32,
-        "data.max_validation_blocks": 8,
-        "trainer.batch_size": 2,
-        "trainer.eval_batch_size": 8,
-        "trainer.max_steps": 60,
-        "trainer.eval_every_steps": 4,
-        "trainer.precision": "fp32",
-        "trainer.device": "cpu",
-        "confirm.seeds": 0,
-        "pruner": "none",
-    },
+    "settings": SETTINGS
+    | {"trainer.max_steps": 60, "trainer.eval_every_steps": 4, "confirm.seeds": 0, "pruner": "none"},
     "arms": {"lora": LORA},
 }
 SOON_S = 20.0  # a step and a checkpoint take 0.1 s; this machine may do much else
@@ -71,10 +63,12 @@ def check_complete(folder: Path, before, *, trials: int = 4) -> None:
         assert steps == list(range(1, 61))
 
 
-@pytest.mark.parametrize("pack_size", ["1", "2"])
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2])
-def test_a_signal_stops_a_sweep_within_seconds_with_a_checkpoint_and_the_words_to_go_on(
-    tmp_path, begin, words, number, pack_size
+@pytest.mark.parametrize(
+    ("number", "pack_size"),
+    [(signal.SIGINT, "1"), (signal.SIGINT, "2"), (signal.SIGTERM, "1"), (signal.SIGUSR1, "2"), (signal.SIGUSR2, "1")],
+)
+def test_a_signal_stops_a_sweep_within_seconds_with_a_checkpoint_and_the_words_to_resume_it(
+    tmp_path, begin, finish, words, number, pack_size
 ):
     folder = tmp_path / "sweep"
     session = begin(*words[:-1], f"worker.pack_size={pack_size}")
@@ -93,6 +87,10 @@ def test_a_signal_stops_a_sweep_within_seconds_with_a_checkpoint_and_the_words_t
         kept = read_run(folder / row.run)
         assert (kept.status, kept.reason.startswith("stopped ")) == ("interrupted", True)
         assert list((folder / row.run).glob("*.ckpt"))
+    if number == signal.SIGINT:
+        before = ended_rows(folder)
+        finish("sweep", "--resume", "sweep")
+        check_complete(folder, before)
 
 
 def test_a_full_disk_ends_a_sweep_with_a_sentence_and_it_goes_on_when_there_is_room(tmp_path, begin, finish, words):
@@ -104,10 +102,9 @@ def test_a_full_disk_ends_a_sweep_with_a_sentence_and_it_goes_on_when_there_is_r
     try:
         session = begin(*words, "sweep.output=disk/sweep", "sweep.trials=8")
         assert session.wait() == 1, session.output
-        assert session.output.splitlines()[-1].endswith(
-            "can't be written to: No space left on device. Nothing that ended is lost; "
-            "put that right, then type `lorasweep sweep --resume disk/sweep`."
-        )
+        last = session.output.splitlines()[-1]
+        assert "No space left on device" in last
+        assert "`lorasweep sweep --resume disk/sweep`" in last
         assert "Traceback" not in session.output
         before = ended_rows(disk / "sweep")
         assert before
@@ -127,18 +124,14 @@ def test_a_disk_that_turns_read_only_ends_a_sweep_with_a_sentence(tmp_path, begi
     try:
         subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
         refused = finish(*words, "sweep.output=disk/sweep", code=2)
-        assert refused.splitlines() == [
-            "lorasweep: `sweep.output` must be a folder that can be made, but 'disk/sweep' can't: "
-            "Read-only file system."
-        ]
+        assert "`sweep.output`" in refused
+        assert "'disk/sweep' can't: Read-only file system" in refused
         subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
         shutil.copytree(_interrupted(begin, words, tmp_path / "sweep"), disk / "sweep")
         before = ended_rows(disk / "sweep")
         subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
         refused = finish("sweep", "--resume", "disk/sweep", code=2)
-        assert refused.splitlines() == [
-            "lorasweep: a sweep's folder must be writable, but 'disk/sweep' is not: Read-only file system."
-        ]
+        assert "'disk/sweep' is not: Read-only file system" in refused
         assert ended_rows(disk / "sweep") == before
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=True)
@@ -163,7 +156,7 @@ def test_a_folder_that_is_moved_away_ends_the_sweep_with_a_sentence_and_goes_on_
     folder.rename(moved)
     assert session.wait() == 1, session.output
     last = session.output.splitlines()[-1]
-    assert "a sweep's folder must stay in place and have room, but 'sweep' can't be written to: it was moved" in last
+    assert "'sweep' can't be written to: it was moved" in last
     assert "Traceback" not in session.output
     assert not folder.exists()
     before = ended_rows(moved)
@@ -178,10 +171,8 @@ def test_a_sweep_that_is_running_is_refused_to_a_second_process_and_a_new_sweep_
     session = begin(*words)
     session.wait_for(has_ended(folder, 0))
     second = finish("sweep", "--resume", "sweep", code=2)
-    assert second.splitlines() == [
-        "lorasweep: a sweep must be run by one process, but another one has 'sweep' open. Wait for it, or look with "
-        "`lorasweep status sweep`."
-    ]
+    assert "another one has 'sweep' open" in second
+    assert "`lorasweep status sweep`" in second
     other = finish(*words, code=2)
     assert "`sweep.output` must be a new or empty folder, but 'sweep' is not" in other
     assert session.wait() == 0, session.output
@@ -233,10 +224,8 @@ def test_a_trial_that_breaks_is_recorded_with_its_traceback_and_the_sweep_goes_o
 
 def test_a_sweep_ends_when_so_many_trials_in_a_row_broke_and_says_why(tmp_path, finish, words):
     said = finish(*words, "sweep.max_failures=2", code=1, before=BREAK.format(calls="2, 3"))
-    assert said.splitlines()[-1] == (
-        "lorasweep: fewer than 2 trials in a row may fail (`sweep.max_failures`), but the last one failed too: "
-        "RuntimeError: shapes differ Their records in 'sweep/runs' have the tracebacks."
-    )
+    assert "(`sweep.max_failures`), but the last one failed too: RuntimeError: shapes differ" in said
+    assert "'sweep/runs'" in said
     assert "Traceback" not in said
     assert [row.state for row in read_sweep(tmp_path / "sweep").trials] == ["complete", "failed", "failed"]
 

@@ -1,38 +1,23 @@
-"""Whole sweeps of the embedded model, as a person runs them: from a file to a report, through Ctrl-C and kill."""
+"""Whole sweeps of the embedded model, as a person runs them: from a file to a report."""
 
 from __future__ import annotations
 
 import csv
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import pytest
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import lorasweep
 from lorasweep.cli import run
 from lorasweep.record import read_run, read_steps, read_sweep
 
+from .conftest import SETTINGS
+
 MINI = {
     "name": "mini",
-    "settings": {
-        "data.block_length": 32,
-        "data.max_validation_blocks": 8,
-        "data.max_test_blocks": 8,
-        "trainer.batch_size": 2,
-        "trainer.eval_batch_size": 8,
-        "trainer.max_steps": 8,
-        "trainer.eval_every_steps": 2,
-        "trainer.precision": "fp32",
-        "trainer.device": "cpu",
-        "confirm.seeds": 0,
-    },
+    "settings": SETTINGS
+    | {"data.max_test_blocks": 8, "trainer.max_steps": 8, "trainer.eval_every_steps": 2, "confirm.seeds": 0},
     "arms": {
         "frozen": {"settings": {"method": "frozen"}},
         "full": {
@@ -47,8 +32,8 @@ MINI = {
         },
     },
 }
+pytestmark = pytest.mark.slow
 ASKED = {"frozen": 1, "full": 3, "lora": 6}
-TIMEOUT_S = 240.0  # for a machine that does much else
 
 
 @pytest.fixture
@@ -66,8 +51,7 @@ def trials_of(folder):
     return found
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("pack_size", ["auto", "1", "3"])
+@pytest.mark.parametrize("pack_size", ["auto", "1"])
 def test_a_sweep_ends_with_its_trials_and_its_report(here, pack_size):
     assert run(["sweep", "mini.yaml", f"worker.pack_size={pack_size}"]) == 0
     folder = here / "outputs" / "mini"
@@ -104,7 +88,6 @@ def test_a_sweep_ends_with_its_trials_and_its_report(here, pack_size):
     assert len((folder / "report" / "trials.csv").read_text().splitlines()) == 1 + sum(ASKED.values())
 
 
-@pytest.mark.slow
 def test_packed_trials_train_as_trials_alone(here):
     """Without a model-based sampler and pruner, both propose the same trials; fp32 sums in another order in a pack."""
     # where training explodes (rates near 0.1) a rounding of 1e-7 grows to 1e-1 in 8 steps, packed or not
@@ -118,74 +101,6 @@ def test_packed_trials_train_as_trials_alone(here):
     for key, row in alone.items():
         assert packed[key].params == row.params
         assert packed[key].value == pytest.approx(row.value, rel=1e-5)  # 2e-7 as measured
-
-
-def start(folder, *words):
-    """Starts the command line in a process of its own."""
-    source = str(Path(lorasweep.__file__).parent.parent)
-    return subprocess.Popen(
-        [sys.executable, "-c", "from lorasweep.cli import main; main()", *words],
-        cwd=folder,
-        env=os.environ | {"PYTHONPATH": source, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def wait_for(condition, process):
-    """Waits until something is on disk, as long as the process runs."""
-    deadline = time.monotonic() + TIMEOUT_S
-    while not condition():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
-def has_finished_trials(folder, number):
-    def condition():
-        if not (folder / "sweep.json").exists():
-            return False
-        return sum(row.state not in ("running", "paused") for row in read_sweep(folder).trials) >= number
-
-    return condition
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("pack_size", ["1", "2"])
-def test_ctrl_c_stops_a_sweep_which_says_how_to_resume_it_and_does(here, pack_size):
-    words = [
-        "sweep",
-        "mini.yaml",
-        f"worker.pack_size={pack_size}",
-        "trainer.max_steps=40",
-        "trainer.eval_every_steps=10",
-    ]
-    process = start(here, *words)
-    folder = here / "outputs" / "mini"
-    try:
-        wait_for(has_finished_trials(folder, 2), process)
-        process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=TIMEOUT_S)
-    finally:
-        process.kill()
-    assert process.returncode == 130, errors
-    assert "Traceback" not in errors
-    stopped = read_sweep(folder)
-    assert stopped.status == "interrupted"
-    done = [row for row in stopped.trials if row.state not in ("running", "paused")]
-    assert f"stopped with {len(done)} of 10 trials done. To resume type:" in errors
-    command = errors.strip().splitlines()[-1].split()
-    assert command == ["lorasweep", "sweep", "--resume", "outputs/mini"]
-    assert run(command[1:]) == 0
-    record = read_sweep(folder)
-    assert record.status == "complete"
-    assert trials_of(folder) == ASKED
-    kept = {(row.arm, row.number): row for row in record.trials}
-    assert [kept[row.arm, row.number] for row in done] == done
-    for row in record.trials:
-        steps = [step["step"] for step in read_steps(folder / row.run) if "loss" in step]
-        assert steps == list(range(1, len(steps) + 1))
 
 
 CONFIRMED = {"frozen": 1, "full": 2, "lora": 2}
@@ -215,7 +130,6 @@ def check_confirmed(folder):
     return record
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("pack_size", ["1", "3"])
 def test_the_best_of_each_arm_is_confirmed_on_fresh_seeds_and_test_data(here, pack_size):
     assert run(["sweep", "mini.yaml", f"worker.pack_size={pack_size}", "pruner=none", "confirm.seeds=2"]) == 0
@@ -224,36 +138,3 @@ def test_the_best_of_each_arm_is_confirmed_on_fresh_seeds_and_test_data(here, pa
     assert seeds["full"] == seeds["lora"] == record.confirm_seeds
     packed = [read_run(here / "outputs" / "mini" / row.run).pack for row in record.confirm if row.arm == "lora"]
     assert all(packed) == (pack_size != "1")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("pack_size", ["1", "3"])
-def test_a_sweep_killed_while_it_confirms_ends_with_the_same_scores(here, pack_size):
-    words = [
-        "sweep",
-        "mini.yaml",
-        f"worker.pack_size={pack_size}",
-        "pruner=none",
-        "sampler=random",
-        "trainer.max_steps=24",
-        "trainer.eval_every_steps=4",
-        "confirm.seeds=2",
-    ]
-    process = start(here, *words)
-    folder = here / "outputs" / "mini"
-
-    def has_begun_to_confirm():
-        return (folder / "sweep.json").exists() and len(read_sweep(folder).confirm) >= 2
-
-    try:
-        wait_for(has_begun_to_confirm, process)
-    finally:
-        process.kill()
-        process.communicate()
-    killed = read_sweep(folder)
-    assert killed.status == "running"  # so in the middle of the stage, however far behind the record is
-    assert run(["sweep", "--resume", "outputs/mini"]) == 0
-    assert check_confirmed(folder).trials == killed.trials
-    assert run([*words, "sweep.output=whole"]) == 0
-    rows = [[(r.arm, r.trial, r.seed, r.run, r.value) for r in read_sweep(f).confirm] for f in (folder, here / "whole")]
-    assert rows[0] == rows[1]  # to the last bit, in packs too

@@ -63,14 +63,11 @@ def test_a_wanted_folder_may_be_new_or_empty(tmp_path):
     assert new_folder("s", str(tmp_path)) == tmp_path
 
 
-@pytest.mark.parametrize("kind", ["folder", "file"])
-def test_a_wanted_folder_that_is_not_empty_is_refused(tmp_path, kind):
+@pytest.mark.parametrize("name", ["", "file"])
+def test_a_wanted_folder_that_is_not_empty_is_refused(tmp_path, name):
     (tmp_path / "file").write_text("mine")
-    wanted = tmp_path if kind == "folder" else tmp_path / "file"
-    with pytest.raises(
-        ConfigError, match=r"`sweep.output` must be a new or empty folder, .* `lorasweep sweep --resume"
-    ):
-        new_folder("s", str(wanted))
+    with pytest.raises(ConfigError, match=r"`sweep.output`.* `lorasweep sweep --resume"):
+        new_folder("s", str(tmp_path / name))
 
 
 def test_a_stopped_sweep_is_taken_up_with_its_trials(stopped):
@@ -91,7 +88,7 @@ def test_a_sweep_that_another_process_has_open_is_refused(stopped):
     folder = reopen_sweep(stopped)
     assert is_running(stopped)
     before = contents(stopped)
-    with pytest.raises(RecordError, match=r"must be run by one process, but another one has .* open.*lorasweep status"):
+    with pytest.raises(RecordError, match=r"another one has .* open.*lorasweep status"):
         reopen_sweep(stopped)
     assert contents(stopped) == before
     folder.close()
@@ -187,9 +184,7 @@ def add_override(raw):
 def test_an_edited_definition_is_refused_and_nothing_changes(stopped, change):
     edit(stopped / "sweep.json", change)
     before = contents(stopped)
-    with pytest.raises(
-        ConfigError, match=r"`definition` in '.*sweep.json' must be as it was when the sweep began, but"
-    ):
+    with pytest.raises(ConfigError, match=r"`definition` in '.*sweep.json'.* has changed. Restore it"):
         reopen_sweep(stopped)
     assert contents(stopped) == before
 
@@ -200,21 +195,12 @@ def test_a_definition_that_does_not_compose_is_refused(stopped):
         reopen_sweep(stopped)
 
 
-@pytest.mark.parametrize("definition", [{}, {"file": {}}, {"file": {"name": "x"}, "overrides": 3}, []])
-def test_a_damaged_definition_is_refused(stopped, definition):
-    edit(stopped / "sweep.json", lambda raw: raw.update(definition=definition))
-    with pytest.raises((RecordError, ConfigError), match=r"sweep.json' must be|`arms`"):
-        reopen_sweep(stopped)
-
-
 @pytest.mark.parametrize("change", [lambda text: text + "\n", lambda text: text.replace("trials: 6", "trials: 9")])
 def test_a_changed_sweep_file_is_refused_and_nothing_changes(stopped, tmp_path, change):
     source = tmp_path / "made_up.yaml"
     source.write_text(change(source.read_text()))
     before = contents(stopped)
-    with pytest.raises(
-        ConfigError, match=r"the sweep file must be as it was when .* began, but '.*made_up.yaml' has ch"
-    ):
+    with pytest.raises(ConfigError, match=r"'.*made_up.yaml' has changed. Restore it"):
         reopen_sweep(stopped)
     assert contents(stopped) == before
 
@@ -226,7 +212,7 @@ def test_a_deleted_sweep_file_does_not_matter(stopped, tmp_path):
 
 def test_a_folder_that_is_no_sweep_is_refused_and_nothing_changes(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(RecordError, match=r"a sweep's folder must contain sweep.json, but .* does not."):
+    with pytest.raises(RecordError, match=r"must contain sweep.json"):
         reopen_sweep(tmp_path)
     assert contents(tmp_path) == {"notes.txt": b"mine"}
 
@@ -234,7 +220,7 @@ def test_a_folder_that_is_no_sweep_is_refused_and_nothing_changes(tmp_path):
 def test_a_sweep_without_its_journal_is_refused_and_nothing_changes(stopped):
     (stopped / "journal.log").unlink()
     before = contents(stopped)
-    with pytest.raises(RecordError, match=r"a sweep's folder must contain journal.log, but .* does not."):
+    with pytest.raises(RecordError, match=r"must contain journal.log"):
         reopen_sweep(stopped)
     assert contents(stopped) == before
 

@@ -49,7 +49,7 @@ def new_folder(name: str, wanted: str | None) -> Path:
 
 
 def create_sweep(definition: Definition, path: Path, *, metric: str, notes: Sequence[str] = ()) -> SweepFolder:
-    """Makes the folder, the record and the studies.
+    """Makes the folder, the record and the studies of a sweep, and returns the sweep open.
 
     Args:
         definition: The sweep.
@@ -60,41 +60,41 @@ def create_sweep(definition: Definition, path: Path, *, metric: str, notes: Sequ
     Raises:
         ConfigError: The folder can't be made, or the database does not answer or refuses; no record was written.
     """
-    seeds, warnings = draw_seeds(definition), find_warnings(definition)
-    in_database = definition.driver.storage.url is not None
+    record = SweepRecord(
+        status="running",
+        name=definition.name,
+        description=definition.description,
+        metric=metric,
+        direction=goal_direction(metric),
+        definition=definition.raw,
+        source=str(definition.source) if definition.source else None,
+        source_sha256=sha256_of(definition.source) if definition.source else None,
+        arms=[arm_row(arm, arm.corners[0]) for arm in definition.arms],
+        confirm_seeds=draw_seeds(definition),
+        notes=list(notes),
+        warnings=[*find_warnings(definition), *_storage_warnings(definition, path)],
+        started_at=utc_now(),
+    )
+    config = definition.driver.storage
     with ExitStack() as undo:
-        database = _open(definition, path, undo) if in_database else None  # before a folder is made
+        if config.url is not None:  # before the folder is made, which must not stay behind if there is no database
+            record.study_prefix = f"{definition.name}-{secrets.token_hex(4)}/"
+            storage = _open(definition, path, undo)
         try:
             (path / RUNS_FOLDER).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(
                 f"`sweep.output` must be a folder that can be made, but {str(path)!r} can't: {error.strerror}."
             ) from error
-        lock = _lock(path)
-        undo.callback(os.close, lock)
-        record = SweepRecord(
-            status="running",
-            name=definition.name,
-            description=definition.description,
-            metric=metric,
-            direction=goal_direction(metric),
-            definition=definition.raw,
-            study_prefix=f"{definition.name}-{secrets.token_hex(4)}/" if in_database else "",
-            source=str(definition.source) if definition.source else None,
-            source_sha256=sha256_of(definition.source) if definition.source else None,
-            arms=[arm_row(arm, arm.corners[0]) for arm in definition.arms],
-            confirm_seeds=seeds,
-            notes=list(notes),
-            warnings=[*warnings, *_storage_warnings(definition, path)],
-            started_at=utc_now(),
-        )
-        storage = database or _open(definition, path, undo)
+        lock = _lock(path, undo)
+        if config.url is None:
+            storage = _open(definition, path, undo)
         opened = SweepFolder(path=path, definition=definition, record=record, storage=storage, lock=lock)
         try:
             for arm in definition.arms:
                 opened.open_study(arm.name).set_user_attr(FINGERPRINT, definition.fingerprint)
         except DATABASE_ERRORS as error:
-            raise unusable_database(definition.driver.storage, error) from error
+            raise unusable_database(config, error) from error
         write_record(record, path)  # last: a folder that has it can be resumed
         undo.pop_all()
     return opened
@@ -110,10 +110,7 @@ def saved_definition(path: Path, *, changes: Mapping[str, Any] | None = None) ->
     Raises:
         RecordError: The folder is not a sweep, or its record is damaged.
     """
-    record = read_sweep(path)
-    if changes:
-        record.definition = _with_changes(record.definition, changes)
-    return _restore(record, path, source=Path(record.source) if record.source else None)
+    return _restore_definition(read_sweep(path), changes or {})
 
 
 def load_study(path: Path, arm: str) -> optuna.Study:
@@ -145,28 +142,34 @@ def reopen_sweep(path: Path, *, changes: Mapping[str, Any] | None = None) -> Swe
         ConfigError: What was asked for has changed since the sweep began, or its database does not answer.
     """
     record = read_sweep(path)
-    source = _check_source(record, path)
-    if changes:
-        record.definition = _with_changes(record.definition, changes)
-    definition = _restore(record, path, source=source)
+    definition = _restore_definition(record, changes or {})
+    source = definition.source
+    if source is not None and source.exists() and record.source_sha256 != sha256_of(source):
+        raise ConfigError(
+            f"the sweep file must be as it was when {str(path)!r} began, but {str(source)!r} has changed. "
+            f"Restore it, or start a new sweep."
+        )
     seeds = draw_seeds(definition)
-    lock = _lock(path)
     with ExitStack() as undo:
-        undo.callback(os.close, lock)
+        lock = _lock(path, undo)
         remove_leftovers(path)
-        storage = _open_known_storage(definition, record, path, undo)
-        _check_seeds(definition, record, storage)
+        if definition.driver.storage.url is None and not (path / JOURNAL_FILE).is_file():
+            raise RecordError(f"a sweep's folder must contain {JOURNAL_FILE}, but {str(path)!r} does not.")
+        try:
+            storage = _open(definition, path, undo)
+            studies = study_attributes(storage, prefix=record.study_prefix)
+        except ConfigError:  # a ValueError too
+            raise
+        except DATABASE_ERRORS as error:
+            raise unusable_database(definition.driver.storage, error) from error
+        except ValueError as error:  # a line is not JSON
+            raise RecordError(f"{str(path / JOURNAL_FILE)!r} must be Optuna's journal, but is damaged.") from error
+        _check_studies(definition, record, path, studies)
         undo.pop_all()
-    record.confirm_seeds = seeds
+    record.definition, record.confirm_seeds = definition.raw, seeds
+    # the warnings of a stage are not kept here: the stage adds them again
     record.warnings = [*find_warnings(definition), *_storage_warnings(definition, path)]
-    # what a stage has to say it says again
-    return SweepFolder(
-        path=path,
-        definition=definition,
-        record=record,
-        storage=storage,
-        lock=lock,
-    )
+    return SweepFolder(path=path, definition=definition, record=record, storage=storage, lock=lock)
 
 
 def is_running(path: Path) -> bool:
@@ -186,33 +189,13 @@ def is_running(path: Path) -> bool:
     return False
 
 
-def _check_source(record: SweepRecord, path: Path) -> Path | None:
-    source = Path(record.source) if record.source else None
-    if source is not None and source.exists() and record.source_sha256 != sha256_of(source):
-        raise ConfigError(
-            f"the sweep file must be as it was when {str(path)!r} began, but {str(source)!r} has changed. "
-            f"Restore it, or start a new sweep."
-        )
-    return source
-
-
-def _with_changes(raw: Any, changes: Mapping[str, Any]) -> Any:
-    """The definition with other overrides; what is damaged stays so, for `_restore` to refuse."""
-    if not (isinstance(raw, dict) and isinstance(raw.get("overrides"), dict)):
-        return raw
-    before = raw["overrides"]
+def _restore_definition(record: SweepRecord, changes: Mapping[str, Any]) -> Definition:
+    """Returns the definition in a record, with other settings of the workers and of the confirm stage."""
+    overrides = record.definition["overrides"]
     if "worker" in changes:  # the settings of other workers don't belong to these
-        before = {key: value for key, value in before.items() if key.split(".")[0] != "worker"}
-    return {**raw, "overrides": {**before, **changes}}
-
-
-def _restore(record: SweepRecord, path: Path, *, source: Path | None) -> Definition:
-    try:
-        return restore_definition(record.definition, source=source)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise RecordError(
-            f"`definition` in {str(path / SWEEP_FILE)!r} must be what the sweep was made from, but is damaged."
-        ) from error
+        overrides = {key: value for key, value in overrides.items() if key.split(".")[0] != "worker"}
+    raw = {**record.definition, "overrides": {**overrides, **changes}}
+    return restore_definition(raw, source=Path(record.source) if record.source else None)
 
 
 def _open(definition: Definition, path: Path, undo: ExitStack) -> BaseStorage:
@@ -221,43 +204,32 @@ def _open(definition: Definition, path: Path, undo: ExitStack) -> BaseStorage:
     return storage
 
 
-def _open_known_storage(definition: Definition, record: SweepRecord, path: Path, undo: ExitStack) -> BaseStorage:
-    """Returns the storage of a sweep that is resumed, once it is clear that it holds this sweep's studies."""
-    in_journal = definition.driver.storage.url is None
-    if in_journal and not (path / JOURNAL_FILE).is_file():
-        raise RecordError(f"a sweep's folder must contain {JOURNAL_FILE}, but {str(path)!r} does not.")
-    try:
-        storage = _open(definition, path, undo)
-        known = study_attributes(storage, prefix=record.study_prefix)
-    except ConfigError:
-        raise
-    except DATABASE_ERRORS as error:
-        raise unusable_database(definition.driver.storage, error) from error
-    except (ValueError, LookupError, TypeError, AttributeError, AssertionError, RecursionError) as error:
-        raise RecordError(f"{str(path / JOURNAL_FILE)!r} must be Optuna's journal, but is damaged.") from error
-    has_studies = any(arm.name in known for arm in definition.arms)
-    if in_journal and not has_studies:
+def _check_studies(
+    definition: Definition, record: SweepRecord, path: Path, studies: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """Makes sure that a storage has the sweep's studies, and that what was asked for is what they were made for.
+
+    Args:
+        definition: What is asked for now.
+        record: The sweep's record.
+        path: The sweep's folder.
+        studies: The user attributes of each study in the storage.
+    """
+    fingerprints = {attributes[FINGERPRINT] for attributes in studies.values() if FINGERPRINT in attributes}
+    if not fingerprints:
+        url = definition.driver.storage.url
+        place = repr(str(path / JOURNAL_FILE)) if url is None else f"`storage.url={url}`"
         raise RecordError(
-            f"{str(path / JOURNAL_FILE)!r} must be Optuna's journal of this sweep, but has none of its studies. "
-            "Restore the file, or start a new sweep."
+            f"{place} must have the studies of the sweep in {str(path)!r}, but has none of them. "
+            "Restore it, or start a new sweep."
         )
-    if not has_studies:
-        raise ConfigError(
-            f"`storage.url` must be the database of the sweep in {str(path)!r}, but it has no study whose name begins "
-            f"with {record.study_prefix!r}."
-        )
-    if any(known.get(arm.name, {}).get(FINGERPRINT) != definition.fingerprint for arm in definition.arms):
+    if fingerprints != {definition.fingerprint}:
         raise ConfigError(
             f"`definition` in {str(path / SWEEP_FILE)!r} must be as it was when the sweep began, but has changed. "
             f"Restore it, or start a new sweep."
         )
-    return storage
-
-
-def _check_seeds(definition: Definition, record: SweepRecord, storage: BaseStorage) -> None:
-    """Refuses fewer seeds than the confirm stage began with: a result is not to be left out afterwards."""
-    known = study_attributes(storage, prefix=record.study_prefix)
-    begun = any(CONFIRM_STUDY.format(arm=arm.name) in known for arm in definition.arms)
+    # fewer seeds would leave out a result afterwards
+    begun = any(CONFIRM_STUDY.format(arm=arm.name) in studies for arm in definition.arms)
     asked = definition.driver.confirm.seeds
     if begun and asked < len(record.confirm_seeds):
         raise ConfigError(
@@ -267,8 +239,8 @@ def _check_seeds(definition: Definition, record: SweepRecord, storage: BaseStora
 
 
 def _storage_warnings(definition: Definition, path: Path) -> list[str]:
-    kind = network_file_system(path)
-    if kind is None or definition.driver.storage.url is not None:
+    kind = network_file_system(path) if definition.driver.storage.url is None else None
+    if kind is None:
         return []
     return [
         f"The journal is kept in {str(path)!r}, which is on a network file system ({kind}), where a second machine "
@@ -276,22 +248,21 @@ def _storage_warnings(definition: Definition, path: Path) -> list[str]:
     ]
 
 
-def _lock(path: Path) -> int:
-    """Takes the folder's lock, which the system lets go of when the process ends, however it ends."""
+def _lock(path: Path, undo: ExitStack) -> int:
+    """Takes the folder's lock, which the system releases when the process ends, however it ends."""
     try:
         handle = os.open(path / LOCK_FILE, os.O_CREAT | os.O_RDWR)
     except OSError as error:
         raise RecordError(f"a sweep's folder must be writable, but {str(path)!r} is not: {error.strerror}.") from error
+    undo.callback(os.close, handle)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        os.close(handle)
         raise RecordError(
             f"a sweep must be run by one process, but another one has {str(path)!r} open. Wait for it, or look with "
             f"`lorasweep status {path}`."
         ) from error
     except OSError as error:
-        os.close(handle)
         raise RecordError(
             f"the file system of a sweep's folder must have locks, but that of {str(path)!r} has none: "
             f"{error.strerror}. Use a local disk."
