@@ -5,10 +5,8 @@ from __future__ import annotations
 import pytest
 
 from lorasweep.config.compose import compose_run
-from lorasweep.config.data import METRICS_OF_TASK
 from lorasweep.data.read_source import read_source
 from lorasweep.data.stdlib import read_docs
-from lorasweep.data.tasks import Classification, MultiLabel, Regression
 
 
 def test_embedded_text_comes_as_documents_in_its_own_splits():
@@ -42,8 +40,3 @@ def test_few_overrides_are_enough(folder, monkeypatch, settings, kind):
     source = read_source(compose_run(settings).data)
     assert source.kind == kind
     assert min(len(source.train), len(source.validation), len(source.test())) >= 1
-
-
-def test_metrics_that_settings_allow_are_those_that_tasks_have():
-    kinds = {"single_label": Classification, "multi_label": MultiLabel, "regression": Regression}
-    assert {task: kind.metrics for task, kind in kinds.items()} == METRICS_OF_TASK

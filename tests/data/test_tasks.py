@@ -220,7 +220,5 @@ def test_errors_are_to_be_small_and_agreement_large(metric):
 
 
 def test_unknown_metric_gets_the_nearest_name():
-    with pytest.raises(
-        ConfigError, match=r"`data.metric` must be one of .*, but got 'perplexty'. Did you mean `perplexity`"
-    ):
+    with pytest.raises(ConfigError, match=r"`data\.metric` .* 'perplexty'.* `perplexity`"):
         goal_direction("perplexty")

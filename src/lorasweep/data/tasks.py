@@ -1,4 +1,4 @@
-"""What a run learns and is scored by: `Task` gives each row's loss and, from an evaluation's rows, every metric.
+"""What a run learns and is scored by: a `Task` returns each example's loss and, from all examples, every metric.
 
 `training` knows a task and batches, and nothing of language models or classes.
 """
@@ -6,12 +6,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 from torchmetrics import Metric
 from torchmetrics.functional.classification import (
     multiclass_accuracy,
@@ -22,27 +24,20 @@ from torchmetrics.functional.classification import (
 )
 from torchmetrics.functional.regression import pearson_corrcoef, spearman_corrcoef
 
-from lorasweep.config.data import Direction
+from lorasweep.config.data import METRICS_OF_TASK, Direction
 from lorasweep.data.split import IGNORED, NOT_INPUTS, Batch
 from lorasweep.errors import ConfigError
 from lorasweep.wording import nearest
 
 DIRECTIONS: Mapping[str, Direction] = {
-    "bits_per_byte": "minimize",
-    "loss": "minimize",
-    "perplexity": "minimize",
-    "mse": "minimize",
-    "accuracy": "maximize",
-    "f1": "maximize",
-    "matthews": "maximize",
-    "pearson": "maximize",
-    "spearman": "maximize",
+    **dict.fromkeys(("bits_per_byte", "loss", "perplexity", "mse"), "minimize"),
+    **dict.fromkeys(("accuracy", "f1", "matthews", "pearson", "spearman"), "maximize"),
 }
 LANGUAGE_MODEL_METRICS = ("bits_per_byte", "loss", "perplexity")
 
 
 def goal_direction(metric: str) -> Direction:
-    """Returns whether a smaller or a larger value of a metric is better.
+    """Returns whether a lower or a higher value of a metric is better.
 
     Raises:
         ConfigError: There is no such metric.
@@ -52,11 +47,7 @@ def goal_direction(metric: str) -> Direction:
 
 
 def check_metric(metric: str, metrics: Sequence[str]) -> None:
-    """Refuses a metric that is not among these.
-
-    Raises:
-        ConfigError: It is not; the message names the nearest.
-    """
+    """Raises ConfigError, with the nearest name, if a metric is not among these."""
     if metric not in metrics:
         raise ConfigError(
             f"`data.metric` must be one of {', '.join(metrics)}, but got {metric!r}.{nearest(metric, metrics)}"
@@ -65,30 +56,25 @@ def check_metric(metric: str, metrics: Sequence[str]) -> None:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ExampleScores:
-    """What an evaluation says of each row."""
+    """Loss and prediction of each example of an evaluation."""
 
     loss: Tensor
-    """(rows,): the sum over a row's scored items, in nats (squared error in regression)."""
+    """(examples,): the sum over an example's scored items, in nats (squared error under regression)."""
     items: Tensor
-    """(rows,): scored items: tokens of a text, 1 for an example."""
+    """(examples,): scored items: the tokens of a text, else 1."""
     prediction: Tensor | None = None
-    """(rows,) class or number, or (rows, labels) of 0 and 1."""
+    """(examples,) class or number, or (examples, labels) of 0 and 1."""
     target: Tensor | None = None
     """As `prediction`."""
 
-    def of_slot(self, slot: int, *, slots: int) -> ExampleScores:
-        """Returns the rows of one slot of a slot-major batch."""
-        return ExampleScores(
-            loss=self.loss.chunk(slots)[slot],
-            items=self.items.chunk(slots)[slot],
-            prediction=None if self.prediction is None else self.prediction.chunk(slots)[slot],
-            target=None if self.target is None else self.target.chunk(slots)[slot],
-        )
-
-    def of_examples(self, mask: Tensor) -> ExampleScores:
-        """Returns the rows where the mask, (rows,) of bool, is true."""
+    def map(self, change: Callable[[Tensor], Tensor]) -> ExampleScores:
+        """Returns scores with every tensor changed, for example to a part of the examples."""
         values = {name: getattr(self, name) for name in FIELDS}
-        return ExampleScores(**{name: value[mask] for name, value in values.items() if value is not None})
+        return ExampleScores(**{name: change(value) for name, value in values.items() if value is not None})
+
+    def of_slot(self, slot: int, *, slots: int) -> ExampleScores:
+        """Returns the examples of one slot of a slot-major batch."""
+        return self.map(lambda values: values.chunk(slots)[slot])
 
 
 FIELDS = ("loss", "items", "prediction", "target")
@@ -99,190 +85,196 @@ class Task(Protocol):
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """What it is scored by; the first one is what `data.metric: auto` means."""
+        """The task's metrics; `data.metric: auto` means the first one."""
 
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Returns each row's loss to train on, (rows,), fp32: the sum over its scored items, times its weight."""
+        """Returns each example's training loss, (examples,), fp32: the sum over its scored items, times its weight."""
 
     def score(self, model: nn.Module, batch: Batch) -> ExampleScores:
-        """Returns what an evaluation keeps of each row."""
+        """Returns the scores of each example of an evaluation's batch."""
 
-    def compute(self, rows: ExampleScores) -> dict[str, Tensor]:
-        """Returns every metric of an evaluation's rows, scalars."""
+    def compute(self, scores: ExampleScores) -> dict[str, Tensor]:
+        """Returns every metric of all examples of an evaluation, scalars."""
 
-    def per_example(self, metric: str, rows: ExampleScores) -> tuple[Tensor, Tensor] | None:
-        """Returns (values, weights) whose weighted mean is the metric (its logarithm for perplexity), or None."""
+    def per_example(self, metric: str, scores: ExampleScores) -> tuple[Tensor, Tensor] | None:
+        """Returns (values, weights) whose weighted mean is the metric, or the logarithm of perplexity.
+
+        None for a metric that is no mean over examples.
+        """
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LanguageModelling:
-    """Predicts the next token, in every text or only where it is scored; for encoder-decoders as well.
+    """Predicts the next token wherever it is scored; for causal models and encoder-decoders.
 
     - `loss`: nats per scored token, L = Σ nats / Σ tokens.
     - `perplexity`: exp(L), per token.
-    - `bits_per_byte`: L / (ln 2 · bytes per token) (The Pile, arXiv 2101.00027, section 3.1); unlike the others it
-      compares across tokenizers.
+    - `bits_per_byte`: L / (ln 2 · bytes per token) (The Pile, arXiv 2101.00027, section 3.1); only this one compares
+      across tokenizers.
     """
 
     bytes_per_token: float | None
-    """UTF-8 bytes per scored token of the text that is scored, > 0; None where they are unknown."""
+    """UTF-8 bytes per scored token of the scored text, > 0; None if unknown."""
     metrics: tuple[str, ...] = LANGUAGE_MODEL_METRICS
 
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Returns each row's sum of nats over its scored tokens, (rows,)."""
-        return sum_by_row(self._token_losses(model, batch), batch)
+        """Returns each example's sum of nats over its scored tokens, (examples,)."""
+        return sum_by_example(self._token_losses(model, batch), batch)
 
     def score(self, model: nn.Module, batch: Batch) -> ExampleScores:
-        """Returns each row's nats and scored tokens."""
-        losses = self._token_losses(model, batch)
-        scored = (batch["targets"] != IGNORED).to(losses.dtype)
-        return ExampleScores(loss=sum_by_row(losses.double(), batch), items=sum_by_row(scored.double(), batch))
+        """Returns each example's nats and scored tokens."""
+        losses, scored = self._token_losses(model, batch), batch["targets"] != IGNORED
+        return ExampleScores(loss=sum_by_example(losses.double(), batch), items=sum_by_example(scored.double(), batch))
 
-    def compute(self, rows: ExampleScores) -> dict[str, Tensor]:
+    def compute(self, scores: ExampleScores) -> dict[str, Tensor]:
         """Returns each metric, float64. NaN without a token."""
-        loss = rows.loss.double().sum() / rows.items.double().sum()
+        loss = scores.loss.double().sum() / scores.items.double().sum()
         values = {"loss": loss, "perplexity": loss.exp()}
         if self.bytes_per_token is None:
             return values
         return {"bits_per_byte": loss / (math.log(2) * self.bytes_per_token), **values}
 
-    def per_example(self, metric: str, rows: ExampleScores) -> tuple[Tensor, Tensor] | None:
-        """Returns nats (or bits per byte) per token and tokens of each row."""
-        per_token = rows.loss.double() / rows.items.double().clamp(min=1)
+    def per_example(self, metric: str, scores: ExampleScores) -> tuple[Tensor, Tensor] | None:
+        """Returns nats (or bits per byte) per token, and the tokens, of each example."""
+        per_token = scores.loss.double() / scores.items.double().clamp(min=1)
         if metric == "bits_per_byte" and self.bytes_per_token is not None:
             per_token = per_token / (math.log(2) * self.bytes_per_token)
-        return per_token, rows.items
+        return per_token, scores.items
 
     def _token_losses(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Nats of each position, 0 where it is not scored, fp32, (batch, length)."""
+        """Returns the nats of each position, 0 where it is not scored, fp32, (batch, length)."""
         logits, targets = logits_of(model, batch), batch["targets"]  # (batch, length, vocabulary)
-        losses = nn.functional.cross_entropy(
-            logits.float().flatten(0, 1), targets.flatten(), reduction="none", ignore_index=IGNORED
-        )
+        losses = cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none", ignore_index=IGNORED)
         return losses.view(targets.shape)
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Classification:
-    """One class per row.
+class LabelTask:
+    """What tasks with one label or set of labels per example share: every example counts once."""
 
-    - `accuracy`: share of rows whose class is right.
-    - `f1`: of the second class where there are two (as GLUE scores MRPC and QQP), else the mean over classes.
+    @abstractmethod
+    def _loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Returns each example's loss, (examples,), without smoothing and weights."""
+
+    @abstractmethod
+    def _predict(self, logits: Tensor) -> Tensor:
+        """Returns each example's prediction."""
+
+    def losses(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Returns each example's training loss, (examples,)."""
+        return self._loss(logits_of(model, batch), batch["targets"])
+
+    def score(self, model: nn.Module, batch: Batch) -> ExampleScores:
+        """Returns each example's loss, prediction and target."""
+        logits, targets = logits_of(model, batch), batch["targets"]
+        losses = self._loss(logits, targets)
+        prediction = self._predict(logits)
+        return ExampleScores(
+            loss=losses, items=torch.ones_like(losses), prediction=prediction, target=targets.to(prediction.dtype)
+        )
+
+    def per_example(self, metric: str, scores: ExampleScores) -> tuple[Tensor, Tensor] | None:
+        """Returns 1 where all labels of an example are right (`accuracy`), or its loss, each with weight 1."""
+        if metric == "accuracy":
+            predicted, target = _pair(scores)
+            values = (predicted == target).view(len(target), -1).all(-1).double()
+        elif metric in ("loss", "mse"):
+            values = scores.loss.double()
+        else:
+            return None
+        return values, torch.ones_like(values)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Classification(LabelTask):
+    """Predicts one class per example.
+
+    - `accuracy`: share of examples whose class is right.
+    - `f1`: of the second class if there are two (as GLUE scores MRPC and QQP), else the mean over classes.
     - `matthews`: Matthews' correlation coefficient.
     - `loss`: mean cross-entropy in nats, without class weights or smoothing.
     """
 
     num_classes: int
     label_smoothing: float = 0.0
-    metrics: tuple[str, ...] = ("accuracy", "f1", "matthews", "loss")
+    metrics: tuple[str, ...] = METRICS_OF_TASK["single_label"]
 
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Returns each row's cross-entropy times the weight of its class."""
-        logits = logits_of(model, batch).float()
-        smoothing = self.label_smoothing
-        losses = nn.functional.cross_entropy(logits, batch["targets"], reduction="none", label_smoothing=smoothing)
+        """Returns each example's cross-entropy, smoothed, times the weight of its class."""
+        smoothing, logits = self.label_smoothing, logits_of(model, batch)
+        losses = cross_entropy(logits, batch["targets"], reduction="none", label_smoothing=smoothing)
         return losses * batch["weights"] if "weights" in batch else losses
 
-    def score(self, model: nn.Module, batch: Batch) -> ExampleScores:
-        """Returns each row's cross-entropy and likeliest class."""
-        logits, targets = logits_of(model, batch).float(), batch["targets"]
-        losses = nn.functional.cross_entropy(logits, targets, reduction="none")
-        return ExampleScores(loss=losses, items=torch.ones_like(losses), prediction=logits.argmax(-1), target=targets)
+    def _loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        return cross_entropy(logits, targets, reduction="none")
 
-    def compute(self, rows: ExampleScores) -> dict[str, Tensor]:
+    def _predict(self, logits: Tensor) -> Tensor:
+        return logits.argmax(-1)
+
+    def compute(self, scores: ExampleScores) -> dict[str, Tensor]:
         """Returns each metric."""
-        predicted, target = _pair(rows)
+        predicted, target = _pair(scores)
         classes = self.num_classes
         f1 = multiclass_f1_score(predicted, target, classes, average=None if classes == 2 else "macro")
         return {
             "accuracy": multiclass_accuracy(predicted, target, classes, average="micro").double(),
             "f1": (f1[1] if classes == 2 else f1).double(),
             "matthews": multiclass_matthews_corrcoef(predicted, target, classes).double(),
-            "loss": rows.loss.double().mean(),
+            "loss": scores.loss.double().mean(),
         }
-
-    def per_example(self, metric: str, rows: ExampleScores) -> tuple[Tensor, Tensor] | None:
-        """Returns 1 where the class is right, or the row's loss."""
-        predicted, target = _pair(rows)
-        return _per_example({"accuracy": (predicted == target).double(), "loss": rows.loss.double()}, metric)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class MultiLabel:
-    """Any number of labels per row.
+class MultiLabel(LabelTask):
+    """Predicts any number of labels per example.
 
-    - `f1`: over all pairs of row and label together (micro).
-    - `accuracy`: share of rows all of whose labels are right.
-    - `loss`: binary cross-entropy in nats, mean over labels and rows.
+    - `f1`: over all pairs of example and label together (micro).
+    - `accuracy`: share of examples all of whose labels are right.
+    - `loss`: binary cross-entropy in nats, mean over labels and examples.
     """
 
     num_labels: int
-    metrics: tuple[str, ...] = ("f1", "accuracy", "loss")
+    metrics: tuple[str, ...] = METRICS_OF_TASK["multi_label"]
 
-    def losses(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Returns each row's mean binary cross-entropy over the labels."""
-        logits = logits_of(model, batch).float()
-        return nn.functional.binary_cross_entropy_with_logits(logits, batch["targets"], reduction="none").mean(-1)
+    def _loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        return binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(-1)
 
-    def score(self, model: nn.Module, batch: Batch) -> ExampleScores:
-        """Returns each row's loss and the labels that are likelier than not."""
-        logits, targets = logits_of(model, batch).float(), batch["targets"]
-        losses = nn.functional.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(-1)
-        predicted = (logits > 0).long()
-        return ExampleScores(loss=losses, items=torch.ones_like(losses), prediction=predicted, target=targets.long())
+    def _predict(self, logits: Tensor) -> Tensor:
+        return (logits > 0).long()
 
-    def compute(self, rows: ExampleScores) -> dict[str, Tensor]:
+    def compute(self, scores: ExampleScores) -> dict[str, Tensor]:
         """Returns each metric."""
-        predicted, target = _pair(rows)
+        predicted, target = _pair(scores)
         return {
             "f1": multilabel_f1_score(predicted, target, self.num_labels, average="micro").double(),
             "accuracy": multilabel_exact_match(predicted, target, self.num_labels).double(),
-            "loss": rows.loss.double().mean(),
+            "loss": scores.loss.double().mean(),
         }
-
-    def per_example(self, metric: str, rows: ExampleScores) -> tuple[Tensor, Tensor] | None:
-        """Returns 1 where all labels are right, or the row's loss."""
-        predicted, target = _pair(rows)
-        return _per_example({"accuracy": (predicted == target).all(-1).double(), "loss": rows.loss.double()}, metric)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Regression:
-    """One number per row. `mse` is also the loss; `pearson` and `spearman` are correlations."""
+class Regression(LabelTask):
+    """Predicts one number per example. `mse` is also the loss; `pearson` and `spearman` are correlations."""
 
-    metrics: tuple[str, ...] = ("pearson", "spearman", "mse", "loss")
+    metrics: tuple[str, ...] = METRICS_OF_TASK["regression"]
 
-    def losses(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Returns each row's squared error."""
-        return (logits_of(model, batch).float().squeeze(-1) - batch["targets"]).square()
+    def _loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        return (self._predict(logits) - targets).square()
 
-    def score(self, model: nn.Module, batch: Batch) -> ExampleScores:
-        """Returns each row's squared error and prediction."""
-        predicted = logits_of(model, batch).float().squeeze(-1)
-        losses = (predicted - batch["targets"]).square()
-        return ExampleScores(loss=losses, items=torch.ones_like(losses), prediction=predicted, target=batch["targets"])
+    def _predict(self, logits: Tensor) -> Tensor:
+        return logits.squeeze(-1)
 
-    def compute(self, rows: ExampleScores) -> dict[str, Tensor]:
-        """Returns each metric; a correlation is 0 where every prediction is the same."""
-        predicted, target = (values.double() for values in _pair(rows))
-        mse = rows.loss.double().mean()
-        if predicted.std(correction=0) == 0 or target.std(correction=0) == 0:
-            none = torch.zeros_like(mse)
-            return {"pearson": none, "spearman": none, "mse": mse, "loss": mse}
-        return {
-            "pearson": pearson_corrcoef(predicted, target),
-            "spearman": spearman_corrcoef(predicted, target),
-            "mse": mse,
-            "loss": mse,
-        }
-
-    def per_example(self, metric: str, rows: ExampleScores) -> tuple[Tensor, Tensor] | None:
-        """Returns the squared errors; correlations have no value per row."""
-        return _per_example({"mse": rows.loss.double(), "loss": rows.loss.double()}, metric)
+    def compute(self, scores: ExampleScores) -> dict[str, Tensor]:
+        """Returns each metric; a correlation is 0 if every prediction or every target is the same."""
+        predicted, target = (values.double() for values in _pair(scores))
+        mse = scores.loss.double().mean()
+        pearson = spearman = torch.zeros_like(mse)
+        if predicted.std(correction=0) != 0 and target.std(correction=0) != 0:
+            pearson, spearman = pearson_corrcoef(predicted, target), spearman_corrcoef(predicted, target)
+        return {"pearson": pearson, "spearman": spearman, "mse": mse, "loss": mse}
 
 
 class Evaluation(Metric):
-    """Gathers what one evaluation says of each row; `compute` gives the task's metrics of those of all processes."""
+    """Gathers the scores of one evaluation; `compute` returns the task's metrics over the examples of all processes."""
 
     is_differentiable = False
     full_state_update = False
@@ -292,55 +284,48 @@ class Evaluation(Metric):
     target: list[Tensor]
 
     def __init__(self, task: Task, **settings: Any) -> None:
-        """Starts with no rows; settings are those of `torchmetrics.Metric`."""
+        """Starts without examples; settings are those of `torchmetrics.Metric`."""
         super().__init__(**settings)
         self.task = task
         for name in FIELDS:
             self.add_state(name, [], dist_reduce_fx="cat")
 
-    def update(self, rows: ExampleScores) -> None:
-        """Adds the rows of a batch."""
+    def update(self, scores: ExampleScores) -> None:
+        """Adds the examples of a batch."""
         for name in FIELDS:
-            value = getattr(rows, name)
+            value = getattr(scores, name)
             if value is not None:
                 getattr(self, name).append(value.detach())
 
     @property
     def examples(self) -> ExampleScores:
-        """Every row so far, in the order in which they came."""
-        joined = {name: getattr(self, name) for name in FIELDS}
-        joined = {
-            name: torch.cat(value) if isinstance(value, list) and value else value for name, value in joined.items()
-        }
-        given = {name: value for name, value in joined.items() if isinstance(value, Tensor) and value.numel()}
-        return ExampleScores(**given)
+        """Every example so far, in the order in which they came."""
+        # A state is a list before torchmetrics joins the processes, and one tensor afterwards.
+        states = {name: getattr(self, name) for name in FIELDS}
+        joined = {name: torch.cat(x) if isinstance(x, list) and x else x for name, x in states.items()}
+        return ExampleScores(**{name: x for name, x in joined.items() if isinstance(x, Tensor) and x.numel()})
 
     def compute(self) -> dict[str, Tensor]:
-        """Returns each metric of everything added so far."""
+        """Returns each metric of all examples so far."""
         return self.task.compute(self.examples)
 
 
 def logits_of(model: nn.Module, batch: Batch) -> Tensor:
-    """Returns what the model says of a batch: its `.logits`, or its output where that is a tensor."""
+    """Returns the model's logits for a batch, in fp32: its `.logits`, or its output if that is a tensor."""
     output = model(**{name: value for name, value in batch.items() if name not in NOT_INPUTS})
     logits: Tensor = output if isinstance(output, Tensor) else output.logits
-    return logits
+    return logits.float()
 
 
-def sum_by_row(values: Tensor, batch: Batch) -> Tensor:
-    """Returns the sum of a value per position over each row, (rows,)."""
+def sum_by_example(values: Tensor, batch: Batch) -> Tensor:
+    """Returns the sum over each example of a value per position, (examples,)."""
     if "examples" not in batch:
         return values.sum(-1)
-    rows = batch["examples"]
-    return values.new_zeros(int(rows.max()) + 1).index_add(0, rows.flatten(), values.flatten())
+    numbers = batch["examples"]
+    return values.new_zeros(int(numbers.max()) + 1).index_add(0, numbers.flatten(), values.flatten())
 
 
-def _pair(rows: ExampleScores) -> tuple[Tensor, Tensor]:
-    assert rows.prediction is not None
-    assert rows.target is not None
-    return rows.prediction, rows.target
-
-
-def _per_example(values: Mapping[str, Tensor], metric: str) -> tuple[Tensor, Tensor] | None:
-    found = values.get(metric)
-    return None if found is None else (found, torch.ones_like(found))
+def _pair(scores: ExampleScores) -> tuple[Tensor, Tensor]:
+    assert scores.prediction is not None
+    assert scores.target is not None
+    return scores.prediction, scores.target

@@ -54,5 +54,4 @@ def evaluate_model(model: nn.Module, split: Split, *, task: Task, config: RunCon
 def in_order(rows: ExampleScores, order: list[int]) -> ExampleScores:
     """Returns rows that came in this order in the order of their numbers, on the CPU."""
     places = torch.tensor(order).argsort()
-    values = {"loss": rows.loss, "items": rows.items, "prediction": rows.prediction, "target": rows.target}
-    return ExampleScores(**{name: value.cpu()[places] for name, value in values.items() if value is not None})
+    return rows.map(lambda values: values.cpu()[places])

@@ -228,8 +228,9 @@ class TrainingModule(lightning.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Adds a batch to the evaluation, without rows that only keep this process in step with the others."""
-        rows = self.task.score(self.model, batch)
-        self.evaluation.update(rows.of_examples(batch["step_weight"].isfinite().expand(len(rows.loss))))
+        scores = self.task.score(self.model, batch)
+        counts = batch["step_weight"].isfinite().expand(len(scores.loss))
+        self.evaluation.update(scores.map(lambda values: values[counts]))
 
     def on_validation_epoch_end(self) -> None:
         """Logs each metric of the whole validation split, from the rows of all processes."""
