@@ -43,14 +43,13 @@ from lorasweep.lora.packed import (
     split_packed_parameters,
 )
 from lorasweep.methods import METHODS, copy_sharing_weights, draw_head, train_head
-from lorasweep.training.batches import resolve_accumulate
 from lorasweep.training.environment import deterministic_algorithms
-from lorasweep.training.evaluate import evaluate_model
-from lorasweep.training.inputs import RunInputs, build_inputs
+from lorasweep.training.inputs import RunInputs, build_inputs, resolve_accumulate
 from lorasweep.training.optim import build_optimizer, refine_groups, schedule_factor
 from lorasweep.training.packs.optim import StackedAdamW
 from lorasweep.training.packs.pack import slot_batch, slot_losses
 from lorasweep.training.prepare import prepare_model
+from lorasweep.training.score import evaluate_model
 
 NUM_EVALUATIONS = 12
 BRANCH_EVALUATIONS = (2, 4, 6, 8, 11)
@@ -280,11 +279,7 @@ class SoloTrial:
         """Evaluates the model."""
         inputs = self.inputs
         scored = evaluate_model(
-            self.model,
-            inputs.splits.validation,
-            task=inputs.splits.task,
-            config=self.config,
-            precision=inputs.precision,
+            self.model, inputs.splits.validation, task=inputs.splits.task, config=self.config, inputs=inputs
         )
         self.model.train()
         return [scored.values]
@@ -409,7 +404,7 @@ def record(args: argparse.Namespace) -> None:
             inputs.splits.validation,
             task=inputs.splits.task,
             config=frozen,
-            precision=inputs.precision,
+            inputs=inputs,
         ).values
         rows.append(_csv_row(args, metric, Row(point=Point(number=-1, lr=0.0), evaluation=0, step=0, values=values)))
         for trials in _together(points, configs, inputs, is_lora=is_lora):

@@ -16,7 +16,7 @@ from lorasweep.errors import ConfigError, Diverged, RecordError
 from lorasweep.record import RUN_FILE, STEPS_FILE, read_run, read_steps
 from lorasweep.runs.reproduce import PACK_TOLERANCE, config_as_run, reproduce_run
 from lorasweep.training.packs.pack import train_pack
-from lorasweep.training.packs.slots import Job
+from lorasweep.training.packs.slots import RunRequest
 from lorasweep.training.run import train_run
 from lorasweep.training.run_log import RunPlace
 
@@ -153,11 +153,11 @@ def test_a_run_that_trained_nothing_is_repeated(make_config, inputs, tmp_path):
 
 def test_a_run_of_a_pack_is_repeated_alone_within_the_tolerance_of_rounding(make_config, inputs, tmp_path):
     jobs = [
-        Job(
+        RunRequest(
             config=make_config({"method.rank": rank}),
             place=RunPlace(folder=tmp_path / f"slot-{rank}"),
-            ended=lambda record: None,
-            failed=lambda error: None,
+            on_end=lambda record: None,
+            on_failure=lambda error: None,
         )
         for rank in (1, 4)
     ]
@@ -165,7 +165,7 @@ def test_a_run_of_a_pack_is_repeated_alone_within_the_tolerance_of_rounding(make
         jobs,
         inputs=inputs,
         slots=len(jobs),
-        supply=lambda: None,
+        next_run=lambda: None,
         on_evaluation=lambda evaluated: [True] * len(evaluated),
         state_file=tmp_path / "pack.json",
     )

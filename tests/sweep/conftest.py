@@ -23,7 +23,7 @@ from lorasweep.sweep.controller.folder import SweepFolder
 from lorasweep.sweep.controller.lifecycle import create_sweep, reopen_sweep
 from lorasweep.sweep.definition.arms import read_definition
 from lorasweep.sweep.workers.train import train_sweep
-from lorasweep.training.packs.slots import Evaluated, Job
+from lorasweep.training.packs.slots import RunRequest, SlotEvaluation
 from lorasweep.training.packs.state import PackState, SlotState, write_pack_state
 from lorasweep.training.run_log import RunPlace
 from lorasweep.training.telemetry import Telemetry
@@ -212,12 +212,12 @@ class MadeUpPacks:
 
     def __call__(
         self,
-        jobs: Sequence[Job],
+        jobs: Sequence[RunRequest],
         *,
         inputs: Any,
         slots: int,
-        supply: Callable[[], Job | None],
-        on_evaluation: Callable[[Sequence[Evaluated]], Sequence[bool]],
+        next_run: Callable[[], RunRequest | None],
+        on_evaluation: Callable[[Sequence[SlotEvaluation]], Sequence[bool]],
         state_file: Path,
         stop_requested: Callable[[], bool],
     ) -> bool:
@@ -228,7 +228,7 @@ class MadeUpPacks:
             if self.errors:
                 self.runs.raised.append(self.errors.pop(0))
                 raise self.runs.raised[-1]
-            return self._train(list(jobs), slots, supply, on_evaluation, state_file, stop_requested)
+            return self._train(list(jobs), slots, next_run, on_evaluation, state_file, stop_requested)
         except Exception as error:
             if error not in self.runs.raised and not isinstance(error, WorkerError):
                 pytest.fail(f"a pack broke by an error that no test asked for: {traceback.format_exc()}")
@@ -239,10 +239,10 @@ class MadeUpPacks:
 
     def _train(
         self,
-        jobs: list[Job],
+        jobs: list[RunRequest],
         most: int,
-        supply: Callable[[], Job | None],
-        on_evaluation: Callable[[Sequence[Evaluated]], Sequence[bool]],
+        supply: Callable[[], RunRequest | None],
+        on_evaluation: Callable[[Sequence[SlotEvaluation]], Sequence[bool]],
         state_file: Path,
         stop_requested: Callable[[], bool],
     ) -> bool:
@@ -257,11 +257,11 @@ class MadeUpPacks:
             living = [job for job in jobs if self._advance(job, steps, every=trainer.eval_every_steps)]
             values = [self.runs.values[job.place.folder][steps[job]] for job in living]
             evaluated = [
-                Evaluated(job=job, step=steps[job], values={job.config.data.metric: value})
+                SlotEvaluation(request=job, step=steps[job], values={job.config.data.metric: value})
                 for job, value in zip(living, values, strict=True)
             ]
             goes_on = dict(zip(living, on_evaluation(evaluated) if living else [], strict=True))
-            slots: list[Job | None] = [
+            slots: list[RunRequest | None] = [
                 job if job in goes_on and not self._ends(job, steps[job], goes_on=goes_on[job]) else None
                 for job in jobs
             ]
@@ -274,36 +274,36 @@ class MadeUpPacks:
             self._commit(jobs, steps, state_file)
         return True
 
-    def _advance(self, job: Job, steps: dict[Job, int], *, every: int) -> bool:
+    def _advance(self, job: RunRequest, steps: dict[RunRequest, int], *, every: int) -> bool:
         """Trains a slot up to its next evaluation, and returns whether its run lives."""
         steps[job] += every
         self.trained.append((job.place.folder.name, steps[job]))
         try:
             self.runs.evaluate(job.config, job.place.folder, steps[job])
         except Diverged as error:
-            job.failed(error)
+            job.on_failure(error)
             return False
         return True
 
-    def _ends(self, job: Job, step: int, *, goes_on: bool) -> bool:
+    def _ends(self, job: RunRequest, step: int, *, goes_on: bool) -> bool:
         done = step == job.config.trainer.max_steps
         if not done and goes_on:
             return False
         if not done:
             self.checkpoints.setdefault(job.place.folder, set()).add(step)
-        job.ended(self.runs.close(job.config, job.place.folder, step, "complete" if done else "paused"))
+        job.on_end(self.runs.close(job.config, job.place.folder, step, "complete" if done else "paused"))
         return True
 
-    def _first_step(self, job: Job) -> int:
+    def _first_step(self, job: RunRequest) -> int:
         kept = self.checkpoints.get(job.place.folder, set())
         assert job.start_step is None or job.start_step == 0 or job.start_step in kept
         return max(kept, default=0) if job.start_step is None else job.start_step
 
-    def _interrupt(self, job: Job, step: int) -> None:
+    def _interrupt(self, job: RunRequest, step: int) -> None:
         if step:
             self.runs.close(job.config, job.place.folder, step, "interrupted")
 
-    def _commit(self, jobs: Sequence[Job], steps: Mapping[Job, int], state_file: Path) -> None:
+    def _commit(self, jobs: Sequence[RunRequest], steps: Mapping[RunRequest, int], state_file: Path) -> None:
         if not jobs:
             state_file.unlink(missing_ok=True)
             return

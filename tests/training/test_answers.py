@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from types import SimpleNamespace
 
 import pytest
@@ -23,7 +24,9 @@ ANSWERS = [b"yes it is", b"no", b"yes", b"one two three"]
 
 @pytest.fixture
 def inputs():
-    return SimpleNamespace(base=SimpleNamespace(tokenizer=build_tokenizer()), precision="fp32")
+    return SimpleNamespace(
+        base=SimpleNamespace(tokenizer=build_tokenizer()), autocast=lambda config: contextlib.nullcontext()
+    )
 
 
 @pytest.fixture
@@ -46,8 +49,8 @@ def completion_split(answers):
     return CompletionSplit(tokens=Ragged.of(rows), targets=Ragged.of(targets), **shared)
 
 
-def test_rows_of_one_prompt_are_its_references(inputs):
-    found = gather_references(completion_split(ANSWERS), inputs)
+def test_rows_of_one_prompt_are_its_references():
+    found = gather_references(completion_split(ANSWERS))
     assert [bytes(prompt) for prompt in found] == [b"name: a", b"b", b"a longer prompt"]
     assert [bytes(answer[:-1]) for answer in found[tuple(b"name: a")]] == [b"yes it is", b"yes"]
 
@@ -100,11 +103,11 @@ def test_an_encoder_decoder_answers_too(inputs, config):
     assert 0 <= score_answers(model, split, config=config, inputs=inputs)["rouge1"] <= 1
 
 
-def test_several_answers_in_a_row_are_refused(inputs):
+def test_several_answers_in_a_row_are_refused():
     split = completion_split(ANSWERS)
     split.targets.values[-2] = IGNORED
     with pytest.raises(ConfigError, match=r"`data.generate` needs rows with one answer each"):
-        gather_references(split, inputs)
+        gather_references(split)
 
 
 def test_a_model_that_cant_generate_is_refused(inputs, config):

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from lorasweep.record import RunRecord
-from lorasweep.training.batches import resolve_accumulate
+from lorasweep.training.inputs import resolve_accumulate
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,10 +24,6 @@ class Rows:
 
 
 LENGTHS = torch.arange(1, 65).repeat(4)
-
-
-def record(batching):
-    return RunRecord(status="interrupted", config={}, metric="accuracy", direction="maximize", batching=batching)
 
 
 @pytest.mark.parametrize("slots", [1, 2, 8])
@@ -47,11 +42,3 @@ def test_more_slots_are_cut_more_often(make_config):
     cuts = [resolve_accumulate(config, Rows(LENGTHS), slots=slots) for slots in (1, 2, 4, 8)]
     assert cuts == sorted(cuts)
     assert cuts[0] < cuts[-1]
-
-
-@pytest.mark.parametrize("slots", [1, 8])
-def test_a_run_that_goes_on_keeps_the_number_that_it_began_with(make_config, slots):
-    config = make_config({"trainer.batch_size": 16}).trainer
-    assert resolve_accumulate(config, Rows(LENGTHS), slots=slots, begun=record({"micro_batches": 7})) == 7
-    new = resolve_accumulate(config, Rows(LENGTHS), slots=slots)
-    assert resolve_accumulate(config, Rows(LENGTHS), slots=slots, begun=record({})) == new

@@ -11,7 +11,7 @@ import torch
 
 from lorasweep.record import RunRecord, sha256_of, write_record
 from lorasweep.training.checkpoint import (
-    Found,
+    FoundCheckpoint,
     find_checkpoint,
     remove_checkpoints,
     remove_older_checkpoints,
@@ -69,7 +69,7 @@ def test_of_a_damaged_one_the_one_before_is_used_and_a_note_says_so(run, damage)
     damage(newest(run))
     found = find_checkpoint(run, kind="last")
     assert (found.step, found.damaged) == (4, (6,))
-    assert found.notes == ["The checkpoint of step 6 was damaged, so the run went on from step 4."]
+    assert found.notes == ["The checkpoint of step 6 was damaged, so the run resumed from step 4."]
 
 
 @pytest.mark.parametrize(("wanted", "found"), [(6, 6), (4, 4), (2, 2), (0, 0)])
@@ -85,7 +85,7 @@ def test_instead_of_the_checkpoint_of_a_step_that_is_gone_the_one_before_is_used
     next(run.glob("last-00000004-*.ckpt")).unlink()
     found = find_checkpoint(run, kind="last", step=4)
     assert (found.step, found.damaged) == (2, (4,))
-    assert found.notes == ["The checkpoint of step 4 was damaged, so the run went on from step 2."]
+    assert found.notes == ["The checkpoint of step 4 was damaged, so the run resumed from step 2."]
 
 
 def test_checkpoints_after_a_step_are_removed(run):
@@ -99,7 +99,7 @@ def test_where_all_are_damaged_there_is_nothing_to_go_on_from(run):
         cut(path)
     found = find_checkpoint(run, kind="last")
     assert (found.path, found.step, found.state) == (None, 0, {})
-    assert found.notes == ["The checkpoint of step 6, 4, 2 was damaged, so the run went on from step 0."]
+    assert found.notes == ["The checkpoint of step 6, 4, 2 was damaged, so the run resumed from step 0."]
 
 
 class Trap:
@@ -133,9 +133,9 @@ def test_a_write_that_fails_leaves_the_ones_before(run, monkeypatch):
 
 
 def test_what_has_no_record_or_another_kind_is_not_gone_on_from(run, tmp_path):
-    assert find_checkpoint(run, kind="slot") == Found()
+    assert find_checkpoint(run, kind="slot") == FoundCheckpoint()
     (run / "run.json").write_text("{")
-    assert find_checkpoint(run, kind="last") == Found()
+    assert find_checkpoint(run, kind="last") == FoundCheckpoint()
 
 
 def test_files_of_other_names_are_left_alone(run):

@@ -17,7 +17,7 @@ from lorasweep.record import read_run, read_steps
 from lorasweep.training.components import build_callbacks, check_components
 from lorasweep.training.optim import schedule_factor
 from lorasweep.training.packs.pack import train_pack
-from lorasweep.training.packs.slots import Job
+from lorasweep.training.packs.slots import RunRequest
 from lorasweep.training.restore import restore_config
 from lorasweep.training.run import train_run
 from lorasweep.training.run_log import RunPlace
@@ -141,11 +141,11 @@ def test_several_loggers_get_every_metric_in_the_runs_folder(tmp_path, make_conf
 def test_each_slot_of_a_pack_has_its_own_loggers(tmp_path, make_config, inputs, trust_our_tests):
     settings = {"logger": ["tensorboard", "csv"], **OWN, "trainer.max_steps": 4, "trainer.eval_every_steps": 2}
     jobs = [
-        Job(
+        RunRequest(
             config=make_config({**settings, "optim.lr": rate, "schedule": name}),
             place=RunPlace(folder=tmp_path / name),
-            ended=lambda record: None,
-            failed=lambda error: None,
+            on_end=lambda record: None,
+            on_failure=lambda error: None,
         )
         for name, rate in (("polynomial", 1e-3), ("inverse_sqrt", 2e-3))
     ]
@@ -153,7 +153,7 @@ def test_each_slot_of_a_pack_has_its_own_loggers(tmp_path, make_config, inputs, 
         jobs,
         inputs=inputs,
         slots=2,
-        supply=lambda: None,
+        next_run=lambda: None,
         on_evaluation=lambda evaluated: [True] * len(evaluated),
         state_file=tmp_path / "pack.json",
     )

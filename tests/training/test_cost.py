@@ -7,17 +7,26 @@ import torch
 
 import lorasweep.training.cost as cost_file
 from lorasweep.errors import OutOfMemory
-from lorasweep.training.cost import measure_pack
+from lorasweep.training.cost import measure_run
 
 
-def test_a_measurement_leaves_the_base_and_the_random_stream_alone(make_config, inputs):
+@pytest.mark.parametrize(
+    ("settings", "slots"), [({"method.dropout": 0.1}, 2), ({"method.dropout": 0.1}, None), ({"method": "frozen"}, None)]
+)
+def test_a_measurement_leaves_the_base_and_the_random_stream_alone(make_config, inputs, settings, slots):
     state = torch.get_rng_state()
     weights = {name: p.clone() for name, p in inputs.base.model.named_parameters()}
-    measured = measure_pack(make_config({"method.dropout": 0.1}), inputs=inputs, slots=2)
-    assert (measured.slots, measured.slot_step_s) == (2, measured.step_s / 2)
-    assert measured.step_s > 0
+    cost = measure_run(make_config(settings), inputs=inputs, slots=slots)
+    assert cost.slots == (slots or 1)
+    assert cost.eval_s > 0
+    assert (cost.step_s > 0) == (cost.trainable_params > 0) == ("method" not in settings)
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(p, weights[name]) for name, p in inputs.base.model.named_parameters())
+
+
+def test_a_run_in_a_pack_trains_as_many_parameters_as_alone(make_config, inputs):
+    alone, packed = (measure_run(make_config(), inputs=inputs, slots=slots) for slots in (None, 3))
+    assert alone.trainable_params == packed.trainable_params
 
 
 @pytest.mark.parametrize(("raised", "expected"), [(MemoryError("no"), OutOfMemory), (KeyError("bug"), KeyError)])
@@ -28,5 +37,5 @@ def test_only_a_lack_of_memory_is_said_to_be_one(make_config, inputs, monkeypatc
     state = torch.get_rng_state()
     monkeypatch.setattr(cost_file, "_time", fail)
     with pytest.raises(expected):
-        measure_pack(make_config(), inputs=inputs, slots=1)
+        measure_run(make_config(), inputs=inputs, slots=1)
     assert torch.equal(torch.get_rng_state(), state)

@@ -5,13 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from lorasweep.data.tasks import ExampleScores
 from lorasweep.methods import METHODS
 from lorasweep.record import read_run
-from lorasweep.training.evaluate import evaluate_model, in_order
 from lorasweep.training.prepare import prepare_model
 from lorasweep.training.run import train_run
 from lorasweep.training.run_log import RunPlace
+from lorasweep.training.score import evaluate_model
 
 
 def restore(config, inputs, folder):
@@ -22,7 +21,7 @@ def restore(config, inputs, folder):
 
 def score(model, config, inputs, split=None):
     split = inputs.splits.validation if split is None else split
-    return evaluate_model(model, split, task=inputs.splits.task_of(split), config=config, precision=inputs.precision)
+    return evaluate_model(model, split, task=inputs.splits.task_of(split), config=config, inputs=inputs)
 
 
 @pytest.mark.parametrize("method", ["lora", "full", "head"])
@@ -50,11 +49,6 @@ def test_rows_come_in_the_order_of_the_part(make_config, inputs):
     together = score(model, make_config(), inputs).examples
     one_by_one = score(model, config, inputs).examples
     torch.testing.assert_close(together.loss, one_by_one.loss, rtol=1e-4, atol=1e-4)  # fp32, other batch shapes
-
-
-def test_rows_that_came_sorted_are_put_back():
-    rows = ExampleScores(loss=torch.tensor([30.0, 10.0, 20.0]), items=torch.tensor([3.0, 1.0, 2.0]))
-    assert in_order(rows, [2, 0, 1]).loss.tolist() == [10.0, 20.0, 30.0]
 
 
 def test_the_test_part_is_scored_by_its_own_bytes(make_config, inputs):

@@ -231,9 +231,9 @@ def test_a_checkpoint_that_does_not_fit_is_refused(checkpoint, change, error, me
 
 
 def test_loading_a_checkpoint_leaves_the_base_alone(checkpoint, data):
-    before = {name: tensor.clone() for name, tensor in data._bench.base.model.state_dict().items()}
+    before = {name: tensor.clone() for name, tensor in data._inputs.base.model.state_dict().items()}
     loaded = lorasweep.TrainingModule.load_from_checkpoint(checkpoint)
-    assert loaded.base is data._bench.base
+    assert loaded.base is data._inputs.base
     assert all(torch.equal(tensor, before[name]) for name, tensor in loaded.base.model.state_dict().items())
 
 

@@ -26,7 +26,8 @@ from lorasweep.training.environment import has_cpu_bf16
 from lorasweep.training.inputs import build_inputs
 from lorasweep.training.prepare import check_run, prepare_model
 from lorasweep.training.run import train_run
-from lorasweep.training.run_log import RunPlace, end_paused_run
+from lorasweep.training.run_log import RunPlace
+from lorasweep.training.run_record import prune_paused_run
 
 ADAPTER = "adapter_model.safetensors"
 KEPT = {
@@ -425,7 +426,7 @@ def test_a_paused_run_that_goes_on_ends_as_one_that_was_never_paused(tmp_path, m
 def test_a_paused_run_is_pruned_once_and_its_checkpoints_are_gone(tmp_path, make_config, inputs):
     paused = train(tmp_path, make_config(), inputs=inputs, on_evaluation=lambda step, value: False)
     for reason in ("its sweep ended", "said again"):
-        record = end_paused_run(tmp_path, reason=reason)
+        record = prune_paused_run(tmp_path, reason=reason)
         assert (record.status, record.reason) == ("pruned", "its sweep ended")
         assert not list(tmp_path.glob("*.ckpt"))
     assert read_run(tmp_path).files == paused.files
@@ -434,7 +435,7 @@ def test_a_paused_run_is_pruned_once_and_its_checkpoints_are_gone(tmp_path, make
 def test_a_run_that_is_not_paused_is_not_pruned(tmp_path, make_config, inputs):
     train(tmp_path, make_config(), inputs=inputs)
     with pytest.raises(RecordError, match=r"must be paused before it is pruned, but .* is complete"):
-        end_paused_run(tmp_path, reason="its sweep ended")
+        prune_paused_run(tmp_path, reason="its sweep ended")
     assert read_run(tmp_path).status == "complete"
 
 
@@ -600,7 +601,7 @@ def test_a_run_whose_checkpoint_is_damaged_goes_on_from_the_one_before_or_begins
         path.write_bytes(path.read_bytes()[:-100])
     record = train(tmp_path / "stopped", config, inputs=inputs, resume=True)
     step = 4 if left else 0
-    assert record.notes[-1].endswith(f"was damaged, so the run went on from step {step}.")
+    assert record.notes[-1].endswith(f"was damaged, so the run resumed from step {step}.")
     assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
     assert evaluations(tmp_path / "stopped") == evaluations(tmp_path / "whole")
     assert {name: kept["sha256"] for name, kept in record.files.items()} == {

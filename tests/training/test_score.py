@@ -15,7 +15,7 @@ from lorasweep.errors import OutOfMemory, RecordError
 from lorasweep.methods import METHODS
 from lorasweep.record import TEST_SCORES_FILE, read_run, sha256_of
 from lorasweep.training.packs.pack import train_pack
-from lorasweep.training.packs.slots import Job
+from lorasweep.training.packs.slots import RunRequest
 from lorasweep.training.prepare import prepare_model
 from lorasweep.training.restore import restore_model
 from lorasweep.training.run import train_run
@@ -107,11 +107,11 @@ def test_a_run_is_scored_once(trained, inputs):
 def test_a_run_in_a_pack_is_scored_like_one_alone(make_config, inputs, tmp_path):
     configs = [make_config({"method.rank": rank, "seed": 3}) for rank in (1, 2)]
     jobs = [
-        Job(
+        RunRequest(
             config=config,
             place=RunPlace(folder=tmp_path / f"packed-{n}"),
-            ended=lambda record: None,
-            failed=lambda error: None,
+            on_end=lambda record: None,
+            on_failure=lambda error: None,
         )
         for n, config in enumerate(configs)
     ]
@@ -119,7 +119,7 @@ def test_a_run_in_a_pack_is_scored_like_one_alone(make_config, inputs, tmp_path)
         jobs,
         inputs=inputs,
         slots=len(jobs),
-        supply=lambda: None,
+        next_run=lambda: None,
         on_evaluation=lambda evaluated: [True] * len(evaluated),
         state_file=tmp_path / "pack.json",
     )

@@ -13,7 +13,7 @@ import lorasweep.training.telemetry as telemetry_file
 from lorasweep.training.environment import process_peak_bytes
 from lorasweep.training.inputs import InputsCache
 from lorasweep.training.packs.pack import train_pack
-from lorasweep.training.packs.slots import Job
+from lorasweep.training.packs.slots import RunRequest
 from lorasweep.training.run import train_run
 from lorasweep.training.run_log import RunPlace
 from lorasweep.training.score import score_run
@@ -109,11 +109,11 @@ def test_the_tokens_of_a_run_that_goes_on_are_counted_once(make_config, fresh, t
 def test_a_packs_tokens_are_those_of_all_its_slots(make_config, fresh, tmp_path):
     records = []
     jobs = [
-        Job(
+        RunRequest(
             config=make_config({"seed": seed}),
             place=RunPlace(folder=tmp_path / str(seed)),
-            ended=records.append,
-            failed=pytest.fail,
+            on_end=records.append,
+            on_failure=pytest.fail,
         )
         for seed in range(2)
     ]
@@ -121,7 +121,7 @@ def test_a_packs_tokens_are_those_of_all_its_slots(make_config, fresh, tmp_path)
         jobs,
         inputs=fresh,
         slots=len(jobs),
-        supply=lambda: None,
+        next_run=lambda: None,
         on_evaluation=lambda evaluated: [True] * len(evaluated),
         state_file=tmp_path / "pack.json",
     )

@@ -1,4 +1,4 @@
-"""What a model answers to the prompts of a split, token by token, and how like the given answers that is."""
+"""The answers that a model generates to the prompts of a split, scored against the given answers."""
 
 from __future__ import annotations
 
@@ -13,54 +13,51 @@ from lorasweep.config.run import RunConfig
 from lorasweep.data.examples import CompletionSplit, SequenceSplit
 from lorasweep.data.split import IGNORED, Split
 from lorasweep.errors import ConfigError
-from lorasweep.methods import METHODS
 from lorasweep.training.environment import device_of
 from lorasweep.training.inputs import RunInputs
 
 ROUGE = ("rouge1", "rouge2", "rougeL")
-LONGER = 1.5
-"""An answer may be so many times as long as the longest given one."""
+MAX_LENGTH_RATIO = 1.5
+"""The length of an answer is at most this multiple of the length of the longest given answer."""
 
 
 def wants_answers(config: DataConfig) -> bool:
-    """Returns whether the test split's prompts are to be answered."""
+    """Returns whether the settings ask for answers to the test split's prompts (`data.generate`)."""
     return isinstance(config, ChatConfig) and config.generate
 
 
 def score_answers(model: nn.Module, split: Split, *, config: RunConfig, inputs: RunInputs) -> dict[str, float]:
     """Answers every prompt of a split by greedy decoding and returns corpus BLEU (0 to 100) and ROUGE F-measures.
 
-    BLEU is that of sacreBLEU (Post 2018, tokenizer 13a), ROUGE that of Lin 2004; rows with the same prompt are
-    references of one answer, which E2E NLG and its like have several of.
+    BLEU is that of sacreBLEU (Post 2018, tokenizer 13a), ROUGE that of Lin 2004. Examples with the same prompt are
+    several references of one answer, as in E2E NLG.
 
     Raises:
-        ConfigError: The model can't generate, or the rows have several answers each.
+        ConfigError: The model can't generate, or an example has several answers.
     """
     if not hasattr(model, "generate") or not isinstance(split, CompletionSplit | SequenceSplit):
         raise ConfigError("`data.generate` needs a model of transformers that generates text. Set it to false.")
-    references = gather_references(split, inputs)
+    references = gather_references(split)
     prompts = list(references)
-    limit = int(LONGER * max(len(answer) for answers in references.values() for answer in answers))
+    limit = int(MAX_LENGTH_RATIO * max(len(answer) for answers in references.values() for answer in answers))
     answers: list[str] = []
     size = config.trainer.eval_batch_size
     for first in range(0, len(prompts), size):
         tokens = generate(model, prompts[first : first + size], limit=limit, split=split, config=config, inputs=inputs)
-        answers += decode(tokens, inputs)
-    expected = [decode(list(references[prompt]), inputs) for prompt in prompts]
-    scores = {"bleu": 100 * float(sacre_bleu_score(answers, expected))}
+        answers += _decode(tokens, inputs)
+    expected = [_decode(list(references[prompt]), inputs) for prompt in prompts]
     rouge = rouge_score(answers, expected, rouge_keys=ROUGE)
+    scores = {"bleu": 100 * float(sacre_bleu_score(answers, expected))}
     return scores | {name: float(rouge[f"{name}_fmeasure"]) for name in ROUGE}
 
 
-def gather_references(
-    split: CompletionSplit | SequenceSplit, inputs: RunInputs
-) -> dict[tuple[int, ...], list[list[int]]]:
-    """Returns the answers that a split gives to each of its prompts, as token ids."""
+def gather_references(split: CompletionSplit | SequenceSplit) -> dict[tuple[int, ...], list[list[int]]]:
+    """Returns the given answers to each prompt of a split, as token ids."""
     found: dict[tuple[int, ...], list[list[int]]] = {}
     for row in range(len(split)):
         tokens, targets = split.tokens[row].tolist(), split.targets[row].tolist()
         scored = [place for place, target in enumerate(targets) if target != IGNORED]
-        if isinstance(split, CompletionSplit):
+        if isinstance(split, CompletionSplit):  # prompt and answer are one sequence, of which the answer is scored
             if scored != list(range(scored[0], scored[-1] + 1)):
                 raise ConfigError(
                     "`data.generate` needs rows with one answer each, but one has several. Set it to false."
@@ -82,20 +79,19 @@ def generate(
 ) -> list[list[int]]:
     """Returns the tokens that follow each prompt, greedily, up to the end of the text or the limit."""
     device = device_of(config.trainer)
-    mixed = inputs.precision == "bf16" and METHODS[config.method.name].needs_autocast
     longest = max(map(len, prompts))
-    rows, mask = (
-        torch.full((len(prompts), longest), split.pad_token),
-        torch.zeros(len(prompts), longest, dtype=torch.int64),
-    )
-    for row, prompt in enumerate(prompts):  # what goes on is padded on the left, what is only read on the right
-        place = slice(longest - len(prompt), None) if isinstance(split, CompletionSplit) else slice(len(prompt))
-        rows[row, place], mask[row, place] = torch.tensor(prompt), 1
+    tokens = torch.full((len(prompts), longest), split.pad_token)
+    mask = torch.zeros(len(prompts), longest, dtype=torch.int64)
+    continues = isinstance(split, CompletionSplit)
+    for row, prompt in enumerate(prompts):
+        # A decoder continues its prompt, so the padding is on the left. An encoder reads it, and its padding is right.
+        place = slice(longest - len(prompt), None) if continues else slice(len(prompt))
+        tokens[row, place], mask[row, place] = torch.tensor(prompt), 1
     model.to(device).eval()
     end = None if inputs.base.tokenizer is None else inputs.base.tokenizer.eos_token_id
-    with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
+    with inputs.autocast(config):
         made: Tensor = model.generate(
-            input_ids=rows.to(device),
+            input_ids=tokens.to(device),
             attention_mask=mask.to(device),
             do_sample=False,
             num_beams=1,
@@ -105,15 +101,10 @@ def generate(
             use_cache=True,
         )
     model.cpu()
-    start = longest if isinstance(split, CompletionSplit) else 1
-    return [_until(row, end) for row in made[:, start:].tolist()]
+    answers = made[:, longest if continues else 1 :].tolist()
+    return [answer[: answer.index(end)] if end in answer else answer for answer in answers]
 
 
-def decode(rows: list[list[int]], inputs: RunInputs) -> list[str]:
-    """Returns texts of token ids, without special tokens."""
+def _decode(rows: list[list[int]], inputs: RunInputs) -> list[str]:
     assert inputs.base.tokenizer is not None
     return [str(inputs.base.tokenizer.decode(row, skip_special_tokens=True)).strip() for row in rows]
-
-
-def _until(row: list[int], end: int | None) -> list[int]:
-    return row[: row.index(end)] if end in row else row

@@ -1,6 +1,6 @@
-"""What a run resumes from: its last two checkpoints, each named by its step and by the SHA-256 of its content.
+"""The last two checkpoints of a run, each named by its step and by the SHA-256 of its content.
 
-A file whose content is not what its name says was cut short or damaged; it is never opened, and the one before counts.
+A file whose content does not match its name was cut short or damaged. It is never loaded; the one before it is used.
 """
 
 from __future__ import annotations
@@ -21,40 +21,40 @@ from lorasweep.errors import RecordError
 from lorasweep.record import read_run, sha256_of
 
 Kind = Literal["last", "slot"]
-"""`last`: of a run alone (Lightning's). `slot`: of a run in a pack."""
-KEPT = 2
+"""`last`: Lightning's, of a run alone. `slot`: of a run in a pack."""
+NUM_KEPT = 2
 _NAME = re.compile(r"(last|slot)-(\d{8})-([0-9a-f]{64})\.ckpt")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Found:
-    """What there is to go on from."""
+class FoundCheckpoint:
+    """The checkpoint from which a run resumes, if there is one."""
 
     path: Path | None = None
-    """The newest whole checkpoint, or None."""
+    """The newest whole checkpoint; None if the run begins anew."""
     step: int = 0
     """Optimizer steps done there."""
     state: dict[str, Any] = field(default_factory=dict)
     damaged: tuple[int, ...] = ()
-    """Steps of newer checkpoints that are damaged, or of the wanted one where it is gone."""
+    """Steps of the newer checkpoints, which are damaged or missing."""
 
     @property
     def notes(self) -> list[str]:
-        """What a record is to say of damaged checkpoints: a sentence, or nothing."""
+        """Sentences on damaged checkpoints for the run's record."""
         if not self.damaged:
             return []
         steps = ", ".join(map(str, self.damaged))
-        return [f"The checkpoint of step {steps} was damaged, so the run went on from step {self.step}."]
+        return [f"The checkpoint of step {steps} was damaged, so the run resumed from step {self.step}."]
 
 
 def save_checkpoint(folder: Path, *, kind: Kind, step: int, save: Callable[[Path], None]) -> None:
-    """Writes a checkpoint whole or not at all, beside those that are there.
+    """Writes a checkpoint whole or not at all, beside the earlier ones.
 
     Args:
-        folder: The run's.
-        kind: Who resumes from it.
+        folder: The run's folder.
+        kind: Whether a run alone or a pack resumes from it.
         step: Optimizer steps done.
-        save: Writes it where it is told.
+        save: Writes the checkpoint to the path that it is given.
     """
     temporary = temporary_name(folder / f"{kind}.ckpt")
     try:
@@ -64,24 +64,26 @@ def save_checkpoint(folder: Path, *, kind: Kind, step: int, save: Callable[[Path
         temporary.unlink(missing_ok=True)
 
 
-def find_checkpoint(folder: Path, *, kind: Kind, step: int | None = None) -> Found:
-    """Returns the newest checkpoint that is whole, with the steps of those that are not.
+def find_checkpoint(folder: Path, *, kind: Kind, step: int | None = None) -> FoundCheckpoint:
+    """Returns the newest whole checkpoint, with the steps of newer ones that are damaged.
 
     Args:
-        folder: The run's.
-        kind: Who resumes from it.
-        step: The checkpoint that is wanted: later ones do not count. 0 means the beginning, which needs none.
+        folder: The run's folder.
+        kind: Whether a run alone or a pack resumes from it.
+        step: The wanted step, after which no checkpoint counts; 0 is the beginning, which has none. None: any step.
     """
-    if step == 0 or not _has_record(folder):
-        return Found()
+    try:
+        read_run(folder)
+    except RecordError:  # a run can't resume without its record
+        return FoundCheckpoint()
     paths = [path for path in _newest_first(folder, kind) if step is None or _step(path) <= step]
-    damaged = [] if step is None or any(_step(path) == step for path in paths) else [step]
+    damaged = [step] if step and not any(_step(path) == step for path in paths) else []
     for path in paths:
         state = _read(path)
         if state is not None:
-            return Found(path=path, step=_step(path), state=state, damaged=tuple(damaged))
+            return FoundCheckpoint(path=path, step=_step(path), state=state, damaged=tuple(damaged))
         damaged.append(_step(path))
-    return Found(damaged=tuple(damaged))
+    return FoundCheckpoint(damaged=tuple(damaged))
 
 
 def remove_checkpoints(folder: Path, *, after_step: int = -1) -> None:
@@ -94,16 +96,8 @@ def remove_checkpoints(folder: Path, *, after_step: int = -1) -> None:
 
 def remove_older_checkpoints(folder: Path, *, kind: Kind) -> None:
     """Removes all checkpoints of a kind but the last two."""
-    for path in _newest_first(folder, kind)[KEPT:]:
+    for path in _newest_first(folder, kind)[NUM_KEPT:]:
         path.unlink(missing_ok=True)
-
-
-def _has_record(folder: Path) -> bool:
-    try:
-        read_run(folder)
-    except RecordError:
-        return False
-    return True
 
 
 def _newest_first(folder: Path, kind: str) -> list[Path]:
@@ -115,15 +109,12 @@ def _step(path: Path) -> int:
     return int(path.name.split("-")[1])
 
 
-def _is_whole(path: Path) -> bool:
-    return path.is_file() and sha256_of(path) == path.name.removesuffix(".ckpt").split("-")[2]
-
-
 def _read(path: Path) -> dict[str, Any] | None:
-    if not _is_whole(path):
+    """Returns the state in a checkpoint; None if it is damaged or holds more than tensors and plain values."""
+    if not path.is_file() or sha256_of(path) != path.stem.split("-")[2]:
         return None
     try:
         state = torch.load(io.BytesIO(path.read_bytes()), map_location="cpu", weights_only=True)
     except (UnpicklingError, zipfile.BadZipFile, RuntimeError, ValueError, EOFError, KeyError, OSError):
-        return None  # a foreign file that was given the right name
+        return None  # a file of another program that was given a matching name
     return state if isinstance(state, dict) else None

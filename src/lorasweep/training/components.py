@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning
-from lightning.pytorch.callbacks import Checkpoint, ProgressBar, ThroughputMonitor
+from lightning.pytorch.callbacks import ProgressBar, ThroughputMonitor
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.profilers import AdvancedProfiler, Profiler, PyTorchProfiler, SimpleProfiler
 from lightning.pytorch.utilities import rank_zero_only
@@ -94,6 +94,8 @@ def start_loggers(config: RunConfig, folder: Path, *, is_first: bool = True) -> 
     Raises:
         ConfigError: A class is not trusted, not there or no logger, or refuses its arguments.
     """
+    if is_first:  # Lightning takes the rank from variables of srun, where this process may be no rank of a run
+        setattr(rank_zero_only, "rank", 0)  # noqa: B010 (no attribute that mypy knows)
     loggers: list[Logger] = []
     for name, component in config.logger.items():
         key = f"logger.{name}"
@@ -157,11 +159,6 @@ def build_profiler(config: RunConfig, folder: Path) -> Profiler | None:
     taken = argument_names(named.target, key="trainer.profiler")[0]
     place = {name: value for name, value in place.items() if name in taken}
     return instantiate(named, key="trainer.profiler", expected=Profiler, **place)  # type: ignore[type-abstract]
-
-
-def writes_checkpoints(callbacks: list[lightning.Callback]) -> bool:
-    """Whether one of these callbacks keeps checkpoints of its own, which Lightning then has to be told."""
-    return any(isinstance(callback, Checkpoint) for callback in callbacks)
 
 
 def check_components(config: RunConfig) -> None:

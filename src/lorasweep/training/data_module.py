@@ -42,8 +42,8 @@ class DataModule(lightning.LightningDataModule):
         super().__init__()
         self.config = read_settings(config)
         if splits is None:
-            self._bench = share_inputs(self.config)  # shared as long as somebody holds it
-            splits = self._bench.splits
+            self._inputs = share_inputs(self.config)  # shared as long as somebody holds it
+            splits = self._inputs.splits
         self.splits = splits
         self.accumulate = accumulate or accumulate_of(self.config)
 

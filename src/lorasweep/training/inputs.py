@@ -1,4 +1,4 @@
-"""What runs on one base model and data set share: both, loaded once, in the precision and attention of the machine."""
+"""The base model and the data that runs share: loaded once, in the precision and with the attention of the machine."""
 
 from __future__ import annotations
 
@@ -6,13 +6,17 @@ from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakValueDictionary
 
+import torch
+
 from lorasweep.config.method import LoraConfig
 from lorasweep.config.run import RunConfig, TrainerConfig
-from lorasweep.data.batching import EvaluationSampler
+from lorasweep.data.batching import EvaluationSampler, choose_accumulate
 from lorasweep.data.read_source import read_source
 from lorasweep.data.source import DataSource
+from lorasweep.data.split import Split
 from lorasweep.data.split import padding_fraction as measure_padding
 from lorasweep.data.splits import DataSplits, load_splits
+from lorasweep.methods import METHODS
 from lorasweep.models.attention import AttentionChoice, choose_attention
 from lorasweep.models.load import BaseModel, Labels, load_base
 from lorasweep.training.environment import DTYPES, Precision, device_of, resolve_precision
@@ -21,21 +25,29 @@ from lorasweep.training.telemetry import Telemetry
 
 @dataclass(frozen=True, kw_only=True)
 class RunInputs:
-    """What runs on one base model and data set share; loaded once per worker."""
+    """The base model and the data of runs; loaded once per worker."""
 
     base: BaseModel
     splits: DataSplits
     precision: Precision
     attention: AttentionChoice | None = None
-    """What the rule of `model.attention=auto` chose; None where `model.attention` says which."""
+    """The choice of `model.attention=auto`; None if `model.attention` names an implementation."""
     telemetry: Telemetry = field(default_factory=Telemetry, compare=False)
-    """What the time of the process that has it goes to."""
+    """The clock of this process."""
 
     def whole_base(self, config: RunConfig) -> BaseModel:
-        """Returns the base with its weights in memory, also where each process of a run holds a share only."""
+        """Returns the base with all its weights in memory, even if each process of the run holds only a share."""
         if self.base.files is None:
             return self.base
         return load_base(config.model, dtype=DTYPES[self.precision], labels=self.base.labels)
+
+    def needs_autocast(self, config: RunConfig) -> bool:
+        """Returns whether a run computes in bf16 by autocast: its method has fp32 weights beside a bf16 base."""
+        return self.precision == "bf16" and METHODS[config.method.name].needs_autocast
+
+    def autocast(self, config: RunConfig) -> torch.autocast:
+        """Returns a context in which a forward pass computes as in the training of a run."""
+        return torch.autocast(device_of(config.trainer).type, torch.bfloat16, enabled=self.needs_autocast(config))
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -45,7 +57,7 @@ class RunInputs:
         return (*self.splits.notes, f"Attention is {self.attention.name}: {self.attention.reason}.")
 
     def fingerprints(self) -> dict[str, Any]:
-        """Returns what must be the same for every process of a run, by the setting that it comes from."""
+        """Returns the values that must be the same on every process of a run, by the setting that each comes from."""
         return {
             "model.path": self.base.fingerprint,
             "data.train": self.splits.train.fingerprint,
@@ -59,32 +71,32 @@ _SHARED: WeakValueDictionary[tuple[Any, ...], RunInputs] = WeakValueDictionary()
 
 
 def share_inputs(config: RunConfig) -> RunInputs:
-    """Returns base model and data of these settings: those that somebody in this process still holds, else new ones."""
-    key = _what_is_loaded(config)
+    """Returns the inputs of a run, loaded unless an object of this process still holds those of the same settings."""
+    key = _settings_of_inputs(config)
     if (inputs := _SHARED.get(key)) is None:
         inputs = _SHARED[key] = build_inputs(config)
     return inputs
 
 
-def _what_is_loaded(config: RunConfig) -> tuple[Any, ...]:
-    trainer = config.trainer
-    return config.model, config.data, resolve_precision(trainer), trainer.device, _stays_in_files(config)
-
-
 class InputsCache:
-    """Base models and data by the settings that decide them, each loaded once."""
+    """The inputs of a worker's runs, by the settings that decide them; each is loaded once and kept."""
 
     def __init__(self) -> None:
         self.telemetry = Telemetry()
         self._loaded: dict[tuple[Any, ...], RunInputs] = {}
 
     def of(self, config: RunConfig) -> RunInputs:
-        """Returns the inputs of a run, loaded if no earlier run needed it."""
-        key = _what_is_loaded(config)
+        """Returns the inputs of a run, loaded if no earlier run needed them."""
+        key = _settings_of_inputs(config)
         if key not in self._loaded:
             with self.telemetry.phase("loading"):
                 self._loaded[key] = build_inputs(config, telemetry=self.telemetry)
         return self._loaded[key]
+
+
+def _settings_of_inputs(config: RunConfig) -> tuple[Any, ...]:
+    trainer = config.trainer
+    return config.model, config.data, resolve_precision(trainer), trainer.device, _stays_in_files(config)
 
 
 def build_inputs(config: RunConfig, *, telemetry: Telemetry | None = None) -> RunInputs:
@@ -92,10 +104,10 @@ def build_inputs(config: RunConfig, *, telemetry: Telemetry | None = None) -> Ru
 
     Args:
         config: The run's settings.
-        telemetry: The clock of this process, where it has one.
+        telemetry: The clock of this process; None starts one.
 
     Raises:
-        ConfigError: The model or data cannot be had; nothing was written.
+        ConfigError: The model or the data can't be loaded. Nothing was written.
     """
     precision = resolve_precision(config.trainer)
     source = read_source(config.data)
@@ -117,31 +129,35 @@ def build_inputs(config: RunConfig, *, telemetry: Telemetry | None = None) -> Ru
 
 
 def _stays_in_files(config: RunConfig) -> bool:
-    """Whether each process reads no more than its share of the base's weights; not where a start is computed of all."""
+    """Returns whether each process reads only its share of the base's weights (`trainer.strategy=fsdp`)."""
     method = config.method
+    # PiSSA decomposes whole weights at the start, and DoRA takes the norms of their rows.
     needs_all = isinstance(method, LoraConfig) and (method.init == "pissa" or method.variant == "dora")
     return config.trainer.is_sharded and not needs_all
 
 
 def labels_of(source: DataSource) -> Labels | None:
-    """Returns what a classifier of these rows is to tell; None for rows without labels."""
+    """Returns the labels that a classifier of this data predicts; None for data without labels."""
     if source.kind in ("documents", "conversations"):
         return None
     names = ("value",) if source.kind == "regression" else source.label_names
     return Labels(kind=source.kind, names=names)  # type: ignore[arg-type]
 
 
-def describe_batching(
-    inputs: RunInputs, config: TrainerConfig, *, accumulate: int, padding_fraction: float
-) -> dict[str, Any]:
-    """Returns what a run record keeps of how its batches are made."""
-    held_out = inputs.splits.validation
-    batches = EvaluationSampler(held_out, batch_size=config.eval_batch_size).batches
-    return {
-        "micro_batches": accumulate,
-        "padding_fraction": {
-            "train": round(padding_fraction, 4),
-            "validation": round(measure_padding(held_out.lengths, batches), 4),
-        },
-        "attention": None if inputs.attention is None else inputs.attention._asdict(),
-    }
+def resolve_accumulate(config: TrainerConfig, split: Split, *, slots: int = 1) -> int:
+    """Returns the micro-batches per optimizer step of a run alone, or of a pack of this many slots.
+
+    `trainer.accumulate=auto` decides by the lengths of the training examples, the batch size and the number of slots.
+    """
+    if config.accumulate == "auto":
+        return choose_accumulate(split, batch_size=config.batch_size, slots=slots)
+    return config.accumulate
+
+
+def describe_batching(inputs: RunInputs, config: TrainerConfig, *, accumulate: int) -> dict[str, Any]:
+    """Returns how the batches of a run that begins are made, for its record."""
+    split = inputs.splits.validation
+    batches = EvaluationSampler(split, batch_size=config.eval_batch_size).batches
+    padding = {"train": 0.0, "validation": round(measure_padding(split.lengths, batches), 4)}
+    attention = None if inputs.attention is None else inputs.attention._asdict()
+    return {"micro_batches": accumulate, "padding_fraction": padding, "attention": attention}

@@ -32,6 +32,7 @@ from lorasweep.training.inputs import share_inputs
 from lorasweep.training.optim import build_optimizer, build_schedule, refine_groups
 from lorasweep.training.prepare import check_run, prepare_model
 from lorasweep.training.processes import seed_of_rank
+from lorasweep.training.progress import Progress
 from lorasweep.training.settings import Settings, read_settings
 
 
@@ -39,11 +40,9 @@ class TrainingModule(lightning.LightningModule):
     """One model under one method.
 
     Attributes:
-        model: What trains, from `configure_model` on.
-        train_s: Seconds spent in training steps, evaluation left out.
-        tokens_trained: Tokens of all optimizer steps so far, on all processes, padding left out.
-        positions_trained: The same with padding.
-        step_losses: Each micro-batch's share of the loss of the optimizer step that was made last, on all processes.
+        model: The model that trains; it is there from `configure_model` on.
+        progress: Trained tokens of all processes, and training time, so far.
+        step_losses: Each micro-batch's share of the last step's loss, (micro-batches,), summed over processes.
     """
 
     model: nn.Module
@@ -60,22 +59,22 @@ class TrainingModule(lightning.LightningModule):
         """Takes settings, and loads the base model unless it is given one.
 
         Args:
-            config: The settings of the run: the words of `lorasweep train`, or what a checkpoint holds. Of `trainer`
-                only those of the model count.
+            config: The settings of the run: the words of `lorasweep train`, or those in a checkpoint. Of `trainer` only
+                the settings of the model count.
             base: The base model, which is not changed.
-            task: What is learned; None takes that of the data which `config` names.
+            task: The task; None takes that of the data in `config`.
             accumulate: Micro-batches into which the data cuts each batch; None as in `DataModule`.
-            trust: Whether code and pickles that a checkpoint names may be run.
+            trust: Whether to run code and to read pickles that a checkpoint names.
 
         Raises:
-            ConfigError: A setting is wrong, does not fit the model, or wants `trust`; or model or data can't be had.
+            ConfigError: A setting is wrong, does not fit the model, or needs `trust`; or model or data can't be loaded.
         """
         super().__init__()
         self.config = read_settings(config, trust=trust)
-        self._bench = share_inputs(self.config) if base is None or task is None else None
-        if self._bench is not None:
-            base, task = base or self._bench.base, task or self._bench.splits.task
-            self.config = replace(self.config, trainer=replace(self.config.trainer, precision=self._bench.precision))
+        self._inputs = share_inputs(self.config) if base is None or task is None else None
+        if self._inputs is not None:
+            base, task = base or self._inputs.base, task or self._inputs.splits.task
+            self.config = replace(self.config, trainer=replace(self.config.trainer, precision=self._inputs.precision))
             check_run(self.config, base)
         assert base is not None
         assert task is not None
@@ -85,51 +84,45 @@ class TrainingModule(lightning.LightningModule):
         self.method = METHODS[self.config.method.name]
         self.evaluation = Evaluation(task)
         # our own runs log their settings by themselves
-        self.save_hyperparameters({"config": as_settings(self.config)}, logger=self._bench is not None)
-        self.train_s = 0.0
-        self.positions_trained = 0
+        self.save_hyperparameters({"config": as_settings(self.config)}, logger=self._inputs is not None)
+        self.progress = Progress()
         self.step_losses = torch.zeros(0)
-        self._tokens = torch.zeros((), dtype=torch.int64)
         self._micro_losses: list[Tensor] = []
         self._micro_tokens: list[Tensor] = []
         self._micro_positions = 0
-        self._started = 0.0
+        self._step_began = 0.0
         self.strict_loading = False  # a checkpoint has only what trains
-
-    @property
-    def tokens_trained(self) -> int:
-        """Tokens of all optimizer steps so far, padding left out. Waits for the device."""
-        return int(self._tokens)
 
     def configure_model(self) -> None:
         """Prepares the model, once; under `ModelParallelStrategy` each process then keeps its share of the weights."""
         if "model" in self._modules:
             return
-        with torch.device("cpu"):  # Lightning makes the device the default here, but random streams are the CPU's
+        with torch.device("cpu"):  # Lightning makes the GPU the default device here, but initial values are CPU draws
             model = prepare_model(self.config, self.base)
         if self._device_mesh is not None:
             leave_trained = isinstance(self.config.method, LoraConfig)
             mesh = self._device_mesh["data_parallel"]
             shard_model(model, mesh, leave_trained=leave_trained, files=self.base.files)
         self.model = model
+        # each process draws dropout masks for its own examples, so from a stream of its own
         torch.manual_seed(seed_of_rank(self.config.seeds.dropout, self.global_rank))
 
     def setup(self, stage: str) -> None:
-        """Makes sure that the Trainer has what these settings ask for.
+        """Checks that the Trainer's data module and callbacks fit these settings.
 
         Raises:
             ConfigError: The data is that of other settings, or the callback of `optim.ema_decay` is missing.
         """
-        theirs, mine = self._data_module(), self.config
+        data, decay = self._data_module(), self.config.optim.ema_decay
         for key in ("model", "data"):
-            if theirs is not None and getattr(theirs.config, key) != getattr(mine, key):
+            if data is not None and getattr(data.config, key) != getattr(self.config, key):
                 raise ConfigError(
                     f"`{key}` must be the same in TrainingModule and DataModule. Give both the same words."
                 )
         callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
-        if mine.optim.ema_decay is not None and not any(isinstance(found, WeightAveraging) for found in callbacks):
+        if decay is not None and not any(isinstance(callback, WeightAveraging) for callback in callbacks):
             raise ConfigError(
-                f"`optim.ema_decay` must be null under a Trainer of one's own, but got {mine.optim.ema_decay!r}. "
+                f"`optim.ema_decay` must be null under a Trainer of one's own, but got {decay!r}. "
                 "Use Lightning's callback `WeightAveraging` instead."
             )
 
@@ -154,32 +147,32 @@ class TrainingModule(lightning.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Returns the optimizer and its schedule, stepped once per optimizer step."""
-        groups = self.method.trainable_groups(self.model, lr_ratio_b=self.config.optim.lr_ratio_b)
-        groups = refine_groups(self.model, groups, self.config.optim, head=self.base.head)
-        optimizer = build_optimizer(self.config.optim, groups)
         config, steps = self.config, self.trainer.max_steps
-        if steps > 0:  # else the Trainer leaves it to the settings
+        groups = self.method.trainable_groups(self.model, lr_ratio_b=config.optim.lr_ratio_b)
+        groups = refine_groups(self.model, groups, config.optim, head=self.base.head)
+        optimizer = build_optimizer(config.optim, groups)
+        if steps > 0:  # else `trainer.max_steps` of the settings is the length
             config = replace(config, trainer=replace(config.trainer, max_steps=steps))
         schedule = build_schedule(config, optimizer)
         stepped: dict[str, Any] = {"scheduler": schedule, "interval": "step"}
         if isinstance(schedule, ReduceLROnPlateau):
-            # Lightning would step it after our checkpoint of the evaluation is written, so never; see below
+            # Lightning would step it after `RunCallback` has written the checkpoint of the evaluation, whose resumed
+            # run would miss that. So it never does, and `on_validation_epoch_end` does.
             stepped |= {"monitor": "validation/loss", "frequency": sys.maxsize}
         return {"optimizer": optimizer, "lr_scheduler": stepped}
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Starts the step's clock."""
-        self._started = time.perf_counter()
+        self._step_began = time.perf_counter()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Returns a micro-batch's share of the step's loss, times what Lightning divides it by.
-
-        It divides by the number of micro-batches, and strategies by the number of processes.
-        """
+        """Returns a micro-batch's share of the step's loss."""
         share = self.task.losses(self.model, batch).sum() / batch["step_weight"]
         self._micro_losses.append(share.detach())
         self._micro_tokens.append(batch["num_tokens"])
-        self._micro_positions += num_positions(batch)
+        self._micro_positions += _num_positions(batch)
+        # Lightning divides by the number of micro-batches, and its strategies by the number of processes. Shares are to
+        # be added up instead.
         return share * self.accumulate * self.trainer.world_size
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -190,31 +183,23 @@ class TrainingModule(lightning.LightningModule):
         positions = self._micro_positions
         self._micro_losses, self._micro_tokens, self._micro_positions = [], [], 0
         if self.trainer.world_size > 1:
+            # one message for all numbers; in float64, which holds counts exactly
             counts = torch.stack([tokens, torch.full_like(tokens, positions)])
             totals = self.trainer.strategy.reduce(torch.cat([losses.double(), counts.double()]), reduce_op="sum")
             losses, tokens, positions = totals[:-2], totals[-2].long(), int(totals[-1])
-        self._tokens = self._tokens.to(tokens.device) + tokens
-        self.positions_trained += positions
+        self.progress.tokens = tokens + self.progress.tokens
+        self.progress.positions += positions
         self.step_losses = losses
-        # more micro-batches than `accumulate` are steps of their own, of which Lightning takes the mean
+        # Under `accumulate_grad_batches` there are more micro-batches than `accumulate`, and Lightning takes the mean
+        # over the batches.
         self.log("train/loss", losses.sum().float() * (self.accumulate / len(losses)), prog_bar=True)
         self.log("train/lr", optimizer.param_groups[0]["lr"])
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         """Stops the step's clock."""
-        self.train_s += time.perf_counter() - self._started
-        self.log("train/tokens_per_s", self.tokens_per_s, prog_bar=True)
-        self.log("train/padding_fraction", self.padding_fraction)
-
-    @property
-    def tokens_per_s(self) -> float:
-        """Training tokens per second of training time so far."""
-        return self.tokens_trained / self.train_s if self.train_s else 0.0
-
-    @property
-    def padding_fraction(self) -> float:
-        """Share of the training positions so far that was padding."""
-        return 1.0 - self.tokens_trained / self.positions_trained if self.positions_trained else 0.0
+        self.progress.train_s += time.perf_counter() - self._step_began
+        self.log("train/tokens_per_s", self.progress.tokens_per_s, prog_bar=True)
+        self.log("train/padding_fraction", self.progress.padding_fraction)
 
     def configure_gradient_clipping(
         self,
@@ -222,18 +207,19 @@ class TrainingModule(lightning.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clips as the Trainer says, else to a norm of `optim.clip_norm`."""
+        """Clips to the norm that the Trainer was given, else to `optim.clip_norm`."""
         limit = self.config.optim.clip_norm if gradient_clip_val is None else gradient_clip_val
         self.clip_gradients(optimizer, gradient_clip_val=limit, gradient_clip_algorithm=gradient_clip_algorithm)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Adds a batch to the evaluation, without rows that only keep this process in step with the others."""
+        """Adds a batch to the evaluation."""
         scores = self.task.score(self.model, batch)
+        # A process without examples of its own evaluates one that counts for nothing, with an infinite weight.
         counts = batch["step_weight"].isfinite().expand(len(scores.loss))
         self.evaluation.update(scores.map(lambda values: values[counts]))
 
     def on_validation_epoch_end(self) -> None:
-        """Logs each metric of the whole validation split, from the rows of all processes."""
+        """Logs each metric of the whole validation split, from the examples of all processes."""
         values = self._log_evaluation("validation")
         if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
             for scheduler in (config.scheduler for config in self.trainer.lr_scheduler_configs):
@@ -241,7 +227,7 @@ class TrainingModule(lightning.LightningModule):
                     scheduler.step(values["loss"])
 
     def on_test_epoch_start(self) -> None:
-        """Scores test rows by their own task: bits per byte count the bytes of their own text."""
+        """Scores test examples by a task of their own, because bits per byte count the bytes of their own text."""
         if (data := self._data_module()) is not None:
             self.evaluation.task = data.splits.task_of(data.splits.test())
 
@@ -255,14 +241,14 @@ class TrainingModule(lightning.LightningModule):
         self.evaluation.task = self.task
 
     def predict_step(self, batch: Batch) -> dict[str, Tensor]:
-        """Returns what the model says of each row: `loss`, a sum over `items`; of a classifier `prediction` too."""
+        """Returns for each example its `loss`, a sum over its `items`, and the `prediction` of a classifier."""
         rows = self.task.score(self.model, batch)
         return {name: value for name, value in vars(rows).items() if value is not None}
 
     def _log_evaluation(self, split: str) -> dict[str, Tensor]:
         values = self.evaluation.compute()
         self.evaluation.reset()
-        # The values are the same on all processes; the maximum is theirs to the bit, and Lightning wants one of them.
+        # The values are the same on all processes. Lightning wants them reduced: the maximum leaves each as it is.
         named = {f"{split}/{name}": value for name, value in values.items()}
         self.log_dict(named, sync_dist=True, reduce_fx="max")
         return values
@@ -275,15 +261,12 @@ class TrainingModule(lightning.LightningModule):
         if len(streams) > 1:
             dist.all_gather_object(streams, streams[0])
         checkpoint["base"] = self.base.fingerprint
-        checkpoint["progress"] = {
-            "tokens_trained": self.tokens_trained,
-            "positions_trained": self.positions_trained,
-            "train_s": self.train_s,
-            "dropout_streams": streams,
-        }
+        checkpoint["progress"] = self.progress.state()
+        # a resumed run must draw the masks that the run would have drawn, on every process
+        checkpoint["dropout_streams"] = streams
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Continues where the checkpoint was written; torch's random stream only where training is resumed.
+        """Restores the progress, and torch's random stream if training resumes.
 
         Raises:
             RecordError: It was written on another base model.
@@ -293,18 +276,16 @@ class TrainingModule(lightning.LightningModule):
                 f"the base model must be the one that the checkpoint was trained on (fingerprint "
                 f"{checkpoint['base']!r}), but {self.base.path!r} has {self.base.fingerprint!r}."
             )
-        progress = checkpoint["progress"]
-        self._tokens = torch.tensor(progress["tokens_trained"])
-        self.positions_trained, self.train_s = progress["positions_trained"], progress["train_s"]
-        streams = progress["dropout_streams"]
-        if self._trainer is not None and self.global_rank < len(streams):  # it may have been written by fewer
+        self.progress = Progress.from_state(checkpoint["progress"])
+        streams = checkpoint["dropout_streams"]
+        if self._trainer is not None and self.global_rank < len(streams):  # fewer processes may have written it
             torch.set_rng_state(streams[self.global_rank])
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:  # noqa: FBT001, FBT002
-        """Loads what trains.
+        """Loads the trained parameters.
 
         Raises:
-            RecordError: It is not all there, or more is.
+            RecordError: The state lacks one, or has another one.
         """
         found = super().load_state_dict(state_dict, strict=False, assign=assign)
         trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
@@ -314,7 +295,7 @@ class TrainingModule(lightning.LightningModule):
         return type(found)([], [])
 
 
-def num_positions(batch: Batch) -> int:
+def _num_positions(batch: Batch) -> int:
     """Returns the positions of a batch, padding included."""
     inputs = batch.get("input_ids")
     return int(batch["num_tokens"]) if inputs is None else inputs.numel()

@@ -1,26 +1,37 @@
-"""Scores a finished run on the test split: its best weights, once. The only place where a test split is read."""
+"""Scores a model outside of training: on any split, or a finished run on the test split, which only this file reads."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from torch import nn
 
-from lorasweep.data.tasks import ExampleScores, Task
+from lorasweep.config.run import RunConfig
+from lorasweep.data.batching import EvaluationSampler
+from lorasweep.data.split import Split, move_batch
+from lorasweep.data.tasks import Evaluation, ExampleScores, Task
 from lorasweep.disk import csv_text, write_atomically
-from lorasweep.errors import OutOfMemory, first_line
 from lorasweep.record import TEST_SCORES_FILE, RunRecord, read_run, sha256_of, write_record
 from lorasweep.training.answers import score_answers, wants_answers
-from lorasweep.training.evaluate import evaluate_model
+from lorasweep.training.environment import device_of
+from lorasweep.training.failures import memory_errors_as_ours
 from lorasweep.training.inputs import RunInputs
 from lorasweep.training.restore import restore_config, restore_model
-from lorasweep.training.run_log import is_out_of_memory
+
+
+class Scores(NamedTuple):
+    """Every metric of a model on a split, and the scores of each example in the split's order."""
+
+    values: dict[str, float]
+    examples: ExampleScores
 
 
 def score_run(folder: Path, *, inputs: RunInputs) -> RunRecord:
-    """Scores a run's best weights on the test split and returns its record; one that has been scored is left as it is.
+    """Scores a run's best weights on the test split and returns its record. A scored run is left as it is.
 
-    Writes `test_scores.csv` where the run's metric is a mean over rows, then the record.
+    Writes `test_scores.csv` if the run's metric is a mean over examples, then the record.
 
     Args:
         folder: A finished run.
@@ -38,46 +49,58 @@ def score_run(folder: Path, *, inputs: RunInputs) -> RunRecord:
     split = inputs.splits.test()
     task = inputs.splits.task_of(split)
     model = restore_model(config, inputs.whole_base(config), folder=folder / "best")
-    generated: dict[str, float] = {}
-    try:
-        with inputs.telemetry.phase("evaluating"):
-            scored = evaluate_model(model, split, task=task, config=config, precision=inputs.precision)
-            if wants_answers(config.data):
-                generated = score_answers(model, split, config=config, inputs=inputs)
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise OutOfMemory(first_line(error)) from error
-        raise
-    lines = row_scores_csv(record.metric, scored.examples, task=task, value=scored.values[record.metric])
+    with memory_errors_as_ours(), inputs.telemetry.phase("evaluating"):
+        values, examples = evaluate_model(model, split, task=task, config=config, inputs=inputs)
+        answers = score_answers(model, split, config=config, inputs=inputs) if wants_answers(config.data) else {}
+    lines = _row_scores_csv(record.metric, examples, task=task, value=values[record.metric])
     if lines is not None:
         path = folder / TEST_SCORES_FILE
         write_atomically(path, lines)
         record.files[TEST_SCORES_FILE] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
     record.data[split.name] = split.describe()
     record.notes += [note for note in split.notes if note not in record.notes]
-    record.test = scored.values | generated  # last: it says that the run has been scored
-    write_record(record, folder)
+    record.test = values | answers
+    write_record(record, folder)  # last, because a record with test scores is not scored again
     return record
 
 
-def row_scores_csv(metric: str, rows: ExampleScores, *, task: Task, value: float) -> str | None:
-    """Returns `row,score,weight` for each row, whose weighted mean is the metric; None where no such mean is.
+def evaluate_model(model: nn.Module, split: Split, *, task: Task, config: RunConfig, inputs: RunInputs) -> Scores:
+    """Evaluates a prepared model on every example of a split, in the precision and batches of its run.
 
-    Rows of perplexity are losses, and it is the exponential of their mean.
+    The model is on the CPU and in evaluation mode afterwards; torch's random stream is left as it is.
 
     Args:
-        metric: The run's metric.
-        rows: Every row of the split, in its order.
-        task: What they were scored by.
-        value: The metric over all of them.
+        model: The model of `prepare_model`, trained or with weights loaded.
+        split: The examples.
+        task: The task by which they are scored; for another split than validation, that split's (`task_of`).
+        config: The run's settings.
+        inputs: Base model and data of the run.
     """
-    per_example = task.per_example(metric, rows)
+    device = device_of(config.trainer)
+    batches = EvaluationSampler(split, batch_size=config.trainer.eval_batch_size)
+    evaluation = Evaluation(task)
+    model.to(device).eval()
+    with torch.no_grad(), inputs.autocast(config):
+        for micro in batches:
+            evaluation.update(task.score(model, move_batch(split.batch(micro.indices), device)))
+    model.cpu()
+    values = {name: float(value) for name, value in evaluation.compute().items()}
+    places = torch.tensor(batches.order).argsort()  # the batches came sorted by length
+    return Scores(values, evaluation.examples.map(lambda column: column.cpu()[places]))
+
+
+def _row_scores_csv(metric: str, examples: ExampleScores, *, task: Task, value: float) -> str | None:
+    """Returns `row,score,weight` for each example, with the metric as their weighted mean; None if it is no such mean.
+
+    Scores of perplexity are losses, and the metric is the exponential of their mean.
+    """
+    per_example = task.per_example(metric, examples)
     if per_example is None:
         return None
-    scores, weights = (column.double() for column in per_example)
+    scores, weights = (column.double().cpu() for column in per_example)
     mean = (scores * weights).sum() / weights.sum()
-    told = mean.exp() if metric == "perplexity" else mean  # whose rows are losses
-    if not torch.isclose(told, torch.tensor(value, dtype=torch.float64), rtol=1e-6, atol=1e-9):
-        return None
+    implied = mean.exp() if metric == "perplexity" else mean
+    if not torch.isclose(implied, torch.tensor(value, dtype=torch.float64), rtol=1e-6, atol=1e-9):
+        return None  # such as where a class weight counts in the loss and not in the metric
     columns = range(len(scores)), scores.tolist(), weights.tolist()
     return csv_text(("row", "score", "weight"), zip(*columns, strict=True))

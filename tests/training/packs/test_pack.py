@@ -20,7 +20,7 @@ from lorasweep.models.load import fingerprint_weights
 from lorasweep.record import read_run, read_steps
 from lorasweep.training.inputs import build_inputs
 from lorasweep.training.packs.pack import train_pack
-from lorasweep.training.packs.slots import Evaluated, Job
+from lorasweep.training.packs.slots import RunRequest, SlotEvaluation
 from lorasweep.training.run import train_run
 from lorasweep.training.run_log import RunPlace
 
@@ -45,17 +45,17 @@ class Outcomes:
         self.ended: dict[str, str] = {}
         self.failed: dict[str, Exception] = {}
 
-    def job(self, folder: Path, config, *, start_step: int | None = None) -> Job:
-        return Job(
+    def job(self, folder: Path, config, *, start_step: int | None = None) -> RunRequest:
+        return RunRequest(
             config=config,
             place=RunPlace(folder=folder),
             start_step=start_step,
-            ended=lambda record: self.ended.update({folder.name: record.status}),
-            failed=lambda error: self.failed.update({folder.name: error}),
+            on_end=lambda record: self.ended.update({folder.name: record.status}),
+            on_failure=lambda error: self.failed.update({folder.name: error}),
         )
 
 
-def all_go_on(evaluated: Sequence[Evaluated]) -> list[bool]:
+def all_go_on(evaluated: Sequence[SlotEvaluation]) -> list[bool]:
     return [True] * len(evaluated)
 
 
@@ -66,7 +66,7 @@ def train(jobs, folder, *, inputs, waiting=(), on_evaluation=all_go_on, **hooks)
         jobs,
         inputs=inputs,
         slots=1,  # a pack of any size is refilled
-        supply=lambda: waiting.pop(0) if waiting else None,
+        next_run=lambda: waiting.pop(0) if waiting else None,
         on_evaluation=on_evaluation,
         state_file=folder / "pack.json",
         **hooks,
@@ -89,7 +89,7 @@ def test_packed_runs_equal_runs_alone_while_slots_join_and_leave(make_config, in
     jobs = [outcomes.job(tmp_path / f"pack{n}", config) for n, config in enumerate(configs)]
 
     def pause_one(evaluated):
-        return [(one.job, one.step) != (jobs[1], 2) for one in evaluated]
+        return [(one.request, one.step) != (jobs[1], 2) for one in evaluated]
 
     assert train(jobs[:2], tmp_path, inputs=inputs, waiting=jobs[2:], on_evaluation=pause_one)
     assert outcomes.ended == {"pack0": "complete", "pack1": "paused", "pack2": "complete", "pack3": "complete"}
@@ -206,7 +206,7 @@ def test_all_slots_are_reported_in_one_call_in_slot_order_but_those_that_diverge
     reported = []
 
     def report(evaluated):
-        reported.append([(one.job.place.folder.name, one.step, one.values["bits_per_byte"]) for one in evaluated])
+        reported.append([(one.request.place.folder.name, one.step, one.values["bits_per_byte"]) for one in evaluated])
         return [True] * len(evaluated)
 
     jobs = [Outcomes().job(tmp_path / str(n), make_config(own)) for n, own in enumerate(settings)]
@@ -228,8 +228,8 @@ def test_permuted_slots_give_each_run_the_same_value(make_config, inputs, tmp_pa
         found: dict[tuple[str, int], float] = {}
 
         def report(evaluated, found=found):
-            found.update({(one.job.place.folder.name, one.step): one.values["bits_per_byte"] for one in evaluated})
-            return [one.job.place.folder.name != "1" for one in evaluated]
+            found.update({(one.request.place.folder.name, one.step): one.values["bits_per_byte"] for one in evaluated})
+            return [one.request.place.folder.name != "1" for one in evaluated]
 
         train(
             [Outcomes().job(folder / str(n), make_config(MIXED[n])) for n in order],
@@ -309,7 +309,7 @@ def test_a_slot_that_gets_no_better_ends_early_as_alone(make_config, inputs, tmp
     jobs = [outcomes.job(tmp_path / "stuck", stuck), outcomes.job(tmp_path / "better", better)]
 
     def pause_then(evaluated):  # makes no difference: it has nothing left to do
-        return [(one.job, one.step) != (jobs[0], 4) for one in evaluated]
+        return [(one.request, one.step) != (jobs[0], 4) for one in evaluated]
 
     train(jobs, tmp_path, inputs=inputs, on_evaluation=pause_then)
     alone = train_run(stuck, RunPlace(folder=tmp_path / "alone"), inputs=inputs)
@@ -325,13 +325,13 @@ def test_a_pack_of_at_most_half_of_its_slots_is_not_refilled(make_config, inputs
     waiting = [waits]
 
     def pause_first(evaluated):
-        return [one.job is not first for one in evaluated]
+        return [one.request is not first for one in evaluated]
 
     assert train_pack(
         [first, second],
         inputs=inputs,
         slots=4,
-        supply=lambda: waiting.pop(),
+        next_run=lambda: waiting.pop(),
         on_evaluation=pause_first,
         state_file=tmp_path / "pack.json",
     )

@@ -8,7 +8,6 @@ import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +18,7 @@ from lorasweep.models import tiny
 from lorasweep.record import read_run, read_steps
 from lorasweep.training.inputs import build_inputs
 from lorasweep.training.packs.pack import train_pack
-from lorasweep.training.packs.slots import Evaluated, Job
+from lorasweep.training.packs.slots import RunRequest, SlotEvaluation
 from lorasweep.training.packs.state import PackState, read_pack_state
 from lorasweep.training.run_log import RunPlace
 
@@ -51,14 +50,14 @@ class Search:
         self.values: dict[str, float] = {}
         self.moment: Callable[[str], None] = lambda name: None
 
-    def job(self, name: str, *, start_step: int | None = None) -> Job:
+    def job(self, name: str, *, start_step: int | None = None) -> RunRequest:
         settings = SETTINGS[int(name.split("-")[1])]
-        return Job(
+        return RunRequest(
             config=self.make_config(settings),
             place=RunPlace(folder=self.folder / name),
             start_step=start_step,
-            ended=functools.partial(self.ended, name),
-            failed=lambda error: self.moment(f"{name} failed"),
+            on_end=functools.partial(self.ended, name),
+            on_failure=lambda error: self.moment(f"{name} failed"),
         )
 
     def ended(self, name: str, record) -> None:
@@ -67,16 +66,16 @@ class Search:
             self.waiting.append(name)
         self.moment(f"{name} is {record.status}")
 
-    def supply(self) -> Job | None:
+    def supply(self) -> RunRequest | None:
         self.moment("supply")
         return self.job(self.waiting.pop(0)) if self.waiting else None
 
-    def report(self, evaluated: Sequence[Evaluated]) -> list[bool]:
+    def report(self, evaluated: Sequence[SlotEvaluation]) -> list[bool]:
         self.moment("before the report")
-        found = {f"{one.job.place.folder.name} at {one.step}": one.values["bits_per_byte"] for one in evaluated}
+        found = {f"{one.request.place.folder.name} at {one.step}": one.values["bits_per_byte"] for one in evaluated}
         self.values |= found
         self.moment("after the report")
-        return [(one.job.place.folder.name, one.step) not in PAUSES for one in evaluated]
+        return [(one.request.place.folder.name, one.step) not in PAUSES for one in evaluated]
 
     def begin(self, *, inputs, slots: int = 3) -> bool:
         return self.train([self.job(self.waiting.pop(0)) for _ in range(slots)], inputs=inputs)
@@ -87,12 +86,12 @@ class Search:
         self.waiting = list(waiting)
         return self.train([self.job(slot.folder_name, start_step=slot.step) for slot in state.slots], inputs=inputs)
 
-    def train(self, jobs: list[Job], *, inputs, **hooks) -> bool:
+    def train(self, jobs: list[RunRequest], *, inputs, **hooks) -> bool:
         return train_pack(
             jobs,
             inputs=inputs,
             slots=1,  # a pack of any size is refilled
-            supply=self.supply,
+            next_run=self.supply,
             on_evaluation=self.report,
             state_file=self.folder / STATE,
             **hooks,
@@ -128,7 +127,7 @@ class Recorder:
             self.take("after the commit")
 
         def save(run, state) -> None:
-            self.take(f"before a checkpoint of {run.job.place.folder.name}")
+            self.take(f"before a checkpoint of {run.request.place.folder.name}")
             true_save(run, state)
 
         def replace(source, target, **given) -> None:
@@ -285,7 +284,7 @@ def test_a_slot_whose_checkpoint_is_damaged_goes_on_from_the_one_before_and_a_no
     damaged = max((tmp_path / "run-2").glob("slot-*.ckpt"))
     damaged.write_bytes(damaged.read_bytes()[:-1])
     assert search.resume([], inputs=inputs)
-    note = "The checkpoint of step 4 was damaged, so the run went on from step 2."
+    note = "The checkpoint of step 4 was damaged, so the run resumed from step 2."
     assert [note in read_run(tmp_path / f"run-{n}").notes for n in (0, 2)] == [False, True]
     for n in (0, 2):
         assert [row["step"] for row in rows(tmp_path / f"run-{n}")] == [1, 2, 2, 3, 4, 4, 5, 6, 6, 7, 8, 8]
@@ -319,15 +318,6 @@ def test_a_paused_run_that_goes_on_among_others_ends_within_rounding(undisturbed
     for a, b in zip(one, other, strict=True):
         # Adam's first steps divide by |g|, which magnifies rounding
         assert a.get("validation", a).get("loss") == pytest.approx(b.get("validation", b).get("loss"), rel=1e-4)
-
-
-def test_batches_of_an_evaluation_depend_on_the_slots_that_there_are_now(inputs):
-    """Not on those with which the pack began, which one that resumes does not know."""
-    pack = SimpleNamespace(inputs=inputs, runs=[None] * 4)
-    held_out = pack_file.HeldOut(pack, rows=8)
-    assert [len(batch["input_ids"]) for batch in held_out] == [2, 2]
-    pack.runs = [None]
-    assert [len(batch["input_ids"]) for batch in held_out] == [4]
 
 
 def test_the_stream_that_slots_share_continues_after_a_kill(make_config, tmp_path):

@@ -15,7 +15,7 @@ from lorasweep.config.compose import compose_run
 from lorasweep.record import read_run, read_steps
 from lorasweep.training.inputs import build_inputs
 from lorasweep.training.packs.pack import train_pack
-from lorasweep.training.packs.slots import Job
+from lorasweep.training.packs.slots import RunRequest
 from lorasweep.training.run import train_run
 from lorasweep.training.run_log import RunPlace
 
@@ -100,15 +100,15 @@ def test_packed_rows_of_different_lengths_train_as_alone(make, tmp_path, kind, m
         alone = RunPlace(folder=tmp_path / f"alone{n}")
         train_run(config, alone, inputs=inputs, on_evaluation=lambda step, value, n=n: n != 1 or step != 2)
         place = RunPlace(folder=tmp_path / f"pack{n}")
-        jobs.append(Job(config=config, place=place, ended=lambda record: None, failed=pytest.fail))
+        jobs.append(RunRequest(config=config, place=place, on_end=lambda record: None, on_failure=pytest.fail))
     late = [jobs[2]]
     assert train_pack(
         jobs[:2],
         inputs=inputs,
         slots=2,
-        supply=lambda: late.pop() if late else None,
+        next_run=lambda: late.pop() if late else None,
         # then the third run takes the second's slot: their steps have other rows
-        on_evaluation=lambda evaluated: [one.job is not jobs[1] or one.step != 2 for one in evaluated],
+        on_evaluation=lambda evaluated: [one.request is not jobs[1] or one.step != 2 for one in evaluated],
         state_file=tmp_path / "pack.json",
     )
     for n in range(3):

@@ -21,6 +21,7 @@ from lorasweep.training.packs.size import (
     choose_pack_size,
     count_pass_tokens,
     count_slot_bytes,
+    first_micro_batches,
     limit_slots,
 )
 from lorasweep.wording import format_bytes
@@ -141,7 +142,7 @@ def test_a_real_step_takes_what_is_counted(make_config, inputs, settings, slots)
     counted = slots * count_slot_bytes(config, inputs=inputs)
     model = build_pack(config, inputs=inputs, slots=slots)
     optimizer = StackedAdamW(split_packed_parameters(model), [config.optim] * slots)
-    micro = pack_size_file._largest_micro_batch(config, inputs)
+    (micro,) = first_micro_batches(config, inputs, slots=1, num_steps=1)  # blocks of one length: all are as large
     batch = slot_batch(inputs.splits.train, [micro] * slots, model=model)
     there = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     trained = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)

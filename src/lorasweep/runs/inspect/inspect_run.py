@@ -23,8 +23,8 @@ from lorasweep.runs.inspect.sentences import describe_overlaps, describe_run
 from lorasweep.runs.inspect.spectrum import decompose
 from lorasweep.runs.inspect.subspaces import compare_subspaces, top_directions
 from lorasweep.runs.inspect.truncation import changes_to_cut, score_truncated
-from lorasweep.training.evaluate import evaluate_model
 from lorasweep.training.inputs import RunInputs, build_inputs
+from lorasweep.training.score import evaluate_model
 
 
 def inspect_run(
@@ -110,7 +110,7 @@ def _compare(first: Inspection, second: Inspection) -> Inspection:
 def _score(model: nn.Module, run: FinishedRun, inputs: RunInputs) -> float:
     """Returns a model's score by the run's metric on the run's validation data."""
     splits = inputs.splits
-    scored = evaluate_model(model, splits.validation, task=splits.task, config=run.config, precision=inputs.precision)
+    scored = evaluate_model(model, splits.validation, task=splits.task, config=run.config, inputs=inputs)
     return scored.values[run.record.metric]
 
 

@@ -27,7 +27,8 @@ from lorasweep.sweep.controller.storage import database_must_answer
 from lorasweep.sweep.controller.trial import REASON_ATTRIBUTE, SCORE_ATTRIBUTE, Trial
 from lorasweep.sweep.definition.arms import Arm
 from lorasweep.training.checkpoint import remove_checkpoints
-from lorasweep.training.run_log import RunPlace, end_paused_run
+from lorasweep.training.run_log import RunPlace
+from lorasweep.training.run_record import prune_paused_run
 from lorasweep.training.telemetry import add_telemetry
 
 P = ParamSpec("P")
@@ -332,7 +333,7 @@ class Controller:
             for trial in trials.paused():
                 reason = f"stopped at step {max(trial.values)}, because it did not belong to the better part there"
                 folder = self.search.place(trials.arm, trial.number).folder
-                self.run_ended(end_paused_run(folder, reason=reason), folder, trial.params)
+                self.run_ended(prune_paused_run(folder, reason=reason), folder, trial.params)
                 trials.end(trial, "pruned", {REASON_ATTRIBUTE: reason}, value=None)
 
     def _next_order(self) -> int:

@@ -17,7 +17,7 @@ from lorasweep.sweep.definition.arms import Arm, Definition
 from lorasweep.sweep.definition.packing import ArmPacking, plan_packing
 from lorasweep.sweep.definition.seeds import arm_seeds, describe_confirm, draw_seeds
 from lorasweep.sweep.definition.warnings import count_tokens, find_warnings
-from lorasweep.training.cost import PackMeasurement, measure_pack, measure_run
+from lorasweep.training.cost import RunCost, measure_run
 from lorasweep.training.inputs import InputsCache, RunInputs
 from lorasweep.training.packs.size import choose_pack_size
 from lorasweep.wording import format_bytes, format_count, format_seconds
@@ -41,7 +41,7 @@ class ArmPlan:
     kept_bytes: int
     """Size on disk of the best and last weights of all runs."""
     memory_bytes: int
-    """Memory in use after a step: allocated on the GPU, else resident in the process."""
+    """Memory in use after a step of all slots: allocated on the GPU, else resident in the process."""
     seconds: float
     """Time for training and evaluating all runs. Scoring on test data counts as one evaluation, because the test data
     is not read yet."""
@@ -95,14 +95,11 @@ def render_plan(definition: Definition, plans: Sequence[ArmPlan]) -> RenderableT
 def _plan_arm(arm: Arm, packing: ArmPacking, inputs_cache: InputsCache, *, seeds: int) -> ArmPlan:
     config = packing.largest
     inputs = inputs_cache.of(config)
-    cost = measure_run(config, inputs=inputs)
-    size, step_s = 1, cost.step_s
+    slots: int | None = None
     if packing.key is not None:
         wanted = arm.driver.worker.pack_size
-        if wanted == "auto":
-            wanted = choose_pack_size(config, inputs=inputs, trials_left=arm.trials).slots
-        measured = _measure_fitting_pack(config, inputs, slots=wanted)
-        size, step_s = measured.slots, measured.slot_step_s
+        slots = choose_pack_size(config, inputs=inputs, trials_left=arm.trials).slots if wanted == "auto" else wanted
+    cost = _measure_fitting(config, inputs, slots=slots)
     steps = 0 if config.method.name == "frozen" else config.trainer.max_steps
     # rounded up, because a run is also evaluated after its last step; the frozen base is evaluated once
     evaluations = -(-steps // config.trainer.eval_every_steps) or 1
@@ -110,22 +107,22 @@ def _plan_arm(arm: Arm, packing: ArmPacking, inputs_cache: InputsCache, *, seeds
     return ArmPlan(
         arm=arm,
         packing=packing,
-        pack_size=size,
+        pack_size=cost.slots,
         seeds=seeds,
         steps=steps * runs,
         tokens=count_tokens(config) * runs,
         trainable_params=cost.trainable_params,
         kept_bytes=2 * 4 * cost.trainable_params * runs,  # best and last, in fp32
         memory_bytes=cost.memory_bytes,
-        seconds=runs * (steps * step_s + evaluations * cost.eval_s) + seeds * cost.eval_s,
+        seconds=runs * (steps * cost.step_s + evaluations * cost.eval_s) + seeds * cost.eval_s,
     )
 
 
-def _measure_fitting_pack(config: RunConfig, inputs: RunInputs, *, slots: int) -> PackMeasurement:
-    """Measures a pack; one that does not fit in memory is halved, as in the sweep."""
-    while slots > 1:
+def _measure_fitting(config: RunConfig, inputs: RunInputs, *, slots: int | None) -> RunCost:
+    """Measures a run, alone or in a pack that is halved as often as it does not fit, as the sweep halves it."""
+    while slots is not None and slots > 1:
         try:
-            return measure_pack(config, inputs=inputs, slots=slots)
+            return measure_run(config, inputs=inputs, slots=slots)
         except OutOfMemory:
             slots //= 2
-    return measure_pack(config, inputs=inputs, slots=1)
+    return measure_run(config, inputs=inputs, slots=slots)

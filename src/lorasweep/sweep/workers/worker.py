@@ -22,7 +22,7 @@ from lorasweep.sweep.definition.packing import plan_packing
 from lorasweep.training.inputs import InputsCache
 from lorasweep.training.packs.pack import train_pack
 from lorasweep.training.packs.size import choose_pack_size
-from lorasweep.training.packs.slots import Evaluated, Job
+from lorasweep.training.packs.slots import RunRequest, SlotEvaluation
 from lorasweep.training.packs.state import read_pack_state
 from lorasweep.training.run import train_run
 from lorasweep.training.score import score_run
@@ -182,15 +182,15 @@ class Worker:
         plan = self._plans[first[0].arm.name]
         pack = _PackTrials(self, arms=self._pack_mates(first[0].arm))
         steps: Sequence[int | None] = start_steps or [None] * len(first)
-        jobs = [pack.add(assignment, start_step=step) for assignment, step in zip(first, steps, strict=True)]
-        while start_steps is None and len(jobs) < slots and (job := pack.supply()) is not None:
-            jobs.append(job)
+        requests = [pack.add(assignment, start_step=step) for assignment, step in zip(first, steps, strict=True)]
+        while start_steps is None and len(requests) < slots and (request := pack.next_run()) is not None:
+            requests.append(request)
         try:
             is_done = train_pack(
-                jobs,
+                requests,
                 inputs=self.inputs_cache.of(first[0].config),
                 slots=slots,
-                supply=pack.supply,
+                next_run=pack.next_run,
                 on_evaluation=pack.report,
                 state_file=self._pack_file,
                 stop_requested=self.stop_requested,
@@ -238,35 +238,35 @@ class Worker:
 
 
 class _PackTrials:
-    """The trials of one pack: which job trains which trial, and the runs to score once the pack has ended."""
+    """The trials of one pack: which request is for which trial, and the runs to score once the pack has ended."""
 
     def __init__(self, worker: Worker, *, arms: list[Arm]) -> None:
-        self.running: dict[Job, Assignment] = {}
+        self.running: dict[RunRequest, Assignment] = {}
         self.unscored: list[tuple[Assignment, Outcome]] = []
         """Complete runs of a stage that reads test data. Scoring moves the base, on which the pack still trains."""
         self._worker = worker
         self._arms = arms
 
-    def add(self, assignment: Assignment, *, start_step: int | None = None) -> Job:
-        """Returns a trial as the pack trains it."""
-        job = Job(
+    def add(self, assignment: Assignment, *, start_step: int | None = None) -> RunRequest:
+        """Returns a trial in the form in which the pack takes it."""
+        request = RunRequest(
             config=assignment.config,
             place=assignment.place,
-            ended=lambda record: self._tell(self.running.pop(job), record),
-            failed=lambda error: self._tell(self.running.pop(job), error),
+            on_end=lambda record: self._tell(self.running.pop(request), record),
+            on_failure=lambda error: self._tell(self.running.pop(request), error),
             start_step=start_step,
         )
-        self.running[job] = assignment
-        return job
+        self.running[request] = assignment
+        return request
 
-    def supply(self) -> Job | None:
+    def next_run(self) -> RunRequest | None:
         """Returns the next trial that can share the pack, or None where there is none now."""
         assignment = self._worker.take(self._arms, tell=self._tell)
         return None if assignment is None else self.add(assignment)
 
-    def report(self, evaluated: Sequence[Evaluated]) -> list[bool]:
-        """Reports the evaluations of all slots in one call and returns for each run whether it goes on."""
-        return self._worker.report([(self.running[e.job], e.step, e.values) for e in evaluated])
+    def report(self, evaluations: Sequence[SlotEvaluation]) -> list[bool]:
+        """Reports the evaluations of all slots in one call, and returns for each run whether it continues."""
+        return self._worker.report([(self.running[e.request], e.step, e.values) for e in evaluations])
 
     def _tell(self, assignment: Assignment, outcome: Outcome) -> None:
         if assignment.reads_test and not isinstance(outcome, Exception):

@@ -1,16 +1,17 @@
-"""Many runs at once on one frozen base: a LightningModule whose slots are trained, evaluated, freed and refilled.
+"""Many runs at once on one frozen base: a packed model whose slots are trained, evaluated, freed and refilled.
 
 A run in a slot is the run that `run.train_run` would train alone: same data order, initial values, dropout stream,
-schedule and metrics. What differs is rounding, since kernels vary with shape, and the draws of what has no stream per
-slot, dropout inside a fused attention kernel; the record then says so.
+schedule and metrics. Two things differ: rounding, since kernels vary with shape, and random draws that have no stream
+per slot, such as dropout inside a fused attention kernel; the record then says so.
 
-A pack goes from boundary to boundary; each follows an evaluation. A pack that is killed at any moment resumes at the
-last boundary that was committed, with the same slots at the same steps, and repeats to the bit what came after it. That
-holds because of the order in which a boundary is done:
+A pack is a plain loop, not a `lightning.Trainer`: its runs have different steps, schedules and ends, of which a Trainer
+knows one. Each evaluation ends in a boundary. A pack that is killed at any moment resumes at the last boundary that was
+committed, with the same slots at the same steps, and repeats to the bit what came after it. That holds because of the
+order of the actions at a boundary:
 
 1. Of every slot the rows, the kept weights and the record are written. A slot that diverged fails here.
 2. The values of all slots that are left are reported in one call.
-3. Every slot is settled: complete, paused, or it goes on. A run to pause gets its checkpoint first, since whoever hears
+3. Each run is found complete or paused, or it continues. A run to pause gets its checkpoint first, since whoever hears
    that it is paused may resume it.
 4. Free slots are refilled in slot order. Slots that stay empty are dropped.
 5. The checkpoints of all slots are written.
@@ -25,24 +26,18 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
-import lightning
 import torch
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset
 
 from lorasweep.config.method import LoraConfig
-from lorasweep.config.run import OptimConfig, RunConfig, ScheduleConfig
-from lorasweep.data.batching import MicroBatch
-from lorasweep.data.loaders import evaluation_loader
+from lorasweep.config.run import OptimConfig, ScheduleConfig
+from lorasweep.data.batching import EvaluationSampler, MicroBatch
 from lorasweep.data.split import Batch, Split, move_batch, repeat_batch
 from lorasweep.data.tasks import Evaluation, Task
-from lorasweep.errors import Diverged, OutOfMemory, first_line
+from lorasweep.errors import Diverged
 from lorasweep.lora.packed import (
     compact_slots,
     fill_slot,
@@ -56,14 +51,13 @@ from lorasweep.lora.packed import (
 )
 from lorasweep.methods import copy_sharing_weights, draw_head, train_head
 from lorasweep.record import RunStatus
-from lorasweep.training.batches import resolve_accumulate
-from lorasweep.training.callbacks import RunStopped
 from lorasweep.training.checkpoint import remove_checkpoints, remove_older_checkpoints
-from lorasweep.training.environment import deterministic_algorithms, reset_peak_memory, resolve_device
-from lorasweep.training.inputs import RunInputs
+from lorasweep.training.environment import deterministic_algorithms, device_of, reset_peak_memory
+from lorasweep.training.failures import memory_errors_as_ours, status_after
+from lorasweep.training.inputs import RunInputs, resolve_accumulate
 from lorasweep.training.optim import schedule_factor
 from lorasweep.training.packs.optim import StackedAdamW
-from lorasweep.training.packs.slots import Evaluated, Job, OnEvaluation, SlotRun, Supply
+from lorasweep.training.packs.slots import NextRun, OnPackEvaluation, RunRequest, SlotEvaluation, SlotRun
 from lorasweep.training.packs.state import (
     PackState,
     SlotState,
@@ -72,237 +66,175 @@ from lorasweep.training.packs.state import (
     restore_shared_stream,
     write_pack_state,
 )
-from lorasweep.training.quiet import quiet_lightning
-from lorasweep.training.run import never_stop, status_after
-from lorasweep.training.run_log import (
-    Values,
-    describe_pause,
-    describe_stale,
-    is_out_of_memory,
-    is_stale,
-)
+from lorasweep.training.run import never_stop
+from lorasweep.training.run_log import Values
+from lorasweep.training.run_record import end_at_evaluation
 
 
 def train_pack(
-    jobs: Sequence[Job],
+    requests: Sequence[RunRequest],
     *,
     inputs: RunInputs,
     slots: int,
-    supply: Supply,
-    on_evaluation: OnEvaluation,
+    next_run: NextRun,
+    on_evaluation: OnPackEvaluation,
     state_file: Path,
     stop_requested: Callable[[], bool] = never_stop,
 ) -> bool:
-    """Trains jobs together, and what `supply` gives as slots become free, until none is left.
+    """Trains runs together, and those that `next_run` gives as slots become free, until none is left.
 
-    A pack that was killed or interrupted leaves `state_file`. It resumes where it is given jobs in the order of the
-    slots of that file, each with its step as `start_step`. It may then report, and tell of runs that ended, what it
-    reported and told before; `supply` must give again what it gave since that boundary.
+    A pack that was killed or interrupted leaves `state_file`. It resumes if it is given the runs of that file in the
+    order of its slots, each with its step as `start_step`. It may then report evaluations and ends of runs again;
+    `next_run` must give again the runs that it gave since the committed boundary.
 
     Args:
-        jobs: The first runs, one per slot; their model, data and trainer settings are the same.
+        requests: The first runs, one per slot. They have the same model, data and trainer settings.
         inputs: Base model and data.
         slots: Most slots of a pack of these runs. It decides the micro-batches of a step, so that a run has the same
-            ones in each pack that it is in.
-        supply: Asked for a run whenever a slot is free, unless the pack has at most half of `slots`: such a pack ends
-            with the runs that it has, and the caller begins a full one.
-        on_evaluation: Takes the evaluations of all slots at once and returns for each whether its run goes on. What it
-            returns of a run at its last step, or that early stopping ends, has no effect.
-        state_file: Where the pack keeps what it resumes from, see `pack_state`.
-        stop_requested: Asked after every step whether to stop.
+            ones in every pack.
+        next_run: Called for each free slot, unless the pack has at most half of `slots`: such a pack ends with the runs
+            that it has, and the caller begins a full one.
+        on_evaluation: Takes the evaluations of all slots at once and returns for each whether its run continues. Its
+            answer has no effect on a run that is complete, by its last step or by early stopping.
+        state_file: The file that says where the pack resumes, see `packs.state`.
+        stop_requested: Called after every step; returns whether to stop.
 
     Returns:
-        Whether every run ended; False if it was stopped.
+        Whether every run ended; False if the pack was stopped.
 
     Raises:
-        OutOfMemory: The pack does not fit. As after any error that would come again, the state file is gone: its runs
-            can go on from their newest checkpoints, in a smaller pack.
+        OutOfMemory: The pack does not fit. After this and any other error that would come again, the state file is
+            gone: its runs can resume from their newest checkpoints, in a smaller pack.
     """
     reset_peak_memory()
-    module: PackModule | None = None
+    pack: PackTrainer | None = None
+    settings = requests[0].config.trainer
     try:
-        with inputs.telemetry.phase("loading"):
-            module = PackModule(
-                jobs,
+        with (
+            memory_errors_as_ours(),
+            deterministic_algorithms(settings.deterministic),
+            inputs.telemetry.phase("loading"),
+        ):
+            pack = PackTrainer(
+                requests,
                 inputs=inputs,
                 slots=slots,
-                supply=supply,
+                next_run=next_run,
                 on_evaluation=on_evaluation,
                 state_file=state_file,
-                stop_requested=stop_requested,
             )
-            _fit(module, jobs[0].config, inputs)
-    except (RunStopped, SIGTERMException):  # Lightning's own, where SIGTERM comes during an evaluation
-        assert module is not None
-        module.interrupt()
-        return False
+            return pack.run(stop_requested)
     except Exception as error:
-        if status_after(error, state_file.parent) != "interrupted":  # not the disk's fault, nor this process's
+        if status_after(error, state_file.parent) != "interrupted":  # the fault of neither the disk nor this process
             state_file.unlink(missing_ok=True)
-            if module is not None:
-                module.remove_checkpoints_of_ended()
-        if is_out_of_memory(error):
-            raise OutOfMemory(first_line(error)) from error
+            if pack is not None:
+                pack.remove_checkpoints_of_ended()
         raise
-    return True
+    finally:
+        if pack is not None:
+            pack.model.cpu()  # the base shares its weights with the model, and was there before
 
 
-class PackModule(lightning.LightningModule):
-    """A packed model, its stacked optimizer and the runs in its slots. A batch of the loader is only a tick."""
+class PackTrainer:
+    """A packed model, its stacked optimizer and the runs in its slots."""
 
     def __init__(
         self,
-        jobs: Sequence[Job],
+        requests: Sequence[RunRequest],
         *,
         inputs: RunInputs,
         slots: int,
-        supply: Supply,
-        on_evaluation: OnEvaluation,
+        next_run: NextRun,
+        on_evaluation: OnPackEvaluation,
         state_file: Path,
-        stop_requested: Callable[[], bool],
     ) -> None:
-        super().__init__()
-        self.automatic_optimization = False
+        """Builds the packed model and opens the runs, at their beginning or at their checkpoints."""
+        settings = requests[0].config.trainer
         self.inputs = inputs
         self.slots = slots
-        self.supply = supply
+        self.next_run = next_run
         self.on_evaluation = on_evaluation
         self.state_file = state_file
-        self.stop_requested = stop_requested
+        self.settings = settings
+        self.device = device_of(settings)
         self.task = inputs.splits.task
-        self.resumed = _matching_state(state_file, jobs)
-        self.accumulate = resolve_accumulate(jobs[0].config.trainer, inputs.splits.train, slots=slots)
-        self.runs = [self._open(job, slot=slot, slots=len(jobs)) for slot, job in enumerate(jobs)]
+        resumed = _matching_state(state_file, requests)
+        self.accumulate = resolve_accumulate(settings, inputs.splits.train, slots=slots)
+        self.runs = [self._open(request, slot=slot, slots=len(requests)) for slot, request in enumerate(requests)]
         self.model: nn.Module = copy_sharing_weights(inputs.base.model)
-        generators = [torch.Generator().manual_seed(job.config.seeds.init) for job in jobs]
-        self.start = functools.partial(draw_head, names=inputs.base.head)
-        configs = [self._method(job) for job in jobs]
-        coverages = inject_packed_lora(self.model, configs, generators=generators, start=self.start)
-        self.model.train()
-        self.optimizer = StackedAdamW(split_packed_parameters(self.model), [self._optim(job) for job in jobs])
-        for slot, (run, coverage) in enumerate(zip(self.runs, coverages, strict=True)):
-            self._begin(slot, run, trainable_params=coverage.trainable_params)
+        self.draw_start = functools.partial(draw_head, names=inputs.base.head)
+        coverages = inject_packed_lora(
+            self.model,
+            [self._method(request) for request in requests],
+            generators=[torch.Generator().manual_seed(request.config.seeds.init) for request in requests],
+            start=self.draw_start,
+        )
+        self.model.to(self.device).train()
+        self.optimizer = StackedAdamW(split_packed_parameters(self.model), [_optim(request) for request in requests])
+        for slot, coverage in enumerate(coverages):
+            self._restore(slot, trainable_params=coverage.trainable_params)
         set_dropout_streams(self.model, [run.stream for run in self.runs])
-        self.evaluations = self._new_evaluations()
-        self.paused: list[Path] = []
-        """Folders of runs that were paused at this boundary."""
-        self.ended: list[Path] = []
-        """Folders of runs that are complete or failed at this boundary."""
-        self.micro = 0
-        self.micro_losses: list[Tensor] = []
-        self.shares_draws: bool | None = None
-        self.settled_at = time.monotonic()
-
-    def configure_optimizers(self) -> None:
-        """Leaves the optimizer to `training_step`: Lightning's counts would be those of one run."""
-
-    def on_train_start(self) -> None:
-        """Sets torch's own stream, whatever was drawn while the model was built, and commits the first boundary."""
-        if self.resumed is None:
-            torch.manual_seed(self.runs[0].job.config.seeds.dropout)
+        # Torch's own stream is set last: it must not depend on the draws of loading and building.
+        if resumed is None:
+            torch.manual_seed(requests[0].config.seeds.dropout)
         else:
-            restore_shared_stream(self.resumed.shared_stream, self.device)
+            restore_shared_stream(resumed.shared_stream, self.device)
+        self.paused: list[Path] = []
+        """Folders of runs that were paused since the last commit."""
+        self.ended: list[Path] = []
+        """Folders of runs that are complete or failed since the last commit."""
+        self.shares_draws: bool | None = None
+        """Whether a step draws from torch's own stream, so for all slots together; None before the first step."""
+        self.boundary_at = time.monotonic()
+
+    def run(self, stop_requested: Callable[[], bool]) -> bool:
+        """Trains until every run has ended; returns False if the pack was stopped before."""
         self._commit()
-
-    def training_step(self, batch: Any, batch_idx: int) -> None:
-        """One micro-batch of every slot; with the last one of a step, the step."""
-        self.inputs.telemetry.switch("training")
-        started = time.perf_counter()
-        micros = [run.micro_batch(self.micro) for run in self.runs]
-        rows = slot_batch(self.inputs.splits.train, micros, model=self.model)
-        with self._watch_draws():
-            shares = slot_losses(self.task, self.model, move_batch(rows, self.device), slots=len(micros))
-        shares = shares / torch.tensor([micro.step_weight for micro in micros], device=shares.device)  # (slots,)
-        self.manual_backward(shares.sum())
-        self.micro_losses.append(shares.detach())
-        self.micro += 1
-        positions, tokens = rows["input_ids"].numel() // len(micros), 0
-        for run, micro in zip(self.runs, micros, strict=True):
-            tokens += run.note_batch(micro, positions=positions)
-        self.inputs.telemetry.add_tokens(tokens)
-        if self.micro == self.accumulate:
-            self._step()
-        share = (time.perf_counter() - started) / len(micros)
-        for run in self.runs:
-            run.train_s += share
-
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Asks after each step whether to stop.
-
-        Raises:
-            RunStopped: The pack is to end here.
-        """
-        if self.micro == 0 and self.stop_requested():
-            raise RunStopped
-
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Evaluates a batch in all slots at once."""
-        slots = len(self.runs)
-        rows = self.task.score(self.model, repeat_batch(batch, slots=slots))
-        for slot, evaluation in enumerate(self.evaluations):
-            evaluation.update(rows.of_slot(slot, slots=slots))
-
-    def on_validation_start(self) -> None:
-        """Evaluates rows of one length in all slots."""
-        self.inputs.telemetry.switch("evaluating")
-        set_row_lengths(self.model, None)
-
-    def on_validation_model_train(self) -> None:
-        """Switches dropout on again, in refilled slots too."""
-        self.model.train()
-
-    def on_validation_end(self) -> None:
-        """Does what belongs to a boundary; the order is the module's docstring's."""
-        computed = [evaluation.compute() for evaluation in self.evaluations]
-        self.inputs.telemetry.switch("saving")
-        metrics = [{name: float(value) for name, value in own.items()} for own in computed]
-        self._share_time()
-        living = [n for n, run in enumerate(self.runs) if self._log(n, run, metrics[n])]
-        goes_on = self._report(living)
-        freed = [n for n, run in enumerate(self.runs) if n not in goes_on or self._ends(n, run, goes_on=goes_on[n])]
-        is_refilled = 2 * len(self.runs) > self.slots
-        empty = [slot for slot in freed if not (is_refilled and self._refill(slot))]
-        if len(empty) == len(self.runs):
-            self.runs = []
-            self.state_file.unlink(missing_ok=True)  # the commit: nothing is left to resume
-            self._remove_checkpoints()
-            self.trainer.should_stop = True
-            return
-        if freed:
-            self._compact([slot for slot in range(len(self.runs)) if slot not in empty])
-        set_dropout_streams(self.model, [run.stream for run in self.runs])
-        self.evaluations = self._new_evaluations()
-        for slot, run in enumerate(self.runs):
-            self._save_checkpoint(slot, run)
-        self._commit()
-        self._remove_checkpoints()
-        self.settled_at = time.monotonic()
+        while self.runs:
+            for _ in range(self.settings.eval_every_steps):
+                self._train_step()
+                if stop_requested():
+                    self._interrupt()
+                    return False
+            self._end_interval(self._evaluate())
+        return True
 
     def remove_checkpoints_of_ended(self) -> None:
         """Removes the checkpoints of runs that are complete or failed since the last commit."""
         for folder in self.ended:
             remove_checkpoints(folder)
 
-    def interrupt(self) -> None:
-        """Closes the runs as interrupted; the pack resumes from its last boundary."""
-        self._share_time()
+    def _train_step(self) -> None:
+        """Makes one optimizer step in every slot."""
+        self.inputs.telemetry.switch("training")
+        started = time.perf_counter()
+        micro_losses = []
+        tokens = 0
+        shared = None if self.shares_draws is not None else read_shared_stream(self.device)
+        # Every slot cuts its step into the same number of micro-batches, of the same sizes.
+        for micros in zip(*(run.order.step(run.step) for run in self.runs), strict=True):
+            batch = slot_batch(self.inputs.splits.train, micros, model=self.model)
+            losses = slot_losses(self.task, self.model, move_batch(batch, self.device), slots=len(micros))
+            # Each slot divides by its own weight, as alone. The sum over slots then gives each slot its own gradients.
+            losses = losses / torch.tensor([micro.step_weight for micro in micros], device=losses.device)  # (slots,)
+            losses.sum().backward()  # type: ignore[no-untyped-call]
+            micro_losses.append(losses.detach())
+            positions = batch["input_ids"].numel() // len(micros)
+            for run, micro in zip(self.runs, micros, strict=True):
+                tokens += run.count_tokens(micro, positions=positions)
+        if shared is not None:
+            self.shares_draws = shared != read_shared_stream(self.device)
+        self._step_optimizer(torch.stack(micro_losses, dim=1))
+        self.inputs.telemetry.add_tokens(tokens)
+        seconds = (time.perf_counter() - started) / len(self.runs)
         for run in self.runs:
-            run.close("interrupted", f"stopped after step {run.step} of {run.record.steps_planned}")
+            run.progress.train_s += seconds
 
-    @contextmanager
-    def _watch_draws(self) -> Iterator[None]:
-        """Notes at the first step whether torch's own stream was drawn from, so for all slots together."""
-        if self.shares_draws is not None:
-            yield
-            return
-        before = read_shared_stream(self.device)
-        yield
-        self.shares_draws = before != read_shared_stream(self.device)
-
-    def _step(self) -> None:
+    def _step_optimizer(self, losses: Tensor) -> None:
+        """Steps each slot at its own learning rate, and logs its losses of each micro-batch, (slots, micro-batches)."""
         factors = []
         for run in self.runs:
-            config = run.job.config
+            config = run.request.config
             assert isinstance(config.schedule, ScheduleConfig)
             factors.append(
                 schedule_factor(config.schedule, run.step, max_steps=config.trainer.max_steps, lr=config.optim.lr)
@@ -311,191 +243,190 @@ class PackModule(lightning.LightningModule):
         self.optimizer.clip_slots()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        by_slot = torch.stack(self.micro_losses, dim=1)  # (slots, micro-batches)
-        for run, losses, factor in zip(self.runs, by_slot, factors, strict=True):
+        for run, own, factor in zip(self.runs, losses, factors, strict=True):
             run.step += 1
-            run.log.note_step(run.step, [losses], run.job.config.optim.lr * factor)
-        self.micro, self.micro_losses = 0, []
+            run.log.note_step(run.step, own, run.request.config.optim.lr * factor)
 
-    def _log(self, slot: int, run: SlotRun, metrics: Values) -> bool:
-        """Writes a slot's evaluation, and returns whether its run lives; one that diverged fails."""
+    @torch.no_grad()
+    def _evaluate(self) -> list[Values]:
+        """Returns the metrics of each slot on the validation split."""
+        self.inputs.telemetry.switch("evaluating")
+        split, slots = self.inputs.splits.validation, len(self.runs)
+        evaluations = [Evaluation(self.task) for _ in self.runs]
+        # The batches depend on the slots that there are now: a pack that resumes does not know how many it had before.
+        batches = EvaluationSampler(split, batch_size=max(1, self.settings.eval_batch_size // slots))
+        set_row_lengths(self.model, None)  # every slot evaluates the same rows
+        self.model.eval()
+        for micro in batches:
+            batch = repeat_batch(move_batch(split.batch(micro.indices), self.device), slots=slots)
+            scores = self.task.score(self.model, batch)
+            for slot, evaluation in enumerate(evaluations):
+                evaluation.update(scores.of_slot(slot, slots=slots))
+        computed = [evaluation.compute() for evaluation in evaluations]
+        return [{name: float(value) for name, value in metrics.items()} for metrics in computed]
+
+    @torch.no_grad()
+    def _end_interval(self, metrics: Sequence[Values]) -> None:
+        """Does the actions of a boundary. Their order is explained at the top of this file."""
+        self.inputs.telemetry.switch("saving")
+        self._share_time()
+        alive = [slot for slot, run in enumerate(self.runs) if self._note_evaluation(slot, run, metrics[slot])]
+        continues = self._report(alive)
+        freed = [
+            slot
+            for slot, run in enumerate(self.runs)
+            if slot not in continues or self._end_if_due(slot, run, pauses=not continues[slot])
+        ]
+        is_refilled = 2 * len(self.runs) > self.slots
+        empty = [slot for slot in freed if not (is_refilled and self._refill(slot))]
+        if len(empty) == len(self.runs):
+            self.runs = []
+            self.state_file.unlink(missing_ok=True)  # the commit: nothing is left to resume
+            self._remove_checkpoints()
+            return
+        if freed:
+            self._compact([slot for slot in range(len(self.runs)) if slot not in empty])
+        set_dropout_streams(self.model, [run.stream for run in self.runs])
+        self.model.train()  # here and not before: layers of refilled slots begin in the mode of the model
+        for slot, run in enumerate(self.runs):
+            self._save_checkpoint(slot, run)
+        self._commit()
+        self._remove_checkpoints()
+        self.boundary_at = time.monotonic()
+
+    def _note_evaluation(self, slot: int, run: SlotRun, metrics: Values) -> bool:
+        """Writes a slot's evaluation, and returns whether its run is alive: one that diverged fails."""
         assert run.record.pack is not None
         run.record.pack["shared_draws"] = bool(self.shares_draws)
         try:
-            run.note_evaluation(metrics, save=lambda folder: self._save(slot, folder))
+            run.note_evaluation(metrics, save=lambda folder: self._save_weights(slot, folder))
         except Diverged as error:
-            self._end(run, "failed", str(error))
-            run.job.failed(error)
+            self._close(run, "failed", str(error))
+            run.request.on_failure(error)
             return False
         return True
 
-    def _report(self, living: Sequence[int]) -> dict[int, bool]:
-        """Reports the evaluations of these slots in one call, and returns for each whether its run may go on."""
-        if not living:
+    def _report(self, slots: Sequence[int]) -> dict[int, bool]:
+        """Reports the evaluations of these slots in one call, and returns for each whether its run continues."""
+        if not slots:
             return {}
-        runs = [self.runs[slot] for slot in living]
-        evaluated = [Evaluated(job=run.job, step=run.step, values=run.record.last) for run in runs]
-        return dict(zip(living, self.on_evaluation(evaluated), strict=True))
+        runs = [self.runs[slot] for slot in slots]
+        evaluations = [SlotEvaluation(request=run.request, step=run.step, values=run.record.last) for run in runs]
+        return dict(zip(slots, self.on_evaluation(evaluations), strict=True))
 
-    def _ends(self, slot: int, run: SlotRun, *, goes_on: bool) -> bool:
+    def _end_if_due(self, slot: int, run: SlotRun, *, pauses: bool) -> bool:
         """Closes a run that is complete or to be paused, and returns whether it was."""
-        record = run.record
-        if run.step >= record.steps_planned:
-            self._end(run, "complete", None)
-        elif is_stale(record, run.job.config.trainer):  # before pausing: it has no steps left to go on with
-            self._end(run, "complete", describe_stale(record))
-        elif not goes_on:
-            self._save_checkpoint(slot, run)
-            self._end(run, "paused", describe_pause(record))
-        else:
+        end = end_at_evaluation(run.record, run.request.config.trainer, pauses=pauses)
+        if end is None:
             return False
-        run.job.ended(record)
+        if end[0] == "paused":
+            self._save_checkpoint(slot, run)
+        self._close(run, *end)
+        run.request.on_end(run.record)
         return True
 
-    def _end(self, run: SlotRun, status: RunStatus, reason: str | None) -> None:
+    def _close(self, run: SlotRun, status: RunStatus, reason: str | None) -> None:
         run.close(status, reason)
-        (self.paused if status == "paused" else self.ended).append(run.job.place.folder)
+        (self.paused if status == "paused" else self.ended).append(run.request.place.folder)
+
+    def _interrupt(self) -> None:
+        """Closes the runs as interrupted. The pack resumes from its last boundary."""
+        self._share_time()
+        for run in self.runs:
+            run.close("interrupted", f"stopped after step {run.step} of {run.record.steps_planned}")
 
     def _refill(self, slot: int) -> bool:
-        job = self.supply()
-        if job is None:
+        """Puts the next run into a slot; returns False if none is left."""
+        request = self.next_run()
+        if request is None:
             return False
-        run = self._open(job, slot=slot, slots=len(self.runs))
-        generator = torch.Generator().manual_seed(job.config.seeds.init)
-        filled = fill_slot(self.model, slot, self._method(job), generator=generator, start=self.start)
+        self.runs[slot] = self._open(request, slot=slot, slots=len(self.runs))
+        generator = torch.Generator().manual_seed(request.config.seeds.init)
+        filled = fill_slot(self.model, slot, self._method(request), generator=generator, start=self.draw_start)
         if filled.changes_parameters:
-            self.optimizer.follow(split_packed_parameters(self.model))
-        self.optimizer.reset_slot(slot, self._optim(job))
-        self.runs[slot] = run
-        self._begin(slot, run, trainable_params=filled.coverage.trainable_params)
+            self.optimizer.replace_parameters(split_packed_parameters(self.model))
+        self.optimizer.reset_slot(slot, _optim(request))
+        self._restore(slot, trainable_params=filled.coverage.trainable_params)
         return True
 
-    def _open(self, job: Job, *, slot: int, slots: int) -> SlotRun:
-        return SlotRun(job, inputs=self.inputs, slot=slot, slots=slots, accumulate=self.accumulate)
+    def _open(self, request: RunRequest, *, slot: int, slots: int) -> SlotRun:
+        return SlotRun(request, inputs=self.inputs, slot=slot, slots=slots, accumulate=self.accumulate)
 
-    def _begin(self, slot: int, run: SlotRun, *, trainable_params: int) -> None:
+    def _restore(self, slot: int, *, trainable_params: int) -> None:
+        """Notes how much a slot's run trains, and loads the weights and moments of the checkpoint that it resumes."""
+        run = self.runs[slot]
         run.record.trainable_params = trainable_params
         run.record.trainable_fraction = trainable_params / run.record.total_params
-        if run.checkpoint is not None:
+        if run.checkpoint:
             load_slot(self.model, slot, run.checkpoint["adapter"])
-            moments = {name: tuple(pair) for name, pair in run.checkpoint["moments"].items()}
-            self.optimizer.load_slot(slot, self._by_name(moments), num_steps=run.step)
-            run.checkpoint = None
+            moments = run.checkpoint["moments"]
+            by_parameter = {p: moments[name] for name, p in self.model.named_parameters() if name in moments}
+            self.optimizer.load_slot(slot, by_parameter, num_steps=run.step)
+            run.checkpoint = {}
 
-    def _compact(self, keep: list[int]) -> None:
-        """Drops the other slots, and ranks and layers that only runs before had: a resumed pack has none of them."""
-        compact_slots(self.model, keep)
-        self.optimizer.follow(split_packed_parameters(self.model), keep=keep)
-        self.runs = [self.runs[slot] for slot in keep]
+    def _compact(self, kept: list[int]) -> None:
+        """Drops the other slots, and the ranks and layers of runs that are gone: a resumed pack has none of them."""
+        compact_slots(self.model, kept)
+        self.optimizer.replace_parameters(split_packed_parameters(self.model), kept_slots=kept)
+        self.runs = [self.runs[slot] for slot in kept]
 
     def _save_checkpoint(self, slot: int, run: SlotRun) -> None:
-        """Writes a slot's checkpoint, unless it is at the step from which it began or resumed."""
+        """Writes a slot's checkpoint, unless it has one of this step."""
         if run.step == run.saved_step:
             return
         names = {parameter: name for name, parameter in self.model.named_parameters()}
         moments = {names[p]: list(pair) for p, pair in self.optimizer.slot_moments(slot).items()}
         run.save_checkpoint({"adapter": slot_state(self.model, slot), "moments": moments})
 
+    def _save_weights(self, slot: int, folder: Path) -> None:
+        base = self.inputs.base
+        save_slot(self.model, slot, folder, base_path=base.path, base_fingerprint=base.fingerprint)
+
     def _commit(self) -> None:
-        slots = tuple(SlotState(folder_name=run.job.place.folder.name, step=run.step) for run in self.runs)
+        slots = tuple(SlotState(folder_name=run.request.place.folder.name, step=run.step) for run in self.runs)
         stream = read_shared_stream(self.device)
         write_pack_state(self.state_file, PackState(slots=slots, shared_stream=stream))
 
     def _remove_checkpoints(self) -> None:
         """Removes the checkpoints that nothing needs since the commit."""
-        for folder in [*(run.job.place.folder for run in self.runs), *self.paused]:
+        for folder in [*(run.request.place.folder for run in self.runs), *self.paused]:
             remove_older_checkpoints(folder, kind="slot")
         self.remove_checkpoints_of_ended()
         self.paused, self.ended = [], []
 
-    def _by_name(self, moments: dict[str, Any]) -> dict[nn.Parameter, Any]:
-        return {p: moments[name] for name, p in self.model.named_parameters() if name in moments}
-
-    def _save(self, slot: int, folder: Path) -> None:
-        base = self.inputs.base
-        save_slot(self.model, slot, folder, base_path=base.path, base_fingerprint=base.fingerprint)
-
     def _share_time(self) -> None:
-        share = (time.monotonic() - self.settled_at) / max(len(self.runs), 1)
+        """Divides the seconds since the last boundary among the runs."""
+        share = (time.monotonic() - self.boundary_at) / len(self.runs)
         for run in self.runs:
             run.wall_s += share
 
-    def _method(self, job: Job) -> LoraConfig:
-        assert isinstance(job.config.method, LoraConfig)
-        return train_head(job.config.method, self.inputs.base.head)
-
-    def _optim(self, job: Job) -> OptimConfig:
-        assert isinstance(job.config.optim, OptimConfig)
-        return job.config.optim
-
-    def _new_evaluations(self) -> list[Evaluation]:
-        return [Evaluation(self.task) for _ in self.runs]
+    def _method(self, request: RunRequest) -> LoraConfig:
+        assert isinstance(request.config.method, LoraConfig)
+        return train_head(request.config.method, self.inputs.base.head)
 
 
-class Ticks(IterableDataset[int]):
-    """An endless loader: which examples a slot sees next is the slot's business."""
-
-    def __iter__(self) -> Iterator[int]:
-        while True:
-            yield 0
+def _optim(request: RunRequest) -> OptimConfig:
+    assert isinstance(request.config.optim, OptimConfig)
+    return request.config.optim
 
 
-class HeldOut(IterableDataset[Batch]):
-    """The validation split in batches for as many slots as the pack has when an evaluation begins."""
-
-    def __init__(self, module: PackModule, *, rows: int) -> None:
-        """Takes the rows of a batch over all slots."""
-        self.module = module
-        self.rows = rows
-
-    def __iter__(self) -> Iterator[Batch]:
-        split, slots = self.module.inputs.splits.validation, len(self.module.runs)
-        yield from evaluation_loader(split, batch_size=max(1, self.rows // slots))
-
-
-def _matching_state(state_file: Path, jobs: Sequence[Job]) -> PackState | None:
-    """The state of the pack that these jobs resume; None where they begin another one."""
+def _matching_state(state_file: Path, requests: Sequence[RunRequest]) -> PackState | None:
+    """Returns the state of the pack that these runs resume; None if they begin another one."""
     state = read_pack_state(state_file)
     if state is None:
         return None
     slots = [(slot.folder_name, slot.step) for slot in state.slots]
-    return state if slots == [(job.place.folder.name, job.start_step) for job in jobs] else None
+    wanted = [(request.place.folder.name, request.start_step) for request in requests]
+    return state if slots == wanted else None
 
 
 def slot_batch(split: Split, micros: Sequence[MicroBatch], *, model: nn.Module) -> Batch:
-    """Returns a batch of the rows of all slots, slot-major, and tells the packed model how long each slot's are."""
+    """Returns a batch of the examples of all slots, slot-major, and tells the packed model each slot's length."""
     longest = [int(split.lengths[torch.tensor(micro.indices)].max()) for micro in micros]
     set_row_lengths(model, longest if len(set(longest)) > 1 else None)
     return split.batch([index for micro in micros for index in micro.indices], slots=len(micros))
 
 
 def slot_losses(task: Task, model: nn.Module, batch: Batch, *, slots: int) -> Tensor:
-    """Returns the sum of the losses of each slot's rows, in fp32, (slots,)."""
+    """Returns the sum of the losses of each slot's examples, in fp32, (slots,)."""
     return task.losses(model, batch).view(slots, -1).sum(1)
-
-
-def _fit(module: PackModule, config: RunConfig, inputs: RunInputs) -> None:
-    settings = config.trainer
-    with quiet_lightning(), deterministic_algorithms(settings.deterministic):
-        trainer = lightning.Trainer(
-            accelerator=resolve_device(settings),
-            devices=1,
-            precision="32-true",  # the base is in its own dtype and LoRA casts by itself
-            logger=False,
-            max_epochs=1,
-            val_check_interval=settings.eval_every_steps * module.accumulate,
-            check_val_every_n_epoch=None,
-            num_sanity_val_steps=0,
-            inference_mode=False,  # slots are refilled while evaluating, and what is made then must train
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
-        # A DataLoader draws a seed at every start: from this generator, not from torch's own, which slots may share.
-        draws = torch.Generator().manual_seed(0)
-        held_out = HeldOut(module, rows=settings.eval_batch_size)
-        trainer.fit(
-            module,
-            DataLoader(Ticks(), batch_size=None, generator=draws),
-            DataLoader(held_out, batch_size=None, generator=draws),
-        )

@@ -1,11 +1,11 @@
-"""How many runs train together: a rule of memory, row lengths, device and trials left, which reads no clock."""
+"""How many runs train together: a rule of memory, example lengths, device and trials left, which reads no clock."""
 
 from __future__ import annotations
 
 import functools
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -14,14 +14,14 @@ from lorasweep.config.method import LoraConfig
 from lorasweep.config.run import RunConfig
 from lorasweep.data.batching import MicroBatch, StepBatchSampler
 from lorasweep.data.split import move_batch
+from lorasweep.errors import OutOfMemory
 from lorasweep.lora.packed import inject_packed_lora
 from lorasweep.methods import copy_sharing_weights, draw_head, train_head
-from lorasweep.training.batches import resolve_accumulate
 from lorasweep.training.environment import Precision, device_of
-from lorasweep.training.inputs import RunInputs
+from lorasweep.training.failures import memory_errors_as_ours
+from lorasweep.training.inputs import RunInputs, resolve_accumulate
 from lorasweep.training.memory import count_saved_bytes, machine_memory_bytes
 from lorasweep.training.packs.pack import slot_batch, slot_losses
-from lorasweep.training.run_log import is_out_of_memory
 from lorasweep.wording import format_bytes
 
 MAX_SLOTS: Mapping[str, int] = {"cpu": 8, "cuda": 32}
@@ -38,21 +38,19 @@ MAX_PASS_TOKENS: Mapping[tuple[str, Precision], int] = {
 trial's step of `tiny` gained at most 3 % beyond these sizes, or became longer (docs/decisions.md). GPU: mLoRA reports
 a gain of at most 8 % at 4,096 tokens per adapter, so four such slots are more than pay; nothing was measured here."""
 MAX_MEMORY_FRACTION: Mapping[str, float] = {"cpu": 0.5, "cuda": 0.8}
-"""Share of the machine's memory, less the base model, that the slots of a pack may have. A step was seen to take 0.93
-to 1.04 of what is counted for its slots; the rest is for evaluation, the data and, on a host, other processes."""
+"""Share of the machine's memory without the base model that the slots of a pack may have. A step took 0.93 to 1.04 of
+the bytes that are counted for its slots; the rest is for evaluation, the data and, on a host, other processes."""
 BYTES_PER_TRAINED_NUMBER = 16
-"""A weight, its gradient and Adam's two moments, each in fp32."""
-COUNTED_STEPS = 16
-"""Steps among whose micro-batches the largest is looked for."""
+"""Bytes of a weight, its gradient and Adam's two moments, each in fp32."""
+NUM_COUNTED_STEPS = 16
+"""Steps among whose micro-batches the largest is looked for: the memory of more steps would cost more to plan."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class PackSize:
-    """How many runs train together at most, and why."""
+class PackSize(NamedTuple):
+    """How many runs train together at most, and why, as a sentence for the record."""
 
     slots: int
     reason: str
-    """A sentence for the record."""
 
 
 def choose_pack_size(config: RunConfig, *, inputs: RunInputs, trials_left: int) -> PackSize:
@@ -61,19 +59,17 @@ def choose_pack_size(config: RunConfig, *, inputs: RunInputs, trials_left: int) 
     Costs one forward pass of one run. Draws nothing from torch's random streams.
 
     Args:
-        config: A run of the pack; its rank should be the largest of them.
+        config: The run of the pack that has the largest rank.
         inputs: Base model and data.
         trials_left: Runs that can share the pack, at least 1.
     """
     device = device_of(config.trainer)
     base = sum(tensor.nbytes for tensor in (*inputs.base.model.parameters(), *inputs.base.model.buffers()))
     try:
-        with inputs.telemetry.phase("loading"):
+        with memory_errors_as_ours(), inputs.telemetry.phase("loading"):
             slot_bytes = count_slot_bytes(config, inputs=inputs)
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        return PackSize(slots=1, reason="Trials run alone, because memory ran out in a forward pass of one of them.")
+    except OutOfMemory:
+        return PackSize(1, "Trials run alone, because memory ran out in a forward pass of one of them.")
     return limit_slots(
         device.type,
         inputs.precision,
@@ -97,59 +93,68 @@ def limit_slots(
 
     Args:
         device_type: `cpu` or `cuda`.
-        precision: In which the base computes.
+        precision: The precision in which the base computes.
         trials_left: Runs that can share the pack.
         slot_bytes: Memory that one slot needs.
         room_bytes: Memory that the slots together may have.
-        pass_tokens: Returns the tokens of one pass through the model of so many slots.
+        pass_tokens: Returns the tokens of one pass through the model of a pack of this many slots.
     """
     where = "a GPU" if device_type == "cuda" else "a CPU"
-    most, most_tokens = MAX_SLOTS[device_type], MAX_PASS_TOKENS[device_type, precision]
-    fitting = room_bytes // slot_bytes
-    within = min(most, trials_left, fitting)
-    paying = next((slots for slots in range(within, 0, -1) if pass_tokens(slots) <= most_tokens), 1)
-    slots = max(1, min(within, paying))
-    if paying < within:
-        limit = f"a pass on {where} in {precision} may have {most_tokens:,} tokens"
-    elif trials_left <= min(most, fitting):
-        limit = "one trial is left" if trials_left == 1 else f"{trials_left} trials are left"
-    elif fitting < most:
-        limit = "more would not fit"
-    else:
-        limit = f"a pack on {where} may have {most} slots"
+    max_tokens = MAX_PASS_TOKENS[device_type, precision]
+    left = "one trial is left" if trials_left == 1 else f"{trials_left} trials are left"
+    # of equal limits the first decides: that the trials are used up says more than the others
+    limits = [
+        (trials_left, left),
+        (room_bytes // slot_bytes, "more would not fit"),
+        (MAX_SLOTS[device_type], f"a pack on {where} may have {MAX_SLOTS[device_type]} slots"),
+    ]
+    slots, limit = min(limits, key=lambda pair: pair[0])
+    # More slots are cut into more micro-batches, so the tokens of a pass need not grow with the slots: try each number.
+    within = next((number for number in range(slots, 0, -1) if pass_tokens(number) <= max_tokens), 1)
+    if within < slots:
+        slots, limit = within, f"a pass on {where} in {precision} may have {max_tokens:,} tokens"
+    slots = max(1, slots)
     size = "Trials run alone" if slots == 1 else f"Packs have up to {slots} slots"
     return PackSize(
-        slots=slots,
-        reason=f"{size}, because {limit}: one slot needs about {format_bytes(slot_bytes)} of the "
-        f"{format_bytes(room_bytes)} that a pack may have, and its pass through the model has "
-        f"{pass_tokens(1):,} tokens.",
+        slots,
+        f"{size}, because {limit}: one slot needs about {format_bytes(slot_bytes)} of the {format_bytes(room_bytes)} "
+        f"that a pack may have, and its pass through the model has {pass_tokens(1):,} tokens.",
     )
 
 
 def count_slot_bytes(config: RunConfig, *, inputs: RunInputs) -> int:
-    """Returns the memory of one slot: what its largest micro-batch keeps for the backward pass, and what it trains.
+    """Returns the memory of one slot: the tensors that a forward pass keeps for the backward pass, and AdamW's.
 
-    A pack cuts a step into more micro-batches than a run alone, whose size is taken here, so a slot of it needs less.
+    The pass is that of the largest micro-batch of a run alone. A pack cuts its steps into more, so its slots need less.
     """
-    device = device_of(config.trainer)
+    device, split = device_of(config.trainer), inputs.splits.train
     with torch.random.fork_rng(devices=[torch.cuda.current_device()] if device.type == "cuda" else []):
         model = build_pack(config, inputs=inputs, slots=1)
-        batch = slot_batch(inputs.splits.train, [_largest_micro_batch(config, inputs)], model=model)
-        batch = move_batch(batch, device)
+        micros = first_micro_batches(config, inputs, slots=1, num_steps=NUM_COUNTED_STEPS)
+        largest = max(micros, key=lambda m: len(m.indices) * int(split.lengths[torch.tensor(m.indices)].max()))
+        batch = move_batch(slot_batch(split, [largest], model=model), device)
         saved = count_saved_bytes(lambda: slot_losses(inputs.splits.task, model, batch, slots=1), model=model)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     return saved + BYTES_PER_TRAINED_NUMBER * trained
 
 
 def count_pass_tokens(config: RunConfig, slots: int, *, inputs: RunInputs) -> int:
-    """Returns the tokens, padding left out, that go through the model at once in a pack, on average."""
+    """Returns the tokens without padding that go through the model at once in a pack, on average."""
     split, settings = inputs.splits.train, config.trainer
     accumulate = resolve_accumulate(settings, split, slots=slots)
     return math.ceil(slots * settings.batch_size * float(split.lengths.double().mean()) / accumulate)
 
 
+def first_micro_batches(config: RunConfig, inputs: RunInputs, *, slots: int, num_steps: int) -> list[MicroBatch]:
+    """Returns the micro-batches of the first steps of a run, cut as a pack of this many slots cuts them."""
+    split, settings = inputs.splits.train, config.trainer
+    accumulate = resolve_accumulate(settings, split, slots=slots)
+    size = settings.batch_size
+    return list(StepBatchSampler(split, batch_size=size, num_steps=num_steps, seed=0, accumulate=accumulate))
+
+
 def build_pack(config: RunConfig, *, inputs: RunInputs, slots: int) -> nn.Module:
-    """Returns a model of as many equal slots, ready to train, on the run's device; the base's weights are shared."""
+    """Returns a model of equal slots, ready to train, on the run's device; the base's weights are shared."""
     assert isinstance(config.method, LoraConfig)
     model: nn.Module = copy_sharing_weights(inputs.base.model)
     model.to(device_of(config.trainer))
@@ -161,13 +166,3 @@ def build_pack(config: RunConfig, *, inputs: RunInputs, slots: int) -> nn.Module
         start=functools.partial(draw_head, names=head),
     )
     return model.train()
-
-
-def _largest_micro_batch(config: RunConfig, inputs: RunInputs) -> MicroBatch:
-    """The one of the first steps that has the most positions, padding included, as a run alone cuts them."""
-    split, settings = inputs.splits.train, config.trainer
-    accumulate = resolve_accumulate(settings, split)
-    steps = StepBatchSampler(
-        split, batch_size=settings.batch_size, num_steps=COUNTED_STEPS, seed=0, accumulate=accumulate
-    )
-    return max(steps, key=lambda micro: len(micro.indices) * int(split.lengths[torch.tensor(micro.indices)].max()))

@@ -1,6 +1,6 @@
-"""Where a pack stands at its last boundary: which run is in which slot at which step, and torch's own random stream.
+"""Where a pack stands at its last evaluation boundary: the run and the step of each slot, and torch's random stream.
 
-Together with the checkpoints of those steps it is all that a killed pack needs to resume with the same bits.
+Together with the checkpoints of those steps this is all that a killed pack needs to resume with the same bits.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class PackState:
     slots: tuple[SlotState, ...]
     """In slot order."""
     shared_stream: str
-    """Torch's own random stream as `read_shared_stream` gives it."""
+    """State of torch's own random stream, as `read_shared_stream` gives it."""
 
 
 def write_pack_state(path: Path, state: PackState) -> None:
@@ -57,7 +57,7 @@ def read_shared_stream(device: torch.device) -> str:
 
 
 def restore_shared_stream(stream: str, device: torch.device) -> None:
-    """Continues torch's own random stream where `read_shared_stream` read it on a device of the same kind."""
+    """Sets torch's own random stream to a state that `read_shared_stream` gave on a device of the same kind."""
     content = torch.frombuffer(bytearray.fromhex(stream), dtype=torch.uint8)
     size = len(torch.get_rng_state())
     torch.set_rng_state(content[:size].clone())
