@@ -80,7 +80,6 @@ def check_whole(folder: Path) -> None:
     """The sweep is what was asked for, and every file parses."""
     record = read_sweep(folder)
     assert record.status == "complete"
-    assert not any("did not propose" in warning for warning in record.warnings)
     rows = [*record.trials, *record.confirm]
     for listed, asked in ((record.trials, HALVED_TRIALS), (record.confirm, HALVED_CONFIRM_RUNS)):
         arms = [row.arm for row in listed]

