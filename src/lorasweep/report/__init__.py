@@ -1,7 +1,7 @@
 """The report of a sweep, made from records alone: terminal table, CSV, JSON, one HTML page and TensorBoard's board.
 
-`write_report` writes the files, `render_terminal` shows one sweep or several side by side, and `write_hparams` writes
-one run's row in TensorBoard. Nothing here imports torch.
+`write_report` writes the files, and `render_terminal` shows one sweep or several side by side. Nothing here imports
+torch.
 
 sweep_data                       reads a sweep's folder: trials, arms and reruns with their runs' records
 evidence, advice                 the results of the confirm stage, and the conclusions from them
@@ -12,8 +12,7 @@ figures, page, board, terminal, write
                                  the report as a person sees it
 """
 
-from lorasweep.report.board import write_hparams
 from lorasweep.report.terminal import render_terminal
 from lorasweep.report.write import write_report
 
-__all__ = ["render_terminal", "write_hparams", "write_report"]
+__all__ = ["render_terminal", "write_report"]

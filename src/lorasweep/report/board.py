@@ -6,7 +6,6 @@ This needs TensorBoard alone, neither TensorFlow nor torch.
 from __future__ import annotations
 
 import math
-import re
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,26 +27,14 @@ from tensorboard.summary.writer.event_file_writer import EventFileWriter
 from lorasweep.config.ranges import is_number
 from lorasweep.record import RunRecord
 from lorasweep.redaction import redact
-from lorasweep.report.summary import Summary
-from lorasweep.report.sweep_data import ArmData, SweepData, group_by_rank
-from lorasweep.wording import (
-    UNKNOWN,
-    format_count,
-    format_estimate,
-    format_metric,
-    format_score,
-    format_share,
-)
+from lorasweep.report.summary import Summary, tabulate_arms
+from lorasweep.report.sweep_data import SweepData
+from lorasweep.wording import format_metric
 
 HPARAMS_FOLDER = "hparams"
 """The row has a folder of its own in the run's, so that TensorBoard's table has its metrics and none of the curves."""
 BOARD_FOLDER = "tensorboard"
 """The folder of the board in a sweep's `report/`."""
-ARMS_FOLDER = "arms"
-"""The folder in the board's with an HParams row per arm."""
-COSTS = ("trainable_params", "peak_memory_bytes", "wall_s")
-"""The fields of a run's record that the HParams rows have."""
-BOUNDS = ("mean", "low", "high")
 SUFFIX = ".lorasweep"
 """The end of the names of event files written here, by which a later call finds and replaces them."""
 
@@ -55,21 +42,26 @@ StepSummary = tuple[int, EventSummary]
 """A step and what TensorBoard shows at it."""
 
 
-def write_hparams(folder: Path, *, swept: Mapping[str, Any], metrics: Mapping[str, float | None]) -> None:
-    """Writes a run's row in TensorBoard's HParams tab; a row written before is replaced.
-
-    A number stays a number, everything else becomes text, so that a column keeps its type over runs. Values that are
-    None or not finite are left out: a None would turn TensorBoard's whole column into text.
+def write_run_hparams(record: RunRecord, folder: Path, swept: Mapping[str, Any]) -> None:
+    """Writes a run's row in TensorBoard's HParams tab, in place of an earlier one; a run without a score gets no row.
 
     Args:
+        record: The run's record.
         folder: The run's folder, which names the row.
-        swept: The swept keys (dotted) and their values.
-        metrics: The best value of the run's metric, trainable parameters, peak memory in bytes, time in seconds.
+        swept: The keys (dotted) and values that tell the run from others.
     """
+    if record.score is None:
+        return
+    metrics: dict[str, float] = {f"best/{record.metric}": record.score}
+    if record.metric in record.test:
+        metrics[f"test/{record.metric}"] = record.test[record.metric]
+    metrics |= {name: getattr(record, name) for name in ("trainable_params", "peak_memory_bytes", "wall_s")}
+    # A number stays a number and everything else becomes text, so that a column keeps its type over runs. A None would
+    # turn TensorBoard's whole column into text.
     settings = {
         key: float(value) if is_number(value) else str(redact(str(value)))
-        for key, value in swept.items()
-        if value is not None and not (isinstance(value, float) and not math.isfinite(value))
+        for key, value in {"arm": record.arm or record.config["method"]["name"], **swept}.items()
+        if value is not None
     }
     session = hparams_pb(settings, trial_id="/".join(folder.absolute().parts[-2:]))
     end = plugin_data_pb2.SessionEndInfo(status=api_pb2.STATUS_SUCCESS, end_time_secs=time.time())
@@ -79,35 +71,16 @@ def write_hparams(folder: Path, *, swept: Mapping[str, Any], metrics: Mapping[st
         metadata=hparams_metadata.create_summary_metadata(plugin_data_pb2.HParamsPluginData(session_end_info=end)),
         tensor=hparams_metadata.NULL_TENSOR,
     )
-    values = [_scalar(name, value) for name, value in metrics.items() if value is not None and math.isfinite(value)]
+    values = [_scalar(name, value) for name, value in metrics.items() if math.isfinite(value)]
     _write_events(folder / HPARAMS_FOLDER, [(0, one) for one in (session, *values, ended)])
-
-
-def write_run_hparams(record: RunRecord, folder: Path, swept: Mapping[str, Any]) -> None:
-    """Writes the HParams row of a run; a run that was not evaluated gets none.
-
-    Args:
-        record: The run's record.
-        folder: The run's folder.
-        swept: The keys (dotted) and values that tell the run from others.
-    """
-    if record.score is None:
-        return
-    metrics = {
-        f"best/{record.metric}": record.score,
-        **({f"test/{record.metric}": record.test[record.metric]} if record.metric in record.test else {}),
-        **{name: float(getattr(record, name)) for name in COSTS},
-    }
-    write_hparams(folder, swept={"arm": record.arm or record.config["method"]["name"], **swept}, metrics=metrics)
 
 
 def write_board(summary: Summary, folder: Path) -> None:
     """Writes a sweep's results for TensorBoard.
 
-    - Scalars: the best validation curve of each arm; confirmed scores with their intervals over rank (the step).
+    - Scalars: the best validation curve of each arm.
     - Custom scalars: those side by side, and every run's curves.
     - Text: the report's sentences and the table of arms.
-    - HParams: a row per arm with its best and its confirmed score, beside the row that each run wrote.
 
     Figures are not written as images: plotly draws in a browser, and the page has them.
 
@@ -117,68 +90,21 @@ def write_board(summary: Summary, folder: Path) -> None:
     """
     data = summary.data
     bests = {f"best/{arm.name}": arm.best for arm in data.arms if arm.best}
-    groups = [
-        [a for a in group if (e := data.evidence.arm(a.name)) and e.interval] for group in group_by_rank(data.arms)
-    ]
-    groups = [group for group in groups if len(group) > 1]
-    events = [(step, _scalar(tag, value)) for tag, best in bests.items() for step, value in best.curve]
-    for index, group in enumerate(groups):
-        events += _list_confirmed(index, group, data)
+    curves = [(step, _scalar(tag, value)) for tag, best in bests.items() for step, value in best.curve]
     text = text_pb("report", _as_markdown(summary))
-    _write_events(folder, [(0, _layout(data, [*bests], num_groups=len(groups))), (0, text), *events])
-    for index, arm in enumerate(data.arms):
-        if arm.best:
-            name = re.sub(r"[^A-Za-z0-9_-]", "_", arm.name)[:80]
-            _write_arm(arm, data, folder / ARMS_FOLDER / f"{index:02d}-{name}")
-
-
-def _write_arm(arm: ArmData, data: SweepData, folder: Path) -> None:
-    metric, found, best = data.record.metric, data.evidence.arm(arm.name), arm.best
-    low, high = found.interval if found and found.interval else (None, None)
-    metrics = {
-        f"best/{metric}": best.value if best else None,
-        f"confirmed/{metric}": found.mean if found else None,
-        f"confirmed/{metric}_low": low,
-        f"confirmed/{metric}_high": high,
-        "share_of_full_gain": data.share_of_full_gain(best.value if best else None),
-        **{name: arm.cost(name) for name in COSTS},
-    }
-    settings = best.params if best else {}
-    write_hparams(folder, swept={"arm": arm.name, "row": "best of arm", **settings}, metrics=metrics)
-
-
-def _list_confirmed(index: int, group: Sequence[ArmData], data: SweepData) -> list[StepSummary]:
-    """Returns the confirmed means and intervals of arms that differ in rank alone, with the rank as the step."""
-    found = [(round(arm.rank or 0), data.evidence.arm(arm.name)) for arm in group]
-    return [
-        (rank, _scalar(f"confirmed_by_rank/{index}/{name}", value))
-        for rank, evidence in found
-        if evidence and evidence.interval
-        for name, value in zip(BOUNDS, (evidence.mean, *evidence.interval), strict=True)
-    ]
+    _write_events(folder, [(0, _layout(data, [*bests])), (0, text), *curves])
 
 
 def _as_markdown(summary: Summary) -> str:
-    """Returns the report's sentences and a table of arms for TensorBoard's text dashboard."""
-    data = summary.data
-    scores = [arm.best.value if arm.best else None for arm in data.arms]
-    table = [["arm", "test", "search", "of full's gain", "trained"], ["---"] * 5]
-    for arm, score in zip(data.arms, scores, strict=True):
-        found = data.evidence.arm(arm.name)
-        table.append(
-            [
-                arm.name.replace("|", "¦"),
-                format_estimate(found.mean, found.interval) if found else UNKNOWN,
-                format_score(score, beside=scores),
-                format_share(data.share_of_full_gain(score)),
-                format_count(arm.cost("trainable_params")),
-            ]
-        )
-    lines = [f"| {' | '.join(cells)} |" for cells in table]
+    """Returns the report's sentences and the table of arms for TensorBoard's text dashboard."""
+    rows = tabulate_arms(summary.data)
+    table = [[*rows], ["---"] * len(rows), *zip(*rows.values(), strict=True)]
+    # A bar in a name would end the cell.
+    lines = [f"| {' | '.join(cell.replace('|', '¦') for cell in cells)} |" for cells in table]
     return "\n".join([*(f"- {sentence}" for sentence in summary.sentences), "", *lines])
 
 
-def _layout(data: SweepData, tags: Sequence[str], *, num_groups: int) -> EventSummary:
+def _layout(data: SweepData, tags: Sequence[str]) -> EventSummary:
     """Returns the charts of the Custom Scalars tab."""
     metric = format_metric(data.record.metric)
 
@@ -186,17 +112,8 @@ def _layout(data: SweepData, tags: Sequence[str], *, num_groups: int) -> EventSu
         patterns = [f"^{_match_exactly(tag)}$" for tag in shown]
         return layout_pb2.Chart(title=title, multiline=layout_pb2.MultilineChartContent(tag=patterns))
 
-    def chart_of_group(index: int) -> layout_pb2.Chart:
-        mean, low, high = (f"confirmed_by_rank/{index}/{name}" for name in BOUNDS)
-        series = layout_pb2.MarginChartContent.Series(value=mean, lower=low, upper=high)
-        return layout_pb2.Chart(
-            title=f"{metric} on test data over rank (the step), with 95 % intervals",
-            margin=layout_pb2.MarginChartContent(series=[series]),
-        )
-
     charts = [
         chart(f"{metric} on validation data: best trial of each arm", *tags),
-        *map(chart_of_group, range(num_groups)),
         chart(f"{metric} on validation data: every run", f"validation/{data.record.metric}"),
         chart("training loss", "train/loss"),
     ]

@@ -12,6 +12,17 @@ from lorasweep.report.findings import describe_findings
 from lorasweep.report.intrinsic_dimension import find_d90
 from lorasweep.report.sweep_data import STATES, ArmData, SweepData, load_sweep_data
 from lorasweep.report.time_breakdown import TimeBreakdown, break_down_time
+from lorasweep.wording import (
+    UNKNOWN,
+    format_bytes,
+    format_count,
+    format_estimate,
+    format_score,
+    format_seconds,
+    format_settings,
+    format_share,
+    format_share_estimate,
+)
 
 COSTS = ("trainable_params", "trainable_fraction", "adapter_bytes", "peak_memory_bytes", "wall_s")
 """The fields of the best run's record that `summary.json` has for each arm."""
@@ -68,6 +79,27 @@ def summarize(folder: Path) -> Summary:
         time=break_down_time(data.record),
         sentences=tuple(describe_findings(data, advice, fairness)),
     )
+
+
+def tabulate_arms(data: SweepData) -> dict[str, list[str]]:
+    """Returns the table of arms for the terminal and TensorBoard: per name of a quantity, a text for each arm."""
+    arms = data.arms
+    found = [data.evidence.arm(arm.name) for arm in arms]
+    scores = [arm.best.value if arm.best else None for arm in arms]
+    confirmed = [format_estimate(one.mean, one.interval) if one else UNKNOWN for one in found]
+    return {
+        "arm": [arm.name for arm in arms],
+        "best settings": [format_settings(arm.best.params) if arm.best else "no complete trial" for arm in arms],
+        **({"test score": confirmed} if data.evidence.arms else {}),
+        "score": [format_score(score, beside=scores) for score in scores],
+        "of full's gain": [format_share_estimate(*data.gain_of(arm)) for arm in arms],
+        "trained": [format_count(arm.cost("trainable_params")) for arm in arms],
+        "of base": [format_share(arm.cost("trainable_fraction")) for arm in arms],
+        "adapter": [format_bytes(arm.cost("adapter_bytes")) for arm in arms],
+        "memory": [format_bytes(arm.cost("peak_memory_bytes")) for arm in arms],
+        "time": [format_seconds(arm.cost("wall_s")) for arm in arms],
+        "trials": [arm.describe_states() for arm in arms],
+    }
 
 
 def _summarize_arm(arm: ArmData, data: SweepData) -> dict[str, Any]:

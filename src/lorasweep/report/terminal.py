@@ -9,18 +9,14 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from lorasweep.report.summary import Summary, summarize
+from lorasweep.report.summary import Summary, summarize, tabulate_arms
 from lorasweep.report.sweep_data import ArmData, SweepData
 from lorasweep.wording import (
     UNKNOWN,
-    format_bytes,
-    format_count,
     format_estimate,
     format_metric,
     format_score,
-    format_seconds,
     format_settings,
-    format_share,
     format_share_estimate,
 )
 
@@ -82,7 +78,7 @@ def _find_fingerprint(sweep: SweepData, *keys: str) -> str | None:
 def _draw_arms(summary: Summary) -> Table:
     data = summary.data
     title = Text(f"{data.record.name}: {format_metric(data.record.metric)}", style="bold")
-    rows = _build_rows(data)
+    rows = tabulate_arms(data)
     if len(data.arms) <= MAX_COLUMNS:
         table = Table(show_header=False, title=title, title_justify="left")
         table.add_column(style="dim")
@@ -100,27 +96,6 @@ def _draw_arms(summary: Summary) -> Table:
     for arm_cells in zip(*rows.values(), strict=True):
         table.add_row(*map(Text, arm_cells))
     return table
-
-
-def _build_rows(data: SweepData) -> dict[str, list[str]]:
-    """Returns the table by rows: the name of each row, and a cell for each arm."""
-    arms = data.arms
-    found = [data.evidence.arm(arm.name) for arm in arms]
-    scores = [arm.best.value if arm.best else None for arm in arms]
-    confirmed = [format_estimate(one.mean, one.interval) if one else UNKNOWN for one in found]
-    return {
-        "arm": [arm.name for arm in arms],
-        "best settings": [format_settings(arm.best.params) if arm.best else "no complete trial" for arm in arms],
-        **({"test score": confirmed} if data.evidence.arms else {}),
-        "score": [format_score(score, beside=scores) for score in scores],
-        "of full's gain": [format_share_estimate(*data.gain_of(arm)) for arm in arms],
-        "trained": [format_count(arm.cost("trainable_params")) for arm in arms],
-        "of base": [format_share(arm.cost("trainable_fraction")) for arm in arms],
-        "adapter": [format_bytes(arm.cost("adapter_bytes")) for arm in arms],
-        "memory": [format_bytes(arm.cost("peak_memory_bytes")) for arm in arms],
-        "time": [format_seconds(arm.cost("wall_s")) for arm in arms],
-        "trials": [arm.describe_states() for arm in arms],
-    }
 
 
 def _draw_side_by_side(sweeps: Sequence[SweepData]) -> Table:
