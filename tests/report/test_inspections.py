@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from lorasweep.report.figures.weights import draw_weights, median_spectrum
+from lorasweep.report.figures.weights import draw_weights
 from lorasweep.report.inspections import SweepWeights, load_inspections
 from lorasweep.report.sweep_data import load_sweep_data
 
@@ -45,18 +45,15 @@ def test_winners_are_read_with_their_numbers(inspected: Path) -> None:
         ("full", 16, ("At 16.",)),
     ]
     lora = weights.arms[0]
-    assert [(layer.block, layer.kind, layer.norm_share) for layer in lora.layers][-2:] == [
-        (1, "up", 0.3),
-        (None, "head.bias", 0.1),
-    ]
-    assert [row.rank for row in lora.truncation] == [0, 2, 4]
+    # relative to each layer's first
+    assert lora.spectrum == {1: 1, 2: 0.5, 3: 0.25, 4: 0.125}
+    # the bias counts in neither
+    assert lora.share_by_kind == pytest.approx({"q": 0.3, "up": 0.6})
+    assert lora.share_by_block == pytest.approx({0: 0.4, 1: 0.5})
+    assert [*lora.truncation] == [0, 2, 4]
     assert weights.similarity == {("lora", "full"): {(1, 1): 0.5, (2, 1): 0.25}}
     assert weights.sentences == ("`lora` and `full` share.",)
     assert weights.problems == ()
-
-
-def test_spectra_are_relative_to_each_layers_first(inspected: Path) -> None:
-    assert median_spectrum(load(inspected).arms[0]) == {1: 1, 2: 0.5, 3: 0.25, 4: 0.125}
 
 
 def test_figures_show_spectra_ranks_places_and_subspaces(inspected: Path) -> None:

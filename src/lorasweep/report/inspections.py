@@ -8,34 +8,20 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 
 from lorasweep.report.sweep_data import SweepData
 
 FOLDER = "inspect"
+MAX_DIRECTIONS = 64
+"""The report shows at most this many singular values."""
 
 Overlaps = dict[tuple[int, int], float]
 """φ of the first i directions of one change and the first j of another, by (i, j)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayerChange:
-    """One changed weight: a line of `layers.csv`."""
-
-    block: int | None
-    kind: str
-    norm_share: float
-    effective_rank: float | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class RankScore:
-    """The score of a change that is cut to a rank: a line of `truncation.csv`."""
-
-    rank: int
-    score: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,11 +31,16 @@ class ArmWeights:
     arm: str
     run: str
     """The run's folder, relative to the sweep's."""
-    layers: tuple[LayerChange, ...]
-    spectra: Mapping[str, list[float]]
-    """The singular values of each layer, falling."""
-    truncation: tuple[RankScore, ...]
+    spectrum: Mapping[int, float]
+    """Per direction (from 1), the median over layers of the singular value over the layer's first."""
+    truncation: Mapping[int, float]
+    """The score by the rank to which every layer is cut; empty if it was not measured."""
     enough_rank: int | None
+    """The rank whose score is as good as the whole change's."""
+    share_by_kind: Mapping[str, float]
+    """The share of the change's squared norm by kind of matrix, the smallest first; vectors are left out."""
+    share_by_block: Mapping[int, float]
+    """The share of the change's squared norm by block."""
     sentences: tuple[str, ...]
 
 
@@ -93,27 +84,31 @@ def load_inspections(data: SweepData) -> SweepWeights:
 
 def _read_arm(arm: str, run: str, folder: Path) -> ArmWeights:
     summary = json.loads((folder / "summary.json").read_text())
-    has_truncation = (folder / "truncation.csv").exists()
+    spectra = json.loads((folder / "spectra.json").read_text())["singular_values"]
+    kinds: dict[str, float] = defaultdict(float)
+    blocks: dict[int, float] = defaultdict(float)
+    for row in _read_csv(folder / "layers.csv"):
+        if row["effective_rank"]:
+            kinds[row["kind"]] += float(row["norm_share"])
+        if row["block"]:
+            blocks[int(row["block"])] += float(row["norm_share"])
+    path = folder / "truncation.csv"
     return ArmWeights(
         arm=arm,
         run=run,
-        layers=tuple(
-            LayerChange(
-                block=int(row["block"]) if row["block"] else None,
-                kind=row["kind"],
-                norm_share=float(row["norm_share"]),
-                effective_rank=float(row["effective_rank"]) if row["effective_rank"] else None,
-            )
-            for row in _read_csv(folder / "layers.csv")
-        ),
-        spectra=json.loads((folder / "spectra.json").read_text())["singular_values"],
-        truncation=tuple(
-            RankScore(rank=int(row["rank"]), score=float(row["score"]))
-            for row in (_read_csv(folder / "truncation.csv") if has_truncation else ())
-        ),
+        spectrum=_take_median(spectra.values()),
+        truncation={int(row["rank"]): float(row["score"]) for row in (_read_csv(path) if path.exists() else ())},
         enough_rank=summary["enough_rank"],
+        share_by_kind=dict(sorted(kinds.items(), key=lambda item: item[1])),
+        share_by_block=dict(sorted(blocks.items())),
         sentences=tuple(summary["sentences"]),
     )
+
+
+def _take_median(spectra: Iterable[Sequence[float]]) -> dict[int, float]:
+    relative = [[value / values[0] for value in values] for values in spectra if values and values[0]]
+    longest = min(max(map(len, relative), default=0), MAX_DIRECTIONS)
+    return {i + 1: median(values[i] for values in relative if len(values) > i) for i in range(longest)}
 
 
 def _read_similarity(folder: Path) -> dict[tuple[str, str], Overlaps]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
-from statistics import median
 from typing import Any
 
 import plotly.graph_objects as go
@@ -23,8 +21,6 @@ from lorasweep.report.figures.panel import (
 from lorasweep.report.inspections import ArmWeights, Overlaps, SweepWeights, load_inspections
 from lorasweep.report.sweep_data import SweepData
 
-MAX_DIRECTIONS = 64
-"""A spectrum shows at most this many singular values."""
 MAX_PAIRS = 3
 """The page has at most this many heat maps of similarity; the CSV file has all pairs."""
 MAX_KINDS = 12
@@ -60,21 +56,14 @@ def draw_weights(data: SweepData) -> Panel:
     )
 
 
-def median_spectrum(weights: ArmWeights) -> dict[int, float]:
-    """Returns per direction (from 1) the median over layers of its singular value over the layer's first."""
-    relative = [[value / values[0] for value in values] for values in weights.spectra.values() if values and values[0]]
-    longest = min(max(map(len, relative), default=0), MAX_DIRECTIONS)
-    return {i + 1: median(values[i] for values in relative if len(values) > i) for i in range(longest)}
-
-
 def _list_points(weights: SweepWeights) -> Iterable[tuple[object, ...]]:
     """Yields the data behind the figures, a row per point."""
     for one in weights.arms:
         for figure, points in (
-            ("spectrum", median_spectrum(one)),
-            ("truncation", {row.rank: row.score for row in one.truncation}),
-            ("share of kind", _shares_by_kind(one)),
-            ("share of block", _shares_by_block(one)),
+            ("spectrum", one.spectrum),
+            ("truncation", one.truncation),
+            ("share of kind", one.share_by_kind),
+            ("share of block", one.share_by_block),
         ):
             yield from ((one.arm, figure, x, y) for x, y in points.items())
     for pair, found in weights.similarity.items():
@@ -98,7 +87,7 @@ def _draw_lines(
 
 def _draw_spectra(weights: SweepWeights, data: SweepData) -> Iterable[go.Figure]:
     titles = {"x_title": "direction", "y_title": "singular value / first"}
-    for figure in _draw_lines(weights, data, median_spectrum, **titles):
+    for figure in _draw_lines(weights, data, lambda one: one.spectrum, **titles):
         figure.update_xaxes(type="log")
         figure.update_yaxes(type="log", exponentformat="power")
         yield figure
@@ -106,10 +95,10 @@ def _draw_spectra(weights: SweepWeights, data: SweepData) -> Iterable[go.Figure]
 
 def _draw_truncation(weights: SweepWeights, data: SweepData) -> Iterable[go.Figure]:
     def points(one: ArmWeights) -> dict[str, float]:
-        return {str(row.rank): row.score for row in one.truncation}
+        return {str(rank): score for rank, score in one.truncation.items()}
 
     for figure in _draw_lines(weights, data, points, x_title="rank that every layer is cut to"):
-        ranks = sorted({row.rank for one in weights.arms for row in one.truncation})
+        ranks = sorted({rank for one in weights.arms for rank in one.truncation})
         # Ranks are categories, since they begin at 0, which a logarithmic axis can't show.
         figure.update_xaxes(type="category", categoryorder="array", categoryarray=[str(rank) for rank in ranks])
         for one in weights.arms:
@@ -119,7 +108,9 @@ def _draw_truncation(weights: SweepWeights, data: SweepData) -> Iterable[go.Figu
             )
             if enough in points(one):
                 add_ring(figure, enough, points(one)[enough], colours_of(data)[one.arm], one.arm, **hover)
-        figure.update_yaxes(range=score_range(data, [row.score for one in weights.arms for row in one.truncation]))
+        figure.update_yaxes(
+            range=score_range(data, [score for one in weights.arms for score in one.truncation.values()])
+        )
         yield figure
 
 
@@ -127,12 +118,14 @@ def _draw_kinds(weights: SweepWeights, data: SweepData) -> go.Figure:
     titles = {"x_title": "share of squared norm", "y_title": " "}
     figure, colours = build_figure(data, **titles, barmode="group", height=SMALL_HEIGHT_PX), colours_of(data)
     for one in weights.arms:
-        add_bars(figure, [*_shares_by_kind(one).items()][-MAX_KINDS:], colours[one.arm], one.arm)
+        add_bars(figure, [*one.share_by_kind.items()][-MAX_KINDS:], colours[one.arm], one.arm)
     return figure
 
 
 def _draw_blocks(weights: SweepWeights, data: SweepData) -> Iterable[go.Figure]:
-    for figure in _draw_lines(weights, data, _shares_by_block, x_title="block", y_title="share of the squared norm"):
+    for figure in _draw_lines(
+        weights, data, lambda one: one.share_by_block, x_title="block", y_title="share of the squared norm"
+    ):
         figure.update_yaxes(tickformat=".0%", rangemode="tozero")
         yield figure
 
@@ -147,20 +140,3 @@ def _draw_similarity(pair: tuple[str, str], found: Overlaps, data: SweepData) ->
     x, y = [str(j) for j in columns], [str(i) for i in rows]
     add_heat_map(figure, x, y, grid, zmin=0, zmax=1, reversescale=True, hovertemplate=hover, colorbar=bar)
     return figure
-
-
-def _shares_by_kind(weights: ArmWeights) -> dict[str, float]:
-    """Returns the share of the squared norm by kind of matrix, the smallest first; vectors are left out."""
-    shares: dict[str, float] = defaultdict(float)
-    for row in weights.layers:
-        if row.effective_rank is not None:
-            shares[row.kind] += row.norm_share
-    return dict(sorted(shares.items(), key=lambda item: item[1]))
-
-
-def _shares_by_block(weights: ArmWeights) -> dict[int, float]:
-    shares: dict[int, float] = defaultdict(float)
-    for row in weights.layers:
-        if row.block is not None:
-            shares[row.block] += row.norm_share
-    return dict(sorted(shares.items()))
