@@ -1,4 +1,4 @@
-"""Sweeps whose runs are made up: a score worked out from the settings, in no time."""
+"""Sweeps with made-up runs, whose scores are computed from their settings instead of trained."""
 
 from __future__ import annotations
 
@@ -80,14 +80,14 @@ def write_file(tmp_path: Path) -> Callable[[Any], Path]:
 
 
 class Killed(BaseException):
-    """Stands for kill -9."""
+    """Stands for `kill -9`: no handler of Exception catches it."""
 
 
 WRITES = ("create_new_trial", "set_trial_user_attr", "set_trial_intermediate_value", "set_trial_state_values")
 
 
 def kill_at(monkeypatch: pytest.MonkeyPatch, storage: BaseStorage, count: int, *, after: bool) -> None:
-    """Has the process die at a write to the journal, before it or right after it."""
+    """Raises `Killed` at the write of this number to the storage, before it or right after it."""
     left = [count]
 
     def wrap(write: Any) -> Any:
@@ -108,21 +108,21 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, storage: BaseStorage, count: int, *
 
 @dataclass
 class MadeUpRuns:
-    """Stands in for `train_run` and `score_run`.
+    """Replaces `train_run` and `score_run`.
 
-    A training evaluates every `trainer.eval_every_steps`, and goes on where it was stopped.
+    A run is evaluated every `trainer.eval_every_steps` steps, and is resumed from the step at which it was stopped.
     """
 
     score: Callable[[RunConfig, int], float] = lambda config, step: abs(config.optim.lr - 0.01) + 1 / (1 + step)
-    """Score of a run at a step; may raise what a training raises."""
+    """Returns the score of a run at a step; may raise an error of training."""
     score_on_test: Callable[[RunRecord], float] = lambda record: record.best["bits_per_byte"] + 1
-    """Score of a run on test data; may raise."""
+    """Returns the score of a run on test data; may raise."""
     begun: list[tuple[str, int]] = field(default_factory=list)
-    """Arm and trial of each session of a run alone, in order."""
+    """Arm and trial of each session of a solo run, in order."""
     steps_done: dict[Path, int] = field(default_factory=dict)
-    """Step of the newest checkpoint of each run alone."""
+    """Step of the newest checkpoint of each solo run."""
     steps_trained: int = 0
-    """Steps of all sessions together, repeated ones included."""
+    """Steps of all sessions together, including repeated ones."""
     values: dict[Path, dict[int, float]] = field(default_factory=dict)
     """Evaluations of each run, by step."""
     configs: dict[Path, RunConfig] = field(default_factory=dict)
@@ -130,7 +130,7 @@ class MadeUpRuns:
     """Names of the folders that were scored on test data, in order."""
     base_is_in_use: bool = False
     raised: list[Exception] = field(default_factory=list)
-    """Errors that a test asked for."""
+    """Errors that a test asked for, as they were raised."""
 
     def score_run(self, folder: Path, *, inputs: Any) -> RunRecord:
         assert not self.base_is_in_use
@@ -168,7 +168,7 @@ class MadeUpRuns:
         return self.close(config, place.folder, last, "complete")
 
     def evaluate(self, config: RunConfig, folder: Path, step: int) -> float:
-        """Trains a run up to its next evaluation, and returns the score there."""
+        """Trains a run up to its next evaluation and returns its score there."""
         self.configs[folder] = config
         self.steps_trained += config.trainer.eval_every_steps
         try:
@@ -198,17 +198,17 @@ class MadeUpRuns:
 
 @dataclass
 class MadeUpPacks:
-    """Stands in for `train_pack`: goes from boundary to boundary in the order that `training.pack` states."""
+    """Replaces `train_pack`: does the same calls in the same order at each evaluation."""
 
     runs: MadeUpRuns
     errors: list[Exception] = field(default_factory=list)
-    """One is raised at the beginning of each of the first packs."""
+    """Errors that the first packs raise when they start, one each."""
     sizes: list[int] = field(default_factory=list)
-    """Slots of each pack as it began."""
+    """Number of slots of each pack at its start."""
     checkpoints: dict[Path, set[int]] = field(default_factory=dict)
-    """Steps of each run from which a pack may resume it."""
+    """Steps at which each run has a checkpoint for packs."""
     trained: list[tuple[str, int]] = field(default_factory=list)
-    """Folder's name and step of each evaluation, in order."""
+    """Folder name and step of each evaluation, in order."""
 
     def __call__(
         self,
@@ -275,7 +275,7 @@ class MadeUpPacks:
         return True
 
     def _advance(self, job: RunRequest, steps: dict[RunRequest, int], *, every: int) -> bool:
-        """Trains a slot up to its next evaluation, and returns whether its run lives."""
+        """Trains a slot up to its next evaluation and returns whether its run goes on."""
         steps[job] += every
         self.trained.append((job.place.folder.name, steps[job]))
         try:
@@ -330,7 +330,7 @@ def packs(runs: MadeUpRuns, monkeypatch: pytest.MonkeyPatch) -> MadeUpPacks:
     return made_up
 
 
-class NoBenches:
+class NoInputs:
     """Made-up runs need neither model nor data, but for a test split that notes when it is read."""
 
     def __init__(self) -> None:
@@ -338,7 +338,7 @@ class NoBenches:
         self.telemetry = Telemetry()
         self.splits = self
 
-    def of(self, config: RunConfig) -> NoBenches:
+    def of(self, config: RunConfig) -> NoInputs:
         return self
 
     def test(self) -> SimpleNamespace:
@@ -359,9 +359,9 @@ def begin(write_file: Callable[[Any], Path], tmp_path: Path) -> Callable[..., Sw
 
 @pytest.fixture
 def work() -> Callable[..., bool]:
-    """Runs what is left of an open sweep and closes it.
+    """Runs the rest of an open sweep and closes it.
 
-    `stop_at` stops it at the worker's so-manieth question, `stop_when` once that is so.
+    `stop_at` stops it when the worker asks for the n-th time whether to stop, `stop_when` as soon as it returns True.
     """
 
     def run(
@@ -378,7 +378,7 @@ def work() -> Callable[..., bool]:
 
         return train_sweep(
             folder,
-            inputs_cache or NoBenches(),  # type: ignore[arg-type]
+            inputs_cache or NoInputs(),  # type: ignore[arg-type]
             stop_requested=stop_requested,
             run_ended=lambda record, path, params: None,
         )
@@ -387,8 +387,8 @@ def work() -> Callable[..., bool]:
 
 
 @pytest.fixture
-def take_up(work: Callable[..., bool]) -> Callable[..., int]:
-    """Takes a sweep up again and again until it is complete, each session stopped at its `stop_at`-th question."""
+def finish(work: Callable[..., bool]) -> Callable[..., int]:
+    """Resumes a sweep until it is complete, and returns the number of sessions; `stop_at` ends each of them early."""
 
     def run(path: Path, *, stop_at: int | None = None) -> int:
         sessions = 1
@@ -401,9 +401,9 @@ def take_up(work: Callable[..., bool]) -> Callable[..., int]:
 
 
 @pytest.fixture
-def inputs_cache() -> NoBenches:
+def inputs_cache() -> NoInputs:
     """Stands in for base models and data; notes reads of the test split."""
-    return NoBenches()
+    return NoInputs()
 
 
 def of_arm(rows: list[TrialRow], arm: str) -> list[TrialRow]:

@@ -72,7 +72,7 @@ def show(status, *, width=160):
     return console.export_text()
 
 
-def test_arms_are_counted_by_what_became_of_their_trials(running):
+def test_trials_are_counted_by_state(running):
     status = read_status(running)
     assert status.is_running
     assert not status.is_over
@@ -87,7 +87,7 @@ def test_arms_are_counted_by_what_became_of_their_trials(running):
     assert "resume" not in shown
 
 
-def test_every_running_trial_has_a_line_with_its_step_and_last_value(running):
+def test_running_trials_have_lines_with_step_and_last_value(running):
     rows = [trial(number, "running") for number in range(20)]
     rows[0].step, rows[0].last_value = 4, 1.75
     rows[1].params = {"trainer.max_steps": 100}
@@ -101,7 +101,7 @@ def test_every_running_trial_has_a_line_with_its_step_and_last_value(running):
     assert lines[-1] == f"now: {20 - status_file.MAX_SHOWN_RUNS} more"
 
 
-def test_the_time_left_is_worked_out_from_the_runs_that_have_ended(running):
+def test_the_remaining_time_follows_from_the_ended_runs(running):
     status = read_status(running)
     assert status.seconds_left == 65.0 / 4 * 3  # 4 of 7 trials
     assert "1 min 05 s so far, about 49 s left at this pace" in show(status)
@@ -109,13 +109,13 @@ def test_the_time_left_is_worked_out_from_the_runs_that_have_ended(running):
     assert read_status(running).seconds_left is None
 
 
-def test_a_sweep_that_no_process_runs_says_what_to_type(folder):
+def test_a_stopped_sweep_shows_the_command_that_resumes_it(folder):
     status = read_status(folder)
     assert status.is_over
-    assert f"No process runs it. Type `lorasweep sweep --resume {folder}` to resume it." in show(status, width=400)
+    assert f"lorasweep sweep --resume {folder}" in show(status, width=400)
 
 
-def test_a_complete_sweep_is_over_and_has_nothing_to_type(running):
+def test_a_complete_sweep_is_over_and_shows_no_command(running):
     write_record(sweep_record(status="complete"), running)
     status = read_status(running)
     assert status.is_over
@@ -132,7 +132,7 @@ def test_the_confirm_stage_counts_a_seed_once_for_the_frozen_base(running):
     shown = show(status)
     (line,) = [line for line in shown.splitlines() if line.strip().startswith("lora")]
     assert line.split() == ["lora", "3/6", "2", "1", "1", "2", "3/4", "1.5000", "1.7000", "method.rank=1"]
-    assert "confirm: the best settings of each arm again on 4 fresh seeds, scored once on test data" in shown
+    assert "4 fresh seeds" in shown
     assert "now: lora confirm  step 4/8  1.5500  method.rank=1 seed=10" in shown
 
 
@@ -147,7 +147,7 @@ def test_an_arm_without_a_complete_trial_has_no_best(folder):
     assert "–" in show(read_status(folder))
 
 
-def test_where_more_is_better_the_best_is_the_highest(folder):
+def test_the_best_is_the_highest_under_maximize(folder):
     trials = [trial(0, "complete", 0.5), trial(1, "complete", 0.7), trial(2, "complete", 0.7)]
     write_record(sweep_record(direction="maximize", trials=trials), folder)
     (lora,) = [a for a in read_status(folder).arms if a.name == "lora"]
@@ -192,21 +192,12 @@ def test_a_name_is_never_taken_for_markup(folder):
     assert "[bold]" in shown
 
 
-def test_params_read_as_one_types_them():
+def test_params_are_shown_as_overrides():
     params = {"method.rank": 8, "optim.lr": 0.0123456, "method.targets": None, "trainer.progress": True}
     assert describe_params(params) == "method.rank=8 optim.lr=0.0123 method.targets=null trainer.progress=True"
 
 
-@pytest.mark.parametrize("hostile", ["[red]x[/red]", "[/]", "\x1b[2J"])
-def test_a_hostile_value_is_text(folder, hostile):
-    row = trial(0, "complete", 1.5)
-    row.params = {"method.targets": hostile}
-    write_record(sweep_record(trials=[row]), folder)
-    shown = show(read_status(folder), width=300)
-    assert hostile.replace("\x1b", "") in shown.replace("\x1b", "")
-
-
-def test_a_real_sweep_is_seen_while_it_runs_and_after(begin, work, runs, content):
+def test_the_status_of_a_real_sweep_during_and_after_it(begin, work, runs, content):
     content["settings"] |= {"pruner": "halving", "pruner.rungs": [0.25], "pruner.min_survivors": 1}
     folder = begin(content)
     folder.is_due = lambda: True  # else it depends on the machine how often the record is written

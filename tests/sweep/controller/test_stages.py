@@ -107,13 +107,13 @@ def test_a_seed_that_was_searched_gives_way_to_the_fresh_ones(begin, work, runs,
 
 
 @pytest.mark.parametrize("stop_at", [1, 5])
-def test_a_stopped_sweep_ends_with_exactly_its_seeds(begin, work, runs, confirming, take_up, stop_at):
+def test_a_stopped_sweep_ends_with_exactly_its_seeds(begin, work, runs, confirming, finish, stop_at):
     whole = begin(confirming, folder="whole")
     assert work(whole)
     stopped = begin(confirming, folder="stopped")
     assert not work(stopped, stop_at=4)
     runs.scored.clear()
-    take_up(stopped.path, stop_at=None if stop_at == 1 else stop_at + 1)
+    finish(stopped.path, stop_at=None if stop_at == 1 else stop_at + 1)
     assert rows_of(stopped.path) == rows_of(whole.path)
     assert sorted(runs.scored) == sorted(row.run.removeprefix("runs/") for row in read_sweep(whole.path).confirm)
 

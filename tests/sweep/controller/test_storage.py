@@ -121,10 +121,10 @@ def rows_of(path):
     return [(row.arm, row.number, row.params, row.state, row.value) for row in read_sweep(path).trials]
 
 
-def test_a_sweep_in_a_database_is_the_sweep_of_a_journal(begin, work, take_up, runs, in_database):
+def test_a_sweep_in_a_database_is_the_sweep_of_a_journal(begin, work, finish, runs, in_database):
     stored = begin(in_database, folder="stored")
     assert not work(stored, stop_at=9)
-    take_up(stored.path, stop_at=9)
+    finish(stored.path, stop_at=9)
     assert not (stored.path / JOURNAL_FILE).exists()
     whole = begin(in_database | {"settings": in_database["settings"] | {"storage.url": None}}, folder="whole")
     assert work(whole)

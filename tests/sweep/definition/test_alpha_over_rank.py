@@ -1,4 +1,4 @@
-"""α by its multiplier: fixed or searched, by whichever of the two keys was said last."""
+"""α by its multiplier, fixed or searched; the later one of the two keys counts."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ def test_methods_that_change_the_base_itself_run_alone_and_say_why(write_file, c
     content["arms"]["full"]["settings"]["method"] = method
     plans = plan(write_file, content)
     assert plans["full"].key is None
-    assert plans["full"].reason == f"`method={method}` has no slots on a frozen base, so its trials run alone."
+    assert f"`method={method}` has no slots" in plans["full"].reason
 
 
 def test_arms_that_differ_in_what_a_slot_owns_share_a_pack(write_file, content):
@@ -47,20 +47,20 @@ def test_arms_that_differ_in_what_a_slot_owns_share_a_pack(write_file, content):
         ("trainer.max_steps", 9, "not a multiple of `trainer.eval_every_steps`"),
         ("optim.eps", 0.0, "`optim.eps` is 0"),
         ("trainer.devices", 2, "`trainer.devices` does not go with packs"),
-        ("optim", "sgd", "`optim._target_` does not go with packs, whose slots all train by AdamW, so its trials run"),
-        ("callbacks", ["lr_monitor"], "`callbacks` does not go with packs, where a callback would see several runs as"),
-        ("trainer.profiler", "simple", "`trainer.profiler` does not go with packs, whose steps belong to several runs"),
-        ("schedule", "one_cycle", "`schedule._target_` does not go with packs, whose slots have the schedules that"),
+        ("optim", "sgd", "`optim._target_` does not go with packs"),
+        ("callbacks", ["lr_monitor"], "`callbacks` does not go with packs"),
+        ("trainer.profiler", "simple", "`trainer.profiler` does not go with packs"),
+        ("schedule", "one_cycle", "`schedule._target_` does not go with packs"),
     ],
 )
-def test_what_a_slot_cannot_own_runs_alone_and_says_why(write_file, content, key, value, reason):
+def test_a_setting_that_slots_do_not_have_runs_alone_and_says_why(write_file, content, key, value, reason):
     content["arms"]["lora"]["settings"][key] = value
     plans = plan(write_file, content)
     assert plans["lora"].key is None
     assert reason in plans["lora"].reason
 
 
-def test_the_report_says_why_trials_run_alone(write_file, content):
+def test_notes_say_why_trials_run_alone(write_file, content):
     assert packing_notes(read_definition(write_file(content), [])) == []  # `full` has no slots under any settings
     content["arms"]["lora"]["settings"]["optim"] = "sgd"
     (note,) = packing_notes(read_definition(write_file(content), ["worker.pack_size=auto"]))

@@ -1,4 +1,4 @@
-"""What makes a comparison less fair is said before the first trial; what is fair is not warned of."""
+"""A setting that makes a comparison less fair gets a warning before the first trial; a fair one gets none."""
 
 from __future__ import annotations
 

@@ -58,20 +58,20 @@ HALVING = {"pruner": "halving", "pruner.rungs": [0.25, 0.5], "pruner.reduction_f
         *(pytest.param(sampler, 5, marks=pytest.mark.slow) for sampler in ("gp", "qmc")),
     ],
 )
-def test_a_stopped_sweep_proposes_what_an_uninterrupted_one_does(begin, work, take_up, runs, content, sampler, stop_at):
+def test_a_stopped_sweep_proposes_what_an_uninterrupted_one_does(begin, work, finish, runs, content, sampler, stop_at):
     content["settings"] |= {"sampler": sampler} | HALVING
     whole = begin(content, "sweep.trials=7", folder="whole")
     assert work(whole)
     stopped = begin(content, "sweep.trials=7", folder="stopped")
     assert not work(stopped, stop_at=stop_at)
-    take_up(stopped.path, stop_at=stop_at)
+    finish(stopped.path, stop_at=stop_at)
     assert rows_of(stopped.path) == rows_of(whole.path)
     assert {row.state for row in read_sweep(whole.path).trials} == {"complete", "pruned"}
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "grid"])
 def test_a_sweep_stopped_in_packs_proposes_what_an_uninterrupted_one_does(
-    begin, work, take_up, runs, packs, content, sampler
+    begin, work, finish, runs, packs, content, sampler
 ):
     content["settings"] |= {"sampler": sampler, "worker.pack_size": 3} | HALVING
     content["arms"]["lora"] |= {"space": {"method.rank": [1, 2, 4], "optim.lr": [0.001, 0.01, 0.1]}, "trials": 8}
@@ -80,7 +80,7 @@ def test_a_sweep_stopped_in_packs_proposes_what_an_uninterrupted_one_does(
     assert work(whole)
     stopped = begin(content, folder="stopped")
     assert not work(stopped, stop_at=3)
-    take_up(stopped.path, stop_at=3)
+    finish(stopped.path, stop_at=3)
     assert rows_of(stopped.path) == rows_of(whole.path)
 
 
