@@ -43,9 +43,9 @@ from lorasweep.wording import nearest
 DEFAULT_TRIALS = 16
 """Trials of an arm that has a space, if neither the sweep file nor the command line gives a number."""
 MAX_GRID_COMBINATIONS = 100_000
-"""Combinations of values of an arm under `sampler=grid`, which lists them all before the first trial."""
+"""Maximum number of combinations under `sampler=grid`, which lists all of them in memory before the first trial."""
 CONFIRM_ENDING = "-confirm"
-"""Stands between an arm's name and a number in the names of the confirm stage's run folders."""
+"""A run folder of the confirm stage is named after its arm, this ending, and a number."""
 UNSEARCHED_GROUPS = ("confirm", "worker", "storage")
 """Groups of settings that don't change which trials the search has; a resumed sweep may change them."""
 PATH_KEYS = ("data.train", "data.validation", "data.test", "model.path")
@@ -183,7 +183,7 @@ def _build_arm(arm: ExpandedArm, file: SweepFile, overrides: Mapping[str, Any], 
     """Returns one arm, composed and checked; adds the overrides that reach it to `used`."""
     require_folder_name("an arm's name", arm.name)
     if arm.name.endswith(CONFIRM_ENDING):
-        raise ConfigError(f"an arm's name must not end in `{CONFIRM_ENDING}`, as run folders do, but got {arm.name!r}.")
+        raise ConfigError(f"an arm's name must not end in `{CONFIRM_ENDING}`, but got {arm.name!r}. Rename the arm.")
     own = [
         {"sweep.trials" if key == "trials" else key: value for key, value in layer.items()}
         for layer in arm_overrides(arm, overrides, used=used)
@@ -256,6 +256,7 @@ def _layer_run(
 
 
 def _is_range(key: str, value: Any) -> bool:
+    """Returns whether an override searches its key; several loggers or callbacks are a value, not a choice."""
     return isinstance(value, Mapping | list) and key not in LIST_GROUPS
 
 
@@ -275,6 +276,7 @@ def _is_whole(key: str, range_: Any, config: Any) -> bool:
 
 
 def _check_grid(arm: Arm) -> None:
+    """Raises ConfigError unless `sampler=grid` has enough combinations for the arm's trials, and not too many."""
     if arm.driver.sampler.name != "grid" or not arm.space:
         return
     count = math.prod(len(grid_values(key, distribution)) for key, distribution in arm.space.items())

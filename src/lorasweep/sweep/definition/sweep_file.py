@@ -18,10 +18,12 @@ from lorasweep.errors import ConfigError
 from lorasweep.sweep.definition.alpha_over_rank import spell_out_multiplier
 from lorasweep.wording import nearest
 
-MAX_NAME_LENGTH = 100
-"""Characters in the name of a sweep or an arm, which become names of folders."""
+MAX_NAME_CHARACTERS = 100
+"""Maximum length of the name of a sweep or an arm. It becomes part of a folder's name, whose length is limited."""
 DEFAULTS = {"name": "sweep", "description": "", "settings": {}}
+"""Values of the keys that a sweep file may leave out."""
 ARM_DEFAULTS: dict[str, Any] = {"settings": {}, "space": {}, "trials": None, "expand": {}}
+"""Values of the keys that an arm may leave out."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +35,7 @@ class ArmConfig:
     space: Mapping[str, Any]
     """Searched keys: a list of choices, or a mapping with `low`, `high`, and `log` or `step`."""
     trials: int | None
+    """Trials of the search; None if the file gives no number."""
     expand: Mapping[str, Any]
     """Keys and lists of values: one arm for each combination, with its own search and the same budget."""
 
@@ -63,6 +66,7 @@ def find_sweep_file(name: str) -> Path:
             raise ConfigError(f"a sweep file must exist, but {name!r} does not.")
         return path
     files = {path.stem: path for path in packaged_folder("sweeps").glob("*.yaml")}
+    # the user's own sweep of the same name wins
     files |= {path.stem: path for path in (Path.cwd() / "sweeps").glob("*.yaml")}
     if name not in files:
         raise ConfigError(
@@ -108,6 +112,7 @@ def parse_file(content: Any) -> SweepFile:
 
 
 def _spell_out_arm(name: str, arm: ArmConfig) -> ArmConfig:
+    """Returns an arm in which α by its multiplier has the multiplier's own key."""
     spelled: dict[str, Any] = {
         key: spell_out_multiplier(getattr(arm, key), where=f"arms.{name}.{key}")
         for key in ("settings", "space", "expand")
@@ -117,7 +122,7 @@ def _spell_out_arm(name: str, arm: ArmConfig) -> ArmConfig:
 
 def require_folder_name(what: str, name: str) -> None:
     """Raises ConfigError unless a name can be part of a folder's name."""
-    if not re.fullmatch(rf"[\w-]{{1,{MAX_NAME_LENGTH}}}", name):
+    if not re.fullmatch(rf"[\w-]{{1,{MAX_NAME_CHARACTERS}}}", name):
         raise ConfigError(
-            f"{what} must consist of 1 to {MAX_NAME_LENGTH} letters, digits, `_` and `-`, but got {name!r}."
+            f"{what} must consist of 1 to {MAX_NAME_CHARACTERS} letters, digits, `_` and `-`, but got {name!r}."
         )
