@@ -55,7 +55,9 @@ def parse_range(key: str, value: Any, *, whole: bool) -> BaseDistribution:
             return IntDistribution(int(low), int(high), log=log, step=1 if step is None else int(step))
         return FloatDistribution(low, high, log=log, step=step)
     except ValueError as error:  # Optuna names the rule that `log` or `step` breaks
-        raise ConfigError(f"the range of `{key}` is {dict(value)!r}, which can't be: {first_line(error)}") from error
+        raise ConfigError(
+            f"the range of `{key}` must be one that Optuna accepts, but got {dict(value)!r}: {first_line(error)}"
+        ) from error
 
 
 def corner_values(distribution: BaseDistribution) -> list[Any]:
