@@ -72,39 +72,10 @@ CANARY = "touch canary"
 SYSTEM = {"callbacks.a._target_": "os.system", "callbacks.a.command": CANARY}
 HOSTILE = {
     "os.system": (SYSTEM, "must be a class of a package that is trusted, but got 'os.system'"),
-    "subprocess.Popen": (
-        {"callbacks.a._target_": "subprocess.Popen", "callbacks.a.args": ["touch", "canary"]},
-        "must be a class of a package that is trusted, but got 'subprocess.Popen'",
-    ),
-    "builtins.eval": (
-        {"optim._target_": "builtins.eval", "optim.source": "open('canary', 'w')"},
-        "but got 'builtins.eval'",
-    ),
     "a module here": ({"callbacks.a._target_": "evil.Callback"}, "add `trust=[evil]` to the command line"),
-    "torch.load": ({"schedule._target_": "torch.load", "schedule.f": "x"}, "must be the import path of a class"),
-    "torch.hub.load": ({"optim._target_": "torch.hub.load"}, "must be the import path of a class"),
-    "by attribute": ({"callbacks.a._target_": "torch.os.system"}, "must be the import path of a class"),
-    "re-exported": (
-        {"callbacks.a._target_": "torch.serialization.pickle.Unpickler"},
-        "`callbacks.a._target_` must be",
-    ),
-    "hydra": ({"logger.a._target_": "hydra.utils.get_method", "logger.a.path": "os.system"}, "that is trusted"),
-    "our command line": ({"callbacks.a._target_": "lorasweep.cli.main"}, "must be the import path of a class"),
-    "another kind": ({"optim._target_": "torch.nn.Linear"}, "must be a subclass of `torch.optim.optimizer.Optimizer`"),
     "_partial_": (
         {"callbacks.a._target_": "lightning.pytorch.callbacks.Timer", "callbacks.a._partial_": True},
         "`callbacks.a._partial_` must be an argument of a class",
-    ),
-    "_args_": (
-        {"callbacks.a._target_": "lightning.pytorch.callbacks.Timer", "callbacks.a._args_": [1]},
-        "`callbacks.a._args_` must be an argument of a class",
-    ),
-    "nested": (
-        {
-            "schedule._target_": "torch.optim.lr_scheduler.StepLR",
-            "schedule.step_size": {"_target_": "os.system", "command": CANARY},
-        },
-        "`schedule.step_size._target_` must be a class of a package that is trusted",
     ),
     "nested in a list": (
         {
@@ -156,8 +127,9 @@ def test_a_conf_file_of_a_strangers_runs_nothing(here, capsys):
     refused(capsys, ["train", "model=theirs"], "`model.factory` must be code that is trusted, but got 'evil:build'")
 
 
-@pytest.mark.parametrize("command", ["compare", "reproduce", "sweep --resume"])
-@pytest.mark.parametrize("where", ["file", "overrides"])
+@pytest.mark.parametrize(
+    ("command", "where"), [("compare", "file"), ("reproduce", "overrides"), ("sweep --resume", "file")]
+)
 def test_a_strangers_sweep_runs_nothing(here, capsys, made, command, where):
     shutil.copytree(made, here / "theirs")
     record = json.loads((here / "theirs" / "sweep.json").read_text())

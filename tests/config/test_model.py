@@ -43,7 +43,7 @@ def test_gguf_file_is_one():
 
 @pytest.mark.parametrize("factory", ["package.module", "package:", ":f", "a b:c", "./file.py:f", "a.b:c.d", "1a:f"])
 def test_factory_is_a_module_and_a_function(factory):
-    with pytest.raises(ConfigError, match=r"`model.factory` must read `package.module:function`"):
+    with pytest.raises(ConfigError, match=r"`model.factory` must have the form `package.module:function`"):
         make(factory=factory, path=None)
 
 

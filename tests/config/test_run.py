@@ -28,7 +28,7 @@ from lorasweep.errors import ConfigError
         ("optim.eps", -1e-8, "`optim.eps >= 0` must hold, but got -1e-08."),
         ("optim.beta1", 1.0, "`0 <= optim.beta1 < 1` must hold, but got 1.0."),
         ("optim.beta2", -0.1, "`0 <= optim.beta2 < 1` must hold, but got -0.1."),
-        ("optim.clip_norm", 0.0, "`optim.clip_norm > 0` must hold, but got 0.0. Use null not to clip."),
+        ("optim.clip_norm", 0.0, "`optim.clip_norm > 0` must hold, but got 0.0."),
         ("schedule.warmup_fraction", 1.0, "`0 <= schedule.warmup_fraction < 1` must hold, but got 1.0."),
         ("trainer.max_steps", 0, "`trainer.max_steps >= 1` must hold, but got 0."),
         ("trainer.batch_size", 0, "`trainer.batch_size >= 1` must hold, but got 0."),

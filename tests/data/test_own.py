@@ -204,7 +204,7 @@ def test_model_must_fit_the_task():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"factory": "build"}, "`data.factory` must read `package.module:function`, but got 'build'"),
+        ({"factory": "build"}, "`data.factory` must have the form `package.module:function`, but got 'build'"),
         ({"labels": ()}, "`data.labels` must name the labels with `data.task=single_label`"),
         ({"task": "regression"}, "`data.labels` must be empty with `data.task=regression`"),
         ({"metric": "pearson"}, "`data.metric` must be one of auto, accuracy, f1, matthews, loss"),

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lorasweep.config.compose import compose_values, group_names, group_options, hydra_session, packaged_folder
+from lorasweep.config.compose import (
+    compose_values,
+    dotted_keys,
+    group_names,
+    group_options,
+    hydra_session,
+    packaged_folder,
+)
 
 
 def sweep_names() -> list[str]:
@@ -29,13 +36,5 @@ def _keys() -> list[str]:
     keys: set[str] = set()
     for primary in ("train", "sweep"):
         keys.update(group_names(primary))
-        keys.update(_leaves(compose_values(primary, {}, require_all=False)))
+        keys.update(dotted_keys(compose_values(primary, {}, require_all=False)))
     return sorted(keys)
-
-
-def _leaves(values: dict[str, object], prefix: str = "") -> list[str]:
-    found = []
-    for name, value in values.items():
-        key = f"{prefix}{name}"
-        found += _leaves(value, f"{key}.") if isinstance(value, dict) else [key]
-    return found

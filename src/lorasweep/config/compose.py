@@ -115,7 +115,7 @@ def compose_values(primary: Primary, settings: Mapping[str, Any], *, require_all
             _compose_groups(primary, tuple((k, _option(v)) for k, v in groups.items()), Path.cwd())
         )
         _make_room_for_components(composed, settings)
-        known = set(_flatten(OmegaConf.to_container(composed, resolve=False)))
+        known = set(dotted_keys(_mapping(OmegaConf.to_container(composed, resolve=False))))
         known |= set(groups) | set(group_names(primary)) | {key for key in settings if names_component(key)}
         for key, value in settings.items():
             if key not in groups:
@@ -201,8 +201,8 @@ def _option(value: Any) -> str | tuple[str, ...]:
 
 
 def known_keys(settings: Mapping[str, Any]) -> set[str]:
-    """Returns every dotted key of a run with these groups."""
-    return set(_flatten(compose_values("train", settings, require_all=False)))
+    """Returns every dotted key of a run with these options of groups."""
+    return set(dotted_keys(compose_values("train", settings, require_all=False)))
 
 
 def check_key(key: str, known: set[str], *, primary: Primary) -> None:
@@ -334,11 +334,12 @@ def _check_option(group: str, option: str) -> None:
         )
 
 
-def _flatten(values: Any, prefix: str = "") -> Iterator[str]:
+def dotted_keys(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """Yields the dotted keys of nested mappings, those of mappings included."""
     for name, value in values.items():
         yield f"{prefix}{name}"
         if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{name}.")
+            yield from dotted_keys(value, f"{prefix}{name}.")
 
 
 def _mapping(container: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The checks that settings of several files share; `run`, `data`, `model` and `sweep` call them when one is made."""
+"""Checks of single settings."""
 
 from __future__ import annotations
 
@@ -11,6 +11,12 @@ def require_at_least(key: str, value: float, low: float) -> None:
     """Raises ConfigError unless value >= low."""
     if not value >= low:
         raise ConfigError(f"`{key} >= {low}` must hold, but got {value!r}.")
+
+
+def require_above(key: str, value: float, low: float) -> None:
+    """Raises ConfigError unless value > low and it is finite."""
+    if not low < value < float("inf"):
+        raise ConfigError(f"`{key} > {low}` must hold, but got {value!r}.")
 
 
 def require_at_most(key: str, value: float, high: float) -> None:
@@ -26,6 +32,6 @@ def require_fraction(key: str, value: float) -> None:
 
 
 def check_function_name(key: str, name: str) -> None:
-    """Raises ConfigError unless a name reads `package.module:function`."""
+    """Raises ConfigError unless a name has the form `package.module:function`."""
     if not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*", name):
-        raise ConfigError(f"`{key}` must read `package.module:function`, but got {name!r}. Name a function so.")
+        raise ConfigError(f"`{key}` must have the form `package.module:function`, but got {name!r}.")

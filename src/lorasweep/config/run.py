@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from lorasweep.config.data import DataConfig
-from lorasweep.config.limits import require_at_least, require_fraction
+from lorasweep.config.limits import require_above, require_at_least, require_fraction
 from lorasweep.config.method import MethodConfig
 from lorasweep.config.model import ModelConfig
 from lorasweep.config.targets import Component
@@ -85,19 +85,15 @@ class OptimizerComponent(Component):
 
 
 def _check_optim(config: OptimConfig | OptimizerComponent) -> None:
-    if not 0 < config.lr < float("inf"):
-        raise ConfigError(f"`optim.lr > 0` must hold, but got {config.lr!r}.")
-    if not config.lr_ratio_b > 0:
-        raise ConfigError(f"`optim.lr_ratio_b > 0` must hold, but got {config.lr_ratio_b!r}.")
-    if not 0 < config.lr_ratio_head < float("inf"):
-        raise ConfigError(f"`optim.lr_ratio_head > 0` must hold, but got {config.lr_ratio_head!r}.")
+    for key in ("lr", "lr_ratio_b", "lr_ratio_head"):
+        require_above(f"optim.{key}", getattr(config, key), 0)
     if not 0 < config.layer_decay <= 1:
         raise ConfigError(f"`0 < optim.layer_decay <= 1` must hold, but got {config.layer_decay!r}.")
     if config.ema_decay is not None:
         require_fraction("optim.ema_decay", config.ema_decay)
     require_at_least("optim.weight_decay", config.weight_decay, 0)
-    if config.clip_norm is not None and not config.clip_norm > 0:
-        raise ConfigError(f"`optim.clip_norm > 0` must hold, but got {config.clip_norm!r}. Use null not to clip.")
+    if config.clip_norm is not None:
+        require_above("optim.clip_norm", config.clip_norm, 0)
 
 
 ScheduleName = Literal[

@@ -56,7 +56,7 @@ def test_files_hold_what_was_found(runs, inputs):
     assert (summary["format"], summary["version"]) == ("lorasweep.inspection", 1)
     assert summary["sentences"] == list(inspection.sentences)
     assert sum(summary["shares_by_kind"].values()) == pytest.approx(1)
-    assert list(summary["shares_by_block"]) == ["0", "1", "2", "3"]
+    assert set(summary["shares_by_block"]) == {"0", "1", "2", "3"}
 
 
 def test_an_inspection_repeats_to_the_byte(runs, inputs):

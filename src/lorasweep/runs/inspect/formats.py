@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from statistics import median
 
@@ -14,7 +14,7 @@ from rich.text import Text
 from lorasweep.disk import csv_text
 from lorasweep.runs.inspect.inspect_sweep import SweepInspection
 from lorasweep.runs.inspect.inspection import LAYER_HEADER, Inspection, content_of, layers_csv
-from lorasweep.runs.inspect.layers import LayerChange, relative_norm
+from lorasweep.runs.inspect.layers import LayerChange, relative_norm, shares_by
 from lorasweep.runs.inspect.truncation import Truncation
 from lorasweep.wording import UNKNOWN, format_metric, format_score, format_share
 
@@ -62,16 +62,16 @@ def _layer_table(inspection: Inspection) -> Table:
     table.add_column("layers", no_wrap=True)
     for name in ("share", "of base", "effective rank", "stable rank", "90 % in", "times base"):
         table.add_column(name, justify="right")
-    for name, rows in _groups(inspection.layers, inspection.shares_by_kind).items():
+    for name, rows in _groups(inspection.layers).items():
         if rows:
             table.add_row(Text(f"{len(rows)} {name}"), *_kind_cells(rows))
     return table
 
 
-def _groups(rows: Sequence[LayerChange], kinds: Iterable[str]) -> dict[str, list[LayerChange]]:
+def _groups(rows: Sequence[LayerChange]) -> dict[str, list[LayerChange]]:
     """Returns matrices by kind, in one group those of small kinds, and in one group weights without a rank."""
     matrices = [row for row in rows if row.effective_rank is not None]
-    names = [kind for kind in kinds if any(row.kind == kind for row in matrices)]
+    names = list(shares_by(matrices, "kind"))
     groups = {kind: [row for row in matrices if row.kind == kind] for kind in names[:MAX_KINDS]}
     groups["other matrices"] = [row for row in matrices if row.kind in names[MAX_KINDS:]]
     groups["norms, biases"] = [row for row in rows if row.effective_rank is None]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lorasweep.disk import csv_text, write_atomically
 from lorasweep.errors import RecordError
-from lorasweep.runs.inspect.layers import LayerChange, relative_norm
+from lorasweep.runs.inspect.layers import LayerChange, relative_norm, shares_by
 from lorasweep.runs.inspect.restore_weights import FinishedRun
 from lorasweep.runs.inspect.subspaces import Overlap
 from lorasweep.runs.inspect.truncation import Truncation
@@ -41,24 +41,6 @@ class Inspection:
     overlaps: tuple[Overlap, ...] = ()
     """φ between the two runs."""
     sentences: tuple[str, ...]
-
-    @property
-    def shares_by_kind(self) -> dict[str, float]:
-        """Share of the squared norm by kind of layer, the largest first."""
-        return dict(sorted(_add_shares((row.kind, row) for row in self.layers).items(), key=lambda item: -item[1]))
-
-    @property
-    def shares_by_block(self) -> dict[str, float]:
-        """Share of the squared norm by index of the block, in order; `outside` for layers outside the blocks."""
-        rows = sorted(self.layers, key=lambda row: (row.block is None, row.block))
-        return _add_shares(("outside" if row.block is None else str(row.block), row) for row in rows)
-
-
-def _add_shares(named: Iterable[tuple[str, LayerChange]]) -> dict[str, float]:
-    shares: dict[str, float] = {}
-    for name, row in named:
-        shares[name] = shares.get(name, 0.0) + row.norm_share
-    return shares
 
 
 def write_inspection(inspection: Inspection) -> None:
@@ -110,8 +92,8 @@ def summary_of(inspection: Inspection) -> dict[str, Any]:
         "other": inspection.other,
         "relative_norm": relative_norm(inspection.layers),
         "enough_rank": truncation.enough.rank if truncation and truncation.enough else None,
-        "shares_by_kind": inspection.shares_by_kind,
-        "shares_by_block": inspection.shares_by_block,
+        "shares_by_kind": shares_by(inspection.layers, "kind"),
+        "shares_by_block": shares_by(inspection.layers, "block"),
         "sentences": list(inspection.sentences),
     }
 

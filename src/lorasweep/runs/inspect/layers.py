@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -74,6 +75,14 @@ def _amplification(change: Decomposition, base: Tensor, *, rank: int | None) -> 
     count = min(rank or energy_rank(change.s), len(change.s))
     inside = torch.linalg.matrix_norm(change.u[:, :count].t() @ base.double() @ change.vh[:count].t()).item()
     return torch.linalg.vector_norm(change.s[:count]).item() / inside if inside > 0 else None
+
+
+def shares_by(rows: Sequence[LayerChange], field: Literal["kind", "block"]) -> dict[Any, float]:
+    """Returns the share of the squared norm by kind of layer or by block, the largest first."""
+    shares: dict[Any, float] = {}
+    for row in rows:
+        shares[getattr(row, field)] = shares.get(getattr(row, field), 0.0) + row.norm_share
+    return dict(sorted(shares.items(), key=lambda item: -item[1]))
 
 
 def relative_norm(rows: Sequence[LayerChange]) -> float | None:

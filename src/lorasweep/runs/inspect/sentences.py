@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import median
 
-from lorasweep.runs.inspect.layers import LayerChange, relative_norm
+from lorasweep.runs.inspect.layers import LayerChange, relative_norm, shares_by
 from lorasweep.runs.inspect.restore_weights import FinishedRun
 from lorasweep.runs.inspect.subspaces import MEAN, Overlap
 from lorasweep.runs.inspect.truncation import KEPT_FRACTION, Truncation
@@ -82,20 +82,16 @@ def _describe_truncation(run: FinishedRun, trained: str, truncation: Truncation)
 
 def _describe_places(rows: Sequence[LayerChange]) -> str:
     """Returns a sentence on the kinds of layer and the block with the largest and smallest shares of the change."""
-    kinds: dict[str, float] = {}
-    blocks: dict[int, float] = {}
-    for row in rows:
-        kinds[row.kind] = kinds.get(row.kind, 0.0) + row.norm_share
-        if row.block is not None:
-            blocks[row.block] = blocks.get(row.block, 0.0) + row.norm_share
+    kinds = shares_by(rows, "kind")
+    blocks = shares_by([row for row in rows if row.block is not None], "block")
     if len(kinds) < 2:
         return ""
-    most, least = max(kinds, key=kinds.__getitem__), min(kinds, key=kinds.__getitem__)
+    most, least = next(iter(kinds)), list(kinds)[-1]
     text = f"`{most}` has the largest share of the squared norm ({format_share(kinds[most])}) and `{least}` the "
     text += f"smallest ({format_share(kinds[least])})"
     if len(blocks) < 2:
         return f"{text}."
-    block = max(blocks, key=blocks.__getitem__)
+    block = next(iter(blocks))
     return f"{text}; block {block} of {min(blocks)} to {max(blocks)} has {format_share(blocks[block])}."
 
 
