@@ -212,8 +212,8 @@ def simulate(sweep: SweepFolder, num_workers: int, *, every: int) -> None:
     controller = Controller(sweep, run_ended=lambda *_: None, session="inputs")
     workers = [TrainingWorker(f"bench-{number}") for number in range(num_workers)]
     drawn, paused_at, times = random.Random(0), {}, Times(sweep.path)
-    trials = controller.search.trials["lora"]
-    before = len(trials.entries)
+    trials = controller.search.arms["lora"]
+    before = len(trials.trials)
     (arm,) = sweep.record.arms
     asked = f"{num_workers} workers, {before:,} trials before, {trials.planned - before:,} to go, {arm.sampler}"
     print(f"{asked}; load {os.getloadavg()[0]:.1f}")
@@ -221,7 +221,7 @@ def simulate(sweep: SweepFolder, num_workers: int, *, every: int) -> None:
     printed = before
     while not controller.is_over():
         drawn.choice(workers).advance(controller, times, paused_at)
-        begun = len(trials.entries)
+        begun = len(trials.trials)
         if begun >= printed + every and begun < trials.planned:
             times.print_row(f"{begun:,}", begun - printed)
             printed = begun

@@ -96,7 +96,7 @@ def test_a_signal_stops_a_sweep_within_seconds_with_a_checkpoint_and_the_words_t
 def test_a_full_disk_ends_a_sweep_with_a_sentence_and_it_goes_on_when_there_is_room(tmp_path, begin, finish, words):
     disk = tmp_path / "disk"
     disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(disk)], capture_output=True)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)], capture_output=True)
     if mounted.returncode:
         pytest.skip("needs the right to mount a small tmpfs")
     try:
