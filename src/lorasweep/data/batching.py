@@ -1,6 +1,6 @@
-"""Which rows make up the batch of each optimizer step, and how a batch is cut so that little of it is padding.
+"""Which examples make up the batch of each optimizer step, and how a batch is cut so that little of it is padding.
 
-What is learned is decided by seed and step alone, so a run can resume at any step. After `split`, before `loaders`.
+Seed and step alone decide what is learned, so a run can resume at any step. Comes after `split` and before `loaders`.
 """
 
 from __future__ import annotations
@@ -18,67 +18,65 @@ from torch.utils.data import DistributedSampler
 
 from lorasweep.data.split import Split
 
-MAX_PADDING = 0.1
-"""`trainer.accumulate=auto` takes as few micro-batches as leave at most this share of padding, where that pays."""
-BATCH_POSITIONS = 256
-"""What a batch costs beside its positions, in positions: on 2 cores a step of MiniLM-L6 took 28 ms before its first
-token, as long as 300 tokens take."""
-EVALUATION_POSITIONS = 48
-"""The same of an evaluation's batch, which has no backward pass and no optimizer, and may be large."""
-WORTH_IT = 1.1
-"""Little padding may cost this factor of the cheapest number of micro-batches."""
+MAX_PADDING_FRACTION = 0.1
+"""`trainer.accumulate=auto` takes the fewest micro-batches with at most this share of padding, if that is cheap."""
+BATCH_COST_POSITIONS = 256
+"""Fixed cost of a training batch, in positions: on 2 cores a step of MiniLM-L6 took 28 ms before its first token, as
+long as 300 tokens take."""
+MAX_COST_FACTOR = 1.1
+"""Little padding may cost at most this factor of the cheapest number of micro-batches."""
 MAX_MICRO_BATCHES = 16
-MAX_LENGTHS = 64
-"""Rows of so many different lengths at most share an evaluation batch."""
-LOOKED_AT_STEPS = 100
+"""Maximum of micro-batches per step that `trainer.accumulate=auto` considers."""
+SAMPLED_STEPS = 100
+"""Steps from which the typical lengths of a batch are estimated."""
 
 
 class MicroBatch(NamedTuple):
-    """Rows that go through the model at once."""
+    """Examples that go through the model at once."""
 
     indices: list[int]
     step_weight: float
-    """What the loss of the whole step is divided by: the weights of all its rows together."""
+    """Divisor of the whole step's loss: the sum of the weights of all its examples."""
 
 
 class Share(NamedTuple):
-    """Which rows of each batch are for this one of the processes that train together."""
+    """The share of each batch that one of several processes gets, which train together."""
 
     rank: int = 0
     size: int = 1
 
     def of(self, micro: MicroBatch) -> MicroBatch:
-        """Returns this rank's rows of a micro-batch, every `size`-th, so that all have rows of like lengths.
+        """Returns this rank's examples of a micro-batch: every `size`-th, so that all ranks have similar lengths.
 
-        Where there are fewer rows than ranks, one of them with an infinite divisor: it goes through the model, so that
-        all ranks do the same, and counts for nothing.
+        If there are fewer examples than ranks, a rank without one gets the first with an infinite divisor: all ranks
+        must call the model equally often, and this example counts for nothing.
         """
         if self.size == 1:
             return micro
-        rows = micro.indices[self.rank :: self.size]
-        return MicroBatch(rows, micro.step_weight) if rows else MicroBatch(micro.indices[:1], math.inf)
+        indices = micro.indices[self.rank :: self.size]
+        return MicroBatch(indices, micro.step_weight) if indices else MicroBatch(micro.indices[:1], math.inf)
 
 
 ALL = Share()
 
 
 class SharedSampler(DistributedSampler[MicroBatch]):
-    """Yields micro-batches, of each one the rows of its share.
+    """Yields micro-batches with the examples of one share.
 
-    It is what it says to Lightning: a sampler that knows of the other processes and needs none around it.
+    It is a `DistributedSampler` so that Lightning does not wrap it in one of its own.
     """
 
     def __init__(self, share: Share) -> None:
-        """Takes the share. torch's own sampler, which deals out single rows, is not set up."""
+        """Takes the share. torch's own sampler, which deals out single examples, is not set up."""
         self.share = share
 
 
 class StepBatchSampler(SharedSampler):
     """Yields each step's micro-batches.
 
-    The order is an endless stream: one permutation of all rows per pass, each drawn from (seed, pass) alone, cut
+    The order is an endless stream: one permutation of all examples per pass, each drawn from (seed, pass) alone, cut
     into batches across the ends of passes. Neither torch's nor any other shared random stream is used. Within a step
-    rows are sorted by length before they are cut into micro-batches: the step's gradient is the same, its padding less.
+    examples are sorted by length before they are cut into micro-batches: the gradient is the same, with less padding.
     """
 
     def __init__(
@@ -95,26 +93,26 @@ class StepBatchSampler(SharedSampler):
         """Describes the batches of steps `start_step` to `num_steps - 1`.
 
         Args:
-            split: Rows to choose from, at least one. May be fewer than `batch_size`.
-            batch_size: Rows per step.
+            split: Examples to choose from, at least one. May be fewer than `batch_size`.
+            batch_size: Examples per step.
             num_steps: Steps of the whole run, those before `start_step` included.
             seed: Decides the order.
-            start_step: First step to yield, for a run that goes on.
+            start_step: First step to yield, for a resumed run.
             accumulate: Micro-batches per step, at most `batch_size`; together they are the step's batch.
-            share: Which of their rows to yield.
+            share: The share of their examples to yield.
         """
         assert len(split) >= 1
         assert 0 <= start_step <= num_steps
         assert 1 <= accumulate <= batch_size
+        super().__init__(share)
         self.split = split
         self.batch_size = batch_size
         self.num_steps = num_steps
         self.seed = seed
         self.start_step = start_step
         self.accumulate = accumulate
-        super().__init__(share)
         self.sizes = choose_sizes(split, batch_size=batch_size, micro_batches=accumulate)
-        self._latest: tuple[int, list[int]] | None = None
+        self._latest: tuple[int, list[int]] | None = None  # number and order of the pass that was drawn last
 
     def __len__(self) -> int:
         """Returns the micro-batches of the whole run: Lightning counts those before `start_step` as fetched."""
@@ -126,13 +124,13 @@ class StepBatchSampler(SharedSampler):
             yield from map(self.share.of, self.step(step))
 
     def step(self, step: int) -> list[MicroBatch]:
-        """Returns the micro-batches of one step, with all their rows."""
+        """Returns the micro-batches of one step, with the examples of all shares."""
         indices = self.indices_of_step(step)
         weight = float(self.split.weights[torch.tensor(indices)].sum())
-        return [MicroBatch(rows, weight) for rows in cut_by_length(indices, self.split.lengths, sizes=self.sizes)]
+        return [MicroBatch(cut, weight) for cut in cut_by_length(indices, self.split.lengths, sizes=self.sizes)]
 
     def indices_of_step(self, step: int) -> list[int]:
-        """Returns the rows of one step's whole batch, in the order that was drawn."""
+        """Returns the indices of one step's whole batch, in the order that was drawn."""
         indices: list[int] = []
         while len(indices) < self.batch_size:
             number, offset = divmod(step * self.batch_size + len(indices), len(self.split))
@@ -146,10 +144,10 @@ class StepBatchSampler(SharedSampler):
 
 
 class EvaluationSampler(SharedSampler):
-    """Yields every row once, sorted by length, in batches of little padding; of each batch a share of its rows."""
+    """Yields every example once, sorted by length, in batches with little padding."""
 
     def __init__(self, split: Split, *, batch_size: int, share: Share = ALL) -> None:
-        """Takes a split and how many of its longest rows fit into a batch; of shorter ones it may hold more."""
+        """Takes a split and the number of its longest examples in a batch; a batch of shorter ones has more."""
         super().__init__(share)
         self.batches = batches_by_length(split.lengths, budget=batch_size * int(split.lengths.max()))
 
@@ -158,33 +156,32 @@ class EvaluationSampler(SharedSampler):
         return len(self.batches)
 
     def __iter__(self) -> Iterator[MicroBatch]:
-        """Yields the batches; the step weight is 1, or infinite for a row that does not count."""
+        """Yields the batches; the step weight is 1, or infinite for an example that does not count."""
         return (self.share.of(MicroBatch(batch, 1.0)) for batch in self.batches)
 
     @property
     def order(self) -> list[int]:
-        """The rows in the order in which they come."""
+        """The indices of all examples in the order in which they come."""
         return [index for batch in self.batches for index in batch]
 
 
 def cut_by_length(indices: Sequence[int], lengths: Tensor, *, sizes: Sequence[int]) -> list[list[int]]:
-    """Returns the rows sorted by length (equal ones stay in order) in lists of these sizes."""
-    ordered = sorted(indices, key=lambda index: int(lengths[index])) if len(sizes) > 1 else list(indices)
-    ends = list(itertools.accumulate(sizes))
-    return [ordered[end - size : end] for end, size in zip(ends, sizes, strict=True)]
+    """Returns the indices sorted by length (equal ones stay in order) in lists of these sizes."""
+    ordered = iter(sorted(indices, key=lambda index: int(lengths[index])) if len(sizes) > 1 else indices)
+    return [list(itertools.islice(ordered, size)) for size in sizes]
 
 
 @functools.lru_cache(maxsize=64)
 def choose_sizes(split: Split, *, batch_size: int, micro_batches: int) -> tuple[int, ...]:
-    """Returns the sizes of a step's micro-batches that leave the least padding on average, the shortest rows first.
+    """Returns the sizes of a step's micro-batches with the least padding on average, that of the shortest first.
 
-    They are the same for every step, so that the slots of a pack agree on them.
+    They are the same for every step, so that the slots of a pack agree on them. Found by dynamic programming.
     """
-    if micro_batches == 1 or int(split.lengths.min()) == int(split.lengths.max()):
+    if micro_batches == 1 or _have_one_length(split):
         return tuple(batch_size // micro_batches + (n < batch_size % micro_batches) for n in range(micro_batches))
     typical = typical_lengths(split, batch_size)
-    costs = [(count + 1) * length for count, length in enumerate(typical)]  # of the first micro-batch
-    best: list[tuple[float, tuple[int, ...]]] = [(cost, (count + 1,)) for count, cost in enumerate(costs)]
+    # best[j]: the fewest positions for the j + 1 shortest examples in the micro-batches so far, and their sizes
+    best: list[tuple[float, tuple[int, ...]]] = [((j + 1) * length, (j + 1,)) for j, length in enumerate(typical)]
     for _ in range(micro_batches - 1):
         best = [
             min(((best[i][0] + (j - i) * typical[j], (*best[i][1], j - i)) for i in range(j)), default=(math.inf, ()))
@@ -195,63 +192,52 @@ def choose_sizes(split: Split, *, batch_size: int, micro_batches: int) -> tuple[
 
 @functools.lru_cache(maxsize=64)
 def typical_lengths(split: Split, batch_size: int) -> tuple[float, ...]:
-    """Returns the mean length of a step's shortest row, of its second shortest, and so on, from the first steps."""
-    steps = StepBatchSampler(split, batch_size=batch_size, num_steps=LOOKED_AT_STEPS, seed=0)
-    drawn = torch.stack([split.lengths[torch.tensor(steps.indices_of_step(step))] for step in range(LOOKED_AT_STEPS)])
+    """Returns the mean length of a step's shortest example, of its second shortest, and so on."""
+    steps = StepBatchSampler(split, batch_size=batch_size, num_steps=SAMPLED_STEPS, seed=0)
+    drawn = torch.stack([split.lengths[torch.tensor(steps.indices_of_step(step))] for step in range(SAMPLED_STEPS)])
     return tuple(drawn.sort(dim=1).values.double().mean(0).tolist())
 
 
 def choose_accumulate(split: Split, *, batch_size: int, slots: int = 1) -> int:
-    """Returns how many micro-batches per step pay: cutting saves padding and costs a pass through the model each.
+    """Returns the number of micro-batches per step: each saves padding and costs one call of the model.
 
     It depends on the data, the batch size and the number of slots alone.
     """
-    if int(split.lengths.min()) == int(split.lengths.max()):
+    if _have_one_length(split):
         return 1
     typical = torch.tensor(typical_lengths(split, batch_size))
     costs: dict[int, float] = {}
     padding: dict[int, float] = {}
     for count in range(1, min(batch_size, MAX_MICRO_BATCHES) + 1):
-        sizes = choose_sizes(split, batch_size=batch_size, micro_batches=count)
-        ends = torch.tensor(sizes).cumsum(0) - 1
-        positions = float((torch.tensor(sizes) * typical[ends]).sum())
-        costs[count] = slots * positions + count * BATCH_POSITIONS
+        sizes = torch.tensor(choose_sizes(split, batch_size=batch_size, micro_batches=count))
+        positions = float((sizes * typical[sizes.cumsum(0) - 1]).sum())
+        costs[count] = slots * positions + count * BATCH_COST_POSITIONS
         padding[count] = 1 - float(typical.sum()) / positions
     cheapest = min(costs, key=costs.__getitem__)
-    little = next((count for count in costs if padding[count] <= MAX_PADDING), cheapest)
-    return little if costs[little] <= WORTH_IT * costs[cheapest] else cheapest
+    little = next((count for count in costs if padding[count] <= MAX_PADDING_FRACTION), cheapest)
+    return little if costs[little] <= MAX_COST_FACTOR * costs[cheapest] else cheapest
 
 
 def batches_by_length(lengths: Tensor, *, budget: int) -> list[list[int]]:
-    """Returns every row once, sorted by length, in batches of at most `budget` positions with padding (or one row).
+    """Returns every index once, sorted by length, in batches of at most `budget` positions with padding (or one index).
 
-    Cut where padding and the cost of a batch are least together, for rows of one length each time as many as fit.
+    Each batch is as large as its longest example allows.
     """
-    order = lengths.argsort(stable=True).tolist()
-    runs = [list(rows) for _, rows in itertools.groupby(order, key=lambda index: int(lengths[index]))]
-    sizes = [int(lengths[run[0]]) for run in runs]
-    ends = [0, *itertools.accumulate(map(len, runs))]
-    best: list[tuple[float, int]] = [(0.0, 0)]  # cost of all runs before, and where the last group of runs starts
-    for last, size in enumerate(sizes):
-        options = []
-        for first in range(last, max(-1, last - MAX_LENGTHS), -1):
-            count = ends[last + 1] - ends[first]
-            passes = math.ceil(count / max(1, budget // size))
-            options.append((best[first][0] + count * size + passes * EVALUATION_POSITIONS, first))
-        best.append(min(options))
     batches: list[list[int]] = []
-    past = len(runs)
-    while past:
-        first = best[past][1]
-        rows = order[ends[first] : ends[past]]
-        most = max(1, budget // sizes[past - 1])
-        batches[:0] = [rows[start : start + most] for start in range(0, len(rows), most)]
-        past = first
+    for index in lengths.argsort(stable=True).tolist():
+        if batches and (len(batches[-1]) + 1) * int(lengths[index]) <= budget:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
     return batches
 
 
-def draw_order(num_rows: int, *, seed: int, number: int) -> list[int]:
+def draw_order(num_examples: int, *, seed: int, number: int) -> list[int]:
     """Returns the order of one pass: a permutation drawn from a hash of (seed, pass number)."""
     digest = hashlib.sha256(f"{seed}/{number}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
-    return torch.randperm(num_rows, generator=generator).tolist()
+    return torch.randperm(num_examples, generator=generator).tolist()
+
+
+def _have_one_length(split: Split) -> bool:
+    return int(split.lengths.min()) == int(split.lengths.max())

@@ -1,4 +1,4 @@
-"""Batches of the splits that are in memory, as torch loads them. The last room of `data`; next: `training`."""
+"""Batches of the splits that are in memory, as torch loads them. Next: `training`."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from lorasweep.data.split import Batch, Split
 
 
 class BatchDataset(Dataset[Batch]):
-    """Whole batches of a split's rows."""
+    """Whole batches of a split's examples."""
 
     def __init__(self, split: Split) -> None:
         """Keeps the split; copies nothing."""
         self.split = split
 
     def __len__(self) -> int:
-        """Returns the number of rows."""
+        """Returns the number of examples."""
         return len(self.split)
 
     def __getitem__(self, micro: MicroBatch) -> Batch:
-        """Returns the batch of these rows, with the weight of the whole step and the tokens that are no padding."""
+        """Returns the batch of these examples, with the weight of the step and the number of tokens without padding."""
         batch = self.split.batch(micro.indices)
         lengths = self.split.lengths[torch.tensor(micro.indices)]
         num_tokens = lengths.sum() if math.isfinite(micro.step_weight) else torch.zeros_like(lengths[0])
@@ -33,12 +33,12 @@ class BatchDataset(Dataset[Batch]):
 
 
 def evaluation_loader(split: Split, *, batch_size: int, share: Share = ALL) -> DataLoader[Batch]:
-    """Returns every row of a split once, or this share of them, in the order of `EvaluationSampler`."""
+    """Loads every example of a split once, or this share of them, in the order of `EvaluationSampler`."""
     return load_batches(split, EvaluationSampler(split, batch_size=batch_size, share=share))
 
 
 def load_batches(split: Split, batches: Iterable[MicroBatch]) -> DataLoader[Batch]:
-    """Returns these batches of a split."""
+    """Loads these batches of a split."""
     # A DataLoader draws a seed for its workers at every start: from this generator, not from torch's own.
     return BatchLoader(
         BatchDataset(split), batch_size=None, sampler=batches, generator=torch.Generator().manual_seed(0)
@@ -46,10 +46,10 @@ def load_batches(split: Split, batches: Iterable[MicroBatch]) -> DataLoader[Batc
 
 
 class BatchLoader(DataLoader[Batch]):
-    """A loader of which the sampler knows where to begin, so that there is no state to keep in a checkpoint."""
+    """A loader without state for a checkpoint: its sampler knows at which step to start."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns nothing; a loader without this method counts as one that can't be resumed."""
+        """Returns nothing; Lightning takes a loader without this method for one that can't resume."""
         return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

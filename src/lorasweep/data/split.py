@@ -1,6 +1,6 @@
-"""What a split of a data set is to everything that trains on it: rows with lengths and weights, and batches of them.
+"""A split of a data set as training uses it: examples with lengths and weights, and batches of them.
 
-`splits` makes splits of text blocks, `examples` of rows of their own; `batching` and `loaders` draw from them.
+`blocks` has splits of text blocks, `examples` those of single examples; `batching` and `loaders` draw from them.
 """
 
 from __future__ import annotations
@@ -14,66 +14,66 @@ import torch
 from torch import Tensor
 
 IGNORED = -100
-"""A target that is not scored: what torch's cross-entropy ignores."""
+"""Target of a position that is not scored; torch's cross-entropy ignores it."""
 NOT_INPUTS = ("targets", "examples", "weights", "step_weight", "num_tokens")
 """Keys of a batch that the model does not get."""
 
 Batch = dict[str, Tensor]
-"""What a model gets, under its own names (`input_ids`, and `attention_mask` where a row is padded), and beside it:
+"""The model's arguments by name (`input_ids`, and `attention_mask` if an example is padded), and:
 
-- `targets`: (batch, length) int64 of the next tokens, `IGNORED` where not scored; or one label per row.
-- `examples`: (batch, length) int64, the row that each token belongs to; only where rows are packed into sequences.
-- `weights`: (rows,) float, how much each row's mean loss counts; only where not every row counts alike.
-- `step_weight` and `num_tokens`: scalars, what the step's loss is divided by and how many positions are no padding;
+- `targets`: (batch, length) int64 of the next tokens, `IGNORED` where not scored; or one label per example.
+- `examples`: (batch, length) int64, the example of each token; only if examples are packed into sequences.
+- `weights`: (examples,) float, how much each example's loss counts; only if they differ.
+- `step_weight` and `num_tokens`: scalars, the divisor of the step's loss and the number of positions without padding;
   only in batches of a loader.
 """
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Split(Protocol):
-    """One split of a data set."""
+    """One split of a data set: train, validation or test."""
 
     name: str
     """`train`, `validation` or `test`."""
     fingerprint: str
     """SHA-256 over names, texts and labels in order, its first 16 hex digits."""
     notes: tuple[str, ...] = ()
-    """Sentences on what only this split could tell; of the test split, which is read last."""
+    """Sentences on the split for the user; only of the test split, which is read last."""
 
     @property
     @abstractmethod
     def lengths(self) -> Tensor:
-        """Tokens of each row, (rows,), int64."""
+        """Tokens of each example, (examples,), int64."""
 
     @property
     @abstractmethod
     def weights(self) -> Tensor:
-        """What each row adds to the divisor of a step's loss: its scored items, or its class weight; (rows,), float."""
+        """Each example's share of a step's divisor: its scored items or class weight; (examples,), float."""
 
     def __len__(self) -> int:
-        """Returns the number of rows."""
+        """Returns the number of examples."""
         return len(self.lengths)
 
     def __hash__(self) -> int:
-        """Tells splits apart by what they are, not by what they hold."""
+        """Hashes by identity, because caches of batch sizes have a split as key."""
         return id(self)
 
     @abstractmethod
     def batch(self, indices: Sequence[int], *, slots: int = 1) -> Batch:
-        """Returns the rows at these indices, padded to the longest.
+        """Returns the examples at these indices, padded to the longest.
 
         Args:
-            indices: Rows of the split; slot-major where they are for several slots, as many for each.
-            slots: How many slots they are for; rows of different slots never share a sequence.
+            indices: Examples of the split; slot-major for several slots, equally many for each.
+            slots: Number of slots; examples of different slots never share a sequence.
         """
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
-        """Returns what a run record keeps of the split."""
+        """Returns the split's entry in a run record."""
 
 
 def padding_fraction(lengths: Tensor, batches: Sequence[Sequence[int]]) -> float:
-    """Returns the share of positions that is padding when these batches are each padded to their longest row."""
+    """Returns the share of positions that is padding when these batches are each padded to their longest example."""
     padded = sum(len(batch) * int(lengths[torch.tensor(batch)].max()) for batch in batches)
     real = sum(int(lengths[torch.tensor(batch)].sum()) for batch in batches)
     return 1.0 - real / padded if padded else 0.0
