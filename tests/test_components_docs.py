@@ -47,5 +47,5 @@ def test_the_table_names_every_shipped_option(group):
 
 
 def test_the_page_names_the_packages_that_are_trusted():
-    named = set(re.findall(r"\w+", PAGE.split("must be of a package in this list: ")[1].split(";")[0]))
+    named = set(re.findall(r"\w+", PAGE.split("must be of a trusted package (")[1].split(")")[0]))
     assert {"lightning_fabric", "pytorch_lightning", "optuna_integration"} == TRUSTED_PACKAGES - named

@@ -114,7 +114,7 @@ def test_a_class_that_is_searched_is_checked_too(here, capsys):
     arm = {"settings": {"optim._target_": "torch.optim.SGD"}, "trials": 2}
     arm["space"] = {"optim._target_": ["torch.optim.SGD", "evil.Callback"]}
     (here / "theirs.yaml").write_text(yaml.safe_dump({**ONE_ARM, "arms": {"lora": arm}}))
-    refused(capsys, ["plan", "theirs.yaml"], "`arms.lora.space.optim._target_` is not a setting")
+    refused(capsys, ["plan", "theirs.yaml"], "`optim._target_` must be a class of a package that is trusted")
 
 
 def test_a_conf_file_of_a_strangers_runs_nothing(here, capsys):
