@@ -1,6 +1,6 @@
-"""Splits whose rows are examples of different lengths: sentences with labels, prompts with completions.
+"""Splits of examples of different lengths: sentences with labels, prompts with completions.
 
-Comes after `split` and beside `splits`; `tokenise` makes them of a source's rows.
+Comes after `split`; `splits` makes them of the token ids of `tokenise`.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from lorasweep.data.split import IGNORED, Batch, Split
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Ragged:
-    """Rows of different lengths, end to end in one tensor."""
+    """Sequences of different lengths, end to end in one tensor."""
 
     values: Tensor
     """(all tokens,), int64."""
     ends: Tensor
-    """(rows,), int64: where each row ends."""
+    """(sequences,), int64: where each sequence ends."""
 
     @classmethod
     def of(cls, rows: Sequence[Sequence[int]]) -> Ragged:
@@ -34,45 +34,45 @@ class Ragged:
 
     @functools.cached_property
     def lengths(self) -> Tensor:
-        """(rows,), int64."""
+        """The length of each sequence, (sequences,), int64."""
         return torch.diff(self.ends, prepend=self.ends.new_zeros(1))
 
     def __getitem__(self, index: int) -> Tensor:
-        """Returns one row, a view."""
+        """Returns one sequence, a view."""
         end = int(self.ends[index])
         return self.values[end - int(self.lengths[index]) : end]
 
     def take(self, indices: Sequence[int]) -> Ragged:
-        """Returns these rows alone."""
+        """Returns only these sequences."""
         rows = [self[index] for index in indices]
         values = torch.cat(rows) if rows else self.values[:0]
         return Ragged(values=values, ends=self.lengths[torch.tensor(indices, dtype=torch.int64)].cumsum(0))
 
     def padded(self, indices: Sequence[int], *, fill: int) -> Tensor:
-        """Returns these rows padded on the right to the longest, (rows, longest)."""
+        """Returns these sequences padded on the right to the longest, (sequences, longest)."""
         return pad_sequence([self[index] for index in indices], batch_first=True, padding_value=fill)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ExampleSplit(Split):
-    """Rows of tokens, each with something to predict."""
+    """Sequences of tokens, each with something to predict."""
 
     tokens: Ragged
     pad_token: int
     bytes: int
     """UTF-8 bytes of all texts."""
     truncated: int = 0
-    """Rows that were longer than `data.max_length` and were cut."""
+    """Number of examples that were longer than `data.max_length` and were cut."""
     facts: dict[str, Any] = field(default_factory=dict)
-    """What else the record keeps, such as the rows of each class."""
+    """More entries for the record, such as the number of examples of each class."""
 
     @property
     def lengths(self) -> Tensor:
-        """Tokens of each row."""
+        """Tokens of each example."""
         return self.tokens.lengths
 
     def describe(self) -> dict[str, Any]:
-        """Returns what a run record keeps of the split."""
+        """Returns the split's entry in a run record."""
         return {
             "examples": len(self),
             "bytes": self.bytes,
@@ -82,7 +82,7 @@ class ExampleSplit(Split):
         }
 
     def _inputs(self, tokens: Ragged, indices: Sequence[int]) -> Batch:
-        """Token ids, and a mask where a row is padded: without one, attention may take its fastest path."""
+        """Returns token ids, and a mask if one is padded: without a mask attention may take its fastest path."""
         input_ids = tokens.padded(indices, fill=self.pad_token)
         lengths = tokens.lengths[torch.tensor(indices)]
         if int(lengths.min()) == input_ids.shape[1]:
@@ -95,19 +95,19 @@ class LabelledSplit(ExampleSplit):
     """Texts with a label each: a class, several classes, or a number."""
 
     labels: Tensor
-    """(rows,) int64 classes, (rows, labels) float of 0 and 1, or (rows,) float."""
+    """(examples,) int64 classes, (examples, labels) float of 0 and 1, or (examples,) float."""
     token_types: Ragged | None = None
     """0 for the first text and 1 for the second, for models that tell them apart."""
     class_weights: Tensor | None = None
-    """(labels,): how much a row of each class counts in training; None for 1 each."""
+    """(labels,): how much an example of each class counts in training; None for 1 each."""
 
     @functools.cached_property
     def weights(self) -> Tensor:
-        """The weight of each row's class, or 1."""
+        """The weight of each example's class, or 1."""
         return torch.ones(len(self.labels)) if self.class_weights is None else self.class_weights[self.labels]
 
     def batch(self, indices: Sequence[int], *, slots: int = 1) -> Batch:
-        """Returns these rows, padded, with their labels as targets."""
+        """Returns these examples, padded, with their labels as targets."""
         batch = self._inputs(self.tokens, indices)
         if self.token_types is not None:
             batch["token_type_ids"] = self.token_types.padded(indices, fill=0)
@@ -123,19 +123,19 @@ class CompletionSplit(ExampleSplit):
     targets: Ragged
     """For each token the one that follows, `IGNORED` where it is not scored."""
     scored_bytes: int
-    """UTF-8 bytes of what is scored."""
+    """UTF-8 bytes of the scored text."""
     packing: bool = False
-    """Whether rows are put end to end in one sequence, where no row attends to another (positions start anew)."""
+    """Whether examples share a sequence end to end; none attends to another, because positions start anew."""
 
     @functools.cached_property
     def weights(self) -> Tensor:
-        """The scored tokens of each row."""
+        """The scored tokens of each example."""
         scored = torch.cat([self.targets.values.new_zeros(1), (self.targets.values != IGNORED).cumsum(0)])
         ends = scored[self.targets.ends]
         return torch.diff(ends, prepend=ends.new_zeros(1)).float()
 
     def without_unscored(self) -> CompletionSplit:
-        """Returns the split without rows in which nothing is scored: their answers were cut off."""
+        """Returns the split without examples in which nothing is scored, because their answers were cut off."""
         kept = self.weights.nonzero().flatten().tolist()
         if len(kept) == len(self):
             return self
@@ -148,7 +148,7 @@ class CompletionSplit(ExampleSplit):
         return self.scored_bytes / max(float(self.weights.sum()), 1.0)
 
     def batch(self, indices: Sequence[int], *, slots: int = 1) -> Batch:
-        """Returns these rows, padded, or packed into as few sequences as the longest row allows."""
+        """Returns these examples, padded, or packed into few sequences as long as the longest example."""
         if self.packing:
             return self._pack(indices, slots=slots)
         return {**self._inputs(self.tokens, indices), "targets": self.targets.padded(indices, fill=IGNORED)}
@@ -183,7 +183,7 @@ class SequenceSplit(ExampleSplit):
 
     targets: Ragged
     start_token: int
-    """What the decoder starts with."""
+    """The token that the decoder starts with."""
     scored_bytes: int
 
     @functools.cached_property
@@ -209,7 +209,7 @@ class SequenceSplit(ExampleSplit):
 
 
 def mask_of(lengths: Tensor, *, width: int) -> Tensor:
-    """Returns 1 where a row has a token and 0 where it is padded, (rows, width), int64."""
+    """Returns 1 where an example has a token and 0 where it is padded, (examples, width), int64."""
     return (torch.arange(width) < lengths[:, None]).long()
 
 

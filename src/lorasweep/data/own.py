@@ -1,6 +1,6 @@
-"""Data of the user's own: rows of the data sets in a LightningDataModule, each read once to know its length.
+"""Data of the user's own: the data sets of a LightningDataModule; each example is read once to know its length.
 
-Beside `examples`; `sources` calls `read_own`, `splits` makes an `OwnSplit` of what it gives.
+`read_source` calls `read_own`, and `splits` makes `OwnSplit`s of the result.
 """
 
 from __future__ import annotations
@@ -30,40 +30,40 @@ LOADERS = {"train": "train_dataloader", "validation": "val_dataloader", "test": 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class OwnSplit(Split):
-    """Rows as the user's own data set and collate function give them."""
+    """Examples as the user's own data set and collate function return them."""
 
     examples: OwnExamples
     task: OwnTask
     bytes_per_token: None = None
-    """Unknown: the rows may not even be text."""
+    """Unknown: the examples may not even be text."""
 
     @property
     def lengths(self) -> Tensor:
-        """Tokens of each row; 1 for rows without `input_ids`."""
+        """Tokens of each example; 1 for examples without `input_ids`."""
         return self.examples.lengths
 
     @property
     def weights(self) -> Tensor:
-        """The scored tokens of each row of text, else 1."""
+        """The scored tokens of each text, else 1."""
         return self.examples.weights
 
     def batch(self, indices: Sequence[int], *, slots: int = 1) -> Batch:
-        """Returns these rows as the collate function puts them together, with their labels as targets."""
+        """Returns these examples as the collate function joins them, with their labels as targets."""
         return make_batch(self.examples.collate([self.examples.dataset[index] for index in indices]), task=self.task)
 
     def describe(self) -> dict[str, Any]:
-        """Returns what a run record keeps of the split."""
+        """Returns the split's entry in a run record."""
         return {"examples": len(self), "fingerprint": self.fingerprint}
 
 
 def read_own(config: OwnDataConfig) -> DataSource:
-    """Returns the rows of the LightningDataModule that `data.factory` makes.
+    """Returns the examples of the LightningDataModule that `data.factory` makes.
 
-    Of its loaders only the data set and the collate function are used: order and batches are those of every other data
-    set. What it draws from torch's stream is the same each time.
+    Only the data set and the collate function of its loaders are used: order and batches are made as for every other
+    data set. It draws the same numbers from torch's stream each time.
 
     Raises:
-        ConfigError: The function or a method of the module fails, or a loader or row is not what it must be.
+        ConfigError: The function or a method of the module fails, or a loader or example can't be used.
     """
     with _fixed_stream():
         module = call_named(config.factory, key=KEY, offered={})
@@ -93,11 +93,11 @@ def read_own(config: OwnDataConfig) -> DataSource:
 def make_batch(collated: Any, *, task: OwnTask) -> Batch:
     """Returns a collated batch with `targets` in place of `labels`.
 
-    Of text, `labels` stand at their own tokens, as transformers has them (all of `input_ids` where there are none), and
-    targets one place before, where they are predicted.
+    In a text, `labels` are at the place of their own tokens, as in transformers (without `labels`: all of `input_ids`);
+    targets are one place earlier, where they are predicted.
 
     Raises:
-        ConfigError: It is no mapping of tensors, or has no labels.
+        ConfigError: The batch is no mapping of tensors, or has no labels.
     """
     if not hasattr(collated, "items") or not all(isinstance(value, Tensor) for value in collated.values()):
         raise ConfigError(
@@ -117,10 +117,10 @@ def make_batch(collated: Any, *, task: OwnTask) -> Batch:
 
 
 def _read_split(config: OwnDataConfig, module: LightningDataModule, name: str) -> OwnExamples:
-    """Reads every row of a split once.
+    """Reads every example of a split once.
 
     Raises:
-        ConfigError: There is no data set of known length, it is empty, or a row or label is not as it must be.
+        ConfigError: There is no data set of known length, it is empty, or an example or label can't be used.
     """
     loader = _call(config, LOADERS[name], getattr(module, LOADERS[name]))
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
@@ -139,7 +139,7 @@ def _read_split(config: OwnDataConfig, module: LightningDataModule, name: str) -
         lengths.append(batch["input_ids"].shape[1] if "input_ids" in batch else 1)
         weights.append(float((batch["targets"] != IGNORED).sum()) if config.task == "text" else 1.0)
     if not lengths:
-        raise ConfigError(f"the {name} split of `{KEY}` must not be empty, but {config.factory!r} gives no row.")
+        raise ConfigError(f"the {name} split of `{KEY}` must not be empty, but {config.factory!r} gives no example.")
     return OwnExamples(
         name=name,
         dataset=dataset,
@@ -191,7 +191,7 @@ def _call(config: OwnDataConfig, what: str, function: Callable[[], Any]) -> Any:
 
 @contextmanager
 def _fixed_stream() -> Iterator[None]:
-    """Lets what is drawn inside come from one seed; torch's own stream is afterwards as it was."""
+    """Draws random numbers inside from one seed; restores torch's own stream afterwards."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
         yield

@@ -1,4 +1,4 @@
-"""A model of the user's own: what `model.factory` returns, made to look like a loaded one."""
+"""A model of the user's own: calls `model.factory` and gives its model the interface of a loaded one."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ KEY = "model.factory"
 def build_own(
     config: ModelConfig, *, dtype: torch.dtype, offered: Mapping[str, Any]
 ) -> tuple[nn.Module, PreTrainedTokenizerBase | None, tuple[str, ...]]:
-    """Returns what `model.factory` makes: the model in `dtype`, its tokenizer if it brings one, its new modules.
+    """Returns the model of `model.factory` in `dtype`, its tokenizer if it returns one, and the names of new modules.
 
     The function may return the model, (model, tokenizer) or (model, tokenizer, names of modules that are not
-    pre-trained). What it draws from torch's stream is the same each time. The model gets a hook: where it returns a
-    tensor, or a tuple that begins with one, its output has `logits` as those of transformers do.
+    pre-trained). It draws the same numbers from torch's stream each time. A hook gives the model's output `logits`, as
+    in transformers, if it is a tensor or a tuple that begins with one.
 
     Args:
         config: Names the function.
-        dtype: Of the parameters.
-        offered: What the function may ask for by the names of its arguments.
+        dtype: Type of the parameters.
+        offered: Values that the function may take as arguments of these names.
 
     Raises:
         ConfigError: There is no such function, it fails, or returns something else.
@@ -79,7 +79,7 @@ def _set_dropout(model: nn.Module, config: ModelConfig) -> None:
 
 
 def _cast(model: nn.Module, dtype: torch.dtype) -> None:
-    """Casts all that is floating; of a model of transformers the parameters, since rotary frequencies stay fp32."""
+    """Casts all floating values; in a model of transformers only parameters, since rotary frequencies stay in fp32."""
     if not isinstance(model, PreTrainedModel):
         model.to(dtype)
         return
