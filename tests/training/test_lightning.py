@@ -266,6 +266,7 @@ if trainer.is_global_zero:
 """
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_under_a_default_trainer(words, data, make_trainer, tmp_path):
     given, losses = [*words, "method.dropout=0"], Losses()
     trainer = make_trainer(losses)

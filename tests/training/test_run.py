@@ -91,7 +91,8 @@ def settings_of(method):
 
 
 @pytest.mark.parametrize("method", KEPT)
-def test_a_run_leaves_exactly_these_files(tmp_path, make_config, inputs, method):
+def test_a_run_leaves_exactly_these_files_and_the_base_bit_equal_and_frozen(tmp_path, make_config, inputs, method):
+    before = {name: tensor.clone() for name, tensor in inputs.base.model.state_dict().items()}
     record = train(tmp_path, make_config(settings_of(method)), inputs=inputs)
     events = {name for name in files_below(tmp_path) if name.startswith("events.out.tfevents.")}
     weights = {f"{part}/{name}" for part in ("best", "last") for name in KEPT[method]}
@@ -101,12 +102,6 @@ def test_a_run_leaves_exactly_these_files(tmp_path, make_config, inputs, method)
     assert set(record.files) == weights
     for name, described in record.files.items():
         assert described == {"bytes": (tmp_path / name).stat().st_size, "sha256": sha256_of(tmp_path / name)}
-
-
-@pytest.mark.parametrize("method", KEPT)
-def test_the_base_is_bit_equal_afterwards_and_frozen(tmp_path, make_config, inputs, method):
-    before = {name: tensor.clone() for name, tensor in inputs.base.model.state_dict().items()}
-    train(tmp_path, make_config(settings_of(method)), inputs=inputs)
     after = inputs.base.model.state_dict()
     assert list(after) == list(before)
     assert all(torch.equal(after[name], before[name]) for name in before)
@@ -115,7 +110,7 @@ def test_the_base_is_bit_equal_afterwards_and_frozen(tmp_path, make_config, inpu
     assert not inputs.base.model.training
 
 
-@pytest.mark.parametrize("method", [method for method in KEPT if method != "frozen"])
+@pytest.mark.parametrize("method", ["lora", "full"])
 def test_training_lowers_the_loss(tmp_path, make_config, inputs, method):
     lr = 2e-4 if method == "full" else 1e-3
     longer = {"optim.lr": lr, "trainer.max_steps": 8, "trainer.batch_size": 4}
@@ -242,10 +237,10 @@ def test_the_dropout_seed_moves_nothing_without_dropout(tmp_path, make_config, i
 
 def test_how_often_one_evaluates_changes_no_loss(tmp_path, make_config, inputs):
     """Evaluation draws nothing from training's random stream, so dropout's masks stay as they are."""
-    for every in (1, 2, 4):
+    for every in (1, 4):
         config = make_config({"method.dropout": 0.5, "trainer.eval_every_steps": every})
         train(tmp_path / str(every), config, inputs=inputs)
-    assert losses(tmp_path / "1") == losses(tmp_path / "2") == losses(tmp_path / "4")
+    assert losses(tmp_path / "1") == losses(tmp_path / "4")
     assert evaluations(tmp_path / "1")[-1] == evaluations(tmp_path / "4")[-1]
 
 
@@ -257,9 +252,8 @@ def test_evaluation_drops_nothing(tmp_path, make_config, inputs):
     assert record.score == pytest.approx(base.score, rel=1e-6)  # fp32, and a change of about 1e-12
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
-def test_accumulated_micro_batches_train_as_the_whole_batch(tmp_path, make_config, inputs, method):
-    settings = {"method": method, "trainer.batch_size": 4, "optim.lr": 1e-3}
+def test_accumulated_micro_batches_train_as_the_whole_batch(tmp_path, make_config, inputs):
+    settings = {"trainer.batch_size": 4, "optim.lr": 1e-3}
     train(tmp_path / "whole", make_config(settings), inputs=inputs)
     train(tmp_path / "split", make_config({**settings, "trainer.accumulate": 4}), inputs=inputs)
     whole, split = losses(tmp_path / "whole"), losses(tmp_path / "split")
@@ -272,19 +266,12 @@ def test_accumulated_micro_batches_train_as_the_whole_batch(tmp_path, make_confi
 
 RESUMED = [
     pytest.param({}, [1], id="before the first evaluation"),
-    pytest.param({}, [2], id="at an evaluation"),
-    pytest.param({}, [3], id="between evaluations"),
     pytest.param({}, [1, 1, 1, 1], id="at every step"),
     pytest.param({"trainer.eval_every_steps": 3}, [3], id="at an evaluation that does not divide the run"),
     pytest.param({"trainer.eval_every_steps": 4}, [6], id="after the last step, before its evaluation"),
-    pytest.param({"method.dropout": 0.5}, [1], id="with dropout before the first evaluation"),
     pytest.param({"method.dropout": 0.5}, [2], id="with dropout at an evaluation"),
-    pytest.param({"method.dropout": 0.5}, [3], id="with dropout between evaluations"),
-    pytest.param({"trainer.accumulate": 2}, [1], id="with accumulation before the first evaluation"),
-    pytest.param({"trainer.accumulate": 2}, [2], id="with accumulation at an evaluation"),
     pytest.param({"trainer.accumulate": 2, "method.dropout": 0.5}, [3], id="with accumulation and dropout"),
     pytest.param({"method": "full", "optim.lr": 1e-3}, [3], id="full"),
-    pytest.param({"method": "head"}, [3], id="head"),
     pytest.param(settings_of("bitfit"), [3], id="bitfit"),
     pytest.param({"method": "intrinsic"}, [3], id="intrinsic"),
     pytest.param({"optim.lr_ratio_b": 4.0, "schedule": "cosine", "optim.weight_decay": 0.1}, [3], id="two groups"),
@@ -405,8 +392,7 @@ def test_a_run_reports_every_evaluation_and_is_never_paused_at_its_end(tmp_path,
 @pytest.mark.parametrize(
     "settings",
     [
-        {"method.dropout": 0.5},
-        {"method": "full", "optim.lr": 1e-3, "schedule": "cosine"},
+        {"method.dropout": 0.5, "schedule": "cosine"},
         {"optim.ema_decay": 0.9, "trainer.accumulate": 2},
     ],
 )
@@ -444,10 +430,9 @@ def test_a_run_that_is_not_paused_is_not_pruned(tmp_path, make_config, inputs):
     [
         ({"method.dropout": 0.5}, 2),
         ({"trainer.early_stop_evaluations": 1, "optim.lr": 1e-12}, None),
-        ({"method.dropout": 0.5, "trainer.max_steps": 4}, None),
         ({"method.dropout": 0.5, "trainer.max_steps": 3}, None),
     ],
-    ids=["paused", "stopped early", "complete", "complete after a last interval that is shorter"],
+    ids=["paused", "stopped early", "complete after a last interval that is shorter"],
 )
 def test_a_run_killed_at_any_moment_of_an_evaluation_ends_the_same(
     tmp_path, make_config, inputs, monkeypatch, settings, pause_at
@@ -558,16 +543,15 @@ def out_of_memory_above(rows):
     return action
 
 
-@pytest.mark.parametrize("at_step", [1, 4])
 def test_a_run_that_runs_out_of_memory_halves_its_micro_batches_and_learns_the_same(
-    tmp_path, make_config, inputs, monkeypatch, at_step
+    tmp_path, make_config, inputs, monkeypatch
 ):
     config = make_config({"trainer.batch_size": 8})
     train(tmp_path / "asked", make_config({"trainer.batch_size": 8, "trainer.accumulate": 4}), inputs=inputs)
     train(tmp_path / "large", config, inputs=inputs)
     calls = itertools.count(1)
     narrow = out_of_memory_above(2)
-    damage(monkeypatch, lambda values: values if next(calls) < at_step else narrow(values), training=True)
+    damage(monkeypatch, lambda values: values if next(calls) < 4 else narrow(values), training=True)
     record = train(tmp_path / "halved", config, inputs=inputs)
     assert record.status == "complete"
     assert (record.batching["micro_batches"], record.batching["too_large"]) == (4, [1, 2])
@@ -660,7 +644,7 @@ def test_tensorboard_has_the_curves(finished):
 
 
 @pytest.mark.skipif(not has_cpu_bf16(), reason="this processor does not multiply bf16")
-@pytest.mark.parametrize("method", ["lora", "full", "head", "bitfit", "intrinsic"])
+@pytest.mark.parametrize("method", ["lora", "full", "intrinsic"])
 def test_bf16_bases_train_in_fp32(tmp_path, make_config, method):
     config = make_config(settings_of(method) | {"trainer.precision": "bf16"})
     inputs = build_inputs(config)
@@ -734,11 +718,10 @@ def test_the_running_mean_of_the_weights_is_what_is_evaluated_and_saved(tmp_path
         torch.testing.assert_close(kept[name], expected, rtol=1e-5, atol=1e-7)  # fp32, another order of operations
 
 
-@pytest.mark.parametrize("stop_at", [2, 3])
-def test_a_run_with_a_running_mean_goes_on_exactly(tmp_path, make_config, inputs, stop_at):
+def test_a_run_with_a_running_mean_goes_on_exactly(tmp_path, make_config, inputs):
     config = make_config({"optim.ema_decay": 0.9})
     train(tmp_path / "whole", config, inputs=inputs)
-    train(tmp_path / "broken", config, inputs=inputs, stop_requested=stop_after(stop_at))
+    train(tmp_path / "broken", config, inputs=inputs, stop_requested=stop_after(3))
     train(tmp_path / "broken", config, inputs=inputs, resume=True)
     assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
     assert evaluations(tmp_path / "broken") == evaluations(tmp_path / "whole")

@@ -26,7 +26,7 @@ PROFILERS: Mapping[str, type[Profiler]] = {
     "advanced": AdvancedProfiler,
     "pytorch": PyTorchProfiler,
 }
-"""Lightning's names of profilers."""
+"""Lightning's profilers by the names that its Trainer takes."""
 EVENT_LOGGER = "lorasweep.training.components.EventLogger"
 """Import path of the logger that every run has by default; it writes into the run's folder and nowhere else."""
 LOGGER_PACKAGES: Mapping[str, str] = {
@@ -35,7 +35,7 @@ LOGGER_PACKAGES: Mapping[str, str] = {
     "CometLogger": "comet_ml",
     "NeptuneLogger": "neptune",
 }
-"""Package that each of Lightning's loggers needs, and that is installed by hand."""
+"""Packages that Lightning's loggers need and that the user installs, by the logger's class."""
 
 
 class EventLogger(TensorBoardLogger):
@@ -49,24 +49,24 @@ class EventLogger(TensorBoardLogger):
 
     @rank_zero_only
     def log_hyperparams(self, *_: Any, **__: Any) -> None:
-        """Leaves them to the end of the run."""
+        """Does nothing: the row of the HParams tab is written at the end of the run."""
 
     @rank_zero_only
     def save(self) -> None:
-        """Writes what is in memory."""
+        """Writes the events in memory to the file."""
         if self._experiment is not None:
             self._experiment.flush()
 
 
 class Throughput(ThroughputMonitor):
-    """Lightning's `ThroughputMonitor`, which counts rows and tokens of our batches, padding left out."""
+    """Lightning's `ThroughputMonitor`, which counts the examples and the tokens (without padding) of our batches."""
 
     def __init__(self, **arguments: Any) -> None:
-        super().__init__(batch_size_fn=_count_rows, length_fn=_count_tokens, **arguments)
-        self._module_has_flops = False  # ours does not say, and Lightning would warn
+        super().__init__(batch_size_fn=_count_examples, length_fn=_count_tokens, **arguments)
+        self._module_has_flops = False  # our module has no FLOPs count, and Lightning would warn
 
 
-def _count_rows(batch: Batch) -> int:
+def _count_examples(batch: Batch) -> int:
     return next(len(value) for value in batch.values() if isinstance(value, Tensor) and value.ndim)
 
 
@@ -76,9 +76,9 @@ def _count_tokens(batch: Batch) -> int:
 
 @contextmanager
 def open_loggers(config: RunConfig, folder: Path, *, is_first: bool) -> Iterator[list[Logger]]:
-    """Gives a run's loggers, which write into its folder, and ends what they began.
+    """Opens a run's loggers, which write into its folder, and finishes them at the end of the block.
 
-    Each process of a run has them, as Lightning expects, but only those of the first write.
+    Lightning expects loggers on every process of a run, but only those of the first write.
     """
     loggers = start_loggers(config, folder, is_first=is_first)
     try:
@@ -89,7 +89,7 @@ def open_loggers(config: RunConfig, folder: Path, *, is_first: bool) -> Iterator
 
 
 def start_loggers(config: RunConfig, folder: Path, *, is_first: bool = True) -> list[Logger]:
-    """Returns a run's loggers; those of its first process get the run's settings.
+    """Returns a run's loggers. On its first process they log the run's settings.
 
     Raises:
         ConfigError: A class is not trusted, not there or no logger, or refuses its arguments.
@@ -99,7 +99,7 @@ def start_loggers(config: RunConfig, folder: Path, *, is_first: bool = True) -> 
     loggers: list[Logger] = []
     for name, component in config.logger.items():
         key = f"logger.{name}"
-        offered = _offer(component, key=key, folder=folder)
+        offered = _run_arguments(component, key=key, folder=folder)
         loggers.append(instantiate(component, key=key, expected=Logger, **offered))  # type: ignore[type-abstract]
         if is_first:
             loggers[-1].log_hyperparams(as_settings(config))
@@ -107,17 +107,17 @@ def start_loggers(config: RunConfig, folder: Path, *, is_first: bool = True) -> 
 
 
 def finish_loggers(loggers: list[Logger]) -> None:
-    """Ends what loggers leave open for the next run of this process."""
+    """Ends the run of each logger that would otherwise log the next run of this process as the same one (W&B)."""
     for logger in loggers:
         if isinstance(logger, WandbLogger):
             logger.experiment.finish()
 
 
-def _offer(component: Component, *, key: str, folder: Path) -> dict[str, Any]:
-    """Returns what a logger's class is told of its run, of what it takes.
+def _run_arguments(component: Component, *, key: str, folder: Path) -> dict[str, Any]:
+    """Returns the arguments that name the run and its folder, as far as the logger's class takes them.
 
     Raises:
-        ConfigError: The settings name a folder of their own.
+        ConfigError: The settings name another folder.
     """
     names, _ = argument_names(component.target, key=key)
     if "save_dir" in component.arguments:
@@ -162,16 +162,16 @@ def build_profiler(config: RunConfig, folder: Path) -> Profiler | None:
 
 
 def check_components(config: RunConfig) -> None:
-    """Makes sure, before anything is written, that a run's loggers, callbacks and profiler can be made.
+    """Checks, before anything is written, that a run's loggers, callbacks and profiler can be built.
 
-    Callbacks and profilers are made to see that. Loggers are not, because some connect to a server when they are made.
+    Callbacks and profilers are built for the check. Loggers are not, because some connect to a server.
 
     Raises:
-        ConfigError: One can't.
+        ConfigError: One can't be built.
     """
     for name, component in config.logger.items():
         key = f"logger.{name}"
-        offered = _offer(component, key=key, folder=Path("run"))
+        offered = _run_arguments(component, key=key, folder=Path("run"))
         check_component(component, key=key, expected=Logger, **offered)
         package = LOGGER_PACKAGES.get(component.name)
         if package is not None and find_spec(package) is None:

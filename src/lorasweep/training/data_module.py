@@ -1,4 +1,4 @@
-"""The LightningDataModule of one run: which batches its Trainer gets."""
+"""The LightningDataModule of one run."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from lorasweep.training.settings import Settings, read_settings
 
 
 class DataModule(lightning.LightningDataModule):
-    """Training batches of a whole run, in an order that seed and step decide; validation and test batches by length.
+    """Training batches of a whole run in an order that seed and step decide, and evaluation batches sorted by length.
 
-    For a Trainer the whole run is one epoch, of as many steps as its `max_steps`, else `trainer.max_steps`. A run that
-    is resumed begins at the Trainer's step. Draws from no shared random stream, so how often one evaluates changes
-    nothing in training. Of several processes each gets its rows of every batch.
+    For a Trainer the whole run is one epoch of its `max_steps`, else of `trainer.max_steps`. A resumed run begins at
+    the Trainer's step. Nothing is drawn from a shared random stream, so that evaluating more often does not change the
+    training. Each process gets its share of the examples of every batch.
 
     Attributes:
         config: The run's settings.
-        splits: The rows.
+        splits: The data.
         accumulate: Micro-batches into which the batch of a step is cut.
     """
 

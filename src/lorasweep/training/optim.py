@@ -20,12 +20,12 @@ from lorasweep.methods import ParameterGroup
 def refine_groups(
     model: nn.Module, groups: Sequence[ParameterGroup], config: OptimConfig | OptimizerComponent, *, head: Sequence[str]
 ) -> list[ParameterGroup]:
-    """Returns a method's groups split by learning rate: `optim.lr_ratio_head` and `optim.layer_decay`.
+    """Returns a method's groups, split by the learning rates of `optim.lr_ratio_head` and `optim.layer_decay`.
 
     Args:
         model: A prepared model.
-        groups: What trains in it; of LoRA's, `other` trains in full beside the changes.
-        config: The run's.
+        groups: Its trained parameters; LoRA's group `other` trains in full beside A and B.
+        config: The run's `optim` settings.
         head: Names of the model's new modules.
     """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -36,13 +36,13 @@ def refine_groups(
             name = names[id(parameter)]
             is_head = group.name == "other" or name.startswith(tuple(f"{module}." for module in head))
             factor = group.lr_factor * (config.lr_ratio_head if is_head else 1.0)
-            factor *= config.layer_decay ** blocks_above(name, top=top)
+            factor *= config.layer_decay ** _blocks_above(name, top=top)
             refined.setdefault((group.name, factor), []).append(parameter)
     return [ParameterGroup(name=name, params=tuple(of), lr_factor=factor) for (name, factor), of in refined.items()]
 
 
-def blocks_above(name: str, *, top: int) -> int:
-    """Returns how many blocks lie above a parameter's: 0 of the last block and what comes after it."""
+def _blocks_above(name: str, *, top: int) -> int:
+    """Returns the number of blocks above a parameter: 0 for the last block and the layers after it."""
     block = block_index(name)
     if block is not None:
         return top - block
@@ -52,12 +52,12 @@ def blocks_above(name: str, *, top: int) -> int:
 def build_optimizer(
     config: OptimConfig | OptimizerComponent, groups: Sequence[ParameterGroup]
 ) -> torch.optim.Optimizer:
-    """Returns AdamW or the optimizer that the settings name, each group at `optim.lr` times its factor.
+    """Returns AdamW or the optimizer of `optim._target_`, each group at `optim.lr` times its factor.
 
-    Weight decay spares vectors (norms, biases).
+    Vectors (norms, biases) have no weight decay.
 
     Raises:
-        ConfigError: The class that is named is not trusted, not there or no optimizer, or refuses its arguments.
+        ConfigError: The class is not trusted, not there or no optimizer, or refuses its arguments.
     """
     options: list[dict[str, Any]] = []
     for group in groups:
@@ -70,7 +70,8 @@ def build_optimizer(
         optimizer = _build_component(config, options)
     else:
         optimizer = torch.optim.AdamW(options, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
-    # It would undo a gradient scaler's work by itself, so Lightning forbids clipping. There is no scaler in bf16.
+    # Lightning forbids clipping for optimizers that undo the work of a gradient scaler by themselves, as fused AdamW
+    # does. In bf16 there is no scaler, so clipping is right.
     setattr(optimizer, "_step_supports_amp_scaling", False)  # noqa: B010 (no attribute that mypy knows)
     return optimizer
 
@@ -89,10 +90,10 @@ def _build_component(config: OptimizerComponent, options: list[dict[str, Any]]) 
 
 
 def check_optim(config: RunConfig) -> None:
-    """Makes an optimizer and a schedule for one matrix, to see that their settings are right.
+    """Checks the settings of optimizer and schedule by building both for one matrix.
 
     Raises:
-        ConfigError: They are not.
+        ConfigError: A setting is wrong.
     """
     group = ParameterGroup(name="check", params=(nn.Parameter(torch.zeros(2, 2)),), lr_factor=1.0)
     build_schedule(config, build_optimizer(config.optim, [group]))
@@ -101,15 +102,15 @@ def check_optim(config: RunConfig) -> None:
 def schedule_factor(config: ScheduleConfig, step: int, *, max_steps: int, lr: float) -> float:
     """Returns the share of the peak learning rate at a step (0 is the first), for a run of `max_steps`.
 
-    Warm-up rises linearly over `warmup_fraction` of the steps. After it the factor is that of transformers'
-    `get_scheduler` without warm-up over the steps that are left, so that the step after the last would end the decay.
-    *Differs:* transformers' warm-up begins at 0, so that its first step trains nothing.
+    The factor rises linearly over `warmup_fraction` of the steps. Then it is that of transformers' `get_scheduler`
+    without warm-up over the remaining steps; the decay would end at the step after the last.
+    *Differs:* transformers' warm-up begins at 0, so that its first step changes nothing.
 
     Args:
         config: The schedule.
         step: Optimizer steps done.
-        max_steps: Those of the whole run.
-        lr: The peak learning rate, for the schedules whose end is an absolute rate.
+        max_steps: Optimizer steps of the whole run.
+        lr: The peak learning rate, for schedules that end at an absolute rate.
     """
     warmup = math.ceil(config.warmup_fraction * max_steps)
     if step < warmup:
@@ -121,10 +122,10 @@ def schedule_factor(config: ScheduleConfig, step: int, *, max_steps: int, lr: fl
 
 @functools.lru_cache(maxsize=256)
 def _decay(config: ScheduleConfig, num_steps: int, max_steps: int, lr: float) -> Callable[[int], float]:
-    """Returns transformers' factor by step, for so many steps after the warm-up.
+    """Returns transformers' function from a step after the warm-up to the factor.
 
     Raises:
-        ConfigError: It refuses the arguments.
+        ConfigError: transformers refuses the arguments.
     """
     from transformers import get_scheduler  # noqa: PLC0415 (slow to start)
 
@@ -152,7 +153,7 @@ def build_schedule(config: RunConfig, optimizer: torch.optim.Optimizer) -> torch
     """Returns a run's schedule, stepped once per optimizer step. Pruning a run never changes its length.
 
     Raises:
-        ConfigError: The class that is named is not trusted, not there or no schedule, or refuses its arguments.
+        ConfigError: The class of `schedule._target_` is not trusted, missing or no schedule, or refuses its arguments.
     """
     schedule, max_steps, lr = config.schedule, config.trainer.max_steps, config.optim.lr
     if isinstance(schedule, Component):

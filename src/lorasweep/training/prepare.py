@@ -1,4 +1,4 @@
-"""The model that a run trains: a copy of the base, changed as the method says."""
+"""Builds the model that a run trains: a copy of the base, prepared by the method."""
 
 from __future__ import annotations
 
@@ -16,10 +16,8 @@ from lorasweep.training.optim import check_optim
 
 
 def prepare_model(config: RunConfig, base: BaseModel) -> nn.Module:
-    """Returns a model that trains as the method says; the base's own weights are shared and never written.
-
-    Seeds are set here, before anything is drawn.
-    """
+    """Returns a model that the method has prepared; it shares the base's weights, which are never written."""
+    # Seeded before and after: nothing that was drawn earlier, and no method's number of draws, may change the masks.
     torch.manual_seed(config.seeds.dropout)
     model = copy_sharing_weights(base.model)
     generator = torch.Generator().manual_seed(config.seeds.init)
@@ -34,10 +32,10 @@ def prepare_model(config: RunConfig, base: BaseModel) -> nn.Module:
 
 
 def check_run(config: RunConfig, base: BaseModel) -> None:
-    """Makes sure that a run's settings fit its base model, before anything is written.
+    """Checks that a run's settings fit its base model, before anything is written.
 
     Raises:
-        ConfigError: They do not, or one has no effect.
+        ConfigError: A setting does not fit, or would have no effect.
     """
     METHODS[config.method.name].check(base.model, config.method, head=base.head)
     check_optim(config)
@@ -55,10 +53,10 @@ def check_run(config: RunConfig, base: BaseModel) -> None:
 
 
 def checkpoint_activations(model: nn.Module) -> None:
-    """Has the model compute its blocks' activations again in the backward pass.
+    """Makes the model compute its blocks' activations again in the backward pass.
 
     Raises:
-        ConfigError: It does not know how.
+        ConfigError: The model does not support it.
     """
     if not getattr(model, "supports_gradient_checkpointing", False):
         raise ConfigError(

@@ -1,9 +1,8 @@
-"""A run taken up again from its folder: its settings, its base model and the weights it kept, checked by its record."""
+"""Restores a finished run from its folder: its settings, base model and kept weights, checked against its record."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ def restore_config(record: RunRecord) -> RunConfig:
     """Returns the settings of a run.
 
     Raises:
-        RecordError: The record has none that this version knows.
+        RecordError: The settings are not those of this version of lorasweep.
         ConfigError: They name a class of a package that is not trusted.
     """
     require_trusted(record.config)
@@ -39,7 +38,7 @@ def restore_config(record: RunRecord) -> RunConfig:
 
 
 def named_code(config: RunConfig) -> Iterator[tuple[str, Any, str]]:
-    """Yields key and value of each setting by which a run runs code of its own, and the package that has that code."""
+    """Yields the key and the value of each setting that names code or a pickle, and the package with the code."""
     for key, name in (("model.factory", config.model.factory), ("data.factory", getattr(config.data, "factory", None))):
         if name:
             yield key, name, package_of(name)
@@ -49,12 +48,12 @@ def named_code(config: RunConfig) -> Iterator[tuple[str, Any, str]]:
 
 
 def require_trusted_code(config: RunConfig, *, trust: bool = False, option: str | None = None) -> None:
-    """Makes sure that code which settings name is trusted: a sweep file, a record or a checkpoint may come from anyone.
+    """Checks that code in the settings is trusted: a sweep file, a record or a checkpoint may come from anyone.
 
     Args:
         config: The settings.
-        trust: Whether the user trusts all code that they name.
-        option: The option by which the user says so, for the message; None is `trust=[PACKAGE]`.
+        trust: Whether the user trusts all code in the settings.
+        option: The option with which the user trusts it, for the message; None is `trust=[PACKAGE]`.
 
     Raises:
         ConfigError: The settings name code or a pickle that is not trusted.
@@ -69,38 +68,43 @@ def require_trusted_code(config: RunConfig, *, trust: bool = False, option: str 
 
 
 def check_same_run(record: RunRecord, config: RunConfig) -> None:
-    """Makes sure that a run can be resumed with these settings: how many processes train it may change.
+    """Checks that a run can be resumed with these settings. The number of its processes and its device may change.
 
     Raises:
-        ConfigError: A setting has changed.
+        ConfigError: Another setting has changed.
     """
-    began = restore_config(record)
-    free = ("strategy", "devices", "num_nodes", "device", "progress")
-    trainer = replace(began.trainer, **{name: getattr(config.trainer, name) for name in free})
-    before, now = as_settings(replace(began, trainer=trainer)), as_settings(config)
-    for group, values in now.items():
-        pairs = values.items() if isinstance(values, dict) else [(None, values)]
-        for name, value in pairs:
-            was = before[group] if name is None else before[group].get(name)
-            if was != value:
-                key = group if name is None else f"{group}.{name}"
-                raise ConfigError(
-                    f"`{key}` must be {was!r} as when the run began, but got {value!r}. "
-                    "For another run leave `resume` out."
-                )
+    free = {f"trainer.{name}" for name in ("strategy", "devices", "num_nodes", "device", "progress")}
+    before, now = (_flatten(as_settings(settings)) for settings in (restore_config(record), config))
+    for key, value in now.items():
+        if key not in free and before.get(key) != value:
+            raise ConfigError(
+                f"`{key}` must be {before.get(key)!r} as when the run began, but got {value!r}. "
+                "For another run leave `resume` out."
+            )
+
+
+def _flatten(settings: dict[str, Any]) -> dict[str, Any]:
+    """Returns nested settings by key, such as `trainer.max_steps`."""
+    groups = {name: values if isinstance(values, dict) else {"": values} for name, values in settings.items()}
+    return {f"{name}.{key}".rstrip("."): value for name, values in groups.items() for key, value in values.items()}
 
 
 def restore_base(record: RunRecord, config: RunConfig) -> BaseModel:
-    """Loads the base model of a run in the precision that it had there.
+    """Loads the base model of a run, in the precision of the run.
 
     Raises:
-        ConfigError: It can't be had.
-        RecordError: Its weights are not those that the run trained on.
+        ConfigError: It can't be loaded.
+        RecordError: The record is damaged, or the weights are not those on which the run trained.
     """
     precision = record.platform.get("precision")
     if precision not in DTYPES:
         raise RecordError(f"`precision` in a run's record must be one of {', '.join(DTYPES)}, but is {precision!r}.")
-    base = load_base(config.model, dtype=DTYPES[precision], labels=_read_labels(record))
+    stored = record.base.get("labels")
+    try:
+        labels = None if stored is None else build(Labels, stored)
+    except (ConfigError, TypeError, AttributeError) as error:
+        raise RecordError(f"`base.labels` in a run's record must be those of a classifier, but: {error}") from error
+    base = load_base(config.model, dtype=DTYPES[precision], labels=labels)
     trained_on = record.base.get("fingerprint")
     if base.fingerprint != trained_on:
         raise RecordError(
@@ -113,13 +117,11 @@ def restore_base(record: RunRecord, config: RunConfig) -> BaseModel:
 def restore_model(config: RunConfig, base: BaseModel, *, folder: Path) -> nn.Module:
     """Returns a copy of the base with the weights in `folder` (a run's `best` or `last`), in evaluation mode.
 
-    An adapter is put on as it is stored, so that a start which was worked out from the base's weights (PiSSA) is not
-    worked out again on another machine.
-
     Raises:
         RecordError: A file is missing or damaged, or belongs to another model.
     """
     method, model = METHODS[config.method.name], copy_sharing_weights(base.model)
+    # An adapter is loaded without `prepare`: PiSSA would compute its start again, with other rounding on this machine.
     if config.method.name != "lora":
         method.prepare(model, config.method, generator=torch.Generator().manual_seed(config.seeds.init), head=base.head)
     method.load(model, folder)
@@ -127,29 +129,11 @@ def restore_model(config: RunConfig, base: BaseModel, *, folder: Path) -> nn.Mod
     return model
 
 
-def _read_labels(record: RunRecord) -> Labels | None:
-    """The labels that a classifier told, from the record of its run.
-
-    Raises:
-        RecordError: They are not labels.
-    """
-    stored = record.base.get("labels")
-    try:
-        return None if stored is None else build(Labels, stored)
-    except (ConfigError, TypeError, AttributeError) as error:
-        raise RecordError(f"`base.labels` in a run's record must be those of a classifier, but: {error}") from error
-
-
 def check_kept_files(record: RunRecord, run: Path, *, part: str) -> None:
-    """Makes sure that a run has kept weights and that they are as it wrote them.
-
-    Args:
-        record: The run's record.
-        run: Its folder.
-        part: `best` or `last`.
+    """Checks that a run has kept weights in `part` (`best` or `last`) of its folder, and that they are unchanged.
 
     Raises:
-        RecordError: There are none, or one has changed.
+        RecordError: There are none, or a file is missing or has changed.
     """
     if not any(path.is_file() for path in (run / part).glob("*")):
         raise RecordError(

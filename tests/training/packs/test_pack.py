@@ -77,11 +77,8 @@ def rows(folder: Path) -> list[tuple[int, float]]:
     return [(row["step"], row.get("loss", row.get("validation", {}).get("loss"))) for row in read_steps(folder)]
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_packed_runs_equal_runs_alone_while_slots_join_and_leave(make_config, inputs, tmp_path, accumulate):
-    configs = [
-        make_config({**settings, "trainer.accumulate": accumulate, "trainer.max_steps": 6}) for settings in MIXED
-    ]
+def test_packed_runs_equal_runs_alone_while_slots_join_and_leave(make_config, inputs, tmp_path):
+    configs = [make_config({**settings, "trainer.accumulate": 2, "trainer.max_steps": 6}) for settings in MIXED]
     outcomes = Outcomes()
     for n, config in enumerate(configs):
         place = RunPlace(folder=tmp_path / f"alone{n}")
@@ -222,7 +219,7 @@ def test_all_slots_are_reported_in_one_call_in_slot_order_but_those_that_diverge
 
 def test_permuted_slots_give_each_run_the_same_value(make_config, inputs, tmp_path):
     values: list[dict[tuple[str, int], float]] = []
-    for order in ((0, 1, 2), (2, 0, 1), (1, 0, 2)):
+    for order in ((0, 1, 2), (2, 0, 1)):
         folder = tmp_path / "".join(map(str, order))
         folder.mkdir()
         found: dict[tuple[str, int], float] = {}

@@ -202,8 +202,8 @@ def test_the_search_has_all_that_can_happen(undisturbed):
 
 
 MOMENTS = (
-    *("before the report", "after the report", "run-1 is paused", "run-2 is about to be complete"),
-    *("supply", "before a checkpoint of run-4", "before the commit", "after the commit"),
+    *("after the report", "run-1 is paused", "run-2 is about to be complete"),
+    *("before the commit", "after the commit"),
 )
 
 
