@@ -39,14 +39,14 @@ SWEEP = {
         "trainer.device": "cpu",
         "sampler": "qmc",
         "pruner": "none",
-        "confirm.seeds": 2,
+        "confirm.seeds": 1,
     },
     "arms": {
-        "full": {"settings": {"method": "full"}, "space": SPACE, "trials": 3},
+        "full": {"settings": {"method": "full"}, "space": SPACE, "trials": 2},
         "lora": {
             "settings": {"method": "lora", "method.dropout": 0.1},
             "space": {"method.rank": [1, 2, 4], **SPACE},
-            "trials": 6,
+            "trials": 4,
         },
     },
 }
@@ -121,9 +121,9 @@ def check_whole(folder, *, steps=24):
     """Every trial is there, complete, once, with the values that were sampled for it, each step trained in order."""
     record = read_sweep(folder)
     assert record.status == "complete"
-    assert Counter((row.arm, row.state) for row in record.trials) == {("full", "complete"): 3, ("lora", "complete"): 6}
-    assert Counter((row.arm, row.state) for row in record.confirm) == {("full", "complete"): 2, ("lora", "complete"): 2}
-    assert len(journal_of(folder)) == 9 + 4
+    assert Counter((row.arm, row.state) for row in record.trials) == {("full", "complete"): 2, ("lora", "complete"): 4}
+    assert Counter((row.arm, row.state) for row in record.confirm) == {("full", "complete"): 1, ("lora", "complete"): 1}
+    assert len(journal_of(folder)) == 6 + 2
     for row in [*record.trials, *record.confirm]:
         run = read_run(folder / row.run)
         assert (run.status, run.steps_done) == ("complete", steps)

@@ -59,6 +59,14 @@ class Child:
         self.out = out
         self.base = config_of(trainer__devices=2, trainer__strategy="ddp")
         self.outcomes = {}
+        self.seen = None
+
+        def look(callback, trainer, module, *batch):
+            """An ordinary callback counts the processes and the numbers that each holds."""
+            held = [p.to_local() if isinstance(p, DTensor) else p for p in module.parameters()]
+            self.seen = [trainer.world_size, sum(p.numel() for p in held)]
+
+        LearningRateMonitor.on_train_batch_start = look
 
     def run(self, mode):
         with join_processes(self.base.trainer) as group:
@@ -90,7 +98,9 @@ class Child:
             for strategy in ("ddp", "fsdp"):
                 for n in (1, 3):
                     settings = {"method": method, "trainer__strategy": strategy, "trainer__accumulate": n}
-                    self.attempt(f"{method}-{strategy}-{n}", **settings)
+                    name = f"{method}-{strategy}-{n}"
+                    self.attempt(name, callbacks="lr_monitor", **settings)
+                    self.outcomes[f"seen-{name}"] = self.seen
         for strategy, variants in VARIANTS.items():
             for number, settings in enumerate(variants):
                 self.attempt(f"variant-{strategy}-{number}", trainer__strategy=strategy, **settings)
@@ -98,18 +108,6 @@ class Child:
         self.outcomes["base"] = fingerprint_weights(base.model) == base.fingerprint
         on_meta = self.inputs_cache.of(config_of(trainer__devices=2, trainer__strategy="fsdp")).base
         self.outcomes["on meta"] = all(parameter.is_meta for parameter in on_meta.model.parameters())
-
-    def short(self):
-        """One run of each strategy, in which an ordinary callback counts processes and the numbers that each holds."""
-
-        def look(callback, trainer, module, *batch):
-            held = [p.to_local() if isinstance(p, DTensor) else p for p in module.parameters()]
-            self.outcomes["seen"] = [trainer.world_size, sum(p.numel() for p in held)]
-
-        LearningRateMonitor.on_train_batch_start = look
-        for strategy in ("ddp", "fsdp"):
-            self.attempt(strategy, trainer__strategy=strategy, callbacks="lr_monitor")
-            self.outcomes[f"seen-{strategy}"] = self.outcomes.pop("seen")
 
     def end(self):
         """Runs that are paused, stopped and resumed, and that diverge on one process."""

@@ -171,6 +171,7 @@ def errors_of(sweep, job):
 
 
 @on_slurm
+@pytest.mark.slow
 def test_jobs_join_the_head_more_are_added_and_a_cancelled_one_harms_no_other(slurm, sweep, head):
     config = make_config(**SMALL)
     assert check_slurm(config, sweep) == []
@@ -203,6 +204,7 @@ def listeners(pid):
 
 
 @on_slurm
+@pytest.mark.slow
 def test_a_job_that_is_requeued_joins_again_once_its_node_is_resumed(slurm, sweep, head):
     ids = submit_missing_jobs(make_config(**SMALL, jobs=2), sweep)
     assert [job.partition("_")[2] for job in ids] == ["0", "1"]
@@ -222,6 +224,7 @@ def test_a_job_that_is_requeued_joins_again_once_its_node_is_resumed(slurm, swee
 
 
 @on_slurm
+@pytest.mark.slow
 @pytest.mark.parametrize(("requeue", "after"), [(True, "PENDING"), (False, "FAILED")])
 def test_a_job_that_is_told_of_its_end_leaves_and_is_requeued_where_asked(slurm, sweep, head, requeue, after):
     (job,) = submit_missing_jobs(make_config(**SMALL, requeue=requeue), sweep)
@@ -235,6 +238,7 @@ def test_a_job_that_is_told_of_its_end_leaves_and_is_requeued_where_asked(slurm,
 
 
 @on_slurm
+@pytest.mark.slow
 def test_a_node_leaves_a_head_that_is_gone_and_joins_the_next_one(slurm, sweep, head):
     (job,) = submit_missing_jobs(make_config(**SMALL), sweep)
     wait_for_nodes(head, job)
@@ -304,6 +308,7 @@ def test_a_sweep_is_led_by_a_job_that_is_requeued_and_resumes_it(slurm, sweep):
 
 
 @on_slurm
+@pytest.mark.slow
 def test_a_head_that_fails_fails_its_job(slurm, sweep):
     job = submit_head(make_config(**SMALL), sweep)
     slurm.wait_for_jobs({})
