@@ -209,7 +209,7 @@ def describe_ms(seconds: Sequence[float]) -> str:
 
 def simulate(sweep: SweepFolder, num_workers: int, *, every: int) -> None:
     """Plays a whole sweep and prints a row for every so many trials that began."""
-    controller = Controller(sweep, run_ended=lambda *_: None, session="inputs")
+    controller = Controller(sweep, run_ended=lambda *_: None, session="bench")
     workers = [TrainingWorker(f"bench-{number}") for number in range(num_workers)]
     drawn, paused_at, times = random.Random(0), {}, Times(sweep.path)
     trials = controller.search.arms["lora"]
@@ -237,7 +237,7 @@ def measure_restart(path: Path) -> None:
     began = time.perf_counter()
     sweep = reopen_sweep(path)
     read = time.perf_counter()
-    Controller(sweep, run_ended=lambda *_: None, session="inputs")
+    Controller(sweep, run_ended=lambda *_: None, session="bench")
     ended = time.perf_counter()
     size = (path / "journal.log").stat().st_size / 2**20
     print(
@@ -261,7 +261,7 @@ def measure_ray(sweep: SweepFolder, num_actors: int) -> None:
         )
 
         context = WorkerContext(folder=Path.cwd(), path=sweep.path, code=code_versions(), trusted=trusted_packages())
-        actor = ray.remote(ControllerActor).options(num_cpus=0).remote(context, session="inputs", run_ended=ignore_run)
+        actor = ray.remote(ControllerActor).options(num_cpus=0).remote(context, session="bench", run_ended=ignore_run)
         controller = ControllerClient(actor)
         controller.is_over()
         began = time.perf_counter()

@@ -27,6 +27,7 @@ import lorasweep
 from lorasweep.config.compose import compose_driver, packaged_folder
 from lorasweep.config.sweep import FixedSampler, ModelBasedSampler
 from lorasweep.errors import ConfigError, RunError
+from lorasweep.sweep.controller import history as history_file
 from lorasweep.sweep.controller import proposals
 from lorasweep.sweep.controller.encoding import MAX_REPEAT_FRACTION, SpaceEncoding
 from lorasweep.sweep.controller.proposals import count_startup_trials, propose
@@ -434,7 +435,7 @@ def test_of_a_long_history_a_model_sees_the_best_half_and_the_latest_others(monk
             seen.append([t.value for t in study.get_trials(deepcopy=False)[:-1]])
             return super().sample_relative(study, trial, search_space)
 
-    monkeypatch.setattr(proposals, "MAX_HISTORY_TRIALS", 10)
+    monkeypatch.setattr(history_file, "MAX_HISTORY_TRIALS", 10)
     monkeypatch.setattr(proposals, "TPESampler", Watching)
     params = ask(number=0)
     values = [float(value) for value in random.Random(0).sample(range(1000), 60)]

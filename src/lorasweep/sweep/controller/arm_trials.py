@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,7 +14,9 @@ from optuna.trial import FrozenTrial, create_trial
 from optuna.trial import TrialState as OptunaState
 
 from lorasweep.record import TrialState
-from lorasweep.sweep.controller.rules import NoStopping, StoppingRule, find_better_parts
+from lorasweep.sweep.controller.history import History
+from lorasweep.sweep.controller.rules import NoStopping, StoppingRule
+from lorasweep.sweep.controller.rung_tables import RungTables
 from lorasweep.sweep.controller.trial import (
     INFEASIBLE_ATTRIBUTE,
     LOSSES_ATTRIBUTE,
@@ -66,20 +68,33 @@ class ArmTrials:
         self.planned = planned
         self.trials: dict[int, Trial] = {}
         """The controller's trials by number. Trials that somebody else added to the study are left out."""
+        self._num_in_state: Counter[TrialState] = Counter()
+        self._held: defaultdict[str, dict[int, Trial]] = defaultdict(dict)
+        """The trials that each worker trains now, by number."""
+        self._abandoned: dict[int, Trial] = {}
+        """The trials that were handed out to a process that is gone."""
+        self.next_order = 0
+        """One more than the highest order of a trial."""
         self._space = dict(space)
         self._storage = storage
         self._study_id = storage.get_study_id_from_name(study.study_name)
         self._rule: StoppingRule = rule or NoStopping()
         self._by_loss = by_loss
         self._prunes_by_study = prunes_by_study
-        self._sign = 1 if study.direction == optuna.study.StudyDirection.MINIMIZE else -1
+        sign = 1 if study.direction == optuna.study.StudyDirection.MINIMIZE else -1
+        self._tables = RungTables(self._rule, self.trials, sign=sign)
+        self._history = History(self._space, direction="minimize" if sign == 1 else "maximize")
+        self._changed: set[int] = set()
+        """Numbers of the trials that have changed since the history read them."""
+        self._next_number = 0
         self._first_trials = planned if first_trials is None else first_trials
         for frozen in study.get_trials(deepcopy=False):
             if TURN_ATTRIBUTE in frozen.user_attrs:
                 trial = read_trial(frozen, session=session)
-                self.trials[trial.number] = trial
+                self._add(trial)
                 if trial.state == "infeasible" and not frozen.state.is_finished():  # killed before all of it was told
                     self.end(trial, "infeasible", {}, value=None)
+            self._next_number = frozen.number + 1
 
     @property
     def left(self) -> int:
@@ -95,27 +110,27 @@ class ArmTrials:
         """Returns the controller's trials of this arm as the study has them, in the order of their numbers."""
         return [frozen for frozen in self.study.get_trials(deepcopy=False) if frozen.number in self.trials]
 
-    def history(self) -> list[FrozenTrial]:
-        """Returns the trials as a sampler sees them: a paused one is pruned, because it is a result of fewer steps."""
-        shown = []
-        for frozen in self.frozen():
-            if self.trials[frozen.number].state == "paused":
-                frozen = copy.copy(frozen)  # the study's own trial still runs
-                frozen.state = OptunaState.PRUNED
-            shown.append(frozen)
-        return shown
+    def history(self) -> History:
+        """Returns the trials as a sampler sees them."""
+        for number in sorted(self._changed):
+            frozen = self._storage.get_trial(self._trial_id(self.trials[number]))
+            self._history.update(number, frozen, is_paused=self.trials[number].state == "paused")
+        self._changed.clear()
+        return self._history
 
     def next_number(self) -> int:
         """Returns the number that the next trial of the study gets; trials of others count in it."""
-        return len(self.study.get_trials(deepcopy=False))
+        while self._is_taken(self._next_number):  # by a trial that somebody else added to a database
+            self._next_number += 1
+        return self._next_number
 
     def find_abandoned(self) -> list[Trial]:
         """Returns the trials that were handed out to a process that is gone."""
-        return [trial for trial in self.trials.values() if trial.state == "running" and not trial.is_held]
+        return list(self._abandoned.values())
 
     def held_by(self, worker: str) -> list[Trial]:
         """Returns the trials that a worker trains now."""
-        return [trial for trial in self.trials.values() if trial.is_held and trial.worker == worker]
+        return list(self._held.get(worker, {}).values())
 
     def paused(self) -> list[Trial]:
         """Returns the paused trials in the order of their numbers."""
@@ -123,23 +138,14 @@ class ArmTrials:
 
     def is_any(self, state: TrialState) -> bool:
         """Whether any trial is in a state."""
-        return any(trial.state == state for trial in self.trials.values())
+        return self._num_in_state[state] > 0
 
     def next_promoted(self) -> tuple[Trial, int] | None:
         """Returns the paused trial to be resumed next and the rung it passes; None if no paused trial may continue.
 
         Of several it is the one at the highest rung, there the best one.
         """
-        if not self.is_any("paused"):
-            return None
-        better = self._find_better_parts()
-        waiting = (
-            (trial, rung)
-            for rung in reversed(self._rule.rungs)
-            for trial in better[rung].values()
-            if trial.state == "paused" and rung not in trial.passed
-        )
-        return next(waiting, None)
+        return self._tables.next_promoted(all_begun=self.left <= 0) if self.is_any("paused") else None
 
     def may_begin(self) -> bool:
         """Whether a new trial may begin now.
@@ -178,14 +184,15 @@ class ArmTrials:
                 user_attrs={TURN_ATTRIBUTE: trial.turn, **attributes},
             )
         )
-        self.trials[trial.number] = trial
+        self._next_number = trial.number + 1
+        self._add(trial)
         return trial
 
     def promote(self, trial: Trial, rung: int, *, order: int, worker: str = "", request: int = 0) -> None:
         """Hands out a trial that was paused at a rung, to train beyond it."""
         passed, promoted = trial.passed | {rung}, trial.promoted | {rung}
         self._write_turn(trial, order=order, passed=passed, promoted=promoted, worker=worker, request=request)
-        trial.state, trial.is_held = "running", True
+        self._change(trial, state="running", is_held=True)
 
     def hand_out_again(self, trial: Trial, *, worker: str = "", request: int = 0) -> None:
         """Hands out a trial whose worker is gone.
@@ -194,13 +201,13 @@ class ArmTrials:
         """
         if (worker, request) != (trial.worker, trial.request):
             self._write_turn(trial, worker=worker, request=request)
-        trial.state, trial.is_held = "running", True
+        self._change(trial, state="running", is_held=True)
 
     def release(self, trial: Trial) -> None:
         """Notes that the worker of a running trial no longer trains it, so that it is handed out again."""
         if trial.worker:
             self._write_turn(trial, worker="", request=0)
-        trial.is_held = False
+        self._change(trial, is_held=False)
 
     def store(self, trial: Trial, step: int, value: float, *, loss: float | None = None) -> None:
         """Writes the value of an evaluation, and at a rung the loss. A resumed run may report the same value again."""
@@ -209,10 +216,10 @@ class ArmTrials:
         if self._by_loss and loss is not None and step in self._rule.rungs and trial.losses.get(step) != loss:
             losses = {**trial.losses, step: loss}
             self.write(trial, {LOSSES_ATTRIBUTE: {str(rung): value for rung, value in losses.items()}})
-            trial.losses = losses
+            self._change(trial, losses=losses)
         if trial.values.get(step) != value:
             self._storage.set_trial_intermediate_value(self._trial_id(trial), step, value)
-            trial.values[step] = value
+            self._change(trial, values={**trial.values, step: value})
 
     def decide(self, trial: Trial, step: int) -> bool:
         """Returns whether a trial trains on after the evaluation at a step; all values of it must be stored by then."""
@@ -222,7 +229,7 @@ class ArmTrials:
             return True
         if step in trial.passed:  # a process that was killed since had reported this step: the decision stays
             return step not in trial.promoted
-        if trial.number not in self._find_better_parts()[step]:
+        if not self._tables.is_better(trial, step, all_begun=self.left <= 0):
             return False
         self._write_turn(trial, passed=trial.passed | {step})
         return True
@@ -239,7 +246,7 @@ class ArmTrials:
         was_promoted = step in trial.promoted
         if was_promoted and trial.worker:  # else a restarted controller would believe that the worker trains it
             self._write_turn(trial, worker="", request=0)
-        trial.state, trial.is_held = "running" if was_promoted else "paused", False
+        self._change(trial, state="running" if was_promoted else "paused", is_held=False)
 
     def end(self, trial: Trial, state: TrialState, attributes: Mapping[str, Any], *, value: float | None) -> None:
         """Tells the study how a trial ended; one that has ended stays as it is.
@@ -258,21 +265,50 @@ class ArmTrials:
                 self._as_optuna_trial(trial).set_constraint("memory", 1.0)
             told = {"complete": OptunaState.COMPLETE, "failed": OptunaState.FAIL}.get(state, OptunaState.PRUNED)
             self.study.tell(trial.number, value if state == "complete" else None, state=told)
-        trial.state, trial.is_held = state, False
+        self._change(trial, state=state, is_held=False)
 
     def write(self, trial: Trial, attributes: Mapping[str, Any]) -> None:
         """Writes user attributes of a trial."""
         for name, attribute in attributes.items():
             self._storage.set_trial_user_attr(self._trial_id(trial), name, attribute)
 
-    def _find_better_parts(self) -> dict[int, dict[int, Trial]]:
-        return find_better_parts(self._rule, self.trials.values(), sign=self._sign, all_begun=self.left <= 0)
-
     def _write_turn(self, trial: Trial, **changes: Any) -> None:
         """Changes when and to whom a trial was handed out: in the journal first, in one write."""
         self.write(trial, {TURN_ATTRIBUTE: dataclasses.replace(trial, **changes).turn})
+        self._change(trial, **changes)
+
+    def _add(self, trial: Trial) -> None:
+        self.trials[trial.number] = trial
+        self._tables.move(set(), self._tables.places(trial))
+        self._index(trial)
+
+    def _change(self, trial: Trial, **changes: Any) -> None:
+        """Changes a trial, and the tables and indexes that it is in: no question may read all trials of an arm."""
+        before = self._tables.places(trial)
+        self._num_in_state[trial.state] -= 1
+        self._abandoned.pop(trial.number, None)
+        if trial.is_held:
+            del self._held[trial.worker][trial.number]
         for name, value in changes.items():
             setattr(trial, name, value)
+        self._index(trial)
+        self._tables.move(before, self._tables.places(trial))
+
+    def _index(self, trial: Trial) -> None:
+        self._changed.add(trial.number)
+        self.next_order = max(self.next_order, trial.order + 1)
+        self._num_in_state[trial.state] += 1
+        if trial.is_held:
+            self._held[trial.worker][trial.number] = trial
+        elif trial.state == "running":
+            self._abandoned[trial.number] = trial
+
+    def _is_taken(self, number: int) -> bool:
+        try:
+            self._storage.get_trial_id_from_study_id_trial_number(self._study_id, number)
+        except KeyError:
+            return False
+        return True
 
     def _as_optuna_trial(self, trial: Trial) -> optuna.trial.Trial:
         return optuna.trial.Trial(self.study, self._trial_id(trial))

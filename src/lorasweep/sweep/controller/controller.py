@@ -23,7 +23,7 @@ from lorasweep.sweep.controller.arm_trials import ArmTrials
 from lorasweep.sweep.controller.folder import SweepFolder
 from lorasweep.sweep.controller.record_rows import measure_importance
 from lorasweep.sweep.controller.stages import Confirm, Search, Stage
-from lorasweep.sweep.controller.storage import database_must_answer
+from lorasweep.sweep.controller.storage import database_must_answer, flush_storage
 from lorasweep.sweep.controller.trial import REASON_ATTRIBUTE, SCORE_ATTRIBUTE, Trial
 from lorasweep.sweep.definition.arms import Arm
 from lorasweep.training.checkpoint import remove_checkpoints
@@ -66,7 +66,9 @@ def _needs_storage(method: Callable[Concatenate[Controller, P], T]) -> Callable[
     def call(self: Controller, *args: P.args, **kwargs: P.kwargs) -> T:
         try:
             with database_must_answer(self.sweep.path):
-                return method(self, *args, **kwargs)
+                answer = method(self, *args, **kwargs)
+                flush_storage(self.sweep.storage)  # before the worker acts on the answer
+                return answer
         except OSError as error:
             self.sweep.check_disk(error)
             raise
@@ -332,8 +334,7 @@ class Controller:
 
     def _next_order(self) -> int:
         """Returns how many trials of this stage were handed out before."""
-        orders = [trial.order for trials in self.stage.arms.values() for trial in trials.trials.values()]
-        return max(orders, default=-1) + 1
+        return max(trials.next_order for trials in self.stage.arms.values())
 
     def _assign(self, trials: ArmTrials, trial: Trial) -> Assignment:
         arm, stage = trials.arm, self.stage

@@ -14,26 +14,31 @@ A sampler that is set by `_target_` follows none of these rules: it is asked fro
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 import random
 import statistics
 import warnings
 import zlib
-from collections.abc import Sequence
+from collections.abc import Container, Mapping, Sequence
+from functools import lru_cache
+from types import MappingProxyType
 from typing import Any
 
 import optuna
 from optuna.exceptions import ExperimentalWarning
 from optuna.samplers import BaseSampler, GPSampler, RandomSampler, TPESampler
-from optuna.trial import FrozenTrial, TrialState, create_trial
+from optuna.storages import InMemoryStorage
+from optuna.trial import FrozenTrial, TrialState
 
 from lorasweep.config.data import Direction
 from lorasweep.config.sweep import ModelBasedSampler
 from lorasweep.config.targets import Component
 from lorasweep.errors import ConfigError, RunError, first_line
 from lorasweep.sweep.controller.component_sampler import ask_sampler
-from lorasweep.sweep.controller.encoding import Point, SpaceEncoding
+from lorasweep.sweep.controller.encoding import Point
+from lorasweep.sweep.controller.history import History, Result, last_value
 from lorasweep.sweep.controller.sobol import SobolSequence
 from lorasweep.sweep.definition.arms import Arm
 from lorasweep.sweep.definition.space import Space, grid_values
@@ -44,25 +49,20 @@ MIN_RESULTS = 2
 """Number of results before a model is asked: a single result is neither better nor worse."""
 MAX_SOBOL_DRAWS = 20
 """Number of Sobol points that are tried in place of a proposal that repeats an earlier trial."""
-MAX_HISTORY_TRIALS = 200
-"""Number of results that a model sees. The cost of a Gaussian process grows with the cube of this number: at 200 a
-proposal takes about 0.5 s (TPE: 0.04 s), at 500 about 3 s."""
+MAX_CACHED_GRIDS = 64
+"""Number of grids whose order is kept in memory."""
 SAMPLER_ATTRIBUTE = "lorasweep:sampler"
 """Name of the user attribute with the state that a sampler set by `_target_` keeps with a trial that it proposed."""
 
-Result = tuple[FrozenTrial, Point]
-
 
 def propose(
-    arm: Arm, history: Sequence[FrozenTrial], *, number: int, direction: Direction
+    arm: Arm, history: History | Sequence[FrozenTrial], *, number: int, direction: Direction
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Returns the parameters of an arm's next trial, and further user attributes which that trial must get.
 
     Args:
         arm: The arm, with its sampler and the sweep's seed.
-        history: The arm's earlier trials, in their order. COMPLETE: a result. PRUNED, or RUNNING with intermediate
-            values: a partial result. PRUNED with a violated constraint: does not fit in memory. RUNNING without
-            intermediate values: no result yet. FAIL: a model does not see it, but it is not repeated.
+        history: The arm's earlier trials, or a list of them in their order.
         number: The position of the new trial among the arm's trials, from 0.
         direction: Which scores are better.
 
@@ -70,9 +70,9 @@ def propose(
         ConfigError: The sampler can't be built, or can't propose a trial for this space.
         RunError: Each combination of the grid was tried.
     """
-    sampler, seed = arm.driver.sampler, _derive_seed(arm, number)
-    encoding = SpaceEncoding(arm.space)
-    tried = [(trial, encoding.encode(trial.params)) for trial in history]
+    if not isinstance(history, History):
+        history = History(arm.space, history, direction=direction)
+    sampler, seed, encoding = arm.driver.sampler, _derive_seed(arm, number), history.encoding
     if not encoding.ranges:
         return encoding.decode({}), {}
     attributes: dict[str, Any] = {}
@@ -81,20 +81,20 @@ def propose(
             warnings.simplefilter("ignore", ExperimentalWarning)
             if isinstance(sampler, Component):
                 point, attributes = ask_sampler(
-                    sampler, tried, encoding.ranges, kept_as=SAMPLER_ATTRIBUTE, seed=seed, direction=direction
+                    sampler, history.all(), encoding.ranges, kept_as=SAMPLER_ATTRIBUTE, seed=seed, direction=direction
                 )
             elif sampler.name == "grid":
-                point = _next_combination(arm, encoding, tried)
+                point = _next_combination(arm, history)
             else:
                 sobol = SobolSequence(encoding.ranges, choices=frozenset(encoding.choices), seed=_derive_seed(arm))
                 if sampler.name == "random":
                     point = _ask(RandomSampler(seed=seed), encoding.ranges, [], direction=direction)
-                elif isinstance(sampler, ModelBasedSampler) and _has_learned(sampler, tried, number, trials=arm.trials):
-                    point = _ask_model(sampler, tried, encoding.ranges, seed=seed, direction=direction)
+                elif isinstance(sampler, ModelBasedSampler) and _may_learn(sampler, history, number, arm=arm):
+                    point = _ask_model(sampler, history, seed=seed)
                 else:
                     point = sobol.point(number)
                 draws = itertools.chain([point], (sobol.point(number + ahead) for ahead in range(MAX_SOBOL_DRAWS)))
-                point = next((draw for draw in draws if not _is_tried(draw, tried, encoding)), point)
+                point = next((draw for draw in draws if draw not in history.tried), point)
     except (ConfigError, RunError):
         raise
     except Exception as error:  # whatever a sampler raises: the user needs the sampler's name and another one to use
@@ -121,47 +121,39 @@ def _derive_seed(arm: Arm, number: int | None = None) -> int:
     return zlib.crc32(f"{arm.driver.sweep.seed}/{arm.name}/{'' if number is None else number}".encode())
 
 
-def _has_learned(sampler: ModelBasedSampler, tried: Sequence[Result], number: int, *, trials: int) -> bool:
-    if number < count_startup_trials(sampler, trials=trials):
-        return False
-    return sum(trial.state != TrialState.FAIL and _last_value(trial) is not None for trial, _ in tried) >= MIN_RESULTS
+def _may_learn(sampler: ModelBasedSampler, history: History, number: int, *, arm: Arm) -> bool:
+    return number >= count_startup_trials(sampler, trials=arm.trials) and history.num_values >= MIN_RESULTS
 
 
-def _is_tried(point: Point, tried: Sequence[Result], encoding: SpaceEncoding) -> bool:
-    return any(encoding.is_repeat(point, earlier) for _, earlier in tried)
-
-
-def _next_combination(arm: Arm, encoding: SpaceEncoding, tried: Sequence[Result]) -> Point:
+def _next_combination(arm: Arm, history: History) -> Point:
     """Returns the first combination of the grid that no trial has, in a random order that the arm's seed decides."""
-    axes = [
-        range(len(encoding.choices[key])) if key in encoding.choices else grid_values(key, range_)
+    encoding = history.encoding
+    axes = tuple(
+        tuple(range(len(encoding.choices[key])) if key in encoding.choices else grid_values(key, range_))
         for key, range_ in encoding.ranges.items()
-    ]
-    combinations = list(itertools.product(*axes))
-    random.Random(_derive_seed(arm)).shuffle(combinations)
-    used = {tuple(point.values()) for _, point in tried}
-    for combination in combinations:
-        if combination not in used:
-            return dict(zip(encoding.ranges, combination, strict=True))
+    )
+    for combination in _shuffle_grid(axes, _derive_seed(arm)):
+        point = dict(zip(encoding.ranges, combination, strict=True))
+        if point not in history.tried:
+            return point
     raise RunError(
         f"`sampler=grid` must have a combination that arm {arm.name!r} did not try, but each of them was tried. "
         "Use `sampler=qmc`."
     )
 
 
-def _ask_model(
-    sampler: ModelBasedSampler, tried: Sequence[Result], ranges: Space, *, seed: int, direction: Direction
-) -> Point:
+@lru_cache(maxsize=MAX_CACHED_GRIDS)
+def _shuffle_grid(axes: tuple[tuple[Any, ...], ...], seed: int) -> list[tuple[Any, ...]]:
+    combinations = list(itertools.product(*axes))
+    random.Random(seed).shuffle(combinations)
+    return combinations
+
+
+def _ask_model(sampler: ModelBasedSampler, history: History, *, seed: int) -> Point:
     """Returns the point that TPE or a Gaussian process chooses from the arm's results and running trials."""
-    is_result = [
-        trial.state != TrialState.FAIL and (_is_infeasible(trial) or _last_value(trial) is not None)
-        for trial, _ in tried
-    ]
-    results = _limit_results([pair for pair, known in zip(tried, is_result, strict=True) if known], direction=direction)
-    shown = (_show_to_gp if sampler.name == "gp" else _show_to_tpe)(results, ranges, direction=direction)
-    for (trial, point), known in zip(tried, is_result, strict=True):
-        if trial.state == TrialState.RUNNING and not known:
-            shown.append(create_trial(state=TrialState.RUNNING, params=point, distributions=ranges))
+    ranges, direction = history.encoding.ranges, history.direction
+    shown = (_show_to_gp if sampler.name == "gp" else _show_to_tpe)(history.results(), ranges, direction=direction)
+    shown += [_show(point, ranges, state=TrialState.RUNNING) for point in history.running()]
     # The models learn from the first result on: the points before it are Sobol points, not Optuna's random ones.
     if sampler.name == "gp":
         model: BaseSampler = GPSampler(n_startup_trials=1, seed=seed, warn_independent_sampling=False)
@@ -171,27 +163,69 @@ def _ask_model(
 
 
 def _ask(sampler: BaseSampler, ranges: Space, shown: Sequence[FrozenTrial], *, direction: Direction) -> Point:
-    study = optuna.create_study(sampler=sampler, direction=direction)
-    study.add_trials(shown)
+    study = optuna.create_study(sampler=sampler, direction=direction, storage=_ShownTrials(shown))
     return study.ask(ranges).params
 
 
-def _limit_results(results: Sequence[Result], *, direction: Direction) -> list[Result]:
-    """Returns at most `MAX_HISTORY_TRIALS` results in their order: the best half, and the latest of the others."""
-    by_rank = sorted(range(len(results)), key=lambda place: _rank(results[place][0], direction=direction))
-    best = by_rank[: MAX_HISTORY_TRIALS // 2]
-    latest = sorted(by_rank[MAX_HISTORY_TRIALS // 2 :])[len(best) - MAX_HISTORY_TRIALS :]
-    return [results[place] for place in sorted([*best, *latest])]
+class _ShownTrials(InMemoryStorage):
+    """The storage of a study that a sampler is asked on: the trials that it sees, and the one that it proposes.
+
+    Optuna would copy each trial on its way into a study, which takes longer than a proposal.
+    """
+
+    def __init__(self, shown: Sequence[FrozenTrial]) -> None:
+        super().__init__()
+        self._shown = shown
+        for number, trial in enumerate(shown, start=1):  # the new trial is number 0
+            trial.number = number
+
+    def get_all_trials(
+        self,
+        study_id: int,
+        deepcopy: bool = True,  # noqa: FBT001, FBT002 (Optuna's)
+        states: Container[TrialState] | None = None,
+    ) -> list[FrozenTrial]:
+        """Returns the trials that are shown, then the new one. Called by Optuna."""
+        shown = [trial for trial in self._shown if states is None or trial.state in states]
+        return [*(copy.deepcopy(shown) if deepcopy else shown), *super().get_all_trials(study_id, deepcopy, states)]
+
+
+def _show(
+    point: Point,
+    ranges: Space,
+    *,
+    state: TrialState,
+    value: float | None = None,
+    intermediate_values: Mapping[int, float] = MappingProxyType({}),
+    constraints: Mapping[str, float] = MappingProxyType({}),
+) -> FrozenTrial:
+    """Returns a trial as a sampler sees it. Unlike `create_trial` it does not check again what was checked before."""
+    trial = FrozenTrial(
+        number=0,
+        trial_id=0,
+        state=state,
+        value=value,
+        params=point,
+        distributions=ranges,
+        intermediate_values=dict(intermediate_values),
+        user_attrs={},
+        system_attrs={},
+        datetime_start=None,
+        datetime_complete=None,
+    )
+    for name, excess in constraints.items():
+        trial.set_constraint(name, excess)
+    return trial
 
 
 def _show_to_tpe(results: Sequence[Result], ranges: Space, *, direction: Direction) -> list[FrozenTrial]:
     """Returns results as TPE takes them: it sorts partial ones behind complete ones, and infeasible ones last."""
     return [
-        create_trial(
+        _show(
+            point,
+            ranges,
             state=TrialState.COMPLETE if trial.state == TrialState.COMPLETE else TrialState.PRUNED,
             value=trial.value,
-            params=point,
-            distributions=ranges,
             intermediate_values=trial.intermediate_values,
             constraints=trial.constraints,
         )
@@ -210,14 +244,14 @@ def _show_to_gp(results: Sequence[Result], ranges: Space, *, direction: Directio
     complete = [trial for trial, _ in results if trial.state == TrialState.COMPLETE]
     values: list[float | None] = []
     for trial, _ in results:
-        value = _last_value(trial)
+        value = last_value(trial)
         if value is not None and trial.state != TrialState.COMPLETE:
             step = max(trial.intermediate_values)
             progress = [
                 end - start
                 for peer in complete
                 if math.isfinite(start := peer.intermediate_values.get(step, math.nan))
-                and (end := _last_value(peer)) is not None
+                and (end := last_value(peer)) is not None
             ]
             value += statistics.median(progress) if progress else 0.0
         values.append(value)
@@ -226,36 +260,12 @@ def _show_to_gp(results: Sequence[Result], ranges: Space, *, direction: Directio
     # Optuna's sampler requires the same constraints in every trial; a trial is feasible at or below 0
     names = sorted({name for trial, _ in results for name in trial.constraints})
     return [
-        create_trial(
+        _show(
+            point,
+            ranges,
             state=TrialState.COMPLETE,
             value=median if value is None else better(value, median),
-            params=point,
-            distributions=ranges,
             constraints={name: trial.constraints.get(name, -1.0) for name in names},
         )
         for value, (trial, point) in zip(values, results, strict=True)
     ]
-
-
-def _is_infeasible(trial: FrozenTrial) -> bool:
-    """Whether a trial does not fit in memory."""
-    return any(excess > 0 for excess in trial.constraints.values())
-
-
-def _last_value(trial: FrozenTrial) -> float | None:
-    """Returns a trial's value, or its last intermediate one; None if there is none that is finite."""
-    if _is_infeasible(trial):
-        return None
-    value = trial.value
-    if value is None and trial.intermediate_values:
-        value = trial.intermediate_values[max(trial.intermediate_values)]
-    return value if value is not None and math.isfinite(value) else None
-
-
-def _rank(trial: FrozenTrial, *, direction: Direction) -> tuple[int, int, float]:
-    """Returns the sort key of a result, best first: complete ones, then partial ones by how far they came (as TPE)."""
-    value = _last_value(trial)
-    if value is None:
-        return 2, 0, 0.0
-    cost = value if direction == "minimize" else -value
-    return (0, 0, cost) if trial.state == TrialState.COMPLETE else (1, -max(trial.intermediate_values), cost)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -133,37 +133,7 @@ def build_pruner(arm: Arm) -> BasePruner | None:
     return instantiate(arm.driver.pruner, key="pruner", expected=expected)
 
 
-def find_better_parts(
-    rule: StoppingRule, trials: Collection[Trial], *, sign: int, all_begun: bool
-) -> dict[int, dict[int, Trial]]:
-    """Returns for each rung the trials that may train beyond it, best first, by number.
-
-    Args:
-        rule: How many trials of a rung may train beyond it.
-        trials: All trials of the arm.
-        sign: 1 if lower values are better, -1 if higher ones are.
-        all_begun: Whether no further trial of the arm will begin.
-    """
-    better: dict[int, dict[int, Trial]] = {}
-    by_number = {trial.number: trial for trial in trials}
-    for rung in rule.rungs:  # ascending: whether a trial can still arrive depends on the lower rungs
-        arrived = [t for t in trials if rung in t.values and t.state not in ("failed", "infeasible")]
-        ranked = sorted((_cost(trial, rung, sign=sign), trial.number) for trial in arrived)
-        all_arrived = all_begun and not any(_can_arrive(trial, rung, better) for trial in trials)
-        count = rule.count_better(ranked, all_arrived=all_arrived)
-        better[rung] = {number: by_number[number] for _, number in ranked[:count]}
-    return better
-
-
-def _can_arrive(trial: Trial, rung: int, better: Mapping[int, Mapping[int, Trial]]) -> bool:
-    """Whether a trial can still reach a rung: it trains towards it, or waits in the better part of a lower rung."""
-    if not trial.is_live or rung in trial.values:
-        return False
-    waits_at = next((lower for lower in better if lower in trial.values and lower not in trial.passed), None)
-    return waits_at is None or trial.number in better[waits_at]
-
-
-def _cost(trial: Trial, rung: int, *, sign: int) -> float:
+def cost_at(trial: Trial, rung: int, *, sign: int) -> float:
     """Returns the number by which a rung compares a trial; lower is better."""
     value = trial.losses.get(rung, sign * trial.values[rung])
     return math.inf if math.isnan(value) else value

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import os
+from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +15,7 @@ import optuna
 from optuna.exceptions import StorageInternalError
 from optuna.pruners import BasePruner, NopPruner
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
-from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+from optuna.storages.journal import BaseJournalBackend
 from sqlalchemy.exc import SQLAlchemyError
 
 from lorasweep.config.data import Direction
@@ -26,35 +29,64 @@ DATABASE_ERRORS = (StorageInternalError, SQLAlchemyError)
 """The errors that Optuna raises if a database is gone or refuses."""
 
 
-class _NoLock(JournalFileOpenLock):
-    """Makes no lock file: a killed process would leave it behind, and the sweep's folder has a lock already."""
+class Journal(BaseJournalBackend):
+    """A journal file in Optuna's format that no other process writes to.
 
-    def acquire(self) -> bool:
-        """Returns at once. Called by Optuna."""
-        return True
-
-    def release(self) -> None:
-        """Does nothing. Called by Optuna."""
-
-
-class _Journal(JournalFileBackend):
-    """Optuna's journal file, in which no line is left unfinished."""
+    *Differs* from Optuna's `JournalFileBackend`: the file is opened and read once, because the lock of the sweep's
+    folder lets one controller in; there is no lock file, which a killed process would leave behind; and the operations
+    of a controller's call are flushed to the disk together.
+    """
 
     def __init__(self, path: Path) -> None:
         """Opens the file, or makes it, and removes a line that a killed process left unfinished."""
-        super().__init__(str(path), lock_obj=_NoLock(str(path)))
-        self._path = path
+        self._file = os.open(path, os.O_CREAT | os.O_RDWR | os.O_APPEND, 0o644)
         content = path.read_bytes()
-        os.truncate(path, content.rfind(b"\n") + 1)
+        self._size = content.rfind(b"\n") + 1
+        os.ftruncate(self._file, self._size)
+        self._unread = deque(content[: self._size].splitlines())
+        self._is_flushed = True
+
+    def read_logs(self, log_number_from: int) -> Iterator[dict[str, Any]]:
+        """Yields the operations that Optuna has not read yet. Called by Optuna."""
+        while self._unread:
+            yield json.loads(self._unread.popleft())
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
-        """Writes operations and flushes them to the disk; if the disk is full, none of them stays in the file."""
-        size = self._path.stat().st_size
+        """Writes operations, all of them or none, so that they outlast this process. Called by Optuna."""
+        lines = [json.dumps(log, separators=(",", ":")).encode() + b"\n" for log in logs]
+        data = b"".join(lines)
         try:
-            super().append_logs(logs)
+            if os.write(self._file, data) != len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError:
-            os.truncate(self._path, size)
+            os.ftruncate(self._file, self._size)
             raise
+        self._size += len(data)
+        self._unread += lines
+        self._is_flushed = False
+
+    def flush(self) -> None:
+        """Makes the operations outlast a power cut."""
+        if not self._is_flushed:
+            os.fsync(self._file)
+            self._is_flushed = True
+
+    def close(self) -> None:
+        """Flushes and closes the file."""
+        self.flush()
+        os.close(self._file)
+
+
+class _OwnJournalStorage(JournalStorage):
+    def __init__(self, journal: Journal) -> None:
+        self.journal = journal
+        super().__init__(journal)
+
+
+def flush_storage(storage: BaseStorage) -> None:
+    """Makes all writes outlast a power cut; a database does so by itself."""
+    if isinstance(storage, _OwnJournalStorage):
+        storage.journal.flush()
 
 
 def open_storage(config: StorageConfig, folder: Path) -> BaseStorage:
@@ -68,7 +100,7 @@ def open_storage(config: StorageConfig, folder: Path) -> BaseStorage:
         ConfigError: The database does not answer, or its driver is not installed.
     """
     if config.url is None:
-        return JournalStorage(_Journal(folder / JOURNAL_FILE))
+        return _OwnJournalStorage(Journal(folder / JOURNAL_FILE))
     try:
         return RDBStorage(config.url)
     except (*DATABASE_ERRORS, ImportError, ValueError, RuntimeError) as error:
@@ -76,10 +108,12 @@ def open_storage(config: StorageConfig, folder: Path) -> BaseStorage:
 
 
 def close_storage(storage: BaseStorage) -> None:
-    """Closes the connections to a database."""
+    """Closes the journal, or the connections to a database."""
     storage.remove_session()
     if isinstance(storage, RDBStorage):
         storage.engine.dispose()
+    elif isinstance(storage, _OwnJournalStorage):
+        storage.journal.close()
 
 
 def unusable_database(config: StorageConfig, error: Exception) -> ConfigError:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,6 +61,10 @@ class Trial:
     def is_live(self) -> bool:
         """Whether the trial runs or is paused."""
         return self.state in LIVE_STATES
+
+    def waits_at(self, rungs: Iterable[int]) -> int | None:
+        """Returns the lowest of these rungs that the trial has reached and may not train beyond, or None."""
+        return next((rung for rung in rungs if rung in self.values and rung not in self.passed), None)
 
     @property
     def turn(self) -> dict[str, Any]:

@@ -1,0 +1,124 @@
+"""Sorted tables of the trials at each rung, from which a decision reads the best trials only.
+
+An arm may have 100,000 trials. To compare all of them at each report would take longer than to train one.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Iterator, Mapping
+
+from lorasweep.sweep.controller.rules import StoppingRule, cost_at
+from lorasweep.sweep.controller.trial import Trial
+
+Row = tuple[float, int]
+"""A trial's cost and number: lower costs are better, and of equal trials the earlier one comes first."""
+Place = tuple[str, int, Row]
+"""A table, its rung, and a trial's row there."""
+
+
+class RungTables:
+    """Three sorted tables for each rung of an arm's stopping rule.
+
+    - `arrived`: the trials that have a value at the rung and did not fail.
+    - `waiting`: those of `arrived` that run or are paused and may not train beyond the rung.
+    - `below`: the running and paused trials that have not arrived and wait at no lower rung.
+    """
+
+    def __init__(self, rule: StoppingRule, trials: Mapping[int, Trial], *, sign: int) -> None:
+        """Makes empty tables.
+
+        Args:
+            rule: How many trials of a rung may train beyond it.
+            trials: All trials of the arm by number; the caller adds to them.
+            sign: 1 if lower values are better, -1 if higher ones are.
+        """
+        self._rule = rule
+        self._trials = trials
+        self._sign = sign
+        self._tables: dict[tuple[str, int], list[Row]] = {
+            (name, rung): [] for name in ("arrived", "waiting", "below") for rung in rule.rungs
+        }
+
+    def places(self, trial: Trial) -> set[Place]:
+        """Returns the rows that a trial has in the tables."""
+        found: set[Place] = set()
+        waits = False
+        for rung in self._rule.rungs:
+            if rung in trial.values:
+                if trial.state in ("failed", "infeasible"):
+                    continue
+                row = cost_at(trial, rung, sign=self._sign), trial.number
+                found.add(("arrived", rung, row))
+                if trial.is_live and rung not in trial.passed:
+                    found.add(("waiting", rung, row))
+                    waits = True
+            elif trial.is_live and not waits:
+                found.add(("below", rung, (0.0, trial.number)))
+        return found
+
+    def move(self, before: set[Place], after: set[Place]) -> None:
+        """Replaces the rows that a trial had by those that it has."""
+        for name, rung, row in before - after:
+            table = self._tables[name, rung]
+            del table[bisect_left(table, row)]
+        for name, rung, row in after - before:
+            insort(self._tables[name, rung], row)
+
+    def is_better(self, trial: Trial, rung: int, *, all_begun: bool) -> bool:
+        """Returns whether a trial belongs to the better part of a rung that it has reached.
+
+        Args:
+            trial: The trial.
+            rung: The rung.
+            all_begun: Whether no further trial of the arm will begin.
+        """
+        row = cost_at(trial, rung, sign=self._sign), trial.number
+        arrived = trial.state not in ("failed", "infeasible")
+        return arrived and self._is_within(row, rung, self._counts(rung, all_begun=all_begun))
+
+    def next_promoted(self, *, all_begun: bool) -> tuple[Trial, int] | None:
+        """Returns the best paused trial of a better part, at the highest rung that has one, and that rung."""
+        if not self._rule.rungs:
+            return None
+        counts = self._counts(self._rule.rungs[-1], all_begun=all_begun)
+        for rung in reversed(self._rule.rungs):
+            for trial in self._waiting_better(rung, counts):
+                if trial.state == "paused":
+                    return trial, rung
+        return None
+
+    def _counts(self, last: int, *, all_begun: bool) -> dict[int, int]:
+        """Returns the number of trials in the better part of each rung up to this one."""
+        counts: dict[int, int] = {}
+        for rung in self._rule.rungs:
+            if rung > last:
+                break
+            all_arrived = all_begun and self._all_arrived(rung, counts)
+            counts[rung] = self._rule.count_better(self._tables["arrived", rung], all_arrived=all_arrived)
+        return counts
+
+    def _all_arrived(self, rung: int, counts: Mapping[int, int]) -> bool:
+        """Whether no trial can still reach a rung: none trains towards it, or waits in the better part of a lower one.
+
+        Args:
+            rung: The rung.
+            counts: The size of the better part of each lower rung.
+        """
+        if self._tables["below", rung]:
+            return False
+        return not any(
+            rung not in trial.values and trial.waits_at(self._rule.rungs) == lower
+            for lower in counts
+            for trial in self._waiting_better(lower, counts)
+        )
+
+    def _waiting_better(self, rung: int, counts: Mapping[int, int]) -> Iterator[Trial]:
+        """Yields the trials that wait at a rung and belong to its better part, best first."""
+        for row in self._tables["waiting", rung]:
+            if not self._is_within(row, rung, counts):
+                return
+            yield self._trials[row[1]]
+
+    def _is_within(self, row: Row, rung: int, counts: Mapping[int, int]) -> bool:
+        return counts[rung] > 0 and row <= self._tables["arrived", rung][counts[rung] - 1]

@@ -1,0 +1,90 @@
+"""Decisions from the sorted tables are those of a comparison of all trials."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from lorasweep.sweep.controller.rules import Halving, MedianOfPeers, cost_at
+from lorasweep.sweep.controller.rung_tables import RungTables
+from lorasweep.sweep.controller.trial import Trial
+
+RUNGS = (2, 4, 6)
+
+
+def find_better_parts(rule, trials, *, sign, all_begun):
+    """The trials that may train beyond each rung, best first: the definition, which reads every trial."""
+    better = {}
+    for rung in rule.rungs:  # ascending: whether a trial can still arrive depends on the lower rungs
+        arrived = [trial for trial in trials if rung in trial.values and trial.state not in ("failed", "infeasible")]
+        ranked = sorted((cost_at(trial, rung, sign=sign), trial.number) for trial in arrived)
+        all_arrived = all_begun and not any(can_arrive(trial, rung, better) for trial in trials)
+        better[rung] = [number for _, number in ranked[: rule.count_better(ranked, all_arrived=all_arrived)]]
+    return better
+
+
+def can_arrive(trial, rung, better):
+    """Whether a trial trains towards a rung, or waits in the better part of a lower one."""
+    if not trial.is_live or rung in trial.values:
+        return False
+    waits_at = next((lower for lower in better if lower in trial.values and lower not in trial.passed), None)
+    return waits_at is None or trial.number in better[waits_at]
+
+
+def change_one(trials, drawn):
+    """Changes a trial as the controller may: begin, report, pass a rung, pause, resume or end."""
+    trial = drawn.choice(list(trials.values()))
+    if not trial.is_live or drawn.random() < 0.1:
+        trial = Trial(number=len(trials), params={}, order=len(trials))
+        trials[trial.number] = trial
+        return trial, {}
+    reached = max(trial.values, default=0)
+    kind = drawn.choice(["report", "report", "pass", "pause", "end"])
+    if kind == "report":
+        return trial, {"values": {**trial.values, reached + 1: drawn.choice([0.5, 1.0, drawn.random(), float("nan")])}}
+    if kind == "pass" and reached in RUNGS:
+        return trial, {"passed": trial.passed | {reached}, "state": "running"}
+    if kind == "pause" and reached in RUNGS:
+        return trial, {"state": "paused"}
+    if kind == "end":
+        return trial, {"state": drawn.choice(["complete", "failed", "infeasible", "pruned"])}
+    return trial, {}
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize(
+    "rule",
+    [Halving(rungs=RUNGS, reduction_factor=2, min_survivors=2), MedianOfPeers(rungs=RUNGS, min_trials=3)],
+    ids=["halving", "median"],
+)
+def test_tables_decide_as_a_comparison_of_all_trials(rule, sign):
+    for seed in range(15):
+        drawn = random.Random(seed)
+        trials = {0: Trial(number=0, params={}, order=0)}
+        tables = RungTables(rule, trials, sign=sign)
+        tables.move(set(), tables.places(trials[0]))
+        for turn in range(120):
+            known = set(trials)
+            trial, changes = change_one(trials, drawn)
+            before = tables.places(trial) if trial.number in known else set()
+            for name, value in changes.items():
+                setattr(trial, name, value)
+            tables.move(before, tables.places(trial))
+            all_begun = turn > 80
+            better = find_better_parts(rule, trials.values(), sign=sign, all_begun=all_begun)
+            for rung in RUNGS:
+                reached = [each for each in trials.values() if rung in each.values]
+                found = {each.number for each in reached if tables.is_better(each, rung, all_begun=all_begun)}
+                assert found == set(better[rung])
+            promoted = next(
+                (
+                    (number, rung)
+                    for rung in reversed(RUNGS)
+                    for number in better[rung]
+                    if trials[number].state == "paused" and rung not in trials[number].passed
+                ),
+                None,
+            )
+            found = tables.next_promoted(all_begun=all_begun)
+            assert promoted == (None if found is None else (found[0].number, found[1]))
