@@ -30,8 +30,7 @@ from torch import Tensor, nn
 
 from lorasweep.config.compose import compose_run
 from lorasweep.config.run import OptimConfig
-from lorasweep.lora import LoraConfig, inject_lora
-from lorasweep.lora.packed import inject_packed_lora, split_packed_parameters
+from lorasweep.lora import LoraConfig, inject_lora, inject_packed_lora, split_lora_parameters
 from lorasweep.models.load import load_base
 from lorasweep.training.memory import count_saved_bytes
 from lorasweep.training.packs.optim import StackedAdamW
@@ -135,7 +134,7 @@ def make_ways(task: Task, slots: int) -> dict[str, Step]:
     packed = copy.deepcopy(task.model)
     inject_packed_lora(packed, [config] * slots)
     ids, targets = token_batch(task, slots, next(packed.parameters()).device)
-    optimizer = StackedAdamW(split_packed_parameters(packed), [settings] * slots)
+    optimizer = StackedAdamW(split_lora_parameters(packed), [settings] * slots)
 
     def pack_step() -> None:
         slot_losses(packed, ids, targets, slots=slots).sum().backward()

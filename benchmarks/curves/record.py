@@ -36,12 +36,8 @@ from lorasweep.data.batching import StepBatchSampler
 from lorasweep.data.loaders import evaluation_loader
 from lorasweep.data.split import repeat_batch
 from lorasweep.data.tasks import Evaluation
-from lorasweep.lora.packed import (
-    inject_packed_lora,
-    set_dropout_streams,
-    set_row_lengths,
-    split_packed_parameters,
-)
+from lorasweep.lora import inject_packed_lora, set_dropout_streams, split_lora_parameters
+from lorasweep.lora.packed.inject import set_row_lengths
 from lorasweep.methods import METHODS, copy_sharing_weights, draw_head, train_head
 from lorasweep.training.environment import deterministic_algorithms
 from lorasweep.training.inputs import RunInputs, build_inputs, resolve_accumulate
@@ -192,7 +188,7 @@ class LoraPack:
         methods = [train_head(_lora(config), inputs.base.head) for config in configs]
         inject_packed_lora(self.model, methods, generators=generators, start=start)
         self.model.train()
-        self.optimizer = StackedAdamW(split_packed_parameters(self.model), [config.optim for config in configs])
+        self.optimizer = StackedAdamW(split_lora_parameters(self.model), [config.optim for config in configs])
         self.streams = [torch.Generator().manual_seed(seeds.dropout) for _ in configs]
         set_dropout_streams(self.model, self.streams)
         accumulate = resolve_accumulate(settings, inputs.splits.train, slots=len(configs))
@@ -227,7 +223,7 @@ class LoraPack:
 
     def trained(self) -> list[nn.Parameter]:
         """Returns the stacked parameters."""
-        return [parameter for group in split_packed_parameters(self.model) for parameter in group]
+        return [parameter for group in split_lora_parameters(self.model) for parameter in group]
 
     def state(self) -> Any:
         """Returns a copy of the moments and of each slot's dropout stream."""

@@ -1,106 +1,121 @@
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
 from torch import Tensor
 from torch.autograd import gradcheck
 
-from lorasweep.lora.functional import Rows, add_change, draw_keep_mask, lora_linear, scaling_factor
+from lorasweep.lora.functional import linear_change, lora_linear, scaling_factor
+
+SLOTS, ROWS = 3, 2
+FACTORS = torch.tensor([0.7, 0.0, 2.0], dtype=torch.float64)[:, None, None]
 
 
-def make_inputs(*, shape: tuple[int, ...] = (3, 5), d_out: int = 4, rank: int = 2) -> tuple[Tensor, ...]:
-    """x, weight, bias, A and B in float64."""
+def make_inputs(
+    *, shape: tuple[int, ...] = (SLOTS * ROWS, 3, 5), slots: int = SLOTS, d_out: int = 4, rank: int = 2
+) -> tuple[Tensor, ...]:
+    """x, weight, bias, stacked A and stacked B in float64."""
     generator = torch.Generator().manual_seed(0)
-    shapes = (shape, (d_out, shape[-1]), (d_out,), (rank, shape[-1]), (d_out, rank))
+    shapes = (shape, (d_out, shape[-1]), (d_out,), (slots, rank, shape[-1]), (slots, d_out, rank))
     return tuple(torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes)
 
 
-def dense(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float) -> Tensor:
-    """The formula in one line, with the change as a full matrix."""
-    return torch.nn.functional.linear(x, weight + scaling * b @ a, bias)
+def make_keep(x: Tensor) -> Tensor:
+    return torch.rand(x.shape, generator=torch.Generator().manual_seed(3)) > 0.5
 
 
-@pytest.mark.parametrize("shape", [(5,), (3, 5), (2, 3, 5), (2, 1, 3, 5), (0, 5), (2, 0, 5)])
-@pytest.mark.parametrize("with_bias", [True, False])
-def test_output_and_gradients_equal_the_dense_formula(shape: tuple[int, ...], with_bias: bool) -> None:
-    x, weight, bias, a, b = make_inputs(shape=shape)
-    chosen = bias if with_bias else None
+def dense(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, factor: Tensor) -> Tensor:
+    """The formula slot by slot, with the change as a full matrix."""
+    rows = x.chunk(len(a)) if x.numel() else [x] * len(a)
+    return torch.cat(
+        [torch.nn.functional.linear(r, weight + factor[k] * b[k] @ a[k], bias) for k, r in enumerate(rows)]
+    )
+
+
+@pytest.mark.parametrize("shape", [(6, 5), (6, 3, 5), (3, 2, 3, 5), (0, 5)])
+@pytest.mark.parametrize("slots", [1, SLOTS])
+def test_output_and_gradients_equal_the_dense_formula(shape: tuple[int, ...], slots: int) -> None:
+    x, weight, bias, a, b = make_inputs(shape=shape, slots=slots)
+    chosen = bias if slots == 1 else None
     leaves = [t.requires_grad_() for t in (x, a, b)]
-    ours, reference = lora_linear(x, weight, chosen, a, b, scaling=0.7), dense(x, weight, chosen, a, b, 0.7)
+    factor = FACTORS[:slots]
+    ours, reference = lora_linear(x, weight, chosen, a, b, factor=factor), dense(x, weight, chosen, a, b, factor)
     torch.testing.assert_close(ours, reference)  # float64 defaults: the same products in another order
     grad = torch.linspace(-1, 1, ours.numel(), dtype=ours.dtype).view(ours.shape)
     torch.testing.assert_close(torch.autograd.grad(ours, leaves, grad), torch.autograd.grad(reference, leaves, grad))
 
 
+def test_a_vector_is_one_row() -> None:
+    x, weight, bias, a, b = make_inputs(shape=(5,), slots=1)
+    torch.testing.assert_close(
+        lora_linear(x, weight, bias, a, b, factor=0.7), torch.nn.functional.linear(x, weight + 0.7 * b[0] @ a[0], bias)
+    )
+
+
+TRAINS = [(True,) * 5, *(tuple(i == k for i in range(5)) for k in range(5)), (False, False, False, True, True)]
+
+
 @pytest.mark.parametrize("drop", [True, False])
-@pytest.mark.parametrize("trains", [t for t in itertools.product([True, False], repeat=5) if any(t)])
-def test_gradcheck_for_every_choice_of_what_trains(drop: bool, trains: tuple[bool, ...]) -> None:
-    inputs = make_inputs()
-    for tensor, needs_grad in zip(inputs, trains, strict=True):
-        tensor.requires_grad_(needs_grad)
-    keep = draw_keep_mask(inputs[0], dropout=0.5, generator=torch.Generator().manual_seed(3)) if drop else None
-    assert gradcheck(lambda *t: lora_linear(*t, scaling=0.7, keep=keep, dropout=0.5), inputs)
+@pytest.mark.parametrize("trains", TRAINS)
+def test_gradcheck_of_what_trains(drop: bool, trains: tuple[bool, ...]) -> None:
+    inputs = make_inputs(shape=(SLOTS * ROWS, 3))
+    inputs = tuple(t.requires_grad_(needs) for t, needs in zip(inputs, trains, strict=True))
+    keep = make_keep(inputs[0]) if drop else None
+    assert gradcheck(lambda *t: lora_linear(*t, factor=FACTORS, keep=keep), inputs)
 
 
-def test_gradcheck_without_bias() -> None:
-    x, weight, _, a, b = (t.requires_grad_() for t in make_inputs())
-    assert gradcheck(lambda x, w, a, b: lora_linear(x, w, None, a, b, scaling=2.0), (x, weight, a, b))
+def test_gradcheck_of_one_slot_without_bias() -> None:
+    x, weight, _, a, b = (t.requires_grad_() for t in make_inputs(shape=(3, 5), slots=1))
+    assert gradcheck(lambda x, w, a, b: lora_linear(x, w, None, a, b, factor=2.0), (x, weight, a, b))
 
 
 def test_gradcheck_of_transposed_views() -> None:
-    x, weight, bias, a, b = (t.t().contiguous().t() for t in make_inputs()[:2] + make_inputs()[2:])
-    leaves = tuple(t.requires_grad_() for t in (x, weight, bias, a, b))
+    x, weight, bias, a, b = make_inputs(shape=(SLOTS * ROWS, 3))
+    x, weight = (t.t().contiguous().t().requires_grad_() for t in (x, weight))
     assert not x.is_contiguous()
-    assert not weight.is_contiguous()
-    assert gradcheck(lambda *t: lora_linear(*t, scaling=0.7), leaves)
+    inputs = (x, weight, bias, a.mT.contiguous().mT.requires_grad_(), b.requires_grad_())
+    assert gradcheck(lambda *t: lora_linear(*t, factor=FACTORS), inputs)
 
 
 def test_gradcheck_of_an_expanded_input_and_gradient() -> None:
-    x, weight, bias, a, b = make_inputs(shape=(2, 1, 5))
+    x, weight, bias, a, b = make_inputs(shape=(SLOTS, 1, 5))
     x.requires_grad_()
-    out = lora_linear(x.expand(2, 3, 5), weight, bias, a, b, scaling=0.7)
+    out = lora_linear(x.expand(SLOTS, 3, 5), weight, bias, a, b, factor=FACTORS)
     (got,) = torch.autograd.grad(out.sum(), x)  # sum's gradient is an expanded scalar
-    (expected,) = torch.autograd.grad(dense(x.expand(2, 3, 5), weight, bias, a, b, 0.7).sum(), x)
+    (expected,) = torch.autograd.grad(dense(x.expand(SLOTS, 3, 5), weight, bias, a, b, FACTORS).sum(), x)
     torch.testing.assert_close(got, expected)
 
 
-def test_dropout_scales_what_it_keeps_and_leaves_the_base_alone() -> None:
+def test_dropout_leaves_the_base_alone() -> None:
+    x, weight, bias, a, b = make_inputs(shape=(3, 5), slots=1)
+    keep = make_keep(x)
+    expected = torch.nn.functional.linear(x, weight, bias) + 0.7 * (x * keep) @ a[0].t() @ b[0].t()
+    torch.testing.assert_close(lora_linear(x, weight, bias, a, b, factor=0.7, keep=keep), expected)
+
+
+def test_factor_zero_gives_the_base_exactly() -> None:
     x, weight, bias, a, b = make_inputs()
-    keep = draw_keep_mask(x, dropout=0.5, generator=torch.Generator().manual_seed(3))
-    expected = torch.nn.functional.linear(x, weight, bias) + 0.7 * (x * keep / 0.5) @ a.t() @ b.t()
-    torch.testing.assert_close(lora_linear(x, weight, bias, a, b, scaling=0.7, keep=keep, dropout=0.5), expected)
-
-
-def test_keep_mask_drops_the_asked_fraction() -> None:
-    keep = draw_keep_mask(torch.empty(100, 1000), dropout=0.3, generator=torch.Generator().manual_seed(0))
-    assert keep.float().mean().item() == pytest.approx(0.7, abs=0.01)  # 100,000 draws: deviation 0.0015
-
-
-def test_scaling_zero_gives_the_base_exactly() -> None:
-    x, weight, bias, a, b = make_inputs()
-    assert torch.equal(lora_linear(x, weight, bias, a, b, scaling=0.0), torch.nn.functional.linear(x, weight, bias))
+    assert torch.equal(lora_linear(x, weight, bias, a, b, factor=0.0), torch.nn.functional.linear(x, weight, bias))
 
 
 def test_a_second_derivative_is_refused_instead_of_wrong() -> None:
     x, weight, bias, a, b = make_inputs()
     a.requires_grad_()
-    (grad,) = torch.autograd.grad(lora_linear(x, weight, bias, a, b, scaling=1.0).pow(2).sum(), a, create_graph=True)
+    (grad,) = torch.autograd.grad(lora_linear(x, weight, bias, a, b, factor=1.0).pow(2).sum(), a, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
 
 
 def test_fp32_adapters_on_a_bf16_base_get_fp32_gradients() -> None:
-    x, weight, bias, a, b = make_inputs(shape=(64, 32), d_out=16, rank=4)
+    x, weight, bias, a, b = make_inputs(shape=(SLOTS * ROWS, 32, 64), d_out=16, rank=4)
     half = [t.bfloat16() for t in (x, weight, bias)]
     adapters = [t.float().requires_grad_() for t in (a, b)]
-    out = lora_linear(*half, *adapters, scaling=0.5)
+    out = lora_linear(*half, *adapters, factor=FACTORS.float())
     assert out.dtype is torch.bfloat16
     grads = torch.autograd.grad(out.float().pow(2).sum(), adapters)
     exact = [t.detach().double().requires_grad_() for t in adapters]
     wide = [t.double() for t in half]
-    reference = torch.autograd.grad(dense(*wide, *exact, 0.5).pow(2).sum(), exact)
+    reference = torch.autograd.grad(dense(*wide, *exact, FACTORS).pow(2).sum(), exact)
     for grad, expected in zip(grads, reference, strict=True):
         assert grad.dtype is torch.float32
         # bf16 has 8 bits: each of a few roundings is at most 2^-8 of the largest terms of a sum
@@ -109,18 +124,16 @@ def test_fp32_adapters_on_a_bf16_base_get_fp32_gradients() -> None:
 
 @pytest.mark.parametrize("drop", [True, False])
 def test_autocast_computes_in_its_dtype(drop: bool) -> None:
-    x, weight, bias, a, b = (t.float() for t in make_inputs(shape=(2, 6, 32), d_out=16))
-    x.requires_grad_(), a.requires_grad_(), b.requires_grad_()
-    keep = draw_keep_mask(x, dropout=0.5, generator=torch.Generator().manual_seed(3)) if drop else None
+    x, weight, bias, a, b = (t.float().requires_grad_() for t in make_inputs())
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        out = lora_linear(x, weight, bias, a, b, scaling=0.5, keep=keep, dropout=0.5)
+        out = lora_linear(x, weight, bias, a, b, factor=FACTORS.float(), keep=make_keep(x) if drop else None)
     assert out.dtype is torch.bfloat16
     out.float().sum().backward()
     assert {t.grad.dtype for t in (x, a, b)} == {torch.float32}
 
 
 def test_x_is_saved_once_for_layers_that_share_it() -> None:
-    x, weight, bias, a, b = make_inputs(shape=(2, 3, 5))
+    x, weight, bias, a, b = make_inputs()
     a.requires_grad_(), b.requires_grad_()
     saved: set[int] = set()
 
@@ -129,57 +142,39 @@ def test_x_is_saved_once_for_layers_that_share_it() -> None:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        alive = [lora_linear(x, weight, bias, a, b, scaling=1.0) for _ in range(3)]
-    assert len(saved) == len({t.data_ptr() for t in (x, weight, a, b)}) + len(
-        alive
-    )  # and one u (rank, tokens) per layer
+        alive = [lora_linear(x, weight, bias, a, b, factor=1.0) for _ in range(3)]
+    shared = {t.data_ptr() for t in (x, weight, a, b)}
+    assert len(saved) == len(shared) + len(alive)  # and one u (slots, rank, tokens) per layer
+
+
+@pytest.mark.parametrize("drop", [True, False])
+def test_the_change_alone_is_what_is_added(drop: bool) -> None:
+    x, weight, bias, a, b = make_inputs()
+    options = {"factor": FACTORS, "keep": make_keep(x) if drop else None}
+    leaves = [t.requires_grad_() for t in (x, a, b)]
+    whole = lora_linear(x, weight, bias, a, b, **options)
+    parts = torch.nn.functional.linear(x, weight, bias) + linear_change(x, a, b, **options)
+    torch.testing.assert_close(parts, whole)
+    torch.testing.assert_close(torch.autograd.grad(parts.sum(), leaves), torch.autograd.grad(whole.sum(), leaves))
+
+
+def test_a_slot_of_nan_leaves_the_others_bit_identical() -> None:
+    x, weight, bias, a, b = make_inputs()
+    leaves = [t.requires_grad_() for t in (x, a, b)]
+
+    def run() -> list[Tensor]:
+        out = lora_linear(x, weight, bias, a, b, factor=FACTORS)
+        return [out, *torch.autograd.grad(out.pow(2).sum(), leaves)]
+
+    expected = run()
+    with torch.no_grad():
+        a[1], b[1], x[ROWS : 2 * ROWS] = float("nan"), float("inf"), float("nan")
+    for got, value in zip(run(), expected, strict=True):
+        for slot in (0, 2):
+            assert torch.equal(got.chunk(SLOTS)[slot], value.chunk(SLOTS)[slot])
+        assert got.chunk(SLOTS)[1].isnan().all()
 
 
 def test_scaling_rules() -> None:
     assert scaling_factor(alpha=8, rank=4, rule="alpha_over_rank") == 2
     assert scaling_factor(alpha=8, rank=4, rule="alpha_over_sqrt_rank") == 4
-
-
-ROWS = ((1, 3), (5, 6))  # two parts of a fused projection with 7 rows
-
-
-def make_fused_inputs() -> tuple[Tensor, ...]:
-    x, weight, bias, a, _ = make_inputs(shape=(2, 3, 5), d_out=7, rank=4)  # two parts of rank 2
-    return x, weight, bias, a, torch.randn(3, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-
-
-def test_rows_get_a_change_each_from_its_own_a_and_b() -> None:
-    x, weight, bias, a, b = make_fused_inputs()
-    changed = weight.clone()
-    changed[1:3] += 0.7 * b[:2] @ a[:2]
-    changed[5:6] += 0.7 * b[2:] @ a[2:]
-    expected = torch.nn.functional.linear(x, changed, bias)
-    torch.testing.assert_close(lora_linear(x, weight, bias, a, b, scaling=0.7, rows=ROWS), expected)
-
-
-@pytest.mark.parametrize("drop", [True, False])
-def test_gradcheck_of_rows(drop: bool) -> None:
-    inputs = tuple(t.requires_grad_() for t in make_fused_inputs())
-    keep = draw_keep_mask(inputs[0], dropout=0.5, generator=torch.Generator().manual_seed(3)) if drop else None
-    assert gradcheck(lambda *t: lora_linear(*t, scaling=0.7, keep=keep, dropout=0.5, rows=ROWS), inputs)
-
-
-@pytest.mark.parametrize("drop", [True, False])
-@pytest.mark.parametrize("rows", [(), ROWS])
-@pytest.mark.parametrize("trains", [t for t in itertools.product([True, False], repeat=4) if any(t)])
-def test_gradcheck_of_a_change_added_to_any_output(drop: bool, rows: Rows, trains: tuple[bool, ...]) -> None:
-    x, _, _, a, b = make_fused_inputs() if rows else make_inputs(shape=(2, 3, 5), d_out=7)
-    y = torch.randn(2, 3, 7, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
-    inputs = tuple(t.requires_grad_(needs) for t, needs in zip((y, x, a, b), trains, strict=True))
-    keep = draw_keep_mask(x, dropout=0.5, generator=torch.Generator().manual_seed(3)) if drop else None
-    assert gradcheck(lambda *t: add_change(*t, scaling=0.7, keep=keep, dropout=0.5, rows=rows), inputs)
-
-
-@pytest.mark.parametrize("rows", [(), ROWS])
-def test_a_change_added_to_the_bases_output_is_the_same_layer(rows: Rows) -> None:
-    x, weight, bias, a, b = make_fused_inputs() if rows else make_inputs(shape=(2, 3, 5), d_out=7)
-    y = torch.nn.functional.linear(x, weight, bias)
-    before = y.clone()
-    expected = lora_linear(x, weight, bias, a, b, scaling=0.7, rows=rows)
-    torch.testing.assert_close(add_change(y, x, a, b, scaling=0.7, rows=rows), expected)
-    assert torch.equal(y, before)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lorasweep.lora import LoraConfig, LoraLinear, find_targets, inject_lora, lora_layers
+from lorasweep.lora import LoraConfig, LoraLayer, find_targets, inject_lora, lora_layers
 
 
 def train_steps(model: nn.Module, tokens: Tensor, *, num_steps: int = 3) -> list[float]:
@@ -83,7 +83,7 @@ def test_a_layer_used_under_two_names_stays_one_layer() -> None:
     shared = nn.Linear(4, 4)
     model = nn.ModuleDict({"first": shared, "second": shared})
     inject_lora(model, LoraConfig(rank=2))
-    assert isinstance(model["first"], LoraLinear)
+    assert isinstance(model["first"], LoraLayer)
     assert model["first"] is model["second"]
     assert len(lora_layers(model)) == 1
 

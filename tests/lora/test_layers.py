@@ -8,13 +8,14 @@ import torch
 from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import nn
 
-from lorasweep.lora import LoraConfig, LoraLinear, inject_lora, merge_lora
+from lorasweep.lora import LoraConfig, LoraLayer, inject_lora, merge_lora
+from lorasweep.lora.targets import Target
 
 
-def make_layer(*, bias: bool = True, dropout: float = 0.0, dtype: torch.dtype = torch.float32) -> LoraLinear:
+def make_layer(*, bias: bool = True, dropout: float = 0.0, dtype: torch.dtype = torch.float32) -> LoraLayer:
     torch.manual_seed(0)
     base = nn.Linear(6, 10, bias=bias, dtype=dtype)
-    return LoraLinear(base, LoraConfig(rank=4, dropout=dropout), rank=4, alpha=8.0)
+    return LoraLayer(base, Target(config=LoraConfig(rank=4, dropout=dropout), rank=4, alpha=8.0))
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -22,7 +23,7 @@ def make_layer(*, bias: bool = True, dropout: float = 0.0, dtype: torch.dtype = 
 def test_equals_pefts_layer_with_the_same_a_and_b(bias: bool, rule: str) -> None:
     torch.manual_seed(0)
     base = nn.Linear(6, 10, bias=bias)
-    ours = LoraLinear(copy.deepcopy(base), LoraConfig(scaling=rule), rank=4, alpha=8.0)
+    ours = LoraLayer(copy.deepcopy(base), Target(config=LoraConfig(scaling=rule), rank=4, alpha=8.0))
     peft_config = peft.LoraConfig(r=4, lora_alpha=8, use_rslora=rule == "alpha_over_sqrt_rank")
     theirs = PeftLinear(base, "default", config=peft_config, r=4, lora_alpha=8)
     with torch.no_grad():
@@ -100,7 +101,7 @@ def test_a_base_with_hooks_is_called(hook: str) -> None:
         base.forward = lambda x: calls.append(1) or nn.Linear.forward(base, x)  # as accelerate wraps a layer
     else:
         getattr(base, hook)(lambda *_: calls.append(1))
-    layer = LoraLinear(base, LoraConfig(rank=4), rank=4, alpha=8.0)
+    layer = LoraLayer(base, Target(config=LoraConfig(rank=4), rank=4, alpha=8.0))
     nn.init.normal_(layer.lora_b)
     torch.testing.assert_close(layer(x), nn.functional.linear(x, base.weight + layer.change(), base.bias))
     assert calls == [1]

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from lorasweep.lora.patterns import fits_pattern, is_name_ending, nearest_names, parse_rows, split_rows
+from lorasweep.lora.patterns import fits_pattern, is_name_ending, nearest_layer, parse_rows, split_rows
 
 
 def test_endings_begin_at_a_dot() -> None:
@@ -61,6 +61,6 @@ def test_a_broken_regular_expression_is_refused() -> None:
         fits_pattern("re:[", "x")
 
 
-def test_nearest_names() -> None:
-    assert nearest_names("q_prj", ["layers.0.attn.q_proj", "layers.0.mlp.up"]).startswith("'q_proj'")
-    assert nearest_names("zzz", ["layers.0.attn.q_proj"]) == "nothing alike"
+def test_nearest_layer() -> None:
+    assert nearest_layer("q_prj", ["layers.0.attn.q_proj", "layers.0.mlp.up"]) == " Did you mean `q_proj`?"
+    assert nearest_layer("zzz", ["layers.0.attn.q_proj"]) == ""

@@ -8,17 +8,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from lorasweep.lora import LoraConfig, LoraLinear, find_targets, inject_lora, merge_lora, split_lora_parameters
+from lorasweep.lora import LoraConfig, LoraLayer, find_targets, inject_lora, merge_lora, split_lora_parameters
+from lorasweep.lora.targets import Target
 
 sizes = st.integers(min_value=1, max_value=9)
 seeds = st.integers(min_value=0, max_value=2**31)
 FEW = settings(max_examples=25, deadline=None, derandomize=True)
 
 
-def make_layer(d_out: int, d_in: int, *, rank: int, alpha: float = 2.0, seed: int = 0, **changes: object) -> LoraLinear:
+def make_layer(d_out: int, d_in: int, *, rank: int, alpha: float = 2.0, seed: int = 0, **changes: object) -> LoraLayer:
     torch.manual_seed(seed)
     base = nn.Linear(d_in, d_out, dtype=torch.float64)
-    layer = LoraLinear(base, LoraConfig(rank=rank, **changes), rank=rank, alpha=alpha).double()
+    layer = LoraLayer(base, Target(config=LoraConfig(rank=rank, **changes), rank=rank, alpha=alpha)).double()
     nn.init.normal_(layer.lora_b)
     return layer
 
@@ -70,7 +71,7 @@ def test_trainable_count_is_rank_times_the_sides(shapes: list[tuple[int, int]], 
 def test_every_start_is_the_base(alpha: float, seed: int, init: str) -> None:
     torch.manual_seed(seed)
     base = nn.Linear(6, 8, dtype=torch.float64)
-    layer = LoraLinear(base, LoraConfig(rank=4, init=init), rank=4, alpha=alpha).double()
+    layer = LoraLayer(base, Target(config=LoraConfig(rank=4, init=init), rank=4, alpha=alpha)).double()
     x = torch.randn(4, 6, dtype=torch.float64)
     # A and B are drawn in fp32: where their product is zero only by cancelling, up to 2^-24 of α <= 64 remains
     torch.testing.assert_close(layer(x), base(x), rtol=0, atol=1e-5)
@@ -83,7 +84,7 @@ def test_strength_zero_is_the_base_exactly(make_model, tokens: Tensor, fill_b) -
     assert torch.equal(model(tokens), base(tokens))
 
 
-def train(layer: LoraLinear, x: Tensor, y: Tensor, *, lr_a: float, lr_b: float, num_steps: int = 20) -> Tensor:
+def train(layer: LoraLayer, x: Tensor, y: Tensor, *, lr_a: float, lr_b: float, num_steps: int = 20) -> Tensor:
     a, b, _ = split_lora_parameters(layer)
     optimizer = torch.optim.Adam([{"params": a, "lr": lr_a}, {"params": b, "lr": lr_b}], eps=0)
     for _ in range(num_steps):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lorasweep.lora import (
     LoraConfig,
-    LoraLinear,
+    LoraLayer,
     inject_lora,
     load_adapter,
     lora_layers,
@@ -52,7 +52,7 @@ def adapt(model: nn.Module) -> nn.Module:
 def test_a_quantised_base_computes_its_own_output_and_the_change_is_added() -> None:
     model, x = adapt(make_quantised()), torch.randn(3, 8, requires_grad=True)
     layer = model[0]
-    assert isinstance(layer, LoraLinear)
+    assert isinstance(layer, LoraLayer)
     assert layer.calls_base
     torch.testing.assert_close(layer(x), layer.base(x) + layer.scaling * x @ layer.lora_a.t() @ layer.lora_b.t())
     model(x).sum().backward()

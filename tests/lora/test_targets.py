@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from lorasweep.lora import LoraConfig, check_rank, find_targets, inject_lora
+from lorasweep.lora import LoraConfig, find_targets, inject_lora
 from lorasweep.lora.targets import plan_targets
 
 UP = ("layers.0.up", "layers.1.up")
@@ -101,12 +101,6 @@ def test_a_rank_above_a_layers_size_is_refused(model: nn.Module) -> None:
     )
     with pytest.raises(ValueError, match=message):
         find_targets(model, config(rank=9))
-
-
-def test_a_full_rank_can_be_allowed_with_a_warning() -> None:
-    with pytest.warns(UserWarning, match="1.6 times the layer's own numbers"):
-        check_rank(10, "x", nn.Linear(8, 32), allow_full_rank=True)
-    check_rank(8, "x", nn.Linear(8, 32))
 
 
 def test_layers_choose_blocks_by_index(model: nn.Module) -> None:

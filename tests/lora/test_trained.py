@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lorasweep.lora import LoraConfig, inject_lora, trained_modules
+from lorasweep.lora import LoraConfig, inject_lora
+from lorasweep.lora.trained import trained_modules
 
 
 def adapt(model: nn.Module, **changes: object) -> nn.Module:

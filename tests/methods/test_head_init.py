@@ -11,8 +11,9 @@ from transformers import BertConfig, BertForSequenceClassification, RobertaConfi
 
 from lorasweep.config.method import FrozenConfig, FullConfig, HeadConfig, LoraConfig
 from lorasweep.errors import ConfigError
-from lorasweep.lora import lora_layers, trained_modules
-from lorasweep.lora.packed import fill_slot, inject_packed_lora, packed_layers, set_dropout_streams, slot_model
+from lorasweep.lora import fill_slot, inject_packed_lora, lora_layers, set_dropout_streams, slot_model
+from lorasweep.lora.packed.layers import packed_layers
+from lorasweep.lora.trained import trained_modules
 from lorasweep.methods import METHODS, copy_sharing_weights, draw_head, train_head
 from lorasweep.models.load import BaseModel, fingerprint_weights
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import nn
 
 from lorasweep.config.method import LoraConfig
-from lorasweep.lora.layers import LoraLayer, layer_class
-from lorasweep.lora.targets import Coverage, Target, plan_targets
+from lorasweep.lora.layers import AdaptedLayer, LoraLayer
+from lorasweep.lora.targets import Coverage, plan_targets
 from lorasweep.lora.trained import copy_biases, copy_to_train, find_trained_biases, find_trained_modules
 
 
@@ -29,60 +27,40 @@ def inject_lora(
         model: Any module that contains the layers.
         config: What to adapt and how.
         generator: CPU random stream for A and B, drawn in the model's order; torch's own when None.
-        allow_full_rank: Whether a rank above a layer's own is a warning instead of an error.
+        allow_full_rank: Whether a rank above a layer's own is accepted.
         device: Where A and B live; the base's when None.
 
     Returns:
-        What was matched and what was not.
+        The layers that were matched, and those that were not.
 
     Raises:
         ValueError: The model has LoRA layers already, or `find_targets` refuses; the model is then unchanged.
     """
     check_not_injected(model)
     coverage, targets = plan_targets(model, config, allow_full_rank=allow_full_rank)
-    layers = build_layers(model, config, targets, generator=generator, device=device)
+    layers = [
+        LoraLayer(model.get_submodule(name), target, generator=generator, device=device)
+        for name, target in targets.items()
+    ]
     modules = find_trained_modules(model, config.modules_to_save)
     biases = find_trained_biases(model, config.bias, targets, modules)
+    # from here on nothing can fail, so that a model that is refused is unchanged
     freeze(model)
     copy_biases(model, biases)
-    for layer in layers.values():
+    for layer in layers:
         replace_module(model, layer.base, layer)
     for trained in copy_to_train(modules).values():
         replace_module(model, trained.base, trained)
     return coverage
 
 
-def build_layers(
-    model: nn.Module,
-    config: LoraConfig,
-    targets: Mapping[str, Target],
-    *,
-    generator: torch.Generator | None = None,
-    device: str | None = None,
-) -> dict[str, LoraLayer]:
-    """The LoRA layers for these targets, not yet in place; their parameters on `device`, the base's when None."""
-    layers = {}
-    for name, target in targets.items():
-        base = model.get_submodule(name)
-        layers[name] = layer_class(base)(
-            base,
-            config,
-            rank=target.rank,
-            alpha=target.alpha,
-            rows=target.rows,
-            generator=generator,
-            device=device,
-        )
-    return layers
-
-
 def check_not_injected(model: nn.Module) -> None:
-    """Refuses a model that has LoRA layers.
+    """Refuses a model that has LoRA layers, packed or not.
 
     Raises:
-        ValueError: There is one.
+        ValueError: It has some.
     """
-    names = [name for name, module in model.named_modules() if getattr(module, "holds_change", False)]
+    names = [name for name, module in model.named_modules() if isinstance(module, AdaptedLayer)]
     if names:
         raise ValueError(
             f"`model` must have no LoRA layers yet, but got one with {len(names)}, such as {names[0]!r}. "

@@ -34,6 +34,13 @@ def can_be_adapted(module: nn.Module) -> bool:
     return is_linear(module) or (isinstance(module, nn.Conv2d) and module.groups == 1)
 
 
+def computes_own_output(module: nn.Module) -> bool:
+    """Whether a linear layer must be called for its output: its forward is its own (a quantised layer) or has hooks."""
+    own_forward = type(module).forward is not nn.Linear.forward and not is_conv1d(module)
+    hooked = "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks
+    return bool(own_forward or hooked)
+
+
 def matrix_shape(module: nn.Module) -> tuple[int, int]:
     """(d_out, d_in) of the weight as a matrix: an embedding maps one-hot rows, a convolution whole patches."""
     if isinstance(module, nn.Linear):

@@ -1,4 +1,4 @@
-"""The change written into the base's weight and taken out again, without drift: the original weight is kept."""
+"""Writes the change into the base's weight and takes it out again without drift: the original weight is kept."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ NARROW_DTYPES = (torch.bfloat16, torch.float16)
 
 
 def merge_lora(model: nn.Module) -> None:
-    """Makes every LoRA layer a plain one for now: its base gets the weight W0 + scaling · B A, rounded once.
+    """Gives the base of every LoRA layer the weight W0 + scaling · B A, rounded once; `unmerge_lora` undoes it.
 
-    The original weight is kept beside it (that much more memory) and never written to, so tied weights and other models
+    The original weight is kept beside it (as much memory again) and never written to, so tied weights and other models
     that share it are not affected. A merged layer doesn't train. `eval()` never merges.
 
     Raises:
@@ -44,7 +44,7 @@ def merge_lora(model: nn.Module) -> None:
 
 
 def unmerge_lora(model: nn.Module) -> None:
-    """Takes the change out of every LoRA layer's base again: the very tensor that was there before, bit for bit.
+    """Gives every LoRA layer's base its original weight again, bit for bit.
 
     Raises:
         ValueError: The model has no LoRA layers, or one is not merged; nothing is then changed.
@@ -62,7 +62,7 @@ def weights_in_fp32(model: nn.Module) -> Iterator[None]:
     Two models can then be compared by their weights: in bf16 the rounding of activations, which differs between
     processors, moves the logits several times as far as the rounding of merged weights.
 
-    Afterwards the model has the very tensors from before. Meanwhile each such number takes 4 bytes more.
+    Afterwards the model has its own tensors again. Meanwhile each such number takes 4 bytes more.
     """
     narrow = [
         (tensor, tensor.data) for tensor in chain(model.parameters(), model.buffers()) if tensor.dtype in NARROW_DTYPES
@@ -78,10 +78,10 @@ def weights_in_fp32(model: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def merge_check(model: nn.Module, *args: Any, **kwargs: Any) -> float:
-    """The largest difference that merging makes to the logits of one batch, in evaluation mode.
+    """Returns the largest difference that merging makes to the logits of one batch, in evaluation mode.
 
-    The model stays as it was. Weights and inputs in bf16 or fp16 are computed with in fp32 (see `weights_in_fp32`): the
-    difference comes from the rounding of the merged weights to the base's dtype, not from the processor's kernels.
+    The model stays as it was. bf16 and fp16 weights and inputs are computed with in fp32 (see `weights_in_fp32`), so
+    that the difference comes from rounding the merged weights to the base's dtype, and not from the kernels.
 
     Args:
         model: A model with LoRA layers that are not merged.
@@ -115,12 +115,12 @@ def merge_check(model: nn.Module, *args: Any, **kwargs: Any) -> float:
 def remove_lora(model: nn.Module, *, keep_change: bool) -> None:
     """Puts plain layers back in place, so that `model` has the modules and state dict of its base model again.
 
-    With `keep_change` the layers hold merged weights, what trained in full replaces the base's, and a quantised base is
-    dequantised. A weight that was tied to another module's is then its own: say so where it is saved
-    (`config.tie_word_embeddings=False` in transformers), or the change is lost.
+    With `keep_change` the layers hold merged weights, modules that trained in full replace the base's, and a quantised
+    base is dequantised. A weight that was tied to another module's then is no longer tied: set
+    `config.tie_word_embeddings=False` before saving with transformers, or the change is lost.
 
     Raises:
-        ValueError: The model has no LoRA layers; biases were trained and shall not be kept, but their start is gone.
+        ValueError: The model has no LoRA layers; without `keep_change`, biases were trained, whose old values are gone.
     """
     layers = _check_any(lora_layers(model))
     if not keep_change and any(layer.config.bias != "none" for layer in layers.values()):
@@ -136,11 +136,7 @@ def remove_lora(model: nn.Module, *, keep_change: bool) -> None:
 
 
 def check_merged(layers: Mapping[str, LoraLayer], *, merged: bool) -> None:
-    """Refuses layers of which one is merged, or with `merged` one that is not.
-
-    Raises:
-        ValueError: There is one.
-    """
+    """Raises a ValueError unless all layers are merged, or without `merged` none is."""
     wrong = [name for name, layer in layers.items() if layer.merged is not merged]
     if wrong:
         must, call = ("be merged", "merge_lora") if merged else ("not be merged", "unmerge_lora")
@@ -160,7 +156,7 @@ def _check_any(layers: dict[str, LoraLayer]) -> dict[str, LoraLayer]:
 
 
 def _plain_layer(layer: LoraLayer, *, keep_change: bool) -> nn.Module:
-    """The base of a layer, with the change in its weight or without."""
+    """Returns the base of a layer, with the change in its weight or without."""
     if is_quantised(layer.base) and keep_change:
         weight = dequantised_weight(layer.base)
         plain = nn.Linear(weight.shape[1], weight.shape[0], bias=layer.bias is not None, device=weight.device)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
-from difflib import get_close_matches
+from collections.abc import Iterable
 from itertools import pairwise
 
 from lorasweep.lora.functional import Rows
+from lorasweep.wording import nearest
 
 ALL_LINEAR = "all-linear"
 REGEX_PREFIX = "re:"
@@ -82,11 +82,10 @@ def block_index(name: str) -> int | None:
     return None if block is None else int(block.rpartition(".")[2])
 
 
-def nearest_names(pattern: str, names: Sequence[str]) -> str:
-    """Up to three names or name endings that look like `pattern`, for a message."""
+def nearest_layer(pattern: str, names: Iterable[str]) -> str:
+    """Returns ` Did you mean ...?` with the name or name ending that is nearest to a pattern; empty if none is near."""
     endings = dict.fromkeys(".".join(name.split(".")[-parts:]) for name in names for parts in (1, 2, 0))
-    near = get_close_matches(split_rows(pattern)[0].removeprefix(REGEX_PREFIX), endings, n=3, cutoff=0.4)
-    return ", ".join(map(repr, near)) or "nothing alike"
+    return nearest(split_rows(pattern)[0].removeprefix(REGEX_PREFIX), endings)
 
 
 def _parse_range(word: str, pattern: str) -> tuple[int, int]:

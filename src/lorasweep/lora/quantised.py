@@ -1,6 +1,6 @@
 """A base in 4 bits (QLoRA, arXiv 2305.14314) through bitsandbytes, which is optional; the adapters stay in fp32.
 
-The base's own forward computes its output and the change is added (`LoraLinear.calls_base`).
+The base's own forward computes its output and the change is added (`AdaptedLayer.calls_base`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from lorasweep.lora.patterns import first_fit
 def quantise_base(
     model: nn.Module, *, exclude: Iterable[str] = (), quant_type: Literal["nf4", "fp4"] = "nf4"
 ) -> list[str]:
-    """Puts 4-bit layers in place of the linear layers of `model`, before it is injected.
+    """Puts 4-bit layers in place of the linear layers of `model`; call it before `inject_lora`.
 
     Args:
         model: Its weights in floating point.
@@ -57,10 +57,7 @@ def is_quantised(layer: nn.Module) -> bool:
 
 @torch.no_grad()
 def dequantised_weight(layer: nn.Module) -> Tensor:
-    """The weight (d_out, d_in) in fp32 that a quantised linear layer uses: its outputs for unit vectors.
-
-    Works for every quantised layer, whatever it stores.
-    """
+    """Returns the weight (d_out, d_in) in fp32 of any quantised linear layer: its outputs for unit vectors."""
     assert isinstance(layer, nn.Linear)
     output: Tensor = layer(torch.eye(layer.in_features, device=layer.weight.device))  # (d_in, d_out)
     return (output if layer.bias is None else output - layer.bias).t().float()

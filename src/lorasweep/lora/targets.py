@@ -1,41 +1,42 @@
-"""Which layers get a change, and which rank, strength and rows: found from a `LoraConfig` before anything is touched.
+"""Finds the layers that a `LoraConfig` adapts, and the rank, strength and rows of each, before anything is touched.
 
 Works on a model on the meta device, so that a wrong pattern is found before weights are loaded.
 """
 
 from __future__ import annotations
 
-import re
-import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 from torch import nn
 
 from lorasweep.config.method import LoraConfig
-from lorasweep.lora.functional import Rows
-from lorasweep.lora.kinds import can_be_adapted, is_linear, matrix_shape
-from lorasweep.lora.patterns import ALL_LINEAR, block_index, first_fit, fits_pattern, nearest_names, parse_rows
+from lorasweep.lora.functional import Rows, scaling_factor
+from lorasweep.lora.kinds import can_be_adapted, computes_own_output, is_linear, matrix_shape
+from lorasweep.lora.patterns import ALL_LINEAR, block_index, first_fit, fits_pattern, nearest_layer, parse_rows
 from lorasweep.lora.trained import find_trained_biases, find_trained_modules, is_inside
+
+Number = TypeVar("Number", int, float)
 
 HEAD_NAMES = frozenset({"lm_head", "score", "classifier", "qa_outputs"})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Coverage:
-    """What a `LoraConfig` reaches in a model."""
+    """The layers of a model that a `LoraConfig` adapts."""
 
     matched: Mapping[str, tuple[str, ...]]
     """Names of the layers that each pattern matched."""
     unmatched: tuple[str, ...]
     """Names of the linear layers that get no change."""
     trainable_params: int
-    """Numbers that train: Σ r (d_in + d_out) over the matched layers, and what trains in full."""
+    """Number of parameters that train: Σ r (d_in + d_out) over the matched layers, and modules that train in full."""
     total_params: int
-    """Numbers in the model, base and what was added together; a tensor used twice counts once."""
+    """Number of parameters of the model with the added ones; a tensor that is used twice counts once."""
     tied: Mapping[str, tuple[str, ...]]
-    """For each matched layer whose weight other modules hold too: those modules. They keep the base's weight, also when
-    the layer is merged; a file format that ties them again loses the change."""
+    """The modules that hold the weight of a matched layer too, by the layer's name. They keep the base's weight, also
+    when the layer is merged; a file format that ties them again loses the change."""
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -45,38 +46,51 @@ class Coverage:
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """How one layer is to be adapted."""
+    """How one layer is adapted."""
 
+    config: LoraConfig
+    """Start, variant, dropout and scaling rule; its other settings are about the model as a whole."""
     rank: int
-    """Rank of its change."""
+    """Rank r of the layer's change."""
     alpha: float
-    """Strength of its change."""
+    """Strength α of the layer's change."""
     rows: Rows = ()
-    """Parts of a fused projection; empty for the whole layer."""
+    """Parts of a fused projection, each with an A and a B of its own; empty for the whole layer."""
+
+    @property
+    def scaling(self) -> float:
+        """Factor on the change."""
+        return scaling_factor(alpha=self.alpha, rank=self.rank, rule=self.config.scaling)
+
+    @property
+    def width(self) -> int:
+        """Rows of A: the rank, times the parts of a fused projection."""
+        return self.rank * max(1, len(self.rows))
+
+    def blocks(self) -> Iterator[tuple[tuple[int, int], slice]]:
+        """Yields each part's range of rows, and its columns in a B that holds the parts block by block."""
+        for index, part in enumerate(self.rows):
+            yield part, slice(index * self.rank, (index + 1) * self.rank)
 
 
-def find_targets(model: nn.Module, config: LoraConfig, *, allow_full_rank: bool = False) -> Coverage:
-    """What `inject_lora` would adapt. Changes nothing; the model may be on the meta device.
+def find_targets(model: nn.Module, config: LoraConfig) -> Coverage:
+    """Returns what `inject_lora` would adapt. Changes nothing; the model may be on the meta device.
 
     Args:
         model: Any module that contains the layers.
         config: What to adapt and how.
-        allow_full_rank: Whether a rank above a layer's own is a warning instead of an error.
 
     Raises:
-        ValueError: A pattern matches nothing, or what it names is no layer that can be adapted; the rank is above a
-            layer's size; a setting does not fit a layer.
-
-    Warns:
-        UserWarning: A pattern matches only some of the layers that differ in their index alone.
+        ValueError: A pattern matches nothing, or names something that can't be adapted; the rank is above a layer's
+            size; a setting does not fit a layer.
     """
-    return plan_targets(model, config, allow_full_rank=allow_full_rank)[0]
+    return plan_targets(model, config)[0]
 
 
 def plan_targets(
     model: nn.Module, config: LoraConfig, *, allow_full_rank: bool = False
 ) -> tuple[Coverage, dict[str, Target]]:
-    """`find_targets`, and for each layer how it is to be adapted, in the model's order."""
+    """Returns what `find_targets` returns, and for each layer how it is adapted, in the model's order."""
     layers = adaptable_layers(model)
     trained = find_trained_modules(model, config.modules_to_save)
     matched = {pattern: _match_pattern(pattern, model, config, trained) for pattern in target_patterns(config)}
@@ -85,9 +99,10 @@ def plan_targets(
     _check_effect(config, model, names)
     targets = {name: _plan_layer(name, layers[name], config, matched) for name in names}
     for name, target in targets.items():
-        check_rank(target.rank, name, layers[name], allow_full_rank=allow_full_rank)
+        if not allow_full_rank:
+            _check_rank(target.rank, name, layers[name])
         _check_variant(name, layers[name], config)
-    added = sum(_count(layers[name], target, config) for name, target in targets.items())
+    added = sum(_count(layers[name], target) for name, target in targets.items())
     copied = sum(p.numel() for module in trained.values() for p in module.parameters())
     biases = sum(p.numel() for p in find_trained_biases(model, config.bias, names, trained).values())
     coverage = Coverage(
@@ -111,36 +126,10 @@ def adaptable_layers(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in model.named_modules() if name and can_be_adapted(module)}
 
 
-def rank_of(name: str, config: LoraConfig) -> int:
-    """Rank of the change of this layer."""
-    key = first_fit(config.rank_pattern, name)
-    return config.rank if key is None else config.rank_pattern[key]
-
-
-def alpha_of(name: str, config: LoraConfig) -> float:
-    """Strength α of the change of this layer."""
-    key = first_fit(config.alpha_pattern, name)
-    return config.alpha if key is None else config.alpha_pattern[key]
-
-
-def check_rank(rank: int, name: str, layer: nn.Module, *, allow_full_rank: bool = False) -> None:
-    """Refuses a rank above the layer's own, with which the change costs more than the weight and reaches no further.
-
-    Raises:
-        ValueError: `rank > min(d_in, d_out)`; only a warning with `allow_full_rank`.
-    """
-    d_out, d_in = matrix_shape(layer)
-    limit = min(d_out, d_in)
-    if rank <= limit:
-        return
-    message = (
-        f"`method.rank <= {limit}` must hold for layer {name!r} ({d_out} × {d_in}), "
-        f"but got {rank}. Lower `method.rank` or leave that layer out of `method.targets`."
-    )
-    if not allow_full_rank:
-        raise ValueError(message)
-    more = rank * (d_in + d_out) / (d_in * d_out)
-    warnings.warn(f"{message} Its change has {more:.2g} times the layer's own numbers.", stacklevel=2)
+def value_for(name: str, patterns: Mapping[str, Number], default: Number) -> Number:
+    """Returns the value of the first pattern that names this layer, or the default."""
+    key = first_fit(patterns, name)
+    return default if key is None else patterns[key]
 
 
 def _match_pattern(
@@ -156,7 +145,6 @@ def _match_pattern(
             f"`method.targets` must leave layers to adapt, but all that {pattern!r} matches, such as {by_name[0]!r}, "
             "are left out by `method.exclude`, `method.layers` or `method.modules_to_save`. Change one of them."
         )
-    _warn_of_gaps(pattern, found, model, config, trained)
     return found
 
 
@@ -178,27 +166,6 @@ def is_left_out(name: str, config: LoraConfig, trained: Collection[str]) -> bool
     return wrong_index or is_inside(name, trained) or first_fit(config.exclude, name) is not None
 
 
-def _warn_of_gaps(
-    pattern: str, found: tuple[str, ...], model: nn.Module, config: LoraConfig, trained: Mapping[str, nn.Module]
-) -> None:
-    """Warns where a pattern that names no index matches `layers.0.up` and not `layers.1.up`, which is another kind."""
-    if re.search(r"\d", pattern):
-        return
-    kinds = {_without_index(name) for name in found if not name.rpartition(".")[2].isdecimal()}
-    missing = [
-        f"{name!r} ({type(module).__name__})"
-        for name, module in model.named_modules()
-        if _without_index(name) in kinds and name not in found and not is_left_out(name, config, trained)
-    ]
-    if missing:
-        few = ", ".join(missing[:3])
-        warnings.warn(f"`method.targets` {pattern!r} matches {len(found)} layers, but not {few}.", stacklevel=2)
-
-
-def _without_index(name: str) -> str:
-    return ".".join("*" if part.isdecimal() else part for part in name.split("."))
-
-
 def _plan_layer(name: str, layer: nn.Module, config: LoraConfig, matched: Mapping[str, tuple[str, ...]]) -> Target:
     num_rows = matrix_shape(layer)[0]
     choices = {parse_rows(pattern, num_rows=num_rows) for pattern, names in matched.items() if name in names}
@@ -207,43 +174,51 @@ def _plan_layer(name: str, layer: nn.Module, config: LoraConfig, matched: Mappin
             f"`method.targets` must choose one set of rows of {name!r}, but got {sorted(choices)}. Name it once."
         )
     return Target(
-        rank=rank_of(name, config),
-        alpha=alpha_of(name, config),
+        config=config,
+        rank=value_for(name, config.rank_pattern, config.rank),
+        alpha=value_for(name, config.alpha_pattern, config.alpha),
         rows=choices.pop(),
     )
 
 
 def _check_effect(config: LoraConfig, model: nn.Module, names: list[str]) -> None:
-    """A setting that reaches no layer is a mistake."""
-    settings = {"rank_pattern": config.rank_pattern, "alpha_pattern": config.alpha_pattern}
-    for setting, patterns in settings.items():
-        for pattern in patterns:
-            if not any(fits_pattern(pattern, name) for name in names):
-                near = nearest_names(pattern, names)
-                raise ValueError(
-                    f"`method.{setting}` must match adapted layers, but {pattern!r} matches none. Nearest: {near}."
-                )
+    """Refuses a setting that reaches no layer: it is a mistake."""
     every = list(adaptable_layers(model))
-    for pattern in config.exclude:
-        if not any(fits_pattern(pattern, name) for name in every):
-            near = nearest_names(pattern, every)
-            raise ValueError(f"`method.exclude` must match layers, but {pattern!r} matches none. Nearest: {near}.")
-    indices = {block_index(name) for name in names}
-    for index in config.layers:
-        if index not in indices:
-            have = sorted({i for i in map(block_index, every) if i is not None})
-            raise ValueError(
-                f"`method.layers` must be indices of layers that match, but got {index}. There are: {have}."
-            )
+    settings = [
+        ("rank_pattern", config.rank_pattern, names, "adapted layers"),
+        ("alpha_pattern", config.alpha_pattern, names, "adapted layers"),
+        ("exclude", config.exclude, every, "layers"),
+    ]
+    for setting, patterns, choices, kind in settings:
+        for pattern in patterns:
+            if not any(fits_pattern(pattern, name) for name in choices):
+                hint = nearest_layer(pattern, choices)
+                raise ValueError(f"`method.{setting}` must match {kind}, but {pattern!r} matches none.{hint}")
+    unused = set(config.layers) - {block_index(name) for name in names}
+    if unused:
+        have = sorted({i for i in map(block_index, every) if i is not None})
+        raise ValueError(
+            f"`method.layers` must be indices of layers that match, but got {min(unused)}. There are: {have}."
+        )
+
+
+def _check_rank(rank: int, name: str, layer: nn.Module) -> None:
+    """Refuses a rank above the layer's own: its change would cost more than the weight and reach no further."""
+    d_out, d_in = matrix_shape(layer)
+    if rank > min(d_out, d_in):
+        raise ValueError(
+            f"`method.rank <= {min(d_out, d_in)}` must hold for layer {name!r} ({d_out} × {d_in}), "
+            f"but got {rank}. Lower `method.rank` or leave that layer out of `method.targets`."
+        )
 
 
 def _check_variant(name: str, layer: nn.Module, config: LoraConfig) -> None:
     """DoRA and PiSSA read the base's weight and DoRA its output without the bias, which only plain layers offer."""
     needs_weight = config.variant == "dora" or config.init == "pissa"
-    plain = layer.weight.is_floating_point() and (  # type: ignore[operator]
-        not isinstance(layer, nn.Linear) or type(layer).forward is nn.Linear.forward
+    is_plain = layer.weight.is_floating_point() and (  # type: ignore[operator]
+        not isinstance(layer, nn.Linear) or not computes_own_output(layer)
     )
-    if needs_weight and not plain:
+    if needs_weight and not is_plain:
         setting = "method.variant=dora" if config.variant == "dora" else "method.init=pissa"
         raise ValueError(
             f"`{setting}` must have plain layers, but {name!r} is a {type(layer).__name__}. "
@@ -251,10 +226,11 @@ def _check_variant(name: str, layer: nn.Module, config: LoraConfig) -> None:
         )
 
 
-def _count(layer: nn.Module, target: Target, config: LoraConfig) -> int:
+def _count(layer: nn.Module, target: Target) -> int:
+    """Returns how many numbers the change has."""
     d_out, d_in = matrix_shape(layer)
     parts = target.rows or ((0, d_out),)
-    magnitude = d_out if config.variant == "dora" else 0
+    magnitude = d_out if target.config.variant == "dora" else 0
     return target.rank * sum(d_in + past - first for first, past in parts) + magnitude
 
 
@@ -279,4 +255,4 @@ def _explain_no_match(pattern: str, model: nn.Module) -> str:
         inside = sorted({name.rpartition(".")[2] for name in adaptable_layers(other)})
         advice = f"Name the layers inside it: {', '.join(map(repr, inside))}." if inside else "It has none inside."
         return f"{start}, but {pattern!r} is a {type(other).__name__}. {advice}"
-    return f"{start}, but {pattern!r} matches none. Nearest: {nearest_names(pattern, list(adaptable_layers(model)))}."
+    return f"{start}, but {pattern!r} matches none.{nearest_layer(pattern, adaptable_layers(model))}"

@@ -6,7 +6,7 @@ The base's own tensors may be shared with other models and are never written to.
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from lorasweep.config.method import TrainedBias
-from lorasweep.lora.patterns import fits_pattern, nearest_names
+from lorasweep.lora.patterns import fits_pattern, nearest_layer
 
 
 class TrainedModule(nn.Module):
@@ -22,7 +22,7 @@ class TrainedModule(nn.Module):
 
     Attributes:
         base: The frozen original.
-        trained: The copy. It computes in its own dtype; what goes in and out has the base's.
+        trained: The copy. It computes in its own dtype; its inputs and outputs have the base's.
     """
 
     def __init__(self, base: nn.Module, trained: nn.Module) -> None:
@@ -42,36 +42,44 @@ class TrainedModule(nn.Module):
         return self.trained.bias  # type: ignore[return-value]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the base's forward gives, from the trained copy."""
-        inner, outer = _float_dtype(self.trained), _float_dtype(self.base)
-        if inner == outer:
-            return self.trained(*args, **kwargs)
-        args, kwargs = _cast((args, kwargs), inner)
-        return _cast(self.trained(*args, **kwargs), outer)
+        """Returns the output of the trained copy, in the base's dtype."""
+        return call_in_own_dtype(self.trained, args, kwargs, own=self.trained.parameters(), base=self.base)
+
+
+def call_in_own_dtype(
+    call: Callable[..., Any], args: Any, kwargs: Mapping[str, Any], *, own: Iterable[Tensor], base: nn.Module
+) -> Any:
+    """Calls with inputs cast to the dtype of the parameters `own`, and casts the outputs back to the base's dtype."""
+    inner, outer = _float_dtype(own), _float_dtype(base.parameters())
+    if inner == outer:
+        return call(*args, **kwargs)
+    args, kwargs = _cast((args, kwargs), inner)
+    return _cast(call(*args, **kwargs), outer)
 
 
 def find_trained_modules(model: nn.Module, patterns: Iterable[str]) -> dict[str, nn.Module]:
-    """The modules that the patterns name, outermost only.
+    """Returns the modules that the patterns name, outermost only.
 
     Raises:
         ValueError: A pattern names none, or a parameter of one is used outside them too, so that a copy would untie it.
     """
+    names = [name for name, _ in model.named_modules() if name]
     found: dict[str, nn.Module] = {}
     for pattern in patterns:
-        names = [name for name, _ in model.named_modules() if name and fits_pattern(pattern, name)]
-        if not names:
-            near = nearest_names(pattern, [name for name, _ in model.named_modules() if name])
+        fitting = [name for name in names if fits_pattern(pattern, name)]
+        if not fitting:
             raise ValueError(
-                f"`method.modules_to_save` must match modules, but {pattern!r} matches none. Nearest: {near}."
+                f"`method.modules_to_save` must match modules, but {pattern!r} matches none."
+                f"{nearest_layer(pattern, names)}"
             )
-        found.update((name, model.get_submodule(name)) for name in names)
+        found.update((name, model.get_submodule(name)) for name in fitting)
     outermost = {n: m for n, m in found.items() if not any(n.startswith(f"{other}.") for other in found)}
     _check_ties(model, outermost)
     return outermost
 
 
 def copy_to_train(modules: Mapping[str, nn.Module]) -> dict[str, TrainedModule]:
-    """Trainable fp32 copies of these modules; parameters that they share are shared by the copies."""
+    """Returns trainable fp32 copies of these modules; parameters that they share are shared by the copies."""
     copies = copy.deepcopy(dict(modules))
     for module in copies.values():
         for parameter in module.parameters():
@@ -82,14 +90,14 @@ def copy_to_train(modules: Mapping[str, nn.Module]) -> dict[str, TrainedModule]:
 
 
 def trained_modules(model: nn.Module) -> dict[str, TrainedModule]:
-    """The modules of `model` that train in full, by name."""
+    """Returns the modules of `model` that train in full, by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, TrainedModule)}
 
 
 def find_trained_biases(
     model: nn.Module, which: TrainedBias, layers: Collection[str], trained: Collection[str]
 ) -> dict[str, nn.Parameter]:
-    """The biases that train, by name.
+    """Returns the biases that train, by name.
 
     Args:
         model: The base model or the adapted one.
@@ -97,13 +105,19 @@ def find_trained_biases(
         layers: Names of the adapted layers.
         trained: Names of the modules that train in full anyway.
     """
-    biases = {name: p for name, p in model.named_parameters() if name.rpartition(".")[2] == "bias"}
     if which == "none":
         return {}
-    biases = {name: p for name, p in biases.items() if not is_inside(name, trained)}
-    if which == "all":
-        return biases
-    return {name: p for name, p in biases.items() if name.removesuffix(".bias").removesuffix(".base") in layers}
+    biases = {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if name.rpartition(".")[2] == "bias" and not is_inside(name, trained)
+    }
+    return biases if which == "all" else {name: bias for name, bias in biases.items() if bias_owner(name) in layers}
+
+
+def bias_owner(name: str) -> str:
+    """Returns the name in the base model of the layer that a bias belongs to, also where the layer is adapted."""
+    return name.removesuffix(".bias").removesuffix(".base")
 
 
 def copy_biases(model: nn.Module, biases: Iterable[str]) -> None:
@@ -128,8 +142,8 @@ def _check_ties(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
             )
 
 
-def _float_dtype(module: nn.Module) -> torch.dtype | None:
-    return next((p.dtype for p in module.parameters() if p.is_floating_point()), None)
+def _float_dtype(tensors: Iterable[Tensor]) -> torch.dtype | None:
+    return next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), None)
 
 
 def _cast(values: Any, dtype: torch.dtype | None) -> Any:

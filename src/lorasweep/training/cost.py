@@ -14,7 +14,8 @@ from torch import Tensor
 from lorasweep.config.run import OptimConfig, RunConfig
 from lorasweep.data.batching import EvaluationSampler
 from lorasweep.data.split import move_batch, repeat_batch
-from lorasweep.lora.packed import set_row_lengths, split_packed_parameters
+from lorasweep.lora import split_lora_parameters
+from lorasweep.lora.packed.inject import set_row_lengths
 from lorasweep.methods import METHODS
 from lorasweep.training.environment import device_of
 from lorasweep.training.failures import memory_errors_as_ours
@@ -63,7 +64,7 @@ def measure_run(config: RunConfig, *, inputs: RunInputs, slots: int | None = Non
         else:
             assert isinstance(config.optim, OptimConfig)
             model = build_pack(config, inputs=inputs, slots=slots)
-            optimizer = StackedAdamW(split_packed_parameters(model), [config.optim] * slots)
+            optimizer = StackedAdamW(split_lora_parameters(model), [config.optim] * slots)
         micros = first_micro_batches(config, inputs, slots=num, num_steps=1)
         train = inputs.splits.train
         if slots is None:

@@ -15,10 +15,10 @@ from lorasweep.lora import (
     inject_packed_lora,
     load_slot,
     lora_state,
-    num_slots,
     set_dropout_streams,
     slot_model,
 )
+from lorasweep.lora.packed.inject import pack_of
 
 
 def stream(seed: int) -> torch.Generator:
@@ -87,7 +87,7 @@ def make_pack() -> Callable[..., PackAndSolos]:
             randomise(solo.double(), slot)
             load_slot(pack, slot, lora_state(solo))
             solos.append(solo)
-        assert num_slots(pack) == len(configs)
+        assert pack_of(pack).num_slots == len(configs)
         return PackAndSolos(pack.train(), [solo.train() for solo in solos])
 
     return make

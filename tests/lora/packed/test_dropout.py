@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lorasweep.lora import LoraConfig, inject_packed_lora, set_dropout_streams
-from lorasweep.lora.packed import SlotDropout
+from lorasweep.lora.packed.dropout import SlotDropout
 
 
 def stream(seed: int) -> torch.Generator:

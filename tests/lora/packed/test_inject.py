@@ -6,19 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lorasweep.lora import (
-    LoraConfig,
-    inject_lora,
-    inject_packed_lora,
-    lora_state,
-    num_slots,
-    packed_layers,
-    slot_state,
-    split_packed_parameters,
-    stacked_modules,
-    why_not_packable,
-)
-from lorasweep.lora.packed.inject import copy_base
+from lorasweep.lora import LoraConfig, inject_lora, inject_packed_lora, lora_state, slot_model, split_lora_parameters
+from lorasweep.lora.packed.inject import copy_base, pack_of, why_not_packable
+from lorasweep.lora.packed.layers import packed_layers
+from lorasweep.lora.packed.trained import stacked_modules
 
 
 def stream(seed: int) -> torch.Generator:
@@ -39,7 +30,7 @@ def test_every_slot_starts_as_its_solo_run(make_model) -> None:
         solo = make_model()
         assert coverages[slot] == inject_lora(solo, config, generator=stream(slot))
         expected = lora_state(solo)
-        got = slot_state(model, slot)
+        got = lora_state(slot_model(model, slot))
         assert list(got) == list(expected)
         assert all(torch.equal(value, expected[key]) for key, value in got.items())
 
@@ -53,7 +44,9 @@ def test_slots_without_generators_draw_one_after_the_other(make_model) -> None:
         for slot, config in enumerate(CONFIGS):
             solo = make_model_keeping_stream(make_model)
             inject_lora(solo, config)
-            assert all(torch.equal(slot_state(model, slot)[key], value) for key, value in lora_state(solo).items())
+            assert all(
+                torch.equal(lora_state(slot_model(model, slot))[key], value) for key, value in lora_state(solo).items()
+            )
 
 
 def make_model_keeping_stream(make_model) -> nn.Module:
@@ -72,7 +65,7 @@ def test_only_stacked_parameters_train_and_the_base_stays(make_model, tokens: Te
     base = dict(model.named_parameters())
     before = {name: p.detach().clone() for name, p in base.items()}
     inject_packed_lora(model, CONFIGS)
-    a, b, other = split_packed_parameters(model)
+    a, b, other = split_lora_parameters(model)
     assert {id(p) for p in (*a, *b, *other)} == {id(p) for p in model.parameters() if p.requires_grad}
     assert {p.shape[0] for p in (*a, *b, *other)} == {3}
     model(tokens).sum().backward()
@@ -87,8 +80,8 @@ def test_layers_stand_in_the_models_order(make_model) -> None:
     order = ["embed", "layers.0.up", "layers.0.proj", "layers.1.up", "layers.1.proj"]
     assert list(packed_layers(model)) == order
     assert list(stacked_modules(model)) == ["out"]
-    assert num_slots(model) == 3
-    assert [id(p) for p in split_packed_parameters(model)[0]] == [id(packed_layers(model)[n].lora_a) for n in order]
+    assert pack_of(model).num_slots == 3
+    assert [id(p) for p in split_lora_parameters(model)[0]] == [id(packed_layers(model)[n].lora_a) for n in order]
 
 
 def test_the_base_can_be_copied_out_again(make_model, tokens: Tensor) -> None:
@@ -175,7 +168,7 @@ def test_an_adapted_model_is_refused(make_model) -> None:
 
 def test_a_model_without_a_pack_has_no_slots(model) -> None:
     with pytest.raises(ValueError, match="must be packed"):
-        num_slots(model)
+        pack_of(model)
 
 
 def test_a_pack_can_be_copied(make_model, tokens: Tensor) -> None:

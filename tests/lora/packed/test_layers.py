@@ -6,7 +6,8 @@ from torch import Tensor, nn
 from torch.autograd import gradcheck
 from transformers.pytorch_utils import Conv1D
 
-from lorasweep.lora import LoraConfig, inject_packed_lora, packed_layers, set_dropout_streams
+from lorasweep.lora import LoraConfig, inject_packed_lora, set_dropout_streams
+from lorasweep.lora.packed.layers import packed_layers
 
 SLOTS, ROWS = 3, 2
 
@@ -154,8 +155,8 @@ def test_scaling_is_not_rounded_when_the_model_is_cast(make_model) -> None:
     model = make_model()
     inject_packed_lora(model, [LoraConfig(rank=3, alpha=1, targets="up")] * 2)  # 1/3 is no bf16 number
     layer = packed_layers(model.bfloat16())["layers.0.up"]
-    factors = layer._factors(torch.empty(2, 8, dtype=torch.bfloat16))
-    assert torch.equal(factors, torch.full((2,), 1 / 3))
+    factor = layer._factor(torch.empty(2, 8, dtype=torch.bfloat16), is_dropped=False)
+    assert torch.equal(factor, torch.full((2, 1, 1), 1 / 3))
 
 
 def test_rows_that_slots_do_not_share_out_evenly_are_refused(make_model) -> None:

@@ -19,16 +19,14 @@ from lorasweep.lora import (
     load_slot,
     lora_state,
     merge_lora,
-    num_slots,
-    packed_layers,
     save_adapter,
-    save_slot,
     set_dropout_streams,
     slot_model,
-    slot_state,
-    split_packed_parameters,
-    stacked_modules,
+    split_lora_parameters,
 )
+from lorasweep.lora.packed.inject import pack_of
+from lorasweep.lora.packed.layers import packed_layers
+from lorasweep.lora.packed.trained import stacked_modules
 
 CONFIGS = [
     LoraConfig(rank=2, alpha=3, dropout=0.1, rank_pattern={"1.up": 5}),
@@ -47,7 +45,7 @@ def both(make_model, make_pack):
 
 
 def states(model: nn.Module) -> list[dict[str, Tensor]]:
-    return [slot_state(model, slot) for slot in range(num_slots(model))]
+    return [lora_state(slot_model(model, slot)) for slot in range(pack_of(model).num_slots)]
 
 
 def assert_identical(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -57,14 +55,14 @@ def assert_identical(got: dict[str, Tensor], expected: dict[str, Tensor]) -> Non
 
 def test_a_slot_reads_as_its_solo_runs_adapter(both) -> None:
     for slot, solo in enumerate(both.solos):
-        assert_identical(slot_state(both.pack, slot), lora_state(solo))
+        assert_identical(lora_state(slot_model(both.pack, slot)), lora_state(solo))
 
 
 def test_a_slots_state_is_a_copy(both) -> None:
-    before = slot_state(both.pack, 0)
-    for tensor in slot_state(both.pack, 0).values():
+    before = lora_state(slot_model(both.pack, 0))
+    for tensor in lora_state(slot_model(both.pack, 0)).values():
         tensor.zero_()
-    assert_identical(slot_state(both.pack, 0), before)
+    assert_identical(lora_state(slot_model(both.pack, 0)), before)
 
 
 def test_a_slot_as_a_model_shares_the_base_and_computes_what_the_slot_does(both, make_model) -> None:
@@ -83,7 +81,7 @@ def test_a_slot_as_a_model_shares_the_base_and_computes_what_the_slot_does(both,
 
 def test_saved_files_are_those_of_the_solo_run(both, tmp_path: Path) -> None:
     for slot, solo in enumerate(both.solos):
-        save_slot(both.pack, slot, tmp_path / "slot", base_path="tiny", base_fingerprint="abc")
+        save_adapter(slot_model(both.pack, slot), tmp_path / "slot", base_path="tiny", base_fingerprint="abc")
         save_adapter(solo, tmp_path / "solo", base_path="tiny", base_fingerprint="abc")
         for name in ("adapter_config.json", "adapter_model.safetensors"):
             assert (tmp_path / "slot" / name).read_bytes() == (tmp_path / "solo" / name).read_bytes()
@@ -92,13 +90,13 @@ def test_saved_files_are_those_of_the_solo_run(both, tmp_path: Path) -> None:
 def test_a_file_goes_back_into_a_slot(both, make_model, tmp_path: Path) -> None:
     expected = states(both.pack)
     for slot in range(3):
-        save_slot(both.pack, slot, tmp_path / str(slot), base_path="tiny")
+        save_adapter(slot_model(both.pack, slot), tmp_path / str(slot), base_path="tiny")
     anew = make_model().double()
     inject_packed_lora(anew, CONFIGS)
     anew.double()
     for slot in range(3):
         load_slot(anew, slot, load_file(tmp_path / str(slot) / "adapter_model.safetensors"))
-        assert_identical(slot_state(anew, slot), expected[slot])
+        assert_identical(lora_state(slot_model(anew, slot)), expected[slot])
     solo = make_model().double()
     load_adapter(solo, tmp_path / "0")
     assert_identical(lora_state(solo.double()), {key: t.float().double() for key, t in expected[0].items()})
@@ -116,13 +114,13 @@ def test_peft_loads_a_saved_slot(tmp_path: Path) -> None:
     inject_packed_lora(model, configs)
     with torch.no_grad():
         for layer in packed_layers(model).values():
-            for slot, change in enumerate(layer.changes):
+            for slot, change in enumerate(layer.targets):
                 if change is not None:
                     layer.lora_b[slot, :, : change.width].normal_(generator=stream(slot))
     tokens = torch.randint(13, (4, 6), generator=stream(1))
     packed = model(tokens).logits.chunk(2)
     for slot, rows in enumerate(tokens.chunk(2)):
-        save_slot(model, slot, tmp_path, base_path="tiny")
+        save_adapter(slot_model(model, slot), tmp_path, base_path="tiny")
         loaded = peft.PeftModel.from_pretrained(make(), tmp_path)
         # fp32: sums of tens of terms in another order through two blocks
         torch.testing.assert_close(loaded(rows).logits, packed[slot], rtol=1e-4, atol=1e-5)
@@ -130,54 +128,54 @@ def test_peft_loads_a_saved_slot(tmp_path: Path) -> None:
 
 def test_a_state_of_another_shape_is_refused_and_changes_nothing(both) -> None:
     before = states(both.pack)
-    with pytest.raises(ValueError, match=r"is in one of them only\. Fill the slot"):
+    with pytest.raises(ValueError, match="must be in the state for slot 0, but is missing"):
         load_slot(both.pack, 0, before[1])
     wide = {key: torch.cat([tensor, tensor]) for key, tensor in before[0].items()}
-    with pytest.raises(ValueError, match="must have the slot's shape"):
+    with pytest.raises(ValueError, match="must have shape"):
         load_slot(both.pack, 0, wide)
     dense = {key: tensor + 1 for key, tensor in before[2].items()}
     with pytest.raises(ValueError, match="fit the layer's rows"):
         load_slot(both.pack, 2, dense)
     for slot in range(3):
-        assert_identical(slot_state(both.pack, slot), before[slot])
+        assert_identical(lora_state(slot_model(both.pack, slot)), before[slot])
 
 
 def test_a_filled_slot_starts_as_its_solo_run_and_the_others_stay(both, make_model) -> None:
     before = states(both.pack)
-    parameters = [p for of in split_packed_parameters(both.pack) for p in of]
+    parameters = [p for of in split_lora_parameters(both.pack) for p in of]
     config = LoraConfig(rank=3, targets=("up", "proj"))
-    filled = fill_slot(both.pack, 1, config, generator=stream(9))
+    coverage = fill_slot(both.pack, 1, config, generator=stream(9))
     solo = make_model()
-    assert filled.coverage == inject_lora(solo, config, generator=stream(9))
-    assert_identical(slot_state(both.pack, 1), {key: tensor.double() for key, tensor in lora_state(solo).items()})
+    assert coverage == inject_lora(solo, config, generator=stream(9))
+    assert_identical(
+        lora_state(slot_model(both.pack, 1)), {key: tensor.double() for key, tensor in lora_state(solo).items()}
+    )
     for slot in (0, 2):
-        assert_identical(slot_state(both.pack, slot), before[slot])
-    # `0.up` had room for 2; nothing new is adapted
-    assert (filled.grown, filled.added, filled.changes_parameters) == (("layers.0.up",), (), True)
-    assert [id(p) for of in split_packed_parameters(both.pack) for p in of] == [id(p) for p in parameters]
+        assert_identical(lora_state(slot_model(both.pack, slot)), before[slot])
+    # `0.up` had room for 2
+    assert [id(p) for of in split_lora_parameters(both.pack) for p in of] == [id(p) for p in parameters]
     assert packed_layers(both.pack)["layers.0.up"].capacity == 3
 
 
 def test_a_fill_that_fits_changes_no_parameter(both) -> None:
     shapes = [p.shape for p in both.pack.parameters()]
-    filled = fill_slot(both.pack, 2, LoraConfig(rank=2, targets="1.up"))
-    assert not filled.changes_parameters
+    fill_slot(both.pack, 2, LoraConfig(rank=2, targets="1.up"))
     assert [p.shape for p in both.pack.parameters()] == shapes
     for name, layer in packed_layers(both.pack).items():
         if name != "layers.1.up":
-            assert layer.changes[2] is None
+            assert layer.targets[2] is None
             assert not layer.lora_a[2].any()
             assert not layer.lora_b[2].any()
 
 
 def test_layers_that_no_slot_adapted_are_added(make_model, make_pack) -> None:
     both = make_pack(make_model, [LoraConfig(rank=2, targets="up")] * 2)
-    before = slot_state(both.pack, 0)
-    filled = fill_slot(both.pack, 1, LoraConfig(rank=2, targets=("0.proj", "embed"), modules_to_save=("out",)))
-    assert filled.added == ("embed", "layers.0.proj", "out")
-    assert_identical(slot_state(both.pack, 0), before)
+    before = lora_state(slot_model(both.pack, 0))
+    fill_slot(both.pack, 1, LoraConfig(rank=2, targets=("0.proj", "embed"), modules_to_save=("out",)))
+    assert list(stacked_modules(both.pack)) == ["out"]
+    assert_identical(lora_state(slot_model(both.pack, 0)), before)
     assert list(packed_layers(both.pack)) == ["embed", "layers.0.up", "layers.0.proj", "layers.1.up"]
-    assert {p.dtype for of in split_packed_parameters(both.pack) for p in of} == {torch.float64}  # as the pack's
+    assert {p.dtype for of in split_lora_parameters(both.pack) for p in of} == {torch.float64}  # as the pack's
     assert both.pack(torch.zeros(2, 5, dtype=torch.long)).shape == (2, 5, 11)
 
 
@@ -187,7 +185,7 @@ def test_growing_between_steps_trains_on(both) -> None:
     fill_slot(both.pack, 0, LoraConfig(rank=7))
     both.pack.zero_grad()
     both.pack(tokens).sum().backward()
-    assert all(p.grad.shape == p.shape for of in split_packed_parameters(both.pack) for p in of if p.grad is not None)
+    assert all(p.grad.shape == p.shape for of in split_lora_parameters(both.pack) for p in of if p.grad is not None)
 
 
 def test_a_refused_fill_changes_nothing(both) -> None:
@@ -201,7 +199,7 @@ def test_a_refused_fill_changes_nothing(both) -> None:
             fill_slot(both.pack, 1, config)
     assert str(both.pack) == text
     for slot in range(3):
-        assert_identical(slot_state(both.pack, slot), before[slot])
+        assert_identical(lora_state(slot_model(both.pack, slot)), before[slot])
 
 
 def test_compaction_keeps_the_slots_asked_for_in_that_order(both) -> None:
@@ -209,9 +207,9 @@ def test_compaction_keeps_the_slots_asked_for_in_that_order(both) -> None:
     streams = [stream(k) for k in range(3)]
     set_dropout_streams(both.pack, streams)
     compact_slots(both.pack, [2, 0])
-    assert num_slots(both.pack) == 2
-    assert_identical(slot_state(both.pack, 0), before[2])
-    assert_identical(slot_state(both.pack, 1), before[0])
+    assert pack_of(both.pack).num_slots == 2
+    assert_identical(lora_state(slot_model(both.pack, 0)), before[2])
+    assert_identical(lora_state(slot_model(both.pack, 1)), before[0])
     assert packed_layers(both.pack)["layers.0.up"].streams.generators == [streams[2], streams[0]]
     both.solos = [both.solos[2], both.solos[0]]
     both.assert_equal(torch.randint(11, (4, 5), generator=stream(1)))
@@ -243,4 +241,4 @@ def test_slots_must_be_there(both, keep: list[int]) -> None:
 
 def test_a_model_without_a_pack_has_no_slot(model) -> None:
     with pytest.raises(ValueError, match="must be packed"):
-        slot_state(model, 0)
+        lora_state(slot_model(model, 0))

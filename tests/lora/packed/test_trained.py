@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lorasweep.lora import LoraConfig, inject_lora, inject_packed_lora, slot_model, stacked_modules
+from lorasweep.lora import LoraConfig, inject_lora, inject_packed_lora, slot_model
+from lorasweep.lora.packed.trained import stacked_modules
 
 HEAD = ("head",)
 

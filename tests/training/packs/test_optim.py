@@ -16,12 +16,11 @@ from lorasweep.lora import (
     inject_lora,
     inject_packed_lora,
     lora_state,
-    packed_layers,
     set_dropout_streams,
-    slot_state,
+    slot_model,
     split_lora_parameters,
-    split_packed_parameters,
 )
+from lorasweep.lora.packed.layers import packed_layers
 from lorasweep.methods import ParameterGroup
 from lorasweep.training.optim import build_optimizer
 from lorasweep.training.packs.optim import StackedAdamW
@@ -168,7 +167,7 @@ class PackedRun:
         self.model = model.double()
         self.streams = [stream(900 + seed) for seed in self.seeds]
         set_dropout_streams(model, self.streams)
-        self.optimizer = StackedAdamW(split_packed_parameters(model), optims)
+        self.optimizer = StackedAdamW(split_lora_parameters(model), optims)
         self.losses: list[list[Tensor]] = [[] for _ in configs]
 
     def train(self, batches: Sequence[Sequence[Tensor]]) -> None:
@@ -189,7 +188,7 @@ class PackedRun:
 
 def assert_same_trial(pack: PackedRun, slot: int, solo: SoloRun) -> None:
     torch.testing.assert_close(torch.stack(pack.losses[slot]), torch.stack(solo.losses), **TIGHT)
-    packed, expected = slot_state(pack.model, slot), lora_state(solo.model)
+    packed, expected = lora_state(slot_model(pack.model, slot)), lora_state(solo.model)
     assert packed.keys() == expected.keys()
     torch.testing.assert_close(packed, expected, **TIGHT)
 
@@ -239,16 +238,15 @@ def test_slots_that_join_and_leave_are_their_solo_runs(
     batches = [draw_batches(seed, 30) for seed in range(4)]
     pack.train([b[:10] for b in batches[:3]])
 
-    filled = fill_slot(pack.model, 1, late, generator=stream(3))  # a new trial in place of the second
-    pack.optimizer.replace_parameters(split_packed_parameters(pack.model))
+    fill_slot(pack.model, 1, late, generator=stream(3))  # a new trial in place of the second
+    pack.optimizer.replace_parameters(split_lora_parameters(pack.model))
     pack.optimizer.reset_slot(1, late_settings)
     pack.seeds[1], pack.losses[1], pack.streams[1] = 3, [], stream(903)
     set_dropout_streams(pack.model, pack.streams)
-    assert filled.changes_parameters
     pack.train([batches[0][10:20], batches[3][:10], batches[2][10:20]])
 
     compact_slots(pack.model, [2, 1])  # the first leaves, the others change places
-    pack.optimizer.replace_parameters(split_packed_parameters(pack.model), kept_slots=[2, 1])
+    pack.optimizer.replace_parameters(split_lora_parameters(pack.model), kept_slots=[2, 1])
     pack.seeds, pack.losses = [2, 3], [pack.losses[2], pack.losses[1]]
     assert pack.optimizer.num_steps == [20, 10]
     pack.train([batches[2][20:30], batches[3][10:20]])
@@ -271,8 +269,9 @@ def test_a_slot_of_nan_leaves_the_others_bit_identical() -> None:
     assert torch.stack(broken.losses[1]).isnan().all()
     for slot in (0, 2, 3):
         assert broken.losses[slot] == healthy.losses[slot]
-        expected = slot_state(healthy.model, slot)
-        assert all(torch.equal(value, expected[key]) for key, value in slot_state(broken.model, slot).items())
+        expected = lora_state(slot_model(healthy.model, slot))
+        own = lora_state(slot_model(broken.model, slot))
+        assert all(torch.equal(value, expected[key]) for key, value in own.items())
 
     fill_slot(broken.model, 1, LLAMA_SLOTS[1], generator=stream(1))  # and the slot can be used again
     broken.optimizer.reset_slot(1, SETTINGS[1])

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import lorasweep.training.packs.size as pack_size_file
-from lorasweep.lora.packed import split_packed_parameters
+from lorasweep.lora import split_lora_parameters
 from lorasweep.training.packs.optim import StackedAdamW
 from lorasweep.training.packs.pack import slot_batch, slot_losses
 from lorasweep.training.packs.size import (
@@ -142,7 +142,7 @@ def test_a_real_step_takes_what_is_counted(make_config, inputs, settings, slots)
     config = make_config(settings)
     counted = slots * count_slot_bytes(config, inputs=inputs)
     model = build_pack(config, inputs=inputs, slots=slots)
-    optimizer = StackedAdamW(split_packed_parameters(model), [config.optim] * slots)
+    optimizer = StackedAdamW(split_lora_parameters(model), [config.optim] * slots)
     (micro,) = first_micro_batches(config, inputs, slots=1, num_steps=1)  # blocks of one length: all are as large
     batch = slot_batch(inputs.splits.train, [micro] * slots, model=model)
     there = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}

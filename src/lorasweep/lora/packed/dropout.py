@@ -13,14 +13,14 @@ from torch import Tensor, nn
 
 
 class SlotStreams:
-    """What all layers of one pack share: how many slots there are, and each one's random stream for dropout.
+    """The number of slots of a pack, and each slot's random stream for dropout; all layers of the pack share it.
 
     Attributes:
         generators: One stream per slot, on the device of the inputs; None draws from torch's own.
-        only_slot: The slot whose rows are being computed alone (inside a module that each slot trains on a copy of);
-            None while the rows of all slots are.
-        lengths: How long each slot's rows are before they were padded to those of the longest slot; None where all
-            are equally long.
+        only_slot: The slot that a module is being computed for, where each slot trains its own copy of the module;
+            None while layers get the rows of all slots.
+        lengths: Length of each slot's rows before they were padded to those of the longest slot; None where all are
+            equally long.
     """
 
     def __init__(self, num_slots: int) -> None:
@@ -30,35 +30,38 @@ class SlotStreams:
 
     @property
     def num_slots(self) -> int:
-        """How many slots the pack has."""
+        """Number of slots."""
         return len(self.generators)
 
     @contextmanager
     def alone(self, slot: int) -> Iterator[None]:
-        """Says that the rows computed inside are those of this slot."""
+        """Within it, layers get the rows of this slot only."""
         self.only_slot = slot
         try:
             yield
         finally:
             self.only_slot = None
 
-    def rows(self, x: Tensor) -> list[tuple[int, Tensor]]:
-        """Each slot, and the view of its rows in x."""
-        if self.only_slot is not None:
-            return [(self.only_slot, x)]
-        check_rows(x, self.num_slots)
-        return list(enumerate(x.chunk(self.num_slots)))
-
     def drop(self, mask: Tensor, *, rates: Sequence[float]) -> Tensor:
         """Sets elements of a mask of ones to 0, in place, each with the probability of its slot; 0 draws nothing.
 
         Raises:
-            ValueError: It is drawn in a backward pass, so again and differently.
+            ValueError: It is called in a backward pass, which would draw another mask than the forward pass.
         """
-        _refuse_recomputing()
-        for slot, rows in self.rows(mask):
+        if torch._C._current_graph_task_id() != -1:
+            raise ValueError(
+                "Dropout in a pack must be drawn once, but gradient checkpointing draws it again. "
+                "Turn `method.dropout` and `model.dropout` or checkpointing off."
+            )
+        if self.only_slot is not None:
+            by_slot = [(self.only_slot, mask)]
+        else:
+            check_rows(mask, self.num_slots)
+            by_slot = list(enumerate(mask.chunk(self.num_slots)))
+        for slot, rows in by_slot:
             if rates[slot]:
                 own = self._unpadded(slot, rows)
+                # a stream fills a tensor in its own order of memory, so it must have the solo run's contiguous shape
                 drawn = own if own.is_contiguous() else torch.empty(own.shape, dtype=own.dtype, device=own.device)
                 drawn.bernoulli_(1 - rates[slot], generator=self.generators[slot])
                 if drawn is not own:
@@ -66,7 +69,7 @@ class SlotStreams:
         return mask
 
     def _unpadded(self, slot: int, rows: Tensor) -> Tensor:
-        """What the slot's solo run would have of these rows: (rows, length, ...) without padding for longer slots."""
+        """Returns the part of a slot's (rows, length, ...) that its solo run has: without padding for longer slots."""
         if self.lengths is None or rows.dim() < 3 or rows.shape[1] != max(self.lengths):
             return rows
         return rows[:, : self.lengths[slot]]
@@ -96,27 +99,10 @@ class SlotDropout(nn.Dropout):
         return input * noise.div_(1 - self.p)
 
 
-def slot_dropouts(model: nn.Module) -> dict[str, SlotDropout]:
-    """The dropout modules of a pack, by name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, SlotDropout)}
-
-
 def check_rows(x: Tensor, num_slots: int) -> None:
-    """Refuses an input whose rows can't be shared out evenly.
-
-    Raises:
-        ValueError: Its first dimension is not a multiple of the number of slots.
-    """
+    """Raises a ValueError unless the first dimension of an input is a multiple of the number of slots."""
     if x.dim() == 0 or x.shape[0] % num_slots:
         raise ValueError(
             f"The first dimension of a packed input must be a multiple of the {num_slots} slots, "
             f"but got shape {tuple(x.shape)}. Stack the slots' batches, and pack no layer that all rows share."
-        )
-
-
-def _refuse_recomputing() -> None:
-    if torch._C._current_graph_task_id() != -1:
-        raise ValueError(
-            "Dropout in a pack must be drawn once, but gradient checkpointing draws it again. "
-            "Turn `method.dropout` and `model.dropout` or checkpointing off."
         )

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from lorasweep.lora import LoraLayer, TrainedModule, lora_layers
+from lorasweep.lora import LoraLayer, lora_layers
 from lorasweep.lora.kinds import weight_to_matrix
 from lorasweep.lora.quantised import dequantised_weight, is_quantised
+from lorasweep.lora.trained import TrainedModule
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

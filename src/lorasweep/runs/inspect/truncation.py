@@ -12,7 +12,7 @@ from lorasweep.config.method import LoraConfig
 from lorasweep.lora import LoraLayer, lora_layers
 from lorasweep.lora.inject import replace_module
 from lorasweep.lora.kinds import matrix_shape, matrix_to_weight
-from lorasweep.lora.layers import layer_class
+from lorasweep.lora.targets import Target
 from lorasweep.lora.trained import is_inside
 from lorasweep.methods import copy_sharing_weights
 from lorasweep.runs.inspect.changes import Change
@@ -161,6 +161,7 @@ def _truncated_layer(layer: LoraLayer, parts: Sequence[tuple[int, Tensor, Tensor
         lora_b[first_row : first_row + len(part_b), column : column + len(part_a)] = part_b
         column += len(part_a)
     config = LoraConfig(rank=rank, alpha=float(rank))  # scaling 1
-    plain = layer_class(layer.base)(layer.base, config, rank=rank, alpha=float(rank), generator=torch.Generator())
+    target = Target(config=config, rank=rank, alpha=float(rank))
+    plain = LoraLayer(layer.base, target, generator=torch.Generator())
     plain.load_matrices(torch.cat([part_a for _, _, part_a in parts]), lora_b)
     return plain

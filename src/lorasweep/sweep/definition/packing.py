@@ -14,7 +14,7 @@ from lorasweep.config.method import LoraConfig
 from lorasweep.config.run import OptimConfig, RunConfig
 from lorasweep.config.targets import Component
 from lorasweep.errors import ConfigError
-from lorasweep.lora.packed import why_not_packable
+from lorasweep.lora.packed.inject import why_not_packable
 from lorasweep.sweep.definition.arms import Arm, Definition
 
 SLOT_GROUPS = ("method", "optim", "schedule", "logger", "seed", "seeds")

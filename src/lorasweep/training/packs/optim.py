@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lorasweep.config.run import OptimConfig
 
 PackedParameters = tuple[Sequence[nn.Parameter], Sequence[nn.Parameter], Sequence[nn.Parameter]]
-"""Stacked A, stacked B, and the other trained parameters, as `lorasweep.lora.split_packed_parameters` returns them."""
+"""Stacked A, stacked B, and the other trained parameters, as `lorasweep.lora.split_lora_parameters` returns them."""
 
 
 class StackedAdamW(torch.optim.Optimizer):

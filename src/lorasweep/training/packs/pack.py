@@ -38,17 +38,18 @@ from lorasweep.data.batching import EvaluationSampler, MicroBatch
 from lorasweep.data.split import Batch, Split, move_batch, repeat_batch
 from lorasweep.data.tasks import Evaluation, Task
 from lorasweep.errors import Diverged
-from lorasweep.lora.packed import (
+from lorasweep.lora import (
     compact_slots,
     fill_slot,
     inject_packed_lora,
     load_slot,
-    save_slot,
+    lora_state,
+    save_adapter,
     set_dropout_streams,
-    set_row_lengths,
-    slot_state,
-    split_packed_parameters,
+    slot_model,
+    split_lora_parameters,
 )
+from lorasweep.lora.packed.inject import set_row_lengths
 from lorasweep.methods import copy_sharing_weights, draw_head, train_head
 from lorasweep.record import RunStatus
 from lorasweep.training.checkpoint import remove_checkpoints, remove_older_checkpoints
@@ -170,7 +171,7 @@ class PackTrainer:
             start=self.draw_start,
         )
         self.model.to(self.device).train()
-        self.optimizer = StackedAdamW(split_packed_parameters(self.model), [_optim(request) for request in requests])
+        self.optimizer = StackedAdamW(split_lora_parameters(self.model), [_optim(request) for request in requests])
         for slot, coverage in enumerate(coverages):
             self._restore(slot, trainable_params=coverage.trainable_params)
         set_dropout_streams(self.model, [run.stream for run in self.runs])
@@ -342,11 +343,10 @@ class PackTrainer:
             return False
         self.runs[slot] = self._open(request, slot=slot, slots=len(self.runs))
         generator = torch.Generator().manual_seed(request.config.seeds.init)
-        filled = fill_slot(self.model, slot, self._method(request), generator=generator, start=self.draw_start)
-        if filled.changes_parameters:
-            self.optimizer.replace_parameters(split_packed_parameters(self.model))
+        coverage = fill_slot(self.model, slot, self._method(request), generator=generator, start=self.draw_start)
+        self.optimizer.replace_parameters(split_lora_parameters(self.model))
         self.optimizer.reset_slot(slot, _optim(request))
-        self._restore(slot, trainable_params=filled.coverage.trainable_params)
+        self._restore(slot, trainable_params=coverage.trainable_params)
         return True
 
     def _open(self, request: RunRequest, *, slot: int, slots: int) -> SlotRun:
@@ -367,7 +367,7 @@ class PackTrainer:
     def _compact(self, kept: list[int]) -> None:
         """Drops the other slots, and the ranks and layers of runs that are gone: a resumed pack has none of them."""
         compact_slots(self.model, kept)
-        self.optimizer.replace_parameters(split_packed_parameters(self.model), kept_slots=kept)
+        self.optimizer.replace_parameters(split_lora_parameters(self.model), kept_slots=kept)
         self.runs = [self.runs[slot] for slot in kept]
 
     def _save_checkpoint(self, slot: int, run: SlotRun) -> None:
@@ -376,11 +376,12 @@ class PackTrainer:
             return
         names = {parameter: name for name, parameter in self.model.named_parameters()}
         moments = {names[p]: list(pair) for p, pair in self.optimizer.slot_moments(slot).items()}
-        run.save_checkpoint({"adapter": slot_state(self.model, slot), "moments": moments})
+        run.save_checkpoint({"adapter": lora_state(slot_model(self.model, slot)), "moments": moments})
 
     def _save_weights(self, slot: int, folder: Path) -> None:
         base = self.inputs.base
-        save_slot(self.model, slot, folder, base_path=base.path, base_fingerprint=base.fingerprint)
+        model = slot_model(self.model, slot)
+        save_adapter(model, folder, base_path=base.path, base_fingerprint=base.fingerprint)
 
     def _commit(self) -> None:
         slots = tuple(SlotState(folder_name=run.request.place.folder.name, step=run.step) for run in self.runs)

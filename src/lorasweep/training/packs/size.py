@@ -15,7 +15,7 @@ from lorasweep.config.run import RunConfig
 from lorasweep.data.batching import MicroBatch, StepBatchSampler
 from lorasweep.data.split import move_batch
 from lorasweep.errors import OutOfMemory
-from lorasweep.lora.packed import inject_packed_lora
+from lorasweep.lora import inject_packed_lora
 from lorasweep.methods import copy_sharing_weights, draw_head, train_head
 from lorasweep.training.environment import Precision, device_of
 from lorasweep.training.failures import memory_errors_as_ours
