@@ -6,7 +6,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from beartype import beartype
+from jaxtyping import jaxtyped
 from torch import Tensor, nn
+
+from lorasweep.lora import functional, layers
 
 
 class Block(nn.Module):
@@ -74,3 +78,13 @@ def fill_b() -> Callable[[nn.Module], None]:
                     parameter.copy_(torch.randn(parameter.shape, generator=generator))
 
     return fill
+
+
+@pytest.fixture(autouse=True)
+def check_shapes(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """Checks the shapes in the signatures of `lora.functional` at each call that a layer makes."""
+    if "compiles" in request.node.name:  # the check itself would break the graph
+        return
+    for name in ("lora_linear", "linear_change", "embedding_change", "conv2d_change"):
+        checked = jaxtyped(typechecker=beartype)(getattr(functional, name))
+        monkeypatch.setattr(layers, name, checked)

@@ -35,9 +35,8 @@ def test_saved_and_loaded_is_the_same(make_model, fill_b, tokens: Tensor, tmp_pa
     fill_b(model)
     save_adapter(model, tmp_path, base_path="tiny")
     loaded = make_model()
-    found = load_adapter(loaded, tmp_path)
-    assert set(found.layers) == set(coverage.layers)
-    assert found.trainable_params == coverage.trainable_params
+    load_adapter(loaded, tmp_path)
+    assert set(lora_layers(loaded)) == set(coverage.layers)
     assert torch.equal(loaded(tokens), model(tokens))
     assert {n for n, p in loaded.named_parameters() if p.requires_grad} == {
         n for n, p in model.named_parameters() if p.requires_grad
@@ -58,7 +57,9 @@ def test_peft_reads_what_is_said_of_the_base(make_model, tmp_path: Path) -> None
 def test_loads_into_a_model_that_is_injected_already(make_model, saved: Path, tokens: Tensor) -> None:
     fresh, injected = make_model(), make_model()
     inject_lora(injected, LoraConfig(rank=2, alpha=8, targets="up"))
-    assert load_adapter(injected, saved).layers == load_adapter(fresh, saved).layers
+    load_adapter(injected, saved)
+    load_adapter(fresh, saved)
+    assert list(lora_layers(injected)) == list(lora_layers(fresh))
     assert torch.equal(injected.eval()(tokens), fresh.eval()(tokens))
 
 
@@ -125,13 +126,13 @@ def assert_refused(make_model, folder: Path, message: str, **kwargs: str) -> Non
 
 
 def test_another_base_is_refused_by_its_fingerprint(make_model, saved: Path) -> None:
-    assert_refused(make_model, saved, r"this base model \('xyz'\), but it was trained on 'abc'", base_fingerprint="xyz")
+    assert_refused(make_model, saved, "must be 'abc'.* but got 'xyz'", base_fingerprint="xyz")
     load_adapter(make_model(), saved, base_fingerprint="abc")
 
 
 def test_another_base_is_refused_by_its_shapes(saved: Path) -> None:
     model = nn.ModuleDict({"up": nn.Linear(8, 16)})
-    with pytest.raises(ValueError, match=r"must have 'base_model.model.up.lora_A.weight', but it is missing"):
+    with pytest.raises(ValueError, match=r"'base_model.model.up.lora_A.weight' must be in .* but is missing"):
         load_adapter(model, saved)
     model = nn.Module()
     model.layers = nn.ModuleList(nn.ModuleDict({"up": nn.Linear(9, 16)}) for _ in range(2))
@@ -184,7 +185,7 @@ def test_pickled_weights_are_not_opened(make_model, saved: Path) -> None:
         ({"r": 0}, "must be a whole LoRA configuration"),
         ({"r": "8"}, "must be a whole LoRA configuration"),
         ({"lora_alpha": float("nan")}, "must be a whole LoRA configuration"),
-        ({"target_modules": ["upp"]}, "Nearest: 'up'"),
+        ({"target_modules": ["upp"]}, "Did you mean `up`"),
     ],
 )
 def test_a_configuration_that_would_be_misread_is_refused(make_model, saved: Path, changes: dict, message: str) -> None:
@@ -210,7 +211,7 @@ def test_saving_needs_lora_layers(model: nn.Module, tmp_path: Path) -> None:
 def test_another_strength_is_refused_by_an_injected_model(make_model, saved: Path) -> None:
     model = make_model()
     inject_lora(model, LoraConfig(rank=2, alpha=16, targets="up"))
-    with pytest.raises(ValueError, match=r"must have scaling 8 at 'layers.0.up', but got 4. Inject with the α"):
+    with pytest.raises(ValueError, match="'layers.0.up' must be 8, but .* has 4. Inject with the α"):
         load_adapter(model, saved)
     assert not any(layer.lora_b.any() for layer in lora_layers(model).values())
 

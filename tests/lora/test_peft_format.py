@@ -181,7 +181,8 @@ def test_names_that_end_alike_stay_apart(tmp_path: Path) -> None:
     x = torch.randn(3, 4)
     torch.testing.assert_close(loaded(x), model(x))
     again = make()
-    assert set(load_adapter(again, tmp_path).layers) == {"0", "1.1"}
+    load_adapter(again, tmp_path)
+    assert set(lora_layers(again)) == {"0", "1.1"}
     torch.testing.assert_close(again(x), model(x))
 
 
@@ -205,18 +206,6 @@ def test_saved_base_weights_of_another_model_are_refused(tmp_path: Path) -> None
     with pytest.raises(ValueError, match=r"'base_model.model.model.embed_tokens.base_layer.weight' has no place"):
         load_adapter(other, tmp_path)
     assert not lora_layers(other)
-
-
-@pytest.mark.parametrize(
-    "pattern",
-    ["(a+)+$", "(.*)*x", "(a|a){9}b", ".*.*.*.*x", "a" * 200_000],
-)
-@pytest.mark.parametrize("key", ["target_modules", "rank_pattern", "exclude_modules"])
-def test_a_pattern_that_could_take_for_ever_is_refused(pattern: str, key: str) -> None:
-    value = {pattern: 2} if key == "rank_pattern" else pattern
-    raw = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], key: value}
-    with pytest.raises(ValueError, match="must be short, without repeated groups"):
-        config_from_peft(raw, make_llama())
 
 
 @pytest.mark.parametrize(

@@ -136,6 +136,7 @@ def load_adapter(model: nn.Module, folder: str | Path, *, base_fingerprint: str 
     layers = lora_layers(model)
     if layers:
         check_merged(layers, merged=False)
+        _check_tensors(tensors, lora_state(model), model, source)
         _check_scaling(layers, config, source)
     else:
         _check_tensors(tensors, _expected_state(model, config), model, source)

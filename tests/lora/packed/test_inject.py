@@ -116,7 +116,7 @@ def test_a_refused_request_leaves_the_model_as_it_was(make_model) -> None:
     requests = [
         ([], None, "at least one slot"),
         ([LoraConfig()], [None, None], "1 generators, one per slot, but got 2"),
-        ([LoraConfig(), LoraConfig(targets="upp")], None, "Nearest: 'up'"),
+        ([LoraConfig(), LoraConfig(targets="upp")], None, "Did you mean `up`"),
         ([LoraConfig(), LoraConfig(rank=99)], None, "`method.rank <= 8` must hold"),
         ([LoraConfig(targets="up"), LoraConfig(targets="proj", modules_to_save=("0.up",))], None, "must agree on what"),
         ([LoraConfig(targets="1.up"), LoraConfig(targets="0.up", modules_to_save=("layers.1",))], None, "must agree"),
