@@ -96,11 +96,11 @@ def test_a_signal_stops_a_sweep_within_seconds_with_a_checkpoint_and_the_words_t
 def test_a_full_disk_ends_a_sweep_with_a_sentence_and_it_goes_on_when_there_is_room(tmp_path, begin, finish, words):
     disk = tmp_path / "disk"
     disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)], capture_output=True)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(disk)], capture_output=True)
     if mounted.returncode:
         pytest.skip("needs the right to mount a small tmpfs")
     try:
-        session = begin(*words, "sweep.output=disk/sweep", "sweep.trials=8")
+        session = begin(*words, "sweep.output=disk/sweep", "sweep.trials=24")
         assert session.wait() == 1, session.output
         last = session.output.splitlines()[-1]
         assert "No space left on device" in last
@@ -111,7 +111,7 @@ def test_a_full_disk_ends_a_sweep_with_a_sentence_and_it_goes_on_when_there_is_r
         assert all(row.state == "complete" for row in before)
         subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
         finish("sweep", "--resume", "disk/sweep")
-        check_complete(disk / "sweep", before, trials=8)
+        check_complete(disk / "sweep", before, trials=24)
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=True)
 
