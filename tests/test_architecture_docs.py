@@ -1,0 +1,47 @@
+"""docs/architecture.md is true: its tree is the code's, and its path of a trial can be followed from file to file."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import lorasweep
+
+SOURCE = Path(lorasweep.__file__).parent
+DOCUMENT = (Path(__file__).parents[1] / "docs" / "architecture.md").read_text()
+
+
+def test_the_tree_is_the_codes():
+    (tree,) = re.findall(r"```text\n(.*?)```", DOCUMENT, flags=re.DOTALL)
+    drawn = {line.split()[0] for line in tree.splitlines()}
+    packages = {f"{path.parent.relative_to(SOURCE)}/" for path in SOURCE.rglob("__init__.py")} - {"./"}
+    modules = {path.name for path in SOURCE.glob("*.py")} - {"__init__.py", "__main__.py"}
+    assert drawn == packages | modules
+
+
+def read_path():
+    """Rows of the path: file, and the function in it."""
+    return re.findall(r"^\| \d+ \| `([\w/]+\.py)` \| `(\w+)`", DOCUMENT, flags=re.MULTILINE)
+
+
+def test_every_step_of_a_trials_path_is_a_function_of_its_file():
+    assert len(read_path()) == 9
+    for file, function in read_path():
+        names = {node.name for node in ast.walk(ast.parse((SOURCE / file).read_text())) if hasattr(node, "name")}
+        assert function in names, file
+
+
+def test_each_file_of_the_path_imports_the_next_one_or_an_earlier_one_does():
+    files = [file for file, _ in read_path()]
+    for position, file in enumerate(files[1:], start=1):
+        module = "lorasweep." + file.removesuffix(".py").replace("/", ".")
+        package, _, name = module.rpartition(".")
+        imports = (f"from {module} import", f"from {package} import {name}")
+        assert any(word in (SOURCE / before).read_text() for before in files[:position] for word in imports), file
+
+
+def test_every_file_that_is_named_is_there():
+    for name in re.findall(r"`((?:[a-z_]+/)+[\w.]*)`", DOCUMENT):
+        roots = (SOURCE, SOURCE.parents[1])
+        assert any((root / name).exists() for root in roots) or "NAME" in name, name
