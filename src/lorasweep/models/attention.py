@@ -15,7 +15,7 @@ CANDIDATES = ("sdpa", "eager")
 MAX_EAGER_TOKENS = 64
 """Median length of the training examples, in tokens, up to which `auto` takes eager on a CPU.
 
-Forward and backward passes were measured at 16 to 512 tokens (docs/decisions.md): up to 64, eager took 0.64 to 0.98
+Forward and backward passes were measured at 16 to 512 tokens (docs/benchmarks.md): up to 64, eager took 0.64 to 0.98
 of sdpa's time on an encoder and 0.81 to 1.01 on a causal model. Above, eager may lose in fp32, and it keeps memory that
 grows with the square of the length. So sdpa is taken there, although eager stays faster in bf16 on a CPU.
 """

@@ -35,7 +35,7 @@ MAX_PASS_TOKENS: Mapping[tuple[str, Precision], int] = {
     ("cuda", "bf16"): 16384,
 }
 """Tokens that go through the model at once, by device and precision. CPU: with 512, 1,024 and 2,048 tokens per slot a
-trial's step of `tiny` gained at most 3 % beyond these sizes, or became longer (docs/decisions.md). GPU: mLoRA reports
+trial's step of `tiny` gained at most 3 % beyond these sizes, or became longer (docs/benchmarks.md). GPU: mLoRA reports
 a gain of at most 8 % at 4,096 tokens per adapter, so four such slots are more than pay; nothing was measured here."""
 MAX_MEMORY_FRACTION: Mapping[str, float] = {"cpu": 0.5, "cuda": 0.8}
 """Share of the machine's memory without the base model that the slots of a pack may have. A step took 0.93 to 1.04 of
