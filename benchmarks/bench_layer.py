@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from lorasweep.lora import LoraConfig, inject_lora
 from lorasweep.lora.inject import freeze, replace_module
-from lorasweep.lora.kinds import is_linear, matrix_shape, weight_to_matrix
+from lorasweep.lora.layer_kinds import is_linear, matrix_shape, weight_to_matrix
 
 WAYS = ("floor", "ours", "peft", "loralib", "full")
 RANKS = (4, 8, 64)

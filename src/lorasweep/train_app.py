@@ -12,7 +12,7 @@ from hydra.core.hydra_config import HydraConfig
 from lorasweep import api
 from lorasweep.config.build import build
 from lorasweep.config.compose import (
-    add_arguments,
+    allow_new_arguments,
     check_command_line,
     compose_values,
     packaged_folder,
@@ -52,7 +52,7 @@ def run_train_app(
         except (LoraSweepError, OSError) as error:  # Hydra would print a traceback
             codes.append(refuse(error))
 
-    sys.argv = ["lorasweep train", *add_arguments(arguments)]
+    sys.argv = ["lorasweep train", *allow_new_arguments(arguments)]
     app = hydra.main(version_base="1.3", config_path=str(packaged_folder("conf").resolve()), config_name="train")
     app(task)()
     return codes

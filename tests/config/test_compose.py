@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 from lorasweep.config.build import as_settings
 from lorasweep.config.compose import (
     LIST_GROUPS,
-    add_arguments,
+    allow_new_arguments,
     check_command_line,
     compose_driver,
     compose_run,
@@ -61,7 +61,7 @@ def test_an_argument_without_a_class_is_no_setting(key):
 
 def test_arguments_of_a_class_may_be_new_keys_to_hydra():
     words = ["--cfg", "job", "optim=sgd", "optim.nesterov=true", "logger.csv.name=a", "method.rank=4", "-m"]
-    assert add_arguments(words) == [
+    assert allow_new_arguments(words) == [
         *("--cfg", "job", "optim=sgd", "++optim.nesterov=true", "++logger.csv.name=a", "method.rank=4", "-m")
     ]
 

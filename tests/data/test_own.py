@@ -171,7 +171,7 @@ def test_rows_need_not_be_text():
     [
         ("no_module", "must return a LightningDataModule, but 'own_data:no_module' returns int"),
         ("no_loader", "must have a `train_dataloader` that gives one DataLoader .* gives list"),
-        ("stream", "of a data set with a length and items, but .* gives Stream"),
+        ("stream", "of a data set with `__len__` and `__getitem__`, but .* gives Stream"),
         ("broken_setup", "setup of 'own_data:broken_setup' fails: KeyError: 'column'"),
         ("broken_collate", "the collate function of 'own_data:broken_collate' fails: KeyError: 'column'"),
         ("no_labels", "must give rows with `labels`, but got input_ids, attention_mask"),
@@ -188,7 +188,9 @@ def test_wrong_module_is_one_sentence(name, message):
 
 
 def test_wrong_labels_name_the_row():
-    with pytest.raises(ConfigError, match=r"`data.labels` must name every label, but row . of the train split has 1"):
+    with pytest.raises(
+        ConfigError, match=r"`data.labels` must name every label, but row . of the train split has label 1"
+    ):
         load(labels=("only",))
     with pytest.raises(ConfigError, match=r"must be 2 numbers, 0 or 1 .* row 0 of the train split has 3"):
         load("several", task="multi_label")

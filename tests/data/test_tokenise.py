@@ -120,7 +120,7 @@ def test_labelled_texts_are_cut_and_counted(tokenizer):
         fingerprint="g",
     )
     assert [len(row) for row in rows(made["input_ids"])] == [3, 4]
-    assert rows(made["whole"]) == [[3], [6]]
+    assert rows(made["full_length"]) == [[3], [6]]
 
 
 def test_pairs_are_told_apart_where_the_model_does():
@@ -164,7 +164,7 @@ def test_the_models_template_is_used_where_there_is_one(tokenizer):
 def test_an_answer_that_is_cut_off_leaves_nothing_to_score(tokenizer):
     made = tokenise_chat(tokenizer, chat("hello", "yes"), max_length=4)
     assert scored(made, tokenizer) == ""
-    assert rows(made["whole"]) == [[10]]
+    assert rows(made["full_length"]) == [[10]]
 
 
 def test_a_template_that_is_asked_for_must_be_there(tokenizer):

@@ -89,10 +89,10 @@ def test_merging_out_of_turn_is_refused(model: nn.Module) -> None:
     with pytest.raises(ValueError, match="must have LoRA layers, but got none"):
         merge_lora(model)
     inject_lora(model, LoraConfig(rank=2))
-    with pytest.raises(ValueError, match=r"must be merged, but 'layers.0.up' is otherwise. Call `merge_lora` first"):
+    with pytest.raises(ValueError, match=r"must be merged, but 'layers.0.up' is not. Call `merge_lora` first"):
         unmerge_lora(model)
     merge_lora(model)
-    with pytest.raises(ValueError, match=r"must not be merged, but 'layers.0.up' is otherwise. Call `unmerge_lora`"):
+    with pytest.raises(ValueError, match=r"must not be merged, but 'layers.0.up' is. Call `unmerge_lora`"):
         merge_lora(model)
 
 

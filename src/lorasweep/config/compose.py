@@ -36,14 +36,15 @@ from lorasweep.redaction import redact
 from lorasweep.wording import nearest
 
 Primary = Literal["train", "sweep"]
+"""Name of a primary config (Hydra's term): the YAML file in `conf/` from which a composition starts."""
 PACKAGE = Path(__file__).parent.parent
 COMPONENTS: Mapping[str, frozenset[str]] = {
     "optim": frozenset(f.name for f in fields(OptimizerComponent)) - {"target", "arguments"},
     **dict.fromkeys(("schedule", "sampler", "pruner", "trainer.profiler", "trainer.strategy"), frozenset[str]()),
 }
-"""Settings that may be a component, with the keys beside its arguments that lorasweep reads itself."""
+"""Settings that may name a class by `_target_`, each with the keys that lorasweep reads and the class does not get."""
 LIST_GROUPS = ("logger", "callbacks")
-"""Groups of components by name. Several of their options may be chosen at once: `logger=[tensorboard,csv]`."""
+"""Groups that hold several named components. Several options may be chosen: `logger=[tensorboard,csv]`."""
 
 
 def packaged_folder(name: Literal["conf", "sweeps"]) -> Path:
@@ -93,13 +94,13 @@ def refuse_secrets(values: Mapping[str, Any], *, prefix: str = "") -> None:
             refuse_secrets(value, prefix=f"{prefix}{name}.")
         elif (shown := str(value)) != redact(shown):
             raise ConfigError(
-                f"`{prefix}{name}` must be a setting without a password or token, which a record never keeps, but got "
+                f"`{prefix}{name}` must not contain a password or token, because a record never keeps one, but got "
                 f"{redact(shown)!r}. Give it by an environment variable that the service reads, such as HF_TOKEN."
             )
 
 
 def compose_driver(settings: Mapping[str, Any]) -> DriverConfig:
-    """Returns the settings of a sweep beside those of its runs; arguments and errors as in `compose_run`."""
+    """Returns the settings that belong to a sweep and not to its runs; arguments and errors as in `compose_run`."""
     return build(DriverConfig, compose_values("sweep", settings))
 
 
@@ -108,15 +109,17 @@ def compose_values(primary: Primary, settings: Mapping[str, Any], *, require_all
 
     Arguments and errors as in `compose_run`.
     """
+    # Options of groups are composed first, because they decide which other keys exist.
     groups = {key: value for key, value in settings.items() if key in group_names(primary)}
     refuse_resolvers(settings)
     try:
+        # The composed settings are cached, so each call changes its own copy.
         composed = copy.deepcopy(
             _compose_groups(primary, tuple((k, _option(v)) for k, v in groups.items()), Path.cwd())
         )
-        _make_room_for_components(composed, settings)
+        _drop_replaced_arguments(composed, settings)
         known = set(dotted_keys(_mapping(OmegaConf.to_container(composed, resolve=False))))
-        known |= set(groups) | set(group_names(primary)) | {key for key in settings if names_component(key)}
+        known |= set(groups) | set(group_names(primary)) | {key for key in settings if is_component_target(key)}
         for key, value in settings.items():
             if key not in groups:
                 check_key(key, known, primary=primary)
@@ -130,15 +133,15 @@ def compose_values(primary: Primary, settings: Mapping[str, Any], *, require_all
     return values
 
 
-def names_component(key: str) -> bool:
+def is_component_target(key: str) -> bool:
     """Returns whether a key is the `_target_` of a component that is not nested in another one."""
     outer, _, last = key.rpartition(".")
     return last == TARGET and (outer in COMPONENTS or (outer.count(".") == 1 and outer.split(".")[0] in LIST_GROUPS))
 
 
-def _make_room_for_components(composed: DictConfig, settings: Mapping[str, Any]) -> None:
+def _drop_replaced_arguments(composed: DictConfig, settings: Mapping[str, Any]) -> None:
     """Removes the arguments of a group's option where the settings name another class by `_target_`."""
-    for key in filter(names_component, settings):
+    for key in filter(is_component_target, settings):
         component = key.removesuffix(f".{TARGET}")
         before = OmegaConf.select(composed, component)
         if isinstance(before, DictConfig) and before.get(TARGET) != settings[key]:
@@ -182,6 +185,7 @@ def layer_settings(primary: Primary, *layers: Mapping[str, Any]) -> dict[str, An
     layered: dict[str, Any] = {}
     for layer in layers:
         for group in group_names(primary):
+            # Another option brings its own arguments; another class keeps the keys that lorasweep itself reads.
             chosen = layered.get(group, default_options(primary)[group])
             target = f"{group}.{TARGET}"
             if group in layer and (layer[group] != chosen or target in layered):
@@ -194,7 +198,7 @@ def layer_settings(primary: Primary, *layers: Mapping[str, Any]) -> dict[str, An
 
 
 def _option(value: Any) -> str | tuple[str, ...]:
-    """Returns an option, or several as a tuple, so that they can be cached; any other value as its text."""
+    """Returns the option or options of a group as a hashable value for the cache; any other value as its text."""
     if isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):
         return tuple(value)
     return value if isinstance(value, str) else repr(value)
@@ -209,7 +213,7 @@ def check_key(key: str, known: set[str], *, primary: Primary) -> None:
     """Raises ConfigError unless a dotted key is a setting or an argument of a component."""
     names = key.split(".")
     outer = (".".join(names[:depth]) for depth in range(1, len(names)))
-    if not (names_component(key) or key in known or any(f"{one}.{TARGET}" in known for one in outer)):
+    if not (is_component_target(key) or key in known or any(f"{one}.{TARGET}" in known for one in outer)):
         raise ConfigError(
             f"`{key}` is not a setting.{nearest(key, sorted(known))} "
             f"`lorasweep {primary} --help` lists the groups, `lorasweep train --cfg job` every key."
@@ -270,8 +274,8 @@ def check_command_line(arguments: Sequence[str]) -> None:
         compose_run(dict(zip(values, combination, strict=True)), require_all=trains)
 
 
-def add_arguments(words: Sequence[str]) -> list[str]:
-    """Returns a command line for Hydra in which arguments of components may be new keys (`++key=value`)."""
+def allow_new_arguments(words: Sequence[str]) -> list[str]:
+    """Returns the overrides with `++` before each argument of a component, so that Hydra accepts new keys."""
     return [f"++{word}" if _is_component_key(word) else word for word in words]
 
 
@@ -335,7 +339,7 @@ def _check_option(group: str, option: str) -> None:
 
 
 def dotted_keys(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """Yields the dotted keys of nested mappings, those of mappings included."""
+    """Yields the dotted keys of nested mappings: `optim` and `optim.lr`, so a key of a mapping itself too."""
     for name, value in values.items():
         yield f"{prefix}{name}"
         if isinstance(value, Mapping):

@@ -20,8 +20,8 @@ class ModelConfig:
     kind: ModelKind
     """What it predicts: the next token (`causal_lm`), labels or a number (`classifier`), or a text (`seq2seq`)."""
     path: str | None
-    """Hub id, folder or GGUF file; `embedded:tiny` is inside this package. With `model.factory`, where the tokenizer
-    comes from; null where the function brings its own."""
+    """Hub id, folder or GGUF file; `embedded:tiny` is inside this package. With `model.factory`, this is the source
+    of the tokenizer; null if the function returns its own."""
     revision: str | None
     """Version on the hub; a commit, branch or tag."""
     gguf_file: str | None

@@ -95,7 +95,7 @@ class StorageConfig:
     def __post_init__(self) -> None:
         if self.url is not None and redact(self.url) != self.url:
             raise ConfigError(
-                f"`storage.url` must have no user or password before an `@`, which a record never keeps, but got "
+                f"`storage.url` must have no user or password before an `@`, because a record keeps the URL, but got "
                 f"{redact(self.url)!r}. Write the user as `?user=NAME`, and set PGPASSWORD or ~/.pgpass."
             )
 
@@ -164,7 +164,7 @@ class SweepSettings:
     """Seed of the sampler; each arm has its own random stream."""
     output: str | None
     max_failures: int
-    """Number of failed trials in a row that stops the sweep: their common cause is then outside the trials."""
+    """Number of failed trials in a row after which the sweep stops, because the cause is probably not in the trials."""
 
     def __post_init__(self) -> None:
         if self.trials is not None:

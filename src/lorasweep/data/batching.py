@@ -1,6 +1,6 @@
 """Which examples make up the batch of each optimizer step, and how a batch is cut so that little of it is padding.
 
-Seed and step alone decide what is learned, so a run can resume at any step. Comes after `split` and before `loaders`.
+Seed and step alone decide the batch, so a run can resume at any step. The samplers take a `Split`; `loaders` uses them.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ BATCH_COST_POSITIONS = 256
 """Fixed cost of a training batch, in positions: on 2 cores a step of MiniLM-L6 took 28 ms before its first token, as
 long as 300 tokens take."""
 MAX_COST_FACTOR = 1.1
-"""Little padding may cost at most this factor of the cheapest number of micro-batches."""
+"""Highest cost, relative to the cheapest number of micro-batches, at which the number with little padding is taken."""
 MAX_MICRO_BATCHES = 16
 """Maximum of micro-batches per step that `trainer.accumulate=auto` considers."""
 SAMPLED_STEPS = 100
-"""Steps from which the typical lengths of a batch are estimated."""
+"""Number of steps from which the typical lengths of a batch are estimated."""
 
 
 class MicroBatch(NamedTuple):
@@ -40,7 +40,7 @@ class MicroBatch(NamedTuple):
 
 
 class Share(NamedTuple):
-    """The share of each batch that one of several processes gets, which train together."""
+    """The part of each batch that goes to one process of a run on several processes: process `rank` of `size`."""
 
     rank: int = 0
     size: int = 1
@@ -48,8 +48,8 @@ class Share(NamedTuple):
     def of(self, micro: MicroBatch) -> MicroBatch:
         """Returns this rank's examples of a micro-batch: every `size`-th, so that all ranks have similar lengths.
 
-        If there are fewer examples than ranks, a rank without one gets the first with an infinite divisor: all ranks
-        must call the model equally often, and this example counts for nothing.
+        If there are fewer examples than ranks, a rank without an example gets the first one. Its loss is divided by
+        infinity, so that it is 0: all ranks must call the model equally often.
         """
         if self.size == 1:
             return micro
@@ -57,7 +57,8 @@ class Share(NamedTuple):
         return MicroBatch(indices, micro.step_weight) if indices else MicroBatch(micro.indices[:1], math.inf)
 
 
-ALL = Share()
+WHOLE_BATCH = Share()
+"""The share of a process that trains alone."""
 
 
 class SharedSampler(DistributedSampler[MicroBatch]):
@@ -74,8 +75,8 @@ class SharedSampler(DistributedSampler[MicroBatch]):
 class StepBatchSampler(SharedSampler):
     """Yields each step's micro-batches.
 
-    The order is an endless stream: one permutation of all examples per pass, each drawn from (seed, pass) alone, cut
-    into batches across the ends of passes. Neither torch's nor any other shared random stream is used. Within a step
+    The order is an endless sequence of permutations of all examples, one per pass, each drawn from (seed, pass) alone.
+    A batch may contain the end of one pass and the start of the next. No shared random stream is used. Within a step
     examples are sorted by length before they are cut into micro-batches: the gradient is the same, with less padding.
     """
 
@@ -88,7 +89,7 @@ class StepBatchSampler(SharedSampler):
         seed: int,
         start_step: int = 0,
         accumulate: int = 1,
-        share: Share = ALL,
+        share: Share = WHOLE_BATCH,
     ) -> None:
         """Describes the batches of steps `start_step` to `num_steps - 1`.
 
@@ -99,7 +100,7 @@ class StepBatchSampler(SharedSampler):
             seed: Decides the order.
             start_step: First step to yield, for a resumed run.
             accumulate: Micro-batches per step, at most `batch_size`; together they are the step's batch.
-            share: The share of their examples to yield.
+            share: The part of each micro-batch to yield, for a run on several processes.
         """
         assert len(split) >= 1
         assert 0 <= start_step <= num_steps
@@ -146,8 +147,11 @@ class StepBatchSampler(SharedSampler):
 class EvaluationSampler(SharedSampler):
     """Yields every example once, sorted by length, in batches with little padding."""
 
-    def __init__(self, split: Split, *, batch_size: int, share: Share = ALL) -> None:
-        """Takes a split and the number of its longest examples in a batch; a batch of shorter ones has more."""
+    def __init__(self, split: Split, *, batch_size: int, share: Share = WHOLE_BATCH) -> None:
+        """Makes batches of at most as many positions as `batch_size` of the longest examples.
+
+        A batch of short examples therefore has more examples than `batch_size`.
+        """
         super().__init__(share)
         self.batches = batches_by_length(split.lengths, budget=batch_size * int(split.lengths.max()))
 
@@ -173,9 +177,9 @@ def cut_by_length(indices: Sequence[int], lengths: Tensor, *, sizes: Sequence[in
 
 @functools.lru_cache(maxsize=64)
 def choose_sizes(split: Split, *, batch_size: int, micro_batches: int) -> tuple[int, ...]:
-    """Returns the sizes of a step's micro-batches with the least padding on average, that of the shortest first.
+    """Returns the sizes of a step's micro-batches that give the least padding on average; short examples come first.
 
-    They are the same for every step, so that the slots of a pack agree on them. Found by dynamic programming.
+    The sizes are the same for every step, so that the slots of a pack have equal ones. Found by dynamic programming.
     """
     if micro_batches == 1 or _have_one_length(split):
         return tuple(batch_size // micro_batches + (n < batch_size % micro_batches) for n in range(micro_batches))

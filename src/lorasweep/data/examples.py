@@ -1,6 +1,6 @@
 """Splits of examples of different lengths: sentences with labels, prompts with completions.
 
-Comes after `split`; `splits` makes them of the token ids of `tokenise`.
+`splits` makes them from the token ids that `tokenise` returns.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class ExampleSplit(Split):
 
     @property
     def lengths(self) -> Tensor:
-        """Tokens of each example."""
+        """Number of tokens of each example."""
         return self.tokens.lengths
 
     def describe(self) -> dict[str, Any]:
@@ -121,7 +121,7 @@ class CompletionSplit(ExampleSplit):
     """Conversations for a causal model; only some tokens are scored, such as those of the completion."""
 
     targets: Ragged
-    """For each token the one that follows, `IGNORED` where it is not scored."""
+    """The next token at each position of `tokens`; `IGNORED` where the next token is not scored."""
     scored_bytes: int
     """UTF-8 bytes of the scored text."""
     packing: bool = False
@@ -129,12 +129,12 @@ class CompletionSplit(ExampleSplit):
 
     @functools.cached_property
     def weights(self) -> Tensor:
-        """The scored tokens of each example."""
+        """Number of scored tokens of each example."""
         scored = torch.cat([self.targets.values.new_zeros(1), (self.targets.values != IGNORED).cumsum(0)])
         ends = scored[self.targets.ends]
         return torch.diff(ends, prepend=ends.new_zeros(1)).float()
 
-    def without_unscored(self) -> CompletionSplit:
+    def drop_unscored(self) -> CompletionSplit:
         """Returns the split without examples in which nothing is scored, because their answers were cut off."""
         kept = self.weights.nonzero().flatten().tolist()
         if len(kept) == len(self):
@@ -160,6 +160,7 @@ class CompletionSplit(ExampleSplit):
         for slot in range(slots):
             places = range(slot * per_slot, (slot + 1) * per_slot)
             bins.append(fill_bins({place: lengths[place] for place in places}, capacity=max(lengths)))
+        # Every slot needs equally many sequences, because a pack divides a batch evenly among its slots.
         most = max(map(len, bins))
         sequences = [places for of_slot in bins for places in (*of_slot, *[[]] * (most - len(of_slot)))]
 
@@ -188,7 +189,7 @@ class SequenceSplit(ExampleSplit):
 
     @functools.cached_property
     def weights(self) -> Tensor:
-        """The tokens of each target."""
+        """Number of tokens of each target."""
         return self.targets.lengths.float()
 
     @property

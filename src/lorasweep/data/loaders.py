@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from lorasweep.data.batching import ALL, EvaluationSampler, MicroBatch, Share
+from lorasweep.data.batching import WHOLE_BATCH, EvaluationSampler, MicroBatch, Share
 from lorasweep.data.split import Batch, Split
 
 
@@ -32,7 +32,7 @@ class BatchDataset(Dataset[Batch]):
         return {**batch, "step_weight": torch.tensor(micro.step_weight), "num_tokens": num_tokens}
 
 
-def evaluation_loader(split: Split, *, batch_size: int, share: Share = ALL) -> DataLoader[Batch]:
+def evaluation_loader(split: Split, *, batch_size: int, share: Share = WHOLE_BATCH) -> DataLoader[Batch]:
     """Loads every example of a split once, or this share of them, in the order of `EvaluationSampler`."""
     return load_batches(split, EvaluationSampler(split, batch_size=batch_size, share=share))
 

@@ -1,4 +1,4 @@
-"""Data of the user's own: the data sets of a LightningDataModule; each example is read once to know its length.
+"""Reads the data sets of a user's LightningDataModule (`data.factory`). Each example is read once to know its length.
 
 `read_source` calls `read_own`, and `splits` makes `OwnSplit`s of the result.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from lorasweep.data.source import DataSource, OwnExamples
 from lorasweep.data.split import IGNORED, Batch, Split
 from lorasweep.errors import ConfigError, describe_error
 
-KEY = "data.factory"
+FACTORY_KEY = "data.factory"
 LOADERS = {"train": "train_dataloader", "validation": "val_dataloader", "test": "test_dataloader"}
 
 
@@ -39,12 +40,12 @@ class OwnSplit(Split):
 
     @property
     def lengths(self) -> Tensor:
-        """Tokens of each example; 1 for examples without `input_ids`."""
+        """Number of tokens of each example; 1 for examples without `input_ids`."""
         return self.examples.lengths
 
     @property
     def weights(self) -> Tensor:
-        """The scored tokens of each text, else 1."""
+        """Number of scored tokens of each text; 1 for an example of another task."""
         return self.examples.weights
 
     def batch(self, indices: Sequence[int], *, slots: int = 1) -> Batch:
@@ -60,23 +61,24 @@ def read_own(config: OwnDataConfig) -> DataSource:
     """Returns the examples of the LightningDataModule that `data.factory` makes.
 
     Only the data set and the collate function of its loaders are used: order and batches are made as for every other
-    data set. It draws the same numbers from torch's stream each time.
+    data set. The module draws the same random numbers from torch at each call.
 
     Raises:
         ConfigError: The function or a method of the module fails, or a loader or example can't be used.
     """
-    with _fixed_stream():
-        module = call_named(config.factory, key=KEY, offered={})
+    with _fixed_seed():
+        module = call_named(config.factory, key=FACTORY_KEY, offered={})
         if not isinstance(module, LightningDataModule):
             raise ConfigError(
-                f"`{KEY}` must return a LightningDataModule, but {config.factory!r} returns {type(module).__name__}."
+                f"`{FACTORY_KEY}` must return a LightningDataModule, but {config.factory!r} returns "
+                f"{type(module).__name__}."
             )
         _call(config, "prepare_data", module.prepare_data)
         _call(config, "setup", functools.partial(module.setup, "fit"))
         train, validation = (_read_split(config, module, name) for name in ("train", "validation"))
 
     def read_test() -> OwnExamples:
-        with _fixed_stream():
+        with _fixed_seed():
             _call(config, "setup", functools.partial(module.setup, "test"))
             return _read_split(config, module, "test")
 
@@ -93,15 +95,15 @@ def read_own(config: OwnDataConfig) -> DataSource:
 def make_batch(collated: Any, *, task: OwnTask) -> Batch:
     """Returns a collated batch with `targets` in place of `labels`.
 
-    In a text, `labels` are at the place of their own tokens, as in transformers (without `labels`: all of `input_ids`);
-    targets are one place earlier, where they are predicted.
+    For task `text`, `labels[i]` is token i, as in transformers; without `labels`, every token of `input_ids` is one.
+    `targets[i]` is token i + 1, because the model predicts it at position i.
 
     Raises:
         ConfigError: The batch is no mapping of tensors, or has no labels.
     """
     if not hasattr(collated, "items") or not all(isinstance(value, Tensor) for value in collated.values()):
         raise ConfigError(
-            f"`{KEY}` must give batches that are mappings of tensors, but got {type(collated).__name__}. "
+            f"`{FACTORY_KEY}` must give batches that are mappings of tensors, but got {type(collated).__name__}. "
             "Set a collate function in its loaders."
         )
     batch: Batch = dict(collated.items())
@@ -110,7 +112,7 @@ def make_batch(collated: Any, *, task: OwnTask) -> Batch:
         labels = _tokens_of(batch) if labels is None else labels
         return {**batch, "targets": pad(labels[:, 1:], (0, 1), value=IGNORED)}
     if labels is None:
-        raise ConfigError(f"`{KEY}` must give rows with `labels`, but got {', '.join(batch)}.")
+        raise ConfigError(f"`{FACTORY_KEY}` must give rows with `labels`, but got {', '.join(batch)}.")
     if task == "single_label":
         return {**batch, "targets": labels.long().flatten()}
     return {**batch, "targets": labels.float().flatten() if task == "regression" else labels.float()}
@@ -125,21 +127,25 @@ def _read_split(config: OwnDataConfig, module: LightningDataModule, name: str) -
     loader = _call(config, LOADERS[name], getattr(module, LOADERS[name]))
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
         raise ConfigError(
-            f"`{KEY}` must have a `{LOADERS[name]}` that gives one DataLoader of a data set with a length and items, "
-            f"but {config.factory!r} gives {type(getattr(loader, 'dataset', loader)).__name__}."
+            f"`{FACTORY_KEY}` must have a `{LOADERS[name]}` that gives one DataLoader of a data set "
+            f"with `__len__` and `__getitem__`, but {config.factory!r} gives "
+            f"{type(getattr(loader, 'dataset', loader)).__name__}."
         )
     dataset, collate = cast(Any, loader.dataset), loader.collate_fn
     digest, lengths, weights = hashlib.sha256(), [], []
     for index in range(len(dataset)):
-        row = _call(config, f"row {index} of the {name} split", functools.partial(_take, dataset, index))
+        row = _call(config, f"row {index} of the {name} split", functools.partial(operator.getitem, dataset, index))
         batch = make_batch(_call(config, "the collate function", functools.partial(collate, [row])), task=config.task)
         _check_targets(batch["targets"], config, place=f"row {index} of the {name} split")
+        # The fingerprint covers the tensors that the model sees, after the collate function.
         for key in sorted(batch):
             digest.update(key.encode() + batch[key].contiguous().cpu().flatten().view(torch.uint8).numpy().tobytes())
         lengths.append(batch["input_ids"].shape[1] if "input_ids" in batch else 1)
         weights.append(float((batch["targets"] != IGNORED).sum()) if config.task == "text" else 1.0)
     if not lengths:
-        raise ConfigError(f"the {name} split of `{KEY}` must not be empty, but {config.factory!r} gives no example.")
+        raise ConfigError(
+            f"the {name} split of `{FACTORY_KEY}` must not be empty, but {config.factory!r} gives no example."
+        )
     return OwnExamples(
         name=name,
         dataset=dataset,
@@ -150,16 +156,12 @@ def _read_split(config: OwnDataConfig, module: LightningDataModule, name: str) -
     )
 
 
-def _take(dataset: Any, index: int) -> Any:
-    return dataset[index]
-
-
 def _check_targets(targets: Tensor, config: OwnDataConfig, *, place: str) -> None:
     names = len(config.labels)
     if config.task == "single_label" and not 0 <= int(targets.min()) <= int(targets.max()) < names:
         raise ConfigError(
-            f"`data.labels` must name every label, but {place} has {int(targets.max())} and there are {names} names. "
-            "Labels are counted from 0."
+            f"`data.labels` must name every label, but {place} has label {int(targets.max())} and there are "
+            f"{names} names. The first label is 0."
         )
     if config.task == "multi_label" and targets.shape[-1] != names:
         raise ConfigError(
@@ -172,26 +174,26 @@ def _check_targets(targets: Tensor, config: OwnDataConfig, *, place: str) -> Non
 
 def _tokens_of(batch: Batch) -> Tensor:
     if "input_ids" not in batch:
-        raise ConfigError(f"`{KEY}` must give rows of text with `input_ids`, but got {', '.join(batch)}.")
+        raise ConfigError(f"`{FACTORY_KEY}` must give rows of text with `input_ids`, but got {', '.join(batch)}.")
     tokens = batch["input_ids"]
     return tokens.masked_fill(batch["attention_mask"] == 0, IGNORED) if "attention_mask" in batch else tokens
 
 
-def _call(config: OwnDataConfig, what: str, function: Callable[[], Any]) -> Any:
+def _call(config: OwnDataConfig, step: str, function: Callable[[], Any]) -> Any:
     try:
         return function()
     except ConfigError:
         raise
     except Exception as error:
         raise ConfigError(
-            f"`{KEY}` must name a LightningDataModule that works, but {what} of {config.factory!r} fails: "
+            f"`{FACTORY_KEY}` must name a LightningDataModule that works, but {step} of {config.factory!r} fails: "
             f"{describe_error(error)}."
         ) from error
 
 
 @contextmanager
-def _fixed_stream() -> Iterator[None]:
-    """Draws random numbers inside from one seed; restores torch's own stream afterwards."""
+def _fixed_seed() -> Iterator[None]:
+    """Seeds torch with 0 for a `with` block, and restores the state of torch's generator afterwards."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
         yield

@@ -155,7 +155,7 @@ def _build_completions(
         scored_bytes=int(made["scored_bytes"].values.sum()),
         packing=config.packing,
     )
-    return split.without_unscored()
+    return split.drop_unscored()
 
 
 def _build_sequences(
@@ -198,7 +198,7 @@ def _describe_examples(
         "tokens": made["input_ids"],
         "pad_token": pad_token(tokenizer),
         "bytes": sum(len(text.encode()) for text in texts),
-        "truncated": int((made["whole"].values > config.max_length).sum()),
+        "truncated": int((made["full_length"].values > config.max_length).sum()),
     }
 
 

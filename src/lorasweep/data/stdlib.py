@@ -14,7 +14,7 @@ from pathlib import Path
 
 from lorasweep.data.source import Document
 
-NOT_PROSE_OR_CODE = frozenset({"encodings", "pydoc_data", "site-packages", "__pycache__"})
+EXCLUDED_FOLDERS = frozenset({"encodings", "pydoc_data", "site-packages", "__pycache__"})
 
 
 def assign_bucket(key: str) -> int:
@@ -43,7 +43,7 @@ def read_standard_library(*, with_tests: bool) -> Iterator[Document]:
     for file in sorted(folder.rglob("*.py")):
         path = file.relative_to(folder).as_posix()
         parts = path.split("/")
-        if NOT_PROSE_OR_CODE.intersection(parts):
+        if EXCLUDED_FOLDERS.intersection(parts):
             continue
         if not with_tests and ({"test", "tests", "idle_test"} & set(parts)):
             continue
@@ -58,8 +58,8 @@ def read_standard_library(*, with_tests: bool) -> Iterator[Document]:
 def read_code(split: str) -> list[Document]:
     """Returns the modules of one split of the standard library's code.
 
-    By the bucket of `code_key`: below 70 `pretraining` (with test suites), 70 to 89 `train`, 90 to 94 `validation`,
-    95 to 99 `test` (the last three without test suites).
+    The bucket of a module's `code_key` decides its split: 0 to 69 is `pretraining`, 70 to 89 `train`, 90 to 94
+    `validation`, 95 to 99 `test`. Only `pretraining` includes test suites.
     """
     low, high = {"pretraining": (0, 70), "train": (70, 90), "validation": (90, 95), "test": (95, 100)}[split]
     documents = read_standard_library(with_tests=split == "pretraining")
@@ -69,7 +69,7 @@ def read_code(split: str) -> list[Document]:
 def read_docs(split: str) -> list[Document]:
     """Returns the topics of one split of `pydoc_data.topics`.
 
-    By the bucket of the topic's name: below 70 `train`, 70 to 84 `validation`, 85 to 99 `test`.
+    The bucket of a topic's name decides its split: 0 to 69 is `train`, 70 to 84 `validation`, 85 to 99 `test`.
     """
     low, high = {"train": (0, 70), "validation": (70, 85), "test": (85, 100)}[split]
     topics = sorted(pydoc_data.topics.topics.items())

@@ -1,6 +1,6 @@
-"""From a source's rows to token ids, kept in the cache of `datasets` so that the next run or sweep starts from there.
+"""Tokenises the examples of a source. The cache of `datasets` keeps the token ids for the next run or sweep.
 
-Comes after `rows` and before `splits`, which makes splits of the ids.
+`splits` calls these functions, and makes splits of the ids.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from lorasweep.data.source import Conversation, LabelledText, Message
 from lorasweep.data.split import IGNORED
 from lorasweep.errors import ConfigError
 
-FORMAT = 2
+CACHE_FORMAT = 3
 """Goes into every cache key: raise it when the ids of the same examples change."""
 Columns = dict[str, list[Any]]
 Encoder = Callable[[Sequence[Message]], tuple[list[int], list[bool]]]
@@ -42,15 +42,15 @@ def tokenise_texts(texts: Sequence[str], *, tokenizer: PreTrainedTokenizerBase, 
         ids = plain_ids(columns["text"], tokenizer)
         return {"input_ids": [[*row, end] for row in ids]}
 
-    return cached({"text": list(texts)}, tokenise, key=cache_key(tokenizer, fingerprint, form="text"))
+    return map_cached({"text": list(texts)}, tokenise, key=cache_key(tokenizer, fingerprint, form="text"))
 
 
 def tokenise_labelled(
     examples: Sequence[LabelledText], *, tokenizer: PreTrainedTokenizerBase, max_length: int, fingerprint: str
 ) -> dict[str, Ragged]:
-    """Returns `input_ids` and `whole`, one number per example: its tokens before it was cut.
+    """Returns `input_ids`, and `full_length`: the number of tokens of each example before it was cut.
 
-    For pairs also `token_type_ids`, where the tokenizer tells the texts apart.
+    Pairs also have `token_type_ids` if the tokenizer uses them to distinguish the two texts.
     """
     columns: Columns = {"text": [example.text for example in examples]}
     if any(example.pair is not None for example in examples):
@@ -60,10 +60,10 @@ def tokenise_labelled(
     def tokenise(columns: Columns) -> Columns:
         whole = tokenizer(*columns.values(), return_attention_mask=False, verbose=False)["input_ids"]
         cut = tokenizer(*columns.values(), truncation=True, max_length=max_length, return_token_type_ids=typed)
-        kept = {"input_ids": cut["input_ids"], "whole": [[len(ids)] for ids in whole]}
+        kept = {"input_ids": cut["input_ids"], "full_length": [[len(ids)] for ids in whole]}
         return {**kept, "token_type_ids": cut["token_type_ids"]} if typed else kept
 
-    return cached(columns, tokenise, key=cache_key(tokenizer, fingerprint, form="labelled", max_length=max_length))
+    return map_cached(columns, tokenise, key=cache_key(tokenizer, fingerprint, form="labelled", max_length=max_length))
 
 
 def tokenise_chats(
@@ -77,12 +77,13 @@ def tokenise_chats(
 ) -> dict[str, Ragged]:
     """Returns `input_ids` and `targets`: the next token where the assistant says it, else `IGNORED`.
 
-    Also `whole` as in `tokenise_labelled`, and `scored_bytes`, one number per example.
+    Also `full_length` as in `tokenise_labelled`, and `scored_bytes`, one number per example.
 
     Raises:
         ConfigError: The tokenizer has no chat template, or one that does not take these conversations, or no
             end-of-text token for a plain template.
     """
+    # `auto` uses the chat template if the tokenizer has one, because the model was trained with it.
     with_template = template == "model" or (template == "auto" and tokenizer.chat_template is not None)
     if with_template and tokenizer.chat_template is None:
         raise ConfigError(
@@ -92,21 +93,23 @@ def tokenise_chats(
     encode = _template_encoder(tokenizer) if with_template else _plain_encoder(tokenizer, separator)
 
     def tokenise(columns: Columns) -> Columns:
-        made: Columns = {"input_ids": [], "targets": [], "whole": [], "scored_bytes": []}
+        made: Columns = {"input_ids": [], "targets": [], "full_length": [], "scored_bytes": []}
         for text in columns["conversation"]:
             ids, scored = encode([Message(*message) for message in json.loads(text)])
+            # Position i predicts token i + 1, so targets are shifted here and the model must not shift them again.
             following = [token if is_scored else IGNORED for token, is_scored in zip(ids[1:], scored[1:], strict=True)]
             made["input_ids"].append(ids[:-1][:max_length])
             made["targets"].append(following[:max_length])
-            made["whole"].append([len(ids) - 1])
+            made["full_length"].append([len(ids) - 1])
             kept = [token for token in following[:max_length] if token != IGNORED]
             made["scored_bytes"].append([len(str(tokenizer.decode(kept, skip_special_tokens=True)).encode())])
         return made
 
-    texts = [json.dumps(conversation) for conversation in conversations]  # a column of plain texts, for `datasets`
+    # `datasets` gets one JSON text per conversation, so that its column is a plain column of texts.
+    texts = [json.dumps(conversation) for conversation in conversations]
     form = "template" if with_template else "plain"
     key = cache_key(tokenizer, fingerprint, form=form, separator=separator, max_length=max_length)
-    return cached({"conversation": texts}, tokenise, key=key)
+    return map_cached({"conversation": texts}, tokenise, key=key)
 
 
 def tokenise_sequences(
@@ -117,9 +120,9 @@ def tokenise_sequences(
     max_length: int,
     fingerprint: str,
 ) -> dict[str, Ragged]:
-    """Returns for an encoder-decoder `input_ids` of all messages but the last, and `targets` of the last message.
+    """Returns the examples of an encoder-decoder: `input_ids` are all messages but the last, `targets` the last one.
 
-    Also `whole` and `scored_bytes` as in `tokenise_chats`.
+    Also `full_length` and `scored_bytes` as in `tokenise_chats`.
     """
 
     def tokenise(columns: Columns) -> Columns:
@@ -128,7 +131,7 @@ def tokenise_sequences(
         return {
             "input_ids": [_cut(row, max_length) for row in source],
             "targets": [_cut(row, max_length) for row in target],
-            "whole": [[max(len(a), len(b))] for a, b in zip(source, target, strict=True)],
+            "full_length": [[max(len(a), len(b))] for a, b in zip(source, target, strict=True)],
             "scored_bytes": [[len(text.encode())] for text in columns["target"]],
         }
 
@@ -137,7 +140,7 @@ def tokenise_sequences(
         "target": [row[-1].content for row in conversations],
     }
     key = cache_key(tokenizer, fingerprint, form="sequences", separator=separator, max_length=max_length)
-    return cached(columns, tokenise, key=key)
+    return map_cached(columns, tokenise, key=key)
 
 
 def end_token(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -168,15 +171,16 @@ def plain_ids(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[
 
 
 def cache_key(tokenizer: PreTrainedTokenizerBase, fingerprint: str, **settings: Any) -> str:
-    """Returns 32 hex digits that change with the examples, the tokenizer, the settings or `FORMAT`."""
+    """Returns 32 hex digits that change with the examples, the tokenizer, the settings or `CACHE_FORMAT`."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     made = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
-    parts = [FORMAT, fingerprint, made, str(tokenizer.chat_template), tokenizer.padding_side, sorted(settings.items())]
+    tokenizer_parts = [made, str(tokenizer.chat_template), tokenizer.padding_side]
+    parts = [CACHE_FORMAT, fingerprint, *tokenizer_parts, sorted(settings.items())]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
-def cached(columns: Columns, tokenise: Callable[[Columns], Columns], *, key: str) -> dict[str, Ragged]:
-    """Returns what `tokenise` makes of columns, or loads it from the cache of `datasets`."""
+def map_cached(columns: Columns, tokenise: Callable[[Columns], Columns], *, key: str) -> dict[str, Ragged]:
+    """Returns the result of `tokenise` on these columns, from the cache of `datasets` if the key is in it."""
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "lorasweep"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -207,8 +211,8 @@ def _template_encoder(tokenizer: PreTrainedTokenizerBase) -> Encoder:
             after = _apply(tokenizer, messages[: place + 1], add_generation_prompt=False)
             if after[: len(before)] != before or before[: len(ids)] != ids:
                 raise ConfigError(
-                    "the model's chat template must write a conversation from left to right, but rewrites what came "
-                    "before an answer. Use `data.template=plain`."
+                    "the model's chat template must write a conversation from left to right, but changes earlier "
+                    "messages when an answer is added. Use `data.template=plain`."
                 )
             scored += [False] * (len(before) - len(ids)) + [True] * (len(after) - len(before))
             ids = after
@@ -227,7 +231,7 @@ def _apply(
             add_generation_prompt=add_generation_prompt,
             return_dict=False,
         )
-    except Exception as error:  # whatever a template of jinja's raises
+    except Exception as error:  # a jinja template can raise any class of error
         raise ConfigError(
             f"the model's chat template must take these conversations, but does not: {error}. "
             "Use `data.template=plain`."

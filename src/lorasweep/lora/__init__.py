@@ -3,14 +3,14 @@
     from lorasweep.lora import LoraConfig, inject_lora, save_adapter
     coverage = inject_lora(model, LoraConfig(rank=8, alpha=16, targets="all-linear"))
 
-`targets` finds layers of the `kinds` that can be adapted, by `patterns`; `inject` puts `layers` in their place, which
-start as `initialise` says and compute by `functional`; `trained` has the modules that train in full beside them.
-`merge` writes the change into weights, `files` writes it to disk in `peft_format`. `packed` trains many changes at once
-on one base.
+`targets` finds layers of the `layer_kinds` that can be adapted, by `patterns`; `inject` replaces them by `layers`,
+which start as `initialise` says and compute by `functional`; `trained` has the modules that train in full beside them.
+`merge` writes the change into weights, `adapter_files` writes it to disk in `peft_format`. `packed` trains many changes
+at once on one base.
 """
 
 from lorasweep.config.method import LoraConfig
-from lorasweep.lora.files import load_adapter, lora_state, save_adapter
+from lorasweep.lora.adapter_files import load_adapter, lora_state, save_adapter
 from lorasweep.lora.inject import inject_lora
 from lorasweep.lora.layers import LoraLayer, lora_layers, split_lora_parameters
 from lorasweep.lora.merge import merge_check, merge_lora, remove_lora, unmerge_lora

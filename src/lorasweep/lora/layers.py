@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from lorasweep.lora.functional import Factor, Rows, conv2d_change, embedding_change, linear_change, lora_linear
 from lorasweep.lora.initialise import draw_matrices, split_weight
-from lorasweep.lora.kinds import computes_own_output, matrix_shape, matrix_to_weight, weight_to_matrix
+from lorasweep.lora.layer_kinds import has_custom_forward, matrix_shape, matrix_to_weight, weight_to_matrix
 from lorasweep.lora.targets import Target
 
 
@@ -23,7 +23,7 @@ class AdaptedLayer(nn.Module):
     def __init__(self, base: nn.Module) -> None:
         super().__init__()
         self.base = base
-        self.calls_base = computes_own_output(base)
+        self.calls_base = has_custom_forward(base)
 
     @property
     def weight(self) -> Tensor:

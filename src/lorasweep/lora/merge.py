@@ -1,4 +1,4 @@
-"""Writes the change into the base's weight and takes it out again without drift: the original weight is kept."""
+"""Merges the low-rank change into the base's weight, and unmerges it exactly: the original weight is kept."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lorasweep.lora.quantised import dequantised_weight, is_quantised
 from lorasweep.lora.trained import trained_modules
 
 NARROW_DTYPES = (torch.bfloat16, torch.float16)
-"""Dtypes in which computing rounds by more than merging changes."""
+"""Dtypes whose rounding of activations is larger than the rounding of merged weights."""
 
 
 def merge_lora(model: nn.Module) -> None:
@@ -59,8 +59,8 @@ def unmerge_lora(model: nn.Module) -> None:
 def weights_in_fp32(model: nn.Module) -> Iterator[None]:
     """Holds the bf16 and fp16 weights and buffers of a model in fp32, so that it computes with their exact values.
 
-    Two models can then be compared by their weights: in bf16 the rounding of activations, which differs between
-    processors, moves the logits several times as far as the rounding of merged weights.
+    Two models can then be compared by their weights. In bf16 this is not possible: rounding of activations changes the
+    logits several times more than rounding of merged weights, and it differs between processors.
 
     Afterwards the model has its own tensors again. Meanwhile each such number takes 4 bytes more.
     """
@@ -80,8 +80,8 @@ def weights_in_fp32(model: nn.Module) -> Iterator[None]:
 def merge_check(model: nn.Module, *args: Any, **kwargs: Any) -> float:
     """Returns the largest difference that merging makes to the logits of one batch, in evaluation mode.
 
-    The model stays as it was. bf16 and fp16 weights and inputs are computed with in fp32 (see `weights_in_fp32`), so
-    that the difference comes from rounding the merged weights to the base's dtype, and not from the kernels.
+    The model is unchanged afterwards. bf16 and fp16 weights and inputs are converted to fp32 (see `weights_in_fp32`),
+    so that the difference comes from rounding the merged weights to the base's dtype, and not from the kernels.
 
     Args:
         model: A model with LoRA layers that are not merged.
@@ -100,7 +100,7 @@ def merge_check(model: nn.Module, *args: Any, **kwargs: Any) -> float:
     try:
         with weights_in_fp32(model):
             separate = _logits(model(*args, **kwargs))
-        merge_lora(model)  # outside, so that the merged weights are rounded to the base's dtype
+        merge_lora(model)  # outside `weights_in_fp32`, so that the merged weights are rounded to the base's dtype
         try:
             with weights_in_fp32(model):
                 merged = _logits(model(*args, **kwargs))
@@ -120,9 +120,10 @@ def remove_lora(model: nn.Module, *, keep_change: bool) -> None:
     `config.tie_word_embeddings=False` before saving with transformers, or the change is lost.
 
     Raises:
-        ValueError: The model has no LoRA layers; without `keep_change`, biases were trained, whose old values are gone.
+        ValueError: The model has no LoRA layers; or `keep_change` is False and biases were trained, so that their
+            original values are lost.
     """
-    layers = _check_any(lora_layers(model))
+    layers = _require_layers(lora_layers(model))
     if not keep_change and any(layer.config.bias != "none" for layer in layers.values()):
         raise ValueError(
             "`method.bias` must be none to go back to the base, but biases trained. Load the base model again."
@@ -136,20 +137,20 @@ def remove_lora(model: nn.Module, *, keep_change: bool) -> None:
 
 
 def check_merged(layers: Mapping[str, LoraLayer], *, merged: bool) -> None:
-    """Raises a ValueError unless all layers are merged, or without `merged` none is."""
+    """Raises a ValueError unless every layer is merged (`merged=True`) or none is (`merged=False`)."""
     wrong = [name for name, layer in layers.items() if layer.merged is not merged]
     if wrong:
-        must, call = ("be merged", "merge_lora") if merged else ("not be merged", "unmerge_lora")
-        raise ValueError(f"Every LoRA layer must {must}, but {wrong[0]!r} is otherwise. Call `{call}` first.")
+        must, got, call = ("be", "is not", "merge_lora") if merged else ("not be", "is", "unmerge_lora")
+        raise ValueError(f"Every LoRA layer must {must} merged, but {wrong[0]!r} {got}. Call `{call}` first.")
 
 
 def _layers_to_change(model: nn.Module, *, merged: bool) -> dict[str, LoraLayer]:
-    layers = _check_any(lora_layers(model))
+    layers = _require_layers(lora_layers(model))
     check_merged(layers, merged=merged)
     return layers
 
 
-def _check_any(layers: dict[str, LoraLayer]) -> dict[str, LoraLayer]:
+def _require_layers(layers: dict[str, LoraLayer]) -> dict[str, LoraLayer]:
     if not layers:
         raise ValueError("`model` must have LoRA layers, but got none. Call `inject_lora` or `load_adapter` first.")
     return layers

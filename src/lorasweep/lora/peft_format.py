@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lorasweep.config.method import LoraConfig
-from lorasweep.lora.kinds import is_conv1d
+from lorasweep.lora.layer_kinds import is_conv1d
 from lorasweep.lora.layers import LoraLayer
 from lorasweep.lora.patterns import ALL_LINEAR, REGEX_PREFIX, fits_pattern, is_name_ending
 from lorasweep.lora.targets import is_left_out, target_patterns

@@ -13,7 +13,7 @@ from torch import nn
 
 from lorasweep.config.method import LoraConfig
 from lorasweep.lora.functional import Rows, scaling_factor
-from lorasweep.lora.kinds import can_be_adapted, computes_own_output, is_linear, matrix_shape
+from lorasweep.lora.layer_kinds import can_be_adapted, has_custom_forward, is_linear, matrix_shape
 from lorasweep.lora.patterns import ALL_LINEAR, block_index, first_fit, fits_pattern, nearest_layer, parse_rows
 from lorasweep.lora.trained import find_trained_biases, find_trained_modules, is_inside
 
@@ -216,7 +216,7 @@ def _check_variant(name: str, layer: nn.Module, config: LoraConfig) -> None:
     """DoRA and PiSSA read the base's weight and DoRA its output without the bias, which only plain layers offer."""
     needs_weight = config.variant == "dora" or config.init == "pissa"
     is_plain = layer.weight.is_floating_point() and (  # type: ignore[operator]
-        not isinstance(layer, nn.Linear) or not computes_own_output(layer)
+        not isinstance(layer, nn.Linear) or not has_custom_forward(layer)
     )
     if needs_weight and not is_plain:
         setting = "method.variant=dora" if config.variant == "dora" else "method.init=pissa"

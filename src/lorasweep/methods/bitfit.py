@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lorasweep.config.method import BitfitConfig, MethodConfig
 from lorasweep.errors import ConfigError
-from lorasweep.lora.files import serialise
+from lorasweep.lora.adapter_files import serialise
 from lorasweep.methods.head_init import draw_head
 from lorasweep.methods.method import (
     ParameterGroup,

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from lorasweep.config.method import MethodConfig
 from lorasweep.errors import RecordError, first_line
-from lorasweep.lora.files import serialise
+from lorasweep.lora.adapter_files import serialise
 from lorasweep.methods.head_init import draw_head
 from lorasweep.methods.method import ParameterGroup, one_group, read_weights, replacing_files, train_copies
 from lorasweep.models.load import BaseModel

@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 
 from lorasweep.config.method import IntrinsicConfig, MethodConfig
 from lorasweep.errors import ConfigError, RecordError
-from lorasweep.lora.files import serialise
+from lorasweep.lora.adapter_files import serialise
 from lorasweep.lora.patterns import block_of
 from lorasweep.methods.head_init import draw_head
 from lorasweep.methods.method import ParameterGroup, read_weights, replacing_files

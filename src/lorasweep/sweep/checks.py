@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lorasweep.errors import ConfigError
 from lorasweep.sweep.controller.proposals import propose
-from lorasweep.sweep.controller.rules import build_rule
+from lorasweep.sweep.controller.stopping_rules import build_rule
 from lorasweep.sweep.definition.arms import Definition, naming_arm
 from lorasweep.sweep.definition.packing import plan_packing
 from lorasweep.sweep.definition.seeds import draw_seeds

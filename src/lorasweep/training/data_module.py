@@ -6,7 +6,7 @@ import lightning
 from torch.utils.data import DataLoader
 
 from lorasweep.config.run import RunConfig
-from lorasweep.data.batching import ALL, MicroBatch, Share, StepBatchSampler
+from lorasweep.data.batching import WHOLE_BATCH, MicroBatch, Share, StepBatchSampler
 from lorasweep.data.loaders import evaluation_loader, load_batches
 from lorasweep.data.split import Batch
 from lorasweep.data.splits import DataSplits
@@ -50,7 +50,7 @@ class DataModule(lightning.LightningDataModule):
     @property
     def share(self) -> Share:
         """Which rows of each batch are for this process, of those that train together."""
-        return ALL if self.trainer is None else Share(self.trainer.global_rank, self.trainer.world_size)
+        return WHOLE_BATCH if self.trainer is None else Share(self.trainer.global_rank, self.trainer.world_size)
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Returns the micro-batches from the Trainer's step to the run's end.

@@ -1,4 +1,4 @@
-"""Where a process's time and memory go: a clock with phases, trained tokens, peaks of memory. The report shows them."""
+"""Measures the time of each phase, the trained tokens and the peak memory of a process, for the report."""
 
 from __future__ import annotations
 
@@ -12,7 +12,11 @@ import torch
 from lorasweep.training.environment import process_peak_bytes
 
 Phase = Literal["loading", "training", "evaluating", "saving", "storage"]
-"""Base model, data and measurements; training; evaluations; weights, checkpoints and logs; the controller's work."""
+"""Phases of a process.
+
+`loading` prepares the base model and the data, and measures memory; `saving` writes weights, checkpoints and logs;
+`storage` is the controller's work on the studies.
+"""
 
 
 class Telemetry:
@@ -28,7 +32,7 @@ class Telemetry:
 
     @contextmanager
     def phase(self, name: Phase) -> Iterator[None]:
-        """Counts the time inside as that phase, and not as the phase around it, however the block ends."""
+        """Counts the time of a `with` block as this phase and not as the outer phase, also if the block raises."""
         outer = self._phase
         self._note_peaks()
         self.switch(name)
@@ -62,16 +66,16 @@ class Telemetry:
         return {name: round(value, 4) for name, value in numbers.items()}
 
     def _note_peaks(self) -> None:
-        """Keeps the peaks, because each run resets them to measure its own."""
+        """Keeps the highest peaks so far, because each run resets the counters of torch and the process."""
         peaks = {"peak_memory_bytes": process_peak_bytes()}
-        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # asking before would begin to use the GPUs
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # memory queries would initialise CUDA
             devices = range(torch.cuda.device_count())
             peaks["gpu_peak_memory_bytes"] = max(int(torch.cuda.max_memory_allocated(device)) for device in devices)
         self._peaks |= {name: max(peak, self._peaks.get(name, 0)) for name, peak in peaks.items()}
 
 
 def add_telemetry(first: Mapping[str, float], second: Mapping[str, float]) -> dict[str, float]:
-    """Returns the numbers of two processes or sessions of a sweep together: sums, and the higher of two peaks."""
+    """Returns the sum of each number of two processes or sessions of a sweep; for a peak, the higher of the two."""
     total = dict(first)
     for name, value in second.items():
         known = total.get(name, 0.0)

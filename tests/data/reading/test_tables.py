@@ -158,4 +158,4 @@ def test_unusable_rows_are_errors_of_a_file_and_left_out_of_a_hub_data_set():
         parse_rows(table, refuse_b)
     parsed, notes = parse_rows(Table(columns=table.columns, sources=table.sources, may_drop=True), refuse_b)
     assert parsed == ["a"]
-    assert notes == ("2 of 3 rows of 'x' are left out. The first: row 2 of 'x' must not be b.",)
+    assert notes == ("2 of 3 rows of 'x' are left out. The first problem: row 2 of 'x' must not be b.",)

@@ -8,7 +8,7 @@ from torch import nn
 
 from lorasweep.config.method import BitfitConfig, FrozenConfig, FullConfig, HeadConfig, IntrinsicConfig
 from lorasweep.lora import LoraConfig, inject_lora, lora_layers, merge_lora
-from lorasweep.lora.kinds import weight_to_matrix
+from lorasweep.lora.layer_kinds import weight_to_matrix
 from lorasweep.methods import copy_sharing_weights
 from lorasweep.runs.inspect.changes import weight_changes
 from lorasweep.runs.inspect.spectrum import decompose

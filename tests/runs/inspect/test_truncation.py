@@ -9,7 +9,7 @@ from torch import nn
 
 from lorasweep.config.method import BitfitConfig, FullConfig, HeadConfig, IntrinsicConfig
 from lorasweep.lora import LoraConfig, inject_lora, lora_layers
-from lorasweep.lora.kinds import weight_to_matrix
+from lorasweep.lora.layer_kinds import weight_to_matrix
 from lorasweep.methods import METHODS, copy_sharing_weights
 from lorasweep.methods.intrinsic import find_coordinates
 from lorasweep.runs.inspect.changes import weight_changes

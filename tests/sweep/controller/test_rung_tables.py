@@ -6,8 +6,8 @@ import random
 
 import pytest
 
-from lorasweep.sweep.controller.rules import Halving, MedianOfPeers, cost_at
 from lorasweep.sweep.controller.rung_tables import RungTables
+from lorasweep.sweep.controller.stopping_rules import Halving, MedianOfPeers, cost_at
 from lorasweep.sweep.controller.trial import Trial
 
 RUNGS = (2, 4, 6)

@@ -19,7 +19,7 @@ KNOWN_COLUMNS: Sequence[tuple[str, ...]] = (
     ("prompt", "response"),
     ("question", "answer"),
 )
-"""Looked for in this order where no column is named."""
+"""Columns that are tried, in this order, if the user names none."""
 ROLES: Mapping[str, Role] = {**{role: role for role in get_args(Role)}, "human": "user", "gpt": "assistant"}
 """Names of roles, those of ShareGPT's files included."""
 MIN_PROMPTS = 20
@@ -39,6 +39,7 @@ def read_conversations(config: ChatConfig, load: LoadTable) -> DataSource:
         conversations, notes = parse_rows(table, _read_row)
         return conversations, (f"Conversations of {split} are read from {columns}.", *notes)
 
+    # Conversations with the same prompt go to the same split, so that validation repeats no prompt of training.
     conversations, notes = read("train")
     prompts = [_prompt_key(conversation) for conversation in conversations]
     by_prompt = len(set(prompts)) >= MIN_PROMPTS
@@ -65,7 +66,7 @@ def _describe(train: Checked[Conversation]) -> str:
 
 
 def _prompt_key(messages: Conversation) -> int:
-    """Returns the content key of what comes before the assistant's first answer."""
+    """Returns the content key of the messages before the assistant's first answer."""
     first = next(n for n, message in enumerate(messages) if message.role == "assistant")
     return _whole_key(messages[:first])
 

@@ -15,7 +15,7 @@ from lorasweep.wording import nearest
 
 
 def load_hub(config: SplitSettings) -> dict[str, Dataset]:
-    """Returns the splits that are set; their rows stay on disk until they are asked for.
+    """Returns the splits that `data.train`, `data.validation` and `data.test` name. Rows are read from disk when used.
 
     Raises:
         ConfigError: The data set can't be loaded, is cached at another revision only, or has no such split.
@@ -24,7 +24,7 @@ def load_hub(config: SplitSettings) -> dict[str, Dataset]:
     source = str(Path(path).expanduser().absolute()) if Path(path).expanduser().is_dir() else path
     try:
         found = load_dataset(source, config.subset, revision=config.revision)
-    except Exception as error:  # whatever the hub, its client and a loader of one of a dozen formats raise
+    except Exception as error:  # each client and file format raises its own class of error
         raise ConfigError(
             f"`data.path` must be a data set on the hub or in its cache, or a folder, but {path!r} can't be loaded: "
             f"{first_line(error)}. Check its spelling, `data.subset`, `data.revision` and the connection."
@@ -34,7 +34,7 @@ def load_hub(config: SplitSettings) -> dict[str, Dataset]:
     for split, name in config.given.items():
         if name not in found:
             raise ConfigError(
-                f"`data.{split}` must be a split of {path!r}, {', '.join(found)}, but got {name!r}."
+                f"`data.{split}` must be one of the splits {', '.join(found)} of {path!r}, but got {name!r}."
                 f"{nearest(name, found)}"
             )
     return {split: found[name] for split, name in config.given.items()}
@@ -55,13 +55,16 @@ def _check_commit(found: DatasetDict, config: SplitSettings) -> None:
 
 
 def select_columns(dataset: Dataset, names: Sequence[str]) -> dict[str, list[Any]]:
-    """Returns columns by name, classes by their names. A class below 0 is None: so the hub marks hidden labels."""
+    """Returns the values of columns by column name. A class index becomes its name.
+
+    A negative class index becomes None: data sets of the hub use it for hidden labels.
+    """
     values: dict[str, list[Any]] = dataset.select_columns(list(names))[:]
     return {name: [_name_class(v, _class_names(dataset, name)) for v in values[name]] for name in names}
 
 
 def class_names_of(dataset: Dataset, names: Sequence[str]) -> tuple[str, ...]:
-    """Returns the classes of the last of these columns that states its classes; empty where none does."""
+    """Returns the class names of the last of these columns that has class names; empty if none has."""
     return next((found for name in reversed(names) if (found := _class_names(dataset, name))), ())
 
 

@@ -40,7 +40,7 @@ class Table:
     sources: Sequence[tuple[int, str]]
     """First row and name of each file."""
     may_drop: bool = False
-    """Whether unusable rows are left out and counted, since users can't mend the hub's; else they are errors."""
+    """Whether unusable rows are left out and counted (users can't correct a hub data set); else they are errors."""
     class_names: tuple[str, ...] = ()
     """Names of the classes in their own order, where the data set states them."""
 
@@ -139,8 +139,8 @@ def _read_delimited(path: Path, choose: ColumnChoice, *, delimiter: str, quoting
         for row in reader:
             if None in row or None in row.values():  # how DictReader tells of a row with too many or too few fields
                 raise ConfigError(
-                    f"line {reader.line_num} of {str(path)!r} must have {len(reader.fieldnames)} columns as its header "
-                    "has, but has more or less. Put quotes around a text with commas in a csv."
+                    f"line {reader.line_num} of {str(path)!r} must have {len(reader.fieldnames)} columns, like its "
+                    "header, but has more or fewer. Put quotes around a text with commas in a csv."
                 )
             rows.append(row)
     return _choose_keys(path, rows, choose)
@@ -173,7 +173,7 @@ READERS: Mapping[str, Callable[[Path, ColumnChoice], Columns]] = {
     ".json": _read_json,
     ".parquet": _read_parquet,
 }
-"""By the end of a file's name."""
+"""The function that reads a file, by the suffix of its name."""
 
 
 def _choose_keys(path: Path, rows: Sequence[Mapping[str, Any]], choose: ColumnChoice) -> Columns:
@@ -186,11 +186,11 @@ def _choose_keys(path: Path, rows: Sequence[Mapping[str, Any]], choose: ColumnCh
 
 
 def parse_rows(table: Table, parse: Callable[..., T]) -> tuple[list[T], tuple[str, ...]]:
-    """Returns what `parse` makes of the values of each row, and a sentence on rows that were left out.
+    """Returns each row parsed by `parse`, and a note with the number of unusable rows, if some were left out.
 
     Args:
         table: Its columns are the arguments of `parse`.
-        parse: Raises ValueError with what a row must have and lacks.
+        parse: Raises ValueError for an unusable row, with the message "must have X, but has Y".
 
     Raises:
         ConfigError: A row of a file can't be used, or no row of a hub data set can.
@@ -206,10 +206,10 @@ def parse_rows(table: Table, parse: Callable[..., T]) -> tuple[list[T], tuple[st
         return parsed, ()
     if not table.may_drop:
         raise ConfigError(f"{problems[0]}. Mend the row or remove it. {len(problems)} rows have a problem.")
+    name, first = table.sources[0][1], f"The first problem: {problems[0]}."
     if not parsed:
-        raise ConfigError(f"{table.sources[0][1]!r} must have usable rows, but has none. The first: {problems[0]}.")
-    name = table.sources[0][1]
-    return parsed, (f"{len(problems)} of {len(table)} rows of {name!r} are left out. The first: {problems[0]}.",)
+        raise ConfigError(f"{name!r} must have usable rows, but has none. {first}")
+    return parsed, (f"{len(problems)} of {len(table)} rows of {name!r} are left out. {first}",)
 
 
 def require_text(value: Any) -> str:
@@ -227,9 +227,9 @@ def choose_columns(wanted: Iterable[tuple[str, str | None]], names: Sequence[str
     """Returns the names of the columns that are wanted.
 
     Args:
-        wanted: Settings and their values; null ones are left out.
-        names: The columns that there are.
-        place: Where, for messages.
+        wanted: Settings and the column that each names; null settings are left out.
+        names: The columns of the file.
+        place: Name of the file, for error messages.
 
     Raises:
         ConfigError: One of them is not there; the message names the nearest one.

@@ -1,7 +1,7 @@
 """The layer with one low-rank change per slot: the stacked twin of `lora.layers.LoraLayer`.
 
-A slot's change goes in and comes out as an ordinary `LoraLayer`, so that one place says how a change starts and how it
-is stored.
+`put` and `take` exchange a slot's change as an ordinary `LoraLayer`, so that initialisation and storage are written
+once, in `LoraLayer`.
 """
 
 from __future__ import annotations
@@ -11,16 +11,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from lorasweep.lora.kinds import matrix_shape
+from lorasweep.lora.layer_kinds import matrix_shape
 from lorasweep.lora.layers import AdaptedLayer, LoraLayer
 from lorasweep.lora.packed.dropout import SlotStreams, check_rows
 from lorasweep.lora.targets import Target
 
 
 class PackedLoraLayer(AdaptedLayer):
-    """A frozen layer plus, for the rows of each slot, the slot's change; nothing for a slot that does not adapt it.
+    """A frozen layer that adds each slot's low-rank change to the outputs of the slot's rows.
 
-    The parts of a fused projection stand in blocks of B; a mask keeps the zeros around them at zero.
+    A slot that does not adapt this layer gets the frozen layer's output. Each part of a fused projection uses its own
+    block of B; a mask keeps the rest of B at zero.
 
     Attributes:
         base: The layer that was replaced, its weights untouched and frozen.
@@ -34,13 +35,13 @@ class PackedLoraLayer(AdaptedLayer):
     b_mask: Tensor | None
 
     def __init__(self, base: nn.Module, streams: SlotStreams, *, dtype: torch.dtype, capacity: int = 0) -> None:
-        """Makes the layer without a change.
+        """Makes the layer; no slot adapts it yet.
 
         Args:
             base: The layer to adapt.
-            streams: Of the pack.
-            dtype: Of A and B; fp32, unless the pack was cast to another.
-            capacity: Largest rank of a slot that can be filled without growing.
+            streams: The number of slots, and the random streams of the pack.
+            dtype: Dtype of A and B; fp32, unless the pack was cast to another.
+            capacity: Largest rank that fits into A and B before they must grow.
         """
         super().__init__(base)
         self.streams = streams
@@ -53,7 +54,7 @@ class PackedLoraLayer(AdaptedLayer):
 
     @property
     def capacity(self) -> int:
-        """Largest rank of a slot that can be filled without growing."""
+        """Largest rank that fits into A and B before they must grow."""
         return self.lora_a.shape[1]
 
     @property
@@ -73,7 +74,7 @@ class PackedLoraLayer(AdaptedLayer):
                 self._resize(width)
             self.lora_a[slot, :width] = lora_a.to(self.lora_a)
             self.lora_b[slot, :, :width] = lora_b.to(self.lora_b)
-        self._targets_changed()
+        self._apply_targets()
 
     def take(self, slot: int, base: nn.Module) -> LoraLayer | None:
         """Returns a slot's change as an ordinary layer around `base`, with copies of its values; None without one."""
@@ -88,11 +89,11 @@ class PackedLoraLayer(AdaptedLayer):
 
     @torch.no_grad()
     def keep_slots(self, keep: Sequence[int]) -> None:
-        """Drops the other slots, and the capacity that no slot left needs. The caller drops their streams."""
+        """Drops the other slots, and shrinks A and B to the largest rank that remains. The caller drops the streams."""
         self.targets = [self.targets[slot] for slot in keep]
         self.lora_a.data, self.lora_b.data = self.lora_a[list(keep)], self.lora_b[list(keep)]
         self._resize(max((target.width for target in self.targets if target), default=0))
-        self._targets_changed()
+        self._apply_targets()
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns the base's output plus the changes': (slots · rows, ..., d_in) to (slots · rows, ..., d_out)."""
@@ -115,7 +116,7 @@ class PackedLoraLayer(AdaptedLayer):
         self.lora_a.data, self.lora_b.data = lora_a, lora_b
         self.lora_a.grad = self.lora_b.grad = None
 
-    def _targets_changed(self) -> None:
+    def _apply_targets(self) -> None:
         self._factors.clear()
         self.b_mask = None
         if any(target and target.rows for target in self.targets):
@@ -133,10 +134,10 @@ class PackedLoraLayer(AdaptedLayer):
         return self.streams.drop(torch.ones(x.shape, dtype=torch.bool, device=x.device), rates=rates)
 
     def _factor(self, x: Tensor, *, is_dropped: bool) -> Tensor:
-        """Returns each slot's scaling (slots, 1, 1), over 1 - dropout where inputs are dropped, in fp32 or wider.
+        """Returns each slot's scaling (slots, 1, 1) in fp32 or wider; divided by (1 - dropout) if inputs are dropped.
 
-        The numbers are kept as numbers and become tensors here: a buffer would be rounded when the model is cast to
-        bf16. The tensors are kept, since making one on a GPU waits for the GPU.
+        The tensor is made from Python floats, because a buffer would be rounded when the model is cast to bf16. It is
+        cached, because making a tensor on a GPU waits for the GPU.
         """
         dtype = torch.promote_types(x.dtype, torch.float32) if x.is_floating_point() else self.lora_a.dtype
         key = (dtype, x.device, is_dropped)

@@ -1,6 +1,6 @@
-"""One slot of a pack as an ordinary adapter, an adapter put into a slot, slots dropped.
+"""Copies one slot of a pack to an ordinary adapted model, loads an adapter into a slot, and drops slots.
 
-Parameters stay the same objects through all of this, so that an optimizer still knows them; their shapes may change.
+The pack's parameters stay the same objects, so that an optimizer still knows them; their shapes may change.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
-from lorasweep.lora.files import load_lora_state
+from lorasweep.lora.adapter_files import load_lora_state
 from lorasweep.lora.inject import replace_module
 from lorasweep.lora.packed.inject import check_slots, copy_base, pack_of, put_solo
 from lorasweep.lora.packed.layers import PackedLoraLayer, packed_layers
@@ -19,8 +19,8 @@ from lorasweep.lora.packed.trained import StackedModule, stacked_modules
 def slot_model(model: nn.Module, slot: int) -> nn.Module:
     """Returns a slot as an ordinary adapted model: a copy of the slot's values beside the frozen base's own tensors.
 
-    It can be given to `lora_state`, `save_adapter` and `merge_lora`, or be used alone. Its inputs have B rows, and its
-    dropout draws from torch's own stream.
+    It can be given to `lora_state`, `save_adapter` and `merge_lora`, or be used alone. It takes the batch of one slot,
+    and its dropout draws from torch's own generator.
 
     Args:
         model: A packed model; it stays as it is.
@@ -53,7 +53,7 @@ def load_slot(model: nn.Module, slot: int, state: Mapping[str, Tensor]) -> None:
 def compact_slots(model: nn.Module, keep: Sequence[int]) -> None:
     """Drops all slots but these, which become slots 0, 1, ... in this order, so that the pack costs less.
 
-    Ranks, layers and modules that no slot left needs go too. The values of those that stay are the same bit for bit.
+    Ranks, layers and modules that only dropped slots used are removed. The remaining slots' values are unchanged.
 
     Raises:
         ValueError: The model is not packed; `keep` is empty, names a slot twice or one that is not there.

@@ -19,7 +19,7 @@ class StackedModule(nn.Module):
 
     Attributes:
         base: The frozen original.
-        streams: Shared by the pack.
+        streams: The number of slots and each slot's random stream for dropout; the whole pack shares this object.
         trains: Whether each slot has a copy.
         names: Names of the parameters inside the module, in the order of `stacked`.
         stacked: The copies, each parameter as (slots, *shape); zero where a slot has none.
@@ -50,7 +50,7 @@ class StackedModule(nn.Module):
 
     @torch.no_grad()
     def put(self, slot: int, module: TrainedModule | None) -> None:
-        """Gives a slot the values of this module's copy, or the frozen module."""
+        """Copies the trained values of `module` into a slot; with None the slot uses the frozen module."""
         values = {} if module is None else dict(module.trained.named_parameters())
         for name, stacked in zip(self.names, self.stacked, strict=True):
             stacked[slot] = values[name].to(stacked) if values else 0

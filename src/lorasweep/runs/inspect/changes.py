@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from lorasweep.lora import LoraLayer, lora_layers
-from lorasweep.lora.kinds import weight_to_matrix
+from lorasweep.lora.layer_kinds import weight_to_matrix
 from lorasweep.lora.quantised import dequantised_weight, is_quantised
 from lorasweep.lora.trained import TrainedModule
 

@@ -15,8 +15,8 @@ from optuna.trial import TrialState as OptunaState
 
 from lorasweep.record import TrialState
 from lorasweep.sweep.controller.history import History
-from lorasweep.sweep.controller.rules import NoStopping, StoppingRule
 from lorasweep.sweep.controller.rung_tables import RungTables
+from lorasweep.sweep.controller.stopping_rules import NoStopping, StoppingRule
 from lorasweep.sweep.controller.trial import (
     INFEASIBLE_ATTRIBUTE,
     LOSSES_ATTRIBUTE,

@@ -8,7 +8,7 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Iterator, Mapping
 
-from lorasweep.sweep.controller.rules import StoppingRule, cost_at
+from lorasweep.sweep.controller.stopping_rules import StoppingRule, cost_at
 from lorasweep.sweep.controller.trial import Trial
 
 Row = tuple[float, int]

@@ -19,7 +19,7 @@ from lorasweep.sweep.controller.arm_trials import ArmTrials
 from lorasweep.sweep.controller.folder import SweepFolder
 from lorasweep.sweep.controller.proposals import propose
 from lorasweep.sweep.controller.record_rows import SEED, confirm_row, confirm_run_name, run_name, trial_row
-from lorasweep.sweep.controller.rules import build_pruner, build_rule
+from lorasweep.sweep.controller.stopping_rules import build_pruner, build_rule
 from lorasweep.sweep.controller.storage import CONFIRM_STUDY
 from lorasweep.sweep.definition.arms import Arm
 from lorasweep.sweep.definition.seeds import SEED_KEYS, arm_seeds

@@ -21,11 +21,11 @@ from lorasweep.sweep.controller.trial import Trial
 from lorasweep.sweep.definition.arms import Arm
 
 Ranked = Sequence[tuple[float, int]]
-"""Value (lower is better) and number of trials, best first; of equal values the earlier trial is first."""
+"""Pairs of a trial's value (lower is better) and the trial's number, best first; equal values by trial number."""
 
 
 class StoppingRule(Protocol):
-    """What the controller must know of a rule."""
+    """Interface of a stopping rule: its rungs, and how many trials continue after each."""
 
     @property
     def rungs(self) -> tuple[int, ...]:
@@ -47,7 +47,7 @@ class NoStopping:
     rungs: tuple[int, ...] = ()
 
     def count_better(self, ranked: Ranked, *, all_arrived: bool) -> int:
-        """Returns the number of all of them."""
+        """Returns the number of trials at the rung: all of them may continue."""
         return len(ranked)
 
 
@@ -56,7 +56,7 @@ class Halving:
     """Promotion-type successive halving (Li et al. 2018, arXiv 1810.05934, algorithm 2).
 
     Of m trials at a rung the best floor(m / reduction_factor) may go on. Once no further trial can reach the rung, the
-    best ceil(m / reduction_factor) may, and no fewer than `min_survivors`: of few trials an early rung says little.
+    best ceil(m / reduction_factor) may, and no fewer than `min_survivors`: an early rung ranks few trials unreliably.
     *Differs:* the paper's rule has neither the second count nor the minimum, because it does not know how many trials
     will come.
     """
@@ -66,7 +66,7 @@ class Halving:
     min_survivors: int = 1
 
     def count_better(self, ranked: Ranked, *, all_arrived: bool) -> int:
-        """Returns the size of the best share."""
+        """Returns the number of trials that may go on, by the formula of the class."""
         quotient = len(ranked) / self.reduction_factor
         count = max(math.ceil(quotient), self.min_survivors) if all_arrived else math.floor(quotient)
         return min(count, len(ranked))
@@ -105,7 +105,7 @@ def build_rule(arm: Arm) -> StoppingRule:
     every, max_steps = config.trainer.eval_every_steps, config.trainer.max_steps
     steps = range(every, max_steps, every)
     if isinstance(pruner, HalvingPruner):
-        # a rung after the last evaluation but one would compare trials that have ended: it is left out
+        # A rung that is nearer to the end of the run than to an evaluation before it is dropped: trials end there.
         latest = steps[-1] + every / 2 if steps else 0
         wanted = [fraction * max_steps for fraction in pruner.rungs if fraction * max_steps <= latest]
         rungs = {min(steps, key=lambda step: (abs(step - rung), step)) for rung in wanted}
@@ -117,7 +117,8 @@ def build_rule(arm: Arm) -> StoppingRule:
     if isinstance(pruner, MedianPruner):
         first = pruner.min_fraction * max_steps
         return MedianOfPeers(rungs=tuple(step for step in steps if step >= first), min_trials=pruner.min_trials)
-    build_pruner(arm)  # it decides later, but a wrong one is to be refused before the first trial
+    # The controller builds the pruner again when it decides. Here a wrong pruner is refused before the first trial.
+    build_pruner(arm)
     return NoStopping()
 
 

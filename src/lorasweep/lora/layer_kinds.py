@@ -15,9 +15,10 @@ def is_conv1d(module: nn.Module) -> bool:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether `all-linear` means this module: it multiplies its input by a weight when it is called.
+    """Whether target `all-linear` selects this module: calling it multiplies its input by a weight.
 
-    The output projection inside `nn.MultiheadAttention` is none: its weight is used without calling it.
+    The output projection of `nn.MultiheadAttention` is not selected, because attention never calls it: attention reads
+    its weight.
     """
     uncalled = isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
     return is_conv1d(module) or (isinstance(module, nn.Linear) and not uncalled)
@@ -26,7 +27,7 @@ def is_linear(module: nn.Module) -> bool:
 def can_be_adapted(module: nn.Module) -> bool:
     """Whether a low-rank change can be added: to a linear layer, an embedding, or a 2-D convolution without groups.
 
-    Not to an embedding that renormalises its weight in its forward pass, or changes rows in a way not known here.
+    An embedding can't be adapted if its forward pass renormalises its weight (`max_norm`) or is unknown to lorasweep.
     """
     if isinstance(module, nn.Embedding):
         plain = type(module).forward is nn.Embedding.forward or hasattr(module, "embed_scale")
@@ -34,8 +35,8 @@ def can_be_adapted(module: nn.Module) -> bool:
     return is_linear(module) or (isinstance(module, nn.Conv2d) and module.groups == 1)
 
 
-def computes_own_output(module: nn.Module) -> bool:
-    """Whether a linear layer must be called for its output: its forward is its own (a quantised layer) or has hooks."""
+def has_custom_forward(module: nn.Module) -> bool:
+    """Whether a linear layer has hooks or its own forward (quantised layers), so that it must be called."""
     own_forward = type(module).forward is not nn.Linear.forward and not is_conv1d(module)
     hooked = "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks
     return bool(own_forward or hooked)

@@ -11,7 +11,7 @@ from safetensors.torch import load, load_file, save_file
 from torch import Tensor, nn
 
 from lorasweep.lora import LoraConfig, inject_lora, load_adapter, lora_layers, lora_state, merge_lora, save_adapter
-from lorasweep.lora.files import serialise
+from lorasweep.lora.adapter_files import serialise
 
 
 @pytest.fixture
@@ -197,9 +197,9 @@ def test_tensors_that_do_not_belong_are_refused(make_model, saved: Path) -> None
     path = saved / "adapter_model.safetensors"
     good = load_file(path)
     save_file({**good, "base_model.model.embed.weight": torch.zeros(11, 8)}, path)
-    assert_refused(make_model, saved, "'base_model.model.embed.weight' has no place")
+    assert_refused(make_model, saved, "'base_model.model.embed.weight' is not")
     save_file({key: tensor.int() for key, tensor in good.items()}, path)
-    assert_refused(make_model, saved, "must hold numbers like torch.float32, but got torch.int32")
+    assert_refused(make_model, saved, "must have a dtype like torch.float32, but got torch.int32")
 
 
 def test_saving_needs_lora_layers(model: nn.Module, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lorasweep.sweep.controller.rules import Halving, MedianOfPeers, NoStopping
+from lorasweep.sweep.controller.stopping_rules import Halving, MedianOfPeers, NoStopping
 
 
 def ranked(*values):

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lorasweep.lora.kinds import can_be_adapted, is_linear, matrix_shape, matrix_to_weight, weight_to_matrix
+from lorasweep.lora.layer_kinds import can_be_adapted, is_linear, matrix_shape, matrix_to_weight, weight_to_matrix
 
 
 @pytest.mark.parametrize(

@@ -88,11 +88,11 @@ def save_adapter(
         raise ValueError("`model` must have LoRA layers, but got none. Call `inject_lora` first.")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    # copied, since safetensors refuses two names for one memory
+    # clones, because safetensors refuses two tensors that share memory, such as tied weights
     tensors = {key: tensor.cpu().contiguous().clone() for key, tensor in lora_state(model).items()}
     metadata = {"format": "pt"} | ({} if base_fingerprint is None else {FINGERPRINT_KEY: base_fingerprint})
     config = config_to_peft(layers, model, base_path=base_path) | {"revision": base_revision}
-    # the configuration comes last, so that a folder which has one has its weights
+    # the configuration is written last, so that a folder with a configuration always has its weights too
     write_atomically(folder / WEIGHTS_FILE, serialise(tensors, metadata=metadata))
     write_atomically(folder / CONFIG_FILE, json.dumps(config, indent=2, sort_keys=True).encode() + b"\n")
 
@@ -111,13 +111,14 @@ def serialise(tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str]) -> 
 def load_adapter(model: nn.Module, folder: str | Path, *, base_fingerprint: str | None = None) -> None:
     """Puts the adapter in `folder`, written here or by PEFT, onto `model`; it can be trained further.
 
-    An adapter of a fused projection's parts or of PiSSA loads onto a base model as the plain LoRA that it is stored as
-    (the parts then share one A; PiSSA's rank is doubled), and onto a model injected like the saved one as itself.
+    PEFT's format stores PiSSA as plain LoRA of twice the rank, and adapted parts of a fused projection as plain LoRA
+    with one shared A. A base model gets this plain LoRA. A model that was injected like the saved one gets the saved
+    form back.
 
     Args:
         model: The base model, or one with LoRA layers of the same names and ranks, whose tensors are then overwritten.
         folder: Holds `adapter_config.json` and `adapter_model.safetensors`.
-        base_fingerprint: Identifies `model`'s base weights; compared where the adapter names its own base.
+        base_fingerprint: Identifies `model`'s base weights; compared if the adapter has the fingerprint of its base.
 
     Raises:
         ValueError: A file is missing or broken; the adapter uses a feature that is not supported here, or belongs to
@@ -185,14 +186,14 @@ def _check_tensors(
             shapes = f"{tuple(like.shape)}, but got {tuple(got.shape)}"
             raise ValueError(f"{key!r} in {source} must have shape {shapes}. {advice}")
         if got.is_floating_point() is not like.is_floating_point():
-            raise ValueError(f"{key!r} in {source} must hold numbers like {like.dtype}, but got {got.dtype}. {advice}")
+            raise ValueError(f"{key!r} in {source} must have a dtype like {like.dtype}, but got {got.dtype}. {advice}")
     for key in sorted(set(tensors) - set(expected)):
         if not _is_copy_of_base(key, tensors[key], model):
-            raise ValueError(f"All of {source} must fit the model, but {key!r} has no place. {advice}")
+            raise ValueError(f"Every tensor of {source} must be in the model, but {key!r} is not. {advice}")
 
 
 def _is_copy_of_base(key: str, tensor: Tensor, model: nn.Module) -> bool:
-    """Whether this is the weight of an adapted embedding or head, which PEFT saves beside the adapter though frozen."""
+    """Whether this tensor equals the frozen base's weight. PEFT saves the base of an adapted embedding or head too."""
     name, _, last = key.removeprefix(KEY_PREFIX).rpartition(".base_layer.")
     module = dict(model.named_modules()).get(name)
     base = getattr(module, "base", module)
