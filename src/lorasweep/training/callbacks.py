@@ -5,6 +5,8 @@ A Trainer of one's own needs none of this; the model's side of training is in `m
 
 from __future__ import annotations
 
+import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -190,6 +192,37 @@ class RunCallback(lightning.Callback):
     def _should_stop(self, trainer: lightning.Trainer) -> bool:
         """Returns whether any process was asked to stop. Every process must call it at the same step."""
         return bool(trainer.strategy.reduce_boolean_decision(self.stop_requested(), all=False))
+
+
+class KeepSignalHandler(lightning.Callback):
+    """Keeps the process's own handler of SIGTERM in place of Lightning's.
+
+    Lightning's handler sends a message to the other processes, whatever they do at that moment, and raises in the
+    middle of a step. While it is in place SIGTERM is blocked, so that no signal meets it.
+    """
+
+    def __init__(self) -> None:
+        self.handler = signal.getsignal(signal.SIGTERM)
+        self.is_main = threading.current_thread() is threading.main_thread()
+
+    def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
+        """Blocks SIGTERM: Lightning sets its handler after this."""
+        if self.is_main:  # Python allows no other thread to set a handler
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Restores the process's handler, just after Lightning has set its own."""
+        self.restore()
+
+    def on_validation_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Restores it for a run that is evaluated only."""
+        self.restore()
+
+    def restore(self) -> None:
+        """Restores the process's handler, and lets a signal through that came meanwhile."""
+        if self.is_main:
+            signal.signal(signal.SIGTERM, self.handler)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 
 
 def _validation_values(trainer: lightning.Trainer) -> Values:

@@ -17,7 +17,7 @@ from lorasweep.config.run import RunConfig
 from lorasweep.errors import OutOfMemory
 from lorasweep.record import RunRecord, RunStatus, read_run
 from lorasweep.training.averaging import WeightAveraging
-from lorasweep.training.callbacks import OnEvaluation, RunCallback, RunStopped
+from lorasweep.training.callbacks import KeepSignalHandler, OnEvaluation, RunCallback, RunStopped
 from lorasweep.training.checkpoint import FoundCheckpoint, find_checkpoint, remove_checkpoints
 from lorasweep.training.components import build_callbacks, build_profiler, open_loggers
 from lorasweep.training.data_module import DataModule
@@ -220,7 +220,7 @@ class _Session:
         averaging = [] if callback.averaging is None else [callback.averaging]
         # The mean of the weights is in place when the user's callbacks see the end of an evaluation. Ours comes after
         # them, because its checkpoint keeps their state.
-        callbacks = [*averaging, *build_callbacks(config), callback]
+        callbacks = [signals := KeepSignalHandler(), *averaging, *build_callbacks(config), callback]
         status: RunStatus = "complete"
         with (
             open_loggers(config, self.folder, is_first=self.group.is_global_zero) as loggers,
@@ -235,6 +235,8 @@ class _Session:
                     trainer.validate(module, datamodule=data, verbose=False)
             except RunStopped:
                 status = "interrupted"
+            finally:
+                signals.restore()
         if self.log is None:
             return status, None
         record = self.log.record
@@ -260,7 +262,7 @@ class _Session:
         has_bar = any(isinstance(callback, ProgressBar) for callback in callbacks)
         if show and not has_bar:
             callbacks = [*callbacks, TQDMProgressBar(refresh_rate=1)]
-        trainer = lightning.Trainer(
+        return lightning.Trainer(
             accelerator=resolve_device(settings),
             devices=launch.devices,
             num_nodes=launch.num_nodes,
@@ -283,7 +285,3 @@ class _Session:
             gradient_clip_val=config.optim.clip_norm,  # the module clips by itself, but DeepSpeed does it for it
             default_root_dir=self.folder,
         )
-        # Lightning's handler of SIGTERM sends a message to the other processes in the middle of whatever they do, and
-        # raises in the middle of a step. The handlers of the process stay, and `stop_requested` sees their signal.
-        trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
-        return trainer
