@@ -142,7 +142,7 @@ BAD = [
     (["reproduce"], "`lorasweep reproduce` must have a folder or `--trial SWEEP/ARM/NUMBER`, one of them."),
     (["reproduce", "--trial", "full/lora/0"], "a sweep's folder must contain sweep.json, but 'full' does not."),
     (["train", "data.train=https://me:open-sesame@host/a.csv", "data=table"], "but got 'https://***@host/a.csv'."),
-    (["sweep", "mini.yaml", "model.path=https://me:open-sesame@host"], "`model.path` must be a setting without a pass"),
+    (["sweep", "mini.yaml", "model.path=https://me:open-sesame@host"], "`model.path` must not contain a password"),
     (["train", "method.rnk=4"], "`method.rnk` is not a setting. Did you mean `method.rank`?"),
     (["train", "method=lorra"], "Did you mean `lora`?"),
     (["train", "method.rank=0"], "`method.rank >= 1` must hold, but got 0."),

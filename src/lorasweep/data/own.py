@@ -77,6 +77,7 @@ def read_own(config: OwnDataConfig) -> DataSource:
         _call(config, "setup", functools.partial(module.setup, "fit"))
         train, validation = (_read_split(config, module, name) for name in ("train", "validation"))
 
+    # The test split is read at its first use, and not here, so that training reads no test data.
     def read_test() -> OwnExamples:
         with _fixed_seed():
             _call(config, "setup", functools.partial(module.setup, "test"))

@@ -127,6 +127,7 @@ def tokenise_sequences(
 
     def tokenise(columns: Columns) -> Columns:
         source = tokenizer(columns["source"], return_attention_mask=False, verbose=False)["input_ids"]
+        # `text_target` selects the tokenizer of the output language, where a model has two (Marian, mBART).
         target = tokenizer(text_target=columns["target"], return_attention_mask=False, verbose=False)["input_ids"]
         return {
             "input_ids": [_cut(row, max_length) for row in source],
