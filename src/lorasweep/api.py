@@ -168,13 +168,12 @@ def start_sweep(definition: Definition, inputs_cache: InputsCache, *, output: st
     """
     wanted = definition.driver.sweep.output if output is None else str(output)
     path = new_folder(definition.name, wanted)
-    warnings = check_workers(definition, path)
+    for warning in check_workers(definition, path):
+        say(f"warning: {warning}", file=sys.stderr)
     check_definition(definition, inputs_cache)
     metric = sweep_metric(definition, inputs_cache)
     notes = [*data_notes(definition, inputs_cache), *packing_notes(definition)]
-    opened = create_sweep(definition, path, metric=metric, notes=notes)
-    opened.record.warnings += warnings
-    return opened
+    return create_sweep(definition, path, metric=metric, notes=notes)
 
 
 def train_opened_sweep(opened: SweepFolder, inputs_cache: InputsCache, *, progress: Progress) -> SweepResult:
