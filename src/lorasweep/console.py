@@ -1,4 +1,4 @@
-"""Output on the terminal. Names from files may hold control characters, which are printed as escapes."""
+"""Output on the terminal. Text from files may contain control characters, which are printed as escapes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 
 MAX_ERROR_CHARACTERS = 4000
-"""Longer messages are cut: an error may quote a value of any length."""
+"""Maximum length of an error message; a longer one is cut, because an error may quote a value of any length."""
 
 
 class PlainConsole(Console):
@@ -41,7 +41,10 @@ def _escape_controls(text: str) -> str:
 
 @contextmanager
 def threads_leave_file_errors() -> Iterator[None]:
-    """Silences OSErrors of threads: TensorBoard's writer would print a traceback beside the sentence of the error."""
+    """Suppresses tracebacks of OSErrors in other threads.
+
+    TensorBoard's writer thread would otherwise print a traceback in addition to the error message of the main thread.
+    """
     before = threading.excepthook
 
     def quiet(what: threading.ExceptHookArgs) -> None:

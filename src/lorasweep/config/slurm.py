@@ -1,4 +1,4 @@
-"""Settings of workers on machines that Slurm gives: jobs that join a sweep's Ray cluster (`conf/worker/slurm.yaml`)."""
+"""Settings of workers that run as Slurm jobs, which join a sweep's Ray cluster (`conf/worker/slurm.yaml`)."""
 
 from __future__ import annotations
 
@@ -22,55 +22,57 @@ OWNED_OPTIONS: Mapping[str, str | None] = {
     **dict.fromkeys(("ntasks", "ntasks-per-node"), "processes_per_job"),
     **dict.fromkeys(("job-name", "output", "error", "open-mode")),
 }
-"""Options of sbatch that lorasweep writes itself, with the key of `worker` for each; None: a user can't set it."""
+"""sbatch options that lorasweep writes, each with the `worker` key that sets it; None: the user can't set it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SlurmConfig:
-    """Workers on machines that Slurm gives: each job starts one node of the sweep's own Ray cluster."""
+    """Settings of workers that run as Slurm jobs: each job starts one node of the sweep's own Ray cluster."""
 
     name: Literal["slurm"]
     jobs: int
-    """Jobs, each on one machine. More may be added while the sweep runs."""
+    """Number of jobs, each on one machine. More may be added while the sweep runs."""
     processes_per_job: int
-    """Processes that each job has room for. A worker has one process, or `trainer.devices` times `trainer.num_nodes`
-    processes, which train each trial together."""
+    """Maximum number of processes in each job. A worker has one process, or `trainer.devices` times
+    `trainer.num_nodes` processes, which train each trial together."""
     gpus: int
-    """GPUs of each process."""
+    """Number of GPUs of each process."""
     cpus: int
-    """Processor cores of each process."""
+    """Number of CPU cores of each process."""
     pack_size: int | Literal["auto"]
-    """Most trials that train together on one frozen base; `auto` follows from memory and the trials left, 1 trains each
-    alone."""
+    """Maximum number of trials that train together on one frozen base. `auto` chooses it from the memory and the number
+    of trials left; 1 trains each trial alone."""
     head: Literal["here", "job"]
     """Where the controller and the head of the Ray cluster run: in this process, or in a Slurm job with one core."""
     head_ip: str | None
-    """Address by which the jobs' machines reach the head; None is the address that Ray finds."""
+    """IP address at which the jobs reach the head; None uses the address that Ray finds."""
     head_partition: str | None
-    """Partition of the head's job; None is the same as `partition`."""
+    """Partition of the head's job; None uses `partition`."""
     partition: str | None
-    """None leaves the choice to the cluster, as for `account`, `qos`, `mem_gb` and `constraint`."""
+    """Partition of the jobs. None uses the cluster's default; the same holds for `account`, `qos`, `constraint` and
+    `mem_gb`."""
     account: str | None
     qos: str | None
     constraint: str | None
     """Features that a machine must have, in Slurm's syntax (`a100|h100`)."""
     mem_gb: float | None
-    """Memory of one job."""
+    """Memory of one job in GB."""
     timeout_min: int
-    """Minutes until Slurm ends a job."""
+    """Time limit of a job in minutes, after which Slurm ends it."""
     signal_delay_s: int
-    """Seconds before the end of its time at which a job gets a signal, leaves the sweep and is requeued."""
+    """Slurm signals a job this many seconds before its time limit. The job then leaves the sweep and, if `requeue` is
+    set, is requeued."""
     requeue: bool
-    """Whether a job that is preempted or out of time is requeued; it then joins the sweep again."""
+    """Whether a job that was preempted or reached its time limit is requeued; it then joins the sweep again."""
     setup: tuple[str, ...]
-    """Lines of shell before the node starts (`module load cuda`)."""
+    """Shell commands to run before the node starts, such as `module load cuda`."""
     container: str | None
-    """Image for the option `--container-image` that the plugin pyxis adds to srun. Its `python3` must have lorasweep;
-    the sweep's folder and the current one are mounted where they are."""
+    """Image for the option `--container-image` that the plugin pyxis adds to srun. lorasweep must be installed in the
+    image's `python3`. The sweep's folder and the current folder are mounted at the same paths as outside."""
     extra: Mapping[str, str | int | bool]
-    """More options of sbatch, by their long names (`{reservation: tuesday, exclusive: true}`)."""
+    """Further sbatch options by their long names, such as `{reservation: tuesday, exclusive: true}`."""
     dry_run: bool
-    """Prints the batch file and starts nothing."""
+    """Whether to print the batch file and submit nothing."""
 
     def __post_init__(self) -> None:
         for key in ("jobs", "processes_per_job", "cpus", "timeout_min", "signal_delay_s"):

@@ -33,7 +33,7 @@ TRUSTED_PACKAGES = frozenset(
 """Packages whose classes need no `trust`: dependencies of lorasweep, and well-known ones that are installed by hand.
 `optunahub` is not among them, because it downloads code and runs it."""
 TIMEDELTA = "datetime.timedelta"
-"""The one class of another package that may be nested: a strategy's `timeout`."""
+"""The only class outside the trusted packages that may be nested; a strategy's `timeout` needs it."""
 NESTED_BASES = frozenset(
     {
         "torch.optim.optimizer.Optimizer",
@@ -54,9 +54,9 @@ NESTED_BASES = frozenset(
     }
 )
 """A nested component, such as the pruner that a `PatientPruner` wraps, must be a subclass of one of these: a trusted
-package also has classes that run code when they are made, such as `torch.package.PackageImporter`."""
+package also has classes that run code when they are instantiated, such as `torch.package.PackageImporter`."""
 EVERY_PACKAGE = "all"
-"""Trusts every package."""
+"""Value of `trust` that trusts every package."""
 PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
 INSTALL = re.compile(r"pip install (?:-U )?'?([\w.-]+)")
 
@@ -69,7 +69,7 @@ class Component:
 
     target: str
     arguments: Mapping[str, Any] = field(default_factory=dict, hash=False)
-    """By the names of the class's parameters. An argument with `_target_` is a nested component."""
+    """Arguments by the names of the class's parameters. An argument with `_target_` is a nested component."""
 
     @property
     def name(self) -> str:
@@ -78,7 +78,7 @@ class Component:
 
 
 def set_trusted(packages: Iterable[str]) -> None:
-    """Trusts these packages beside `TRUSTED_PACKAGES` in this process, instead of those of an earlier call."""
+    """Sets the packages that this process trusts in addition to `TRUSTED_PACKAGES`; replaces those of earlier calls."""
     _trusted.clear()
     _trusted.update(packages)
 
@@ -100,7 +100,7 @@ def instantiate(component: Component, *, key: str, expected: type[T], **more: An
         component: Class and arguments.
         key: Dotted key of the setting, for messages.
         expected: The type that the instance must have.
-        more: Further arguments, which win over the component's own.
+        more: Further arguments, which override the component's own.
 
     Raises:
         ConfigError: The class is not trusted, not installed or of another type, or does not take these arguments.
@@ -135,7 +135,7 @@ def find_class(target: str, *, key: str, expected: type[T]) -> type[T]:
     """Returns the class with an import path; importing it runs the code of its module.
 
     Raises:
-        ConfigError: It is not trusted, not installed, or no subclass of `expected`.
+        ConfigError: The class is not trusted, not installed, or no subclass of `expected`.
     """
     found = _import_class(target, key=key)
     if not issubclass(found, expected):
@@ -147,13 +147,13 @@ def find_class(target: str, *, key: str, expected: type[T]) -> type[T]:
 
 
 def untrusted_targets(value: Any, *, key: str = "") -> Iterator[tuple[str, str]]:
-    """Yields dotted key and import path of each component whose package is not trusted. Imports nothing."""
+    """Yields the dotted key and the import path of each component whose package is not trusted. Imports nothing."""
     if isinstance(value, Component):
         value = {TARGET: value.target, **value.arguments}
     if isinstance(value, Mapping):
         for name, item in value.items():
             inner = f"{key}.{name}" if key else str(name)
-            if inner.rpartition(".")[2] == TARGET:  # a list is a choice of several
+            if inner.rpartition(".")[2] == TARGET:  # a sweep may list several targets
                 targets = item if isinstance(item, list | tuple) else [item]
                 yield from ((inner, str(t)) for t in targets if not is_trusted(str(t).partition(".")[0]))
             yield from untrusted_targets(item, key=inner)
@@ -163,13 +163,13 @@ def untrusted_targets(value: Any, *, key: str = "") -> Iterator[tuple[str, str]]
 
 
 def require_trusted(value: Any, *, key: str = "") -> None:
-    """Raises ConfigError unless all components in nested settings are of trusted packages. Imports nothing."""
+    """Raises ConfigError unless all components in nested settings belong to trusted packages. Imports nothing."""
     for inner, target in untrusted_targets(value, key=key):
         raise ConfigError(_describe_distrust(target, key=inner))
 
 
 def argument_names(target: str, *, key: str) -> tuple[list[str], bool]:
-    """Returns the names of the parameters of a class, and whether it takes any other argument too.
+    """Returns the names of a class's parameters, and whether the class also takes arbitrary keyword arguments.
 
     Raises:
         ConfigError: The class is not trusted or not installed.
@@ -208,7 +208,7 @@ def _import_class(target: Any, *, key: str) -> type:
 
 
 def _check_arguments(value: Any, *, key: str) -> None:
-    """Checks nested components, and that Hydra and OmegaConf have nothing to resolve."""
+    """Checks that nested components are subclasses of `NESTED_BASES`, and refuses Hydra's keys and interpolations."""
     if isinstance(value, Mapping):
         if TARGET in value:
             found = resolve_name(value[TARGET]) if value[TARGET] == TIMEDELTA else _import_class(value[TARGET], key=key)
@@ -239,10 +239,10 @@ def _describe_distrust(target: str, *, key: str) -> str:
 
 def _describe_refusal(error: Exception, component: Component, *, key: str) -> str:
     cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
-    if isinstance(cause, ConfigError):  # raised by a class of lorasweep
+    if isinstance(cause, ConfigError):  # a class of lorasweep raised it, so the message is complete
         return str(cause)
     if isinstance(cause, ModuleNotFoundError):
-        hint = INSTALL.search(str(cause))  # Lightning raises errors without `name`, but tells the command
+        hint = INSTALL.search(str(cause))  # Lightning's errors have no `name`, but quote the pip command
         if package := hint[1] if hint else (cause.name or "").partition(".")[0]:
             return f"`{key}` needs the package {package!r}, which is not installed. Run `pip install {package}`."
     return (

@@ -1,6 +1,6 @@
-"""Which packages a request trusts, beside the usual ones, to run code that settings name.
+"""Finds the packages that the user trusts to run code, in addition to `targets.TRUSTED_PACKAGES`.
 
-Only words that the user types, or arguments of the Python API, can add a package; no sweep file and no record can.
+Only the command line and arguments of the Python API can add a package; a sweep file or a record can't.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from lorasweep.config.named import FLAGS_OF_CODE, package_of
 from lorasweep.errors import ConfigError
 
 TRUST = "trust"
-"""The word of a command line that trusts packages (`trust=[optunahub]`). It is no setting of a run."""
+"""Key on the command line that trusts packages (`trust=[optunahub]`). It is not a setting of a run."""
 FACTORY_KEYS = ("model.factory", "data.factory")
-"""Settings that name a function of the user's."""
+"""Settings that name a function of the user."""
 
 
 def split_trust(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Returns the packages that a command line trusts, and its other words.
+    """Returns the packages that a command line trusts, and the other words of the command line.
 
     Raises:
-        ConfigError: `trust` does not hold names of packages.
+        ConfigError: A value of `trust` is not the name of a package.
     """
     typed = [word for word in words if word.startswith(f"{TRUST}=")]
     given = parse_overrides(typed).get(TRUST, [])
@@ -32,10 +32,10 @@ def split_trust(words: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def check_packages(packages: Iterable[Any]) -> list[str]:
-    """Returns names of packages.
+    """Returns the names of packages as a list of strings.
 
     Raises:
-        ConfigError: One is not the first word of an import path.
+        ConfigError: A name is not a Python identifier, as the first word of an import path must be.
     """
     names = [str(package) for package in packages]
     for name in names:
@@ -48,9 +48,9 @@ def check_packages(packages: Iterable[Any]) -> list[str]:
 
 
 def packages_of(overrides: Iterable[tuple[str, Any]]) -> Iterator[str]:
-    """Yields the packages whose code overrides ask for by name: a factory, remote code, or a pickle."""
+    """Yields the packages whose code the overrides run: that of a factory, of remote code, or of a pickle."""
     for key, value in overrides:
-        setting = ".".join(key.split(".")[-2:])  # also of one arm: `arms.NAME.model.factory`
+        setting = ".".join(key.split(".")[-2:])  # an override of one arm has a prefix: `arms.NAME.model.factory`
         if setting in FACTORY_KEYS:
             yield package_of(str(value).strip("'\""))
         elif setting in FLAGS_OF_CODE and str(value).lower() == "true":

@@ -1,4 +1,4 @@
-"""Splits whose examples are blocks of running text. Comes after `split` and `tokenise`, beside `examples`."""
+"""Splits of running text, whose examples are blocks of equal length. Uses `split` and `tokenise`."""
 
 from __future__ import annotations
 
@@ -20,18 +20,20 @@ from lorasweep.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class BlockSplit(Split):
-    """All documents end to end, cut into blocks that overlap by one token."""
+    """A split of all its documents end to end, cut into blocks that overlap by one token."""
 
     tokens: Tensor
-    """(blocks, block_length + 1), int64. A block's last token is the next one's first, so each token but the very
-    first is predicted once. The last tokens, which do not fill a block, are left out. A view: do not write to it."""
+    """Token ids, (blocks, block_length + 1), int64. The last token of a block is the first token of the next block, so
+    each token except the very first is predicted once. The last tokens, which do not fill a block, are left out. The
+    tensor is a view: do not write to it."""
     documents: int
     bytes: int
-    """UTF-8 bytes of all texts."""
+    """Number of UTF-8 bytes of all texts."""
     bytes_per_token: float
-    """Bytes over tokens of the whole split, the ends of documents counted as tokens."""
+    """Number of bytes divided by the number of tokens of the whole split; the end of a document counts as a token."""
     separator: int | None = None
-    """The token that ends a document, if no token may attend to an earlier document of its block; else None."""
+    """Id of the token that ends a document, if tokens must not attend to earlier documents of their block
+    (`data.separate_documents`); else None."""
 
     @functools.cached_property
     def lengths(self) -> Tensor:
@@ -40,11 +42,11 @@ class BlockSplit(Split):
 
     @functools.cached_property
     def weights(self) -> Tensor:
-        """The scored tokens of each block: all of them."""
+        """Number of scored tokens of each block: all its tokens are scored."""
         return self.lengths.float()
 
     def batch(self, indices: Sequence[int], *, slots: int = 1) -> Batch:
-        """Returns these blocks; each token's target is the next one."""
+        """Returns these blocks; the target of each token is the next token."""
         blocks = self.tokens[torch.tensor(indices)]  # (batch, block + 1)
         batch = {"input_ids": blocks[:, :-1].contiguous(), "targets": blocks[:, 1:].contiguous()}
         if self.separator is None:
@@ -52,7 +54,7 @@ class BlockSplit(Split):
         return {**batch, "position_ids": positions_in_documents(batch["input_ids"], separator=self.separator)}
 
     def describe(self) -> dict[str, Any]:
-        """Returns what a run record keeps of the split."""
+        """Returns the split's entry in a run record."""
         return {
             "documents": self.documents,
             "bytes": self.bytes,
@@ -67,7 +69,7 @@ def build_block_split(
     """Tokenises the documents of one split and cuts them into blocks.
 
     Raises:
-        ConfigError: The split has less than one block, or the tokenizer has no token that ends a text.
+        ConfigError: The split is shorter than one block, or the tokenizer has no token that ends a text.
     """
     texts = [document.text for document in examples.items]
     tokens = tokenise_texts(texts, tokenizer=tokenizer, fingerprint=examples.fingerprint)["input_ids"].values
@@ -94,15 +96,15 @@ def build_block_split(
 
 
 def cut_blocks(tokens: Tensor, *, block_length: int) -> Tensor:
-    """Returns a view of tokens, (tokens,), as overlapping blocks, (blocks, block_length + 1)."""
+    """Returns a view of `tokens`, (tokens,), as blocks that overlap by one token, (blocks, block_length + 1)."""
     return tokens.unfold(0, block_length + 1, block_length)
 
 
 def positions_in_documents(tokens: Tensor, *, separator: int) -> Tensor:
-    """Returns how far each token is from the start of its document or block, (batch, block), int64.
+    """Returns the position of each token in its document, or in its block if the document began earlier.
 
-    If a position does not follow its neighbour's, transformers takes it for the start of another sequence and lets no
-    token attend across it.
+    Shape (batch, block), int64. If a position is not the previous one plus 1, transformers starts a new sequence there
+    and lets no token attend across the start.
     """
     places = torch.arange(tokens.shape[1]).expand_as(tokens)
     starts = torch.zeros_like(tokens)

@@ -1,4 +1,4 @@
-"""Batches of the splits that are in memory, as torch loads them. Next: `training`."""
+"""torch DataLoaders for splits that are in memory. Next: `training`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lorasweep.data.split import Batch, Split
 
 
 class BatchDataset(Dataset[Batch]):
-    """Whole batches of a split's examples."""
+    """A torch data set whose items are whole batches of a split's examples."""
 
     def __init__(self, split: Split) -> None:
         """Keeps the split; copies nothing."""
@@ -28,17 +28,18 @@ class BatchDataset(Dataset[Batch]):
         """Returns the batch of these examples, with the weight of the step and the number of tokens without padding."""
         batch = self.split.batch(micro.indices)
         lengths = self.split.lengths[torch.tensor(micro.indices)]
+        # an infinite weight marks a process without examples in this micro-batch, which gets a placeholder instead
         num_tokens = lengths.sum() if math.isfinite(micro.step_weight) else torch.zeros_like(lengths[0])
         return {**batch, "step_weight": torch.tensor(micro.step_weight), "num_tokens": num_tokens}
 
 
 def evaluation_loader(split: Split, *, batch_size: int, share: Share = WHOLE_BATCH) -> DataLoader[Batch]:
-    """Loads every example of a split once, or this share of them, in the order of `EvaluationSampler`."""
+    """Returns a loader of a split's examples, or of this share of them, each once, in `EvaluationSampler`'s order."""
     return load_batches(split, EvaluationSampler(split, batch_size=batch_size, share=share))
 
 
 def load_batches(split: Split, batches: Iterable[MicroBatch]) -> DataLoader[Batch]:
-    """Loads these batches of a split."""
+    """Returns a loader of these batches of a split."""
     # A DataLoader draws a seed for its workers at every start: from this generator, not from torch's own.
     return BatchLoader(
         BatchDataset(split), batch_size=None, sampler=batches, generator=torch.Generator().manual_seed(0)
@@ -46,11 +47,11 @@ def load_batches(split: Split, batches: Iterable[MicroBatch]) -> DataLoader[Batc
 
 
 class BatchLoader(DataLoader[Batch]):
-    """A loader without state for a checkpoint: its sampler knows at which step to start."""
+    """A DataLoader without state to save in a checkpoint, because its sampler knows at which step to start."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns nothing; Lightning takes a loader without this method for one that can't resume."""
+        """Returns an empty dict; without this method Lightning would treat the loader as one that can't resume."""
         return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Has nothing to load."""
+        """Does nothing: there is no state to load."""

@@ -36,19 +36,23 @@ class Split(Protocol):
     name: str
     """`train`, `validation` or `test`."""
     fingerprint: str
-    """SHA-256 over names, texts and labels in order, its first 16 hex digits."""
+    """First 16 hex digits of the SHA-256 over names, texts and labels in order."""
     notes: tuple[str, ...] = ()
-    """Sentences on the split for the user; only of the test split, which is read last."""
+    """Messages for the user about this split. Only the test split has any, because it is read last; messages about the
+    others are in `DataSource.notes`."""
 
     @property
     @abstractmethod
     def lengths(self) -> Tensor:
-        """Tokens of each example, (examples,), int64."""
+        """Number of tokens of each example, (examples,), int64."""
 
     @property
     @abstractmethod
     def weights(self) -> Tensor:
-        """Each example's share of a step's divisor: its scored items or class weight; (examples,), float."""
+        """Weight of each example in the loss: its number of scored tokens, or its class weight; (examples,), float.
+
+        A step's loss is divided by the sum of the weights of its examples.
+        """
 
     def __len__(self) -> int:
         """Returns the number of examples."""

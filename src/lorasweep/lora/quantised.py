@@ -1,6 +1,6 @@
-"""A base in 4 bits (QLoRA, arXiv 2305.14314) through bitsandbytes, which is optional; the adapters stay in fp32.
+"""Quantises a base to 4 bits (QLoRA, arXiv 2305.14314) by bitsandbytes, which is optional; adapters stay in fp32.
 
-The base's own forward computes its output and the change is added (`AdaptedLayer.calls_base`).
+The base's own forward computes its output, and the adapter's output is added to it (`AdaptedLayer.calls_base`).
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from lorasweep.lora.patterns import first_fit
 def quantise_base(
     model: nn.Module, *, exclude: Iterable[str] = (), quant_type: Literal["nf4", "fp4"] = "nf4"
 ) -> list[str]:
-    """Puts 4-bit layers in place of the linear layers of `model`; call it before `inject_lora`.
+    """Replaces the linear layers of `model` by 4-bit layers; call it before `inject_lora`.
 
     Args:
-        model: Its weights in floating point.
+        model: A model with floating-point weights.
         exclude: Patterns of layers to leave as they are; the output head should be among them.
         quant_type: NormalFloat (section 3 of QLoRA) or 4-bit floats.
 
@@ -49,7 +49,7 @@ def quantise_base(
 
 
 def is_quantised(layer: nn.Module) -> bool:
-    """Whether a layer's weight is stored in another form than floating-point numbers."""
+    """Returns whether a layer's weight is stored in a form other than floating-point numbers."""
     weight = layer.weight
     assert isinstance(weight, Tensor)
     return not weight.is_floating_point()
@@ -57,7 +57,10 @@ def is_quantised(layer: nn.Module) -> bool:
 
 @torch.no_grad()
 def dequantised_weight(layer: nn.Module) -> Tensor:
-    """Returns the weight (d_out, d_in) in fp32 of any quantised linear layer: its outputs for unit vectors."""
+    """Returns the weight of a quantised linear layer in fp32, (d_out, d_in).
+
+    Computed as the layer's outputs for unit vectors, without the bias, so that it works for any kind of quantisation.
+    """
     assert isinstance(layer, nn.Linear)
     output: Tensor = layer(torch.eye(layer.in_features, device=layer.weight.device))  # (d_in, d_out)
     return (output if layer.bias is None else output - layer.bias).t().float()
@@ -71,4 +74,4 @@ def _quantised_layer(layer: nn.Linear, quant_type: str) -> nn.Module:
         layer.in_features, layer.out_features, bias=has_bias, compute_dtype=dtype, quant_type=quant_type
     )
     quantised.load_state_dict(layer.state_dict())
-    return quantised.to(device).requires_grad_(False)  # `to` is what quantises
+    return quantised.to(device).requires_grad_(False)  # bitsandbytes quantises in `to`

@@ -1,6 +1,6 @@
-"""What trains in full beside the changes: whole modules (`modules_to_save`) and biases, always on copies.
+"""Modules (`modules_to_save`) and biases that train in full, in addition to the LoRA layers.
 
-The base's own tensors may be shared with other models and are never written to.
+Only copies of them are trained: the base's own tensors may be shared with other models and are never written to.
 """
 
 from __future__ import annotations
@@ -18,27 +18,27 @@ from lorasweep.lora.patterns import fits_pattern, nearest_layer
 
 
 class TrainedModule(nn.Module):
-    """A module that trains in full, on a copy of it in fp32 (or the base's wider dtype); the frozen one is kept.
+    """A frozen module and its trainable copy in fp32 (or in the base's dtype if that is wider); the copy is called.
 
     Attributes:
         base: The frozen original.
-        trained: The copy. It computes in its own dtype; its inputs and outputs have the base's.
+        trained: The trainable copy. It computes in its own dtype; its inputs and outputs have the base's dtype.
     """
 
     def __init__(self, base: nn.Module, trained: nn.Module) -> None:
-        """Takes the original and a copy of it; see `copy_to_train`."""
+        """Takes the original and its copy; `copy_to_train` makes the copy."""
         super().__init__()
         self.base = base
         self.trained = trained
 
     @property
     def weight(self) -> Tensor:
-        """The weight that trains, for code that asks a head or an embedding for it."""
+        """The trained weight, for code that reads the weight of a head or an embedding."""
         return self.trained.weight  # type: ignore[return-value]
 
     @property
     def bias(self) -> Tensor | None:
-        """The bias that trains."""
+        """The trained bias."""
         return self.trained.bias  # type: ignore[return-value]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -49,7 +49,7 @@ class TrainedModule(nn.Module):
 def call_in_own_dtype(
     call: Callable[..., Any], args: Any, kwargs: Mapping[str, Any], *, own: Iterable[Tensor], base: nn.Module
 ) -> Any:
-    """Calls with inputs cast to the dtype of the parameters `own`, and casts the outputs back to the base's dtype."""
+    """Calls `call` with inputs cast to the dtype of the parameters `own`, and casts its outputs to the base's dtype."""
     inner, outer = _float_dtype(own), _float_dtype(base.parameters())
     if inner == outer:
         return call(*args, **kwargs)
@@ -58,10 +58,11 @@ def call_in_own_dtype(
 
 
 def find_trained_modules(model: nn.Module, patterns: Iterable[str]) -> dict[str, nn.Module]:
-    """Returns the modules that the patterns name, outermost only.
+    """Returns the modules that the patterns match, by name, without modules inside other matched modules.
 
     Raises:
-        ValueError: A pattern names none, or a parameter of one is used outside them too, so that a copy would untie it.
+        ValueError: A pattern matches no module, or a matched module shares (ties) a parameter with a module that is not
+            matched: a copy would untie it.
     """
     names = [name for name, _ in model.named_modules() if name]
     found: dict[str, nn.Module] = {}
@@ -97,13 +98,13 @@ def trained_modules(model: nn.Module) -> dict[str, TrainedModule]:
 def find_trained_biases(
     model: nn.Module, which: TrainedBias, layers: Collection[str], trained: Collection[str]
 ) -> dict[str, nn.Parameter]:
-    """Returns the biases that train, by name.
+    """Returns the biases to train, by name.
 
     Args:
-        model: The base model or the adapted one.
+        model: The base model, with or without LoRA layers.
         which: `none`, `lora_only` or `all`.
         layers: Names of the adapted layers.
-        trained: Names of the modules that train in full anyway.
+        trained: Names of the modules that train in full; their biases are left out.
     """
     if which == "none":
         return {}
@@ -116,19 +117,19 @@ def find_trained_biases(
 
 
 def bias_owner(name: str) -> str:
-    """Returns the name in the base model of the layer that a bias belongs to, also where the layer is adapted."""
+    """Returns the base model's name of the layer that owns a bias; works for the bias of an adapted layer too."""
     return name.removesuffix(".bias").removesuffix(".base")
 
 
 def copy_biases(model: nn.Module, biases: Iterable[str]) -> None:
-    """Puts a trainable copy in place of each of these biases, in the base's dtype."""
+    """Replaces each of these biases by a trainable copy in the base's dtype."""
     for name in biases:
         owner = model.get_submodule(name.rpartition(".")[0])
         owner.bias = nn.Parameter(owner.bias.detach().clone())  # type: ignore[operator]
 
 
 def is_inside(name: str, modules: Iterable[str]) -> bool:
-    """Whether `name` is one of these modules or something inside one."""
+    """Returns whether `name` is the name of one of these modules or lies inside one."""
     return any(name == module or name.startswith(f"{module}.") for module in modules)
 
 

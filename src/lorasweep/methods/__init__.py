@@ -1,4 +1,4 @@
-"""What trains and what stays frozen: `METHODS` by `method.name`, each an object with the protocol in `method`."""
+"""Training methods. `METHODS` maps each `method.name` to an object with the protocol `Method`."""
 
 from __future__ import annotations
 

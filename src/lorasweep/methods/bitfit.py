@@ -1,4 +1,4 @@
-"""`bitfit`: the biases alone train, or with them the norms' weights (Ben Zaken et al. 2022, arXiv 2106.10199)."""
+"""`bitfit`: trains only the biases, or the biases and the norms' weights (Ben Zaken et al. 2022, arXiv 2106.10199)."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ WEIGHTS_FILE = "bitfit.safetensors"
 
 
 class BitfitMethod:
-    """Every bias trains from the base's, in fp32; with `biases_and_norms` the weights of norms too.
+    """Trains every bias in fp32, starting from the base's values; with `biases_and_norms` also the norms' weights.
 
-    *Differs* from the paper where norms train: many models of today have no biases, and their norms' weights are the
-    only vectors that they have.
+    *Differs* from the paper with `biases_and_norms`: many recent models have no biases, and their norms' weights are
+    their only vectors.
     """
 
     name = "bitfit"
     needs_autocast = True
 
     def check(self, model: nn.Module, config: MethodConfig, *, head: tuple[str, ...] = ()) -> None:
-        """Makes sure that the model has what shall train.
+        """Checks that the model has parameters that `config.train` selects.
 
         Raises:
-            ConfigError: It has not.
+            ConfigError: The model has no biases, or with `biases_and_norms` neither biases nor norms.
         """
         assert isinstance(config, BitfitConfig)
         if any(True for _ in find_vectors(model, config)):
@@ -57,10 +57,10 @@ class BitfitMethod:
     def prepare(
         self, model: nn.Module, config: MethodConfig, *, generator: torch.Generator, head: tuple[str, ...] = ()
     ) -> None:
-        """Draws a new head, and replaces it and the vectors that train by fp32 copies.
+        """Draws a new head, and replaces the parameters of the head and the selected vectors by trainable fp32 copies.
 
         Raises:
-            ConfigError: The model has none of it.
+            ConfigError: The model has no biases, or with `biases_and_norms` neither biases nor norms.
         """
         assert isinstance(config, BitfitConfig)
         self.check(model, config)
@@ -71,33 +71,33 @@ class BitfitMethod:
             train_beside_fp32(module)
 
     def trainable_groups(self, model: nn.Module, *, lr_ratio_b: float) -> list[ParameterGroup]:
-        """Returns the biases, the norms' weights and a new head as one group."""
+        """Returns all trained parameters (biases, norms' weights and a new head) as one group."""
         return one_group("bitfit", model)
 
     def save(self, model: nn.Module, folder: Path, *, base: BaseModel) -> None:
-        """Writes `bitfit.safetensors`: what trained, by its names in the model."""
+        """Writes the trained parameters to `bitfit.safetensors`, by their names in the model."""
         state = {name: tensor.cpu().contiguous() for name, tensor in trained_state(model).items()}
         with replacing_files(folder) as new:
             metadata = {"format": "pt", "base_fingerprint": base.fingerprint}
             (new / WEIGHTS_FILE).write_bytes(serialise(state, metadata=metadata))
 
     def load(self, model: nn.Module, folder: Path) -> None:
-        """Reads `bitfit.safetensors`.
+        """Reads `bitfit.safetensors` into a prepared model.
 
         Raises:
-            RecordError: It is missing, damaged, or of another model or choice of what trains.
+            RecordError: The file is missing or damaged, or belongs to another model or another `method.train`.
         """
         state = trained_state(model)
         for name, tensor in read_weights(folder / WEIGHTS_FILE, expected=state).items():
             state[name].copy_(tensor)
 
     def merge(self, model: nn.Module) -> None:
-        """Rounds what trained to the dtype of the rest, in which bf16 autocast used it all along."""
+        """Rounds the trained parameters to the dtype of the frozen ones."""
         round_trained(model)
 
 
 def find_vectors(model: nn.Module, config: BitfitConfig) -> Iterator[nn.Parameter]:
-    """Yields the biases of a model, and with `biases_and_norms` the weights of its norms."""
+    """Yields the biases of a model, and with `biases_and_norms` also all other parameters of its norms."""
     for module in model.modules():
         whole = config.train == "biases_and_norms" and is_norm(module)
         for name, parameter in module.named_parameters(recurse=False):
@@ -106,12 +106,12 @@ def find_vectors(model: nn.Module, config: BitfitConfig) -> Iterator[nn.Paramete
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether this is a norm, by the name of its class."""
+    """Returns whether a module is a norm: whether the name of its class contains `norm`."""
     return "norm" in type(module).__name__.lower()
 
 
 def train_beside_fp32(norm: nn.Module) -> None:
-    """Puts fp32 copies in place of what stays frozen in a norm whose bias trains: torch wants one dtype for both."""
+    """Replaces a norm's frozen parameters by fp32 copies if its others train, because torch requires one dtype."""
     parameters = dict(norm.named_parameters(recurse=False))
     if any(parameter.requires_grad for parameter in parameters.values()):
         for name, parameter in parameters.items():
@@ -120,5 +120,5 @@ def train_beside_fp32(norm: nn.Module) -> None:
 
 
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
-    """Returns what trains in a prepared model, by name; the tensors share its memory."""
+    """Returns the trained parameters of a prepared model by name; the tensors share the model's memory."""
     return {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}

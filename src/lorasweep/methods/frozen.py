@@ -1,4 +1,4 @@
-"""`frozen`: the base model as it is, the row that every gain is measured from."""
+"""`frozen`: the base model without training, the baseline from which the gains of other methods are measured."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from lorasweep.models.load import BaseModel
 
 
 class FrozenMethod:
-    """Nothing trains and nothing is saved."""
+    """Trains nothing and saves nothing."""
 
     name = "frozen"
     needs_autocast = False
 
     def check(self, model: nn.Module, config: MethodConfig, *, head: tuple[str, ...] = ()) -> None:
-        """Fits every model."""
+        """Does nothing: the method fits every model."""
 
     def prepare(
         self, model: nn.Module, config: MethodConfig, *, generator: torch.Generator, head: tuple[str, ...] = ()
     ) -> None:
-        """Draws a new head and changes nothing else: a copy of the base is frozen already."""
+        """Draws a new head and changes nothing else, because a copy of the base is frozen already."""
         draw_head(model, head, generator=generator)
 
     def trainable_groups(self, model: nn.Module, *, lr_ratio_b: float) -> list[ParameterGroup]:
-        """Returns no group."""
+        """Returns an empty list, because no parameter trains."""
         return []
 
     def save(self, model: nn.Module, folder: Path, *, base: BaseModel) -> None:
@@ -39,4 +39,4 @@ class FrozenMethod:
         """Reads nothing."""
 
     def merge(self, model: nn.Module) -> None:
-        """Changes nothing: it is a plain model."""
+        """Does nothing: the model is a plain one already."""

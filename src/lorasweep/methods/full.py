@@ -1,4 +1,4 @@
-"""`full`: every weight trains, as fp32 copies, so that the base that other runs share is not written to."""
+"""`full`: trains fp32 copies of all weights, so that it never writes to the base, which other runs share."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ WEIGHTS_FILE = "model.safetensors"
 
 
 class FullMethod:
-    """Full fine-tuning, with fp32 weights whatever the base is kept in."""
+    """Full fine-tuning, with fp32 weights for a base of any dtype."""
 
     name = "full"
     needs_autocast = True
 
     def check(self, model: nn.Module, config: MethodConfig, *, head: tuple[str, ...] = ()) -> None:
-        """Fits every model."""
+        """Does nothing: the method fits every model."""
 
     def prepare(
         self, model: nn.Module, config: MethodConfig, *, generator: torch.Generator, head: tuple[str, ...] = ()
     ) -> None:
-        """Draws a new head and replaces every parameter by a trainable fp32 copy; tied ones stay tied."""
+        """Draws a new head and replaces each parameter by a trainable fp32 copy; tied parameters stay tied."""
         draw_head(model, head, generator=generator)
         train_copies(model, model.parameters())
 
@@ -40,9 +40,9 @@ class FullMethod:
         return one_group("full", model)
 
     def save(self, model: nn.Module, folder: Path, *, base: BaseModel) -> None:
-        """Writes model.safetensors (fp32), and config.json for a model that transformers loads, without a tokenizer.
+        """Writes model.safetensors in fp32. For a transformers model, also writes config.json, but no tokenizer.
 
-        Of a model of the user's own, the file has each tied parameter once, and the buffers.
+        For any other model, the file has the parameters, each tied one once, and the buffers.
         """
         with replacing_files(folder) as new, quiet_transformers():
             if isinstance(model, PreTrainedModel):
@@ -52,10 +52,10 @@ class FullMethod:
                 (new / WEIGHTS_FILE).write_bytes(serialise(state, metadata={"format": "pt"}))
 
     def load(self, model: nn.Module, folder: Path) -> None:
-        """Reads model.safetensors.
+        """Reads model.safetensors into a prepared model.
 
         Raises:
-            RecordError: It is missing, damaged or of another model.
+            RecordError: The file is missing or damaged, or belongs to another model.
         """
         if not isinstance(model, PreTrainedModel):
             own = _named_tensors(model)
@@ -72,11 +72,11 @@ class FullMethod:
         model.load_state_dict(saved.state_dict())
 
     def merge(self, model: nn.Module) -> None:
-        """Leaves the weights as they are, in fp32."""
+        """Does nothing: the weights stay in fp32."""
 
 
 def _named_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters and stored buffers by name, each once."""
+    """Returns the parameters and the persistent buffers by name; a tied one only once."""
     stored = model.state_dict(keep_vars=True)
     once = {id(tensor): name for name, tensor in reversed(stored.items())}
     return {name: stored[name] for name in sorted(once.values())}

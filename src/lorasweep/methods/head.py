@@ -1,6 +1,6 @@
-"""`head`: the new head alone trains, or the output head where there is no new one, in fp32.
+"""`head`: trains only the new head in fp32, or the output head if the model has no new head.
 
-Where the output head was tied to the embeddings, those stay as they are.
+If the output head was tied to the embeddings, it is untied and the embeddings stay frozen.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ WEIGHTS_FILE = "head.safetensors"
 
 
 class HeadMethod:
-    """A new head trains from values of its own, an output head from the base's weights."""
+    """Trains a head: a new head starts from values that the run draws, an output head from the base's weights."""
 
     name = "head"
     needs_autocast = True
 
     def check(self, model: nn.Module, config: MethodConfig, *, head: tuple[str, ...] = ()) -> None:
-        """Makes sure that there is a new head, or that the model says which layer its output head is.
+        """Checks that there is a new head, or that the model has an output head.
 
         Raises:
-            ConfigError: It has none.
+            ConfigError: There is no new head, and the model has no output head.
         """
         if not head:
             find_head(model)
@@ -47,10 +47,10 @@ class HeadMethod:
     def prepare(
         self, model: nn.Module, config: MethodConfig, *, generator: torch.Generator, head: tuple[str, ...] = ()
     ) -> None:
-        """Replaces the head's parameters by trainable fp32 copies, which unties them from the embeddings.
+        """Draws a new head, and replaces the head's parameters by trainable fp32 copies, not tied to the embeddings.
 
         Raises:
-            ConfigError: The model has no output head.
+            ConfigError: There is no new head, and the model has no output head.
         """
         draw_head(model, head, generator=generator)
         for module in map(model.get_submodule, head) if head else [find_head(model)]:
@@ -62,29 +62,31 @@ class HeadMethod:
         return one_group("head", model)
 
     def save(self, model: nn.Module, folder: Path, *, base: BaseModel) -> None:
-        """Writes `head.safetensors`: the head's parameters by their names in the model."""
+        """Writes the head's parameters to `head.safetensors`, by their names in the model."""
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in _trained(model).items()}
         with replacing_files(folder) as new:
             metadata = {"format": "pt", "base_fingerprint": base.fingerprint}
             (new / WEIGHTS_FILE).write_bytes(serialise(state, metadata=metadata))
 
     def load(self, model: nn.Module, folder: Path) -> None:
-        """Reads `head.safetensors`.
+        """Reads `head.safetensors` into a prepared model.
 
         Raises:
-            RecordError: It is missing, damaged or of another model.
+            RecordError: The file is missing or damaged, or belongs to another model.
         """
         own = _trained(model)
         for name, tensor in read_weights(folder / WEIGHTS_FILE, expected=own).items():
             own[name].data.copy_(tensor)
 
     def merge(self, model: nn.Module) -> None:
-        """Rounds the head to the dtype of the rest, in which bf16 autocast used it all along."""
+        """Rounds the head to the dtype of the frozen parameters; for a bf16 base, autocast did so in training too."""
         round_trained(model)
 
 
 def find_head(model: nn.Module) -> nn.Module:
-    """Returns the layer that transformers calls the output embeddings, or a classifier's head.
+    """Returns the layer that transformers calls the output embeddings, or else a classifier's head.
+
+    A classifier's head is the only module with parameters beside the network (`base_model_prefix`).
 
     Raises:
         ConfigError: The model has neither.

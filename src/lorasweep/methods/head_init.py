@@ -1,4 +1,4 @@
-"""How a run draws the modules that its base's checkpoint lacks (a classifier's head), from the run's own seed."""
+"""Draws the modules that the base's checkpoint lacks, such as a classifier's head, from the run's own seed."""
 
 from __future__ import annotations
 
@@ -9,18 +9,19 @@ import torch
 from torch import Tensor, nn
 
 DEVIATION = 0.02
-"""Of weights where a model's settings do not say (`initializer_range`); BERT's, RoBERTa's and GPT-2's."""
+"""Default standard deviation of new weights, for a model whose settings have no `initializer_range`; the value of BERT,
+RoBERTa and GPT-2."""
 
 
 def draw_head(model: nn.Module, names: Sequence[str], *, generator: torch.Generator | None) -> None:
-    """Gives a copy of the base its own values for new modules: normal weights, zero biases, norms of ones.
+    """Draws the parameters of new modules in a copy of the base: weights normal, biases 0, norms' weights 1.
 
-    They are drawn in fp32 and rounded to the base's dtype; methods train them in fp32. No tensor of the base is written
-    to: parameters are replaced.
+    They are drawn in fp32 and rounded to the base's dtype; methods train them in fp32. The parameters are replaced, so
+    no tensor of the base is written to.
 
     Args:
         model: A copy from `copy_sharing_weights`, with no LoRA layers yet.
-        names: Of the new modules (`BaseModel.head`).
+        names: Names of the new modules (`BaseModel.head`).
         generator: CPU random stream (`seeds.init`), drawn in the model's order before anything else of a run.
     """
     deviation = _deviation(model)
@@ -28,7 +29,8 @@ def draw_head(model: nn.Module, names: Sequence[str], *, generator: torch.Genera
         for module in model.get_submodule(name).modules():
             for key, parameter in list(module.named_parameters(recurse=False)):
                 values = _draw(key, parameter, deviation=deviation, generator=generator)
-                place = "cpu" if parameter.is_meta else parameter.device  # other weights are read later
+                # a model on the meta device gets its weights from the checkpoint later, which lacks these
+                place = "cpu" if parameter.is_meta else parameter.device
                 values = values.to(place, parameter.dtype)
                 setattr(module, key, nn.Parameter(values, requires_grad=parameter.requires_grad))
 
@@ -42,5 +44,5 @@ def _draw(key: str, parameter: Tensor, *, deviation: float, generator: torch.Gen
 def _deviation(model: nn.Module) -> float:
     settings: Any = getattr(model, "config", None)
     if hasattr(settings, "get_text_config"):
-        settings = settings.get_text_config()  # of a model that also sees images
+        settings = settings.get_text_config()  # a model for images and text nests the settings of its text part
     return float(getattr(settings, "initializer_range", None) or DEVIATION)

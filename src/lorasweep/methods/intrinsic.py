@@ -1,6 +1,7 @@
-"""`intrinsic`: d numbers train, projected at random into all weights (arXiv 1804.08838; 2012.13255, sections 3 and 4).
+"""`intrinsic`: trains d numbers, projected at random into all weights (arXiv 1804.08838; 2012.13255, sections 3 and 4).
 
-How few numbers reach most of what full fine-tuning gains is the intrinsic dimension of the task; `projection` has P.
+The intrinsic dimension of a task is the smallest d that reaches most (in the papers 90 %) of the performance of full
+fine-tuning. `projection` implements the random projection P.
 """
 
 from __future__ import annotations
@@ -26,27 +27,27 @@ from lorasweep.models.load import BaseModel
 
 WEIGHTS_FILE = "intrinsic.safetensors"
 SEEDS = 2**32
-"""The projection's seed lies below: torch's random stream on the CPU takes no longer one."""
+"""Number of possible seeds of the projection, 0 to 2**32 - 1: torch's CPU generator uses 32 bits of a seed."""
 
 
 class IntrinsicMethod:
-    """θ = θ0 + P θ_d (`did`), or layer by layer θ_i = θ0_i + λ_i P_i θ_(d-m) (`said`), with every weight in θ.
+    """Trains θ = θ0 + P θ_d (`did`), or for each layer i θ_i = θ0_i + λ_i P_i θ_(d-m) (`said`); θ is all weights.
 
-    Every forward pass computes each weight anew, in fp32, and rounds it once to the base's dtype, in which the model
-    runs. Until the backward pass has used them, they are one more copy of the weights in memory; the projection itself
-    takes two bits per weight. Only θ_d and λ train and are saved, with the seed that gives P.
+    Every forward pass computes each weight in fp32 and rounds it once to the base's dtype, in which the model runs. The
+    computed weights take as much memory as the base until the backward pass has used them; the projection itself takes
+    two bits per weight. Only θ_d and λ are trained. They are saved together with the seed of P.
 
-    A newly drawn head is weights like any others: it starts as drawn and moves within the same d numbers.
+    A new head is part of θ: it starts from the drawn values, and the same d numbers change it.
     """
 
     name = "intrinsic"
     needs_autocast = False
 
     def check(self, model: nn.Module, config: MethodConfig, *, head: tuple[str, ...] = ()) -> None:
-        """Makes sure that d fits the number of weights and of layers.
+        """Checks that d fits the number of weights and the number of layers.
 
         Raises:
-            ConfigError: It does not.
+            ConfigError: d is more than the number of weights, or with `said` not more than the number of layers.
         """
         assert isinstance(config, IntrinsicConfig)
         weights = find_weights(model)
@@ -65,10 +66,10 @@ class IntrinsicMethod:
     def prepare(
         self, model: nn.Module, config: MethodConfig, *, generator: torch.Generator, head: tuple[str, ...] = ()
     ) -> None:
-        """Draws a new head, and makes every weight the base's plus a projected change that is zero at first.
+        """Draws a new head, and adds to every weight a projected change, which is zero at first.
 
         Raises:
-            ConfigError: d does not fit the model, or it has such weights already.
+            ConfigError: d does not fit the model, or the model is prepared for this method already.
         """
         assert isinstance(config, IntrinsicConfig)
         if find_coordinates(model) is not None:
@@ -90,9 +91,9 @@ class IntrinsicMethod:
         coordinates.draw(int(torch.randint(SEEDS, (), generator=generator)))
 
     def trainable_groups(self, model: nn.Module, *, lr_ratio_b: float) -> list[ParameterGroup]:
-        """Returns the numbers, and the scales at √(D/d) times their rate.
+        """Returns the numbers as one group, and the scales as another with √(D/d) times their learning rate.
 
-        With P's columns of length 1, as in the paper, both would have the same rate.
+        With columns of P of length 1, as in the paper, both groups would have the same learning rate.
         """
         coordinates = require_coordinates(model)
         groups = [ParameterGroup(name="intrinsic", params=(coordinates.numbers,), lr_factor=1.0)]
@@ -102,17 +103,17 @@ class IntrinsicMethod:
         return groups
 
     def save(self, model: nn.Module, folder: Path, *, base: BaseModel) -> None:
-        """Writes `intrinsic.safetensors`: the numbers, the scales and, in its metadata, the projection's seed."""
+        """Writes the numbers, the scales and (as metadata) the projection's seed to `intrinsic.safetensors`."""
         coordinates = require_coordinates(model)
         metadata = {"format": "pt", "base_fingerprint": base.fingerprint, **coordinates.describe()}
         with replacing_files(folder) as new:
             (new / WEIGHTS_FILE).write_bytes(serialise(coordinates.state(), metadata=metadata))
 
     def load(self, model: nn.Module, folder: Path) -> None:
-        """Reads `intrinsic.safetensors`, and draws the projection that was trained with.
+        """Reads `intrinsic.safetensors`, and draws the projection of the saved seed again.
 
         Raises:
-            RecordError: It is missing, damaged or of another model, d or form.
+            RecordError: The file is missing or damaged, or belongs to another model, d or form.
         """
         coordinates, file = require_coordinates(model), folder / WEIGHTS_FILE
         state = read_weights(file, expected=coordinates.state())
@@ -121,7 +122,7 @@ class IntrinsicMethod:
         coordinates.load_state_dict(state)
 
     def merge(self, model: nn.Module) -> None:
-        """Puts the changed weights in place, on tensors of the model's own; it then is one of the base's kind again."""
+        """Replaces each parametrized weight by its current value, in tensors that no other model shares."""
         require_coordinates(model)
         merged: dict[int, nn.Parameter] = {}
         for module in list(model.modules()):
@@ -135,13 +136,13 @@ class IntrinsicMethod:
 
 
 class Coordinates(nn.Module):
-    """What trains: θ_d, and under `said` the layers' scales λ, which start at 1.
+    """The trained parameters: θ_d, or with `said` θ_(d-m) and the scales λ of the m layers.
 
     Attributes:
-        numbers: θ_d, or without the scales θ_(d-m); zeros at first.
-        scales: λ, one per layer; None under `did`.
-        num_weights: D.
-        changes: The projected changes that depend on them, in order of the weights' names.
+        numbers: θ_d with `did`, θ_(d-m) with `said`; zeros at first.
+        scales: λ, one per layer, ones at first; None with `did`.
+        num_weights: D, the number of weights of the model.
+        changes: The projected changes that are computed from them, in order of the weights' names.
     """
 
     def __init__(self, config: IntrinsicConfig, *, num_layers: int, num_weights: int) -> None:
@@ -156,28 +157,28 @@ class Coordinates(nn.Module):
 
     @property
     def block(self) -> int:
-        """Weights per block of the projection."""
+        """Number of weights per block of the projection."""
         return block_size(len(self.numbers))
 
     def of(self, layer: int) -> Tensor:
-        """Returns λ_i θ_(d-m) / √(d-m) with zeros up to a block's size: what is projected into a layer's weights."""
+        """Returns the vector to project into a layer's weights: λ_i θ_(d-m) / √(d-m), padded with zeros to a block."""
         factor = 1 / math.sqrt(len(self.numbers))
         numbers = self.numbers * factor if self.scales is None else self.numbers * (self.scales[layer] * factor)
         return pad(numbers, (0, self.block - len(self.numbers)))
 
     def draw(self, seed: int) -> None:
-        """Draws the projection; the same seed gives the same."""
+        """Draws the projection; the same seed gives the same projection."""
         self.seed = seed
         generator = torch.Generator().manual_seed(seed)
         for change in self.changes:
             change.draw(generator)
 
     def state(self) -> dict[str, Tensor]:
-        """Returns what trains, on the CPU, by name."""
+        """Returns the trained parameters by name, on the CPU."""
         return {name: tensor.detach().cpu().contiguous() for name, tensor in self.named_parameters()}
 
     def describe(self) -> dict[str, str]:
-        """Returns what else must be known to project again."""
+        """Returns the metadata that is needed to draw the same projection again."""
         return {
             "form": self.form,
             "num_weights": str(self.num_weights),
@@ -187,7 +188,7 @@ class Coordinates(nn.Module):
 
 
 class ProjectedChange(nn.Module):
-    """The change of one weight, as a parametrization of it; tied weights share theirs."""
+    """The change of one weight, as a torch parametrization of it; tied weights share one change."""
 
     signs: Tensor
 
@@ -204,32 +205,32 @@ class ProjectedChange(nn.Module):
         self.signs = draw_signs(self.count, block=block, generator=generator).to(self.signs.device)
 
     def forward(self, weight: Tensor) -> Tensor:
-        """Returns the weight with its change."""
+        """Returns the weight plus its change."""
         return add_projection(weight, self.coordinates.of(self.layer), self.signs)
 
 
 def find_weights(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Returns every parameter of floating point, by name and in its order; tied ones once."""
+    """Returns every floating-point parameter by name, sorted by name; tied parameters appear once."""
     return {name: weight for name, weight in sorted(model.named_parameters()) if weight.is_floating_point()}
 
 
 def layer_of(name: str) -> str:
-    """Returns the layer of a weight: its block, or outside of blocks the module that holds the weight."""
+    """Returns the layer of a weight: its block, or the module that holds the weight if it is outside of blocks."""
     return block_of(name) or name.rpartition(".")[0]
 
 
 def layer_numbers(weights: Sequence[str] | Mapping[str, Tensor]) -> dict[str, int]:
-    """Returns the layers of these weights, numbered."""
+    """Returns the number of each layer of these weights, counted from 0 in order of the weights."""
     return {layer: number for number, layer in enumerate(dict.fromkeys(map(layer_of, weights)))}
 
 
 def find_coordinates(model: nn.Module) -> Coordinates | None:
-    """Returns what trains in a prepared model, or None."""
+    """Returns the trained parameters of a prepared model, or None if the model is not prepared."""
     return next((module for module in model.modules() if isinstance(module, Coordinates)), None)
 
 
 def require_coordinates(model: nn.Module) -> Coordinates:
-    """Returns what trains in a model that is known to be prepared."""
+    """Returns the trained parameters of a model that is known to be prepared."""
     found = find_coordinates(model)
     assert found is not None, "prepare comes first"
     return found

@@ -1,4 +1,4 @@
-"""`lora`: a low-rank change beside each chosen layer trains (Hu et al. 2021, arXiv 2106.09685), the base does not."""
+"""`lora`: trains a low-rank change of each target layer; the base is frozen (Hu et al. 2021, arXiv 2106.09685)."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ from lorasweep.models.load import BaseModel
 
 
 class LoraMethod:
-    """A and B of each adapted layer train, in fp32; their layer casts them, so no autocast is needed."""
+    """Trains A and B of each adapted layer in fp32; the layer casts them itself, so no autocast is needed."""
 
     name = "lora"
     needs_autocast = False
 
     def check(self, model: nn.Module, config: MethodConfig, *, head: tuple[str, ...] = ()) -> None:
-        """Makes sure that the targets match layers and the rank is not above any of theirs.
+        """Checks that the targets match layers, and that the rank is not above the maximum rank of any of them.
 
         Raises:
-            ConfigError: They do not, or it is.
+            ConfigError: The targets match no layer, or the rank is above the maximum of a matched layer.
         """
         assert isinstance(config, LoraConfig)
         try:
@@ -47,10 +47,11 @@ class LoraMethod:
     def prepare(
         self, model: nn.Module, config: MethodConfig, *, generator: torch.Generator, head: tuple[str, ...] = ()
     ) -> None:
-        """Draws a new head, puts LoRA layers in place of the targets, and lets a copy of the head train in full.
+        """Draws a new head, replaces the targets by LoRA layers, and makes a copy of the head trainable in full.
 
         Raises:
-            ConfigError: The targets match nothing, the rank is above a layer's, or the model has LoRA layers already.
+            ConfigError: The targets match no layer, the rank is above the maximum of a matched layer, or the model has
+                LoRA layers already.
         """
         assert isinstance(config, LoraConfig)
         try:
@@ -62,9 +63,9 @@ class LoraMethod:
             raise ConfigError(str(error)) from error
 
     def trainable_groups(self, model: nn.Module, *, lr_ratio_b: float) -> list[ParameterGroup]:
-        """Returns A and B, as one group at the same rate or as two (LoRA+, Hayou et al. 2024, arXiv 2402.12354).
+        """Returns A and B as one group, or as two with different rates (LoRA+, Hayou et al. 2024, arXiv 2402.12354).
 
-        What else trains (a head, row lengths, biases) is a group of its own, `other`, where there is any.
+        Other trained parameters (a head, DoRA's row lengths, biases) form a third group, `other`, if there are any.
         """
         a, b, other = map(tuple, split_lora_parameters(model))
         rest = [ParameterGroup(name="other", params=other, lr_factor=1.0)] if other else []
@@ -77,14 +78,14 @@ class LoraMethod:
         ]
 
     def save(self, model: nn.Module, folder: Path, *, base: BaseModel) -> None:
-        """Writes the adapter alone, in PEFT's format."""
+        """Writes the adapter without the base, in PEFT's format."""
         save_adapter(model, folder, base_path=base.path, base_fingerprint=base.fingerprint)
 
     def load(self, model: nn.Module, folder: Path) -> None:
-        """Reads an adapter into the LoRA layers of a prepared model, or puts it onto one without any.
+        """Reads an adapter into the LoRA layers of a prepared model, or injects it into a model without LoRA layers.
 
         Raises:
-            RecordError: A file is missing, damaged or of another base, rank or choice of layers.
+            RecordError: A file is missing or damaged, or belongs to another base, rank or choice of layers.
         """
         try:
             load_adapter(model, folder)
@@ -92,12 +93,12 @@ class LoraMethod:
             raise RecordError(str(error)) from error
 
     def merge(self, model: nn.Module) -> None:
-        """Adds each change to its layer's weight, rounded once; a tied weight that changed is its layer's own then."""
+        """Adds each change to its layer's weight and rounds the sum once; a changed weight is no longer tied."""
         remove_lora(model, keep_change=True)
         untie_settings(model)
 
 
 def train_head(config: LoraConfig, head: Sequence[str]) -> LoraConfig:
-    """Returns the settings with the modules of a new head among those that train in full (`modules_to_save`)."""
+    """Returns the settings with the modules of a new head added to the modules to train in full (`modules_to_save`)."""
     exactly = tuple(f"{REGEX_PREFIX}{re.escape(name)}" for name in head)
     return replace(config, modules_to_save=(*config.modules_to_save, *exactly)) if head else config

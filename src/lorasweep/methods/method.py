@@ -1,4 +1,4 @@
-"""What a method is: it makes a copy of the base trainable, says what trains at which rate, and saves what it changed.
+"""The protocol of a training method: it makes a copy of the base trainable, groups its parameters and saves them.
 
 Each method has its own file and an entry in `METHODS`. Comes after `models` and `lora`, before `training`.
 """
@@ -32,14 +32,14 @@ class ParameterGroup:
     """Parameters that train at the same learning rate."""
 
     name: str
-    """What they are, such as `lora_b`."""
+    """Name of the group, such as `lora_b`."""
     params: tuple[nn.Parameter, ...]
     lr_factor: float
-    """Their learning rate over `optim.lr`."""
+    """Factor by which `optim.lr` is multiplied to get their learning rate."""
 
 
 class Method(Protocol):
-    """What trains. It holds no state: everything is in the model."""
+    """A training method. It has no state: everything is in the model."""
 
     @property
     def name(self) -> str:
@@ -49,14 +49,14 @@ class Method(Protocol):
     def needs_autocast(self) -> bool:
         """Whether a base in bf16 must run under bf16 autocast, because this method puts fp32 parameters into it.
 
-        Autocast is to be entered anew at each step: inside one context it keeps its first bf16 copies of the weights.
+        Enter autocast again at each step: inside one context it keeps its first bf16 copies of the weights.
         """
 
     def check(self, model: nn.Module, config: MethodConfig, *, head: tuple[str, ...] = ()) -> None:
-        """Makes sure that `prepare` will work on this model with these arguments; changes nothing.
+        """Checks that `prepare` will work on this model with these arguments; changes nothing.
 
         Raises:
-            ConfigError: It will not.
+            ConfigError: The settings do not fit the model.
         """
 
     def prepare(
@@ -65,9 +65,9 @@ class Method(Protocol):
         """Makes a copy of the base (from `copy_sharing_weights`) trainable, in place, without writing to its tensors.
 
         Args:
-            model: The copy; only what the method trains has `requires_grad` afterwards, in fp32.
+            model: The copy. Afterwards only the trained parameters, all in fp32, have `requires_grad`.
             config: Settings of this method.
-            generator: CPU random stream of what is drawn anew (`seeds.init`): the head first, then the rest.
+            generator: CPU random stream for new values (`seeds.init`): those of the head are drawn first.
             head: Names of the modules that the checkpoint lacked (`BaseModel.head`). Every method draws them
                 (`draw_head`); all but `frozen` train them.
 
@@ -76,19 +76,19 @@ class Method(Protocol):
         """
 
     def trainable_groups(self, model: nn.Module, *, lr_ratio_b: float) -> list[ParameterGroup]:
-        """Returns what trains in a prepared model; empty where nothing does.
+        """Returns the trained parameters of a prepared model in groups; an empty list if no parameter trains.
 
         Args:
             model: A prepared model.
-            lr_ratio_b: Learning rate of LoRA's B over that of A; without effect for other methods.
+            lr_ratio_b: Learning rate of LoRA's B divided by that of A; other methods ignore it.
         """
 
     def save(self, model: nn.Module, folder: Path, *, base: BaseModel) -> None:
-        """Writes the weights that a run keeps, each file whole or not at all; nothing where nothing trains.
+        """Writes the trained weights, each file whole or not at all; writes nothing if no parameter trains.
 
         Args:
             model: A prepared model.
-            folder: Made when missing; files of an earlier save are replaced.
+            folder: Folder to write to; created if missing. Files of an earlier save are replaced.
             base: The base that the model is a copy of; adapters name it and its fingerprint.
         """
 
@@ -100,24 +100,25 @@ class Method(Protocol):
         """
 
     def merge(self, model: nn.Module) -> None:
-        """Makes a prepared model a plain one of its own class again, which holds what was trained in its weights.
+        """Turns a prepared model into a plain model of its class again, whose weights contain the trained change.
 
-        For use by other tools: it no longer trains. What trained beside frozen weights is rounded to their dtype.
+        The result is for use by other tools and no longer trains. If the model has frozen weights, the trained ones are
+        rounded to their dtype.
         """
 
 
 def copy_sharing_weights(model: Module) -> Module:
-    """Returns a copy with its own modules, buffers and settings, whose parameters are the very tensors of the original.
+    """Returns a copy with its own modules, buffers and settings that shares the original's parameters.
 
-    So every run gets a module tree to change, and the base is in memory once. Buffers are copied: some layers write to
-    them in training, and they are small.
+    So every run gets its own module tree to change, while the base's weights are in memory once. Buffers are copied,
+    because some layers write to them in training, and because they are small.
     """
     shared = {id(parameter): parameter for parameter in model.parameters()}
     return copy.deepcopy(model, memo=dict(shared))
 
 
 def train_copies(model: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
-    """Replaces parameters of `model` by trainable fp32 copies, wherever they are used, so that tied ones stay tied."""
+    """Replaces parameters by trainable fp32 copies wherever `model` uses them, so that tied parameters stay tied."""
     copies = {id(p): nn.Parameter(p.detach().to(torch.float32, copy=True)) for p in parameters}
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
@@ -126,22 +127,22 @@ def train_copies(model: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
 
 
 def frozen_dtype(model: nn.Module) -> torch.dtype | None:
-    """Returns the dtype of the largest tensor that does not train (small ones may be wider); None where all do."""
+    """Returns the dtype of the largest frozen parameter (small ones may be wider); None if none is frozen."""
     frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
     return max(frozen, key=nn.Parameter.numel).dtype if frozen else None
 
 
 def round_trained(model: nn.Module) -> None:
-    """Rounds what trains, and fp32 copies beside it, to the dtype of the frozen rest, and stops it from training."""
+    """Freezes all parameters, and rounds trained ones and frozen fp32 copies to the dtype of the frozen ones."""
     dtype = frozen_dtype(model)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
         if dtype is not None and parameter.is_floating_point() and parameter.dtype != dtype:
-            parameter.data = parameter.data.to(dtype)  # never a tensor of the base, all of which have this dtype
+            parameter.data = parameter.data.to(dtype)  # never a tensor of the base: all of them have this dtype
 
 
 def untie_settings(model: nn.Module) -> None:
-    """Notes in the settings where the head has its own weight, which transformers would tie again on loading."""
+    """Sets `tie_word_embeddings` to False if the head has its own weight: loading would otherwise tie it again."""
     settings = getattr(model, "config", None)
     if not getattr(settings, "tie_word_embeddings", False):
         return
@@ -152,14 +153,14 @@ def untie_settings(model: nn.Module) -> None:
 
 
 def one_group(name: str, model: nn.Module) -> list[ParameterGroup]:
-    """Returns all parameters that train, at `optim.lr`."""
+    """Returns all trained parameters as one group with the learning rate `optim.lr`."""
     params = tuple(parameter for parameter in model.parameters() if parameter.requires_grad)
     return [ParameterGroup(name=name, params=params, lr_factor=1.0)]
 
 
 @contextmanager
 def replacing_files(folder: Path) -> Iterator[Path]:
-    """Gives a new folder to write into; at the end each file moves into `folder` whole, in order of names."""
+    """Yields a temporary folder to write into; at the end moves each file whole into `folder`, in order of names."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".saving-", suffix=".tmp", dir=folder) as name:
         yield Path(name)
@@ -172,7 +173,7 @@ def read_weights(file: Path, *, expected: Mapping[str, Tensor]) -> dict[str, Ten
     """Reads a safetensors file that must hold exactly the expected names and shapes.
 
     Raises:
-        RecordError: It does not, is damaged or missing.
+        RecordError: The file is missing or damaged, or has other names or shapes.
     """
     try:
         tensors = load_file(file)

@@ -1,17 +1,19 @@
-"""A few numbers, projected at random into many weights and added to them; `intrinsic` trains them.
+"""Projects d numbers at random into many weights and adds the result to them; `intrinsic` trains the numbers.
 
-The projection is a product of random signs and Hadamard transforms (Ailon and Chazelle 2009, "The fast
-Johnson-Lindenstrauss transform"), so no matrix is ever made: for D weights it takes D log d additions, and two random
-bits per weight are what is stored.
+The projection is a product of random signs and a Hadamard transform (Ailon and Chazelle 2009, "The fast
+Johnson-Lindenstrauss transform"), so its matrix is never built: for D weights it takes about D log d additions, and
+only two random bits per weight are stored.
 
-    P = S H G / √d      per block of n weights; n is the power of two from d on, H is n × n, S and G are random signs
+    P = S H G / √d      for each block of n weights
+
+n is the smallest power of two ≥ d (and at least 8), H is the Hadamard matrix (n × n), S and G are random signs.
 
 Every entry is ±1/√d and every row has length 1, so a step of size η in each of the d numbers moves each weight by about
-η, whatever d is. Within whole blocks the columns are orthogonal.
+η, for any d. Within whole blocks the columns are orthogonal.
 
 *Differs* from Fastfood (Le, Sarlós and Smola 2013), H G Π H B with normal G, which arXiv 1804.08838 and 2012.13255
-take: one transform instead of two, a bit where it has a number, and columns that are orthogonal exactly. With columns
-of length 1, as there, learning rates would be √(D/d) times ours and so move with d.
+use: one Hadamard transform instead of two, random signs instead of normal numbers, and exactly orthogonal columns. The
+columns there have length 1, so that learning rates are √(D/d) times ours and depend on d.
 """
 
 from __future__ import annotations
@@ -25,26 +27,26 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 PIECE = 2**18
-"""Weights projected at a time (one block, where that is more), so that temporaries stay in a processor's cache. Where a
-weight lies in its block depends on it, so it is saved with what was trained."""
+"""Number of weights projected at a time (one block, if a block is larger), so that temporaries stay in the CPU's cache.
+It determines the place of each weight in its block, so it is saved with the trained numbers."""
 BITS = 8
-"""Signs per byte, and so the smallest block."""
+"""Number of signs per byte, and so the smallest block size."""
 
 
 def block_size(dim: int) -> int:
-    """Returns n: the power of two from `dim` on."""
+    """Returns n, the smallest power of two that is at least `dim` and at least `BITS`."""
     return max(BITS, 1 << (dim - 1).bit_length())
 
 
 def draw_signs(count: int, *, block: int, generator: torch.Generator) -> UInt8[Tensor, " bytes"]:
-    """Returns the random signs of the projection into `count` weights, eight in a byte: first G, then S."""
+    """Returns the random signs of the projection into `count` weights, eight per byte: first G, then S."""
     columns = -(-count // block)
     num_signs = (block + _rows(count, block)) * columns
     return torch.randint(0, 256, (num_signs // BITS,), dtype=torch.uint8, generator=generator)
 
 
 def hadamard(x: Float[Tensor, "n columns"]) -> Float[Tensor, "n columns"]:
-    """Returns H x in log2(n) steps of sums and differences; H H = n I. n must be a power of two."""
+    """Returns H x, computed in log2(n) steps of sums and differences. n must be a power of two; H H = n I."""
     size, half = len(x), 1
     while half < size:
         above, below = x.reshape(size // (2 * half), 2, -1).unbind(1)
@@ -56,19 +58,19 @@ def hadamard(x: Float[Tensor, "n columns"]) -> Float[Tensor, "n columns"]:
 def add_projection(
     base: Float[Tensor, "*shape"], numbers: Float[Tensor, " n"], signs: UInt8[Tensor, " bytes"]
 ) -> Float[Tensor, "*shape"]:
-    """Returns base + S H G numbers, of the base's shape and dtype, computed in the wider dtype and rounded once.
+    """Returns base + S H G numbers in the base's shape and dtype, computed in the wider dtype and rounded once.
 
     Args:
         base: Weights; not written to.
-        numbers: Of length n, a power of two; where they are d < n, zeros behind them. The factor 1/√d is theirs.
-        signs: From `draw_signs` for that many weights and n.
+        numbers: The numbers to project, already multiplied by 1/√d and padded with zeros to n, a power of two.
+        signs: Result of `draw_signs` for the number of weights in `base` and for n.
     """
     result: Tensor = _AddProjection.apply(base, numbers, signs)  # type: ignore[no-untyped-call]
     return result
 
 
 class _AddProjection(torch.autograd.Function):
-    """Linear, so that nothing but the signs is kept for the backward pass, which is the transposed product."""
+    """Adds the projection, and saves only the signs for backward: the gradient of a linear map needs no inputs."""
 
     @staticmethod
     def forward(ctx: Any, base: Tensor, numbers: Tensor, signs: Tensor) -> Tensor:
@@ -92,19 +94,22 @@ class _AddProjection(torch.autograd.Function):
 
 
 def _rows(count: int, block: int) -> int:
-    """Returns how many of H's rows are needed: all, or in a block that the weights don't fill a power of two."""
+    """Returns the number of rows of H to use: n, or a smaller power of two if the weights fill less than a block."""
     return min(block, block_size(count))
 
 
 def _fold(x: Float[Tensor, "n columns"], *, rows: int) -> Float[Tensor, "rows columns"]:
-    """Returns what the smaller transform takes to the first rows of H x: H's first rows repeat themselves."""
+    """Returns the vector whose transform of size `rows` equals the first `rows` rows of H x.
+
+    The first `rows` rows of H repeat the smaller Hadamard matrix side by side, so the parts of x can be summed.
+    """
     return x if len(x) == rows else x.view(-1, rows, x.shape[1]).sum(0)
 
 
 def _pieces(
     count: int, signs: Tensor, *, block: int, dtype: torch.dtype
 ) -> Iterator[tuple[slice, Float[Tensor, "n columns"], Float[Tensor, "rows columns"]]]:
-    """Yields the ranges of weights that are projected at a time, with their signs G and S."""
+    """Yields each range of weights that is projected at a time, with its signs G and S."""
     size, rows = max(block, PIECE), _rows(count, block)  # powers of two, so blocks are never cut
     cut = block * -(-count // block) // BITS
     inner, outer = signs[:cut], signs[cut:]

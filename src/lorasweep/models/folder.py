@@ -1,4 +1,4 @@
-"""From `model.path` to a folder on disk: the embedded model, a folder, or the hub's cache. Next: `load`."""
+"""Finds the folder of `model.path`: an embedded model, a local folder, or the hub's cache. Next: `load`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError
-from huggingface_hub.errors import HTTPError as HubError  # type: ignore[attr-defined]  # whichever its client raises
+from huggingface_hub.errors import HTTPError as HubError  # type: ignore[attr-defined]  # of its HTTP client
 
 from lorasweep.config.model import ModelConfig
 from lorasweep.errors import ConfigError, first_line
@@ -16,14 +16,15 @@ EMBEDDED = "embedded:"
 HUB_TIMEOUT_S = 10.0
 """Seconds to wait for the hub before the cache is used: without a network the client's default takes far longer."""
 SETTINGS_AND_TOKENIZER = ["*.json", "*.txt", "*.model", "*.jinja"]
-"""Files of a model on the hub that are always downloaded."""
+"""Patterns of the files of a model on the hub that are always downloaded."""
 
 
 def find_files(config: ModelConfig) -> tuple[Path, str | None]:
-    """Returns the folder of `model.path`, downloading it if necessary, and the name of its GGUF file if it has one.
+    """Returns the folder of `model.path`, downloaded if necessary, and the name of the GGUF file to load or None.
 
     Raises:
-        ConfigError: It can't be had, is an adapter, or has weights only as a pickle that `model.allow_pickle` forbids.
+        ConfigError: The model can't be found or downloaded, is an adapter, or has weights only in a pickle, which
+            `model.allow_pickle` forbids.
     """
     found = find_folder(config) or _download(config)
     if found.is_file():
@@ -37,7 +38,7 @@ def find_folder(config: ModelConfig) -> Path | None:
     """Returns the folder or GGUF file that `model.path` names, or None for a hub id.
 
     Raises:
-        ConfigError: There is no such folder or embedded model.
+        ConfigError: There is no such folder or embedded model, or `model.revision` is set for a local path.
     """
     path = config.path or ""
     if path.startswith(EMBEDDED):
@@ -60,10 +61,11 @@ def find_folder(config: ModelConfig) -> Path | None:
 
 
 def _download(config: ModelConfig) -> Path:
-    """Returns the folder of a hub id in the cache, after downloading what is missing of it.
+    """Returns the folder of a hub id in the cache, after downloading the files that are missing there.
 
     Raises:
-        ConfigError: The hub can't be reached and the cache does not have all of it, or there is no such model.
+        ConfigError: There is no such model, the user must first accept its terms, or the hub can't be reached and the
+            cache lacks the model.
     """
     assert config.path is not None
     wanted = list(SETTINGS_AND_TOKENIZER)

@@ -22,10 +22,10 @@ from lorasweep.lora.trained import is_inside, trained_modules
 
 
 class SlotStart(Protocol):
-    """A function that replaces parameters of a slot's copy of the base before the copy is adapted: a new head."""
+    """Callback that changes a slot's copy of the base before LoRA is injected, for example to draw a new head."""
 
     def __call__(self, model: nn.Module, /, *, generator: torch.Generator | None) -> None:
-        """Replaces parameters of the copy."""
+        """Replaces parameters of the copy; it must not write to existing tensors."""
 
 
 def inject_packed_lora(
@@ -37,30 +37,31 @@ def inject_packed_lora(
 ) -> list[Coverage]:
     """Adapts `model` in place for a pack of trials: slot k trains as `inject_lora` with `configs[k]` would.
 
-    The model then takes slot-major inputs of slots · B rows, those of slot k from k · B on, and gives outputs in the
-    same order. Each slot's change meets its own rows only. Every layer that any slot adapts gets one stacked layer.
-    Dropout modules of the base then draw from one stream per slot (`set_dropout_streams`); dropout that a function
-    inside the model draws, such as that of attention probabilities in transformers, still draws for all rows from
-    torch's own stream.
+    The model then takes slot-major inputs of slots · B rows and returns outputs in the same order: slot k has the B
+    rows that start at row k · B. The adapter of slot k is applied only to the rows of slot k. Each layer that at least
+    one slot adapts becomes one packed layer.
+
+    Each `nn.Dropout` of the base then draws from one stream per slot (`set_dropout_streams`). Functional dropout, such
+    as that of attention probabilities in transformers, still draws from torch's own stream for all rows.
 
     Args:
         model: Any module that `inject_lora` handles, whose inputs have the batch first.
         configs: One for each slot; ranks, α, scaling rule, dropout, start, targets and `modules_to_save` may differ.
         generators: CPU random stream of each slot's A and B, drawn as by `inject_lora`; torch's own where None.
-        start: Called as `start(copy, generator=...)` with each slot's own copy of the modules before it is adapted, to
-            replace parameters of modules that the slot trains in full: a new head, drawn from the slot's stream as a
-            solo run draws it. Must not write to tensors, which the copies share.
+        start: Called as `start(copy, generator=...)` with each slot's copy of the modules before LoRA is injected. It
+            may replace parameters by new ones, such as those of a new head, which it draws from the slot's stream as a
+            solo run does. It must not write into existing tensors, because all copies share them.
 
     Returns:
-        For each slot the layers that were matched, and those that were not.
+        The matched and the unmatched layers of each slot.
 
     Raises:
-        ValueError: A configuration can't be packed, alone (`why_not_packable`) or with the others, or `inject_lora`
-            refuses it; the model is then unchanged.
+        ValueError: A configuration can't be packed at all (`why_not_packable`), can't be packed with the others, or is
+            refused by `inject_lora`. The model is then unchanged.
     """
     streams = [None] * len(configs) if generators is None else generators
     _check_request(model, configs, streams)
-    # each slot is injected into a copy that shares the base's tensors: so a slot draws and is checked as a solo run
+    # LoRA is injected into one copy of the modules per slot, so that a slot draws and is checked exactly as a solo run
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     solos = [copy_base(model) for _ in configs]
     try:
@@ -89,24 +90,25 @@ def fill_slot(
     generator: torch.Generator | None = None,
     start: SlotStart | None = None,
 ) -> Coverage:
-    """Starts a new trial in a slot, in place of the old one: the slot then is as `inject_lora` would start it.
+    """Puts a new trial into a slot, initialised as `inject_lora` would initialise it.
 
-    The other slots' values stay bit for bit, and so do the parameters as objects; some may grow and new ones may come,
-    so an optimizer must be told (`StackedAdamW.follow`). The caller sets the slot's dropout stream.
+    The other slots keep their exact values, and the parameters stay the same objects. A parameter may grow (for a
+    larger rank) and new parameters may appear, so the caller must pass them to the optimizer
+    (`StackedAdamW.replace_parameters`). The caller also sets the slot's dropout stream.
 
     Args:
         model: A packed model.
         slot: Index of the slot.
-        config: The layers that the new trial adapts and how: any rank, also layers that no slot adapted before.
+        config: LoRA settings of the new trial. It may have any rank, and adapt layers that no slot adapted before.
         generator: CPU random stream for A and B, drawn in the model's order; torch's own when None.
         start: As in `inject_packed_lora`.
 
     Returns:
-        The layers that were matched, and those that were not.
+        The matched and the unmatched layers.
 
     Raises:
-        ValueError: The model is not packed or has no such slot; `config` can't be packed, alone or with the other
-            slots, or `inject_lora` refuses it. The pack is then unchanged.
+        ValueError: The model is not packed or has no such slot; or `config` can't be packed at all, can't be packed
+            with the other slots, or is refused by `inject_lora`. The pack is then unchanged.
     """
     check_slots(model, [slot])
     _check_packable(config, slot)
@@ -119,7 +121,7 @@ def fill_slot(
 
 
 def why_not_packable(config: LoraConfig) -> str | None:
-    """Returns why trials of this configuration must run alone, in one sentence; None where they can share a pack."""
+    """Returns why trials of this configuration must run alone, in one sentence; None if they can share a pack."""
     if config.variant == "dora":
         return "`method.variant=dora` can't be packed: it trains row lengths, which packed layers do not have."
     if config.init == "pissa":
@@ -130,10 +132,11 @@ def why_not_packable(config: LoraConfig) -> str | None:
 
 
 def set_dropout_streams(model: nn.Module, streams: Sequence[torch.Generator | None]) -> None:
-    """Gives each slot the random stream of its dropout masks, on the device of the inputs; None means torch's own.
+    """Sets the random stream of each slot's dropout masks, on the device of the inputs; None means torch's own.
 
-    A slot whose stream is seeded as a solo run seeds torch's draws the masks of that run: those of its changes, and
-    those of the base's `nn.Dropout` modules on a CPU. Batches must have the shape that the solo run's have.
+    If a slot's stream has the seed that a solo run gives to torch, the slot draws the same dropout masks as that run:
+    in the LoRA layers on any device, in the base's `nn.Dropout` on a CPU only. A slot's batches must have the shape of
+    the solo run's batches; if the pack pads them, `set_row_lengths` corrects for it.
 
     Raises:
         ValueError: The model is not packed, or there are more or fewer streams than slots.
@@ -144,9 +147,10 @@ def set_dropout_streams(model: nn.Module, streams: Sequence[torch.Generator | No
 
 
 def set_row_lengths(model: nn.Module, lengths: Sequence[int] | None) -> None:
-    """Sets the length of each slot's rows in a solo run, where a batch pads them to those of the longest slot.
+    """Sets the length of each slot's rows before padding to the longest slot; None: no slot is padded.
 
-    Dropout then draws for each slot the same mask as its solo run: in inputs (rows, length, ...), for its own length.
+    In inputs of shape (rows, length, ...), dropout then draws a slot's mask for the slot's own length only, so that it
+    equals the mask of the solo run.
 
     Raises:
         ValueError: The model is not packed, or there are more or fewer lengths than slots.
@@ -161,7 +165,7 @@ def pack_of(model: nn.Module) -> SlotStreams:
     """Returns the number of slots and the random streams that the layers of a packed model share.
 
     Raises:
-        ValueError: It is not packed.
+        ValueError: The model is not packed.
     """
     layers = list(packed_layers(model).values())
     if not layers:
@@ -170,7 +174,7 @@ def pack_of(model: nn.Module) -> SlotStreams:
 
 
 def check_slots(model: nn.Module, slots: Sequence[int]) -> None:
-    """Raises a ValueError unless the model is packed and these are distinct slots of it, at least one."""
+    """Raises ValueError unless the model is packed and `slots` are at least one, distinct and slots of the model."""
     count = pack_of(model).num_slots
     wrong = [slot for slot in slots if not 0 <= slot < count]
     if wrong or not slots or len(set(slots)) < len(slots):
@@ -181,9 +185,10 @@ def check_slots(model: nn.Module, slots: Sequence[int]) -> None:
 
 
 def copy_base(model: nn.Module) -> nn.Module:
-    """Returns a copy of the base model's modules, of a packed model or any other; its tensors are the very same."""
+    """Returns a copy of the base's modules that shares the base's tensors; `model` may be packed or not."""
     memo: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    # a copy of a wrapper is a copy of its base; inner modules come first, since a trained module may hold dropout
+    # deepcopy must replace each wrapper by a copy of its base. Inner wrappers come first, because a trained module may
+    # contain a dropout wrapper.
     for wrapper in reversed(list(model.modules())):
         if isinstance(wrapper, SlotDropout | PackedLoraLayer | StackedModule):
             memo[id(wrapper)] = copy.deepcopy(wrapper.base, memo)
@@ -191,7 +196,7 @@ def copy_base(model: nn.Module) -> nn.Module:
 
 
 def put_solo(model: nn.Module, slot: int, solo: nn.Module) -> None:
-    """Gives a slot the changes and trained modules of an ordinary adapted model."""
+    """Copies the LoRA layers and trained modules of an ordinary LoRA model into a slot."""
     layers, modules = lora_layers(solo), trained_modules(solo)
     for name, stacked in stacked_modules(model).items():
         stacked.put(slot, modules.get(name))
@@ -202,14 +207,14 @@ def put_solo(model: nn.Module, slot: int, solo: nn.Module) -> None:
 def _inject_solo(
     solo: nn.Module, config: LoraConfig, generator: torch.Generator | None, start: SlotStart | None
 ) -> Coverage:
-    """Makes a slot's ordinary adapted model of a copy, drawing in a solo run's order: the start, then A and B."""
+    """Turns a copy of the base into an ordinary LoRA model, drawing as a solo run: first `start`, then A and B."""
     if start is not None:
         start(solo, generator=generator)
     return inject_lora(solo, config, generator=generator)
 
 
 def _add_layers(model: nn.Module, solos: Sequence[nn.Module], pack: SlotStreams) -> None:
-    """Puts packed layers without a change wherever one of the solo models has a layer and `model` has none."""
+    """Adds an empty packed layer wherever a solo model has a LoRA layer and `model` has no packed layer yet."""
     present, stacked = packed_layers(model), stacked_modules(model)
     dtype = next((layer.lora_a.dtype for layer in present.values()), torch.float32)
     widths: dict[str, int] = {}
@@ -254,11 +259,11 @@ def _check_packable(config: LoraConfig, slot: int) -> None:
 
 
 def _check_together(model: nn.Module, solos: Sequence[nn.Module]) -> None:
-    """Refuses slots that can't share one model, which may be packed already.
+    """Checks that the slots can share one model, which may be packed already.
 
     Raises:
-        ValueError: A slot adapts a layer inside a module that another one trains in full; modules that train are one
-            inside another, share a weight, or have buffers of their own.
+        ValueError: A slot adapts a layer inside a module that another slot trains in full; or a trained module lies
+            inside another one, shares a weight with another one, or has buffers.
     """
     layers = {*packed_layers(model), *(name for solo in solos for name in lora_layers(solo))}
     modules = {name: module.base for solo in solos for name, module in trained_modules(solo).items()}
@@ -273,8 +278,9 @@ def _check_together(model: nn.Module, solos: Sequence[nn.Module]) -> None:
 
 
 def _check_modules(modules: Mapping[str, nn.Module]) -> None:
-    """Refuses modules that can't be stacked: with a weight that another one holds too, or with buffers."""
-    owners = Counter(id(p) for module in modules.values() for p in module.parameters())  # each once per module
+    """Raises ValueError if a module can't be stacked, because it shares a weight with another one or has buffers."""
+    # `parameters()` yields a shared parameter once per module, so a count above 1 means that two modules share it
+    owners = Counter(id(p) for module in modules.values() for p in module.parameters())
     for name, module in modules.items():
         if any(owners[id(p)] > 1 for p in module.parameters()):
             raise ValueError(

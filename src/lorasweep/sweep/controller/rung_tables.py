@@ -1,6 +1,8 @@
-"""Sorted tables of the trials at each rung, from which a decision reads the best trials only.
+"""Sorted tables of the trials at each rung, so that a decision reads only the best trials.
 
 An arm may have 100,000 trials. To compare all of them at each report would take longer than to train one.
+
+The better part of a rung is its best trials, as many as the stopping rule lets train beyond the rung.
 """
 
 from __future__ import annotations
@@ -21,17 +23,17 @@ class RungTables:
     """Three sorted tables for each rung of an arm's stopping rule.
 
     - `arrived`: the trials that have a value at the rung and did not fail.
-    - `waiting`: those of `arrived` that run or are paused and may not train beyond the rung.
-    - `below`: the running and paused trials that have not arrived and wait at no lower rung.
+    - `waiting`: the running and paused trials of `arrived` that may not train beyond the rung (yet).
+    - `below`: the running and paused trials that have not reached the rung and do not wait at a lower rung.
     """
 
     def __init__(self, rule: StoppingRule, trials: Mapping[int, Trial], *, sign: int) -> None:
         """Makes empty tables.
 
         Args:
-            rule: How many trials of a rung may train beyond it.
-            trials: All trials of the arm by number; the caller adds to them.
-            sign: 1 if lower values are better, -1 if higher ones are.
+            rule: Stopping rule, which says how many trials of a rung may train beyond it.
+            trials: All trials of the arm by number; the caller adds new trials to this mapping.
+            sign: 1 if lower values are better, -1 if higher values are better.
         """
         self._rule = rule
         self._trials = trials
@@ -58,7 +60,7 @@ class RungTables:
         return found
 
     def move(self, before: set[Place], after: set[Place]) -> None:
-        """Replaces the rows that a trial had by those that it has."""
+        """Removes a trial's old rows (`before`) from the tables and inserts its new rows (`after`)."""
         for name, rung, row in before - after:
             table = self._tables[name, rung]
             del table[bisect_left(table, row)]
@@ -78,7 +80,10 @@ class RungTables:
         return arrived and self._is_within(row, rung, self._counts(rung, all_begun=all_begun))
 
     def next_promoted(self, *, all_begun: bool) -> tuple[Trial, int] | None:
-        """Returns the best paused trial of a better part, at the highest rung that has one, and that rung."""
+        """Returns the next trial to promote and its rung, or None.
+
+        It is the best paused trial in the better part of its rung, at the highest rung that has such a trial.
+        """
         if not self._rule.rungs:
             return None
         counts = self._counts(self._rule.rungs[-1], all_begun=all_begun)
@@ -89,7 +94,7 @@ class RungTables:
         return None
 
     def _counts(self, last: int, *, all_begun: bool) -> dict[int, int]:
-        """Returns the number of trials in the better part of each rung up to this one."""
+        """Returns the number of trials in the better part of each rung up to the rung `last`."""
         counts: dict[int, int] = {}
         for rung in self._rule.rungs:
             if rung > last:
@@ -99,11 +104,14 @@ class RungTables:
         return counts
 
     def _all_arrived(self, rung: int, counts: Mapping[int, int]) -> bool:
-        """Whether no trial can still reach a rung: none trains towards it, or waits in the better part of a lower one.
+        """Returns whether a rung is complete, if no further trial of the arm begins.
+
+        It is complete if no live trial trains towards it, and no trial that waits at a lower rung belongs to the better
+        part of that lower rung.
 
         Args:
             rung: The rung.
-            counts: The size of the better part of each lower rung.
+            counts: Number of trials in the better part of each lower rung.
         """
         if self._tables["below", rung]:
             return False
