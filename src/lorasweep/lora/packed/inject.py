@@ -49,8 +49,9 @@ def inject_packed_lora(
         configs: One for each slot; ranks, α, scaling rule, dropout, start, targets and `modules_to_save` may differ.
         generators: CPU random stream of each slot's A and B, drawn as by `inject_lora`; torch's own where None.
         start: Called as `start(copy, generator=...)` with each slot's copy of the modules before LoRA is injected. It
-            may replace parameters by new ones, such as those of a new head, which it draws from the slot's stream as a
-            solo run does. It must not write into existing tensors, because all copies share them.
+            may replace parameters of modules that the slot trains in full (`modules_to_save`) by new ones, such as a
+            new head's, which it draws from the slot's stream as a solo run does. It must not write into existing
+            tensors, because all copies share them.
 
     Returns:
         The matched and the unmatched layers of each slot.
@@ -214,7 +215,10 @@ def _inject_solo(
 
 
 def _add_layers(model: nn.Module, solos: Sequence[nn.Module], pack: SlotStreams) -> None:
-    """Adds an empty packed layer wherever a solo model has a LoRA layer and `model` has no packed layer yet."""
+    """Adds an empty packed layer wherever a solo model has a LoRA layer and `model` has no packed layer yet.
+
+    Adds stacked modules in the same way for the modules that a solo model trains in full.
+    """
     present, stacked = packed_layers(model), stacked_modules(model)
     dtype = next((layer.lora_a.dtype for layer in present.values()), torch.float32)
     widths: dict[str, int] = {}
