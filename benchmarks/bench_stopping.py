@@ -81,7 +81,7 @@ def load_product_rules() -> Any:
     package = importlib.util.find_spec("lorasweep")
     if package is None or not package.submodule_search_locations:
         raise SystemExit("`lorasweep` must be importable, but is not. Run `make` or set PYTHONPATH=src.")
-    path = Path(package.submodule_search_locations[0]) / "sweep" / "controller" / "rules.py"
+    path = Path(package.submodule_search_locations[0]) / "sweep" / "controller" / "stopping_rules.py"
     spec = importlib.util.spec_from_file_location("stopping_rules", path)
     assert spec is not None
     assert spec.loader is not None

@@ -40,7 +40,7 @@ def on_loopback(monkeypatch, slurm):
 
 def test_jobs_may_be_cancelled_drained_requeued_and_added(start, tmp_path, on_loopback):
     slurm, folder = on_loopback, tmp_path / "out"
-    sweep = start("on_ray.yaml", *ON_SLURM, "worker.jobs=1", "trainer.max_steps=96", "trainer.eval_every_steps=8")
+    sweep = start("on_ray.yaml", *ON_SLURM, "worker.jobs=1", "trainer.max_steps=240", "trainer.eval_every_steps=20")
     wait_for(lambda: count_evaluations(folder), sweep)
     check_listens_here_only(psutil.Process(sweep.process.pid).children(recursive=True))
     (first,) = slurm.jobs()
@@ -58,7 +58,7 @@ def test_jobs_may_be_cancelled_drained_requeued_and_added(start, tmp_path, on_lo
     slurm.run("scontrol", "update", f"NodeName={NODE}", "State=RESUME")
     slurm.hurry(second)
     sweep.wait()
-    check_whole(folder, steps=96)
+    check_whole(folder, steps=240)
     slurm.wait_for_jobs({})
 
 
