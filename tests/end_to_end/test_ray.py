@@ -89,7 +89,8 @@ def test_workers_and_controllers_that_are_killed_lose_nothing_and_all_of_ray_end
 @pytest.mark.parametrize("victim", ["driver", "raylet", "gcs_server"])
 def test_a_sweep_whose_head_died_is_resumed(start, tmp_path, victim):
     chance, folder = random.Random(victim), tmp_path / "out"
-    sweep = start("worker.num=2", "sweep.output=out", f"trainer.max_steps={STEPS}")
+    steps = 100 * KILLS  # so many that the sweep is not over before the last kill
+    sweep = start("worker.num=2", "sweep.output=out", f"trainer.max_steps={steps}")
     for _ in range(KILLS):
         before = count_evaluations(folder)
         wait_for(lambda before=before: count_evaluations(folder) > before, sweep)
@@ -97,7 +98,7 @@ def test_a_sweep_whose_head_died_is_resumed(start, tmp_path, victim):
         kill_head(sweep, victim)
         sweep = start("--resume", "out")
     sweep.wait()
-    check_whole(folder, steps=STEPS)
+    check_whole(folder, steps=steps)
 
 
 @pytest.mark.parametrize("strategy", ["fsdp", pytest.param("ddp", marks=thorough)])
