@@ -112,11 +112,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def complete_words(prefix: str, parsed_args: argparse.Namespace, **_: Any) -> Iterable[str]:
-    """Returns what a word may become: the name of a sweep, a key with `=`, or the options of a group."""
-    from lorasweep.config.completion import complete_override, sweep_names
+    """Returns the completions of a word: names of sweeps, keys with `=`, or the options of a group."""
+    from lorasweep.config.completion import complete_override
+    from lorasweep.sweep.definition.sweep_file import sweep_files
 
     is_first = not getattr(parsed_args, "words", None) and getattr(parsed_args, "command", None) in (sweep, plan)
-    return [*(sweep_names() if is_first and "=" not in prefix else ()), *complete_override(prefix)]
+    return [*(sorted(sweep_files()) if is_first and "=" not in prefix else ()), *complete_override(prefix)]
 
 
 def sweep(arguments: argparse.Namespace) -> int:

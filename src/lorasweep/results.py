@@ -1,6 +1,6 @@
-"""What the Python API returns: a sweep, a trial or a run, read from its folder.
+"""Results of the Python API: a sweep, a trial or a run, read from its folder.
 
-Results hold no models and no open files, so they can be kept as long as one likes.
+Results hold no models and no open files, so they can be kept for any time.
 """
 
 from __future__ import annotations

@@ -1,8 +1,6 @@
-"""What a word of the command line may become, for tab completion in a shell."""
+"""Tab completion of overrides: keys, and the options of groups."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 from lorasweep.config.compose import (
     compose_values,
@@ -10,14 +8,7 @@ from lorasweep.config.compose import (
     group_names,
     group_options,
     hydra_session,
-    packaged_folder,
 )
-
-
-def sweep_names() -> list[str]:
-    """Returns the names of the sweeps in `sweeps/` of the current folder and among the packaged ones."""
-    folders = (Path("sweeps"), packaged_folder("sweeps"))
-    return sorted({path.stem for folder in folders for path in folder.glob("*.yaml")})
 
 
 def complete_override(prefix: str) -> list[str]:

@@ -254,7 +254,7 @@ class OwnDataConfig:
     factory: str
     """`package.module:function` that returns it (see docs/data.md). Its code runs."""
     task: OwnTask
-    """What `labels` of an example are: one index, several 0 and 1, a number; or the tokens of a text."""
+    """Kind of each example's `labels`: an index, zeros and ones, a number, or the tokens of a text."""
     labels: tuple[str, ...]
     """Names of the labels in the order of their indices; empty for numbers and text."""
     metric: OwnMetric

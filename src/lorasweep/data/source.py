@@ -1,4 +1,4 @@
-"""What reading gives: checked examples in plain Python, by split. `read_source` makes them, `splits` tokenises them."""
+"""Checked examples of each split in plain Python. `read_source` reads them, `splits` tokenises them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class LabelledText(NamedTuple):
 
 
 class Message(NamedTuple):
-    """What one side of a conversation says."""
+    """One message of a conversation."""
 
     role: Role
     content: str

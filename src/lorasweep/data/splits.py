@@ -44,7 +44,7 @@ class DataSplits:
     validation: Split
     task: Task
     metric: str
-    """What runs are scored by: `data.metric`, or what `auto` means here."""
+    """Metric that runs are scored by: `data.metric`, or the metric that `auto` selects for this data set."""
     test: Callable[[], Split]
     """Reads the test split at its first call and returns the same one afterwards; nothing of it is read before."""
     notes: tuple[str, ...] = ()

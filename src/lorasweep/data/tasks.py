@@ -1,6 +1,7 @@
-"""What a run learns and is scored by: a `Task` returns each example's loss and, from all examples, every metric.
+"""Tasks define the loss and the metrics of a run.
 
-`training` knows a task and batches, and nothing of language models or classes.
+A `Task` returns each example's loss and, from all examples, every metric. `training` knows a task and
+batches, and nothing of language models or classes.
 """
 
 from __future__ import annotations
@@ -149,7 +150,7 @@ class LanguageModelling:
 
 
 class LabelTask:
-    """What tasks with one label or set of labels per example share: every example counts once."""
+    """Base of tasks with one label, or one set of labels, per example: each example counts once."""
 
     @abstractmethod
     def _loss(self, logits: Tensor, targets: Tensor) -> Tensor:

@@ -1,1 +1,1 @@
-"""What is done with a finished run: export its weights, reproduce it, inspect what it learned."""
+"""Uses of a finished run: export its weights, reproduce it, inspect its weights."""

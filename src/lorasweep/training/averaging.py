@@ -13,8 +13,9 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 class WeightAveraging(lightning.Callback):
     """Exponential moving average of the trained parameters (Polyak and Juditsky 1992), for `optim.ema_decay`.
 
-    Only what trains is averaged and kept twice; Lightning's own callback would copy the frozen base as well. Whoever
-    saves weights at the end of an evaluation comes after it, and calls `restore_weights` at last.
+    Only the trained parameters are averaged and kept twice; Lightning's own callback would copy the frozen base too.
+    A callback that saves weights at the end of an evaluation must come after this one, and call `restore_weights` when
+    it has saved them.
     """
 
     def __init__(self, decay: float) -> None:

@@ -233,7 +233,7 @@ def _validation_values(trainer: lightning.Trainer) -> Values:
 
 
 def _save_checkpoint(trainer: lightning.Trainer, folder: Path) -> None:
-    """Writes Lightning's checkpoint, which holds only what trains. Every process takes part, and the first writes."""
+    """Writes Lightning's checkpoint of the trained parameters. Every process takes part, and the first writes."""
     if trainer.is_global_zero:
         save_checkpoint(folder, kind="last", step=trainer.global_step, save=trainer.save_checkpoint)
         remove_older_checkpoints(folder, kind="last")

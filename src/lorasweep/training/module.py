@@ -91,7 +91,7 @@ class TrainingModule(lightning.LightningModule):
         self._micro_tokens: list[Tensor] = []
         self._micro_positions = 0
         self._step_began = 0.0
-        self.strict_loading = False  # a checkpoint has only what trains
+        self.strict_loading = False  # a checkpoint has only the trained parameters
 
     def configure_model(self) -> None:
         """Prepares the model, once; under `ModelParallelStrategy` each process then keeps its share of the weights."""
@@ -254,7 +254,7 @@ class TrainingModule(lightning.LightningModule):
         return values
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keeps only what trains (never the base), and the state of every process's dropout stream."""
+        """Keeps only the trained parameters (never the base), and the state of every process's dropout stream."""
         trainable = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trainable}
         streams = [torch.get_rng_state()] * self.trainer.world_size

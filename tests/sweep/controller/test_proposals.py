@@ -29,7 +29,7 @@ from lorasweep.config.sweep import FixedSampler, ModelBasedSampler
 from lorasweep.errors import ConfigError, RunError
 from lorasweep.sweep.controller import history as history_file
 from lorasweep.sweep.controller import proposals
-from lorasweep.sweep.controller.encoding import MAX_REPEAT_FRACTION, SpaceEncoding
+from lorasweep.sweep.controller.history import MAX_REPEAT_FRACTION, TriedPoints
 from lorasweep.sweep.controller.proposals import count_startup_trials, propose
 from lorasweep.sweep.controller.sobol import NUM_POINTS_DRAWN, SobolSequence
 
@@ -452,11 +452,12 @@ def test_of_a_long_history_a_model_sees_the_best_half_and_the_latest_others(monk
 
 def test_a_point_repeats_another_if_all_of_its_values_are_near():
     space = {"a": FloatDistribution(-1, 1), "b": FloatDistribution(-1, 1), "n": IntDistribution(0, 2)}
-    encoding, point = SpaceEncoding(space), {"a": 0.5, "b": -0.001, "n": 1}
+    tried, point = TriedPoints(space), {"a": 0.5, "b": -0.001, "n": 1}
+    tried.add(point)
     near, far = 1 + 0.99 * MAX_REPEAT_FRACTION, 1 + 1.03 * MAX_REPEAT_FRACTION
-    assert encoding.is_repeat(point, {"a": 0.5 * near, "b": -0.001 * near, "n": 1})
+    assert {"a": 0.5 * near, "b": -0.001 * near, "n": 1} in tried
     for other in ({"a": 0.5 * far}, {"b": -0.001 * far}, {"b": 0.001}, {"n": 2}):
-        assert not encoding.is_repeat(point, point | other)
+        assert point | other not in tried
 
 
 def test_sobol_points_are_those_of_optunas_sampler():

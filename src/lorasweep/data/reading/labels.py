@@ -13,7 +13,7 @@ from lorasweep.errors import ConfigError
 from lorasweep.wording import nearest, shorten
 
 SEPARATORS = ("|", ";", ",")
-"""What may stand between several labels in one text: the first of these that occurs in training."""
+"""Separators of several labels in one text. The first of these that occurs in the training split is used."""
 MAX_SINGLE_CLASSES = 20
 """More classes than this must have two examples each on average, unless `data.task` is set: else the column is hardly a
 label but a number or a text."""

@@ -16,7 +16,7 @@ from lorasweep.data.source import DataSource, Example, Examples, Kind, collect_e
 from lorasweep.errors import ConfigError
 
 BUCKETS: Mapping[str, range] = {"validation": range(10), "test": range(10, 20)}
-"""Of a hundred buckets, those whose examples a missing split gets: a tenth each."""
+"""Hash buckets, out of 100, whose examples go to a split that the data set lacks: a tenth for each split."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -13,9 +13,6 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 
 from lorasweep.sweep.definition.space import Space
 
-MAX_REPEAT_FRACTION = 0.01
-"""Two values of a continuous range that differ by at most this fraction of the larger one count as equal."""
-
 Point = dict[str, Any]
 """One value for each key that has more than one value; the value of a list of choices is a position."""
 
@@ -58,15 +55,6 @@ class SpaceEncoding:
             elif isinstance(distribution, FloatDistribution | IntDistribution):
                 params[key] = point.get(key, distribution.low)
         return params
-
-    def is_repeat(self, point: Point, earlier: Point) -> bool:
-        """Whether a point has an earlier point's discrete values, and continuous ones that hardly differ."""
-        for key, range_ in self.ranges.items():
-            a, b = point[key], earlier[key]
-            is_continuous = isinstance(range_, FloatDistribution) and range_.step is None
-            if abs(a - b) > (MAX_REPEAT_FRACTION * max(abs(a), abs(b)) if is_continuous else 0):
-                return False
-        return True
 
 
 def _order_choices(choices: Iterable[Any]) -> tuple[list[Any], bool]:

@@ -17,12 +17,14 @@ from optuna.distributions import FloatDistribution
 from optuna.trial import FrozenTrial, TrialState
 
 from lorasweep.config.data import Direction
-from lorasweep.sweep.controller.encoding import MAX_REPEAT_FRACTION, Point, SpaceEncoding
+from lorasweep.sweep.controller.encoding import Point, SpaceEncoding
 from lorasweep.sweep.definition.space import Space
 
 MAX_HISTORY_TRIALS = 200
 """Number of results that a model sees. The cost of a Gaussian process grows with the cube of this number: at 200 a
 proposal takes about 0.5 s (TPE: 0.04 s), at 500 about 3 s."""
+MAX_REPEAT_FRACTION = 0.01
+"""Two values of a continuous range that differ by at most this fraction of the larger one count as equal."""
 Result = tuple[FrozenTrial, Point]
 Rank = tuple[int, int, float]
 """Sort key of a result, best first."""
@@ -119,7 +121,10 @@ class History:
 
 
 class TriedPoints:
-    """The points of earlier trials. `point in tried` is true if it repeats one: see `SpaceEncoding.is_repeat`."""
+    """The points of earlier trials.
+
+    `point in tried` is true if the point has the discrete values of an earlier one and continuous values near its own.
+    """
 
     def __init__(self, ranges: Space) -> None:
         self._continuous = [

@@ -65,14 +65,18 @@ def find_sweep_file(name: str) -> Path:
         if not path.is_file():
             raise ConfigError(f"a sweep file must exist, but {name!r} does not.")
         return path
-    files = {path.stem: path for path in packaged_folder("sweeps").glob("*.yaml")}
-    # the user's own sweep of the same name wins
-    files |= {path.stem: path for path in (Path.cwd() / "sweeps").glob("*.yaml")}
+    files = sweep_files()
     if name not in files:
         raise ConfigError(
             f"a sweep must be one of {', '.join(sorted(files))} or a YAML file, but got {name!r}.{nearest(name, files)}"
         )
     return files[name]
+
+
+def sweep_files() -> dict[str, Path]:
+    """Returns the files of all sweeps by name. A sweep of the current folder wins over a packaged one of its name."""
+    folders = (packaged_folder("sweeps"), Path.cwd() / "sweeps")
+    return {path.stem: path for folder in folders for path in folder.glob("*.yaml")}
 
 
 def read_content(source: Path | Mapping[str, Any]) -> Any:
