@@ -36,7 +36,7 @@ from numpy.typing import NDArray
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from lorasweep.config.compose import compose_driver
+from lorasweep.config.compose import compose_sweep
 from lorasweep.config.sweep import FixedSampler, ModelBasedSampler, SamplerConfig
 from lorasweep.sweep.controller.proposals import propose
 from lorasweep.sweep.definition.arms import Arm
@@ -203,7 +203,7 @@ def replay(table: Table, way: Way, *, n: int, seed: int) -> Replay:
 def ask_product(table: Table, way: Way, *, n: int, seed: int, first_lr: tuple[float, float] | None = None) -> Ask:
     """Returns a caller of the product's `propose`; with `first_lr`, the first half are Sobol points of that range."""
     space, sampler = table.space(ordered=way.ordered), way.build(n)
-    driver = compose_driver({"sweep.seed": seed})
+    sweep_config = compose_sweep({"sweep.seed": seed})
 
     def ask(number: int, params: Sequence[Mapping[str, Any]], values: Sequence[float]) -> Mapping[str, Any]:
         history = show_history(space, params, values)
@@ -213,7 +213,7 @@ def ask_product(table: Table, way: Way, *, n: int, seed: int, first_lr: tuple[fl
             settings={},
             space=table.space(lr_range=first_lr) if is_first else space,
             trials=n,
-            driver=replace(driver, sampler=FixedSampler(name="qmc") if is_first else sampler),
+            sweep_config=replace(sweep_config, sampler=FixedSampler(name="qmc") if is_first else sampler),
         )
         return propose(arm, history, number=number, direction="minimize")[0]
 

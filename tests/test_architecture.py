@@ -15,7 +15,7 @@ import pytest
 
 import lorasweep
 from lorasweep.cli import run
-from lorasweep.config.compose import compose_driver, compose_run, group_names, packaged_folder
+from lorasweep.config.compose import compose_run, compose_sweep, group_names, packaged_folder
 from lorasweep.config.method import MethodConfig
 from lorasweep.methods import METHODS
 from lorasweep.sweep.definition.arms import read_definition
@@ -56,7 +56,7 @@ def run_python(code, *, cwd=None, source=SOURCE):
 @pytest.mark.parametrize(("primary", "group", "option"), OPTIONS)
 def test_every_file_of_conf_composes(primary, group, option):
     settings = {group: option} | MANDATORY.get(f"{group}={option}", {})
-    compose = compose_run if primary == "train" else compose_driver
+    compose = compose_run if primary == "train" else compose_sweep
     assert getattr(compose(settings), group) is not None
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from lorasweep.config.components import TRUSTED_PACKAGES, set_trusted
 from lorasweep.config.compose import check_command_line, packaged_folder
-from lorasweep.config.targets import TRUSTED_PACKAGES, set_trusted
 from lorasweep.config.trust import split_trust
 from lorasweep.sweep.definition.arms import read_definition
 from lorasweep.sweep.definition.sweep_file import find_sweep_file

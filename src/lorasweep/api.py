@@ -19,9 +19,9 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 
+from lorasweep.config.components import set_trusted, trusted_packages
 from lorasweep.config.compose import compose_run, parse_overrides
 from lorasweep.config.run import RunConfig
-from lorasweep.config.targets import set_trusted, trusted_packages
 from lorasweep.config.trust import check_packages, packages_of
 from lorasweep.console import PlainConsole, say
 from lorasweep.disk import free_folder, require_new_folder
@@ -166,7 +166,7 @@ def start_sweep(definition: Definition, inputs_cache: InputsCache, *, output: st
     Raises:
         ConfigError: Something does not fit; nothing was written.
     """
-    wanted = definition.driver.sweep.output if output is None else str(output)
+    wanted = definition.sweep_config.sweep.output if output is None else str(output)
     path = new_folder(definition.name, wanted)
     for warning in check_workers(definition, path):
         say(f"warning: {warning}", file=sys.stderr)
@@ -231,7 +231,7 @@ def reproduce_sweep(
     record, definition = read_sweep(folder), saved_definition(folder)
     if record.status != "complete":
         raise RecordError(f"a sweep must be complete to be reproduced, but {str(folder)!r} is {record.status}.")
-    if (worker := definition.driver.worker.name) != "local":
+    if (worker := definition.sweep_config.worker.name) != "local":
         raise ConfigError(
             f"a sweep must have had one worker to be reproduced as a whole, but {str(folder)!r} had `worker={worker}`: "
             "which result came first decided what was proposed. Reproduce one of its trials with "

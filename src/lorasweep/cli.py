@@ -15,7 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from lorasweep.config.targets import EVERY_PACKAGE, require_trusted, set_trusted, trusted_packages
+from lorasweep.config.components import EVERY_PACKAGE, require_trusted, set_trusted, trusted_packages
 from lorasweep.console import PlainConsole, say, say_error, threads_leave_file_errors
 from lorasweep.errors import ConfigError, LoraSweepError, RanksLost, RecordError
 from lorasweep.redaction import redact
@@ -129,10 +129,10 @@ def sweep(arguments: argparse.Namespace) -> int:
     name, overrides = _split_name(arguments.words)
     changes = api.read_changes(arguments.words) if arguments.resume else {}
     asked = saved_definition(arguments.resume) if arguments.resume else api.read_sweep_definition(name, overrides)
-    if (worker := asked.driver.worker).name == "slurm" and worker.dry_run:
+    if (worker := asked.sweep_config.worker).name == "slurm" and worker.dry_run:
         from lorasweep.sweep.workers.slurm import batch_text
 
-        say(batch_text(worker, Path(asked.driver.sweep.output or f"outputs/{asked.name}")).removesuffix("\n"))
+        say(batch_text(worker, Path(asked.sweep_config.sweep.output or f"outputs/{asked.name}")).removesuffix("\n"))
         return DONE
     if changes and (added := add_jobs(arguments.resume, changes)) is not None:
         say(f"the sweep runs; more Slurm jobs for it: {' '.join(added) or 'none, it has as many already'}")

@@ -6,12 +6,13 @@ import pytest
 from omegaconf import OmegaConf
 
 from lorasweep.config.build import as_settings
+from lorasweep.config.components import TARGET
 from lorasweep.config.compose import (
     LIST_GROUPS,
     allow_new_arguments,
     check_command_line,
-    compose_driver,
     compose_run,
+    compose_sweep,
     compose_values,
     group_names,
     group_options,
@@ -21,7 +22,6 @@ from lorasweep.config.compose import (
     packaged_folder,
     parse_overrides,
 )
-from lorasweep.config.targets import TARGET
 from lorasweep.errors import ConfigError
 
 
@@ -100,14 +100,14 @@ def test_a_message_is_one_line():
     assert "\n" not in str(caught.value)
 
 
-def test_a_key_of_the_driver_is_no_setting_of_a_run():
+def test_a_sweep_setting_is_no_setting_of_a_run():
     with pytest.raises(ConfigError, match=r"`sampler.startup_trials` is not a setting."):
         compose_run({"sampler.startup_trials": 3})
 
 
-def test_a_driver_has_the_values_of_conf():
-    driver = compose_driver({"pruner": "none"})
-    assert (driver.sampler.name, driver.pruner.name, driver.sweep.trials) == ("gp", "none", None)
+def test_a_sweep_has_the_values_of_conf():
+    sweep_config = compose_sweep({"pruner": "none"})
+    assert (sweep_config.sampler.name, sweep_config.pruner.name, sweep_config.sweep.trials) == ("gp", "none", None)
 
 
 def test_interpolations_follow_what_was_set():
@@ -311,7 +311,7 @@ MANDATORY = {
 @pytest.mark.parametrize(("primary", "group", "option"), OPTIONS)
 def test_a_conf_file_has_one_line_for_every_setting_and_no_other(primary, group, option):
     written = OmegaConf.load(packaged_folder("conf") / group / f"{option}.yaml")
-    compose = compose_run if primary == "train" else compose_driver
+    compose = compose_run if primary == "train" else compose_sweep
     settings = {group: option} | MANDATORY.get(f"{group}={option}", {})
     built = getattr(compose(settings), group)
     names = list(as_settings(built))

@@ -10,10 +10,10 @@ from lorasweep.config.compose import compose_run
 from lorasweep.config.data import (
     GLUE_COLUMNS,
     METRICS_OF_TASK,
+    CustomMetric,
     GlueTask,
     LabelMetric,
     LabelTask,
-    OwnMetric,
     TextMetric,
     glue_as_table,
     max_tokens_per_example,
@@ -78,7 +78,7 @@ def test_longest_example_is_a_block_or_the_longest_that_is_kept():
 
 
 def test_lists_of_metrics_agree():
-    assert set(get_args(OwnMetric)) == {*get_args(LabelMetric), *get_args(TextMetric)} - {"bits_per_byte"}
+    assert set(get_args(CustomMetric)) == {*get_args(LabelMetric), *get_args(TextMetric)} - {"bits_per_byte"}
     assert set(METRICS_OF_TASK) == set(get_args(LabelTask))
     metrics = {metric for metrics in METRICS_OF_TASK.values() for metric in metrics}
     assert {"auto", *metrics} == set(get_args(LabelMetric))

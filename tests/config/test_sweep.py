@@ -1,17 +1,17 @@
-"""No setting of a sweep's driver or arm is out of range."""
+"""No setting of a sweep is out of range."""
 
 from __future__ import annotations
 
 import pytest
 
-from lorasweep.config.compose import compose_driver
+from lorasweep.config.components import Component
+from lorasweep.config.compose import compose_sweep
 from lorasweep.config.sweep import (
     FixedSampler,
     HalvingPruner,
     MedianPruner,
     ModelBasedSampler,
 )
-from lorasweep.config.targets import Component
 from lorasweep.errors import ConfigError
 
 
@@ -50,37 +50,39 @@ from lorasweep.errors import ConfigError
         ({"sweep.trails": 3}, r"`sweep.trails` is not a setting. Did you mean `sweep.trials`\?"),
     ],
 )
-def test_a_setting_of_the_driver_out_of_range_is_refused(settings, message):
+def test_a_sweep_setting_out_of_range_is_refused(settings, message):
     with pytest.raises(ConfigError, match=message):
-        compose_driver(settings)
+        compose_sweep(settings)
 
 
 def test_a_sampler_and_a_pruner_are_told_apart_by_name():
-    driver = compose_driver({"sampler": "qmc", "pruner": "halving", "pruner.rungs": [0.25]})
-    assert driver.sampler == FixedSampler(name="qmc")
-    assert driver.pruner == HalvingPruner(
+    sweep_config = compose_sweep({"sampler": "qmc", "pruner": "halving", "pruner.rungs": [0.25]})
+    assert sweep_config.sampler == FixedSampler(name="qmc")
+    assert sweep_config.pruner == HalvingPruner(
         name="halving", rungs=(0.25,), reduction_factor=2, min_survivors=1, criterion="metric"
     )
-    assert isinstance(compose_driver({}).sampler, ModelBasedSampler)
-    assert isinstance(compose_driver({"pruner": "median"}).pruner, MedianPruner)
+    assert isinstance(compose_sweep({}).sampler, ModelBasedSampler)
+    assert isinstance(compose_sweep({"pruner": "median"}).pruner, MedianPruner)
 
 
 def test_a_pruner_of_the_users_own_takes_any_argument():
-    driver = compose_driver({"pruner._target_": "optuna.pruners.PercentilePruner", "pruner.percentile": 25.0})
-    assert driver.pruner == Component(target="optuna.pruners.PercentilePruner", arguments={"percentile": 25.0})
+    sweep_config = compose_sweep({"pruner._target_": "optuna.pruners.PercentilePruner", "pruner.percentile": 25.0})
+    assert sweep_config.pruner == Component(target="optuna.pruners.PercentilePruner", arguments={"percentile": 25.0})
 
 
 def test_a_sampler_of_the_users_own_takes_any_argument_and_the_place_of_ours():
     nested = {"sampler.base_sampler._target_": "optuna.samplers.RandomSampler", "sampler.base_sampler.seed": 3}
-    driver = compose_driver({"sampler._target_": "optuna.samplers.PartialFixedSampler", **nested})
+    sweep_config = compose_sweep({"sampler._target_": "optuna.samplers.PartialFixedSampler", **nested})
     inner = {"_target_": "optuna.samplers.RandomSampler", "seed": 3}
-    assert driver.sampler == Component(target="optuna.samplers.PartialFixedSampler", arguments={"base_sampler": inner})
+    assert sweep_config.sampler == Component(
+        target="optuna.samplers.PartialFixedSampler", arguments={"base_sampler": inner}
+    )
 
 
 @pytest.mark.parametrize("group", ["sampler", "pruner"])
 def test_a_class_of_a_package_that_is_not_trusted_is_refused(group):
     with pytest.raises(ConfigError, match=rf"`{group}._target_` must be a class of a package that is trusted"):
-        compose_driver({f"{group}._target_": "os.system", f"{group}.command": "true"})
+        compose_sweep({f"{group}._target_": "os.system", f"{group}.command": "true"})
 
 
 @pytest.mark.parametrize(
@@ -88,11 +90,11 @@ def test_a_class_of_a_package_that_is_not_trusted_is_refused(group):
 )
 def test_an_address_of_a_database_with_a_secret_is_refused_without_saying_it(url):
     with pytest.raises(ConfigError, match=r"`storage.url` must have no user or password before an `@`") as refused:
-        compose_driver({"storage.url": url})
+        compose_sweep({"storage.url": url})
     assert "open-s" not in str(refused.value)
     assert "PGPASSWORD" in str(refused.value)
 
 
 @pytest.mark.parametrize("url", [None, "postgresql+psycopg://host/db?user=me", "sqlite:////tmp/studies.db"])
 def test_an_address_of_a_database_without_a_secret_is_taken(url):
-    assert compose_driver({"storage.url": url}).storage.url == url
+    assert compose_sweep({"storage.url": url}).storage.url == url

@@ -10,7 +10,7 @@ from lightning import LightningDataModule
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, IterableDataset, random_split
 
-from lorasweep.config.data import OwnDataConfig
+from lorasweep.config.data import CustomDataConfig
 from lorasweep.data.read_source import read_source
 from lorasweep.data.split import IGNORED
 from lorasweep.data.splits import load_splits
@@ -97,7 +97,7 @@ def own_data(monkeypatch):
 
 def make_config(name="build", **settings):
     given = {"name": "own", "factory": f"own_data:{name}", "task": "single_label", "labels": ("no", "yes")}
-    return OwnDataConfig(**(given | {"metric": "auto"} | settings))
+    return CustomDataConfig(**(given | {"metric": "auto"} | settings))
 
 
 def load(name="build", *, model_kind="classifier", **settings):

@@ -9,7 +9,7 @@ from dataclasses import fields, is_dataclass
 from functools import cache
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin
 
-from lorasweep.config.targets import TARGET, Component
+from lorasweep.config.components import TARGET, Component
 from lorasweep.errors import ConfigError
 from lorasweep.wording import nearest
 

@@ -28,9 +28,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from lorasweep.config.build import build
+from lorasweep.config.components import TARGET, require_trusted
 from lorasweep.config.run import OptimizerComponent, RunConfig
-from lorasweep.config.sweep import DriverConfig
-from lorasweep.config.targets import TARGET, require_trusted
+from lorasweep.config.sweep import SweepConfig
 from lorasweep.errors import ConfigError, first_line
 from lorasweep.redaction import redact
 from lorasweep.wording import nearest
@@ -99,9 +99,9 @@ def refuse_secrets(values: Mapping[str, Any], *, prefix: str = "") -> None:
             )
 
 
-def compose_driver(settings: Mapping[str, Any]) -> DriverConfig:
+def compose_sweep(settings: Mapping[str, Any]) -> SweepConfig:
     """Returns the settings that belong to a sweep and not to its runs; arguments and errors as in `compose_run`."""
-    return build(DriverConfig, compose_values("sweep", settings))
+    return build(SweepConfig, compose_values("sweep", settings))
 
 
 def compose_values(primary: Primary, settings: Mapping[str, Any], *, require_all: bool = True) -> dict[str, Any]:

@@ -19,8 +19,8 @@ TextMetric = Literal["bits_per_byte", "loss", "perplexity"]
 LabelMetric = Literal["auto", "accuracy", "f1", "matthews", "pearson", "spearman", "mse", "loss"]
 """Scores of predicted labels. `auto`: accuracy of one label, F1 of several, Pearson's correlation of numbers."""
 LabelTask = Literal["single_label", "multi_label", "regression"]
-OwnTask = Literal["single_label", "multi_label", "regression", "text"]
-OwnMetric = Literal["auto", "accuracy", "f1", "matthews", "pearson", "spearman", "mse", "loss", "perplexity"]
+CustomTask = Literal["single_label", "multi_label", "regression", "text"]
+CustomMetric = Literal["auto", "accuracy", "f1", "matthews", "pearson", "spearman", "mse", "loss", "perplexity"]
 GlueTask = Literal["cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli"]
 
 METRICS_OF_TASK: Mapping[LabelTask, tuple[LabelMetric, ...]] = {
@@ -247,17 +247,17 @@ class GlueConfig(ExampleSettings, LabelSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class OwnDataConfig:
+class CustomDataConfig:
     """A LightningDataModule of the user's own."""
 
     name: Literal["own"]
     factory: str
     """`package.module:function` that returns it (see docs/data.md). Its code runs."""
-    task: OwnTask
+    task: CustomTask
     """Kind of each example's `labels`: an index, zeros and ones, a number, or the tokens of a text."""
     labels: tuple[str, ...]
     """Names of the labels in the order of their indices; empty for numbers and text."""
-    metric: OwnMetric
+    metric: CustomMetric
     """`auto`: as in `table`, or the loss of text."""
 
     def __post_init__(self) -> None:
@@ -276,7 +276,7 @@ class OwnDataConfig:
             )
 
 
-DataConfig = StdlibConfig | TextConfig | TableConfig | ChatConfig | GlueConfig | OwnDataConfig
+DataConfig = StdlibConfig | TextConfig | TableConfig | ChatConfig | GlueConfig | CustomDataConfig
 
 
 def glue_as_table(config: GlueConfig) -> TableConfig:
@@ -306,7 +306,7 @@ def glue_as_table(config: GlueConfig) -> TableConfig:
 
 def max_tokens_per_example(config: DataConfig) -> int:
     """Returns the maximum of tokens that one training sequence can have."""
-    if isinstance(config, OwnDataConfig):
+    if isinstance(config, CustomDataConfig):
         return 1  # not known before it is read: an example is counted as one
     return config.block_length if isinstance(config, BlockSettings) else config.max_length
 

@@ -9,11 +9,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from lorasweep.config.components import Component
 from lorasweep.config.data import DataConfig
 from lorasweep.config.limits import require_above, require_at_least, require_fraction
 from lorasweep.config.method import MethodConfig
 from lorasweep.config.model import ModelConfig
-from lorasweep.config.targets import Component
 from lorasweep.errors import ConfigError
 from lorasweep.wording import nearest
 

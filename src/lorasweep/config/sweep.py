@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from lorasweep.config.components import Component
 from lorasweep.config.limits import require_at_least, require_at_most, require_fraction
 from lorasweep.config.slurm import SlurmConfig
-from lorasweep.config.targets import Component
 from lorasweep.errors import ConfigError
 from lorasweep.redaction import redact
 
@@ -186,7 +186,7 @@ class ConfirmConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DriverConfig:
+class SweepConfig:
     """Sampler, pruner, storage, workers and stages of a sweep."""
 
     sampler: SamplerConfig

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.utils.data import DataLoader, IterableDataset
 
-from lorasweep.config.data import OwnDataConfig, OwnTask
+from lorasweep.config.data import CustomDataConfig, CustomTask
 from lorasweep.config.named import call_named
 from lorasweep.data.source import DataSource, OwnExamples
 from lorasweep.data.split import IGNORED, Batch, Split
@@ -34,7 +34,7 @@ class OwnSplit(Split):
     """Examples as the user's own data set and collate function return them."""
 
     examples: OwnExamples
-    task: OwnTask
+    task: CustomTask
     bytes_per_token: None = None
     """Unknown: the examples may not even be text."""
 
@@ -57,7 +57,7 @@ class OwnSplit(Split):
         return {"examples": len(self), "fingerprint": self.fingerprint}
 
 
-def read_own(config: OwnDataConfig) -> DataSource:
+def read_own(config: CustomDataConfig) -> DataSource:
     """Returns the examples of the LightningDataModule that `data.factory` makes.
 
     Only the data set and the collate function of its loaders are used: order and batches are made as for every other
@@ -93,7 +93,7 @@ def read_own(config: OwnDataConfig) -> DataSource:
     )
 
 
-def make_batch(collated: Any, *, task: OwnTask) -> Batch:
+def make_batch(collated: Any, *, task: CustomTask) -> Batch:
     """Returns a collated batch with `targets` in place of `labels`.
 
     For task `text`, `labels[i]` is token i, as in transformers; without `labels`, every token of `input_ids` is one.
@@ -119,7 +119,7 @@ def make_batch(collated: Any, *, task: OwnTask) -> Batch:
     return {**batch, "targets": labels.float().flatten() if task == "regression" else labels.float()}
 
 
-def _read_split(config: OwnDataConfig, module: LightningDataModule, name: str) -> OwnExamples:
+def _read_split(config: CustomDataConfig, module: LightningDataModule, name: str) -> OwnExamples:
     """Reads every example of a split once.
 
     Raises:
@@ -157,7 +157,7 @@ def _read_split(config: OwnDataConfig, module: LightningDataModule, name: str) -
     )
 
 
-def _check_targets(targets: Tensor, config: OwnDataConfig, *, place: str) -> None:
+def _check_targets(targets: Tensor, config: CustomDataConfig, *, place: str) -> None:
     names = len(config.labels)
     if config.task == "single_label" and not 0 <= int(targets.min()) <= int(targets.max()) < names:
         raise ConfigError(
@@ -180,7 +180,7 @@ def _tokens_of(batch: Batch) -> Tensor:
     return tokens.masked_fill(batch["attention_mask"] == 0, IGNORED) if "attention_mask" in batch else tokens
 
 
-def _call(config: OwnDataConfig, step: str, function: Callable[[], Any]) -> Any:
+def _call(config: CustomDataConfig, step: str, function: Callable[[], Any]) -> Any:
     try:
         return function()
     except ConfigError:

@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping
 
 from lorasweep.config.data import (
     ChatConfig,
+    CustomDataConfig,
     DataConfig,
     GlueConfig,
-    OwnDataConfig,
     StdlibConfig,
     TextConfig,
     glue_as_table,
@@ -41,7 +41,7 @@ def read_source(config: DataConfig) -> DataSource:
         return _read_stdlib(config)
     if isinstance(config, TextConfig):
         return read_texts(config)
-    if isinstance(config, OwnDataConfig):
+    if isinstance(config, CustomDataConfig):
         return read_own(config)
     if isinstance(config, ChatConfig):
         return read_conversations(config, open_tables(config))

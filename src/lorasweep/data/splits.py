@@ -16,10 +16,10 @@ from transformers import PreTrainedTokenizerBase
 
 from lorasweep.config.data import (
     ChatConfig,
+    CustomDataConfig,
     DataConfig,
     ExampleSettings,
     GlueConfig,
-    OwnDataConfig,
     StdlibConfig,
     TableConfig,
     TextConfig,
@@ -82,7 +82,7 @@ def load_splits(
     settings = glue_as_table(config) if isinstance(config, GlueConfig) else config
 
     def build(examples: Any) -> Split:
-        if isinstance(settings, OwnDataConfig):
+        if isinstance(settings, CustomDataConfig):
             return OwnSplit(name=examples.name, fingerprint=examples.fingerprint, examples=examples, task=settings.task)
         if tokenizer is None:
             raise ConfigError("`model.factory` must return a tokenizer for this data. Return it, or set `model.path`.")
@@ -229,7 +229,7 @@ def make_task(source: DataSource, config: DataConfig, validation: Split) -> Task
         return MultiLabel(num_labels=len(source.label_names))
     if source.kind == "regression":
         return Regression()
-    if isinstance(config, OwnDataConfig):
+    if isinstance(config, CustomDataConfig):
         return LanguageModelling(bytes_per_token=None, metrics=("loss", "perplexity"))
     return LanguageModelling(bytes_per_token=validation.bytes_per_token)  # type: ignore[attr-defined]
 

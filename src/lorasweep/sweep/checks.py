@@ -33,7 +33,7 @@ def check_definition(definition: Definition, inputs_cache: InputsCache) -> None:
             for config in arm.corners:
                 inputs = inputs_cache.of(config)
                 check_run(config, inputs.base)
-                if not definition.driver.confirm.seeds:
+                if not definition.sweep_config.confirm.seeds:
                     continue
                 try:
                     inputs.splits.test()  # the confirm stage reads it after hours of training

@@ -16,8 +16,8 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from lorasweep.config.build import as_settings
+from lorasweep.config.components import Component, argument_names, check_component, find_class, instantiate
 from lorasweep.config.run import RunConfig
-from lorasweep.config.targets import Component, argument_names, check_component, find_class, instantiate
 from lorasweep.data.split import Batch
 from lorasweep.errors import ConfigError
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from lorasweep.config.components import Component, argument_names, instantiate
 from lorasweep.config.run import OptimConfig, OptimizerComponent, RunConfig, ScheduleConfig
-from lorasweep.config.targets import Component, argument_names, instantiate
 from lorasweep.errors import ConfigError, describe_error
 from lorasweep.lora.patterns import block_index
 from lorasweep.methods import ParameterGroup

@@ -28,8 +28,8 @@ from lightning.pytorch.strategies import Strategy
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
+from lorasweep.config.components import Component, instantiate
 from lorasweep.config.run import TrainerConfig
-from lorasweep.config.targets import Component, instantiate
 from lorasweep.disk import write_atomically
 from lorasweep.errors import ConfigError, LoraSweepError, OutOfMemory, RanksLost, RunError, describe_error, first_line
 from lorasweep.training.environment import resolve_device

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from lorasweep.config.build import as_settings, build
+from lorasweep.config.components import is_trusted, require_trusted
 from lorasweep.config.named import FLAGS_OF_CODE, package_of
 from lorasweep.config.run import RunConfig
-from lorasweep.config.targets import is_trusted, require_trusted
 from lorasweep.errors import ConfigError, RecordError
 from lorasweep.methods import METHODS, copy_sharing_weights
 from lorasweep.models.load import BaseModel, Labels, load_base

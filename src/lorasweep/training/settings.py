@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 from lorasweep.config.build import build
+from lorasweep.config.components import require_trusted
 from lorasweep.config.run import RunConfig
-from lorasweep.config.targets import require_trusted
 from lorasweep.training.restore import require_trusted_code
 
 Settings: TypeAlias = RunConfig | Sequence[str] | Mapping[str, Any]

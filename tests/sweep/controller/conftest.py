@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from lorasweep.config.compose import compose_driver
-from lorasweep.config.sweep import DriverConfig, SamplerConfig
+from lorasweep.config.compose import compose_sweep
+from lorasweep.config.sweep import SamplerConfig, SweepConfig
 from lorasweep.record import RunRecord, write_record
 from lorasweep.sweep.controller.controller import Assignment, Controller
 from lorasweep.sweep.controller.folder import SweepFolder
@@ -123,15 +123,15 @@ def resume(open_controller: Callable[[SweepFolder], Controller]) -> Callable[[Pa
 
 def make_arm(space: Space, sampler: SamplerConfig, *, name: str = "lora", trials: int = 16, seed: int = 0) -> Arm:
     """An arm that is asked for proposals."""
-    driver = default_driver()
-    driver = replace(driver, sampler=sampler, sweep=replace(driver.sweep, seed=seed))
-    return Arm(name=name, settings={}, space=space, trials=trials, driver=driver)
+    sweep_config = default_sweep_config()
+    sweep_config = replace(sweep_config, sampler=sampler, sweep=replace(sweep_config.sweep, seed=seed))
+    return Arm(name=name, settings={}, space=space, trials=trials, sweep_config=sweep_config)
 
 
 @cache
-def default_driver() -> DriverConfig:
+def default_sweep_config() -> SweepConfig:
     """The settings of a sweep that sets nothing."""
-    return compose_driver({})
+    return compose_sweep({})
 
 
 def outcome(controller: Controller) -> list[tuple[Any, ...]]:

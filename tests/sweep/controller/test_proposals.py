@@ -24,7 +24,7 @@ from optuna.trial import TrialState, create_trial
 from tests.sweep.controller.conftest import make_arm
 
 import lorasweep
-from lorasweep.config.compose import compose_driver, packaged_folder
+from lorasweep.config.compose import compose_sweep, packaged_folder
 from lorasweep.config.sweep import FixedSampler, ModelBasedSampler
 from lorasweep.errors import ConfigError, RunError
 from lorasweep.sweep.controller import history as history_file
@@ -513,7 +513,7 @@ def test_every_option_of_conf_is_one_of_these_samplers():
     folder = packaged_folder("conf") / "sampler"
     assert {file.stem for file in folder.glob("*.yaml")} == {*SAMPLERS, "optunahub"}
     for name, sampler in SAMPLERS.items():
-        assert compose_driver({"sampler": name}).sampler == sampler
+        assert compose_sweep({"sampler": name}).sampler == sampler
 
 
 def test_the_controller_uses_no_private_name_of_another_package():

@@ -7,7 +7,7 @@ import json
 import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
-from lorasweep.config.compose import compose_driver, compose_run
+from lorasweep.config.compose import compose_run, compose_sweep
 from lorasweep.errors import ConfigError
 from lorasweep.sweep.definition.arms import read_definition, restore_definition
 
@@ -102,21 +102,27 @@ def test_trials_are_set_for_all_arms_with_a_space_or_for_one(read, content):
     assert trials == {"frozen": 1, "full": 2, "lora": 5}
 
 
-def test_the_drivers_keys_are_set_for_all_arms(read, content):
+def test_sweep_settings_are_set_for_all_arms(read, content):
     definition = read(content, "sampler=qmc", "pruner=median", "pruner.min_trials=3", "sweep.seed=7")
-    for driver in (definition.driver, *(arm.driver for arm in definition.arms)):
-        assert (driver.sampler.name, driver.pruner.name, driver.pruner.min_trials) == ("qmc", "median", 3)
-        assert driver.sweep.seed == 7
+    for sweep_config in (definition.sweep_config, *(arm.sweep_config for arm in definition.arms)):
+        assert (sweep_config.sampler.name, sweep_config.pruner.name, sweep_config.pruner.min_trials) == (
+            "qmc",
+            "median",
+            3,
+        )
+        assert sweep_config.sweep.seed == 7
 
 
-def test_an_arms_own_driver_settings_beat_the_files_and_the_command_line_beats_both(read, content):
+def test_an_arms_own_sweep_settings_beat_the_files_and_the_command_line_beats_both(read, content):
     content["settings"]["sampler"] = "qmc"
     content["arms"]["lora"]["settings"]["sampler"] = "random"
-    names = {arm.name: arm.driver.sampler.name for arm in read(content).arms}
+    names = {arm.name: arm.sweep_config.sampler.name for arm in read(content).arms}
     assert names == {"frozen": "qmc", "full": "qmc", "lora": "random"}
-    names = {arm.name: arm.driver.sampler.name for arm in read(content, "sampler=gp").arms}
+    names = {arm.name: arm.sweep_config.sampler.name for arm in read(content, "sampler=gp").arms}
     assert names == {"frozen": "gp", "full": "gp", "lora": "gp"}
-    names = {arm.name: arm.driver.sampler.name for arm in read(content, "sampler=gp", "arms.lora.sampler=tpe").arms}
+    names = {
+        arm.name: arm.sweep_config.sampler.name for arm in read(content, "sampler=gp", "arms.lora.sampler=tpe").arms
+    }
     assert names == {"frozen": "gp", "full": "gp", "lora": "tpe"}
 
 
@@ -136,33 +142,33 @@ def test_an_arms_own_driver_settings_beat_the_files_and_the_command_line_beats_b
 def test_another_option_of_a_group_has_its_own_defaults(read, content, set_in_file, word, name):
     """What the file says inside the group was meant for the option that it had."""
     group = word.removeprefix("arms.lora.").partition("=")[0]
-    of_driver = group in ("pruner", "sampler")
-    of_conf = getattr((compose_driver if of_driver else compose_run)({group: name}), group)
+    of_sweep = group in ("pruner", "sampler")
+    of_conf = getattr((compose_sweep if of_sweep else compose_run)({group: name}), group)
     del content["settings"]["pruner"]
     for settings in (content["settings"], content["arms"]["lora"]["settings"]):
         settings |= set_in_file
         lora = arms_of(read(content, word))["lora"]
-        assert getattr(lora.driver if of_driver else lora.corners[0], group) == of_conf
+        assert getattr(lora.sweep_config if of_sweep else lora.corners[0], group) == of_conf
 
 
 def test_the_option_that_a_file_has_already_keeps_what_the_file_set(read, content):
     content["settings"] |= {"pruner": "median", "pruner.min_trials": 3, "schedule.warmup_fraction": 0.5}
     lora = arms_of(read(content, "pruner=median", "schedule=linear"))["lora"]
-    assert lora.driver.pruner.min_trials == 3
+    assert lora.sweep_config.pruner.min_trials == 3
     assert lora.corners[0].schedule.warmup_fraction == 0.5
 
 
 def test_what_is_set_beside_another_option_stays(read, content):
     content["settings"] |= {"pruner": "median", "pruner.min_trials": 2}
     lora = arms_of(read(content, "pruner.reduction_factor=4", "pruner=halving"))["lora"]
-    assert (lora.driver.pruner.name, lora.driver.pruner.reduction_factor) == ("halving", 4)
+    assert (lora.sweep_config.pruner.name, lora.sweep_config.pruner.reduction_factor) == ("halving", 4)
 
 
 def test_a_pruner_of_the_users_own_is_set_by_its_target(read, content):
     del content["settings"]["pruner"]
     words = ["pruner._target_=optuna.pruners.PercentilePruner", "pruner.percentile=25.0"]
     lora = arms_of(read(content, *words))["lora"]
-    assert (lora.driver.pruner.target, dict(lora.driver.pruner.arguments)) == (
+    assert (lora.sweep_config.pruner.target, dict(lora.sweep_config.pruner.arguments)) == (
         "optuna.pruners.PercentilePruner",
         {"percentile": 25.0},
     )
@@ -226,7 +232,7 @@ def test_a_swept_group_leaves_its_settings_alone(read, content):
 def test_a_grid_takes_as_many_trials_as_it_has_combinations(read, content):
     content["arms"]["lora"] |= {"space": {"method.rank": [1, 2], "optim.lr": [0.1, 0.2, 0.3]}, "trials": 6}
     content["arms"]["full"] |= {"space": {"optim.lr": {"low": 0.1, "high": 0.3, "step": 0.1}}, "trials": 3}
-    assert read(content, "sampler=grid").driver.sampler.name == "grid"
+    assert read(content, "sampler=grid").sweep_config.sampler.name == "grid"
     content["arms"]["lora"]["trials"] = 7
     with pytest.raises(ConfigError, match=r"`arms.lora.trials <= 6` must hold .*`sampler=grid`.*, but got 7."):
         read(content, "sampler=grid")

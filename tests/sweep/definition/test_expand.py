@@ -77,8 +77,8 @@ def test_any_setting_can_be_expanded_over(read, expanded, key, values, names, ch
 def test_samplers_can_be_compared(read, expanded):
     expanded["arms"]["lora"]["expand"] = {"sampler": ["tpe", "random"]}
     arms = read(expanded)
-    assert arms["lora-sampler_tpe"].driver.sampler.name == "tpe"
-    assert arms["lora-sampler_random"].driver.sampler.name == "random"
+    assert arms["lora-sampler_tpe"].sweep_config.sampler.name == "tpe"
+    assert arms["lora-sampler_random"].sweep_config.sampler.name == "random"
 
 
 def test_multipliers_of_alpha_can_be_compared_with_a_fixed_alpha(read, expanded):

@@ -150,7 +150,9 @@ def test_a_trial_that_does_not_fit_is_told_to_the_sampler_as_infeasible(begin, w
     content["arms"] = {"full": content["arms"]["full"] | {"trials": 2}}
     folder = begin(content)
     assert work(folder)
-    study = optuna.load_study(study_name="full", storage=open_storage(folder.definition.driver.storage, folder.path))
+    study = optuna.load_study(
+        study_name="full", storage=open_storage(folder.definition.sweep_config.storage, folder.path)
+    )
     assert [trial.constraints for trial in study.get_trials()] == [{"memory": 1.0}] * 2
 
 

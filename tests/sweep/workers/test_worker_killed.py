@@ -166,7 +166,9 @@ def test_a_worker_killed_while_it_tells_of_a_failure_leaves_no_trial_half_told(
         work(folder)
     assert work(reopen_sweep(folder.path))
     assert [(row.params, row.state, row.value, row.reason) for row in read_sweep(folder.path).trials] == expected
-    trials = optuna.load_study(study_name="lora", storage=open_storage(folder.definition.driver.storage, folder.path))
+    trials = optuna.load_study(
+        study_name="lora", storage=open_storage(folder.definition.sweep_config.storage, folder.path)
+    )
     assert all(trial.state.is_finished() for trial in trials.get_trials())
     told = [trial.constraints for trial in trials.get_trials()]
     assert told == [{"memory": 1.0} if state == "infeasible" else {} for _, state, _, _ in expected]

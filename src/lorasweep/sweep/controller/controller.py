@@ -215,7 +215,7 @@ class Controller:
         if assignment.reads_test and isinstance(error, Diverged):
             return  # that a winner diverges on other seeds is a result
         self._failures_in_a_row += 1
-        limit = assignment.arm.driver.sweep.max_failures
+        limit = assignment.arm.sweep_config.sweep.max_failures
         if self._failures_in_a_row >= limit:
             self.save("interrupted")
             raise WorkerError(

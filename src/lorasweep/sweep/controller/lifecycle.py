@@ -75,7 +75,7 @@ def create_sweep(definition: Definition, path: Path, *, metric: str, notes: Sequ
         warnings=[*find_warnings(definition), *_storage_warnings(definition, path)],
         started_at=utc_now(),
     )
-    config = definition.driver.storage
+    config = definition.sweep_config.storage
     with ExitStack() as undo:
         if config.url is not None:  # before the folder is made, which must not stay behind if there is no database
             record.study_prefix = f"{definition.name}-{secrets.token_hex(4)}/"
@@ -120,7 +120,7 @@ def load_study(path: Path, arm: str) -> optuna.Study:
         RecordError: The folder is not a sweep, or has no study of the arm.
         ConfigError: The sweep's database does not answer.
     """
-    record, config = read_sweep(path), saved_definition(path).driver.storage
+    record, config = read_sweep(path), saved_definition(path).sweep_config.storage
     try:
         # Optuna's own journal, not ours, which would cut off what another process is writing at its end
         journal = JournalFileBackend(str(path / JOURNAL_FILE)) if config.url is None else None
@@ -153,7 +153,7 @@ def reopen_sweep(path: Path, *, changes: Mapping[str, Any] | None = None) -> Swe
     with ExitStack() as undo:
         lock = _lock(path, undo)
         remove_leftovers(path)
-        if definition.driver.storage.url is None and not (path / JOURNAL_FILE).is_file():
+        if definition.sweep_config.storage.url is None and not (path / JOURNAL_FILE).is_file():
             raise RecordError(f"a sweep's folder must contain {JOURNAL_FILE}, but {str(path)!r} does not.")
         try:
             storage = _open(definition, path, undo)
@@ -161,7 +161,7 @@ def reopen_sweep(path: Path, *, changes: Mapping[str, Any] | None = None) -> Swe
         except ConfigError:  # a ValueError too
             raise
         except DATABASE_ERRORS as error:
-            raise unusable_database(definition.driver.storage, error) from error
+            raise unusable_database(definition.sweep_config.storage, error) from error
         except ValueError as error:  # a line is not JSON
             raise RecordError(f"{str(path / JOURNAL_FILE)!r} must be Optuna's journal, but is damaged.") from error
         _check_studies(definition, record, path, studies)
@@ -199,7 +199,7 @@ def _restore_definition(record: SweepRecord, changes: Mapping[str, Any]) -> Defi
 
 
 def _open(definition: Definition, path: Path, undo: ExitStack) -> BaseStorage:
-    storage = open_storage(definition.driver.storage, path)
+    storage = open_storage(definition.sweep_config.storage, path)
     undo.callback(close_storage, storage)
     return storage
 
@@ -217,7 +217,7 @@ def _check_studies(
     """
     fingerprints = {attributes[FINGERPRINT] for attributes in studies.values() if FINGERPRINT in attributes}
     if not fingerprints:
-        url = definition.driver.storage.url
+        url = definition.sweep_config.storage.url
         place = repr(str(path / JOURNAL_FILE)) if url is None else f"`storage.url={url}`"
         raise RecordError(
             f"{place} must have the studies of the sweep in {str(path)!r}, but has none of them. "
@@ -230,7 +230,7 @@ def _check_studies(
         )
     # fewer seeds would leave out a result afterwards
     begun = any(CONFIRM_STUDY.format(arm=arm.name) in studies for arm in definition.arms)
-    asked = definition.driver.confirm.seeds
+    asked = definition.sweep_config.confirm.seeds
     if begun and asked < len(record.confirm_seeds):
         raise ConfigError(
             f"`confirm.seeds >= {len(record.confirm_seeds)}` must hold, with which the confirm stage began, "
@@ -239,7 +239,7 @@ def _check_studies(
 
 
 def _storage_warnings(definition: Definition, path: Path) -> list[str]:
-    kind = network_file_system(path) if definition.driver.storage.url is None else None
+    kind = network_file_system(path) if definition.sweep_config.storage.url is None else None
     if kind is None:
         return []
     return [

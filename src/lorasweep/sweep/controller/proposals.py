@@ -32,9 +32,9 @@ from optuna.samplers import BaseSampler, GPSampler, RandomSampler, TPESampler
 from optuna.storages import InMemoryStorage
 from optuna.trial import FrozenTrial, TrialState
 
+from lorasweep.config.components import Component
 from lorasweep.config.data import Direction
 from lorasweep.config.sweep import ModelBasedSampler
-from lorasweep.config.targets import Component
 from lorasweep.errors import ConfigError, RunError, first_line
 from lorasweep.sweep.controller.component_sampler import ask_sampler
 from lorasweep.sweep.controller.encoding import Point
@@ -72,7 +72,7 @@ def propose(
     """
     if not isinstance(history, History):
         history = History(arm.space, history, direction=direction)
-    sampler, seed, encoding = arm.driver.sampler, _derive_seed(arm, number), history.encoding
+    sampler, seed, encoding = arm.sweep_config.sampler, _derive_seed(arm, number), history.encoding
     if not encoding.ranges:
         return encoding.decode({}), {}
     attributes: dict[str, Any] = {}
@@ -118,7 +118,7 @@ def count_startup_trials(sampler: ModelBasedSampler, *, trials: int) -> int:
 
 def _derive_seed(arm: Arm, number: int | None = None) -> int:
     """Returns the seed of one trial, or of the whole arm; it is the same in every process."""
-    return zlib.crc32(f"{arm.driver.sweep.seed}/{arm.name}/{'' if number is None else number}".encode())
+    return zlib.crc32(f"{arm.sweep_config.sweep.seed}/{arm.name}/{'' if number is None else number}".encode())
 
 
 def _may_learn(sampler: ModelBasedSampler, history: History, number: int, *, arm: Arm) -> bool:

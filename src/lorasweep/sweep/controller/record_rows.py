@@ -42,8 +42,8 @@ def arm_row(arm: Arm, config: RunConfig) -> ArmRow:
         steps=0 if config.method.name == "frozen" else config.trainer.max_steps,
         settings=dict(arm.settings),
         space=describe_space(arm.space),
-        sampler=arm.driver.sampler.name,
-        pruner=arm.driver.pruner.name,
+        sampler=arm.sweep_config.sampler.name,
+        pruner=arm.sweep_config.pruner.name,
         expanded_from=arm.expanded_from,
         expanded=dict(arm.expanded),
     )

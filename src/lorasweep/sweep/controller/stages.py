@@ -11,9 +11,9 @@ from typing import Any, Protocol
 
 from optuna.distributions import IntDistribution
 
+from lorasweep.config.components import Component
 from lorasweep.config.run import RunConfig
 from lorasweep.config.sweep import FixedSampler
-from lorasweep.config.targets import Component
 from lorasweep.record import ConfirmRow, TrialRow, best_trial
 from lorasweep.sweep.controller.arm_trials import ArmTrials
 from lorasweep.sweep.controller.folder import SweepFolder
@@ -91,7 +91,7 @@ class Search:
         ]
 
     def _read_trials(self, arm: Arm, session: str | None) -> ArmTrials:
-        is_adaptive = not isinstance(arm.driver.sampler, FixedSampler)  # a component may learn
+        is_adaptive = not isinstance(arm.sweep_config.sampler, FixedSampler)  # a component may learn
         return ArmTrials(
             arm,
             study=self._sweep.open_study(arm.name, pruner=build_pruner(arm)),
@@ -99,8 +99,8 @@ class Search:
             space=arm.space,
             planned=arm.trials,
             rule=build_rule(arm),
-            by_loss=getattr(arm.driver.pruner, "criterion", "metric") == "loss",
-            prunes_by_study=isinstance(arm.driver.pruner, Component),
+            by_loss=getattr(arm.sweep_config.pruner, "criterion", "metric") == "loss",
+            prunes_by_study=isinstance(arm.sweep_config.pruner, Component),
             first_trials=math.ceil(FIRST_TRIALS_FRACTION * arm.trials) if is_adaptive else None,
             session=session,
         )

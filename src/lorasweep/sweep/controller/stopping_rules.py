@@ -15,8 +15,8 @@ from typing import Protocol
 
 from optuna.pruners import BasePruner
 
+from lorasweep.config.components import Component, instantiate
 from lorasweep.config.sweep import HalvingPruner, MedianPruner
-from lorasweep.config.targets import Component, instantiate
 from lorasweep.sweep.controller.trial import Trial
 from lorasweep.sweep.definition.arms import Arm
 
@@ -99,7 +99,7 @@ def build_rule(arm: Arm) -> StoppingRule:
     Raises:
         ConfigError: The pruner can't be built.
     """
-    pruner, config = arm.driver.pruner, arm.corners[0]
+    pruner, config = arm.sweep_config.pruner, arm.corners[0]
     if config.method.name == "frozen":  # it has no steps
         return NoStopping()
     every, max_steps = config.trainer.eval_every_steps, config.trainer.max_steps
@@ -128,10 +128,10 @@ def build_pruner(arm: Arm) -> BasePruner | None:
     Raises:
         ConfigError: The pruner can't be built.
     """
-    if not isinstance(arm.driver.pruner, Component):
+    if not isinstance(arm.sweep_config.pruner, Component):
         return None
     expected: type[BasePruner] = BasePruner  # type: ignore[type-abstract]
-    return instantiate(arm.driver.pruner, key="pruner", expected=expected)
+    return instantiate(arm.sweep_config.pruner, key="pruner", expected=expected)
 
 
 def cost_at(trial: Trial, rung: int, *, sign: int) -> float:

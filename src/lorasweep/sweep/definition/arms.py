@@ -17,14 +17,14 @@ from typing import Any
 from lorasweep.config.build import as_settings
 from lorasweep.config.compose import (
     LIST_GROUPS,
-    compose_driver,
+    compose_sweep,
     known_keys,
     layer_settings,
     parse_overrides,
 )
 from lorasweep.config.limits import require_at_least
 from lorasweep.config.run import RunConfig
-from lorasweep.config.sweep import DriverConfig
+from lorasweep.config.sweep import SweepConfig
 from lorasweep.errors import ConfigError
 from lorasweep.sweep.definition.alpha_over_rank import (
     ALPHA,
@@ -60,7 +60,7 @@ class Arm:
     settings: Mapping[str, Any]
     space: Space
     trials: int
-    driver: DriverConfig
+    sweep_config: SweepConfig
     expanded_from: str | None = None
     """The arm in the sweep file whose `expand` made this one."""
     expanded: Mapping[str, Any] = field(default_factory=dict)
@@ -89,7 +89,7 @@ class Definition:
     name: str
     description: str
     arms: tuple[Arm, ...]
-    driver: DriverConfig
+    sweep_config: SweepConfig
     raw: dict[str, Any]
     """The content of the sweep file and the overrides, from which `restore_definition` composes the same sweep."""
     source: Path | None
@@ -135,8 +135,8 @@ def restore_definition(raw: Mapping[str, Any], *, source: Path | None) -> Defini
     """Composes a sweep again from the `raw` of its definition; arguments and errors as in `read_definition`."""
     file = parse_file(raw["file"])
     overrides = spell_out_multiplier(raw["overrides"], where="the command line")
-    driver_overrides = _split_driver(overrides)[1]
-    used = set(driver_overrides)
+    sweep_overrides = _split_sweep_settings(overrides)[1]
+    used = set(sweep_overrides)
     arms = tuple(_build_arm(arm, file, overrides, used=used) for arm in expand_arms(file, overrides, used=used))
     for key in overrides:
         if key not in used:
@@ -146,18 +146,18 @@ def restore_definition(raw: Mapping[str, Any], *, source: Path | None) -> Defini
                 f"`{key}` must be a setting of at least one arm ({names}), but is none.{nearest(key, known)} "
                 "Write `arms.ARM.KEY=VALUE` for one arm only."
             )
-    driver = compose_driver(layer_settings("sweep", _split_driver(file.settings)[1], driver_overrides))
+    sweep_config = compose_sweep(layer_settings("sweep", _split_sweep_settings(file.settings)[1], sweep_overrides))
     for arm in arms:
-        if arm.driver.confirm != driver.confirm:
+        if arm.sweep_config.confirm != sweep_config.confirm:
             raise ConfigError(
                 f"all arms must have one `confirm.seeds`, because their runs are compared in pairs, but arm "
-                f"`{arm.name}` has {arm.driver.confirm.seeds!r}, not {driver.confirm.seeds!r}."
+                f"`{arm.name}` has {arm.sweep_config.confirm.seeds!r}, not {sweep_config.confirm.seeds!r}."
             )
     return Definition(
         name=file.name,
         description=file.description,
         arms=arms,
-        driver=driver,
+        sweep_config=sweep_config,
         raw={"file": raw["file"], "overrides": dict(raw["overrides"])},
         source=source,
     )
@@ -172,11 +172,11 @@ def _with_absolute_paths(value: Any, key: str = "") -> Any:
     return os.path.abspath(value) if is_path and any(glob.iglob(value, recursive=True)) else value
 
 
-def _split_driver(settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Returns the settings of runs, and those of the sweep's driver."""
-    groups = {f.name for f in fields(DriverConfig)}
-    driver = {key: value for key, value in settings.items() if key.split(".")[0] in groups}
-    return {key: value for key, value in settings.items() if key not in driver}, driver
+def _split_sweep_settings(settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns the settings of runs, and those of the sweep itself."""
+    groups = {f.name for f in fields(SweepConfig)}
+    sweep_settings = {key: value for key, value in settings.items() if key.split(".")[0] in groups}
+    return {key: value for key, value in settings.items() if key not in sweep_settings}, sweep_settings
 
 
 def _build_arm(arm: ExpandedArm, file: SweepFile, overrides: Mapping[str, Any], *, used: set[str]) -> Arm:
@@ -190,12 +190,14 @@ def _build_arm(arm: ExpandedArm, file: SweepFile, overrides: Mapping[str, Any], 
     ]
     for_all = {key: value for key, value in overrides.items() if not key.startswith("arms.")}
     # later layers win: the file, its arm, the arm's expansion, then the command line from general to particular
-    layers = [_split_driver(layer) for layer in (file.settings, arm.config.settings, arm.expanded, for_all, *own)]
-    driver = compose_driver(layer_settings("sweep", *(of_driver for _, of_driver in layers)))
+    layers = [
+        _split_sweep_settings(layer) for layer in (file.settings, arm.config.settings, arm.expanded, for_all, *own)
+    ]
+    sweep_config = compose_sweep(layer_settings("sweep", *(of_sweep for _, of_sweep in layers)))
     with naming_arm(arm.name):
         settings, ranges = _layer_run([of_run for of_run, _ in layers], arm=arm, used=used)
         space = _parse_space(settings, ranges)
-    trials = arm.config.trials if driver.sweep.trials is None else driver.sweep.trials
+    trials = arm.config.trials if sweep_config.sweep.trials is None else sweep_config.sweep.trials
     trials = DEFAULT_TRIALS if trials is None else trials
     require_at_least(f"arms.{arm.name}.trials", trials, 1)
     if not ranges and not arm.config.space and (arm.config.trials or 1) != 1:
@@ -208,7 +210,7 @@ def _build_arm(arm: ExpandedArm, file: SweepFile, overrides: Mapping[str, Any], 
         settings=settings,
         space=space,
         trials=trials if space else 1,
-        driver=driver,
+        sweep_config=sweep_config,
         expanded_from=arm.expanded_from,
         expanded=arm.expanded,
     )
@@ -277,7 +279,7 @@ def _is_whole(key: str, range_: Any, config: Any) -> bool:
 
 def _check_grid(arm: Arm) -> None:
     """Raises ConfigError unless `sampler=grid` has enough combinations for the arm's trials, and not too many."""
-    if arm.driver.sampler.name != "grid" or not arm.space:
+    if arm.sweep_config.sampler.name != "grid" or not arm.space:
         return
     count = math.prod(len(grid_values(key, distribution)) for key, distribution in arm.space.items())
     if count > MAX_GRID_COMBINATIONS:

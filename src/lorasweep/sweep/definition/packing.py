@@ -10,9 +10,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from lorasweep.config.components import Component
 from lorasweep.config.method import LoraConfig
 from lorasweep.config.run import OptimConfig, RunConfig
-from lorasweep.config.targets import Component
 from lorasweep.errors import ConfigError
 from lorasweep.lora.packed.inject import why_not_packable
 from lorasweep.sweep.definition.arms import Arm, Definition
@@ -58,11 +58,11 @@ def plan_packing(definition: Definition) -> dict[str, ArmPacking]:
     plans = {arm.name: _plan_arm(arm) for arm in definition.arms}
     packable = [arm for arm in definition.arms if plans[arm.name].key is not None]
     for arm in definition.arms:
-        size, plan = arm.driver.worker.pack_size, plans[arm.name]
+        size, plan = arm.sweep_config.worker.pack_size, plans[arm.name]
         if size == "auto" or size == 1:
             continue
         # a size for the whole sweep is for the arms that can be packed; the others run alone without an error
-        is_for_this_arm = arm.driver.worker != definition.driver.worker
+        is_for_this_arm = arm.sweep_config.worker != definition.sweep_config.worker
         if plan.key is None and (is_for_this_arm or not packable):
             raise ConfigError(
                 f"`worker.pack_size` must be 1 or auto for arm `{arm.name}`, but got {size!r}: {plan.reason}"
@@ -84,7 +84,7 @@ def packing_notes(definition: Definition) -> list[str]:
         for arm in definition.arms
         if plans[arm.name].key is None
         and isinstance(plans[arm.name].largest.method, LoraConfig)
-        and arm.driver.worker.pack_size != 1
+        and arm.sweep_config.worker.pack_size != 1
         and arm.trials > 1
     ]
 

@@ -97,7 +97,7 @@ def _plan_arm(arm: Arm, packing: ArmPacking, inputs_cache: InputsCache, *, seeds
     inputs = inputs_cache.of(config)
     slots: int | None = None
     if packing.key is not None:
-        wanted = arm.driver.worker.pack_size
+        wanted = arm.sweep_config.worker.pack_size
         slots = choose_pack_size(config, inputs=inputs, trials_left=arm.trials).slots if wanted == "auto" else wanted
     cost = _measure_fitting(config, inputs, slots=slots)
     steps = 0 if config.method.name == "frozen" else config.trainer.max_steps

@@ -47,7 +47,7 @@ class SweepFile:
     name: str
     description: str
     settings: Mapping[str, Any]
-    """Dotted keys and values of every arm and of the driver."""
+    """Dotted keys and values of the runs of every arm and of the sweep itself."""
     arms: Mapping[str, ArmConfig]
 
     def __post_init__(self) -> None:

@@ -36,7 +36,7 @@ def find_warnings(definition: Definition) -> list[str]:
             f"Trials of {late} are never stopped early, because they have no evaluation before their last step. "
             "Lower `trainer.eval_every_steps`, or choose `pruner=none`."
         )
-    if definition.driver.confirm.seeds == 1:
+    if definition.sweep_config.confirm.seeds == 1:
         warnings.append("`confirm.seeds` is 1, but an interval over seeds needs at least 2.")
     return warnings
 
@@ -50,7 +50,7 @@ def count_tokens(config: RunConfig) -> int:
 
 def _has_no_rung(arm: Arm) -> bool:
     trainer = arm.corners[0].trainer
-    return isinstance(arm.driver.pruner, HalvingPruner) and trainer.eval_every_steps >= trainer.max_steps
+    return isinstance(arm.sweep_config.pruner, HalvingPruner) and trainer.eval_every_steps >= trainer.max_steps
 
 
 def _warn_of_budgets(arms: Sequence[Arm]) -> Iterator[str]:

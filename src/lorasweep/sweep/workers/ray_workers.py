@@ -32,8 +32,8 @@ import torch
 from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
+from lorasweep.config.components import set_trusted, trusted_packages
 from lorasweep.config.run import RunConfig
-from lorasweep.config.targets import set_trusted, trusted_packages
 from lorasweep.errors import LoraSweepError, RanksLost, WorkerError, first_line
 from lorasweep.record import RunRecord, read_sweep
 from lorasweep.sweep.controller.controller import Controller, RunEnded
@@ -72,7 +72,7 @@ class WorkerRefused(WorkerError):  # noqa: N818 (named by what happened)
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerContext:
-    """The settings of the driver's process that a process on another node takes over."""
+    """The settings of the controller's process that a process on another node takes over."""
 
     folder: Path
     """The current folder, for relative paths."""

@@ -43,7 +43,7 @@ def check_workers(definition: Definition, path: Path) -> list[str]:
     Raises:
         ConfigError: They can't, or Slurm refuses their jobs.
     """
-    config = definition.driver.worker
+    config = definition.sweep_config.worker
     processes = {arm.name: count_processes(arm.corners[0].trainer) for arm in definition.arms}
     found = ", ".join(f"{number} (arm `{name}`)" for name, number in processes.items())
     if isinstance(config, LocalWorker) and max(processes.values()) > 1:
@@ -71,7 +71,7 @@ def hand_over(sweep: SweepFolder) -> str | None:
     Raises:
         WorkerError: Slurm refuses the job.
     """
-    config = sweep.definition.driver.worker
+    config = sweep.definition.sweep_config.worker
     if not isinstance(config, SlurmConfig) or config.head != "job":
         return None
     from lorasweep.sweep.workers.slurm import submit_head  # noqa: PLC0415
@@ -96,7 +96,7 @@ def add_jobs(path: Path, changes: Mapping[str, Any]) -> list[str] | None:
         ConfigError: Slurm would not take the jobs.
         WorkerError: Slurm refuses them.
     """
-    config = saved_definition(path, changes=changes).driver.worker
+    config = saved_definition(path, changes=changes).sweep_config.worker
     if not isinstance(config, SlurmConfig) or not is_running(path):
         return None
     from lorasweep.sweep.workers.slurm import check_slurm, submit_missing_jobs  # noqa: PLC0415
@@ -129,7 +129,7 @@ def train_sweep(
         ConfigError: `worker` asks for a Ray cluster that is not there, or that can't hold a worker.
         WorkerError: As for `Worker.run`, or no Slurm job is left.
     """
-    config = sweep.definition.driver.worker
+    config = sweep.definition.sweep_config.worker
     if isinstance(config, LocalWorker):
         try:
             return _train_here(sweep, inputs_cache, stop_requested=stop_requested, run_ended=run_ended)

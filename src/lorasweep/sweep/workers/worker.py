@@ -219,7 +219,7 @@ class Worker:
         None means that each trains alone, outside of packs. A pack of one is not the same: a run that began in a pack
         can be resumed in packs only.
         """
-        plan, wanted = self._plans[arm.name], arm.driver.worker.pack_size
+        plan, wanted = self._plans[arm.name], arm.sweep_config.worker.pack_size
         if plan.key is None or wanted == 1:
             return None
         if plan.key not in self._pack_limits:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from lorasweep.config.build import as_settings, build
-from lorasweep.config.targets import (
+from lorasweep.config.components import (
     EVERY_PACKAGE,
     Component,
     argument_names,

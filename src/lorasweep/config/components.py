@@ -57,8 +57,8 @@ NESTED_BASES = frozenset(
 package also has classes that run code when they are instantiated, such as `torch.package.PackageImporter`."""
 EVERY_PACKAGE = "all"
 """Value of `trust` that trusts every package."""
-PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
-INSTALL = re.compile(r"pip install (?:-U )?'?([\w.-]+)")
+IMPORT_PATH_PATTERN = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
+PIP_INSTALL_PATTERN = re.compile(r"pip install (?:-U )?'?([\w.-]+)")
 
 _trusted: set[str] = set()
 
@@ -182,7 +182,7 @@ def argument_names(target: str, *, key: str) -> tuple[list[str], bool]:
 
 def _import_class(target: Any, *, key: str) -> type:
     wrong = f"`{key}.{TARGET}` must be the import path of a class, but got {target!r}"
-    if not isinstance(target, str) or not PATH.fullmatch(target) or "__" in target:
+    if not isinstance(target, str) or not IMPORT_PATH_PATTERN.fullmatch(target) or "__" in target:
         raise ConfigError(f"{wrong}. Write it like `torch.optim.AdamW`.")
     package = target.partition(".")[0]
     if not is_trusted(package):
@@ -242,7 +242,7 @@ def _describe_refusal(error: Exception, component: Component, *, key: str) -> st
     if isinstance(cause, ConfigError):  # a class of lorasweep raised it, so the message is complete
         return str(cause)
     if isinstance(cause, ModuleNotFoundError):
-        hint = INSTALL.search(str(cause))  # Lightning's errors have no `name`, but quote the pip command
+        hint = PIP_INSTALL_PATTERN.search(str(cause))  # Lightning's errors have no `name`, but quote the pip command
         if package := hint[1] if hint else (cause.name or "").partition(".")[0]:
             return f"`{key}` needs the package {package!r}, which is not installed. Run `pip install {package}`."
     return (
