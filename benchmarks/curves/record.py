@@ -38,7 +38,7 @@ from lorasweep.data.split import repeat_batch
 from lorasweep.data.tasks import Evaluation
 from lorasweep.lora import inject_packed_lora, set_dropout_streams, split_lora_parameters
 from lorasweep.lora.packed.inject import set_row_lengths
-from lorasweep.methods import METHODS, copy_sharing_weights, draw_head, train_head
+from lorasweep.methods import METHODS, add_head_to_modules_to_save, copy_sharing_weights, draw_head
 from lorasweep.training.environment import deterministic_algorithms
 from lorasweep.training.inputs import RunInputs, build_inputs, resolve_accumulate
 from lorasweep.training.optim import build_optimizer, refine_groups, schedule_factor
@@ -185,7 +185,7 @@ class LoraPack:
         self.model: nn.Module = copy_sharing_weights(inputs.base.model)
         start = functools.partial(draw_head, names=inputs.base.head)
         generators = [torch.Generator().manual_seed(seeds.init) for _ in configs]
-        methods = [train_head(_lora(config), inputs.base.head) for config in configs]
+        methods = [add_head_to_modules_to_save(_lora(config), inputs.base.head) for config in configs]
         inject_packed_lora(self.model, methods, generators=generators, start=start)
         self.model.train()
         self.optimizer = StackedAdamW(split_lora_parameters(self.model), [config.optim for config in configs])

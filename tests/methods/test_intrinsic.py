@@ -13,7 +13,7 @@ from transformers import BertConfig, BertForSequenceClassification
 from lorasweep.config.method import IntrinsicConfig
 from lorasweep.errors import ConfigError, RecordError
 from lorasweep.methods import METHODS, copy_sharing_weights
-from lorasweep.methods.intrinsic import WEIGHTS_FILE, Coordinates, layer_of, require_coordinates
+from lorasweep.methods.intrinsic import Coordinates, find_coordinates, layer_of
 
 from .conftest import logits_of, make_base, prepare, train
 
@@ -30,7 +30,7 @@ def prepare_any(model, config, *, seed=0):
 
 def set_numbers(model, *, seed=0):
     """Puts trained-looking values in place of the zeros."""
-    coordinates = require_coordinates(model)
+    coordinates = find_coordinates(model)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         coordinates.numbers.normal_(std=0.02, generator=generator)
@@ -74,9 +74,9 @@ def test_every_weight_moves():
 def test_change_is_the_projection_times_the_layers_scale():
     base = make_base(dtype=torch.float32)
     did, said = prepare(base, "intrinsic", config=DID), prepare(base, "intrinsic", config=SAID)
-    assert require_coordinates(said).seed == require_coordinates(did).seed
+    assert find_coordinates(said).seed == find_coordinates(did).seed
     set_numbers(said)
-    scales = require_coordinates(said).scales
+    scales = find_coordinates(said).scales
     with torch.no_grad():
         scales.copy_(torch.tensor([2.0, 0.5, 3.0, 1.0]))  # embeddings, first block, second block, last norm
     moved = changes_of(said, base)
@@ -130,7 +130,7 @@ def test_with_all_dimensions_a_planted_linear_problem_is_solved_as_by_full():
     losses = {}
     for dim in (16, 32, 64):
         prepared = prepare_any(model.requires_grad_(False), IntrinsicConfig(dim=dim, form="did"))
-        losses[dim] = fit(prepared, [require_coordinates(prepared).numbers])
+        losses[dim] = fit(prepared, [find_coordinates(prepared).numbers])
     assert losses[64] < 1e-6 * start  # 64 numbers are as many as the weights
     assert losses[16] > losses[32] > 0.1 * start  # fewer leave out what lies outside their subspace
 
@@ -173,7 +173,7 @@ def test_weights_have_the_bases_dtype_and_gradients_fp32(dtype):
     set_numbers(model)
     assert {weight.dtype for weight in weights_of(model).values()} == {dtype}
     logits_of(model, "intrinsic").sum().backward()
-    coordinates = require_coordinates(model)
+    coordinates = find_coordinates(model)
     assert {coordinates.numbers.grad.dtype, coordinates.scales.grad.dtype} == {torch.float32}
 
 
@@ -196,7 +196,7 @@ def test_a_copy_of_a_prepared_model_is_independent():
     copied = copy.deepcopy(model)
     set_numbers(copied)
     assert not torch.equal(logits_of(copied, "intrinsic"), logits_of(model, "intrinsic"))
-    assert not require_coordinates(model).numbers.any()
+    assert not find_coordinates(model).numbers.any()
 
 
 def test_file_has_the_numbers_and_the_seed_alone(tmp_path):
@@ -204,32 +204,29 @@ def test_file_has_the_numbers_and_the_seed_alone(tmp_path):
     model = prepare(base, "intrinsic", config=SAID, seed=7)
     train(model, "intrinsic")
     METHOD.save(model, tmp_path, base=base)
-    assert {name: tensor.numel() for name, tensor in load_file(tmp_path / WEIGHTS_FILE).items()} == {
+    assert {name: tensor.numel() for name, tensor in load_file(tmp_path / METHOD.weights_file).items()} == {
         "numbers": 40 - LAYERS,
         "scales": LAYERS,
     }
-    with safe_open(tmp_path / WEIGHTS_FILE, framework="pt") as file:
+    with safe_open(tmp_path / METHOD.weights_file, framework="pt") as file:
         stored = file.metadata()
-    assert stored["seed"] == str(require_coordinates(model).seed)
+    assert stored["seed"] == str(find_coordinates(model).seed)
     assert stored["base_fingerprint"] == base.fingerprint
-    assert (tmp_path / WEIGHTS_FILE).stat().st_size < 1000
+    assert (tmp_path / METHOD.weights_file).stat().st_size < 1000
 
 
 def change_metadata(folder, **changes):
-    with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
+    with safe_open(folder / METHOD.weights_file, framework="pt") as file:
         stored = file.metadata() | changes
-    save_file(load_file(folder / WEIGHTS_FILE), folder / WEIGHTS_FILE, metadata=stored)
+    save_file(load_file(folder / METHOD.weights_file), folder / METHOD.weights_file, metadata=stored)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"form": "did"}, "must have form 'said', but got 'did'"),
-        ({"num_weights": "5"}, "must have num_weights '.*', but got '5'"),
-        ({"piece": "64"}, "must have piece '262144', but got '64'"),
-        ({"seed": "x"}, "must have a seed below 2\\*\\*32, but got 'x'"),
-        ({"seed": "-1"}, "must have a seed below 2\\*\\*32, but got '-1'"),
-        ({"seed": str(2**32)}, "must have a seed below 2\\*\\*32, but got '4294967296'"),
+        ({"form": "did"}, "`form` 'said', but got 'did'"),
+        ({"num_weights": "5"}, "`num_weights` '.*', but got '5'"),
+        ({"weights_per_chunk": "64"}, "`weights_per_chunk` '262144', but got '64'"),
     ],
 )
 def test_file_of_another_projection_is_refused_and_changes_nothing(changes, message, tmp_path):
@@ -241,8 +238,8 @@ def test_file_of_another_projection_is_refused_and_changes_nothing(changes, mess
     model = prepare(base, "intrinsic", config=SAID, seed=3)
     with pytest.raises(RecordError, match=message):
         METHOD.load(model, tmp_path)
-    assert not require_coordinates(model).numbers.any()
-    assert require_coordinates(model).seed == require_coordinates(prepare(base, "intrinsic", config=SAID, seed=3)).seed
+    assert not find_coordinates(model).numbers.any()
+    assert find_coordinates(model).seed == find_coordinates(prepare(base, "intrinsic", config=SAID, seed=3)).seed
 
 
 def test_file_of_another_dimension_is_refused(tmp_path):
@@ -297,8 +294,8 @@ def test_a_layer_is_a_block_or_a_module_outside_them(name, layer):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"dim": 10**6}, r"`method.dim <= \d+` must hold, the number of weights, but got 1000000. .*`method=full`"),
-        ({"dim": 4}, r"`method.dim > 4` must hold with `method.form=said`, .* but got 4. Raise `method.dim`"),
+        ({"dim": 10**6}, r"`method.dim` .* but got 1000000. .*`method=full`"),
+        ({"dim": 4}, r"`method.dim` .* 4, .*`method.form=said`, but got 4. .*`method.form=did`"),
     ],
 )
 def test_dimension_that_does_not_fit_is_found_by_check_and_by_prepare(settings, message):
@@ -314,12 +311,6 @@ def test_without_scales_fewer_numbers_than_layers_are_enough():
     METHOD.check(make_base().model, IntrinsicConfig(dim=1, form="did"))
 
 
-def test_prepared_model_is_not_prepared_again():
-    model = prepare(make_base(), "intrinsic", config=DID)
-    with pytest.raises(ConfigError, match="needs a model that it has not prepared yet"):
-        METHOD.prepare(model, DID, generator=torch.Generator())
-
-
 def test_gradients_are_the_same_where_activations_are_computed_again():
     base = make_base(dtype=torch.float32)
     gradients = []
@@ -329,6 +320,6 @@ def test_gradients_are_the_same_where_activations_are_computed_again():
             model.activation_checkpointing_enable({"use_reentrant": False})
         set_numbers(model)
         logits_of(model, "intrinsic").logsumexp(-1).sum().backward()
-        gradients.append(require_coordinates(model).numbers.grad)
+        gradients.append(find_coordinates(model).numbers.grad)
     assert gradients[0].any()
     assert torch.equal(*gradients)

@@ -104,7 +104,7 @@ def test_gradient_is_that_of_finite_differences(shape):
 
 
 def test_gradient_in_several_pieces_is_that_of_finite_differences(monkeypatch):
-    monkeypatch.setattr(projection, "PIECE", 64)
+    monkeypatch.setattr(projection, "WEIGHTS_PER_CHUNK", 64)
     numbers = torch.randn(16, dtype=torch.float64, requires_grad=True)
     base, signs = torch.zeros(150, dtype=torch.float64), signs_for(150, block=16)
     assert torch.autograd.gradcheck(lambda n: add_projection(base, n, signs), (numbers,))

@@ -56,7 +56,9 @@ def loss_of(model, kind):
 
 def prepare(base, method, *, seed=0):
     model = copy_sharing_weights(base.model)
-    METHODS[method].prepare(model, CONFIGS[method], generator=torch.Generator().manual_seed(seed), head=base.head)
+    METHODS[method].prepare(
+        model, CONFIGS[method], generator=torch.Generator().manual_seed(seed), new_head_names=base.head
+    )
     return model
 
 

@@ -46,7 +46,7 @@ def test_only_the_head_is_new(base):
 def test_lora_learns_four_sentences(base):
     model = copy_sharing_weights(base.model)
     method = METHODS["lora"]
-    method.prepare(model, LoraConfig(rank=4), generator=torch.Generator().manual_seed(0), head=base.head)
+    method.prepare(model, LoraConfig(rank=4), generator=torch.Generator().manual_seed(0), new_head_names=base.head)
     groups = method.trainable_groups(model, lr_ratio_b=1.0)
     optimizer = torch.optim.AdamW([{"params": group.params} for group in groups], lr=5e-3)
     for _ in range(6):

@@ -89,7 +89,7 @@ def load(model_config):
 def prepare(base, name, *, seed=0):
     config = {"lora": LoraConfig(rank=2), "full": FullConfig(), "head": HeadConfig()}[name]
     model = copy_sharing_weights(base.model)
-    METHODS[name].prepare(model, config, generator=torch.Generator().manual_seed(seed), head=base.head)
+    METHODS[name].prepare(model, config, generator=torch.Generator().manual_seed(seed), new_head_names=base.head)
     return model
 
 

@@ -1,4 +1,4 @@
-"""Training methods. `METHODS` maps each `method.name` to an object with the protocol `Method`."""
+"""Training methods. `METHODS` maps each `method.name` to the `Method` that does it."""
 
 from __future__ import annotations
 
@@ -8,14 +8,20 @@ from lorasweep.methods.bitfit import BitfitMethod
 from lorasweep.methods.frozen import FrozenMethod
 from lorasweep.methods.full import FullMethod
 from lorasweep.methods.head import HeadMethod
-from lorasweep.methods.head_init import draw_head
 from lorasweep.methods.intrinsic import IntrinsicMethod
-from lorasweep.methods.lora import LoraMethod, train_head
-from lorasweep.methods.method import Method, ParameterGroup, copy_sharing_weights
+from lorasweep.methods.lora import LoraMethod, add_head_to_modules_to_save
+from lorasweep.methods.method import Method, ParameterGroup, copy_sharing_weights, draw_head
 
 METHODS: Mapping[str, Method] = {
     method.name: method
     for method in (LoraMethod(), FullMethod(), HeadMethod(), BitfitMethod(), IntrinsicMethod(), FrozenMethod())
 }
 
-__all__ = ["METHODS", "Method", "ParameterGroup", "copy_sharing_weights", "draw_head", "train_head"]
+__all__ = [
+    "METHODS",
+    "Method",
+    "ParameterGroup",
+    "add_head_to_modules_to_save",
+    "copy_sharing_weights",
+    "draw_head",
+]

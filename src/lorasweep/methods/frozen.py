@@ -2,41 +2,20 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import Any
 
-import torch
 from torch import nn
 
-from lorasweep.config.method import MethodConfig
-from lorasweep.methods.head_init import draw_head
-from lorasweep.methods.method import ParameterGroup
-from lorasweep.models.load import BaseModel
+from lorasweep.methods.method import Method
 
 
-class FrozenMethod:
+class FrozenMethod(Method):
     """Trains nothing and saves nothing."""
 
     name = "frozen"
-    needs_autocast = False
 
-    def check(self, model: nn.Module, config: MethodConfig, *, head: tuple[str, ...] = ()) -> None:
-        """Does nothing: the method fits every model."""
-
-    def prepare(
-        self, model: nn.Module, config: MethodConfig, *, generator: torch.Generator, head: tuple[str, ...] = ()
-    ) -> None:
-        """Draws a new head and changes nothing else, because a copy of the base is frozen already."""
-        draw_head(model, head, generator=generator)
-
-    def trainable_groups(self, model: nn.Module, *, lr_ratio_b: float) -> list[ParameterGroup]:
-        """Returns an empty list, because no parameter trains."""
-        return []
-
-    def save(self, model: nn.Module, folder: Path, *, base: BaseModel) -> None:
-        """Writes nothing."""
-
-    def load(self, model: nn.Module, folder: Path) -> None:
-        """Reads nothing."""
+    def _make_trainable(self, model: nn.Module, config: Any, **_: Any) -> None:
+        pass  # a copy of the base is frozen already
 
     def merge(self, model: nn.Module) -> None:
         """Does nothing: the model is a plain one already."""

@@ -2,65 +2,47 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lorasweep.config.method import MethodConfig
+from lorasweep.disk import move_into_place
 from lorasweep.errors import RecordError, first_line
-from lorasweep.lora.adapter_files import serialise
-from lorasweep.methods.head_init import draw_head
-from lorasweep.methods.method import ParameterGroup, one_group, read_weights, replacing_files, train_copies
+from lorasweep.methods.method import Method, train_copies
 from lorasweep.models.load import BaseModel
 from lorasweep.models.pretrained import LOADING_ERRORS, load_pretrained, quiet_transformers
 
-WEIGHTS_FILE = "model.safetensors"
 
-
-class FullMethod:
+class FullMethod(Method):
     """Full fine-tuning, with fp32 weights for a base of any dtype."""
 
     name = "full"
     needs_autocast = True
+    weights_file = "model.safetensors"
 
-    def check(self, model: nn.Module, config: MethodConfig, *, head: tuple[str, ...] = ()) -> None:
-        """Does nothing: the method fits every model."""
-
-    def prepare(
-        self, model: nn.Module, config: MethodConfig, *, generator: torch.Generator, head: tuple[str, ...] = ()
-    ) -> None:
-        """Draws a new head and replaces each parameter by a trainable fp32 copy; tied parameters stay tied."""
-        draw_head(model, head, generator=generator)
+    def _make_trainable(self, model: nn.Module, config: Any, **_: Any) -> None:
         train_copies(model, model.parameters())
 
-    def trainable_groups(self, model: nn.Module, *, lr_ratio_b: float) -> list[ParameterGroup]:
-        """Returns all parameters as one group."""
-        return one_group("full", model)
-
     def save(self, model: nn.Module, folder: Path, *, base: BaseModel) -> None:
-        """Writes model.safetensors in fp32. For a transformers model, also writes config.json, but no tokenizer.
-
-        For any other model, the file has the parameters, each tied one once, and the buffers.
-        """
-        with replacing_files(folder) as new, quiet_transformers():
-            if isinstance(model, PreTrainedModel):
-                model.save_pretrained(new, max_shard_size="1TB")
-            else:
-                state = {name: tensor.detach().cpu().contiguous() for name, tensor in _named_tensors(model).items()}
-                (new / WEIGHTS_FILE).write_bytes(serialise(state, metadata={"format": "pt"}))
+        """Writes model.safetensors in fp32. For a transformers model, also writes config.json, but no tokenizer."""
+        if not isinstance(model, PreTrainedModel):
+            super().save(model, folder, base=base)
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".saving-", suffix=".tmp", dir=folder) as name, quiet_transformers():
+            model.save_pretrained(name, max_shard_size="1TB")
+            for file in sorted(Path(name).iterdir()):
+                file.chmod(0o644)  # safetensors writes files that only their owner can read
+                move_into_place(file, folder / file.name)
 
     def load(self, model: nn.Module, folder: Path) -> None:
-        """Reads model.safetensors into a prepared model.
-
-        Raises:
-            RecordError: The file is missing or damaged, or belongs to another model.
-        """
+        """Reads model.safetensors into a prepared model."""
         if not isinstance(model, PreTrainedModel):
-            own = _named_tensors(model)
-            for name, tensor in read_weights(folder / WEIGHTS_FILE, expected=own).items():
-                own[name].data.copy_(tensor)
+            super().load(model, folder)
             return
         try:
             saved = load_pretrained(type(model), str(folder), dtype=torch.float32, config=model.config)
@@ -71,12 +53,10 @@ class FullMethod:
             ) from error
         model.load_state_dict(saved.state_dict())
 
-    def merge(self, model: nn.Module) -> None:
-        """Does nothing: the weights stay in fp32."""
-
-
-def _named_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Returns the parameters and the persistent buffers by name; a tied one only once."""
-    stored = model.state_dict(keep_vars=True)
-    once = {id(tensor): name for name, tensor in reversed(stored.items())}
-    return {name: stored[name] for name in sorted(once.values())}
+    def _saved_tensors(self, model: nn.Module) -> dict[str, Tensor]:
+        """Returns the parameters and the persistent buffers by name. Only the first name of a tied one counts."""
+        first_names = dict(model.named_parameters())
+        all_names = dict(model.named_parameters(remove_duplicate=False))
+        return {
+            name: tensor for name, tensor in model.state_dict().items() if name in first_names or name not in all_names
+        }

@@ -7,10 +7,12 @@ fine-tuning. `projection` implements the random projection P.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from jaxtyping import Float
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn.functional import pad
@@ -18,19 +20,16 @@ from torch.nn.utils import parametrize
 
 from lorasweep.config.method import IntrinsicConfig, MethodConfig
 from lorasweep.errors import ConfigError, RecordError
-from lorasweep.lora.adapter_files import serialise
 from lorasweep.lora.patterns import block_of
-from lorasweep.methods.head_init import draw_head
-from lorasweep.methods.method import ParameterGroup, read_weights, replacing_files
-from lorasweep.methods.projection import PIECE, add_projection, block_size, draw_signs
+from lorasweep.methods.method import Method, ParameterGroup, read_weights, write_weights
+from lorasweep.methods.projection import WEIGHTS_PER_CHUNK, add_projection, block_size, draw_signs
 from lorasweep.models.load import BaseModel
 
-WEIGHTS_FILE = "intrinsic.safetensors"
-SEEDS = 2**32
-"""Number of possible seeds of the projection, 0 to 2**32 - 1: torch's CPU generator uses 32 bits of a seed."""
+SEED_LIMIT = 2**32
+"""Seeds of the projection are below this number: torch's CPU generator uses 32 bits of a seed."""
 
 
-class IntrinsicMethod:
+class IntrinsicMethod(Method):
     """Trains θ = θ0 + P θ_d (`did`), or for each layer i θ_i = θ0_i + λ_i P_i θ_(d-m) (`said`); θ is all weights.
 
     Every forward pass computes each weight in fp32 and rounds it once to the base's dtype, in which the model runs. The
@@ -41,61 +40,46 @@ class IntrinsicMethod:
     """
 
     name = "intrinsic"
-    needs_autocast = False
+    weights_file = "intrinsic.safetensors"
 
-    def check(self, model: nn.Module, config: MethodConfig, *, head: tuple[str, ...] = ()) -> None:
-        """Checks that d fits the number of weights and the number of layers.
-
-        Raises:
-            ConfigError: d is more than the number of weights, or with `said` not more than the number of layers.
-        """
+    def check(self, model: nn.Module, config: MethodConfig, *, new_head_names: Sequence[str] = ()) -> None:
+        """Checks that d is at most the number of weights, and with `said` more than the number of layers."""
         assert isinstance(config, IntrinsicConfig)
         weights = find_weights(model)
-        count, layers = sum(weight.numel() for weight in weights.values()), len(layer_numbers(weights))
-        if config.dim > count:
+        num_weights, num_layers = sum(map(Tensor.numel, weights.values())), len(number_layers(weights))
+        if config.dim > num_weights:
             raise ConfigError(
-                f"`method.dim <= {count}` must hold, the number of weights, but got {config.dim!r}. "
+                f"`method.dim` must be at most {num_weights}, the number of weights, but got {config.dim!r}. "
                 "Lower `method.dim`, or use `method=full`."
             )
-        if config.form == "said" and config.dim <= layers:
+        if config.form == "said" and config.dim <= num_layers:
             raise ConfigError(
-                f"`method.dim > {layers}` must hold with `method.form=said`, which trains a scale for each of that "
-                f"many layers, but got {config.dim!r}. Raise `method.dim`, or use `method.form=did`."
+                f"`method.dim` must be more than {num_layers}, the number of layers, with `method.form=said`, "
+                f"but got {config.dim!r}. Raise `method.dim`, or use `method.form=did`."
             )
 
-    def prepare(
-        self, model: nn.Module, config: MethodConfig, *, generator: torch.Generator, head: tuple[str, ...] = ()
-    ) -> None:
-        """Draws a new head, and adds to every weight a projected change, which is zero at first.
-
-        Raises:
-            ConfigError: d does not fit the model, or the model is prepared for this method already.
-        """
-        assert isinstance(config, IntrinsicConfig)
-        if find_coordinates(model) is not None:
-            raise ConfigError("`method=intrinsic` needs a model that it has not prepared yet, but got one that it has.")
-        self.check(model, config)
-        draw_head(model, head, generator=generator)
+    def _make_trainable(self, model: nn.Module, config: Any, *, generator: torch.Generator, **_: Any) -> None:
         weights = find_weights(model)
-        layers = layer_numbers(weights)
-        coordinates = Coordinates(config, num_layers=len(layers), num_weights=sum(w.numel() for w in weights.values()))
-        changes = {
-            id(weight): ProjectedChange(coordinates, layer=layers[layer_of(name)], like=weight)
+        layers = number_layers(weights)
+        num_weights = sum(map(Tensor.numel, weights.values()))
+        coordinates = Coordinates(config, num_layers=len(layers), num_weights=num_weights)
+        updates = {
+            id(weight): ProjectedUpdate(coordinates, layer=layers[layer_of(name)], like=weight)
             for name, weight in weights.items()
         }
         for module in list(model.modules()):
             for name, weight in list(module.named_parameters(recurse=False, remove_duplicate=False)):
-                if id(weight) in changes:
-                    parametrize.register_parametrization(module, name, changes[id(weight)], unsafe=True)
-        coordinates.changes = tuple(changes.values())
-        coordinates.draw(int(torch.randint(SEEDS, (), generator=generator)))
+                if id(weight) in updates:
+                    parametrize.register_parametrization(module, name, updates[id(weight)], unsafe=True)
+        coordinates.updates = tuple(updates.values())
+        coordinates.draw_projection(int(torch.randint(SEED_LIMIT, (), generator=generator)))
 
     def trainable_groups(self, model: nn.Module, *, lr_ratio_b: float) -> list[ParameterGroup]:
         """Returns the numbers as one group, and the scales as another with √(D/d) times their learning rate.
 
         With columns of P of length 1, as in the paper, both groups would have the same learning rate.
         """
-        coordinates = require_coordinates(model)
+        coordinates = find_coordinates(model)
         groups = [ParameterGroup(name="intrinsic", params=(coordinates.numbers,), lr_factor=1.0)]
         if coordinates.scales is not None:
             factor = math.sqrt(coordinates.num_weights / len(coordinates.numbers))
@@ -104,35 +88,37 @@ class IntrinsicMethod:
 
     def save(self, model: nn.Module, folder: Path, *, base: BaseModel) -> None:
         """Writes the numbers, the scales and (as metadata) the projection's seed to `intrinsic.safetensors`."""
-        coordinates = require_coordinates(model)
-        metadata = {"format": "pt", "base_fingerprint": base.fingerprint, **coordinates.describe()}
-        with replacing_files(folder) as new:
-            (new / WEIGHTS_FILE).write_bytes(serialise(coordinates.state(), metadata=metadata))
+        coordinates = find_coordinates(model)
+        metadata = {"base_fingerprint": base.fingerprint, "seed": str(coordinates.seed), **coordinates.layout()}
+        write_weights(folder / self.weights_file, dict(coordinates.named_parameters()), metadata=metadata)
 
     def load(self, model: nn.Module, folder: Path) -> None:
-        """Reads `intrinsic.safetensors`, and draws the projection of the saved seed again.
-
-        Raises:
-            RecordError: The file is missing or damaged, or belongs to another model, d or form.
-        """
-        coordinates, file = require_coordinates(model), folder / WEIGHTS_FILE
-        state = read_weights(file, expected=coordinates.state())
-        seed = _read_seed(file, expected=coordinates.describe())
-        coordinates.draw(seed)
-        coordinates.load_state_dict(state)
+        """Reads `intrinsic.safetensors`, and draws the projection of the saved seed again."""
+        coordinates, file = find_coordinates(model), folder / self.weights_file
+        tensors = read_weights(file, expected=dict(coordinates.named_parameters()))
+        with safe_open(file, framework="pt") as opened:
+            stored = opened.metadata() or {}
+        for key, expected in coordinates.layout().items():
+            if stored.get(key) != expected:
+                raise RecordError(
+                    f"{str(file)!r} must have `{key}` {expected!r}, but got {stored.get(key)!r}. "
+                    "Load it into the base and method that it was trained with."
+                )
+        coordinates.draw_projection(int(stored["seed"]))
+        coordinates.load_state_dict(tensors)
 
     def merge(self, model: nn.Module) -> None:
         """Replaces each parametrized weight by its current value, in tensors that no other model shares."""
-        require_coordinates(model)
         merged: dict[int, nn.Parameter] = {}
         for module in list(model.modules()):
             if not parametrize.is_parametrized(module):
                 continue
-            for name, (change, *_) in list(module.parametrizations.items()):  # type: ignore[union-attr, operator]
-                if id(change) not in merged:
-                    merged[id(change)] = nn.Parameter(getattr(module, name).detach(), requires_grad=False)
+            for name, (update, *_) in list(module.parametrizations.items()):  # type: ignore[union-attr, operator]
+                # tied weights have one update, and stay tied
+                if id(update) not in merged:
+                    merged[id(update)] = nn.Parameter(getattr(module, name).detach(), requires_grad=False)
                 parametrize.remove_parametrizations(module, name, leave_parametrized=False)
-                setattr(module, name, merged[id(change)])
+                setattr(module, name, merged[id(update)])
 
 
 class Coordinates(nn.Module):
@@ -142,17 +128,18 @@ class Coordinates(nn.Module):
         numbers: θ_d with `did`, θ_(d-m) with `said`; zeros at first.
         scales: λ, one per layer, ones at first; None with `did`.
         num_weights: D, the number of weights of the model.
-        changes: The projected changes that are computed from them, in order of the weights' names.
+        updates: The projected weight updates that are computed from them, in order of the weights' names.
+        seed: Seed of the projection.
     """
 
     def __init__(self, config: IntrinsicConfig, *, num_layers: int, num_weights: int) -> None:
         super().__init__()
-        is_said = config.form == "said"
         self.form = config.form
-        self.numbers = nn.Parameter(torch.zeros(config.dim - (num_layers if is_said else 0)))
-        self.scales = nn.Parameter(torch.ones(num_layers)) if is_said else None
+        num_scales = num_layers if config.form == "said" else 0
+        self.numbers = nn.Parameter(torch.zeros(config.dim - num_scales))
+        self.scales = nn.Parameter(torch.ones(num_scales)) if num_scales else None
         self.num_weights = num_weights
-        self.changes: tuple[ProjectedChange, ...] = ()
+        self.updates: tuple[ProjectedUpdate, ...] = ()
         self.seed = 0
 
     @property
@@ -160,35 +147,30 @@ class Coordinates(nn.Module):
         """Number of weights per block of the projection."""
         return block_size(len(self.numbers))
 
-    def of(self, layer: int) -> Tensor:
+    def scaled_numbers(self, layer: int) -> Float[Tensor, " block"]:
         """Returns the vector to project into a layer's weights: λ_i θ_(d-m) / √(d-m), padded with zeros to a block."""
-        factor = 1 / math.sqrt(len(self.numbers))
-        numbers = self.numbers * factor if self.scales is None else self.numbers * (self.scales[layer] * factor)
-        return pad(numbers, (0, self.block - len(self.numbers)))
+        factor: float | Tensor = 1 / math.sqrt(len(self.numbers))
+        if self.scales is not None:
+            factor = self.scales[layer] * factor
+        return pad(self.numbers * factor, (0, self.block - len(self.numbers)))
 
-    def draw(self, seed: int) -> None:
-        """Draws the projection; the same seed gives the same projection."""
+    def draw_projection(self, seed: int) -> None:
         self.seed = seed
         generator = torch.Generator().manual_seed(seed)
-        for change in self.changes:
-            change.draw(generator)
+        for update in self.updates:
+            update.draw_signs(generator)
 
-    def state(self) -> dict[str, Tensor]:
-        """Returns the trained parameters by name, on the CPU."""
-        return {name: tensor.detach().cpu().contiguous() for name, tensor in self.named_parameters()}
-
-    def describe(self) -> dict[str, str]:
-        """Returns the metadata that is needed to draw the same projection again."""
+    def layout(self) -> dict[str, str]:
+        """Returns the metadata that, beside the seed, determines the projection."""
         return {
             "form": self.form,
             "num_weights": str(self.num_weights),
-            "piece": str(PIECE),
-            "seed": str(self.seed),
+            "weights_per_chunk": str(WEIGHTS_PER_CHUNK),
         }
 
 
-class ProjectedChange(nn.Module):
-    """The change of one weight, as a torch parametrization of it; tied weights share one change."""
+class ProjectedUpdate(nn.Module):
+    """The update of one weight, as a torch parametrization of it; tied weights share one update."""
 
     signs: Tensor
 
@@ -196,17 +178,16 @@ class ProjectedChange(nn.Module):
         super().__init__()
         self.coordinates = coordinates
         self.layer = layer
-        self.count = like.numel()
+        self.num_weights = like.numel()
         self.register_buffer("signs", torch.empty(0, dtype=torch.uint8, device=like.device), persistent=False)
 
-    def draw(self, generator: torch.Generator) -> None:
+    def draw_signs(self, generator: torch.Generator) -> None:
         """Draws this weight's part of the projection."""
         block = self.coordinates.block
-        self.signs = draw_signs(self.count, block=block, generator=generator).to(self.signs.device)
+        self.signs = draw_signs(self.num_weights, block=block, generator=generator).to(self.signs.device)
 
     def forward(self, weight: Tensor) -> Tensor:
-        """Returns the weight plus its change."""
-        return add_projection(weight, self.coordinates.of(self.layer), self.signs)
+        return add_projection(weight, self.coordinates.scaled_numbers(self.layer), self.signs)
 
 
 def find_weights(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -219,33 +200,11 @@ def layer_of(name: str) -> str:
     return block_of(name) or name.rpartition(".")[0]
 
 
-def layer_numbers(weights: Sequence[str] | Mapping[str, Tensor]) -> dict[str, int]:
-    """Returns the number of each layer of these weights, counted from 0 in order of the weights."""
-    return {layer: number for number, layer in enumerate(dict.fromkeys(map(layer_of, weights)))}
+def number_layers(weights: Iterable[str]) -> dict[str, int]:
+    """Returns the index of each layer of these weights, in order of the weights."""
+    return {layer: index for index, layer in enumerate(dict.fromkeys(map(layer_of, weights)))}
 
 
-def find_coordinates(model: nn.Module) -> Coordinates | None:
-    """Returns the trained parameters of a prepared model, or None if the model is not prepared."""
-    return next((module for module in model.modules() if isinstance(module, Coordinates)), None)
-
-
-def require_coordinates(model: nn.Module) -> Coordinates:
-    """Returns the trained parameters of a model that is known to be prepared."""
-    found = find_coordinates(model)
-    assert found is not None, "prepare comes first"
-    return found
-
-
-def _read_seed(file: Path, *, expected: Mapping[str, str]) -> int:
-    with safe_open(file, framework="pt") as opened:
-        stored = opened.metadata() or {}
-    for key in expected.keys() - {"seed"}:
-        if stored.get(key) != expected[key]:
-            raise RecordError(
-                f"{str(file)!r} must have {key} {expected[key]!r}, but got {stored.get(key)!r}. "
-                "Load it into the base and method that it was made with."
-            )
-    seed = stored.get("seed", "")
-    if not (seed.isascii() and seed.isdigit() and int(seed) < SEEDS):
-        raise RecordError(f"{str(file)!r} must have a seed below 2**32, but got {seed!r}. Take it from its run again.")
-    return int(seed)
+def find_coordinates(model: nn.Module) -> Coordinates:
+    """Returns the trained parameters of a prepared model."""
+    return next(module for module in model.modules() if isinstance(module, Coordinates))

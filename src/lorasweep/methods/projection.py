@@ -26,23 +26,23 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 from torch.nn.functional import pad
 
-PIECE = 2**18
+WEIGHTS_PER_CHUNK = 2**18
 """Number of weights projected at a time (one block, if a block is larger), so that temporaries stay in the CPU's cache.
-It determines the place of each weight in its block, so it is saved with the trained numbers."""
-BITS = 8
-"""Number of signs per byte, and so the smallest block size."""
+It determines each weight's index in its block, so it is saved with the trained numbers."""
+SIGNS_PER_BYTE = 8
+"""A block has at least this many weights, so that its signs fill whole bytes."""
 
 
 def block_size(dim: int) -> int:
-    """Returns n, the smallest power of two that is at least `dim` and at least `BITS`."""
-    return max(BITS, 1 << (dim - 1).bit_length())
+    """Returns n, the smallest power of two that is at least `dim` and at least `SIGNS_PER_BYTE`."""
+    return max(SIGNS_PER_BYTE, 1 << (dim - 1).bit_length())
 
 
 def draw_signs(count: int, *, block: int, generator: torch.Generator) -> UInt8[Tensor, " bytes"]:
     """Returns the random signs of the projection into `count` weights, eight per byte: first G, then S."""
     columns = -(-count // block)
-    num_signs = (block + _rows(count, block)) * columns
-    return torch.randint(0, 256, (num_signs // BITS,), dtype=torch.uint8, generator=generator)
+    num_signs = (block + _num_rows(count, block)) * columns
+    return torch.randint(0, 256, (num_signs // SIGNS_PER_BYTE,), dtype=torch.uint8, generator=generator)
 
 
 def hadamard(x: Float[Tensor, "n columns"]) -> Float[Tensor, "n columns"]:
@@ -76,10 +76,11 @@ class _AddProjection(torch.autograd.Function):
     def forward(ctx: Any, base: Tensor, numbers: Tensor, signs: Tensor) -> Tensor:
         ctx.save_for_backward(signs)
         ctx.block, ctx.dtype = len(numbers), numbers.dtype
-        start, weight = base.reshape(-1), torch.empty(base.numel(), dtype=base.dtype, device=base.device)
-        for part, inner, outer in _pieces(base.numel(), signs, block=len(numbers), dtype=numbers.dtype):
-            change = outer * hadamard(_fold(inner * numbers[:, None], rows=len(outer)))
-            torch.add(start[part], change.flatten()[: len(start[part])], out=weight[part])
+        flat, weight = base.reshape(-1), torch.empty(base.numel(), dtype=base.dtype, device=base.device)
+        for chunk, signs_g, signs_s in _chunks(base.numel(), signs, block=len(numbers), dtype=numbers.dtype):
+            update = signs_s * hadamard(_fold(signs_g * numbers[:, None], rows=len(signs_s)))
+            # the last block may be longer than the weights that are left
+            torch.add(flat[chunk], update.flatten()[: len(flat[chunk])], out=weight[chunk])
         return weight.view(base.shape)
 
     @staticmethod
@@ -87,13 +88,14 @@ class _AddProjection(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         (signs,) = ctx.saved_tensors
         flat, total = grad.reshape(-1), torch.zeros(ctx.block, dtype=ctx.dtype, device=grad.device)
-        for part, inner, outer in _pieces(grad.numel(), signs, block=ctx.block, dtype=ctx.dtype):
-            piece = pad(flat[part], (0, outer.numel() - len(flat[part]))).view_as(outer)
-            total += (inner * hadamard(outer * piece).repeat(len(inner) // len(outer), 1)).sum(1)
+        for chunk, signs_g, signs_s in _chunks(grad.numel(), signs, block=ctx.block, dtype=ctx.dtype):
+            padded = pad(flat[chunk], (0, signs_s.numel() - len(flat[chunk]))).view_as(signs_s)
+            # H is symmetric; `repeat` is the transpose of `_fold`
+            total += (signs_g * hadamard(signs_s * padded).repeat(len(signs_g) // len(signs_s), 1)).sum(1)
         return grad, total, None
 
 
-def _rows(count: int, block: int) -> int:
+def _num_rows(count: int, block: int) -> int:
     """Returns the number of rows of H to use: n, or a smaller power of two if the weights fill less than a block."""
     return min(block, block_size(count))
 
@@ -106,23 +108,23 @@ def _fold(x: Float[Tensor, "n columns"], *, rows: int) -> Float[Tensor, "rows co
     return x if len(x) == rows else x.view(-1, rows, x.shape[1]).sum(0)
 
 
-def _pieces(
+def _chunks(
     count: int, signs: Tensor, *, block: int, dtype: torch.dtype
 ) -> Iterator[tuple[slice, Float[Tensor, "n columns"], Float[Tensor, "rows columns"]]]:
-    """Yields each range of weights that is projected at a time, with its signs G and S."""
-    size, rows = max(block, PIECE), _rows(count, block)  # powers of two, so blocks are never cut
-    cut = block * -(-count // block) // BITS
-    inner, outer = signs[:cut], signs[cut:]
-    for begin in range(0, count, size):
-        part = slice(begin, min(begin + size, count))
-        first, last = begin // block, -(-part.stop // block)
-        yield (
-            part,
-            _unpack(inner[block * first // BITS : block * last // BITS], dtype=dtype).view(block, -1),
-            _unpack(outer[rows * first // BITS : rows * last // BITS], dtype=dtype).view(rows, -1),
-        )
+    """Yields each chunk of weights, as a slice of the flat tensor, with its signs G and S."""
+    chunk_size, rows = max(block, WEIGHTS_PER_CHUNK), _num_rows(count, block)  # powers of two: no block is cut
+    num_bytes_g = block * -(-count // block) // SIGNS_PER_BYTE
+    bytes_g, bytes_s = signs[:num_bytes_g], signs[num_bytes_g:]
+    for begin in range(0, count, chunk_size):
+        chunk = slice(begin, min(begin + chunk_size, count))
+        first_block, end_block = begin // block, -(-chunk.stop // block)
+        in_bytes_g = slice(block * first_block // SIGNS_PER_BYTE, block * end_block // SIGNS_PER_BYTE)
+        in_bytes_s = slice(rows * first_block // SIGNS_PER_BYTE, rows * end_block // SIGNS_PER_BYTE)
+        signs_g = _unpack(bytes_g[in_bytes_g], dtype=dtype).view(block, -1)
+        signs_s = _unpack(bytes_s[in_bytes_s], dtype=dtype).view(rows, -1)
+        yield chunk, signs_g, signs_s
 
 
 def _unpack(packed: UInt8[Tensor, " bytes"], *, dtype: torch.dtype) -> Float[Tensor, " signs"]:
-    bits = (packed[:, None] >> torch.arange(BITS, dtype=torch.uint8, device=packed.device)) & 1
+    bits = (packed[:, None] >> torch.arange(SIGNS_PER_BYTE, dtype=torch.uint8, device=packed.device)) & 1
     return bits.flatten().to(dtype).mul_(-2).add_(1)

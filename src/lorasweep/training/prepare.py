@@ -21,7 +21,7 @@ def prepare_model(config: RunConfig, base: BaseModel) -> nn.Module:
     torch.manual_seed(config.seeds.dropout)
     model = copy_sharing_weights(base.model)
     generator = torch.Generator().manual_seed(config.seeds.init)
-    METHODS[config.method.name].prepare(model, config.method, generator=generator, head=base.head)
+    METHODS[config.method.name].prepare(model, config.method, generator=generator, new_head_names=base.head)
     torch.manual_seed(config.seeds.dropout)
     model.train()  # dropout on; Lightning keeps each module's mode and switches it for evaluation
     if config.trainer.activation_checkpointing:
@@ -37,7 +37,7 @@ def check_run(config: RunConfig, base: BaseModel) -> None:
     Raises:
         ConfigError: A setting does not fit, or would have no effect.
     """
-    METHODS[config.method.name].check(base.model, config.method, head=base.head)
+    METHODS[config.method.name].check(base.model, config.method, new_head_names=base.head)
     check_optim(config)
     check_components(config)
     if config.trainer.is_sharded:

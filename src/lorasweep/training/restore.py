@@ -123,7 +123,9 @@ def restore_model(config: RunConfig, base: BaseModel, *, folder: Path) -> nn.Mod
     method, model = METHODS[config.method.name], copy_sharing_weights(base.model)
     # An adapter is loaded without `prepare`: PiSSA would compute its start again, with other rounding on this machine.
     if config.method.name != "lora":
-        method.prepare(model, config.method, generator=torch.Generator().manual_seed(config.seeds.init), head=base.head)
+        method.prepare(
+            model, config.method, generator=torch.Generator().manual_seed(config.seeds.init), new_head_names=base.head
+        )
     method.load(model, folder)
     model.train(False)
     return model

@@ -116,5 +116,5 @@ def test_a_head_that_the_run_drew_counts_as_its_base(base, config):
     start = starting_model(run, base)
     assert not torch.equal(start.lm_head.weight, base.model.lm_head.weight)
     model = copy_sharing_weights(base.model)
-    METHODS[config.name].prepare(model, config, generator=torch.Generator().manual_seed(5), head=base.head)
+    METHODS[config.name].prepare(model, config, generator=torch.Generator().manual_seed(5), new_head_names=base.head)
     assert not any(change.left.any() for change in weight_changes(model, start))  # nothing has trained yet

@@ -11,7 +11,7 @@ from lorasweep.config.method import BitfitConfig, FullConfig, HeadConfig, Intrin
 from lorasweep.lora import LoraConfig, inject_lora, lora_layers
 from lorasweep.lora.layer_kinds import weight_to_matrix
 from lorasweep.methods import METHODS, copy_sharing_weights
-from lorasweep.methods.intrinsic import find_coordinates
+from lorasweep.methods.intrinsic import Coordinates
 from lorasweep.runs.inspect.changes import weight_changes
 from lorasweep.runs.inspect.spectrum import decompose
 from lorasweep.runs.inspect.truncation import (
@@ -46,7 +46,7 @@ def logits(model):
 
 def cut(model, base, rank):
     changes = weight_changes(model, base.model)
-    if find_coordinates(model):
+    if any(isinstance(module, Coordinates) for module in model.modules()):
         METHODS["intrinsic"].merge(model)
     return truncated_model(model, changes_to_cut(changes), decompose_changes(changes), rank=rank)
 

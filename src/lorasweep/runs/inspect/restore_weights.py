@@ -71,7 +71,7 @@ def restore_trained(run: FinishedRun, base: BaseModel) -> nn.Module:
     if not isinstance(config, LoraConfig) or config.init == "pissa":
         return restore_model(run.config, base, folder=folder)
     model, method = copy_sharing_weights(base.model), METHODS[run.method]
-    method.prepare(model, config, generator=_init_stream(run), head=base.head)
+    method.prepare(model, config, generator=_init_stream(run), new_head_names=base.head)
     method.load(model, folder)
     return model.eval()
 

@@ -50,7 +50,7 @@ from lorasweep.lora import (
     split_lora_parameters,
 )
 from lorasweep.lora.packed.inject import set_row_lengths
-from lorasweep.methods import copy_sharing_weights, draw_head, train_head
+from lorasweep.methods import add_head_to_modules_to_save, copy_sharing_weights, draw_head
 from lorasweep.record import RunStatus
 from lorasweep.training.checkpoint import remove_checkpoints, remove_older_checkpoints
 from lorasweep.training.environment import deterministic_algorithms, device_of, reset_peak_memory
@@ -403,7 +403,7 @@ class PackTrainer:
 
     def _method(self, request: RunRequest) -> LoraConfig:
         assert isinstance(request.config.method, LoraConfig)
-        return train_head(request.config.method, self.inputs.base.head)
+        return add_head_to_modules_to_save(request.config.method, self.inputs.base.head)
 
 
 def _optim(request: RunRequest) -> OptimConfig:

@@ -16,7 +16,7 @@ from lorasweep.data.batching import MicroBatch, StepBatchSampler
 from lorasweep.data.split import move_batch
 from lorasweep.errors import OutOfMemory
 from lorasweep.lora import inject_packed_lora
-from lorasweep.methods import copy_sharing_weights, draw_head, train_head
+from lorasweep.methods import add_head_to_modules_to_save, copy_sharing_weights, draw_head
 from lorasweep.training.environment import Precision, device_of
 from lorasweep.training.failures import memory_errors_as_ours
 from lorasweep.training.inputs import RunInputs, resolve_accumulate
@@ -161,7 +161,7 @@ def build_pack(config: RunConfig, *, inputs: RunInputs, slots: int) -> nn.Module
     head = inputs.base.head
     inject_packed_lora(
         model,
-        [train_head(config.method, head)] * slots,
+        [add_head_to_modules_to_save(config.method, head)] * slots,
         generators=[torch.Generator().manual_seed(0) for _ in range(slots)],
         start=functools.partial(draw_head, names=head),
     )

@@ -14,7 +14,7 @@ from lorasweep.errors import ConfigError
 from lorasweep.lora import fill_slot, inject_packed_lora, lora_layers, set_dropout_streams, slot_model
 from lorasweep.lora.packed.layers import packed_layers
 from lorasweep.lora.trained import trained_modules
-from lorasweep.methods import METHODS, copy_sharing_weights, draw_head, train_head
+from lorasweep.methods import METHODS, add_head_to_modules_to_save, copy_sharing_weights, draw_head
 from lorasweep.models.load import BaseModel, fingerprint_weights
 
 SIZES = {
@@ -54,7 +54,7 @@ def base(request):
 
 def prepare(base, name, seed):
     model = copy_sharing_weights(base.model)
-    METHODS[name].prepare(model, CONFIGS[name], generator=torch.Generator().manual_seed(seed), head=base.head)
+    METHODS[name].prepare(model, CONFIGS[name], generator=torch.Generator().manual_seed(seed), new_head_names=base.head)
     return model
 
 
@@ -107,7 +107,7 @@ def test_every_method_starts_from_the_same_head(base, name):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_check_knows_the_head(base, name):
     names = [key for key, _ in base.model.named_modules()]
-    METHODS[name].check(base.model, CONFIGS[name], head=base.head)
+    METHODS[name].check(base.model, CONFIGS[name], new_head_names=base.head)
     assert [key for key, _ in base.model.named_modules()] == names
 
 
@@ -118,8 +118,8 @@ def test_head_of_any_name_is_trained_in_full_and_not_adapted():
     config = LoraConfig(rank=4)
     with pytest.raises(ConfigError, match=r"`method.rank <= 2` must hold for layer 'top'"):
         METHODS["lora"].check(model, config)
-    METHODS["lora"].check(model, config, head=("top",))
-    METHODS["head"].check(model, HeadConfig(), head=("top",))
+    METHODS["lora"].check(model, config, new_head_names=("top",))
+    METHODS["head"].check(model, HeadConfig(), new_head_names=("top",))
 
 
 def test_head_is_rounded_to_the_base_and_trains_in_fp32(base):
@@ -143,14 +143,14 @@ def test_lora_trains_a_head_at_its_own_group(base):
 
 
 def test_names_of_a_head_mean_no_other_module():
-    config = train_head(LoraConfig(modules_to_save=("embed",)), ["score", "bert.pooler"])
+    config = add_head_to_modules_to_save(LoraConfig(modules_to_save=("embed",)), ["score", "bert.pooler"])
     assert config.modules_to_save == ("embed", "re:score", r"re:bert\.pooler")
-    assert train_head(config, ()) is config
+    assert add_head_to_modules_to_save(config, ()) is config
 
 
 def solo(base, config, seed):
     model = copy_sharing_weights(base.model)
-    METHODS["lora"].prepare(model, config, generator=torch.Generator().manual_seed(seed), head=base.head)
+    METHODS["lora"].prepare(model, config, generator=torch.Generator().manual_seed(seed), new_head_names=base.head)
     return model
 
 
@@ -169,7 +169,7 @@ def test_slots_start_with_the_heads_of_their_runs_alone(base):
     model = copy_sharing_weights(base.model)
     inject_packed_lora(
         model,
-        [train_head(method, base.head) for method in methods],
+        [add_head_to_modules_to_save(method, base.head) for method in methods],
         generators=[torch.Generator().manual_seed(seed) for seed in (7, 8, 9)],
         start=start(base),
     )
@@ -178,7 +178,7 @@ def test_slots_start_with_the_heads_of_their_runs_alone(base):
     fill_slot(
         model,
         1,
-        train_head(LoraConfig(rank=4), base.head),
+        add_head_to_modules_to_save(LoraConfig(rank=4), base.head),
         generator=torch.Generator().manual_seed(11),
         start=start(base),
     )
@@ -192,7 +192,7 @@ def test_pack_with_heads_gives_the_logits_and_gradients_of_its_runs(base):
     model = copy_sharing_weights(base.model)
     inject_packed_lora(
         model,
-        [train_head(method, base.head) for method in methods],
+        [add_head_to_modules_to_save(method, base.head) for method in methods],
         generators=[torch.Generator().manual_seed(seed) for seed in seeds],
         start=start(base),
     )
