@@ -29,7 +29,7 @@ import psutil
 import yaml
 from optuna.trial import TrialState, create_trial
 
-from lorasweep.config.components import trusted_packages
+from lorasweep.config.trust import trusted_packages
 from lorasweep.record import RunRecord, read_run, write_record
 from lorasweep.sweep.controller.controller import Assignment, Controller
 from lorasweep.sweep.controller.folder import SweepFolder

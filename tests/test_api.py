@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 import lorasweep
-from lorasweep.config.components import trusted_packages
+from lorasweep.config.trust import trusted_packages
 from lorasweep.errors import ConfigError, RecordError
 
 SMALL = {

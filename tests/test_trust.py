@@ -10,9 +10,8 @@ import pytest
 import yaml
 
 from lorasweep.cli import DONE, WRONG, run
-from lorasweep.config.components import set_trusted
 from lorasweep.config.compose import packaged_folder
-from lorasweep.config.trust import split_trust
+from lorasweep.config.trust import set_trusted, split_trust
 from lorasweep.record import read_sweep
 
 from .test_cli import MINI

@@ -19,10 +19,10 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 
-from lorasweep.config.components import set_trusted, trusted_packages
-from lorasweep.config.compose import compose_run, parse_overrides
+from lorasweep.config.command_line import parse_overrides
+from lorasweep.config.compose import compose_run
 from lorasweep.config.run import RunConfig
-from lorasweep.config.trust import check_packages, packages_of
+from lorasweep.config.trust import check_packages, packages_of, set_trusted, trusted_packages
 from lorasweep.console import PlainConsole, say
 from lorasweep.disk import free_folder, require_new_folder
 from lorasweep.errors import ConfigError, RecordError

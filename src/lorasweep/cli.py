@@ -15,7 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from lorasweep.config.components import EVERY_PACKAGE, require_trusted, set_trusted, trusted_packages
+from lorasweep.config.trust import EVERY_PACKAGE, require_trusted, set_trusted, trusted_packages
 from lorasweep.console import PlainConsole, say, say_error, threads_leave_file_errors
 from lorasweep.errors import ConfigError, LoraSweepError, RanksLost, RecordError
 from lorasweep.redaction import redact
@@ -113,7 +113,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def complete_words(prefix: str, parsed_args: argparse.Namespace, **_: Any) -> Iterable[str]:
     """Returns the completions of a word: names of sweeps, keys with `=`, or the options of a group."""
-    from lorasweep.config.completion import complete_override
+    from lorasweep.config.command_line import complete_override
     from lorasweep.sweep.definition.sweep_file import sweep_files
 
     is_first = not getattr(parsed_args, "words", None) and getattr(parsed_args, "command", None) in (sweep, plan)

@@ -11,14 +11,8 @@ from hydra.core.hydra_config import HydraConfig
 
 from lorasweep import api
 from lorasweep.config.build import build
-from lorasweep.config.compose import (
-    allow_new_arguments,
-    check_command_line,
-    compose_values,
-    packaged_folder,
-    parse_overrides,
-    register_search_path,
-)
+from lorasweep.config.command_line import allow_new_arguments, check_train_arguments, parse_overrides
+from lorasweep.config.compose import compose_values, packaged_folder, register_search_path
 from lorasweep.config.run import RunConfig
 from lorasweep.errors import ConfigError, LoraSweepError
 from lorasweep.results import RunResult
@@ -40,7 +34,7 @@ def run_train_app(
     Raises:
         ConfigError: A word is no override, or a key or value is wrong.
     """
-    check_command_line(arguments)
+    check_train_arguments(arguments)
     register_search_path()
     codes: list[int] = []
     typed, is_grid = sys.argv, bool({"-m", "--multirun"} & set(arguments))

@@ -12,18 +12,8 @@ import torch
 from torch import nn
 
 from lorasweep.config.build import as_settings, build
-from lorasweep.config.components import (
-    EVERY_PACKAGE,
-    Component,
-    argument_names,
-    find_class,
-    instantiate,
-    is_trusted,
-    require_trusted,
-    set_trusted,
-    trusted_packages,
-    untrusted_targets,
-)
+from lorasweep.config.components import Component, argument_names, find_class, instantiate
+from lorasweep.config.trust import EVERY_PACKAGE, is_trusted, require_trusted, set_trusted, trusted_packages
 from lorasweep.errors import ConfigError
 
 PRUNER = optuna.pruners.BasePruner
@@ -122,7 +112,7 @@ def test_a_trusted_packages_other_names_are_refused(target):
 
 @pytest.mark.parametrize("target", ["", "words", "a..b", "optuna.pruners:NopPruner", "optuna.__class__", 3, None])
 def test_what_is_no_import_path_is_refused(target):
-    with pytest.raises(ConfigError, match=r"`pruner._target_` must be the import path of a class, but got"):
+    with pytest.raises(ConfigError, match=r"`pruner._target_` must be the import path of a class"):
         find_class(target, key="pruner", expected=PRUNER)
 
 
@@ -150,7 +140,7 @@ def test_what_is_inside_of_a_part_is_checked_before_anything_is_made(inner, mess
     [
         (PERCENTILE, {}, "missing 1 required positional argument: 'percentile'"),
         (PERCENTILE, {"percentile": 200.0}, "Percentile must be between 0 and 100"),
-        ("optuna.pruners.NoSuch", {}, "`pruner._target_` must be the import path of a class, but got"),
+        ("optuna.pruners.NoSuch", {}, "`pruner._target_` must be the import path of a class"),
         (
             "deepspeed.NoSuch",
             {},
@@ -190,7 +180,6 @@ def test_the_names_of_a_class_arguments_are_found():
 
 def test_untrusted_parts_are_found_in_settings_without_importing_them(evil):
     settings = {"callbacks": {"mine": {"_target_": "evil_parts.Pruner"}, "theirs": {"_target_": PERCENTILE}}}
-    assert list(untrusted_targets(settings)) == [("callbacks.mine._target_", "evil_parts.Pruner")]
     with pytest.raises(ConfigError, match=r"`callbacks.mine._target_` must be a class of a package that is trusted"):
         require_trusted(settings)
     set_trusted([EVERY_PACKAGE])

@@ -6,11 +6,9 @@ import pytest
 from omegaconf import OmegaConf
 
 from lorasweep.config.build import as_settings
-from lorasweep.config.components import TARGET
+from lorasweep.config.command_line import allow_new_arguments, check_train_arguments, parse_overrides
 from lorasweep.config.compose import (
     LIST_GROUPS,
-    allow_new_arguments,
-    check_command_line,
     compose_run,
     compose_sweep,
     compose_values,
@@ -20,8 +18,8 @@ from lorasweep.config.compose import (
     known_keys,
     layer_settings,
     packaged_folder,
-    parse_overrides,
 )
+from lorasweep.config.trust import TARGET
 from lorasweep.errors import ConfigError
 
 
@@ -221,10 +219,10 @@ def test_hydras_words_become_values_and_ranges(override, key, value):
         ("method.rank", "an override must read `key=value`, but got"),
         ("=4", "an override must read `key=value`, but got"),
         ("method.rank=[1", "an override must read `key=value`, but got"),
-        ("+method.rank=4", r"an override must read `key=value`, but got '\+method.rank=4'. Leave out the `\+` or `~`."),
-        ("++method.rank=4", r"but got '\+\+method.rank=4'. Leave out the `\+` or `~`."),
-        ("~method", r"an override must read `key=value`, but got '~method'. Leave out the `\+` or `~`."),
-        ("method.rank=range(4,4)", r"a range must not be empty, but got range\(4, 4, 1\)."),
+        ("+method.rank=4", r"an override must read `key=value`, but got '\+method.rank=4'."),
+        ("++method.rank=4", r"but got '\+\+method.rank=4'."),
+        ("~method", r"an override must read `key=value`, but got '~method'."),
+        ("method.rank=range(4,4)", "`method.rank` .* not empty"),
         ("method=glob(*)", r"`method` must be a value, a list or a range, but got 'method=glob\(\*\)'."),
     ],
 )
@@ -251,7 +249,7 @@ def test_what_is_no_override_is_refused(override, message):
     ],
 )
 def test_a_right_command_line_passes(arguments):
-    check_command_line(arguments)
+    check_train_arguments(arguments)
 
 
 @pytest.mark.parametrize(
@@ -281,7 +279,7 @@ def test_a_right_command_line_passes(arguments):
 )
 def test_a_wrong_command_line_is_refused_before_hydra_sees_it(arguments, message):
     with pytest.raises(ConfigError, match=message):
-        check_command_line(arguments)
+        check_train_arguments(arguments)
 
 
 @pytest.mark.parametrize("primary", ["train", "sweep"])

@@ -32,8 +32,8 @@ def test_a_model_must_be_named(path):
 
 @pytest.mark.parametrize("dropout", [-0.1, 1.0, 2])
 def test_dropout_is_a_rate(dropout):
-    with pytest.raises(ConfigError, match=r"`0 <= model.dropout < 1` must hold"):
-        make(dropout=dropout)
+    with pytest.raises(ConfigError, match=r"`model.dropout (<|>=) [01]` must hold"):
+        compose_run({"model.dropout": dropout})
 
 
 def test_gguf_file_is_one():

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from lorasweep.config.compose import compose_run, packaged_folder, parse_overrides
+from lorasweep.config.command_line import parse_overrides
+from lorasweep.config.compose import compose_run, packaged_folder
 from lorasweep.data.read_source import read_source
 from lorasweep.data.reading.conversations import KNOWN_COLUMNS
 from lorasweep.data.reading.documents import MIN_DOCUMENTS

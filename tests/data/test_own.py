@@ -177,7 +177,7 @@ def test_rows_need_not_be_text():
         ("no_labels", "must give rows with `labels`, but got input_ids, attention_mask"),
         ("no_mapping", "must give batches that are mappings of tensors, but got Tensor"),
         ("empty", "the train split of `data.factory` must not be empty"),
-        ("missing", "none of that name"),
+        ("missing", "no attribute .missing"),
     ],
 )
 def test_wrong_module_is_one_sentence(name, message):

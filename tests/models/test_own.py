@@ -180,7 +180,7 @@ def test_dropout_without_effect_is_refused(load):
     [
         ("build_other", "must return an nn.Module, .* but 'own_models:build_other' returns str"),
         ("build_unknown_head", "must return names of modules of its model, but .* returns 'haed'"),
-        ("biuld", "none of that name. Did you mean `build`"),
+        ("biuld", "no attribute .biuld"),
     ],
 )
 def test_wrong_function_is_one_sentence(load, name, message):

@@ -11,7 +11,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lorasweep.config.components import set_trusted
+from lorasweep.config.trust import set_trusted
 from lorasweep.errors import ConfigError
 from lorasweep.record import read_run, read_steps
 from lorasweep.training.components import build_callbacks, check_components

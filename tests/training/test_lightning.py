@@ -18,7 +18,8 @@ from lightning.pytorch.loggers import CSVLogger
 
 import lorasweep
 from lorasweep.config.build import as_settings
-from lorasweep.config.compose import compose_run, parse_overrides
+from lorasweep.config.command_line import parse_overrides
+from lorasweep.config.compose import compose_run
 from lorasweep.errors import ConfigError, RecordError
 from lorasweep.record import read_steps
 from lorasweep.training.inputs import share_inputs

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Literal
 
-from lorasweep.config.limits import check_function_name, require_at_least, require_fraction
+from lorasweep.config.limits import AtLeastTwo, Fraction, Positive
+from lorasweep.config.user_function import check_function_name
 from lorasweep.errors import ConfigError
 
 Direction = Literal["minimize", "maximize"]
@@ -89,21 +90,14 @@ class SplitSettings:
 class ExampleSettings:
     """How long an example may be, and how many are used."""
 
-    max_length: int
+    max_length: AtLeastTwo
     """Maximum of tokens per example, >= 2; what is longer is cut off."""
-    max_train_examples: int | None
+    max_train_examples: Positive | None
     """Maximum of training examples, evenly spaced; null uses all."""
-    max_validation_examples: int | None
+    max_validation_examples: Positive | None
     """Maximum of validation examples, evenly spaced; null uses all."""
-    max_test_examples: int | None
+    max_test_examples: Positive | None
     """Maximum of test examples, evenly spaced; null uses all."""
-
-    def check_limits(self) -> None:
-        """Raises ConfigError if a limit is too low."""
-        require_at_least("data.max_length", self.max_length, 2)
-        _check_optional("data.max_train_examples", self.max_train_examples)
-        _check_optional("data.max_validation_examples", self.max_validation_examples)
-        _check_optional("data.max_test_examples", self.max_test_examples)
 
     @property
     def max_examples(self) -> dict[str, int | None]:
@@ -119,29 +113,23 @@ class ExampleSettings:
 class BlockSettings:
     """How running text is cut into blocks."""
 
-    block_length: int
+    block_length: AtLeastTwo
     """Tokens per training and evaluation sequence, >= 2."""
-    max_validation_blocks: int | None
+    max_validation_blocks: Positive | None
     """Maximum of validation blocks, evenly spaced; null uses all."""
-    max_test_blocks: int | None
+    max_test_blocks: Positive | None
     """Maximum of test blocks, evenly spaced; null uses all."""
     separate_documents: bool
     """Whether no token attends to an earlier document of its block."""
     metric: TextMetric
     """The run's score; lower is better for each."""
 
-    def check_blocks(self) -> None:
-        """Raises ConfigError if a limit is too low."""
-        require_at_least("data.block_length", self.block_length, 2)
-        _check_optional("data.max_validation_blocks", self.max_validation_blocks)
-        _check_optional("data.max_test_blocks", self.max_test_blocks)
-
 
 @dataclass(frozen=True, kw_only=True)
 class LabelSettings:
     """How predicted labels are trained on and scored."""
 
-    label_smoothing: float
+    label_smoothing: Fraction
     """Share of each target that is spread evenly over all classes, 0 <= s < 1."""
     class_weights: Literal["none", "balanced"]
     """`balanced` weighs a class by examples / (classes · its examples) of the training split."""
@@ -154,9 +142,6 @@ class StdlibConfig(BlockSettings):
 
     name: Literal["stdlib_docs", "stdlib_code"]
 
-    def __post_init__(self) -> None:
-        self.check_blocks()
-
 
 @dataclass(frozen=True, kw_only=True)
 class TextConfig(SplitSettings, BlockSettings):
@@ -168,7 +153,6 @@ class TextConfig(SplitSettings, BlockSettings):
 
     def __post_init__(self) -> None:
         self.check_splits()
-        self.check_blocks()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,9 +171,7 @@ class TableConfig(SplitSettings, ExampleSettings, LabelSettings):
 
     def __post_init__(self) -> None:
         self.check_splits()
-        self.check_limits()
         _check_columns(text=self.text, text_pair=self.text_pair, label=self.label)
-        require_fraction("data.label_smoothing", self.label_smoothing)
         if self.task != "auto":
             check_label_settings(self, self.task)
 
@@ -218,7 +200,6 @@ class ChatConfig(SplitSettings, ExampleSettings):
 
     def __post_init__(self) -> None:
         self.check_splits()
-        self.check_limits()
         _check_columns(prompt=self.prompt, completion=self.completion, messages=self.messages)
         if self.messages is not None and (self.prompt, self.completion) != (None, None):
             raise ConfigError(
@@ -333,8 +314,3 @@ def _check_columns(**columns: str | None) -> None:
             raise ConfigError(f"`data.{seen[column]}` and `data.{key}` must be two columns, but both are {column!r}.")
         if column is not None:
             seen[column] = key
-
-
-def _check_optional(key: str, value: int | None) -> None:
-    if value is not None:
-        require_at_least(key, value, 1)

@@ -1,37 +1,23 @@
-"""Checks of single settings."""
+"""Types of settings with limits: `max_steps: Positive` is checked when `build` creates the settings."""
 
 from __future__ import annotations
 
-import re
+import math
+import operator
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any
 
-from lorasweep.errors import ConfigError
+COMPARISONS: Mapping[str, Callable[[Any, Any], bool]] = {
+    "<": operator.lt,
+    "<=": operator.le,
+    ">": operator.gt,
+    ">=": operator.ge,
+}
 
-
-def require_at_least(key: str, value: float, low: float) -> None:
-    """Raises ConfigError unless value >= low."""
-    if not value >= low:
-        raise ConfigError(f"`{key} >= {low}` must hold, but got {value!r}.")
-
-
-def require_above(key: str, value: float, low: float) -> None:
-    """Raises ConfigError unless value > low and it is finite."""
-    if not low < value < float("inf"):
-        raise ConfigError(f"`{key} > {low}` must hold, but got {value!r}.")
-
-
-def require_at_most(key: str, value: float, high: float) -> None:
-    """Raises ConfigError unless value <= high."""
-    if not value <= high:
-        raise ConfigError(f"`{key} <= {high}` must hold, but got {value!r}.")
-
-
-def require_fraction(key: str, value: float) -> None:
-    """Raises ConfigError unless 0 <= value < 1."""
-    if not 0 <= value < 1:
-        raise ConfigError(f"`0 <= {key} < 1` must hold, but got {value!r}.")
-
-
-def check_function_name(key: str, name: str) -> None:
-    """Raises ConfigError unless a name has the form `package.module:function`."""
-    if not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*", name):
-        raise ConfigError(f"`{key}` must have the form `package.module:function`, but got {name!r}.")
+Positive = Annotated[int, (">=", 1)]
+NonNegative = Annotated[int, (">=", 0)]
+AtLeastTwo = Annotated[int, (">=", 2)]
+Seed = Annotated[int, (">=", 0), ("<", 2**32)]
+Fraction = Annotated[float, (">=", 0), ("<", 1)]
+PositiveFloat = Annotated[float, (">", 0), ("<", math.inf)]
+NonNegativeFloat = Annotated[float, (">=", 0)]

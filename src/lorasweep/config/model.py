@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from lorasweep.config.limits import check_function_name
+from lorasweep.config.limits import Fraction
+from lorasweep.config.user_function import check_function_name
 from lorasweep.errors import ConfigError
 
 ModelKind = Literal["causal_lm", "classifier", "seq2seq"]
@@ -30,7 +31,7 @@ class ModelConfig:
     """Your own model: `package.module:function`, which returns an `nn.Module` (see docs/models.md); null for none."""
     attention: Attention
     """Implementation of attention; `auto` takes eager for short rows on a CPU, else sdpa."""
-    dropout: float | None
+    dropout: Fraction | None
     """Rate of every dropout of the base in training, 0 <= p < 1; 0 turns all of them off, null keeps the model's."""
     allow_pickle: bool
     """Whether to read weights from a pickle file where there are no safetensors. Risk: reading a pickle can run code
@@ -41,8 +42,6 @@ class ModelConfig:
     def __post_init__(self) -> None:
         """Refuses values out of range and settings that have no effect."""
         self._check_source()
-        if self.dropout is not None and not 0 <= self.dropout < 1:
-            raise ConfigError(f"`0 <= model.dropout < 1` must hold, but got {self.dropout!r}.")
         if self.gguf_file is not None and not self.gguf_file.endswith(".gguf"):
             raise ConfigError(f"`model.gguf_file` must end in .gguf, but got {self.gguf_file!r}.")
 

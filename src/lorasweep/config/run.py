@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from lorasweep.config.build import convert
 from lorasweep.config.components import Component
 from lorasweep.config.data import DataConfig
-from lorasweep.config.limits import require_above, require_at_least, require_fraction
+from lorasweep.config.limits import Fraction, NonNegativeFloat, Positive, PositiveFloat, Seed
 from lorasweep.config.method import MethodConfig
 from lorasweep.config.model import ModelConfig
 from lorasweep.errors import ConfigError
@@ -32,36 +33,33 @@ StrategyName = Literal[
 other strategies fork or spawn processes."""
 
 
+LayerDecay = Annotated[float, (">", 0), ("<=", 1)]
+
+
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
     """AdamW (Loshchilov and Hutter 2019), its learning rates, and gradient clipping."""
 
     name: Literal["adamw"]
-    lr: float
+    lr: PositiveFloat
     """Peak learning rate, > 0."""
-    lr_ratio_b: float
+    lr_ratio_b: PositiveFloat
     """Learning rate of B over that of A (LoRA+, arXiv 2402.12354); 1 is plain LoRA."""
-    lr_ratio_head: float
+    lr_ratio_head: PositiveFloat
     """Learning rate of a new head and of `method.modules_to_save` over `optim.lr`."""
-    layer_decay: float
+    layer_decay: LayerDecay
     """Learning rate of a block over that of the block above it (ULMFiT, arXiv 1801.06146, section 3.2), 0 < f <= 1; the
     embeddings lie below the first block. Such trials run alone."""
-    ema_decay: float | None
+    ema_decay: Fraction | None
     """Decay of an exponential moving average of the weights, 0 <= f < 1. The average is evaluated and saved; null
     evaluates the weights themselves. Such trials run alone."""
-    weight_decay: float
+    weight_decay: NonNegativeFloat
     """Weight decay of matrices. Vectors (biases, norms) do not decay."""
-    beta1: float
-    beta2: float
-    eps: float
-    clip_norm: float | None
+    beta1: Fraction
+    beta2: Fraction
+    eps: NonNegativeFloat
+    clip_norm: PositiveFloat | None
     """Largest norm of the whole gradient; null does not clip."""
-
-    def __post_init__(self) -> None:
-        _check_optim(self)
-        require_at_least("optim.eps", self.eps, 0)
-        require_fraction("optim.beta1", self.beta1)
-        require_fraction("optim.beta2", self.beta2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,29 +69,14 @@ class OptimizerComponent(Component):
     The settings below mean the same as in `OptimConfig`; all others are arguments of the class.
     """
 
-    lr: float
-    lr_ratio_b: float
-    lr_ratio_head: float
-    layer_decay: float
-    ema_decay: float | None
-    weight_decay: float
+    lr: PositiveFloat
+    lr_ratio_b: PositiveFloat
+    lr_ratio_head: PositiveFloat
+    layer_decay: LayerDecay
+    ema_decay: Fraction | None
+    weight_decay: NonNegativeFloat
     """Weight decay of matrices. It must be 0 if the class takes no `weight_decay`."""
-    clip_norm: float | None
-
-    def __post_init__(self) -> None:
-        _check_optim(self)
-
-
-def _check_optim(config: OptimConfig | OptimizerComponent) -> None:
-    for key in ("lr", "lr_ratio_b", "lr_ratio_head"):
-        require_above(f"optim.{key}", getattr(config, key), 0)
-    if not 0 < config.layer_decay <= 1:
-        raise ConfigError(f"`0 < optim.layer_decay <= 1` must hold, but got {config.layer_decay!r}.")
-    if config.ema_decay is not None:
-        require_fraction("optim.ema_decay", config.ema_decay)
-    require_at_least("optim.weight_decay", config.weight_decay, 0)
-    if config.clip_norm is not None:
-        require_above("optim.clip_norm", config.clip_norm, 0)
+    clip_norm: PositiveFloat | None
 
 
 ScheduleName = Literal[
@@ -124,13 +107,12 @@ class ScheduleConfig:
     """A learning-rate schedule of transformers over `trainer.max_steps`."""
 
     name: ScheduleName
-    warmup_fraction: float
+    warmup_fraction: Fraction
     """Fraction of the steps in which the rate rises linearly from 0, 0 <= f < 1."""
     arguments: Mapping[str, Any] = field(default_factory=dict, hash=False)
     """Further arguments of the schedule, see `SCHEDULE_ARGUMENTS`."""
 
     def __post_init__(self) -> None:
-        require_fraction("schedule.warmup_fraction", self.warmup_fraction)
         known = SCHEDULE_ARGUMENTS.get(self.name, ())
         for name, value in self.arguments.items():
             if name not in known:
@@ -140,25 +122,25 @@ class ScheduleConfig:
                     f"`schedule={self.name}` are {', '.join(named)}."
                 )
             if name == "decay_fraction":
-                require_fraction("schedule.decay_fraction", value)
+                convert(Fraction, value, key="schedule.decay_fraction")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainerConfig:
     """Steps, batches, precision, device and processes of a run."""
 
-    max_steps: int
+    max_steps: Positive
     """Optimizer steps, >= 1."""
-    batch_size: int
+    batch_size: Positive
     """Sequences per optimizer step, >= 1."""
-    accumulate: int | Literal["auto"]
+    accumulate: Positive | Literal["auto"]
     """Micro-batches of one optimizer step, 1 to `trainer.batch_size`; sequences are split by their length. Training is
     the same for every number. `auto` takes the fewest that leave at most 10 % padding in a pack, and 1 alone."""
-    eval_batch_size: int
+    eval_batch_size: Positive
     """Sequences of the greatest length per evaluation batch; a batch of shorter sequences has more."""
-    eval_every_steps: int
+    eval_every_steps: Positive
     """Steps between two evaluations on validation data. A run can be pruned, and is checkpointed, at an evaluation."""
-    early_stop_evaluations: int | None
+    early_stop_evaluations: Positive | None
     """Evaluations in a row without a better score after which a run ends; null trains all steps. The schedule keeps
     the length of all steps."""
     activation_checkpointing: bool
@@ -171,10 +153,10 @@ class TrainerConfig:
     strategy: StrategyName | Component
     """Lightning's strategy. `auto` takes `ddp` for several processes, each with the whole model. `fsdp` and
     `model_parallel` (FSDP2) shard every block's weights over the processes. Any other is set by `_target_`."""
-    devices: int | Literal["auto"]
+    devices: Positive | Literal["auto"]
     """Processes per node, each with its own GPU or share of the cores. `auto` takes as many as torchrun or srun
     started, else as many as there are GPUs. Trials of more than one process run alone."""
-    num_nodes: int
+    num_nodes: Positive
     deterministic: Literal[True, False, "strict"]
     """`true` uses torch's deterministic implementations where they exist; `strict` also ends a run at an operation
     without one; `false` takes the fastest."""
@@ -199,16 +181,7 @@ class TrainerConfig:
         return self.strategy_name in ("fsdp", "model_parallel", "ModelParallelStrategy")
 
     def __post_init__(self) -> None:
-        for key in ("max_steps", "batch_size", "eval_batch_size", "eval_every_steps", "num_nodes"):
-            require_at_least(f"trainer.{key}", getattr(self, key), 1)
-        if self.devices != "auto":
-            require_at_least("trainer.devices", self.devices, 1)
-        if self.early_stop_evaluations is not None:
-            require_at_least("trainer.early_stop_evaluations", self.early_stop_evaluations, 1)
-        if self.accumulate == "auto":
-            return
-        require_at_least("trainer.accumulate", self.accumulate, 1)
-        if self.accumulate > self.batch_size:
+        if self.accumulate != "auto" and self.accumulate > self.batch_size:
             raise ConfigError(
                 "`trainer.accumulate <= trainer.batch_size` must hold, "
                 f"but got {self.accumulate!r} and {self.batch_size!r}."
@@ -219,15 +192,10 @@ class TrainerConfig:
 class SeedsConfig:
     """A seed for each source of randomness, so that one can change while the others stay."""
 
-    init: int
+    init: Seed
     """Seed of the initial values of adapters and new heads."""
-    data_order: int
-    dropout: int
-
-    def __post_init__(self) -> None:
-        for key in ("init", "data_order", "dropout"):
-            if not 0 <= getattr(self, key) < 2**32:
-                raise ConfigError(f"`0 <= seeds.{key} < 2**32` must hold, but got {getattr(self, key)!r}.")
+    data_order: Seed
+    dropout: Seed
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from lorasweep.config.limits import require_at_least
+from lorasweep.config.limits import NonNegative, Positive, PositiveFloat
 from lorasweep.errors import ConfigError
 
 OWNED_OPTIONS: Mapping[str, str | None] = {
@@ -30,16 +30,16 @@ class SlurmConfig:
     """Settings of workers that run as Slurm jobs: each job starts one node of the sweep's own Ray cluster."""
 
     name: Literal["slurm"]
-    jobs: int
+    jobs: Positive
     """Number of jobs, each on one machine. More may be added while the sweep runs."""
-    processes_per_job: int
+    processes_per_job: Positive
     """Maximum number of processes in each job. A worker has one process, or `trainer.devices` times
     `trainer.num_nodes` processes, which train each trial together."""
-    gpus: int
+    gpus: NonNegative
     """Number of GPUs of each process."""
-    cpus: int
+    cpus: Positive
     """Number of CPU cores of each process."""
-    pack_size: int | Literal["auto"]
+    pack_size: Positive | Literal["auto"]
     """Maximum number of trials that train together on one frozen base. `auto` chooses it from the memory and the number
     of trials left; 1 trains each trial alone."""
     head: Literal["here", "job"]
@@ -55,11 +55,11 @@ class SlurmConfig:
     qos: str | None
     constraint: str | None
     """Features that a machine must have, in Slurm's syntax (`a100|h100`)."""
-    mem_gb: float | None
+    mem_gb: PositiveFloat | None
     """Memory of one job in GB."""
-    timeout_min: int
+    timeout_min: Positive
     """Time limit of a job in minutes, after which Slurm ends it."""
-    signal_delay_s: int
+    signal_delay_s: Positive
     """Slurm signals a job this many seconds before its time limit. The job then leaves the sweep and, if `requeue` is
     set, is requeued."""
     requeue: bool
@@ -75,13 +75,6 @@ class SlurmConfig:
     """Whether to print the batch file and submit nothing."""
 
     def __post_init__(self) -> None:
-        for key in ("jobs", "processes_per_job", "cpus", "timeout_min", "signal_delay_s"):
-            require_at_least(f"worker.{key}", getattr(self, key), 1)
-        require_at_least("worker.gpus", self.gpus, 0)
-        if self.pack_size != "auto":
-            require_at_least("worker.pack_size", self.pack_size, 1)
-        if self.mem_gb is not None and not self.mem_gb > 0:
-            raise ConfigError(f"`worker.mem_gb > 0` must hold, but got {self.mem_gb!r}. Leave it out for the default.")
         if self.signal_delay_s >= 60 * self.timeout_min:
             raise ConfigError(
                 f"`worker.signal_delay_s < {60 * self.timeout_min}` must hold, the seconds of `worker.timeout_min`, "

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 from lorasweep.config.components import Component
-from lorasweep.config.limits import require_at_least, require_at_most, require_fraction
+from lorasweep.config.limits import AtLeastTwo, Fraction, NonNegative, Positive
 from lorasweep.config.slurm import SlurmConfig
 from lorasweep.errors import ConfigError
 from lorasweep.redaction import redact
@@ -19,12 +19,8 @@ class ModelBasedSampler:
     """Sobol points first; then TPE or a Gaussian process proposes trials from finished and running ones."""
 
     name: Literal["tpe", "gp"]
-    startup_trials: int | None
+    startup_trials: Positive | None
     """Number of Sobol points of an arm; null: half of the arm's trials, at most 32."""
-
-    def __post_init__(self) -> None:
-        if self.startup_trials is not None:
-            require_at_least("sampler.startup_trials", self.startup_trials, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,17 +37,19 @@ class HalvingPruner:
     name: Literal["halving"]
     rungs: tuple[float, ...]
     """Rungs as ascending fractions of a run. Each rung is moved to the nearest evaluation."""
-    reduction_factor: int
+    reduction_factor: AtLeastTwo
     """One in `reduction_factor` trials continues at each rung."""
-    min_survivors: int
+    min_survivors: Positive
     """Smallest number of trials that continue at each rung, once no more can arrive there."""
     criterion: Literal["loss", "metric"]
     """Trials are compared by the sweep's metric, which also picks the winner, or by the validation loss."""
 
     def __post_init__(self) -> None:
-        _check_rungs(self.rungs)
-        require_at_least("pruner.reduction_factor", self.reduction_factor, 2)
-        require_at_least("pruner.min_survivors", self.min_survivors, 1)
+        if not self.rungs or list(self.rungs) != sorted({rung for rung in self.rungs if 0 < rung < 1}):
+            raise ConfigError(
+                "`pruner.rungs` must be ascending fractions of a run, each more than 0 and less than 1, but got "
+                f"{list(self.rungs)!r}."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,16 +57,12 @@ class MedianPruner:
     """A trial continues if it is no worse than the median of all trials at the same step, running ones included."""
 
     name: Literal["median"]
-    min_fraction: float
+    min_fraction: Fraction
     """Fraction of a run after which every evaluation is a rung."""
-    min_trials: int
+    min_trials: Positive
     """Trials that must have reached a rung before one of them continues."""
     criterion: Literal["loss", "metric"]
     """As for `halving`."""
-
-    def __post_init__(self) -> None:
-        require_fraction("pruner.min_fraction", self.min_fraction)
-        require_at_least("pruner.min_trials", self.min_trials, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +101,7 @@ class LocalWorker:
     name: Literal["local"]
     num: int
     """Number of workers, which is 1."""
-    pack_size: int | Literal["auto"]
+    pack_size: Positive | Literal["auto"]
     """Largest number of trials that train together on one frozen base; 1 trains each trial alone, `auto` depends on
     memory and on the number of trials left."""
 
@@ -117,7 +111,6 @@ class LocalWorker:
                 f"`worker.num` must be 1 with `worker=local`, but got {self.num!r}. For several workers "
                 f"use `worker=ray worker.num={self.num}`."
             )
-        _check_pack_size(self.pack_size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,30 +118,18 @@ class RayWorkers:
     """Workers that are Ray actors, on this machine or on a cluster."""
 
     name: Literal["ray"]
-    num: int | Literal["auto"]
+    num: Positive | Literal["auto"]
     """Number of workers; `auto` takes as many as fit on the cluster, and more when nodes join."""
-    cpus: int
+    cpus: Positive
     """Processor cores of each process of a worker."""
-    gpus: int
+    gpus: NonNegative
     """GPUs of each process of a worker. A worker has `trainer.devices` times `trainer.num_nodes` processes, which train
     each trial together."""
     address: str | None
     """Ray cluster to join: `auto` for the one on this machine, or `HOST:PORT`. Null starts a cluster on this machine
     that ends with the sweep."""
-    pack_size: int | Literal["auto"]
+    pack_size: Positive | Literal["auto"]
     """As for `local`."""
-
-    def __post_init__(self) -> None:
-        if self.num != "auto":
-            require_at_least("worker.num", self.num, 1)
-        require_at_least("worker.cpus", self.cpus, 1)
-        require_at_least("worker.gpus", self.gpus, 0)
-        _check_pack_size(self.pack_size)
-
-
-def _check_pack_size(size: int | Literal["auto"]) -> None:
-    if size != "auto":
-        require_at_least("worker.pack_size", size, 1)
 
 
 WorkerConfig = LocalWorker | RayWorkers | SlurmConfig
@@ -158,31 +139,21 @@ WorkerConfig = LocalWorker | RayWorkers | SlurmConfig
 class SweepSettings:
     """Settings of the whole sweep."""
 
-    trials: int | None
+    trials: Positive | None
     """Number of trials of every arm with a space; null keeps each arm's own number."""
-    seed: int
+    seed: NonNegative
     """Seed of the sampler; each arm has its own random stream."""
     output: str | None
-    max_failures: int
+    max_failures: Positive
     """Number of failed trials in a row after which the sweep stops, because the cause is probably not in the trials."""
-
-    def __post_init__(self) -> None:
-        if self.trials is not None:
-            require_at_least("sweep.trials", self.trials, 1)
-        require_at_least("sweep.seed", self.seed, 0)
-        require_at_least("sweep.max_failures", self.max_failures, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConfirmConfig:
     """The stage after the search: each arm's best configuration runs with fresh seeds and is scored on test data."""
 
-    seeds: int
+    seeds: Annotated[int, (">=", 0), ("<=", MAX_CONFIRM_SEEDS)]
     """Number of fresh seeds, 0 to 1000; 0 skips the stage."""
-
-    def __post_init__(self) -> None:
-        require_at_least("confirm.seeds", self.seeds, 0)
-        require_at_most("confirm.seeds", self.seeds, MAX_CONFIRM_SEEDS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,11 +166,3 @@ class SweepConfig:
     worker: WorkerConfig
     sweep: SweepSettings
     confirm: ConfirmConfig
-
-
-def _check_rungs(rungs: tuple[float, ...]) -> None:
-    if not rungs or list(rungs) != sorted(set(rungs)) or not all(0 < rung < 1 for rung in rungs):
-        raise ConfigError(
-            f"`pruner.rungs` must be ascending fractions of a run, each more than 0 and less than 1, but got "
-            f"{list(rungs)!r}."
-        )

@@ -1,57 +1,118 @@
-"""Finds the packages that the user trusts to run code, in addition to `targets.TRUSTED_PACKAGES`.
+"""Packages whose code may run. Settings may come from a stranger's sweep file, `conf/` or record.
 
-Only the command line and arguments of the Python API can add a package; a sweep file or a record can't.
+Classes of `TRUSTED_PACKAGES` may always be instantiated. The user trusts more packages on the command line
+(`trust=[PACKAGE]`) or by an argument of the Python API; a file can't.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from lorasweep.config.compose import parse_overrides
-from lorasweep.config.named import FLAGS_OF_CODE, package_of
 from lorasweep.errors import ConfigError
 
-TRUST = "trust"
-"""Key on the command line that trusts packages (`trust=[optunahub]`). It is not a setting of a run."""
+TARGET = "_target_"
+TRUSTED_PACKAGES = frozenset(
+    {
+        "lorasweep",
+        *("torch", "torchao", "transformers", "bitsandbytes", "deepspeed"),  # optimizers, schedules, strategies
+        *("lightning", "lightning_fabric", "pytorch_lightning", "torchmetrics"),  # loggers, callbacks, strategies
+        *("optuna", "optuna_integration"),  # samplers and pruners
+        *("wandb", "mlflow"),  # their own loggers and callbacks
+    }
+)
+"""Dependencies of lorasweep, and well-known packages that users install themselves. `optunahub` is missing, because
+it downloads code and runs it."""
+TRUSTED_CLASS = "datetime.timedelta"
+"""A class of another package that needs no `trust`: the argument `timeout` of Lightning's strategies is one."""
+EVERY_PACKAGE = "all"
+"""Value of `trust` that trusts every package."""
+PACKAGES_OF_FLAGS = {"model.trust_remote_code": "transformers_modules", "model.allow_pickle": "pickle"}
+"""Settings that run code of others, each with the package of that code. transformers imports remote code into
+`transformers_modules`."""
 FACTORY_KEYS = ("model.factory", "data.factory")
 """Settings that name a function of the user."""
 
+_trusted: set[str] = set()
 
-def split_trust(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Returns the packages that a command line trusts, and the other words of the command line.
+
+def set_trusted(packages: Iterable[str]) -> None:
+    """Sets the packages that this process trusts in addition to `TRUSTED_PACKAGES`, instead of the previous ones."""
+    _trusted.clear()
+    _trusted.update(packages)
+
+
+def trusted_packages() -> tuple[str, ...]:
+    """Returns the packages of the last `set_trusted`, for worker processes."""
+    return tuple(sorted(_trusted))
+
+
+def package_of(path: str) -> str:
+    """Returns the package of an import path, `package.module:function` or `package.Class`."""
+    return path.partition(":")[0].partition(".")[0]
+
+
+def is_trusted(package: str) -> bool:
+    return package in TRUSTED_PACKAGES or package in _trusted or EVERY_PACKAGE in _trusted
+
+
+def require_trusted(value: Any, *, key: str = "") -> None:
+    """Raises ConfigError unless each `_target_` in nested settings is of a trusted package. Imports nothing."""
+    if isinstance(value, Mapping):
+        for name, item in value.items():
+            inner = f"{key}.{name}" if key else str(name)
+            if inner.rpartition(".")[2] == TARGET:
+                for target in item if isinstance(item, list | tuple) else [item]:  # a sweep may list several
+                    require_trusted_target(str(target), key=inner)
+            require_trusted(item, key=inner)
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            require_trusted(item, key=f"{key}.{index}")
+
+
+def require_trusted_target(target: str, *, key: str) -> None:
+    """Raises ConfigError unless an import path is of a trusted package."""
+    package = package_of(target)
+    if target != TRUSTED_CLASS and not is_trusted(package):
+        raise ConfigError(
+            f"`{key}` must be a class of a package that is trusted, but got {target!r}. It could run any code. If you "
+            f"know {package!r}, add `trust=[{package}]` to the command line of sweep, train or plan, `--trust` to "
+            "others."
+        )
+
+
+def split_trust(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Returns the packages that a command line trusts, and the other arguments.
 
     Raises:
-        ConfigError: A value of `trust` is not the name of a package.
+        ConfigError: A value of `trust=` is not the name of a package.
     """
-    typed = [word for word in words if word.startswith(f"{TRUST}=")]
-    given = parse_overrides(typed).get(TRUST, [])
-    packages = check_packages(given if isinstance(given, list) else [given])
-    others = [word for word in words if word not in typed]
-    return [*packages, *packages_of(word.partition("=")[::2] for word in others)], others
+    values = [argument.removeprefix("trust=") for argument in arguments if argument.startswith("trust=")]
+    packages = [package.strip() for value in values for package in value.strip("[]").split(",")]
+    others = [argument for argument in arguments if not argument.startswith("trust=")]
+    return [*check_packages(packages), *packages_of(other.partition("=")[::2] for other in others)], others
 
 
-def check_packages(packages: Iterable[Any]) -> list[str]:
-    """Returns the names of packages as a list of strings.
-
-    Raises:
-        ConfigError: A name is not a Python identifier, as the first word of an import path must be.
-    """
-    names = [str(package) for package in packages]
+def check_packages(packages: Iterable[str]) -> list[str]:
+    """Returns names of packages; raises ConfigError if one is not a Python identifier."""
+    names = list(packages)
     for name in names:
-        if not name.isidentifier():
+        if not str(name).isidentifier():
             raise ConfigError(
-                f"`{TRUST}` must be names of packages, such as `{TRUST}=[optunahub]`, but got {name!r}. "
-                "Give the first word of the class's import path."
+                f"`trust` must be names of packages, such as `trust=[optunahub]`, but got {name!r}. "
+                "Give the first part of the class's import path."
             )
     return names
 
 
 def packages_of(overrides: Iterable[tuple[str, Any]]) -> Iterator[str]:
-    """Yields the packages whose code the overrides run: that of a factory, of remote code, or of a pickle."""
+    """Yields the packages whose code the user's overrides run: of a factory, of remote code, or of a pickle.
+
+    Who types such a setting trusts its package.
+    """
     for key, value in overrides:
         setting = ".".join(key.split(".")[-2:])  # an override of one arm has a prefix: `arms.NAME.model.factory`
         if setting in FACTORY_KEYS:
             yield package_of(str(value).strip("'\""))
-        elif setting in FLAGS_OF_CODE and str(value).lower() == "true":
-            yield FLAGS_OF_CODE[setting]
+        elif setting in PACKAGES_OF_FLAGS and str(value).lower() == "true":
+            yield PACKAGES_OF_FLAGS[setting]

@@ -20,7 +20,7 @@ from torch.nn.functional import pad
 from torch.utils.data import DataLoader, IterableDataset
 
 from lorasweep.config.data import CustomDataConfig, CustomTask
-from lorasweep.config.named import call_named
+from lorasweep.config.user_function import call_user_function
 from lorasweep.data.source import DataSource, OwnExamples
 from lorasweep.data.split import IGNORED, Batch, Split
 from lorasweep.errors import ConfigError, describe_error
@@ -67,7 +67,7 @@ def read_own(config: CustomDataConfig) -> DataSource:
         ConfigError: The function or a method of the module fails, or a loader or example can't be used.
     """
     with _fixed_seed():
-        module = call_named(config.factory, key=FACTORY_KEY, offered={})
+        module = call_user_function(config.factory, key=FACTORY_KEY, offered={})
         if not isinstance(module, LightningDataModule):
             raise ConfigError(
                 f"`{FACTORY_KEY}` must return a LightningDataModule, but {config.factory!r} returns "

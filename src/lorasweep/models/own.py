@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lorasweep.config.model import ModelConfig
-from lorasweep.config.named import call_named
+from lorasweep.config.user_function import call_user_function
 from lorasweep.errors import ConfigError
 from lorasweep.models.dropout import set_dropout_modules, set_dropout_settings
 from lorasweep.models.pretrained import own_stream
@@ -38,7 +38,7 @@ def build_own(
     """
     assert config.factory is not None
     with own_stream():
-        made = call_named(config.factory, key=KEY, offered={"dtype": dtype, **offered})
+        made = call_user_function(config.factory, key=KEY, offered={"dtype": dtype, **offered})
     model, tokenizer, head = _unpack(made, config.factory)
     _set_dropout(model, config)
     _cast(model, dtype)

@@ -10,9 +10,8 @@ import torch
 from torch import nn
 
 from lorasweep.config.build import as_settings, build
-from lorasweep.config.components import is_trusted, require_trusted
-from lorasweep.config.named import FLAGS_OF_CODE, package_of
 from lorasweep.config.run import RunConfig
+from lorasweep.config.trust import PACKAGES_OF_FLAGS, is_trusted, package_of, require_trusted
 from lorasweep.errors import ConfigError, RecordError
 from lorasweep.methods import METHODS, copy_sharing_weights
 from lorasweep.models.load import BaseModel, Labels, load_base
@@ -42,7 +41,7 @@ def named_code(config: RunConfig) -> Iterator[tuple[str, Any, str]]:
     for key, name in (("model.factory", config.model.factory), ("data.factory", getattr(config.data, "factory", None))):
         if name:
             yield key, name, package_of(name)
-    for key, package in FLAGS_OF_CODE.items():
+    for key, package in PACKAGES_OF_FLAGS.items():
         if getattr(config.model, key.removeprefix("model.")):
             yield key, True, package
 

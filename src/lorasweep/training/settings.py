@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 from lorasweep.config.build import build
-from lorasweep.config.components import require_trusted
 from lorasweep.config.run import RunConfig
+from lorasweep.config.trust import require_trusted
 from lorasweep.training.restore import require_trusted_code
 
 Settings: TypeAlias = RunConfig | Sequence[str] | Mapping[str, Any]
@@ -31,6 +31,7 @@ def read_settings(given: Settings, *, trust: bool = False) -> RunConfig:
         config = build(RunConfig, given)
         require_trusted_code(config, trust=trust, option="trust=True")
         return config
-    from lorasweep.config.compose import compose_run, parse_overrides  # noqa: PLC0415 (Hydra is slow to start)
+    from lorasweep.config.command_line import parse_overrides  # noqa: PLC0415 (Hydra is slow to start)
+    from lorasweep.config.compose import compose_run  # noqa: PLC0415 (Hydra is slow to start)
 
     return compose_run(parse_overrides(given))

@@ -12,7 +12,8 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 from optuna.trial import TrialState, create_trial
 from tests.sweep.controller.conftest import make_arm
 
-from lorasweep.config.components import Component, set_trusted
+from lorasweep.config.components import Component
+from lorasweep.config.trust import set_trusted
 from lorasweep.errors import ConfigError
 from lorasweep.sweep.controller.component_sampler import build_sampler
 from lorasweep.sweep.controller.proposals import SAMPLER_ATTRIBUTE, propose

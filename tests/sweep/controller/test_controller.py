@@ -13,7 +13,7 @@ from optuna.storages import JournalStorage
 from tests.sweep.conftest import WRITES, Killed, kill_at
 from tests.sweep.controller.conftest import EVERY, LAST, Simulation, outcome
 
-from lorasweep.config.components import set_trusted
+from lorasweep.config.trust import set_trusted
 from lorasweep.errors import ConfigError, Diverged, OutOfMemory, RecordError
 from lorasweep.sweep.controller.controller import Controller
 from lorasweep.sweep.controller.folder import SweepFolder

@@ -19,8 +19,9 @@ from optuna.samplers import BaseSampler
 from optuna.storages import InMemoryStorage
 from optuna.trial import FrozenTrial, create_trial
 
-from lorasweep.config.components import TARGET, Component, argument_names, instantiate, is_trusted
+from lorasweep.config.components import Component, argument_names, instantiate
 from lorasweep.config.data import Direction
+from lorasweep.config.trust import TARGET, is_trusted
 from lorasweep.errors import ConfigError
 from lorasweep.sweep.controller.encoding import Point
 from lorasweep.sweep.definition.space import Space

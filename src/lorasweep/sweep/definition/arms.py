@@ -15,14 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from lorasweep.config.build import as_settings
-from lorasweep.config.compose import (
-    LIST_GROUPS,
-    compose_sweep,
-    known_keys,
-    layer_settings,
-    parse_overrides,
-)
-from lorasweep.config.limits import require_at_least
+from lorasweep.config.command_line import parse_overrides
+from lorasweep.config.compose import LIST_GROUPS, compose_sweep, known_keys, layer_settings
 from lorasweep.config.run import RunConfig
 from lorasweep.config.sweep import SweepConfig
 from lorasweep.errors import ConfigError
@@ -199,7 +193,6 @@ def _build_arm(arm: ExpandedArm, file: SweepFile, overrides: Mapping[str, Any], 
         space = _parse_space(settings, ranges)
     trials = arm.config.trials if sweep_config.sweep.trials is None else sweep_config.sweep.trials
     trials = DEFAULT_TRIALS if trials is None else trials
-    require_at_least(f"arms.{arm.name}.trials", trials, 1)
     if not ranges and not arm.config.space and (arm.config.trials or 1) != 1:
         raise ConfigError(
             f"`arms.{arm.name}.trials` must be 1 for an arm without a space, but got {arm.config.trials!r}. "

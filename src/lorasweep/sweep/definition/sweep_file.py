@@ -14,6 +14,7 @@ from yaml import YAMLError
 
 from lorasweep.config.build import build
 from lorasweep.config.compose import packaged_folder, refuse_resolvers
+from lorasweep.config.limits import Positive
 from lorasweep.errors import ConfigError
 from lorasweep.sweep.definition.alpha_over_rank import spell_out_multiplier
 from lorasweep.wording import nearest
@@ -34,7 +35,7 @@ class ArmConfig:
     """Dotted keys and values of this arm, over those of the whole sweep."""
     space: Mapping[str, Any]
     """Searched keys: a list of choices, or a mapping with `low`, `high`, and `log` or `step`."""
-    trials: int | None
+    trials: Positive | None
     """Trials of the search; None if the file gives no number."""
     expand: Mapping[str, Any]
     """Keys and lists of values: one arm for each combination, with its own search and the same budget."""

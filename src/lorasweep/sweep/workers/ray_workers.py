@@ -32,8 +32,8 @@ import torch
 from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
-from lorasweep.config.components import set_trusted, trusted_packages
 from lorasweep.config.run import RunConfig
+from lorasweep.config.trust import set_trusted, trusted_packages
 from lorasweep.errors import LoraSweepError, RanksLost, WorkerError, first_line
 from lorasweep.record import RunRecord, read_sweep
 from lorasweep.sweep.controller.controller import Controller, RunEnded

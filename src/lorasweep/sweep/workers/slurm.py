@@ -25,8 +25,8 @@ from submitit.core.utils import FailedJobError, environment_variables
 from submitit.helpers import clean_env
 from submitit.slurm.slurm import _make_sbatch_string
 
-from lorasweep.config.components import trusted_packages
 from lorasweep.config.slurm import SlurmConfig
+from lorasweep.config.trust import trusted_packages
 from lorasweep.disk import network_file_system
 from lorasweep.errors import ConfigError, WorkerError
 from lorasweep.sweep.workers.slurm_job import RayNode, SweepHead

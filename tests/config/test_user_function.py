@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from lorasweep.config.named import call_named, find_named
+from lorasweep.config.user_function import call_user_function
 from lorasweep.errors import ConfigError
 
 MODULE = """
@@ -36,7 +36,7 @@ def own_module(tmp_path, monkeypatch):
 
 
 def call(name, **offered):
-    return call_named(name, key="model.factory", offered=offered)
+    return call_user_function(name, key="model.factory", offered=offered)
 
 
 def test_function_gets_what_it_asks_for(own_module):
@@ -46,27 +46,21 @@ def test_function_gets_what_it_asks_for(own_module):
     assert call(f"{own_module}:plain", dtype="fp32") == 7
 
 
-def test_module_is_found_in_the_current_folder(own_module):
-    assert find_named(f"{own_module}:plain", key="model.factory")() == 7
-
-
-def test_argument_that_is_not_offered_is_named(own_module):
-    with pytest.raises(ConfigError, match="among dtype, labels, but 'own_functions:needs_more' needs 'path'"):
-        call(f"{own_module}:needs_more", dtype="fp32", labels=())
-
-
 @pytest.mark.parametrize(
-    ("name", "message"),
+    ("name", "fragments"),
     [
-        ("no_such_module:f", "importing 'no_such_module' fails: ModuleNotFoundError: No module named 'no_such_module'"),
-        ("own_broken:f", "importing 'own_broken' fails: ModuleNotFoundError: No module named 'not_installed_anywhere'"),
-        ("own_functions:biuld", "'own_functions:biuld' is none of that name. Did you mean `build`"),
-        ("own_functions:number", "'own_functions:number' is no callable"),
-        ("own_functions:fails", "'own_functions:fails' fails: KeyError: 'the key"),
+        ("no_such_module:f", ["'no_such_module:f'", "No module named 'no_such_module'"]),
+        ("own_broken:f", ["'own_broken:f'", "No module named 'not_installed_anywhere'"]),
+        ("own_functions:biuld", ["'own_functions:biuld'", "no attribute 'biuld'"]),
+        ("own_functions:number", ["'own_functions:number'", "5 is not a callable"]),
+        ("own_functions:fails", ["'own_functions:fails'", "KeyError: 'the key"]),
+        ("own_functions:needs_more", ["the arguments dtype", "'own_functions:needs_more'", "'path'"]),
     ],
 )
-def test_wrong_name_is_one_sentence(own_module, name, message):
-    with pytest.raises(ConfigError, match=message) as caught:
+def test_a_function_that_can_not_be_called_is_one_sentence(own_module, name, fragments):
+    with pytest.raises(ConfigError) as caught:
         call(name, dtype="fp32")
-    assert str(caught.value).startswith("`model.factory` must name a function")
-    assert "\n" not in str(caught.value)
+    message = str(caught.value)
+    assert message.startswith("`model.factory` must")
+    assert [fragment for fragment in fragments if fragment not in message] == []
+    assert "\n" not in message

@@ -1,0 +1,110 @@
+"""Overrides on the command line in Hydra's syntax: read, checked and completed."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+from hydra._internal.utils import get_args_parser
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ChoiceSweep, Glob, IntervalSweep, Override, RangeSweep
+from hydra.errors import HydraException
+
+from lorasweep.config.compose import (
+    COMPONENTS,
+    LIST_GROUPS,
+    compose_run,
+    group_names,
+    group_options,
+    hydra_session,
+    known_keys,
+)
+from lorasweep.errors import ConfigError, first_line
+
+
+def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+    """Returns overrides as keys and values. Hydra's sweep syntax becomes a choice or a range as in a sweep file.
+
+    Raises:
+        ConfigError: An override is not of the form `key=value`.
+    """
+    return dict(map(_read_override, _parse(overrides)))
+
+
+def check_train_arguments(arguments: Sequence[str]) -> None:
+    """Checks the arguments of `lorasweep train` before Hydra does, so that every error is one sentence.
+
+    Every run of a grid (`-m method.rank=1,4`) is checked before the first one trains.
+
+    Raises:
+        ConfigError: An argument is no override, or a key or value is wrong.
+    """
+    flags, unknown = get_args_parser().parse_known_args(list(arguments))
+    values: dict[str, list[Any]] = {}
+    for override in _parse([*flags.overrides, *unknown]):
+        if override.key_or_group.startswith("hydra"):
+            continue
+        key, value = _read_override(override)
+        if isinstance(override._value, RangeSweep | IntervalSweep):
+            raise ConfigError(
+                f"a range is for `lorasweep sweep`, but got {override.input_line!r}. "
+                f"Give values: `{key}=1,2,4` with `-m`."
+            )
+        if override.is_sweep_override() and not flags.multirun:
+            raise ConfigError(f"`{key}` must have one value, but got {value!r}. Add `-m` to run each of them.")
+        values[key] = value if override.is_sweep_override() else [value]
+    trains = not (flags.help or flags.cfg or flags.info)
+    for combination in itertools.product(*values.values()):
+        compose_run(dict(zip(values, combination, strict=True)), require_all=trains)
+
+
+def allow_new_arguments(arguments: Sequence[str]) -> list[str]:
+    """Returns the overrides with `++` before each argument of a component, so that Hydra accepts new keys."""
+    return [f"++{argument}" if _is_component_key(argument) else argument for argument in arguments]
+
+
+def complete_override(prefix: str) -> list[str]:
+    """Returns the overrides that begin with a prefix: a key with `=`, or after a group's `=` its options."""
+    groups = {*group_names("train"), *group_names("sweep")}
+    key, has_value, _ = prefix.partition("=")
+    if not has_value:
+        keys = groups | known_keys({}, primary="train") | known_keys({}, primary="sweep")
+        return [f"{name}=" for name in sorted(keys) if name.startswith(key)]
+    if key not in groups:
+        return []
+    with hydra_session():
+        return [f"{key}={option}" for option in group_options(key) if f"{key}={option}".startswith(prefix)]
+
+
+def _is_component_key(key: str) -> bool:
+    return key.startswith(tuple(f"{group}." for group in (*COMPONENTS, *LIST_GROUPS)))
+
+
+def _parse(overrides: Sequence[str]) -> list[Override]:
+    try:
+        return OverridesParser.create().parse_overrides(list(overrides))
+    except HydraException as error:
+        raise ConfigError(f"an override must read `key=value`, but got {first_line(error)}") from error
+
+
+def _read_override(override: Override) -> tuple[str, Any]:
+    key, value = str(override.key_or_group), override._value
+    adds = override.is_add() or override.is_force_add()
+    if not key or override.is_delete() or (adds and not _is_component_key(key)):
+        raise ConfigError(
+            f"an override must read `key=value`, but got {override.input_line!r}. Leave out any `+` or `~`."
+        )
+    if isinstance(value, Glob):
+        raise ConfigError(f"`{key}` must be a value, a list or a range, but got {override.input_line!r}.")
+    if isinstance(value, ChoiceSweep):
+        return key, list(override.sweep_iterator(transformer=Override._convert_value))
+    if isinstance(value, RangeSweep):
+        values = list(value.range())  # without `stop`, as in Python
+        if not values:
+            raise ConfigError(f"`{key}` must be a range that is not empty, but got {override.input_line!r}.")
+        return key, {"low": value.start, "high": values[-1], "step": value.step}
+    if isinstance(value, IntervalSweep):
+        log = {"log": True} if "log" in value.tags else {}
+        return key, {"low": value.start, "high": value.end, **log}
+    return key, override.value()
