@@ -575,7 +575,7 @@ def test_inspect_takes_a_sweep_alone_and_its_report_then_shows_what_was_found(he
     assert run(["inspect", "outputs/mini"]) == DONE
     assert capsys.readouterr().out.startswith("lora: outputs/mini/runs/lora-")
     assert run(["compare", "outputs/mini"]) == DONE
-    assert "Its effective rank is" in (here / "outputs" / "mini" / "report" / "index.html").read_text()
+    assert "90 % of the squared norm lies in" in (here / "outputs" / "mini" / "report" / "index.html").read_text()
 
 
 def test_compare_of_several_sweeps_prints_one_table_and_writes_each_report(capsys, here):

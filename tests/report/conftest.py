@@ -300,7 +300,7 @@ def write_inspection(folder: Path, *, rank: int) -> None:
     layers = [("blocks.0.q", 0, "q", 0.1), ("blocks.0.up", 0, "up", 0.3), ("blocks.1.q", 1, "q", 0.2)]
     layers += [("blocks.1.up", 1, "up", 0.3)]
     rows = [f"{layer},{block},{kind},{share},1.5" for layer, block, kind, share in layers]
-    header = "layer,block,kind,norm_share,effective_rank"
+    header = "layer,block,kind,norm_share,energy_rank"
     (folder / "layers.csv").write_text("\n".join([header, *rows, "head.bias,,head.bias,0.1,"]) + "\n")
     spectra = {layer: [2.0 ** -(i + number) for i in range(rank)] for number, (layer, *_) in enumerate(layers)}
     (folder / "spectra.json").write_text(json.dumps({"version": 1, "singular_values": spectra}))

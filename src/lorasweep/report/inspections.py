@@ -88,7 +88,7 @@ def _read_arm(arm: str, run: str, folder: Path) -> ArmWeights:
     kinds: dict[str, float] = defaultdict(float)
     blocks: dict[int, float] = defaultdict(float)
     for row in _read_csv(folder / "layers.csv"):
-        if row["effective_rank"]:
+        if row["energy_rank"]:
             kinds[row["kind"]] += float(row["norm_share"])
         if row["block"]:
             blocks[int(row["block"])] += float(row["norm_share"])

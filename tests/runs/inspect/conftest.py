@@ -17,6 +17,8 @@ from lorasweep.config.method import LoraConfig, MethodConfig
 from lorasweep.methods import METHODS, copy_sharing_weights
 from lorasweep.models.load import BaseModel, fingerprint_weights
 from lorasweep.record import ArmRow, SweepRecord, TrialRow, read_run, write_record
+from lorasweep.runs.inspect.measures import Decomposition, decompose
+from lorasweep.runs.inspect.weight_updates import WeightUpdate
 from lorasweep.training.inputs import RunInputs
 from lorasweep.training.run import train_run
 from lorasweep.training.run_log import RunPlace
@@ -69,6 +71,10 @@ def trained(base: BaseModel) -> Callable[..., nn.Module]:
 def lora(**settings: Any) -> LoraConfig:
     """LoRA of rank 2 with other settings."""
     return LoraConfig(**{"rank": 2, "alpha": 4.0, **settings})
+
+
+def decompose_updates(updates: list[WeightUpdate]) -> dict[str, Decomposition]:
+    return {update.name: decompose(update.left, update.right) for update in updates if update.is_matrix}
 
 
 @pytest.fixture(scope="session")

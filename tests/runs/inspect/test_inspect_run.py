@@ -4,17 +4,31 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
+from types import SimpleNamespace
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
+from lorasweep.config.method import FullConfig, HeadConfig, IntrinsicConfig
 from lorasweep.errors import RecordError
+from lorasweep.lora import lora_layers
+from lorasweep.methods import METHODS, copy_sharing_weights
+from lorasweep.models.load import BaseModel
 from lorasweep.record import read_run, sha256_of
-from lorasweep.runs.inspect.inspect_run import inspect_run
+from lorasweep.runs.inspect.inspect_run import (
+    initial_model,
+    inspect_run,
+    measure_run,
+    read_finished_run,
+    restore_trained,
+)
+from lorasweep.runs.inspect.weight_updates import read_weight_updates
 from lorasweep.training.run import train_run
 from lorasweep.training.run_log import RunPlace
 
-from .conftest import edit_json
+from .conftest import edit_json, lora
 
 FILES = {"layers.csv", "spectra.json", "truncation.csv", "summary.json"}
 
@@ -27,10 +41,10 @@ def read_csv(path):
 def test_the_whole_change_scores_what_the_run_scored_and_none_of_it_less(runs, inputs, name):
     inspection = inspect_run(runs[name], inputs=inputs)
     record, frozen = read_run(runs[name]), read_run(runs["frozen"])
-    scores = inspection.truncation.scores
+    scores = inspection.scores
     assert scores[-1].rank == {"lora": 2, "full": 160}[name]
     assert scores[-1].score == record.score  # the same model on the same batches
-    assert inspection.truncation.loss(scores[-1]) == 0
+    assert scores[-1].loss == 0
     if name == "lora":  # under full the norms stay as they were trained
         assert scores[0].score == pytest.approx(frozen.score, rel=1e-5)
     assert scores[0].score > scores[-1].score
@@ -47,16 +61,12 @@ def test_files_hold_what_was_found(runs, inputs):
     spectra = json.loads((folder / "spectra.json").read_text())["singular_values"]
     for row in inspection.layers:
         assert len(spectra[row.layer]) == 2
-        assert 1 <= row.stable_rank <= row.effective_rank**2
+        assert 1 <= row.energy_rank <= 2
     ranks = read_csv(folder / "truncation.csv")
-    assert [(int(r["rank"]), float(r["score"])) for r in ranks] == [
-        (row.rank, row.score) for row in inspection.truncation.scores
-    ]
+    assert [(int(r["rank"]), float(r["score"])) for r in ranks] == [(row.rank, row.score) for row in inspection.scores]
     summary = json.loads((folder / "summary.json").read_text())
     assert (summary["format"], summary["version"]) == ("lorasweep.inspection", 1)
     assert summary["sentences"] == list(inspection.sentences)
-    assert sum(summary["shares_by_kind"].values()) == pytest.approx(1)
-    assert set(summary["shares_by_block"]) == {"0", "1", "2", "3"}
 
 
 def test_an_inspection_repeats_to_the_byte(runs, inputs):
@@ -94,18 +104,11 @@ def test_inspecting_changes_nothing_else_of_the_run(runs, inputs):
     assert {path: sha256_of(path) for path in before} == before
 
 
-def test_a_folder_that_cannot_be_written_to_is_one_sentence(runs, inputs):
-    (runs["lora"] / "inspect").write_text("mine")
-    with pytest.raises(RecordError, match=r"inspect' must be a folder that can be written to, but is not: "):
-        inspect_run(runs["lora"], inputs=inputs, scores=False)
-    assert (runs["lora"] / "inspect").read_text() == "mine"
-
-
 def test_other_data_than_the_runs_is_said_and_the_rest_still_appears(runs, inputs):
     edit_json(runs["lora"] / "run.json", lambda raw: raw["data"]["validation"].update(fingerprint="0" * 16))
     inspection = inspect_run(runs["lora"], inputs=inputs)
-    assert inspection.truncation is None
-    assert any("Smaller ranks are not scored" in sentence for sentence in inspection.sentences)
+    assert inspection.scores == ()
+    assert any("are not scored" in sentence for sentence in inspection.sentences)
     assert len(inspection.layers) == 28
 
 
@@ -114,7 +117,7 @@ def test_a_run_whose_weights_are_the_bases_is_refused(runs, inputs):
     tensors = load_file(path)
     save_file({name: tensor * ("lora_A" in name) for name, tensor in tensors.items()}, path)
     edit_json(runs["lora"] / "run.json", lambda raw: raw.update(files={}))
-    with pytest.raises(RecordError, match=r"the best weights of .* are the base's own"):
+    with pytest.raises(RecordError, match=r"the best weights of .* equal the base's"):
         inspect_run(runs["lora"], inputs=inputs)
     assert not (runs["lora"] / "inspect").exists()
 
@@ -122,5 +125,94 @@ def test_a_run_whose_weights_are_the_bases_is_refused(runs, inputs):
 def test_runs_that_changed_different_layers_are_not_compared(runs, inputs, make_config, tmp_path):
     for name in ("q_proj", "k_proj"):
         train_run(make_config({"method.targets": [name]}), RunPlace(folder=tmp_path / name), inputs=inputs)
-    with pytest.raises(RecordError, match="two runs must have changed the same layers to be compared"):
+    with pytest.raises(RecordError, match=r"k_proj.*`method\.targets`"):
         inspect_run(tmp_path / "q_proj", other=tmp_path / "k_proj", inputs=inputs, scores=False)
+
+
+def test_runs_of_different_bases_are_not_compared(runs, inputs):
+    edit_json(runs["other"] / "run.json", lambda raw: raw["base"].update(fingerprint="f" * 16))
+    with pytest.raises(RecordError, match="f" * 16):
+        inspect_run(runs["lora"], other=runs["other"], inputs=inputs, scores=False)
+    assert not (runs["lora"] / "inspect").exists()
+
+
+def test_a_restored_model_has_the_best_weights_on_the_shared_base(runs, inputs):
+    random = torch.random.get_rng_state()
+    model = restore_trained(read_finished_run(runs["lora"]), inputs.base)
+    assert torch.equal(torch.random.get_rng_state(), random)
+    assert not model.training
+    layers = lora_layers(model)
+    assert all(layer.lora_b.any() for layer in layers.values())
+    name, layer = next(iter(layers.items()))
+    assert layer.weight is inputs.base.model.get_submodule(name).weight
+
+
+def test_the_precision_is_that_of_the_run_and_the_device_any(runs):
+    edit_json(runs["lora"] / "run.json", lambda raw: raw["platform"].update(precision="bf16"))
+    edit_json(runs["lora"] / "run.json", lambda raw: raw["config"]["trainer"].update(precision="auto", device="gpu"))
+    trainer = read_finished_run(runs["lora"]).config.trainer
+    assert (trainer.precision, trainer.device) == ("bf16", "auto")
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path):
+    with pytest.raises(RecordError, match=r"run\.json"):
+        read_finished_run(tmp_path)
+
+
+def test_a_run_that_trains_nothing_is_refused(runs):
+    with pytest.raises(RecordError, match="`method=frozen`"):
+        read_finished_run(runs["frozen"])
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json"])
+def test_weights_that_are_not_as_written_are_refused(runs, name):
+    path = runs["lora"] / "best" / name
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(RecordError, match=rf"{name}.*has changed"):
+        read_finished_run(runs["lora"])
+    path.unlink()
+    with pytest.raises(RecordError, match=rf"{name}.*is missing"):
+        read_finished_run(runs["lora"])
+
+
+def test_a_run_without_weights_is_refused(runs):
+    shutil.rmtree(runs["lora"] / "best")
+    with pytest.raises(RecordError, match="`best`"):
+        read_finished_run(runs["lora"])
+
+
+def test_settings_that_this_version_does_not_know_are_refused(runs):
+    edit_json(runs["lora"] / "run.json", lambda raw: raw["config"]["method"].update(rnk=3))
+    with pytest.raises(RecordError, match=r"`method\.rnk`"):
+        read_finished_run(runs["lora"])
+
+
+def test_another_base_is_refused(runs, inputs):
+    base = BaseModel(**{**vars(inputs.base), "fingerprint": "0123456789abcdef"})
+    with pytest.raises(RecordError, match="0123456789abcdef"):
+        restore_trained(read_finished_run(runs["lora"]), base)
+
+
+def test_pissa_comes_back_with_the_rank_that_trained(tmp_path, make_config, inputs):
+    train_run(make_config({"method.init": "pissa"}), RunPlace(folder=tmp_path), inputs=inputs)
+    run = read_finished_run(tmp_path)
+    found = measure_run(run, inputs, scores=False)
+    assert {row.trained_rank for row in found.layers} == {2}
+    for change in read_weight_updates(restore_trained(run, inputs.base), inputs.base.model):
+        # what trained is near where it started, the layer's principal part; its difference is what is stored
+        assert torch.linalg.matrix_norm(change.left @ change.right.double()) < 0.5 * torch.linalg.matrix_norm(
+            change.base
+        )
+
+
+@pytest.mark.parametrize("config", [lora(), FullConfig(), HeadConfig(), IntrinsicConfig(dim=40)], ids=str)
+def test_a_head_that_the_run_drew_counts_as_its_base(base, config):
+    base = BaseModel(**{**vars(base), "head": ("lm_head",)})
+    run = SimpleNamespace(config=SimpleNamespace(seeds=SimpleNamespace(init=5)))
+    start = initial_model(run, base)
+    assert not torch.equal(start.lm_head.weight, base.model.lm_head.weight)
+    model = copy_sharing_weights(base.model)
+    METHODS[config.name].prepare(model, config, generator=torch.Generator().manual_seed(5), new_head_names=base.head)
+    assert not any(change.left.any() for change in read_weight_updates(model, start))  # nothing has trained yet

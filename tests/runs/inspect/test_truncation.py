@@ -1,4 +1,4 @@
-"""Models whose change is cut to a rank: against dense weights cut by numpy, whole again at full rank, the base at 0."""
+"""Models whose update is cut to a rank: against dense weights cut by numpy, whole again at full rank, the base at 0."""
 
 from __future__ import annotations
 
@@ -12,17 +12,10 @@ from lorasweep.lora import LoraConfig, inject_lora, lora_layers
 from lorasweep.lora.layer_kinds import weight_to_matrix
 from lorasweep.methods import METHODS, copy_sharing_weights
 from lorasweep.methods.intrinsic import Coordinates
-from lorasweep.runs.inspect.changes import weight_changes
-from lorasweep.runs.inspect.spectrum import decompose
-from lorasweep.runs.inspect.truncation import (
-    TruncatedScore,
-    Truncation,
-    changes_to_cut,
-    score_truncated,
-    truncated_model,
-)
+from lorasweep.runs.inspect.truncation import find_enough_rank, score_ranks, select_truncated, truncate_model
+from lorasweep.runs.inspect.weight_updates import read_weight_updates
 
-from .conftest import lora
+from .conftest import decompose_updates, lora
 
 TOKENS = torch.arange(24).reshape(2, 12)
 CONFIGS = [
@@ -35,20 +28,16 @@ CONFIGS = [
 ]
 
 
-def decompose_changes(changes):
-    return {change.name: decompose(change.left, change.right) for change in changes if change.is_matrix}
-
-
 def logits(model):
     with torch.no_grad():
         return model(input_ids=TOKENS).logits
 
 
 def cut(model, base, rank):
-    changes = weight_changes(model, base.model)
+    updates = read_weight_updates(model, base.model)
     if any(isinstance(module, Coordinates) for module in model.modules()):
         METHODS["intrinsic"].merge(model)
-    return truncated_model(model, changes_to_cut(changes), decompose_changes(changes), rank=rank)
+    return truncate_model(model, select_truncated(updates), decompose_updates(updates), rank=rank)
 
 
 @pytest.mark.parametrize("config", [*CONFIGS, IntrinsicConfig(dim=40, form="said")], ids=str)
@@ -68,13 +57,13 @@ def test_cut_to_rank_zero_a_model_is_its_base(base, trained, config):
 @pytest.mark.parametrize("rank", [1, 2, 3])
 def test_each_layers_change_is_the_nearest_of_that_rank(base, trained, config, rank):
     model = trained(config)
-    before = weight_changes(model, base.model)
-    after = {change.name: change for change in weight_changes(cut(model, base, rank), base.model)}
-    for change in changes_to_cut(before):
-        dense = (change.left if change.right is None else change.left @ change.right.double()).detach().numpy()
+    before = read_weight_updates(model, base.model)
+    after = {update.name: update for update in read_weight_updates(cut(model, base, rank), base.model)}
+    for update in select_truncated(before):
+        dense = (update.left if update.right is None else update.left @ update.right.double()).detach().numpy()
         u, s, vh = np.linalg.svd(dense)
         expected = (u[:, :rank] * s[:rank]) @ vh[:rank]
-        found = after[change.name]
+        found = after[update.name]
         found = found.left if found.right is None else found.left @ found.right.double()
         # the factors and weights that are put in place are fp32, of size 1
         np.testing.assert_allclose(found.detach().numpy(), expected, rtol=0, atol=2e-6)
@@ -108,8 +97,8 @@ def test_what_trains_beside_lora_is_left_as_it_was_trained(base, trained):
 
 
 def test_a_new_head_is_left_as_it_was_trained(base, trained):
-    changes = weight_changes(trained(FullConfig()), base.model)
-    names = {change.name for change in changes_to_cut(changes, head=("model.layers.0",))}
+    updates = read_weight_updates(trained(FullConfig()), base.model)
+    names = {update.name for update in select_truncated(updates, head=("model.layers.0",))}
     assert {name.rpartition(".")[2] for name in names} >= {"q_proj", "embed_tokens"}
     assert not any(name.startswith("model.layers.0.") for name in names)
 
@@ -120,21 +109,21 @@ def test_parts_of_a_fused_projection_are_cut_each_for_itself():
     inject_lora(model, LoraConfig(rank=3, alpha=4, targets=("0[q,v]",)), generator=torch.Generator())
     with torch.no_grad():
         model[0].lora_b.add_(torch.randn(8, 3, generator=torch.Generator().manual_seed(0)))
-    changes = weight_changes(model, fused)
-    parts = decompose_changes(changes)
-    change = truncated_model(model, changes, parts, rank=1)[0].change().detach()
-    assert not change[4:8].any()
-    assert [np.linalg.matrix_rank(change[rows].numpy(), tol=1e-5) for rows in (slice(4), slice(8, 12))] == [1, 1]
-    whole = truncated_model(model, changes, parts, rank=3)[0].change()
+    updates = read_weight_updates(model, fused)
+    parts = decompose_updates(updates)
+    update = truncate_model(model, updates, parts, rank=1)[0].change().detach()
+    assert not update[4:8].any()
+    assert [np.linalg.matrix_rank(update[rows].numpy(), tol=1e-5) for rows in (slice(4), slice(8, 12))] == [1, 1]
+    whole = truncate_model(model, updates, parts, rank=3)[0].change()
     torch.testing.assert_close(whole, model[0].change(), rtol=0, atol=1e-6)  # fp32 factors of size 1
 
 
 def planted(*values):
-    """A model with one layer and a full change of those singular values; its score is the norm of what is missing."""
+    """A model with one layer and a full update of those singular values; its score is the norm of what is missing."""
     base = nn.Sequential(nn.Linear(12, 12, bias=False)).requires_grad_(False)
     model = copy_sharing_weights(base)
-    change = torch.diag(torch.tensor([*values, *[0.0] * (12 - len(values))]))
-    model[0].weight = nn.Parameter(base[0].weight + change)
+    update = torch.diag(torch.tensor([*values, *[0.0] * (12 - len(values))]))
+    model[0].weight = nn.Parameter(base[0].weight + update)
     target = model[0].weight.detach().clone()
 
     def score(cut):
@@ -143,43 +132,46 @@ def planted(*values):
     return model, base, score
 
 
-def look(values, *, sign=1):
+def score_planted(values, *, minimize=True):
     model, base, score = planted(*values)
-    changes = weight_changes(model, base)
-    return score_truncated(model, changes, decompose_changes(changes), score=lambda cut: sign * score(cut), sign=sign)
+    updates = read_weight_updates(model, base)
+    sign = 1 if minimize else -1
+    return score_ranks(
+        model, updates, decompose_updates(updates), score=lambda cut: sign * score(cut), minimize=minimize
+    )
 
 
-@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("minimize", [True, False])
 @pytest.mark.parametrize("rank", [1, 2, 3, 5, 6, 7, 11])
-def test_the_smallest_rank_that_is_enough_is_found_between_powers_of_two(rank, sign):
-    found = look([1.0] * rank, sign=sign)
-    assert found.enough.rank == rank
-    assert {0, 1, 2, 4, 8, 12} <= {row.rank for row in found.scores}
-    assert [row.rank for row in found.scores] == sorted({row.rank for row in found.scores})
+def test_the_smallest_rank_that_is_enough_is_found_between_powers_of_two(rank, minimize):
+    scores = score_planted([1.0] * rank, minimize=minimize)
+    assert find_enough_rank(scores).rank == rank
+    assert {0, 1, 2, 4, 8, 12} <= {row.rank for row in scores}
+    assert [row.rank for row in scores] == sorted({row.rank for row in scores})
 
 
-def test_scores_are_those_of_the_cut_models():
-    found = look([4.0, 3.0])
-    by_rank = {row.rank: row for row in found.scores}
+def test_scores_are_those_of_the_truncated_models():
+    by_rank = {row.rank: row for row in score_planted([4.0, 3.0])}
     # fp32 weights of size 1
     assert [by_rank[rank].score for rank in (0, 1, 2)] == pytest.approx([5.0, 3.0, 0.0], abs=1e-5)
     assert [by_rank[rank].norm_share for rank in (0, 1, 2)] == pytest.approx([0.0, 0.64, 1.0])
-    assert found.gain == pytest.approx(5.0, abs=1e-5)
-    assert found.kept(by_rank[1]) == pytest.approx(0.4, abs=1e-5)
-    assert found.loss(by_rank[1]) == pytest.approx(3.0, abs=1e-5)
+    assert by_rank[1].kept_share == pytest.approx(0.4, abs=1e-5)
+    assert by_rank[1].loss == pytest.approx(3.0, abs=1e-5)
 
 
-def test_a_change_that_gains_nothing_has_no_rank_that_is_enough():
-    rows = [TruncatedScore(rank=0, score=1.0, norm_share=0), TruncatedScore(rank=4, score=1.5, norm_share=1)]
-    worse = Truncation(scores=tuple(rows), sign=1)
-    assert (worse.enough, worse.kept(rows[0]), worse.gain) == (None, None, -0.5)
-    better = Truncation(scores=tuple(rows), sign=-1)
-    assert better.enough is rows[1]
+def test_an_update_that_gains_nothing_has_no_rank_that_is_enough():
+    scores = score_planted([4.0, 3.0], minimize=False)
+    model, base, score = planted(4.0, 3.0)
+    updates = read_weight_updates(model, base)
+    worse = score_ranks(model, updates, decompose_updates(updates), score=score, minimize=False)
+    assert find_enough_rank(scores).rank == 2
+    assert find_enough_rank(worse) is None
+    assert {row.kept_share for row in worse} == {None}
 
 
-def test_a_run_that_changed_no_matrix_has_nothing_to_cut(base, trained):
+def test_a_run_that_updated_no_matrix_has_nothing_to_truncate(base, trained):
     model = trained(BitfitConfig(train="biases_and_norms"))
-    changes = weight_changes(model, base.model)
-    assert len(changes) == 5
-    assert changes_to_cut(changes) == []
-    assert score_truncated(nn.Linear(1, 1), [], {}, score=lambda model: 0.0, sign=1) is None
+    updates = read_weight_updates(model, base.model)
+    assert len(updates) == 5
+    assert select_truncated(updates) == []
+    assert score_ranks(nn.Linear(1, 1), [], {}, score=lambda model: 0.0, minimize=True) == ()

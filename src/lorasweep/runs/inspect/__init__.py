@@ -1,5 +1,5 @@
-"""Measurements of a finished run's weights: spectrum and rank of ΔW, scores of smaller ranks, shared subspaces.
+"""Measures the weight updates ΔW of finished runs: spectra, scores at smaller ranks, and subspaces that runs share.
 
-`restore_weights` puts a run's weights on its base, `changes` reads ΔW, `spectrum`, `layers`, `subspaces` and
-`truncation` measure it, `inspect_run` and `inspect_sweep` put the measurements together.
+`weight_updates` reads ΔW from a model, `measures` and `truncation` measure it, `inspect_run` and `inspect_sweep` write
+the results.
 """

@@ -1,126 +1,235 @@
-"""Inspection of one run, alone or beside another: `lorasweep inspect RUN [OTHER_RUN]`."""
+"""Measures the weight updates of a run, alone or beside another run: `lorasweep inspect RUN [OTHER_RUN]`."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from lorasweep.config.method import LoraConfig
+from lorasweep.config.run import RunConfig
+from lorasweep.disk import csv_text, write_atomically
 from lorasweep.errors import RecordError
-from lorasweep.methods import METHODS
-from lorasweep.runs.inspect.changes import weight_changes
-from lorasweep.runs.inspect.inspection import Inspection, write_inspection
-from lorasweep.runs.inspect.layers import measure_layers
-from lorasweep.runs.inspect.restore_weights import (
-    FinishedRun,
-    read_finished_run,
-    require_same_base,
-    restore_trained,
-    starting_model,
+from lorasweep.methods import METHODS, copy_sharing_weights, draw_head
+from lorasweep.models.load import BaseModel
+from lorasweep.record import RunRecord, read_run
+from lorasweep.runs.inspect.measures import (
+    LayerRow,
+    Overlap,
+    compare_subspaces,
+    decompose,
+    measure_layers,
+    top_directions,
 )
 from lorasweep.runs.inspect.sentences import describe_overlaps, describe_run
-from lorasweep.runs.inspect.spectrum import decompose
-from lorasweep.runs.inspect.subspaces import compare_subspaces, top_directions
-from lorasweep.runs.inspect.truncation import changes_to_cut, score_truncated
+from lorasweep.runs.inspect.truncation import RankScore, find_enough_rank, score_ranks, select_truncated
+from lorasweep.runs.inspect.weight_updates import read_weight_updates
 from lorasweep.training.inputs import RunInputs, build_inputs
+from lorasweep.training.restore import check_kept_files, restore_config, restore_model
 from lorasweep.training.score import evaluate_model
+
+FOLDER = "inspect"
+VERSION = 1
+SIMILARITY_FILE, SUMMARY_FILE = "similarity.csv", "summary.json"
+WEIGHTS_FOLDER = "best"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class FinishedRun:
+    """A run whose weights are unchanged since the run wrote them. No model is loaded yet."""
+
+    folder: Path
+    record: RunRecord
+    config: RunConfig
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Inspection:
+    """Measurements of the weight updates of one run."""
+
+    run: FinishedRun
+    layers: tuple[LayerRow, ...]
+    spectra: Mapping[str, list[float]]
+    """Singular values of every updated matrix by layer, in descending order."""
+    directions: Mapping[str, Tensor]
+    """Top directions by layer, see `measures.top_directions`."""
+    scores: tuple[RankScore, ...]
+    """Scores of smaller ranks; empty if they were not measured."""
+    overlaps: tuple[Overlap, ...] = ()
+    """φ between this run and another run."""
+    sentences: tuple[str, ...]
 
 
 def inspect_run(
     folder: Path, *, inputs: RunInputs | None = None, other: Path | None = None, scores: bool = True
 ) -> Inspection:
-    """Inspects a run's best weights, writes `inspect/` into its folder and returns the measurements.
+    """Inspects a run's best weights, writes the measurements into the run's folder `inspect/` and returns them.
 
     Args:
         folder: A run's folder.
         inputs: The run's base model and data; loaded when None.
-        other: Folder of another run of the same base, whose directions are compared with this run's.
-        scores: Whether to score the change cut to smaller ranks, which takes some ten evaluations.
+        other: Folder of another run of the same base, whose directions are compared with this run's directions.
+        scores: Whether to score the run at smaller ranks, which takes some ten evaluations.
 
     Raises:
         RecordError: A folder is not a run's, weights are missing or damaged, nothing was trained, or the bases differ.
         ConfigError: The base model or the data can't be loaded.
     """
-    run = read_finished_run(folder)
-    second = None if other is None else read_finished_run(other)
-    if second is not None:
-        require_same_base(run, second)
+    run, other_run = read_finished_run(folder), other and read_finished_run(other)
     inputs = inputs or build_inputs(run.config)
+    # the other run comes first: it may be refused, and the scores of the first run take long
+    other_inspection = measure_run(other_run, inputs, scores=False) if other_run else None
     inspection = measure_run(run, inputs, scores=scores)
-    if second is not None:
-        inspection = _compare(inspection, measure_run(second, inputs, scores=False))
+    if other_inspection is not None:
+        overlaps = compare_subspaces(inspection.directions, other_inspection.directions)
+        if not overlaps:
+            raise RecordError(
+                f"two runs must train a common layer to be compared, but {str(folder)!r} and {str(other)!r} do not. "
+                "Name two runs with common `method.targets`."
+            )
+        sentence = describe_overlaps("This run", f"`{other}`", overlaps)
+        inspection = replace(inspection, overlaps=overlaps, sentences=(*inspection.sentences, sentence))
     write_inspection(inspection)
     return inspection
+
+
+def read_finished_run(folder: Path) -> FinishedRun:
+    """Reads a run that has weights to inspect.
+
+    Raises:
+        RecordError: The folder is not a run's; its record or weights are damaged or missing; or the run trains nothing.
+    """
+    record = read_run(folder)
+    config = restore_config(record)
+    if config.method.name == "frozen":
+        raise RecordError(
+            f"a run must have trained something to be inspected, but {str(folder)!r} has `method=frozen`. "
+            "Name a run of another method."
+        )
+    check_kept_files(record, folder, part=WEIGHTS_FOLDER)
+    # the base is loaded on any device, but in the precision that `trainer.precision=auto` chose
+    precision = record.platform.get("precision", config.trainer.precision)
+    trainer = replace(config.trainer, device="auto", precision=precision)
+    return FinishedRun(folder=folder, record=record, config=replace(config, trainer=trainer))
+
+
+def restore_trained(run: FinishedRun, base: BaseModel) -> nn.Module:
+    """Returns the run's model with its best weights, in evaluation mode. It shares the base's frozen tensors.
+
+    Raises:
+        RecordError: The base is not the run's, or the weights do not fit it.
+    """
+    trained_on = run.record.base.get("fingerprint")
+    if trained_on != base.fingerprint:
+        raise RecordError(
+            f"{str(run.folder)!r} must be inspected on the base model it was trained on ({trained_on!r}), but "
+            f"{base.path!r} has {base.fingerprint!r}. Restore that model, or train the run again."
+        )
+    folder, config = run.folder / WEIGHTS_FOLDER, run.config.method
+    if not isinstance(config, LoraConfig) or config.init == "pissa":
+        # PiSSA's initial matrices depend on the machine, so its adapter is loaded as stored, twice the rank
+        return restore_model(run.config, base, folder=folder)
+    # `prepare` as in the run keeps the updates of a fused projection's parts apart
+    model, method = copy_sharing_weights(base.model), METHODS[config.name]
+    method.prepare(model, config, generator=_init_stream(run), new_head_names=base.head)
+    method.load(model, folder)
+    return model.eval()
+
+
+def initial_model(run: FinishedRun, base: BaseModel) -> nn.Module:
+    """Returns the base before training, with the new head as the run initialised it, if it has one."""
+    model = copy_sharing_weights(base.model)
+    draw_head(model, base.head, generator=_init_stream(run))
+    return model.eval()
+
+
+def _init_stream(run: FinishedRun) -> torch.Generator:
+    return torch.Generator().manual_seed(run.config.seeds.init)
 
 
 def measure_run(run: FinishedRun, inputs: RunInputs, *, scores: bool) -> Inspection:
     """Returns the inspection of a run and writes nothing.
 
     Raises:
-        RecordError: Its weights are its base's own, do not fit the base, or are damaged.
+        RecordError: The weights equal the base's, do not fit the base, or are damaged.
     """
+    config, record = run.config, run.record
     model = restore_trained(run, inputs.base)
-    changes = weight_changes(model, starting_model(run, inputs.base))
-    if getattr(run.config.method, "init", None) == "pissa":
-        # An adapter of PiSSA is stored with its start subtracted, [A, A0] and [B, -B0], so with twice the trained rank.
-        changes = [replace(change, rank=change.rank and change.rank // 2) for change in changes]
-    if run.method == "intrinsic":
-        METHODS[run.method].merge(model)  # truncation replaces plain weights
-    decompositions = {change.name: decompose(change.left, change.right) for change in changes if change.is_matrix}
-    layers = measure_layers(changes, decompositions)
-    if not any(row.change_norm for row in layers):
+    updates = read_weight_updates(model, initial_model(run, inputs.base))
+    if getattr(config.method, "init", None) == "pissa":
+        # A stored adapter of PiSSA is [A, A0] and [B, -B0], so it has twice the trained rank.
+        updates = [replace(update, rank=update.rank and update.rank // 2) for update in updates]
+    if config.method.name == "intrinsic":
+        METHODS["intrinsic"].merge(model)  # truncation replaces plain weights
+    decompositions = {update.name: decompose(update.left, update.right) for update in updates if update.is_matrix}
+    layers = measure_layers(updates, decompositions)
+    if not any(row.update_norm for row in layers):
         raise RecordError(
-            f"a run must have changed its base to be inspected, but the best weights of {str(run.folder)!r} are the "
-            "base's own. Name a run that trained for longer."
+            f"a run must have changed its base to be inspected, but the best weights of {str(run.folder)!r} equal the "
+            "base's. Name a run that trained for longer."
         )
-    note = _why_not_scored(run, inputs) if scores else None
-    truncation = None
-    if scores and note is None:
-        truncation = score_truncated(
-            model,
-            changes_to_cut(changes, head=inputs.base.head),
-            decompositions,
-            score=lambda cut: _score(cut, run, inputs),
-            sign=1 if run.record.direction == "minimize" else -1,
-        )
+
+    def score(candidate: nn.Module) -> float:
+        task, validation = inputs.splits.task, inputs.splits.validation
+        return evaluate_model(candidate, validation, task=task, config=config, inputs=inputs).values[record.metric]
+
+    recorded_data = record.data.get("validation", {}).get("fingerprint")
+    is_same_data = recorded_data == inputs.splits.validation.fingerprint
+    rank_scores: tuple[RankScore, ...] = ()
+    if scores and is_same_data:
+        truncated = select_truncated(updates, head=inputs.base.head)
+        minimize = record.direction == "minimize"
+        rank_scores = score_ranks(model, truncated, decompositions, score=score, minimize=minimize)
+    sentences = describe_run(config.method.name, record.metric, layers, rank_scores)
+    if scores and not is_same_data:
+        sentences += (f"Smaller ranks are not scored: the validation data are not the run's ({recorded_data!r}).",)
     return Inspection(
         run=run,
         layers=layers,
-        spectra={name: found.s.tolist() for name, found in decompositions.items()},
+        spectra={name: parts.s.tolist() for name, parts in decompositions.items()},
         directions=top_directions(decompositions),
-        truncation=truncation,
-        sentences=describe_run(run, layers, truncation, note=note),
+        scores=rank_scores,
+        sentences=sentences,
     )
 
 
-def _compare(first: Inspection, second: Inspection) -> Inspection:
-    """Returns the first run's inspection with the directions of both compared."""
-    other = str(second.run.folder)
-    overlaps = compare_subspaces(first.directions, second.directions)
-    if not overlaps:
-        raise RecordError(
-            f"two runs must have changed the same layers to be compared, but {str(first.run.folder)!r} and {other!r} "
-            "have none in common. Name two runs with common `method.targets`."
-        )
-    sentence = describe_overlaps("This run", f"`{other}`", overlaps)
-    return replace(first, other=other, overlaps=overlaps, sentences=(*first.sentences, sentence))
+def write_inspection(inspection: Inspection) -> None:
+    """Writes the files of `RUN/inspect/`. Deletes files of an earlier inspection that this inspection lacks."""
+    folder, scores, overlaps = inspection.run.folder / FOLDER, inspection.scores, inspection.overlaps
+    spectra = {"version": VERSION, "singular_values": dict(inspection.spectra)}
+    write_atomically(folder / "layers.csv", table_csv(LayerRow, inspection.layers))
+    write_atomically(folder / "spectra.json", json.dumps(spectra) + "\n")
+    for name, content in (
+        ("truncation.csv", table_csv(RankScore, scores) if scores else None),
+        (SIMILARITY_FILE, csv_text(Overlap._fields, overlaps) if overlaps else None),
+    ):
+        if content is None:
+            (folder / name).unlink(missing_ok=True)
+        else:
+            write_atomically(folder / name, content)
+    # last: the report looks for this file first
+    write_atomically(folder / SUMMARY_FILE, json.dumps(summarize(inspection), indent=1) + "\n")
 
 
-def _score(model: nn.Module, run: FinishedRun, inputs: RunInputs) -> float:
-    """Returns a model's score by the run's metric on the run's validation data."""
-    splits = inputs.splits
-    scored = evaluate_model(model, splits.validation, task=splits.task, config=run.config, inputs=inputs)
-    return scored.values[run.record.metric]
+def table_csv(row_type: type[LayerRow] | type[RankScore], rows: Iterable[LayerRow | RankScore]) -> str:
+    return csv_text([field.name for field in fields(row_type)], (asdict(row).values() for row in rows))
 
 
-def _why_not_scored(run: FinishedRun, inputs: RunInputs) -> str | None:
-    """Returns a sentence where the validation data are not the run's, so that scores can't be compared; else None."""
-    recorded = run.record.data.get("validation", {}).get("fingerprint")
-    present = inputs.splits.validation.fingerprint
-    if recorded == present:
-        return None
-    return (
-        f"Smaller ranks are not scored: the run was scored on validation data with fingerprint {recorded!r}, but "
-        f"the data now has {present!r}."
-    )
+def summarize(inspection: Inspection) -> dict[str, object]:
+    """Returns the content of `summary.json`."""
+    record, enough = inspection.run.record, find_enough_rank(inspection.scores)
+    return {
+        "format": "lorasweep.inspection",
+        "version": VERSION,
+        "method": inspection.run.config.method.name,
+        "metric": record.metric,
+        "direction": record.direction,
+        "score": record.score,
+        "base_fingerprint": record.base.get("fingerprint"),
+        "enough_rank": enough.rank if enough else None,
+        "sentences": list(inspection.sentences),
+    }

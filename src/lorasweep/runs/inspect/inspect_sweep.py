@@ -1,4 +1,4 @@
-"""Inspection of the winner of each arm, and of the directions that winners share: `lorasweep inspect SWEEP`."""
+"""Inspects the winner of each arm and compares the winners' directions: `lorasweep inspect SWEEP`."""
 
 from __future__ import annotations
 
@@ -8,33 +8,31 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from lorasweep.disk import csv_text
+from lorasweep.disk import csv_text, write_atomically
 from lorasweep.errors import RecordError
 from lorasweep.record import folder_of_run, read_sweep, winners
-from lorasweep.runs.inspect.inspect_run import measure_run
-from lorasweep.runs.inspect.inspection import (
+from lorasweep.runs.inspect.inspect_run import (
     FOLDER,
     SIMILARITY_FILE,
     SUMMARY_FILE,
     VERSION,
     Inspection,
-    write_files,
+    measure_run,
+    read_finished_run,
     write_inspection,
 )
-from lorasweep.runs.inspect.restore_weights import read_finished_run
+from lorasweep.runs.inspect.measures import MEAN, Overlap, compare_subspaces
 from lorasweep.runs.inspect.sentences import describe_overlaps
-from lorasweep.runs.inspect.subspaces import MEAN, Overlap, compare_subspaces
 from lorasweep.training.inputs import InputsCache, RunInputs
 
 MAX_PAIRS = 6
-"""At most this many pairs of winners have a sentence; the CSV file has all pairs."""
+"""Maximum number of pairs of winners that get a sentence; the CSV file has all pairs."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SweepInspection:
     """Inspections of a sweep's winners."""
 
-    folder: Path
     inspections: Mapping[str, Inspection]
     """By arm."""
     sentences: tuple[str, ...]
@@ -42,20 +40,20 @@ class SweepInspection:
 
 
 def inspect_sweep(folder: Path, *, inputs: RunInputs | None = None, scores: bool = True) -> SweepInspection:
-    """Inspects the winner of each arm, writes `inspect/` into its run's folder and the sweep's, and returns all.
+    """Inspects the winner of each arm, writes `inspect/` into the winners' folders and the sweep's, and returns all.
 
-    An arm without a winner, or whose weights can't be read, becomes a sentence; `frozen` arms are left out.
+    An arm without a winner, or whose weights can't be read, becomes a sentence. `frozen` arms are skipped.
 
     Args:
         folder: A sweep's folder.
         inputs: Base model and data of all arms; when None they are loaded, once for arms that share them.
-        scores: Whether to score changes cut to smaller ranks.
+        scores: Whether to score the winners at smaller ranks.
 
     Raises:
         RecordError: The folder is not a sweep's, or no arm can be inspected.
         ConfigError: The base model or the data can't be loaded.
     """
-    found: dict[str, Inspection] = {}
+    inspections: dict[str, Inspection] = {}
     problems: list[str] = []
     inputs_cache = InputsCache()
     for arm, winner in winners(read_sweep(folder)).items():
@@ -64,46 +62,39 @@ def inspect_sweep(folder: Path, *, inputs: RunInputs | None = None, scores: bool
             continue
         try:
             run = read_finished_run(folder_of_run(folder, winner.run))
-            found[arm] = measure_run(run, inputs or inputs_cache.of(run.config), scores=scores)
+            inspections[arm] = measure_run(run, inputs or inputs_cache.of(run.config), scores=scores)
         except RecordError as error:
             problems.append(f"Arm `{arm}` can't be inspected: {error}")
-        else:
-            write_inspection(found[arm])
-    if not found:
+    if not inspections:
         why = f" ({problems[0]})" if problems else ""
         raise RecordError(f"a sweep must have an arm with a trained winner, but {str(folder)!r} has none{why}.")
-    pairs = _compare_pairs(found)
-    told = [describe_overlaps(f"`{a}`", f"`{b}`", overlaps) for (a, b), overlaps in list(pairs.items())[:MAX_PAIRS]]
-    if more := len(pairs) - len(told):
-        told.append(f"{more} more pairs of winners are compared in {FOLDER}/{SIMILARITY_FILE}.")
-    inspection = SweepInspection(folder=folder, inspections=found, sentences=(*problems, *told))
-    _write(inspection, pairs)
-    return inspection
-
-
-def _compare_pairs(found: Mapping[str, Inspection]) -> dict[tuple[str, str], tuple[Overlap, ...]]:
-    """Returns φ between each two winners that changed the same base and some of the same layers."""
-    pairs = {}
-    for first, second in itertools.combinations(found, 2):
-        bases = {found[arm].run.record.base.get("fingerprint") for arm in (first, second)}
-        overlaps = compare_subspaces(found[first].directions, found[second].directions)
-        if len(bases) == 1 and overlaps:
-            pairs[first, second] = overlaps
-    return pairs
-
-
-def _write(inspection: SweepInspection, pairs: Mapping[tuple[str, str], tuple[Overlap, ...]]) -> None:
-    rows = [(*pair, *row) for pair, overlaps in pairs.items() for row in overlaps if row.layer == MEAN]
+    for inspection in inspections.values():
+        write_inspection(inspection)
+    overlaps = _compare_pairs(inspections)
+    sentences = [
+        *problems,
+        *(describe_overlaps(f"`{a}`", f"`{b}`", overlaps[a, b]) for a, b in list(overlaps)[:MAX_PAIRS]),
+    ]
+    if len(overlaps) > MAX_PAIRS:
+        sentences.append(f"`{FOLDER}/{SIMILARITY_FILE}` compares {len(overlaps) - MAX_PAIRS} more pairs of winners.")
+    rows = [(*pair, *row) for pair, found in overlaps.items() for row in found if row.layer == MEAN]
+    write_atomically(folder / FOLDER / SIMILARITY_FILE, csv_text(("arm", "other", *Overlap._fields), rows))
     summary = {
         "format": "lorasweep.inspections",
         "version": VERSION,
-        "arms": {
-            arm: one.run.folder.relative_to(inspection.folder).as_posix() for arm, one in inspection.inspections.items()
-        },
-        "sentences": list(inspection.sentences),
+        "arms": {arm: one.run.folder.relative_to(folder).as_posix() for arm, one in inspections.items()},
+        "sentences": sentences,
     }
-    contents: dict[str, str | None] = {
-        SIMILARITY_FILE: csv_text(("arm", "other", *Overlap._fields), rows),
-        SUMMARY_FILE: json.dumps(summary, indent=1) + "\n",
-    }
-    write_files(inspection.folder / FOLDER, contents)
+    write_atomically(folder / FOLDER / SUMMARY_FILE, json.dumps(summary, indent=1) + "\n")
+    return SweepInspection(inspections=inspections, sentences=tuple(sentences))
+
+
+def _compare_pairs(inspections: Mapping[str, Inspection]) -> dict[tuple[str, str], tuple[Overlap, ...]]:
+    """Returns φ between each two winners of one base that trained a common layer."""
+    pairs = {}
+    for first, second in itertools.combinations(inspections, 2):
+        bases = {inspections[arm].run.record.base.get("fingerprint") for arm in (first, second)}
+        overlaps = compare_subspaces(inspections[first].directions, inspections[second].directions)
+        if len(bases) == 1 and overlaps:
+            pairs[first, second] = overlaps
+    return pairs

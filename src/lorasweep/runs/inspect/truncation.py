@@ -1,4 +1,4 @@
-"""Scores of a trained model with the change of each layer cut to its k largest singular directions."""
+"""Scores a trained model whose updates ΔW are reduced to their k largest singular directions."""
 
 from __future__ import annotations
 
@@ -15,144 +15,137 @@ from lorasweep.lora.layer_kinds import matrix_shape, matrix_to_weight
 from lorasweep.lora.targets import Target
 from lorasweep.lora.trained import is_inside
 from lorasweep.methods import copy_sharing_weights
-from lorasweep.runs.inspect.changes import Change
-from lorasweep.runs.inspect.spectrum import Decomposition
+from lorasweep.runs.inspect.measures import Decomposition
+from lorasweep.runs.inspect.weight_updates import WeightUpdate
 
 KEPT_FRACTION = 0.99
-"""A rank is enough if it keeps this fraction of the whole change's gain."""
+"""A rank is enough if it keeps this fraction of the gain: how much better the run scores than with ΔW = 0."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class TruncatedScore:
-    """The score with every change cut to one rank."""
+class RankScore:
+    """The score with every update truncated to one rank; a line of `truncation.csv`."""
 
     rank: int
     score: float
+    loss: float
+    """How much worse it scores than the whole update; negative if it scores better."""
+    kept_share: float | None
+    """Share of the gain that it keeps; None if the whole update gains nothing."""
     norm_share: float
-    """Share of the changes' squared norm that is left."""
+    """Share of the squared norm of all truncated updates that it keeps."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Truncation:
-    """Scores by rank."""
-
-    scores: tuple[TruncatedScore, ...]
-    """In ascending order of rank; the first is rank 0, the last the whole change."""
-    sign: int
-    """1 where lower scores are better, else -1."""
-
-    @property
-    def gain(self) -> float:
-        """How much better the whole change scores than none of it; negative where it scores worse."""
-        return self.sign * (self.scores[0].score - self.scores[-1].score)
-
-    def kept(self, row: TruncatedScore) -> float | None:
-        """Returns the share of the gain that a rank keeps; None where there is no gain."""
-        gained = self.sign * (self.scores[0].score - row.score) + 0.0  # never -0
-        return gained / self.gain if self.gain > 0 else None
-
-    def loss(self, row: TruncatedScore) -> float:
-        """Returns how much worse a rank scores than the whole change."""
-        return self.sign * (row.score - self.scores[-1].score) + 0.0
-
-    @property
-    def enough(self) -> TruncatedScore | None:
-        """The smallest rank tried that keeps `KEPT_FRACTION` of the gain; None where there is no gain."""
-        return next((row for row in self.scores if (self.kept(row) or 0.0) >= KEPT_FRACTION), None)
+def find_enough_rank(scores: Sequence[RankScore]) -> RankScore | None:
+    """Returns the smallest rank that keeps `KEPT_FRACTION` of the gain; None if there is no gain."""
+    return next((row for row in scores if (row.kept_share or 0.0) >= KEPT_FRACTION), None)
 
 
-def changes_to_cut(changes: Sequence[Change], *, head: Sequence[str] = ()) -> list[Change]:
-    """Returns the changes of LoRA layers, or if there are none those of all matrices outside the new head.
-
-    Args:
-        changes: The changes of a run.
-        head: Names of the modules of the new head, if the run has one.
-    """
-    lora = [change for change in changes if change.lora_layer is not None]
-    return lora or [change for change in changes if change.is_matrix and not is_inside(change.name, head)]
+def select_truncated(updates: Sequence[WeightUpdate], *, head: Sequence[str] = ()) -> list[WeightUpdate]:
+    """Returns the updates of LoRA layers. Without LoRA layers: of all matrices outside the new head's modules."""
+    lora = [update for update in updates if update.lora_layer is not None]
+    return lora or [update for update in updates if update.is_matrix and not is_inside(update.name, head)]
 
 
-def score_truncated(
+def score_ranks(
     model: nn.Module,
-    changes: Sequence[Change],
+    updates: Sequence[WeightUpdate],
     decompositions: Mapping[str, Decomposition],
     *,
     score: Callable[[nn.Module], float],
-    sign: int,
-) -> Truncation | None:
-    """Scores the run at rank 0, 1, 2, 4, ..., at the whole, and between two of these to find the rank that is enough.
+    minimize: bool,
+) -> tuple[RankScore, ...]:
+    """Scores the run at ranks 0, 1, 2, 4, ... and at full rank, then bisects to find the smallest rank that is enough.
 
-    That rank is exact up to 31 and within a sixteenth above. Bisection assumes that a higher rank never scores worse.
+    The found rank is exact up to 31 and within a sixteenth above. Bisection assumes that a higher rank is never worse.
 
     Args:
         model: The trained model; it is not changed.
-        changes: The changes to cut, see `changes_to_cut`.
-        decompositions: The decomposition of each change, by name.
+        updates: The updates to truncate, see `select_truncated`.
+        decompositions: The decomposition of each update, by name.
         score: Returns a model's score on the run's validation data.
-        sign: 1 where lower scores are better, else -1.
+        minimize: Whether lower scores are better.
 
     Returns:
-        The scores, or None where there is nothing to cut.
+        A row for each rank in ascending order; the last row is the whole update. Empty if there is nothing to truncate.
     """
-    spectra = [decompositions[change.name].s for change in changes]
-    whole = max(map(len, spectra), default=0)
-    total = sum((s**2).sum().item() for s in spectra)
-    if not total:
-        return None
-    rows: dict[int, TruncatedScore] = {}
+    spectra = [decompositions[update.name].s for update in updates]
+    full_rank = max(map(len, spectra), default=0)
+    total_norm = sum((s**2).sum().item() for s in spectra)
+    if not total_norm:
+        return ()
+    sign = 1 if minimize else -1
 
-    def add(rank: int) -> Truncation:
-        # the whole change is scored with the run's own model, so that the score is the recorded one
-        cut = truncated_model(model, changes, decompositions, rank=rank) if rank < whole else model
-        left = sum((s[:rank] ** 2).sum().item() for s in spectra)
-        rows[rank] = TruncatedScore(rank=rank, score=score(cut), norm_share=left / total)
-        return Truncation(scores=tuple(rows[rank] for rank in sorted(rows)), sign=sign)
+    def score_rank(rank: int) -> float:
+        return score(truncate_model(model, updates, decompositions, rank=rank))
 
-    powers = [2**power for power in range(whole.bit_length()) if 2**power < whole]
-    for rank in (0, *powers, whole):
-        truncation = add(rank)
-    # bisect between the smallest rank that is enough and the one tried below it, to a sixteenth of that rank
-    while (enough := truncation.enough) is not None:
+    # the full rank is scored with the run's own model, so that its score is the recorded one to the bit
+    base_score, full_score = score_rank(0), score(model)
+    gain = sign * (base_score - full_score)
+    rows: dict[int, RankScore] = {}
+
+    def add(rank: int, value: float) -> None:
+        kept_norm = sum((s[:rank] ** 2).sum().item() for s in spectra)
+        rows[rank] = RankScore(
+            rank=rank,
+            score=value,
+            loss=sign * (value - full_score) + 0.0,  # + 0.0: never -0
+            kept_share=(sign * (base_score - value) + 0.0) / gain if gain > 0 else None,
+            norm_share=kept_norm / total_norm,
+        )
+
+    add(0, base_score)
+    for power in range(full_rank.bit_length()):
+        if 2**power < full_rank:
+            add(2**power, score_rank(2**power))
+    add(full_rank, full_score)
+    # bisect between the smallest rank that is enough and the next smaller scored rank
+    while (enough := find_enough_rank(_by_rank(rows))) is not None:
         below = max((rank for rank in rows if rank < enough.rank), default=enough.rank)
         if enough.rank - below <= max(1, enough.rank // 16):
             break
-        truncation = add((below + enough.rank) // 2)
-    return truncation
+        middle = (below + enough.rank) // 2
+        add(middle, score_rank(middle))
+    return _by_rank(rows)
+
+
+def _by_rank(rows: Mapping[int, RankScore]) -> tuple[RankScore, ...]:
+    return tuple(rows[rank] for rank in sorted(rows))
 
 
 @torch.no_grad()
-def truncated_model(
-    model: nn.Module, changes: Sequence[Change], decompositions: Mapping[str, Decomposition], *, rank: int
+def truncate_model(
+    model: nn.Module, updates: Sequence[WeightUpdate], decompositions: Mapping[str, Decomposition], *, rank: int
 ) -> nn.Module:
-    """Returns a copy of the trained model in which each change is replaced by the nearest one of at most this rank.
+    """Returns a copy of the trained model with each update replaced by the nearest matrix of at most this rank.
 
-    LoRA layers stay LoRA layers beside their unrounded base, and weights keep their dtype, so that scores differ by the
-    cut alone and not by rounding. The copy shares all other tensors.
+    LoRA layers stay unmerged and weights keep their dtype, so that rounding does not change the scores. The copy shares
+    all other tensors.
     """
     copy = copy_sharing_weights(model)
-    cut = {change.name: decompositions[change.name].truncated(rank) for change in changes}
+    factors = {update.name: decompositions[update.name].truncated(rank) for update in updates}
     for name, layer in lora_layers(copy).items():
-        own = [change for change in changes if change.lora_layer == name]
-        replace_module(copy, layer, _truncated_layer(layer, [(c.first_row, *cut[c.name]) for c in own]))
-    for change in changes:
-        if change.weight is not None:
-            _truncate_weight(copy, change.weight, change.base, *cut[change.name])
+        parts = [(update.first_row, *factors[update.name]) for update in updates if update.lora_layer == name]
+        replace_module(copy, layer, _truncated_layer(layer, parts))
+    for update in updates:
+        if update.weight is not None:
+            _truncate_weight(copy, update.weight, update.base, *factors[update.name])
     return copy.eval()
 
 
 def _truncate_weight(model: nn.Module, name: str, base: Tensor, lora_b: Tensor, lora_a: Tensor) -> None:
-    """Replaces a trained weight by W0 + B A in every module that uses it, so that tied weights stay tied."""
+    """Replaces a trained weight with W0 + B A in every module that uses it, so that tied weights stay tied."""
     owner, trained = model.get_submodule(name.rpartition(".")[0]), model.get_parameter(name)
     weight = matrix_to_weight(owner, base.double() + lora_b @ lora_a)
-    cut = nn.Parameter(weight.reshape(trained.shape).to(trained.dtype), requires_grad=False)
+    truncated = nn.Parameter(weight.reshape(trained.shape).to(trained.dtype), requires_grad=False)
     for module in model.modules():
-        for own, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
+        for parameter_name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
             if parameter is trained:
-                setattr(module, own, cut)
+                setattr(module, parameter_name, truncated)
 
 
 def _truncated_layer(layer: LoraLayer, parts: Sequence[tuple[int, Tensor, Tensor]]) -> nn.Module:
-    """Returns a plain LoRA layer on the same base; each part is its first row, B and A."""
+    """Returns a plain LoRA layer on the same base. Each part is a first row, B and A."""
     rank = sum(len(lora_a) for _, _, lora_a in parts)
     if not rank:
         return layer.base

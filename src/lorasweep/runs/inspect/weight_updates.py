@@ -1,4 +1,4 @@
-"""The change ΔW of each weight of a trained model: a low-rank product where LoRA trained it, else a difference."""
+"""Reads the weight update ΔW of each trained weight: a low-rank product for LoRA, a difference for other methods."""
 
 from __future__ import annotations
 
@@ -16,86 +16,79 @@ from lorasweep.lora.trained import TrainedModule
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Change:
-    """The change ΔW of one weight, seen as a matrix (d_out, d_in); the change of a bias or a norm is a vector (d,)."""
+class WeightUpdate:
+    """The update ΔW of one weight as a matrix (d_out, d_in), or as a vector (d,) for a bias or a norm."""
 
     name: str
-    """Name of the layer in the base model. A bias has the name of the bias. Rows of a fused projection that have a
-    change of their own stand in brackets: `c_attn[0:64]`."""
+    """Name of the layer in the base model, or of the bias. A fused projection has an update for each part, whose rows
+    stand in brackets: `c_attn[0:64]`."""
     base: Tensor
     """W0, (d_out, d_in) or (d,)."""
     left: Tensor
-    """ΔW itself, or B (d_out, r) of ΔW = B A, with the scaling in it."""
+    """ΔW, or B (d_out, r) of ΔW = B A, multiplied by the scaling."""
     right: Tensor | None = None
-    """A (r, d_in), or None where `left` is ΔW."""
+    """A (r, d_in), or None if `left` is ΔW."""
     rank: int | None = None
-    """Rank at which it was trained; None unless LoRA trained it."""
+    """Rank at which LoRA trained it; None for other methods."""
     lora_layer: str | None = None
-    """Name of the LoRA layer that adds the change; None where the weight itself was trained."""
+    """Name of the LoRA layer that adds the update; None if the weight itself was trained."""
     first_row: int = 0
-    """First row of the LoRA layer's matrix that the change is added to."""
+    """First row of the LoRA layer's matrix to which the update is added."""
     weight: str | None = None
-    """Name of the trained parameter; None where a LoRA layer adds the change."""
+    """Name of the trained parameter; None if a LoRA layer adds the update."""
 
     @property
     def is_matrix(self) -> bool:
-        """Whether it has singular values."""
         return self.base.dim() == 2
 
     @property
     def kind(self) -> str:
-        """The last component of its name, which is the same in every block: `q_proj` or `q_proj.bias`."""
+        """The last component of the name, which is the same in every block: `q_proj` or `q_proj.bias`."""
         names = self.name.split(".")
         return ".".join(names[-2:] if names[-1] == "bias" else names[-1:])
 
 
 @torch.no_grad()
-def weight_changes(model: nn.Module, base: nn.Module) -> list[Change]:
-    """Returns the changes of a trained model in its order: LoRA layers first, then weights that trained in full.
+def read_weight_updates(model: nn.Module, base: nn.Module) -> list[WeightUpdate]:
+    """Returns the updates of LoRA layers, then the updates of other trained weights, each in the model's order.
 
-    They are not rounded to the base's dtype. A weight that is as it was has no change; a LoRA layer always has one.
+    Updates are not rounded to the base's dtype. Weights that did not change are skipped, except in LoRA layers.
 
     Args:
-        model: The trained model. It was made from a copy of `base` that shares its frozen tensors.
+        model: The trained model. It was copied from `base` and shares its frozen tensors.
         base: The base model, with the new head as the run initialised it.
     """
-    changes = [change for name, layer in lora_layers(model).items() for change in _layer_changes(name, layer)]
-    return [*changes, *_full_changes(model, base)]
+    updates = [update for name, layer in lora_layers(model).items() for update in _read_lora_layer(name, layer)]
+    return [*updates, *_read_trained_weights(model, base)]
 
 
-def _layer_changes(name: str, layer: LoraLayer) -> Iterator[Change]:
-    base = _base_matrix(layer)
+def _read_lora_layer(name: str, layer: LoraLayer) -> Iterator[WeightUpdate]:
+    base = dequantised_weight(layer.base) if is_quantised(layer.base) else weight_to_matrix(layer.base, layer.weight)
     lora_a, lora_b = (matrix.detach() for matrix in layer.matrices())
     lora_b = layer.scaling * lora_b.double()
     if layer.magnitude is not None:
-        # DoRA's new row lengths change every direction, so ΔW is not of low rank (arXiv 2402.09353, equation 5)
+        # DoRA's new row lengths change every direction, so ΔW has no low rank (arXiv 2402.09353, equation 5)
         matrix = base.double() + lora_b @ lora_a.double()
         matrix *= (layer.magnitude.double() / torch.linalg.vector_norm(matrix, dim=1))[:, None]
-        yield Change(name=name, base=base, left=matrix - base.double(), rank=layer.rank, lora_layer=name)
+        yield WeightUpdate(name=name, base=base, left=matrix - base.double(), rank=layer.rank, lora_layer=name)
         return
     rows = layer.rows or ((0, len(base)),)
     for index, (first, past) in enumerate(rows):
-        # A has a block of `rank` rows for each range of rows; PiSSA's start adds the same blocks once more
-        own = [row for row in range(len(lora_a)) if row // layer.rank % len(rows) == index]
-        yield Change(
+        # A has a block of `rank` rows for each range of rows; an adapter of PiSSA has the same blocks twice
+        part_rows = [row for row in range(len(lora_a)) if row // layer.rank % len(rows) == index]
+        yield WeightUpdate(
             name=f"{name}[{first}:{past}]" if layer.rows else name,
             base=base[first:past],
-            left=lora_b[first:past][:, own],
-            right=lora_a[own],
+            left=lora_b[first:past][:, part_rows],
+            right=lora_a[part_rows],
             rank=layer.rank,
             lora_layer=name,
             first_row=first,
         )
 
 
-def _base_matrix(layer: LoraLayer) -> Tensor:
-    if is_quantised(layer.base):
-        return dequantised_weight(layer.base)
-    return weight_to_matrix(layer.base, layer.weight)
-
-
-def _full_changes(model: nn.Module, base: nn.Module) -> Iterator[Change]:
-    """Yields the changes of parameters that trained on copies of the base's or through a parametrization."""
+def _read_trained_weights(model: nn.Module, base: nn.Module) -> Iterator[WeightUpdate]:
+    """Yields the updates of parameters that are copies of the base's parameters, or that a parametrization computes."""
     originals = dict(base.named_parameters(remove_duplicate=False))
     skipped = {id(p) for layer in lora_layers(model).values() for p in layer.parameters(recurse=False)}
     for name, weight in (*_projected_weights(model), *model.named_parameters()):
@@ -105,11 +98,11 @@ def _full_changes(model: nn.Module, base: nn.Module) -> Iterator[Change]:
             continue
         difference = weight.detach().double() - original.detach().double()
         if difference.any():
-            yield _full_change(plain, base, original.detach(), difference)
+            yield _make_update(plain, base, original.detach(), difference)
 
 
 def _projected_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yields name and value of weights that `method=intrinsic` computes from the base's, in fp32 or wider."""
+    """Yields name and value of each weight that `method=intrinsic` computes from a base weight, in fp32 or wider."""
     seen: set[int] = set()
     for prefix, module in model.named_modules():
         if not parametrize.is_parametrized(module):
@@ -124,15 +117,15 @@ def _projected_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield f"{prefix}.{name}", weight
 
 
-def _full_change(name: str, base: nn.Module, original: Tensor, difference: Tensor) -> Change:
+def _make_update(name: str, base: nn.Module, original: Tensor, difference: Tensor) -> WeightUpdate:
     if original.dim() > 1:
         owner = base.get_submodule(name.rpartition(".")[0])
         original, difference = weight_to_matrix(owner, original), weight_to_matrix(owner, difference)
-    return Change(name=name.removesuffix(".weight"), base=original, left=difference, weight=name)
+    return WeightUpdate(name=name.removesuffix(".weight"), base=original, left=difference, weight=name)
 
 
 def _plain_name(name: str, model: nn.Module) -> str:
-    """Returns the base's name of a parameter of an adapted model: `head.trained.weight` is `head.weight` there."""
+    """Returns the name that a parameter has in the base model: `head.weight` for `head.trained.weight`."""
     parts = name.split(".")
     for index in range(1, len(parts)):
         module = model.get_submodule(".".join(parts[:index]))

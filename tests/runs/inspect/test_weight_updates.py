@@ -10,16 +10,16 @@ from lorasweep.config.method import BitfitConfig, FrozenConfig, FullConfig, Head
 from lorasweep.lora import LoraConfig, inject_lora, lora_layers, merge_lora
 from lorasweep.lora.layer_kinds import weight_to_matrix
 from lorasweep.methods import copy_sharing_weights
-from lorasweep.runs.inspect.changes import weight_changes
-from lorasweep.runs.inspect.spectrum import decompose
+from lorasweep.runs.inspect.measures import decompose
+from lorasweep.runs.inspect.weight_updates import read_weight_updates
 
 from .conftest import lora
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-def dense(change):
-    return change.left if change.right is None else change.left @ change.right.double()
+def dense(update):
+    return update.left if update.right is None else update.left @ update.right.double()
 
 
 def merged_difference(model, base):
@@ -48,22 +48,22 @@ def merged_difference(model, base):
 )
 def test_changes_of_lora_are_what_merging_writes(base, trained, config):
     model = trained(config)
-    changes = {change.name: change for change in weight_changes(model, base.model)}
+    updates = {update.name: update for update in read_weight_updates(model, base.model)}
     expected = merged_difference(model, base)
-    assert changes.keys() == expected.keys()
+    assert updates.keys() == expected.keys()
     for name, difference in expected.items():
         # merging rounds to fp32 once, at weights of size 1
-        torch.testing.assert_close(dense(changes[name]).detach(), difference, rtol=0, atol=1e-6)
+        torch.testing.assert_close(dense(updates[name]).detach(), difference, rtol=0, atol=1e-6)
 
 
 def test_a_change_of_lora_is_a_product_of_its_rank(base, trained):
-    for change in weight_changes(trained(lora(rank=3)), base.model):
-        assert change.rank == 3
-        assert (change.left.shape[1], change.right.shape[0]) == (3, 3)
-        assert len(decompose(change.left, change.right).s) == 3
-    # PiSSA's start is part of the base: its change needs as many directions again
+    for update in read_weight_updates(trained(lora(rank=3)), base.model):
+        assert update.rank == 3
+        assert (update.left.shape[1], update.right.shape[0]) == (3, 3)
+        assert len(decompose(update.left, update.right).s) == 3
+    # PiSSA's start is part of the base: its update needs as many directions again
     assert {
-        len(decompose(c.left, c.right).s) for c in weight_changes(trained(lora(rank=3, init="pissa")), base.model)
+        len(decompose(c.left, c.right).s) for c in read_weight_updates(trained(lora(rank=3, init="pissa")), base.model)
     } == {6}
 
 
@@ -71,12 +71,12 @@ def test_nothing_is_rounded_to_a_base_in_bf16(base, trained):
     for parameter in base.model.parameters():
         parameter.data = parameter.data.bfloat16()
     model = trained(lora(variant="dora"), step=1e-4)
-    for change in weight_changes(model, base.model):
-        layer = lora_layers(model)[change.name]
+    for update in read_weight_updates(model, base.model):
+        layer = lora_layers(model)[update.name]
         matrix = layer.weight.double() + layer.scaling * (layer.lora_b.double() @ layer.lora_a.double())
         matrix *= (layer.magnitude.double() / torch.linalg.vector_norm(matrix, dim=1))[:, None]
-        torch.testing.assert_close(change.left, matrix - layer.weight.double())
-        assert change.left.abs().max() < 1e-2  # less than bf16 resolves at 1
+        torch.testing.assert_close(update.left, matrix - layer.weight.double())
+        assert update.left.abs().max() < 1e-2  # less than bf16 resolves at 1
 
 
 def test_parts_of_a_fused_projection_are_changes_of_their_own(base):
@@ -87,7 +87,7 @@ def test_parts_of_a_fused_projection_are_changes_of_their_own(base):
         with torch.no_grad():
             model[0].lora_a.add_(torch.randn(4, 6))
             model[0].lora_b.add_(torch.randn(8, 2))
-        first, second = weight_changes(model, fused)
+        first, second = read_weight_updates(model, fused)
         assert (first.name, second.name) == ("0[0:4]", "0[8:12]")
         assert (first.rank, first.left.shape[1]) == (2, 2 if init == "default" else 4)
         whole = torch.cat([dense(first), torch.zeros(4, 6).double(), dense(second)])
@@ -98,48 +98,49 @@ def test_parts_of_a_fused_projection_are_changes_of_their_own(base):
 
 def test_changes_of_full_are_the_difference_of_every_weight(base, trained):
     model = trained(FullConfig())
-    changes = weight_changes(model, base.model)
+    updates = read_weight_updates(model, base.model)
     originals = dict(base.model.named_parameters())
-    assert {change.name for change in changes} == {name.removesuffix(".weight") for name in originals}
-    for change in changes:
-        difference = model.get_parameter(f"{change.name}.weight") - originals[f"{change.name}.weight"]
-        owner = base.model.get_submodule(change.name)
+    assert {update.name for update in updates} == {name.removesuffix(".weight") for name in originals}
+    for update in updates:
+        difference = model.get_parameter(f"{update.name}.weight") - originals[f"{update.name}.weight"]
+        owner = base.model.get_submodule(update.name)
         expected = weight_to_matrix(owner, difference) if difference.dim() > 1 else difference
-        torch.testing.assert_close(change.left, expected.double(), rtol=0, atol=1e-6)  # of a difference in fp32
-        assert change.is_matrix == ("norm" not in change.name)
+        torch.testing.assert_close(update.left, expected.double(), rtol=0, atol=1e-6)  # of a difference in fp32
+        assert update.is_matrix == ("norm" not in update.name)
 
 
 def test_changes_of_head_are_the_heads_though_it_was_tied(base, trained):
-    (change,) = weight_changes(trained(HeadConfig()), base.model)
-    assert (change.name, change.kind, change.weight) == ("lm_head", "lm_head", "lm_head.weight")
-    assert change.base.shape == (32, 16)
+    (update,) = read_weight_updates(trained(HeadConfig()), base.model)
+    assert (update.name, update.kind, update.weight) == ("lm_head", "lm_head", "lm_head.weight")
+    assert update.base.shape == (32, 16)
 
 
 @pytest.mark.parametrize("form", ["did", "said"])
 def test_changes_of_intrinsic_are_projected_and_not_rounded_to_a_base_in_bf16(base, trained, form):
     expected = {
-        change.name: change.left for change in weight_changes(trained(IntrinsicConfig(dim=40, form=form)), base.model)
+        update.name: update.left
+        for update in read_weight_updates(trained(IntrinsicConfig(dim=40, form=form)), base.model)
     }
     for parameter in base.model.parameters():
         parameter.data = parameter.data.bfloat16()
     model = trained(IntrinsicConfig(dim=40, form=form))
-    changes = {change.name: change for change in weight_changes(model, base.model)}
+    updates = {update.name: update for update in read_weight_updates(model, base.model)}
     names = {name.removesuffix(".weight") for name, _ in base.model.named_parameters()}
-    assert changes.keys() == expected.keys() == names
-    for name, change in changes.items():
+    assert updates.keys() == expected.keys() == names
+    for name, update in updates.items():
         # fp32 sums at weights of size 1, whatever the base's dtype
-        torch.testing.assert_close(change.left, expected[name], rtol=0, atol=1e-6)
-        assert change.rank is None
+        torch.testing.assert_close(update.left, expected[name], rtol=0, atol=1e-6)
+        assert update.rank is None
 
 
 def test_changes_of_bitfit_are_vectors(base, trained):
-    changes = weight_changes(trained(BitfitConfig(train="biases_and_norms")), base.model)
-    assert {change.kind for change in changes} == {"input_layernorm", "post_attention_layernorm", "norm"}
-    assert not any(change.is_matrix for change in changes)
+    updates = read_weight_updates(trained(BitfitConfig(train="biases_and_norms")), base.model)
+    assert {update.kind for update in updates} == {"input_layernorm", "post_attention_layernorm", "norm"}
+    assert not any(update.is_matrix for update in updates)
 
 
 def test_a_frozen_model_has_no_changes(base, trained):
-    assert weight_changes(trained(FrozenConfig()), base.model) == []
+    assert read_weight_updates(trained(FrozenConfig()), base.model) == []
 
 
 def test_what_trains_beside_lora_is_found_under_the_bases_names(base, trained):
@@ -148,14 +149,14 @@ def test_what_trains_beside_lora_is_found_under_the_bases_names(base, trained):
             linear = getattr(block.self_attn, name)
             linear.bias = nn.Parameter(torch.zeros(16), requires_grad=False)
     config = lora(targets=("q_proj",), bias="all", modules_to_save=("model.norm",))
-    changes = {change.name: change for change in weight_changes(trained(config), base.model)}
+    updates = {update.name: update for update in read_weight_updates(trained(config), base.model)}
     blocks = [f"model.layers.{index}.self_attn" for index in range(2)]
     expected = {f"{block}.{name}" for block in blocks for name in ("q_proj", "q_proj.bias", "v_proj.bias")}
-    assert changes.keys() == {*expected, "model.norm"}
-    bias = changes["model.layers.1.self_attn.q_proj.bias"]
+    assert updates.keys() == {*expected, "model.norm"}
+    bias = updates["model.layers.1.self_attn.q_proj.bias"]
     assert (bias.kind, bias.is_matrix) == ("q_proj.bias", False)
 
 
 def test_kinds_are_read_from_names(base, trained):
-    changes = weight_changes(trained(lora()), base.model)
-    assert {change.kind for change in changes} == set(LINEAR)
+    updates = read_weight_updates(trained(lora()), base.model)
+    assert {update.kind for update in updates} == set(LINEAR)

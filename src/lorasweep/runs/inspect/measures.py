@@ -1,0 +1,174 @@
+"""Singular values, norms and shared subspaces of weight updates ΔW, in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lorasweep.lora.patterns import block_index
+from lorasweep.runs.inspect.weight_updates import WeightUpdate
+
+ENERGY_FRACTION = 0.9
+"""Fraction of the squared norm that `energy_rank` directions hold."""
+COMPARED_COUNTS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64)
+"""Numbers of top directions that are compared, if both updates have so many."""
+MEAN = "mean"
+"""Replaces the layer's name in rows with the mean over layers."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Decomposition:
+    """A thin singular value decomposition U diag(s) Vᵀ of a matrix (d_out, d_in)."""
+
+    u: Float[Tensor, "d_out n"]
+    s: Float[Tensor, " n"]
+    """Singular values in descending order."""
+    vh: Float[Tensor, "n d_in"]
+
+    def truncated(self, rank: int) -> tuple[Tensor, Tensor]:
+        """Returns B (d_out, k) and A (k, d_in), k <= rank. Their product is the nearest matrix of that rank.
+
+        Eckart and Young 1936. B and A each take the square root of the singular values.
+        """
+        root = self.s[:rank].sqrt()
+        return self.u[:, :rank] * root, root[:, None] * self.vh[:rank]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerRow:
+    """Norms and rank of the update of one weight; a line of `layers.csv`. Biases and norms have no rank."""
+
+    layer: str
+    block: int | None
+    kind: str
+    d_out: int
+    d_in: int | None
+    trained_rank: int | None
+    update_norm: float
+    """‖ΔW‖_F."""
+    base_norm: float
+    """‖W0‖_F."""
+    norm_share: float
+    """‖ΔW‖²_F over the sum for all weights of the run."""
+    energy_rank: int | None
+    amplification: float | None
+    """‖ΔW‖_F / ‖Uᵀ W0 V‖_F within the first directions of ΔW (LoRA, section 7.3). Their number is the trained rank, or
+    `energy_rank` if LoRA did not train the weight."""
+
+
+class Overlap(NamedTuple):
+    """φ of the first i directions of one update and the first j of another; a line of `similarity.csv`."""
+
+    layer: str
+    i: int
+    j: int
+    phi: float
+    """0: orthogonal; 1: the smaller subspace lies in the larger one."""
+    random: float
+    """Mean φ of random directions: max(i, j) over the dimension."""
+
+
+def decompose(left: Float[Tensor, "d_out r"], right: Float[Tensor, "r d_in"] | None = None) -> Decomposition:
+    """Returns the decomposition of `left @ right`, or of `left` alone."""
+    if right is None:
+        u, s, vh = torch.linalg.svd(left.double(), full_matrices=False)
+        return Decomposition(u=u, s=s, vh=vh)
+    # With left = Q R and rightᵀ = P S, the product has the singular values of the small matrix R Sᵀ. This costs
+    # (d_out + d_in) · r² instead of d_out · d_in · min(d_out, d_in), and the product is never computed.
+    q_left, r_left = torch.linalg.qr(left.double())
+    q_right, r_right = torch.linalg.qr(right.double().t())
+    u, s, vh = torch.linalg.svd(r_left @ r_right.t(), full_matrices=False)
+    return Decomposition(u=q_left @ u, s=s, vh=vh @ q_right.t())
+
+
+def energy_rank(s: Float[Tensor, " n"]) -> int:
+    """Returns the smallest number of directions that hold 90 % of the squared norm; 0 if all values are zero."""
+    if not s.any():
+        return 0
+    held = (s / s[0]).square().cumsum(0)  # over the largest, so that squares do not underflow
+    return int((held < ENERGY_FRACTION * held[-1]).sum().item()) + 1
+
+
+def measure_layers(
+    updates: Sequence[WeightUpdate], decompositions: Mapping[str, Decomposition]
+) -> tuple[LayerRow, ...]:
+    """Returns a row for each update, in order. `decompositions` has an entry for each update that is a matrix."""
+    norms = [torch.linalg.vector_norm(decompositions[u.name].s if u.is_matrix else u.left).item() for u in updates]
+    total = sum(norm**2 for norm in norms)
+    rows = []
+    for update, norm in zip(updates, norms, strict=True):
+        parts = decompositions.get(update.name)
+        rows.append(
+            LayerRow(
+                layer=update.name,
+                block=block_index(update.name),
+                kind=update.kind,
+                d_out=update.base.shape[0],
+                d_in=update.base.shape[1] if update.is_matrix else None,
+                trained_rank=update.rank,
+                update_norm=norm,
+                base_norm=torch.linalg.vector_norm(update.base.double()).item(),
+                norm_share=norm**2 / total if total else 0.0,
+                energy_rank=energy_rank(parts.s) if parts else None,
+                amplification=_amplification(parts, update.base, rank=update.rank) if parts else None,
+            )
+        )
+    return tuple(rows)
+
+
+def _amplification(parts: Decomposition, base: Tensor, *, rank: int | None) -> float | None:
+    """Returns the amplification factor (LoRA, Table 7); None if W0 is zero in the directions of ΔW."""
+    count = min(rank or energy_rank(parts.s), len(parts.s))
+    inside = torch.linalg.matrix_norm(parts.u[:, :count].t() @ base.double() @ parts.vh[:count].t()).item()
+    return torch.linalg.vector_norm(parts.s[:count]).item() / inside if inside > 0 else None
+
+
+def relative_norm(rows: Sequence[LayerRow]) -> float | None:
+    """Returns ‖ΔW‖_F / ‖W0‖_F of all these weights together; None if W0 is zero."""
+    base = sum(row.base_norm**2 for row in rows) ** 0.5
+    return sum(row.update_norm**2 for row in rows) ** 0.5 / base if base else None
+
+
+def top_directions(decompositions: Mapping[str, Decomposition]) -> dict[str, Float[Tensor, "n d_in"]]:
+    """Returns by layer the first right singular vectors of ΔW, at most 64. Layers with ΔW = 0 are skipped.
+
+    *Differs* from the paper, which takes the vectors of A, because full fine-tuning has no A. For LoRA both span the
+    same space.
+    """
+    directions = {}
+    for layer, parts in decompositions.items():
+        # directions below the rounding of fp32 are noise
+        count = int((parts.s > parts.s[:1] * torch.finfo(torch.float32).eps).sum())
+        if count:
+            directions[layer] = parts.vh[: min(count, COMPARED_COUNTS[-1])]
+    return directions
+
+
+def compare_subspaces(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> tuple[Overlap, ...]:
+    """Returns the means of φ over layers, then φ of every layer that both runs trained. See `top_directions`."""
+    rows = [row for layer in first if layer in second for row in _compare_layer(layer, first[layer], second[layer])]
+    by_counts: dict[tuple[int, int], list[Overlap]] = {}
+    for row in rows:
+        by_counts.setdefault((row.i, row.j), []).append(row)
+    means = [
+        Overlap(MEAN, i, j, fmean(row.phi for row in group), fmean(row.random for row in group))
+        for (i, j), group in sorted(by_counts.items())
+    ]
+    return (*means, *rows)
+
+
+def _compare_layer(layer: str, first: Float[Tensor, "n d"], second: Float[Tensor, "m d"]) -> list[Overlap]:
+    """Returns φ(i, j) = ‖Uᵢᵀ Uⱼ‖²_F / min(i, j) of orthonormal rows (LoRA, equation 4)."""
+    sums = ((first @ second.t()) ** 2).cumsum(0).cumsum(1).tolist()  # ‖Uᵢᵀ Uⱼ‖²_F at index (i - 1, j - 1)
+    return [
+        Overlap(layer, i, j, sums[i - 1][j - 1] / min(i, j), max(i, j) / first.shape[1])
+        for i in COMPARED_COUNTS
+        for j in COMPARED_COUNTS
+        if i <= len(first) and j <= len(second)
+    ]

@@ -1,0 +1,194 @@
+"""Decompositions, norms, ranks and φ against numpy, known values and the definitions, in float64."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lorasweep.config.method import FullConfig
+from lorasweep.runs.inspect.measures import (
+    COMPARED_COUNTS,
+    MEAN,
+    compare_subspaces,
+    decompose,
+    energy_rank,
+    measure_layers,
+    relative_norm,
+    top_directions,
+)
+from lorasweep.runs.inspect.weight_updates import WeightUpdate, read_weight_updates
+
+from .conftest import decompose_updates, lora
+
+EXACT = {"rtol": 0, "atol": 1e-12}
+"""float64 rounding of sums of some dozens of products of numbers of size 1."""
+
+
+def draw(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@settings(max_examples=40, deadline=None)
+@given(d_out=st.integers(1, 12), d_in=st.integers(1, 12), rank=st.integers(1, 14), seed=st.integers(0, 99))
+def test_decomposition_of_a_product_is_that_of_the_dense_matrix(d_out, d_in, rank, seed):
+    left, right = draw(d_out, rank, seed=seed), draw(rank, d_in, seed=seed + 100)
+    found = decompose(left, right)
+    expected = np.linalg.svd((left @ right).numpy(), compute_uv=False)
+    count = len(found.s)
+    np.testing.assert_allclose(found.s.numpy(), expected[:count], rtol=1e-10, atol=1e-12)
+    np.testing.assert_allclose(expected[count:], 0, atol=1e-12)
+    torch.testing.assert_close(found.u * found.s @ found.vh, left @ right, rtol=0, atol=1e-11)
+    torch.testing.assert_close(found.u.t() @ found.u, torch.eye(count).double(), **EXACT)
+    torch.testing.assert_close(found.vh @ found.vh.t(), torch.eye(count).double(), **EXACT)
+
+
+def test_decomposition_of_a_matrix_is_numpys():
+    matrix = draw(7, 4)
+    np.testing.assert_allclose(decompose(matrix).s, np.linalg.svd(matrix.numpy(), compute_uv=False), rtol=1e-12)
+
+
+@pytest.mark.parametrize("planted", [1, 3, 8])
+def test_a_planted_rank_is_found(planted):
+    rotation_out, rotation_in = torch.linalg.qr(draw(40, planted))[0], torch.linalg.qr(draw(30, planted, seed=1))[0]
+    found = decompose(rotation_out @ rotation_in.t())  # `planted` equal directions
+    assert energy_rank(found.s) == math.ceil(0.9 * planted)
+
+
+def test_a_zero_update_has_rank_zero():
+    zero = decompose(torch.zeros(4, 2), draw(2, 5)).s
+    assert energy_rank(zero) == 0
+
+
+@pytest.mark.parametrize("rank", [0, 1, 3, 5, 9])
+def test_a_truncated_product_is_the_nearest_of_that_rank(rank):
+    matrix = draw(9, 5)
+    lora_b, lora_a = decompose(matrix).truncated(rank)
+    assert lora_b.shape == (9, min(rank, 5))
+    left = np.linalg.svd(matrix.numpy(), compute_uv=False)[rank:]
+    # Eckart and Young: what is left out is exactly the norm of the smaller singular values
+    assert torch.linalg.matrix_norm(matrix - lora_b @ lora_a).item() == pytest.approx(
+        float(np.sqrt((left**2).sum())), abs=1e-12
+    )
+
+
+def measure(updates):
+    return measure_layers(updates, decompose_updates(updates))
+
+
+def make_update(name, left, base):
+    return WeightUpdate(name=name, base=base, left=left)
+
+
+def test_a_row_has_the_norms_ranks_and_share_of_its_change():
+    diagonal = torch.diag(torch.tensor([3.0, 4.0, 0.0]))
+    changes = [
+        make_update("blocks.1.proj", diagonal, 2 * torch.eye(3)),
+        make_update("blocks.1.proj.bias", torch.tensor([0.0, 5.0]), torch.tensor([3.0, 4.0])),
+    ]
+    matrix, vector = measure(changes)
+    assert (matrix.layer, matrix.block, matrix.kind, matrix.d_out, matrix.d_in) == ("blocks.1.proj", 1, "proj", 3, 3)
+    assert matrix.update_norm == pytest.approx(5)
+    assert matrix.base_norm == pytest.approx(2 * 3**0.5)
+    assert relative_norm([matrix, vector]) == pytest.approx((50 / 37) ** 0.5)
+    assert matrix.energy_rank == 2  # the first holds 64 %
+    assert matrix.amplification == pytest.approx(5 / 8**0.5)
+    assert matrix.norm_share == vector.norm_share == pytest.approx(0.5)
+    assert (vector.update_norm, vector.base_norm, vector.d_in) == (5, 5, None)
+    assert (vector.energy_rank, vector.amplification, vector.trained_rank) == (None, None, None)
+
+
+def test_a_change_of_a_zero_base_has_no_relative_norm():
+    changes = [make_update("head", torch.eye(2), torch.zeros(2, 2))]
+    (row,) = measure(changes)
+    assert (relative_norm([row]), row.amplification) == (None, None)
+
+
+def test_lora_is_amplified_over_its_trained_rank_as_in_the_paper(base, trained):
+    changes = read_weight_updates(trained(lora(rank=3)), base.model)
+    for change, row in zip(changes, measure(changes), strict=True):
+        dense = (change.left @ change.right.double()).detach()
+        u, _, vh = torch.linalg.svd(dense)
+        inside = u[:, :3].t() @ change.base.double() @ vh[:3].t()
+        assert row.amplification == pytest.approx((dense.norm() / inside.norm()).item(), rel=1e-6)
+
+
+def draw_directions(count: int, dimension: int, *, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.linalg.qr(torch.randn(dimension, count, generator=generator, dtype=torch.float64))[0].t()
+
+
+def phi(first, second):
+    return {(row.i, row.j): row.phi for row in compare_subspaces({"q": first}, {"q": second}) if row.layer == "q"}
+
+
+def test_a_subspace_is_wholly_similar_to_itself():
+    directions = draw_directions(12, 20)
+    found = phi(directions, directions)
+    assert sorted({i for i, _ in found}) == [1, 2, 3, 4, 5, 6, 7, 8, 10, 12]
+    # the smaller set lies within the larger one everywhere
+    assert list(found.values()) == pytest.approx([1.0] * 100, abs=1e-12)
+
+
+def test_orthogonal_subspaces_are_not_similar():
+    rotation = draw_directions(10, 10)
+    assert list(phi(rotation[:4], rotation[4:]).values()) == pytest.approx([0.0] * 24, abs=1e-12)
+
+
+@settings(max_examples=30, deadline=None)
+@given(n=st.integers(1, 9), m=st.integers(1, 9), seed=st.integers(0, 50))
+def test_phi_is_its_definition(n, m, seed):
+    first, second = draw_directions(n, 9, seed=seed), draw_directions(m, 9, seed=seed + 1000)
+    for (i, j), value in phi(first, -second).items():  # signs are free
+        expected = torch.linalg.matrix_norm(first[:i] @ second[:j].t()) ** 2 / min(i, j)
+        assert value == pytest.approx(expected.item(), abs=1e-12)
+
+
+def test_random_directions_are_as_similar_as_is_said():
+    draws = [
+        compare_subspaces({"q": draw_directions(8, 40, seed=s)}, {"q": draw_directions(4, 40, seed=s + 500)})
+        for s in range(200)
+    ]
+    for rows in zip(*draws, strict=True):
+        mean = sum(row.phi for row in rows) / len(rows)
+        # four standard errors of a mean over 200 draws; one draw of φ(1, 1) has deviation √2 / 40
+        assert mean == pytest.approx(rows[0].random, abs=4 * math.sqrt(2 / 200) / 40)
+
+
+def test_the_grid_ends_where_one_run_ends():
+    found = phi(draw_directions(64, 70), draw_directions(9, 70, seed=1))
+    assert tuple(sorted({i for i, _ in found})) == COMPARED_COUNTS
+    assert sorted({j for _, j in found}) == [1, 2, 3, 4, 5, 6, 7, 8]
+
+
+def test_means_are_over_the_layers_that_have_so_many_directions():
+    first = {"p": draw_directions(1, 10), "q": draw_directions(2, 20)}
+    second = {"p": first["p"], "q": draw_directions(1, 20, seed=1), "elsewhere": first["p"]}
+    rows = compare_subspaces(first, second)
+    by_cell = {(row.layer, row.i, row.j): row for row in rows}
+    assert by_cell.keys() == {(MEAN, 1, 1), (MEAN, 2, 1), ("p", 1, 1), ("q", 1, 1), ("q", 2, 1)}
+    assert by_cell[MEAN, 1, 1].phi == pytest.approx((1 + by_cell["q", 1, 1].phi) / 2)
+    assert by_cell[MEAN, 1, 1].random == pytest.approx(0.075)
+    assert by_cell[MEAN, 2, 1].phi == pytest.approx(by_cell["q", 2, 1].phi)
+
+
+def test_directions_in_which_nothing_changed_are_left_out(base, trained):
+    model = trained(lora(rank=4))
+    model.model.layers[0].self_attn.q_proj.lora_b.data[:, 2:] = 0
+    model.model.layers[1].self_attn.q_proj.lora_b.data.zero_()
+    found = top_directions(decompose_updates(read_weight_updates(model, base.model)))
+    assert len(found["model.layers.0.self_attn.q_proj"]) == 2
+    assert "model.layers.1.self_attn.q_proj" not in found
+    assert len(found) == 13
+
+
+def test_directions_are_those_of_the_dense_change(base, trained):
+    changes = read_weight_updates(trained(FullConfig()), base.model)
+    found = top_directions(decompose_updates(changes))
+    change = next(change for change in changes if change.name == "model.layers.0.mlp.up_proj")
+    vh = torch.linalg.svd(change.left, full_matrices=False)[2]
+    torch.testing.assert_close((found[change.name] @ vh.t()).abs(), torch.eye(16).double(), rtol=0, atol=1e-9)
