@@ -30,7 +30,7 @@ from lorasweep.record import RUN_FILE, RunRecord, read_run, read_sweep
 from lorasweep.report import write_report
 from lorasweep.report.board import write_run_hparams
 from lorasweep.results import RunResult, SweepResult, load_run, load_sweep
-from lorasweep.runs.reproduce_sweep import SweepReproduction, compare_sweeps
+from lorasweep.runs.comparison import SweepReproduction, compare_sweeps
 from lorasweep.stop_signal import StopSignal
 from lorasweep.sweep.checks import check_definition, data_notes, sweep_metric
 from lorasweep.sweep.controller.folder import SweepFolder

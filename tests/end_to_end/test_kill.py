@@ -13,7 +13,7 @@ import yaml
 from safetensors.torch import load_file
 
 from lorasweep.record import read_run, read_steps, read_sweep
-from lorasweep.runs.reproduce_sweep import compare_sweeps
+from lorasweep.runs.comparison import compare_sweeps
 
 from .conftest import HALVED_CONFIRM_RUNS, HALVED_SWEEP, HALVED_TRIALS, journal_of, promoted_trials, state_of
 

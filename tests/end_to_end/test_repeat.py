@@ -16,7 +16,7 @@ import yaml
 
 import lorasweep
 from lorasweep.record import read_run, read_sweep
-from lorasweep.runs.reproduce_sweep import compare_sweeps
+from lorasweep.runs.comparison import compare_sweeps
 
 from .conftest import (
     HALVED_CONFIRM_RUNS,

@@ -216,32 +216,31 @@ def test_a_folder_that_is_not_empty_is_refused(trained, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("mine")
     for out in (tmp_path / "full", tmp_path / "full" / "mine.txt"):
-        with pytest.raises(ConfigError, match=r"`--out` must be a new or empty folder, but .* is not"):
+        with pytest.raises(ConfigError, match="`--out`"):
             export_run(trained(), format="merged", out=out)
     assert {path.name for path in (tmp_path / "full").iterdir()} == {"mine.txt"}
 
 
 def test_a_folder_that_cannot_be_made_is_refused(trained, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match=r"`--out` must be a folder that can be made, but .* can't: "):
+    with pytest.raises(RunError, match=r"`--out`.*below"):
         export_run(trained(), format="peft", out=tmp_path / "file" / "below")
 
 
 @pytest.mark.parametrize("settings", [{"method": "full"}, {"method": "head"}])
 def test_a_run_without_an_adapter_has_none_for_peft(trained, tmp_path, settings):
-    message = f"`--format` must be merged for a run of `method={settings['method']}`, but got 'peft'"
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError, match=f"{settings['method']!r}.*`--format merged`"):
         export_run(trained(settings), format="peft", out=tmp_path / "out")
     assert not any(tmp_path.iterdir())
 
 
 def test_a_run_that_trained_nothing_is_refused(trained, tmp_path):
-    with pytest.raises(ConfigError, match="must have trained something to be exported, but got one of `method=frozen`"):
+    with pytest.raises(ConfigError, match="`method=frozen`"):
         export_run(trained({"method": "frozen"}), format="merged", out=tmp_path / "out")
 
 
 def test_what_is_no_run_is_refused(tmp_path):
-    with pytest.raises(RecordError, match=r"a run's folder must contain run.json"):
+    with pytest.raises(RecordError, match=r"run\.json"):
         export_run(tmp_path, format="peft", out=tmp_path / "out")
 
 
@@ -278,24 +277,24 @@ def damage_best(run):
 
 
 BROKEN = [
-    (remove_best, "a run must have kept weights in `best`, but .* has none."),
-    (damage_best, r"adapter_model.safetensors' must be as the run wrote it, but has changed. Run it again."),
+    (remove_best, "`best`"),
+    (damage_best, r"adapter_model\.safetensors.*has changed"),
     (
         lambda run: (run / "best" / "adapter_config.json").unlink(),
-        r"adapter_config.json' must be as the run wrote it, but is missing.",
+        r"adapter_config\.json.*is missing",
     ),
-    (lambda run: change_record(run, config={"method": {"name": "lora"}}), "a run's record must hold settings of this"),
+    (lambda run: change_record(run, config={"method": {"name": "lora"}}), "settings of this version"),
     (
         lambda run: change_record(run, platform={}),
-        "`precision` in a run's record must be one of bf16, fp32, but is None",
+        "`precision`.*None",
     ),
     (
         lambda run: change_record(run, platform={"precision": "bf16"}),
-        r"the base model must be the one that the run was trained on \(fingerprint .* in bf16\), but 'embedded:tiny'",
+        "bf16.*'embedded:tiny'",
     ),
     (
         lambda run: change_record(run, base={"fingerprint": "0123"}),
-        r"the base model must be the one that the run was trained on \(fingerprint '0123' in fp32\)",
+        "'0123' in fp32",
     ),
 ]
 
@@ -319,7 +318,7 @@ def test_a_disk_that_fills_up_leaves_nothing_behind(trained, tmp_path, monkeypat
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(export_file, "save_adapter", fail)
-    with pytest.raises(RunError, match=r"must be written whole, but could not be: .*No space left on device"):
+    with pytest.raises(RunError, match=r"`--out`.*No space left on device"):
         export_run(trained(), format="peft", out=tmp_path / "new" / "out")
     assert not any(tmp_path.iterdir())
 
@@ -334,7 +333,7 @@ def test_a_model_that_comes_back_otherwise_is_not_exported(trained, tmp_path, mo
         return model
 
     monkeypatch.setattr(export_file, "load_pretrained", load_tied)
-    with pytest.raises(RunError, match="a merged LlamaForCausalLM must load with the weights"):
+    with pytest.raises(RunError, match=r"LlamaForCausalLM.*`--format peft`"):
         export_run(trained({"method": "head"}), format="merged", out=tmp_path / "out")
     assert not any(tmp_path.iterdir())
 
@@ -344,7 +343,7 @@ def test_a_model_that_does_not_load_again_is_not_exported(trained, tmp_path, mon
         raise ValueError("unknown class.\nmore")
 
     monkeypatch.setattr(export_file, "load_pretrained", fail)
-    with pytest.raises(RunError, match="a merged LlamaForCausalLM must load again, but does not: unknown class"):
+    with pytest.raises(RunError, match=r"LlamaForCausalLM.*unknown class"):
         export_run(trained(), format="merged", out=tmp_path / "out")
     assert not any(tmp_path.iterdir())
 

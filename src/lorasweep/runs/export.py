@@ -1,6 +1,6 @@
-"""Export of a run: an adapter for PEFT, or a whole model for transformers.
+"""Exports a run as an adapter for PEFT or as a whole model for transformers.
 
-The written files are loaded again and compared with the run before they appear in the output folder.
+Before the files appear in the output folder, they are loaded again and compared with the run.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from lorasweep.training.restore import check_kept_files, restore_base, restore_c
 
 ExportFormat = Literal["peft", "merged"]
 PROBE_ROWS, PROBE_TOKENS = 8, 16
-"""Size of the batch of random tokens on which logits are compared."""
+"""Size of the batch of random tokens whose logits are compared."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,10 +42,8 @@ class Export:
     folder: Path
     num_bytes: int
     difference: float
-    """Largest difference between the logits of `best/` and those of the written weights, on one batch.
-
-    Both are computed in fp32, so that only weights differ: merging rounds them to the base's dtype.
-    """
+    """Largest absolute difference between the logits of `best/` and of the written weights on one batch, both in fp32.
+    Merging rounds weights to the base's dtype."""
     largest_logit: float
     """The largest absolute logit of the run."""
 
@@ -56,26 +54,26 @@ def export_run(run: Path, *, format: ExportFormat, out: Path) -> Export:
     Args:
         run: The run's folder.
         format: `peft` writes the adapter; `merged` writes the whole model, with the adapter merged, and its tokenizer.
-        out: A new or empty folder. It stays as it is after an error.
+        out: A new or empty folder; unchanged after an error.
 
     Raises:
-        ConfigError: `out` is not empty, the base model can't be loaded, or the run's method does not have the format.
-        RecordError: The folder is not a run's, its weights are missing or damaged, or the base model is another one.
-        RunError: The files can't be written, or load as another model.
+        ConfigError: `out` is not empty, the base model can't be loaded, or the format does not fit the run's method.
+        RecordError: The folder is not a run's, its weights are missing or damaged, or the base model has changed.
+        RunError: The files can't be written, or transformers loads other weights from them.
     """
     record = read_run(run)
     config = restore_config(record)
     _check_request(config, format=format, out=out)
     check_kept_files(record, run, part="best")
     with appearing_whole(out) as folder:
-        logits = (_export_adapter if format == "peft" else _export_merged)(record, config, run / "best", folder)
+        export = _export_adapter if format == "peft" else _export_merged
+        original, written = export(record, config, run / "best", folder)
         num_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    own, written = logits
     return Export(
         folder=out,
         num_bytes=num_bytes,
-        difference=float((written - own).abs().max()),
-        largest_logit=float(own.abs().max()),
+        difference=float((written - original).abs().max()),
+        largest_logit=float(original.abs().max()),
     )
 
 
@@ -84,48 +82,42 @@ def appearing_whole(out: Path) -> Iterator[Path]:
     """Yields a temporary folder, which becomes `out` at the end and is removed after an error.
 
     Raises:
-        ConfigError: The folder of `out` can't be written to.
         RunError: Writing failed.
     """
     target = out.resolve()
-    place = next(parent for parent in target.parents if parent.exists())
+    # on the same file system as `out`, so that the rename at the end is atomic
+    parent = next(parent for parent in target.parents if parent.exists())
     try:
-        temporary = tempfile.TemporaryDirectory(prefix=".exporting-", dir=place)
-    except OSError as error:
-        raise ConfigError(f"`--out` must be a folder that can be made, but {str(out)!r} can't: {error}.") from error
-    with temporary as name:
-        folder = Path(name) / target.name
-        try:
+        with tempfile.TemporaryDirectory(prefix=".exporting-", dir=parent) as name:
+            folder = Path(name) / target.name
             folder.mkdir()
             yield folder
             target.parent.mkdir(parents=True, exist_ok=True)
             folder.replace(target)
-        except (OSError, SafetensorError) as error:
-            raise RunError(f"{str(out)!r} must be written whole, but could not be: {error}.") from error
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"`--out` must be a folder that can be written to, but got {str(out)!r}: {error}.") from error
 
 
 def _check_request(config: RunConfig, *, format: ExportFormat, out: Path) -> None:
     method = config.method.name
     if config.model.factory is not None:
         raise ConfigError(
-            f"a run must have a base of transformers to be exported, but got `model.factory={config.model.factory}`. "
-            "Its weights are in `best/` of its folder."
+            f"a run must have a transformers model to be exported, but got `model.factory={config.model.factory}`. "
+            "Use the weights in `best/` of the run's folder."
         )
     if method == "frozen":
         raise ConfigError(
-            "a run must have trained something to be exported, but got one of `method=frozen`. "
-            f"Its model is {config.model.path!r} as it is."
+            f"a run must have trained something to be exported, but got `method=frozen`. Use {config.model.path!r}."
         )
     if format == "peft" and method != "lora":
         raise ConfigError(
-            f"`--format` must be merged for a run of `method={method}`, but got 'peft': only `method=lora` trains an "
-            "adapter. Use `--format merged`."
+            f"`--format peft` must have a run of `method=lora`, but got {method!r}. Use `--format merged`."
         )
     require_new_folder(out, key="--out", remedy="Name another one.")
 
 
 def _export_adapter(record: RunRecord, config: RunConfig, best: Path, folder: Path) -> tuple[Tensor, Tensor]:
-    """Writes the adapter. Returns the run's logits, and those of the base with the written adapter."""
+    """Writes the adapter. Returns the logits of the run, and of the base with the written adapter."""
     base = restore_base(record, config)
     model = _restore(config, base, best)
     save_adapter(
@@ -142,9 +134,9 @@ def _export_adapter(record: RunRecord, config: RunConfig, best: Path, folder: Pa
 
 
 def _export_merged(record: RunRecord, config: RunConfig, best: Path, folder: Path) -> tuple[Tensor, Tensor]:
-    """Writes the whole model. Returns the run's logits, and those of the model that transformers loads again."""
+    """Writes the whole model. Returns the logits of the run, and of the model that transformers loads again."""
     kind, dtype, fingerprint, logits = _write_merged(config, restore_base(record, config), best, folder)
-    # a function of its own has freed the base and the merged model before they are loaded again
+    # `_write_merged` is a separate function, so that its models are freed before the merged model is loaded
     attention = {} if config.model.attention == "auto" else {"attn_implementation": config.model.attention}
     try:
         written = load_pretrained(kind, str(folder), dtype=dtype, **attention)
@@ -152,8 +144,8 @@ def _export_merged(record: RunRecord, config: RunConfig, best: Path, folder: Pat
         raise RunError(f"a merged {kind.__name__} must load again, but does not: {first_line(error)}.") from error
     if fingerprint_weights(written) != fingerprint:
         raise RunError(
-            f"a merged {kind.__name__} must load with the weights that were written, but transformers loads others, "
-            "perhaps because it ties them. Use `--format peft`."
+            f"a merged {kind.__name__} must load with the written weights, but transformers loads other weights (it may tie "
+            "them). Use `--format peft`."
         )
     return logits, probe_logits(written)
 
@@ -173,19 +165,19 @@ def _write_merged(
 
 def _restore(config: RunConfig, base: BaseModel, best: Path) -> PreTrainedModel:
     model = restore_model(config, base, folder=best)
-    assert isinstance(model, PreTrainedModel)  # `_check_request` refuses other ones
+    assert isinstance(model, PreTrainedModel)  # `_check_request` refuses other models
     return model
 
 
 def probe_logits(model: PreTrainedModel) -> Tensor:
-    """Returns a model's logits of a fixed batch of random tokens, computed in fp32 on the CPU."""
+    """Returns logits (rows, tokens, vocabulary) for a fixed batch of random tokens, computed in fp32 on the CPU."""
     embeddings = model.get_input_embeddings().weight
     assert isinstance(embeddings, Tensor)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(len(embeddings), (PROBE_ROWS, PROBE_TOKENS), generator=generator)
-    given = {"decoder_input_ids": tokens} if model.config.is_encoder_decoder else {}
+    decoder = {"decoder_input_ids": tokens} if model.config.is_encoder_decoder else {}
     with weights_in_fp32(model), torch.inference_mode():
-        logits: Tensor = model(input_ids=tokens, **given).logits
+        logits: Tensor = model(input_ids=tokens, **decoder).logits
     return logits
 
 

@@ -1,7 +1,8 @@
-"""Repetition of a run from its record, compared step by step: `lorasweep reproduce RUN`."""
+"""Repeats a run from its record and compares it step by step: `lorasweep reproduce RUN`."""
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from lorasweep.errors import ConfigError, Diverged, RecordError
 from lorasweep.models.attention import CANDIDATES, AttentionChoice
 from lorasweep.record import RunRecord, read_run
 from lorasweep.redaction import HIDDEN
-from lorasweep.runs.compare_runs import Comparison, compare_values, explain, read_values
+from lorasweep.runs.comparison import Comparison, compare_values, list_suspects, read_values
 from lorasweep.training.components import EVENT_LOGGER
 from lorasweep.training.inputs import RunInputs, build_inputs
 from lorasweep.training.prepare import check_run
@@ -26,9 +27,9 @@ from lorasweep.training.run import never_stop, train_run
 from lorasweep.training.run_log import RunPlace
 
 PACK_TOLERANCE = {"fp32": 1e-4, "bf16": 3e-2}
-"""Default tolerance for a run that was trained in a pack or by several processes: alone, its sums round otherwise.
-Such a difference grows with the steps and with the learning rate. Over 60 steps of the embedded model the largest was
-2e-7 in fp32 and 2e-3 in bf16; at a rate that is too high (3e-2) it was 1e-5 and 2e-2."""
+"""Default tolerance for a run that was trained in a pack or by several processes, because sums round otherwise alone.
+The difference grows with the number of steps and with the learning rate. Over 60 steps of the embedded model it was at
+most 2e-7 in fp32 and 2e-3 in bf16. At too high a learning rate (3e-2) it was 1e-5 and 2e-2."""
 
 Verdict = Literal["identical", "within tolerance", "different", "interrupted"]
 
@@ -44,7 +45,7 @@ class Reproduction:
     tolerance: float
     comparison: Comparison
     other_weights: tuple[str, ...] = ()
-    """Files of weights that differ, although every value of the log is the same."""
+    """Weight files that differ although every value of the log is the same."""
     suspects: tuple[str, ...] = ()
     """Surroundings that may explain a difference, the most suspicious first."""
     failure: str | None = None
@@ -52,39 +53,35 @@ class Reproduction:
 
     @property
     def holds(self) -> bool:
-        """Whether the repetition is identical or within the tolerance."""
         return self.verdict in ("identical", "within tolerance")
 
     def describe(self) -> str:
         """Returns the result in one line, and if it is different a line for each suspect."""
-        found = self.comparison
-        compared = f"{found.steps} steps and {found.evaluations} evaluations"
+        largest = self.comparison.largest
+        compared = f"{self.comparison.num_steps} steps and {self.comparison.num_evaluations} evaluations"
         if self.verdict == "interrupted":
-            return f"interrupted: {self.folder} has what there is of it"
+            return f"interrupted: {self.folder} has the steps so far"
         if self.verdict == "identical":
             return f"identical: {compared} of {self.run} and {self.folder} are the same, bit for bit"
         if self.verdict == "within tolerance":
-            most = f"the largest difference: {found.largest.describe()}" if found.largest else "weights differ in bits"
-            return f"within a tolerance of {self.tolerance:g}: {compared} of {self.run} and {self.folder}; {most}"
-        return "\n".join([f"different: {self._describe_difference()}", *self._describe_suspects()])
+            detail = f"the largest difference: {largest.describe()}" if largest else "weights differ in bits"
+            return f"within a tolerance of {self.tolerance:g}: {compared} of {self.run} and {self.folder}; {detail}"
+        lines = [f"different: {self._describe_difference()}", "nothing in the recorded surroundings differs"]
+        if self.suspects:
+            suspects = (f"  {number}. {suspect}" for number, suspect in enumerate(self.suspects, start=1))
+            lines[1:] = ["possible reasons, the most suspicious first:", *suspects]
+        return "\n".join(lines)
 
     def _describe_difference(self) -> str:
-        found = self.comparison
-        if found.first_beyond is None:
+        first, largest = self.comparison.first_beyond, self.comparison.largest
+        if first is None:
             return f"every value is the same, but not the weights in {', '.join(self.other_weights)}: {self.folder}"
-        first, largest = found.first_beyond, found.largest
-        told = [f"first {first.describe()}"]
+        clauses = [f"first {first.describe()}"]
         if largest is not None and first.relative < largest.relative:
-            told.append(f"the largest {largest.describe()}")
+            clauses.append(f"the largest {largest.describe()}")
         if self.failure is not None:
-            told.append(f"it ended because {self.failure.rstrip('.')}")
-        return f"{'; '.join(told)}: {self.folder}"
-
-    def _describe_suspects(self) -> list[str]:
-        if not self.suspects:
-            return ["nothing in the recorded surroundings differs"]
-        listed = [f"  {number}. {suspect}" for number, suspect in enumerate(self.suspects, start=1)]
-        return ["possible reasons, the most suspicious first:", *listed]
+            clauses.append(f"it ended because {self.failure.rstrip('.')}")
+        return f"{'; '.join(clauses)}: {self.folder}"
 
 
 def reproduce_run(
@@ -99,10 +96,10 @@ def reproduce_run(
     """Trains a run again, alone, and compares step by step.
 
     Args:
-        run: Its folder.
+        run: The run's folder.
         output: A new folder for the repetition.
-        tolerance: Largest relative difference that still counts as the same. None means `PACK_TOLERANCE` for a run that
-            was trained in a pack or by several processes, and 0 for any other.
+        tolerance: Largest relative difference that counts as the same. None means `PACK_TOLERANCE` for a run that was
+            trained in a pack or by several processes, and 0 for any other.
         steps: Number of steps to compare; the schedule stays that of all steps. None compares all.
         trust: Whether code and pickles that the record names may be run.
         stop_requested: Called after every step; returns whether to stop.
@@ -112,54 +109,71 @@ def reproduce_run(
         ConfigError: It needs `trust`, or model or data can't be loaded.
         OutOfMemory: It does not fit in memory.
     """
-    _check_request(tolerance, steps)
+    if tolerance is not None and not 0 <= tolerance < 1:
+        raise ConfigError(f"`0 <= --tolerance < 1` must hold, but got {tolerance!r}.")
+    if steps is not None and steps < 1:
+        raise ConfigError(f"`--steps >= 1` must hold, but got {steps!r}.")
     record = read_run(run)
     config = config_as_run(record)
     require_trusted_code(config, trust=trust, option="--trust")
-    limit = _last_step(record, run, steps=steps)
-    recorded = read_values(run, up_to=limit)
+    last_step = _last_step(record, run, steps=steps)
     if tolerance is None:
-        alone = record.pack is None and "processes" not in record.platform
-        tolerance = 0.0 if alone else PACK_TOLERANCE.get(record.platform.get("precision", ""), 0.0)
-    stop = _StepLimit(limit, stop_requested)
+        is_alone = record.pack is None and "processes" not in record.platform
+        tolerance = 0.0 if is_alone else PACK_TOLERANCE.get(record.platform.get("precision", ""), 0.0)
+    failure, step = None, itertools.count(1)
+
+    def is_done() -> bool:
+        # called once after every step; the schedule stays that of the whole run
+        is_last = next(step) == last_step < record.steps_planned
+        return is_last or stop_requested()
+
     with _recorded_threads(record.platform.get("threads")):
         inputs = _build_inputs(config, record)
         check_run(config, inputs.base)
-        failure = _train(config, output, inputs=inputs, stop=stop)
+        try:
+            train_run(config, RunPlace(folder=output), inputs=inputs, stop_requested=is_done)
+        except Diverged as error:
+            failure = str(error)
     repeated = read_run(output)
-    comparison = compare_values(recorded, read_values(output), tolerance=tolerance)
-    if repeated.status == "interrupted" and not stop.reached:
-        return Reproduction(run=run, folder=output, verdict="interrupted", tolerance=tolerance, comparison=comparison)
-    weights = _other_weights(record, repeated) if limit is None and comparison.first is None else ()
-    verdict = _judge(comparison, weights, tolerance=tolerance)
+    comparison = compare_values(read_values(run, up_to=last_step), read_values(output), tolerance=tolerance)
+    other_weights: tuple[str, ...] = ()
+    if last_step == record.steps_planned and comparison.first is None:
+        files = [name for name in record.files if name.endswith(".safetensors")]
+        other_weights = tuple(name for name in files if record.files[name] != repeated.files.get(name))
+    verdict: Verdict = "within tolerance"
+    if repeated.status == "interrupted" and repeated.steps_done < last_step:
+        verdict = "interrupted"
+    elif comparison.first_beyond is not None or (other_weights and not tolerance):
+        verdict = "different"
+    elif comparison.first is None and not other_weights:
+        verdict = "identical"
     return Reproduction(
         run=run,
         folder=output,
         verdict=verdict,
         tolerance=tolerance,
         comparison=comparison,
-        other_weights=weights,
-        suspects=tuple(explain(record, repeated)) if verdict == "different" else (),
+        other_weights=other_weights,
+        suspects=tuple(list_suspects(record, repeated)) if verdict == "different" else (),
         failure=failure,
     )
 
 
 def config_as_run(record: RunRecord) -> RunConfig:
-    """Returns a run's settings for one process, with the recorded values of precision, device and micro-batches.
+    """Returns a run's settings for one process, with the recorded precision, device and micro-batches.
 
-    Without loggers that may send metrics elsewhere, and without a profiler: they do not change the training.
+    A profiler, and loggers that may send metrics elsewhere, are removed: they do not change the training.
 
     Raises:
         RecordError: The settings are damaged or of another version.
-        ConfigError: The number of micro-batches is not one.
+        ConfigError: The recorded number of micro-batches is not a number.
     """
     config, platform = restore_config(record), record.platform
     micro_batches = record.batching.get("micro_batches", config.trainer.accumulate)
-    on_gpu = platform.get("device", "gpu" if platform.get("gpu") else "cpu") == "gpu"
     trainer = replace(
         config.trainer,
         precision=platform.get("precision", config.trainer.precision),
-        device="auto" if on_gpu else "cpu",  # on a machine without a GPU the device becomes the first suspect
+        device="auto" if platform.get("device") == "gpu" else "cpu",  # without a GPU the device is the first suspect
         accumulate=convert(int | Literal["auto"], micro_batches, key="batching.micro_batches"),
         strategy="auto",
         devices=1,
@@ -171,32 +185,8 @@ def config_as_run(record: RunRecord) -> RunConfig:
     return replace(config, trainer=trainer, logger=local)
 
 
-class _StepLimit:
-    """A `stop_requested` that also stops after a number of steps. It is called once after every step."""
-
-    def __init__(self, steps: int | None, stop_requested: Callable[[], bool]) -> None:
-        self.steps = steps
-        self.stop_requested = stop_requested
-        self.done = 0
-
-    @property
-    def reached(self) -> bool:
-        return self.steps is not None and self.done >= self.steps
-
-    def __call__(self) -> bool:
-        self.done += 1
-        return self.reached or self.stop_requested()
-
-
-def _check_request(tolerance: float | None, steps: int | None) -> None:
-    if tolerance is not None and not 0 <= tolerance < 1:
-        raise ConfigError(f"`0 <= --tolerance < 1` must hold, but got {tolerance!r}.")
-    if steps is not None and steps < 1:
-        raise ConfigError(f"`--steps >= 1` must hold, but got {steps!r}.")
-
-
-def _last_step(record: RunRecord, run: Path, *, steps: int | None) -> int | None:
-    """Returns the last step to train; None trains all.
+def _last_step(record: RunRecord, run: Path, *, steps: int | None) -> int:
+    """Returns the last step to train.
 
     Raises:
         RecordError: The run logged no step, or its settings held a secret.
@@ -206,17 +196,16 @@ def _last_step(record: RunRecord, run: Path, *, steps: int | None) -> int | None
         raise RecordError(f"a run must have logged a step to be repeated, but {str(run)!r} has none. Name another run.")
     if HIDDEN in str(record.config):
         raise RecordError(
-            f"{str(run)!r} must have been run without secrets in its settings to be repeated from its record, "
-            "which does not keep them. Start it again by `lorasweep train`."
+            f"{str(run)!r} must have no secrets in its settings to be repeated, because its record does not keep them. "
+            "Start it again using `lorasweep train`."
         )
-    whole = record.steps_planned if record.status == "complete" else max(step for step, _ in logged)
-    last = whole if steps is None else min(steps, whole)
-    return None if last >= record.steps_planned else last
+    last = record.steps_planned if record.status == "complete" else max(step for step, _ in logged)
+    return min(steps or last, last)
 
 
 @contextmanager
 def _recorded_threads(recorded: Any) -> Iterator[None]:
-    """Sets torch's number of threads to the recorded one, because sums are split by thread; restores it afterwards."""
+    """Sets torch's number of threads, because sums are split by thread. Restores it afterwards."""
     before = torch.get_num_threads()
     if isinstance(recorded, int) and 1 <= recorded <= 4 * (os.cpu_count() or 1):
         torch.set_num_threads(recorded)
@@ -232,24 +221,4 @@ def _build_inputs(config: RunConfig, record: RunRecord) -> RunInputs:
     if config.model.attention != "auto" or name not in CANDIDATES:
         return build_inputs(config)
     inputs = build_inputs(replace(config, model=replace(config.model, attention=name)))
-    return replace(inputs, attention=AttentionChoice(name, "as in the run that is repeated"))
-
-
-def _train(config: RunConfig, output: Path, *, inputs: RunInputs, stop: Callable[[], bool]) -> str | None:
-    """Trains, and returns the reason if the run diverged."""
-    try:
-        train_run(config, RunPlace(folder=output), inputs=inputs, stop_requested=stop)
-    except Diverged as error:
-        return str(error)
-    return None
-
-
-def _other_weights(record: RunRecord, repeated: RunRecord) -> tuple[str, ...]:
-    names = [name for name in record.files if name.endswith(".safetensors")]
-    return tuple(name for name in names if record.files[name] != repeated.files.get(name))
-
-
-def _judge(comparison: Comparison, weights: tuple[str, ...], *, tolerance: float) -> Verdict:
-    if comparison.first_beyond is not None or (weights and not tolerance):
-        return "different"
-    return "identical" if comparison.first is None and not weights else "within tolerance"
+    return replace(inputs, attention=AttentionChoice(name, "as in the repeated run"))

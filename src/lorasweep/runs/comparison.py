@@ -1,0 +1,219 @@
+"""Compares a run or a sweep with its repetition, and lists surroundings that may explain a difference."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lorasweep.record import (
+    ConfirmRow,
+    RunRecord,
+    SweepRecord,
+    TrialRow,
+    folder_of_run,
+    read_steps,
+    read_sweep,
+)
+from lorasweep.wording import shorten
+
+Values = Mapping[tuple[int, str], float | None]
+"""Values by step and name (`loss`, `lr`, `validation loss`), in recorded order. None is NaN or infinite."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """A recorded value that the repetition does not have, or has with another number."""
+
+    step: int
+    name: str
+    recorded: float | None
+    repeated: float | None
+    is_missing: bool
+    """Whether the repeated run has no such value."""
+
+    @property
+    def relative(self) -> float:
+        """The difference over the larger of the two values; infinite if a value is NaN, infinite or missing."""
+        if self.recorded is None or self.repeated is None:
+            return math.inf
+        return abs(self.recorded - self.repeated) / max(abs(self.recorded), abs(self.repeated))
+
+    def describe(self) -> str:
+        """Returns a clause: `at step 3 loss was 1.5 and is 1.6 (a relative difference of 0.0625)`."""
+        repeated = "missing" if self.is_missing else _value_text(self.repeated)
+        clause = f"at step {self.step} {self.name} was {_value_text(self.recorded)} and is {repeated}"
+        return f"{clause} (a relative difference of {self.relative:.2g})" if self.relative < math.inf else clause
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """The differences between two step logs."""
+
+    num_steps: int
+    """Number of steps whose losses were compared."""
+    num_evaluations: int
+    first: Difference | None
+    """The first difference of any size."""
+    first_beyond: Difference | None
+    """The first difference that is larger than the tolerance."""
+    largest: Difference | None
+
+
+def read_values(run: Path, *, up_to: int | None = None) -> Values:
+    """Returns loss and learning rate of each step of a run, and every metric of each evaluation.
+
+    Args:
+        run: The run's folder.
+        up_to: The last step to return; None returns all.
+    """
+    values: dict[tuple[int, str], float | None] = {}
+    for row in read_steps(run):
+        if up_to is not None and row["step"] > up_to:
+            continue
+        named: dict[str, Any] = {name: row[name] for name in ("loss", "lr") if name in row}
+        named |= {f"validation {name}": value for name, value in row.get("validation", {}).items()}
+        for name, value in named.items():
+            values[row["step"], name] = float(value) if value is not None and math.isfinite(value) else None
+    return values
+
+
+def compare_values(recorded: Values, repeated: Values, *, tolerance: float) -> Comparison:
+    """Compares two logs value by value, in recorded order. Values that only the repetition has are ignored.
+
+    Args:
+        recorded: Values of the run.
+        repeated: Values of its repetition.
+        tolerance: Largest relative difference that counts as the same; at 0 every bit counts.
+    """
+    differences = [
+        Difference(
+            step=step,
+            name=name,
+            recorded=value,
+            repeated=repeated.get((step, name)),
+            is_missing=(step, name) not in repeated,
+        )
+        for (step, name), value in recorded.items()
+        if (step, name) not in repeated or repeated[step, name] != value
+    ]
+    return Comparison(
+        num_steps=sum(name == "loss" for _, name in recorded),
+        num_evaluations=len({step for step, name in recorded if name.startswith("validation ")}),
+        first=differences[0] if differences else None,
+        first_beyond=next((difference for difference in differences if difference.relative > tolerance), None),
+        largest=max(differences, key=lambda difference: difference.relative, default=None),
+    )
+
+
+def list_suspects(recorded: RunRecord, repeated: RunRecord) -> list[str]:
+    """Returns clauses on surroundings that differ between a run and its repetition, the most suspicious first."""
+    before, after = _surroundings(recorded), _surroundings(repeated)
+    return [
+        f"{name} was {shorten(before.get(name))} and is {shorten(after.get(name))}"
+        for name in dict.fromkeys([*before, *after])
+        if before.get(name) != after.get(name)
+    ]
+
+
+def _surroundings(record: RunRecord) -> dict[str, Any]:
+    """Returns everything that may change a run's losses, by the name in a clause, the most suspicious first."""
+    platform, code, packages = record.platform, record.code, dict(record.packages)
+    values = {
+        f"the data split {name}'s fingerprint": record.data.get(name, {}).get("fingerprint")
+        for name in ("train", "validation")
+    }
+    values["the base model's fingerprint"] = record.base.get("fingerprint")
+    # a pack rounds sums otherwise, and with `shared_draws` its slots share the random stream of attention's dropout
+    values["the pack"] = record.pack and {key: record.pack.get(key) for key in ("slots", "shared_draws")}
+    values |= {f"the {key}": platform.get(key) for key in ("precision", "device", "gpu", "cuda", "cudnn")}
+    values["the number of micro-batches"] = record.batching.get("micro_batches")
+    values["the attention"] = (record.batching.get("attention") or {}).get("name")
+    values["package torch"] = packages.pop("torch", None)
+    computing = ("processes", "strategy", "processor", "instructions", "threads", "matmul_precision")
+    values |= {f"the {key}": platform.get(key) for key in computing}
+    values |= {f"the variable {name}": value for name, value in record.environment.items()}
+    values |= {f"package {name}": value for name, value in packages.items()}
+    values |= {f"the {key}": platform.get(key) for key in ("python", "os")}
+    values |= {f"the code's {key}": code.get(key) for key in ("version", "commit")}
+    values["the code's patch"] = code.get("patch", {}).get("sha256")
+    return values
+
+
+def _value_text(value: float | None) -> str:
+    return "NaN or infinite" if value is None else repr(value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepReproduction:
+    """The comparison of a sweep with its repetition."""
+
+    folder: Path
+    """The new sweep's folder."""
+    num_trials: int
+    difference: str | None
+    """The first difference in a clause: trial or run, step, key and both values."""
+
+    @property
+    def holds(self) -> bool:
+        """Whether the two sweeps are identical."""
+        return self.difference is None
+
+    def describe(self) -> str:
+        if self.difference is None:
+            return f"identical: all {self.num_trials} trials, their decisions, losses and scores: {self.folder}"
+        return f"different: {self.difference}: {self.folder}"
+
+
+def compare_sweeps(first: Path, second: Path) -> SweepReproduction:
+    """Compares proposals, decisions, losses of every step and scores of two sweeps, trial by trial.
+
+    Args:
+        first: Folder of the sweep that was reproduced.
+        second: Folder of the new sweep.
+
+    Raises:
+        RecordError: A sweep has no record, or the record is damaged.
+    """
+    before, after = read_sweep(first), read_sweep(second)
+    difference = next(_sweep_differences(before, after, first, second), None)
+    return SweepReproduction(folder=second, num_trials=len(before.trials) + len(before.confirm), difference=difference)
+
+
+def _sweep_differences(before: SweepRecord, after: SweepRecord, first: Path, second: Path) -> Iterator[str]:
+    keys = ("metric", "direction", "confirm_seeds")
+    yield from _differences("sweep", {key: getattr(before, key) for key in keys}, {k: getattr(after, k) for k in keys})
+    lists: tuple[tuple[Sequence[TrialRow | ConfirmRow], Sequence[TrialRow | ConfirmRow]], ...] = (
+        (before.trials, after.trials),
+        (before.confirm, after.confirm),
+    )
+    for rows, repeated_rows in lists:
+        yield from _differences("sweep", {"number of trials": len(rows)}, {"number of trials": len(repeated_rows)})
+        for row, repeated in zip(rows, repeated_rows, strict=False):
+            runs = folder_of_run(first, row.run), folder_of_run(second, repeated.run)
+            yield from _row_differences(row, repeated, *runs)
+
+
+def _row_differences(
+    row: TrialRow | ConfirmRow, repeated: TrialRow | ConfirmRow, first: Path, second: Path
+) -> Iterator[str]:
+    if isinstance(row, TrialRow):
+        where = f"trial {row.arm}-{row.number}"
+        yield from _differences(where, row.params, getattr(repeated, "params", {}))
+    else:
+        where = f"confirm run {row.arm} seed {row.seed}"
+    before, after = read_values(first), read_values(second)
+    for step, key in sorted({*before, *after}):
+        values = ({key: side[step, key]} if (step, key) in side else {} for side in (before, after))
+        yield from _differences(f"{where}, step {step}", *values)
+    result, repeated_result = ({"state": each.state, "value": each.value} for each in (row, repeated))
+    yield from _differences(where, result, repeated_result)
+
+
+def _differences(where: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[str]:
+    for key in dict.fromkeys([*before, *after]):
+        recorded, repeated = before.get(key, "nothing"), after.get(key, "nothing")
+        if recorded != repeated:
+            yield f"{where}: `{key}` was {recorded!r} and is {repeated!r}"
