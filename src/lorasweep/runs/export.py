@@ -144,8 +144,8 @@ def _export_merged(record: RunRecord, config: RunConfig, best: Path, folder: Pat
         raise RunError(f"a merged {kind.__name__} must load again, but does not: {first_line(error)}.") from error
     if fingerprint_weights(written) != fingerprint:
         raise RunError(
-            f"a merged {kind.__name__} must load with the written weights, but transformers loads other weights (it may tie "
-            "them). Use `--format peft`."
+            f"a merged {kind.__name__} must load with the written weights, but transformers loads others. "
+            "Use `--format peft`."
         )
     return logits, probe_logits(written)
 
