@@ -60,8 +60,8 @@ class RunRecord:
     command: dict[str, Any] = field(default_factory=dict)
     """`words` of the command line, and the `folder` in which it was typed; relative paths start there."""
     code: dict[str, Any] = field(default_factory=dict)
-    """`version` of lorasweep. A git checkout also has `commit` and `modified`; a modified one has `patch` (`bytes`,
-    `sha256` and, unless it is too large, `file`) and the names of `untracked` files."""
+    """`version` of lorasweep. A git checkout also has `commit` and `modified`; a modified one has `patch` (`file`
+    and `sha256`)."""
     packages: dict[str, str] = field(default_factory=dict)
     platform: dict[str, Any] = field(default_factory=dict)
     """`python`, `os`, `processor`, `instructions`, `cores`, `threads`, `device`, `gpu`, `cuda`, `cudnn`, `precision`,

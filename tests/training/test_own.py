@@ -15,7 +15,7 @@ from lorasweep.config.compose import compose_run
 from lorasweep.errors import ConfigError
 from lorasweep.record import read_run
 from lorasweep.training.inputs import build_inputs
-from lorasweep.training.quiet import quiet_lightning
+from lorasweep.training.processes import quiet_lightning
 from lorasweep.training.run import train_run
 from lorasweep.training.run_log import RunPlace
 

@@ -1,12 +1,10 @@
-"""The callback of a run alone: its log, its reports, its checkpoints, and how it pauses or stops.
+"""The callback of a run that trains alone: writes its folder, reports its evaluations, pauses or stops it.
 
-A Trainer of one's own needs none of this; the model's side of training is in `module`.
+A user's own Trainer needs none of this; the model's side of training is in `module`.
 """
 
 from __future__ import annotations
 
-import signal
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,6 @@ from torch import nn
 
 from lorasweep.config.run import TrainerConfig
 from lorasweep.errors import Diverged
-from lorasweep.training.averaging import WeightAveraging
 from lorasweep.training.checkpoint import remove_older_checkpoints, save_checkpoint
 from lorasweep.training.module import TrainingModule
 from lorasweep.training.processes import on_first
@@ -27,8 +24,8 @@ from lorasweep.training.run_record import end_at_evaluation
 from lorasweep.training.telemetry import Telemetry
 
 OnEvaluation = Callable[[int, Values], bool]
-"""`on_evaluation(step, values)`: takes every metric of an evaluation and returns whether the run continues (False: it
-is paused)."""
+"""`on_evaluation(step, values)` takes every metric of an evaluation. It returns whether the run continues; False pauses
+the run."""
 
 
 class RunStopped(BaseException):
@@ -36,9 +33,9 @@ class RunStopped(BaseException):
 
 
 class RunCallback(lightning.Callback):
-    """Writes what a run leaves in its folder, reports its evaluations, and ends the session when asked to.
+    """Writes the run's folder, reports evaluations, and ends the session when asked to.
 
-    Of several processes the first alone writes and reports, and all of them follow its decision (`on_first`).
+    If several processes train the run, the first alone writes and reports, and all of them follow its decision.
 
     Attributes:
         evaluated_step: Step of the last evaluation.
@@ -53,17 +50,15 @@ class RunCallback(lightning.Callback):
         run_log: RunLog | None,
         folder: Path,
         config: TrainerConfig,
-        averaging: WeightAveraging | None,
         start_step: int,
         telemetry: Telemetry,
     ) -> None:
-        """Takes the run's log, which is None on all processes but the first."""
+        """Takes the run's log on the first process, and None on the others."""
         self.on_evaluation = on_evaluation
         self.stop_requested = stop_requested
-        self.run_log = run_log  # Lightning gives every callback a `log` of its own
+        self.run_log = run_log  # not named `log`, because Lightning gives every callback a `log`
         self.folder = folder
         self.config = config
-        self.averaging = averaging
         self.telemetry = telemetry
         self.lr = 0.0
         self.logged_step = start_step
@@ -72,8 +67,7 @@ class RunCallback(lightning.Callback):
         self.paused = False
 
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Notes how many parameters train, and how many tokens earlier sessions have counted."""
-        self.counted_tokens = _own(pl_module).progress.tokens_trained
+        self.counted_tokens = _training_module(pl_module).progress.tokens_trained  # earlier sessions counted them
         if self.run_log is not None:
             record = self.run_log.record
             record.trainable_params = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
@@ -82,30 +76,23 @@ class RunCallback(lightning.Callback):
     def on_train_batch_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Counts time as training from here on."""
         self.telemetry.switch("training")
 
     def on_before_optimizer_step(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        """Notes the learning rate, which the schedule changes right after the step."""
-        self.lr = optimizer.param_groups[0]["lr"]
+        self.lr = optimizer.param_groups[0]["lr"]  # the schedule changes it right after the step
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Notes a complete step, and stops after it if that was asked for.
-
-        Raises:
-            RunStopped: The session ends here, with a checkpoint.
-        """
         step = trainer.global_step
         if step > self.logged_step:
             self.logged_step = step
             if self.run_log is not None:
-                self.run_log.note_step(step, _own(pl_module).step_losses, self.lr)
+                self.run_log.note_step(step, _training_module(pl_module).step_losses, self.lr)
         ends_step = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        # A step that an evaluation follows is not a place to stop: its checkpoint would be taken for one after the
+        # If an evaluation follows, the run can't stop here: a resumed run would take the checkpoint for one after the
         # evaluation. `on_validation_end` asks again.
         if ends_step and step % self.config.eval_every_steps and self._should_stop(trainer):
             on_first(trainer.strategy, lambda: self._flush(pl_module))
@@ -113,53 +100,43 @@ class RunCallback(lightning.Callback):
             raise RunStopped
 
     def on_validation_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Writes the steps since the last evaluation."""
         on_first(trainer.strategy, lambda: self._flush(pl_module))
         self.telemetry.switch("evaluating")
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Writes and reports the evaluation, and ends the session if the run is paused, complete or asked to stop.
-
-        Raises:
-            RunStopped: The session ends here.
-        """
+        """Writes and reports the evaluation, and ends the session if the run is paused, complete or asked to stop."""
         self.telemetry.switch("saving")
         self.evaluated_step = trainer.global_step
+        module = _training_module(pl_module)
         # The order of the next three actions makes a run that is killed between them repeat at most one interval.
         # 1. The rows, the kept weights and the record.
-        whole = _own(pl_module).whole_model()
-        on_first(trainer.strategy, lambda: self._note_evaluation(trainer, _own(pl_module), whole))
-        # 2. The report. A paused run is closed here: a run that is killed later either is paused, or has no checkpoint
-        #    of this step yet, repeats the interval and reports the same value again.
+        whole = module.whole_model()
+        on_first(trainer.strategy, lambda: self._note_evaluation(trainer, module, whole))
+        # 2. The report. A paused run is closed here. So a run that is killed later is either paused already, or has no
+        #    checkpoint of this step: then it repeats the interval and reports the same values again.
         status = on_first(trainer.strategy, lambda: self._report(trainer))
         self.paused = status == "paused"
         # 3. The checkpoint, from which the run resumes without reporting this evaluation again.
         if trainer.state.fn == TrainerFn.FITTING:
             _save_checkpoint(trainer, self.folder)
-        # Last, because all of the above saves the mean of the weights in their place.
-        if self.averaging is not None:
-            self.averaging.restore_weights(pl_module)
         if status is not None:
             trainer.should_stop = True
         if trainer.global_step < trainer.max_steps and not trainer.should_stop and self._should_stop(trainer):
             raise RunStopped
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Writes the steps since the last evaluation."""
         on_first(trainer.strategy, lambda: self._flush(pl_module))
 
     def on_exception(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
     ) -> None:
-        """Writes the steps of a run that fails, on this process alone: the others may be gone."""
-        if self.averaging is not None:
-            self.averaging.restore_weights(pl_module)
-        if not isinstance(exception, Diverged):  # which was raised while the steps were written
+        # Not by `on_first`: the other processes may be gone. `Diverged` was raised while the steps were written.
+        if not isinstance(exception, Diverged):
             self._flush(pl_module)
 
     def _flush(self, module: lightning.LightningModule) -> None:
         """Counts the tokens since the last flush, and writes the steps on the first process."""
-        progress = _own(module).progress
+        progress = _training_module(module).progress
         tokens = progress.tokens_trained  # waits for the device, so the clock is switched after it
         self.telemetry.add_tokens(tokens - self.counted_tokens)
         self.counted_tokens = tokens
@@ -177,7 +154,7 @@ class RunCallback(lightning.Callback):
         )
 
     def _report(self, trainer: lightning.Trainer) -> str | None:
-        """Reports the evaluation, and returns the status with which the run ends before its last step; else None."""
+        """Reports the evaluation. Returns the status with which the run ends before its last step, else None."""
         assert self.run_log is not None
         record = self.run_log.record
         continues = self.on_evaluation(trainer.global_step, _validation_values(trainer))
@@ -194,39 +171,7 @@ class RunCallback(lightning.Callback):
         return bool(trainer.strategy.reduce_boolean_decision(self.stop_requested(), all=False))
 
 
-class KeepSignalHandler(lightning.Callback):
-    """Keeps the process's own handler of SIGTERM in place of Lightning's.
-
-    Lightning's handler sends a message to the other processes, whatever they do at that moment, and raises in the
-    middle of a step. While it is in place SIGTERM is blocked, so that no signal meets it.
-    """
-
-    def __init__(self) -> None:
-        self.handler = signal.getsignal(signal.SIGTERM)
-        self.is_main = threading.current_thread() is threading.main_thread()
-
-    def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
-        """Blocks SIGTERM: Lightning sets its handler after this."""
-        if self.is_main:  # Python allows no other thread to set a handler
-            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-
-    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Restores the process's handler, just after Lightning has set its own."""
-        self.restore()
-
-    def on_validation_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Restores it for a run that is evaluated only."""
-        self.restore()
-
-    def restore(self) -> None:
-        """Restores the process's handler, and lets a signal through that came meanwhile."""
-        if self.is_main:
-            signal.signal(signal.SIGTERM, self.handler)
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
-
-
 def _validation_values(trainer: lightning.Trainer) -> Values:
-    """Returns the metrics of the evaluation that just ended, by their names."""
     prefix = "validation/"
     metrics = trainer.callback_metrics
     return {name.removeprefix(prefix): float(value) for name, value in metrics.items() if name.startswith(prefix)}
@@ -241,6 +186,6 @@ def _save_checkpoint(trainer: lightning.Trainer, folder: Path) -> None:
         trainer.save_checkpoint(folder / "last.ckpt")
 
 
-def _own(module: lightning.LightningModule) -> TrainingModule:
+def _training_module(module: lightning.LightningModule) -> TrainingModule:
     assert isinstance(module, TrainingModule)
     return module

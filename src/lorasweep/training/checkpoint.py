@@ -1,13 +1,12 @@
 """The last two checkpoints of a run, each named by its step and by the SHA-256 of its content.
 
-A file whose content does not match its name was cut short or damaged. It is never loaded; the one before it is used.
+A file whose content does not match its name is damaged. It is never loaded: the run resumes from the one before.
 """
 
 from __future__ import annotations
 
 import io
 import re
-import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,41 +20,26 @@ from lorasweep.errors import RecordError
 from lorasweep.record import read_run, sha256_of
 
 Kind = Literal["last", "slot"]
-"""`last`: Lightning's, of a run alone. `slot`: of a run in a pack."""
+"""`last`: Lightning's checkpoint of a run that trains alone. `slot`: of a run in a pack."""
 NUM_KEPT = 2
 _NAME = re.compile(r"(last|slot)-(\d{8})-([0-9a-f]{64})\.ckpt")
 
 
 @dataclass(frozen=True, kw_only=True)
 class FoundCheckpoint:
-    """The checkpoint from which a run resumes, if there is one."""
+    """The checkpoint from which a run resumes."""
 
     path: Path | None = None
-    """The newest whole checkpoint; None if the run begins anew."""
+    """None if the run begins at step 0."""
     step: int = 0
-    """Optimizer steps done there."""
+    """Optimizer steps done."""
     state: dict[str, Any] = field(default_factory=dict)
-    damaged: tuple[int, ...] = ()
-    """Steps of the newer checkpoints, which are damaged or missing."""
-
-    @property
-    def notes(self) -> list[str]:
-        """Sentences on damaged checkpoints for the run's record."""
-        if not self.damaged:
-            return []
-        steps = ", ".join(map(str, self.damaged))
-        return [f"The checkpoint of step {steps} was damaged, so the run resumed from step {self.step}."]
+    notes: list[str] = field(default_factory=list)
+    """Sentences on newer checkpoints that are damaged or missing, for the run's record."""
 
 
 def save_checkpoint(folder: Path, *, kind: Kind, step: int, save: Callable[[Path], None]) -> None:
-    """Writes a checkpoint whole or not at all, beside the earlier ones.
-
-    Args:
-        folder: The run's folder.
-        kind: Whether a run alone or a pack resumes from it.
-        step: Optimizer steps done.
-        save: Writes the checkpoint to the path that it is given.
-    """
+    """Writes a checkpoint whole or not at all, beside the earlier ones. `save` writes the file to a path."""
     temporary = temporary_name(folder / f"{kind}.ckpt")
     try:
         save(temporary)
@@ -65,12 +49,12 @@ def save_checkpoint(folder: Path, *, kind: Kind, step: int, save: Callable[[Path
 
 
 def find_checkpoint(folder: Path, *, kind: Kind, step: int | None = None) -> FoundCheckpoint:
-    """Returns the newest whole checkpoint, with the steps of newer ones that are damaged.
+    """Returns the newest checkpoint that is not damaged.
 
     Args:
         folder: The run's folder.
-        kind: Whether a run alone or a pack resumes from it.
-        step: The wanted step, after which no checkpoint counts; 0 is the beginning, which has none. None: any step.
+        kind: Whether the run resumes alone or in a pack.
+        step: The wanted step; later checkpoints are ignored. 0 is the beginning, without a checkpoint. None: any step.
     """
     try:
         read_run(folder)
@@ -78,16 +62,20 @@ def find_checkpoint(folder: Path, *, kind: Kind, step: int | None = None) -> Fou
         return FoundCheckpoint()
     paths = [path for path in _newest_first(folder, kind) if step is None or _step(path) <= step]
     damaged = [step] if step and not any(_step(path) == step for path in paths) else []
+    found = FoundCheckpoint()
     for path in paths:
-        state = _read(path)
-        if state is not None:
-            return FoundCheckpoint(path=path, step=_step(path), state=state, damaged=tuple(damaged))
+        if state := _read(path):
+            found = FoundCheckpoint(path=path, step=_step(path), state=state)
+            break
         damaged.append(_step(path))
-    return FoundCheckpoint(damaged=tuple(damaged))
+    if damaged:
+        steps = ", ".join(map(str, damaged))
+        found.notes.append(f"The checkpoint of step {steps} was damaged, so the run resumed from step {found.step}.")
+    return found
 
 
 def remove_checkpoints(folder: Path, *, after_step: int = -1) -> None:
-    """Removes the checkpoints after a step; by default all of them."""
+    """Removes the checkpoints of later steps; by default all checkpoints."""
     for kind in ("last", "slot"):
         for path in _newest_first(folder, kind):
             if _step(path) > after_step:
@@ -95,7 +83,7 @@ def remove_checkpoints(folder: Path, *, after_step: int = -1) -> None:
 
 
 def remove_older_checkpoints(folder: Path, *, kind: Kind) -> None:
-    """Removes all checkpoints of a kind but the last two."""
+    """Keeps the last two checkpoints of a kind."""
     for path in _newest_first(folder, kind)[NUM_KEPT:]:
         path.unlink(missing_ok=True)
 
@@ -110,11 +98,11 @@ def _step(path: Path) -> int:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """Returns the state in a checkpoint; None if it is damaged or holds more than tensors and plain values."""
+    """Returns the state in a checkpoint; None if it is damaged or has more than tensors and plain values."""
     if not path.is_file() or sha256_of(path) != path.stem.split("-")[2]:
         return None
     try:
         state = torch.load(io.BytesIO(path.read_bytes()), map_location="cpu", weights_only=True)
-    except (UnpicklingError, zipfile.BadZipFile, RuntimeError, ValueError, EOFError, KeyError, OSError):
-        return None  # a file of another program that was given a matching name
+    except (UnpicklingError, RuntimeError):
+        return None  # it has a matching name, but torch did not write it or it would run code
     return state if isinstance(state, dict) else None

@@ -1,9 +1,8 @@
-"""Loggers, callbacks and profilers that settings name by `_target_`, as Lightning's users know them."""
+"""Lightning's loggers, callbacks and profilers that the settings name by `_target_`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -28,20 +27,20 @@ PROFILERS: Mapping[str, type[Profiler]] = {
 }
 """Lightning's profilers by the names that its Trainer takes."""
 EVENT_LOGGER = "lorasweep.training.components.EventLogger"
-"""Import path of the logger that every run has by default; it writes into the run's folder and nowhere else."""
+"""Import path of the default logger, which writes into the run's folder and nowhere else."""
 LOGGER_PACKAGES: Mapping[str, str] = {
     "WandbLogger": "wandb",
     "MLFlowLogger": "mlflow",
     "CometLogger": "comet_ml",
     "NeptuneLogger": "neptune",
 }
-"""Packages that Lightning's loggers need and that the user installs, by the logger's class."""
+"""Packages that Lightning's loggers need and Lightning does not install, by the logger's class."""
 
 
 class EventLogger(TensorBoardLogger):
     """TensorBoard's event file in a run's own folder, without Lightning's `hparams.yaml` beside it.
 
-    The row of the HParams tab, with the score, is written when the run has ended.
+    The row of the HParams tab has the score, so it is written when the run has ended.
     """
 
     def __init__(self, save_dir: str, **arguments: Any) -> None:
@@ -49,11 +48,10 @@ class EventLogger(TensorBoardLogger):
 
     @rank_zero_only
     def log_hyperparams(self, *_: Any, **__: Any) -> None:
-        """Does nothing: the row of the HParams tab is written at the end of the run."""
+        pass
 
     @rank_zero_only
     def save(self) -> None:
-        """Writes the events in memory to the file."""
         if self._experiment is not None:
             self._experiment.flush()
 
@@ -74,27 +72,9 @@ def _count_tokens(batch: Batch) -> int:
     return int(batch["num_tokens"])
 
 
-@contextmanager
-def open_loggers(config: RunConfig, folder: Path, *, is_first: bool) -> Iterator[list[Logger]]:
-    """Opens a run's loggers, which write into its folder, and finishes them at the end of the block.
-
-    Lightning expects loggers on every process of a run, but only those of the first write.
-    """
-    loggers = start_loggers(config, folder, is_first=is_first)
-    try:
-        yield loggers
-    finally:
-        if is_first:
-            finish_loggers(loggers)
-
-
 def start_loggers(config: RunConfig, folder: Path, *, is_first: bool = True) -> list[Logger]:
-    """Returns a run's loggers. On its first process they log the run's settings.
-
-    Raises:
-        ConfigError: A class is not trusted, not there or no logger, or refuses its arguments.
-    """
-    if is_first:  # Lightning takes the rank from variables of srun, where this process may be no rank of a run
+    """Returns a run's loggers. Lightning expects them on every process, but only those of the first process write."""
+    if is_first:  # Lightning reads the rank from variables of srun, even if this process is not part of its step
         setattr(rank_zero_only, "rank", 0)  # noqa: B010 (no attribute that mypy knows)
     loggers: list[Logger] = []
     for name, component in config.logger.items():
@@ -107,23 +87,19 @@ def start_loggers(config: RunConfig, folder: Path, *, is_first: bool = True) -> 
 
 
 def finish_loggers(loggers: list[Logger]) -> None:
-    """Ends the run of each logger that would otherwise log the next run of this process as the same one (W&B)."""
+    """Ends the run of W&B, which would otherwise log the next run of this process into the same W&B run."""
     for logger in loggers:
         if isinstance(logger, WandbLogger):
             logger.experiment.finish()
 
 
 def _run_arguments(component: Component, *, key: str, folder: Path) -> dict[str, Any]:
-    """Returns the arguments that name the run and its folder, as far as the logger's class takes them.
-
-    Raises:
-        ConfigError: The settings name another folder.
-    """
+    """Returns the arguments that name the run and its folder, if the logger's class takes them."""
     names, _ = argument_names(component.target, key=key)
     if "save_dir" in component.arguments:
         raise ConfigError(
-            f"`{key}.save_dir` must be left out, because each run logs into its own folder, but got "
-            f"{component.arguments['save_dir']!r}."
+            f"`{key}.save_dir` must not be set, because each run logs into its own folder, but got "
+            f"{component.arguments['save_dir']!r}. Remove it."
         )
     offered = {"save_dir": str(folder), "run_name": folder.name}
     if issubclass(find_class(component.target, key=key, expected=Logger), WandbLogger):  # type: ignore[type-abstract]
@@ -132,42 +108,30 @@ def _run_arguments(component: Component, *, key: str, folder: Path) -> dict[str,
 
 
 def build_callbacks(config: RunConfig) -> list[lightning.Callback]:
-    """Returns the callbacks of a run; progress bars only where `trainer.progress` asks for one.
-
-    Raises:
-        ConfigError: A class is not trusted, not there or no callback, or refuses its arguments.
-    """
-    built = [
+    """Returns the callbacks of a run; without progress bars if `trainer.progress` is false."""
+    callbacks = [
         instantiate(component, key=f"callbacks.{name}", expected=lightning.Callback)
         for name, component in config.callbacks.items()
     ]
-    return [one for one in built if config.trainer.progress or not isinstance(one, ProgressBar)]
+    return [callback for callback in callbacks if config.trainer.progress or not isinstance(callback, ProgressBar)]
 
 
-def build_profiler(config: RunConfig, folder: Path) -> Profiler | None:
-    """Returns a run's profiler, which writes into the run's folder; None where it has none.
-
-    Raises:
-        ConfigError: A class is not trusted, not there or no profiler, or refuses its arguments.
-    """
-    named = config.trainer.profiler
-    if named is None:
+def build_profiler(config: RunConfig) -> Profiler | None:
+    profiler = config.trainer.profiler
+    if profiler is None:
         return None
-    place: dict[str, Any] = {"dirpath": str(folder), "filename": "profile"}
-    if not isinstance(named, Component):
-        return PROFILERS[named](**place)
-    taken = argument_names(named.target, key="trainer.profiler")[0]
-    place = {name: value for name, value in place.items() if name in taken}
-    return instantiate(named, key="trainer.profiler", expected=Profiler, **place)  # type: ignore[type-abstract]
+    options = {"filename": "profile"}  # else Lightning prints; it takes the run's folder as `dirpath`
+    if not isinstance(profiler, Component):
+        return PROFILERS[profiler](**options)
+    taken = argument_names(profiler.target, key="trainer.profiler")[0]
+    options = {name: value for name, value in options.items() if name in taken and name not in profiler.arguments}
+    return instantiate(profiler, key="trainer.profiler", expected=Profiler, **options)  # type: ignore[type-abstract]
 
 
 def check_components(config: RunConfig) -> None:
-    """Checks, before anything is written, that a run's loggers, callbacks and profiler can be built.
+    """Refuses loggers, callbacks and profilers that can't be built, before anything is written.
 
     Callbacks and profilers are built for the check. Loggers are not, because some connect to a server.
-
-    Raises:
-        ConfigError: One can't be built.
     """
     for name, component in config.logger.items():
         key = f"logger.{name}"
@@ -179,4 +143,4 @@ def check_components(config: RunConfig) -> None:
                 f"`{key}` needs the package {package!r}, which is not installed. Run `pip install {package}`."
             )
     build_callbacks(config)
-    build_profiler(config, Path("run"))
+    build_profiler(config)

@@ -1,4 +1,4 @@
-"""The cost of a run, alone or in a pack, measured on a few steps. `lorasweep plan` shows it; it decides nothing."""
+"""Measures the cost of a run, alone or in a pack, on a few steps. `lorasweep plan` shows it; no decision uses it."""
 
 from __future__ import annotations
 
@@ -31,29 +31,29 @@ NUM_MEASURED_STEPS = 3
 
 @dataclass(frozen=True, kw_only=True)
 class RunCost:
-    """The cost of one run."""
+    """The cost of one run; in a pack, its share of the pack's cost."""
 
     slots: int
-    """Slots of the pack in which it trains; 1 for a run alone."""
+    """Slots of the pack; 1 for a run alone."""
     step_s: float
-    """Median seconds of an optimizer step, over the slots; 0 if nothing trains."""
+    """Median seconds of an optimizer step; 0 if nothing trains."""
     eval_s: float
-    """Seconds of one evaluation, over the slots, from its longest batch."""
+    """Seconds of one evaluation, extrapolated from its longest batch."""
     memory_bytes: int
-    """Memory in use after it, of all slots: allocated on the GPU, else resident in the process."""
+    """Memory of the whole pack: the peak on the GPU, or without a GPU the process's memory after the measurement."""
     trainable_params: int
 
 
 def measure_run(config: RunConfig, *, inputs: RunInputs, slots: int | None = None) -> RunCost:
-    """Measures a few steps and a batch of evaluation of a run; keeps nothing.
+    """Measures a few training steps and one evaluation batch. Writes nothing.
 
     Args:
-        config: The run's settings; in a pack, those of the run of the largest rank.
+        config: The settings of the run, or in a pack of its run with the largest rank.
         inputs: Base model and data.
-        slots: Runs of these settings that train together. None: the run trains alone.
+        slots: Runs with these settings that train together. None: the run trains alone.
 
     Raises:
-        OutOfMemory: It does not fit.
+        OutOfMemory: The run does not fit.
     """
     device, task, num = device_of(config.trainer), inputs.splits.task, slots or 1
     with memory_errors_as_ours(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):

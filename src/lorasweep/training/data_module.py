@@ -12,15 +12,15 @@ from lorasweep.data.split import Batch
 from lorasweep.data.splits import DataSplits
 from lorasweep.errors import ConfigError
 from lorasweep.training.inputs import share_inputs
-from lorasweep.training.settings import Settings, read_settings
+from lorasweep.training.restore import Settings, read_settings
 
 
 class DataModule(lightning.LightningDataModule):
-    """Training batches of a whole run in an order that seed and step decide, and evaluation batches sorted by length.
+    """Training batches in an order that follows from seed and step, and evaluation batches sorted by length.
 
-    For a Trainer the whole run is one epoch of its `max_steps`, else of `trainer.max_steps`. A resumed run begins at
-    the Trainer's step. Nothing is drawn from a shared random stream, so that evaluating more often does not change the
-    training. Each process gets its share of the examples of every batch.
+    The whole run is one epoch: of the Trainer's `max_steps`, or without it of `trainer.max_steps`. A resumed run begins
+    at the Trainer's step. Nothing is drawn from a shared random stream, so that evaluating more often does not change
+    the training. Each process gets its share of the examples of every batch.
 
     Attributes:
         config: The run's settings.
@@ -29,35 +29,31 @@ class DataModule(lightning.LightningDataModule):
     """
 
     def __init__(self, config: Settings, *, splits: DataSplits | None = None, accumulate: int | None = None) -> None:
-        """Takes settings, and reads the rows unless it is given them; those of the test split once they are asked for.
+        """Takes the settings of a run, and reads its data if none is given. The test split is read at its first use.
 
         Args:
-            config: The settings of the run, the same as those of its `TrainingModule`: the words of `lorasweep train`.
-            splits: The rows.
-            accumulate: Micro-batches per batch; None takes `trainer.accumulate`, and 1 where that is `auto`.
+            config: The same settings as of the `TrainingModule`, such as the arguments of `lorasweep train`.
+            splits: The data.
+            accumulate: Micro-batches per batch. None: `trainer.accumulate`, and 1 if that is `auto`.
 
         Raises:
-            ConfigError: A setting is wrong, or the data or the base model's tokenizer can't be had.
+            ConfigError: A setting is wrong, or the data or the base model's tokenizer can't be loaded.
         """
         super().__init__()
         self.config = read_settings(config)
         if splits is None:
-            self._inputs = share_inputs(self.config)  # shared as long as somebody holds it
+            self._inputs = share_inputs(self.config)  # a reference, so that a TrainingModule can share them
             splits = self._inputs.splits
         self.splits = splits
         self.accumulate = accumulate or accumulate_of(self.config)
 
     @property
     def share(self) -> Share:
-        """Which rows of each batch are for this process, of those that train together."""
+        """The part of each batch that this process gets."""
         return WHOLE_BATCH if self.trainer is None else Share(self.trainer.global_rank, self.trainer.world_size)
 
     def train_dataloader(self) -> DataLoader[Batch]:
-        """Returns the micro-batches from the Trainer's step to the run's end.
-
-        Raises:
-            ConfigError: The Trainer wants several epochs.
-        """
+        """Returns the micro-batches from the Trainer's step to the end of the run."""
         settings, trainer = self.config.trainer, self.trainer
         num_steps, start_step, per_step = settings.max_steps, 0, self.accumulate
         if trainer is not None:
@@ -81,22 +77,20 @@ class DataModule(lightning.LightningDataModule):
         return load_batches(self.splits.train, batches)
 
     def val_dataloader(self) -> DataLoader[Batch]:
-        """Returns every validation row once, or this process's share of them."""
         return evaluation_loader(
             self.splits.validation, batch_size=self.config.trainer.eval_batch_size, share=self.share
         )
 
     def test_dataloader(self) -> DataLoader[Batch]:
-        """Returns every test row once, or this process's share of them."""
         return evaluation_loader(self.splits.test(), batch_size=self.config.trainer.eval_batch_size, share=self.share)
 
     def predict_dataloader(self) -> DataLoader[Batch]:
-        """Returns every test row once, in the rows' own order; Lightning deals the batches out to several processes."""
+        """Returns every test example once, in the order of the split. Lightning divides the batches among processes."""
         split, size = self.splits.test(), self.config.trainer.eval_batch_size
         starts = range(0, len(split), size)
         return load_batches(split, [MicroBatch(list(range(n, min(n + size, len(split)))), 1.0) for n in starts])
 
 
 def accumulate_of(config: RunConfig) -> int:
-    """Returns the micro-batches per batch that settings ask for, 1 where they leave it open."""
+    """Returns the micro-batches per batch; 1 for `trainer.accumulate=auto`."""
     return 1 if config.trainer.accumulate == "auto" else config.trainer.accumulate

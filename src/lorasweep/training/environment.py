@@ -1,4 +1,4 @@
-"""Code, packages, machine and precision, on which a run depends beside its settings. They go into the run record."""
+"""Device, precision, and what the run record says about code, packages and machine."""
 
 from __future__ import annotations
 
@@ -33,25 +33,15 @@ NUMERIC_VARIABLES = (
     *("CUBLAS_", "CUBLASLT_", "CUDNN_", "NVIDIA_TF32_OVERRIDE", "CUDA_VISIBLE_DEVICES", "CUDA_LAUNCH_BLOCKING"),
     "PYTHONHASHSEED",
 )
-"""First letters of environment variables that can change a run's numbers. No other variable is recorded."""
-MAX_VARIABLE_LENGTH = 200
-"""Characters of a variable's value that are recorded."""
+"""Prefixes of environment variables that can change a run's results. No other variable is recorded."""
 CODE_FOLDERS = ("src", "conf", "sweeps", "pyproject.toml", "constraints.txt")
-"""Files and folders of a git checkout on which a run's numbers can depend."""
-MAX_PATCH_BYTES = 256 * 2**10
-"""Size of the largest patch that is kept in a run's folder; of a larger one the record has the checksum alone."""
-MAX_UNTRACKED = 20
-"""Files not under version control that the record names."""
+"""Files and folders of a git checkout that can change a run's results."""
 Precision = Literal["bf16", "fp32"]
 DTYPES: dict[Precision, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def resolve_precision(config: TrainerConfig) -> Precision:
-    """Returns the precision for `trainer.precision`: `auto` is bf16 where the processor or GPU has it, else fp32.
-
-    Raises:
-        ConfigError: The precision is bf16 on a GPU without it.
-    """
+    """Returns the precision for `trainer.precision`: `auto` is bf16 if the processor or GPU has it, else fp32."""
     on_gpu = resolve_device(config) == "gpu"
     has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False) if on_gpu else has_cpu_bf16()
     if config.precision == "auto":
@@ -62,21 +52,16 @@ def resolve_precision(config: TrainerConfig) -> Precision:
 
 
 def resolve_device(config: TrainerConfig) -> Literal["cpu", "gpu"]:
-    """Returns the kind of device for `trainer.device`. `auto` is a GPU where PyTorch sees one.
-
-    Raises:
-        ConfigError: The device is `gpu`, but PyTorch sees none.
-    """
+    """Returns the kind of device for `trainer.device`. `auto` is a GPU if PyTorch finds one."""
     available = torch.cuda.is_available()
     if config.device == "gpu" and not available:
         raise ConfigError(
-            "`trainer.device` must be cpu where PyTorch sees no GPU, but got 'gpu'. Use `trainer.device=auto`."
+            "`trainer.device` must be cpu if PyTorch finds no GPU, but got 'gpu'. Use `trainer.device=auto`."
         )
     return "gpu" if available and config.device != "cpu" else "cpu"
 
 
 def device_of(config: TrainerConfig) -> torch.device:
-    """Returns the device for `trainer.device`; errors as in `resolve_device`."""
     return torch.device("cuda" if resolve_device(config) == "gpu" else "cpu")
 
 
@@ -87,48 +72,38 @@ def name_device() -> str:
 
 @cache
 def has_cpu_bf16() -> bool:
-    """Returns whether the processor multiplies bf16 itself (AVX512-BF16 or AMX), so that bf16 is faster than fp32."""
+    """Returns whether the processor multiplies bf16 in hardware, so that bf16 is faster than fp32."""
     capabilities = torch.cpu.get_capabilities()
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
 @cache
 def describe_code() -> dict[str, Any]:
-    """Returns lorasweep's version and, in a git checkout, its commit and how its files differ from that commit.
+    """Returns lorasweep's version and, in a git checkout, its commit and the checksum of `code_patch`.
 
     Cached, so that edits during a sweep do not change the records of its later runs.
     """
     described: dict[str, Any] = {"version": _version("lorasweep")}
-    commit = _git("rev-parse", "HEAD").strip()
-    if not commit:
-        return described
-    described |= {"commit": commit, "modified": bool(_git("status", "--porcelain", "-uno").strip())}
-    patch = code_patch().encode()
-    if patch:
-        described["patch"] = {"bytes": len(patch), "sha256": hashlib.sha256(patch).hexdigest()}
-        if len(patch) <= MAX_PATCH_BYTES:
-            described["patch"]["file"] = PATCH_FILE
-    untracked = _git("ls-files", "--others", "--exclude-standard", "--", *CODE_FOLDERS).splitlines()
-    if untracked:
-        described["untracked"] = untracked[:MAX_UNTRACKED]
+    if commit := _git("rev-parse", "HEAD").strip():
+        described |= {"commit": commit, "modified": bool(_git("status", "--porcelain", "-uno").strip())}
+    if patch := code_patch():
+        described["patch"] = {"file": PATCH_FILE, "sha256": hashlib.sha256(patch.encode()).hexdigest()}
     return described
 
 
 @cache
 def code_patch() -> str:
-    """Returns a patch for `git apply` from the recorded commit to the code that runs; "" if nothing was modified."""
+    """Returns a patch for `git apply` from the recorded commit to the running code; "" if nothing was modified."""
     return str(redact(_git("diff", "--no-ext-diff", "--no-color", "HEAD", "--", *CODE_FOLDERS)))
 
 
 def describe_command() -> dict[str, Any]:
-    """Returns the command line of this process and its current folder."""
     return {"words": [Path(sys.argv[0]).name, *sys.argv[1:]], "folder": str(Path.cwd())}
 
 
 def describe_environment() -> dict[str, str]:
-    """Returns the environment variables that can change a run's numbers, without those named like a secret."""
     return {
-        name: value[:MAX_VARIABLE_LENGTH]
+        name: value
         for name, value in sorted(os.environ.items())
         if name.startswith(NUMERIC_VARIABLES) and not names_secret(name)
     }
@@ -136,12 +111,10 @@ def describe_environment() -> dict[str, str]:
 
 @cache
 def describe_packages() -> dict[str, str]:
-    """Returns the versions of the packages that can change a run's numbers."""
     return {name: _version(name) for name in RECORDED_PACKAGES}
 
 
 def describe_platform(precision: Precision, device: Literal["cpu", "gpu"]) -> dict[str, Any]:
-    """Returns the properties of the machine that can change the numbers or the speed of a run."""
     has_gpu = torch.cuda.is_available()
     return {
         "python": platform.python_version(),
@@ -161,13 +134,13 @@ def describe_platform(precision: Precision, device: Literal["cpu", "gpu"]) -> di
 
 @contextmanager
 def deterministic_algorithms(wanted: Literal[True, False, "strict"]) -> Iterator[None]:
-    """Applies `trainer.deterministic` to torch inside the block, and restores the earlier state at its end."""
+    """Applies `trainer.deterministic` to torch inside the block."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     memory: Any = torch.utils.deterministic
     cudnn, fill = torch.backends.cudnn.deterministic, memory.fill_uninitialized_memory
     if wanted and torch.cuda.is_available():
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it is first used
-    memory.fill_uninitialized_memory = False  # a guard against bugs that costs time
+    memory.fill_uninitialized_memory = False  # it costs time and changes no result
     torch.backends.cudnn.deterministic = bool(wanted)
     torch.use_deterministic_algorithms(bool(wanted), warn_only=wanted != "strict")
     try:
@@ -182,7 +155,7 @@ def deterministic_algorithms(wanted: Literal[True, False, "strict"]) -> Iterator
 
 
 def reset_peak_memory() -> None:
-    """Starts a new measurement of `peak_memory_bytes`. On systems other than Linux the old peak stays."""
+    """Begins a new measurement of `peak_memory_bytes`. On systems other than Linux the old peak stays."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     with suppress(OSError):
@@ -190,12 +163,12 @@ def reset_peak_memory() -> None:
 
 
 def peak_memory_bytes() -> int:
-    """Returns the peak memory since the reset: allocated on the GPU, or resident in the process without a GPU."""
+    """Returns the peak since the reset: of memory allocated on the GPU, or without a GPU of the process."""
     return int(torch.cuda.max_memory_allocated()) if torch.cuda.is_available() else process_peak_bytes()
 
 
 def process_peak_bytes() -> int:
-    """Returns the peak of the process's resident memory since the reset."""
+    """Returns the peak of resident memory since the reset."""
     try:
         status = Path("/proc/self/status").read_text()
         return int(status.split("VmHWM:")[1].split()[0]) * 1024
@@ -212,9 +185,9 @@ def _version(package: str) -> str:
 
 
 def _git(*arguments: str) -> str:
-    """Returns what git prints about the checkout of this file; "" in an installed package."""
+    """Returns the output of git in the checkout of lorasweep; "" if lorasweep is an installed package."""
     folder = Path(__file__).resolve().parents[3]
-    if not (folder / ".git").exists():
+    if not (folder / ".git").exists():  # git would look for a repository in the folders above
         return ""
     try:
         done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, timeout=10)

@@ -1,30 +1,41 @@
-"""How a run ends by an error: infeasible where memory ran out, failed by its own fault, else interrupted."""
+"""How an error ends a run: the run's status and reason, and what a failing process tells the other processes."""
 
 from __future__ import annotations
 
+import json
+import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.distributed as dist
+from lightning.fabric import Fabric
 
-from lorasweep.disk import why_unwritable
-from lorasweep.errors import LoraSweepError, OutOfMemory, WorkerError, first_line
+from lorasweep.disk import why_unwritable, write_atomically
+from lorasweep.errors import LoraSweepError, OutOfMemory, RanksLost, RunError, WorkerError, describe_error, first_line
 from lorasweep.record import RunStatus
 from lorasweep.redaction import redact
 
 HOST_OUT_OF_MEMORY = ("can't allocate memory", "std::bad_alloc")
-"""Words of the plain `RuntimeError` that torch raises where the host has no memory left."""
+"""Texts in the `RuntimeError` that torch raises if the host has no memory left."""
+LOST_PROCESS = ("gloo", "NCCL", "Connection closed by peer")
+"""Texts in the `RuntimeError` that torch raises if another process is gone."""
+FAILURE_FILE = "failed_rank.json"
+"""In a run's folder: why one of several processes ended, for the other processes and for the next start."""
+FAILURE_WAIT_S = 3.0
+"""Seconds that a process waits for `FAILURE_FILE` if another process is gone."""
 
 
 @contextmanager
 def memory_errors_as_ours() -> Iterator[None]:
-    """Raises `OutOfMemory` in place of the exceptions by which Python and torch say that memory ran out."""
+    """Raises `OutOfMemory` instead of the exceptions by which Python and torch say that memory ran out."""
     try:
         yield
     except Exception as error:
-        is_host = isinstance(error, RuntimeError) and any(words in str(error) for words in HOST_OUT_OF_MEMORY)
+        is_host = isinstance(error, RuntimeError) and any(text in str(error) for text in HOST_OUT_OF_MEMORY)
         if is_host or isinstance(error, MemoryError | torch.OutOfMemoryError):
             raise OutOfMemory(first_line(error)) from error
         raise
@@ -33,15 +44,67 @@ def memory_errors_as_ours() -> Iterator[None]:
 def status_after(error: BaseException, folder: Path) -> RunStatus:
     """Returns the status of a run that an error ended.
 
-    An interrupted run keeps its checkpoints and may resume: a signal, another process or the disk ended it.
+    `interrupted` means that the run is not at fault: a signal, another process or the disk ended it. It may resume.
     """
     if isinstance(error, OutOfMemory):
         return "infeasible"
-    is_own = isinstance(error, Exception) and not isinstance(error, WorkerError)
-    return "failed" if is_own and why_unwritable(folder, error) is None else "interrupted"
+    is_fault = isinstance(error, Exception) and not isinstance(error, WorkerError)
+    return "failed" if is_fault and why_unwritable(folder, error) is None else "interrupted"
 
 
 def describe_failure(error: BaseException) -> str:
     """Returns the message of one of our errors, else the traceback; without secrets."""
     is_ours = isinstance(error, LoraSweepError)
     return str(redact(str(error) if is_ours else "".join(traceback.format_exception(error)).strip()))
+
+
+def explain_failure(error: BaseException, *, group: Fabric, folder: Path, micro_batches: int) -> BaseException:
+    """Returns the error that this process should raise instead of the error that ended its training.
+
+    If the error began on this process, its reason is written into the run's folder. If another process is gone, the
+    reason is read from there.
+    """
+    rank = group.global_rank
+    is_shared = isinstance(error, LoraSweepError) and not isinstance(error, OutOfMemory)  # raised by every process
+    if group.world_size == 1 or is_shared or not isinstance(error, Exception):
+        return error
+    is_lost = isinstance(error, RuntimeError) and any(text in str(error) for text in LOST_PROCESS)
+    if not (is_lost or isinstance(error, dist.DistError)):
+        too_large = micro_batches if isinstance(error, OutOfMemory) else None
+        note: dict[str, Any] = {"rank": rank, "reason": describe_error(error), "too_large": too_large}
+        write_atomically(folder / FAILURE_FILE, json.dumps(note))
+        return error if too_large is None else _describe_memory(rank)
+    note = _read_note(folder, wait_s=FAILURE_WAIT_S)
+    if note.get("too_large"):
+        return _describe_memory(note["rank"])
+    if note:
+        return RunError(f"rank {note['rank']} failed: {note['reason']}")
+    return RanksLost(
+        f"every process of a run must live, but rank {rank} waits for a process that is gone "
+        f"({first_line(error)[:80]}). Start the run again to resume from its last checkpoint."
+    )
+
+
+def take_failure_note(folder: Path) -> int | None:
+    """Removes the note of the last failure. Returns the micro-batches per step if memory ran out, else None."""
+    note = _read_note(folder)
+    (folder / FAILURE_FILE).unlink(missing_ok=True)
+    return note.get("too_large")
+
+
+def _describe_memory(rank: int) -> RanksLost:
+    return RanksLost(
+        f"rank {rank} ran out of memory. Start the run again: it begins with micro-batches of half the rows."
+    )
+
+
+def _read_note(folder: Path, *, wait_s: float = 0.0) -> dict[str, Any]:
+    """Returns the note of a failed process, or an empty mapping if none is written in time."""
+    deadline = time.monotonic() + wait_s
+    while True:
+        with suppress(OSError):
+            note: dict[str, Any] = json.loads((folder / FAILURE_FILE).read_text())
+            return note
+        if time.monotonic() >= deadline:
+            return {}
+        time.sleep(0.1)

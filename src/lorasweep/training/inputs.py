@@ -1,4 +1,4 @@
-"""The base model and the data that runs share: loaded once, in the precision and with the attention of the machine."""
+"""The base model and the data that runs share: loaded once per process."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from lorasweep.training.telemetry import Telemetry
 
 @dataclass(frozen=True, kw_only=True)
 class RunInputs:
-    """The base model and the data of runs; loaded once per worker."""
+    """A base model and data, in the precision and with the attention that suit the machine."""
 
     base: BaseModel
     splits: DataSplits
@@ -36,28 +36,28 @@ class RunInputs:
     """The clock of this process."""
 
     def whole_base(self, config: RunConfig) -> BaseModel:
-        """Returns the base with all its weights in memory, even if each process of the run holds only a share."""
+        """Returns the base with all weights in memory, also under `fsdp`, which leaves them in files."""
         if self.base.files is None:
             return self.base
         return load_base(config.model, dtype=DTYPES[self.precision], labels=self.base.labels)
 
     def needs_autocast(self, config: RunConfig) -> bool:
-        """Returns whether a run computes in bf16 by autocast: its method has fp32 weights beside a bf16 base."""
+        """Returns whether a run computes in bf16 by autocast, because its method adds fp32 weights to a bf16 base."""
         return self.precision == "bf16" and METHODS[config.method.name].needs_autocast
 
     def autocast(self, config: RunConfig) -> torch.autocast:
-        """Returns a context in which a forward pass computes as in the training of a run."""
+        """Returns a context in which a forward pass computes as in training."""
         return torch.autocast(device_of(config.trainer).type, torch.bfloat16, enabled=self.needs_autocast(config))
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Sentences on how the data was made and which attention was chosen."""
+        """Sentences on how the data was prepared and which attention was chosen."""
         if self.attention is None or self.attention.name == "own":
             return self.splits.notes
         return (*self.splits.notes, f"Attention is {self.attention.name}: {self.attention.reason}.")
 
     def fingerprints(self) -> dict[str, Any]:
-        """Returns the values that must be the same on every process of a run, by the setting that each comes from."""
+        """Returns values that must be equal on every process of a run. Keys are the settings that they come from."""
         return {
             "model.path": self.base.fingerprint,
             "data.train": self.splits.train.fingerprint,
@@ -71,7 +71,7 @@ _SHARED: WeakValueDictionary[tuple[Any, ...], RunInputs] = WeakValueDictionary()
 
 
 def share_inputs(config: RunConfig) -> RunInputs:
-    """Returns the inputs of a run, loaded unless an object of this process still holds those of the same settings."""
+    """Returns the inputs of a run. They are loaded unless an object of this process refers to the same inputs."""
     key = _settings_of_inputs(config)
     if (inputs := _SHARED.get(key)) is None:
         inputs = _SHARED[key] = build_inputs(config)
@@ -79,14 +79,13 @@ def share_inputs(config: RunConfig) -> RunInputs:
 
 
 class InputsCache:
-    """The inputs of a worker's runs, by the settings that decide them; each is loaded once and kept."""
+    """The inputs of a worker's runs. Runs with the same model and data share them."""
 
     def __init__(self) -> None:
         self.telemetry = Telemetry()
         self._loaded: dict[tuple[Any, ...], RunInputs] = {}
 
     def of(self, config: RunConfig) -> RunInputs:
-        """Returns the inputs of a run, loaded if no earlier run needed them."""
         key = _settings_of_inputs(config)
         if key not in self._loaded:
             with self.telemetry.phase("loading"):
@@ -100,19 +99,11 @@ def _settings_of_inputs(config: RunConfig) -> tuple[Any, ...]:
 
 
 def build_inputs(config: RunConfig, *, telemetry: Telemetry | None = None) -> RunInputs:
-    """Loads the base model and the data of a run.
-
-    Args:
-        config: The run's settings.
-        telemetry: The clock of this process; None starts one.
-
-    Raises:
-        ConfigError: The model or the data can't be loaded. Nothing was written.
-    """
+    """Loads the base model and the data of a run. Raises `ConfigError` if they can't be loaded."""
     precision = resolve_precision(config.trainer)
     source = read_source(config.data)
     dtype = DTYPES[precision]
-    base = load_base(config.model, dtype=dtype, labels=labels_of(source), on_meta=_stays_in_files(config))
+    base = load_base(config.model, dtype=dtype, labels=_labels_of(source), on_meta=_stays_in_files(config))
     splits = load_splits(
         config.data,
         source=source,
@@ -129,15 +120,14 @@ def build_inputs(config: RunConfig, *, telemetry: Telemetry | None = None) -> Ru
 
 
 def _stays_in_files(config: RunConfig) -> bool:
-    """Returns whether each process reads only its share of the base's weights (`trainer.strategy=fsdp`)."""
+    """Returns whether each process reads only its share of the base's weights."""
     method = config.method
-    # PiSSA decomposes whole weights at the start, and DoRA takes the norms of their rows.
+    # PiSSA decomposes the whole weights, and DoRA takes the norms of their rows
     needs_all = isinstance(method, LoraConfig) and (method.init == "pissa" or method.variant == "dora")
     return config.trainer.is_sharded and not needs_all
 
 
-def labels_of(source: DataSource) -> Labels | None:
-    """Returns the labels that a classifier of this data predicts; None for data without labels."""
+def _labels_of(source: DataSource) -> Labels | None:
     if source.kind in ("documents", "conversations"):
         return None
     names = ("value",) if source.kind == "regression" else source.label_names
@@ -145,17 +135,14 @@ def labels_of(source: DataSource) -> Labels | None:
 
 
 def resolve_accumulate(config: TrainerConfig, split: Split, *, slots: int = 1) -> int:
-    """Returns the micro-batches per optimizer step of a run alone, or of a pack of this many slots.
-
-    `trainer.accumulate=auto` decides by the lengths of the training examples, the batch size and the number of slots.
-    """
+    """Returns the micro-batches per optimizer step for `trainer.accumulate`."""
     if config.accumulate == "auto":
         return choose_accumulate(split, batch_size=config.batch_size, slots=slots)
     return config.accumulate
 
 
 def describe_batching(inputs: RunInputs, config: TrainerConfig, *, accumulate: int) -> dict[str, Any]:
-    """Returns how the batches of a run that begins are made, for its record."""
+    """Returns `batching` of the record of a run that begins."""
     split = inputs.splits.validation
     batches = EvaluationSampler(split, batch_size=config.eval_batch_size).batches
     padding = {"train": 0.0, "validation": round(measure_padding(split.lengths, batches), 4)}

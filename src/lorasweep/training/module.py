@@ -1,6 +1,6 @@
-"""The LightningModule of one run: a model that a method prepared, its loss, its metrics, its checkpoint.
+"""The LightningModule of one run: the model that a method prepared, its loss, its metrics and its checkpoint.
 
-It works under any `lightning.Trainer`. What only our own run needs (its log, pausing, telemetry) is in `callbacks`.
+It works under any `lightning.Trainer`. The parts that only `lorasweep train` needs are in `callbacks`.
 """
 
 from __future__ import annotations
@@ -31,18 +31,17 @@ from lorasweep.training.fsdp import average_gradients, copy_trained, shard_model
 from lorasweep.training.inputs import share_inputs
 from lorasweep.training.optim import build_optimizer, build_schedule, refine_groups
 from lorasweep.training.prepare import check_run, prepare_model
-from lorasweep.training.processes import seed_of_rank
-from lorasweep.training.progress import Progress
-from lorasweep.training.settings import Settings, read_settings
+from lorasweep.training.restore import Settings, read_settings
+from lorasweep.training.telemetry import TrainingProgress
 
 
 class TrainingModule(lightning.LightningModule):
-    """One model under one method.
+    """One model that one method trains.
 
     Attributes:
-        model: The model that trains; it is there from `configure_model` on.
+        model: The model that trains. `configure_model` creates it.
         progress: Trained tokens of all processes, and training time, so far.
-        step_losses: Each micro-batch's share of the last step's loss, (micro-batches,), summed over processes.
+        step_losses: The share of each micro-batch in the last step's loss, (micro-batches,), summed over processes.
     """
 
     model: nn.Module
@@ -56,15 +55,15 @@ class TrainingModule(lightning.LightningModule):
         accumulate: int | None = None,
         trust: bool = False,
     ) -> None:
-        """Takes settings, and loads the base model unless it is given one.
+        """Takes the settings of a run, and loads the base model if none is given.
 
         Args:
-            config: The settings of the run: the words of `lorasweep train`, or those in a checkpoint. Of `trainer` only
-                the settings of the model count.
-            base: The base model, which is not changed.
-            task: The task; None takes that of the data in `config`.
-            accumulate: Micro-batches into which the data cuts each batch; None as in `DataModule`.
-            trust: Whether to run code and to read pickles that a checkpoint names.
+            config: The settings: the arguments of `lorasweep train`, or the mapping in a checkpoint. The user's own
+                Trainer decides on steps, devices and precision, and not `trainer.*`.
+            base: The base model. Its weights are never written.
+            task: How examples are scored. None: as the data in `config` says.
+            accumulate: Micro-batches into which the data cuts each batch. None: as in `DataModule`.
+            trust: Whether code and pickles that a checkpoint names may be loaded.
 
         Raises:
             ConfigError: A setting is wrong, does not fit the model, or needs `trust`; or model or data can't be loaded.
@@ -83,9 +82,9 @@ class TrainingModule(lightning.LightningModule):
         self.accumulate = accumulate or accumulate_of(self.config)
         self.method = METHODS[self.config.method.name]
         self.evaluation = Evaluation(task)
-        # our own runs log their settings by themselves
+        # `lorasweep train` gives its loggers the settings itself
         self.save_hyperparameters({"config": as_settings(self.config)}, logger=self._inputs is not None)
-        self.progress = Progress()
+        self.progress = TrainingProgress()
         self.step_losses = torch.zeros(0)
         self._micro_losses: list[Tensor] = []
         self._micro_tokens: list[Tensor] = []
@@ -94,7 +93,7 @@ class TrainingModule(lightning.LightningModule):
         self.strict_loading = False  # a checkpoint has only the trained parameters
 
     def configure_model(self) -> None:
-        """Prepares the model, once; under `ModelParallelStrategy` each process then keeps its share of the weights."""
+        """Prepares the model, once. Under `ModelParallelStrategy` each process then keeps its share of the weights."""
         if "model" in self._modules:
             return
         with torch.device("cpu"):  # Lightning makes the GPU the default device here, but initial values are CPU draws
@@ -104,25 +103,20 @@ class TrainingModule(lightning.LightningModule):
             mesh = self._device_mesh["data_parallel"]
             shard_model(model, mesh, leave_trained=leave_trained, files=self.base.files)
         self.model = model
-        # each process draws dropout masks for its own examples, so from a stream of its own
-        torch.manual_seed(seed_of_rank(self.config.seeds.dropout, self.global_rank))
+        # each process draws the dropout masks of its own examples, so it needs another random stream
+        torch.manual_seed(self.config.seeds.dropout + self.global_rank)
 
     def setup(self, stage: str) -> None:
-        """Checks that the Trainer's data module and callbacks fit these settings.
-
-        Raises:
-            ConfigError: The data is that of other settings, or the callback of `optim.ema_decay` is missing.
-        """
         data, decay = self._data_module(), self.config.optim.ema_decay
         for key in ("model", "data"):
             if data is not None and getattr(data.config, key) != getattr(self.config, key):
                 raise ConfigError(
-                    f"`{key}` must be the same in TrainingModule and DataModule. Give both the same words."
+                    f"`{key}` must be the same in TrainingModule and DataModule. Give both the same settings."
                 )
         callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
         if decay is not None and not any(isinstance(callback, WeightAveraging) for callback in callbacks):
             raise ConfigError(
-                f"`optim.ema_decay` must be null under a Trainer of one's own, but got {decay!r}. "
+                f"`optim.ema_decay` must be null under your own Trainer, but got {decay!r}. "
                 "Use Lightning's callback `WeightAveraging` instead."
             )
 
@@ -131,7 +125,6 @@ class TrainingModule(lightning.LightningModule):
         return data if isinstance(data, DataModule) else None
 
     def forward(self, *arguments: Any, **named: Any) -> Any:
-        """Calls the model, as `module(input_ids=tokens).logits`."""
         return self.model(*arguments, **named)
 
     def whole_model(self) -> nn.Module:
@@ -140,63 +133,58 @@ class TrainingModule(lightning.LightningModule):
             return self.model
         copy = None
         if self.global_rank == 0:
-            with torch.random.fork_rng(devices=[]):  # preparing sets the seed, and training goes on
+            with torch.random.fork_rng(devices=[]):  # `prepare_model` sets the seed, and training continues
                 copy = prepare_model(self.config, self.base)
         copy_trained(self.model, copy)
         return copy or self.model
 
     def configure_optimizers(self) -> Any:
-        """Returns the optimizer and its schedule, stepped once per optimizer step."""
         config, steps = self.config, self.trainer.max_steps
         groups = self.method.trainable_groups(self.model, lr_ratio_b=config.optim.lr_ratio_b)
         groups = refine_groups(self.model, groups, config.optim, head=self.base.head)
         optimizer = build_optimizer(config.optim, groups)
-        if steps > 0:  # else `trainer.max_steps` of the settings is the length
+        if steps > 0:  # without `max_steps` of the Trainer, `trainer.max_steps` is the length of the schedule
             config = replace(config, trainer=replace(config.trainer, max_steps=steps))
         schedule = build_schedule(config, optimizer)
         stepped: dict[str, Any] = {"scheduler": schedule, "interval": "step"}
         if isinstance(schedule, ReduceLROnPlateau):
-            # Lightning would step it after `RunCallback` has written the checkpoint of the evaluation, whose resumed
-            # run would miss that. So it never does, and `on_validation_epoch_end` does.
+            # Lightning would step it after `RunCallback` has written the checkpoint of the evaluation, so that a
+            # resumed run would miss the step. So Lightning never steps it, and `on_validation_epoch_end` does.
             stepped |= {"monitor": "validation/loss", "frequency": sys.maxsize}
         return {"optimizer": optimizer, "lr_scheduler": stepped}
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Starts the step's clock."""
         self._step_began = time.perf_counter()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Returns a micro-batch's share of the step's loss."""
         share = self.task.losses(self.model, batch).sum() / batch["step_weight"]
         self._micro_losses.append(share.detach())
         self._micro_tokens.append(batch["num_tokens"])
-        self._micro_positions += _num_positions(batch)
-        # Lightning divides by the number of micro-batches, and its strategies by the number of processes. Shares are to
-        # be added up instead.
+        self._micro_positions += batch["input_ids"].numel() if "input_ids" in batch else int(batch["num_tokens"])
+        # Lightning divides by the number of micro-batches, and its strategies by the number of processes. The shares
+        # must be added up instead.
         return share * self.accumulate * self.trainer.world_size
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Adds up the step over its micro-batches and over processes, and logs it."""
+        """Sums losses and tokens of the step over its micro-batches and over processes, and logs them."""
         if self._device_mesh is not None:
             average_gradients(self.model)  # before they are clipped
         losses, tokens = torch.stack(self._micro_losses), torch.stack(self._micro_tokens).sum()
         positions = self._micro_positions
         self._micro_losses, self._micro_tokens, self._micro_positions = [], [], 0
         if self.trainer.world_size > 1:
-            # one message for all numbers; in float64, which holds counts exactly
+            # one message for all values, in float64, which represents counts exactly
             counts = torch.stack([tokens, torch.full_like(tokens, positions)])
             totals = self.trainer.strategy.reduce(torch.cat([losses.double(), counts.double()]), reduce_op="sum")
             losses, tokens, positions = totals[:-2], totals[-2].long(), int(totals[-1])
         self.progress.tokens = tokens + self.progress.tokens
         self.progress.positions += positions
         self.step_losses = losses
-        # Under `accumulate_grad_batches` there are more micro-batches than `accumulate`, and Lightning takes the mean
-        # over the batches.
+        # Under `accumulate_grad_batches` a step has several batches, over which Lightning takes the mean.
         self.log("train/loss", losses.sum().float() * (self.accumulate / len(losses)), prog_bar=True)
         self.log("train/lr", optimizer.param_groups[0]["lr"])
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        """Stops the step's clock."""
         self.progress.train_s += time.perf_counter() - self._step_began
         self.log("train/tokens_per_s", self.progress.tokens_per_s, prog_bar=True)
         self.log("train/padding_fraction", self.progress.padding_fraction)
@@ -207,19 +195,17 @@ class TrainingModule(lightning.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clips to the norm that the Trainer was given, else to `optim.clip_norm`."""
+        """Clips to the Trainer's `gradient_clip_val`; without one, to `optim.clip_norm`."""
         limit = self.config.optim.clip_norm if gradient_clip_val is None else gradient_clip_val
         self.clip_gradients(optimizer, gradient_clip_val=limit, gradient_clip_algorithm=gradient_clip_algorithm)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Adds a batch to the evaluation."""
         scores = self.task.score(self.model, batch)
-        # A process without examples of its own evaluates one that counts for nothing, with an infinite weight.
+        # If there are fewer examples than processes, some evaluate an example of infinite weight, which must not count.
         counts = batch["step_weight"].isfinite().expand(len(scores.loss))
         self.evaluation.update(scores.map(lambda values: values[counts]))
 
     def on_validation_epoch_end(self) -> None:
-        """Logs each metric of the whole validation split, from the examples of all processes."""
         values = self._log_evaluation("validation")
         if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
             for scheduler in (config.scheduler for config in self.trainer.lr_scheduler_configs):
@@ -227,34 +213,32 @@ class TrainingModule(lightning.LightningModule):
                     scheduler.step(values["loss"])
 
     def on_test_epoch_start(self) -> None:
-        """Scores test examples by a task of their own, because bits per byte count the bytes of their own text."""
+        # bits per byte need the number of bytes of the test text
         if (data := self._data_module()) is not None:
             self.evaluation.task = data.splits.task_of(data.splits.test())
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Adds a batch of test data to the evaluation."""
         self.validation_step(batch, batch_idx)
 
     def on_test_epoch_end(self) -> None:
-        """Logs each metric of the test data."""
         self._log_evaluation("test")
         self.evaluation.task = self.task
 
     def predict_step(self, batch: Batch) -> dict[str, Tensor]:
-        """Returns for each example its `loss`, a sum over its `items`, and the `prediction` of a classifier."""
+        """Returns the `loss` of each example (a sum), its number of `items`, and the `prediction` of a classifier."""
         rows = self.task.score(self.model, batch)
         return {name: value for name, value in vars(rows).items() if value is not None}
 
     def _log_evaluation(self, split: str) -> dict[str, Tensor]:
         values = self.evaluation.compute()
         self.evaluation.reset()
-        # The values are the same on all processes. Lightning wants them reduced: the maximum leaves each as it is.
+        # The values are equal on all processes. Lightning demands a reduction, and `max` leaves equal values unchanged.
         named = {f"{split}/{name}": value for name, value in values.items()}
         self.log_dict(named, sync_dist=True, reduce_fx="max")
         return values
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keeps only the trained parameters (never the base), and the state of every process's dropout stream."""
+        """Keeps the trained parameters without the base, and the random state of every process."""
         trainable = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trainable}
         streams = [torch.get_rng_state()] * self.trainer.world_size
@@ -266,36 +250,22 @@ class TrainingModule(lightning.LightningModule):
         checkpoint["dropout_streams"] = streams
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restores the progress, and torch's random stream if training resumes.
-
-        Raises:
-            RecordError: It was written on another base model.
-        """
         if checkpoint["base"] != self.base.fingerprint:
             raise RecordError(
                 f"the base model must be the one that the checkpoint was trained on (fingerprint "
                 f"{checkpoint['base']!r}), but {self.base.path!r} has {self.base.fingerprint!r}."
             )
-        self.progress = Progress.from_state(checkpoint["progress"])
+        self.progress = TrainingProgress.from_state(checkpoint["progress"])
         streams = checkpoint["dropout_streams"]
         if self._trainer is not None and self.global_rank < len(streams):  # fewer processes may have written it
             torch.set_rng_state(streams[self.global_rank])
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:  # noqa: FBT001, FBT002
-        """Loads the trained parameters.
-
-        Raises:
-            RecordError: The state lacks one, or has another one.
-        """
         found = super().load_state_dict(state_dict, strict=False, assign=assign)
         trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         wrong = sorted(trained.intersection(found.missing_keys)) + found.unexpected_keys
         if wrong:
-            raise RecordError(f"a checkpoint must hold what these settings train, but {wrong[0]!r} differs.")
+            raise RecordError(
+                f"a checkpoint must have exactly the parameters that these settings train, but {wrong[0]!r} differs."
+            )
         return type(found)([], [])
-
-
-def _num_positions(batch: Batch) -> int:
-    """Returns the positions of a batch, padding included."""
-    inputs = batch.get("input_ids")
-    return int(batch["num_tokens"]) if inputs is None else inputs.numel()

@@ -22,11 +22,7 @@ def refine_groups(
 ) -> list[ParameterGroup]:
     """Returns a method's groups, split by the learning rates of `optim.lr_ratio_head` and `optim.layer_decay`.
 
-    Args:
-        model: A prepared model.
-        groups: Its trained parameters; LoRA's group `other` trains in full beside A and B.
-        config: The run's `optim` settings.
-        head: Names of the model's new modules.
+    `head` has the names of the model's new modules.
     """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     top = max((block for block in map(block_index, names.values()) if block is not None), default=-1)
@@ -34,11 +30,12 @@ def refine_groups(
     for group in groups:
         for parameter in group.params:
             name = names[id(parameter)]
+            # LoRA's group `other` has the modules that train in full beside A and B
             is_head = group.name == "other" or name.startswith(tuple(f"{module}." for module in head))
             factor = group.lr_factor * (config.lr_ratio_head if is_head else 1.0)
             factor *= config.layer_decay ** _blocks_above(name, top=top)
             refined.setdefault((group.name, factor), []).append(parameter)
-    return [ParameterGroup(name=name, params=tuple(of), lr_factor=factor) for (name, factor), of in refined.items()]
+    return [ParameterGroup(name=key[0], params=tuple(params), lr_factor=key[1]) for key, params in refined.items()]
 
 
 def _blocks_above(name: str, *, top: int) -> int:
@@ -52,13 +49,7 @@ def _blocks_above(name: str, *, top: int) -> int:
 def build_optimizer(
     config: OptimConfig | OptimizerComponent, groups: Sequence[ParameterGroup]
 ) -> torch.optim.Optimizer:
-    """Returns AdamW or the optimizer of `optim._target_`, each group at `optim.lr` times its factor.
-
-    Vectors (norms, biases) have no weight decay.
-
-    Raises:
-        ConfigError: The class is not trusted, not there or no optimizer, or refuses its arguments.
-    """
+    """Returns AdamW or the optimizer of `optim._target_`. Vectors (norms, biases) have no weight decay."""
     options: list[dict[str, Any]] = []
     for group in groups:
         for decays in (True, False):
@@ -70,8 +61,8 @@ def build_optimizer(
         optimizer = _build_component(config, options)
     else:
         optimizer = torch.optim.AdamW(options, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
-    # Lightning forbids clipping for optimizers that undo the work of a gradient scaler by themselves, as fused AdamW
-    # does. In bf16 there is no scaler, so clipping is right.
+    # Lightning forbids clipping for optimizers that unscale gradients by themselves, as fused AdamW does. bf16 has no
+    # gradient scaler, so clipping is right.
     setattr(optimizer, "_step_supports_amp_scaling", False)  # noqa: B010 (no attribute that mypy knows)
     return optimizer
 
@@ -81,8 +72,8 @@ def _build_component(config: OptimizerComponent, options: list[dict[str, Any]]) 
     if "weight_decay" not in names and not takes_any:
         if config.weight_decay:
             raise ConfigError(
-                f"`optim.weight_decay` must be 0 with {config.target!r}, which has none, but got "
-                f"{config.weight_decay!r}."
+                f"`optim.weight_decay` must be 0 with {config.target!r}, but got {config.weight_decay!r}. "
+                "This optimizer has no weight decay."
             )
         for group in options:
             del group["weight_decay"]
@@ -90,47 +81,33 @@ def _build_component(config: OptimizerComponent, options: list[dict[str, Any]]) 
 
 
 def check_optim(config: RunConfig) -> None:
-    """Checks the settings of optimizer and schedule by building both for one matrix.
-
-    Raises:
-        ConfigError: A setting is wrong.
-    """
+    """Checks the settings of optimizer and schedule by building both for one matrix."""
     group = ParameterGroup(name="check", params=(nn.Parameter(torch.zeros(2, 2)),), lr_factor=1.0)
     build_schedule(config, build_optimizer(config.optim, [group]))
 
 
 def schedule_factor(config: ScheduleConfig, step: int, *, max_steps: int, lr: float) -> float:
-    """Returns the share of the peak learning rate at a step (0 is the first), for a run of `max_steps`.
+    """Returns the factor of the peak learning rate `lr` after `step` of `max_steps` optimizer steps.
 
-    The factor rises linearly over `warmup_fraction` of the steps. Then it is that of transformers' `get_scheduler`
-    without warm-up over the remaining steps; the decay would end at the step after the last.
+    The factor rises linearly over `warmup_fraction` of the steps. Over the remaining steps it is the factor of
+    transformers' `get_scheduler` without warm-up.
     *Differs:* transformers' warm-up begins at 0, so that its first step changes nothing.
-
-    Args:
-        config: The schedule.
-        step: Optimizer steps done.
-        max_steps: Optimizer steps of the whole run.
-        lr: The peak learning rate, for schedules that end at an absolute rate.
     """
     warmup = math.ceil(config.warmup_fraction * max_steps)
     if step < warmup:
         return (step + 1) / (warmup + 1)
-    left = max(max_steps - warmup, 1)
-    decay = _decay(config, left, max_steps, lr)
-    return float(decay(min(step - warmup, left)))
+    num_decay_steps = max(max_steps - warmup, 1)
+    decay = _decay(config, num_decay_steps, max_steps, lr)
+    return float(decay(min(step - warmup, num_decay_steps)))
 
 
 @functools.lru_cache(maxsize=256)
 def _decay(config: ScheduleConfig, num_steps: int, max_steps: int, lr: float) -> Callable[[int], float]:
-    """Returns transformers' function from a step after the warm-up to the factor.
-
-    Raises:
-        ConfigError: transformers refuses the arguments.
-    """
+    """Returns the function of transformers' schedule from a step after the warm-up to the factor."""
     from transformers import get_scheduler  # noqa: PLC0415 (slow to start)
 
     arguments = dict(config.arguments)
-    if config.name == "inverse_sqrt" and arguments.get("timescale") is None:  # transformers takes the warm-up's length
+    if config.name == "inverse_sqrt" and arguments.get("timescale") is None:  # transformers' default is the warm-up
         arguments["timescale"] = max_steps - num_steps or 10_000
     if config.name == "warmup_stable_decay":
         arguments["num_decay_steps"] = min(math.ceil(arguments.pop("decay_fraction") * max_steps), num_steps)
@@ -140,9 +117,9 @@ def _decay(config: ScheduleConfig, num_steps: int, max_steps: int, lr: float) ->
         schedule = get_scheduler(
             name, optimizer, num_warmup_steps=0, num_training_steps=num_steps, scheduler_specific_kwargs=arguments
         )
-    except Exception as error:  # whatever it raises for an argument
+    except Exception as error:  # each schedule raises other errors for wrong arguments
         raise ConfigError(
-            f"`schedule` must have arguments that transformers' {config.name!r} takes, but got "
+            f"`schedule` must have valid arguments for transformers' {config.name!r}, but got "
             f"{dict(config.arguments)!r}: {describe_error(error)}."
         ) from error
     factor: Callable[[int], float] = schedule.lr_lambdas[0]
@@ -150,15 +127,11 @@ def _decay(config: ScheduleConfig, num_steps: int, max_steps: int, lr: float) ->
 
 
 def build_schedule(config: RunConfig, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
-    """Returns a run's schedule, stepped once per optimizer step. Pruning a run never changes its length.
-
-    Raises:
-        ConfigError: The class of `schedule._target_` is not trusted, missing or no schedule, or refuses its arguments.
-    """
+    """Returns a run's schedule, which is stepped once per optimizer step."""
     schedule, max_steps, lr = config.schedule, config.trainer.max_steps, config.optim.lr
     if isinstance(schedule, Component):
         return instantiate(schedule, key="schedule", expected=torch.optim.lr_scheduler.LRScheduler, optimizer=optimizer)
-    schedule_factor(schedule, 0, max_steps=max_steps, lr=lr)
+    schedule_factor(schedule, 0, max_steps=max_steps, lr=lr)  # raises for wrong arguments
     return torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: schedule_factor(schedule, step, max_steps=max_steps, lr=lr)
     )

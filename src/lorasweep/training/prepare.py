@@ -1,4 +1,4 @@
-"""Builds the model that a run trains: a copy of the base, prepared by the method."""
+"""Builds the model that a run trains: a copy of the base that the method has prepared."""
 
 from __future__ import annotations
 
@@ -16,51 +16,43 @@ from lorasweep.training.optim import check_optim
 
 
 def prepare_model(config: RunConfig, base: BaseModel) -> nn.Module:
-    """Returns a model that the method has prepared; it shares the base's weights, which are never written."""
-    # Seeded before and after: nothing that was drawn earlier, and no method's number of draws, may change the masks.
+    """Returns the prepared model. It shares the base's weights, which are never written."""
+    # Seeded before and after, so that neither earlier draws nor those of the method change the dropout masks.
     torch.manual_seed(config.seeds.dropout)
     model = copy_sharing_weights(base.model)
     generator = torch.Generator().manual_seed(config.seeds.init)
     METHODS[config.method.name].prepare(model, config.method, generator=generator, new_head_names=base.head)
     torch.manual_seed(config.seeds.dropout)
-    model.train()  # dropout on; Lightning keeps each module's mode and switches it for evaluation
+    model.train()  # turns dropout on; Lightning switches modes for evaluations and restores them
     if config.trainer.activation_checkpointing:
-        checkpoint_activations(model)
+        _checkpoint_activations(model)
     if config.trainer.compile:
         model.compile()
     return model
 
 
 def check_run(config: RunConfig, base: BaseModel) -> None:
-    """Checks that a run's settings fit its base model, before anything is written.
-
-    Raises:
-        ConfigError: A setting does not fit, or would have no effect.
-    """
+    """Refuses settings that do not fit the base model or have no effect, before anything is written."""
     METHODS[config.method.name].check(base.model, config.method, new_head_names=base.head)
     check_optim(config)
     check_components(config)
     if config.trainer.is_sharded:
         check_shardable(base.model)
-    trains_more = bool(base.head) and config.method.name != "frozen"
+    has_head = bool(base.head) and config.method.name != "frozen"
     if isinstance(config.method, LoraConfig):
-        trains_more = trains_more or bool(config.method.modules_to_save)
-    if config.optim.lr_ratio_head != 1 and not trains_more:
+        has_head = has_head or bool(config.method.modules_to_save)
+    if config.optim.lr_ratio_head != 1 and not has_head:
         raise ConfigError(
-            f"`optim.lr_ratio_head` must be 1 for a model without a new head, but got {config.optim.lr_ratio_head!r}, "
-            "which would have no effect."
+            f"`optim.lr_ratio_head` must be 1 for a model without a new head, but got {config.optim.lr_ratio_head!r}. "
+            "Remove it: it would have no effect."
         )
 
 
-def checkpoint_activations(model: nn.Module) -> None:
-    """Makes the model compute its blocks' activations again in the backward pass.
-
-    Raises:
-        ConfigError: The model does not support it.
-    """
+def _checkpoint_activations(model: nn.Module) -> None:
     if not getattr(model, "supports_gradient_checkpointing", False):
         raise ConfigError(
             "`trainer.activation_checkpointing` must be false for a model that does not support it, but is true."
         )
+    # transformers 5 renames the method
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})  # type: ignore[operator]

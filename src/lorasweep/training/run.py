@@ -1,4 +1,4 @@
-"""One run: composes base model, data, method, LightningModule and Trainer, and keeps the record of what happened."""
+"""One run: composes base model, data, method, LightningModule and Trainer, and keeps the run's record."""
 
 from __future__ import annotations
 
@@ -17,36 +17,34 @@ from lorasweep.config.run import RunConfig
 from lorasweep.errors import OutOfMemory
 from lorasweep.record import RunRecord, RunStatus, read_run
 from lorasweep.training.averaging import WeightAveraging
-from lorasweep.training.callbacks import KeepSignalHandler, OnEvaluation, RunCallback, RunStopped
+from lorasweep.training.callbacks import OnEvaluation, RunCallback, RunStopped
 from lorasweep.training.checkpoint import FoundCheckpoint, find_checkpoint, remove_checkpoints
-from lorasweep.training.components import build_callbacks, build_profiler, open_loggers
+from lorasweep.training.components import build_callbacks, build_profiler, finish_loggers, start_loggers
 from lorasweep.training.data_module import DataModule
 from lorasweep.training.environment import deterministic_algorithms, reset_peak_memory, resolve_device
-from lorasweep.training.failures import describe_failure, memory_errors_as_ours, status_after
+from lorasweep.training.failures import (
+    describe_failure,
+    explain_failure,
+    memory_errors_as_ours,
+    status_after,
+    take_failure_note,
+)
 from lorasweep.training.inputs import RunInputs, describe_batching, resolve_accumulate
 from lorasweep.training.module import TrainingModule
 from lorasweep.training.processes import (
     build_strategy,
-    explain_failure,
     find_launch,
     join_processes,
     on_first,
+    quiet_lightning,
     require_same,
-    take_failure_note,
 )
-from lorasweep.training.quiet import quiet_lightning
-from lorasweep.training.run_log import RunLog, RunPlace, Values
+from lorasweep.training.run_log import RunLog, RunPlace
 from lorasweep.training.run_record import end_at_evaluation, open_record
 
 
 def never_stop() -> bool:
-    """The `stop_requested` of a run that nothing interrupts."""
     return False
-
-
-def never_pause(step: int, values: Values) -> bool:
-    """The `on_evaluation` of a run that nothing pauses."""
-    return True
 
 
 def train_run(
@@ -54,40 +52,40 @@ def train_run(
     place: RunPlace,
     *,
     inputs: RunInputs,
-    on_evaluation: OnEvaluation = never_pause,
+    on_evaluation: OnEvaluation = lambda step, values: True,
     stop_requested: Callable[[], bool] = never_stop,
     resume: bool = False,
 ) -> RunRecord:
     """Trains one run and returns its record, which is also in its folder.
 
-    A run that is paused (status `paused`) keeps its checkpoint and resumes in a later call. A killed run may report
-    evaluations that it reported before, with the same values.
+    A paused run (status `paused`) keeps its checkpoint and resumes in a later call. A run that was killed may report
+    evaluations again, with the same values. If several processes train the run, each of them calls this function; the
+    first alone writes and calls `on_evaluation`.
 
-    Of several processes each calls this with the same run. The first alone writes and calls `on_evaluation`.
-
-    A run that runs out of memory begins again with micro-batches of half the size and twice as many of them per step,
-    down to one example: the batch of a step, and the training, stay the same. Of several processes the one that ran out
-    of memory ends, and with it the others; the run begins again when it is started again.
+    A run that runs out of memory begins again with micro-batches of half the size and twice as many per step, down to
+    one example. It learns the same, because the batch of a step stays the same. With several processes, the process
+    that ran out of memory ends and with it the others; the run begins again when it is started again.
 
     Args:
-        config: The run's settings. Its model, data and precision are those of `inputs`.
+        config: The run's settings. `inputs` must have their model, data and precision.
         place: The folder of the run, and its arm and trial.
         inputs: Base model and data.
         on_evaluation: Takes the step and the metrics of every evaluation, and returns whether the run continues. Its
-            answer has no effect at the last step, or where early stopping ends the run.
-        stop_requested: Called after every step; returns whether to stop with a checkpoint (status `interrupted`).
-        resume: Resumes from the folder's newest checkpoint of a run alone, if there is one.
+            answer has no effect at the last step and when early stopping ends the run.
+        stop_requested: Called after every step. Returns whether to stop with a checkpoint (status `interrupted`).
+        resume: Whether to resume from the newest checkpoint in the folder, if there is one.
 
     Raises:
         Diverged: The loss became NaN or infinite. The record says `failed`.
-        OutOfMemory: It does not fit at one example per micro-batch. The record says `infeasible`.
+        OutOfMemory: One example per micro-batch does not fit. The record says `infeasible`.
         RanksLost: Another process is gone, or one ran out of memory. The record says `interrupted`.
     """
     too_large: list[int] = []
     while True:
         try:
             with inputs.telemetry.phase("loading"), join_processes(config.trainer) as group:
-                require_same(inputs.fingerprints() if group.world_size > 1 else {})
+                if group.world_size > 1:
+                    require_same(inputs.fingerprints())
                 session = _Session(config, place, inputs, group=group)
                 return session.run(on_evaluation, stop_requested, resume=resume, too_large=too_large)
         except OutOfMemory:
@@ -106,14 +104,7 @@ def train_run(
 class _Session:
     """One training from its beginning or a checkpoint to an end or an error, on each of its processes."""
 
-    def __init__(
-        self,
-        config: RunConfig,
-        place: RunPlace,
-        inputs: RunInputs,
-        *,
-        group: Fabric,
-    ) -> None:
+    def __init__(self, config: RunConfig, place: RunPlace, inputs: RunInputs, *, group: Fabric) -> None:
         self.config = config
         self.place = place
         self.folder = place.folder
@@ -132,11 +123,7 @@ class _Session:
     ) -> RunRecord:
         """Trains to an end or an error, and closes the record.
 
-        Args:
-            on_evaluation: As for `train_run`.
-            stop_requested: As for `train_run`.
-            resume: Whether to resume from a checkpoint.
-            too_large: Micro-batches per step of the attempts that ran out of memory, in order.
+        `too_large` has the micro-batches per step of the attempts that ran out of memory, in order.
         """
         record, checkpoint, start_step = on_first(self.group, lambda: self._open(resume=resume, too_large=too_large))
         end = None if checkpoint is None else end_at_evaluation(record, self.config.trainer, pauses=False)
@@ -149,7 +136,6 @@ class _Session:
             run_log=self.log,
             folder=self.folder,
             config=self.config.trainer,
-            averaging=None if self.config.optim.ema_decay is None else WeightAveraging(self.config.optim.ema_decay),
             start_step=start_step,
             telemetry=self.inputs.telemetry,
         )
@@ -170,16 +156,12 @@ class _Session:
         return on_first(self.group, lambda: self._close(status, reason))
 
     def _open(self, *, resume: bool, too_large: list[int]) -> tuple[RunRecord, Path | None, int]:
-        """Opens the record and the log on the first process; returns the record, the checkpoint and its step.
-
-        Raises:
-            OutOfMemory: The last attempt had one example per micro-batch.
-        """
+        """Opens record and log on the first process. Returns the record, the checkpoint to resume from and its step."""
         config, folder, inputs = self.config, self.folder, self.inputs
         did_not_fit = take_failure_note(folder) if resume else None
         if did_not_fit is not None:  # one of several processes ran out of memory, and the run was started again
             too_large = [*read_run(folder).batching.get("too_large", []), did_not_fit]
-        # a checkpoint of other micro-batches would make a run that can't be repeated
+        # a run of two numbers of micro-batches can't be repeated, so an attempt with more of them begins at step 0
         found = find_checkpoint(folder, kind="last") if resume and not too_large else FoundCheckpoint()
         record = open_record(config, self.place, inputs, found=found, num_processes=self.group.world_size)
         before = record.batching
@@ -211,32 +193,29 @@ class _Session:
     def _train(
         self, record: RunRecord, callback: RunCallback, *, checkpoint: Path | None
     ) -> tuple[RunStatus, str | None]:
-        """Trains, notes the progress in the record, and returns how the session ended and why."""
-        config, inputs, settings = self.config, self.inputs, self.config.trainer
-        module = TrainingModule(
-            config, base=inputs.base, task=inputs.splits.task, accumulate=int(record.batching["micro_batches"])
-        )
-        data = DataModule(config, splits=inputs.splits, accumulate=module.accumulate)
-        averaging = [] if callback.averaging is None else [callback.averaging]
-        # The mean of the weights is in place when the user's callbacks see the end of an evaluation. Ours comes after
-        # them, because its checkpoint keeps their state.
-        callbacks = [signals := KeepSignalHandler(), *averaging, *build_callbacks(config), callback]
+        """Trains, notes the progress in the record, and returns the session's status and its reason."""
+        config, inputs = self.config, self.inputs
+        accumulate = int(record.batching["micro_batches"])
+        module = TrainingModule(config, base=inputs.base, task=inputs.splits.task, accumulate=accumulate)
+        data = DataModule(config, splits=inputs.splits, accumulate=accumulate)
+        # At the end of an evaluation the user's callbacks come first, because our checkpoint keeps their state. The
+        # averaging comes last: all others must see the model with the averaged weights.
+        callbacks = [*build_callbacks(config), callback]
+        if config.optim.ema_decay is not None:
+            callbacks.append(WeightAveraging(config.optim.ema_decay))
+        loggers = start_loggers(config, self.folder, is_first=self.group.is_global_zero)
         status: RunStatus = "complete"
-        with (
-            open_loggers(config, self.folder, is_first=self.group.is_global_zero) as loggers,
-            quiet_lightning(),
-            deterministic_algorithms(settings.deterministic),
-        ):
-            trainer = self._build_trainer(module, callbacks, loggers)
-            try:
+        try:
+            with quiet_lightning(), deterministic_algorithms(config.trainer.deterministic):
+                trainer = self._build_trainer(accumulate, callbacks, loggers)
                 if record.steps_planned:
                     trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
                 if callback.evaluated_step != trainer.global_step:  # the last steps did not fill an interval
                     trainer.validate(module, datamodule=data, verbose=False)
-            except RunStopped:
-                status = "interrupted"
-            finally:
-                signals.restore()
+        except RunStopped:
+            status = "interrupted"
+        finally:
+            finish_loggers(loggers if self.group.is_global_zero else [])
         if self.log is None:
             return status, None
         record = self.log.record
@@ -252,7 +231,7 @@ class _Session:
         return status, record.reason
 
     def _build_trainer(
-        self, module: TrainingModule, callbacks: list[lightning.Callback], loggers: list[Logger]
+        self, accumulate: int, callbacks: list[lightning.Callback], loggers: list[Logger]
     ) -> lightning.Trainer:
         config, settings = self.config, self.config.trainer
         launch = find_launch(settings)
@@ -262,7 +241,7 @@ class _Session:
         has_bar = any(isinstance(callback, ProgressBar) for callback in callbacks)
         if show and not has_bar:
             callbacks = [*callbacks, TQDMProgressBar(refresh_rate=1)]
-        return lightning.Trainer(
+        trainer = lightning.Trainer(
             accelerator=resolve_device(settings),
             devices=launch.devices,
             num_nodes=launch.num_nodes,
@@ -270,18 +249,22 @@ class _Session:
             plugins=[launch.environment],
             precision="bf16-mixed" if self.inputs.needs_autocast(config) else "32-true",
             logger=loggers or False,
-            profiler=build_profiler(config, self.folder),
+            profiler=build_profiler(config),
             callbacks=callbacks,
             max_epochs=1,
             max_steps=settings.max_steps,
-            val_check_interval=settings.eval_every_steps * module.accumulate,
+            val_check_interval=settings.eval_every_steps * accumulate,
             check_val_every_n_epoch=None,
             num_sanity_val_steps=0,
             log_every_n_steps=max(1, settings.max_steps // 200),
             enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
             enable_progress_bar=show or has_bar,
             enable_model_summary=False,
-            accumulate_grad_batches=module.accumulate,
-            gradient_clip_val=config.optim.clip_norm,  # the module clips by itself, but DeepSpeed does it for it
+            accumulate_grad_batches=accumulate,
+            gradient_clip_val=config.optim.clip_norm,  # the module clips by itself, except under DeepSpeed
             default_root_dir=self.folder,
         )
+        # Lightning's SIGTERM handler sends a message to the other processes, whatever they are doing, and raises in the
+        # middle of a step. The process keeps its own handler instead.
+        trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+        return trainer

@@ -1,6 +1,6 @@
 """The folder of a run while it trains: its record, its step metrics, its best and its last weights.
 
-A run alone writes it through `callbacks`, each slot of a pack through `packs.slots`.
+`callbacks` calls it for a run alone, `packs.slots` for each slot of a pack.
 """
 
 from __future__ import annotations
@@ -51,18 +51,18 @@ class RunLog:
     """
 
     def __init__(self, record: RunRecord, folder: Path, *, start_step: int) -> None:
-        """Makes the folder ready for a session that begins at a step, and writes the record."""
+        """Removes what the folder has after the step at which the session begins, and writes the record."""
         self.record = record
         self.folder = folder
         self._pending: list[tuple[int, Tensor, float]] = []
         self._before_s, self._started = record.wall_s, time.monotonic()
         folder.mkdir(parents=True, exist_ok=True)
-        for place in (folder, folder / "best", folder / "last"):
-            remove_leftovers(place)
-        # Checkpoints go first: one of a later step must not be found once the rows up to that step are gone.
+        for subfolder in (folder, folder / "best", folder / "last"):
+            remove_leftovers(subfolder)
+        # Checkpoints first: a process that is killed in between must not leave a checkpoint without its rows.
         remove_checkpoints(folder, after_step=start_step)
         _keep_rows_up_to(folder / STEPS_FILE, start_step)
-        if record.code.get("patch", {}).get("file") and not (folder / PATCH_FILE).exists():
+        if "patch" in record.code and not (folder / PATCH_FILE).exists():
             write_atomically(folder / PATCH_FILE, code_patch())
         write_record(record, folder)
 
@@ -71,7 +71,7 @@ class RunLog:
         self._pending.append((step, losses, lr))
 
     def flush(self, tokens_per_s: float) -> list[dict[str, Any]]:
-        """Writes the steps since the last flush and returns their rows.
+        """Writes the steps since the last flush, and returns them as rows of the step log.
 
         Raises:
             Diverged: One of their losses is NaN or infinite.
@@ -79,8 +79,8 @@ class RunLog:
         rows: list[dict[str, Any]] = []
         for step, losses, lr in self._pending:
             loss = losses.sum().item()
-            kept = loss if math.isfinite(loss) else None
-            rows.append({"step": step, "loss": kept, "lr": lr, "tokens_per_s": round(tokens_per_s, 1)})
+            finite_loss = loss if math.isfinite(loss) else None  # JSON has neither NaN nor infinity
+            rows.append({"step": step, "loss": finite_loss, "lr": lr, "tokens_per_s": round(tokens_per_s, 1)})
         self._pending = []
         self._append(rows)
         for row in rows:
@@ -89,12 +89,9 @@ class RunLog:
         return rows
 
     def note_evaluation(self, step: int, values: Values, *, save: Callable[[Path], None]) -> None:
-        """Writes an evaluation and the record, and keeps the best and the last weights.
+        """Writes the evaluation after `step` steps, the best and last weights, and the record.
 
-        Args:
-            step: Optimizer steps done.
-            values: Every metric.
-            save: Writes the present weights into a folder.
+        `save` writes the present weights into a folder.
 
         Raises:
             Diverged: The score is NaN or infinite.
@@ -112,10 +109,7 @@ class RunLog:
     def close(self, status: RunStatus, reason: str | None, *, wall_s: float | None = None) -> None:
         """Writes the record of the session's end, with the checksums of the kept weights.
 
-        Args:
-            status: How the session ended.
-            reason: Why, unless it is complete.
-            wall_s: Seconds of this session in a pack. None measures them from the session's start.
+        `wall_s` is the session's duration. None: measured since the object was created.
         """
         record, folder = self.record, self.folder
         record.wall_s = self._before_s + (time.monotonic() - self._started if wall_s is None else wall_s)
@@ -137,7 +131,7 @@ class RunLog:
 
 
 def note_score(record: RunRecord, step: int, values: Values) -> bool:
-    """Puts an evaluation into a record, and returns whether it is the best."""
+    """Writes an evaluation into a record, and returns whether its score is the best so far."""
     record.last, record.steps_done = {"step": step, **values}, step
     if record.score is not None and not is_better(values[record.metric], record.score, direction=record.direction):
         return False
@@ -146,12 +140,11 @@ def note_score(record: RunRecord, step: int, values: Values) -> bool:
 
 
 def is_better(value: float, other: float, *, direction: Direction) -> bool:
-    """Returns whether a score beats another."""
     return value < other if direction == "minimize" else value > other
 
 
 def _keep_rows_up_to(path: Path, step: int) -> None:
-    """Cuts a step log back to the step of a checkpoint, because the run repeats the later steps."""
+    """Removes later steps from a step log, because the run repeats them."""
     if not path.exists():
         return
     kept = []
@@ -159,7 +152,7 @@ def _keep_rows_up_to(path: Path, step: int) -> None:
         try:
             row = json.loads(line)
         except json.JSONDecodeError:
-            break  # a killed process left half a line
+            break  # the process was killed while it wrote the line
         if row["step"] <= step:
             kept.append(line)
     write_atomically(path, "".join(kept))

@@ -1,4 +1,4 @@
-"""The record of a run while it trains: begun, reopened at a checkpoint, given its scores, and ended."""
+"""Creates the record of a run, reopens it at a checkpoint, and decides how the run ends at an evaluation."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from lorasweep.training.run_log import RunPlace, note_score
 def open_record(
     config: RunConfig, place: RunPlace, inputs: RunInputs, *, found: FoundCheckpoint, num_processes: int = 1
 ) -> RunRecord:
-    """Returns the record of a run that begins, or that resumes from the checkpoint that was found."""
+    """Returns a new record, or the record in the folder as it was at the checkpoint that was found."""
     if found.path is None:
         return _new_record(config, place, inputs, num_processes=num_processes, notes=found.notes)
     return _reopen_record(place.folder, step=found.step, notes=found.notes)
@@ -35,7 +35,6 @@ def open_record(
 def _new_record(
     config: RunConfig, place: RunPlace, inputs: RunInputs, *, num_processes: int, notes: Sequence[str]
 ) -> RunRecord:
-    """Returns a record with everything that the run can be repeated from."""
     splits = {"train": inputs.splits.train, "validation": inputs.splits.validation}
     platform = describe_platform(inputs.precision, resolve_device(config.trainer))
     if num_processes > 1:
@@ -62,7 +61,6 @@ def _new_record(
 
 
 def _reopen_record(folder: Path, *, step: int, notes: Sequence[str]) -> RunRecord:
-    """Returns the record in a folder as it was at the step of a checkpoint."""
     record = read_run(folder)
     record.notes += [note for note in notes if note not in record.notes]
     record.status, record.reason, record.ended_at = "running", None, None
@@ -77,9 +75,9 @@ def _reopen_record(folder: Path, *, step: int, notes: Sequence[str]) -> RunRecor
 
 
 def end_at_evaluation(record: RunRecord, config: TrainerConfig, *, pauses: bool) -> tuple[RunStatus, str | None] | None:
-    """Returns how a run ends at the evaluation that its record noted last, and why; None where it trains on.
+    """Returns the status and reason with which a run ends at its last evaluation; None if it continues.
 
-    A run that has no steps left, or that early stopping ends, is complete: it is not paused, whatever `pauses` says.
+    A run that has no steps left, or that early stopping ends, is complete, even if `pauses` asks to pause it.
     """
     step = record.last.get("step", 0)  # not `steps_done`, which is later in a run that was interrupted
     if step >= record.steps_planned:
@@ -92,11 +90,7 @@ def end_at_evaluation(record: RunRecord, config: TrainerConfig, *, pauses: bool)
 
 
 def prune_paused_run(folder: Path, *, reason: str) -> RunRecord:
-    """Marks a paused run as pruned, so that it can't resume, and returns its record. Repeated calls change nothing.
-
-    Raises:
-        RecordError: The run is neither paused nor pruned, or has no record.
-    """
+    """Marks a paused run as pruned, so that it can't resume, and returns its record. Repeated calls change nothing."""
     record = read_run(folder)
     if record.status not in ("paused", "pruned"):
         raise RecordError(f"a run must be paused before it is pruned, but {str(folder)!r} is {record.status}.")

@@ -1,22 +1,22 @@
-"""Measures the time of each phase, the trained tokens and the peak memory of a process, for the report."""
+"""Time, tokens and memory: of a process by phase, for the report, and of one run, for its record."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Literal, get_args
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
 
 import torch
+from torch import Tensor
 
+from lorasweep.record import RunRecord
 from lorasweep.training.environment import process_peak_bytes
 
 Phase = Literal["loading", "training", "evaluating", "saving", "storage"]
-"""Phases of a process.
-
-`loading` prepares the base model and the data, and measures memory; `saving` writes weights, checkpoints and logs;
-`storage` is the controller's work on the studies.
-"""
+"""Phases of a process. `loading` also measures memory; `saving` writes weights, checkpoints and logs; `storage` is the
+controller's work on the studies."""
 
 
 class Telemetry:
@@ -32,7 +32,7 @@ class Telemetry:
 
     @contextmanager
     def phase(self, name: Phase) -> Iterator[None]:
-        """Counts the time of a `with` block as this phase and not as the outer phase, also if the block raises."""
+        """Counts the time of a `with` block as this phase and not as the outer phase."""
         outer = self._phase
         self._note_peaks()
         self.switch(name)
@@ -49,14 +49,14 @@ class Telemetry:
         self._phase, self._changed = name, now
 
     def add_tokens(self, number: int) -> None:
-        """Counts tokens of training batches, padding left out."""
+        """Counts tokens of training batches, without padding."""
         self._tokens += number
 
     def sample(self) -> dict[str, float]:
-        """Returns the numbers so far.
+        """Returns the values so far.
 
         They are `wall_s`, the seconds of each phase (`training_s`, ...), `cpu_s` of all threads, `trained_tokens`,
-        `peak_memory_bytes` of the process, and `gpu_peak_memory_bytes` of the GPU with the highest peak, if any.
+        `peak_memory_bytes` of the process, and on GPUs `gpu_peak_memory_bytes`, the highest peak of one GPU.
         """
         self._note_peaks()
         self.switch(self._phase)
@@ -81,3 +81,40 @@ def add_telemetry(first: Mapping[str, float], second: Mapping[str, float]) -> di
         known = total.get(name, 0.0)
         total[name] = max(known, value) if "peak" in name else known + value
     return total
+
+
+@dataclass(kw_only=True)
+class TrainingProgress:
+    """The tokens and the training time of one run, over all its sessions and processes."""
+
+    tokens: int | Tensor = 0
+    """Trained tokens without padding. In training a scalar on the device, so that no step waits for the device."""
+    positions: int = 0
+    """Trained tokens with padding."""
+    train_s: float = 0.0
+    """Seconds spent in training steps, without evaluations. A run in a pack counts its share of each step."""
+
+    @property
+    def tokens_trained(self) -> int:
+        """Trained tokens without padding. Waits for the device."""
+        return int(self.tokens)
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.tokens_trained / self.train_s if self.train_s else 0.0
+
+    @property
+    def padding_fraction(self) -> float:
+        return 1.0 - self.tokens_trained / self.positions if self.positions else 0.0
+
+    def state(self) -> dict[str, Any]:
+        """Returns plain values for a checkpoint."""
+        return {"tokens": self.tokens_trained, "positions": self.positions, "train_s": self.train_s}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> TrainingProgress:
+        return cls(**state)
+
+    def note_in(self, record: RunRecord) -> None:
+        record.tokens_trained, record.tokens_per_s = self.tokens_trained, self.tokens_per_s
+        record.batching["padding_fraction"]["train"] = round(self.padding_fraction, 4)

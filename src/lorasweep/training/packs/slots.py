@@ -18,9 +18,9 @@ from lorasweep.training.checkpoint import find_checkpoint, save_checkpoint
 from lorasweep.training.components import finish_loggers, start_loggers
 from lorasweep.training.environment import device_of
 from lorasweep.training.inputs import RunInputs, describe_batching
-from lorasweep.training.progress import Progress
 from lorasweep.training.run_log import RunLog, RunPlace, Values
 from lorasweep.training.run_record import open_record
+from lorasweep.training.telemetry import TrainingProgress
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -78,7 +78,7 @@ class SlotRun:
         found = find_checkpoint(folder, kind="slot", step=request.start_step)
         self.checkpoint = found.state
         self.step = self.saved_step = found.step
-        self.progress = Progress.from_state(found.state["progress"]) if found.state else Progress()
+        self.progress = TrainingProgress.from_state(found.state["progress"]) if found.state else TrainingProgress()
         self.wall_s = 0.0
         self.record = open_record(config, request.place, inputs, found=found)
         self.record.pack = joined

@@ -1,4 +1,4 @@
-"""The answers that a model generates to the prompts of a split, scored against the given answers."""
+"""Generates answers to the prompts of a split, and scores them against the reference answers."""
 
 from __future__ import annotations
 
@@ -18,22 +18,19 @@ from lorasweep.training.inputs import RunInputs
 
 ROUGE = ("rouge1", "rouge2", "rougeL")
 MAX_LENGTH_RATIO = 1.5
-"""The length of an answer is at most this multiple of the length of the longest given answer."""
+"""Maximum tokens of an answer, as a multiple of the tokens of the longest reference answer."""
 
 
-def wants_answers(config: DataConfig) -> bool:
-    """Returns whether the settings ask for answers to the test split's prompts (`data.generate`)."""
+def is_generating(config: DataConfig) -> bool:
+    """Returns whether answers to the test split are generated (`data.generate`)."""
     return isinstance(config, ChatConfig) and config.generate
 
 
 def score_answers(model: nn.Module, split: Split, *, config: RunConfig, inputs: RunInputs) -> dict[str, float]:
-    """Answers every prompt of a split by greedy decoding and returns corpus BLEU (0 to 100) and ROUGE F-measures.
+    """Answers every prompt of a split by greedy decoding, and returns corpus BLEU (0 to 100) and ROUGE F-measures.
 
-    BLEU is that of sacreBLEU (Post 2018, tokenizer 13a), ROUGE that of Lin 2004. Examples with the same prompt are
-    several references of one answer, as in E2E NLG.
-
-    Raises:
-        ConfigError: The model can't generate, or an example has several answers.
+    Source: sacreBLEU with tokenizer 13a (Post 2018), ROUGE (Lin 2004). If examples have the same prompt, their answers
+    are references of one generated answer, as in E2E NLG.
     """
     if not hasattr(model, "generate") or not isinstance(split, CompletionSplit | SequenceSplit):
         raise ConfigError("`data.generate` needs a model of transformers that generates text. Set it to false.")
@@ -52,19 +49,19 @@ def score_answers(model: nn.Module, split: Split, *, config: RunConfig, inputs: 
 
 
 def gather_references(split: CompletionSplit | SequenceSplit) -> dict[tuple[int, ...], list[list[int]]]:
-    """Returns the given answers to each prompt of a split, as token ids."""
-    found: dict[tuple[int, ...], list[list[int]]] = {}
+    """Returns the reference answers to each prompt of a split, as token ids."""
+    references: dict[tuple[int, ...], list[list[int]]] = {}
     for row in range(len(split)):
         tokens, targets = split.tokens[row].tolist(), split.targets[row].tolist()
-        scored = [place for place, target in enumerate(targets) if target != IGNORED]
-        if isinstance(split, CompletionSplit):  # prompt and answer are one sequence, of which the answer is scored
+        scored = [index for index, target in enumerate(targets) if target != IGNORED]
+        if isinstance(split, CompletionSplit):  # prompt and answer are one sequence, and only the answer is scored
             if scored != list(range(scored[0], scored[-1] + 1)):
                 raise ConfigError(
-                    "`data.generate` needs rows with one answer each, but one has several. Set it to false."
+                    "`data.generate` needs examples with one answer each, but one has several. Set it to false."
                 )
             tokens = tokens[: scored[0] + 1]
-        found.setdefault(tuple(tokens), []).append([targets[place] for place in scored])
-    return found
+        references.setdefault(tuple(tokens), []).append([targets[index] for index in scored])
+    return references
 
 
 @torch.no_grad()
@@ -77,20 +74,20 @@ def generate(
     config: RunConfig,
     inputs: RunInputs,
 ) -> list[list[int]]:
-    """Returns the tokens that follow each prompt, greedily, up to the end of the text or the limit."""
+    """Returns the tokens of an answer to each prompt: at most `limit`, without the end-of-text token."""
     device = device_of(config.trainer)
     longest = max(map(len, prompts))
     tokens = torch.full((len(prompts), longest), split.pad_token)
     mask = torch.zeros(len(prompts), longest, dtype=torch.int64)
     continues = isinstance(split, CompletionSplit)
     for row, prompt in enumerate(prompts):
-        # A decoder continues its prompt, so the padding is on the left. An encoder reads it, and its padding is right.
-        place = slice(longest - len(prompt), None) if continues else slice(len(prompt))
-        tokens[row, place], mask[row, place] = torch.tensor(prompt), 1
+        # A decoder continues its prompt, so padding goes left of it. An encoder only reads it, so padding goes right.
+        span = slice(longest - len(prompt), None) if continues else slice(len(prompt))
+        tokens[row, span], mask[row, span] = torch.tensor(prompt), 1
     model.to(device).eval()
     end = None if inputs.base.tokenizer is None else inputs.base.tokenizer.eos_token_id
     with inputs.autocast(config):
-        made: Tensor = model.generate(
+        generated: Tensor = model.generate(
             input_ids=tokens.to(device),
             attention_mask=mask.to(device),
             do_sample=False,
@@ -101,7 +98,7 @@ def generate(
             use_cache=True,
         )
     model.cpu()
-    answers = made[:, longest if continues else 1 :].tolist()
+    answers = generated[:, longest if continues else 1 :].tolist()
     return [answer[: answer.index(end)] if end in answer else answer for answer in answers]
 
 
