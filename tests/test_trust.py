@@ -90,7 +90,7 @@ HOSTILE = {
     "an environment variable": ({"logger": "csv", "logger.csv.prefix": "${oc.env:HOME}"}, "but got '${oc.env:'"),
     "a factory": (
         {"model": "own", "model.factory": "evil:build", "model.kind": "causal_lm"},
-        "`model.factory` must be code that is trusted, but got 'evil:build'",
+        "`model.factory` must be code that you trust, but got 'evil:build'",
     ),
     "remote code": (
         {"model": "own", "model.path": "theirs", "model.trust_remote_code": True},
@@ -123,7 +123,7 @@ def test_a_conf_file_of_a_strangers_runs_nothing(here, capsys):
     (here / "conf" / "model").mkdir()
     theirs = (packaged_folder("conf") / "model" / "own.yaml").read_text().replace("factory: ???", "factory: evil:build")
     (here / "conf" / "model" / "theirs.yaml").write_text(theirs)
-    refused(capsys, ["train", "model=theirs"], "`model.factory` must be code that is trusted, but got 'evil:build'")
+    refused(capsys, ["train", "model=theirs"], "`model.factory` must be code that you trust, but got 'evil:build'")
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,7 @@ def test_bf16_is_refused_on_a_gpu_without_it(monkeypatch):
 
 def test_a_gpu_is_refused_where_there_is_none(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ConfigError, match=r"`trainer.device` must be cpu where PyTorch sees no GPU, but got 'gpu'."):
+    with pytest.raises(ConfigError, match="`trainer.device` must be cpu"):
         resolve_device(dataclasses.replace(TRAINER, device="gpu"))
 
 

@@ -15,7 +15,7 @@ from lorasweep.data.examples import CompletionSplit, Ragged, SequenceSplit
 from lorasweep.data.split import IGNORED
 from lorasweep.errors import ConfigError
 from lorasweep.models.tiny.pretrain import build_tokenizer
-from lorasweep.training.generation import gather_references, generate, is_generating, score_answers
+from lorasweep.training.score import gather_references, generate, score_answers
 
 SIZES = {"vocab_size": 257, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
 PROMPTS = [b"name: a", b"b", b"name: a", b"a longer prompt"]
@@ -113,9 +113,3 @@ def test_several_answers_in_a_row_are_refused():
 def test_a_model_that_cant_generate_is_refused(inputs, config):
     with pytest.raises(ConfigError, match=r"`data.generate` needs a model of transformers that generates text"):
         score_answers(torch.nn.Linear(2, 2), completion_split(ANSWERS), config=config, inputs=inputs)
-
-
-def test_answers_are_an_option_of_chats():
-    assert not is_generating(compose_run({}).data)
-    chat = {"data": "chat", "data.train": "x"}
-    assert [is_generating(compose_run({**chat, "data.generate": flag}).data) for flag in (False, True)] == [False, True]

@@ -108,12 +108,12 @@ def test_a_schedule_may_stay_at_its_peak_and_fall_at_the_end():
             {"power": 2},
             "`schedule.power` is not a setting. The settings of `schedule=linear` are name, warmup_fr",
         ),
-        ("polynomial", {"lr_end": 0.2}, "`schedule` must have arguments that transformers' 'polynomial' takes"),
-        ("warmup_stable_decay", {"decay_fraction": 1.5}, "`schedule.decay_fraction < 1` must hold, but got 1.5."),
+        ("polynomial", {"lr_end": 0.2}, "`schedule` must have valid arguments for .*'polynomial'"),
+        ("warmup_stable_decay", {"decay_fraction": 1.5}, "`0 <= schedule.decay_fraction < 1` must hold, but got 1.5."),
         (
             "warmup_stable_decay",
             {"decay_fraction": 0.1, "decay_type": "step"},
-            "`schedule` must have arguments .*Unknown decay type: step",
+            "`schedule` .*Unknown decay type: step",
         ),
     ],
 )
@@ -185,7 +185,7 @@ def test_an_optimizer_without_weight_decay_takes_none():
     target = {"optim._target_": "torch.optim.Rprop"}
     optimizer = build_optimizer(compose_run(target).optim, two_groups())
     assert "weight_decay" not in optimizer.param_groups[0]
-    with pytest.raises(ConfigError, match=r"`optim.weight_decay` must be 0 with 'torch.optim.Rprop', which has none"):
+    with pytest.raises(ConfigError, match=r"`optim.weight_decay` must be 0 with 'torch.optim.Rprop'"):
         check_optim(compose_run({**target, "optim.weight_decay": 0.1}))
 
 

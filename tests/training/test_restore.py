@@ -94,7 +94,7 @@ def test_kept_files_are_checked_by_what_the_record_says(lora_run):
     record = read_run(lora_run)
     for part in ("best", "last"):
         check_kept_files(record, lora_run, part=part)
-    with pytest.raises(RecordError, match=r"weights in `middle`, but .* \(status complete\) has"):
+    with pytest.raises(RecordError, match=r"kept weights in `middle`, but .* \(status complete\) has"):
         check_kept_files(record, lora_run, part="middle")
     record.files["last/adapter_config.json"]["sha256"] = "0"
     check_kept_files(record, lora_run, part="best")

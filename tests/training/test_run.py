@@ -26,8 +26,7 @@ from lorasweep.training.environment import has_cpu_bf16
 from lorasweep.training.inputs import build_inputs
 from lorasweep.training.prepare import check_run, prepare_model
 from lorasweep.training.run import train_run
-from lorasweep.training.run_log import RunPlace
-from lorasweep.training.run_record import prune_paused_run
+from lorasweep.training.run_log import RunPlace, prune_paused_run
 
 ADAPTER = "adapter_model.safetensors"
 KEPT = {

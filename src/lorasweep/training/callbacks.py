@@ -1,6 +1,6 @@
-"""The callback of a run that trains alone: writes its folder, reports its evaluations, pauses or stops it.
+"""Callbacks of a run that trains alone: they write its folder, report, pause and stop it, and average its weights.
 
-A user's own Trainer needs none of this; the model's side of training is in `module`.
+A user's own Trainer needs none of them; the model's side of training is in `module`.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from typing import Any
 import lightning
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import nn
+from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from lorasweep.config.run import TrainerConfig
 from lorasweep.errors import Diverged
 from lorasweep.training.checkpoint import remove_older_checkpoints, save_checkpoint
 from lorasweep.training.module import TrainingModule
 from lorasweep.training.processes import on_first
-from lorasweep.training.run_log import RunLog, Values
-from lorasweep.training.run_record import end_at_evaluation
+from lorasweep.training.run_log import RunLog, Values, end_at_evaluation
 from lorasweep.training.telemetry import Telemetry
 
 OnEvaluation = Callable[[int, Values], bool]
@@ -171,6 +171,55 @@ class RunCallback(lightning.Callback):
         return bool(trainer.strategy.reduce_boolean_decision(self.stop_requested(), all=False))
 
 
+class WeightAveraging(lightning.Callback):
+    """Exponential moving average of the trained parameters (Polyak and Juditsky 1992), for `optim.ema_decay`.
+
+    Lightning's callback of this name would also copy the frozen base. Callbacks that save weights at the end of an
+    evaluation must come before this one in the Trainer's list.
+    """
+
+    def __init__(self, decay: float) -> None:
+        self.update = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
+        self.means: dict[str, Tensor] = {}
+        self.weights: dict[str, Tensor] = {}
+        """The weights that train, while the model holds the means."""
+
+    def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        trained = _trained(pl_module)
+        for name, parameter in trained.items():  # `means` is not empty if a checkpoint was loaded
+            self.means[name] = self.means.get(name, parameter.detach()).to(parameter.device, copy=True)
+
+        @torch.no_grad()
+        def update_means(*_: Any) -> None:
+            self.update(list(self.means.values()), [trained[name].detach() for name in self.means], 0)
+
+        for optimizer in trainer.optimizers:  # before any callback writes a checkpoint of the step
+            optimizer.register_step_post_hook(update_means)
+
+    def on_validation_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        for name, parameter in _trained(pl_module).items():
+            if name in self.means:
+                self.weights[name] = parameter.detach().clone()
+                parameter.data.copy_(self.means[name])
+
+    def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        trained = _trained(pl_module)
+        for name, weights in self.weights.items():
+            trained[name].data.copy_(weights)
+        self.weights = {}
+
+    def on_save_checkpoint(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        checkpoint["state_dict"] |= self.weights  # training resumes from the weights, not from the means
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"means": self.means}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.means = dict(state_dict["means"])
+
+
 def _validation_values(trainer: lightning.Trainer) -> Values:
     prefix = "validation/"
     metrics = trainer.callback_metrics
@@ -189,3 +238,7 @@ def _save_checkpoint(trainer: lightning.Trainer, folder: Path) -> None:
 def _training_module(module: lightning.LightningModule) -> TrainingModule:
     assert isinstance(module, TrainingModule)
     return module
+
+
+def _trained(module: lightning.LightningModule) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}

@@ -96,11 +96,6 @@ def finish_loggers(loggers: list[Logger]) -> None:
 def _run_arguments(component: Component, *, key: str, folder: Path) -> dict[str, Any]:
     """Returns the arguments that name the run and its folder, if the logger's class takes them."""
     names, _ = argument_names(component.target, key=key)
-    if "save_dir" in component.arguments:
-        raise ConfigError(
-            f"`{key}.save_dir` must not be set, because each run logs into its own folder, but got "
-            f"{component.arguments['save_dir']!r}. Remove it."
-        )
     offered = {"save_dir": str(folder), "run_name": folder.name}
     if issubclass(find_class(component.target, key=key, expected=Logger), WandbLogger):  # type: ignore[type-abstract]
         offered["name"] = folder.name

@@ -25,7 +25,6 @@ from lorasweep.data.tasks import Evaluation, Task
 from lorasweep.errors import ConfigError, RecordError
 from lorasweep.methods import METHODS
 from lorasweep.models.load import BaseModel
-from lorasweep.training.averaging import WeightAveraging
 from lorasweep.training.data_module import DataModule, accumulate_of
 from lorasweep.training.fsdp import average_gradients, copy_trained, shard_model
 from lorasweep.training.inputs import share_inputs
@@ -75,6 +74,11 @@ class TrainingModule(lightning.LightningModule):
             base, task = base or self._inputs.base, task or self._inputs.splits.task
             self.config = replace(self.config, trainer=replace(self.config.trainer, precision=self._inputs.precision))
             check_run(self.config, base)
+            if self.config.optim.ema_decay is not None:
+                raise ConfigError(
+                    f"`optim.ema_decay` must be null in your own Trainer, but got {self.config.optim.ema_decay!r}. Use "
+                    "Lightning's callback `WeightAveraging`."
+                )
         assert base is not None
         assert task is not None
         self.base = base
@@ -107,18 +111,12 @@ class TrainingModule(lightning.LightningModule):
         torch.manual_seed(self.config.seeds.dropout + self.global_rank)
 
     def setup(self, stage: str) -> None:
-        data, decay = self._data_module(), self.config.optim.ema_decay
+        data = self._data_module()
         for key in ("model", "data"):
             if data is not None and getattr(data.config, key) != getattr(self.config, key):
                 raise ConfigError(
                     f"`{key}` must be the same in TrainingModule and DataModule. Give both the same settings."
                 )
-        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
-        if decay is not None and not any(isinstance(callback, WeightAveraging) for callback in callbacks):
-            raise ConfigError(
-                f"`optim.ema_decay` must be null under your own Trainer, but got {decay!r}. "
-                "Use Lightning's callback `WeightAveraging` instead."
-            )
 
     def _data_module(self) -> DataModule | None:
         data = getattr(self.trainer, "datamodule", None)

@@ -41,7 +41,8 @@ def read_settings(given: Settings, *, trust: bool = False) -> RunConfig:
         config = build(RunConfig, given)
         require_trusted_code(config, trust=trust, option="trust=True")
         return config
-    from lorasweep.config.compose import compose_run, parse_overrides  # noqa: PLC0415 (Hydra is slow to start)
+    from lorasweep.config.command_line import parse_overrides  # noqa: PLC0415 (Hydra is slow to start)
+    from lorasweep.config.compose import compose_run  # noqa: PLC0415 (Hydra is slow to start)
 
     return compose_run(parse_overrides(given))
 
@@ -133,7 +134,7 @@ def check_kept_files(record: RunRecord, run: Path, *, part: str) -> None:
     """Checks that a run's folder has weights in `part` (`best` or `last`), and that they are unchanged."""
     if not any(path.is_file() for path in (run / part).glob("*")):
         raise RecordError(
-            f"a run must have weights in `{part}`, but {str(run)!r} (status {record.status}) has none. "
+            f"a run must have kept weights in `{part}`, but {str(run)!r} (status {record.status}) has none. "
             "Name a run that was evaluated at least once."
         )
     for name, kept in record.files.items():

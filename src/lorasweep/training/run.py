@@ -16,8 +16,7 @@ from lightning.pytorch.loggers import Logger
 from lorasweep.config.run import RunConfig
 from lorasweep.errors import OutOfMemory
 from lorasweep.record import RunRecord, RunStatus, read_run
-from lorasweep.training.averaging import WeightAveraging
-from lorasweep.training.callbacks import OnEvaluation, RunCallback, RunStopped
+from lorasweep.training.callbacks import OnEvaluation, RunCallback, RunStopped, WeightAveraging
 from lorasweep.training.checkpoint import FoundCheckpoint, find_checkpoint, remove_checkpoints
 from lorasweep.training.components import build_callbacks, build_profiler, finish_loggers, start_loggers
 from lorasweep.training.data_module import DataModule
@@ -39,8 +38,7 @@ from lorasweep.training.processes import (
     quiet_lightning,
     require_same,
 )
-from lorasweep.training.run_log import RunLog, RunPlace
-from lorasweep.training.run_record import end_at_evaluation, open_record
+from lorasweep.training.run_log import RunLog, RunPlace, end_at_evaluation, open_record
 
 
 def never_stop() -> bool:

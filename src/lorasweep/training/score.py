@@ -1,24 +1,32 @@
-"""Scores a model outside of training: on any split, or a finished run on the test split."""
+"""Scores a model outside of training: on any split, a finished run on the test split, and its generated answers."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from torchmetrics.functional.text import rouge_score, sacre_bleu_score
 
+from lorasweep.config.data import ChatConfig
 from lorasweep.config.run import RunConfig
 from lorasweep.data.batching import EvaluationSampler
-from lorasweep.data.split import Split, move_batch
+from lorasweep.data.examples import CompletionSplit, SequenceSplit
+from lorasweep.data.split import IGNORED, Split, move_batch
 from lorasweep.data.tasks import Evaluation, ExampleScores, Task
 from lorasweep.disk import csv_text, write_atomically
+from lorasweep.errors import ConfigError
 from lorasweep.record import TEST_SCORES_FILE, RunRecord, read_run, sha256_of, write_record
 from lorasweep.training.environment import device_of
 from lorasweep.training.failures import memory_errors_as_ours
-from lorasweep.training.generation import is_generating, score_answers
 from lorasweep.training.inputs import RunInputs
 from lorasweep.training.restore import restore_config, restore_model
+
+ROUGE = ("rouge1", "rouge2", "rougeL")
+MAX_LENGTH_RATIO = 1.5
+"""Maximum tokens of an answer, as a multiple of the tokens of the longest reference answer."""
 
 
 class Scores(NamedTuple):
@@ -47,7 +55,8 @@ def score_run(folder: Path, *, inputs: RunInputs) -> RunRecord:
     model = restore_model(config, inputs.whole_base(config), folder=folder / "best")
     with memory_errors_as_ours(), inputs.telemetry.phase("evaluating"):
         values, examples = evaluate_model(model, split, task=task, config=config, inputs=inputs)
-        answers = score_answers(model, split, config=config, inputs=inputs) if is_generating(config.data) else {}
+        generates = isinstance(config.data, ChatConfig) and config.data.generate
+        answers = score_answers(model, split, config=config, inputs=inputs) if generates else {}
     lines = _row_scores_csv(record.metric, examples, task=task, value=values[record.metric])
     if lines is not None:
         path = folder / TEST_SCORES_FILE
@@ -94,3 +103,82 @@ def _row_scores_csv(metric: str, examples: ExampleScores, *, task: Task, value: 
         return None  # for example if class weights change the loss and not the metric
     columns = range(len(scores)), scores.tolist(), weights.tolist()
     return csv_text(("row", "score", "weight"), zip(*columns, strict=True))
+
+
+def score_answers(model: nn.Module, split: Split, *, config: RunConfig, inputs: RunInputs) -> dict[str, float]:
+    """Answers every prompt of a split by greedy decoding, and returns corpus BLEU (0 to 100) and ROUGE F-measures.
+
+    Source: sacreBLEU with tokenizer 13a (Post 2018), ROUGE (Lin 2004). If examples have the same prompt, their answers
+    are references of one generated answer, as in E2E NLG.
+    """
+    if not hasattr(model, "generate") or not isinstance(split, CompletionSplit | SequenceSplit):
+        raise ConfigError("`data.generate` needs a model of transformers that generates text. Set it to false.")
+    references = gather_references(split)
+    prompts = list(references)
+    limit = int(MAX_LENGTH_RATIO * max(len(answer) for answers in references.values() for answer in answers))
+    answers: list[str] = []
+    size = config.trainer.eval_batch_size
+    for first in range(0, len(prompts), size):
+        tokens = generate(model, prompts[first : first + size], limit=limit, split=split, config=config, inputs=inputs)
+        answers += _decode(tokens, inputs)
+    expected = [_decode(list(references[prompt]), inputs) for prompt in prompts]
+    rouge = rouge_score(answers, expected, rouge_keys=ROUGE)
+    scores = {"bleu": 100 * float(sacre_bleu_score(answers, expected))}
+    return scores | {name: float(rouge[f"{name}_fmeasure"]) for name in ROUGE}
+
+
+def gather_references(split: CompletionSplit | SequenceSplit) -> dict[tuple[int, ...], list[list[int]]]:
+    """Returns the reference answers to each prompt of a split, as token ids."""
+    references: dict[tuple[int, ...], list[list[int]]] = {}
+    for row in range(len(split)):
+        tokens, targets = split.tokens[row].tolist(), split.targets[row].tolist()
+        scored = [index for index, target in enumerate(targets) if target != IGNORED]
+        if isinstance(split, CompletionSplit):  # prompt and answer are one sequence, and only the answer is scored
+            if scored != list(range(scored[0], scored[-1] + 1)):
+                raise ConfigError(
+                    "`data.generate` needs examples with one answer each, but one has several. Set it to false."
+                )
+            tokens = tokens[: scored[0] + 1]
+        references.setdefault(tuple(tokens), []).append([targets[index] for index in scored])
+    return references
+
+
+@torch.no_grad()
+def generate(
+    model: Any,
+    prompts: list[tuple[int, ...]],
+    *,
+    limit: int,
+    split: CompletionSplit | SequenceSplit,
+    config: RunConfig,
+    inputs: RunInputs,
+) -> list[list[int]]:
+    """Returns the tokens of an answer to each prompt: at most `limit`, without the end-of-text token."""
+    device = device_of(config.trainer)
+    continues = isinstance(split, CompletionSplit)
+    # A decoder continues its prompt, so padding goes left of it. An encoder only reads it, so padding goes right.
+    side = "left" if continues else "right"
+    rows = [torch.tensor(prompt) for prompt in prompts]
+    tokens = pad_sequence(rows, batch_first=True, padding_value=split.pad_token, padding_side=side)
+    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side=side)
+    model.to(device).eval()
+    end = None if inputs.base.tokenizer is None else inputs.base.tokenizer.eos_token_id
+    with inputs.autocast(config):
+        generated: Tensor = model.generate(
+            input_ids=tokens.to(device),
+            attention_mask=mask.to(device),
+            do_sample=False,
+            num_beams=1,
+            max_new_tokens=limit,
+            pad_token_id=split.pad_token,
+            eos_token_id=end,
+            use_cache=True,
+        )
+    model.cpu()
+    answers = generated[:, tokens.shape[1] if continues else 1 :].tolist()
+    return [answer[: answer.index(end)] if end in answer else answer for answer in answers]
+
+
+def _decode(rows: list[list[int]], inputs: RunInputs) -> list[str]:
+    assert inputs.base.tokenizer is not None
+    return [str(inputs.base.tokenizer.decode(row, skip_special_tokens=True)).strip() for row in rows]

@@ -27,8 +27,7 @@ from lorasweep.sweep.controller.storage import database_must_answer, flush_stora
 from lorasweep.sweep.controller.trial import REASON_ATTRIBUTE, SCORE_ATTRIBUTE, Trial
 from lorasweep.sweep.definition.arms import Arm
 from lorasweep.training.checkpoint import remove_checkpoints
-from lorasweep.training.run_log import RunPlace
-from lorasweep.training.run_record import prune_paused_run
+from lorasweep.training.run_log import RunPlace, prune_paused_run
 from lorasweep.training.telemetry import add_telemetry
 
 P = ParamSpec("P")

@@ -68,8 +68,7 @@ from lorasweep.training.packs.state import (
     write_pack_state,
 )
 from lorasweep.training.run import never_stop
-from lorasweep.training.run_log import Values
-from lorasweep.training.run_record import end_at_evaluation
+from lorasweep.training.run_log import Values, end_at_evaluation
 
 
 def train_pack(

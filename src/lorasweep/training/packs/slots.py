@@ -18,8 +18,7 @@ from lorasweep.training.checkpoint import find_checkpoint, save_checkpoint
 from lorasweep.training.components import finish_loggers, start_loggers
 from lorasweep.training.environment import device_of
 from lorasweep.training.inputs import RunInputs, describe_batching
-from lorasweep.training.run_log import RunLog, RunPlace, Values
-from lorasweep.training.run_record import open_record
+from lorasweep.training.run_log import RunLog, RunPlace, Values, open_record
 from lorasweep.training.telemetry import TrainingProgress
 
 
