@@ -54,7 +54,7 @@ def test_bf16_is_refused_on_a_gpu_without_it(monkeypatch):
 
 def test_a_gpu_is_refused_where_there_is_none(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ConfigError, match="`trainer.device` must be cpu"):
+    with pytest.raises(ConfigError, match=r"`trainer.device` must be cpu"):
         resolve_device(dataclasses.replace(TRAINER, device="gpu"))
 
 
@@ -71,15 +71,6 @@ def test_packages_have_versions():
     described = describe_packages()
     assert tuple(described) == RECORDED_PACKAGES
     assert described["torch"] == torch.__version__.split("+")[0] or described["torch"] == torch.__version__
-
-
-def test_a_checkout_says_its_commit(monkeypatch):
-    describe_code.cache_clear()
-    described = describe_code()
-    assert "version" in described
-    if "commit" in described:  # absent in an installed package
-        assert len(described["commit"]) == 40
-        assert described["modified"] in (True, False)
 
 
 def test_code_without_git_has_a_version_alone(monkeypatch):

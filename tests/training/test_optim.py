@@ -63,23 +63,22 @@ def test_a_schedule_that_falls_would_be_zero_right_after_the_last_step(name, war
 
 
 @pytest.mark.parametrize(
-    ("name", "theirs", "arguments"),
+    ("name", "arguments"),
     [
-        ("linear", "linear", {}),
-        ("cosine", "cosine", {}),
-        ("cosine", "cosine", {"num_cycles": 1.5}),
-        ("constant", "constant", {}),
-        ("constant_with_warmup", "constant_with_warmup", {}),
-        ("cosine_with_restarts", "cosine_with_restarts", {"num_cycles": 3}),
-        ("cosine_with_min_lr", "cosine_with_min_lr", {"min_lr_rate": 0.1}),
-        ("cosine_with_min_lr", "cosine_with_min_lr", {"min_lr": 0.01}),
-        ("polynomial", "polynomial", {"lr_end": 0.01, "power": 2.0}),
-        ("inverse_sqrt", "inverse_sqrt", {"timescale": 5}),
+        ("linear", {}),
+        ("cosine", {"num_cycles": 1.5}),
+        ("constant", {}),
+        ("constant_with_warmup", {}),
+        ("cosine_with_restarts", {"num_cycles": 3}),
+        ("cosine_with_min_lr", {"min_lr_rate": 0.1}),
+        ("cosine_with_min_lr", {"min_lr": 0.01}),
+        ("polynomial", {"lr_end": 0.01, "power": 2.0}),
+        ("inverse_sqrt", {"timescale": 5}),
     ],
 )
-def test_without_warm_up_a_schedule_is_transformers(name, theirs, arguments):
+def test_without_warm_up_a_schedule_is_transformers(name, arguments):
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
-    expected = get_scheduler(theirs, optimizer, 0, 20, scheduler_specific_kwargs=arguments).lr_lambdas[0]
+    expected = get_scheduler(name, optimizer, 0, 20, scheduler_specific_kwargs=arguments).lr_lambdas[0]
     schedule = make_schedule(name, 0.0, **arguments)
     found = [schedule_factor(schedule, step, max_steps=20, lr=0.1) for step in range(20)]
     assert found == [expected(step) for step in range(20)]
@@ -129,11 +128,8 @@ def test_a_run_of_one_step_has_a_rate(name):
 
 
 def test_each_group_has_its_own_rate_and_only_matrices_decay():
-    matrix, vector, b = (nn.Parameter(torch.ones(shape)) for shape in ((2, 3), (3,), (3, 2)))
-    groups = [
-        ParameterGroup(name="a", params=(matrix, vector), lr_factor=1.0),
-        ParameterGroup(name="b", params=(b,), lr_factor=16.0),
-    ]
+    groups = two_groups()
+    matrix, vector, b = (parameter for group in groups for parameter in group.params)
     optimizer = build_optimizer(OPTIM, groups)
     found = {id(p): (group["lr"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]}
     assert found == {id(matrix): (0.1, 0.5), id(vector): (0.1, 0.0), id(b): (pytest.approx(1.6), 0.5)}

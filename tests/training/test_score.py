@@ -20,7 +20,7 @@ from lorasweep.training.prepare import prepare_model
 from lorasweep.training.restore import restore_model
 from lorasweep.training.run import train_run
 from lorasweep.training.run_log import RunPlace
-from lorasweep.training.score import score_run
+from lorasweep.training.score import evaluate_model, score_run
 
 
 @pytest.fixture
@@ -69,6 +69,29 @@ def test_the_scores_are_those_of_the_best_weights_and_not_of_the_last(trained, i
         losses[which] = torch.nn.functional.cross_entropy(logits.flatten(0, 1), blocks[:, 1:].flatten()).item()
     assert scored.test["loss"] == pytest.approx(losses["best"], rel=1e-6)  # fp32 sums in another order
     assert scored.test["loss"] != pytest.approx(losses["last"], rel=1e-3)
+
+
+def evaluate(model, config, inputs):
+    return evaluate_model(model, inputs.splits.validation, task=inputs.splits.task, config=config, inputs=inputs)
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_the_best_weights_score_what_the_record_says(trained, make_config, inputs, method):
+    config, folder = make_config({"method": method}), trained({"method": method})
+    found = evaluate(restore_model(config, inputs.base, folder=folder / "best"), config, inputs)
+    assert found.values == {name: read_run(folder).best[name] for name in found.values}
+    assert len(found.examples.loss) == len(inputs.splits.validation)
+
+
+def test_an_evaluation_draws_nothing_and_returns_examples_in_the_order_of_the_split(make_config, inputs):
+    config = make_config({"trainer.eval_batch_size": 1})
+    model = prepare_model(config, inputs.base)
+    before = torch.get_rng_state()
+    together = evaluate(model, make_config(), inputs).examples
+    one_by_one = evaluate(model, config, inputs).examples
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not model.training
+    torch.testing.assert_close(together.loss, one_by_one.loss, rtol=1e-4, atol=1e-4)  # fp32, other batch shapes
 
 
 def test_bits_per_byte_count_the_bytes_of_the_test_part(trained, inputs):

@@ -73,11 +73,6 @@ def test_a_phase_ends_with_an_error_too_whatever_it_was_in_then(clock):
     assert seconds(telemetry.sample()) == {"training_s": 1, "saving_s": 2}
 
 
-def test_a_new_worker_has_done_nothing(clock):
-    usage = Telemetry().sample()
-    assert (seconds(usage), usage["wall_s"], usage["trained_tokens"]) == ({}, 0, 0)
-
-
 def test_two_sessions_add_times_and_tokens_and_keep_the_larger_peaks():
     first = {"wall_s": 2.0, "trained_tokens": 5.0, "peak_memory_bytes": 9.0}
     second = {"wall_s": 3.0, "trained_tokens": 1.0, "peak_memory_bytes": 7.0, "gpu_peak_memory_bytes": 4.0}

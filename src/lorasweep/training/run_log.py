@@ -173,14 +173,8 @@ def open_record(
     config: RunConfig, place: RunPlace, inputs: RunInputs, *, found: FoundCheckpoint, num_processes: int = 1
 ) -> RunRecord:
     """Returns a new record, or the record in the folder as it was at the checkpoint that was found."""
-    if found.path is None:
-        return _new_record(config, place, inputs, num_processes=num_processes, notes=found.notes)
-    return _reopen_record(place.folder, step=found.step, notes=found.notes)
-
-
-def _new_record(
-    config: RunConfig, place: RunPlace, inputs: RunInputs, *, num_processes: int, notes: Sequence[str]
-) -> RunRecord:
+    if found.path is not None:
+        return _reopen_record(place.folder, step=found.step, notes=found.notes)
     splits = {"train": inputs.splits.train, "validation": inputs.splits.validation}
     platform = describe_platform(inputs.precision, resolve_device(config.trainer))
     if num_processes > 1:
@@ -197,7 +191,7 @@ def _new_record(
         packages=describe_packages(),
         platform=platform,
         environment=describe_environment(),
-        notes=[*inputs.notes, *notes],
+        notes=[*inputs.notes, *found.notes],
         data={name: split.describe() for name, split in splits.items()},
         base=inputs.base.describe(),
         started_at=utc_now(),
