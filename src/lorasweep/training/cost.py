@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
 
-import psutil
 import torch
 from torch import Tensor
 
@@ -15,9 +14,8 @@ from lorasweep.config.run import OptimConfig, RunConfig
 from lorasweep.data.batching import EvaluationSampler
 from lorasweep.data.split import move_batch, repeat_batch
 from lorasweep.lora import split_lora_parameters
-from lorasweep.lora.packed.inject import set_row_lengths
 from lorasweep.methods import METHODS
-from lorasweep.training.environment import device_of
+from lorasweep.training.environment import device_of, peak_memory_bytes, reset_peak_memory
 from lorasweep.training.failures import memory_errors_as_ours
 from lorasweep.training.inputs import RunInputs
 from lorasweep.training.optim import build_optimizer
@@ -40,7 +38,7 @@ class RunCost:
     eval_s: float
     """Seconds of one evaluation, extrapolated from its longest batch."""
     memory_bytes: int
-    """Memory of the whole pack: the peak on the GPU, or without a GPU the process's memory after the measurement."""
+    """Peak memory of the whole pack, as `peak_memory_bytes` measures it."""
     trainable_params: int
 
 
@@ -56,6 +54,7 @@ def measure_run(config: RunConfig, *, inputs: RunInputs, slots: int | None = Non
         OutOfMemory: The run does not fit.
     """
     device, task, num = device_of(config.trainer), inputs.splits.task, slots or 1
+    reset_peak_memory()
     with memory_errors_as_ours(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         if slots is None:
             model = prepare_model(config, inputs.base).to(device)
@@ -67,10 +66,7 @@ def measure_run(config: RunConfig, *, inputs: RunInputs, slots: int | None = Non
             optimizer = StackedAdamW(split_lora_parameters(model), [config.optim] * slots)
         micros = first_micro_batches(config, inputs, slots=num, num_steps=1)
         train = inputs.splits.train
-        if slots is None:
-            batches = [move_batch(train.batch(micro.indices), device) for micro in micros]
-        else:
-            batches = [move_batch(slot_batch(train, [micro] * slots, model=model), device) for micro in micros]
+        batches = [move_batch(slot_batch(train, [micro] * num, model=model), device) for micro in micros]
 
         def step() -> None:
             if isinstance(optimizer, StackedAdamW):
@@ -99,14 +95,12 @@ def measure_run(config: RunConfig, *, inputs: RunInputs, slots: int | None = Non
                 task.score(model, held_out)
 
         step_s = _time(step, device) if optimizer is not None else 0.0
-        if slots is not None:
-            set_row_lengths(model, None)
         eval_s = _time(evaluate, device) / share
     return RunCost(
         slots=num,
         step_s=step_s / num,
         eval_s=eval_s / num,
-        memory_bytes=_memory_in_use(),
+        memory_bytes=peak_memory_bytes(),
         trainable_params=sum(p.numel() for p in model.parameters() if p.requires_grad) // num,
     )
 
@@ -121,9 +115,3 @@ def _time(action: Callable[[], None], device: torch.device) -> float:
             torch.cuda.synchronize()
         times.append(time.perf_counter() - started)
     return median(times[1:])
-
-
-def _memory_in_use() -> int:
-    if torch.cuda.is_available():
-        return int(torch.cuda.max_memory_allocated())
-    return int(psutil.Process().memory_info().rss)
