@@ -79,7 +79,7 @@ class Child:
         config = config_of(trainer__devices=2, **settings)
         try:
             record = train_run(
-                config, RunPlace(folder=self.out / name), inputs=self.inputs_cache.of(config), **(hooks or {})
+                config, RunPlace(folder=self.out / name), inputs=self.inputs_cache.load(config), **(hooks or {})
             )
             self.outcomes[name] = [record.status, record.steps_done, record.batching.get("too_large")]
         except Exception as error:
@@ -104,9 +104,9 @@ class Child:
         for strategy, variants in VARIANTS.items():
             for number, settings in enumerate(variants):
                 self.attempt(f"variant-{strategy}-{number}", trainer__strategy=strategy, **settings)
-        base = self.inputs_cache.of(self.base).base
+        base = self.inputs_cache.load(self.base).base
         self.outcomes["base"] = fingerprint_weights(base.model) == base.fingerprint
-        on_meta = self.inputs_cache.of(config_of(trainer__devices=2, trainer__strategy="fsdp")).base
+        on_meta = self.inputs_cache.load(config_of(trainer__devices=2, trainer__strategy="fsdp")).base
         self.outcomes["on meta"] = all(parameter.is_meta for parameter in on_meta.model.parameters())
 
     def end(self):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lorasweep.record import RunRecord, sha256_of, write_record
+from lorasweep.record import sha256_of
 from lorasweep.training.checkpoint import (
     FoundCheckpoint,
     find_checkpoint,
@@ -21,8 +21,7 @@ from lorasweep.training.checkpoint import (
 
 @pytest.fixture
 def run(tmp_path):
-    """A run's folder with its record and checkpoints of steps 2, 4 and 6."""
-    write_record(RunRecord(status="running", config={}, metric="loss", direction="minimize"), tmp_path)
+    """A run's folder with checkpoints of steps 2, 4 and 6."""
     for step in (2, 4, 6):
         save(tmp_path, step)
     return tmp_path
@@ -132,14 +131,12 @@ def test_a_write_that_fails_leaves_the_ones_before(run, monkeypatch):
     assert {path.name for path in run.iterdir()} == before
 
 
-def test_what_has_no_record_or_another_kind_is_not_gone_on_from(run, tmp_path):
+def test_a_checkpoint_of_another_kind_is_not_found(run):
     assert find_checkpoint(run, kind="slot") == FoundCheckpoint()
-    (run / "run.json").write_text("{")
-    assert find_checkpoint(run, kind="last") == FoundCheckpoint()
 
 
 def test_files_of_other_names_are_left_alone(run):
     (run / "last-mine.ckpt").write_text("mine")
     save(run, 8)
     remove_checkpoints(run)
-    assert {path.name for path in run.iterdir()} == {"run.json", "last-mine.ckpt"}
+    assert {path.name for path in run.iterdir()} == {"last-mine.ckpt"}

@@ -14,9 +14,9 @@ def test_a_bench_is_loaded_once_for_all_runs_that_can_share_it(make_config, monk
     loaded = []
     monkeypatch.setattr(workbench_file, "build_inputs", lambda config, telemetry: loaded.append(config) or object())
     inputs_cache = InputsCache()
-    first = inputs_cache.of(make_config())
-    assert inputs_cache.of(make_config({"method": "full", "optim.lr": 1.0, "trainer.max_steps": 9})) is first
-    assert inputs_cache.of(make_config({"data.block_length": 16})) is not first
+    first = inputs_cache.load(make_config())
+    assert inputs_cache.load(make_config({"method": "full", "optim.lr": 1.0, "trainer.max_steps": 9})) is first
+    assert inputs_cache.load(make_config({"data.block_length": 16})) is not first
     assert len(loaded) == 2
 
 

@@ -134,7 +134,7 @@ def test_scoring_on_test_data_is_evaluating(make_config, inputs, fresh, tmp_path
 
 def test_all_that_a_process_loads_is_on_one_clock(make_config):
     inputs_cache = InputsCache()
-    inputs = inputs_cache.of(make_config())
+    inputs = inputs_cache.load(make_config())
     assert inputs.telemetry is inputs_cache.telemetry
     assert inputs_cache.telemetry.sample()["loading_s"] > 0
 

@@ -31,7 +31,7 @@ def check_definition(definition: Definition, inputs_cache: InputsCache) -> None:
             if arm.space:
                 propose(arm, [], number=0, direction="minimize")
             for config in arm.corners:
-                inputs = inputs_cache.of(config)
+                inputs = inputs_cache.load(config)
                 check_run(config, inputs.base)
                 if not definition.sweep_config.confirm.seeds:
                     continue
@@ -47,7 +47,7 @@ def sweep_metric(definition: Definition, inputs_cache: InputsCache) -> str:
     Raises:
         ConfigError: The arms have different metrics.
     """
-    metrics = sorted({inputs_cache.of(arm.corners[0]).splits.metric for arm in definition.arms})
+    metrics = sorted({inputs_cache.load(arm.corners[0]).splits.metric for arm in definition.arms})
     if len(metrics) > 1:
         raise ConfigError(f"all arms must have one `data.metric`, but got {', '.join(metrics)}.")
     return metrics[0]
@@ -55,4 +55,4 @@ def sweep_metric(definition: Definition, inputs_cache: InputsCache) -> str:
 
 def data_notes(definition: Definition, inputs_cache: InputsCache) -> list[str]:
     """Returns the sentences on the data of the arms and on the attention that was chosen, each sentence once."""
-    return list(dict.fromkeys(note for arm in definition.arms for note in inputs_cache.of(arm.corners[0]).notes))
+    return list(dict.fromkeys(note for arm in definition.arms for note in inputs_cache.load(arm.corners[0]).notes))

@@ -5,7 +5,6 @@ A file whose content does not match its name is damaged. It is never loaded: the
 
 from __future__ import annotations
 
-import io
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,8 +15,7 @@ from typing import Any, Literal
 import torch
 
 from lorasweep.disk import move_into_place, temporary_name
-from lorasweep.errors import RecordError
-from lorasweep.record import read_run, sha256_of
+from lorasweep.record import sha256_of
 
 Kind = Literal["last", "slot"]
 """`last`: Lightning's checkpoint of a run that trains alone. `slot`: of a run in a pack."""
@@ -56,10 +54,6 @@ def find_checkpoint(folder: Path, *, kind: Kind, step: int | None = None) -> Fou
         kind: Whether the run resumes alone or in a pack.
         step: The wanted step; later checkpoints are ignored. 0 is the beginning, without a checkpoint. None: any step.
     """
-    try:
-        read_run(folder)
-    except RecordError:  # a run can't resume without its record
-        return FoundCheckpoint()
     paths = [path for path in _newest_first(folder, kind) if step is None or _step(path) <= step]
     damaged = [step] if step and not any(_step(path) == step for path in paths) else []
     found = FoundCheckpoint()
@@ -99,10 +93,10 @@ def _step(path: Path) -> int:
 
 def _read(path: Path) -> dict[str, Any] | None:
     """Returns the state in a checkpoint; None if it is damaged or has more than tensors and plain values."""
-    if not path.is_file() or sha256_of(path) != path.stem.split("-")[2]:
+    if sha256_of(path) != path.stem.split("-")[2]:
         return None
     try:
-        state = torch.load(io.BytesIO(path.read_bytes()), map_location="cpu", weights_only=True)
-    except (UnpicklingError, RuntimeError):
-        return None  # it has a matching name, but torch did not write it or it would run code
-    return state if isinstance(state, dict) else None
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except (UnpicklingError, RuntimeError):  # another program wrote it under a matching name
+        return None
+    return state

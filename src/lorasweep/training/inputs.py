@@ -85,7 +85,7 @@ class InputsCache:
         self.telemetry = Telemetry()
         self._loaded: dict[tuple[Any, ...], RunInputs] = {}
 
-    def of(self, config: RunConfig) -> RunInputs:
+    def load(self, config: RunConfig) -> RunInputs:
         key = _settings_of_inputs(config)
         if key not in self._loaded:
             with self.telemetry.phase("loading"):

@@ -94,7 +94,7 @@ def render_plan(definition: Definition, plans: Sequence[ArmPlan]) -> RenderableT
 
 def _plan_arm(arm: Arm, packing: ArmPacking, inputs_cache: InputsCache, *, seeds: int) -> ArmPlan:
     config = packing.largest
-    inputs = inputs_cache.of(config)
+    inputs = inputs_cache.load(config)
     slots: int | None = None
     if packing.key is not None:
         wanted = arm.sweep_config.worker.pack_size

@@ -210,7 +210,7 @@ class WorkerActor:
         """Trains a run together with the other ranks, as the rank that the environment variables `ranks` describe."""
         os.environ.update(ranks)
         try:
-            train_run(config, place, inputs=self._inputs_cache.of(config), resume=resume)
+            train_run(config, place, inputs=self._inputs_cache.load(config), resume=resume)
         except BaseException as error:
             # an error of ours is raised by all ranks; after any other one the others would wait for this process
             if not isinstance(error, LoraSweepError) or isinstance(error, RanksLost):

@@ -136,7 +136,7 @@ class Worker:
             return (self.train_alone or train_run)(
                 assignment.config,
                 assignment.place,
-                inputs=self.inputs_cache.of(assignment.config),
+                inputs=self.inputs_cache.load(assignment.config),
                 on_evaluation=lambda step, values: self.report([(assignment, step, values)])[0],
                 stop_requested=self.stop_requested,
                 resume=True,
@@ -148,7 +148,7 @@ class Worker:
 
     def _score(self, assignment: Assignment) -> Outcome:
         try:
-            inputs = self.inputs_cache.of(assignment.config)
+            inputs = self.inputs_cache.load(assignment.config)
             record = score_run(assignment.place.folder, inputs=inputs)
             self.controller.note(inputs.splits.test().notes)
         except WorkerError:
@@ -188,7 +188,7 @@ class Worker:
         try:
             is_done = train_pack(
                 requests,
-                inputs=self.inputs_cache.of(first[0].config),
+                inputs=self.inputs_cache.load(first[0].config),
                 slots=slots,
                 next_run=pack.next_run,
                 on_evaluation=pack.report,
@@ -229,7 +229,7 @@ class Worker:
     def _measure_slots(self, arm: Arm) -> int | None:
         config = self._plans[arm.name].largest
         trials = math.ceil(sum(mate.trials for mate in self._pack_mates(arm)) / self.num_workers)
-        chosen = choose_pack_size(config, inputs=self.inputs_cache.of(config), trials_left=trials)
+        chosen = choose_pack_size(config, inputs=self.inputs_cache.load(config), trials_left=trials)
         self.controller.note([chosen.reason])
         return None if chosen.slots == 1 else chosen.slots
 
