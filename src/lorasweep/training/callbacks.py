@@ -6,6 +6,7 @@ A user's own Trainer needs none of them; the model's side of training is in `mod
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,39 +33,28 @@ class RunStopped(BaseException):
     """Leaves Lightning's loop at once (`trainer.should_stop` would evaluate first)."""
 
 
+@dataclass(kw_only=True, eq=False)
 class RunCallback(lightning.Callback):
     """Writes the run's folder, reports evaluations, and ends the session when asked to.
 
     If several processes train the run, the first alone writes and reports, and all of them follow its decision.
-
-    Attributes:
-        evaluated_step: Step of the last evaluation.
-        paused: Whether the run was paused.
     """
 
-    def __init__(
-        self,
-        on_evaluation: OnEvaluation,
-        stop_requested: Callable[[], bool],
-        *,
-        run_log: RunLog | None,
-        folder: Path,
-        config: TrainerConfig,
-        start_step: int,
-        telemetry: Telemetry,
-    ) -> None:
-        """Takes the run's log on the first process, and None on the others."""
-        self.on_evaluation = on_evaluation
-        self.stop_requested = stop_requested
-        self.run_log = run_log  # not named `log`, because Lightning gives every callback a `log`
-        self.folder = folder
-        self.config = config
-        self.telemetry = telemetry
-        self.lr = 0.0
-        self.logged_step = start_step
-        self.counted_tokens = 0
-        self.evaluated_step = -1
-        self.paused = False
+    on_evaluation: OnEvaluation
+    stop_requested: Callable[[], bool]
+    folder: Path
+    config: TrainerConfig
+    telemetry: Telemetry
+    run_log: RunLog | None
+    """None on all processes but the first."""
+    logged_step: int
+    """Last step that was logged; at first the step at which the session begins."""
+    lr: float = 0.0
+    counted_tokens: int = 0
+    evaluated_step: int = -1
+    """Step of the last evaluation."""
+    paused: bool = False
+    """Whether the run was paused."""
 
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self.counted_tokens = _training_module(pl_module).progress.tokens_trained  # earlier sessions counted them

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import lightning
@@ -56,13 +57,9 @@ def train_run(
 ) -> RunRecord:
     """Trains one run and returns its record, which is also in its folder.
 
-    A paused run (status `paused`) keeps its checkpoint and resumes in a later call. A run that was killed may report
-    evaluations again, with the same values. If several processes train the run, each of them calls this function; the
-    first alone writes and calls `on_evaluation`.
-
-    A run that runs out of memory begins again with micro-batches of half the size and twice as many per step, down to
-    one example. It learns the same, because the batch of a step stays the same. With several processes, the process
-    that ran out of memory ends and with it the others; the run begins again when it is started again.
+    If several processes train the run, each of them calls this function; the first alone writes and reports. A killed
+    run may report evaluations again, with the same values. A run that runs out of memory begins again with
+    micro-batches of half the size, down to one example. It learns the same, because the batch of a step stays the same.
 
     Args:
         config: The run's settings. `inputs` must have their model, data and precision.
@@ -76,7 +73,8 @@ def train_run(
     Raises:
         Diverged: The loss became NaN or infinite. The record says `failed`.
         OutOfMemory: One example per micro-batch does not fit. The record says `infeasible`.
-        RanksLost: Another process is gone, or one ran out of memory. The record says `interrupted`.
+        RanksLost: Another process is gone, or one of several ran out of memory. The record says `interrupted`, and the
+            run resumes, with smaller micro-batches if memory ran out, when it is started again.
     """
     too_large: list[int] = []
     while True:
@@ -84,8 +82,15 @@ def train_run(
             with inputs.telemetry.phase("loading"), join_processes(config.trainer) as group:
                 if group.world_size > 1:
                     require_same(inputs.fingerprints())
-                session = _Session(config, place, inputs, group=group)
-                return session.run(on_evaluation, stop_requested, resume=resume, too_large=too_large)
+                session = _Session(
+                    config=config,
+                    place=place,
+                    inputs=inputs,
+                    group=group,
+                    on_evaluation=on_evaluation,
+                    stop_requested=stop_requested,
+                )
+                return session.run(resume=resume, too_large=too_large)
         except OutOfMemory:
             record = read_run(place.folder)
             micro_batches = int(record.batching.get("micro_batches", 1))
@@ -99,52 +104,47 @@ def train_run(
             torch.cuda.empty_cache()
 
 
+@dataclass(kw_only=True)
 class _Session:
     """One training from its beginning or a checkpoint to an end or an error, on each of its processes."""
 
-    def __init__(self, config: RunConfig, place: RunPlace, inputs: RunInputs, *, group: Fabric) -> None:
-        self.config = config
-        self.place = place
-        self.folder = place.folder
-        self.inputs = inputs
-        self.group = group
-        self.log: RunLog | None = None
-        """Writes the run's folder; only on the first process."""
+    config: RunConfig
+    place: RunPlace
+    inputs: RunInputs
+    group: Fabric
+    on_evaluation: OnEvaluation
+    stop_requested: Callable[[], bool]
+    log: RunLog | None = None
+    """Writes the run's folder; only on the first process."""
 
-    def run(
-        self,
-        on_evaluation: OnEvaluation,
-        stop_requested: Callable[[], bool],
-        *,
-        resume: bool,
-        too_large: list[int],
-    ) -> RunRecord:
+    def run(self, *, resume: bool, too_large: list[int]) -> RunRecord:
         """Trains to an end or an error, and closes the record.
 
         `too_large` has the micro-batches per step of the attempts that ran out of memory, in order.
         """
+        folder = self.place.folder
         record, checkpoint, start_step = on_first(self.group, lambda: self._open(resume=resume, too_large=too_large))
         end = None if checkpoint is None else end_at_evaluation(record, self.config.trainer, pauses=False)
         if end is not None:  # killed after its last evaluation, which must not be written a second time
             return on_first(self.group, lambda: self._close(*end))
         reset_peak_memory()
         callback = RunCallback(
-            on_evaluation,
-            stop_requested,
-            run_log=self.log,
-            folder=self.folder,
+            on_evaluation=self.on_evaluation,
+            stop_requested=self.stop_requested,
+            folder=folder,
             config=self.config.trainer,
-            start_step=start_step,
             telemetry=self.inputs.telemetry,
+            run_log=self.log,
+            logged_step=start_step,
         )
         try:
             with memory_errors_as_ours():
                 status, reason = self._train(record, callback, checkpoint=checkpoint)
         except BaseException as caught:
             micro_batches = int(record.batching["micro_batches"])
-            error = explain_failure(caught, group=self.group, folder=self.folder, micro_batches=micro_batches)
+            error = explain_failure(caught, group=self.group, folder=folder, micro_batches=micro_batches)
             if self.log is not None:
-                status = status_after(error, self.folder)
+                status = status_after(error, folder)
                 # a paused run stays paused, whatever ends the process
                 if (self.log.record.status, status) != ("paused", "interrupted"):
                     self._close(status, describe_failure(error))
@@ -155,7 +155,7 @@ class _Session:
 
     def _open(self, *, resume: bool, too_large: list[int]) -> tuple[RunRecord, Path | None, int]:
         """Opens record and log on the first process. Returns the record, the checkpoint to resume from and its step."""
-        config, folder, inputs = self.config, self.folder, self.inputs
+        config, folder, inputs = self.config, self.place.folder, self.inputs
         did_not_fit = take_failure_note(folder) if resume else None
         if did_not_fit is not None:  # one of several processes ran out of memory, and the run was started again
             too_large = [*read_run(folder).batching.get("too_large", []), did_not_fit]
@@ -185,7 +185,7 @@ class _Session:
         if status != "paused":  # `RunCallback` has closed a paused run, before its checkpoint
             self.log.close(status, reason)
             if status != "interrupted":
-                remove_checkpoints(self.folder)
+                remove_checkpoints(self.place.folder)
         return self.log.record
 
     def _train(
@@ -201,7 +201,7 @@ class _Session:
         callbacks = [*build_callbacks(config), callback]
         if config.optim.ema_decay is not None:
             callbacks.append(WeightAveraging(config.optim.ema_decay))
-        loggers = start_loggers(config, self.folder, is_first=self.group.is_global_zero)
+        loggers = start_loggers(config, self.place.folder, is_first=self.group.is_global_zero)
         status: RunStatus = "complete"
         try:
             with quiet_lightning(), deterministic_algorithms(config.trainer.deterministic):
@@ -260,7 +260,7 @@ class _Session:
             enable_model_summary=False,
             accumulate_grad_batches=accumulate,
             gradient_clip_val=config.optim.clip_norm,  # the module clips by itself, except under DeepSpeed
-            default_root_dir=self.folder,
+            default_root_dir=self.place.folder,
         )
         # Lightning's SIGTERM handler sends a message to the other processes, whatever they are doing, and raises in the
         # middle of a step. The process keeps its own handler instead.
