@@ -55,6 +55,7 @@ def measure_run(config: RunConfig, *, inputs: RunInputs, slots: int | None = Non
     """
     device, task, num = device_of(config.trainer), inputs.splits.task, slots or 1
     reset_peak_memory()
+    # forked, because a measurement must not change what later runs draw
     with memory_errors_as_ours(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         if slots is None:
             model = prepare_model(config, inputs.base).to(device)
@@ -85,6 +86,7 @@ def measure_run(config: RunConfig, *, inputs: RunInputs, slots: int | None = Non
                 loss.backward()  # type: ignore[no-untyped-call]
             return loss
 
+        # The longest batch stands for all: an evaluation takes as long as its number of tokens says.
         split = inputs.splits.validation
         longest = EvaluationSampler(split, batch_size=max(1, config.trainer.eval_batch_size // num)).batches[-1]
         held_out = repeat_batch(move_batch(split.batch(longest), device), slots=num)

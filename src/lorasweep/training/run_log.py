@@ -195,7 +195,7 @@ def open_record(
         data={name: split.describe() for name, split in splits.items()},
         base=inputs.base.describe(),
         started_at=utc_now(),
-        steps_planned=0 if config.method.name == "frozen" else config.trainer.max_steps,
+        steps_planned=0 if config.method.name == "frozen" else config.trainer.max_steps,  # `frozen` trains nothing
         total_params=inputs.base.num_parameters,
     )
 

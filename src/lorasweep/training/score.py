@@ -162,6 +162,7 @@ def generate(
     tokens = pad_sequence(rows, batch_first=True, padding_value=split.pad_token, padding_side=side)
     mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side=side)
     model.to(device).eval()
+    # without a tokenizer no answer ends before the limit
     end = None if inputs.base.tokenizer is None else inputs.base.tokenizer.eos_token_id
     with inputs.autocast(config):
         generated: Tensor = model.generate(
@@ -175,6 +176,7 @@ def generate(
             use_cache=True,
         )
     model.cpu()
+    # a decoder returns its prompt before the answer, an encoder-decoder model its start token
     answers = generated[:, tokens.shape[1] if continues else 1 :].tolist()
     return [answer[: answer.index(end)] if end in answer else answer for answer in answers]
 
