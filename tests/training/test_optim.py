@@ -108,7 +108,7 @@ def test_a_schedule_may_stay_at_its_peak_and_fall_at_the_end():
             "`schedule.power` is not a setting. The settings of `schedule=linear` are name, warmup_fr",
         ),
         ("polynomial", {"lr_end": 0.2}, "`schedule` must have valid arguments for .*'polynomial'"),
-        ("warmup_stable_decay", {"decay_fraction": 1.5}, "`0 <= schedule.decay_fraction < 1` must hold, but got 1.5."),
+        ("warmup_stable_decay", {"decay_fraction": 1.5}, "`schedule.decay_fraction < 1` must hold, but got 1.5."),
         (
             "warmup_stable_decay",
             {"decay_fraction": 0.1, "decay_type": "step"},
