@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
@@ -52,12 +53,8 @@ class FsdpStrategy(ModelParallelStrategy):
         self.lightning_module.load_state_dict(state, strict=strict)
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        state: dict[str, Any] = Strategy.optimizer_state(self, optimizer)
-        moments = {
-            index: {name: whole(value) if isinstance(value, Tensor) else value for name, value in values.items()}
-            for index, values in state["state"].items()
-        }
-        return {**state, "state": moments}
+        state: dict[str, Any] = apply_to_collection(Strategy.optimizer_state(self, optimizer), Tensor, whole)
+        return state
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         states = []
