@@ -20,7 +20,7 @@ from lorasweep.training.failures import memory_errors_as_ours
 from lorasweep.training.inputs import RunInputs
 from lorasweep.training.optim import build_optimizer
 from lorasweep.training.packs.optim import StackedAdamW
-from lorasweep.training.packs.pack import slot_batch, slot_losses
+from lorasweep.training.packs.pack import slot_losses
 from lorasweep.training.packs.size import build_pack, first_micro_batches
 from lorasweep.training.prepare import prepare_model
 
@@ -67,7 +67,7 @@ def measure_run(config: RunConfig, *, inputs: RunInputs, slots: int | None = Non
             optimizer = StackedAdamW(split_lora_parameters(model), [config.optim] * slots)
         micros = first_micro_batches(config, inputs, slots=num, num_steps=1)
         train = inputs.splits.train
-        batches = [move_batch(slot_batch(train, [micro] * num, model=model), device) for micro in micros]
+        batches = [move_batch(train.batch([*micro.indices] * num, slots=num), device) for micro in micros]
 
         def step() -> None:
             if isinstance(optimizer, StackedAdamW):
