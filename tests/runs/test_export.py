@@ -285,10 +285,6 @@ BROKEN = [
     ),
     (lambda run: change_record(run, config={"method": {"name": "lora"}}), "settings of this version"),
     (
-        lambda run: change_record(run, platform={}),
-        "`precision`.*None",
-    ),
-    (
         lambda run: change_record(run, platform={"precision": "bf16"}),
         "bf16.*'embedded:tiny'",
     ),

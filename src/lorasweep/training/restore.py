@@ -140,4 +140,6 @@ def check_kept_files(record: RunRecord, run: Path, *, part: str) -> None:
     for name, kept in record.files.items():
         file = run / name
         if name.startswith(f"{part}/") and not (file.is_file() and sha256_of(file) == kept["sha256"]):
-            raise RecordError(f"{str(file)!r} must be as the run wrote it, but is gone or has changed. Run it again.")
+            raise RecordError(
+                f"{str(file)!r} must be as the run wrote it, but is missing or has changed. Train the run again."
+            )

@@ -62,7 +62,7 @@ def inspect_sweep(folder: Path, *, inputs: RunInputs | None = None, scores: bool
             continue
         try:
             run = read_finished_run(folder_of_run(folder, winner.run))
-            inspections[arm] = measure_run(run, inputs or inputs_cache.of(run.config), scores=scores)
+            inspections[arm] = measure_run(run, inputs or inputs_cache.load(run.config), scores=scores)
         except RecordError as error:
             problems.append(f"Arm `{arm}` can't be inspected: {error}")
     if not inspections:
