@@ -239,11 +239,8 @@ def test_a_profiler_writes_into_the_runs_folder(tmp_path, make_config, inputs, p
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (
-            {"logger": "wandb"},
-            "`logger.wandb` needs the package 'wandb', which is not installed. Run `pip install wandb`",
-        ),
-        ({"logger": "mlflow"}, "`logger.mlflow` needs the package 'mlflow', which is not installed. Run `pip install"),
+        ({"logger": "wandb"}, "`logger.wandb` .*`pip install wandb`"),
+        ({"logger": "mlflow"}, "`logger.mlflow` .*`pip install mlflow`"),
         ({"logger": "csv", "logger.csv.flush": 1}, "`logger.csv` must have arguments that 'lightning.pytorch.loggers"),
         ({"logger.a._target_": "lightning.pytorch.callbacks.Timer"}, "`logger.a._target_` must be a subclass of"),
         ({"callbacks.a._target_": "lightning.pytorch.loggers.CSVLogger"}, "`callbacks.a._target_` must be a subclass"),

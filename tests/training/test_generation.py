@@ -1,4 +1,4 @@
-"""Answers to the prompts of a split: the same alone and in batches, and scored against all answers that are given."""
+"""Answers to the prompts of a split: the same alone and in batches, and scored against all references."""
 
 from __future__ import annotations
 
@@ -110,6 +110,6 @@ def test_several_answers_in_a_row_are_refused():
         gather_references(split)
 
 
-def test_a_model_that_cant_generate_is_refused(inputs, config):
-    with pytest.raises(ConfigError, match=r"`data.generate` needs a model of transformers that generates text"):
+def test_a_model_that_cannot_generate_is_refused(inputs, config):
+    with pytest.raises(ConfigError, match=r"`data.generate`"):
         score_answers(torch.nn.Linear(2, 2), completion_split(ANSWERS), config=config, inputs=inputs)

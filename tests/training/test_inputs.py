@@ -1,8 +1,8 @@
-"""What runs share is loaded once, and says how it was made."""
+"""Model and data that runs share are loaded once, and the record says how."""
 
 from dataclasses import replace
 
-import lorasweep.training.inputs as workbench_file
+import lorasweep.training.inputs as inputs_file
 from lorasweep.models.attention import AttentionChoice
 from lorasweep.record import read_run
 from lorasweep.training.inputs import InputsCache
@@ -10,9 +10,9 @@ from lorasweep.training.run import train_run
 from lorasweep.training.run_log import RunPlace
 
 
-def test_a_bench_is_loaded_once_for_all_runs_that_can_share_it(make_config, monkeypatch):
+def test_inputs_are_loaded_once_for_all_runs_that_can_share_them(make_config, monkeypatch):
     loaded = []
-    monkeypatch.setattr(workbench_file, "build_inputs", lambda config, telemetry: loaded.append(config) or object())
+    monkeypatch.setattr(inputs_file, "build_inputs", lambda config, telemetry: loaded.append(config) or object())
     inputs_cache = InputsCache()
     first = inputs_cache.load(make_config())
     assert inputs_cache.load(make_config({"method": "full", "optim.lr": 1.0, "trainer.max_steps": 9})) is first

@@ -1,4 +1,4 @@
-"""A run can be repeated, stopped and gone on with, and says on disk whatever became of it."""
+"""A run can be repeated, stopped and resumed, and its folder says how it ended."""
 
 from __future__ import annotations
 
@@ -418,7 +418,7 @@ def test_a_paused_run_is_pruned_once_and_its_checkpoints_are_gone(tmp_path, make
 
 def test_a_run_that_is_not_paused_is_not_pruned(tmp_path, make_config, inputs):
     train(tmp_path, make_config(), inputs=inputs)
-    with pytest.raises(RecordError, match=r"must be paused before it is pruned, but .* is complete"):
+    with pytest.raises(RecordError, match=r"must be paused .* is complete"):
         prune_paused_run(tmp_path, reason="its sweep ended")
     assert read_run(tmp_path).status == "complete"
 
@@ -492,7 +492,7 @@ def damage(monkeypatch, action, *, training):
 
 def test_a_loss_that_is_nan_ends_the_run_at_the_next_evaluation(tmp_path, make_config, inputs, monkeypatch):
     damage(monkeypatch, lambda values: values * math.nan, training=True)
-    with pytest.raises(Diverged, match=r"the training loss became NaN or infinite at step 1. Lower `optim.lr`."):
+    with pytest.raises(Diverged, match=r"training loss .* at step 1. Lower `optim.lr`"):
         train(tmp_path, make_config(), inputs=inputs)
     assert [row[1] for row in losses(tmp_path)] == [None, None]
     assert read_run(tmp_path).status == "failed"
@@ -722,5 +722,5 @@ def test_a_run_with_a_running_mean_goes_on_exactly(tmp_path, make_config, inputs
 
 
 def test_a_rate_of_a_head_that_there_is_not_is_refused(make_config, inputs):
-    with pytest.raises(ConfigError, match=r"`optim.lr_ratio_head` must be 1 for a model without a new head"):
+    with pytest.raises(ConfigError, match=r"`optim.lr_ratio_head` must be 1"):
         check_run(make_config({"optim.lr_ratio_head": 5.0}), inputs.base)

@@ -1,4 +1,4 @@
-"""Each second of a worker belongs to one phase, tokens are counted once, and looking costs nothing that matters."""
+"""Each second of a worker belongs to one phase, and tokens are counted once."""
 
 from __future__ import annotations
 
