@@ -16,7 +16,7 @@ from lorasweep.data.split import move_batch, repeat_batch
 from lorasweep.lora import split_lora_parameters
 from lorasweep.methods import METHODS
 from lorasweep.training.environment import device_of, peak_memory_bytes, reset_peak_memory
-from lorasweep.training.failures import memory_errors_as_ours
+from lorasweep.training.failures import convert_memory_errors
 from lorasweep.training.inputs import RunInputs
 from lorasweep.training.optim import build_optimizer
 from lorasweep.training.packs.optim import StackedAdamW
@@ -56,7 +56,7 @@ def measure_run(config: RunConfig, *, inputs: RunInputs, slots: int | None = Non
     device, task, num = device_of(config.trainer), inputs.splits.task, slots or 1
     reset_peak_memory()
     # forked, because a measurement must not change what later runs draw
-    with memory_errors_as_ours(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    with convert_memory_errors(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         if slots is None:
             model = prepare_model(config, inputs.base).to(device)
             groups = METHODS[config.method.name].trainable_groups(model, lr_ratio_b=config.optim.lr_ratio_b)

@@ -30,7 +30,7 @@ FAILURE_WAIT_S = 3.0
 
 
 @contextmanager
-def memory_errors_as_ours() -> Iterator[None]:
+def convert_memory_errors() -> Iterator[None]:
     """Raises `OutOfMemory` instead of the exceptions by which Python and torch say that memory ran out."""
     try:
         yield

@@ -23,9 +23,9 @@ from lorasweep.training.components import build_callbacks, build_profiler, finis
 from lorasweep.training.data_module import DataModule
 from lorasweep.training.environment import deterministic_algorithms, reset_peak_memory, resolve_device
 from lorasweep.training.failures import (
+    convert_memory_errors,
     describe_failure,
     explain_failure,
-    memory_errors_as_ours,
     status_after,
     take_failure_note,
 )
@@ -138,7 +138,7 @@ class _Session:
             logged_step=start_step,
         )
         try:
-            with memory_errors_as_ours():
+            with convert_memory_errors():
                 status, reason = self._train(record, callback, checkpoint=checkpoint)
         except BaseException as caught:
             micro_batches = int(record.batching["micro_batches"])

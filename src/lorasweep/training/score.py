@@ -20,7 +20,7 @@ from lorasweep.disk import csv_text, write_atomically
 from lorasweep.errors import ConfigError
 from lorasweep.record import TEST_SCORES_FILE, RunRecord, read_run, sha256_of, write_record
 from lorasweep.training.environment import device_of
-from lorasweep.training.failures import memory_errors_as_ours
+from lorasweep.training.failures import convert_memory_errors
 from lorasweep.training.inputs import RunInputs
 from lorasweep.training.restore import restore_config, restore_model
 
@@ -53,7 +53,7 @@ def score_run(folder: Path, *, inputs: RunInputs) -> RunRecord:
     split = inputs.splits.test()
     task = inputs.splits.task_of(split)
     model = restore_model(config, inputs.whole_base(config), folder=folder / "best")
-    with memory_errors_as_ours(), inputs.telemetry.phase("evaluating"):
+    with convert_memory_errors(), inputs.telemetry.phase("evaluating"):
         values, examples = evaluate_model(model, split, task=task, config=config, inputs=inputs)
         generates = isinstance(config.data, ChatConfig) and config.data.generate
         answers = score_answers(model, split, config=config, inputs=inputs) if generates else {}

@@ -54,7 +54,7 @@ from lorasweep.methods import add_head_to_modules_to_save, copy_sharing_weights,
 from lorasweep.record import RunStatus
 from lorasweep.training.checkpoint import remove_checkpoints, remove_older_checkpoints
 from lorasweep.training.environment import deterministic_algorithms, device_of, reset_peak_memory
-from lorasweep.training.failures import memory_errors_as_ours, status_after
+from lorasweep.training.failures import convert_memory_errors, status_after
 from lorasweep.training.inputs import RunInputs, resolve_accumulate
 from lorasweep.training.optim import schedule_factor
 from lorasweep.training.packs.optim import StackedAdamW
@@ -111,7 +111,7 @@ def train_pack(
     settings = requests[0].config.trainer
     try:
         with (
-            memory_errors_as_ours(),
+            convert_memory_errors(),
             deterministic_algorithms(settings.deterministic),
             inputs.telemetry.phase("loading"),
         ):

@@ -18,7 +18,7 @@ from lorasweep.errors import OutOfMemory
 from lorasweep.lora import inject_packed_lora
 from lorasweep.methods import add_head_to_modules_to_save, copy_sharing_weights, draw_head
 from lorasweep.training.environment import Precision, device_of
-from lorasweep.training.failures import memory_errors_as_ours
+from lorasweep.training.failures import convert_memory_errors
 from lorasweep.training.inputs import RunInputs, resolve_accumulate
 from lorasweep.training.memory import count_saved_bytes, machine_memory_bytes
 from lorasweep.training.packs.pack import slot_batch, slot_losses
@@ -66,7 +66,7 @@ def choose_pack_size(config: RunConfig, *, inputs: RunInputs, trials_left: int) 
     device = device_of(config.trainer)
     base = sum(tensor.nbytes for tensor in (*inputs.base.model.parameters(), *inputs.base.model.buffers()))
     try:
-        with memory_errors_as_ours(), inputs.telemetry.phase("loading"):
+        with convert_memory_errors(), inputs.telemetry.phase("loading"):
             slot_bytes = count_slot_bytes(config, inputs=inputs)
     except OutOfMemory:
         return PackSize(1, "Trials run alone, because memory ran out in a forward pass of one of them.")
