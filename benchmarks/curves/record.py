@@ -186,7 +186,7 @@ class LoraPack:
         start = functools.partial(draw_head, names=inputs.base.head)
         generators = [torch.Generator().manual_seed(seeds.init) for _ in configs]
         methods = [add_head_to_modules_to_save(_lora(config), inputs.base.head) for config in configs]
-        inject_packed_lora(self.model, methods, generators=generators, start=start)
+        inject_packed_lora(self.model, methods, generators=generators, prepare_copy=start)
         self.model.train()
         self.optimizer = StackedAdamW(split_lora_parameters(self.model), [config.optim for config in configs])
         self.streams = [torch.Generator().manual_seed(seeds.dropout) for _ in configs]

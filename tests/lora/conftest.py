@@ -85,6 +85,6 @@ def check_shapes(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
     """Checks the shapes in the signatures of `lora.functional` at each call that a layer makes."""
     if "compiles" in request.node.name:  # the check itself would break the graph
         return
-    for name in ("lora_linear", "linear_change", "embedding_change", "conv2d_change"):
+    for name in ("lora_linear", "linear_update", "embedding_update", "conv2d_update"):
         checked = jaxtyped(typechecker=beartype)(getattr(functional, name))
         monkeypatch.setattr(layers, name, checked)

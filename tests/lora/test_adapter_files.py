@@ -136,14 +136,14 @@ def test_another_base_is_refused_by_its_shapes(saved: Path) -> None:
         load_adapter(model, saved)
     model = nn.Module()
     model.layers = nn.ModuleList(nn.ModuleDict({"up": nn.Linear(9, 16)}) for _ in range(2))
-    with pytest.raises(ValueError, match=r"lora_A.weight' in .* must have shape \(2, 9\), but got \(2, 8\)"):
+    with pytest.raises(ValueError, match=r"lora_A.weight' in .* shape \(2, 9\) .* got \(2, 8\)"):
         load_adapter(model, saved)
 
 
 def test_another_rank_is_refused_by_an_injected_model(make_model, saved: Path) -> None:
     model = make_model()
     inject_lora(model, LoraConfig(rank=4, targets="up"))
-    with pytest.raises(ValueError, match=r"must have shape \(4, 8\), but got \(2, 8\)"):
+    with pytest.raises(ValueError, match=r"shape \(4, 8\) .* got \(2, 8\)"):
         load_adapter(model, saved)
     assert not any(layer.lora_b.any() for layer in lora_layers(model).values())
 
@@ -163,17 +163,17 @@ def test_files_that_are_missing_or_broken_are_refused(make_model, saved: Path) -
         weights.write_bytes(broken)
         assert_refused(make_model, saved, "must be a whole safetensors file")
     weights.unlink()
-    assert_refused(make_model, saved, "must be a file, but there is none")
+    assert_refused(make_model, saved, "adapter_model.safetensors' must be")
     config.write_text('{"peft_type": ')
-    assert_refused(make_model, saved, "must be JSON")
+    assert_refused(make_model, saved, "adapter_config.json' must be a LoRA configuration")
     config.unlink()
-    assert_refused(make_model, saved, "must be a file, but there is none")
+    assert_refused(make_model, saved, "adapter_config.json' must be a LoRA configuration")
 
 
 def test_pickled_weights_are_not_opened(make_model, saved: Path) -> None:
     torch.save({}, saved / "adapter_model.bin")
     (saved / "adapter_model.safetensors").unlink()
-    assert_refused(make_model, saved, "adapter_model.safetensors' must be a file")
+    assert_refused(make_model, saved, "adapter_model.safetensors' must be")
 
 
 @pytest.mark.parametrize(
@@ -181,10 +181,10 @@ def test_pickled_weights_are_not_opened(make_model, saved: Path) -> None:
     [
         ({"peft_type": "IA3"}, "`peft_type` must be 'LORA', but got 'IA3'"),
         ({"lora_bias": True}, "`lora_bias` must be unset, but got True"),
-        ({"target_modules": None}, "must be a whole LoRA configuration"),
-        ({"r": 0}, "must be a whole LoRA configuration"),
-        ({"r": "8"}, "must be a whole LoRA configuration"),
-        ({"lora_alpha": float("nan")}, "must be a whole LoRA configuration"),
+        ({"target_modules": None}, "must be a LoRA configuration"),
+        ({"r": 0}, "must be a LoRA configuration"),
+        ({"r": "8"}, "must be a LoRA configuration"),
+        ({"lora_alpha": float("nan")}, "must be a LoRA configuration"),
         ({"target_modules": ["upp"]}, "Did you mean `up`"),
     ],
 )
@@ -199,7 +199,7 @@ def test_tensors_that_do_not_belong_are_refused(make_model, saved: Path) -> None
     save_file({**good, "base_model.model.embed.weight": torch.zeros(11, 8)}, path)
     assert_refused(make_model, saved, "'base_model.model.embed.weight' is not")
     save_file({key: tensor.int() for key, tensor in good.items()}, path)
-    assert_refused(make_model, saved, "must have a dtype like torch.float32, but got torch.int32")
+    assert_refused(make_model, saved, "dtype like torch.float32, but got .* torch.int32")
 
 
 def test_saving_needs_lora_layers(model: nn.Module, tmp_path: Path) -> None:
@@ -211,7 +211,7 @@ def test_saving_needs_lora_layers(model: nn.Module, tmp_path: Path) -> None:
 def test_another_strength_is_refused_by_an_injected_model(make_model, saved: Path) -> None:
     model = make_model()
     inject_lora(model, LoraConfig(rank=2, alpha=16, targets="up"))
-    with pytest.raises(ValueError, match=r"'layers.0.up' must be 8, but .* has 4. Inject with the α"):
+    with pytest.raises(ValueError, match=r"'layers.0.up' must be 8, but .* has 4. Inject with the `alpha`"):
         load_adapter(model, saved)
     assert not any(layer.lora_b.any() for layer in lora_layers(model).values())
 
@@ -219,14 +219,14 @@ def test_another_strength_is_refused_by_an_injected_model(make_model, saved: Pat
 def test_rows_that_are_not_there_are_refused(make_model, saved: Path) -> None:
     model = make_model()
     inject_lora(model, LoraConfig(rank=2, alpha=8, targets="up[0:4]"))
-    with pytest.raises(ValueError, match="A and B must fit the layer's rows and its start"):
+    with pytest.raises(ValueError, match="A and B must fit the layer's rows"):
         load_adapter(model, saved)
     assert not any(layer.lora_b.any() for layer in lora_layers(model).values())
 
 
 def test_a_hostile_rank_is_refused_before_memory_is_taken(make_model, saved: Path) -> None:
     change_config(saved, r=10**12)
-    assert_refused(make_model, saved, r"must have shape \(1000000000000, 8\), but got \(2, 8\)")
+    assert_refused(make_model, saved, r"shape \(1000000000000, 8\) .* got \(2, 8\)")
 
 
 def test_saving_twice_gives_the_same_bytes(tmp_path: Path) -> None:

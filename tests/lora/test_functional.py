@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.autograd import gradcheck
 
-from lorasweep.lora.functional import linear_change, lora_linear, scaling_factor
+from lorasweep.lora.functional import linear_update, lora_linear, scaling_factor
 
 SLOTS, ROWS = 3, 2
 FACTORS = torch.tensor([0.7, 0.0, 2.0], dtype=torch.float64)[:, None, None]
@@ -153,7 +153,7 @@ def test_the_change_alone_is_what_is_added(drop: bool) -> None:
     options = {"factor": FACTORS, "keep": make_keep(x) if drop else None}
     leaves = [t.requires_grad_() for t in (x, a, b)]
     whole = lora_linear(x, weight, bias, a, b, **options)
-    parts = torch.nn.functional.linear(x, weight, bias) + linear_change(x, a, b, **options)
+    parts = torch.nn.functional.linear(x, weight, bias) + linear_update(x, a, b, **options)
     torch.testing.assert_close(parts, whole)
     torch.testing.assert_close(torch.autograd.grad(parts.sum(), leaves), torch.autograd.grad(whole.sum(), leaves))
 

@@ -126,5 +126,5 @@ def test_a_rank_above_a_layers_size_leaves_the_model_unchanged(model: nn.Module)
 
 def test_injecting_twice_is_refused(model: nn.Module) -> None:
     inject_lora(model, LoraConfig(rank=2))
-    with pytest.raises(ValueError, match=r"must have no LoRA layers yet, but got one with 4, such as 'layers.0.up'"):
+    with pytest.raises(ValueError, match=r"no LoRA layers yet, but 'layers.0.up' is one"):
         inject_lora(model, LoraConfig(rank=2))

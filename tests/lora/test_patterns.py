@@ -41,10 +41,10 @@ def test_brackets_are_split_off() -> None:
 @pytest.mark.parametrize(
     ("pattern", "num_rows", "message"),
     [
-        ("qkv[q]", 10, "must be thirds .* of a layer whose size 3 divides, or ranges, but got 'q'. Write a range"),
+        ("qkv[q]", 10, "thirds .*if 3 divides 10, but got 'q'"),
         ("qkv[x]", 12, "but got 'x'"),
         ("qkv[3]", 12, "but got '3'"),
-        ("qkv[0:4,2:6]", 12, r"must be separate ranges within 0:12, but got '0:4,2:6'. Write them as `qkv\[0:6\]`"),
+        ("qkv[0:4,2:6]", 12, r"within 0:12, .*but got '0:4,2:6'. Write them as `qkv\[0:6\]`"),
         ("qkv[4:4]", 12, "must be separate ranges"),
         ("qkv[5:4]", 12, "must be separate ranges"),
         ("qkv[0:13]", 12, "must be separate ranges"),
@@ -57,7 +57,7 @@ def test_rows_that_make_no_sense_are_refused(pattern: str, num_rows: int, messag
 
 
 def test_a_broken_regular_expression_is_refused() -> None:
-    with pytest.raises(ValueError, match="must be a regular expression, but got unterminated"):
+    with pytest.raises(ValueError, match="must be a regular expression, but got an error: unterminated"):
         fits_pattern("re:[", "x")
 
 

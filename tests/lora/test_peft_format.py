@@ -189,7 +189,7 @@ def test_names_that_end_alike_stay_apart(tmp_path: Path) -> None:
 def test_an_adapter_that_changed_its_base_is_refused(tmp_path: Path) -> None:
     theirs = peft.get_peft_model(make_llama(), peft.LoraConfig(target_modules=["q_proj"], init_lora_weights="pissa"))
     theirs.save_pretrained(tmp_path, save_embedding_layers=False)
-    with pytest.raises(ValueError, match=r"`init_lora_weights` must leave the base as it is, but got 'pissa'. Convert"):
+    with pytest.raises(ValueError, match=r"`init_lora_weights` .* got 'pissa'. Convert"):
         load_adapter(make_llama(), tmp_path)
 
 
@@ -212,7 +212,7 @@ def test_saved_base_weights_of_another_model_are_refused(tmp_path: Path) -> None
     "raw", [[], None, 3, {}, {"peft_type": "LORA"}, {"peft_type": "LORA", "r": 4, "lora_alpha": []}]
 )
 def test_what_is_no_lora_configuration_is_refused(raw: object) -> None:
-    with pytest.raises(ValueError, match=r"must be 'LORA'|must be a whole LoRA configuration"):
+    with pytest.raises(ValueError, match=r"must be 'LORA'|wrong type"):
         config_from_peft(raw, nn.Linear(2, 2))
 
 

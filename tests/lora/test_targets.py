@@ -79,8 +79,8 @@ def test_works_on_the_meta_device_and_changes_nothing(make_model) -> None:
         (("up", "prj"), "'prj' matches none. Did you mean `proj`"),
         ("re:layer", "'re:layer' matches none"),
         ("re:layers", "'re:layers' is a ModuleList. Name the layers inside it"),
-        ("re:(", "must be a regular expression, but got missing"),
-        ("act", "'act' is a Tanh. It has none inside"),
+        ("re:(", "must be a regular expression, but got an error: missing"),
+        ("act", "'act' is a Tanh. Name another layer"),
         ("zzz", "'zzz' matches none"),
         ("layers.0", "'layers.0' is a Block. Name the layers inside it: 'proj', 'up'"),
     ],
@@ -91,23 +91,18 @@ def test_a_pattern_without_a_layer_is_refused(model: nn.Module, targets: str, me
 
 
 def test_all_linear_needs_a_linear_layer() -> None:
-    with pytest.raises(ValueError, match="Sequential has no linear one besides its output head"):
+    with pytest.raises(ValueError, match="Sequential has no linear layer"):
         find_targets(nn.Sequential(nn.ReLU()), config())
 
 
 def test_a_rank_above_a_layers_size_is_refused(model: nn.Module) -> None:
-    message = (
-        r"`method.rank <= 8` must hold for layer 'layers.0.up' \(16 × 8\), but got 9. Lower `method.rank` or leave"
-    )
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=r"`method.rank <= 8` .* 'layers.0.up' \(16 × 8\), but got 9. Lower"):
         find_targets(model, config(rank=9))
 
 
 def test_layers_choose_blocks_by_index(model: nn.Module) -> None:
     assert find_targets(model, LoraConfig(rank=2, layers=(1,))).layers == ("layers.1.up", "layers.1.proj")
-    with pytest.raises(
-        ValueError, match=r"`method.layers` must be indices of layers that match, but got 2. There are: \["
-    ):
+    with pytest.raises(ValueError, match=r"`method.layers` .* but got 2. Use \["):
         find_targets(model, LoraConfig(rank=2, layers=(1, 2)))
 
 
@@ -125,9 +120,12 @@ def test_exclude_leaves_layers_out(model: nn.Module) -> None:
             {"rank_pattern": {"upp": 4}},
             "`method.rank_pattern` must .* 'upp' .* Did you mean `up`",
         ),
-        ({"alpha_pattern": {"out": 4.0}}, "`method.alpha_pattern` must match adapted layers, but 'out'"),
-        ({"targets": ("up", "proj"), "exclude": ("up",)}, "all that 'up' matches, such as 'layers.0.up', are left out"),
-        ({"targets": "out", "modules_to_save": ("out",)}, "all that 'out' matches"),
+        ({"alpha_pattern": {"out": 4.0}}, "`method.alpha_pattern` must match layers, but 'out'"),
+        (
+            {"targets": ("up", "proj"), "exclude": ("up",)},
+            "'up' matches only .* Change `method.exclude`",
+        ),
+        ({"targets": "out", "modules_to_save": ("out",)}, "'out' matches only"),
         (
             {"targets": ("up[0:4]", "up[4:8]")},
             r"must choose one set of rows of 'layers.0.up', but got \[\(\(0, 4\),\), ",
@@ -162,11 +160,6 @@ def test_counts_agree_with_what_is_injected(make_model) -> None:
 def test_neighbours_in_a_sequence_are_no_kind() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2))
     assert find_targets(model, config()).layers == ("0", "2")
-
-
-def test_tied_weights_are_told(model: nn.Module) -> None:
-    model.out.weight = model.embed.weight
-    assert find_targets(model, config(("out", "up"))).tied == {"out": ("embed",)}
 
 
 def test_attention_of_torch_is_refused_by_name() -> None:

@@ -12,8 +12,8 @@ from transformers import BertConfig, BertForSequenceClassification, RobertaConfi
 from lorasweep.config.method import FrozenConfig, FullConfig, HeadConfig, LoraConfig
 from lorasweep.errors import ConfigError
 from lorasweep.lora import fill_slot, inject_packed_lora, lora_layers, set_dropout_streams, slot_model
+from lorasweep.lora.fully_trained import trained_modules
 from lorasweep.lora.packed.layers import packed_layers
-from lorasweep.lora.trained import trained_modules
 from lorasweep.methods import METHODS, add_head_to_modules_to_save, copy_sharing_weights, draw_head
 from lorasweep.models.load import BaseModel, fingerprint_weights
 
@@ -171,7 +171,7 @@ def test_slots_start_with_the_heads_of_their_runs_alone(base):
         model,
         [add_head_to_modules_to_save(method, base.head) for method in methods],
         generators=[torch.Generator().manual_seed(seed) for seed in (7, 8, 9)],
-        start=start(base),
+        prepare_copy=start(base),
     )
     for slot, (method, seed) in enumerate(zip(methods, (7, 8, 9), strict=True)):
         assert_same_start(model, slot, base, method, seed)
@@ -180,7 +180,7 @@ def test_slots_start_with_the_heads_of_their_runs_alone(base):
         1,
         add_head_to_modules_to_save(LoraConfig(rank=4), base.head),
         generator=torch.Generator().manual_seed(11),
-        start=start(base),
+        prepare_copy=start(base),
     )
     for slot, rank, seed in ((0, 2, 7), (1, 4, 11), (2, 2, 9)):
         assert_same_start(model, slot, base, LoraConfig(rank=rank), seed)
@@ -194,7 +194,7 @@ def test_pack_with_heads_gives_the_logits_and_gradients_of_its_runs(base):
         model,
         [add_head_to_modules_to_save(method, base.head) for method in methods],
         generators=[torch.Generator().manual_seed(seed) for seed in seeds],
-        start=start(base),
+        prepare_copy=start(base),
     )
     set_dropout_streams(model, [torch.Generator().manual_seed(seed) for seed in (1, 2)])
     logits = model.train()(input_ids=TOKENS.repeat(2, 1)).logits

@@ -14,7 +14,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import lorasweep.runs.export as export_file
 from lorasweep.config.compose import compose_run
 from lorasweep.errors import ConfigError, RecordError, RunError
-from lorasweep.lora import merge_check
 from lorasweep.methods import METHODS
 from lorasweep.models.folder import find_folder
 from lorasweep.models.load import fingerprint_weights
@@ -188,12 +187,6 @@ def test_a_run_in_bf16_is_exported_from_its_base_in_bf16(trained_in_bf16, tmp_pa
 
 def test_the_adapter_of_a_run_in_bf16_is_exported_as_it_is(trained_in_bf16, tmp_path):
     assert export_run(trained_in_bf16(), format="peft", out=tmp_path / "adapter").difference == 0
-
-
-def test_the_difference_that_is_told_is_that_of_merge_check(trained_in_bf16, tmp_path):
-    written = export_run(trained_in_bf16(), format="merged", out=tmp_path / "model")
-    checked = merge_check(restored(trained_in_bf16()), input_ids=PROBE)
-    assert written.difference == pytest.approx(checked, abs=LOGIT_TOLERANCE)
 
 
 def test_the_base_is_bit_identical_after_an_export(trained, inputs, tmp_path):

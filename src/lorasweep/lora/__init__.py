@@ -3,20 +3,17 @@
     from lorasweep.lora import LoraConfig, inject_lora, save_adapter
     coverage = inject_lora(model, LoraConfig(rank=8, alpha=16, targets="all-linear"))
 
-`targets` finds layers of the `layer_kinds` that can be adapted, by `patterns`; `inject` replaces them by `layers`,
-which start as `initialise` says and compute by `functional`; `trained` has the modules that train in full beside them.
-`merge` writes the change into weights, `adapter_files` writes it to disk in `peft_format`. `packed` trains many changes
-at once on one base.
+A config names layers by patterns (`targets`). `inject_lora` replaces them by LoRA layers, and freezes everything else.
+`packed` trains many adapters at once on one base.
 """
 
 from lorasweep.config.method import LoraConfig
 from lorasweep.lora.adapter_files import load_adapter, lora_state, save_adapter
 from lorasweep.lora.inject import inject_lora
 from lorasweep.lora.layers import LoraLayer, lora_layers, split_lora_parameters
-from lorasweep.lora.merge import merge_check, merge_lora, remove_lora, unmerge_lora
+from lorasweep.lora.merge import merge_lora, remove_lora, unmerge_lora
 from lorasweep.lora.packed.inject import fill_slot, inject_packed_lora, set_dropout_streams
 from lorasweep.lora.packed.slots import compact_slots, load_slot, slot_model
-from lorasweep.lora.quantised import quantise_base
 from lorasweep.lora.targets import Coverage, find_targets
 
 __all__ = [
@@ -32,9 +29,7 @@ __all__ = [
     "load_slot",
     "lora_layers",
     "lora_state",
-    "merge_check",
     "merge_lora",
-    "quantise_base",
     "remove_lora",
     "save_adapter",
     "set_dropout_streams",

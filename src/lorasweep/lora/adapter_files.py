@@ -1,8 +1,4 @@
-"""Adapters on disk in PEFT's format (`adapter_config.json`, `adapter_model.safetensors`), which other tools read too.
-
-Only JSON and safetensors are opened, and names and shapes are checked before the model is touched. A file that is
-written appears whole or not at all.
-"""
+"""Reads and writes adapters in PEFT's format (`adapter_config.json`, `adapter_model.safetensors`)."""
 
 from __future__ import annotations
 
@@ -18,13 +14,13 @@ from torch import Tensor, nn
 
 from lorasweep.config.method import LoraConfig, TrainedBias
 from lorasweep.disk import write_atomically
+from lorasweep.lora.fully_trained import bias_owner, find_trained_biases, match_modules_to_save, trained_modules
 from lorasweep.lora.functional import scaling_factor
 from lorasweep.lora.inject import inject_lora
 from lorasweep.lora.layers import LoraLayer, lora_layers
-from lorasweep.lora.merge import check_merged
+from lorasweep.lora.merge import check_merged, require_lora_layers
 from lorasweep.lora.peft_format import KEY_PREFIX, config_from_peft, config_to_peft, layer_tensors, load_layer_tensors
 from lorasweep.lora.targets import plan_targets, value_for
-from lorasweep.lora.trained import bias_owner, find_trained_biases, find_trained_modules, trained_modules
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -34,7 +30,7 @@ FINGERPRINT_KEY = "base_fingerprint"
 def lora_state(model: nn.Module) -> dict[str, Tensor]:
     """Returns the adapter's tensors by PEFT's names, such as `base_model.model.<layer>.lora_A.weight` (rank, d_in).
 
-    They share memory with the parameters where a layer is stored as it is (all but PiSSA and fused projections).
+    They share memory with the parameters, except those of PiSSA and of fused projections, which are computed.
     """
     layers, modules = lora_layers(model), {name: module.trained for name, module in trained_modules(model).items()}
     biases = find_trained_biases(model, _bias_setting(layers), layers, modules)
@@ -46,8 +42,8 @@ def load_lora_state(model: nn.Module, tensors: Mapping[str, Tensor], *, source: 
 
     Args:
         model: A model with LoRA layers of the same names and ranks.
-        tensors: By PEFT's names.
-        source: Says in a message where the tensors are from.
+        tensors: Tensors by PEFT's names.
+        source: Origin of the tensors, for error messages.
 
     Raises:
         ValueError: Names or shapes differ. The model is then unchanged.
@@ -71,22 +67,19 @@ def save_adapter(
     base_fingerprint: str | None = None,
     base_revision: str | None = None,
 ) -> None:
-    """Writes the adapter of `model` into `folder`, for PEFT and `load_adapter`. The base is not written.
+    """Writes the adapter of `model` for PEFT and `load_adapter`. Each file appears whole or not at all.
 
     Args:
-        model: A model with LoRA layers.
-        folder: Made when missing.
-        base_path: Hub id or folder of the base model, for whoever loads the adapter.
+        model: A model with LoRA layers. Its base is not written.
+        folder: Created if missing.
+        base_path: Hub id or folder of the base model, for programs that load the adapter.
         base_fingerprint: Identifies the base's weights; `load_adapter` can then refuse another base.
         base_revision: The base's commit, branch or tag on the hub.
 
     Raises:
         ValueError: The model has no LoRA layers.
     """
-    layers = lora_layers(model)
-    if not layers:
-        raise ValueError("`model` must have LoRA layers, but got none. Call `inject_lora` first.")
-    folder = Path(folder)
+    layers, folder = require_lora_layers(model), Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     # clones, because safetensors refuses two tensors that share memory, such as tied weights
     tensors = {key: tensor.cpu().contiguous().clone() for key, tensor in lora_state(model).items()}
@@ -98,31 +91,31 @@ def save_adapter(
 
 
 def serialise(tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str]) -> bytes:
-    """Returns the safetensors file of these tensors: the same bytes for the same content."""
-    written = save(dict(tensors), metadata=dict(metadata))
+    """Returns a safetensors file of these tensors: the same bytes for the same content."""
+    content = save(dict(tensors), metadata=dict(metadata))
     # safetensors writes the metadata in random order, so the header is written anew, padded so that data stays aligned
-    length = int.from_bytes(written[:8], "little")
-    header = json.loads(written[8 : 8 + length]) | {"__metadata__": dict(sorted(metadata.items()))}
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length]) | {"__metadata__": dict(sorted(metadata.items()))}
     text = json.dumps(header, separators=(",", ":")).encode()
     padded = text + b" " * (-len(text) % 8)
-    return len(padded).to_bytes(8, "little") + padded + written[8 + length :]
+    return len(padded).to_bytes(8, "little") + padded + content[8 + length :]
 
 
 def load_adapter(model: nn.Module, folder: str | Path, *, base_fingerprint: str | None = None) -> None:
-    """Puts the adapter in `folder`, written here or by PEFT, onto `model`; it can be trained further.
+    """Loads an adapter that `save_adapter` or PEFT wrote onto `model`. It can be trained further.
 
     PEFT's format stores PiSSA as plain LoRA of twice the rank, and adapted parts of a fused projection as plain LoRA
-    with one shared A. A base model gets this plain LoRA. A model that was injected like the saved one gets the saved
-    form back.
+    with one shared A. If `model` is a base model, it gets this plain LoRA. If it was injected with the settings of the
+    saved model, it keeps its own form.
 
     Args:
         model: The base model, or one with LoRA layers of the same names and ranks, whose tensors are then overwritten.
-        folder: Holds `adapter_config.json` and `adapter_model.safetensors`.
+        folder: Contains `adapter_config.json` and `adapter_model.safetensors`.
         base_fingerprint: Identifies `model`'s base weights; compared if the adapter has the fingerprint of its base.
 
     Raises:
-        ValueError: A file is missing or broken; the adapter uses a feature that is not supported here, or belongs to
-            another base by its names, shapes or fingerprint; the model is merged. The model is then unchanged.
+        ValueError: A file is missing or broken; the adapter has a feature that is not supported here; its names, shapes
+            or fingerprint are of another base; or the model is merged. The model is then unchanged.
     """
     folder = Path(folder)
     source = f"the adapter in {str(folder)!r}"
@@ -135,12 +128,12 @@ def load_adapter(model: nn.Module, folder: str | Path, *, base_fingerprint: str 
             "Load that base model."
         )
     layers = lora_layers(model)
+    # checked before injecting, so that a model that is refused is unchanged
+    _check_tensors(tensors, lora_state(model) if layers else _expected_state(model, config), model, source)
     if layers:
         check_merged(layers, merged=False)
-        _check_tensors(tensors, lora_state(model), model, source)
         _check_scaling(layers, config, source)
     else:
-        _check_tensors(tensors, _expected_state(model, config), model, source)
         inject_lora(model, config, allow_full_rank=True, generator=torch.Generator())  # A and B are overwritten
     load_lora_state(model, tensors, source=source)
 
@@ -150,9 +143,8 @@ def _name_tensors(
 ) -> dict[str, Tensor]:
     """Returns the tensors of an adapter by PEFT's names."""
     named = {f"{name}.{key}": tensor for name, layer in layers.items() for key, tensor in layer_tensors(layer).items()}
-    named |= {
-        f"{name}.{key}": tensor for name, module in modules.items() for key, tensor in module.state_dict().items()
-    }
+    for name, module in modules.items():
+        named |= {f"{name}.{key}": tensor for key, tensor in module.state_dict().items()}
     named |= {_bias_key(name, layers): bias for name, bias in biases.items()}
     return {f"{KEY_PREFIX}{name}": tensor for name, tensor in named.items()}
 
@@ -170,34 +162,33 @@ def _expected_state(model: nn.Module, config: LoraConfig) -> dict[str, Tensor]:
     """Returns what `lora_state` would return after injecting, with tensors on the meta device."""
     _, targets = plan_targets(model, config, allow_full_rank=True)
     layers = {name: LoraLayer(model.get_submodule(name), target, device="meta") for name, target in targets.items()}
-    modules = find_trained_modules(model, config.modules_to_save)
+    modules = match_modules_to_save(model, config.modules_to_save)
     return _name_tensors(layers, modules, find_trained_biases(model, config.bias, targets, modules))
 
 
 def _check_tensors(
     tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], model: nn.Module, source: str
 ) -> None:
-    advice = "Load it onto the base model and settings that it was trained with."
+    remedy = "Load it onto the base model and settings that it was trained with."
     for key, like in expected.items():
         if key not in tensors:
-            raise ValueError(f"{key!r} must be in {source}, but is missing. {advice}")
-        got = tensors[key]
-        if got.shape != like.shape:
-            shapes = f"{tuple(like.shape)}, but got {tuple(got.shape)}"
-            raise ValueError(f"{key!r} in {source} must have shape {shapes}. {advice}")
-        if got.is_floating_point() is not like.is_floating_point():
-            raise ValueError(f"{key!r} in {source} must have a dtype like {like.dtype}, but got {got.dtype}. {advice}")
+            raise ValueError(f"{key!r} must be in {source}, but is missing. {remedy}")
+        shape, dtype = tensors[key].shape, tensors[key].dtype
+        if shape != like.shape or dtype.is_floating_point is not like.dtype.is_floating_point:
+            raise ValueError(
+                f"{key!r} in {source} must have shape {tuple(like.shape)} and a dtype like {like.dtype}, "
+                f"but got {tuple(shape)} and {dtype}. {remedy}"
+            )
     for key in sorted(set(tensors) - set(expected)):
         if not _is_copy_of_base(key, tensors[key], model):
-            raise ValueError(f"Every tensor of {source} must be in the model, but {key!r} is not. {advice}")
+            raise ValueError(f"Every tensor of {source} must be in the model, but {key!r} is not. {remedy}")
 
 
 def _is_copy_of_base(key: str, tensor: Tensor, model: nn.Module) -> bool:
-    """Whether this tensor equals the frozen base's weight. PEFT saves the base of an adapted embedding or head too."""
-    name, _, last = key.removeprefix(KEY_PREFIX).rpartition(".base_layer.")
+    """Returns whether a tensor equals a frozen weight. PEFT saves the base of an adapted embedding or head too."""
+    name, _, parameter = key.removeprefix(KEY_PREFIX).rpartition(".base_layer.")
     module = dict(model.named_modules()).get(name)
-    base = getattr(module, "base", module)
-    like = getattr(base, last, None) if last in ("weight", "bias") else None
+    like = getattr(getattr(module, "base", module), parameter, None) if parameter in ("weight", "bias") else None
     return isinstance(like, Tensor) and like.shape == tensor.shape and torch.equal(tensor.to(like), like)
 
 
@@ -208,32 +199,20 @@ def _check_scaling(layers: Mapping[str, LoraLayer], config: LoraConfig, source: 
         if not math.isclose(stored, layer.scaling, rel_tol=1e-6):
             raise ValueError(
                 f"The scaling of {name!r} must be {layer.scaling:g}, but {source} has {stored:g}. "
-                "Inject with the α and scaling rule that it was trained with."
+                "Inject with the `alpha` and `scaling` that it was trained with."
             )
 
 
 def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    _check_file(path)
     try:
         with safe_open(path, framework="pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118 - no mapping
-    except SafetensorError as error:
-        message = f"{str(path)!r} must be a whole safetensors file, but got {error}. Copy or save it again."
-        raise ValueError(message) from error
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{str(path)!r} must be a whole safetensors file, but got: {error}. Save it again.") from error
 
 
 def _read_config(path: Path, model: nn.Module) -> LoraConfig:
-    _check_file(path)
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{str(path)!r} must be JSON, but got {error}. Copy or save it again.") from error
-    try:
-        return config_from_peft(raw, model)
-    except ValueError as error:
-        raise ValueError(f"{str(path)!r} can't be loaded: {error}") from error
-
-
-def _check_file(path: Path) -> None:
-    if not path.is_file():
-        raise ValueError(f"{str(path)!r} must be a file, but there is none. Name a folder with a saved adapter.")
+        return config_from_peft(json.loads(path.read_text(encoding="utf-8")), model)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{str(path)!r} must be a LoRA configuration, but got: {error}") from error

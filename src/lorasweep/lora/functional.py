@@ -1,10 +1,10 @@
-"""LoRA as functions of tensors: no modules, no state. The layers of a run and of a pack of runs call the same ones.
+"""LoRA as functions of tensors, without modules or state. Single runs and packs call the same functions.
 
-Rows are slot-major: the first rows of x belong to slot 0, the next to slot 1, and the rows of slot k meet A and B of
-slot k only. A run alone is a pack of one slot.
+Rows are slot-major: the first rows of x belong to slot 0, the next rows to slot 1, and so on. The rows of slot k are
+multiplied by A and B of slot k only. A single run is a pack of one slot.
 
-What is `rank` wide is kept as (slots, rank, tokens): such products run up to five times faster on a CPU than those of
-(slots, tokens, rank).
+Products A x have the shape (slots, rank, tokens), because they then run up to five times faster on a CPU than with the
+shape (slots, tokens, rank).
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from torch.nn.functional import conv2d, linear
 from lorasweep.config.method import Scaling
 
 Rows = tuple[tuple[int, int], ...]
-"""Row ranges (first, past the last) of a fused projection, one for each part that has a change of its own."""
+"""Row ranges (first, past the last) of a fused projection, one for each part that has its own A and B."""
 Factor = float | Float[Tensor, "slots 1 1"]
-"""Factor on the change: the scaling, over 1 - dropout where inputs are dropped. One number, or one for each slot."""
+"""Factor on B A x, as one number or one per slot: the scaling, divided by 1 - dropout if inputs are dropped."""
 
 
 def scaling_factor(*, alpha: float, rank: int, rule: Scaling) -> float:
@@ -43,16 +43,16 @@ def lora_linear(
 ) -> Float[Tensor, "*rows d_out"]:
     """Returns W0 x + b + factor · B A (x · keep): equation 3 of LoRA (arXiv 2106.09685) for the rows of each slot.
 
-    *Differs:* A and B are cast to the dtype of the base at use, never x to theirs, so that no second copy of x is kept.
+    *Differs:* A and B are cast to the base's dtype, and x is not cast to theirs, so that no second copy of x is kept.
 
     Args:
         x: In the dtype of `weight` (under autocast: any); its first dimension is a multiple of the slots.
-        weight: May be the transposed view of a weight that is stored the other way round.
-        bias: The base's.
+        weight: The base's weight, or a transposed view of it.
+        bias: The base's bias.
         lora_a: In any dtype; its gradient has that dtype.
         lora_b: Like `lora_a`.
         factor: In fp32 or wider.
-        keep: False where the change does not see an input; None keeps all.
+        keep: False where A does not see an input; None keeps all inputs.
 
     Returns:
         The output in the dtype of `weight` (under autocast: in autocast's dtype).
@@ -64,7 +64,7 @@ def lora_linear(
     return output
 
 
-def linear_change(
+def linear_update(
     x: Float[Tensor, "*rows d_in"],
     lora_a: Float[Tensor, "slots rank d_in"],
     lora_b: Float[Tensor, "slots d_out rank"],
@@ -72,26 +72,26 @@ def linear_change(
     factor: Factor,
     keep: Bool[Tensor, "*rows d_in"] | None = None,
 ) -> Float[Tensor, "*rows d_out"]:
-    """Returns the change alone, for a base that computes its own output (a quantised one); see `lora_linear`."""
+    """Returns factor · B A (x · keep) without the base's output, for a base that must be called; see `lora_linear`."""
     a, b = lora_a.to(x.dtype), lora_b.to(x.dtype)
     u = a @ _split_rows(x if keep is None else x * keep, len(a)).mT * factor  # (slots, rank, tokens)
     return (u.to(x.dtype).mT @ b.mT).view(*x.shape[:-1], b.shape[1])
 
 
-def embedding_change(
+def embedding_update(
     tokens: Int[Tensor, "*rows"],
     lora_a: Float[Tensor, "slots rank vocabulary"],
     lora_b: Float[Tensor, "slots d_out rank"],
     *,
     factor: Factor,
 ) -> Float[Tensor, "*rows d_out"]:
-    """Returns the change of an embedding's rows: each token's column of its slot's A, times B."""
+    """Returns the update of an embedding's output: each token's column of its slot's A, times B."""
     slot = torch.arange(len(lora_a), device=tokens.device)[:, None]
     looked_up = lora_a[slot, :, tokens.reshape(len(lora_a), -1)]  # (slots, tokens, rank)
     return (looked_up @ lora_b.mT * factor).view(*tokens.shape, lora_b.shape[1])
 
 
-def conv2d_change(
+def conv2d_update(
     x: Float[Tensor, "rows d_in height width"],
     conv: nn.Conv2d,
     lora_a: Float[Tensor, "slots rank patch"],
@@ -100,7 +100,7 @@ def conv2d_change(
     factor: Factor,
     keep: Bool[Tensor, "rows d_in height width"] | None = None,
 ) -> Float[Tensor, "rows d_out new_height new_width"]:
-    """Returns the change of a convolution: each slot's A convolves as `conv` does, its B is a convolution of 1 × 1."""
+    """Returns the update of a convolution's output: A convolves as `conv` does, B is a 1 × 1 convolution."""
     a, b = lora_a.to(x.dtype), (lora_b * factor).to(x.dtype)
     slots = (x if keep is None else x * keep).chunk(len(a))
     u = [
@@ -112,8 +112,8 @@ def conv2d_change(
 class _LoraLinear(torch.autograd.Function):
     """y = x Wᵀ + b over all rows, then y_k += (B_k u_k)ᵀ with u_k = factor_k · A_k (x_k · keep_k)ᵀ for each slot.
 
-    x is saved once, layers that share it share the saved one. u and not y is scaled, being r wide instead of d_out.
-    dY·B is computed once. Nothing of y's size is made besides y.
+    x is saved once, and layers with the same x share it. u is scaled and not y, because u has r rows and y has d_out.
+    dY·B is computed once. No other tensor of y's size is allocated.
     """
 
     @staticmethod
@@ -133,6 +133,7 @@ class _LoraLinear(torch.autograd.Function):
         y = linear(by_slot.flatten(0, 1), weight, bias)  # (slots · tokens, d_out)
         u = a.bmm(_seen_by_a(by_slot, keep).mT).mul_(factor)  # (slots, rank, tokens)
         y.view(*by_slot.shape[:2], y.shape[-1]).baddbmm_(u.mT, b.mT)  # in place: y is ours alone
+        # without a copy of x: `by_slot` is a view of it
         ctx.save_for_backward(by_slot, weight, a, b, u, keep)
         ctx.factor, ctx.x_shape, ctx.dtypes = factor, x.shape, (lora_a.dtype, lora_b.dtype)
         return y.view(*x.shape[:-1], y.shape[-1])

@@ -1,66 +1,86 @@
-"""The kinds of layer that can be adapted, and the weight of each as a matrix (d_out, d_in)."""
+"""The kinds of layers that can be adapted, and how each stores its weight matrix (d_out, d_in)."""
 
 from __future__ import annotations
 
+import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """Whether this is transformers' `Conv1D`: a linear layer whose weight is stored as (d_in, d_out).
+    """Returns whether this is transformers' `Conv1D`: a linear layer whose weight is stored as (d_in, d_out).
 
-    It is known by its name, so that transformers is not needed.
+    It is recognised by its name, so that transformers need not be installed.
     """
     weight = getattr(module, "weight", None)
     return type(module).__name__ == "Conv1D" and isinstance(weight, Tensor) and weight.dim() == 2
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether target `all-linear` selects this module: calling it multiplies its input by a weight.
+    """Returns whether target `all-linear` selects this module.
 
     The output projection of `nn.MultiheadAttention` is not selected, because attention never calls it: attention reads
     its weight.
     """
-    uncalled = isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
-    return is_conv1d(module) or (isinstance(module, nn.Linear) and not uncalled)
+    is_never_called = isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
+    return is_conv1d(module) or (isinstance(module, nn.Linear) and not is_never_called)
 
 
 def can_be_adapted(module: nn.Module) -> bool:
-    """Whether a low-rank change can be added: to a linear layer, an embedding, or a 2-D convolution without groups.
+    """Returns whether LoRA can adapt this module: a linear layer, an embedding, or a 2-D convolution without groups.
 
     An embedding can't be adapted if its forward pass renormalises its weight (`max_norm`) or is unknown to lorasweep.
     """
     if isinstance(module, nn.Embedding):
-        plain = type(module).forward is nn.Embedding.forward or hasattr(module, "embed_scale")
-        return plain and module.max_norm is None
+        has_known_forward = type(module).forward is nn.Embedding.forward or hasattr(module, "embed_scale")
+        return has_known_forward and module.max_norm is None
     return is_linear(module) or (isinstance(module, nn.Conv2d) and module.groups == 1)
 
 
 def has_custom_forward(module: nn.Module) -> bool:
-    """Whether a linear layer has hooks or its own forward (quantised layers), so that it must be called."""
-    own_forward = type(module).forward is not nn.Linear.forward and not is_conv1d(module)
-    hooked = "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks
-    return bool(own_forward or hooked)
+    """Returns whether a linear layer has hooks or a custom forward (quantised layers), so that it must be called."""
+    is_custom = type(module).forward is not nn.Linear.forward and not is_conv1d(module)
+    has_hooks = "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks
+    return bool(is_custom or has_hooks)
+
+
+def is_quantised(layer: nn.Module) -> bool:
+    """Returns whether a layer's weight is stored in a form other than floating-point numbers."""
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    return not weight.is_floating_point()
+
+
+@torch.no_grad()
+def dequantised_weight(layer: nn.Module) -> Float[Tensor, "d_out d_in"]:
+    """Returns the weight of a quantised linear layer in fp32.
+
+    Computed as the layer's outputs for unit vectors, without the bias, so that it works for any kind of quantisation.
+    """
+    assert isinstance(layer, nn.Linear)
+    output: Tensor = layer(torch.eye(layer.in_features, device=layer.weight.device))  # (d_in, d_out)
+    return (output if layer.bias is None else output - layer.bias).t().float()
 
 
 def matrix_shape(module: nn.Module) -> tuple[int, int]:
-    """(d_out, d_in) of the weight as a matrix: an embedding maps one-hot rows, a convolution whole patches."""
+    """Returns (d_out, d_in) of the weight matrix: an embedding maps one-hot rows, a convolution whole patches."""
     if isinstance(module, nn.Linear):
         return module.out_features, module.in_features  # a quantised weight has another shape
     if isinstance(module, nn.Conv2d):
         return module.out_channels, module.weight[0].numel()
-    first, second = module.weight.shape  # type: ignore[misc]
-    return int(second), int(first)
+    d_in, d_out = module.weight.shape  # type: ignore[misc]
+    return int(d_out), int(d_in)
 
 
-def weight_to_matrix(module: nn.Module, weight: Tensor) -> Tensor:
-    """A view of a weight, as `module` stores it, that is its matrix (d_out, d_in)."""
+def weight_to_matrix(module: nn.Module, weight: Float[Tensor, "*weight_shape"]) -> Float[Tensor, "d_out d_in"]:
+    """Returns a view of a weight, stored as in `module`, as a matrix."""
     if isinstance(module, nn.Embedding) or is_conv1d(module):
         return weight.t()
     return weight.flatten(1)
 
 
-def matrix_to_weight(module: nn.Module, matrix: Tensor) -> Tensor:
-    """A view of a matrix (d_out, d_in) that has the shape in which `module` stores its weight."""
+def matrix_to_weight(module: nn.Module, matrix: Float[Tensor, "d_out d_in"]) -> Float[Tensor, "*weight_shape"]:
+    """Returns a view of a matrix in the shape in which `module` stores its weight."""
     if isinstance(module, nn.Embedding) or is_conv1d(module):
         return matrix.t()
     return matrix.view(-1, *module.weight.shape[1:]) if isinstance(module, nn.Conv2d) else matrix

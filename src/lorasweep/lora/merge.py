@@ -1,23 +1,21 @@
-"""Merges the low-rank change into the base's weight, and unmerges it exactly: the original weight is kept."""
+"""Merges weight updates into the base's weights, and undoes it exactly, because the original weights are kept."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
-from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch import nn
 
+from lorasweep.lora.fully_trained import trained_modules
 from lorasweep.lora.inject import replace_module
+from lorasweep.lora.layer_kinds import dequantised_weight, is_quantised
 from lorasweep.lora.layers import LoraLayer, lora_layers
-from lorasweep.lora.quantised import dequantised_weight, is_quantised
-from lorasweep.lora.trained import trained_modules
 
 NARROW_DTYPES = (torch.bfloat16, torch.float16)
-"""Dtypes whose rounding of activations is larger than the rounding of merged weights."""
+"""In these dtypes, rounding of activations changes outputs more than rounding of merged weights does."""
 
 
 def merge_lora(model: nn.Module) -> None:
@@ -29,12 +27,13 @@ def merge_lora(model: nn.Module) -> None:
     Raises:
         ValueError: The model has no LoRA layers, one is merged, or its base is quantised; nothing is then changed.
     """
-    layers = _layers_to_change(model, merged=False)
+    layers = require_lora_layers(model)
+    check_merged(layers, merged=False)
     quantised = [name for name, layer in layers.items() if is_quantised(layer.base)]
     if quantised:
         raise ValueError(
-            f"The base must hold plain weights to be merged, but {quantised[0]!r} is quantised. "
-            "Call `remove_lora(model, keep_change=True)`, which puts dequantised layers in place."
+            f"Layers must have floating-point weights to be merged, but {quantised[0]!r} is quantised. "
+            "Call `remove_lora(model, merge=True)`, which dequantises them."
         )
     for layer in layers.values():
         original = layer.base.weight
@@ -49,7 +48,9 @@ def unmerge_lora(model: nn.Module) -> None:
     Raises:
         ValueError: The model has no LoRA layers, or one is not merged; nothing is then changed.
     """
-    for layer in _layers_to_change(model, merged=True).values():
+    layers = require_lora_layers(model)
+    check_merged(layers, merged=True)
+    for layer in layers.values():
         (original,) = layer.unmerged_weight
         original.data = original.data.to(layer.weight.device)  # the model may have been moved since
         layer.base.weight, layer.unmerged_weight = original, ()
@@ -57,12 +58,11 @@ def unmerge_lora(model: nn.Module) -> None:
 
 @contextmanager
 def weights_in_fp32(model: nn.Module) -> Iterator[None]:
-    """Holds the bf16 and fp16 weights and buffers of a model in fp32, so that it computes with their exact values.
+    """Holds the bf16 and fp16 weights and buffers of a model in fp32 while the context is open.
 
-    Two models can then be compared by their weights. In bf16 this is not possible: rounding of activations changes the
-    logits several times more than rounding of merged weights, and it differs between processors.
-
-    Afterwards the model has its own tensors again. Meanwhile each such number takes 4 bytes more.
+    The model then computes with their exact values, so that two models can be compared. In bf16 this is not possible:
+    rounding of activations changes the logits several times more than rounding of merged weights, and it differs
+    between processors. Meanwhile each bf16 or fp16 value takes 4 bytes more.
     """
     narrow = [
         (tensor, tensor.data) for tensor in chain(model.parameters(), model.buffers()) if tensor.dtype in NARROW_DTYPES
@@ -76,63 +76,29 @@ def weights_in_fp32(model: nn.Module) -> Iterator[None]:
             tensor.data = data
 
 
-@torch.no_grad()
-def merge_check(model: nn.Module, *args: Any, **kwargs: Any) -> float:
-    """Returns the largest difference that merging makes to the logits of one batch, in evaluation mode.
-
-    The model is unchanged afterwards. bf16 and fp16 weights and inputs are converted to fp32 (see `weights_in_fp32`),
-    so that the difference comes from rounding the merged weights to the base's dtype, and not from the kernels.
-
-    Args:
-        model: A model with LoRA layers that are not merged.
-        *args: Positional arguments of the model.
-        **kwargs: Keyword arguments of the model.
-
-    Returns:
-        max |merged - unmerged| over the output, its `logits` or its first tensor.
-
-    Raises:
-        ValueError: The model can't be merged (see `merge_lora`).
-    """
-    training = {module: module.training for module in model.modules()}
-    args, kwargs = tree_map(_widen, (args, kwargs))
-    model.eval()
-    try:
-        with weights_in_fp32(model):
-            separate = _logits(model(*args, **kwargs))
-        merge_lora(model)  # outside `weights_in_fp32`, so that the merged weights are rounded to the base's dtype
-        try:
-            with weights_in_fp32(model):
-                merged = _logits(model(*args, **kwargs))
-        finally:
-            unmerge_lora(model)
-    finally:
-        for module, mode in training.items():
-            module.training = mode
-    return float((merged.double() - separate.double()).abs().max())
-
-
-def remove_lora(model: nn.Module, *, keep_change: bool) -> None:
+def remove_lora(model: nn.Module, *, merge: bool) -> None:
     """Puts plain layers back in place, so that `model` has the modules and state dict of its base model again.
 
-    With `keep_change` the layers hold merged weights, modules that trained in full replace the base's, and a quantised
-    base is dequantised. A weight that was tied to another module's then is no longer tied: set
-    `config.tie_word_embeddings=False` before saving with transformers, or the change is lost.
+    Args:
+        model: A model with LoRA layers.
+        merge: Whether the plain layers get merged weights, and modules that trained in full replace the base's. A
+            quantised layer is then dequantised. A merged weight is no longer tied to another module's: set
+            `config.tie_word_embeddings=False` before saving with transformers, or the update is lost.
 
     Raises:
-        ValueError: The model has no LoRA layers; or `keep_change` is False and biases were trained, so that their
-            original values are lost.
+        ValueError: The model has no LoRA layers; or `merge` is False and biases trained, so that their original values
+            are lost.
     """
-    layers = _require_layers(lora_layers(model))
-    if not keep_change and any(layer.config.bias != "none" for layer in layers.values()):
+    layers = require_lora_layers(model)
+    if not merge and any(layer.config.bias != "none" for layer in layers.values()):
         raise ValueError(
-            "`method.bias` must be none to go back to the base, but biases trained. Load the base model again."
+            "`method.bias` must be none to restore the base, but biases trained. Load the base model again."
         )
     for layer in layers.values():
-        replace_module(model, layer, _plain_layer(layer, keep_change=keep_change))
+        replace_module(model, layer, _plain_layer(layer, merge=merge))
     for module in trained_modules(model).values():
         dtype = next((p.dtype for p in module.base.parameters()), None)
-        replace_module(model, module, module.trained.to(dtype) if keep_change else module.base)
+        replace_module(model, module, module.trained.to(dtype) if merge else module.base)
     model.requires_grad_(False)
 
 
@@ -144,39 +110,21 @@ def check_merged(layers: Mapping[str, LoraLayer], *, merged: bool) -> None:
         raise ValueError(f"Every LoRA layer must {must} merged, but {wrong[0]!r} {got}. Call `{call}` first.")
 
 
-def _layers_to_change(model: nn.Module, *, merged: bool) -> dict[str, LoraLayer]:
-    layers = _require_layers(lora_layers(model))
-    check_merged(layers, merged=merged)
-    return layers
-
-
-def _require_layers(layers: dict[str, LoraLayer]) -> dict[str, LoraLayer]:
+def require_lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
+    layers = lora_layers(model)
     if not layers:
         raise ValueError("`model` must have LoRA layers, but got none. Call `inject_lora` or `load_adapter` first.")
     return layers
 
 
-def _plain_layer(layer: LoraLayer, *, keep_change: bool) -> nn.Module:
-    """Returns the base of a layer, with the change in its weight or without."""
-    if is_quantised(layer.base) and keep_change:
+def _plain_layer(layer: LoraLayer, *, merge: bool) -> nn.Module:
+    if is_quantised(layer.base) and merge:
         weight = dequantised_weight(layer.base)
         plain = nn.Linear(weight.shape[1], weight.shape[0], bias=layer.bias is not None, device=weight.device)
-        plain.weight = nn.Parameter(weight + layer.change())
+        plain.weight = nn.Parameter(weight + layer.weight_update())
         plain.register_parameter("bias", layer.base.bias)  # type: ignore[arg-type]
         return plain
-    if layer.merged is not keep_change:
-        weight = layer.merged_weight() if keep_change else layer.unmerged_weight[0]
+    if layer.merged is not merge:
+        weight = layer.merged_weight() if merge else layer.unmerged_weight[0]
         layer.base.weight = nn.Parameter(weight, requires_grad=False)
     return layer.base
-
-
-def _widen(value: Any) -> Any:
-    return value.float() if isinstance(value, Tensor) and value.dtype in NARROW_DTYPES else value
-
-
-def _logits(output: Any) -> Tensor:
-    if isinstance(output, Tensor):
-        return output
-    found = getattr(output, "logits", None)
-    first: Tensor = found if found is not None else output[0]
-    return first

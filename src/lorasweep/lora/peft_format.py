@@ -1,4 +1,4 @@
-"""Converts `LoraConfig` to PEFT's `adapter_config.json` and back, and names tensors as PEFT does."""
+"""Converts `LoraConfig` and tensors to PEFT's `adapter_config.json` and tensor names, and back."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from lorasweep.config.method import LoraConfig
+from lorasweep.lora.fully_trained import match_modules_to_save, trained_modules
 from lorasweep.lora.layer_kinds import is_conv1d
 from lorasweep.lora.layers import LoraLayer
 from lorasweep.lora.patterns import ALL_LINEAR, REGEX_PREFIX, fits_pattern, is_name_ending
-from lorasweep.lora.targets import is_left_out, target_patterns
-from lorasweep.lora.trained import find_trained_modules, trained_modules
+from lorasweep.lora.targets import is_excluded, target_patterns
 
 KEY_PREFIX = "base_model.model."
 MAGNITUDE = "lora_magnitude_vector"
@@ -45,10 +45,10 @@ def layer_tensors(layer: LoraLayer) -> dict[str, Tensor]:
 
 
 def load_layer_tensors(layer: LoraLayer, tensors: Mapping[str, Tensor]) -> None:
-    """Sets a layer's parameters from tensors as `layer_tensors` gives them.
+    """Sets a layer's parameters from tensors like those of `layer_tensors`.
 
     Raises:
-        ValueError: The layer can't hold them.
+        ValueError: The layer can't represent them (see `LoraLayer.load_matrices`).
     """
     name_a, name_b = _names_of_a_and_b(layer)
     layer.load_matrices(tensors[name_a].flatten(1), tensors[name_b].flatten(1))
@@ -65,7 +65,7 @@ def _names_of_a_and_b(layer: LoraLayer) -> tuple[str, str]:
 def config_to_peft(layers: Mapping[str, LoraLayer], model: nn.Module, *, base_path: str) -> dict[str, Any]:
     """Returns the settings with which PEFT builds these layers in the base model at `base_path`.
 
-    Every layer is written as one plain LoRA (see `LoraLayer.matrices`), so no start but the default is named.
+    Every layer is written as one plain LoRA (see `LoraLayer.matrices`), so `init_lora_weights` is always the default.
     """
     config = next(iter(layers.values())).config
     ranks = {name: layer.matrices()[0].shape[0] for name, layer in layers.items()}
@@ -78,11 +78,11 @@ def config_to_peft(layers: Mapping[str, LoraLayer], model: nn.Module, *, base_pa
         "base_model_name_or_path": base_path,
         "inference_mode": True,
         "r": rank,
-        "lora_alpha": _whole(alpha),
+        "lora_alpha": _int_if_whole(alpha),
         "lora_dropout": config.dropout,
         "target_modules": _peft_targets(model, layers),
         "rank_pattern": {_exactly(name): r for name, r in ranks.items() if r != rank},
-        "alpha_pattern": {_exactly(name): _whole(a) for name, a in alphas.items() if a != alpha},
+        "alpha_pattern": {_exactly(name): _int_if_whole(a) for name, a in alphas.items() if a != alpha},
         "use_rslora": config.scaling == "alpha_over_sqrt_rank",
         "use_dora": config.variant == "dora",
         "bias": config.bias,
@@ -93,14 +93,14 @@ def config_to_peft(layers: Mapping[str, LoraLayer], model: nn.Module, *, base_pa
 
 
 def config_from_peft(raw: object, model: nn.Module) -> LoraConfig:
-    """Returns the settings in PEFT's parsed JSON as ours, without patterns that match nothing in the base model.
+    """Returns PEFT's settings (parsed JSON) as a `LoraConfig`, without patterns that match nothing in the base model.
 
     Raises:
-        ValueError: They are no LoRA settings, or have a key that is not supported here.
+        ValueError: They are not LoRA settings, or have a key that is not supported here.
     """
-    if not isinstance(raw, dict) or raw.get("peft_type") != "LORA":
-        got = raw.get("peft_type") if isinstance(raw, dict) else raw
-        raise ValueError(f"`peft_type` must be 'LORA', but got {got!r}. Only LoRA adapters load here.")
+    peft_type = raw.get("peft_type") if isinstance(raw, dict) else raw
+    if not isinstance(raw, dict) or peft_type != "LORA":
+        raise ValueError(f"`peft_type` must be 'LORA', but got {peft_type!r}. Only LoRA adapters can be loaded.")
     for key in UNSUPPORTED_KEYS:
         if raw.get(key):
             raise ValueError(f"`{key}` must be unset, but got {raw[key]!r}. It is not supported here.")
@@ -111,15 +111,12 @@ def config_from_peft(raw: object, model: nn.Module) -> LoraConfig:
         )
     try:
         return _drop_unused_targets(_convert(raw, model), model)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(
-            f"It must be a whole LoRA configuration, but got {error!r}. Save the adapter again."
-        ) from error
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"a key is missing or has a wrong type: {error!r}. Save the adapter again.") from error
 
 
 def _convert(raw: Mapping[str, Any], model: nn.Module) -> LoraConfig:
     names = [name for name, _ in model.named_modules()]
-    wanted = tuple(raw.get("modules_to_save") or ())
     layers = raw.get("layers_to_transform")
     return LoraConfig(
         rank=raw["r"],
@@ -132,15 +129,15 @@ def _convert(raw: Mapping[str, Any], model: nn.Module) -> LoraConfig:
         alpha_pattern=_pattern_values(raw.get("alpha_pattern"), names),
         exclude=_having_effect(_patterns(raw.get("exclude_modules") or ()), names),
         layers=(layers,) if isinstance(layers, int) else tuple(layers or ()),
-        modules_to_save=_having_effect(wanted, names),
+        modules_to_save=_having_effect(raw.get("modules_to_save") or (), names),
         bias=raw.get("bias", "none"),
     )
 
 
 def _drop_unused_targets(config: LoraConfig, model: nn.Module) -> LoraConfig:
-    """Drops targets that match nothing or only excluded layers: PEFT allows those as long as another target matches."""
-    trained = find_trained_modules(model, config.modules_to_save)
-    names = [name for name, _ in model.named_modules() if not is_left_out(name, config, trained)]
+    """Drops targets that match nothing or only excluded layers. PEFT allows such targets if another one matches."""
+    trained = match_modules_to_save(model, config.modules_to_save)
+    names = [name for name, _ in model.named_modules() if not is_excluded(name, config, trained)]
     used = _having_effect((p for p in target_patterns(config) if p != ALL_LINEAR), names)
     return replace(config, targets=used) if used else config
 
@@ -155,14 +152,14 @@ def _having_effect(patterns: Iterable[str], names: list[str]) -> tuple[str, ...]
 
 
 def _patterns(modules: str | Iterable[str]) -> tuple[str, ...]:
-    """Returns PEFT's names (a list) or regular expression (a string) as our patterns."""
+    """Converts PEFT's names (a list) or regular expression (a string) to patterns of `LoraConfig`."""
     if isinstance(modules, str):
         return (ALL_LINEAR,) if modules == ALL_LINEAR else (f"{REGEX_PREFIX}{modules}",)
     return tuple(sorted(modules))
 
 
 def _ending(key: str) -> str:
-    """Returns the key of a rank or alpha pattern, which PEFT matches with the end of a name, as our pattern."""
+    """Converts the key of a rank or alpha pattern, which PEFT matches with the end of a name."""
     return f"{REGEX_PREFIX}(.*\\.)?({key})"
 
 
@@ -174,19 +171,18 @@ def _alpha_at(layer: LoraLayer, rank: int) -> float:
     """Returns the α with which a LoRA of this rank has the layer's scaling."""
     if rank == layer.rank:
         return layer.target.alpha
-    more = rank / layer.rank
-    return layer.target.alpha * (more if layer.config.scaling == "alpha_over_rank" else math.sqrt(more))
+    ratio = rank / layer.rank
+    return layer.target.alpha * (ratio if layer.config.scaling == "alpha_over_rank" else math.sqrt(ratio))
 
 
-def _whole(number: float) -> float | int:
+def _int_if_whole(number: float) -> float | int:
     return int(number) if number == int(number) else number
 
 
 def _task_type(model: nn.Module) -> str | None:
-    """Returns PEFT's name of the model's task, by the name of its class in transformers; None for other models.
+    """Returns PEFT's name of the task of a transformers model, which `AutoPeftModelFor...` needs; else None.
 
-    PEFT's `AutoPeftModelFor...` classes need it. With SEQ_CLS, PEFT takes a `classifier` or `score` for trained, so
-    this returns SEQ_CLS only where one is.
+    With SEQ_CLS, PEFT assumes that `classifier` or `score` trained. So a classifier without a trained module gets None.
     """
     name = type(model).__name__
     if name.endswith("ForSequenceClassification"):
@@ -197,7 +193,7 @@ def _task_type(model: nn.Module) -> str | None:
 
 
 def _peft_targets(model: nn.Module, layers: Mapping[str, LoraLayer]) -> list[str] | str:
-    """Returns the last parts of the layers' names if PEFT then matches these layers only, else a regular expression."""
+    """Returns the last parts of the layers' names, or a regular expression if they match other layers as well."""
     endings = sorted({name.rpartition(".")[2] for name in layers})
     inner = tuple(f"{name}." for name in (*layers, *trained_modules(model)))
     others = [n for n, _ in model.named_modules() if n not in layers and not f"{n}.".startswith(inner)]

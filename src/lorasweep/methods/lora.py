@@ -78,7 +78,7 @@ class LoraMethod(Method):
 
     def merge(self, model: nn.Module) -> None:
         """Adds each weight update to its layer's weight and rounds the sum once. A changed weight is no longer tied."""
-        remove_lora(model, keep_change=True)
+        remove_lora(model, merge=True)
         untie_settings(model)
 
 

@@ -18,7 +18,7 @@ from lorasweep.lora import (
     set_dropout_streams,
     slot_model,
 )
-from lorasweep.lora.packed.inject import pack_of
+from lorasweep.lora.packed.inject import find_slot_streams
 
 
 def stream(seed: int) -> torch.Generator:
@@ -87,7 +87,7 @@ def make_pack() -> Callable[..., PackAndSolos]:
             randomise(solo.double(), slot)
             load_slot(pack, slot, lora_state(solo))
             solos.append(solo)
-        assert pack_of(pack).num_slots == len(configs)
+        assert find_slot_streams(pack).num_slots == len(configs)
         return PackAndSolos(pack.train(), [solo.train() for solo in solos])
 
     return make

@@ -101,7 +101,7 @@ def test_drawing_again_under_gradient_checkpointing_is_refused(model_drops: bool
     inject_packed_lora(model, [LoraConfig(rank=1, dropout=0.0 if model_drops else 0.3)] * 2)
     run = partial(checkpoint, model, use_reentrant=False)
     x: Tensor = torch.ones(2, 6, requires_grad=True)
-    with pytest.raises(ValueError, match="gradient checkpointing draws it again"):
+    with pytest.raises(ValueError, match="activation checkpointing draws it again"):
         run(x).sum().backward()
 
 

@@ -24,9 +24,9 @@ from lorasweep.lora import (
     slot_model,
     split_lora_parameters,
 )
-from lorasweep.lora.packed.inject import pack_of
+from lorasweep.lora.packed.fully_trained import stacked_modules
+from lorasweep.lora.packed.inject import find_slot_streams
 from lorasweep.lora.packed.layers import packed_layers
-from lorasweep.lora.packed.trained import stacked_modules
 
 CONFIGS = [
     LoraConfig(rank=2, alpha=3, dropout=0.1, rank_pattern={"1.up": 5}),
@@ -45,7 +45,7 @@ def both(make_model, make_pack):
 
 
 def states(model: nn.Module) -> list[dict[str, Tensor]]:
-    return [lora_state(slot_model(model, slot)) for slot in range(pack_of(model).num_slots)]
+    return [lora_state(slot_model(model, slot)) for slot in range(find_slot_streams(model).num_slots)]
 
 
 def assert_identical(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -193,7 +193,7 @@ def test_a_refused_fill_changes_nothing(both) -> None:
     for config, words in [
         (LoraConfig(variant="dora"), "Slot 1 must be packable"),
         (LoraConfig(rank=99), "`method.rank <= 8` must hold"),
-        (LoraConfig(targets="0.up", modules_to_save=("layers.1",)), "must agree on what"),
+        (LoraConfig(targets="0.up", modules_to_save=("layers.1",)), "must be the same"),
     ]:
         with pytest.raises(ValueError, match=words):
             fill_slot(both.pack, 1, config)
@@ -207,7 +207,7 @@ def test_compaction_keeps_the_slots_asked_for_in_that_order(both) -> None:
     streams = [stream(k) for k in range(3)]
     set_dropout_streams(both.pack, streams)
     compact_slots(both.pack, [2, 0])
-    assert pack_of(both.pack).num_slots == 2
+    assert find_slot_streams(both.pack).num_slots == 2
     assert_identical(lora_state(slot_model(both.pack, 0)), before[2])
     assert_identical(lora_state(slot_model(both.pack, 1)), before[0])
     assert packed_layers(both.pack)["layers.0.up"].streams.generators == [streams[2], streams[0]]
@@ -229,13 +229,13 @@ def test_compaction_drops_what_no_slot_needs(both) -> None:
 @pytest.mark.parametrize("keep", [[], [0, 0], [3], [-1]])
 def test_slots_must_be_there(both, keep: list[int]) -> None:
     text = str(both.pack)
-    with pytest.raises(ValueError, match="must be distinct numbers from 0 to 2"):
+    with pytest.raises(ValueError, match="distinct indices from 0 to 2"):
         compact_slots(both.pack, keep)
     assert str(both.pack) == text
     if len(keep) == 1:
-        with pytest.raises(ValueError, match="must be distinct numbers"):
+        with pytest.raises(ValueError, match="distinct indices"):
             slot_model(both.pack, keep[0])
-        with pytest.raises(ValueError, match="must be distinct numbers"):
+        with pytest.raises(ValueError, match="distinct indices"):
             fill_slot(both.pack, keep[0], LoraConfig())
 
 

@@ -111,11 +111,11 @@ def test_parts_of_a_fused_projection_are_cut_each_for_itself():
         model[0].lora_b.add_(torch.randn(8, 3, generator=torch.Generator().manual_seed(0)))
     updates = read_weight_updates(model, fused)
     parts = decompose_updates(updates)
-    update = truncate_model(model, updates, parts, rank=1)[0].change().detach()
+    update = truncate_model(model, updates, parts, rank=1)[0].weight_update().detach()
     assert not update[4:8].any()
     assert [np.linalg.matrix_rank(update[rows].numpy(), tol=1e-5) for rows in (slice(4), slice(8, 12))] == [1, 1]
-    whole = truncate_model(model, updates, parts, rank=3)[0].change()
-    torch.testing.assert_close(whole, model[0].change(), rtol=0, atol=1e-6)  # fp32 factors of size 1
+    whole = truncate_model(model, updates, parts, rank=3)[0].weight_update()
+    torch.testing.assert_close(whole, model[0].weight_update(), rtol=0, atol=1e-6)  # fp32 factors of size 1
 
 
 def planted(*values):

@@ -1,10 +1,10 @@
-"""Puts packed layers in place of the layers that any slot adapts, from one ordinary injection per slot."""
+"""Replaces the layers that any slot adapts by packed layers. Each slot is initialised by one ordinary injection."""
 
 from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -12,20 +12,23 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lorasweep.config.method import LoraConfig
+from lorasweep.lora.fully_trained import is_inside, trained_modules
 from lorasweep.lora.inject import check_not_injected, freeze, inject_lora, replace_module
 from lorasweep.lora.layers import lora_layers
 from lorasweep.lora.packed.dropout import SlotDropout, SlotStreams
+from lorasweep.lora.packed.fully_trained import StackedModule, stacked_modules
 from lorasweep.lora.packed.layers import PackedLoraLayer, packed_layers
-from lorasweep.lora.packed.trained import StackedModule, stacked_modules
 from lorasweep.lora.targets import Coverage
-from lorasweep.lora.trained import is_inside, trained_modules
 
 
-class SlotStart(Protocol):
-    """Callback that changes a slot's copy of the base before LoRA is injected, for example to draw a new head."""
+class PrepareSlotCopy(Protocol):
+    """Callback that prepares a slot's copy of the base before LoRA is injected, for example draws a new head.
 
-    def __call__(self, model: nn.Module, /, *, generator: torch.Generator | None) -> None:
-        """Replaces parameters of the copy; it must not write to existing tensors."""
+    It may replace parameters of modules that the slot trains in full (`modules_to_save`). It must not write into
+    existing tensors, because all copies share them.
+    """
+
+    def __call__(self, model: nn.Module, /, *, generator: torch.Generator | None) -> None: ...
 
 
 def inject_packed_lora(
@@ -33,7 +36,7 @@ def inject_packed_lora(
     configs: Sequence[LoraConfig],
     *,
     generators: Sequence[torch.Generator | None] | None = None,
-    start: SlotStart | None = None,
+    prepare_copy: PrepareSlotCopy | None = None,
 ) -> list[Coverage]:
     """Adapts `model` in place for a pack of trials: slot k trains as `inject_lora` with `configs[k]` would.
 
@@ -46,12 +49,9 @@ def inject_packed_lora(
 
     Args:
         model: Any module that `inject_lora` handles, whose inputs have the batch first.
-        configs: One for each slot; ranks, α, scaling rule, dropout, start, targets and `modules_to_save` may differ.
-        generators: CPU random stream of each slot's A and B, drawn as by `inject_lora`; torch's own where None.
-        start: Called as `start(copy, generator=...)` with each slot's copy of the modules before LoRA is injected. It
-            may replace parameters of modules that the slot trains in full (`modules_to_save`) by new ones, such as a
-            new head's, which it draws from the slot's stream as a solo run does. It must not write into existing
-            tensors, because all copies share them.
+        configs: One for each slot; ranks, α, scaling rule, dropout, init, targets and `modules_to_save` may differ.
+        generators: CPU random stream of each slot's A and B, drawn as by `inject_lora`; torch's own if None.
+        prepare_copy: Called with each slot's copy of the base and the slot's generator before LoRA is injected.
 
     Returns:
         The matched and the unmatched layers of each slot.
@@ -61,23 +61,28 @@ def inject_packed_lora(
             refused by `inject_lora`. The model is then unchanged.
     """
     streams = [None] * len(configs) if generators is None else generators
-    _check_request(model, configs, streams)
+    _check_model(model)
+    if not configs:
+        raise ValueError("A pack must have at least one slot, but got no configuration.")
+    _check_count(streams, len(configs), "generators")
+    for slot, config in enumerate(configs):
+        _check_packable(config, slot)
     # LoRA is injected into one copy of the modules per slot, so that a slot draws and is checked exactly as a solo run
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     solos = [copy_base(model) for _ in configs]
     try:
         each = zip(solos, configs, streams, strict=True)
-        coverages = [_inject_solo(solo, config, stream, start) for solo, config, stream in each]
-        _check_together(model, solos)
+        coverages = [_inject_solo(solo, config, stream, prepare_copy) for solo, config, stream in each]
+        _check_slots_do_not_overlap(model, solos)
     except ValueError:
         for parameter in trained:
             parameter.requires_grad_(True)  # injecting a copy froze the shared parameters
         raise
-    pack = SlotStreams(len(configs))
+    slot_streams = SlotStreams(len(configs))
     freeze(model)
     for dropout in [module for module in model.modules() if type(module) is nn.Dropout]:
-        replace_module(model, dropout, SlotDropout(dropout, pack))
-    _add_layers(model, solos, pack)
+        replace_module(model, dropout, SlotDropout(dropout, slot_streams))
+    _add_layers(model, solos, slot_streams)
     for slot, solo in enumerate(solos):
         put_solo(model, slot, solo)
     return coverages
@@ -89,7 +94,7 @@ def fill_slot(
     config: LoraConfig,
     *,
     generator: torch.Generator | None = None,
-    start: SlotStart | None = None,
+    prepare_copy: PrepareSlotCopy | None = None,
 ) -> Coverage:
     """Puts a new trial into a slot, initialised as `inject_lora` would initialise it.
 
@@ -101,8 +106,8 @@ def fill_slot(
         model: A packed model.
         slot: Index of the slot.
         config: LoRA settings of the new trial. It may have any rank, and adapt layers that no slot adapted before.
-        generator: CPU random stream for A and B, drawn in the model's order; torch's own when None.
-        start: As in `inject_packed_lora`.
+        generator: CPU random stream for A and B, drawn in the model's order; torch's own if None.
+        prepare_copy: As in `inject_packed_lora`.
 
     Returns:
         The matched and the unmatched layers.
@@ -114,15 +119,15 @@ def fill_slot(
     check_slots(model, [slot])
     _check_packable(config, slot)
     solo = copy_base(model)
-    coverage = _inject_solo(solo, config, generator, start)
-    _check_together(model, [solo])
-    _add_layers(model, [solo], pack_of(model))
+    coverage = _inject_solo(solo, config, generator, prepare_copy)
+    _check_slots_do_not_overlap(model, [solo])
+    _add_layers(model, [solo], find_slot_streams(model))
     put_solo(model, slot, solo)
     return coverage
 
 
 def why_not_packable(config: LoraConfig) -> str | None:
-    """Returns why trials of this configuration must run alone, in one sentence; None if they can share a pack."""
+    """Returns in one sentence why trials of this configuration must run alone; None if they can share a pack."""
     if config.variant == "dora":
         return "`method.variant=dora` can't be packed: it trains row lengths, which packed layers do not have."
     if config.init == "pissa":
@@ -135,35 +140,35 @@ def why_not_packable(config: LoraConfig) -> str | None:
 def set_dropout_streams(model: nn.Module, streams: Sequence[torch.Generator | None]) -> None:
     """Sets the random stream of each slot's dropout masks, on the device of the inputs; None means torch's own.
 
-    If a slot's stream has the seed that a solo run gives to torch, the slot draws the same dropout masks as that run:
-    in the LoRA layers on any device, in the base's `nn.Dropout` on a CPU only. A slot's batches must have the shape of
-    the solo run's batches; if the pack pads them, `set_row_lengths` corrects for it.
+    A slot draws the same dropout masks as a solo run if its stream has the seed that the solo run gives to torch. This
+    holds in LoRA layers on any device, and in the base's `nn.Dropout` on a CPU. The slot's batches must have the shape
+    of the solo run's batches; if the pack pads them, call `set_row_lengths` too.
 
     Raises:
         ValueError: The model is not packed, or there are more or fewer streams than slots.
     """
-    pack = pack_of(model)
-    _check_count(streams, pack.num_slots, "dropout streams")
-    pack.generators[:] = streams
+    slot_streams = find_slot_streams(model)
+    _check_count(streams, slot_streams.num_slots, "dropout streams")
+    slot_streams.generators[:] = streams
 
 
 def set_row_lengths(model: nn.Module, lengths: Sequence[int] | None) -> None:
-    """Sets the length of each slot's rows before padding to the longest slot; None: no slot is padded.
+    """Sets the length of each slot's rows before padding to the longest slot; None if no slot is padded.
 
-    In inputs of shape (rows, length, ...), dropout then draws a slot's mask for the slot's own length only, so that it
-    equals the mask of the solo run.
+    In inputs of shape (rows, length, ...), dropout then draws a slot's mask for the slot's own length only, so that the
+    mask equals the solo run's.
 
     Raises:
         ValueError: The model is not packed, or there are more or fewer lengths than slots.
     """
-    pack = pack_of(model)
+    slot_streams = find_slot_streams(model)
     if lengths is not None:
-        _check_count(lengths, pack.num_slots, "row lengths")
-    pack.lengths = None if lengths is None else tuple(lengths)
+        _check_count(lengths, slot_streams.num_slots, "row lengths")
+    slot_streams.lengths = None if lengths is None else tuple(lengths)
 
 
-def pack_of(model: nn.Module) -> SlotStreams:
-    """Returns the number of slots and the random streams that the layers of a packed model share.
+def find_slot_streams(model: nn.Module) -> SlotStreams:
+    """Returns the object that all layers of a packed model share: the number of slots and their random streams.
 
     Raises:
         ValueError: The model is not packed.
@@ -176,20 +181,19 @@ def pack_of(model: nn.Module) -> SlotStreams:
 
 def check_slots(model: nn.Module, slots: Sequence[int]) -> None:
     """Raises ValueError unless the model is packed and `slots` are at least one, distinct and slots of the model."""
-    count = pack_of(model).num_slots
-    wrong = [slot for slot in slots if not 0 <= slot < count]
-    if wrong or not slots or len(set(slots)) < len(slots):
+    count = find_slot_streams(model).num_slots
+    if not slots or not set(slots) <= set(range(count)) or len(set(slots)) < len(slots):
         raise ValueError(
-            f"Slots must be distinct numbers from 0 to {count - 1}, at least one, but got {list(slots)}. "
-            "The slots of a pack are counted anew when it is compacted."
+            f"Slots must be one or more distinct indices from 0 to {count - 1}, but got {list(slots)}. "
+            "After `compact_slots`, the remaining slots have new indices."
         )
 
 
 def copy_base(model: nn.Module) -> nn.Module:
     """Returns a copy of the base's modules that shares the base's tensors; `model` may be packed or not."""
     memo: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    # deepcopy must replace each wrapper by a copy of its base. Inner wrappers come first, because a trained module may
-    # contain a dropout wrapper.
+    # deepcopy replaces each wrapper by the copy of its base in `memo`. Inner wrappers come first, because a stacked
+    # module may contain a dropout wrapper.
     for wrapper in reversed(list(model.modules())):
         if isinstance(wrapper, SlotDropout | PackedLoraLayer | StackedModule):
             memo[id(wrapper)] = copy.deepcopy(wrapper.base, memo)
@@ -206,15 +210,15 @@ def put_solo(model: nn.Module, slot: int, solo: nn.Module) -> None:
 
 
 def _inject_solo(
-    solo: nn.Module, config: LoraConfig, generator: torch.Generator | None, start: SlotStart | None
+    solo: nn.Module, config: LoraConfig, generator: torch.Generator | None, prepare_copy: PrepareSlotCopy | None
 ) -> Coverage:
-    """Turns a copy of the base into an ordinary LoRA model, drawing as a solo run: first `start`, then A and B."""
-    if start is not None:
-        start(solo, generator=generator)
+    """Turns a copy of the base into an ordinary LoRA model. Draws in the order of a solo run: new head, A and B."""
+    if prepare_copy is not None:
+        prepare_copy(solo, generator=generator)
     return inject_lora(solo, config, generator=generator)
 
 
-def _add_layers(model: nn.Module, solos: Sequence[nn.Module], pack: SlotStreams) -> None:
+def _add_layers(model: nn.Module, solos: Sequence[nn.Module], streams: SlotStreams) -> None:
     """Adds an empty packed layer wherever a solo model has a LoRA layer and `model` has no packed layer yet.
 
     Adds stacked modules in the same way for the modules that a solo model trains in full.
@@ -228,27 +232,20 @@ def _add_layers(model: nn.Module, solos: Sequence[nn.Module], pack: SlotStreams)
     for name, width in widths.items():
         if name not in present:
             base = model.get_submodule(name)
-            replace_module(model, base, PackedLoraLayer(base, pack, dtype=dtype, capacity=width))
+            replace_module(model, base, PackedLoraLayer(base, streams, dtype=dtype, capacity=width))
     for name in {name for solo in solos for name in trained_modules(solo)} - set(stacked):
         base = model.get_submodule(name)
-        replace_module(model, base, StackedModule(base, pack))
+        replace_module(model, base, StackedModule(base, streams))
 
 
-def _check_request(
-    model: nn.Module, configs: Sequence[LoraConfig], generators: Sequence[torch.Generator | None]
-) -> None:
+def _check_model(model: nn.Module) -> None:
     check_not_injected(model)
-    mixing = [name for name, module in model.named_modules() if isinstance(module, _BatchNorm)]
-    if mixing:
+    batch_norm = next((name for name, module in model.named_modules() if isinstance(module, _BatchNorm)), None)
+    if batch_norm is not None:
         raise ValueError(
-            f"`model` must treat each row by itself to be packed, but {mixing[0]!r} takes statistics over a batch, in "
-            "which all slots have rows. Run its trials alone."
+            f"`model` must compute each row independently to be packed, but {batch_norm!r} is a batch norm, which "
+            "would mix the slots. Run its trials alone."
         )
-    if not configs:
-        raise ValueError("A pack must have at least one slot, but got no configuration.")
-    _check_count(generators, len(configs), "generators")
-    for slot, config in enumerate(configs):
-        _check_packable(config, slot)
 
 
 def _check_count(values: Sequence[object], num_slots: int, kind: str) -> None:
@@ -262,7 +259,7 @@ def _check_packable(config: LoraConfig, slot: int) -> None:
         raise ValueError(f"Slot {slot} must be packable, but {reason} Run it alone.")
 
 
-def _check_together(model: nn.Module, solos: Sequence[nn.Module]) -> None:
+def _check_slots_do_not_overlap(model: nn.Module, solos: Sequence[nn.Module]) -> None:
     """Checks that the slots can share one model, which may be packed already.
 
     Raises:
@@ -275,22 +272,14 @@ def _check_together(model: nn.Module, solos: Sequence[nn.Module]) -> None:
     for name in sorted(layers | set(modules)):
         if is_inside(name, [other for other in modules if other != name or name in layers]):
             raise ValueError(
-                f"Slots of a pack must agree on what `method.modules_to_save` names, but {name!r} is adapted or "
-                "trained in one slot and lies inside what another one trains in full. Train them in separate packs."
+                f"`method.modules_to_save` must be the same in all slots of a pack, but one slot trains {name!r} and "
+                "another trains a module around it in full. Train them in separate packs."
             )
-    _check_modules(modules)
-
-
-def _check_modules(modules: Mapping[str, nn.Module]) -> None:
-    """Raises ValueError if a module can't be stacked, because it shares a weight with another one or has buffers."""
     # `parameters()` yields a shared parameter once per module, so a count above 1 means that two modules share it
     owners = Counter(id(p) for module in modules.values() for p in module.parameters())
     for name, module in modules.items():
-        if any(owners[id(p)] > 1 for p in module.parameters()):
+        if any(owners[id(p)] > 1 for p in module.parameters()) or any(True for _ in module.buffers()):
             raise ValueError(
-                f"Modules that slots train must not share a weight, but {name!r} does. Run these trials alone."
-            )
-        if any(True for _ in module.buffers()):
-            raise ValueError(
-                f"A module that slots train must have no buffers of its own, but {name!r} has. Run these trials alone."
+                f"A module that slots train must not have buffers or share a weight with another, but {name!r} does. "
+                "Run these trials alone."
             )

@@ -1,7 +1,6 @@
-"""The layer with one low-rank change per slot: the stacked twin of `lora.layers.LoraLayer`.
+"""The LoRA layer of a pack: it stacks one weight update per slot.
 
-`put` and `take` exchange a slot's change as an ordinary `LoraLayer`, so that initialisation and storage are written
-once, in `LoraLayer`.
+`put` and `take` convert a slot's update from and to a `LoraLayer`, which does all initialisation and storage.
 """
 
 from __future__ import annotations
@@ -9,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 
 from lorasweep.lora.layer_kinds import matrix_shape
@@ -18,30 +18,30 @@ from lorasweep.lora.targets import Target
 
 
 class PackedLoraLayer(AdaptedLayer):
-    """A frozen layer that adds each slot's low-rank change to the outputs of the slot's rows.
+    """A frozen layer that adds each slot's weight update to the outputs of the slot's rows.
 
     A slot that does not adapt this layer gets the frozen layer's output. Each part of a fused projection uses its own
     block of B; a mask keeps the rest of B at zero.
 
     Attributes:
-        base: The layer that was replaced, its weights untouched and frozen.
-        streams: Shared by the pack: number of slots, and the random streams of the dropout masks.
-        targets: How each slot adapts this layer; None where it does not.
-        lora_a: (slots, capacity, d_in) in fp32; zero below a slot's own rank.
-        lora_b: (slots, d_out, capacity) in fp32; zero beyond a slot's own rank.
-        b_mask: (slots, d_out, capacity), True where B trains; None when that is everywhere.
+        base: The frozen layer that was replaced.
+        streams: The number of slots and the random streams of the dropout masks; the whole pack shares this object.
+        targets: How each slot adapts this layer; None if the slot does not adapt it.
+        lora_a: (slots, capacity, d_in) in fp32; rows beyond the slot's rank are zero.
+        lora_b: (slots, d_out, capacity) in fp32; columns beyond the slot's rank are zero.
+        b_mask: (slots, d_out, capacity), True where B trains; None if all of B trains.
     """
 
     b_mask: Tensor | None
 
     def __init__(self, base: nn.Module, streams: SlotStreams, *, dtype: torch.dtype, capacity: int = 0) -> None:
-        """Makes the layer; no slot adapts it yet.
+        """Makes a layer that no slot adapts yet.
 
         Args:
             base: The layer to adapt.
             streams: The number of slots, and the random streams of the pack.
-            dtype: Dtype of A and B; fp32, unless the pack was cast to another.
-            capacity: Largest rank that fits into A and B before they must grow.
+            dtype: Dtype of A and B: fp32, unless the pack was cast to another dtype.
+            capacity: Largest rank that fits into A and B without resizing them.
         """
         super().__init__(base)
         self.streams = streams
@@ -54,17 +54,15 @@ class PackedLoraLayer(AdaptedLayer):
 
     @property
     def capacity(self) -> int:
-        """Largest rank that fits into A and B before they must grow."""
         return self.lora_a.shape[1]
 
     @property
     def is_used(self) -> bool:
-        """Whether any slot adapts this layer."""
         return any(self.targets)
 
     @torch.no_grad()
     def put(self, slot: int, layer: LoraLayer | None) -> None:
-        """Gives a slot the change of this layer, or none. A and B grow if they must; the parameter objects stay."""
+        """Copies a layer's update into a slot, or removes the slot's update. The parameter objects stay the same."""
         self.targets[slot] = None if layer is None else layer.target
         self.lora_a[slot], self.lora_b[slot] = 0, 0
         if layer is not None:
@@ -77,11 +75,11 @@ class PackedLoraLayer(AdaptedLayer):
         self._apply_targets()
 
     def take(self, slot: int, base: nn.Module) -> LoraLayer | None:
-        """Returns a slot's change as an ordinary layer around `base`, with copies of its values; None without one."""
+        """Returns a copy of a slot's update as a LoRA layer around `base`; None if the slot has no update."""
         target = self.targets[slot]
         if target is None:
             return None
-        layer = LoraLayer(base, target, device="meta")  # draws nothing; its parameters are replaced
+        layer = LoraLayer(base, target, device="meta")  # draws nothing, because the parameters are replaced
         layer.lora_a = nn.Parameter(self.lora_a.detach()[slot, : target.width].clone())
         lora_b = layer.gather_rows(self.lora_b.detach()[slot, :, : target.width])
         layer.lora_b = nn.Parameter(lora_b.clone(memory_format=torch.contiguous_format))
@@ -89,21 +87,19 @@ class PackedLoraLayer(AdaptedLayer):
 
     @torch.no_grad()
     def keep_slots(self, keep: Sequence[int]) -> None:
-        """Drops the other slots, and shrinks A and B to the largest rank that remains. The caller drops the streams."""
+        """Drops the other slots, and shrinks A and B to the largest remaining rank. The caller drops the streams."""
         self.targets = [self.targets[slot] for slot in keep]
         self.lora_a.data, self.lora_b.data = self.lora_a[list(keep)], self.lora_b[list(keep)]
         self._resize(max((target.width for target in self.targets if target), default=0))
         self._apply_targets()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Returns the base's output plus the changes': (slots · rows, ..., d_in) to (slots · rows, ..., d_out)."""
+    def forward(self, x: Shaped[Tensor, "rows ..."]) -> Float[Tensor, "rows ..."]:
         check_rows(x, self.streams.num_slots)
         keep = self._draw_keep_mask(x)
-        lora_b = self.lora_b if self.b_mask is None else self.lora_b * self.b_mask  # no gradient around the blocks
-        return self.add_change(x, self.lora_a, lora_b, factor=self._factor(x, is_dropped=keep is not None), keep=keep)
+        lora_b = self.lora_b if self.b_mask is None else self.lora_b * self.b_mask  # no gradient outside the blocks
+        return self.add_update(x, self.lora_a, lora_b, factor=self._factor(x, is_dropped=keep is not None), keep=keep)
 
     def extra_repr(self) -> str:
-        """Returns what `print(model)` shows beside the base."""
         return f"ranks={[target.rank if target else 0 for target in self.targets]}, capacity={self.capacity}"
 
     def _resize(self, capacity: int) -> None:
@@ -127,17 +123,17 @@ class PackedLoraLayer(AdaptedLayer):
                 for (first, past), columns in target.blocks():
                     self.b_mask[slot, first:past, columns] = True
 
-    def _draw_keep_mask(self, x: Tensor) -> Tensor | None:
+    def _draw_keep_mask(self, x: Tensor) -> Bool[Tensor, "*shape"] | None:
         rates = [target.config.dropout if target else 0.0 for target in self.targets]
         if not self.training or not any(rates) or isinstance(self.base, nn.Embedding):
             return None
         return self.streams.drop(torch.ones(x.shape, dtype=torch.bool, device=x.device), rates=rates)
 
-    def _factor(self, x: Tensor, *, is_dropped: bool) -> Tensor:
-        """Returns each slot's scaling (slots, 1, 1) in fp32 or wider; divided by (1 - dropout) if inputs are dropped.
+    def _factor(self, x: Tensor, *, is_dropped: bool) -> Float[Tensor, "slots 1 1"]:
+        """Returns each slot's scaling in fp32 or wider, divided by (1 - dropout) if inputs are dropped.
 
-        The tensor is made from Python floats, because a buffer would be rounded when the model is cast to bf16. It is
-        cached, because making a tensor on a GPU waits for the GPU.
+        The tensor is computed from Python floats, because a buffer would be rounded when the model is cast to bf16. It
+        is cached, because creating a tensor on a GPU waits for the GPU.
         """
         dtype = torch.promote_types(x.dtype, torch.float32) if x.is_floating_point() else self.lora_a.dtype
         key = (dtype, x.device, is_dropped)

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from lorasweep.config.method import LoraConfig
 from lorasweep.lora import LoraLayer, lora_layers
+from lorasweep.lora.fully_trained import is_inside
 from lorasweep.lora.inject import replace_module
 from lorasweep.lora.layer_kinds import matrix_shape, matrix_to_weight
 from lorasweep.lora.targets import Target
-from lorasweep.lora.trained import is_inside
 from lorasweep.methods import copy_sharing_weights
 from lorasweep.runs.inspect.measures import Decomposition
 from lorasweep.runs.inspect.weight_updates import WeightUpdate

@@ -10,9 +10,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from lorasweep.lora import LoraLayer, lora_layers
-from lorasweep.lora.layer_kinds import weight_to_matrix
-from lorasweep.lora.quantised import dequantised_weight, is_quantised
-from lorasweep.lora.trained import TrainedModule
+from lorasweep.lora.fully_trained import TrainedModule
+from lorasweep.lora.layer_kinds import dequantised_weight, is_quantised, weight_to_matrix
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -162,12 +162,12 @@ class PackTrainer:
         self.accumulate = resolve_accumulate(settings, inputs.splits.train, slots=slots)
         self.runs = [self._open(request, slot=slot, slots=len(requests)) for slot, request in enumerate(requests)]
         self.model: nn.Module = copy_sharing_weights(inputs.base.model)
-        self.draw_start = functools.partial(draw_head, names=inputs.base.head)
+        self.draw_head = functools.partial(draw_head, names=inputs.base.head)
         coverages = inject_packed_lora(
             self.model,
             [self._method(request) for request in requests],
             generators=[torch.Generator().manual_seed(request.config.seeds.init) for request in requests],
-            start=self.draw_start,
+            prepare_copy=self.draw_head,
         )
         self.model.to(self.device).train()
         self.optimizer = StackedAdamW(split_lora_parameters(self.model), [_optim(request) for request in requests])
@@ -342,7 +342,7 @@ class PackTrainer:
             return False
         self.runs[slot] = self._open(request, slot=slot, slots=len(self.runs))
         generator = torch.Generator().manual_seed(request.config.seeds.init)
-        coverage = fill_slot(self.model, slot, self._method(request), generator=generator, start=self.draw_start)
+        coverage = fill_slot(self.model, slot, self._method(request), generator=generator, prepare_copy=self.draw_head)
         self.optimizer.replace_parameters(split_lora_parameters(self.model))
         self.optimizer.reset_slot(slot, _optim(request))
         self._restore(slot, trainable_params=coverage.trainable_params)

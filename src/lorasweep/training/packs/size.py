@@ -163,6 +163,6 @@ def build_pack(config: RunConfig, *, inputs: RunInputs, slots: int) -> nn.Module
         model,
         [add_head_to_modules_to_save(config.method, head)] * slots,
         generators=[torch.Generator().manual_seed(0) for _ in range(slots)],
-        start=functools.partial(draw_head, names=head),
+        prepare_copy=functools.partial(draw_head, names=head),
     )
     return model.train()

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from lorasweep.lora import LoraConfig, inject_lora, inject_packed_lora, slot_model
-from lorasweep.lora.packed.trained import stacked_modules
+from lorasweep.lora.packed.fully_trained import stacked_modules
 
 HEAD = ("head",)
 

@@ -1,6 +1,6 @@
 """Modules (`modules_to_save`) and biases that train in full, in addition to the LoRA layers.
 
-Only copies of them are trained: the base's own tensors may be shared with other models and are never written to.
+Only copies train, because the base's tensors may be shared with other models and must not be written to.
 """
 
 from __future__ import annotations
@@ -22,11 +22,10 @@ class TrainedModule(nn.Module):
 
     Attributes:
         base: The frozen original.
-        trained: The trainable copy. It computes in its own dtype; its inputs and outputs have the base's dtype.
+        trained: The trainable copy. It computes in fp32 or wider; inputs are cast to its dtype, outputs to the base's.
     """
 
     def __init__(self, base: nn.Module, trained: nn.Module) -> None:
-        """Takes the original and its copy; `copy_to_train` makes the copy."""
         super().__init__()
         self.base = base
         self.trained = trained
@@ -38,34 +37,32 @@ class TrainedModule(nn.Module):
 
     @property
     def bias(self) -> Tensor | None:
-        """The trained bias."""
         return self.trained.bias  # type: ignore[return-value]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Returns the output of the trained copy, in the base's dtype."""
-        return call_in_own_dtype(self.trained, args, kwargs, own=self.trained.parameters(), base=self.base)
+        return call_in_dtype_of(self.trained.parameters(), self.trained, args, kwargs, base=self.base)
 
 
-def call_in_own_dtype(
-    call: Callable[..., Any], args: Any, kwargs: Mapping[str, Any], *, own: Iterable[Tensor], base: nn.Module
+def call_in_dtype_of(
+    parameters: Iterable[Tensor], call: Callable[..., Any], args: Any, kwargs: Mapping[str, Any], *, base: nn.Module
 ) -> Any:
-    """Calls `call` with inputs cast to the dtype of the parameters `own`, and casts its outputs to the base's dtype."""
-    inner, outer = _float_dtype(own), _float_dtype(base.parameters())
+    """Calls `call` with inputs cast to the dtype of `parameters`, and casts its outputs to the base's dtype."""
+    inner, outer = _float_dtype(parameters), _float_dtype(base.parameters())
     if inner == outer:
         return call(*args, **kwargs)
     args, kwargs = _cast((args, kwargs), inner)
     return _cast(call(*args, **kwargs), outer)
 
 
-def find_trained_modules(model: nn.Module, patterns: Iterable[str]) -> dict[str, nn.Module]:
+def match_modules_to_save(model: nn.Module, patterns: Collection[str]) -> dict[str, nn.Module]:
     """Returns the modules that the patterns match, by name, without modules inside other matched modules.
 
     Raises:
-        ValueError: A pattern matches no module, or a matched module shares (ties) a parameter with a module that is not
-            matched: a copy would untie it.
+        ValueError: A pattern matches no module; or a matched module shares a parameter with a module that is not
+            matched, and a copy would untie them.
     """
     names = [name for name, _ in model.named_modules() if name]
-    found: dict[str, nn.Module] = {}
+    matched: dict[str, nn.Module] = {}
     for pattern in patterns:
         fitting = [name for name in names if fits_pattern(pattern, name)]
         if not fitting:
@@ -73,14 +70,20 @@ def find_trained_modules(model: nn.Module, patterns: Iterable[str]) -> dict[str,
                 f"`method.modules_to_save` must match modules, but {pattern!r} matches none."
                 f"{nearest_layer(pattern, names)}"
             )
-        found.update((name, model.get_submodule(name)) for name in fitting)
-    outermost = {n: m for n, m in found.items() if not any(n.startswith(f"{other}.") for other in found)}
-    _check_ties(model, outermost)
+        matched.update((name, model.get_submodule(name)) for name in fitting)
+    outermost = {n: m for n, m in matched.items() if not any(n.startswith(f"{other}.") for other in matched)}
+    copied = {id(parameter) for module in outermost.values() for parameter in module.parameters()}
+    for name, module in model.named_modules():
+        if not is_inside(name, outermost) and any(id(p) in copied for p in module.parameters(recurse=False)):
+            raise ValueError(
+                f"`method.modules_to_save` must include {name!r}, because it shares a weight with one of "
+                f"{', '.join(map(repr, outermost))}, but got {tuple(patterns)}. Add {name!r}."
+            )
     return outermost
 
 
 def copy_to_train(modules: Mapping[str, nn.Module]) -> dict[str, TrainedModule]:
-    """Returns trainable fp32 copies of these modules; parameters that they share are shared by the copies."""
+    """Returns these modules with trainable fp32 copies. Parameters that the modules share are shared by the copies."""
     copies = copy.deepcopy(dict(modules))
     for module in copies.values():
         for parameter in module.parameters():
@@ -98,13 +101,13 @@ def trained_modules(model: nn.Module) -> dict[str, TrainedModule]:
 def find_trained_biases(
     model: nn.Module, which: TrainedBias, layers: Collection[str], trained: Collection[str]
 ) -> dict[str, nn.Parameter]:
-    """Returns the biases to train, by name.
+    """Returns the biases that `method.bias` selects, by name, without those inside modules that train in full.
 
     Args:
         model: The base model, with or without LoRA layers.
-        which: `none`, `lora_only` or `all`.
+        which: Value of `method.bias`.
         layers: Names of the adapted layers.
-        trained: Names of the modules that train in full; their biases are left out.
+        trained: Names of the modules that train in full.
     """
     if which == "none":
         return {}
@@ -117,30 +120,20 @@ def find_trained_biases(
 
 
 def bias_owner(name: str) -> str:
-    """Returns the base model's name of the layer that owns a bias; works for the bias of an adapted layer too."""
+    """Returns the name in the base model of the layer that has this bias; the layer may be adapted by now."""
     return name.removesuffix(".bias").removesuffix(".base")
 
 
 def copy_biases(model: nn.Module, biases: Iterable[str]) -> None:
-    """Replaces each of these biases by a trainable copy in the base's dtype."""
+    """Replaces biases, given by name, by trainable copies in the base's dtype."""
     for name in biases:
         owner = model.get_submodule(name.rpartition(".")[0])
         owner.bias = nn.Parameter(owner.bias.detach().clone())  # type: ignore[operator]
 
 
 def is_inside(name: str, modules: Iterable[str]) -> bool:
-    """Returns whether `name` is the name of one of these modules or lies inside one."""
+    """Returns whether the module `name` is one of these modules or inside one."""
     return any(name == module or name.startswith(f"{module}.") for module in modules)
-
-
-def _check_ties(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
-    inside = {id(p) for module in modules.values() for p in module.parameters()}
-    for name, module in model.named_modules():
-        if not is_inside(name, modules) and any(id(p) in inside for p in module.parameters(recurse=False)):
-            raise ValueError(
-                f"`method.modules_to_save` must name every module that holds a tied weight, but {name!r} holds one of "
-                f"{', '.join(map(repr, modules))} too. Name {name!r} as well, or adapt it with a low-rank change."
-            )
 
 
 def _float_dtype(tensors: Iterable[Tensor]) -> torch.dtype | None:

@@ -1,4 +1,4 @@
-"""A module that slots train in full (`modules_to_save`), one copy per slot: the stacked twin of `lora.trained`."""
+"""Modules that slots of a pack train in full (`modules_to_save`), as one stacked copy per slot."""
 
 from __future__ import annotations
 
@@ -10,23 +10,22 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from lorasweep.lora.fully_trained import TrainedModule, call_in_dtype_of, copy_to_train
 from lorasweep.lora.packed.dropout import SlotStreams, check_rows
-from lorasweep.lora.trained import TrainedModule, call_in_own_dtype, copy_to_train
 
 
 class StackedModule(nn.Module):
-    """A module of which each slot trains its own copy in fp32; slots that do not train it use the frozen one.
+    """A module of which each slot trains its own copy in fp32; slots that do not train it use the frozen module.
 
     Attributes:
         base: The frozen original.
         streams: The number of slots and each slot's random stream for dropout; the whole pack shares this object.
-        trains: Whether each slot has a copy.
+        trains: Whether each slot has a copy; at first none has.
         names: Names of the parameters inside the module, in the order of `stacked`.
-        stacked: The copies, each parameter as (slots, *shape); zero where a slot has none.
+        stacked: The copies, each parameter as (slots, *shape); zero for slots without a copy.
     """
 
     def __init__(self, base: nn.Module, streams: SlotStreams) -> None:
-        """Makes the stack for the slots of `streams`, none of which has a copy yet."""
         super().__init__()
         self.base = base
         self.streams = streams
@@ -45,7 +44,6 @@ class StackedModule(nn.Module):
 
     @property
     def is_used(self) -> bool:
-        """Whether any slot has a copy."""
         return any(self.trains)
 
     @torch.no_grad()
@@ -57,7 +55,7 @@ class StackedModule(nn.Module):
         self.trains[slot] = module is not None
 
     def take(self, slot: int, base: nn.Module) -> TrainedModule | None:
-        """Returns a slot's copy as an ordinary trained module beside `base`; None where the slot does not train it."""
+        """Returns a slot's copy as an ordinary trained module around `base`; None if the slot does not train it."""
         if not self.trains[slot]:
             return None
         taken = copy_to_train({"": base})[""]
@@ -72,9 +70,9 @@ class StackedModule(nn.Module):
             stacked.data, stacked.grad = stacked.detach()[list(keep)], None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Returns the module's output for the rows of each slot, slot after slot.
+        """Calls the module for each slot, and concatenates the outputs.
 
-        Tensors with as many rows as the first one are shared out among the slots, other arguments are given to each.
+        Tensors with as many rows as the first tensor are split among the slots. All slots get the other arguments.
         """
         leaves, spec = tree_flatten((args, kwargs))
         num_rows = next(leaf.shape[0] for leaf in leaves if isinstance(leaf, Tensor))
@@ -90,18 +88,17 @@ class StackedModule(nn.Module):
     def _call(self, slot: int, args: Any, kwargs: Mapping[str, Any]) -> Any:
         if not self.trains[slot]:
             return self.base(*args, **kwargs)
-        own = self._parameters_of(slot)
+        parameters = self._parameters_of(slot)
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            return functional_call(self.base, own, args, kwargs)
+            return functional_call(self.base, parameters, args, kwargs)
 
-        return call_in_own_dtype(call, args, kwargs, own=own.values(), base=self.base)
+        return call_in_dtype_of(parameters.values(), call, args, kwargs, base=self.base)
 
     def _parameters_of(self, slot: int) -> dict[str, Tensor]:
         return {name: stacked[slot] for name, stacked in zip(self.names, self.stacked, strict=True)}
 
     def _slice(self, leaf: Any, slot: int, num_rows: int) -> Any:
-        """Returns the slot's rows of a tensor that has rows, and anything else as it is."""
         if not isinstance(leaf, Tensor) or leaf.dim() == 0 or leaf.shape[0] != num_rows:
             return leaf
         check_rows(leaf, len(self.trains))
