@@ -29,9 +29,10 @@ from lorasweep.config.sweep import FixedSampler, ModelBasedSampler
 from lorasweep.errors import ConfigError, RunError
 from lorasweep.sweep.controller import history as history_file
 from lorasweep.sweep.controller import proposals
-from lorasweep.sweep.controller.history import MAX_REPEAT_FRACTION, TriedPoints
+from lorasweep.sweep.controller.encoding import SpaceEncoding
+from lorasweep.sweep.controller.history import History
 from lorasweep.sweep.controller.proposals import count_startup_trials, propose
-from lorasweep.sweep.controller.sobol import NUM_POINTS_DRAWN, SobolSequence
+from lorasweep.sweep.controller.sobol import sobol_point
 
 RANKS = [1, 2, 4, 8, 16, 32]
 SPACE = {
@@ -314,8 +315,8 @@ def test_an_arm_whose_keys_have_one_value_each_has_one_point():
 
 def test_a_repeated_proposal_is_replaced_by_the_next_point_of_the_sequence():
     next_points = [ask(number=number) for number in range(3)]
-    near = next_points[0] | {"optim.lr": next_points[0]["optim.lr"] * 1.0099}
-    far = next_points[0] | {"optim.lr": next_points[0]["optim.lr"] * 1.0102}
+    near = next_points[0] | {"optim.lr": float(f"{next_points[0]['optim.lr']:.2g}")}
+    far = next_points[0] | {"optim.lr": next_points[0]["optim.lr"] * 1.11}
     other = near | {"method.rank": next(rank for rank in RANKS if rank != near["method.rank"])}
     assert ask([make_trial(near)], number=0) == next_points[1]
     assert ask([make_trial(near), make_trial(next_points[1])], number=0) == next_points[2]
@@ -450,14 +451,13 @@ def test_of_a_long_history_a_model_sees_the_best_half_and_the_latest_others(monk
     assert seen[1] == [None, *values[:8]]  # a partial result has intermediate values only
 
 
-def test_a_point_repeats_another_if_all_of_its_values_are_near():
+def test_a_point_repeats_another_if_all_of_its_values_round_to_it():
     space = {"a": FloatDistribution(-1, 1), "b": FloatDistribution(-1, 1), "n": IntDistribution(0, 2)}
-    tried, point = TriedPoints(space), {"a": 0.5, "b": -0.001, "n": 1}
-    tried.add(point)
-    near, far = 1 + 0.99 * MAX_REPEAT_FRACTION, 1 + 1.03 * MAX_REPEAT_FRACTION
-    assert {"a": 0.5 * near, "b": -0.001 * near, "n": 1} in tried
-    for other in ({"a": 0.5 * far}, {"b": -0.001 * far}, {"b": 0.001}, {"n": 2}):
-        assert point | other not in tried
+    point = {"a": 0.5, "b": -0.001, "n": 1}
+    history = History(space, [make_trial(point, space=space, value=1.0)], direction="minimize")
+    assert history.has_tried({"a": 0.504, "b": -0.00101, "n": 1})
+    for other in ({"a": 0.51}, {"b": -0.0011}, {"b": 0.001}, {"n": 2}):
+        assert not history.has_tried(point | other)
 
 
 def test_sobol_points_are_those_of_optunas_sampler():
@@ -474,9 +474,8 @@ def test_sobol_points_are_those_of_optunas_sampler():
     study = optuna.create_study(sampler=sampler)
     lows = {key: range_.low for key, range_ in ranges.items()}
     study.add_trial(create_trial(value=0.0, params=lows, distributions=ranges))  # it learns the space from a trial
-    sobol = SobolSequence(ranges, choices=frozenset(), seed=7)
-    for index in range(NUM_POINTS_DRAWN + 44):
-        theirs, ours = study.ask(ranges).params, sobol.point(index)
+    for index in range(300):
+        theirs, ours = study.ask(ranges).params, sobol_point(SpaceEncoding(ranges), index, seed=7)
         assert ours == theirs
         assert [type(value) for value in ours.values()] == [type(value) for value in theirs.values()]
 
@@ -486,7 +485,7 @@ def test_sobol_points_are_those_of_optunas_sampler():
 
 @pytest.mark.parametrize(
     ("sampler", "built"),
-    [("gp", "GPSampler"), ("tpe", "TPESampler"), ("qmc", "SobolSequence"), ("random", "RandomSampler")],
+    [("gp", "GPSampler"), ("tpe", "TPESampler"), ("qmc", "sobol_point"), ("random", "RandomSampler")],
 )
 def test_a_sampler_that_cannot_be_built_is_named_in_one_sentence(sampler, built, monkeypatch):
     def build(*_, **__):

@@ -1,13 +1,13 @@
-"""The parameters of an arm's next trial: Sobol points first, then points that TPE or a Gaussian process chooses.
+"""The parameters of an arm's next trial: first Sobol points, then points that TPE or a Gaussian process chooses.
 
-A proposal depends on the sweep's seed, the arm's name, the trial's number and the arm's history alone. It is made on a
-fresh in-memory study, so nothing is written and no sampler carries a state from one trial to the next. The rules:
+A proposal depends only on the sweep's seed, the arm's name, the trial's number and the arm's history. Optuna's samplers
+are asked on a new study in memory, so nothing is written and no sampler carries a state from one trial to the next:
 
 1. Trials below `count_startup_trials`, and all trials before `MIN_RESULTS` results, are scrambled Sobol points.
 2. A model sees at most `MAX_HISTORY_TRIALS` results, the best half and the latest of the others, and every running
    trial.
 3. A proposal that repeats an earlier trial of the arm is replaced by the first of the next `MAX_SOBOL_DRAWS` Sobol
-   points that repeats none. If each of them does, as in a small space without further points, the proposal stays.
+   points that repeats no trial. If each of them repeats one, as in a small space, the proposal stays.
 
 A sampler that is set by `_target_` follows none of these rules: it is asked from the first trial on.
 """
@@ -21,9 +21,8 @@ import random
 import statistics
 import warnings
 import zlib
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Sequence
 from functools import lru_cache
-from types import MappingProxyType
 from typing import Any
 
 import optuna
@@ -39,7 +38,7 @@ from lorasweep.errors import ConfigError, RunError, first_line
 from lorasweep.sweep.controller.component_sampler import ask_sampler
 from lorasweep.sweep.controller.encoding import Point
 from lorasweep.sweep.controller.history import History, Result, last_value
-from lorasweep.sweep.controller.sobol import SobolSequence
+from lorasweep.sweep.controller.sobol import sobol_point
 from lorasweep.sweep.definition.arms import Arm
 from lorasweep.sweep.definition.space import Space, grid_values
 
@@ -58,12 +57,12 @@ SAMPLER_ATTRIBUTE = "lorasweep:sampler"
 def propose(
     arm: Arm, history: History | Sequence[FrozenTrial], *, number: int, direction: Direction
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Returns the parameters of an arm's next trial, and further user attributes which that trial must get.
+    """Returns the parameters of an arm's next trial, and user attributes that the trial must get.
 
     Args:
         arm: The arm, with its sampler and the sweep's seed.
         history: The arm's earlier trials, or a list of them in their order.
-        number: The position of the new trial among the arm's trials, from 0.
+        number: The index of the new trial among the arm's trials.
         direction: Which scores are better.
 
     Raises:
@@ -72,7 +71,8 @@ def propose(
     """
     if not isinstance(history, History):
         history = History(arm.space, history, direction=direction)
-    sampler, seed, encoding = arm.sweep_config.sampler, _derive_seed(arm, number), history.encoding
+    sampler, encoding = arm.sweep_config.sampler, history.encoding
+    seed, arm_seed = _derive_seed(arm, number), _derive_seed(arm)
     if not encoding.ranges:
         return encoding.decode({}), {}
     attributes: dict[str, Any] = {}
@@ -86,18 +86,18 @@ def propose(
             elif sampler.name == "grid":
                 point = _next_combination(arm, history)
             else:
-                sobol = SobolSequence(encoding.ranges, choices=frozenset(encoding.choices), seed=_derive_seed(arm))
                 if sampler.name == "random":
                     point = _ask(RandomSampler(seed=seed), encoding.ranges, [], direction=direction)
                 elif isinstance(sampler, ModelBasedSampler) and _may_learn(sampler, history, number, arm=arm):
                     point = _ask_model(sampler, history, seed=seed)
                 else:
-                    point = sobol.point(number)
-                draws = itertools.chain([point], (sobol.point(number + ahead) for ahead in range(MAX_SOBOL_DRAWS)))
-                point = next((draw for draw in draws if draw not in history.tried), point)
+                    point = sobol_point(encoding, number, seed=arm_seed)
+                indices = range(number, number + MAX_SOBOL_DRAWS)
+                draws = itertools.chain([point], (sobol_point(encoding, index, seed=arm_seed) for index in indices))
+                point = next((draw for draw in draws if not history.has_tried(draw)), point)
     except (ConfigError, RunError):
         raise
-    except Exception as error:  # whatever a sampler raises: the user needs the sampler's name and another one to use
+    except Exception as error:  # a sampler may raise anything
         raise ConfigError(
             f"`sampler` must be able to propose a trial for the space of arm {arm.name!r}, but {sampler.name!r} raised "
             f"{type(error).__name__}: {first_line(error)}. Use `sampler=qmc`."
@@ -106,10 +106,9 @@ def propose(
 
 
 def count_startup_trials(sampler: ModelBasedSampler, *, trials: int) -> int:
-    """Returns how many of an arm's trials are Sobol points before the sampler learns.
+    """Returns the number of Sobol points before the sampler learns: `sampler.startup_trials`, or a default.
 
-    This is `sampler.startup_trials`. If that is null, it is half of the arm's trials, rounded up, because so many may
-    start before the first result, but at most `MAX_STARTUP_TRIALS`.
+    The default is half of the arm's trials, which may start before the first result, but at most `MAX_STARTUP_TRIALS`.
     """
     if sampler.startup_trials is not None:
         return sampler.startup_trials
@@ -134,7 +133,7 @@ def _next_combination(arm: Arm, history: History) -> Point:
     )
     for combination in _shuffle_grid(axes, _derive_seed(arm)):
         point = dict(zip(encoding.ranges, combination, strict=True))
-        if point not in history.tried:
+        if not history.has_tried(point):
             return point
     raise RunError(
         f"`sampler=grid` must have a combination that arm {arm.name!r} did not try, but each of them was tried. "
@@ -152,14 +151,18 @@ def _shuffle_grid(axes: tuple[tuple[Any, ...], ...], seed: int) -> list[tuple[An
 def _ask_model(sampler: ModelBasedSampler, history: History, *, seed: int) -> Point:
     """Returns the point that TPE or a Gaussian process chooses from the arm's results and running trials."""
     ranges, direction = history.encoding.ranges, history.direction
-    shown = (_show_to_gp if sampler.name == "gp" else _show_to_tpe)(history.results(), ranges, direction=direction)
-    shown += [_show(point, ranges, state=TrialState.RUNNING) for point in history.running()]
     # The models learn from the first result on: the points before it are Sobol points, not Optuna's random ones.
+    model: BaseSampler
     if sampler.name == "gp":
-        model: BaseSampler = GPSampler(n_startup_trials=1, seed=seed, warn_independent_sampling=False)
+        model = GPSampler(n_startup_trials=1, seed=seed, warn_independent_sampling=False)
+        shown = _show_to_gp(history.results(), ranges, direction=direction)
     else:
         model = TPESampler(n_startup_trials=1, seed=seed)
-    return _ask(model, ranges, shown, direction=direction)
+        shown = [_show(result, ranges) for result in history.results()]
+        for trial in shown:
+            if trial.state == TrialState.RUNNING:  # TPE reads a running trial with values as a partial result then
+                trial.state = TrialState.PRUNED
+    return _ask(model, ranges, [*shown, *(_show(result, ranges) for result in history.running())], direction=direction)
 
 
 def _ask(sampler: BaseSampler, ranges: Space, shown: Sequence[FrozenTrial], *, direction: Direction) -> Point:
@@ -168,9 +171,9 @@ def _ask(sampler: BaseSampler, ranges: Space, shown: Sequence[FrozenTrial], *, d
 
 
 class _ShownTrials(InMemoryStorage):
-    """The storage of a study that a sampler is asked on: the trials that it sees, and the one that it proposes.
+    """The storage of a study on which a sampler is asked: the trials that the sampler sees, and the proposed trial.
 
-    Optuna would copy each trial on its way into a study, which takes longer than a proposal.
+    Adding the trials to a study would copy and check each of them, which takes longer than a proposal.
     """
 
     def __init__(self, shown: Sequence[FrozenTrial]) -> None:
@@ -185,56 +188,20 @@ class _ShownTrials(InMemoryStorage):
         deepcopy: bool = True,  # noqa: FBT001, FBT002 (Optuna's)
         states: Container[TrialState] | None = None,
     ) -> list[FrozenTrial]:
-        """Returns the trials that are shown, then the new one. Called by Optuna."""
         shown = [trial for trial in self._shown if states is None or trial.state in states]
         return [*(copy.deepcopy(shown) if deepcopy else shown), *super().get_all_trials(study_id, deepcopy, states)]
 
 
-def _show(
-    point: Point,
-    ranges: Space,
-    *,
-    state: TrialState,
-    value: float | None = None,
-    intermediate_values: Mapping[int, float] = MappingProxyType({}),
-    constraints: Mapping[str, float] = MappingProxyType({}),
-) -> FrozenTrial:
-    """Returns a trial as a sampler sees it. Unlike `create_trial` it does not check again what was checked before."""
-    trial = FrozenTrial(
-        number=0,
-        trial_id=0,
-        state=state,
-        value=value,
-        params=point,
-        distributions=ranges,
-        intermediate_values=dict(intermediate_values),
-        user_attrs={},
-        system_attrs={},
-        datetime_start=None,
-        datetime_complete=None,
-    )
-    for name, excess in constraints.items():
-        trial.set_constraint(name, excess)
-    return trial
-
-
-def _show_to_tpe(results: Sequence[Result], ranges: Space, *, direction: Direction) -> list[FrozenTrial]:
-    """Returns results as TPE takes them: it sorts partial ones behind complete ones, and infeasible ones last."""
-    return [
-        _show(
-            point,
-            ranges,
-            state=TrialState.COMPLETE if trial.state == TrialState.COMPLETE else TrialState.PRUNED,
-            value=trial.value,
-            intermediate_values=trial.intermediate_values,
-            constraints=trial.constraints,
-        )
-        for trial, point in results
-    ]
+def _show(result: Result, ranges: Space) -> FrozenTrial:
+    """Returns a copy of a trial with its point in place of its parameters."""
+    trial, point = result
+    shown = copy.copy(trial)
+    shown.params, shown.distributions = point, ranges
+    return shown
 
 
 def _show_to_gp(results: Sequence[Result], ranges: Space, *, direction: Direction) -> list[FrozenTrial]:
-    """Returns results as a Gaussian process takes them: each with one value.
+    """Returns results as a Gaussian process reads them: as complete trials with one value each.
 
     A partial result has its last value plus the median progress of the complete trials since that step. Values worse
     than the median become the median: a trial that diverges is far worse than all others, and a model that has to fit
@@ -258,14 +225,11 @@ def _show_to_gp(results: Sequence[Result], ranges: Space, *, direction: Directio
     median = statistics.median(value for value in values if value is not None)
     better = min if direction == "minimize" else max
     # Optuna's sampler requires the same constraints in every trial; a trial is feasible at or below 0
-    names = sorted({name for trial, _ in results for name in trial.constraints})
-    return [
-        _show(
-            point,
-            ranges,
-            state=TrialState.COMPLETE,
-            value=median if value is None else better(value, median),
-            constraints={name: trial.constraints.get(name, -1.0) for name in names},
-        )
-        for value, (trial, point) in zip(values, results, strict=True)
-    ]
+    constraints = {name: -1.0 for trial, _ in results for name in trial.constraints}
+    shown = [_show(result, ranges) for result in results]
+    for trial, value in zip(shown, values, strict=True):
+        trial.state, trial.value = TrialState.COMPLETE, median if value is None else better(value, median)
+        trial.system_attrs = dict(trial.system_attrs)  # shared with the study's trial until now
+        for name, excess in (constraints | trial.constraints).items():
+            trial.set_constraint(name, excess)
+    return shown
