@@ -129,7 +129,7 @@ def better_part(rule: Any, rung: int, values: Mapping[int, float], *, all_arrive
     if isinstance(rule, Extrapolation):
         return rule.better_part(rung, values)
     ranked = sorted((value, number) for number, value in values.items())
-    return frozenset(number for _, number in ranked[: rule.count_better(ranked, all_arrived=all_arrived)])
+    return frozenset(number for _, number in ranked[: rule.count_kept(ranked, all_arrived=all_arrived)])
 
 
 def normal_cdf(z: float) -> float:
@@ -411,7 +411,7 @@ def _final(curve: Curve, *, uses_cooldown: bool) -> float:
 
 def candidates() -> list[Candidate]:
     """Returns the rules that are compared. Rungs are twelfths of a run."""
-    found = [Candidate(name="none", rule=rules.NoStopping())]
+    found = [Candidate(name="none", rule=rules.StoppingRule())]
 
     def add(rungs: tuple[int, ...], factor: int, *, least: int = 1, criterion: Criterion = "metric") -> None:
         family = "cutoff" if len(rungs) == 1 else "halving"

@@ -40,7 +40,7 @@ def arm(inputs, values, rule, *, first_part=None, fails_at=None, **settings):
 
 
 def test_without_a_rule_every_trial_is_complete(inputs):
-    outcome = arm(inputs, [3.0, 1.0, 2.0], inputs.rules.NoStopping()).run()
+    outcome = arm(inputs, [3.0, 1.0, 2.0], inputs.rules.StoppingRule()).run()
     assert outcome.steps == 3 * inputs.LAST
     assert outcome.complete == (0, 1, 2)
 
@@ -193,7 +193,7 @@ def test_seed_noise_leaves_out_what_a_seed_does_to_all_settings(inputs):
 def result(inputs, name, *, steps, loss):
     tally = inputs.Tally(steps=[steps] * 20, losses=[loss] * 20, hits=[True] * 20)
     return inputs.Result(
-        candidate=inputs.Candidate(name=name, rule=inputs.rules.NoStopping()),
+        candidate=inputs.Candidate(name=name, rule=inputs.rules.StoppingRule()),
         tallies={n: {"t": tally} for n in inputs.BOUNDS},
     )
 

@@ -20,7 +20,7 @@ def find_better_parts(rule, trials, *, sign, all_begun):
         arrived = [trial for trial in trials if rung in trial.values and trial.state not in ("failed", "infeasible")]
         ranked = sorted((cost_at(trial, rung, sign=sign), trial.number) for trial in arrived)
         all_arrived = all_begun and not any(can_arrive(trial, rung, better) for trial in trials)
-        better[rung] = [number for _, number in ranked[: rule.count_better(ranked, all_arrived=all_arrived)]]
+        better[rung] = [number for _, number in ranked[: rule.count_kept(ranked, all_arrived=all_arrived)]]
     return better
 
 
@@ -63,19 +63,19 @@ def test_tables_decide_as_a_comparison_of_all_trials(rule, sign):
         drawn = random.Random(seed)
         trials = {0: Trial(number=0, params={}, order=0)}
         tables = RungTables(rule, trials, sign=sign)
-        tables.move(set(), tables.places(trials[0]))
+        tables.update_rows(set(), tables.list_rows(trials[0]))
         for turn in range(120):
             known = set(trials)
             trial, changes = change_one(trials, drawn)
-            before = tables.places(trial) if trial.number in known else set()
+            before = tables.list_rows(trial) if trial.number in known else set()
             for name, value in changes.items():
                 setattr(trial, name, value)
-            tables.move(before, tables.places(trial))
+            tables.update_rows(before, tables.list_rows(trial))
             all_begun = turn > 80
             better = find_better_parts(rule, trials.values(), sign=sign, all_begun=all_begun)
             for rung in RUNGS:
                 reached = [each for each in trials.values() if rung in each.values]
-                found = {each.number for each in reached if tables.is_better(each, rung, all_begun=all_begun)}
+                found = {each.number for each in reached if tables.may_train_beyond(each, rung, all_begun=all_begun)}
                 assert found == set(better[rung])
             promoted = next(
                 (

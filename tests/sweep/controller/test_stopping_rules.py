@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lorasweep.sweep.controller.stopping_rules import Halving, MedianOfPeers, NoStopping
+from lorasweep.sweep.controller.stopping_rules import Halving, MedianOfPeers, StoppingRule
 
 
 def ranked(*values):
@@ -12,7 +12,7 @@ def ranked(*values):
 
 
 def test_without_a_rule_all_go_on():
-    assert NoStopping().count_better(ranked(3.0, 1.0, 2.0), all_arrived=False) == 3
+    assert StoppingRule().count_kept(ranked(3.0, 1.0, 2.0), all_arrived=False) == 3
 
 
 @pytest.mark.parametrize(
@@ -21,19 +21,19 @@ def test_without_a_rule_all_go_on():
 )
 def test_halving_lets_one_in_three_go_on_and_rounds_up_once_all_have_arrived(count, all_arrived, expected):
     rule = Halving(rungs=(20,), reduction_factor=3)
-    assert rule.count_better(ranked(*range(count)), all_arrived=all_arrived) == expected
+    assert rule.count_kept(ranked(*range(count)), all_arrived=all_arrived) == expected
 
 
 @pytest.mark.parametrize(("count", "expected"), [(2, 2), (8, 4), (16, 4), (24, 6)])
 def test_so_many_survive_at_least_once_all_have_arrived(count, expected):
     rule = Halving(rungs=(20,), reduction_factor=4, min_survivors=4)
-    assert rule.count_better(ranked(*range(count)), all_arrived=True) == expected
-    assert rule.count_better(ranked(*range(count)), all_arrived=False) == count // 4
+    assert rule.count_kept(ranked(*range(count)), all_arrived=True) == expected
+    assert rule.count_kept(ranked(*range(count)), all_arrived=False) == count // 4
 
 
 def test_the_median_is_that_of_all_peers_and_waits_for_enough_of_them():
     rule = MedianOfPeers(rungs=(20,), min_trials=4)
-    assert rule.count_better(ranked(1.0, 2.0, 3.0), all_arrived=False) == 0
-    assert rule.count_better(ranked(1.0, 2.0, 3.0), all_arrived=True) == 2
-    assert rule.count_better(ranked(1.0, 2.0, 3.0, 4.0), all_arrived=False) == 2
-    assert rule.count_better(ranked(1.0, 2.0, 2.0, 2.0), all_arrived=False) == 4
+    assert rule.count_kept(ranked(1.0, 2.0, 3.0), all_arrived=False) == 0
+    assert rule.count_kept(ranked(1.0, 2.0, 3.0), all_arrived=True) == 2
+    assert rule.count_kept(ranked(1.0, 2.0, 3.0, 4.0), all_arrived=False) == 2
+    assert rule.count_kept(ranked(1.0, 2.0, 2.0, 2.0), all_arrived=False) == 4

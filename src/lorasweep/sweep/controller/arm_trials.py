@@ -16,7 +16,7 @@ from optuna.trial import TrialState as OptunaState
 from lorasweep.record import TrialState
 from lorasweep.sweep.controller.history import History
 from lorasweep.sweep.controller.rung_tables import RungTables
-from lorasweep.sweep.controller.stopping_rules import NoStopping, StoppingRule
+from lorasweep.sweep.controller.stopping_rules import StoppingRule
 from lorasweep.sweep.controller.trial import (
     INFEASIBLE_ATTRIBUTE,
     LOSSES_ATTRIBUTE,
@@ -31,8 +31,8 @@ from lorasweep.sweep.definition.arms import Arm
 class ArmTrials:
     """The trials of one arm in one stage.
 
-    The journal is written before anything here changes, and holds all that is needed to make this object again. A trial
-    enters it in one write with all its parameters, so that no process can be killed between some of them.
+    The journal is written before anything here changes, and holds all that is needed to create this object again. A
+    trial enters it in one write with all its parameters, so that no process can be killed between two of them.
     """
 
     def __init__(
@@ -53,21 +53,21 @@ class ArmTrials:
 
         Args:
             arm: The arm.
-            study: Its study in this stage.
+            study: The arm's study in this stage.
             storage: The storage that the study is in.
             space: The range of each parameter of a trial.
-            planned: How many trials the arm gets, those that have ended included.
+            planned: Number of trials of the arm, including trials that have ended.
             rule: Which trials may train beyond a rung. None lets every trial run to its end.
             by_loss: Whether rungs compare by the validation loss instead of the metric.
             prunes_by_study: Whether the study's own pruner decides instead, at every evaluation.
             first_trials: How many trials may begin before one of the arm is complete. None sets no limit.
-            session: What the names of workers begin with that may train trials now; None if there are none.
+            session: Prefix of the names of workers that may train trials now; None if no worker trains.
         """
         self.arm = arm
         self.study = study
         self.planned = planned
         self.trials: dict[int, Trial] = {}
-        """The controller's trials by number. Trials that somebody else added to the study are left out."""
+        """The controller's trials by number. Trials that somebody else added to the study are skipped."""
         self._num_in_state: Counter[TrialState] = Counter()
         self._held: defaultdict[str, dict[int, Trial]] = defaultdict(dict)
         """The trials that each worker trains now, by number."""
@@ -78,23 +78,21 @@ class ArmTrials:
         self._space = dict(space)
         self._storage = storage
         self._study_id = storage.get_study_id_from_name(study.study_name)
-        self._rule: StoppingRule = rule or NoStopping()
+        self._rule = rule or StoppingRule()
         self._by_loss = by_loss
         self._prunes_by_study = prunes_by_study
-        sign = 1 if study.direction == optuna.study.StudyDirection.MINIMIZE else -1
-        self._tables = RungTables(self._rule, self.trials, sign=sign)
-        self._history = History(self._space, direction="minimize" if sign == 1 else "maximize")
+        self._first_trials = planned if first_trials is None else first_trials
+        is_minimized = study.direction == optuna.study.StudyDirection.MINIMIZE
+        self._tables = RungTables(self._rule, self.trials, sign=1 if is_minimized else -1)
+        self._history = History(self._space, direction="minimize" if is_minimized else "maximize")
         self._changed: set[int] = set()
         """Numbers of the trials that have changed since the history read them."""
-        self._next_number = 0
-        self._first_trials = planned if first_trials is None else first_trials
         for frozen in study.get_trials(deepcopy=False):
             if TURN_ATTRIBUTE in frozen.user_attrs:
                 trial = read_trial(frozen, session=session)
                 self._add(trial)
                 if trial.state == "infeasible" and not frozen.state.is_finished():  # killed before all of it was told
                     self.end(trial, "infeasible", {}, value=None)
-            self._next_number = frozen.number + 1
 
     @property
     def left(self) -> int:
@@ -118,45 +116,29 @@ class ArmTrials:
         self._changed.clear()
         return self._history
 
-    def next_number(self) -> int:
-        """Returns the number that the next trial of the study gets; trials of others count in it."""
-        while self._is_taken(self._next_number):  # by a trial that somebody else added to a database
-            self._next_number += 1
-        return self._next_number
-
     def find_abandoned(self) -> list[Trial]:
         """Returns the trials that were handed out to a process that is gone."""
         return list(self._abandoned.values())
 
     def held_by(self, worker: str) -> list[Trial]:
-        """Returns the trials that a worker trains now."""
         return list(self._held.get(worker, {}).values())
 
     def paused(self) -> list[Trial]:
-        """Returns the paused trials in the order of their numbers."""
         return [trial for trial in self.trials.values() if trial.state == "paused"]
 
     def is_any(self, state: TrialState) -> bool:
-        """Whether any trial is in a state."""
         return self._num_in_state[state] > 0
 
     def next_promoted(self) -> tuple[Trial, int] | None:
-        """Returns the paused trial to be resumed next and the rung it passes; None if no paused trial may continue.
-
-        Of several it is the one at the highest rung, there the best one.
-        """
+        """Returns the paused trial to be resumed next and the rung it passes; None if no paused trial may continue."""
         return self._tables.next_promoted(all_begun=self.left <= 0) if self.is_any("paused") else None
 
     def may_begin(self) -> bool:
-        """Whether a new trial may begin now.
-
-        An adaptive sampler is asked for no more than the first trials before one of them is complete, as long as any
-        trial of the arm runs.
-        """
-        if self.left <= 0:
-            return False
-        waits = len(self.trials) >= self._first_trials and not self.is_any("complete")
-        return not (waits and self.is_any("running"))
+        """Returns whether a new trial may begin now."""
+        # Until a trial is complete, an adaptive sampler proposes only the first trials. It would learn nothing from
+        # waiting if no trial runs.
+        waits = len(self.trials) >= self._first_trials and not self.is_any("complete") and self.is_any("running")
+        return self.left > 0 and not waits
 
     def begin(
         self,
@@ -168,23 +150,16 @@ class ArmTrials:
         request: int = 0,
     ) -> Trial:
         """Writes a new trial with all its parameters into the journal, in one step, and returns it."""
-        trial = Trial(
-            number=self.next_number(),
+        trial = Trial(number=-1, params=dict(params), order=order, is_held=True, worker=worker, request=request)
+        template = create_trial(
+            state=OptunaState.RUNNING,
             params=dict(params),
-            order=order,
-            is_held=True,
-            worker=worker,
-            request=request,
+            distributions=self._space,
+            user_attrs={TURN_ATTRIBUTE: trial.turn, **attributes},
         )
-        self.study.add_trial(
-            create_trial(
-                state=OptunaState.RUNNING,
-                params=dict(params),
-                distributions=self._space,
-                user_attrs={TURN_ATTRIBUTE: trial.turn, **attributes},
-            )
-        )
-        self._next_number = trial.number + 1
+        # unlike `Study.add_trial` this returns which trial of the study it became
+        trial_id = self._storage.create_new_trial(self._study_id, template_trial=template)
+        trial.number = self._storage.get_trial_number_from_id(trial_id)
         self._add(trial)
         return trial
 
@@ -195,10 +170,8 @@ class ArmTrials:
         self._change(trial, state="running", is_held=True)
 
     def hand_out_again(self, trial: Trial, *, worker: str = "", request: int = 0) -> None:
-        """Hands out a trial whose worker is gone.
-
-        Its order stays, so that the trials of a process that was killed twice are handed out again in the same order.
-        """
+        """Hands out a trial whose worker is gone."""
+        # The order stays, so that a process that was killed twice gets its trials in the same order again.
         if (worker, request) != (trial.worker, trial.request):
             self._write_turn(trial, worker=worker, request=request)
         self._change(trial, state="running", is_held=True)
@@ -222,25 +195,22 @@ class ArmTrials:
             self._change(trial, values={**trial.values, step: value})
 
     def decide(self, trial: Trial, step: int) -> bool:
-        """Returns whether a trial trains on after the evaluation at a step; all values of it must be stored by then."""
+        """Returns whether a trial continues after the evaluation at a step, whose values must all be stored."""
         if self._prunes_by_study:
             return not self._as_optuna_trial(trial).should_prune()
         if step not in self._rule.rungs:
             return True
-        if step in trial.passed:  # a process that was killed since had reported this step: the decision stays
+        if step in trial.passed:  # a process that was killed since then had reported this step: the decision stays
             return step not in trial.promoted
-        if not self._tables.is_better(trial, step, all_begun=self.left <= 0):
+        if not self._tables.may_train_beyond(trial, step, all_begun=self.left <= 0):
             return False
         self._write_turn(trial, passed=trial.passed | {step})
         return True
 
     def pause(self, trial: Trial, attributes: Mapping[str, Any], *, step: int) -> None:
-        """Notes that a trial's run was paused; one that was promoted from here before waits to be handed out again.
+        """Notes that a trial's run was paused after so many steps, and writes user attributes.
 
-        Args:
-            trial: The trial.
-            attributes: User attributes to write.
-            step: Steps that its run has done. A run that began anew may have values of later steps.
+        A trial that was promoted at this step before is handed out again.
         """
         self.write(trial, {**attributes, PAUSED_ATTRIBUTE: step})
         was_promoted = step in trial.promoted
@@ -249,18 +219,11 @@ class ArmTrials:
         self._change(trial, state="running" if was_promoted else "paused", is_held=False)
 
     def end(self, trial: Trial, state: TrialState, attributes: Mapping[str, Any], *, value: float | None) -> None:
-        """Tells the study how a trial ended; one that has ended stays as it is.
-
-        Args:
-            trial: The trial.
-            state: `complete`, `pruned`, `failed` or `infeasible`.
-            attributes: User attributes to write.
-            value: The score of a complete trial.
-        """
+        """Tells the study how a trial ended, unless the study knows. `value` is the score of a complete trial."""
         if not self._storage.get_trial(self._trial_id(trial)).state.is_finished():
             self.write(trial, attributes)
             if state == "infeasible":
-                # A sampler leaves failed trials out. From one that was pruned and breaks a constraint it can learn.
+                # A sampler ignores failed trials, but learns from a pruned trial that violates a constraint.
                 self.write(trial, {INFEASIBLE_ATTRIBUTE: True})
                 self._as_optuna_trial(trial).set_constraint("memory", 1.0)
             told = {"complete": OptunaState.COMPLETE, "failed": OptunaState.FAIL}.get(state, OptunaState.PRUNED)
@@ -268,23 +231,22 @@ class ArmTrials:
         self._change(trial, state=state, is_held=False)
 
     def write(self, trial: Trial, attributes: Mapping[str, Any]) -> None:
-        """Writes user attributes of a trial."""
         for name, attribute in attributes.items():
             self._storage.set_trial_user_attr(self._trial_id(trial), name, attribute)
 
     def _write_turn(self, trial: Trial, **changes: Any) -> None:
-        """Changes when and to whom a trial was handed out: in the journal first, in one write."""
+        """Changes when and to whom a trial was handed out. The journal comes first, with one write."""
         self.write(trial, {TURN_ATTRIBUTE: dataclasses.replace(trial, **changes).turn})
         self._change(trial, **changes)
 
     def _add(self, trial: Trial) -> None:
         self.trials[trial.number] = trial
-        self._tables.move(set(), self._tables.places(trial))
+        self._tables.update_rows(set(), self._tables.list_rows(trial))
         self._index(trial)
 
     def _change(self, trial: Trial, **changes: Any) -> None:
-        """Changes a trial, and the tables and indexes that it is in: no question may read all trials of an arm."""
-        before = self._tables.places(trial)
+        """Changes a trial and the tables and indexes that it is in, so that no question has to read all trials."""
+        before = self._tables.list_rows(trial)
         self._num_in_state[trial.state] -= 1
         self._abandoned.pop(trial.number, None)
         if trial.is_held:
@@ -292,7 +254,7 @@ class ArmTrials:
         for name, value in changes.items():
             setattr(trial, name, value)
         self._index(trial)
-        self._tables.move(before, self._tables.places(trial))
+        self._tables.update_rows(before, self._tables.list_rows(trial))
 
     def _index(self, trial: Trial) -> None:
         self._changed.add(trial.number)
@@ -302,13 +264,6 @@ class ArmTrials:
             self._held[trial.worker][trial.number] = trial
         elif trial.state == "running":
             self._abandoned[trial.number] = trial
-
-    def _is_taken(self, number: int) -> bool:
-        try:
-            self._storage.get_trial_id_from_study_id_trial_number(self._study_id, number)
-        except KeyError:
-            return False
-        return True
 
     def _as_optuna_trial(self, trial: Trial) -> optuna.trial.Trial:
         return optuna.trial.Trial(self.study, self._trial_id(trial))

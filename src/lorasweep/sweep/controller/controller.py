@@ -1,7 +1,7 @@
 """The controller: the only owner of a sweep's studies. It hands out trials, decides at rungs and takes results.
 
-A worker calls `take`, `report` and `tell`. The answers follow from the sweep's seed and from what was reported before,
-never from a clock, from the order of slots or from how often the process was killed in between.
+A worker calls `take`, `report` and `tell`. The answers follow from the sweep's seed and from earlier reports, never from
+a clock, the order of slots, or how often the process was killed in between.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from lorasweep.record import RunRecord
 from lorasweep.redaction import redact
 from lorasweep.sweep.controller.arm_trials import ArmTrials
 from lorasweep.sweep.controller.folder import SweepFolder
-from lorasweep.sweep.controller.record_rows import measure_importance
+from lorasweep.sweep.controller.record_rows import RUNS_FOLDER, measure_importance
 from lorasweep.sweep.controller.stages import Confirm, Search, Stage
 from lorasweep.sweep.controller.storage import database_must_answer, flush_storage
 from lorasweep.sweep.controller.trial import REASON_ATTRIBUTE, SCORE_ATTRIBUTE, Trial
@@ -34,7 +34,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 MAX_DEATHS_IN_A_ROW = 10
-"""Number of workers that die in a row, without any evaluation in between, before the sweep ends with an error."""
+"""The sweep ends with an error once this number of workers died in a row without any evaluation in between."""
 Status = Literal["running", "complete", "interrupted"]
 RunEnded = Callable[[RunRecord, Path, Mapping[str, Any]], None]
 """Called with the record, the folder and the swept values of each run that ended well."""
@@ -83,12 +83,12 @@ class Controller:
     """
 
     def __init__(self, sweep: SweepFolder, *, run_ended: RunEnded, session: str | None = None) -> None:
-        """Reads what the sweep's journal holds, and resumes the stage that the sweep has come to.
+        """Reads the sweep's journal, and resumes the sweep's present stage.
 
         Args:
             sweep: The open sweep.
             run_ended: Called with each run that is complete, or pruned at the end of the search.
-            session: What the names of workers begin with that may train trials now; None if there are none yet.
+            session: Prefix of the names of workers that may train trials now; None if no worker trains yet.
         """
         self.sweep = sweep
         self.run_ended = run_ended
@@ -110,15 +110,10 @@ class Controller:
     def take(self, arms: Collection[str] | None = None, *, worker: str = "", request: int = 0) -> Assignment | None:
         """Hands out the next trial, or None if no trial can be trained now.
 
-        First come trials that were handed out to a worker that is gone, in the order in which they were handed out.
-        Then the arms take turns: the one that has begun the smallest fraction of its trials is next, arms without a
-        space before all others. In an arm a paused trial that now belongs to the better part goes before a new one.
-        Once all trials of the search have ended, those of the confirm stage follow.
-
         Args:
-            arms: Only trials of these arms; None stands for all.
+            arms: Only trials of these arms; None stands for all arms.
             worker: The worker that asks; empty for the worker of this process.
-            request: A number that the worker uses once. Asked again with it, the worker gets the same trial.
+            request: A number that the worker uses once. A second call with this number returns the same trial.
         """
         if worker:
             for trials in self.stage.arms.values():
@@ -128,11 +123,14 @@ class Controller:
         if arms is None:
             self._advance_stage()
         candidates = [trials for name, trials in self.stage.arms.items() if arms is None or name in arms]
+        # First the trials of workers that are gone, in the order in which they were handed out.
         abandoned = [(trials, trial) for trials in candidates for trial in trials.find_abandoned()]
         if abandoned:
             trials, trial = min(abandoned, key=lambda pair: pair[1].order)
             trials.hand_out_again(trial, worker=worker, request=request)
             return self._assign(trials, trial)
+        # Then the arm that has begun the smallest fraction of its trials, arms without a space before all others. In an
+        # arm a paused trial that may continue goes before a new trial.
         for trials in sorted(candidates, key=lambda trials: (bool(trials.arm.space), trials.progress)):
             if (promoted := trials.next_promoted()) is not None:
                 trial, rung = promoted
@@ -152,10 +150,7 @@ class Controller:
         *,
         losses: Mapping[Assignment, float] = MappingProxyType({}),
     ) -> list[bool]:
-        """Takes the evaluations of one moment and returns for each trial whether it trains on.
-
-        All values are stored before anything is decided, and the trials are looked at in the order of rungs and
-        numbers, so that the order in which they are given changes nothing.
+        """Takes evaluations of the same moment and returns for each trial whether it continues.
 
         Args:
             evaluations: Trial, optimizer step and value of the metric.
@@ -173,17 +168,19 @@ class Controller:
         # by arm and number: in another process an assignment is another object each time
         loss_of = {(assignment.arm.name, assignment.number): loss for assignment, loss in losses.items()}
         reported = [(*self._find(assignment), step, value) for assignment, step, value in evaluations]
+        # All values are stored before any decision, and trials are decided in the order of rungs and numbers. So the
+        # order of `evaluations` changes nothing.
         in_order = sorted(reported, key=lambda found: (found[0].arm.name, found[2], found[1].number))
         for trials, trial, step, value in in_order:
             trials.store(trial, step, value, loss=loss_of.get((trials.arm.name, trial.number)))
         decisions = {(trials.arm.name, trial.number): trials.decide(trial, step) for trials, trial, step, _ in in_order}
-        self._save_if_due()  # status shows what runs, and a trial mostly begins just after a save, when none is due
+        self._save_if_due()  # a trial mostly begins just after a save, so its first report is the first chance to show it
         return [decisions[trials.arm.name, trial.number] for trials, trial, _, _ in reported]
 
     @_needs_storage
     def tell(self, assignment: Assignment, record: RunRecord) -> None:
-        """Takes the record of a run that is complete or paused; one that is interrupted stays the worker's."""
-        if not self._holds(assignment):  # told before, and the answer was lost
+        """Takes the record of a run that is complete or paused."""
+        if not self._holds(assignment):  # the worker called before, and the answer was lost
             return
         trials, trial = self._find(assignment)
         value = record.test[record.metric] if assignment.reads_test else record.score
@@ -191,7 +188,7 @@ class Controller:
             trials.pause(trial, {SCORE_ATTRIBUTE: value}, step=record.steps_done)
         else:
             self._failures_in_a_row = 0
-            # before the end is told: a process that is killed in between repeats both, and neither is lost
+            # before the study is told: a process that is killed in between repeats both, and neither is lost
             self.run_ended(record, assignment.place.folder, assignment.params)
             trials.end(trial, "complete", {SCORE_ATTRIBUTE: value}, value=value)
         self._save_if_due()
@@ -212,20 +209,19 @@ class Controller:
         trials.end(trial, state, {REASON_ATTRIBUTE: redact(reason)}, value=None)
         self._save_if_due()
         if assignment.reads_test and isinstance(error, Diverged):
-            return  # that a winner diverges on other seeds is a result
+            return  # it is a result if a winner diverges on other seeds
         self._failures_in_a_row += 1
         limit = assignment.arm.sweep_config.sweep.max_failures
         if self._failures_in_a_row >= limit:
             self.save("interrupted")
             raise WorkerError(
-                f"fewer than {limit} trials in a row may fail (`sweep.max_failures`), "
-                f"but the last one failed too: {reason} "
-                f"Their records in {str(self.sweep.path / 'runs')!r} have the tracebacks."
+                f"fewer than {limit} trials in a row may fail (`sweep.max_failures`), but the last one failed too: "
+                f"{reason} The tracebacks are in the records in {str(self.sweep.path / 'runs')!r}."
             ) from error
 
     @_needs_storage
     def take_back(self, folder_name: str) -> Assignment | None:
-        """Hands out again the trial whose run has this folder; None if this stage has no such trial."""
+        """Hands out the trial whose run has this folder again; None if this stage has no such trial."""
         for trials in self.stage.arms.values():
             for trial in trials.trials.values():
                 if self.stage.place(trials.arm, trial.number).folder.name == folder_name:
@@ -236,18 +232,17 @@ class Controller:
 
     @_needs_storage
     def release(self, assignments: Sequence[Assignment]) -> None:
-        """Takes back trials whose pack broke up; they are handed out again before any other."""
+        """Takes trials back whose pack broke up; they are handed out again before any other trial."""
         for assignment in assignments:
             trials, trial = self._find(assignment)
             trials.release(trial)
 
     @_needs_storage
     def release_worker(self, worker: str) -> None:
-        """Takes back the trials of a worker that is gone; they are handed out again before any other.
+        """Takes the trials of a worker that is gone back; they are handed out again before any other trial.
 
         Raises:
-            WorkerError: So many workers died in a row, without an evaluation in between, that the sweep would never
-                end.
+            WorkerError: `MAX_DEATHS_IN_A_ROW` workers died in a row.
         """
         for trials in self.stage.arms.values():
             for trial in trials.held_by(worker):
@@ -260,41 +255,33 @@ class Controller:
             )
 
     def awaits_pause(self, assignment: Assignment, *, step: int) -> bool:
-        """Whether a trial was last reported at this step and was not let beyond it."""
+        """Returns whether a trial's last report was at this step and the trial may not train beyond it."""
         _, trial = self._find(assignment)
         return max(trial.values, default=None) == step and step not in trial.passed
 
     def is_over(self) -> bool:
-        """Whether every trial of every stage has ended."""
         return self._is_over
 
     def note(self, sentences: Sequence[str]) -> None:
-        """Keeps sentences on the data in the record, each once."""
         self.sweep.note(sentences)
 
     def warn(self, sentence: str) -> None:
-        """Keeps a sentence of warning in the record, once."""
         self.sweep.warn(sentence)
 
     def note_worker(self, *, device: str, threads: int) -> None:
-        """Keeps in the record what a worker trains on."""
         self.sweep.record.device, self.sweep.record.threads = device, threads
 
     def note_usage(self, worker: str, usage: Mapping[str, float]) -> None:
-        """Keeps the time and memory that a worker has used so far in this session."""
+        """Notes the time and memory that a worker has used so far in this session."""
         self._usage[worker] = usage
 
     @_needs_storage
     def finish(self) -> bool:
-        """Closes the session: writes the record as complete or interrupted, and returns whether it is complete."""
+        """Writes the record as complete or interrupted, and returns whether the sweep is complete."""
         if self._is_over:
-            stages: list[Stage] = [self.search, *([self.confirm] if self.confirm is not None else [])]
-            for stage in stages:
-                for trials in stage.arms.values():
-                    for number in trials.trials:  # killed processes may have left checkpoints and half-written files
-                        folder = stage.place(trials.arm, number).folder
-                        remove_checkpoints(folder)
-                        remove_leftovers(folder)
+            for folder in (self.sweep.path / RUNS_FOLDER).iterdir():
+                remove_checkpoints(folder)  # killed processes may have left checkpoints and half-written files
+                remove_leftovers(folder)
             for row in self.sweep.record.arms:
                 row.importance = measure_importance(self.search.arms[row.name].frozen())
         self.save("complete" if self._is_over else "interrupted")
@@ -302,7 +289,6 @@ class Controller:
 
     @_needs_storage
     def save(self, status: Status | None = None) -> None:
-        """Writes the sweep's record."""
         record = self.sweep.record
         record.trials = [row for arm in self.search.arms for row in self.search.rows(arm)]
         if self.confirm is not None:
@@ -310,7 +296,7 @@ class Controller:
         self.sweep.save(usage=functools.reduce(add_telemetry, self._usage.values(), {}), status=status)
 
     def _advance_stage(self) -> None:
-        """Begins the next stage if the present one is complete: every trial ended, and no paused one may continue."""
+        """Begins the next stage if every trial of this stage has ended or is paused for good."""
         while not self._is_over and all(
             not trials.left and not trials.is_any("running") and trials.next_promoted() is None
             for trials in self.stage.arms.values()
@@ -323,16 +309,15 @@ class Controller:
                 self.confirm = Confirm(self.sweep, self.search, session=self.session)
 
     def _prune_paused(self) -> None:
-        """Ends the paused trials of the search, none of which can come into the better part any more."""
+        """Ends the paused trials of the search, of which no trial may continue any more."""
         for trials in self.search.arms.values():
             for trial in trials.paused():
-                reason = f"stopped at step {max(trial.values)}, because it did not belong to the better part there"
+                reason = f"stopped at step {max(trial.values)}, because other trials were better there"
                 folder = self.search.place(trials.arm, trial.number).folder
                 self.run_ended(prune_paused_run(folder, reason=reason), folder, trial.params)
                 trials.end(trial, "pruned", {REASON_ATTRIBUTE: reason}, value=None)
 
     def _next_order(self) -> int:
-        """Returns how many trials of this stage were handed out before."""
         return max(trials.next_order for trials in self.stage.arms.values())
 
     def _assign(self, trials: ArmTrials, trial: Trial) -> Assignment:
@@ -351,7 +336,7 @@ class Controller:
         return assignment
 
     def _holds(self, assignment: Assignment) -> bool:
-        """Whether the worker of an assignment still holds its trial; the worker of this process always does."""
+        """Returns whether an assignment's worker still holds its trial; the worker of this process always does."""
         if not assignment.worker:
             return True
         if assignment.stage != self.stage.name:

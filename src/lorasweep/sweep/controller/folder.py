@@ -32,12 +32,12 @@ from lorasweep.training.telemetry import add_telemetry
 LOCK_FILE = ".lock"
 PACK_FILE = "pack.json"
 MAX_SAVE_FRACTION = 0.1
-"""Fraction of the time that writing the record may take. Meanwhile the journal has every trial."""
+"""Maximum fraction of the time spent on writing the record. The journal has every trial meanwhile."""
 
 
 @dataclass(kw_only=True)
 class SweepFolder:
-    """An open sweep: its folder, record and storage, which no other process has open."""
+    """A sweep that this process has open: its folder, record and storage."""
 
     path: Path
     definition: Definition
@@ -47,31 +47,27 @@ class SweepFolder:
     """File descriptor of the folder's lock. The system releases it when the process ends, however it ends."""
     opened_s: float = field(default_factory=time.monotonic)
     saved_s: float = -math.inf
-    """When the folder was opened and when the record was last written, in monotonic seconds."""
+    """Monotonic time of the last time that the record was written."""
     save_duration_s: float = 0.0
 
     def __post_init__(self) -> None:
-        """Remembers what the record holds of earlier sessions, to which this session's time and memory are added."""
+        # This session's time and memory are added to those of earlier sessions.
         self.makespan_before_s = self.record.makespan_s
         self.telemetry_before = dict(self.record.telemetry)
 
     def open_study(self, name: str, *, pruner: BasePruner | None = None) -> optuna.Study:
-        """Returns a study of the sweep, made if it is missing."""
+        """Returns a study of the sweep, which is created if it is missing."""
         full_name = self.record.study_prefix + name
         return open_study(self.storage, full_name, direction=self.record.direction, pruner=pruner)
 
     def is_due(self) -> bool:
-        """Whether the record may be written again without taking more than `MAX_SAVE_FRACTION` of the time."""
+        """Returns whether the record may be written again under `MAX_SAVE_FRACTION`."""
         return time.monotonic() - self.saved_s >= self.save_duration_s * (1 / MAX_SAVE_FRACTION - 1)
 
     def save(
         self, *, usage: Mapping[str, float], status: Literal["running", "complete", "interrupted"] | None = None
     ) -> None:
-        """Writes the record.
-
-        Args:
-            usage: Time and memory of all workers of this session; the keys are those of `training.telemetry`.
-            status: The sweep's new status; None leaves it.
+        """Writes the record with the time and memory of all workers of this session, and perhaps a new status.
 
         Raises:
             WorkerError: The folder is gone.
@@ -88,10 +84,10 @@ class SweepFolder:
         self.save_duration_s = self.saved_s - began
 
     def check_disk(self, error: BaseException | None = None) -> None:
-        """Makes sure that the folder is in its place and, if an error is given, that it can be written to.
+        """Checks that the folder still exists and, if an error is given, that the folder is writable.
 
         Raises:
-            WorkerError: It is not, so no trial is to blame and the sweep must end here.
+            WorkerError: The check failed, so no trial is to blame and the sweep must end here.
         """
         try:
             is_here = os.path.samestat(os.stat(self.path / LOCK_FILE), os.fstat(self.lock))
@@ -103,11 +99,11 @@ class SweepFolder:
             check_writable(self.path, error)
 
     def note(self, sentences: Sequence[str]) -> None:
-        """Keeps sentences on the data in the record, each once; `save` writes them."""
+        """Adds sentences on the data to the record, each once; `save` writes them."""
         self.record.notes += [sentence for sentence in sentences if sentence not in self.record.notes]
 
     def warn(self, sentence: str) -> None:
-        """Keeps a sentence of warning in the record, once; `save` writes it."""
+        """Adds a warning to the record, once; `save` writes it."""
         if sentence not in self.record.warnings:
             self.record.warnings.append(sentence)
 
@@ -118,7 +114,7 @@ class SweepFolder:
 
 
 def check_writable(path: Path, error: BaseException) -> None:
-    """Raises `WorkerError` if an error came because a sweep's folder can't be written to."""
+    """Raises `WorkerError` if an error has the reason that a sweep's folder can't be written to."""
     reason = why_unwritable(path, error)
     if reason is not None:
         raise _unwritable(path, reason if path.is_dir() else "it was moved or removed") from error
@@ -126,6 +122,6 @@ def check_writable(path: Path, error: BaseException) -> None:
 
 def _unwritable(path: Path, reason: str) -> WorkerError:
     return WorkerError(
-        f"a sweep's folder must stay in place and have room, but {str(path)!r} can't be written to: {reason}. Nothing "
-        f"that ended is lost; put that right, then type `lorasweep sweep --resume {path}`."
+        f"a sweep's folder must be writable, but {str(path)!r} can't be written to: {reason}. Nothing that ended is "
+        f"lost. Correct this, then type `lorasweep sweep --resume {path}`."
     )

@@ -1,13 +1,13 @@
 """The two stages of a sweep: `search` tunes on validation data, `confirm` runs the winners again on fresh seeds.
 
-The controller makes the same calls to both. A stage says which trials there are and what run each becomes.
+The controller makes the same calls to both. A stage decides which trials there are and what run each becomes.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, TypeAlias
 
 from optuna.distributions import IntDistribution
 
@@ -29,61 +29,35 @@ FIRST_TRIALS_FRACTION = 0.5
 """Fraction of an arm's trials that an adaptive sampler proposes before the first of them is complete."""
 
 
-class Stage(Protocol):
-    """What the controller must know of a stage."""
-
-    @property
-    def name(self) -> str:
-        """Returns `search` or `confirm`."""
-
-    reads_test: bool
-    """Whether a run that is complete has still to be scored on test data."""
-    arms: dict[str, ArmTrials]
-    """The trials of each arm by its name, in the order of the sweep file."""
-
-    def propose(self, trials: ArmTrials) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Returns the parameters of an arm's next trial, and further user attributes which that trial must get."""
-
-    def config(self, arm: Arm, params: Mapping[str, Any]) -> RunConfig:
-        """Returns all settings of a trial's run."""
-
-    def shown_params(self, arm: Arm, params: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns the settings that tell a trial's run from others of its arm, as a person reads them."""
-
-    def place(self, arm: Arm, number: int) -> RunPlace:
-        """Returns the folder of a trial's run, and the arm and trial that its record names."""
-
-
 class Search:
-    """Each arm's sampler proposes, its rule pauses, and the best evaluation on validation data counts."""
+    """Each arm's sampler proposes trials. The best evaluation on validation data is a trial's score."""
 
     name = "search"
     reads_test = False
+    """Whether a complete run has still to be scored on test data."""
 
     def __init__(self, sweep: SweepFolder, *, session: str | None = None) -> None:
-        """Reads each arm's trials; `session` is that of the controller."""
         self._sweep = sweep
         self.arms = {arm.name: self._read_trials(arm, session) for arm in sweep.definition.arms}
 
     def propose(self, trials: ArmTrials) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Asks the arm's sampler."""
+        """Returns the parameters of an arm's next trial, and user attributes that the trial must get."""
         direction = self._sweep.record.direction
         return propose(trials.arm, trials.history(), number=len(trials.trials), direction=direction)
 
     def config(self, arm: Arm, params: Mapping[str, Any]) -> RunConfig:
-        """Returns the arm's settings with the swept values."""
+        """Returns all settings of a trial's run."""
         return arm.compose(params)
 
     def shown_params(self, arm: Arm, params: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns the swept keys and their values."""
+        """Returns the settings that distinguish a trial's run from others of its arm, as a person reads them."""
         return dict(params)
 
     def place(self, arm: Arm, number: int) -> RunPlace:
-        """Returns a folder by arm and number."""
+        """Returns the folder of a trial's run, and the arm and trial that the run's record names."""
         return RunPlace(folder=self._sweep.path / run_name(arm.name, number), arm=arm.name, trial=number)
 
     def rows(self, arm: str) -> list[TrialRow]:
-        """Returns what the record lists of an arm's trials."""
         trials = self.arms[arm].trials
         return [
             trial_row(arm, frozen, is_paused=trials[frozen.number].state == "paused")
@@ -113,14 +87,13 @@ class Confirm:
     reads_test = True
 
     def __init__(self, sweep: SweepFolder, search: Search, *, session: str | None = None) -> None:
-        """Makes the study of each arm that has a winner, or opens the one that is there."""
         self._sweep = sweep
         self.winners: dict[str, TrialRow] = {}
         self.arms: dict[str, ArmTrials] = {}
         for arm in sweep.definition.arms:
             winner = best_trial(search.rows(arm.name), direction=sweep.record.direction)
             if winner is None:
-                sweep.warn(f"Arm `{arm.name}` has no complete trial, so the confirm stage leaves it out.")
+                sweep.warn(f"Arm `{arm.name}` has no complete trial, so the confirm stage skips it.")
                 continue
             self.winners[arm.name] = winner
             self.arms[arm.name] = ArmTrials(
@@ -133,11 +106,10 @@ class Confirm:
             )
 
     def propose(self, trials: ArmTrials) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Returns the next seed."""
         return {SEED: self._sweep.record.confirm_seeds[len(trials.trials)]}, {}
 
     def config(self, arm: Arm, params: Mapping[str, Any]) -> RunConfig:
-        """Returns the winner's settings, every source of chance set by the seed."""
+        """Returns the winner's settings with every source of randomness set by the seed."""
         return arm.compose({**self.shown_params(arm, params), **dict.fromkeys(SEED_KEYS, params[SEED])})
 
     def shown_params(self, arm: Arm, params: Mapping[str, Any]) -> dict[str, Any]:
@@ -146,10 +118,12 @@ class Confirm:
         return {**kept, SEED: params[SEED]}
 
     def place(self, arm: Arm, number: int) -> RunPlace:
-        """Returns a folder of the confirm stage's own; the trial that the run's record names is the winner."""
+        """Returns the folder of a run; the trial that the run's record names is the winner."""
         folder = self._sweep.path / confirm_run_name(arm.name, number)
         return RunPlace(folder=folder, arm=arm.name, trial=self.winners[arm.name].number)
 
     def rows(self, arm: str) -> list[ConfirmRow]:
-        """Returns what the record lists of an arm's confirm runs."""
         return [confirm_row(arm, frozen, winner=self.winners[arm].number) for frozen in self.arms[arm].frozen()]
+
+
+Stage: TypeAlias = Search | Confirm

@@ -1,8 +1,8 @@
 """Stopping rules: which of an arm's trials may train beyond a rung.
 
 A rung is a step at which trials are compared. A rule is a pure function of values and trial numbers: neither the order
-in which values arrive nor a clock changes its answer. The controller pauses a trial that is not in the better part of
-its rung, and resumes it if it later belongs to the better part.
+in which values arrive nor a clock changes its answer. The controller pauses a trial that may not train beyond its rung,
+and resumes it if the rule later lets it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from optuna.pruners import BasePruner
 
@@ -24,68 +23,54 @@ Ranked = Sequence[tuple[float, int]]
 """Pairs of a trial's value (lower is better) and the trial's number, best first; equal values by trial number."""
 
 
-class StoppingRule(Protocol):
-    """Interface of a stopping rule: its rungs, and how many trials continue after each."""
+@dataclass(frozen=True, kw_only=True)
+class StoppingRule:
+    """Says how many trials continue after each rung. This base class has no rungs: every trial runs to its end."""
 
-    @property
-    def rungs(self) -> tuple[int, ...]:
-        """Optimizer steps at which trials are compared, ascending; each is a step with an evaluation."""
+    rungs: tuple[int, ...] = ()
+    """Optimizer steps at which trials are compared, ascending; each is a step with an evaluation."""
 
-    def count_better(self, ranked: Ranked, *, all_arrived: bool) -> int:
+    def count_kept(self, ranked: Ranked, *, all_arrived: bool) -> int:
         """Returns how many of the best trials at a rung may train beyond it.
 
         Args:
             ranked: Every trial of the arm that has reached the rung and has not failed since.
             all_arrived: Whether no further trial of the arm can reach the rung.
         """
-
-
-@dataclass(frozen=True, kw_only=True)
-class NoStopping:
-    """Every trial runs to its end."""
-
-    rungs: tuple[int, ...] = ()
-
-    def count_better(self, ranked: Ranked, *, all_arrived: bool) -> int:
-        """Returns the number of trials at the rung: all of them may continue."""
         return len(ranked)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Halving:
+class Halving(StoppingRule):
     """Promotion-type successive halving (Li et al. 2018, arXiv 1810.05934, algorithm 2).
 
-    Of m trials at a rung the best floor(m / reduction_factor) may go on. Once no further trial can reach the rung, the
-    best ceil(m / reduction_factor) may, and no fewer than `min_survivors`: an early rung ranks few trials unreliably.
+    Of m trials at a rung the best floor(m / reduction_factor) may continue. Once no further trial can reach the rung,
+    the best ceil(m / reduction_factor) may, but at least `min_survivors`: an early rung ranks few trials unreliably.
     *Differs:* the paper's rule has neither the second count nor the minimum, because it does not know how many trials
     will come.
     """
 
-    rungs: tuple[int, ...]
     reduction_factor: int
     min_survivors: int = 1
 
-    def count_better(self, ranked: Ranked, *, all_arrived: bool) -> int:
-        """Returns the number of trials that may go on, by the formula of the class."""
+    def count_kept(self, ranked: Ranked, *, all_arrived: bool) -> int:
         quotient = len(ranked) / self.reduction_factor
         count = max(math.ceil(quotient), self.min_survivors) if all_arrived else math.floor(quotient)
         return min(count, len(ranked))
 
 
 @dataclass(frozen=True, kw_only=True)
-class MedianOfPeers:
-    """A trial goes on if it is no worse than the median of all trials at the rung, running ones included.
+class MedianOfPeers(StoppingRule):
+    """A trial continues if it is no worse than the median of all trials at the rung, including running trials.
 
-    Optuna's MedianPruner compares with complete trials only, so that in a pack, where all trials run at once, it never
-    stops one.
+    Optuna's MedianPruner compares with complete trials only, so in a pack, where all trials run at once, it never
+    stops a trial.
     """
 
-    rungs: tuple[int, ...]
     min_trials: int
-    """Trials that must have reached a rung before any goes on, unless no more can come."""
+    """Trials that must have reached a rung before any trial continues, unless no further trial can reach it."""
 
-    def count_better(self, ranked: Ranked, *, all_arrived: bool) -> int:
-        """Returns how many are at or below the median."""
+    def count_kept(self, ranked: Ranked, *, all_arrived: bool) -> int:
         if not ranked or (len(ranked) < self.min_trials and not all_arrived):
             return 0
         half = len(ranked) // 2
@@ -94,14 +79,14 @@ class MedianOfPeers:
 
 
 def build_rule(arm: Arm) -> StoppingRule:
-    """Returns the rule by which an arm's trials are paused.
+    """Returns the rule that decides which trials of an arm are paused.
 
     Raises:
         ConfigError: The pruner can't be built.
     """
     pruner, config = arm.sweep_config.pruner, arm.corners[0]
     if config.method.name == "frozen":  # it has no steps
-        return NoStopping()
+        return StoppingRule()
     every, max_steps = config.trainer.eval_every_steps, config.trainer.max_steps
     steps = range(every, max_steps, every)
     if isinstance(pruner, HalvingPruner):
@@ -109,17 +94,14 @@ def build_rule(arm: Arm) -> StoppingRule:
         latest = steps[-1] + every / 2 if steps else 0
         wanted = [fraction * max_steps for fraction in pruner.rungs if fraction * max_steps <= latest]
         rungs = {min(steps, key=lambda step: (abs(step - rung), step)) for rung in wanted}
-        if not rungs:
-            return NoStopping()  # `find_warnings` says so
         return Halving(
             rungs=tuple(sorted(rungs)), reduction_factor=pruner.reduction_factor, min_survivors=pruner.min_survivors
         )
     if isinstance(pruner, MedianPruner):
         first = pruner.min_fraction * max_steps
         return MedianOfPeers(rungs=tuple(step for step in steps if step >= first), min_trials=pruner.min_trials)
-    # The controller builds the pruner again when it decides. Here a wrong pruner is refused before the first trial.
-    build_pruner(arm)
-    return NoStopping()
+    build_pruner(arm)  # so that a wrong pruner is refused before the first trial
+    return StoppingRule()
 
 
 def build_pruner(arm: Arm) -> BasePruner | None:

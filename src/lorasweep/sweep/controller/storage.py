@@ -38,7 +38,7 @@ class Journal(BaseJournalBackend):
     """
 
     def __init__(self, path: Path) -> None:
-        """Opens the file, or makes it, and removes a line that a killed process left unfinished."""
+        """Opens or creates the file, and removes a line that a killed process left unfinished."""
         self._file = os.open(path, os.O_CREAT | os.O_RDWR | os.O_APPEND, 0o644)
         content = path.read_bytes()
         self._size = content.rfind(b"\n") + 1
@@ -47,12 +47,12 @@ class Journal(BaseJournalBackend):
         self._is_flushed = True
 
     def read_logs(self, log_number_from: int) -> Iterator[dict[str, Any]]:
-        """Yields the operations that Optuna has not read yet. Called by Optuna."""
+        """Yields the operations that Optuna has not read yet."""
         while self._unread:
             yield json.loads(self._unread.popleft())
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
-        """Writes operations, all of them or none, so that they outlast this process. Called by Optuna."""
+        """Writes all operations or, if the disk is full, none of them."""
         lines = [json.dumps(log, separators=(",", ":")).encode() + b"\n" for log in logs]
         data = b"".join(lines)
         try:
@@ -66,13 +66,12 @@ class Journal(BaseJournalBackend):
         self._is_flushed = False
 
     def flush(self) -> None:
-        """Makes the operations outlast a power cut."""
+        """Makes sure that a power cut loses no operation."""
         if not self._is_flushed:
             os.fsync(self._file)
             self._is_flushed = True
 
     def close(self) -> None:
-        """Flushes and closes the file."""
         self.flush()
         os.close(self._file)
 
@@ -84,17 +83,13 @@ class _OwnJournalStorage(JournalStorage):
 
 
 def flush_storage(storage: BaseStorage) -> None:
-    """Makes all writes outlast a power cut; a database does so by itself."""
+    """Makes sure that a power cut loses no write; a database does so by itself."""
     if isinstance(storage, _OwnJournalStorage):
         storage.journal.flush()
 
 
 def open_storage(config: StorageConfig, folder: Path) -> BaseStorage:
-    """Returns Optuna's storage of a sweep.
-
-    Args:
-        config: Whether it is a journal or a database.
-        folder: The sweep's folder, whose lock this process holds.
+    """Returns Optuna's storage of a sweep: a journal in its folder, whose lock this process holds, or a database.
 
     Raises:
         ConfigError: The database does not answer, or its driver is not installed.
@@ -108,7 +103,6 @@ def open_storage(config: StorageConfig, folder: Path) -> BaseStorage:
 
 
 def close_storage(storage: BaseStorage) -> None:
-    """Closes the journal, or the connections to a database."""
     storage.remove_session()
     if isinstance(storage, RDBStorage):
         storage.engine.dispose()
@@ -117,48 +111,40 @@ def close_storage(storage: BaseStorage) -> None:
 
 
 def unusable_database(config: StorageConfig, error: Exception) -> ConfigError:
-    """Returns the error that says why no sweep can be kept in a database."""
     return ConfigError(
         f"`storage.url` must be a database that answers and whose driver is installed, but {config.url!r} is not: "
-        f"{_reason(error)}. Start it, install the driver, or leave the key out for a journal in the folder."
+        f"{_reason(error)}. Start it, install the driver, or leave the key out to use a journal in the folder."
     )
 
 
 @contextmanager
 def database_must_answer(folder: Path) -> Iterator[None]:
-    """Raises what says that a database is gone as `WorkerError`, because no trial is to blame for it.
-
-    Args:
-        folder: The sweep's folder.
-    """
+    """Turns the error that a database is gone into `WorkerError`, because no trial is to blame for it."""
     try:
         yield
     except DATABASE_ERRORS as error:
         raise WorkerError(
-            f"the database of a sweep must answer as long as it runs, but that of {str(folder)!r} does not: "
-            f"{_reason(error)}. Nothing that ended is lost; once it answers, type `lorasweep sweep --resume {folder}`."
+            f"the database of a sweep must answer, but the database of {str(folder)!r} does not: {_reason(error)}. "
+            f"Nothing that ended is lost. Once it answers, type `lorasweep sweep --resume {folder}`."
         ) from error
 
 
 def open_study(
     storage: BaseStorage, name: str, *, direction: Direction, pruner: BasePruner | None = None
 ) -> optuna.Study:
-    """Returns a study, made if it is missing.
-
-    Its sampler is never asked: the controller proposes on a study in memory and writes each trial in one step.
-    """
+    """Returns a study, which is created if it is missing. Its sampler is never asked: `propose` has its own study."""
     return optuna.create_study(
         study_name=name, storage=storage, direction=direction, pruner=pruner or NopPruner(), load_if_exists=True
     )
 
 
 def study_attributes(storage: BaseStorage, *, prefix: str) -> Mapping[str, Mapping[str, Any]]:
-    """Returns the user attributes of each study of a sweep, by its name without prefix."""
-    found = storage.get_all_studies()  # Optuna's summaries would copy every trial
-    return {s.study_name.removeprefix(prefix): s.user_attrs for s in found if s.study_name.startswith(prefix)}
+    """Returns the user attributes of each study of a sweep by the study's name without prefix."""
+    studies = storage.get_all_studies()  # Optuna's summaries would copy every trial
+    return {s.study_name.removeprefix(prefix): s.user_attrs for s in studies if s.study_name.startswith(prefix)}
 
 
 def _reason(error: Exception) -> str:
-    """The first line of what the database said; Optuna wraps it in a sentence on what may be the cause."""
+    # Optuna wraps the database's message in a sentence about possible causes.
     cause = error.__cause__ if isinstance(error, StorageInternalError) else None
     return first_line(cause or error)

@@ -17,15 +17,12 @@ PAUSED_ATTRIBUTE = "lorasweep:paused_at"
 """Step of the evaluation after which the trial's run was last paused."""
 LOSSES_ATTRIBUTE = "lorasweep:rung_losses"
 """Validation loss by rung, if rungs compare by it."""
-RUN_ATTRIBUTE = "lorasweep:run"
-"""The trial's run folder, relative to the sweep's folder."""
 REASON_ATTRIBUTE = "lorasweep:reason"
 """Why the trial failed, was pruned or does not fit in memory."""
 INFEASIBLE_ATTRIBUTE = "lorasweep:infeasible"
 """True for a trial that does not fit in memory."""
 SCORE_ATTRIBUTE = "lorasweep:score"
 """The best value of the trial's run. The value that Optuna gives a trial that is not complete is its last one."""
-LIVE_STATES: tuple[TrialState, ...] = ("running", "paused")
 ENDED_STATES: dict[OptunaState, TrialState] = {
     OptunaState.COMPLETE: "complete",
     OptunaState.PRUNED: "pruned",
@@ -40,11 +37,11 @@ class Trial:
     number: int
     params: Mapping[str, Any]
     order: int
-    """How many trials the controller had handed out before it last handed out this one."""
+    """How many trials the controller had handed out before it last handed out this trial."""
     passed: frozenset[int] = frozenset()
     """The rungs beyond which the trial may train."""
     promoted: frozenset[int] = frozenset()
-    """Those of `passed` at which the trial was paused before."""
+    """The rungs of `passed` at which the trial was paused before."""
     values: dict[int, float] = field(default_factory=dict)
     """The metric's value at each evaluation, by step."""
     losses: dict[int, float] = field(default_factory=dict)
@@ -60,7 +57,7 @@ class Trial:
     @property
     def is_live(self) -> bool:
         """Whether the trial runs or is paused."""
-        return self.state in LIVE_STATES
+        return self.state in ("running", "paused")
 
     def waits_at(self, rungs: Iterable[int]) -> int | None:
         """Returns the lowest of these rungs that the trial has reached and may not train beyond, or None."""
@@ -68,7 +65,7 @@ class Trial:
 
     @property
     def turn(self) -> dict[str, Any]:
-        """Returns the value of `TURN_ATTRIBUTE`."""
+        """The value of `TURN_ATTRIBUTE`."""
         turn = {"order": self.order, "passed": sorted(self.passed), "promoted": sorted(self.promoted)}
         return turn | ({"worker": self.worker, "request": self.request} if self.worker else {})
 
@@ -76,9 +73,7 @@ class Trial:
 def read_trial(frozen: FrozenTrial, *, session: str | None) -> Trial:
     """Returns a trial of the controller from what a study holds of it.
 
-    Args:
-        frozen: The trial in the study.
-        session: What the names of workers begin with that may train trials now; None if there are none.
+    `session` is the prefix of the names of workers that may train trials now; None if no worker trains.
     """
     turn = frozen.user_attrs[TURN_ATTRIBUTE]
     trial = Trial(
@@ -103,5 +98,5 @@ def read_trial(frozen: FrozenTrial, *, session: str | None) -> Trial:
 
 
 def read_state(frozen: FrozenTrial) -> TrialState:
-    """Returns how a trial ended, in the words of a record; `running` if it has not ended."""
+    """Returns a trial's state as the record calls it; `running` if the trial has not ended."""
     return "infeasible" if frozen.user_attrs.get(INFEASIBLE_ATTRIBUTE) else ENDED_STATES.get(frozen.state, "running")
