@@ -17,7 +17,7 @@ from lorasweep.config.trust import set_trusted
 from lorasweep.errors import ConfigError, Diverged, OutOfMemory, RecordError
 from lorasweep.sweep.controller.controller import Controller
 from lorasweep.sweep.controller.folder import SweepFolder
-from lorasweep.sweep.controller.lifecycle import FINGERPRINT, reopen_sweep
+from lorasweep.sweep.controller.lifecycle import reopen_sweep
 
 
 def close(controller):
@@ -261,12 +261,6 @@ class WorstOfPeers(optuna.pruners.BasePruner):
             t.intermediate_values[step] for t in study.get_trials(deepcopy=False) if step in t.intermediate_values
         ]
         return len(values) > 1 and trial.intermediate_values[step] == max(values)
-
-
-def test_studies_carry_what_the_sweep_was_made_from(begin, content):
-    sweep = begin(content)
-    assert sweep.open_study("lora").user_attrs[FINGERPRINT] == sweep.definition.fingerprint
-    sweep.close()
 
 
 @pytest.mark.parametrize(("criterion", "expected"), [("loss", [True, False, False]), ("metric", [False, False, True])])

@@ -250,15 +250,6 @@ def test_a_definition_comes_back_from_its_record(read, content):
     definition = read(content, "optim.eps=1e-6", "method.rank=choice(1,8)", "sweep.trials=2")
     restored = restore_definition(json.loads(json.dumps(definition.raw)), source=definition.source)
     assert restored == definition
-    assert restored.fingerprint == definition.fingerprint
-
-
-def test_the_fingerprint_is_that_of_what_was_asked_for(read, content):
-    first = read(content)
-    assert read(content).fingerprint == first.fingerprint
-    assert read(content, "optim.eps=1e-6").fingerprint != first.fingerprint
-    content["arms"]["lora"]["trials"] += 1
-    assert read(content).fingerprint != first.fingerprint
 
 
 def change(content, path, value):
@@ -293,7 +284,7 @@ def change(content, path, value):
         (["arms", "full", "space", "method.rank"], [1], "arm `full`: `method.rank` is not a setting."),
         (["arms", "lora", "space", "optim"], [1], "arm `lora`: `optim` must be one of .*adamw.*, but got '1'."),
         (["arms", "lora", "space", "method.rank"], [4, 0], "arm `lora`: `method.rank >= 1` must hold, but got 0."),
-        (["arms", "lora", "space", "optim.lr"], {"low": 0.1, "high": 0.01}, "arm `lora`: `low < high` .*`optim.lr`"),
+        (["arms", "lora", "space", "optim.lr"], {"low": 0.1, "high": 0.01}, "arm `lora`: .*`optim.lr`.*`low <= high`"),
         (["arms", "lora", "space", "optim.beta1"], {"low": 0.5, "high": 1.5}, "arm `lora`: .*optim.beta1.*got 1.5."),
         (["settings", "sampler"], "tpee", r"`sampler` must be one of .*, but got 'tpee'. Did you mean `tpe`\?"),
         (["settings", "worker.num"], 4, "`worker.num` must be 1 .*, but got 4. .* `worker=ray worker.num=4`"),

@@ -26,41 +26,41 @@ from lorasweep.sweep.definition.space import corner_values, describe_space, grid
     ],
 )
 def test_a_range_becomes_a_distribution(value, whole, expected):
-    assert parse_range("k", value, whole=whole) == expected
+    assert parse_range("k", value, is_whole=whole) == expected
 
 
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ([], r"`k` must have at least one choice.*, but got \[\]."),
-        ([1, 1], r"`k` must have .*choice and none twice, but got \[1, 1\]."),
-        ([[1], [2]], r"a choice of `k` must be a number, .*, but got \[1\]."),
-        ([math.nan], "a choice of `k` must be a number, .*, but got nan."),
-        ("1..3", "`k` must be a list of choices or a mapping with `low` and `high`, but got '1..3'."),
-        ({"low": 1, "hihg": 2}, r"but got 'hihg'. Did you mean `high`\?"),
-        ({"low": 1}, "`k` must have a .*number as `high`, but got None."),
-        ({"low": "a", "high": 1}, "`k` must have a .*number as `low`, but got 'a'."),
-        ({"low": True, "high": 2}, "`k` must have a .*number as `low`, but got True."),
-        ({"low": 0, "high": math.inf}, "`k` must have a .*number as `high`, but got inf."),
-        ({"low": 2, "high": 2}, "`low < high` must hold for the range of `k`, but got 2"),
-        ({"low": 0, "high": 1, "log": True}, "`low >=? [01]` must hold"),
-        ({"low": 1, "high": 2, "log": "no"}, "`log` must be true or false for the range of `k`, but got 'no'."),
-        ({"low": 1, "high": 9, "log": True, "step": 2}, "the range of `k` .* `log"),
-        ({"low": 1, "high": 2, "step": 0}, "the range of `k` .*`step > 0` must hold"),
-        ({"low": 1, "high": 2, "step": 3}, "`step` must divide `high - low` for the range of `k`"),
-        ({"low": 1, "high": 2, "step": "a"}, "`k` must have a .*number as `step`, but got 'a'."),
+        ([], r"`k` must have at least one choice.*\[\]"),
+        ([1, 1], r"`k` must have at least one choice.*\[1, 1\]"),
+        ([[1], [2]], r"`k` must be a number, .*\[1\]"),
+        ([math.nan], "`k` must be a number, .*nan"),
+        ("1..3", "`k` must be a list of choices.*'1..3'"),
+        ({"low": 1, "high": 2, "hihg": 2}, r"`k` must be .* Did you mean `high`\?"),
+        ({"low": 1}, r"`k` must be .*\{'low': 1\}"),
+        ({"low": "a", "high": 1}, "`k` must have .*`low`.*'a'"),
+        ({"low": True, "high": 2}, "`k` must have .*`low`.*True"),
+        ({"low": 0, "high": math.inf}, "`k` must have .*`high`.*inf"),
+        ({"low": 2, "high": 1}, "`k` .*`low <= high` must hold"),
+        ({"low": 0, "high": 1, "log": True}, "`k` .*`low >=? [01]` must hold"),
+        ({"low": 1, "high": 2, "log": "no"}, "`k` must be .*`log: true`.*'no'"),
+        ({"low": 1, "high": 9, "log": True, "step": 2}, "`k` .*`log"),
+        ({"low": 1, "high": 2, "step": 0}, "`k` .*`step > 0` must hold"),
+        ({"low": 1, "high": 2, "step": 3}, "`k` .*not divisible by `step`"),
+        ({"low": 1, "high": 2, "step": "a"}, "`k` must have .*`step`.*'a'"),
     ],
 )
 def test_a_wrong_range_is_refused(value, message):
     for whole in (True, False):
         with pytest.raises(ConfigError, match=message):
-            parse_range("k", value, whole=whole)
+            parse_range("k", value, is_whole=whole)
 
 
 @pytest.mark.parametrize("value", [{"low": 0.5, "high": 2}, {"low": 1, "high": 3, "step": 0.5}])
 def test_a_range_of_whole_numbers_has_whole_bounds_and_steps(value):
     with pytest.raises(ConfigError, match=r"`k` must have a whole number as `(low|step)`, but got 0.5."):
-        parse_range("k", value, whole=True)
+        parse_range("k", value, is_whole=True)
 
 
 @pytest.mark.parametrize(
@@ -69,8 +69,8 @@ def test_a_range_of_whole_numbers_has_whole_bounds_and_steps(value):
 )
 def test_a_step_that_does_not_reach_the_upper_end_is_refused(value, whole):
     """Optuna would lower the end with a warning; the file should say what is tried."""
-    with pytest.raises(ConfigError, match="`step` must divide `high - low` for the range of `k`, but got"):
-        parse_range("k", value, whole=whole)
+    with pytest.raises(ConfigError, match=r"`k` .*not divisible by `step`"):
+        parse_range("k", value, is_whole=whole)
 
 
 @pytest.mark.parametrize(
@@ -114,4 +114,4 @@ def test_a_described_space_reads_as_the_same_space():
         "f": IntDistribution(1, 64, log=True),
     }
     described = describe_space(space)
-    assert {key: parse_range(key, value, whole=key in "cf") for key, value in described.items()} == space
+    assert {key: parse_range(key, value, is_whole=key in "cf") for key, value in described.items()} == space

@@ -217,7 +217,7 @@ def test_trials_are_pruned_and_keep_their_best_score(begin, work, runs, content)
         assert row.value == row.params["optim.lr"] * 2
         kept = read_run(folder.path / row.run)
         assert (kept.status, kept.reason) == ("pruned", row.reason)
-        assert row.reason == f"stopped at step {kept.steps_done}, because it did not belong to the better part there"
+        assert row.reason == f"stopped at step {kept.steps_done}, because other trials were better there"
         assert kept.steps_done in (2, 4)
 
 

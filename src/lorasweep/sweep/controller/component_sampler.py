@@ -1,7 +1,7 @@
-"""Samplers that settings name by `_target_`: one of Optuna's, of OptunaHub's or of the user's own.
+"""Samplers that settings name by `_target_`: from Optuna, from OptunaHub or the user's.
 
-The sampler is made anew for each trial, with a seed of its own. If it writes something beside the parameters, such as
-the generation of a genetic algorithm, this is kept with the trial in the journal and given to the next sampler.
+Each trial is proposed by a new sampler with its own seed. If a sampler stores anything beside the parameters, such as
+the generation of a genetic algorithm, the journal keeps it with the trial, and the next sampler gets it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from lorasweep.wording import nearest
 
 OPTUNA_HUB = "optunahub"
 PICKLING_SAMPLER, PICKLING_PACKAGE = "CmaEsSampler", "cmaes"
-"""A sampler of Optuna's that keeps objects of this package as pickles in the journal. Reading a pickle can run code."""
+"""This sampler of Optuna keeps objects of this package as pickles in the journal. Reading a pickle can run code."""
 
 
 def ask_sampler(
@@ -41,15 +41,7 @@ def ask_sampler(
     seed: int,
     direction: Direction,
 ) -> tuple[Point, dict[str, Any]]:
-    """Returns the point of the next trial, and the user attributes of that trial which keep the sampler's state.
-
-    Args:
-        part: The sampler's class and arguments.
-        history: The arm's earlier trials and their points.
-        ranges: The range of each key of a point.
-        kept_as: The name of the user attribute.
-        seed: The seed of this proposal.
-        direction: Which scores are better.
+    """Returns the point of the next trial, and its user attribute `kept_as`, which holds the sampler's state.
 
     Raises:
         ConfigError: The sampler can't be built.
@@ -85,7 +77,7 @@ def ask_sampler(
 
 
 def build_sampler(part: Component, *, seed: int) -> BaseSampler:
-    """Returns the sampler that a part names; it and the samplers inside of it get the seed, if they take one.
+    """Returns the sampler that a part names. It and the samplers in its arguments get the seed, if they take one.
 
     Raises:
         ConfigError: The class is not trusted, does not exist or is no sampler, or does not take these arguments.
@@ -99,7 +91,7 @@ def build_sampler(part: Component, *, seed: int) -> BaseSampler:
 
 
 def _add_seeds(value: Any, *, seed: int, key: str) -> Any:
-    """Returns the settings of a part with a seed for each class in them that takes one."""
+    """Returns a part's settings with a seed for each class in them that takes a seed."""
     if isinstance(value, list | tuple):
         return [_add_seeds(item, seed=seed, key=f"{key}.{position}") for position, item in enumerate(value)]
     if not isinstance(value, Mapping):
@@ -110,26 +102,25 @@ def _add_seeds(value: Any, *, seed: int, key: str) -> Any:
             seeded["seed"] = seed
         if value[TARGET].endswith(PICKLING_SAMPLER) and not is_trusted(PICKLING_PACKAGE):
             raise ConfigError(
-                f"`{key}.{TARGET}` must be a sampler that keeps no pickles, because a pickle in somebody else's "
-                f"journal could run any code, but got {value[TARGET]!r}. For a sweep of your own add "
-                f"`trust=[{PICKLING_PACKAGE}]` to the command line."
+                f"`{key}.{TARGET}` must be a sampler that keeps no pickles, because reading a pickle can run code, "
+                f"but got {value[TARGET]!r}. For your own sweep add `trust=[{PICKLING_PACKAGE}]` to the command line."
             )
     return seeded
 
 
 class OptunaHubSampler(BaseSampler):
-    """A sampler from OptunaHub (https://hub.optuna.org). Making one downloads code and runs it."""
+    """A sampler from OptunaHub (https://hub.optuna.org). Creating one downloads code and runs it."""
 
     def __new__(  # type: ignore[misc]  # it returns the sampler of the package itself
         cls, package: str, sampler: str, *, ref: str = "main", seed: int | None = None, **arguments: Any
     ) -> BaseSampler:
-        """Downloads the package, unless it is in OptunaHub's cache, and makes its sampler.
+        """Returns a sampler of a package, which is downloaded unless it is in OptunaHub's cache.
 
         Args:
             package: The package in the registry, such as `samplers/auto_sampler`.
             sampler: The class in the package, such as `AutoSampler`.
-            ref: Branch, tag or commit of the registry. Only a commit makes a sweep that can be repeated later.
-            seed: The class gets it, if it takes one.
+            ref: Branch, tag or commit of the registry. Only with a commit can the sweep be repeated later.
+            seed: Handed to the class, if it takes a seed.
             arguments: Further arguments of the class.
 
         Raises:
@@ -143,10 +134,10 @@ class OptunaHubSampler(BaseSampler):
         if find_spec(OPTUNA_HUB) is None:
             raise ConfigError(f"`sampler` needs the package {OPTUNA_HUB!r}. Run `pip install {OPTUNA_HUB}`.")
         module = import_module(OPTUNA_HUB).load_module(package, ref=ref)
-        found = getattr(module, sampler, None)
-        if not (isinstance(found, type) and issubclass(found, BaseSampler)):
+        sampler_class = getattr(module, sampler, None)
+        if not (isinstance(sampler_class, type) and issubclass(sampler_class, BaseSampler)):
             near = nearest(sampler, vars(module))
             raise ConfigError(f"`sampler.sampler` must be a sampler in {package!r}, but got {sampler!r}.{near}")
-        if "seed" in inspect.signature(found).parameters:
+        if "seed" in inspect.signature(sampler_class).parameters:
             arguments = {**arguments, "seed": seed}
-        return found(**arguments)
+        return sampler_class(**arguments)

@@ -1,7 +1,7 @@
 """The controller: the only owner of a sweep's studies. It hands out trials, decides at rungs and takes results.
 
-A worker calls `take`, `report` and `tell`. The answers follow from the sweep's seed and from earlier reports, never from
-a clock, the order of slots, or how often the process was killed in between.
+A worker calls `take`, `report` and `tell`. The answers follow from the sweep's seed and from earlier reports. They
+never depend on a clock, on the order of slots, or on how often the process was killed in between.
 """
 
 from __future__ import annotations
@@ -174,7 +174,7 @@ class Controller:
         for trials, trial, step, value in in_order:
             trials.store(trial, step, value, loss=loss_of.get((trials.arm.name, trial.number)))
         decisions = {(trials.arm.name, trial.number): trials.decide(trial, step) for trials, trial, step, _ in in_order}
-        self._save_if_due()  # a trial mostly begins just after a save, so its first report is the first chance to show it
+        self._save_if_due()  # a trial often begins just after a save: its first report is the first chance to show it
         return [decisions[trials.arm.name, trial.number] for trials, trial, _, _ in reported]
 
     @_needs_storage

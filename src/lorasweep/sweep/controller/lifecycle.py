@@ -1,4 +1,4 @@
-"""Making a sweep's folder, and opening it again to resume the sweep where it stopped."""
+"""Creates a sweep's folder, and opens the folder again to resume the sweep."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from optuna.storages.journal import JournalFileBackend
 from lorasweep.data.tasks import goal_direction
 from lorasweep.disk import free_folder, network_file_system, remove_leftovers, require_new_folder
 from lorasweep.errors import ConfigError, RecordError
-from lorasweep.record import SWEEP_FILE, SweepRecord, read_sweep, sha256_of, utc_now, write_record
+from lorasweep.record import SweepRecord, read_sweep, sha256_of, utc_now, write_record
 from lorasweep.sweep.controller.folder import LOCK_FILE, SweepFolder
 from lorasweep.sweep.controller.record_rows import RUNS_FOLDER, arm_row
 from lorasweep.sweep.controller.storage import (
@@ -26,21 +26,18 @@ from lorasweep.sweep.controller.storage import (
     JOURNAL_FILE,
     close_storage,
     open_storage,
-    study_attributes,
     unusable_database,
 )
 from lorasweep.sweep.definition.arms import Definition, restore_definition
 from lorasweep.sweep.definition.seeds import draw_seeds
 from lorasweep.sweep.definition.warnings import find_warnings
 
-FINGERPRINT = "lorasweep:definition"
-
 
 def new_folder(name: str, wanted: str | None) -> Path:
-    """Returns a folder for a new sweep: `outputs/NAME`, or `outputs/NAME-2` and so on where there is one already.
+    """Returns a folder for a new sweep: the wanted one, or else `outputs/NAME`, `outputs/NAME-2` and so on.
 
     Raises:
-        ConfigError: The folder that was asked for is not empty.
+        ConfigError: The wanted folder is not empty.
     """
     if wanted is None:
         return free_folder(Path("outputs") / name)
@@ -49,16 +46,16 @@ def new_folder(name: str, wanted: str | None) -> Path:
 
 
 def create_sweep(definition: Definition, path: Path, *, metric: str, notes: Sequence[str] = ()) -> SweepFolder:
-    """Makes the folder, the record and the studies of a sweep, and returns the sweep open.
+    """Creates the folder, the record and the studies of a sweep, and returns the open sweep.
 
     Args:
         definition: The sweep.
         path: The new folder.
-        metric: What every arm is scored by.
+        metric: The metric that every arm is scored by.
         notes: Sentences on how the data was made.
 
     Raises:
-        ConfigError: The folder can't be made, or the database does not answer or refuses; no record was written.
+        ConfigError: The folder can't be created, or the database does not work; no record was written.
     """
     record = SweepRecord(
         status="running",
@@ -77,14 +74,14 @@ def create_sweep(definition: Definition, path: Path, *, metric: str, notes: Sequ
     )
     config = definition.sweep_config.storage
     with ExitStack() as undo:
-        if config.url is not None:  # before the folder is made, which must not stay behind if there is no database
+        if config.url is not None:  # first, so that no folder stays behind if the database does not answer
             record.study_prefix = f"{definition.name}-{secrets.token_hex(4)}/"
             storage = _open(definition, path, undo)
         try:
             (path / RUNS_FOLDER).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(
-                f"`sweep.output` must be a folder that can be made, but {str(path)!r} can't: {error.strerror}."
+                f"`sweep.output` must be a folder that can be created, but {str(path)!r} can't: {error.strerror}."
             ) from error
         lock = _lock(path, undo)
         if config.url is None:
@@ -92,7 +89,7 @@ def create_sweep(definition: Definition, path: Path, *, metric: str, notes: Sequ
         opened = SweepFolder(path=path, definition=definition, record=record, storage=storage, lock=lock)
         try:
             for arm in definition.arms:
-                opened.open_study(arm.name).set_user_attr(FINGERPRINT, definition.fingerprint)
+                opened.open_study(arm.name)
         except DATABASE_ERRORS as error:
             raise unusable_database(config, error) from error
         write_record(record, path)  # last: a folder that has it can be resumed
@@ -101,16 +98,17 @@ def create_sweep(definition: Definition, path: Path, *, metric: str, notes: Sequ
 
 
 def saved_definition(path: Path, *, changes: Mapping[str, Any] | None = None) -> Definition:
-    """Returns what the sweep in a folder was made from; opens nothing.
-
-    Args:
-        path: The sweep's folder.
-        changes: Other settings of the workers and of the confirm stage.
+    """Returns the definition of the sweep in a folder, with other settings of the workers and of the confirm stage.
 
     Raises:
         RecordError: The folder is not a sweep, or its record is damaged.
     """
-    return _restore_definition(read_sweep(path), changes or {})
+    record, changes = read_sweep(path), changes or {}
+    overrides = record.definition["overrides"]
+    if "worker" in changes:  # the settings of other workers don't belong to these
+        overrides = {key: value for key, value in overrides.items() if key.split(".")[0] != "worker"}
+    raw = {**record.definition, "overrides": {**overrides, **changes}}
+    return restore_definition(raw, source=Path(record.source) if record.source else None)
 
 
 def load_study(path: Path, arm: str) -> optuna.Study:
@@ -122,7 +120,7 @@ def load_study(path: Path, arm: str) -> optuna.Study:
     """
     record, config = read_sweep(path), saved_definition(path).sweep_config.storage
     try:
-        # Optuna's own journal, not ours, which would cut off what another process is writing at its end
+        # Optuna's journal, because ours would cut off a line that another process is writing at the end
         journal = JournalFileBackend(str(path / JOURNAL_FILE)) if config.url is None else None
         storage = open_storage(config, path) if journal is None else JournalStorage(journal)
         return optuna.load_study(study_name=record.study_prefix + arm, storage=storage)
@@ -131,7 +129,7 @@ def load_study(path: Path, arm: str) -> optuna.Study:
 
 
 def reopen_sweep(path: Path, *, changes: Mapping[str, Any] | None = None) -> SweepFolder:
-    """Opens a sweep to resume it; changes nothing in its record or its trials yet.
+    """Opens a sweep to resume it. Its record and trials are not changed yet.
 
     Args:
         path: The sweep's folder.
@@ -141,8 +139,7 @@ def reopen_sweep(path: Path, *, changes: Mapping[str, Any] | None = None) -> Swe
         RecordError: The folder is not a sweep, its record or journal is damaged, or another process runs it.
         ConfigError: What was asked for has changed since the sweep began, or its database does not answer.
     """
-    record = read_sweep(path)
-    definition = _restore_definition(record, changes or {})
+    record, definition = read_sweep(path), saved_definition(path, changes=changes)
     source = definition.source
     if source is not None and source.exists() and record.source_sha256 != sha256_of(source):
         raise ConfigError(
@@ -157,23 +154,36 @@ def reopen_sweep(path: Path, *, changes: Mapping[str, Any] | None = None) -> Swe
             raise RecordError(f"a sweep's folder must contain {JOURNAL_FILE}, but {str(path)!r} does not.")
         try:
             storage = _open(definition, path, undo)
-            studies = study_attributes(storage, prefix=record.study_prefix)
+            names = [n for n in optuna.get_all_study_names(storage) if n.startswith(record.study_prefix)]
         except ConfigError:  # a ValueError too
             raise
         except DATABASE_ERRORS as error:
             raise unusable_database(definition.sweep_config.storage, error) from error
         except ValueError as error:  # a line is not JSON
             raise RecordError(f"{str(path / JOURNAL_FILE)!r} must be Optuna's journal, but is damaged.") from error
-        _check_studies(definition, record, path, studies)
+        if not names:
+            url = definition.driver.storage.url
+            kept_in = repr(str(path / JOURNAL_FILE)) if url is None else f"`storage.url={url}`"
+            raise RecordError(
+                f"{kept_in} must have the studies of the sweep in {str(path)!r}, but has none of them. "
+                "Restore it, or start a new sweep."
+            )
+        # fewer seeds would drop results that the confirm stage has already
+        has_confirm = any(record.study_prefix + CONFIRM_STUDY.format(arm=arm.name) in names for arm in definition.arms)
+        if has_confirm and len(seeds) < len(record.confirm_seeds):
+            raise ConfigError(
+                f"`confirm.seeds >= {len(record.confirm_seeds)}` must hold, with which the confirm stage began, "
+                f"but got {len(seeds)}."
+            )
         undo.pop_all()
     record.definition, record.confirm_seeds = definition.raw, seeds
-    # the warnings of a stage are not kept here: the stage adds them again
+    # the confirm stage adds its own warnings again
     record.warnings = [*find_warnings(definition), *_storage_warnings(definition, path)]
     return SweepFolder(path=path, definition=definition, record=record, storage=storage, lock=lock)
 
 
 def is_running(path: Path) -> bool:
-    """Whether a process has a sweep's folder open; False where the file system has no locks."""
+    """Returns whether a process has a sweep's folder open; False if the file system has no locks."""
     try:
         handle = os.open(path / LOCK_FILE, os.O_RDONLY)
     except OSError:
@@ -189,53 +199,10 @@ def is_running(path: Path) -> bool:
     return False
 
 
-def _restore_definition(record: SweepRecord, changes: Mapping[str, Any]) -> Definition:
-    """Returns the definition in a record, with other settings of the workers and of the confirm stage."""
-    overrides = record.definition["overrides"]
-    if "worker" in changes:  # the settings of other workers don't belong to these
-        overrides = {key: value for key, value in overrides.items() if key.split(".")[0] != "worker"}
-    raw = {**record.definition, "overrides": {**overrides, **changes}}
-    return restore_definition(raw, source=Path(record.source) if record.source else None)
-
-
 def _open(definition: Definition, path: Path, undo: ExitStack) -> BaseStorage:
     storage = open_storage(definition.sweep_config.storage, path)
     undo.callback(close_storage, storage)
     return storage
-
-
-def _check_studies(
-    definition: Definition, record: SweepRecord, path: Path, studies: Mapping[str, Mapping[str, Any]]
-) -> None:
-    """Makes sure that a storage has the sweep's studies, and that what was asked for is what they were made for.
-
-    Args:
-        definition: What is asked for now.
-        record: The sweep's record.
-        path: The sweep's folder.
-        studies: The user attributes of each study in the storage.
-    """
-    fingerprints = {attributes[FINGERPRINT] for attributes in studies.values() if FINGERPRINT in attributes}
-    if not fingerprints:
-        url = definition.sweep_config.storage.url
-        place = repr(str(path / JOURNAL_FILE)) if url is None else f"`storage.url={url}`"
-        raise RecordError(
-            f"{place} must have the studies of the sweep in {str(path)!r}, but has none of them. "
-            "Restore it, or start a new sweep."
-        )
-    if fingerprints != {definition.fingerprint}:
-        raise ConfigError(
-            f"`definition` in {str(path / SWEEP_FILE)!r} must be as it was when the sweep began, but has changed. "
-            f"Restore it, or start a new sweep."
-        )
-    # fewer seeds would leave out a result afterwards
-    begun = any(CONFIRM_STUDY.format(arm=arm.name) in studies for arm in definition.arms)
-    asked = definition.sweep_config.confirm.seeds
-    if begun and asked < len(record.confirm_seeds):
-        raise ConfigError(
-            f"`confirm.seeds >= {len(record.confirm_seeds)}` must hold, with which the confirm stage began, "
-            f"but got {asked!r}."
-        )
 
 
 def _storage_warnings(definition: Definition, path: Path) -> list[str]:
@@ -243,19 +210,16 @@ def _storage_warnings(definition: Definition, path: Path) -> list[str]:
     if kind is None:
         return []
     return [
-        f"The journal is kept in {str(path)!r}, which is on a network file system ({kind}), where a second machine "
-        "could open the sweep too and damage it. Use a local disk, or `storage.url`."
+        f"The journal is in {str(path)!r} on a network file system ({kind}). A second machine could open the sweep too "
+        "and damage it. Use a local disk, or `storage.url`."
     ]
 
 
 def _lock(path: Path, undo: ExitStack) -> int:
-    """Takes the folder's lock, which the system releases when the process ends, however it ends."""
+    """Takes the folder's lock, which the system releases when the process ends for any reason."""
     try:
         handle = os.open(path / LOCK_FILE, os.O_CREAT | os.O_RDWR)
-    except OSError as error:
-        raise RecordError(f"a sweep's folder must be writable, but {str(path)!r} is not: {error.strerror}.") from error
-    undo.callback(os.close, handle)
-    try:
+        undo.callback(os.close, handle)
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise RecordError(
@@ -264,7 +228,7 @@ def _lock(path: Path, undo: ExitStack) -> int:
         ) from error
     except OSError as error:
         raise RecordError(
-            f"the file system of a sweep's folder must have locks, but that of {str(path)!r} has none: "
+            f"a sweep's folder must be writable and on a file system with locks, but {str(path)!r} is not: "
             f"{error.strerror}. Use a local disk."
         ) from error
     return handle

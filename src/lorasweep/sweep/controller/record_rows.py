@@ -1,4 +1,4 @@
-"""The rows of a sweep's record: what it lists of each arm, of each trial of the search and of each confirm run."""
+"""The rows of a sweep's record: one for each arm, each trial of the search and each run of the confirm stage."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lorasweep.sweep.definition.space import describe_space
 
 RUNS_FOLDER = "runs"
 SEED = "seed"
-"""The one parameter of a trial of the confirm stage."""
+"""The only parameter of a trial of the confirm stage."""
 MIN_IMPORTANCE_TRIALS = 4
 """Number of complete trials below which the importance of a key would be a guess."""
 
@@ -34,7 +34,7 @@ def confirm_run_name(arm: str, number: int) -> str:
 
 
 def arm_row(arm: Arm, config: RunConfig) -> ArmRow:
-    """Returns an arm's row; `config` is one of its runs."""
+    """Returns an arm's row. `config` has the settings of any of its runs."""
     return ArmRow(
         name=arm.name,
         method=config.method.name,
@@ -50,7 +50,6 @@ def arm_row(arm: Arm, config: RunConfig) -> ArmRow:
 
 
 def trial_row(arm: str, trial: FrozenTrial, *, is_paused: bool) -> TrialRow:
-    """Returns the row of a trial of the search."""
     return TrialRow(
         arm=arm,
         number=trial.number,

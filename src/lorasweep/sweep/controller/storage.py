@@ -6,7 +6,7 @@ import errno
 import json
 import os
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -136,12 +136,6 @@ def open_study(
     return optuna.create_study(
         study_name=name, storage=storage, direction=direction, pruner=pruner or NopPruner(), load_if_exists=True
     )
-
-
-def study_attributes(storage: BaseStorage, *, prefix: str) -> Mapping[str, Mapping[str, Any]]:
-    """Returns the user attributes of each study of a sweep by the study's name without prefix."""
-    studies = storage.get_all_studies()  # Optuna's summaries would copy every trial
-    return {s.study_name.removeprefix(prefix): s.user_attrs for s in studies if s.study_name.startswith(prefix)}
 
 
 def _reason(error: Exception) -> str:

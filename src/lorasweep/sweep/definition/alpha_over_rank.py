@@ -1,4 +1,4 @@
-"""α by its multiplier α/r: a sweep file's `method.alpha: {over_rank: ...}` is the key `method.alpha_over_rank`.
+"""Sets α by its multiplier α/r: `method.alpha: {over_rank: ...}` in a sweep file is the key `method.alpha_over_rank`.
 
 A sweep fixes or searches the multiplier. Each run gets `method.alpha` = multiplier × `method.rank`.
 """
@@ -23,9 +23,7 @@ OVER_RANK = "over_rank"
 def spell_out_multiplier(settings: Mapping[str, Any], *, where: str) -> dict[str, Any]:
     """Returns settings in which `method.alpha: {over_rank: X}` has become `method.alpha_over_rank: X`.
 
-    Args:
-        settings: Dotted keys, with or without an arm's name before them.
-        where: The part of the sweep file that has them, for messages.
+    `where` is the part of the sweep file that has the settings. It is used in messages.
 
     Raises:
         ConfigError: α and its multiplier are both given, or `over_rank` has other keys beside it.
@@ -39,12 +37,12 @@ def spell_out_multiplier(settings: Mapping[str, Any], *, where: str) -> dict[str
         spelled[key] = value
     prefixes = {key.removesuffix(MULTIPLIER) for key in spelled if key.endswith(MULTIPLIER)}
     if len(spelled) < len(settings) or any(prefix + ALPHA in spelled for prefix in prefixes):
-        raise ConfigError(f"`{where}` must have `{ALPHA}` or its multiplier α/r, but has both. Leave one out.")
+        raise ConfigError(f"`{where}` must have `{ALPHA}` or its multiplier α/r, but has both. Remove one of them.")
     return spelled
 
 
 def merge_layers(*layers: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the settings of several layers, of which later ones win; α and its multiplier replace each other."""
+    """Returns the settings of all layers. Later layers replace earlier ones, also α its multiplier and vice versa."""
     merged: dict[str, Any] = {}
     for layer in layers:
         merged = {**drop_rivals(merged, layer), **layer}
@@ -52,18 +50,18 @@ def merge_layers(*layers: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def drop_rivals(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the lower layer without α if the upper one has the multiplier, and without the multiplier if it has α."""
+    """Returns the lower layer without α if the upper layer has the multiplier, and vice versa."""
     rivals = {rival(key) for key in upper} - set(upper)
     return {key: value for key, value in lower.items() if key not in rivals}
 
 
 def rival(key: str) -> str:
-    """Returns the multiplier's key for α's key, α's key for the multiplier's, and any other key itself."""
+    """Returns the multiplier's key for α's key and vice versa. For any other key it returns that key."""
     return {ALPHA: MULTIPLIER, MULTIPLIER: ALPHA}.get(key, key)
 
 
 def compose_with_multiplier(settings: Mapping[str, Any]) -> RunConfig:
-    """Returns the settings of one run, as `compose_run`; if the multiplier is given, α follows from it.
+    """Returns the settings of one run, as `compose_run` does. If the multiplier is set, α is computed from it.
 
     Raises:
         ConfigError: A key or value is wrong, or the multiplier does not fit the other settings.

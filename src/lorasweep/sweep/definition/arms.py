@@ -1,10 +1,8 @@
-"""The definition of a sweep: a sweep file and the command line's overrides, composed and checked arm by arm."""
+"""The definition of a sweep: a sweep file and the command line's overrides, composed and checked for each arm."""
 
 from __future__ import annotations
 
 import glob
-import hashlib
-import json
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -35,13 +33,11 @@ from lorasweep.sweep.definition.sweep_file import SweepFile, parse_file, read_co
 from lorasweep.wording import nearest
 
 DEFAULT_TRIALS = 16
-"""Trials of an arm that has a space, if neither the sweep file nor the command line gives a number."""
+"""Number of trials of an arm with a space, if neither the sweep file nor the command line gives a number."""
 MAX_GRID_COMBINATIONS = 100_000
-"""Maximum number of combinations under `sampler=grid`, which lists all of them in memory before the first trial."""
+"""Maximum number of combinations under `sampler=grid`, because all of them are listed in memory."""
 CONFIRM_ENDING = "-confirm"
 """A run folder of the confirm stage is named after its arm, this ending, and a number."""
-UNSEARCHED_GROUPS = ("confirm", "worker", "storage")
-"""Groups of settings that don't change which trials the search has; a resumed sweep may change them."""
 PATH_KEYS = ("data.train", "data.validation", "data.test", "model.path")
 """Settings that may name files."""
 
@@ -56,7 +52,7 @@ class Arm:
     trials: int
     sweep_config: SweepConfig
     expanded_from: str | None = None
-    """The arm in the sweep file whose `expand` made this one."""
+    """The arm in the sweep file whose `expand` created this arm."""
     expanded: Mapping[str, Any] = field(default_factory=dict)
     """The keys and values that distinguish it from the other arms of that `expand`."""
 
@@ -68,17 +64,17 @@ class Arm:
     @cached_property
     def corners(self) -> tuple[RunConfig, ...]:
         """The settings at the ends of each range, one key at a time, and with all keys at their upper ends."""
-        values = {key: corner_values(distribution) for key, distribution in self.space.items()}
-        lows = {key: own[0] for key, own in values.items()}
-        corners = [lows, *({**lows, key: value} for key, own in values.items() for value in own[1:])]
-        if len(values) > 1:
-            corners.append({key: own[-1] for key, own in values.items()})
+        ends = {key: corner_values(distribution) for key, distribution in self.space.items()}
+        lows = {key: values[0] for key, values in ends.items()}
+        corners = [lows, *({**lows, key: value} for key, values in ends.items() for value in values[1:])]
+        if len(ends) > 1:
+            corners.append({key: values[-1] for key, values in ends.items()})
         return tuple(map(self.compose, corners))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Definition:
-    """A whole sweep, composed."""
+    """A whole sweep with composed arms."""
 
     name: str
     description: str
@@ -87,13 +83,6 @@ class Definition:
     raw: dict[str, Any]
     """The content of the sweep file and the overrides, from which `restore_definition` composes the same sweep."""
     source: Path | None
-
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256 of everything that decides which trials the search has; `--resume` compares it."""
-        overrides = {k: v for k, v in self.raw["overrides"].items() if k.split(".")[0] not in UNSEARCHED_GROUPS}
-        searched = {"file": self.raw["file"], "overrides": overrides}
-        return hashlib.sha256(json.dumps(searched, sort_keys=True).encode()).hexdigest()
 
 
 @contextmanager
@@ -106,11 +95,7 @@ def naming_arm(name: str) -> Iterator[None]:
 
 
 def read_definition(source: Path | Mapping[str, Any], overrides: Sequence[str] | Mapping[str, Any] = ()) -> Definition:
-    """Composes a sweep file, or the content of one, with overrides and checks every arm.
-
-    Args:
-        source: The file, or its content.
-        overrides: Words of the command line, or dotted keys and values.
+    """Composes a sweep file, or its content, with the command line's arguments or dotted keys, and checks every arm.
 
     Raises:
         ConfigError: The file can't be read, a key or range is wrong, or an arm does not compose.
@@ -137,15 +122,15 @@ def restore_definition(raw: Mapping[str, Any], *, source: Path | None) -> Defini
             names = ", ".join(arm.name for arm in arms)
             known = {f"method.{f.name}" for arm in arms for f in fields(arm.corners[0].method)} | {MULTIPLIER}
             raise ConfigError(
-                f"`{key}` must be a setting of at least one arm ({names}), but is none.{nearest(key, known)} "
+                f"`{key}` must be a setting of at least one arm ({names}), but is not.{nearest(key, known)} "
                 "Write `arms.ARM.KEY=VALUE` for one arm only."
             )
     sweep_config = compose_sweep(layer_settings("sweep", _split_sweep_settings(file.settings)[1], sweep_overrides))
     for arm in arms:
         if arm.sweep_config.confirm != sweep_config.confirm:
             raise ConfigError(
-                f"all arms must have one `confirm.seeds`, because their runs are compared in pairs, but arm "
-                f"`{arm.name}` has {arm.sweep_config.confirm.seeds!r}, not {sweep_config.confirm.seeds!r}."
+                f"all arms must have one `confirm.seeds`, because runs are compared by seed, but arm `{arm.name}` has "
+                f"{arm.sweep_config.confirm.seeds!r}, not {driver.confirm.seeds!r}."
             )
     return Definition(
         name=file.name,
@@ -166,11 +151,11 @@ def _with_absolute_paths(value: Any, key: str = "") -> Any:
     return os.path.abspath(value) if is_path and any(glob.iglob(value, recursive=True)) else value
 
 
-def _split_sweep_settings(settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Returns the settings of runs, and those of the sweep itself."""
-    groups = {f.name for f in fields(SweepConfig)}
-    sweep_settings = {key: value for key, value in settings.items() if key.split(".")[0] in groups}
-    return {key: value for key, value in settings.items() if key not in sweep_settings}, sweep_settings
+def _split_driver(settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns the settings of runs, and the settings of `DriverConfig`."""
+    groups = {f.name for f in fields(DriverConfig)}
+    driver = {key: value for key, value in settings.items() if key.split(".")[0] in groups}
+    return {key: value for key, value in settings.items() if key not in driver}, driver
 
 
 def _build_arm(arm: ExpandedArm, file: SweepFile, overrides: Mapping[str, Any], *, used: set[str]) -> Arm:
@@ -178,21 +163,22 @@ def _build_arm(arm: ExpandedArm, file: SweepFile, overrides: Mapping[str, Any], 
     require_folder_name("an arm's name", arm.name)
     if arm.name.endswith(CONFIRM_ENDING):
         raise ConfigError(f"an arm's name must not end in `{CONFIRM_ENDING}`, but got {arm.name!r}. Rename the arm.")
-    own = [
+    for_this_arm = [
         {"sweep.trials" if key == "trials" else key: value for key, value in layer.items()}
         for layer in arm_overrides(arm, overrides, used=used)
     ]
     for_all = {key: value for key, value in overrides.items() if not key.startswith("arms.")}
     # later layers win: the file, its arm, the arm's expansion, then the command line from general to particular
     layers = [
-        _split_sweep_settings(layer) for layer in (file.settings, arm.config.settings, arm.expanded, for_all, *own)
+        _split_driver(layer) for layer in (file.settings, arm.config.settings, arm.expanded, for_all, *for_this_arm)
     ]
-    sweep_config = compose_sweep(layer_settings("sweep", *(of_sweep for _, of_sweep in layers)))
+    driver = compose_driver(layer_settings("sweep", *(driver_layer for _, driver_layer in layers)))
     with naming_arm(arm.name):
-        settings, ranges = _layer_run([of_run for of_run, _ in layers], arm=arm, used=used)
+        settings, ranges = _layer_run([run_layer for run_layer, _ in layers], arm=arm, used=used)
         space = _parse_space(settings, ranges)
-    trials = arm.config.trials if sweep_config.sweep.trials is None else sweep_config.sweep.trials
-    trials = DEFAULT_TRIALS if trials is None else trials
+    wanted = (driver.sweep.trials, arm.config.trials, DEFAULT_TRIALS)
+    trials = next(number for number in wanted if number is not None)
+    require_at_least(f"arms.{arm.name}.trials", trials, 1)
     if not ranges and not arm.config.space and (arm.config.trials or 1) != 1:
         raise ConfigError(
             f"`arms.{arm.name}.trials` must be 1 for an arm without a space, but got {arm.config.trials!r}. "
@@ -207,7 +193,7 @@ def _build_arm(arm: ExpandedArm, file: SweepFile, overrides: Mapping[str, Any], 
         expanded_from=arm.expanded_from,
         expanded=arm.expanded,
     )
-    assert built.corners  # composes every one of them, so that a wrong value is found before the first trial
+    assert built.corners  # composes all of them, so that a wrong value is found before the first trial
     _check_grid(built)
     return built
 
@@ -218,10 +204,10 @@ def _layer_run(
     """Returns the settings of an arm's runs, and its searched keys with their ranges.
 
     Args:
-        layers: Settings of runs: the file's, the arm's, those of its expansion; then the command line's for all arms,
-            for all of this expansion, and for this arm. In the last three, values and ranges replace each other.
+        layers: Settings of runs: from the file, from the arm and from its expansion; then from the command line for all
+            arms, for this expansion, and for this arm. In the last three, values and ranges replace each other.
         arm: The arm as the file states it.
-        used: Receives the command line's keys for all arms that reach this one.
+        used: Receives the command line's keys for all arms that apply to this arm.
     """
     *written, for_all, for_expansion, for_arm = layers
     method = layer_settings("train", *layers).get("method", "lora")
@@ -231,7 +217,7 @@ def _layer_run(
         for key, value in for_all.items()
         if key not in {*for_expansion, *for_arm}
         and not (_is_range(key, value) and not arm.config.space)
-        # an override without an arm's name passes by the arms whose method does not have the setting
+        # an override without an arm's name does not apply to arms whose method does not have the setting
         and not (key.startswith("method.") and (ALPHA if key == MULTIPLIER else key) not in known)
     }
     used |= set(for_all)
@@ -251,13 +237,13 @@ def _layer_run(
 
 
 def _is_range(key: str, value: Any) -> bool:
-    """Returns whether an override searches its key; several loggers or callbacks are a value, not a choice."""
+    """Returns whether an override searches its key. A list of loggers or callbacks is a value, not a choice."""
     return isinstance(value, Mapping | list) and key not in LIST_GROUPS
 
 
 def _parse_space(settings: Mapping[str, Any], ranges: Mapping[str, Any]) -> Space:
     config = as_settings(compose_with_multiplier({k: v for k, v in settings.items() if k not in ranges}))
-    return {key: parse_range(key, range_, whole=_is_whole(key, range_, config)) for key, range_ in ranges.items()}
+    return {key: parse_range(key, range_, is_whole=_is_whole(key, range_, config)) for key, range_ in ranges.items()}
 
 
 def _is_whole(key: str, range_: Any, config: Any) -> bool:

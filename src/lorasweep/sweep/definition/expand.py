@@ -1,4 +1,4 @@
-"""Lists the arms of a sweep: `expand: {method.rank: [1, 4]}` makes one arm per value, each with its own search."""
+"""Lists the arms of a sweep: `expand: {method.rank: [1, 4]}` creates one arm per value, each with its own search."""
 
 from __future__ import annotations
 
@@ -15,23 +15,20 @@ from lorasweep.sweep.definition.sweep_file import ArmConfig, SweepFile
 
 @dataclass(frozen=True, kw_only=True)
 class ExpandedArm:
-    """An arm of a sweep file, or one of the arms that its `expand` makes."""
+    """An arm of a sweep file, or one of the arms that its `expand` creates."""
 
     name: str
     config: ArmConfig
     expanded_from: str | None = None
-    """The arm in the sweep file whose `expand` made this one."""
+    """The arm in the sweep file whose `expand` created this arm."""
     expanded: Mapping[str, Any] = field(default_factory=dict)
     """The keys and values that distinguish it from the other arms of that `expand`."""
 
 
 def expand_arms(file: SweepFile, overrides: Mapping[str, Any], *, used: set[str]) -> list[ExpandedArm]:
-    """Returns the arms of a sweep file; an arm with `expand` appears once per combination of its values.
+    """Returns the arms of a sweep file. An arm with `expand` appears once per combination of its values.
 
-    Args:
-        file: The sweep file.
-        overrides: From the command line; `arms.ARM.expand.KEY` gives other values.
-        used: Receives the keys of those overrides.
+    The override `arms.ARM.expand.KEY` sets other values. `used` receives the keys of such overrides.
 
     Raises:
         ConfigError: A key has no values or is also searched, or two arms have the same name.
@@ -49,28 +46,25 @@ def expand_arms(file: SweepFile, overrides: Mapping[str, Any], *, used: set[str]
 
 
 def arm_overrides(arm: ExpandedArm, overrides: Mapping[str, Any], *, used: set[str]) -> list[dict[str, Any]]:
-    """Returns the overrides of an arm's whole expansion (`arms.lora.KEY`) and its own (`arms.lora-rank4.KEY`), by KEY.
+    """Returns the overrides for an arm's expansion (`arms.lora.KEY`) and for the arm (`arms.lora-rank4.KEY`), by KEY.
 
-    Args:
-        arm: The arm.
-        overrides: From the command line.
-        used: Receives the keys of the overrides that are returned.
+    `used` receives the keys of the returned overrides.
 
     Raises:
         ConfigError: An override sets a key over which the arm is expanded.
     """
-    layers = []
+    layers: list[dict[str, Any]] = []
     for name in (arm.expanded_from or "", arm.name):
         prefix = f"arms.{name}."
-        found = {key.removeprefix(prefix): value for key, value in overrides.items() if key.startswith(prefix)}
-        layers.append({key: value for key, value in found.items() if not key.startswith("expand.")})
-        used |= {prefix + key for key in layers[-1]}
+        keys = [key for key in overrides if key.startswith(prefix) and not key.startswith(prefix + "expand.")]
+        layers.append({key.removeprefix(prefix): overrides[key] for key in keys})
+        used.update(keys)
         refuse_expanded_keys(arm, layers[-1], prefix=prefix)
     return layers
 
 
 def refuse_expanded_keys(arm: ExpandedArm, keys: Iterable[str], *, prefix: str = "") -> None:
-    """Raises ConfigError if one of the keys, typed with this prefix, is a key over which the arm is expanded."""
+    """Raises ConfigError if the arm is expanded over one of the keys, which were typed with this prefix."""
     for key in keys:
         if key in arm.expanded or rival(key) in arm.expanded:
             raise ConfigError(
@@ -90,7 +84,7 @@ def _expand(name: str, config: ArmConfig, expand: Mapping[str, Any]) -> Iterator
         if key in config.space or rival(key) in config.space:
             raise ConfigError(f"`{key}` must be in `expand` or in `space` of arm `{name}`, but is in both.")
     for combination in itertools.product(*expand.values()):
-        # one value of `method.alpha` may be a number and the next one a multiplier, so each is spelled out by itself
+        # one value of `method.alpha` may be a number and the next value a multiplier
         expanded = spell_out_multiplier(dict(zip(expand, combination, strict=True)), where=where)
         labels = [_label(key, value) for key, value in expanded.items()]
         yield ExpandedArm(name="-".join([name, *labels]), config=config, expanded_from=name, expanded=expanded)

@@ -1,7 +1,7 @@
 """Decides which arms' trials can train together as a pack.
 
-Trials share a pack if their settings differ only in those that a slot may have for itself: `optim`, `schedule`,
-`logger`, seeds, and the settings of `method=lora` that can be stacked. Model, data and trainer settings must be equal.
+Trials share a pack if they differ only in settings that each slot has for itself: `optim`, `schedule`, `logger`, seeds,
+and the settings of `method=lora` that can be stacked. Model, data and trainer settings must be equal.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SOLO_SETTINGS: Mapping[str, tuple[Callable[[RunConfig], bool], str]] = {
     "callbacks": (lambda config: bool(config.callbacks), ", where a callback would see several runs as one"),
     "trainer.profiler": (lambda config: config.trainer.profiler is not None, ", whose steps belong to several runs"),
 }
-"""Settings that a pack does not offer: whether a run uses it, and the reason as the end of a clause on packs."""
+"""Settings that a pack does not support: whether a run uses the setting, and the reason as the end of a clause."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,8 +52,7 @@ def plan_packing(definition: Definition) -> dict[str, ArmPacking]:
     """Returns for each arm whether its trials can share packs.
 
     Raises:
-        ConfigError: `worker.pack_size` asks for packs of an arm whose trials run alone, or is more than the trials that
-            can share a pack.
+        ConfigError: `worker.pack_size` asks for packs of an arm whose trials run alone, or for more slots than trials.
     """
     plans = {arm.name: _plan_arm(arm) for arm in definition.arms}
     packable = [arm for arm in definition.arms if plans[arm.name].key is not None]
@@ -61,8 +60,8 @@ def plan_packing(definition: Definition) -> dict[str, ArmPacking]:
         size, plan = arm.sweep_config.worker.pack_size, plans[arm.name]
         if size == "auto" or size == 1:
             continue
-        # a size for the whole sweep is for the arms that can be packed; the others run alone without an error
-        is_for_this_arm = arm.sweep_config.worker != definition.sweep_config.worker
+        # a size for the whole sweep applies to the arms that can be packed; the others run alone without an error
+        is_for_this_arm = arm.sweep_config.worker != definition.driver.worker
         if plan.key is None and (is_for_this_arm or not packable):
             raise ConfigError(
                 f"`worker.pack_size` must be 1 or auto for arm `{arm.name}`, but got {size!r}: {plan.reason}"

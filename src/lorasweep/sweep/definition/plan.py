@@ -25,7 +25,7 @@ from lorasweep.wording import format_bytes, format_count, format_seconds
 
 @dataclass(frozen=True, kw_only=True)
 class ArmPlan:
-    """The cost of one arm, as if every run had the arm's highest rank and none were pruned."""
+    """The cost of one arm if every run has the arm's highest rank and no run is pruned."""
 
     arm: Arm
     packing: ArmPacking
@@ -35,7 +35,7 @@ class ArmPlan:
     steps: int
     """Optimizer steps of all trials and seeds together."""
     tokens: int
-    """Maximum of training tokens of all trials and seeds together."""
+    """Maximum number of training tokens of all trials and seeds together."""
     trainable_params: int
     """Trainable parameters of one run."""
     kept_bytes: int
@@ -48,12 +48,7 @@ class ArmPlan:
 
 
 def plan_sweep(definition: Definition, inputs_cache: InputsCache) -> list[ArmPlan]:
-    """Returns the estimated cost of each arm; trains a few steps and keeps nothing.
-
-    Args:
-        definition: A sweep that `check_definition` has accepted.
-        inputs_cache: Base models and data.
-    """
+    """Returns the estimated cost of each arm of a checked definition. Trains a few steps and keeps nothing."""
     packings, seeds = plan_packing(definition), draw_seeds(definition)
     return [
         _plan_arm(arm, packings[arm.name], inputs_cache, seeds=len(arm_seeds(arm, seeds))) for arm in definition.arms
@@ -61,7 +56,7 @@ def plan_sweep(definition: Definition, inputs_cache: InputsCache) -> list[ArmPla
 
 
 def render_plan(definition: Definition, plans: Sequence[ArmPlan]) -> RenderableType:
-    """Returns a table with a row per arm, and below it the reasons for packs and the warnings."""
+    """Returns a table with a row for each arm, followed by the reasons for packs and the warnings."""
     title = escape(f"{definition.name}: nothing is trained yet")
     table = Table(title=title, title_justify="left", header_style="bold", box=SIMPLE, padding=(0, 0))
     table.add_column("arm", overflow="fold")
@@ -119,7 +114,7 @@ def _plan_arm(arm: Arm, packing: ArmPacking, inputs_cache: InputsCache, *, seeds
 
 
 def _measure_fitting(config: RunConfig, inputs: RunInputs, *, slots: int | None) -> RunCost:
-    """Measures a run, alone or in a pack that is halved as often as it does not fit, as the sweep halves it."""
+    """Measures a run, alone or in a pack. Like the sweep, halves a pack until it fits."""
     while slots is not None and slots > 1:
         try:
             return measure_run(config, inputs=inputs, slots=slots)

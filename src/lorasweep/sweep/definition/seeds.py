@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import zlib
 from dataclasses import astuple, fields
 
@@ -16,36 +17,31 @@ SEED_KEYS = ("seed", *(f"seeds.{f.name}" for f in fields(SeedsConfig)))
 SEED_LIMIT = 1_000_000
 """Seeds are below this number, so that a person can read and type them."""
 MAX_DRAWS_PER_SEED = 10
-"""Draws for each seed before the search counts as one that leaves too few seeds."""
+"""If more draws are needed per seed, the search leaves too few seeds unused."""
 
 
 def draw_seeds(definition: Definition) -> list[int]:
-    """Returns the seeds of the confirm stage: the same for every arm, and none that a search may have used.
+    """Returns the seeds of the confirm stage: the same for every arm, and unused by the search.
 
-    They follow from `sweep.seed`. If more seeds are asked for later, the list begins with the same ones, so that the
-    stage can grow.
+    The seeds depend on `sweep.seed`. More seeds begin with the same seeds, so that the stage can grow.
 
     Raises:
         ConfigError: The search may use so many seeds that too few are left.
     """
-    drawn: list[int] = []
-    count, sweep_seed = definition.sweep_config.confirm.seeds, definition.sweep_config.sweep.seed
+    count, sweep_seed = definition.driver.confirm.seeds, definition.driver.sweep.seed
     configs = [arm.corners[0] for arm in definition.arms] if count else []
     fixed = {seed for config in configs for seed in (config.seed, *astuple(config.seeds))}
     ranges = [arm.space[key] for arm in definition.arms for key in SEED_KEYS if key in arm.space]
-    for draw in range(MAX_DRAWS_PER_SEED * count):
-        # crc32 is the same in every process, unlike Python's hash of a text
-        seed = zlib.crc32(f"{sweep_seed}/confirm/{draw}".encode()) % SEED_LIMIT
-        if seed not in fixed and seed not in drawn and not any(_contains(range_, seed) for range_ in ranges):
-            drawn.append(seed)
-        if len(drawn) == count:
-            break
-    if len(drawn) < count:
+    # crc32 is the same in every process, unlike Python's hash of a text
+    draws = (zlib.crc32(f"{sweep_seed}/confirm/{n}".encode()) % SEED_LIMIT for n in range(MAX_DRAWS_PER_SEED * count))
+    unused = (n for n in dict.fromkeys(draws) if n not in fixed and not any(_contains(range_, n) for range_ in ranges))
+    seeds = list(itertools.islice(unused, count))
+    if len(seeds) < count:
         raise ConfigError(
             f"`confirm.seeds` must find {count} seeds below {SEED_LIMIT:,} that the search does not use, but finds "
-            f"{len(drawn)}. Narrow the range of `seed`."
+            f"{len(seeds)}. Narrow the range of `seed`."
         )
-    return drawn
+    return seeds
 
 
 def arm_seeds(arm: Arm, seeds: list[int]) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from typing import Any
@@ -17,51 +18,47 @@ Space = dict[str, BaseDistribution]
 """The distribution of each searched key."""
 
 
-def parse_range(key: str, value: Any, *, whole: bool) -> BaseDistribution:
+def parse_range(key: str, value: Any, *, is_whole: bool) -> BaseDistribution:
     """Returns the distribution of one searched key.
 
     Args:
         key: Dotted key, for messages.
         value: A list of choices, or a mapping with `low`, `high`, and `log` or `step`.
-        whole: Whether the key holds whole numbers.
+        is_whole: Whether the key holds whole numbers.
 
     Raises:
         ConfigError: The range is empty or has the wrong form.
     """
     if isinstance(value, list | tuple):
         return _parse_choices(key, list(value))
-    if not isinstance(value, Mapping):
+    names = value.keys() if isinstance(value, Mapping) else set()
+    log = value.get("log", False) if isinstance(value, Mapping) else None
+    if not {"low", "high"} <= names <= set(RANGE_KEYS) or not isinstance(log, bool):
+        near = "".join(nearest(str(name), RANGE_KEYS) for name in names if name not in RANGE_KEYS)
         raise ConfigError(
-            f"the range of `{key}` must be a list of choices or a mapping with `low` and `high`, but got {value!r}."
+            f"the range of `{key}` must be a list of choices, or a mapping with `low`, `high`, and perhaps `log: true` "
+            f"or `step`, but got {value!r}.{near}"
         )
-    for name in value:
-        if name not in RANGE_KEYS:
-            raise ConfigError(
-                f"the range of `{key}` may have the keys {', '.join(RANGE_KEYS)}, but got {name!r}."
-                f"{nearest(str(name), RANGE_KEYS)}"
-            )
-    low, high = (_read_number(key, value.get(name), name, whole=whole) for name in ("low", "high"))
-    step = None if value.get("step") is None else _read_number(key, value["step"], "step", whole=whole)
-    log = value.get("log", False)
-    if not isinstance(log, bool):
-        raise ConfigError(f"`log` must be true or false for the range of `{key}`, but got {log!r}.")
-    if not low < high:
-        raise ConfigError(f"`low < high` must hold for the range of `{key}`, but got {low!r} and {high!r}.")
-    # Optuna lowers `high` to the last step and warns; a sweep file should name the values that are tried
-    if step and (Decimal(str(high)) - Decimal(str(low))) % Decimal(str(step)):
-        raise ConfigError(f"`step` must divide `high - low` for the range of `{key}`, but got {dict(value)!r}.")
+    numbers = {name: number for name, number in value.items() if name != "log" and (name, number) != ("step", None)}
+    for name, number in numbers.items():
+        is_number = isinstance(number, int | float) and not isinstance(number, bool) and math.isfinite(number)
+        if not is_number or (is_whole and number != int(number)):
+            kind = "a whole number" if is_whole else "a number"
+            raise ConfigError(f"the range of `{key}` must have {kind} as `{name}`, but got {number!r}.")
+    arguments = {name: int(number) if is_whole else number for name, number in numbers.items()}
     try:
-        if whole:
-            return IntDistribution(int(low), int(high), log=log, step=1 if step is None else int(step))
-        return FloatDistribution(low, high, log=log, step=step)
-    except ValueError as error:  # Optuna names the rule that `log` or `step` breaks
+        with warnings.catch_warnings():
+            # Optuna lowers `high` to the last step and warns. A sweep file should name the values that are tried.
+            warnings.simplefilter("error", UserWarning)
+            return (IntDistribution if is_whole else FloatDistribution)(**arguments, log=log)
+    except (ValueError, UserWarning) as error:  # Optuna names the rule that is broken
         raise ConfigError(
-            f"the range of `{key}` must be one that Optuna accepts, but got {dict(value)!r}: {first_line(error)}"
+            f"the range of `{key}` must be one that Optuna accepts, but got {dict(value)!r}: {first_line(error)}."
         ) from error
 
 
 def corner_values(distribution: BaseDistribution) -> list[Any]:
-    """Returns the values of a range that are checked before the first trial: every choice, or both ends."""
+    """Returns every choice of a list, or both ends of a range."""
     if isinstance(distribution, CategoricalDistribution):
         return list(distribution.choices)
     assert isinstance(distribution, FloatDistribution | IntDistribution)
@@ -85,7 +82,7 @@ def grid_values(key: str, distribution: BaseDistribution) -> Sequence[Any]:
 
 
 def describe_space(space: Space) -> dict[str, Any]:
-    """Returns a space as the sweep's record has it, in the form of a sweep file."""
+    """Returns a space in the form of a sweep file, for the sweep's record."""
     described: dict[str, Any] = {}
     for key, distribution in space.items():
         if isinstance(distribution, CategoricalDistribution):
@@ -103,13 +100,5 @@ def _parse_choices(key: str, choices: list[Any]) -> CategoricalDistribution:
         if not plain or (isinstance(choice, float) and not math.isfinite(choice)):
             raise ConfigError(f"a choice of `{key}` must be a number, a text, true, false or null, but got {choice!r}.")
     if not choices or len(set(map(repr, choices))) < len(choices):
-        raise ConfigError(f"the range of `{key}` must have at least one choice and none twice, but got {choices!r}.")
+        raise ConfigError(f"the range of `{key}` must have at least one choice, none twice, but got {choices!r}.")
     return CategoricalDistribution(choices)
-
-
-def _read_number(key: str, number: Any, name: str, *, whole: bool) -> float:
-    is_number = isinstance(number, int | float) and not isinstance(number, bool) and math.isfinite(number)
-    if not is_number or (whole and number != int(number)):
-        kind = "a whole number" if whole else "a number"
-        raise ConfigError(f"the range of `{key}` must have {kind} as `{name}`, but got {number!r}.")
-    return float(number) if not whole else int(number)

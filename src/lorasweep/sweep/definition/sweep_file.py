@@ -1,4 +1,4 @@
-"""Finds and reads a sweep file, and checks its keys. Next, `expand` lists the arms and `arms` composes each of them."""
+"""Finds and reads a sweep file, and checks its keys."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from lorasweep.wording import nearest
 MAX_NAME_CHARACTERS = 100
 """Maximum length of the name of a sweep or an arm. It becomes part of a folder's name, whose length is limited."""
 DEFAULTS = {"name": "sweep", "description": "", "settings": {}}
-"""Values of the keys that a sweep file may leave out."""
+"""Values of keys that are missing in a sweep file."""
 ARM_DEFAULTS: dict[str, Any] = {"settings": {}, "space": {}, "trials": None, "expand": {}}
-"""Values of the keys that an arm may leave out."""
+"""Values of keys that are missing in an arm."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,13 +32,13 @@ class ArmConfig:
     """One arm as a sweep file states it."""
 
     settings: Mapping[str, Any]
-    """Dotted keys and values of this arm, over those of the whole sweep."""
+    """Dotted keys and values of this arm, which replace settings of the whole sweep."""
     space: Mapping[str, Any]
-    """Searched keys: a list of choices, or a mapping with `low`, `high`, and `log` or `step`."""
-    trials: Positive | None
+    """Searched keys: for each a list of choices, or a mapping with `low`, `high`, and `log` or `step`."""
+    trials: int | None
     """Trials of the search; None if the file gives no number."""
     expand: Mapping[str, Any]
-    """Keys and lists of values: one arm for each combination, with its own search and the same budget."""
+    """Keys and lists of values: each combination becomes an arm with its own search and the same budget."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,7 @@ class SweepFile:
     name: str
     description: str
     settings: Mapping[str, Any]
-    """Dotted keys and values of the runs of every arm and of the sweep itself."""
+    """Dotted keys and values of every arm, and of the sweep itself (`DriverConfig`)."""
     arms: Mapping[str, ArmConfig]
 
     def __post_init__(self) -> None:
@@ -59,7 +59,7 @@ def find_sweep_file(name: str) -> Path:
     """Returns a sweep's file: a path, or a name in `sweeps/` of the current folder or among the packaged sweeps.
 
     Raises:
-        ConfigError: There is no such file; the message lists the names.
+        ConfigError: The file is missing; the message lists the names.
     """
     if name.endswith((".yaml", ".yml")) or "/" in name:
         path = Path(name)
@@ -75,7 +75,7 @@ def find_sweep_file(name: str) -> Path:
 
 
 def sweep_files() -> dict[str, Path]:
-    """Returns the files of all sweeps by name. A sweep of the current folder wins over a packaged one of its name."""
+    """Returns the files of all sweeps by name. A sweep of the current folder replaces a packaged sweep of its name."""
     folders = (packaged_folder("sweeps"), Path.cwd() / "sweeps")
     return {path.stem: path for folder in folders for path in folder.glob("*.yaml")}
 
@@ -99,14 +99,14 @@ def read_content(source: Path | Mapping[str, Any]) -> Any:
 
 
 def parse_file(content: Any) -> SweepFile:
-    """Returns a sweep file's content, checked, with its arms as written.
+    """Returns a sweep file from its content.
 
     Raises:
         ConfigError: A key is unknown or a value has the wrong type.
     """
     arms = content.get("arms") if isinstance(content, Mapping) else None
     if not isinstance(arms, Mapping) or not arms:
-        raise ConfigError("a sweep file must be a mapping with at least one arm in `arms`, but has none.")
+        raise ConfigError("a sweep file must be a mapping with at least one arm in `arms`, but has no arm.")
     arms = {str(name): {**ARM_DEFAULTS, **arm} if isinstance(arm, Mapping) else arm for name, arm in arms.items()}
     file = build(SweepFile, {**DEFAULTS, **content, "arms": arms})
     return replace(
@@ -117,7 +117,6 @@ def parse_file(content: Any) -> SweepFile:
 
 
 def _spell_out_arm(name: str, arm: ArmConfig) -> ArmConfig:
-    """Returns an arm in which α by its multiplier has the multiplier's own key."""
     spelled: dict[str, Any] = {
         key: spell_out_multiplier(getattr(arm, key), where=f"arms.{name}.{key}")
         for key in ("settings", "space", "expand")

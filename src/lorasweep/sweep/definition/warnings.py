@@ -22,7 +22,6 @@ LR = "optim.lr"
 
 
 def find_warnings(definition: Definition) -> list[str]:
-    """Returns a sentence for each setting that makes the comparisons of a sweep less fair or less certain."""
     # the frozen base has neither a budget nor a learning rate to compare
     trained = [arm for arm in definition.arms if max(map(count_tokens, arm.corners))]
     families = [list(arms) for _, arms in groupby(definition.arms, key=lambda arm: arm.expanded_from or arm.name)]
@@ -42,7 +41,7 @@ def find_warnings(definition: Definition) -> list[str]:
 
 
 def count_tokens(config: RunConfig) -> int:
-    """Returns the most training tokens that a run can see; 0 under `method=frozen`."""
+    """Returns the maximum number of training tokens of a run; 0 under `method=frozen`."""
     if config.method.name == "frozen":
         return 0
     return config.trainer.max_steps * config.trainer.batch_size * max_tokens_per_example(config.data)
@@ -79,7 +78,7 @@ def _warn_of_learning_rates(arms: Sequence[Arm]) -> Iterator[str]:
 
 
 def _warn_of_alpha(family: Sequence[Arm]) -> Iterator[str]:
-    """Warns of an arm, or an expansion, whose ranks differ but whose α does not, so that α/r differs too."""
+    """Warns if the ranks of an arm or an expansion differ but α does not, so that α/r differs too."""
     if any({ALPHA, MULTIPLIER} & {*arm.space, *arm.expanded} or MULTIPLIER in arm.settings for arm in family):
         return
     methods = [[c.method for c in arm.corners if isinstance(c.method, LoraConfig)] for arm in family]
@@ -90,12 +89,12 @@ def _warn_of_alpha(family: Sequence[Arm]) -> Iterator[str]:
     alpha, low, high = alphas.pop(), min(ranks), max(ranks)
     searches_alone = all(arm.space for arm in family) and len({method.rank for method in methods[0]}) == 1
     consequence = (
-        "Each rank has its own search, which makes up for it as far as the ranges reach."
+        "Each rank has its own search, which compensates for that within its ranges."
         if searches_alone
         else "An apparent effect of the rank may then be an effect of α/r."
     )
     yield (
-        f"`method.alpha` of `{family[0].expanded_from or family[0].name}` is {alpha:g} at every rank, so the change is "
+        f"`method.alpha` of `{family[0].expanded_from or family[0].name}` is {alpha:g} at every rank, so ΔW is "
         f"scaled by α/r = {alpha / low:.3g} at rank {low} and {alpha / high:.3g} at rank {high}. {consequence} "
         "`method.alpha: {over_rank: 2}` fixes α/r, `{over_rank: [1, 2, 4]}` searches it."
     )
