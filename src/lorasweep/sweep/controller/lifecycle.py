@@ -162,7 +162,7 @@ def reopen_sweep(path: Path, *, changes: Mapping[str, Any] | None = None) -> Swe
         except ValueError as error:  # a line is not JSON
             raise RecordError(f"{str(path / JOURNAL_FILE)!r} must be Optuna's journal, but is damaged.") from error
         if not names:
-            url = definition.driver.storage.url
+            url = definition.sweep_config.storage.url
             kept_in = repr(str(path / JOURNAL_FILE)) if url is None else f"`storage.url={url}`"
             raise RecordError(
                 f"{kept_in} must have the studies of the sweep in {str(path)!r}, but has none of them. "

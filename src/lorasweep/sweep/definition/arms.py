@@ -130,7 +130,7 @@ def restore_definition(raw: Mapping[str, Any], *, source: Path | None) -> Defini
         if arm.sweep_config.confirm != sweep_config.confirm:
             raise ConfigError(
                 f"all arms must have one `confirm.seeds`, because runs are compared by seed, but arm `{arm.name}` has "
-                f"{arm.sweep_config.confirm.seeds!r}, not {driver.confirm.seeds!r}."
+                f"{arm.sweep_config.confirm.seeds!r}, not {sweep_config.confirm.seeds!r}."
             )
     return Definition(
         name=file.name,
@@ -151,11 +151,11 @@ def _with_absolute_paths(value: Any, key: str = "") -> Any:
     return os.path.abspath(value) if is_path and any(glob.iglob(value, recursive=True)) else value
 
 
-def _split_driver(settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Returns the settings of runs, and the settings of `DriverConfig`."""
-    groups = {f.name for f in fields(DriverConfig)}
-    driver = {key: value for key, value in settings.items() if key.split(".")[0] in groups}
-    return {key: value for key, value in settings.items() if key not in driver}, driver
+def _split_sweep_settings(settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns the settings of runs, and the settings of `SweepConfig`."""
+    groups = {f.name for f in fields(SweepConfig)}
+    sweep_settings = {key: value for key, value in settings.items() if key.split(".")[0] in groups}
+    return {key: value for key, value in settings.items() if key not in sweep_settings}, sweep_settings
 
 
 def _build_arm(arm: ExpandedArm, file: SweepFile, overrides: Mapping[str, Any], *, used: set[str]) -> Arm:
@@ -169,16 +169,14 @@ def _build_arm(arm: ExpandedArm, file: SweepFile, overrides: Mapping[str, Any], 
     ]
     for_all = {key: value for key, value in overrides.items() if not key.startswith("arms.")}
     # later layers win: the file, its arm, the arm's expansion, then the command line from general to particular
-    layers = [
-        _split_driver(layer) for layer in (file.settings, arm.config.settings, arm.expanded, for_all, *for_this_arm)
-    ]
-    driver = compose_driver(layer_settings("sweep", *(driver_layer for _, driver_layer in layers)))
+    in_order = (file.settings, arm.config.settings, arm.expanded, for_all, *for_this_arm)
+    layers = [_split_sweep_settings(layer) for layer in in_order]
+    sweep_config = compose_sweep(layer_settings("sweep", *(sweep_layer for _, sweep_layer in layers)))
     with naming_arm(arm.name):
         settings, ranges = _layer_run([run_layer for run_layer, _ in layers], arm=arm, used=used)
         space = _parse_space(settings, ranges)
-    wanted = (driver.sweep.trials, arm.config.trials, DEFAULT_TRIALS)
+    wanted = (sweep_config.sweep.trials, arm.config.trials, DEFAULT_TRIALS)
     trials = next(number for number in wanted if number is not None)
-    require_at_least(f"arms.{arm.name}.trials", trials, 1)
     if not ranges and not arm.config.space and (arm.config.trials or 1) != 1:
         raise ConfigError(
             f"`arms.{arm.name}.trials` must be 1 for an arm without a space, but got {arm.config.trials!r}. "

@@ -28,7 +28,7 @@ def draw_seeds(definition: Definition) -> list[int]:
     Raises:
         ConfigError: The search may use so many seeds that too few are left.
     """
-    count, sweep_seed = definition.driver.confirm.seeds, definition.driver.sweep.seed
+    count, sweep_seed = definition.sweep_config.confirm.seeds, definition.sweep_config.sweep.seed
     configs = [arm.corners[0] for arm in definition.arms] if count else []
     fixed = {seed for config in configs for seed in (config.seed, *astuple(config.seeds))}
     ranges = [arm.space[key] for arm in definition.arms for key in SEED_KEYS if key in arm.space]

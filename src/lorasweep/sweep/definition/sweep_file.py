@@ -35,7 +35,7 @@ class ArmConfig:
     """Dotted keys and values of this arm, which replace settings of the whole sweep."""
     space: Mapping[str, Any]
     """Searched keys: for each a list of choices, or a mapping with `low`, `high`, and `log` or `step`."""
-    trials: int | None
+    trials: Positive | None
     """Trials of the search; None if the file gives no number."""
     expand: Mapping[str, Any]
     """Keys and lists of values: each combination becomes an arm with its own search and the same budget."""
@@ -48,7 +48,7 @@ class SweepFile:
     name: str
     description: str
     settings: Mapping[str, Any]
-    """Dotted keys and values of every arm, and of the sweep itself (`DriverConfig`)."""
+    """Dotted keys and values of every arm, and of the sweep itself (`SweepConfig`)."""
     arms: Mapping[str, ArmConfig]
 
     def __post_init__(self) -> None:
