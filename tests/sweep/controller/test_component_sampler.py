@@ -15,8 +15,8 @@ from tests.sweep.controller.conftest import make_arm
 from lorasweep.config.components import Component
 from lorasweep.config.trust import set_trusted
 from lorasweep.errors import ConfigError
-from lorasweep.sweep.controller.component_sampler import build_sampler
-from lorasweep.sweep.controller.proposals import SAMPLER_ATTRIBUTE, propose
+from lorasweep.sweep.controller.component_sampler import SAMPLER_ATTRIBUTE, build_sampler
+from lorasweep.sweep.controller.proposals import propose
 
 SPACE = {
     "method.rank": CategoricalDistribution([16, 1, 4]),

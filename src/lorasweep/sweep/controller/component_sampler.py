@@ -7,14 +7,12 @@ the generation of a genetic algorithm, the journal keeps it with the trial, and 
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
 import optuna
-from optuna.exceptions import ExperimentalWarning
 from optuna.samplers import BaseSampler
 from optuna.storages import InMemoryStorage
 from optuna.trial import FrozenTrial, create_trial
@@ -27,6 +25,8 @@ from lorasweep.sweep.controller.encoding import Point
 from lorasweep.sweep.definition.space import Space
 from lorasweep.wording import nearest
 
+SAMPLER_ATTRIBUTE = "lorasweep:sampler"
+"""User attribute with the state that a sampler keeps with a trial that it proposed."""
 OPTUNA_HUB = "optunahub"
 PICKLING_SAMPLER, PICKLING_PACKAGE = "CmaEsSampler", "cmaes"
 """This sampler of Optuna keeps objects of this package as pickles in the journal. Reading a pickle can run code."""
@@ -37,11 +37,10 @@ def ask_sampler(
     history: Sequence[tuple[FrozenTrial, Point]],
     ranges: Space,
     *,
-    kept_as: str,
     seed: int,
     direction: Direction,
 ) -> tuple[Point, dict[str, Any]]:
-    """Returns the point of the next trial, and its user attribute `kept_as`, which holds the sampler's state.
+    """Returns the point of the next trial, and the user attributes that the trial must get.
 
     Raises:
         ConfigError: The sampler can't be built.
@@ -50,9 +49,9 @@ def ask_sampler(
     storage = InMemoryStorage()
     study = optuna.create_study(sampler=sampler, direction=direction, storage=storage)
     study_id = storage.get_study_id_from_name(study.study_name)
-    known: dict[str, Any] = {}
+    known: dict[str, Any] = {}  # attributes of the study that earlier samplers wrote
     for trial, point in history:
-        state = trial.user_attrs.get(kept_as, {})
+        state = trial.user_attrs.get(SAMPLER_ATTRIBUTE, {})
         known |= state.get("study", {})
         study.add_trial(
             create_trial(
@@ -73,7 +72,7 @@ def ask_sampler(
         "trial": study.get_trials(deepcopy=False)[-1].system_attrs,
         "study": {name: value for name, value in kept_of_study.items() if known.get(name) != value},
     }
-    return params, {kept_as: state} if any(state.values()) else {}
+    return params, {SAMPLER_ATTRIBUTE: state} if any(state.values()) else {}
 
 
 def build_sampler(part: Component, *, seed: int) -> BaseSampler:
@@ -84,10 +83,8 @@ def build_sampler(part: Component, *, seed: int) -> BaseSampler:
     """
     seeded: dict[str, Any] = _add_seeds({TARGET: part.target, **part.arguments}, seed=seed, key="sampler")
     del seeded[TARGET]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ExperimentalWarning)
-        expected: type[BaseSampler] = BaseSampler  # type: ignore[type-abstract]
-        return instantiate(Component(target=part.target, arguments=seeded), key="sampler", expected=expected)
+    expected: type[BaseSampler] = BaseSampler  # type: ignore[type-abstract]
+    return instantiate(Component(target=part.target, arguments=seeded), key="sampler", expected=expected)
 
 
 def _add_seeds(value: Any, *, seed: int, key: str) -> Any:

@@ -44,7 +44,7 @@ class SweepFolder:
     record: SweepRecord
     storage: BaseStorage
     lock: int
-    """File descriptor of the folder's lock. The system releases it when the process ends, however it ends."""
+    """File descriptor of the folder's lock. The system releases it when the process ends for any reason."""
     opened_s: float = field(default_factory=time.monotonic)
     saved_s: float = -math.inf
     """Monotonic time of the last time that the record was written."""

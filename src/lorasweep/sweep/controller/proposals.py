@@ -34,7 +34,7 @@ from optuna.trial import FrozenTrial, TrialState
 from lorasweep.config.components import Component
 from lorasweep.config.data import Direction
 from lorasweep.config.sweep import ModelBasedSampler
-from lorasweep.errors import ConfigError, RunError, first_line
+from lorasweep.errors import ConfigError, first_line
 from lorasweep.sweep.controller.component_sampler import ask_sampler
 from lorasweep.sweep.controller.encoding import Point
 from lorasweep.sweep.controller.history import History, Result, last_value
@@ -48,10 +48,6 @@ MIN_RESULTS = 2
 """Number of results before a model is asked: a single result is neither better nor worse."""
 MAX_SOBOL_DRAWS = 20
 """Number of Sobol points that are tried in place of a proposal that repeats an earlier trial."""
-MAX_CACHED_GRIDS = 64
-"""Number of grids whose order is kept in memory."""
-SAMPLER_ATTRIBUTE = "lorasweep:sampler"
-"""Name of the user attribute with the state that a sampler set by `_target_` keeps with a trial that it proposed."""
 
 
 def propose(
@@ -67,7 +63,6 @@ def propose(
 
     Raises:
         ConfigError: The sampler can't be built, or can't propose a trial for this space.
-        RunError: Each combination of the grid was tried.
     """
     if not isinstance(history, History):
         history = History(arm.space, history, direction=direction)
@@ -80,9 +75,7 @@ def propose(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ExperimentalWarning)
             if isinstance(sampler, Component):
-                point, attributes = ask_sampler(
-                    sampler, history.all(), encoding.ranges, kept_as=SAMPLER_ATTRIBUTE, seed=seed, direction=direction
-                )
+                point, attributes = ask_sampler(sampler, history.all(), encoding.ranges, seed=seed, direction=direction)
             elif sampler.name == "grid":
                 point = _next_combination(arm, history)
             else:
@@ -95,7 +88,7 @@ def propose(
                 indices = range(number, number + MAX_SOBOL_DRAWS)
                 draws = itertools.chain([point], (sobol_point(encoding, index, seed=arm_seed) for index in indices))
                 point = next((draw for draw in draws if not history.has_tried(draw)), point)
-    except (ConfigError, RunError):
+    except ConfigError:
         raise
     except Exception as error:  # a sampler may raise anything
         raise ConfigError(
@@ -131,17 +124,12 @@ def _next_combination(arm: Arm, history: History) -> Point:
         tuple(range(len(encoding.choices[key])) if key in encoding.choices else grid_values(key, range_))
         for key, range_ in encoding.ranges.items()
     )
-    for combination in _shuffle_grid(axes, _derive_seed(arm)):
-        point = dict(zip(encoding.ranges, combination, strict=True))
-        if not history.has_tried(point):
-            return point
-    raise RunError(
-        f"`sampler=grid` must have a combination that arm {arm.name!r} did not try, but each of them was tried. "
-        "Use `sampler=qmc`."
-    )
+    grid = (dict(zip(encoding.ranges, values, strict=True)) for values in _shuffle_grid(axes, _derive_seed(arm)))
+    # no arm has more trials than combinations
+    return next(point for point in grid if not history.has_tried(point))
 
 
-@lru_cache(maxsize=MAX_CACHED_GRIDS)
+@lru_cache
 def _shuffle_grid(axes: tuple[tuple[Any, ...], ...], seed: int) -> list[tuple[Any, ...]]:
     combinations = list(itertools.product(*axes))
     random.Random(seed).shuffle(combinations)

@@ -11,9 +11,6 @@ from scipy.stats import qmc
 
 from lorasweep.sweep.controller.encoding import Point, SpaceEncoding
 
-MAX_CACHED_SEQUENCES = 256
-"""Number of drawn sequences that are kept in memory, of all arms together."""
-
 
 def sobol_point(encoding: SpaceEncoding, index: int, *, seed: int) -> Point:
     """Returns the point at an index of an arm's Sobol sequence.
@@ -39,7 +36,7 @@ def sobol_point(encoding: SpaceEncoding, index: int, *, seed: int) -> Point:
     return point
 
 
-@lru_cache(maxsize=MAX_CACHED_SEQUENCES)
+@lru_cache
 def _draw_sequence(num_keys: int, seed: int, num_points: int) -> Any:
     """Returns an array (num_points, num_keys) of numbers from 0 to 1."""
     return qmc.Sobol(num_keys, scramble=True, seed=seed).random(num_points)

@@ -37,7 +37,6 @@ class ArmPlan:
     tokens: int
     """Maximum number of training tokens of all trials and seeds together."""
     trainable_params: int
-    """Trainable parameters of one run."""
     kept_bytes: int
     """Size on disk of the best and last weights of all runs."""
     memory_bytes: int

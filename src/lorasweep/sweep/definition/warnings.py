@@ -72,7 +72,7 @@ def _warn_of_learning_rates(arms: Sequence[Arm]) -> Iterator[str]:
     if widths and max(widths.values()) - min(widths.values()) > MAX_WIDTH_DIFFERENCE_DECADES:
         yield (
             f"Arms search their learning rates over unequal ranges (in decades: {_list(widths, '.1f')}): a narrow "
-            "range may leave out an arm's best rate. `arms.NAME.optim.lr=tag(log,interval(LOW,HIGH))` sets the range "
+            "range may not contain an arm's best rate. `arms.NAME.optim.lr=tag(log,interval(LOW,HIGH))` sets the range "
             "of one arm."
         )
 
@@ -81,22 +81,17 @@ def _warn_of_alpha(family: Sequence[Arm]) -> Iterator[str]:
     """Warns if the ranks of an arm or an expansion differ but α does not, so that α/r differs too."""
     if any({ALPHA, MULTIPLIER} & {*arm.space, *arm.expanded} or MULTIPLIER in arm.settings for arm in family):
         return
-    methods = [[c.method for c in arm.corners if isinstance(c.method, LoraConfig)] for arm in family]
-    scaled = [method for of_arm in methods for method in of_arm if method.scaling == "alpha_over_rank"]
+    methods = [config.method for arm in family for config in arm.corners if isinstance(config.method, LoraConfig)]
+    scaled = [method for method in methods if method.scaling == "alpha_over_rank"]
     ranks, alphas = {method.rank for method in scaled}, {method.alpha for method in scaled}
     if len(ranks) < 2 or len(alphas) != 1:
         return
     alpha, low, high = alphas.pop(), min(ranks), max(ranks)
-    searches_alone = all(arm.space for arm in family) and len({method.rank for method in methods[0]}) == 1
-    consequence = (
-        "Each rank has its own search, which compensates for that within its ranges."
-        if searches_alone
-        else "An apparent effect of the rank may then be an effect of α/r."
-    )
     yield (
         f"`method.alpha` of `{family[0].expanded_from or family[0].name}` is {alpha:g} at every rank, so ΔW is "
-        f"scaled by α/r = {alpha / low:.3g} at rank {low} and {alpha / high:.3g} at rank {high}. {consequence} "
-        "`method.alpha: {over_rank: 2}` fixes α/r, `{over_rank: [1, 2, 4]}` searches it."
+        f"scaled by α/r = {alpha / low:.3g} at rank {low} and {alpha / high:.3g} at rank {high}. Unless each rank has "
+        "its own search, an apparent effect of the rank may be an effect of α/r. `method.alpha: {over_rank: 2}` fixes "
+        "α/r, `{over_rank: [1, 2, 4]}` searches it."
     )
 
 
