@@ -14,7 +14,7 @@ from tests.sweep.conftest import WRITES, Killed, kill_at
 from tests.sweep.controller.conftest import EVERY, LAST, Simulation, outcome
 
 from lorasweep.config.trust import set_trusted
-from lorasweep.errors import ConfigError, Diverged, OutOfMemory, RecordError
+from lorasweep.errors import ConfigError, Diverged, OutOfMemory
 from lorasweep.sweep.controller.controller import Controller
 from lorasweep.sweep.controller.folder import SweepFolder
 from lorasweep.sweep.controller.lifecycle import reopen_sweep
@@ -185,21 +185,6 @@ def test_a_journal_cut_off_in_the_middle_of_a_line_is_resumed(begin, open_contro
     Simulation(controller, slots=1, steps=simulation.steps).run()
     assert outcome(controller) == whole
     close(controller)
-
-
-def test_a_damaged_journal_is_refused(begin, content):
-    sweep = begin(content)
-    sweep.close()
-    (sweep.path / "journal.log").write_text("not a journal\n")
-    with pytest.raises(RecordError, match=r"journal\.log"):
-        reopen_sweep(sweep.path)
-
-
-def test_a_second_controller_on_the_same_folder_is_refused(begin, content):
-    sweep = begin(content)
-    with pytest.raises(RecordError, match="another one has"):
-        reopen_sweep(sweep.path)
-    sweep.close()
 
 
 def test_what_runs_out_of_memory_is_told_as_infeasible_and_never_ranked(begin, open_controller, content):

@@ -53,11 +53,6 @@ def test_a_line_that_was_left_unfinished_is_cut_off_before_the_next_is_written(t
     assert count_trials(tmp_path) == 2
 
 
-def test_a_journal_that_is_but_an_unfinished_line_is_empty(tmp_path):
-    (tmp_path / JOURNAL_FILE).write_text('{"op_code"')
-    assert count_trials(tmp_path) == 0
-
-
 def test_a_lock_of_optunas_that_a_killed_process_left_blocks_nobody(tmp_path):
     add_trials(tmp_path, 1)
     (tmp_path / f"{JOURNAL_FILE}.lock").write_text("")

@@ -66,7 +66,7 @@ def create_sweep(definition: Definition, path: Path, *, metric: str, notes: Sequ
         definition=definition.raw,
         source=str(definition.source) if definition.source else None,
         source_sha256=sha256_of(definition.source) if definition.source else None,
-        arms=[arm_row(arm, arm.corners[0]) for arm in definition.arms],
+        arms=[arm_row(arm) for arm in definition.arms],
         confirm_seeds=draw_seeds(definition),
         notes=list(notes),
         warnings=[*find_warnings(definition), *_storage_warnings(definition, path)],

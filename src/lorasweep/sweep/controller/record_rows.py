@@ -10,7 +10,6 @@ import optuna
 from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 from optuna.trial import FrozenTrial, TrialState
 
-from lorasweep.config.run import RunConfig
 from lorasweep.record import ArmRow, ConfirmRow, TrialRow
 from lorasweep.sweep.controller.trial import REASON_ATTRIBUTE, SCORE_ATTRIBUTE, read_state
 from lorasweep.sweep.definition.arms import CONFIRM_ENDING, Arm
@@ -33,8 +32,8 @@ def confirm_run_name(arm: str, number: int) -> str:
     return run_name(arm + CONFIRM_ENDING, number)
 
 
-def arm_row(arm: Arm, config: RunConfig) -> ArmRow:
-    """Returns an arm's row. `config` has the settings of any of its runs."""
+def arm_row(arm: Arm) -> ArmRow:
+    config = arm.corners[0]
     return ArmRow(
         name=arm.name,
         method=config.method.name,

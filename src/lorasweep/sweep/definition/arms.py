@@ -118,7 +118,7 @@ def restore_definition(raw: Mapping[str, Any], *, source: Path | None) -> Defini
     used = set(sweep_overrides)
     arms = tuple(_build_arm(arm, file, overrides, used=used) for arm in expand_arms(file, overrides, used=used))
     for key in overrides:
-        if key not in used:
+        if key not in used:  # no arm has this setting, and neither has the sweep
             names = ", ".join(arm.name for arm in arms)
             known = {f"method.{f.name}" for arm in arms for f in fields(arm.corners[0].method)} | {MULTIPLIER}
             raise ConfigError(

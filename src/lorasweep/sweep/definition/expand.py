@@ -15,14 +15,12 @@ from lorasweep.sweep.definition.sweep_file import ArmConfig, SweepFile
 
 @dataclass(frozen=True, kw_only=True)
 class ExpandedArm:
-    """An arm of a sweep file, or one of the arms that its `expand` creates."""
+    """An arm of a sweep file, or one of the arms that its `expand` creates (fields as in `Arm`)."""
 
     name: str
     config: ArmConfig
     expanded_from: str | None = None
-    """The arm in the sweep file whose `expand` created this arm."""
     expanded: Mapping[str, Any] = field(default_factory=dict)
-    """The keys and values that distinguish it from the other arms of that `expand`."""
 
 
 def expand_arms(file: SweepFile, overrides: Mapping[str, Any], *, used: set[str]) -> list[ExpandedArm]:

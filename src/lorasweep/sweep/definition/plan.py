@@ -57,6 +57,7 @@ def plan_sweep(definition: Definition, inputs_cache: InputsCache) -> list[ArmPla
 def render_plan(definition: Definition, plans: Sequence[ArmPlan]) -> RenderableType:
     """Returns a table with a row for each arm, followed by the reasons for packs and the warnings."""
     title = escape(f"{definition.name}: nothing is trained yet")
+    # columns of numbers never wrap; a long name of an arm may
     table = Table(title=title, title_justify="left", header_style="bold", box=SIMPLE, padding=(0, 0))
     table.add_column("arm", overflow="fold")
     for name in ("runs", "steps", "tokens", "trained", "pack", "memory", "disk", "at most"):
