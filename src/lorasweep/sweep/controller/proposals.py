@@ -213,11 +213,11 @@ def _show_to_gp(results: Sequence[Result], ranges: Space, *, direction: Directio
     median = statistics.median(value for value in values if value is not None)
     better = min if direction == "minimize" else max
     # Optuna's sampler requires the same constraints in every trial; a trial is feasible at or below 0
-    constraints = {name: -1.0 for trial, _ in results for name in trial.constraints}
+    names = {name for trial, _ in results for name in trial.constraints}
     shown = [_show(result, ranges) for result in results]
     for trial, value in zip(shown, values, strict=True):
         trial.state, trial.value = TrialState.COMPLETE, median if value is None else better(value, median)
         trial.system_attrs = dict(trial.system_attrs)  # shared with the study's trial until now
-        for name, excess in (constraints | trial.constraints).items():
-            trial.set_constraint(name, excess)
+        for name in sorted(names - trial.constraints.keys()):
+            trial.set_constraint(name, -1.0)
     return shown
