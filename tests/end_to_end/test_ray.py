@@ -163,6 +163,7 @@ def test_of_two_sweeps_at_once_one_resumes_without_ray_and_one_after_its_driver_
     check_whole(tmp_path / "o2", steps=12)
 
 
+@thorough  # without Ray: test_stop.py
 def test_a_full_disk_ends_the_sweep_with_a_sentence_and_it_goes_on_when_there_is_room(start, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()

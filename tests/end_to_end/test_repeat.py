@@ -97,14 +97,14 @@ def check_same(first: Path, second: Path, *, trials: int = NUM_TRIALS) -> None:
     assert compare_sweeps(first, second).describe().startswith(f"identical: all {trials} trials, ")
 
 
-@pytest.mark.parametrize("pack_size", ["1", "3", "auto"])
+@pytest.mark.parametrize("pack_size", ["1", "3"])
 def test_two_sweeps_of_one_file_and_seed_are_identical(tmp_path, file, once, finish, pack_size):
     finish("sweep", str(file), f"worker.pack_size={pack_size}", "sweep.output=again")
     check_same(once(pack_size), tmp_path / "again")
 
 
 def test_a_sweep_of_another_seed_is_another_sweep(tmp_path, file, once, finish):
-    finish("sweep", str(file), "worker.pack_size=1", "sweep.seed=1", "sweep.output=other")
+    finish("sweep", str(file), "worker.pack_size=1", "sweep.seed=1", "trainer.max_steps=3", "sweep.output=other")
     found = compare_sweeps(once("1"), tmp_path / "other").describe()
     assert found.startswith("different: sweep: `confirm_seeds` was ")
     params = [[row.params for row in read_sweep(folder).trials] for folder in (once("1"), tmp_path / "other")]
@@ -119,11 +119,11 @@ def test_a_sweep_with_delays_in_proposals_evaluations_and_saving_is_identical(tm
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two threads need two processors")
 def test_a_sweep_whose_threads_wait_otherwise_is_identical(tmp_path, file):
     # enough in a step for threads to share
-    words = ("worker.pack_size=3", "trainer.batch_size=8", "data.block_length=64", "sweep.trials=3", "confirm.seeds=1")
+    words = ("worker.pack_size=3", "trainer.batch_size=8", "data.block_length=64", "sweep.trials=2", "confirm.seeds=1")
     sleeping = sweep_in_a_fresh_process(file, tmp_path / "sleeping", *words, threads=2, OMP_WAIT_POLICY="PASSIVE")
     waiting = {"OMP_WAIT_POLICY": "ACTIVE", "GOMP_SPINCOUNT": "10000"}  # spinning for good takes forever beside others
     spinning = sweep_in_a_fresh_process(file, tmp_path / "spinning", *words, threads=2, **waiting)
-    check_same(sleeping, spinning, trials=1 + 2 * 3 + 3)
+    check_same(sleeping, spinning, trials=1 + 2 * 2 + 3)
     for folder, policy in ((sleeping, "PASSIVE"), (spinning, "ACTIVE")):
         record = read_sweep(folder)
         assert record.threads == 2
