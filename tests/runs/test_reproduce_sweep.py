@@ -167,5 +167,5 @@ def test_what_is_no_sweep_is_refused(one, tmp_path):
 @pytest.mark.parametrize("run", ["../one/runs/lora-0000", "/etc"])
 def test_a_run_outside_of_its_sweep_is_refused(one, other, run):
     change_record(other, lambda record: setattr(record.trials[0], "run", run))
-    with pytest.raises(RecordError, match="a trial's run must lie in its sweep's folder"):
+    with pytest.raises(RecordError, match="sweep's folder"):
         compare_sweeps(one, other)
