@@ -1,12 +1,11 @@
-"""How many trials a second the controller hands out and takes back, with many workers that train nothing.
+"""Measures how many trials per second the controller hands out and takes back, with many workers that train nothing.
 
-One loop plays all workers: it picks one of them at random (seeded), makes the call that this worker makes next
-(`take`, `report` at each evaluation, `tell`), and times that call. All workers hold a trial all the time.
+One loop simulates all workers: it picks a worker at random (seeded), makes this worker's next call (`take`, `report` at
+each evaluation, `tell`), and times the call. Every worker always has a trial.
 
     python benchmarks/bench_controller.py --workers 1000 --trials 5000 --sampler tpe
 
-With `--ray N` the workers are N processes instead, Ray actors that call the controller's actor on this machine as often
-as they can:
+With `--ray N` the workers are N Ray actors on this machine, which call the controller's actor as often as they can:
 
     python benchmarks/bench_controller.py --ray 64 --trials 2000 --sampler tpe
 """
@@ -47,11 +46,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workers", type=int, default=1000)
     parser.add_argument("--trials", type=int, default=5000)
-    parser.add_argument("--filled", type=int, default=0, help="complete trials that the arm has before")
+    parser.add_argument("--filled", type=int, default=0, help="complete trials that the arm has at the beginning")
     parser.add_argument("--sampler", default="tpe")
     parser.add_argument("--every", type=int, help="trials per row of the table; default: all")
-    parser.add_argument("--ray", type=int, help="Ray actors in place of the one loop")
-    parser.add_argument("--folder", type=Path, help="where the sweep's folder is made; default: a temporary one")
+    parser.add_argument(
+        "--ray", type=int, help="number of Ray actors that call the controller; default: one loop without Ray"
+    )
+    parser.add_argument("--folder", type=Path, help="parent of the sweep's folder; default: a temporary folder")
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=asked.folder) as folder:
         sweep = make_sweep(Path(folder), asked.sampler, asked.filled + asked.trials)
@@ -64,7 +65,7 @@ def main() -> None:
 
 
 def make_sweep(folder: Path, sampler: str, num_trials: int) -> SweepFolder:
-    """Makes the folder of a sweep of one arm, with the rungs and evaluations that a sweep has by default."""
+    """Creates the folder of a sweep with one arm and the default rungs and evaluations."""
     file = folder / "many.yaml"
     arm = {"settings": {"method": "lora"}, "space": SPACE, "trials": num_trials}
     content = {"name": "many", "settings": {"sampler": sampler, "confirm.seeds": 0}, "arms": {"lora": arm}}
@@ -96,18 +97,18 @@ def fill(sweep: SweepFolder, num_trials: int) -> None:
 
 
 def value_at(assignment: Assignment, step: int) -> float:
-    """Returns a made-up score of a trial."""
+    """Returns an invented score of a trial."""
     return score_of(assignment.params, assignment.number, step)
 
 
 def score_of(params: Mapping[str, Any], number: int, step: int) -> float:
-    """Returns a made-up score: it is best at a learning rate of 0.01 and hardly depends on the rank."""
+    """Returns an invented score: it is best at a learning rate of 0.01 and hardly depends on the rank."""
     noise = random.Random(number).gauss(0, 0.01)
     return 1.2 + 0.1 * abs(math.log10(params["optim.lr"]) + 2) + 0.01 / params["method.rank"] + 1 / step + noise
 
 
 class TrainingWorker:
-    """A worker that holds a trial: each call of `advance` is the next call that it makes to the controller."""
+    """A simulated worker with a trial. Each call of `advance` makes its next call to the controller."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -147,7 +148,7 @@ class TrainingWorker:
             best={METRIC: value, "step": step},
             steps_done=step,
         )
-        if self.steps:  # the end of the search reads what is paused
+        if self.steps:  # the end of the search reads the records of paused runs
             paused_at[assignment.place.folder.name] = step
             write_record(record, assignment.place.folder)
         timed("tell", controller.tell, assignment, record)
@@ -155,7 +156,7 @@ class TrainingWorker:
 
 
 class Times:
-    """Seconds of each call by kind, files opened meanwhile, and the journal's size."""
+    """Seconds of each call by kind, number of opened files, and the journal's size."""
 
     def __init__(self, path: Path) -> None:
         self.seconds: dict[str, list[float]] = {name: [] for name in CALLS}
@@ -171,7 +172,7 @@ class Times:
         sys.addaudithook(count)
 
     def __call__(self, kind: str, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Makes a call of the controller and keeps how long it took."""
+        """Calls the controller and keeps the duration."""
         self._in_call = True
         began, cpu_began = time.perf_counter(), time.process_time()
         try:
@@ -182,7 +183,7 @@ class Times:
             self._in_call = False
 
     def print_row(self, label: str, num_trials: int) -> None:
-        """Prints what was measured since the last row, and begins anew."""
+        """Prints the measurements since the last row and resets them."""
         total = sum(map(sum, self.seconds.values()))
         size = self._journal.stat().st_size
         cells = "  ".join(describe_ms(self.seconds[name]) for name in CALLS)
@@ -195,20 +196,19 @@ class Times:
 
     @staticmethod
     def print_head() -> None:
-        """Prints the names of the columns."""
         cells = "  ".join(f"{name + ' p50 / p99 / max ms':>24}" for name in CALLS)
         print(f"{'trials':>9} {'trials/s':>8} {'per CPU s':>9}  {cells} {'MiB':>7} {'opens':>6} {'journal':>7}")
 
 
 def describe_ms(seconds: Sequence[float]) -> str:
-    """Returns the median, the 99th percentile and the largest, in milliseconds."""
+    """Returns the median, the 99th percentile and the maximum, in milliseconds."""
     ordered = sorted(1e3 * s for s in seconds) or [math.nan]
     p99 = ordered[min(len(ordered) - 1, math.ceil(0.99 * len(ordered)) - 1)]
     return f"{ordered[len(ordered) // 2]:>6.1f} /{p99:>7.1f} /{ordered[-1]:>7.0f}"
 
 
 def simulate(sweep: SweepFolder, num_workers: int, *, every: int) -> None:
-    """Plays a whole sweep and prints a row for every so many trials that began."""
+    """Simulates a whole sweep and prints a row after every `every` started trials."""
     controller = Controller(sweep, run_ended=lambda *_: None, session="bench")
     workers = [TrainingWorker(f"bench-{number}") for number in range(num_workers)]
     drawn, paused_at, times = random.Random(0), {}, Times(sweep.path)
@@ -233,7 +233,7 @@ def simulate(sweep: SweepFolder, num_workers: int, *, every: int) -> None:
 
 
 def measure_restart(path: Path) -> None:
-    """Prints how long a controller needs that is restarted."""
+    """Prints the seconds that a restarted controller needs to read the journal."""
     began = time.perf_counter()
     sweep = reopen_sweep(path)
     read = time.perf_counter()
@@ -247,11 +247,11 @@ def measure_restart(path: Path) -> None:
 
 
 def measure_ray(sweep: SweepFolder, num_actors: int) -> None:
-    """Plays a sweep with workers that are Ray actors, and prints what their calls took, waiting included."""
+    """Simulates a sweep with Ray actors as workers, and prints the durations of their calls with waiting."""
     planned = sweep.definition.arms[0].trials
     sweep.close()
     with local_cluster(sweep.path):
-        import ray  # noqa: PLC0415 (reads the environment, which is set by then, once)
+        import ray  # noqa: PLC0415 (reads the environment once, so it must be set before)
 
         from lorasweep.sweep.workers.ray_workers import (  # noqa: PLC0415
             ControllerActor,
@@ -285,23 +285,23 @@ def measure_ray(sweep: SweepFolder, num_actors: int) -> None:
 
 
 def ignore_run(*_: Any) -> None:
-    """Stands for what is done with a run that ended."""
+    """Replaces the work after the end of a run."""
 
 
 class PausedRuns(dict[str, int]):
-    """The step of each paused run, which another process may have paused, from its record."""
+    """The step of each paused run, read from its record, because another process may have paused it."""
 
     def __init__(self, runs: Path) -> None:
         super().__init__()
         self._runs = runs
 
     def get(self, name: str, default: Any = 0) -> Any:
-        """Returns the step, or the default where the run has not begun."""
+        """Returns the step, or the default if the run has not started."""
         return read_run(self._runs / name).steps_done if (self._runs / name).is_dir() else default
 
 
 class PlayingWorker:
-    """A worker that trains nothing, in a process of its own."""
+    """A worker that trains nothing, in a separate process."""
 
     def __init__(self, controller: Any, name: str, runs: Path) -> None:
         from lorasweep.sweep.workers.ray_workers import ControllerClient  # noqa: PLC0415
@@ -311,10 +311,10 @@ class PlayingWorker:
         self._paused = PausedRuns(runs)
 
     def get_ready(self) -> None:
-        """Returns once the process has begun."""
+        """Returns once the process has started."""
 
     def play(self) -> dict[str, list[float]]:
-        """Makes calls until nothing is left, and returns the seconds of each."""
+        """Calls the controller until no trial is left, and returns the seconds of each call."""
         seconds: dict[str, list[float]] = {name: [] for name in CALLS}
 
         def timed(kind: str, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""How often 95 % intervals contain the true value, on made-up scores of few seeds and many examples.
+"""Measures how often 95 % intervals contain the true value, on invented scores of few seeds and many examples.
 
 Arms have seed noise of standard deviation 1 and, in the second table, examples whose difficulty has standard deviation
 10. "difference" is that of two equal arms on the same seeds and examples, so that difficulty cancels.

@@ -35,7 +35,7 @@ TOKENS = ((16, 64), (4, 128))
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """A model's sizes, with few layers: a layer costs the same in any of them."""
+    """Sizes of a model with few layers, because all its layers cost the same."""
 
     name: str
     config: transformers.PretrainedConfig
@@ -68,7 +68,7 @@ class LoralibLinear(nn.Module):
         self.lora_b = nn.Parameter(torch.zeros(d_out, rank, dtype=base.weight.dtype))
 
     def forward(self, x: Tensor) -> Tensor:
-        """The base's output plus the change."""
+        """Returns the base's output plus the weight update's output."""
         weight = weight_to_matrix(self.base, self.base.weight)
         result = nn.functional.linear(x, weight, self.base.bias)
         result += (x @ self.lora_a.t() @ self.lora_b.t()) * self.scaling
@@ -131,7 +131,7 @@ def forward(model: nn.Module, x: Tensor, *, autocast: bool) -> Tensor:
 
 
 def count_saved_bytes(model: nn.Module, x: Tensor, *, autocast: bool) -> int:
-    """Bytes that one forward pass keeps for the backward pass, beside parameters and buffers."""
+    """Returns the bytes that one forward pass keeps for the backward pass, without parameters and buffers."""
     own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers(), x)}
     saved: dict[int, int] = {}
 
@@ -162,7 +162,9 @@ def measure(shape: Shape, batch: tuple[int, int], dtype: torch.dtype, rank: int,
         steps[way]()
     times: dict[str, list[float]] = {way: [] for way in WAYS}
     for i in range(num_rounds):
-        for way in WAYS[i % len(WAYS) :] + WAYS[: i % len(WAYS)]:  # another goes first each round
+        for way in (
+            WAYS[i % len(WAYS) :] + WAYS[: i % len(WAYS)]
+        ):  # so that each variant is measured first equally often
             start = time.perf_counter()
             steps[way]()
             times[way].append(time.perf_counter() - start)
@@ -193,7 +195,9 @@ def settings(*, quick: bool, only: str) -> Iterator[tuple[Shape, tuple[int, int]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one shape, one rank, few rounds: does it run?")
+    parser.add_argument(
+        "--quick", action="store_true", help="one shape, one rank, few rounds: only checks that it runs"
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--only", default="", help="part of a shape's name")

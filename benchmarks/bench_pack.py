@@ -53,7 +53,7 @@ class Task:
 
 
 def load_task(name: str, dtype: torch.dtype, device: torch.device) -> Task:
-    """The model in `dtype` with the batch that its users train with."""
+    """Returns the model in `dtype` with a typical batch."""
     if name == "tiny":
         model: nn.Module = load_base(compose_run({}).model, dtype=dtype).model
         task = Task(name="tiny", model=model, rows=4, length=128, labels=0)
@@ -156,7 +156,9 @@ def measure(task: Task, slots: int, *, rounds: int) -> str:
     times: dict[str, list[float]] = {name: [] for name in ways}
     order = list(ways)
     for n in range(rounds + 1):
-        for name in order[n % len(order) :] + order[: n % len(order)]:  # another goes first each round
+        for name in (
+            order[n % len(order) :] + order[: n % len(order)]
+        ):  # so that each variant is measured first equally often
             started = time.perf_counter()
             ways[name]()
             if torch.cuda.is_available():
@@ -191,7 +193,7 @@ def main() -> None:
     parser.add_argument("--dtype", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16"])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--quick", action="store_true", help="two sizes, two rounds: does it run?")
+    parser.add_argument("--quick", action="store_true", help="two sizes, two rounds: only checks that it runs")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -2,17 +2,17 @@
 
     python benchmarks/bench_proposals.py [--json] [--draws 100] [--gp-draws 30]
 
-Tables: the grid of rank × α/r × learning rate of LoRA (`grid_stdlib_docs.csv`), and full fine-tuning's learning rate on
-two data sets and three seeds. A proposed learning rate is read off by linear interpolation in its logarithm between the
-neighbours of the same rank and α/r. LoRA's other curves are left out: 24 points in three dimensions do not say what
-lies between them (each left out in turn and read off from the rest is wrong by a median of 7 to 28 % of the gain; of
-full's, by at most 1.2 %).
+Tables: the grid of rank × α/r × learning rate of LoRA (`grid_stdlib_docs.csv`), and full fine-tuning's learning rate
+on two data sets and three seeds. The value of a proposed learning rate is interpolated linearly in the logarithm of
+the rate, between the neighbours with the same rank and α/r. LoRA's other curves have too few points to interpolate:
+24 in three dimensions, with a median error of 7 to 28 % of the gain if each is predicted from the rest (full: at most
+1.2 %).
 
-A trial's value is its best evaluation, as in the product. The gain is the frozen base minus the best of the table; a
-trial is within 1 % when it is worse than the best of the table by at most a hundredth of the gain. Regret is how much
-the best of n trials is worse than the best of the table, in shares of the gain. Nothing is stopped early. Trials are
-asked for as the worker does it: packs of 4, whose members know the results of earlier packs only, and with a sampler
-that learns, half of the trials before the first result.
+A trial's value is its best evaluation, as in the product. The gain is the frozen base minus the best of the table.
+Regret is how much the best of n trials is worse than the best of the table, as a share of the gain; a trial is within
+1 % if its regret is at most 1 %. No trial is stopped early. Trials are proposed as in a sweep: packs of 4, whose
+members know only the results of earlier packs, and with an adaptive sampler at most half of the trials before the
+first result.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ from lorasweep.sweep.definition.space import Space
 
 CURVES = Path(__file__).parent / "curves"
 WITHIN = {"1": 0.01, "5": 0.05}
-"""Shares of the gain, by their percent, that a good enough trial is worse than the best by at most."""
+"""Largest regret of a trial that counts as good enough, by its name in percent."""
 NUM_SLOTS = 4
 FIRST_PART_FRACTION = 0.5
-"""Share of an arm's trials that a sampler that learns proposes before the first result."""
+"""Share of an arm's trials that an adaptive sampler proposes before the first result."""
 GRID_TRIALS = (8, 12, 16, 24)
 LR_TRIALS = (8,)
-"""Trials on the tables that have a learning rate only: one dimension needs no more."""
+"""Number of trials on tables with only a learning rate: one dimension needs no more."""
 GRID = CURVES / "grid_stdlib_docs.csv"
 LR_TASKS = ("stdlib_docs_full", "stdlib_code_full")
 RANK, RATIO, LR = "method.rank", "method.alpha_over_rank", "optim.lr"
@@ -62,7 +62,7 @@ Matrix = NDArray[np.float64]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Table:
-    """Complete results, of which any learning rate can be read off; lower is better."""
+    """Complete results, interpolated between learning rates; lower is better."""
 
     name: str
     lines: Mapping[Setting, tuple[Matrix, Matrix]]
@@ -71,7 +71,7 @@ class Table:
 
     @property
     def best(self) -> float:
-        """Best value of the table: a line between two points is nowhere lower than both."""
+        """Best value of the table. An interpolated value is never below both its neighbours."""
         return min(float(values.min()) for _, values in self.lines.values())
 
     @property
@@ -87,11 +87,11 @@ class Table:
         return float(np.interp(math.log(params[LR]), rates, values))
 
     def regret(self, value: float) -> float:
-        """Returns how much worse than the best a value is, as a share of the gain."""
+        """Returns how much worse a value is than the best value, as a share of the gain."""
         return (value - self.best) / (self.frozen - self.best)
 
     def space(self, *, ordered: bool = True, lr_range: tuple[float, float] | None = None) -> Space:
-        """Returns the space that is searched; unordered choices are texts, whose order says nothing to a sampler."""
+        """Returns the space that is searched; unordered choices are texts, which samplers do not order."""
         low, high = lr_range or self.lr_range
         space: Space = {LR: FloatDistribution(low, high, log=True)}
         for place, key in enumerate((RANK, RATIO)):
@@ -100,7 +100,7 @@ class Table:
         return space
 
     def of_rank(self, rank: float) -> Table:
-        """Returns the part of one rank, with its own best."""
+        """Returns the rows of one rank, with the best value of this rank."""
         lines = {setting: line for setting, line in self.lines.items() if setting[0] == rank}
         return replace(self, name=f"{self.name}, rank {rank:g}", lines=lines)
 
@@ -134,7 +134,7 @@ class Way:
     """Share of the trials that are Sobol points; None is the product's default."""
     ordered: bool = True
     optuna_startup: int | None = None
-    """Optuna's own TPE with so many random trials, as before the controller had `propose`."""
+    """Number of random trials of Optuna's TPE; None uses the product's `propose`."""
     slots: int = NUM_SLOTS
 
     def build(self, n: int) -> SamplerConfig:
@@ -166,7 +166,7 @@ class Replay:
     params: tuple[Mapping[str, Any], ...]
     values: tuple[float, ...]
     known: tuple[int, ...]
-    """How many results there were when each was asked for."""
+    """Number of results when each trial was proposed."""
 
     @property
     def best_lr(self) -> float:
@@ -175,11 +175,11 @@ class Replay:
 
 
 Ask = Callable[[int, Sequence[Mapping[str, Any]], Sequence[float]], Mapping[str, Any]]
-"""Returns the parameters of a trial from its number, those of all earlier ones, and the values of those that ended."""
+"""Returns the parameters of a trial from its number, the earlier trials' parameters, and the ended trials' values."""
 
 
 def run_arm(table: Table, ask: Ask, *, n: int, slots: int = NUM_SLOTS, first_part: int | None = None) -> Replay:
-    """Asks for n trials pack by pack, no more than `first_part` before the first result, and reads off their values."""
+    """Proposes n trials in packs, at most `first_part` before the first result, and interpolates their values."""
     params: list[Mapping[str, Any]] = []
     values: list[float] = []
     known: list[int] = []
@@ -231,7 +231,7 @@ def show_history(space: Space, params: Sequence[Mapping[str, Any]], values: Sequ
 
 
 def ask_optuna(table: Table, way: Way, *, seed: int) -> Ask:
-    """Returns a caller of Optuna's own TPE on a study of its own."""
+    """Returns a function that asks Optuna's TPE, with a separate study."""
     space = table.space(ordered=way.ordered)
     startup = way.optuna_startup or 0
     study = optuna.create_study(sampler=optuna.samplers.TPESampler(n_startup_trials=startup, seed=seed))
@@ -246,7 +246,7 @@ def ask_optuna(table: Table, way: Way, *, seed: int) -> Ask:
 
 
 def summarize(searches: Sequence[Sequence[float]]) -> dict[str, Any]:
-    """Returns what several searches gave; a number of trials is None where too few searches came within the share."""
+    """Returns statistics of several searches. A number of trials is None if too few searches were good enough."""
     result: dict[str, Any] = {"searches": len(searches)}
     for percent, share in WITHIN.items():
         needed = [next((i + 1 for i, regret in enumerate(each) if regret <= share), math.inf) for each in searches]
@@ -284,7 +284,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print JSON only")
     parser.add_argument("--draws", type=int, default=100, help="seeds per number of trials and way")
-    parser.add_argument("--gp-draws", type=int, default=30, help="the same for a Gaussian process, which is slower")
+    parser.add_argument("--gp-draws", type=int, default=30, help="like --draws, for the slower Gaussian process")
     args = parser.parse_args()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     rows = measure_samplers(draws=args.draws, gp_draws=args.gp_draws)

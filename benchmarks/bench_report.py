@@ -1,4 +1,4 @@
-"""How long the report of a large sweep takes to write, and to open in a browser.
+"""Measures the seconds to write the report of a large sweep, and to open it in a browser.
 
 Makes the folder of a sweep that never ran (frozen, full, and LoRA at seven ranks, with a confirm stage), writes its
 report and opens the page in headless Chromium where there is one:
@@ -54,7 +54,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, nargs="+", default=[1000, 10_000])
     parser.add_argument("--examples", type=int, default=500)
-    parser.add_argument("--folder", type=Path, help="keep the sweeps here; default: a temporary folder")
+    parser.add_argument("--folder", type=Path, help="folder for the sweeps, which is kept; default: a temporary folder")
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         for trials in asked.trials:
@@ -65,7 +65,7 @@ def main() -> None:
 
 
 def measure(folder: Path, trials: int, temporary: Path) -> None:
-    """Prints what the report of a sweep takes."""
+    """Prints seconds and memory of a sweep's report."""
     began = time.perf_counter()
     subprocess.run([sys.executable, "-c", WRITE, str(folder)], check=True)
     seconds = time.perf_counter() - began
@@ -93,7 +93,7 @@ def open_page(page: Path, temporary: Path) -> tuple[float, float, float]:
 
 
 def build_sweep(folder: Path, *, trials: int, examples: int) -> Path:
-    """Writes the folder of a sweep as a run of it would leave it."""
+    """Writes the folder of an invented finished sweep."""
     rng = random.Random(0)
     arms = ["frozen", "full", *(f"lora-rank{rank}" for rank in RANKS)]
     each = (trials - 1) // (len(arms) - 1)
@@ -212,7 +212,9 @@ def write_run(folder: Path, run: str, row: TrialRow, score: float, **values: obj
         **values,  # type: ignore[arg-type]
     )
     (folder / run).mkdir(parents=True)
-    (folder / run / "run.json").write_text(json.dumps(asdict(record), indent=1))  # `write_record` waits for the disk
+    (folder / run / "run.json").write_text(
+        json.dumps(asdict(record), indent=1)
+    )  # not `write_record`, which waits for the disk
     lines = []
     for step in range(steps + 1):
         if step:

@@ -70,7 +70,7 @@ def search_ranks(table: Table, way: str, *, seed: int) -> dict[str, list[float]]
             ask = ask_product(arm, Way(name="", sampler=way.split(",")[0]), n=ARM_TRIALS, seed=seed, first_lr=near)
         else:
             known = [] if way.endswith("alone") else found
-            if way.endswith("together"):  # every arm has its first half before one goes on, much as in the product
+            if way.endswith("together"):  # every arm runs its first half before any second half, as in the product
                 rest = [replace(each, params=each.params[half:], values=each.values[half:]) for each in found]
                 known = [*first_halves[:place], *first_halves[place + 1 :], *rest]
             num_startup = 0 if known and way.endswith("after rank") else half
@@ -95,7 +95,7 @@ class SharedProcess:
         self.frozen = frozen
 
     def ask_in(self, arm: Table, *, startup: Ask, num_startup: int) -> Ask:
-        """Returns a caller for one arm, whose first trials `startup` proposes."""
+        """Returns a function that proposes trials of one arm; `startup` proposes the first trials."""
         rank = next(iter(arm.lines))[0]
         rates = np.geomspace(*arm.lr_range, 100)
         candidates = [{RANK: rank, RATIO: ratio, LR: float(lr)} for _, ratio in arm.lines for lr in rates]
@@ -111,7 +111,7 @@ class SharedProcess:
                 pending = self._inputs(running)
                 y = np.append(y, predict(x, y, pending, logs)[0])
                 x = np.vstack([x, pending])
-            # An arm without results wants to be better than what the model expects of its best point.
+            # An arm without results must improve on the best value that the model predicts for it.
             mean, deviation = predict(x, y, self._inputs(candidates), logs)
             mine = y[len(self.values) :]
             goal = float(mine.min()) if len(mine) else float(mean.min())
@@ -171,7 +171,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print JSON only")
     parser.add_argument("--draws", type=int, default=100, help="seeds per way")
-    parser.add_argument("--gp-draws", type=int, default=30, help="the same for the product's Gaussian process")
+    parser.add_argument("--gp-draws", type=int, default=30, help="like --draws, for the product's Gaussian process")
     args = parser.parse_args()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     rows = measure_sharing(draws=args.draws, gp_draws=args.gp_draws)

@@ -1,18 +1,18 @@
-"""Replays stopping rules on complete learning curves (`benchmarks/curves/`) and chooses the default by what they lose.
+"""Replays stopping rules on complete learning curves (`benchmarks/curves/`) and chooses the default by its loss.
 
     python benchmarks/bench_stopping.py [--json] [--curves FOLDER] [--draws 100]
 
-A replay draws n trials of a task and seed at random and runs them as the controller would: packs of 8 slots, all values
-of an evaluation before any decision, freed slots refilled first with promoted trials, and with a sampler that learns,
-half of the trials before the first is complete. It counts the optimizer steps that the rule needs as a share of those
-of n complete trials, and compares the final score of the trial that it ends up with to the best final score of the n.
-That loss is given as a share of full fine-tuning's gain: the frozen base minus the best full run on that data and seed;
-where full was not recorded, the best trial of the task stands in for it.
+A replay draws n trials of a task and seed at random and runs them like the controller: packs of 8 slots, all values
+of an evaluation before any decision, freed slots refilled first with promoted trials, and with an adaptive sampler
+only half of the trials before the first is complete. It counts the optimizer steps as a share of the steps of n
+complete trials. The loss is the final score of the winner, compared with the best final score of the n trials, as a
+share of full fine-tuning's gain: the frozen base minus the best full run on this data and seed. If full was not
+recorded, the best trial of the task replaces it.
 
-The default is chosen on all tasks but `e2e_nlg_lora`, which is left out. It is the rule with the fewest steps of those
-that keep the bounds below for every n; where there is none, of those that keep the bounds of the losses. It is chosen
-among the rules that the product offers, which compare trials by the metric or the loss of the weights; the best of all
-rules is named beside it.
+The default is chosen on all tasks except `e2e_nlg_lora`. It is the rule with the fewest steps among the rules that
+meet the bounds below for every n. If no rule meets them, the rule must meet only the bounds on the loss. Only rules
+that the product offers can be chosen: they compare trials by the metric or the loss of the weights. The output also
+names the best of all rules.
 """
 
 from __future__ import annotations
@@ -39,20 +39,20 @@ NUM_SLOTS = 8
 FIRST_PART_FRACTION = 0.5
 """Share of an arm's trials that an adaptive sampler proposes before the first of them is complete."""
 LEFT_OUT = "e2e_nlg_lora"
-"""The task that the choice does not look at; decided before any curve was recorded."""
+"""The task that the choice ignores; this was decided before any curve was recorded."""
 BOUNDS = {8: (0.60, 0.01, 0.05), 16: (0.40, 0.005, 0.02), 24: (0.40, 0.005, 0.02)}
 """For n trials: the largest share of the steps, median loss and 95th percentile of the loss, of the pooled tasks."""
 MAXIMIZED = {"movie_snippets_lora"}
 """Tasks whose metric is better when larger: accuracy. Others are in bits per byte."""
 FULL_OF = {"stdlib_docs_lora": "stdlib_docs_full", "stdlib_code_lora": "stdlib_code_full"}
-"""Where the gain of full fine-tuning on a task's data is to be found."""
+"""The file with full fine-tuning on a task's data, which gives the gain."""
 NOISE_SHARE = 1 / 3
 """Seed noise is the spread over seeds of a setting's final score, beside what a seed does to all settings alike, pooled
 over this best share of the settings."""
 
 Criterion = Literal["metric", "loss", "mean", "mean loss", "best", "best loss", "cooldown"]
-"""What trials are compared by at a rung: the metric or the validation loss of the weights, the same of the mean weights
-or of the better of both, or the metric after a cooldown branch. The metric picks the winner in any case."""
+"""The value by which trials are compared at a rung: metric or loss of the weights, of the mean weights, or of the better
+one, or the metric after a cooldown branch. The metric always picks the winner."""
 CRITERION_NAMES: Mapping[Criterion, str] = {
     "metric": "",
     "loss": ", by loss",
@@ -66,14 +66,14 @@ LIKE_LOSS: Mapping[Criterion, Criterion] = {"loss": "metric", "mean loss": "mean
 
 
 class StoppingRule(Protocol):
-    """What the replay must know of a rule; the product's rules satisfy it."""
+    """The interface of a rule in the replay; the product's rules satisfy it."""
 
     @property
     def rungs(self) -> tuple[int, ...]:
         """Evaluations at which trials are compared."""
 
     def __hash__(self) -> int:
-        """Rules are known by their settings, or by what they are."""
+        """Two rules are equal if their settings are."""
 
 
 def load_product_rules() -> Any:
@@ -86,7 +86,7 @@ def load_product_rules() -> Any:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses look for the annotations of a class
+    sys.modules[spec.name] = module  # dataclasses look there for the annotations of a class
     spec.loader.exec_module(module)
     return module
 
@@ -110,7 +110,7 @@ class Extrapolation:
     """Mean and variance of the predicted final value, by trial and rung."""
 
     def better_part(self, rung: int, values: Mapping[int, float]) -> frozenset[int]:
-        """Returns those that may still be the best."""
+        """Returns the trials that may still become the best."""
         found = {number: self.ends[number, rung] for number in values}
         if not found:
             return frozenset()
@@ -133,7 +133,7 @@ def better_part(rule: Any, rung: int, values: Mapping[int, float], *, all_arrive
 
 
 def normal_cdf(z: float) -> float:
-    """Returns the probability that a standard normal number is below z."""
+    """Returns the probability that a standard normal variable is below z."""
     return 0.5 * (1 + math.erf(z / math.sqrt(2)))
 
 
@@ -153,16 +153,16 @@ def extrapolate(times: Sequence[int], values: Sequence[float], *, end: int = LAS
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Curve:
-    """One trial of one seed; every value is made so that lower is better."""
+    """One trial of one seed; signs are set so that lower is always better."""
 
     judged: Mapping[Criterion, Mapping[int, float]]
-    """Value at each evaluation by what trials are judged on, where it was recorded."""
+    """Value at each evaluation, by the name of the compared value, if it was recorded."""
     final: float
     """Score at the end under the linear schedule."""
     final_cooldown: float | None
-    """Score at the end of the constant rate with a cooldown over the last twelfth; None where it was not recorded."""
+    """Score at the end of the constant rate with a cooldown over the last twelfth; None if it was not recorded."""
     fails_at: int | None
-    """Evaluation at which a value is no number; the trial has failed there."""
+    """The evaluation at which the trial failed with NaN."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -173,11 +173,11 @@ class TaskSeed:
     seed: int
     curves: tuple[Curve, ...]
     gain: float
-    """What full fine-tuning gains over the frozen base, in the task's metric, > 0."""
+    """Gain of full fine-tuning over the frozen base, in the task's metric, > 0."""
     noise: float
     """Standard deviation over seeds of the final score of a good setting."""
     is_grid: bool = False
-    """Whether the trials are those of a grid, which is shown and takes no part in the choice."""
+    """Whether the trials are a grid, which is shown but not used for the choice."""
 
     @property
     def has_cooldowns(self) -> bool:
@@ -187,7 +187,7 @@ class TaskSeed:
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """A rule and what it looks at."""
+    """A rule and the value that it compares."""
 
     name: str
     rule: StoppingRule
@@ -199,7 +199,7 @@ class Candidate:
         return self.criterion in ("metric", "loss") and not isinstance(self.rule, Extrapolation)
 
     def fits(self, data: TaskSeed) -> bool:
-        """Returns whether everything that the rule looks at was recorded."""
+        """Returns whether all values that the rule compares were recorded."""
         if self.criterion == "cooldown" and not data.has_cooldowns:
             return False
         return all(
@@ -211,10 +211,10 @@ class Candidate:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What one replay gave."""
+    """The result of one replay."""
 
     steps: int
-    """Twelfths of a run that were trained, branches included."""
+    """Number of trained twelfths of a run, with branches."""
     complete: tuple[int, ...]
     """Numbers of the trials that were trained to the end, in the order of their numbers."""
 
@@ -231,19 +231,19 @@ class Arm:
         first_part: int,
         branch_steps: int = 0,
     ) -> None:
-        """Takes each trial's value at each rung (lower is better) and the evaluation at which it fails, if it does."""
+        """Takes each trial's value at each rung (lower is better), and the evaluation at which it fails or None."""
         self.values, self.fails_at, self.rule = values, fails_at, rule
         self.first_part = first_part
         self.branch_steps = branch_steps
-        self.done: list[int] = []  # evaluations that each trial that has begun has made
+        self.done: list[int] = []  # number of evaluations of each started trial
         self.states: list[str] = []
-        self.waits_at: list[int] = []  # the rung that each trial has reached and not passed, else 0
+        self.waits_at: list[int] = []  # the rung at which each trial waits, else 0
         self.at: dict[int, dict[int, float]] = {rung: {} for rung in rule.rungs}
         self.steps = 0
         self._better_parts: dict[int, frozenset[int]] = {}
 
     def run(self, *, slots: int = NUM_SLOTS, shuffle: Callable[[list[int]], None] | None = None) -> Outcome:
-        """Trains until nothing may go on.
+        """Trains until no trial may continue.
 
         Args:
             slots: Size of the pack.
@@ -258,11 +258,11 @@ class Arm:
                 return Outcome(steps=self.steps, complete=complete)
             if shuffle is not None:
                 shuffle(pack)
-            # Nothing is decided before the next rung or end of any trial, so that all may go there in one move.
+            # No decision happens before the next rung or end of a trial, so all trials advance to it in one step.
             evaluations = min(self._evaluations_to_event(trial) for trial in pack)
             for trial in pack:
                 self._advance(trial, evaluations)
-            # What is decided below changes no better part: only values that are stored do.
+            # Decisions below do not change which trials are the best part; only stored values do.
             self._better_parts.clear()
             for trial in pack:
                 if self.states[trial] == "running" and (rung := self.waits_at[trial]):
@@ -273,7 +273,7 @@ class Arm:
             pack = [n for n in pack if self.states[n] == "running"]
 
     def _next(self) -> int | None:
-        """The paused trial at the highest rung that belongs to its better part, else a new one."""
+        """Returns the paused trial at the highest rung whose best part includes it, else a new trial."""
         for rung in reversed(self.rule.rungs):
             paused = [n for n in self._better_part(rung) if self.states[n] == "paused" and self.waits_at[n] == rung]
             if paused:
@@ -331,14 +331,14 @@ class Arm:
 
 @dataclass(kw_only=True)
 class Tally:
-    """What the replays of a rule gave on some tasks."""
+    """Results of a rule's replays on some tasks."""
 
     steps: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     hits: list[bool] = field(default_factory=list)
 
     def add(self, other: Tally) -> None:
-        """Pools another's replays with these."""
+        """Adds the results of other replays."""
         self.steps += other.steps
         self.losses += other.losses
         self.hits += other.hits
@@ -355,9 +355,9 @@ class Tally:
 
 
 def replay(candidate: Candidate, data: TaskSeed, *, n: int, draws: int, adaptive: bool = True) -> Tally:
-    """Returns what a rule gives on `draws` random draws of n trials; the same draws for every rule."""
+    """Returns the results of a rule on `draws` random draws of n trials; every rule gets the same draws."""
     criterion = candidate.criterion
-    if data.task not in MAXIMIZED:  # bits per byte are proportional to the loss, so that both give the same
+    if data.task not in MAXIMIZED:  # bits per byte are proportional to the loss, so both rank trials equally
         criterion = LIKE_LOSS.get(criterion, criterion)
     return _replay(candidate.rule, criterion, data, n=n, draws=draws, adaptive=adaptive)
 
@@ -400,7 +400,7 @@ def _replay(asked: StoppingRule, criterion: Criterion, data: TaskSeed, *, n: int
 
 @functools.cache
 def predict_end(curve: Curve, rung: int, criterion: Criterion) -> tuple[float, float]:
-    """Returns mean and variance of a curve's predicted final value from what is known of it at a rung."""
+    """Returns mean and variance of the final value of a curve, predicted from its values up to a rung."""
     known = [(t, value) for t, value in sorted(curve.judged[criterion].items()) if t <= rung]
     return extrapolate([t for t, _ in known], [value for _, value in known])
 
@@ -487,14 +487,14 @@ def read_curves(folder: Path) -> list[TaskSeed]:
 
 
 def measure_gain(rows: Sequence[Mapping[str, str]], task: str) -> float:
-    """Returns what the best trial gains over the frozen base, in the task's metric."""
+    """Returns the best trial's gain over the frozen base, in the task's metric."""
     frozen = next(_value(row, task) for row in rows if row["evaluation"] == "0")
     finals = [_value(row, task) for row in rows if row["evaluation"] == str(LAST)]
     return frozen - min(value for value in finals if math.isfinite(value))
 
 
 def measure_noise(rows: Mapping[tuple[str, str, int], Sequence[Mapping[str, str]]]) -> dict[str, float]:
-    """Returns each task's standard deviation of a good setting's final score over seeds, beside what all share."""
+    """Returns by task a good setting's standard deviation over seeds, without effects common to all settings."""
     finals: dict[str, dict[str, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
     for (kind, task, seed), of in rows.items():
         for row in of:
@@ -506,7 +506,7 @@ def measure_noise(rows: Mapping[tuple[str, str, int], Sequence[Mapping[str, str]
         ordered = sorted(by_trial.values(), key=lambda values: statistics.fmean(values.values()))
         table = np.array([list(v.values()) for v in ordered[: math.ceil(NOISE_SHARE * len(ordered))]])
         settings, seeds = table.shape
-        # What a seed does to all settings alike decides nothing between them.
+        # An effect of a seed that is common to all settings does not change their order.
         rest = table - table.mean(0, keepdims=True) - table.mean(1, keepdims=True) + table.mean()
         freedom = (settings - 1) * (seeds - 1)
         noise[task] = math.sqrt(float((rest**2).sum()) / freedom) if freedom else 0.0
@@ -586,7 +586,7 @@ def choose_rule(results: Sequence[Result], tasks: Sequence[str]) -> tuple[Result
 
 
 def replay_all(data: Sequence[TaskSeed], *, draws: int, adaptive: bool = True) -> list[Result]:
-    """Returns every candidate's replays on every task and seed that has what it looks at."""
+    """Returns every candidate's replays on every task and seed with the values that it compares."""
     results = []
     by_task: dict[str, list[TaskSeed]] = defaultdict(list)
     for each in data:
@@ -629,7 +629,7 @@ def main() -> None:
 
 
 def as_json(results: Sequence[Result], tasks: Sequence[str], *, default: Result, best_of_all: Result) -> dict[str, Any]:
-    """Returns the default and every rule, each with its numbers for every n."""
+    """Returns the default and every rule, each with its results for every n."""
 
     def describe(result: Result) -> dict[str, Any]:
         known = [task for task in tasks if task in result.tallies[8]]
@@ -652,7 +652,7 @@ def as_json(results: Sequence[Result], tasks: Sequence[str], *, default: Result,
 
 
 def show(data: Sequence[TaskSeed], results: Sequence[Result], tasks: Sequence[str]) -> None:
-    """Prints what the losses are measured by, and a table of all rules."""
+    """Prints the gains that losses are divided by, and a table of all rules."""
     for each in data:
         full = FULL_OF.get(each.task)
         of = "the best full run" if full or each.task.endswith("_full") else "the best trial, in place of full"
@@ -679,7 +679,7 @@ def show(data: Sequence[TaskSeed], results: Sequence[Result], tasks: Sequence[st
 
 
 def show_tasks(data: Sequence[TaskSeed], result: Result, tasks: Sequence[str], *, draws: int) -> None:
-    """Prints a rule's numbers by task, and what they are where all trials begin before any has ended."""
+    """Prints a rule's results by task, and its results if all trials start before any has ended."""
     print(f"{'':30}" + "".join(f"{f'n = {n}':32}" for n in BOUNDS))
     for task in sorted(result.tallies[8]):
         name = f"{task} (left out)" if task == LEFT_OUT else task

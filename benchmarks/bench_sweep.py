@@ -1,4 +1,4 @@
-"""A sweep as it is run against the same trials one by one: time, steps saved, what becomes of the best score.
+"""Compares a sweep with the same trials one by one: time, saved steps, and the best score.
 
     python benchmarks/bench_sweep.py [--seeds 5] [--sweep quickstart] [--arm lora] [--quick] [key=value ...]
 
@@ -75,7 +75,7 @@ class Side:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """What one seed gave."""
+    """The results of one seed."""
 
     seed: int
     packed: Side
@@ -84,12 +84,12 @@ class Row:
 
     @property
     def ratio(self) -> float:
-        """How many times faster."""
+        """Time one by one over time of the sweep."""
         return self.alone.seconds / self.packed.seconds
 
     @property
     def worse_by(self) -> float:
-        """How much worse the best score is, in the metric; negative where it is better."""
+        """How much worse the sweep's best score is, in the metric; negative if it is better."""
         difference = self.packed.best(self.direction)[0] - self.alone.best(self.direction)[0]
         return difference if self.direction == "minimize" else -difference
 
@@ -122,20 +122,20 @@ def _steps(side: Side) -> int:
 
 
 def _settings(record: RunRecord) -> str:
-    """Returns the settings of a run that arms of the quickstart search."""
+    """Returns the settings that the arm searches."""
     method, lr = record.config["method"], record.config["optim"]["lr"]
     rank = f"rank {method['rank']}, α/r {method['alpha'] / method['rank']:g}, " if "rank" in method else ""
     return f"{rank}lr {lr:.3g}"
 
 
 def search(source: Path, folder: Path, words: Sequence[str]) -> Side:
-    """The sweep as `lorasweep sweep` runs it, by its own clock."""
+    """Runs the sweep like `lorasweep sweep` and returns its results."""
     record = run_sweep(source, overrides=[*words, "confirm.seeds=0"], output=folder, progress=None).record
     return Side(seconds=record.makespan_s, records=[read_run(folder / row.run) for row in record.trials])
 
 
 def repeat_alone(trials: Sequence[RunRecord], folder: Path) -> Side:
-    """The same settings to the last step, one after another."""
+    """Trains the same settings to the last step, one after another."""
     configs = [restore_config(record) for record in trials]
     inputs = build_inputs(configs[0])
     started = time.monotonic()
@@ -163,7 +163,7 @@ def write_one_arm(sweep: str, arm: str, folder: Path) -> Path:
 
 
 def print_summary(rows: Sequence[Row]) -> None:
-    """What stands below the table."""
+    """Returns the text below the table."""
     ratios, worse = [row.ratio for row in rows], [row.worse_by for row in rows]
     same = sum(row.packed.best(row.direction)[1] == row.alone.best(row.direction)[1] for row in rows)
     saved = statistics.median(row.saved_fraction for row in rows)
@@ -179,11 +179,11 @@ def main() -> None:
     parser.add_argument("words", nargs="*", metavar="key=value", help="as for `lorasweep sweep`")
     parser.add_argument("--sweep", default="quickstart")
     parser.add_argument("--arm", default="lora")
-    parser.add_argument("--seeds", type=int, default=5, help="so many seeds of the sampler")
+    parser.add_argument("--seeds", type=int, default=5, help="number of seeds of the sampler")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--quick", action="store_true", help="one seed, a few steps: does it run?")
+    parser.add_argument("--quick", action="store_true", help="one seed, a few steps: only checks that it runs")
     arguments = parser.parse_args()
-    if "GOMP_SPINCOUNT" not in os.environ:  # read as torch starts; the command line sets it for itself
+    if "GOMP_SPINCOUNT" not in os.environ:  # torch reads it when it starts; the command line sets it by itself
         os.environ["GOMP_SPINCOUNT"] = "20000"
         os.execv(sys.executable, [sys.executable, *sys.argv])
     torch.set_num_threads(arguments.threads)

@@ -1,4 +1,4 @@
-"""A classification run of lorasweep beside Hugging Face's Trainer with PEFT: same model, data, steps and rate.
+"""Compares a classification run of lorasweep with Hugging Face's Trainer with PEFT: same model, data, steps and rate.
 
     python benchmarks/bench_trainer.py --train train.tsv --validation validation.tsv --model FOLDER
         [--steps 125] [--evaluations 5] [--rank 8] [--lr 1e-3] [--threads 2] [--quick]
@@ -35,7 +35,7 @@ BATCH_SIZE = 16
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What one way took and reached."""
+    """Time and accuracy of one variant."""
 
     wall_s: float
     train_s: float

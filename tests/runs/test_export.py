@@ -35,7 +35,6 @@ PROBE = torch.randint(
 LOGIT_TOLERANCE = 1e-4
 LORA = (
     {},
-    {"method.rank": 3, "method.targets": ["q_proj", "v_proj"], "method.scaling": "alpha_over_sqrt_rank"},
     {"method.init": "pissa", "method.rank_pattern": {"down_proj": 4}},
     {"method.variant": "dora", "method.dropout": 0.1},
 )
@@ -119,7 +118,7 @@ def test_peft_finds_the_base_by_itself(trained, tmp_path, monkeypatch):
     assert largest_difference(logits_of(model), logits_of(restored(trained()))) < LOGIT_TOLERANCE
 
 
-@pytest.mark.parametrize("settings", [*LORA[2:], {"method": "full"}, {"method": "intrinsic"}])
+@pytest.mark.parametrize("settings", [LORA[1], {"method": "full"}, {"method": "intrinsic"}])
 def test_transformers_loads_the_merged_model_with_the_same_logits(trained, tmp_path, settings):
     run = trained(settings)
     written = export_run(run, format="merged", out=tmp_path / "model")
@@ -163,7 +162,7 @@ def move_weights(model, *, seed):
     return model
 
 
-@pytest.mark.parametrize("settings", [{"method": "lora"}, {"method": "full"}, {"method": "head"}])
+@pytest.mark.parametrize("settings", [{"method": "lora"}, {"method": "full"}])
 def test_a_run_in_bf16_is_exported_from_its_base_in_bf16(trained_in_bf16, tmp_path, settings):
     run = trained_in_bf16(settings)
     written = export_run(run, format="merged", out=tmp_path / "model")
