@@ -51,8 +51,8 @@ NOISE_SHARE = 1 / 3
 over this best share of the settings."""
 
 Criterion = Literal["metric", "loss", "mean", "mean loss", "best", "best loss", "cooldown"]
-"""The value by which trials are compared at a rung: metric or loss of the weights, of the mean weights, or of the better
-one, or the metric after a cooldown branch. The metric always picks the winner."""
+"""The value by which trials are compared at a rung: metric or loss of the weights, of the mean weights, or of the
+better of both, or the metric after a cooldown branch. The metric always picks the winner."""
 CRITERION_NAMES: Mapping[Criterion, str] = {
     "metric": "",
     "loss": ", by loss",

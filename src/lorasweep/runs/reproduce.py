@@ -124,8 +124,8 @@ def reproduce_run(
 
     def is_done() -> bool:
         # called once after every step; the schedule stays that of the whole run
-        is_last = next(step) == last_step < record.steps_planned
-        return is_last or stop_requested()
+        is_limit = next(step) >= last_step and last_step < record.steps_planned
+        return is_limit or stop_requested()
 
     with _recorded_threads(record.platform.get("threads")):
         inputs = _build_inputs(config, record)
