@@ -87,7 +87,7 @@ def test_a_signal_stops_a_sweep_within_seconds_with_a_checkpoint_and_the_words_t
         kept = read_run(folder / row.run)
         assert (kept.status, kept.reason.startswith("stopped ")) == ("interrupted", True)
         assert list((folder / row.run).glob("*.ckpt"))
-    if number != signal.SIGUSR1:
+    if number == signal.SIGINT:
         before = ended_rows(folder)
         finish("sweep", "--resume", "sweep")
         check_complete(folder, before)
