@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning import Trainer
 from safetensors.torch import load_file
 from tests.training.processes_child import SETTINGS, VARIANTS
 from transformers import AutoModelForCausalLM
@@ -27,6 +28,7 @@ from lorasweep.training.processes import (
     find_launch,
     join_processes,
     on_first,
+    quiet_lightning,
 )
 from lorasweep.training.run import train_run
 from lorasweep.training.run_log import RunPlace
@@ -318,6 +320,11 @@ def test_a_strategy_of_lightnings_is_made_from_its_class():
         wrong = trainer_of(trainer__strategy={"_target_": f"lightning.pytorch.{name}"})
         with pytest.raises(ConfigError, match=words):
             build_strategy(wrong, find_launch(wrong))
+
+
+def test_what_lightning_refuses_is_an_error_of_the_settings():
+    with pytest.raises(ConfigError, match=r"`trainer` .*DeepSpeed"), quiet_lightning():
+        Trainer(strategy="deepspeed_stage_2", accelerator="cpu", devices=2)
 
 
 def test_a_quantised_base_is_not_sharded():

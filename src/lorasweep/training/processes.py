@@ -20,6 +20,7 @@ from lightning.fabric.plugins.environments.cluster_environment import ClusterEnv
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import Strategy
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
@@ -58,7 +59,11 @@ class Launch(NamedTuple):
 
 @contextmanager
 def quiet_lightning() -> Iterator[None]:
-    """Hides Lightning's log lines and irrelevant warnings inside the block."""
+    """Hides Lightning's log lines and irrelevant warnings inside the block.
+
+    Raises:
+        ConfigError: Lightning refuses a setting, such as more GPUs than the machine has, or needs a missing package.
+    """
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -68,6 +73,9 @@ def quiet_lightning() -> Iterator[None]:
             for message in IRRELEVANT_WARNINGS:
                 warnings.filterwarnings("ignore", message=message)
             yield
+    except MisconfigurationException as error:
+        message = " ".join(str(error).split())
+        raise ConfigError(f"`trainer` must have settings that Lightning can use here, but: {message}") from error
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
