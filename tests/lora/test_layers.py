@@ -5,11 +5,12 @@ import copy
 import peft
 import pytest
 import torch
+from jaxtyping import TypeCheckError
 from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lorasweep.lora import LoraConfig, LoraLayer, inject_lora, merge_lora
+from lorasweep.lora import LoraConfig, LoraLayer, inject_lora, merge_lora, split_lora_parameters
 from lorasweep.lora.targets import Target
 
 
@@ -88,13 +89,6 @@ def test_says_its_rank_when_printed() -> None:
     assert "rank=4, scaling=2, merged=False" in repr(make_layer())
 
 
-def test_answers_for_its_base() -> None:
-    layer = make_layer()
-    assert layer.weight is layer.base.weight
-    assert layer.bias is layer.base.bias
-    assert layer.rank == 4
-
-
 @pytest.mark.parametrize("hook", ["register_forward_hook", "register_forward_pre_hook", "forward"])
 def test_a_base_with_hooks_is_called(hook: str) -> None:
     base, x, calls = nn.Linear(6, 10), torch.randn(3, 6), []
@@ -145,3 +139,20 @@ def test_an_embedding_that_scales_its_rows_scales_the_change() -> None:
     separate = model["embed"](tokens)
     merge_lora(model)
     torch.testing.assert_close(model["embed"](tokens), separate)
+
+
+def test_every_trained_parameter_is_in_one_group(model: nn.Module) -> None:
+    config = LoraConfig(rank=2, targets=("up", "embed"), variant="dora", modules_to_save=("out",), bias="all")
+    inject_lora(model, config)
+    a, b, other = split_lora_parameters(model)
+    assert [tuple(p.shape) for p in a] == [(2, 11), (2, 8), (2, 8)]
+    assert [tuple(p.shape) for p in b] == [(8, 2), (16, 2), (16, 2)]
+    assert len(other) == 3 + 1 + 2  # row lengths, the head's copy, the biases of `proj`
+    assert {id(p) for p in (*a, *b, *other)} == {id(p) for p in model.parameters() if p.requires_grad}
+
+
+def test_shapes_are_checked_when_a_layer_computes(model: nn.Module) -> None:
+    inject_lora(model, LoraConfig(rank=2, targets="up"))
+    model.layers[0].up.lora_a.data = torch.ones(3, 8)  # B has rank 2
+    with pytest.raises(TypeCheckError, match="lora_b"):
+        model(torch.zeros(1, 5, dtype=torch.long))

@@ -38,12 +38,7 @@ def lora_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def load_lora_state(model: nn.Module, tensors: Mapping[str, Tensor], *, source: str) -> None:
-    """Sets the adapter of `model` from tensors like those of `lora_state`.
-
-    Args:
-        model: A model with LoRA layers of the same names and ranks.
-        tensors: Tensors by PEFT's names.
-        source: Origin of the tensors, for error messages.
+    """Sets the adapter of `model` from tensors like those of `lora_state`; `source` names their origin in errors.
 
     Raises:
         ValueError: Names or shapes differ. The model is then unchanged.

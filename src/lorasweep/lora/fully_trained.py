@@ -101,13 +101,9 @@ def trained_modules(model: nn.Module) -> dict[str, TrainedModule]:
 def find_trained_biases(
     model: nn.Module, which: TrainedBias, layers: Collection[str], trained: Collection[str]
 ) -> dict[str, nn.Parameter]:
-    """Returns the biases that `method.bias` selects, by name, without those inside modules that train in full.
+    """Returns the biases that `which` (`method.bias`) selects, by name, except those in modules that train in full.
 
-    Args:
-        model: The base model, with or without LoRA layers.
-        which: Value of `method.bias`.
-        layers: Names of the adapted layers.
-        trained: Names of the modules that train in full.
+    `layers` and `trained` are the names of the adapted layers and of the modules that train in full.
     """
     if which == "none":
         return {}

@@ -48,13 +48,8 @@ class AdaptedLayer(nn.Module):
     ) -> Float[Tensor, "rows ..."]:
         """Returns the base's output for x plus factor · B A (x · keep), in the output's dtype.
 
-        Args:
-            x: Rows of all slots: token ids (rows, ...) for an embedding, images (rows, d_in, height, width) for a
-                convolution, else (rows, ..., d_in).
-            lora_a: A of each slot.
-            lora_b: B of each slot.
-            factor: See `functional.Factor`.
-            keep: Mask of x's shape, False where A does not see an input.
+        x has token ids (rows, ...) for an embedding, images (rows, d_in, height, width) for a convolution, else
+        (rows, ..., d_in). `keep` is False for each input that A does not see.
         """
         base = self.base
         y: Tensor
@@ -101,14 +96,7 @@ class LoraLayer(AdaptedLayer):
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        """Adapts `base` without changing its values.
-
-        Args:
-            base: The layer to adapt.
-            target: How to adapt it.
-            generator: CPU random stream for A and B; torch's own if None.
-            device: Device of A and B; the base's if None. On the meta device nothing is drawn.
-        """
+        """Draws A and B from the CPU stream `generator` on `device` (the base's if None); draws nothing on `meta`."""
         super().__init__(base)
         self.target, self.config = target, target.config
         self.rank, self.rows, self.scaling = target.rank, target.rows, target.scaling

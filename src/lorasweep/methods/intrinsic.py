@@ -67,6 +67,7 @@ class IntrinsicMethod(Method):
             id(weight): ProjectedUpdate(coordinates, layer=layers[layer_of(name)], like=weight)
             for name, weight in weights.items()
         }
+        # under all names of a weight, so that tied weights stay tied; lists, because parametrizing adds modules
         for module in list(model.modules()):
             for name, weight in list(module.named_parameters(recurse=False, remove_duplicate=False)):
                 if id(weight) in updates:
@@ -128,8 +129,7 @@ class Coordinates(nn.Module):
         numbers: θ_d with `did`, θ_(d-m) with `said`; zeros at first.
         scales: λ, one per layer, ones at first; None with `did`.
         num_weights: D, the number of weights of the model.
-        updates: The projected weight updates that are computed from them, in order of the weights' names.
-        seed: Seed of the projection.
+        updates: The weight updates that are computed from these parameters, in order of the weights' names.
     """
 
     def __init__(self, config: IntrinsicConfig, *, num_layers: int, num_weights: int) -> None:

@@ -78,6 +78,7 @@ def inject_packed_lora(
         for parameter in trained:
             parameter.requires_grad_(True)  # injecting a copy froze the shared parameters
         raise
+    # from here on nothing can fail, so that a model that is refused is unchanged
     slot_streams = SlotStreams(len(configs))
     freeze(model)
     for dropout in [module for module in model.modules() if type(module) is nn.Dropout]:
@@ -224,7 +225,7 @@ def _add_layers(model: nn.Module, solos: Sequence[nn.Module], streams: SlotStrea
     Adds stacked modules in the same way for the modules that a solo model trains in full.
     """
     present, stacked = packed_layers(model), stacked_modules(model)
-    dtype = next((layer.lora_a.dtype for layer in present.values()), torch.float32)
+    dtype = next((layer.lora_a.dtype for layer in present.values()), torch.float32)  # as the pack was cast
     widths: dict[str, int] = {}
     for solo in solos:
         for name, layer in lora_layers(solo).items():

@@ -27,6 +27,7 @@ class PackedLoraLayer(AdaptedLayer):
         base: The frozen layer that was replaced.
         streams: The number of slots and the random streams of the dropout masks; the whole pack shares this object.
         targets: How each slot adapts this layer; None if the slot does not adapt it.
+        capacity: The largest rank that fits into A and B without resizing them.
         lora_a: (slots, capacity, d_in) in fp32; rows beyond the slot's rank are zero.
         lora_b: (slots, d_out, capacity) in fp32; columns beyond the slot's rank are zero.
         b_mask: (slots, d_out, capacity), True where B trains; None if all of B trains.
@@ -35,14 +36,7 @@ class PackedLoraLayer(AdaptedLayer):
     b_mask: Tensor | None
 
     def __init__(self, base: nn.Module, streams: SlotStreams, *, dtype: torch.dtype, capacity: int = 0) -> None:
-        """Makes a layer that no slot adapts yet.
-
-        Args:
-            base: The layer to adapt.
-            streams: The number of slots, and the random streams of the pack.
-            dtype: Dtype of A and B: fp32, unless the pack was cast to another dtype.
-            capacity: Largest rank that fits into A and B without resizing them.
-        """
+        """Creates a layer that no slot adapts yet. `dtype` is fp32, unless the pack was cast to another dtype."""
         super().__init__(base)
         self.streams = streams
         self.targets: list[Target | None] = [None] * streams.num_slots
