@@ -32,8 +32,7 @@ from torch import Tensor, nn
 from lorasweep.config.compose import compose_run
 from lorasweep.config.method import LoraConfig
 from lorasweep.config.run import RunConfig
-from lorasweep.data.batching import StepBatchSampler
-from lorasweep.data.loaders import evaluation_loader
+from lorasweep.data.batching import StepBatchSampler, build_evaluation_loader
 from lorasweep.data.split import repeat_batch
 from lorasweep.data.tasks import Evaluation
 from lorasweep.lora import inject_packed_lora, set_dropout_streams, split_lora_parameters
@@ -183,9 +182,9 @@ class LoraPack:
         seeds, settings = configs[0].seeds, configs[0].trainer
         torch.manual_seed(seeds.dropout)
         self.model: nn.Module = copy_sharing_weights(inputs.base.model)
-        start = functools.partial(draw_head, names=inputs.base.head)
+        start = functools.partial(draw_head, names=inputs.base.new_head_names)
         generators = [torch.Generator().manual_seed(seeds.init) for _ in configs]
-        methods = [add_head_to_modules_to_save(_lora(config), inputs.base.head) for config in configs]
+        methods = [add_head_to_modules_to_save(_lora(config), inputs.base.new_head_names) for config in configs]
         inject_packed_lora(self.model, methods, generators=generators, prepare_copy=start)
         self.model.train()
         self.optimizer = StackedAdamW(split_lora_parameters(self.model), [config.optim for config in configs])
@@ -214,7 +213,7 @@ class LoraPack:
         self.model.eval()
         set_row_lengths(self.model, None)
         rows_per_batch = self.configs[0].trainer.eval_batch_size
-        for batch in evaluation_loader(self.inputs.splits.validation, batch_size=rows_per_batch):
+        for batch in build_evaluation_loader(self.inputs.splits.validation, batch_size=rows_per_batch):
             scores = task.score(self.model, repeat_batch(batch, slots=slots))
             for slot, evaluation in enumerate(evaluations):
                 evaluation.update(scores.of_slot(slot, slots=slots))
@@ -250,7 +249,7 @@ class SoloTrial:
         method = METHODS[config.method.name]
         self.model = prepare_model(config, inputs.base)
         groups = method.trainable_groups(self.model, lr_ratio_b=config.optim.lr_ratio_b)
-        groups = refine_groups(self.model, groups, config.optim, head=inputs.base.head)
+        groups = refine_groups(self.model, groups, config.optim, head=inputs.base.new_head_names)
         self.optimizer = build_optimizer(config.optim, groups)
         self.peaks = [group["lr"] for group in self.optimizer.param_groups]
         self.mixed = inputs.precision == "bf16" and method.needs_autocast

@@ -1,4 +1,4 @@
-"""The order of training rows is a function of seed and step; cutting by length changes padding and nothing else."""
+"""The order of training examples is a function of seed and step; cutting by length changes padding and nothing else."""
 
 import itertools
 
@@ -20,7 +20,7 @@ from lorasweep.data.batching import (
 from lorasweep.data.split import padding_fraction
 
 
-class Rows:
+class LengthsOnly:
     """A split of which only lengths and weights matter."""
 
     def __init__(self, lengths, weights=None):
@@ -32,7 +32,9 @@ class Rows:
 
 
 def sample(num_examples=10, *, batch_size=4, num_steps=12, seed=0, **rest):
-    return StepBatchSampler(Rows([7] * num_examples), batch_size=batch_size, num_steps=num_steps, seed=seed, **rest)
+    return StepBatchSampler(
+        LengthsOnly([7] * num_examples), batch_size=batch_size, num_steps=num_steps, seed=seed, **rest
+    )
 
 
 def indices(sampler):
@@ -91,17 +93,17 @@ def test_shared_random_stream_is_left_alone():
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_a_step_has_the_rows_that_the_seed_drew_however_it_is_cut():
-    split = Rows([3, 9, 1, 7, 5, 2, 8, 6])
+def test_a_step_has_the_examples_that_the_seed_drew_however_it_is_cut():
+    split = LengthsOnly([3, 9, 1, 7, 5, 2, 8, 6])
     whole = StepBatchSampler(split, batch_size=4, num_steps=6, seed=1)
     for accumulate in (2, 4):
         cut = StepBatchSampler(split, batch_size=4, num_steps=6, seed=1, accumulate=accumulate)
         for step in range(6):
-            assert sorted(row for m in cut.step(step) for row in m.indices) == sorted(whole.indices_of_step(step))
+            assert sorted(index for m in cut.step(step) for index in m.indices) == sorted(whole.indices_of_step(step))
             assert {m.step_weight for m in cut.step(step)} == {m.step_weight for m in whole.step(step)}
 
 
-def test_micro_batches_hold_rows_of_like_length():
+def test_micro_batches_hold_examples_of_like_length():
     lengths = torch.tensor([3, 9, 1, 7])
     assert cut_by_length([0, 1, 2, 3], lengths, sizes=[2, 2]) == [[2, 0], [3, 1]]
     assert cut_by_length([0, 1, 2, 3], lengths, sizes=[1, 3]) == [[2], [0, 3, 1]]
@@ -109,22 +111,22 @@ def test_micro_batches_hold_rows_of_like_length():
 
 
 def test_the_step_weight_is_that_of_all_its_rows():
-    split = Rows([1, 1, 1], weights=[0.5, 2.0, 1.0])
+    split = LengthsOnly([1, 1, 1], weights=[0.5, 2.0, 1.0])
     for micro in StepBatchSampler(split, batch_size=3, num_steps=2, seed=0, accumulate=3):
         assert micro.step_weight == 3.5
 
 
 @settings(max_examples=50, deadline=None)
 @given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=60), batch_size=st.integers(1, 8))
-def test_evaluation_has_every_row_once_within_the_budget(lengths, batch_size):
-    sampler = EvaluationSampler(Rows(lengths), batch_size=batch_size)
+def test_evaluation_has_every_example_once_within_the_budget(lengths, batch_size):
+    sampler = EvaluationSampler(LengthsOnly(lengths), batch_size=batch_size)
     assert sorted(sampler.order) == list(range(len(lengths)))
     assert len(sampler) == len(list(sampler))
     for micro in sampler:
         assert len(micro.indices) * max(lengths[n] for n in micro.indices) <= batch_size * max(lengths)
 
 
-def test_a_row_longer_than_the_budget_has_a_batch_of_its_own():
+def test_a_example_longer_than_the_budget_has_a_batch_of_its_own():
     assert batches_by_length(torch.tensor([5, 2, 9]), budget=4) == [[1], [0], [2]]
 
 
@@ -138,7 +140,7 @@ def test_padding_is_the_share_of_positions_that_are_not_tokens():
 @pytest.fixture(scope="module")
 def mixed():
     generator = torch.Generator().manual_seed(0)
-    return Rows(torch.randint(3, 60, (500,), generator=generator).tolist())
+    return LengthsOnly(torch.randint(3, 60, (500,), generator=generator).tolist())
 
 
 def padding_when_cut(split, accumulate):
@@ -168,5 +170,5 @@ def test_sizes_leave_least_padding(mixed, micro_batches):
     assert positions(sizes) == pytest.approx(least)
 
 
-def test_rows_of_one_length_are_not_cut():
-    assert choose_accumulate(Rows([7] * 20), batch_size=16) == 1
+def test_examples_of_one_length_are_not_cut():
+    assert choose_accumulate(LengthsOnly([7] * 20), batch_size=16) == 1

@@ -5,18 +5,25 @@ import math
 import pytest
 import torch
 import transformers
+from beartype import beartype
+from jaxtyping import jaxtyped
+from tests.tiny_tokenizer import END_OF_TEXT, load_tokenizer
 
 from lorasweep.config.compose import compose_run
-from lorasweep.data.blocks import build_block_split, cut_blocks, positions_in_documents
+from lorasweep.data import blocks as blocks_file
+from lorasweep.data.blocks import build_block_split
 from lorasweep.data.source import Document, collect_examples
 from lorasweep.data.tasks import LanguageModelling
 from lorasweep.errors import ConfigError
-from lorasweep.models.tiny.pretrain import END_OF_TEXT, build_tokenizer
+
+check_shapes = jaxtyped(typechecker=beartype)
+cut_blocks = check_shapes(blocks_file.cut_blocks)
+positions_in_documents = check_shapes(blocks_file.positions_in_documents)
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return build_tokenizer()
+    return load_tokenizer()
 
 
 def make_documents(*texts, name="train"):
@@ -78,7 +85,7 @@ def test_no_token_sees_an_earlier_document_where_documents_are_separate(tokenize
     )
     model = transformers.LlamaForCausalLM(config).eval()
     model.set_attn_implementation(attention)
-    model.config.use_cache = False  # as `load_base` sets it; with a cache transformers looks for no packed rows
+    model.config.use_cache = False  # as `load_base` sets it; with a cache transformers looks for no packed sequences
     task = LanguageModelling(bytes_per_token=1.0)
 
     def losses(text, separate):

@@ -1,4 +1,4 @@
-"""Rows of different lengths: padded batches, packed sequences and cut steps give the same losses and gradients."""
+"""Examples of different lengths: padded batches, packed sequences and cut steps give the same losses and gradients."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from lorasweep.data.examples import CompletionSplit, LabelledSplit, Ragged, Sequ
 from lorasweep.data.split import IGNORED
 from lorasweep.data.tasks import Classification, LanguageModelling
 
-ROWS = [[5, 6, 7], [8, 9], [10, 11, 12, 13, 14], [15], [16, 17, 18, 19]]
+TOKENS = [[5, 6, 7], [8, 9], [10, 11, 12, 13, 14], [15], [16, 17, 18, 19]]
 # float64, other shapes: only the order of sums differs
 CLOSE = {"rtol": 1e-9, "atol": 1e-11}
 
@@ -20,7 +20,7 @@ def labelled(**settings):
     return LabelledSplit(
         name="train",
         fingerprint="0",
-        tokens=Ragged.of(ROWS),
+        tokens=Ragged.from_lists(TOKENS),
         pad_token=0,
         bytes=9,
         labels=torch.tensor([0, 1, 1, 0, 1]),
@@ -29,14 +29,14 @@ def labelled(**settings):
 
 
 def completions(*, packing=False):
-    targets = [[IGNORED, *row[2:], 3] if len(row) > 1 else [3] for row in ROWS]
+    targets = [[IGNORED, *tokens[2:], 3] if len(tokens) > 1 else [3] for tokens in TOKENS]
     return CompletionSplit(
         name="train",
         fingerprint="0",
-        tokens=Ragged.of(ROWS),
+        tokens=Ragged.from_lists(TOKENS),
         pad_token=0,
         bytes=9,
-        targets=Ragged.of(targets),
+        targets=Ragged.from_lists(targets),
         scored_bytes=30,
         packing=packing,
     )
@@ -49,7 +49,7 @@ def llama():
         vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2
     )
     model = transformers.LlamaForCausalLM(config).double().eval()
-    model.config.use_cache = False  # as `load_base` sets it; with a cache transformers looks for no packed rows
+    model.config.use_cache = False  # as `load_base` sets it; with a cache transformers looks for no packed sequences
     return model
 
 
@@ -63,7 +63,7 @@ def bert():
 
 
 def step_gradient(model, split, task, *, accumulate, batch_size):
-    """The gradient of one optimizer step, its rows cut into so many micro-batches."""
+    """The gradient of one optimizer step, its examples cut into so many micro-batches."""
     model.zero_grad()
     loss = torch.zeros(())
     steps = StepBatchSampler(split, batch_size=batch_size, num_steps=1, seed=0, accumulate=accumulate)
@@ -76,10 +76,10 @@ def step_gradient(model, split, task, *, accumulate, batch_size):
 
 @given(st.lists(st.lists(st.integers(0, 99), max_size=6), min_size=1, max_size=8))
 @settings(max_examples=30, deadline=None)
-def test_ragged_rows_are_the_rows(rows):
-    ragged = Ragged.of(rows)
-    assert [ragged[n].tolist() for n in range(len(rows))] == rows
-    assert ragged.lengths.tolist() == [len(row) for row in rows]
+def test_ragged_sequences_are_those_that_were_given(sequences):
+    ragged = Ragged.from_lists(sequences)
+    assert [ragged[n].tolist() for n in range(len(sequences))] == sequences
+    assert ragged.lengths.tolist() == [len(sequence) for sequence in sequences]
 
 
 def test_padding_is_masked_and_a_batch_without_any_has_no_mask():
@@ -91,14 +91,14 @@ def test_padding_is_masked_and_a_batch_without_any_has_no_mask():
     assert "weights" not in batch
 
 
-def test_class_weights_are_those_of_each_rows_class():
+def test_class_weights_are_those_of_each_examples_class():
     split = labelled(class_weights=torch.tensor([2.0, 0.5]))
     assert split.weights.tolist() == [2.0, 0.5, 0.5, 2.0, 0.5]
     assert split.batch([0, 1])["weights"].tolist() == [2.0, 0.5]
 
 
 def test_second_texts_are_told_apart():
-    split = labelled(token_types=Ragged.of([[0, 1, 1], [0, 1], [0, 0, 0, 1, 1], [0], [0, 0, 1, 1]]))
+    split = labelled(token_types=Ragged.from_lists([[0, 1, 1], [0, 1], [0, 0, 0, 1, 1], [0], [0, 0, 1, 1]]))
     assert split.batch([0, 1])["token_type_ids"].tolist() == [[0, 1, 1], [0, 1, 0]]
 
 
@@ -123,7 +123,7 @@ def test_the_gradient_of_a_step_cut_by_length_is_that_of_the_padded_batch(llama,
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_packed_rows_do_not_see_each_other(llama, attention):
+def test_packed_examples_do_not_see_each_other(llama, attention):
     llama.set_attn_implementation(attention)
     task, indices = LanguageModelling(bytes_per_token=1.0), [0, 1, 2, 3, 4]
     apart = torch.stack([task.losses(llama, completions().batch([n]))[0] for n in indices])
@@ -142,20 +142,20 @@ def test_slots_never_share_a_packed_sequence():
 
 @given(st.lists(st.integers(1, 20), min_size=1, max_size=30))
 @settings(max_examples=50, deadline=None)
-def test_bins_hold_every_row_once_within_their_capacity(lengths):
+def test_bins_hold_every_example_once_within_their_capacity(lengths):
     bins = fill_bins(dict(enumerate(lengths)), capacity=max(lengths))
-    assert sorted(key for row in bins for key in row) == list(range(len(lengths)))
-    assert all(sum(lengths[key] for key in row) <= max(lengths) for row in bins)
+    assert sorted(key for keys in bins for key in keys) == list(range(len(lengths)))
+    assert all(sum(lengths[key] for key in keys) <= max(lengths) for keys in bins)
 
 
 def test_an_encoder_decoder_sees_its_target_shifted():
     split = SequenceSplit(
         name="train",
         fingerprint="0",
-        tokens=Ragged.of([[5, 6], [7]]),
+        tokens=Ragged.from_lists([[5, 6], [7]]),
         pad_token=0,
         bytes=3,
-        targets=Ragged.of([[8, 1], [9, 10, 1]]),
+        targets=Ragged.from_lists([[8, 1], [9, 10, 1]]),
         start_token=2,
         scored_bytes=5,
     )

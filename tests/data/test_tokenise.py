@@ -2,14 +2,15 @@
 
 import datasets
 import pytest
+from tests.tiny_tokenizer import END_OF_TEXT, load_tokenizer
 from transformers import PreTrainedTokenizerBase
 
 import lorasweep.data.tokenise as tokenise_file
-from lorasweep.data.source import LabelledText, Message
+from lorasweep.config.compose import compose_run
+from lorasweep.data.source import Document, LabelledText, Message, collect_examples
 from lorasweep.data.split import IGNORED
-from lorasweep.data.tokenise import cache_key, tokenise_chats, tokenise_labelled, tokenise_sequences, tokenise_texts
+from lorasweep.data.tokenise import cache_key, tokenise_chats, tokenise_documents, tokenise_labelled, tokenise_sequences
 from lorasweep.errors import ConfigError
-from lorasweep.models.tiny.pretrain import END_OF_TEXT, build_tokenizer
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role[0] }}>{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
@@ -18,7 +19,7 @@ TEMPLATE = (
 
 @pytest.fixture
 def tokenizer():
-    return build_tokenizer()
+    return load_tokenizer()
 
 
 @pytest.fixture
@@ -35,15 +36,15 @@ def chat(*contents):
     return [Message(role=("user", "assistant")[n % 2], content=content) for n, content in enumerate(contents)]
 
 
-def tokenise_chat(tokenizer, *conversations, template="plain", max_length=64, separator="|"):
-    return tokenise_chats(
-        conversations,
-        tokenizer=tokenizer,
-        template=template,
-        separator=separator,
-        max_length=max_length,
-        fingerprint=repr(conversations),
-    )
+def tokenise_text(tokenizer, *texts):
+    examples = collect_examples("train", [Document(str(n), text) for n, text in enumerate(texts)])
+    return tokenise_documents(examples, tokenizer=tokenizer)
+
+
+def tokenise_chat(tokenizer, *conversations, tokenise=tokenise_chats, template="plain", max_length=64):
+    settings = {"template": template, "max_length": max_length, "separator": "|", "train": "x"}
+    config = compose_run({"data": "chat", **{f"data.{key}": value for key, value in settings.items()}}).data
+    return tokenise(collect_examples("train", list(conversations)), config=config, tokenizer=tokenizer)
 
 
 def scored(made, tokenizer, row=0):
@@ -55,50 +56,50 @@ def seen(made, row=0):
 
 
 def test_texts_are_followed_by_their_end(tokenizer):
-    made = tokenise_texts(["ab", "ü", ""], tokenizer=tokenizer, fingerprint="a")["input_ids"]
+    made = tokenise_text(tokenizer, "ab", "ü", "")
     assert rows(made) == [[97, 98, END_OF_TEXT], [*"ü".encode(), END_OF_TEXT], [END_OF_TEXT]]
 
 
 def test_a_spelled_out_special_token_is_text(tokenizer):
-    made = tokenise_texts(["<|endoftext|>"], tokenizer=tokenizer, fingerprint="b")["input_ids"]
+    made = tokenise_text(tokenizer, "<|endoftext|>")
     assert rows(made) == [[*b"<|endoftext|>", END_OF_TEXT]]
 
 
 def test_a_text_longer_than_the_context_is_tokenised_whole_and_without_a_warning(tokenizer, caplog):
     tokenizer.model_max_length = 8
-    assert len(tokenise_texts(["x" * 100], tokenizer=tokenizer, fingerprint="c")["input_ids"].values) == 101
+    assert len(tokenise_text(tokenizer, "x" * 100).values) == 101
     assert not caplog.records
 
 
 def test_a_tokenizer_without_an_end_is_refused(tokenizer):
     tokenizer.eos_token = None
     with pytest.raises(ConfigError, match="must have a tokenizer with an end-of-text token"):
-        tokenise_texts(["text"], tokenizer=tokenizer, fingerprint="d")
+        tokenise_text(tokenizer, "text")
 
 
 def test_the_same_rows_come_from_the_cache(tokenizer, own_cache, monkeypatch):
-    made = tokenise_texts(["ab", "cde"], tokenizer=tokenizer, fingerprint="e")
+    made = tokenise_text(tokenizer, "ab", "cde")
 
     def fail(*_: object) -> None:
         raise AssertionError("tokenised again")
 
     monkeypatch.setattr(tokenise_file, "plain_ids", fail)
-    again = tokenise_texts(["ab", "cde"], tokenizer=tokenizer, fingerprint="e")
-    assert rows(again["input_ids"]) == rows(made["input_ids"])
+    again = tokenise_text(tokenizer, "ab", "cde")
+    assert rows(again) == rows(made)
     assert [path.suffix for path in (own_cache / "lorasweep").iterdir()] == [".arrow"]
 
 
 def test_a_cache_that_cant_be_written_costs_only_time(tokenizer, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "file")
-    made = tokenise_texts(["ab"], tokenizer=tokenizer, fingerprint="f")
-    assert rows(made["input_ids"]) == [[97, 98, END_OF_TEXT]]
+    made = tokenise_text(tokenizer, "ab")
+    assert rows(made) == [[97, 98, END_OF_TEXT]]
 
 
 def test_the_key_changes_with_whatever_changes_the_ids(tokenizer):
-    other = build_tokenizer()
+    other = load_tokenizer()
     other.add_tokens(["abc"])
-    templated = build_tokenizer()
+    templated = load_tokenizer()
     templated.chat_template = TEMPLATE
     keys = {
         cache_key(tokenizer, "0", form="text"),
@@ -109,16 +110,12 @@ def test_the_key_changes_with_whatever_changes_the_ids(tokenizer):
         cache_key(templated, "0", form="text"),
     }
     assert len(keys) == 6
-    assert cache_key(build_tokenizer(), "0", form="text") in keys
+    assert cache_key(load_tokenizer(), "0", form="text") in keys
 
 
 def test_labelled_texts_are_cut_and_counted(tokenizer):
-    made = tokenise_labelled(
-        [LabelledText("abc", None, 0), LabelledText("abcdef", None, 1)],
-        tokenizer=tokenizer,
-        max_length=4,
-        fingerprint="g",
-    )
+    examples = collect_examples("train", [LabelledText("abc", None, 0), LabelledText("abcdef", None, 1)])
+    made = tokenise_labelled(examples, tokenizer=tokenizer, max_length=4)
     assert [len(row) for row in rows(made["input_ids"])] == [3, 4]
     assert rows(made["full_length"]) == [[3], [6]]
 
@@ -134,7 +131,8 @@ def test_pairs_are_told_apart_where_the_model_does():
     )
     typed: PreTrainedTokenizerBase = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[U]")
     typed.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
-    made = tokenise_labelled([LabelledText("a a", "b", 0)], tokenizer=typed, max_length=8, fingerprint="h")
+    examples = collect_examples("train", [LabelledText("a a", "b", 0)])
+    made = tokenise_labelled(examples, tokenizer=typed, max_length=8)
     assert rows(made["input_ids"]) == [[2, 2, 1, 3, 1]]
     assert rows(made["token_type_ids"]) == [[0, 0, 0, 1, 1]]
 
@@ -168,26 +166,24 @@ def test_an_answer_that_is_cut_off_leaves_nothing_to_score(tokenizer):
 
 
 def test_a_template_that_is_asked_for_must_be_there(tokenizer):
-    with pytest.raises(ConfigError, match=r"`data.template=model` needs a tokenizer with a chat template"):
+    with pytest.raises(ConfigError, match=r"`data.template=model` .* `data.template=plain`"):
         tokenise_chat(tokenizer, chat("hi", "yes"), template="model")
 
 
 def test_a_template_that_refuses_the_conversation_is_named(tokenizer):
     tokenizer.chat_template = "{{ raise_exception('no system role') }}"
-    with pytest.raises(ConfigError, match="chat template must take these conversations, but does not: no system role"):
+    with pytest.raises(ConfigError, match="no system role"):
         tokenise_chat(tokenizer, chat("hi", "yes"), template="model")
 
 
 def test_a_template_that_rewrites_the_past_is_refused(tokenizer):
     tokenizer.chat_template = "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}"
-    with pytest.raises(ConfigError, match="must write a conversation from left to right"):
+    with pytest.raises(ConfigError, match=r"earlier messages .* `data.template=plain`"):
         tokenise_chat(tokenizer, chat("hi", "yes"), template="model")
 
 
 def test_an_encoder_decoder_reads_the_past_and_writes_the_answer(tokenizer):
-    made = tokenise_sequences(
-        [chat("hi", "yes", "so", "no")], tokenizer=tokenizer, separator="|", max_length=6, fingerprint="i"
-    )
+    made = tokenise_chat(tokenizer, chat("hi", "yes", "so", "no"), tokenise=tokenise_sequences, max_length=6)
     assert seen(made) == "hi|yeo"  # cut, the last token stays
     assert "".join(map(chr, rows(made["targets"])[0])) == "no"
     assert rows(made["scored_bytes"]) == [[2]]

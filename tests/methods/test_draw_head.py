@@ -45,21 +45,23 @@ def base(request):
         model=model,
         tokenizer=None,
         path="some/base",
-        fingerprint=fingerprint_weights(model, leave_out=HEADS[request.param]),
+        fingerprint=fingerprint_weights(model, exclude=HEADS[request.param]),
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
         kind="classifier",
-        head=HEADS[request.param],
+        new_head_names=HEADS[request.param],
     )
 
 
 def prepare(base, name, seed):
     model = copy_sharing_weights(base.model)
-    METHODS[name].prepare(model, CONFIGS[name], generator=torch.Generator().manual_seed(seed), new_head_names=base.head)
+    METHODS[name].prepare(
+        model, CONFIGS[name], generator=torch.Generator().manual_seed(seed), new_head_names=base.new_head_names
+    )
     return model
 
 
 def start(base):
-    return functools.partial(draw_head, names=base.head)
+    return functools.partial(draw_head, names=base.new_head_names)
 
 
 def test_values_are_those_of_a_fresh_head():
@@ -107,7 +109,7 @@ def test_every_method_starts_from_the_same_head(base, name):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_check_knows_the_head(base, name):
     names = [key for key, _ in base.model.named_modules()]
-    METHODS[name].check(base.model, CONFIGS[name], new_head_names=base.head)
+    METHODS[name].check(base.model, CONFIGS[name], new_head_names=base.new_head_names)
     assert [key for key, _ in base.model.named_modules()] == names
 
 
@@ -128,7 +130,7 @@ def test_head_is_rounded_to_the_base_and_trains_in_fp32(base):
     frozen, lora = prepare(base, "frozen", 3), prepare(base, "lora", 3)
     assert {parameter.dtype for parameter in frozen.parameters()} == {torch.bfloat16}
     modules = trained_modules(lora)
-    assert tuple(modules) == base.head
+    assert tuple(modules) == base.new_head_names
     for module in modules.values():
         assert all(
             parameter.dtype == torch.float32 and parameter.requires_grad for parameter in module.trained.parameters()
@@ -138,7 +140,7 @@ def test_head_is_rounded_to_the_base_and_trains_in_fp32(base):
 def test_lora_trains_a_head_at_its_own_group(base):
     groups = {g.name: g for g in METHODS["lora"].trainable_groups(prepare(base, "lora", 0), lr_ratio_b=4.0)}
     assert set(groups) == {"lora_a", "lora_b", "other"}
-    expected = sum(p.numel() for name in base.head for p in base.model.get_submodule(name).parameters())
+    expected = sum(p.numel() for name in base.new_head_names for p in base.model.get_submodule(name).parameters())
     assert sum(p.numel() for p in groups["other"].params) == expected
 
 
@@ -150,7 +152,9 @@ def test_names_of_a_head_mean_no_other_module():
 
 def solo(base, config, seed):
     model = copy_sharing_weights(base.model)
-    METHODS["lora"].prepare(model, config, generator=torch.Generator().manual_seed(seed), new_head_names=base.head)
+    METHODS["lora"].prepare(
+        model, config, generator=torch.Generator().manual_seed(seed), new_head_names=base.new_head_names
+    )
     return model
 
 
@@ -169,7 +173,7 @@ def test_slots_start_with_the_heads_of_their_runs_alone(base):
     model = copy_sharing_weights(base.model)
     inject_packed_lora(
         model,
-        [add_head_to_modules_to_save(method, base.head) for method in methods],
+        [add_head_to_modules_to_save(method, base.new_head_names) for method in methods],
         generators=[torch.Generator().manual_seed(seed) for seed in (7, 8, 9)],
         prepare_copy=start(base),
     )
@@ -178,13 +182,13 @@ def test_slots_start_with_the_heads_of_their_runs_alone(base):
     fill_slot(
         model,
         1,
-        add_head_to_modules_to_save(LoraConfig(rank=4), base.head),
+        add_head_to_modules_to_save(LoraConfig(rank=4), base.new_head_names),
         generator=torch.Generator().manual_seed(11),
         prepare_copy=start(base),
     )
     for slot, rank, seed in ((0, 2, 7), (1, 4, 11), (2, 2, 9)):
         assert_same_start(model, slot, base, LoraConfig(rank=rank), seed)
-    assert fingerprint_weights(base.model, leave_out=base.head) == base.fingerprint
+    assert fingerprint_weights(base.model, exclude=base.new_head_names) == base.fingerprint
 
 
 def test_pack_with_heads_gives_the_logits_and_gradients_of_its_runs(base):
@@ -192,7 +196,7 @@ def test_pack_with_heads_gives_the_logits_and_gradients_of_its_runs(base):
     model = copy_sharing_weights(base.model)
     inject_packed_lora(
         model,
-        [add_head_to_modules_to_save(method, base.head) for method in methods],
+        [add_head_to_modules_to_save(method, base.new_head_names) for method in methods],
         generators=[torch.Generator().manual_seed(seed) for seed in seeds],
         prepare_copy=start(base),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.tiny_tokenizer import load_tokenizer
 from transformers import (
     AutoModelForCausalLM,
     BertConfig,
@@ -20,7 +21,6 @@ from transformers import (
 )
 
 from lorasweep.config.model import ModelConfig
-from lorasweep.models.tiny.pretrain import build_tokenizer
 
 SIZES = {"vocab_size": 257, "bos_token_id": 256, "eos_token_id": 256, "pad_token_id": 256}
 DECODER = SIZES | {
@@ -89,7 +89,7 @@ def save_random(tmp_path_factory):
                 model = ARCHITECTURES[architecture]()
             folders[architecture] = tmp_path_factory.mktemp(architecture)
             model.save_pretrained(folders[architecture])
-            build_tokenizer().save_pretrained(folders[architecture])
+            load_tokenizer().save_pretrained(folders[architecture])
         return folders[architecture]
 
     return save

@@ -57,7 +57,7 @@ def loss_of(model, kind):
 def prepare(base, method, *, seed=0):
     model = copy_sharing_weights(base.model)
     METHODS[method].prepare(
-        model, CONFIGS[method], generator=torch.Generator().manual_seed(seed), new_head_names=base.head
+        model, CONFIGS[method], generator=torch.Generator().manual_seed(seed), new_head_names=base.new_head_names
     )
     return model
 
@@ -87,7 +87,7 @@ def load(save_random, model_config):
 @pytest.mark.parametrize(("architecture", "kind", "head"), CASES)
 def test_what_the_checkpoint_lacks_is_the_head(load, architecture, kind, head):
     base = load(architecture, kind)
-    assert base.head == head
+    assert base.new_head_names == head
     assert base.kind == kind
 
 
@@ -105,7 +105,7 @@ def test_a_run_learns_and_leaves_the_base_as_it_was(load, architecture, kind, he
     base = load(architecture, kind)
     losses = train(prepare(base, method), kind, method)
     assert losses[-1] < 0.99 * losses[0]  # a frozen embedding of random weights leaves LoRA little to gain
-    assert fingerprint_weights(base.model, leave_out=head) == base.fingerprint
+    assert fingerprint_weights(base.model, exclude=head) == base.fingerprint
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT asks transformers

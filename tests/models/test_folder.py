@@ -10,7 +10,7 @@ from huggingface_hub.errors import GatedRepoError
 
 from lorasweep.errors import ConfigError
 from lorasweep.models import folder as folder_file
-from lorasweep.models.folder import find_files, find_folder
+from lorasweep.models.folder import find_local_path, find_model_folder
 
 
 @pytest.fixture
@@ -41,36 +41,36 @@ def download(monkeypatch, folder):
 def test_missing_folder_is_not_looked_for_on_the_hub(path, folder, monkeypatch, model_config):
     monkeypatch.chdir(folder)
     with pytest.raises(ConfigError, match=r"`model\.path` must be a folder") as raised:
-        find_folder(model_config(path))
+        find_local_path(model_config(path))
     assert repr(path) in str(raised.value)
 
 
 def test_folder_in_the_home_is_found(folder, monkeypatch, model_config):
     monkeypatch.setenv("HOME", str(folder.parent))
-    assert find_files(model_config(f"~/{folder.name}")) == (folder, None)
+    assert find_model_folder(model_config(f"~/{folder.name}")) == (folder, None)
 
 
 def test_revision_of_a_folder_is_refused(folder, model_config):
     with pytest.raises(ConfigError, match=r"`model\.revision` must be null .* 'v1'"):
-        find_folder(model_config(folder, revision="v1"))
+        find_local_path(model_config(folder, revision="v1"))
 
 
 def test_gguf_file_is_found_by_its_own_path_or_by_its_name(folder, model_config):
     (folder / "some.gguf").touch()
-    assert find_files(model_config(folder / "some.gguf")) == (folder, "some.gguf")
-    assert find_files(model_config(folder, gguf_file="some.gguf")) == (folder, "some.gguf")
+    assert find_model_folder(model_config(folder / "some.gguf")) == (folder, "some.gguf")
+    assert find_model_folder(model_config(folder, gguf_file="some.gguf")) == (folder, "some.gguf")
 
 
 def test_unreachable_hub_is_one_sentence(download, model_config):
     download(ConnectionError("no network\nmore"))
-    with pytest.raises(ConfigError, match=r"`model\.path` .*'nobody/nothing' is not \(no network\)"):
-        find_files(model_config("nobody/nothing"))
+    with pytest.raises(ConfigError, match=r"`model\.path` .*'nobody/nothing' .*: no network\. Check"):
+        find_model_folder(model_config("nobody/nothing"))
 
 
 def test_gated_model_says_what_to_do(download, model_config):
     download(GatedRepoError("403", response=Response(403, request=Request("GET", "https://hub"))))
-    with pytest.raises(ConfigError, match=r"'owner/name' .* `hf auth login`"):
-        find_files(model_config("owner/name"))
+    with pytest.raises(ConfigError, match=r"'owner/name'.* `hf auth login`"):
+        find_model_folder(model_config("owner/name"))
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_gated_model_says_what_to_do(download, model_config):
 )
 def test_only_what_may_be_read_is_downloaded(folder, download, model_config, settings, weights):
     calls = download()
-    assert find_files(model_config("owner/name", revision="v1", **settings))[0] == folder
+    assert find_model_folder(model_config("owner/name", revision="v1", **settings))[0] == folder
     ((path, asked),) = calls
     assert (path, asked["revision"]) == ("owner/name", "v1")
     assert set(asked["allow_patterns"]) == weights | set(folder_file.SETTINGS_AND_TOKENIZER)
@@ -94,4 +94,4 @@ def test_only_what_may_be_read_is_downloaded(folder, download, model_config, set
 def test_tokenizer_alone_is_enough_beside_a_factory(folder, download, model_config):
     download()
     (folder / "model.safetensors").unlink()
-    assert find_files(model_config("owner/name", factory="own:build"))[0] == folder
+    assert find_model_folder(model_config("owner/name", factory="own:build"))[0] == folder

@@ -9,11 +9,11 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.tiny_tokenizer import load_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lorasweep.errors import ConfigError
 from lorasweep.models.load import Labels, fingerprint_weights, load_base
-from lorasweep.models.tiny.pretrain import build_tokenizer
 
 LABELS = Labels(kind="single_label", names=("calm", "loud", "odd"))
 
@@ -36,7 +36,7 @@ def saved(tmp_path_factory):
         )
     )
     model.save_pretrained(folder)
-    build_tokenizer().save_pretrained(folder)
+    load_tokenizer().save_pretrained(folder)
     return folder
 
 
@@ -95,7 +95,9 @@ def test_attention_is_the_one_asked_for(saved, attention, model_config):
 
 @pytest.mark.skipif(importlib.util.find_spec("flash_attn") is not None, reason="flash_attn is installed")
 def test_attention_that_can_not_be_had_is_one_sentence(saved, model_config):
-    with pytest.raises(ConfigError, match=r"`model.attention` must be one that .* but got 'flash_attention_2' \(Flash"):
+    with pytest.raises(
+        ConfigError, match=r"`model.attention` must be available .* but got 'flash_attention_2' \(Flash"
+    ):
         load_base(model_config(saved, attention="flash_attention_2"), dtype=torch.float32)
 
 
@@ -123,9 +125,7 @@ def test_fingerprint_moves_with_any_weight_and_with_nothing_else(saved, model_co
 
 
 def test_missing_embedded_model_lists_those_there_are(model_config):
-    with pytest.raises(
-        ConfigError, match=r"`model.path` must name an embedded model \(tiny\), but got 'embedded:tony'"
-    ):
+    with pytest.raises(ConfigError, match=r"`model.path` .* \(tiny\), but got 'embedded:tony'"):
         load_base(model_config("embedded:tony"), dtype=torch.float32)
 
 
@@ -186,7 +186,7 @@ class Evil:
 def test_allowed_pickle_is_read_in_torchs_restricted_mode(folder, tmp_path, model_config):
     pickle_weights(folder)
     torch.save({"lm_head.weight": Evil(tmp_path / "ran")}, folder / "pytorch_model.bin")
-    with pytest.raises(ConfigError, match=r"can't be loaded: it holds other things than tensors"):
+    with pytest.raises(ConfigError, match=r"can't be loaded: it has other things than tensors"):
         load_base(model_config(folder, allow_pickle=True), dtype=torch.float32)
     assert not (tmp_path / "ran").exists()
 
@@ -212,7 +212,7 @@ def test_code_that_comes_with_a_model_runs_only_when_it_is_trusted(folder, tmp_p
     change_config(
         folder, model_type="own", auto_map={"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
     )
-    with pytest.raises(ConfigError, match=r"`model.trust_remote_code` must be true .* Python code of its own"):
+    with pytest.raises(ConfigError, match=r"`model.trust_remote_code` must be true .* Python code"):
         load_base(model_config(folder), dtype=torch.float32)
     assert not (tmp_path / "ran").exists()
     base = load_base(model_config(folder, trust_remote_code=True), dtype=torch.float32)
@@ -257,7 +257,7 @@ def test_labels_are_said_in_the_models_settings(save_random, model_config, kind,
 
 
 def test_labels_of_a_model_that_has_none_are_refused(model_config):
-    with pytest.raises(ConfigError, match=r"`model.kind` must be classifier for data with labels, but got 'causal_lm'"):
+    with pytest.raises(ConfigError, match=r"`model.kind` .* got 'causal_lm'.* `model=classifier`"):
         load_base(model_config(), dtype=torch.float32, labels=LABELS)
 
 
@@ -273,14 +273,14 @@ def classifier(save_random, model_config, tmp_path):
 def test_classifier_keeps_its_head_and_labels(classifier, model_config):
     for labels in (None, LABELS):
         base = load_base(model_config(classifier, kind="classifier"), dtype=torch.float32, labels=labels)
-        assert base.head == ()
+        assert base.new_head_names == ()
         assert base.model.config.id2label == {0: "calm", 1: "loud", 2: "odd"}
 
 
 def test_head_for_other_labels_is_new(classifier, model_config):
     labels = Labels(kind="single_label", names=("a", "b"))
     base = load_base(model_config(classifier, kind="classifier"), dtype=torch.float32, labels=labels)
-    assert base.head == ("classifier",)
+    assert base.new_head_names == ("classifier",)
     assert base.model.classifier.out_features == 2
 
 
@@ -311,5 +311,5 @@ def test_model_without_padding_pads_with_the_end_of_text(saved, model_config):
 
 def test_adapter_is_not_a_base(folder, model_config):
     (folder / "adapter_config.json").write_text("{}")
-    with pytest.raises(ConfigError, match=r"`model.path` must be a whole model, but .* is an adapter"):
+    with pytest.raises(ConfigError, match=r"`model.path` .* is an adapter.* `lorasweep export`"):
         load_base(model_config(folder), dtype=torch.float32)

@@ -38,7 +38,7 @@ def test_weights_are_pre_trained(base):
 
 
 def test_only_the_head_is_new(base):
-    assert base.head == ("classifier",)
+    assert base.new_head_names == ("classifier",)
     assert base.num_parameters == 22_713_216 + 2 * 384 + 2
     assert base.model.config.id2label == {0: "good", 1: "bad"}
 
@@ -46,7 +46,9 @@ def test_only_the_head_is_new(base):
 def test_lora_learns_four_sentences(base):
     model = copy_sharing_weights(base.model)
     method = METHODS["lora"]
-    method.prepare(model, LoraConfig(rank=4), generator=torch.Generator().manual_seed(0), new_head_names=base.head)
+    method.prepare(
+        model, LoraConfig(rank=4), generator=torch.Generator().manual_seed(0), new_head_names=base.new_head_names
+    )
     groups = method.trainable_groups(model, lr_ratio_b=1.0)
     optimizer = torch.optim.AdamW([{"params": group.params} for group in groups], lr=5e-3)
     for _ in range(6):

@@ -15,7 +15,7 @@ import lorasweep.runs.export as export_file
 from lorasweep.config.compose import compose_run
 from lorasweep.errors import ConfigError, RecordError, RunError
 from lorasweep.methods import METHODS
-from lorasweep.models.folder import find_folder
+from lorasweep.models.folder import find_local_path
 from lorasweep.models.load import fingerprint_weights
 from lorasweep.record import read_run, write_record
 from lorasweep.runs.export import appearing_whole, export_run
@@ -74,7 +74,7 @@ def trained_in_bf16(trained, make_config):
 
 def load_embedded():
     """The base as the runs of this file had it; on disk it is in bf16."""
-    folder = find_folder(compose_run({}).model)
+    folder = find_local_path(compose_run({}).model)
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 

@@ -9,7 +9,7 @@ from lightning import LightningModule, Trainer
 
 from lorasweep.config.compose import compose_run
 from lorasweep.data.blocks import BlockSplit, cut_blocks
-from lorasweep.data.splits import DataSplits
+from lorasweep.data.build_splits import DataSplits
 from lorasweep.data.tasks import LanguageModelling
 from lorasweep.training.data_module import DataModule
 

@@ -8,13 +8,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
+from tests.tiny_tokenizer import load_tokenizer
 from torchmetrics.functional.text import sacre_bleu_score
 
 from lorasweep.config.compose import compose_run
 from lorasweep.data.examples import CompletionSplit, Ragged, SequenceSplit
 from lorasweep.data.split import IGNORED
 from lorasweep.errors import ConfigError
-from lorasweep.models.tiny.pretrain import build_tokenizer
 from lorasweep.training.score import gather_references, generate, score_answers
 
 SIZES = {"vocab_size": 257, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
@@ -25,7 +25,7 @@ ANSWERS = [b"yes it is", b"no", b"yes", b"one two three"]
 @pytest.fixture
 def inputs():
     return SimpleNamespace(
-        base=SimpleNamespace(tokenizer=build_tokenizer()), autocast=lambda config: contextlib.nullcontext()
+        base=SimpleNamespace(tokenizer=load_tokenizer()), autocast=lambda config: contextlib.nullcontext()
     )
 
 
@@ -46,7 +46,7 @@ def completion_split(answers):
     rows = [[*prompt, *answer] for prompt, answer in zip(PROMPTS, answers, strict=True)]
     targets = [[*[IGNORED] * (len(prompt) - 1), *answer, 256] for prompt, answer in zip(PROMPTS, answers, strict=True)]
     shared = {"name": "test", "fingerprint": "0", "pad_token": 0, "bytes": 1, "scored_bytes": 1}
-    return CompletionSplit(tokens=Ragged.of(rows), targets=Ragged.of(targets), **shared)
+    return CompletionSplit(tokens=Ragged.from_lists(rows), targets=Ragged.from_lists(targets), **shared)
 
 
 def test_rows_of_one_prompt_are_its_references():
@@ -90,8 +90,8 @@ def test_an_encoder_decoder_answers_too(inputs, config):
     split = SequenceSplit(
         name="test",
         fingerprint="0",
-        tokens=Ragged.of([list(prompt) for prompt in PROMPTS]),
-        targets=Ragged.of([[*answer, 256] for answer in ANSWERS]),
+        tokens=Ragged.from_lists([list(prompt) for prompt in PROMPTS]),
+        targets=Ragged.from_lists([[*answer, 256] for answer in ANSWERS]),
         start_token=0,
         pad_token=0,
         bytes=1,

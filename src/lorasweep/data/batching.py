@@ -1,6 +1,6 @@
-"""Which examples make up the batch of each optimizer step, and how a batch is cut so that little of it is padding.
+"""Chooses the examples of each optimizer step's batch, and cuts the batch so that little of it is padding.
 
-Seed and step alone decide the batch, so a run can resume at any step. The samplers take a `Split`; `loaders` uses them.
+Seed and step alone decide the batch, so a run can resume at any step.
 """
 
 from __future__ import annotations
@@ -9,24 +9,25 @@ import functools
 import hashlib
 import itertools
 import math
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
-from torch.utils.data import DistributedSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from lorasweep.data.split import Split
+from lorasweep.data.split import Batch, Split
 
 MAX_PADDING_FRACTION = 0.1
-"""`trainer.accumulate=auto` takes the fewest micro-batches with at most this share of padding, if that is cheap."""
+"""`trainer.accumulate=auto` takes the fewest micro-batches with at most this fraction of padding, if that is cheap."""
 BATCH_COST_POSITIONS = 256
-"""Fixed cost of a training batch, in positions: on 2 cores a step of MiniLM-L6 took 28 ms before its first token, as
+"""Fixed cost of a training batch, in positions. On 2 cores a step of MiniLM-L6 took 28 ms before its first token, as
 long as 300 tokens take."""
 MAX_COST_FACTOR = 1.1
 """Highest cost, relative to the cheapest number of micro-batches, at which the number with little padding is taken."""
 MAX_MICRO_BATCHES = 16
-"""Maximum of micro-batches per step that `trainer.accumulate=auto` considers."""
+"""Maximum number of micro-batches per step that `trainer.accumulate=auto` considers."""
 SAMPLED_STEPS = 100
 """Number of steps from which the typical lengths of a batch are estimated."""
 
@@ -45,7 +46,7 @@ class Share(NamedTuple):
     rank: int = 0
     size: int = 1
 
-    def of(self, micro: MicroBatch) -> MicroBatch:
+    def select(self, micro: MicroBatch) -> MicroBatch:
         """Returns this rank's examples of a micro-batch: every `size`-th, so that all ranks have similar lengths.
 
         If there are fewer examples than ranks, a rank without an example gets the first one. Its loss is divided by
@@ -64,20 +65,29 @@ WHOLE_BATCH = Share()
 class SharedSampler(DistributedSampler[MicroBatch]):
     """Yields micro-batches with the examples of one share.
 
-    It is a `DistributedSampler` so that Lightning does not wrap it in one of its own.
+    It is a `DistributedSampler` so that Lightning does not wrap it in another one. torch's own initialization, for a
+    sampler of single examples, is not run.
     """
 
     def __init__(self, share: Share) -> None:
-        """Takes the share. torch's own sampler, which deals out single examples, is not set up."""
         self.share = share
 
 
 class StepBatchSampler(SharedSampler):
-    """Yields each step's micro-batches.
+    """Yields the micro-batches of each step.
 
     The order is an endless sequence of permutations of all examples, one per pass, each drawn from (seed, pass) alone.
     A batch may contain the end of one pass and the start of the next. No shared random stream is used. Within a step
     examples are sorted by length before they are cut into micro-batches: the gradient is the same, with less padding.
+
+    Args:
+        split: Examples to choose from, at least one. May be fewer than `batch_size`.
+        batch_size: Examples per step.
+        num_steps: Steps of the whole run, including those before `start_step`.
+        seed: Decides the order.
+        start_step: First step to yield, for a resumed run.
+        accumulate: Micro-batches per step, at most `batch_size`; together they are the step's batch.
+        share: The part of each micro-batch to yield, for a run on several processes.
     """
 
     def __init__(
@@ -91,17 +101,6 @@ class StepBatchSampler(SharedSampler):
         accumulate: int = 1,
         share: Share = WHOLE_BATCH,
     ) -> None:
-        """Describes the batches of steps `start_step` to `num_steps - 1`.
-
-        Args:
-            split: Examples to choose from, at least one. May be fewer than `batch_size`.
-            batch_size: Examples per step.
-            num_steps: Steps of the whole run, those before `start_step` included.
-            seed: Decides the order.
-            start_step: First step to yield, for a resumed run.
-            accumulate: Micro-batches per step, at most `batch_size`; together they are the step's batch.
-            share: The part of each micro-batch to yield, for a run on several processes.
-        """
         assert len(split) >= 1
         assert 0 <= start_step <= num_steps
         assert 1 <= accumulate <= batch_size
@@ -113,16 +112,15 @@ class StepBatchSampler(SharedSampler):
         self.start_step = start_step
         self.accumulate = accumulate
         self.sizes = choose_sizes(split, batch_size=batch_size, micro_batches=accumulate)
-        self._latest: tuple[int, list[int]] | None = None  # number and order of the pass that was drawn last
+        self._latest_pass: tuple[int, list[int]] | None = None  # number and order
 
     def __len__(self) -> int:
         """Returns the micro-batches of the whole run: Lightning counts those before `start_step` as fetched."""
         return self.num_steps * self.accumulate
 
     def __iter__(self) -> Iterator[MicroBatch]:
-        """Yields each micro-batch, from `start_step` on."""
         for step in range(self.start_step, self.num_steps):
-            yield from map(self.share.of, self.step(step))
+            yield from map(self.share.select, self.step(step))
 
     def step(self, step: int) -> list[MicroBatch]:
         """Returns the micro-batches of one step, with the examples of all shares."""
@@ -139,29 +137,27 @@ class StepBatchSampler(SharedSampler):
         return indices
 
     def _order_of_pass(self, number: int) -> list[int]:
-        if self._latest is None or self._latest[0] != number:
-            self._latest = number, draw_order(len(self.split), seed=self.seed, number=number)
-        return self._latest[1]
+        if self._latest_pass is None or self._latest_pass[0] != number:
+            self._latest_pass = number, draw_order(len(self.split), seed=self.seed, number=number)
+        return self._latest_pass[1]
 
 
 class EvaluationSampler(SharedSampler):
-    """Yields every example once, sorted by length, in batches with little padding."""
+    """Yields every example once, sorted by length, in batches with little padding.
+
+    A batch has at most as many positions as `batch_size` of the longest examples. So a batch of short examples has
+    more than `batch_size` examples.
+    """
 
     def __init__(self, split: Split, *, batch_size: int, share: Share = WHOLE_BATCH) -> None:
-        """Makes batches of at most as many positions as `batch_size` of the longest examples.
-
-        A batch of short examples therefore has more examples than `batch_size`.
-        """
         super().__init__(share)
         self.batches = batches_by_length(split.lengths, budget=batch_size * int(split.lengths.max()))
 
     def __len__(self) -> int:
-        """Returns the number of batches."""
         return len(self.batches)
 
     def __iter__(self) -> Iterator[MicroBatch]:
-        """Yields the batches; the step weight is 1, or infinite for an example that does not count."""
-        return (self.share.of(MicroBatch(batch, 1.0)) for batch in self.batches)
+        return (self.share.select(MicroBatch(batch, 1.0)) for batch in self.batches)
 
     @property
     def order(self) -> list[int]:
@@ -169,19 +165,61 @@ class EvaluationSampler(SharedSampler):
         return [index for batch in self.batches for index in batch]
 
 
-def cut_by_length(indices: Sequence[int], lengths: Tensor, *, sizes: Sequence[int]) -> list[list[int]]:
-    """Returns the indices sorted by length (equal ones stay in order) in lists of these sizes."""
+class BatchDataset(Dataset[Batch]):
+    """A torch data set whose items are whole batches of a split's examples."""
+
+    def __init__(self, split: Split) -> None:
+        self.split = split
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitem__(self, micro: MicroBatch) -> Batch:
+        """Returns the batch of these examples, with the weight of the step and the number of tokens without padding."""
+        batch = self.split.batch(micro.indices)
+        lengths = self.split.lengths[torch.tensor(micro.indices)]
+        # An infinite weight marks the placeholder of a process without examples in this micro-batch (`Share.select`).
+        num_tokens = lengths.sum() if math.isfinite(micro.step_weight) else torch.zeros_like(lengths[0])
+        return {**batch, "step_weight": torch.tensor(micro.step_weight), "num_tokens": num_tokens}
+
+
+class BatchLoader(DataLoader[Batch]):
+    """A DataLoader without state to save in a checkpoint, because its sampler knows at which step to start."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns an empty dict; without this method Lightning would treat the loader as one that can't resume."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Does nothing: there is no state to load."""
+
+
+def build_loader(split: Split, batches: Iterable[MicroBatch]) -> DataLoader[Batch]:
+    # A DataLoader draws a seed for its workers at every start: from this generator, not from torch's global one.
+    generator = torch.Generator().manual_seed(0)
+    return BatchLoader(BatchDataset(split), batch_size=None, sampler=batches, generator=generator)
+
+
+def build_evaluation_loader(split: Split, *, batch_size: int, share: Share = WHOLE_BATCH) -> DataLoader[Batch]:
+    """Returns a loader of each example of a share once, in the order of `EvaluationSampler`."""
+    return build_loader(split, EvaluationSampler(split, batch_size=batch_size, share=share))
+
+
+def cut_by_length(
+    indices: Sequence[int], lengths: Int[Tensor, " examples"], *, sizes: Sequence[int]
+) -> list[list[int]]:
+    """Returns the indices sorted by length (equal lengths stay in order) in lists of these sizes."""
     ordered = iter(sorted(indices, key=lambda index: int(lengths[index])) if len(sizes) > 1 else indices)
     return [list(itertools.islice(ordered, size)) for size in sizes]
 
 
 @functools.lru_cache(maxsize=64)
 def choose_sizes(split: Split, *, batch_size: int, micro_batches: int) -> tuple[int, ...]:
-    """Returns the sizes of a step's micro-batches that give the least padding on average; short examples come first.
+    """Returns the sizes of a step's micro-batches with the least padding on average; short examples come first.
 
     The sizes are the same for every step, so that the slots of a pack have equal ones. Found by dynamic programming.
     """
-    if micro_batches == 1 or _have_one_length(split):
+    if micro_batches == 1 or _has_one_length(split):
         return tuple(batch_size // micro_batches + (n < batch_size % micro_batches) for n in range(micro_batches))
     typical = typical_lengths(split, batch_size)
     # best[j]: the fewest positions for the j + 1 shortest examples in the micro-batches so far, and their sizes
@@ -196,18 +234,18 @@ def choose_sizes(split: Split, *, batch_size: int, micro_batches: int) -> tuple[
 
 @functools.lru_cache(maxsize=64)
 def typical_lengths(split: Split, batch_size: int) -> tuple[float, ...]:
-    """Returns the mean length of a step's shortest example, of its second shortest, and so on."""
+    """Returns the mean length of a step's shortest example, of its second shortest example, and so on."""
     steps = StepBatchSampler(split, batch_size=batch_size, num_steps=SAMPLED_STEPS, seed=0)
     drawn = torch.stack([split.lengths[torch.tensor(steps.indices_of_step(step))] for step in range(SAMPLED_STEPS)])
     return tuple(drawn.sort(dim=1).values.double().mean(0).tolist())
 
 
 def choose_accumulate(split: Split, *, batch_size: int, slots: int = 1) -> int:
-    """Returns the number of micro-batches per step: each saves padding and costs one call of the model.
+    """Returns the number of micro-batches per step. Each saves padding and costs one call of the model.
 
     It depends on the data, the batch size and the number of slots alone.
     """
-    if _have_one_length(split):
+    if _has_one_length(split):
         return 1
     typical = torch.tensor(typical_lengths(split, batch_size))
     costs: dict[int, float] = {}
@@ -218,14 +256,16 @@ def choose_accumulate(split: Split, *, batch_size: int, slots: int = 1) -> int:
         costs[count] = slots * positions + count * BATCH_COST_POSITIONS
         padding[count] = 1 - float(typical.sum()) / positions
     cheapest = min(costs, key=costs.__getitem__)
-    little = next((count for count in costs if padding[count] <= MAX_PADDING_FRACTION), cheapest)
-    return little if costs[little] <= MAX_COST_FACTOR * costs[cheapest] else cheapest
+    with_little_padding = next((count for count in costs if padding[count] <= MAX_PADDING_FRACTION), cheapest)
+    return with_little_padding if costs[with_little_padding] <= MAX_COST_FACTOR * costs[cheapest] else cheapest
 
 
-def batches_by_length(lengths: Tensor, *, budget: int) -> list[list[int]]:
-    """Returns every index once, sorted by length, in batches of at most `budget` positions with padding (or one index).
+def batches_by_length(lengths: Int[Tensor, " examples"], *, budget: int) -> list[list[int]]:
+    """Returns every index once, sorted by length, in batches as large as the budget allows.
 
-    Each batch is as large as its longest example allows.
+    Args:
+        lengths: The length of each example.
+        budget: Maximum number of positions of a batch, padding included. A longer example has its own batch.
     """
     batches: list[list[int]] = []
     for index in lengths.argsort(stable=True).tolist():
@@ -243,5 +283,5 @@ def draw_order(num_examples: int, *, seed: int, number: int) -> list[int]:
     return torch.randperm(num_examples, generator=generator).tolist()
 
 
-def _have_one_length(split: Split) -> bool:
+def _has_one_length(split: Split) -> bool:
     return int(split.lengths.min()) == int(split.lengths.max())

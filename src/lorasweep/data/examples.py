@@ -1,12 +1,9 @@
-"""Splits of examples of different lengths: sentences with labels, prompts with completions.
-
-`splits` makes them from the token ids that `tokenise` returns.
-"""
+"""Splits of examples of different lengths: texts with labels, prompts with completions."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -27,10 +24,10 @@ class Ragged:
     """(sequences,), int64: where each sequence ends."""
 
     @classmethod
-    def of(cls, rows: Sequence[Sequence[int]]) -> Ragged:
-        """Returns lists of numbers as one tensor."""
-        lengths = torch.tensor([len(row) for row in rows], dtype=torch.int64)
-        return cls(values=torch.tensor([x for row in rows for x in row], dtype=torch.int64), ends=lengths.cumsum(0))
+    def from_lists(cls, sequences: Sequence[Sequence[int]]) -> Ragged:
+        lengths = torch.tensor([len(sequence) for sequence in sequences], dtype=torch.int64)
+        values = torch.tensor([value for sequence in sequences for value in sequence], dtype=torch.int64)
+        return cls(values=values, ends=lengths.cumsum(0))
 
     @functools.cached_property
     def lengths(self) -> Tensor:
@@ -38,15 +35,14 @@ class Ragged:
         return torch.diff(self.ends, prepend=self.ends.new_zeros(1))
 
     def __getitem__(self, index: int) -> Tensor:
-        """Returns one sequence, a view."""
+        """Returns one sequence as a view."""
         end = int(self.ends[index])
         return self.values[end - int(self.lengths[index]) : end]
 
-    def take(self, indices: Sequence[int]) -> Ragged:
-        """Returns only these sequences."""
-        rows = [self[index] for index in indices]
-        values = torch.cat(rows) if rows else self.values[:0]
-        return Ragged(values=values, ends=self.lengths[torch.tensor(indices, dtype=torch.int64)].cumsum(0))
+    def select(self, mask: Tensor) -> Ragged:
+        """Returns only the sequences for which a mask, (sequences,), is true."""
+        values = self.values[mask.repeat_interleave(self.lengths)]
+        return Ragged(values=values, ends=self.lengths[mask].cumsum(0))
 
     def padded(self, indices: Sequence[int], *, fill: int) -> Tensor:
         """Returns these sequences padded on the right to the longest, (sequences, longest)."""
@@ -60,19 +56,17 @@ class ExampleSplit(Split):
     tokens: Ragged
     pad_token: int
     bytes: int
-    """UTF-8 bytes of all texts."""
+    """Number of UTF-8 bytes of all texts."""
     truncated: int = 0
     """Number of examples that were longer than `data.max_length` and were cut."""
-    facts: dict[str, Any] = field(default_factory=dict)
+    facts: Mapping[str, Any] = field(default_factory=dict)
     """More entries for the record, such as the number of examples of each class."""
 
     @property
     def lengths(self) -> Tensor:
-        """Number of tokens of each example."""
         return self.tokens.lengths
 
     def describe(self) -> dict[str, Any]:
-        """Returns the split's entry in a run record."""
         return {
             "examples": len(self),
             "bytes": self.bytes,
@@ -81,13 +75,14 @@ class ExampleSplit(Split):
             **self.facts,
         }
 
-    def _inputs(self, tokens: Ragged, indices: Sequence[int]) -> Batch:
-        """Returns token ids, and a mask if one is padded: without a mask attention may take its fastest path."""
-        input_ids = tokens.padded(indices, fill=self.pad_token)
-        lengths = tokens.lengths[torch.tensor(indices)]
+    def _inputs(self, indices: Sequence[int]) -> Batch:
+        """Returns padded token ids, with a mask only if an example is padded: attention is faster without a mask."""
+        input_ids = self.tokens.padded(indices, fill=self.pad_token)
+        lengths = self.lengths[torch.tensor(indices)]
         if int(lengths.min()) == input_ids.shape[1]:
             return {"input_ids": input_ids}
-        return {"input_ids": input_ids, "attention_mask": mask_of(lengths, width=input_ids.shape[1])}
+        mask = (torch.arange(input_ids.shape[1]) < lengths[:, None]).long()  # (batch, length)
+        return {"input_ids": input_ids, "attention_mask": mask}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -99,33 +94,30 @@ class LabelledSplit(ExampleSplit):
     token_types: Ragged | None = None
     """0 for the first text and 1 for the second, for models that tell them apart."""
     class_weights: Tensor | None = None
-    """(labels,): how much an example of each class counts in training; None for 1 each."""
+    """(labels,): weight of each class in the training loss; None for 1 each."""
 
     @functools.cached_property
     def weights(self) -> Tensor:
-        """The weight of each example's class, or 1."""
         return torch.ones(len(self.labels)) if self.class_weights is None else self.class_weights[self.labels]
 
     def batch(self, indices: Sequence[int], *, slots: int = 1) -> Batch:
-        """Returns these examples, padded, with their labels as targets."""
-        batch = self._inputs(self.tokens, indices)
+        rows = torch.tensor(indices)
+        batch = {**self._inputs(indices), "targets": self.labels[rows]}
         if self.token_types is not None:
             batch["token_type_ids"] = self.token_types.padded(indices, fill=0)
-        rows = torch.tensor(indices)
-        weights = {} if self.class_weights is None else {"weights": self.weights[rows]}
-        return {**batch, "targets": self.labels[rows], **weights}
+        if self.class_weights is not None:
+            batch["weights"] = self.weights[rows]
+        return batch
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class CompletionSplit(ExampleSplit):
-    """Conversations for a causal model; only some tokens are scored, such as those of the completion."""
+class TextSplit(ExampleSplit):
+    """Texts of which some tokens are predicted and scored."""
 
     targets: Ragged
-    """The next token at each position of `tokens`; `IGNORED` where the next token is not scored."""
+    """The tokens to predict; `IGNORED` for positions that are not scored."""
     scored_bytes: int
-    """UTF-8 bytes of the scored text."""
-    packing: bool = False
-    """Whether examples share a sequence end to end; none attends to another, because positions start anew."""
+    """Number of UTF-8 bytes of the scored text."""
 
     @functools.cached_property
     def weights(self) -> Tensor:
@@ -134,95 +126,90 @@ class CompletionSplit(ExampleSplit):
         ends = scored[self.targets.ends]
         return torch.diff(ends, prepend=ends.new_zeros(1)).float()
 
-    def drop_unscored(self) -> CompletionSplit:
-        """Returns the split without examples in which nothing is scored, because their answers were cut off."""
-        kept = self.weights.nonzero().flatten().tolist()
-        if len(kept) == len(self):
-            return self
-        rows = {"tokens": self.tokens.take(kept), "targets": self.targets.take(kept)}
-        return replace(self, **rows, facts={**self.facts, "left_out": len(self) - len(kept)})  # type: ignore[arg-type]
-
     @property
     def bytes_per_token(self) -> float:
-        """Bytes per scored token."""
+        """Number of bytes per scored token."""
         return self.scored_bytes / max(float(self.weights.sum()), 1.0)
 
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class CompletionSplit(TextSplit):
+    """Conversations for a causal model. Position i of `targets` is the token after position i of `tokens`."""
+
+    packing: bool = False
+    """Whether several examples share one sequence. No example attends to another, because positions restart at 0."""
+
+    def drop_unscored(self) -> CompletionSplit:
+        """Returns the split without examples whose answers were cut off, so that nothing in them is scored."""
+        is_scored = self.weights > 0
+        if is_scored.all():
+            return self
+        return replace(
+            self,
+            tokens=self.tokens.select(is_scored),
+            targets=self.targets.select(is_scored),
+            facts={**self.facts, "left_out": int((~is_scored).sum())},
+        )
+
     def batch(self, indices: Sequence[int], *, slots: int = 1) -> Batch:
-        """Returns these examples, padded, or packed into few sequences as long as the longest example."""
+        """Returns these examples, each in its own padded sequence, or several in one sequence if `packing` is set."""
         if self.packing:
             return self._pack(indices, slots=slots)
-        return {**self._inputs(self.tokens, indices), "targets": self.targets.padded(indices, fill=IGNORED)}
+        return {**self._inputs(indices), "targets": self.targets.padded(indices, fill=IGNORED)}
 
     def _pack(self, indices: Sequence[int], *, slots: int) -> Batch:
-        per_slot = len(indices) // slots
+        num_per_slot = len(indices) // slots
         lengths = [int(self.lengths[index]) for index in indices]
-        bins: list[list[list[int]]] = []  # per slot: the places in `indices` that share a sequence
+        bins: list[list[list[int]]] = []  # per slot and sequence: the positions in `indices` that share the sequence
         for slot in range(slots):
-            places = range(slot * per_slot, (slot + 1) * per_slot)
-            bins.append(fill_bins({place: lengths[place] for place in places}, capacity=max(lengths)))
-        # Every slot needs equally many sequences, because a pack divides a batch evenly among its slots.
-        most = max(map(len, bins))
-        sequences = [places for of_slot in bins for places in (*of_slot, *[[]] * (most - len(of_slot)))]
+            members = range(slot * num_per_slot, (slot + 1) * num_per_slot)
+            bins.append(fill_bins({n: lengths[n] for n in members}, capacity=max(lengths)))
+        # A pack divides a batch evenly among its slots, so every slot gets equally many sequences. Some stay empty.
+        num_sequences = max(map(len, bins))
+        for slot_bins in bins:
+            slot_bins += [[]] * (num_sequences - len(slot_bins))
+        sequences = [members for slot_bins in bins for members in slot_bins]
 
         def join(values: list[list[Tensor]], fill: int) -> Tensor:
             joined = [torch.cat(row) if row else torch.full((1,), fill) for row in values]
             return pad_sequence(joined, batch_first=True, padding_value=fill)
 
-        tokens = join([[self.tokens[indices[n]] for n in row] for row in sequences], self.pad_token)
-        positions = join([[torch.arange(lengths[n]) for n in row] for row in sequences], 0)
         return {
-            "input_ids": tokens,
-            "position_ids": positions,
+            "input_ids": join([[self.tokens[indices[n]] for n in row] for row in sequences], self.pad_token),
+            "position_ids": join([[torch.arange(lengths[n]) for n in row] for row in sequences], 0),
             "targets": join([[self.targets[indices[n]] for n in row] for row in sequences], IGNORED),
             "examples": join([[torch.full((lengths[n],), n) for n in row] for row in sequences], 0),
         }
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class SequenceSplit(ExampleSplit):
-    """Pairs of texts for an encoder-decoder: `tokens` go into the encoder, `targets` are what the decoder writes."""
+class SequenceSplit(TextSplit):
+    """Pairs of texts for an encoder-decoder: the encoder reads `tokens`, the decoder predicts `targets`."""
 
-    targets: Ragged
     start_token: int
-    """The token that the decoder starts with."""
-    scored_bytes: int
-
-    @functools.cached_property
-    def weights(self) -> Tensor:
-        """Number of tokens of each target."""
-        return self.targets.lengths.float()
-
-    @property
-    def bytes_per_token(self) -> float:
-        """Bytes per target token."""
-        return self.scored_bytes / max(float(self.weights.sum()), 1.0)
+    """The decoder's first input token."""
 
     def batch(self, indices: Sequence[int], *, slots: int = 1) -> Batch:
         """Returns these pairs, both sides padded; the decoder sees the target shifted by one."""
         targets = self.targets.padded(indices, fill=IGNORED)
-        before = targets.masked_fill(targets == IGNORED, self.pad_token)[:, :-1]
-        start = before.new_full((len(before), 1), self.start_token)
+        previous = targets.masked_fill(targets == IGNORED, self.pad_token)[:, :-1]
+        start = previous.new_full((len(previous), 1), self.start_token)
         return {
-            **self._inputs(self.tokens, indices),
-            "decoder_input_ids": torch.cat([start, before], dim=1),
+            **self._inputs(indices),
+            "decoder_input_ids": torch.cat([start, previous], dim=1),
             "targets": targets,
         }
 
 
-def mask_of(lengths: Tensor, *, width: int) -> Tensor:
-    """Returns 1 where an example has a token and 0 where it is padded, (examples, width), int64."""
-    return (torch.arange(width) < lengths[:, None]).long()
-
-
-def fill_bins(lengths: dict[int, int], *, capacity: int) -> list[list[int]]:
-    """Returns keys in bins whose lengths sum up to at most `capacity`, by first fit decreasing (Johnson 1973)."""
+def fill_bins(lengths: Mapping[int, int], *, capacity: int) -> list[list[int]]:
+    """Returns keys in bins whose lengths add up to at most `capacity`, by first fit decreasing (Johnson 1973)."""
     bins: list[list[int]] = []
-    room: list[int] = []
+    free: list[int] = []
     for key in sorted(lengths, key=lambda key: (-lengths[key], key)):
-        place = next((n for n, free in enumerate(room) if free >= lengths[key]), len(bins))
-        if place == len(bins):
+        chosen = next((n for n, room in enumerate(free) if room >= lengths[key]), len(bins))
+        if chosen == len(bins):
             bins.append([])
-            room.append(capacity)
-        bins[place].append(key)
-        room[place] -= lengths[key]
+            free.append(capacity)
+        bins[chosen].append(key)
+        free[chosen] -= lengths[key]
     return bins

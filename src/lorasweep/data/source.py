@@ -1,4 +1,4 @@
-"""Checked examples of each split in plain Python. `read_source` reads them, `splits` tokenises them."""
+"""The examples of a data set as plain Python values, after checking and before tokenising."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
-from torch import Tensor
+from lorasweep.data.split import Split
 
 Role = Literal["system", "user", "assistant"]
 Kind = Literal["documents", "single_label", "multi_label", "regression", "conversations"]
 Label = int | float | list[int]
-"""Index of the label's name; a number under regression; the rising indices of all labels under multi-label."""
+"""A class index; a number under regression; the sorted indices of all labels under `multi_label`."""
 
 
 class Document(NamedTuple):
-    """A whole text, to be cut into blocks, and where it comes from."""
+    """A whole text, to be cut into blocks, and its name."""
 
     name: str
     text: str
@@ -38,7 +38,7 @@ class Message(NamedTuple):
 
 
 Conversation = list[Message]
-"""Messages, the last one the assistant's. A prompt is a user's message, its completion the assistant's."""
+"""Messages, the last one from the assistant. A prompt is a user's message, its completion the assistant's."""
 
 Example = TypeVar("Example")
 """A `Document`, `LabelledText` or `Conversation`."""
@@ -52,53 +52,30 @@ class Examples(Generic[Example]):
     """`train`, `validation` or `test`."""
     items: list[Example]
     fingerprint: str
-    """16 hex digits over all examples in order."""
+    """First 16 hex digits of a SHA-256 over all examples in order."""
     notes: tuple[str, ...] = ()
-    """Sentences on the split for the user; only of the test split, which is read last. Else `DataSource` has them."""
+    """Notes for the user about the test split. Those about the other splits are in `DataSource.notes`."""
 
     def __len__(self) -> int:
-        """Returns the number of examples."""
         return len(self.items)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class OwnExamples:
-    """Examples of a data set of the user's own, which gives them when they are asked for."""
-
-    name: str
-    """`train`, `validation` or `test`."""
-    dataset: Any
-    """Has a length, and the same item at an index each time."""
-    collate: Callable[[list[Any]], Any]
-    """Makes a batch, a mapping of tensors, of items."""
-    lengths: Tensor
-    """Tokens of each example, (examples,), int64."""
-    weights: Tensor
-    """Scored items of each example, (examples,), float."""
-    fingerprint: str
-    """16 hex digits over all examples in order."""
-
-    def __len__(self) -> int:
-        """Returns the number of examples."""
-        return len(self.lengths)
-
-
-AnyExamples = Examples[Any] | OwnExamples
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
 class DataSource:
-    """A data set as it was read: its splits, and sentences about them."""
+    """The splits of a data set, and notes for the user about them.
+
+    A split is `Examples` that are still to be tokenised, or a `Split` if a user's data module returned tensors.
+    """
 
     kind: Kind
     label_names: tuple[str, ...] = ()
-    """Names of the classes in the order of their indices; empty where there are none."""
-    train: AnyExamples
-    validation: AnyExamples
-    test: Callable[[], AnyExamples]
-    """Reads the test split at its first call and returns the same one afterwards; nothing of it is used before."""
+    """Names of the classes in the order of their indices; empty for data without classes."""
+    train: Examples[Any] | Split
+    validation: Examples[Any] | Split
+    test: Callable[[], Examples[Any] | Split]
+    """Reads the test split at the first call and returns the same object afterwards."""
     notes: tuple[str, ...] = ()
-    """Sentences: which splits were taken from train and how, duplicates, the majority class and its score."""
+    """How missing splits were taken from train, duplicates, the score of a constant answer."""
 
 
 def collect_examples(name: str, items: list[Example], notes: tuple[str, ...] = ()) -> Examples[Example]:
@@ -107,7 +84,7 @@ def collect_examples(name: str, items: list[Example], notes: tuple[str, ...] = (
 
 
 def fingerprint_examples(items: Iterable[Example]) -> str:
-    """Returns the first 16 hex digits of a SHA-256 that changes with any text, label or their order."""
+    """Returns the first 16 hex digits of a SHA-256 that changes with any text, any label and their order."""
     digest = hashlib.sha256()
     for text in (text for item in items for text in _texts_of(item)):
         data = text.encode()

@@ -1,7 +1,4 @@
-"""A split of a data set as training uses it: examples with lengths and weights, and batches of them.
-
-`blocks` has splits of text blocks, `examples` those of single examples; `batching` and `loaders` draw from them.
-"""
+"""A split as training uses it: tokenised examples with lengths and weights, and batches of them."""
 
 from __future__ import annotations
 
@@ -11,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 IGNORED = -100
@@ -38,29 +36,26 @@ class Split(Protocol):
     fingerprint: str
     """First 16 hex digits of the SHA-256 over names, texts and labels in order."""
     notes: tuple[str, ...] = ()
-    """Messages for the user about this split. Only the test split has any, because it is read last; messages about the
-    others are in `DataSource.notes`."""
+    """Notes for the user about the test split. Those about the other splits are in `DataSource.notes`."""
 
     @property
     @abstractmethod
-    def lengths(self) -> Tensor:
-        """Number of tokens of each example, (examples,), int64."""
+    def lengths(self) -> Int[Tensor, " examples"]:
+        """Number of tokens of each example."""
 
     @property
     @abstractmethod
-    def weights(self) -> Tensor:
-        """Weight of each example in the loss: its number of scored tokens, or its class weight; (examples,), float.
+    def weights(self) -> Float[Tensor, " examples"]:
+        """Weight of each example in the loss: its number of scored tokens, or its class weight.
 
         A step's loss is divided by the sum of the weights of its examples.
         """
 
     def __len__(self) -> int:
-        """Returns the number of examples."""
         return len(self.lengths)
 
     def __hash__(self) -> int:
-        """Hashes by identity, because caches of batch sizes have a split as key."""
-        return id(self)
+        return id(self)  # caches of batch sizes have a split as key
 
     @abstractmethod
     def batch(self, indices: Sequence[int], *, slots: int = 1) -> Batch:
@@ -76,27 +71,25 @@ class Split(Protocol):
         """Returns the split's entry in a run record."""
 
 
-def padding_fraction(lengths: Tensor, batches: Sequence[Sequence[int]]) -> float:
-    """Returns the share of positions that is padding when these batches are each padded to their longest example."""
+def padding_fraction(lengths: Int[Tensor, " examples"], batches: Sequence[Sequence[int]]) -> float:
+    """Returns the fraction of positions that is padding when each batch is padded to its longest example."""
     padded = sum(len(batch) * int(lengths[torch.tensor(batch)].max()) for batch in batches)
     real = sum(int(lengths[torch.tensor(batch)].sum()) for batch in batches)
     return 1.0 - real / padded if padded else 0.0
 
 
 def move_batch(batch: Batch, device: torch.device) -> Batch:
-    """Returns a batch on a device."""
     return {name: value.to(device) for name, value in batch.items()}
 
 
 def repeat_batch(batch: Batch, *, slots: int) -> Batch:
-    """Returns a batch once for every slot, slot after slot."""
+    """Returns a batch repeated for every slot, slot after slot."""
     if slots == 1:
         return batch
     repeated = {name: x.repeat(slots, *[1] * (x.dim() - 1)) if x.dim() else x for name, x in batch.items()}
     if "examples" in batch:
-        per_slot = int(batch["examples"].max()) + 1
-        first = (
-            torch.arange(slots, device=batch["examples"].device).repeat_interleave(len(batch["examples"])) * per_slot
-        )
-        repeated["examples"] = repeated["examples"] + first[:, None]
+        # Examples are numbered from 0 in each slot, so later slots need numbers of their own.
+        num_examples = int(batch["examples"].max()) + 1
+        slot_of_row = torch.arange(slots, device=batch["examples"].device).repeat_interleave(len(batch["examples"]))
+        repeated["examples"] = repeated["examples"] + num_examples * slot_of_row[:, None]
     return repeated

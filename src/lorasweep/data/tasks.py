@@ -1,18 +1,18 @@
 """Tasks define the loss and the metrics of a run.
 
-A `Task` returns each example's loss and, from all examples, every metric. `training` knows a task and
-batches, and nothing of language models or classes.
+`training` knows only the `Task` protocol and batches, and nothing of language models or classes.
 """
 
 from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 from torchmetrics import Metric
@@ -27,32 +27,14 @@ from torchmetrics.functional.regression import pearson_corrcoef, spearman_corrco
 
 from lorasweep.config.data import METRICS_OF_TASK, Direction
 from lorasweep.data.split import IGNORED, NOT_INPUTS, Batch
-from lorasweep.errors import ConfigError
-from lorasweep.wording import nearest
 
-DIRECTIONS: Mapping[str, Direction] = {
-    **dict.fromkeys(("bits_per_byte", "loss", "perplexity", "mse"), "minimize"),
-    **dict.fromkeys(("accuracy", "f1", "matthews", "pearson", "spearman"), "maximize"),
-}
+MINIMIZED_METRICS = ("bits_per_byte", "loss", "perplexity", "mse")
+"""Metrics of which a lower value is better. Of all others a higher value is better."""
 LANGUAGE_MODEL_METRICS = ("bits_per_byte", "loss", "perplexity")
 
 
 def goal_direction(metric: str) -> Direction:
-    """Returns whether a lower or a higher value of a metric is better.
-
-    Raises:
-        ConfigError: There is no such metric.
-    """
-    check_metric(metric, tuple(DIRECTIONS))
-    return DIRECTIONS[metric]
-
-
-def check_metric(metric: str, metrics: Sequence[str]) -> None:
-    """Raises ConfigError, with the nearest name, if a metric is not among these."""
-    if metric not in metrics:
-        raise ConfigError(
-            f"`data.metric` must be one of {', '.join(metrics)}, but got {metric!r}.{nearest(metric, metrics)}"
-        )
+    return "minimize" if metric in MINIMIZED_METRICS else "maximize"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -62,34 +44,34 @@ class ExampleScores:
     loss: Tensor
     """(examples,): the sum over an example's scored items, in nats (squared error under regression)."""
     items: Tensor
-    """(examples,): scored items: the tokens of a text, else 1."""
+    """(examples,): number of scored items: the tokens of a text, otherwise 1."""
     prediction: Tensor | None = None
     """(examples,) class or number, or (examples, labels) of 0 and 1."""
     target: Tensor | None = None
-    """As `prediction`."""
+    """The shape of `prediction`."""
 
-    def map(self, change: Callable[[Tensor], Tensor]) -> ExampleScores:
-        """Returns scores with every tensor changed, for example to a part of the examples."""
-        values = {name: getattr(self, name) for name in FIELDS}
-        return ExampleScores(**{name: change(value) for name, value in values.items() if value is not None})
+    def map(self, function: Callable[[Tensor], Tensor]) -> ExampleScores:
+        """Returns the scores with a function applied to each tensor."""
+        values = {name: getattr(self, name) for name in SCORE_FIELDS}
+        return ExampleScores(**{name: function(value) for name, value in values.items() if value is not None})
 
     def of_slot(self, slot: int, *, slots: int) -> ExampleScores:
         """Returns the examples of one slot of a slot-major batch."""
         return self.map(lambda values: values.chunk(slots)[slot])
 
 
-FIELDS = ("loss", "items", "prediction", "target")
+SCORE_FIELDS = ("loss", "items", "prediction", "target")
 
 
 class Task(Protocol):
-    """What is learned from batches of one kind of data."""
+    """What is learnt from batches of one kind of data."""
 
     @property
     def metrics(self) -> tuple[str, ...]:
         """The task's metrics; `data.metric: auto` means the first one."""
 
-    def losses(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Returns each example's training loss, (examples,), fp32: the sum over its scored items, times its weight."""
+    def losses(self, model: nn.Module, batch: Batch) -> Float[Tensor, " examples"]:
+        """Returns each example's training loss in fp32: the sum over its scored items, times its weight."""
 
     def score(self, model: nn.Module, batch: Batch) -> ExampleScores:
         """Returns the scores of each example of an evaluation's batch."""
@@ -100,7 +82,7 @@ class Task(Protocol):
     def per_example(self, metric: str, scores: ExampleScores) -> tuple[Tensor, Tensor] | None:
         """Returns (values, weights) whose weighted mean is the metric, or the logarithm of perplexity.
 
-        None for a metric that is no mean over examples.
+        None for a metric that is not a mean over examples.
         """
 
 
@@ -110,8 +92,8 @@ class LanguageModelling:
 
     - `loss`: nats per scored token, L = Σ nats / Σ tokens.
     - `perplexity`: exp(L), per token.
-    - `bits_per_byte`: L / (ln 2 · bytes per token) (The Pile, arXiv 2101.00027, section 3.1); only this one compares
-      across tokenizers.
+    - `bits_per_byte`: L / (ln 2 · bytes per token) (The Pile, arXiv 2101.00027, section 3.1). It is the only one that
+      can be compared across tokenizers.
     """
 
     bytes_per_token: float | None
@@ -119,16 +101,14 @@ class LanguageModelling:
     metrics: tuple[str, ...] = LANGUAGE_MODEL_METRICS
 
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Returns each example's sum of nats over its scored tokens, (examples,)."""
         return sum_by_example(self._token_losses(model, batch), batch)
 
     def score(self, model: nn.Module, batch: Batch) -> ExampleScores:
-        """Returns each example's nats and scored tokens."""
         losses, scored = self._token_losses(model, batch), batch["targets"] != IGNORED
+        # fp64, because the tokens of a whole evaluation are added up
         return ExampleScores(loss=sum_by_example(losses.double(), batch), items=sum_by_example(scored.double(), batch))
 
     def compute(self, scores: ExampleScores) -> dict[str, Tensor]:
-        """Returns each metric, float64. NaN without a token."""
         loss = scores.loss.double().sum() / scores.items.double().sum()
         values = {"loss": loss, "perplexity": loss.exp()}
         if self.bytes_per_token is None:
@@ -136,14 +116,14 @@ class LanguageModelling:
         return {"bits_per_byte": loss / (math.log(2) * self.bytes_per_token), **values}
 
     def per_example(self, metric: str, scores: ExampleScores) -> tuple[Tensor, Tensor] | None:
-        """Returns nats (or bits per byte) per token, and the tokens, of each example."""
+        """Returns nats (or bits per byte) per token, and the number of tokens, of each example."""
         per_token = scores.loss.double() / scores.items.double().clamp(min=1)
         if metric == "bits_per_byte" and self.bytes_per_token is not None:
             per_token = per_token / (math.log(2) * self.bytes_per_token)
         return per_token, scores.items
 
-    def _token_losses(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Returns the nats of each position, 0 where it is not scored, fp32, (batch, length)."""
+    def _token_losses(self, model: nn.Module, batch: Batch) -> Float[Tensor, "batch length"]:
+        """Returns the nats of each position in fp32, 0 if it is not scored."""
         logits, targets = logits_of(model, batch), batch["targets"]  # (batch, length, vocabulary)
         losses = cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none", ignore_index=IGNORED)
         return losses.view(targets.shape)
@@ -157,15 +137,12 @@ class LabelTask:
         """Returns each example's loss, (examples,), without smoothing and weights."""
 
     @abstractmethod
-    def _predict(self, logits: Tensor) -> Tensor:
-        """Returns each example's prediction."""
+    def _predict(self, logits: Tensor) -> Tensor: ...
 
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Returns each example's training loss, (examples,)."""
         return self._loss(logits_of(model, batch), batch["targets"])
 
     def score(self, model: nn.Module, batch: Batch) -> ExampleScores:
-        """Returns each example's loss, prediction and target."""
         logits, targets = logits_of(model, batch), batch["targets"]
         losses = self._loss(logits, targets)
         prediction = self._predict(logits)
@@ -174,9 +151,9 @@ class LabelTask:
         )
 
     def per_example(self, metric: str, scores: ExampleScores) -> tuple[Tensor, Tensor] | None:
-        """Returns 1 where all labels of an example are right (`accuracy`), or its loss, each with weight 1."""
+        """Returns 1 if all labels of an example are right (`accuracy`), or its loss, each with weight 1."""
         if metric == "accuracy":
-            predicted, target = _pair(scores)
+            predicted, target = _unpack(scores)
             values = (predicted == target).view(len(target), -1).all(-1).double()
         elif metric in ("loss", "mse"):
             values = scores.loss.double()
@@ -189,8 +166,8 @@ class LabelTask:
 class Classification(LabelTask):
     """Predicts one class per example.
 
-    - `accuracy`: share of examples whose class is right.
-    - `f1`: of the second class if there are two (as GLUE scores MRPC and QQP), else the mean over classes.
+    - `accuracy`: fraction of examples whose class is right.
+    - `f1`: F1 of the second class if there are two (as GLUE scores MRPC and QQP), else the mean over classes.
     - `matthews`: Matthews' correlation coefficient.
     - `loss`: mean cross-entropy in nats, without class weights or smoothing.
     """
@@ -212,8 +189,7 @@ class Classification(LabelTask):
         return logits.argmax(-1)
 
     def compute(self, scores: ExampleScores) -> dict[str, Tensor]:
-        """Returns each metric."""
-        predicted, target = _pair(scores)
+        predicted, target = _unpack(scores)
         classes = self.num_classes
         f1 = multiclass_f1_score(predicted, target, classes, average=None if classes == 2 else "macro")
         return {
@@ -228,8 +204,8 @@ class Classification(LabelTask):
 class MultiLabel(LabelTask):
     """Predicts any number of labels per example.
 
-    - `f1`: over all pairs of example and label together (micro).
-    - `accuracy`: share of examples all of whose labels are right.
+    - `f1`: F1 over all pairs of example and label together (micro).
+    - `accuracy`: fraction of examples whose labels are all right.
     - `loss`: binary cross-entropy in nats, mean over labels and examples.
     """
 
@@ -243,8 +219,7 @@ class MultiLabel(LabelTask):
         return (logits > 0).long()
 
     def compute(self, scores: ExampleScores) -> dict[str, Tensor]:
-        """Returns each metric."""
-        predicted, target = _pair(scores)
+        predicted, target = _unpack(scores)
         return {
             "f1": multilabel_f1_score(predicted, target, self.num_labels, average="micro").double(),
             "accuracy": multilabel_exact_match(predicted, target, self.num_labels).double(),
@@ -265,8 +240,8 @@ class Regression(LabelTask):
         return logits.squeeze(-1)
 
     def compute(self, scores: ExampleScores) -> dict[str, Tensor]:
-        """Returns each metric; a correlation is 0 if every prediction or every target is the same."""
-        predicted, target = (values.double() for values in _pair(scores))
+        """Returns each metric; a correlation is 0 if all predictions or all targets are equal."""
+        predicted, target = (values.double() for values in _unpack(scores))
         mse = scores.loss.double().mean()
         pearson = spearman = torch.zeros_like(mse)
         if predicted.std(correction=0) != 0 and target.std(correction=0) != 0:
@@ -285,15 +260,13 @@ class Evaluation(Metric):
     target: list[Tensor]
 
     def __init__(self, task: Task, **settings: Any) -> None:
-        """Starts without examples; settings are those of `torchmetrics.Metric`."""
         super().__init__(**settings)
         self.task = task
-        for name in FIELDS:
+        for name in SCORE_FIELDS:
             self.add_state(name, [], dist_reduce_fx="cat")
 
     def update(self, scores: ExampleScores) -> None:
-        """Adds the examples of a batch."""
-        for name in FIELDS:
+        for name in SCORE_FIELDS:
             value = getattr(scores, name)
             if value is not None:
                 getattr(self, name).append(value.detach())
@@ -302,31 +275,30 @@ class Evaluation(Metric):
     def examples(self) -> ExampleScores:
         """Every example so far, in the order in which they came."""
         # A state is a list before torchmetrics joins the processes, and one tensor afterwards.
-        states = {name: getattr(self, name) for name in FIELDS}
+        states = {name: getattr(self, name) for name in SCORE_FIELDS}
         joined = {name: torch.cat(x) if isinstance(x, list) and x else x for name, x in states.items()}
         return ExampleScores(**{name: x for name, x in joined.items() if isinstance(x, Tensor) and x.numel()})
 
     def compute(self) -> dict[str, Tensor]:
-        """Returns each metric of all examples so far."""
         return self.task.compute(self.examples)
 
 
 def logits_of(model: nn.Module, batch: Batch) -> Tensor:
-    """Returns the model's logits for a batch, in fp32: its `.logits`, or its output if that is a tensor."""
+    """Returns the model's logits for a batch, in fp32."""
     output = model(**{name: value for name, value in batch.items() if name not in NOT_INPUTS})
     logits: Tensor = output if isinstance(output, Tensor) else output.logits
     return logits.float()
 
 
-def sum_by_example(values: Tensor, batch: Batch) -> Tensor:
-    """Returns the sum over each example of a value per position, (examples,)."""
+def sum_by_example(values: Float[Tensor, "batch length"], batch: Batch) -> Float[Tensor, " examples"]:
+    """Returns the sum over the positions of each example."""
     if "examples" not in batch:
         return values.sum(-1)
-    numbers = batch["examples"]
+    numbers = batch["examples"]  # several examples share a sequence
     return values.new_zeros(int(numbers.max()) + 1).index_add(0, numbers.flatten(), values.flatten())
 
 
-def _pair(scores: ExampleScores) -> tuple[Tensor, Tensor]:
+def _unpack(scores: ExampleScores) -> tuple[Tensor, Tensor]:
     assert scores.prediction is not None
     assert scores.target is not None
     return scores.prediction, scores.target

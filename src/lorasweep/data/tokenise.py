@@ -1,7 +1,4 @@
-"""Tokenises the examples of a source. The cache of `datasets` keeps the token ids for the next run or sweep.
-
-`splits` calls these functions, and makes splits of the ids.
-"""
+"""Tokenises examples. The cache of `datasets` keeps the token ids for the next run or sweep."""
 
 from __future__ import annotations
 
@@ -16,22 +13,21 @@ import datasets
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from lorasweep.config.data import ChatConfig
 from lorasweep.data.examples import Ragged
-from lorasweep.data.source import Conversation, LabelledText, Message
+from lorasweep.data.source import Conversation, Document, Examples, LabelledText, Message
 from lorasweep.data.split import IGNORED
 from lorasweep.errors import ConfigError
 
 CACHE_FORMAT = 3
-"""Goes into every cache key: raise it when the ids of the same examples change."""
+"""Part of every cache key. Raise it when the token ids of the same examples change."""
 Columns = dict[str, list[Any]]
 Encoder = Callable[[Sequence[Message]], tuple[list[int], list[bool]]]
-"""Takes a conversation, returns its token ids and whether each one is scored."""
+"""Takes a conversation. Returns its token ids, and for each token whether it is scored."""
 
 
-def tokenise_texts(texts: Sequence[str], *, tokenizer: PreTrainedTokenizerBase, fingerprint: str) -> dict[str, Ragged]:
-    """Returns the `input_ids` of whole texts, each followed by the tokenizer's end-of-text token.
-
-    A text that spells out a special token (`<|endoftext|>`) is text and becomes ordinary tokens.
+def tokenise_documents(examples: Examples[Document], *, tokenizer: PreTrainedTokenizerBase) -> Ragged:
+    """Returns the token ids of whole documents, each followed by the tokenizer's end-of-text token.
 
     Raises:
         ConfigError: The tokenizer has no end-of-text token.
@@ -39,117 +35,105 @@ def tokenise_texts(texts: Sequence[str], *, tokenizer: PreTrainedTokenizerBase, 
     end = end_token(tokenizer)
 
     def tokenise(columns: Columns) -> Columns:
-        ids = plain_ids(columns["text"], tokenizer)
-        return {"input_ids": [[*row, end] for row in ids]}
+        return {"input_ids": [[*ids, end] for ids in plain_ids(columns["text"], tokenizer)]}
 
-    return map_cached({"text": list(texts)}, tokenise, key=cache_key(tokenizer, fingerprint, form="text"))
+    columns = {"text": [document.text for document in examples.items]}
+    return map_cached(columns, tokenise, key=cache_key(tokenizer, examples.fingerprint, form="text"))["input_ids"]
 
 
 def tokenise_labelled(
-    examples: Sequence[LabelledText], *, tokenizer: PreTrainedTokenizerBase, max_length: int, fingerprint: str
+    examples: Examples[LabelledText], *, tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> dict[str, Ragged]:
     """Returns `input_ids`, and `full_length`: the number of tokens of each example before it was cut.
 
-    Pairs also have `token_type_ids` if the tokenizer uses them to distinguish the two texts.
+    Pairs also have `token_type_ids` if the model tells the two texts apart.
     """
-    columns: Columns = {"text": [example.text for example in examples]}
-    if any(example.pair is not None for example in examples):
-        columns["pair"] = [example.pair for example in examples]
-    typed = "pair" in columns and "token_type_ids" in tokenizer.model_input_names
+    columns: Columns = {"text": [example.text for example in examples.items]}
+    if any(example.pair is not None for example in examples.items):
+        columns["pair"] = [example.pair for example in examples.items]
+    has_types = "pair" in columns and "token_type_ids" in tokenizer.model_input_names
 
     def tokenise(columns: Columns) -> Columns:
-        whole = tokenizer(*columns.values(), return_attention_mask=False, verbose=False)["input_ids"]
-        cut = tokenizer(*columns.values(), truncation=True, max_length=max_length, return_token_type_ids=typed)
-        kept = {"input_ids": cut["input_ids"], "full_length": [[len(ids)] for ids in whole]}
-        return {**kept, "token_type_ids": cut["token_type_ids"]} if typed else kept
+        full = tokenizer(*columns.values(), return_attention_mask=False, verbose=False)["input_ids"]
+        cut = tokenizer(*columns.values(), truncation=True, max_length=max_length, return_token_type_ids=has_types)
+        result = {"input_ids": cut["input_ids"], "full_length": [[len(ids)] for ids in full]}
+        return {**result, "token_type_ids": cut["token_type_ids"]} if has_types else result
 
-    return map_cached(columns, tokenise, key=cache_key(tokenizer, fingerprint, form="labelled", max_length=max_length))
+    key = cache_key(tokenizer, examples.fingerprint, form="labelled", max_length=max_length)
+    return map_cached(columns, tokenise, key=key)
 
 
 def tokenise_chats(
-    conversations: Sequence[Conversation],
-    *,
-    tokenizer: PreTrainedTokenizerBase,
-    template: str,
-    separator: str,
-    max_length: int,
-    fingerprint: str,
+    examples: Examples[Conversation], *, config: ChatConfig, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, Ragged]:
-    """Returns `input_ids` and `targets`: the next token where the assistant says it, else `IGNORED`.
+    """Returns `input_ids` and `targets`: the next token if the assistant says it, otherwise `IGNORED`.
 
-    Also `full_length` as in `tokenise_labelled`, and `scored_bytes`, one number per example.
+    Also returns `full_length` as in `tokenise_labelled`, and `scored_bytes`, one number per example.
 
     Raises:
-        ConfigError: The tokenizer has no chat template, or one that does not take these conversations, or no
+        ConfigError: The tokenizer has no chat template, its template can't format these conversations, or it has no
             end-of-text token for a plain template.
     """
     # `auto` uses the chat template if the tokenizer has one, because the model was trained with it.
-    with_template = template == "model" or (template == "auto" and tokenizer.chat_template is not None)
-    if with_template and tokenizer.chat_template is None:
+    has_template, max_length = tokenizer.chat_template is not None, config.max_length
+    with_template = config.template == "model" or (config.template == "auto" and has_template)
+    if with_template and not has_template:
         raise ConfigError(
-            "`data.template=model` needs a tokenizer with a chat template, but this model's has none. "
+            "`data.template=model` needs a tokenizer with a chat template, but this model's tokenizer has none. "
             "Use `data.template=plain`."
         )
-    encode = _template_encoder(tokenizer) if with_template else _plain_encoder(tokenizer, separator)
+    encode = _template_encoder(tokenizer) if with_template else _plain_encoder(tokenizer, config.separator)
 
     def tokenise(columns: Columns) -> Columns:
-        made: Columns = {"input_ids": [], "targets": [], "full_length": [], "scored_bytes": []}
+        result: Columns = {"input_ids": [], "targets": [], "full_length": [], "scored_bytes": []}
         for text in columns["conversation"]:
             ids, scored = encode([Message(*message) for message in json.loads(text)])
             # Position i predicts token i + 1, so targets are shifted here and the model must not shift them again.
             following = [token if is_scored else IGNORED for token, is_scored in zip(ids[1:], scored[1:], strict=True)]
-            made["input_ids"].append(ids[:-1][:max_length])
-            made["targets"].append(following[:max_length])
-            made["full_length"].append([len(ids) - 1])
-            kept = [token for token in following[:max_length] if token != IGNORED]
-            made["scored_bytes"].append([len(str(tokenizer.decode(kept, skip_special_tokens=True)).encode())])
-        return made
+            result["input_ids"].append(ids[:-1][:max_length])
+            result["targets"].append(following[:max_length])
+            result["full_length"].append([len(ids) - 1])
+            answer = [token for token in following[:max_length] if token != IGNORED]
+            result["scored_bytes"].append([len(str(tokenizer.decode(answer, skip_special_tokens=True)).encode())])
+        return result
 
     # `datasets` gets one JSON text per conversation, so that its column is a plain column of texts.
-    texts = [json.dumps(conversation) for conversation in conversations]
+    texts = [json.dumps(conversation) for conversation in examples.items]
     form = "template" if with_template else "plain"
-    key = cache_key(tokenizer, fingerprint, form=form, separator=separator, max_length=max_length)
+    key = cache_key(tokenizer, examples.fingerprint, form=form, separator=config.separator, max_length=max_length)
     return map_cached({"conversation": texts}, tokenise, key=key)
 
 
 def tokenise_sequences(
-    conversations: Sequence[Conversation],
-    *,
-    tokenizer: PreTrainedTokenizerBase,
-    separator: str,
-    max_length: int,
-    fingerprint: str,
+    examples: Examples[Conversation], *, config: ChatConfig, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, Ragged]:
-    """Returns the examples of an encoder-decoder: `input_ids` are all messages but the last, `targets` the last one.
+    """Returns the examples of an encoder-decoder: `input_ids` of all messages but the last, `targets` of the last one.
 
-    Also `full_length` and `scored_bytes` as in `tokenise_chats`.
+    Also returns `full_length` and `scored_bytes` as in `tokenise_chats`.
     """
 
     def tokenise(columns: Columns) -> Columns:
         source = tokenizer(columns["source"], return_attention_mask=False, verbose=False)["input_ids"]
-        # `text_target` selects the tokenizer of the output language, where a model has two (Marian, mBART).
+        # `text_target` selects the tokenizer of the output language if a model has two (Marian, mBART).
         target = tokenizer(text_target=columns["target"], return_attention_mask=False, verbose=False)["input_ids"]
         return {
-            "input_ids": [_cut(row, max_length) for row in source],
-            "targets": [_cut(row, max_length) for row in target],
+            "input_ids": [_truncate(ids, config.max_length) for ids in source],
+            "targets": [_truncate(ids, config.max_length) for ids in target],
             "full_length": [[max(len(a), len(b))] for a, b in zip(source, target, strict=True)],
             "scored_bytes": [[len(text.encode())] for text in columns["target"]],
         }
 
     columns = {
-        "source": [separator.join(message.content for message in row[:-1]) for row in conversations],
-        "target": [row[-1].content for row in conversations],
+        "source": [config.separator.join(message.content for message in chat[:-1]) for chat in examples.items],
+        "target": [chat[-1].content for chat in examples.items],
     }
-    key = cache_key(tokenizer, fingerprint, form="sequences", separator=separator, max_length=max_length)
+    settings = {"separator": config.separator, "max_length": config.max_length}
+    key = cache_key(tokenizer, examples.fingerprint, form="sequences", **settings)
     return map_cached(columns, tokenise, key=key)
 
 
 def end_token(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Returns the token that ends a text.
-
-    Raises:
-        ConfigError: There is none.
-    """
+    """Returns the token that ends a text; raises ConfigError if the tokenizer has no such token."""
     end = tokenizer.eos_token_id
     if not isinstance(end, int):
         raise ConfigError(
@@ -159,14 +143,14 @@ def end_token(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def plain_ids(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Returns the ids of texts without special tokens; a text that spells one out becomes ordinary tokens."""
+    """Returns the ids of texts without special tokens. `<|endoftext|>` inside a text becomes ordinary tokens."""
     ids: list[list[int]] = tokenizer(
         list(texts),
         add_special_tokens=False,
         split_special_tokens=True,
         return_attention_mask=False,
         return_token_type_ids=False,
-        verbose=False,  # longer than the model's context is expected: it is cut
+        verbose=False,  # no warning about texts longer than the model's context: they are cut later
     )["input_ids"]
     return ids
 
@@ -174,8 +158,8 @@ def plain_ids(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[
 def cache_key(tokenizer: PreTrainedTokenizerBase, fingerprint: str, **settings: Any) -> str:
     """Returns 32 hex digits that change with the examples, the tokenizer, the settings or `CACHE_FORMAT`."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    made = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
-    tokenizer_parts = [made, str(tokenizer.chat_template), tokenizer.padding_side]
+    rules = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
+    tokenizer_parts = [rules, str(tokenizer.chat_template), tokenizer.padding_side]
     parts = [CACHE_FORMAT, fingerprint, *tokenizer_parts, sorted(settings.items())]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
@@ -185,17 +169,17 @@ def map_cached(columns: Columns, tokenise: Callable[[Columns], Columns], *, key:
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "lorasweep"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        where: dict[str, Any] = {"cache_file_name": str(folder / f"{key}.arrow")}
-    except OSError:  # a cache that can't be written to costs time, nothing else
-        where = {"keep_in_memory": True}
-    with _quiet():
-        rows = datasets.Dataset.from_dict(columns)
-        made = rows.map(tokenise, batched=True, remove_columns=list(columns), new_fingerprint=key, **where)
-        table = made.with_format("arrow")[:]
-    return {name: _ragged(table.column(name).combine_chunks()) for name in table.column_names}
+        target: dict[str, Any] = {"cache_file_name": str(folder / f"{key}.arrow")}
+    except OSError:  # without a writable cache, examples are tokenised again in each run
+        target = {"keep_in_memory": True}
+    with _without_progress_bars():
+        texts = datasets.Dataset.from_dict(columns)
+        ids = texts.map(tokenise, batched=True, remove_columns=list(columns), new_fingerprint=key, **target)
+        table = ids.with_format("arrow")[:]
+    return {name: _to_ragged(table.column(name).combine_chunks()) for name in table.column_names}
 
 
-def _ragged(column: Any) -> Ragged:
+def _to_ragged(column: Any) -> Ragged:
     ends = torch.from_numpy(column.offsets.to_numpy(zero_copy_only=False)[1:].astype("int64"))
     values = torch.from_numpy(column.flatten().to_numpy(zero_copy_only=False).astype("int64"))
     return Ragged(values=values, ends=ends)
@@ -205,15 +189,16 @@ def _template_encoder(tokenizer: PreTrainedTokenizerBase) -> Encoder:
     def encode(messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
         ids: list[int] = []
         scored: list[bool] = []
-        for place, message in enumerate(messages):
+        for index, message in enumerate(messages):
             if message.role != "assistant":
                 continue
-            before = _apply(tokenizer, messages[:place], add_generation_prompt=True)
-            after = _apply(tokenizer, messages[: place + 1], add_generation_prompt=False)
+            # The tokens that an answer adds to the conversation before it are scored.
+            before = _apply_template(tokenizer, messages[:index], add_generation_prompt=True)
+            after = _apply_template(tokenizer, messages[: index + 1], add_generation_prompt=False)
             if after[: len(before)] != before or before[: len(ids)] != ids:
                 raise ConfigError(
-                    "the model's chat template must write a conversation from left to right, but changes earlier "
-                    "messages when an answer is added. Use `data.template=plain`."
+                    "the model's chat template must not change earlier messages when an answer is added, but it does. "
+                    "Use `data.template=plain`."
                 )
             scored += [False] * (len(before) - len(ids)) + [True] * (len(after) - len(before))
             ids = after
@@ -222,7 +207,7 @@ def _template_encoder(tokenizer: PreTrainedTokenizerBase) -> Encoder:
     return encode
 
 
-def _apply(
+def _apply_template(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, add_generation_prompt: bool
 ) -> list[int]:
     try:
@@ -234,7 +219,7 @@ def _apply(
         )
     except Exception as error:  # a jinja template can raise any class of error
         raise ConfigError(
-            f"the model's chat template must take these conversations, but does not: {error}. "
+            f"the model's chat template must accept these conversations, but it fails: {error}. "
             "Use `data.template=plain`."
         ) from error
     return list(ids)
@@ -243,15 +228,14 @@ def _apply(
 def _plain_encoder(tokenizer: PreTrainedTokenizerBase, separator: str) -> Encoder:
     end = end_token(tokenizer)
     start = [tokenizer.bos_token_id] if isinstance(tokenizer.bos_token_id, int) else []
+    between = plain_ids([separator], tokenizer)[0]
 
     def encode(messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
         ids, scored = list(start), [False] * len(start)
-        for place, (message, tokens) in enumerate(
-            zip(messages, plain_ids([message.content for message in messages], tokenizer), strict=True)
-        ):
+        contents = plain_ids([message.content for message in messages], tokenizer)
+        for index, (message, tokens) in enumerate(zip(messages, contents, strict=True)):
             is_answer = message.role == "assistant"
-            if place and separator:
-                between = plain_ids([separator], tokenizer)[0]
+            if index:
                 ids, scored = ids + between, scored + [False] * len(between)
             ids = [*ids, *tokens, *([end] if is_answer else [])]
             scored += [is_answer] * (len(tokens) + is_answer)
@@ -260,13 +244,13 @@ def _plain_encoder(tokenizer: PreTrainedTokenizerBase, separator: str) -> Encode
     return encode
 
 
-def _cut(row: list[int], length: int) -> list[int]:
+def _truncate(ids: list[int], length: int) -> list[int]:
     """Returns at most `length` tokens; the last one, which ends the text, stays."""
-    return row if len(row) <= length else [*row[: length - 1], row[-1]]
+    return ids if len(ids) <= length else [*ids[: length - 1], ids[-1]]
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def _without_progress_bars() -> Iterator[None]:
     was_shown = datasets.is_progress_bar_enabled()
     datasets.disable_progress_bars()
     try:

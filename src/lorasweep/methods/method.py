@@ -74,7 +74,7 @@ class Method(ABC):
             model: The copy. Afterwards only the trained parameters, all in fp32, have `requires_grad`.
             config: Settings of this method.
             generator: CPU random stream (`seeds.init`). The new head is drawn first, then the method's own values.
-            new_head_names: Names of the modules that the checkpoint lacked (`BaseModel.head`). Every method draws
+            new_head_names: `BaseModel.new_head_names`, the modules that the checkpoint lacked. Every method draws
                 them; all but `frozen` train them.
 
         Raises:
@@ -155,7 +155,7 @@ def draw_head(model: nn.Module, names: Sequence[str], *, generator: torch.Genera
 
     Args:
         model: A copy from `copy_sharing_weights`, with no LoRA layers yet.
-        names: Names of the new modules (`BaseModel.head`).
+        names: Names of the new modules (`BaseModel.new_head_names`).
         generator: CPU random stream (`seeds.init`), drawn in the model's order before anything else of a run.
     """
     settings: Any = getattr(model, "config", None)

@@ -1,1 +1,1 @@
-"""The base model: `load` gets one from this package, a folder or the hub; `tiny` is the one inside this package."""
+"""The base model. `load` reads it from this package, a folder or the hub; `tiny` is inside this package."""

@@ -1,4 +1,4 @@
-"""Finds the folder of `model.path`: an embedded model, a local folder, or the hub's cache. Next: `load`."""
+"""Finds the folder of `model.path`: an embedded model, a local folder, or a download from the hub."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ from lorasweep.errors import ConfigError, first_line
 
 EMBEDDED = "embedded:"
 HUB_TIMEOUT_S = 10.0
-"""Seconds to wait for the hub before the cache is used: without a network the client's default takes far longer."""
+"""Seconds to wait for the hub before its cache is used. Without a network the client's default is far longer."""
 SETTINGS_AND_TOKENIZER = ["*.json", "*.txt", "*.model", "*.jinja"]
-"""Patterns of the files of a model on the hub that are always downloaded."""
+"""Name patterns of the files of a hub model that are always downloaded."""
 
 
-def find_files(config: ModelConfig) -> tuple[Path, str | None]:
+def find_model_folder(config: ModelConfig) -> tuple[Path, str | None]:
     """Returns the folder of `model.path`, downloaded if necessary, and the name of the GGUF file to load or None.
 
     Raises:
-        ConfigError: The model can't be found or downloaded, is an adapter, or has weights only in a pickle, which
-            `model.allow_pickle` forbids.
+        ConfigError: The model can't be found or downloaded, is an adapter, or has its weights only in a pickle file
+            without `model.allow_pickle`.
     """
-    found = find_folder(config) or _download(config)
-    if found.is_file():
-        return found.parent, found.name
+    path = find_local_path(config) or _download(config)
+    if path.is_file():
+        return path.parent, path.name
     if config.factory is None:
-        _check_weights(found, config)
-    return found, config.gguf_file
+        _check_weights(path, config)
+    return path, config.gguf_file
 
 
-def find_folder(config: ModelConfig) -> Path | None:
+def find_local_path(config: ModelConfig) -> Path | None:
     """Returns the folder or GGUF file that `model.path` names, or None for a hub id.
 
     Raises:
-        ConfigError: There is no such folder or embedded model, or `model.revision` is set for a local path.
+        ConfigError: The folder or embedded model does not exist, or `model.revision` is set for a local path.
     """
     path = config.path or ""
     if path.startswith(EMBEDDED):
@@ -47,26 +47,21 @@ def find_folder(config: ModelConfig) -> Path | None:
         if path.removeprefix(EMBEDDED) not in names:
             raise ConfigError(f"`model.path` must name an embedded model ({', '.join(names)}), but got {path!r}.")
         return package / path.removeprefix(EMBEDDED)
-    found = Path(path).expanduser()
-    if found.is_dir() or (found.is_file() and found.suffix == ".gguf"):
+    local = Path(path).expanduser()
+    if local.is_dir() or (local.is_file() and local.suffix == ".gguf"):
         if config.revision is not None:
             raise ConfigError(f"`model.revision` must be null for a local {path!r}, but got {config.revision!r}.")
-        return found
-    if path.startswith(("/", ".", "~")) or path.count("/") > 1 or found.is_file():
+        return local
+    if path.startswith(("/", ".", "~")) or path.count("/") > 1 or local.is_file():
         raise ConfigError(
-            f"`model.path` must be a folder, a GGUF file or a hub id such as 'owner/name', but {path!r} is none of "
-            "them. Check its spelling."
+            f"`model.path` must be a folder, a GGUF file or a hub id such as 'owner/name', but got {path!r}. "
+            "Check its spelling."
         )
     return None
 
 
 def _download(config: ModelConfig) -> Path:
-    """Returns the folder of a hub id in the cache, after downloading the files that are missing there.
-
-    Raises:
-        ConfigError: There is no such model, the user must first accept its terms, or the hub can't be reached and the
-            cache lacks the model.
-    """
+    """Returns the folder of a hub id in the cache, after downloading the files that are missing there."""
     assert config.path is not None
     wanted = list(SETTINGS_AND_TOKENIZER)
     if config.factory is None:
@@ -78,31 +73,30 @@ def _download(config: ModelConfig) -> Path:
             config.path,
             revision=config.revision,
             allow_patterns=wanted,
-            ignore_patterns=["*/*"],  # folders hold the model in other formats
+            ignore_patterns=["*/*"],  # subfolders have the model in other formats
             etag_timeout=HUB_TIMEOUT_S,
         )
     except GatedRepoError as error:
         raise ConfigError(
-            f"`model.path` must be a model that you may download, but {config.path!r} asks for consent to its terms. "
+            f"`model.path` must be a model that you may download, but you did not accept the terms of {config.path!r}. "
             "Accept them on its page, then log in with `hf auth login`."
         ) from error
     except (OSError, ValueError, HubError) as error:
         raise ConfigError(
-            f"`model.path` must be a folder, or a model on the hub or in its cache, but {config.path!r} is not "
-            f"({first_line(error)}). Check its spelling and the connection."
+            f"`model.path` must be a folder or a model on the hub, but {config.path!r} can't be downloaded: "
+            f"{first_line(error.__cause__ or error)}. Check its spelling and the connection."
         ) from error
     return Path(folder)
 
 
 def _check_weights(folder: Path, config: ModelConfig) -> None:
-    """Raises ConfigError if a folder is an adapter, or has weights only in a pickle that is not allowed."""
-    if (folder / "adapter_config.json").exists():  # transformers would load the base that it names, with the adapter
+    if (folder / "adapter_config.json").exists():  # transformers would load its base, with the adapter
         raise ConfigError(
-            f"`model.path` must be a whole model, but {config.path!r} is an adapter. Name its base, or merge it first "
-            "(`lorasweep export`)."
+            f"`model.path` must be a whole model, but {config.path!r} is an adapter. Use its base model, or merge "
+            "the adapter first (`lorasweep export`)."
         )
     if config.gguf_file is None and not config.allow_pickle and not any(folder.glob("*.safetensors")):
         raise ConfigError(
             f"`model.path` must have weights in safetensors, but {config.path!r} has none. `model.allow_pickle=true` "
-            "reads a pickle file instead, which can run code that is hidden in it: trust its maker."
+            "reads a pickle file instead. It can run hidden code, so use it only if you trust its author."
         )

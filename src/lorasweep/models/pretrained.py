@@ -1,4 +1,7 @@
-"""transformers' `from_pretrained`, quiet, complete and safe: no pickle and no foreign code unless it is allowed."""
+"""Calls transformers' `from_pretrained` without its output, and checks that all weights are there.
+
+Pickles and foreign code are refused, unless the caller allows them.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +17,10 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from lorasweep.fixed_seed import fixed_seed
+
 LOADING_ERRORS = (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError, UnpicklingError, EOFError)
-"""What transformers raises for a model or tokenizer that is missing, damaged or of a kind that it does not know."""
-DRAWING_SEED = 0
-"""Seed of heads that are drawn while loading, so that loading gives the same model each time; runs draw them anew."""
+"""Errors of transformers for a model or tokenizer that is missing, damaged or of an unknown kind."""
 
 
 class IncompleteError(ValueError):
@@ -34,11 +37,11 @@ def load_pretrained(kind: Any, source: str, *, dtype: torch.dtype, **settings: A
         settings: Passed on to `from_pretrained`.
 
     Raises:
-        IncompleteError: Weights are missing or have the wrong shape; transformers alone would draw them anew.
+        IncompleteError: Weights are missing or have the wrong shape. transformers would draw them at random.
         Exception: One of `LOADING_ERRORS`.
     """
-    model, lacking = _load(kind, source, dtype=dtype, **settings)
-    _refuse(lacking)
+    model, missing = _load(kind, source, dtype=dtype, **settings)
+    _refuse(missing)
     return model
 
 
@@ -47,51 +50,43 @@ def load_with_new_head(
 ) -> tuple[PreTrainedModel, tuple[str, ...]]:
     """Loads a model whose checkpoint may lack a head, or have one for other labels.
 
-    A head is every module outside the pre-trained network (`classifier`, `score`), and the pooler before it. A new head
-    is drawn as its architecture defines, always from the same seed.
+    The head is every module outside the pre-trained network (`classifier`, `score`), and the pooler before it. A new
+    head is drawn as its architecture defines, always from the same seed; each run draws it again.
 
     Returns:
-        The model, and the names of the modules that are newly drawn, outermost.
+        The model, and the names of the outermost modules that are new.
 
     Raises:
         IncompleteError: Other weights are missing or have the wrong shape.
         Exception: One of `LOADING_ERRORS`.
     """
-    with own_stream():
-        model, lacking = _load(kind, source, dtype=dtype, **settings)
+    with fixed_seed():
+        model, missing = _load(kind, source, dtype=dtype, **settings)
     network = f"{model.base_model_prefix}."
-    _refuse([name for name in lacking if name.startswith(network) and "pooler" not in name.split(".")])
-    return model, outermost_modules(model, lacking)
+    _refuse([name for name in missing if name.startswith(network) and "pooler" not in name.split(".")])
+    return model, outermost_modules(model, missing)
 
 
 def outermost_modules(model: nn.Module, parameters: Collection[str]) -> tuple[str, ...]:
-    """Returns the names of the largest modules that have only these parameters, given by name."""
-    found = dict.fromkeys(name.rpartition(".")[0] for name in parameters)
-    given = set(parameters)
+    """Returns the names of the largest modules all of whose parameters are in this collection of names."""
+    names = set(parameters)
 
-    def is_within(module: str) -> bool:
+    def is_covered(module: str) -> bool:
         inside = model.get_submodule(module).named_parameters(prefix=module, remove_duplicate=False)
-        return module != "" and all(name in given for name, _ in inside)
+        return all(name in names for name, _ in inside)
 
-    grown: dict[str, None] = {}
-    for name in found:
-        while is_within(name.rpartition(".")[0]):
-            name = name.rpartition(".")[0]
-        grown[name] = None
-    return tuple(name for name in grown if not any(name.startswith(f"{other}.") for other in grown))
-
-
-@contextmanager
-def own_stream() -> Iterator[None]:
-    """Draws random numbers inside from `DRAWING_SEED`; restores torch's own stream afterwards."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(DRAWING_SEED)
-        yield
+    modules: dict[str, None] = {}  # in the order of the parameters
+    for parameter in parameters:
+        name = parameter.rpartition(".")[0]
+        while (parent := name.rpartition(".")[0]) and is_covered(parent):
+            name = parent
+        modules[name] = None
+    return tuple(name for name in modules if not any(name.startswith(f"{other}.") for other in modules))
 
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Turns off transformers' progress bars and load report: problems become errors here."""
+    """Turns off transformers' progress bars and log messages; problems become errors here."""
     verbosity, had_bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity(logging.ERROR + 1)
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
@@ -105,21 +100,20 @@ def quiet_transformers() -> Iterator[None]:
 
 def _load(kind: Any, source: str, *, dtype: torch.dtype, **settings: Any) -> tuple[PreTrainedModel, list[str]]:
     """Returns a model and the names of its weights that the checkpoint lacks or has in another shape."""
-    given = {"use_safetensors": True, "trust_remote_code": False} | settings
     with quiet_transformers():
         model: PreTrainedModel
-        model, found = kind.from_pretrained(
+        model, info = kind.from_pretrained(
             source,
             dtype=dtype,
-            ignore_mismatched_sizes=True,  # they are found below, with their names
+            ignore_mismatched_sizes=True,  # they are in `info`, with their names
             output_loading_info=True,
-            **given,
+            **({"use_safetensors": True, "trust_remote_code": False} | settings),
         )
-    return model, sorted(found["missing_keys"]) + sorted(name for name, *_ in found["mismatched_keys"])
+    return model, sorted(info["missing_keys"]) + sorted(name for name, *_ in info["mismatched_keys"])
 
 
-def _refuse(lacking: Collection[str]) -> None:
-    if lacking:
+def _refuse(missing: Collection[str]) -> None:
+    if missing:
         raise IncompleteError(
-            f"{len(lacking)} of its weights are missing or have another shape, such as {next(iter(lacking))!r}"
+            f"{len(missing)} of its weights are missing or have another shape, such as {next(iter(missing))!r}"
         )

@@ -1,6 +1,6 @@
-"""A base model on the meta device, whose weights are read from safetensors one by one.
+"""Builds a base model on the meta device; its weights are read from safetensors one by one.
 
-For processes that shard a model: each reads only the tensors that it needs, so no process ever holds all of them.
+For processes that shard a model: each process reads only the tensors that it needs, so no process ever holds all.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ INDEX_FILE, WEIGHTS_FILE = "model.safetensors.index.json", "model.safetensors"
 
 
 def has_weight_files(folder: Path) -> bool:
-    """Returns whether a folder has weights in safetensors."""
     return (folder / INDEX_FILE).is_file() or (folder / WEIGHTS_FILE).is_file()
 
 
@@ -30,7 +29,6 @@ class WeightFiles:
     """The tensors of a folder in safetensors, by name."""
 
     def __init__(self, folder: Path) -> None:
-        """Reads which file has which tensor."""
         index = folder / INDEX_FILE
         if index.is_file():
             names = json.loads(index.read_text())["weight_map"]
@@ -40,7 +38,7 @@ class WeightFiles:
         self._files = {name: folder / file for name, file in names.items()}
 
     def shape(self, name: str) -> tuple[int, ...] | None:
-        """Returns the shape of a tensor; None where there is none of that name."""
+        """Returns the shape of a tensor, or None if no file has it."""
         if name not in self._files:
             return None
         with safe_open(self._files[name], framework="pt") as file:
@@ -58,14 +56,14 @@ def build_on_meta(
 ) -> tuple[PreTrainedModel, tuple[str, ...], WeightFiles] | None:
     """Returns a model without weights but with buffers, the names of its new modules, and the files of its weights.
 
-    Returns None where the files have other names or shapes than the model: only transformers can convert them.
+    Returns None if the files have other names or shapes than the model, because only transformers can convert them.
 
     Args:
         kind: One of transformers' `AutoModel...` classes.
         settings: The model's configuration.
         folder: The folder of its files.
         dtype: Type of its parameters.
-        may_lack_head: Whether the files may lack weights outside of the pre-trained network.
+        may_lack_head: Whether the files may lack weights outside the pre-trained network.
         given: Passed on to `from_config`.
     """
     if getattr(settings, "quantization_config", None) is not None:
@@ -73,27 +71,27 @@ def build_on_meta(
     files = WeightFiles(folder)
     with quiet_transformers(), _parameters_on_meta():
         model: PreTrainedModel = kind.from_config(settings, dtype=dtype, **given)
-    lacking = [name for name, p in model.named_parameters() if files.shape(name) != tuple(p.shape)]
+    missing = [name for name, p in model.named_parameters() if files.shape(name) != tuple(p.shape)]
     network = f"{model.base_model_prefix}."
-    if any(not may_lack_head or name.startswith(network) for name in lacking):
+    if any(not may_lack_head or name.startswith(network) for name in missing):
         return None
     if any(files.shape(name) for name, buffer in model.named_buffers()):
-        return None  # such as running means, which are no parameters and not computed either
+        return None  # some buffers, such as running means, are stored in the files and not computed
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(str(folder))
-    return model, outermost_modules(model, lacking), files
+    return model, outermost_modules(model, missing), files
 
 
 @contextmanager
 def _parameters_on_meta() -> Iterator[None]:
-    """Moves every parameter that is made inside to the meta device; buffers keep their values.
+    """Moves every parameter that is created inside to the meta device; buffers keep their values.
 
-    `torch.device("meta")` would move buffers too, and rotary frequencies are in no file.
+    `torch.device("meta")` would also move buffers, and no file has the rotary frequencies.
     """
     register = nn.Module.register_parameter
 
     def register_on_meta(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        if param is not None and not param.is_meta:  # one that is, is shared with another module
+        if param is not None and not param.is_meta:  # a tied parameter is on the meta device already
             param = nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
         register(module, name, param)
 

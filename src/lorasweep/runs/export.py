@@ -24,8 +24,8 @@ from lorasweep.errors import ConfigError, RunError, first_line
 from lorasweep.lora import load_adapter, save_adapter
 from lorasweep.lora.merge import weights_in_fp32
 from lorasweep.methods import METHODS, copy_sharing_weights
-from lorasweep.models.folder import find_folder
-from lorasweep.models.load import BaseModel, fingerprint_weights, require_tokenizer
+from lorasweep.models.folder import find_local_path
+from lorasweep.models.load import BaseModel, fingerprint_weights
 from lorasweep.models.pretrained import LOADING_ERRORS, load_pretrained, quiet_transformers
 from lorasweep.record import RunRecord, read_run
 from lorasweep.training.restore import check_kept_files, restore_base, restore_config, restore_model
@@ -159,7 +159,8 @@ def _write_merged(
     model.config.use_cache = True  # training switched it off
     with quiet_transformers():
         model.save_pretrained(folder)
-        require_tokenizer(base).save_pretrained(folder)
+        if base.tokenizer is not None:
+            base.tokenizer.save_pretrained(folder)
     return type(model), model.dtype, fingerprint_weights(model), logits
 
 
@@ -183,5 +184,5 @@ def probe_logits(model: PreTrainedModel) -> Tensor:
 
 def _lasting_path(config: ModelConfig) -> str:
     """Returns the path of the base for other tools: the absolute path of a folder, or the hub id."""
-    folder = find_folder(config)
+    folder = find_local_path(config)
     return str(config.path if folder is None else folder.resolve())

@@ -6,10 +6,16 @@ import lightning
 from torch.utils.data import DataLoader
 
 from lorasweep.config.run import RunConfig
-from lorasweep.data.batching import WHOLE_BATCH, MicroBatch, Share, StepBatchSampler
-from lorasweep.data.loaders import evaluation_loader, load_batches
+from lorasweep.data.batching import (
+    WHOLE_BATCH,
+    MicroBatch,
+    Share,
+    StepBatchSampler,
+    build_evaluation_loader,
+    build_loader,
+)
+from lorasweep.data.build_splits import DataSplits
 from lorasweep.data.split import Batch
-from lorasweep.data.splits import DataSplits
 from lorasweep.errors import ConfigError
 from lorasweep.training.inputs import share_inputs
 from lorasweep.training.restore import Settings, read_settings
@@ -74,21 +80,23 @@ class DataModule(lightning.LightningDataModule):
             accumulate=self.accumulate,
             share=self.share,
         )
-        return load_batches(self.splits.train, batches)
+        return build_loader(self.splits.train, batches)
 
     def val_dataloader(self) -> DataLoader[Batch]:
-        return evaluation_loader(
+        return build_evaluation_loader(
             self.splits.validation, batch_size=self.config.trainer.eval_batch_size, share=self.share
         )
 
     def test_dataloader(self) -> DataLoader[Batch]:
-        return evaluation_loader(self.splits.test(), batch_size=self.config.trainer.eval_batch_size, share=self.share)
+        return build_evaluation_loader(
+            self.splits.test(), batch_size=self.config.trainer.eval_batch_size, share=self.share
+        )
 
     def predict_dataloader(self) -> DataLoader[Batch]:
         """Returns every test example once, in the order of the split. Lightning divides the batches among processes."""
         split, size = self.splits.test(), self.config.trainer.eval_batch_size
         starts = range(0, len(split), size)
-        return load_batches(split, [MicroBatch(list(range(n, min(n + size, len(split)))), 1.0) for n in starts])
+        return build_loader(split, [MicroBatch(list(range(n, min(n + size, len(split)))), 1.0) for n in starts])
 
 
 def accumulate_of(config: RunConfig) -> int:

@@ -11,11 +11,11 @@ import torch
 from lorasweep.config.method import LoraConfig
 from lorasweep.config.run import RunConfig, TrainerConfig
 from lorasweep.data.batching import EvaluationSampler, choose_accumulate
+from lorasweep.data.build_splits import DataSplits, build_splits
 from lorasweep.data.read_source import read_source
 from lorasweep.data.source import DataSource
 from lorasweep.data.split import Split
 from lorasweep.data.split import padding_fraction as measure_padding
-from lorasweep.data.splits import DataSplits, load_splits
 from lorasweep.methods import METHODS
 from lorasweep.models.attention import AttentionChoice, choose_attention
 from lorasweep.models.load import BaseModel, Labels, load_base
@@ -104,7 +104,7 @@ def build_inputs(config: RunConfig, *, telemetry: Telemetry | None = None) -> Ru
     source = read_source(config.data)
     dtype = DTYPES[precision]
     base = load_base(config.model, dtype=dtype, labels=_labels_of(source), on_meta=_stays_in_files(config))
-    splits = load_splits(
+    splits = build_splits(
         config.data,
         source=source,
         tokenizer=base.tokenizer,

@@ -139,7 +139,7 @@ class TrainingModule(lightning.LightningModule):
     def configure_optimizers(self) -> Any:
         config, steps = self.config, self.trainer.max_steps
         groups = self.method.trainable_groups(self.model, lr_ratio_b=config.optim.lr_ratio_b)
-        groups = refine_groups(self.model, groups, config.optim, head=self.base.head)
+        groups = refine_groups(self.model, groups, config.optim, head=self.base.new_head_names)
         optimizer = build_optimizer(config.optim, groups)
         if steps > 0:  # without `max_steps` of the Trainer, `trainer.max_steps` is the length of the schedule
             config = replace(config, trainer=replace(config.trainer, max_steps=steps))

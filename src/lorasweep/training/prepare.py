@@ -21,7 +21,7 @@ def prepare_model(config: RunConfig, base: BaseModel) -> nn.Module:
     torch.manual_seed(config.seeds.dropout)
     model = copy_sharing_weights(base.model)
     generator = torch.Generator().manual_seed(config.seeds.init)
-    METHODS[config.method.name].prepare(model, config.method, generator=generator, new_head_names=base.head)
+    METHODS[config.method.name].prepare(model, config.method, generator=generator, new_head_names=base.new_head_names)
     torch.manual_seed(config.seeds.dropout)
     model.train()  # turns dropout on; Lightning switches modes for evaluations and restores them
     if config.trainer.activation_checkpointing:
@@ -33,12 +33,12 @@ def prepare_model(config: RunConfig, base: BaseModel) -> nn.Module:
 
 def check_run(config: RunConfig, base: BaseModel) -> None:
     """Refuses settings that do not fit the base model or have no effect, before anything is written."""
-    METHODS[config.method.name].check(base.model, config.method, new_head_names=base.head)
+    METHODS[config.method.name].check(base.model, config.method, new_head_names=base.new_head_names)
     check_optim(config)
     check_components(config)
     if config.trainer.is_sharded:
         check_shardable(base.model)
-    has_head = bool(base.head) and config.method.name != "frozen"
+    has_head = bool(base.new_head_names) and config.method.name != "frozen"
     if isinstance(config.method, LoraConfig):
         has_head = has_head or bool(config.method.modules_to_save)
     if config.optim.lr_ratio_head != 1 and not has_head:

@@ -123,7 +123,10 @@ def restore_model(config: RunConfig, base: BaseModel, *, folder: Path) -> nn.Mod
     # An adapter is loaded without `prepare`: PiSSA would compute its initial values again, and round differently here.
     if config.method.name != "lora":
         method.prepare(
-            model, config.method, generator=torch.Generator().manual_seed(config.seeds.init), new_head_names=base.head
+            model,
+            config.method,
+            generator=torch.Generator().manual_seed(config.seeds.init),
+            new_head_names=base.new_head_names,
         )
     method.load(model, folder)
     model.train(False)

@@ -81,26 +81,6 @@ def test_few_prompts_are_split_by_their_answers(read):
     assert "0 of" in next(note for note in source.notes if "repeat the content" in note)
 
 
-def test_prompts_that_training_has_are_counted(read):
-    rows = [{"prompt": f"ask {n}", "completion": "say"} for n in range(30)]
-    other = [{"prompt": "ASK 3", "completion": "say more"}, {"prompt": "new", "completion": "say"}]
-    source = read(
-        "chat", {"train.jsonl": jsonl_of(*rows), "validation.jsonl": jsonl_of(*other), "test.jsonl": jsonl_of(*other)}
-    )
-    count = "1 of 2 examples of {} have the prompt of an example of train."
-    assert count.format("validation") in source.notes
-    assert count.format("test") in source.test().notes
-
-
-def test_limits_and_fingerprints_are_of_what_is_used(read):
-    rows = [{"prompt": f"ask {n}", "completion": "say"} for n in range(30)]
-    files = {f"{split}.jsonl": jsonl_of(*rows) for split in SPLITS}
-    whole, less = read("chat", files), read("chat", files, max_train_examples=10)
-    assert [c[0].content for c in less.train.items] == [f"ask {n}" for n in range(0, 30, 3)]
-    assert whole.train.fingerprint != less.train.fingerprint
-    assert whole.train.fingerprint == read("chat", files).train.fingerprint == whole.validation.fingerprint
-
-
 @pytest.mark.parametrize(
     ("row", "words"),
     [

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorasweep.data.reading.documents import cut
+from lorasweep.data.reading.documents import cut_document
 from lorasweep.data.source import Document
 from lorasweep.errors import ConfigError
 
@@ -101,13 +101,13 @@ def test_one_split_that_is_missing_gets_the_last_tenth(read, given_split):
 def test_stretches_of_a_document_make_it_up(text, bounds):
     marks = [0, *sorted(bounds), 100]
     document = Document(name="x", text=text)
-    pieces = [cut(document, low=low, high=high).text for low, high in itertools.pairwise(marks)]
+    pieces = [cut_document(document, low=low, high=high).text for low, high in itertools.pairwise(marks)]
     assert "".join(pieces) == text
 
 
 def test_text_without_line_ends_is_cut_at_a_space_or_right_there():
-    assert cut(Document(name="x", text="word " * 100), low=0, high=50).text.endswith("word ")
-    assert cut(Document(name="x", text="w" * 100), low=0, high=50).text == "w" * 50
+    assert cut_document(Document(name="x", text="word " * 100), low=0, high=50).text.endswith("word ")
+    assert cut_document(Document(name="x", text="w" * 100), low=0, high=50).text == "w" * 50
 
 
 def test_sizes_are_said(read):

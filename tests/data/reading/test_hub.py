@@ -101,7 +101,7 @@ def test_rows_without_text_or_label_are_left_out_and_counted(read_folder):
     rows = rows_of(("good", 0), ("", 1), ("bad", 1), ("hidden", -1), (None, 0), ("fine", None), ("well", 1))
     source = read_folder(train=rows, validation=TRAIN, test=rows_of(("one", -1), ("two", -1)))
     assert [example.text for example in source.train.items] == ["good", "bad", "well"]
-    assert any(note.startswith("4 of 7 rows of 'toy, train' are left out") for note in source.notes)
+    assert any(note.startswith("4 of 7 rows of 'toy, train' are skipped") for note in source.notes)
     with pytest.raises(ConfigError, match="'toy, test' must have usable rows"):
         source.test()
 
@@ -118,7 +118,7 @@ def test_conversations_and_texts_of_a_hub_are_read(read_folder):
     said = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
     source = read_folder("chat", train=rows_of((said,), (said[:1],), features=features))
     assert source.train.items == [[("user", "hi"), ("assistant", "hello")]]
-    assert any(note.startswith("1 of 2 rows of 'toy, train' are left out.") for note in source.notes)
+    assert any(note.startswith("1 of 2 rows of 'toy, train' are skipped.") for note in source.notes)
     texts = rows_of(("one",), ("",), ("three",), features=Features({"body": Value("string")}))
     source = read_folder("text", train=texts, text="body")
     assert [document.text for document in source.train.items] == ["one", "three"]

@@ -86,7 +86,7 @@ def test_duplicates_are_counted(read):
     )
     assert "2 of 4 examples of train repeat the text of another one." in source.notes
     assert "2 of 3 examples of validation have the text of an example of train." in source.notes
-    assert "1 texts of train are there with different labels." in source.notes
+    assert "1 texts of train have several different labels." in source.notes
     assert source.test().notes == ("1 of 2 examples of test have the text of an example of train.",)
 
 
@@ -164,7 +164,7 @@ def test_order_of_the_names_is_that_of_the_training_file_before_it_is_split(read
 @pytest.mark.parametrize(
     ("content", "settings", "words"),
     [
-        ("text,label\nfine,a\n ,b\n", {}, ["row 2 of 'train.csv'", "text", "' '", "Mend"]),
+        ("text,label\nfine,a\n ,b\n", {}, ["row 2 of 'train.csv'", "text", "' '", "remove"]),
         ("text,label\n,b\n,b\nc,a\n", {}, ["row 1", "2 rows"]),
         ("text,label\nfine,\n", {}, ["row 1 of 'train.csv'", "column 'label'"]),
         ("text,label\na,x\nb,x\n", {}, ["`data.label=label`", "two different labels"]),

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorasweep.data.reading.splitting import BUCKETS, assign_splits, choose_evenly, content_key
+from lorasweep.data.reading.splitting import BUCKETS, assign_splits, content_key
 from lorasweep.errors import ConfigError
 
 KEYS = st.lists(st.integers(0, 2**64 - 1) | st.integers(0, 5), min_size=3, max_size=60)
@@ -25,26 +25,26 @@ def test_key_ignores_case_and_white_space_and_nothing_else():
 
 
 @given(keys=KEYS, missing=MISSING)
-def test_splits_are_disjoint_whole_and_hold_equal_rows_together(keys, missing):
+def test_splits_are_disjoint_whole_and_hold_equal_examples_together(keys, missing):
     if len(set(keys)) <= len(missing):
         with pytest.raises(ConfigError, match=f"must have at least {len(missing) + 1} different examples"):
             assign_splits(keys, missing=missing)
         return
     splits = assign_splits(keys, missing=missing)
-    assert sorted(row for rows in splits.values() for row in rows) == list(range(len(keys)))
+    assert sorted(index for indices in splits.values() for index in indices) == list(range(len(keys)))
     assert all(splits.values())
-    assert all(rows == sorted(rows) for rows in splits.values())
-    sets = [{keys[row] for row in rows} for rows in splits.values()]
+    assert all(indices == sorted(indices) for indices in splits.values())
+    sets = [{keys[index] for index in indices} for indices in splits.values()]
     assert sum(map(len, sets)) == len(set(keys))
 
 
 @given(keys=KEYS)
-def test_row_is_where_its_bucket_says_whatever_else_there_is(keys):
+def test_example_is_where_its_bucket_says_whatever_else_there_is(keys):
     keys = [*keys, 105, 215, 350]  # one for each split
     for missing in (["validation"], ["validation", "test"]):
         splits = assign_splits(keys, missing=missing)
         for split in missing:
-            assert all(keys[row] % 100 in BUCKETS[split] for row in splits[split])
+            assert all(keys[index] % 100 in BUCKETS[split] for index in splits[split])
 
 
 def test_small_data_gives_each_split_the_smallest_keys():
@@ -55,14 +55,9 @@ def test_small_data_gives_each_split_the_smallest_keys():
     }
 
 
-def test_a_tenth_of_many_rows_is_split_off():
+def test_a_tenth_of_many_examples_is_split_off():
     keys = [content_key([str(n)]) for n in range(10_000)]
     splits = assign_splits(keys, missing=["validation", "test"])
     assert [len(splits[split]) for split in ("validation", "test")] == pytest.approx(
         [1000, 1000], rel=0.1
     )  # 3 deviations
-
-
-@pytest.mark.parametrize(("most", "chosen"), [(1, [0]), (2, [0, 2]), (4, [0, 1, 2, 3]), (5, [0, 1, 2, 3, 4])])
-def test_fewer_rows_are_evenly_spaced(most, chosen):
-    assert choose_evenly(5, most=most) == chosen

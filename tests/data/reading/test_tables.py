@@ -11,8 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lorasweep.data.reading.files import find_files
-from lorasweep.data.reading.tables import Table, choose_columns, find_tables, parse_rows, read_files
+from lorasweep.data.reading.tables import Table, choose_columns, find_files, find_tables, parse_rows, read_files
 from lorasweep.errors import ConfigError
 
 
@@ -69,7 +68,7 @@ def test_rows_of_several_files_know_their_place(write):
     write("b.csv", "text\n\nthree\n")
     table = read(*find_tables("*.csv", key="data.train"), columns=["text"])
     assert table.columns == {"text": ["one", "two", "three"]}
-    assert [table.place(row) for row in range(3)] == ["row 1 of 'a.csv'", "row 2 of 'a.csv'", "row 1 of 'b.csv'"]
+    assert [table.locate(row) for row in range(3)] == ["row 1 of 'a.csv'", "row 2 of 'a.csv'", "row 1 of 'b.csv'"]
 
 
 @pytest.mark.parametrize(
@@ -152,10 +151,10 @@ def refuse_b(text):
     return text
 
 
-def test_unusable_rows_are_errors_of_a_file_and_left_out_of_a_hub_data_set():
+def test_unusable_rows_are_errors_of_a_file_and_skipped_in_a_hub_data_set():
     table = Table(columns={"text": ["a", "b", "b"]}, sources=[(0, "x")])
     with pytest.raises(ConfigError, match=r"^row 2 of 'x' must not be b.* 2 rows"):
         parse_rows(table, refuse_b)
-    parsed, notes = parse_rows(Table(columns=table.columns, sources=table.sources, may_drop=True), refuse_b)
+    parsed, notes = parse_rows(Table(columns=table.columns, sources=table.sources, can_skip_rows=True), refuse_b)
     assert parsed == ["a"]
-    assert notes == ("2 of 3 rows of 'x' are left out. The first problem: row 2 of 'x' must not be b.",)
+    assert notes == ["2 of 3 rows of 'x' are skipped. The first problem: row 2 of 'x' must not be b."]

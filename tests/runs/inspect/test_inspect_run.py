@@ -214,5 +214,7 @@ def test_a_head_that_the_run_drew_counts_as_its_base(base, config):
     start = initial_model(run, base)
     assert not torch.equal(start.lm_head.weight, base.model.lm_head.weight)
     model = copy_sharing_weights(base.model)
-    METHODS[config.name].prepare(model, config, generator=torch.Generator().manual_seed(5), new_head_names=base.head)
+    METHODS[config.name].prepare(
+        model, config, generator=torch.Generator().manual_seed(5), new_head_names=base.new_head_names
+    )
     assert not any(change.left.any() for change in read_weight_updates(model, start))  # nothing has trained yet

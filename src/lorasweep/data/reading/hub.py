@@ -1,4 +1,4 @@
-"""Loads data sets of the hub, or folders, with `datasets`, which caches them and works without a network afterwards."""
+"""Loads data sets of the hub, or from a folder, with `datasets`, which caches them for work without a network."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lorasweep.wording import nearest
 
 
 def load_hub(config: SplitSettings) -> dict[str, Dataset]:
-    """Returns the splits that `data.train`, `data.validation` and `data.test` name. Rows are read from disk when used.
+    """Returns the splits that `data.train`, `data.validation` and `data.test` name. Rows stay on disk until used.
 
     Raises:
         ConfigError: The data set can't be loaded, is cached at another revision only, or has no such split.
@@ -23,48 +23,48 @@ def load_hub(config: SplitSettings) -> dict[str, Dataset]:
     path = str(config.path)
     source = str(Path(path).expanduser().absolute()) if Path(path).expanduser().is_dir() else path
     try:
-        found = load_dataset(source, config.subset, revision=config.revision)
+        loaded = load_dataset(source, config.subset, revision=config.revision)
     except Exception as error:  # each client and file format raises its own class of error
         raise ConfigError(
             f"`data.path` must be a data set on the hub or in its cache, or a folder, but {path!r} can't be loaded: "
             f"{first_line(error)}. Check its spelling, `data.subset`, `data.revision` and the connection."
         ) from error
-    assert isinstance(found, DatasetDict)  # as no split and no streaming was asked for
-    _check_commit(found, config)
+    assert isinstance(loaded, DatasetDict)  # load_dataset returns other classes only for a single split or a stream
+    _check_commit(loaded, config)
     for split, name in config.given.items():
-        if name not in found:
+        if name not in loaded:
             raise ConfigError(
-                f"`data.{split}` must be one of the splits {', '.join(found)} of {path!r}, but got {name!r}."
-                f"{nearest(name, found)}"
+                f"`data.{split}` must be one of the splits {', '.join(loaded)} of {path!r}, but got {name!r}."
+                f"{nearest(name, loaded)}"
             )
-    return {split: found[name] for split, name in config.given.items()}
+    return {split: loaded[name] for split, name in config.given.items()}
 
 
-def _check_commit(found: DatasetDict, config: SplitSettings) -> None:
-    """Raises ConfigError if a commit was asked for and another one was in the cache.
+def _check_commit(loaded: DatasetDict, config: SplitSettings) -> None:
+    """Raises ConfigError if `data.revision` is a commit and the cache returned another one.
 
-    Without a network `datasets` takes the latest version in its cache, whatever `revision` says. Its cache keeps each
-    version in a folder that is named by the commit.
+    Without a network `datasets` ignores `revision` and takes the latest version in its cache. The cache keeps each
+    version in a folder that is named after the commit.
     """
-    commits = {Path(file["filename"]).parent.name for dataset in found.values() for file in dataset.cache_files}
+    commits = {Path(file["filename"]).parent.name for dataset in loaded.values() for file in dataset.cache_files}
     if config.revision is not None and re.fullmatch("[0-9a-f]{40}", config.revision) and commits != {config.revision}:
         raise ConfigError(
-            f"`data.revision` must be a commit that is in the cache or can be downloaded, but got {config.revision!r} "
-            f"and only {', '.join(sorted(commits))} was found. Check the connection."
+            f"`data.revision` must be a commit that is in the cache or can be downloaded, but got {config.revision!r}. "
+            f"The cache has {', '.join(sorted(commits))}. Check the connection."
         )
 
 
 def select_columns(dataset: Dataset, names: Sequence[str]) -> dict[str, list[Any]]:
-    """Returns the values of columns by column name. A class index becomes its name.
+    """Returns the values of columns by column name. A class index becomes the name of the class.
 
-    A negative class index becomes None: data sets of the hub use it for hidden labels.
+    A negative class index becomes None, because hub data sets use it for hidden labels.
     """
     values: dict[str, list[Any]] = dataset.select_columns(list(names))[:]
-    return {name: [_name_class(v, _class_names(dataset, name)) for v in values[name]] for name in names}
+    return {name: [_to_class_name(v, _class_names(dataset, name)) for v in values[name]] for name in names}
 
 
 def class_names_of(dataset: Dataset, names: Sequence[str]) -> tuple[str, ...]:
-    """Returns the class names of the last of these columns that has class names; empty if none has."""
+    """Returns the class names of the last of these columns that has class names; empty if no column has any."""
     return next((found for name in reversed(names) if (found := _class_names(dataset, name))), ())
 
 
@@ -74,9 +74,9 @@ def _class_names(dataset: Dataset, name: str) -> tuple[str, ...]:
     return tuple(feature.names) if isinstance(feature, ClassLabel) and feature.names else ()
 
 
-def _name_class(value: Any, names: Sequence[str]) -> Any:
+def _to_class_name(value: Any, names: Sequence[str]) -> Any:
     if not names or value is None:
         return value
     if isinstance(value, list):
-        return [_name_class(item, names) for item in value]
+        return [_to_class_name(item, names) for item in value]
     return names[value] if value >= 0 else None

@@ -1,4 +1,4 @@
-"""From labels as they are written to what a model predicts: indices of named classes, or numbers."""
+"""Turns labels as they are written into what a model predicts: class indices, or numbers."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from lorasweep.wording import nearest, shorten
 SEPARATORS = ("|", ";", ",")
 """Separators of several labels in one text. The first of these that occurs in the training split is used."""
 MAX_SINGLE_CLASSES = 20
-"""More classes than this must have two examples each on average, unless `data.task` is set: else the column is hardly a
-label but a number or a text."""
+"""With more classes than this, each must have two examples on average, unless `data.task` is set. Otherwise the column
+is probably a number or a text and not a label."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class LabelCode:
-    """How labels become numbers: learnt from the training file, used for every split."""
+class LabelEncoder:
+    """Encodes the labels of every split with what was learnt from the training file."""
 
     task: LabelTask
     names: tuple[str, ...]
@@ -29,16 +29,16 @@ class LabelCode:
     separator: str
     """Stands between several labels in one text."""
     reason: str
-    """A sentence: what is predicted and why, and in which order the classes are."""
+    """A sentence for the user: what is predicted, why, and the order of the classes."""
 
     def encode(self, value: Any) -> Label:
-        """Returns the index, the number, or the rising indices of several labels.
+        """Returns the class index, the number, or the sorted indices of several labels.
 
         Raises:
-            ValueError: The value is no finite number, or no label of training.
+            ValueError: The value is not a finite number, or not a label of the training file.
         """
         if self.task == "regression":
-            return _read_number(value)
+            return _parse_number(value)
         indices = [self._index(name) for name in split_names(value, self.task, self.separator)]
         return indices[0] if self.task == "single_label" else sorted(set(indices))
 
@@ -51,56 +51,50 @@ class LabelCode:
         return self.names.index(name)
 
 
-def learn_labels(values: Sequence[Any], *, task: str, class_names: Sequence[str], key: str) -> LabelCode:
-    """Returns how the labels of a training file become numbers.
+def learn_labels(values: Sequence[Any], *, task: str, class_names: Sequence[str], key: str) -> LabelEncoder:
+    """Returns the encoder of the labels of a training file.
 
     Args:
-        values: The labels, none of them missing.
+        values: The labels; none is missing.
         task: `data.task`.
-        class_names: Names of the classes in their own order, where the data set states them.
-        key: The label's setting and column, for messages.
+        class_names: Names of the classes in the order that the data set states; empty if it states none.
+        key: The setting and column of the label, for messages.
 
     Raises:
-        ConfigError: There is only one class, nearly every example is its own class, or a label is no number.
+        ConfigError: There is only one class, nearly every example has its own class, or a label is not a number.
     """
-    decided, why = decide_task(values, task=task, class_names=class_names)
+    decided, why = _decide_task(values, task=task, class_names=class_names)
+    separator = _find_separator(values)
+    try:
+        labels: list[tuple[Any, ...]] = [
+            (_parse_number(value),) if decided == "regression" else tuple(split_names(value, decided, separator))
+            for value in values
+        ]
+    except ValueError as error:
+        raise ConfigError(f"{key} {error} for `data.task=regression`.") from error
+    used = sorted({part for label in labels for part in label})
+    if len(set(labels)) < 2:
+        raise ConfigError(f"{key} must have at least two different labels in training, but has only {used}.")
     if decided == "regression":
-        return _learn_numbers(values, why=why, key=key)
-    texts = [value for value in values if isinstance(value, str)]
-    separator = next((s for s in SEPARATORS if any(s in text for text in texts)), SEPARATORS[0])
-    found = [tuple(split_names(value, decided, separator)) for value in values]
-    used = {name for names in found for name in names}
-    if len(set(found)) < 2:
-        raise ConfigError(f"{key} must have at least two different labels in training, but has only {sorted(used)}.")
+        mean = math.fsum(number for (number,) in labels) / len(labels)
+        reason = f"Predicted is a number ({why}); in training from {used[0]:g} to {used[-1]:g}, mean {mean:g}."
+        return LabelEncoder(task=decided, names=(), separator=separator, reason=reason)
     if task == "auto" and decided == "single_label" and len(used) > max(MAX_SINGLE_CLASSES, len(values) / 2):
         raise ConfigError(
             f"{key} must have classes of several examples each, but has {len(used)} different values in {len(values)} "
             "examples. Name another column, or set `data.task` (regression for numbers)."
         )
-    names = tuple(class_names) or tuple(sorted(used, key=_order))
+    names = tuple(class_names) or tuple(sorted(used, key=_sort_key))
     order = "as the data set orders them" if class_names else "in sorted order"
     count = "one" if decided == "single_label" else "any number"
     reason = f"Predicted is {count} of {len(names)} classes ({why}), {order}: {shorten(names, 400)}."
-    if lacking := [name for name in names if name not in used]:
-        reason += f" Training has no example of {shorten(lacking, 400)}."
-    return LabelCode(task=decided, names=names, separator=separator, reason=reason)
+    if unused := [name for name in names if name not in used]:
+        reason += f" Training has no example of {shorten(unused, 400)}."
+    return LabelEncoder(task=decided, names=names, separator=separator, reason=reason)
 
 
-def _learn_numbers(values: Sequence[Any], *, why: str, key: str) -> LabelCode:
-    try:
-        numbers = [_read_number(value) for value in values]
-    except ValueError as error:
-        raise ConfigError(f"{key} {error} for `data.task=regression`.") from error
-    low, high = min(numbers), max(numbers)
-    if low == high:
-        raise ConfigError(f"{key} must have at least two different labels in training, but has only {low:g}.")
-    mean = math.fsum(numbers) / len(numbers)
-    reason = f"Predicted is a number ({why}); in training from {low:g} to {high:g}, mean {mean:g}."
-    return LabelCode(task="regression", names=(), separator="", reason=reason)
-
-
-def decide_task(values: Sequence[Any], *, task: str, class_names: Sequence[str]) -> tuple[LabelTask, str]:
-    """Returns what is predicted, and why."""
+def _decide_task(values: Sequence[Any], *, task: str, class_names: Sequence[str]) -> tuple[LabelTask, str]:
+    """Returns the task of the labels, and why it was chosen."""
     if task in ("single_label", "multi_label", "regression"):
         return task, "as `data.task` says"  # type: ignore[return-value]
     if any(isinstance(value, list) for value in values):
@@ -108,7 +102,7 @@ def decide_task(values: Sequence[Any], *, task: str, class_names: Sequence[str])
     if class_names:
         return "single_label", "the data set names its classes"
     try:
-        numbers = [_read_number(value) for value in values]
+        numbers = [_parse_number(value) for value in values]
     except ValueError:
         return "single_label", "labels are names"
     if all(number.is_integer() for number in numbers):
@@ -116,33 +110,38 @@ def decide_task(values: Sequence[Any], *, task: str, class_names: Sequence[str])
     return "regression", "labels are numbers with fractions"
 
 
+def _find_separator(values: Sequence[Any]) -> str:
+    texts = [value for value in values if isinstance(value, str)]
+    return next((mark for mark in SEPARATORS if any(mark in text for text in texts)), SEPARATORS[0])
+
+
 def is_missing(value: Any, *, task: str) -> bool:
-    """Returns whether a row has no label: null, NaN or a blank text, which means "none of them" under `multi_label`."""
+    """Returns whether a row has no label: null, NaN or a blank text. Under `multi_label` a blank text is a label."""
     if isinstance(value, str):
         return task != "multi_label" and not value.strip()
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 def split_names(value: Any, task: LabelTask, separator: str) -> list[str]:
-    """Returns the names of the classes in a label; exactly one, unless the task is `multi_label`."""
+    """Returns the names of the classes in a label: exactly one name, unless the task is `multi_label`."""
     if task == "multi_label" and isinstance(value, str):
         value = [name for name in value.split(separator) if name.strip()]
-    return [_name(item) for item in (value if task == "multi_label" and isinstance(value, list) else [value])]
+    return [_to_name(item) for item in (value if task == "multi_label" and isinstance(value, list) else [value])]
 
 
-def _name(value: Any) -> str:
+def _to_name(value: Any) -> str:
     """Returns the name of a class: `1` for 1 and 1.0, `true` for True."""
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
     return str(value).lower() if isinstance(value, bool) else str(value).strip()
 
 
-def _order(name: str) -> tuple[float, str]:
+def _sort_key(name: str) -> tuple[float, str]:
     """Sorts whole numbers by value, so that 9 comes before 10, and names after them."""
     return (int(name) if name.removeprefix("-").isdecimal() else math.inf, name)
 
 
-def _read_number(value: Any) -> float:
+def _parse_number(value: Any) -> float:
     if isinstance(value, str | int | float) and not isinstance(value, bool):
         try:
             number = float(value)

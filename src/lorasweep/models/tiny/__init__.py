@@ -1,1 +1,1 @@
-"""The embedded base model: its files, and `pretrain`, the script that made them."""
+"""The files of the embedded base model."""

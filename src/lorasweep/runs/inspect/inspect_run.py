@@ -135,7 +135,7 @@ def restore_trained(run: FinishedRun, base: BaseModel) -> nn.Module:
         return restore_model(run.config, base, folder=folder)
     # `prepare` as in the run keeps the updates of a fused projection's parts apart
     model, method = copy_sharing_weights(base.model), METHODS[config.name]
-    method.prepare(model, config, generator=_init_stream(run), new_head_names=base.head)
+    method.prepare(model, config, generator=_init_stream(run), new_head_names=base.new_head_names)
     method.load(model, folder)
     return model.eval()
 
@@ -143,7 +143,7 @@ def restore_trained(run: FinishedRun, base: BaseModel) -> nn.Module:
 def initial_model(run: FinishedRun, base: BaseModel) -> nn.Module:
     """Returns the base before training, with the new head as the run initialised it, if it has one."""
     model = copy_sharing_weights(base.model)
-    draw_head(model, base.head, generator=_init_stream(run))
+    draw_head(model, base.new_head_names, generator=_init_stream(run))
     return model.eval()
 
 
@@ -181,7 +181,7 @@ def measure_run(run: FinishedRun, inputs: RunInputs, *, scores: bool) -> Inspect
     is_same_data = recorded_data == inputs.splits.validation.fingerprint
     rank_scores: tuple[RankScore, ...] = ()
     if scores and is_same_data:
-        truncated = select_truncated(updates, head=inputs.base.head)
+        truncated = select_truncated(updates, head=inputs.base.new_head_names)
         minimize = record.direction == "minimize"
         rank_scores = score_ranks(model, truncated, decompositions, score=score, minimize=minimize)
     sentences = describe_run(config.method.name, record.metric, layers, rank_scores)

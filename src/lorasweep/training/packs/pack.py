@@ -162,7 +162,7 @@ class PackTrainer:
         self.accumulate = resolve_accumulate(settings, inputs.splits.train, slots=slots)
         self.runs = [self._open(request, slot=slot, slots=len(requests)) for slot, request in enumerate(requests)]
         self.model: nn.Module = copy_sharing_weights(inputs.base.model)
-        self.draw_head = functools.partial(draw_head, names=inputs.base.head)
+        self.draw_head = functools.partial(draw_head, names=inputs.base.new_head_names)
         coverages = inject_packed_lora(
             self.model,
             [self._method(request) for request in requests],
@@ -402,7 +402,7 @@ class PackTrainer:
 
     def _method(self, request: RunRequest) -> LoraConfig:
         assert isinstance(request.config.method, LoraConfig)
-        return add_head_to_modules_to_save(request.config.method, self.inputs.base.head)
+        return add_head_to_modules_to_save(request.config.method, self.inputs.base.new_head_names)
 
 
 def _optim(request: RunRequest) -> OptimConfig:

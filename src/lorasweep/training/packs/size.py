@@ -158,7 +158,7 @@ def build_pack(config: RunConfig, *, inputs: RunInputs, slots: int) -> nn.Module
     assert isinstance(config.method, LoraConfig)
     model: nn.Module = copy_sharing_weights(inputs.base.model)
     model.to(device_of(config.trainer))
-    head = inputs.base.head
+    head = inputs.base.new_head_names
     inject_packed_lora(
         model,
         [add_head_to_modules_to_save(config.method, head)] * slots,

@@ -3,21 +3,20 @@
 import functools
 
 import pytest
+from tests.tiny_tokenizer import load_tokenizer
 
 from lorasweep.config.compose import compose_run
-from lorasweep.data import splits as splits_file
+from lorasweep.data.build_splits import build_splits
 from lorasweep.data.examples import CompletionSplit, LabelledSplit, SequenceSplit
 from lorasweep.data.read_source import read_source
 from lorasweep.data.source import DataSource, Document, LabelledText, Message, collect_examples
-from lorasweep.data.splits import load_splits
 from lorasweep.data.tasks import Classification, LanguageModelling, MultiLabel, Regression
 from lorasweep.errors import ConfigError
-from lorasweep.models.tiny.pretrain import build_tokenizer
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return build_tokenizer()
+    return load_tokenizer()
 
 
 def config(**settings):
@@ -28,12 +27,12 @@ def config(**settings):
     return compose_run({"data": name, **needed, **{f"data.{key}": value for key, value in settings.items()}}).data
 
 
-def make_source(rows, *, kind, label_names=()):
+def make_source(read_examples, *, kind, label_names=()):
     read = []
 
     def make(name):
         read.append(name)
-        return rows(name)
+        return read_examples(name)
 
     source = DataSource(
         kind=kind,
@@ -66,13 +65,13 @@ def conversations(name):
 def test_limits_of_validation_and_test_do_not_touch_training(tokenizer):
     source, _ = make_source(documents, kind="documents")
     settings = config(block_length=4, max_validation_blocks=3, max_test_blocks=2)
-    splits = load_splits(settings, source=source, tokenizer=tokenizer, model_kind="causal_lm")
+    splits = build_splits(settings, source=source, tokenizer=tokenizer, model_kind="causal_lm")
     assert [len(split) for split in (splits.train, splits.validation, splits.test())] == [20, 3, 2]
 
 
 def test_the_test_split_is_read_once_and_not_before_it_is_called_for(tokenizer):
     source, read = make_source(documents, kind="documents")
-    splits = load_splits(config(block_length=4), source=source, tokenizer=tokenizer, model_kind="causal_lm")
+    splits = build_splits(config(block_length=4), source=source, tokenizer=tokenizer, model_kind="causal_lm")
     assert read == ["train", "validation"]
     assert splits.test() is splits.test()
     assert read == ["train", "validation", "test"]
@@ -81,7 +80,7 @@ def test_the_test_split_is_read_once_and_not_before_it_is_called_for(tokenizer):
 
 def test_bits_per_byte_of_a_split_count_its_own_bytes(tokenizer):
     source, _ = make_source(lambda name: documents(name, ["ü" * 40 if name == "test" else "x" * 80]), kind="documents")
-    splits = load_splits(config(block_length=4), source=source, tokenizer=tokenizer, model_kind="causal_lm")
+    splits = build_splits(config(block_length=4), source=source, tokenizer=tokenizer, model_kind="causal_lm")
     assert splits.task_of(splits.validation).bytes_per_token == splits.validation.bytes_per_token
     assert splits.task_of(splits.test()).bytes_per_token == splits.test().bytes_per_token
 
@@ -96,7 +95,7 @@ def test_bits_per_byte_of_a_split_count_its_own_bytes(tokenizer):
 )
 def test_labels_decide_the_task_and_its_metric(tokenizer, kind, labels, names, task, metric):
     source, _ = make_source(lambda name: labelled(name, labels), kind=kind, label_names=names)
-    splits = load_splits(config(data="table"), source=source, tokenizer=tokenizer, model_kind="classifier")
+    splits = build_splits(config(data="table"), source=source, tokenizer=tokenizer, model_kind="classifier")
     assert isinstance(splits.task, task)
     assert splits.metric == metric
     assert isinstance(splits.train, LabelledSplit)
@@ -108,7 +107,7 @@ def test_labels_decide_the_task_and_its_metric(tokenizer, kind, labels, names, t
 def test_balanced_weights_give_every_class_the_same_say_in_training_alone(tokenizer):
     source, _ = make_source(labelled, kind="single_label", label_names=("bad", "good"))
     settings = config(data="table", class_weights="balanced", label_smoothing=0.1)
-    splits = load_splits(settings, source=source, tokenizer=tokenizer, model_kind="classifier")
+    splits = build_splits(settings, source=source, tokenizer=tokenizer, model_kind="classifier")
     assert splits.train.weights.tolist() == [1.5, 0.75, 0.75]
     assert splits.validation.weights.tolist() == [1.0, 1.0, 1.0]
     assert splits.task.label_smoothing == 0.1
@@ -118,21 +117,21 @@ def test_balanced_weights_give_every_class_the_same_say_in_training_alone(tokeni
 def test_conversations_are_completions_or_sequences_by_the_model(tokenizer):
     source, _ = make_source(conversations, kind="conversations")
     settings = config(data="chat", template="plain")
-    causal = load_splits(settings, source=source, tokenizer=tokenizer, model_kind="causal_lm")
+    causal = build_splits(settings, source=source, tokenizer=tokenizer, model_kind="causal_lm")
     assert isinstance(causal.train, CompletionSplit)
     assert isinstance(causal.task, LanguageModelling)
-    other = load_splits(settings, source=source, tokenizer=tokenizer, model_kind="seq2seq", start_token=0)
+    other = build_splits(settings, source=source, tokenizer=tokenizer, model_kind="seq2seq", start_token=0)
     assert isinstance(other.train, SequenceSplit)
 
 
-def test_rows_whose_answer_is_cut_off_are_left_out_and_counted(tokenizer):
+def test_examples_whose_answer_is_cut_off_are_dropped_and_counted(tokenizer):
     source, _ = make_source(conversations, kind="conversations")
     settings = config(data="chat", template="plain", max_length=10)
-    splits = load_splits(settings, source=source, tokenizer=tokenizer, model_kind="causal_lm")
+    splits = build_splits(settings, source=source, tokenizer=tokenizer, model_kind="causal_lm")
     assert len(splits.train) == 1
     assert splits.train.describe()["left_out"] == 1
     with pytest.raises(ConfigError, match=r"`data\.max_length`"):
-        load_splits(
+        build_splits(
             config(data="chat", template="plain", max_length=2),
             source=source,
             tokenizer=tokenizer,
@@ -141,41 +140,36 @@ def test_rows_whose_answer_is_cut_off_are_left_out_and_counted(tokenizer):
 
 
 @pytest.mark.parametrize(
-    ("rows", "kind", "data", "model_kind", "wanted"),
+    ("read_examples", "kind", "data", "model_kind", "wanted"),
     [
         (documents, "documents", "stdlib_docs", "classifier", "causal_lm"),
         (labelled, "single_label", "table", "causal_lm", "classifier"),
         (conversations, "conversations", "chat", "classifier", "causal_lm or seq2seq"),
     ],
 )
-def test_data_that_the_model_cant_learn_from_is_refused(tokenizer, rows, kind, data, model_kind, wanted):
-    source, _ = make_source(rows, kind=kind, label_names=("a", "b"))
+def test_data_that_the_model_cant_learn_from_is_refused(tokenizer, read_examples, kind, data, model_kind, wanted):
+    source, _ = make_source(read_examples, kind=kind, label_names=("a", "b"))
     with pytest.raises(ConfigError, match=f"`model.kind` must be {wanted} for `data={data}`"):
-        load_splits(config(data=data), source=source, tokenizer=tokenizer, model_kind=model_kind)
-
-
-def test_a_metric_of_another_task_is_refused(tokenizer):
-    source, _ = make_source(labelled, kind="single_label", label_names=("a", "b"))
-    with pytest.raises(ConfigError, match=r"`data.metric` must be one of accuracy, .*, but got 'pearson'"):
-        load_splits(config(data="table", metric="pearson"), source=source, tokenizer=tokenizer, model_kind="classifier")
+        build_splits(config(data=data), source=source, tokenizer=tokenizer, model_kind=model_kind)
 
 
 def test_a_model_without_a_tokenizer_is_refused():
     source, _ = make_source(documents, kind="documents")
     with pytest.raises(ConfigError, match=r"`model\.factory` must return a tokenizer"):
-        load_splits(config(), source=source, tokenizer=None, model_kind="causal_lm")
+        build_splits(config(), source=source, tokenizer=None, model_kind="causal_lm")
 
 
-def test_a_tokenizer_without_padding_still_pads(tokenizer):
-    assert splits_file.pad_token(tokenizer) == tokenizer.eos_token_id
-    tokenizer = build_tokenizer()
+def test_a_tokenizer_without_padding_still_pads():
+    tokenizer = load_tokenizer()
     tokenizer.pad_token = tokenizer.eos_token = None
-    assert splits_file.pad_token(tokenizer) == 0
+    source, _ = make_source(labelled, kind="single_label", label_names=("bad", "good"))
+    splits = build_splits(config(data="table"), source=source, tokenizer=tokenizer, model_kind="classifier")
+    assert splits.train.pad_token == 0
 
 
 def test_embedded_docs_load_and_can_be_read_back(tokenizer):
     settings = config(block_length=128)
-    splits = load_splits(settings, source=read_source(settings), tokenizer=tokenizer, model_kind="causal_lm")
+    splits = build_splits(settings, source=read_source(settings), tokenizer=tokenizer, model_kind="causal_lm")
     assert len(splits.train) > 1000
     first = bytes(splits.train.tokens[0].tolist()).decode()
     assert "assert" in first  # the first topic

@@ -1,4 +1,4 @@
-"""A model of the user's own: calls `model.factory` and gives its model the interface of a loaded one."""
+"""Builds a user's model with `model.factory`, and gives it the interface of a model of transformers."""
 
 from __future__ import annotations
 
@@ -13,20 +13,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lorasweep.config.model import ModelConfig
 from lorasweep.config.user_function import call_user_function
 from lorasweep.errors import ConfigError
+from lorasweep.fixed_seed import fixed_seed
 from lorasweep.models.dropout import set_dropout_modules, set_dropout_settings
-from lorasweep.models.pretrained import own_stream
-
-KEY = "model.factory"
 
 
-def build_own(
+def build_custom_model(
     config: ModelConfig, *, dtype: torch.dtype, offered: Mapping[str, Any]
 ) -> tuple[nn.Module, PreTrainedTokenizerBase | None, tuple[str, ...]]:
-    """Returns the model of `model.factory` in `dtype`, its tokenizer if it returns one, and the names of new modules.
+    """Returns the model in `dtype`, its tokenizer if the function returns one, and the names of new modules.
 
     The function may return the model, (model, tokenizer) or (model, tokenizer, names of modules that are not
-    pre-trained). It draws the same numbers from torch's stream each time. A hook gives the model's output `logits`, as
-    in transformers, if it is a tensor or a tuple that begins with one.
+    pre-trained). It draws the same numbers from torch's generator each time. If the model returns a tensor, or a tuple
+    that begins with a tensor, a hook replaces it with an object that has `logits`, as in transformers.
 
     Args:
         config: Names the function.
@@ -34,36 +32,35 @@ def build_own(
         offered: Values that the function may take as arguments of these names.
 
     Raises:
-        ConfigError: There is no such function, it fails, or returns something else.
+        ConfigError: The function does not exist, fails, or returns something else.
     """
     assert config.factory is not None
-    with own_stream():
-        made = call_user_function(config.factory, key=KEY, offered={"dtype": dtype, **offered})
-    model, tokenizer, head = _unpack(made, config.factory)
+    with fixed_seed():
+        result = call_user_function(config.factory, key="model.factory", offered={"dtype": dtype, **offered})
+    model, tokenizer, head = _unpack(result, config.factory)
     _set_dropout(model, config)
     _cast(model, dtype)
     model.register_forward_hook(_with_logits)
     return model, tokenizer, head
 
 
-def _unpack(made: Any, name: str) -> tuple[nn.Module, PreTrainedTokenizerBase | None, tuple[str, ...]]:
-    parts = made if isinstance(made, tuple) else (made,)
+def _unpack(result: Any, name: str) -> tuple[nn.Module, PreTrainedTokenizerBase | None, tuple[str, ...]]:
+    parts = result if isinstance(result, tuple) else (result,)
     model, tokenizer, head = (*parts, None, ())[:3] if len(parts) < 3 else parts[:3]
-    fits = len(parts) <= 3 and isinstance(model, nn.Module)
-    if not fits or not (tokenizer is None or isinstance(tokenizer, PreTrainedTokenizerBase)):
+    is_known = len(parts) <= 3 and isinstance(model, nn.Module)
+    if not is_known or not (tokenizer is None or isinstance(tokenizer, PreTrainedTokenizerBase)):
         got = ", ".join(type(part).__name__ for part in parts)
         raise ConfigError(
-            f"`{KEY}` must return an nn.Module, (model, tokenizer) or (model, tokenizer, names of new modules) with a "
-            f"tokenizer of transformers, but {name!r} returns {got}. Change what it returns."
+            "`model.factory` must return an nn.Module, (model, tokenizer) or (model, tokenizer, names of new modules) "
+            f"with a tokenizer of transformers, but {name!r} returns {got}. Change what it returns."
         )
-    names = tuple(head)
-    known = {own for own, _ in model.named_modules() if own}
-    if unknown := [one for one in names if one not in known]:
+    module_names = {module_name for module_name, _ in model.named_modules() if module_name}
+    if unknown := [module_name for module_name in head if module_name not in module_names]:
         raise ConfigError(
-            f"`{KEY}` must return names of modules of its model, but {name!r} returns {unknown[0]!r}. "
+            f"`model.factory` must return names of modules of its model, but {name!r} returns {unknown[0]!r}. "
             "Name them as `model.named_modules()` does."
         )
-    return model, tokenizer, names
+    return model, tokenizer, tuple(head)
 
 
 def _set_dropout(model: nn.Module, config: ModelConfig) -> None:
@@ -73,17 +70,15 @@ def _set_dropout(model: nn.Module, config: ModelConfig) -> None:
         set_dropout_settings(model.config, config.dropout)
     if not set_dropout_modules(model, config.dropout) and config.dropout:
         raise ConfigError(
-            f"`model.dropout` must be null or 0 for a model without dropout modules, but got {config.dropout!r}, "
-            "which has no effect there."
+            f"`model.dropout` must be null or 0 for a model without dropout modules, but got {config.dropout!r}."
         )
 
 
 def _cast(model: nn.Module, dtype: torch.dtype) -> None:
-    """Casts all floating values; in a model of transformers only parameters, since rotary frequencies stay in fp32."""
     if not isinstance(model, PreTrainedModel):
         model.to(dtype)
         return
-    for parameter in model.parameters():
+    for parameter in model.parameters():  # not the buffers of transformers' models: rotary frequencies stay in fp32
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
 

@@ -1,9 +1,9 @@
-"""Makes the embedded base model: pre-trains it on the standard library's code and writes this folder's files.
+"""Pre-trains the embedded base model on the standard library's code, and writes its files.
 
-    python -m lorasweep.models.tiny.pretrain --out src/lorasweep/models/tiny
+    python benchmarks/pretrain_tiny.py --out src/lorasweep/models/tiny
 
-A script, imported by nothing. It writes what transformers' `from_pretrained` loads (config.json, model.safetensors in
-bf16, tokenizer) and README.md, the model card with recipe, data fingerprint and score. About an hour on 2 cores.
+Takes about an hour on 2 cores. Writes config.json, model.safetensors in bf16 and the tokenizer, and prints the numbers
+of README.md, the model card.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import math
-import platform
 import time
 from pathlib import Path
 
@@ -20,22 +19,19 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers import models as tokenizer_models
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from lorasweep.data.source import Document
 from lorasweep.data.stdlib import read_code
 
 END_OF_TEXT = 256
-BLOCK = 512  # bytes per training sequence
+BLOCK_BYTES = 512
+"""Bytes per training sequence."""
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """Returns the byte-level tokenizer: token i is byte i, and token 256 ends a text."""
-    bytes_to_unicode = sorted(pre_tokenizers.ByteLevel.alphabet())
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    shifted = [byte for byte in range(256) if byte not in printable]
-    vocabulary = {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(shifted)}
-    if sorted(vocabulary) != bytes_to_unicode:
-        raise RuntimeError("the byte alphabet of `tokenizers` changed; the mapping above must follow it")
+    vocabulary = {letter: byte for byte, letter in bytes_to_unicode().items()}  # type: ignore[no-untyped-call]
     tokenizer = Tokenizer(tokenizer_models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -94,7 +90,7 @@ def bits_per_byte(model: LlamaForCausalLM, tokens: Tensor, *, context: int, stri
 def pretrain(
     model: LlamaForCausalLM, tokens: Tensor, held_out: Tensor, *, steps: int, batch_size: int, lr: float
 ) -> None:
-    """Trains with Muon on the matrices and AdamW on the rest, both with a linear decay to zero.
+    """Trains matrices with Muon and other parameters with AdamW, both with a linear decay to zero.
 
     Muon: Jordan et al. 2024; `match_rms_adamw`: Liu et al. 2025 (arXiv 2502.16982), eq. 4.
     """
@@ -115,11 +111,11 @@ def pretrain(
     order = torch.empty(0, dtype=torch.long)
     for step in range(steps):
         if len(order) < batch_size:  # a new pass over the data, cut at another offset
-            offset = int(torch.randint(BLOCK, (1,), generator=generator))
-            blocks = (len(tokens) - 1 - offset) // BLOCK
-            order = torch.randperm(blocks, generator=generator) * BLOCK + offset
+            offset = int(torch.randint(BLOCK_BYTES, (1,), generator=generator))
+            blocks = (len(tokens) - 1 - offset) // BLOCK_BYTES
+            order = torch.randperm(blocks, generator=generator) * BLOCK_BYTES + offset
         starts, order = order[:batch_size], order[batch_size:]
-        rows = torch.stack([tokens[s : s + BLOCK + 1] for s in starts.tolist()]).long()
+        rows = torch.stack([tokens[s : s + BLOCK_BYTES + 1] for s in starts.tolist()]).long()
         with torch.autocast("cpu", torch.bfloat16):
             logits = model(input_ids=rows[:, :-1], use_cache=False).logits
         loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), rows[:, 1:].flatten())
@@ -131,17 +127,17 @@ def pretrain(
             schedule.step()
         running = loss.item() if step == 0 else 0.98 * running + 0.02 * loss.item()
         if step % 100 == 99:
-            speed = (step + 1) * batch_size * BLOCK / (time.monotonic() - started)
+            speed = (step + 1) * batch_size * BLOCK_BYTES / (time.monotonic() - started)
             print(
                 f"step {step + 1}/{steps}  {running / math.log(2):.3f} bits per byte  {speed:,.0f} bytes/s", flush=True
             )
         if step % 1000 == 999:
-            score = bits_per_byte(model, held_out[:200_000], context=BLOCK, stride=BLOCK // 2)
+            score = bits_per_byte(model, held_out[:200_000], context=BLOCK_BYTES, stride=BLOCK_BYTES // 2)
             print(f"step {step + 1}/{steps}  held out {score:.4f} bits per byte", flush=True)
 
 
 def main() -> None:
-    """Reads the command line, pre-trains, scores on held-out modules and writes the folder."""
+    """Pre-trains, writes the folder, and prints the data's fingerprint and the scores on held-out modules."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--steps", type=int, default=9_000)
@@ -151,62 +147,18 @@ def main() -> None:
 
     torch.manual_seed(0)
     documents = read_code("pretraining")
-    tokens = encode(documents)
+    tokens, test = encode(documents), encode(read_code("test"))
     held_out = encode(read_code("validation") + read_code("test"))
-    print(f"pre-training on {len(tokens):,} bytes of {len(documents)} modules, {len(held_out):,} held out", flush=True)
+    fingerprint = hashlib.sha256(tokens.numpy().tobytes()).hexdigest()[:16]
+    print(f"pre-training on {len(tokens):,} bytes of {len(documents)} modules, fingerprint {fingerprint}", flush=True)
     model = build_model()
-    started = time.monotonic()
     pretrain(model, tokens, held_out, steps=arguments.steps, batch_size=arguments.batch_size, lr=arguments.lr)
-    minutes = (time.monotonic() - started) / 60
-
-    arguments.out.mkdir(parents=True, exist_ok=True)
     model.bfloat16().save_pretrained(arguments.out)
     build_tokenizer().save_pretrained(arguments.out)
-    recipe = (
-        f"{arguments.steps:,} steps of {arguments.batch_size} × {BLOCK} bytes, Muon (matrices), AdamW (the rest) at "
-        f"{arguments.lr:g}, 200 steps of warm-up, linear decay to zero, seed 0, bf16 autocast; {minutes:.0f} minutes "
-        "on 2 cores"
-    )
-    write_card(arguments.out, documents, tokens, recipe=recipe, scores=score_folder(arguments.out))
-
-
-def score_folder(folder: Path) -> dict[str, float]:
-    """Returns the bits per byte on held-out modules of the weights as a user loads them."""
-    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
-    parts = {name: read_code(name) for name in ("validation", "test")}
-    both = encode(parts["validation"] + parts["test"])
-    scores = {
-        "validation + test, context 512": bits_per_byte(model, both, context=512, stride=256),
-        "validation + test, context 128": bits_per_byte(model, both, context=128, stride=64),
-        "test, context 512": bits_per_byte(model, encode(parts["test"]), context=512, stride=256),
-    }
-    for name, score in scores.items():
-        print(f"held out ({name}): {score:.4f} bits per byte", flush=True)
-    return scores
-
-
-def write_card(
-    folder: Path, documents: list[Document], tokens: Tensor, *, recipe: str, scores: dict[str, float]
-) -> None:
-    """Writes the model card: what it is, its data, recipe and score."""
-    fingerprint = hashlib.sha256(tokens.numpy().tobytes()).hexdigest()[:16]
-    lines = [
-        "# tiny: the embedded base model",
-        "",
-        f"A byte-level causal language model, Llama architecture, {build_model().num_parameters():,} parameters, "
-        "stored in bf16.",
-        "It exists so that lorasweep's main job runs anywhere with no network; it is of no other use.",
-        "",
-        f"- **Data:** {len(documents)} modules ({len(tokens):,} bytes) of the standard library of Python "
-        f"{platform.python_version()}, test suites included, without the held-out modules "
-        f"(`lorasweep.data.stdlib.read_code`). SHA-256 of the token row: `{fingerprint}`.",
-        f"- **Recipe:** {recipe}. `python -m lorasweep.models.tiny.pretrain --out FOLDER` repeats it.",
-        "- **Score**, bits per byte on held-out modules (in windows that score their second half):",
-        *[f"    - {name}: {score:.3f}" for name, score in scores.items()],
-        "- **Licence:** the text is Python's (PSF-2.0); the weights come under the licence of this repository.",
-        "",
-    ]
-    (folder / "README.md").write_text("\n".join(lines))
+    saved = LlamaForCausalLM.from_pretrained(arguments.out, dtype=torch.bfloat16)
+    for name, scored, context in (("held out", held_out, 512), ("held out", held_out, 128), ("test", test, 512)):
+        score = bits_per_byte(saved, scored, context=context, stride=context // 2)
+        print(f"{name}, context {context}: {score:.3f} bits per byte", flush=True)
 
 
 if __name__ == "__main__":

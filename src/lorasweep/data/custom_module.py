@@ -1,0 +1,183 @@
+"""Reads the data sets of a user's LightningDataModule (`data.factory`)."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from lightning import LightningDataModule
+from torch import Tensor
+from torch.nn.functional import pad
+from torch.utils.data import DataLoader, IterableDataset
+
+from lorasweep.config.data import CustomDataConfig, CustomTask
+from lorasweep.config.user_function import call_user_function
+from lorasweep.data.source import DataSource
+from lorasweep.data.split import IGNORED, Batch, Split
+from lorasweep.errors import ConfigError, describe_error
+from lorasweep.fixed_seed import fixed_seed
+
+LOADERS = {"train": "train_dataloader", "validation": "val_dataloader", "test": "test_dataloader"}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class CustomSplit(Split):
+    """Examples as the user's data set and collate function return them."""
+
+    dataset: Any
+    """Has a length, and returns the same item at an index each time."""
+    collate: Callable[[list[Any]], Any]
+    """Joins items to a batch, which is a mapping of tensors."""
+    task: CustomTask
+    num_tokens: Tensor
+    """Number of tokens of each example, (examples,), int64; 1 for examples without `input_ids`."""
+    num_scored: Tensor
+    """Number of scored tokens of each text, (examples,), float; 1 for an example of another task."""
+    bytes_per_token: None = None
+    """Unknown: the examples may not even be text."""
+
+    @property
+    def lengths(self) -> Tensor:
+        return self.num_tokens
+
+    @property
+    def weights(self) -> Tensor:
+        return self.num_scored
+
+    def batch(self, indices: Sequence[int], *, slots: int = 1) -> Batch:
+        return to_batch(self.collate([self.dataset[index] for index in indices]), task=self.task)
+
+    def describe(self) -> dict[str, Any]:
+        return {"examples": len(self), "fingerprint": self.fingerprint}
+
+
+def read_custom_module(config: CustomDataConfig) -> DataSource:
+    """Returns the splits of the LightningDataModule that `data.factory` returns.
+
+    Only the data set and the collate function of its loaders are used. Order and batches are ours, so that all trials
+    share them. The module draws the same random numbers from torch at each call.
+
+    Raises:
+        ConfigError: The function or a method of the module fails, or a loader or example can't be used.
+    """
+    with fixed_seed():
+        module = call_user_function(config.factory, key="data.factory", offered={})
+        if not isinstance(module, LightningDataModule):
+            raise ConfigError(
+                f"`data.factory` must return a LightningDataModule, but {config.factory!r} returns "
+                f"{type(module).__name__}."
+            )
+        _call(config, "prepare_data", module.prepare_data)
+        _call(config, "setup", module.setup, "fit")
+        train, validation = (_read_split(config, module, name) for name in ("train", "validation"))
+
+    @functools.cache
+    def read_test() -> CustomSplit:
+        with fixed_seed():
+            _call(config, "setup", module.setup, "test")
+            return _read_split(config, module, "test")
+
+    return DataSource(
+        kind="documents" if config.task == "text" else config.task,
+        label_names=config.labels,
+        train=train,
+        validation=validation,
+        test=read_test,
+    )
+
+
+def to_batch(collated: Any, *, task: CustomTask) -> Batch:
+    """Returns a collated batch with `targets` in place of `labels`.
+
+    For task `text`, `labels[i]` is token i, as in transformers; without `labels`, they are the `input_ids`.
+    `targets[i]` is token i + 1, because the model predicts it at position i.
+
+    Raises:
+        ConfigError: The batch is not a mapping of tensors, or has no labels.
+    """
+    if not hasattr(collated, "items") or not all(isinstance(value, Tensor) for value in collated.values()):
+        raise ConfigError(
+            f"`data.factory` must return batches that are mappings of tensors, but got {type(collated).__name__}. "
+            "Set a collate function in its loaders."
+        )
+    batch: Batch = dict(collated.items())
+    labels = batch.pop("labels", None)
+    if labels is None and task == "text" and "input_ids" in batch:
+        labels = batch["input_ids"]
+        if "attention_mask" in batch:
+            labels = labels.masked_fill(batch["attention_mask"] == 0, IGNORED)
+    if labels is None:
+        wanted = "`input_ids`" if task == "text" else "`labels`"
+        raise ConfigError(f"`data.factory` must return examples with {wanted}, but got {', '.join(batch)}.")
+    if task == "text":
+        return {**batch, "targets": pad(labels[:, 1:], (0, 1), value=IGNORED)}
+    if task == "single_label":
+        return {**batch, "targets": labels.long().flatten()}
+    return {**batch, "targets": labels.float().flatten() if task == "regression" else labels.float()}
+
+
+def _read_split(config: CustomDataConfig, module: LightningDataModule, name: str) -> CustomSplit:
+    """Reads every example of a split once, for its length, weight and fingerprint.
+
+    Raises:
+        ConfigError: The loader has no data set of known length, the data set is empty, or an example can't be used.
+    """
+    loader = _call(config, LOADERS[name], getattr(module, LOADERS[name]))
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+        raise ConfigError(
+            f"`data.factory` must have a `{LOADERS[name]}` that returns one DataLoader of a data set with `__len__` "
+            f"and `__getitem__`, but got {type(getattr(loader, 'dataset', loader)).__name__}."
+        )
+    dataset, collate = cast(Any, loader.dataset), loader.collate_fn
+    digest, num_tokens, num_scored = hashlib.sha256(), [], []
+    for index in range(len(dataset)):
+        source = f"example {index} of the {name} split"
+        item = _call(config, source, dataset.__getitem__, index)
+        batch = to_batch(_call(config, "the collate function", collate, [item]), task=config.task)
+        _check_targets(batch["targets"], config, source=source)
+        # The fingerprint covers the tensors that the model sees, after the collate function.
+        for key in sorted(batch):
+            digest.update(key.encode() + batch[key].contiguous().cpu().flatten().view(torch.uint8).numpy().tobytes())
+        num_tokens.append(batch["input_ids"].shape[1] if "input_ids" in batch else 1)
+        num_scored.append(float((batch["targets"] != IGNORED).sum()) if config.task == "text" else 1.0)
+    if not num_tokens:
+        raise ConfigError(f"the {name} split of `data.factory` must not be empty, but it has no example.")
+    return CustomSplit(
+        name=name,
+        fingerprint=digest.hexdigest()[:16],
+        dataset=dataset,
+        collate=collate,
+        task=config.task,
+        num_tokens=torch.tensor(num_tokens),
+        num_scored=torch.tensor(num_scored),
+    )
+
+
+def _check_targets(targets: Tensor, config: CustomDataConfig, *, source: str) -> None:
+    num_labels = len(config.labels)
+    if config.task == "single_label" and not 0 <= int(targets.min()) <= int(targets.max()) < num_labels:
+        raise ConfigError(
+            f"`data.labels` must name every label, but {source} has label {int(targets.max())} and there are "
+            f"{num_labels} names. The first label is 0."
+        )
+    if config.task == "multi_label" and targets.shape[-1] != num_labels:
+        raise ConfigError(
+            f"`labels` must be {num_labels} numbers, 0 or 1 for each of `data.labels`, but {source} has "
+            f"{targets.shape[-1]}."
+        )
+    if not targets.isfinite().all():
+        raise ConfigError(f"`labels` must be finite numbers, but those of {source} are not.")
+
+
+def _call(config: CustomDataConfig, step: str, function: Callable[..., Any], *arguments: Any) -> Any:
+    try:
+        return function(*arguments)
+    except Exception as error:
+        raise ConfigError(
+            f"`data.factory` must name a LightningDataModule that works, but {step} of {config.factory!r} fails: "
+            f"{describe_error(error)}."
+        ) from error
