@@ -209,7 +209,7 @@ def test_pissa_comes_back_with_the_rank_that_trained(tmp_path, make_config, inpu
 
 @pytest.mark.parametrize("config", [lora(), FullConfig(), HeadConfig(), IntrinsicConfig(dim=40)], ids=str)
 def test_a_head_that_the_run_drew_counts_as_its_base(base, config):
-    base = BaseModel(**{**vars(base), "head": ("lm_head",)})
+    base = BaseModel(**{**vars(base), "new_head_names": ("lm_head",)})
     run = SimpleNamespace(config=SimpleNamespace(seeds=SimpleNamespace(init=5)))
     start = initial_model(run, base)
     assert not torch.equal(start.lm_head.weight, base.model.lm_head.weight)
