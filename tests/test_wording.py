@@ -7,11 +7,9 @@ import pytest
 from lorasweep.wording import (
     format_bytes,
     format_count,
-    format_difference,
     format_estimate,
     format_metric,
     format_p_value,
-    format_ratio,
     format_score,
     format_seconds,
     format_setting,
@@ -130,10 +128,8 @@ def test_share_has_its_interval_in_percent() -> None:
     assert format_share_estimate(None, None) == "–"
 
 
-def test_small_numbers_have_two_digits() -> None:
-    assert [format_difference(value) for value in (0.01504, 0.2, None)] == ["0.015", "0.2", "–"]
+def test_p_values_have_two_digits() -> None:
     assert [format_p_value(value) for value in (0.0342, 1e-9, 1.0, None)] == ["0.034", "< 0.0001", "1", "–"]
-    assert [format_ratio(value) for value in (0.853, 2.64, 12.3, 162.0)] == ["0.85", "2.6", "12", "162"]
 
 
 def test_words_are_joined_as_a_sentence_lists_them() -> None:

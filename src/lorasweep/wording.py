@@ -100,11 +100,6 @@ def format_estimate(value: float | None, interval: tuple[float, float] | None) -
     return f"{shown[0]} [{shown[1]}, {shown[2]}]"
 
 
-def format_difference(value: float | None) -> str:
-    """Returns a small difference with two digits: `0.015`."""
-    return UNKNOWN if value is None else f"{value:.2g}"
-
-
 def format_share_estimate(value: float | None, interval: tuple[float, float] | None) -> str:
     """Returns a fraction in percent with its interval: `92 % [90, 94]`."""
     if value is None or interval is None:
@@ -118,11 +113,6 @@ def format_p_value(value: float | None) -> str:
     if value is None:
         return UNKNOWN
     return "< 0.0001" if value < 0.0001 else f"{value:.2g}"
-
-
-def format_ratio(value: float) -> str:
-    """Returns a ratio with two digits: `0.85`, `2.6`, `12`."""
-    return f"{value:.2g}" if value < 99.5 else f"{value:.0f}"
 
 
 def join_words(words: Sequence[str], *, last: str = "and") -> str:

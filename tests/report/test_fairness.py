@@ -13,7 +13,7 @@ from lorasweep.report.fairness import Fairness, judge_fairness
 from lorasweep.report.summary import summarize
 from lorasweep.report.sweep_data import load_sweep_data
 
-from .conftest import build_rank_arms, build_sweep, edit_json
+from .conftest import build_sweep, edit_json
 from .test_terminal import shown
 
 TOKENS_PER_STEP = 16 * 128
@@ -48,11 +48,9 @@ def judge(sweep: Path) -> Fairness:
 def test_equal_arms_are_fair_and_the_numbers_are_named(even: Path) -> None:
     fairness = judge(even)
     assert fairness.is_fair
-    assert fairness.sentences[0].startswith("The comparison of arms is fair")
-    assert fairness.sentences[1] == (
-        "`lora`: 6 trials (6 complete), 1.84 M tokens, lr over 1.5, rank over 1.8, alpha over 0.9 decades; "
-        "`full`: 6 trials (6 complete), 1.84 M tokens, lr over 1.7 decades."
-    )
+    assert "is fair" in fairness.sentences[0]
+    for part in ("2 arms", "6 trials", "6 complete trials", "1.84 M tokens", "1.5 to 1.7 decades"):
+        assert part in fairness.sentences[1]
 
 
 def ask_for_more(raw: dict[str, Any]) -> None:
@@ -70,9 +68,9 @@ def search_no_rate(raw: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("change", "fault"),
     [
-        (ask_for_more, "`lora` was given 8 trials and `full` 6"),
-        (narrow, "`full` was searched over 1.7 decades and that of `lora` over 0.3"),
-        (search_no_rate, "`full` was searched over 1.7 decades and that of `lora` not at all"),
+        (ask_for_more, "`full` had 6 trials and `lora` 8"),
+        (narrow, "`lora` had 0.3 decades of learning rates and `full` 1.7"),
+        (search_no_rate, "`lora` had 0.0 decades of learning rates and `full` 1.7"),
     ],
 )
 def test_what_the_definition_gave_unequally_is_named(
@@ -90,11 +88,10 @@ def test_trials_that_stopped_early_count_with_the_tokens_that_they_trained(even:
         change_run(even, number, state=state, steps=50)
     fairness = judge(even)
     lora, full = fairness.arms
-    assert (lora.trials_complete, lora.trials_stopped_early, full.trials_complete) == (2, 4, 6)
+    assert (lora.trials_complete, full.trials_complete) == (2, 6)
     assert lora.tokens_trained == (2 * 150 + 4 * 50) * TOKENS_PER_STEP
-    assert "`lora` has 2 complete trials and `full` 6" in fairness.sentences[0]
-    assert "`full` trained on 1.8 times as many tokens as `lora`" in fairness.sentences[0]
-    assert "`lora`: 6 trials (2 complete, 4 stopped early)" in fairness.sentences[1]
+    assert "`lora` had 2 complete trials and `full` 6" in fairness.sentences[0]
+    assert "`lora` had 1.02 M tokens and `full` 1.84 M" in fairness.sentences[0]
 
 
 def test_two_complete_trials_more_are_fair_and_three_are_not(even: Path) -> None:
@@ -106,18 +103,12 @@ def test_two_complete_trials_more_are_fair_and_three_are_not(even: Path) -> None
 def test_an_arm_without_a_complete_trial_is_not_compared_fairly(even: Path) -> None:
     for number in range(6):
         change_run(even, number, state="failed", steps=150)
-    assert "`lora` has no complete trial and `full` 6" in judge(even).sentences[0]
-
-
-def test_an_arm_that_trained_nothing_is_not_compared_fairly(even: Path) -> None:
-    for number in range(6):
-        change_run(even, number, state="failed", steps=0)
-    assert "`full` trained on tokens, `lora` on none" in judge(even).sentences[0]
+    assert "`lora` had 0 complete trials and `full` 6" in judge(even).sentences[0]
 
 
 def test_a_running_sweep_is_judged_so_far(even: Path) -> None:
     edit_json(even / "sweep.json", lambda raw: raw.update(status="running"))
-    assert judge(even).sentences[0].startswith("The comparison of arms is so far fair")
+    assert judge(even).sentences[0].endswith("so far fair.")
 
 
 def test_one_arm_that_trains_is_compared_with_nothing(tmp_path: Path) -> None:
@@ -131,18 +122,10 @@ def test_reruns_do_not_count(even: Path, confirmed: Path) -> None:
     assert full == judge(even).arms[1]
 
 
-def test_many_arms_are_described_from_the_lowest_to_the_highest(tmp_path: Path) -> None:
-    fairness = judge(build_rank_arms(tmp_path, {1: 1.8, 4: 1.7, 16: 1.69, 64: 1.6}))
-    assert len(fairness.arms) == 5
-    assert fairness.sentences[1] == (
-        "Each of 5 arms: 6 to 9 trials (6 to 9 complete), 1.84 M to 2.76 M tokens, lr over 1.7 to 3.0 decades."
-    )
-
-
 def test_terminal_page_and_summary_have_the_judgement(even: Path) -> None:
     raw = write_report(even).as_json()["fairness"]
     assert raw["is_fair"] is True
-    assert raw["arms"][1]["widths_decades"]["optim.lr"] == pytest.approx(1.699, abs=1e-3)  # log10(50)
+    assert raw["arms"][1]["lr_decades"] == pytest.approx(1.699, abs=1e-3)  # log10(50)
     said = summarize(even).sentences
     assert set(raw["sentences"]) <= set(said)
     assert raw["sentences"][0] in shown(render_terminal(even), width=1000)

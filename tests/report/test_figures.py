@@ -7,13 +7,17 @@ from typing import Any
 
 import pytest
 
-from lorasweep.report.advice.rates import advise_rates
-from lorasweep.report.figures.confirmed import THICK, THIN, draw_confirmed, draw_confirmed_by_rank, find_reference
-from lorasweep.report.figures.curves import draw_learning_curves
-from lorasweep.report.figures.panel import colours_of, score_range
-from lorasweep.report.figures.scores import draw_rank_alpha, draw_score_by_lr, draw_score_by_rank
-from lorasweep.report.figures.settings import draw_importance, draw_parallel_coordinates
-from lorasweep.report.figures.tradeoff import draw_tradeoff, pareto_front
+from lorasweep.report.figures import PANELS, trials
+from lorasweep.report.figures.confirmed import draw_confirmed, draw_confirmed_by_rank, find_reference
+from lorasweep.report.figures.panel import choose_colours, find_score_range, select_evenly
+from lorasweep.report.figures.settings import draw_importance, draw_parallel_coordinates, draw_rank_alpha
+from lorasweep.report.figures.trials import (
+    draw_learning_curves,
+    draw_score_by_lr,
+    draw_score_by_rank,
+    draw_tradeoff,
+    find_pareto_front,
+)
 from lorasweep.report.sweep_data import load_sweep_data
 
 from .conftest import BASE_SCORE, build_rank_arms, build_sweep, edit_json
@@ -23,9 +27,9 @@ def test_each_arm_keeps_one_colour_of_its_own(sweep: Path) -> None:
     def add_arms(raw: dict[str, Any]) -> None:
         raw["arms"] += [{**raw["arms"][1], "name": f"lora-{index}"} for index in range(20)]
 
-    before = colours_of(load_sweep_data(sweep))
+    before = choose_colours(load_sweep_data(sweep))
     edit_json(sweep / "sweep.json", add_arms)
-    after = colours_of(load_sweep_data(sweep))
+    after = choose_colours(load_sweep_data(sweep))
     assert before == {arm: after[arm] for arm in ("frozen", "lora", "full")}
     assert len({after[f"lora-{index}"] for index in range(8)}) == 8
 
@@ -33,8 +37,8 @@ def test_each_arm_keeps_one_colour_of_its_own(sweep: Path) -> None:
 def test_pareto_front_keeps_what_nothing_beats_in_both(sweep: Path) -> None:
     trial = load_sweep_data(sweep).trials[0]
     points = [(cost, trial, score) for cost, score in ((3, 1.0), (1, 2.0), (2, 2.5), (2, 1.5), (4, 1.0))]
-    assert [(cost, score) for cost, _, score in pareto_front(points, sign=1)] == [(1, 2.0), (2, 1.5), (3, 1.0)]
-    assert [(cost, score) for cost, _, score in pareto_front(points, sign=-1)] == [(1, 2.0), (2, 2.5)]
+    assert [(cost, score) for cost, _, score in find_pareto_front(points, sign=1)] == [(1, 2.0), (2, 1.5), (3, 1.0)]
+    assert [(cost, score) for cost, _, score in find_pareto_front(points, sign=-1)] == [(1, 2.0), (2, 2.5)]
 
 
 def test_diverged_score_does_not_flatten_the_others_and_is_counted(sweep: Path) -> None:
@@ -49,17 +53,17 @@ def test_diverged_score_does_not_flatten_the_others_and_is_counted(sweep: Path) 
 
 def test_range_reaches_from_the_best_to_the_base(sweep: Path) -> None:
     data = load_sweep_data(sweep)
-    low, high = score_range(data, [1.7, 1.8]) or (0, 0)
+    low, high = find_score_range(data, [1.7, 1.8]) or (0, 0)
     assert low < 1.662 < BASE_SCORE < high
-    assert score_range(data, []) is None
+    assert find_score_range(data, []) is None
 
 
 def test_range_without_a_base_leaves_out_the_worst_tenth(tmp_path: Path) -> None:
     data = load_sweep_data(build_sweep(tmp_path, frozen=0, full=0))
-    low, high = score_range(data, [*(1.0 + index / 100 for index in range(20)), 50.0]) or (0, 0)
+    low, high = find_score_range(data, [*(1.0 + index / 100 for index in range(20)), 50.0]) or (0, 0)
     assert low < 1.0
     assert high < 2
-    assert score_range(data, [1.0]) == (0.95, 1.05)
+    assert find_score_range(data, [1.0]) == (0.95, 1.05)
 
 
 def test_rank_line_joins_the_best_of_each_rank(sweep: Path) -> None:
@@ -97,23 +101,6 @@ def test_heat_map_shows_the_best_of_each_cell_and_leaves_untried_ones_empty(swee
             assert shown == (min(cell) if cell else None)
 
 
-def test_heat_map_shows_cells_in_which_every_trial_was_stopped_early_without_colour(sweep: Path) -> None:
-    data = load_sweep_data(sweep)
-    panel = draw_rank_alpha(data)
-    stopped = panel.figures[0].data[1]
-    complete = {_at(t.params) for t in data.arms[1].trials if t.is_complete}
-    only_stopped = {_at(t.params) for t in data.arms[1].trials if t.is_stopped_early} - complete
-    shown = {
-        (rank, alpha)
-        for alpha, row in zip(stopped.y, stopped.z, strict=True)
-        for rank, z in zip(stopped.x, row, strict=True)
-        if z is not None
-    }
-    assert shown == only_stopped
-    assert shown
-    assert {row[3] for row in panel.rows} == {True, False}
-
-
 def test_the_map_is_over_the_multiplier_where_that_was_swept(sweep: Path) -> None:
     def divide(raw: dict[str, Any]) -> None:
         for arm in raw["arms"]:
@@ -122,7 +109,6 @@ def test_the_map_is_over_the_multiplier_where_that_was_swept(sweep: Path) -> Non
 
     edit_json(sweep / "sweep.json", divide)
     panel = draw_rank_alpha(load_sweep_data(sweep))
-    assert panel.columns[1] == "method.alpha_over_rank"
     assert panel.figures[0].layout.yaxis.title.text == "α/r"
 
 
@@ -147,7 +133,7 @@ def test_learning_rates_of_each_arm_are_dots_and_its_best_a_ring(sweep: Path) ->
     data = load_sweep_data(sweep)
     figure = draw_score_by_lr(data).figures[0]
     rings = [trace for trace in figure.data if trace.marker.symbol == "circle-open"]
-    assert [ring.y[0] for ring in rings] == [data.score_of("lora"), data.score_of("full")]
+    assert [ring.y[0] for ring in rings] == [data.best_score("lora"), data.best_score("full")]
     crosses = [trace for trace in figure.data if trace.marker.symbol == "x-thin-open"]
     assert [len(cross.x) for cross in crosses] == [6, 0]
 
@@ -190,16 +176,13 @@ def test_linear_range_and_words_are_axes_too(sweep: Path) -> None:
     assert set(figure.data[0].dimensions[1].values) == {0, 1}
 
 
-def test_importance_is_drawn_where_several_settings_were_swept(sweep: Path) -> None:
-    figure = draw_importance(load_sweep_data(sweep)).figures[0]
-    assert [(bar.name, list(bar.y)) for bar in figure.data] == [("lora", ["method.alpha", "method.rank", "optim.lr"])]
-
-
-def test_importance_that_is_not_known_is_a_sentence(sweep: Path) -> None:
-    edit_json(sweep / "sweep.json", lambda raw: [arm.update(importance={}) for arm in raw["arms"]])
+def test_importance_is_drawn_from_20_complete_trials_on(sweep: Path) -> None:
     panel = draw_importance(load_sweep_data(sweep))
     assert panel.figures == ()
-    assert "not known" in panel.text
+    assert "20 complete trials" in panel.text
+    edit_json(sweep / "sweep.json", lambda raw: raw["trials"].extend([raw["trials"][1] for _ in range(9)]))
+    (figure,) = draw_importance(load_sweep_data(sweep)).figures
+    assert [(bar.name, list(bar.y)) for bar in figure.data] == [("lora", ["method.alpha", "method.rank", "optim.lr"])]
 
 
 def test_confirmed_means_have_their_intervals_as_bars(confirmed: Path) -> None:
@@ -209,14 +192,10 @@ def test_confirmed_means_have_their_intervals_as_bars(confirmed: Path) -> None:
     lora = data.evidence.arm("lora")
     assert lora
     assert lora.interval
-    assert lora.seed_interval
-    bars = {trace.error_x.thickness: trace for trace in scores.data if trace.y[0] == "lora" and trace.error_x.array}
-    for thickness, interval in ((THIN, lora.interval), (THICK, lora.seed_interval)):
-        trace = bars[thickness]
-        assert trace.x[0] == lora.mean
-        assert (trace.x[0] - trace.error_x.arrayminus[0], trace.x[0] + trace.error_x.array[0]) == pytest.approx(
-            interval
-        )
+    mean = next(trace for trace in scores.data if trace.y[0] == "lora" and trace.error_x.array)
+    assert mean.x[0] == lora.mean
+    ends = (mean.x[0] - mean.error_x.arrayminus[0], mean.x[0] + mean.error_x.array[0])
+    assert ends == pytest.approx(lora.interval)
     seeds = next(trace for trace in scores.data if trace.y[0] == "lora" and trace.marker.symbol == "circle-open")
     assert seeds.x == lora.values
     assert seeds.customdata[0] == "../runs/lora-confirm-0000/"
@@ -241,7 +220,6 @@ def test_nothing_confirmed_is_a_sentence(sweep: Path) -> None:
     panel = draw_confirmed(load_sweep_data(sweep))
     assert panel.figures == ()
     assert "Nothing was confirmed" in panel.text
-    assert panel.data_file == ""
 
 
 def test_confirmed_scores_by_rank_are_a_line_with_bars(tmp_path: Path) -> None:
@@ -253,21 +231,25 @@ def test_confirmed_scores_by_rank_are_a_line_with_bars(tmp_path: Path) -> None:
     assert len(draw_score_by_rank(data).figures) == 2
 
 
-def test_learning_rates_as_good_as_the_best_are_a_bar(confirmed: Path) -> None:
-    data = load_sweep_data(confirmed)
-    panel = draw_score_by_lr(data)
-    bars = {trace.legendgroup: trace for trace in panel.figures[0].data if trace.line.width == 9}
-    full = next(rate for rate in advise_rates(data) if rate.arm == "full")
-    assert list(bars["full"].x) == [full.low, full.high]
-    assert len(panel.notes) == 2
+def test_a_large_group_keeps_evenly_spaced_items_with_the_first_and_a_small_one_stays_whole() -> None:
+    groups = [[(score * 37) % 101 for score in range(101)], [7, 3]]
+    (first, second), sentence = select_evenly(groups, key=lambda score: score, max_items=40)
+    assert list(first) == list(range(0, 101, 6))
+    assert second == [7, 3]
+    assert "19 of 103 are drawn" in sentence
+    assert select_evenly(groups, key=None, max_items=103) == (groups, "")
 
 
-def test_tradeoff_file_says_what_is_on_each_front(sweep: Path) -> None:
-    panel = draw_tradeoff(load_sweep_data(sweep))
-    rows = [dict(zip(panel.columns, row, strict=True)) for row in panel.rows]
-    best = min(rows, key=lambda row: row["bits_per_byte"])
-    assert best["trainable_params_front"]
-    cheapest = min(rows, key=lambda row: (row["wall_s"], row["bits_per_byte"]))
-    assert cheapest["wall_s_front"]
-    assert 1 < sum(row["trainable_params_front"] for row in rows) < len(rows)
-    assert panel.data_file == "tradeoff.csv"
+def test_every_figure_of_a_large_sweep_draws_the_best_and_says_that_it_skips_some(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    large = load_sweep_data(build_sweep(tmp_path, lora=60))
+    before = {panel.key: panel for panel in (draw(large) for draw in PANELS)}
+    monkeypatch.setattr("lorasweep.report.figures.panel.MAX_FIGURE_POINTS", 20)
+    monkeypatch.setattr(trials, "MAX_CURVES", 20)
+    drawn = {panel.key: panel for panel in (draw(large) for draw in PANELS)}
+    for key in ("rank", "lr", "curves", "tradeoff", "settings"):
+        assert "are drawn" in drawn[key].text, key
+        assert len(drawn[key].figures[0].to_json()) < 0.7 * len(before[key].figures[0].to_json()), key
+    scores = {score for trace in drawn["tradeoff"].figures[0].data for score in trace.y}
+    assert {arm.best.value for arm in large.arms[1:] if arm.best} <= scores

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from lorasweep.report import write_report
-from lorasweep.report.page import mark_code
+from lorasweep.report import page, write_report
+from lorasweep.report.page import mark_code, render_page, select_rows
+from lorasweep.report.summary import summarize
 
 from .conftest import build_sweep, edit_json, inspect_winners
 
@@ -81,10 +82,10 @@ def test_confirmed_page_shows_intervals_verdicts_and_reruns(confirmed: Path) -> 
     assert any(re.fullmatch(r"\.\./runs/lora-confirm-0004/best/", link) for link in page.links)
 
 
-def test_data_behind_each_figure_is_beside_the_page(confirmed: Path) -> None:
+def test_data_behind_the_figures_is_beside_the_page(confirmed: Path) -> None:
     page = written(confirmed)
     files = {link for link in page.links if link.endswith(".csv")}
-    names = ("confirmed", "pairs", "rank", "rank-alpha", "lr", "curves", "tradeoff", "trials", "importance")
+    names = ("confirmed", "pairs", "curves", "trials")
     assert files == {f"{name}.csv" for name in names}
     assert all((confirmed / "report" / name).read_text().count("\n") > 1 for name in files)
 
@@ -96,7 +97,7 @@ def test_reruns_that_failed_stand_among_the_unfinished_with_their_reason(confirm
     edit_json(confirmed / "sweep.json", fail)
     page = written(confirmed)
     assert "The loss became NaN at step 3." in page.text
-    assert "1 of 5 reruns of `full` have no score on test data".replace("`", "") in page.text
+    assert "full has scores on test data from 4 of its 5 reruns" in page.text
 
 
 def test_paused_trials_are_shown_as_paused(sweep: Path) -> None:
@@ -119,8 +120,6 @@ def test_page_shows_what_was_inspected(sweep: Path) -> None:
     inspect_winners(sweep)
     page = written(sweep)
     assert len(page.figures) == 14
-    assert "weights.csv" in page.links
-    assert (sweep / "report" / "weights.csv").read_text().count("\n") > 20
     assert "At 16." in page.text
 
 
@@ -162,7 +161,7 @@ def test_hostile_names_are_text(sweep: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"full": 0}, "without full fine-tuning"),
+        ({"full": 0}, "no share of full's gain is known"),
         ({"lora": 0}, "No two ranks have a complete trial"),
         ({"lora": 0, "full": 0}, "No run has two evaluations"),
         ({"lora": 1}, "Rank and α were not both swept"),
@@ -218,3 +217,24 @@ def test_report_of_a_thousand_trials_takes_at_most_twenty_seconds(tmp_path: Path
     assert time.process_time() - start <= 20
     # plotly itself is 4.8 MB
     assert (sweep / "report/index.html").stat().st_size < 9e6
+
+
+def test_table_of_a_large_sweep_has_the_best_of_each_arm_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    large = summarize(build_sweep(tmp_path, lora=60))
+    assert select_rows(large.data) == list(large.data.trials)
+    assert "The table has" not in render_page(large, [])
+    monkeypatch.setattr(page, "MAX_TABLE_ROWS", 30)
+    monkeypatch.setattr(page, "MAX_REASONS", 3)
+    rows = select_rows(large.data)
+    lora = [trial for trial in rows if trial.arm == "lora"]
+    scores = sorted(trial.value or 9.0 for trial in large.data.arms[1].trials if trial.is_complete)
+    assert {arm.name for arm in large.data.arms} == {trial.arm for trial in rows}
+    assert sorted(trial.value or 9.0 for trial in lora) == scores[: len(lora)]
+    assert [trial.number for trial in lora] == sorted(trial.number for trial in lora)
+    text = render_page(large, [])
+    assert f"The table has {len(rows)} of {len(large.data.trials)} trials, the best" in text
+    assert text.count('<th scope="row" data-key=') == len(rows)
+    assert "of which the first 3 are listed</summary>" in text
+    assert text.count("Worse than half of the trials") == 3

@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 
+from lorasweep.report import write_report
 from lorasweep.report.findings import ONE_SEED
-from lorasweep.report.summary import Summary, summarize
+from lorasweep.report.summary import ACTIVITIES, Summary, summarize
+from lorasweep.training.telemetry import Telemetry
 
 from .conftest import BASE_SCORE, build_sweep, edit_json
 
@@ -56,20 +58,11 @@ def test_share_of_full_gain_is_mirrored_when_maximizing(sweep: Path) -> None:
     assert shares_of(summarize(sweep)) == pytest.approx(before)
 
 
-@pytest.mark.parametrize(
-    ("missing", "sentence"),
-    [
-        ({"full": 0}, "without full fine-tuning"),
-        ({"frozen": 0}, "without the frozen base"),
-        ({"full": 0, "frozen": 0}, "no score of the frozen base or of full"),
-    ],
-)
-def test_share_is_null_and_said_so_where_an_end_is_missing(
-    tmp_path: Path, missing: dict[str, Any], sentence: str
-) -> None:
+@pytest.mark.parametrize("missing", [{"full": 0}, {"frozen": 0}, {"full": 0, "frozen": 0}])
+def test_share_is_null_and_said_so_where_an_end_is_missing(tmp_path: Path, missing: dict[str, Any]) -> None:
     summary = summarize(build_sweep(tmp_path, **missing))
     assert set(shares_of(summary)) == {None}
-    assert sentence in summary.sentences[1]
+    assert "no share of full's gain is known" in summary.sentences[1].lower()
 
 
 def test_share_is_null_where_full_fine_tuning_gained_nothing(sweep: Path) -> None:
@@ -80,7 +73,7 @@ def test_share_is_null_where_full_fine_tuning_gained_nothing(sweep: Path) -> Non
     edit_json(sweep / "sweep.json", spoil_full)
     summary = summarize(sweep)
     assert set(shares_of(summary)) == {None}
-    assert "it gained nothing" in summary.sentences[1]
+    assert "gained nothing" in summary.sentences[1]
 
 
 def test_pruning_saves_what_pruned_trials_did_not_train(sweep: Path) -> None:
@@ -134,32 +127,41 @@ def test_unfinished_sweep_says_how_many_trials_were_asked_for(sweep: Path) -> No
     assert "The sweep is interrupted: 25 trials were asked for." in summarize(sweep).sentences
 
 
-@pytest.mark.parametrize(
-    ("space", "value", "end"),
-    [
-        ([1, 4, 16], 16, "upper"),
-        ([1, 4, 16], 4, None),
-        ([2, 4, 16], 2, "lower"),
-        ([1, 4, 16], 1, None),  # no rank is lower than 1
-        ([8], 8, None),
-        (["a", "b"], "b", None),
-        ({"low": 1, "high": 64}, 63, "upper"),
-        ({"low": 1e-4, "high": 1e-2, "log": True}, 1.1e-4, "lower"),
-        ({"low": 1e-4, "high": 1e-2, "log": True}, 1e-3, None),
-        ({"low": 1e-4, "high": 1e-2, "log": True}, -1.0, None),
-        ({"low": 1e-4}, 1e-3, None),
-        (None, 3, None),
-    ],
-)
-def test_best_value_at_the_end_of_its_range_is_said(sweep: Path, space: object, value: object, end: str | None) -> None:
-    def sweep_one_rank(raw: dict[str, Any]) -> None:
-        raw["arms"][1]["space"] = {"method.rank": space}
-        for trial in raw["trials"]:
-            trial["params"] = {"method.rank": value} if trial["arm"] == "lora" else {}
-        # a complete trial at another place, so that there is something to compare the end with
-        raw["trials"][2].update(value=3.0, params={"method.rank": 8 if isinstance(value, int) else 2e-3})
+TELEMETRY = {
+    "wall_s": 100.0,
+    "training_s": 60.0,
+    "evaluating_s": 20.0,
+    "loading_s": 4.0,
+    "storage_s": 1.0,
+    "saving_s": 0.0,
+    "trained_tokens": 600_000.0,
+    "peak_memory_bytes": 2.0**30,
+    "cpu_s": 150.0,
+}
 
-    edit_json(sweep / "sweep.json", sweep_one_rank)
-    said = [text for text in summarize(sweep).sentences if "end of its range" in text]
-    assert [end for text in said if f"lies at the {end} end" in text] == ([end] if end else [])
-    assert len(said) == (1 if end else 0)
+
+def test_activities_add_up_to_the_time_and_skip_those_that_took_none(sweep: Path) -> None:
+    edit_json(sweep / "sweep.json", lambda raw: raw.update(telemetry=TELEMETRY, device="cpu", threads=2))
+    time = write_report(sweep).time
+    assert time
+    assert time.seconds == {
+        "training": 60,
+        "evaluating": 20,
+        "loading models and data": 4,
+        "proposing and storing trials": 1,
+        "other": 15,
+    }
+    for part in ("1 min 40 s on cpu with 2 threads", "10 k tokens per second", "1.5 processor cores", "1 GiB"):
+        assert part in time.sentence
+    page = (sweep / "report" / "index.html").read_text()
+    assert '<th scope="row">loading models and data</th><td class="num">4.0 s</td>' in page
+    assert "width:60.0%" in page
+
+
+def test_a_record_without_the_time_has_no_section(sweep: Path) -> None:
+    assert write_report(sweep).time is None
+    assert 'id="time"' not in (sweep / "report" / "index.html").read_text()
+
+
+def test_what_the_report_reads_is_what_telemetry_measures() -> None:
+    assert {*ACTIVITIES, "wall_s", "cpu_s", "trained_tokens", "peak_memory_bytes"} == set(Telemetry().sample())

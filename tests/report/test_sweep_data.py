@@ -25,7 +25,7 @@ def test_trials_and_reruns_are_joined_with_their_runs(confirmed: Path) -> None:
     ]
     assert all((t.record.arm, t.record.trial) == (t.arm, t.number) for t in data.trials if t.record)
     assert [rerun.seed for rerun in data.arms[1].reruns] == [0, 1, 2, 3, 4]
-    assert all(rerun.record and rerun.is_scored for rerun in data.reruns)
+    assert all(rerun.record and rerun.is_complete for rerun in data.reruns)
     assert (data.evidence.num_examples, data.problems) == (40, ())
 
 
@@ -54,7 +54,7 @@ def test_winner_is_the_trial_that_was_confirmed_even_if_another_is_better_now(co
     assert lora.best
     assert lora.winner
     assert lora.best.number == 0
-    assert lora.winner.number == lora.reruns[0].trial != 0
+    assert lora.winner.number == lora.reruns[0].number != 0
 
 
 def test_curve_keeps_the_later_of_steps_that_a_resumed_run_wrote_twice(sweep: Path) -> None:
@@ -85,14 +85,6 @@ def test_run_that_cannot_be_read_is_a_sentence_and_its_trial_stays(
     assert data.arms[2].trials[2].value is not None
 
 
-def test_trial_and_rerun_of_an_unlisted_arm_are_named(confirmed: Path) -> None:
-    edit_json(confirmed / "sweep.json", lambda raw: raw["trials"][0].update(arm="gone"))
-    edit_json(confirmed / "sweep.json", lambda raw: raw["confirm"][2].update(arm="gone"))
-    data = load_sweep_data(confirmed)
-    assert sum("`gone`" in problem for problem in data.problems) == 2
-    assert (len(data.trials), len(data.reruns)) == (24, 10)
-
-
 @pytest.mark.parametrize("row", ["trials", "confirm"])
 def test_sweep_record_of_wrong_types_is_refused(confirmed: Path, row: str) -> None:
     edit_json(confirmed / "sweep.json", lambda raw: raw[row][2].update(run=5))
@@ -110,19 +102,13 @@ def test_setting_is_the_swept_one_else_the_configured_one(sweep: Path) -> None:
     assert frozen.number_at("method.name") is None
 
 
-def test_test_score_that_the_sweep_lacks_is_that_of_the_run(confirmed: Path) -> None:
-    before = [rerun.value for rerun in load_sweep_data(confirmed).reruns]
-    edit_json(confirmed / "sweep.json", lambda raw: [row.update(value=None) for row in raw["confirm"]])
-    assert [rerun.value for rerun in load_sweep_data(confirmed).reruns] == before
-
-
 def test_arm_without_a_rerun_is_named_and_the_others_are_compared(confirmed: Path) -> None:
     def drop(raw: dict[str, Any]) -> None:
         raw["confirm"] = [row for row in raw["confirm"] if row["arm"] != "full"]
 
     edit_json(confirmed / "sweep.json", drop)
     data = load_sweep_data(confirmed)
-    assert "`full` was not confirmed" in data.problems[0]
+    assert data.problems == ("`full` has no score on test data.",)
     assert [arm.name for arm in data.evidence.arms] == ["frozen", "lora"]
     assert data.evidence.num_compared == 1
 
@@ -130,13 +116,16 @@ def test_arm_without_a_rerun_is_named_and_the_others_are_compared(confirmed: Pat
 def test_arm_whose_reruns_all_failed_is_named(confirmed: Path) -> None:
     edit_json(confirmed / "sweep.json", lambda raw: [row.update(state="failed", value=None) for row in raw["confirm"]])
     data = load_sweep_data(confirmed)
-    assert any("`lora` has no score on test data: none of its 5 reruns" in problem for problem in data.problems)
+    assert any("`lora` has no score on test data" in problem for problem in data.problems)
     assert data.evidence.arms == ()
 
 
 @pytest.mark.parametrize(
     ("content", "sentence"),
-    [("row,score,weight\n0,nan,1\n", "must be finite"), ("row,score,weight\n0,9,1\n1,9,1\n", "their mean is 9")],
+    [
+        ("row,score,weight\n0,nan,1\n1,1,1\n", "their mean is nan"),
+        ("row,score,weight\n0,9,1\n1,9,1\n", "their mean is 9"),
+    ],
 )
 def test_damaged_examples_are_a_sentence_and_seeds_still_count(confirmed: Path, content: str, sentence: str) -> None:
     (confirmed / "runs/lora-confirm-0002/test_scores.csv").write_text(content)
@@ -151,13 +140,3 @@ def test_sweep_without_examples_has_intervals_over_seeds(tmp_path: Path) -> None
     data = load_sweep_data(confirm_sweep(build_sweep(tmp_path), examples=0))
     assert any("over seeds alone" in note for note in data.evidence.notes)
     assert data.evidence.num_compared == 3
-
-
-def test_arm_scored_by_another_metric_is_named_and_not_compared(confirmed: Path) -> None:
-    for path in confirmed.glob("runs/full-*/run.json"):
-        edit_json(path, lambda raw: raw.update(metric="accuracy", best={"accuracy": 0.9}, test={"accuracy": 0.9}))
-    data = load_sweep_data(confirmed)
-    assert "`full` are scored by `accuracy`" in data.problems[0]
-    assert data.arms[2].best is None
-    assert data.evidence.full is None
-    assert data.arms[1].best

@@ -1,6 +1,6 @@
 """The sentences at the top of a report: scores, effort, fairness, limits, and where to search next.
 
-Scores on test data, if there are any, replace those of the search.
+Scores on test data, if there are any, replace the scores of the search.
 """
 
 from __future__ import annotations
@@ -8,18 +8,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from lorasweep.report.advice.advise import Advice
-from lorasweep.report.evidence import PairComparison
-from lorasweep.report.evidence.verdicts import LEVEL
-from lorasweep.report.fairness import MAX_NAMED_ARMS, Fairness
-from lorasweep.report.intrinsic_dimension import describe_d90
+from lorasweep.report.advice import Advice
+from lorasweep.report.evidence.verdicts import LEVEL, PairComparison
+from lorasweep.report.fairness import Fairness
 from lorasweep.report.sweep_data import ArmData, SweepData, TrialData
 from lorasweep.wording import (
     format_count,
-    format_difference,
     format_estimate,
     format_metric,
-    format_ratio,
     format_score,
     format_seconds,
     format_settings,
@@ -27,6 +23,8 @@ from lorasweep.wording import (
     format_share_estimate,
 )
 
+MAX_NAMED_ARMS = 4
+"""If there are more arms than this, only the best of them get a sentence."""
 ONE_SEED = (
     "Every score is one seed on validation data, on which the search also picked the winners; "
     "whether the differences are more than chance is not tested yet."
@@ -39,8 +37,6 @@ class ArmScore:
 
     value: float
     text: str
-    share_of_full_gain: str
-    """The share in words; empty if it is not known."""
     trial: TrialData | None
     """The trial with the arm's settings."""
 
@@ -50,8 +46,8 @@ def describe_findings(data: SweepData, advice: Advice, fairness: Fairness) -> li
     is_confirmed = bool(data.evidence.arms)
     return [
         *_describe_scores(data, advice),
-        *([rank.sentence for rank in advice.ranks] if is_confirmed else []),
-        *describe_d90(data),
+        *(rank.sentence for rank in advice.ranks),
+        *([advice.dimension.sentence] if advice.dimension else []),
         *_describe_effort(data),
         *fairness.sentences,
         *(_describe_limits(data) if is_confirmed else [ONE_SEED]),
@@ -81,22 +77,19 @@ def describe_pair(pair: PairComparison, *, first: str | None = None, second: str
     is_alone = pair.p_value is not None and pair.p_value < LEVEL
     alone = "; the interval of this pair alone leaves out 0, but not after correction for the number of pairs"
     difference = format_estimate(pair.difference, pair.interval)
-    return (
-        f"{left} and {right} are not distinguishable: they differ by {difference}, "
-        f"and the minimum detectable difference is {format_difference(pair.minimum_detectable)}"
-        f"{alone if is_alone else ''}"
-    )
+    return f"{left} and {right} are not distinguishable: they differ by {difference}{alone if is_alone else ''}"
 
 
 def _describe_scores(data: SweepData, advice: Advice) -> list[str]:
     scores = {arm.name: score for arm in data.arms if (score := _score_of(arm, data))}
     if not scores:
         return ["No trial is complete, so there is no score to compare."]
-    others = [arm for arm in data.arms if arm.row.method not in ("frozen", "full")]
-    if data.evidence.arms:
-        others = [
-            arm for arm in others if arm.name in scores
-        ]  # a problem's sentence names the arms without a test score
+    # After a confirm stage, the sentences on problems name the arms without a test score.
+    others = [
+        arm
+        for arm in data.arms
+        if arm.row.method not in ("frozen", "full") and (arm.name in scores or not data.evidence.arms)
+    ]
     ordered = sorted(others, key=lambda arm: data.sign * scores[arm.name].value if arm.name in scores else math.inf)
     named = {arm.name for arm in ordered[:MAX_NAMED_ARMS]} | {name for rank in advice.ranks for name in rank.arms}
     shown = [arm for arm in others if arm.name in named]
@@ -104,7 +97,7 @@ def _describe_scores(data: SweepData, advice: Advice) -> list[str]:
     return [
         _describe_metric(data),
         _describe_ends(scores, data),
-        *(_describe_arm(arm, scores.get(arm.name), data, advice) for arm in shown),
+        *(_describe_arm(arm, scores.get(arm.name), data) for arm in shown),
         *([f"The other {rest} {'arm is' if rest == 1 else 'arms are'} in the table below."] if rest else []),
     ]
 
@@ -114,22 +107,11 @@ def _score_of(arm: ArmData, data: SweepData) -> ArmScore | None:
         found = data.evidence.arm(arm.name)
         if found is None:
             return None
-        share = found.share_of_full_gain
-        return ArmScore(
-            value=found.mean,
-            text=format_estimate(found.mean, found.interval),
-            share_of_full_gain="" if share is None else format_share_estimate(share, found.share_interval),
-            trial=arm.winner,
-        )
+        return ArmScore(value=found.mean, text=format_estimate(found.mean, found.interval), trial=arm.winner)
     if arm.best is None or arm.best.value is None:
         return None
-    share = data.share_of_full_gain(arm.best.value)
-    return ArmScore(
-        value=arm.best.value,
-        text=format_score(arm.best.value, beside=[other.best.value for other in data.arms if other.best]),
-        share_of_full_gain="" if share is None else format_share(share),
-        trial=arm.best,
-    )
+    text = format_score(arm.best.value, beside=[other.best.value for other in data.arms if other.best])
+    return ArmScore(value=arm.best.value, text=text, trial=arm.best)
 
 
 def _describe_metric(data: SweepData) -> str:
@@ -154,35 +136,33 @@ def _describe_ends(scores: dict[str, ArmScore], data: SweepData) -> str:
         return min(ends, key=lambda score: data.sign * score.value, default=None)
 
     base, full = find("frozen"), find("full")
-    if full is None:
-        if base is None:
-            return "There is no score of the frozen base or of full fine-tuning, so no share of a gain is given."
-        return f"The frozen base scores {base.text}; without full fine-tuning no share of its gain is given."
-    settings = _format_trial_settings(full.trial)
-    if base is None:
-        return f"Full fine-tuning scores {full.text}{settings}; without the frozen base no share of its gain is given."
-    no_gain = "" if full.share_of_full_gain else ": it gained nothing, so no share is given"
-    return f"The frozen base scores {base.text} and full fine-tuning {full.text}{settings}{no_gain}."
+    ends = [f"the frozen base scores {base.text}"] if base else []
+    if full:
+        ends.append(f"full fine-tuning scores {full.text}{_format_settings(full.trial)}")
+    if base is None or full is None:
+        ends.append("no share of full's gain is known, because that needs a score of the frozen base and of `full`")
+    elif data.sign * (base.value - full.value) <= 0:
+        ends.append("full fine-tuning gained nothing, so no share of its gain is given")
+    text = "; ".join(ends)
+    return f"{text[0].upper()}{text[1:]}."
 
 
-def _format_trial_settings(trial: TrialData | None) -> str:
+def _format_settings(trial: TrialData | None) -> str:
     return f" with {format_settings(trial.params)}" if trial and trial.params else ""
 
 
-def _describe_arm(arm: ArmData, score: ArmScore | None, data: SweepData, advice: Advice) -> str:
+def _describe_arm(arm: ArmData, score: ArmScore | None, data: SweepData) -> str:
     if score is None:
         return f"`{arm.name}` has no complete trial."
-    sentence = f"`{arm.name}` scores {score.text}{_format_trial_settings(score.trial)}"
-    if score.share_of_full_gain:
-        sentence += f", {score.share_of_full_gain} of what full fine-tuning gains"
+    sentence = f"`{arm.name}` scores {score.text}{_format_settings(score.trial)}"
+    share, interval = data.share_of_arm(arm)
+    if share is not None:
+        sentence += f", {format_share_estimate(share, interval)} of what full fine-tuning gains"
     record = score.trial.record if score.trial else None
     if record:
-        share = format_share(record.trainable_fraction)
-        sentence += f", training {format_count(record.trainable_params)} parameters ({share} of the base)"
+        trained = format_share(record.trainable_fraction)
+        sentence += f", training {format_count(record.trainable_params)} parameters ({trained} of the base)"
     sentence += "."
-    rate = next((rate for rate in advice.rates if rate.arm == arm.name), None)
-    if rate and rate.ratio_to_full:
-        sentence += f" Its best learning rate is {format_ratio(rate.ratio_to_full)} times full fine-tuning's."
     pair = data.evidence.pair(arm.name, data.evidence.full)
     if pair:
         verdict = describe_pair(pair, first="it", second="full fine-tuning")

@@ -5,18 +5,18 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 from plotly.offline import get_plotlyjs
 
 from lorasweep import wording
-from lorasweep.report.downsampling import MAX_TABLE_ROWS, allocate
-from lorasweep.report.figures.panel import Panel, colours_of, link_of
+from lorasweep.report.figures.panel import Panel, build_link, choose_colours
 from lorasweep.report.summary import Summary
 from lorasweep.report.sweep_data import STATES, SweepData, TrialData
 
+MAX_TABLE_ROWS = 1_000
+"""The table of trials has at most about this many rows: more make the page slow to open."""
 MAX_REASONS = 100
 """The section on unfinished trials lists at most this many trials of each state."""
 FILTERS = {
@@ -24,7 +24,6 @@ FILTERS = {
     "size": wording.format_bytes,
     "share": wording.format_share_estimate,
     "estimate": wording.format_estimate,
-    "difference": wording.format_difference,
     "p_value": wording.format_p_value,
     "seconds": wording.format_seconds,
     "score": wording.format_score,
@@ -34,26 +33,16 @@ FILTERS = {
 """The template's names of functions that format numbers and settings."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class TableCell:
-    """One cell of the table of trials."""
-
-    text: str
-    key: float | str | None = None
-    """The value by which the column is sorted; None sorts last."""
+Cell = tuple[str, float | str | None]
+"""The text of a cell of the table of trials, and the value by which its column is sorted; None sorts last."""
 
 
 def render_page(summary: Summary, panels: Sequence[Panel]) -> str:
-    """Returns the page as HTML.
-
-    Args:
-        summary: The content of the report.
-        panels: The figures, in the order of the page.
-    """
+    """Returns the page as HTML, with the panels in their order."""
     environment = Environment(
         loader=PackageLoader("lorasweep.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
-    environment.filters.update(FILTERS, code=mark_code, link=link_of)
+    environment.filters.update(FILTERS, code=mark_code, link=build_link)
     environment.globals.update(figure_json=figure_json, plotly_js=Markup(get_plotlyjs()))
     data = summary.data
     return environment.get_template("index.html").render(
@@ -62,7 +51,7 @@ def render_page(summary: Summary, panels: Sequence[Panel]) -> str:
         summary=summary,
         evidence=data.evidence,
         scores=[arm.best.value for arm in data.arms if arm.best],
-        colours=colours_of(data),
+        colours=choose_colours(data),
         panels=panels,
         columns=_list_columns(data),
         rows=[(trial, _build_cells(trial, data)) for trial in select_rows(data)],
@@ -77,8 +66,9 @@ def select_rows(data: SweepData) -> list[TrialData]:
     def order(trial: TrialData) -> tuple[bool, float]:
         return not trial.is_complete, math.inf if trial.value is None else data.sign * trial.value
 
-    sizes = allocate([len(arm.trials) for arm in data.arms], MAX_TABLE_ROWS)
-    best = [sorted(arm.trials, key=order)[:size] for arm, size in zip(data.arms, sizes, strict=True)]
+    if len(data.trials) <= MAX_TABLE_ROWS:
+        return list(data.trials)
+    best = [sorted(arm.trials, key=order)[: MAX_TABLE_ROWS // len(data.arms)] for arm in data.arms]
     return [trial for trials in best for trial in sorted(trials, key=lambda trial: trial.number)]
 
 
@@ -94,17 +84,16 @@ def figure_json(panel: Panel) -> Markup:
 
 def _list_unfinished(data: SweepData, state: str) -> list[tuple[str, str, str, str]]:
     """Returns name, run folder, settings and reason of each trial and rerun in a state."""
-    trials = [
-        (f"{trial.arm} {trial.number}", trial.run, wording.format_settings(trial.params), trial.reason)
-        for trial in data.trials
+    return [
+        (
+            trial.name,
+            trial.run,
+            "rerun" if trial.seed is not None else wording.format_settings(trial.params),
+            (trial.reason or "no reason recorded").strip(),
+        )
+        for trial in (*data.trials, *data.reruns)
         if trial.state == state
     ]
-    reruns = [
-        (f"{rerun.arm} {rerun.trial}, seed {rerun.seed}", rerun.run, "rerun", rerun.reason)
-        for rerun in data.reruns
-        if rerun.state == state
-    ]
-    return [(name, run, about, (why or "no reason recorded").strip()) for name, run, about, why in (*trials, *reruns)]
 
 
 def _list_columns(data: SweepData) -> list[tuple[str, str]]:
@@ -121,15 +110,12 @@ def _list_columns(data: SweepData) -> list[tuple[str, str]]:
     ]
 
 
-def _build_cells(trial: TrialData, data: SweepData) -> list[TableCell]:
-    cells = [
-        TableCell(text=trial.state, key=trial.state),
-        TableCell(text=wording.format_score(trial.value), key=trial.value),
-    ]
+def _build_cells(trial: TrialData, data: SweepData) -> list[Cell]:
+    cells: list[Cell] = [(trial.state, trial.state), (wording.format_score(trial.value), trial.value)]
     for key in data.swept_keys:
         text, number = wording.format_setting(trial.params.get(key, "")), trial.number_at(key)
         is_swept = key in trial.params
-        cells.append(TableCell(text=text, key=(text if number is None else number) if is_swept else None))
+        cells.append((text, (text if number is None else number) if is_swept else None))
     for name, form in (
         ("trainable_params", wording.format_count),
         ("steps_done", wording.format_setting),
@@ -137,5 +123,5 @@ def _build_cells(trial: TrialData, data: SweepData) -> list[TableCell]:
         ("wall_s", wording.format_seconds),
     ):
         value = getattr(trial.record, name, None)
-        cells.append(TableCell(text=wording.UNKNOWN if value is None else form(value), key=value))
+        cells.append((wording.UNKNOWN if value is None else form(value), value))
     return cells

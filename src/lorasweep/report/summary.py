@@ -6,26 +6,38 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lorasweep.report.advice.advise import Advice, advise
+from lorasweep.record import SweepRecord
+from lorasweep.report.advice import Advice, advise
 from lorasweep.report.fairness import Fairness, judge_fairness
 from lorasweep.report.findings import describe_findings
-from lorasweep.report.intrinsic_dimension import find_d90
-from lorasweep.report.sweep_data import STATES, ArmData, SweepData, load_sweep_data
-from lorasweep.report.time_breakdown import TimeBreakdown, break_down_time
+from lorasweep.report.sweep_data import STATES, ArmData, SweepData, finite_number, load_sweep_data
 from lorasweep.wording import (
-    UNKNOWN,
     format_bytes,
     format_count,
-    format_estimate,
-    format_score,
     format_seconds,
-    format_settings,
-    format_share,
-    format_share_estimate,
 )
 
 COSTS = ("trainable_params", "trainable_fraction", "adapter_bytes", "peak_memory_bytes", "wall_s")
 """The fields of the best run's record that `summary.json` has for each arm."""
+
+ACTIVITIES = {
+    "training_s": "training",
+    "evaluating_s": "evaluating",
+    "loading_s": "loading models and data",
+    "saving_s": "saving",
+    "storage_s": "proposing and storing trials",
+}
+"""The telemetry's keys of times that don't overlap, with the name of each activity. The rest of the time is `other`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimeBreakdown:
+    """The worker's time by activity."""
+
+    wall_s: float
+    seconds: dict[str, float]
+    """The seconds of each activity that took time. They add up to `wall_s`."""
+    sentence: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,8 +64,8 @@ class Summary:
             "steps_planned": sum(run.steps_planned for run in records),
             "steps_done": sum(run.steps_done for run in records),
             "steps_saved_by_pruning": data.steps_saved_by_pruning,
-            "base": {"score": data.score_of("frozen")},
-            "d90": find_d90(data),
+            "base": {"score": data.best_score("frozen")},
+            "d90": self.advice.dimension.d90 if self.advice.dimension else None,
             "arms": [_summarize_arm(arm, data) for arm in data.arms],
             "sentences": self.sentences,
             # The evidence on each arm is in the arm.
@@ -81,25 +93,25 @@ def summarize(folder: Path) -> Summary:
     )
 
 
-def tabulate_arms(data: SweepData) -> dict[str, list[str]]:
-    """Returns the table of arms for the terminal and TensorBoard: per name of a quantity, a text for each arm."""
-    arms = data.arms
-    found = [data.evidence.arm(arm.name) for arm in arms]
-    scores = [arm.best.value if arm.best else None for arm in arms]
-    confirmed = [format_estimate(one.mean, one.interval) if one else UNKNOWN for one in found]
-    return {
-        "arm": [arm.name for arm in arms],
-        "best settings": [format_settings(arm.best.params) if arm.best else "no complete trial" for arm in arms],
-        **({"test score": confirmed} if data.evidence.arms else {}),
-        "score": [format_score(score, beside=scores) for score in scores],
-        "of full's gain": [format_share_estimate(*data.gain_of(arm)) for arm in arms],
-        "trained": [format_count(arm.cost("trainable_params")) for arm in arms],
-        "of base": [format_share(arm.cost("trainable_fraction")) for arm in arms],
-        "adapter": [format_bytes(arm.cost("adapter_bytes")) for arm in arms],
-        "memory": [format_bytes(arm.cost("peak_memory_bytes")) for arm in arms],
-        "time": [format_seconds(arm.cost("wall_s")) for arm in arms],
-        "trials": [arm.describe_states() for arm in arms],
-    }
+def break_down_time(record: SweepRecord) -> TimeBreakdown | None:
+    """Returns the worker's time by activity; None if the record does not hold the worker's total time."""
+    known = {key: number for key, value in record.telemetry.items() if (number := finite_number(value) or 0.0) > 0}
+    if "wall_s" not in known:
+        return None
+    wall_s = known["wall_s"]
+    seconds = {name: known[key] for key, name in ACTIVITIES.items() if key in known}
+    if (rest := wall_s - sum(seconds.values())) > 0:
+        seconds["other"] = rest
+    sentence = f"The worker ran for {format_seconds(wall_s)} on {record.device} with {record.threads} threads"
+    if "trained_tokens" in known and "training_s" in known:
+        sentence += f"; {format_count(known['trained_tokens'] / known['training_s'])} tokens per second of training"
+    if "cpu_s" in known:
+        sentence += f"; {known['cpu_s'] / wall_s:.1f} processor cores on average"
+    if "peak_memory_bytes" in known:
+        sentence += f"; at most {format_bytes(known['peak_memory_bytes'])} of memory"
+    if "gpu_peak_memory_bytes" in known:
+        sentence += f"; at most {format_bytes(known['gpu_peak_memory_bytes'])} on a GPU"
+    return TimeBreakdown(wall_s=wall_s, seconds=seconds, sentence=f"{sentence}.")
 
 
 def _summarize_arm(arm: ArmData, data: SweepData) -> dict[str, Any]:
@@ -108,10 +120,13 @@ def _summarize_arm(arm: ArmData, data: SweepData) -> dict[str, Any]:
         "name": arm.name,
         "method": arm.row.method,
         "best": {
-            name: getattr(best, key, None) for name, key in (("score", "value"), ("params", "params"), ("run", "run"))
+            "score": best.value if best else None,
+            "params": best.params if best else None,
+            "run": best.run if best else None,
         },
         "trials": {state: arm.count(state) for state in STATES},
         **{name: arm.cost(name) for name in COSTS},
+        "importance": arm.row.importance,
         "arm_wall_s": sum(trial.record.wall_s for trial in arm.trials if trial.record),
         "share_of_full_gain": data.share_of_full_gain(best.value if best else None),
         "confirmed": asdict(confirmed) if confirmed else None,

@@ -1,4 +1,4 @@
-"""Reads a sweep's folder: joins each trial and each rerun with its run's record, and each arm with its trials.
+"""Reads a sweep's folder: joins each trial with its run's record, and each arm with its trials and reruns.
 
 A run that can't be read leaves its trial without a record and adds a sentence to `SweepData.problems`.
 """
@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from lorasweep.config.ranges import is_number
 from lorasweep.errors import RecordError
@@ -17,7 +17,6 @@ from lorasweep.record import (
     TEST_SCORES_FILE,
     ArmRow,
     ConfirmRow,
-    ConfirmState,
     RunRecord,
     SweepRecord,
     TrialRow,
@@ -27,9 +26,9 @@ from lorasweep.record import (
     read_steps,
     read_sweep,
 )
-from lorasweep.report.evidence import Evidence, compare_arms
 from lorasweep.report.evidence.estimates import Interval
 from lorasweep.report.evidence.scores import ConfirmScores, ExampleScores, RunKey, build_scores, read_examples
+from lorasweep.report.evidence.verdicts import Evidence, compare_arms
 
 RANK, ALPHA, LR = "method.rank", "method.alpha", "optim.lr"
 
@@ -42,22 +41,28 @@ Curve = tuple[tuple[int, float], ...]
 
 @dataclass(frozen=True, kw_only=True)
 class TrialData:
-    """One trial with its run's record and validation curve."""
+    """One trial of the search, or one rerun of an arm's winner in the confirm stage, with its run's record."""
 
     arm: str
-    method: str
     number: int
+    """The trial's number in its arm; for a rerun the winner's number."""
+    seed: int | None
+    """The seed of a rerun; None in the search."""
     state: TrialState
     params: dict[str, Any]
-    """The swept keys (dotted) and their values."""
+    """The swept keys (dotted) and their values; empty for a rerun."""
     value: float | None
-    """The best finite validation score."""
+    """The best finite validation score; for a rerun the score on test data."""
     run: str
     """The run's folder, relative to the sweep's."""
     reason: str | None
     record: RunRecord | None
     """None if the run's record can't be read."""
     curve: Curve
+
+    @property
+    def name(self) -> str:
+        return f"{self.arm} {self.number}" if self.seed is None else f"{self.arm} {self.number}, seed {self.seed}"
 
     @property
     def is_complete(self) -> bool:
@@ -70,7 +75,7 @@ class TrialData:
         return self.state in ("paused", "pruned")
 
     def setting(self, key: str) -> Any:
-        """Returns the value of a dotted key: the swept one, else the one in the run's configuration, else None."""
+        """Returns the value of a dotted key: the swept value, else the one in the run's configuration, else None."""
         if key in self.params:
             return self.params[key]
         value: Any = self.record.config if self.record else {}
@@ -84,28 +89,6 @@ class TrialData:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RerunData:
-    """One rerun of an arm's winner in the confirm stage, with its run's record."""
-
-    arm: str
-    trial: int
-    """The winner's number in the arm's search."""
-    seed: int
-    state: ConfirmState
-    value: float | None
-    """The finite score on test data."""
-    run: str
-    """The run's folder, relative to the sweep's."""
-    reason: str | None
-    record: RunRecord | None
-
-    @property
-    def is_scored(self) -> bool:
-        """Whether the rerun finished and has a score on test data."""
-        return self.state == "complete" and self.value is not None
-
-
-@dataclass(frozen=True, kw_only=True)
 class ArmData:
     """One arm with its trials by number and its reruns by seed."""
 
@@ -113,17 +96,16 @@ class ArmData:
     trials: tuple[TrialData, ...]
     best: TrialData | None
     """The best complete trial, the earlier of equals; None if no trial is complete."""
-    reruns: tuple[RerunData, ...] = ()
+    reruns: tuple[TrialData, ...]
 
     @property
     def name(self) -> str:
-        """The arm's name."""
         return self.row.name
 
     @property
     def winner(self) -> TrialData | None:
         """The trial that the confirm stage ran again; the best trial if there was no confirm stage."""
-        confirmed = {rerun.trial for rerun in self.reruns}
+        confirmed = {rerun.number for rerun in self.reruns}
         return next((trial for trial in self.trials if trial.number in confirmed), self.best)
 
     @property
@@ -137,7 +119,6 @@ class ArmData:
         return float(rank) if rank is not None and rank > 0 else None
 
     def count(self, state: TrialState) -> int:
-        """Returns how many trials are in a state."""
         return sum(trial.state == state for trial in self.trials)
 
     def describe_states(self) -> str:
@@ -157,7 +138,7 @@ class SweepData:
     record: SweepRecord
     arms: tuple[ArmData, ...]
     problems: tuple[str, ...]
-    """One sentence for each run, file or row that is left out."""
+    """One sentence for each run or file that can't be read, and for each arm without all of its test scores."""
     evidence: Evidence
     """The results of the confirm stage; empty if there was none."""
 
@@ -167,7 +148,7 @@ class SweepData:
         return tuple(trial for arm in self.arms for trial in arm.trials)
 
     @property
-    def reruns(self) -> tuple[RerunData, ...]:
+    def reruns(self) -> tuple[TrialData, ...]:
         """Every rerun, by arm and seed."""
         return tuple(rerun for arm in self.arms for rerun in arm.reruns)
 
@@ -179,7 +160,7 @@ class SweepData:
     @property
     def tokens_trained(self) -> int:
         """The number of tokens that trials and reruns trained on."""
-        return sum(record.tokens_trained for record in (*self.run_records, *(r.record for r in self.reruns)) if record)
+        return sum(trial.record.tokens_trained for trial in (*self.trials, *self.reruns) if trial.record)
 
     @property
     def steps_saved_by_pruning(self) -> int:
@@ -198,27 +179,23 @@ class SweepData:
         keys = [key for arm in self.arms for key in arm.row.space]
         return tuple(dict.fromkeys([*keys, *(key for trial in self.trials for key in trial.params)]))
 
-    def best_arm(self, method: str) -> ArmData | None:
-        """Returns the arm of a method with the best score, or None if no arm of it has one."""
-        scored = [arm for arm in self.arms if arm.row.method == method and arm.best]
-        best = best_trial([arm.best for arm in scored if arm.best], direction=self.record.direction)
-        return next((arm for arm in scored if arm.best is best), None)
-
-    def score_of(self, method: str) -> float | None:
+    def best_score(self, method: str) -> float | None:
         """Returns the best search score of a method: `frozen` is the base model, `full` is full fine-tuning."""
-        arm = self.best_arm(method)
-        return arm.best.value if arm and arm.best else None
+        best = [arm.best for arm in self.arms if arm.row.method == method and arm.best]
+        return min(
+            (trial.value for trial in best if trial.value is not None), key=lambda v: self.sign * v, default=None
+        )
 
-    def gain_of(self, arm: ArmData) -> tuple[float | None, Interval | None]:
-        """Returns an arm's share of full fine-tuning's gain with its interval: on test data, else in the search."""
-        confirmed = self.evidence.arm(arm.name)
-        if confirmed and confirmed.share_of_full_gain is not None:
-            return confirmed.share_of_full_gain, confirmed.share_interval
+    def share_of_arm(self, arm: ArmData) -> tuple[float | None, Interval | None]:
+        """Returns an arm's share of full fine-tuning's gain with its interval: on test data after a confirm stage."""
+        if self.evidence.arms:
+            confirmed = self.evidence.arm(arm.name)
+            return (confirmed.share_of_full_gain, confirmed.share_interval) if confirmed else (None, None)
         return self.share_of_full_gain(arm.best.value if arm.best else None), None
 
     def share_of_full_gain(self, score: float | None) -> float | None:
         """Returns (base - score) / (base - full), or None if a score is missing or full fine-tuning gained nothing."""
-        base, full = self.score_of("frozen"), self.score_of("full")
+        base, full = self.best_score("frozen"), self.best_score("full")
         if score is None or base is None or full is None or self.sign * (base - full) <= 0:
             return None
         return (base - score) / (base - full)
@@ -247,20 +224,10 @@ def load_sweep_data(folder: Path) -> SweepData:
         RecordError: The folder is not a sweep, or its record is damaged.
     """
     record = read_sweep(folder)
-    names = {row.name for row in record.arms}
-    problems = [
-        f"Trial {row.number} belongs to arm `{row.arm}`, which is not listed."
-        for row in record.trials
-        if row.arm not in names
-    ]
-    problems += [
-        f"The rerun of seed {row.seed} belongs to arm `{row.arm}`, which is not listed."
-        for row in record.confirm
-        if row.arm not in names
-    ]
+    problems: list[str] = []
     arms = tuple(_join_arm(row, record, folder, problems) for row in record.arms)
-    for arm in arms:
-        problems += [*_find_other_metrics(arm, record.metric), *_find_missing_scores(arm, arms)]
+    if record.confirm:
+        problems += [sentence for arm in arms if (sentence := _describe_missing_scores(arm))]
     scores = _read_test_scores(arms, record, folder, problems)
     sign = 1 if record.direction == "minimize" else -1
     return SweepData(
@@ -273,53 +240,37 @@ def load_sweep_data(folder: Path) -> SweepData:
 
 
 def _join_arm(arm: ArmRow, record: SweepRecord, folder: Path, problems: list[str]) -> ArmData:
-    trials = sorted((row for row in record.trials if row.arm == arm.name), key=lambda row: row.number)
+    rows = sorted((row for row in record.trials if row.arm == arm.name), key=lambda row: row.number)
     reruns = sorted((row for row in record.confirm if row.arm == arm.name), key=lambda row: row.seed)
-    joined = tuple(_join_trial(row, arm, record.metric, folder, problems) for row in trials)
+    trials = tuple(_join_trial(row, record.metric, folder, problems) for row in rows)
     return ArmData(
         row=arm,
-        trials=joined,
-        best=best_trial(joined, direction=record.direction),
-        reruns=tuple(_join_rerun(row, record.metric, folder, problems) for row in reruns),
+        trials=trials,
+        best=best_trial(trials, direction=record.direction),
+        reruns=tuple(_join_trial(row, record.metric, folder, problems) for row in reruns),
     )
 
 
-def _join_trial(row: TrialRow, arm: ArmRow, metric: str, folder: Path, problems: list[str]) -> TrialData:
-    run = _read_run(folder, row.run, problems)
+def _join_trial(row: TrialRow | ConfirmRow, metric: str, folder: Path, problems: list[str]) -> TrialData:
+    seed, number, params = (row.seed, row.trial, {}) if isinstance(row, ConfirmRow) else (None, row.number, row.params)
+    run = None
+    try:
+        run = read_run(folder / row.run)
+    except (RecordError, OSError) as error:
+        if row.state != "running":  # a run that begins has no record yet
+            problems.append(f"The run `{row.run}` can't be read: {error}")
     return TrialData(
         arm=row.arm,
-        method=arm.method,
-        number=row.number,
+        number=number,
+        seed=seed,
         state=row.state,
-        params=row.params,
-        value=_select_value(row.value, run, metric, split="validation"),
+        params=params,
+        value=finite_number(row.value),
         run=row.run,
         reason=row.reason or (run.reason if run else None),
         record=run,
-        curve=_read_curve(folder / row.run, metric) if run else (),
+        curve=_read_curve(folder / row.run, metric) if run and seed is None else (),
     )
-
-
-def _join_rerun(row: ConfirmRow, metric: str, folder: Path, problems: list[str]) -> RerunData:
-    run = _read_run(folder, row.run, problems) if row.run else None
-    return RerunData(
-        arm=row.arm,
-        trial=row.trial,
-        seed=row.seed,
-        state=row.state,
-        value=_select_value(row.value, run, metric, split="test"),
-        run=row.run,
-        reason=row.reason or (run.reason if run else None),
-        record=run,
-    )
-
-
-def _read_run(folder: Path, run: str, problems: list[str]) -> RunRecord | None:
-    try:
-        return read_run(folder / run)
-    except (RecordError, OSError) as error:
-        problems.append(f"The run `{run}` can't be read: {error}")
-        return None
 
 
 def _read_curve(run: Path, metric: str) -> Curve:
@@ -335,52 +286,24 @@ def _read_curve(run: Path, metric: str) -> Curve:
     return tuple(sorted(values.items()))
 
 
-def _select_value(
-    listed: float | None, run: RunRecord | None, metric: str, *, split: Literal["validation", "test"]
-) -> float | None:
-    """Returns the score in the sweep's record, else the one in the run's record, else None.
-
-    The listed score is ignored if the run is scored by another metric than the sweep.
-    """
-    value = finite_number(listed) if run is None or run.metric == metric else None
-    if value is not None or run is None:
-        return value
-    return finite_number((run.best if split == "validation" else run.test).get(metric))
-
-
-def _find_other_metrics(arm: ArmData, metric: str) -> list[str]:
-    """Returns a sentence if runs of the arm are scored by another metric than the sweep."""
-    records = [*(trial.record for trial in arm.trials), *(rerun.record for rerun in arm.reruns)]
-    others = ", ".join(f"`{name}`" for name in sorted({run.metric for run in records if run} - {metric}))
-    if not others:
-        return []
-    return [f"Runs of `{arm.name}` are scored by {others}, but the sweep by `{metric}`: they are not compared."]
-
-
-def _find_missing_scores(arm: ArmData, arms: Sequence[ArmData]) -> list[str]:
-    """Returns a sentence if there was a confirm stage and the arm has fewer test scores than reruns, or no rerun."""
-    scored, total = sum(rerun.is_scored for rerun in arm.reruns), len(arm.reruns)
-    if not any(other.reruns for other in arms) or 0 < scored == total:
-        return []
-    if not total:
-        return [f"`{arm.name}` was not confirmed: it has no score on test data."]
+def _describe_missing_scores(arm: ArmData) -> str | None:
+    """Returns a sentence if the arm has no score on test data, or fewer scores than reruns."""
+    scored, total = sum(rerun.is_complete for rerun in arm.reruns), len(arm.reruns)
     if not scored:
-        return [f"`{arm.name}` has no score on test data: none of its {total} reruns finished with one."]
-    return [
-        f"{total - scored} of {total} reruns of `{arm.name}` have no score on test data; its mean is over the others."
-    ]
+        return f"`{arm.name}` has no score on test data."
+    return None if scored == total else f"`{arm.name}` has scores on test data from {scored} of its {total} reruns."
 
 
 def _read_test_scores(arms: Sequence[ArmData], record: SweepRecord, folder: Path, problems: list[str]) -> ConfirmScores:
     values: dict[RunKey, float] = {}
     examples: dict[RunKey, ExampleScores] = {}
-    for rerun in (rerun for arm in arms for rerun in arm.reruns if rerun.is_scored):
-        if rerun.value is None:
+    for rerun in (rerun for arm in arms for rerun in arm.reruns if rerun.is_complete):
+        if rerun.value is None or rerun.seed is None:
             continue
         values[rerun.arm, rerun.seed] = rerun.value
         path = folder / rerun.run / TEST_SCORES_FILE
         try:
-            if rerun.record and path.is_file():
+            if path.is_file():
                 examples[rerun.arm, rerun.seed] = read_examples(path)
         except (OSError, ValueError) as error:
             problems.append(f"`{rerun.run}/{TEST_SCORES_FILE}` is not used: {error}.")

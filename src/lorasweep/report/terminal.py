@@ -9,22 +9,26 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from lorasweep.report.summary import Summary, summarize, tabulate_arms
+from lorasweep.report.summary import Summary, summarize
 from lorasweep.report.sweep_data import ArmData, SweepData
 from lorasweep.wording import (
     UNKNOWN,
+    format_bytes,
+    format_count,
     format_estimate,
     format_metric,
     format_score,
+    format_seconds,
     format_settings,
+    format_share,
     format_share_estimate,
 )
 
 MAX_COLUMNS = 4
 """Up to this many arms are columns of the table. More arms are rows."""
-MAX_NAME_LENGTH = 24
-"""The number of characters of an arm's name that are kept on one line."""
 BOLD_ROWS = ("arm", "test score", "score")
+MANY_ARMS_COLUMNS = ("arm", "best settings", "test score", "score", "of full's gain", "trained")
+"""The columns if arms are rows, which must fit a terminal of 80 characters. The page has the others."""
 
 
 def render_terminal(*folders: Path) -> RenderableType:
@@ -45,23 +49,22 @@ def render_terminal(*folders: Path) -> RenderableType:
 
 def describe_differences(sweeps: Sequence[SweepData]) -> list[str]:
     """Returns the reasons why scores of the sweeps can't be compared, and a sentence about tests between sweeps."""
-    metrics = dict.fromkeys(format_metric(sweep.record.metric) for sweep in sweeps)
-    sentences = []
-    if len(metrics) > 1:
-        sentences.append(f"The sweeps have different metrics ({', '.join(metrics)}): scores can't be compared.")
-    for keys, name in ((("data", "test"), "test data"), (("data", "validation"), "validation data")):
-        if len({_find_fingerprint(sweep, *keys) for sweep in sweeps} - {None}) > 1:
-            sentences.append(f"The sweeps have different {name}: their scores can't be compared.")
-    if len({_find_fingerprint(sweep, "base") for sweep in sweeps} - {None}) > 1:
-        sentences.append("The sweeps have different base models.")
-    if all(sweep.evidence.arms for sweep in sweeps):
-        sentences.append("Arms were tested inside each sweep; differences between sweeps are not tested.")
-    else:
-        sentences.append(
-            "A score without an interval is one seed on validation data; "
-            "whether differences between sweeps are more than chance is not tested."
-        )
-    return sentences
+    traits: dict[str, list[str | None]] = {
+        "metrics": [sweep.record.metric for sweep in sweeps],
+        "test data": [_find_fingerprint(sweep, "data", "test") for sweep in sweeps],
+        "validation data": [_find_fingerprint(sweep, "data", "validation") for sweep in sweeps],
+        "base models": [_find_fingerprint(sweep, "base") for sweep in sweeps],
+    }
+    sentences = [
+        f"The sweeps have different {name}: their scores can't be compared."
+        for name, values in traits.items()
+        if len({*values} - {None}) > 1
+    ]
+    tested = (
+        "Arms were tested inside each sweep; differences between sweeps are not tested. "
+        "A score without an interval is one seed on validation data."
+    )
+    return [*sentences, tested]
 
 
 def _find_fingerprint(sweep: SweepData, *keys: str) -> str | None:
@@ -78,7 +81,7 @@ def _find_fingerprint(sweep: SweepData, *keys: str) -> str | None:
 def _draw_arms(summary: Summary) -> Table:
     data = summary.data
     title = Text(f"{data.record.name}: {format_metric(data.record.metric)}", style="bold")
-    rows = tabulate_arms(data)
+    rows = _tabulate_arms(data)
     if len(data.arms) <= MAX_COLUMNS:
         table = Table(show_header=False, title=title, title_justify="left")
         table.add_column(style="dim")
@@ -88,14 +91,34 @@ def _draw_arms(summary: Summary) -> Table:
             table.add_row(name, *(Text(cell, style="bold" if name in BOLD_ROWS else "") for cell in cells))
         return table
     table = Table(title=title, title_justify="left")
-    for name, cells in rows.items():
-        # Without a minimum width rich would break long names of arms over several lines.
-        width = min(MAX_NAME_LENGTH, max(map(len, cells))) if name == "arm" else None
+    rows = {name: cells for name, cells in rows.items() if name in MANY_ARMS_COLUMNS}
+    for name in rows:
         is_text = name in ("arm", "best settings")
-        table.add_column(name, justify="left" if is_text else "right", overflow="fold", min_width=width)
+        table.add_column(name, justify="left" if is_text else "right", overflow="fold", no_wrap=name == "arm")
     for arm_cells in zip(*rows.values(), strict=True):
         table.add_row(*map(Text, arm_cells))
     return table
+
+
+def _tabulate_arms(data: SweepData) -> dict[str, list[str]]:
+    """Returns, per name of a quantity, a text for each arm."""
+    arms = data.arms
+    found = [data.evidence.arm(arm.name) for arm in arms]
+    scores = [arm.best.value if arm.best else None for arm in arms]
+    confirmed = [format_estimate(one.mean, one.interval) if one else UNKNOWN for one in found]
+    return {
+        "arm": [arm.name for arm in arms],
+        "best settings": [format_settings(arm.best.params) if arm.best else "no complete trial" for arm in arms],
+        **({"test score": confirmed} if data.evidence.arms else {}),
+        "score": [format_score(score, beside=scores) for score in scores],
+        "of full's gain": [format_share_estimate(*data.share_of_arm(arm)) for arm in arms],
+        "trained": [format_count(arm.cost("trainable_params")) for arm in arms],
+        "of base": [format_share(arm.cost("trainable_fraction")) for arm in arms],
+        "adapter": [format_bytes(arm.cost("adapter_bytes")) for arm in arms],
+        "memory": [format_bytes(arm.cost("peak_memory_bytes")) for arm in arms],
+        "time": [format_seconds(arm.cost("wall_s")) for arm in arms],
+        "trials": [arm.describe_states() for arm in arms],
+    }
 
 
 def _draw_side_by_side(sweeps: Sequence[SweepData]) -> Table:
@@ -118,6 +141,6 @@ def _describe_best(arm: ArmData, data: SweepData) -> str:
     found = data.evidence.arm(arm.name)
     searched = format_score(arm.best.value, beside=[other.best.value for other in data.arms if other.best])
     score = format_estimate(found.mean, found.interval) if found else searched
-    share, interval = data.gain_of(arm)
+    share, interval = data.share_of_arm(arm)
     gain = f"{format_share_estimate(share, interval)} of full's gain; " if share is not None else ""
     return f"{score}\n{gain}{format_settings(arm.best.params)}"

@@ -1,4 +1,4 @@
-"""Writes a sweep's report into `report/` in its folder: CSV, JSON, the HTML page and TensorBoard's board."""
+"""Writes a sweep's report into `report/` in its folder: CSV, JSON, the HTML page and TensorBoard's curves."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lorasweep.report.board import BOARD_FOLDER, write_board
 from lorasweep.report.figures import PANELS
 from lorasweep.report.page import render_page
 from lorasweep.report.summary import Summary, summarize
-from lorasweep.report.sweep_data import SweepData, TrialData
+from lorasweep.report.sweep_data import ALPHA, LR, RANK, SweepData, TrialData
 
 REPORT_FOLDER = "report"
 MEASURED = (
@@ -26,9 +26,8 @@ MEASURED = (
     "peak_memory_bytes",
 )
 """The columns of `trials.csv` that a run's record holds under the same name."""
-
 PAIR_FIELDS = (
-    *("first", "second", "verdict", "reason", "difference", "p_value", "adjusted_p_value", "minimum_detectable"),
+    *("first", "second", "verdict", "reason", "difference", "p_value", "adjusted_p_value"),
     *("num_seeds", "uses_examples"),
 )
 
@@ -41,47 +40,46 @@ def write_report(folder: Path) -> Summary:
     """
     summary = summarize(folder)
     data = summary.data
-    panels = [draw(data) for draw in PANELS]
-    files = {"trials.csv": _trials_csv(data), "curves.csv": _curves_csv(data)}
-    if data.evidence.pairs:
-        files["pairs.csv"] = _pairs_csv(data)
-    files |= {f"{panel.key}.csv": csv_text(panel.columns, panel.rows) for panel in panels if panel.rows}
-    files["summary.json"] = json.dumps(summary.as_json(), indent=1) + "\n"
-    files["index.html"] = render_page(summary, panels)
+    files = {
+        "trials.csv": _trials_csv(data),
+        "curves.csv": csv_text(
+            ["arm", "trial", "step", data.record.metric],
+            ([trial.arm, trial.number, *point] for trial in data.trials for point in trial.curve),
+        ),
+        "summary.json": json.dumps(summary.as_json(), indent=1) + "\n",
+        "index.html": render_page(summary, [draw(data) for draw in PANELS]),
+    }
+    if data.reruns:
+        files["confirmed.csv"] = csv_text(
+            ["arm", "trial", "seed", data.record.metric, "state", "run"],
+            ([rerun.arm, rerun.number, rerun.seed, rerun.value, rerun.state, rerun.run] for rerun in data.reruns),
+        )
+        files["pairs.csv"] = csv_text(
+            [*PAIR_FIELDS, "low", "high"],
+            (
+                [*(getattr(pair, name) for name in PAIR_FIELDS), *(pair.interval or (None, None))]
+                for pair in data.evidence.pairs
+            ),
+        )
     for name, content in files.items():
         write_atomically(folder / REPORT_FOLDER / name, content)
-    write_board(summary, folder / REPORT_FOLDER / BOARD_FOLDER)
+    write_board(data, folder / REPORT_FOLDER / BOARD_FOLDER)
     return summary
 
 
-def _pairs_csv(data: SweepData) -> str:
-    """Returns one line per pair of arms: the verdict, the difference, its interval and its p values."""
-    rows = (
-        [*(getattr(pair, name) for name in PAIR_FIELDS), *(pair.interval or (None, None))]
-        for pair in data.evidence.pairs
-    )
-    return csv_text([*PAIR_FIELDS, "low", "high"], rows)
-
-
 def _trials_csv(data: SweepData) -> str:
-    """Returns one line per trial: its state, its swept settings by dotted key, its score and its cost."""
+    """Returns one line per trial: its state, its settings by dotted key, its score and its cost."""
+    keys = tuple(dict.fromkeys([*data.swept_keys, RANK, ALPHA, LR]))
     header = ["arm", "method", "trial", "state", data.record.metric, "share_of_full_gain"]
-    rows = (_trial_cells(trial, data) for trial in data.trials)
-    return csv_text([*header, *data.swept_keys, *MEASURED, "best_step", "run", "reason"], rows)
 
+    def cells(method: str, trial: TrialData) -> list[Any]:
+        return [
+            *(trial.arm, method, trial.number, trial.state, trial.value, data.share_of_full_gain(trial.value)),
+            *(trial.setting(key) for key in keys),
+            *(getattr(trial.record, name, None) for name in MEASURED),
+            trial.record.best.get("step") if trial.record else None,
+            *(trial.run, trial.reason),
+        ]
 
-def _trial_cells(trial: TrialData, data: SweepData) -> list[Any]:
-    return [
-        *(trial.arm, trial.method, trial.number, trial.state),
-        *(trial.value, data.share_of_full_gain(trial.value)),
-        *(trial.setting(key) for key in data.swept_keys),
-        *(getattr(trial.record, name, None) for name in MEASURED),
-        trial.record.best.get("step") if trial.record else None,
-        *(trial.run, trial.reason),
-    ]
-
-
-def _curves_csv(data: SweepData) -> str:
-    """Returns one line per evaluation."""
-    rows = ([trial.arm, trial.number, step, value] for trial in data.trials for step, value in trial.curve)
-    return csv_text(["arm", "trial", "step", data.record.metric], rows)
+    rows = (cells(arm.row.method, trial) for arm in data.arms for trial in arm.trials)
+    return csv_text([*header, *keys, *MEASURED, "best_step", "run", "reason"], rows)

@@ -1,12 +1,15 @@
-"""Verdicts on planted differences, and the correction for their number."""
+"""The evidence of a whole sweep: its arms, shares of full's gain, and verdicts corrected for their number."""
 
 from __future__ import annotations
+
+import json
+from dataclasses import asdict
 
 import numpy as np
 import pytest
 
-from lorasweep.report.evidence.estimates import estimate_sum
-from lorasweep.report.evidence.verdicts import adjust_holm, compare_pairs
+from lorasweep.report.evidence.scores import ConfirmScores, build_scores
+from lorasweep.report.evidence.verdicts import adjust_holm, compare_arms, compare_pairs
 
 from .conftest import plant
 
@@ -39,21 +42,6 @@ def test_planted_differences_are_found_and_equal_arms_are_not_told_apart(sign: i
     lower = "better" if sign == 1 else "worse"
     assert (found["a", "b"].verdict, found["same", "b"].verdict) == (lower, lower)
     assert all(pair.uses_examples == bool(examples) for pair in found.values())
-    assert found["a", "b"].minimum_detectable is None
-
-
-def test_a_difference_of_the_minimum_detectable_size_is_seen_in_80_of_100_cases() -> None:
-    rng, sizes, seen = np.random.default_rng(4), [], []
-    for _ in range(300):
-        found = estimate_sum(plant({"a": 1.0, "b": 1.0}, rng=rng), {"a": 1.0, "b": -1.0})
-        sizes.append(found.distribution.minimum_detectable(0.05) if found and found.distribution else np.nan)
-    # five seeds know a spread to within a factor of two; the mean square over many is the true one
-    size = float(np.sqrt(np.mean(np.square(sizes))))
-    for _ in range(300):
-        (pair,) = compare_pairs(plant({"a": 1.0, "b": 1.0 + size}, rng=rng), ["a", "b"], sign=1)
-        seen.append(pair.verdict == "better")
-    # the standard error is 2.3 %
-    assert np.mean(seen) == pytest.approx(0.8, abs=0.06)
 
 
 def test_of_equal_arms_hardly_one_family_in_twenty_has_a_false_verdict() -> None:
@@ -85,15 +73,6 @@ def test_arms_without_scores_are_in_no_pair() -> None:
     assert compare_pairs(plant({"a": 1.0}), ["a", "gone"], sign=1) == ()
 
 
-def test_what_could_be_seen_shrinks_with_more_seeds_and_grows_with_more_comparisons() -> None:
-    def smallest(arms: int, seeds: int) -> float:
-        names = list("abcdef")[:arms]
-        pairs = compare_pairs(plant(dict.fromkeys(names, 1.0), seeds=seeds), names, sign=1)
-        return float(np.median([pair.minimum_detectable or np.nan for pair in pairs]))
-
-    assert smallest(2, 20) < smallest(2, 5) < smallest(6, 5)
-
-
 def test_pair_seen_from_its_second_arm_is_turned_round() -> None:
     (pair,) = compare_pairs(plant({"a": 1.0, "b": 1.3}), ["a", "b"], sign=1)
     turned = pair.seen_from("b")
@@ -103,3 +82,78 @@ def test_pair_seen_from_its_second_arm_is_turned_round() -> None:
     assert turned.interval[0] < turned.difference < turned.interval[1]
     assert turned.seen_from("a") == pair
     assert pair.seen_from("a") is pair
+
+
+METHODS = [("base", "frozen"), ("a", "lora"), ("full", "full"), ("full-2", "full")]
+BASE = frozenset({"base"})
+
+
+def planted(**settings: int) -> ConfirmScores:
+    return plant({"base": 2.0, "a": 1.2, "full": 1.0, "full-2": 1.1}, deterministic=BASE, **settings)  # type: ignore[arg-type]
+
+
+def test_share_of_full_gain_is_that_of_the_best_full_arm() -> None:
+    evidence = compare_arms(planted(examples=40), METHODS, sign=1)
+    shares = {arm.name: arm.share_of_full_gain for arm in evidence.arms}
+    assert (evidence.base, evidence.full) == ("base", "full")
+    assert (shares["base"], shares["full"]) == (0.0, 1.0)
+    assert shares["a"] == pytest.approx(0.8, abs=0.03)
+    arm = evidence.arm("a")
+    assert arm
+    assert arm.share_interval
+    assert arm.share_interval[0] < 0.8 < arm.share_interval[1]
+
+
+def test_mean_interval_and_seeds_are_those_of_the_arm() -> None:
+    scores = planted()
+    arm = compare_arms(scores, METHODS, sign=1).arm("a")
+    assert arm
+    assert arm.values == tuple(scores.values["a"].values())
+    assert arm.mean == pytest.approx(sum(arm.values) / 5)
+    assert arm.interval == arm.seed_interval
+    assert arm.interval
+    assert arm.interval[0] < arm.mean < arm.interval[1]
+
+
+def test_examples_widen_the_interval_but_not_that_over_seeds() -> None:
+    arm = compare_arms(planted(examples=40), METHODS, sign=1).arm("a")
+    assert arm
+    assert arm.interval
+    assert arm.seed_interval
+    assert arm.interval[1] - arm.interval[0] > arm.seed_interval[1] - arm.seed_interval[0]
+
+
+def test_share_is_unknown_without_an_end_of_the_scale_or_without_a_gain() -> None:
+    no_base = compare_arms(plant({"a": 1.2, "full": 1.0}), METHODS, sign=1)
+    no_gain = compare_arms(plant({"base": 1.0, "a": 1.2, "full": 1.5}, deterministic=BASE), METHODS, sign=1)
+    assert [arm.share_of_full_gain for arm in (*no_base.arms, *no_gain.arms)] == [None] * 5
+
+
+def test_one_seed_is_said_and_has_no_verdict() -> None:
+    evidence = compare_arms(plant({"a": 1.2, "full": 1.0}, seeds=1), METHODS, sign=1)
+    assert evidence.num_compared == 0
+    assert any("no verdict on `a`, `full`" in note for note in evidence.notes)
+
+
+def test_no_examples_is_said() -> None:
+    notes = compare_arms(planted(), METHODS, sign=1).notes
+    assert any("intervals are over seeds alone" in note for note in notes)
+
+
+def test_no_confirm_stage_is_no_evidence_and_no_note() -> None:
+    evidence = compare_arms(build_scores({}, {}), METHODS, sign=1)
+    assert (evidence.arms, evidence.pairs, evidence.notes) == ((), (), ())
+
+
+def test_evidence_is_the_same_every_time_and_is_json() -> None:
+    texts = [json.dumps(asdict(compare_arms(planted(examples=30), METHODS, sign=1)), allow_nan=False) for _ in "ab"]
+    assert texts[0] == texts[1]
+
+
+def test_pair_is_seen_from_the_arm_that_is_named_first() -> None:
+    evidence = compare_arms(planted(), METHODS, sign=1)
+    first, second = evidence.pair("full", "a"), evidence.pair("a", "full")
+    assert first
+    assert second
+    assert (first.verdict, second.verdict) == ("better", "worse")
+    assert evidence.pair("a", "gone") is None

@@ -9,8 +9,7 @@ import pytest
 
 from lorasweep.errors import RecordError
 from lorasweep.record import read_sweep, winners, write_record
-from lorasweep.report.inspections import load_inspections
-from lorasweep.report.sweep_data import load_sweep_data
+from lorasweep.report.figures.weights import read_arm, read_similarity
 from lorasweep.runs.inspect.inspect_sweep import inspect_sweep
 from lorasweep.runs.inspect.truncation import find_enough_rank
 
@@ -93,18 +92,14 @@ def test_a_sweep_without_a_winner_is_refused(sweep, inputs):
 
 
 def test_the_report_reads_what_was_written(sweep, inputs):
-    data = load_sweep_data(sweep)
-    assert load_inspections(data).arms == ()
     found = inspect_sweep(sweep, inputs=inputs)
-    weights = load_inspections(data)
-    assert weights.problems == ()
-    assert weights.sentences == found.sentences
-    assert set(weights.similarity) == {("lora", "full")}
-    for one in weights.arms:
-        inspection = found.inspections[one.arm]
+    assert set(read_similarity(sweep / "inspect")) == {("lora", "full")}
+    best = winners(read_sweep(sweep))
+    for arm, inspection in found.inspections.items():
+        weights = read_arm(arm, sweep / best[arm].run / "inspect")
         shares = [row.norm_share for row in inspection.layers if row.block is not None]
-        assert sum(one.share_by_block.values()) == pytest.approx(sum(shares))
-        assert list(one.truncation.values()) == [row.score for row in inspection.scores]
-        assert one.enough_rank == find_enough_rank(inspection.scores).rank
-        assert one.spectrum[1] == 1  # relative to the first of each layer
-        assert one.sentences == inspection.sentences
+        assert sum(weights.share_by_block.values()) == pytest.approx(sum(shares))
+        assert list(weights.truncation.values()) == [row.score for row in inspection.scores]
+        assert weights.enough_rank == find_enough_rank(inspection.scores).rank
+        assert weights.spectrum[1] == 1  # relative to the first of each layer
+        assert weights.sentences == inspection.sentences

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
-from lorasweep.report.evidence.confidence import Array
-
+Array = NDArray[np.float64]
 RunKey = tuple[str, int]
 """Arm and seed of a rerun."""
 
@@ -40,7 +40,6 @@ class ExampleScores:
 
     @property
     def mean(self) -> float:
-        """The weighted mean."""
         return float(np.average(self.scores, weights=self.weights))
 
 
@@ -70,16 +69,13 @@ def read_examples(path: Path) -> ExampleScores:
     with path.open(newline="") as file:
         lines = list(csv.DictReader(file))
     try:
-        scores = np.array([float(line["score"]) for line in lines])
-        weights = np.array([float(line["weight"]) for line in lines])
-        rows = tuple(line["row"] for line in lines)
+        return ExampleScores(
+            rows=tuple(line["row"] for line in lines),
+            scores=np.array([float(line["score"]) for line in lines]),
+            weights=np.array([float(line["weight"]) for line in lines]),
+        )
     except (KeyError, TypeError) as error:
         raise ValueError("its columns must be `row`, `score` and `weight`") from error
-    if not (np.isfinite(scores).all() and np.isfinite(weights).all() and (weights >= 0).all() and weights.sum() > 0):
-        raise ValueError("its scores and weights must be finite, and its weights not negative")
-    if len(set(rows)) < len(rows):
-        raise ValueError("no row may appear twice")
-    return ExampleScores(rows=rows, scores=scores, weights=weights)
 
 
 def build_scores(

@@ -3,11 +3,9 @@
 from collections.abc import Callable
 
 from lorasweep.report.figures.confirmed import draw_confirmed
-from lorasweep.report.figures.curves import draw_learning_curves
 from lorasweep.report.figures.panel import Panel
-from lorasweep.report.figures.scores import draw_rank_alpha, draw_score_by_lr, draw_score_by_rank
-from lorasweep.report.figures.settings import draw_importance, draw_parallel_coordinates
-from lorasweep.report.figures.tradeoff import draw_tradeoff
+from lorasweep.report.figures.settings import draw_importance, draw_parallel_coordinates, draw_rank_alpha
+from lorasweep.report.figures.trials import draw_learning_curves, draw_score_by_lr, draw_score_by_rank, draw_tradeoff
 from lorasweep.report.figures.weights import draw_weights
 from lorasweep.report.sweep_data import SweepData
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import html
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import quote
 
 import plotly.graph_objects as go
@@ -17,13 +18,16 @@ METHOD_COLOURS = {"frozen": "#868e96", "full": "#d9622b", "lora": "#3578c6"}
 """Colours that hold on light and on dark paper."""
 OTHER_COLOURS = ("#159588", "#9a63c4", "#b8901f", "#c94f7c", "#5f9e3f", "#2fa3c4", "#a8714a", "#7a7fd0")
 REFERENCES = (("frozen", "frozen base", "top right"), ("full", "full fine-tuning", "bottom left"))
-"""Methods whose score is drawn as a level line: method, label, and a place for the label that is clear of curves."""
+"""Methods whose score is drawn as a level line: method, label, and a position of the label that is clear of curves."""
 MAX_LARGE_POINTS = 200
 """Points are drawn smaller and fainter if there are more than this, so that they don't hide each other."""
+MAX_FIGURE_POINTS = 2_000
+"""A figure has at most about this many points or lines: more make the page slow to open."""
 DEFAULT_HEIGHT_PX = 400
 
-ScoredTrial = tuple[TrialData, float]
-"""A trial and its score."""
+T = TypeVar("T")
+Point = tuple[Any, TrialData, float]
+"""x value, trial and score."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,31 +35,21 @@ class Panel:
     """A section of the page: figures with a text and notes, or a sentence that says why there is no figure."""
 
     key: str
-    """The anchor in the page, and the name of the CSV file with the data behind the figures."""
+    """The anchor in the page."""
     title: str
     text: str
     figures: tuple[go.Figure, ...] = ()
-    columns: tuple[str, ...] = ()
-    """The columns of the data behind the figures."""
-    rows: tuple[tuple[Any, ...], ...] = ()
     notes: tuple[str, ...] = ()
     """Sentences below the figures."""
-    file: str = ""
-    """The file with the data behind the figures, if another file holds it already."""
-
-    @property
-    def data_file(self) -> str:
-        """The file beside the page with the data behind the figures; empty if there is none."""
-        return self.file or (f"{self.key}.csv" if self.rows else "")
 
 
-def colours_of(data: SweepData) -> dict[str, str]:
+def choose_colours(data: SweepData) -> dict[str, str]:
     """Returns each arm's colour: that of its method, or the next free one if it is taken or the method has none."""
     colours: dict[str, str] = {}
     free = iter(OTHER_COLOURS * (1 + len(data.arms) // len(OTHER_COLOURS)))
     for arm in data.arms:
-        own = METHOD_COLOURS.get(arm.row.method)
-        colours[arm.name] = own if own and own not in colours.values() else next(free)
+        colour = METHOD_COLOURS.get(arm.row.method)
+        colours[arm.name] = colour if colour and colour not in colours.values() else next(free)
     return colours
 
 
@@ -64,31 +58,47 @@ def escape(text: object) -> str:
     return html.escape(str(text), quote=False)
 
 
-def link_of(run: str) -> str:
+def build_link(run: str) -> str:
     """Returns the link from the page to a run's folder, which is given relative to the sweep's."""
     return f"../{quote(run)}/"
 
 
-def label_of(trial: TrialData) -> str:
+def build_label(trial: TrialData) -> str:
     """Returns a point's hover text: arm and number, state if not complete, score and settings."""
     state = "" if trial.state == "complete" else f" ({trial.state})"
-    lines = [f"{trial.arm} {trial.number}{state}", format_score(trial.value), format_settings(trial.params)]
+    lines = [f"{trial.name}{state}", format_score(trial.value), format_settings(trial.params)]
     return "<br>".join(escape(line) for line in lines)
 
 
-def complete_trials(arm: ArmData) -> list[ScoredTrial]:
-    """Returns an arm's complete trials with their scores."""
-    return [(trial, trial.value) for trial in arm.trials if trial.is_complete and trial.value is not None]
+def list_points(arm: ArmData, key: str, *, is_stopped: bool = False) -> list[Point]:
+    """Returns an arm's complete trials with their value of a setting; with `is_stopped` those stopped early."""
+    trials = [trial for trial in arm.trials if (trial.is_stopped_early if is_stopped else trial.is_complete)]
+    return [(trial.number_at(key), trial, trial.value) for trial in trials if trial.value is not None]
+
+
+def select_evenly(groups: Sequence[Sequence[T]], *, key: Any, max_items: int) -> tuple[list[Sequence[T]], str]:
+    """Returns groups with at most about `max_items` items in all, and a sentence if items are left out.
+
+    A large group is sorted by `key` and keeps every n-th item, the first among them. Groups have equal shares.
+    """
+    total, shown = sum(map(len, groups)), list(groups)
+    if total <= max_items:
+        return shown, ""
+    for index, group in enumerate(groups):
+        step = math.ceil(len(group) * len(groups) / max_items)
+        shown[index] = sorted(group, key=key)[::step] if step > 1 else group
+    drawn = sum(map(len, shown))
+    return shown, f" {drawn:,} of {total:,} are drawn, evenly over their scores, the best among them."
+
+
+def select_points(groups: Sequence[Sequence[Point]], data: SweepData) -> tuple[list[Sequence[Point]], str]:
+    return select_evenly(groups, key=lambda point: data.sign * point[2], max_items=MAX_FIGURE_POINTS)
 
 
 def build_figure(data: SweepData, *, x_title: str, y_title: str | None = None, **layout: Any) -> go.Figure:
-    """Returns an empty figure in the page's style. The page's script adds the colours of the light or dark page.
+    """Returns an empty figure in the page's style; its y axis has the sweep's metric unless `y_title` is given.
 
-    Args:
-        data: The sweep.
-        x_title: The title of the x axis.
-        y_title: The title of the y axis. Default: the sweep's metric.
-        **layout: Plotly's layout settings.
+    The page's script adds the colours of the light or dark page.
     """
     figure = go.Figure()
     figure.update_layout(
@@ -119,12 +129,12 @@ def show_scores(figure: go.Figure, data: SweepData, scores: Sequence[float]) -> 
 
     Returns a sentence about the scores outside the range, or an empty text.
     """
-    limits = score_range(data, scores)
+    limits = find_score_range(data, scores)
     if limits is None:
         return ""
     figure.update_yaxes(range=limits)
     for method, label, position in REFERENCES:
-        score, colour = data.score_of(method), METHOD_COLOURS[method]
+        score, colour = data.best_score(method), METHOD_COLOURS[method]
         if score is not None:
             figure.add_hline(
                 y=score,
@@ -136,7 +146,7 @@ def show_scores(figure: go.Figure, data: SweepData, scores: Sequence[float]) -> 
     return f" {cut} {'value lies' if cut == 1 else 'values lie'} outside the range shown." if cut else ""
 
 
-def score_range(data: SweepData, scores: Sequence[float]) -> tuple[float, float] | None:
+def find_score_range(data: SweepData, scores: Sequence[float]) -> tuple[float, float] | None:
     """Returns the lowest and the highest score to show; None without scores.
 
     The range goes from the best score to the frozen base's and a quarter of the gain beyond it. Without a frozen base
@@ -145,7 +155,7 @@ def score_range(data: SweepData, scores: Sequence[float]) -> tuple[float, float]
     if not scores:
         return None
     signed = sorted(data.sign * score for score in scores)
-    base, full = data.score_of("frozen"), data.score_of("full")
+    base, full = data.best_score("frozen"), data.best_score("full")
     best = min(signed[0], data.sign * full if full is not None else signed[0])
     worst = signed[-1]
     if base is not None and data.sign * base > best:
@@ -157,64 +167,36 @@ def score_range(data: SweepData, scores: Sequence[float]) -> tuple[float, float]
     return ends[0], ends[1]
 
 
-def add_points(
-    figure: go.Figure,
-    points: Sequence[tuple[float | None, TrialData, float]],
-    colour: str,
-    name: str,
-    *,
-    showlegend: bool = False,
-    symbol: str = "circle",
-) -> None:
-    """Adds trials as points with a hover text and a link to their runs.
+def add_points(figure: go.Figure, points: Sequence[Point], colour: str, name: str, **trace: Any) -> None:
+    """Adds trials as points with a hover text and a link to their runs. `trace` replaces settings of plotly's trace.
 
-    Args:
-        figure: The figure to add them to.
-        points: The x value, trial and score of each point.
-        colour: The colour of their arm.
-        name: The name in the legend.
-        showlegend: Whether the legend has them.
-        symbol: Plotly's marker symbol.
+    A click on the legend entry `name` hides and shows them.
     """
     is_large = len(points) <= MAX_LARGE_POINTS
-    figure.add_scatter(
-        x=[x for x, _, _ in points],
-        y=[score for _, _, score in points],
-        mode="markers",
-        name=escape(name),
-        legendgroup=escape(name),
-        showlegend=showlegend,
-        marker={
-            "color": colour,
-            "symbol": symbol,
-            "size": 8 if is_large else 5,
-            "opacity": 0.75 if is_large else 0.5,
-        },
-        text=[label_of(trial) for _, trial, _ in points],
-        customdata=[link_of(trial.run) for _, trial, _ in points],
-        hovertemplate="%{text}<extra></extra>",
-    )
+    marker = {"color": colour, "size": 8 if is_large else 5, "opacity": 0.75 if is_large else 0.5}
+    settings = {
+        "x": [x for x, _, _ in points],
+        "y": [score for _, _, score in points],
+        "mode": "markers",
+        "showlegend": False,
+        "marker": marker | trace.pop("marker", {}),
+        "text": [build_label(trial) for _, trial, _ in points],
+        "customdata": [build_link(trial.run) for _, trial, _ in points],
+        "hovertemplate": "%{text}<extra></extra>",
+    }
+    figure.add_scatter(name=escape(name), legendgroup=escape(name), **(settings | trace))
 
 
 def add_line(
     figure: go.Figure, x: Sequence[Any], y: Sequence[float | None], colour: str, name: str, **trace: Any
 ) -> None:
-    """Adds a line without hover text, which the legend does not show.
-
-    Args:
-        figure: The figure to add it to.
-        x: The x values.
-        y: The y values; None interrupts the line.
-        colour: The colour of the arm.
-        name: The legend entry with which the line is hidden and shown.
-        **trace: Plotly's settings of a scatter trace, which replace these.
-    """
+    """Adds a line without hover text and legend entry, unless `trace` says otherwise; a y of None interrupts it."""
     line = {"color": colour, "width": 2} | trace.pop("line", {})
     settings = {"mode": "lines", "showlegend": False, "hoverinfo": "skip"} | trace
     figure.add_scatter(x=list(x), y=list(y), line=line, name=escape(name), legendgroup=escape(name), **settings)
 
 
-def add_bars(figure: go.Figure, shares: Sequence[tuple[str, float]], colour: str, name: str, **trace: Any) -> None:
+def add_bars(figure: go.Figure, shares: Sequence[tuple[str, float]], colour: str, name: str) -> None:
     """Adds horizontal bars of named shares."""
     figure.update_xaxes(tickformat=".0%", rangemode="tozero")
     figure.add_bar(
@@ -224,11 +206,10 @@ def add_bars(figure: go.Figure, shares: Sequence[tuple[str, float]], colour: str
         name=escape(name),
         marker={"color": colour},
         hovertemplate="%{y}: %{x:.1%}<extra></extra>",
-        **trace,
     )
 
 
-def add_ring(figure: go.Figure, x: Any, y: float | None, colour: str, name: str, **trace: Any) -> None:
+def add_ring(figure: go.Figure, x: Any, y: float | None, colour: str, name: str) -> None:
     """Adds a ring around a point."""
     figure.add_scatter(
         x=[x],
@@ -237,7 +218,7 @@ def add_ring(figure: go.Figure, x: Any, y: float | None, colour: str, name: str,
         legendgroup=escape(name),
         showlegend=False,
         marker={"color": colour, "symbol": "circle-open", "size": 16, "line": {"width": 2.2}},
-        **({"hoverinfo": "skip"} | trace),
+        hoverinfo="skip",
     )
 
 
@@ -245,7 +226,8 @@ def add_heat_map(
     figure: go.Figure, x: Sequence[str], y: Sequence[str], z: Sequence[Sequence[Any]], **trace: Any
 ) -> None:
     """Adds a heat map over two axes of categories, darker for lower values."""
-    colours = {"colorscale": [[0, "#174a86"], [0.5, "#7db0e2"], [1, "#dce9f7"]]}
-    figure.add_heatmap(x=list(x), y=list(y), z=z, hoverongaps=False, xgap=3, ygap=3, **(colours | trace))
-    figure.update_xaxes(type="category", showgrid=False, categoryorder="array", categoryarray=list(x))
-    figure.update_yaxes(type="category", showgrid=False, categoryorder="array", categoryarray=list(y))
+    colours = [[0, "#174a86"], [0.5, "#7db0e2"], [1, "#dce9f7"]]
+    bar = {"thickness": 12, "outlinewidth": 0} | trace.pop("colorbar", {})
+    figure.add_heatmap(x=x, y=y, z=z, hoverongaps=False, xgap=3, ygap=3, colorscale=colours, colorbar=bar, **trace)
+    figure.update_xaxes(type="category", showgrid=False, categoryorder="array", categoryarray=x)
+    figure.update_yaxes(type="category", showgrid=False, categoryorder="array", categoryarray=y)

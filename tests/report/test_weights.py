@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 
-from lorasweep.report.figures.weights import draw_weights
-from lorasweep.report.inspections import SweepWeights, load_inspections
+from lorasweep.report.figures.weights import draw_weights, read_arm
 from lorasweep.report.sweep_data import load_sweep_data
 
 from .conftest import edit_json, inspect_winners
@@ -20,10 +19,6 @@ def inspected(sweep: Path) -> Path:
     """Returns the folder of a sweep whose winners were inspected."""
     inspect_winners(sweep)
     return sweep
-
-
-def load(sweep: Path) -> SweepWeights:
-    return load_inspections(load_sweep_data(sweep))
 
 
 def winner(sweep: Path, arm: str) -> Path:
@@ -38,22 +33,15 @@ def test_a_sweep_that_was_not_inspected_says_how(sweep: Path) -> None:
     assert panel.text == f"The winners' weights were not inspected. Type `lorasweep inspect {sweep}`."
 
 
-def test_winners_are_read_with_their_numbers(inspected: Path) -> None:
-    weights = load(inspected)
-    assert [(one.arm, one.enough_rank, one.sentences) for one in weights.arms] == [
-        ("lora", 4, ("At 4.",)),
-        ("full", 16, ("At 16.",)),
-    ]
-    lora = weights.arms[0]
+def test_a_winner_is_read_with_its_numbers(inspected: Path) -> None:
+    lora = read_arm("lora", winner(inspected, "lora"))
+    assert (lora.enough_rank, lora.sentences) == (4, ("At 4.",))
     # relative to each layer's first
     assert lora.spectrum == {1: 1, 2: 0.5, 3: 0.25, 4: 0.125}
     # the bias counts in neither
     assert lora.share_by_kind == pytest.approx({"q": 0.3, "up": 0.6})
     assert lora.share_by_block == pytest.approx({0: 0.4, 1: 0.5})
     assert [*lora.truncation] == [0, 2, 4]
-    assert weights.similarity == {("lora", "full"): {(1, 1): 0.5, (2, 1): 0.25}}
-    assert weights.sentences == ("`lora` and `full` share.",)
-    assert weights.problems == ()
 
 
 def test_figures_show_spectra_ranks_places_and_subspaces(inspected: Path) -> None:
@@ -77,7 +65,6 @@ def test_an_inspection_without_scores_has_no_figure_of_them(inspected: Path) -> 
     for arm in ("lora", "full"):
         (winner(inspected, arm) / "truncation.csv").unlink()
         edit_json(winner(inspected, arm) / "summary.json", lambda raw: raw.update(enough_rank=None))
-    assert load(inspected).problems == ()
     assert len(draw_weights(load_sweep_data(inspected)).figures) == 4
 
 
@@ -87,28 +74,24 @@ def test_an_inspection_of_a_trial_that_is_no_winner_any_more_is_left_out(inspect
         max(other, key=lambda trial: float(trial["value"]))["value"] = 0.5
 
     edit_json(inspected / "sweep.json", improve)
-    weights = load(inspected)
-    assert [one.arm for one in weights.arms] == ["full"]
-    assert weights.similarity == {}
-    assert "another winner" in weights.problems[0]
+    panel = draw_weights(load_sweep_data(inspected))
+    assert [trace.name for trace in panel.figures[0].data] == ["full"]
+    assert len(panel.figures) == 4  # without similarity
+    assert "another winner" in panel.notes[-1]
 
 
 @pytest.mark.parametrize(("name", "content"), [("summary.json", "{"), ("layers.csv", None), ("spectra.json", "{}")])
-def test_a_damaged_inspection_is_a_sentence_and_the_other_still_appears(
-    inspected: Path, name: str, content: str | None
-) -> None:
-    path = winner(inspected, "lora") / name
+def test_a_damaged_inspection_is_a_sentence(inspected: Path, name: str, content: str | None) -> None:
+    path = winner(inspected, "full") / name
     path.unlink() if content is None else path.write_text(content)
-    weights = load(inspected)
-    assert [one.arm for one in weights.arms] == ["full"]
-    (problem,) = weights.problems
-    assert "`lora`" in problem
-    assert problem in draw_weights(load_sweep_data(inspected)).notes
+    panel = draw_weights(load_sweep_data(inspected))
+    assert [trace.name for trace in panel.figures[0].data] == ["lora"]
+    assert "can't be read" in panel.notes[-1]
 
 
 @pytest.mark.parametrize("name", ["summary.json", "similarity.csv"])
 def test_a_damaged_comparison_of_winners_is_a_sentence(inspected: Path, name: str) -> None:
     (inspected / "inspect" / name).write_text("x\n1\n")
-    weights = load(inspected)
-    assert len(weights.arms) == 2
-    assert "inspection of the sweep can't be read" in weights.problems[0]
+    panel = draw_weights(load_sweep_data(inspected))
+    assert len(panel.figures[0].data) == 2
+    assert "can't be read" in panel.notes[-1]

@@ -1,0 +1,170 @@
+"""Advice from a sweep: the smallest sufficient rank or dimension, the best learning rates, where to search next."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+from lorasweep.config.ranges import find_bounds
+from lorasweep.report.evidence.estimates import Interval
+from lorasweep.report.sweep_data import LR, RANK, ArmData, SweepData, TrialData, group_by_rank
+from lorasweep.wording import format_estimate, format_setting, format_share_estimate, join_words
+
+EDGE_FRACTION = 0.05
+"""A value is at an end of its range if it is closer to the end than this share of the range."""
+KEPT_FRACTION = 0.9
+"""The share of full fine-tuning's gain that d90 keeps."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankAdvice:
+    """The smallest confirmed rank that is not distinguishably worse than the best one."""
+
+    rank: float
+    best_rank: float
+    arms: tuple[str, str]
+    """The arm of `rank` and the arm of `best_rank`."""
+    sentence: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class RateAdvice:
+    """The learning rate of an arm's best trial."""
+
+    arm: str
+    lr: float
+    is_edge: bool
+    """Whether the learning rate lies at an end of its range, so that a better one may lie outside."""
+
+    @property
+    def sentence(self) -> str:
+        edge = " It lies at an end of its range." if self.is_edge else ""
+        return f"The best learning rate of `{self.arm}` is {format_setting(self.lr)}.{edge}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DimensionAdvice:
+    """The intrinsic dimension of the sweep's data."""
+
+    d90: int | None
+    """The smallest dimension of `method=intrinsic` that keeps 90 % of full's gain; None if none that was tried does."""
+    sentence: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Advice:
+    """All advice of one sweep."""
+
+    ranks: tuple[RankAdvice, ...]
+    rates: tuple[RateAdvice, ...]
+    dimension: DimensionAdvice | None
+    next_searches: tuple[str, ...]
+    """One sentence for each range that should be searched further."""
+
+
+def advise(data: SweepData) -> Advice:
+    groups = group_by_rank(arm for arm in data.arms if arm.row.method not in ("frozen", "full"))
+    return Advice(
+        ranks=tuple(advice for group in groups if (advice := _advise_rank(group, data))),
+        rates=tuple(
+            RateAdvice(arm=arm.name, lr=lr, is_edge=LR in find_edges(arm, arm.best))
+            for arm in data.arms
+            if arm.best and LR in arm.best.params and (lr := arm.best.number_at(LR))
+        ),
+        dimension=advise_dimension(data),
+        next_searches=tuple(describe_edges(data)),
+    )
+
+
+def advise_dimension(data: SweepData) -> DimensionAdvice | None:
+    """Returns the intrinsic dimension; None without complete trials of `method=intrinsic`, `frozen` and `full`.
+
+    arXiv 1804.08838 and 2012.13255 ask for 90 % of full's *score*. Here the gain over the frozen base counts, so that
+    the number means the same for every metric. Test data counts if every dimension was confirmed.
+    """
+    searched: dict[int, tuple[float, Interval | None]] = {}
+    confirmed: dict[int, tuple[float, Interval | None]] = {}
+    for arm in (arm for arm in data.arms if arm.row.method == "intrinsic"):
+        for trial in arm.trials:
+            dim, share = trial.number_at("method.dim"), data.share_of_full_gain(trial.value)
+            if trial.is_complete and dim is not None and share is not None:
+                searched[int(dim)] = (max(share, searched.get(int(dim), (share, None))[0]), None)
+        dim, evidence = arm.best.number_at("method.dim") if arm.best else None, data.evidence.arm(arm.name)
+        if dim is not None and evidence and evidence.share_of_full_gain is not None:
+            confirmed[int(dim)] = (evidence.share_of_full_gain, evidence.share_interval)
+    if not searched:
+        return None
+    is_confirmed = confirmed.keys() == searched.keys()
+    shares = dict(sorted((confirmed if is_confirmed else searched).items()))
+    d90 = next((dim for dim, (share, _) in shares.items() if share >= KEPT_FRACTION), None)
+    best = d90 or max(shares, key=lambda dim: shares[dim][0])
+    known = f"{'on test data' if is_confirmed else 'in the search'}; tried were {', '.join(map(str, shares))}"
+    kept = f"{best} keeps {format_share_estimate(*shares[best])} of full fine-tuning's gain ({known})."
+    sentence = f"d90 = {d90}: dimension {kept}" if d90 else f"d90 is above {max(shares)}: the best dimension {kept}"
+    return DimensionAdvice(d90=d90, sentence=sentence)
+
+
+def describe_edges(data: SweepData) -> list[str]:
+    """Returns a sentence for each key whose best value lies at an end of its range.
+
+    An arm is skipped if no complete trial lies away from that end: then nothing shows that the end is better.
+    """
+    edges: dict[tuple[str, str], list[tuple[str, Any]]] = defaultdict(list)
+    for arm in data.arms:
+        if arm.best is None:
+            continue
+        for key, end in find_edges(arm, arm.best).items():
+            if any(t.is_complete and find_edges(arm, t).get(key) != end for t in arm.trials):
+                edges[key, end].append((arm.name, arm.best.params[key]))
+    sentences = []
+    for (key, end), bests in edges.items():
+        arms = join_words([f"`{name}` ({format_setting(value)})" for name, value in bests])
+        direction = "lower" if end == "lower" else "higher"
+        sentences.append(
+            f"The best `{key}` of {arms} lies at the {end} end of its range: search {direction} values too."
+        )
+    return sentences
+
+
+def find_edges(arm: ArmData, trial: TrialData) -> dict[str, str]:
+    """Returns the swept keys whose value in the trial lies at an end of its range: `lower` or `upper` by key."""
+    ends = {key: _find_end(arm.row.space.get(key), trial.number_at(key)) for key in trial.params}
+    # No rank is lower than 1, so there is nothing to search below it.
+    return {key: end for key, end in ends.items() if end and not (key == RANK and trial.params[key] == 1)}
+
+
+def _find_end(space: Any, value: float | None) -> str | None:
+    bounds = find_bounds(space)
+    if value is None or bounds is None or (bounds.is_log and value <= 0):
+        return None
+    low, high = bounds.low, bounds.high
+    position = math.log(value / low) / math.log(high / low) if bounds.is_log else (value - low) / (high - low)
+    # In a list of choices only the smallest and the largest are at an end.
+    margin = 0.0 if isinstance(space, list) else EDGE_FRACTION
+    return "lower" if position <= margin else "upper" if position >= 1 - margin else None
+
+
+def _advise_rank(group: list[ArmData], data: SweepData) -> RankAdvice | None:
+    means = {arm.name: found.mean for arm in group if (found := data.evidence.arm(arm.name)) and len(found.seeds) > 1}
+    confirmed = [arm for arm in group if arm.name in means]
+    if len(confirmed) < 2:
+        return None
+    best = min(confirmed, key=lambda arm: data.sign * means[arm.name])
+    # The group is by rising rank, so the first arm that is not worse has the smallest sufficient rank.
+    for arm in confirmed:
+        pair = data.evidence.pair(arm.name, best.name)
+        if arm is best or (pair and pair.verdict == "not distinguishable"):
+            break
+    rank, best_rank = format_setting(arm.rank), format_setting(best.rank)
+    if pair:
+        sentence = (
+            f"Rank {rank} is the smallest whose score is not distinguishably worse than the best, rank {best_rank}: "
+            f"they differ by {format_estimate(pair.difference, pair.interval)}."
+        )
+    elif arm is confirmed[0]:
+        sentence = f"Rank {rank} is the lowest that was confirmed and has the best score."
+    else:
+        sentence = f"Rank {rank} has the best score, and every lower rank is distinguishably worse."
+    return RankAdvice(rank=arm.rank or 0.0, best_rank=best.rank or 0.0, arms=(arm.name, best.name), sentence=sentence)
