@@ -51,7 +51,7 @@ def test_verdict_in_words(pair: PairComparison, sentence: str) -> None:
 
 
 def test_pair_that_alone_would_pass_is_said_to_fall_to_the_correction() -> None:
-    assert "leaves out 0, but not after correction" in describe_pair(replace(ALIKE, p_value=0.03, adjusted_p_value=0.2))
+    assert "excludes 0" in describe_pair(replace(ALIKE, p_value=0.03, adjusted_p_value=0.2))
 
 
 def test_top_says_ends_arm_share_verdict_and_limits(confirmed: Path) -> None:

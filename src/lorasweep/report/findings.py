@@ -33,7 +33,7 @@ ONE_SEED = (
 
 @dataclass(frozen=True, kw_only=True)
 class ArmScore:
-    """The score of an arm that the sentences name: on test data after a confirm stage, else that of the best trial."""
+    """The score of an arm in the sentences: on test data after a confirm stage, else the best trial's score."""
 
     value: float
     text: str
@@ -75,13 +75,13 @@ def describe_pair(pair: PairComparison, *, first: str | None = None, second: str
         size = format_estimate(abs(pair.difference or 0.0), None if is_across_zero else (low, high))
         return f"{left} is {pair.verdict} than {right} by {size}"
     is_alone = pair.p_value is not None and pair.p_value < LEVEL
-    alone = "; the interval of this pair alone leaves out 0, but not after correction for the number of pairs"
+    alone = "; the interval of this pair alone excludes 0, but the test corrected for the number of pairs does not"
     difference = format_estimate(pair.difference, pair.interval)
     return f"{left} and {right} are not distinguishable: they differ by {difference}{alone if is_alone else ''}"
 
 
 def _describe_scores(data: SweepData, advice: Advice) -> list[str]:
-    scores = {arm.name: score for arm in data.arms if (score := _score_of(arm, data))}
+    scores = {arm.name: score for arm in data.arms if (score := _find_score(arm, data))}
     if not scores:
         return ["No trial is complete, so there is no score to compare."]
     # After a confirm stage, the sentences on problems name the arms without a test score.
@@ -102,7 +102,7 @@ def _describe_scores(data: SweepData, advice: Advice) -> list[str]:
     ]
 
 
-def _score_of(arm: ArmData, data: SweepData) -> ArmScore | None:
+def _find_score(arm: ArmData, data: SweepData) -> ArmScore | None:
     if data.evidence.arms:
         found = data.evidence.arm(arm.name)
         if found is None:

@@ -73,7 +73,7 @@ def select_rows(data: SweepData) -> list[TrialData]:
 
 
 def mark_code(text: str) -> Markup:
-    """Returns text as HTML in which the words between backticks are code."""
+    """Returns text as HTML in which text between backticks is code."""
     return Markup(re.sub(r"`([^`]*)`", r"<code>\1</code>", str(escape(text))))
 
 

@@ -132,7 +132,7 @@ def estimate_sum(scores: ConfirmScores, coefficients: Coefficients) -> Estimate 
         return None
     sums = np.zeros(len(seeds) if seeds else 1)
     for arm, coefficient in coefficients.items():
-        sums += coefficient * _values_of(scores, arm, seeds)
+        sums += coefficient * _select_values(scores, arm, seeds)
     deviations = _sum_deviations(scores, coefficients, seeds)
     return Estimate(
         value=float(sums.mean()),
@@ -175,7 +175,7 @@ def _common_seeds(scores: ConfirmScores, arms: Coefficients) -> tuple[int, ...] 
     return tuple(sorted(set.intersection(*sets))) if sets else None
 
 
-def _values_of(scores: ConfirmScores, arm: str, seeds: tuple[int, ...] | None) -> Array:
+def _select_values(scores: ConfirmScores, arm: str, seeds: tuple[int, ...] | None) -> Array:
     values = scores.values[arm]
     if arm in scores.deterministic or seeds is None:
         # The base model has one score. It stands beside every seed.

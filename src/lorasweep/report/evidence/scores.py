@@ -86,7 +86,7 @@ def build_scores(
     is_perplexity: bool = False,
     draws: int = DEFAULT_DRAWS,
 ) -> ConfirmScores:
-    """Returns the scores of the confirm stage. Examples that don't fit the run's score or the first run are left out.
+    """Returns the scores of the confirm stage. Examples that don't fit the run's score or the first run are skipped.
 
     Args:
         values: The score on test data per arm and seed.

@@ -44,7 +44,7 @@ class Panel:
 
 
 def choose_colours(data: SweepData) -> dict[str, str]:
-    """Returns each arm's colour: that of its method, or the next free one if it is taken or the method has none."""
+    """Returns the colour of each arm: its method's colour, or a free colour if another arm has that already."""
     colours: dict[str, str] = {}
     free = iter(OTHER_COLOURS * (1 + len(data.arms) // len(OTHER_COLOURS)))
     for arm in data.arms:
@@ -77,7 +77,7 @@ def list_points(arm: ArmData, key: str, *, is_stopped: bool = False) -> list[Poi
 
 
 def select_evenly(groups: Sequence[Sequence[T]], *, key: Any, max_items: int) -> tuple[list[Sequence[T]], str]:
-    """Returns groups with at most about `max_items` items in all, and a sentence if items are left out.
+    """Returns groups with at most about `max_items` items in all, and a sentence if items are skipped.
 
     A large group is sorted by `key` and keeps every n-th item, the first among them. Groups have equal shares.
     """

@@ -185,9 +185,9 @@ def _draw_cost(
 
 
 def _group_points_by_line(data: SweepData) -> dict[tuple[str, str], list[Point]]:
-    """Returns complete trials over rank, by the name of their line and the arm that gives its colour.
+    """Returns complete trials over rank. The keys are the name of a line and the arm whose colour it has.
 
-    An arm with several ranks has a line of its own. Arms of one rank each share a line per method.
+    An arm with several ranks has a line. Arms with one rank share a line per method.
     """
     lines: dict[tuple[str, str], list[Point]] = {}
     first_arms: dict[str, str] = {}
