@@ -17,7 +17,7 @@ from lorasweep.wording import format_count, join_words
 MAX_RATIO = 1.25
 """Arms are treated alike if none has more than this times another's tokens or complete trials."""
 MAX_COMPLETE_DIFFERENCE = 2
-"""Arms are treated alike if none has more than this many more complete trials than another, also if the ratio is larger.
+"""Arms are treated alike if none has more than this many more complete trials than another, at any ratio.
 
 Which trials belong to the best half of a rung depends on the order of the trials. On stored learning curves, two arms
 of 8 to 16 trials under the default rule differ by three or more in 0 to 1 % of the pairs, by two in 4 to 14 %."""

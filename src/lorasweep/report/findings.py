@@ -58,13 +58,7 @@ def describe_findings(data: SweepData, advice: Advice, fairness: Fairness) -> li
 
 
 def describe_pair(pair: PairComparison, *, first: str | None = None, second: str | None = None) -> str:
-    """Returns the verdict on a pair in words, without the full stop.
-
-    Args:
-        pair: The comparison.
-        first: The words for the first arm. Default: its name.
-        second: The words for the second arm. Default: its name.
-    """
+    """Returns the verdict on a pair in words, without the full stop; `first` and `second` replace the arms' names."""
     left, right = first or f"`{pair.first}`", second or f"`{pair.second}`"
     if pair.verdict == "not tested":
         return f"{left} and {right} were not tested: {pair.reason}"

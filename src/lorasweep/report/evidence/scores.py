@@ -88,12 +88,7 @@ def build_scores(
 ) -> ConfirmScores:
     """Returns the scores of the confirm stage. Examples that don't fit the run's score or the first run are skipped.
 
-    Args:
-        values: The score on test data per arm and seed.
-        examples: The scores of single examples per arm and seed, where they are known.
-        deterministic: The arms in which the seed makes no difference.
-        is_perplexity: Whether the score is exp of the examples' mean.
-        draws: The number of bootstrap draws over examples.
+    `deterministic` are the arms in which the seed makes no difference. Perplexity is exp of the examples' mean.
     """
     by_arm: dict[str, dict[int, float]] = {}
     for (arm, seed), value in values.items():

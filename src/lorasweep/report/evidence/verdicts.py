@@ -104,7 +104,7 @@ def compare_arms(scores: ConfirmScores, methods: Sequence[tuple[str, str]], *, s
 
     Args:
         scores: The scores of the confirm stage.
-        methods: The name and method of every arm, in the sweep's order.
+        methods: The name and method of every arm.
         sign: 1 if lower scores are better, else -1.
     """
     names = [name for name, _ in methods if scores.values.get(name)]
@@ -120,14 +120,9 @@ def compare_arms(scores: ConfirmScores, methods: Sequence[tuple[str, str]], *, s
 
 
 def compare_pairs(scores: ConfirmScores, arms: Sequence[str], *, sign: int) -> tuple[PairComparison, ...]:
-    """Returns a verdict on every pair of arms.
+    """Returns a verdict on every pair of arms; `sign` is 1 if lower scores are better, else -1.
 
-    All pairs are one family, so that a reader may pick out any of them afterwards, the best arm's among them.
-
-    Args:
-        scores: The scores of the confirm stage.
-        arms: The names of the arms, in the order in which they are paired.
-        sign: 1 if lower scores are better, else -1.
+    All pairs are one family, so that a reader may pick out any pair afterwards, also those of the best arm.
     """
     pairs = list(combinations([arm for arm in arms if scores.values.get(arm)], 2))
     estimates = [estimate_sum(scores, {first: 1.0, second: -1.0}) for first, second in pairs]
