@@ -34,7 +34,7 @@ PICKLING_SAMPLER, PICKLING_PACKAGE = "CmaEsSampler", "cmaes"
 
 def ask_sampler(
     part: Component,
-    history: Sequence[tuple[FrozenTrial, Point]],
+    history: Sequence[FrozenTrial],
     ranges: Space,
     *,
     seed: int,
@@ -50,14 +50,14 @@ def ask_sampler(
     study = optuna.create_study(sampler=sampler, direction=direction, storage=storage)
     study_id = storage.get_study_id_from_name(study.study_name)
     known: dict[str, Any] = {}  # attributes of the study that earlier samplers wrote
-    for trial, point in history:
+    for trial in history:
         state = trial.user_attrs.get(SAMPLER_ATTRIBUTE, {})
         known |= state.get("study", {})
         study.add_trial(
             create_trial(
                 state=trial.state,
                 value=trial.value,
-                params=point,
+                params=trial.params,
                 distributions=ranges,
                 intermediate_values=trial.intermediate_values,
                 constraints=trial.constraints,

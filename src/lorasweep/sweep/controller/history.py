@@ -22,7 +22,6 @@ from lorasweep.sweep.definition.space import Space
 MAX_HISTORY_TRIALS = 200
 """Number of results that a model sees. The cost of a Gaussian process grows with the cube of this number: at 200 a
 proposal takes about 0.5 s (TPE: 0.04 s), at 500 about 3 s."""
-Result = tuple[FrozenTrial, Point]
 Rank = tuple[int, int, float]
 """Sort key of a result, best first."""
 INFEASIBLE_RANK: Rank = (2, 0, 0.0)
@@ -39,8 +38,8 @@ class History:
     def __init__(self, space: Space, trials: Iterable[FrozenTrial] = (), *, direction: Direction) -> None:
         self.encoding = SpaceEncoding(space)
         self.direction = direction
-        self._trials: dict[int, Result] = {}
-        """All trials in the order of their numbers."""
+        self._trials: dict[int, FrozenTrial] = {}
+        """Copies of all trials, with points in place of parameters, in the order of their numbers."""
         self._ranks: dict[int, Rank] = {}
         """The rank of each result by its trial's number."""
         self._ranked: list[tuple[Rank, int]] = []
@@ -53,12 +52,13 @@ class History:
 
     def update(self, number: int, trial: FrozenTrial, *, is_paused: bool = False) -> None:
         """Adds a trial, or replaces its earlier state. New trials must be added in the order of their numbers."""
+        trial = copy.copy(trial)  # of which only attributes are replaced; the study's trial stays as it is
         if is_paused:  # a result of fewer steps, which is what a sampler understands by pruned
-            trial = copy.copy(trial)  # the study's trial still runs
             trial.state = TrialState.PRUNED
-        point = self._trials[number][1] if number in self._trials else self.encoding.encode(trial.params)
-        self._trials[number] = trial, point
-        self._tried.add(self._round(point))
+        trial.params = self._trials[number].params if number in self._trials else self.encoding.encode(trial.params)
+        trial.distributions = self.encoding.ranges
+        self._trials[number] = trial
+        self._tried.add(self._round(trial.params))
         if number in self._ranks:
             del self._ranked[bisect_left(self._ranked, (self._ranks.pop(number), number))]
         self._running.discard(number)
@@ -74,10 +74,10 @@ class History:
         """Number of results that have a finite value."""
         return bisect_left(self._ranked, (INFEASIBLE_RANK, -1))
 
-    def all(self) -> list[Result]:
+    def all(self) -> list[FrozenTrial]:
         return list(self._trials.values())
 
-    def results(self) -> list[Result]:
+    def results(self) -> list[FrozenTrial]:
         """Returns at most `MAX_HISTORY_TRIALS` results in their order: the best half, and the latest of the others."""
         if len(self._ranks) <= MAX_HISTORY_TRIALS:
             return [self._trials[number] for number in sorted(self._ranks)]
@@ -86,7 +86,7 @@ class History:
         latest = itertools.islice(others, MAX_HISTORY_TRIALS - len(best))
         return [self._trials[number] for number in sorted([*best, *latest])]
 
-    def running(self) -> list[Result]:
+    def running(self) -> list[FrozenTrial]:
         """Returns the running trials without a result, in the order of their numbers."""
         return [self._trials[number] for number in sorted(self._running)]
 

@@ -37,7 +37,7 @@ from lorasweep.config.sweep import ModelBasedSampler
 from lorasweep.errors import ConfigError, first_line
 from lorasweep.sweep.controller.component_sampler import ask_sampler
 from lorasweep.sweep.controller.encoding import Point
-from lorasweep.sweep.controller.history import History, Result, last_value
+from lorasweep.sweep.controller.history import History, last_value
 from lorasweep.sweep.controller.sobol import sobol_point
 from lorasweep.sweep.definition.arms import Arm
 from lorasweep.sweep.definition.space import Space, grid_values
@@ -143,14 +143,14 @@ def _ask_model(sampler: ModelBasedSampler, history: History, *, seed: int) -> Po
     model: BaseSampler
     if sampler.name == "gp":
         model = GPSampler(n_startup_trials=1, seed=seed, warn_independent_sampling=False)
-        shown = _show_to_gp(history.results(), ranges, direction=direction)
+        shown = _show_to_gp(history.results(), direction=direction)
     else:
         model = TPESampler(n_startup_trials=1, seed=seed)
-        shown = [_show(result, ranges) for result in history.results()]
+        shown = [copy.copy(trial) for trial in history.results()]
         for trial in shown:
             if trial.state == TrialState.RUNNING:  # TPE reads a running trial with values as a partial result then
                 trial.state = TrialState.PRUNED
-    return _ask(model, ranges, [*shown, *(_show(result, ranges) for result in history.running())], direction=direction)
+    return _ask(model, ranges, [*shown, *history.running()], direction=direction)
 
 
 def _ask(sampler: BaseSampler, ranges: Space, shown: Sequence[FrozenTrial], *, direction: Direction) -> Point:
@@ -180,15 +180,7 @@ class _ShownTrials(InMemoryStorage):
         return [*(copy.deepcopy(shown) if deepcopy else shown), *super().get_all_trials(study_id, deepcopy, states)]
 
 
-def _show(result: Result, ranges: Space) -> FrozenTrial:
-    """Returns a copy of a trial with its point in place of its parameters."""
-    trial, point = result
-    shown = copy.copy(trial)
-    shown.params, shown.distributions = point, ranges
-    return shown
-
-
-def _show_to_gp(results: Sequence[Result], ranges: Space, *, direction: Direction) -> list[FrozenTrial]:
+def _show_to_gp(results: Sequence[FrozenTrial], *, direction: Direction) -> list[FrozenTrial]:
     """Returns results as a Gaussian process reads them: as complete trials with one value each.
 
     A partial result has its last value plus the median progress of the complete trials since that step. Values worse
@@ -196,9 +188,9 @@ def _show_to_gp(results: Sequence[Result], ranges: Space, *, direction: Directio
     such a value is less exact near the best ones (docs/benchmarks.md, Proposals). A result without a finite value gets
     the median too. A trial that does not fit in memory also violates a constraint.
     """
-    complete = [trial for trial, _ in results if trial.state == TrialState.COMPLETE]
+    complete = [trial for trial in results if trial.state == TrialState.COMPLETE]
     values: list[float | None] = []
-    for trial, _ in results:
+    for trial in results:
         value = last_value(trial)
         if value is not None and trial.state != TrialState.COMPLETE:
             step = max(trial.intermediate_values)
@@ -213,8 +205,8 @@ def _show_to_gp(results: Sequence[Result], ranges: Space, *, direction: Directio
     median = statistics.median(value for value in values if value is not None)
     better = min if direction == "minimize" else max
     # Optuna's sampler requires the same constraints in every trial; a trial is feasible at or below 0
-    names = {name for trial, _ in results for name in trial.constraints}
-    shown = [_show(result, ranges) for result in results]
+    names = {name for trial in results for name in trial.constraints}
+    shown = [copy.copy(trial) for trial in results]
     for trial, value in zip(shown, values, strict=True):
         trial.state, trial.value = TrialState.COMPLETE, median if value is None else better(value, median)
         trial.system_attrs = dict(trial.system_attrs)  # shared with the study's trial until now
