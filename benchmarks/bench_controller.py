@@ -209,7 +209,7 @@ def describe_ms(seconds: Sequence[float]) -> str:
 
 def simulate(sweep: SweepFolder, num_workers: int, *, every: int) -> None:
     """Simulates a whole sweep and prints a row after every `every` started trials."""
-    controller = Controller(sweep, run_ended=lambda *_: None, session="bench")
+    controller = Controller(sweep, session="bench")
     workers = [TrainingWorker(f"bench-{number}") for number in range(num_workers)]
     drawn, paused_at, times = random.Random(0), {}, Times(sweep.path)
     trials = controller.search.arms["lora"]
@@ -237,7 +237,7 @@ def measure_restart(path: Path) -> None:
     began = time.perf_counter()
     sweep = reopen_sweep(path)
     read = time.perf_counter()
-    Controller(sweep, run_ended=lambda *_: None, session="bench")
+    Controller(sweep, session="bench")
     ended = time.perf_counter()
     size = (path / "journal.log").stat().st_size / 2**20
     print(
@@ -250,7 +250,7 @@ def measure_ray(sweep: SweepFolder, num_actors: int) -> None:
     """Simulates a sweep with Ray actors as workers, and prints the durations of their calls with waiting."""
     planned = sweep.definition.arms[0].trials
     sweep.close()
-    with local_cluster(sweep.path):
+    with local_cluster():
         import ray  # noqa: PLC0415 (reads the environment once, so it must be set before)
 
         from lorasweep.sweep.workers.ray_workers import (  # noqa: PLC0415
@@ -261,7 +261,7 @@ def measure_ray(sweep: SweepFolder, num_actors: int) -> None:
         )
 
         context = WorkerContext(folder=Path.cwd(), path=sweep.path, code=code_versions(), trusted=trusted_packages())
-        actor = ray.remote(ControllerActor).options(num_cpus=0).remote(context, session="bench", run_ended=ignore_run)
+        actor = ray.remote(ControllerActor).options(num_cpus=0).remote(context, session="bench")
         controller = ControllerClient(actor)
         controller.is_over()
         began = time.perf_counter()
@@ -282,10 +282,6 @@ def measure_ray(sweep: SweepFolder, num_actors: int) -> None:
             print(f"{name:>8} p50 / p99 / max ms, waiting included: {describe_ms(seconds[name])}")
         controller.finish()
         controller.close()
-
-
-def ignore_run(*_: Any) -> None:
-    """Replaces the work after the end of a run."""
 
 
 class PausedRuns(dict[str, int]):

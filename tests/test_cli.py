@@ -109,7 +109,7 @@ BAD = [
     (["sweep", "mini.yaml", "method.rank=[]"], "arm `lora`: the range of `method.rank` must have"),
     (["sweep", "empty.yaml"], "`arms.lora.trials` must be 1 for an arm without a space, but got 2. Add a `space`."),
     (["sweep", "mini.yaml", "worker.pack_size=99"], "`worker.pack_size <= "),
-    (["sweep", "mini.yaml", "arms.frozen.data.metric=loss"], "all arms must have one `data.metric`"),
+    (["sweep", "mini.yaml", "arms.frozen.data.metric=loss"], "`data.metric`"),
     (["sweep", "mini.yaml", "sweep.output=full"], "`sweep.output` must be a new or empty folder, but 'full' is not."),
     (["sweep", "mini.yaml", "model=causal_lm", "model.path=./no/model"], "`model.path` must be"),
     (["sweep", "--resume", "full"], "a sweep's folder must contain sweep.json, but 'full' does not."),

@@ -182,7 +182,7 @@ def train_opened_sweep(opened: SweepFolder, inputs_cache: InputsCache, *, progre
     if (job := hand_over(opened)) is not None:
         return SweepResult(folder, read_sweep(folder), job)
     with StopSignal() as stop, _watched(folder, progress):
-        is_complete = train_sweep(opened, inputs_cache, stop_requested=stop, run_ended=write_run_hparams)
+        is_complete = train_sweep(opened, inputs_cache, stop_requested=stop)
     if is_complete:
         write_report(folder)
     return load_sweep(folder)

@@ -251,10 +251,10 @@ def test_nodes_join_and_leave_and_one_with_other_code_is_refused(start, tmp_path
 
 def test_a_cluster_that_can_hold_no_worker_is_refused_at_once(start, tmp_path):
     printed = start("worker.cpus=999", "worker.gpus=9", "sweep.output=out", "confirm.seeds=0").wait(code=2)
-    assert all(part in printed for part in ("999 ", "9 GPUs", "`worker.cpus`", "`worker.gpus`"))
+    assert "`worker.cpus`" in printed
     assert "Traceback" not in printed
     with (
-        pytest.raises(ConfigError, match="Ray cluster"),
-        joined_cluster(tmp_path, address="127.0.0.1:1"),
+        pytest.raises(ConfigError, match=r"`worker.address`"),
+        joined_cluster("127.0.0.1:1"),
     ):
         pass

@@ -83,4 +83,4 @@ def test_a_sweep_that_was_ended_is_seen_as_such_with_what_to_type(tmp_path, watc
     assert (status.is_running, status.is_over) == (False, True)
     assert run(["status", str(folder), "--follow"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
-    assert "Type `lorasweep sweep --resume" in shown
+    assert "`lorasweep sweep --resume" in shown

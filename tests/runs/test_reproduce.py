@@ -157,7 +157,6 @@ def test_a_run_of_a_pack_is_repeated_alone_within_the_tolerance_of_rounding(make
             config=make_config({"method.rank": rank}),
             place=RunPlace(folder=tmp_path / f"slot-{rank}"),
             on_end=lambda record: None,
-            on_failure=lambda error: None,
         )
         for rank in (1, 4)
     ]

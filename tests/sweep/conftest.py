@@ -281,7 +281,7 @@ class MadeUpPacks:
         try:
             self.runs.evaluate(job.config, job.place.folder, steps[job])
         except Diverged as error:
-            job.on_failure(error)
+            job.on_end(error)
             return False
         return True
 
@@ -319,6 +319,7 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> MadeUpRuns:
     made_up = MadeUpRuns()
     monkeypatch.setattr(worker_file, "train_run", made_up)
     monkeypatch.setattr(worker_file, "score_run", made_up.score_run)
+    monkeypatch.setattr(worker_file, "write_run_hparams", lambda record, folder, swept: None)
     return made_up
 
 
@@ -338,7 +339,7 @@ class NoInputs:
         self.telemetry = Telemetry()
         self.splits = self
 
-    def of(self, config: RunConfig) -> NoInputs:
+    def load(self, config: RunConfig) -> NoInputs:
         return self
 
     def test(self) -> SimpleNamespace:
@@ -380,7 +381,6 @@ def work() -> Callable[..., bool]:
             folder,
             inputs_cache or NoInputs(),  # type: ignore[arg-type]
             stop_requested=stop_requested,
-            run_ended=lambda record, path, params: None,
         )
 
     return run

@@ -21,7 +21,7 @@ def tiny_inputs(inputs, make_config):
     base = load_base(make_config().model, dtype=inputs.base.model.dtype)
 
     class OneInputs(InputsCache):
-        def of(self, config):
+        def load(self, config):
             return RunInputs(base=base, splits=inputs.splits, precision="fp32")
 
     return OneInputs()
@@ -51,10 +51,10 @@ def test_arms_with_different_metrics_are_refused(write_file, content):
     content["arms"]["lora"]["settings"]["data.metric"] = "loss"
 
     class InputsCache:
-        def of(self, config):
+        def load(self, config):
             return SimpleNamespace(splits=SimpleNamespace(metric=config.data.metric))
 
-    with pytest.raises(ConfigError, match=r"all arms must have one `data.metric`, but got bits_per_byte, loss."):
+    with pytest.raises(ConfigError, match=r"`data.metric`.* bits_per_byte, loss"):
         sweep_metric(read_definition(write_file(content), []), InputsCache())
 
 
@@ -101,8 +101,8 @@ def test_a_search_that_leaves_no_seed_is_refused(write_file, content, tiny_input
 
 def test_test_data_that_cannot_be_read_is_refused_before_the_search(write_file, content, tiny_inputs):
     class WithoutTest:
-        def of(self, config):
-            return SimpleNamespace(base=tiny_inputs.of(config).base, splits=SimpleNamespace(test=self.test))
+        def load(self, config):
+            return SimpleNamespace(base=tiny_inputs.load(config).base, splits=SimpleNamespace(test=self.test))
 
         def test(self):
             raise ConfigError("the test split must not be empty, but has no document.")
@@ -116,7 +116,7 @@ def test_test_data_that_cannot_be_read_is_refused_before_the_search(write_file, 
 
 def test_notes_on_the_data_of_several_arms_are_said_once(write_file, content):
     class InputsCache:
-        def of(self, config):
+        def load(self, config):
             return SimpleNamespace(notes=("shared", f"of {config.method.name}"))
 
     notes = data_notes(read_definition(write_file(content), []), InputsCache())

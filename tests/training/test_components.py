@@ -145,7 +145,6 @@ def test_each_slot_of_a_pack_has_its_own_loggers(tmp_path, make_config, inputs, 
             config=make_config({**settings, "optim.lr": rate, "schedule": name}),
             place=RunPlace(folder=tmp_path / name),
             on_end=lambda record: None,
-            on_failure=lambda error: None,
         )
         for name, rate in (("polynomial", 1e-3), ("inverse_sqrt", 2e-3))
     ]

@@ -134,7 +134,6 @@ def test_a_run_in_a_pack_is_scored_like_one_alone(make_config, inputs, tmp_path)
             config=config,
             place=RunPlace(folder=tmp_path / f"packed-{n}"),
             on_end=lambda record: None,
-            on_failure=lambda error: None,
         )
         for n, config in enumerate(configs)
     ]

@@ -14,15 +14,10 @@ from lorasweep.training.restore import require_trusted_code
 
 
 def check_definition(definition: Definition, inputs_cache: InputsCache) -> None:
-    """Checks every arm at the ends of its ranges.
-
-    Raises:
-        ConfigError: A rank, target or other setting does not fit the model, a rung or the sampler does not fit the arm,
-            too few seeds are left for the confirm stage, or test data can't be read.
-    """
+    """Checks every arm at the ends of its ranges."""
     for arm in definition.arms:
         for config in arm.corners:
-            require_trusted_code(config)  # of every arm, before code of the first one runs
+            require_trusted_code(config)  # for all arms, before any code of the first arm runs
     plan_packing(definition)
     draw_seeds(definition)
     for arm in definition.arms:
@@ -36,23 +31,19 @@ def check_definition(definition: Definition, inputs_cache: InputsCache) -> None:
                 if not definition.sweep_config.confirm.seeds:
                     continue
                 try:
-                    inputs.splits.test()  # the confirm stage reads it after hours of training
+                    inputs.splits.test()  # now, because the confirm stage reads it after hours of training
                 except ConfigError as error:
-                    raise ConfigError(f"{error} Or leave the confirm stage out with `confirm.seeds=0`.") from error
+                    raise ConfigError(f"{error} Or skip the confirm stage with `confirm.seeds=0`.") from error
 
 
 def sweep_metric(definition: Definition, inputs_cache: InputsCache) -> str:
-    """Returns the metric by which every arm is scored; under `data.metric=auto` it depends on the data.
-
-    Raises:
-        ConfigError: The arms have different metrics.
-    """
+    """Returns the metric by which every arm is scored. With `data.metric=auto` it depends on the data."""
     metrics = sorted({inputs_cache.load(arm.corners[0]).splits.metric for arm in definition.arms})
     if len(metrics) > 1:
-        raise ConfigError(f"all arms must have one `data.metric`, but got {', '.join(metrics)}.")
+        raise ConfigError(f"`data.metric` must be the same for all arms, but got {', '.join(metrics)}.")
     return metrics[0]
 
 
 def data_notes(definition: Definition, inputs_cache: InputsCache) -> list[str]:
-    """Returns the sentences on the data of the arms and on the attention that was chosen, each sentence once."""
+    """Returns notes on the arms' data and on the attention that was chosen, without repetition."""
     return list(dict.fromkeys(note for arm in definition.arms for note in inputs_cache.load(arm.corners[0]).notes))

@@ -1,11 +1,12 @@
-"""Shows a sweep while it runs: a live table in a terminal, plain lines in a notebook or a pipe, or a caller's function.
+"""Shows a sweep while it runs: a live table in a terminal, plain lines in a notebook or a pipe.
 
-The sweep's record is read about once a second, so it does not matter which process trains.
+The sweep's record is read about once a second, so any process may train.
 """
 
 from __future__ import annotations
 
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -29,19 +30,19 @@ from lorasweep.sweep.status import (
 )
 
 POLL_INTERVAL_S = 1.0
-"""Seconds between two readings of a sweep's record."""
+"""Seconds between two reads of a sweep's record."""
 
 
 class ProgressDisplay:
-    """Shows each status that it is called with. As a context manager, it removes the live table at its end."""
+    """Shows the statuses with which it is called. The live table is removed at the end of the `with` block."""
 
     def __init__(self, console: Console, *, announce: bool = True) -> None:
-        """Takes the console; `announce` says whether the sweep's folder, notes and warnings are printed too."""
+        """`announce` also prints the sweep's folder, notes and warnings."""
         self._console = console
         self._announce = announce
         self._status: SweepStatus | None = None
         self._shown: set[str] = set()
-        """Runs that have a line already, and runs that had ended before the first status."""
+        """Runs that need no line: they have one, or had ended before the first status."""
         self._warnings: set[str] = set()
         self._live = Live(console=console, get_renderable=self._render, transient=True)
 
@@ -55,7 +56,7 @@ class ProgressDisplay:
             self._live.stop()
 
     def __call__(self, status: SweepStatus) -> None:
-        """Shows a status: new warnings, and a line for each trial that has ended since the last one."""
+        """Prints new warnings and, without a terminal, a line for each run that ended since the last status."""
         if self._status is None:
             self._shown = {row.run for row in ended_rows(status.record)}
             if self._announce:
@@ -79,7 +80,7 @@ class ProgressDisplay:
         self._console.print(escape(line), highlight=False, soft_wrap=True)
 
     def _new_lines(self, status: SweepStatus) -> Iterator[str]:
-        """Yields a line for each run that has ended and has no line yet: `lora 4/6  complete  1.4  optim.lr=0.01`."""
+        """Yields a line for each run that ended and has no line yet: `lora 4/6  complete  1.4  optim.lr=0.01`."""
         record, ended = status.record, ended_rows(status.record)
         asked: dict[tuple[type, str], int] = {(TrialRow, arm.name): arm.asked for arm in status.arms}
         asked |= {(ConfirmRow, arm.name): arm.seeds_asked for arm in status.arms}
@@ -99,21 +100,29 @@ class ProgressDisplay:
 
 @contextmanager
 def show_progress(folder: Path, console: Console) -> Iterator[None]:
-    """Shows a sweep on a console while the caller has it trained, in this process or elsewhere."""
+    """Shows a sweep on a console during the block, in which the caller trains it."""
     with ProgressDisplay(console) as display, report_status(folder, display):
         yield
 
 
 @contextmanager
 def report_status(folder: Path, on_status: Callable[[SweepStatus], None]) -> Iterator[None]:
-    """Calls a function with the sweep's status from a thread, about once a second and a last time at the end."""
+    """Calls a function with the sweep's status: once at the start, then about once a second, and once at the end."""
 
     def read() -> SweepStatus:
-        return replace(read_status(folder), is_running=True)  # also before a process on Ray has opened it
+        return replace(read_status(folder), is_running=True)  # a controller on Ray may not have opened the sweep yet
 
-    on_status(read())  # here and not in the thread, so that it shows the sweep before any trial has ended
     stop = threading.Event()
-    thread = threading.Thread(target=_poll, args=(read, on_status, stop))
+
+    def poll() -> None:
+        is_last = False
+        while not is_last:
+            is_last = stop.wait(POLL_INTERVAL_S)
+            with suppress(RecordError, OSError):  # the folder is being moved, or its disk is away for a while
+                on_status(read())
+
+    on_status(read())  # not in the thread, so that the sweep is shown before any trial has ended
+    thread = threading.Thread(target=poll)
     thread.start()
     try:
         yield
@@ -123,26 +132,12 @@ def report_status(folder: Path, on_status: Callable[[SweepStatus], None]) -> Ite
 
 
 def show_until_over(folder: Path, console: Console) -> None:
-    """Shows a sweep that other processes train until it is over, or no process runs it."""
-    first, stop = read_status(folder), threading.Event()
-
-    def show(status: SweepStatus) -> None:
-        display(status)
-        if status.is_over:
-            stop.set()
-
+    """Shows a sweep that other processes train, until it is complete or no process runs it."""
+    status = read_status(folder)
     with ProgressDisplay(console, announce=False) as display:
-        show(first)
-        if not stop.is_set():
-            _poll(lambda: read_status(folder), show, stop)
-
-
-def _poll(read: Callable[[], SweepStatus], on_status: Callable[[SweepStatus], None], stop: threading.Event) -> None:
-    """Reads the status and hands it on until `stop` is set, and then once more."""
-    while True:
-        is_last = stop.is_set()
-        with suppress(RecordError, OSError):  # the folder is being moved, or a disk is away for a while
-            on_status(read())
-        if is_last:
-            return
-        stop.wait(POLL_INTERVAL_S)
+        display(status)
+        while not status.is_over:
+            time.sleep(POLL_INTERVAL_S)
+            with suppress(RecordError, OSError):
+                status = read_status(folder)
+                display(status)

@@ -1,7 +1,7 @@
-"""The state of a sweep as one table, for the live display of `lorasweep sweep` and for `lorasweep status`.
+"""The state of a sweep as a table, for the live display of `lorasweep sweep` and for `lorasweep status`.
 
-All of it comes from the sweep's record, so it does not matter which process trains. Reading the record takes no lock,
-changes nothing and needs no database.
+Everything is read from the sweep's record, so any process may train. Reading takes no lock, writes no file and needs no
+database.
 """
 
 from __future__ import annotations
@@ -25,12 +25,15 @@ from lorasweep.sweep.definition.seeds import SEED_KEYS, describe_confirm
 from lorasweep.wording import UNKNOWN, format_seconds, format_setting
 
 MAX_SHOWN_RUNS = 16
-"""Running trials that get a line of their own below the table."""
+"""Maximum number of running trials that are listed below the table."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ArmStatus:
-    """The state of one arm: numbers of its trials in the search, and of its seeds in the confirm stage."""
+    """The state of one arm: counts of trials in the search stage, and of seeds in the confirm stage.
+
+    Infeasible trials and seeds count as failed.
+    """
 
     name: str
     asked: int
@@ -39,16 +42,14 @@ class ArmStatus:
     paused: int
     pruned: int
     failed: int
-    """Failed or infeasible trials."""
     best: float | None
     best_params: Mapping[str, Any]
     seeds_asked: int
     seeds_done: int
     seeds_running: int
     seeds_failed: int
-    """Failed or infeasible seeds."""
     test_mean: float | None
-    """Mean of the metric on test data over the complete seeds."""
+    """Mean of the metric on test data over complete seeds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +59,6 @@ class SweepStatus:
     folder: Path
     record: SweepRecord
     is_running: bool
-    """Whether a process has the sweep open."""
     arms: tuple[ArmStatus, ...]
 
     @property
@@ -68,25 +68,21 @@ class SweepStatus:
 
     @property
     def seconds_left(self) -> float | None:
-        """Estimated seconds for the remaining runs, at the pace so far; None before the first run has ended."""
+        """Estimated seconds for the remaining runs, from the mean so far; None before the first run has ended."""
         asked = sum(arm.asked + arm.seeds_asked for arm in self.arms)
         done = sum(arm.done + arm.seeds_done for arm in self.arms)
         return self.record.makespan_s / done * (asked - done) if done else None
 
 
 def read_status(folder: Path) -> SweepStatus:
-    """Reads the state of a sweep.
-
-    Raises:
-        RecordError: The folder is no sweep, or its record is damaged.
-    """
+    """Raises RecordError if the folder is not a sweep or its record is damaged."""
     record = read_sweep(folder)
     arms = tuple(_arm_status(arm, record) for arm in record.arms)
     return SweepStatus(folder=folder, record=record, is_running=is_running(folder), arms=arms)
 
 
 def render_status(status: SweepStatus) -> RenderableType:
-    """Returns a table of the arms, then the running trials, or the command that resumes the sweep if it was stopped."""
+    """Returns a table of the arms, and below it the running trials, or how to resume the sweep if it was stopped."""
     record = status.record
     title = f"{record.name}: {record.metric} ({record.direction}), {record.status}"
     notes: list[str] = []
@@ -96,17 +92,16 @@ def render_status(status: SweepStatus) -> RenderableType:
         expected = "" if left is None else f", about {format_seconds(left)} left at this pace"
         notes.append(f"{format_seconds(record.makespan_s)} so far{expected}")
     elif record.status != "complete":
-        notes.append(f"• No process runs it. Type `lorasweep sweep --resume {status.folder}` to resume it.")
+        notes.append(f"• No process runs this sweep. Type `lorasweep sweep --resume {status.folder}` to resume it.")
     return Group(Text(title, style="bold"), _arms_table(status), *map(Text, notes))
 
 
 def describe_params(params: Mapping[str, Any]) -> str:
-    """Returns searched values in one line: `method.rank=8 optim.lr=0.0123`."""
+    """Returns swept settings in one line: `method.rank=8 optim.lr=0.0123`."""
     return " ".join(f"{key}={format_setting(value)}" for key, value in params.items())
 
 
 def ended_rows(record: SweepRecord) -> list[TrialRow | ConfirmRow]:
-    """Returns the runs of both stages that have ended."""
     return [row for row in _runs(record) if row.state not in ("running", "paused")]
 
 
@@ -130,7 +125,7 @@ def _running_lines(record: SweepRecord) -> Iterator[str]:
 
 
 def params_of(row: TrialRow | ConfirmRow, record: SweepRecord) -> dict[str, Any]:
-    """Returns the searched values of a run; in the confirm stage, those of the arm's best trial and the seed."""
+    """Returns the swept settings of a trial; for a confirm run, the settings of its trial and its seed."""
     if isinstance(row, TrialRow):
         return row.params
     for trial in record.trials:

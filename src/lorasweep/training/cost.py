@@ -20,8 +20,8 @@ from lorasweep.training.failures import convert_memory_errors
 from lorasweep.training.inputs import RunInputs
 from lorasweep.training.optim import build_optimizer
 from lorasweep.training.packs.optim import StackedAdamW
-from lorasweep.training.packs.pack import slot_losses
-from lorasweep.training.packs.size import build_pack, first_micro_batches
+from lorasweep.training.packs.pack import build_pack, slot_losses
+from lorasweep.training.packs.size import first_micro_batches
 from lorasweep.training.prepare import prepare_model
 
 NUM_MEASURED_STEPS = 3
@@ -63,7 +63,7 @@ def measure_run(config: RunConfig, *, inputs: RunInputs, slots: int | None = Non
             optimizer = build_optimizer(config.optim, groups) if groups else None
         else:
             assert isinstance(config.optim, OptimConfig)
-            model = build_pack(config, inputs=inputs, slots=slots)
+            model, _ = build_pack([config] * slots, inputs=inputs)
             optimizer = StackedAdamW(split_lora_parameters(model), [config.optim] * slots)
         micros = first_micro_batches(config, inputs, slots=num, num_steps=1)
         train = inputs.splits.train

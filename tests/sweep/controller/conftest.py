@@ -112,7 +112,7 @@ def content() -> dict[str, Any]:
 @pytest.fixture
 def open_controller() -> Callable[[SweepFolder], Controller]:
     """Makes the controller of an open sweep."""
-    return lambda sweep: Controller(sweep, run_ended=lambda record, folder, params: None)
+    return Controller
 
 
 @pytest.fixture

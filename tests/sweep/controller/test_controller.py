@@ -265,7 +265,7 @@ def test_rungs_compare_by_loss_or_by_the_metric_as_asked(begin, open_controller,
 
 def test_a_restarted_controller_leaves_a_promoted_trial_to_the_worker_that_trains_it(begin, content):
     content["settings"] |= {"sampler": "qmc", "pruner.rungs": [0.17]}
-    first = Controller(begin(content), run_ended=lambda *_: None, session="s")
+    first = Controller(begin(content), session="s")
     pack = [first.take(worker="s-1", request=number) for number in range(6)]
     values = [6.0, 5.0, 4.0, 3.0, 2.0, 1.0]
     assert first.report([(a, EVERY, v) for a, v in zip(pack, values, strict=True)]) == [False] * 4 + [True] * 2
@@ -277,7 +277,7 @@ def test_a_restarted_controller_leaves_a_promoted_trial_to_the_worker_that_train
     promoted = first.take(worker="s-1", request=7)
     assert promoted.number == 3
     close(first)
-    second = Controller(reopen_sweep(first.sweep.path), run_ended=lambda *_: None, session="s")
+    second = Controller(reopen_sweep(first.sweep.path), session="s")
     assert second.take(worker="s-2", request=1).number != 3
     assert second.report([(promoted, 2 * EVERY, 3.0)]) == [True]
     close(second)
@@ -299,7 +299,7 @@ def test_a_call_reads_no_more_trials_and_files_the_more_workers_there_are(begin,
     monkeypatch.setattr(SweepFolder, "is_due", lambda _: False)
     costs = []
     for num_workers in (10, 200):
-        controller = Controller(begin(content, folder=str(num_workers)), run_ended=lambda *_: None, session="s")
+        controller = Controller(begin(content, folder=str(num_workers)), session="s")
         held = [controller.take(worker=f"s-{n}", request=0) for n in range(num_workers)]
         controller.report([(a, EVERY, 1.0 + a.number) for a in held])
         controller.take(worker="s-new", request=1)

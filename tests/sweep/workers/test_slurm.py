@@ -15,7 +15,7 @@ import pytest
 import yaml
 from tests.servers.daemon import wait_until
 from tests.servers.ray_head import LOOPBACK, RayHead
-from tests.servers.slurm import NODE, PARTITION
+from tests.servers.slurm import NODE
 
 from lorasweep.config.build import build
 from lorasweep.config.compose import packaged_folder
@@ -32,6 +32,7 @@ from lorasweep.sweep.workers.slurm import (
     submit_missing_jobs,
 )
 from lorasweep.sweep.workers.slurm_job import RayNode, write_address
+from lorasweep.sweep.workers.train import HOPELESS_REASONS
 
 RECORDED = Path(__file__).parent / "batch.sh"
 RECORDED_CONTAINER = Path(__file__).parent / "batch_in_container.sh"
@@ -74,15 +75,15 @@ def test_the_batch_file_of_one_job_in_a_container_that_is_not_requeued_is_the_re
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"jobs": 0}, r"`worker.jobs >= 1` must hold, but got 0"),
-        ({"gpus": -1}, r"`worker.gpus >= 0` must hold, but got -1"),
-        ({"pack_size": 0}, r"`worker.pack_size >= 1` must hold, but got 0"),
-        ({"mem_gb": 0}, r"`worker.mem_gb > 0` must hold, but got 0"),
-        ({"head": "there"}, r"`worker.head` must be one of here, job, but got 'there'"),
-        ({"timeout_min": 2}, r"`worker.signal_delay_s < 120` must hold, .* but got 120"),
-        ({"extra": {"mail_type": "END"}}, r"must have long names .* but got 'mail_type'. Write `mail-type`"),
-        ({"extra": {"time": 5}}, r"but got 'time'. Set `worker.timeout_min` instead"),
-        ({"extra": {"output": "x"}}, r"but got 'output'. Leave it out"),
+        ({"jobs": 0}, r"`worker.jobs >= 1`.* got 0"),
+        ({"gpus": -1}, r"`worker.gpus >= 0`.* got -1"),
+        ({"pack_size": 0}, r"`worker.pack_size >= 1`.* got 0"),
+        ({"mem_gb": 0}, r"`worker.mem_gb > 0`.* got 0"),
+        ({"head": "there"}, r"`worker.head`.* here, job, .*'there'"),
+        ({"timeout_min": 2}, r"`worker.signal_delay_s < 120`.* got 120"),
+        ({"extra": {"mail_type": "END"}}, r"'mail_type'.*`mail-type`"),
+        ({"extra": {"time": 5}}, r"'time'.*`worker.timeout_min`"),
+        ({"extra": {"output": "x"}}, r"'output'"),
     ],
 )
 def test_a_wrong_setting_is_refused_with_its_key(settings, message):
@@ -92,40 +93,33 @@ def test_a_wrong_setting_is_refused_with_its_key(settings, message):
 
 def test_a_machine_without_slurm_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(ConfigError, match="must be typed on a machine with Slurm, but `sbatch` is not found"):
+    with pytest.raises(ConfigError, match=r"`worker=slurm`.*No such file .*sbatch"):
         check_slurm(make_config(), tmp_path)
 
 
 def test_a_slurm_that_does_not_answer_is_refused(tmp_path, monkeypatch, slurm_server):
     (tmp_path / "slurm.conf").write_text("ClusterName=none\n")
     monkeypatch.setenv("SLURM_CONF", str(tmp_path / "slurm.conf"))
-    with pytest.raises(ConfigError, match="Slurm must answer, but `sinfo` says: "):
+    with pytest.raises(ConfigError, match="`sbatch --test-only` says"):
         check_slurm(make_config(), tmp_path)
     assert describe_jobs(tmp_path) == "Slurm does not answer"
 
 
 @on_slurm
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("settings", "refusal"),
     [
-        (
-            {"partition": "mian"},
-            f"`worker.partition` must be one of {PARTITION}, but got 'mian'. Did you mean `{PARTITION}`",
-        ),
-        (
-            {"head": "job", "head_partition": "cpu"},
-            f"`worker.head_partition` must be one of {PARTITION}, but got 'cpu'",
-        ),
-        ({"constraint": "a100"}, "`worker.constraint` must be something that Slurm takes, but got 'a100': sbatch says"),
-        ({"timeout_min": 11}, f"`worker.timeout_min <= 10` must hold in partition `{PARTITION}`, but got 11."),
-        ({"gpus": 1}, "`worker.gpus` must be something that Slurm takes, but got 1: sbatch says"),
-        ({"cpus": 3}, "one job must fit a machine with 3 processor cores, 0 GPUs .* sbatch says"),
-        ({"mem_gb": 9}, "with 1 processor cores, 0 GPUs and 9 GB .*`worker.mem_gb`.* sbatch says"),
-        ({"extra": {"blu": 2}}, "`worker.extra` must be something that Slurm takes, but got .*: sbatch says .*unrec"),
+        ({"partition": "mian"}, "invalid partition"),
+        ({"head": "job", "head_partition": "cpu"}, "invalid partition"),
+        ({"constraint": "a100"}, "feature"),
+        ({"gpus": 1}, "gres"),
+        ({"cpus": 3}, "node configuration"),
+        ({"mem_gb": 9}, "node configuration"),
+        ({"extra": {"blu": 2}}, "unrecognized option"),
     ],
 )
-def test_jobs_that_slurm_would_never_run_are_refused_with_the_key(slurm, tmp_path, settings, message):
-    with pytest.raises(ConfigError, match=message):
+def test_jobs_that_slurm_would_never_run_are_refused_with_its_answer(slurm, tmp_path, settings, refusal):
+    with pytest.raises(ConfigError, match=f"(?i)`worker=slurm`.*says .*{refusal}.*`worker.partition`"):
         check_slurm(make_config(**{**SMALL, **settings}), tmp_path)
     assert slurm.jobs() == {}
 
@@ -259,13 +253,23 @@ def test_a_node_leaves_a_head_that_is_gone_and_joins_the_next_one(slurm, sweep, 
 
 
 @on_slurm
+def test_a_job_with_more_time_than_its_partition_allows_is_known_to_be_hopeless(slurm, sweep):
+    (job,) = submit_missing_jobs(make_config(**{**SMALL, "timeout_min": 11}), sweep)
+    wait_until(
+        lambda: any(reason in read_live_jobs(sweep)[job] for reason in HOPELESS_REASONS),
+        lambda: str(read_live_jobs(sweep)),
+        every=0.2,
+    )
+
+
+@on_slurm
 def test_a_job_without_a_head_ends_with_a_sentence(slurm, sweep):
     write_address(sweep, "127.0.0.1:1")
     node = RayNode(folder=sweep, requeue=True, num_cpus=1, num_gpus=0, head_wait_s=1)
     (job,) = SlurmJobs(make_config(**SMALL), sweep).submit_tasks(node, 1)
     slurm.wait_for_jobs({})
     assert slurm.tell(job)["JobState"] == "FAILED"
-    assert "a node must find the head of its sweep within 1 s, but" in errors_of(sweep, job)
+    assert "lorasweep sweep --resume" in errors_of(sweep, job)
 
 
 MINI = {
@@ -317,5 +321,5 @@ def test_a_head_that_fails_fails_its_job(slurm, sweep):
 
 
 def test_what_slurm_refuses_at_submission_is_one_sentence(slurm, sweep):
-    with pytest.raises(WorkerError, match="Slurm must take the jobs, but sbatch says: "):
+    with pytest.raises(WorkerError, match="invalid partition"):
         submit_missing_jobs(make_config(**SMALL, partition="none"), sweep)

@@ -318,14 +318,3 @@ def test_a_parameter_without_a_gradient_stays() -> None:
     optimizer.step()
     assert torch.equal(unused, torch.ones(2, 3, 4))
     assert (used < 1).all()
-
-
-def test_bad_requests_are_refused() -> None:
-    parameters = ([nn.Parameter(torch.ones(2, 3, 4))], [], [])
-    with pytest.raises(ValueError, match="settings for 2 slots, but got 1"):
-        StackedAdamW(parameters, [settings()])
-    with pytest.raises(ValueError, match=r"`optim.eps > 0` must hold"):
-        StackedAdamW(parameters, [settings(), settings(eps=0.0)])
-    optimizer = StackedAdamW(parameters, [settings()] * 2)
-    with pytest.raises(ValueError, match=r"`optim.eps > 0`"):
-        optimizer.reset_slot(0, settings(eps=0.0))

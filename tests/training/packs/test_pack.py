@@ -17,7 +17,7 @@ import lorasweep.training.packs.pack as pack_file
 from lorasweep.errors import Diverged, OutOfMemory
 from lorasweep.models import tiny
 from lorasweep.models.load import fingerprint_weights
-from lorasweep.record import read_run, read_steps
+from lorasweep.record import RunRecord, read_run, read_steps
 from lorasweep.training.inputs import build_inputs
 from lorasweep.training.packs.pack import train_pack
 from lorasweep.training.packs.slots import RunRequest, SlotEvaluation
@@ -50,9 +50,14 @@ class Outcomes:
             config=config,
             place=RunPlace(folder=folder),
             start_step=start_step,
-            on_end=lambda record: self.ended.update({folder.name: record.status}),
-            on_failure=lambda error: self.failed.update({folder.name: error}),
+            on_end=lambda outcome: self.end(folder.name, outcome),
         )
+
+    def end(self, name: str, outcome: RunRecord | Diverged) -> None:
+        if isinstance(outcome, Diverged):
+            self.failed[name] = outcome
+        else:
+            self.ended[name] = outcome.status
 
 
 def all_go_on(evaluated: Sequence[SlotEvaluation]) -> list[bool]:
@@ -77,6 +82,12 @@ def rows(folder: Path) -> list[tuple[int, float]]:
     return [(row["step"], row.get("loss", row.get("validation", {}).get("loss"))) for row in read_steps(folder)]
 
 
+def assert_same_losses(alone: Path, packed: Path, *, rel: float) -> None:
+    for (step, a), (other_step, b) in zip(rows(alone), rows(packed), strict=True):
+        assert step == other_step
+        assert a == pytest.approx(b, rel=rel)
+
+
 def test_packed_runs_equal_runs_alone_while_slots_join_and_leave(make_config, inputs, tmp_path):
     configs = [make_config({**settings, "trainer.accumulate": 2, "trainer.max_steps": 6}) for settings in MIXED]
     outcomes = Outcomes()
@@ -92,9 +103,7 @@ def test_packed_runs_equal_runs_alone_while_slots_join_and_leave(make_config, in
     assert outcomes.ended == {"pack0": "complete", "pack1": "paused", "pack2": "complete", "pack3": "complete"}
     for n in range(len(configs)):
         alone, packed = tmp_path / f"alone{n}", tmp_path / f"pack{n}"
-        assert [step for step, _ in rows(alone)] == [step for step, _ in rows(packed)]
-        for (_, a), (_, b) in zip(rows(alone), rows(packed), strict=True):
-            assert a == pytest.approx(b, rel=LOSS_TOLERANCE)
+        assert_same_losses(alone, packed, rel=LOSS_TOLERANCE)
         a, b = load_file(alone / "last" / ADAPTER), load_file(packed / "last" / ADAPTER)
         assert a.keys() == b.keys()
         assert all(torch.allclose(a[key], b[key], atol=2e-3) for key in a)
@@ -114,8 +123,7 @@ def test_packed_runs_equal_runs_alone_in_bf16(make_config, tmp_path):
     jobs = [Outcomes().job(tmp_path / f"pack{n}", config) for n, config in enumerate(configs)]
     assert train(jobs, tmp_path, inputs=inputs)
     for n in range(len(configs)):
-        for (_, a), (_, b) in zip(rows(tmp_path / f"alone{n}"), rows(tmp_path / f"pack{n}"), strict=True):
-            assert a == pytest.approx(b, rel=BF16_LOSS_TOLERANCE)
+        assert_same_losses(tmp_path / f"alone{n}", tmp_path / f"pack{n}", rel=BF16_LOSS_TOLERANCE)
 
 
 @pytest.fixture
@@ -145,8 +153,7 @@ def test_a_base_that_drops_is_packed_with_a_stream_for_each_slot(make_dropping, 
     jobs = [outcomes.job(tmp_path / f"pack{n}", config) for n, config in enumerate(configs)]
     assert train(jobs[:2], tmp_path, inputs=inputs, waiting=jobs[2:])
     for n in range(len(configs)):
-        for (_, a), (_, b) in zip(rows(tmp_path / f"alone{n}"), rows(tmp_path / f"pack{n}"), strict=True):
-            assert a == pytest.approx(b, rel=LOSS_TOLERANCE)
+        assert_same_losses(tmp_path / f"alone{n}", tmp_path / f"pack{n}", rel=LOSS_TOLERANCE)
         assert read_run(tmp_path / f"pack{n}").pack["shared_draws"] is False
     undropped = dataclasses.replace(configs[1], seeds=dataclasses.replace(configs[1].seeds, dropout=8))
     train_run(undropped, RunPlace(folder=tmp_path / "other"), inputs=inputs)
@@ -281,8 +288,7 @@ def test_dropout_is_on_in_a_refilled_slot(make_config, inputs, tmp_path):
         waiting=[outcomes.job(tmp_path / "late", late)],
     )
     train_run(late, RunPlace(folder=tmp_path / "alone"), inputs=inputs)
-    for (_, a), (_, b) in zip(rows(tmp_path / "alone"), rows(tmp_path / "late"), strict=True):
-        assert a == pytest.approx(b, rel=LOSS_TOLERANCE)
+    assert_same_losses(tmp_path / "alone", tmp_path / "late", rel=LOSS_TOLERANCE)
 
 
 @pytest.mark.gpu
@@ -295,8 +301,10 @@ def test_packed_runs_equal_runs_alone_on_a_gpu(make_config, tmp_path):
     jobs = [Outcomes().job(tmp_path / f"pack{n}", config) for n, config in enumerate(configs)]
     assert train(jobs[:2], tmp_path, inputs=inputs, waiting=jobs[2:])
     for n in range(len(configs)):
-        for (_, a), (_, b) in zip(rows(tmp_path / f"alone{n}"), rows(tmp_path / f"pack{n}"), strict=True):
-            assert a == pytest.approx(b, rel=1e-2)  # a GPU may multiply fp32 in TF32, which keeps 10 bits
+        # a GPU may multiply fp32 in TF32, which keeps 10 bits
+        assert_same_losses(
+            tmp_path / f"alone{n}", tmp_path / f"pack{n}", rel=1e-2
+        )  # a GPU may multiply fp32 in TF32, which keeps 10 bits
 
 
 def test_a_slot_that_gets_no_better_ends_early_as_alone(make_config, inputs, tmp_path):

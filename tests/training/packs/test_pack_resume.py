@@ -14,8 +14,9 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import lorasweep.training.packs.pack as pack_file
+from lorasweep.errors import Diverged
 from lorasweep.models import tiny
-from lorasweep.record import read_run, read_steps
+from lorasweep.record import RunRecord, read_run, read_steps
 from lorasweep.training.inputs import build_inputs
 from lorasweep.training.packs.pack import train_pack
 from lorasweep.training.packs.slots import RunRequest, SlotEvaluation
@@ -57,10 +58,12 @@ class Search:
             place=RunPlace(folder=self.folder / name),
             start_step=start_step,
             on_end=functools.partial(self.ended, name),
-            on_failure=lambda error: self.moment(f"{name} failed"),
         )
 
-    def ended(self, name: str, record) -> None:
+    def ended(self, name: str, record: RunRecord | Diverged) -> None:
+        if isinstance(record, Diverged):
+            self.moment(f"{name} failed")
+            return
         self.moment(f"{name} is about to be {record.status}")
         if record.status == "paused":
             self.waiting.append(name)

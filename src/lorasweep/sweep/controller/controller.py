@@ -10,7 +10,6 @@ import functools
 import traceback
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 
@@ -36,8 +35,6 @@ T = TypeVar("T")
 MAX_DEATHS_IN_A_ROW = 10
 """The sweep ends with an error once this number of workers died in a row without any evaluation in between."""
 Status = Literal["running", "complete", "interrupted"]
-RunEnded = Callable[[RunRecord, Path, Mapping[str, Any]], None]
-"""Called with the record, the folder and the swept values of each run that ended well."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -82,16 +79,14 @@ class Controller:
     other. A call whose answer was lost, because the actor was restarted, may be made again and gets the same answer.
     """
 
-    def __init__(self, sweep: SweepFolder, *, run_ended: RunEnded, session: str | None = None) -> None:
+    def __init__(self, sweep: SweepFolder, *, session: str | None = None) -> None:
         """Reads the sweep's journal, and resumes the sweep's present stage.
 
         Args:
             sweep: The open sweep.
-            run_ended: Called with each run that is complete, or pruned at the end of the search.
             session: Prefix of the names of workers that may train trials now; None if no worker trains yet.
         """
         self.sweep = sweep
-        self.run_ended = run_ended
         self.session = session
         self.search = Search(sweep, session=session)
         self.confirm: Confirm | None = None
@@ -188,8 +183,6 @@ class Controller:
             trials.pause(trial, {SCORE_ATTRIBUTE: value}, step=record.steps_done)
         else:
             self._failures_in_a_row = 0
-            # before the study is told: a process that is killed in between repeats both, and neither is lost
-            self.run_ended(record, assignment.place.folder, assignment.params)
             trials.end(trial, "complete", {SCORE_ATTRIBUTE: value}, value=value)
         self._save_if_due()
 
@@ -314,7 +307,7 @@ class Controller:
             for trial in trials.paused():
                 reason = f"stopped at step {max(trial.values)}, because other trials were better there"
                 folder = self.search.place(trials.arm, trial.number).folder
-                self.run_ended(prune_paused_run(folder, reason=reason), folder, trial.params)
+                prune_paused_run(folder, reason=reason)
                 trials.end(trial, "pruned", {REASON_ATTRIBUTE: reason}, value=None)
 
     def _next_order(self) -> int:

@@ -2,9 +2,9 @@
 
 A sweep has three kinds of processes:
 
-- The process in which `lorasweep sweep` was typed asks Ray for workers, and for another one whenever one has died.
-- The controller is a named actor. It reads the sweep's journal when it starts, also when Ray restarts it.
-- Each worker is an actor that runs the loop of `worker.py`. While the controller restarts, a worker's calls wait, and
+- The process of `lorasweep sweep` asks Ray for workers, and for a new one whenever one has died.
+- The controller is an actor. Whenever it starts, it reads the sweep's journal. So Ray may restart it at any time.
+- Each worker is an actor that runs the loop of `worker.py`. While the controller restarts, the worker's calls wait and
   Ray repeats them.
 """
 
@@ -36,72 +36,52 @@ from lorasweep.config.run import RunConfig
 from lorasweep.config.trust import set_trusted, trusted_packages
 from lorasweep.errors import LoraSweepError, RanksLost, WorkerError, first_line
 from lorasweep.record import RunRecord, read_sweep
-from lorasweep.sweep.controller.controller import Controller, RunEnded
+from lorasweep.sweep.controller.controller import Controller
 from lorasweep.sweep.controller.lifecycle import reopen_sweep, saved_definition
-from lorasweep.sweep.workers.ray_cluster import WorkerNeeds, count_fitting
+from lorasweep.sweep.workers.ray_cluster import WorkerNeeds, count_fitting_workers
 from lorasweep.sweep.workers.worker import Worker
 from lorasweep.training.environment import describe_packages, name_device
 from lorasweep.training.inputs import InputsCache
 from lorasweep.training.run import train_run
 from lorasweep.training.run_log import RunPlace
 
-CONTROLLER = "controller"
-"""Name of the controller's actor in the sweep's namespace."""
 CHECK_INTERVAL_S = 1.0
-"""Seconds between two checks for a request to stop and for nodes that joined. A worker that ends is noticed at once."""
+"""Seconds between two checks for a stop request and for new nodes. The end of a worker is noticed immediately."""
 PEER_TIMEOUT_S = 10.0
-"""Seconds that the other ranks have to end a run after one has ended it, before all ranks begin again."""
+"""Seconds that the other ranks have to end a run after one rank has ended it. Then all ranks are restarted."""
 STOP_TIMEOUT_S = 10.0
-"""Seconds that a worker has to answer the request to stop."""
+"""Seconds that a worker has to answer a stop request."""
 RESTART_FOREVER = {"max_restarts": -1, "max_task_retries": -1}
-"""Ray restarts an actor that died, and makes the calls again whose answers were lost."""
+"""Options with which Ray restarts an actor that died and repeats the calls whose answers were lost."""
 
 
 class WorkerRefused(WorkerError):  # noqa: N818 (named by what happened)
-    """A worker can't take part, because its runs could not be compared with those of the others."""
-
-    def __init__(self, message: str, node: str) -> None:
-        """Takes the reason and the id of the worker's node."""
-        super().__init__(message, node)  # Ray pickles an exception by its `args`
-        self.node = node
-
-    def __str__(self) -> str:
-        """Returns the reason."""
-        return str(self.args[0])
+    """A worker on a node can't take part: the node misses the sweep's folder or has other code."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerContext:
-    """The settings of the controller's process that a process on another node takes over."""
+    """The state of the process of `lorasweep sweep` that every other process of the sweep must share."""
 
     folder: Path
     """The current folder, for relative paths."""
     path: Path
-    """The sweep's folder."""
     code: dict[str, str]
-    """The versions that code and packages must have."""
     trusted: tuple[str, ...]
-    """Packages whose classes settings may name beside the usual ones."""
 
     def enter(self) -> None:
-        """Takes over the settings, once this process sees the same files and has the same code.
-
-        Raises:
-            WorkerRefused: It does not.
-        """
+        """Checks files and code in this process, and takes over the current folder and the trusted packages."""
         node = ray.get_runtime_context().get_node_id()
         if not self.path.is_dir():
             raise WorkerRefused(
-                f"every node must see the sweep's folder under the same path, but {str(self.path)!r} is not there on "
+                f"every node must see the sweep's folder under the same path, but {str(self.path)!r} is missing on "
                 f"node {node[:8]}. Put it on a file system that the nodes share (`sweep.output`).",
-                node,
             )
-        own = code_versions()
-        if differing := [f"{name} {own[name]}, not {self.code[name]}" for name in own if own[name] != self.code[name]]:
+        here, wanted = code_versions(), self.code
+        if differing := [f"{name} {here[name]}, not {wanted[name]}" for name in here if here[name] != wanted[name]]:
             raise WorkerRefused(
                 f"every node must have the same code and packages, but node {node[:8]} has {'; '.join(differing)}. "
                 "Install the same versions on every node.",
-                node,
             )
         set_trusted(self.trusted)
         if self.folder.is_dir():
@@ -110,49 +90,50 @@ class WorkerContext:
 
 @cache
 def code_versions() -> dict[str, str]:
-    """Returns the versions of packages that can change numbers, and a checksum of this package's code."""
-    own = hashlib.sha256()
+    """Returns the versions of packages that can change results, and a checksum of this package's code."""
+    code = hashlib.sha256()
     for file in sorted(Path(str(files("lorasweep"))).rglob("*.py")):
-        own.update(file.read_bytes())
-    return {"lorasweep": own.hexdigest()[:16], "python": sys.version.split()[0], **describe_packages()}
+        code.update(file.read_bytes())
+    return {"lorasweep": code.hexdigest()[:16], "python": sys.version.split()[0], **describe_packages()}
+
+
+def _get(calls: Any) -> Any:
+    """`ray.get` that raises an error of lorasweep itself, without Ray's wrapper; RayTaskError is any other error."""
+    try:
+        return ray.get(calls)
+    except RayTaskError as error:
+        raise (error.cause if isinstance(error.cause, LoraSweepError) else error) from None
 
 
 class ControllerActor(Controller):
-    """The controller of a sweep in a process of its own."""
+    """The controller of a sweep as a Ray actor."""
 
-    def __init__(self, context: WorkerContext, *, session: str, run_ended: RunEnded) -> None:
-        """Opens the sweep, whose journal has the work of an earlier process of this session."""
+    def __init__(self, context: WorkerContext, *, session: str) -> None:
         context.enter()
-        super().__init__(reopen_sweep(context.path), run_ended=run_ended, session=session)
+        super().__init__(reopen_sweep(context.path), session=session)  # the journal has the work before a restart
         self.save("running")
 
     def close(self) -> None:
-        """Closes the sweep's folder."""
         self.sweep.close()
 
 
 class ControllerClient:
-    """The controller for another process: the same methods."""
+    """Has the methods of the controller, which runs in another process."""
 
     def __init__(self, actor: Any) -> None:
         self._actor = actor
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
-        """Returns a method that waits for the controller's answer and raises the controller's errors.
-
-        The method raises `WorkerError` where Ray gave the controller up.
-        """
+        """Returns a method that waits for the controller's answer and raises the controller's errors."""
 
         def call(*args: Any, **kwargs: Any) -> Any:
             try:
-                return ray.get(getattr(self._actor, name).remote(*args, **kwargs))
-            except RayTaskError as error:
-                raise (error.cause if isinstance(error.cause, Exception) else error) from None
+                return _get(getattr(self._actor, name).remote(*args, **kwargs))
             except RayActorError as error:
                 if isinstance(cause := error.__cause__, LoraSweepError):
                     raise cause from None
                 raise WorkerError(
-                    f"a sweep's controller must run as long as its workers do, but Ray gave it up: {first_line(error)}"
+                    f"a sweep's controller must run as long as its workers, but Ray gave it up: {first_line(error)}"
                 ) from error
 
         return call
@@ -160,7 +141,7 @@ class ControllerClient:
 
 @ray.remote(concurrency_groups={"control": 1})
 class WorkerActor:
-    """One process of a worker. The first one runs the worker's loop, the others train its trials with it."""
+    """One process of a worker. The first process runs the worker's loop; its peers train the same trials with it."""
 
     def __init__(self, context: WorkerContext, *, threads: int) -> None:
         self._context = context
@@ -170,20 +151,15 @@ class WorkerActor:
         torch.set_num_threads(threads)
 
     def run(self, controller: Any, *, name: str, num_workers: int, peers: Sequence[Any]) -> None:
-        """Runs the worker's loop until the sweep is over or the worker is stopped.
-
-        Raises:
-            WorkerRefused: One of the worker's processes can't take part.
-        """
         self.enter()
         client, path = ControllerClient(controller), self._context.path
         client.note_worker(device=name_device(), threads=torch.get_num_threads())
         self._peers = list(peers)
         try:
-            ray.get([peer.enter.remote() for peer in peers])
-        except RayTaskError as error:
-            raise (error.cause if isinstance(error.cause, Exception) else error) from None
-        except RayError:
+            _get([peer.enter.remote() for peer in peers])
+        except RayTaskError:
+            raise
+        except RayError:  # a peer died
             _end_process()
         Worker(
             path=path,
@@ -197,44 +173,43 @@ class WorkerActor:
             train_alone=self._train_with_peers if peers else None,
         ).run()
 
-    @ray.method(concurrency_group="control")  # type: ignore[untyped-decorator]  # while `run` runs
+    @ray.method(concurrency_group="control")  # type: ignore[untyped-decorator]  # answers while `run` is running
     def stop(self) -> None:
-        """Has the worker stop after its present step."""
+        """Asks the worker to stop after its present step."""
         self._stop.set()
 
     def enter(self) -> None:
-        """Checks that this process can take part; raises `WorkerRefused` if not."""
         self._context.enter()
 
     def train_as_peer(self, config: RunConfig, place: RunPlace, *, resume: bool, ranks: Mapping[str, str]) -> None:
-        """Trains a run together with the other ranks, as the rank that the environment variables `ranks` describe."""
+        """Trains a run together with the other ranks; `ranks` are the environment variables of this rank."""
         os.environ.update(ranks)
         try:
             train_run(config, place, inputs=self._inputs_cache.load(config), resume=resume)
         except BaseException as error:
-            # an error of ours is raised by all ranks; after any other one the others would wait for this process
+            # All ranks raise an error of lorasweep. After any other error the other ranks would wait for this process.
             if not isinstance(error, LoraSweepError) or isinstance(error, RanksLost):
                 _end_process()
 
-    def _train_with_peers(self, config: RunConfig, place: RunPlace, *, resume: bool, **own: Any) -> RunRecord:
-        """Trains a run on all ranks. Where one of them was lost, this process ends too, so that all begin again."""
-        with socket.socket() as free:  # another port for each run: torch keeps its store, with old values, for a while
+    def _train_with_peers(self, config: RunConfig, place: RunPlace, *, resume: bool, **options: Any) -> RunRecord:
+        """Trains a run on all ranks. If a rank was lost, this process ends too, so that all ranks are restarted."""
+        with socket.socket() as free:  # a new port for each run, because torch's store of the last run may still listen
             free.bind(("", 0))
-            meeting = (ray.util.get_node_ip_address(), free.getsockname()[1])
+            rendezvous = (ray.util.get_node_ip_address(), free.getsockname()[1])
         size = len(self._peers) + 1
         calls = [
-            peer.train_as_peer.remote(config, place, resume=resume, ranks=_rank_variables(rank, size, *meeting))
+            peer.train_as_peer.remote(config, place, resume=resume, ranks=_rank_variables(rank, size, *rendezvous))
             for rank, peer in enumerate(self._peers, start=1)
         ]
         ended = threading.Event()
         threading.Thread(target=_end_with_peers, args=(calls, ended), daemon=True).start()
-        os.environ.update(_rank_variables(0, size, *meeting))
+        os.environ.update(_rank_variables(0, size, *rendezvous))
         try:
-            record = train_run(config, place, resume=resume, **own)
+            record = train_run(config, place, resume=resume, **options)
             ray.get(calls, timeout=PEER_TIMEOUT_S)
         except (RanksLost, RayError):
             _end_process()
-        except Exception:  # the controller must hear of it first, even if another rank died of it too
+        except Exception:  # raised for the controller, even if another rank died of the same error
             with suppress(RayError):
                 ray.get(calls, timeout=PEER_TIMEOUT_S)
             raise
@@ -244,9 +219,9 @@ class WorkerActor:
 
 
 def _rank_variables(rank: int, size: int, address: str, port: int) -> dict[str, str]:
-    """Returns the environment variables by which torchrun tells a process its rank.
+    """Returns torchrun's environment variables for one rank.
 
-    Each rank counts as a node of one process, because Ray lets a process see its own GPUs only.
+    Each rank is a node with one process, because Ray hides the GPUs of other processes from it.
     """
     values = {"RANK": rank, "GROUP_RANK": rank, "WORLD_SIZE": size, "GROUP_WORLD_SIZE": size}
     values |= {"LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1, "MASTER_PORT": port}
@@ -255,14 +230,14 @@ def _rank_variables(rank: int, size: int, address: str, port: int) -> dict[str, 
 
 
 def _end_with_peers(calls: Sequence[Any], ended: threading.Event) -> None:
-    """Ends this process where another rank has ended and this one waits for it, as it may under NCCL."""
+    """Ends this process if another rank has ended and this rank still waits for it, as NCCL may do."""
     ray.wait(list(calls))
     if not ended.wait(PEER_TIMEOUT_S):
         _end_process()
 
 
 def _end_process() -> NoReturn:
-    """Ends a process of a worker whose other processes are gone: the pool replaces the worker. Ray's log has why."""
+    """Ends this process of a worker that lost a rank, so that the pool replaces the worker. Ray's log has the error."""
     traceback.print_exc()
     os._exit(1)
 
@@ -284,15 +259,8 @@ class _PoolMember:
 class WorkerPool:
     """The workers of a sweep on the Ray cluster that this process is connected to."""
 
-    def __init__(self, path: Path, *, num: int | Literal["auto"], needs: WorkerNeeds, run_ended: RunEnded) -> None:
-        """Starts the controller.
-
-        Args:
-            path: The sweep's folder, which no process has open. Every node sees it under this path.
-            num: How many workers; `auto` takes as many as fit, and more when nodes join.
-            needs: The resources of each worker.
-            run_ended: As for `Controller`; a function that another process can import.
-        """
+    def __init__(self, path: Path, *, num: int | Literal["auto"], needs: WorkerNeeds) -> None:
+        """Starts the controller for a sweep's folder that no process has open. `auto` takes as many workers as fit."""
         self._num = num
         self._needs = needs
         self._context = WorkerContext(
@@ -301,27 +269,23 @@ class WorkerPool:
         self._session = secrets.token_hex(4)
         self._members: dict[Any, _PoolMember] = {}  # by the reference of the call that runs the worker's loop
         self._numbers = itertools.count(1)
-        self._refused: list[WorkerRefused] = []  # the places of workers on these nodes stay empty
+        self._nodes: set[str] = set()
+        self._num_refused = 0  # these workers are not replaced while the cluster has the same nodes
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
         self._actor = (
             ray.remote(ControllerActor)
-            .options(name=CONTROLLER, num_cpus=0, scheduling_strategy=here, **RESTART_FOREVER)
-            .remote(self._context, session=self._session, run_ended=run_ended)
+            .options(num_cpus=0, scheduling_strategy=here, **RESTART_FOREVER)
+            .remote(self._context, session=self._session)
         )
         self._controller = ControllerClient(self._actor)
 
     def train(self, *, stop_requested: Callable[[], bool], require_nodes: Callable[[], None] = lambda: None) -> bool:
         """Trains the rest of the sweep and returns whether it is complete.
 
-        Args:
-            stop_requested: Asked every second whether to stop; each trial then keeps its last checkpoint.
-            require_nodes: Called while there is no worker; raises an error if there will be none.
-
-        Raises:
-            WorkerError: As for `Worker.run`, or every worker was refused.
+        `require_nodes` is called while the sweep has no worker. It raises an error if no node can come.
         """
         try:
-            self._controller.is_over()  # an error while it begins is raised here
+            self._controller.is_over()  # raises an error of the controller's start
             while not stop_requested() and not self._controller.is_over():
                 self._start_missing()
                 if not self._members:
@@ -336,30 +300,28 @@ class WorkerPool:
             ray.kill(self._actor)
 
     def _start_missing(self) -> None:
-        """Asks Ray for the workers that are missing. A worker for which there is no room waits until there is."""
+        """Asks Ray for the missing workers. Ray starts each one as soon as the cluster has room for it."""
         nodes = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
-        self._refused = [refused for refused in self._refused if refused.node in nodes]
-        wanted = count_fitting(self._needs) if self._num == "auto" else self._num
-        for _ in range(wanted - len(self._members) - len(self._refused)):
-            needs, make = self._needs, cast("Any", WorkerActor)
+        if nodes != self._nodes:
+            self._nodes, self._num_refused = nodes, 0
+        needs, actor_class = self._needs, cast("Any", WorkerActor)
+        wanted = count_fitting_workers(needs) if self._num == "auto" else self._num
+        for _ in range(wanted - len(self._members) - self._num_refused):
+            # A placement group reserves the resources of all processes at once. Without it, two workers could each get
+            # half of their processes and wait for each other.
             bundle = {"CPU": needs.cpus} | ({"GPU": needs.gpus} if needs.gpus else {})
             group = ray.util.placement_group([bundle] * needs.processes)
-            places = [
-                PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank)
-                for rank in range(needs.processes)
-            ]
-            actors = [
-                make.options(num_cpus=needs.cpus, num_gpus=needs.gpus, scheduling_strategy=place).remote(
-                    self._context, threads=needs.cpus
-                )
-                for place in places
-            ]
+            actors = []
+            for rank in range(needs.processes):
+                strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank)
+                options = {"num_cpus": needs.cpus, "num_gpus": needs.gpus, "scheduling_strategy": strategy}
+                actors.append(actor_class.options(**options).remote(self._context, threads=needs.cpus))
             name = f"{self._session}-{next(self._numbers)}"
             run = actors[0].run.remote(self._actor, name=name, num_workers=wanted, peers=actors[1:])
             self._members[run] = _PoolMember(name=name, actors=actors, group=group)
 
     def _wait(self, timeout_s: float) -> None:
-        """Waits for a worker to end. The trials of one that died are handed out again; `_start_missing` replaces it."""
+        """Waits for workers to end. The trials of a dead worker are handed out again, and it is replaced later."""
         if not self._members:
             time.sleep(timeout_s)
             return
@@ -368,19 +330,19 @@ class WorkerPool:
             member = self._members.pop(run)
             member.kill()
             try:
-                ray.get(run)
-            except RayTaskError as error:  # the worker's own loop raised
-                if not isinstance(error.cause, WorkerRefused):
-                    raise (error.cause if isinstance(error.cause, LoraSweepError) else error) from None
-                self._refused.append(error.cause)
-                self._controller.warn(str(error.cause))
+                _get(run)
+            except WorkerRefused as error:
+                self._num_refused += 1
+                self._controller.warn(str(error))
                 if not self._members:
-                    raise error.cause from None
-            except RayError:  # its process died, or its node, or Ray ended it because the node had no memory left
+                    raise
+            except RayTaskError:  # a bug in the worker's loop
+                raise
+            except RayError:  # its process or node died, or Ray ended it because the node's memory ran out
                 self._controller.release_worker(member.name)
 
     def _stop(self) -> None:
-        """Has every worker stop after its present step. One that does not answer waits for room, and is let go."""
+        """Stops every worker after its present step. A worker that does not answer was never placed: it is killed."""
         calls = {member.actors[0].stop.remote(): run for run, member in self._members.items()}
         _, unanswered = ray.wait(list(calls), num_returns=len(calls), timeout=STOP_TIMEOUT_S) if calls else ([], [])
         for call in unanswered:

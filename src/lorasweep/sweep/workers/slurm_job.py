@@ -1,8 +1,7 @@
-"""The tasks of a sweep's Slurm jobs: a node of the sweep's Ray cluster, or the head of the sweep itself.
+"""The tasks of a sweep's Slurm jobs: a node of the sweep's Ray cluster, or the process that leads the sweep.
 
-submitit unpickles a `RayNode` or a `SweepHead` in the job and calls it. This module imports neither Ray nor torch, so
-that the process that waits beside a node stays small. DIR/ray.address and DIR/ray.token say how to join the sweep in
-DIR.
+In the job submitit unpickles a `RayNode` or a `SweepHead` and calls it. This module imports neither Ray nor torch, so
+that the process that waits beside a node stays small.
 """
 
 from __future__ import annotations
@@ -10,13 +9,11 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,26 +30,26 @@ ADDRESS_FILE = "ray.address"
 TOKEN_FILE = "ray.token"
 """In a sweep's folder, with mode 0600: the secret that every process needs to join the sweep's Ray cluster."""
 HEAD_VARIABLE = "LORASWEEP_HEAD_JOB"
-"""Environment variable of the process that leads a sweep in a Slurm job."""
+"""Environment variable that marks the process that leads a sweep in a Slurm job."""
 DEFAULT_HEAD_WAIT_S = 600
-"""Seconds for which a job waits for a head, so that a sweep can be resumed while its jobs stay."""
+"""Seconds that a job waits for a head, so that a sweep can be resumed while its jobs keep their machines."""
 CHECK_INTERVAL_S = 5
-"""Seconds between two reads of the address file, which all jobs share."""
+"""Seconds between two reads of the address file on the shared disk."""
 MAX_STARTS = 20
-"""Times that a job starts its node: once for each head, and again where the node ended by itself."""
+"""Number of times that a job starts its node: for each new head, and whenever the node ended by itself."""
 MAX_END_S = 20
-"""Seconds that a child process gets to end by itself. Slurm gives 30 (KillWait) before it kills the job."""
+"""Seconds that a child process has to end by itself. Slurm kills the job after 30 (KillWait)."""
 PR_SET_PDEATHSIG = 1
-"""Option of Linux's prctl: the signal that a process gets when its parent ends."""
+"""Option of Linux's prctl that sets the signal for a process whose parent ends."""
 
 
 def write_address(folder: Path, address: str) -> None:
-    """Tells the jobs of a sweep the address of its Ray head (`HOST:PORT`), or by "" that the sweep is over."""
+    """Writes the address of a sweep's Ray head (`HOST:PORT`) for its jobs; "" tells them that the sweep is over."""
     write_atomically(folder / ADDRESS_FILE, address)
 
 
 def read_address(folder: Path) -> str | None:
-    """Returns the address of a sweep's Ray head, "" where the sweep is over, or None before it has a head."""
+    """Returns the address of a sweep's Ray head, "" if the sweep is over, or None if it never had a head."""
     try:
         return (folder / ADDRESS_FILE).read_text().strip()
     except FileNotFoundError:
@@ -60,25 +57,20 @@ def read_address(folder: Path) -> str | None:
 
 
 def leads_in_job() -> bool:
-    """Returns whether this process is the head that `SweepHead` started, which must not submit another head."""
+    """Returns whether `SweepHead` started this process, which then must not submit another head."""
     return HEAD_VARIABLE in os.environ
 
 
 @dataclass(frozen=True, kw_only=True)
-class SlurmTask(ABC):
+class SlurmTask:
     """A callable that a job runs, and runs again when the job is requeued."""
 
     folder: Path
-    """The sweep's folder."""
     requeue: bool
 
-    @abstractmethod
-    def __call__(self) -> None:
-        """Called by submitit in the job."""
-
     def checkpoint(self) -> DelayedSubmission | None:
-        """Called by submitit on SIGUSR2, which requeues the job if this returns a task."""
-        return DelayedSubmission(self) if self.requeue else None
+        """Called by submitit on SIGUSR2. If this returns a task, submitit requeues the job."""
+        return DelayedSubmission(self) if self.requeue else None  # type: ignore[arg-type]  # subclasses are callable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +82,7 @@ class RayNode(SlurmTask):
     head_wait_s: float = DEFAULT_HEAD_WAIT_S
 
     def __call__(self) -> None:
-        """Runs the node until the sweep is over, or exits with a sentence where there is no head to join."""
+        """Runs the node until the sweep is over; exits with a message if there is no head to join."""
         signal.signal(signal.SIGTERM, _exit_on_signal)
         for _ in range(MAX_STARTS):
             if (address := _wait_for_head(self.folder, wait_s=self.head_wait_s)) is None:
@@ -99,46 +91,46 @@ class RayNode(SlurmTask):
         sys.exit(f"lorasweep: a node must stay in the Ray cluster at {address}, but it ended {MAX_STARTS} times.")
 
     def _join(self, address: str) -> None:
-        """Runs `ray start` until it ends or the sweep has another head."""
-        temporary = tempfile.mkdtemp(prefix="lorasweep-", dir=SOCKETS_FOLDER)
-        try:
-            with run_child(self._command(address, temporary), environment=_node_environment(self.folder)) as child:
-                while read_address(self.folder) == address:
-                    with contextlib.suppress(subprocess.TimeoutExpired):
-                        child.wait(CHECK_INTERVAL_S)
-                        return
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+        """Runs `ray start` until it ends by itself or the sweep has another head."""
+        with (
+            tempfile.TemporaryDirectory(
+                prefix="lorasweep-", dir=SOCKETS_FOLDER, ignore_cleanup_errors=True
+            ) as temporary,
+            run_child(self._command(address, temporary), environment=_node_environment(self.folder)) as child,
+        ):
+            while read_address(self.folder) == address:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    child.wait(CHECK_INTERVAL_S)
+                    return
 
-    def _command(self, address: str, temporary: str) -> list[str]:
+    def _command(self, address: str, temp_dir: str) -> list[str]:
         options = {
             "address": address,
             "node-name": f"slurm-{SlurmJobEnvironment().job_id}",
             "num-cpus": self.num_cpus,
             "num-gpus": self.num_gpus,
             "object-store-memory": OBJECT_STORE_BYTES,
-            "temp-dir": temporary,
+            "temp-dir": temp_dir,
             "include-log-monitor": False,
             "min-worker-port": 0,  # free ports, so that nodes of several sweeps can share a machine
             "max-worker-port": 0,
             "dashboard-agent-listen-port": 0,
         }
         host = address.rpartition(":")[0]
-        if host == "127.0.0.1":  # else Ray takes the address by which the head is reached
+        if host == "127.0.0.1":  # otherwise Ray finds the address of this node from its route to the head
             options["node-ip-address"] = host
-        words = [f"--{name}={value}" for name, value in options.items()]
-        return [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", *words]
+        arguments = [f"--{name}={value}" for name, value in options.items()]
+        return [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", *arguments]
 
 
 @dataclass(frozen=True, kw_only=True)
 class SweepHead(SlurmTask):
-    """The process that leads a sweep, in a job of its own."""
+    """Leads a sweep in its own job: runs `lorasweep sweep --resume DIR`, and exits with its exit code."""
 
     trusted: tuple[str, ...] = ()
     """Packages that the user trusts by `trust=[PACKAGE]`."""
 
     def __call__(self) -> None:
-        """Runs `lorasweep sweep --resume DIR`, and exits with its exit code."""
         signal.signal(signal.SIGTERM, _exit_on_signal)
         command = [sys.executable, "-m", "lorasweep", "sweep", "--resume", str(self.folder)]
         if self.trusted:
@@ -150,24 +142,24 @@ class SweepHead(SlurmTask):
 
 @contextlib.contextmanager
 def run_child(command: Sequence[str], *, environment: Mapping[str, str]) -> Iterator[subprocess.Popen[bytes]]:
-    """Runs a child process inside the block, and ends it and its descendants at the end of the block."""
+    """Runs a child process during the block; then ends it and its descendants."""
     child = subprocess.Popen(command, env=environment, preexec_fn=_prepare_child)
     try:
         yield child
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Slurm may send it again, which must not stop this
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second SIGTERM of Slurm must not interrupt the cleanup
         _end(child)
         signal.signal(signal.SIGTERM, _exit_on_signal)
 
 
 def _prepare_child() -> None:
-    """Has the child end with this process, and ignore SIGUSR2, which Slurm sends to all processes of a job."""
+    """Makes the child end with its parent, and ignore SIGUSR2, which Slurm sends to all processes of a job."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)
 
 
 def _end(child: subprocess.Popen[bytes]) -> None:
-    """Ends a child process and the descendants that it leaves behind, and no other process of the machine."""
+    """Ends a child process, and kills the descendants that it leaves behind."""
     if child.poll() is not None:
         return
     descendants = psutil.Process(child.pid).children(recursive=True)
@@ -181,12 +173,12 @@ def _end(child: subprocess.Popen[bytes]) -> None:
 
 
 def _exit_on_signal(number: int, frame: object) -> None:
-    """Leaves by SystemExit, so that every `finally` runs."""
+    """Raises SystemExit, so that every `finally` runs."""
     sys.exit(128 + number)
 
 
 def _wait_for_head(folder: Path, *, wait_s: float) -> str | None:
-    """Returns the address of a head that answers, or None once the sweep is over; exits where there is none."""
+    """Returns the address of a head that answers, or None if the sweep is over; exits after `wait_s` seconds."""
     deadline = time.monotonic() + wait_s
     while (address := read_address(folder)) != "":
         if address is not None and answers(address):
@@ -201,7 +193,7 @@ def _wait_for_head(folder: Path, *, wait_s: float) -> str | None:
 
 
 def _node_environment(folder: Path) -> dict[str, str]:
-    """Returns the environment of `ray start`: with this sweep's token, and no other cluster's address or token."""
-    others = ("RAY_ADDRESS", "RAY_AUTH_TOKEN", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER")
-    own = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(folder / TOKEN_FILE), "RAY_USAGE_STATS_ENABLED": "0"}
-    return {name: value for name, value in os.environ.items() if name not in others} | own
+    """Returns the environment of `ray start`, with this sweep's token and without settings of other clusters."""
+    removed = ("RAY_ADDRESS", "RAY_AUTH_TOKEN", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER")
+    added = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(folder / TOKEN_FILE), "RAY_USAGE_STATS_ENABLED": "0"}
+    return {name: value for name, value in os.environ.items() if name not in removed} | added

@@ -1,6 +1,6 @@
-"""The loop of a worker: take a trial from the controller, train it alone or in a pack, tell the controller.
+"""The loop of a worker: take a trial from the controller, train it alone or in a pack, tell the controller the outcome.
 
-A worker runs in the controller's process, or in a process of its own as a Ray actor (`ray_workers`).
+A worker runs in the controller's process, or as a Ray actor in its own process (`ray_workers`).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 
 from lorasweep.errors import OutOfMemory, RecordError, WorkerError
 from lorasweep.record import RunRecord, read_run
+from lorasweep.report.board import write_run_hparams
 from lorasweep.sweep.controller.controller import Assignment, Controller
 from lorasweep.sweep.controller.folder import PACK_FILE, check_writable
 from lorasweep.sweep.definition.arms import Arm, Definition
@@ -28,9 +29,9 @@ from lorasweep.training.run import train_run
 from lorasweep.training.score import score_run
 
 LOSS = "loss"
-"""The metric that every task has beside its own."""
+"""The metric that every task reports, whatever metric it is scored by."""
 POLL_INTERVAL_S = 2.0
-"""Seconds after which a worker without a trial asks again, while other workers train."""
+"""Seconds until a worker that got no trial asks again, while other workers train."""
 Outcome: TypeAlias = RunRecord | Exception
 """How a training ended: with a record (complete, paused or interrupted) or with an error."""
 
@@ -40,37 +41,31 @@ class Worker:
     """Trains the trials that the controller hands out, until the sweep is over or the worker is stopped."""
 
     path: Path
-    """The sweep's folder."""
     definition: Definition
     controller: Controller
-    """The sweep's controller, or a client of it in another process."""
+    """The sweep's controller, or a `ControllerClient` for a controller in another process."""
     metric: str
-    """The metric that every trial is scored by."""
     inputs_cache: InputsCache
     stop_requested: Callable[[], bool]
-    """Asked after every step; the worker then stops, and each of its trials keeps its last checkpoint."""
+    """Asked after every step. If true, the worker stops and each of its trials keeps its last checkpoint."""
     name: str = ""
-    """Tells this worker from others. The only worker of a sweep, in the controller's process, has no name."""
+    """Unique name of the worker. Empty for the worker in the controller's process, which is then the only one."""
     num_workers: int = 1
-    """Workers that share the trials; decides the size of a pack."""
+    """Number of workers that share the trials; limits the size of a pack."""
     train_alone: Callable[..., RunRecord] | None = None
-    """Trains a run outside of a pack in place of `train_run`, such as with several processes."""
+    """Replaces `train_run` for runs outside of packs, such as to train with several processes."""
 
     def __post_init__(self) -> None:
         self.telemetry = self.inputs_cache.telemetry
         self._pack_file = self.path / (f"pack-{self.name}.json" if self.name else PACK_FILE)
         self._requests = itertools.count(1)
         self._plans = plan_packing(self.definition)
-        self._pack_limits: dict[Any, int | None] = {}  # by what trials share; None where packs do not pay
+        self._max_slots: dict[Any, int | None] = {}  # by `ArmPacking.key`; None if packs do not pay
         self._is_interrupted = False
+        self._unscored: list[tuple[Assignment, RunRecord]] | None = None
+        """Runs to score on test data after the present pack, because scoring moves the base; None without a pack."""
 
     def run(self) -> None:
-        """Trains until the sweep is over or the worker is stopped.
-
-        Raises:
-            WorkerError: `sweep.max_failures` trials in a row failed, the sweep's folder can't be written to, or its
-                database does not answer.
-        """
         self._resume_pack()
         while (assignment := self._wait_for_trial()) is not None:
             if (slots := self._choose_slots(assignment.arm)) is not None:
@@ -80,34 +75,28 @@ class Worker:
         self._note_usage()
 
     def _wait_for_trial(self) -> Assignment | None:
-        """Returns the next trial, waiting while others train the last ones; None if the sweep is over or stopped."""
+        """Returns the next trial; waits if there is none yet. Returns None if the sweep is over or stopped."""
         while not (self._is_interrupted or self.stop_requested()):
-            if (assignment := self.take(tell=self.tell)) is not None:
+            if (assignment := self.take()) is not None:
                 return assignment
             if self.controller.is_over():
                 return None
-            time.sleep(POLL_INTERVAL_S)  # a trial may still be released, resumed, or belong to the next stage
+            # Trials that others train may be released or promoted at a rung, or the next stage may begin.
+            time.sleep(POLL_INTERVAL_S)
         return None
 
-    def take(
-        self, arms: Sequence[Arm] | None = None, *, tell: Callable[[Assignment, Outcome], None]
-    ) -> Assignment | None:
-        """Returns the next trial to train, or None where there is none now.
-
-        Args:
-            arms: Only trials of these arms; None stands for all.
-            tell: Takes the record of a trial that needs no training, because its process was killed after its run.
-        """
+    def take(self, arms: Sequence[Arm] | None = None) -> Assignment | None:
+        """Returns the next trial to train, of these arms or of all; None if there is none now."""
         names = None if arms is None else [arm.name for arm in arms]
         with self.telemetry.phase("storage"):
             while assignment := self.controller.take(names, worker=self.name, request=next(self._requests)):
                 if (record := find_ended_run(self.controller, assignment)) is None:
                     return assignment
-                tell(assignment, record)
+                self.tell(assignment, record)
         return None
 
     def report(self, evaluations: Sequence[tuple[Assignment, int, Mapping[str, float]]]) -> list[bool]:
-        """Reports trial, step and metrics of one moment's evaluations; returns for each trial whether it goes on."""
+        """Reports evaluations (trial, step, metrics) of one moment; returns for each trial whether it continues."""
         with self.telemetry.phase("storage"):
             return self.controller.report(
                 [(assignment, step, values[self.metric]) for assignment, step, values in evaluations],
@@ -115,25 +104,38 @@ class Worker:
             )
 
     def tell(self, assignment: Assignment, outcome: Outcome) -> None:
-        """Tells the controller how a training ended; a complete run is scored on test data first where the stage does.
+        """Tells the controller the outcome of a training.
 
-        An interrupted run is not told: its trial stays this worker's until the sweep is resumed.
+        A complete run of the confirm stage is first scored on test data. An interrupted run is not told: its trial
+        stays with this worker until the sweep is resumed.
         """
         if isinstance(outcome, RunRecord) and outcome.status == "interrupted":
             self._is_interrupted = True
             return
         if isinstance(outcome, RunRecord) and outcome.status == "complete" and assignment.reads_test:
-            outcome = self._score(assignment)
+            if self._unscored is not None:
+                self._unscored.append((assignment, outcome))
+                return
+            outcome = _catch_failure(lambda: self._score(assignment))
         with self.telemetry.phase("storage"):
             if isinstance(outcome, Exception):
                 self.controller.tell_failure(assignment, outcome)
             else:
+                # Written before the outcome is told: if the process is killed in between, both are repeated.
+                self._write_hparams(assignment, outcome)
                 self.controller.tell(assignment, outcome)
         self._note_usage()
 
-    def _train_alone(self, assignment: Assignment) -> Outcome:
+    def _write_hparams(self, assignment: Assignment, record: RunRecord) -> None:
         try:
-            return (self.train_alone or train_run)(
+            write_run_hparams(record, assignment.place.folder, assignment.params)
+        except OSError as error:
+            check_writable(self.path, error)
+            raise
+
+    def _train_alone(self, assignment: Assignment) -> Outcome:
+        return _catch_failure(
+            lambda: (self.train_alone or train_run)(
                 assignment.config,
                 assignment.place,
                 inputs=self.inputs_cache.load(assignment.config),
@@ -141,46 +143,42 @@ class Worker:
                 stop_requested=self.stop_requested,
                 resume=True,
             )
-        except WorkerError:
-            raise
-        except Exception as error:  # a broken trial must not end the sweep
-            return error
+        )
 
-    def _score(self, assignment: Assignment) -> Outcome:
-        try:
-            inputs = self.inputs_cache.load(assignment.config)
-            record = score_run(assignment.place.folder, inputs=inputs)
-            self.controller.note(inputs.splits.test().notes)
-        except WorkerError:
-            raise
-        except Exception as error:  # a run that can't be scored must not end the sweep
-            return error
+    def _score(self, assignment: Assignment) -> RunRecord:
+        inputs = self.inputs_cache.load(assignment.config)
+        record = score_run(assignment.place.folder, inputs=inputs)
+        self.controller.note(inputs.splits.test().notes)
         return record
 
     def _resume_pack(self) -> None:
-        """Resumes the pack of a process that was killed or stopped: the same runs in the same slots at the same steps.
+        """Resumes the pack of a killed or stopped process: the same runs in the same slots at the same steps.
 
-        Then every later number has the bits that it would have had without the interruption.
+        So every later number has the same bits as without the interruption.
         """
-        state = read_pack_state(self._pack_file)
-        if state is None or self.name:  # a worker that is replaced has another name; its trials are resumed one by one
+        # Only the worker without a name has a file of an earlier process: a worker on Ray that dies is replaced by one
+        # with another name, and the controller hands out its trials one by one.
+        state = None if self.name else read_pack_state(self._pack_file)
+        if state is None:
             return
-        taken = [self.controller.take_back(slot.folder_name) for slot in state.slots]
-        found = [assignment for assignment in taken if assignment is not None]
-        if len(found) == len(taken):  # else it is the pack of another stage
-            slots = max(self._choose_slots(found[0].arm) or 1, len(found))
-            self._train_pack(found, slots=slots, start_steps=[slot.step for slot in state.slots])
+        assignments = [self.controller.take_back(slot.folder_name) for slot in state.slots]
+        known = [assignment for assignment in assignments if assignment is not None]
+        if len(known) == len(assignments):  # otherwise the file is of another stage
+            slots = max(self._choose_slots(known[0].arm) or 1, len(known))
+            self._train_pack(known, slots=slots, start_steps=[slot.step for slot in state.slots])
 
     def _train_pack(self, first: Sequence[Assignment], *, slots: int, start_steps: Sequence[int] | None = None) -> None:
-        """Trains trials of all arms that can share a pack, until none of them is left or the worker is stopped.
+        """Trains trials of all arms that can share a pack, until no such trial is left or the worker is stopped.
 
         Args:
-            first: Trials for the first slots. The others are filled by the controller, unless the pack is resumed.
-            slots: Trials that train at once, at most.
-            start_steps: The steps of the first trials in a pack that is resumed.
+            first: Trials for the first slots. The controller fills the other slots, except in a resumed pack.
+            slots: Maximum number of trials that train at once.
+            start_steps: In a resumed pack, the step of each trial in `first`.
         """
-        plan = self._plans[first[0].arm.name]
+        key = self._plans[first[0].arm.name].key
         pack = _PackTrials(self, arms=self._pack_mates(first[0].arm))
+        self._unscored = []
+        # A resumed pack is not filled up: it must have the same slots as before the interruption.
         steps: Sequence[int | None] = start_steps or [None] * len(first)
         requests = [pack.add(assignment, start_step=step) for assignment, step in zip(first, steps, strict=True)]
         while start_steps is None and len(requests) < slots and (request := pack.next_run()) is not None:
@@ -199,14 +197,15 @@ class Worker:
             raise
         except Exception as error:
             check_writable(self.path, error)
-            # The trials resume from their last evaluation. After memory ran out they do so in smaller packs, after any
-            # other error in packs of one, where the trial that is to blame fails by itself.
+            # The trials resume from their last evaluation. If memory ran out, they resume in smaller packs. After any
+            # other error they resume in packs of one slot, in which the trial that causes the error fails alone.
             smaller = len(pack.running) // 2 if isinstance(error, OutOfMemory) else 1
-            self._pack_limits[plan.key] = max(1, smaller)
+            self._max_slots[key] = max(1, smaller)
             self.controller.release(list(pack.running.values()))
             is_done = True
         self._is_interrupted = not is_done
-        for assignment, record in pack.unscored if is_done else ():
+        unscored, self._unscored = self._unscored, None
+        for assignment, record in unscored if is_done else ():
             self.tell(assignment, record)
 
     def _pack_mates(self, arm: Arm) -> list[Arm]:
@@ -214,17 +213,17 @@ class Worker:
         return [other for other in self.definition.arms if self._plans[other.name].key == key]
 
     def _choose_slots(self, arm: Arm) -> int | None:
-        """Returns how many trials of an arm train together: `worker.pack_size`, or the answer of `choose_pack_size`.
+        """Returns how many trials of an arm train together: `worker.pack_size`, or the result of `choose_pack_size`.
 
-        None means that each trains alone, outside of packs. A pack of one is not the same: a run that began in a pack
-        can be resumed in packs only.
+        None means that each trial trains alone by `train_run`. That differs from a pack with one slot: a run that began
+        in a pack can resume only in a pack.
         """
         plan, wanted = self._plans[arm.name], arm.sweep_config.worker.pack_size
         if plan.key is None or wanted == 1:
             return None
-        if plan.key not in self._pack_limits:
-            self._pack_limits[plan.key] = self._measure_slots(arm) if wanted == "auto" else wanted
-        return self._pack_limits[plan.key]
+        if plan.key not in self._max_slots:
+            self._max_slots[plan.key] = self._measure_slots(arm) if wanted == "auto" else wanted
+        return self._max_slots[plan.key]
 
     def _measure_slots(self, arm: Arm) -> int | None:
         config = self._plans[arm.name].largest
@@ -238,45 +237,43 @@ class Worker:
 
 
 class _PackTrials:
-    """The trials of one pack: which request is for which trial, and the runs to score once the pack has ended."""
+    """The trials that train in one pack."""
 
     def __init__(self, worker: Worker, *, arms: list[Arm]) -> None:
         self.running: dict[RunRequest, Assignment] = {}
-        self.unscored: list[tuple[Assignment, Outcome]] = []
-        """Complete runs of a stage that reads test data. Scoring moves the base, on which the pack still trains."""
         self._worker = worker
         self._arms = arms
 
     def add(self, assignment: Assignment, *, start_step: int | None = None) -> RunRequest:
-        """Returns a trial in the form in which the pack takes it."""
         request = RunRequest(
             config=assignment.config,
             place=assignment.place,
-            on_end=lambda record: self._tell(self.running.pop(request), record),
-            on_failure=lambda error: self._tell(self.running.pop(request), error),
+            on_end=lambda outcome: self._worker.tell(self.running.pop(request), outcome),
             start_step=start_step,
         )
         self.running[request] = assignment
         return request
 
     def next_run(self) -> RunRequest | None:
-        """Returns the next trial that can share the pack, or None where there is none now."""
-        assignment = self._worker.take(self._arms, tell=self._tell)
+        assignment = self._worker.take(self._arms)
         return None if assignment is None else self.add(assignment)
 
     def report(self, evaluations: Sequence[SlotEvaluation]) -> list[bool]:
-        """Reports the evaluations of all slots in one call, and returns for each run whether it continues."""
         return self._worker.report([(self.running[e.request], e.step, e.values) for e in evaluations])
 
-    def _tell(self, assignment: Assignment, outcome: Outcome) -> None:
-        if assignment.reads_test and not isinstance(outcome, Exception):
-            self.unscored.append((assignment, outcome))
-        else:
-            self._worker.tell(assignment, outcome)
+
+def _catch_failure(train: Callable[[], RunRecord]) -> Outcome:
+    """Returns the error of a trial in place of raising it: one broken trial must not end the sweep."""
+    try:
+        return train()
+    except WorkerError:
+        raise
+    except Exception as error:
+        return error
 
 
 def find_ended_run(controller: Controller, assignment: Assignment) -> RunRecord | None:
-    """Returns the record of a run whose process was killed after the run had ended, but before that was told."""
+    """Returns the record of a run that ended, but whose process was killed before it told the controller."""
     try:
         record = read_run(assignment.place.folder)
     except RecordError:

@@ -1,25 +1,24 @@
-"""Many runs at once on one frozen base: a packed model whose slots are trained, evaluated, freed and refilled.
+"""Trains several runs at once on one frozen base, in the slots of a packed model that are freed and refilled.
 
-A run in a slot is the run that `run.train_run` would train alone: same data order, initial values, dropout stream,
-schedule and metrics. Two things differ: rounding, since kernels vary with shape, and random draws that have no stream
-per slot, such as dropout inside a fused attention kernel; the record then says so.
+A run in a slot equals the run that `run.train_run` trains alone: data order, initial values, dropout stream, schedule
+and metrics are the same. Two things differ. Sums are rounded differently, because kernels vary with shape. Random draws
+that have no stream per slot, such as dropout inside a fused attention kernel, differ too; the record says so.
 
-A pack is a plain loop, not a `lightning.Trainer`: its runs have different steps, schedules and ends, of which a Trainer
-knows one. Each evaluation ends in a boundary. A pack that is killed at any moment resumes at the last boundary that was
-committed, with the same slots at the same steps, and repeats to the bit what came after it. That holds because of the
-order of the actions at a boundary:
+A pack is a plain loop, not a `lightning.Trainer`: a Trainer knows one schedule and one end, but each run has its own.
+Each evaluation ends in a boundary. A killed pack resumes at the last committed boundary with the same slots at the same
+steps, and then repeats every bit. This requires the following order of actions at a boundary:
 
-1. Of every slot the rows, the kept weights and the record are written. A slot that diverged fails here.
-2. The values of all slots that are left are reported in one call.
-3. Each run is found complete or paused, or it continues. A run to pause gets its checkpoint first, since whoever hears
-   that it is paused may resume it.
-4. Free slots are refilled in slot order. Slots that stay empty are dropped.
-5. The checkpoints of all slots are written.
-6. The state file is replaced. This is the commit: until then the boundary before it holds, so nothing that a pack needs
+1. Write the log rows, the weights and the record of every slot. A run that diverged fails here.
+2. Report the values of all remaining slots in one call.
+3. Decide for each run: it is complete, is paused, or continues. A paused run first gets its checkpoint, because another
+   worker may resume it as soon as the pause is told.
+4. Refill free slots in slot order. Drop slots that stay empty.
+5. Write the checkpoints of all slots.
+6. Replace the state file. This is the commit. Before it, the previous boundary is valid, so no file that a pack needs
    to resume there may be removed.
-7. Older checkpoints, and those of runs that ended, are removed.
+7. Remove older checkpoints, and the checkpoints of runs that ended.
 
-Shapes, batches and random streams after a boundary depend on the state file and the checkpoints alone.
+Shapes, batches and random streams after a boundary depend only on the state file and the checkpoints.
 """
 
 from __future__ import annotations
@@ -27,18 +26,20 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import InitVar, dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from lorasweep.config.method import LoraConfig
-from lorasweep.config.run import OptimConfig, ScheduleConfig
+from lorasweep.config.run import OptimConfig, RunConfig, ScheduleConfig
 from lorasweep.data.batching import EvaluationSampler, MicroBatch
 from lorasweep.data.split import Batch, Split, move_batch, repeat_batch
 from lorasweep.data.tasks import Evaluation, Task
 from lorasweep.errors import Diverged
 from lorasweep.lora import (
+    Coverage,
     compact_slots,
     fill_slot,
     inject_packed_lora,
@@ -81,22 +82,22 @@ def train_pack(
     state_file: Path,
     stop_requested: Callable[[], bool] = never_stop,
 ) -> bool:
-    """Trains runs together, and those that `next_run` gives as slots become free, until none is left.
+    """Trains runs together, and the runs that `next_run` returns as slots become free, until no run is left.
 
-    A pack that was killed or interrupted leaves `state_file`. It resumes if it is given the runs of that file in the
-    order of its slots, each with its step as `start_step`. It may then report evaluations and ends of runs again;
-    `next_run` must give again the runs that it gave since the committed boundary.
+    A pack that was killed or interrupted leaves `state_file`. To resume it, pass the runs of that file in slot order,
+    each with its step as `start_step`. The pack may then report evaluations and ends of runs a second time, and
+    `next_run` must return again the runs that it returned since the last commit.
 
     Args:
         requests: The first runs, one per slot. They have the same model, data and trainer settings.
         inputs: Base model and data.
-        slots: Most slots of a pack of these runs. It decides the micro-batches of a step, so that a run has the same
-            ones in every pack.
-        next_run: Called for each free slot, unless the pack has at most half of `slots`: such a pack ends with the runs
-            that it has, and the caller begins a full one.
-        on_evaluation: Takes the evaluations of all slots at once and returns for each whether its run continues. Its
-            answer has no effect on a run that is complete, by its last step or by early stopping.
-        state_file: The file that says where the pack resumes, see `packs.state`.
+        slots: Maximum number of slots in packs of these runs. It decides how a step is cut into micro-batches, so that
+            a run has the same micro-batches in every pack.
+        next_run: Called for each free slot while the pack has more than half of `slots`. A smaller pack is not
+            refilled: it ends with its runs, and the caller begins a full one.
+        on_evaluation: Takes the evaluations of all slots at once and returns for each whether its run continues. A run
+            that is complete (last step or early stopping) ends whatever the answer is.
+        state_file: The file from which the pack resumes, see `packs.state`.
         stop_requested: Called after every step; returns whether to stop.
 
     Returns:
@@ -104,7 +105,7 @@ def train_pack(
 
     Raises:
         OutOfMemory: The pack does not fit. After this and any other error that would come again, the state file is
-            gone: its runs can resume from their newest checkpoints, in a smaller pack.
+            removed: each run can resume from its newest checkpoint in a smaller pack.
     """
     reset_peak_memory()
     pack: PackTrainer | None = None
@@ -116,7 +117,7 @@ def train_pack(
             inputs.telemetry.phase("loading"),
         ):
             pack = PackTrainer(
-                requests,
+                requests=requests,
                 inputs=inputs,
                 slots=slots,
                 next_run=next_run,
@@ -125,66 +126,49 @@ def train_pack(
             )
             return pack.run(stop_requested)
     except Exception as error:
-        if status_after(error, state_file.parent) != "interrupted":  # the fault of neither the disk nor this process
+        # A full disk or a dying process is not the pack's fault: it resumes as it was. Other errors would come again.
+        if status_after(error, state_file.parent) != "interrupted":
             state_file.unlink(missing_ok=True)
             if pack is not None:
-                pack.remove_checkpoints_of_ended()
+                pack.remove_old_checkpoints()
         raise
     finally:
         if pack is not None:
-            pack.model.cpu()  # the base shares its weights with the model, and was there before
+            pack.model.cpu()  # moves the base back too: it shares its weights with the packed model
 
 
+@dataclass(kw_only=True, eq=False)
 class PackTrainer:
-    """A packed model, its stacked optimizer and the runs in its slots."""
+    """A packed model, its stacked optimizer and the runs in its slots. The arguments are those of `train_pack`."""
 
-    def __init__(
-        self,
-        requests: Sequence[RunRequest],
-        *,
-        inputs: RunInputs,
-        slots: int,
-        next_run: NextRun,
-        on_evaluation: OnPackEvaluation,
-        state_file: Path,
-    ) -> None:
-        """Builds the packed model and opens the runs, at their beginning or at their checkpoints."""
-        settings = requests[0].config.trainer
-        self.inputs = inputs
-        self.slots = slots
-        self.next_run = next_run
-        self.on_evaluation = on_evaluation
-        self.state_file = state_file
-        self.settings = settings
-        self.device = device_of(settings)
+    requests: InitVar[Sequence[RunRequest]]
+    inputs: RunInputs
+    slots: int
+    next_run: NextRun
+    on_evaluation: OnPackEvaluation
+    state_file: Path
+
+    def __post_init__(self, requests: Sequence[RunRequest]) -> None:
+        inputs, self.settings = self.inputs, requests[0].config.trainer
+        self.device = device_of(self.settings)
         self.task = inputs.splits.task
-        resumed = _matching_state(state_file, requests)
-        self.accumulate = resolve_accumulate(settings, inputs.splits.train, slots=slots)
+        self.accumulate = resolve_accumulate(self.settings, inputs.splits.train, slots=self.slots)
         self.runs = [self._open(request, slot=slot, slots=len(requests)) for slot, request in enumerate(requests)]
-        self.model: nn.Module = copy_sharing_weights(inputs.base.model)
-        self.draw_head = functools.partial(draw_head, names=inputs.base.new_head_names)
-        coverages = inject_packed_lora(
-            self.model,
-            [self._method(request) for request in requests],
-            generators=[torch.Generator().manual_seed(request.config.seeds.init) for request in requests],
-            prepare_copy=self.draw_head,
-        )
-        self.model.to(self.device).train()
+        self.model, coverages = build_pack([request.config for request in requests], inputs=inputs)
         self.optimizer = StackedAdamW(split_lora_parameters(self.model), [_optim(request) for request in requests])
         for slot, coverage in enumerate(coverages):
             self._restore(slot, trainable_params=coverage.trainable_params)
         set_dropout_streams(self.model, [run.stream for run in self.runs])
-        # Torch's own stream is set last: it must not depend on the draws of loading and building.
+        # Torch's global stream is set last, because loading and building draw from it.
+        resumed = read_pack_state(self.state_file) if requests[0].start_step is not None else None
         if resumed is None:
             torch.manual_seed(requests[0].config.seeds.dropout)
         else:
             restore_shared_stream(resumed.shared_stream, self.device)
-        self.paused: list[Path] = []
-        """Folders of runs that were paused since the last commit."""
-        self.ended: list[Path] = []
-        """Folders of runs that are complete or failed since the last commit."""
+        self.closed_runs: list[SlotRun] = []
+        """Runs that ended or were paused since the last commit."""
         self.shares_draws: bool | None = None
-        """Whether a step draws from torch's own stream, so for all slots together; None before the first step."""
+        """Whether a step draws from torch's global stream, for all slots together; None before the first step."""
         self.boundary_at = time.monotonic()
 
     def run(self, stop_requested: Callable[[], bool]) -> bool:
@@ -199,31 +183,35 @@ class PackTrainer:
             self._end_interval(self._evaluate())
         return True
 
-    def remove_checkpoints_of_ended(self) -> None:
-        """Removes the checkpoints of runs that are complete or failed since the last commit."""
-        for folder in self.ended:
-            remove_checkpoints(folder)
+    def remove_old_checkpoints(self) -> None:
+        """Removes the checkpoints that no run needs after a commit."""
+        for run in (*self.runs, *self.closed_runs):
+            if run.record.status in ("running", "paused"):
+                remove_older_checkpoints(run.folder, kind="slot")
+            else:
+                remove_checkpoints(run.folder)
+        self.closed_runs = []
 
     def _train_step(self) -> None:
-        """Makes one optimizer step in every slot."""
         self.inputs.telemetry.switch("training")
         started = time.perf_counter()
         micro_losses = []
         tokens = 0
-        shared = None if self.shares_draws is not None else read_shared_stream(self.device)
+        stream_before = None if self.shares_draws is not None else read_shared_stream(self.device)  # first step only
         # Every slot cuts its step into the same number of micro-batches, of the same sizes.
         for micros in zip(*(run.order.step(run.step) for run in self.runs), strict=True):
             batch = slot_batch(self.inputs.splits.train, micros, model=self.model)
             losses = slot_losses(self.task, self.model, move_batch(batch, self.device), slots=len(micros))
-            # Each slot divides by its own weight, as alone. The sum over slots then gives each slot its own gradients.
+            # Each slot divides by its own weight, as a run alone does. No weight belongs to two slots, so the backward
+            # pass of the sum over slots computes each slot's own gradients.
             losses = losses / torch.tensor([micro.step_weight for micro in micros], device=losses.device)  # (slots,)
             losses.sum().backward()  # type: ignore[no-untyped-call]
             micro_losses.append(losses.detach())
             positions = batch["input_ids"].numel() // len(micros)
             for run, micro in zip(self.runs, micros, strict=True):
                 tokens += run.count_tokens(micro, positions=positions)
-        if shared is not None:
-            self.shares_draws = shared != read_shared_stream(self.device)
+        if stream_before is not None:
+            self.shares_draws = stream_before != read_shared_stream(self.device)
         self._step_optimizer(torch.stack(micro_losses, dim=1))
         self.inputs.telemetry.add_tokens(tokens)
         seconds = (time.perf_counter() - started) / len(self.runs)
@@ -231,7 +219,7 @@ class PackTrainer:
             run.progress.train_s += seconds
 
     def _step_optimizer(self, losses: Tensor) -> None:
-        """Steps each slot at its own learning rate, and logs its losses of each micro-batch, (slots, micro-batches)."""
+        """Steps each slot at its own learning rate, and logs the losses, (slots, micro-batches)."""
         factors = []
         for run in self.runs:
             config = run.request.config
@@ -243,17 +231,16 @@ class PackTrainer:
         self.optimizer.clip_slots()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        for run, own, factor in zip(self.runs, losses, factors, strict=True):
+        for run, run_losses, factor in zip(self.runs, losses, factors, strict=True):
             run.step += 1
-            run.log.note_step(run.step, own, run.request.config.optim.lr * factor)
+            run.log.note_step(run.step, run_losses, run.request.config.optim.lr * factor)
 
     @torch.no_grad()
     def _evaluate(self) -> list[Values]:
-        """Returns the metrics of each slot on the validation split."""
         self.inputs.telemetry.switch("evaluating")
         split, slots = self.inputs.splits.validation, len(self.runs)
         evaluations = [Evaluation(self.task) for _ in self.runs]
-        # The batches depend on the slots that there are now: a pack that resumes does not know how many it had before.
+        # The batch size depends on the present slots only: a resumed pack does not know how many it had before.
         batches = EvaluationSampler(split, batch_size=max(1, self.settings.eval_batch_size // slots))
         set_row_lengths(self.model, None)  # every slot evaluates the same rows
         self.model.eval()
@@ -267,52 +254,54 @@ class PackTrainer:
 
     @torch.no_grad()
     def _end_interval(self, metrics: Sequence[Values]) -> None:
-        """Does the actions of a boundary. Their order is explained at the top of this file."""
+        """Does the actions of a boundary. The numbers are those of the list at the top of this file."""
         self.inputs.telemetry.switch("saving")
         self._share_time()
+        # 1: A diverged run is no longer alive.
         alive = [slot for slot, run in enumerate(self.runs) if self._note_evaluation(slot, run, metrics[slot])]
-        continues = self._report(alive)
+        # 2: One call for all slots, so that trials are compared before any of them is paused.
+        evaluations = [
+            SlotEvaluation(request=run.request, step=run.step, values=run.record.last)
+            for run in (self.runs[slot] for slot in alive)
+        ]
+        answers = self.on_evaluation(evaluations) if alive else []
+        continues = dict(zip(alive, answers, strict=True))  # whether the run in a slot trains on
+        # 3
         freed = [
             slot
             for slot, run in enumerate(self.runs)
             if slot not in continues or self._end_if_due(slot, run, pauses=not continues[slot])
         ]
+        # 4: A pack that shrank to half is not refilled: the caller begins a full one, which trains faster.
         is_refilled = 2 * len(self.runs) > self.slots
         empty = [slot for slot in freed if not (is_refilled and self._refill(slot))]
         if len(empty) == len(self.runs):
             self.runs = []
-            self.state_file.unlink(missing_ok=True)  # the commit: nothing is left to resume
-            self._remove_checkpoints()
+            self.state_file.unlink(missing_ok=True)  # 6: no run is left to resume
+            self.remove_old_checkpoints()
             return
         if freed:
             self._compact([slot for slot in range(len(self.runs)) if slot not in empty])
         set_dropout_streams(self.model, [run.stream for run in self.runs])
-        self.model.train()  # here and not before: layers of refilled slots begin in the mode of the model
+        self.model.train()  # after the refill, because the layers of refilled slots take over the model's mode
+        # 5 to 7
         for slot, run in enumerate(self.runs):
             self._save_checkpoint(slot, run)
         self._commit()
-        self._remove_checkpoints()
+        self.remove_old_checkpoints()
         self.boundary_at = time.monotonic()
 
     def _note_evaluation(self, slot: int, run: SlotRun, metrics: Values) -> bool:
-        """Writes a slot's evaluation, and returns whether its run is alive: one that diverged fails."""
+        """Writes a slot's evaluation. Returns False if its run diverged, which ends the run."""
         assert run.record.pack is not None
         run.record.pack["shared_draws"] = bool(self.shares_draws)
         try:
             run.note_evaluation(metrics, save=lambda folder: self._save_weights(slot, folder))
         except Diverged as error:
             self._close(run, "failed", str(error))
-            run.request.on_failure(error)
+            run.request.on_end(error)
             return False
         return True
-
-    def _report(self, slots: Sequence[int]) -> dict[int, bool]:
-        """Reports the evaluations of these slots in one call, and returns for each whether its run continues."""
-        if not slots:
-            return {}
-        runs = [self.runs[slot] for slot in slots]
-        evaluations = [SlotEvaluation(request=run.request, step=run.step, values=run.record.last) for run in runs]
-        return dict(zip(slots, self.on_evaluation(evaluations), strict=True))
 
     def _end_if_due(self, slot: int, run: SlotRun, *, pauses: bool) -> bool:
         """Closes a run that is complete or to be paused, and returns whether it was."""
@@ -327,10 +316,9 @@ class PackTrainer:
 
     def _close(self, run: SlotRun, status: RunStatus, reason: str | None) -> None:
         run.close(status, reason)
-        (self.paused if status == "paused" else self.ended).append(run.request.place.folder)
+        self.closed_runs.append(run)
 
     def _interrupt(self) -> None:
-        """Closes the runs as interrupted. The pack resumes from its last boundary."""
         self._share_time()
         for run in self.runs:
             run.close("interrupted", f"stopped after step {run.step} of {run.record.steps_planned}")
@@ -342,7 +330,8 @@ class PackTrainer:
             return False
         self.runs[slot] = self._open(request, slot=slot, slots=len(self.runs))
         generator = torch.Generator().manual_seed(request.config.seeds.init)
-        coverage = fill_slot(self.model, slot, self._method(request), generator=generator, prepare_copy=self.draw_head)
+        method, prepare_copy = _slot_method(request.config, self.inputs), _draw_head(self.inputs)
+        coverage = fill_slot(self.model, slot, method, generator=generator, prepare_copy=prepare_copy)
         self.optimizer.replace_parameters(split_lora_parameters(self.model))
         self.optimizer.reset_slot(slot, _optim(request))
         self._restore(slot, trainable_params=coverage.trainable_params)
@@ -352,7 +341,7 @@ class PackTrainer:
         return SlotRun(request, inputs=self.inputs, slot=slot, slots=slots, accumulate=self.accumulate)
 
     def _restore(self, slot: int, *, trainable_params: int) -> None:
-        """Notes how much a slot's run trains, and loads the weights and moments of the checkpoint that it resumes."""
+        """Notes a run's number of trained parameters, and loads weights and moments if it resumes a checkpoint."""
         run = self.runs[slot]
         run.record.trainable_params = trainable_params
         run.record.trainable_fraction = trainable_params / run.record.total_params
@@ -364,7 +353,7 @@ class PackTrainer:
             run.checkpoint = {}
 
     def _compact(self, kept: list[int]) -> None:
-        """Drops the other slots, and the ranks and layers of runs that are gone: a resumed pack has none of them."""
+        """Keeps only these slots, and only the ranks and layers that they need, as a pack that resumes here has."""
         compact_slots(self.model, kept)
         self.optimizer.replace_parameters(split_lora_parameters(self.model), kept_slots=kept)
         self.runs = [self.runs[slot] for slot in kept]
@@ -383,16 +372,9 @@ class PackTrainer:
         save_adapter(model, folder, base_path=base.path, base_fingerprint=base.fingerprint)
 
     def _commit(self) -> None:
-        slots = tuple(SlotState(folder_name=run.request.place.folder.name, step=run.step) for run in self.runs)
+        slots = tuple(SlotState(folder_name=run.folder.name, step=run.step) for run in self.runs)
         stream = read_shared_stream(self.device)
         write_pack_state(self.state_file, PackState(slots=slots, shared_stream=stream))
-
-    def _remove_checkpoints(self) -> None:
-        """Removes the checkpoints that nothing needs since the commit."""
-        for folder in [*(run.request.place.folder for run in self.runs), *self.paused]:
-            remove_older_checkpoints(folder, kind="slot")
-        self.remove_checkpoints_of_ended()
-        self.paused, self.ended = [], []
 
     def _share_time(self) -> None:
         """Divides the seconds since the last boundary among the runs."""
@@ -400,24 +382,34 @@ class PackTrainer:
         for run in self.runs:
             run.wall_s += share
 
-    def _method(self, request: RunRequest) -> LoraConfig:
-        assert isinstance(request.config.method, LoraConfig)
-        return add_head_to_modules_to_save(request.config.method, self.inputs.base.new_head_names)
-
 
 def _optim(request: RunRequest) -> OptimConfig:
     assert isinstance(request.config.optim, OptimConfig)
     return request.config.optim
 
 
-def _matching_state(state_file: Path, requests: Sequence[RunRequest]) -> PackState | None:
-    """Returns the state of the pack that these runs resume; None if they begin another one."""
-    state = read_pack_state(state_file)
-    if state is None:
-        return None
-    slots = [(slot.folder_name, slot.step) for slot in state.slots]
-    wanted = [(request.place.folder.name, request.start_step) for request in requests]
-    return state if slots == wanted else None
+def build_pack(configs: Sequence[RunConfig], *, inputs: RunInputs) -> tuple[nn.Module, list[Coverage]]:
+    """Returns a packed model with a slot for each run, ready to train, and what each slot adapts.
+
+    The model shares the weights of the base, which moves to the runs' device with it.
+    """
+    model: nn.Module = copy_sharing_weights(inputs.base.model)
+    coverages = inject_packed_lora(
+        model,
+        [_slot_method(config, inputs) for config in configs],
+        generators=[torch.Generator().manual_seed(config.seeds.init) for config in configs],
+        prepare_copy=_draw_head(inputs),
+    )
+    return model.to(device_of(configs[0].trainer)).train(), coverages
+
+
+def _slot_method(config: RunConfig, inputs: RunInputs) -> LoraConfig:
+    assert isinstance(config.method, LoraConfig)
+    return add_head_to_modules_to_save(config.method, inputs.base.new_head_names)
+
+
+def _draw_head(inputs: RunInputs) -> functools.partial[None]:
+    return functools.partial(draw_head, names=inputs.base.new_head_names)
 
 
 def slot_batch(split: Split, micros: Sequence[MicroBatch], *, model: nn.Module) -> Batch:
