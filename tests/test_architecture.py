@@ -15,7 +15,7 @@ import pytest
 
 import lorasweep
 from lorasweep.cli import run
-from lorasweep.config.compose import compose_run, compose_sweep, group_names, packaged_folder
+from lorasweep.config.compose import compose_run, compose_sweep, default_options, packaged_folder
 from lorasweep.config.method import MethodConfig
 from lorasweep.methods import METHODS
 from lorasweep.sweep.definition.arms import read_definition
@@ -27,7 +27,7 @@ HEAVY = {"torch", "lightning", "optuna", "transformers"}
 OPTIONS = [
     (primary, group, file.stem)
     for primary in ("train", "sweep")
-    for group in group_names(primary)
+    for group in default_options(primary)
     for file in sorted((packaged_folder("conf") / group).glob("*.yaml"))
 ]
 MANDATORY = {
@@ -62,7 +62,7 @@ def test_every_file_of_conf_composes(primary, group, option):
 
 def test_every_folder_of_conf_is_a_group():
     folders = {path.name for path in packaged_folder("conf").iterdir() if path.is_dir()}
-    assert folders == {*group_names("train"), *group_names("sweep")}
+    assert folders == {*default_options("train"), *default_options("sweep")}
 
 
 @pytest.mark.parametrize("file", SWEEPS, ids=lambda file: file.stem)

@@ -139,7 +139,7 @@ BAD = [
     (["inspect", "full"], "a run's folder must contain run.json, but 'full' does not."),
     (["inspect", "nowhere", "full"], "a run's folder must contain run.json, but 'nowhere' does not."),
     (["reproduce", "full"], "a run's folder must contain run.json, but 'full' does not."),
-    (["reproduce"], "`lorasweep reproduce` must have a folder or `--trial SWEEP/ARM/NUMBER`, one of them."),
+    (["reproduce"], "must have either a folder or `--trial SWEEP/ARM/NUMBER`"),
     (["reproduce", "--trial", "full/lora/0"], "a sweep's folder must contain sweep.json, but 'full' does not."),
     (["train", "data.train=https://me:open-sesame@host/a.csv", "data=table"], "but got 'https://***@host/a.csv'."),
     (["sweep", "mini.yaml", "model.path=https://me:open-sesame@host"], "`model.path` must not contain a password"),
@@ -153,7 +153,7 @@ BAD = [
     (["train", "method.rank=1,2"], "Add `-m` to run each of them."),
     (["train", "-m", "method.rank=1,0"], "`method.rank >= 1` must hold, but got 0."),
     (["train", "-m", "method.rank=interval(1,4)"], "a range is for `lorasweep sweep`"),
-    (["train", "+method.rank=1"], "Leave out the `+` or `~`."),
+    (["train", "+method.rank=1"], "Leave out any `+` or `~`."),
     (["train", "model=causal_lm"], "`model.path` must be set, but is missing."),
     (["train", "model.path=embedded:big"], "`model.path` must name an embedded model (tiny), but got 'embedded:big'."),
     (["train", "output=full"], "`output` must be a new or empty folder, but 'full' is not."),
@@ -527,9 +527,7 @@ def test_a_sweep_is_reproduced_as_a_whole_only(here, mini, capsys, words):
     before = files_below(here)
     capsys.readouterr()
     assert run(["reproduce", "s", *words]) == WRONG
-    assert capsys.readouterr().err == (
-        f"lorasweep: `{words[0]}` must be left out with a sweep, which is compared as a whole.\n"
-    )
+    assert f"`{words[0]}` must be missing with a sweep" in capsys.readouterr().err
     assert files_below(here) == before
 
 
@@ -540,7 +538,7 @@ def test_reproduce_repeats_one_trial_of_a_sweep(here, mini, capsys):
     assert "of s/runs/lora-0001 and outputs/reproduce/lora-0001" in capsys.readouterr().out
     assert run(["reproduce", "--trial", "s/lora/7"]) == WRONG
     assert (
-        "`--trial` must be SWEEP/ARM/NUMBER of a trial that was begun (arms: frozen, lora)" in capsys.readouterr().err
+        "`--trial` must be SWEEP/ARM/NUMBER of a trial that has started (arms: frozen, lora)" in capsys.readouterr().err
     )
     raw = json.loads((here / "s" / "sweep.json").read_text())
     for row in raw["trials"]:
@@ -571,7 +569,7 @@ def test_inspect_takes_a_sweep_alone_and_its_report_then_shows_what_was_found(he
     assert run(["sweep", mini]) == DONE
     capsys.readouterr()
     assert run(["inspect", "outputs/mini", "outputs/mini"]) == WRONG
-    assert "`OTHER_RUN` must be left out with a sweep" in capsys.readouterr().err
+    assert "`OTHER_RUN` must be missing with a sweep" in capsys.readouterr().err
     assert run(["inspect", "outputs/mini"]) == DONE
     assert capsys.readouterr().out.startswith("lora: outputs/mini/runs/lora-")
     assert run(["compare", "outputs/mini"]) == DONE

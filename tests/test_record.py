@@ -115,14 +115,14 @@ def test_a_folder_without_a_record_is_refused(tmp_path, read, kind, name):
         (b"", "must be a JSON file, but is damaged"),
         (b'{"format": "lorasw', "must be a JSON file, but is damaged"),
         (b"\xff\xfe\x00", "must be a JSON file, but is damaged"),
-        (b"[]", "must be a record of format 'lorasweep.*', but is not"),
-        (b'{"format": "other", "version": 1}', "must be a record of format 'lorasweep.*', but is not"),
-        (b'{"version": 1}', "must be a record of format 'lorasweep.*', but is not"),
-        (b'{"format": "KIND", "version": 2}', "must have version 1, but has 2. Read it with the lorasweep that wrote"),
-        (b'{"format": "KIND", "version": 0}', "must have version 1, but has 0."),
-        (b'{"format": "KIND", "version": "1"}', "must have version 1, but has '1'."),
-        (b'{"format": "KIND"}', "must have version 1, but has None."),
-        (b'{"format": "KIND", "version": 1}', "must have every field of (Run|Sweep)Record: "),
+        (b"[]", "must have .*'lorasweep.(run|sweep)'"),
+        (b'{"format": "other", "version": 1}', "must have .*'lorasweep.(run|sweep)'"),
+        (b'{"version": 1}', "must have .*'lorasweep.(run|sweep)'"),
+        (b'{"format": "KIND", "version": 2}', "must have .*'version': 1.*'version': 2"),
+        (b'{"format": "KIND", "version": 0}', "must have .*'version': 0"),
+        (b'{"format": "KIND", "version": "1"}', "must have .*'version': '1'"),
+        (b'{"format": "KIND"}', "must have .*'version': None"),
+        (b'{"format": "KIND", "version": 1}', "missing .* required"),
     ],
 )
 def test_a_damaged_or_foreign_record_or_one_of_another_version_is_refused(tmp_path, read, content, message):
@@ -137,7 +137,7 @@ def test_a_damaged_or_foreign_record_or_one_of_another_version_is_refused(tmp_pa
 def test_a_sweep_with_broken_rows_is_refused(tmp_path, key, rows):
     raw = asdict(make_sweep()) | {key: rows}
     (tmp_path / SWEEP_FILE).write_text(json.dumps(raw))
-    with pytest.raises(RecordError, match=r"sweep.json' must|must be a list"):
+    with pytest.raises(RecordError, match="damaged"):
         read_sweep(tmp_path)
 
 
@@ -176,21 +176,21 @@ def test_a_paused_trial_comes_back_as_it_was_written(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "message"),
+    ("key", "value"),
     [
-        ("config", [], "`config` in .* must be a mapping, but got .* Restore the file."),
-        ("status", "fine", "`status` in .* must be one of running, complete,"),
-        ("status", [], "`status` in .* must be one of running, complete,"),
-        ("metric", None, "`metric` in .* must be a text, but got None"),
-        ("reason", 3, "`reason` in .* must be a text or null, but got 3"),
-        ("steps_done", True, "`steps_done` in .* must be a whole number, but got True"),
-        ("wall_s", "long", "`wall_s` in .* must be a number, but got 'long'"),
-        ("notes", {}, "`notes` in .* must be a list, but got {}"),
+        ("config", []),
+        ("status", "fine"),
+        ("status", []),
+        ("metric", None),
+        ("reason", 3),
+        ("steps_done", True),
+        ("wall_s", "long"),
+        ("notes", {}),
     ],
 )
-def test_a_field_of_another_type_is_refused(tmp_path, key, value, message):
+def test_a_field_of_another_type_is_refused(tmp_path, key, value):
     (tmp_path / RUN_FILE).write_text(json.dumps(asdict(make_run()) | {key: value}))
-    with pytest.raises(RecordError, match=message):
+    with pytest.raises(RecordError, match=f"`{key}` is .*Restore the file"):
         read_run(tmp_path)
 
 

@@ -4,7 +4,7 @@
     result.best("lora").params, result.trials_dataframe(), result.study("lora")
 
 `run_sweep`, `resume_sweep` and `train_run` train; `load_sweep` and `load_run` read a folder. `TrainingModule` and
-`DataModule` are for a Trainer of your own. Every name is imported when it is first used: torch is slow to start.
+`DataModule` are for your own Trainer. Each name is imported when it is first used, because torch is slow to import.
 """
 
 from importlib import import_module
@@ -41,7 +41,7 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     """Imports a public name when it is first used."""
     if name == "__version__":
-        from importlib.metadata import version  # noqa: PLC0415 (the version is seldom asked for)
+        from importlib.metadata import version  # noqa: PLC0415 (rarely needed)
 
         return version("lorasweep")
     if name not in _HOMES:
@@ -50,5 +50,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    """Lists the public names, which are not there yet before their first use."""
+    """Lists the public names, also before their first use."""
     return __all__

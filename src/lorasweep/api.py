@@ -3,9 +3,9 @@
     result = lorasweep.run_sweep("quickstart", overrides=["trainer.max_steps=60"])
     print(result.best("lora").params)
 
-A wrong request raises `ConfigError`, a damaged file `RecordError`, everything else that keeps a run or a sweep from
-going on another `LoraSweepError`. Ctrl-C ends a sweep or a run after the present step, with a checkpoint: its result
-has the status `interrupted` and can be resumed. A second Ctrl-C raises KeyboardInterrupt.
+A wrong request raises `ConfigError`, a damaged file `RecordError`, any other failure another `LoraSweepError`.
+Ctrl-C ends a sweep or a run after the current step, with a checkpoint: its result has the status `interrupted` and can
+be resumed. A second Ctrl-C raises KeyboardInterrupt.
 """
 
 from __future__ import annotations
@@ -51,12 +51,12 @@ from lorasweep.training.run_log import RunPlace
 __all__ = ["load_run", "load_sweep", "resume_sweep", "run_sweep", "train_run"]
 
 Overrides: TypeAlias = Sequence[str] | Mapping[str, Any]
-"""Words of the command line (`["optim.lr=1e-3"]`), or dotted keys and values (`{"optim.lr": 1e-3}`)."""
+"""Arguments of the command line (`["optim.lr=1e-3"]`), or dotted keys and values (`{"optim.lr": 1e-3}`)."""
 Progress: TypeAlias = Callable[[SweepStatus], None] | Literal["auto"] | None
 """Called with the state of a sweep about once a second, from a thread. `auto` shows a live table in a terminal, and
 plain lines in a notebook or a pipe."""
 RESUME_KEYS = ("confirm", "worker")
-"""Groups of settings that may change when a sweep is resumed: a search goes on as it began."""
+"""Groups of settings that may change when a sweep is resumed; the search must stay the same."""
 
 
 def run_sweep(
@@ -70,15 +70,15 @@ def run_sweep(
     """Runs a sweep, writes its report, and returns what it found.
 
     Args:
-        sweep: Name of a sweep that lorasweep or the folder `sweeps/` has, a YAML file, or the content of one.
-        overrides: Settings that win over those of the sweep.
+        sweep: Name of a sweep of lorasweep or of the folder `sweeps/`, a YAML file, or the content of a YAML file.
+        overrides: Settings that replace settings of the sweep.
         output: A new or empty folder; by default `outputs/NAME` with the next free number.
-        trust: Packages that the sweep's settings may run code of, beside the usual ones.
-        progress: Takes the state of the sweep while it runs.
+        trust: More packages whose code the settings may run.
+        progress: Receives the state of the sweep while it runs.
 
     Raises:
         ConfigError: The request is wrong; nothing was written.
-        LoraSweepError: The sweep can't go on; `resume_sweep` continues it once the cause is gone.
+        LoraSweepError: The sweep can't continue. Call `resume_sweep` after you have removed the cause.
     """
     with _session(trust, overrides):
         definition = read_sweep_definition(sweep, overrides)
@@ -105,7 +105,7 @@ def resume_sweep(
     Raises:
         ConfigError: `overrides` would change the search, or the sweep file has changed.
         RecordError: The folder is not a sweep, is damaged, or another process runs it.
-        LoraSweepError: The sweep can't go on.
+        LoraSweepError: The sweep can't continue.
     """
     with _session(trust, overrides):
         opened = reopen_sweep(Path(folder), changes=read_changes(overrides))
@@ -118,13 +118,13 @@ def resume_sweep(
 def train_run(
     overrides: Overrides = (), *, output: str | Path | None = None, resume: bool = False, trust: Sequence[str] = ()
 ) -> RunResult:
-    """Trains one run and returns its result. Several processes that train a run together all call this.
+    """Trains one run and returns its result. If several processes train a run together, each of them calls this.
 
     Args:
         overrides: The settings that differ from the defaults, such as `["method.rank=8", "optim.lr=1e-3"]`.
         output: A new or empty folder; by default the next one of `outputs/train/0001`, `0002`, ...
         resume: Whether to continue the run in `output`.
-        trust: Packages that the settings may run code of, beside the usual ones.
+        trust: More packages whose code the settings may run.
 
     Raises:
         ConfigError: The request is wrong.
@@ -136,35 +136,27 @@ def train_run(
 
 
 def read_sweep_definition(sweep: str | Path | Mapping[str, Any], overrides: Overrides) -> Definition:
-    """Returns what a sweep asks for.
-
-    Raises:
-        ConfigError: There is no such sweep, or a key or value is wrong.
-    """
+    """Reads and checks a sweep; raises ConfigError if it does not exist, or a key or value is wrong."""
     content = sweep if isinstance(sweep, Mapping) else find_sweep_file(str(sweep))
     return read_definition(content, _parse(overrides))
 
 
 def read_changes(overrides: Overrides) -> dict[str, Any]:
-    """Returns the settings that a sweep is resumed with in place of those that it began with.
-
-    Raises:
-        ConfigError: One would change the search.
-    """
+    """Returns the settings that change when a sweep is resumed; raises ConfigError if they would change the search."""
     changes = _parse(overrides)
     if foreign := [key for key in changes if key.split(".")[0] not in RESUME_KEYS]:
         raise ConfigError(
-            f"a sweep is resumed with other settings of `worker` and `confirm` only, but got `{'`, `'.join(foreign)}` "
-            "too. Start a new sweep to change what is searched."
+            f"a sweep can be resumed with other settings of `worker` and `confirm` only, but got "
+            f"`{'`, `'.join(foreign)}`. Start a new sweep to change the search."
         )
     return changes
 
 
 def start_sweep(definition: Definition, inputs_cache: InputsCache, *, output: str | Path | None) -> SweepFolder:
-    """Checks a sweep against its models, data and workers, and makes its folder.
+    """Checks a sweep with its models, data and workers, and creates its folder.
 
     Raises:
-        ConfigError: Something does not fit; nothing was written.
+        ConfigError: The sweep can't run as asked; nothing was written.
     """
     wanted = definition.sweep_config.sweep.output if output is None else str(output)
     path = new_folder(definition.name, wanted)
@@ -177,7 +169,7 @@ def start_sweep(definition: Definition, inputs_cache: InputsCache, *, output: st
 
 
 def train_opened_sweep(opened: SweepFolder, inputs_cache: InputsCache, *, progress: Progress) -> SweepResult:
-    """Trains what is left of an open sweep and closes it; a complete one gets its report."""
+    """Trains the remaining trials of an open sweep and closes it; writes the report if the sweep is complete."""
     folder = opened.path
     if (job := hand_over(opened)) is not None:
         return SweepResult(folder, read_sweep(folder), job)
@@ -189,14 +181,13 @@ def train_opened_sweep(opened: SweepFolder, inputs_cache: InputsCache, *, progre
 
 
 def train_config(config: RunConfig, *, output: str | None, resume: bool) -> RunResult:
-    """Trains one run in its folder; of several processes each calls this."""
     prepare_environment()
     require_trusted_code(config)
     with join_processes(config.trainer) as group:
-        folder, ended = on_first(group, lambda: _run_folder(output, config, resume=resume))
-        if ended is not None:
-            return RunResult(folder=folder, record=ended)
-        with group.rank_zero_first(local=True):  # the others of a node find what it downloads in the node's caches
+        folder, complete_record = on_first(group, lambda: _run_folder(output, config, resume=resume))
+        if complete_record is not None:
+            return RunResult(folder=folder, record=complete_record)
+        with group.rank_zero_first(local=True):  # other processes of a node find its downloads in the node's caches
             inputs = build_inputs(config)
         check_run(config, inputs.base)
         for note in inputs.notes if group.is_global_zero else ():
@@ -213,7 +204,7 @@ def train_config(config: RunConfig, *, output: str | None, resume: bool) -> RunR
 def reproduce_sweep(
     folder: Path, *, output: Path | None = None, progress: Progress = "auto"
 ) -> tuple[SweepResult, SweepReproduction | None]:
-    """Runs a sweep again with as many threads, and compares proposals, decisions, losses and scores.
+    """Runs a sweep again with the same number of threads; compares proposals, decisions, losses and scores.
 
     Args:
         folder: The sweep to run again.
@@ -221,11 +212,11 @@ def reproduce_sweep(
         progress: As in `run_sweep`.
 
     Returns:
-        The repetition, and how it compares; None where it was interrupted.
+        The repeated sweep, and the comparison; None if it was interrupted.
 
     Raises:
         ConfigError: The sweep had several workers.
-        RecordError: It is not complete, or its folder is not a sweep.
+        RecordError: The sweep is not complete, or the folder is not a sweep.
     """
     prepare_environment()
     record, definition = read_sweep(folder), saved_definition(folder)
@@ -233,9 +224,8 @@ def reproduce_sweep(
         raise RecordError(f"a sweep must be complete to be reproduced, but {str(folder)!r} is {record.status}.")
     if (worker := definition.sweep_config.worker.name) != "local":
         raise ConfigError(
-            f"a sweep must have had one worker to be reproduced as a whole, but {str(folder)!r} had `worker={worker}`: "
-            "which result came first decided what was proposed. Reproduce one of its trials with "
-            "`--trial SWEEP/ARM/NUMBER`."
+            f"a sweep must have had one worker to be reproduced as a whole, but {str(folder)!r} had `worker={worker}`. "
+            "Its proposals depend on the order of results. Reproduce a trial with `--trial SWEEP/ARM/NUMBER`."
         )
     torch.set_num_threads(record.threads or torch.get_num_threads())
     inputs_cache = InputsCache()
@@ -245,7 +235,7 @@ def reproduce_sweep(
 
 
 def reproduction_folder(original: Path, wanted: Path | None) -> Path:
-    """Returns where to repeat a run or a sweep: the folder that was asked for, or `outputs/reproduce/NAME`."""
+    """Returns the folder for a repeated run or sweep, by default `outputs/reproduce/NAME`."""
     if wanted is not None:
         return require_new_folder(wanted, key="--output")
     return free_folder(Path("outputs") / "reproduce" / original.resolve().name)
@@ -253,9 +243,9 @@ def reproduction_folder(original: Path, wanted: Path | None) -> Path:
 
 @contextmanager
 def _session(trust: Sequence[str], overrides: Overrides) -> Iterator[None]:
-    """Trusts packages for the time of a call, and sets what must be set before torch starts its threads."""
+    """Trusts packages during a call, and sets the environment variables that torch reads when it starts."""
     prepare_environment()
-    pairs = overrides.items() if isinstance(overrides, Mapping) else (word.partition("=")[::2] for word in overrides)
+    pairs = overrides.items() if isinstance(overrides, Mapping) else (one.partition("=")[::2] for one in overrides)
     before = trusted_packages()
     set_trusted([*before, *check_packages(trust), *packages_of(pairs)])
     try:
@@ -267,8 +257,8 @@ def _session(trust: Sequence[str], overrides: Overrides) -> Iterator[None]:
 def prepare_environment() -> None:
     """Sets environment variables that a library reads once, when it starts, unless the user has set them."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # OpenMP's threads wait a moment for the next operation before they sleep: waking them after each costs a fifth of a
-    # sweep, and threads that spin without end stall each other on shared cores.
+    # OpenMP's threads spin for a moment before they sleep. Sleeping at once would cost a fifth of a sweep's time,
+    # because each operation would have to wake them. Spinning without a limit stalls other processes on shared cores.
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 
@@ -283,7 +273,7 @@ def _parse(overrides: Overrides) -> dict[str, Any]:
 
 
 def _run_folder(output: str | None, config: RunConfig, *, resume: bool) -> tuple[Path, RunRecord | None]:
-    """Returns the folder of a run, and the record of one that is resumed though it is complete."""
+    """Returns the folder of a run, and its record if the run is resumed although it is already complete."""
     if resume and output is None:
         raise ConfigError("`resume=true` must come with `output=DIR`, the folder of the run, but `output` is null.")
     if output is None:

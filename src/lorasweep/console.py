@@ -19,14 +19,13 @@ class PlainConsole(Console):
     """A rich console that prints control characters in texts as escapes."""
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
-        """Escapes the texts of a renderable; rich calls it for everything that is printed."""
         for segment in super().render(renderable, options):
             text, style, control = segment
             yield segment if control else Segment(_escape_controls(text), style)
 
 
 def say(text: str, *, file: TextIO | None = None) -> None:
-    """Prints a text of one or several lines at once, on standard output unless another file is given."""
+    """Prints a text, on standard output unless another file is given."""
     print(_escape_controls(text), file=file or sys.stdout, flush=True)
 
 
@@ -40,19 +39,20 @@ def _escape_controls(text: str) -> str:
 
 
 @contextmanager
-def threads_leave_file_errors() -> Iterator[None]:
-    """Suppresses tracebacks of OSErrors in other threads.
+def silence_event_writer() -> Iterator[None]:
+    """Suppresses the traceback of TensorBoard's writer thread when the disk is full.
 
-    TensorBoard's writer thread would otherwise print a traceback in addition to the error message of the main thread.
+    The main thread gets the same OSError, and its error message is enough.
     """
-    before = threading.excepthook
+    previous_hook = threading.excepthook
 
-    def quiet(what: threading.ExceptHookArgs) -> None:
-        if not issubclass(what.exc_type, OSError):
-            before(what)
+    def print_unless_event_writer(arguments: threading.ExceptHookArgs) -> None:
+        is_event_writer = type(arguments.thread).__name__ == "_AsyncWriterThread"
+        if not (is_event_writer and issubclass(arguments.exc_type, OSError)):
+            previous_hook(arguments)
 
-    threading.excepthook = quiet
+    threading.excepthook = print_unless_event_writer
     try:
         yield
     finally:
-        threading.excepthook = before
+        threading.excepthook = previous_hook

@@ -31,7 +31,7 @@ NETWORK_FILE_SYSTEMS = (
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Writes a file whole or not at all: temporary file in the same folder, fsync, rename.
 
-    It makes the folder, but no folder above it, so that a deleted folder of results does not come back empty.
+    It creates the folder, but no folder above it, so that a deleted folder of results does not come back empty.
     """
     path.parent.mkdir(exist_ok=True)
     temporary = temporary_name(path)
@@ -58,14 +58,14 @@ def temporary_name(path: Path) -> Path:
 
 
 def move_into_place(temporary: Path, path: Path) -> None:
-    """Flushes a file to the disk and renames it, so that after a power cut either the old or the new file is there."""
+    """Flushes a file to the disk and renames it. After a power cut either the old or the new file exists."""
     _flush(temporary)
     os.replace(temporary, path)
     _flush(path.parent)
 
 
 def free_folder(wanted: Path) -> Path:
-    """Returns this path, or the first of NAME-2, NAME-3, ... where nothing is yet."""
+    """Returns this path, or the first of NAME-2, NAME-3, ... that does not exist yet."""
     path, number = wanted, 1
     while path.exists():
         number += 1
@@ -74,16 +74,7 @@ def free_folder(wanted: Path) -> Path:
 
 
 def require_new_folder(path: Path, *, key: str, remedy: str = "Leave it out for a new one.") -> Path:
-    """Returns a path that is free for results: nothing is there, or a folder without files.
-
-    Args:
-        path: The folder that was asked for.
-        key: The setting or option that names it, for the message.
-        remedy: A sentence on what to do instead.
-
-    Raises:
-        ConfigError: Something is there.
-    """
+    """Returns the path if it does not exist or is an empty folder; else raises ConfigError with `key` and `remedy`."""
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise ConfigError(f"`{key}` must be a new or empty folder, but {str(path)!r} is not. {remedy}")
     return path
@@ -99,13 +90,8 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def why_unwritable(folder: Path, error: BaseException) -> str | None:
-    """Returns why a folder can't be written to, if that caused an error; else None.
-
-    Args:
-        folder: The folder of the results.
-        error: The error. Its causes and messages are searched too, because libraries wrap the system's errors.
-    """
-    for cause in _causes(error):
+    """Returns the reason why results can't be written into a folder, if that caused an error; else None."""
+    for cause in _causes(error):  # libraries wrap the system's errors
         if isinstance(cause, OSError) and cause.errno in DISK_ERRORS:
             return os.strerror(cause.errno or 0)
         if os.strerror(errno.ENOSPC) in str(cause):
@@ -135,13 +121,11 @@ def _flush(path: Path) -> None:
 
 
 def network_file_system(path: Path) -> str | None:
-    """Returns the network file system of a path, or of the nearest existing folder above it; None on a local one."""
+    """Returns the name of a path's file system if it is a network file system. The path need not exist yet."""
     import psutil  # noqa: PLC0415 (`lorasweep.lora` writes files too, and needs torch only)
 
-    found = path.absolute()
-    while not found.exists():
-        found = found.parent
-    mounts = [part for part in psutil.disk_partitions(all=True) if found.resolve().is_relative_to(part.mountpoint)]
-    # Of several file systems mounted at one point, the last one is seen.
+    path = path.resolve()
+    mounts = [part for part in psutil.disk_partitions(all=True) if path.is_relative_to(part.mountpoint)]
+    # If several file systems are mounted at one point, the last one hides the others.
     kind = max(reversed(mounts), key=lambda part: len(part.mountpoint)).fstype if mounts else ""
     return kind if kind.startswith(NETWORK_FILE_SYSTEMS) else None

@@ -1,4 +1,4 @@
-"""The exceptions of lorasweep. They are caught in the sweep's worker and in `cli`.
+"""The exceptions of lorasweep. The sweep's worker and `cli` catch them.
 
     LoraSweepError
     ├── ConfigError (also a ValueError)   exit code 2
@@ -9,8 +9,8 @@
     └── WorkerError                       exit code 1
         └── RanksLost
 
-`lorasweep.lora`, which may be used alone, raises plain `ValueError`.
-A message reads "`what must hold`, but got X. What to do."
+`lorasweep.lora`, which may be used alone, raises plain `ValueError`. A message says what must hold, the value that was
+given, and what to do.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class ConfigError(LoraSweepError, ValueError):
 
 
 class RecordError(LoraSweepError):
-    """A file that a run or a sweep left on disk can't be read, or does not fit the request."""
+    """A file of a run or a sweep can't be read, or does not fit the request."""
 
 
 class RunError(LoraSweepError):
@@ -45,7 +45,7 @@ class WorkerError(LoraSweepError):
 
 
 class RanksLost(WorkerError):
-    """Another process of the same run is gone or ran out of memory. The run may start again."""
+    """Another process of the same run has ended or ran out of memory. The run may be started again."""
 
 
 def first_line(error: BaseException) -> str:

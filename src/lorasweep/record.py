@@ -223,35 +223,26 @@ def utc_now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-class ScoredTrial(Protocol):
-    """A trial that may be the best one: a row of a record, or what the report knows of it."""
-
+class _ScoredTrial(Protocol):
     @property
-    def number(self) -> int:
-        """Returns its number in its arm."""
-
+    def number(self) -> int: ...
     @property
-    def state(self) -> TrialState:
-        """Returns how it ended."""
-
+    def state(self) -> TrialState: ...
     @property
-    def value(self) -> float | None:
-        """Returns its score."""
+    def value(self) -> float | None: ...
 
 
-ScoredT = TypeVar("ScoredT", bound=ScoredTrial)
+ScoredT = TypeVar("ScoredT", bound=_ScoredTrial)
 
 
 def best_trial(trials: Iterable[ScoredT], *, direction: Direction) -> ScoredT | None:
-    """Returns the complete trial with the best finite score, the earliest of equals; None if there is none."""
+    """Returns the complete trial with the best finite score, or None. Of equal trials it is the earliest."""
     sign = 1 if direction == "minimize" else -1
-    scored = [(sign * t.value, t) for t in trials if t.state == "complete" and t.value is not None]
-    finite = [(cost, trial) for cost, trial in scored if math.isfinite(cost)]
-    return min(finite, key=lambda pair: (pair[0], pair[1].number))[1] if finite else None
+    finite = [t for t in trials if t.state == "complete" and t.value is not None and math.isfinite(t.value)]
+    return min(finite, key=lambda trial: (sign * (trial.value or 0), trial.number), default=None)
 
 
 def winners(record: SweepRecord) -> dict[str, TrialRow | None]:
-    """Returns the best trial of each arm that trains; None for an arm without a complete trial."""
     trained = [arm.name for arm in record.arms if arm.method != "frozen"]
     by_arm = {name: [trial for trial in record.trials if trial.arm == name] for name in trained}
     return {name: best_trial(trials, direction=record.direction) for name, trials in by_arm.items()}
@@ -290,17 +281,13 @@ def read_run(folder: Path) -> RunRecord:
     """Reads a run's record.
 
     Raises:
-        RecordError: The folder has none, or it is damaged or of another version.
+        RecordError: The folder has no record, or the record is damaged or of another version.
     """
     return _read(RunRecord, folder / RUN_FILE)
 
 
 def read_sweep(folder: Path) -> SweepRecord:
-    """Reads a sweep's record.
-
-    Raises:
-        RecordError: The folder has none, or it is damaged or of another version.
-    """
+    """Reads a sweep's record; errors as in `read_run`."""
     return _read(SweepRecord, folder / SWEEP_FILE)
 
 
@@ -308,7 +295,7 @@ def folder_of_run(sweep: Path, run: str) -> Path:
     """Returns the folder of a run, by its relative path in a sweep's record.
 
     Raises:
-        RecordError: It lies outside of the sweep's folder; commands that write into it would write anywhere.
+        RecordError: The path leads out of the sweep's folder, where commands must not write.
     """
     if not (sweep / run).resolve().is_relative_to(sweep.resolve()):
         raise RecordError(f"a trial's run must lie in its sweep's folder, but {run!r} does not. Restore sweep.json.")
@@ -318,7 +305,7 @@ def folder_of_run(sweep: Path, run: str) -> Path:
 def read_steps(folder: Path, *, having: str = "") -> Iterator[dict[str, Any]]:
     """Yields the rows of `steps.jsonl`: `{"step", "loss", "lr"}` and `{"step", "validation": {..}}`.
 
-    It ends before a line that is damaged: a killed process may leave a part of its last line.
+    It ends before a damaged line, because a killed process may leave a part of its last line.
 
     Args:
         folder: The run's folder.
@@ -339,13 +326,11 @@ def read_steps(folder: Path, *, having: str = "") -> Iterator[dict[str, Any]]:
 
 
 def sha256_of(path: Path) -> str:
-    """Returns the SHA-256 of a file's content as hex digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _read(kind: type[T], path: Path) -> T:
-    expected = "lorasweep.run" if kind is RunRecord else "lorasweep.sweep"
     if not path.is_file():
         raise RecordError(
             f"a {path.stem}'s folder must contain {path.name}, but {str(path.parent)!r} does not. Name another folder."
@@ -354,44 +339,32 @@ def _read(kind: type[T], path: Path) -> T:
         raw = json.loads(path.read_text())
     except (ValueError, RecursionError) as error:
         raise RecordError(f"{str(path)!r} must be a JSON file, but is damaged: {error}.") from error
-    if not isinstance(raw, dict) or raw.get("format") != expected:
-        raise RecordError(f"{str(path)!r} must be a record of format {expected!r}, but is not.")
-    if raw.get("version") != VERSION:
+    expected = {"format": f"lorasweep.{path.stem}", "version": VERSION}
+    found = {key: raw.get(key) for key in expected} if isinstance(raw, dict) else {}
+    if found != expected:
         raise RecordError(
-            f"{str(path)!r} must have version {VERSION}, but has {raw.get('version')!r}. Read it with the lorasweep "
-            "that wrote it."
+            f"{str(path)!r} must have {expected}, but has {found}. Read it with the lorasweep that wrote it."
         )
     record: T = _build(kind, raw, path=path)
     return record
 
 
 def _build(kind: Any, raw: Any, *, path: Path) -> Any:
-    """Returns a record or a row from JSON. Keys that this version does not know are ignored.
-
-    Raises:
-        RecordError: A field is missing or has another type.
-    """
-    if not isinstance(raw, dict):
-        raise RecordError(
-            f"{str(path)!r} must hold a mapping for each {kind.__name__}, but is damaged. Restore the file."
-        )
+    """Returns a record or a row from JSON. Keys that this version does not know are ignored."""
     values = {}
-    for name, hint in _field_types(kind).items():
-        if name not in raw:
-            continue
-        values[name] = raw[name]
-        if not _has_type(raw[name], hint):
-            raise RecordError(
-                f"`{name}` in {str(path)!r} must be {_describe_type(hint)}, but got {shorten(raw[name])}. "
-                "Restore the file."
-            )
-        if get_origin(hint) is list and (row := get_args(hint)[0]) in (ArmRow, TrialRow, ConfirmRow):
-            values[name] = [_build(row, item, path=path) for item in raw[name]]
     try:
+        for name, hint in _field_types(kind).items():
+            if name not in raw:
+                continue
+            value = values[name] = raw[name]
+            if not _has_type(value, hint):
+                raise TypeError(f"`{name}` is {shorten(value)}")
+            if get_origin(hint) is list and is_dataclass(row := get_args(hint)[0]):
+                values[name] = [_build(row, item, path=path) for item in value]
         return kind(**values)
     except TypeError as error:
         raise RecordError(
-            f"{str(path)!r} must have every field of {kind.__name__}: {error}. Restore the file."
+            f"{str(path)!r} must be a whole record, but is damaged: {error}. Restore the file."
         ) from error
 
 
@@ -401,7 +374,7 @@ def _field_types(kind: Any) -> dict[str, Any]:
 
 
 def _has_type(value: Any, hint: Any) -> bool:
-    """Returns whether a JSON value has a field's type; the items of lists and mappings are not looked at."""
+    """Returns whether a JSON value has a field's type; the items of lists and mappings are not checked."""
     kind = get_origin(hint) or hint
     if kind is Literal:
         return value in get_args(hint)
@@ -410,16 +383,6 @@ def _has_type(value: Any, hint: Any) -> bool:
     if kind is float:  # NaN was written as null
         return value is None or type(value) in (int, float)
     return type(value) is kind  # not isinstance: True is an int
-
-
-def _describe_type(hint: Any) -> str:
-    words = {dict: "a mapping", list: "a list", str: "a text", float: "a number", int: "a whole number"}
-    kind = get_origin(hint) or hint
-    if kind is Literal:
-        return f"one of {', '.join(map(str, get_args(hint)))}"
-    if kind is UnionType:
-        return " or ".join(_describe_type(option) for option in get_args(hint))
-    return "null" if kind is type(None) else words[kind]
 
 
 def _finite(value: Any) -> Any:

@@ -1,6 +1,6 @@
 """Hides secrets: passwords in addresses, tokens, and values of environment variables with names such as `HF_TOKEN`.
 
-It is applied wherever a record, a trial's reason or an error is written.
+Records, reasons of failures and error messages pass through it before they are written.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 HIDDEN = "***"
 MIN_SECRET_LENGTH = 8
-"""Shorter values of environment variables are not hidden, because plain words and numbers may contain them."""
+"""Shorter values of environment variables are not hidden, because ordinary text often contains them."""
 
 _ADDRESS = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]*://)(?!USER@HOST\b)[^\s/\"'<>]+@")  # USER@HOST: a hint of ours
 _WORDS = r"(?:password|passwd|passphrase|secret|secret_?key|api_?key|access_?key|(?:auth|access|hf|api)_?token)"
@@ -33,16 +33,15 @@ _VARIABLE = re.compile(r"PASSW|PASSPHRASE|SECRET|CREDENTIAL|(?:^|_)(?:TOKEN|KEY|
 
 def redact(value: Any) -> Any:
     """Returns a JSON value with `***` in place of every secret in its texts and keys."""
-    return _redact(value, _environment())
+    return _redact(value, _environment_secrets())
 
 
 def may_hold_secret(text: str) -> bool:
-    """Returns whether a text, such as a record as JSON, may hold a secret. Quick, and never wrongly False."""
-    return _has_hint(text.lower(), _environment())
+    """Returns False if a text holds no secret for certain. It is much faster than `redact`."""
+    return _has_hint(text.lower(), _environment_secrets())
 
 
 def names_secret(name: str) -> bool:
-    """Returns whether the value of an environment variable is a secret, by the variable's name."""
     return _VARIABLE.search(name) is not None
 
 
@@ -71,17 +70,16 @@ def _redact_text(text: str, secrets: Sequence[str]) -> str:
 
 
 def _has_hint(lowered: str, secrets: Sequence[str]) -> bool:
-    """Returns whether a text in lower case may hold a secret; secrets are also looked for as JSON escapes them."""
+    # A record is JSON, where a secret may be escaped.
     forms = {form.lower() for secret in secrets for form in (secret, json.dumps(secret)[1:-1])}
     return any(hint in lowered for hint in (*_HINTS, *forms))
 
 
-def _environment() -> list[str]:
-    """Returns the secrets in the environment, the longest first because one may contain another."""
-    found = set()
+def _environment_secrets() -> list[str]:
+    """Returns the secrets in environment variables, the longest first because one may contain another."""
+    secrets: set[str] = set()
     for name, value in os.environ.items():
         if names_secret(name) and not value.startswith("/"):  # the path of a file is no secret
-            found.add(value)
-        if "://" in value:
-            found |= {match.group(1) for match in re.finditer(r"://[^\s/:]*:([^\s/]+)@", value)}
-    return sorted((one for one in found if len(one) >= MIN_SECRET_LENGTH), key=len, reverse=True)
+            secrets.add(value)
+        secrets.update(re.findall(r"://[^\s/:]*:([^\s/]+)@", value))
+    return sorted((secret for secret in secrets if len(secret) >= MIN_SECRET_LENGTH), key=len, reverse=True)

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, Literal
 from lorasweep.config.data import Direction
 from lorasweep.errors import ConfigError, RecordError
 from lorasweep.record import (
-    SWEEP_FILE,
     ConfirmRow,
     RunRecord,
     SweepRecord,
@@ -44,7 +43,7 @@ class RunResult:
 
     @property
     def status(self) -> str:
-        """How the run ended: `complete`, `interrupted`, `failed`, ..."""
+        """`complete`, `interrupted`, `failed`, ..."""
         return self.record.status
 
     @property
@@ -79,12 +78,12 @@ class RunResult:
         """Returns the base model with the weights that the run kept, in evaluation mode on the CPU.
 
         Args:
-            weights: Those of the best evaluation, or of the last one.
+            weights: Weights of the best evaluation, or of the last evaluation.
             trust: Whether to run code or read a pickle that the run's settings name.
 
         Raises:
             ConfigError: The settings name code, and `trust` is False.
-            RecordError: The weights are missing or changed, or the base model is another one.
+            RecordError: The weights are missing or changed, or the base model is not the run's.
         """
         from lorasweep.training.restore import (  # noqa: PLC0415 (needs torch)
             check_kept_files,
@@ -122,7 +121,7 @@ class TrialResult:
 
 @dataclass(frozen=True)
 class SweepResult:
-    """One sweep, as its record was when this result was made."""
+    """One sweep, with its record as it was when this result was read."""
 
     folder: Path
     record: SweepRecord
@@ -151,7 +150,7 @@ class SweepResult:
 
     @property
     def report(self) -> Path:
-        """The HTML page of the report, which is there once the sweep is complete."""
+        """The HTML page of the report. It exists when the sweep is complete."""
         return self.folder / "report" / "index.html"
 
     @cached_property
@@ -160,16 +159,16 @@ class SweepResult:
         return [self._trial(row) for arm in self.arms for row in self._rows(arm)]
 
     def best(self, arm: str) -> TrialResult:
-        """Returns the complete trial of an arm with the best validation score, the earlier one of equals.
+        """Returns the complete trial of an arm with the best validation score; of equal trials the earliest.
 
         Raises:
-            ConfigError: There is no such arm.
+            ConfigError: The sweep has no such arm.
             RecordError: No trial of the arm is complete.
         """
         self._check_arm(arm)
         row = best_trial(self._rows(arm), direction=self.record.direction)
         if row is None:
-            raise RecordError(f"an arm must have a complete trial to have a best one, but `{arm}` has none yet.")
+            raise RecordError(f"arm `{arm}` must have a complete trial, but has none yet.")
         return self._trial(row)
 
     def trials_dataframe(self) -> pandas.DataFrame:
@@ -201,7 +200,7 @@ class SweepResult:
         """Returns the Optuna study of an arm, for Optuna's own plots and importances. Don't add trials to it.
 
         Raises:
-            ConfigError: There is no such arm.
+            ConfigError: The sweep has no such arm.
         """
         from lorasweep.sweep.controller.lifecycle import load_study  # noqa: PLC0415 (needs Optuna and torch)
 
@@ -209,7 +208,7 @@ class SweepResult:
         return load_study(self.folder, arm)
 
     def figures(self) -> dict[str, Figure]:
-        """Returns the report's figures (plotly) by their titles, those that this sweep has data for."""
+        """Returns the report's plotly figures by title. A figure without data in this sweep is missing."""
         from lorasweep.report.figures import PANELS  # noqa: PLC0415 (plotly is slow to import)
         from lorasweep.report.sweep_data import load_sweep_data  # noqa: PLC0415
 
@@ -218,7 +217,7 @@ class SweepResult:
         return {panel.title: figure for panel in panels for figure in panel.figures[:1]}
 
     def table(self) -> RenderableType:
-        """Returns the table of the terminal report: `rich.print(result.table())`."""
+        """Returns the table of the report, which `rich.print` shows."""
         from lorasweep.report import render_terminal  # noqa: PLC0415 (plotly is slow to import)
 
         return render_terminal(self.folder)
@@ -242,7 +241,7 @@ class SweepResult:
 
 
 def load_sweep(folder: str | Path) -> SweepResult:
-    """Returns the sweep in a folder, also of one that still runs; changes nothing.
+    """Reads a sweep, finished or still running, and changes nothing.
 
     Raises:
         RecordError: The folder is not a sweep, or its record is damaged.
@@ -251,7 +250,7 @@ def load_sweep(folder: str | Path) -> SweepResult:
 
 
 def load_run(folder: str | Path) -> RunResult:
-    """Returns the run in a folder, also of one that still trains; changes nothing.
+    """Reads a run, finished or still training, and changes nothing.
 
     Raises:
         RecordError: The folder is not a run, or its record is damaged.
@@ -260,24 +259,18 @@ def load_run(folder: str | Path) -> RunResult:
 
 
 def find_trial(name: str) -> Path:
-    """Returns the folder of a trial's run.
-
-    Args:
-        name: `SWEEP/ARM/NUMBER`; ARM may be left out where the sweep has one arm.
+    """Returns the folder of the run of the trial `SWEEP/ARM/NUMBER`.
 
     Raises:
-        ConfigError: There is no such trial.
+        ConfigError: The sweep has no such trial.
         RecordError: SWEEP is not a sweep's folder.
     """
     path = Path(name)
-    arm = None if (path.parent / SWEEP_FILE).is_file() else path.parent.name
-    result = load_sweep(path.parent if arm is None else path.parent.parent)
-    if arm is None and len(result.arms) == 1:
-        arm = result.arms[0]
+    result = load_sweep(path.parent.parent)
     for trial in result.trials:
-        if trial.arm == arm and str(trial.number) == path.name:
+        if (trial.arm, str(trial.number)) == (path.parent.name, path.name):
             return trial.folder
     raise ConfigError(
-        f"`--trial` must be SWEEP/ARM/NUMBER of a trial that was begun (arms: {', '.join(result.arms)}), "
+        f"`--trial` must be SWEEP/ARM/NUMBER of a trial that has started (arms: {', '.join(result.arms)}), "
         f"but got {name!r}."
     )

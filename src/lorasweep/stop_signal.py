@@ -1,4 +1,4 @@
-"""Signals that ask a process to stop: training then ends after the present step, with a checkpoint."""
+"""Signals that ask a process to stop. Training then ends after the current step, with a checkpoint."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class StopSignal:
-    """A context in which these signals are noted instead of obeyed; a second Ctrl-C raises KeyboardInterrupt.
+    """A context in which a signal only sets `requested`; a second Ctrl-C raises KeyboardInterrupt.
 
-    Call it to learn whether one came. Python allows signal handlers in the main thread only; in another thread it
-    notes nothing.
+    Python allows signal handlers in the main thread only; in another thread nothing is noted.
     """
 
     def __init__(self) -> None:
@@ -22,7 +21,6 @@ class StopSignal:
         self._handlers: dict[int, Any] = {}
 
     def __call__(self) -> bool:
-        """Returns whether a signal came."""
         return self.requested
 
     def __enter__(self) -> StopSignal:

@@ -24,15 +24,15 @@ def run_train_app(
     show: Callable[[RunResult], int],
     refuse: Callable[[LoraSweepError | OSError], int],
 ) -> list[int]:
-    """Trains the run, or each run of a grid, and returns their exit codes; none where Hydra only shows settings.
+    """Trains the run, or each run of a grid, and returns their exit codes; an empty list if Hydra only shows settings.
 
     Args:
-        arguments: The command line behind `lorasweep train`.
+        arguments: The command line after `lorasweep train`.
         show: Prints a run's result and returns its exit code.
-        refuse: Prints what kept a run from training and returns its exit code.
+        refuse: Prints an error and returns its exit code.
 
     Raises:
-        ConfigError: A word is no override, or a key or value is wrong.
+        ConfigError: An argument is no override, or a key or value is wrong.
     """
     check_train_arguments(arguments)
     register_search_path()
@@ -40,7 +40,7 @@ def run_train_app(
     typed, is_grid = sys.argv, bool({"-m", "--multirun"} & set(arguments))
 
     def task(composed: Any) -> None:
-        sys.argv = typed  # Lightning types it again to start other processes
+        sys.argv = typed  # Lightning starts other processes with this command line
         try:
             codes.append(show(_train(HydraConfig.get().overrides.task, is_grid=is_grid)))
         except (LoraSweepError, OSError) as error:  # Hydra would print a traceback
@@ -53,7 +53,7 @@ def run_train_app(
 
 
 def _train(overrides: Sequence[str], *, is_grid: bool) -> RunResult:
-    # composed as `sweep` does it, where a class by `_target_` takes the place of what the default option sets
+    # Not Hydra's own composition: if the user names a class by `_target_`, the arguments of the default option go.
     values = compose_values("train", parse_overrides(overrides))
     output, resume = values.pop("output"), bool(values.pop("resume"))
     config = build(RunConfig, values)

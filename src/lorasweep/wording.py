@@ -14,11 +14,11 @@ MAX_SCORE_DIGITS = 6
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:
-    """Returns ` Did you mean ...?` with the nearest choice, or an empty string where nothing is near."""
+    """Returns ` Did you mean ...?` with the nearest choice, or an empty string if no choice is near."""
     options = list(choices)
     endings = [option for option in options if option.endswith(f".{name}")]
-    found = endings or difflib.get_close_matches(name, options, n=1, cutoff=0.5)
-    return f" Did you mean `{found[0]}`?" if found else ""
+    matches = endings or difflib.get_close_matches(name, options, n=1, cutoff=0.5)
+    return f" Did you mean `{matches[0]}`?" if matches else ""
 
 
 def shorten(value: Any, limit: int = 60) -> str:
@@ -61,33 +61,32 @@ def format_seconds(value: float | None) -> str:
 
 
 def format_score(value: float | None, *, beside: Iterable[float | None] = ()) -> str:
-    """Returns a score with three decimals, or four digits where it is very small or large.
+    """Returns a score with three decimals, or with four digits if it is very small or large.
 
     Args:
         value: The score.
-        beside: Scores of the same table. All get more digits until those that differ also read differently, with at
-            most `MAX_SCORE_DIGITS`.
+        beside: Scores of the same table. If two different scores would look equal, all get more digits, up to
+            `MAX_SCORE_DIGITS`.
     """
     if value is None:
         return UNKNOWN
     others = {other for other in beside if other is not None}
-    apart = len({f"{other:.{MAX_SCORE_DIGITS}g}" for other in others})
-    enough = (more for more in range(MAX_SCORE_DIGITS) if len({_score_text(other, more) for other in others}) >= apart)
-    return _score_text(value, next(enough, MAX_SCORE_DIGITS))
+    num_different = len({f"{other:.{MAX_SCORE_DIGITS}g}" for other in others})
+    for extra_digits in range(MAX_SCORE_DIGITS):
+        if len({_score_text(other, extra_digits) for other in others}) >= num_different:
+            break
+    return _score_text(value, extra_digits)
 
 
-def _score_text(value: float, more: int) -> str:
+def _score_text(value: float, extra_digits: int) -> str:
     if value == 0 or 0.1 <= abs(value) < 1000:
-        whole = math.floor(math.log10(abs(value))) + 1 if value else 0
-        return f"{value:.{min(3 + more, MAX_SCORE_DIGITS - whole)}f}"
-    return f"{value:.{min(4 + more, MAX_SCORE_DIGITS)}g}"
+        digits_before_point = math.floor(math.log10(abs(value))) + 1 if value else 0
+        return f"{value:.{min(3 + extra_digits, MAX_SCORE_DIGITS - digits_before_point)}f}"
+    return f"{value:.{min(4 + extra_digits, MAX_SCORE_DIGITS)}g}"
 
 
 def format_estimate(value: float | None, interval: tuple[float, float] | None) -> str:
-    """Returns a score with its interval, `1.372 [1.365, 1.379]`, or the score alone without one.
-
-    The width of the interval decides the number of decimals.
-    """
+    """Returns a score with its interval, if given: `1.372 [1.365, 1.379]`. Narrower intervals get more decimals."""
     if value is None or interval is None:
         return format_score(value)
     low, high = interval
@@ -96,8 +95,9 @@ def format_estimate(value: float | None, interval: tuple[float, float] | None) -
     decimals = min(8, max(0, 1 - math.floor(math.log10(high - low))))
     if any(end != 0 and round(end, decimals) == 0 for end in interval):
         decimals += 1  # an end of the interval must not read as 0: its sign matters
-    shown = [f"{round(number, decimals) + 0.0:.{decimals}f}" for number in (value, low, high)]  # no -0.000
-    return f"{shown[0]} [{shown[1]}, {shown[2]}]"
+    # `+ 0.0` turns -0.000 into 0.000
+    score, low_text, high_text = (f"{round(number, decimals) + 0.0:.{decimals}f}" for number in (value, low, high))
+    return f"{score} [{low_text}, {high_text}]"
 
 
 def format_share_estimate(value: float | None, interval: tuple[float, float] | None) -> str:
@@ -116,12 +116,11 @@ def format_p_value(value: float | None) -> str:
 
 
 def join_words(words: Sequence[str], *, last: str = "and") -> str:
-    """Returns words as a sentence lists them: `a, b and c`."""
+    """Returns a list for a sentence: `a, b and c`."""
     return f" {last} ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else list(words))
 
 
 def format_setting(value: Any) -> str:
-    """Returns a setting's value as short text; floats with three digits."""
     if isinstance(value, float):
         return f"{value:.3g}"
     if value is None:
@@ -130,23 +129,22 @@ def format_setting(value: Any) -> str:
 
 
 def format_settings(params: dict[str, Any]) -> str:
-    """Returns dotted keys and values in one line, each key by its last part: `rank 16, alpha 32, lr 0.0123`."""
+    """Returns settings in one line with short keys: `rank 16, alpha 32, lr 0.0123`."""
     return ", ".join(f"{short_key(key)} {format_setting(value)}" for key, value in params.items()) or "nothing swept"
 
 
 def short_key(key: str) -> str:
-    """Returns the last part of a dotted key: `optim.lr` is `lr`."""
+    """Returns the last part of a dotted key: `lr` for `optim.lr`."""
     return key.rsplit(".", 1)[-1]
 
 
 def format_metric(name: str) -> str:
-    """Returns a metric's name in words: `bits_per_byte` is `bits per byte`."""
     return name.replace("_", " ")
 
 
 def _scaled(value: float, *, step: int, units: tuple[str, ...]) -> str:
     scaled, power = float(value), 0
-    # 999.5 would print as 1000
+    # - 0.5, because 999.5 would print as 1000
     while abs(scaled) >= step - 0.5 and power < len(units) - 1:
         scaled, power = scaled / step, power + 1
     digits = f"{scaled:.0f}" if scaled == int(scaled) or abs(scaled) >= 99.95 else f"{scaled:.3g}"

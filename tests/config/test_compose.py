@@ -12,7 +12,7 @@ from lorasweep.config.compose import (
     compose_run,
     compose_sweep,
     compose_values,
-    group_names,
+    default_options,
     group_options,
     hydra_session,
     known_keys,
@@ -284,14 +284,14 @@ def test_a_wrong_command_line_is_refused_before_hydra_sees_it(arguments, message
 
 @pytest.mark.parametrize("primary", ["train", "sweep"])
 def test_every_group_of_a_defaults_list_is_a_folder(primary):
-    for group in group_names(primary):
+    for group in default_options(primary):
         assert list((packaged_folder("conf") / group).glob("*.yaml")), group
 
 
 OPTIONS = [
     (primary, group, file.stem)
     for primary in ("train", "sweep")
-    for group in group_names(primary)
+    for group in default_options(primary)
     for file in sorted((packaged_folder("conf") / group).glob("*.yaml"))
 ]
 

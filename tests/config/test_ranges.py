@@ -1,4 +1,4 @@
-"""The ends and the width of a searched range, in the form of a sweep file."""
+"""The ends and the width of a swept range, in the form of a sweep file."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lorasweep.config.ranges import Bounds, find_bounds, width_in_decades
 
 
 @pytest.mark.parametrize(
-    ("searched", "bounds"),
+    ("swept", "bounds"),
     [
         ([4, 1, 16], Bounds(low=1, high=16, is_log=False)),
         ({"low": 1e-4, "high": 1e-2, "log": True}, Bounds(low=1e-4, high=1e-2, is_log=True)),
@@ -27,12 +27,12 @@ from lorasweep.config.ranges import Bounds, find_bounds, width_in_decades
         (None, None),
     ],
 )
-def test_bounds_are_the_smallest_and_the_largest_number(searched: Any, bounds: Bounds | None) -> None:
-    assert find_bounds(searched) == bounds
+def test_bounds_are_the_smallest_and_the_largest_number(swept: Any, bounds: Bounds | None) -> None:
+    assert find_bounds(swept) == bounds
 
 
 @pytest.mark.parametrize(
-    ("searched", "width"),
+    ("swept", "width"),
     [
         ({"low": 1e-3, "high": 3e-2, "log": True}, math.log10(30)),
         ([1, 2, 4, 8, 16, 32], math.log10(32)),
@@ -40,6 +40,6 @@ def test_bounds_are_the_smallest_and_the_largest_number(searched: Any, bounds: B
         (["a"], None),
     ],
 )
-def test_width_is_the_logarithm_of_the_largest_over_the_smallest(searched: Any, width: float | None) -> None:
+def test_width_is_the_logarithm_of_the_largest_over_the_smallest(swept: Any, width: float | None) -> None:
     # abs: two logarithms of about 1 are each rounded to 1e-16
-    assert width_in_decades(searched) == (None if width is None else pytest.approx(width, abs=1e-14))
+    assert width_in_decades(swept) == (None if width is None else pytest.approx(width, abs=1e-14))

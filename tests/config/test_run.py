@@ -56,18 +56,15 @@ def test_a_learning_rate_of_b_is_refused_where_there_is_no_b(method):
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("settings", "key"),
     [
-        (
-            {"method": "head"},
-            "`trainer.strategy` must be ddp with `method=head`, but got 'fsdp', which is for full and",
-        ),
-        ({"trainer.compile": True}, "`trainer.strategy` must be ddp with `trainer.compile`, but got 'fsdp'"),
-        ({"optim.ema_decay": 0.9}, "`trainer.strategy` must be ddp with `optim.ema_decay`, but got 'fsdp'"),
+        ({"method": "head"}, "`method`"),
+        ({"trainer.compile": True}, "`trainer.compile`"),
+        ({"optim.ema_decay": 0.9}, "`optim.ema_decay`"),
     ],
 )
-def test_what_can_not_be_sharded_is_refused(settings, message):
-    with pytest.raises(ConfigError, match=message):
+def test_what_can_not_be_sharded_is_refused(settings, key):
+    with pytest.raises(ConfigError, match=f"`trainer.strategy` must be ddp .*{key}.*'fsdp'"):
         compose_run({"trainer.strategy": "fsdp", "trainer.devices": 2, **settings})
 
 

@@ -30,6 +30,21 @@ def test_a_callers_function_gets_every_status_and_the_last_one(begin, work, runs
     assert sum(arm.done for arm in seen[-1].arms) == 10
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_an_error_of_a_callers_function_is_not_hidden(running, monkeypatch):
+    errors, calls = [], []
+    monkeypatch.setattr(threading, "excepthook", errors.append)
+
+    def fail_later(status):
+        calls.append(status)
+        if len(calls) > 1:
+            raise OSError("my disk is full")
+
+    with report_status(running, fail_later):
+        wait_for(lambda: errors)
+    assert str(errors[0].exc_value) == "my disk is full"
+
+
 @pytest.fixture
 def at_once(monkeypatch):
     """Looks as often as it can."""

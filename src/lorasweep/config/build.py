@@ -47,6 +47,13 @@ def build(kind: type[T], values: Mapping[str, Any], *, key: str = "") -> T:
     return kind(**{name: convert(hint, values[name], key=_join(key, name)) for name, hint in hints.items()})
 
 
+def check_fields(settings: Any, *, key: str) -> None:
+    """Raises ConfigError if a field of a dataclass that was created without `build` has a wrong value."""
+    kind: Any = type(settings)
+    for name, field_type in _field_types(kind).items():
+        convert(field_type, getattr(settings, name), key=_join(key, name))
+
+
 def as_settings(value: Any) -> Any:
     """Returns settings as nested mappings, from which `build` creates the same settings."""
     if is_dataclass(value) and not isinstance(value, type):

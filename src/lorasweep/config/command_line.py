@@ -15,7 +15,7 @@ from lorasweep.config.compose import (
     COMPONENTS,
     LIST_GROUPS,
     compose_run,
-    group_names,
+    default_options,
     group_options,
     hydra_session,
     known_keys,
@@ -66,7 +66,7 @@ def allow_new_arguments(arguments: Sequence[str]) -> list[str]:
 
 def complete_override(prefix: str) -> list[str]:
     """Returns the overrides that begin with a prefix: a key with `=`, or after a group's `=` its options."""
-    groups = {*group_names("train"), *group_names("sweep")}
+    groups = {*default_options("train"), *default_options("sweep")}
     key, has_value, _ = prefix.partition("=")
     if not has_value:
         keys = groups | known_keys({}, primary="train") | known_keys({}, primary="sweep")

@@ -103,13 +103,13 @@ def compose_values(primary: Primary, settings: Mapping[str, Any], *, require_all
     """
     refuse_resolvers(settings)
     # Options of groups are composed first, because they decide which other keys exist.
-    groups = {key: _hashable(value) for key, value in settings.items() if key in group_names(primary)}
+    groups = {key: _hashable(value) for key, value in settings.items() if key in default_options(primary)}
     try:
         # The composed settings are cached, so each call changes its own copy.
         composed = copy.deepcopy(_compose_groups(primary, tuple(groups.items()), Path.cwd()))
         _drop_replaced_arguments(composed, settings)
         known = {key for key, _ in dotted_items(_as_dict(composed, resolve=False))}
-        known |= {*group_names(primary), *filter(is_component_target, settings)}
+        known |= {*default_options(primary), *filter(is_component_target, settings)}
         for key, value in settings.items():
             if key not in groups:
                 _check_key(key, known, primary=primary)
@@ -192,7 +192,6 @@ def known_keys(settings: Mapping[str, Any], *, primary: Primary = "train") -> se
 
 
 def _check_key(key: str, known: set[str], *, primary: Primary) -> None:
-    """Raises ConfigError unless a dotted key is a setting or an argument of a component."""
     names = key.split(".")
     outer = (".".join(names[:depth]) for depth in range(1, len(names)))
     if key not in known and not any(f"{one}.{TARGET}" in known for one in outer):
@@ -202,14 +201,9 @@ def _check_key(key: str, known: set[str], *, primary: Primary) -> None:
         )
 
 
-def group_names(primary: Primary) -> tuple[str, ...]:
-    """Returns the groups of a primary config: the folders of `conf/` that its defaults list names."""
-    return tuple(default_options(primary))
-
-
 @cache
 def default_options(primary: Primary) -> Mapping[str, str]:
-    """Returns the default option of each group of a primary config."""
+    """Returns the groups of a primary config, which are folders of `conf/`, each with its default option."""
     defaults = OmegaConf.load(packaged_folder("conf") / f"{primary}.yaml").defaults
     pairs = [next(iter(entry.items())) for entry in defaults if entry != "_self_"]
     return {group: option for group, option in pairs if not group.startswith("override ")}

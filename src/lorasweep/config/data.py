@@ -1,10 +1,11 @@
-"""Settings of data: where examples come from, which columns count, how long they get.
+"""Settings of data: source, columns, and maximum lengths.
 
-One `...Config` per file in `conf/data/`; `...Settings` are those that several kinds of data share.
+One `...Config` per file in `conf/data/`. Several kinds of data share the `...Settings`.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Literal
@@ -29,7 +30,7 @@ METRICS_OF_TASK: Mapping[LabelTask, tuple[LabelMetric, ...]] = {
     "multi_label": ("f1", "accuracy", "loss"),
     "regression": ("pearson", "spearman", "mse", "loss"),
 }
-"""What each task can be scored by; the first is what `auto` takes."""
+"""Metrics of each task. `auto` takes the first."""
 
 GLUE_PATH = "nyu-mll/glue"
 GLUE_COLUMNS: Mapping[GlueTask, tuple[str, str | None]] = {
@@ -45,37 +46,36 @@ GLUE_COLUMNS: Mapping[GlueTask, tuple[str, str | None]] = {
 }
 """The text columns of each GLUE task on the hub."""
 GLUE_METRICS: Mapping[GlueTask, LabelMetric] = {"cola": "matthews", "stsb": "pearson"}
-"""What LoRA's table of GLUE reports (arXiv 2106.09685, table 2); accuracy for every other task."""
+"""Metrics in LoRA's table of GLUE (arXiv 2106.09685, table 2). All other tasks use accuracy."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SplitSettings:
-    """Where training, validation and test data are: in files, or in a data set of the hub."""
+    """Sources of the training, validation and test splits: files, or a data set of the hub."""
 
     path: str | None
     """Id of a data set on the hub, such as `owner/name`, or a folder that `datasets` loads; null reads files."""
     subset: str | None
-    """Name of one of that data set's configurations; null where it has only one."""
+    """Configuration of the data set; null if it has only one."""
     revision: str | None
     """Commit, branch or tag on the hub."""
     train: str
     """Name of a split of `path`. Without `path`: a file, a folder of texts, or a glob such as `shards/*.parquet`."""
     validation: str | None
-    """The same; null takes it from `train`."""
+    """As `train`; null takes the split from `train`."""
     test: str | None
-    """The same; null takes it from `train`."""
+    """As `train`; null takes the split from `train`."""
 
     @property
     def given(self) -> dict[str, str]:
-        """The names of the splits that are set."""
+        """The files or names of the splits that are set."""
         names = {"train": self.train, "validation": self.validation, "test": self.test}
         return {split: name for split, name in names.items() if name is not None}
 
     def check_splits(self) -> None:
-        """Raises ConfigError if two splits are the same, or a setting of the hub has no effect."""
         for key, name in {**self.given, "path": self.path}.items():
             if name is not None and not name.strip():
-                raise ConfigError(f"`data.{key}` must name where data is, but is empty.")
+                raise ConfigError(f"`data.{key}` must name a file or data set, but is empty.")
         if len(set(self.given.values())) < len(self.given):
             raise ConfigError(
                 "`data.train`, `data.validation` and `data.test` must be different, but got "
@@ -88,20 +88,19 @@ class SplitSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class ExampleSettings:
-    """How long an example may be, and how many are used."""
+    """Maximum length and number of examples."""
 
     max_length: AtLeastTwo
-    """Maximum of tokens per example, >= 2; what is longer is cut off."""
+    """Maximum number of tokens per example, >= 2. Longer examples are cut off."""
     max_train_examples: Positive | None
-    """Maximum of training examples, evenly spaced; null uses all."""
+    """Maximum number of training examples, evenly spaced; null uses all."""
     max_validation_examples: Positive | None
-    """Maximum of validation examples, evenly spaced; null uses all."""
+    """Maximum number of validation examples, evenly spaced; null uses all."""
     max_test_examples: Positive | None
-    """Maximum of test examples, evenly spaced; null uses all."""
+    """Maximum number of test examples, evenly spaced; null uses all."""
 
     @property
     def max_examples(self) -> dict[str, int | None]:
-        """Maximum of examples by split."""
         return {
             "train": self.max_train_examples,
             "validation": self.max_validation_examples,
@@ -116,18 +115,18 @@ class BlockSettings:
     block_length: AtLeastTwo
     """Tokens per training and evaluation sequence, >= 2."""
     max_validation_blocks: Positive | None
-    """Maximum of validation blocks, evenly spaced; null uses all."""
+    """Maximum number of validation blocks, evenly spaced; null uses all."""
     max_test_blocks: Positive | None
-    """Maximum of test blocks, evenly spaced; null uses all."""
+    """Maximum number of test blocks, evenly spaced; null uses all."""
     separate_documents: bool
-    """Whether no token attends to an earlier document of its block."""
+    """Whether attention ends at the borders of documents inside a block."""
     metric: TextMetric
-    """The run's score; lower is better for each."""
+    """Metric that is the run's score. For all three, lower is better."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LabelSettings:
-    """How predicted labels are trained on and scored."""
+    """Loss and metric of predicted labels."""
 
     label_smoothing: Fraction
     """Share of each target that is spread evenly over all classes, 0 <= s < 1."""
@@ -167,7 +166,7 @@ class TableConfig(SplitSettings, ExampleSettings, LabelSettings):
     label: str
     """Column of the label: a name, a number, or a list of names."""
     task: Literal["auto", "single_label", "multi_label", "regression"]
-    """What is predicted; `auto` decides by the labels and says so."""
+    """Kind of prediction. `auto` decides from the labels and prints its choice."""
 
     def __post_init__(self) -> None:
         self.check_splits()
@@ -178,20 +177,20 @@ class TableConfig(SplitSettings, ExampleSettings, LabelSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class ChatConfig(SplitSettings, ExampleSettings):
-    """Prompts with completions, or conversations; the loss is on what the assistant says."""
+    """Prompts with completions, or conversations. The loss covers only the answers of the assistant."""
 
     name: Literal["chat"]
     prompt: str | None
-    """Column of the prompt. With `completion` and `messages` also null, the columns are found by name."""
+    """Column of the prompt. If `completion` and `messages` are null too, the columns are found by their usual names."""
     completion: str | None
-    """Column of the text to be learnt."""
+    """Column of the answer, which the model learns."""
     messages: str | None
     """Column of a list of messages, each with `role` and `content`; instead of `prompt` and `completion`."""
     template: Literal["auto", "model", "plain"]
-    """`model`: the tokenizer's chat template; `plain`: texts with `separator` between them; `auto`: the template
-    where the tokenizer has one."""
+    """`model`: the tokenizer's chat template; `plain`: texts with `separator` between them; `auto`: `model` if the
+    tokenizer has a template, else `plain`."""
     separator: str
-    """Stands between the texts of a `plain` template."""
+    """Text between the prompt and the completion of a `plain` template."""
     packing: bool
     """Whether short conversations share one sequence, without attending to each other."""
     generate: bool
@@ -203,8 +202,7 @@ class ChatConfig(SplitSettings, ExampleSettings):
         _check_columns(prompt=self.prompt, completion=self.completion, messages=self.messages)
         if self.messages is not None and (self.prompt, self.completion) != (None, None):
             raise ConfigError(
-                "`data.messages` must be set instead of `data.prompt` and `data.completion`, but got both. "
-                "Leave one out."
+                f"`data.messages` must be null if `data.prompt` or `data.completion` is set, but got {self.messages!r}."
             )
         if (self.prompt is None) != (self.completion is None):
             raise ConfigError(
@@ -217,19 +215,19 @@ class ChatConfig(SplitSettings, ExampleSettings):
 class GlueConfig(ExampleSettings, LabelSettings):
     """A task of the GLUE benchmark (arXiv 1804.07461), from the hub or its cache.
 
-    `metric=auto` takes the task's own: Matthews for `cola`, Pearson for `stsb`, accuracy for the others.
+    `metric=auto` is Matthews' correlation for `cola`, Pearson's for `stsb`, and accuracy for the other tasks.
     """
 
     name: Literal["glue"]
     task: GlueTask
 
     def __post_init__(self) -> None:
-        glue_as_table(self)  # which checks every setting
+        glue_as_table(self)  # a table checks every setting
 
 
 @dataclass(frozen=True, kw_only=True)
 class CustomDataConfig:
-    """A LightningDataModule of the user's own."""
+    """A LightningDataModule of the user."""
 
     name: Literal["own"]
     factory: str
@@ -261,7 +259,7 @@ DataConfig = StdlibConfig | TextConfig | TableConfig | ChatConfig | GlueConfig |
 
 
 def glue_as_table(config: GlueConfig) -> TableConfig:
-    """Returns the settings of a task of GLUE as those of a table of the hub.
+    """Returns the settings of the table on the hub that has a GLUE task.
 
     GLUE hides the labels of its test split, so the test split is taken from training data.
     """
@@ -286,14 +284,13 @@ def glue_as_table(config: GlueConfig) -> TableConfig:
 
 
 def max_tokens_per_example(config: DataConfig) -> int:
-    """Returns the maximum of tokens that one training sequence can have."""
     if isinstance(config, CustomDataConfig):
-        return 1  # not known before it is read: an example is counted as one
+        return 1  # unknown before the data is read
     return config.block_length if isinstance(config, BlockSettings) else config.max_length
 
 
 def check_label_settings(config: TableConfig, task: LabelTask) -> None:
-    """Raises ConfigError if the metric does not fit what is predicted, or a setting of classes has no effect on it."""
+    """Raises ConfigError if the metric does not fit the task, or a setting for classes has no effect."""
     if config.metric not in ("auto", *METRICS_OF_TASK[task]):
         raise ConfigError(
             f"`data.metric` must be one of auto, {', '.join(METRICS_OF_TASK[task])} for `data.task={task}`, "
@@ -307,10 +304,6 @@ def check_label_settings(config: TableConfig, task: LabelTask) -> None:
 
 
 def _check_columns(**columns: str | None) -> None:
-    """Raises ConfigError if two settings name the same column."""
-    seen: dict[str, str] = {}
-    for key, column in columns.items():
-        if column in seen:
-            raise ConfigError(f"`data.{seen[column]}` and `data.{key}` must be two columns, but both are {column!r}.")
-        if column is not None:
-            seen[column] = key
+    for (key, column), (other_key, other) in itertools.combinations(columns.items(), 2):
+        if column is not None and column == other:
+            raise ConfigError(f"`data.{key}` and `data.{other_key}` must be two columns, but both are {column!r}.")

@@ -1,4 +1,4 @@
-"""Settings of the base model: what it is, where it comes from, and what loading it may do."""
+"""Settings of the base model."""
 
 from __future__ import annotations
 
@@ -21,26 +21,25 @@ class ModelConfig:
     kind: ModelKind
     """What it predicts: the next token (`causal_lm`), labels or a number (`classifier`), or a text (`seq2seq`)."""
     path: str | None
-    """Hub id, folder or GGUF file; `embedded:tiny` is inside this package. With `model.factory`, this is the source
-    of the tokenizer; null if the function returns its own."""
+    """Hub id, folder or GGUF file; `embedded:tiny` is inside this package. With `model.factory`, `path` is the source
+    of the tokenizer, or null if the function returns a tokenizer."""
     revision: str | None
     """Version on the hub; a commit, branch or tag."""
     gguf_file: str | None
     """Name of the GGUF file in that folder or on the hub, dequantised as it is loaded; null reads safetensors."""
     factory: str | None
-    """Your own model: `package.module:function`, which returns an `nn.Module` (see docs/models.md); null for none."""
+    """Custom model: `package.module:function`, which returns an `nn.Module` (see docs/models.md); null loads `path`."""
     attention: Attention
     """Implementation of attention; `auto` takes eager for short rows on a CPU, else sdpa."""
     dropout: Fraction | None
-    """Rate of every dropout of the base in training, 0 <= p < 1; 0 turns all of them off, null keeps the model's."""
+    """Rate of every dropout of the base in training, 0 <= p < 1; null keeps the rates of the model."""
     allow_pickle: bool
-    """Whether to read weights from a pickle file where there are no safetensors. Risk: reading a pickle can run code
-    that is hidden in it; torch's restricted reader guards against it, and has had holes."""
+    """Whether to read weights from a pickle file if safetensors are missing. Risk: a pickle can run hidden code.
+    torch's restricted reader guards against that, but has had security holes."""
     trust_remote_code: bool
-    """Whether to run Python code that comes with the model. Risk: it can do whatever you can do on this machine."""
+    """Whether to run Python code that comes with the model. Risk: the code runs with all your rights."""
 
     def __post_init__(self) -> None:
-        """Refuses values out of range and settings that have no effect."""
         self._check_source()
         if self.gguf_file is not None and not self.gguf_file.endswith(".gguf"):
             raise ConfigError(f"`model.gguf_file` must end in .gguf, but got {self.gguf_file!r}.")
@@ -55,5 +54,5 @@ class ModelConfig:
         for key, value in without_effect.items():
             if value is not None:
                 raise ConfigError(
-                    f"`model.{key}` must be null with `model.factory`, but got {value!r}, which has no effect there."
+                    f"`model.{key}` must be null with `model.factory`, but got {value!r}, which has no effect."
                 )

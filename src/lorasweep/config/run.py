@@ -1,7 +1,4 @@
-"""Settings of one run: `RunConfig`, with one dataclass for each folder of `conf/`.
-
-Checks that need neither the model nor the data are made here.
-"""
+"""Settings of one run: `RunConfig`, with one dataclass for each folder of `conf/`."""
 
 from __future__ import annotations
 
@@ -29,8 +26,8 @@ StrategyName = Literal[
     "deepspeed_stage_2",
     "deepspeed_stage_3",
 ]
-"""Names of Lightning's strategies whose processes are started from the command line, and `model_parallel`. Lightning's
-other strategies fork or spawn processes."""
+"""Names of Lightning's strategies. Strategies that fork or spawn processes are missing, because their processes can't
+be started from the command line."""
 
 
 LayerDecay = Annotated[float, (">", 0), ("<=", 1)]
@@ -44,29 +41,29 @@ class OptimConfig:
     lr: PositiveFloat
     """Peak learning rate, > 0."""
     lr_ratio_b: PositiveFloat
-    """Learning rate of B over that of A (LoRA+, arXiv 2402.12354); 1 is plain LoRA."""
+    """Learning rate of B divided by the learning rate of A (LoRA+, arXiv 2402.12354); 1 is plain LoRA."""
     lr_ratio_head: PositiveFloat
-    """Learning rate of a new head and of `method.modules_to_save` over `optim.lr`."""
+    """Learning rate of a new head and of `method.modules_to_save`, divided by `optim.lr`."""
     layer_decay: LayerDecay
-    """Learning rate of a block over that of the block above it (ULMFiT, arXiv 1801.06146, section 3.2), 0 < f <= 1; the
-    embeddings lie below the first block. Such trials run alone."""
+    """Learning rate of a block divided by the rate of the block above it (ULMFiT, arXiv 1801.06146, section 3.2),
+    0 < f <= 1. The embeddings lie below the first block. Trials with a value below 1 run alone."""
     ema_decay: Fraction | None
-    """Decay of an exponential moving average of the weights, 0 <= f < 1. The average is evaluated and saved; null
-    evaluates the weights themselves. Such trials run alone."""
+    """Decay of an exponential moving average of the weights, 0 <= f < 1, which is evaluated and saved; null uses the
+    weights themselves. Trials with an average run alone."""
     weight_decay: NonNegativeFloat
     """Weight decay of matrices. Vectors (biases, norms) do not decay."""
     beta1: Fraction
     beta2: Fraction
     eps: NonNegativeFloat
     clip_norm: PositiveFloat | None
-    """Largest norm of the whole gradient; null does not clip."""
+    """Maximum norm of the whole gradient; null does not clip."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerComponent(Component):
-    """Another optimizer, whose class is `optim._target_`. Its trials run alone.
+    """An optimizer of the class `optim._target_`. Its trials run alone.
 
-    The settings below mean the same as in `OptimConfig`; all others are arguments of the class.
+    The settings below are the same as in `OptimConfig`; all other keys are arguments of the class.
     """
 
     lr: PositiveFloat
@@ -98,8 +95,8 @@ SCHEDULE_ARGUMENTS: Mapping[str, tuple[str, ...]] = {
     "inverse_sqrt": ("timescale",),
     "warmup_stable_decay": ("decay_fraction", "decay_type", "min_lr_ratio", "num_cycles"),
 }
-"""Arguments of each schedule beside `warmup_fraction`, named as in transformers' `get_scheduler`. `decay_fraction`, a
-fraction of the steps, stands for `num_decay_steps`."""
+"""Arguments of each schedule besides `warmup_fraction`, with the names of transformers' `get_scheduler`. Only
+`num_decay_steps` is replaced by `decay_fraction`, a fraction of the steps."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +105,7 @@ class ScheduleConfig:
 
     name: ScheduleName
     warmup_fraction: Fraction
-    """Fraction of the steps in which the rate rises linearly from 0, 0 <= f < 1."""
+    """Fraction of the steps during which the learning rate rises linearly from 0, 0 <= f < 1."""
     arguments: Mapping[str, Any] = field(default_factory=dict, hash=False)
     """Further arguments of the schedule, see `SCHEDULE_ARGUMENTS`."""
 
@@ -134,32 +131,33 @@ class TrainerConfig:
     batch_size: Positive
     """Sequences per optimizer step, >= 1."""
     accumulate: Positive | Literal["auto"]
-    """Micro-batches of one optimizer step, 1 to `trainer.batch_size`; sequences are split by their length. Training is
-    the same for every number. `auto` takes the fewest that leave at most 10 % padding in a pack, and 1 alone."""
+    """Number of micro-batches of one optimizer step, 1 to `trainer.batch_size`. Each has sequences of similar length.
+    The number does not change the training. `auto` is 1 for a trial alone; for a pack, it is the smallest number with
+    at most 10 % padding."""
     eval_batch_size: Positive
-    """Sequences of the greatest length per evaluation batch; a batch of shorter sequences has more."""
+    """Sequences of maximum length per evaluation batch. A batch of shorter sequences has more."""
     eval_every_steps: Positive
-    """Steps between two evaluations on validation data. A run can be pruned, and is checkpointed, at an evaluation."""
+    """Steps between two evaluations on validation data. At an evaluation a run is checkpointed and may be pruned."""
     early_stop_evaluations: Positive | None
-    """Evaluations in a row without a better score after which a run ends; null trains all steps. The schedule keeps
-    the length of all steps."""
+    """Number of evaluations in a row without a better score that end a run; null trains all steps. The schedule does
+    not become shorter."""
     activation_checkpointing: bool
-    """Whether activations are recomputed in the backward pass: it takes less memory and about a third more time."""
+    """Whether activations are recomputed in the backward pass. It needs less memory and about a third more time."""
     compile: bool
-    """Whether the model runs through `torch.compile`. Such trials run alone, because a pack changes its model."""
+    """Whether to use `torch.compile`. Such trials run alone, because the model of a pack changes during training."""
     precision: Literal["auto", "bf16", "fp32"]
     """`auto` takes bf16 if the processor or GPU computes in it, else fp32."""
     device: Literal["auto", "cpu", "gpu"]
     strategy: StrategyName | Component
     """Lightning's strategy. `auto` takes `ddp` for several processes, each with the whole model. `fsdp` and
-    `model_parallel` (FSDP2) shard every block's weights over the processes. Any other is set by `_target_`."""
+    `model_parallel` (FSDP2) shard every block's weights over the processes. Other strategies are set by `_target_`."""
     devices: Positive | Literal["auto"]
-    """Processes per node, each with its own GPU or share of the cores. `auto` takes as many as torchrun or srun
-    started, else as many as there are GPUs. Trials of more than one process run alone."""
+    """Processes per node, each with one GPU or a share of the cores. `auto` is the number that torchrun or srun
+    started, else the number of GPUs. Trials of several processes run alone."""
     num_nodes: Positive
     deterministic: Literal[True, False, "strict"]
-    """`true` uses torch's deterministic implementations where they exist; `strict` also ends a run at an operation
-    without one; `false` takes the fastest."""
+    """`true` uses torch's deterministic implementations where they exist. `strict` also ends a run at an operation
+    without a deterministic implementation. `false` uses the fastest."""
     progress: bool
     """Whether a single run shows a progress bar."""
     profiler: Literal["simple", "advanced", "pytorch"] | Component | None
@@ -172,12 +170,12 @@ class TrainerConfig:
 
     @property
     def wants_processes(self) -> bool:
-        """Whether a run needs a process group, even one with a single process."""
+        """Whether a run needs a process group; it may have a single process."""
         return (self.strategy, self.devices, self.num_nodes) != ("auto", 1, 1)
 
     @property
     def is_sharded(self) -> bool:
-        """Whether each process holds a share of the weights only."""
+        """Whether each process holds only a share of the weights."""
         return self.strategy_name in ("fsdp", "model_parallel", "ModelParallelStrategy")
 
     def __post_init__(self) -> None:
@@ -190,7 +188,7 @@ class TrainerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SeedsConfig:
-    """A seed for each source of randomness, so that one can change while the others stay."""
+    """A seed for each source of randomness, so that users can change a single one."""
 
     init: Seed
     """Seed of the initial values of adapters and new heads."""
@@ -207,14 +205,14 @@ class RunConfig:
     method: MethodConfig
     optim: OptimConfig | OptimizerComponent
     schedule: ScheduleConfig | Component
-    """A `Component` is any torch scheduler; its trials run alone."""
+    """A `Component` is any scheduler of torch; its trials run alone."""
     trainer: TrainerConfig
     logger: Mapping[str, Component] = field(hash=False)
-    """Lightning loggers by name. They get every metric that is in `steps.jsonl`."""
+    """Lightning loggers by name. They get every metric that `steps.jsonl` has."""
     callbacks: Mapping[str, Component] = field(hash=False)
-    """Lightning callbacks by name. Trials with one run alone."""
+    """Lightning callbacks by name. Trials with callbacks run alone."""
     seed: int
-    """Default of every seed below."""
+    """Default of every seed in `seeds`."""
     seeds: SeedsConfig
 
     def __post_init__(self) -> None:
@@ -224,19 +222,14 @@ class RunConfig:
                 f"with `method={self.method.name}`, where it has no effect."
             )
         if self.trainer.is_sharded:
-            self._check_shardable()
-
-    def _check_shardable(self) -> None:
-        if self.method.name not in ("full", "lora"):
-            raise ConfigError(
-                f"`trainer.strategy` must be ddp with `method={self.method.name}`, but got 'fsdp', which is for full "
-                "and lora."
-            )
-        for key, is_set in {
-            "trainer.compile": self.trainer.compile,
-            "optim.ema_decay": self.optim.ema_decay is not None,
-        }.items():
-            if is_set:
-                raise ConfigError(
-                    f"`trainer.strategy` must be ddp with `{key}`, but got 'fsdp', under which weights are not whole."
-                )
+            conflicts = {
+                "method": self.method.name not in ("full", "lora"),
+                "trainer.compile": self.trainer.compile,
+                "optim.ema_decay": self.optim.ema_decay is not None,
+            }
+            for key, is_conflict in conflicts.items():
+                if is_conflict:
+                    raise ConfigError(
+                        f"`trainer.strategy` must be ddp with this value of `{key}`, because no process has whole "
+                        f"weights otherwise, but got {self.trainer.strategy_name!r}."
+                    )

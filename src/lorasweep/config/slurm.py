@@ -10,7 +10,7 @@ from typing import Literal
 from lorasweep.config.limits import NonNegative, Positive, PositiveFloat
 from lorasweep.errors import ConfigError
 
-OWNED_OPTIONS: Mapping[str, str | None] = {
+RESERVED_OPTIONS: Mapping[str, str | None] = {
     **{name: name for name in ("partition", "account", "qos", "constraint", "requeue", "gpus")},
     "time": "timeout_min",
     "signal": "signal_delay_s",
@@ -22,7 +22,7 @@ OWNED_OPTIONS: Mapping[str, str | None] = {
     **dict.fromkeys(("ntasks", "ntasks-per-node"), "processes_per_job"),
     **dict.fromkeys(("job-name", "output", "error", "open-mode")),
 }
-"""sbatch options that lorasweep writes, each with the `worker` key that sets it; None: the user can't set it."""
+"""sbatch options that lorasweep writes, each with the `worker` key that sets the option, or None without a key."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,12 +83,12 @@ class SlurmConfig:
         for name in self.extra:
             if not re.fullmatch(r"[a-z][a-z0-9-]*", name):
                 raise ConfigError(
-                    f"`worker.extra` must have long names of sbatch's options as its keys, but got {name!r}. "
+                    f"the keys of `worker.extra` must be long names of sbatch options, but got {name!r}. "
                     "Write `mail-type` for `--mail-type`."
                 )
-            if name in OWNED_OPTIONS:
-                own = OWNED_OPTIONS[name]
-                advice = f"Set `worker.{own}` instead." if own else "Leave it out: lorasweep sets it by itself."
+            if name in RESERVED_OPTIONS:
+                key = RESERVED_OPTIONS[name]
+                remedy = f"Set `worker.{key}` instead." if key else "Leave it out."
                 raise ConfigError(
-                    f"`worker.extra` must hold options that have no key of their own, but got {name!r}. {advice}"
+                    f"`worker.extra` must not have options that lorasweep sets, but got {name!r}. {remedy}"
                 )

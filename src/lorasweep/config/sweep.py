@@ -1,4 +1,4 @@
-"""How a sweep is driven (`conf/sweep.yaml`). The form of a sweep file is in `sweep/definition/sweep_file`."""
+"""Settings of a sweep (`conf/sweep.yaml`). The keys of a sweep file are in `sweep/definition/sweep_file`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class ModelBasedSampler:
 
     name: Literal["tpe", "gp"]
     startup_trials: Positive | None
-    """Number of Sobol points of an arm; null: half of the arm's trials, at most 32."""
+    """Number of Sobol points of an arm. Null: half of the arm's trials, at most 32."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,7 @@ class HalvingPruner:
     reduction_factor: AtLeastTwo
     """One in `reduction_factor` trials continues at each rung."""
     min_survivors: Positive
-    """Smallest number of trials that continue at each rung, once no more can arrive there."""
+    """Minimum number of trials that continue at a rung that no other trial can still reach."""
     criterion: Literal["loss", "metric"]
     """Trials are compared by the sweep's metric, which also picks the winner, or by the validation loss."""
 
@@ -54,13 +54,13 @@ class HalvingPruner:
 
 @dataclass(frozen=True, kw_only=True)
 class MedianPruner:
-    """A trial continues if it is no worse than the median of all trials at the same step, running ones included."""
+    """A trial continues if it is no worse than the median of all trials at the same step, also of running trials."""
 
     name: Literal["median"]
     min_fraction: Fraction
     """Fraction of a run after which every evaluation is a rung."""
     min_trials: Positive
-    """Trials that must have reached a rung before one of them continues."""
+    """Number of trials that must reach a rung before any of them continues."""
     criterion: Literal["loss", "metric"]
     """As for `halving`."""
 
@@ -102,7 +102,7 @@ class LocalWorker:
     num: int
     """Number of workers, which is 1."""
     pack_size: Positive | Literal["auto"]
-    """Largest number of trials that train together on one frozen base; 1 trains each trial alone, `auto` depends on
+    """Maximum number of trials that train together on one frozen base. 1 trains each trial alone; `auto` depends on
     memory and on the number of trials left."""
 
     def __post_init__(self) -> None:
@@ -119,7 +119,7 @@ class RayWorkers:
 
     name: Literal["ray"]
     num: Positive | Literal["auto"]
-    """Number of workers; `auto` takes as many as fit on the cluster, and more when nodes join."""
+    """Number of workers. `auto` starts as many as fit on the cluster, and more when nodes join."""
     cpus: Positive
     """Processor cores of each process of a worker."""
     gpus: NonNegative
@@ -140,9 +140,9 @@ class SweepSettings:
     """Settings of the whole sweep."""
 
     trials: Positive | None
-    """Number of trials of every arm with a space; null keeps each arm's own number."""
+    """Number of trials of every arm with a space; null keeps the number of each arm."""
     seed: NonNegative
-    """Seed of the sampler; each arm has its own random stream."""
+    """Seed of the samplers; each arm draws from a separate random stream."""
     output: str | None
     max_failures: Positive
     """Number of failed trials in a row after which the sweep stops, because the cause is probably not in the trials."""

@@ -71,7 +71,6 @@ def require_trusted(value: Any, *, key: str = "") -> None:
 
 
 def require_trusted_target(target: str, *, key: str) -> None:
-    """Raises ConfigError unless an import path is of a trusted package."""
     package = package_of(target)
     if target != TRUSTED_CLASS and not is_trusted(package):
         raise ConfigError(

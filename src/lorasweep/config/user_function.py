@@ -15,7 +15,6 @@ from lorasweep.errors import ConfigError, describe_error
 
 
 def check_function_name(key: str, name: str) -> None:
-    """Raises ConfigError unless a name has the form `package.module:function`."""
     if not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*", name):
         raise ConfigError(f"`{key}` must have the form `package.module:function`, but got {name!r}.")
 

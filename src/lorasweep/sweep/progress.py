@@ -118,8 +118,11 @@ def report_status(folder: Path, on_status: Callable[[SweepStatus], None]) -> Ite
         is_last = False
         while not is_last:
             is_last = stop.wait(POLL_INTERVAL_S)
+            status = None
             with suppress(RecordError, OSError):  # the folder is being moved, or its disk is away for a while
-                on_status(read())
+                status = read()
+            if status is not None:
+                on_status(status)  # outside of `suppress`: an OSError of the user's own function is shown
 
     on_status(read())  # not in the thread, so that the sweep is shown before any trial has ended
     thread = threading.Thread(target=poll)
@@ -140,4 +143,4 @@ def show_until_over(folder: Path, console: Console) -> None:
             time.sleep(POLL_INTERVAL_S)
             with suppress(RecordError, OSError):
                 status = read_status(folder)
-                display(status)
+            display(status)
