@@ -1,6 +1,6 @@
 """Records of runs and sweeps on disk: `run.json` and `sweep.json`, each written whole and without secrets.
 
-The fields of the classes below are the format of the files. Reading a record runs no code.
+The classes below define the format of the files. Reading a record runs no code.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ VERSION = 1
 """Version of the format. Records of another version are refused."""
 
 RunStatus = Literal["running", "complete", "paused", "pruned", "failed", "infeasible", "interrupted"]
-"""A `paused` run stopped at an evaluation and may resume from its checkpoint; `pruned`: it was paused until its sweep
-ended."""
+"""A `paused` run stopped at an evaluation and may continue from its checkpoint. A `pruned` run was still paused at the
+end of its sweep."""
 TrialState = Literal["running", "paused", "complete", "pruned", "failed", "infeasible"]
 ConfirmState = Literal["running", "complete", "failed", "infeasible"]
 
 
 @dataclass(kw_only=True)
 class RunRecord:
-    """Settings, surroundings and results of one run, by which it can be repeated and checked."""
+    """Settings, environment and results of one run: enough to repeat and check it."""
 
     format: str = "lorasweep.run"
     version: int = VERSION
@@ -50,15 +50,15 @@ class RunRecord:
     """The resolved `RunConfig`, nested."""
     arm: str | None = None
     trial: int | None = None
-    """Number of the trial in its arm; in the confirm stage that of the arm's winner; null for a single run."""
+    """Number of the trial in its arm. In the confirm stage: number of the arm's best trial. Null for a single run."""
     pack: dict[str, Any] | None = None
     """`slot`, the number of `slots` when the run joined the pack, and `shared_draws`: whether a fused kernel drew the
-    dropout of attention for all slots at once, so that the run differs from one alone. Null for a run alone."""
+    attention's dropout for all slots at once, so that a run alone would differ. Null for a run alone."""
     metric: str
     """The score's name, such as `bits_per_byte`."""
     direction: Direction
     command: dict[str, Any] = field(default_factory=dict)
-    """`words` of the command line, and the `folder` in which it was typed; relative paths start there."""
+    """`words` of the command line, and the current `folder`, where relative paths start."""
     code: dict[str, Any] = field(default_factory=dict)
     """`version` of lorasweep. A git checkout also has `commit` and `modified`; a modified one has `patch` (`file`
     and `sha256`)."""
@@ -67,9 +67,9 @@ class RunRecord:
     """`python`, `os`, `processor`, `instructions`, `cores`, `threads`, `device`, `gpu`, `cuda`, `cudnn`, `precision`,
     `matmul_precision`. A run of several processes also has `processes` and `strategy`."""
     environment: dict[str, str] = field(default_factory=dict)
-    """Environment variables that can change numbers (`training.environment.NUMERIC_VARIABLES`), no others."""
+    """Environment variables that can change results (`training.environment.NUMERIC_VARIABLES`)."""
     data: dict[str, Any] = field(default_factory=dict)
-    """Per part (`train`, `validation`, `test`): `fingerprint`, `bytes`, and `documents` and `blocks` or `rows`."""
+    """By split (`train`, `validation`, `test`): `fingerprint`, `bytes`, and `documents` and `blocks` or `rows`."""
     notes: list[str] = field(default_factory=list)
     """Sentences on the data: splits, duplicates, the majority class."""
     batching: dict[str, Any] = field(default_factory=dict)
@@ -81,7 +81,7 @@ class RunRecord:
     """UTC, ISO 8601."""
     ended_at: str | None = None
     wall_s: float = 0.0
-    """Seconds in all sessions of the run. A run in a pack counts the pack's time over the number of slots in use."""
+    """Seconds of training, also before a resume. In a pack: the pack's seconds divided by the number of used slots."""
     steps_planned: int = 0
     steps_done: int = 0
     tokens_trained: int = 0
@@ -90,17 +90,17 @@ class RunRecord:
     trainable_params: int = 0
     total_params: int = 0
     trainable_fraction: float = 0.0
-    """Trained parameters over those of the base model."""
+    """Number of trained parameters divided by the number of parameters of the base model."""
     adapter_bytes: int = 0
     """Size of the weights in `best/`: the adapter, the head, or the whole model for `method=full`."""
     peak_memory_bytes: int = 0
-    """Largest resident memory of the process during the run; on a GPU the largest allocated memory. In a pack it is
-    that of the whole pack."""
+    """Maximum resident memory of the process during the run, or on a GPU the maximum allocated memory. In a pack:
+    memory of the whole pack."""
     best: dict[str, float] = field(default_factory=dict)
     """Validation metrics at the best step, and `step`."""
     last: dict[str, float] = field(default_factory=dict)
     test: dict[str, float] = field(default_factory=dict)
-    """Every metric of the best weights on the test part; empty until a confirm stage scored the run."""
+    """Every metric of the best weights on the test split; empty unless the confirm stage scored the run."""
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     """`bytes` and `sha256` of each kept file, by its path in the run's folder."""
 
@@ -132,13 +132,13 @@ class TrialRow:
 
 @dataclass(kw_only=True)
 class ConfirmRow:
-    """One run of the confirm stage: the best configuration of an arm with a fresh seed, scored once on test data."""
+    """One run of the confirm stage: the best settings of an arm with a fresh seed, scored once on test data."""
 
     arm: str
     trial: int
-    """Number of the arm's winner in its search."""
+    """Number of the arm's best trial in the search."""
     seed: int
-    """Seed of initial values, data order and dropout. The same seeds are used for every arm."""
+    """Seed of initial values, data order and dropout. Every arm uses the same seeds."""
     state: ConfirmState
     run: str
     """The run's folder, relative to the sweep's."""
@@ -158,9 +158,9 @@ class ArmRow:
     name: str
     method: str
     trials: int
-    """Number of trials that were asked for."""
+    """Number of trials that the user asked for."""
     steps: int = 0
-    """Optimizer steps of a whole run, unless `trainer.max_steps` is swept."""
+    """Optimizer steps of a complete run, unless `trainer.max_steps` is swept."""
     settings: dict[str, Any]
     """Dotted keys and values that differ from the defaults."""
     space: dict[str, Any]
@@ -172,7 +172,7 @@ class ArmRow:
     expanded_from: str | None = None
     """The arm in the sweep file whose `expand` made this one."""
     expanded: dict[str, Any] = field(default_factory=dict)
-    """Its own values of the expanded keys."""
+    """Values of the expanded keys in this arm."""
 
 
 @dataclass(kw_only=True)
@@ -187,13 +187,13 @@ class SweepRecord:
     metric: str
     direction: Direction
     definition: dict[str, Any]
-    """Content of the sweep file and overrides, which `--resume` composes again."""
+    """Content of the sweep file, and overrides. `--resume` composes them again."""
     study_prefix: str = ""
-    """Prefix of the names of its Optuna studies, for a database that other sweeps share."""
+    """Prefix of the names of the Optuna studies, which a database with several sweeps needs."""
     source: str | None = None
     """Path of the sweep file."""
     source_sha256: str | None = None
-    """Checksum of the sweep file's content when the sweep began."""
+    """SHA-256 of the sweep file when the sweep began."""
     arms: list[ArmRow]
     trials: list[TrialRow] = field(default_factory=list)
     confirm: list[ConfirmRow] = field(default_factory=list)
@@ -208,11 +208,11 @@ class SweepRecord:
     makespan_s: float = 0.0
     """Seconds from start to end, summed over the sessions of a resumed sweep."""
     device: str = ""
-    """Device of the last trials, such as `cpu` or `cuda:0`."""
+    """Device of the last trials: `cpu`, `cuda:0`, ..."""
     threads: int = 0
-    """Processor threads of one operation."""
+    """Number of CPU threads of one operation."""
     telemetry: dict[str, float] = field(default_factory=dict)
-    """Time and memory of all sessions by purpose; the keys are those of `training.telemetry`."""
+    """Time and memory by purpose, with the keys of `training.telemetry`."""
 
 
 T = TypeVar("T")

@@ -282,12 +282,6 @@ def test_a_wrong_command_line_is_refused_before_hydra_sees_it(arguments, message
         check_train_arguments(arguments)
 
 
-@pytest.mark.parametrize("primary", ["train", "sweep"])
-def test_every_group_of_a_defaults_list_is_a_folder(primary):
-    for group in default_options(primary):
-        assert list((packaged_folder("conf") / group).glob("*.yaml")), group
-
-
 OPTIONS = [
     (primary, group, file.stem)
     for primary in ("train", "sweep")

@@ -10,11 +10,9 @@ from lorasweep.config.compose import compose_run
 from lorasweep.config.data import (
     GLUE_COLUMNS,
     METRICS_OF_TASK,
-    CustomMetric,
     GlueTask,
     LabelMetric,
     LabelTask,
-    TextMetric,
     glue_as_table,
     max_tokens_per_example,
 )
@@ -37,7 +35,7 @@ GLUE = {"data": "glue"}
         ({**TABLE, "data.revision": "main"}, ["`data.revision`", "`data.path`", "'main'"]),
         ({**TABLE, "data.text_pair": "text"}, ["`data.text` and `data.text_pair`", "two columns", "'text'"]),
         ({**CHAT, "data.prompt": "a"}, ["`data.prompt` and `data.completion`", "together", "'a'"]),
-        ({**CHAT, "data.prompt": "a", "data.completion": "b", "data.messages": "c"}, ["`data.messages`", "both"]),
+        ({**CHAT, "data.prompt": "a", "data.completion": "b", "data.messages": "c"}, ["`data.messages`", "'c'"]),
         ({**TABLE, "data.max_length": 1}, ["`data.max_length >= 2`", "1"]),
         ({**CHAT, "data.max_test_examples": 0}, ["`data.max_test_examples >= 1`", "0"]),
         ({**GLUE, "data.max_validation_examples": 0}, ["`data.max_validation_examples >= 1`", "0"]),
@@ -78,7 +76,6 @@ def test_longest_example_is_a_block_or_the_longest_that_is_kept():
 
 
 def test_lists_of_metrics_agree():
-    assert set(get_args(CustomMetric)) == {*get_args(LabelMetric), *get_args(TextMetric)} - {"bits_per_byte"}
     assert set(METRICS_OF_TASK) == set(get_args(LabelTask))
     metrics = {metric for metrics in METRICS_OF_TASK.values() for metric in metrics}
     assert {"auto", *metrics} == set(get_args(LabelMetric))

@@ -21,8 +21,8 @@ TextMetric = Literal["bits_per_byte", "loss", "perplexity"]
 LabelMetric = Literal["auto", "accuracy", "f1", "matthews", "pearson", "spearman", "mse", "loss"]
 """Scores of predicted labels. `auto`: accuracy of one label, F1 of several, Pearson's correlation of numbers."""
 LabelTask = Literal["single_label", "multi_label", "regression"]
-CustomTask = Literal["single_label", "multi_label", "regression", "text"]
-CustomMetric = Literal["auto", "accuracy", "f1", "matthews", "pearson", "spearman", "mse", "loss", "perplexity"]
+CustomTask = Literal[LabelTask, "text"]
+CustomMetric = Literal[LabelMetric, "perplexity"]
 GlueTask = Literal["cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli"]
 
 METRICS_OF_TASK: Mapping[LabelTask, tuple[LabelMetric, ...]] = {
@@ -72,7 +72,7 @@ class SplitSettings:
         names = {"train": self.train, "validation": self.validation, "test": self.test}
         return {split: name for split, name in names.items() if name is not None}
 
-    def check_splits(self) -> None:
+    def __post_init__(self) -> None:
         for key, name in {**self.given, "path": self.path}.items():
             if name is not None and not name.strip():
                 raise ConfigError(f"`data.{key}` must name a file or data set, but is empty.")
@@ -150,9 +150,6 @@ class TextConfig(SplitSettings, BlockSettings):
     text: str
     """Column of the texts in a data set of the hub; files are read whole."""
 
-    def __post_init__(self) -> None:
-        self.check_splits()
-
 
 @dataclass(frozen=True, kw_only=True)
 class TableConfig(SplitSettings, ExampleSettings, LabelSettings):
@@ -165,11 +162,11 @@ class TableConfig(SplitSettings, ExampleSettings, LabelSettings):
     """Column of a second text that is read together with the first."""
     label: str
     """Column of the label: a name, a number, or a list of names."""
-    task: Literal["auto", "single_label", "multi_label", "regression"]
+    task: Literal["auto", LabelTask]
     """Kind of prediction. `auto` decides from the labels and prints its choice."""
 
     def __post_init__(self) -> None:
-        self.check_splits()
+        super().__post_init__()
         _check_columns(text=self.text, text_pair=self.text_pair, label=self.label)
         if self.task != "auto":
             check_label_settings(self, self.task)
@@ -198,7 +195,7 @@ class ChatConfig(SplitSettings, ExampleSettings):
     metric: TextMetric
 
     def __post_init__(self) -> None:
-        self.check_splits()
+        super().__post_init__()
         _check_columns(prompt=self.prompt, completion=self.completion, messages=self.messages)
         if self.messages is not None and (self.prompt, self.completion) != (None, None):
             raise ConfigError(
@@ -231,9 +228,9 @@ class CustomDataConfig:
 
     name: Literal["own"]
     factory: str
-    """`package.module:function` that returns it (see docs/data.md). Its code runs."""
+    """`package.module:function` that returns the module (see docs/data.md). The code runs."""
     task: CustomTask
-    """Kind of each example's `labels`: an index, zeros and ones, a number, or the tokens of a text."""
+    """Kind of the `labels` of each example: an index, zeros and ones, a number, or the tokens of a text."""
     labels: tuple[str, ...]
     """Names of the labels in the order of their indices; empty for numbers and text."""
     metric: CustomMetric

@@ -97,7 +97,7 @@ def render_status(status: SweepStatus) -> RenderableType:
 
 
 def describe_params(params: Mapping[str, Any]) -> str:
-    """Returns swept settings in one line: `method.rank=8 optim.lr=0.0123`."""
+    """Returns swept values in one line: `method.rank=8 optim.lr=0.0123`."""
     return " ".join(f"{key}={format_setting(value)}" for key, value in params.items())
 
 
@@ -125,7 +125,7 @@ def _running_lines(record: SweepRecord) -> Iterator[str]:
 
 
 def params_of(row: TrialRow | ConfirmRow, record: SweepRecord) -> dict[str, Any]:
-    """Returns the swept settings of a trial; for a confirm run, the settings of its trial and its seed."""
+    """Returns the swept values of a run; in the confirm stage, those of the arm's best trial and the seed."""
     if isinstance(row, TrialRow):
         return row.params
     for trial in record.trials:

@@ -57,7 +57,7 @@ class Arm:
     """The keys and values that distinguish it from the other arms of that `expand`."""
 
     def compose(self, params: Mapping[str, Any]) -> RunConfig:
-        """Returns the settings of a trial with these values of the searched keys."""
+        """Returns the settings of a trial with these values of the swept keys."""
         with naming_arm(self.name):
             return compose_with_multiplier({**self.settings, **params, "trainer.progress": False})
 
@@ -199,7 +199,7 @@ def _build_arm(arm: ExpandedArm, file: SweepFile, overrides: Mapping[str, Any], 
 def _layer_run(
     layers: Sequence[Mapping[str, Any]], *, arm: ExpandedArm, used: set[str]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Returns the settings of an arm's runs, and its searched keys with their ranges.
+    """Returns the settings of an arm's runs, and its swept keys with their ranges.
 
     Args:
         layers: Settings of runs: from the file, from the arm and from its expansion; then from the command line for all
@@ -245,7 +245,7 @@ def _parse_space(settings: Mapping[str, Any], ranges: Mapping[str, Any]) -> Spac
 
 
 def _is_whole(key: str, range_: Any, config: Any) -> bool:
-    """Returns whether a searched key holds whole numbers, from its value in an arm's composed settings."""
+    """Returns whether a swept key holds whole numbers, from its value in an arm's composed settings."""
     for name in (ALPHA if key == MULTIPLIER else key).split("."):
         if not isinstance(config, Mapping) or name not in config:
             # an argument that its class has a default for; a key that is no setting is refused with the corners

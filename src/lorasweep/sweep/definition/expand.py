@@ -29,7 +29,7 @@ def expand_arms(file: SweepFile, overrides: Mapping[str, Any], *, used: set[str]
     The override `arms.ARM.expand.KEY` sets other values. `used` receives the keys of such overrides.
 
     Raises:
-        ConfigError: A key has no values or is also searched, or two arms have the same name.
+        ConfigError: A key has no values or is also swept, or two arms have the same name.
     """
     arms: dict[str, ExpandedArm] = {}
     for name, config in file.arms.items():

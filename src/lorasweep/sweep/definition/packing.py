@@ -102,7 +102,7 @@ def _why_alone(arm: Arm) -> str | None:
     """Returns a sentence that says why the arm's trials must run alone; None if they can share packs."""
     for key in arm.space:
         if key.split(".")[0] not in SLOT_GROUPS:
-            return f"`{key}` is searched, but all slots of a pack must share it, so its trials run alone."
+            return f"`{key}` is swept, but all slots of a pack must share it, so its trials run alone."
     for config in arm.corners:
         if not isinstance(config.method, LoraConfig):
             return f"`method={config.method.name}` has no slots on a frozen base, so its trials run alone."
