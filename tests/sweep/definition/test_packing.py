@@ -83,7 +83,7 @@ def test_a_swept_schedule_with_a_name_is_packed(write_file, content):
 
 def test_a_swept_setting_that_slots_share_runs_alone(write_file, content):
     content["arms"]["lora"]["space"]["trainer.batch_size"] = [2, 4]
-    assert "`trainer.batch_size` is searched" in plan(write_file, content)["lora"].reason
+    assert "`trainer.batch_size` is swept" in plan(write_file, content)["lora"].reason
 
 
 def test_a_model_of_the_users_own_runs_alone(write_file, content):
