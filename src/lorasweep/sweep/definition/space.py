@@ -15,11 +15,11 @@ from lorasweep.wording import nearest
 
 RANGE_KEYS = ("low", "high", "log", "step")
 Space = dict[str, BaseDistribution]
-"""The distribution of each searched key."""
+"""The distribution of each swept key."""
 
 
 def parse_range(key: str, value: Any, *, is_whole: bool) -> BaseDistribution:
-    """Returns the distribution of one searched key.
+    """Returns the distribution of one swept key.
 
     Args:
         key: Dotted key, for messages.

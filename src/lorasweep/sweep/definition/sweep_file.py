@@ -34,7 +34,7 @@ class ArmConfig:
     settings: Mapping[str, Any]
     """Dotted keys and values of this arm, which replace settings of the whole sweep."""
     space: Mapping[str, Any]
-    """Searched keys: for each a list of choices, or a mapping with `low`, `high`, and `log` or `step`."""
+    """Swept keys: for each a list of choices, or a mapping with `low`, `high`, and `log` or `step`."""
     trials: Positive | None
     """Trials of the search; None if the file gives no number."""
     expand: Mapping[str, Any]
