@@ -123,7 +123,7 @@ class TrainingWorker:
             self.assignment = timed("take", controller.take, worker=self.name, request=self.requests)
             if self.assignment is not None:
                 trainer = self.assignment.config.trainer
-                done = paused_at.get(self.assignment.place.folder.name, 0)
+                done = paused_at.get(self.assignment.run_folder.path.name, 0)
                 self.steps = list(
                     range(done + trainer.eval_every_steps, trainer.max_steps + 1, trainer.eval_every_steps)
                 )
@@ -149,8 +149,8 @@ class TrainingWorker:
             steps_done=step,
         )
         if self.steps:  # the end of the search reads the records of paused runs
-            paused_at[assignment.place.folder.name] = step
-            write_record(record, assignment.place.folder)
+            paused_at[assignment.run_folder.path.name] = step
+            write_record(record, assignment.run_folder.path)
         timed("tell", controller.tell, assignment, record)
         self.assignment = None
 

@@ -31,7 +31,7 @@ from lorasweep.sweep.definition.sweep_file import find_sweep_file
 from lorasweep.training.inputs import build_inputs
 from lorasweep.training.restore import restore_config
 from lorasweep.training.run import train_run
-from lorasweep.training.run_log import RunPlace
+from lorasweep.training.run_log import RunFolder
 
 QUICK = (
     "trainer.max_steps=8",
@@ -139,7 +139,7 @@ def repeat_alone(trials: Sequence[RunRecord], folder: Path) -> Side:
     configs = [restore_config(record) for record in trials]
     inputs = build_inputs(configs[0])
     started = time.monotonic()
-    records = [train_run(config, RunPlace(folder=folder / str(n)), inputs=inputs) for n, config in enumerate(configs)]
+    records = [train_run(config, RunFolder(path=folder / str(n)), inputs=inputs) for n, config in enumerate(configs)]
     return Side(seconds=time.monotonic() - started, records=records)
 
 

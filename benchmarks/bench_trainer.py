@@ -28,7 +28,7 @@ import transformers
 from lorasweep.config.compose import compose_run
 from lorasweep.training.inputs import build_inputs
 from lorasweep.training.run import train_run
-from lorasweep.training.run_log import RunPlace
+from lorasweep.training.run_log import RunFolder
 
 BATCH_SIZE = 16
 
@@ -65,7 +65,7 @@ def run_ours(arguments: argparse.Namespace) -> Outcome:
     inputs = build_inputs(config)
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()
-        record = train_run(config, RunPlace(folder=Path(folder) / "run"), inputs=inputs)
+        record = train_run(config, RunFolder(path=Path(folder) / "run"), inputs=inputs)
         wall_s = time.perf_counter() - started
     train_s = record.tokens_trained / record.tokens_per_s
     return Outcome(wall_s=wall_s, train_s=train_s, accuracy=record.best["accuracy"], tokens_per_s=record.tokens_per_s)

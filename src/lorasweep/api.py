@@ -46,7 +46,7 @@ from lorasweep.training.prepare import check_run
 from lorasweep.training.processes import join_processes, on_first
 from lorasweep.training.restore import check_same_run, require_trusted_code
 from lorasweep.training.run import train_run as train_in_folder
-from lorasweep.training.run_log import RunPlace
+from lorasweep.training.run_log import RunFolder
 
 __all__ = ["load_run", "load_sweep", "resume_sweep", "run_sweep", "train_run"]
 
@@ -193,8 +193,8 @@ def train_config(config: RunConfig, *, output: str | None, resume: bool) -> RunR
         for note in inputs.notes if group.is_global_zero else ():
             say(f"• {note}", file=sys.stderr)
         with StopSignal() as stop:
-            place = RunPlace(folder=folder)
-            record = train_in_folder(config, place, inputs=inputs, stop_requested=stop, resume=resume)
+            run_folder = RunFolder(path=folder)
+            record = train_in_folder(config, run_folder, inputs=inputs, stop_requested=stop, resume=resume)
         if group.is_global_zero and record.status != "interrupted":
             swept = {"method": config.method.name, "optim.lr": config.optim.lr, "seed": config.seed}
             write_run_hparams(record, folder, swept)

@@ -22,7 +22,7 @@ from lorasweep.runs.export import appearing_whole, export_run
 from lorasweep.training.inputs import build_inputs
 from lorasweep.training.restore import restore_base, restore_config, restore_model
 from lorasweep.training.run import train_run
-from lorasweep.training.run_log import RunPlace
+from lorasweep.training.run_log import RunFolder
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT
 
@@ -55,7 +55,7 @@ def trained(make_config, inputs, tmp_path_factory):
         key = json.dumps(settings or {}, sort_keys=True)
         if key not in folders:
             folders[key] = tmp_path_factory.mktemp("run") / "run"
-            train_run(make_config(settings), RunPlace(folder=folders[key]), inputs=inputs)
+            train_run(make_config(settings), RunFolder(path=folders[key]), inputs=inputs)
         return folders[key]
 
     return train

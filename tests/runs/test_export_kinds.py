@@ -16,7 +16,7 @@ from lorasweep.runs.export import export_run
 from lorasweep.training.inputs import build_inputs
 from lorasweep.training.restore import restore_base, restore_config, restore_model
 from lorasweep.training.run import train_run
-from lorasweep.training.run_log import RunPlace
+from lorasweep.training.run_log import RunFolder
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),  # what PEFT calls in transformers
@@ -77,7 +77,7 @@ def train(folder, tmp_path):
             "optim.lr": 1e-2,
         }
         config = compose_run({**short, **data, **settings})
-        train_run(config, RunPlace(folder=tmp_path / "run"), inputs=build_inputs(config))
+        train_run(config, RunFolder(path=tmp_path / "run"), inputs=build_inputs(config))
         return tmp_path / "run"
 
     return train

@@ -18,14 +18,14 @@ from lorasweep.runs.reproduce import PACK_TOLERANCE, config_as_run, reproduce_ru
 from lorasweep.training.packs.pack import train_pack
 from lorasweep.training.packs.slots import RunRequest
 from lorasweep.training.run import train_run
-from lorasweep.training.run_log import RunPlace
+from lorasweep.training.run_log import RunFolder
 
 
 @pytest.fixture(scope="module")
 def finished(make_config, inputs, tmp_path_factory):
     """A LoRA run with dropout, of 4 steps and 2 evaluations."""
     folder = tmp_path_factory.mktemp("finished") / "run"
-    train_run(make_config({"method.dropout": 0.1}), RunPlace(folder=folder), inputs=inputs)
+    train_run(make_config({"method.dropout": 0.1}), RunFolder(path=folder), inputs=inputs)
     return folder
 
 
@@ -129,7 +129,7 @@ def test_more_steps_than_there_are_repeat_all(repeat):
 
 def test_a_paused_run_is_repeated_up_to_its_end(make_config, inputs, tmp_path):
     run = tmp_path / "paused"
-    train_run(make_config(), RunPlace(folder=run), inputs=inputs, on_evaluation=lambda step, value: False)
+    train_run(make_config(), RunFolder(path=run), inputs=inputs, on_evaluation=lambda step, value: False)
     found = reproduce_run(run, output=tmp_path / "again")
     assert (found.verdict, found.comparison.num_steps, found.comparison.num_evaluations) == ("identical", 2, 1)
 
@@ -138,7 +138,7 @@ def test_a_run_that_diverged_diverges_again(make_config, inputs, tmp_path):
     run = tmp_path / "diverged"
     config = make_config({"optim.lr": 1e30, "optim.clip_norm": None})
     with pytest.raises(Diverged, match="NaN or infinite"):
-        train_run(config, RunPlace(folder=run), inputs=inputs)
+        train_run(config, RunFolder(path=run), inputs=inputs)
     found = reproduce_run(run, output=tmp_path / "again")
     assert found.verdict == "identical"
     assert read_run(found.folder).status == "failed"
@@ -146,7 +146,7 @@ def test_a_run_that_diverged_diverges_again(make_config, inputs, tmp_path):
 
 def test_a_run_that_trained_nothing_is_repeated(make_config, inputs, tmp_path):
     run = tmp_path / "frozen"
-    train_run(make_config({"method": "frozen"}), RunPlace(folder=run), inputs=inputs)
+    train_run(make_config({"method": "frozen"}), RunFolder(path=run), inputs=inputs)
     found = reproduce_run(run, output=tmp_path / "again")
     assert (found.verdict, found.comparison.num_steps, found.comparison.num_evaluations) == ("identical", 0, 1)
 
@@ -155,7 +155,7 @@ def test_a_run_of_a_pack_is_repeated_alone_within_the_tolerance_of_rounding(make
     jobs = [
         RunRequest(
             config=make_config({"method.rank": rank}),
-            place=RunPlace(folder=tmp_path / f"slot-{rank}"),
+            run_folder=RunFolder(path=tmp_path / f"slot-{rank}"),
             on_end=lambda record: None,
         )
         for rank in (1, 4)

@@ -25,7 +25,7 @@ from lorasweep.sweep.definition.arms import read_definition
 from lorasweep.sweep.workers.train import train_sweep
 from lorasweep.training.packs.slots import RunRequest, SlotEvaluation
 from lorasweep.training.packs.state import PackState, SlotState, write_pack_state
-from lorasweep.training.run_log import RunPlace
+from lorasweep.training.run_log import RunFolder
 from lorasweep.training.telemetry import Telemetry
 
 CONTENT: dict[str, Any] = {
@@ -146,7 +146,7 @@ class MadeUpRuns:
     def __call__(
         self,
         config: RunConfig,
-        place: RunPlace,
+        run_folder: RunFolder,
         *,
         inputs: Any,
         on_evaluation: Callable[[int, dict[str, float]], bool],
@@ -154,18 +154,18 @@ class MadeUpRuns:
         resume: bool,
     ) -> RunRecord:
         assert resume
-        assert place.arm is not None
-        assert place.trial is not None
-        self.begun.append((place.arm, place.trial))
+        assert run_folder.arm is not None
+        assert run_folder.trial is not None
+        self.begun.append((run_folder.arm, run_folder.trial))
         every, last = config.trainer.eval_every_steps, config.trainer.max_steps
-        for step in range(self.steps_done.get(place.folder, 0) + every, last + 1, every):
-            goes_on = on_evaluation(step, {config.data.metric: self.evaluate(config, place.folder, step)})
-            self.steps_done[place.folder] = step
+        for step in range(self.steps_done.get(run_folder.path, 0) + every, last + 1, every):
+            goes_on = on_evaluation(step, {config.data.metric: self.evaluate(config, run_folder.path, step)})
+            self.steps_done[run_folder.path] = step
             if step < last and not goes_on:
-                return self.close(config, place.folder, step, "paused")
+                return self.close(config, run_folder.path, step, "paused")
             if step < last and stop_requested():
-                return self.close(config, place.folder, step, "interrupted")
-        return self.close(config, place.folder, last, "complete")
+                return self.close(config, run_folder.path, step, "interrupted")
+        return self.close(config, run_folder.path, last, "complete")
 
     def evaluate(self, config: RunConfig, folder: Path, step: int) -> float:
         """Trains a run up to its next evaluation and returns its score there."""
@@ -255,9 +255,9 @@ class MadeUpPacks:
                     self._interrupt(job, steps[job])
                 return False
             living = [job for job in jobs if self._advance(job, steps, every=trainer.eval_every_steps)]
-            values = [self.runs.values[job.place.folder][steps[job]] for job in living]
+            values = [self.runs.values[job.run_folder.path][steps[job]] for job in living]
             evaluated = [
-                SlotEvaluation(request=job, step=steps[job], values={job.config.data.metric: value})
+                SlotEvaluation(request=job, step=steps[job], metrics={job.config.data.metric: value})
                 for job, value in zip(living, values, strict=True)
             ]
             goes_on = dict(zip(living, on_evaluation(evaluated) if living else [], strict=True))
@@ -277,9 +277,9 @@ class MadeUpPacks:
     def _advance(self, job: RunRequest, steps: dict[RunRequest, int], *, every: int) -> bool:
         """Trains a slot up to its next evaluation and returns whether its run goes on."""
         steps[job] += every
-        self.trained.append((job.place.folder.name, steps[job]))
+        self.trained.append((job.run_folder.path.name, steps[job]))
         try:
-            self.runs.evaluate(job.config, job.place.folder, steps[job])
+            self.runs.evaluate(job.config, job.run_folder.path, steps[job])
         except Diverged as error:
             job.on_end(error)
             return False
@@ -290,26 +290,26 @@ class MadeUpPacks:
         if not done and goes_on:
             return False
         if not done:
-            self.checkpoints.setdefault(job.place.folder, set()).add(step)
-        job.on_end(self.runs.close(job.config, job.place.folder, step, "complete" if done else "paused"))
+            self.checkpoints.setdefault(job.run_folder.path, set()).add(step)
+        job.on_end(self.runs.close(job.config, job.run_folder.path, step, "complete" if done else "paused"))
         return True
 
     def _first_step(self, job: RunRequest) -> int:
-        kept = self.checkpoints.get(job.place.folder, set())
+        kept = self.checkpoints.get(job.run_folder.path, set())
         assert job.start_step is None or job.start_step == 0 or job.start_step in kept
         return max(kept, default=0) if job.start_step is None else job.start_step
 
     def _interrupt(self, job: RunRequest, step: int) -> None:
         if step:
-            self.runs.close(job.config, job.place.folder, step, "interrupted")
+            self.runs.close(job.config, job.run_folder.path, step, "interrupted")
 
     def _commit(self, jobs: Sequence[RunRequest], steps: Mapping[RunRequest, int], state_file: Path) -> None:
         if not jobs:
             state_file.unlink(missing_ok=True)
             return
         for job in jobs:
-            self.checkpoints.setdefault(job.place.folder, set()).add(steps[job])
-        slots = tuple(SlotState(folder_name=job.place.folder.name, step=steps[job]) for job in jobs)
+            self.checkpoints.setdefault(job.run_folder.path, set()).add(steps[job])
+        slots = tuple(SlotState(folder_name=job.run_folder.path.name, step=steps[job]) for job in jobs)
         write_pack_state(state_file, PackState(slots=slots, shared_stream=""))
 
 

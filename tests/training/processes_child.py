@@ -19,7 +19,7 @@ from lorasweep.stop_signal import StopSignal
 from lorasweep.training.inputs import InputsCache
 from lorasweep.training.processes import join_processes
 from lorasweep.training.run import train_run
-from lorasweep.training.run_log import RunPlace
+from lorasweep.training.run_log import RunFolder
 
 SETTINGS = {
     "data.block_length": 32,
@@ -79,7 +79,7 @@ class Child:
         config = config_of(trainer__devices=2, **settings)
         try:
             record = train_run(
-                config, RunPlace(folder=self.out / name), inputs=self.inputs_cache.load(config), **(hooks or {})
+                config, RunFolder(path=self.out / name), inputs=self.inputs_cache.load(config), **(hooks or {})
             )
             self.outcomes[name] = [record.status, record.steps_done, record.batching.get("too_large")]
         except Exception as error:

@@ -20,7 +20,7 @@ from lorasweep.training.packs.pack import train_pack
 from lorasweep.training.packs.slots import RunRequest
 from lorasweep.training.restore import restore_config
 from lorasweep.training.run import train_run
-from lorasweep.training.run_log import RunPlace
+from lorasweep.training.run_log import RunFolder
 
 PLATEAU = {
     "schedule._target_": "torch.optim.lr_scheduler.ReduceLROnPlateau",
@@ -32,7 +32,7 @@ PLATEAU = {
 
 
 def train(folder, config, *, inputs, **hooks):
-    return train_run(config, RunPlace(folder=Path(folder)), inputs=inputs, **hooks)
+    return train_run(config, RunFolder(path=Path(folder)), inputs=inputs, **hooks)
 
 
 def rows(folder):
@@ -143,7 +143,7 @@ def test_each_slot_of_a_pack_has_its_own_loggers(tmp_path, make_config, inputs, 
     jobs = [
         RunRequest(
             config=make_config({**settings, "optim.lr": rate, "schedule": name}),
-            place=RunPlace(folder=tmp_path / name),
+            run_folder=RunFolder(path=tmp_path / name),
             on_end=lambda record: None,
         )
         for name, rate in (("polynomial", 1e-3), ("inverse_sqrt", 2e-3))
@@ -158,7 +158,7 @@ def test_each_slot_of_a_pack_has_its_own_loggers(tmp_path, make_config, inputs, 
     )
     assert [own.run_name for own in Memory.runs] == ["polynomial", "inverse_sqrt"]
     for own, job in zip(Memory.runs, jobs, strict=True):
-        folder = job.place.folder
+        folder = job.run_folder.path
         expected = {row["step"]: row for row in read_steps(folder) if "loss" in row}
         for step, metrics in own.metrics:
             if "train/loss" in metrics:

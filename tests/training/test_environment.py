@@ -148,7 +148,7 @@ def test_torch_is_deterministic_within_and_as_before_afterwards(wanted, strict):
 def test_the_command_line_is_that_of_this_process(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["/somewhere/bin/lorasweep", "train", "seed=1"])
-    assert describe_command() == {"words": ["lorasweep", "train", "seed=1"], "folder": str(tmp_path)}
+    assert describe_command() == {"arguments": ["lorasweep", "train", "seed=1"], "folder": str(tmp_path)}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU its own memory is measured")

@@ -7,7 +7,7 @@ from lorasweep.models.attention import AttentionChoice
 from lorasweep.record import read_run
 from lorasweep.training.inputs import InputsCache
 from lorasweep.training.run import train_run
-from lorasweep.training.run_log import RunPlace
+from lorasweep.training.run_log import RunFolder
 
 
 def test_inputs_are_loaded_once_for_all_runs_that_can_share_them(make_config, monkeypatch):
@@ -25,7 +25,7 @@ def test_the_attention_that_was_chosen_is_said_and_recorded(make_config, inputs,
     chosen = replace(inputs, attention=AttentionChoice("eager", "short"))
     told = "Attention is eager: short."
     assert chosen.notes == (*inputs.splits.notes, told)
-    train_run(make_config({"method": "frozen"}), RunPlace(folder=tmp_path), inputs=chosen)
+    train_run(make_config({"method": "frozen"}), RunFolder(path=tmp_path), inputs=chosen)
     assert told in read_run(tmp_path).notes
     assert (
         replace(inputs, attention=AttentionChoice("own", "transformers did not make this model")).notes

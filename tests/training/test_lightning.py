@@ -23,8 +23,9 @@ from lorasweep.config.compose import compose_run
 from lorasweep.errors import ConfigError, RecordError
 from lorasweep.record import read_steps
 from lorasweep.training.inputs import share_inputs
+from lorasweep.training.module import TrainingModule
 from lorasweep.training.run import train_run
-from lorasweep.training.run_log import RunPlace
+from lorasweep.training.run_log import RunFolder
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The `srun` command is available"),  # where Slurm is installed
@@ -81,7 +82,7 @@ def own_run(words, data, tmp_path_factory):
     """The same run as `lorasweep train` trains it."""
     folder = tmp_path_factory.mktemp("own") / "run"
     config = compose_run(parse_overrides(words))
-    train_run(config, RunPlace(folder=folder), inputs=share_inputs(config))
+    train_run(config, RunFolder(path=folder), inputs=share_inputs(config))
     return folder
 
 
@@ -311,3 +312,17 @@ def test_the_guide_runs_as_it_is_written(tmp_path, monkeypatch):
     assert names["trainer"].global_step == 4
     assert len(names["rows"]) == 1
     assert Path(names["best"].last_model_path).is_file()
+
+
+def test_no_two_seeds_and_ranks_share_a_dropout_stream(words, data, monkeypatch):
+    """Under `seed + rank`, rank 1 of seed 0 would draw the masks of rank 0 of seed 1."""
+    first_draws = {}
+    for seed in range(3):
+        for rank in range(3):
+            monkeypatch.setattr(TrainingModule, "global_rank", rank)
+            module = lorasweep.TrainingModule([*words, f"seeds.dropout={seed}"])
+            module.configure_model()
+            first_draws[seed, rank] = torch.rand(4)
+        # a run of one process draws from its seed itself
+        assert torch.equal(first_draws[seed, 0], torch.rand(4, generator=torch.Generator().manual_seed(seed)))
+    assert len({tuple(draws.tolist()) for draws in first_draws.values()}) == 9

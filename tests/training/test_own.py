@@ -17,7 +17,7 @@ from lorasweep.record import read_run
 from lorasweep.training.inputs import build_inputs
 from lorasweep.training.processes import quiet_lightning
 from lorasweep.training.run import train_run
-from lorasweep.training.run_log import RunPlace
+from lorasweep.training.run_log import RunFolder
 
 
 class Points(LightningDataModule):
@@ -77,11 +77,11 @@ def own_points(monkeypatch):
 def test_own_model_learns_own_data(tmp_path, method):
     config = compose_run(SETTINGS | {"method": method} | ({"method.rank": 2} if method == "lora" else {}))
     inputs = build_inputs(config)
-    record = train_run(config, RunPlace(folder=tmp_path / "run"), inputs=inputs)
+    record = train_run(config, RunFolder(path=tmp_path / "run"), inputs=inputs)
     assert record.status == "complete"
     assert record.best["accuracy"] > 0.8  # half of the points by guessing, about as many by the best line
     assert read_run(tmp_path / "run").base["path"] == "own_points:build"
-    again = train_run(config, RunPlace(folder=tmp_path / "again"), inputs=build_inputs(config))
+    again = train_run(config, RunFolder(path=tmp_path / "again"), inputs=build_inputs(config))
     assert again.last == record.last
 
 

@@ -31,7 +31,7 @@ from lorasweep.training.processes import (
     quiet_lightning,
 )
 from lorasweep.training.run import train_run
-from lorasweep.training.run_log import RunPlace
+from lorasweep.training.run_log import RunFolder
 
 pytestmark = pytest.mark.xdist_group("processes")  # so that only one worker of pytest trains what they share
 CHILD = Path(__file__).parent / "processes_child.py"
@@ -82,7 +82,7 @@ def alone(tmp_path_factory):
     def train(name="lora-1", **settings):
         if not (folder / name).exists():
             config = compose_run(SETTINGS | {key.replace("__", "."): value for key, value in settings.items()})
-            train_run(config, RunPlace(folder=folder / name), inputs=inputs)
+            train_run(config, RunFolder(path=folder / name), inputs=inputs)
         return folder / name
 
     return train
@@ -193,7 +193,7 @@ def test_one_process_goes_on_with_what_two_began(trained, strategy):
     assert (record.status, record.steps_done) == ("interrupted", 3)
     assert (record.platform["processes"], record.platform["strategy"]) == (2, strategy)
     config = config_as_run(record)
-    record = train_run(config, RunPlace(folder=folder), inputs=build_inputs(config), resume=True)
+    record = train_run(config, RunFolder(path=folder), inputs=build_inputs(config), resume=True)
     assert (record.status, record.steps_done) == ("complete", 6)
     assert losses(folder) == pytest.approx(losses(trained / f"whole-{strategy}"), **ROUNDING)
 

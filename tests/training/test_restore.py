@@ -14,7 +14,7 @@ from lorasweep.record import read_run
 from lorasweep.training.prepare import prepare_model
 from lorasweep.training.restore import check_kept_files, restore_base, restore_config, restore_model
 from lorasweep.training.run import train_run
-from lorasweep.training.run_log import RunPlace
+from lorasweep.training.run_log import RunFolder
 
 METHOD_SETTINGS = (
     {"method.dropout": 0.5, "method.init": "orthogonal"},
@@ -30,14 +30,14 @@ TOKENS = torch.arange(24).reshape(2, 12)
 def lora_run(make_config, inputs, tmp_path_factory):
     """The folder of a run of two evaluations."""
     folder = tmp_path_factory.mktemp("runs") / "lora"
-    train_run(make_config(), RunPlace(folder=folder), inputs=inputs)
+    train_run(make_config(), RunFolder(path=folder), inputs=inputs)
     return folder
 
 
 @pytest.mark.parametrize("settings", METHOD_SETTINGS, ids=lambda settings: settings.get("method", "lora"))
 def test_a_restored_model_is_the_trained_one_without_dropout(make_config, inputs, tmp_path, settings):
     config, before = make_config(settings), fingerprint_weights(inputs.base.model)
-    train_run(config, RunPlace(folder=tmp_path), inputs=inputs)
+    train_run(config, RunFolder(path=tmp_path), inputs=inputs)
     assert restore_config(read_run(tmp_path)) == config
     for part in ("best", "last"):
         restored = restore_model(config, inputs.base, folder=tmp_path / part)

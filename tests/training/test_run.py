@@ -25,7 +25,7 @@ from lorasweep.training.environment import has_cpu_bf16
 from lorasweep.training.inputs import build_inputs
 from lorasweep.training.prepare import check_run, prepare_model
 from lorasweep.training.run import train_run
-from lorasweep.training.run_log import RunPlace, prune_paused_run
+from lorasweep.training.run_log import RunFolder, prune_paused_run
 
 ADAPTER = "adapter_model.safetensors"
 KEPT = {
@@ -39,7 +39,7 @@ KEPT = {
 
 
 def train(folder, config, *, inputs, **hooks):
-    return train_run(config, RunPlace(folder=Path(folder)), inputs=inputs, **hooks)
+    return train_run(config, RunFolder(path=Path(folder)), inputs=inputs, **hooks)
 
 
 def losses(folder):
@@ -180,8 +180,8 @@ def test_every_step_and_evaluation_is_logged(finished):
 
 
 def test_the_arm_and_the_trial_are_in_the_record(tmp_path, make_config, inputs):
-    place = RunPlace(folder=tmp_path, arm="lora", trial=3)
-    record = train_run(make_config({"method": "frozen"}), place, inputs=inputs)
+    run_folder = RunFolder(path=tmp_path, arm="lora", trial=3)
+    record = train_run(make_config({"method": "frozen"}), run_folder, inputs=inputs)
     assert (record.arm, record.trial) == ("lora", 3)
     assert read_run(tmp_path) == record
 

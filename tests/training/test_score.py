@@ -19,7 +19,7 @@ from lorasweep.training.packs.slots import RunRequest
 from lorasweep.training.prepare import prepare_model
 from lorasweep.training.restore import restore_model
 from lorasweep.training.run import train_run
-from lorasweep.training.run_log import RunPlace
+from lorasweep.training.run_log import RunFolder
 from lorasweep.training.score import evaluate_model, score_run
 
 
@@ -29,7 +29,7 @@ def trained(make_config, inputs, tmp_path):
 
     def train(settings=None):
         folder = tmp_path / "run"
-        train_run(make_config(settings), RunPlace(folder=folder, arm="lora", trial=0), inputs=inputs)
+        train_run(make_config(settings), RunFolder(path=folder, arm="lora", trial=0), inputs=inputs)
         return folder
 
     return train
@@ -105,7 +105,7 @@ def test_bits_per_byte_count_the_bytes_of_the_test_part(trained, inputs):
 def test_rows_of_perplexity_are_losses_of_which_it_is_the_exponential(make_config, inputs, tmp_path):
     by_perplexity = dataclasses.replace(inputs, splits=dataclasses.replace(inputs.splits, metric="perplexity"))
     config = make_config({"data.metric": "perplexity"})
-    train_run(config, RunPlace(folder=tmp_path), inputs=by_perplexity)
+    train_run(config, RunFolder(path=tmp_path), inputs=by_perplexity)
     record = score_run(tmp_path, inputs=by_perplexity)
     assert record.metric == "perplexity"
     rows = read_rows(tmp_path)
@@ -132,7 +132,7 @@ def test_a_run_in_a_pack_is_scored_like_one_alone(make_config, inputs, tmp_path)
     jobs = [
         RunRequest(
             config=config,
-            place=RunPlace(folder=tmp_path / f"packed-{n}"),
+            run_folder=RunFolder(path=tmp_path / f"packed-{n}"),
             on_end=lambda record: None,
         )
         for n, config in enumerate(configs)
@@ -147,7 +147,7 @@ def test_a_run_in_a_pack_is_scored_like_one_alone(make_config, inputs, tmp_path)
     )
     for n, config in enumerate(configs):
         alone = tmp_path / f"alone-{n}"
-        train_run(config, RunPlace(folder=alone), inputs=inputs)
+        train_run(config, RunFolder(path=alone), inputs=inputs)
         packed = score_run(tmp_path / f"packed-{n}", inputs=inputs).test["loss"]
         assert packed == pytest.approx(score_run(alone, inputs=inputs).test["loss"], rel=1e-4)  # rounding of 4 steps
 
@@ -185,4 +185,4 @@ def test_training_reads_nothing_of_the_test_part(make_config, inputs, tmp_path):
         raise AssertionError("the test split is read in training")
 
     blind = dataclasses.replace(inputs, splits=dataclasses.replace(inputs.splits, test=read))
-    assert train_run(make_config(), RunPlace(folder=tmp_path), inputs=blind).status == "complete"
+    assert train_run(make_config(), RunFolder(path=tmp_path), inputs=blind).status == "complete"

@@ -15,7 +15,7 @@ from lorasweep.training.inputs import InputsCache
 from lorasweep.training.packs.pack import train_pack
 from lorasweep.training.packs.slots import RunRequest
 from lorasweep.training.run import train_run
-from lorasweep.training.run_log import RunPlace
+from lorasweep.training.run_log import RunFolder
 from lorasweep.training.score import score_run
 from lorasweep.training.telemetry import Telemetry, add_telemetry
 
@@ -82,7 +82,7 @@ def test_two_sessions_add_times_and_tokens_and_keep_the_larger_peaks():
 
 
 def test_a_run_alone_is_training_and_evaluating_and_its_tokens_are_counted(make_config, fresh, tmp_path):
-    record = train_run(make_config(), RunPlace(folder=tmp_path / "run"), inputs=fresh)
+    record = train_run(make_config(), RunFolder(path=tmp_path / "run"), inputs=fresh)
     usage = fresh.telemetry.sample()
     assert usage["trained_tokens"] == record.tokens_trained > 0
     assert min(usage["training_s"], usage["evaluating_s"], usage["saving_s"], usage["loading_s"]) > 0
@@ -92,11 +92,11 @@ def test_a_run_alone_is_training_and_evaluating_and_its_tokens_are_counted(make_
 def test_the_tokens_of_a_run_that_goes_on_are_counted_once(make_config, fresh, tmp_path):
     asked = iter(range(100))
     stopped = train_run(
-        make_config(), RunPlace(folder=tmp_path / "run"), inputs=fresh, stop_requested=lambda: next(asked) >= 2
+        make_config(), RunFolder(path=tmp_path / "run"), inputs=fresh, stop_requested=lambda: next(asked) >= 2
     )
     assert stopped.status == "interrupted"
     before = fresh.telemetry.sample()["trained_tokens"]
-    record = train_run(make_config(), RunPlace(folder=tmp_path / "run"), inputs=fresh, resume=True)
+    record = train_run(make_config(), RunFolder(path=tmp_path / "run"), inputs=fresh, resume=True)
     assert 0 < before < record.tokens_trained
     assert fresh.telemetry.sample()["trained_tokens"] == record.tokens_trained
 
@@ -106,7 +106,7 @@ def test_a_packs_tokens_are_those_of_all_its_slots(make_config, fresh, tmp_path)
     jobs = [
         RunRequest(
             config=make_config({"seed": seed}),
-            place=RunPlace(folder=tmp_path / str(seed)),
+            run_folder=RunFolder(path=tmp_path / str(seed)),
             on_end=records.append,
         )
         for seed in range(2)
@@ -125,7 +125,7 @@ def test_a_packs_tokens_are_those_of_all_its_slots(make_config, fresh, tmp_path)
 
 
 def test_scoring_on_test_data_is_evaluating(make_config, inputs, fresh, tmp_path):
-    train_run(make_config(), RunPlace(folder=tmp_path / "run"), inputs=inputs)
+    train_run(make_config(), RunFolder(path=tmp_path / "run"), inputs=inputs)
     score_run(tmp_path / "run", inputs=fresh)
     usage = fresh.telemetry.sample()
     assert (usage["evaluating_s"] > 0, usage["training_s"]) == (True, 0)
@@ -143,7 +143,7 @@ def test_the_peak_stays_when_runs_measure_theirs_anew(make_config, fresh, tmp_pa
         block = np.ones(2**26)  # 512 MiB
         peak = process_peak_bytes()
     del block
-    train_run(make_config(), RunPlace(folder=tmp_path / "run"), inputs=fresh)
+    train_run(make_config(), RunFolder(path=tmp_path / "run"), inputs=fresh)
     assert fresh.telemetry.sample()["peak_memory_bytes"] == pytest.approx(peak, rel=0.01)
     assert process_peak_bytes() < peak - 2**28
 

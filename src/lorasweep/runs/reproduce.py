@@ -24,7 +24,7 @@ from lorasweep.training.inputs import RunInputs, build_inputs
 from lorasweep.training.prepare import check_run
 from lorasweep.training.restore import require_trusted_code, restore_config
 from lorasweep.training.run import never_stop, train_run
-from lorasweep.training.run_log import RunPlace
+from lorasweep.training.run_log import RunFolder
 
 PACK_TOLERANCE = {"fp32": 1e-4, "bf16": 3e-2}
 """Default tolerance for a run that was trained in a pack or by several processes, because sums round otherwise alone.
@@ -131,7 +131,7 @@ def reproduce_run(
         inputs = _build_inputs(config, record)
         check_run(config, inputs.base)
         try:
-            train_run(config, RunPlace(folder=output), inputs=inputs, stop_requested=is_done)
+            train_run(config, RunFolder(path=output), inputs=inputs, stop_requested=is_done)
         except Diverged as error:
             failure = str(error)
     repeated = read_run(output)

@@ -21,10 +21,10 @@ from lorasweep.errors import Diverged
 from lorasweep.training.checkpoint import remove_older_checkpoints, save_checkpoint
 from lorasweep.training.module import TrainingModule
 from lorasweep.training.processes import on_first
-from lorasweep.training.run_log import RunLog, Values, end_at_evaluation
+from lorasweep.training.run_log import Metrics, RunLog, end_at_evaluation
 from lorasweep.training.telemetry import Telemetry
 
-OnEvaluation = Callable[[int, Values], bool]
+OnEvaluation = Callable[[int, Metrics], bool]
 """`on_evaluation(step, values)` takes every metric of an evaluation. It returns whether the run continues; False pauses
 the run."""
 
@@ -210,7 +210,7 @@ class WeightAveraging(lightning.Callback):
         self.means = dict(state_dict["means"])
 
 
-def _validation_values(trainer: lightning.Trainer) -> Values:
+def _validation_values(trainer: lightning.Trainer) -> Metrics:
     prefix = "validation/"
     metrics = trainer.callback_metrics
     return {name.removeprefix(prefix): float(value) for name, value in metrics.items() if name.startswith(prefix)}

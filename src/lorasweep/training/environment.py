@@ -98,7 +98,7 @@ def code_patch() -> str:
 
 
 def describe_command() -> dict[str, Any]:
-    return {"words": [Path(sys.argv[0]).name, *sys.argv[1:]], "folder": str(Path.cwd())}
+    return {"arguments": [Path(sys.argv[0]).name, *sys.argv[1:]], "folder": str(Path.cwd())}
 
 
 def describe_environment() -> dict[str, str]:

@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 import lightning
+import numpy as np
 import torch
 import torch.distributed as dist
 from lightning.pytorch.trainer.states import TrainerFn
@@ -107,8 +108,8 @@ class TrainingModule(lightning.LightningModule):
             mesh = self._device_mesh["data_parallel"]
             shard_model(model, mesh, leave_trained=leave_trained, files=self.base.files)
         self.model = model
-        # each process draws the dropout masks of its own examples, so it needs another random stream
-        torch.manual_seed(self.config.seeds.dropout + self.global_rank)
+        # Each process draws the dropout masks of its own examples, so it needs its own random stream.
+        torch.manual_seed(dropout_seed(self.config.seeds.dropout, rank=self.global_rank))
 
     def setup(self, stage: str) -> None:
         data = self._data_module()
@@ -267,3 +268,9 @@ class TrainingModule(lightning.LightningModule):
                 f"a checkpoint must have exactly the parameters that these settings train, but {wrong[0]!r} differs."
             )
         return type(found)([], [])
+
+
+def dropout_seed(seed: int, *, rank: int) -> int:
+    """Returns the seed of the dropout stream of one process. The first process has the stream of a run alone."""
+    # `seed + rank` would give rank 1 of seed 0 the same stream as rank 0 of seed 1.
+    return seed if rank == 0 else int(np.random.SeedSequence([seed, rank]).generate_state(1)[0])

@@ -39,7 +39,7 @@ from lorasweep.training.processes import (
     quiet_lightning,
     require_same,
 )
-from lorasweep.training.run_log import RunLog, RunPlace, end_at_evaluation, open_record
+from lorasweep.training.run_log import RunFolder, RunLog, end_at_evaluation, open_record
 
 
 def never_stop() -> bool:
@@ -48,7 +48,7 @@ def never_stop() -> bool:
 
 def train_run(
     config: RunConfig,
-    place: RunPlace,
+    run_folder: RunFolder,
     *,
     inputs: RunInputs,
     on_evaluation: OnEvaluation = lambda step, values: True,
@@ -63,7 +63,7 @@ def train_run(
 
     Args:
         config: The run's settings. `inputs` must have their model, data and precision.
-        place: The folder of the run, and its arm and trial.
+        run_folder: The folder of the run, and its arm and trial.
         inputs: Base model and data.
         on_evaluation: Takes the step and the metrics of every evaluation, and returns whether the run continues. Its
             answer has no effect at the last step and when early stopping ends the run.
@@ -84,7 +84,7 @@ def train_run(
                     require_same(inputs.fingerprints())
                 session = _Session(
                     config=config,
-                    place=place,
+                    run_folder=run_folder,
                     inputs=inputs,
                     group=group,
                     on_evaluation=on_evaluation,
@@ -92,7 +92,7 @@ def train_run(
                 )
                 return session.run(resume=resume, too_large=too_large)
         except OutOfMemory:
-            record = read_run(place.folder)
+            record = read_run(run_folder.path)
             micro_batches = int(record.batching.get("micro_batches", 1))
             if group.world_size > 1 or micro_batches >= config.trainer.batch_size or not record.steps_planned:
                 raise
@@ -109,7 +109,7 @@ class _Session:
     """One training from its beginning or a checkpoint to an end or an error, on each of its processes."""
 
     config: RunConfig
-    place: RunPlace
+    run_folder: RunFolder
     inputs: RunInputs
     group: Fabric
     on_evaluation: OnEvaluation
@@ -122,7 +122,7 @@ class _Session:
 
         `too_large` has the micro-batches per step of the attempts that ran out of memory, in order.
         """
-        folder = self.place.folder
+        folder = self.run_folder.path
         record, checkpoint, start_step = on_first(self.group, lambda: self._open(resume=resume, too_large=too_large))
         end = None if checkpoint is None else end_at_evaluation(record, self.config.trainer, pauses=False)
         if end is not None:  # killed after its last evaluation, which must not be written a second time
@@ -155,13 +155,13 @@ class _Session:
 
     def _open(self, *, resume: bool, too_large: list[int]) -> tuple[RunRecord, Path | None, int]:
         """Opens record and log on the first process. Returns the record, the checkpoint to resume from and its step."""
-        config, folder, inputs = self.config, self.place.folder, self.inputs
+        config, folder, inputs = self.config, self.run_folder.path, self.inputs
         did_not_fit = take_failure_note(folder) if resume else None
         if did_not_fit is not None:  # one of several processes ran out of memory, and the run was started again
             too_large = [*read_run(folder).batching.get("too_large", []), did_not_fit]
         # a run of two numbers of micro-batches can't be repeated, so an attempt with more of them begins at step 0
         found = find_checkpoint(folder, kind="last") if resume and not too_large else FoundCheckpoint()
-        record = open_record(config, self.place, inputs, found=found, num_processes=self.group.world_size)
+        record = open_record(config, self.run_folder, inputs, found=found, num_processes=self.group.world_size)
         before = record.batching
         too_large = too_large or before.get("too_large", [])
         if too_large:
@@ -185,7 +185,7 @@ class _Session:
         if status != "paused":  # `RunCallback` has closed a paused run, before its checkpoint
             self.log.close(status, reason)
             if status != "interrupted":
-                remove_checkpoints(self.place.folder)
+                remove_checkpoints(self.run_folder.path)
         return self.log.record
 
     def _train(
@@ -201,7 +201,7 @@ class _Session:
         callbacks = [*build_callbacks(config), callback]
         if config.optim.ema_decay is not None:
             callbacks.append(WeightAveraging(config.optim.ema_decay))
-        loggers = start_loggers(config, self.place.folder, is_first=self.group.is_global_zero)
+        loggers = start_loggers(config, self.run_folder.path, is_first=self.group.is_global_zero)
         status: RunStatus = "complete"
         try:
             with quiet_lightning(), deterministic_algorithms(config.trainer.deterministic):
@@ -260,7 +260,7 @@ class _Session:
             enable_model_summary=False,
             accumulate_grad_batches=accumulate,
             gradient_clip_val=config.optim.clip_norm,  # the module clips by itself, except under DeepSpeed
-            default_root_dir=self.place.folder,
+            default_root_dir=self.run_folder.path,
         )
         # Lightning's SIGTERM handler sends a message to the other processes, whatever they are doing, and raises in the
         # middle of a step. The process keeps its own handler instead.

@@ -45,15 +45,15 @@ from lorasweep.training.environment import (
 )
 from lorasweep.training.inputs import RunInputs
 
-Values = dict[str, float]
+Metrics = dict[str, float]
 """Metrics of one evaluation by name."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunPlace:
+class RunFolder:
     """The folder of a run, and its arm and trial if a sweep started it."""
 
-    folder: Path
+    path: Path
     arm: str | None = None
     trial: int | None = None
 
@@ -102,7 +102,7 @@ class RunLog:
                 raise Diverged(f"the training loss became NaN or infinite at step {row['step']}. Lower `optim.lr`.")
         return rows
 
-    def note_evaluation(self, step: int, values: Values, *, save: Callable[[Path], None]) -> None:
+    def note_evaluation(self, step: int, values: Metrics, *, save: Callable[[Path], None]) -> None:
         """Writes the evaluation after `step` steps, the best and last weights, and the record.
 
         `save` writes the present weights into a folder.
@@ -144,7 +144,7 @@ class RunLog:
             os.fsync(file.fileno())  # the checkpoint that is written next relies on these rows
 
 
-def note_score(record: RunRecord, step: int, values: Values) -> bool:
+def note_score(record: RunRecord, step: int, values: Metrics) -> bool:
     """Writes an evaluation into a record, and returns whether its score is the best so far."""
     record.last, record.steps_done = {"step": step, **values}, step
     sign = 1 if record.direction == "minimize" else -1
@@ -170,11 +170,11 @@ def _keep_rows_up_to(path: Path, step: int) -> None:
 
 
 def open_record(
-    config: RunConfig, place: RunPlace, inputs: RunInputs, *, found: FoundCheckpoint, num_processes: int = 1
+    config: RunConfig, run_folder: RunFolder, inputs: RunInputs, *, found: FoundCheckpoint, num_processes: int = 1
 ) -> RunRecord:
     """Returns a new record, or the record in the folder as it was at the checkpoint that was found."""
     if found.path is not None:
-        return _reopen_record(place.folder, step=found.step, notes=found.notes)
+        return _reopen_record(run_folder.path, step=found.step, notes=found.notes)
     splits = {"train": inputs.splits.train, "validation": inputs.splits.validation}
     platform = describe_platform(inputs.precision, resolve_device(config.trainer))
     if num_processes > 1:
@@ -182,8 +182,8 @@ def open_record(
     return RunRecord(
         status="running",
         config=as_settings(config),
-        arm=place.arm,
-        trial=place.trial,
+        arm=run_folder.arm,
+        trial=run_folder.trial,
         metric=inputs.splits.metric,
         direction=goal_direction(inputs.splits.metric),
         command=describe_command(),

@@ -21,7 +21,7 @@ from lorasweep.runs.inspect.measures import Decomposition, decompose
 from lorasweep.runs.inspect.weight_updates import WeightUpdate
 from lorasweep.training.inputs import RunInputs
 from lorasweep.training.run import train_run
-from lorasweep.training.run_log import RunPlace
+from lorasweep.training.run_log import RunFolder
 
 
 @pytest.fixture
@@ -88,7 +88,7 @@ def trained_runs(tmp_path_factory: pytest.TempPathFactory, make_config: Any, inp
         "frozen": {"method": "frozen"},
     }
     for name, changed in settings.items():
-        train_run(make_config(changed), RunPlace(folder=folder / name), inputs=inputs)
+        train_run(make_config(changed), RunFolder(path=folder / name), inputs=inputs)
     return {name: folder / name for name in settings}
 
 

@@ -26,7 +26,7 @@ from lorasweep.runs.inspect.inspect_run import (
 )
 from lorasweep.runs.inspect.weight_updates import read_weight_updates
 from lorasweep.training.run import train_run
-from lorasweep.training.run_log import RunPlace
+from lorasweep.training.run_log import RunFolder
 
 from .conftest import edit_json, lora
 
@@ -124,7 +124,7 @@ def test_a_run_whose_weights_are_the_bases_is_refused(runs, inputs):
 
 def test_runs_that_changed_different_layers_are_not_compared(runs, inputs, make_config, tmp_path):
     for name in ("q_proj", "k_proj"):
-        train_run(make_config({"method.targets": [name]}), RunPlace(folder=tmp_path / name), inputs=inputs)
+        train_run(make_config({"method.targets": [name]}), RunFolder(path=tmp_path / name), inputs=inputs)
     with pytest.raises(RecordError, match=r"k_proj.*`method\.targets`"):
         inspect_run(tmp_path / "q_proj", other=tmp_path / "k_proj", inputs=inputs, scores=False)
 
@@ -196,7 +196,7 @@ def test_another_base_is_refused(runs, inputs):
 
 
 def test_pissa_comes_back_with_the_rank_that_trained(tmp_path, make_config, inputs):
-    train_run(make_config({"method.init": "pissa"}), RunPlace(folder=tmp_path), inputs=inputs)
+    train_run(make_config({"method.init": "pissa"}), RunFolder(path=tmp_path), inputs=inputs)
     run = read_finished_run(tmp_path)
     found = measure_run(run, inputs, scores=False)
     assert {row.trained_rank for row in found.layers} == {2}

@@ -54,12 +54,12 @@ class Simulation:
         """Trains all slots up to the next evaluation, reports it, and tells how the trials ended or paused."""
         if self.shuffle is not None:
             self.shuffle.shuffle(running)
-        reached = {a: min(self.steps.get(a.place.folder.name, 0) + EVERY, LAST) for a in running}
+        reached = {a: min(self.steps.get(a.run_folder.path.name, 0) + EVERY, LAST) for a in running}
         decisions = self.controller.report([(a, reached[a], self.curve(a, reached[a])) for a in running])
         ended = []
         for assignment, goes_on in zip(running, decisions, strict=True):
             step = reached[assignment]
-            self.steps[assignment.place.folder.name] = step
+            self.steps[assignment.run_folder.path.name] = step
             if step < LAST and goes_on:
                 continue
             ended.append(assignment)
@@ -79,8 +79,8 @@ class Simulation:
             steps_planned=LAST,
             steps_done=step,
         )
-        assignment.place.folder.mkdir(parents=True, exist_ok=True)
-        write_record(record, assignment.place.folder)
+        assignment.run_folder.path.mkdir(parents=True, exist_ok=True)
+        write_record(record, assignment.run_folder.path)
         return record
 
 

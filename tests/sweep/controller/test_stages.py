@@ -151,8 +151,8 @@ def test_a_run_that_was_scored_but_not_told_is_neither_trained_nor_scored_again(
 def test_a_search_run_that_ended_but_was_not_told_is_not_trained_again(begin, work, runs, three_arms, monkeypatch):
     folder = begin(three_arms)
 
-    def run_and_die(config, place, **others):
-        record = runs(config, place, **others)
+    def run_and_die(config, run_folder, **others):
+        record = runs(config, run_folder, **others)
         if len(runs.begun) == 3:
             raise Killed
         return record

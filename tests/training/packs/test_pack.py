@@ -22,7 +22,7 @@ from lorasweep.training.inputs import build_inputs
 from lorasweep.training.packs.pack import train_pack
 from lorasweep.training.packs.slots import RunRequest, SlotEvaluation
 from lorasweep.training.run import train_run
-from lorasweep.training.run_log import RunPlace
+from lorasweep.training.run_log import RunFolder
 
 ADAPTER = "adapter_model.safetensors"
 MIXED = (
@@ -48,7 +48,7 @@ class Outcomes:
     def job(self, folder: Path, config, *, start_step: int | None = None) -> RunRequest:
         return RunRequest(
             config=config,
-            place=RunPlace(folder=folder),
+            run_folder=RunFolder(path=folder),
             start_step=start_step,
             on_end=lambda outcome: self.end(folder.name, outcome),
         )
@@ -92,8 +92,8 @@ def test_packed_runs_equal_runs_alone_while_slots_join_and_leave(make_config, in
     configs = [make_config({**settings, "trainer.accumulate": 2, "trainer.max_steps": 6}) for settings in MIXED]
     outcomes = Outcomes()
     for n, config in enumerate(configs):
-        place = RunPlace(folder=tmp_path / f"alone{n}")
-        train_run(config, place, inputs=inputs, on_evaluation=lambda step, value, n=n: (n, step) != (1, 2))
+        run_folder = RunFolder(path=tmp_path / f"alone{n}")
+        train_run(config, run_folder, inputs=inputs, on_evaluation=lambda step, value, n=n: (n, step) != (1, 2))
     jobs = [outcomes.job(tmp_path / f"pack{n}", config) for n, config in enumerate(configs)]
 
     def pause_one(evaluated):
@@ -119,7 +119,7 @@ def test_packed_runs_equal_runs_alone_in_bf16(make_config, tmp_path):
     configs = [make_config({**settings, "trainer.precision": "bf16", "trainer.max_steps": 6}) for settings in MIXED]
     inputs = build_inputs(configs[0])
     for n, config in enumerate(configs):
-        train_run(config, RunPlace(folder=tmp_path / f"alone{n}"), inputs=inputs)
+        train_run(config, RunFolder(path=tmp_path / f"alone{n}"), inputs=inputs)
     jobs = [Outcomes().job(tmp_path / f"pack{n}", config) for n, config in enumerate(configs)]
     assert train(jobs, tmp_path, inputs=inputs)
     for n in range(len(configs)):
@@ -149,21 +149,21 @@ def test_a_base_that_drops_is_packed_with_a_stream_for_each_slot(make_dropping, 
     configs = make_dropping(attention=0.0, settings=DROPPING)
     inputs, outcomes = build_inputs(configs[0]), Outcomes()
     for n, config in enumerate(configs):
-        train_run(config, RunPlace(folder=tmp_path / f"alone{n}"), inputs=inputs)
+        train_run(config, RunFolder(path=tmp_path / f"alone{n}"), inputs=inputs)
     jobs = [outcomes.job(tmp_path / f"pack{n}", config) for n, config in enumerate(configs)]
     assert train(jobs[:2], tmp_path, inputs=inputs, waiting=jobs[2:])
     for n in range(len(configs)):
         assert_same_losses(tmp_path / f"alone{n}", tmp_path / f"pack{n}", rel=LOSS_TOLERANCE)
         assert read_run(tmp_path / f"pack{n}").pack["shared_draws"] is False
     undropped = dataclasses.replace(configs[1], seeds=dataclasses.replace(configs[1].seeds, dropout=8))
-    train_run(undropped, RunPlace(folder=tmp_path / "other"), inputs=inputs)
+    train_run(undropped, RunFolder(path=tmp_path / "other"), inputs=inputs)
     assert rows(tmp_path / "other")[0][1] != pytest.approx(rows(tmp_path / "alone1")[0][1], rel=LOSS_TOLERANCE)
 
 
 def test_a_base_that_drops_attention_in_its_kernel_is_packed_and_the_record_says_so(make_dropping, tmp_path):
     configs = make_dropping(attention=0.3, settings=DROPPING)
     inputs = build_inputs(configs[0])
-    train_run(configs[0], RunPlace(folder=tmp_path / "alone"), inputs=inputs)
+    train_run(configs[0], RunFolder(path=tmp_path / "alone"), inputs=inputs)
     for seed, name in enumerate(("first", "again")):
         jobs = [Outcomes().job(tmp_path / f"{name}{n}", config) for n, config in enumerate(configs)]
         torch.manual_seed(seed)  # whatever was drawn before
@@ -210,7 +210,9 @@ def test_all_slots_are_reported_in_one_call_in_slot_order_but_those_that_diverge
     reported = []
 
     def report(evaluated):
-        reported.append([(one.request.place.folder.name, one.step, one.values["bits_per_byte"]) for one in evaluated])
+        reported.append(
+            [(one.request.run_folder.path.name, one.step, one.metrics["bits_per_byte"]) for one in evaluated]
+        )
         return [True] * len(evaluated)
 
     jobs = [Outcomes().job(tmp_path / str(n), make_config(own)) for n, own in enumerate(settings)]
@@ -232,8 +234,10 @@ def test_permuted_slots_give_each_run_the_same_value(make_config, inputs, tmp_pa
         found: dict[tuple[str, int], float] = {}
 
         def report(evaluated, found=found):
-            found.update({(one.request.place.folder.name, one.step): one.values["bits_per_byte"] for one in evaluated})
-            return [one.request.place.folder.name != "1" for one in evaluated]
+            found.update(
+                {(one.request.run_folder.path.name, one.step): one.metrics["bits_per_byte"] for one in evaluated}
+            )
+            return [one.request.run_folder.path.name != "1" for one in evaluated]
 
         train(
             [Outcomes().job(folder / str(n), make_config(MIXED[n])) for n in order],
@@ -287,7 +291,7 @@ def test_dropout_is_on_in_a_refilled_slot(make_config, inputs, tmp_path):
         inputs=inputs,
         waiting=[outcomes.job(tmp_path / "late", late)],
     )
-    train_run(late, RunPlace(folder=tmp_path / "alone"), inputs=inputs)
+    train_run(late, RunFolder(path=tmp_path / "alone"), inputs=inputs)
     assert_same_losses(tmp_path / "alone", tmp_path / "late", rel=LOSS_TOLERANCE)
 
 
@@ -297,7 +301,7 @@ def test_packed_runs_equal_runs_alone_on_a_gpu(make_config, tmp_path):
     configs = [make_config({**settings, "trainer.device": "gpu"}) for settings in MIXED]
     inputs = build_inputs(configs[0])
     for n, config in enumerate(configs):
-        train_run(config, RunPlace(folder=tmp_path / f"alone{n}"), inputs=inputs)
+        train_run(config, RunFolder(path=tmp_path / f"alone{n}"), inputs=inputs)
     jobs = [Outcomes().job(tmp_path / f"pack{n}", config) for n, config in enumerate(configs)]
     assert train(jobs[:2], tmp_path, inputs=inputs, waiting=jobs[2:])
     for n in range(len(configs)):
@@ -317,7 +321,7 @@ def test_a_slot_that_gets_no_better_ends_early_as_alone(make_config, inputs, tmp
         return [(one.request, one.step) != (jobs[0], 4) for one in evaluated]
 
     train(jobs, tmp_path, inputs=inputs, on_evaluation=pause_then)
-    alone = train_run(stuck, RunPlace(folder=tmp_path / "alone"), inputs=inputs)
+    alone = train_run(stuck, RunFolder(path=tmp_path / "alone"), inputs=inputs)
     packed = read_run(tmp_path / "stuck")
     assert (packed.status, packed.steps_done, packed.reason) == ("complete", alone.steps_done, alone.reason)
     assert read_run(tmp_path / "better").steps_done == 8

@@ -21,7 +21,7 @@ from lorasweep.training.inputs import build_inputs
 from lorasweep.training.packs.pack import train_pack
 from lorasweep.training.packs.slots import RunRequest, SlotEvaluation
 from lorasweep.training.packs.state import PackState, read_pack_state
-from lorasweep.training.run_log import RunPlace
+from lorasweep.training.run_log import RunFolder
 
 STATE = "pack.json"
 SETTINGS: tuple[dict[str, object], ...] = (
@@ -55,7 +55,7 @@ class Search:
         settings = SETTINGS[int(name.split("-")[1])]
         return RunRequest(
             config=self.make_config(settings),
-            place=RunPlace(folder=self.folder / name),
+            run_folder=RunFolder(path=self.folder / name),
             start_step=start_step,
             on_end=functools.partial(self.ended, name),
         )
@@ -75,10 +75,10 @@ class Search:
 
     def report(self, evaluated: Sequence[SlotEvaluation]) -> list[bool]:
         self.moment("before the report")
-        found = {f"{one.request.place.folder.name} at {one.step}": one.values["bits_per_byte"] for one in evaluated}
+        found = {f"{one.request.run_folder.path.name} at {one.step}": one.metrics["bits_per_byte"] for one in evaluated}
         self.values |= found
         self.moment("after the report")
-        return [(one.request.place.folder.name, one.step) not in PAUSES for one in evaluated]
+        return [(one.request.run_folder.path.name, one.step) not in PAUSES for one in evaluated]
 
     def begin(self, *, inputs, slots: int = 3) -> bool:
         return self.train([self.job(self.waiting.pop(0)) for _ in range(slots)], inputs=inputs)
@@ -130,7 +130,7 @@ class Recorder:
             self.take("after the commit")
 
         def save(run, state) -> None:
-            self.take(f"before a checkpoint of {run.request.place.folder.name}")
+            self.take(f"before a checkpoint of {run.request.run_folder.path.name}")
             true_save(run, state)
 
         def replace(source, target, **given) -> None:

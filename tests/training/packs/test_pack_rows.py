@@ -17,7 +17,7 @@ from lorasweep.training.inputs import build_inputs
 from lorasweep.training.packs.pack import train_pack
 from lorasweep.training.packs.slots import RunRequest
 from lorasweep.training.run import train_run
-from lorasweep.training.run_log import RunPlace
+from lorasweep.training.run_log import RunFolder
 
 ADAPTER = "adapter_model.safetensors"
 WORDS = [f"w{n}" for n in range(40)]
@@ -97,10 +97,10 @@ def test_packed_rows_of_different_lengths_train_as_alone(make, tmp_path, kind, m
     inputs = build_inputs(configs[0])
     jobs = []
     for n, config in enumerate(configs):
-        alone = RunPlace(folder=tmp_path / f"alone{n}")
+        alone = RunFolder(path=tmp_path / f"alone{n}")
         train_run(config, alone, inputs=inputs, on_evaluation=lambda step, value, n=n: n != 1 or step != 2)
-        place = RunPlace(folder=tmp_path / f"pack{n}")
-        jobs.append(RunRequest(config=config, place=place, on_end=lambda record: None))
+        run_folder = RunFolder(path=tmp_path / f"pack{n}")
+        jobs.append(RunRequest(config=config, run_folder=run_folder, on_end=lambda record: None))
     late = [jobs[2]]
     assert train_pack(
         jobs[:2],
@@ -130,7 +130,7 @@ def test_each_run_draws_its_own_head_from_its_seed(make, tmp_path):
     heads = []
     for name, seed in (("one", 1), ("again", 1), ("other", 2)):
         config = make("table", {"seed": seed, "optim.lr": 1e-9})
-        train_run(config, RunPlace(folder=tmp_path / name), inputs=inputs)
+        train_run(config, RunFolder(path=tmp_path / name), inputs=inputs)
         adapter = load_file(tmp_path / name / "last" / ADAPTER)
         heads.append(next(adapter[key] for key in adapter if "classifier" in key and key.endswith("weight")))
     assert torch.equal(heads[0], heads[1])
@@ -140,7 +140,7 @@ def test_each_run_draws_its_own_head_from_its_seed(make, tmp_path):
 def test_a_classifier_learns_and_its_score_is_accuracy(make, tmp_path):
     config = make("table", {"trainer.max_steps": 30, "trainer.eval_every_steps": 10, "optim.lr": 2e-2})
     inputs = build_inputs(config)
-    record = train_run(config, RunPlace(folder=tmp_path / "lora"), inputs=inputs)
+    record = train_run(config, RunFolder(path=tmp_path / "lora"), inputs=inputs)
     assert (record.metric, record.direction) == ("accuracy", "maximize")
     losses = [row["loss"] for row in read_steps(tmp_path / "lora") if "loss" in row]
     assert sum(losses[-5:]) < sum(losses[:5])
@@ -151,6 +151,6 @@ def test_a_classifier_learns_and_its_score_is_accuracy(make, tmp_path):
 @pytest.mark.parametrize("method", ["full", "head", "frozen", "bitfit"])
 def test_every_method_trains_a_classifier(make, tmp_path, method):
     config = make("table", {"method": method})
-    record = train_run(config, RunPlace(folder=tmp_path), inputs=build_inputs(config))
+    record = train_run(config, RunFolder(path=tmp_path), inputs=build_inputs(config))
     assert record.status == "complete"
     assert 0 <= record.score <= 1

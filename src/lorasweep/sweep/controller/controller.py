@@ -26,7 +26,7 @@ from lorasweep.sweep.controller.storage import database_must_answer, flush_stora
 from lorasweep.sweep.controller.trial import REASON_ATTRIBUTE, SCORE_ATTRIBUTE, Trial
 from lorasweep.sweep.definition.arms import Arm
 from lorasweep.training.checkpoint import remove_checkpoints
-from lorasweep.training.run_log import RunPlace, prune_paused_run
+from lorasweep.training.run_log import RunFolder, prune_paused_run
 from lorasweep.training.telemetry import add_telemetry
 
 P = ParamSpec("P")
@@ -46,7 +46,7 @@ class Assignment:
     params: Mapping[str, Any]
     """Swept keys and values, as a person reads them."""
     config: RunConfig
-    place: RunPlace
+    run_folder: RunFolder
     stage: str
     """`search` or `confirm`."""
     reads_test: bool
@@ -217,7 +217,7 @@ class Controller:
         """Hands out the trial whose run has this folder again; None if this stage has no such trial."""
         for trials in self.stage.arms.values():
             for trial in trials.trials.values():
-                if self.stage.place(trials.arm, trial.number).folder.name == folder_name:
+                if self.stage.run_folder(trials.arm, trial.number).path.name == folder_name:
                     if trial.is_live:
                         trials.hand_out_again(trial)
                     return self._assign(trials, trial)
@@ -306,7 +306,7 @@ class Controller:
         for trials in self.search.arms.values():
             for trial in trials.paused():
                 reason = f"stopped at step {max(trial.values)}, because other trials were better there"
-                folder = self.search.place(trials.arm, trial.number).folder
+                folder = self.search.run_folder(trials.arm, trial.number).path
                 prune_paused_run(folder, reason=reason)
                 trials.end(trial, "pruned", {REASON_ATTRIBUTE: reason}, value=None)
 
@@ -320,7 +320,7 @@ class Controller:
             number=trial.number,
             params=stage.shown_params(arm, trial.params),
             config=stage.config(arm, trial.params),
-            place=stage.place(arm, trial.number),
+            run_folder=stage.run_folder(arm, trial.number),
             stage=stage.name,
             reads_test=stage.reads_test,
             worker=trial.worker,

@@ -23,7 +23,7 @@ from lorasweep.sweep.controller.stopping_rules import build_pruner, build_rule
 from lorasweep.sweep.controller.storage import CONFIRM_STUDY
 from lorasweep.sweep.definition.arms import Arm
 from lorasweep.sweep.definition.seeds import SEED_KEYS, arm_seeds
-from lorasweep.training.run_log import RunPlace
+from lorasweep.training.run_log import RunFolder
 
 FIRST_TRIALS_FRACTION = 0.5
 """Fraction of an arm's trials that an adaptive sampler proposes before the first of them is complete."""
@@ -53,9 +53,9 @@ class Search:
         """Returns the settings that distinguish a trial's run from others of its arm, as a person reads them."""
         return dict(params)
 
-    def place(self, arm: Arm, number: int) -> RunPlace:
+    def run_folder(self, arm: Arm, number: int) -> RunFolder:
         """Returns the folder of a trial's run, and the arm and trial that the run's record names."""
-        return RunPlace(folder=self._sweep.path / run_name(arm.name, number), arm=arm.name, trial=number)
+        return RunFolder(path=self._sweep.path / run_name(arm.name, number), arm=arm.name, trial=number)
 
     def rows(self, arm: str) -> list[TrialRow]:
         trials = self.arms[arm].trials
@@ -117,10 +117,10 @@ class Confirm:
         kept = {key: value for key, value in self.winners[arm.name].params.items() if key not in SEED_KEYS}
         return {**kept, SEED: params[SEED]}
 
-    def place(self, arm: Arm, number: int) -> RunPlace:
+    def run_folder(self, arm: Arm, number: int) -> RunFolder:
         """Returns the folder of a run; the trial that the run's record names is the winner."""
         folder = self._sweep.path / confirm_run_name(arm.name, number)
-        return RunPlace(folder=folder, arm=arm.name, trial=self.winners[arm.name].number)
+        return RunFolder(path=folder, arm=arm.name, trial=self.winners[arm.name].number)
 
     def rows(self, arm: str) -> list[ConfirmRow]:
         return [confirm_row(arm, frozen, winner=self.winners[arm].number) for frozen in self.arms[arm].frozen()]

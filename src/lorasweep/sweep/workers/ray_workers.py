@@ -43,7 +43,7 @@ from lorasweep.sweep.workers.worker import Worker
 from lorasweep.training.environment import describe_packages, name_device
 from lorasweep.training.inputs import InputsCache
 from lorasweep.training.run import train_run
-from lorasweep.training.run_log import RunPlace
+from lorasweep.training.run_log import RunFolder
 
 CHECK_INTERVAL_S = 1.0
 """Seconds between two checks for a stop request and for new nodes. The end of a worker is noticed immediately."""
@@ -181,31 +181,33 @@ class WorkerActor:
     def enter(self) -> None:
         self._context.enter()
 
-    def train_as_peer(self, config: RunConfig, place: RunPlace, *, resume: bool, ranks: Mapping[str, str]) -> None:
+    def train_as_peer(
+        self, config: RunConfig, run_folder: RunFolder, *, resume: bool, ranks: Mapping[str, str]
+    ) -> None:
         """Trains a run together with the other ranks; `ranks` are the environment variables of this rank."""
         os.environ.update(ranks)
         try:
-            train_run(config, place, inputs=self._inputs_cache.load(config), resume=resume)
+            train_run(config, run_folder, inputs=self._inputs_cache.load(config), resume=resume)
         except BaseException as error:
             # All ranks raise an error of lorasweep. After any other error the other ranks would wait for this process.
             if not isinstance(error, LoraSweepError) or isinstance(error, RanksLost):
                 _end_process()
 
-    def _train_with_peers(self, config: RunConfig, place: RunPlace, *, resume: bool, **options: Any) -> RunRecord:
+    def _train_with_peers(self, config: RunConfig, run_folder: RunFolder, *, resume: bool, **options: Any) -> RunRecord:
         """Trains a run on all ranks. If a rank was lost, this process ends too, so that all ranks are restarted."""
         with socket.socket() as free:  # a new port for each run, because torch's store of the last run may still listen
             free.bind(("", 0))
             rendezvous = (ray.util.get_node_ip_address(), free.getsockname()[1])
         size = len(self._peers) + 1
         calls = [
-            peer.train_as_peer.remote(config, place, resume=resume, ranks=_rank_variables(rank, size, *rendezvous))
+            peer.train_as_peer.remote(config, run_folder, resume=resume, ranks=_rank_variables(rank, size, *rendezvous))
             for rank, peer in enumerate(self._peers, start=1)
         ]
         ended = threading.Event()
         threading.Thread(target=_end_with_peers, args=(calls, ended), daemon=True).start()
         os.environ.update(_rank_variables(0, size, *rendezvous))
         try:
-            record = train_run(config, place, resume=resume, **options)
+            record = train_run(config, run_folder, resume=resume, **options)
             ray.get(calls, timeout=PEER_TIMEOUT_S)
         except (RanksLost, RayError):
             _end_process()

@@ -128,7 +128,7 @@ class Worker:
 
     def _write_hparams(self, assignment: Assignment, record: RunRecord) -> None:
         try:
-            write_run_hparams(record, assignment.place.folder, assignment.params)
+            write_run_hparams(record, assignment.run_folder.path, assignment.params)
         except OSError as error:
             check_writable(self.path, error)
             raise
@@ -137,7 +137,7 @@ class Worker:
         return _catch_failure(
             lambda: (self.train_alone or train_run)(
                 assignment.config,
-                assignment.place,
+                assignment.run_folder,
                 inputs=self.inputs_cache.load(assignment.config),
                 on_evaluation=lambda step, values: self.report([(assignment, step, values)])[0],
                 stop_requested=self.stop_requested,
@@ -147,7 +147,7 @@ class Worker:
 
     def _score(self, assignment: Assignment) -> RunRecord:
         inputs = self.inputs_cache.load(assignment.config)
-        record = score_run(assignment.place.folder, inputs=inputs)
+        record = score_run(assignment.run_folder.path, inputs=inputs)
         self.controller.note(inputs.splits.test().notes)
         return record
 
@@ -247,7 +247,7 @@ class _PackTrials:
     def add(self, assignment: Assignment, *, start_step: int | None = None) -> RunRequest:
         request = RunRequest(
             config=assignment.config,
-            place=assignment.place,
+            run_folder=assignment.run_folder,
             on_end=lambda outcome: self._worker.tell(self.running.pop(request), outcome),
             start_step=start_step,
         )
@@ -259,7 +259,7 @@ class _PackTrials:
         return None if assignment is None else self.add(assignment)
 
     def report(self, evaluations: Sequence[SlotEvaluation]) -> list[bool]:
-        return self._worker.report([(self.running[e.request], e.step, e.values) for e in evaluations])
+        return self._worker.report([(self.running[e.request], e.step, e.metrics) for e in evaluations])
 
 
 def _catch_failure(train: Callable[[], RunRecord]) -> Outcome:
@@ -275,7 +275,7 @@ def _catch_failure(train: Callable[[], RunRecord]) -> Outcome:
 def find_ended_run(controller: Controller, assignment: Assignment) -> RunRecord | None:
     """Returns the record of a run that ended, but whose process was killed before it told the controller."""
     try:
-        record = read_run(assignment.place.folder)
+        record = read_run(assignment.run_folder.path)
     except RecordError:
         return None
     is_paused = record.status == "paused" and controller.awaits_pause(assignment, step=record.steps_done)

@@ -69,7 +69,7 @@ from lorasweep.training.packs.state import (
     write_pack_state,
 )
 from lorasweep.training.run import never_stop
-from lorasweep.training.run_log import Values, end_at_evaluation
+from lorasweep.training.run_log import Metrics, end_at_evaluation
 
 
 def train_pack(
@@ -236,7 +236,7 @@ class PackTrainer:
             run.log.note_step(run.step, run_losses, run.request.config.optim.lr * factor)
 
     @torch.no_grad()
-    def _evaluate(self) -> list[Values]:
+    def _evaluate(self) -> list[Metrics]:
         self.inputs.telemetry.switch("evaluating")
         split, slots = self.inputs.splits.validation, len(self.runs)
         evaluations = [Evaluation(self.task) for _ in self.runs]
@@ -253,7 +253,7 @@ class PackTrainer:
         return [{name: float(value) for name, value in metrics.items()} for metrics in computed]
 
     @torch.no_grad()
-    def _end_interval(self, metrics: Sequence[Values]) -> None:
+    def _end_interval(self, metrics: Sequence[Metrics]) -> None:
         """Does the actions of a boundary. The numbers are those of the list at the top of this file."""
         self.inputs.telemetry.switch("saving")
         self._share_time()
@@ -261,7 +261,7 @@ class PackTrainer:
         alive = [slot for slot, run in enumerate(self.runs) if self._note_evaluation(slot, run, metrics[slot])]
         # 2: One call for all slots, so that trials are compared before any of them is paused.
         evaluations = [
-            SlotEvaluation(request=run.request, step=run.step, values=run.record.last)
+            SlotEvaluation(request=run.request, step=run.step, metrics=run.record.last)
             for run in (self.runs[slot] for slot in alive)
         ]
         answers = self.on_evaluation(evaluations) if alive else []
@@ -291,7 +291,7 @@ class PackTrainer:
         self.remove_old_checkpoints()
         self.boundary_at = time.monotonic()
 
-    def _note_evaluation(self, slot: int, run: SlotRun, metrics: Values) -> bool:
+    def _note_evaluation(self, slot: int, run: SlotRun, metrics: Metrics) -> bool:
         """Writes a slot's evaluation. Returns False if its run diverged, which ends the run."""
         assert run.record.pack is not None
         run.record.pack["shared_draws"] = bool(self.shares_draws)

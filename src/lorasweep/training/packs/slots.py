@@ -18,7 +18,7 @@ from lorasweep.training.checkpoint import find_checkpoint, save_checkpoint
 from lorasweep.training.components import finish_loggers, start_loggers
 from lorasweep.training.environment import device_of
 from lorasweep.training.inputs import RunInputs, describe_batching
-from lorasweep.training.run_log import RunLog, RunPlace, Values, open_record
+from lorasweep.training.run_log import Metrics, RunFolder, RunLog, open_record
 from lorasweep.training.telemetry import TrainingProgress
 
 
@@ -27,7 +27,7 @@ class RunRequest:
     """A run to train in a pack. If the pack is killed before its next commit, the run may end a second time."""
 
     config: RunConfig
-    place: RunPlace
+    run_folder: RunFolder
     on_end: Callable[[RunRecord | Diverged], None]
     """Takes the record of a run that is complete or paused, or the error of a run that failed."""
     start_step: int | None = None
@@ -39,7 +39,7 @@ class SlotEvaluation(NamedTuple):
 
     request: RunRequest
     step: int
-    values: Values
+    metrics: Metrics
 
 
 OnPackEvaluation: TypeAlias = Callable[[Sequence[SlotEvaluation]], Sequence[bool]]
@@ -61,7 +61,7 @@ class SlotRun:
     """
 
     def __init__(self, request: RunRequest, *, inputs: RunInputs, slot: int, slots: int, accumulate: int) -> None:
-        config, folder = request.config, request.place.folder
+        config, folder = request.config, request.run_folder.path
         self.request = request
         self.folder = folder
         self.inputs = inputs
@@ -74,7 +74,7 @@ class SlotRun:
         self.step = self.saved_step = found.step
         self.progress = TrainingProgress.from_state(found.state["progress"]) if found.state else TrainingProgress()
         self.wall_s = 0.0
-        self.record = open_record(config, request.place, inputs, found=found)
+        self.record = open_record(config, request.run_folder, inputs, found=found)
         self.record.pack = pack
         self.record.batching = describe_batching(inputs, config.trainer, accumulate=accumulate)
         self.log = RunLog(self.record, folder, start_step=self.step)
@@ -99,7 +99,7 @@ class SlotRun:
         self.progress.positions += positions
         return tokens
 
-    def note_evaluation(self, values: Values, *, save: Callable[[Path], None]) -> None:
+    def note_evaluation(self, values: Metrics, *, save: Callable[[Path], None]) -> None:
         """Writes the steps since the last evaluation, and this evaluation, to the run's log and loggers.
 
         Raises:
