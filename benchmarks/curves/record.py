@@ -36,7 +36,7 @@ from lorasweep.data.batching import StepBatchSampler, build_evaluation_loader
 from lorasweep.data.split import repeat_batch
 from lorasweep.data.tasks import Evaluation
 from lorasweep.lora import inject_packed_lora, set_dropout_streams, split_lora_parameters
-from lorasweep.lora.packed.inject import set_row_lengths
+from lorasweep.lora.packed.inject import set_sequence_lengths
 from lorasweep.methods import METHODS, add_head_to_modules_to_save, copy_sharing_weights, draw_head
 from lorasweep.training.environment import deterministic_algorithms
 from lorasweep.training.inputs import RunInputs, build_inputs, resolve_accumulate
@@ -211,7 +211,7 @@ class LoraPack:
         slots, task = len(self.points), self.inputs.splits.task
         evaluations = [Evaluation(task) for _ in self.points]
         self.model.eval()
-        set_row_lengths(self.model, None)
+        set_sequence_lengths(self.model, None)
         rows_per_batch = self.configs[0].trainer.eval_batch_size
         for batch in build_evaluation_loader(self.inputs.splits.validation, batch_size=rows_per_batch):
             scores = task.score(self.model, repeat_batch(batch, slots=slots))

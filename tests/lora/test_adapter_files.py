@@ -211,7 +211,7 @@ def test_saving_needs_lora_layers(model: nn.Module, tmp_path: Path) -> None:
 def test_another_strength_is_refused_by_an_injected_model(make_model, saved: Path) -> None:
     model = make_model()
     inject_lora(model, LoraConfig(rank=2, alpha=16, targets="up"))
-    with pytest.raises(ValueError, match=r"'layers.0.up' must be 8, but .* has 4. Inject with the `alpha`"):
+    with pytest.raises(ValueError, match=r"'layers.0.up' must be 8, but .* has 4. Inject LoRA with the `alpha`"):
         load_adapter(model, saved)
     assert not any(layer.lora_b.any() for layer in lora_layers(model).values())
 
@@ -219,7 +219,7 @@ def test_another_strength_is_refused_by_an_injected_model(make_model, saved: Pat
 def test_rows_that_are_not_there_are_refused(make_model, saved: Path) -> None:
     model = make_model()
     inject_lora(model, LoraConfig(rank=2, alpha=8, targets="up[0:4]"))
-    with pytest.raises(ValueError, match="A and B must fit the layer's rows"):
+    with pytest.raises(ValueError, match="A and B must fit the layer's adapted rows"):
         load_adapter(model, saved)
     assert not any(layer.lora_b.any() for layer in lora_layers(model).values())
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from lorasweep.lora.initialise import draw_matrices, split_weight
+from lorasweep.lora.initialise import draw_matrices, split_principal_part
 
 
 @pytest.mark.parametrize("init", ["default", "gaussian", "orthogonal"])
@@ -35,7 +35,7 @@ def test_orthogonal_draws_both_at_random() -> None:
 
 def test_pissa_takes_the_principal_part() -> None:
     matrix = torch.randn(6, 10, generator=torch.Generator().manual_seed(0))
-    a, b = split_weight(matrix, rank=2, scaling=3.0)
+    a, b = split_principal_part(matrix, rank=2, scaling=3.0)
     u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
     torch.testing.assert_close(3.0 * b @ a, u[:, :2] * s[:2] @ vh[:2])
     torch.testing.assert_close((b.norm(dim=0), a.norm(dim=1)), ((s[:2] / 3).sqrt(),) * 2)  # shared evenly

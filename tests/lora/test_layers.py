@@ -98,7 +98,9 @@ def test_a_base_with_hooks_is_called(hook: str) -> None:
         getattr(base, hook)(lambda *_: calls.append(1))
     layer = LoraLayer(base, Target(config=LoraConfig(rank=4), rank=4, alpha=8.0))
     nn.init.normal_(layer.lora_b)
-    torch.testing.assert_close(layer(x), nn.functional.linear(x, base.weight + layer.weight_update(), base.bias))
+    torch.testing.assert_close(
+        layer(x), nn.functional.linear(x, base.weight + layer.compute_weight_update(), base.bias)
+    )
     assert calls == [1]
 
 
@@ -147,7 +149,7 @@ def test_every_trained_parameter_is_in_one_group(model: nn.Module) -> None:
     a, b, other = split_lora_parameters(model)
     assert [tuple(p.shape) for p in a] == [(2, 11), (2, 8), (2, 8)]
     assert [tuple(p.shape) for p in b] == [(8, 2), (16, 2), (16, 2)]
-    assert len(other) == 3 + 1 + 2  # row lengths, the head's copy, the biases of `proj`
+    assert len(other) == 3 + 1 + 2  # row norms, the head's copy, the biases of `proj`
     assert {id(p) for p in (*a, *b, *other)} == {id(p) for p in model.parameters() if p.requires_grad}
 
 

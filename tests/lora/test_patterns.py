@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from lorasweep.lora.patterns import fits_pattern, is_name_ending, nearest_layer, parse_rows, split_rows
+from lorasweep.lora.patterns import fits_pattern, is_name_ending, parse_row_ranges, split_pattern, suggest_layer
 
 
 def test_endings_begin_at_a_dot() -> None:
@@ -30,12 +30,12 @@ def test_a_regular_expression_must_match_the_whole_name() -> None:
     ],
 )
 def test_rows(pattern: str, expected: tuple[tuple[int, int], ...]) -> None:
-    assert parse_rows(pattern, num_rows=12) == expected
+    assert parse_row_ranges(pattern, num_rows=12) == expected
 
 
 def test_brackets_are_split_off() -> None:
-    assert split_rows("c_attn[q,v]") == ("c_attn", "q,v")
-    assert split_rows("c_attn") == ("c_attn", "")
+    assert split_pattern("c_attn[q,v]") == ("c_attn", "q,v")
+    assert split_pattern("c_attn") == ("c_attn", "")
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,7 @@ def test_brackets_are_split_off() -> None:
 )
 def test_rows_that_make_no_sense_are_refused(pattern: str, num_rows: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        parse_rows(pattern, num_rows=num_rows)
+        parse_row_ranges(pattern, num_rows=num_rows)
 
 
 def test_a_broken_regular_expression_is_refused() -> None:
@@ -62,5 +62,5 @@ def test_a_broken_regular_expression_is_refused() -> None:
 
 
 def test_nearest_layer() -> None:
-    assert nearest_layer("q_prj", ["layers.0.attn.q_proj", "layers.0.mlp.up"]) == " Did you mean `q_proj`?"
-    assert nearest_layer("zzz", ["layers.0.attn.q_proj"]) == ""
+    assert suggest_layer("q_prj", ["layers.0.attn.q_proj", "layers.0.mlp.up"]) == " Did you mean `q_proj`?"
+    assert suggest_layer("zzz", ["layers.0.attn.q_proj"]) == ""

@@ -41,7 +41,7 @@ def test_full_rank_expresses_any_change(d_out: int, d_in: int, seed: int) -> Non
 @given(d_out=sizes, d_in=sizes, rank=sizes, seed=seeds)
 def test_the_change_has_at_most_its_rank(d_out: int, d_in: int, rank: int, seed: int) -> None:
     layer = make_layer(d_out, d_in, rank=rank, seed=seed)
-    assert torch.linalg.matrix_rank(layer.weight_update()) <= rank
+    assert torch.linalg.matrix_rank(layer.compute_weight_update()) <= rank
 
 
 @FEW

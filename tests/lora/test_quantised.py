@@ -77,7 +77,7 @@ def test_merging_into_a_quantised_weight_is_refused() -> None:
     model = adapt(make_quantised())
     with pytest.raises(ValueError, match="'0' is quantised"):
         merge_lora(model)
-    assert not any(layer.merged for layer in lora_layers(model).values())
+    assert not any(layer.is_merged for layer in lora_layers(model).values())
 
 
 @pytest.mark.parametrize(("setting", "value"), [("variant", "dora"), ("init", "pissa")])

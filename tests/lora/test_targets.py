@@ -128,9 +128,9 @@ def test_exclude_leaves_layers_out(model: nn.Module) -> None:
         ({"targets": "out", "modules_to_save": ("out",)}, "'out' matches only"),
         (
             {"targets": ("up[0:4]", "up[4:8]")},
-            r"must choose one set of rows of 'layers.0.up', but got \[\(\(0, 4\),\), ",
+            r"must select one set of rows of layer 'layers.0.up', but got \[\(\(0, 4\),\), ",
         ),
-        ({"targets": ("up", "up[4:8]")}, "must choose one set of rows of 'layers.0.up'"),
+        ({"targets": ("up", "up[4:8]")}, "must select one set of rows of layer 'layers.0.up'"),
     ],
 )
 def test_a_setting_without_effect_or_against_another_is_refused(model: nn.Module, settings: dict, message: str) -> None:

@@ -13,7 +13,7 @@ from transformers import BertConfig, BertForSequenceClassification
 from lorasweep.config.method import IntrinsicConfig
 from lorasweep.errors import ConfigError, RecordError
 from lorasweep.methods import METHODS, copy_sharing_weights
-from lorasweep.methods.intrinsic import Coordinates, find_coordinates, layer_of
+from lorasweep.methods.intrinsic import IntrinsicParameters, find_intrinsic_parameters, get_layer_name
 
 from .conftest import logits_of, make_base, prepare, train
 
@@ -28,14 +28,14 @@ def prepare_any(model, config, *, seed=0):
     return copied
 
 
-def set_numbers(model, *, seed=0):
+def set_coordinates(model, *, seed=0):
     """Puts trained-looking values in place of the zeros."""
-    coordinates = find_coordinates(model)
+    intrinsic = find_intrinsic_parameters(model)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        coordinates.numbers.normal_(std=0.02, generator=generator)
-        if coordinates.scales is not None:
-            coordinates.scales.add_(0.1 * torch.randn(coordinates.scales.shape, generator=generator))
+        intrinsic.coordinates.normal_(std=0.02, generator=generator)
+        if intrinsic.scales is not None:
+            intrinsic.scales.add_(0.1 * torch.randn(intrinsic.scales.shape, generator=generator))
 
 
 def weights_of(model):
@@ -57,14 +57,14 @@ def changes_of(model, base):
 def test_as_many_numbers_train_as_the_dimension_says(form):
     model = prepare(make_base(), "intrinsic", config=IntrinsicConfig(dim=40, form=form))
     trained = {name.rpartition(".")[2]: p.numel() for name, p in model.named_parameters() if p.requires_grad}
-    expected = {"numbers": 40} if form == "did" else {"numbers": 40 - LAYERS, "scales": LAYERS}
+    expected = {"coordinates": 40} if form == "did" else {"coordinates": 40 - LAYERS, "scales": LAYERS}
     assert trained == expected
 
 
 def test_every_weight_moves():
     base = make_base(dtype=torch.float32, tied=False)
     model = prepare(base, "intrinsic", config=DID)
-    set_numbers(model)
+    set_coordinates(model)
     weights = weights_of(model)
     assert weights.keys() == dict(base.model.named_parameters()).keys()
     for name, before in base.model.named_parameters():
@@ -74,9 +74,9 @@ def test_every_weight_moves():
 def test_change_is_the_projection_times_the_layers_scale():
     base = make_base(dtype=torch.float32)
     did, said = prepare(base, "intrinsic", config=DID), prepare(base, "intrinsic", config=SAID)
-    assert find_coordinates(said).seed == find_coordinates(did).seed
-    set_numbers(said)
-    scales = find_coordinates(said).scales
+    assert find_intrinsic_parameters(said).seed == find_intrinsic_parameters(did).seed
+    set_coordinates(said)
+    scales = find_intrinsic_parameters(said).scales
     with torch.no_grad():
         scales.copy_(torch.tensor([2.0, 0.5, 3.0, 1.0]))  # embeddings, first block, second block, last norm
     moved = changes_of(said, base)
@@ -92,7 +92,7 @@ def test_gradient_through_a_model_is_that_of_finite_differences():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double().requires_grad_(False)
     prepared = prepare_any(model, IntrinsicConfig(dim=9, form="said")).double()
-    set_numbers(prepared)
+    set_coordinates(prepared)
     x = torch.randn(5, 3, dtype=torch.float64)
 
     names = [name for name, p in prepared.named_parameters() if p.requires_grad]
@@ -130,18 +130,18 @@ def test_with_all_dimensions_a_planted_linear_problem_is_solved_as_by_full():
     losses = {}
     for dim in (16, 32, 64):
         prepared = prepare_any(model.requires_grad_(False), IntrinsicConfig(dim=dim, form="did"))
-        losses[dim] = fit(prepared, [find_coordinates(prepared).numbers])
+        losses[dim] = fit(prepared, [find_intrinsic_parameters(prepared).coordinates])
     assert losses[64] < 1e-6 * start  # 64 numbers are as many as the weights
     assert losses[16] > losses[32] > 0.1 * start  # fewer leave out what lies outside their subspace
 
 
 def test_tied_weights_share_their_change():
     model = prepare(make_base(tied=True), "intrinsic", config=DID)
-    set_numbers(model)
+    set_coordinates(model)
     assert torch.equal(model.lm_head.weight, model.model.embed_tokens.weight)
     untied = prepare(make_base(tied=False), "intrinsic", config=DID)
     base = make_base(tied=False)
-    set_numbers(untied)
+    set_coordinates(untied)
     change = untied.lm_head.weight - base.model.lm_head.weight
     assert not torch.equal(change, untied.model.embed_tokens.weight - base.model.model.embed_tokens.weight)
 
@@ -160,7 +160,7 @@ def test_newly_drawn_head_moves_within_the_same_numbers():
     )
     model = BertForSequenceClassification(settings).requires_grad_(False).eval()
     prepared = prepare_any(model, IntrinsicConfig(dim=64))
-    set_numbers(prepared)
+    set_coordinates(prepared)
     assert (prepared.classifier.weight - model.classifier.weight).abs().min() > 0
     tokens = torch.arange(12).reshape(2, 6)
     assert not torch.equal(prepared(input_ids=tokens).logits, model(input_ids=tokens).logits)
@@ -170,11 +170,11 @@ def test_newly_drawn_head_moves_within_the_same_numbers():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_weights_have_the_bases_dtype_and_gradients_fp32(dtype):
     model = prepare(make_base(dtype=dtype), "intrinsic", config=SAID)
-    set_numbers(model)
+    set_coordinates(model)
     assert {weight.dtype for weight in weights_of(model).values()} == {dtype}
     logits_of(model, "intrinsic").sum().backward()
-    coordinates = find_coordinates(model)
-    assert {coordinates.numbers.grad.dtype, coordinates.scales.grad.dtype} == {torch.float32}
+    intrinsic = find_intrinsic_parameters(model)
+    assert {intrinsic.coordinates.grad.dtype, intrinsic.scales.grad.dtype} == {torch.float32}
 
 
 def test_projection_depends_on_the_generator_alone():
@@ -185,7 +185,7 @@ def test_projection_depends_on_the_generator_alone():
         state = torch.get_rng_state()
         model = prepare(base, "intrinsic", config=DID, seed=seed)
         assert torch.equal(torch.get_rng_state(), state)
-        set_numbers(model)
+        set_coordinates(model)
         weights.append(weights_of(model)["model.layers.0.mlp.up_proj.weight"])
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
@@ -194,9 +194,9 @@ def test_projection_depends_on_the_generator_alone():
 def test_a_copy_of_a_prepared_model_is_independent():
     model = prepare(make_base(), "intrinsic", config=DID)
     copied = copy.deepcopy(model)
-    set_numbers(copied)
+    set_coordinates(copied)
     assert not torch.equal(logits_of(copied, "intrinsic"), logits_of(model, "intrinsic"))
-    assert not find_coordinates(model).numbers.any()
+    assert not find_intrinsic_parameters(model).coordinates.any()
 
 
 def test_file_has_the_numbers_and_the_seed_alone(tmp_path):
@@ -205,12 +205,12 @@ def test_file_has_the_numbers_and_the_seed_alone(tmp_path):
     train(model, "intrinsic")
     METHOD.save(model, tmp_path, base=base)
     assert {name: tensor.numel() for name, tensor in load_file(tmp_path / METHOD.weights_file).items()} == {
-        "numbers": 40 - LAYERS,
+        "coordinates": 40 - LAYERS,
         "scales": LAYERS,
     }
     with safe_open(tmp_path / METHOD.weights_file, framework="pt") as file:
         stored = file.metadata()
-    assert stored["seed"] == str(find_coordinates(model).seed)
+    assert stored["seed"] == str(find_intrinsic_parameters(model).seed)
     assert stored["base_fingerprint"] == base.fingerprint
     assert (tmp_path / METHOD.weights_file).stat().st_size < 1000
 
@@ -238,15 +238,18 @@ def test_file_of_another_projection_is_refused_and_changes_nothing(changes, mess
     model = prepare(base, "intrinsic", config=SAID, seed=3)
     with pytest.raises(RecordError, match=message):
         METHOD.load(model, tmp_path)
-    assert not find_coordinates(model).numbers.any()
-    assert find_coordinates(model).seed == find_coordinates(prepare(base, "intrinsic", config=SAID, seed=3)).seed
+    assert not find_intrinsic_parameters(model).coordinates.any()
+    assert (
+        find_intrinsic_parameters(model).seed
+        == find_intrinsic_parameters(prepare(base, "intrinsic", config=SAID, seed=3)).seed
+    )
 
 
 def test_file_of_another_dimension_is_refused(tmp_path):
     base = make_base()
     METHOD.save(prepare(base, "intrinsic", config=DID), tmp_path, base=base)
     other = prepare(base, "intrinsic", config=IntrinsicConfig(dim=41, form="did"))
-    with pytest.raises(RecordError, match="differs from it in 'numbers'"):
+    with pytest.raises(RecordError, match="'coordinates' differs"):
         METHOD.load(other, tmp_path)
 
 
@@ -263,7 +266,7 @@ def test_merged_model_is_a_plain_one_with_the_same_output(tied, dtype):
     assert [type(module) for module in model.modules()] == [type(module) for module in base.model.modules()]
     assert model.state_dict().keys() == before.keys()
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
-    assert not any(isinstance(module, Coordinates) for module in model.modules())
+    assert not any(isinstance(module, IntrinsicParameters) for module in model.modules())
     assert all(torch.equal(tensor, before[key]) for key, tensor in base.model.state_dict().items())
     assert not any(p is q for p, q in zip(model.parameters(), base.model.parameters(), strict=True))
 
@@ -288,7 +291,7 @@ def test_scales_learn_at_the_rate_of_columns_of_length_one():
     ],
 )
 def test_a_layer_is_a_block_or_a_module_outside_them(name, layer):
-    assert layer_of(name) == layer
+    assert get_layer_name(name) == layer
 
 
 @pytest.mark.parametrize(
@@ -318,8 +321,8 @@ def test_gradients_are_the_same_where_activations_are_computed_again():
         model = prepare(base, "intrinsic", config=SAID).train()
         if again:
             model.activation_checkpointing_enable({"use_reentrant": False})
-        set_numbers(model)
+        set_coordinates(model)
         logits_of(model, "intrinsic").logsumexp(-1).sum().backward()
-        gradients.append(find_coordinates(model).numbers.grad)
+        gradients.append(find_intrinsic_parameters(model).coordinates.grad)
     assert gradients[0].any()
     assert torch.equal(*gradients)

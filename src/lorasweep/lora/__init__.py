@@ -3,8 +3,8 @@
     from lorasweep.lora import LoraConfig, inject_lora, save_adapter
     coverage = inject_lora(model, LoraConfig(rank=8, alpha=16, targets="all-linear"))
 
-A config names layers by patterns (`targets`). `inject_lora` replaces them by LoRA layers, and freezes everything else.
-`packed` trains many adapters at once on one base.
+A `LoraConfig` selects layers with patterns (`targets`). `inject_lora` replaces these layers by LoRA layers and freezes
+all other parameters. `packed` trains many adapters at once on one base model.
 """
 
 from lorasweep.config.method import LoraConfig

@@ -1,6 +1,6 @@
-"""Modules (`modules_to_save`) and biases that train in full, in addition to the LoRA layers.
+"""Modules (`modules_to_save`) and biases that train in full, beside the LoRA layers.
 
-Only copies train, because the base's tensors may be shared with other models and must not be written to.
+Copies of them train, because other models may share the base's tensors, so nothing may write to these tensors.
 """
 
 from __future__ import annotations
@@ -14,15 +14,16 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from lorasweep.config.method import TrainedBias
-from lorasweep.lora.patterns import fits_pattern, nearest_layer
+from lorasweep.lora.patterns import fits_pattern, suggest_layer
 
 
 class TrainedModule(nn.Module):
-    """A frozen module and its trainable copy in fp32 (or in the base's dtype if that is wider); the copy is called.
+    """A frozen module and its trainable copy, which replaces it in the forward pass.
 
     Attributes:
         base: The frozen original.
-        trained: The trainable copy. It computes in fp32 or wider; inputs are cast to its dtype, outputs to the base's.
+        trained: The trainable copy, in fp32 or in the base's dtype if that is wider. Inputs are cast to the dtype of
+            the copy, and outputs to the dtype of the base.
     """
 
     def __init__(self, base: nn.Module, trained: nn.Module) -> None:
@@ -32,7 +33,7 @@ class TrainedModule(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The trained weight, for code that reads the weight of a head or an embedding."""
+        """The trained weight. Some models read the weight of their head or embedding."""
         return self.trained.weight  # type: ignore[return-value]
 
     @property
@@ -46,20 +47,20 @@ class TrainedModule(nn.Module):
 def call_in_dtype_of(
     parameters: Iterable[Tensor], call: Callable[..., Any], args: Any, kwargs: Mapping[str, Any], *, base: nn.Module
 ) -> Any:
-    """Calls `call` with inputs cast to the dtype of `parameters`, and casts its outputs to the base's dtype."""
-    inner, outer = _float_dtype(parameters), _float_dtype(base.parameters())
-    if inner == outer:
+    """Returns the outputs of `call` in the base's dtype. Casts the inputs to the dtype of `parameters` first."""
+    dtype, base_dtype = _find_float_dtype(parameters), _find_float_dtype(base.parameters())
+    if dtype == base_dtype:
         return call(*args, **kwargs)
-    args, kwargs = _cast((args, kwargs), inner)
-    return _cast(call(*args, **kwargs), outer)
+    args, kwargs = _cast((args, kwargs), dtype)
+    return _cast(call(*args, **kwargs), base_dtype)
 
 
 def match_modules_to_save(model: nn.Module, patterns: Collection[str]) -> dict[str, nn.Module]:
-    """Returns the modules that the patterns match, by name, without modules inside other matched modules.
+    """Returns the matched modules by name. A module inside another matched module is not returned.
 
     Raises:
         ValueError: A pattern matches no module; or a matched module shares a parameter with a module that is not
-            matched, and a copy would untie them.
+            matched, so that a copy would untie them.
     """
     names = [name for name, _ in model.named_modules() if name]
     matched: dict[str, nn.Module] = {}
@@ -68,7 +69,7 @@ def match_modules_to_save(model: nn.Module, patterns: Collection[str]) -> dict[s
         if not fitting:
             raise ValueError(
                 f"`method.modules_to_save` must match modules, but {pattern!r} matches none."
-                f"{nearest_layer(pattern, names)}"
+                f"{suggest_layer(pattern, names)}"
             )
         matched.update((name, model.get_submodule(name)) for name in fitting)
     outermost = {n: m for n, m in matched.items() if not any(n.startswith(f"{other}.") for other in matched)}
@@ -76,14 +77,15 @@ def match_modules_to_save(model: nn.Module, patterns: Collection[str]) -> dict[s
     for name, module in model.named_modules():
         if not is_inside(name, outermost) and any(id(p) in copied for p in module.parameters(recurse=False)):
             raise ValueError(
-                f"`method.modules_to_save` must include {name!r}, because it shares a weight with one of "
-                f"{', '.join(map(repr, outermost))}, but got {tuple(patterns)}. Add {name!r}."
+                f"`method.modules_to_save` must include {name!r}, which shares a weight with a matched module "
+                f"({', '.join(map(repr, outermost))}), but got {tuple(patterns)}. Add {name!r}."
             )
     return outermost
 
 
-def copy_to_train(modules: Mapping[str, nn.Module]) -> dict[str, TrainedModule]:
-    """Returns these modules with trainable fp32 copies. Parameters that the modules share are shared by the copies."""
+def copy_as_trainable(modules: Mapping[str, nn.Module]) -> dict[str, TrainedModule]:
+    """Returns these modules with trainable fp32 copies. Modules that share a parameter have copies that share one."""
+    # one deep copy of all modules, so that shared parameters stay shared
     copies = copy.deepcopy(dict(modules))
     for module in copies.values():
         for parameter in module.parameters():
@@ -94,45 +96,51 @@ def copy_to_train(modules: Mapping[str, nn.Module]) -> dict[str, TrainedModule]:
 
 
 def trained_modules(model: nn.Module) -> dict[str, TrainedModule]:
-    """Returns the modules of `model` that train in full, by name."""
+    """Returns the modules of `model` that train in full by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, TrainedModule)}
 
 
 def find_trained_biases(
-    model: nn.Module, which: TrainedBias, layers: Collection[str], trained: Collection[str]
+    model: nn.Module, setting: TrainedBias, layers: Collection[str], trained: Collection[str]
 ) -> dict[str, nn.Parameter]:
-    """Returns the biases that `which` (`method.bias`) selects, by name, except those in modules that train in full.
+    """Returns the biases that `method.bias` selects, by name, without biases inside modules that train in full.
 
-    `layers` and `trained` are the names of the adapted layers and of the modules that train in full.
+    Args:
+        model: A base model, or a model with LoRA layers.
+        setting: The value of `method.bias`.
+        layers: Names of the adapted layers.
+        trained: Names of the modules that train in full.
     """
-    if which == "none":
+    if setting == "none":
         return {}
     biases = {
         name: parameter
         for name, parameter in model.named_parameters()
         if name.rpartition(".")[2] == "bias" and not is_inside(name, trained)
     }
-    return biases if which == "all" else {name: bias for name, bias in biases.items() if bias_owner(name) in layers}
+    if setting == "all":
+        return biases
+    return {name: bias for name, bias in biases.items() if get_bias_owner(name) in layers}
 
 
-def bias_owner(name: str) -> str:
-    """Returns the name in the base model of the layer that has this bias; the layer may be adapted by now."""
+def get_bias_owner(name: str) -> str:
+    """Returns the base model's name of the layer of a bias: `fc` for `fc.bias` and for `fc.base.bias`."""
     return name.removesuffix(".bias").removesuffix(".base")
 
 
 def copy_biases(model: nn.Module, biases: Iterable[str]) -> None:
-    """Replaces biases, given by name, by trainable copies in the base's dtype."""
+    """Replaces the named biases by trainable copies in the base's dtype."""
     for name in biases:
         owner = model.get_submodule(name.rpartition(".")[0])
         owner.bias = nn.Parameter(owner.bias.detach().clone())  # type: ignore[operator]
 
 
 def is_inside(name: str, modules: Iterable[str]) -> bool:
-    """Returns whether the module `name` is one of these modules or inside one."""
+    """Returns whether `name` is one of these modules or inside one of them."""
     return any(name == module or name.startswith(f"{module}.") for module in modules)
 
 
-def _float_dtype(tensors: Iterable[Tensor]) -> torch.dtype | None:
+def _find_float_dtype(tensors: Iterable[Tensor]) -> torch.dtype | None:
     return next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), None)
 
 

@@ -1,4 +1,4 @@
-"""Initial values of A and B. With each except PiSSA, the weight update B A is zero at first."""
+"""Initial values of A and B. The initial weight update B A is zero, except with PiSSA."""
 
 from __future__ import annotations
 
@@ -22,12 +22,13 @@ def draw_matrices(
 ) -> tuple[Float[Tensor, "rank d_in"], Float[Tensor, "d_out rank"]]:
     """Returns A and B in fp32 on the CPU, with B A = 0.
 
-    `default`: A uniform within ±1/√d_in, which is Kaiming-uniform with a = √5, and B zero, as in LoRA's own code
-    (github.com/microsoft/LoRA, `loralib/layers.py`); for an embedding A is zero and B standard normal, as there.
-    `gaussian`: A normal with deviation 1/rank, as in PEFT; LoRA's section 4.1 says "random Gaussian" and no more.
-    `orthogonal`: A and B take the even and odd rows of one random rotation, so that both are random and B A = 0
-    (PEFT's `orthogonal`, after datta0.github.io/posts/rethink-lora-init). The rank must be even.
-    `pissa` does not draw: see `split_weight`.
+    - An embedding with `default` or `gaussian`: A zero, B standard normal, as in LoRA's code.
+    - `default`: A uniform within ±1/√d_in (Kaiming-uniform with a = √5), B zero, as in LoRA's code
+      (github.com/microsoft/LoRA, `loralib/layers.py`).
+    - `gaussian`: A normal with standard deviation 1/rank as in PEFT, B zero. LoRA's section 4.1 says "random Gaussian".
+    - `orthogonal`: A uses the even rows of one random rotation and B the odd rows, so both are random and B A = 0
+      (PEFT's `orthogonal`, after datta0.github.io/posts/rethink-lora-init). The rank must be even.
+    - `pissa` draws nothing (see `split_principal_part`).
     """
     if init == "orthogonal":
         rotation, _ = torch.linalg.qr(torch.randn(rank, rank, generator=generator))
@@ -44,13 +45,13 @@ def draw_matrices(
 
 
 @torch.no_grad()
-def split_weight(
+def split_principal_part(
     matrix: Float[Tensor, "d_out d_in"], *, rank: int, scaling: float
 ) -> tuple[Float[Tensor, "rank d_in"], Float[Tensor, "d_out rank"]]:
-    """Returns A and B for which scaling · B A is the principal part of `matrix`.
+    """Returns A and B so that scaling · B A is the best approximation of `matrix` of this rank.
 
-    PiSSA (arXiv 2404.02948), section 3, equations 2 and 3: A = √S Vᵀ and B = U √S of the largest singular values.
-    *Differs:* divided by √scaling each, so that any α gives the principal part.
+    PiSSA (arXiv 2404.02948), section 3, equations 2 and 3: A = √S Vᵀ and B = U √S, with the largest singular values.
+    *Differs:* A and B are each divided by √scaling, so that the result does not depend on α.
     """
     u, s, vh = torch.linalg.svd(matrix.float(), full_matrices=False)
     root = (s[:rank] / scaling).sqrt()

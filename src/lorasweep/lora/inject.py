@@ -1,4 +1,4 @@
-"""Replaces the layers that `targets` found by LoRA layers, and freezes everything else."""
+"""Replaces the layers that a `LoraConfig` selects by LoRA layers, and freezes all other parameters."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from lorasweep.config.method import LoraConfig
-from lorasweep.lora.fully_trained import copy_biases, copy_to_train, find_trained_biases, match_modules_to_save
+from lorasweep.lora.fully_trained import copy_as_trainable, copy_biases, find_trained_biases, match_modules_to_save
 from lorasweep.lora.layers import AdaptedLayer, LoraLayer
 from lorasweep.lora.targets import Coverage, plan_targets
 
@@ -19,22 +19,23 @@ def inject_lora(
     allow_full_rank: bool = False,
     device: str | None = None,
 ) -> Coverage:
-    """Adapts `model` in place: matched layers become LoRA layers. All else is frozen, except what `config` names.
+    """Adapts `model` in place: matched layers become LoRA layers, and all other parameters are frozen.
 
-    No tensor of the base is written to, so models that share frozen tensors can each be injected.
+    Modules and biases that `config` names (`modules_to_save`, `bias`) train too. The base's tensors keep their values,
+    so several models that share them can be adapted.
 
     Args:
         model: Any module that contains the layers.
-        config: What to adapt and how.
-        generator: CPU random stream for A and B, drawn in the model's order; torch's own if None.
+        config: The layers to adapt, and the settings of LoRA.
+        generator: CPU random stream of A and B, used in the order of the layers; torch's default stream if None.
         allow_full_rank: Whether the rank may be above the smaller side of a layer's weight.
         device: Device of A and B; the base's if None.
 
     Returns:
-        The layers that were matched, and those that were not.
+        Names of the matched and the unmatched layers, and numbers of parameters.
 
     Raises:
-        ValueError: The model has LoRA layers already, or `find_targets` refuses. The model is then unchanged.
+        ValueError: The model has LoRA layers already, or `find_targets` raises it. The model is then unchanged.
     """
     check_not_injected(model)
     coverage, targets = plan_targets(model, config, allow_full_rank=allow_full_rank)
@@ -44,12 +45,12 @@ def inject_lora(
     ]
     modules = match_modules_to_save(model, config.modules_to_save)
     biases = find_trained_biases(model, config.bias, targets, modules)
-    # from here on nothing can fail, so that a model that is refused is unchanged
+    # all checks are done: nothing below can fail, so a refused model is unchanged
     freeze(model)
     copy_biases(model, biases)
     for layer in layers:
         replace_module(model, layer.base, layer)
-    for trained in copy_to_train(modules).values():
+    for trained in copy_as_trainable(modules).values():
         replace_module(model, trained.base, trained)
     return coverage
 
@@ -65,18 +66,16 @@ def check_not_injected(model: nn.Module) -> None:
 
 
 def freeze(model: nn.Module) -> None:
-    """Stops every parameter from training. Frozen ones are not touched, because other models may share them."""
+    """Freezes the trainable parameters. Other models may share frozen parameters, so these are not touched."""
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.requires_grad_(False)
 
 
 def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Puts `new` wherever `model` has `old`, so that a layer that is used under two names stays one layer."""
+    """Replaces `old` under all its names in `model`, so that a layer with two names stays one layer."""
     new.train(old.training)
     for parent in list(model.modules()):
-        if parent is new:
-            continue
         for name, child in list(parent._modules.items()):
-            if child is old:  # `named_children` would skip the second name of one layer
+            if child is old:  # not `named_children`, which skips a layer's second name
                 setattr(parent, name, new)

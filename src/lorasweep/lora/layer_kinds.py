@@ -1,4 +1,4 @@
-"""The kinds of layers that can be adapted, and how each stores its weight matrix (d_out, d_in)."""
+"""Which layers can be adapted, and how each kind of layer stores its weight matrix (d_out, d_in)."""
 
 from __future__ import annotations
 
@@ -10,17 +10,16 @@ from torch import Tensor, nn
 def is_conv1d(module: nn.Module) -> bool:
     """Returns whether this is transformers' `Conv1D`: a linear layer whose weight is stored as (d_in, d_out).
 
-    It is recognised by its name, so that transformers need not be installed.
+    The check uses the class name, so that it works without transformers.
     """
     weight = getattr(module, "weight", None)
     return type(module).__name__ == "Conv1D" and isinstance(weight, Tensor) and weight.dim() == 2
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Returns whether target `all-linear` selects this module.
+    """Returns whether this module is a linear layer that the model calls.
 
-    The output projection of `nn.MultiheadAttention` is not selected, because attention never calls it: attention reads
-    its weight.
+    The output projection of `nn.MultiheadAttention` is excluded: the attention reads its weight but never calls it.
     """
     is_never_called = isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
     return is_conv1d(module) or (isinstance(module, nn.Linear) and not is_never_called)
@@ -38,14 +37,14 @@ def can_be_adapted(module: nn.Module) -> bool:
 
 
 def has_custom_forward(module: nn.Module) -> bool:
-    """Returns whether a linear layer has hooks or a custom forward (quantised layers), so that it must be called."""
+    """Returns whether a linear layer must be called, because it has hooks or its own `forward` (a quantised layer)."""
     is_custom = type(module).forward is not nn.Linear.forward and not is_conv1d(module)
     has_hooks = "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks
     return bool(is_custom or has_hooks)
 
 
 def is_quantised(layer: nn.Module) -> bool:
-    """Returns whether a layer's weight is stored in a form other than floating-point numbers."""
+    """Returns whether a layer stores its weight in a dtype that is not floating-point."""
     weight = layer.weight
     assert isinstance(weight, Tensor)
     return not weight.is_floating_point()
@@ -55,7 +54,7 @@ def is_quantised(layer: nn.Module) -> bool:
 def dequantised_weight(layer: nn.Module) -> Float[Tensor, "d_out d_in"]:
     """Returns the weight of a quantised linear layer in fp32.
 
-    Computed as the layer's outputs for unit vectors, without the bias, so that it works for any kind of quantisation.
+    The weight is computed as the layer's output for unit vectors, minus the bias. This works for any quantisation.
     """
     assert isinstance(layer, nn.Linear)
     output: Tensor = layer(torch.eye(layer.in_features, device=layer.weight.device))  # (d_in, d_out)
@@ -63,7 +62,7 @@ def dequantised_weight(layer: nn.Module) -> Float[Tensor, "d_out d_in"]:
 
 
 def matrix_shape(module: nn.Module) -> tuple[int, int]:
-    """Returns (d_out, d_in) of the weight matrix: an embedding maps one-hot rows, a convolution whole patches."""
+    """Returns (d_out, d_in) of the weight matrix. d_in is an embedding's vocabulary or a convolution's patch size."""
     if isinstance(module, nn.Linear):
         return module.out_features, module.in_features  # a quantised weight has another shape
     if isinstance(module, nn.Conv2d):
@@ -73,14 +72,14 @@ def matrix_shape(module: nn.Module) -> tuple[int, int]:
 
 
 def weight_to_matrix(module: nn.Module, weight: Float[Tensor, "*weight_shape"]) -> Float[Tensor, "d_out d_in"]:
-    """Returns a view of a weight, stored as in `module`, as a matrix."""
+    """Returns a weight in the shape of `module`'s weight as a matrix, without a copy."""
     if isinstance(module, nn.Embedding) or is_conv1d(module):
         return weight.t()
     return weight.flatten(1)
 
 
 def matrix_to_weight(module: nn.Module, matrix: Float[Tensor, "d_out d_in"]) -> Float[Tensor, "*weight_shape"]:
-    """Returns a view of a matrix in the shape in which `module` stores its weight."""
+    """Returns a matrix in the shape of `module`'s weight, without a copy."""
     if isinstance(module, nn.Embedding) or is_conv1d(module):
         return matrix.t()
     return matrix.view(-1, *module.weight.shape[1:]) if isinstance(module, nn.Conv2d) else matrix

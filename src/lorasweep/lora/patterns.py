@@ -6,16 +6,19 @@ import re
 from collections.abc import Iterable
 from itertools import pairwise
 
-from lorasweep.lora.functional import Rows
+from lorasweep.lora.functional import RowRanges
 from lorasweep.wording import nearest
 
-ALL_LINEAR = "all-linear"
+ALL_LINEAR_PATTERN = "all-linear"
 REGEX_PREFIX = "re:"
-QKV = ("q", "k", "v")
+QKV_LETTERS = ("q", "k", "v")
 
 
 def is_name_ending(ending: str, name: str) -> bool:
-    """Returns whether `name` is `ending` or ends with it after a dot: `q_proj` for `0.q_proj`, not for `seq_proj`."""
+    """Returns whether `name` equals `ending` or ends with a dot and `ending`.
+
+    `0.q_proj` ends with `q_proj`, but `seq_proj` does not.
+    """
     return name == ending or name.endswith(f".{ending}")
 
 
@@ -26,46 +29,47 @@ def fits_pattern(pattern: str, name: str) -> bool:
         ValueError: The pattern is not a valid regular expression.
     """
     if not pattern.startswith(REGEX_PREFIX):
-        return is_name_ending(split_rows(pattern)[0], name)
+        return is_name_ending(split_pattern(pattern)[0], name)
     try:
         return re.fullmatch(pattern.removeprefix(REGEX_PREFIX), name) is not None
     except re.error as error:
         raise ValueError(f"{pattern!r} must be a regular expression, but got an error: {error}. Correct it.") from error
 
 
-def first_fit(patterns: Iterable[str], name: str) -> str | None:
-    """Returns the first pattern that matches this name."""
+def find_first_match(patterns: Iterable[str], name: str) -> str | None:
+    """Returns the first pattern that matches this name; None if no pattern does."""
     return next((pattern for pattern in patterns if fits_pattern(pattern, name)), None)
 
 
-def split_rows(pattern: str) -> tuple[str, str]:
-    """Returns a pattern's name and the text in the brackets after it: `c_attn` and `q,v` for `c_attn[q,v]`."""
-    found = None if pattern.startswith(REGEX_PREFIX) else re.fullmatch(r"([^\[\]]+)\[([^\[\]]+)\]", pattern)
-    return (found[1], found[2]) if found else (pattern, "")
+def split_pattern(pattern: str) -> tuple[str, str]:
+    """Returns the name and the text in brackets of a pattern: `c_attn` and `q,v` for `c_attn[q,v]`."""
+    match = None if pattern.startswith(REGEX_PREFIX) else re.fullmatch(r"([^\[\]]+)\[([^\[\]]+)\]", pattern)
+    return (match[1], match[2]) if match else (pattern, "")
 
 
-def parse_rows(pattern: str, *, num_rows: int) -> Rows:
+def parse_row_ranges(pattern: str, *, num_rows: int) -> RowRanges:
     """Returns the row ranges that a pattern selects in a layer of `num_rows` rows; empty for all rows.
 
-    Letters of q, k, v mean thirds; `0:64,96:128` means the rows from 0 to 63 and from 96 to 127.
+    In the brackets, `q`, `k` and `v` each stand for a third of the rows. `0:64,96:128` stands for the rows 0 to 63 and
+    96 to 127.
 
     Raises:
-        ValueError: The brackets hold anything else, or ranges that overlap, are empty or end above `num_rows`.
+        ValueError: The text in brackets has another form, or its ranges overlap, are empty or end above `num_rows`.
     """
-    name, text = split_rows(pattern)
+    name, text = split_pattern(pattern)
     ranges = []
     for part in text.split(",") if text else []:
-        numbers = re.fullmatch(r"\s*(\d+):(\d+)\s*", part)
-        if numbers:
-            ranges.append((int(numbers[1]), int(numbers[2])))
-        elif part in QKV and num_rows % len(QKV) == 0:
-            third = num_rows // len(QKV)
-            ranges.append((QKV.index(part) * third, (QKV.index(part) + 1) * third))
+        match = re.fullmatch(r"\s*(\d+):(\d+)\s*", part)
+        if match:
+            ranges.append((int(match[1]), int(match[2])))
+        elif part in QKV_LETTERS and num_rows % len(QKV_LETTERS) == 0:
+            third = num_rows // len(QKV_LETTERS)
+            ranges.append((QKV_LETTERS.index(part) * third, (QKV_LETTERS.index(part) + 1) * third))
         else:
-            ranges.append((0, 0))  # refused below
+            ranges.append((0, 0))  # an empty range, which is refused below
     ranges.sort()
-    has_overlap = any(past > first for (_, past), (first, _) in pairwise(ranges))
-    if has_overlap or any(not first < past <= num_rows for first, past in ranges):
+    has_overlap = any(end > first for (_, end), (first, _) in pairwise(ranges))
+    if has_overlap or any(not first < end <= num_rows for first, end in ranges):
         raise ValueError(
             f"The rows in {pattern!r} must be separate ranges within 0:{num_rows}, or thirds (q, k, v) if 3 divides "
             f"{num_rows}, but got {text!r}. Write them as `{name}[0:{num_rows // 2}]`."
@@ -73,20 +77,21 @@ def parse_rows(pattern: str, *, num_rows: int) -> Rows:
     return tuple(ranges)
 
 
-def block_of(name: str) -> str | None:
-    """Returns the name of the block that holds a layer or parameter: `layers.3` of `layers.3.mlp.up`; None outside."""
+def get_block_name(name: str) -> str | None:
+    """Returns the block that contains a layer or parameter: `layers.3` for `layers.3.mlp.up`; None outside a block."""
     parts = name.split(".")
     end = next((i for i, part in enumerate(parts, start=1) if part.isdecimal()), None)
     return None if end is None else ".".join(parts[:end])
 
 
-def block_index(name: str) -> int | None:
-    """Returns the index of the block that holds a layer or parameter: 3 of `layers.3.mlp.up`; None outside."""
-    block = block_of(name)
+def get_block_index(name: str) -> int | None:
+    """Returns the index of a layer's or parameter's block: 3 for `layers.3.mlp.up`; None outside a block."""
+    block = get_block_name(name)
     return None if block is None else int(block.rpartition(".")[2])
 
 
-def nearest_layer(pattern: str, names: Iterable[str]) -> str:
-    """Returns ` Did you mean ...?` with the nearest name or name ending; empty if no name is near the pattern."""
+def suggest_layer(pattern: str, names: Iterable[str]) -> str:
+    """Returns the sentence ` Did you mean ...?` with the most similar layer name; empty if no name is similar."""
+    # the last part, the last two parts, or all parts of each name
     endings = dict.fromkeys(".".join(name.split(".")[-parts:]) for name in names for parts in (1, 2, 0))
-    return nearest(split_rows(pattern)[0].removeprefix(REGEX_PREFIX), endings)
+    return nearest(split_pattern(pattern)[0].removeprefix(REGEX_PREFIX), endings)

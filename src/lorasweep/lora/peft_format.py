@@ -1,4 +1,4 @@
-"""Converts `LoraConfig` and tensors to PEFT's `adapter_config.json` and tensor names, and back."""
+"""Converts settings and tensors of LoRA layers to PEFT's `adapter_config.json` and tensor names, and back."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from lorasweep.config.method import LoraConfig
 from lorasweep.lora.fully_trained import match_modules_to_save, trained_modules
 from lorasweep.lora.layer_kinds import is_conv1d
 from lorasweep.lora.layers import LoraLayer
-from lorasweep.lora.patterns import ALL_LINEAR, REGEX_PREFIX, fits_pattern, is_name_ending
-from lorasweep.lora.targets import is_excluded, target_patterns
+from lorasweep.lora.patterns import ALL_LINEAR_PATTERN, REGEX_PREFIX, fits_pattern, is_name_ending
+from lorasweep.lora.targets import get_target_patterns, is_excluded
 
 KEY_PREFIX = "base_model.model."
-MAGNITUDE = "lora_magnitude_vector"
+MAGNITUDE_KEY = "lora_magnitude_vector"
 # fmt: off
 UNSUPPORTED_KEYS = (
     "alora_invocation_tokens", "arrow_config", "corda_config", "eva_config", "kasa_config", "layer_replication",
@@ -27,36 +27,37 @@ UNSUPPORTED_KEYS = (
     "trainable_token_indices", "use_bdlora", "use_qalora", "velora_config",
 )
 # fmt: on
-"""Keys of PEFT's configuration that must be unset, because ignoring them would load another model."""
+"""Keys of PEFT's configuration that must be unset. If lorasweep ignored them, the loaded model would compute
+different outputs."""
 INITS_KEEPING_BASE = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
-"""Values of PEFT's `init_lora_weights` that leave the base's weights as they are."""
+"""Values of PEFT's `init_lora_weights` that do not change the base's weights."""
 
 
-def layer_tensors(layer: LoraLayer) -> dict[str, Tensor]:
-    """Returns a layer's tensors by PEFT's names and in its shapes: A, B and DoRA's row lengths."""
-    lora_a, lora_b = layer.matrices()
+def get_peft_tensors(layer: LoraLayer) -> dict[str, Tensor]:
+    """Returns A, B and DoRA's magnitude of a layer, with PEFT's names and shapes."""
+    lora_a, lora_b = layer.get_plain_matrices()
     magnitude: Tensor | None = layer.magnitude
     if isinstance(layer.base, nn.Conv2d):
         lora_a = lora_a.view(-1, *layer.weight.shape[1:])
         lora_b = lora_b[:, :, None, None]
         magnitude = None if magnitude is None else magnitude[None, :, None, None]
-    name_a, name_b = _names_of_a_and_b(layer)
-    return {name_a: lora_a, name_b: lora_b} | ({} if magnitude is None else {MAGNITUDE: magnitude})
+    name_a, name_b = _get_names_of_a_and_b(layer)
+    return {name_a: lora_a, name_b: lora_b} | ({} if magnitude is None else {MAGNITUDE_KEY: magnitude})
 
 
-def load_layer_tensors(layer: LoraLayer, tensors: Mapping[str, Tensor]) -> None:
-    """Sets a layer's parameters from tensors like those of `layer_tensors`.
+def load_peft_tensors(layer: LoraLayer, tensors: Mapping[str, Tensor]) -> None:
+    """Sets a layer's parameters from tensors with PEFT's names and shapes.
 
     Raises:
-        ValueError: The layer can't represent them (see `LoraLayer.load_matrices`).
+        ValueError: The layer can't represent these values (see `LoraLayer.load_plain_matrices`).
     """
-    name_a, name_b = _names_of_a_and_b(layer)
-    layer.load_matrices(tensors[name_a].flatten(1), tensors[name_b].flatten(1))
+    name_a, name_b = _get_names_of_a_and_b(layer)
+    layer.load_plain_matrices(tensors[name_a].flatten(1), tensors[name_b].flatten(1))
     if layer.magnitude is not None:
-        layer.magnitude.data.copy_(tensors[MAGNITUDE].flatten())
+        layer.magnitude.data.copy_(tensors[MAGNITUDE_KEY].flatten())
 
 
-def _names_of_a_and_b(layer: LoraLayer) -> tuple[str, str]:
+def _get_names_of_a_and_b(layer: LoraLayer) -> tuple[str, str]:
     if isinstance(layer.base, nn.Embedding):
         return "lora_embedding_A", "lora_embedding_B"
     return "lora_A.weight", "lora_B.weight"
@@ -65,24 +66,25 @@ def _names_of_a_and_b(layer: LoraLayer) -> tuple[str, str]:
 def config_to_peft(layers: Mapping[str, LoraLayer], model: nn.Module, *, base_path: str) -> dict[str, Any]:
     """Returns the settings with which PEFT builds these layers in the base model at `base_path`.
 
-    Every layer is written as one plain LoRA (see `LoraLayer.matrices`), so `init_lora_weights` is always the default.
+    Every layer is written as a plain LoRA (`LoraLayer.get_plain_matrices`), so `init_lora_weights` is PEFT's default.
     """
     config = next(iter(layers.values())).config
-    ranks = {name: layer.matrices()[0].shape[0] for name, layer in layers.items()}
-    alphas = {name: _alpha_at(layer, ranks[name]) for name, layer in layers.items()}
+    ranks = {name: layer.get_plain_matrices()[0].shape[0] for name, layer in layers.items()}
+    alphas = {name: _compute_alpha(layer, ranks[name]) for name, layer in layers.items()}
+    # the most common values are the defaults, so that the fewest layers need a pattern
     rank = Counter(ranks.values()).most_common(1)[0][0]
     alpha = Counter(alphas.values()).most_common(1)[0][0]
     return {
         "peft_type": "LORA",
-        "task_type": _task_type(model),
+        "task_type": _find_task_type(model),
         "base_model_name_or_path": base_path,
         "inference_mode": True,
         "r": rank,
         "lora_alpha": _int_if_whole(alpha),
         "lora_dropout": config.dropout,
-        "target_modules": _peft_targets(model, layers),
-        "rank_pattern": {_exactly(name): r for name, r in ranks.items() if r != rank},
-        "alpha_pattern": {_exactly(name): _int_if_whole(a) for name, a in alphas.items() if a != alpha},
+        "target_modules": _build_peft_targets(model, layers),
+        "rank_pattern": {_build_exact_regex(name): r for name, r in ranks.items() if r != rank},
+        "alpha_pattern": {_build_exact_regex(name): _int_if_whole(a) for name, a in alphas.items() if a != alpha},
         "use_rslora": config.scaling == "alpha_over_sqrt_rank",
         "use_dora": config.variant == "dora",
         "bias": config.bias,
@@ -93,82 +95,82 @@ def config_to_peft(layers: Mapping[str, LoraLayer], model: nn.Module, *, base_pa
 
 
 def config_from_peft(raw: object, model: nn.Module) -> LoraConfig:
-    """Returns PEFT's settings (parsed JSON) as a `LoraConfig`, without patterns that match nothing in the base model.
+    """Returns PEFT's settings (parsed JSON) as a `LoraConfig`, without patterns that match no layer of the base model.
 
     Raises:
-        ValueError: They are not LoRA settings, or have a key that is not supported here.
+        ValueError: The settings are not those of LoRA, or have a key that lorasweep does not support.
     """
     peft_type = raw.get("peft_type") if isinstance(raw, dict) else raw
     if not isinstance(raw, dict) or peft_type != "LORA":
         raise ValueError(f"`peft_type` must be 'LORA', but got {peft_type!r}. Only LoRA adapters can be loaded.")
     for key in UNSUPPORTED_KEYS:
         if raw.get(key):
-            raise ValueError(f"`{key}` must be unset, but got {raw[key]!r}. It is not supported here.")
+            raise ValueError(f"`{key}` must be unset, but got {raw[key]!r}. lorasweep does not support this key.")
     if raw.get("init_lora_weights", True) not in INITS_KEEPING_BASE:
         raise ValueError(
-            f"`init_lora_weights` must leave the base as it is, but got {raw['init_lora_weights']!r}. "
+            f"`init_lora_weights` must not change the base's weights, but got {raw['init_lora_weights']!r}. "
             "Convert the adapter with PEFT's `save_pretrained(..., path_initial_model_for_weight_conversion=...)`."
         )
     try:
-        return _drop_unused_targets(_convert(raw, model), model)
+        return _drop_unused_targets(_build_config(raw, model), model)
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"a key is missing or has a wrong type: {error!r}. Save the adapter again.") from error
+        raise ValueError(f"A key is missing or has a wrong type: {error!r}. Save the adapter again.") from error
 
 
-def _convert(raw: Mapping[str, Any], model: nn.Module) -> LoraConfig:
+def _build_config(raw: Mapping[str, Any], model: nn.Module) -> LoraConfig:
     names = [name for name, _ in model.named_modules()]
     layers = raw.get("layers_to_transform")
     return LoraConfig(
         rank=raw["r"],
         alpha=float(raw["lora_alpha"]),
         scaling="alpha_over_sqrt_rank" if raw.get("use_rslora") else "alpha_over_rank",
-        targets=_patterns(raw["target_modules"]) or "",
+        targets=_convert_targets(raw["target_modules"]) or "",
         dropout=float(raw.get("lora_dropout", 0.0)),
         variant="dora" if raw.get("use_dora") else "lora",
-        rank_pattern=_pattern_values(raw.get("rank_pattern"), names),
-        alpha_pattern=_pattern_values(raw.get("alpha_pattern"), names),
-        exclude=_having_effect(_patterns(raw.get("exclude_modules") or ()), names),
+        rank_pattern=_convert_pattern_values(raw.get("rank_pattern"), names),
+        alpha_pattern=_convert_pattern_values(raw.get("alpha_pattern"), names),
+        exclude=_keep_matching_patterns(_convert_targets(raw.get("exclude_modules") or ()), names),
         layers=(layers,) if isinstance(layers, int) else tuple(layers or ()),
-        modules_to_save=_having_effect(raw.get("modules_to_save") or (), names),
+        modules_to_save=_keep_matching_patterns(raw.get("modules_to_save") or (), names),
         bias=raw.get("bias", "none"),
     )
 
 
 def _drop_unused_targets(config: LoraConfig, model: nn.Module) -> LoraConfig:
-    """Drops targets that match nothing or only excluded layers. PEFT allows such targets if another one matches."""
+    """Drops targets that match no layer or only excluded layers. PEFT allows them if another target matches."""
     trained = match_modules_to_save(model, config.modules_to_save)
     names = [name for name, _ in model.named_modules() if not is_excluded(name, config, trained)]
-    used = _having_effect((p for p in target_patterns(config) if p != ALL_LINEAR), names)
+    used = _keep_matching_patterns((p for p in get_target_patterns(config) if p != ALL_LINEAR_PATTERN), names)
     return replace(config, targets=used) if used else config
 
 
-def _pattern_values(values: Mapping[str, Any] | None, names: list[str]) -> dict[str, Any]:
-    keyed = {_ending(key): value for key, value in (values or {}).items()}
-    return {key: keyed[key] for key in _having_effect(keyed, names)}
+def _convert_pattern_values(values: Mapping[str, Any] | None, names: list[str]) -> dict[str, Any]:
+    keyed = {_convert_pattern_key(key): value for key, value in (values or {}).items()}
+    return {key: keyed[key] for key in _keep_matching_patterns(keyed, names)}
 
 
-def _having_effect(patterns: Iterable[str], names: list[str]) -> tuple[str, ...]:
+def _keep_matching_patterns(patterns: Iterable[str], names: list[str]) -> tuple[str, ...]:
     return tuple(pattern for pattern in patterns if any(fits_pattern(pattern, name) for name in names))
 
 
-def _patterns(modules: str | Iterable[str]) -> tuple[str, ...]:
-    """Converts PEFT's names (a list) or regular expression (a string) to patterns of `LoraConfig`."""
+def _convert_targets(modules: str | Iterable[str]) -> tuple[str, ...]:
+    """Converts PEFT's list of names, or its string with a regular expression, to patterns of `LoraConfig`."""
     if isinstance(modules, str):
-        return (ALL_LINEAR,) if modules == ALL_LINEAR else (f"{REGEX_PREFIX}{modules}",)
+        return (ALL_LINEAR_PATTERN,) if modules == ALL_LINEAR_PATTERN else (f"{REGEX_PREFIX}{modules}",)
     return tuple(sorted(modules))
 
 
-def _ending(key: str) -> str:
-    """Converts the key of a rank or alpha pattern, which PEFT matches with the end of a name."""
+def _convert_pattern_key(key: str) -> str:
+    """Converts a key of PEFT's rank or alpha pattern. PEFT compares the key with the end of a layer's name."""
     return f"{REGEX_PREFIX}(.*\\.)?({key})"
 
 
-def _exactly(name: str) -> str:
+def _build_exact_regex(name: str) -> str:
     return f"^{re.escape(name)}"
 
 
-def _alpha_at(layer: LoraLayer, rank: int) -> float:
-    """Returns the α with which a LoRA of this rank has the layer's scaling."""
+def _compute_alpha(layer: LoraLayer, rank: int) -> float:
+    """Returns the α with which a plain LoRA of this rank has the same scaling as the layer."""
     if rank == layer.rank:
         return layer.target.alpha
     ratio = rank / layer.rank
@@ -179,10 +181,10 @@ def _int_if_whole(number: float) -> float | int:
     return int(number) if number == int(number) else number
 
 
-def _task_type(model: nn.Module) -> str | None:
-    """Returns PEFT's name of the task of a transformers model, which `AutoPeftModelFor...` needs; else None.
+def _find_task_type(model: nn.Module) -> str | None:
+    """Returns PEFT's task name of a transformers model, for `AutoPeftModelFor...`; None if there is no such name.
 
-    With SEQ_CLS, PEFT assumes that `classifier` or `score` trained. So a classifier without a trained module gets None.
+    A classifier without a trained module gets None, because PEFT assumes that the head of a SEQ_CLS model has trained.
     """
     name = type(model).__name__
     if name.endswith("ForSequenceClassification"):
@@ -192,10 +194,11 @@ def _task_type(model: nn.Module) -> str | None:
     return "CAUSAL_LM" if name.endswith(("ForCausalLM", "LMHeadModel")) else None
 
 
-def _peft_targets(model: nn.Module, layers: Mapping[str, LoraLayer]) -> list[str] | str:
-    """Returns the last parts of the layers' names, or a regular expression if they match other layers as well."""
+def _build_peft_targets(model: nn.Module, layers: Mapping[str, LoraLayer]) -> list[str] | str:
+    """Returns the last parts of the layers' names, or a regular expression if these parts match other layers too."""
     endings = sorted({name.rpartition(".")[2] for name in layers})
+    # without names inside adapted layers and trained modules, such as `q_proj.base`
     inner = tuple(f"{name}." for name in (*layers, *trained_modules(model)))
     others = [n for n, _ in model.named_modules() if n not in layers and not f"{n}.".startswith(inner)]
-    clash = any(is_name_ending(ending, name) for name in others for ending in endings)
-    return "|".join(map(re.escape, layers)) if clash else endings
+    is_ambiguous = any(is_name_ending(ending, name) for name in others for ending in endings)
+    return "|".join(map(re.escape, layers)) if is_ambiguous else endings

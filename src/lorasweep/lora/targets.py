@@ -1,6 +1,6 @@
-"""Finds the layers that a `LoraConfig` adapts, and the rank, α and rows of each, before the model is changed.
+"""Finds the layers that a `LoraConfig` adapts, and the rank, α and rows of each. The model is not changed.
 
-Works on a model on the meta device, so that a wrong pattern is found before weights are loaded.
+The model may be on the meta device, so that a wrong pattern is reported before weights are loaded.
 """
 
 from __future__ import annotations
@@ -13,13 +13,21 @@ from torch import nn
 
 from lorasweep.config.method import LoraConfig
 from lorasweep.lora.fully_trained import find_trained_biases, is_inside, match_modules_to_save
-from lorasweep.lora.functional import Rows, scaling_factor
+from lorasweep.lora.functional import RowRanges, scaling_factor
 from lorasweep.lora.layer_kinds import can_be_adapted, is_linear, is_quantised, matrix_shape
-from lorasweep.lora.patterns import ALL_LINEAR, block_index, first_fit, fits_pattern, nearest_layer, parse_rows
+from lorasweep.lora.patterns import (
+    ALL_LINEAR_PATTERN,
+    find_first_match,
+    fits_pattern,
+    get_block_index,
+    parse_row_ranges,
+    suggest_layer,
+)
 
 Number = TypeVar("Number", int, float)
 
 HEAD_NAMES = frozenset({"lm_head", "score", "classifier", "qa_outputs"})
+"""Names that transformers gives to the head of a model. `all-linear` does not match heads."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,13 +39,14 @@ class Coverage:
     unmatched: tuple[str, ...]
     """Names of the linear layers that are not adapted."""
     trainable_params: int
-    """Number of parameters that train: Σ r (d_in + d_out) over the matched layers, and modules that train in full."""
+    """Number of trainable parameters: Σ r (d_in + d_out) over the matched layers, DoRA's row norms, and the biases and
+    modules that train in full."""
     total_params: int
-    """Number of parameters of the model with the added ones; a tensor that is used twice counts once."""
+    """Number of parameters of the adapted model. A tensor that is used twice counts once."""
 
     @property
     def layers(self) -> tuple[str, ...]:
-        """Names of all matched layers, each once, in the order of the patterns."""
+        """Names of all matched layers in the order of the patterns, without duplicates."""
         return tuple(dict.fromkeys(name for names in self.matched.values() for name in names))
 
 
@@ -46,37 +55,37 @@ class Target:
     """How one layer is adapted."""
 
     config: LoraConfig
-    """Source of the init, variant, dropout and scaling rule; `rank` and `alpha` may differ from this layer's."""
+    """Settings of all layers. This layer's rank and α may differ from them, because of patterns."""
     rank: int
     alpha: float
-    rows: Rows = ()
-    """Parts of a fused projection that have their own A and B; empty for the whole layer."""
+    row_ranges: RowRanges = ()
+    """Parts of a fused projection, each with its own A and B; empty if one A and B adapt the whole layer."""
 
     @property
     def scaling(self) -> float:
         return scaling_factor(alpha=self.alpha, rank=self.rank, rule=self.config.scaling)
 
     @property
-    def width(self) -> int:
-        """Number of rows of A: the rank, times the parts of a fused projection."""
-        return self.rank * max(1, len(self.rows))
+    def total_rank(self) -> int:
+        """Number of rows of A: the rank, times the number of parts of a fused projection."""
+        return self.rank * max(1, len(self.row_ranges))
 
-    def blocks(self) -> Iterator[tuple[tuple[int, int], slice]]:
-        """Yields each part's range of rows, and its columns in a B that holds the parts block by block."""
-        for index, part in enumerate(self.rows):
+    def iter_parts(self) -> Iterator[tuple[tuple[int, int], slice]]:
+        """Yields the row range of each part, and the part's columns in a B that contains one block per part."""
+        for index, part in enumerate(self.row_ranges):
             yield part, slice(index * self.rank, (index + 1) * self.rank)
 
 
 def find_targets(model: nn.Module, config: LoraConfig) -> Coverage:
-    """Returns what `inject_lora` would adapt. Changes nothing; the model may be on the meta device.
+    """Returns the layers that `inject_lora` would adapt, without changing the model.
 
     Args:
-        model: Any module that contains the layers.
-        config: What to adapt and how.
+        model: Any module that contains the layers. It may be on the meta device.
+        config: The layers to adapt, and the settings of LoRA.
 
     Raises:
-        ValueError: A pattern matches no layer, or a layer that can't be adapted; the rank is above the smaller side of
-            a layer's weight; a setting does not fit a layer.
+        ValueError: A pattern matches no layer that can be adapted; the rank is above the smaller side of a layer's
+            weight; or a setting does not fit a layer.
     """
     return plan_targets(model, config)[0]
 
@@ -84,13 +93,13 @@ def find_targets(model: nn.Module, config: LoraConfig) -> Coverage:
 def plan_targets(
     model: nn.Module, config: LoraConfig, *, allow_full_rank: bool = False
 ) -> tuple[Coverage, dict[str, Target]]:
-    """Returns the coverage of `find_targets`, and how each layer is adapted, by its name, in the model's order."""
-    layers = adaptable_layers(model)
+    """Returns the matched layers as `find_targets` does, and each layer's target by name, in the model's order."""
+    layers = find_adaptable_layers(model)
     trained = match_modules_to_save(model, config.modules_to_save)
-    matched = {pattern: _match_pattern(pattern, model, config, trained) for pattern in target_patterns(config)}
+    matched = {pattern: _match_pattern(pattern, model, config, trained) for pattern in get_target_patterns(config)}
     matched_names = {name for names in matched.values() for name in names}
     names = [name for name in layers if name in matched_names]
-    _check_effect(config, model, names)
+    _check_settings_match_layers(config, model, names)
     targets = {name: _plan_layer(name, layers[name], config, matched) for name in names}
     for name, target in targets.items():
         if not allow_full_rank:
@@ -108,33 +117,37 @@ def plan_targets(
     return coverage, targets
 
 
-def target_patterns(config: LoraConfig) -> tuple[str, ...]:
-    """Returns the patterns of `config.targets`, each once."""
+def get_target_patterns(config: LoraConfig) -> tuple[str, ...]:
+    """Returns the patterns of `config.targets` without duplicates."""
     targets = (config.targets,) if isinstance(config.targets, str) else config.targets
     return tuple(dict.fromkeys(targets))
 
 
-def adaptable_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Returns the layers inside `model` that can be adapted, by name, in order. A layer with two names appears once."""
+def find_adaptable_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Returns the layers that can be adapted by name, in the model's order. A layer with two names appears once."""
     return {name: module for name, module in model.named_modules() if name and can_be_adapted(module)}
 
 
-def value_for(name: str, patterns: Mapping[str, Number], default: Number) -> Number:
-    """Returns the value of the first pattern that matches this layer, or the default."""
-    key = first_fit(patterns, name)
+def get_pattern_value(name: str, patterns: Mapping[str, Number], default: Number) -> Number:
+    """Returns the value of the first pattern that matches the layer `name`, or the default."""
+    key = find_first_match(patterns, name)
     return default if key is None else patterns[key]
 
 
 def is_excluded(name: str, config: LoraConfig, trained: Collection[str]) -> bool:
-    """Returns whether a layer is not adapted even if `targets` match it; `trained` are modules that train in full."""
-    has_wrong_index = bool(config.layers) and block_index(name) not in config.layers
-    return has_wrong_index or is_inside(name, trained) or first_fit(config.exclude, name) is not None
+    """Returns whether a layer must not be adapted even if `targets` match it.
+
+    A layer is excluded by `config.layers` or `config.exclude`, or if it is inside a module that trains in full (named
+    in `trained`).
+    """
+    is_outside_layers = bool(config.layers) and get_block_index(name) not in config.layers
+    return is_outside_layers or is_inside(name, trained) or find_first_match(config.exclude, name) is not None
 
 
 def _match_pattern(pattern: str, model: nn.Module, config: LoraConfig, trained: Collection[str]) -> tuple[str, ...]:
-    """Returns the names of the layers that this pattern adapts."""
-    layers = adaptable_layers(model)
-    if pattern == ALL_LINEAR:
+    """Returns the names of the layers that a pattern of `targets` adapts."""
+    layers = find_adaptable_layers(model)
+    if pattern == ALL_LINEAR_PATTERN:
         fitting = [name for name, layer in layers.items() if is_linear(layer) and not _is_head(name, layer, model)]
     else:
         fitting = [name for name in layers if fits_pattern(pattern, name)]
@@ -157,22 +170,23 @@ def _is_head(name: str, layer: nn.Module, model: nn.Module) -> bool:
 
 def _plan_layer(name: str, layer: nn.Module, config: LoraConfig, matched: Mapping[str, tuple[str, ...]]) -> Target:
     num_rows = matrix_shape(layer)[0]
-    choices = {parse_rows(pattern, num_rows=num_rows) for pattern, names in matched.items() if name in names}
+    choices = {parse_row_ranges(pattern, num_rows=num_rows) for pattern, names in matched.items() if name in names}
     if len(choices) > 1:
         raise ValueError(
-            f"`method.targets` must choose one set of rows of {name!r}, but got {sorted(choices)}. Name it once."
+            f"`method.targets` must select one set of rows of layer {name!r}, but got {sorted(choices)}. "
+            "Use one pattern for this layer."
         )
     return Target(
         config=config,
-        rank=value_for(name, config.rank_pattern, config.rank),
-        alpha=value_for(name, config.alpha_pattern, config.alpha),
-        rows=choices.pop(),
+        rank=get_pattern_value(name, config.rank_pattern, config.rank),
+        alpha=get_pattern_value(name, config.alpha_pattern, config.alpha),
+        row_ranges=choices.pop(),
     )
 
 
-def _check_effect(config: LoraConfig, model: nn.Module, names: list[str]) -> None:
-    """Refuses a setting that has no effect on any layer: it is a mistake."""
-    all_names = list(adaptable_layers(model))
+def _check_settings_match_layers(config: LoraConfig, model: nn.Module, names: list[str]) -> None:
+    """Refuses a pattern or an index that matches no layer, because it must be a mistake."""
+    all_names = list(find_adaptable_layers(model))
     settings: list[tuple[str, Collection[str], list[str]]] = [
         ("rank_pattern", config.rank_pattern, names),
         ("alpha_pattern", config.alpha_pattern, names),
@@ -181,21 +195,21 @@ def _check_effect(config: LoraConfig, model: nn.Module, names: list[str]) -> Non
     for setting, patterns, choices in settings:
         for pattern in patterns:
             if not any(fits_pattern(pattern, name) for name in choices):
-                hint = nearest_layer(pattern, choices)
+                hint = suggest_layer(pattern, choices)
                 raise ValueError(f"`method.{setting}` must match layers, but {pattern!r} matches none.{hint}")
-    unused = set(config.layers) - {block_index(name) for name in names}
+    unused = set(config.layers) - {get_block_index(name) for name in names}
     if unused:
-        existing = sorted({index for index in map(block_index, all_names) if index is not None})
+        existing = sorted({index for index in map(get_block_index, all_names) if index is not None})
         raise ValueError(f"`method.layers` must be indices of matched layers, but got {min(unused)}. Use {existing}.")
 
 
 def _check_rank(rank: int, name: str, layer: nn.Module) -> None:
-    """Refuses a rank above the smaller side of the weight: it costs more than the weight and adds nothing."""
+    """Refuses a rank above the smaller side of the weight. A higher rank adds no new updates, only parameters."""
     d_out, d_in = matrix_shape(layer)
     if rank > min(d_out, d_in):
         raise ValueError(
             f"`method.rank <= {min(d_out, d_in)}` must hold for layer {name!r} ({d_out} × {d_in}), "
-            f"but got {rank}. Lower `method.rank`, or exclude that layer with `method.exclude`."
+            f"but got {rank}. Lower `method.rank`, or exclude the layer with `method.exclude`."
         )
 
 
@@ -205,26 +219,29 @@ def _check_variant(name: str, layer: nn.Module, config: LoraConfig) -> None:
     if needs_weight and is_quantised(layer):
         setting = "method.variant=dora" if config.variant == "dora" else "method.init=pissa"
         raise ValueError(
-            f"`{setting}` must have layers with floating-point weights, but {name!r} is a {type(layer).__name__}. "
-            "Use the default, or exclude that layer with `method.exclude`."
+            f"`{setting}` needs layers with floating-point weights, but {name!r} is a {type(layer).__name__}. "
+            "Use the default, or exclude the layer with `method.exclude`."
         )
 
 
 def _count_parameters(layer: nn.Module, target: Target) -> int:
     d_out, d_in = matrix_shape(layer)
-    parts = target.rows or ((0, d_out),)
+    parts = target.row_ranges or ((0, d_out),)
     magnitude = d_out if target.config.variant == "dora" else 0
-    return target.rank * sum(d_in + past - first for first, past in parts) + magnitude
+    return target.rank * sum(d_in + end - first for first, end in parts) + magnitude
 
 
 def _explain_no_match(pattern: str, model: nn.Module) -> str:
-    """Returns the error message for a pattern that matches no layer, or only a module that contains layers."""
-    start = "`method.targets` must match layers that can be adapted"
-    if pattern == ALL_LINEAR:
-        return f"{start}, but {type(model).__name__} has no linear layer except its head. Name the layers to adapt."
+    """Returns the error message for a pattern that matches no layer that can be adapted."""
+    requirement = "`method.targets` must match layers that can be adapted"
+    if pattern == ALL_LINEAR_PATTERN:
+        return (
+            f"{requirement}, but {type(model).__name__} has no linear layer except its head. Name the layers to adapt."
+        )
+    # a pattern may also match a module that contains layers, such as a block
     other = next((m for n, m in model.named_modules() if n and fits_pattern(pattern, n)), None)
     if other is None:
-        return f"{start}, but {pattern!r} matches none.{nearest_layer(pattern, adaptable_layers(model))}"
-    endings = sorted({name.rpartition(".")[2] for name in adaptable_layers(other)})
+        return f"{requirement}, but {pattern!r} matches none.{suggest_layer(pattern, find_adaptable_layers(model))}"
+    endings = sorted({name.rpartition(".")[2] for name in find_adaptable_layers(other)})
     remedy = f"Name the layers inside it: {', '.join(map(repr, endings))}." if endings else "Name another layer."
-    return f"{start}, but {pattern!r} is a {type(other).__name__}. {remedy}"
+    return f"{requirement}, but {pattern!r} is a {type(other).__name__}. {remedy}"

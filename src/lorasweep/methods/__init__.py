@@ -1,4 +1,4 @@
-"""Training methods. `METHODS` maps each `method.name` to the `Method` that does it."""
+"""Training methods. `METHODS` maps each `method.name` to its `Method`."""
 
 from __future__ import annotations
 

@@ -9,14 +9,13 @@ from torch import nn
 
 from lorasweep.config.method import BitfitConfig, MethodConfig
 from lorasweep.errors import ConfigError
-from lorasweep.methods.method import Method, train_copies
+from lorasweep.methods.method import Method, replace_by_trainable_copies
 
 
 class BitfitMethod(Method):
-    """Trains every bias in fp32, starting from the base's values; with `biases_and_norms` also the norms' weights.
+    """Trains every bias in fp32, from the base's values. With `biases_and_norms`, it also trains the norms' weights.
 
-    *Differs* from the paper with `biases_and_norms`: many recent models have no biases, and their norms' weights are
-    their only vectors.
+    *Differs:* the paper trains biases only. Many recent models have no biases, so this class can train norms instead.
     """
 
     name = "bitfit"
@@ -24,7 +23,7 @@ class BitfitMethod(Method):
     weights_file = "bitfit.safetensors"
 
     def check(self, model: nn.Module, config: MethodConfig, *, new_head_names: Sequence[str] = ()) -> None:
-        """Checks that the model has parameters that `method.train` selects."""
+        """Raises a ConfigError if `method.train` selects no parameter of the model."""
         assert isinstance(config, BitfitConfig)
         if any(True for _ in find_biases_and_norms(model, config)):
             return
@@ -35,14 +34,14 @@ class BitfitMethod(Method):
         )
 
     def _make_trainable(self, model: nn.Module, config: Any, *, new_head_names: Sequence[str], **_: Any) -> None:
-        new = [parameter for name in new_head_names for parameter in model.get_submodule(name).parameters()]
-        train_copies(model, [*find_biases_and_norms(model, config), *new])
+        head = [parameter for name in new_head_names for parameter in model.get_submodule(name).parameters()]
+        replace_by_trainable_copies(model, [*find_biases_and_norms(model, config), *head])
         for module in filter(is_norm, model.modules()):
             cast_frozen_norm_parameters(module)
 
 
 def find_biases_and_norms(model: nn.Module, config: BitfitConfig) -> Iterator[nn.Parameter]:
-    """Yields the biases of a model, and with `biases_and_norms` also all other parameters of its norms."""
+    """Yields the biases of a model. With `biases_and_norms`, also yields all other parameters of the norms."""
     for module in model.modules():
         trains_all = config.train == "biases_and_norms" and is_norm(module)
         for name, parameter in module.named_parameters(recurse=False):
@@ -51,12 +50,15 @@ def find_biases_and_norms(model: nn.Module, config: BitfitConfig) -> Iterator[nn
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Returns whether a module is a norm: whether the name of its class contains `norm`."""
+    """Returns whether the name of a module's class contains `norm`."""
     return "norm" in type(module).__name__.lower()
 
 
 def cast_frozen_norm_parameters(norm: nn.Module) -> None:
-    """Replaces a norm's frozen parameters by fp32 copies if its others train, because torch requires one dtype."""
+    """Converts the frozen parameters of a norm to fp32 copies if another parameter of the norm trains in fp32.
+
+    torch requires one dtype for all parameters of a norm.
+    """
     parameters = dict(norm.named_parameters(recurse=False))
     if any(parameter.requires_grad for parameter in parameters.values()):
         for name, parameter in parameters.items():

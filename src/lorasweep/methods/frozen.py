@@ -1,4 +1,4 @@
-"""`frozen`: the base model without training, the baseline from which the gains of other methods are measured."""
+"""`frozen`: the base model without training, as a baseline for the other methods."""
 
 from __future__ import annotations
 
@@ -18,4 +18,4 @@ class FrozenMethod(Method):
         pass  # a copy of the base is frozen already
 
     def merge(self, model: nn.Module) -> None:
-        """Does nothing: the model is a plain one already."""
+        """Does nothing, because the model has no trained parameters."""

@@ -1,4 +1,4 @@
-"""`full`: trains fp32 copies of all weights, so that it never writes to the base, which other runs share."""
+"""`full`: trains fp32 copies of all weights. The base's weights, which other runs share, do not change."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from transformers import PreTrainedModel
 
 from lorasweep.disk import move_into_place
 from lorasweep.errors import RecordError, first_line
-from lorasweep.methods.method import Method, train_copies
+from lorasweep.methods.method import Method, replace_by_trainable_copies
 from lorasweep.models.load import BaseModel
 from lorasweep.models.pretrained import LOADING_ERRORS, load_pretrained, quiet_transformers
 
 
 class FullMethod(Method):
-    """Full fine-tuning, with fp32 weights for a base of any dtype."""
+    """Full fine-tuning with fp32 weights. The base may have any dtype."""
 
     name = "full"
     needs_autocast = True
     weights_file = "model.safetensors"
 
     def _make_trainable(self, model: nn.Module, config: Any, **_: Any) -> None:
-        train_copies(model, model.parameters())
+        replace_by_trainable_copies(model, model.parameters())
 
     def save(self, model: nn.Module, folder: Path, *, base: BaseModel) -> None:
-        """Writes model.safetensors in fp32. For a transformers model, also writes config.json, but no tokenizer."""
+        """Writes model.safetensors in fp32, and config.json for a transformers model. It writes no tokenizer."""
         if not isinstance(model, PreTrainedModel):
             super().save(model, folder, base=base)
             return
@@ -36,7 +36,7 @@ class FullMethod(Method):
         with tempfile.TemporaryDirectory(prefix=".saving-", suffix=".tmp", dir=folder) as name, quiet_transformers():
             model.save_pretrained(name, max_shard_size="1TB")
             for file in sorted(Path(name).iterdir()):
-                file.chmod(0o644)  # safetensors writes files that only their owner can read
+                file.chmod(0o644)  # safetensors creates files that only the owner can read
                 move_into_place(file, folder / file.name)
 
     def load(self, model: nn.Module, folder: Path) -> None:
@@ -48,13 +48,13 @@ class FullMethod(Method):
             saved = load_pretrained(type(model), str(folder), dtype=torch.float32, config=model.config)
         except LOADING_ERRORS as error:
             raise RecordError(
-                f"{str(folder)!r} must hold the whole weights of this {type(model).__name__}, "
+                f"{str(folder)!r} must contain all weights of this {type(model).__name__}, "
                 f"but can't be loaded: {first_line(error)}. Name the folder that the run saved."
             ) from error
         model.load_state_dict(saved.state_dict())
 
-    def _saved_tensors(self, model: nn.Module) -> dict[str, Tensor]:
-        """Returns the parameters and the persistent buffers by name. Only the first name of a tied one counts."""
+    def _get_tensors_to_save(self, model: nn.Module) -> dict[str, Tensor]:
+        """Returns the parameters and the persistent buffers by name. A tied parameter has only its first name."""
         first_names = dict(model.named_parameters())
         all_names = dict(model.named_parameters(remove_duplicate=False))
         return {

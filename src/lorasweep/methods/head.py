@@ -1,6 +1,6 @@
 """`head`: trains only the new head in fp32, or the output head if the model has no new head.
 
-If the output head was tied to the embeddings, it is untied and the embeddings stay frozen.
+An output head that is tied to the embeddings is untied, so that the embeddings stay frozen.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from torch import nn
 
 from lorasweep.config.method import MethodConfig
 from lorasweep.errors import ConfigError
-from lorasweep.methods.method import Method, train_copies, untie_settings
+from lorasweep.methods.method import Method, clear_tie_setting, replace_by_trainable_copies
 
 
 class HeadMethod(Method):
-    """Trains a head. A new head starts from the values that the run draws, an output head from the base's weights.
+    """Trains a new head from random values, or an output head from the base's weights.
 
-    Merging rounds the head to the base's dtype; for a bf16 base, autocast did so in training too.
+    Merging rounds the head to the base's dtype. With a bf16 base, autocast rounds it in the same way during training.
     """
 
     name = "head"
@@ -26,34 +26,34 @@ class HeadMethod(Method):
     weights_file = "head.safetensors"
 
     def check(self, model: nn.Module, config: MethodConfig, *, new_head_names: Sequence[str] = ()) -> None:
-        """Checks that there is a new head, or that the model has an output head."""
+        """Raises a ConfigError if the model has neither a new head nor an output head."""
         if not new_head_names:
             find_head(model)
 
     def _make_trainable(self, model: nn.Module, config: Any, *, new_head_names: Sequence[str], **_: Any) -> None:
         heads = [model.get_submodule(name) for name in new_head_names] or [find_head(model)]
         for head in heads:
-            # only inside the head, so that an output head that was tied to the embeddings gets its own weight
-            train_copies(head, head.parameters())
-        untie_settings(model)
+            # replaced only inside the head, so that tied embeddings keep the frozen weight
+            replace_by_trainable_copies(head, head.parameters())
+        clear_tie_setting(model)
 
 
 def find_head(model: nn.Module) -> nn.Module:
-    """Returns the layer that transformers calls the output embeddings, or else a classifier's head.
+    """Returns the model's output embeddings (transformers' name of a language model's head), or a classifier's head.
 
-    A classifier's head is the only module with parameters beside the network (`base_model_prefix`).
+    A classifier's head is the only module with parameters beside the network, which `base_model_prefix` names.
 
     Raises:
-        ConfigError: The model has neither.
+        ConfigError: The model has no such head.
     """
     get_output_embeddings = getattr(model, "get_output_embeddings", None)
     head = get_output_embeddings() if callable(get_output_embeddings) else None
     if head is None:
         network = getattr(model, "base_model_prefix", None)
-        others = [
+        candidates = [
             child for name, child in model.named_children() if name != network and any(True for _ in child.parameters())
         ]
-        head = others[0] if network and len(others) == 1 else None
+        head = candidates[0] if network and len(candidates) == 1 else None
     if head is None:
         raise ConfigError(
             f"`method=head` needs a model with an output head, but {type(model).__name__} has none. Use `method=lora`."

@@ -1,4 +1,4 @@
-"""`lora`: trains a low-rank change of each target layer; the base is frozen (Hu et al. 2021, arXiv 2106.09685)."""
+"""`lora`: trains a low-rank weight update of each target layer. The base is frozen (arXiv 2106.09685)."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from lorasweep.lora import (
     split_lora_parameters,
 )
 from lorasweep.lora.patterns import REGEX_PREFIX
-from lorasweep.methods.method import Method, ParameterGroup, untie_settings
+from lorasweep.methods.method import Method, ParameterGroup, clear_tie_setting
 from lorasweep.models.load import BaseModel
 
 
 class LoraMethod(Method):
-    """Trains A and B of each adapted layer in fp32; the layer casts them itself, so no autocast is needed.
+    """Trains A and B of each adapted layer in fp32, and a new head in full. The adapter is saved in PEFT's format.
 
-    A new head trains in full. The adapter is saved in PEFT's format.
+    No autocast is needed, because LoRA layers cast A and B to the base's dtype.
     """
 
     name = "lora"
 
     def check(self, model: nn.Module, config: MethodConfig, *, new_head_names: Sequence[str] = ()) -> None:
-        """Checks that the targets match layers, and that the rank is not above the maximum rank of any of them."""
+        """Raises a ConfigError if a target matches no layer, or a setting does not fit a layer (such as the rank)."""
         assert isinstance(config, LoraConfig)
         try:
             find_targets(model, add_head_to_modules_to_save(config, new_head_names))
@@ -45,15 +45,15 @@ class LoraMethod(Method):
     def _make_trainable(
         self, model: nn.Module, config: Any, *, generator: torch.Generator, new_head_names: Sequence[str]
     ) -> None:
-        # the weights of a model on the meta device are read later, but A and B are drawn here
+        # the weights of a model on the meta device are loaded later, but A and B are drawn now and need memory
         device = "cpu" if any(parameter.is_meta for parameter in model.parameters()) else None
         config = add_head_to_modules_to_save(config, new_head_names)
         inject_lora(model, config, generator=generator, device=device)
 
     def trainable_groups(self, model: nn.Module, *, lr_ratio_b: float) -> list[ParameterGroup]:
-        """Returns A and B as one group, or as two with different rates (LoRA+, Hayou et al. 2024, arXiv 2402.12354).
+        """Returns A and B as one group, or as two groups if `lr_ratio_b` is not 1 (LoRA+, arXiv 2402.12354).
 
-        Other trained parameters (a head, DoRA's row lengths, biases) form a third group, `other`, if there are any.
+        If other parameters train (a head, DoRA's row norms, biases), they form the group `other`.
         """
         a, b, other = map(tuple, split_lora_parameters(model))
         if lr_ratio_b == 1:
@@ -66,23 +66,24 @@ class LoraMethod(Method):
         return groups + ([ParameterGroup(name="other", params=other, lr_factor=1.0)] if other else [])
 
     def save(self, model: nn.Module, folder: Path, *, base: BaseModel) -> None:
-        """Writes the adapter without the base, in PEFT's format."""
+        """Writes the adapter, but not the base, in PEFT's format."""
         save_adapter(model, folder, base_path=base.path, base_fingerprint=base.fingerprint)
 
     def load(self, model: nn.Module, folder: Path) -> None:
-        """Reads an adapter into the LoRA layers of a prepared model, or injects it into a model without LoRA layers."""
+        """Loads an adapter onto a prepared model, or onto a base model, which then gets LoRA layers."""
         try:
             load_adapter(model, folder)
         except ValueError as error:
             raise RecordError(str(error)) from error
 
     def merge(self, model: nn.Module) -> None:
-        """Adds each weight update to its layer's weight and rounds the sum once. A changed weight is no longer tied."""
+        """Replaces each LoRA layer by a plain layer with the merged weight, which is no longer tied."""
         remove_lora(model, merge=True)
-        untie_settings(model)
+        clear_tie_setting(model)
 
 
 def add_head_to_modules_to_save(config: LoraConfig, new_head_names: Sequence[str]) -> LoraConfig:
-    """Returns the settings with the modules of a new head added to those that train in full."""
-    exactly = tuple(f"{REGEX_PREFIX}{re.escape(name)}" for name in new_head_names)
-    return replace(config, modules_to_save=(*config.modules_to_save, *exactly)) if exactly else config
+    """Returns the settings with the modules of a new head in `modules_to_save`."""
+    # a regular expression matches only the whole name, a plain name would also match other modules with this ending
+    patterns = tuple(f"{REGEX_PREFIX}{re.escape(name)}" for name in new_head_names)
+    return replace(config, modules_to_save=(*config.modules_to_save, *patterns)) if patterns else config

@@ -1,7 +1,7 @@
-"""The base class of the training methods, and the functions that several methods share.
+"""The base class of the training methods, and functions that several methods share.
 
-A method makes a copy of the base model trainable, groups its parameters by learning rate, and saves them. Each method
-has its own file and an entry in `METHODS`.
+A method makes a copy of the base model trainable, groups the trained parameters by learning rate, and saves them. Each
+method has a file in this folder and an entry in `METHODS`.
 """
 
 from __future__ import annotations
@@ -28,12 +28,13 @@ from lorasweep.models.load import BaseModel
 Module = TypeVar("Module", bound=nn.Module)
 
 DEFAULT_HEAD_DEVIATION = 0.02
-"""Standard deviation of new weights if the model's settings have no `initializer_range`: as in BERT and GPT-2."""
+"""Standard deviation of a new head's weights if the model's settings have no `initializer_range`. BERT and GPT-2 use
+the same value."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ParameterGroup:
-    """Parameters that train at the same learning rate, `optim.lr` times `lr_factor`."""
+    """Parameters that train with the learning rate `optim.lr` · `lr_factor`."""
 
     name: str
     params: tuple[nn.Parameter, ...]
@@ -41,24 +42,20 @@ class ParameterGroup:
 
 
 class Method(ABC):
-    """A training method. It has no state: everything is in the model.
+    """A training method. It has no state, because all trained values are in the model.
 
-    The methods of this class are right for a method whose trained values are parameters of the model itself.
+    The default implementations below are for a method that trains parameters of the model itself.
     """
 
     name: ClassVar[str]
-    """The method's name in `METHODS`, `method.name` and `conf/method/`."""
+    """The value of `method.name`, and the name of the file in `conf/method/`."""
     needs_autocast: ClassVar[bool] = False
-    """Whether a base in bf16 must run under bf16 autocast, because this method puts fp32 parameters into the model.
-    Enter autocast again at each step: inside one context it keeps its first bf16 copies of the weights."""
+    """Whether a bf16 base must run under bf16 autocast, because this method puts fp32 parameters into the model. Enter
+    a new autocast context at each step: within one context, autocast keeps its bf16 copies of the first weights."""
     weights_file: ClassVar[str] = ""
 
     def check(self, model: nn.Module, config: MethodConfig, *, new_head_names: Sequence[str] = ()) -> None:  # noqa: B027
-        """Checks that `prepare` will accept this model and these settings. Changes nothing.
-
-        Raises:
-            ConfigError: The settings do not fit the model.
-        """
+        """Raises a ConfigError if the settings do not fit the model, without changing the model."""
 
     def prepare(
         self,
@@ -68,19 +65,19 @@ class Method(ABC):
         generator: torch.Generator,
         new_head_names: Sequence[str] = (),
     ) -> None:
-        """Makes a copy of the base (from `copy_sharing_weights`) trainable, in place, without writing to its tensors.
+        """Makes a copy of the base trainable, in place. The tensors that it shares with the base do not change.
 
         Args:
-            model: The copy. Afterwards only the trained parameters, all in fp32, have `requires_grad`.
+            model: A copy from `copy_sharing_weights`. Only trained parameters, in fp32, get `requires_grad`.
             config: Settings of this method.
-            generator: CPU random stream (`seeds.init`). The new head is drawn first, then the method's own values.
-            new_head_names: `BaseModel.new_head_names`, the modules that the checkpoint lacked. Every method draws
-                them; all but `frozen` train them.
+            generator: CPU random stream (`seeds.init`). The new head is drawn first, then the values of the method.
+            new_head_names: Names of modules that are missing in the checkpoint (`BaseModel.new_head_names`). Every method draws
+                values for them. All methods except `frozen` train them.
 
         Raises:
             ConfigError: The settings do not fit the model.
         """
-        # drawn before the check, because a new head gets parameters that are not tied to others
+        # before the check, because drawing unties the head, and the check depends on ties
         draw_head(model, new_head_names, generator=generator)
         self.check(model, config, new_head_names=new_head_names)
         self._make_trainable(model, config, generator=generator, new_head_names=new_head_names)
@@ -89,78 +86,78 @@ class Method(ABC):
     def _make_trainable(
         self, model: nn.Module, config: Any, *, generator: torch.Generator, new_head_names: Sequence[str]
     ) -> None:
-        """Replaces parameters or modules of a copy that passed `check` and whose new head is drawn."""
+        """Replaces parameters or modules of a copy. `check` has accepted the copy, and its new head is drawn."""
 
     def trainable_groups(self, model: nn.Module, *, lr_ratio_b: float) -> list[ParameterGroup]:
-        """Returns the trained parameters of a prepared model in groups; an empty list if no parameter trains.
+        """Returns the trained parameters of a prepared model, grouped by learning rate; empty if no parameter trains.
 
         Args:
             model: A prepared model.
-            lr_ratio_b: Learning rate of LoRA's B divided by that of A; other methods ignore it.
+            lr_ratio_b: Learning rate of LoRA's B divided by that of A. Other methods ignore it.
         """
         params = tuple(parameter for parameter in model.parameters() if parameter.requires_grad)
         return [ParameterGroup(name=self.name, params=params, lr_factor=1.0)] if params else []
 
     def save(self, model: nn.Module, folder: Path, *, base: BaseModel) -> None:
-        """Writes the trained weights of a prepared model. Each file appears whole or not at all.
+        """Writes the trained weights of a prepared model. Each file is written atomically.
 
         Args:
-            model: A prepared model. If no parameter trains, nothing is written.
+            model: A prepared model. If no parameter trains, no file is written.
             folder: Created if missing. Files of an earlier save are replaced.
-            base: The base that the model is a copy of. Its fingerprint is written too.
+            base: The base of which the model is a copy. Its fingerprint is written too.
         """
-        tensors = self._saved_tensors(model)
+        tensors = self._get_tensors_to_save(model)
         if tensors:
             write_weights(folder / self.weights_file, tensors, metadata={"base_fingerprint": base.fingerprint})
 
     def load(self, model: nn.Module, folder: Path) -> None:
-        """Puts saved weights back into a model that was prepared with the same settings.
+        """Loads saved weights into a model that was prepared with the same settings.
 
         Raises:
-            RecordError: A file is missing or damaged, or belongs to another model. The model is then unchanged.
+            RecordError: A file is missing or damaged, or is of another model. The model is then unchanged.
         """
-        tensors = self._saved_tensors(model)
+        tensors = self._get_tensors_to_save(model)
         if tensors:
             for name, saved in read_weights(folder / self.weights_file, expected=tensors).items():
                 tensors[name].copy_(saved)
 
     def merge(self, model: nn.Module) -> None:
-        """Turns a prepared model into a plain model of its class again, whose weights contain what was trained.
+        """Turns a prepared model into a plain model of its class that contains the trained weights, in place.
 
-        The result is for use by other tools and no longer trains. If the model has frozen weights, the trained ones are
-        rounded to their dtype.
+        The model is then for use by other tools and can't be trained further. If it has frozen weights, the trained
+        weights are rounded to the dtype of the frozen ones.
         """
-        round_trained(model)
+        round_to_frozen_dtype(model)
 
-    def _saved_tensors(self, model: nn.Module) -> dict[str, Tensor]:
-        """Returns the tensors to save, by name. They share memory with the model."""
+    def _get_tensors_to_save(self, model: nn.Module) -> dict[str, Tensor]:
+        """Returns the tensors to save by name. They share memory with the model, so `load` can write into them."""
         return {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def copy_sharing_weights(model: Module) -> Module:
-    """Returns a copy with its own modules, buffers and settings that shares the original's parameters.
+    """Returns a copy of a model that shares the model's parameters, but not its modules, buffers and settings.
 
-    So every run gets its own module tree to change, while the base's weights are in memory once. Buffers are copied,
-    because some layers write to them in training, and because they are small.
+    Each run can then change its copy's modules, while the base's weights are in memory only once. Buffers are copied,
+    because some layers write to them in training. They are small.
     """
-    shared = {id(parameter): parameter for parameter in model.parameters()}
-    return copy.deepcopy(model, memo=dict(shared))
+    # deepcopy does not copy objects that are already in `memo`
+    return copy.deepcopy(model, memo={id(parameter): parameter for parameter in model.parameters()})
 
 
 def draw_head(model: nn.Module, names: Sequence[str], *, generator: torch.Generator | None) -> None:
-    """Draws the parameters of new modules in a copy of the base: weights normal, biases 0, norms' weights 1.
+    """Draws initial values for a new head in a copy of the base: weights normal, biases 0, norms' weights 1.
 
-    The checkpoint lacks these modules, such as a classifier's head. Values are drawn in fp32 and rounded to the base's
-    dtype. The parameters are replaced, so no tensor of the base is written to.
+    A new head consists of modules that are missing in the checkpoint, such as a classifier's head. Values are drawn in
+    fp32 and rounded to the base's dtype. New parameters replace the old ones, so the base's tensors do not change.
 
     Args:
-        model: A copy from `copy_sharing_weights`, with no LoRA layers yet.
+        model: A copy from `copy_sharing_weights` without LoRA layers.
         names: Names of the new modules (`BaseModel.new_head_names`).
-        generator: CPU random stream (`seeds.init`), drawn in the model's order before anything else of a run.
+        generator: CPU random stream (`seeds.init`). The head must be the first that a run draws from it.
     """
     settings: Any = getattr(model, "config", None)
     if hasattr(settings, "get_text_config"):
-        settings = settings.get_text_config()  # a model for images and text nests the settings of its text part
+        settings = settings.get_text_config()  # a model of images and text has nested settings for text
     deviation = getattr(settings, "initializer_range", None) or DEFAULT_HEAD_DEVIATION
     for name in names:
         for module in model.get_submodule(name).modules():
@@ -169,39 +166,42 @@ def draw_head(model: nn.Module, names: Sequence[str], *, generator: torch.Genera
                     values = torch.randn(parameter.shape, generator=generator) * deviation
                 else:
                     values = torch.full(parameter.shape, 1.0 if key == "weight" else 0.0)
-                # a model on the meta device gets its weights from the checkpoint later, which lacks these
+                # a model on the meta device gets its weights from the checkpoint later, but not those of a new head
                 device = "cpu" if parameter.is_meta else parameter.device
                 values = values.to(device, parameter.dtype)
                 setattr(module, key, nn.Parameter(values, requires_grad=parameter.requires_grad))
 
 
-def train_copies(model: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
-    """Replaces parameters of `model` by trainable fp32 copies."""
+def replace_by_trainable_copies(model: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
+    """Replaces these parameters, wherever `model` uses them, by trainable fp32 copies."""
     copies = {id(p): nn.Parameter(p.detach().to(torch.float32, copy=True)) for p in parameters}
     replace_parameters(model, copies)
 
 
 def replace_parameters(model: nn.Module, replacements: Mapping[int, nn.Parameter]) -> None:
-    """Replaces parameters, given by `id`, wherever `model` uses them, so that tied parameters stay tied."""
+    """Replaces parameters wherever `model` uses them, so that tied parameters stay tied.
+
+    The keys of `replacements` are the `id`s of the old parameters.
+    """
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             if id(parameter) in replacements:
                 setattr(module, name, replacements[id(parameter)])
 
 
-def round_trained(model: nn.Module) -> None:
-    """Freezes all parameters, and replaces those of another dtype than the largest frozen one by rounded copies."""
+def round_to_frozen_dtype(model: nn.Module) -> None:
+    """Freezes all parameters, and rounds them to the dtype of the largest parameter that was frozen already."""
     frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
     model.requires_grad_(False)
     if frozen:
-        dtype = max(frozen, key=nn.Parameter.numel).dtype  # small ones, such as norms, may be wider
+        dtype = max(frozen, key=nn.Parameter.numel).dtype  # the largest, because small norms may have a wider dtype
         wider = [p for p in model.parameters() if p.is_floating_point() and p.dtype != dtype]
-        # copies, because a frozen parameter may belong to the base that other runs share
+        # replaced by copies, because frozen parameters may belong to the base, which other runs share
         replace_parameters(model, {id(p): nn.Parameter(p.detach().to(dtype), requires_grad=False) for p in wider})
 
 
-def untie_settings(model: nn.Module) -> None:
-    """Sets `tie_word_embeddings` to False if the head has its own weight: loading would otherwise tie it again."""
+def clear_tie_setting(model: nn.Module) -> None:
+    """Sets `tie_word_embeddings` to False if the head is not tied. Otherwise, transformers ties it when it loads."""
     settings = getattr(model, "config", None)
     if not getattr(settings, "tie_word_embeddings", False):
         return
@@ -212,14 +212,14 @@ def untie_settings(model: nn.Module) -> None:
 
 
 def write_weights(file: Path, tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str]) -> None:
-    """Writes a safetensors file whole or not at all; creates its folder."""
+    """Writes a safetensors file atomically, and creates its folder if missing."""
     file.parent.mkdir(parents=True, exist_ok=True)
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     write_atomically(file, serialise(contiguous, metadata={"format": "pt", **metadata}))
 
 
 def read_weights(file: Path, *, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Reads a safetensors file that must hold exactly the expected names and shapes.
+    """Returns the tensors of a safetensors file, which must have the names and shapes of `expected`.
 
     Raises:
         RecordError: The file is missing or damaged, or has other names or shapes.
@@ -231,10 +231,10 @@ def read_weights(file: Path, *, expected: Mapping[str, Tensor]) -> dict[str, Ten
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     expected_shapes = {name: tensor.shape for name, tensor in expected.items()}
     if shapes != expected_shapes:
-        both = sorted(shapes | expected_shapes)
-        wrong = next(name for name in both if shapes.get(name) != expected_shapes.get(name))
+        all_names = sorted(shapes | expected_shapes)
+        wrong = next(name for name in all_names if shapes.get(name) != expected_shapes.get(name))
         raise RecordError(
-            f"{str(file)!r} must hold the weights of this model, but differs from it in {wrong!r}. "
-            "Load it into the base and method that it was trained with."
+            f"{str(file)!r} must contain the weights of this model, but {wrong!r} differs. "
+            "Load the file into the base and method with which it was trained."
         )
     return tensors

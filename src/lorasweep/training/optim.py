@@ -13,7 +13,7 @@ from torch import nn
 from lorasweep.config.components import Component, argument_names, instantiate
 from lorasweep.config.run import OptimConfig, OptimizerComponent, RunConfig, ScheduleConfig
 from lorasweep.errors import ConfigError, describe_error
-from lorasweep.lora.patterns import block_index
+from lorasweep.lora.patterns import get_block_index
 from lorasweep.methods import ParameterGroup
 
 
@@ -25,7 +25,7 @@ def refine_groups(
     `head` has the names of the model's new modules.
     """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    top = max((block for block in map(block_index, names.values()) if block is not None), default=-1)
+    top = max((block for block in map(get_block_index, names.values()) if block is not None), default=-1)
     refined: dict[tuple[str, float], list[nn.Parameter]] = {}
     for group in groups:
         for parameter in group.params:
@@ -40,7 +40,7 @@ def refine_groups(
 
 def _blocks_above(name: str, *, top: int) -> int:
     """Returns the number of blocks above a parameter: 0 for the last block and the layers after it."""
-    block = block_index(name)
+    block = get_block_index(name)
     if block is not None:
         return top - block
     return top + 1 if "embed" in name else 0

@@ -106,7 +106,7 @@ def test_the_base_can_be_copied_out_again(make_model, tokens: Tensor) -> None:
 def test_says_why_a_configuration_can_not_be_packed(make_model, config: LoraConfig, words: str) -> None:
     assert words in why_not_packable(config)
     assert why_not_packable(LoraConfig()) is None
-    with pytest.raises(ValueError, match=f"Slot 1 must be packable, but {words}"):
+    with pytest.raises(ValueError, match=f"slot 1 must be packable, but {words}"):
         inject_packed_lora(make_model(), [LoraConfig(), config])
 
 

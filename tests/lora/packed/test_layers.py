@@ -155,7 +155,7 @@ def test_scaling_is_not_rounded_when_the_model_is_cast(make_model) -> None:
     model = make_model()
     inject_packed_lora(model, [LoraConfig(rank=3, alpha=1, targets="up")] * 2)  # 1/3 is no bf16 number
     layer = packed_layers(model.bfloat16())["layers.0.up"]
-    factor = layer._factor(torch.empty(2, 8, dtype=torch.bfloat16), is_dropped=False)
+    factor = layer._get_factor(torch.empty(2, 8, dtype=torch.bfloat16), is_dropped=False)
     assert torch.equal(factor, torch.full((2, 1, 1), 1 / 3))
 
 

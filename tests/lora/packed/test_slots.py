@@ -116,7 +116,7 @@ def test_peft_loads_a_saved_slot(tmp_path: Path) -> None:
         for layer in packed_layers(model).values():
             for slot, change in enumerate(layer.targets):
                 if change is not None:
-                    layer.lora_b[slot, :, : change.width].normal_(generator=stream(slot))
+                    layer.lora_b[slot, :, : change.total_rank].normal_(generator=stream(slot))
     tokens = torch.randint(13, (4, 6), generator=stream(1))
     packed = model(tokens).logits.chunk(2)
     for slot, rows in enumerate(tokens.chunk(2)):
@@ -134,7 +134,7 @@ def test_a_state_of_another_shape_is_refused_and_changes_nothing(both) -> None:
     with pytest.raises(ValueError, match="must have shape"):
         load_slot(both.pack, 0, wide)
     dense = {key: tensor + 1 for key, tensor in before[2].items()}
-    with pytest.raises(ValueError, match="fit the layer's rows"):
+    with pytest.raises(ValueError, match="fit the layer's adapted rows"):
         load_slot(both.pack, 2, dense)
     for slot in range(3):
         assert_identical(lora_state(slot_model(both.pack, slot)), before[slot])
@@ -191,7 +191,7 @@ def test_growing_between_steps_trains_on(both) -> None:
 def test_a_refused_fill_changes_nothing(both) -> None:
     before, text = states(both.pack), str(both.pack)
     for config, words in [
-        (LoraConfig(variant="dora"), "Slot 1 must be packable"),
+        (LoraConfig(variant="dora"), "slot 1 must be packable"),
         (LoraConfig(rank=99), "`method.rank <= 8` must hold"),
         (LoraConfig(targets="0.up", modules_to_save=("layers.1",)), "must be the same"),
     ]:

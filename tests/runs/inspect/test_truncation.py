@@ -11,7 +11,7 @@ from lorasweep.config.method import BitfitConfig, FullConfig, HeadConfig, Intrin
 from lorasweep.lora import LoraConfig, inject_lora, lora_layers
 from lorasweep.lora.layer_kinds import weight_to_matrix
 from lorasweep.methods import METHODS, copy_sharing_weights
-from lorasweep.methods.intrinsic import Coordinates
+from lorasweep.methods.intrinsic import IntrinsicParameters
 from lorasweep.runs.inspect.truncation import find_enough_rank, score_ranks, select_truncated, truncate_model
 from lorasweep.runs.inspect.weight_updates import read_weight_updates
 
@@ -35,7 +35,7 @@ def logits(model):
 
 def cut(model, base, rank):
     updates = read_weight_updates(model, base.model)
-    if any(isinstance(module, Coordinates) for module in model.modules()):
+    if any(isinstance(module, IntrinsicParameters) for module in model.modules()):
         METHODS["intrinsic"].merge(model)
     return truncate_model(model, select_truncated(updates), decompose_updates(updates), rank=rank)
 
@@ -111,11 +111,11 @@ def test_parts_of_a_fused_projection_are_cut_each_for_itself():
         model[0].lora_b.add_(torch.randn(8, 3, generator=torch.Generator().manual_seed(0)))
     updates = read_weight_updates(model, fused)
     parts = decompose_updates(updates)
-    update = truncate_model(model, updates, parts, rank=1)[0].weight_update().detach()
+    update = truncate_model(model, updates, parts, rank=1)[0].compute_weight_update().detach()
     assert not update[4:8].any()
     assert [np.linalg.matrix_rank(update[rows].numpy(), tol=1e-5) for rows in (slice(4), slice(8, 12))] == [1, 1]
-    whole = truncate_model(model, updates, parts, rank=3)[0].weight_update()
-    torch.testing.assert_close(whole, model[0].weight_update(), rtol=0, atol=1e-6)  # fp32 factors of size 1
+    whole = truncate_model(model, updates, parts, rank=3)[0].compute_weight_update()
+    torch.testing.assert_close(whole, model[0].compute_weight_update(), rtol=0, atol=1e-6)  # fp32 factors of size 1
 
 
 def planted(*values):

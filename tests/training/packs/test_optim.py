@@ -220,7 +220,7 @@ def test_padded_parts_stay_zero(make: Callable[[], nn.Module], configs: Sequence
     pack.train([draw_batches(slot, 20) for slot in range(len(configs))])
     for layer in packed_layers(pack.model).values():
         for slot, change in enumerate(layer.targets):
-            width = 0 if change is None else change.width
+            width = 0 if change is None else change.total_rank
             assert not layer.lora_a[slot, width:].any()
             assert not layer.lora_b[slot, :, width:].any()
             if change is not None:

@@ -1,4 +1,5 @@
-"""Many trials in one forward pass on one frozen base: each layer has one weight update per slot, one slot per trial.
+"""Trains several trials in one forward pass on one frozen base. Each trial has a slot, with its own weight updates.
 
-coverages = inject_packed_lora(model, [LoraConfig(rank=4), LoraConfig(rank=64)])  # inputs: slot-major, 2 · B rows
+inject_packed_lora(model, [LoraConfig(rank=4), LoraConfig(rank=64)])
+model(torch.cat([batch_of_slot_0, batch_of_slot_1]))
 """

@@ -1,6 +1,6 @@
-"""Random streams of a pack, one per slot, and the dropout modules of the base that draw from them.
+"""Dropout in a pack: each slot draws its masks from its own random stream.
 
-A slot draws in the order and in the shapes of its solo run, so that with equal seeds the masks are equal.
+A slot draws masks in the same order and shapes as its solo run. With equal seeds, the masks are equal.
 """
 
 from __future__ import annotations
@@ -13,40 +13,43 @@ from torch import Tensor, nn
 
 
 class SlotStreams:
-    """The number of slots of a pack, and each slot's random stream for dropout; all layers share one such object.
+    """The dropout streams of all slots of a pack. All layers of a pack share this object.
 
     Attributes:
-        generators: One stream per slot, on the device of the inputs; None draws from torch's own stream.
-        only_slot: The slot whose rows layers get now, while a module is computed slot by slot; None if layers get the
-            rows of all slots.
-        lengths: Length of each slot's rows before padding to the longest slot; None if no slot is padded.
+        generators: One stream per slot, on the device of the inputs; None draws from torch's default stream.
+        only_slot: The one slot whose rows the layers get, while a module is computed slot by slot; otherwise None.
+        sequence_lengths: Length of each slot's sequences before padding to the longest slot; None if no slot is padded.
     """
 
     def __init__(self, num_slots: int) -> None:
         self.generators: list[torch.Generator | None] = [None] * num_slots
         self.only_slot: int | None = None
-        self.lengths: tuple[int, ...] | None = None
+        self.sequence_lengths: tuple[int, ...] | None = None
 
     @property
     def num_slots(self) -> int:
         return len(self.generators)
 
     @contextmanager
-    def alone(self, slot: int) -> Iterator[None]:
-        """Tells layers that they get the rows of this slot only, while the context is open."""
+    def compute_only_slot(self, slot: int) -> Iterator[None]:
+        """While the context is open, layers get only the rows of this slot."""
         self.only_slot = slot
         try:
             yield
         finally:
             self.only_slot = None
 
-    def drop(self, mask: Tensor, *, rates: Sequence[float]) -> Tensor:
-        """Sets elements of a mask of ones to 0, in place, each with its slot's probability. A rate of 0 draws nothing.
+    def draw_keep_mask(self, mask: Tensor, *, rates: Sequence[float]) -> Tensor:
+        """Sets random elements of a mask of ones to 0, in place, and returns the mask.
+
+        Args:
+            mask: Ones, with the rows of all slots (slot-major), or of `only_slot`.
+            rates: Probability of a 0 for each slot. A slot with rate 0 draws no random numbers.
 
         Raises:
-            ValueError: This is a backward pass, which would draw another mask than the forward pass.
+            ValueError: A backward pass is running. It would draw another mask than the forward pass.
         """
-        if torch._C._current_graph_task_id() != -1:
+        if torch._C._current_graph_task_id() != -1:  # -1: no backward pass is running
             raise ValueError(
                 "Dropout in a pack must be drawn once, but activation checkpointing draws it again. "
                 "Set `method.dropout` and `model.dropout` to 0, or `trainer.activation_checkpointing` to false."
@@ -58,26 +61,27 @@ class SlotStreams:
             by_slot = list(enumerate(mask.chunk(self.num_slots)))
         for slot, rows in by_slot:
             if rates[slot]:
-                unpadded = self._unpadded(slot, rows)
-                # drawn in a contiguous tensor, as in the solo run: the order in memory decides which element gets which
-                # random number
+                unpadded = self._strip_padding(slot, rows)
+                # The order in memory decides which element gets which random number. So draw into a contiguous tensor,
+                # as the solo run does.
                 drawn = unpadded.contiguous()  # `unpadded` itself if it is contiguous
                 drawn.bernoulli_(1 - rates[slot], generator=self.generators[slot])
                 if drawn is not unpadded:
                     unpadded.copy_(drawn)
         return mask
 
-    def _unpadded(self, slot: int, rows: Tensor) -> Tensor:
-        """Returns a slot's (rows, length, ...) without the padding, which its solo run does not have."""
-        if self.lengths is None or rows.dim() < 3 or rows.shape[1] != max(self.lengths):
+    def _strip_padding(self, slot: int, rows: Tensor) -> Tensor:
+        """Returns a view of a slot's (rows, length, ...) without the padding, which its solo run does not have."""
+        if self.sequence_lengths is None or rows.dim() < 3 or rows.shape[1] != max(self.sequence_lengths):
             return rows
-        return rows[:, : self.lengths[slot]]
+        return rows[:, : self.sequence_lengths[slot]]
 
 
 class SlotDropout(nn.Dropout):
-    """Replaces an `nn.Dropout` of the base model (`base`) and draws each slot's mask from the slot's stream.
+    """Dropout that draws each slot's mask from the slot's stream. It replaces an `nn.Dropout` (`base`) of the model.
 
-    On a CPU the masks equal those of `nn.Dropout` in a solo run; on other devices torch's fused dropout differs.
+    On a CPU, the masks equal those of `nn.Dropout` in a solo run. On other devices, torch's fused dropout draws
+    different masks.
     """
 
     def __init__(self, base: nn.Dropout, streams: SlotStreams) -> None:
@@ -90,12 +94,12 @@ class SlotDropout(nn.Dropout):
             return input
         if self.p == 1:
             return input * 0
-        noise = self.streams.drop(torch.ones_like(input), rates=[self.p] * self.streams.num_slots)
+        noise = self.streams.draw_keep_mask(torch.ones_like(input), rates=[self.p] * self.streams.num_slots)
         return input * noise.div_(1 - self.p)
 
 
 def check_rows(x: Tensor, num_slots: int) -> None:
-    """Raises a ValueError unless the first dimension of an input is a multiple of the number of slots."""
+    """Raises a ValueError if the number of rows of an input is not a multiple of the number of slots."""
     if x.dim() == 0 or x.shape[0] % num_slots:
         raise ValueError(
             f"The first dimension of a packed input must be a multiple of the {num_slots} slots, "

@@ -1,4 +1,8 @@
-"""Replaces the layers that any slot adapts by packed layers. Each slot is initialised by one ordinary injection."""
+"""Replaces the layers that at least one slot adapts by packed layers.
+
+To initialise a slot, LoRA is injected into a copy of the base as for a solo run. The slot then gets the values of this
+solo model.
+"""
 
 from __future__ import annotations
 
@@ -22,10 +26,10 @@ from lorasweep.lora.targets import Coverage
 
 
 class PrepareSlotCopy(Protocol):
-    """Callback that prepares a slot's copy of the base before LoRA is injected, for example draws a new head.
+    """Callback that prepares a slot's copy of the base before LoRA is injected, for example to draw a new head.
 
-    It may replace parameters of modules that the slot trains in full (`modules_to_save`). It must not write into
-    existing tensors, because all copies share them.
+    The callback may replace parameters of modules that the slot trains in full (`modules_to_save`). It must not write
+    into existing tensors, because all copies share them.
     """
 
     def __call__(self, model: nn.Module, /, *, generator: torch.Generator | None) -> None: ...
@@ -38,36 +42,36 @@ def inject_packed_lora(
     generators: Sequence[torch.Generator | None] | None = None,
     prepare_copy: PrepareSlotCopy | None = None,
 ) -> list[Coverage]:
-    """Adapts `model` in place for a pack of trials: slot k trains as `inject_lora` with `configs[k]` would.
+    """Adapts `model` in place for a pack of trials. Slot k trains like a solo run of `inject_lora` with `configs[k]`.
 
-    The model then takes slot-major inputs of slots · B rows and returns outputs in the same order: slot k has the B
-    rows that start at row k · B. The adapter of slot k is applied only to the rows of slot k. Each layer that at least
-    one slot adapts becomes one packed layer.
+    The model takes slot-major inputs of slots · B rows: the rows k · B to (k + 1) · B - 1 belong to slot k. The outputs
+    have the same order. The adapter of slot k applies only to the rows of slot k. Each layer that at least one slot
+    adapts becomes one packed layer.
 
-    Each `nn.Dropout` of the base then draws from one stream per slot (`set_dropout_streams`). Functional dropout, such
-    as that of attention probabilities in transformers, still draws from torch's own stream for all rows.
+    Each `nn.Dropout` of the base draws from one stream per slot (`set_dropout_streams`). Functional dropout, such as
+    dropout of attention probabilities in transformers, still draws from torch's default stream for all rows.
 
     Args:
-        model: Any module that `inject_lora` handles, whose inputs have the batch first.
-        configs: One for each slot; ranks, α, scaling rule, dropout, init, targets and `modules_to_save` may differ.
-        generators: CPU random stream of each slot's A and B, drawn as by `inject_lora`; torch's own if None.
+        model: Any module that `inject_lora` can adapt. The first dimension of its inputs must be the batch.
+        configs: One per slot. Ranks, α, scaling rule, dropout, init, targets and `modules_to_save` may differ.
+        generators: CPU random stream of each slot's A and B, used as in `inject_lora`; torch's default stream if None.
         prepare_copy: Called with each slot's copy of the base and the slot's generator before LoRA is injected.
 
     Returns:
-        The matched and the unmatched layers of each slot.
+        For each slot, the matched and the unmatched layers.
 
     Raises:
-        ValueError: A configuration can't be packed at all (`why_not_packable`), can't be packed with the others, or is
+        ValueError: A configuration can't be packed (`why_not_packable`), can't be packed with the others, or is
             refused by `inject_lora`. The model is then unchanged.
     """
     streams = [None] * len(configs) if generators is None else generators
     _check_model(model)
     if not configs:
-        raise ValueError("A pack must have at least one slot, but got no configuration.")
+        raise ValueError("A pack must have at least one slot, but got no configuration. Give one per slot.")
     _check_count(streams, len(configs), "generators")
     for slot, config in enumerate(configs):
         _check_packable(config, slot)
-    # LoRA is injected into one copy of the modules per slot, so that a slot draws and is checked exactly as a solo run
+    # One solo model per slot, so that each slot's checks and random numbers are exactly those of a solo run.
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     solos = [copy_base(model) for _ in configs]
     try:
@@ -76,16 +80,16 @@ def inject_packed_lora(
         _check_slots_do_not_overlap(model, solos)
     except ValueError:
         for parameter in trained:
-            parameter.requires_grad_(True)  # injecting a copy froze the shared parameters
+            parameter.requires_grad_(True)  # the copies share the parameters, and injecting LoRA froze them
         raise
-    # from here on nothing can fail, so that a model that is refused is unchanged
+    # all checks are done: nothing below can fail, so a refused model is unchanged
     slot_streams = SlotStreams(len(configs))
     freeze(model)
     for dropout in [module for module in model.modules() if type(module) is nn.Dropout]:
         replace_module(model, dropout, SlotDropout(dropout, slot_streams))
-    _add_layers(model, solos, slot_streams)
+    _add_missing_layers(model, solos, slot_streams)
     for slot, solo in enumerate(solos):
-        put_solo(model, slot, solo)
+        write_solo_to_slot(model, slot, solo)
     return coverages
 
 
@@ -97,53 +101,54 @@ def fill_slot(
     generator: torch.Generator | None = None,
     prepare_copy: PrepareSlotCopy | None = None,
 ) -> Coverage:
-    """Puts a new trial into a slot, initialised as `inject_lora` would initialise it.
+    """Puts a new trial into a slot, with the initial values of a solo run of `inject_lora`.
 
-    The other slots keep their exact values, and the parameters stay the same objects. A parameter may grow (for a
-    larger rank) and new parameters may appear, so the caller must pass them to the optimizer
-    (`StackedAdamW.replace_parameters`). The caller also sets the slot's dropout stream.
+    The other slots keep their exact values, and the pack keeps its parameter objects. A parameter may grow (for a
+    larger rank) and new parameters may appear. So the caller must pass the parameters to the optimizer again
+    (`StackedAdamW.replace_parameters`), and must set the slot's dropout stream.
 
     Args:
         model: A packed model.
         slot: Index of the slot.
-        config: LoRA settings of the new trial. It may have any rank, and adapt layers that no slot adapted before.
-        generator: CPU random stream for A and B, drawn in the model's order; torch's own if None.
+        config: LoRA settings of the new trial. The rank may be above that of all slots, and the targets may be layers
+            that no slot has adapted before.
+        generator: CPU random stream of A and B, used as in `inject_lora`; torch's default stream if None.
         prepare_copy: As in `inject_packed_lora`.
 
     Returns:
         The matched and the unmatched layers.
 
     Raises:
-        ValueError: The model is not packed or has no such slot; or `config` can't be packed at all, can't be packed
-            with the other slots, or is refused by `inject_lora`. The pack is then unchanged.
+        ValueError: The model is not packed or has no such slot; or `config` can't be packed (`why_not_packable`),
+            can't be packed with the other slots, or is refused by `inject_lora`. The pack is then unchanged.
     """
     check_slots(model, [slot])
     _check_packable(config, slot)
     solo = copy_base(model)
     coverage = _inject_solo(solo, config, generator, prepare_copy)
     _check_slots_do_not_overlap(model, [solo])
-    _add_layers(model, [solo], find_slot_streams(model))
-    put_solo(model, slot, solo)
+    _add_missing_layers(model, [solo], find_slot_streams(model))
+    write_solo_to_slot(model, slot, solo)
     return coverage
 
 
 def why_not_packable(config: LoraConfig) -> str | None:
-    """Returns in one sentence why trials of this configuration must run alone; None if they can share a pack."""
+    """Returns a sentence that says why trials with these settings can't share a pack; None if they can."""
     if config.variant == "dora":
-        return "`method.variant=dora` can't be packed: it trains row lengths, which packed layers do not have."
+        return "`method.variant=dora` can't be packed: it trains row norms, which packed layers do not have."
     if config.init == "pissa":
-        return "`method.init=pissa` can't be packed: it trains a part of the weight, which slots share."
+        return "`method.init=pissa` can't be packed: it needs its initial update, which packed layers do not keep."
     if config.bias != "none":
-        return f"`method.bias={config.bias}` can't be packed: it trains the base's biases, which slots share."
+        return f"`method.bias={config.bias}` can't be packed: it trains the base's biases, which all slots share."
     return None
 
 
 def set_dropout_streams(model: nn.Module, streams: Sequence[torch.Generator | None]) -> None:
-    """Sets the random stream of each slot's dropout masks, on the device of the inputs; None means torch's own.
+    """Sets the random stream of each slot's dropout masks, on the device of the inputs; None: torch's default stream.
 
-    A slot draws the same dropout masks as a solo run if its stream has the seed that the solo run gives to torch. This
-    holds in LoRA layers on any device, and in the base's `nn.Dropout` on a CPU. The slot's batches must have the shape
-    of the solo run's batches; if the pack pads them, call `set_row_lengths` too.
+    A slot draws the same masks as a solo run if its stream has the seed that the solo run gives to torch. This holds
+    for LoRA layers on any device, and for the base's `nn.Dropout` on a CPU. The slot's batches must have the same shape
+    as the solo run's batches. If the pack pads the batches, call `set_sequence_lengths` too.
 
     Raises:
         ValueError: The model is not packed, or there are more or fewer streams than slots.
@@ -153,10 +158,10 @@ def set_dropout_streams(model: nn.Module, streams: Sequence[torch.Generator | No
     slot_streams.generators[:] = streams
 
 
-def set_row_lengths(model: nn.Module, lengths: Sequence[int] | None) -> None:
-    """Sets the length of each slot's rows before padding to the longest slot; None if no slot is padded.
+def set_sequence_lengths(model: nn.Module, lengths: Sequence[int] | None) -> None:
+    """Sets the length of each slot's sequences before padding to the longest slot; None if no slot is padded.
 
-    In inputs of shape (rows, length, ...), dropout then draws a slot's mask for the slot's own length only, so that the
+    For inputs of shape (rows, length, ...), dropout then draws a mask only for a slot's unpadded length, so that the
     mask equals the solo run's.
 
     Raises:
@@ -164,12 +169,12 @@ def set_row_lengths(model: nn.Module, lengths: Sequence[int] | None) -> None:
     """
     slot_streams = find_slot_streams(model)
     if lengths is not None:
-        _check_count(lengths, slot_streams.num_slots, "row lengths")
-    slot_streams.lengths = None if lengths is None else tuple(lengths)
+        _check_count(lengths, slot_streams.num_slots, "sequence lengths")
+    slot_streams.sequence_lengths = None if lengths is None else tuple(lengths)
 
 
 def find_slot_streams(model: nn.Module) -> SlotStreams:
-    """Returns the object that all layers of a packed model share: the number of slots and their random streams.
+    """Returns the number of slots and their dropout streams, as the object that all layers of a packed model share.
 
     Raises:
         ValueError: The model is not packed.
@@ -181,7 +186,7 @@ def find_slot_streams(model: nn.Module) -> SlotStreams:
 
 
 def check_slots(model: nn.Module, slots: Sequence[int]) -> None:
-    """Raises ValueError unless the model is packed and `slots` are at least one, distinct and slots of the model."""
+    """Raises a ValueError if the model is not packed, or `slots` is empty, has a duplicate or a slot out of range."""
     count = find_slot_streams(model).num_slots
     if not slots or not set(slots) <= set(range(count)) or len(set(slots)) < len(slots):
         raise ValueError(
@@ -191,49 +196,50 @@ def check_slots(model: nn.Module, slots: Sequence[int]) -> None:
 
 
 def copy_base(model: nn.Module) -> nn.Module:
-    """Returns a copy of the base's modules that shares the base's tensors; `model` may be packed or not."""
+    """Returns a copy of the base model that shares the base's tensors. `model` may be packed or not."""
     memo: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    # deepcopy replaces each wrapper by the copy of its base in `memo`. Inner wrappers come first, because a stacked
-    # module may contain a dropout wrapper.
+    # With `memo`, deepcopy replaces each wrapper by a copy of the wrapper's base. Inner wrappers come first, because a
+    # stacked module may contain a dropout wrapper.
     for wrapper in reversed(list(model.modules())):
         if isinstance(wrapper, SlotDropout | PackedLoraLayer | StackedModule):
             memo[id(wrapper)] = copy.deepcopy(wrapper.base, memo)
     return copy.deepcopy(model, memo)
 
 
-def put_solo(model: nn.Module, slot: int, solo: nn.Module) -> None:
-    """Copies the LoRA layers and trained modules of an ordinary LoRA model into a slot."""
+def write_solo_to_slot(model: nn.Module, slot: int, solo: nn.Module) -> None:
+    """Copies the values of a solo model's LoRA layers and trained modules into a slot."""
     layers, modules = lora_layers(solo), trained_modules(solo)
     for name, stacked in stacked_modules(model).items():
-        stacked.put(slot, modules.get(name))
+        stacked.write_slot(slot, modules.get(name))
     for name, layer in packed_layers(model).items():
-        layer.put(slot, layers.get(name))
+        layer.write_slot(slot, layers.get(name))
 
 
 def _inject_solo(
     solo: nn.Module, config: LoraConfig, generator: torch.Generator | None, prepare_copy: PrepareSlotCopy | None
 ) -> Coverage:
-    """Turns a copy of the base into an ordinary LoRA model. Draws in the order of a solo run: new head, A and B."""
+    """Turns a copy of the base into a solo model with LoRA. Draws in the order of a solo run: new head, A and B."""
     if prepare_copy is not None:
         prepare_copy(solo, generator=generator)
     return inject_lora(solo, config, generator=generator)
 
 
-def _add_layers(model: nn.Module, solos: Sequence[nn.Module], streams: SlotStreams) -> None:
-    """Adds an empty packed layer wherever a solo model has a LoRA layer and `model` has no packed layer yet.
+def _add_missing_layers(model: nn.Module, solos: Sequence[nn.Module], streams: SlotStreams) -> None:
+    """Adds packed layers and stacked modules for the layers and modules that a solo model trains, if missing.
 
-    Adds stacked modules in the same way for the modules that a solo model trains in full.
+    No slot uses an added layer or module yet.
     """
-    present, stacked = packed_layers(model), stacked_modules(model)
-    dtype = next((layer.lora_a.dtype for layer in present.values()), torch.float32)  # as the pack was cast
-    widths: dict[str, int] = {}
+    packed, stacked = packed_layers(model), stacked_modules(model)
+    # the user may have cast the pack to another dtype than fp32
+    dtype = next((layer.lora_a.dtype for layer in packed.values()), torch.float32)
+    capacities: dict[str, int] = {}
     for solo in solos:
         for name, layer in lora_layers(solo).items():
-            widths[name] = max(layer.target.width, widths.get(name, 0))
-    for name, width in widths.items():
-        if name not in present:
+            capacities[name] = max(layer.target.total_rank, capacities.get(name, 0))
+    for name, capacity in capacities.items():
+        if name not in packed:
             base = model.get_submodule(name)
-            replace_module(model, base, PackedLoraLayer(base, streams, dtype=dtype, capacity=width))
+            replace_module(model, base, PackedLoraLayer(base, streams, dtype=dtype, capacity=capacity))
     for name in {name for solo in solos for name in trained_modules(solo)} - set(stacked):
         base = model.get_submodule(name)
         replace_module(model, base, StackedModule(base, streams))
@@ -244,28 +250,28 @@ def _check_model(model: nn.Module) -> None:
     batch_norm = next((name for name, module in model.named_modules() if isinstance(module, _BatchNorm)), None)
     if batch_norm is not None:
         raise ValueError(
-            f"`model` must compute each row independently to be packed, but {batch_norm!r} is a batch norm, which "
-            "would mix the slots. Run its trials alone."
+            f"A packed model must compute each row independently, but {batch_norm!r} is a batch norm, which mixes the "
+            "slots. Train without packs."
         )
 
 
 def _check_count(values: Sequence[object], num_slots: int, kind: str) -> None:
     if len(values) != num_slots:
-        raise ValueError(f"There must be {num_slots} {kind}, one per slot, but got {len(values)}.")
+        raise ValueError(f"The pack needs {num_slots} {kind}, one per slot, but got {len(values)}.")
 
 
 def _check_packable(config: LoraConfig, slot: int) -> None:
     reason = why_not_packable(config)
     if reason is not None:
-        raise ValueError(f"Slot {slot} must be packable, but {reason} Run it alone.")
+        raise ValueError(f"The trial of slot {slot} must be packable, but {reason} Train it without a pack.")
 
 
 def _check_slots_do_not_overlap(model: nn.Module, solos: Sequence[nn.Module]) -> None:
-    """Checks that the slots can share one model, which may be packed already.
+    """Checks that the new solo models and the slots of `model` can share one pack.
 
     Raises:
-        ValueError: A slot adapts a layer inside a module that another slot trains in full; or a trained module lies
-            inside another one, shares a weight with another one, or has buffers.
+        ValueError: A slot adapts a layer inside a module that another slot trains in full; or a module that trains in
+            full is inside another one, shares a weight with another one, or has buffers.
     """
     layers = {*packed_layers(model), *(name for solo in solos for name in lora_layers(solo))}
     modules = {name: module.base for solo in solos for name, module in trained_modules(solo).items()}
@@ -274,7 +280,7 @@ def _check_slots_do_not_overlap(model: nn.Module, solos: Sequence[nn.Module]) ->
         if is_inside(name, [other for other in modules if other != name or name in layers]):
             raise ValueError(
                 f"`method.modules_to_save` must be the same in all slots of a pack, but one slot trains {name!r} and "
-                "another trains a module around it in full. Train them in separate packs."
+                "another trains a module that contains it in full. Train them in separate packs."
             )
     # `parameters()` yields a shared parameter once per module, so a count above 1 means that two modules share it
     owners = Counter(id(p) for module in modules.values() for p in module.parameters())
@@ -282,5 +288,5 @@ def _check_slots_do_not_overlap(model: nn.Module, solos: Sequence[nn.Module]) ->
         if any(owners[id(p)] > 1 for p in module.parameters()) or any(True for _ in module.buffers()):
             raise ValueError(
                 f"A module that slots train must not have buffers or share a weight with another, but {name!r} does. "
-                "Run these trials alone."
+                "Train these trials without packs."
             )

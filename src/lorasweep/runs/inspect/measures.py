@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lorasweep.lora.patterns import block_index
+from lorasweep.lora.patterns import get_block_index
 from lorasweep.runs.inspect.weight_updates import WeightUpdate
 
 ENERGY_FRACTION = 0.9
@@ -107,7 +107,7 @@ def measure_layers(
         rows.append(
             LayerRow(
                 layer=update.name,
-                block=block_index(update.name),
+                block=get_block_index(update.name),
                 kind=update.kind,
                 d_out=update.base.shape[0],
                 d_in=update.base.shape[1] if update.is_matrix else None,

@@ -156,5 +156,5 @@ def _truncated_layer(layer: LoraLayer, parts: Sequence[tuple[int, Tensor, Tensor
     config = LoraConfig(rank=rank, alpha=float(rank))  # scaling 1
     target = Target(config=config, rank=rank, alpha=float(rank))
     plain = LoraLayer(layer.base, target, generator=torch.Generator())
-    plain.load_matrices(torch.cat([part_a for _, _, part_a in parts]), lora_b)
+    plain.load_plain_matrices(torch.cat([part_a for _, _, part_a in parts]), lora_b)
     return plain

@@ -63,22 +63,22 @@ def read_weight_updates(model: nn.Module, base: nn.Module) -> list[WeightUpdate]
 
 def _read_lora_layer(name: str, layer: LoraLayer) -> Iterator[WeightUpdate]:
     base = dequantised_weight(layer.base) if is_quantised(layer.base) else weight_to_matrix(layer.base, layer.weight)
-    lora_a, lora_b = (matrix.detach() for matrix in layer.matrices())
+    lora_a, lora_b = (matrix.detach() for matrix in layer.get_plain_matrices())
     lora_b = layer.scaling * lora_b.double()
     if layer.magnitude is not None:
-        # DoRA's new row lengths change every direction, so ΔW has no low rank (arXiv 2402.09353, equation 5)
+        # DoRA's new row norms change every direction, so ΔW has no low rank (arXiv 2402.09353, equation 5)
         matrix = base.double() + lora_b @ lora_a.double()
         matrix *= (layer.magnitude.double() / torch.linalg.vector_norm(matrix, dim=1))[:, None]
         yield WeightUpdate(name=name, base=base, left=matrix - base.double(), rank=layer.rank, lora_layer=name)
         return
-    rows = layer.rows or ((0, len(base)),)
-    for index, (first, past) in enumerate(rows):
+    rows = layer.row_ranges or ((0, len(base)),)
+    for index, (first, end) in enumerate(rows):
         # A has a block of `rank` rows for each range of rows; an adapter of PiSSA has the same blocks twice
         part_rows = [row for row in range(len(lora_a)) if row // layer.rank % len(rows) == index]
         yield WeightUpdate(
-            name=f"{name}[{first}:{past}]" if layer.rows else name,
-            base=base[first:past],
-            left=lora_b[first:past][:, part_rows],
+            name=f"{name}[{first}:{end}]" if layer.row_ranges else name,
+            base=base[first:end],
+            left=lora_b[first:end][:, part_rows],
             right=lora_a[part_rows],
             rank=layer.rank,
             lora_layer=name,

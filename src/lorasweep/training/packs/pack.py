@@ -50,7 +50,7 @@ from lorasweep.lora import (
     slot_model,
     split_lora_parameters,
 )
-from lorasweep.lora.packed.inject import set_row_lengths
+from lorasweep.lora.packed.inject import set_sequence_lengths
 from lorasweep.methods import add_head_to_modules_to_save, copy_sharing_weights, draw_head
 from lorasweep.record import RunStatus
 from lorasweep.training.checkpoint import remove_checkpoints, remove_older_checkpoints
@@ -242,7 +242,7 @@ class PackTrainer:
         evaluations = [Evaluation(self.task) for _ in self.runs]
         # The batch size depends on the present slots only: a resumed pack does not know how many it had before.
         batches = EvaluationSampler(split, batch_size=max(1, self.settings.eval_batch_size // slots))
-        set_row_lengths(self.model, None)  # every slot evaluates the same rows
+        set_sequence_lengths(self.model, None)  # every slot evaluates the same rows
         self.model.eval()
         for micro in batches:
             batch = repeat_batch(move_batch(split.batch(micro.indices), self.device), slots=slots)
@@ -415,7 +415,7 @@ def _draw_head(inputs: RunInputs) -> functools.partial[None]:
 def slot_batch(split: Split, micros: Sequence[MicroBatch], *, model: nn.Module) -> Batch:
     """Returns a batch of the examples of all slots, slot-major, and tells the packed model each slot's length."""
     longest = [int(split.lengths[torch.tensor(micro.indices)].max()) for micro in micros]
-    set_row_lengths(model, longest if len(set(longest)) > 1 else None)
+    set_sequence_lengths(model, longest if len(set(longest)) > 1 else None)
     return split.batch([index for micro in micros for index in micro.indices], slots=len(micros))
 
 
