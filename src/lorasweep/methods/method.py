@@ -71,8 +71,8 @@ class Method(ABC):
             model: A copy from `copy_sharing_weights`. Only trained parameters, in fp32, get `requires_grad`.
             config: Settings of this method.
             generator: CPU random stream (`seeds.init`). The new head is drawn first, then the values of the method.
-            new_head_names: Names of modules that are missing in the checkpoint (`BaseModel.new_head_names`). Every method draws
-                values for them. All methods except `frozen` train them.
+            new_head_names: Names of modules that are missing in the checkpoint (`BaseModel.new_head_names`). Every
+                method draws values for them, and all methods except `frozen` train them.
 
         Raises:
             ConfigError: The settings do not fit the model.
