@@ -199,6 +199,8 @@ class SweepRecord:
     confirm: list[ConfirmRow] = field(default_factory=list)
     confirm_seeds: list[int] = field(default_factory=list)
     """Seeds of the confirm stage."""
+    margin: float | str | None = None
+    """`confirm.margin` as it was stated before the first trial; None in a sweep of an older version."""
     notes: list[str] = field(default_factory=list)
     """Sentences on the data: splits, duplicates, the majority class and its score."""
     warnings: list[str] = field(default_factory=list)

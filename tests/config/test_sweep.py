@@ -11,6 +11,7 @@ from lorasweep.config.sweep import (
     HalvingPruner,
     MedianPruner,
     ModelBasedSampler,
+    parse_margin,
 )
 from lorasweep.errors import ConfigError
 
@@ -43,6 +44,10 @@ from lorasweep.errors import ConfigError
         ({"confirm.seeds": -1}, "`confirm.seeds >= 0` must hold, but got -1."),
         ({"confirm.seeds": 1001}, "`confirm.seeds <= 1000` must hold, but got 1001."),
         ({"confirm.seeds": "many"}, "`confirm.seeds` must be a whole number, but got 'many'."),
+        *(
+            ({"confirm.margin": margin}, f"`confirm.margin` must be a positive number.* but got {margin!r}")
+            for margin in (0.0, -0.1, "0%", "100%", "five", "%")
+        ),
         ({"confirm.seed": 3}, r"`confirm.seed` is not a setting. Did you mean `confirm.seeds`\?"),
         ({"sweep.max_failures": 0}, "`sweep.max_failures >= 1` must hold, but got 0."),
         ({"sampler": "tpee"}, r"`sampler` must be one of .*, but got 'tpee'. Did you mean `tpe`\?"),
@@ -53,6 +58,14 @@ from lorasweep.errors import ConfigError
 def test_a_sweep_setting_out_of_range_is_refused(settings, message):
     with pytest.raises(ConfigError, match=message):
         compose_sweep(settings)
+
+
+@pytest.mark.parametrize(
+    ("margin", "value", "is_share"), [("5%", 0.05, True), ("2.5 %", 0.025, True), (0.01, 0.01, False), (2, 2, False)]
+)
+def test_a_margin_is_a_share_of_the_gain_or_a_number(margin, value, is_share):
+    found = parse_margin(compose_sweep({"confirm.margin": margin}).confirm.margin)
+    assert (found.value, found.is_share_of_gain) == (pytest.approx(value), is_share)
 
 
 def test_a_sampler_and_a_pruner_are_told_apart_by_name():

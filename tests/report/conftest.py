@@ -178,6 +178,7 @@ def build_sweep(folder: Path, *, lora: int = 18, full: int = 6, frozen: int = 1,
             description="Rank, α and learning rate for LoRA on English prose, beside full fine-tuning.",
             metric="bits_per_byte",
             direction="minimize",
+            margin="5%",
             definition={},
             arms=[
                 ArmRow(

@@ -29,28 +29,41 @@ def advise_rank(sweep: Path) -> RankAdvice:
 @pytest.mark.parametrize(
     ("scores", "rank", "best_rank", "sentence"),
     [
-        ({1: 1.80, 4: 1.70, 16: 1.6615, 64: 1.660}, 16, 64, "Rank 16 is the smallest"),
-        ({1: 1.9, 4: 1.7, 16: 1.8}, 4, 4, "every lower rank is distinguishably worse"),
-        ({1: 1.7, 4: 1.8}, 1, 1, "Rank 1 is the lowest"),
+        ({1: 1.80, 4: 1.70, 16: 1.6615, 64: 1.660}, 16, 64, "Rank 16 is enough"),
+        ({1: 1.9, 4: 1.7, 16: 1.8}, 4, 4, "Rank 4 is enough: it has the best score"),
+        ({1: 1.7, 4: 1.8}, 1, 1, "Rank 1 is enough"),
     ],
 )
-def test_smallest_rank_not_distinguishably_worse_than_the_best_is_named(
+def test_smallest_rank_within_the_margin_of_the_others_is_named(
     tmp_path: Path, scores: dict[int, float], rank: int, best_rank: int, sentence: str
 ) -> None:
     advice = advise_rank(build_rank_arms(tmp_path, scores, examples=30))
     assert (advice.rank, advice.best_rank) == (rank, best_rank)
-    assert advice.arms == (f"lora-rank{rank}", f"lora-rank{best_rank}")
+    assert set(advice.arms) == {f"lora-rank{rank}", f"lora-rank{best_rank}"}
     assert sentence in advice.sentence
+
+
+def test_ranks_that_are_left_and_what_would_settle_them_are_said(tmp_path: Path) -> None:
+    advice = advise_rank(build_rank_arms(tmp_path, {1: 1.9, 4: 1.701, 16: 1.7}, seeds=3, noise=0.02))
+    assert advice.rank is None
+    assert "not settled: ranks 4 and 16 are left" in advice.sentence
+    assert "would probably settle it" in advice.sentence
+
+
+def test_without_a_margin_no_rank_is_advised(tmp_path: Path) -> None:
+    sweep = build_rank_arms(tmp_path, {1: 1.9, 4: 1.7})
+    edit_json(sweep / "sweep.json", lambda raw: raw.update(margin=None))
+    assert advise_folder(sweep).ranks == ()
 
 
 def test_higher_is_better_when_the_sweep_maximizes(tmp_path: Path) -> None:
     sweep = build_rank_arms(tmp_path, {1: 1.9, 4: 1.7})
-    edit_json(sweep / "sweep.json", lambda raw: raw.update(direction="maximize"))
+    edit_json(sweep / "sweep.json", lambda raw: raw.update(direction="maximize", margin=0.01))
     assert advise_rank(sweep).best_rank == 1
 
 
 def test_one_seed_or_one_rank_gives_no_advice_on_rank(tmp_path: Path) -> None:
-    assert advise_folder(build_rank_arms(tmp_path / "a", {1: 1.9, 4: 1.7}, seeds=1)).ranks == ()
+    assert advise_rank(build_rank_arms(tmp_path / "a", {1: 1.9, 4: 1.7}, seeds=1)).rank is None
     assert advise_folder(build_rank_arms(tmp_path / "b", {4: 1.7})).ranks == ()
 
 

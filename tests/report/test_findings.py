@@ -22,10 +22,11 @@ PAIR = PairComparison(
     interval=(0.0302, 0.042),
     p_value=0.001,
     adjusted_p_value=0.003,
+    equivalence_p_value=0.9,
     num_seeds=5,
     uses_examples=True,
 )
-ALIKE = replace(PAIR, verdict="not distinguishable", difference=0.002, interval=(-0.004, 0.008))
+ALIKE = replace(PAIR, verdict="inconclusive", difference=0.002, interval=(-0.004, 0.008), settled_by="7 more seeds")
 
 
 @pytest.mark.parametrize(
@@ -38,7 +39,12 @@ ALIKE = replace(PAIR, verdict="not distinguishable", difference=0.002, interval=
         ),
         (
             replace(ALIKE, p_value=0.4),
-            "`a` and `b` are not distinguishable: they differ by 0.002 [-0.004, 0.008]",
+            "`a` against `b` is inconclusive: they differ by 0.002 [-0.004, 0.008]; "
+            "7 more seeds would probably settle it",
+        ),
+        (
+            replace(ALIKE, verdict="equivalent"),
+            "`a` and `b` are equivalent: they differ by 0.002 [-0.004, 0.008], which is less than the margin",
         ),
         (
             replace(PAIR, verdict="not tested", p_value=None, reason="they have no seed in common"),
@@ -72,6 +78,25 @@ def test_one_seed_has_no_verdict_and_says_so(tmp_path: Path) -> None:
     assert "means over 1 fresh seed with" in text
     assert "were not tested: they have one seed in common" in text
     assert "no verdict on `lora`, `full`" in text
+
+
+@pytest.mark.parametrize(
+    ("margin", "parts"),
+    [
+        ("5%", ("0.018", "bits per byte (5% of full", "before the sweep")),
+        (0.02, ("0.02 bits per byte,", "before the sweep")),
+        (None, ("No margin", "none was stated")),
+    ],
+)
+def test_margin_is_said(confirmed: Path, margin: float | str | None, parts: tuple[str, ...]) -> None:
+    edit_json(confirmed / "sweep.json", lambda raw: raw.update(margin=margin))
+    (sentence,) = [text for text in summarize(confirmed).sentences if "margin, 0" in text or "No margin" in text]
+    assert all(part in sentence for part in parts)
+
+
+def test_margin_without_a_gain_names_the_key(confirmed: Path) -> None:
+    edit_json(confirmed / "sweep.json", lambda raw: raw.update(direction="maximize"))
+    assert any("No margin" in text and "`confirm.margin`" in text for text in summarize(confirmed).sentences)
 
 
 @pytest.mark.parametrize("gone", [{"full"}, {"frozen"}, {"frozen", "full"}])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -149,11 +150,46 @@ class SweepSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Margin:
+    """The smallest difference between two arms that matters."""
+
+    value: float
+    is_share_of_gain: bool
+    """Whether the value is a share of full fine-tuning's gain over the frozen base, else it is in the metric's unit."""
+
+
+def parse_margin(setting: float | str) -> Margin:
+    """Returns the margin of a setting such as 0.01 or `5%`.
+
+    Raises:
+        ConfigError: It is neither a positive number nor a percentage of more than 0 and less than 100.
+    """
+    text = str(setting).strip()
+    try:
+        number = float(text.removesuffix("%"))
+    except ValueError:
+        number = 0.0
+    is_share = text.endswith("%")
+    if not 0 < number < (100 if is_share else math.inf):
+        raise ConfigError(
+            "`confirm.margin` must be a positive number in the metric's unit, or a percentage of full fine-tuning's "
+            f"gain such as `5%`, but got {setting!r}."
+        )
+    return Margin(value=number / 100 if is_share else number, is_share_of_gain=is_share)
+
+
+@dataclass(frozen=True, kw_only=True)
 class ConfirmConfig:
     """The stage after the search: each arm's best configuration runs with fresh seeds and is scored on test data."""
 
     seeds: Annotated[int, (">=", 0), ("<=", MAX_CONFIRM_SEEDS)]
     """Number of fresh seeds, 0 to 1000; 0 skips the stage."""
+    margin: float | str
+    """The smallest difference between two arms that matters: a number in the metric's unit (0.01), or a percentage of
+    the gain of `full` over `frozen` on test data (5%). It decides about equivalent arms and the rank."""
+
+    def __post_init__(self) -> None:
+        parse_margin(self.margin)
 
 
 @dataclass(frozen=True, kw_only=True)

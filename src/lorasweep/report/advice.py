@@ -9,8 +9,9 @@ from typing import Any
 
 from lorasweep.config.ranges import find_bounds
 from lorasweep.report.evidence.estimates import Interval
-from lorasweep.report.sweep_data import LR, RANK, ArmData, SweepData, TrialData, group_by_rank
-from lorasweep.wording import format_estimate, format_setting, format_share_estimate, join_words
+from lorasweep.report.evidence.ranks import RankVerdict
+from lorasweep.report.sweep_data import LR, RANK, ArmData, SweepData, TrialData
+from lorasweep.wording import UNKNOWN, format_estimate, format_setting, format_share_estimate, join_words
 
 EDGE_FRACTION = 0.05
 """A value is at an end of its range if it is closer to the end than this share of the range."""
@@ -20,12 +21,13 @@ KEPT_FRACTION = 0.9
 
 @dataclass(frozen=True, kw_only=True)
 class RankAdvice:
-    """The smallest confirmed rank that is not distinguishably worse than the best one."""
+    """The smallest rank that is shown to be sufficient, or the ranks that may be it."""
 
-    rank: float
+    rank: float | None
+    """None if nothing is settled."""
     best_rank: float
-    arms: tuple[str, str]
-    """The arm of `rank` and the arm of `best_rank`."""
+    arms: tuple[str, ...]
+    """The arms that the sentence is about."""
     sentence: str
 
 
@@ -65,9 +67,8 @@ class Advice:
 
 
 def advise(data: SweepData) -> Advice:
-    groups = group_by_rank(arm for arm in data.arms if arm.row.method not in ("frozen", "full"))
     return Advice(
-        ranks=tuple(advice for group in groups if (advice := _advise_rank(group, data))),
+        ranks=tuple(_advise_rank(verdict, data) for verdict in data.evidence.ranks),
         rates=tuple(
             RateAdvice(arm=arm.name, lr=lr, is_edge=LR in find_edges(arm, arm.best))
             for arm in data.arms
@@ -146,25 +147,22 @@ def _find_end(space: Any, value: float | None) -> str | None:
     return "lower" if position <= margin else "upper" if position >= 1 - margin else None
 
 
-def _advise_rank(group: list[ArmData], data: SweepData) -> RankAdvice | None:
-    means = {arm.name: found.mean for arm in group if (found := data.evidence.arm(arm.name)) and len(found.seeds) > 1}
-    confirmed = [arm for arm in group if arm.name in means]
-    if len(confirmed) < 2:
-        return None
-    best = min(confirmed, key=lambda arm: data.sign * means[arm.name])
-    # The group is by rising rank, so the first arm that is not worse has the smallest sufficient rank.
-    for arm in confirmed:
-        pair = data.evidence.pair(arm.name, best.name)
-        if arm is best or (pair and pair.verdict == "not distinguishable"):
-            break
-    rank, best_rank = format_setting(arm.rank), format_setting(best.rank)
-    if pair:
+def _advise_rank(verdict: RankVerdict, data: SweepData) -> RankAdvice:
+    arms = (verdict.best_arm,) if verdict.arm in (None, verdict.best_arm) else (verdict.arm, verdict.best_arm)
+    best = format_setting(verdict.best_rank)
+    if verdict.rank is None:
+        left = [format_setting(rank) for rank in verdict.left]
         sentence = (
-            f"Rank {rank} is the smallest whose score is not distinguishably worse than the best, rank {best_rank}: "
-            f"they differ by {format_estimate(pair.difference, pair.interval)}."
+            f"Which rank is enough is not settled: ranks {join_words(left)} are left; "
+            f"{verdict.settled_by} would probably settle it."
         )
-    elif arm is confirmed[0]:
-        sentence = f"Rank {rank} is the lowest that was confirmed and has the best score."
+    elif len(arms) == 1:
+        sentence = f"Rank {best} is enough: it has the best score, and no lower rank is shown to be within the margin."
     else:
-        sentence = f"Rank {rank} has the best score, and every lower rank is distinguishably worse."
-    return RankAdvice(rank=arm.rank or 0.0, best_rank=best.rank or 0.0, arms=(arm.name, best.name), sentence=sentence)
+        pair = data.evidence.pair(*arms)
+        difference = format_estimate(pair.difference, pair.interval) if pair else UNKNOWN
+        sentence = (
+            f"Rank {format_setting(verdict.rank)} is enough: it is the smallest rank that is shown to be within the "
+            f"margin of every other, and differs from the best, rank {best}, by {difference}."
+        )
+    return RankAdvice(rank=verdict.rank, best_rank=verdict.best_rank, arms=arms, sentence=sentence)

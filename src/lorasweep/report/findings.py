@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from lorasweep.config.sweep import parse_margin
 from lorasweep.report.advice import Advice
 from lorasweep.report.evidence.verdicts import LEVEL, PairComparison
 from lorasweep.report.fairness import Fairness
@@ -68,10 +69,15 @@ def describe_pair(pair: PairComparison, *, first: str | None = None, second: str
         low, high = sorted(map(abs, pair.interval or (0.0, 0.0)))
         size = format_estimate(abs(pair.difference or 0.0), None if is_across_zero else (low, high))
         return f"{left} is {pair.verdict} than {right} by {size}"
-    is_alone = pair.p_value is not None and pair.p_value < LEVEL
-    alone = "; the interval of this pair alone excludes 0, but the test corrected for the number of pairs does not"
     difference = format_estimate(pair.difference, pair.interval)
-    return f"{left} and {right} are not distinguishable: they differ by {difference}{alone if is_alone else ''}"
+    if pair.verdict == "equivalent":
+        return f"{left} and {right} are equivalent: they differ by {difference}, which is less than the margin"
+    is_alone = pair.p_value is not None and pair.p_value < LEVEL
+    alone = ", an interval that excludes 0, but not after the correction for the number of pairs" if is_alone else ""
+    return (
+        f"{left} against {right} is inconclusive: they differ by {difference}{alone}; "
+        f"{pair.settled_by} would probably settle it"
+    )
 
 
 def _describe_scores(data: SweepData, advice: Advice) -> list[str]:
@@ -189,4 +195,23 @@ def _describe_limits(data: SweepData) -> list[str]:
     count = data.evidence.num_compared
     corrected = f", corrected for {count} comparisons (Holm)" if count > 1 else ""
     level = f"Verdicts are at the 5 % level{corrected}; an interval is for one number alone."
-    return [*([level] if count else []), *data.evidence.notes]
+    return [*([level, describe_margin(data)] if count else []), *data.evidence.notes]
+
+
+def describe_margin(data: SweepData) -> str:
+    """Returns a sentence about the smallest difference that matters, or why none is known."""
+    setting, margin = data.record.margin, data.evidence.margin
+    if setting is None:
+        return "No margin: none was stated before this sweep, so neither equivalence nor an enough rank can be shown."
+    is_share = parse_margin(setting).is_share_of_gain
+    share = f"{setting} of full fine-tuning's gain over the frozen base"
+    if margin is None:
+        return (
+            f"No margin: {share} is not known, because that needs test scores of both and a gain, so no arms can be "
+            "shown to be equivalent. Set `confirm.margin` to a number in the metric's unit."
+        )
+    meaning = f" ({share})" if is_share else ""
+    return (
+        f"Arms are equivalent if they differ by less than the margin, {format_score(margin)} "
+        f"{format_metric(data.record.metric)}{meaning}, which was stated before the sweep."
+    )

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lorasweep.config.ranges import is_number
+from lorasweep.config.sweep import parse_margin
 from lorasweep.errors import RecordError
 from lorasweep.record import (
     TEST_SCORES_FILE,
@@ -229,13 +230,19 @@ def load_sweep_data(folder: Path) -> SweepData:
     if record.confirm:
         problems += [sentence for arm in arms if (sentence := _describe_missing_scores(arm))]
     scores = _read_test_scores(arms, record, folder, problems)
-    sign = 1 if record.direction == "minimize" else -1
+    groups = group_by_rank(arm for arm in arms if arm.row.method not in ("frozen", "full"))
     return SweepData(
         folder=folder,
         record=record,
         arms=arms,
         problems=tuple(problems),
-        evidence=compare_arms(scores, [(arm.name, arm.row.method) for arm in arms], sign=sign),
+        evidence=compare_arms(
+            scores,
+            [(arm.name, arm.row.method) for arm in arms],
+            sign=1 if record.direction == "minimize" else -1,
+            margin=None if record.margin is None else parse_margin(record.margin),
+            rank_groups=[{arm.rank: arm.name for arm in group if arm.rank} for group in groups],
+        ),
     )
 
 

@@ -27,8 +27,8 @@ MEASURED = (
 )
 """The columns of `trials.csv` that a run's record holds under the same name."""
 PAIR_FIELDS = (
-    *("first", "second", "verdict", "reason", "difference", "p_value", "adjusted_p_value"),
-    *("num_seeds", "uses_examples"),
+    *("first", "second", "verdict", "reason", "difference", "p_value", "adjusted_p_value", "equivalence_p_value"),
+    *("settled_by", "num_seeds", "uses_examples"),
 )
 
 

@@ -226,6 +226,15 @@ def test_fewer_seeds_than_have_begun_are_refused(begin, work, runs, confirming):
     reopen_sweep(folder.path).close()
 
 
+def test_the_margin_is_recorded_and_may_not_change_after_the_first_result(begin, work, runs, confirming):
+    folder = begin(confirming, "confirm.margin=0.01")
+    assert work(folder)
+    assert read_sweep(folder.path).margin == 0.01
+    with pytest.raises(ConfigError, match=r"`confirm.margin` must stay 0.01.* but got '5%'"):
+        reopen_sweep(folder.path, changes={"confirm.margin": "5%"})
+    reopen_sweep(folder.path, changes={"confirm.margin": 0.01}).close()
+
+
 def test_a_seed_that_diverges_keeps_its_row_and_stops_nothing(begin, work, runs, confirming):
     def score(config, step):
         if config.seed:

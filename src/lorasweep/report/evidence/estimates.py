@@ -12,7 +12,7 @@ from functools import cached_property
 
 import numpy as np
 from scipy.optimize import brentq
-from scipy.special import stdtr, stdtrit
+from scipy.special import nctdtr, stdtr, stdtrit
 
 from lorasweep.report.evidence.scores import Array, ConfirmScores
 
@@ -67,13 +67,20 @@ class ConfidenceDistribution:
         return self.quantile((1 - CONFIDENCE) / 2), self.quantile((1 + CONFIDENCE) / 2)
 
     @cached_property
+    def p_positive(self) -> float:
+        """The p value of the one-sided test that shows a positive true value."""
+        return self.cdf(0.0)
+
+    @cached_property
+    def p_negative(self) -> float:
+        """The p value of the one-sided test that shows a negative true value."""
+        # 1 - cdf(0) would round small values to 0.
+        return replace(self, estimate=-self.estimate, deviations=-self.deviations).cdf(0.0)
+
+    @property
     def p_value(self) -> float:
         """The two-sided p value of the hypothesis that the true value is 0."""
-        if self.seed_error == 0 and len(self.deviations) == 1:
-            return float(self.estimate == self.deviations[0])
-        # The mirrored distribution gives the upper tail: 1 - cdf(0) would round small values to 0.
-        mirrored = replace(self, estimate=-self.estimate, deviations=-self.deviations)
-        return min(1.0, 2 * min(self.cdf(0.0), mirrored.cdf(0.0)))
+        return min(1.0, 2 * min(self.p_positive, self.p_negative))
 
 
 def estimate_mean(
@@ -122,15 +129,39 @@ class Estimate:
         """The standard deviation over seeds."""
         return float(np.std(self.values, ddof=1)) if len(self.values) > 1 else None
 
+    @property
+    def tested(self) -> ConfidenceDistribution | None:
+        """The confidence distribution if the error over seeds is known, so that a test is possible."""
+        return self.distribution if self.is_testable else None
 
-def estimate_sum(scores: ConfirmScores, coefficients: Coefficients) -> Estimate | None:
-    """Returns Σ coefficient · mean of the arm over the seeds that all arms have, or None if they have none."""
+    def project_power(self, num_seeds: Array, *, level: float, sign: float = 1.0, uses_examples: bool = True) -> Array:
+        """Returns (counts,) the probability that a one-sided test shows a positive true value with `num_seeds` seeds.
+
+        The mean and the standard deviation over seeds are assumed to stay as measured. The error over examples does
+        not shrink with seeds.
+
+        Args:
+            num_seeds: (counts,) Numbers of seeds, each at least 2.
+            level: The level of the test.
+            sign: -1 for a test that shows a negative true value.
+            uses_examples: Whether the error over examples counts.
+        """
+        example_variance = float(np.var(self.distribution.deviations)) if self.distribution and uses_examples else 0.0
+        error = np.sqrt((self.std or 0.0) ** 2 / num_seeds + example_variance)
+        critical = stdtrit(num_seeds - 1, 1 - level)
+        # The noncentral t distribution is not computed for very large ratios, at which the power is 1.
+        ratio = sign * self.value / np.maximum(error, max(1e-3 * abs(self.value), np.finfo(float).tiny))
+        return 1 - nctdtr(num_seeds - 1, ratio, critical)  # type: ignore[no-any-return]
+
+
+def estimate_sum(scores: ConfirmScores, coefficients: Coefficients, *, constant: float = 0.0) -> Estimate | None:
+    """Returns constant + Σ coefficient · mean of the arm, over the seeds that all arms have; None if they have none."""
     if any(not scores.values.get(arm) for arm in coefficients):
         return None
     seeds = _common_seeds(scores, coefficients)
     if seeds == ():
         return None
-    sums = np.zeros(len(seeds) if seeds else 1)
+    sums = np.full(len(seeds) if seeds else 1, constant)
     for arm, coefficient in coefficients.items():
         sums += coefficient * _select_values(scores, arm, seeds)
     deviations = _sum_deviations(scores, coefficients, seeds)
@@ -153,13 +184,13 @@ def estimate_ratio(
     if the denominator itself is not distinguishable from 0: the interval would have no bounds.
     """
     # A coefficient of 0 for the other sum's arms takes both sums over the same seeds.
-    above = estimate_sum(scores, _subtract(numerator, denominator, 0.0))
-    below = estimate_sum(scores, _subtract(denominator, numerator, 0.0))
+    above = estimate_sum(scores, subtract(numerator, denominator, 0.0))
+    below = estimate_sum(scores, subtract(denominator, numerator, 0.0))
     if above is None or below is None or below.value == 0:
         return None
     ratio = above.value / below.value
     alone = estimate_sum(scores, denominator)
-    tested = alone.distribution if alone and alone.is_testable else None
+    tested = alone.tested if alone else None
     if tested is None or tested.p_value > 1 - CONFIDENCE:
         return ratio, None
     low, high = (
@@ -194,7 +225,7 @@ def _sum_deviations(scores: ConfirmScores, coefficients: Coefficients, seeds: tu
     return np.sum(sums, axis=0)  # type: ignore[no-any-return]
 
 
-def _subtract(numerator: Coefficients, denominator: Coefficients, factor: float) -> dict[str, float]:
+def subtract(numerator: Coefficients, denominator: Coefficients, factor: float) -> dict[str, float]:
     """Returns the coefficients of numerator - factor · denominator."""
     arms = dict.fromkeys([*numerator, *denominator])
     return {arm: numerator.get(arm, 0.0) - factor * denominator.get(arm, 0.0) for arm in arms}
@@ -206,7 +237,7 @@ def _solve(
     """Returns the ratio at which 0 is the quantile of numerator - ratio · denominator, or None if it is not found."""
 
     def excess(value: float) -> float:
-        found = estimate_sum(scores, _subtract(numerator, denominator, value))
+        found = estimate_sum(scores, subtract(numerator, denominator, value))
         return found.distribution.cdf(0.0) - confidence if found and found.distribution else -confidence
 
     # The bracket grows from the estimate until it holds a change of sign, below the estimate first.

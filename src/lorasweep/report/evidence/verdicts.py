@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Literal
 
-from lorasweep.report.evidence.estimates import CONFIDENCE, Estimate, Interval, estimate_ratio, estimate_sum
-from lorasweep.report.evidence.scores import ConfirmScores
+import numpy as np
 
-Verdict = Literal["better", "worse", "not distinguishable", "not tested"]
+from lorasweep.config.sweep import Margin
+from lorasweep.report.evidence.equivalence import (
+    EQUIVALENCE_LEVEL,
+    MeasuredMargin,
+    estimate_slack,
+    measure_margin,
+    project_seeds,
+)
+from lorasweep.report.evidence.estimates import CONFIDENCE, Estimate, Interval, estimate_ratio, estimate_sum
+from lorasweep.report.evidence.ranks import RankVerdict, choose_rank
+from lorasweep.report.evidence.scores import Array, ConfirmScores
+
+Verdict = Literal["better", "worse", "equivalent", "inconclusive", "not tested"]
+"""The words of every output: terminal, page, CSV, JSON and TensorBoard."""
 LEVEL = 1 - CONFIDENCE
 
 
@@ -50,11 +62,15 @@ class PairComparison:
     p_value: float | None
     """The two-sided p value of this pair alone."""
     adjusted_p_value: float | None
-    """The p value adjusted by Holm's procedure. The verdict is made at 0.05."""
+    """The p value adjusted by Holm's procedure. Better and worse mean less than 0.05."""
+    equivalence_p_value: float | None
+    """The larger p value of the two one-sided tests against the margin. Equivalent means less than 0.05."""
     num_seeds: int
     uses_examples: bool
     reason: str | None = None
     """Why the pair was not tested."""
+    settled_by: str | None = None
+    """What would probably settle an inconclusive pair, such as `7 more seeds`."""
 
     def seen_from(self, name: str) -> PairComparison:
         """Returns the same comparison with the arm of that name first."""
@@ -83,6 +99,10 @@ class Evidence:
     """The name of the arm that is the frozen base."""
     full: str | None = None
     """The name of the best arm of full fine-tuning."""
+    margin: float | None = None
+    """The smallest difference that matters, in the metric's unit; None if it is a share of a gain that is not known."""
+    ranks: tuple[RankVerdict, ...] = ()
+    """The sufficient rank in each group of arms that differ in rank alone; empty without a margin."""
     notes: tuple[str, ...] = ()
     """One sentence for each limit of the numbers."""
 
@@ -99,37 +119,63 @@ class Evidence:
         return sum(pair.verdict != "not tested" for pair in self.pairs)
 
 
-def compare_arms(scores: ConfirmScores, methods: Sequence[tuple[str, str]], *, sign: int) -> Evidence:
+def compare_arms(
+    scores: ConfirmScores,
+    methods: Sequence[tuple[str, str]],
+    *,
+    sign: int,
+    margin: Margin | None = None,
+    rank_groups: Sequence[Mapping[float, str]] = (),
+) -> Evidence:
     """Returns the results of the confirm stage.
 
     Args:
         scores: The scores of the confirm stage.
         methods: The name and method of every arm.
         sign: 1 if lower scores are better, else -1.
+        margin: The margin as it was stated before the sweep.
+        rank_groups: Per group of arms that differ in rank alone, the arm of each rank.
     """
     names = [name for name, _ in methods if scores.values.get(name)]
     base, full = (_find_best(method, methods, scores, sign=sign) for method in ("frozen", "full"))
+    measured = measure_margin(scores, margin, base=base, full=full, sign=sign)
     return Evidence(
         arms=tuple(arm for name in names if (arm := _estimate_arm(scores, name, base, full, sign=sign))),
-        pairs=compare_pairs(scores, names, sign=sign),
+        pairs=compare_pairs(scores, names, sign=sign, margin=measured),
         num_examples=scores.num_examples,
         base=base,
         full=full,
+        margin=measured.value if measured else None,
+        ranks=tuple(
+            found for group in rank_groups if measured and (found := choose_rank(scores, group, measured, sign=sign))
+        ),
         notes=(*_describe_limits(scores, names), *scores.problems),
     )
 
 
-def compare_pairs(scores: ConfirmScores, arms: Sequence[str], *, sign: int) -> tuple[PairComparison, ...]:
+def compare_pairs(
+    scores: ConfirmScores, arms: Sequence[str], *, sign: int, margin: MeasuredMargin | None = None
+) -> tuple[PairComparison, ...]:
     """Returns a verdict on every pair of arms; `sign` is 1 if lower scores are better, else -1.
 
     All pairs are one family, so that a reader may pick out any pair afterwards, also those of the best arm.
     """
     pairs = list(combinations([arm for arm in arms if scores.values.get(arm)], 2))
     estimates = [estimate_sum(scores, {first: 1.0, second: -1.0}) for first, second in pairs]
-    p_values = [e.distribution.p_value if e and e.distribution and e.is_testable else None for e in estimates]
-    adjusted = iter(adjust_holm([p for p in p_values if p is not None]))
+    p_values = [e.tested.p_value if e and e.tested else None for e in estimates]
+    adjusted = adjust_holm([p for p in p_values if p is not None])
+    remaining = iter(adjusted)
+    # Holm's procedure tests the next pair at this level.
+    next_level = LEVEL / max(sum(p >= LEVEL for p in adjusted), 1)
     return tuple(
-        _judge(pair, estimate, p_value, None if p_value is None else next(adjusted), sign=sign)
+        _judge(
+            pair,
+            estimate,
+            None if p_value is None else next(remaining),
+            [estimate_slack(scores, *names, margin, sign=sign) for names in (pair, pair[::-1])] if margin else [],
+            level=next_level,
+            sign=sign,
+        )
         for pair, estimate, p_value in zip(pairs, estimates, p_values, strict=True)
     )
 
@@ -148,30 +194,73 @@ def adjust_holm(p_values: Sequence[float]) -> list[float]:
 
 
 def _judge(
-    pair: tuple[str, str], estimate: Estimate | None, p_value: float | None, adjusted: float | None, *, sign: int
+    pair: tuple[str, str],
+    estimate: Estimate | None,
+    adjusted: float | None,
+    slacks: Sequence[Estimate | None],
+    *,
+    level: float,
+    sign: int,
 ) -> PairComparison:
-    verdict: Verdict = "not tested"
-    reason = None
+    """Returns the verdict on a pair.
+
+    Args:
+        pair: The names of both arms.
+        estimate: First less second.
+        adjusted: The p value of the difference, adjusted for all pairs; None if it can't be tested.
+        slacks: The margin less the amount by which one arm is worse than the other, for both directions; empty
+            without a margin.
+        level: The level of the next test of a difference, for the projection.
+        sign: 1 if lower scores are better, else -1.
+    """
+    tests = [slack.tested.p_positive if slack and slack.tested else 1.0 for slack in slacks]
+    equivalence = max(tests) if tests and adjusted is not None else None
+    verdict: Verdict = "inconclusive"
+    reason = settled_by = None
     if estimate is None:
-        reason = "they have no seed in common"
+        verdict, reason = "not tested", "they have no seed in common"
     elif adjusted is None:
-        reason = "they have one seed in common, which says nothing about another"
+        verdict, reason = "not tested", "they have one seed in common, which says nothing about another"
+    # Equivalence goes first: a difference below the margin does not matter, even if its sign is known.
+    elif equivalence is not None and equivalence < EQUIVALENCE_LEVEL:
+        verdict = "equivalent"
     elif adjusted < LEVEL:
         verdict = "better" if sign * estimate.value < 0 else "worse"
     else:
-        verdict = "not distinguishable"
+        settled_by = _project(estimate, slacks, level=level)
     return PairComparison(
         first=pair[0],
         second=pair[1],
         verdict=verdict,
         difference=estimate.value if estimate else None,
         interval=estimate.interval if estimate else None,
-        p_value=p_value,
+        p_value=estimate.tested.p_value if estimate and estimate.tested else None,
         adjusted_p_value=adjusted,
+        equivalence_p_value=equivalence,
         num_seeds=len(estimate.seeds) if estimate else 0,
         uses_examples=estimate.uses_examples if estimate else False,
         reason=reason,
+        settled_by=settled_by,
     )
+
+
+def _project(estimate: Estimate, slacks: Sequence[Estimate | None], *, level: float) -> str:
+    """Returns what would probably show a difference or an equivalence."""
+
+    def power(num_seeds: Array, *, uses_examples: bool) -> Array:
+        direction = 1.0 if estimate.value > 0 else -1.0
+        difference = estimate.project_power(num_seeds, level=level / 2, sign=direction, uses_examples=uses_examples)
+        if not slacks or None in slacks:
+            return difference
+        one_sided = [
+            slack.project_power(num_seeds, level=EQUIVALENCE_LEVEL, uses_examples=uses_examples)
+            for slack in slacks
+            if slack
+        ]
+        # Both one-sided tests succeed with at least this probability.
+        return np.maximum(difference, one_sided[0] + one_sided[1] - 1)
+
+    return project_seeds(power, measured=len(estimate.seeds))
 
 
 def _find_best(method: str, methods: Sequence[tuple[str, str]], scores: ConfirmScores, *, sign: int) -> str | None:

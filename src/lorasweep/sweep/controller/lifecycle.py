@@ -68,6 +68,7 @@ def create_sweep(definition: Definition, path: Path, *, metric: str, notes: Sequ
         source_sha256=sha256_of(definition.source) if definition.source else None,
         arms=[arm_row(arm) for arm in definition.arms],
         confirm_seeds=draw_seeds(definition),
+        margin=definition.sweep_config.confirm.margin,
         notes=list(notes),
         warnings=[*find_warnings(definition), *_storage_warnings(definition, path)],
         started_at=utc_now(),
@@ -145,6 +146,12 @@ def reopen_sweep(path: Path, *, changes: Mapping[str, Any] | None = None) -> Swe
         raise ConfigError(
             f"the sweep file must be as it was when {str(path)!r} began, but {str(source)!r} has changed. "
             f"Restore it, or start a new sweep."
+        )
+    margin = definition.sweep_config.confirm.margin
+    if record.margin not in (None, margin):
+        raise ConfigError(
+            f"`confirm.margin` must stay {record.margin!r}, which was stated before the first result, but got "
+            f"{margin!r}. Start a new sweep."
         )
     seeds = draw_seeds(definition)
     with ExitStack() as undo:

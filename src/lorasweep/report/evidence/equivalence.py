@@ -1,0 +1,75 @@
+"""The margin: the smallest difference that matters. Tests against it, and the seeds that would settle a verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from lorasweep.config.sweep import Margin
+from lorasweep.report.evidence.estimates import Coefficients, Estimate, estimate_sum, subtract
+from lorasweep.report.evidence.scores import Array, ConfirmScores
+
+EQUIVALENCE_LEVEL = 0.05
+"""The level of each of the two one-sided tests (Schuirmann 1987)."""
+POWER = 0.8
+"""A number of seeds "would probably settle" a question if a test then succeeds with this probability."""
+MAX_SEEDS = 1000
+"""No projection names more seeds than this."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasuredMargin:
+    """The margin `constant` + Σ coefficient · mean of the arm, in the metric's unit.
+
+    A margin that is a share of full's gain keeps the arms, so that tests count the error of the gain too.
+    """
+
+    constant: float
+    coefficients: Coefficients
+    value: float
+    """The estimated margin."""
+
+
+def measure_margin(
+    scores: ConfirmScores, margin: Margin | None, *, base: str | None, full: str | None, sign: int
+) -> MeasuredMargin | None:
+    """Returns the margin, or None if it is a share of full's gain and no positive gain was measured."""
+    if margin is None:
+        return None
+    if not margin.is_share_of_gain:
+        return MeasuredMargin(constant=margin.value, coefficients={}, value=margin.value)
+    if base is None or full is None:
+        return None
+    coefficients = {base: sign * margin.value, full: -sign * margin.value}
+    found = estimate_sum(scores, coefficients)
+    if found is None or found.value <= 0:
+        return None
+    return MeasuredMargin(constant=0.0, coefficients=coefficients, value=found.value)
+
+
+def estimate_slack(
+    scores: ConfirmScores, first: str, second: str, margin: MeasuredMargin, *, sign: int
+) -> Estimate | None:
+    """Returns the margin less the amount by which `first` is worse than `second`; positive within the margin."""
+    worse = {first: float(sign), second: -float(sign)}
+    return estimate_sum(scores, subtract(margin.coefficients, worse, 1.0), constant=margin.constant)
+
+
+def project_seeds(power: Callable[..., Array], *, measured: int) -> str:
+    """Returns what would probably settle a question, as a noun phrase: `7 more seeds`.
+
+    Args:
+        power: Returns the probability (counts,) of success with (counts,) seeds. With `uses_examples=False` it ignores
+            the error over test examples, which does not shrink with seeds.
+        measured: The number of seeds so far.
+    """
+    counts = np.arange(max(measured, 1) + 1, MAX_SEEDS + 1, dtype=np.float64)
+    enough = counts[power(counts, uses_examples=True) >= POWER]
+    if len(enough):
+        more = int(enough[0]) - measured
+        return f"{more} more {'seed' if more == 1 else 'seeds'}"
+    if (power(counts, uses_examples=False) >= POWER).any():
+        return "more test examples"
+    return "no practical number of seeds"
