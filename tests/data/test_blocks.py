@@ -51,6 +51,16 @@ def test_fewer_blocks_are_evenly_spaced_and_training_keeps_all(tokenizer):
     assert [block[0] for block in held_out.tokens.tolist()] == list(text.encode()[::8][:3])
 
 
+def test_group_of_a_block_is_the_document_of_the_first_token_that_it_predicts(tokenizer):
+    # tokens: abc$defg$hi, so block 1 begins with the d and predicts from the e on; block 2 begins with the $
+    split = make_split(make_documents("abc", "defg", "hijk", name="test"), tokenizer)
+    assert split.groups == ("document 0", "document 1", "document 2")
+    limited = make_split(make_documents("abc", "defg", "hijk", name="test"), tokenizer, max_test_blocks=2)
+    assert limited.groups == ("document 0", "document 1")
+    named = collect_examples("test", [Document("a", "abc", "one"), Document("b", "defg", "two"), Document("c", "hijk")])
+    assert make_split(named, tokenizer).groups == ("one", "two", "c")
+
+
 def test_a_split_counts_bytes_and_tokens(tokenizer):
     split = make_split(make_documents("añb", "cdef"), tokenizer)
     assert split.describe() == {"documents": 2, "bytes": 8, "blocks": 2, "fingerprint": split.fingerprint}

@@ -9,7 +9,7 @@ from lorasweep.config.compose import compose_run
 from lorasweep.data.build_splits import build_splits
 from lorasweep.data.examples import CompletionSplit, LabelledSplit, SequenceSplit
 from lorasweep.data.read_source import read_source
-from lorasweep.data.source import DataSource, Document, LabelledText, Message, collect_examples
+from lorasweep.data.source import Conversation, DataSource, Document, LabelledText, Message, collect_examples
 from lorasweep.data.tasks import Classification, LanguageModelling, MultiLabel, Regression
 from lorasweep.errors import ConfigError
 
@@ -56,8 +56,8 @@ def labelled(name, labels=(0, 1, 1)):
 
 def conversations(name):
     talks = [
-        [Message("user", "hi"), Message("assistant", "yes")],
-        [Message("user", "a long question"), Message("assistant", "no")],
+        Conversation([Message("user", "hi"), Message("assistant", "yes")]),
+        Conversation([Message("user", "a long question"), Message("assistant", "no")]),
     ]
     return collect_examples(name, talks)
 
@@ -129,6 +129,7 @@ def test_examples_whose_answer_is_cut_off_are_dropped_and_counted(tokenizer):
     settings = config(data="chat", template="plain", max_length=10)
     splits = build_splits(settings, source=source, tokenizer=tokenizer, model_kind="causal_lm")
     assert len(splits.train) == 1
+    assert splits.train.groups == ("0",)
     assert splits.train.describe()["left_out"] == 1
     with pytest.raises(ConfigError, match=r"`data\.max_length`"):
         build_splits(

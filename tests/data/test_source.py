@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from lorasweep.data.source import Document, LabelledText, Message, fingerprint_examples
+import pytest
+
+from lorasweep.data.source import Conversation, Document, LabelledText, Message, fingerprint_examples
 
 
 def test_fingerprint_moves_with_texts_pairs_labels_and_order():
@@ -28,9 +30,18 @@ def test_fingerprint_of_conversations_moves_with_roles_contents_and_where_one_en
         [[hi, Message("assistant", "hell")]],
         [[Message("system", "hi"), hello]],
     ]
-    assert len({fingerprint_examples(variant) for variant in variants}) == len(variants)
+    fingerprints = {fingerprint_examples(map(Conversation, variant)) for variant in variants}
+    assert len(fingerprints) == len(variants)
 
 
 def test_fingerprint_of_documents_is_the_one_that_records_have():
     # A stored value: records of earlier runs compare against it.
     assert fingerprint_examples([Document("one", "añb"), Document("two", "")]) == "1f8cabf312d16b81"
+
+
+@pytest.mark.parametrize(
+    "example",
+    [Document("a", "b"), LabelledText("a", None, 1), Conversation([Message("user", "a"), Message("assistant", "b")])],
+)
+def test_fingerprint_does_not_depend_on_the_group(example):
+    assert fingerprint_examples([example._replace(group="x")]) == fingerprint_examples([example])

@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerBase
 
 import lorasweep.data.tokenise as tokenise_file
 from lorasweep.config.compose import compose_run
-from lorasweep.data.source import Document, LabelledText, Message, collect_examples
+from lorasweep.data.source import Conversation, Document, LabelledText, Message, collect_examples
 from lorasweep.data.split import IGNORED
 from lorasweep.data.tokenise import cache_key, tokenise_chats, tokenise_documents, tokenise_labelled, tokenise_sequences
 from lorasweep.errors import ConfigError
@@ -33,7 +33,9 @@ def rows(ragged):
 
 
 def chat(*contents):
-    return [Message(role=("user", "assistant")[n % 2], content=content) for n, content in enumerate(contents)]
+    return Conversation(
+        [Message(role=("user", "assistant")[n % 2], content=content) for n, content in enumerate(contents)]
+    )
 
 
 def tokenise_text(tokenizer, *texts):

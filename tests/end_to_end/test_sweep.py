@@ -119,8 +119,9 @@ def check_confirmed(folder):
         assert (kept.config["method"], kept.config["optim"]) == (winner.config["method"], winner.config["optim"])
         assert row.value == kept.test["bits_per_byte"]
         with (folder / row.run / "test_scores.csv").open() as file:
-            rows = [{name: float(value) for name, value in line.items()} for line in csv.DictReader(file)]
-        mean = sum(r["score"] * r["weight"] for r in rows) / sum(r["weight"] for r in rows)
+            rows = list(csv.DictReader(file))
+        weights = [float(row["weight"]) for row in rows]
+        mean = sum(float(row["score"]) * weight for row, weight in zip(rows, weights, strict=True)) / sum(weights)
         assert mean == pytest.approx(row.value, rel=1e-9)  # sums of float64 in another order
         assert len(rows) == 8
     for row in record.trials:

@@ -22,6 +22,8 @@ from lorasweep.training.run import train_run
 from lorasweep.training.run_log import RunFolder
 from lorasweep.training.score import evaluate_model, score_run
 
+NUMBERS = ("row", "score", "weight")
+
 
 @pytest.fixture
 def trained(make_config, inputs, tmp_path):
@@ -37,7 +39,7 @@ def trained(make_config, inputs, tmp_path):
 
 def read_rows(folder):
     with (folder / TEST_SCORES_FILE).open() as file:
-        return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+        return [{**row, **{name: float(row[name]) for name in NUMBERS}} for row in csv.DictReader(file)]
 
 
 @pytest.mark.parametrize("method", ["lora", "full", "head", "frozen"])
@@ -48,6 +50,7 @@ def test_every_method_is_scored_with_the_weights_of_its_best_evaluation(trained,
     assert set(record.test) == set(LANGUAGE_MODEL_METRICS)
     rows = read_rows(folder)
     assert [row["row"] for row in rows] == list(range(4))
+    assert tuple(row["group"] for row in rows) == inputs.splits.test().groups
     mean = sum(row["score"] * row["weight"] for row in rows) / sum(row["weight"] for row in rows)
     assert mean == pytest.approx(record.test["bits_per_byte"], rel=1e-12)
     assert record.data["test"] == inputs.splits.test().describe()

@@ -65,6 +65,8 @@ class SplitSettings:
     """As `train`; null takes the split from `train`."""
     test: str | None
     """As `train`; null takes the split from `train`."""
+    group: str | None
+    """Column with equal values for examples that depend on each other. The report's intervals resample whole groups."""
 
     @property
     def given(self) -> dict[str, str]:
@@ -149,6 +151,14 @@ class TextConfig(SplitSettings, BlockSettings):
     name: Literal["text"]
     text: str
     """Column of the texts in a data set of the hub; files are read whole."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.path is None and self.group is not None:
+            raise ConfigError(
+                f"`data.group` must be null for files of text, which have no columns, but got {self.group!r}. "
+                "Each file is a group."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -273,6 +283,7 @@ def glue_as_table(config: GlueConfig) -> TableConfig:
         train="train",
         validation="validation_matched" if config.task == "mnli" else "validation",
         test=None,
+        group=None,
         text=text,
         text_pair=text_pair,
         label="label",

@@ -68,20 +68,26 @@ def build_block_split(
     Raises:
         ConfigError: The split is shorter than one block, or the tokenizer has no token that ends a text.
     """
-    tokens = tokenise_documents(examples, tokenizer=tokenizer).values
+    documents = tokenise_documents(examples, tokenizer=tokenizer)
+    tokens = documents.values
     if len(tokens) <= config.block_length:
         raise ConfigError(
             f"`data.block_length` must be less than the {len(tokens)} tokens of the {examples.name} split of "
             f"`data={config.name}`, but got {config.block_length}. Use shorter blocks or more text."
         )
     blocks = cut_blocks(tokens, block_length=config.block_length)
+    # A block belongs to the document of the first token that it predicts. Its own first token is not predicted.
+    first_predicted = torch.arange(len(blocks)) * config.block_length + 1
+    owners = torch.searchsorted(documents.ends, first_predicted, right=True)
     limit = {"validation": config.max_validation_blocks, "test": config.max_test_blocks}.get(examples.name)
     if limit is not None and limit < len(blocks):
-        blocks = blocks[torch.arange(limit) * len(blocks) // limit]  # evenly spaced
+        evenly_spaced = torch.arange(limit) * len(blocks) // limit
+        blocks, owners = blocks[evenly_spaced], owners[evenly_spaced]
     num_bytes = sum(len(document.text.encode()) for document in examples.items)
     return BlockSplit(
         name=examples.name,
         notes=examples.notes,
+        groups=tuple(_group_of(examples.items[index]) for index in owners.tolist()),
         tokens=blocks,
         documents=len(examples),
         bytes=num_bytes,
@@ -89,6 +95,10 @@ def build_block_split(
         fingerprint=examples.fingerprint,
         separator=end_token(tokenizer) if config.separate_documents else None,
     )
+
+
+def _group_of(document: Document) -> str:
+    return document.name if document.group is None else document.group
 
 
 def cut_blocks(tokens: Int[Tensor, " tokens"], *, block_length: int) -> Int[Tensor, "blocks {block_length}+1"]:

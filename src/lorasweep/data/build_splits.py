@@ -179,7 +179,7 @@ def _build_chats(
 ) -> TextSplit:
     is_seq2seq = model_kind == "seq2seq"
     columns = (tokenise_sequences if is_seq2seq else tokenise_chats)(examples, config=config, tokenizer=tokenizer)
-    texts = [message.content for conversation in examples.items for message in conversation]
+    texts = [message.content for conversation in examples.items for message in conversation.messages]
     fields = {
         **_shared_fields(examples, columns, texts=texts, config=config, tokenizer=tokenizer),
         "targets": columns["targets"],
@@ -204,6 +204,7 @@ def _shared_fields(
     return {
         "name": examples.name,
         "notes": examples.notes,
+        "groups": tuple(str(row) if item.group is None else item.group for row, item in enumerate(examples.items)),
         "fingerprint": examples.fingerprint,
         "tokens": columns["input_ids"],
         "pad_token": pad_tokens[0] if pad_tokens else 0,  # any token will do, because padded positions are masked

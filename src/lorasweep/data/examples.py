@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -148,6 +149,7 @@ class CompletionSplit(TextSplit):
             self,
             tokens=self.tokens.select(is_scored),
             targets=self.targets.select(is_scored),
+            groups=tuple(itertools.compress(self.groups, is_scored.tolist())),
             facts={**self.facts, "left_out": int((~is_scored).sum())},
         )
 

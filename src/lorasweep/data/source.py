@@ -20,6 +20,8 @@ class Document(NamedTuple):
 
     name: str
     text: str
+    group: str | None = None
+    """Value of the column `data.group`; None if each document is a group."""
 
 
 class LabelledText(NamedTuple):
@@ -28,6 +30,8 @@ class LabelledText(NamedTuple):
     text: str
     pair: str | None
     label: Label
+    group: str | None = None
+    """Value of the column `data.group`; None if each row is a group."""
 
 
 class Message(NamedTuple):
@@ -37,8 +41,13 @@ class Message(NamedTuple):
     content: str
 
 
-Conversation = list[Message]
-"""Messages, the last one from the assistant. A prompt is a user's message, its completion the assistant's."""
+class Conversation(NamedTuple):
+    """Messages, the last one from the assistant. A prompt is a user's message, its completion the assistant's."""
+
+    messages: list[Message]
+    group: str | None = None
+    """Value of the column `data.group`, or a hash of the prompt; None if each conversation is a group."""
+
 
 Example = TypeVar("Example")
 """A `Document`, `LabelledText` or `Conversation`."""
@@ -94,9 +103,13 @@ def fingerprint_examples(items: Iterable[Example]) -> str:
 
 
 def _texts_of(item: Any) -> Iterator[str]:
-    if isinstance(item, list):  # a conversation: the count keeps two conversations apart from one long one
-        yield str(len(item))
-        for message in item:
+    """Yields everything that a model sees of an example. The group is not part of it."""
+    if isinstance(item, Conversation):
+        yield str(len(item.messages))  # keeps two conversations apart from one long one
+        for message in item.messages:
             yield from message
+    elif isinstance(item, Document):
+        yield from (item.name, item.text)
     else:
-        yield from (value if isinstance(value, str) else repr(value) for value in item)
+        values = (item.text, item.pair, item.label)
+        yield from (value if isinstance(value, str) else repr(value) for value in values)

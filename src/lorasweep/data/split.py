@@ -37,6 +37,9 @@ class Split(Protocol):
     """First 16 hex digits of the SHA-256 over names, texts and labels in order."""
     notes: tuple[str, ...] = ()
     """Notes for the user about the test split. Those about the other splits are in `DataSource.notes`."""
+    groups: tuple[str, ...] = ()
+    """The group of each example: its document, its prompt, or a value of the column `data.group`. Examples of one group
+    depend on each other, so the report resamples whole groups. Empty if each example is a group."""
 
     @property
     @abstractmethod

@@ -98,7 +98,7 @@ def tokenise_chats(
         return result
 
     # `datasets` gets one JSON text per conversation, so that its column is a plain column of texts.
-    texts = [json.dumps(conversation) for conversation in examples.items]
+    texts = [json.dumps(conversation.messages) for conversation in examples.items]
     form = "template" if with_template else "plain"
     key = cache_key(tokenizer, examples.fingerprint, form=form, separator=config.separator, max_length=max_length)
     return map_cached({"conversation": texts}, tokenise, key=key)
@@ -124,8 +124,8 @@ def tokenise_sequences(
         }
 
     columns = {
-        "source": [config.separator.join(message.content for message in chat[:-1]) for chat in examples.items],
-        "target": [chat[-1].content for chat in examples.items],
+        "source": [config.separator.join(message.content for message in chat.messages[:-1]) for chat in examples.items],
+        "target": [chat.messages[-1].content for chat in examples.items],
     }
     settings = {"separator": config.separator, "max_length": config.max_length}
     key = cache_key(tokenizer, examples.fingerprint, form="sequences", **settings)

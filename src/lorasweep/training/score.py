@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -57,7 +58,8 @@ def score_run(folder: Path, *, inputs: RunInputs) -> RunRecord:
         values, examples = evaluate_model(model, split, task=task, config=config, inputs=inputs)
         generates = isinstance(config.data, ChatConfig) and config.data.generate
         answers = score_answers(model, split, config=config, inputs=inputs) if generates else {}
-    lines = _row_scores_csv(record.metric, examples, task=task, value=values[record.metric])
+    groups = split.groups or tuple(map(str, range(len(split))))
+    lines = _row_scores_csv(record.metric, examples, task=task, value=values[record.metric], groups=groups)
     if lines is not None:
         path = folder / TEST_SCORES_FILE
         write_atomically(path, lines)
@@ -88,8 +90,12 @@ def evaluate_model(model: nn.Module, split: Split, *, task: Task, config: RunCon
     return Scores(values, evaluation.examples.map(lambda column: column.cpu()[by_example]))
 
 
-def _row_scores_csv(metric: str, examples: ExampleScores, *, task: Task, value: float) -> str | None:
-    """Returns lines `row,score,weight` for the examples; None if the metric is not the weighted mean of such scores.
+def _row_scores_csv(
+    metric: str, examples: ExampleScores, *, task: Task, value: float, groups: Sequence[str]
+) -> str | None:
+    """Returns lines `row,score,weight,group` for the examples.
+
+    Returns None if the metric is not the weighted mean of such scores.
 
     For perplexity the scores are losses, and the metric is the exponential of their mean.
     """
@@ -101,8 +107,8 @@ def _row_scores_csv(metric: str, examples: ExampleScores, *, task: Task, value: 
     implied = mean.exp() if metric == "perplexity" else mean
     if not torch.isclose(implied, torch.tensor(value, dtype=torch.float64), rtol=1e-6, atol=1e-9):
         return None  # for example if class weights change the loss and not the metric
-    columns = range(len(scores)), scores.tolist(), weights.tolist()
-    return csv_text(("row", "score", "weight"), zip(*columns, strict=True))
+    columns = range(len(scores)), scores.tolist(), weights.tolist(), groups
+    return csv_text(("row", "score", "weight", "group"), zip(*columns, strict=True))
 
 
 def score_answers(model: nn.Module, split: Split, *, config: RunConfig, inputs: RunInputs) -> dict[str, float]:

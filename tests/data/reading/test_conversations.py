@@ -32,7 +32,7 @@ def test_prompt_and_completion_are_what_user_and_assistant_say(read, columns, se
     rows = [dict(zip(columns, (f"ask {n}", f"say {n}"), strict=True)) for n in range(3)]
     source = read("chat", {f"{split}.jsonl": jsonl_of(*rows) for split in SPLITS}, **settings)
     assert (source.kind, source.label_names) == ("conversations", ())
-    assert source.train.items[1] == [("user", "ask 1"), ("assistant", "say 1")]
+    assert source.train.items[1].messages == [("user", "ask 1"), ("assistant", "say 1")]
     assert f"{columns[0]} and {columns[1]}" in source.notes[0]
 
 
@@ -42,31 +42,31 @@ def test_prompt_and_completion_are_what_user_and_assistant_say(read, columns, se
 def test_messages_are_read_as_they_are(read, column, settings):
     row = {column: [said("system", "be kind"), said("user", "hi"), said("assistant", "hello")]}
     source = read("chat", {f"{split}.jsonl": jsonl_of(row) for split in SPLITS}, **settings)
-    assert source.train.items[0] == [("system", "be kind"), ("user", "hi"), ("assistant", "hello")]
+    assert source.train.items[0].messages == [("system", "be kind"), ("user", "hi"), ("assistant", "hello")]
 
 
 def test_words_of_sharegpt_are_known(read):
     row = {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]}
     source = read("chat", {f"{split}.jsonl": jsonl_of(row) for split in SPLITS})
-    assert source.train.items[0] == [("user", "hi"), ("assistant", "hello")]
+    assert source.train.items[0].messages == [("user", "hi"), ("assistant", "hello")]
 
 
 def test_prompt_and_completion_may_be_messages(read):
     row = {"prompt": [said("system", "be kind"), said("user", "hi")], "completion": [said("assistant", "hello")]}
     source = read("chat", {f"{split}.jsonl": jsonl_of(row) for split in SPLITS})
-    assert [role for role, _ in source.train.items[0]] == ["system", "user", "assistant"]
+    assert [role for role, _ in source.train.items[0].messages] == ["system", "user", "assistant"]
 
 
 def test_csv_is_read_too(read):
     source = read("chat", {f"{split}.csv": "prompt,completion\nhi,hello\n" for split in SPLITS})
-    assert source.train.items[0] == [("user", "hi"), ("assistant", "hello")]
+    assert source.train.items[0].messages == [("user", "hi"), ("assistant", "hello")]
 
 
 def test_answers_to_one_prompt_stay_in_one_split(read):
     rows = [{"prompt": f"ask {n % 50}", "completion": f"say {n}"} for n in range(200)]
     source = read("chat", {"train.jsonl": jsonl_of(*rows)})
     splits = [source.train, source.validation, source.test()]
-    prompts = [{conversation[0].content for conversation in split.items} for split in splits]
+    prompts = [{conversation.messages[0].content for conversation in split.items} for split in splits]
     assert sum(map(len, prompts)) == 50
     assert sum(map(len, splits)) == 200
     assert any("whose prompt has a hash" in note for note in source.notes)
@@ -105,3 +105,12 @@ def test_what_is_no_conversation_is_named(read, row, words):
 def test_column_that_is_not_there_is_named(read):
     with pytest.raises(ConfigError, match=r"`data.messages` .* 'mesages'"):
         read("chat", {"train.jsonl": jsonl_of({"prompt": "a", "completion": "b"})}, messages="mesages")
+
+
+def test_conversations_with_one_prompt_are_one_group(read):
+    rows = [{"prompt": f"ask {n % 2}", "completion": f"say {n}", "user": "me"} for n in range(4)]
+    files = {f"{split}.jsonl": jsonl_of(*rows) for split in SPLITS}
+    first, second, *others = [item.group for item in read("chat", files).train.items]
+    assert first != second
+    assert others == [first, second]
+    assert {item.group for item in read("chat", files, group="user").train.items} == {"me"}

@@ -129,3 +129,8 @@ def test_what_is_no_text_is_named(read, files, train, words):
     with pytest.raises(ConfigError) as raised:
         read("text", files, train=train)
     assert [word for word in words if word not in str(raised.value)] == []
+
+
+def test_files_of_text_have_no_column_of_groups(read):
+    with pytest.raises(ConfigError, match=r"`data\.group`.*'author'"):
+        read("text", {"train.txt": "a"}, group="author")

@@ -7,6 +7,7 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, List, Value
 from datasets.packaged_modules.parquet.parquet import Parquet
 
+from lorasweep.data.source import LabelledText
 from lorasweep.errors import ConfigError
 
 COMMIT, OTHER_COMMIT = "a" * 40, "b" * 40
@@ -62,8 +63,13 @@ TRAIN = rows_of(("good", 0), ("bad", 1), ("fine", 0))
 def test_folder_is_read_with_the_names_of_its_classes_in_their_order(read_folder):
     source = read_folder(train=TRAIN, validation=rows_of(("so", 1)), test=rows_of(("and so", 0)))
     assert (source.kind, source.label_names) == ("single_label", ("pos", "neg"))
-    assert source.train.items == [("good", None, 0), ("bad", None, 1), ("fine", None, 0)]
-    assert (source.validation.items, source.test().items) == ([("so", None, 1)], [("and so", None, 0)])
+    assert source.train.items == [
+        LabelledText("good", None, 0),
+        LabelledText("bad", None, 1),
+        LabelledText("fine", None, 0),
+    ]
+    assert source.validation.items == [LabelledText("so", None, 1)]
+    assert source.test().items == [LabelledText("and so", None, 0)]
 
 
 def test_cache_is_used_for_the_commit_and_subset_that_it_has_and_no_other(read, fill_cache):
@@ -71,7 +77,7 @@ def test_cache_is_used_for_the_commit_and_subset_that_it_has_and_no_other(read, 
     settings = {"path": "owner/toy", "subset": "small", "train": "train"}
     source = read("table", {}, test="test", **settings)
     assert len(source.train) + len(source.validation) == 3
-    assert source.test().items == [("so", None, 1)]
+    assert source.test().items == [LabelledText("so", None, 1)]
     assert read("table", {}, revision=COMMIT, **settings).kind == "single_label"
     with pytest.raises(ConfigError, match=r"`data\.revision`"):
         read("table", {}, revision=OTHER_COMMIT, **settings)
@@ -117,11 +123,14 @@ def test_conversations_and_texts_of_a_hub_are_read(read_folder):
     features = Features({"messages": List({"role": Value("string"), "content": Value("string")})})
     said = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
     source = read_folder("chat", train=rows_of((said,), (said[:1],), features=features))
-    assert source.train.items == [[("user", "hi"), ("assistant", "hello")]]
+    assert [chat.messages for chat in source.train.items] == [[("user", "hi"), ("assistant", "hello")]]
     assert any(note.startswith("1 of 2 rows of 'toy, train' are skipped.") for note in source.notes)
-    texts = rows_of(("one",), ("",), ("three",), features=Features({"body": Value("string")}))
+    features = Features({"body": Value("string"), "year": Value("int64")})
+    texts = rows_of(("one", 1), ("", 1), ("two", 2), ("three", None), features=features)
     source = read_folder("text", train=texts, text="body")
-    assert [document.text for document in source.train.items] == ["one", "three"]
+    assert [document.text for document in source.train.items] == ["one", "two", "three"]
+    source = read_folder("text", train=texts, text="body", group="year")
+    assert [(document.text, document.group) for document in source.train.items] == [("one", "1"), ("two", "2")]
 
 
 GLUE = [(f"sentence {n}", f"other {n}", n % 2) for n in range(40)]
@@ -135,10 +144,10 @@ def test_glue_validates_on_its_own_split_and_takes_the_test_split_from_train(rea
     fill_cache("nyu-mll/glue", subset="mrpc", train=train, validation=rows_of(*GLUE[:5], features=MRPC))
     source = read("glue", {}, task="mrpc")
     assert source.label_names == ("not_eq", "eq")
-    assert source.validation.items == GLUE[:5]
+    assert [item[:3] for item in source.validation.items] == GLUE[:5]
     test = source.test()
     assert 0 < len(test) < 20
-    assert sorted([*source.train.items, *test.items]) == sorted(GLUE)
+    assert sorted(item[:3] for item in (*source.train.items, *test.items)) == sorted(GLUE)
 
 
 def test_glue_has_numbers_and_matched_validation_where_the_task_has(read, fill_cache):
@@ -151,4 +160,4 @@ def test_glue_has_numbers_and_matched_validation_where_the_task_has(read, fill_c
     )
     rows = rows_of(*GLUE, features=mnli)
     fill_cache("nyu-mll/glue", subset="mnli", train=rows, validation_matched=rows, validation_mismatched=rows)
-    assert read("glue", {}, task="mnli").validation.items[0] == GLUE[0]
+    assert read("glue", {}, task="mnli").validation.items[0][:3] == GLUE[0]

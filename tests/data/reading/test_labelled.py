@@ -29,7 +29,7 @@ def test_splits_that_are_given_are_read_as_they_are(read):
     )
     assert (source.kind, source.label_names) == ("single_label", ("a", "b"))
     for split, rows in ((source.train, ROWS[:40]), (source.validation, ROWS[40:50]), (source.test(), ROWS[50:])):
-        assert split.items == [(text, None, "ab".index(label)) for text, label in rows]
+        assert split.items == [(text, None, "ab".index(label), None) for text, label in rows]
     assert (source.train.name, source.validation.name, source.test().name) == ("train", "validation", "test")
 
 
@@ -194,3 +194,33 @@ def test_unknown_label_of_another_split_is_named_when_it_is_read(read):
     source = read("table", files)
     with pytest.raises(ConfigError, match=r"row 2 of 'test.csv' must have a label that training has, \('a', 'b'\)"):
         source.test()
+
+
+def test_group_of_a_row_is_the_value_of_its_column(read):
+    rows = [(*row, f" author {n % 7} ") for n, row in enumerate(ROWS)]
+    source = read("table", {"train.csv": csv_of(rows, "text,label,author")}, group="author")
+    without = read("table", {"train.csv": csv_of(rows, "text,label,author")})
+    groups = {example.text: example.group for example in source.train.items}
+    assert groups == {text: group.strip() for text, _, group in rows if text in groups}
+    assert source.train.fingerprint == without.train.fingerprint
+    assert {example.group for example in without.train.items} == {None}
+
+
+def test_text_may_be_the_group_of_its_row(read):
+    rows = [(f"question {n // 2}", n, "ab"[n % 3 == 0]) for n in range(60)]
+    csv = csv_of(rows, "question,answer,label")
+    source = read("table", {"train.csv": csv}, text="question", text_pair="answer", group="question")
+    assert [example.group for example in source.train.items] == texts_of(source.train)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"group": "autor"}, ["`data.group`", "'train.csv'", "'autor'", "`author`"]),
+        ({"group": "author"}, ["row 2 of 'train.csv'", "`data.group`", "''"]),
+    ],
+)
+def test_missing_group_is_named_before_training(read, settings, words):
+    with pytest.raises(ConfigError) as raised:
+        read("table", {"train.csv": "text,label,author\na,x,me\nb,y,\nc,x,you\n"}, **settings)
+    assert [word for word in words if word not in str(raised.value)] == []

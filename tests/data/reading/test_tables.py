@@ -145,7 +145,7 @@ def test_file_that_does_not_exist_is_named_with_the_nearest(write, name, near):
     assert near is None or near in str(raised.value)
 
 
-def refuse_b(text):
+def refuse_b(text, group):
     if text == "b":
         raise ValueError("must not be b")
     return text

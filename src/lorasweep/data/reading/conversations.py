@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
@@ -57,14 +58,14 @@ def read_conversations(config: ChatConfig) -> DataSource:
     )
 
 
-def _prompt_key(messages: Conversation) -> int:
+def _prompt_key(conversation: Conversation) -> int:
     """Returns the content key of the messages before the assistant's first answer."""
-    first_answer = next(n for n, message in enumerate(messages) if message.role == "assistant")
-    return _whole_key(messages[:first_answer])
+    prompt = itertools.takewhile(lambda message: message.role != "assistant", conversation.messages)
+    return content_key(text for message in prompt for text in message)
 
 
-def _whole_key(messages: Conversation) -> int:
-    return content_key(text for message in messages for text in message)
+def _whole_key(conversation: Conversation) -> int:
+    return content_key(text for message in conversation.messages for text in message)
 
 
 def _choose_columns(config: ChatConfig, names: Sequence[str], source: str) -> list[str]:
@@ -80,13 +81,13 @@ def _choose_columns(config: ChatConfig, names: Sequence[str], source: str) -> li
     )
 
 
-def _parse_row(*values: Any) -> Conversation:
-    """Returns the messages of a row.
+def _parse_row(*values: Any, group: str | None) -> Conversation:
+    """Returns the messages of a row, and as its group a hash of its prompt unless `data.group` names another.
 
     A prompt or completion may itself be a list of messages, as in TRL's conversational format.
     """
     roles: Sequence[Role] = ("user", "assistant")
-    messages: Conversation = []
+    messages: list[Message] = []
     for role, value in zip(roles, values, strict=False):
         if isinstance(value, list):
             messages += [_parse_message(message) for message in value]
@@ -96,7 +97,8 @@ def _parse_row(*values: Any) -> Conversation:
             raise ValueError(f"must have a list of messages, but has {shorten(value)}")
     if not messages or messages[-1].role != "assistant":
         raise ValueError(f"must have messages that end with the assistant's, but has {shorten(values)}")
-    return messages
+    conversation = Conversation(messages, group)
+    return conversation if group is not None else conversation._replace(group=f"{_prompt_key(conversation):016x}")
 
 
 def _parse_message(message: Any) -> Message:

@@ -42,8 +42,8 @@ def _open_column(config: TextConfig) -> Callable[[str], ReadExamples[Document]]:
     load = open_tables(config, functools.partial(choose_columns, [("text", config.text)]))
 
     def read(split: str) -> ReadExamples[Document]:
-        texts, notes = parse_rows(load(split), require_text)
-        return [Document(f"text {number}", text) for number, text in enumerate(texts, start=1)], notes
+        rows, notes = parse_rows(load(split), lambda text, group: (require_text(text), group))
+        return [Document(f"text {number}", *row) for number, row in enumerate(rows, start=1)], notes
 
     return read
 
@@ -110,7 +110,7 @@ def cut_document(document: Document, *, low: int, high: int) -> Document:
     Each end is moved to the next end of a line, or to the next space if no line ends within 1 % of the text.
     """
     first, last = (_find_cut(document.text, percent) for percent in (low, high))
-    return Document(document.name, document.text[first:last])
+    return document._replace(text=document.text[first:last])
 
 
 def _find_cut(text: str, percent: int) -> int:

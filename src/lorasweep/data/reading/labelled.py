@@ -26,14 +26,14 @@ def read_labelled(config: TableConfig) -> DataSource:
     wanted = (("text", config.text), ("text_pair", config.text_pair), ("label", config.label))
     load = open_tables(config, functools.partial(choose_columns, wanted))
     table = load("train")
-    labels, _ = parse_rows(table, lambda *values: _check_row(values, config)[-1])
+    labels, _ = parse_rows(table, lambda *values, group: _check_row(values, config)[-1])
     key = f"`data.label={config.label}`"
     encoder = learn_labels(labels, task=config.task, class_names=table.class_names, key=key)
     check_label_settings(config, encoder.task)
 
-    def parse(*values: Any) -> LabelledText:
+    def parse(*values: Any, group: str | None) -> LabelledText:
         *texts, label = _check_row(values, config)
-        return LabelledText(texts[0], texts[1] if len(texts) > 1 else None, encoder.encode(label))
+        return LabelledText(texts[0], texts[1] if len(texts) > 1 else None, encoder.encode(label), group)
 
     items, notes = parse_rows(table, parse)
     return build_source(

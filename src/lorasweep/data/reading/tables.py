@@ -11,7 +11,7 @@ import glob
 import json
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -44,6 +44,8 @@ class Table:
     """Whether unusable rows are skipped and counted (users can't correct a hub data set). Otherwise they are errors."""
     class_names: tuple[str, ...] = ()
     """Names of the classes in the order of the hub data set; empty if it does not state them."""
+    groups: Sequence[Any] | None = None
+    """The values of the column that `data.group` names; None if it names none."""
 
     def __len__(self) -> int:
         return len(next(iter(self.columns.values())))
@@ -60,20 +62,32 @@ def open_tables(config: SplitSettings, choose: ChooseColumns) -> Callable[[str],
     Raises:
         ConfigError: A file, data set or split does not exist. This is checked at once for all splits.
     """
+
+    def choose_all(names: Sequence[str], source: str) -> list[str]:
+        group = choose_columns([("group", config.group)], names, source)
+        return list(dict.fromkeys([*choose(names, source), *group]))  # the group may be a column of texts
+
+    def separate_groups(table: Table) -> Table:
+        if config.group is None:
+            return table
+        names = choose(list(table.columns), table.sources[0][1])
+        columns = {name: table.columns[name] for name in names}
+        return replace(table, columns=columns, groups=table.columns[config.group])
+
     if config.path is None:
         files = {split: find_tables(name, key=f"data.{split}") for split, name in config.given.items()}
-        return lambda split: read_files(files[split], choose=choose)
+        return lambda split: separate_groups(read_files(files[split], choose=choose_all))
     path, splits = config.path, load_hub(config)
 
     def load(split: str) -> Table:
         dataset, name = splits[split], f"{path}, {config.given[split]}"
-        chosen = list(choose(dataset.column_names, repr(name)))
-        return Table(
-            columns=select_columns(dataset, chosen),
+        table = Table(
+            columns=select_columns(dataset, choose_all(dataset.column_names, repr(name))),
             sources=[(0, name)],
             can_skip_rows=True,
-            class_names=class_names_of(dataset, chosen),
+            class_names=class_names_of(dataset, choose(dataset.column_names, repr(name))),
         )
+        return separate_groups(table)
 
     return load
 
@@ -211,7 +225,7 @@ def parse_rows(table: Table, parse: Callable[..., T]) -> tuple[list[T], list[str
     """Returns each row parsed with `parse`, and a note with the number of skipped rows if there are any.
 
     Args:
-        table: Its columns are the arguments of `parse`.
+        table: Its rows are the arguments of `parse`, with `group=` the row's group, or None without `data.group`.
         parse: Raises ValueError for an unusable row, with the message "must have X, but has Y".
 
     Raises:
@@ -221,7 +235,8 @@ def parse_rows(table: Table, parse: Callable[..., T]) -> tuple[list[T], list[str
     problems: list[str] = []
     for row, values in enumerate(zip(*table.columns.values(), strict=True)):
         try:
-            parsed.append(parse(*values))
+            group = None if table.groups is None else _require_group(table.groups[row])
+            parsed.append(parse(*values, group=group))
         except ValueError as error:
             problems.append(f"{table.locate(row)} {error}")
     if not problems:
@@ -232,6 +247,12 @@ def parse_rows(table: Table, parse: Callable[..., T]) -> tuple[list[T], list[str
     if not parsed:
         raise ConfigError(f"{name!r} must have usable rows, but has none. {first}")
     return parsed, [f"{len(problems)} of {len(table)} rows of {name!r} are skipped. {first}"]
+
+
+def _require_group(value: Any) -> str:
+    if value is None or not str(value).strip():
+        raise ValueError(f"must have a value in the column of `data.group`, but has {value!r}")
+    return str(value).strip()
 
 
 def require_text(value: Any) -> str:
