@@ -40,7 +40,7 @@ from lorasweep.lora.packed.inject import set_sequence_lengths
 from lorasweep.methods import METHODS, add_head_to_modules_to_save, copy_sharing_weights, draw_head
 from lorasweep.training.environment import deterministic_algorithms
 from lorasweep.training.inputs import RunInputs, build_inputs, resolve_accumulate
-from lorasweep.training.optim import build_optimizer, refine_groups, schedule_factor
+from lorasweep.training.optim import build_optimizer, schedule_factor, split_by_learning_rate
 from lorasweep.training.packs.optim import StackedAdamW
 from lorasweep.training.packs.pack import slot_batch, slot_losses
 from lorasweep.training.prepare import prepare_model
@@ -249,7 +249,7 @@ class SoloTrial:
         method = METHODS[config.method.name]
         self.model = prepare_model(config, inputs.base)
         groups = method.trainable_groups(self.model, lr_ratio_b=config.optim.lr_ratio_b)
-        groups = refine_groups(self.model, groups, config.optim, head=inputs.base.new_head_names)
+        groups = split_by_learning_rate(self.model, groups, config.optim, head_names=inputs.base.new_head_names)
         self.optimizer = build_optimizer(config.optim, groups)
         self.peaks = [group["lr"] for group in self.optimizer.param_groups]
         self.mixed = inputs.precision == "bf16" and method.needs_autocast

@@ -43,7 +43,7 @@ from lorasweep.sweep.status import SweepStatus
 from lorasweep.sweep.workers.train import check_workers, hand_over, train_sweep
 from lorasweep.training.inputs import InputsCache, build_inputs
 from lorasweep.training.prepare import check_run
-from lorasweep.training.processes import join_processes, on_first
+from lorasweep.training.processes import join_processes, run_on_first
 from lorasweep.training.restore import check_same_run, require_trusted_code
 from lorasweep.training.run import train_run as train_in_folder
 from lorasweep.training.run_log import RunFolder
@@ -184,7 +184,7 @@ def train_config(config: RunConfig, *, output: str | None, resume: bool) -> RunR
     prepare_environment()
     require_trusted_code(config)
     with join_processes(config.trainer) as group:
-        folder, complete_record = on_first(group, lambda: _run_folder(output, config, resume=resume))
+        folder, complete_record = run_on_first(group, lambda: _run_folder(output, config, resume=resume))
         if complete_record is not None:
             return RunResult(folder=folder, record=complete_record)
         with group.rank_zero_first(local=True):  # other processes of a node find its downloads in the node's caches

@@ -43,7 +43,7 @@ def delayed(function, most_s):
         return found
     return call
 stages.propose = delayed(stages.propose, 0.1)
-RunLog.note_evaluation = delayed(RunLog.note_evaluation, 0.05)
+RunLog.write_evaluation = delayed(RunLog.write_evaluation, 0.05)
 Worker.report = delayed(Worker.report, 0.05)
 os.fsync = delayed(os.fsync, 0.003)
 """

@@ -68,7 +68,7 @@ def test_of_a_damaged_one_the_one_before_is_used_and_a_note_says_so(run, damage)
     damage(newest(run))
     found = find_checkpoint(run, kind="last")
     assert found.step == 4
-    assert found.notes == ["The checkpoint of step 6 was damaged, so the run resumed from step 4."]
+    assert found.notes == ["The checkpoint of step 6 was damaged or missing, so the run resumed from step 4."]
 
 
 @pytest.mark.parametrize(("wanted", "found"), [(6, 6), (4, 4), (2, 2), (0, 0)])
@@ -84,7 +84,7 @@ def test_instead_of_the_checkpoint_of_a_step_that_is_gone_the_one_before_is_used
     next(run.glob("last-00000004-*.ckpt")).unlink()
     found = find_checkpoint(run, kind="last", step=4)
     assert found.step == 2
-    assert found.notes == ["The checkpoint of step 4 was damaged, so the run resumed from step 2."]
+    assert found.notes == ["The checkpoint of step 4 was damaged or missing, so the run resumed from step 2."]
 
 
 def test_checkpoints_after_a_step_are_removed(run):
@@ -98,7 +98,7 @@ def test_where_all_are_damaged_there_is_nothing_to_go_on_from(run):
         cut(path)
     found = find_checkpoint(run, kind="last")
     assert (found.path, found.step, found.state) == (None, 0, {})
-    assert found.notes == ["The checkpoint of step 6, 4, 2 was damaged, so the run resumed from step 0."]
+    assert found.notes == ["The checkpoint of step 6, 4, 2 was damaged or missing, so the run resumed from step 0."]
 
 
 class Trap:

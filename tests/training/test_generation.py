@@ -71,7 +71,7 @@ def test_the_score_is_corpus_bleu_over_all_references(llama, inputs, config):
     made = generate(
         llama,
         [tuple(p) for p in dict.fromkeys(PROMPTS)],
-        limit=int(1.5 * (len(b"one two three") + 1)),
+        max_tokens=int(1.5 * (len(b"one two three") + 1)),
         split=split,
         config=config,
         inputs=inputs,

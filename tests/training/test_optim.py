@@ -14,7 +14,13 @@ from lorasweep.config.compose import compose_run
 from lorasweep.config.run import OptimConfig, ScheduleConfig
 from lorasweep.errors import ConfigError
 from lorasweep.methods import ParameterGroup
-from lorasweep.training.optim import build_optimizer, build_schedule, check_optim, refine_groups, schedule_factor
+from lorasweep.training.optim import (
+    build_optimizer,
+    build_schedule,
+    check_optim,
+    schedule_factor,
+    split_by_learning_rate,
+)
 
 OPTIM = OptimConfig(
     name="adamw",
@@ -223,7 +229,7 @@ class Blocks(nn.Module):
 
 def rates(model, **changes):
     groups = [ParameterGroup(name="full", params=tuple(model.parameters()), lr_factor=2.0)]
-    refined = refine_groups(model, groups, replace(OPTIM, **changes), head=("classifier",))
+    refined = split_by_learning_rate(model, groups, replace(OPTIM, **changes), head_names=("classifier",))
     names = {id(p): name for name, p in model.named_parameters()}
     return {names[id(p)]: group.lr_factor for group in refined for p in group.params}
 
@@ -244,5 +250,5 @@ def test_lower_blocks_have_lower_rates():
 def test_without_ratios_groups_stay_as_they_are():
     model = Blocks()
     group = ParameterGroup(name="full", params=tuple(model.parameters()), lr_factor=1.0)
-    (refined,) = refine_groups(model, [group], OPTIM, head=("classifier",))
+    (refined,) = split_by_learning_rate(model, [group], OPTIM, head_names=("classifier",))
     assert refined.params == group.params

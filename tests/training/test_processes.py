@@ -27,8 +27,8 @@ from lorasweep.training.processes import (
     build_strategy,
     find_launch,
     join_processes,
-    on_first,
     quiet_lightning,
+    run_on_first,
 )
 from lorasweep.training.run import train_run
 from lorasweep.training.run_log import RunFolder
@@ -297,7 +297,7 @@ def test_processes_that_were_launched_must_be_those_asked_for(monkeypatch):
     for name, value in {"TORCHELASTIC_RUN_ID": "1", "WORLD_SIZE": "4", "GROUP_WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
     launch = find_launch(trainer_of(trainer__devices="auto", trainer__num_nodes=2))
-    assert (launch.devices, launch.num_nodes, launch.size) == (2, 2, 4)
+    assert (launch.devices, launch.num_nodes, launch.num_processes) == (2, 2, 4)
     with pytest.raises(ConfigError, match=r"must be 4, .* but got 1 and 1"):
         find_launch(trainer_of())
 
@@ -348,12 +348,12 @@ class Second:
 
 def test_what_the_first_process_raises_is_raised_by_all():
     with join_processes(trainer_of()) as group:
-        assert on_first(group, lambda: 3) == 3
+        assert run_on_first(group, lambda: 3) == 3
         with pytest.raises(KeyError):
-            on_first(group, lambda: {}["missing"])
-    assert on_first(Second((5, None)), lambda: 3) == 5
+            run_on_first(group, lambda: {}["missing"])
+    assert run_on_first(Second((5, None)), lambda: 3) == 5
     with pytest.raises(RunError, match="the first process failed: KeyError"):
-        on_first(Second((None, RunError("the first process failed: KeyError: 'missing'"))), lambda: 3)
+        run_on_first(Second((None, RunError("the first process failed: KeyError: 'missing'"))), lambda: 3)
 
 
 def test_a_process_that_fails_alone_leaves_a_note(tmp_path):

@@ -583,7 +583,7 @@ def test_a_run_whose_checkpoint_is_damaged_goes_on_from_the_one_before_or_begins
         path.write_bytes(path.read_bytes()[:-100])
     record = train(tmp_path / "stopped", config, inputs=inputs, resume=True)
     step = 4 if left else 0
-    assert record.notes[-1].endswith(f"was damaged, so the run resumed from step {step}.")
+    assert record.notes[-1].endswith(f"was damaged or missing, so the run resumed from step {step}.")
     assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
     assert evaluations(tmp_path / "stopped") == evaluations(tmp_path / "whole")
     assert {name: kept["sha256"] for name, kept in record.files.items()} == {

@@ -1,6 +1,6 @@
-"""Callbacks of a run that trains alone: they write its folder, report, pause and stop it, and average its weights.
+"""Lightning callbacks that `train_run` gives its Trainer: they write the run's folder, report, pause and stop the run.
 
-A user's own Trainer needs none of them; the model's side of training is in `module`.
+`TrainingModule` also works without these callbacks, in a user's own Trainer.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ from lorasweep.config.run import TrainerConfig
 from lorasweep.errors import Diverged
 from lorasweep.training.checkpoint import remove_older_checkpoints, save_checkpoint
 from lorasweep.training.module import TrainingModule
-from lorasweep.training.processes import on_first
-from lorasweep.training.run_log import Metrics, RunLog, end_at_evaluation
+from lorasweep.training.processes import run_on_first
+from lorasweep.training.run_log import Metrics, RunLog, find_end
 from lorasweep.training.telemetry import Telemetry
 
 OnEvaluation = Callable[[int, Metrics], bool]
-"""`on_evaluation(step, values)` takes every metric of an evaluation. It returns whether the run continues; False pauses
+"""`on_evaluation(step, metrics)` gets all metrics of an evaluation and returns whether the run continues. False pauses
 the run."""
 
 
 class RunStopped(BaseException):
-    """Leaves Lightning's loop at once (`trainer.should_stop` would evaluate first)."""
+    """Leaves Lightning's training loop immediately. `trainer.should_stop` would first run an evaluation."""
 
 
 @dataclass(kw_only=True, eq=False)
 class RunCallback(lightning.Callback):
-    """Writes the run's folder, reports evaluations, and ends the session when asked to.
+    """Writes the run's folder, reports evaluations, and stops the training on request.
 
-    If several processes train the run, the first alone writes and reports, and all of them follow its decision.
+    If several processes train the run, only the first process writes and reports. The others follow its decision.
     """
 
     on_evaluation: OnEvaluation
@@ -46,18 +46,19 @@ class RunCallback(lightning.Callback):
     config: TrainerConfig
     telemetry: Telemetry
     run_log: RunLog | None
-    """None on all processes but the first."""
+    """Only the first process has a log."""
     logged_step: int
-    """Last step that was logged; at first the step at which the session begins."""
+    """Last logged step. Initially the step at which the training begins or resumes."""
     lr: float = 0.0
+    """Learning rate of the last step."""
     counted_tokens: int = 0
+    """Trained tokens that `telemetry` has counted."""
     evaluated_step: int = -1
     """Step of the last evaluation."""
-    paused: bool = False
-    """Whether the run was paused."""
+    is_paused: bool = False
 
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        self.counted_tokens = _training_module(pl_module).progress.tokens_trained  # earlier sessions counted them
+        self.counted_tokens = _as_training_module(pl_module).progress.tokens_trained  # of the steps before the resume
         if self.run_log is not None:
             record = self.run_log.record
             record.trainable_params = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
@@ -80,32 +81,32 @@ class RunCallback(lightning.Callback):
         if step > self.logged_step:
             self.logged_step = step
             if self.run_log is not None:
-                self.run_log.note_step(step, _training_module(pl_module).step_losses, self.lr)
+                self.run_log.note_step(step, _as_training_module(pl_module).step_losses, self.lr)
         ends_step = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        # If an evaluation follows, the run can't stop here: a resumed run would take the checkpoint for one after the
-        # evaluation. `on_validation_end` asks again.
+        # A run can't stop between a step and its evaluation: a resumed run assumes that a checkpoint of this step was
+        # written after the evaluation. `on_validation_end` then checks for the stop request.
         if ends_step and step % self.config.eval_every_steps and self._should_stop(trainer):
-            on_first(trainer.strategy, lambda: self._flush(pl_module))
+            run_on_first(trainer.strategy, lambda: self._flush(pl_module))
             _save_checkpoint(trainer, self.folder)
             raise RunStopped
 
     def on_validation_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        on_first(trainer.strategy, lambda: self._flush(pl_module))
+        run_on_first(trainer.strategy, lambda: self._flush(pl_module))
         self.telemetry.switch("evaluating")
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Writes and reports the evaluation, and ends the session if the run is paused, complete or asked to stop."""
+        """Writes and reports the evaluation, and stops if the run is paused, complete or asked to stop."""
         self.telemetry.switch("saving")
         self.evaluated_step = trainer.global_step
-        module = _training_module(pl_module)
-        # The order of the next three actions makes a run that is killed between them repeat at most one interval.
+        module = _as_training_module(pl_module)
+        # In this order, a run that is killed between two of these actions repeats at most one interval.
         # 1. The rows, the kept weights and the record.
-        whole = module.whole_model()
-        on_first(trainer.strategy, lambda: self._note_evaluation(trainer, module, whole))
-        # 2. The report. A paused run is closed here. So a run that is killed later is either paused already, or has no
-        #    checkpoint of this step: then it repeats the interval and reports the same values again.
-        status = on_first(trainer.strategy, lambda: self._report(trainer))
-        self.paused = status == "paused"
+        whole_model = module.whole_model()
+        run_on_first(trainer.strategy, lambda: self._write_evaluation(trainer, module, whole_model))
+        # 2. The report, which closes a paused run. A run that is killed after it is already paused, or it repeats the
+        #    interval, because this step has no checkpoint yet. Then it reports the same values again.
+        status = run_on_first(trainer.strategy, lambda: self._report(trainer))
+        self.is_paused = status == "paused"
         # 3. The checkpoint, from which the run resumes without reporting this evaluation again.
         if trainer.state.fn == TrainerFn.FITTING:
             _save_checkpoint(trainer, self.folder)
@@ -115,40 +116,41 @@ class RunCallback(lightning.Callback):
             raise RunStopped
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        on_first(trainer.strategy, lambda: self._flush(pl_module))
+        run_on_first(trainer.strategy, lambda: self._flush(pl_module))
 
     def on_exception(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
     ) -> None:
-        # Not by `on_first`: the other processes may be gone. `Diverged` was raised while the steps were written.
+        # `run_on_first` would wait for the other processes, which may be gone. When `Diverged` is raised, the steps are
+        # already written.
         if not isinstance(exception, Diverged):
             self._flush(pl_module)
 
     def _flush(self, module: lightning.LightningModule) -> None:
         """Counts the tokens since the last flush, and writes the steps on the first process."""
-        progress = _training_module(module).progress
-        tokens = progress.tokens_trained  # waits for the device, so the clock is switched after it
+        progress = _as_training_module(module).progress
+        tokens = progress.tokens_trained  # waits for the device, which still counts as training
         self.telemetry.add_tokens(tokens - self.counted_tokens)
         self.counted_tokens = tokens
         self.telemetry.switch("saving")
         if self.run_log is not None:
             self.run_log.flush(progress.tokens_per_s)
 
-    def _note_evaluation(self, trainer: lightning.Trainer, module: TrainingModule, model: nn.Module) -> None:
+    def _write_evaluation(self, trainer: lightning.Trainer, module: TrainingModule, model: nn.Module) -> None:
         assert self.run_log is not None
-        module.progress.note_in(self.run_log.record)
-        self.run_log.note_evaluation(
+        module.progress.write_to(self.run_log.record)
+        self.run_log.write_evaluation(
             trainer.global_step,
-            _validation_values(trainer),
+            _validation_metrics(trainer),
             save=lambda folder: module.method.save(model, folder, base=module.base),
         )
 
     def _report(self, trainer: lightning.Trainer) -> str | None:
-        """Reports the evaluation. Returns the status with which the run ends before its last step, else None."""
+        """Reports the evaluation. Returns the run's final status if the run ends before its last step."""
         assert self.run_log is not None
         record = self.run_log.record
-        continues = self.on_evaluation(trainer.global_step, _validation_values(trainer))
-        end = end_at_evaluation(record, self.config, pauses=not continues)
+        continues = self.on_evaluation(trainer.global_step, _validation_metrics(trainer))
+        end = find_end(record, self.config, should_pause=not continues)
         if end is None or record.steps_done >= record.steps_planned:  # Lightning ends after the last step by itself
             return None
         status, record.reason = end
@@ -162,20 +164,20 @@ class RunCallback(lightning.Callback):
 
 
 class WeightAveraging(lightning.Callback):
-    """Exponential moving average of the trained parameters (Polyak and Juditsky 1992), for `optim.ema_decay`.
+    """Evaluates an exponential moving average of the trained parameters (Polyak and Juditsky 1992; `optim.ema_decay`).
 
     Lightning's callback of this name would also copy the frozen base. Callbacks that save weights at the end of an
-    evaluation must come before this one in the Trainer's list.
+    evaluation must come before this callback in the Trainer's list.
     """
 
     def __init__(self, decay: float) -> None:
         self.update = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
         self.means: dict[str, Tensor] = {}
         self.weights: dict[str, Tensor] = {}
-        """The weights that train, while the model holds the means."""
+        """The current weights during an evaluation, while the model holds the means."""
 
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        trained = _trained(pl_module)
+        trained = _trained_parameters(pl_module)
         for name, parameter in trained.items():  # `means` is not empty if a checkpoint was loaded
             self.means[name] = self.means.get(name, parameter.detach()).to(parameter.device, copy=True)
 
@@ -187,13 +189,13 @@ class WeightAveraging(lightning.Callback):
             optimizer.register_step_post_hook(update_means)
 
     def on_validation_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        for name, parameter in _trained(pl_module).items():
+        for name, parameter in _trained_parameters(pl_module).items():
             if name in self.means:
                 self.weights[name] = parameter.detach().clone()
                 parameter.data.copy_(self.means[name])
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        trained = _trained(pl_module)
+        trained = _trained_parameters(pl_module)
         for name, weights in self.weights.items():
             trained[name].data.copy_(weights)
         self.weights = {}
@@ -210,7 +212,7 @@ class WeightAveraging(lightning.Callback):
         self.means = dict(state_dict["means"])
 
 
-def _validation_values(trainer: lightning.Trainer) -> Metrics:
+def _validation_metrics(trainer: lightning.Trainer) -> Metrics:
     prefix = "validation/"
     metrics = trainer.callback_metrics
     return {name.removeprefix(prefix): float(value) for name, value in metrics.items() if name.startswith(prefix)}
@@ -225,10 +227,10 @@ def _save_checkpoint(trainer: lightning.Trainer, folder: Path) -> None:
         trainer.save_checkpoint(folder / "last.ckpt")
 
 
-def _training_module(module: lightning.LightningModule) -> TrainingModule:
+def _as_training_module(module: lightning.LightningModule) -> TrainingModule:
     assert isinstance(module, TrainingModule)
     return module
 
 
-def _trained(module: lightning.LightningModule) -> dict[str, nn.Parameter]:
+def _trained_parameters(module: lightning.LightningModule) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}

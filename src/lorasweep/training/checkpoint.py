@@ -1,6 +1,6 @@
-"""The last two checkpoints of a run, each named by its step and by the SHA-256 of its content.
+"""Writes and finds the last two checkpoints of a run. The file name has the step and the SHA-256 of the content.
 
-A file whose content does not match its name is damaged. It is never loaded: the run resumes from the one before.
+A file whose content does not match its name is damaged. The run then resumes from the checkpoint before.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ import torch
 from lorasweep.disk import move_into_place, temporary_name
 from lorasweep.record import sha256_of
 
-Kind = Literal["last", "slot"]
-"""`last`: Lightning's checkpoint of a run that trains alone. `slot`: of a run in a pack."""
-NUM_KEPT = 2
-_NAME = re.compile(r"(last|slot)-(\d{8})-([0-9a-f]{64})\.ckpt")
+CheckpointKind = Literal["last", "slot"]
+"""`last`: Lightning's checkpoint of a run outside of packs. `slot`: the checkpoint of a run in a pack."""
+NUM_KEPT_CHECKPOINTS = 2
+_FILE_NAME = re.compile(r"(last|slot)-(\d{8})-([0-9a-f]{64})\.ckpt")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +36,8 @@ class FoundCheckpoint:
     """Sentences on newer checkpoints that are damaged or missing, for the run's record."""
 
 
-def save_checkpoint(folder: Path, *, kind: Kind, step: int, save: Callable[[Path], None]) -> None:
-    """Writes a checkpoint whole or not at all, beside the earlier ones. `save` writes the file to a path."""
+def save_checkpoint(folder: Path, *, kind: CheckpointKind, step: int, save: Callable[[Path], None]) -> None:
+    """Writes a checkpoint atomically, beside the earlier checkpoints. `save` writes the file to the given path."""
     temporary = temporary_name(folder / f"{kind}.ckpt")
     try:
         save(temporary)
@@ -46,52 +46,55 @@ def save_checkpoint(folder: Path, *, kind: Kind, step: int, save: Callable[[Path
         temporary.unlink(missing_ok=True)
 
 
-def find_checkpoint(folder: Path, *, kind: Kind, step: int | None = None) -> FoundCheckpoint:
+def find_checkpoint(folder: Path, *, kind: CheckpointKind, step: int | None = None) -> FoundCheckpoint:
     """Returns the newest checkpoint that is not damaged.
 
     Args:
         folder: The run's folder.
         kind: Whether the run resumes alone or in a pack.
-        step: The wanted step; later checkpoints are ignored. 0 is the beginning, without a checkpoint. None: any step.
+        step: Ignores checkpoints of later steps. 0 means to begin without a checkpoint. None: no limit.
     """
-    paths = [path for path in _newest_first(folder, kind) if step is None or _step(path) <= step]
-    damaged = [step] if step and not any(_step(path) == step for path in paths) else []
+    paths = [path for path in _list_newest_first(folder, kind) if step is None or _get_step(path) <= step]
+    # The caller knows that a checkpoint of `step` was written, so a missing file also counts as damaged.
+    damaged = [step] if step and not any(_get_step(path) == step for path in paths) else []
     found = FoundCheckpoint()
     for path in paths:
-        if state := _read(path):
-            found = FoundCheckpoint(path=path, step=_step(path), state=state)
+        if state := _read_state(path):
+            found = FoundCheckpoint(path=path, step=_get_step(path), state=state)
             break
-        damaged.append(_step(path))
+        damaged.append(_get_step(path))
     if damaged:
         steps = ", ".join(map(str, damaged))
-        found.notes.append(f"The checkpoint of step {steps} was damaged, so the run resumed from step {found.step}.")
+        found.notes.append(
+            f"The checkpoint of step {steps} was damaged or missing, so the run resumed from step {found.step}."
+        )
     return found
 
 
 def remove_checkpoints(folder: Path, *, after_step: int = -1) -> None:
-    """Removes the checkpoints of later steps; by default all checkpoints."""
+    """Removes the checkpoints of steps after `after_step`. By default removes all checkpoints."""
     for kind in ("last", "slot"):
-        for path in _newest_first(folder, kind):
-            if _step(path) > after_step:
+        for path in _list_newest_first(folder, kind):
+            if _get_step(path) > after_step:
                 path.unlink(missing_ok=True)
 
 
-def remove_older_checkpoints(folder: Path, *, kind: Kind) -> None:
-    """Keeps the last two checkpoints of a kind."""
-    for path in _newest_first(folder, kind)[NUM_KEPT:]:
+def remove_older_checkpoints(folder: Path, *, kind: CheckpointKind) -> None:
+    """Removes all checkpoints of a kind except the last two."""
+    for path in _list_newest_first(folder, kind)[NUM_KEPT_CHECKPOINTS:]:
         path.unlink(missing_ok=True)
 
 
-def _newest_first(folder: Path, kind: str) -> list[Path]:
-    found = [path for path in folder.glob(f"{kind}-*.ckpt") if _NAME.fullmatch(path.name)]
-    return sorted(found, key=lambda path: (_step(path), path.stat().st_mtime_ns), reverse=True)
+def _list_newest_first(folder: Path, kind: str) -> list[Path]:
+    found = [path for path in folder.glob(f"{kind}-*.ckpt") if _FILE_NAME.fullmatch(path.name)]
+    return sorted(found, key=lambda path: (_get_step(path), path.stat().st_mtime_ns), reverse=True)
 
 
-def _step(path: Path) -> int:
+def _get_step(path: Path) -> int:
     return int(path.name.split("-")[1])
 
 
-def _read(path: Path) -> dict[str, Any] | None:
+def _read_state(path: Path) -> dict[str, Any] | None:
     """Returns the state in a checkpoint; None if it is damaged or has more than tensors and plain values."""
     if sha256_of(path) != path.stem.split("-")[2]:
         return None

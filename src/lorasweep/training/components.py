@@ -1,4 +1,4 @@
-"""Lightning's loggers, callbacks and profilers that the settings name by `_target_`."""
+"""Builds the Lightning loggers, callbacks and profilers that a run's settings name."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ LOGGER_PACKAGES: Mapping[str, str] = {
     "CometLogger": "comet_ml",
     "NeptuneLogger": "neptune",
 }
-"""Packages that Lightning's loggers need and Lightning does not install, by the logger's class."""
+"""The package that each logger class needs. Lightning does not install these packages."""
 
 
 class EventLogger(TensorBoardLogger):
-    """TensorBoard's event file in a run's own folder, without Lightning's `hparams.yaml` beside it.
+    """Writes TensorBoard's event file into the run's folder, without Lightning's `hparams.yaml`.
 
-    The row of the HParams tab has the score, so it is written when the run has ended.
+    It does not log settings. TensorBoard's HParams tab shows settings and score, so both are written at the run's end.
     """
 
     def __init__(self, save_dir: str, **arguments: Any) -> None:
@@ -73,33 +73,33 @@ def _count_tokens(batch: Batch) -> int:
 
 
 def start_loggers(config: RunConfig, folder: Path, *, is_first: bool = True) -> list[Logger]:
-    """Returns a run's loggers. Lightning expects them on every process, but only those of the first process write."""
+    """Returns a run's loggers. Lightning needs loggers on every process, but only the first process writes."""
     if is_first:  # Lightning reads the rank from variables of srun, even if this process is not part of its step
         setattr(rank_zero_only, "rank", 0)  # noqa: B010 (no attribute that mypy knows)
     loggers: list[Logger] = []
     for name, component in config.logger.items():
         key = f"logger.{name}"
-        offered = _run_arguments(component, key=key, folder=folder)
-        loggers.append(instantiate(component, key=key, expected=Logger, **offered))  # type: ignore[type-abstract]
+        run_arguments = _find_run_arguments(component, key=key, folder=folder)
+        loggers.append(instantiate(component, key=key, expected=Logger, **run_arguments))  # type: ignore[type-abstract]
         if is_first:
             loggers[-1].log_hyperparams(as_settings(config))
     return loggers
 
 
 def finish_loggers(loggers: list[Logger]) -> None:
-    """Ends the run of W&B, which would otherwise log the next run of this process into the same W&B run."""
+    """Ends the W&B run. Otherwise the next run of this process would be logged into the same W&B run."""
     for logger in loggers:
         if isinstance(logger, WandbLogger):
             logger.experiment.finish()
 
 
-def _run_arguments(component: Component, *, key: str, folder: Path) -> dict[str, Any]:
+def _find_run_arguments(component: Component, *, key: str, folder: Path) -> dict[str, Any]:
     """Returns the arguments that name the run and its folder, if the logger's class takes them."""
     names, _ = argument_names(component.target, key=key)
-    offered = {"save_dir": str(folder), "run_name": folder.name}
+    run_arguments = {"save_dir": str(folder), "run_name": folder.name}
     if issubclass(find_class(component.target, key=key, expected=Logger), WandbLogger):  # type: ignore[type-abstract]
-        offered["name"] = folder.name
-    return {name: value for name, value in offered.items() if name in names and name not in component.arguments}
+        run_arguments["name"] = folder.name
+    return {name: value for name, value in run_arguments.items() if name in names and name not in component.arguments}
 
 
 def build_callbacks(config: RunConfig) -> list[lightning.Callback]:
@@ -115,11 +115,11 @@ def build_profiler(config: RunConfig) -> Profiler | None:
     profiler = config.trainer.profiler
     if profiler is None:
         return None
-    options = {"filename": "profile"}  # else Lightning prints; it takes the run's folder as `dirpath`
+    options = {"filename": "profile"}  # in the run's folder; without a file name Lightning prints the profile
     if not isinstance(profiler, Component):
         return PROFILERS[profiler](**options)
-    taken = argument_names(profiler.target, key="trainer.profiler")[0]
-    options = {name: value for name, value in options.items() if name in taken and name not in profiler.arguments}
+    known_names = argument_names(profiler.target, key="trainer.profiler")[0]
+    options = {name: value for name, value in options.items() if name in known_names and name not in profiler.arguments}
     return instantiate(profiler, key="trainer.profiler", expected=Profiler, **options)  # type: ignore[type-abstract]
 
 
@@ -130,8 +130,8 @@ def check_components(config: RunConfig) -> None:
     """
     for name, component in config.logger.items():
         key = f"logger.{name}"
-        offered = _run_arguments(component, key=key, folder=Path("run"))
-        check_component(component, key=key, expected=Logger, **offered)
+        run_arguments = _find_run_arguments(component, key=key, folder=Path("run"))
+        check_component(component, key=key, expected=Logger, **run_arguments)
         package = LOGGER_PACKAGES.get(component.name)
         if package is not None and find_spec(package) is None:
             raise ConfigError(

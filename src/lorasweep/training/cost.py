@@ -1,4 +1,4 @@
-"""Measures the cost of a run, alone or in a pack, on a few steps. `lorasweep plan` shows it; no decision uses it."""
+"""Measures the time and memory of a run, alone or in a pack, on a few steps. Only `lorasweep plan` uses the result."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lorasweep.data.batching import EvaluationSampler
 from lorasweep.data.split import move_batch, repeat_batch
 from lorasweep.lora import split_lora_parameters
 from lorasweep.methods import METHODS
-from lorasweep.training.environment import device_of, peak_memory_bytes, reset_peak_memory
+from lorasweep.training.environment import get_device, peak_memory_bytes, reset_peak_memory
 from lorasweep.training.failures import convert_memory_errors
 from lorasweep.training.inputs import RunInputs
 from lorasweep.training.optim import build_optimizer
@@ -29,16 +29,16 @@ NUM_MEASURED_STEPS = 3
 
 @dataclass(frozen=True, kw_only=True)
 class RunCost:
-    """The cost of one run; in a pack, its share of the pack's cost."""
+    """The cost of one run. In a pack, time and parameters are the run's share."""
 
     slots: int
-    """Slots of the pack; 1 for a run alone."""
+    """Number of runs that train together; 1 for a run alone."""
     step_s: float
     """Median seconds of an optimizer step; 0 if nothing trains."""
     eval_s: float
     """Seconds of one evaluation, extrapolated from its longest batch."""
     memory_bytes: int
-    """Peak memory of the whole pack, as `peak_memory_bytes` measures it."""
+    """Peak memory of the whole pack, not of one run."""
     trainable_params: int
 
 
@@ -46,16 +46,16 @@ def measure_run(config: RunConfig, *, inputs: RunInputs, slots: int | None = Non
     """Measures a few training steps and one evaluation batch. Writes nothing.
 
     Args:
-        config: The settings of the run, or in a pack of its run with the largest rank.
+        config: The settings of the run. For a pack, the settings of its run with the largest rank.
         inputs: Base model and data.
-        slots: Runs with these settings that train together. None: the run trains alone.
+        slots: Number of runs with these settings that train together. None: the run trains alone.
 
     Raises:
         OutOfMemory: The run does not fit.
     """
-    device, task, num = device_of(config.trainer), inputs.splits.task, slots or 1
+    device, task, num_slots = get_device(config.trainer), inputs.splits.task, slots or 1
     reset_peak_memory()
-    # forked, because a measurement must not change what later runs draw
+    # a measurement must not change the random numbers of later runs
     with convert_memory_errors(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         if slots is None:
             model = prepare_model(config, inputs.base).to(device)
@@ -65,9 +65,12 @@ def measure_run(config: RunConfig, *, inputs: RunInputs, slots: int | None = Non
             assert isinstance(config.optim, OptimConfig)
             model, _ = build_pack([config] * slots, inputs=inputs)
             optimizer = StackedAdamW(split_lora_parameters(model), [config.optim] * slots)
-        micros = first_micro_batches(config, inputs, slots=num, num_steps=1)
+        micro_batches = first_micro_batches(config, inputs, slots=num_slots, num_steps=1)
         train = inputs.splits.train
-        batches = [move_batch(train.batch([*micro.indices] * num, slots=num), device) for micro in micros]
+        batches = [
+            move_batch(train.batch([*micro_batch.indices] * num_slots, slots=num_slots), device)
+            for micro_batch in micro_batches
+        ]
 
         def step() -> None:
             if isinstance(optimizer, StackedAdamW):
@@ -82,33 +85,33 @@ def measure_run(config: RunConfig, *, inputs: RunInputs, slots: int | None = Non
             optimizer.zero_grad()
             for batch in batches:
                 with inputs.autocast(config):
-                    loss = slot_losses(task, model, batch, slots=num).sum() / micros[0].step_weight
+                    loss = slot_losses(task, model, batch, slots=num_slots).sum() / micro_batches[0].step_weight
                 loss.backward()  # type: ignore[no-untyped-call]
             return loss
 
-        # The longest batch stands for all: an evaluation takes as long as its number of tokens says.
+        # Only the longest batch is measured. The time of a whole evaluation follows from its number of tokens.
         split = inputs.splits.validation
-        longest = EvaluationSampler(split, batch_size=max(1, config.trainer.eval_batch_size // num)).batches[-1]
-        held_out = repeat_batch(move_batch(split.batch(longest), device), slots=num)
-        share = int(split.lengths[torch.tensor(longest)].sum()) / int(split.lengths.sum())
+        longest = EvaluationSampler(split, batch_size=max(1, config.trainer.eval_batch_size // num_slots)).batches[-1]
+        longest_batch = repeat_batch(move_batch(split.batch(longest), device), slots=num_slots)
+        token_fraction = int(split.lengths[torch.tensor(longest)].sum()) / int(split.lengths.sum())
 
         def evaluate() -> None:
             with torch.no_grad(), inputs.autocast(config):
-                task.score(model, held_out)
+                task.score(model, longest_batch)
 
-        step_s = _time(step, device) if optimizer is not None else 0.0
-        eval_s = _time(evaluate, device) / share
+        step_s = _measure_seconds(step, device) if optimizer is not None else 0.0
+        eval_s = _measure_seconds(evaluate, device) / token_fraction
     return RunCost(
-        slots=num,
-        step_s=step_s / num,
-        eval_s=eval_s / num,
+        slots=num_slots,
+        step_s=step_s / num_slots,
+        eval_s=eval_s / num_slots,
         memory_bytes=peak_memory_bytes(),
-        trainable_params=sum(p.numel() for p in model.parameters() if p.requires_grad) // num,
+        trainable_params=sum(p.numel() for p in model.parameters() if p.requires_grad) // num_slots,
     )
 
 
-def _time(action: Callable[[], None], device: torch.device) -> float:
-    """Returns the median seconds of a few calls, after one that warms up."""
+def _measure_seconds(action: Callable[[], None], device: torch.device) -> float:
+    """Returns the median seconds of a few calls, after one call to warm up."""
     times = []
     for _ in range(NUM_MEASURED_STEPS + 1):
         started = time.perf_counter()

@@ -22,11 +22,11 @@ from lorasweep.training.restore import Settings, read_settings
 
 
 class DataModule(lightning.LightningDataModule):
-    """Training batches in an order that follows from seed and step, and evaluation batches sorted by length.
+    """Yields training batches in an order that depends only on seed and step, and evaluation batches sorted by length.
 
-    The whole run is one epoch: of the Trainer's `max_steps`, or without it of `trainer.max_steps`. A resumed run begins
-    at the Trainer's step. Nothing is drawn from a shared random stream, so that evaluating more often does not change
-    the training. Each process gets its share of the examples of every batch.
+    The whole run is one epoch. Its length is the Trainer's `max_steps`, or else `trainer.max_steps`. A resumed run
+    begins at the Trainer's step. The order does not use a shared random stream, so more frequent evaluations do not
+    change the training. Each process gets its share of the examples of every batch.
 
     Attributes:
         config: The run's settings.
@@ -38,9 +38,9 @@ class DataModule(lightning.LightningDataModule):
         """Takes the settings of a run, and reads its data if none is given. The test split is read at its first use.
 
         Args:
-            config: The same settings as of the `TrainingModule`, such as the arguments of `lorasweep train`.
+            config: The settings of the `TrainingModule`, such as the arguments of `lorasweep train`.
             splits: The data.
-            accumulate: Micro-batches per batch. None: `trainer.accumulate`, and 1 if that is `auto`.
+            accumulate: Micro-batches per batch. None: `trainer.accumulate`, or 1 for `auto`.
 
         Raises:
             ConfigError: A setting is wrong, or the data or the base model's tokenizer can't be loaded.
@@ -51,7 +51,7 @@ class DataModule(lightning.LightningDataModule):
             self._inputs = share_inputs(self.config)  # a reference, so that a TrainingModule can share them
             splits = self._inputs.splits
         self.splits = splits
-        self.accumulate = accumulate or accumulate_of(self.config)
+        self.accumulate = accumulate or get_accumulate(self.config)
 
     @property
     def share(self) -> Share:
@@ -71,6 +71,8 @@ class DataModule(lightning.LightningDataModule):
                     f"max_epochs={trainer.max_epochs!r} alone."
                 )
             start_step, per_step = trainer.global_step, trainer.accumulate_grad_batches
+        # The Trainer counts optimizer steps of `per_step` micro-batches. The sampler counts batches of `accumulate`
+        # micro-batches. Both counts are equal unless a user's Trainer sets `accumulate_grad_batches`.
         batches = StepBatchSampler(
             self.splits.train,
             batch_size=settings.batch_size,
@@ -99,6 +101,6 @@ class DataModule(lightning.LightningDataModule):
         return build_loader(split, [MicroBatch(list(range(n, min(n + size, len(split)))), 1.0) for n in starts])
 
 
-def accumulate_of(config: RunConfig) -> int:
+def get_accumulate(config: RunConfig) -> int:
     """Returns the micro-batches per batch; 1 for `trainer.accumulate=auto`."""
     return 1 if config.trainer.accumulate == "auto" else config.trainer.accumulate

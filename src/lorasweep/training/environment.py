@@ -1,4 +1,4 @@
-"""Device, precision, and what the run record says about code, packages and machine."""
+"""Chooses device and precision, and describes code, packages and machine for a run's record."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ RECORDED_PACKAGES = (
     *("datasets", "pyarrow", "scipy", "optuna", "hydra-core", "omegaconf"),
     *("accelerate", "gguf", "bitsandbytes"),
 )
+"""Packages whose versions are in a run's record."""
 NUMERIC_VARIABLES = (
     *("OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "DNNL_", "ONEDNN_", "ATEN_", "TORCH_", "PYTORCH_"),
     *("CUBLAS_", "CUBLASLT_", "CUDNN_", "NVIDIA_TF32_OVERRIDE", "CUDA_VISIBLE_DEVICES", "CUDA_LAUNCH_BLOCKING"),
@@ -61,7 +62,7 @@ def resolve_device(config: TrainerConfig) -> Literal["cpu", "gpu"]:
     return "gpu" if available and config.device != "cpu" else "cpu"
 
 
-def device_of(config: TrainerConfig) -> torch.device:
+def get_device(config: TrainerConfig) -> torch.device:
     return torch.device("cuda" if resolve_device(config) == "gpu" else "cpu")
 
 
@@ -83,9 +84,9 @@ def describe_code() -> dict[str, Any]:
 
     Cached, so that edits during a sweep do not change the records of its later runs.
     """
-    described: dict[str, Any] = {"version": _version("lorasweep")}
-    if commit := _git("rev-parse", "HEAD").strip():
-        described |= {"commit": commit, "modified": bool(_git("status", "--porcelain", "-uno").strip())}
+    described: dict[str, Any] = {"version": _get_version("lorasweep")}
+    if commit := _run_git("rev-parse", "HEAD").strip():
+        described |= {"commit": commit, "modified": bool(_run_git("status", "--porcelain", "-uno").strip())}
     if patch := code_patch():
         described["patch"] = {"file": PATCH_FILE, "sha256": hashlib.sha256(patch.encode()).hexdigest()}
     return described
@@ -94,7 +95,7 @@ def describe_code() -> dict[str, Any]:
 @cache
 def code_patch() -> str:
     """Returns a patch for `git apply` from the recorded commit to the running code; "" if nothing was modified."""
-    return str(redact(_git("diff", "--no-ext-diff", "--no-color", "HEAD", "--", *CODE_FOLDERS)))
+    return str(redact(_run_git("diff", "--no-ext-diff", "--no-color", "HEAD", "--", *CODE_FOLDERS)))
 
 
 def describe_command() -> dict[str, Any]:
@@ -111,7 +112,7 @@ def describe_environment() -> dict[str, str]:
 
 @cache
 def describe_packages() -> dict[str, str]:
-    return {name: _version(name) for name in RECORDED_PACKAGES}
+    return {name: _get_version(name) for name in RECORDED_PACKAGES}
 
 
 def describe_platform(precision: Precision, device: Literal["cpu", "gpu"]) -> dict[str, Any]:
@@ -163,12 +164,12 @@ def reset_peak_memory() -> None:
 
 
 def peak_memory_bytes() -> int:
-    """Returns the peak since the reset: of memory allocated on the GPU, or without a GPU of the process."""
+    """Returns the peak since the reset: of allocated GPU memory, or without a GPU, of the process's resident memory."""
     return int(torch.cuda.max_memory_allocated()) if torch.cuda.is_available() else process_peak_bytes()
 
 
 def process_peak_bytes() -> int:
-    """Returns the peak of resident memory since the reset."""
+    """Returns the peak resident memory of the process since the reset."""
     try:
         status = Path("/proc/self/status").read_text()
         return int(status.split("VmHWM:")[1].split()[0]) * 1024
@@ -177,15 +178,15 @@ def process_peak_bytes() -> int:
         return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _version(package: str) -> str:
+def _get_version(package: str) -> str:
     try:
         return version(package)
     except PackageNotFoundError:
         return "not installed"
 
 
-def _git(*arguments: str) -> str:
-    """Returns the output of git in the checkout of lorasweep; "" if lorasweep is an installed package."""
+def _run_git(*arguments: str) -> str:
+    """Returns the output of git in lorasweep's checkout; "" if git fails or lorasweep is an installed package."""
     folder = Path(__file__).resolve().parents[3]
     if not (folder / ".git").exists():  # git would look for a repository in the folders above
         return ""

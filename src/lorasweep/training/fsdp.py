@@ -25,10 +25,10 @@ from lorasweep.models.weight_files import WeightFiles
 
 
 class FsdpStrategy(ModelParallelStrategy):
-    """Lightning's strategy with other checkpoints: they have the whole trained weights, without the frozen base.
+    """Lightning's strategy, but a checkpoint has only the trained weights, and they are whole instead of sharded.
 
-    Any number of processes can resume from them. Lightning's checkpoints would also gather the frozen base, and
-    number the optimizer's state by all parameters of the model.
+    So any number of processes can resume from it. Lightning would also gather the frozen base, and would number the
+    optimizer's state by all parameters of the model.
     """
 
     @property
@@ -37,7 +37,7 @@ class FsdpStrategy(ModelParallelStrategy):
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         assert self.lightning_module is not None
-        return {name: whole(p) for name, p in self.lightning_module.named_parameters() if p.requires_grad}
+        return {name: gather_whole(p) for name, p in self.lightning_module.named_parameters() if p.requires_grad}
 
     def load_checkpoint(
         self,
@@ -53,7 +53,7 @@ class FsdpStrategy(ModelParallelStrategy):
         self.lightning_module.load_state_dict(state, strict=strict)
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        state: dict[str, Any] = apply_to_collection(Strategy.optimizer_state(self, optimizer), Tensor, whole)
+        state: dict[str, Any] = apply_to_collection(Strategy.optimizer_state(self, optimizer), Tensor, gather_whole)
         return state
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
@@ -77,28 +77,34 @@ def check_shardable(model: nn.Module) -> None:
             )
 
 
-def shard_model(model: nn.Module, mesh: DeviceMesh, *, leave_trained: bool, files: WeightFiles | None = None) -> None:
+def shard_model(
+    model: nn.Module, mesh: DeviceMesh, *, keep_trained_whole: bool, files: WeightFiles | None = None
+) -> None:
     """Shards the weights of a prepared model in place, block by block. The tensors of the base model do not change.
 
     Args:
         model: The result of `prepare_model`, the same on every process.
         mesh: The processes.
-        leave_trained: Whether trained weights stay whole on every process. Their gradients need `average_gradients`.
-        files: The files of the weights on the meta device. Each process reads one weight at a time and keeps its shard.
+        keep_trained_whole: Whether every process keeps the whole trained weights. `average_gradients` then averages
+            their gradients.
+        files: The files with the weights that are on the meta device. Each process reads one weight at a time and keeps
+            its shard.
     """
     device = torch.device(mesh.device_type)
     # 1. Trained weights that stay whole are read whole.
-    left = {p for p in model.parameters() if p.requires_grad} if leave_trained else set()
-    read = {p: read_weight(p, name, files) for name, p in model.named_parameters() if p in left and p.is_meta}
+    unsharded = {p for p in model.parameters() if p.requires_grad} if keep_trained_whole else set()
+    read = {p: read_weight(p, name, files) for name, p in model.named_parameters() if p in unsharded and p.is_meta}
     replace_parameters(model, read)
-    left = {read.get(p, p) for p in left}
-    # 2. `fully_shard` changes parameters, and other runs share those of the base. So it gets new parameters, which
-    #    share the memory.
-    copies = {p: nn.Parameter(p.detach(), requires_grad=p.requires_grad) for p in model.parameters() if p not in left}
+    unsharded = {read.get(p, p) for p in unsharded}
+    # 2. `fully_shard` changes parameters in place, and other runs share the base's parameters. So it gets new
+    #    parameters, which share memory with the base's parameters.
+    copies = {
+        p: nn.Parameter(p.detach(), requires_grad=p.requires_grad) for p in model.parameters() if p not in unsharded
+    }
     replace_parameters(model, copies)
     for block in [*find_blocks(model), model]:
-        fully_shard(block, mesh=mesh, ignored_params=left)
-    # 3. The other weights are read from files and cut into shards.
+        fully_shard(block, mesh=mesh, ignored_params=unsharded)
+    # 3. The other weights are read from files and cut into shards, without messages between processes.
     shards: dict[nn.Parameter, nn.Parameter] = {}
     for name, p in model.named_parameters():
         if p.is_meta:
@@ -136,7 +142,7 @@ def find_blocks(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def average_gradients(model: nn.Module) -> None:
-    """Averages the gradients of whole weights over processes. FSDP averages those of sharded weights."""
+    """Averages the gradients of whole weights over processes. FSDP itself averages the gradients of sharded weights."""
     gradients = [p.grad for p in model.parameters() if p.grad is not None and not isinstance(p, DTensor)]
     if gradients:
         flat = parameters_to_vector(gradients)  # one message for many small tensors
@@ -144,8 +150,8 @@ def average_gradients(model: nn.Module) -> None:
         vector_to_parameters(flat / dist.get_world_size(), gradients)
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """Returns a whole tensor on the CPU, gathered from all shards. All processes must call it together."""
+def gather_whole(tensor: Tensor) -> Tensor:
+    """Returns the whole tensor on the CPU, gathered from the shards. All processes must call it together."""
     tensor = tensor.detach()
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu()
 
@@ -153,7 +159,7 @@ def whole(tensor: Tensor) -> Tensor:
 def shard_like(value: Any, parameter: Tensor) -> Any:
     """Returns this process's shard of a whole tensor.
 
-    The value is returned as it is if the parameter is whole, or if its shape differs, as that of a step count.
+    Returns the value unchanged if the parameter is whole, or if the shapes differ (an optimizer's step count).
     """
     if not isinstance(parameter, DTensor) or getattr(value, "shape", None) != parameter.shape:
         return value
@@ -161,14 +167,14 @@ def shard_like(value: Any, parameter: Tensor) -> Any:
     return distribute_tensor(placed, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
-def copy_trained(model: nn.Module, to: nn.Module | None) -> None:
-    """Copies the whole trained weights into a model that was prepared alike.
+def copy_trained(model: nn.Module, target: nn.Module | None) -> None:
+    """Copies the whole trained weights into `target`, a model that was prepared from the same settings.
 
-    All processes must call it together, because they gather the weights. Those without such a model pass None.
+    All processes must call it together, because they gather the weights. A process that needs no copy passes None.
     """
-    copies = {} if to is None else dict(to.named_parameters())
+    copies = {} if target is None else dict(target.named_parameters())
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            value = whole(parameter)
-            if to is not None:
-                replace_parameters(to, {copies[name]: nn.Parameter(value)})
+            value = gather_whole(parameter)
+            if target is not None:
+                replace_parameters(target, {copies[name]: nn.Parameter(value)})

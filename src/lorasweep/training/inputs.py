@@ -1,4 +1,4 @@
-"""The base model and the data that runs share: loaded once per process."""
+"""Loads the base model and the data of runs, once per process."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lorasweep.data.split import padding_fraction as measure_padding
 from lorasweep.methods import METHODS
 from lorasweep.models.attention import AttentionChoice, choose_attention
 from lorasweep.models.load import BaseModel, Labels, load_base
-from lorasweep.training.environment import DTYPES, Precision, device_of, resolve_precision
+from lorasweep.training.environment import DTYPES, Precision, get_device, resolve_precision
 from lorasweep.training.telemetry import Telemetry
 
 
@@ -47,7 +47,7 @@ class RunInputs:
 
     def autocast(self, config: RunConfig) -> torch.autocast:
         """Returns a context in which a forward pass computes as in training."""
-        return torch.autocast(device_of(config.trainer).type, torch.bfloat16, enabled=self.needs_autocast(config))
+        return torch.autocast(get_device(config.trainer).type, torch.bfloat16, enabled=self.needs_autocast(config))
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -57,7 +57,7 @@ class RunInputs:
         return (*self.splits.notes, f"Attention is {self.attention.name}: {self.attention.reason}.")
 
     def fingerprints(self) -> dict[str, Any]:
-        """Returns values that must be equal on every process of a run. Keys are the settings that they come from."""
+        """Returns values that must be equal on every process of a run. A key is the setting that decides the value."""
         return {
             "model.path": self.base.fingerprint,
             "data.train": self.splits.train.fingerprint,
@@ -67,35 +67,36 @@ class RunInputs:
         }
 
 
-_SHARED: WeakValueDictionary[tuple[Any, ...], RunInputs] = WeakValueDictionary()
+_USED_INPUTS: WeakValueDictionary[tuple[Any, ...], RunInputs] = WeakValueDictionary()
+"""Inputs that an object of this process still refers to."""
 
 
 def share_inputs(config: RunConfig) -> RunInputs:
-    """Returns the inputs of a run. They are loaded unless an object of this process refers to the same inputs."""
-    key = _settings_of_inputs(config)
-    if (inputs := _SHARED.get(key)) is None:
-        inputs = _SHARED[key] = build_inputs(config)
+    """Returns the inputs of a run. Loads them, unless another object of this process still uses the same inputs."""
+    key = _cache_key(config)
+    if (inputs := _USED_INPUTS.get(key)) is None:
+        inputs = _USED_INPUTS[key] = build_inputs(config)
     return inputs
 
 
 class InputsCache:
-    """The inputs of a worker's runs. Runs with the same model and data share them."""
+    """Loads the inputs of a worker's runs. Runs with the same model and data share one `RunInputs`."""
 
     def __init__(self) -> None:
         self.telemetry = Telemetry()
         self._loaded: dict[tuple[Any, ...], RunInputs] = {}
 
     def load(self, config: RunConfig) -> RunInputs:
-        key = _settings_of_inputs(config)
+        key = _cache_key(config)
         if key not in self._loaded:
             with self.telemetry.phase("loading"):
                 self._loaded[key] = build_inputs(config, telemetry=self.telemetry)
         return self._loaded[key]
 
 
-def _settings_of_inputs(config: RunConfig) -> tuple[Any, ...]:
+def _cache_key(config: RunConfig) -> tuple[Any, ...]:
     trainer = config.trainer
-    return config.model, config.data, resolve_precision(trainer), trainer.device, _stays_in_files(config)
+    return config.model, config.data, resolve_precision(trainer), trainer.device, _leaves_base_in_files(config)
 
 
 def build_inputs(config: RunConfig, *, telemetry: Telemetry | None = None) -> RunInputs:
@@ -103,7 +104,7 @@ def build_inputs(config: RunConfig, *, telemetry: Telemetry | None = None) -> Ru
     precision = resolve_precision(config.trainer)
     source = read_source(config.data)
     dtype = DTYPES[precision]
-    base = load_base(config.model, dtype=dtype, labels=_labels_of(source), on_meta=_stays_in_files(config))
+    base = load_base(config.model, dtype=dtype, labels=_get_labels(source), on_meta=_leaves_base_in_files(config))
     splits = build_splits(
         config.data,
         source=source,
@@ -113,21 +114,21 @@ def build_inputs(config: RunConfig, *, telemetry: Telemetry | None = None) -> Ru
     )
     attention = None
     if config.model.attention == "auto":
-        attention = choose_attention(base.model, lengths=splits.train.lengths, device=device_of(config.trainer))
+        attention = choose_attention(base.model, lengths=splits.train.lengths, device=get_device(config.trainer))
     return RunInputs(
         base=base, splits=splits, precision=precision, attention=attention, telemetry=telemetry or Telemetry()
     )
 
 
-def _stays_in_files(config: RunConfig) -> bool:
+def _leaves_base_in_files(config: RunConfig) -> bool:
     """Returns whether each process reads only its share of the base's weights."""
     method = config.method
-    # PiSSA decomposes the whole weights, and DoRA takes the norms of their rows
-    needs_all = isinstance(method, LoraConfig) and (method.init == "pissa" or method.variant == "dora")
-    return config.trainer.is_sharded and not needs_all
+    # PiSSA decomposes whole weights, and DoRA needs the norms of their rows
+    needs_whole_weights = isinstance(method, LoraConfig) and (method.init == "pissa" or method.variant == "dora")
+    return config.trainer.is_sharded and not needs_whole_weights
 
 
-def _labels_of(source: DataSource) -> Labels | None:
+def _get_labels(source: DataSource) -> Labels | None:
     if source.kind in ("documents", "conversations"):
         return None
     names = ("value",) if source.kind == "regression" else source.label_names
@@ -142,9 +143,10 @@ def resolve_accumulate(config: TrainerConfig, split: Split, *, slots: int = 1) -
 
 
 def describe_batching(inputs: RunInputs, config: TrainerConfig, *, accumulate: int) -> dict[str, Any]:
-    """Returns `batching` of the record of a run that begins."""
+    """Returns the initial `batching` of a run's record."""
     split = inputs.splits.validation
     batches = EvaluationSampler(split, batch_size=config.eval_batch_size).batches
+    # `TrainingProgress.write_to` later replaces the 0
     padding = {"train": 0.0, "validation": round(measure_padding(split.lengths, batches), 4)}
     attention = None if inputs.attention is None else inputs.attention._asdict()
     return {"micro_batches": accumulate, "padding_fraction": padding, "attention": attention}

@@ -1,4 +1,4 @@
-"""Sizes of memory that do not depend on how much is free now: of the machine, and of a forward pass."""
+"""Measures the memory of the machine and of a forward pass. Neither depends on how much memory is free now."""
 
 from __future__ import annotations
 
@@ -48,16 +48,17 @@ def count_saved_bytes(compute: Callable[[], Tensor], *, model: nn.Module) -> int
 
     Each storage counts once. Parameters and buffers of the model do not count.
     """
-    of_model = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    model_storages = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     saved: dict[int, int] = {}
 
-    def note(tensor: Tensor) -> Tensor:
+    def keep_size(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in of_model:
+        if storage.data_ptr() not in model_storages:
             saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        result = compute()  # while it lives, no storage is freed and counted again under the same address
+    with torch.autograd.graph.saved_tensors_hooks(keep_size, lambda tensor: tensor):
+        # `result` keeps all storages alive, so that no two of them have the same address
+        result = compute()
     del result
     return sum(saved.values())

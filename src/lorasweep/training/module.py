@@ -26,22 +26,22 @@ from lorasweep.data.tasks import Evaluation, Task
 from lorasweep.errors import ConfigError, RecordError
 from lorasweep.methods import METHODS
 from lorasweep.models.load import BaseModel
-from lorasweep.training.data_module import DataModule, accumulate_of
+from lorasweep.training.data_module import DataModule, get_accumulate
 from lorasweep.training.fsdp import average_gradients, copy_trained, shard_model
 from lorasweep.training.inputs import share_inputs
-from lorasweep.training.optim import build_optimizer, build_schedule, refine_groups
+from lorasweep.training.optim import build_optimizer, build_schedule, split_by_learning_rate
 from lorasweep.training.prepare import check_run, prepare_model
 from lorasweep.training.restore import Settings, read_settings
 from lorasweep.training.telemetry import TrainingProgress
 
 
 class TrainingModule(lightning.LightningModule):
-    """One model that one method trains.
+    """The model of one run, for any `lightning.Trainer`.
 
     Attributes:
         model: The model that trains. `configure_model` creates it.
-        progress: Trained tokens of all processes, and training time, so far.
-        step_losses: The share of each micro-batch in the last step's loss, (micro-batches,), summed over processes.
+        progress: Trained tokens of all processes and training time so far.
+        step_losses: The last step's loss, split by micro-batch and summed over processes, of shape (micro_batches,).
     """
 
     model: nn.Module
@@ -58,8 +58,8 @@ class TrainingModule(lightning.LightningModule):
         """Takes the settings of a run, and loads the base model if none is given.
 
         Args:
-            config: The settings: the arguments of `lorasweep train`, or the mapping in a checkpoint. The user's own
-                Trainer decides on steps, devices and precision, and not `trainer.*`.
+            config: The arguments of `lorasweep train`, or the mapping in a checkpoint. In a user's own Trainer, the
+                Trainer's steps, devices and precision replace the settings `trainer.*`.
             base: The base model. Its weights are never written.
             task: How examples are scored. None: as the data in `config` says.
             accumulate: Micro-batches into which the data cuts each batch. None: as in `DataModule`.
@@ -84,10 +84,10 @@ class TrainingModule(lightning.LightningModule):
         assert task is not None
         self.base = base
         self.task = task
-        self.accumulate = accumulate or accumulate_of(self.config)
+        self.accumulate = accumulate or get_accumulate(self.config)
         self.method = METHODS[self.config.method.name]
         self.evaluation = Evaluation(task)
-        # `lorasweep train` gives its loggers the settings itself
+        # in `lorasweep train`, `start_loggers` has already logged the settings
         self.save_hyperparameters({"config": as_settings(self.config)}, logger=self._inputs is not None)
         self.progress = TrainingProgress()
         self.step_losses = torch.zeros(0)
@@ -98,15 +98,15 @@ class TrainingModule(lightning.LightningModule):
         self.strict_loading = False  # a checkpoint has only the trained parameters
 
     def configure_model(self) -> None:
-        """Prepares the model, once. Under `ModelParallelStrategy` each process then keeps its share of the weights."""
+        """Prepares the model at the first call. With `ModelParallelStrategy`, each process keeps its shard."""
         if "model" in self._modules:
             return
         with torch.device("cpu"):  # Lightning makes the GPU the default device here, but initial values are CPU draws
             model = prepare_model(self.config, self.base)
         if self._device_mesh is not None:
-            leave_trained = isinstance(self.config.method, LoraConfig)
+            keep_trained_whole = isinstance(self.config.method, LoraConfig)
             mesh = self._device_mesh["data_parallel"]
-            shard_model(model, mesh, leave_trained=leave_trained, files=self.base.files)
+            shard_model(model, mesh, keep_trained_whole=keep_trained_whole, files=self.base.files)
         self.model = model
         # Each process draws the dropout masks of its own examples, so it needs its own random stream.
         torch.manual_seed(dropout_seed(self.config.seeds.dropout, rank=self.global_rank))
@@ -140,9 +140,9 @@ class TrainingModule(lightning.LightningModule):
     def configure_optimizers(self) -> Any:
         config, steps = self.config, self.trainer.max_steps
         groups = self.method.trainable_groups(self.model, lr_ratio_b=config.optim.lr_ratio_b)
-        groups = refine_groups(self.model, groups, config.optim, head=self.base.new_head_names)
+        groups = split_by_learning_rate(self.model, groups, config.optim, head_names=self.base.new_head_names)
         optimizer = build_optimizer(config.optim, groups)
-        if steps > 0:  # without `max_steps` of the Trainer, `trainer.max_steps` is the length of the schedule
+        if steps > 0:  # otherwise the Trainer has no `max_steps`, and the schedule has the length `trainer.max_steps`
             config = replace(config, trainer=replace(config.trainer, max_steps=steps))
         schedule = build_schedule(config, optimizer)
         stepped: dict[str, Any] = {"scheduler": schedule, "interval": "step"}
@@ -160,8 +160,8 @@ class TrainingModule(lightning.LightningModule):
         self._micro_losses.append(share.detach())
         self._micro_tokens.append(batch["num_tokens"])
         self._micro_positions += batch["input_ids"].numel() if "input_ids" in batch else int(batch["num_tokens"])
-        # Lightning divides by the number of micro-batches, and its strategies by the number of processes. The shares
-        # must be added up instead.
+        # Each share is already divided by the weight of the whole step, so shares must be added up. Lightning averages
+        # over micro-batches, and its strategies average over processes, which this factor reverses.
         return share * self.accumulate * self.trainer.world_size
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -179,7 +179,8 @@ class TrainingModule(lightning.LightningModule):
         self.progress.tokens = tokens + self.progress.tokens
         self.progress.positions += positions
         self.step_losses = losses
-        # Under `accumulate_grad_batches` a step has several batches, over which Lightning takes the mean.
+        # With a user's `accumulate_grad_batches` a step has several batches. Lightning averages their gradients, so the
+        # logged loss is their mean, too.
         self.log("train/loss", losses.sum().float() * (self.accumulate / len(losses)), prog_bar=True)
         self.log("train/lr", optimizer.param_groups[0]["lr"])
 
@@ -200,7 +201,8 @@ class TrainingModule(lightning.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         scores = self.task.score(self.model, batch)
-        # If there are fewer examples than processes, some evaluate an example of infinite weight, which must not count.
+        # If there are fewer examples than processes, some processes get an example that must not count. Its step weight
+        # is infinite.
         counts = batch["step_weight"].isfinite().expand(len(scores.loss))
         self.evaluation.update(scores.map(lambda values: values[counts]))
 
@@ -212,7 +214,7 @@ class TrainingModule(lightning.LightningModule):
                     scheduler.step(values["loss"])
 
     def on_test_epoch_start(self) -> None:
-        # bits per byte need the number of bytes of the test text
+        # the metric bits per byte needs the bytes of the test text, not of the validation text
         if (data := self._data_module()) is not None:
             self.evaluation.task = data.splits.task_of(data.splits.test())
 
@@ -256,10 +258,11 @@ class TrainingModule(lightning.LightningModule):
             )
         self.progress = TrainingProgress.from_state(checkpoint["progress"])
         streams = checkpoint["dropout_streams"]
-        if self._trainer is not None and self.global_rank < len(streams):  # fewer processes may have written it
+        if self._trainer is not None and self.global_rank < len(streams):  # the checkpoint may have fewer processes
             torch.set_rng_state(streams[self.global_rank])
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:  # noqa: FBT001, FBT002
+        # Not strict, because a checkpoint never has the base's weights.
         found = super().load_state_dict(state_dict, strict=False, assign=assign)
         trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         wrong = sorted(trained.intersection(found.missing_keys)) + found.unexpected_keys

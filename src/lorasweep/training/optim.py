@@ -17,12 +17,16 @@ from lorasweep.lora.patterns import get_block_index
 from lorasweep.methods import ParameterGroup
 
 
-def refine_groups(
-    model: nn.Module, groups: Sequence[ParameterGroup], config: OptimConfig | OptimizerComponent, *, head: Sequence[str]
+def split_by_learning_rate(
+    model: nn.Module,
+    groups: Sequence[ParameterGroup],
+    config: OptimConfig | OptimizerComponent,
+    *,
+    head_names: Sequence[str],
 ) -> list[ParameterGroup]:
     """Returns a method's groups, split by the learning rates of `optim.lr_ratio_head` and `optim.layer_decay`.
 
-    `head` has the names of the model's new modules.
+    `head_names` are the names of the base's new modules, such as a classifier's head.
     """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     top = max((block for block in map(get_block_index, names.values()) if block is not None), default=-1)
@@ -30,8 +34,8 @@ def refine_groups(
     for group in groups:
         for parameter in group.params:
             name = names[id(parameter)]
-            # LoRA's group `other` has the modules that train in full beside A and B
-            is_head = group.name == "other" or name.startswith(tuple(f"{module}." for module in head))
+            # LoRA's group `other` has the modules that train in full, beside A and B
+            is_head = group.name == "other" or name.startswith(tuple(f"{module}." for module in head_names))
             factor = group.lr_factor * (config.lr_ratio_head if is_head else 1.0)
             factor *= config.layer_decay ** _blocks_above(name, top=top)
             refined.setdefault((group.name, factor), []).append(parameter)
@@ -50,24 +54,24 @@ def build_optimizer(
     config: OptimConfig | OptimizerComponent, groups: Sequence[ParameterGroup]
 ) -> torch.optim.Optimizer:
     """Returns AdamW or the optimizer of `optim._target_`. Vectors (norms, biases) have no weight decay."""
-    options: list[dict[str, Any]] = []
+    param_groups: list[dict[str, Any]] = []
     for group in groups:
         for decays in (True, False):
             params = [p for p in group.params if (p.ndim >= 2) == decays]
             if params:
                 decay = config.weight_decay if decays else 0.0
-                options.append({"params": params, "lr": config.lr * group.lr_factor, "weight_decay": decay})
+                param_groups.append({"params": params, "lr": config.lr * group.lr_factor, "weight_decay": decay})
     if isinstance(config, OptimizerComponent):
-        optimizer = _build_component(config, options)
+        optimizer = _build_component(config, param_groups)
     else:
-        optimizer = torch.optim.AdamW(options, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
-    # Lightning forbids clipping for optimizers that unscale gradients by themselves, as fused AdamW does. bf16 has no
-    # gradient scaler, so clipping is right.
+        optimizer = torch.optim.AdamW(param_groups, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
+    # Lightning forbids clipping for optimizers that can unscale gradients by themselves, such as fused AdamW. But bf16
+    # needs no gradient scaler, so clipping is right.
     setattr(optimizer, "_step_supports_amp_scaling", False)  # noqa: B010 (no attribute that mypy knows)
     return optimizer
 
 
-def _build_component(config: OptimizerComponent, options: list[dict[str, Any]]) -> torch.optim.Optimizer:
+def _build_component(config: OptimizerComponent, param_groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     names, takes_any = argument_names(config.target, key="optim")
     if "weight_decay" not in names and not takes_any:
         if config.weight_decay:
@@ -75,9 +79,9 @@ def _build_component(config: OptimizerComponent, options: list[dict[str, Any]]) 
                 f"`optim.weight_decay` must be 0 with {config.target!r}, but got {config.weight_decay!r}. "
                 "This optimizer has no weight decay."
             )
-        for group in options:
+        for group in param_groups:
             del group["weight_decay"]
-    return instantiate(config, key="optim", expected=torch.optim.Optimizer, params=options, lr=config.lr)
+    return instantiate(config, key="optim", expected=torch.optim.Optimizer, params=param_groups, lr=config.lr)
 
 
 def check_optim(config: RunConfig) -> None:
@@ -89,21 +93,21 @@ def check_optim(config: RunConfig) -> None:
 def schedule_factor(config: ScheduleConfig, step: int, *, max_steps: int, lr: float) -> float:
     """Returns the factor of the peak learning rate `lr` after `step` of `max_steps` optimizer steps.
 
-    The factor rises linearly over `warmup_fraction` of the steps. Over the remaining steps it is the factor of
-    transformers' `get_scheduler` without warm-up.
-    *Differs:* transformers' warm-up begins at 0, so that its first step changes nothing.
+    The factor rises linearly over `warmup_fraction` of the steps. Then it is the factor of transformers'
+    `get_scheduler` without warm-up.
+    *Differs:* transformers' warm-up begins at 0, so its first step does not train.
     """
     warmup = math.ceil(config.warmup_fraction * max_steps)
     if step < warmup:
         return (step + 1) / (warmup + 1)
     num_decay_steps = max(max_steps - warmup, 1)
-    decay = _decay(config, num_decay_steps, max_steps, lr)
+    decay = _build_decay(config, num_decay_steps, max_steps, lr)
     return float(decay(min(step - warmup, num_decay_steps)))
 
 
 @functools.lru_cache(maxsize=256)
-def _decay(config: ScheduleConfig, num_steps: int, max_steps: int, lr: float) -> Callable[[int], float]:
-    """Returns the function of transformers' schedule from a step after the warm-up to the factor."""
+def _build_decay(config: ScheduleConfig, num_steps: int, max_steps: int, lr: float) -> Callable[[int], float]:
+    """Returns a function that maps the number of steps after the warm-up to the factor of the learning rate."""
     from transformers import get_scheduler  # noqa: PLC0415 (slow to start)
 
     arguments = dict(config.arguments)

@@ -17,7 +17,8 @@ from lorasweep.training.optim import check_optim
 
 def prepare_model(config: RunConfig, base: BaseModel) -> nn.Module:
     """Returns the prepared model. It shares the base's weights, which are never written."""
-    # Seeded before and after, so that neither earlier draws nor those of the method change the dropout masks.
+    # The global seed is set before the method draws, and again after it: neither earlier draws nor the method's draws
+    # may change the dropout masks.
     torch.manual_seed(config.seeds.dropout)
     model = copy_sharing_weights(base.model)
     generator = torch.Generator().manual_seed(config.seeds.init)

@@ -1,7 +1,7 @@
-"""The processes that train one run together: how they start, connect and agree.
+"""Starts and connects the processes that train one run together, and lets them agree.
 
-Lightning, torchrun, srun or Ray start them; Lightning's strategies make them train together. The first process alone
-writes the run's folder. If a process fails it ends, and its launcher then ends the others, so that none waits for it.
+Lightning, torchrun, srun or Ray launch the processes. Only the first process writes the run's folder. A process that
+fails ends. Its launcher then ends the other processes, because they would wait for it.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from lorasweep.training.environment import resolve_device
 from lorasweep.training.fsdp import FsdpStrategy
 
 T = TypeVar("T")
-Group: TypeAlias = Fabric | Strategy
-"""A group of processes that can agree: Lightning's Fabric, or the strategy of a Trainer."""
+ProcessGroup: TypeAlias = Fabric | Strategy
+"""Sends values between the processes of a run: Lightning's Fabric, or the strategy of a Trainer."""
 IRRELEVANT_WARNINGS = (
     ".*does not have many workers.*",  # the data is in memory
     ".*this fit will run with no optimizer.*",  # a pack has one outside of Lightning
@@ -44,7 +44,7 @@ IRRELEVANT_WARNINGS = (
 
 
 class Launch(NamedTuple):
-    """How the processes of a run are started, and how many there are."""
+    """Who starts the processes of a run, and the number of processes."""
 
     environment: ClusterEnvironment
     devices: int
@@ -52,8 +52,8 @@ class Launch(NamedTuple):
     num_nodes: int
 
     @property
-    def size(self) -> int:
-        """Processes on all nodes."""
+    def num_processes(self) -> int:
+        """Number of processes on all nodes."""
         return self.devices * self.num_nodes
 
 
@@ -82,7 +82,7 @@ def quiet_lightning() -> Iterator[None]:
 
 
 def find_launch(config: TrainerConfig) -> Launch:
-    """Returns how the processes of a run are started: by torchrun or Ray, by srun, or else by Lightning."""
+    """Returns who starts the processes of a run: torchrun or Ray, srun, or else Lightning."""
     environ = os.environ
     if TorchElasticEnvironment.detect():  # Ray sets the same variables
         size, num_nodes = int(environ.get("WORLD_SIZE", 1)), int(environ.get("GROUP_WORLD_SIZE", 1))
@@ -99,21 +99,21 @@ def find_launch(config: TrainerConfig) -> Launch:
     if config.devices != "auto" and config.devices * config.num_nodes != size:
         raise ConfigError(
             f"`trainer.devices` times `trainer.num_nodes` must be {size}, the number of launched processes, but got "
-            f"{config.devices!r} and {config.num_nodes!r}. Change these settings or launch another number."
+            f"{config.devices!r} and {config.num_nodes!r}. Change these settings or the number of launched processes."
         )
     return Launch(environment, size // num_nodes, num_nodes)
 
 
 def is_distributed(config: TrainerConfig, launch: Launch) -> bool:
     """Returns whether a run needs a process group."""
-    return launch.size > 1 or config.strategy != "auto"
+    return launch.num_processes > 1 or config.strategy != "auto"
 
 
 @contextmanager
 def join_processes(config: TrainerConfig) -> Iterator[Fabric]:
     """Starts the processes of a run, unless torchrun or srun has started them, and connects them inside the block.
 
-    An inner block joins the group of the outer one. Lightning starts processes by running the command again.
+    An inner block uses the processes of the outer block. Lightning starts a process by running this command again.
     """
     launch = find_launch(config)
     with quiet_lightning():
@@ -132,10 +132,10 @@ def join_processes(config: TrainerConfig) -> Iterator[Fabric]:
     try:
         yield fabric
         if is_outer:
-            fabric.barrier()  # a launcher could take a process that ends before the others for a failure
+            fabric.barrier()  # if one process ended early, its launcher could treat that as a failure
     except BaseException:
         for child in getattr(fabric.strategy.launcher, "procs", ()) if is_outer else ():
-            child.kill()  # it may wait for this process, and writes no files
+            child.kill()  # it may be waiting for this process. It writes no files that could be damaged
         raise
     finally:
         if is_outer and dist.is_initialized():
@@ -143,10 +143,10 @@ def join_processes(config: TrainerConfig) -> Iterator[Fabric]:
 
 
 def _connect_under_torchrun(fabric: Fabric) -> None:
-    """Creates the process group under keys that no earlier start has used.
+    """Creates the process group, with keys in torchrun's store that are new after each restart.
 
-    torchrun keeps its store when it restarts processes. Under the same keys the new processes would find the addresses
-    of the old ones.
+    torchrun keeps its store when it restarts processes. With the same keys, the new processes would find the addresses
+    of the ended processes.
     """
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     store = next(rendezvous("env://", rank, size))[0]
@@ -162,15 +162,17 @@ def build_strategy(config: TrainerConfig, launch: Launch) -> Strategy | str:
             raise ConfigError("`trainer.strategy` must be fsdp for `ModelParallelStrategy`, but got its class.")
         return instantiate(config.strategy, key="trainer.strategy", expected=Strategy)  # type: ignore[type-abstract]
     if config.is_sharded:
-        return FsdpStrategy(data_parallel_size=launch.size, tensor_parallel_size=1, save_distributed_checkpoint=False)
+        return FsdpStrategy(
+            data_parallel_size=launch.num_processes, tensor_parallel_size=1, save_distributed_checkpoint=False
+        )
     return "ddp" if config.strategy == "auto" and is_distributed(config, launch) else config.strategy
 
 
-def on_first(group: Group, action: Callable[[], T]) -> T:
+def run_on_first(group: ProcessGroup, action: Callable[[], T]) -> T:
     """Runs an action on the first process. Returns its result, or raises its error, on every process.
 
     Raises:
-        RunError: On the other processes, instead of an error that is no `LoraSweepError`.
+        RunError: Raised on the other processes if the action's error is not a `LoraSweepError`.
     """
     outcome: tuple[Any, Exception | None] = (None, None)
     if group.is_global_zero:
@@ -178,6 +180,7 @@ def on_first(group: Group, action: Callable[[], T]) -> T:
             outcome = (action(), None)
         except Exception as error:
             ours = isinstance(error, LoraSweepError)
+            # sent before it is raised, because the other processes wait for the outcome
             group.broadcast((None, error if ours else RunError(f"the first process failed: {describe_error(error)}")))
             raise
     value, failure = group.broadcast(outcome)
@@ -188,7 +191,7 @@ def on_first(group: Group, action: Callable[[], T]) -> T:
 
 
 def require_same(values: dict[str, Any]) -> None:
-    """Refuses values that differ between processes. Keys are the settings that the values come from."""
+    """Raises `ConfigError` if a value differs between processes. A key is the setting that decides the value."""
     by_rank: list[Any] = [values] * dist.get_world_size()
     dist.all_gather_object(by_rank, values)
     for key in values:

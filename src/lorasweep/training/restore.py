@@ -1,4 +1,4 @@
-"""Settings, base model and weights of a run that was trained before, and which code its settings may load."""
+"""Restores the settings, the base model and the weights of a recorded run, and refuses code that is not trusted."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lorasweep.training.environment import DTYPES
 
 Settings: TypeAlias = RunConfig | Sequence[str] | Mapping[str, Any]
 """Settings of a run: a `RunConfig`, the arguments of `lorasweep train` (`["method.rank=8"]`), or a nested mapping."""
-CHANGEABLE = {f"trainer.{name}" for name in ("strategy", "devices", "num_nodes", "device", "progress")}
+CHANGEABLE_SETTINGS = {f"trainer.{name}" for name in ("strategy", "devices", "num_nodes", "device", "progress")}
 """Settings that may change when a run resumes, because they do not change what it learns."""
 
 
@@ -28,7 +28,8 @@ def read_settings(given: Settings, *, trust: bool = False) -> RunConfig:
     """Returns the settings of a run.
 
     Args:
-        given: Settings in one of three forms. A nested mapping comes from a checkpoint, which may be anyone's.
+        given: Settings in one of three forms. A nested mapping is not trusted, because it may come from a checkpoint of
+            an unknown author.
         trust: Whether code and pickles that a nested mapping names may be loaded.
 
     Raises:
@@ -62,7 +63,7 @@ def restore_config(record: RunRecord) -> RunConfig:
 def require_trusted_code(config: RunConfig, *, trust: bool = False, option: str | None = None) -> None:
     """Refuses settings that name code or a pickle from a package that is not trusted.
 
-    A sweep file, a record or a checkpoint may come from anyone.
+    A sweep file, a record or a checkpoint may come from an unknown author.
 
     Args:
         config: The settings.
@@ -70,11 +71,11 @@ def require_trusted_code(config: RunConfig, *, trust: bool = False, option: str 
         option: The option that sets `trust`, for the message. None: the remedy is `trust=[PACKAGE]`.
     """
     factories = {"model.factory": config.model.factory, "data.factory": getattr(config.data, "factory", None)}
-    named = [(key, name, package_of(name)) for key, name in factories.items() if name]
+    loaded_code = [(key, name, package_of(name)) for key, name in factories.items() if name]
     for key, package in PACKAGES_OF_FLAGS.items():
         if getattr(config.model, key.removeprefix("model.")):
-            named.append((key, True, package))
-    for key, value, package in named:
+            loaded_code.append((key, True, package))
+    for key, value, package in loaded_code:
         if not (trust or is_trusted(package)):
             remedy = f"give `{option}`" if option else f"add `trust=[{package}]` to the command line"
             raise ConfigError(
@@ -85,16 +86,17 @@ def require_trusted_code(config: RunConfig, *, trust: bool = False, option: str 
 
 def check_same_run(record: RunRecord, config: RunConfig) -> None:
     """Refuses to resume a run with settings that change what it learns."""
-    before, now = (_flatten(as_settings(settings)) for settings in (restore_config(record), config))
-    for key, value in now.items():
-        if key not in CHANGEABLE and before.get(key) != value:
+    recorded, current = (_flatten(as_settings(settings)) for settings in (restore_config(record), config))
+    for key, value in current.items():
+        if key not in CHANGEABLE_SETTINGS and recorded.get(key) != value:
             raise ConfigError(
-                f"`{key}` must be {before.get(key)!r} as when the run began, but got {value!r}. "
+                f"`{key}` must be {recorded.get(key)!r} as when the run began, but got {value!r}. "
                 "For another run remove `resume`."
             )
 
 
 def _flatten(settings: dict[str, Any]) -> dict[str, Any]:
+    """Returns settings by keys of at most two names: `optim.lr`, `seed`. Deeper values stay nested."""
     groups = {name: values if isinstance(values, dict) else {"": values} for name, values in settings.items()}
     return {f"{name}.{key}".rstrip("."): value for name, values in groups.items() for key, value in values.items()}
 
@@ -103,7 +105,7 @@ def restore_base(record: RunRecord, config: RunConfig) -> BaseModel:
     """Loads the base model of a run, in the run's precision.
 
     Raises:
-        RecordError: The weights have changed since the run.
+        RecordError: The model's fingerprint differs from the recorded fingerprint.
     """
     precision, stored = record.platform["precision"], record.base.get("labels")
     labels = None if stored is None else build(Labels, stored)
@@ -120,7 +122,7 @@ def restore_base(record: RunRecord, config: RunConfig) -> BaseModel:
 def restore_model(config: RunConfig, base: BaseModel, *, folder: Path) -> nn.Module:
     """Returns a copy of the base with the weights in `folder` (a run's `best` or `last`), in evaluation mode."""
     method, model = METHODS[config.method.name], copy_sharing_weights(base.model)
-    # An adapter is loaded without `prepare`: PiSSA would compute its initial values again, and round differently here.
+    # Without `prepare` for LoRA: PiSSA would compute the initial values again, and this machine may round differently.
     if config.method.name != "lora":
         method.prepare(
             model,

@@ -1,4 +1,4 @@
-"""One run: composes base model, data, method, LightningModule and Trainer, and keeps the run's record."""
+"""Trains one run under Lightning, and writes its record."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ from lorasweep.training.processes import (
     build_strategy,
     find_launch,
     join_processes,
-    on_first,
     quiet_lightning,
     require_same,
+    run_on_first,
 )
-from lorasweep.training.run_log import RunFolder, RunLog, end_at_evaluation, open_record
+from lorasweep.training.run_log import RunFolder, RunLog, find_end, open_record
 
 
 def never_stop() -> bool:
@@ -57,24 +57,25 @@ def train_run(
 ) -> RunRecord:
     """Trains one run and returns its record, which is also in its folder.
 
-    If several processes train the run, each of them calls this function; the first alone writes and reports. A killed
-    run may report evaluations again, with the same values. A run that runs out of memory begins again with
-    micro-batches of half the size, down to one example. It learns the same, because the batch of a step stays the same.
+    If several processes train the run, each process calls this function, but only the first process writes and reports.
+    A run that resumes after a kill may report evaluations again, with the same values. If memory runs out, the run
+    begins again with micro-batches of half the size, down to one example. It learns the same, because the batch of a
+    step stays the same.
 
     Args:
         config: The run's settings. `inputs` must have their model, data and precision.
         run_folder: The folder of the run, and its arm and trial.
         inputs: Base model and data.
-        on_evaluation: Takes the step and the metrics of every evaluation, and returns whether the run continues. Its
-            answer has no effect at the last step and when early stopping ends the run.
-        stop_requested: Called after every step. Returns whether to stop with a checkpoint (status `interrupted`).
+        on_evaluation: Gets the step and the metrics of every evaluation, and returns whether the run continues. The
+            answer has no effect at the last step, or if early stopping ends the run.
+        stop_requested: Called after every step. If it returns True, the run stops with a checkpoint (`interrupted`).
         resume: Whether to resume from the newest checkpoint in the folder, if there is one.
 
     Raises:
         Diverged: The loss became NaN or infinite. The record says `failed`.
         OutOfMemory: One example per micro-batch does not fit. The record says `infeasible`.
-        RanksLost: Another process is gone, or one of several ran out of memory. The record says `interrupted`, and the
-            run resumes, with smaller micro-batches if memory ran out, when it is started again.
+        RanksLost: Another process is gone, or one of several processes ran out of memory. The record says
+            `interrupted`. The next call with `resume` resumes the run, or begins it with smaller micro-batches.
     """
     too_large: list[int] = []
     while True:
@@ -97,8 +98,8 @@ def train_run(
             if group.world_size > 1 or micro_batches >= config.trainer.batch_size or not record.steps_planned:
                 raise
             too_large.append(micro_batches)
-        resume = False  # begin again, so that the run has one number of micro-batches and can be repeated
-        # not in the handler, where the traceback holds the tensors of the attempt
+        resume = False  # a run with two different numbers of micro-batches could not be reproduced
+        # Memory is freed outside of the handler: inside, the traceback still holds the tensors of the attempt.
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -106,7 +107,7 @@ def train_run(
 
 @dataclass(kw_only=True)
 class _Session:
-    """One training from its beginning or a checkpoint to an end or an error, on each of its processes."""
+    """Trains a run once, from its beginning or a checkpoint until it ends or fails. Each process has a session."""
 
     config: RunConfig
     run_folder: RunFolder
@@ -115,18 +116,20 @@ class _Session:
     on_evaluation: OnEvaluation
     stop_requested: Callable[[], bool]
     log: RunLog | None = None
-    """Writes the run's folder; only on the first process."""
+    """Writes the run's folder. Only the first process has a log."""
 
     def run(self, *, resume: bool, too_large: list[int]) -> RunRecord:
-        """Trains to an end or an error, and closes the record.
+        """Trains until the run ends or fails, and closes the record.
 
-        `too_large` has the micro-batches per step of the attempts that ran out of memory, in order.
+        `too_large` has the micro-batches per step of each earlier attempt that ran out of memory.
         """
         folder = self.run_folder.path
-        record, checkpoint, start_step = on_first(self.group, lambda: self._open(resume=resume, too_large=too_large))
-        end = None if checkpoint is None else end_at_evaluation(record, self.config.trainer, pauses=False)
-        if end is not None:  # killed after its last evaluation, which must not be written a second time
-            return on_first(self.group, lambda: self._close(*end))
+        record, checkpoint, start_step = run_on_first(
+            self.group, lambda: self._open(resume=resume, too_large=too_large)
+        )
+        end = None if checkpoint is None else find_end(record, self.config.trainer, should_pause=False)
+        if end is not None:  # killed after the last evaluation, which must not be written twice
+            return run_on_first(self.group, lambda: self._close(*end))
         reset_peak_memory()
         callback = RunCallback(
             on_evaluation=self.on_evaluation,
@@ -145,29 +148,29 @@ class _Session:
             error = explain_failure(caught, group=self.group, folder=folder, micro_batches=micro_batches)
             if self.log is not None:
                 status = status_after(error, folder)
-                # a paused run stays paused, whatever ends the process
+                # a paused run stays paused if the process is interrupted afterwards
                 if (self.log.record.status, status) != ("paused", "interrupted"):
                     self._close(status, describe_failure(error))
             if error is caught:
                 raise
             raise error from caught
-        return on_first(self.group, lambda: self._close(status, reason))
+        return run_on_first(self.group, lambda: self._close(status, reason))
 
     def _open(self, *, resume: bool, too_large: list[int]) -> tuple[RunRecord, Path | None, int]:
         """Opens record and log on the first process. Returns the record, the checkpoint to resume from and its step."""
         config, folder, inputs = self.config, self.run_folder.path, self.inputs
         did_not_fit = take_failure_note(folder) if resume else None
-        if did_not_fit is not None:  # one of several processes ran out of memory, and the run was started again
+        if did_not_fit is not None:  # one of several processes ran out of memory in the last attempt
             too_large = [*read_run(folder).batching.get("too_large", []), did_not_fit]
-        # a run of two numbers of micro-batches can't be repeated, so an attempt with more of them begins at step 0
+        # An attempt with more micro-batches begins at step 0: a run with two different numbers can't be reproduced.
         found = find_checkpoint(folder, kind="last") if resume and not too_large else FoundCheckpoint()
         record = open_record(config, self.run_folder, inputs, found=found, num_processes=self.group.world_size)
-        before = record.batching
-        too_large = too_large or before.get("too_large", [])
+        earlier_batching = record.batching
+        too_large = too_large or earlier_batching.get("too_large", [])
         if too_large:
             accumulate = min(2 * too_large[-1], config.trainer.batch_size)
-        elif "micro_batches" in before:  # a resumed run keeps the number with which it began
-            accumulate = int(before["micro_batches"])
+        elif "micro_batches" in earlier_batching:  # a resumed run keeps its number
+            accumulate = int(earlier_batching["micro_batches"])
         else:
             accumulate = resolve_accumulate(config.trainer, inputs.splits.train)
         record.batching = describe_batching(inputs, config.trainer, accumulate=accumulate)
@@ -180,9 +183,9 @@ class _Session:
         return record, found.path, found.step
 
     def _close(self, status: RunStatus, reason: str | None) -> RunRecord:
-        """Writes the record of the session's end on the first process, and removes checkpoints that nobody needs."""
+        """Writes the final record and removes the checkpoints, unless the run can resume from them."""
         assert self.log is not None
-        if status != "paused":  # `RunCallback` has closed a paused run, before its checkpoint
+        if status != "paused":  # `RunCallback` has already closed a paused run
             self.log.close(status, reason)
             if status != "interrupted":
                 remove_checkpoints(self.run_folder.path)
@@ -191,13 +194,13 @@ class _Session:
     def _train(
         self, record: RunRecord, callback: RunCallback, *, checkpoint: Path | None
     ) -> tuple[RunStatus, str | None]:
-        """Trains, notes the progress in the record, and returns the session's status and its reason."""
+        """Trains, writes the progress into the record, and returns the run's status and its reason."""
         config, inputs = self.config, self.inputs
         accumulate = int(record.batching["micro_batches"])
         module = TrainingModule(config, base=inputs.base, task=inputs.splits.task, accumulate=accumulate)
         data = DataModule(config, splits=inputs.splits, accumulate=accumulate)
-        # At the end of an evaluation the user's callbacks come first, because our checkpoint keeps their state. The
-        # averaging comes last: all others must see the model with the averaged weights.
+        # At the end of an evaluation Lightning calls them in this order. The user's callbacks come first, because our
+        # checkpoint keeps their state. The averaging comes last, because the others need the averaged weights.
         callbacks = [*build_callbacks(config), callback]
         if config.optim.ema_decay is not None:
             callbacks.append(WeightAveraging(config.optim.ema_decay))
@@ -208,7 +211,9 @@ class _Session:
                 trainer = self._build_trainer(accumulate, callbacks, loggers)
                 if record.steps_planned:
                     trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
-                if callback.evaluated_step != trainer.global_step:  # the last steps did not fill an interval
+                if (
+                    callback.evaluated_step != trainer.global_step
+                ):  # the last steps are fewer than `trainer.eval_every_steps`
                     trainer.validate(module, datamodule=data, verbose=False)
         except RunStopped:
             status = "interrupted"
@@ -217,15 +222,15 @@ class _Session:
         if self.log is None:
             return status, None
         record = self.log.record
-        module.progress.note_in(record)
-        stopped_at = f"step {trainer.global_step} of {record.steps_planned}"
-        if callback.paused:
+        module.progress.write_to(record)
+        progress = f"step {trainer.global_step} of {record.steps_planned}"
+        if callback.is_paused:
             return "paused", record.reason
         if status == "interrupted":
             record.steps_done = trainer.global_step
-            return status, f"stopped at {stopped_at}"
+            return status, f"stopped at {progress}"
         if trainer.global_step < record.steps_planned and record.reason is None:
-            return status, f"a callback stopped it at {stopped_at}"
+            return status, f"a callback stopped it at {progress}"
         return status, record.reason
 
     def _build_trainer(
@@ -233,11 +238,11 @@ class _Session:
     ) -> lightning.Trainer:
         config, settings = self.config, self.config.trainer
         launch = find_launch(settings)
-        show = (
+        shows_progress = (
             self.group.is_global_zero and settings.progress and config.method.name != "frozen" and sys.stderr.isatty()
         )
         has_bar = any(isinstance(callback, ProgressBar) for callback in callbacks)
-        if show and not has_bar:
+        if shows_progress and not has_bar:
             callbacks = [*callbacks, TQDMProgressBar(refresh_rate=1)]
         trainer = lightning.Trainer(
             accelerator=resolve_device(settings),
@@ -256,13 +261,13 @@ class _Session:
             num_sanity_val_steps=0,
             log_every_n_steps=max(1, settings.max_steps // 200),
             enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
-            enable_progress_bar=show or has_bar,
+            enable_progress_bar=shows_progress or has_bar,
             enable_model_summary=False,
             accumulate_grad_batches=accumulate,
             gradient_clip_val=config.optim.clip_norm,  # the module clips by itself, except under DeepSpeed
             default_root_dir=self.run_folder.path,
         )
         # Lightning's SIGTERM handler sends a message to the other processes, whatever they are doing, and raises in the
-        # middle of a step. The process keeps its own handler instead.
+        # middle of a step. So it must not replace the handler of this process.
         trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
         return trainer

@@ -1,6 +1,6 @@
-"""The folder of a run while it trains: its record, its step log, its best and its last weights.
+"""Writes the folder of a run while it trains: the record, the step log, and the best and last weights.
 
-`callbacks` writes it for a run alone, `packs.slots` for each slot of a pack.
+`callbacks` uses this module for a run alone, and `packs.slots` for each slot of a pack.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from lorasweep.training.environment import (
 from lorasweep.training.inputs import RunInputs
 
 Metrics = dict[str, float]
-"""Metrics of one evaluation by name."""
+"""Metrics of one evaluation, by name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,36 +59,36 @@ class RunFolder:
 
 
 class RunLog:
-    """Writes the record, the step metrics and the weights of one session of a run.
+    """Writes the record, the step log and the weights of a run until it ends or is interrupted.
 
-    Losses stay on the device until `flush`, so that no step waits for a GPU.
+    Losses stay on the GPU until `flush`, so that no step waits for the GPU.
     """
 
     def __init__(self, record: RunRecord, folder: Path, *, start_step: int) -> None:
-        """Removes what the folder has after the step at which the session begins, and writes the record."""
+        """Writes the record. Removes checkpoints and log rows after `start_step`: the run repeats these steps."""
         self.record = record
         self.folder = folder
         self._pending: list[tuple[int, Tensor, float]] = []
-        self._before_s, self._started = record.wall_s, time.monotonic()
+        self._earlier_wall_s, self._started_at = record.wall_s, time.monotonic()
         folder.mkdir(parents=True, exist_ok=True)
         for subfolder in (folder, folder / "best", folder / "last"):
             remove_leftovers(subfolder)
-        # Checkpoints first: a process that is killed in between must not leave a checkpoint without its rows.
+        # Checkpoints first: a process that is killed in between must not leave a checkpoint whose log rows are missing.
         remove_checkpoints(folder, after_step=start_step)
-        _keep_rows_up_to(folder / STEPS_FILE, start_step)
+        _remove_rows_after(folder / STEPS_FILE, start_step)
         if "patch" in record.code and not (folder / PATCH_FILE).exists():
             write_atomically(folder / PATCH_FILE, code_patch())
         write_record(record, folder)
 
     def note_step(self, step: int, losses: Tensor, lr: float) -> None:
-        """Keeps each micro-batch's share of a step's loss, and the learning rate, until the next flush."""
+        """Keeps a step until the next flush. `losses` has each micro-batch's share of the step's loss."""
         self._pending.append((step, losses, lr))
 
     def flush(self, tokens_per_s: float) -> list[dict[str, Any]]:
-        """Writes the steps since the last flush, and returns them as rows of the step log.
+        """Writes the steps since the last flush into the step log, and returns these rows.
 
         Raises:
-            Diverged: One of their losses is NaN or infinite.
+            Diverged: A loss is NaN or infinite. All rows have been written.
         """
         rows: list[dict[str, Any]] = []
         for step, losses, lr in self._pending:
@@ -102,31 +102,31 @@ class RunLog:
                 raise Diverged(f"the training loss became NaN or infinite at step {row['step']}. Lower `optim.lr`.")
         return rows
 
-    def note_evaluation(self, step: int, values: Metrics, *, save: Callable[[Path], None]) -> None:
-        """Writes the evaluation after `step` steps, the best and last weights, and the record.
+    def write_evaluation(self, step: int, metrics: Metrics, *, save: Callable[[Path], None]) -> None:
+        """Writes an evaluation after `step` steps, the best and last weights, and the record.
 
-        `save` writes the present weights into a folder.
+        `save` writes the current weights into a folder.
 
         Raises:
             Diverged: The score is NaN or infinite.
         """
-        value = values[self.record.metric]
+        value = metrics[self.record.metric]
         if not math.isfinite(value):
             raise Diverged(f"the validation {self.record.metric} became {value!r} at step {step}. Lower `optim.lr`.")
-        self._append([{"step": step, "validation": values}])
-        if note_score(self.record, step, values):
+        self._append([{"step": step, "validation": metrics}])
+        if update_score(self.record, step, metrics):
             save(self.folder / "best")
         if self.record.steps_planned:
             save(self.folder / "last")
         write_record(self.record, self.folder)
 
     def close(self, status: RunStatus, reason: str | None, *, wall_s: float | None = None) -> None:
-        """Writes the record of the session's end, with the checksums of the kept weights.
+        """Writes the final record, with the checksums of the kept weights.
 
-        `wall_s` is the session's duration. None: measured since the object was created.
+        `wall_s` is the time that the run took since this object was created. None: the wall-clock time.
         """
         record, folder = self.record, self.folder
-        record.wall_s = self._before_s + (time.monotonic() - self._started if wall_s is None else wall_s)
+        record.wall_s = self._earlier_wall_s + (time.monotonic() - self._started_at if wall_s is None else wall_s)
         record.status, record.reason, record.ended_at = status, reason, utc_now()
         record.peak_memory_bytes = peak_memory_bytes()
         kept = [path for name in ("best", "last") for path in sorted((folder / name).glob("*")) if path.is_file()]
@@ -141,21 +141,21 @@ class RunLog:
         with (self.folder / STEPS_FILE).open("a") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
             file.flush()
-            os.fsync(file.fileno())  # the checkpoint that is written next relies on these rows
+            os.fsync(file.fileno())  # a checkpoint that is written next must not outlive these rows
 
 
-def note_score(record: RunRecord, step: int, values: Metrics) -> bool:
-    """Writes an evaluation into a record, and returns whether its score is the best so far."""
-    record.last, record.steps_done = {"step": step, **values}, step
+def update_score(record: RunRecord, step: int, metrics: Metrics) -> bool:
+    """Puts an evaluation into a record, and returns whether its score is the best so far."""
+    record.last, record.steps_done = {"step": step, **metrics}, step
     sign = 1 if record.direction == "minimize" else -1
-    if record.score is not None and sign * values[record.metric] >= sign * record.score:
+    if record.score is not None and sign * metrics[record.metric] >= sign * record.score:
         return False
     record.best = dict(record.last)
     return True
 
 
-def _keep_rows_up_to(path: Path, step: int) -> None:
-    """Removes later steps from a step log, because the run repeats them."""
+def _remove_rows_after(path: Path, step: int) -> None:
+    """Removes later steps from a step log."""
     if not path.exists():
         return
     kept = []
@@ -172,7 +172,7 @@ def _keep_rows_up_to(path: Path, step: int) -> None:
 def open_record(
     config: RunConfig, run_folder: RunFolder, inputs: RunInputs, *, found: FoundCheckpoint, num_processes: int = 1
 ) -> RunRecord:
-    """Returns a new record, or the record in the folder as it was at the checkpoint that was found."""
+    """Returns a new record. If the run resumes, returns the record as it was at the checkpoint `found`."""
     if found.path is not None:
         return _reopen_record(run_folder.path, step=found.step, notes=found.notes)
     splits = {"train": inputs.splits.train, "validation": inputs.splits.validation}
@@ -206,36 +206,36 @@ def _reopen_record(folder: Path, *, step: int, notes: Sequence[str]) -> RunRecor
     record.status, record.reason, record.ended_at = "running", None, None
     record.test = {}
     if record.last.get("step", 0) > step:
-        # A killed run writes an evaluation before the checkpoint of that step, so its record may be ahead.
+        # An evaluation is written before the checkpoint of its step. So the record of a killed run may be ahead.
         record.best, record.last, record.steps_done = {}, {}, 0
         for row in read_steps(folder, having='"validation"'):
             if row["step"] <= step:
-                note_score(record, row["step"], row["validation"])
+                update_score(record, row["step"], row["validation"])
     return record
 
 
-def end_at_evaluation(record: RunRecord, config: TrainerConfig, *, pauses: bool) -> tuple[RunStatus, str | None] | None:
-    """Returns the status and reason with which a run ends at its last evaluation; None if it continues.
+def find_end(record: RunRecord, config: TrainerConfig, *, should_pause: bool) -> tuple[RunStatus, str | None] | None:
+    """Returns the status and reason if a run ends after its last evaluation; None if it continues.
 
-    A run that has no steps left, or that early stopping ends, is complete, even if `pauses` asks to pause it.
+    A run without remaining steps and a run that early stopping ends are complete, even if `should_pause` is true.
     """
-    step = record.last.get("step", 0)  # not `steps_done`, which is later in a run that was interrupted
+    step = record.last.get("step", 0)  # `steps_done` of an interrupted run may be later
     if step >= record.steps_planned:
         return "complete", None
     if config.early_stop_evaluations is not None and record.best:
         best_step = record.best["step"]
         if step - best_step >= config.early_stop_evaluations * config.eval_every_steps:
             return "complete", f"no better score since step {best_step:.0f}: stopped early at step {step}"
-    return ("paused", f"paused at step {step} of {record.steps_planned}") if pauses else None
+    return ("paused", f"paused at step {step} of {record.steps_planned}") if should_pause else None
 
 
 def prune_paused_run(folder: Path, *, reason: str) -> RunRecord:
-    """Marks a paused run as pruned, so that it can't resume, and returns its record. Repeated calls change nothing."""
+    """Marks a paused run as pruned, so that it can't resume. Returns its record. A second call changes nothing."""
     record = read_run(folder)
     if record.status not in ("paused", "pruned"):
         raise RecordError(f"a run must be paused before it is pruned, but {str(folder)!r} is {record.status}.")
     if record.status == "paused":
         record.status, record.reason = "pruned", reason
         write_record(record, folder)
-    remove_checkpoints(folder)  # again for a pruned run: its process may have been killed before it removed them
+    remove_checkpoints(folder)  # also if pruned: an earlier process may have been killed before this line
     return record

@@ -1,4 +1,4 @@
-"""Scores a model outside of training: on any split, a finished run on the test split, and its generated answers."""
+"""Scores a model on a split, scores a finished run on the test split, and scores generated answers."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from lorasweep.data.tasks import Evaluation, ExampleScores, Task
 from lorasweep.disk import csv_text, write_atomically
 from lorasweep.errors import ConfigError
 from lorasweep.record import TEST_SCORES_FILE, RunRecord, read_run, sha256_of, write_record
-from lorasweep.training.environment import device_of
+from lorasweep.training.environment import get_device
 from lorasweep.training.failures import convert_memory_errors
 from lorasweep.training.inputs import RunInputs
 from lorasweep.training.restore import restore_config, restore_model
 
-ROUGE = ("rouge1", "rouge2", "rougeL")
-MAX_LENGTH_RATIO = 1.5
-"""Maximum tokens of an answer, as a multiple of the tokens of the longest reference answer."""
+ROUGE_NAMES = ("rouge1", "rouge2", "rougeL")
+MAX_ANSWER_LENGTH_RATIO = 1.5
+"""Maximum length of a generated answer, divided by the length of the longest reference answer (in tokens)."""
 
 
 class Scores(NamedTuple):
@@ -38,14 +38,14 @@ class Scores(NamedTuple):
 
 
 def score_run(folder: Path, *, inputs: RunInputs) -> RunRecord:
-    """Scores a run's best weights on the test split and returns its record. A run that has test scores stays as it is.
+    """Scores a run's best weights on the test split, and returns the updated record. Skips a run that has test scores.
 
-    Writes `test_scores.csv` if the run's metric is a mean over examples, then the record.
+    If the run's metric is a mean over examples, also writes `test_scores.csv`.
 
     Raises:
         ConfigError: There is no test split, or it can't be read.
         RecordError: The record or the weights are missing or damaged.
-        OutOfMemory: The evaluation does not fit.
+        OutOfMemory: The evaluation does not fit into memory.
     """
     record = read_run(folder)
     if record.test:
@@ -59,7 +59,7 @@ def score_run(folder: Path, *, inputs: RunInputs) -> RunRecord:
         generates = isinstance(config.data, ChatConfig) and config.data.generate
         answers = score_answers(model, split, config=config, inputs=inputs) if generates else {}
     groups = split.groups or tuple(map(str, range(len(split))))
-    lines = _row_scores_csv(record.metric, examples, task=task, value=values[record.metric], groups=groups)
+    lines = _format_row_scores(record.metric, examples, task=task, value=values[record.metric], groups=groups)
     if lines is not None:
         path = folder / TEST_SCORES_FILE
         write_atomically(path, lines)
@@ -74,10 +74,10 @@ def score_run(folder: Path, *, inputs: RunInputs) -> RunRecord:
 def evaluate_model(model: nn.Module, split: Split, *, task: Task, config: RunConfig, inputs: RunInputs) -> Scores:
     """Evaluates a prepared model on every example of a split, in the precision and batch size of its run.
 
-    `task` must be the task of that split (`DataSplits.task_of`). The model is on the CPU and in evaluation mode
-    afterwards. No random numbers are drawn.
+    `task` must be the task of the split (`DataSplits.task_of`). Afterwards the model is on the CPU and in evaluation
+    mode. Draws no random numbers.
     """
-    device = device_of(config.trainer)
+    device = get_device(config.trainer)
     batches = EvaluationSampler(split, batch_size=config.trainer.eval_batch_size)
     evaluation = Evaluation(task)
     model.to(device).eval()
@@ -86,18 +86,18 @@ def evaluate_model(model: nn.Module, split: Split, *, task: Task, config: RunCon
             evaluation.update(task.score(model, move_batch(split.batch(micro.indices), device)))
     model.cpu()
     values = {name: float(value) for name, value in evaluation.compute().items()}
-    by_example = torch.tensor(batches.order).argsort()  # the batches came sorted by length
+    by_example = torch.tensor(batches.order).argsort()  # back to the order of the split; batches are sorted by length
     return Scores(values, evaluation.examples.map(lambda column: column.cpu()[by_example]))
 
 
-def _row_scores_csv(
+def _format_row_scores(
     metric: str, examples: ExampleScores, *, task: Task, value: float, groups: Sequence[str]
 ) -> str | None:
-    """Returns lines `row,score,weight,group` for the examples.
+    """Returns CSV lines `row,score,weight,group`, one per example.
 
-    Returns None if the metric is not the weighted mean of such scores.
+    Returns None if the metric is not the weighted mean of scores.
 
-    For perplexity the scores are losses, and the metric is the exponential of their mean.
+    For perplexity, a score is the loss of an example, and the metric is the exponential of the mean.
     """
     per_example = task.per_example(metric, examples)
     if per_example is None:
@@ -114,23 +114,30 @@ def _row_scores_csv(
 def score_answers(model: nn.Module, split: Split, *, config: RunConfig, inputs: RunInputs) -> dict[str, float]:
     """Answers every prompt of a split by greedy decoding, and returns corpus BLEU (0 to 100) and ROUGE F-measures.
 
-    Source: sacreBLEU with tokenizer 13a (Post 2018), ROUGE (Lin 2004). If examples have the same prompt, their answers
-    are references of one generated answer, as in E2E NLG.
+    Source: sacreBLEU with tokenizer 13a (Post 2018), ROUGE (Lin 2004). The answers of all examples with the same prompt
+    are the references for one generated answer, as in E2E NLG.
     """
     if not hasattr(model, "generate") or not isinstance(split, CompletionSplit | SequenceSplit):
-        raise ConfigError("`data.generate` needs a model of transformers that generates text. Set it to false.")
+        raise ConfigError(
+            "`data.generate` must be false for a model that does not generate text, but is true. Add "
+            "`data.generate=false`."
+        )
     references = gather_references(split)
     prompts = list(references)
-    limit = int(MAX_LENGTH_RATIO * max(len(answer) for answers in references.values() for answer in answers))
+    max_tokens = int(
+        MAX_ANSWER_LENGTH_RATIO * max(len(answer) for answers in references.values() for answer in answers)
+    )
     answers: list[str] = []
     size = config.trainer.eval_batch_size
     for first in range(0, len(prompts), size):
-        tokens = generate(model, prompts[first : first + size], limit=limit, split=split, config=config, inputs=inputs)
-        answers += _decode(tokens, inputs)
-    expected = [_decode(list(references[prompt]), inputs) for prompt in prompts]
-    rouge = rouge_score(answers, expected, rouge_keys=ROUGE)
+        tokens = generate(
+            model, prompts[first : first + size], max_tokens=max_tokens, split=split, config=config, inputs=inputs
+        )
+        answers += _decode_texts(tokens, inputs)
+    expected = [_decode_texts(list(references[prompt]), inputs) for prompt in prompts]
+    rouge = rouge_score(answers, expected, rouge_keys=ROUGE_NAMES)
     scores = {"bleu": 100 * float(sacre_bleu_score(answers, expected))}
-    return scores | {name: float(rouge[f"{name}_fmeasure"]) for name in ROUGE}
+    return scores | {name: float(rouge[f"{name}_fmeasure"]) for name in ROUGE_NAMES}
 
 
 def gather_references(split: CompletionSplit | SequenceSplit) -> dict[tuple[int, ...], list[list[int]]]:
@@ -142,7 +149,8 @@ def gather_references(split: CompletionSplit | SequenceSplit) -> dict[tuple[int,
         if isinstance(split, CompletionSplit):  # prompt and answer are one sequence, and only the answer is scored
             if scored != list(range(scored[0], scored[-1] + 1)):
                 raise ConfigError(
-                    "`data.generate` needs examples with one answer each, but one has several. Set it to false."
+                    "`data.generate` must be false if an example has several answers, but is true. Add "
+                    "`data.generate=false`."
                 )
             tokens = tokens[: scored[0] + 1]
         references.setdefault(tuple(tokens), []).append([targets[index] for index in scored])
@@ -154,21 +162,21 @@ def generate(
     model: Any,
     prompts: list[tuple[int, ...]],
     *,
-    limit: int,
+    max_tokens: int,
     split: CompletionSplit | SequenceSplit,
     config: RunConfig,
     inputs: RunInputs,
 ) -> list[list[int]]:
-    """Returns the tokens of an answer to each prompt: at most `limit`, without the end-of-text token."""
-    device = device_of(config.trainer)
-    continues = isinstance(split, CompletionSplit)
-    # A decoder continues its prompt, so padding goes left of it. An encoder only reads it, so padding goes right.
-    side = "left" if continues else "right"
+    """Returns the tokens of an answer to each prompt: at most `max_tokens`, without the end-of-text token."""
+    device = get_device(config.trainer)
+    is_decoder = isinstance(split, CompletionSplit)
+    # A decoder continues the prompt, so padding must be on the left. An encoder only reads the prompt.
+    side = "left" if is_decoder else "right"
     rows = [torch.tensor(prompt) for prompt in prompts]
     tokens = pad_sequence(rows, batch_first=True, padding_value=split.pad_token, padding_side=side)
     mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side=side)
     model.to(device).eval()
-    # without a tokenizer no answer ends before the limit
+    # without a tokenizer every answer has `max_tokens`
     end = None if inputs.base.tokenizer is None else inputs.base.tokenizer.eos_token_id
     with inputs.autocast(config):
         generated: Tensor = model.generate(
@@ -176,17 +184,17 @@ def generate(
             attention_mask=mask.to(device),
             do_sample=False,
             num_beams=1,
-            max_new_tokens=limit,
+            max_new_tokens=max_tokens,
             pad_token_id=split.pad_token,
             eos_token_id=end,
             use_cache=True,
         )
     model.cpu()
-    # a decoder returns its prompt before the answer, an encoder-decoder model its start token
-    answers = generated[:, tokens.shape[1] if continues else 1 :].tolist()
+    # a decoder returns the prompt before the answer, and an encoder-decoder model returns its start token
+    answers = generated[:, tokens.shape[1] if is_decoder else 1 :].tolist()
     return [answer[: answer.index(end)] if end in answer else answer for answer in answers]
 
 
-def _decode(rows: list[list[int]], inputs: RunInputs) -> list[str]:
+def _decode_texts(rows: list[list[int]], inputs: RunInputs) -> list[str]:
     assert inputs.base.tokenizer is not None
     return [str(inputs.base.tokenizer.decode(row, skip_special_tokens=True)).strip() for row in rows]

@@ -1,4 +1,4 @@
-"""Time, tokens and memory: of a process by phase, for the report, and of one run, for its record."""
+"""Measures time, tokens and memory of a process (`Telemetry`) and of one run (`TrainingProgress`)."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from lorasweep.record import RunRecord
 from lorasweep.training.environment import process_peak_bytes
 
 Phase = Literal["loading", "training", "evaluating", "saving", "storage"]
-"""Phases of a process. `loading` also measures memory; `saving` writes weights, checkpoints and logs; `storage` is the
-controller's work on the studies."""
+"""Phases of a process. `loading` includes memory measurements. `saving` writes weights, checkpoints and logs. `storage`
+is the controller's work on the studies."""
 
 
 class Telemetry:
-    """The clock of one process: at each moment it is in one phase, or in none."""
+    """Counts the seconds of each phase, the trained tokens and the peak memory of one process."""
 
     def __init__(self) -> None:
         self._phase: Phase | None = None
@@ -32,7 +32,7 @@ class Telemetry:
 
     @contextmanager
     def phase(self, name: Phase) -> Iterator[None]:
-        """Counts the time of a `with` block as this phase and not as the outer phase."""
+        """Counts the time of a `with` block as this phase, not as the phase around the block."""
         outer = self._phase
         self._note_peaks()
         self.switch(name)
@@ -43,14 +43,14 @@ class Telemetry:
             self.switch(outer)
 
     def switch(self, name: Phase | None) -> None:
-        """Begins another phase, which lasts until the `phase` block around it ends."""
+        """Begins another phase, until the next `switch` or the end of the `phase` block around it."""
         now = time.monotonic()
         self._seconds[self._phase] = self._seconds.get(self._phase, 0.0) + now - self._changed
         self._phase, self._changed = name, now
 
-    def add_tokens(self, number: int) -> None:
-        """Counts tokens of training batches, without padding."""
-        self._tokens += number
+    def add_tokens(self, num_tokens: int) -> None:
+        """Adds tokens of training batches, without padding."""
+        self._tokens += num_tokens
 
     def sample(self) -> dict[str, float]:
         """Returns the values so far.
@@ -60,10 +60,10 @@ class Telemetry:
         """
         self._note_peaks()
         self.switch(self._phase)
-        numbers = {f"{name}_s": self._seconds.get(name, 0.0) for name in get_args(Phase)}
-        numbers |= {"wall_s": self._changed - self._began, "cpu_s": time.process_time() - self._cpu_began}
-        numbers |= {"trained_tokens": self._tokens, **self._peaks}
-        return {name: round(value, 4) for name, value in numbers.items()}
+        values = {f"{name}_s": self._seconds.get(name, 0.0) for name in get_args(Phase)}
+        values |= {"wall_s": self._changed - self._began, "cpu_s": time.process_time() - self._cpu_began}
+        values |= {"trained_tokens": self._tokens, **self._peaks}
+        return {name: round(value, 4) for name, value in values.items()}
 
     def _note_peaks(self) -> None:
         """Keeps the highest peaks so far, because each run resets the counters of torch and the process."""
@@ -75,7 +75,7 @@ class Telemetry:
 
 
 def add_telemetry(first: Mapping[str, float], second: Mapping[str, float]) -> dict[str, float]:
-    """Returns the sum of each number of two processes or sessions of a sweep; for a peak, the higher of the two."""
+    """Adds up the values of two processes, or of two sessions of a sweep. Of two peaks, returns the higher peak."""
     total = dict(first)
     for name, value in second.items():
         known = total.get(name, 0.0)
@@ -85,7 +85,7 @@ def add_telemetry(first: Mapping[str, float], second: Mapping[str, float]) -> di
 
 @dataclass(kw_only=True)
 class TrainingProgress:
-    """The tokens and the training time of one run, over all its sessions and processes."""
+    """The tokens and the training time of one run, summed over its processes and over interruptions."""
 
     tokens: int | Tensor = 0
     """Trained tokens without padding. In training a scalar on the device, so that no step waits for the device."""
@@ -115,6 +115,6 @@ class TrainingProgress:
     def from_state(cls, state: Mapping[str, Any]) -> TrainingProgress:
         return cls(**state)
 
-    def note_in(self, record: RunRecord) -> None:
+    def write_to(self, record: RunRecord) -> None:
         record.tokens_trained, record.tokens_per_s = self.tokens_trained, self.tokens_per_s
         record.batching["padding_fraction"]["train"] = round(self.padding_fraction, 4)

@@ -48,7 +48,7 @@ def test_the_tightest_limit_decides_and_is_named(
     monkeypatch, device, precision, trials, slot_mib, tokens, slots, reason
 ):
     machine = int(1000 * MIB / MAX_MEMORY_FRACTION[device])
-    monkeypatch.setattr(pack_size_file, "device_of", lambda trainer: torch.device(device))
+    monkeypatch.setattr(pack_size_file, "get_device", lambda trainer: torch.device(device))
     monkeypatch.setattr(pack_size_file, "machine_memory_bytes", lambda device: machine)
     monkeypatch.setattr(pack_size_file, "count_slot_bytes", lambda config, *, inputs: slot_mib * MIB)
     monkeypatch.setattr(pack_size_file, "count_pass_tokens", lambda config, slots, *, inputs: slots * tokens)

@@ -54,7 +54,7 @@ from lorasweep.lora.packed.inject import set_sequence_lengths
 from lorasweep.methods import add_head_to_modules_to_save, copy_sharing_weights, draw_head
 from lorasweep.record import RunStatus
 from lorasweep.training.checkpoint import remove_checkpoints, remove_older_checkpoints
-from lorasweep.training.environment import deterministic_algorithms, device_of, reset_peak_memory
+from lorasweep.training.environment import deterministic_algorithms, get_device, reset_peak_memory
 from lorasweep.training.failures import convert_memory_errors, status_after
 from lorasweep.training.inputs import RunInputs, resolve_accumulate
 from lorasweep.training.optim import schedule_factor
@@ -69,7 +69,7 @@ from lorasweep.training.packs.state import (
     write_pack_state,
 )
 from lorasweep.training.run import never_stop
-from lorasweep.training.run_log import Metrics, end_at_evaluation
+from lorasweep.training.run_log import Metrics, find_end
 
 
 def train_pack(
@@ -150,7 +150,7 @@ class PackTrainer:
 
     def __post_init__(self, requests: Sequence[RunRequest]) -> None:
         inputs, self.settings = self.inputs, requests[0].config.trainer
-        self.device = device_of(self.settings)
+        self.device = get_device(self.settings)
         self.task = inputs.splits.task
         self.accumulate = resolve_accumulate(self.settings, inputs.splits.train, slots=self.slots)
         self.runs = [self._open(request, slot=slot, slots=len(requests)) for slot, request in enumerate(requests)]
@@ -270,7 +270,7 @@ class PackTrainer:
         freed = [
             slot
             for slot, run in enumerate(self.runs)
-            if slot not in continues or self._end_if_due(slot, run, pauses=not continues[slot])
+            if slot not in continues or self._end_if_due(slot, run, should_pause=not continues[slot])
         ]
         # 4: A pack that shrank to half is not refilled: the caller begins a full one, which trains faster.
         is_refilled = 2 * len(self.runs) > self.slots
@@ -303,9 +303,9 @@ class PackTrainer:
             return False
         return True
 
-    def _end_if_due(self, slot: int, run: SlotRun, *, pauses: bool) -> bool:
+    def _end_if_due(self, slot: int, run: SlotRun, *, should_pause: bool) -> bool:
         """Closes a run that is complete or to be paused, and returns whether it was."""
-        end = end_at_evaluation(run.record, run.request.config.trainer, pauses=pauses)
+        end = find_end(run.record, run.request.config.trainer, should_pause=should_pause)
         if end is None:
             return False
         if end[0] == "paused":
@@ -400,7 +400,7 @@ def build_pack(configs: Sequence[RunConfig], *, inputs: RunInputs) -> tuple[nn.M
         generators=[torch.Generator().manual_seed(config.seeds.init) for config in configs],
         prepare_copy=_draw_head(inputs),
     )
-    return model.to(device_of(configs[0].trainer)).train(), coverages
+    return model.to(get_device(configs[0].trainer)).train(), coverages
 
 
 def _slot_method(config: RunConfig, inputs: RunInputs) -> LoraConfig:

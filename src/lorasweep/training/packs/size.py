@@ -12,7 +12,7 @@ from lorasweep.config.run import RunConfig
 from lorasweep.data.batching import MicroBatch, StepBatchSampler
 from lorasweep.data.split import move_batch
 from lorasweep.errors import OutOfMemory
-from lorasweep.training.environment import Precision, device_of
+from lorasweep.training.environment import Precision, get_device
 from lorasweep.training.failures import convert_memory_errors
 from lorasweep.training.inputs import RunInputs, resolve_accumulate
 from lorasweep.training.memory import count_saved_bytes, machine_memory_bytes
@@ -58,7 +58,7 @@ def choose_pack_size(config: RunConfig, *, inputs: RunInputs, trials_left: int) 
         inputs: Base model and data.
         trials_left: Number of runs that can share the pack, at least 1.
     """
-    device = device_of(config.trainer)
+    device = get_device(config.trainer)
     base_bytes = sum(tensor.nbytes for tensor in (*inputs.base.model.parameters(), *inputs.base.model.buffers()))
     try:
         with convert_memory_errors(), inputs.telemetry.phase("loading"):
@@ -87,7 +87,7 @@ def count_slot_bytes(config: RunConfig, *, inputs: RunInputs) -> int:
 
     The pass has the largest micro-batch of a run alone. A pack may cut its steps further, so its slots need no more.
     """
-    device, split = device_of(config.trainer), inputs.splits.train
+    device, split = get_device(config.trainer), inputs.splits.train
     with torch.random.fork_rng(devices=[torch.cuda.current_device()] if device.type == "cuda" else []):
         model, _ = build_pack([config], inputs=inputs)
         micros = first_micro_batches(config, inputs, slots=1, num_steps=NUM_COUNTED_STEPS)

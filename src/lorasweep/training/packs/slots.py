@@ -16,7 +16,7 @@ from lorasweep.errors import Diverged, RecordError
 from lorasweep.record import RunRecord, RunStatus, read_run
 from lorasweep.training.checkpoint import find_checkpoint, save_checkpoint
 from lorasweep.training.components import finish_loggers, start_loggers
-from lorasweep.training.environment import device_of
+from lorasweep.training.environment import get_device
 from lorasweep.training.inputs import RunInputs, describe_batching
 from lorasweep.training.run_log import Metrics, RunFolder, RunLog, open_record
 from lorasweep.training.telemetry import TrainingProgress
@@ -81,7 +81,7 @@ class SlotRun:
         self.loggers = start_loggers(config, folder)
         # Each slot draws its dropout masks from its own stream, seeded as in a run alone and saved in its checkpoint.
         # So the masks do not depend on the other slots. The stream is on the device of the batches.
-        self.stream = torch.Generator(device_of(config.trainer)).manual_seed(config.seeds.dropout)
+        self.stream = torch.Generator(get_device(config.trainer)).manual_seed(config.seeds.dropout)
         if found.state:
             self.stream.set_state(found.state["stream"])
         self.order = StepBatchSampler(
@@ -110,8 +110,8 @@ class SlotRun:
             metrics["train/padding_fraction"] = self.progress.padding_fraction
             for logger in self.loggers:
                 logger.log_metrics(metrics, step=row["step"])
-        self.progress.note_in(self.record)
-        self.log.note_evaluation(self.step, values, save=save)
+        self.progress.write_to(self.record)
+        self.log.write_evaluation(self.step, values, save=save)
         for logger in self.loggers:
             logger.log_metrics({f"validation/{name}": value for name, value in values.items()}, step=self.step)
             logger.save()
@@ -124,7 +124,7 @@ class SlotRun:
 
     def close(self, status: RunStatus, reason: str | None) -> None:
         """Writes the record of the session's end. The checkpoints stay until the pack's next commit."""
-        self.progress.note_in(self.record)
+        self.progress.write_to(self.record)
         self.log.close(status, reason, wall_s=self.wall_s)
         for logger in self.loggers:
             logger.finalize("failed" if status == "failed" else "success")
