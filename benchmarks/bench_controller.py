@@ -35,7 +35,7 @@ from lorasweep.sweep.controller.folder import SweepFolder
 from lorasweep.sweep.controller.lifecycle import create_sweep, reopen_sweep
 from lorasweep.sweep.controller.trial import SCORE_ATTRIBUTE, TURN_ATTRIBUTE
 from lorasweep.sweep.definition.arms import read_definition
-from lorasweep.sweep.workers.ray_cluster import local_cluster
+from lorasweep.sweep.workers.ray_cluster import start_local_cluster
 
 SPACE = {"method.rank": [1, 2, 4, 8, 16, 32, 64], "optim.lr": {"low": 1e-4, "high": 1e-1, "log": True}}
 METRIC = "bits_per_byte"
@@ -250,7 +250,7 @@ def measure_ray(sweep: SweepFolder, num_actors: int) -> None:
     """Simulates a sweep with Ray actors as workers, and prints the durations of their calls with waiting."""
     planned = sweep.definition.arms[0].trials
     sweep.close()
-    with local_cluster():
+    with start_local_cluster():
         import ray  # noqa: PLC0415 (reads the environment once, so it must be set before)
 
         from lorasweep.sweep.workers.ray_workers import (  # noqa: PLC0415

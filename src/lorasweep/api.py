@@ -32,7 +32,7 @@ from lorasweep.report.board import write_run_hparams
 from lorasweep.results import RunResult, SweepResult, load_run, load_sweep
 from lorasweep.runs.comparison import SweepReproduction, compare_sweeps
 from lorasweep.stop_signal import StopSignal
-from lorasweep.sweep.checks import check_definition, data_notes, sweep_metric
+from lorasweep.sweep.checks import check_definition, find_metric, list_data_notes
 from lorasweep.sweep.controller.folder import SweepFolder
 from lorasweep.sweep.controller.lifecycle import create_sweep, new_folder, reopen_sweep, saved_definition
 from lorasweep.sweep.definition.arms import Definition, read_definition
@@ -40,7 +40,7 @@ from lorasweep.sweep.definition.packing import packing_notes
 from lorasweep.sweep.definition.sweep_file import find_sweep_file
 from lorasweep.sweep.progress import report_status, show_progress
 from lorasweep.sweep.status import SweepStatus
-from lorasweep.sweep.workers.train import check_workers, hand_over, train_sweep
+from lorasweep.sweep.workers.train import check_workers, hand_over_to_job, train_sweep
 from lorasweep.training.inputs import InputsCache, build_inputs
 from lorasweep.training.prepare import check_run
 from lorasweep.training.processes import join_processes, run_on_first
@@ -163,15 +163,15 @@ def start_sweep(definition: Definition, inputs_cache: InputsCache, *, output: st
     for warning in check_workers(definition, path):
         say(f"warning: {warning}", file=sys.stderr)
     check_definition(definition, inputs_cache)
-    metric = sweep_metric(definition, inputs_cache)
-    notes = [*data_notes(definition, inputs_cache), *packing_notes(definition)]
+    metric = find_metric(definition, inputs_cache)
+    notes = [*list_data_notes(definition, inputs_cache), *packing_notes(definition)]
     return create_sweep(definition, path, metric=metric, notes=notes)
 
 
 def train_opened_sweep(opened: SweepFolder, inputs_cache: InputsCache, *, progress: Progress) -> SweepResult:
     """Trains the remaining trials of an open sweep and closes it; writes the report if the sweep is complete."""
     folder = opened.path
-    if (job := hand_over(opened)) is not None:
+    if (job := hand_over_to_job(opened)) is not None:
         return SweepResult(folder, read_sweep(folder), job)
     with StopSignal() as stop, _watched(folder, progress):
         is_complete = train_sweep(opened, inputs_cache, stop_requested=stop)

@@ -129,10 +129,10 @@ def sweep(arguments: argparse.Namespace) -> int:
     changes = api.read_changes(arguments.overrides) if arguments.resume else {}
     definition = saved_definition(arguments.resume) if arguments.resume else api.read_sweep_definition(name, overrides)
     if (worker := definition.sweep_config.worker).name == "slurm" and worker.dry_run:
-        from lorasweep.sweep.workers.slurm import batch_text
+        from lorasweep.sweep.workers.slurm import format_batch_file
 
         output = definition.sweep_config.sweep.output or f"outputs/{definition.name}"
-        say(batch_text(worker, Path(output)).removesuffix("\n"))
+        say(format_batch_file(worker, Path(output)).removesuffix("\n"))
         return DONE
     if changes and (added := add_jobs(arguments.resume, changes)) is not None:
         say(f"the sweep is running. Submitted Slurm jobs: {' '.join(added) or 'none, it has as many already'}")

@@ -23,7 +23,7 @@ import lorasweep
 from lorasweep.config.compose import packaged_folder
 from lorasweep.errors import ConfigError
 from lorasweep.record import read_run, read_steps, read_sweep
-from lorasweep.sweep.workers.ray_cluster import joined_cluster
+from lorasweep.sweep.workers.ray_cluster import join_cluster
 
 from .conftest import TIMEOUT_S, state_of
 from .ray_sweep import (
@@ -255,6 +255,6 @@ def test_a_cluster_that_can_hold_no_worker_is_refused_at_once(start, tmp_path):
     assert "Traceback" not in printed
     with (
         pytest.raises(ConfigError, match=r"`worker.address`"),
-        joined_cluster("127.0.0.1:1"),
+        join_cluster("127.0.0.1:1"),
     ):
         pass

@@ -49,7 +49,7 @@ def has_ended(folder: Path, number: int):
     return condition
 
 
-def ended_rows(folder: Path):
+def list_ended_rows(folder: Path):
     return [row for row in read_sweep(folder).trials if row.state != "running"]
 
 
@@ -88,7 +88,7 @@ def test_a_signal_stops_a_sweep_within_seconds_with_a_checkpoint_and_the_words_t
         assert (kept.status, kept.reason.startswith("stopped ")) == ("interrupted", True)
         assert list((folder / row.run).glob("*.ckpt"))
     if number == signal.SIGINT:
-        before = ended_rows(folder)
+        before = list_ended_rows(folder)
         finish("sweep", "--resume", "sweep")
         check_complete(folder, before)
 
@@ -106,7 +106,7 @@ def test_a_full_disk_ends_a_sweep_with_a_sentence_and_it_goes_on_when_there_is_r
         assert "No space left on device" in last
         assert "`lorasweep sweep --resume disk/sweep`" in last
         assert "Traceback" not in session.output
-        before = ended_rows(disk / "sweep")
+        before = list_ended_rows(disk / "sweep")
         assert before
         assert all(row.state == "complete" for row in before)
         subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
@@ -128,11 +128,11 @@ def test_a_disk_that_turns_read_only_ends_a_sweep_with_a_sentence(tmp_path, begi
         assert "Read-only file system" in refused
         subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
         shutil.copytree(_interrupted(begin, words, tmp_path / "sweep"), disk / "sweep")
-        before = ended_rows(disk / "sweep")
+        before = list_ended_rows(disk / "sweep")
         subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
         refused = finish("sweep", "--resume", "disk/sweep", code=2)
         assert "Read-only file system" in refused
-        assert ended_rows(disk / "sweep") == before
+        assert list_ended_rows(disk / "sweep") == before
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=True)
 
@@ -160,7 +160,7 @@ def test_a_folder_that_is_moved_away_ends_the_sweep_with_a_sentence_and_goes_on_
     assert "Traceback" not in session.output
     assert not folder.exists()
     if pack_size == "2":
-        before = ended_rows(moved)
+        before = list_ended_rows(moved)
         finish("sweep", "--resume", "moved")
         check_complete(moved, before)
 

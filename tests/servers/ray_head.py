@@ -58,13 +58,13 @@ def _serve(folder: Path, temporary: str) -> None:
     import ray  # noqa: PLC0415
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy  # noqa: PLC0415
 
-    from lorasweep.sweep.workers.ray_cluster import HEALTH_CHECKS, OBJECT_STORE_BYTES  # noqa: PLC0415
+    from lorasweep.sweep.workers.ray_cluster import HEALTH_CHECK_SETTINGS, OBJECT_STORE_BYTES  # noqa: PLC0415
     from lorasweep.sweep.workers.slurm_job import write_address  # noqa: PLC0415
 
     ray.init(
         _node_ip_address="127.0.0.1",
         _temp_dir=temporary,
-        _system_config={**HEALTH_CHECKS, "gcs_rpc_server_reconnect_timeout_s": 3},
+        _system_config={**HEALTH_CHECK_SETTINGS, "gcs_rpc_server_reconnect_timeout_s": 3},
         num_cpus=0,
         include_dashboard=False,
         object_store_memory=OBJECT_STORE_BYTES,

@@ -8,7 +8,7 @@ import pytest
 
 from lorasweep.errors import ConfigError
 from lorasweep.models.load import load_base
-from lorasweep.sweep.checks import check_definition, data_notes, sweep_metric
+from lorasweep.sweep.checks import check_definition, find_metric, list_data_notes
 from lorasweep.sweep.controller.stages import build_rule
 from lorasweep.sweep.definition.arms import read_definition
 from lorasweep.sweep.definition.warnings import find_warnings
@@ -44,7 +44,7 @@ def test_a_target_that_is_not_there_is_refused_with_the_nearest(write_file, cont
 def test_a_right_definition_passes(write_file, content, tiny_inputs):
     definition = read_definition(write_file(content), [])
     check_definition(definition, tiny_inputs)
-    assert sweep_metric(definition, tiny_inputs) == "bits_per_byte"
+    assert find_metric(definition, tiny_inputs) == "bits_per_byte"
 
 
 def test_arms_with_different_metrics_are_refused(write_file, content):
@@ -55,7 +55,7 @@ def test_arms_with_different_metrics_are_refused(write_file, content):
             return SimpleNamespace(splits=SimpleNamespace(metric=config.data.metric))
 
     with pytest.raises(ConfigError, match=r"`data.metric`.* bits_per_byte, loss"):
-        sweep_metric(read_definition(write_file(content), []), InputsCache())
+        find_metric(read_definition(write_file(content), []), InputsCache())
 
 
 @pytest.mark.parametrize(
@@ -119,5 +119,5 @@ def test_notes_on_the_data_of_several_arms_are_said_once(write_file, content):
         def load(self, config):
             return SimpleNamespace(notes=("shared", f"of {config.method.name}"))
 
-    notes = data_notes(read_definition(write_file(content), []), InputsCache())
+    notes = list_data_notes(read_definition(write_file(content), []), InputsCache())
     assert notes == ["shared", "of frozen", "of full", "of lora"]

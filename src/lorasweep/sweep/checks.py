@@ -14,7 +14,7 @@ from lorasweep.training.restore import require_trusted_code
 
 
 def check_definition(definition: Definition, inputs_cache: InputsCache) -> None:
-    """Checks every arm at the ends of its ranges."""
+    """Checks every arm, with the settings at the ends of its ranges. Raises `ConfigError`."""
     for arm in definition.arms:
         for config in arm.corners:
             require_trusted_code(config)  # for all arms, before any code of the first arm runs
@@ -24,7 +24,7 @@ def check_definition(definition: Definition, inputs_cache: InputsCache) -> None:
         with naming_arm(arm.name):
             build_rule(arm)
             if arm.space:
-                propose(arm, [], number=0, direction="minimize")
+                propose(arm, [], number=0, direction="minimize")  # raises if the sampler can't search this space
             for config in arm.corners:
                 inputs = inputs_cache.load(config)
                 check_run(config, inputs.base)
@@ -36,7 +36,7 @@ def check_definition(definition: Definition, inputs_cache: InputsCache) -> None:
                     raise ConfigError(f"{error} Or skip the confirm stage with `confirm.seeds=0`.") from error
 
 
-def sweep_metric(definition: Definition, inputs_cache: InputsCache) -> str:
+def find_metric(definition: Definition, inputs_cache: InputsCache) -> str:
     """Returns the metric by which every arm is scored. With `data.metric=auto` it depends on the data."""
     metrics = sorted({inputs_cache.load(arm.corners[0]).splits.metric for arm in definition.arms})
     if len(metrics) > 1:
@@ -44,6 +44,6 @@ def sweep_metric(definition: Definition, inputs_cache: InputsCache) -> str:
     return metrics[0]
 
 
-def data_notes(definition: Definition, inputs_cache: InputsCache) -> list[str]:
-    """Returns notes on the arms' data and on the attention that was chosen, without repetition."""
+def list_data_notes(definition: Definition, inputs_cache: InputsCache) -> list[str]:
+    """Returns notes on each arm's data and attention. A note that several arms share appears once."""
     return list(dict.fromkeys(note for arm in definition.arms for note in inputs_cache.load(arm.corners[0]).notes))

@@ -1,6 +1,6 @@
 """Shows a sweep while it runs: a live table in a terminal, plain lines in a notebook or a pipe.
 
-The sweep's record is read about once a second, so any process may train.
+It reads the sweep's record about once a second, so it can show a sweep that other processes train.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from lorasweep.sweep.definition.seeds import describe_confirm
 from lorasweep.sweep.status import (
     SweepStatus,
     describe_params,
-    ended_rows,
-    params_of,
+    get_params,
+    list_ended_rows,
     read_status,
     render_status,
 )
@@ -34,16 +34,16 @@ POLL_INTERVAL_S = 1.0
 
 
 class ProgressDisplay:
-    """Shows the statuses with which it is called. The live table is removed at the end of the `with` block."""
+    """Shows each status that it is called with. Removes the live table at the end of the `with` block."""
 
     def __init__(self, console: Console, *, announce: bool = True) -> None:
         """`announce` also prints the sweep's folder, notes and warnings."""
         self._console = console
         self._announce = announce
         self._status: SweepStatus | None = None
-        self._shown: set[str] = set()
-        """Runs that need no line: they have one, or had ended before the first status."""
-        self._warnings: set[str] = set()
+        self._shown_runs: set[str] = set()
+        """Runs that had ended before the first status or whose line is printed."""
+        self._shown_warnings: set[str] = set()
         self._live = Live(console=console, get_renderable=self._render, transient=True)
 
     def __enter__(self) -> ProgressDisplay:
@@ -58,7 +58,7 @@ class ProgressDisplay:
     def __call__(self, status: SweepStatus) -> None:
         """Prints new warnings and, without a terminal, a line for each run that ended since the last status."""
         if self._status is None:
-            self._shown = {row.run for row in ended_rows(status.record)}
+            self._shown_runs = {row.run for row in list_ended_rows(status.record)}
             if self._announce:
                 self._print(f"sweep {status.record.name} in {status.folder}")
                 for note in status.record.notes:
@@ -66,8 +66,8 @@ class ProgressDisplay:
         self._status = status
         if self._announce:
             for warning in status.record.warnings:
-                if warning not in self._warnings:
-                    self._warnings.add(warning)
+                if warning not in self._shown_warnings:
+                    self._shown_warnings.add(warning)
                     self._print(f"warning: {warning}")
         if not self._console.is_terminal:
             for line in self._new_lines(status):
@@ -81,20 +81,20 @@ class ProgressDisplay:
 
     def _new_lines(self, status: SweepStatus) -> Iterator[str]:
         """Yields a line for each run that ended and has no line yet: `lora 4/6  complete  1.4  optim.lr=0.01`."""
-        record, ended = status.record, ended_rows(status.record)
+        record, ended = status.record, list_ended_rows(status.record)
         asked: dict[tuple[type, str], int] = {(TrialRow, arm.name): arm.asked for arm in status.arms}
         asked |= {(ConfirmRow, arm.name): arm.seeds_asked for arm in status.arms}
-        done: Counter[tuple[type, str]] = Counter((type(row), row.arm) for row in ended if row.run in self._shown)
+        done: Counter[tuple[type, str]] = Counter((type(row), row.arm) for row in ended if row.run in self._shown_runs)
         for row in ended:
-            if row.run in self._shown:
+            if row.run in self._shown_runs:
                 continue
             stage = type(row), row.arm
             if isinstance(row, ConfirmRow) and not any(kind is ConfirmRow for kind, _ in done):
                 yield f"confirm: {describe_confirm(len(record.confirm_seeds))}"
             done[stage] += 1
-            self._shown.add(row.run)
+            self._shown_runs.add(row.run)
             score = "-" if row.value is None else f"{row.value:.4f}"
-            params = describe_params(params_of(row, record))
+            params = describe_params(get_params(row, record))
             yield f"{row.arm} {done[stage]}/{asked[stage]}  {row.state:<10} {score:>8}  {params}"
 
 
@@ -117,9 +117,9 @@ def report_status(folder: Path, on_status: Callable[[SweepStatus], None]) -> Ite
     def poll() -> None:
         is_last = False
         while not is_last:
-            is_last = stop.wait(POLL_INTERVAL_S)
+            is_last = stop.wait(POLL_INTERVAL_S)  # the last call is after the stop, so that it shows the end
             status = None
-            with suppress(RecordError, OSError):  # the folder is being moved, or its disk is away for a while
+            with suppress(RecordError, OSError):  # for example while the folder is moved
                 status = read()
             if status is not None:
                 on_status(status)  # outside of `suppress`: an OSError of the user's own function is shown

@@ -1,7 +1,7 @@
-"""The state of a sweep as a table, for the live display of `lorasweep sweep` and for `lorasweep status`.
+"""Shows the state of a sweep as a table, for `lorasweep status` and the live display of `lorasweep sweep`.
 
-Everything is read from the sweep's record, so any process may train. Reading takes no lock, writes no file and needs no
-database.
+It only reads the sweep's record, so it can show a sweep that other processes train. It takes no lock, and writes no
+file.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class ArmStatus:
     seeds_running: int
     seeds_failed: int
     test_mean: float | None
-    """Mean of the metric on test data over complete seeds."""
+    """Mean of the metric on test data over the complete seeds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,19 +75,19 @@ class SweepStatus:
 
 
 def read_status(folder: Path) -> SweepStatus:
-    """Raises RecordError if the folder is not a sweep or its record is damaged."""
+    """Reads the state of a sweep. Raises `RecordError` if the folder has no sweep, or if its record is damaged."""
     record = read_sweep(folder)
     arms = tuple(_arm_status(arm, record) for arm in record.arms)
     return SweepStatus(folder=folder, record=record, is_running=is_running(folder), arms=arms)
 
 
 def render_status(status: SweepStatus) -> RenderableType:
-    """Returns a table of the arms, and below it the running trials, or how to resume the sweep if it was stopped."""
+    """Returns a table of the arms. Below the table are the running trials, or how to resume a stopped sweep."""
     record = status.record
     title = f"{record.name}: {record.metric} ({record.direction}), {record.status}"
     notes: list[str] = []
     if not status.is_over:
-        notes += _running_lines(record)
+        notes += _describe_running_trials(record)
         left = status.seconds_left
         expected = "" if left is None else f", about {format_seconds(left)} left at this pace"
         notes.append(f"{format_seconds(record.makespan_s)} so far{expected}")
@@ -101,22 +101,22 @@ def describe_params(params: Mapping[str, Any]) -> str:
     return " ".join(f"{key}={format_setting(value)}" for key, value in params.items())
 
 
-def ended_rows(record: SweepRecord) -> list[TrialRow | ConfirmRow]:
-    return [row for row in _runs(record) if row.state not in ("running", "paused")]
+def list_ended_rows(record: SweepRecord) -> list[TrialRow | ConfirmRow]:
+    return [row for row in _list_runs(record) if row.state not in ("running", "paused")]
 
 
-def _runs(record: SweepRecord) -> list[TrialRow | ConfirmRow]:
+def _list_runs(record: SweepRecord) -> list[TrialRow | ConfirmRow]:
     return [*record.trials, *record.confirm]
 
 
-def _running_lines(record: SweepRecord) -> Iterator[str]:
-    steps_of = {arm.name: arm.steps for arm in record.arms}
-    running = [row for row in _runs(record) if row.state == "running"]
+def _describe_running_trials(record: SweepRecord) -> Iterator[str]:
+    arm_steps = {arm.name: arm.steps for arm in record.arms}
+    running = [row for row in _list_runs(record) if row.state == "running"]
     if record.confirm:
         yield f"confirm: {describe_confirm(len(record.confirm_seeds))}"
     for row in running[:MAX_SHOWN_RUNS]:
-        params = params_of(row, record)
-        steps = params.get("trainer.max_steps", steps_of.get(row.arm))
+        params = get_params(row, record)
+        steps = params.get("trainer.max_steps", arm_steps.get(row.arm))
         name = f"trial {row.number}" if isinstance(row, TrialRow) else "confirm"
         value = "" if row.last_value is None else f"  {row.last_value:.4f}"
         yield f"now: {row.arm} {name}  step {row.step}{f'/{steps}' if steps else ''}{value}  {describe_params(params)}"
@@ -124,7 +124,7 @@ def _running_lines(record: SweepRecord) -> Iterator[str]:
         yield f"now: {len(running) - MAX_SHOWN_RUNS} more"
 
 
-def params_of(row: TrialRow | ConfirmRow, record: SweepRecord) -> dict[str, Any]:
+def get_params(row: TrialRow | ConfirmRow, record: SweepRecord) -> dict[str, Any]:
     """Returns the swept values of a run; in the confirm stage, those of the arm's best trial and the seed."""
     if isinstance(row, TrialRow):
         return row.params
@@ -135,12 +135,12 @@ def params_of(row: TrialRow | ConfirmRow, record: SweepRecord) -> dict[str, Any]
 
 
 def _arms_table(status: SweepStatus) -> Table:
-    confirms = any(arm.seeds_asked for arm in status.arms)
-    tested = any(arm.test_mean is not None for arm in status.arms)
+    has_seeds = any(arm.seeds_asked for arm in status.arms)
+    has_test = any(arm.test_mean is not None for arm in status.arms)
     table = Table(header_style="bold", box=SIMPLE, padding=(0, 1, 0, 0))
     table.add_column("arm", overflow="fold")
-    columns = ["trials", "running", "paused", "pruned", "failed", *(["confirm"] if confirms else []), "best"]
-    for name in [*columns, *(["test"] if tested else [])]:
+    columns = ["trials", "running", "paused", "pruned", "failed", *(["confirm"] if has_seeds else []), "best"]
+    for name in [*columns, *(["test"] if has_test else [])]:
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("best settings", overflow="fold")
     for arm in status.arms:
@@ -151,15 +151,15 @@ def _arms_table(status: SweepStatus) -> Table:
             str(arm.paused),
             str(arm.pruned),
             str(arm.failed + arm.seeds_failed),
-            *([f"{arm.seeds_done}/{arm.seeds_asked}"] if confirms else []),
-            _score(arm.best),
-            *([_score(arm.test_mean)] if tested else []),
+            *([f"{arm.seeds_done}/{arm.seeds_asked}"] if has_seeds else []),
+            _format_score(arm.best),
+            *([_format_score(arm.test_mean)] if has_test else []),
             escape(describe_params(arm.best_params)),
         )
     return table
 
 
-def _score(value: float | None) -> str:
+def _format_score(value: float | None) -> str:
     return UNKNOWN if value is None else f"{value:.4f}"
 
 
@@ -167,7 +167,7 @@ def _arm_status(arm: ArmRow, record: SweepRecord) -> ArmStatus:
     trials = [row for row in record.trials if row.arm == arm.name]
     seeds = [row for row in record.confirm if row.arm == arm.name]
     states, seed_states = Counter(row.state for row in trials), Counter(row.state for row in seeds)
-    tested = [row.value for row in seeds if row.state == "complete" and row.value is not None]
+    test_values = [row.value for row in seeds if row.state == "complete" and row.value is not None]
     best = best_trial(trials, direction=record.direction)
     num_seeds = len(record.confirm_seeds)
     return ArmStatus(
@@ -180,9 +180,9 @@ def _arm_status(arm: ArmRow, record: SweepRecord) -> ArmStatus:
         failed=states["failed"] + states["infeasible"],
         best=None if best is None else best.value,
         best_params={} if best is None else best.params,
-        seeds_asked=min(num_seeds, 1) if arm.method == "frozen" else num_seeds,  # no seed changes the frozen base
+        seeds_asked=min(num_seeds, 1) if arm.method == "frozen" else num_seeds,  # all seeds score `frozen` alike
         seeds_done=len(seeds) - seed_states["running"],
         seeds_running=seed_states["running"],
         seeds_failed=seed_states["failed"] + seed_states["infeasible"],
-        test_mean=fmean(tested) if tested else None,
+        test_mean=fmean(test_values) if test_values else None,
     )

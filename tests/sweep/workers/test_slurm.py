@@ -24,9 +24,9 @@ from lorasweep.errors import ConfigError, WorkerError
 from lorasweep.record import read_sweep
 from lorasweep.sweep.workers.slurm import (
     SlurmJobs,
-    batch_text,
     check_slurm,
     describe_jobs,
+    format_batch_file,
     read_live_jobs,
     submit_head,
     submit_missing_jobs,
@@ -64,12 +64,12 @@ def test_the_batch_file_is_the_recorded_one(tmp_path):
         setup=["module load cuda"],
         extra={"reservation": "on tuesday", "exclusive": True, "nice": 5},
     )
-    assert portable(batch_text(config, tmp_path / "quickstart"), tmp_path) == RECORDED.read_text()
+    assert portable(format_batch_file(config, tmp_path / "quickstart"), tmp_path) == RECORDED.read_text()
 
 
 def test_the_batch_file_of_one_job_in_a_container_that_is_not_requeued_is_the_recorded_one(tmp_path):
     config = make_config(container="registry#lorasweep:1", requeue=False, gpus=0)
-    assert portable(batch_text(config, tmp_path / "quickstart"), tmp_path) == RECORDED_CONTAINER.read_text()
+    assert portable(format_batch_file(config, tmp_path / "quickstart"), tmp_path) == RECORDED_CONTAINER.read_text()
 
 
 @pytest.mark.parametrize(

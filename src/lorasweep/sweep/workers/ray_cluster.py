@@ -1,7 +1,7 @@
-"""The Ray cluster of a sweep's workers: a new one on this machine, or an existing one.
+"""Starts or joins the Ray cluster of a sweep's workers.
 
-lorasweep listens on no port. The Ray processes that it starts need a token and have no dashboard; those of
-`local_cluster` listen on 127.0.0.1 only.
+lorasweep listens on no port. The Ray processes that it starts require a token and have no dashboard. Those of
+`start_local_cluster` listen only on 127.0.0.1.
 """
 
 from __future__ import annotations
@@ -27,47 +27,47 @@ SOCKETS_FOLDER = "/tmp"
 and Linux allows 107."""
 CONNECT_TIMEOUT_S = 10.0
 """Timeout of a connection to a Ray head."""
-HEALTH_CHECKS = {
+HEALTH_CHECK_SETTINGS = {
     "health_check_initial_delay_ms": 1000,
     "health_check_period_ms": 1000,
     "health_check_timeout_ms": 2000,
     "health_check_failure_threshold": 3,
     "gcs_rpc_server_reconnect_timeout_s": 15,
 }
-"""With these settings Ray notices a dead node after 3 s instead of 15 s. A slow node is asked three times. Processes
-end when the head's server has been gone for 15 s instead of 60 s."""
+"""Settings with which Ray notices a dead node after 3 s instead of 15 s. It checks a node three times, because the node
+may be slow. Ray's processes end 15 s after the head is gone, instead of 60 s."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerNeeds:
-    """The resources of one worker: CPU cores and GPUs of each process, and processes that train a trial together."""
+    """The resources of one worker: processes that train a trial together, and CPU cores and GPUs of each process."""
 
     cpus: int
     gpus: int
     processes: int = 1
 
-    def count_on(self, resources: dict[str, float]) -> int:
+    def count_fitting_processes(self, resources: dict[str, float]) -> int:
         """Returns how many processes fit on a node with these resources."""
         by_cpus = int(resources.get("CPU", 0) // self.cpus)
         return min(by_cpus, int(resources.get("GPU", 0) // self.gpus)) if self.gpus else by_cpus
 
 
 @contextmanager
-def local_cluster() -> Iterator[None]:
-    # This variable tells Ray that the cluster has one node. Only then do Ray's processes listen on 127.0.0.1 only.
+def start_local_cluster() -> Iterator[None]:
+    # This variable tells Ray that the cluster has one node. Otherwise Ray would not only listen on 127.0.0.1.
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    with _started_head(_node_ip_address="127.0.0.1"):
+    with _start_head(_node_ip_address="127.0.0.1"):
         yield
 
 
 @contextmanager
-def head_for_nodes(*, ip: str | None, token_file: Path) -> Iterator[str]:
-    """Starts the head of a Ray cluster for other machines, without resources for a worker; ends it after the block.
+def start_head_for_nodes(*, ip: str | None, token_file: Path) -> Iterator[str]:
+    """Starts the head of a Ray cluster that other machines join, and ends it after the block. The head trains nothing.
 
     Args:
-        ip: IP address at which the machines reach this one; None uses the address that Ray finds.
-        token_file: File to write the token into that they need. Only its owner may read it.
+        ip: IP address at which the other machines reach this machine. None: the address that Ray finds.
+        token_file: Receives the token with which the other machines join. Only the file's owner may read it.
 
     Yields:
         `HOST:PORT` of the head.
@@ -78,22 +78,22 @@ def head_for_nodes(*, ip: str | None, token_file: Path) -> Iterator[str]:
     for name in ("RAY_AUTH_TOKEN", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"):  # Ray would prefer these to our options
         os.environ.pop(name, None)
     os.environ["RAY_AUTH_TOKEN_PATH"] = str(token_file)
-    with _started_head(num_cpus=0, num_gpus=0, _node_ip_address=ip):
+    with _start_head(num_cpus=0, num_gpus=0, _node_ip_address=ip):
         import ray  # noqa: PLC0415
 
         yield ray.get_runtime_context().gcs_address
 
 
 @contextmanager
-def joined_cluster(address: str) -> Iterator[None]:
-    """Joins a running Ray cluster (`auto` for the one of this machine, or `HOST:PORT`) during the block."""
-    if ":" in address and not answers(address):  # Ray would try for minutes
+def join_cluster(address: str) -> Iterator[None]:
+    """Connects this process to a running Ray cluster: `auto` (of this machine) or `HOST:PORT`."""
+    if ":" in address and not is_listening(address):  # otherwise Ray would try for minutes
         raise ConfigError(f"`worker.address` must be a running Ray cluster, but {address!r} does not answer.")
-    with _connected(address):
+    with _connect(address):
         yield
 
 
-def answers(address: str) -> bool:
+def is_listening(address: str) -> bool:
     """Returns whether a process listens at `HOST:PORT`."""
     host, _, port = address.rpartition(":")
     try:
@@ -104,16 +104,16 @@ def answers(address: str) -> bool:
 
 
 @contextmanager
-def _started_head(**options: Any) -> Iterator[None]:
-    """Starts a Ray head with a token and without a dashboard."""
+def _start_head(**options: Any) -> Iterator[None]:
+    """Starts a Ray head that requires a token and has no dashboard."""
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     with (
         tempfile.TemporaryDirectory(prefix="lorasweep-", dir=SOCKETS_FOLDER, ignore_cleanup_errors=True) as temporary,
-        _connected(
+        _connect(
             address="local",
             include_dashboard=False,
             object_store_memory=OBJECT_STORE_BYTES,
-            _system_config=HEALTH_CHECKS,
+            _system_config=HEALTH_CHECK_SETTINGS,
             _temp_dir=temporary,
             **options,
         ),
@@ -122,8 +122,8 @@ def _started_head(**options: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _connected(address: str, **options: Any) -> Iterator[None]:
-    """Connects this process by `ray.init`. Ray reads environment variables only once, when it is imported here."""
+def _connect(address: str, **options: Any) -> Iterator[None]:
+    """Calls `ray.init`. Environment variables must be set before, because Ray reads them when it is first imported."""
     if find_spec("ray") is None:
         raise ConfigError("`worker=ray` must find Ray, but it is not installed. Type `pip install 'lorasweep[ray]'`.")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -132,7 +132,7 @@ def _connected(address: str, **options: Any) -> Iterator[None]:
     try:
         try:
             ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **options)
-        except Exception as error:  # many classes: no answer, another version, a wrong token
+        except Exception as error:  # Ray raises many classes, such as for another version or a wrong token
             raise ConfigError(
                 f"`worker.address` must be a running Ray cluster that accepts this process, but got {address!r}: "
                 f"{first_line(error)}"
@@ -143,17 +143,17 @@ def _connected(address: str, **options: Any) -> Iterator[None]:
 
 
 def count_fitting_workers(needs: WorkerNeeds) -> int:
-    return sum(needs.count_on(resources) for resources in _read_resources()) // needs.processes
+    return sum(needs.count_fitting_processes(resources) for resources in _read_resources()) // needs.processes
 
 
 def check_capacity(needs: WorkerNeeds) -> None:
     """Raises ConfigError if not even one worker fits on the cluster."""
     if not count_fitting_workers(needs):
-        nodes = [f"{each.get('CPU', 0):.0f} and {each.get('GPU', 0):.0f}" for each in _read_resources()]
+        nodes = [f"{node.get('CPU', 0):.0f} and {node.get('GPU', 0):.0f}" for node in _read_resources()]
         raise ConfigError(
-            f"one worker must fit on the cluster with {needs.processes} processes of {needs.cpus} CPU cores and "
-            f"{needs.gpus} GPUs (`worker.cpus`, `worker.gpus`), but the cores and GPUs of its nodes are: "
-            f"{', '.join(nodes) or 'none'}."
+            f"a worker with {needs.processes} processes of {needs.cpus} CPU cores and {needs.gpus} GPUs must fit on "
+            f"the cluster, but the cores and GPUs of its nodes are: {', '.join(nodes) or 'none'}. Change `worker.cpus` "
+            "or `worker.gpus`."
         )
 
 

@@ -1,9 +1,9 @@
-"""Workers as Ray actors. Ray starts them, places them, notices when one dies, and restarts the controller.
+"""Runs the controller and the workers of a sweep as Ray actors. Ray places them, and notices when an actor dies.
 
 A sweep has three kinds of processes:
 
-- The process of `lorasweep sweep` asks Ray for workers, and for a new one whenever one has died.
-- The controller is an actor. Whenever it starts, it reads the sweep's journal. So Ray may restart it at any time.
+- The process of `lorasweep sweep` asks Ray for workers, and replaces workers that died (`WorkerPool`).
+- The controller is an actor. It begins by reading the sweep's journal, so Ray can restart it at any time.
 - Each worker is an actor that runs the loop of `worker.py`. While the controller restarts, the worker's calls wait and
   Ray repeats them.
 """
@@ -56,21 +56,23 @@ RESTART_FOREVER = {"max_restarts": -1, "max_task_retries": -1}
 
 
 class WorkerRefused(WorkerError):  # noqa: N818 (named by what happened)
-    """A worker on a node can't take part: the node misses the sweep's folder or has other code."""
+    """A worker can't take part, because its node lacks the sweep's folder or has other code."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerContext:
-    """The state of the process of `lorasweep sweep` that every other process of the sweep must share."""
+    """Folders, code versions and trusted packages of `lorasweep sweep`, which all processes of the sweep must share."""
 
     folder: Path
     """The current folder, for relative paths."""
     path: Path
+    """The sweep's folder."""
     code: dict[str, str]
+    """The result of `code_versions`."""
     trusted: tuple[str, ...]
 
     def enter(self) -> None:
-        """Checks files and code in this process, and takes over the current folder and the trusted packages."""
+        """Raises `WorkerRefused` if this process differs. Sets its current folder and trusted packages."""
         node = ray.get_runtime_context().get_node_id()
         if not self.path.is_dir():
             raise WorkerRefused(
@@ -90,15 +92,15 @@ class WorkerContext:
 
 @cache
 def code_versions() -> dict[str, str]:
-    """Returns the versions of packages that can change results, and a checksum of this package's code."""
+    """Returns the versions of packages that can change results, and a checksum of lorasweep's code."""
     code = hashlib.sha256()
     for file in sorted(Path(str(files("lorasweep"))).rglob("*.py")):
         code.update(file.read_bytes())
     return {"lorasweep": code.hexdigest()[:16], "python": sys.version.split()[0], **describe_packages()}
 
 
-def _get(calls: Any) -> Any:
-    """`ray.get` that raises an error of lorasweep itself, without Ray's wrapper; RayTaskError is any other error."""
+def _get_results(calls: Any) -> Any:
+    """Returns the results of calls. Raises errors of lorasweep without Ray's wrapper, other errors as RayTaskError."""
     try:
         return ray.get(calls)
     except RayTaskError as error:
@@ -110,7 +112,7 @@ class ControllerActor(Controller):
 
     def __init__(self, context: WorkerContext, *, session: str) -> None:
         context.enter()
-        super().__init__(reopen_sweep(context.path), session=session)  # the journal has the work before a restart
+        super().__init__(reopen_sweep(context.path), session=session)  # after a restart this reads the journal
         self.save("running")
 
     def close(self) -> None:
@@ -118,17 +120,17 @@ class ControllerActor(Controller):
 
 
 class ControllerClient:
-    """Has the methods of the controller, which runs in another process."""
+    """Calls the methods of the controller, which runs in another process."""
 
     def __init__(self, actor: Any) -> None:
         self._actor = actor
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
-        """Returns a method that waits for the controller's answer and raises the controller's errors."""
+        """Returns a method that waits for the controller's answer, and raises the controller's errors."""
 
         def call(*args: Any, **kwargs: Any) -> Any:
             try:
-                return _get(getattr(self._actor, name).remote(*args, **kwargs))
+                return _get_results(getattr(self._actor, name).remote(*args, **kwargs))
             except RayActorError as error:
                 if isinstance(cause := error.__cause__, LoraSweepError):
                     raise cause from None
@@ -156,10 +158,10 @@ class WorkerActor:
         client.note_worker(device=name_device(), threads=torch.get_num_threads())
         self._peers = list(peers)
         try:
-            _get([peer.enter.remote() for peer in peers])
+            _get_results([peer.enter.remote() for peer in peers])
         except RayTaskError:
             raise
-        except RayError:  # a peer died
+        except RayError:  # a peer died, so all processes of this worker must be replaced
             _end_process()
         Worker(
             path=path,
@@ -173,9 +175,9 @@ class WorkerActor:
             train_alone=self._train_with_peers if peers else None,
         ).run()
 
-    @ray.method(concurrency_group="control")  # type: ignore[untyped-decorator]  # answers while `run` is running
+    @ray.method(concurrency_group="control")  # type: ignore[untyped-decorator]  # can be called during `run`
     def stop(self) -> None:
-        """Asks the worker to stop after its present step."""
+        """Asks the worker to stop after the current step."""
         self._stop.set()
 
     def enter(self) -> None:
@@ -184,7 +186,7 @@ class WorkerActor:
     def train_as_peer(
         self, config: RunConfig, run_folder: RunFolder, *, resume: bool, ranks: Mapping[str, str]
     ) -> None:
-        """Trains a run together with the other ranks; `ranks` are the environment variables of this rank."""
+        """Trains a run together with the other ranks. `ranks` has the environment variables of this rank."""
         os.environ.update(ranks)
         try:
             train_run(config, run_folder, inputs=self._inputs_cache.load(config), resume=resume)
@@ -194,10 +196,11 @@ class WorkerActor:
                 _end_process()
 
     def _train_with_peers(self, config: RunConfig, run_folder: RunFolder, *, resume: bool, **options: Any) -> RunRecord:
-        """Trains a run on all ranks. If a rank was lost, this process ends too, so that all ranks are restarted."""
-        with socket.socket() as free:  # a new port for each run, because torch's store of the last run may still listen
-            free.bind(("", 0))
-            rendezvous = (ray.util.get_node_ip_address(), free.getsockname()[1])
+        """Trains a run on all ranks. If a rank is lost, ends this process too, so that the pool replaces all ranks."""
+        # a free port for each run, because torch's store of the last run may still listen on the last port
+        with socket.socket() as free_socket:
+            free_socket.bind(("", 0))
+            rendezvous = (ray.util.get_node_ip_address(), free_socket.getsockname()[1])
         size = len(self._peers) + 1
         calls = [
             peer.train_as_peer.remote(config, run_folder, resume=resume, ranks=_rank_variables(rank, size, *rendezvous))
@@ -223,7 +226,7 @@ class WorkerActor:
 def _rank_variables(rank: int, size: int, address: str, port: int) -> dict[str, str]:
     """Returns torchrun's environment variables for one rank.
 
-    Each rank is a node with one process, because Ray hides the GPUs of other processes from it.
+    Each rank counts as a node with one process, because Ray hides from it the GPUs of the other ranks.
     """
     values = {"RANK": rank, "GROUP_RANK": rank, "WORLD_SIZE": size, "GROUP_WORLD_SIZE": size}
     values |= {"LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1, "MASTER_PORT": port}
@@ -232,14 +235,14 @@ def _rank_variables(rank: int, size: int, address: str, port: int) -> dict[str, 
 
 
 def _end_with_peers(calls: Sequence[Any], ended: threading.Event) -> None:
-    """Ends this process if another rank has ended and this rank still waits for it, as NCCL may do."""
+    """Ends this process if another rank has ended while this rank still waits for it (with NCCL)."""
     ray.wait(list(calls))
     if not ended.wait(PEER_TIMEOUT_S):
         _end_process()
 
 
 def _end_process() -> NoReturn:
-    """Ends this process of a worker that lost a rank, so that the pool replaces the worker. Ray's log has the error."""
+    """Ends this process, so that the pool replaces the whole worker. Prints the error into Ray's log."""
     traceback.print_exc()
     os._exit(1)
 
@@ -262,17 +265,17 @@ class WorkerPool:
     """The workers of a sweep on the Ray cluster that this process is connected to."""
 
     def __init__(self, path: Path, *, num: int | Literal["auto"], needs: WorkerNeeds) -> None:
-        """Starts the controller for a sweep's folder that no process has open. `auto` takes as many workers as fit."""
+        """Starts the controller. No process may have the sweep open. `num="auto"` means as many workers as fit."""
         self._num = num
         self._needs = needs
         self._context = WorkerContext(
             folder=Path.cwd(), path=path.resolve(), code=code_versions(), trusted=trusted_packages()
         )
         self._session = secrets.token_hex(4)
-        self._members: dict[Any, _PoolMember] = {}  # by the reference of the call that runs the worker's loop
+        self._members: dict[Any, _PoolMember] = {}  # the key is the running call of the worker's loop
         self._numbers = itertools.count(1)
         self._nodes: set[str] = set()
-        self._num_refused = 0  # these workers are not replaced while the cluster has the same nodes
+        self._num_refused = 0  # refused workers are not replaced until the cluster has other nodes
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
         self._actor = (
             ray.remote(ControllerActor)
@@ -282,18 +285,18 @@ class WorkerPool:
         self._controller = ControllerClient(self._actor)
 
     def train(self, *, stop_requested: Callable[[], bool], require_nodes: Callable[[], None] = lambda: None) -> bool:
-        """Trains the rest of the sweep and returns whether it is complete.
+        """Trains the remaining trials, and returns whether the sweep is complete.
 
-        `require_nodes` is called while the sweep has no worker. It raises an error if no node can come.
+        `require_nodes` is called while the sweep has no worker. It raises an error if no node can join.
         """
         try:
-            self._controller.is_over()  # raises an error of the controller's start
+            self._controller.is_over()  # raises if the controller could not start
             while not stop_requested() and not self._controller.is_over():
                 self._start_missing()
                 if not self._members:
                     require_nodes()
-                self._wait(CHECK_INTERVAL_S)
-            self._stop()
+                self._wait_for_ends(CHECK_INTERVAL_S)
+            self._stop_workers()
             return bool(self._controller.finish())
         finally:
             for member in self._members.values():
@@ -322,8 +325,8 @@ class WorkerPool:
             run = actors[0].run.remote(self._actor, name=name, num_workers=wanted, peers=actors[1:])
             self._members[run] = _PoolMember(name=name, actors=actors, group=group)
 
-    def _wait(self, timeout_s: float) -> None:
-        """Waits for workers to end. The trials of a dead worker are handed out again, and it is replaced later."""
+    def _wait_for_ends(self, timeout_s: float) -> None:
+        """Waits until a worker ends, and releases the trials of a dead worker. `_start_missing` replaces workers."""
         if not self._members:
             time.sleep(timeout_s)
             return
@@ -332,7 +335,7 @@ class WorkerPool:
             member = self._members.pop(run)
             member.kill()
             try:
-                _get(run)
+                _get_results(run)
             except WorkerRefused as error:
                 self._num_refused += 1
                 self._controller.warn(str(error))
@@ -340,14 +343,14 @@ class WorkerPool:
                     raise
             except RayTaskError:  # a bug in the worker's loop
                 raise
-            except RayError:  # its process or node died, or Ray ended it because the node's memory ran out
+            except RayError:  # the process or the node died, or Ray ended the process to free memory
                 self._controller.release_worker(member.name)
 
-    def _stop(self) -> None:
-        """Stops every worker after its present step. A worker that does not answer was never placed: it is killed."""
+    def _stop_workers(self) -> None:
+        """Stops every worker after its current step. Kills workers that do not answer: they have not started yet."""
         calls = {member.actors[0].stop.remote(): run for run, member in self._members.items()}
         _, unanswered = ray.wait(list(calls), num_returns=len(calls), timeout=STOP_TIMEOUT_S) if calls else ([], [])
         for call in unanswered:
             self._members.pop(calls[call]).kill()
         while self._members:
-            self._wait(CHECK_INTERVAL_S)
+            self._wait_for_ends(CHECK_INTERVAL_S)

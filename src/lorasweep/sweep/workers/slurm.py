@@ -1,7 +1,7 @@
-"""Slurm jobs that join a sweep's Ray cluster: how they are checked, submitted, described and cancelled.
+"""Checks, submits, describes and cancels the Slurm jobs that join a sweep's Ray cluster.
 
-submitit writes and submits the batch files. DIR/slurm has each job's batch file, pickled `RayNode` and output
-(`JOB_0_log.out` and `.err`). DIR/slurm/head has these files for a job that leads the sweep (`SweepHead`).
+submitit writes and submits the batch files. The folder `slurm` of a sweep has each job's batch file, pickled `RayNode`
+and output (`JOB_0_log.out` and `.err`). `slurm/head` has these files for a job that leads the sweep (`SweepHead`).
 """
 
 from __future__ import annotations
@@ -27,28 +27,29 @@ from lorasweep.errors import ConfigError, WorkerError
 from lorasweep.sweep.workers.slurm_job import RayNode, SweepHead
 
 JOBS_FOLDER = "slurm"
-"""Folder in a sweep's folder for the files of the jobs that are nodes."""
+"""Folder in a sweep's folder for the files of the jobs that are nodes of the Ray cluster."""
 HEAD_FOLDER = "slurm/head"
 """Folder in a sweep's folder for the files of the job that leads the sweep."""
 COMMAND_TIMEOUT_S = 60
 MAX_REQUEUES = 1000
-"""Number of times that a job is requeued at its time limit. A job that finds no head ends earlier."""
+"""Number of times that a job may be requeued at its time limit. A job that finds no head ends earlier."""
 HEAD_CPUS = 1
+"""CPU cores of the job that leads a sweep."""
 HEAD_MEM_GB = 4
-"""Memory of the job that leads a sweep, which holds the studies and imports the libraries."""
+"""Memory of the job that leads a sweep. It holds the studies and the imported libraries."""
 CONTAINER_PYTHON = "python3"
-BUSY = ("busy", "down", "not available now", "drained")
-"""Words in sbatch's answer if a job could start later, but not now."""
+BUSY_TEXTS = ("busy", "down", "not available now", "drained")
+"""Parts of sbatch's answer if a job could start later, but not now."""
 
 
 def check_slurm(config: SlurmConfig, folder: Path) -> list[str]:
-    """Asks Slurm whether it would accept the jobs; returns warnings. The sweep's folder need not exist yet."""
+    """Asks Slurm whether it would accept the jobs, and returns warnings. The sweep's folder need not exist yet."""
     warnings = []
     for jobs in (SlurmJobs(config, folder), *((_head_job(config, folder),) if config.head == "job" else ())):
         with _login_environment():
-            answer = _run(["sbatch", "--test-only"], given=jobs.text(1))
+            answer = _run_command(["sbatch", "--test-only"], given=jobs.format_batch_file(1))
         message = _one_line(answer.stderr)
-        if answer.returncode and any(word in message.lower() for word in BUSY):
+        if answer.returncode and any(word in message.lower() for word in BUSY_TEXTS):
             warnings.append(f"Slurm can't start the jobs now, they will wait: {message}")
         elif answer.returncode:
             raise ConfigError(
@@ -59,13 +60,13 @@ def check_slurm(config: SlurmConfig, folder: Path) -> list[str]:
     return warnings
 
 
-def batch_text(config: SlurmConfig, folder: Path) -> str:
+def format_batch_file(config: SlurmConfig, folder: Path) -> str:
     """Returns the batch file of the jobs, for `worker.dry_run`."""
-    return SlurmJobs(config, folder).text(config.jobs)
+    return SlurmJobs(config, folder).format_batch_file(config.jobs)
 
 
 def submit_missing_jobs(config: SlurmConfig, folder: Path) -> list[str]:
-    """Submits jobs that join the sweep's Ray cluster, until `worker.jobs` jobs wait or run; returns their ids."""
+    """Submits jobs that join the sweep's Ray cluster, so that `worker.jobs` jobs wait or run. Returns the new ids."""
     missing = config.jobs - len(read_live_jobs(folder) or ())
     if missing <= 0:
         return []
@@ -85,11 +86,11 @@ def submit_head(config: SlurmConfig, folder: Path) -> str:
 
 
 def read_live_jobs(folder: Path) -> dict[str, str] | None:
-    """Returns Slurm's state of each job of a sweep that has not ended, by its id; None if Slurm does not answer.
+    """Returns the state of each waiting or running job of a sweep, by job id; None if Slurm does not answer.
 
-    A waiting job has its reason: `{"77_0": "running", "77_1": "pending (Priority)"}`.
+    For a waiting job the state includes Slurm's reason: `{"77_0": "running", "77_1": "pending (Priority)"}`.
     """
-    answer = _run(["squeue", "--noheader", "--array", "--me", "--format=%i|%T|%r"])
+    answer = _run_command(["squeue", "--noheader", "--array", "--me", "--format=%i|%T|%r"])
     if answer.returncode:
         return None
     ids = _read_job_ids(folder)
@@ -111,11 +112,11 @@ def describe_jobs(folder: Path) -> str:
 
 def cancel_jobs(folder: Path) -> None:
     if ids := _read_job_ids(folder):
-        _run(["scancel", "--quiet", *ids])
+        _run_command(["scancel", "--quiet", *ids])
 
 
 def _read_job_ids(folder: Path) -> list[str]:
-    """Returns the ids of all submitted nodes of a sweep; the jobs of an array share one id."""
+    """Returns the ids of all jobs that were submitted as nodes of a sweep. The jobs of an array share one id."""
     return sorted(path.name.split("_")[0] for path in (folder / JOBS_FOLDER).glob("*_submission.sh"))
 
 
@@ -123,18 +124,18 @@ class SlurmJobs(submitit.SlurmExecutor):
     """Writes and submits the batch files of a sweep's jobs."""
 
     def __init__(self, config: SlurmConfig, folder: Path, *, files: str = JOBS_FOLDER, **changes: Any) -> None:
-        """Batch files and output go to `files` in the sweep's folder. `changes` replace parameters; None omits one."""
+        """`files` is the folder for batch files inside `folder`. `changes` replaces parameters; None omits one."""
         python = CONTAINER_PYTHON if config.container else shlex.quote(sys.executable)
         super().__init__(folder.resolve() / files, max_num_timeout=MAX_REQUEUES, python=python)
-        parameters = _parameters(config, folder.resolve()) | changes
+        parameters = _build_parameters(config, folder.resolve()) | changes
         self.update_parameters(wckey=None, **{key: value for key, value in parameters.items() if value is not None})
 
     @classmethod
     def affinity(cls) -> int:
-        """Tells submitit that Slurm is available, so that `worker.dry_run` works without it (2: higher than others)."""
-        return 2
+        """Tells submitit that Slurm is available, so that `worker.dry_run` also works where Slurm is missing."""
+        return 2  # higher than the affinity of submitit's other executors
 
-    def text(self, num: int) -> str:
+    def format_batch_file(self, num: int) -> str:
         array: dict[str, Any] = {"map_count": num} if num > 1 else {}  # submitit submits a single job without an array
         return _make_sbatch_string(self._submitit_command_str, self.folder, **self.parameters, **array)
 
@@ -144,7 +145,7 @@ class SlurmJobs(submitit.SlurmExecutor):
                 jobs: list[submitit.Job[None]] = self.submit_array([task] * num)
                 return [str(job.job_id) for job in jobs]
         except FailedJobError as error:
-            raise WorkerError(f"Slurm must take the jobs, but sbatch says: {_one_line(str(error))}") from error
+            raise WorkerError(f"Slurm must accept the jobs, but sbatch says: {_one_line(str(error))}") from error
 
 
 def _head_job(config: SlurmConfig, folder: Path) -> SlurmJobs:
@@ -164,14 +165,14 @@ def _head_job(config: SlurmConfig, folder: Path) -> SlurmJobs:
 
 @contextmanager
 def _login_environment() -> Iterator[None]:
-    """Hides the variables of a Slurm job in which this process may run, but keeps those that a user sets."""
+    """Hides the variables of the Slurm job in which this process may run. Keeps variables that a user sets."""
     kept = {k: v for k, v in os.environ.items() if k in ("SLURM_CONF", "SLURM_CLUSTERS") or k.startswith("SBATCH_")}
     with clean_env(), environment_variables(**kept):
         yield
 
 
-def _parameters(config: SlurmConfig, folder: Path) -> dict[str, Any]:
-    """Returns the settings under submitit's names; None omits a parameter."""
+def _build_parameters(config: SlurmConfig, folder: Path) -> dict[str, Any]:
+    """Returns the settings by submitit's names. None omits a parameter."""
     cpus = config.processes_per_job * config.cpus
     return {
         "job_name": f"lorasweep-{folder.name}",
@@ -210,7 +211,7 @@ def _one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-def _run(command: Sequence[str], *, given: str | None = None) -> subprocess.CompletedProcess[str]:
+def _run_command(command: Sequence[str], *, given: str | None = None) -> subprocess.CompletedProcess[str]:
     try:
         return subprocess.run(command, input=given, capture_output=True, text=True, timeout=COMMAND_TIMEOUT_S)
     except (OSError, subprocess.TimeoutExpired) as error:

@@ -1,7 +1,7 @@
-"""The tasks of a sweep's Slurm jobs: a node of the sweep's Ray cluster, or the process that leads the sweep.
+"""Tasks of a sweep's Slurm jobs: a node of the sweep's Ray cluster (`RayNode`), or its head (`SweepHead`).
 
-In the job submitit unpickles a `RayNode` or a `SweepHead` and calls it. This module imports neither Ray nor torch, so
-that the process that waits beside a node stays small.
+submitit unpickles the task in the job and calls it. This module imports neither Ray nor torch, so that the process that
+waits beside a node needs little memory.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from submitit.core.utils import DelayedSubmission
 from submitit.slurm.slurm import SlurmJobEnvironment
 
 from lorasweep.disk import write_atomically
-from lorasweep.sweep.workers.ray_cluster import OBJECT_STORE_BYTES, SOCKETS_FOLDER, answers
+from lorasweep.sweep.workers.ray_cluster import OBJECT_STORE_BYTES, SOCKETS_FOLDER, is_listening
 
 ADDRESS_FILE = "ray.address"
-"""In a sweep's folder: `HOST:PORT` of its Ray head. Empty once the sweep is over."""
+"""File in a sweep's folder with `HOST:PORT` of its Ray head. The file is empty after the sweep's end."""
 TOKEN_FILE = "ray.token"
-"""In a sweep's folder, with mode 0600: the secret that every process needs to join the sweep's Ray cluster."""
+"""File in a sweep's folder with the secret token for joining the sweep's Ray cluster. Its mode is 0600."""
 HEAD_VARIABLE = "LORASWEEP_HEAD_JOB"
 """Environment variable that marks the process that leads a sweep in a Slurm job."""
 DEFAULT_HEAD_WAIT_S = 600
-"""Seconds that a job waits for a head, so that a sweep can be resumed while its jobs keep their machines."""
+"""Seconds that a job waits for a head. A sweep that is resumed in this time keeps the machines of its jobs."""
 CHECK_INTERVAL_S = 5
 """Seconds between two reads of the address file on the shared disk."""
-MAX_STARTS = 20
-"""Number of times that a job starts its node: for each new head, and whenever the node ended by itself."""
-MAX_END_S = 20
+MAX_NODE_STARTS = 20
+"""Number of times that a job may start its node: once for each head, and again after the node ended by itself."""
+MAX_SHUTDOWN_S = 20
 """Seconds that a child process has to end by itself. Slurm kills the job after 30 (KillWait)."""
 PR_SET_PDEATHSIG = 1
 """Option of Linux's prctl that sets the signal for a process whose parent ends."""
@@ -56,20 +56,20 @@ def read_address(folder: Path) -> str | None:
         return None
 
 
-def leads_in_job() -> bool:
-    """Returns whether `SweepHead` started this process, which then must not submit another head."""
+def is_head_job() -> bool:
+    """Returns whether `SweepHead` started this process, so that it must not submit another head."""
     return HEAD_VARIABLE in os.environ
 
 
 @dataclass(frozen=True, kw_only=True)
 class SlurmTask:
-    """A callable that a job runs, and runs again when the job is requeued."""
+    """A callable that a job runs, and runs again after the job is requeued."""
 
     folder: Path
     requeue: bool
 
     def checkpoint(self) -> DelayedSubmission | None:
-        """Called by submitit on SIGUSR2. If this returns a task, submitit requeues the job."""
+        """Returns the task for a requeued job; None: submitit does not requeue. submitit calls this on SIGUSR2."""
         return DelayedSubmission(self) if self.requeue else None  # type: ignore[arg-type]  # subclasses are callable
 
 
@@ -82,13 +82,13 @@ class RayNode(SlurmTask):
     head_wait_s: float = DEFAULT_HEAD_WAIT_S
 
     def __call__(self) -> None:
-        """Runs the node until the sweep is over; exits with a message if there is no head to join."""
+        """Runs the node until the sweep is over. Exits with a message if the sweep has no head."""
         signal.signal(signal.SIGTERM, _exit_on_signal)
-        for _ in range(MAX_STARTS):
+        for _ in range(MAX_NODE_STARTS):
             if (address := _wait_for_head(self.folder, wait_s=self.head_wait_s)) is None:
                 return
             self._join(address)
-        sys.exit(f"lorasweep: a node must stay in the Ray cluster at {address}, but it ended {MAX_STARTS} times.")
+        sys.exit(f"lorasweep: a node must stay in the Ray cluster at {address}, but it ended {MAX_NODE_STARTS} times.")
 
     def _join(self, address: str) -> None:
         """Runs `ray start` until it ends by itself or the sweep has another head."""
@@ -117,7 +117,7 @@ class RayNode(SlurmTask):
             "dashboard-agent-listen-port": 0,
         }
         host = address.rpartition(":")[0]
-        if host == "127.0.0.1":  # otherwise Ray finds the address of this node from its route to the head
+        if host == "127.0.0.1":  # for another head, Ray finds this node's address from its route to the head
             options["node-ip-address"] = host
         arguments = [f"--{name}={value}" for name, value in options.items()]
         return [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", *arguments]
@@ -125,10 +125,10 @@ class RayNode(SlurmTask):
 
 @dataclass(frozen=True, kw_only=True)
 class SweepHead(SlurmTask):
-    """Leads a sweep in its own job: runs `lorasweep sweep --resume DIR`, and exits with its exit code."""
+    """Leads a sweep in a job: runs `lorasweep sweep --resume DIR`, and exits with the same exit code."""
 
     trusted: tuple[str, ...] = ()
-    """Packages that the user trusts by `trust=[PACKAGE]`."""
+    """Packages in the user's `trust=[PACKAGE]`."""
 
     def __call__(self) -> None:
         signal.signal(signal.SIGTERM, _exit_on_signal)
@@ -142,30 +142,30 @@ class SweepHead(SlurmTask):
 
 @contextlib.contextmanager
 def run_child(command: Sequence[str], *, environment: Mapping[str, str]) -> Iterator[subprocess.Popen[bytes]]:
-    """Runs a child process during the block; then ends it and its descendants."""
+    """Runs a child process during the block. Afterwards ends the child and its descendants."""
     child = subprocess.Popen(command, env=environment, preexec_fn=_prepare_child)
     try:
         yield child
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second SIGTERM of Slurm must not interrupt the cleanup
-        _end(child)
+        _end_child(child)
         signal.signal(signal.SIGTERM, _exit_on_signal)
 
 
 def _prepare_child() -> None:
-    """Makes the child end with its parent, and ignore SIGUSR2, which Slurm sends to all processes of a job."""
+    """Makes the child end with its parent. It ignores SIGUSR2, which Slurm sends to all processes of a job."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)
 
 
-def _end(child: subprocess.Popen[bytes]) -> None:
-    """Ends a child process, and kills the descendants that it leaves behind."""
+def _end_child(child: subprocess.Popen[bytes]) -> None:
+    """Ends a child process, and kills its descendants that still run."""
     if child.poll() is not None:
         return
     descendants = psutil.Process(child.pid).children(recursive=True)
     child.terminate()
     with contextlib.suppress(subprocess.TimeoutExpired):
-        child.wait(MAX_END_S)
+        child.wait(MAX_SHUTDOWN_S)
     for process in (child, *descendants):
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
@@ -181,7 +181,7 @@ def _wait_for_head(folder: Path, *, wait_s: float) -> str | None:
     """Returns the address of a head that answers, or None if the sweep is over; exits after `wait_s` seconds."""
     deadline = time.monotonic() + wait_s
     while (address := read_address(folder)) != "":
-        if address is not None and answers(address):
+        if address is not None and is_listening(address):
             return address
         if time.monotonic() > deadline:
             sys.exit(

@@ -21,9 +21,9 @@ from lorasweep.sweep.definition.arms import Definition
 from lorasweep.sweep.workers.ray_cluster import (
     WorkerNeeds,
     check_capacity,
-    head_for_nodes,
-    joined_cluster,
-    local_cluster,
+    join_cluster,
+    start_head_for_nodes,
+    start_local_cluster,
 )
 from lorasweep.sweep.workers.worker import Worker
 from lorasweep.training.environment import name_device
@@ -32,11 +32,11 @@ from lorasweep.training.inputs import InputsCache
 JOBS_INTERVAL_S = 5.0
 """Seconds between two calls of `squeue` while a sweep has no worker."""
 HOPELESS_REASONS = ("PartitionTimeLimit", "PartitionNodeLimit", "MaxWallDurationPerJobLimit", "BadConstraints")
-"""Parts of Slurm's reasons for a job that waits but can never start. Slurm accepts such a job at its submission."""
+"""Parts of Slurm's reasons for a waiting job that can never start. Slurm accepts the submission of such a job."""
 
 
 def check_workers(definition: Definition, path: Path) -> list[str]:
-    """Checks that the workers of a sweep can train its trials; returns warnings. The folder need not exist yet."""
+    """Checks that the workers of a sweep can train its trials, and returns warnings. The folder need not exist yet."""
     config = definition.sweep_config.worker
     processes = {arm.name: count_processes_per_trial(arm.corners[0].trainer) for arm in definition.arms}
     listed = ", ".join(f"{number} (arm `{name}`)" for name, number in processes.items())
@@ -57,27 +57,27 @@ def check_workers(definition: Definition, path: Path) -> list[str]:
     return []
 
 
-def hand_over(sweep: SweepFolder) -> str | None:
-    """With `worker.head=job`, closes the sweep and submits the Slurm job that leads it. Returns the job's id.
+def hand_over_to_job(sweep: SweepFolder) -> str | None:
+    """With `worker.head=job`, closes the sweep, submits the Slurm job that leads it, and returns the job's id.
 
-    Returns None if this process leads the sweep.
+    Otherwise returns None, and this process leads the sweep.
     """
     config = sweep.definition.sweep_config.worker
     if not isinstance(config, SlurmConfig) or config.head != "job":
         return None
     from lorasweep.sweep.workers.slurm import submit_head  # noqa: PLC0415
-    from lorasweep.sweep.workers.slurm_job import leads_in_job  # noqa: PLC0415 (needs submitit)
+    from lorasweep.sweep.workers.slurm_job import is_head_job  # noqa: PLC0415 (needs submitit)
 
-    if leads_in_job():
+    if is_head_job():
         return None
     sweep.close()  # the job opens it
     return submit_head(config, sweep.path)
 
 
 def add_jobs(path: Path, changes: Mapping[str, Any]) -> list[str] | None:
-    """Submits more Slurm jobs for a running sweep after changes such as `{"worker.jobs": 8}`; returns their ids.
+    """Submits more Slurm jobs for a running sweep, and returns their ids. `changes` is such as `{"worker.jobs": 8}`.
 
-    Returns None if the sweep in this folder does not run on Slurm now.
+    Returns None if the sweep is not running on Slurm.
     """
     config = saved_definition(path, changes=changes).sweep_config.worker
     if not isinstance(config, SlurmConfig) or not is_running(path):
@@ -89,7 +89,7 @@ def add_jobs(path: Path, changes: Mapping[str, Any]) -> list[str] | None:
 
 
 def describe_jobs(path: Path) -> str | None:
-    """Returns the number of a sweep's Slurm jobs by state; None if it never had jobs or submitit is not installed."""
+    """Counts a sweep's Slurm jobs by state, as text. None if the sweep never had jobs, or without submitit."""
     if not (path / "slurm").is_dir() or find_spec("submitit") is None:
         return None
     from lorasweep.sweep.workers import slurm  # noqa: PLC0415
@@ -98,11 +98,11 @@ def describe_jobs(path: Path) -> str | None:
 
 
 def train_sweep(sweep: SweepFolder, inputs_cache: InputsCache, *, stop_requested: Callable[[], bool]) -> bool:
-    """Trains the remaining trials of an open sweep and closes it. Returns whether it is complete (False: stopped)."""
+    """Trains the remaining trials of an open sweep, and closes it. Returns False if the sweep was stopped."""
     config = sweep.definition.sweep_config.worker
     if isinstance(config, LocalWorker):
         try:
-            return _train_here(sweep, inputs_cache, stop_requested=stop_requested)
+            return _train_in_process(sweep, inputs_cache, stop_requested=stop_requested)
         finally:
             sweep.close()
     sweep.close()  # the controller's process opens it
@@ -111,7 +111,7 @@ def train_sweep(sweep: SweepFolder, inputs_cache: InputsCache, *, stop_requested
     return _train_on_ray(sweep, config, stop_requested=stop_requested)
 
 
-def _train_here(sweep: SweepFolder, inputs_cache: InputsCache, *, stop_requested: Callable[[], bool]) -> bool:
+def _train_in_process(sweep: SweepFolder, inputs_cache: InputsCache, *, stop_requested: Callable[[], bool]) -> bool:
     controller = Controller(sweep)
     controller.note_worker(device=name_device(), threads=torch.get_num_threads())
     controller.save("running")
@@ -129,7 +129,7 @@ def _train_here(sweep: SweepFolder, inputs_cache: InputsCache, *, stop_requested
 def _train_on_ray(sweep: SweepFolder, config: RayWorkers, *, stop_requested: Callable[[], bool]) -> bool:
     needs = _worker_needs(sweep.definition, config)
     address = config.address
-    with local_cluster() if address is None else joined_cluster(address):
+    with start_local_cluster() if address is None else join_cluster(address):
         from lorasweep.sweep.workers.ray_workers import WorkerPool  # noqa: PLC0415 (needs Ray)
 
         check_capacity(needs)
@@ -138,7 +138,7 @@ def _train_on_ray(sweep: SweepFolder, config: RayWorkers, *, stop_requested: Cal
 
 def _train_on_slurm(sweep: SweepFolder, config: SlurmConfig, *, stop_requested: Callable[[], bool]) -> bool:
     from lorasweep.sweep.workers.slurm import cancel_jobs, read_live_jobs, submit_missing_jobs  # noqa: PLC0415
-    from lorasweep.sweep.workers.slurm_job import TOKEN_FILE, leads_in_job, write_address  # noqa: PLC0415
+    from lorasweep.sweep.workers.slurm_job import TOKEN_FILE, is_head_job, write_address  # noqa: PLC0415
 
     path, is_left_to_next_head = sweep.path, False
 
@@ -155,7 +155,7 @@ def _train_on_slurm(sweep: SweepFolder, config: SlurmConfig, *, stop_requested: 
                 f"Type `lorasweep sweep --resume {path}` to submit other jobs."
             )
 
-    with head_for_nodes(ip=config.head_ip, token_file=path / TOKEN_FILE) as address:
+    with start_head_for_nodes(ip=config.head_ip, token_file=path / TOKEN_FILE) as address:
         from lorasweep.sweep.workers.ray_workers import WorkerPool  # noqa: PLC0415 (only now may Ray be imported)
 
         write_address(path, address)
@@ -163,8 +163,8 @@ def _train_on_slurm(sweep: SweepFolder, config: SlurmConfig, *, stop_requested: 
             submit_missing_jobs(config, path)
             pool = WorkerPool(path, num="auto", needs=_worker_needs(sweep.definition, config))
             complete = pool.train(stop_requested=stop_requested, require_nodes=require_jobs)
-            # A head in a job is requeued when its time is over. Its nodes then wait for the next head.
-            is_left_to_next_head = not complete and leads_in_job()
+            # A head that runs in a job is requeued at its time limit. Its nodes then wait for the next head.
+            is_left_to_next_head = not complete and is_head_job()
         finally:
             if not is_left_to_next_head:
                 write_address(path, "")  # tells the nodes to end

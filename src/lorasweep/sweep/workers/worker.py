@@ -28,12 +28,12 @@ from lorasweep.training.packs.state import read_pack_state
 from lorasweep.training.run import train_run
 from lorasweep.training.score import score_run
 
-LOSS = "loss"
-"""The metric that every task reports, whatever metric it is scored by."""
+LOSS_METRIC = "loss"
+"""Metric that every task reports, also if another metric is its score."""
 POLL_INTERVAL_S = 2.0
-"""Seconds until a worker that got no trial asks again, while other workers train."""
+"""Seconds until a worker asks again after it got no trial, while other workers train."""
 Outcome: TypeAlias = RunRecord | Exception
-"""How a training ended: with a record (complete, paused or interrupted) or with an error."""
+"""Result of a training: a record (complete, paused or interrupted) or an error."""
 
 
 @dataclass(kw_only=True, eq=False)
@@ -47,13 +47,13 @@ class Worker:
     metric: str
     inputs_cache: InputsCache
     stop_requested: Callable[[], bool]
-    """Asked after every step. If true, the worker stops and each of its trials keeps its last checkpoint."""
+    """Called after every step. If it returns True, the worker stops, and its trials keep their last checkpoints."""
     name: str = ""
-    """Unique name of the worker. Empty for the worker in the controller's process, which is then the only one."""
+    """Unique name of the worker. Empty for a worker in the controller's process, which is the only worker."""
     num_workers: int = 1
-    """Number of workers that share the trials; limits the size of a pack."""
+    """Number of workers that share the trials. More workers mean smaller packs."""
     train_alone: Callable[..., RunRecord] | None = None
-    """Replaces `train_run` for runs outside of packs, such as to train with several processes."""
+    """Replaces `train_run` for runs outside of packs, for example to train with several processes."""
 
     def __post_init__(self) -> None:
         self.telemetry = self.inputs_cache.telemetry
@@ -63,7 +63,7 @@ class Worker:
         self._max_slots: dict[Any, int | None] = {}  # by `ArmPacking.key`; None if packs do not pay
         self._is_interrupted = False
         self._unscored: list[tuple[Assignment, RunRecord]] | None = None
-        """Runs to score on test data after the present pack, because scoring moves the base; None without a pack."""
+        """Runs to score on test data after the current pack, because scoring moves the base. None if no pack trains."""
 
     def run(self) -> None:
         self._resume_pack()
@@ -81,12 +81,12 @@ class Worker:
                 return assignment
             if self.controller.is_over():
                 return None
-            # Trials that others train may be released or promoted at a rung, or the next stage may begin.
+            # Trials of other workers may be released or promoted at a rung, or the next stage may begin.
             time.sleep(POLL_INTERVAL_S)
         return None
 
     def take(self, arms: Sequence[Arm] | None = None) -> Assignment | None:
-        """Returns the next trial to train, of these arms or of all; None if there is none now."""
+        """Returns the next trial to train, of the given arms or of all arms. None if no trial can train now."""
         names = None if arms is None else [arm.name for arm in arms]
         with self.telemetry.phase("storage"):
             while assignment := self.controller.take(names, worker=self.name, request=next(self._requests)):
@@ -96,18 +96,20 @@ class Worker:
         return None
 
     def report(self, evaluations: Sequence[tuple[Assignment, int, Mapping[str, float]]]) -> list[bool]:
-        """Reports evaluations (trial, step, metrics) of one moment; returns for each trial whether it continues."""
+        """Reports evaluations (trial, step, metrics) at one moment. Returns whether each trial continues."""
         with self.telemetry.phase("storage"):
             return self.controller.report(
-                [(assignment, step, values[self.metric]) for assignment, step, values in evaluations],
-                losses={assignment: values[LOSS] for assignment, _, values in evaluations if LOSS in values},
+                [(assignment, step, metrics[self.metric]) for assignment, step, metrics in evaluations],
+                losses={
+                    assignment: metrics[LOSS_METRIC] for assignment, _, metrics in evaluations if LOSS_METRIC in metrics
+                },
             )
 
     def tell(self, assignment: Assignment, outcome: Outcome) -> None:
         """Tells the controller the outcome of a training.
 
-        A complete run of the confirm stage is first scored on test data. An interrupted run is not told: its trial
-        stays with this worker until the sweep is resumed.
+        Scores a complete run of the confirm stage on test data first. Skips an interrupted run, whose trial stays
+        assigned to this worker until the sweep is resumed.
         """
         if isinstance(outcome, RunRecord) and outcome.status == "interrupted":
             self._is_interrupted = True
@@ -139,7 +141,7 @@ class Worker:
                 assignment.config,
                 assignment.run_folder,
                 inputs=self.inputs_cache.load(assignment.config),
-                on_evaluation=lambda step, values: self.report([(assignment, step, values)])[0],
+                on_evaluation=lambda step, metrics: self.report([(assignment, step, metrics)])[0],
                 stop_requested=self.stop_requested,
                 resume=True,
             )
@@ -152,41 +154,43 @@ class Worker:
         return record
 
     def _resume_pack(self) -> None:
-        """Resumes the pack of a killed or stopped process: the same runs in the same slots at the same steps.
+        """Resumes the pack of a killed or stopped process, with the same runs in the same slots at the same steps.
 
-        So every later number has the same bits as without the interruption.
+        So the results are equal to the bit to those without the interruption.
         """
-        # Only the worker without a name has a file of an earlier process: a worker on Ray that dies is replaced by one
-        # with another name, and the controller hands out its trials one by one.
+        # Only the worker without a name can have a file of an earlier process. A dead worker on Ray is replaced by a
+        # worker with another name, and the controller hands out the trials of the dead worker one by one.
         state = None if self.name else read_pack_state(self._pack_file)
         if state is None:
             return
         assignments = [self.controller.take_back(slot.folder_name) for slot in state.slots]
-        known = [assignment for assignment in assignments if assignment is not None]
-        if len(known) == len(assignments):  # otherwise the file is of another stage
-            slots = max(self._choose_slots(known[0].arm) or 1, len(known))
-            self._train_pack(known, slots=slots, start_steps=[slot.step for slot in state.slots])
+        resumable = [assignment for assignment in assignments if assignment is not None]
+        if len(resumable) == len(assignments):  # otherwise the file belongs to another stage
+            slots = max(self._choose_slots(resumable[0].arm) or 1, len(resumable))
+            self._train_pack(resumable, slots=slots, start_steps=[slot.step for slot in state.slots])
 
-    def _train_pack(self, first: Sequence[Assignment], *, slots: int, start_steps: Sequence[int] | None = None) -> None:
-        """Trains trials of all arms that can share a pack, until no such trial is left or the worker is stopped.
+    def _train_pack(
+        self, first_trials: Sequence[Assignment], *, slots: int, start_steps: Sequence[int] | None = None
+    ) -> None:
+        """Trains trials that can share a pack, of all arms, until no such trial is left or the worker is stopped.
 
         Args:
-            first: Trials for the first slots. The controller fills the other slots, except in a resumed pack.
+            first_trials: Trials for the first slots. The controller fills the other slots, except in a resumed pack.
             slots: Maximum number of trials that train at once.
-            start_steps: In a resumed pack, the step of each trial in `first`.
+            start_steps: In a resumed pack, the step of each trial in `first_trials`.
         """
-        key = self._plans[first[0].arm.name].key
-        pack = _PackTrials(self, arms=self._pack_mates(first[0].arm))
+        key = self._plans[first_trials[0].arm.name].key
+        pack = _PackTrials(self, arms=self._find_pack_arms(first_trials[0].arm))
         self._unscored = []
         # A resumed pack is not filled up: it must have the same slots as before the interruption.
-        steps: Sequence[int | None] = start_steps or [None] * len(first)
-        requests = [pack.add(assignment, start_step=step) for assignment, step in zip(first, steps, strict=True)]
+        steps: Sequence[int | None] = start_steps or [None] * len(first_trials)
+        requests = [pack.add(assignment, start_step=step) for assignment, step in zip(first_trials, steps, strict=True)]
         while start_steps is None and len(requests) < slots and (request := pack.next_run()) is not None:
             requests.append(request)
         try:
             is_done = train_pack(
                 requests,
-                inputs=self.inputs_cache.load(first[0].config),
+                inputs=self.inputs_cache.load(first_trials[0].config),
                 slots=slots,
                 next_run=pack.next_run,
                 on_evaluation=pack.report,
@@ -197,8 +201,8 @@ class Worker:
             raise
         except Exception as error:
             check_writable(self.path, error)
-            # The trials resume from their last evaluation. If memory ran out, they resume in smaller packs. After any
-            # other error they resume in packs of one slot, in which the trial that causes the error fails alone.
+            # The trials resume from their last evaluation: in smaller packs if memory ran out, after any other error in
+            # packs of one slot. There only the trial that causes the error fails.
             smaller = len(pack.running) // 2 if isinstance(error, OutOfMemory) else 1
             self._max_slots[key] = max(1, smaller)
             self.controller.release(list(pack.running.values()))
@@ -208,15 +212,15 @@ class Worker:
         for assignment, record in unscored if is_done else ():
             self.tell(assignment, record)
 
-    def _pack_mates(self, arm: Arm) -> list[Arm]:
+    def _find_pack_arms(self, arm: Arm) -> list[Arm]:
         key = self._plans[arm.name].key
         return [other for other in self.definition.arms if self._plans[other.name].key == key]
 
     def _choose_slots(self, arm: Arm) -> int | None:
         """Returns how many trials of an arm train together: `worker.pack_size`, or the result of `choose_pack_size`.
 
-        None means that each trial trains alone by `train_run`. That differs from a pack with one slot: a run that began
-        in a pack can resume only in a pack.
+        None means that each trial trains alone, by `train_run`. A pack with one slot is different: only it can resume a
+        run that began in a pack.
         """
         plan, wanted = self._plans[arm.name], arm.sweep_config.worker.pack_size
         if plan.key is None or wanted == 1:
@@ -227,7 +231,7 @@ class Worker:
 
     def _measure_slots(self, arm: Arm) -> int | None:
         config = self._plans[arm.name].largest
-        trials = math.ceil(sum(mate.trials for mate in self._pack_mates(arm)) / self.num_workers)
+        trials = math.ceil(sum(each.trials for each in self._find_pack_arms(arm)) / self.num_workers)
         chosen = choose_pack_size(config, inputs=self.inputs_cache.load(config), trials_left=trials)
         self.controller.note([chosen.reason])
         return None if chosen.slots == 1 else chosen.slots
@@ -263,7 +267,7 @@ class _PackTrials:
 
 
 def _catch_failure(train: Callable[[], RunRecord]) -> Outcome:
-    """Returns the error of a trial in place of raising it: one broken trial must not end the sweep."""
+    """Returns an error of a trial instead of raising it, because a failed trial must not end the sweep."""
     try:
         return train()
     except WorkerError:
@@ -273,7 +277,7 @@ def _catch_failure(train: Callable[[], RunRecord]) -> Outcome:
 
 
 def find_ended_run(controller: Controller, assignment: Assignment) -> RunRecord | None:
-    """Returns the record of a run that ended, but whose process was killed before it told the controller."""
+    """Returns the record of a run that ended, if its process was killed before it told the controller."""
     try:
         record = read_run(assignment.run_folder.path)
     except RecordError:
