@@ -87,6 +87,7 @@ def remove_older_checkpoints(folder: Path, *, kind: CheckpointKind) -> None:
 
 def _list_newest_first(folder: Path, kind: str) -> list[Path]:
     found = [path for path in folder.glob(f"{kind}-*.ckpt") if _FILE_NAME.fullmatch(path.name)]
+    # a step that was repeated can have two files, because the content is part of the name
     return sorted(found, key=lambda path: (_get_step(path), path.stat().st_mtime_ns), reverse=True)
 
 

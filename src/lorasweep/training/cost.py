@@ -72,15 +72,15 @@ def measure_run(config: RunConfig, *, inputs: RunInputs, slots: int | None = Non
             for micro_batch in micro_batches
         ]
 
-        def step() -> None:
+        def train_step() -> None:
             if isinstance(optimizer, StackedAdamW):
-                losses()
+                backpropagate()
                 optimizer.clip_slots()
                 optimizer.step()
             elif optimizer is not None:
-                optimizer.step(lambda: losses().item())  # some optimizers ask for the loss more than once
+                optimizer.step(lambda: backpropagate().item())  # some optimizers ask for the loss more than once
 
-        def losses() -> Tensor:
+        def backpropagate() -> Tensor:
             assert optimizer is not None
             optimizer.zero_grad()
             for batch in batches:
@@ -91,15 +91,16 @@ def measure_run(config: RunConfig, *, inputs: RunInputs, slots: int | None = Non
 
         # Only the longest batch is measured. The time of a whole evaluation follows from its number of tokens.
         split = inputs.splits.validation
-        longest = EvaluationSampler(split, batch_size=max(1, config.trainer.eval_batch_size // num_slots)).batches[-1]
-        longest_batch = repeat_batch(move_batch(split.batch(longest), device), slots=num_slots)
-        token_fraction = int(split.lengths[torch.tensor(longest)].sum()) / int(split.lengths.sum())
+        batch_size = max(1, config.trainer.eval_batch_size // num_slots)
+        longest_rows = EvaluationSampler(split, batch_size=batch_size).batches[-1]
+        longest_batch = repeat_batch(move_batch(split.batch(longest_rows), device), slots=num_slots)
+        token_fraction = int(split.lengths[torch.tensor(longest_rows)].sum()) / int(split.lengths.sum())
 
         def evaluate() -> None:
             with torch.no_grad(), inputs.autocast(config):
                 task.score(model, longest_batch)
 
-        step_s = _measure_seconds(step, device) if optimizer is not None else 0.0
+        step_s = _measure_seconds(train_step, device) if optimizer is not None else 0.0
         eval_s = _measure_seconds(evaluate, device) / token_fraction
     return RunCost(
         slots=num_slots,

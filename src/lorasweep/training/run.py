@@ -77,7 +77,7 @@ def train_run(
         RanksLost: Another process is gone, or one of several processes ran out of memory. The record says
             `interrupted`. The next call with `resume` resumes the run, or begins it with smaller micro-batches.
     """
-    too_large: list[int] = []
+    too_large: list[int] = []  # micro-batches per step of the attempts that ran out of memory
     while True:
         try:
             with inputs.telemetry.phase("loading"), join_processes(config.trainer) as group:

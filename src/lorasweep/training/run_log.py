@@ -158,7 +158,7 @@ def _remove_rows_after(path: Path, step: int) -> None:
     """Removes later steps from a step log."""
     if not path.exists():
         return
-    kept = []
+    kept = []  # from step 0 nothing is kept, not even an evaluation at step 0
     for line in path.read_text().splitlines(keepends=True) if step else []:
         try:
             row = json.loads(line)

@@ -59,7 +59,7 @@ class Telemetry:
         `peak_memory_bytes` of the process, and on GPUs `gpu_peak_memory_bytes`, the highest peak of one GPU.
         """
         self._note_peaks()
-        self.switch(self._phase)
+        self.switch(self._phase)  # adds the seconds of the current phase so far
         values = {f"{name}_s": self._seconds.get(name, 0.0) for name in get_args(Phase)}
         values |= {"wall_s": self._changed - self._began, "cpu_s": time.process_time() - self._cpu_began}
         values |= {"trained_tokens": self._tokens, **self._peaks}
