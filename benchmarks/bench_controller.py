@@ -260,7 +260,9 @@ def measure_ray(sweep: SweepFolder, num_actors: int) -> None:
             code_versions,
         )
 
-        context = WorkerContext(folder=Path.cwd(), path=sweep.path, code=code_versions(), trusted=trusted_packages())
+        context = WorkerContext(
+            current_folder=Path.cwd(), sweep_path=sweep.path, code=code_versions(), trusted=trusted_packages()
+        )
         actor = ray.remote(ControllerActor).options(num_cpus=0).remote(context, session="bench")
         controller = ControllerClient(actor)
         controller.is_over()

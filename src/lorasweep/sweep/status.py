@@ -125,7 +125,7 @@ def _describe_running_trials(record: SweepRecord) -> Iterator[str]:
 
 
 def get_params(row: TrialRow | ConfirmRow, record: SweepRecord) -> dict[str, Any]:
-    """Returns the swept values of a run; in the confirm stage, those of the arm's best trial and the seed."""
+    """Returns a run's swept values. For the confirm stage: the values of the arm's best trial, and the seed."""
     if isinstance(row, TrialRow):
         return row.params
     for trial in record.trials:

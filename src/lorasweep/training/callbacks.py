@@ -21,7 +21,7 @@ from lorasweep.errors import Diverged
 from lorasweep.training.checkpoint import remove_older_checkpoints, save_checkpoint
 from lorasweep.training.module import TrainingModule
 from lorasweep.training.processes import run_on_first
-from lorasweep.training.run_log import Metrics, RunLog, find_end
+from lorasweep.training.run_log import Metrics, RunLog, find_run_end
 from lorasweep.training.telemetry import Telemetry
 
 OnEvaluation = Callable[[int, Metrics], bool]
@@ -150,7 +150,7 @@ class RunCallback(lightning.Callback):
         assert self.run_log is not None
         record = self.run_log.record
         continues = self.on_evaluation(trainer.global_step, _validation_metrics(trainer))
-        end = find_end(record, self.config, should_pause=not continues)
+        end = find_run_end(record, self.config, should_pause=not continues)
         if end is None or record.steps_done >= record.steps_planned:  # Lightning ends after the last step by itself
             return None
         status, record.reason = end

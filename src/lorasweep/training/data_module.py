@@ -35,7 +35,7 @@ class DataModule(lightning.LightningDataModule):
     """
 
     def __init__(self, config: Settings, *, splits: DataSplits | None = None, accumulate: int | None = None) -> None:
-        """Takes the settings of a run, and reads its data if none is given. The test split is read at its first use.
+        """Reads the data, unless `splits` is given. Reads the test split only when it is first used.
 
         Args:
             config: The settings of the `TrainingModule`, such as the arguments of `lorasweep train`.

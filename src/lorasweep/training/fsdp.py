@@ -167,7 +167,7 @@ def shard_like(value: Any, parameter: Tensor) -> Any:
     return distribute_tensor(placed, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
-def copy_trained(model: nn.Module, target: nn.Module | None) -> None:
+def copy_trained_weights(model: nn.Module, target: nn.Module | None) -> None:
     """Copies the whole trained weights into `target`, a model that was prepared from the same settings.
 
     All processes must call it together, because they gather the weights. A process that needs no copy passes None.

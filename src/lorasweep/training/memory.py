@@ -23,7 +23,7 @@ def cgroup_limits(
     """Yields the memory limits in bytes of this process's control groups and of their parent groups.
 
     Containers and Slurm set these limits, and psutil does not read them. See cgroups(7): `memberships` has lines
-    `number:controllers:path`, and `mount` has the groups of version 2, and in `memory` those of version 1.
+    `number:controllers:path`. `mount` has the groups of version 2, and `mount/memory` has the groups of version 1.
     """
     if not memberships.exists():  # macOS
         return

@@ -27,7 +27,7 @@ from lorasweep.errors import ConfigError, RecordError
 from lorasweep.methods import METHODS
 from lorasweep.models.load import BaseModel
 from lorasweep.training.data_module import DataModule, get_accumulate
-from lorasweep.training.fsdp import average_gradients, copy_trained, shard_model
+from lorasweep.training.fsdp import average_gradients, copy_trained_weights, shard_model
 from lorasweep.training.inputs import share_inputs
 from lorasweep.training.optim import build_optimizer, build_schedule, split_by_learning_rate
 from lorasweep.training.prepare import check_run, prepare_model
@@ -55,7 +55,7 @@ class TrainingModule(lightning.LightningModule):
         accumulate: int | None = None,
         trust: bool = False,
     ) -> None:
-        """Takes the settings of a run, and loads the base model if none is given.
+        """Loads the base model and the data, unless `base` and `task` are given.
 
         Args:
             config: The arguments of `lorasweep train`, or the mapping in a checkpoint. In a user's own Trainer, the
@@ -134,7 +134,7 @@ class TrainingModule(lightning.LightningModule):
         if self.global_rank == 0:
             with torch.random.fork_rng(devices=[]):  # `prepare_model` sets the seed, and training continues
                 copy = prepare_model(self.config, self.base)
-        copy_trained(self.model, copy)
+        copy_trained_weights(self.model, copy)
         return copy or self.model
 
     def configure_optimizers(self) -> Any:

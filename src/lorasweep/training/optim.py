@@ -43,7 +43,7 @@ def split_by_learning_rate(
 
 
 def _blocks_above(name: str, *, top: int) -> int:
-    """Returns the number of blocks above a parameter: 0 for the last block and the layers after it."""
+    """Returns the number of blocks above a parameter: 0 for the last block and for later layers."""
     block = get_block_index(name)
     if block is not None:
         return top - block

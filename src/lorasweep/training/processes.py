@@ -190,7 +190,7 @@ def run_on_first(group: ProcessGroup, action: Callable[[], T]) -> T:
     return result
 
 
-def require_same(values: dict[str, Any]) -> None:
+def require_same_on_processes(values: dict[str, Any]) -> None:
     """Raises `ConfigError` if a value differs between processes. A key is the setting that decides the value."""
     by_rank: list[Any] = [values] * dist.get_world_size()
     dist.all_gather_object(by_rank, values)

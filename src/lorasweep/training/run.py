@@ -36,10 +36,10 @@ from lorasweep.training.processes import (
     find_launch,
     join_processes,
     quiet_lightning,
-    require_same,
+    require_same_on_processes,
     run_on_first,
 )
-from lorasweep.training.run_log import RunFolder, RunLog, find_end, open_record
+from lorasweep.training.run_log import RunFolder, RunLog, find_run_end, open_record
 
 
 def never_stop() -> bool:
@@ -82,7 +82,7 @@ def train_run(
         try:
             with inputs.telemetry.phase("loading"), join_processes(config.trainer) as group:
                 if group.world_size > 1:
-                    require_same(inputs.fingerprints())
+                    require_same_on_processes(inputs.fingerprints())
                 session = _Session(
                     config=config,
                     run_folder=run_folder,
@@ -127,7 +127,7 @@ class _Session:
         record, checkpoint, start_step = run_on_first(
             self.group, lambda: self._open(resume=resume, too_large=too_large)
         )
-        end = None if checkpoint is None else find_end(record, self.config.trainer, should_pause=False)
+        end = None if checkpoint is None else find_run_end(record, self.config.trainer, should_pause=False)
         if end is not None:  # killed after the last evaluation, which must not be written twice
             return run_on_first(self.group, lambda: self._close(*end))
         reset_peak_memory()

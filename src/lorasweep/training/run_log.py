@@ -214,7 +214,9 @@ def _reopen_record(folder: Path, *, step: int, notes: Sequence[str]) -> RunRecor
     return record
 
 
-def find_end(record: RunRecord, config: TrainerConfig, *, should_pause: bool) -> tuple[RunStatus, str | None] | None:
+def find_run_end(
+    record: RunRecord, config: TrainerConfig, *, should_pause: bool
+) -> tuple[RunStatus, str | None] | None:
     """Returns the status and reason if a run ends after its last evaluation; None if it continues.
 
     A run without remaining steps and a run that early stopping ends are complete, even if `should_pause` is true.

@@ -167,7 +167,7 @@ def generate(
     config: RunConfig,
     inputs: RunInputs,
 ) -> list[list[int]]:
-    """Returns the tokens of an answer to each prompt: at most `max_tokens`, without the end-of-text token."""
+    """Returns the tokens of one answer to each prompt, without the end-of-text token."""
     device = get_device(config.trainer)
     is_decoder = isinstance(split, CompletionSplit)
     # A decoder continues the prompt, so padding must be on the left. An encoder only reads the prompt.

@@ -63,10 +63,9 @@ class WorkerRefused(WorkerError):  # noqa: N818 (named by what happened)
 class WorkerContext:
     """Folders, code versions and trusted packages of `lorasweep sweep`, which all processes of the sweep must share."""
 
-    folder: Path
-    """The current folder, for relative paths."""
-    path: Path
-    """The sweep's folder."""
+    current_folder: Path
+    """For relative paths in settings."""
+    sweep_path: Path
     code: dict[str, str]
     """The result of `code_versions`."""
     trusted: tuple[str, ...]
@@ -74,10 +73,10 @@ class WorkerContext:
     def enter(self) -> None:
         """Raises `WorkerRefused` if this process differs. Sets its current folder and trusted packages."""
         node = ray.get_runtime_context().get_node_id()
-        if not self.path.is_dir():
+        if not self.sweep_path.is_dir():
             raise WorkerRefused(
-                f"every node must see the sweep's folder under the same path, but {str(self.path)!r} is missing on "
-                f"node {node[:8]}. Put it on a file system that the nodes share (`sweep.output`).",
+                f"every node must see the sweep's folder under the same path, but {str(self.sweep_path)!r} is missing "
+                f"on node {node[:8]}. Put it on a file system that the nodes share (`sweep.output`).",
             )
         here, wanted = code_versions(), self.code
         if differing := [f"{name} {here[name]}, not {wanted[name]}" for name in here if here[name] != wanted[name]]:
@@ -86,8 +85,8 @@ class WorkerContext:
                 "Install the same versions on every node.",
             )
         set_trusted(self.trusted)
-        if self.folder.is_dir():
-            os.chdir(self.folder)
+        if self.current_folder.is_dir():
+            os.chdir(self.current_folder)
 
 
 @cache
@@ -112,7 +111,7 @@ class ControllerActor(Controller):
 
     def __init__(self, context: WorkerContext, *, session: str) -> None:
         context.enter()
-        super().__init__(reopen_sweep(context.path), session=session)  # after a restart this reads the journal
+        super().__init__(reopen_sweep(context.sweep_path), session=session)  # after a restart this reads the journal
         self.save("running")
 
     def close(self) -> None:
@@ -154,7 +153,7 @@ class WorkerActor:
 
     def run(self, controller: Any, *, name: str, num_workers: int, peers: Sequence[Any]) -> None:
         self.enter()
-        client, path = ControllerClient(controller), self._context.path
+        client, path = ControllerClient(controller), self._context.sweep_path
         client.note_worker(device=name_device(), threads=torch.get_num_threads())
         self._peers = list(peers)
         try:
@@ -269,7 +268,7 @@ class WorkerPool:
         self._num = num
         self._needs = needs
         self._context = WorkerContext(
-            folder=Path.cwd(), path=path.resolve(), code=code_versions(), trusted=trusted_packages()
+            current_folder=Path.cwd(), sweep_path=path.resolve(), code=code_versions(), trusted=trusted_packages()
         )
         self._session = secrets.token_hex(4)
         self._members: dict[Any, _PoolMember] = {}  # the key is the running call of the worker's loop

@@ -42,7 +42,7 @@ def check_workers(definition: Definition, path: Path) -> list[str]:
     listed = ", ".join(f"{number} (arm `{name}`)" for name, number in processes.items())
     if isinstance(config, LocalWorker) and max(processes.values()) > 1:
         raise ConfigError(
-            f"`trainer.devices` must be 1 with `worker=local`, but the numbers of processes are {listed}. "
+            f"`trainer.devices` must be 1 with `worker=local`, but the arms have these numbers of processes: {listed}. "
             "Use `worker=ray`, which starts several processes for a trial."
         )
     if len(set(processes.values())) > 1:
@@ -75,7 +75,7 @@ def hand_over_to_job(sweep: SweepFolder) -> str | None:
 
 
 def add_jobs(path: Path, changes: Mapping[str, Any]) -> list[str] | None:
-    """Submits more Slurm jobs for a running sweep, and returns their ids. `changes` is such as `{"worker.jobs": 8}`.
+    """Submits more Slurm jobs for a running sweep, and returns their ids. Example of `changes`: `{"worker.jobs": 8}`.
 
     Returns None if the sweep is not running on Slurm.
     """

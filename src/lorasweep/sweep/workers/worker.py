@@ -75,7 +75,7 @@ class Worker:
         self._note_usage()
 
     def _wait_for_trial(self) -> Assignment | None:
-        """Returns the next trial; waits if there is none yet. Returns None if the sweep is over or stopped."""
+        """Waits for the next trial and returns it. Returns None if the sweep is over or stopped."""
         while not (self._is_interrupted or self.stop_requested()):
             if (assignment := self.take()) is not None:
                 return assignment
@@ -123,7 +123,7 @@ class Worker:
             if isinstance(outcome, Exception):
                 self.controller.tell_failure(assignment, outcome)
             else:
-                # Written before the outcome is told: if the process is killed in between, both are repeated.
+                # Written first: if the process is killed before `tell`, both are repeated.
                 self._write_hparams(assignment, outcome)
                 self.controller.tell(assignment, outcome)
         self._note_usage()

@@ -69,7 +69,7 @@ from lorasweep.training.packs.state import (
     write_pack_state,
 )
 from lorasweep.training.run import never_stop
-from lorasweep.training.run_log import Metrics, find_end
+from lorasweep.training.run_log import Metrics, find_run_end
 
 
 def train_pack(
@@ -305,7 +305,7 @@ class PackTrainer:
 
     def _end_if_due(self, slot: int, run: SlotRun, *, should_pause: bool) -> bool:
         """Closes a run that is complete or to be paused, and returns whether it was."""
-        end = find_end(run.record, run.request.config.trainer, should_pause=should_pause)
+        end = find_run_end(run.record, run.request.config.trainer, should_pause=should_pause)
         if end is None:
             return False
         if end[0] == "paused":
