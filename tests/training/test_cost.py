@@ -35,7 +35,7 @@ def test_only_a_lack_of_memory_is_said_to_be_one(make_config, inputs, monkeypatc
         raise raised
 
     state = torch.get_rng_state()
-    monkeypatch.setattr(cost_file, "_time", fail)
+    monkeypatch.setattr(cost_file, "_measure_seconds", fail)
     with pytest.raises(expected):
         measure_run(make_config(), inputs=inputs, slots=1)
     assert torch.equal(torch.get_rng_state(), state)

@@ -57,7 +57,7 @@ def test_rows_of_one_prompt_are_its_references():
 
 def test_answers_in_a_batch_are_those_alone(llama, inputs, config):
     prompts = [tuple(prompt) for prompt in dict.fromkeys(PROMPTS)]
-    settings = {"limit": 8, "split": completion_split(ANSWERS), "config": config, "inputs": inputs}
+    settings = {"max_tokens": 8, "split": completion_split(ANSWERS), "config": config, "inputs": inputs}
     together = generate(llama, prompts, **settings)
     assert together == [generate(llama, [prompt], **settings)[0] for prompt in prompts]
     assert all(0 < len(answer) <= 8 for answer in together)
@@ -98,7 +98,7 @@ def test_an_encoder_decoder_answers_too(inputs, config):
         scored_bytes=1,
     )
     prompts = [tuple(prompt) for prompt in dict.fromkeys(PROMPTS)]
-    shared = {"limit": 6, "split": split, "config": config, "inputs": inputs}
+    shared = {"max_tokens": 6, "split": split, "config": config, "inputs": inputs}
     assert generate(model, prompts, **shared) == [generate(model, [prompt], **shared)[0] for prompt in prompts]
     assert 0 <= score_answers(model, split, config=config, inputs=inputs)["rouge1"] <= 1
 

@@ -305,7 +305,7 @@ def test_processes_that_were_launched_must_be_those_asked_for(monkeypatch):
 def test_a_batch_script_of_slurm_is_one_process(monkeypatch):
     for name, value in {"SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_JOB_ID": "1"}.items():
         monkeypatch.setenv(name, value)
-    assert find_launch(trainer_of()).size == 1
+    assert find_launch(trainer_of()).num_processes == 1
 
 
 def test_a_strategy_of_lightnings_is_made_from_its_class():
@@ -360,7 +360,7 @@ def test_a_process_that_fails_alone_leaves_a_note(tmp_path):
     gone = RuntimeError("[../gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1")
     failed = explain_failure(OutOfMemory("no"), group=Second(), folder=tmp_path, micro_batches=2)
     assert isinstance(failed, RanksLost)
-    assert "micro-batches of half the rows" in str(failed)
+    assert "micro-batches of half the size" in str(failed)
     told = explain_failure(gone, group=Second(), folder=tmp_path, micro_batches=2)
     assert (type(told), str(told)) == (RanksLost, str(failed))
     assert take_failure_note(tmp_path) == 2
