@@ -138,7 +138,7 @@ def make_ways(task: Task, slots: int) -> dict[str, Step]:
 
     def pack_step() -> None:
         slot_losses(packed, ids, targets, slots=slots).sum().backward()
-        optimizer.clip_slots()
+        optimizer.clip_gradients()
         optimizer.step()
         optimizer.zero_grad()
 

@@ -42,7 +42,7 @@ from lorasweep.training.environment import deterministic_algorithms
 from lorasweep.training.inputs import RunInputs, build_inputs, resolve_accumulate
 from lorasweep.training.optim import build_optimizer, schedule_factor, split_by_learning_rate
 from lorasweep.training.packs.optim import StackedAdamW
-from lorasweep.training.packs.pack import slot_batch, slot_losses
+from lorasweep.training.packs.pack import build_pack_batch, compute_slot_losses
 from lorasweep.training.prepare import prepare_model
 from lorasweep.training.score import evaluate_model
 
@@ -197,11 +197,11 @@ class LoraPack:
         """Makes one step in every slot; all slots see the same rows, since their seeds are the same."""
         slots = len(self.points)
         for micro in self.order.step(step):
-            rows = slot_batch(self.inputs.splits.train, [micro] * slots, model=self.model)
-            losses = slot_losses(self.inputs.splits.task, self.model, rows, slots=slots)
+            rows = build_pack_batch(self.inputs.splits.train, [micro] * slots, model=self.model)
+            losses = compute_slot_losses(self.inputs.splits.task, self.model, rows, slots=slots)
             (losses / micro.step_weight).sum().backward()  # type: ignore[no-untyped-call]
         self.optimizer.lr_factors = [factor] * slots
-        self.optimizer.clip_slots()
+        self.optimizer.clip_gradients()
         self.optimizer.step()
         self.optimizer.zero_grad()
 
@@ -226,7 +226,7 @@ class LoraPack:
 
     def state(self) -> Any:
         """Returns a copy of the moments and of each slot's dropout stream."""
-        moments = [self.optimizer.slot_moments(slot) for slot in range(len(self.points))]
+        moments = [self.optimizer.copy_slot_moments(slot) for slot in range(len(self.points))]
         streams = [stream.get_state() for stream in self.streams]
         return moments, list(self.optimizer.num_steps), streams, torch.get_rng_state()
 
@@ -234,7 +234,7 @@ class LoraPack:
         """Takes back what `state` gave."""
         moments, num_steps, streams, shared = state
         for slot, (own, steps) in enumerate(zip(moments, num_steps, strict=True)):
-            self.optimizer.load_slot(slot, own, num_steps=steps)
+            self.optimizer.load_slot_moments(slot, own, num_steps=steps)
         for stream, saved in zip(self.streams, streams, strict=True):
             stream.set_state(saved)
         torch.set_rng_state(shared)

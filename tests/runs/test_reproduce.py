@@ -16,7 +16,7 @@ from lorasweep.errors import ConfigError, Diverged, RecordError
 from lorasweep.record import RUN_FILE, STEPS_FILE, read_run, read_steps
 from lorasweep.runs.reproduce import PACK_TOLERANCE, config_as_run, reproduce_run
 from lorasweep.training.packs.pack import train_pack
-from lorasweep.training.packs.slots import RunRequest
+from lorasweep.training.packs.slot_run import RunRequest
 from lorasweep.training.run import train_run
 from lorasweep.training.run_log import RunFolder
 

@@ -17,7 +17,7 @@ from lorasweep.record import read_run, read_steps
 from lorasweep.training.components import build_callbacks, check_components
 from lorasweep.training.optim import schedule_factor
 from lorasweep.training.packs.pack import train_pack
-from lorasweep.training.packs.slots import RunRequest
+from lorasweep.training.packs.slot_run import RunRequest
 from lorasweep.training.restore import restore_config
 from lorasweep.training.run import train_run
 from lorasweep.training.run_log import RunFolder

@@ -15,7 +15,7 @@ from lorasweep.errors import OutOfMemory, RecordError
 from lorasweep.methods import METHODS
 from lorasweep.record import TEST_SCORES_FILE, read_run, sha256_of
 from lorasweep.training.packs.pack import train_pack
-from lorasweep.training.packs.slots import RunRequest
+from lorasweep.training.packs.slot_run import RunRequest
 from lorasweep.training.prepare import prepare_model
 from lorasweep.training.restore import restore_model
 from lorasweep.training.run import train_run

@@ -13,7 +13,7 @@ import lorasweep.training.telemetry as telemetry_file
 from lorasweep.training.environment import process_peak_bytes
 from lorasweep.training.inputs import InputsCache
 from lorasweep.training.packs.pack import train_pack
-from lorasweep.training.packs.slots import RunRequest
+from lorasweep.training.packs.slot_run import RunRequest
 from lorasweep.training.run import train_run
 from lorasweep.training.run_log import RunFolder
 from lorasweep.training.score import score_run

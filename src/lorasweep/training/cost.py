@@ -20,8 +20,8 @@ from lorasweep.training.failures import convert_memory_errors
 from lorasweep.training.inputs import RunInputs
 from lorasweep.training.optim import build_optimizer
 from lorasweep.training.packs.optim import StackedAdamW
-from lorasweep.training.packs.pack import build_pack, slot_losses
-from lorasweep.training.packs.size import first_micro_batches
+from lorasweep.training.packs.pack import build_pack, compute_slot_losses
+from lorasweep.training.packs.size import build_first_micro_batches
 from lorasweep.training.prepare import prepare_model
 
 NUM_MEASURED_STEPS = 3
@@ -65,7 +65,7 @@ def measure_run(config: RunConfig, *, inputs: RunInputs, slots: int | None = Non
             assert isinstance(config.optim, OptimConfig)
             model, _ = build_pack([config] * slots, inputs=inputs)
             optimizer = StackedAdamW(split_lora_parameters(model), [config.optim] * slots)
-        micro_batches = first_micro_batches(config, inputs, slots=num_slots, num_steps=1)
+        micro_batches = build_first_micro_batches(config, inputs, slots=num_slots, num_steps=1)
         train = inputs.splits.train
         batches = [
             move_batch(train.batch([*micro_batch.indices] * num_slots, slots=num_slots), device)
@@ -75,7 +75,7 @@ def measure_run(config: RunConfig, *, inputs: RunInputs, slots: int | None = Non
         def train_step() -> None:
             if isinstance(optimizer, StackedAdamW):
                 backpropagate()
-                optimizer.clip_slots()
+                optimizer.clip_gradients()
                 optimizer.step()
             elif optimizer is not None:
                 optimizer.step(lambda: backpropagate().item())  # some optimizers ask for the loss more than once
@@ -85,7 +85,7 @@ def measure_run(config: RunConfig, *, inputs: RunInputs, slots: int | None = Non
             optimizer.zero_grad()
             for batch in batches:
                 with inputs.autocast(config):
-                    loss = slot_losses(task, model, batch, slots=num_slots).sum() / micro_batches[0].step_weight
+                    loss = compute_slot_losses(task, model, batch, slots=num_slots).sum() / micro_batches[0].step_weight
                 loss.backward()  # type: ignore[no-untyped-call]
             return loss
 

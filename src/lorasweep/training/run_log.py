@@ -1,6 +1,6 @@
 """Writes the folder of a run while it trains: the record, the step log, and the best and last weights.
 
-`callbacks` uses this module for a run alone, and `packs.slots` for each slot of a pack.
+`callbacks` uses this module for a run alone, and `packs.slot_run` for each slot of a pack.
 """
 
 from __future__ import annotations

@@ -179,7 +179,7 @@ class PackedRun:
         losses = row_losses(self.model, torch.cat(list(tokens))).view(len(tokens), -1).mean(1)
         self.optimizer.zero_grad()
         losses.sum().backward()
-        self.optimizer.clip_slots()
+        self.optimizer.clip_gradients()
         for slot, seed in enumerate(self.seeds):
             self.optimizer.lr_factors[slot] = lr_factor(seed, len(self.losses[slot]))
             self.losses[slot].append(losses[slot].detach())
@@ -298,7 +298,7 @@ def test_each_slot_equals_torch_adamw(dtype: torch.dtype) -> None:
             parameter.grad = grad
             for slot in range(4):
                 copies[slot][index].grad = grad[slot].clone()
-        norms = optimizer.clip_slots()
+        norms = optimizer.clip_gradients()
         for slot, config in enumerate(SETTINGS):
             norm = nn.utils.clip_grad_norm_(copies[slot], config.clip_norm or float("inf"))
             torch.testing.assert_close(norm, norms[slot])

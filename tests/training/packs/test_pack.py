@@ -20,7 +20,7 @@ from lorasweep.models.load import fingerprint_weights
 from lorasweep.record import RunRecord, read_run, read_steps
 from lorasweep.training.inputs import build_inputs
 from lorasweep.training.packs.pack import train_pack
-from lorasweep.training.packs.slots import RunRequest, SlotEvaluation
+from lorasweep.training.packs.slot_run import RunRequest, SlotEvaluation
 from lorasweep.training.run import train_run
 from lorasweep.training.run_log import RunFolder
 
@@ -253,14 +253,14 @@ def test_permuted_slots_give_each_run_the_same_value(make_config, inputs, tmp_pa
 
 def test_a_pack_that_runs_out_of_memory_says_so_and_its_runs_can_go_on(make_config, inputs, tmp_path, monkeypatch):
     outcomes = Outcomes()
-    real, calls = pack_file.slot_losses, iter(range(1000))
+    real, calls = pack_file.compute_slot_losses, iter(range(1000))
 
     def fail_at_last(*args, **kwargs):
         if next(calls) == 5:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(pack_file, "slot_losses", fail_at_last)
+    monkeypatch.setattr(pack_file, "compute_slot_losses", fail_at_last)
     jobs = [outcomes.job(tmp_path / str(n), make_config({"trainer.max_steps": 8, "seed": n})) for n in range(2)]
     with pytest.raises(OutOfMemory, match="CUDA out of memory"):
         train(jobs, tmp_path, inputs=inputs)
@@ -276,7 +276,7 @@ def test_memory_that_ran_out_without_a_word_is_said_too(make_config, inputs, tmp
     def fail(*args, **kwargs):
         raise MemoryError  # Python's own has no message
 
-    monkeypatch.setattr(pack_file, "slot_losses", fail)
+    monkeypatch.setattr(pack_file, "compute_slot_losses", fail)
     with pytest.raises(OutOfMemory, match="MemoryError"):
         train([Outcomes().job(tmp_path / "0", make_config())], tmp_path, inputs=inputs)
 

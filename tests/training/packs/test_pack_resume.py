@@ -19,7 +19,7 @@ from lorasweep.models import tiny
 from lorasweep.record import RunRecord, read_run, read_steps
 from lorasweep.training.inputs import build_inputs
 from lorasweep.training.packs.pack import train_pack
-from lorasweep.training.packs.slots import RunRequest, SlotEvaluation
+from lorasweep.training.packs.slot_run import RunRequest, SlotEvaluation
 from lorasweep.training.packs.state import PackState, read_pack_state
 from lorasweep.training.run_log import RunFolder
 
@@ -231,7 +231,7 @@ def test_a_pack_killed_twice_between_the_same_boundaries_ends_the_same(undisturb
     (one,) = [one for one in killed if one.moment == "run-1 is complete"]
     resumed = Search(Path(shutil.copytree(one.folder, tmp_path / "resumed")), search.make_config)
     with monkeypatch.context() as patch:
-        patch.setattr(pack_file, "slot_losses", interrupt)
+        patch.setattr(pack_file, "compute_slot_losses", interrupt)
         with pytest.raises((KeyboardInterrupt, SystemExit)):
             resumed.resume(one.waiting, inputs=inputs)
     assert resumed.resume(one.waiting, inputs=inputs)

@@ -15,7 +15,7 @@ from lorasweep.config.compose import compose_run
 from lorasweep.record import read_run, read_steps
 from lorasweep.training.inputs import build_inputs
 from lorasweep.training.packs.pack import train_pack
-from lorasweep.training.packs.slots import RunRequest
+from lorasweep.training.packs.slot_run import RunRequest
 from lorasweep.training.run import train_run
 from lorasweep.training.run_log import RunFolder
 

@@ -14,14 +14,14 @@ from torch.utils._pytree import tree_leaves
 import lorasweep.training.packs.size as pack_size_file
 from lorasweep.lora import split_lora_parameters
 from lorasweep.training.packs.optim import StackedAdamW
-from lorasweep.training.packs.pack import build_pack, slot_batch, slot_losses
+from lorasweep.training.packs.pack import build_pack, build_pack_batch, compute_slot_losses
 from lorasweep.training.packs.size import (
     MAX_MEMORY_FRACTION,
     MAX_SLOTS,
+    build_first_micro_batches,
     choose_pack_size,
     count_pass_tokens,
     count_slot_bytes,
-    first_micro_batches,
 )
 from lorasweep.training.telemetry import Telemetry
 from lorasweep.wording import format_bytes
@@ -95,7 +95,7 @@ def test_trials_run_alone_where_one_does_not_fit(make_config, inputs, monkeypatc
     monkeypatch.setattr(pack_size_file, "count_slot_bytes", fail)
     chosen = choose_pack_size(make_config(), inputs=inputs, trials_left=6)
     assert chosen.slots == 1
-    assert "memory ran out" in chosen.reason
+    assert "ran out of memory" in chosen.reason
 
 
 def test_tokens_of_a_pass_are_those_of_a_micro_batch_of_all_slots(make_config, inputs):
@@ -135,17 +135,17 @@ def test_a_real_step_takes_what_is_counted(make_config, inputs, settings, slots)
     counted = slots * count_slot_bytes(config, inputs=inputs)
     model, _ = build_pack([config] * slots, inputs=inputs)
     optimizer = StackedAdamW(split_lora_parameters(model), [config.optim] * slots)
-    (micro,) = first_micro_batches(config, inputs, slots=1, num_steps=1)  # blocks of one length: all are as large
-    batch = slot_batch(inputs.splits.train, [micro] * slots, model=model)
+    (micro,) = build_first_micro_batches(config, inputs, slots=1, num_steps=1)  # blocks of one length: all are as large
+    batch = build_pack_batch(inputs.splits.train, [micro] * slots, model=model)
     there = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     trained = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
     with LiveStorages(there) as live:
         for _ in range(2):  # Adam's moments are there from the end of the first step on
-            loss = slot_losses(inputs.splits.task, model, batch, slots=slots).sum()
+            loss = compute_slot_losses(inputs.splits.task, model, batch, slots=slots).sum()
             kept = live.alive() - loss.nbytes
             loss.backward()
             del loss
-            optimizer.clip_slots()
+            optimizer.clip_gradients()
             optimizer.step()
             optimizer.zero_grad()
     # The weights were there before, and gradients come later. The rest differs by a few scalars of the optimizer and

@@ -23,7 +23,7 @@ from lorasweep.sweep.definition.packing import plan_packing
 from lorasweep.training.inputs import InputsCache
 from lorasweep.training.packs.pack import train_pack
 from lorasweep.training.packs.size import choose_pack_size
-from lorasweep.training.packs.slots import RunRequest, SlotEvaluation
+from lorasweep.training.packs.slot_run import RunRequest, SlotEvaluation
 from lorasweep.training.packs.state import read_pack_state
 from lorasweep.training.run import train_run
 from lorasweep.training.score import score_run

@@ -1,1 +1,1 @@
-"""Trials that train together: in each step their rows pass once through one frozen base; each trial has a slot."""
+"""Trains several runs together on one frozen base model. Each run has a slot of the pack."""

@@ -1,4 +1,7 @@
-"""Chooses how many runs train together, from memory, example lengths, device and trials left; reads no clock."""
+"""Chooses how many runs train together, from memory, example lengths, device and the number of remaining trials.
+
+The choice does not depend on measured times, so that a sweep can be repeated.
+"""
 
 from __future__ import annotations
 
@@ -16,45 +19,51 @@ from lorasweep.training.environment import Precision, get_device
 from lorasweep.training.failures import convert_memory_errors
 from lorasweep.training.inputs import RunInputs, resolve_accumulate
 from lorasweep.training.memory import count_saved_bytes, machine_memory_bytes
-from lorasweep.training.packs.pack import build_pack, slot_batch, slot_losses
+from lorasweep.training.packs.pack import build_pack, build_pack_batch, compute_slot_losses
 from lorasweep.wording import format_bytes
 
 MAX_SLOTS: Mapping[str, int] = {"cpu": 8, "cuda": 32}
-"""Maximum number of slots by device. CPU: on 2 cores, 16 slots instead of 8 made a trial's step of MiniLM-L6 (240
-tokens) 1 to 3 % shorter. A step of `tiny` (512 tokens) became 1 % shorter in bf16 and longer in fp32
-(docs/benchmarks.md, packs). GPU: the largest size that the benchmark tries; not measured."""
+"""Maximum number of slots by device.
+
+CPU: with 16 slots instead of 8 on 2 cores, a trial's step of MiniLM-L6 (240 tokens) was 1 to 3 % shorter. A step of
+`tiny` (512 tokens) was 1 % shorter in bf16 and longer in fp32 (docs/benchmarks.md, packs). GPU: the largest size that
+the benchmark tries, not measured."""
 MAX_PASS_TOKENS: Mapping[tuple[str, Precision], int] = {
     ("cpu", "fp32"): 2048,
     ("cpu", "bf16"): 4096,
     ("cuda", "fp32"): 16384,
     ("cuda", "bf16"): 16384,
 }
-"""Maximum number of tokens that go through the model at once, by device and precision. CPU: with 512, 1,024 or 2,048
-tokens per slot, larger passes made a trial's step of `tiny` at most 3 % shorter, or longer (docs/benchmarks.md). GPU:
-four times the 4,096 tokens per adapter at which mLoRA reports a gain of at most 8 %; not measured."""
+"""Maximum number of tokens in one pass through the model, by device and precision.
+
+CPU: with 512, 1,024 or 2,048 tokens per slot, larger passes made a trial's step of `tiny` at most 3 % shorter, or
+longer (docs/benchmarks.md). GPU: four times the 4,096 tokens per adapter at which mLoRA reports a gain of at most 8 %,
+not measured."""
 MAX_MEMORY_FRACTION: Mapping[str, float] = {"cpu": 0.5, "cuda": 0.8}
-"""Fraction of the memory beside the base model that the slots of a pack may use. A step took 0.93 to 1.04 of the
-counted bytes. The other memory is for evaluation, the data and, on a CPU, other processes."""
-BYTES_PER_TRAINED_NUMBER = 16
-"""A weight, its gradient and Adam's two moments, each in fp32."""
+"""Maximum fraction of the memory without the base model that all slots of a pack may use.
+
+In measurements, a step used 0.93 to 1.04 times the counted bytes. The remaining memory is for evaluation, the data and,
+on a CPU, other processes."""
+BYTES_PER_TRAINED_PARAMETER = 16
+"""Four fp32 values: the parameter, its gradient and Adam's two moments."""
 NUM_COUNTED_STEPS = 16
-"""Number of first steps whose largest micro-batch is measured. More steps would make planning slower."""
+"""Number of first steps in which the largest micro-batch is searched. More steps would make planning slower."""
 
 
 class PackSize(NamedTuple):
-    """Maximum number of runs that train together, and a sentence with the reason for the record."""
+    """Maximum number of runs that train together, and a sentence for the record with the reason."""
 
     slots: int
     reason: str
 
 
 def choose_pack_size(config: RunConfig, *, inputs: RunInputs, trials_left: int) -> PackSize:
-    """Returns how many runs train together. The answer depends only on the arguments and the machine.
+    """Returns how many runs train together. The result depends only on the arguments and the machine.
 
-    Costs one forward pass of one run. Draws nothing from torch's random streams.
+    It takes one forward pass of one run, and leaves torch's random streams unchanged.
 
     Args:
-        config: The run of the pack that has the largest rank.
+        config: The run with the largest rank in the pack.
         inputs: Base model and data.
         trials_left: Number of runs that can share the pack, at least 1.
     """
@@ -64,14 +73,14 @@ def choose_pack_size(config: RunConfig, *, inputs: RunInputs, trials_left: int) 
         with convert_memory_errors(), inputs.telemetry.phase("loading"):
             slot_bytes = count_slot_bytes(config, inputs=inputs)
     except OutOfMemory:
-        return PackSize(1, "Trials run alone, because memory ran out in a forward pass of one of them.")
+        return PackSize(1, "Trials run alone, because the forward pass of one trial ran out of memory.")
     max_bytes = max(0, int(MAX_MEMORY_FRACTION[device.type] * (machine_memory_bytes(device) - base_bytes)))
     limits = {
         f"the number of trials left is {trials_left}": trials_left,
         f"{format_bytes(max_bytes)} of memory hold no more": max_bytes // slot_bytes,
         f"a pack on {device.type} may have {MAX_SLOTS[device.type]} slots": MAX_SLOTS[device.type],
     }
-    # More slots may be cut into more micro-batches, so the tokens of a pass need not grow with the slots: try each.
+    # Try each number of slots: with more slots, a step may have more micro-batches, and then fewer tokens per pass.
     max_tokens = MAX_PASS_TOKENS[device.type, inputs.precision]
     candidates = range(min(limits.values()), 0, -1)
     fitting = (slots for slots in candidates if count_pass_tokens(config, slots, inputs=inputs) <= max_tokens)
@@ -79,34 +88,35 @@ def choose_pack_size(config: RunConfig, *, inputs: RunInputs, trials_left: int) 
     reason = min(limits, key=lambda name: limits[name])  # the first of equal limits
     slots = max(1, limits[reason])
     size = "Trials run alone" if slots == 1 else f"Packs have up to {slots} slots"
-    return PackSize(slots, f"{size}, because {reason}; one slot needs about {format_bytes(slot_bytes)}.")
+    return PackSize(slots, f"{size}, because {reason}. One slot needs about {format_bytes(slot_bytes)}.")
 
 
 def count_slot_bytes(config: RunConfig, *, inputs: RunInputs) -> int:
-    """Returns the memory of one slot: tensors that a forward pass saves for the backward pass, and AdamW's state.
+    """Returns the memory of one slot: tensors that are saved for the backward pass, and trained parameters with AdamW.
 
-    The pass has the largest micro-batch of a run alone. A pack may cut its steps further, so its slots need no more.
+    The measured pass has the largest micro-batch of a solo run. A slot of a pack needs no more memory, because a pack
+    has micro-batches of the same size or smaller.
     """
     device, split = get_device(config.trainer), inputs.splits.train
     with torch.random.fork_rng(devices=[torch.cuda.current_device()] if device.type == "cuda" else []):
         model, _ = build_pack([config], inputs=inputs)
-        micros = first_micro_batches(config, inputs, slots=1, num_steps=NUM_COUNTED_STEPS)
+        micros = build_first_micro_batches(config, inputs, slots=1, num_steps=NUM_COUNTED_STEPS)
         largest = max(micros, key=lambda m: len(m.indices) * int(split.lengths[torch.tensor(m.indices)].max()))
-        batch = move_batch(slot_batch(split, [largest], model=model), device)
-        saved = count_saved_bytes(lambda: slot_losses(inputs.splits.task, model, batch, slots=1), model=model)
+        batch = move_batch(build_pack_batch(split, [largest], model=model), device)
+        saved = count_saved_bytes(lambda: compute_slot_losses(inputs.splits.task, model, batch, slots=1), model=model)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    return saved + BYTES_PER_TRAINED_NUMBER * trained
+    return saved + BYTES_PER_TRAINED_PARAMETER * trained
 
 
 def count_pass_tokens(config: RunConfig, slots: int, *, inputs: RunInputs) -> int:
-    """Returns the mean number of tokens, without padding, that go through the model of a pack at once."""
+    """Returns the mean number of tokens, without padding, in one pass through the model of a pack."""
     split, settings = inputs.splits.train, config.trainer
     accumulate = resolve_accumulate(settings, split, slots=slots)
     return math.ceil(slots * settings.batch_size * float(split.lengths.double().mean()) / accumulate)
 
 
-def first_micro_batches(config: RunConfig, inputs: RunInputs, *, slots: int, num_steps: int) -> list[MicroBatch]:
-    """Returns the micro-batches of a run's first steps in a pack of this many slots."""
+def build_first_micro_batches(config: RunConfig, inputs: RunInputs, *, slots: int, num_steps: int) -> list[MicroBatch]:
+    """Returns the micro-batches of a run's first `num_steps` steps in a pack with this number of slots."""
     split, settings = inputs.splits.train, config.trainer
     accumulate = resolve_accumulate(settings, split, slots=slots)
     size = settings.batch_size

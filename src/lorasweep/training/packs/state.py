@@ -1,6 +1,6 @@
 """The state file of a pack: the run and the step of each slot at the last boundary, and torch's global random stream.
 
-Together with the checkpoints of those steps it is all that a killed pack needs to resume with the same bits.
+A killed pack resumes exactly, bit for bit, from this file and the checkpoints of these steps.
 """
 
 from __future__ import annotations
@@ -16,15 +16,17 @@ from lorasweep.disk import write_atomically
 
 @dataclass(frozen=True, kw_only=True)
 class SlotState:
-    """One slot: the name of the run's folder, and the optimizer steps done (0: the run has no checkpoint)."""
+    """The run in a slot."""
 
     folder_name: str
+    """Name of the run's folder."""
     step: int
+    """Optimizer steps done. If 0, the run has no checkpoint."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PackState:
-    """A pack at a boundary: its slots in order, and the random stream as `read_shared_stream` returns it."""
+    """A pack at a boundary: its slots in order, and the result of `read_shared_stream`."""
 
     slots: tuple[SlotState, ...]
     shared_stream: str
@@ -35,7 +37,7 @@ def write_pack_state(path: Path, state: PackState) -> None:
 
 
 def read_pack_state(path: Path) -> PackState | None:
-    """Returns None if the file is missing or damaged: the runs then resume one by one."""
+    """Returns the state in a file; None if the file is missing or damaged. Each run can then resume on its own."""
     try:
         content = json.loads(path.read_text())
         return PackState(**{**content, "slots": tuple(SlotState(**slot) for slot in content["slots"])})
@@ -44,7 +46,7 @@ def read_pack_state(path: Path) -> PackState | None:
 
 
 def read_shared_stream(device: torch.device) -> str:
-    """Returns the state of torch's global random stream on the CPU, and then on the GPU if used, as hex digits."""
+    """Returns the state of torch's global random stream as hex digits: of the CPU, then of the GPU if it is used."""
     states = [torch.get_rng_state()]
     if device.type == "cuda":
         states.append(torch.cuda.get_rng_state(device))
@@ -52,7 +54,7 @@ def read_shared_stream(device: torch.device) -> str:
 
 
 def restore_shared_stream(stream: str, device: torch.device) -> None:
-    """Sets torch's global random stream to a state that `read_shared_stream` returned for the same kind of device."""
+    """Sets torch's global random stream to the result of `read_shared_stream` on the same kind of device."""
     content = torch.frombuffer(bytearray.fromhex(stream), dtype=torch.uint8)
     size = len(torch.get_rng_state())
     torch.set_rng_state(content[:size].clone())

@@ -1,4 +1,4 @@
-"""One run in a slot of a pack: its step, its random stream, its data order, its log and its checkpoints."""
+"""One run in a slot of a pack, with its step, random stream, batches, log and checkpoints."""
 
 from __future__ import annotations
 
@@ -24,18 +24,22 @@ from lorasweep.training.telemetry import TrainingProgress
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class RunRequest:
-    """A run to train in a pack. If the pack is killed before its next commit, the run may end a second time."""
+    """A run to train in a pack.
+
+    If the run ends and the pack is killed before the next commit, the resumed pack calls `on_end` a second time.
+    """
 
     config: RunConfig
     run_folder: RunFolder
     on_end: Callable[[RunRecord | Diverged], None]
-    """Takes the record of a run that is complete or paused, or the error of a run that failed."""
+    """Called when the run ends: with its record if it is complete or paused, or with the error if it failed."""
     start_step: int | None = None
-    """In a resumed pack, the step of the checkpoint to load (0: begin anew). None loads the newest one, if any."""
+    """In a resumed pack, the step of the checkpoint to load; 0 to start without a checkpoint. None loads the newest
+    checkpoint, if any."""
 
 
 class SlotEvaluation(NamedTuple):
-    """The evaluation of one run of a pack on validation data, after `step` optimizer steps."""
+    """Validation metrics of one run of a pack after `step` optimizer steps."""
 
     request: RunRequest
     step: int
@@ -43,21 +47,22 @@ class SlotEvaluation(NamedTuple):
 
 
 OnPackEvaluation: TypeAlias = Callable[[Sequence[SlotEvaluation]], Sequence[bool]]
-"""Takes the evaluations of all slots at once, and returns for each whether its run continues (False: it is paused)."""
+"""Takes the evaluations of all slots, and returns for each slot whether its run continues. If False, it is paused."""
 NextRun: TypeAlias = Callable[[], RunRequest | None]
 """Returns the next run for a free slot, or None if no run is left."""
 
 
 class SlotRun:
-    """A run in a slot.
+    """A run in a slot of a pack.
 
     Attributes:
         step: Optimizer steps done.
+        saved_step: Step of the newest checkpoint; 0 if there is no checkpoint.
+        sampler: The run's micro-batches by step, in the same order as in a solo run.
         stream: Random stream of the run's dropout.
-        progress: Trained tokens, and the run's share of the training time.
-        wall_s: The run's share of the seconds of this session.
-        checkpoint: The state to resume from; empty if the run begins anew.
-        saved_step: Step of the newest checkpoint; 0 before the first one.
+        progress: Trained tokens, and the run's share of the pack's training time.
+        wall_s: The run's share of the pack's wall-clock time since the run joined or resumed.
+        resume_state: Content of the checkpoint to resume from; empty without a checkpoint.
     """
 
     def __init__(self, request: RunRequest, *, inputs: RunInputs, slot: int, slots: int, accumulate: int) -> None:
@@ -66,11 +71,12 @@ class SlotRun:
         self.folder = folder
         self.inputs = inputs
         pack: dict[str, Any] = {"slot": slot, "slots": slots}
-        if request.start_step is not None:  # in a resumed pack the run keeps the slot in which it joined
+        # In a resumed pack, the record keeps the slot that the run first had. Dropped slots may have changed its index.
+        if request.start_step is not None:
             with suppress(RecordError):
                 pack = read_run(folder).pack or pack
         found = find_checkpoint(folder, kind="slot", step=request.start_step)
-        self.checkpoint = found.state
+        self.resume_state = found.state
         self.step = self.saved_step = found.step
         self.progress = TrainingProgress.from_state(found.state["progress"]) if found.state else TrainingProgress()
         self.wall_s = 0.0
@@ -79,12 +85,12 @@ class SlotRun:
         self.record.batching = describe_batching(inputs, config.trainer, accumulate=accumulate)
         self.log = RunLog(self.record, folder, start_step=self.step)
         self.loggers = start_loggers(config, folder)
-        # Each slot draws its dropout masks from its own stream, seeded as in a run alone and saved in its checkpoint.
-        # So the masks do not depend on the other slots. The stream is on the device of the batches.
+        # Dropout masks come from a stream of this slot, so that they do not depend on the other slots. The stream has
+        # the seed of a solo run, is saved in the checkpoint, and must be on the device of the batches.
         self.stream = torch.Generator(get_device(config.trainer)).manual_seed(config.seeds.dropout)
         if found.state:
             self.stream.set_state(found.state["stream"])
-        self.order = StepBatchSampler(
+        self.sampler = StepBatchSampler(
             inputs.splits.train,
             batch_size=config.trainer.batch_size,
             num_steps=config.trainer.max_steps,
@@ -93,14 +99,14 @@ class SlotRun:
         )
 
     def count_tokens(self, micro: MicroBatch, *, positions: int) -> int:
-        """Adds a micro-batch to the progress and returns its number of tokens; `positions` counts padding too."""
+        """Adds a micro-batch to the progress, and returns its number of tokens. `positions` includes padding."""
         tokens = int(self.inputs.splits.train.lengths[torch.tensor(micro.indices)].sum())
         self.progress.tokens += tokens
         self.progress.positions += positions
         return tokens
 
     def note_evaluation(self, values: Metrics, *, save: Callable[[Path], None]) -> None:
-        """Writes the steps since the last evaluation, and this evaluation, to the run's log and loggers.
+        """Writes this evaluation, and the steps since the last evaluation, to the run's log and loggers.
 
         Raises:
             Diverged: A loss or the score is NaN or infinite.
@@ -117,13 +123,16 @@ class SlotRun:
             logger.save()
 
     def save_checkpoint(self, state: Mapping[str, Any]) -> None:
-        """Writes a checkpoint from which the run can resume in any pack; earlier checkpoints stay."""
+        """Writes a checkpoint from which the run can resume in any pack. Earlier checkpoints are kept."""
         content = {**state, "progress": self.progress.state(), "stream": self.stream.get_state()}
         save_checkpoint(self.folder, kind="slot", step=self.step, save=lambda path: torch.save(content, path))
         self.saved_step = self.step
 
     def close(self, status: RunStatus, reason: str | None) -> None:
-        """Writes the record of the session's end. The checkpoints stay until the pack's next commit."""
+        """Writes the final record of this run and closes its loggers.
+
+        The checkpoints are kept until the next commit, because a killed pack resumes from the previous one.
+        """
         self.progress.write_to(self.record)
         self.log.close(status, reason, wall_s=self.wall_s)
         for logger in self.loggers:
