@@ -34,7 +34,7 @@ class IntrinsicMethod(Method):
 
     With `said`, each layer i also trains a scale λ_i: θ_i = θ0_i + λ_i P_i θ_(d-m). m is the number of layers.
 
-    Only θ_d and λ are trained. They are saved with the seed of P. A new head is a part of θ, from its drawn values θ0.
+    Only θ_d and λ are trained. They are saved with the seed of P. A new head is a part of θ: its θ0 are drawn values.
 
     Each forward pass computes every weight in fp32 and rounds it once to the base's dtype, in which the model runs.
     Until the end of the backward pass, the computed weights take as much memory as the base. P takes two bits per
