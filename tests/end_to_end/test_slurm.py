@@ -45,7 +45,7 @@ def test_jobs_may_be_cancelled_drained_requeued_and_added(start, tmp_path, on_lo
     check_listens_here_only(psutil.Process(sweep.process.pid).children(recursive=True))
     (first,) = slurm.jobs()
     printed = start("--resume", "out", "worker.jobs=2").wait()
-    assert "more Slurm jobs for it: " in printed
+    assert "Submitted Slurm jobs: " in printed
     wait_for(lambda: len({row.run for row in read_sweep(folder).trials if row.state == "running"}) == 2, sweep)
     (second,) = set(slurm.jobs()) - {first}
     slurm.run("scancel", first)  # its trial goes on in the other job
