@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from lorasweep.config.compose import compose_run
-from lorasweep.record import ArmRow, ConfirmRow, RunRecord, SweepRecord, TrialRow, write_record
+from lorasweep.record import ArmRow, RerunRow, RunRecord, SweepRecord, TrialRow, write_record
 
 BASE, FULL, STEPS = 2.03, 1.66, 500
 FULL_PARAMS = 1_280_000
@@ -168,7 +168,7 @@ def ideal_score(arm: str, params: dict[str, float]) -> float:
 
 def make_reruns(
     folder: Path, arm: str, rows: list[TrialRow], difficulty: list[float], rng: random.Random
-) -> list[ConfirmRow]:
+) -> list[RerunRow]:
     complete = [row for row in rows if row.arm == arm and row.state == "complete"]
     winner = min(complete, key=lambda row: row.value or math.inf)
     made = []
@@ -180,7 +180,7 @@ def make_reruns(
         write_run(folder, run, winner, value, test={"bits_per_byte": value})
         lines = [f"{index},{score!r},1.0" for index, score in enumerate(scores)]
         (folder / run / "test_scores.csv").write_text("\n".join(["row,score,weight", *lines, ""]))
-        made.append(ConfirmRow(arm=arm, trial=winner.number, seed=seed, state="complete", run=run, value=value))
+        made.append(RerunRow(arm=arm, trial=winner.number, seed=seed, state="complete", run=run, value=value))
     return made
 
 

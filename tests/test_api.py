@@ -27,7 +27,7 @@ SMALL = {
 }
 SWEEP = {
     "name": "small",
-    "settings": {**SMALL, "sampler": "random", "confirm.seeds": 1},
+    "settings": {**SMALL, "sampler": "random", "confirm.seeds": 1, "confirm.candidates": 2, "confirm.select_seeds": 1},
     "arms": {
         "frozen": {"settings": {"method": "frozen"}},
         "lora": {"settings": {"method": "lora"}, "space": {"method.rank": [1, 2]}, "trials": 2},
@@ -47,11 +47,12 @@ def test_a_sweep_from_a_mapping_is_complete_and_has_its_report(result):
     assert result.report.is_file()
 
 
-def test_the_best_trial_is_that_of_the_study(result):
-    best, study = result.best("lora"), result.study("lora")
-    assert best.score == study.best_value == min(trial.score for trial in result.trials if trial.arm == "lora")
-    assert (best.number, best.params) == (study.best_trial.number, study.best_params)
-    assert best.run.score == best.score
+def test_the_best_trial_is_the_best_of_the_select_stage(result):
+    best, frame = result.best("lora"), result.select_dataframe()
+    assert sorted(frame["trial"]) == [0, 1]
+    assert best.number == frame.loc[frame["bits_per_byte"].idxmin(), "trial"]
+    assert set(result.confirm_dataframe().query("arm == 'lora'")["trial"]) == {best.number}
+    assert best.score == result.study("lora").trials[best.number].value == best.run.score
     assert result.best("frozen").params == {}
 
 

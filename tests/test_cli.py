@@ -34,6 +34,7 @@ MINI = {
         "worker.pack_size": 1,
         "pruner": "none",
         "confirm.seeds": 0,
+        "confirm.candidates": 1,
     },
     "arms": {
         "frozen": {"settings": {"method": "frozen"}},

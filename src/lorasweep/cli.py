@@ -315,9 +315,10 @@ def _say_how_to_resume(result: SweepResult) -> int:
     record = result.record
     done = sum(row.state not in ("running", "paused") for row in record.trials)
     asked = sum(arm.trials for arm in record.arms)
-    ended = sum(row.state != "running" for row in record.confirm)
-    confirming = f" and {ended} runs of the confirm stage" if record.confirm else ""
-    say_error(f"stopped with {done} of {asked} trials{confirming} done. To resume type:")
+    reruns = [*record.select, *record.confirm]
+    ended = sum(row.state != "running" for row in reruns)
+    also = f" and {ended} runs of the {reruns[-1].stage} stage" if reruns else ""
+    say_error(f"stopped with {done} of {asked} trials{also} done. To resume type:")
     trust = f" 'trust=[{','.join(packages)}]'" if (packages := trusted_packages()) else ""
     say(f"    lorasweep sweep --resume {result.folder}{trust}", file=sys.stderr)
     return INTERRUPTED

@@ -13,10 +13,12 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
+from statistics import fmean
 from types import UnionType
 from typing import Any, Literal, Protocol, TypeVar, get_args, get_origin, get_type_hints
 
 from lorasweep.config.data import Direction
+from lorasweep.config.run import SEED_KEYS
 from lorasweep.disk import write_atomically
 from lorasweep.errors import RecordError
 from lorasweep.redaction import may_hold_secret, redact
@@ -34,7 +36,8 @@ RunStatus = Literal["running", "complete", "paused", "pruned", "failed", "infeas
 """A `paused` run stopped at an evaluation and may continue from its checkpoint. A `pruned` run was still paused at the
 end of its sweep."""
 TrialState = Literal["running", "paused", "complete", "pruned", "failed", "infeasible"]
-ConfirmState = Literal["running", "complete", "failed", "infeasible"]
+RerunStage = Literal["select", "confirm"]
+RerunState = Literal["running", "complete", "failed", "infeasible"]
 
 
 @dataclass(kw_only=True)
@@ -50,7 +53,7 @@ class RunRecord:
     """The resolved `RunConfig`, nested."""
     arm: str | None = None
     trial: int | None = None
-    """Number of the trial in its arm. In the confirm stage: number of the arm's best trial. Null for a single run."""
+    """Number of the trial in its arm, also if the run trains that trial again; null for a single run."""
     pack: dict[str, Any] | None = None
     """`slot`, the number of `slots` when the run joined the pack, and `shared_draws`: whether a fused kernel drew the
     attention's dropout for all slots at once, so that a run alone would differ. Null for a run alone."""
@@ -131,19 +134,21 @@ class TrialRow:
 
 
 @dataclass(kw_only=True)
-class ConfirmRow:
-    """One run of the confirm stage: the best settings of an arm with a fresh seed, scored once on test data."""
+class RerunRow:
+    """One run of the select or the confirm stage: a trial of the search is trained again with a fresh seed."""
 
     arm: str
     trial: int
-    """Number of the arm's best trial in the search."""
+    """Number of the trial in its arm's search."""
+    stage: RerunStage = "confirm"
     seed: int
-    """Seed of initial values, data order and dropout. Every arm uses the same seeds."""
-    state: ConfirmState
+    """Seed of initial values, data order and dropout. In one stage all arms have the same seeds."""
+    state: RerunState
     run: str
     """The run's folder, relative to the sweep's."""
     value: float | None = None
-    """The sweep's metric on test data, with the weights of the best evaluation."""
+    """The sweep's metric with the weights of the best evaluation: on validation data in the select stage, on test data
+    in the confirm stage."""
     reason: str | None = None
     step: int = 0
     """Optimizer steps at its last evaluation."""
@@ -196,9 +201,12 @@ class SweepRecord:
     """SHA-256 of the sweep file when the sweep began."""
     arms: list[ArmRow]
     trials: list[TrialRow] = field(default_factory=list)
-    confirm: list[ConfirmRow] = field(default_factory=list)
+    candidates: int = 1
+    """Maximum number of trials of an arm that the select stage runs again; 1 means that there is no such stage."""
+    select_seeds: list[int] = field(default_factory=list)
+    select: list[RerunRow] = field(default_factory=list)
     confirm_seeds: list[int] = field(default_factory=list)
-    """Seeds of the confirm stage."""
+    confirm: list[RerunRow] = field(default_factory=list)
     margin: float | str | None = None
     """`confirm.margin` as it was stated before the first trial; None in a sweep of an older version."""
     notes: list[str] = field(default_factory=list)
@@ -229,6 +237,8 @@ class _ScoredTrial(Protocol):
     @property
     def number(self) -> int: ...
     @property
+    def params(self) -> dict[str, Any]: ...
+    @property
     def state(self) -> TrialState: ...
     @property
     def value(self) -> float | None: ...
@@ -237,17 +247,53 @@ class _ScoredTrial(Protocol):
 ScoredT = TypeVar("ScoredT", bound=_ScoredTrial)
 
 
-def best_trial(trials: Iterable[ScoredT], *, direction: Direction) -> ScoredT | None:
-    """Returns the complete trial with the best finite score, or None. Of equal trials it is the earliest."""
-    sign = 1 if direction == "minimize" else -1
-    finite = [t for t in trials if t.state == "complete" and t.value is not None and math.isfinite(t.value)]
-    return min(finite, key=lambda trial: (sign * (trial.value or 0), trial.number), default=None)
+def list_candidates(trials: Iterable[ScoredT], *, record: SweepRecord) -> list[ScoredT]:
+    """Returns the trials of an arm that the select stage runs again, the best of the search first.
+
+    They have different settings. Seeds don't count as settings, because the stage replaces them.
+    """
+    sign = 1 if record.direction == "minimize" else -1
+    scored = [(sign * t.value, t.number, t) for t in trials if t.state == "complete" and t.value is not None]
+    candidates: dict[str, ScoredT] = {}
+    for _, _, trial in sorted(entry for entry in scored if math.isfinite(entry[0])):
+        settings = {key: value for key, value in trial.params.items() if key not in SEED_KEYS}
+        candidates.setdefault(json.dumps(settings, sort_keys=True), trial)
+        if len(candidates) == record.candidates:
+            break
+    return list(candidates.values())
+
+
+def find_winner(arm: str, trials: Iterable[ScoredT], *, record: SweepRecord) -> ScoredT | None:
+    """Returns the trial of an arm that the confirm stage runs; None if no trial is complete.
+
+    It is the candidate with the best mean over its runs of the select stage. A candidate with a failed run comes after
+    all candidates without one. Until all these runs have ended, and in an arm without them, it is the best trial of the
+    search.
+    """
+    candidates = list_candidates(trials, record=record)
+    num_ended = sum(row.arm == arm and row.state != "running" for row in record.select)
+    if not num_ended or num_ended < len(candidates) * len(record.select_seeds):
+        return candidates[0] if candidates else None
+    sign = 1 if record.direction == "minimize" else -1
+
+    def cost(trial: ScoredT) -> tuple[int, float]:
+        values = selection_scores(arm, trial.number, record=record)
+        return -len(values), sign * fmean(values) if values else 0.0
+
+    return min(candidates, key=cost)  # of equals the first, which is the best of the search
+
+
+def selection_scores(arm: str, number: int, *, record: SweepRecord) -> list[float]:
+    """Returns the finite validation scores of a trial's complete runs of the select stage."""
+    runs = [row for row in record.select if row.arm == arm and row.trial == number and row.state == "complete"]
+    return [row.value for row in runs if row.value is not None and math.isfinite(row.value)]
 
 
 def winners(record: SweepRecord) -> dict[str, TrialRow | None]:
+    """Returns the winner of each arm that trains; None for an arm without a complete trial."""
     trained = [arm.name for arm in record.arms if arm.method != "frozen"]
     by_arm = {name: [trial for trial in record.trials if trial.arm == name] for name in trained}
-    return {name: best_trial(trials, direction=record.direction) for name, trials in by_arm.items()}
+    return {name: find_winner(name, trials, record=record) for name, trials in by_arm.items()}
 
 
 def write_record(record: RunRecord | SweepRecord, folder: Path) -> None:

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any, Literal
 from lorasweep.config.data import Direction
 from lorasweep.errors import ConfigError, RecordError
 from lorasweep.record import (
-    ConfirmRow,
+    RerunRow,
     RunRecord,
     SweepRecord,
     TrialRow,
     TrialState,
-    best_trial,
+    find_winner,
     folder_of_run,
     read_run,
     read_steps,
@@ -159,14 +159,16 @@ class SweepResult:
         return [self._trial(row) for arm in self.arms for row in self._rows(arm)]
 
     def best(self, arm: str) -> TrialResult:
-        """Returns the complete trial of an arm with the best validation score; of equal trials the earliest.
+        """Returns the winner of an arm: the candidate with the best mean over the seeds of the select stage.
+
+        Before or without that stage it is the complete trial with the best validation score, the earlier one of equals.
 
         Raises:
             ConfigError: The sweep has no such arm.
             RecordError: No trial of the arm is complete.
         """
         self._check_arm(arm)
-        row = best_trial(self._rows(arm), direction=self.record.direction)
+        row = find_winner(arm, self._rows(arm), record=self.record)
         if row is None:
             raise RecordError(f"arm `{arm}` must have a complete trial, but has none yet.")
         return self._trial(row)
@@ -186,15 +188,22 @@ class SweepResult:
             ]
         )
 
+    def select_dataframe(self) -> pandas.DataFrame:
+        """Returns one row per run of the select stage: `arm`, `trial`, `seed`, `state`, the metric, and `run`."""
+        return self._reruns_dataframe(self.record.select, score=self.record.metric)
+
     def confirm_dataframe(self) -> pandas.DataFrame:
         """Returns one row per run of the confirm stage: `arm`, `trial`, `seed`, `state`, the test score, and `run`."""
+        return self._reruns_dataframe(self.record.confirm, score=f"test/{self.record.metric}")
+
+    def _reruns_dataframe(self, rows: list[RerunRow], *, score: str) -> pandas.DataFrame:
         import pandas  # noqa: PLC0415 (slow to import)
 
-        def columns(row: ConfirmRow) -> dict[str, Any]:
+        def columns(row: RerunRow) -> dict[str, Any]:
             identity = {"arm": row.arm, "trial": row.trial, "seed": row.seed, "state": row.state}
-            return identity | {f"test/{self.record.metric}": row.value, "run": row.run}
+            return identity | {score: row.value, "run": row.run}
 
-        return pandas.DataFrame.from_records([columns(row) for row in self.record.confirm])
+        return pandas.DataFrame.from_records([columns(row) for row in rows])
 
     def study(self, arm: str) -> optuna.Study:
         """Returns the Optuna study of an arm, for Optuna's own plots and importances. Don't add trials to it.

@@ -37,7 +37,14 @@ SETTINGS: dict[str, Any] = {
 """Settings of runs that take a fraction of a second."""
 HALVED_SWEEP: dict[str, Any] = {
     "name": "halved",
-    "settings": SETTINGS | {"confirm.seeds": 2, "sampler": "tpe", "pruner": "halving"},
+    "settings": SETTINGS
+    | {
+        "confirm.seeds": 2,
+        "confirm.candidates": 2,
+        "confirm.select_seeds": 1,
+        "sampler": "tpe",
+        "pruner": "halving",
+    },
     "arms": {
         "frozen": {"settings": {"method": "frozen"}},
         "full": {
@@ -52,8 +59,9 @@ HALVED_SWEEP: dict[str, Any] = {
         },
     },
 }
-"""A sweep in which trials are paused and promoted, with a confirm stage."""
+"""A sweep in which trials are paused and promoted, with a select and a confirm stage."""
 HALVED_TRIALS = {"frozen": 1, "full": 2, "lora": 6}
+HALVED_SELECT_RUNS = {"full": 2, "lora": 2}
 HALVED_CONFIRM_RUNS = {"frozen": 1, "full": 2, "lora": 2}
 SERVER = """
 import json, os, signal, sys
@@ -183,7 +191,8 @@ def state_of(folder: Path) -> dict[str, tuple]:
     """Every trial by its run's folder: what was proposed, how it ended, each loss and evaluation, and its weights."""
     record = read_sweep(folder)
     rows = [(row.run, row.arm, row.number, row.params, row.state, row.value, row.reason) for row in record.trials]
-    rows += [(row.run, row.arm, row.trial, row.seed, row.state, row.value, row.reason) for row in record.confirm]
+    reruns = [*record.select, *record.confirm]
+    rows += [(row.run, row.arm, row.trial, row.seed, row.state, row.value, row.reason) for row in reruns]
     state = {}
     for run, *rest in rows:
         kept = read_run(folder / run)

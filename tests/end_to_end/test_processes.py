@@ -32,6 +32,7 @@ CONTENT = {
         "sampler": "random",
         "pruner": "none",
         "confirm.seeds": 1,
+        "confirm.candidates": 1,
     },
     "arms": {
         "lora": {

@@ -17,7 +17,13 @@ from .conftest import SETTINGS
 SWEEP = {
     "name": "watched",
     "settings": SETTINGS
-    | {"trainer.max_steps": 24, "trainer.eval_every_steps": 4, "worker.pack_size": 1, "confirm.seeds": 2},
+    | {
+        "trainer.max_steps": 24,
+        "trainer.eval_every_steps": 4,
+        "worker.pack_size": 1,
+        "confirm.seeds": 2,
+        "confirm.candidates": 1,
+    },
     "arms": {
         "lora": {
             "settings": {"method": "lora", "method.rank": 2},
@@ -48,12 +54,12 @@ def test_a_sweep_that_is_looked_at_all_the_time_is_seen_to_go_on_and_ends_well(t
     assert watched.wait() == 0, watched.output
     arms = [status.arms[0] for status in seen]
     assert [arm.done for arm in arms] == sorted(arm.done for arm in arms)
-    assert [arm.seeds_done for arm in arms] == sorted(arm.seeds_done for arm in arms)
+    assert [arm.confirm.done for arm in arms] == sorted(arm.confirm.done for arm in arms)
     assert max(arm.running for arm in arms) == 1
     assert max(arm.paused for arm in arms) >= 1
     assert all(arm.done + arm.running + arm.paused <= arm.asked == 6 for arm in arms)
     last = arms[-1]
-    assert (last.done, last.running, last.paused, last.failed, last.seeds_done) == (6, 0, 0, 0, 2)
+    assert (last.done, last.running, last.paused, last.failed, last.confirm.done) == (6, 0, 0, 0, 2)
     assert last.pruned >= 1
 
     assert run(["status", str(folder), "--follow"]) == 0

@@ -131,10 +131,17 @@ def check_confirmed(folder):
 
 
 def test_the_best_of_each_arm_is_confirmed_on_fresh_seeds_and_test_data(here):
-    words = ("worker.pack_size=3", "pruner=none", "sweep.trials=3", "confirm.seeds=2")
+    words = ("worker.pack_size=3", "pruner=none", "sweep.trials=3", "confirm.seeds=2", "confirm.select_seeds=1")
     assert run(["sweep", "mini.yaml", *words]) == 0
     record = check_confirmed(here / "outputs" / "mini")
     seeds = {arm: [row.seed for row in record.confirm if row.arm == arm] for arm in CONFIRMED}
     assert seeds["full"] == seeds["lora"] == record.confirm_seeds
-    packed = [read_run(here / "outputs" / "mini" / row.run).pack for row in record.confirm if row.arm == "lora"]
-    assert all(packed)
+    assert [(row.arm, row.seed) for row in record.select] == [
+        (arm, record.select_seeds[0]) for arm in ("full", "lora") for _ in range(3)
+    ]
+    assert {row.arm: row.trial for row in record.confirm if row.arm != "frozen"} == {
+        arm: min((row for row in record.select if row.arm == arm), key=lambda row: row.value).trial
+        for arm in ("full", "lora")
+    }
+    runs = [row.run for row in (*record.select, *record.confirm) if row.arm == "lora"]
+    assert all(read_run(here / "outputs" / "mini" / run).pack for run in runs)

@@ -14,11 +14,12 @@ import pytest
 
 from lorasweep.record import (
     ArmRow,
-    ConfirmRow,
+    RerunRow,
     RunRecord,
     SweepRecord,
     TrialRow,
     TrialState,
+    list_candidates,
     read_sweep,
     write_record,
 )
@@ -222,7 +223,7 @@ def confirm_sweep(folder: Path, *, seeds: int = 5, examples: int = 40, noise: fl
             run = f"runs/{arm.name}-confirm-{seed:04d}"
             scores = spread_over_examples(value, difficulty, rng)
             value = sum(scores) / len(scores) if scores else value
-            row = ConfirmRow(arm=arm.name, trial=best.number, seed=seed, state="complete", run=run, value=value)
+            row = RerunRow(arm=arm.name, trial=best.number, seed=seed, state="complete", run=run, value=value)
             rank = best.params.get("method.rank", arm.settings.get("method.rank", 0))
             trained = {"frozen": 0, "full": FULL_PARAMS}.get(arm.name, LORA_PARAMS_PER_RANK * int(rank))
             curve = curve_to(value)[: 1 if arm.method == "frozen" else None]
@@ -341,3 +342,21 @@ def sweep(finished: Path, tmp_path: Path) -> Path:
 def confirmed(finished_and_confirmed: Path, tmp_path: Path) -> Path:
     """Returns the folder of a confirmed sweep, which the test may change."""
     return shutil.copytree(finished_and_confirmed, tmp_path / "quickstart")
+
+
+def add_select_stage(folder: Path, *, arm: str) -> None:
+    """Adds a select stage of an arm's two best trials on two seeds, in which the second best is better."""
+    record = read_sweep(folder)
+    record.candidates, record.select_seeds = 2, [901, 902]
+    best, second = list_candidates((row for row in record.trials if row.arm == arm), record=record)
+    gap = abs((best.value or 0.0) - (second.value or 0.0)) + 0.01
+    for trial, change in ((best, gap), (second, -gap)):
+        for seed in record.select_seeds:
+            run = f"runs/{arm}-select-{len(record.select):04d}"
+            shutil.copytree(folder / trial.run, folder / run)
+            value = (trial.value or 0.0) + change
+            row = RerunRow(
+                arm=arm, trial=trial.number, stage="select", seed=seed, state="complete", run=run, value=value
+            )
+            record.select.append(row)
+    write_record(record, folder)

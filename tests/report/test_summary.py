@@ -31,7 +31,7 @@ def test_summary_has_the_promised_keys(sweep: Path) -> None:
     for arm in raw["arms"]:
         assert {"name", "method", "trainable_params", "trainable_fraction", "adapter_bytes"} <= set(arm)
         assert {"peak_memory_bytes", "share_of_full_gain"} <= set(arm)
-        assert {"score", "params", "run"} == set(arm["best"])
+        assert {"score", "params", "run", "select_mean"} == set(arm["best"])
         assert {"complete", "paused", "pruned", "failed", "infeasible"} <= set(arm["trials"])
 
 

@@ -12,7 +12,7 @@ import pytest
 from lorasweep.errors import RecordError
 from lorasweep.report.sweep_data import load_sweep_data
 
-from .conftest import build_sweep, confirm_sweep, edit_json
+from .conftest import add_select_stage, build_sweep, confirm_sweep, edit_json
 
 
 def test_trials_and_reruns_are_joined_with_their_runs(confirmed: Path) -> None:
@@ -48,13 +48,15 @@ def test_of_equal_trials_the_earlier_is_best(sweep: Path) -> None:
     assert [arm.best.number for arm in load_sweep_data(sweep).arms if arm.best] == [0, 0, 0]
 
 
-def test_winner_is_the_trial_that_was_confirmed_even_if_another_is_better_now(confirmed: Path) -> None:
-    edit_json(confirmed / "sweep.json", lambda raw: raw["trials"][1].update(value=0.5))
+def test_the_best_is_the_winner_of_the_select_stage(confirmed: Path) -> None:
+    best = load_sweep_data(confirmed).arms[1].best
+    assert best
+    add_select_stage(confirmed, arm="lora")
     lora = load_sweep_data(confirmed).arms[1]
     assert lora.best
-    assert lora.winner
-    assert lora.best.number == 0
-    assert lora.winner.number == lora.reruns[0].number != 0
+    assert lora.best.number != best.number
+    assert lora.candidates[lora.best.number] == min(lora.candidates.values())
+    assert len(lora.select_runs) == 4
 
 
 def test_curve_keeps_the_later_of_steps_that_a_resumed_run_wrote_twice(sweep: Path) -> None:

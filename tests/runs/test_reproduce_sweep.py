@@ -10,7 +10,7 @@ import pytest
 from lorasweep.errors import RecordError
 from lorasweep.record import (
     ArmRow,
-    ConfirmRow,
+    RerunRow,
     RunRecord,
     SweepRecord,
     TrialRow,
@@ -42,7 +42,7 @@ def one(tmp_path):
         TrialRow(arm="lora", number=1, state="pruned", params=params, value=1.75, run="runs/lora-0001"),
     ]
     confirm = [
-        ConfirmRow(arm="lora", trial=0, seed=s, state="complete", run=f"runs/lora-confirm-{n:04d}", value=2.0)
+        RerunRow(arm="lora", trial=0, seed=s, state="complete", run=f"runs/lora-confirm-{n:04d}", value=2.0)
         for n, s in enumerate((7, 9))
     ]
     arm = ArmRow(name="lora", method="lora", trials=2, settings={}, space={}, sampler="tpe", pruner="none")

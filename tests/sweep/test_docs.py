@@ -11,7 +11,7 @@ import yaml
 
 from lorasweep.errors import ConfigError
 from lorasweep.sweep.definition.arms import read_definition
-from lorasweep.sweep.definition.seeds import draw_seeds
+from lorasweep.sweep.definition.seeds import draw_confirm_seeds
 from lorasweep.sweep.definition.warnings import find_warnings
 
 GUIDE = (Path(__file__).parent.parent.parent / "docs" / "sweeps.md").read_text(encoding="utf-8")
@@ -32,7 +32,7 @@ def test_the_file_is_a_fair_sweep_with_a_confirm_stage(file):
     definition = read_definition(file, [])
     assert [arm.name for arm in definition.arms][2:] == [f"lora-rank{rank}" for rank in (1, 4, 16, 64)]
     assert find_warnings(definition) == []
-    assert len(draw_seeds(definition)) == 5
+    assert len(draw_confirm_seeds(definition)) == 5
 
 
 @pytest.mark.parametrize("line", OVERRIDES, ids=lambda line: line.split("#")[0].strip())

@@ -17,8 +17,8 @@ from lorasweep.sweep.controller.lifecycle import reopen_sweep
 from lorasweep.sweep.progress import report_status, show_progress, show_until_over
 
 from .conftest import Killed
-from .test_status import confirm_row, sweep_record, trial
 from .test_status import folder as folder
+from .test_status import rerun_row, sweep_record, trial
 from .test_status import running as running
 
 
@@ -86,13 +86,13 @@ def test_following_without_a_terminal_prints_a_line_for_each_trial_that_ends(run
     write_record(sweep_record(trials=ended), running)
     wait_for(lambda: output.getvalue().count("\n") == 2)
     time.sleep(0.05)
-    seeds = [confirm_row(7, "complete", 1.6), confirm_row(8, "running")]
+    seeds = [rerun_row(7, "complete", 1.6), rerun_row(8, "running")]
     write_record(sweep_record(trials=ended, confirm=seeds, confirm_seeds=[7, 8], status="complete"), running)
     thread.join(60)
     assert output.getvalue().splitlines() == [
         "lora 4/6  complete     1.4000  method.rank=3",
         "lora 5/6  failed            -  method.rank=6",
-        "confirm: the best settings of each arm again on 2 fresh seeds, scored once on test data",
+        "confirm: the winner of each arm again on 2 fresh seeds, scored once on test data",
         "lora 1/2  complete     1.6000  method.rank=1 seed=7",
     ]
 
@@ -119,13 +119,16 @@ def test_following_what_is_over_ends_at_once(folder, is_complete):
 
 def test_a_sweep_in_this_process_is_shown_with_a_line_per_run(begin, work, runs, content):
     content["settings"] |= {"pruner": "halving", "pruner.rungs": [0.25], "pruner.min_survivors": 1, "confirm.seeds": 2}
+    content["settings"] |= {"confirm.candidates": 2, "confirm.select_seeds": 1}
     folder = begin(content)
     output = io.StringIO()
     with show_progress(folder.path, Console(file=output, width=200)):
         assert work(folder)
-    rows = [*folder.record.trials, *folder.record.confirm]
+    rows = [*folder.record.trials, *folder.record.select, *folder.record.confirm]
     lines = [line for line in output.getvalue().splitlines() if not line.startswith(("sweep ", "warning: "))]
-    assert len(lines) == len(rows) + 1 == 10 + 5 + 1
+    assert {row.arm for row in folder.record.select} == {"lora"}  # one trial of `full` is complete
+    assert len(lines) == len(rows) + 2 == 10 + 2 + 5 + 2
+    assert [line.partition(":")[0] for line in lines if line.startswith(("select", "confirm"))] == ["select", "confirm"]
     assert sum(line.split()[2] == "pruned" for line in lines) == sum(row.state == "pruned" for row in rows) > 0
     assert {line.split()[1] for line in lines[-5:]} == {"1/1", "1/2", "2/2"}
 

@@ -12,7 +12,7 @@ from rich.console import Console
 
 import lorasweep.sweep.status as status_file
 from lorasweep.errors import RecordError
-from lorasweep.record import ArmRow, ConfirmRow, SweepRecord, TrialRow, write_record
+from lorasweep.record import ArmRow, RerunRow, SweepRecord, TrialRow, write_record
 from lorasweep.sweep.status import describe_params, read_status, render_status
 
 
@@ -27,8 +27,9 @@ def trial(number, state, value=None, *, arm="lora"):
     return TrialRow(arm=arm, number=number, state=state, params=params, value=value, run=f"runs/{arm}-{number:04d}")
 
 
-def confirm_row(seed, state, value=None):
-    return ConfirmRow(arm="lora", trial=0, seed=seed, state=state, run=f"runs/lora-confirm-{seed:04d}", value=value)
+def rerun_row(seed, state, value=None, *, stage="confirm", number=0):
+    run = f"runs/lora-{stage}-{number}{seed:04d}"
+    return RerunRow(arm="lora", trial=number, stage=stage, seed=seed, state=state, run=run, value=value)
 
 
 def sweep_record(**values):
@@ -123,17 +124,39 @@ def test_a_complete_sweep_is_over_and_shows_no_command(running):
 
 
 def test_the_confirm_stage_counts_a_seed_once_for_the_frozen_base(running):
-    reruns = [confirm_row(7, "complete", 1.6), confirm_row(8, "complete", 1.8), confirm_row(9, "failed")]
-    running_row = confirm_row(10, "running")
+    reruns = [rerun_row(7, "complete", 1.6), rerun_row(8, "complete", 1.8), rerun_row(9, "failed")]
+    running_row = rerun_row(10, "running")
     running_row.step, running_row.last_value = 4, 1.55
     write_record(sweep_record(confirm=[*reruns, running_row], confirm_seeds=[7, 8, 9, 10]), running)
     status = read_status(running)
-    assert [(a.seeds_done, a.seeds_running, a.seeds_asked) for a in status.arms] == [(0, 0, 1), (3, 1, 4)]
+    assert [(a.confirm.done, a.confirm.running, a.confirm.asked) for a in status.arms] == [(0, 0, 1), (3, 1, 4)]
     shown = show(status)
     (line,) = [line for line in shown.splitlines() if line.strip().startswith("lora")]
     assert line.split() == ["lora", "3/6", "2", "1", "1", "2", "3/4", "1.5000", "1.7000", "method.rank=1"]
     assert "4 fresh seeds" in shown
     assert "now: lora confirm  step 4/8  1.5500  method.rank=1 seed=10" in shown
+
+
+def test_the_select_stage_counts_its_runs_and_then_the_best_is_the_winner(running):
+    trials = [trial(number, "complete", 1.5 + number / 10) for number in range(6)]
+    select = {"candidates": 2, "select_seeds": [3, 4], "confirm_seeds": [7]}
+    write_record(sweep_record(trials=trials[:3], **select), running)
+    assert [arm.select.asked for arm in read_status(running).arms] == [0, 4]
+    runs = [
+        rerun_row(seed, "complete", value, stage="select", number=number)
+        for seed, number, value in ((3, 0, 1.9), (3, 1, 1.7), (4, 0, 1.9))
+    ]
+    begun = rerun_row(4, "running", stage="select", number=1)
+    write_record(sweep_record(trials=trials, select=[*runs, begun], **select), running)
+    lora = read_status(running).arms[1]
+    assert (lora.select.done, lora.select.running, lora.select.asked, lora.best) == (3, 1, 4, 1.5)
+    shown = show(read_status(running))
+    assert "the best 2 trials of each arm again on 2 fresh seeds" in shown
+    assert "now: lora select  step 0/8  method.rank=2 seed=4" in shown
+    begun.state, begun.value = "complete", 1.7
+    write_record(sweep_record(trials=trials, select=[*runs, begun], **select), running)
+    lora = read_status(running).arms[1]
+    assert (lora.best, lora.best_params) == (1.6, {"method.rank": 2})
 
 
 def test_a_sweep_without_a_confirm_stage_has_no_column_for_it(folder):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, Literal
 
 from lorasweep.config.build import convert
@@ -194,6 +194,10 @@ class SeedsConfig:
     """Seed of the initial values of adapters and new heads."""
     data_order: Seed
     dropout: Seed
+
+
+SEED_KEYS = ("seed", *(f"seeds.{f.name}" for f in fields(SeedsConfig)))
+"""The settings that together decide the initial values, the data order and the dropout of a run."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -180,10 +180,14 @@ def parse_margin(setting: float | str) -> Margin:
 
 @dataclass(frozen=True, kw_only=True)
 class ConfirmConfig:
-    """The stage after the search: each arm's best configuration runs with fresh seeds and is scored on test data."""
+    """The stages after the search: `select` chooses the winner of each arm, `confirm` scores it on test data."""
 
     seeds: Annotated[int, (">=", 0), ("<=", MAX_CONFIRM_SEEDS)]
-    """Number of fresh seeds, 0 to 1000; 0 skips the stage."""
+    """Number of fresh seeds on which each winner runs again, 0 to 1000; 0 skips both stages."""
+    candidates: Positive
+    """Number of best trials of each arm from which the winner is chosen. 1 skips the select stage."""
+    select_seeds: Annotated[int, (">=", 1), ("<=", MAX_CONFIRM_SEEDS)]
+    """Number of fresh seeds on which each candidate runs again. The best mean on validation data wins."""
     margin: float | str
     """The smallest difference between two arms that matters: a number in the metric's unit (0.01), or a percentage of
     the gain of `full` over `frozen` on test data (5%). It decides about equivalent arms and the rank."""

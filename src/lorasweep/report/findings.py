@@ -107,7 +107,7 @@ def _find_score(arm: ArmData, data: SweepData) -> ArmScore | None:
         found = data.evidence.arm(arm.name)
         if found is None:
             return None
-        return ArmScore(value=found.mean, text=format_estimate(found.mean, found.interval), trial=arm.winner)
+        return ArmScore(value=found.mean, text=format_estimate(found.mean, found.interval), trial=arm.best)
     if arm.best is None or arm.best.value is None:
         return None
     text = format_score(arm.best.value, beside=[other.best.value for other in data.arms if other.best])
@@ -179,7 +179,8 @@ def _describe_effort(data: SweepData) -> list[str]:
         if saved > 0
         else ""
     )
-    reruns = f" and {len(data.reruns)} reruns" if data.reruns else ""
+    num_reruns = len(data.select_runs) + len(data.reruns)
+    reruns = f" and {num_reruns} reruns" if num_reruns else ""
     sentences = [
         f"{len(data.trials):,} trials{reruns} in {format_seconds(data.record.makespan_s)}, "
         f"{format_count(data.tokens_trained)} tokens trained{saving}."

@@ -91,7 +91,7 @@ def _list_unfinished(data: SweepData, state: str) -> list[tuple[str, str, str, s
             "rerun" if trial.seed is not None else wording.format_settings(trial.params),
             (trial.reason or "no reason recorded").strip(),
         )
-        for trial in (*data.trials, *data.reruns)
+        for trial in (*data.trials, *data.select_runs, *data.reruns)
         if trial.state == state
     ]
 

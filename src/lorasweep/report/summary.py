@@ -123,6 +123,7 @@ def _summarize_arm(arm: ArmData, data: SweepData) -> dict[str, Any]:
             "score": best.value if best else None,
             "params": best.params if best else None,
             "run": best.run if best else None,
+            "select_mean": arm.candidates.get(best.number) if best else None,
         },
         "trials": {state: arm.count(state) for state in STATES},
         **{name: arm.cost(name) for name in COSTS},

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from lorasweep.config.ranges import is_number
@@ -17,15 +18,16 @@ from lorasweep.errors import RecordError
 from lorasweep.record import (
     TEST_SCORES_FILE,
     ArmRow,
-    ConfirmRow,
+    RerunRow,
     RunRecord,
     SweepRecord,
     TrialRow,
     TrialState,
-    best_trial,
+    find_winner,
     read_run,
     read_steps,
     read_sweep,
+    selection_scores,
 )
 from lorasweep.report.evidence.estimates import Interval
 from lorasweep.report.evidence.scores import ConfirmScores, ExampleScores, RunKey, build_scores, read_examples
@@ -42,18 +44,18 @@ Curve = tuple[tuple[int, float], ...]
 
 @dataclass(frozen=True, kw_only=True)
 class TrialData:
-    """One trial of the search, or one rerun of an arm's winner in the confirm stage, with its run's record."""
+    """One trial of the search, or one rerun of a trial in a later stage, with its run's record."""
 
     arm: str
     number: int
-    """The trial's number in its arm; for a rerun the winner's number."""
+    """The trial's number in its arm; a rerun has the number of the trial that runs again."""
     seed: int | None
     """The seed of a rerun; None in the search."""
     state: TrialState
     params: dict[str, Any]
     """The swept keys (dotted) and their values; empty for a rerun."""
     value: float | None
-    """The best finite validation score; for a rerun the score on test data."""
+    """The best finite validation score; for a rerun of the confirm stage the score on test data."""
     run: str
     """The run's folder, relative to the sweep's."""
     reason: str | None
@@ -96,18 +98,18 @@ class ArmData:
     row: ArmRow
     trials: tuple[TrialData, ...]
     best: TrialData | None
-    """The best complete trial, the earlier of equals; None if no trial is complete."""
+    """The winner: the candidate with the best mean over the seeds of the select stage, or without that stage the best
+    complete trial, the earlier of equals. None if no trial is complete."""
+    candidates: dict[int, float]
+    """Mean validation score over the seeds of the select stage, by trial; empty without that stage."""
+    select_runs: tuple[TrialData, ...]
+    """The runs of the select stage, by trial and seed."""
     reruns: tuple[TrialData, ...]
+    """The runs of the confirm stage."""
 
     @property
     def name(self) -> str:
         return self.row.name
-
-    @property
-    def winner(self) -> TrialData | None:
-        """The trial that the confirm stage ran again; the best trial if there was no confirm stage."""
-        confirmed = {rerun.number for rerun in self.reruns}
-        return next((trial for trial in self.trials if trial.number in confirmed), self.best)
 
     @property
     def rank(self) -> float | None:
@@ -115,8 +117,8 @@ class ArmData:
         if RANK in self.row.space:
             return None
         rank = finite_number(self.row.settings.get(RANK))
-        if rank is None and self.winner:
-            rank = self.winner.number_at(RANK)
+        if rank is None and self.best:
+            rank = self.best.number_at(RANK)
         return float(rank) if rank is not None and rank > 0 else None
 
     def count(self, state: TrialState) -> int:
@@ -150,8 +152,13 @@ class SweepData:
 
     @property
     def reruns(self) -> tuple[TrialData, ...]:
-        """Every rerun, by arm and seed."""
+        """Every run of the confirm stage, by arm and seed."""
         return tuple(rerun for arm in self.arms for rerun in arm.reruns)
+
+    @property
+    def select_runs(self) -> tuple[TrialData, ...]:
+        """Every run of the select stage, by arm, trial and seed."""
+        return tuple(run for arm in self.arms for run in arm.select_runs)
 
     @property
     def run_records(self) -> tuple[RunRecord, ...]:
@@ -160,8 +167,9 @@ class SweepData:
 
     @property
     def tokens_trained(self) -> int:
-        """The number of tokens that trials and reruns trained on."""
-        return sum(trial.record.tokens_trained for trial in (*self.trials, *self.reruns) if trial.record)
+        """The number of tokens that the runs of all stages trained on."""
+        runs = (*self.trials, *self.select_runs, *self.reruns)
+        return sum(run.record.tokens_trained for run in runs if run.record)
 
     @property
     def steps_saved_by_pruning(self) -> int:
@@ -249,17 +257,21 @@ def load_sweep_data(folder: Path) -> SweepData:
 def _join_arm(arm: ArmRow, record: SweepRecord, folder: Path, problems: list[str]) -> ArmData:
     rows = sorted((row for row in record.trials if row.arm == arm.name), key=lambda row: row.number)
     reruns = sorted((row for row in record.confirm if row.arm == arm.name), key=lambda row: row.seed)
+    select_rows = sorted((row for row in record.select if row.arm == arm.name), key=lambda row: (row.trial, row.seed))
     trials = tuple(_join_trial(row, record.metric, folder, problems) for row in rows)
+    scores = {row.trial: selection_scores(arm.name, row.trial, record=record) for row in select_rows}
     return ArmData(
         row=arm,
         trials=trials,
-        best=best_trial(trials, direction=record.direction),
+        best=find_winner(arm.name, trials, record=record),
+        candidates={number: fmean(values) for number, values in scores.items() if values},
+        select_runs=tuple(_join_trial(row, record.metric, folder, problems) for row in select_rows),
         reruns=tuple(_join_trial(row, record.metric, folder, problems) for row in reruns),
     )
 
 
-def _join_trial(row: TrialRow | ConfirmRow, metric: str, folder: Path, problems: list[str]) -> TrialData:
-    seed, number, params = (row.seed, row.trial, {}) if isinstance(row, ConfirmRow) else (None, row.number, row.params)
+def _join_trial(row: TrialRow | RerunRow, metric: str, folder: Path, problems: list[str]) -> TrialData:
+    seed, number, params = (row.seed, row.trial, {}) if isinstance(row, RerunRow) else (None, row.number, row.params)
     run = None
     try:
         run = read_run(folder / row.run)

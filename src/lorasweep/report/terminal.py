@@ -111,6 +111,7 @@ def _tabulate_arms(data: SweepData) -> dict[str, list[str]]:
         "best settings": [format_settings(arm.best.params) if arm.best else "no complete trial" for arm in arms],
         **({"test score": confirmed} if data.evidence.arms else {}),
         "score": [format_score(score, beside=scores) for score in scores],
+        **({"select": [_describe_selection(arm) for arm in arms]} if any(arm.candidates for arm in arms) else {}),
         "of full's gain": [format_share_estimate(*data.share_of_arm(arm)) for arm in arms],
         "trained": [format_count(arm.cost("trainable_params")) for arm in arms],
         "of base": [format_share(arm.cost("trainable_fraction")) for arm in arms],
@@ -119,6 +120,14 @@ def _tabulate_arms(data: SweepData) -> dict[str, list[str]]:
         "time": [format_seconds(arm.cost("wall_s")) for arm in arms],
         "trials": [arm.describe_states() for arm in arms],
     }
+
+
+def _describe_selection(arm: ArmData) -> str:
+    """Returns the winner's mean over the seeds of the select stage, and from how many candidates it was chosen."""
+    if arm.best is None or arm.best.number not in arm.candidates:
+        return UNKNOWN
+    mean = format_score(arm.candidates[arm.best.number], beside=list(arm.candidates.values()))
+    return f"{mean} (best of {len(arm.candidates)})"
 
 
 def _draw_side_by_side(sweeps: Sequence[SweepData]) -> Table:

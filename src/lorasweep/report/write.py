@@ -11,7 +11,7 @@ from lorasweep.report.board import BOARD_FOLDER, write_board
 from lorasweep.report.figures import PANELS
 from lorasweep.report.page import render_page
 from lorasweep.report.summary import Summary, summarize
-from lorasweep.report.sweep_data import ALPHA, LR, RANK, SweepData, TrialData
+from lorasweep.report.sweep_data import ALPHA, LR, RANK, ArmData, SweepData, TrialData
 
 REPORT_FOLDER = "report"
 MEASURED = (
@@ -68,18 +68,22 @@ def write_report(folder: Path) -> Summary:
 
 
 def _trials_csv(data: SweepData) -> str:
-    """Returns one line per trial: its state, its settings by dotted key, its score and its cost."""
-    keys = tuple(dict.fromkeys([*data.swept_keys, RANK, ALPHA, LR]))
-    header = ["arm", "method", "trial", "state", data.record.metric, "share_of_full_gain"]
+    """Returns one line per trial: its state, its settings by dotted key, its score and its cost.
 
-    def cells(method: str, trial: TrialData) -> list[Any]:
+    `select_mean` is a candidate's mean validation score over the seeds of the select stage.
+    """
+    keys = tuple(dict.fromkeys([*data.swept_keys, RANK, ALPHA, LR]))
+    header = ["arm", "method", "trial", "state", data.record.metric, "select_mean", "share_of_full_gain"]
+
+    def cells(arm: ArmData, trial: TrialData) -> list[Any]:
         return [
-            *(trial.arm, method, trial.number, trial.state, trial.value, data.share_of_full_gain(trial.value)),
+            *(arm.name, arm.row.method, trial.number, trial.state, trial.value, arm.candidates.get(trial.number)),
+            data.share_of_full_gain(trial.value),
             *(trial.setting(key) for key in keys),
             *(getattr(trial.record, name, None) for name in MEASURED),
             trial.record.best.get("step") if trial.record else None,
             *(trial.run, trial.reason),
         ]
 
-    rows = (cells(arm.row.method, trial) for arm in data.arms for trial in arm.trials)
+    rows = (cells(arm, trial) for arm in data.arms for trial in arm.trials)
     return csv_text([*header, *keys, *MEASURED, "best_step", "run", "reason"], rows)

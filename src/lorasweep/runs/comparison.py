@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lorasweep.record import (
-    ConfirmRow,
+    RerunRow,
     RunRecord,
     SweepRecord,
     TrialRow,
@@ -179,14 +179,16 @@ def compare_sweeps(first: Path, second: Path) -> SweepReproduction:
     """
     before, after = read_sweep(first), read_sweep(second)
     difference = next(_sweep_differences(before, after, first, second), None)
-    return SweepReproduction(folder=second, num_trials=len(before.trials) + len(before.confirm), difference=difference)
+    num_runs = len(before.trials) + len(before.select) + len(before.confirm)
+    return SweepReproduction(folder=second, num_trials=num_runs, difference=difference)
 
 
 def _sweep_differences(before: SweepRecord, after: SweepRecord, first: Path, second: Path) -> Iterator[str]:
-    keys = ("metric", "direction", "confirm_seeds")
+    keys = ("metric", "direction", "candidates", "select_seeds", "confirm_seeds")
     yield from _differences("sweep", {key: getattr(before, key) for key in keys}, {k: getattr(after, k) for k in keys})
-    lists: tuple[tuple[Sequence[TrialRow | ConfirmRow], Sequence[TrialRow | ConfirmRow]], ...] = (
+    lists: tuple[tuple[Sequence[TrialRow | RerunRow], Sequence[TrialRow | RerunRow]], ...] = (
         (before.trials, after.trials),
+        (before.select, after.select),
         (before.confirm, after.confirm),
     )
     for rows, repeated_rows in lists:
@@ -197,13 +199,14 @@ def _sweep_differences(before: SweepRecord, after: SweepRecord, first: Path, sec
 
 
 def _row_differences(
-    row: TrialRow | ConfirmRow, repeated: TrialRow | ConfirmRow, first: Path, second: Path
+    row: TrialRow | RerunRow, repeated: TrialRow | RerunRow, first: Path, second: Path
 ) -> Iterator[str]:
     if isinstance(row, TrialRow):
         where = f"trial {row.arm}-{row.number}"
         yield from _differences(where, row.params, getattr(repeated, "params", {}))
     else:
-        where = f"confirm run {row.arm} seed {row.seed}"
+        where = f"{row.stage} run {row.arm} seed {row.seed}"
+        yield from _differences(where, {"trial": row.trial}, {"trial": getattr(repeated, "trial", None)})
     before, after = read_values(first), read_values(second)
     for step, key in sorted({*before, *after}):
         values = ({key: side[step, key]} if (step, key) in side else {} for side in (before, after))

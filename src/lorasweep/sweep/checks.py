@@ -7,7 +7,7 @@ from lorasweep.sweep.controller.proposals import propose
 from lorasweep.sweep.controller.stopping_rules import build_rule
 from lorasweep.sweep.definition.arms import Definition, naming_arm
 from lorasweep.sweep.definition.packing import plan_packing
-from lorasweep.sweep.definition.seeds import draw_seeds
+from lorasweep.sweep.definition.seeds import draw_confirm_seeds
 from lorasweep.training.inputs import InputsCache
 from lorasweep.training.prepare import check_run
 from lorasweep.training.restore import require_trusted_code
@@ -19,7 +19,7 @@ def check_definition(definition: Definition, inputs_cache: InputsCache) -> None:
         for config in arm.corners:
             require_trusted_code(config)  # for all arms, before any code of the first arm runs
     plan_packing(definition)
-    draw_seeds(definition)
+    draw_confirm_seeds(definition)
     for arm in definition.arms:
         with naming_arm(arm.name):
             build_rule(arm)

@@ -18,15 +18,16 @@ from rich.live import Live
 from rich.markup import escape
 
 from lorasweep.errors import RecordError
-from lorasweep.record import ConfirmRow, TrialRow
-from lorasweep.sweep.definition.seeds import describe_confirm
+from lorasweep.record import RerunRow
 from lorasweep.sweep.status import (
     SweepStatus,
     describe_params,
+    describe_reruns,
     get_params,
     list_ended_rows,
     read_status,
     render_status,
+    stage_of,
 )
 
 POLL_INTERVAL_S = 1.0
@@ -82,15 +83,16 @@ class ProgressDisplay:
     def _new_lines(self, status: SweepStatus) -> Iterator[str]:
         """Yields a line for each run that ended and has no line yet: `lora 4/6  complete  1.4  optim.lr=0.01`."""
         record, ended = status.record, list_ended_rows(status.record)
-        asked: dict[tuple[type, str], int] = {(TrialRow, arm.name): arm.asked for arm in status.arms}
-        asked |= {(ConfirmRow, arm.name): arm.seeds_asked for arm in status.arms}
-        done: Counter[tuple[type, str]] = Counter((type(row), row.arm) for row in ended if row.run in self._shown_runs)
+        asked = {("search", arm.name): arm.asked for arm in status.arms}
+        asked |= {("select", arm.name): arm.select.asked for arm in status.arms}
+        asked |= {("confirm", arm.name): arm.confirm.asked for arm in status.arms}
+        done = Counter((stage_of(row), row.arm) for row in ended if row.run in self._shown_runs)
         for row in ended:
             if row.run in self._shown_runs:
                 continue
-            stage = type(row), row.arm
-            if isinstance(row, ConfirmRow) and not any(kind is ConfirmRow for kind, _ in done):
-                yield f"confirm: {describe_confirm(len(record.confirm_seeds))}"
+            stage = stage_of(row), row.arm
+            if isinstance(row, RerunRow) and not any(name == row.stage for name, _ in done):
+                yield describe_reruns(record, row.stage)
             done[stage] += 1
             self._shown_runs.add(row.run)
             score = "-" if row.value is None else f"{row.value:.4f}"

@@ -7,7 +7,7 @@ file.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -19,9 +19,19 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from lorasweep.record import ArmRow, ConfirmRow, SweepRecord, TrialRow, best_trial, read_sweep
+from lorasweep.config.run import SEED_KEYS
+from lorasweep.record import (
+    ArmRow,
+    RerunRow,
+    RerunStage,
+    SweepRecord,
+    TrialRow,
+    find_winner,
+    list_candidates,
+    read_sweep,
+)
 from lorasweep.sweep.controller.lifecycle import is_running
-from lorasweep.sweep.definition.seeds import SEED_KEYS, describe_confirm
+from lorasweep.sweep.definition.seeds import describe_stage
 from lorasweep.wording import UNKNOWN, format_seconds, format_setting
 
 MAX_SHOWN_RUNS = 16
@@ -29,10 +39,20 @@ MAX_SHOWN_RUNS = 16
 
 
 @dataclass(frozen=True, kw_only=True)
-class ArmStatus:
-    """The state of one arm: counts of trials in the search stage, and of seeds in the confirm stage.
+class RerunCounts:
+    """Numbers of runs of one arm in the select or the confirm stage. Infeasible runs count as failed."""
 
-    Infeasible trials and seeds count as failed.
+    asked: int
+    done: int
+    running: int
+    failed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArmStatus:
+    """The state of one arm: numbers of trials in the search, and of runs in the later stages.
+
+    Infeasible trials count as failed.
     """
 
     name: str
@@ -43,11 +63,10 @@ class ArmStatus:
     pruned: int
     failed: int
     best: float | None
+    """Search score of the best trial; after the select stage, of the winner."""
     best_params: Mapping[str, Any]
-    seeds_asked: int
-    seeds_done: int
-    seeds_running: int
-    seeds_failed: int
+    select: RerunCounts
+    confirm: RerunCounts
     test_mean: float | None
     """Mean of the metric on test data over the complete seeds."""
 
@@ -69,8 +88,8 @@ class SweepStatus:
     @property
     def seconds_left(self) -> float | None:
         """Estimated seconds for the remaining runs, from the mean so far; None before the first run has ended."""
-        asked = sum(arm.asked + arm.seeds_asked for arm in self.arms)
-        done = sum(arm.done + arm.seeds_done for arm in self.arms)
+        asked = sum(arm.asked + arm.select.asked + arm.confirm.asked for arm in self.arms)
+        done = sum(arm.done + arm.select.done + arm.confirm.done for arm in self.arms)
         return self.record.makespan_s / done * (asked - done) if done else None
 
 
@@ -101,31 +120,41 @@ def describe_params(params: Mapping[str, Any]) -> str:
     return " ".join(f"{key}={format_setting(value)}" for key, value in params.items())
 
 
-def list_ended_rows(record: SweepRecord) -> list[TrialRow | ConfirmRow]:
+def list_ended_rows(record: SweepRecord) -> list[TrialRow | RerunRow]:
     return [row for row in _list_runs(record) if row.state not in ("running", "paused")]
 
 
-def _list_runs(record: SweepRecord) -> list[TrialRow | ConfirmRow]:
-    return [*record.trials, *record.confirm]
+def _list_runs(record: SweepRecord) -> list[TrialRow | RerunRow]:
+    return [*record.trials, *record.select, *record.confirm]
+
+
+def stage_of(row: TrialRow | RerunRow) -> str:
+    return row.stage if isinstance(row, RerunRow) else "search"
+
+
+def describe_reruns(record: SweepRecord, stage: RerunStage) -> str:
+    """Returns a line that says what the select or the confirm stage does."""
+    seeds = record.select_seeds if stage == "select" else record.confirm_seeds
+    return f"{stage}: {describe_stage(stage, num_seeds=len(seeds), candidates=record.candidates)}"
 
 
 def _describe_running_trials(record: SweepRecord) -> Iterator[str]:
-    arm_steps = {arm.name: arm.steps for arm in record.arms}
+    steps_of = {arm.name: arm.steps for arm in record.arms}
     running = [row for row in _list_runs(record) if row.state == "running"]
-    if record.confirm:
-        yield f"confirm: {describe_confirm(len(record.confirm_seeds))}"
+    if reruns := record.confirm or record.select:
+        yield describe_reruns(record, reruns[0].stage)
     for row in running[:MAX_SHOWN_RUNS]:
         params = get_params(row, record)
-        steps = params.get("trainer.max_steps", arm_steps.get(row.arm))
-        name = f"trial {row.number}" if isinstance(row, TrialRow) else "confirm"
+        steps = params.get("trainer.max_steps", steps_of.get(row.arm))
+        name = f"trial {row.number}" if isinstance(row, TrialRow) else row.stage
         value = "" if row.last_value is None else f"  {row.last_value:.4f}"
         yield f"now: {row.arm} {name}  step {row.step}{f'/{steps}' if steps else ''}{value}  {describe_params(params)}"
     if len(running) > MAX_SHOWN_RUNS:
         yield f"now: {len(running) - MAX_SHOWN_RUNS} more"
 
 
-def get_params(row: TrialRow | ConfirmRow, record: SweepRecord) -> dict[str, Any]:
-    """Returns a run's swept values. For the confirm stage: the values of the arm's best trial, and the seed."""
+def get_params(row: TrialRow | RerunRow, record: SweepRecord) -> dict[str, Any]:
+    """Returns the swept settings of a trial; for a rerun, the settings of its trial and its seed."""
     if isinstance(row, TrialRow):
         return row.params
     for trial in record.trials:
@@ -135,25 +164,27 @@ def get_params(row: TrialRow | ConfirmRow, record: SweepRecord) -> dict[str, Any
 
 
 def _arms_table(status: SweepStatus) -> Table:
-    has_seeds = any(arm.seeds_asked for arm in status.arms)
-    has_test = any(arm.test_mean is not None for arm in status.arms)
+    selects, confirms = any(arm.select.asked for arm in status.arms), any(arm.confirm.asked for arm in status.arms)
+    tested = any(arm.test_mean is not None for arm in status.arms)
     table = Table(header_style="bold", box=SIMPLE, padding=(0, 1, 0, 0))
     table.add_column("arm", overflow="fold")
-    columns = ["trials", "running", "paused", "pruned", "failed", *(["confirm"] if has_seeds else []), "best"]
-    for name in [*columns, *(["test"] if has_test else [])]:
+    stages = [*(["select"] if selects else []), *(["confirm"] if confirms else [])]
+    columns = ["trials", "running", "paused", "pruned", "failed", *stages, "best"]
+    for name in [*columns, *(["test"] if tested else [])]:
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("best settings", overflow="fold")
     for arm in status.arms:
         table.add_row(
             escape(arm.name),
             f"{arm.done}/{arm.asked}",
-            str(arm.running + arm.seeds_running),
+            str(arm.running + arm.select.running + arm.confirm.running),
             str(arm.paused),
             str(arm.pruned),
-            str(arm.failed + arm.seeds_failed),
-            *([f"{arm.seeds_done}/{arm.seeds_asked}"] if has_seeds else []),
+            str(arm.failed + arm.select.failed + arm.confirm.failed),
+            *([f"{arm.select.done}/{arm.select.asked}"] if selects else []),
+            *([f"{arm.confirm.done}/{arm.confirm.asked}"] if confirms else []),
             _format_score(arm.best),
-            *([_format_score(arm.test_mean)] if has_test else []),
+            *([_format_score(arm.test_mean)] if tested else []),
             escape(describe_params(arm.best_params)),
         )
     return table
@@ -165,24 +196,42 @@ def _format_score(value: float | None) -> str:
 
 def _arm_status(arm: ArmRow, record: SweepRecord) -> ArmStatus:
     trials = [row for row in record.trials if row.arm == arm.name]
-    seeds = [row for row in record.confirm if row.arm == arm.name]
-    states, seed_states = Counter(row.state for row in trials), Counter(row.state for row in seeds)
-    test_values = [row.value for row in seeds if row.state == "complete" and row.value is not None]
-    best = best_trial(trials, direction=record.direction)
+    states = Counter(row.state for row in trials)
+    done = len(trials) - states["running"] - states["paused"]
+    best = find_winner(arm.name, trials, record=record)
+    confirmed = [row for row in record.confirm if row.arm == arm.name]
+    tested = [row.value for row in confirmed if row.state == "complete" and row.value is not None]
+    # until the search is over, the number of candidates is the largest possible one
+    num_candidates = len(list_candidates(trials, record=record)) if done == arm.trials else arm.trials
+    num_candidates = min(num_candidates, record.candidates)
     num_seeds = len(record.confirm_seeds)
     return ArmStatus(
         name=arm.name,
         asked=arm.trials,
-        done=len(trials) - states["running"] - states["paused"],
+        done=done,
         running=states["running"],
         paused=states["paused"],
         pruned=states["pruned"],
         failed=states["failed"] + states["infeasible"],
         best=None if best is None else best.value,
         best_params={} if best is None else best.params,
-        seeds_asked=min(num_seeds, 1) if arm.method == "frozen" else num_seeds,  # all seeds score `frozen` alike
-        seeds_done=len(seeds) - seed_states["running"],
-        seeds_running=seed_states["running"],
-        seeds_failed=seed_states["failed"] + seed_states["infeasible"],
-        test_mean=fmean(test_values) if test_values else None,
+        select=_count_reruns(
+            [row for row in record.select if row.arm == arm.name],
+            asked=num_candidates * len(record.select_seeds) if num_candidates > 1 else 0,
+        ),
+        confirm=_count_reruns(
+            confirmed,
+            asked=min(num_seeds, 1) if arm.method == "frozen" else num_seeds,  # no seed changes the frozen base
+        ),
+        test_mean=fmean(tested) if tested else None,
+    )
+
+
+def _count_reruns(rows: Sequence[RerunRow], *, asked: int) -> RerunCounts:
+    states = Counter(row.state for row in rows)
+    return RerunCounts(
+        asked=asked,
+        done=len(rows) - states["running"],
+        running=states["running"],
+        failed=states["failed"] + states["infeasible"],
     )

@@ -322,3 +322,108 @@ def test_a_pack_that_is_stopped_loses_no_seed_and_scores_none_twice(begin, work,
     assert {row.state for row in read_sweep(folder.path).confirm} == {"complete"}
     assert len(packs.trained) == len(set(packs.trained)) == (6 + 6) * 4
     assert len(runs.scored) == len(set(runs.scored)) == 10 - len(scored)
+
+
+@pytest.fixture
+def selecting(confirming, runs):
+    """A sweep whose two best trials of `lora` change places on fresh seeds."""
+    confirming["settings"] |= {"confirm.candidates": 2, "confirm.select_seeds": 2}
+    confirming["arms"]["lora"]["trials"] = 6
+
+    def score(config, step):
+        searched = abs(config.optim.lr - 0.01) + 1 / (1 + step)
+        return searched if config.seed == 0 else config.seed % 7 - searched  # the seeds of each stage are others
+
+    runs.score = score
+    return confirming
+
+
+def selection_of(path):
+    return [(row.arm, row.trial, row.seed, row.state, row.run, row.value) for row in read_sweep(path).select]
+
+
+def test_the_best_trials_run_again_on_other_seeds_and_the_best_mean_is_confirmed(begin, work, runs, selecting):
+    folder = begin(selecting)
+    assert work(folder)
+    record = read_sweep(folder.path)
+    assert len(record.select_seeds) == 2
+    assert {0, *record.confirm_seeds}.isdisjoint(record.select_seeds)
+    for arm in ("full", "lora"):
+        ranked = sorted((row for row in record.trials if row.arm == arm), key=lambda row: row.value)
+        rows = [row for row in record.select if row.arm == arm]
+        first, second = ranked[0].number, ranked[1].number
+        assert [(row.trial, row.seed) for row in rows] == [
+            (number, seed) for seed in record.select_seeds for number in (first, second)
+        ]
+        for number, row in enumerate(rows):
+            assert (row.state, row.run) == ("complete", f"runs/{arm}-select-{number:04d}")
+            config, trial = runs.configs[folder.path / row.run], ranked[row.trial == second]
+            assert config.optim.lr == trial.params["optim.lr"]
+            assert {config.seed, config.seeds.init, config.seeds.data_order, config.seeds.dropout} == {row.seed}
+            run = read_run(folder.path / row.run)
+            assert (row.value, run.test) == (run.best["bits_per_byte"], {})
+        assert {row.trial for row in record.confirm if row.arm == arm} == {second}  # not the best of the search
+    assert not any("-select-" in name for name in runs.scored)
+    assert {row.arm for row in record.select} == {"full", "lora"}  # nothing to choose for the frozen base
+
+
+def test_one_candidate_or_no_confirm_stage_skips_the_select_stage(begin, work, runs, selecting):
+    for override in ("confirm.candidates=1", "confirm.seeds=0"):
+        folder = begin(selecting, override, folder=override)
+        assert work(folder)
+        assert read_sweep(folder.path).select == []
+        assert not any("-select-" in path.name for path in runs.configs)
+
+
+def test_a_sweep_stopped_in_the_select_stage_ends_as_if_it_was_not(begin, work, runs, selecting, finish):
+    whole, stopped = begin(selecting, folder="whole"), begin(selecting, folder="stopped")
+    assert work(whole)
+    assert not work(stopped, stop_when=lambda: len(read_sweep(stopped.path).select) >= 2)
+    assert len(selection_of(stopped.path)) < 8
+    assert finish(stopped.path, stop_at=5) > 2
+    assert selection_of(stopped.path) == selection_of(whole.path)
+    assert rows_of(stopped.path) == rows_of(whole.path)
+
+
+def test_candidates_can_change_until_the_search_is_over(begin, work, runs, selecting):
+    folder = begin(selecting, "confirm.seeds=0")
+    assert work(folder)
+    assert work(reopen_sweep(folder.path, changes={"confirm.seeds": 2, "confirm.candidates": 3}))
+    selected = selection_of(folder.path)
+    assert len(selected) == 2 * 3 * 2
+    for change in ({"confirm.candidates": 2}, {"confirm.candidates": 1}, {"confirm.select_seeds": 3}):
+        with pytest.raises(ConfigError, match=r"`confirm.candidates` and `confirm.select_seeds` must stay 3 and 2 "):
+            reopen_sweep(folder.path, changes=change)
+    assert work(reopen_sweep(folder.path, changes={"confirm.seeds": 3}))  # the winner gets more seeds
+    assert selection_of(folder.path) == selected
+    assert counts(folder.path) == ASKED
+
+
+def test_a_candidate_that_diverges_on_a_seed_does_not_win(begin, work, runs, selecting):
+    found = runs.score
+
+    def score(config, step):
+        if config.seed and config.optim.lr == worst["optim.lr"]:
+            raise Diverged("the training loss became NaN")
+        return found(config, step)
+
+    first = begin(selecting, "confirm.seeds=0", folder="first")
+    assert work(first)
+    trials = sorted((row for row in read_sweep(first.path).trials if row.arm == "lora"), key=lambda row: row.value)
+    worst = trials[1].params  # it would win
+    runs.score = score
+    folder = begin(selecting, "sweep.max_failures=1")
+    assert work(folder)
+    record = read_sweep(folder.path)
+    assert {row.trial for row in record.select if row.state == "failed"} == {trials[1].number}
+    assert {row.trial for row in record.confirm if row.arm == "lora"} == {trials[0].number}
+
+
+def test_candidates_of_different_arms_share_packs(begin, work, runs, packs, packed):
+    packed["settings"] |= {"confirm.candidates": 2, "confirm.select_seeds": 2}
+    folder = begin(packed)
+    assert work(folder)
+    selected = {name for name, _ in packs.trained if "-select" in name}
+    assert {name.partition("-select")[0] for name in selected} == {"lora", "other"}
+    assert len(selected) == 8
+    assert packs.sizes.count(2) >= 3  # one pack for each stage, whose slots were refilled

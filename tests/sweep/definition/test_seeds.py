@@ -6,9 +6,10 @@ import dataclasses
 
 import pytest
 
+from lorasweep.config.run import SEED_KEYS
 from lorasweep.errors import ConfigError
 from lorasweep.sweep.definition.arms import read_definition
-from lorasweep.sweep.definition.seeds import SEED_KEYS, arm_seeds, draw_seeds
+from lorasweep.sweep.definition.seeds import arm_seeds, draw_confirm_seeds, draw_select_seeds
 
 SEEDS_OF_0 = [253181, 295403, 688465]
 
@@ -19,31 +20,41 @@ def define(write_file, three_arms):
 
 
 def test_seeds_depend_on_the_sweeps_seed_and_their_number_alone(define):
-    five = draw_seeds(define("confirm.seeds=5"))
+    five = draw_confirm_seeds(define("confirm.seeds=5"))
     assert len(set(five)) == 5
     assert all(0 <= seed < 1_000_000 for seed in five)
-    assert draw_seeds(define("confirm.seeds=5", "arms.lora.trials=9")) == five
-    assert draw_seeds(define("confirm.seeds=8"))[:5] == five
-    assert set(draw_seeds(define("confirm.seeds=5", "sweep.seed=1"))).isdisjoint(five)
-    assert draw_seeds(define("confirm.seeds=0")) == []
+    assert draw_confirm_seeds(define("confirm.seeds=5", "arms.lora.trials=9")) == five
+    assert draw_confirm_seeds(define("confirm.seeds=8"))[:5] == five
+    assert set(draw_confirm_seeds(define("confirm.seeds=5", "sweep.seed=1"))).isdisjoint(five)
+    assert draw_confirm_seeds(define("confirm.seeds=0")) == []
 
 
 def test_seeds_stay_what_they_were(define):
     """A stage begun by one version goes on with the next."""
-    assert draw_seeds(define("confirm.seeds=3")) == SEEDS_OF_0
+    assert draw_confirm_seeds(define("confirm.seeds=3")) == SEEDS_OF_0
 
 
 def test_five_seeds_are_the_default(three_arms, write_file):
     del three_arms["settings"]["confirm.seeds"]
-    assert len(draw_seeds(read_definition(write_file(three_arms), []))) == 5
+    assert len(draw_confirm_seeds(read_definition(write_file(three_arms), []))) == 5
+
+
+def test_select_seeds_are_others_than_those_of_the_confirm_stage(define):
+    both = ("confirm.seeds=1000", "confirm.candidates=2")
+    select = draw_select_seeds(define(*both, "confirm.select_seeds=1000"))
+    assert len(set(select)) == 1000
+    assert set(select).isdisjoint(draw_confirm_seeds(define(*both, "confirm.select_seeds=1000")))
+    assert draw_select_seeds(define(*both)) == select[:2]
+    assert draw_select_seeds(define("confirm.seeds=5", "confirm.candidates=1")) == []
+    assert draw_select_seeds(define("confirm.seeds=0", "confirm.candidates=3")) == []
 
 
 @pytest.mark.parametrize("key", ["seed", "seeds.init", "seeds.data_order", "seeds.dropout"])
 def test_a_seed_of_the_search_is_not_used_again(define, key):
-    first, second, *_ = draw_seeds(define("confirm.seeds=5"))
-    fixed = draw_seeds(define("confirm.seeds=5", f"arms.lora.{key}={first}"))
-    searched = draw_seeds(define("confirm.seeds=5", f"arms.lora.{key}=choice(1,{first})"))
-    ranged = draw_seeds(define("confirm.seeds=5", f"arms.lora.{key}=interval({first - 1},{first + 1})"))
+    first, second, *_ = draw_confirm_seeds(define("confirm.seeds=5"))
+    fixed = draw_confirm_seeds(define("confirm.seeds=5", f"arms.lora.{key}={first}"))
+    searched = draw_confirm_seeds(define("confirm.seeds=5", f"arms.lora.{key}=choice(1,{first})"))
+    ranged = draw_confirm_seeds(define("confirm.seeds=5", f"arms.lora.{key}=interval({first - 1},{first + 1})"))
     for seeds in (fixed, searched, ranged):
         assert first not in seeds
         assert seeds[0] == second
@@ -52,7 +63,7 @@ def test_a_seed_of_the_search_is_not_used_again(define, key):
 
 def test_a_search_that_leaves_no_seed_is_refused(define):
     with pytest.raises(ConfigError, match=r"`confirm.seeds` must find 5 seeds.*Narrow the range of `seed`"):
-        draw_seeds(define("confirm.seeds=5", "arms.lora.seed=interval(0,4294967295)"))
+        draw_confirm_seeds(define("confirm.seeds=5", "arms.lora.seed=interval(0,4294967295)"))
 
 
 def test_a_seed_sets_every_source_of_chance(make_config):

@@ -21,7 +21,7 @@ from lorasweep.redaction import redact
 from lorasweep.sweep.controller.arm_trials import ArmTrials
 from lorasweep.sweep.controller.folder import SweepFolder
 from lorasweep.sweep.controller.record_rows import RUNS_FOLDER, measure_importance
-from lorasweep.sweep.controller.stages import Confirm, Search, Stage
+from lorasweep.sweep.controller.stages import Reruns, Search, Stage, plan_confirmation, plan_selection
 from lorasweep.sweep.controller.storage import database_must_answer, flush_storage
 from lorasweep.sweep.controller.trial import REASON_ATTRIBUTE, SCORE_ATTRIBUTE, Trial
 from lorasweep.sweep.definition.arms import Arm
@@ -48,7 +48,7 @@ class Assignment:
     config: RunConfig
     run_folder: RunFolder
     stage: str
-    """`search` or `confirm`."""
+    """`search`, `select` or `confirm`."""
     reads_test: bool
     """Whether a complete run has still to be scored on test data."""
     worker: str
@@ -89,7 +89,8 @@ class Controller:
         self.sweep = sweep
         self.session = session
         self.search = Search(sweep, session=session)
-        self.confirm: Confirm | None = None
+        self.select: Reruns | None = None
+        self.confirm: Reruns | None = None
         self._is_over = False
         self._failures_in_a_row = 0
         self._deaths_in_a_row = 0
@@ -99,7 +100,7 @@ class Controller:
     @property
     def stage(self) -> Stage:
         """The stage whose trials are handed out now."""
-        return self.confirm or self.search
+        return self.confirm or self.select or self.search
 
     @_needs_storage
     def take(self, arms: Collection[str] | None = None, *, worker: str = "", request: int = 0) -> Assignment | None:
@@ -201,8 +202,8 @@ class Controller:
         trials, trial = self._find(assignment)
         trials.end(trial, state, {REASON_ATTRIBUTE: redact(reason)}, value=None)
         self._save_if_due()
-        if assignment.reads_test and isinstance(error, Diverged):
-            return  # it is a result if a winner diverges on other seeds
+        if assignment.stage != self.search.name and isinstance(error, Diverged):
+            return  # it is a result if one of the best trials diverges on other seeds
         self._failures_in_a_row += 1
         limit = assignment.arm.sweep_config.sweep.max_failures
         if self._failures_in_a_row >= limit:
@@ -284,6 +285,8 @@ class Controller:
     def save(self, status: Status | None = None) -> None:
         record = self.sweep.record
         record.trials = [row for arm in self.search.arms for row in self.search.rows(arm)]
+        if self.select is not None:
+            record.select = [row for arm in self.select.arms for row in self.select.rows(arm)]
         if self.confirm is not None:
             record.confirm = [row for arm in self.confirm.arms for row in self.confirm.rows(arm)]
         self.sweep.save(usage=functools.reduce(add_telemetry, self._usage.values(), {}), status=status)
@@ -294,12 +297,19 @@ class Controller:
             not trials.left and not trials.is_any("running") and trials.next_promoted() is None
             for trials in self.stage.arms.values()
         ):
-            if self.confirm is None:
+            record = self.sweep.record
+            if self.select is None:
                 self._prune_paused()
-            if self.confirm is not None or not self.sweep.record.confirm_seeds:
+            if self.confirm is not None or not record.confirm_seeds:
                 self._is_over = True
+            elif self.select is None:
+                plan = plan_selection(self.search, record=record)
+                self.select = Reruns(self.sweep, "select", plan, session=self.session)
             else:
-                self.confirm = Confirm(self.sweep, self.search, session=self.session)
+                # the winners follow from these rows, which the record may not have yet
+                record.select = [row for arm in self.select.arms for row in self.select.rows(arm)]
+                plan = plan_confirmation(self.search, sweep=self.sweep)
+                self.confirm = Reruns(self.sweep, "confirm", plan, session=self.session)
 
     def _prune_paused(self) -> None:
         """Ends the paused trials of the search, of which no trial may continue any more."""

@@ -8,7 +8,7 @@ import secrets
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import optuna
 from optuna.storages import BaseStorage, JournalStorage
@@ -17,19 +17,19 @@ from optuna.storages.journal import JournalFileBackend
 from lorasweep.data.tasks import goal_direction
 from lorasweep.disk import free_folder, network_file_system, remove_leftovers, require_new_folder
 from lorasweep.errors import ConfigError, RecordError
-from lorasweep.record import SweepRecord, read_sweep, sha256_of, utc_now, write_record
+from lorasweep.record import RerunStage, SweepRecord, read_sweep, sha256_of, utc_now, write_record
 from lorasweep.sweep.controller.folder import LOCK_FILE, SweepFolder
 from lorasweep.sweep.controller.record_rows import RUNS_FOLDER, arm_row
 from lorasweep.sweep.controller.storage import (
-    CONFIRM_STUDY,
     DATABASE_ERRORS,
     JOURNAL_FILE,
+    RERUN_STUDY,
     close_storage,
     open_storage,
     unusable_database,
 )
 from lorasweep.sweep.definition.arms import Definition, restore_definition
-from lorasweep.sweep.definition.seeds import draw_seeds
+from lorasweep.sweep.definition.seeds import draw_confirm_seeds, draw_select_seeds
 from lorasweep.sweep.definition.warnings import find_warnings
 
 
@@ -67,7 +67,9 @@ def create_sweep(definition: Definition, path: Path, *, metric: str, notes: Sequ
         source=str(definition.source) if definition.source else None,
         source_sha256=sha256_of(definition.source) if definition.source else None,
         arms=[arm_row(arm) for arm in definition.arms],
-        confirm_seeds=draw_seeds(definition),
+        candidates=definition.sweep_config.confirm.candidates,
+        select_seeds=draw_select_seeds(definition),
+        confirm_seeds=draw_confirm_seeds(definition),
         margin=definition.sweep_config.confirm.margin,
         notes=list(notes),
         warnings=[*find_warnings(definition), *_storage_warnings(definition, path)],
@@ -153,7 +155,8 @@ def reopen_sweep(path: Path, *, changes: Mapping[str, Any] | None = None) -> Swe
             f"`confirm.margin` must stay {record.margin!r}, which was stated before the first result, but got "
             f"{margin!r}. Start a new sweep."
         )
-    seeds = draw_seeds(definition)
+    candidates = definition.sweep_config.confirm.candidates
+    select_seeds, confirm_seeds = draw_select_seeds(definition), draw_confirm_seeds(definition)
     with ExitStack() as undo:
         lock = _lock(path, undo)
         remove_leftovers(path)
@@ -175,15 +178,28 @@ def reopen_sweep(path: Path, *, changes: Mapping[str, Any] | None = None) -> Swe
                 f"{kept_in} must have the studies of the sweep in {str(path)!r}, but has none of them. "
                 "Restore it, or start a new sweep."
             )
+        begun = {
+            stage
+            for stage in get_args(RerunStage)
+            for arm in definition.arms
+            if record.study_prefix + RERUN_STUDY.format(arm=arm.name, stage=stage) in names
+        }
         # fewer seeds would drop results that the confirm stage has already
-        has_confirm = any(record.study_prefix + CONFIRM_STUDY.format(arm=arm.name) in names for arm in definition.arms)
-        if has_confirm and len(seeds) < len(record.confirm_seeds):
+        if "confirm" in begun and len(confirm_seeds) < len(record.confirm_seeds):
             raise ConfigError(
                 f"`confirm.seeds >= {len(record.confirm_seeds)}` must hold, with which the confirm stage began, "
-                f"but got {len(seeds)}."
+                f"but got {len(confirm_seeds)}."
+            )
+        # other candidates or seeds could make another trial the winner, after the first winner was confirmed
+        if begun and (candidates, select_seeds) != (record.candidates, record.select_seeds):
+            raise ConfigError(
+                f"`confirm.candidates` and `confirm.select_seeds` must stay {record.candidates} and "
+                f"{len(record.select_seeds)} once the search is over, but got {candidates} and {len(select_seeds)}. "
+                "Start a new sweep to change them."
             )
         undo.pop_all()
-    record.definition, record.confirm_seeds = definition.raw, seeds
+    record.definition = definition.raw
+    record.candidates, record.select_seeds, record.confirm_seeds = candidates, select_seeds, confirm_seeds
     # the confirm stage adds its own warnings again
     record.warnings = [*find_warnings(definition), *_storage_warnings(definition, path)]
     return SweepFolder(path=path, definition=definition, record=record, storage=storage, lock=lock)

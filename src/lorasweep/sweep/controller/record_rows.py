@@ -1,4 +1,4 @@
-"""The rows of a sweep's record: one for each arm, each trial of the search and each run of the confirm stage."""
+"""The rows of a sweep's record: one for each arm, each trial of the search and each rerun of a later stage."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import optuna
 from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 from optuna.trial import FrozenTrial, TrialState
 
-from lorasweep.record import ArmRow, ConfirmRow, TrialRow
+from lorasweep.record import ArmRow, RerunRow, RerunStage, TrialRow
 from lorasweep.sweep.controller.trial import REASON_ATTRIBUTE, SCORE_ATTRIBUTE, read_state
-from lorasweep.sweep.definition.arms import CONFIRM_ENDING, Arm
+from lorasweep.sweep.definition.arms import Arm
 from lorasweep.sweep.definition.space import describe_space
 
 RUNS_FOLDER = "runs"
-SEED = "seed"
-"""The only parameter of a trial of the confirm stage."""
+TRIAL, SEED = "trial", "seed"
+"""The parameters in the select and the confirm stage: the trial of the search that runs again, and its new seed."""
 MIN_IMPORTANCE_TRIALS = 4
 """Number of complete trials below which the importance of a key would be a guess."""
 
@@ -27,9 +27,9 @@ def run_name(arm: str, number: int) -> str:
     return f"{RUNS_FOLDER}/{arm}-{number:04d}"
 
 
-def confirm_run_name(arm: str, number: int) -> str:
-    """Returns the folder of a run of the confirm stage. No arm's name may end in `CONFIRM_ENDING`."""
-    return run_name(arm + CONFIRM_ENDING, number)
+def rerun_name(arm: str, stage: RerunStage, number: int) -> str:
+    """Returns the folder of a run of the select or confirm stage. No arm's name ends in `RERUN_ENDINGS`."""
+    return run_name(f"{arm}-{stage}", number)
 
 
 def arm_row(arm: Arm) -> ArmRow:
@@ -59,17 +59,18 @@ def trial_row(arm: str, trial: FrozenTrial, *, is_paused: bool) -> TrialRow:
     )
 
 
-def confirm_row(arm: str, trial: FrozenTrial, *, winner: int) -> ConfirmRow:
-    """Returns the row of a trial of the confirm stage, which trains the settings of the arm's trial `winner`."""
+def rerun_row(arm: str, stage: RerunStage, trial: FrozenTrial) -> RerunRow:
+    """Returns the row of a trial of the select or confirm stage."""
     state = read_state(trial)
-    assert state != "pruned"  # the confirm stage has no rungs
+    assert state != "pruned"  # these stages have no rungs
     assert state != "paused"
-    return ConfirmRow(
+    return RerunRow(
         arm=arm,
-        trial=winner,
+        trial=trial.params[TRIAL],
+        stage=stage,
         seed=trial.params[SEED],
         state=state,
-        run=confirm_run_name(arm, trial.number),
+        run=rerun_name(arm, stage, trial.number),
         **_read_results(trial),
     )
 

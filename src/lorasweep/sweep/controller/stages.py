@@ -1,6 +1,6 @@
-"""The two stages of a sweep: `search` tunes on validation data, `confirm` runs the winners again on fresh seeds.
+"""The stages of a sweep: `search` tunes, `select` chooses the winner of each arm, `confirm` scores it on test data.
 
-The controller makes the same calls to both. A stage decides which trials there are and what run each becomes.
+The controller makes the same calls to all of them. A stage decides which trials there are and what run each becomes.
 """
 
 from __future__ import annotations
@@ -12,21 +12,24 @@ from typing import Any, TypeAlias
 from optuna.distributions import IntDistribution
 
 from lorasweep.config.components import Component
-from lorasweep.config.run import RunConfig
+from lorasweep.config.run import SEED_KEYS, RunConfig
 from lorasweep.config.sweep import FixedSampler
-from lorasweep.record import ConfirmRow, TrialRow, best_trial
+from lorasweep.record import RerunRow, RerunStage, SweepRecord, TrialRow, find_winner, list_candidates
 from lorasweep.sweep.controller.arm_trials import ArmTrials
 from lorasweep.sweep.controller.folder import SweepFolder
 from lorasweep.sweep.controller.proposals import propose
-from lorasweep.sweep.controller.record_rows import SEED, confirm_row, confirm_run_name, run_name, trial_row
+from lorasweep.sweep.controller.record_rows import SEED, TRIAL, rerun_name, rerun_row, run_name, trial_row
 from lorasweep.sweep.controller.stopping_rules import build_pruner, build_rule
-from lorasweep.sweep.controller.storage import CONFIRM_STUDY
+from lorasweep.sweep.controller.storage import RERUN_STUDY
 from lorasweep.sweep.definition.arms import Arm
-from lorasweep.sweep.definition.seeds import SEED_KEYS, arm_seeds
+from lorasweep.sweep.definition.seeds import arm_seeds
 from lorasweep.training.run_log import RunFolder
 
 FIRST_TRIALS_FRACTION = 0.5
 """Fraction of an arm's trials that an adaptive sampler proposes before the first of them is complete."""
+
+Plan: TypeAlias = dict[str, list[tuple[TrialRow, int]]]
+"""The runs of a stage after the search, by arm: which trial of the search runs again, and its seed."""
 
 
 class Search:
@@ -80,50 +83,71 @@ class Search:
         )
 
 
-class Confirm:
-    """The best configuration of each arm on fresh seeds. The best weights of each run are scored once on test data."""
+class Reruns:
+    """Trials of the search run again on fresh seeds, each to its end: the select stage or the confirm stage."""
 
-    name = "confirm"
-    reads_test = True
-
-    def __init__(self, sweep: SweepFolder, search: Search, *, session: str | None = None) -> None:
+    def __init__(self, sweep: SweepFolder, name: RerunStage, plan: Plan, *, session: str | None = None) -> None:
+        """Reads the runs that have begun. Arms that are missing in the plan skip the stage."""
+        self.name = name
+        self.reads_test = name == "confirm"
         self._sweep = sweep
-        self.winners: dict[str, TrialRow] = {}
-        self.arms: dict[str, ArmTrials] = {}
-        for arm in sweep.definition.arms:
-            winner = best_trial(search.rows(arm.name), direction=sweep.record.direction)
-            if winner is None:
-                sweep.warn(f"Arm `{arm.name}` has no complete trial, so the confirm stage skips it.")
-                continue
-            self.winners[arm.name] = winner
-            self.arms[arm.name] = ArmTrials(
+        self._plan = plan
+        self.arms = {
+            arm.name: ArmTrials(
                 arm,
-                study=sweep.open_study(CONFIRM_STUDY.format(arm=arm.name)),
+                study=sweep.open_study(RERUN_STUDY.format(arm=arm.name, stage=name)),
                 storage=sweep.storage,
-                space={SEED: IntDistribution(0, 2**32 - 1)},
-                planned=len(arm_seeds(arm, sweep.record.confirm_seeds)),
+                space={TRIAL: IntDistribution(0, 2**32 - 1), SEED: IntDistribution(0, 2**32 - 1)},
+                planned=len(plan[arm.name]),
                 session=session,
             )
+            for arm in sweep.definition.arms
+            if arm.name in plan
+        }
 
     def propose(self, trials: ArmTrials) -> tuple[dict[str, Any], dict[str, Any]]:
-        return {SEED: self._sweep.record.confirm_seeds[len(trials.trials)]}, {}
+        row, seed = self._plan[trials.arm.name][len(trials.trials)]
+        return {TRIAL: row.number, SEED: seed}, {}
 
     def config(self, arm: Arm, params: Mapping[str, Any]) -> RunConfig:
-        """Returns the winner's settings with every source of randomness set by the seed."""
+        """Returns the settings of the trial that runs again, with every source of randomness set by the seed."""
         return arm.compose({**self.shown_params(arm, params), **dict.fromkeys(SEED_KEYS, params[SEED])})
 
     def shown_params(self, arm: Arm, params: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns the winner's values of the swept keys, with the seed in place of any that were searched."""
-        kept = {key: value for key, value in self.winners[arm.name].params.items() if key not in SEED_KEYS}
+        """Returns the trial's values of the swept keys, with the seed in place of any that were searched."""
+        searched = next(row.params for row, _ in self._plan[arm.name] if row.number == params[TRIAL])
+        kept = {key: value for key, value in searched.items() if key not in SEED_KEYS}
         return {**kept, SEED: params[SEED]}
 
     def run_folder(self, arm: Arm, number: int) -> RunFolder:
-        """Returns the folder of a run; the trial that the run's record names is the winner."""
-        folder = self._sweep.path / confirm_run_name(arm.name, number)
-        return RunFolder(path=folder, arm=arm.name, trial=self.winners[arm.name].number)
+        """Returns the folder of a run; the trial that the run's record names is the trial of the search."""
+        folder = self._sweep.path / rerun_name(arm.name, self.name, number)
+        return RunFolder(path=folder, arm=arm.name, trial=self.arms[arm.name].trials[number].params[TRIAL])
 
-    def rows(self, arm: str) -> list[ConfirmRow]:
-        return [confirm_row(arm, frozen, winner=self.winners[arm].number) for frozen in self.arms[arm].frozen()]
+    def rows(self, arm: str) -> list[RerunRow]:
+        return [rerun_row(arm, self.name, frozen) for frozen in self.arms[arm].frozen()]
 
 
-Stage: TypeAlias = Search | Confirm
+Stage: TypeAlias = Search | Reruns
+
+
+def plan_selection(search: Search, *, record: SweepRecord) -> Plan:
+    """Returns the runs of the select stage: each candidate on each seed, for arms with several candidates."""
+    candidates = {arm: list_candidates(search.rows(arm), record=record) for arm in search.arms}
+    return {
+        arm: [(row, seed) for seed in record.select_seeds for row in rows]
+        for arm, rows in candidates.items()
+        if len(rows) > 1 and record.select_seeds
+    }
+
+
+def plan_confirmation(search: Search, *, sweep: SweepFolder) -> Plan:
+    """Returns the runs of the confirm stage: the winner of each arm on each seed."""
+    plan: Plan = {}
+    for arm in sweep.definition.arms:
+        winner = find_winner(arm.name, search.rows(arm.name), record=sweep.record)
+        if winner is None:
+            sweep.warn(f"Arm `{arm.name}` has no complete trial, so the confirm stage skips it.")
+        else:
+            plan[arm.name] = [(winner, seed) for seed in arm_seeds(arm, sweep.record.confirm_seeds)]
+    return plan

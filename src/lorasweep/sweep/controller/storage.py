@@ -23,8 +23,8 @@ from lorasweep.config.sweep import StorageConfig
 from lorasweep.errors import ConfigError, WorkerError, first_line
 
 JOURNAL_FILE = "journal.log"
-CONFIRM_STUDY = "{arm}/confirm"
-"""Name of the study of an arm's confirm stage. No arm's name has a slash."""
+RERUN_STUDY = "{arm}/{stage}"
+"""Name of the study of an arm in the select or confirm stage. No arm's name has a slash."""
 DATABASE_ERRORS = (StorageInternalError, SQLAlchemyError)
 """The errors that Optuna raises if a database is gone or refuses."""
 

@@ -7,10 +7,10 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from lorasweep.config.build import as_settings
 from lorasweep.config.command_line import parse_overrides
@@ -18,6 +18,7 @@ from lorasweep.config.compose import LIST_GROUPS, compose_sweep, known_keys, lay
 from lorasweep.config.run import RunConfig
 from lorasweep.config.sweep import SweepConfig
 from lorasweep.errors import ConfigError
+from lorasweep.record import RerunStage
 from lorasweep.sweep.definition.alpha_over_rank import (
     ALPHA,
     MULTIPLIER,
@@ -36,8 +37,8 @@ DEFAULT_TRIALS = 16
 """Number of trials of an arm with a space, if neither the sweep file nor the command line gives a number."""
 MAX_GRID_COMBINATIONS = 100_000
 """Maximum number of combinations under `sampler=grid`, because all of them are listed in memory."""
-CONFIRM_ENDING = "-confirm"
-"""A run folder of the confirm stage is named after its arm, this ending, and a number."""
+RERUN_ENDINGS = tuple(f"-{stage}" for stage in get_args(RerunStage))
+"""A run folder of the select or confirm stage is named after its arm, such an ending, and a number."""
 PATH_KEYS = ("data.train", "data.validation", "data.test", "model.path")
 """Settings that may name files."""
 
@@ -127,11 +128,12 @@ def restore_definition(raw: Mapping[str, Any], *, source: Path | None) -> Defini
             )
     sweep_config = compose_sweep(layer_settings("sweep", _split_sweep_settings(file.settings)[1], sweep_overrides))
     for arm in arms:
-        if arm.sweep_config.confirm != sweep_config.confirm:
-            raise ConfigError(
-                f"all arms must have one `confirm.seeds`, because runs are compared by seed, but arm `{arm.name}` has "
-                f"{arm.sweep_config.confirm.seeds!r}, not {sweep_config.confirm.seeds!r}."
-            )
+        for name, value in asdict(sweep_config.confirm).items():
+            if (of_arm := getattr(arm.sweep_config.confirm, name)) != value:
+                raise ConfigError(
+                    f"all arms must have one `confirm.{name}`, because they are compared, but arm `{arm.name}` has "
+                    f"{of_arm!r}, not {value!r}. Set it once for the whole sweep."
+                )
     return Definition(
         name=file.name,
         description=file.description,
@@ -161,8 +163,9 @@ def _split_sweep_settings(settings: Mapping[str, Any]) -> tuple[dict[str, Any], 
 def _build_arm(arm: ExpandedArm, file: SweepFile, overrides: Mapping[str, Any], *, used: set[str]) -> Arm:
     """Returns one arm, composed and checked; adds the overrides that reach it to `used`."""
     require_folder_name("an arm's name", arm.name)
-    if arm.name.endswith(CONFIRM_ENDING):
-        raise ConfigError(f"an arm's name must not end in `{CONFIRM_ENDING}`, but got {arm.name!r}. Rename the arm.")
+    if arm.name.endswith(RERUN_ENDINGS):
+        endings = " or ".join(f"`{ending}`" for ending in RERUN_ENDINGS)
+        raise ConfigError(f"an arm's name must not end in {endings}, but got {arm.name!r}. Rename the arm.")
     for_this_arm = [
         {"sweep.trials" if key == "trials" else key: value for key, value in layer.items()}
         for layer in arm_overrides(arm, overrides, used=used)

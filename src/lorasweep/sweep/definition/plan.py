@@ -15,7 +15,7 @@ from lorasweep.config.run import RunConfig
 from lorasweep.errors import OutOfMemory
 from lorasweep.sweep.definition.arms import Arm, Definition
 from lorasweep.sweep.definition.packing import ArmPacking, plan_packing
-from lorasweep.sweep.definition.seeds import arm_seeds, describe_confirm, draw_seeds
+from lorasweep.sweep.definition.seeds import arm_seeds, describe_stage, draw_confirm_seeds, draw_select_seeds
 from lorasweep.sweep.definition.warnings import count_tokens, find_warnings
 from lorasweep.training.cost import RunCost, measure_run
 from lorasweep.training.inputs import InputsCache, RunInputs
@@ -30,12 +30,12 @@ class ArmPlan:
     arm: Arm
     packing: ArmPacking
     pack_size: int
-    seeds: int
-    """Runs of the confirm stage."""
+    select_runs: int
+    confirm_runs: int
     steps: int
-    """Optimizer steps of all trials and seeds together."""
+    """Optimizer steps of all runs together."""
     tokens: int
-    """Maximum number of training tokens of all trials and seeds together."""
+    """Maximum number of training tokens of all runs together."""
     trainable_params: int
     kept_bytes: int
     """Size on disk of the best and last weights of all runs."""
@@ -48,10 +48,16 @@ class ArmPlan:
 
 def plan_sweep(definition: Definition, inputs_cache: InputsCache) -> list[ArmPlan]:
     """Returns the estimated cost of each arm of a checked definition. Trains a few steps and keeps nothing."""
-    packings, seeds = plan_packing(definition), draw_seeds(definition)
-    return [
-        _plan_arm(arm, packings[arm.name], inputs_cache, seeds=len(arm_seeds(arm, seeds))) for arm in definition.arms
-    ]
+    packings, confirm = plan_packing(definition), draw_confirm_seeds(definition)
+    num_select_seeds = len(draw_select_seeds(definition))
+    plans = []
+    for arm in definition.arms:
+        candidates = min(arm.trials, definition.sweep_config.confirm.candidates)
+        select_runs = candidates * num_select_seeds if candidates > 1 else 0
+        confirm_runs = len(arm_seeds(arm, confirm))
+        plan = _plan_arm(arm, packings[arm.name], inputs_cache, select_runs=select_runs, confirm_runs=confirm_runs)
+        plans.append(plan)
+    return plans
 
 
 def render_plan(definition: Definition, plans: Sequence[ArmPlan]) -> RenderableType:
@@ -65,7 +71,7 @@ def render_plan(definition: Definition, plans: Sequence[ArmPlan]) -> RenderableT
     for plan in plans:
         table.add_row(
             escape(plan.arm.name),
-            f"{plan.arm.trials} + {plan.seeds}" if plan.seeds else str(plan.arm.trials),
+            " + ".join(map(str, filter(None, (plan.arm.trials, plan.select_runs, plan.confirm_runs)))),
             format_count(plan.steps),
             format_count(plan.tokens),
             format_count(plan.trainable_params),
@@ -74,20 +80,28 @@ def render_plan(definition: Definition, plans: Sequence[ArmPlan]) -> RenderableT
             format_bytes(plan.kept_bytes),
             format_seconds(plan.seconds),
         )
-    confirm = "no confirm stage"
-    if num_seeds := max(plan.seeds for plan in plans):
-        confirm = f"then confirm: {describe_confirm(num_seeds)}"
+    confirm = definition.sweep_config.confirm
+    candidates = confirm.candidates
+    stages = ["search on validation data"]
+    if any(plan.select_runs for plan in plans):
+        stages.append(f"then select: {describe_stage('select', num_seeds=confirm.select_seeds, candidates=candidates)}")
+    if confirm.seeds:
+        stages.append(f"then confirm: {describe_stage('confirm', num_seeds=confirm.seeds, candidates=candidates)}")
+    else:
+        stages.append("no confirm stage")
     total = format_seconds(sum(plan.seconds for plan in plans))
     notes = [
         *(f"{plan.arm.name}: {plan.packing.reason}" for plan in plans),
-        f"Stages (the two numbers of runs): search on validation data; {confirm}.",
+        f"Stages (the numbers of runs): {'; '.join(stages)}.",
         *find_warnings(definition),
         f"All arms: at most {total} on this machine, measured on a few steps; pruning shortens it.",
     ]
     return Group(table, *(Text(f"• {note}") for note in notes))
 
 
-def _plan_arm(arm: Arm, packing: ArmPacking, inputs_cache: InputsCache, *, seeds: int) -> ArmPlan:
+def _plan_arm(
+    arm: Arm, packing: ArmPacking, inputs_cache: InputsCache, *, select_runs: int, confirm_runs: int
+) -> ArmPlan:
     config = packing.largest
     inputs = inputs_cache.load(config)
     slots: int | None = None
@@ -98,18 +112,19 @@ def _plan_arm(arm: Arm, packing: ArmPacking, inputs_cache: InputsCache, *, seeds
     steps = 0 if config.method.name == "frozen" else config.trainer.max_steps
     # rounded up, because a run is also evaluated after its last step; the frozen base is evaluated once
     evaluations = -(-steps // config.trainer.eval_every_steps) or 1
-    runs = arm.trials + seeds
+    runs = arm.trials + select_runs + confirm_runs
     return ArmPlan(
         arm=arm,
         packing=packing,
         pack_size=cost.slots,
-        seeds=seeds,
+        select_runs=select_runs,
+        confirm_runs=confirm_runs,
         steps=steps * runs,
         tokens=count_tokens(config) * runs,
         trainable_params=cost.trainable_params,
         kept_bytes=2 * 4 * cost.trainable_params * runs,  # best and last, in fp32
         memory_bytes=cost.memory_bytes,
-        seconds=runs * (steps * cost.step_s + evaluations * cost.eval_s) + seeds * cost.eval_s,
+        seconds=runs * (steps * cost.step_s + evaluations * cost.eval_s) + confirm_runs * cost.eval_s,
     )
 
 
