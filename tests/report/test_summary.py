@@ -106,7 +106,7 @@ def test_arm_without_a_complete_trial_has_nulls_and_a_sentence(sweep: Path) -> N
     edit_json(sweep / "sweep.json", fail_lora)
     summary = summarize(sweep)
     lora = summary.as_json()["arms"][1]
-    assert lora["best"] == {"score": None, "params": None, "run": None}
+    assert lora["best"] == {"score": None, "params": None, "run": None, "select_mean": None}
     assert (lora["trainable_params"], lora["share_of_full_gain"]) == (None, None)
     assert lora["trials"]["failed"] == 18
     assert "`lora` has no complete trial." in summary.sentences
