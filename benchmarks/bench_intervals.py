@@ -3,12 +3,17 @@
 Arms have seed noise of standard deviation 1 and, in the second table, examples whose difficulty has standard deviation
 10. "difference" is that of two equal arms on the same seeds and examples, so that difficulty cancels.
 
+In the third table examples come in groups, such as the blocks of a document. A group has a difficulty of standard
+deviation 4, and a difficulty for each arm alone of standard deviation 2. Groups have 5 to 40 examples, or uneven sizes:
+lognormal with standard deviation 1, as uneven as Python's documentation. Each repeat draws other seeds and groups.
+
     python benchmarks/bench_intervals.py --repeats 1000
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 
 import numpy as np
 from scipy import stats
@@ -31,6 +36,16 @@ def main() -> None:
     for seeds in (3, 5, 10):
         shares = cover_both(seeds, asked.examples, asked.repeats)
         print(f"{seeds:5}  {'  '.join(f'{share:6.1%}' for share in shares)}")
+    print("over seeds and groups of examples; with groups: mean, difference; as if examples were independent: the same")
+    print("sizes    seeds  groups    groups           independent")
+    for are_uneven, seeds, groups in itertools.product((False, True), (3, 5, 10), (10, 16, 50)):
+        shares = [
+            share
+            for with_groups in (True, False)
+            for share in cover_groups(seeds, groups, asked.repeats, are_uneven=are_uneven, with_groups=with_groups)
+        ]
+        sizes = "uneven" if are_uneven else "5 to 40"
+        print(f"{sizes:8}{seeds:6}{groups:8}  {'  '.join(f'{share:6.1%}' for share in shares)}", flush=True)
 
 
 def cover_seeds(seeds: int, repeats: int) -> list[float]:
@@ -54,13 +69,40 @@ def cover_both(seeds: int, examples: int, repeats: int) -> list[float]:
             for seed in range(seeds):
                 own = hardness + rng.normal(0, 1) + rng.normal(0, 2, examples)
                 rows = tuple(map(str, range(examples)))
-                scores[arm, seed] = ExampleScores(rows=rows, scores=own, weights=np.ones(examples))
+                scores[arm, seed] = ExampleScores(rows=rows, scores=own, weights=np.ones(examples), groups=rows)
                 values[arm, seed] = float(own.mean())
         confirmed = build_scores(values, scores, draws=1000)
         single, pair = estimate_sum(confirmed, {"a": 1.0}), estimate_sum(confirmed, {"a": 1.0, "b": -1.0})
         own = np.array([scores["a", seed].scores for seed in range(seeds)])
         intervals = [bootstrap_both(own, rng), *(found.interval for found in (single, pair) if found)]
         hits.append([holds(interval) for interval in intervals])
+    return [float(share) for share in np.mean(hits, axis=0)]
+
+
+def cover_groups(seeds: int, groups: int, repeats: int, *, are_uneven: bool, with_groups: bool = True) -> list[float]:
+    """Returns how often the intervals of a mean and of a difference contain the true value.
+
+    Without groups, examples are taken as independent.
+    """
+    rng, hits = np.random.default_rng(2), []
+    for _ in range(repeats):
+        sizes = 1 + rng.lognormal(2, 1, groups).astype(int) if are_uneven else rng.integers(5, 41, groups)
+        group_of_example = np.repeat(np.arange(groups), sizes)
+        count = len(group_of_example)
+        rows, names = tuple(map(str, range(count))), tuple(map(str, group_of_example))
+        hardness = rng.normal(0, 4, groups)[group_of_example] + rng.normal(0, 4, count)
+        scores, values = {}, {}
+        for arm in "ab":
+            hardness_for_arm = rng.normal(0, 2, groups)[group_of_example]
+            for seed in range(seeds):
+                own = hardness + hardness_for_arm + rng.normal(0, 1) + rng.normal(0, 2, count)
+                scores[arm, seed] = ExampleScores(
+                    rows=rows, scores=own, weights=np.ones(count), groups=names if with_groups else rows
+                )
+                values[arm, seed] = float(own.mean())
+        confirmed = build_scores(values, scores, draws=1000)
+        single, pair = estimate_sum(confirmed, {"a": 1.0}), estimate_sum(confirmed, {"a": 1.0, "b": -1.0})
+        hits.append([holds(found.interval) for found in (single, pair) if found])
     return [float(share) for share in np.mean(hits, axis=0)]
 
 

@@ -178,8 +178,8 @@ def make_reruns(
         value = sum(scores) / len(scores)
         run = f"runs/{arm}-confirm-{seed:04d}"
         write_run(folder, run, winner, value, test={"bits_per_byte": value})
-        lines = [f"{index},{score!r},1.0" for index, score in enumerate(scores)]
-        (folder / run / "test_scores.csv").write_text("\n".join(["row,score,weight", *lines, ""]))
+        lines = [f"{index},{score!r},1.0,document {index // 60}" for index, score in enumerate(scores)]
+        (folder / run / "test_scores.csv").write_text("\n".join(["row,score,weight,group", *lines, ""]))
         made.append(RerunRow(arm=arm, trial=winner.number, seed=seed, state="complete", run=run, value=value))
     return made
 

@@ -72,6 +72,20 @@ def test_top_says_ends_arm_share_verdict_and_limits(confirmed: Path) -> None:
     assert ONE_SEED not in sentences
 
 
+@pytest.mark.parametrize(
+    ("data", "groups"),
+    [
+        ({"name": "text", "group": None}, "40 test examples in 20 documents."),
+        ({"name": "chat", "group": None}, "40 test examples in 20 prompts."),
+        ({"name": "table", "group": "author"}, "40 test examples in 20 groups of `author`."),
+    ],
+)
+def test_groups_of_test_examples_are_named(confirmed: Path, data: dict[str, str | None], groups: str) -> None:
+    for run in confirmed.glob("runs/*-confirm-*"):
+        edit_json(run / "run.json", lambda raw: raw["config"].update(data=data))
+    assert groups in summarize(confirmed).sentences[0]
+
+
 def test_one_seed_has_no_verdict_and_says_so(tmp_path: Path) -> None:
     summary = summarize(confirm_sweep(build_sweep(tmp_path), seeds=1))
     text = " ".join(summary.sentences)

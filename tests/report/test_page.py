@@ -74,7 +74,7 @@ def test_confirmed_page_shows_intervals_verdicts_and_reruns(confirmed: Path) -> 
     # scores and differences from full
     assert len(page.figures) == 10
     assert "5 fresh seeds" in page.text
-    assert "40 test examples" in page.text
+    assert "40 test examples in 20 documents" in page.text
     assert "It is worse than full fine-tuning by" in page.text
     assert "corrected for 3 comparisons (Holm)" in page.text
     assert re.search(r"lora \d+, seed 4", page.text)

@@ -26,7 +26,7 @@ def test_trials_and_reruns_are_joined_with_their_runs(confirmed: Path) -> None:
     assert all((t.record.arm, t.record.trial) == (t.arm, t.number) for t in data.trials if t.record)
     assert [rerun.seed for rerun in data.arms[1].reruns] == [0, 1, 2, 3, 4]
     assert all(rerun.record and rerun.is_complete for rerun in data.reruns)
-    assert (data.evidence.num_examples, data.problems) == (40, ())
+    assert (data.evidence.num_examples, data.evidence.num_groups, data.problems) == (40, 20, ())
 
 
 @pytest.mark.parametrize("direction", ["minimize", "maximize"])
@@ -125,8 +125,8 @@ def test_arm_whose_reruns_all_failed_is_named(confirmed: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        ("row,score,weight\n0,nan,1\n1,1,1\n", "their mean is nan"),
-        ("row,score,weight\n0,9,1\n1,9,1\n", "their mean is 9"),
+        ("row,score,weight,group\n0,nan,1,0\n1,1,1,1\n", "their mean is nan"),
+        ("row,score,weight,group\n0,9,1,0\n1,9,1,1\n", "their mean is 9"),
     ],
 )
 def test_damaged_examples_are_a_sentence_and_seeds_still_count(confirmed: Path, content: str, sentence: str) -> None:

@@ -121,11 +121,21 @@ def _describe_metric(data: SweepData) -> str:
         return f"Scores are {metric}, {order} is better."
     counts = sorted({len(arm.seeds) for arm in evidence.arms if arm.name != evidence.base} or {1})
     seeds = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-    examples = f" and {evidence.num_examples:,} test examples" if evidence.num_examples else ""
+    examples = f" and {evidence.num_examples:,} test examples{_describe_groups(data)}" if evidence.num_examples else ""
     return (
         f"Scores are {metric} on test data that no search has seen, {order} is better: means over {seeds} fresh "
         f"{'seed' if counts[-1] == 1 else 'seeds'} with 95 % intervals over seeds{examples}."
     )
+
+
+def _describe_groups(data: SweepData) -> str:
+    """Returns ` in 16 documents`, or an empty string if each test example is a group."""
+    num_groups, reruns = data.evidence.num_groups, [rerun for arm in data.arms for rerun in arm.reruns]
+    if num_groups == data.evidence.num_examples or not reruns:
+        return ""
+    column = reruns[0].setting("data.group")
+    default = "prompts" if reruns[0].setting("data.name") == "chat" else "documents"
+    return f" in {num_groups:,} {f'groups of `{column}`' if column else default}"
 
 
 def _describe_ends(scores: dict[str, ArmScore], data: SweepData) -> str:

@@ -35,6 +35,6 @@ def plant(
                 scores = value + hardness + rng.normal(0, own_spread, examples)
                 value = float(scores.mean())
                 rows = tuple(map(str, range(examples)))
-                found[arm, seed] = ExampleScores(rows=rows, scores=scores, weights=np.ones(examples))
+                found[arm, seed] = ExampleScores(rows=rows, scores=scores, weights=np.ones(examples), groups=rows)
             values[arm, seed] = value
     return build_scores(values, found, deterministic=deterministic, draws=draws)

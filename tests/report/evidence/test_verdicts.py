@@ -63,7 +63,9 @@ def test_one_common_seed_is_not_tested_and_says_why() -> None:
 def test_no_common_seed_is_not_tested_and_says_why() -> None:
     scores = plant({"a": 1.0, "b": 2.0})
     values = {"a": scores.values["a"], "b": {seed + 10: value for seed, value in scores.values["b"].items()}}
-    moved = type(scores)(values=values, deterministic=frozenset(), deviations={}, num_examples=0, problems=())
+    moved = type(scores)(
+        values=values, deterministic=frozenset(), deviations={}, num_examples=0, num_groups=0, problems=()
+    )
     (pair,) = compare_pairs(moved, ["a", "b"], sign=1)
     assert (pair.verdict, pair.difference) == ("not tested", None)
     assert "no seed in common" in (pair.reason or "")

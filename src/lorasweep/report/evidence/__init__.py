@@ -1,6 +1,6 @@
 """Results of the confirm stage: means with intervals, paired differences, verdicts, and shares of full's gain.
 
-scores       scores by arm and seed, and bootstrap draws over test examples
+scores       scores by arm and seed, and bootstrap draws over groups of test examples
 estimates    means, differences and ratios of arms with their confidence distributions
 equivalence  the margin, tests against it, and the number of seeds that would settle a verdict
 verdicts     the evidence of one sweep: its arms, and a verdict on every pair of arms

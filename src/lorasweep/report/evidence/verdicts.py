@@ -95,6 +95,8 @@ class Evidence:
     pairs: tuple[PairComparison, ...] = ()
     num_examples: int = 0
     """The number of test examples behind the intervals; 0 if no scores of single examples are known."""
+    num_groups: int = 0
+    """The number of groups of these examples, such as documents; `num_examples` if each example is a group."""
     base: str | None = None
     """The name of the arm that is the frozen base."""
     full: str | None = None
@@ -143,6 +145,7 @@ def compare_arms(
         arms=tuple(arm for name in names if (arm := _estimate_arm(scores, name, base, full, sign=sign))),
         pairs=compare_pairs(scores, names, sign=sign, margin=measured),
         num_examples=scores.num_examples,
+        num_groups=scores.num_groups,
         base=base,
         full=full,
         margin=measured.value if measured else None,
