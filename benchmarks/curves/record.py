@@ -196,7 +196,7 @@ class LoraPack:
     def train_step(self, step: int, *, factor: float) -> None:
         """Makes one step in every slot; all slots see the same rows, since their seeds are the same."""
         slots = len(self.points)
-        for micro in self.order.step(step):
+        for micro in self.order.get_step(step):
             rows = build_pack_batch(self.inputs.splits.train, [micro] * slots, model=self.model)
             losses = compute_slot_losses(self.inputs.splits.task, self.model, rows, slots=slots)
             (losses / micro.step_weight).sum().backward()  # type: ignore[no-untyped-call]
@@ -216,7 +216,7 @@ class LoraPack:
         for batch in build_evaluation_loader(self.inputs.splits.validation, batch_size=rows_per_batch):
             scores = task.score(self.model, repeat_batch(batch, slots=slots))
             for slot, evaluation in enumerate(evaluations):
-                evaluation.update(scores.of_slot(slot, slots=slots))
+                evaluation.update(scores.select_slot(slot, slots=slots))
         self.model.train()
         return [_floats(evaluation.compute()) for evaluation in evaluations]
 
@@ -258,7 +258,7 @@ class SoloTrial:
 
     def train_step(self, step: int, *, factor: float) -> None:
         """Makes one step."""
-        for micro in self.order.step(step):
+        for micro in self.order.get_step(step):
             with self._autocast():
                 losses = self.inputs.splits.task.losses(self.model, self.inputs.splits.train.batch(micro.indices))
                 loss = losses.sum() / micro.step_weight

@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 from lorasweep.data.batching import (
     EvaluationSampler,
     StepBatchSampler,
-    batches_by_length,
+    batch_by_length,
     choose_accumulate,
-    choose_sizes,
+    choose_micro_batch_sizes,
     cut_by_length,
     draw_order,
-    typical_lengths,
+    estimate_lengths,
 )
 from lorasweep.data.split import padding_fraction
 
@@ -65,13 +65,13 @@ def test_resumed_run_gets_exactly_the_remaining_batches(start_step):
 
 
 def test_passes_and_seeds_have_different_orders():
-    orders = [draw_order(50, seed=seed, number=number) for seed in range(3) for number in range(3)]
+    orders = [draw_order(50, seed=seed, pass_number=number) for seed in range(3) for number in range(3)]
     assert len(set(map(tuple, orders))) == 9
 
 
 def test_order_is_the_stored_one():
     # A changed order would change every result that was ever recorded with the same seed.
-    assert draw_order(8, seed=0, number=0) == [5, 1, 4, 2, 3, 7, 6, 0]
+    assert draw_order(8, seed=0, pass_number=0) == [5, 1, 4, 2, 3, 7, 6, 0]
 
 
 def test_micro_batches_together_are_the_step_batch():
@@ -83,7 +83,7 @@ def test_micro_batches_together_are_the_step_batch():
 
 def test_batches_do_not_depend_on_what_was_asked_before():
     sampler = sample()
-    backwards = [sampler.indices_of_step(step) for step in reversed(range(12))]
+    backwards = [sampler.get_step_indices(step) for step in reversed(range(12))]
     assert backwards[::-1] == indices(sampler)
 
 
@@ -99,8 +99,9 @@ def test_a_step_has_the_examples_that_the_seed_drew_however_it_is_cut():
     for accumulate in (2, 4):
         cut = StepBatchSampler(split, batch_size=4, num_steps=6, seed=1, accumulate=accumulate)
         for step in range(6):
-            assert sorted(index for m in cut.step(step) for index in m.indices) == sorted(whole.indices_of_step(step))
-            assert {m.step_weight for m in cut.step(step)} == {m.step_weight for m in whole.step(step)}
+            drawn = [index for micro in cut.get_step(step) for index in micro.indices]
+            assert sorted(drawn) == sorted(whole.get_step_indices(step))
+            assert {m.step_weight for m in cut.get_step(step)} == {m.step_weight for m in whole.get_step(step)}
 
 
 def test_micro_batches_hold_examples_of_like_length():
@@ -127,7 +128,7 @@ def test_evaluation_has_every_example_once_within_the_budget(lengths, batch_size
 
 
 def test_a_example_longer_than_the_budget_has_a_batch_of_its_own():
-    assert batches_by_length(torch.tensor([5, 2, 9]), budget=4) == [[1], [0], [2]]
+    assert batch_by_length(torch.tensor([5, 2, 9]), budget=4) == [[1], [0], [2]]
 
 
 def test_padding_is_the_share_of_positions_that_are_not_tokens():
@@ -157,10 +158,10 @@ def test_more_slots_pay_for_more_cuts_until_a_tenth_is_padding(mixed):
 
 @pytest.mark.parametrize("micro_batches", [2, 3, 5])
 def test_sizes_leave_least_padding(mixed, micro_batches):
-    sizes = choose_sizes(mixed, batch_size=15, micro_batches=micro_batches)
+    sizes = choose_micro_batch_sizes(mixed, batch_size=15, micro_batches=micro_batches)
     assert sum(sizes) == 15
     assert len(sizes) == micro_batches
-    typical = typical_lengths(mixed, 15)
+    typical = estimate_lengths(mixed, 15)
 
     def positions(sizes):
         return sum(size * typical[end - 1] for size, end in zip(sizes, itertools.accumulate(sizes), strict=True))

@@ -18,7 +18,7 @@ from lorasweep.errors import ConfigError
 
 check_shapes = jaxtyped(typechecker=beartype)
 cut_blocks = check_shapes(blocks_file.cut_blocks)
-positions_in_documents = check_shapes(blocks_file.positions_in_documents)
+compute_document_positions = check_shapes(blocks_file.compute_document_positions)
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,7 @@ def test_a_split_shorter_than_a_block_is_named(tokenizer):
 def test_positions_start_anew_after_the_end_of_a_document():
     tokens = torch.tensor([[7, 0, 7, 7, 0], [0, 0, 7, 7, 7], [7, 7, 7, 7, 7]])
     expected = [[0, 1, 0, 1, 2], [0, 0, 0, 1, 2], [0, 1, 2, 3, 4]]
-    assert positions_in_documents(tokens, separator=0).tolist() == expected
+    assert compute_document_positions(tokens, separator=0).tolist() == expected
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])

@@ -81,8 +81,8 @@ def test_the_test_split_is_read_once_and_not_before_it_is_called_for(tokenizer):
 def test_bits_per_byte_of_a_split_count_its_own_bytes(tokenizer):
     source, _ = make_source(lambda name: documents(name, ["ü" * 40 if name == "test" else "x" * 80]), kind="documents")
     splits = build_splits(config(block_length=4), source=source, tokenizer=tokenizer, model_kind="causal_lm")
-    assert splits.task_of(splits.validation).bytes_per_token == splits.validation.bytes_per_token
-    assert splits.task_of(splits.test()).bytes_per_token == splits.test().bytes_per_token
+    assert splits.get_task(splits.validation).bytes_per_token == splits.validation.bytes_per_token
+    assert splits.get_task(splits.test()).bytes_per_token == splits.test().bytes_per_token
 
 
 @pytest.mark.parametrize(

@@ -176,7 +176,7 @@ def test_rows_need_not_be_text():
         ("broken_collate", "the collate function of 'own_data:broken_collate' fails: KeyError: 'column'"),
         ("no_labels", "`labels`, but got input_ids, attention_mask"),
         ("no_mapping", "mappings of tensors, but got Tensor"),
-        ("empty", "the train split of `data.factory` must not be empty"),
+        ("empty", "the train split of `data.factory` must have an example"),
         ("missing", "no attribute .missing"),
     ],
 )

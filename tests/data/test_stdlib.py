@@ -2,7 +2,7 @@
 
 import pytest
 
-from lorasweep.data.stdlib import assign_bucket, code_key, read_code, read_docs, read_standard_library
+from lorasweep.data.stdlib import assign_bucket, get_module_key, read_code, read_docs, read_standard_library
 
 
 def test_bucket_of_a_key_is_fixed():
@@ -14,7 +14,7 @@ def test_bucket_of_a_key_is_fixed():
     "path", ["json/decoder.py", "test/test_json/test_dump.py", "_json.py", "json.py", "_pyjson.py"]
 )
 def test_module_twin_and_tests_are_split_together(path):
-    assert code_key(path) == "json"
+    assert get_module_key(path) == "json"
 
 
 @pytest.mark.parametrize("read", [read_docs, read_code])
@@ -30,8 +30,10 @@ def test_docs_parts_hold_every_topic():
 
 
 def test_tests_of_held_out_modules_are_not_pretrained_on():
-    pretrained = {code_key(document.name) for document in read_code("pretraining")}
-    held_out = {code_key(document.name) for split in ("train", "validation", "test") for document in read_code(split)}
+    pretrained = {get_module_key(document.name) for document in read_code("pretraining")}
+    held_out = {
+        get_module_key(document.name) for split in ("train", "validation", "test") for document in read_code(split)
+    }
     assert pretrained.isdisjoint(held_out)
 
 

@@ -90,8 +90,8 @@ def test_a_batch_repeated_for_slots_scores_the_same_in_each(table, packed):
     scores = task.score(table, repeat_batch(batch, slots=3))
     alone = task.score(table, batch)
     for slot in range(3):
-        torch.testing.assert_close(scores.of_slot(slot, slots=3).loss, alone.loss)
-        assert torch.equal(scores.of_slot(slot, slots=3).items, alone.items)
+        torch.testing.assert_close(scores.select_slot(slot, slots=3).loss, alone.loss)
+        assert torch.equal(scores.select_slot(slot, slots=3).items, alone.items)
 
 
 def test_uniform_guess_over_bytes_costs_eight_bits():

@@ -85,7 +85,7 @@ def test_the_same_rows_come_from_the_cache(tokenizer, own_cache, monkeypatch):
     def fail(*_: object) -> None:
         raise AssertionError("tokenised again")
 
-    monkeypatch.setattr(tokenise_file, "plain_ids", fail)
+    monkeypatch.setattr(tokenise_file, "tokenise_plain", fail)
     again = tokenise_text(tokenizer, "ab", "cde")
     assert rows(again) == rows(made)
     assert [path.suffix for path in (own_cache / "lorasweep").iterdir()] == [".arrow"]

@@ -63,7 +63,7 @@ def test_nothing_else_of_the_model_changes(load, architecture, kind):
 
 def test_model_of_another_make_has_no_choice():
     choice = choose_attention(nn.Linear(2, 2), lengths=[8], device=CPU)
-    assert choice == ("own", "transformers did not make this model")
+    assert choice == ("custom", "the model is not from transformers")
 
 
 def test_model_with_one_implementation_keeps_it(load, monkeypatch):
@@ -74,4 +74,4 @@ def test_model_with_one_implementation_keeps_it(load, monkeypatch):
             raise ValueError("does not support sdpa")
 
     monkeypatch.setattr(model, "set_attn_implementation", refuse)
-    assert choose_attention(model, lengths=[900], device=CPU) == ("eager", "the model has no other")
+    assert choose_attention(model, lengths=[900], device=CPU) == ("eager", "the model has no other implementation")

@@ -79,7 +79,7 @@ def test_weights_in_several_files_are_found(tmp_path):
     files = WeightFiles(tmp_path)
     for name, tensor in model.state_dict().items():
         assert torch.equal(files.read(name), tensor)
-    assert files.shape("missing") is None
+    assert files.get_shape("missing") is None
 
 
 @pytest.mark.parametrize("change", ["rename", "reshape"])

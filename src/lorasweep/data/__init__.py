@@ -1,1 +1,1 @@
-"""From text to batches: `sources` (texts), `splits` (token blocks), `batching`, `loaders`; `tasks` says how well."""
+"""From files to batches: `reading`, `source`, `tokenise`, `build_splits`, `batching`; `tasks` defines the metrics."""

@@ -1,6 +1,6 @@
-"""Chooses the examples of each optimizer step's batch, and cuts the batch so that little of it is padding.
+"""Chooses the examples of each optimizer step, and cuts them into micro-batches with little padding.
 
-Seed and step alone decide the batch, so a run can resume at any step.
+The seed and the step number alone decide a batch, so a run can resume at any step.
 """
 
 from __future__ import annotations
@@ -20,74 +20,81 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from lorasweep.data.split import Batch, Split
 
 MAX_PADDING_FRACTION = 0.1
-"""`trainer.accumulate=auto` takes the fewest micro-batches with at most this fraction of padding, if that is cheap."""
+"""Maximum fraction of a batch that is padding. `trainer.accumulate=auto` takes the fewest micro-batches that stay below
+it, unless they cost too much (`MAX_COST_FACTOR`)."""
 BATCH_COST_POSITIONS = 256
-"""Fixed cost of a training batch, in positions. On 2 cores a step of MiniLM-L6 took 28 ms before its first token, as
-long as 300 tokens take."""
+"""Fixed cost of a micro-batch, expressed as a number of token positions. On 2 cores, a step of MiniLM-L6 took
+a fixed 28 ms, which is the time of 300 tokens."""
 MAX_COST_FACTOR = 1.1
-"""Highest cost, relative to the cheapest number of micro-batches, at which the number with little padding is taken."""
+"""Maximum cost of the micro-batches with little padding, as a multiple of the cheapest choice's cost."""
 MAX_MICRO_BATCHES = 16
 """Maximum number of micro-batches per step that `trainer.accumulate=auto` considers."""
 SAMPLED_STEPS = 100
-"""Number of steps from which the typical lengths of a batch are estimated."""
+"""Number of steps whose batches are drawn to estimate the typical lengths in a batch."""
 
 
 class MicroBatch(NamedTuple):
-    """Examples that go through the model at once."""
+    """Examples that go through the model together."""
 
     indices: list[int]
     step_weight: float
-    """Divisor of the whole step's loss: the sum of the weights of all its examples."""
+    """Sum of the weights of all examples of the step, not only of this micro-batch. The loss is divided by it."""
 
 
-class Share(NamedTuple):
-    """The part of each batch that goes to one process of a run on several processes: process `rank` of `size`."""
+class ProcessShare(NamedTuple):
+    """Selects the examples of one process in a run on several processes."""
 
     rank: int = 0
+    """Number of this process, from 0."""
     size: int = 1
+    """Number of processes."""
 
     def select(self, micro: MicroBatch) -> MicroBatch:
-        """Returns this rank's examples of a micro-batch: every `size`-th, so that all ranks have similar lengths.
+        """Returns this process's examples of a micro-batch.
 
-        If there are fewer examples than ranks, a rank without an example gets the first one. Its loss is divided by
-        infinity, so that it is 0: all ranks must call the model equally often.
+        It takes every `size`-th example, because the examples are sorted by length: so all processes get similar
+        lengths.
         """
         if self.size == 1:
             return micro
         indices = micro.indices[self.rank :: self.size]
-        return MicroBatch(indices, micro.step_weight) if indices else MicroBatch(micro.indices[:1], math.inf)
+        if not indices:
+            # All processes must call the model equally often. So a process without examples repeats the first example,
+            # and its loss is divided by infinity, which makes it 0.
+            return MicroBatch(micro.indices[:1], math.inf)
+        return MicroBatch(indices, micro.step_weight)
 
 
-WHOLE_BATCH = Share()
-"""The share of a process that trains alone."""
+SINGLE_PROCESS = ProcessShare()
+"""The share of a process that trains alone: all examples."""
 
 
-class SharedSampler(DistributedSampler[MicroBatch]):
-    """Yields micro-batches with the examples of one share.
+class MicroBatchSampler(DistributedSampler[MicroBatch]):
+    """Base of samplers that yield one process's part of each micro-batch.
 
-    It is a `DistributedSampler` so that Lightning does not wrap it in another one. torch's own initialization, for a
-    sampler of single examples, is not run.
+    The base class tells Lightning that the sampler already divides examples among processes. Its `__init__` is not
+    called, because it is written for single examples.
     """
 
-    def __init__(self, share: Share) -> None:
+    def __init__(self, share: ProcessShare) -> None:
         self.share = share
 
 
-class StepBatchSampler(SharedSampler):
-    """Yields the micro-batches of each step.
+class StepBatchSampler(MicroBatchSampler):
+    """Yields the micro-batches of each training step.
 
-    The order is an endless sequence of permutations of all examples, one per pass, each drawn from (seed, pass) alone.
-    A batch may contain the end of one pass and the start of the next. No shared random stream is used. Within a step
-    examples are sorted by length before they are cut into micro-batches: the gradient is the same, with less padding.
+    Examples come in passes: each pass is a permutation of all examples, drawn from the seed and the pass number alone.
+    A batch may contain the end of one pass and the start of the next. Within a step, examples are sorted by length
+    before they are cut into micro-batches. This leaves the gradient as it is and saves padding.
 
     Args:
-        split: Examples to choose from, at least one. May be fewer than `batch_size`.
+        split: Examples to choose from: at least one, perhaps fewer than `batch_size`.
         batch_size: Examples per step.
         num_steps: Steps of the whole run, including those before `start_step`.
-        seed: Decides the order.
+        seed: Seed of the order.
         start_step: First step to yield, for a resumed run.
-        accumulate: Micro-batches per step, at most `batch_size`; together they are the step's batch.
-        share: The part of each micro-batch to yield, for a run on several processes.
+        accumulate: Micro-batches per step, at most `batch_size`. Together they hold `batch_size` examples.
+        share: Selects this process's examples, for a run on several processes.
     """
 
     def __init__(
@@ -99,7 +106,7 @@ class StepBatchSampler(SharedSampler):
         seed: int,
         start_step: int = 0,
         accumulate: int = 1,
-        share: Share = WHOLE_BATCH,
+        share: ProcessShare = SINGLE_PROCESS,
     ) -> None:
         assert len(split) >= 1
         assert 0 <= start_step <= num_steps
@@ -111,47 +118,51 @@ class StepBatchSampler(SharedSampler):
         self.seed = seed
         self.start_step = start_step
         self.accumulate = accumulate
-        self.sizes = choose_sizes(split, batch_size=batch_size, micro_batches=accumulate)
-        self._latest_pass: tuple[int, list[int]] | None = None  # number and order
+        self.sizes = choose_micro_batch_sizes(split, batch_size=batch_size, micro_batches=accumulate)
+        self._latest_pass: tuple[int, list[int]] | None = None  # pass number and order
 
     def __len__(self) -> int:
-        """Returns the micro-batches of the whole run: Lightning counts those before `start_step` as fetched."""
+        """Returns the number of micro-batches of the whole run.
+
+        It includes the steps before `start_step`, because Lightning counts them as fetched when it resumes.
+        """
         return self.num_steps * self.accumulate
 
     def __iter__(self) -> Iterator[MicroBatch]:
         for step in range(self.start_step, self.num_steps):
-            yield from map(self.share.select, self.step(step))
+            yield from map(self.share.select, self.get_step(step))
 
-    def step(self, step: int) -> list[MicroBatch]:
-        """Returns the micro-batches of one step, with the examples of all shares."""
-        indices = self.indices_of_step(step)
+    def get_step(self, step: int) -> list[MicroBatch]:
+        """Returns the micro-batches of one step, with the examples of all processes."""
+        indices = self.get_step_indices(step)
         weight = float(self.split.weights[torch.tensor(indices)].sum())
         return [MicroBatch(cut, weight) for cut in cut_by_length(indices, self.split.lengths, sizes=self.sizes)]
 
-    def indices_of_step(self, step: int) -> list[int]:
-        """Returns the indices of one step's whole batch, in the order that was drawn."""
+    def get_step_indices(self, step: int) -> list[int]:
+        """Returns the indices of one step's examples, in the order of the pass."""
         indices: list[int] = []
         while len(indices) < self.batch_size:
-            number, offset = divmod(step * self.batch_size + len(indices), len(self.split))
-            indices += self._order_of_pass(number)[offset : offset + self.batch_size - len(indices)]
+            pass_number, offset = divmod(step * self.batch_size + len(indices), len(self.split))
+            indices += self._get_pass_order(pass_number)[offset : offset + self.batch_size - len(indices)]
         return indices
 
-    def _order_of_pass(self, number: int) -> list[int]:
-        if self._latest_pass is None or self._latest_pass[0] != number:
-            self._latest_pass = number, draw_order(len(self.split), seed=self.seed, number=number)
+    def _get_pass_order(self, pass_number: int) -> list[int]:
+        if self._latest_pass is None or self._latest_pass[0] != pass_number:
+            order = draw_order(len(self.split), seed=self.seed, pass_number=pass_number)
+            self._latest_pass = pass_number, order
         return self._latest_pass[1]
 
 
-class EvaluationSampler(SharedSampler):
+class EvaluationSampler(MicroBatchSampler):
     """Yields every example once, sorted by length, in batches with little padding.
 
-    A batch has at most as many positions as `batch_size` of the longest examples. So a batch of short examples has
-    more than `batch_size` examples.
+    A batch has no more token positions than `batch_size` examples of the maximum length. So a batch of short examples
+    has more than `batch_size` examples.
     """
 
-    def __init__(self, split: Split, *, batch_size: int, share: Share = WHOLE_BATCH) -> None:
+    def __init__(self, split: Split, *, batch_size: int, share: ProcessShare = SINGLE_PROCESS) -> None:
         super().__init__(share)
-        self.batches = batches_by_length(split.lengths, budget=batch_size * int(split.lengths.max()))
+        self.batches = batch_by_length(split.lengths, budget=batch_size * int(split.lengths.max()))
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -161,12 +172,12 @@ class EvaluationSampler(SharedSampler):
 
     @property
     def order(self) -> list[int]:
-        """The indices of all examples in the order in which they come."""
+        """The indices of all examples in the order of the evaluation."""
         return [index for batch in self.batches for index in batch]
 
 
 class BatchDataset(Dataset[Batch]):
-    """A torch data set whose items are whole batches of a split's examples."""
+    """A torch data set that returns a whole batch for a micro-batch's indices."""
 
     def __init__(self, split: Split) -> None:
         self.split = split
@@ -175,54 +186,59 @@ class BatchDataset(Dataset[Batch]):
         return len(self.split)
 
     def __getitem__(self, micro: MicroBatch) -> Batch:
-        """Returns the batch of these examples, with the weight of the step and the number of tokens without padding."""
+        """Returns the examples, `step_weight`, and the number of tokens without padding as `num_tokens`."""
         batch = self.split.batch(micro.indices)
         lengths = self.split.lengths[torch.tensor(micro.indices)]
-        # An infinite weight marks the placeholder of a process without examples in this micro-batch (`Share.select`).
+        # An infinite weight marks the repeated example of a process without examples (`ProcessShare.select`).
         num_tokens = lengths.sum() if math.isfinite(micro.step_weight) else torch.zeros_like(lengths[0])
         return {**batch, "step_weight": torch.tensor(micro.step_weight), "num_tokens": num_tokens}
 
 
 class BatchLoader(DataLoader[Batch]):
-    """A DataLoader without state to save in a checkpoint, because its sampler knows at which step to start."""
+    """A DataLoader that saves nothing in a checkpoint, because its sampler knows at which step to resume."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns an empty dict; without this method Lightning would treat the loader as one that can't resume."""
+        """Returns an empty dict. Without this method, Lightning would assume that the loader can't resume."""
         return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Does nothing: there is no state to load."""
+        """Does nothing, because a checkpoint has no state of the loader."""
 
 
 def build_loader(split: Split, batches: Iterable[MicroBatch]) -> DataLoader[Batch]:
-    # A DataLoader draws a seed for its workers at every start: from this generator, not from torch's global one.
+    # Each iterator of a DataLoader draws a seed for worker processes. With a generator of its own, it leaves torch's
+    # global generator as it is.
     generator = torch.Generator().manual_seed(0)
     return BatchLoader(BatchDataset(split), batch_size=None, sampler=batches, generator=generator)
 
 
-def build_evaluation_loader(split: Split, *, batch_size: int, share: Share = WHOLE_BATCH) -> DataLoader[Batch]:
-    """Returns a loader of each example of a share once, in the order of `EvaluationSampler`."""
+def build_evaluation_loader(
+    split: Split, *, batch_size: int, share: ProcessShare = SINGLE_PROCESS
+) -> DataLoader[Batch]:
+    """Returns a loader of every example of the process once, sorted by length."""
     return build_loader(split, EvaluationSampler(split, batch_size=batch_size, share=share))
 
 
 def cut_by_length(
     indices: Sequence[int], lengths: Int[Tensor, " examples"], *, sizes: Sequence[int]
 ) -> list[list[int]]:
-    """Returns the indices sorted by length (equal lengths stay in order) in lists of these sizes."""
+    """Returns the indices sorted by length, in lists of these sizes. Equal lengths keep their order."""
     ordered = iter(sorted(indices, key=lambda index: int(lengths[index])) if len(sizes) > 1 else indices)
     return [list(itertools.islice(ordered, size)) for size in sizes]
 
 
 @functools.lru_cache(maxsize=64)
-def choose_sizes(split: Split, *, batch_size: int, micro_batches: int) -> tuple[int, ...]:
-    """Returns the sizes of a step's micro-batches with the least padding on average; short examples come first.
+def choose_micro_batch_sizes(split: Split, *, batch_size: int, micro_batches: int) -> tuple[int, ...]:
+    """Returns the sizes of a step's micro-batches, from the shortest to the longest examples.
 
-    The sizes are the same for every step, so that the slots of a pack have equal ones. Found by dynamic programming.
+    The sizes have the least padding on average, found by dynamic programming. They are the same for every step, so that
+    all slots of a pack have equal sizes.
     """
     if micro_batches == 1 or _has_one_length(split):
         return tuple(batch_size // micro_batches + (n < batch_size % micro_batches) for n in range(micro_batches))
-    typical = typical_lengths(split, batch_size)
-    # best[j]: the fewest positions for the j + 1 shortest examples in the micro-batches so far, and their sizes
+    typical = estimate_lengths(split, batch_size)
+    # best[j]: the fewest positions, padding included, for the j + 1 shortest examples in the micro-batches so far, and
+    # the sizes of these micro-batches. Each further micro-batch takes examples i + 1 to j, padded to the length of j.
     best: list[tuple[float, tuple[int, ...]]] = [((j + 1) * length, (j + 1,)) for j, length in enumerate(typical)]
     for _ in range(micro_batches - 1):
         best = [
@@ -233,25 +249,27 @@ def choose_sizes(split: Split, *, batch_size: int, micro_batches: int) -> tuple[
 
 
 @functools.lru_cache(maxsize=64)
-def typical_lengths(split: Split, batch_size: int) -> tuple[float, ...]:
-    """Returns the mean length of a step's shortest example, of its second shortest example, and so on."""
+def estimate_lengths(split: Split, batch_size: int) -> tuple[float, ...]:
+    """Returns the mean length of the shortest example in a step, then of the second shortest, and so on."""
     steps = StepBatchSampler(split, batch_size=batch_size, num_steps=SAMPLED_STEPS, seed=0)
-    drawn = torch.stack([split.lengths[torch.tensor(steps.indices_of_step(step))] for step in range(SAMPLED_STEPS)])
+    drawn = torch.stack([split.lengths[torch.tensor(steps.get_step_indices(step))] for step in range(SAMPLED_STEPS)])
     return tuple(drawn.sort(dim=1).values.double().mean(0).tolist())
 
 
 def choose_accumulate(split: Split, *, batch_size: int, slots: int = 1) -> int:
-    """Returns the number of micro-batches per step. Each saves padding and costs one call of the model.
+    """Returns the number of micro-batches per step for `trainer.accumulate=auto`.
 
-    It depends on the data, the batch size and the number of slots alone.
+    A further micro-batch saves padding but costs one more call of the model. Nothing is measured, so the same data,
+    batch size and number of slots always get the same number.
     """
     if _has_one_length(split):
         return 1
-    typical = torch.tensor(typical_lengths(split, batch_size))
+    typical = torch.tensor(estimate_lengths(split, batch_size))
     costs: dict[int, float] = {}
     padding: dict[int, float] = {}
     for count in range(1, min(batch_size, MAX_MICRO_BATCHES) + 1):
-        sizes = torch.tensor(choose_sizes(split, batch_size=batch_size, micro_batches=count))
+        sizes = torch.tensor(choose_micro_batch_sizes(split, batch_size=batch_size, micro_batches=count))
+        # The last example of each micro-batch is its longest, so all others are padded to its length.
         positions = float((sizes * typical[sizes.cumsum(0) - 1]).sum())
         costs[count] = slots * positions + count * BATCH_COST_POSITIONS
         padding[count] = 1 - float(typical.sum()) / positions
@@ -260,12 +278,12 @@ def choose_accumulate(split: Split, *, batch_size: int, slots: int = 1) -> int:
     return with_little_padding if costs[with_little_padding] <= MAX_COST_FACTOR * costs[cheapest] else cheapest
 
 
-def batches_by_length(lengths: Int[Tensor, " examples"], *, budget: int) -> list[list[int]]:
+def batch_by_length(lengths: Int[Tensor, " examples"], *, budget: int) -> list[list[int]]:
     """Returns every index once, sorted by length, in batches as large as the budget allows.
 
     Args:
         lengths: The length of each example.
-        budget: Maximum number of positions of a batch, padding included. A longer example has its own batch.
+        budget: Maximum number of token positions in a batch, padding included. A longer example gets a batch of one.
     """
     batches: list[list[int]] = []
     for index in lengths.argsort(stable=True).tolist():
@@ -276,9 +294,9 @@ def batches_by_length(lengths: Int[Tensor, " examples"], *, budget: int) -> list
     return batches
 
 
-def draw_order(num_examples: int, *, seed: int, number: int) -> list[int]:
-    """Returns the order of one pass: a permutation drawn from a hash of (seed, pass number)."""
-    digest = hashlib.sha256(f"{seed}/{number}".encode()).digest()
+def draw_order(num_examples: int, *, seed: int, pass_number: int) -> list[int]:
+    """Returns the order of the examples in one pass: a permutation drawn from a hash of seed and pass number."""
+    digest = hashlib.sha256(f"{seed}/{pass_number}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
     return torch.randperm(num_examples, generator=generator).tolist()
 

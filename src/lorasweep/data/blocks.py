@@ -1,4 +1,4 @@
-"""Splits of running text, whose examples are blocks of equal length."""
+"""Splits of running text. Each example is a block of tokens, and all blocks have the same length."""
 
 from __future__ import annotations
 
@@ -15,25 +15,26 @@ from transformers import PreTrainedTokenizerBase
 from lorasweep.config.data import StdlibConfig, TextConfig
 from lorasweep.data.source import Document, Examples
 from lorasweep.data.split import Batch, Split
-from lorasweep.data.tokenise import end_token, tokenise_documents
+from lorasweep.data.tokenise import get_end_token, tokenise_documents
 from lorasweep.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class BlockSplit(Split):
-    """A split of all its documents end to end, cut into blocks that overlap by one token."""
+    """Documents joined end to end and cut into blocks that overlap by one token."""
 
     tokens: Tensor
     """Token ids, (blocks, block_length + 1), int64. The last token of a block is also the first token of the next
-    block, so each token except the very first is predicted once. A last block that is not full is dropped. The tensor
-    is a view: do not write to it."""
+    block, so each token except the very first is predicted once. The tokens after the last full block are dropped.
+    Do not write to this tensor: its blocks share memory."""
     documents: int
+    """Number of documents."""
     bytes: int
     """Number of UTF-8 bytes of all texts."""
     bytes_per_token: float
-    """Number of bytes per token of the whole split; the end of a document counts as a token."""
+    """Mean number of bytes per token in all documents; the end of a document counts as a token."""
     separator: int | None = None
-    """Id of the token that ends a document, with `data.separate_documents`; otherwise None."""
+    """Id of the token that ends a document if `data.separate_documents` is set; otherwise None."""
 
     @functools.cached_property
     def lengths(self) -> Tensor:
@@ -44,12 +45,12 @@ class BlockSplit(Split):
         return self.lengths.float()
 
     def batch(self, indices: Sequence[int], *, slots: int = 1) -> Batch:
-        """Returns these blocks; the target of each token is the next token."""
+        """Returns the blocks at these indices. The target at each position is the next token."""
         blocks = self.tokens[torch.tensor(indices)]  # (batch, block + 1)
         batch = {"input_ids": blocks[:, :-1].contiguous(), "targets": blocks[:, 1:].contiguous()}
         if self.separator is None:
             return batch
-        return {**batch, "position_ids": positions_in_documents(batch["input_ids"], separator=self.separator)}
+        return {**batch, "position_ids": compute_document_positions(batch["input_ids"], separator=self.separator)}
 
     def describe(self) -> dict[str, Any]:
         return {
@@ -93,7 +94,7 @@ def build_block_split(
         bytes=num_bytes,
         bytes_per_token=num_bytes / len(tokens),
         fingerprint=examples.fingerprint,
-        separator=end_token(tokenizer) if config.separate_documents else None,
+        separator=get_end_token(tokenizer) if config.separate_documents else None,
     )
 
 
@@ -106,11 +107,11 @@ def cut_blocks(tokens: Int[Tensor, " tokens"], *, block_length: int) -> Int[Tens
     return tokens.unfold(0, block_length + 1, block_length)
 
 
-def positions_in_documents(tokens: Int[Tensor, "batch block"], *, separator: int) -> Int[Tensor, "batch block"]:
-    """Returns the position of each token in its document; a document that began in an earlier block starts at 0 again.
+def compute_document_positions(tokens: Int[Tensor, "batch block"], *, separator: int) -> Int[Tensor, "batch block"]:
+    """Returns the position of each token in its document. Positions restart at 0 in each block.
 
-    Where a position is not the previous one plus 1, transformers starts a new sequence and lets no token attend to
-    earlier tokens.
+    transformers starts a new sequence if a position is not the previous position plus 1. A sequence does not attend to
+    earlier sequences.
     """
     positions = torch.arange(tokens.shape[1]).expand_as(tokens)
     starts = torch.zeros_like(tokens)

@@ -1,4 +1,4 @@
-"""Tokenises the splits of a data set, and defines what is learnt from them."""
+"""Tokenises the splits of a data set, and chooses the task (loss and metrics) for them."""
 
 from __future__ import annotations
 
@@ -32,30 +32,30 @@ from lorasweep.data.tasks import Classification, LanguageModelling, MultiLabel, 
 from lorasweep.data.tokenise import tokenise_chats, tokenise_labelled, tokenise_sequences
 from lorasweep.errors import ConfigError
 
-MODEL_KINDS: Mapping[str, tuple[ModelKind, ...]] = {
+COMPATIBLE_MODEL_KINDS: Mapping[str, tuple[ModelKind, ...]] = {
     "documents": ("causal_lm",),
     "conversations": ("causal_lm", "seq2seq"),
     **dict.fromkeys(("single_label", "multi_label", "regression"), ("classifier",)),
 }
-"""The kinds of models that can learn from each kind of examples."""
+"""For each kind of data: the model kinds that can learn from it. The first is suggested in messages."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class DataSplits:
-    """The splits of a data set, and what is to be learnt from them."""
+    """The tokenised splits of a data set, with the task and the metric."""
 
     train: Split
     validation: Split
     task: Task
     metric: str
-    """Metric that runs are scored by: `data.metric`, or the metric that `auto` selects for this data set."""
+    """Metric that scores a run: `data.metric`, or the task's first metric for `auto`."""
     test: Callable[[], Split]
-    """Reads the test split at its first call and returns the same one afterwards; nothing of it is read before."""
+    """Returns the test split. The first call reads and tokenises it, and later calls return the same object."""
     notes: tuple[str, ...] = ()
     """Notes for the user on how the splits were built."""
 
-    def task_of(self, split: Split) -> Task:
-        """Returns the task that scores a split: bits per byte count the bytes of that split's own text."""
+    def get_task(self, split: Split) -> Task:
+        """Returns the task that scores a split. Its bits per byte use the bytes per token of this split's text."""
         if isinstance(self.task, LanguageModelling):
             return replace(self.task, bytes_per_token=split.bytes_per_token)  # type: ignore[attr-defined]
         return self.task
@@ -69,21 +69,21 @@ def build_splits(
     model_kind: ModelKind,
     start_token: int | None = None,
 ) -> DataSplits:
-    """Tokenises the training and validation splits. The test split is tokenised at its first use.
+    """Returns the splits with their task. The test split is tokenised at its first use, the others at once.
 
     Args:
         config: Settings of the data.
-        source: The examples of the data.
-        tokenizer: The tokenizer of the model; None if it has none.
-        model_kind: What the model predicts.
-        start_token: The first token of an encoder-decoder's decoder.
+        source: The examples of the data set.
+        tokenizer: The model's tokenizer; None if the model has no tokenizer.
+        model_kind: `model.kind`.
+        start_token: First input token of the decoder, for an encoder-decoder.
 
     Raises:
-        ConfigError: The model can't learn from such examples, a split has nothing to predict, or the tokenizer has no
-            token that ends a text. Errors in the test split are raised at its first use.
+        ConfigError: The model can't learn from this kind of data, a split has nothing to predict, or the tokenizer is
+            missing or has no end-of-text token. Errors in the test split are raised at its first use.
     """
-    if model_kind not in MODEL_KINDS[source.kind]:
-        kinds = MODEL_KINDS[source.kind]
+    if model_kind not in COMPATIBLE_MODEL_KINDS[source.kind]:
+        kinds = COMPATIBLE_MODEL_KINDS[source.kind]
         raise ConfigError(
             f"`model.kind` must be {' or '.join(kinds)} for `data={config.name}`, but got {model_kind!r}. "
             f"Use `model={kinds[0]}`, or other data."
@@ -94,7 +94,9 @@ def build_splits(
         if isinstance(examples, CustomSplit):
             return examples
         if tokenizer is None:
-            raise ConfigError("`model.factory` must return a tokenizer for this data. Return it, or set `model.path`.")
+            raise ConfigError(
+                "`model.factory` must return a tokenizer for this data, but has none. Return one, or set `model.path`."
+            )
         if isinstance(settings, StdlibConfig | TextConfig):
             return build_block_split(examples, config=settings, tokenizer=tokenizer)
         split: ExampleSplit
@@ -107,8 +109,8 @@ def build_splits(
             )
         if not len(split):
             raise ConfigError(
-                f"the {split.name} split of `data={config.name}` must have an example with something to predict, but "
-                "has none. Raise `data.max_length`, or use other data."
+                f"the {split.name} split of `data={config.name}` must have a token to predict, but all its answers are "
+                "cut off. Raise `data.max_length`, or use other data."
             )
         return split
 
@@ -144,6 +146,7 @@ def _build_labelled(
     labels, counts = _encode_labels(examples, source)
     class_weights = None
     if config.class_weights == "balanced" and examples.name == "train":  # the config allows this only with classes
+        # n / (classes · count), as scikit-learn balances them. A class without examples counts as one example.
         class_weights = len(examples) / (len(counts) * torch.tensor(counts).clamp(min=1).float())
     texts = [text for example in examples.items for text in (example.text, example.pair or "")]
     return LabelledSplit(
@@ -156,7 +159,7 @@ def _build_labelled(
 
 
 def _encode_labels(examples: Examples[LabelledText], source: DataSource) -> tuple[Tensor, list[int]]:
-    """Returns the labels as `LabelledSplit` holds them, and the number of examples of each class."""
+    """Returns the labels as a tensor for `LabelledSplit`, and the number of examples of each class."""
     labels: list[Any] = [example.label for example in examples.items]
     if source.kind == "regression":
         return torch.tensor(labels, dtype=torch.float32), []
@@ -207,7 +210,7 @@ def _shared_fields(
         "groups": tuple(str(row) if item.group is None else item.group for row, item in enumerate(examples.items)),
         "fingerprint": examples.fingerprint,
         "tokens": columns["input_ids"],
-        "pad_token": pad_tokens[0] if pad_tokens else 0,  # any token will do, because padded positions are masked
+        "pad_token": pad_tokens[0] if pad_tokens else 0,  # 0 is as good, because padded positions are masked
         "bytes": sum(len(text.encode()) for text in texts),
         "truncated": int((columns["full_length"].values > config.max_length).sum()),
     }

@@ -21,24 +21,24 @@ from lorasweep.data.split import IGNORED, Batch, Split
 from lorasweep.errors import ConfigError, describe_error
 from lorasweep.fixed_seed import fixed_seed
 
-LOADERS = {"train": "train_dataloader", "validation": "val_dataloader", "test": "test_dataloader"}
+LOADER_METHODS = {"train": "train_dataloader", "validation": "val_dataloader", "test": "test_dataloader"}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class CustomSplit(Split):
-    """Examples as the user's data set and collate function return them."""
+    """Examples from the user's data set and collate function."""
 
     dataset: Any
-    """Has a length, and returns the same item at an index each time."""
+    """The user's data set, with `__len__` and `__getitem__`. An index must always return the same item."""
     collate: Callable[[list[Any]], Any]
-    """Joins items to a batch, which is a mapping of tensors."""
+    """The user's collate function: joins items into a mapping of tensors."""
     task: CustomTask
     num_tokens: Tensor
     """Number of tokens of each example, (examples,), int64; 1 for examples without `input_ids`."""
     num_scored: Tensor
-    """Number of scored tokens of each text, (examples,), float; 1 for an example of another task."""
+    """Number of scored tokens of each example, (examples,), float; 1 unless the task is `text`."""
     bytes_per_token: None = None
-    """Unknown: the examples may not even be text."""
+    """Unknown, because a data module returns no texts."""
 
     @property
     def lengths(self) -> Tensor:
@@ -49,7 +49,7 @@ class CustomSplit(Split):
         return self.num_scored
 
     def batch(self, indices: Sequence[int], *, slots: int = 1) -> Batch:
-        return to_batch(self.collate([self.dataset[index] for index in indices]), task=self.task)
+        return build_batch(self.collate([self.dataset[index] for index in indices]), task=self.task)
 
     def describe(self) -> dict[str, Any]:
         return {"examples": len(self), "fingerprint": self.fingerprint}
@@ -58,11 +58,11 @@ class CustomSplit(Split):
 def read_custom_module(config: CustomDataConfig) -> DataSource:
     """Returns the splits of the LightningDataModule that `data.factory` returns.
 
-    Only the data set and the collate function of its loaders are used. Order and batches are ours, so that all trials
-    share them. The module draws the same random numbers from torch at each call.
+    Only the data set and the collate function of its loaders are used. lorasweep chooses the order and the batches, so
+    that they are the same in all trials. The module runs with a fixed torch seed, so each call returns the same data.
 
     Raises:
-        ConfigError: The function or a method of the module fails, or a loader or example can't be used.
+        ConfigError: The function or a method of the module fails, or a loader or example has the wrong type or labels.
     """
     with fixed_seed():
         module = call_user_function(config.factory, key="data.factory", offered={})
@@ -90,11 +90,11 @@ def read_custom_module(config: CustomDataConfig) -> DataSource:
     )
 
 
-def to_batch(collated: Any, *, task: CustomTask) -> Batch:
-    """Returns a collated batch with `targets` in place of `labels`.
+def build_batch(collated: Any, *, task: CustomTask) -> Batch:
+    """Returns a collated batch with `targets` instead of `labels`.
 
-    For task `text`, `labels[i]` is token i, as in transformers; without `labels`, they are the `input_ids`.
-    `targets[i]` is token i + 1, because the model predicts it at position i.
+    For the task `text`, `labels[i]` is token i, as in transformers, and the default for `labels` is `input_ids`.
+    `targets[i]` is token i + 1, because the model predicts that token at position i.
 
     Raises:
         ConfigError: The batch is not a mapping of tensors, or has no labels.
@@ -121,23 +121,23 @@ def to_batch(collated: Any, *, task: CustomTask) -> Batch:
 
 
 def _read_split(config: CustomDataConfig, module: LightningDataModule, name: str) -> CustomSplit:
-    """Reads every example of a split once, for its length, weight and fingerprint.
+    """Returns a split of the module. Reads every example once, to know its length, its weight and the fingerprint.
 
     Raises:
-        ConfigError: The loader has no data set of known length, the data set is empty, or an example can't be used.
+        ConfigError: The loader has no data set of known length, the data set is empty, or an example is unusable.
     """
-    loader = _call(config, LOADERS[name], getattr(module, LOADERS[name]))
+    loader = _call(config, LOADER_METHODS[name], getattr(module, LOADER_METHODS[name]))
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
         raise ConfigError(
-            f"`data.factory` must have a `{LOADERS[name]}` that returns one DataLoader of a data set with `__len__` "
-            f"and `__getitem__`, but got {type(getattr(loader, 'dataset', loader)).__name__}."
+            f"`{LOADER_METHODS[name]}` of `data.factory` must return one DataLoader of a data set with `__len__` and "
+            f"`__getitem__`, but got {type(getattr(loader, 'dataset', loader)).__name__}."
         )
     dataset, collate = cast(Any, loader.dataset), loader.collate_fn
     digest, num_tokens, num_scored = hashlib.sha256(), [], []
     for index in range(len(dataset)):
         source = f"example {index} of the {name} split"
         item = _call(config, source, dataset.__getitem__, index)
-        batch = to_batch(_call(config, "the collate function", collate, [item]), task=config.task)
+        batch = build_batch(_call(config, "the collate function", collate, [item]), task=config.task)
         _check_targets(batch["targets"], config, source=source)
         # The fingerprint covers the tensors that the model sees, after the collate function.
         for key in sorted(batch):
@@ -145,7 +145,7 @@ def _read_split(config: CustomDataConfig, module: LightningDataModule, name: str
         num_tokens.append(batch["input_ids"].shape[1] if "input_ids" in batch else 1)
         num_scored.append(float((batch["targets"] != IGNORED).sum()) if config.task == "text" else 1.0)
     if not num_tokens:
-        raise ConfigError(f"the {name} split of `data.factory` must not be empty, but it has no example.")
+        raise ConfigError(f"the {name} split of `data.factory` must have an example, but is empty.")
     return CustomSplit(
         name=name,
         fingerprint=digest.hexdigest()[:16],
@@ -159,18 +159,20 @@ def _read_split(config: CustomDataConfig, module: LightningDataModule, name: str
 
 def _check_targets(targets: Tensor, config: CustomDataConfig, *, source: str) -> None:
     num_labels = len(config.labels)
-    if config.task == "single_label" and not 0 <= int(targets.min()) <= int(targets.max()) < num_labels:
+    if config.task == "single_label" and (
+        unknown := [label for label in targets.tolist() if label not in range(num_labels)]
+    ):
         raise ConfigError(
-            f"`data.labels` must name every label, but {source} has label {int(targets.max())} and there are "
-            f"{num_labels} names. The first label is 0."
+            f"`data.labels` must name every label, but has {num_labels} names, and {source} has label "
+            f"{unknown[0]}. Labels count from 0."
         )
     if config.task == "multi_label" and targets.shape[-1] != num_labels:
         raise ConfigError(
-            f"`labels` must be {num_labels} numbers, 0 or 1 for each of `data.labels`, but {source} has "
-            f"{targets.shape[-1]}."
+            f"`labels` must have a 0 or 1 for each of the {num_labels} `data.labels`, but {source} has "
+            f"{targets.shape[-1]} values."
         )
     if not targets.isfinite().all():
-        raise ConfigError(f"`labels` must be finite numbers, but those of {source} are not.")
+        raise ConfigError(f"`labels` must be finite numbers, but {source} has NaN or infinity.")
 
 
 def _call(config: CustomDataConfig, step: str, function: Callable[..., Any], *arguments: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Splits of examples of different lengths: texts with labels, prompts with completions."""
+"""Splits whose examples have different lengths: texts with labels, and conversations."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from lorasweep.data.split import IGNORED, Batch, Split
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Ragged:
-    """Sequences of different lengths, end to end in one tensor."""
+    """Sequences of different lengths, stored end to end in one tensor."""
 
     values: Tensor
     """(all tokens,), int64."""
     ends: Tensor
-    """(sequences,), int64: where each sequence ends."""
+    """(sequences,), int64: the index in `values` after the last token of each sequence."""
 
     @classmethod
     def from_lists(cls, sequences: Sequence[Sequence[int]]) -> Ragged:
@@ -41,18 +41,18 @@ class Ragged:
         return self.values[end - int(self.lengths[index]) : end]
 
     def select(self, mask: Tensor) -> Ragged:
-        """Returns only the sequences for which a mask, (sequences,), is true."""
+        """Returns the sequences that a boolean mask, (sequences,), selects."""
         values = self.values[mask.repeat_interleave(self.lengths)]
         return Ragged(values=values, ends=self.lengths[mask].cumsum(0))
 
     def padded(self, indices: Sequence[int], *, fill: int) -> Tensor:
-        """Returns these sequences padded on the right to the longest, (sequences, longest)."""
+        """Returns the sequences at these indices, padded on the right to the longest: (sequences, longest)."""
         return pad_sequence([self[index] for index in indices], batch_first=True, padding_value=fill)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ExampleSplit(Split):
-    """Sequences of tokens, each with something to predict."""
+    """Base of splits whose examples are token sequences of different lengths."""
 
     tokens: Ragged
     pad_token: int
@@ -61,7 +61,7 @@ class ExampleSplit(Split):
     truncated: int = 0
     """Number of examples that were longer than `data.max_length` and were cut."""
     facts: Mapping[str, Any] = field(default_factory=dict)
-    """More entries for the record, such as the number of examples of each class."""
+    """Further entries of the run record, such as the number of examples of each class."""
 
     @property
     def lengths(self) -> Tensor:
@@ -77,7 +77,7 @@ class ExampleSplit(Split):
         }
 
     def _inputs(self, indices: Sequence[int]) -> Batch:
-        """Returns padded token ids, with a mask only if an example is padded: attention is faster without a mask."""
+        """Returns padded token ids. Adds a mask only if an example is padded: attention is faster without."""
         input_ids = self.tokens.padded(indices, fill=self.pad_token)
         lengths = self.lengths[torch.tensor(indices)]
         if int(lengths.min()) == input_ids.shape[1]:
@@ -88,14 +88,14 @@ class ExampleSplit(Split):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LabelledSplit(ExampleSplit):
-    """Texts with a label each: a class, several classes, or a number."""
+    """Texts, each with its label: a class, several classes, or a number."""
 
     labels: Tensor
-    """(examples,) int64 classes, (examples, labels) float of 0 and 1, or (examples,) float."""
+    """Class indices, (examples,) int64; 0 or 1 per class, (examples, classes) float; or numbers, (examples,) float."""
     token_types: Ragged | None = None
-    """0 for the first text and 1 for the second, for models that tell them apart."""
+    """For pairs of texts: 0 at tokens of the first text, 1 at the second. None if the model has no token types."""
     class_weights: Tensor | None = None
-    """(labels,): weight of each class in the training loss; None for 1 each."""
+    """Weight of each class in the training loss, (classes,); None weights all classes 1."""
 
     @functools.cached_property
     def weights(self) -> Tensor:
@@ -113,10 +113,10 @@ class LabelledSplit(ExampleSplit):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TextSplit(ExampleSplit):
-    """Texts of which some tokens are predicted and scored."""
+    """Conversations. The model predicts the assistant's tokens, and only these are scored."""
 
     targets: Ragged
-    """The tokens to predict; `IGNORED` for positions that are not scored."""
+    """The token to predict at each position; `IGNORED` at positions that are not scored."""
     scored_bytes: int
     """Number of UTF-8 bytes of the scored text."""
 
@@ -135,13 +135,14 @@ class TextSplit(ExampleSplit):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class CompletionSplit(TextSplit):
-    """Conversations for a causal model. Position i of `targets` is the token after position i of `tokens`."""
+    """Conversations for a causal model. `targets[i]` is the token after `tokens[i]`."""
 
     packing: bool = False
-    """Whether several examples share one sequence. No example attends to another, because positions restart at 0."""
+    """Whether several examples share one sequence. Positions restart at 0 in each example, so that none attends to
+    another."""
 
     def drop_unscored(self) -> CompletionSplit:
-        """Returns the split without examples whose answers were cut off, so that nothing in them is scored."""
+        """Returns the split without examples that have no scored token, because their answers were cut off."""
         is_scored = self.weights > 0
         if is_scored.all():
             return self
@@ -154,7 +155,7 @@ class CompletionSplit(TextSplit):
         )
 
     def batch(self, indices: Sequence[int], *, slots: int = 1) -> Batch:
-        """Returns these examples, each in its own padded sequence, or several in one sequence if `packing` is set."""
+        """Returns the examples: one per padded sequence, or several per sequence if `packing` is set."""
         if self.packing:
             return self._pack(indices, slots=slots)
         return {**self._inputs(indices), "targets": self.targets.padded(indices, fill=IGNORED)}
@@ -162,11 +163,11 @@ class CompletionSplit(TextSplit):
     def _pack(self, indices: Sequence[int], *, slots: int) -> Batch:
         num_per_slot = len(indices) // slots
         lengths = [int(self.lengths[index]) for index in indices]
-        bins: list[list[list[int]]] = []  # per slot and sequence: the positions in `indices` that share the sequence
+        bins: list[list[list[int]]] = []  # bins[slot][sequence]: positions in `indices` that share this sequence
         for slot in range(slots):
             members = range(slot * num_per_slot, (slot + 1) * num_per_slot)
             bins.append(fill_bins({n: lengths[n] for n in members}, capacity=max(lengths)))
-        # A pack divides a batch evenly among its slots, so every slot gets equally many sequences. Some stay empty.
+        # A pack divides a batch evenly among its slots. So slots with fewer sequences are filled with empty ones.
         num_sequences = max(map(len, bins))
         for slot_bins in bins:
             slot_bins += [[]] * (num_sequences - len(slot_bins))
@@ -186,13 +187,13 @@ class CompletionSplit(TextSplit):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SequenceSplit(TextSplit):
-    """Pairs of texts for an encoder-decoder: the encoder reads `tokens`, the decoder predicts `targets`."""
+    """Conversations for an encoder-decoder: the encoder reads `tokens`, and the decoder predicts `targets`."""
 
     start_token: int
     """The decoder's first input token."""
 
     def batch(self, indices: Sequence[int], *, slots: int = 1) -> Batch:
-        """Returns these pairs, both sides padded; the decoder sees the target shifted by one."""
+        """Returns the padded examples. The decoder's input is `start_token` and the targets without the last one."""
         targets = self.targets.padded(indices, fill=IGNORED)
         previous = targets.masked_fill(targets == IGNORED, self.pad_token)[:, :-1]
         start = previous.new_full((len(previous), 1), self.start_token)
@@ -204,14 +205,17 @@ class SequenceSplit(TextSplit):
 
 
 def fill_bins(lengths: Mapping[int, int], *, capacity: int) -> list[list[int]]:
-    """Returns keys in bins whose lengths add up to at most `capacity`, by first fit decreasing (Johnson 1973)."""
+    """Returns the keys in bins. The lengths in a bin add up to at most `capacity`.
+
+    The algorithm is first fit decreasing (Johnson 1973): the longest first, each into the first bin with enough room.
+    """
     bins: list[list[int]] = []
     free: list[int] = []
     for key in sorted(lengths, key=lambda key: (-lengths[key], key)):
-        chosen = next((n for n, room in enumerate(free) if room >= lengths[key]), len(bins))
-        if chosen == len(bins):
+        index = next((n for n, room in enumerate(free) if room >= lengths[key]), len(bins))
+        if index == len(bins):
             bins.append([])
             free.append(capacity)
-        bins[chosen].append(key)
-        free[chosen] -= lengths[key]
+        bins[index].append(key)
+        free[index] -= lengths[key]
     return bins

@@ -1,4 +1,4 @@
-"""Reads the examples of any `data=...`."""
+"""Reads the examples that `data=...` selects."""
 
 from __future__ import annotations
 
@@ -24,10 +24,11 @@ from lorasweep.data.stdlib import read_code, read_docs
 def read_source(config: DataConfig) -> DataSource:
     """Returns the checked examples of a data set.
 
-    The test split is read at the first call of `DataSource.test`. Whether its file exists is checked at once.
+    The test split is read at the first call of `DataSource.test`, but its file must exist now.
 
     Raises:
-        ConfigError: A file, column, row or label can't be used. Errors in the test split are raised when it is read.
+        ConfigError: A file, column, row or label is missing or unusable. Errors in the test split are raised when it
+            is read.
     """
     if isinstance(config, StdlibConfig):
         return _read_stdlib(config)

@@ -1,4 +1,4 @@
-"""The examples of a data set as plain Python values, after checking and before tokenising."""
+"""The examples of a data set: checked, but not yet tokenised."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from lorasweep.data.split import Split
 Role = Literal["system", "user", "assistant"]
 Kind = Literal["documents", "single_label", "multi_label", "regression", "conversations"]
 Label = int | float | list[int]
-"""A class index; a number under regression; the sorted indices of all labels under `multi_label`."""
+"""A class index; for regression a number; for `multi_label` the sorted indices of the example's classes."""
 
 
 class Document(NamedTuple):
-    """A whole text, to be cut into blocks, and its name."""
+    """A whole text, which is later cut into blocks, and its name."""
 
     name: str
     text: str
@@ -63,7 +63,7 @@ class Examples(Generic[Example]):
     fingerprint: str
     """First 16 hex digits of a SHA-256 over all examples in order."""
     notes: tuple[str, ...] = ()
-    """Notes for the user about the test split. Those about the other splits are in `DataSource.notes`."""
+    """Notes for the user about the test split. Notes about train and validation are in `DataSource.notes`."""
 
     def __len__(self) -> int:
         return len(self.items)
@@ -73,7 +73,7 @@ class Examples(Generic[Example]):
 class DataSource:
     """The splits of a data set, and notes for the user about them.
 
-    A split is `Examples` that are still to be tokenised, or a `Split` if a user's data module returned tensors.
+    A split is `Examples`, or a `Split` if the user's data module returns tensors.
     """
 
     kind: Kind
@@ -82,9 +82,9 @@ class DataSource:
     train: Examples[Any] | Split
     validation: Examples[Any] | Split
     test: Callable[[], Examples[Any] | Split]
-    """Reads the test split at the first call and returns the same object afterwards."""
+    """Returns the test split. The first call reads it, and later calls return the same object."""
     notes: tuple[str, ...] = ()
-    """How missing splits were taken from train, duplicates, the score of a constant answer."""
+    """Such as: how a missing split was taken from train, the number of duplicates, the score of a constant answer."""
 
 
 def collect_examples(name: str, items: list[Example], notes: tuple[str, ...] = ()) -> Examples[Example]:
@@ -93,17 +93,17 @@ def collect_examples(name: str, items: list[Example], notes: tuple[str, ...] = (
 
 
 def fingerprint_examples(items: Iterable[Example]) -> str:
-    """Returns the first 16 hex digits of a SHA-256 that changes with any text, any label and their order."""
+    """Returns the first 16 hex digits of a SHA-256 over all texts and labels in order."""
     digest = hashlib.sha256()
-    for text in (text for item in items for text in _texts_of(item)):
+    for text in (text for item in items for text in _list_texts(item)):
         data = text.encode()
         # The length keeps texts apart: ("ab", "c") is not ("a", "bc").
         digest.update(len(data).to_bytes(8, "little") + data)
     return digest.hexdigest()[:16]
 
 
-def _texts_of(item: Any) -> Iterator[str]:
-    """Yields everything that a model sees of an example. The group is not part of it."""
+def _list_texts(item: Any) -> Iterator[str]:
+    """Yields every text and label of an example, but not its group."""
     if isinstance(item, Conversation):
         yield str(len(item.messages))  # keeps two conversations apart from one long one
         for message in item.messages:

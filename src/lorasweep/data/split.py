@@ -1,4 +1,4 @@
-"""A split as training uses it: tokenised examples with lengths and weights, and batches of them."""
+"""The interface of a tokenised split, and the keys of its batches."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 IGNORED = -100
-"""Target of a position that is not scored; torch's cross-entropy ignores it."""
-NOT_INPUTS = ("targets", "examples", "weights", "step_weight", "num_tokens")
-"""Keys of a batch that the model does not get."""
+"""Target at positions that are not scored. It is the `ignore_index` of torch's cross-entropy."""
+NON_MODEL_KEYS = ("targets", "examples", "weights", "step_weight", "num_tokens")
+"""Keys of a batch that are not arguments of the model."""
 
 Batch = dict[str, Tensor]
-"""The model's arguments by name (`input_ids`, and `attention_mask` if an example is padded), and:
+"""The model's arguments by name (such as `input_ids`, and `attention_mask` if an example is padded), and:
 
-- `targets`: (batch, length) int64 of the next tokens, `IGNORED` where not scored; or one label per example.
-- `examples`: (batch, length) int64, the example of each token; only if examples are packed into sequences.
-- `weights`: (examples,) float, how much each example's loss counts; only if they differ.
-- `step_weight` and `num_tokens`: scalars, the divisor of the step's loss and the number of positions without padding;
-  only in batches of a loader.
+- `targets`: the next token at each position, (batch, length) int64, or `IGNORED`. For labels: one label per example.
+- `examples`: the number of the example at each position, (batch, length) int64. Only if examples share sequences.
+- `weights`: the weight of each example's loss, (examples,) float. Only if weights differ.
+- `step_weight`: the number that divides the step's loss, a scalar. Only in batches of a loader.
+- `num_tokens`: number of positions without padding, a scalar. Only in batches of a loader.
 """
 
 
@@ -34,12 +34,12 @@ class Split(Protocol):
     name: str
     """`train`, `validation` or `test`."""
     fingerprint: str
-    """First 16 hex digits of the SHA-256 over names, texts and labels in order."""
+    """First 16 hex digits of a SHA-256 over all examples in order."""
     notes: tuple[str, ...] = ()
-    """Notes for the user about the test split. Those about the other splits are in `DataSource.notes`."""
+    """Notes for the user about the test split. Notes about train and validation are in `DataSource.notes`."""
     groups: tuple[str, ...] = ()
-    """The group of each example: its document, its prompt, or a value of the column `data.group`. Examples of one group
-    depend on each other, so the report resamples whole groups. Empty if each example is a group."""
+    """The group of each example: its document, its prompt, or its value in the column `data.group`. Examples of one group
+    depend on each other, so the report resamples whole groups. Empty if each example is its own group."""
 
     @property
     @abstractmethod
@@ -51,22 +51,22 @@ class Split(Protocol):
     def weights(self) -> Float[Tensor, " examples"]:
         """Weight of each example in the loss: its number of scored tokens, or its class weight.
 
-        A step's loss is divided by the sum of the weights of its examples.
+        The loss of a step is the sum over its examples divided by the sum of their weights.
         """
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def __hash__(self) -> int:
-        return id(self)  # caches of batch sizes have a split as key
+        return id(self)  # `lru_cache` needs a hash, and dataclasses with `eq=False` compare by identity
 
     @abstractmethod
     def batch(self, indices: Sequence[int], *, slots: int = 1) -> Batch:
         """Returns the examples at these indices, padded to the longest.
 
         Args:
-            indices: Examples of the split; slot-major for several slots, equally many for each.
-            slots: Number of slots; examples of different slots never share a sequence.
+            indices: Indices of examples. For several slots: equally many for each slot, slot after slot.
+            slots: Number of slots of the pack. Examples of different slots never share a sequence.
         """
 
     @abstractmethod
@@ -91,7 +91,7 @@ def repeat_batch(batch: Batch, *, slots: int) -> Batch:
         return batch
     repeated = {name: x.repeat(slots, *[1] * (x.dim() - 1)) if x.dim() else x for name, x in batch.items()}
     if "examples" in batch:
-        # Examples are numbered from 0 in each slot, so later slots need numbers of their own.
+        # Losses are added up by example number, so the examples of different slots must have different numbers.
         num_examples = int(batch["examples"].max()) + 1
         slot_of_row = torch.arange(slots, device=batch["examples"].device).repeat_interleave(len(batch["examples"]))
         repeated["examples"] = repeated["examples"] + num_examples * slot_of_row[:, None]

@@ -1,6 +1,6 @@
-"""Texts that every Python installation has: the source of its standard library and its language documentation.
+"""Texts that every Python installation has: the source code of its standard library, and its language documentation.
 
-The name of a document decides its split. So no document moves to another split when a file changes or is added.
+The name of a document alone decides its split. So a document stays in its split if files are added or changed.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ TEST_FOLDERS = frozenset({"test", "tests", "idle_test"})
 
 
 def assign_bucket(key: str) -> int:
-    """Returns the bucket of a document, 0 to 99: the first 8 hex digits of its key's SHA-256, modulo 100."""
+    """Returns a number from 0 to 99: the first 8 hex digits of the key's SHA-256, modulo 100."""
     return int(hashlib.sha256(key.encode()).hexdigest()[:8], 16) % 100
 
 
-def code_key(path: str) -> str:
-    """Returns the key that a module shares with its private twin and its tests.
+def get_module_key(path: str) -> str:
+    """Returns the name of the module that a file belongs to.
 
-    `json/decoder.py`, `test/test_json/test_dump.py` and `_json.py` all have the key `json`. Otherwise pre-training
-    would see the tests of a held-out module.
+    `json/decoder.py`, `_json.py` and `test/test_json/test_dump.py` all belong to `json`. All files of a module must be
+    in one split. Otherwise a model would be pre-trained on the tests of a module that it is later evaluated on.
     """
     parts = path.removesuffix(".py").split("/")
     name = parts[1] if parts[0] == "test" and len(parts) > 1 else parts[0]
@@ -34,10 +34,7 @@ def code_key(path: str) -> str:
 
 
 def read_standard_library(*, with_tests: bool) -> Iterator[Document]:
-    """Yields the standard library's modules, sorted by path, with or without its test suites.
-
-    Some distributions of Python have no test suites.
-    """
+    """Yields the files of the standard library, sorted by path. Some distributions of Python have no test suites."""
     folder = Path(sysconfig.get_path("stdlib"))
     excluded = EXCLUDED_FOLDERS if with_tests else EXCLUDED_FOLDERS | TEST_FOLDERS
     for file in sorted(folder.rglob("*.py")):
@@ -47,20 +44,20 @@ def read_standard_library(*, with_tests: bool) -> Iterator[Document]:
         try:
             text = file.read_text(encoding="utf-8")
         except UnicodeDecodeError:
-            continue  # a few files test other encodings
+            continue  # a few files are in other encodings to test Python's decoding
         if text:
             yield Document(name=path, text=text)
 
 
 def read_code(split: str) -> list[Document]:
-    """Returns the modules of one split of the standard library's code. Only `pretraining` includes test suites."""
+    """Returns the standard library's files of one split. Only `pretraining` includes test suites."""
     low, high = {"pretraining": (0, 70), "train": (70, 90), "validation": (90, 95), "test": (95, 100)}[split]
     documents = read_standard_library(with_tests=split == "pretraining")
-    return [document for document in documents if low <= assign_bucket(code_key(document.name)) < high]
+    return [document for document in documents if low <= assign_bucket(get_module_key(document.name)) < high]
 
 
 def read_docs(split: str) -> list[Document]:
-    """Returns the topics of one split of `pydoc_data.topics`."""
+    """Returns the pages of `pydoc_data.topics` (the language documentation) of one split."""
     low, high = {"train": (0, 70), "validation": (70, 85), "test": (85, 100)}[split]
     topics = sorted(pydoc_data.topics.topics.items())
     return [Document(name=name, text=text) for name, text in topics if low <= assign_bucket(name) < high]

@@ -1,7 +1,4 @@
-"""Tasks define the loss and the metrics of a run.
-
-`training` knows only the `Task` protocol and batches, and nothing of language models or classes.
-"""
+"""Tasks: each defines the loss and the metrics for one kind of data. `training` uses only the `Task` protocol."""
 
 from __future__ import annotations
 
@@ -26,10 +23,10 @@ from torchmetrics.functional.classification import (
 from torchmetrics.functional.regression import pearson_corrcoef, spearman_corrcoef
 
 from lorasweep.config.data import METRICS_OF_TASK, Direction
-from lorasweep.data.split import IGNORED, NOT_INPUTS, Batch
+from lorasweep.data.split import IGNORED, NON_MODEL_KEYS, Batch
 
 MINIMIZED_METRICS = ("bits_per_byte", "loss", "perplexity", "mse")
-"""Metrics of which a lower value is better. Of all others a higher value is better."""
+"""Metrics for which lower is better. For all other metrics, higher is better."""
 LANGUAGE_MODEL_METRICS = ("bits_per_byte", "loss", "perplexity")
 
 
@@ -42,21 +39,21 @@ class ExampleScores:
     """Loss and prediction of each example of an evaluation."""
 
     loss: Tensor
-    """(examples,): the sum over an example's scored items, in nats (squared error under regression)."""
+    """Sum of the losses of an example's scored items, (examples,), in nats; for regression the squared error."""
     items: Tensor
-    """(examples,): number of scored items: the tokens of a text, otherwise 1."""
+    """Number of scored items of each example, (examples,): its scored tokens for text, 1 for labels."""
     prediction: Tensor | None = None
-    """(examples,) class or number, or (examples, labels) of 0 and 1."""
+    """Predicted class or number, (examples,), or 0 or 1 for each class, (examples, classes). None for text."""
     target: Tensor | None = None
-    """The shape of `prediction`."""
+    """The right answer, in the shape of `prediction`."""
 
     def map(self, function: Callable[[Tensor], Tensor]) -> ExampleScores:
         """Returns the scores with a function applied to each tensor."""
         values = {name: getattr(self, name) for name in SCORE_FIELDS}
         return ExampleScores(**{name: function(value) for name, value in values.items() if value is not None})
 
-    def of_slot(self, slot: int, *, slots: int) -> ExampleScores:
-        """Returns the examples of one slot of a slot-major batch."""
+    def select_slot(self, slot: int, *, slots: int) -> ExampleScores:
+        """Returns the scores of one slot, if the examples are stored slot after slot."""
         return self.map(lambda values: values.chunk(slots)[slot])
 
 
@@ -64,40 +61,40 @@ SCORE_FIELDS = ("loss", "items", "prediction", "target")
 
 
 class Task(Protocol):
-    """What is learnt from batches of one kind of data."""
+    """Loss and metrics for one kind of data."""
 
     @property
     def metrics(self) -> tuple[str, ...]:
         """The task's metrics; `data.metric: auto` means the first one."""
 
     def losses(self, model: nn.Module, batch: Batch) -> Float[Tensor, " examples"]:
-        """Returns each example's training loss in fp32: the sum over its scored items, times its weight."""
+        """Returns the training loss of each example in fp32: the sum over its scored items, times its class weight."""
 
     def score(self, model: nn.Module, batch: Batch) -> ExampleScores:
-        """Returns the scores of each example of an evaluation's batch."""
+        """Returns loss and prediction of each example of a batch."""
 
     def compute(self, scores: ExampleScores) -> dict[str, Tensor]:
-        """Returns every metric of all examples of an evaluation, scalars."""
+        """Returns each metric over all examples of an evaluation, as scalars."""
 
     def per_example(self, metric: str, scores: ExampleScores) -> tuple[Tensor, Tensor] | None:
-        """Returns (values, weights) whose weighted mean is the metric, or the logarithm of perplexity.
+        """Returns a value and a weight for each example. The weighted mean of the values is the metric.
 
-        None for a metric that is not a mean over examples.
+        For perplexity, the weighted mean is its logarithm. Returns None for a metric that is not a mean over examples.
         """
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LanguageModelling:
-    """Predicts the next token wherever it is scored; for causal models and encoder-decoders.
+    """Predicts the next token; for causal models and encoder-decoders.
 
     - `loss`: nats per scored token, L = Σ nats / Σ tokens.
     - `perplexity`: exp(L), per token.
-    - `bits_per_byte`: L / (ln 2 · bytes per token) (The Pile, arXiv 2101.00027, section 3.1). It is the only one that
-      can be compared across tokenizers.
+    - `bits_per_byte`: L / (ln 2 · bytes per token) (The Pile, arXiv 2101.00027, section 3.1). Only this metric can be
+      compared between models with different tokenizers.
     """
 
     bytes_per_token: float | None
-    """UTF-8 bytes per scored token of the scored text, > 0; None if unknown."""
+    """Number of UTF-8 bytes of the scored text divided by its number of tokens, > 0; None if unknown."""
     metrics: tuple[str, ...] = LANGUAGE_MODEL_METRICS
 
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -116,34 +113,34 @@ class LanguageModelling:
         return {"bits_per_byte": loss / (math.log(2) * self.bytes_per_token), **values}
 
     def per_example(self, metric: str, scores: ExampleScores) -> tuple[Tensor, Tensor] | None:
-        """Returns nats (or bits per byte) per token, and the number of tokens, of each example."""
+        """Returns the loss per token of each example (in nats, or in bits per byte), and its number of tokens."""
         per_token = scores.loss.double() / scores.items.double().clamp(min=1)
         if metric == "bits_per_byte" and self.bytes_per_token is not None:
             per_token = per_token / (math.log(2) * self.bytes_per_token)
         return per_token, scores.items
 
     def _token_losses(self, model: nn.Module, batch: Batch) -> Float[Tensor, "batch length"]:
-        """Returns the nats of each position in fp32, 0 if it is not scored."""
-        logits, targets = logits_of(model, batch), batch["targets"]  # (batch, length, vocabulary)
+        """Returns the loss at each position in nats, fp32; 0 at positions that are not scored."""
+        logits, targets = compute_logits(model, batch), batch["targets"]  # (batch, length, vocabulary)
         losses = cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none", ignore_index=IGNORED)
         return losses.view(targets.shape)
 
 
 class LabelTask:
-    """Base of tasks with one label, or one set of labels, per example: each example counts once."""
+    """Base of tasks with labels. Each example counts once, however long its text is."""
 
     @abstractmethod
     def _loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Returns each example's loss, (examples,), without smoothing and weights."""
+        """Returns each example's loss, (examples,), without label smoothing and class weights."""
 
     @abstractmethod
     def _predict(self, logits: Tensor) -> Tensor: ...
 
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:
-        return self._loss(logits_of(model, batch), batch["targets"])
+        return self._loss(compute_logits(model, batch), batch["targets"])
 
     def score(self, model: nn.Module, batch: Batch) -> ExampleScores:
-        logits, targets = logits_of(model, batch), batch["targets"]
+        logits, targets = compute_logits(model, batch), batch["targets"]
         losses = self._loss(logits, targets)
         prediction = self._predict(logits)
         return ExampleScores(
@@ -151,7 +148,7 @@ class LabelTask:
         )
 
     def per_example(self, metric: str, scores: ExampleScores) -> tuple[Tensor, Tensor] | None:
-        """Returns 1 if all labels of an example are right (`accuracy`), or its loss, each with weight 1."""
+        """Returns the loss of each example, or for `accuracy` 1 if all its labels are right. All weights are 1."""
         if metric == "accuracy":
             predicted, target = _unpack(scores)
             values = (predicted == target).view(len(target), -1).all(-1).double()
@@ -167,7 +164,7 @@ class Classification(LabelTask):
     """Predicts one class per example.
 
     - `accuracy`: fraction of examples whose class is right.
-    - `f1`: F1 of the second class if there are two (as GLUE scores MRPC and QQP), else the mean over classes.
+    - `f1`: for two classes, F1 of the second class (as GLUE scores MRPC and QQP). Otherwise the mean over classes.
     - `matthews`: Matthews' correlation coefficient.
     - `loss`: mean cross-entropy in nats, without class weights or smoothing.
     """
@@ -178,7 +175,7 @@ class Classification(LabelTask):
 
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:
         """Returns each example's cross-entropy, smoothed, times the weight of its class."""
-        smoothing, logits = self.label_smoothing, logits_of(model, batch)
+        smoothing, logits = self.label_smoothing, compute_logits(model, batch)
         losses = cross_entropy(logits, batch["targets"], reduction="none", label_smoothing=smoothing)
         return losses * batch["weights"] if "weights" in batch else losses
 
@@ -204,7 +201,7 @@ class Classification(LabelTask):
 class MultiLabel(LabelTask):
     """Predicts any number of labels per example.
 
-    - `f1`: F1 over all pairs of example and label together (micro).
+    - `f1`: micro F1, which counts each pair of an example and a label once.
     - `accuracy`: fraction of examples whose labels are all right.
     - `loss`: binary cross-entropy in nats, mean over labels and examples.
     """
@@ -250,7 +247,7 @@ class Regression(LabelTask):
 
 
 class Evaluation(Metric):
-    """Gathers the scores of one evaluation; `compute` returns the task's metrics over the examples of all processes."""
+    """Collects the scores of one evaluation. `compute` returns the metrics over the examples of all processes."""
 
     is_differentiable = False
     full_state_update = False
@@ -273,8 +270,8 @@ class Evaluation(Metric):
 
     @property
     def examples(self) -> ExampleScores:
-        """Every example so far, in the order in which they came."""
-        # A state is a list before torchmetrics joins the processes, and one tensor afterwards.
+        """The scores of all examples so far, in the order of the updates."""
+        # A state is a list until torchmetrics gathers it from all processes. Then it is one tensor.
         states = {name: getattr(self, name) for name in SCORE_FIELDS}
         joined = {name: torch.cat(x) if isinstance(x, list) and x else x for name, x in states.items()}
         return ExampleScores(**{name: x for name, x in joined.items() if isinstance(x, Tensor) and x.numel()})
@@ -283,19 +280,19 @@ class Evaluation(Metric):
         return self.task.compute(self.examples)
 
 
-def logits_of(model: nn.Module, batch: Batch) -> Tensor:
-    """Returns the model's logits for a batch, in fp32."""
-    output = model(**{name: value for name, value in batch.items() if name not in NOT_INPUTS})
+def compute_logits(model: nn.Module, batch: Batch) -> Tensor:
+    output = model(**{name: value for name, value in batch.items() if name not in NON_MODEL_KEYS})
     logits: Tensor = output if isinstance(output, Tensor) else output.logits
     return logits.float()
 
 
 def sum_by_example(values: Float[Tensor, "batch length"], batch: Batch) -> Float[Tensor, " examples"]:
-    """Returns the sum over the positions of each example."""
+    """Returns the sum of the values at the positions of each example."""
     if "examples" not in batch:
         return values.sum(-1)
-    numbers = batch["examples"]  # several examples share a sequence
-    return values.new_zeros(int(numbers.max()) + 1).index_add(0, numbers.flatten(), values.flatten())
+    example_numbers = batch["examples"]  # several examples share a sequence
+    sums = values.new_zeros(int(example_numbers.max()) + 1)
+    return sums.index_add(0, example_numbers.flatten(), values.flatten())
 
 
 def _unpack(scores: ExampleScores) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Tokenises examples. The cache of `datasets` keeps the token ids for the next run or sweep."""
+"""Tokenises examples. The token ids stay in the cache folder of `datasets` for later runs and sweeps."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from lorasweep.data.split import IGNORED
 from lorasweep.errors import ConfigError
 
 CACHE_FORMAT = 3
-"""Part of every cache key. Raise it when the token ids of the same examples change."""
+"""Part of every cache key. Raise it when this module tokenises the same examples differently than before."""
 Columns = dict[str, list[Any]]
 Encoder = Callable[[Sequence[Message]], tuple[list[int], list[bool]]]
-"""Takes a conversation. Returns its token ids, and for each token whether it is scored."""
+"""A function from the messages of a conversation to its token ids, and for each token whether it is scored."""
 
 
 def tokenise_documents(examples: Examples[Document], *, tokenizer: PreTrainedTokenizerBase) -> Ragged:
@@ -32,10 +32,10 @@ def tokenise_documents(examples: Examples[Document], *, tokenizer: PreTrainedTok
     Raises:
         ConfigError: The tokenizer has no end-of-text token.
     """
-    end = end_token(tokenizer)
+    end = get_end_token(tokenizer)
 
     def tokenise(columns: Columns) -> Columns:
-        return {"input_ids": [[*ids, end] for ids in plain_ids(columns["text"], tokenizer)]}
+        return {"input_ids": [[*ids, end] for ids in tokenise_plain(columns["text"], tokenizer)]}
 
     columns = {"text": [document.text for document in examples.items]}
     return map_cached(columns, tokenise, key=cache_key(tokenizer, examples.fingerprint, form="text"))["input_ids"]
@@ -44,9 +44,9 @@ def tokenise_documents(examples: Examples[Document], *, tokenizer: PreTrainedTok
 def tokenise_labelled(
     examples: Examples[LabelledText], *, tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> dict[str, Ragged]:
-    """Returns `input_ids`, and `full_length`: the number of tokens of each example before it was cut.
+    """Returns `input_ids`, and `full_length`: the number of tokens of each example before truncation.
 
-    Pairs also have `token_type_ids` if the model tells the two texts apart.
+    For pairs of texts, also returns `token_type_ids` if the model uses them.
     """
     columns: Columns = {"text": [example.text for example in examples.items]}
     if any(example.pair is not None for example in examples.items):
@@ -66,9 +66,10 @@ def tokenise_labelled(
 def tokenise_chats(
     examples: Examples[Conversation], *, config: ChatConfig, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, Ragged]:
-    """Returns `input_ids` and `targets`: the next token if the assistant says it, otherwise `IGNORED`.
+    """Returns `input_ids`, `targets`, `full_length` and `scored_bytes` of conversations for a causal model.
 
-    Also returns `full_length` as in `tokenise_labelled`, and `scored_bytes`, one number per example.
+    `targets` has the next token at each position if the assistant wrote this token, otherwise `IGNORED`. `full_length`
+    is the number of tokens before truncation. `scored_bytes` is the number of UTF-8 bytes of the scored tokens.
 
     Raises:
         ConfigError: The tokenizer has no chat template, its template can't format these conversations, or it has no
@@ -88,7 +89,7 @@ def tokenise_chats(
         result: Columns = {"input_ids": [], "targets": [], "full_length": [], "scored_bytes": []}
         for text in columns["conversation"]:
             ids, scored = encode([Message(*message) for message in json.loads(text)])
-            # Position i predicts token i + 1, so targets are shifted here and the model must not shift them again.
+            # Position i predicts token i + 1. The targets are shifted here, so the loss must not shift them again.
             following = [token if is_scored else IGNORED for token, is_scored in zip(ids[1:], scored[1:], strict=True)]
             result["input_ids"].append(ids[:-1][:max_length])
             result["targets"].append(following[:max_length])
@@ -97,7 +98,7 @@ def tokenise_chats(
             result["scored_bytes"].append([len(str(tokenizer.decode(answer, skip_special_tokens=True)).encode())])
         return result
 
-    # `datasets` gets one JSON text per conversation, so that its column is a plain column of texts.
+    # JSON, because `datasets` would store a list of messages as a nested column.
     texts = [json.dumps(conversation.messages) for conversation in examples.items]
     form = "template" if with_template else "plain"
     key = cache_key(tokenizer, examples.fingerprint, form=form, separator=config.separator, max_length=max_length)
@@ -107,9 +108,9 @@ def tokenise_chats(
 def tokenise_sequences(
     examples: Examples[Conversation], *, config: ChatConfig, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, Ragged]:
-    """Returns the examples of an encoder-decoder: `input_ids` of all messages but the last, `targets` of the last one.
+    """Returns the columns of `tokenise_chats` for an encoder-decoder.
 
-    Also returns `full_length` and `scored_bytes` as in `tokenise_chats`.
+    `input_ids` are all messages except the last one, and `targets` are the last message.
     """
 
     def tokenise(columns: Columns) -> Columns:
@@ -132,8 +133,12 @@ def tokenise_sequences(
     return map_cached(columns, tokenise, key=key)
 
 
-def end_token(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Returns the token that ends a text; raises ConfigError if the tokenizer has no such token."""
+def get_end_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Returns the id of the end-of-text token.
+
+    Raises:
+        ConfigError: The tokenizer has no such token.
+    """
     end = tokenizer.eos_token_id
     if not isinstance(end, int):
         raise ConfigError(
@@ -142,8 +147,8 @@ def end_token(tokenizer: PreTrainedTokenizerBase) -> int:
     return end
 
 
-def plain_ids(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Returns the ids of texts without special tokens. `<|endoftext|>` inside a text becomes ordinary tokens."""
+def tokenise_plain(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Returns token ids without special tokens. Even `<|endoftext|>` inside a text becomes several ordinary tokens."""
     ids: list[list[int]] = tokenizer(
         list(texts),
         add_special_tokens=False,
@@ -156,8 +161,8 @@ def plain_ids(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[
 
 
 def cache_key(tokenizer: PreTrainedTokenizerBase, fingerprint: str, **settings: Any) -> str:
-    """Returns 32 hex digits that change with the examples, the tokenizer, the settings or `CACHE_FORMAT`."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
+    """Returns 32 hex digits that differ for other examples, tokenizers, settings or values of `CACHE_FORMAT`."""
+    backend = getattr(tokenizer, "backget_end_tokenizer", None)
     rules = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
     tokenizer_parts = [rules, str(tokenizer.chat_template), tokenizer.padding_side]
     parts = [CACHE_FORMAT, fingerprint, *tokenizer_parts, sorted(settings.items())]
@@ -165,12 +170,12 @@ def cache_key(tokenizer: PreTrainedTokenizerBase, fingerprint: str, **settings: 
 
 
 def map_cached(columns: Columns, tokenise: Callable[[Columns], Columns], *, key: str) -> dict[str, Ragged]:
-    """Returns the result of `tokenise` on these columns, from the cache of `datasets` if the key is in it."""
+    """Returns the result of `tokenise` on these columns. Takes it from the cache of `datasets` if possible."""
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "lorasweep"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         target: dict[str, Any] = {"cache_file_name": str(folder / f"{key}.arrow")}
-    except OSError:  # without a writable cache, examples are tokenised again in each run
+    except OSError:  # the cache is not writable, so each run tokenises the examples again
         target = {"keep_in_memory": True}
     with _without_progress_bars():
         texts = datasets.Dataset.from_dict(columns)
@@ -186,18 +191,19 @@ def _to_ragged(column: Any) -> Ragged:
 
 
 def _template_encoder(tokenizer: PreTrainedTokenizerBase) -> Encoder:
+    # A template has no markers of who wrote a token. So the conversation is formatted before and after each answer, and
+    # the tokens that an answer adds are scored.
     def encode(messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
         ids: list[int] = []
         scored: list[bool] = []
         for index, message in enumerate(messages):
             if message.role != "assistant":
                 continue
-            # The tokens that an answer adds to the conversation before it are scored.
             before = _apply_template(tokenizer, messages[:index], add_generation_prompt=True)
             after = _apply_template(tokenizer, messages[: index + 1], add_generation_prompt=False)
             if after[: len(before)] != before or before[: len(ids)] != ids:
                 raise ConfigError(
-                    "the model's chat template must not change earlier messages when an answer is added, but it does. "
+                    "the model's chat template must leave earlier messages as they are, but changes them. "
                     "Use `data.template=plain`."
                 )
             scored += [False] * (len(before) - len(ids)) + [True] * (len(after) - len(before))
@@ -219,20 +225,20 @@ def _apply_template(
         )
     except Exception as error:  # a jinja template can raise any class of error
         raise ConfigError(
-            f"the model's chat template must accept these conversations, but it fails: {error}. "
+            f"the model's chat template must accept these conversations, but failed: {error}. "
             "Use `data.template=plain`."
         ) from error
     return list(ids)
 
 
 def _plain_encoder(tokenizer: PreTrainedTokenizerBase, separator: str) -> Encoder:
-    end = end_token(tokenizer)
+    end = get_end_token(tokenizer)
     start = [tokenizer.bos_token_id] if isinstance(tokenizer.bos_token_id, int) else []
-    between = plain_ids([separator], tokenizer)[0]
+    between = tokenise_plain([separator], tokenizer)[0]
 
     def encode(messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
         ids, scored = list(start), [False] * len(start)
-        contents = plain_ids([message.content for message in messages], tokenizer)
+        contents = tokenise_plain([message.content for message in messages], tokenizer)
         for index, (message, tokens) in enumerate(zip(messages, contents, strict=True)):
             is_answer = message.role == "assistant"
             if index:
@@ -245,7 +251,7 @@ def _plain_encoder(tokenizer: PreTrainedTokenizerBase, separator: str) -> Encode
 
 
 def _truncate(ids: list[int], length: int) -> list[int]:
-    """Returns at most `length` tokens; the last one, which ends the text, stays."""
+    """Returns at most `length` tokens. The last token stays, because it ends the text."""
     return ids if len(ids) <= length else [*ids[: length - 1], ids[-1]]
 
 

@@ -1,1 +1,1 @@
-"""The base model. `load` reads it from this package, a folder or the hub; `tiny` is inside this package."""
+"""The base model. `load` reads it from a folder, the hub or this package, which contains the small model `tiny`."""

@@ -1,4 +1,4 @@
-"""`model.dropout`: one rate for every dropout of the base model."""
+"""`model.dropout`: sets the same rate for every dropout of the base model."""
 
 from __future__ import annotations
 
@@ -8,14 +8,13 @@ from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
 LAYER_DROP_NAMES = ("layerdrop", "layer_drop", "drop_path")
-"""Parts of the names of rates at which whole layers are skipped."""
+"""Rates whose names contain one of these skip whole layers."""
 
 
 def set_dropout_settings(settings: Any, rate: float) -> None:
-    """Sets every dropout rate in a model's settings (transformers' `PreTrainedConfig`), also in nested settings.
+    """Sets every dropout rate in a model's configuration (transformers' `PreTrainedConfig`), also in nested ones.
 
-    Functions inside a model, such as attention, read their rate there. Rates at which whole layers are skipped are set
-    only if the rate is 0.
+    Functions inside a model, such as attention, read their rate there. Rates that skip whole layers are set only to 0.
     """
     for name, value in list(vars(settings).items()):
         is_rate = value is None or (isinstance(value, int | float) and not isinstance(value, bool))
@@ -27,11 +26,12 @@ def set_dropout_settings(settings: Any, rate: float) -> None:
 
 
 def set_dropout_modules(model: nn.Module, rate: float) -> int:
-    """Sets the rate of every dropout module, of torch's attention and of recurrent layers, and returns their number."""
+    """Sets the rate of all dropout modules, torch attention modules and recurrent layers. Returns their number."""
     dropouts = [module for module in model.modules() if isinstance(module, _DropoutNd)]
     for module in dropouts:
         module.p = rate
-    others = [module for module in model.modules() if isinstance(module, nn.MultiheadAttention | nn.RNNBase)]
-    for other in others:
-        setattr(other, "dropout", rate)  # noqa: B010 (typed as a module's attribute)
-    return len(dropouts) + len(others)
+    # These modules have no dropout module inside. They pass their attribute `dropout` to a function.
+    with_attribute = [module for module in model.modules() if isinstance(module, nn.MultiheadAttention | nn.RNNBase)]
+    for attention_or_rnn in with_attribute:
+        setattr(attention_or_rnn, "dropout", rate)  # noqa: B010 (mypy takes a plain assignment for a submodule)
+    return len(dropouts) + len(with_attribute)

@@ -1,4 +1,4 @@
-"""Builds a user's model with `model.factory`, and gives it the interface of a model of transformers."""
+"""Builds the user's model with `model.factory`. Its output gets `logits`, as in transformers."""
 
 from __future__ import annotations
 
@@ -20,47 +20,47 @@ from lorasweep.models.dropout import set_dropout_modules, set_dropout_settings
 def build_custom_model(
     config: ModelConfig, *, dtype: torch.dtype, offered: Mapping[str, Any]
 ) -> tuple[nn.Module, PreTrainedTokenizerBase | None, tuple[str, ...]]:
-    """Returns the model in `dtype`, its tokenizer if the function returns one, and the names of new modules.
+    """Returns the model in `dtype`, its tokenizer or None, and the names of its new modules (not pre-trained).
 
-    The function may return the model, (model, tokenizer) or (model, tokenizer, names of modules that are not
-    pre-trained). It draws the same numbers from torch's generator each time. If the model returns a tensor, or a tuple
-    that begins with a tensor, a hook replaces it with an object that has `logits`, as in transformers.
+    The user's function may return the model, (model, tokenizer), or (model, tokenizer, names of new modules). It runs
+    with a fixed torch seed. If the model returns a tensor, or a tuple that begins with a tensor, a hook replaces this
+    output with an object that has `logits`.
 
     Args:
-        config: Names the function.
+        config: Settings of the model; `factory` names the function.
         dtype: Type of the parameters.
-        offered: Values that the function may take as arguments of these names.
+        offered: Values that are passed to the function if it has parameters of these names.
 
     Raises:
-        ConfigError: The function does not exist, fails, or returns something else.
+        ConfigError: The function does not exist, fails, or returns other types.
     """
     assert config.factory is not None
     with fixed_seed():
         result = call_user_function(config.factory, key="model.factory", offered={"dtype": dtype, **offered})
-    model, tokenizer, head = _unpack(result, config.factory)
+    model, tokenizer, new_names = _unpack(result, config.factory)
     _set_dropout(model, config)
     _cast(model, dtype)
     model.register_forward_hook(_with_logits)
-    return model, tokenizer, head
+    return model, tokenizer, new_names
 
 
 def _unpack(result: Any, name: str) -> tuple[nn.Module, PreTrainedTokenizerBase | None, tuple[str, ...]]:
     parts = result if isinstance(result, tuple) else (result,)
-    model, tokenizer, head = (*parts, None, ())[:3] if len(parts) < 3 else parts[:3]
-    is_known = len(parts) <= 3 and isinstance(model, nn.Module)
-    if not is_known or not (tokenizer is None or isinstance(tokenizer, PreTrainedTokenizerBase)):
+    model, tokenizer, new_names = (*parts, None, ())[:3] if len(parts) < 3 else parts[:3]
+    has_model = len(parts) <= 3 and isinstance(model, nn.Module)
+    if not has_model or not (tokenizer is None or isinstance(tokenizer, PreTrainedTokenizerBase)):
         got = ", ".join(type(part).__name__ for part in parts)
         raise ConfigError(
             "`model.factory` must return an nn.Module, (model, tokenizer) or (model, tokenizer, names of new modules) "
-            f"with a tokenizer of transformers, but {name!r} returns {got}. Change what it returns."
+            f"with a tokenizer of transformers, but {name!r} returns {got}."
         )
     module_names = {module_name for module_name, _ in model.named_modules() if module_name}
-    if unknown := [module_name for module_name in head if module_name not in module_names]:
+    if unknown := [module_name for module_name in new_names if module_name not in module_names]:
         raise ConfigError(
             f"`model.factory` must return names of modules of its model, but {name!r} returns {unknown[0]!r}. "
-            "Name them as `model.named_modules()` does."
+            "Use names from `model.named_modules()`."
         )
-    return model, tokenizer, tuple(head)
+    return model, tokenizer, tuple(new_names)
 
 
 def _set_dropout(model: nn.Module, config: ModelConfig) -> None:
@@ -78,7 +78,8 @@ def _cast(model: nn.Module, dtype: torch.dtype) -> None:
     if not isinstance(model, PreTrainedModel):
         model.to(dtype)
         return
-    for parameter in model.parameters():  # not the buffers of transformers' models: rotary frequencies stay in fp32
+    # `model.to` would also convert buffers, but transformers needs its rotary frequencies in fp32.
+    for parameter in model.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
 

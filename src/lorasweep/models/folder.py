@@ -12,19 +12,19 @@ from huggingface_hub.errors import HTTPError as HubError  # type: ignore[attr-de
 from lorasweep.config.model import ModelConfig
 from lorasweep.errors import ConfigError, first_line
 
-EMBEDDED = "embedded:"
+EMBEDDED_PREFIX = "embedded:"
 HUB_TIMEOUT_S = 10.0
-"""Seconds to wait for the hub before its cache is used. Without a network the client's default is far longer."""
-SETTINGS_AND_TOKENIZER = ["*.json", "*.txt", "*.model", "*.jinja"]
-"""Name patterns of the files of a hub model that are always downloaded."""
+"""Seconds to wait for the hub's answer before its cache is used. The client's default is far longer."""
+ALWAYS_DOWNLOADED = ["*.json", "*.txt", "*.model", "*.jinja"]
+"""Patterns for the names of files that are always downloaded: configuration and tokenizer, not weights."""
 
 
 def find_model_folder(config: ModelConfig) -> tuple[Path, str | None]:
-    """Returns the folder of `model.path`, downloaded if necessary, and the name of the GGUF file to load or None.
+    """Returns the folder of `model.path`, and the name of the GGUF file in it or None. Downloads missing files.
 
     Raises:
-        ConfigError: The model can't be found or downloaded, is an adapter, or has its weights only in a pickle file
-            without `model.allow_pickle`.
+        ConfigError: The model can't be found or downloaded, is only an adapter, or has its weights in a pickle file
+            and `model.allow_pickle` is false.
     """
     path = find_local_path(config) or _download(config)
     if path.is_file():
@@ -41,12 +41,12 @@ def find_local_path(config: ModelConfig) -> Path | None:
         ConfigError: The folder or embedded model does not exist, or `model.revision` is set for a local path.
     """
     path = config.path or ""
-    if path.startswith(EMBEDDED):
+    if path.startswith(EMBEDDED_PREFIX):
         package = Path(str(importlib.resources.files("lorasweep.models")))
         names = sorted(file.parent.name for file in package.glob("*/config.json"))
-        if path.removeprefix(EMBEDDED) not in names:
+        if path.removeprefix(EMBEDDED_PREFIX) not in names:
             raise ConfigError(f"`model.path` must name an embedded model ({', '.join(names)}), but got {path!r}.")
-        return package / path.removeprefix(EMBEDDED)
+        return package / path.removeprefix(EMBEDDED_PREFIX)
     local = Path(path).expanduser()
     if local.is_dir() or (local.is_file() and local.suffix == ".gguf"):
         if config.revision is not None:
@@ -61,9 +61,9 @@ def find_local_path(config: ModelConfig) -> Path | None:
 
 
 def _download(config: ModelConfig) -> Path:
-    """Returns the folder of a hub id in the cache, after downloading the files that are missing there."""
+    """Returns the folder of a hub id in the hub's cache. Downloads the files that the cache does not have."""
     assert config.path is not None
-    wanted = list(SETTINGS_AND_TOKENIZER)
+    wanted = list(ALWAYS_DOWNLOADED)
     if config.factory is None:
         wanted += [config.gguf_file] if config.gguf_file else ["*.safetensors"]
         wanted += ["pytorch_model*.bin*"] if config.allow_pickle else []
@@ -90,13 +90,13 @@ def _download(config: ModelConfig) -> Path:
 
 
 def _check_weights(folder: Path, config: ModelConfig) -> None:
-    if (folder / "adapter_config.json").exists():  # transformers would load its base, with the adapter
+    if (folder / "adapter_config.json").exists():  # transformers would load its base model, too
         raise ConfigError(
             f"`model.path` must be a whole model, but {config.path!r} is an adapter. Use its base model, or merge "
             "the adapter first (`lorasweep export`)."
         )
     if config.gguf_file is None and not config.allow_pickle and not any(folder.glob("*.safetensors")):
         raise ConfigError(
-            f"`model.path` must have weights in safetensors, but {config.path!r} has none. `model.allow_pickle=true` "
-            "reads a pickle file instead. It can run hidden code, so use it only if you trust its author."
+            f"`model.path` must have weights in safetensors, but {config.path!r} has none. "
+            "`model.allow_pickle=true` reads a pickle file. It can run hidden code, so do this only if you trust its author."
         )

@@ -1,4 +1,4 @@
-"""Loads the base model, frozen, with its tokenizer."""
+"""Loads the frozen base model and its tokenizer."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Labels:
 
     kind: Literal["single_label", "multi_label", "regression"]
     names: tuple[str, ...]
-    """The name of each output; under regression the name of the number, or empty."""
+    """Names of the classes in the order of the model's outputs. For regression: empty, or the name of the number."""
 
     @property
     def num_outputs(self) -> int:
@@ -56,24 +56,24 @@ class Labels:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class BaseModel:
-    """A pre-trained model whose weights never change. Runs train copies that share them."""
+    """A pre-trained model whose weights never change. Each run trains a copy that shares these weights."""
 
     model: nn.Module
-    """In evaluation mode, no parameter trains, no key-value cache. `model(input_ids=...)` has `logits`."""
+    """In evaluation mode, with frozen parameters and without key-value cache. `model(input_ids=...)` has `logits`."""
     tokenizer: PreTrainedTokenizerBase | None
     """None only if `model.factory` returns no tokenizer and `model.path` is null."""
     path: str
     """The value of `model.path`, or of `model.factory`."""
     fingerprint: str
-    """Fingerprint of the weights as loaded, so it differs between dtypes. New modules do not count."""
+    """Result of `fingerprint_weights` without new modules. The same model has another fingerprint in another dtype."""
     num_parameters: int
     """Number of parameters; tied parameters count once."""
     kind: ModelKind = "causal_lm"
     new_head_names: tuple[str, ...] = ()
-    """Names of the modules that were not in the checkpoint. Each run draws them with its seed, and trains them."""
+    """Names of modules that the checkpoint does not have. Each run draws their weights with its seed."""
     labels: Labels | None = None
     files: WeightFiles | None = None
-    """Files of the weights of a model on the meta device; None for a model in memory."""
+    """Files with the weights if the model is on the meta device; None if the weights are in memory."""
 
     def describe(self) -> dict[str, Any]:
         """Returns the model's entry in a run record."""
@@ -90,20 +90,18 @@ class BaseModel:
 def load_base(
     config: ModelConfig, *, dtype: torch.dtype, labels: Labels | None = None, on_meta: bool = False
 ) -> BaseModel:
-    """Loads the base model straight into `dtype`, on the CPU.
-
-    Buffers that transformers keeps in fp32 (rotary frequencies) stay in fp32.
+    """Loads the base model in `dtype` on the CPU. Buffers that transformers keeps in fp32 stay in fp32.
 
     Args:
         config: Settings of the model.
         dtype: Type of the parameters.
-        labels: Labels of a classifier; None keeps those of its checkpoint.
-        on_meta: Whether to leave the weights in their files (`BaseModel.files`). Only possible for safetensors whose
-            names and shapes are those of the model; otherwise the weights are loaded.
+        labels: Labels of a classifier; None keeps the labels of its checkpoint.
+        on_meta: Whether to leave the weights in their files (`BaseModel.files`). The weights are loaded nevertheless
+            unless the files are safetensors with the same names and shapes as the model's parameters.
 
     Raises:
-        ConfigError: The model is missing, damaged, incomplete or not of `model.kind`; reading it needs a permission
-            (`model.allow_pickle`, `model.trust_remote_code`); or labels are given for a model that is not a classifier.
+        ConfigError: The model is missing, damaged, incomplete or not of `model.kind`. Or its files need
+            `model.allow_pickle` or `model.trust_remote_code`. Or labels are given, but the model is not a classifier.
     """
     if labels is not None and config.kind != "classifier":
         raise ConfigError(
@@ -111,11 +109,11 @@ def load_base(
         )
     files = None
     if config.factory is not None:
-        model, tokenizer, head = build_custom_model(config, dtype=dtype, offered={"labels": labels})
+        model, tokenizer, head_names = build_custom_model(config, dtype=dtype, offered={"labels": labels})
         if tokenizer is None and config.path is not None:
             tokenizer = _load_tokenizer(config)
     else:
-        model, tokenizer, head, files = _load(config, dtype=dtype, labels=labels, on_meta=on_meta)
+        model, tokenizer, head_names, files = _load(config, dtype=dtype, labels=labels, on_meta=on_meta)
         if config.dropout is not None:
             set_dropout_modules(model, config.dropout)
     _set_padding(model, tokenizer)
@@ -126,24 +124,24 @@ def load_base(
         model=model,
         tokenizer=tokenizer,
         path=config.factory or str(config.path),
-        fingerprint=fingerprint_weights(model, exclude=head, files=files),
+        fingerprint=fingerprint_weights(model, exclude=head_names, files=files),
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
         kind=config.kind,
-        new_head_names=head,
+        new_head_names=head_names,
         labels=labels,
         files=files,
     )
 
 
 def fingerprint_weights(model: nn.Module, *, exclude: Collection[str] = (), files: WeightFiles | None = None) -> str:
-    """Returns the first 16 hex digits of a SHA-256 over the sorted names and raw bytes of all parameters.
+    """Returns the first 16 hex digits of a SHA-256 over the names and bytes of all parameters, sorted by name.
 
-    Tied weights count once, under their first name.
+    Tied parameters count once, under their first name.
 
     Args:
         model: Any module.
-        exclude: Names of modules whose parameters do not count.
-        files: Files of the parameters that are on the meta device.
+        exclude: Names of modules whose parameters are skipped.
+        files: Files to read parameters from that are on the meta device.
     """
     digest = hashlib.sha256()
     excluded = tuple(f"{name}." for name in exclude)
@@ -162,9 +160,9 @@ def fingerprint_weights(model: nn.Module, *, exclude: Collection[str] = (), file
 def _load(
     config: ModelConfig, *, dtype: torch.dtype, labels: Labels | None, on_meta: bool
 ) -> tuple[nn.Module, PreTrainedTokenizerBase | None, tuple[str, ...], WeightFiles | None]:
-    """Returns the model, its tokenizer, the names of its new modules, and its files if the weights stay in them."""
+    """Returns the model, its tokenizer, the names of its new modules, and the files if the weights were not loaded."""
     folder, gguf_file = find_model_folder(config)
-    kind, is_classifier = MODEL_CLASSES[config.kind], config.kind == "classifier"
+    model_class, is_classifier = MODEL_CLASSES[config.kind], config.kind == "classifier"
     shared: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
     if gguf_file is not None:
         shared["gguf_file"] = gguf_file
@@ -173,30 +171,30 @@ def _load(
         with quiet_transformers():
             settings = AutoConfig.from_pretrained(str(folder), **shared)
             tokenizer = AutoTokenizer.from_pretrained(str(folder), **shared)
-        _change_settings(settings, config, labels)
+        _set_model_settings(settings, config, labels)
         if on_meta and gguf_file is None and not config.trust_remote_code and has_weight_files(folder):
-            built = build_on_meta(kind, settings, folder, dtype=dtype, may_lack_head=is_classifier, **attention)
+            built = build_on_meta(model_class, settings, folder, dtype=dtype, may_lack_head=is_classifier, **attention)
             if built is not None:
-                model, head, files = built
-                return model, tokenizer, head, files
-        given = {"config": settings, **attention, **shared}
-        if gguf_file is not None and hasattr(transformers, "GgufConfig"):  # without it, all weights are dequantised
-            given["quantization_config"] = transformers.GgufConfig(dequantize=True)
+                model, head_names, files = built
+                return model, tokenizer, head_names, files
+        arguments = {"config": settings, **attention, **shared}
+        if gguf_file is not None and hasattr(transformers, "GgufConfig"):  # older versions always dequantise
+            arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
         if gguf_file is not None or config.allow_pickle:
-            given["use_safetensors"] = None if gguf_file is None else False  # None: safetensors if there are any
+            arguments["use_safetensors"] = None if gguf_file is None else False  # None prefers safetensors, else pickle
         if is_classifier:
-            model, head = load_with_new_head(kind, str(folder), dtype=dtype, **given)
+            model, head_names = load_with_new_head(model_class, str(folder), dtype=dtype, **arguments)
         else:
-            model, head = load_pretrained(kind, str(folder), dtype=dtype, **given), ()
+            model, head_names = load_pretrained(model_class, str(folder), dtype=dtype, **arguments), ()
     except LOADING_ERRORS as error:
-        raise _explain(error, config) from error
+        raise _to_config_error(error, config) from error
     if gguf_file is not None:
-        setattr(model, "hf_quantizer", None)  # noqa: B010 (otherwise transformers refuses to save it)
-    return model, tokenizer, head, None
+        setattr(model, "hf_quantizer", None)  # noqa: B010 (mypy); with a quantizer, transformers refuses to save the model
+    return model, tokenizer, head_names, None
 
 
 def _load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
-    """Returns the tokenizer of `model.path` for a model of `model.factory`."""
+    """Loads the tokenizer of `model.path`, for a model that `model.factory` builds without tokenizer."""
     folder, _ = find_model_folder(config)
     try:
         with quiet_transformers():
@@ -204,11 +202,11 @@ def _load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
                 str(folder), trust_remote_code=config.trust_remote_code
             )
     except LOADING_ERRORS as error:
-        raise _explain(error, config) from error
+        raise _to_config_error(error, config) from error
     return tokenizer
 
 
-def _change_settings(settings: Any, config: ModelConfig, labels: Labels | None) -> None:
+def _set_model_settings(settings: Any, config: ModelConfig, labels: Labels | None) -> None:
     if config.dropout is not None:
         set_dropout_settings(settings, config.dropout)
     if labels is not None:
@@ -219,20 +217,20 @@ def _change_settings(settings: Any, config: ModelConfig, labels: Labels | None) 
         settings.problem_type = "regression" if labels.kind == "regression" else f"{labels.kind}_classification"
 
 
-def _explain(error: Exception, config: ModelConfig) -> ConfigError:
-    """Returns the error of transformers as one sentence, with the setting that helps."""
+def _to_config_error(error: Exception, config: ModelConfig) -> ConfigError:
+    """Returns an error of transformers as a short message that names the setting to change."""
     if "trust_remote_code" in str(error):
         return ConfigError(
-            f"`model.trust_remote_code` must be true for {config.path!r}, which comes with Python code, but is false. "
-            "That code can do everything that you can do on this machine. Read it first, or use another model."
+            f"`model.trust_remote_code` must be true for {config.path!r}, which has its own Python code, but is false. "
+            "This code can do everything that you can do on this machine. Read it before you allow it."
         )
     if config.attention != "auto" and ("attn_implementation" in str(error) or "FlashAttention" in str(error)):
         return ConfigError(
             f"`model.attention` must be available for this model and machine, but got {config.attention!r} "
             f"({first_line(error)}). Use `model.attention=auto`."
         )
-    # The message of an UnpicklingError advises to read the file without restrictions, which is dangerous.
-    reason = "it has other things than tensors" if isinstance(error, UnpicklingError) else first_line(error)
+    # The message of an UnpicklingError is not shown, because it advises to read the file without restrictions.
+    reason = "it contains objects that are not tensors" if isinstance(error, UnpicklingError) else first_line(error)
     return ConfigError(
         f"`model.path` must be a {KIND_NAMES[config.kind]} with its tokenizer, but {config.path!r} can't be loaded: "
         f"{reason}. Download the model again, or use another model."
@@ -240,13 +238,13 @@ def _explain(error: Exception, config: ModelConfig) -> ConfigError:
 
 
 def _set_padding(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None) -> None:
-    """Sets the end-of-text token as padding if there is no padding token. Padded positions are masked anyway."""
+    """Sets the end-of-text token as padding if the tokenizer has no padding token. Padded positions are masked."""
     if tokenizer is None:
         return
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
         tokenizer.pad_token = tokenizer.eos_token
     settings: Any = getattr(model, "config", None)
     if hasattr(settings, "get_text_config"):
-        settings = settings.get_text_config()  # for a model that also reads images
+        settings = settings.get_text_config()  # a model that also reads images has its text settings inside
     if settings is not None and getattr(settings, "pad_token_id", None) is None:
         settings.pad_token_id = tokenizer.pad_token_id

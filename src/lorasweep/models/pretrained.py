@@ -1,6 +1,6 @@
-"""Calls transformers' `from_pretrained` without its output, and checks that all weights are there.
+"""Loads models with transformers' `from_pretrained`, quietly, and checks that no weight is missing.
 
-Pickles and foreign code are refused, unless the caller allows them.
+Pickle files and code from the hub are refused unless the caller allows them.
 """
 
 from __future__ import annotations
@@ -20,55 +20,55 @@ from transformers.utils import logging as transformers_logging
 from lorasweep.fixed_seed import fixed_seed
 
 LOADING_ERRORS = (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError, UnpicklingError, EOFError)
-"""Errors of transformers for a model or tokenizer that is missing, damaged or of an unknown kind."""
+"""Errors that transformers raises if a model or tokenizer is missing, damaged or of an unknown kind."""
 
 
-class IncompleteError(ValueError):
-    """Weights are missing or have another shape than their model's configuration says."""
+class MissingWeightsError(ValueError):
+    """Some weights of a model are missing, or have another shape than its configuration says."""
 
 
-def load_pretrained(kind: Any, source: str, *, dtype: torch.dtype, **settings: Any) -> PreTrainedModel:
-    """Loads a model straight into `dtype` and checks that all of its weights are there.
+def load_pretrained(model_class: Any, source: str, *, dtype: torch.dtype, **settings: Any) -> PreTrainedModel:
+    """Loads a model in `dtype` and checks that the checkpoint has all its weights.
 
     Args:
-        kind: A model class of transformers, or one of its `AutoModel...` classes.
+        model_class: A model class of transformers, or one of its `AutoModel...` classes.
         source: Folder or hub id.
         dtype: Type of the parameters; some buffers (rotary frequencies) stay fp32.
         settings: Passed on to `from_pretrained`.
 
     Raises:
-        IncompleteError: Weights are missing or have the wrong shape. transformers would draw them at random.
+        MissingWeightsError: Weights are missing or have the wrong shape. transformers alone would only warn.
         Exception: One of `LOADING_ERRORS`.
     """
-    model, missing = _load(kind, source, dtype=dtype, **settings)
-    _refuse(missing)
+    model, missing = _load(model_class, source, dtype=dtype, **settings)
+    _require_no_missing(missing)
     return model
 
 
 def load_with_new_head(
-    kind: Any, source: str, *, dtype: torch.dtype, **settings: Any
+    model_class: Any, source: str, *, dtype: torch.dtype, **settings: Any
 ) -> tuple[PreTrainedModel, tuple[str, ...]]:
-    """Loads a model whose checkpoint may lack a head, or have one for other labels.
+    """Loads a model whose checkpoint may have no head, or a head for other labels.
 
-    The head is every module outside the pre-trained network (`classifier`, `score`), and the pooler before it. A new
-    head is drawn as its architecture defines, always from the same seed; each run draws it again.
+    The head is every module outside the pre-trained network (`classifier`, `score`), and the pooler inside. A new head
+    is initialised as its architecture defines, with a fixed seed. Later, each run draws the head again.
 
     Returns:
-        The model, and the names of the outermost modules that are new.
+        The model, and the names of its new modules: of two nested modules only the outer one.
 
     Raises:
-        IncompleteError: Other weights are missing or have the wrong shape.
+        MissingWeightsError: Other weights are missing or have the wrong shape.
         Exception: One of `LOADING_ERRORS`.
     """
     with fixed_seed():
-        model, missing = _load(kind, source, dtype=dtype, **settings)
+        model, missing = _load(model_class, source, dtype=dtype, **settings)
     network = f"{model.base_model_prefix}."
-    _refuse([name for name in missing if name.startswith(network) and "pooler" not in name.split(".")])
+    _require_no_missing([name for name in missing if name.startswith(network) and "pooler" not in name.split(".")])
     return model, outermost_modules(model, missing)
 
 
 def outermost_modules(model: nn.Module, parameters: Collection[str]) -> tuple[str, ...]:
-    """Returns the names of the largest modules all of whose parameters are in this collection of names."""
+    """Returns the names of the modules whose parameters are all given: of two nested modules only the outer one."""
     names = set(parameters)
 
     def is_covered(module: str) -> bool:
@@ -86,7 +86,7 @@ def outermost_modules(model: nn.Module, parameters: Collection[str]) -> tuple[st
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Turns off transformers' progress bars and log messages; problems become errors here."""
+    """Turns off transformers' progress bars and log messages. Our errors tell of problems instead."""
     verbosity, had_bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity(logging.ERROR + 1)
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
@@ -98,22 +98,22 @@ def quiet_transformers() -> Iterator[None]:
             transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
-def _load(kind: Any, source: str, *, dtype: torch.dtype, **settings: Any) -> tuple[PreTrainedModel, list[str]]:
-    """Returns a model and the names of its weights that the checkpoint lacks or has in another shape."""
+def _load(model_class: Any, source: str, *, dtype: torch.dtype, **settings: Any) -> tuple[PreTrainedModel, list[str]]:
+    """Returns a model, and the names of weights that the checkpoint does not have or has in another shape."""
     with quiet_transformers():
         model: PreTrainedModel
-        model, info = kind.from_pretrained(
+        model, info = model_class.from_pretrained(
             source,
             dtype=dtype,
-            ignore_mismatched_sizes=True,  # they are in `info`, with their names
+            ignore_mismatched_sizes=True,  # no error, because `info` names them
             output_loading_info=True,
             **({"use_safetensors": True, "trust_remote_code": False} | settings),
         )
     return model, sorted(info["missing_keys"]) + sorted(name for name, *_ in info["mismatched_keys"])
 
 
-def _refuse(missing: Collection[str]) -> None:
+def _require_no_missing(missing: Collection[str]) -> None:
     if missing:
-        raise IncompleteError(
+        raise MissingWeightsError(
             f"{len(missing)} of its weights are missing or have another shape, such as {next(iter(missing))!r}"
         )

@@ -1,6 +1,6 @@
-"""Builds a base model on the meta device; its weights are read from safetensors one by one.
+"""Builds a base model without weights, and reads single weights from its safetensors files.
 
-For processes that shard a model: each process reads only the tensors that it needs, so no process ever holds all.
+Used if several processes shard a model: each process reads only its tensors, so no process holds the whole model.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def has_weight_files(folder: Path) -> bool:
 
 
 class WeightFiles:
-    """The tensors of a folder in safetensors, by name."""
+    """Reads single tensors from the safetensors files of a folder."""
 
     def __init__(self, folder: Path) -> None:
         index = folder / INDEX_FILE
@@ -37,7 +37,7 @@ class WeightFiles:
                 names = dict.fromkeys(file.keys(), WEIGHTS_FILE)
         self._files = {name: folder / file for name, file in names.items()}
 
-    def shape(self, name: str) -> tuple[int, ...] | None:
+    def get_shape(self, name: str) -> tuple[int, ...] | None:
         """Returns the shape of a tensor, or None if no file has it."""
         if name not in self._files:
             return None
@@ -52,31 +52,32 @@ class WeightFiles:
 
 
 def build_on_meta(
-    kind: Any, settings: Any, folder: Path, *, dtype: torch.dtype, may_lack_head: bool, **given: Any
+    model_class: Any, settings: Any, folder: Path, *, dtype: torch.dtype, may_lack_head: bool, **given: Any
 ) -> tuple[PreTrainedModel, tuple[str, ...], WeightFiles] | None:
-    """Returns a model without weights but with buffers, the names of its new modules, and the files of its weights.
+    """Returns a model whose parameters are on the meta device, the names of its new modules, and its weight files.
 
-    Returns None if the files have other names or shapes than the model, because only transformers can convert them.
+    Buffers have their values. Returns None if the files have other names or shapes than the model's parameters, because
+    only transformers can convert such files.
 
     Args:
-        kind: One of transformers' `AutoModel...` classes.
+        model_class: One of transformers' `AutoModel...` classes.
         settings: The model's configuration.
         folder: The folder of its files.
         dtype: Type of its parameters.
-        may_lack_head: Whether the files may lack weights outside the pre-trained network.
+        may_lack_head: Whether weights outside the pre-trained network may be missing in the files.
         given: Passed on to `from_config`.
     """
     if getattr(settings, "quantization_config", None) is not None:
         return None
     files = WeightFiles(folder)
     with quiet_transformers(), _parameters_on_meta():
-        model: PreTrainedModel = kind.from_config(settings, dtype=dtype, **given)
-    missing = [name for name, p in model.named_parameters() if files.shape(name) != tuple(p.shape)]
+        model: PreTrainedModel = model_class.from_config(settings, dtype=dtype, **given)
+    missing = [name for name, p in model.named_parameters() if files.get_shape(name) != tuple(p.shape)]
     network = f"{model.base_model_prefix}."
     if any(not may_lack_head or name.startswith(network) for name in missing):
         return None
-    if any(files.shape(name) for name, buffer in model.named_buffers()):
-        return None  # some buffers, such as running means, are stored in the files and not computed
+    if any(files.get_shape(name) for name, buffer in model.named_buffers()):
+        return None  # the files store a buffer, such as a running mean, that this model would not have
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(str(folder))
     return model, outermost_modules(model, missing), files
@@ -84,9 +85,9 @@ def build_on_meta(
 
 @contextmanager
 def _parameters_on_meta() -> Iterator[None]:
-    """Moves every parameter that is created inside to the meta device; buffers keep their values.
+    """Puts every parameter that is created inside this context on the meta device.
 
-    `torch.device("meta")` would also move buffers, and no file has the rotary frequencies.
+    `torch.device("meta")` would also do this with buffers, but no file has the values of rotary frequencies.
     """
     register = nn.Module.register_parameter
 

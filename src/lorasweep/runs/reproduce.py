@@ -15,7 +15,7 @@ import torch
 from lorasweep.config.build import convert
 from lorasweep.config.run import RunConfig
 from lorasweep.errors import ConfigError, Diverged, RecordError
-from lorasweep.models.attention import CANDIDATES, AttentionChoice
+from lorasweep.models.attention import IMPLEMENTATIONS, AttentionChoice
 from lorasweep.record import RunRecord, read_run
 from lorasweep.redaction import HIDDEN
 from lorasweep.runs.comparison import Comparison, compare_values, list_suspects, read_values
@@ -218,7 +218,7 @@ def _recorded_threads(recorded: Any) -> Iterator[None]:
 def _build_inputs(config: RunConfig, record: RunRecord) -> RunInputs:
     """Returns base model and data, with the recorded implementation of attention."""
     name = (record.batching.get("attention") or {}).get("name")
-    if config.model.attention != "auto" or name not in CANDIDATES:
+    if config.model.attention != "auto" or name not in IMPLEMENTATIONS:
         return build_inputs(config)
     inputs = build_inputs(replace(config, model=replace(config.model, attention=name)))
     return replace(inputs, attention=AttentionChoice(name, "as in the repeated run"))

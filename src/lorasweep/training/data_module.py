@@ -7,9 +7,9 @@ from torch.utils.data import DataLoader
 
 from lorasweep.config.run import RunConfig
 from lorasweep.data.batching import (
-    WHOLE_BATCH,
+    SINGLE_PROCESS,
     MicroBatch,
-    Share,
+    ProcessShare,
     StepBatchSampler,
     build_evaluation_loader,
     build_loader,
@@ -54,9 +54,11 @@ class DataModule(lightning.LightningDataModule):
         self.accumulate = accumulate or get_accumulate(self.config)
 
     @property
-    def share(self) -> Share:
-        """The part of each batch that this process gets."""
-        return WHOLE_BATCH if self.trainer is None else Share(self.trainer.global_rank, self.trainer.world_size)
+    def share(self) -> ProcessShare:
+        """Selects the examples of this process."""
+        if self.trainer is None:
+            return SINGLE_PROCESS
+        return ProcessShare(self.trainer.global_rank, self.trainer.world_size)
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Returns the micro-batches from the Trainer's step to the end of the run."""

@@ -119,7 +119,7 @@ def read_weight(parameter: nn.Parameter, name: str, files: WeightFiles | None) -
     """Returns a parameter of a prepared model with the values in the files, whole and on the CPU."""
     assert files is not None
     stored = name
-    if files.shape(stored) is None:  # an adapted layer holds the base's module as `base` or `trained`
+    if files.get_shape(stored) is None:  # an adapted layer holds the base's module as `base` or `trained`
         stored = ".".join(part for part in name.split(".") if part not in ("base", "trained"))
     return nn.Parameter(files.read(stored).to(parameter.dtype), requires_grad=parameter.requires_grad)
 

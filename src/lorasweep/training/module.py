@@ -216,7 +216,7 @@ class TrainingModule(lightning.LightningModule):
     def on_test_epoch_start(self) -> None:
         # the metric bits per byte needs the bytes of the test text, not of the validation text
         if (data := self._data_module()) is not None:
-            self.evaluation.task = data.splits.task_of(data.splits.test())
+            self.evaluation.task = data.splits.get_task(data.splits.test())
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         self.validation_step(batch, batch_idx)

@@ -52,7 +52,7 @@ def score_run(folder: Path, *, inputs: RunInputs) -> RunRecord:
         return record
     config = restore_config(record)
     split = inputs.splits.test()
-    task = inputs.splits.task_of(split)
+    task = inputs.splits.get_task(split)
     model = restore_model(config, inputs.whole_base(config), folder=folder / "best")
     with convert_memory_errors(), inputs.telemetry.phase("evaluating"):
         values, examples = evaluate_model(model, split, task=task, config=config, inputs=inputs)
@@ -74,7 +74,7 @@ def score_run(folder: Path, *, inputs: RunInputs) -> RunRecord:
 def evaluate_model(model: nn.Module, split: Split, *, task: Task, config: RunConfig, inputs: RunInputs) -> Scores:
     """Evaluates a prepared model on every example of a split, in the precision and batch size of its run.
 
-    `task` must be the task of the split (`DataSplits.task_of`). Afterwards the model is on the CPU and in evaluation
+    `task` must be the task of the split (`DataSplits.get_task`). Afterwards the model is on the CPU and in evaluation
     mode. Draws no random numbers.
     """
     device = get_device(config.trainer)

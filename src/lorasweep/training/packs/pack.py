@@ -202,7 +202,7 @@ class PackTrainer:
         # shared draws are detected in the first step only
         stream_before = read_shared_stream(self.device) if self.has_shared_draws is None else None
         # All slots have the same number of micro-batches, of the same sizes.
-        for micros in zip(*(run.sampler.step(run.step) for run in self.runs), strict=True):
+        for micros in zip(*(run.sampler.get_step(run.step) for run in self.runs), strict=True):
             batch = build_pack_batch(self.inputs.splits.train, micros, model=self.model)
             losses = compute_slot_losses(self.task, self.model, move_batch(batch, self.device), slots=len(micros))
             # Each slot divides by the weight of its step, as a solo run does. No parameter belongs to two slots, so the
@@ -251,7 +251,7 @@ class PackTrainer:
             batch = repeat_batch(move_batch(split.batch(micro.indices), self.device), slots=slots)
             scores = self.task.score(self.model, batch)
             for slot, evaluation in enumerate(evaluations):
-                evaluation.update(scores.of_slot(slot, slots=slots))
+                evaluation.update(scores.select_slot(slot, slots=slots))
         computed = [evaluation.compute() for evaluation in evaluations]
         return [{name: float(value) for name, value in metrics.items()} for metrics in computed]
 
