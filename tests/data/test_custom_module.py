@@ -190,7 +190,7 @@ def test_wrong_module_is_one_sentence(name, message):
 def test_wrong_labels_name_the_row():
     with pytest.raises(ConfigError, match=r"`data.labels` .* example . of the train split .* 1"):
         load(labels=("only",))
-    with pytest.raises(ConfigError, match=r"2 numbers.* example 0 of the train split has 3"):
+    with pytest.raises(ConfigError, match=r"2 `data.labels`.* example 0 of the train split has 3"):
         load("several", task="multi_label")
     with pytest.raises(ConfigError, match=r"finite numbers.* example 0 of the train split"):
         load("not_a_number", task="regression", labels=())

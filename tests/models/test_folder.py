@@ -88,7 +88,7 @@ def test_only_what_may_be_read_is_downloaded(folder, download, model_config, set
     assert find_model_folder(model_config("owner/name", revision="v1", **settings))[0] == folder
     ((path, asked),) = calls
     assert (path, asked["revision"]) == ("owner/name", "v1")
-    assert set(asked["allow_patterns"]) == weights | set(folder_file.SETTINGS_AND_TOKENIZER)
+    assert set(asked["allow_patterns"]) == weights | set(folder_file.ALWAYS_DOWNLOADED)
 
 
 def test_tokenizer_alone_is_enough_beside_a_factory(folder, download, model_config):

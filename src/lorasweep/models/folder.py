@@ -98,5 +98,5 @@ def _check_weights(folder: Path, config: ModelConfig) -> None:
     if config.gguf_file is None and not config.allow_pickle and not any(folder.glob("*.safetensors")):
         raise ConfigError(
             f"`model.path` must have weights in safetensors, but {config.path!r} has none. "
-            "`model.allow_pickle=true` reads a pickle file. It can run hidden code, so do this only if you trust its author."
+            "`model.allow_pickle=true` reads a pickle file, which can run hidden code, so use it only if you trust it."
         )
