@@ -88,7 +88,7 @@ def build_block_split(
     return BlockSplit(
         name=examples.name,
         notes=examples.notes,
-        groups=tuple(_group_of(examples.items[index]) for index in owners.tolist()),
+        groups=tuple(_get_group(examples.items[index]) for index in owners.tolist()),
         tokens=blocks,
         documents=len(examples),
         bytes=num_bytes,
@@ -98,7 +98,7 @@ def build_block_split(
     )
 
 
-def _group_of(document: Document) -> str:
+def _get_group(document: Document) -> str:
     return document.name if document.group is None else document.group
 
 
