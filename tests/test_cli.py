@@ -509,7 +509,7 @@ def test_reproduce_repeats_one_trial_of_a_sweep(here, mini, capsys):
         row["run"] = "../elsewhere"
     (here / "s" / "sweep.json").write_text(json.dumps(raw))
     assert run(["reproduce", "--trial", "s/lora/1"]) == WRONG
-    assert "a trial's run must lie in its sweep's folder, but '../elsewhere' does not." in capsys.readouterr().err
+    assert "a trial's run must be inside the sweep's folder, but '../elsewhere' is not." in capsys.readouterr().err
 
 
 def test_a_small_share_of_trained_parameters_is_not_shown_as_none(short, capsys):

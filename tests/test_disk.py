@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from lorasweep.disk import network_file_system, why_unwritable, write_atomically
+from lorasweep.disk import explain_unwritable, network_file_system, write_atomically
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_beside_it(tmp_path, monkeypatch):
@@ -58,16 +58,16 @@ def test_a_full_disk_is_known_by_its_number_its_words_and_as_a_cause(tmp_path):
     wrapped.__cause__ = full
     rust = ValueError('I/O error: Os { code: 28, kind: StorageFull, message: "No space left on device" }')
     for error in (full, wrapped, rust):
-        assert why_unwritable(tmp_path, error) == "No space left on device"
+        assert explain_unwritable(tmp_path, error) == "No space left on device"
 
 
 def test_a_folder_that_is_gone_is_why(tmp_path):
-    assert why_unwritable(tmp_path / "gone", RuntimeError("x")) == "No such file or directory"
+    assert explain_unwritable(tmp_path / "gone", RuntimeError("x")) == "No such file or directory"
 
 
 def test_an_error_of_a_runs_own_is_no_matter_of_the_disk(tmp_path):
-    assert why_unwritable(tmp_path, FileNotFoundError(errno.ENOENT, "no such file", "my.csv")) is None
-    assert why_unwritable(tmp_path, RuntimeError("shapes differ")) is None
+    assert explain_unwritable(tmp_path, FileNotFoundError(errno.ENOENT, "no such file", "my.csv")) is None
+    assert explain_unwritable(tmp_path, RuntimeError("shapes differ")) is None
     assert list(tmp_path.iterdir()) == []
 
 

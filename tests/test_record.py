@@ -20,12 +20,11 @@ from lorasweep.record import (
     SweepRecord,
     TrialRow,
     find_winner,
-    folder_of_run,
+    get_run_folder,
     list_candidates,
     read_run,
     read_steps,
     read_sweep,
-    sha256_of,
     utc_now,
     write_record,
 )
@@ -163,7 +162,7 @@ def test_a_run_without_steps_has_none(tmp_path):
 
 def test_sha256_is_that_of_the_content(tmp_path):
     (tmp_path / "f").write_bytes(b"abc")
-    assert sha256_of(tmp_path / "f") == hashlib.sha256(b"abc").hexdigest()
+    assert compute_sha256(tmp_path / "f") == hashlib.sha256(b"abc").hexdigest()
 
 
 def test_times_are_utc():
@@ -204,8 +203,8 @@ def test_a_record_that_python_can_not_parse_is_refused(tmp_path, content):
 
 @pytest.mark.parametrize("run", ["../elsewhere", "/etc", "runs/../../elsewhere"])
 def test_a_run_outside_of_its_sweep_is_refused(tmp_path, run):
-    with pytest.raises(RecordError, match="a trial's run must lie in its sweep's folder, but "):
-        folder_of_run(tmp_path, run)
+    with pytest.raises(RecordError, match="a trial's run must be inside the sweep's folder, but "):
+        get_run_folder(tmp_path, run)
 
 
 def test_a_secret_is_not_written(tmp_path, monkeypatch):

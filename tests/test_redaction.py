@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from lorasweep.redaction import may_hold_secret, names_secret, redact
+from lorasweep.redaction import is_secret_name, may_hold_secret, redact
 
 PASSWORD = "open-sesame-42"
 
@@ -71,4 +71,4 @@ def test_mappings_and_lists_are_gone_through_and_numbers_stay():
     ],
 )
 def test_variables_are_known_by_their_names(name, expected):
-    assert names_secret(name) is expected
+    assert is_secret_name(name) is expected

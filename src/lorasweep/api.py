@@ -1,4 +1,4 @@
-"""Sweeps and runs from Python. The command line calls these functions and prints what they return.
+"""Sweeps and runs from Python. The command line calls these functions and prints their results.
 
     result = lorasweep.run_sweep("quickstart", overrides=["trainer.max_steps=60"])
     print(result.best("lora").params)
@@ -22,7 +22,7 @@ import torch
 from lorasweep.config.command_line import parse_overrides
 from lorasweep.config.compose import compose_run
 from lorasweep.config.run import RunConfig
-from lorasweep.config.trust import check_packages, packages_of, set_trusted, trusted_packages
+from lorasweep.config.trust import check_packages, find_packages, set_trusted, trusted_packages
 from lorasweep.console import PlainConsole, say
 from lorasweep.disk import free_folder, require_new_folder
 from lorasweep.errors import ConfigError, RecordError
@@ -67,7 +67,7 @@ def run_sweep(
     trust: Sequence[str] = (),
     progress: Progress = "auto",
 ) -> SweepResult:
-    """Runs a sweep, writes its report, and returns what it found.
+    """Runs a sweep, writes its report, and returns its result.
 
     Args:
         sweep: Name of a sweep of lorasweep or of the folder `sweeps/`, a YAML file, or the content of a YAML file.
@@ -94,7 +94,7 @@ def resume_sweep(
     trust: Sequence[str] = (),
     progress: Progress = "auto",
 ) -> SweepResult:
-    """Continues a sweep to the same number of trials, writes its report, and returns what it found.
+    """Continues a sweep to the same number of trials, writes its report, and returns its result.
 
     Args:
         folder: The sweep's folder.
@@ -122,13 +122,13 @@ def train_run(
 
     Args:
         overrides: The settings that differ from the defaults, such as `["method.rank=8", "optim.lr=1e-3"]`.
-        output: A new or empty folder; by default the next one of `outputs/train/0001`, `0002`, ...
+        output: A new or empty folder; by default the first free one of `outputs/train/0001`, `0002`, ...
         resume: Whether to continue the run in `output`.
         trust: More packages whose code the settings may run.
 
     Raises:
         ConfigError: The request is wrong.
-        RunError: The run diverged or does not fit in memory; its record says so.
+        RunError: The run diverged or does not fit in memory. Its record has the reason.
     """
     with _session(trust, overrides):
         config = compose_run(_parse(overrides))
@@ -142,11 +142,11 @@ def read_sweep_definition(sweep: str | Path | Mapping[str, Any], overrides: Over
 
 
 def read_changes(overrides: Overrides) -> dict[str, Any]:
-    """Returns the settings that change when a sweep is resumed; raises ConfigError if they would change the search."""
+    """Returns the overrides of a resumed sweep; raises ConfigError if one would change the search."""
     changes = _parse(overrides)
     if foreign := [key for key in changes if key.split(".")[0] not in RESUME_KEYS]:
         raise ConfigError(
-            f"a sweep can be resumed with other settings of `worker` and `confirm` only, but got "
+            "a resumed sweep must keep all settings except `worker` and `confirm`, but got "
             f"`{'`, `'.join(foreign)}`. Start a new sweep to change the search."
         )
     return changes
@@ -173,7 +173,7 @@ def train_opened_sweep(opened: SweepFolder, inputs_cache: InputsCache, *, progre
     folder = opened.path
     if (job := hand_over_to_job(opened)) is not None:
         return SweepResult(folder, read_sweep(folder), job)
-    with StopSignal() as stop, _watched(folder, progress):
+    with StopSignal() as stop, _report_progress(folder, progress):
         is_complete = train_sweep(opened, inputs_cache, stop_requested=stop)
     if is_complete:
         write_report(folder)
@@ -187,7 +187,7 @@ def train_config(config: RunConfig, *, output: str | None, resume: bool) -> RunR
         folder, complete_record = run_on_first(group, lambda: _run_folder(output, config, resume=resume))
         if complete_record is not None:
             return RunResult(folder=folder, record=complete_record)
-        with group.rank_zero_first(local=True):  # other processes of a node find its downloads in the node's caches
+        with group.rank_zero_first(local=True):  # one process of each node downloads, then the others read its cache
             inputs = build_inputs(config)
         check_run(config, inputs.base)
         for note in inputs.notes if group.is_global_zero else ():
@@ -212,7 +212,7 @@ def reproduce_sweep(
         progress: As in `run_sweep`.
 
     Returns:
-        The repeated sweep, and the comparison; None if it was interrupted.
+        The repeated sweep, and the comparison, or None if the repeated sweep was interrupted.
 
     Raises:
         ConfigError: The sweep had several workers.
@@ -243,11 +243,11 @@ def reproduction_folder(original: Path, wanted: Path | None) -> Path:
 
 @contextmanager
 def _session(trust: Sequence[str], overrides: Overrides) -> Iterator[None]:
-    """Trusts packages during a call, and sets the environment variables that torch reads when it starts."""
+    """Sets environment variables that libraries read when they start, and trusts packages inside the `with` block."""
     prepare_environment()
     pairs = overrides.items() if isinstance(overrides, Mapping) else (one.partition("=")[::2] for one in overrides)
     before = trusted_packages()
-    set_trusted([*before, *check_packages(trust), *packages_of(pairs)])
+    set_trusted([*before, *check_packages(trust), *find_packages(pairs)])
     try:
         yield
     finally:
@@ -257,12 +257,12 @@ def _session(trust: Sequence[str], overrides: Overrides) -> Iterator[None]:
 def prepare_environment() -> None:
     """Sets environment variables that a library reads once, when it starts, unless the user has set them."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # OpenMP's threads spin for a moment before they sleep. Sleeping at once would cost a fifth of a sweep's time,
-    # because each operation would have to wake them. Spinning without a limit stalls other processes on shared cores.
+    # OpenMP's threads wait actively ("spin") before they sleep. Without spinning, each operation must wake them, which
+    # costs a fifth of a sweep's time. With unlimited spinning, they slow down other processes on the same cores.
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 
-def _watched(folder: Path, progress: Progress) -> Any:
+def _report_progress(folder: Path, progress: Progress) -> Any:
     if progress is None:
         return nullcontext()
     return show_progress(folder, PlainConsole()) if progress == "auto" else report_status(folder, progress)
@@ -273,7 +273,7 @@ def _parse(overrides: Overrides) -> dict[str, Any]:
 
 
 def _run_folder(output: str | None, config: RunConfig, *, resume: bool) -> tuple[Path, RunRecord | None]:
-    """Returns the folder of a run, and its record if the run is resumed although it is already complete."""
+    """Returns the folder of a run. Also returns its record if the run to resume is already complete, otherwise None."""
     if resume and output is None:
         raise ConfigError("`resume=true` must come with `output=DIR`, the folder of the run, but `output` is null.")
     if output is None:

@@ -1,7 +1,7 @@
 """The command line: parses what was typed, calls the Python API, prints, and turns errors into exit codes.
 
-Exit code 0: done. 2: the request is wrong. 1: it was right but failed. 130: interrupted.
-Imports happen on use, so that `--help` and `compare` start in a fraction of a second.
+Exit codes: 0 done, 1 failed, 2 wrong request, 130 interrupted. Each command imports its modules when it is called, so
+that `--help` and `compare` start in a fraction of a second.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from lorasweep.redaction import redact
 if TYPE_CHECKING:
     from lorasweep.results import RunResult, SweepResult
 
-DONE, FAILED, WRONG, INTERRUPTED = 0, 1, 2, 130
+DONE, FAILED, WRONG_REQUEST, INTERRUPTED = 0, 1, 2, 130
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Runs one command and returns its exit code; an error of ours is one line on standard error."""
+    """Runs one command and returns its exit code; prints errors of lorasweep as one line."""
     try:
         with silence_event_writer():
             if arguments and arguments[0] == "train":  # a Hydra app, with Hydra's own flags
@@ -57,8 +57,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"lorasweep {version('lorasweep')}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def add(command: Callable[[argparse.Namespace], int], help: str, **more: Any) -> argparse.ArgumentParser:
-        added = commands.add_parser(command.__name__, help=help, **more)
+    def add(command: Callable[[argparse.Namespace], int], help: str, **settings: Any) -> argparse.ArgumentParser:
+        added = commands.add_parser(command.__name__, help=help, **settings)
         added.set_defaults(command=command)
         return added
 
@@ -104,7 +104,7 @@ def build_parser() -> argparse.ArgumentParser:
     reproduce_parser.add_argument("--output", type=Path, metavar="DIR", help="default: outputs/reproduce/NAME")
     for reader in (compare_parser, export_parser, inspect_parser, reproduce_parser):
         reader.add_argument("--trust", action="store_true", help="allow code and pickles that the record names")
-    if "_ARGCOMPLETE" in os.environ:  # the shell asks what may come next
+    if "_ARGCOMPLETE" in os.environ:  # the shell asks for completions
         import argcomplete
 
         argcomplete.autocomplete(parser)
@@ -236,7 +236,7 @@ def reproduce(arguments: argparse.Namespace) -> int:
     if (folder / SWEEP_FILE).is_file():
         return _reproduce_sweep(arguments)
     with StopSignal() as stop:
-        found = reproduce_run(
+        comparison = reproduce_run(
             folder,
             output=api.reproduction_folder(folder, arguments.output),
             tolerance=arguments.tolerance,
@@ -244,10 +244,10 @@ def reproduce(arguments: argparse.Namespace) -> int:
             trust=arguments.trust,
             stop_requested=stop,
         )
-    say(found.describe())
-    if found.verdict == "interrupted":
+    say(comparison.describe())
+    if comparison.verdict == "interrupted":
         return INTERRUPTED
-    return DONE if found.holds else FAILED
+    return DONE if comparison.holds else FAILED
 
 
 def _reproduce_sweep(arguments: argparse.Namespace) -> int:
@@ -333,10 +333,10 @@ def _say_exception(error: LoraSweepError | OSError) -> int:
         return FAILED
     if isinstance(error, LoraSweepError):
         say_error(redact(str(error)))
-        return WRONG if isinstance(error, ConfigError | RecordError) else FAILED
-    named = f" {str(error.filename)!r}" if error.filename else ""
+        return WRONG_REQUEST if isinstance(error, ConfigError | RecordError) else FAILED
+    file_name = f" {str(error.filename)!r}" if error.filename else ""
     # the disk is full, or the folder is missing or read-only
-    say_error(f"the files of a run must exist and be writable, but got{named}: {error.strerror or error}.")
+    say_error(f"the files of a run must exist and be writable, but got{file_name}: {error.strerror or error}.")
     return FAILED
 
 

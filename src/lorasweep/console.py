@@ -12,7 +12,7 @@ from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 
 MAX_ERROR_CHARACTERS = 4000
-"""Maximum length of an error message; a longer one is cut, because an error may quote a value of any length."""
+"""Maximum length of an error message. Longer messages are cut, because they may quote very long values."""
 
 
 class PlainConsole(Console):

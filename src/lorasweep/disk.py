@@ -1,6 +1,7 @@
-"""Files that are written whole or not at all, and folders for results.
+"""Writes whole files atomically, and finds folders for results.
 
-Only logs are appended to (`steps.jsonl`, the journal, TensorBoard's events); readers ignore an unfinished last line.
+Only logs are appended to: `steps.jsonl`, the journal and TensorBoard's events. Their readers ignore an incomplete last
+line.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from lorasweep.errors import ConfigError
 PROBE_BYTES = 2**20
 """Size of the file that tests whether a folder can be written to."""
 DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE})
-"""Error numbers whose cause is the disk and not the file."""
+"""Error numbers that mean a problem of the whole disk, not of one file."""
 NETWORK_FILE_SYSTEMS = (
     "nfs", "cifs", "smb", "lustre", "gpfs", "beegfs", "ceph", "afs", "9p", "glusterfs", "wekafs", "panfs", "orangefs",
     "fuse.sshfs", "fuse.glusterfs", "fuse.ceph", "fuse.juicefs", "fuse.s3fs", "fuse.gcsfuse", "ocfs2", "gfs2",
@@ -31,7 +32,7 @@ NETWORK_FILE_SYSTEMS = (
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Writes a file whole or not at all: temporary file in the same folder, fsync, rename.
 
-    It creates the folder, but no folder above it, so that a deleted folder of results does not come back empty.
+    The file's folder is created if necessary, but no folder above: a deleted sweep folder must not come back empty.
     """
     path.parent.mkdir(exist_ok=True)
     temporary = temporary_name(path)
@@ -73,15 +74,15 @@ def free_folder(wanted: Path) -> Path:
     return path
 
 
-def require_new_folder(path: Path, *, key: str, remedy: str = "Leave it out for a new one.") -> Path:
-    """Returns the path if it does not exist or is an empty folder; else raises ConfigError with `key` and `remedy`."""
+def require_new_folder(path: Path, *, key: str, remedy: str = "Omit it for a new folder.") -> Path:
+    """Returns the path if it is free or an empty folder; otherwise raises ConfigError with `key` and `remedy`."""
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise ConfigError(f"`{key}` must be a new or empty folder, but {str(path)!r} is not. {remedy}")
     return path
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Removes temporary files of a killed process, in a folder that only this process writes to."""
+    """Removes temporary files that a killed process left. Only safe if no other process writes to this folder."""
     for path in folder.glob(".*.tmp"):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -89,8 +90,8 @@ def remove_leftovers(folder: Path) -> None:
             path.unlink()
 
 
-def why_unwritable(folder: Path, error: BaseException) -> str | None:
-    """Returns the reason why results can't be written into a folder, if that caused an error; else None."""
+def explain_unwritable(folder: Path, error: BaseException) -> str | None:
+    """Returns why results can't be written into a folder, or None if they can and the disk did not cause the error."""
     for cause in _causes(error):  # libraries wrap the system's errors
         if isinstance(cause, OSError) and cause.errno in DISK_ERRORS:
             return os.strerror(cause.errno or 0)

@@ -1,4 +1,4 @@
-"""The exceptions of lorasweep. The sweep's worker and `cli` catch them.
+"""The exceptions of lorasweep. Only the sweep's workers and `cli` catch them.
 
     LoraSweepError
     ├── ConfigError (also a ValueError)   exit code 2
@@ -45,7 +45,7 @@ class WorkerError(LoraSweepError):
 
 
 class RanksLost(WorkerError):
-    """Another process of the same run has ended or ran out of memory. The run may be started again."""
+    """Another process of the same run ended or ran out of memory. The run can be retried."""
 
 
 def first_line(error: BaseException) -> str:

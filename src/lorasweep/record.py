@@ -33,8 +33,8 @@ VERSION = 1
 """Version of the format. Records of another version are refused."""
 
 RunStatus = Literal["running", "complete", "paused", "pruned", "failed", "infeasible", "interrupted"]
-"""A `paused` run stopped at an evaluation and may continue from its checkpoint. A `pruned` run was still paused at the
-end of its sweep."""
+"""`paused`: the run stopped at an evaluation and may continue from its checkpoint. `pruned`: the run was paused and the
+sweep ended. `infeasible`: the run does not fit in memory."""
 TrialState = Literal["running", "paused", "complete", "pruned", "failed", "infeasible"]
 RerunStage = Literal["select", "confirm"]
 RerunState = Literal["running", "complete", "failed", "infeasible"]
@@ -289,7 +289,7 @@ def selection_scores(arm: str, number: int, *, record: SweepRecord) -> list[floa
     return [row.value for row in runs if row.value is not None and math.isfinite(row.value)]
 
 
-def winners(record: SweepRecord) -> dict[str, TrialRow | None]:
+def find_winners(record: SweepRecord) -> dict[str, TrialRow | None]:
     """Returns the winner of each arm that trains; None for an arm without a complete trial."""
     trained = [arm.name for arm in record.arms if arm.method != "frozen"]
     by_arm = {name: [trial for trial in record.trials if trial.arm == name] for name in trained}
@@ -306,7 +306,7 @@ def write_record(record: RunRecord | SweepRecord, folder: Path) -> None:
 
 
 def _as_text(content: dict[str, Any]) -> str:
-    """Returns JSON with a line for each trial: indenting trials too would slow down a sweep of 10,000 of them."""
+    """Returns JSON with one line per trial. Indented trials would slow down a sweep of 10,000 trials."""
     entries = (f" {json.dumps(key)}: {_value_text(value)}" for key, value in content.items())
     return "{\n" + ",\n".join(entries) + "\n}"
 
@@ -339,25 +339,25 @@ def read_sweep(folder: Path) -> SweepRecord:
     return _read(SweepRecord, folder / SWEEP_FILE)
 
 
-def folder_of_run(sweep: Path, run: str) -> Path:
-    """Returns the folder of a run, by its relative path in a sweep's record.
+def get_run_folder(sweep: Path, run: str) -> Path:
+    """Returns the folder of a run, from its relative path in the sweep's record.
 
     Raises:
         RecordError: The path leads out of the sweep's folder, where commands must not write.
     """
     if not (sweep / run).resolve().is_relative_to(sweep.resolve()):
-        raise RecordError(f"a trial's run must lie in its sweep's folder, but {run!r} does not. Restore sweep.json.")
+        raise RecordError(f"a trial's run must be inside the sweep's folder, but {run!r} is not. Restore sweep.json.")
     return sweep / run
 
 
 def read_steps(folder: Path, *, having: str = "") -> Iterator[dict[str, Any]]:
     """Yields the rows of `steps.jsonl`: `{"step", "loss", "lr"}` and `{"step", "validation": {..}}`.
 
-    It ends before a damaged line, because a killed process may leave a part of its last line.
+    It stops at the first damaged line, because a killed process may leave an incomplete last line.
 
     Args:
         folder: The run's folder.
-        having: Only lines that contain this text are parsed, which is much faster.
+        having: Text that a line must contain. Other lines are skipped without parsing, which is much faster.
     """
     path = folder / STEPS_FILE
     if not path.exists():
@@ -373,7 +373,7 @@ def read_steps(folder: Path, *, having: str = "") -> Iterator[dict[str, Any]]:
             yield row
 
 
-def sha256_of(path: Path) -> str:
+def compute_sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

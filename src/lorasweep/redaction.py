@@ -15,10 +15,10 @@ HIDDEN = "***"
 MIN_SECRET_LENGTH = 8
 """Shorter values of environment variables are not hidden, because ordinary text often contains them."""
 
-_ADDRESS = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]*://)(?!USER@HOST\b)[^\s/\"'<>]+@")  # USER@HOST: a hint of ours
-_WORDS = r"(?:password|passwd|passphrase|secret|secret_?key|api_?key|access_?key|(?:auth|access|hf|api)_?token)"
-_NAME = re.compile(rf"(?:.*[._-])?{_WORDS}", re.IGNORECASE)
-_ASSIGNED = re.compile(rf"(\b(?:[\w.-]*[._-])?{_WORDS}\s?[=:]\s?)([^\s\"'&,;}})]+)", re.IGNORECASE)
+_ADDRESS = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]*://)(?!USER@HOST\b)[^\s/\"'<>]+@")  # our own messages contain USER@HOST
+_SECRET_WORDS = r"(?:password|passwd|passphrase|secret|secret_?key|api_?key|access_?key|(?:auth|access|hf|api)_?token)"
+_NAME = re.compile(rf"(?:.*[._-])?{_SECRET_WORDS}", re.IGNORECASE)
+_ASSIGNED = re.compile(rf"(\b(?:[\w.-]*[._-])?{_SECRET_WORDS}\s?[=:]\s?)([^\s\"'&,;}})]+)", re.IGNORECASE)
 _SHAPES = re.compile(
     r"\b(?:hf_[A-Za-z0-9]{20,}|gh[oprsu]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|sk-[A-Za-z0-9]{20,}|AKIA[0-9A-Z]{16})"
 )
@@ -27,21 +27,21 @@ _HINTS = (
     "access_token", "accesstoken", "api_token", "apitoken", "hf_", "hftoken", "gho_", "ghp_", "ghr_", "ghs_", "ghu_",
     "github_pat_", "sk-", "akia",
 )  # fmt: skip
-"""A text in lower case without any of these has no match of the patterns above."""
+"""Text without any of these (in lower case) matches none of the patterns above. Searching for them is much faster."""
 _VARIABLE = re.compile(r"PASSW|PASSPHRASE|SECRET|CREDENTIAL|(?:^|_)(?:TOKEN|KEY|AUTH|PAT)(?:_|$)|APIKEY", re.IGNORECASE)
 
 
 def redact(value: Any) -> Any:
-    """Returns a JSON value with `***` in place of every secret in its texts and keys."""
+    """Returns a JSON value in which `***` replaces every secret, in texts and in keys."""
     return _redact(value, _environment_secrets())
 
 
 def may_hold_secret(text: str) -> bool:
-    """Returns False if a text holds no secret for certain. It is much faster than `redact`."""
+    """Returns False only if a text certainly has no secret. Much faster than `redact`."""
     return _has_hint(text.lower(), _environment_secrets())
 
 
-def names_secret(name: str) -> bool:
+def is_secret_name(name: str) -> bool:
     return _VARIABLE.search(name) is not None
 
 
@@ -70,16 +70,16 @@ def _redact_text(text: str, secrets: Sequence[str]) -> str:
 
 
 def _has_hint(lowered: str, secrets: Sequence[str]) -> bool:
-    # A record is JSON, where a secret may be escaped.
+    # A record is JSON text, in which characters of a secret may be escaped.
     forms = {form.lower() for secret in secrets for form in (secret, json.dumps(secret)[1:-1])}
     return any(hint in lowered for hint in (*_HINTS, *forms))
 
 
 def _environment_secrets() -> list[str]:
-    """Returns the secrets in environment variables, the longest first because one may contain another."""
+    """Returns the secrets in environment variables. Longer ones come first, because a secret may contain another."""
     secrets: set[str] = set()
     for name, value in os.environ.items():
-        if names_secret(name) and not value.startswith("/"):  # the path of a file is no secret
+        if is_secret_name(name) and not value.startswith("/"):  # the path of a file is no secret
             secrets.add(value)
         secrets.update(re.findall(r"://[^\s/:]*:([^\s/]+)@", value))
     return sorted((secret for secret in secrets if len(secret) >= MIN_SECRET_LENGTH), key=len, reverse=True)

@@ -20,7 +20,7 @@ from lorasweep.record import (
     TrialRow,
     TrialState,
     find_winner,
-    folder_of_run,
+    get_run_folder,
     read_run,
     read_steps,
     read_sweep,
@@ -62,7 +62,7 @@ class RunResult:
         return self.record.config
 
     def steps_dataframe(self) -> pandas.DataFrame:
-        """Returns one row per optimizer step: `loss`, `lr`, and `validation/METRIC` where the run was evaluated."""
+        """Returns one row per optimizer step: `loss`, `lr`, and `validation/METRIC` at evaluated steps."""
         import pandas  # noqa: PLC0415 (slow to import)
 
         rows: dict[int, dict[str, float]] = defaultdict(dict)
@@ -126,7 +126,7 @@ class SweepResult:
     folder: Path
     record: SweepRecord
     job: str | None = None
-    """Id of the Slurm job that leads the sweep (`worker.head=job`); None where this process led it."""
+    """Id of the Slurm job that leads the sweep (`worker.head=job`); None if this process led the sweep."""
 
     @property
     def status(self) -> str:
@@ -217,7 +217,7 @@ class SweepResult:
         return load_study(self.folder, arm)
 
     def figures(self) -> dict[str, Figure]:
-        """Returns the report's plotly figures by title. A figure without data in this sweep is missing."""
+        """Returns the report's plotly figures by title. Figures without data are skipped."""
         from lorasweep.report.figures import PANELS  # noqa: PLC0415 (plotly is slow to import)
         from lorasweep.report.sweep_data import load_sweep_data  # noqa: PLC0415
 
@@ -241,7 +241,7 @@ class SweepResult:
             state=row.state,
             params=dict(row.params),
             score=row.value,
-            folder=folder_of_run(self.folder, row.run),
+            folder=get_run_folder(self.folder, row.run),
         )
 
     def _check_arm(self, arm: str) -> None:
@@ -268,7 +268,7 @@ def load_run(folder: str | Path) -> RunResult:
 
 
 def find_trial(name: str) -> Path:
-    """Returns the folder of the run of the trial `SWEEP/ARM/NUMBER`.
+    """Returns the run's folder of a trial that is named `SWEEP/ARM/NUMBER`.
 
     Raises:
         ConfigError: The sweep has no such trial.

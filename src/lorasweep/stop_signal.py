@@ -7,13 +7,13 @@ import threading
 from typing import Any
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-"""Batch systems send the last two some time before a job's time limit."""
+"""Batch systems send SIGUSR1 or SIGUSR2 shortly before a job's time limit."""
 
 
 class StopSignal:
-    """A context in which a signal only sets `requested`; a second Ctrl-C raises KeyboardInterrupt.
+    """A context in which a stop signal only sets `requested`. A second Ctrl-C raises KeyboardInterrupt.
 
-    Python allows signal handlers in the main thread only; in another thread nothing is noted.
+    Outside the main thread the context has no effect, because Python allows signal handlers only in the main thread.
     """
 
     def __init__(self) -> None:
@@ -25,14 +25,14 @@ class StopSignal:
 
     def __enter__(self) -> StopSignal:
         if threading.current_thread() is threading.main_thread():
-            self._handlers = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
+            self._handlers = {number: signal.signal(number, self._set_requested) for number in STOP_SIGNALS}
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
-    def _note(self, number: int, frame: object) -> None:
+    def _set_requested(self, number: int, frame: object) -> None:
         if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.requested = True

@@ -37,10 +37,10 @@ def run_train_app(
     check_train_arguments(arguments)
     register_search_path()
     codes: list[int] = []
-    typed, is_grid = sys.argv, bool({"-m", "--multirun"} & set(arguments))
+    original_argv, is_grid = sys.argv, bool({"-m", "--multirun"} & set(arguments))
 
     def task(composed: Any) -> None:
-        sys.argv = typed  # Lightning starts other processes with this command line
+        sys.argv = original_argv  # Lightning starts other processes with this command line
         try:
             codes.append(show(_train(HydraConfig.get().overrides.task, is_grid=is_grid)))
         except (LoraSweepError, OSError) as error:  # Hydra would print a traceback
@@ -53,7 +53,7 @@ def run_train_app(
 
 
 def _train(overrides: Sequence[str], *, is_grid: bool) -> RunResult:
-    # Not Hydra's own composition: if the user names a class by `_target_`, the arguments of the default option go.
+    # Our own composition, because Hydra's would keep the default option's arguments if `_target_` names another class.
     values = compose_values("train", parse_overrides(overrides))
     output, resume = values.pop("output"), bool(values.pop("resume"))
     config = build(RunConfig, values)

@@ -10,7 +10,7 @@ from typing import Any
 UNKNOWN = "–"
 """Text of an unknown value."""
 MAX_SCORE_DIGITS = 6
-"""Scores that differ only beyond this many digits are shown as equal."""
+"""Maximum number of digits of a score. Scores that differ only in later digits look equal."""
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:
@@ -86,7 +86,7 @@ def _score_text(value: float, extra_digits: int) -> str:
 
 
 def format_estimate(value: float | None, interval: tuple[float, float] | None) -> str:
-    """Returns a score with its interval, if given: `1.372 [1.365, 1.379]`. Narrower intervals get more decimals."""
+    """Returns a score with its interval, if given: `1.372 [1.365, 1.379]`. Narrow intervals get more decimals."""
     if value is None or interval is None:
         return format_score(value)
     low, high = interval
@@ -94,7 +94,7 @@ def format_estimate(value: float | None, interval: tuple[float, float] | None) -
         return format_score(value)
     decimals = min(8, max(0, 1 - math.floor(math.log10(high - low))))
     if any(end != 0 and round(end, decimals) == 0 for end in interval):
-        decimals += 1  # an end of the interval must not read as 0: its sign matters
+        decimals += 1  # an end must not look like 0, because its sign tells whether the interval contains 0
     # `+ 0.0` turns -0.000 into 0.000
     score, low_text, high_text = (f"{round(number, decimals) + 0.0:.{decimals}f}" for number in (value, low, high))
     return f"{score} [{low_text}, {high_text}]"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lorasweep.record import sha256_of
+from lorasweep.record import compute_sha256
 from lorasweep.training.checkpoint import (
     FoundCheckpoint,
     find_checkpoint,
@@ -42,7 +42,7 @@ def test_the_last_two_are_kept_each_named_by_its_checksum(run):
     paths = sorted(run.glob("*.ckpt"))
     assert [path.name.split("-")[1] for path in paths] == ["00000004", "00000006"]
     for path in paths:
-        assert path.stem.split("-")[2] == sha256_of(path)
+        assert path.stem.split("-")[2] == compute_sha256(path)
     found = find_checkpoint(run, kind="last")
     assert (found.path, found.step, found.notes) == (paths[1], 6, [])
     assert torch.equal(found.state["weights"], torch.full((100,), 6.0))

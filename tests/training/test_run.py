@@ -20,7 +20,7 @@ from lorasweep.data.tasks import LanguageModelling
 from lorasweep.errors import ConfigError, Diverged, OutOfMemory, RecordError
 from lorasweep.methods import METHODS
 from lorasweep.models.load import fingerprint_weights
-from lorasweep.record import RUN_FILE, read_run, read_steps, sha256_of
+from lorasweep.record import RUN_FILE, compute_sha256, read_run, read_steps
 from lorasweep.training.environment import has_cpu_bf16
 from lorasweep.training.inputs import build_inputs
 from lorasweep.training.prepare import check_run, prepare_model
@@ -99,7 +99,7 @@ def test_a_run_leaves_exactly_these_files_and_the_base_bit_equal_and_frozen(tmp_
     assert files_below(tmp_path) - events - patch == {"run.json", "steps.jsonl"} | weights
     assert set(record.files) == weights
     for name, described in record.files.items():
-        assert described == {"bytes": (tmp_path / name).stat().st_size, "sha256": sha256_of(tmp_path / name)}
+        assert described == {"bytes": (tmp_path / name).stat().st_size, "sha256": compute_sha256(tmp_path / name)}
     after = inputs.base.model.state_dict()
     assert list(after) == list(before)
     assert all(torch.equal(after[name], before[name]) for name in before)

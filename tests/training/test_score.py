@@ -13,7 +13,7 @@ import lorasweep.training.score as score_file
 from lorasweep.data.tasks import LANGUAGE_MODEL_METRICS
 from lorasweep.errors import OutOfMemory, RecordError
 from lorasweep.methods import METHODS
-from lorasweep.record import TEST_SCORES_FILE, read_run, sha256_of
+from lorasweep.record import TEST_SCORES_FILE, compute_sha256, read_run
 from lorasweep.training.packs.pack import train_pack
 from lorasweep.training.packs.slot_run import RunRequest
 from lorasweep.training.prepare import prepare_model
@@ -54,7 +54,7 @@ def test_every_method_is_scored_with_the_weights_of_its_best_evaluation(trained,
     mean = sum(row["score"] * row["weight"] for row in rows) / sum(row["weight"] for row in rows)
     assert mean == pytest.approx(record.test["bits_per_byte"], rel=1e-12)
     assert record.data["test"] == inputs.splits.test().describe()
-    assert record.files[TEST_SCORES_FILE]["sha256"] == sha256_of(folder / TEST_SCORES_FILE)
+    assert record.files[TEST_SCORES_FILE]["sha256"] == compute_sha256(folder / TEST_SCORES_FILE)
 
 
 def test_the_scores_are_those_of_the_best_weights_and_not_of_the_last(trained, inputs, make_config):

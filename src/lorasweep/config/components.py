@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pkgutil import resolve_name
 from typing import Any, TypeVar
 
-from lorasweep.config.trust import TARGET, TRUSTED_PACKAGES, package_of, require_trusted_target
+from lorasweep.config.trust import TARGET, TRUSTED_PACKAGES, get_package, require_trusted_target
 from lorasweep.config.user_function import add_current_folder
 from lorasweep.errors import ConfigError, describe_error
 
@@ -90,10 +90,10 @@ def check_component(component: Component, *, key: str, expected: type, **more_ar
 
     Arguments and errors as in `instantiate`.
     """
-    found: type = find_class(component.target, key=key, expected=expected)
+    imported: type = find_class(component.target, key=key, expected=expected)
     _check_arguments(component.arguments, key=key)
     try:
-        inspect.signature(found).bind(**{**component.arguments, **more_arguments})
+        inspect.signature(imported).bind(**{**component.arguments, **more_arguments})
     except TypeError as error:
         raise ConfigError(_describe_failure(error, component, key=key)) from error
 
@@ -104,13 +104,13 @@ def find_class(target: str, *, key: str, expected: type[T]) -> type[T]:
     Raises:
         ConfigError: The class is not trusted, not installed, or no subclass of `expected`.
     """
-    found = _import_class(target, key=key)
-    if not issubclass(found, expected):
+    imported = _import_class(target, key=key)
+    if not issubclass(imported, expected):
         raise ConfigError(
             f"`{key}.{TARGET}` must be a subclass of `{expected.__module__}.{expected.__qualname__}`, "
             f"but got {target!r}."
         )
-    return found
+    return imported
 
 
 def argument_names(target: str, *, key: str) -> tuple[list[str], bool]:
@@ -130,25 +130,25 @@ def _import_class(target: Any, *, key: str) -> type:
     if not isinstance(target, str) or not IMPORT_PATH_PATTERN.fullmatch(target) or "__" in target:
         raise ConfigError(f"{message}.")
     require_trusted_target(target, key=f"{key}.{TARGET}")
-    if package_of(target) not in TRUSTED_PACKAGES:
+    if get_package(target) not in TRUSTED_PACKAGES:
         add_current_folder()
     try:
-        found = resolve_name(target)  # Hydra's own function would also log an error on several lines
+        imported = resolve_name(target)  # Hydra's own function would also log an error on several lines
     except Exception as error:  # a module may raise any error while Python imports it
         raise ConfigError(_describe_missing(error, key=key) or f"{message}: {describe_error(error)}.") from error
-    if not isinstance(found, type):
+    if not isinstance(imported, type):
         raise ConfigError(f"{message}, which is no class.")
     # A trusted module may import a class of another package: `torch.os.system`.
-    require_trusted_target(f"{found.__module__}.{found.__qualname__}", key=f"{key}.{TARGET}")
-    return found
+    require_trusted_target(f"{imported.__module__}.{imported.__qualname__}", key=f"{key}.{TARGET}")
+    return imported
 
 
 def _check_arguments(value: Any, *, key: str) -> None:
     """Checks that nested components are subclasses of `NESTED_BASES`, and refuses Hydra's keys and interpolations."""
     if isinstance(value, Mapping):
         if TARGET in value:
-            found = _import_class(value[TARGET], key=key)
-            if not {f"{base.__module__}.{base.__qualname__}" for base in found.__mro__} & NESTED_BASES:
+            imported = _import_class(value[TARGET], key=key)
+            if not {f"{base.__module__}.{base.__qualname__}" for base in imported.__mro__} & NESTED_BASES:
                 raise ConfigError(
                     f"`{key}.{TARGET}` must be a class such as an optimizer, a callback or a pruner, "
                     f"but got {value[TARGET]!r}."

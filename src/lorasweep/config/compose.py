@@ -1,6 +1,6 @@
 """Settings from `conf/` and overrides: Hydra composes them, `build` creates the frozen dataclasses.
 
-A user's own `conf/` in the current folder wins over the packaged one.
+Files of `conf/` in the current folder replace files of the packaged `conf/`.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def packaged_folder(name: Literal["conf", "sweeps"]) -> Path:
 
 
 class UserConfFirst(SearchPathPlugin):
-    """Puts `conf/` of the current folder before the packaged one in Hydra's search path."""
+    """Makes Hydra search `conf/` of the current folder before the packaged `conf/`."""
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
         folder = Path.cwd() / "conf"
@@ -86,7 +86,7 @@ def compose_sweep(settings: Mapping[str, Any]) -> SweepConfig:
 
 def _refuse_secrets(values: Mapping[str, Any]) -> None:
     """Raises ConfigError if a setting holds a secret: a record never keeps it, so the run could not be repeated."""
-    if str(values) == redact(str(values)):  # nearly always
+    if str(values) == redact(str(values)):  # nearly always, and much faster than a check of each key
         return
     for key, value in dotted_items(values):
         if not isinstance(value, Mapping) and str(value) != redact(str(value)):

@@ -1,7 +1,7 @@
-"""Packages whose code may run. Settings may come from a stranger's sweep file, `conf/` or record.
+"""Decides which packages' code settings may run, because a sweep file, `conf/` or record may come from a stranger.
 
 Classes of `TRUSTED_PACKAGES` may always be instantiated. The user trusts more packages on the command line
-(`trust=[PACKAGE]`) or by an argument of the Python API; a file can't.
+(`trust=[PACKAGE]`) or by an argument of the Python API, but never in a file.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _trusted: set[str] = set()
 
 
 def set_trusted(packages: Iterable[str]) -> None:
-    """Sets the packages that this process trusts in addition to `TRUSTED_PACKAGES`, instead of the previous ones."""
+    """Replaces the packages that this process trusts in addition to `TRUSTED_PACKAGES`."""
     _trusted.clear()
     _trusted.update(packages)
 
@@ -47,7 +47,7 @@ def trusted_packages() -> tuple[str, ...]:
     return tuple(sorted(_trusted))
 
 
-def package_of(path: str) -> str:
+def get_package(path: str) -> str:
     """Returns the package of an import path, `package.module:function` or `package.Class`."""
     return path.partition(":")[0].partition(".")[0]
 
@@ -71,7 +71,7 @@ def require_trusted(value: Any, *, key: str = "") -> None:
 
 
 def require_trusted_target(target: str, *, key: str) -> None:
-    package = package_of(target)
+    package = get_package(target)
     if target != TRUSTED_CLASS and not is_trusted(package):
         raise ConfigError(
             f"`{key}` must be a class of a package that is trusted, but got {target!r}. It could run any code. If you "
@@ -89,7 +89,7 @@ def split_trust(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     values = [argument.removeprefix("trust=") for argument in arguments if argument.startswith("trust=")]
     packages = [package.strip() for value in values for package in value.strip("[]").split(",")]
     others = [argument for argument in arguments if not argument.startswith("trust=")]
-    return [*check_packages(packages), *packages_of(other.partition("=")[::2] for other in others)], others
+    return [*check_packages(packages), *find_packages(other.partition("=")[::2] for other in others)], others
 
 
 def check_packages(packages: Iterable[str]) -> list[str]:
@@ -104,14 +104,14 @@ def check_packages(packages: Iterable[str]) -> list[str]:
     return names
 
 
-def packages_of(overrides: Iterable[tuple[str, Any]]) -> Iterator[str]:
-    """Yields the packages whose code the user's overrides run: of a factory, of remote code, or of a pickle.
+def find_packages(overrides: Iterable[tuple[str, Any]]) -> Iterator[str]:
+    """Yields the packages of factories, remote code and pickles in overrides.
 
-    Who types such a setting trusts its package.
+    These are trusted, because the user typed the settings: they do not come from a file.
     """
     for key, value in overrides:
         setting = ".".join(key.split(".")[-2:])  # an override of one arm has a prefix: `arms.NAME.model.factory`
         if setting in FACTORY_KEYS:
-            yield package_of(str(value).strip("'\""))
+            yield get_package(str(value).strip("'\""))
         elif setting in PACKAGES_OF_FLAGS and str(value).lower() == "true":
             yield PACKAGES_OF_FLAGS[setting]

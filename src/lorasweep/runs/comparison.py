@@ -13,7 +13,7 @@ from lorasweep.record import (
     RunRecord,
     SweepRecord,
     TrialRow,
-    folder_of_run,
+    get_run_folder,
     read_steps,
     read_sweep,
 )
@@ -194,7 +194,7 @@ def _sweep_differences(before: SweepRecord, after: SweepRecord, first: Path, sec
     for rows, repeated_rows in lists:
         yield from _differences("sweep", {"number of trials": len(rows)}, {"number of trials": len(repeated_rows)})
         for row, repeated in zip(rows, repeated_rows, strict=False):
-            runs = folder_of_run(first, row.run), folder_of_run(second, repeated.run)
+            runs = get_run_folder(first, row.run), get_run_folder(second, repeated.run)
             yield from _row_differences(row, repeated, *runs)
 
 

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 
 from lorasweep.disk import move_into_place, temporary_name
-from lorasweep.record import sha256_of
+from lorasweep.record import compute_sha256
 
 CheckpointKind = Literal["last", "slot"]
 """`last`: Lightning's checkpoint of a run outside of packs. `slot`: the checkpoint of a run in a pack."""
@@ -41,7 +41,7 @@ def save_checkpoint(folder: Path, *, kind: CheckpointKind, step: int, save: Call
     temporary = temporary_name(folder / f"{kind}.ckpt")
     try:
         save(temporary)
-        move_into_place(temporary, folder / f"{kind}-{step:08d}-{sha256_of(temporary)}.ckpt")
+        move_into_place(temporary, folder / f"{kind}-{step:08d}-{compute_sha256(temporary)}.ckpt")
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -97,7 +97,7 @@ def _get_step(path: Path) -> int:
 
 def _read_state(path: Path) -> dict[str, Any] | None:
     """Returns the state in a checkpoint; None if it is damaged or has more than tensors and plain values."""
-    if sha256_of(path) != path.stem.split("-")[2]:
+    if compute_sha256(path) != path.stem.split("-")[2]:
         return None
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)

@@ -21,7 +21,7 @@ import torch
 from lorasweep.config.run import TrainerConfig
 from lorasweep.errors import ConfigError
 from lorasweep.record import PATCH_FILE
-from lorasweep.redaction import names_secret, redact
+from lorasweep.redaction import is_secret_name, redact
 
 RECORDED_PACKAGES = (
     *("torch", "lightning", "transformers", "tokenizers", "safetensors", "torchmetrics", "numpy"),
@@ -106,7 +106,7 @@ def describe_environment() -> dict[str, str]:
     return {
         name: value
         for name, value in sorted(os.environ.items())
-        if name.startswith(NUMERIC_VARIABLES) and not names_secret(name)
+        if name.startswith(NUMERIC_VARIABLES) and not is_secret_name(name)
     }
 
 

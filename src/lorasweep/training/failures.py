@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from lightning.fabric import Fabric
 
-from lorasweep.disk import why_unwritable, write_atomically
+from lorasweep.disk import explain_unwritable, write_atomically
 from lorasweep.errors import LoraSweepError, OutOfMemory, RanksLost, RunError, WorkerError, describe_error, first_line
 from lorasweep.record import RunStatus
 from lorasweep.redaction import redact
@@ -50,7 +50,7 @@ def status_after(error: BaseException, folder: Path) -> RunStatus:
     if isinstance(error, OutOfMemory):
         return "infeasible"
     is_fault = isinstance(error, Exception) and not isinstance(error, WorkerError)
-    return "failed" if is_fault and why_unwritable(folder, error) is None else "interrupted"
+    return "failed" if is_fault and explain_unwritable(folder, error) is None else "interrupted"
 
 
 def describe_failure(error: BaseException) -> str:

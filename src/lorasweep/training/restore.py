@@ -11,11 +11,11 @@ from torch import nn
 
 from lorasweep.config.build import as_settings, build
 from lorasweep.config.run import RunConfig
-from lorasweep.config.trust import PACKAGES_OF_FLAGS, is_trusted, package_of, require_trusted
+from lorasweep.config.trust import PACKAGES_OF_FLAGS, get_package, is_trusted, require_trusted
 from lorasweep.errors import ConfigError, RecordError
 from lorasweep.methods import METHODS, copy_sharing_weights
 from lorasweep.models.load import BaseModel, Labels, load_base
-from lorasweep.record import RunRecord, sha256_of
+from lorasweep.record import RunRecord, compute_sha256
 from lorasweep.training.environment import DTYPES
 
 Settings: TypeAlias = RunConfig | Sequence[str] | Mapping[str, Any]
@@ -71,7 +71,7 @@ def require_trusted_code(config: RunConfig, *, trust: bool = False, option: str 
         option: The option that sets `trust`, for the message. None: the remedy is `trust=[PACKAGE]`.
     """
     factories = {"model.factory": config.model.factory, "data.factory": getattr(config.data, "factory", None)}
-    loaded_code = [(key, name, package_of(name)) for key, name in factories.items() if name]
+    loaded_code = [(key, name, get_package(name)) for key, name in factories.items() if name]
     for key, package in PACKAGES_OF_FLAGS.items():
         if getattr(config.model, key.removeprefix("model.")):
             loaded_code.append((key, True, package))
@@ -144,7 +144,7 @@ def check_kept_files(record: RunRecord, run: Path, *, part: str) -> None:
         )
     for name, kept in record.files.items():
         file = run / name
-        if name.startswith(f"{part}/") and not (file.is_file() and sha256_of(file) == kept["sha256"]):
+        if name.startswith(f"{part}/") and not (file.is_file() and compute_sha256(file) == kept["sha256"]):
             raise RecordError(
                 f"{str(file)!r} must be as the run wrote it, but is missing or has changed. Train the run again."
             )

@@ -26,9 +26,9 @@ from lorasweep.record import (
     STEPS_FILE,
     RunRecord,
     RunStatus,
+    compute_sha256,
     read_run,
     read_steps,
-    sha256_of,
     utc_now,
     write_record,
 )
@@ -131,7 +131,7 @@ class RunLog:
         record.peak_memory_bytes = peak_memory_bytes()
         kept = [path for name in ("best", "last") for path in sorted((folder / name).glob("*")) if path.is_file()]
         record.files = {
-            path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+            path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": compute_sha256(path)}
             for path in kept
         }
         record.adapter_bytes = sum(path.stat().st_size for path in (folder / "best").glob("*.safetensors"))

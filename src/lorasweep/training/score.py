@@ -19,7 +19,7 @@ from lorasweep.data.split import IGNORED, Split, move_batch
 from lorasweep.data.tasks import Evaluation, ExampleScores, Task
 from lorasweep.disk import csv_text, write_atomically
 from lorasweep.errors import ConfigError
-from lorasweep.record import TEST_SCORES_FILE, RunRecord, read_run, sha256_of, write_record
+from lorasweep.record import TEST_SCORES_FILE, RunRecord, read_run, compute_sha256, write_record
 from lorasweep.training.environment import get_device
 from lorasweep.training.failures import convert_memory_errors
 from lorasweep.training.inputs import RunInputs
@@ -63,7 +63,7 @@ def score_run(folder: Path, *, inputs: RunInputs) -> RunRecord:
     if lines is not None:
         path = folder / TEST_SCORES_FILE
         write_atomically(path, lines)
-        record.files[TEST_SCORES_FILE] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+        record.files[TEST_SCORES_FILE] = {"bytes": path.stat().st_size, "sha256": compute_sha256(path)}
     record.data[split.name] = split.describe()
     record.notes += [note for note in split.notes if note not in record.notes]
     record.test = values | answers

@@ -16,7 +16,7 @@ from lorasweep.errors import RecordError
 from lorasweep.lora import lora_layers
 from lorasweep.methods import METHODS, copy_sharing_weights
 from lorasweep.models.load import BaseModel
-from lorasweep.record import read_run, sha256_of
+from lorasweep.record import compute_sha256, read_run
 from lorasweep.runs.inspect.inspect_run import (
     initial_model,
     inspect_run,
@@ -99,9 +99,9 @@ def test_files_of_an_earlier_inspection_that_no_longer_hold_are_removed(runs, in
 
 
 def test_inspecting_changes_nothing_else_of_the_run(runs, inputs):
-    before = {path: sha256_of(path) for path in runs["lora"].rglob("*") if path.is_file()}
+    before = {path: compute_sha256(path) for path in runs["lora"].rglob("*") if path.is_file()}
     inspect_run(runs["lora"], inputs=inputs)
-    assert {path: sha256_of(path) for path in before} == before
+    assert {path: compute_sha256(path) for path in before} == before
 
 
 def test_other_data_than_the_runs_is_said_and_the_rest_still_appears(runs, inputs):

@@ -8,7 +8,7 @@ import json
 import pytest
 
 from lorasweep.errors import RecordError
-from lorasweep.record import read_sweep, winners, write_record
+from lorasweep.record import find_winners, read_sweep, write_record
 from lorasweep.report.figures.weights import read_arm, read_similarity
 from lorasweep.runs.inspect.inspect_sweep import inspect_sweep
 from lorasweep.runs.inspect.truncation import find_enough_rank
@@ -26,21 +26,21 @@ def test_winners_are_the_best_complete_trials_of_arms_that_train(sweep):
     record = read_sweep(sweep)
     lora = [trial for trial in record.trials if trial.arm == "lora"]
     best = min(lora, key=lambda trial: trial.value)
-    assert winners(record) == {"lora": best, "full": record.trials[-1], "none": None}
+    assert find_winners(record) == {"lora": best, "full": record.trials[-1], "none": None}
     record.direction = "maximize"
-    assert winners(record)["lora"] is max(lora, key=lambda trial: trial.value)
+    assert find_winners(record)["lora"] is max(lora, key=lambda trial: trial.value)
     lora[0].value = lora[1].value
-    assert winners(record)["lora"] is lora[0]  # the earlier of equals
+    assert find_winners(record)["lora"] is lora[0]  # the earlier of equals
     lora[0].state = "pruned"
-    assert winners(record)["lora"] is lora[1]
+    assert find_winners(record)["lora"] is lora[1]
     lora[1].value = float("nan")
-    assert winners(record)["lora"] is None
+    assert find_winners(record)["lora"] is None
 
 
 def test_winners_are_inspected_and_compared(sweep, inputs):
     found = inspect_sweep(sweep, inputs=inputs, scores=False)
     assert set(found.inspections) == {"lora", "full"}
-    best = winners(read_sweep(sweep))
+    best = find_winners(read_sweep(sweep))
     for arm in ("lora", "full"):
         assert (sweep / best[arm].run / "inspect" / "summary.json").is_file()
     summary = json.loads((sweep / "inspect" / "summary.json").read_text())
@@ -59,7 +59,7 @@ def test_more_pairs_than_anybody_reads_are_counted(sweep, inputs, monkeypatch):
 
 
 def test_a_winner_that_is_damaged_is_a_sentence_and_the_others_are_inspected(sweep, inputs):
-    weights = sweep / winners(read_sweep(sweep))["lora"].run / "best/adapter_model.safetensors"
+    weights = sweep / find_winners(read_sweep(sweep))["lora"].run / "best/adapter_model.safetensors"
     weights.write_bytes(b"no")
     found = inspect_sweep(sweep, inputs=inputs, scores=False)
     assert set(found.inspections) == {"full"}
@@ -67,7 +67,7 @@ def test_a_winner_that_is_damaged_is_a_sentence_and_the_others_are_inspected(swe
 
 
 def test_winners_of_different_bases_are_not_compared(sweep, inputs):
-    folder = sweep / winners(read_sweep(sweep))["full"].run
+    folder = sweep / find_winners(read_sweep(sweep))["full"].run
     edit_json(folder / "run.json", lambda raw: raw["base"].update(fingerprint="f" * 16))
     found = inspect_sweep(sweep, inputs=inputs, scores=False)
     assert set(found.inspections) == {"lora"}  # the given base is not the other's
@@ -94,7 +94,7 @@ def test_a_sweep_without_a_winner_is_refused(sweep, inputs):
 def test_the_report_reads_what_was_written(sweep, inputs):
     found = inspect_sweep(sweep, inputs=inputs)
     assert set(read_similarity(sweep / "inspect")) == {("lora", "full")}
-    best = winners(read_sweep(sweep))
+    best = find_winners(read_sweep(sweep))
     for arm, inspection in found.inspections.items():
         weights = read_arm(arm, sweep / best[arm].run / "inspect")
         shares = [row.norm_share for row in inspection.layers if row.block is not None]

@@ -15,8 +15,8 @@ from lorasweep.errors import ConfigError
 
 MIN_DOCUMENTS = 20
 """With fewer documents, a missing split is cut off the end of every document instead of taking whole documents."""
-SHARE_PERCENT = 10
-"""Percentage of each document that a missing split gets where documents are cut."""
+SPLIT_PERCENT = 10
+"""Percentage of each document that a missing split gets if documents are cut."""
 
 
 def read_texts(config: TextConfig) -> DataSource:
@@ -84,9 +84,9 @@ def find_texts(given: str, *, key: str) -> tuple[list[Path], Path]:
 
 def _cut_ends(documents: list[Document], missing: Sequence[str]) -> tuple[dict[str, list[Document]], list[str]]:
     """Cuts the missing splits off the end of every document."""
-    start = 100 - SHARE_PERCENT * len(missing)
+    start = 100 - SPLIT_PERCENT * len(missing)
     spans = {"train": (0, start)}
-    spans |= {split: (start + n * SHARE_PERCENT, start + (n + 1) * SHARE_PERCENT) for n, split in enumerate(missing)}
+    spans |= {split: (start + n * SPLIT_PERCENT, start + (n + 1) * SPLIT_PERCENT) for n, split in enumerate(missing)}
     parts = {}
     for split, (low, high) in spans.items():
         cuts = [cut_document(document, low=low, high=high) for document in documents]

@@ -13,7 +13,7 @@ from lorasweep.data.reading.splitting import build_source, content_key
 from lorasweep.data.reading.tables import choose_columns, open_tables, parse_rows, require_text
 from lorasweep.data.source import DataSource, Label, LabelledText
 
-MAX_TOLD_CLASSES = 20
+MAX_LISTED_CLASSES = 20
 """Maximum number of classes whose share of the training examples is printed."""
 
 
@@ -78,9 +78,9 @@ def _describe(encoder: LabelEncoder, train: list[LabelledText], validation: list
             f"Always answering {mean:.4g}, the mean of train, has a squared error of {error:.4f} on validation.",
         ]
     counts = Counter(index for label in labels for index in (label if isinstance(label, list) else [label]))
-    told = list(enumerate(encoder.names))[:MAX_TOLD_CLASSES]
-    shares = [f"{name!r} {counts[index] / len(labels):.1%}" for index, name in told]
-    others = f" and {len(encoder.names) - len(told)} more" if len(encoder.names) > len(told) else ""
+    listed = list(enumerate(encoder.names))[:MAX_LISTED_CLASSES]
+    shares = [f"{name!r} {counts[index] / len(labels):.1%}" for index, name in listed]
+    others = f" and {len(encoder.names) - len(listed)} more" if len(encoder.names) > len(listed) else ""
     notes.append(f"Labels of train: {', '.join(shares)}{others}.")
     if encoder.task == "single_label":
         majority = min(counts, key=lambda index: (-counts[index], index))

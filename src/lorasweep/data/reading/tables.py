@@ -19,7 +19,7 @@ import pyarrow
 import pyarrow.parquet
 
 from lorasweep.config.data import SplitSettings
-from lorasweep.data.reading.hub import class_names_of, load_hub, select_columns
+from lorasweep.data.reading.hub import find_class_names, load_hub, select_columns
 from lorasweep.errors import ConfigError, first_line
 from lorasweep.wording import nearest, shorten
 
@@ -85,7 +85,7 @@ def open_tables(config: SplitSettings, choose: ChooseColumns) -> Callable[[str],
             columns=select_columns(dataset, choose_all(dataset.column_names, repr(name))),
             sources=[(0, name)],
             can_skip_rows=True,
-            class_names=class_names_of(dataset, choose(dataset.column_names, repr(name))),
+            class_names=find_class_names(dataset, choose(dataset.column_names, repr(name))),
         )
         return separate_groups(table)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from lorasweep.disk import csv_text, write_atomically
 from lorasweep.errors import RecordError
-from lorasweep.record import folder_of_run, read_sweep, winners
+from lorasweep.record import find_winners, get_run_folder, read_sweep
 from lorasweep.runs.inspect.inspect_run import (
     FOLDER,
     SIMILARITY_FILE,
@@ -56,12 +56,12 @@ def inspect_sweep(folder: Path, *, inputs: RunInputs | None = None, scores: bool
     inspections: dict[str, Inspection] = {}
     problems: list[str] = []
     inputs_cache = InputsCache()
-    for arm, winner in winners(read_sweep(folder)).items():
+    for arm, winner in find_winners(read_sweep(folder)).items():
         if winner is None:
             problems.append(f"Arm `{arm}` has no complete trial to inspect.")
             continue
         try:
-            run = read_finished_run(folder_of_run(folder, winner.run))
+            run = read_finished_run(get_run_folder(folder, winner.run))
             inspections[arm] = measure_run(run, inputs or inputs_cache.load(run.config), scores=scores)
         except RecordError as error:
             problems.append(f"Arm `{arm}` can't be inspected: {error}")

@@ -22,7 +22,7 @@ import optuna
 from optuna.pruners import BasePruner
 from optuna.storages import BaseStorage
 
-from lorasweep.disk import why_unwritable
+from lorasweep.disk import explain_unwritable
 from lorasweep.errors import WorkerError
 from lorasweep.record import SweepRecord, utc_now, write_record
 from lorasweep.sweep.controller.storage import close_storage, open_study
@@ -115,7 +115,7 @@ class SweepFolder:
 
 def check_writable(path: Path, error: BaseException) -> None:
     """Raises `WorkerError` if an error has the reason that a sweep's folder can't be written to."""
-    reason = why_unwritable(path, error)
+    reason = explain_unwritable(path, error)
     if reason is not None:
         raise _unwritable(path, reason if path.is_dir() else "it was moved or removed") from error
 

@@ -17,7 +17,7 @@ from optuna.storages.journal import JournalFileBackend
 from lorasweep.data.tasks import goal_direction
 from lorasweep.disk import free_folder, network_file_system, remove_leftovers, require_new_folder
 from lorasweep.errors import ConfigError, RecordError
-from lorasweep.record import RerunStage, SweepRecord, read_sweep, sha256_of, utc_now, write_record
+from lorasweep.record import RerunStage, SweepRecord, read_sweep, compute_sha256, utc_now, write_record
 from lorasweep.sweep.controller.folder import LOCK_FILE, SweepFolder
 from lorasweep.sweep.controller.record_rows import RUNS_FOLDER, arm_row
 from lorasweep.sweep.controller.storage import (
@@ -65,7 +65,7 @@ def create_sweep(definition: Definition, path: Path, *, metric: str, notes: Sequ
         direction=goal_direction(metric),
         definition=definition.raw,
         source=str(definition.source) if definition.source else None,
-        source_sha256=sha256_of(definition.source) if definition.source else None,
+        source_sha256=compute_sha256(definition.source) if definition.source else None,
         arms=[arm_row(arm) for arm in definition.arms],
         candidates=definition.sweep_config.confirm.candidates,
         select_seeds=draw_select_seeds(definition),
@@ -144,7 +144,7 @@ def reopen_sweep(path: Path, *, changes: Mapping[str, Any] | None = None) -> Swe
     """
     record, definition = read_sweep(path), saved_definition(path, changes=changes)
     source = definition.source
-    if source is not None and source.exists() and record.source_sha256 != sha256_of(source):
+    if source is not None and source.exists() and record.source_sha256 != compute_sha256(source):
         raise ConfigError(
             f"the sweep file must be as it was when {str(path)!r} began, but {str(source)!r} has changed. "
             f"Restore it, or start a new sweep."
