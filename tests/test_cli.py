@@ -14,7 +14,7 @@ import yaml
 import lorasweep.sweep.workers.worker as worker_file
 import lorasweep.training.inputs as workbench_file
 from lorasweep import api
-from lorasweep.cli import DONE, FAILED, INTERRUPTED, WRONG, main, run
+from lorasweep.cli import DONE, FAILED, INTERRUPTED, WRONG_REQUEST, main, run
 from lorasweep.errors import Diverged
 from lorasweep.record import ArmRow, SweepRecord, read_run, read_sweep, write_record
 from lorasweep.stop_signal import StopSignal
@@ -101,7 +101,7 @@ BAD = [
     (["sweep", "mini.yaml", "sweep.output=full"], "`sweep.output` must be a new or empty folder, but 'full' is not."),
     (["sweep", "mini.yaml", "model=causal_lm", "model.path=./no/model"], "`model.path` must be"),
     (["sweep", "--resume", "nowhere"], "a sweep's folder must contain sweep.json, but 'nowhere' does not."),
-    (["sweep", "--resume", "full", "optim.lr=1"], "`worker` and `confirm` only, but got `optim.lr`"),
+    (["sweep", "--resume", "full", "optim.lr=1"], "except `worker` and `confirm`, but got `optim.lr`"),
     (["sweep", "--resume", "full", "confirm.seeds=1"], "'full'"),
     (["sweep", "mini.yaml", "arms.lora.confirm.seeds=3"], "all arms must have one `confirm.seeds`"),
     (["sweep", "mini.yaml", "arms.lora.expand.method.rnk=[1]"], "Did you mean `method.rank`?"),
@@ -132,7 +132,7 @@ def test_bad_input_is_one_line_and_exit_code_2_and_changes_nothing(here, mini, c
     empty = MINI | {"arms": {"lora": MINI["arms"]["lora"] | {"space": {}}}}
     (here / "empty.yaml").write_text(yaml.safe_dump(empty))
     before = files_below(here)
-    assert run(words) == WRONG == 2
+    assert run(words) == WRONG_REQUEST == 2
     output = capsys.readouterr()
     assert output.err.count("\n") == 1
     assert output.err.startswith("lorasweep: ")
@@ -146,7 +146,7 @@ def test_bad_input_is_one_line_and_exit_code_2_and_changes_nothing(here, mini, c
 def test_several_folders_of_which_one_is_no_sweep_are_refused_before_any_report_is_written(here, mini, capsys):
     assert run(["sweep", mini]) == DONE
     before = {path: path.stat().st_mtime_ns for path in here.rglob("*")}
-    assert run(["compare", "outputs/mini", "nowhere"]) == WRONG
+    assert run(["compare", "outputs/mini", "nowhere"]) == WRONG_REQUEST
     assert {path: path.stat().st_mtime_ns for path in here.rglob("*")} == before
 
 
@@ -243,7 +243,7 @@ def test_a_run_is_exported_and_the_difference_said(here, short, capsys, format):
     assert ": new\nits logits differ from the run's by at most " in shown
     assert (here / "new" / {"peft": "adapter_config.json", "merged": "config.json"}[format]).is_file()
     before = files_below(here)
-    assert run(words) == WRONG
+    assert run(words) == WRONG_REQUEST
     assert capsys.readouterr().err == (
         "lorasweep: `--out` must be a new or empty folder, but 'new' is not. Name another one.\n"
     )
@@ -265,14 +265,14 @@ def test_a_run_is_resumed_with_its_settings_only(here, short, capsys):
     assert run(words) == DONE
     assert read_run(here / "run") == first
     capsys.readouterr()
-    assert run([*words, "optim.lr=1e-5"]) == WRONG
+    assert run([*words, "optim.lr=1e-5"]) == WRONG_REQUEST
     assert "`optim.lr` must be" in capsys.readouterr().err
-    assert run(["train", *short, "resume=true"]) == WRONG
+    assert run(["train", *short, "resume=true"]) == WRONG_REQUEST
     assert "must come with `output=DIR`" in capsys.readouterr().err
 
 
 def test_a_grid_is_refused_for_several_processes(here, short, capsys):
-    assert run(["train", "-m", "method.rank=1,2", "trainer.devices=2"]) == WRONG
+    assert run(["train", "-m", "method.rank=1,2", "trainer.devices=2"]) == WRONG_REQUEST
     assert "`trainer.devices` must be 1 and `trainer.strategy` auto with `-m`, but got 2" in capsys.readouterr().err
     assert not list(here.rglob("run.json"))
 
@@ -379,7 +379,7 @@ def test_a_finished_sweep_gets_a_confirm_stage(capsys, here, mini):
         assert row.value == kept.test["bits_per_byte"]
         assert (folder / row.run / "test_scores.csv").is_file()
     capsys.readouterr()
-    assert run(["sweep", "--resume", "outputs/mini", "confirm.seeds=1"]) == WRONG
+    assert run(["sweep", "--resume", "outputs/mini", "confirm.seeds=1"]) == WRONG_REQUEST
     assert "`confirm.seeds >= 2` must hold" in capsys.readouterr().err
 
 
@@ -438,7 +438,7 @@ def test_reproduce_says_identical_or_the_first_step_that_differs(here, short, ca
     log.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert run(["reproduce", "one", "--output", "new"]) == FAILED
     assert capsys.readouterr().out.startswith("different: first at step 2 loss was ")
-    assert run(["reproduce", "one", "--output", "new"]) == WRONG
+    assert run(["reproduce", "one", "--output", "new"]) == WRONG_REQUEST
     assert "`--output` must be a new or empty folder, but 'new' is not." in capsys.readouterr().err
     assert {path.name for path in (here / "outputs" / "reproduce").iterdir()} == {"one"}
 
@@ -478,7 +478,7 @@ def test_a_sweep_that_is_not_complete_is_not_reproduced(here, mini, capsys):
         write_record(record, here / "s")
         before = files_below(here)
         capsys.readouterr()
-        assert run(["reproduce", "s"]) == WRONG
+        assert run(["reproduce", "s"]) == WRONG_REQUEST
         output = capsys.readouterr()
         assert output.err == f"lorasweep: a sweep must be complete to be reproduced, but 's' is {status}.\n"
         assert output.out == ""
@@ -490,7 +490,7 @@ def test_a_sweep_is_reproduced_as_a_whole_only(here, mini, capsys, words):
     assert run(["sweep", mini, "sweep.output=s"]) == DONE
     before = files_below(here)
     capsys.readouterr()
-    assert run(["reproduce", "s", *words]) == WRONG
+    assert run(["reproduce", "s", *words]) == WRONG_REQUEST
     assert f"`{words[0]}` must be missing with a sweep" in capsys.readouterr().err
     assert files_below(here) == before
 
@@ -500,7 +500,7 @@ def test_reproduce_repeats_one_trial_of_a_sweep(here, mini, capsys):
     capsys.readouterr()
     assert run(["reproduce", "--trial", "s/lora/1", "--steps", "1"]) == DONE
     assert "of s/runs/lora-0001 and outputs/reproduce/lora-0001" in capsys.readouterr().out
-    assert run(["reproduce", "--trial", "s/lora/7"]) == WRONG
+    assert run(["reproduce", "--trial", "s/lora/7"]) == WRONG_REQUEST
     assert (
         "`--trial` must be SWEEP/ARM/NUMBER of a trial that has started (arms: frozen, lora)" in capsys.readouterr().err
     )
@@ -508,7 +508,7 @@ def test_reproduce_repeats_one_trial_of_a_sweep(here, mini, capsys):
     for row in raw["trials"]:
         row["run"] = "../elsewhere"
     (here / "s" / "sweep.json").write_text(json.dumps(raw))
-    assert run(["reproduce", "--trial", "s/lora/1"]) == WRONG
+    assert run(["reproduce", "--trial", "s/lora/1"]) == WRONG_REQUEST
     assert "a trial's run must be inside the sweep's folder, but '../elsewhere' is not." in capsys.readouterr().err
 
 
@@ -522,7 +522,7 @@ def test_inspecting_what_trained_nothing_is_one_line_and_exit_code_2(short, caps
     words = [word for word in short if not word.startswith("method.")]
     assert run(["train", "method=frozen", *words, "output=base"]) == DONE
     capsys.readouterr()
-    assert run(["inspect", "base"]) == WRONG
+    assert run(["inspect", "base"]) == WRONG_REQUEST
     output = capsys.readouterr()
     assert output.err.count("\n") == 1
     assert "has `method=frozen`. Name a run of another method." in output.err
@@ -532,7 +532,7 @@ def test_inspecting_what_trained_nothing_is_one_line_and_exit_code_2(short, caps
 def test_inspect_takes_a_sweep_alone_and_its_report_then_shows_what_was_found(here, mini, capsys):
     assert run(["sweep", mini]) == DONE
     capsys.readouterr()
-    assert run(["inspect", "outputs/mini", "outputs/mini"]) == WRONG
+    assert run(["inspect", "outputs/mini", "outputs/mini"]) == WRONG_REQUEST
     assert "`OTHER_RUN` must be missing with a sweep" in capsys.readouterr().err
     assert run(["inspect", "outputs/mini"]) == DONE
     assert capsys.readouterr().out.startswith("lora: outputs/mini/runs/lora-")

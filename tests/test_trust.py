@@ -9,7 +9,7 @@ import sys
 import pytest
 import yaml
 
-from lorasweep.cli import DONE, WRONG, run
+from lorasweep.cli import DONE, WRONG_REQUEST, run
 from lorasweep.config.compose import packaged_folder
 from lorasweep.config.trust import set_trusted, split_trust
 from lorasweep.record import read_sweep
@@ -52,7 +52,7 @@ def made(tmp_path_factory):
 def refused(capsys, words, message):
     set_trusted(())
     before = {path: path.stat().st_mtime_ns for path in sorted(path for path in _files())}
-    assert run(words) == WRONG
+    assert run(words) == WRONG_REQUEST
     shown = capsys.readouterr()
     assert shown.err.count("\n") == 1
     assert message in shown.err
