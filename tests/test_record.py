@@ -19,6 +19,7 @@ from lorasweep.record import (
     RunRecord,
     SweepRecord,
     TrialRow,
+    compute_sha256,
     find_winner,
     get_run_folder,
     list_candidates,

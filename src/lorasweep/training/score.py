@@ -19,7 +19,7 @@ from lorasweep.data.split import IGNORED, Split, move_batch
 from lorasweep.data.tasks import Evaluation, ExampleScores, Task
 from lorasweep.disk import csv_text, write_atomically
 from lorasweep.errors import ConfigError
-from lorasweep.record import TEST_SCORES_FILE, RunRecord, read_run, compute_sha256, write_record
+from lorasweep.record import TEST_SCORES_FILE, RunRecord, compute_sha256, read_run, write_record
 from lorasweep.training.environment import get_device
 from lorasweep.training.failures import convert_memory_errors
 from lorasweep.training.inputs import RunInputs

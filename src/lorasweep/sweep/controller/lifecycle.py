@@ -17,7 +17,7 @@ from optuna.storages.journal import JournalFileBackend
 from lorasweep.data.tasks import goal_direction
 from lorasweep.disk import free_folder, network_file_system, remove_leftovers, require_new_folder
 from lorasweep.errors import ConfigError, RecordError
-from lorasweep.record import RerunStage, SweepRecord, read_sweep, compute_sha256, utc_now, write_record
+from lorasweep.record import RerunStage, SweepRecord, compute_sha256, read_sweep, utc_now, write_record
 from lorasweep.sweep.controller.folder import LOCK_FILE, SweepFolder
 from lorasweep.sweep.controller.record_rows import RUNS_FOLDER, arm_row
 from lorasweep.sweep.controller.storage import (
