@@ -78,7 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
     status_parser.add_argument("folder", type=Path, metavar="DIR", help="folder of the sweep")
     status_parser.add_argument("--follow", action="store_true", help="update until the sweep ends, or Ctrl-C")
     train_parser = commands.add_parser("train", help="one run, as a Hydra app: --help, --cfg job, -m", add_help=False)
-    add_overrides(train_parser, "key=value", "settings of the run")
+    add_overrides(train_parser, "FILE key=value", "settings of the run; FILE is a YAML file of settings")
     plan_parser = add(plan, "estimate the time, memory and disk of a sweep without training it")
     add_overrides(plan_parser, "NAME|FILE key=value", "as in sweep")
     compare_parser = add(compare, "write and show the report of finished or running sweeps again")

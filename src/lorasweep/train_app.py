@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import hydra
@@ -11,8 +12,13 @@ from hydra.core.hydra_config import HydraConfig
 
 from lorasweep import api
 from lorasweep.config.build import build
-from lorasweep.config.command_line import allow_new_arguments, check_train_arguments, parse_overrides
-from lorasweep.config.compose import compose_values, packaged_folder, register_search_path
+from lorasweep.config.command_line import (
+    allow_new_arguments,
+    check_train_arguments,
+    parse_overrides,
+    read_settings_file,
+)
+from lorasweep.config.compose import compose_values, layer_settings, packaged_folder, register_search_path
 from lorasweep.config.run import RunConfig
 from lorasweep.errors import ConfigError, LoraSweepError
 from lorasweep.results import RunResult
@@ -27,14 +33,17 @@ def run_train_app(
     """Trains the run, or each run of a grid, and returns their exit codes; an empty list if Hydra only shows settings.
 
     Args:
-        arguments: The command line after `lorasweep train`.
+        arguments: The command line after `lorasweep train`. The first may be a YAML file of settings.
         show: Prints a run's result and returns its exit code.
         refuse: Prints an error and returns its exit code.
 
     Raises:
         ConfigError: An argument is no override, or a key or value is wrong.
     """
-    check_train_arguments(arguments)
+    file_settings: Mapping[str, Any] = {}
+    if arguments and arguments[0].endswith((".yaml", ".yml")) and "=" not in arguments[0]:
+        file_settings, arguments = read_settings_file(Path(arguments[0])), arguments[1:]
+    check_train_arguments(arguments, file_settings)
     register_search_path()
     codes: list[int] = []
     original_argv, is_grid = sys.argv, bool({"-m", "--multirun"} & set(arguments))
@@ -42,7 +51,7 @@ def run_train_app(
     def task(composed: Any) -> None:
         sys.argv = original_argv  # Lightning starts other processes with this command line
         try:
-            codes.append(show(_train(HydraConfig.get().overrides.task, is_grid=is_grid)))
+            codes.append(show(_train(file_settings, HydraConfig.get().overrides.task, is_grid=is_grid)))
         except (LoraSweepError, OSError) as error:  # Hydra would print a traceback
             codes.append(refuse(error))
 
@@ -52,9 +61,9 @@ def run_train_app(
     return codes
 
 
-def _train(overrides: Sequence[str], *, is_grid: bool) -> RunResult:
+def _train(file_settings: Mapping[str, Any], overrides: Sequence[str], *, is_grid: bool) -> RunResult:
     # Our own composition, because Hydra's would keep the default option's arguments if `_target_` names another class.
-    values = compose_values("train", parse_overrides(overrides))
+    values = compose_values("train", layer_settings("train", file_settings, parse_overrides(overrides)))
     output, resume = values.pop("output"), bool(values.pop("resume"))
     config = build(RunConfig, values)
     if is_grid and config.trainer.wants_processes:

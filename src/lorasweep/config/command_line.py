@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Glob, IntervalSweep, Override, RangeSweep
 from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from lorasweep.config.compose import (
     COMPONENTS,
@@ -19,6 +23,8 @@ from lorasweep.config.compose import (
     group_options,
     hydra_session,
     known_keys,
+    layer_settings,
+    refuse_resolvers,
 )
 from lorasweep.errors import ConfigError, first_line
 
@@ -32,10 +38,27 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
     return dict(map(_read_override, _parse(overrides)))
 
 
-def check_train_arguments(arguments: Sequence[str]) -> None:
+def read_settings_file(path: Path) -> dict[str, Any]:
+    """Returns the dotted keys and values of a YAML file.
+
+    Raises:
+        ConfigError: The file is missing, or does not hold keys and values.
+    """
+    try:
+        settings: Any = OmegaConf.to_container(OmegaConf.load(path))
+    except (OSError, YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"{str(path)!r} must be a YAML file of settings, but got: {first_line(error)}.") from error
+    if not isinstance(settings, dict):
+        raise ConfigError(f"{str(path)!r} must hold lines such as `optim.lr: 0.001`, but got {settings!r}.")
+    refuse_resolvers(settings)
+    return settings
+
+
+def check_train_arguments(arguments: Sequence[str], file_settings: Mapping[str, Any] = {}) -> None:
     """Checks the arguments of `lorasweep train` before Hydra does, so that every error is one sentence.
 
-    Every run of a grid (`-m method.rank=1,4`) is checked before the first one trains.
+    Every run of a grid (`-m method.rank=1,4`) is checked before the first one trains. The arguments win over the
+    settings of a file.
 
     Raises:
         ConfigError: An argument is no override, or a key or value is wrong.
@@ -55,8 +78,11 @@ def check_train_arguments(arguments: Sequence[str]) -> None:
             raise ConfigError(f"`{key}` must have one value, but got {value!r}. Add `-m` to run each of them.")
         values[key] = value if override.is_sweep_override() else [value]
     trains = not (flags.help or flags.cfg or flags.info)
+    if file_settings and not trains:  # Hydra, which shows them, does not know the file
+        raise ConfigError("`--cfg`, `--info` and `--help` must be used without a file of settings.")
     for combination in itertools.product(*values.values()):
-        compose_run(dict(zip(values, combination, strict=True)), require_all=trains)
+        settings = layer_settings("train", file_settings, dict(zip(values, combination, strict=True)))
+        compose_run(settings, require_all=trains)
 
 
 def allow_new_arguments(arguments: Sequence[str]) -> list[str]:
