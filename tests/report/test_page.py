@@ -54,7 +54,7 @@ def written(sweep: Path) -> Page:
 
 
 SECTIONS = [
-    *("arms", "confirmed", "rank", "rank-alpha", "lr", "curves", "tradeoff", "settings", "importance"),
+    *("arms", "confirmed", "rank-alpha", "curves", "tradeoff", "rank", "lr", "settings", "importance"),
     *("weights", "unfinished", "trials"),
 ]
 
@@ -127,7 +127,10 @@ def test_page_fetches_nothing(sweep: Path) -> None:
     page = written(sweep)
     assert not [found for tag, found in page.tags if "src" in found]
     hrefs = [found["href"] or "" for _, found in page.tags if "href" in found]
-    assert all(re.match(r"#|\.\./runs/|[a-z-]+\.csv$|summary\.json$|data:,$", href) for href in hrefs)
+    assert all(
+        re.match(r"#|\.\./runs/|[a-z-]+\.csv$|summary\.json$|recommended/(lora/)?[a-z_]+\.(py|yaml)$|data:,$", href)
+        for href in hrefs
+    )
     styles = re.findall(r"<style>(.*?)</style>", (sweep / "report/index.html").read_text(), re.DOTALL)
     assert all("url(" not in style and "@import" not in style for style in styles)
 

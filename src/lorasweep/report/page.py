@@ -32,19 +32,28 @@ FILTERS = {
 }
 """The template's names of functions that format numbers and settings."""
 
+MAIN_PANELS = ("confirmed", "rank-alpha", "curves", "tradeoff")
+"""The panels that the page shows first and unfolded, in this order."""
+FILE_READERS = {
+    "train.yaml": "lorasweep train",
+    "peft_config.py": "PEFT",
+    "training_arguments.py": "transformers",
+}
+"""Who reads each file of recommended settings."""
 
 Cell = tuple[str, float | str | None]
 """The text of a cell of the table of trials, and the value by which its column is sorted; None sorts last."""
 
 
 def render_page(summary: Summary, panels: Sequence[Panel]) -> str:
-    """Returns the page as HTML, with the panels in their order."""
+    """Returns the page as HTML, with the main panels before the others."""
     environment = Environment(
         loader=PackageLoader("lorasweep.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
     environment.filters.update(FILTERS, code=mark_code, link=build_link)
     environment.globals.update(figure_json=figure_json, plotly_js=Markup(get_plotlyjs()))
     data = summary.data
+    order = {key: index for index, key in enumerate(MAIN_PANELS)}
     return environment.get_template("index.html").render(
         data=data,
         sweep=data.record,
@@ -52,7 +61,9 @@ def render_page(summary: Summary, panels: Sequence[Panel]) -> str:
         evidence=data.evidence,
         scores=[arm.best.value for arm in data.arms if arm.best],
         colours=choose_colours(data),
-        panels=panels,
+        panels=sorted(panels, key=lambda panel: order.get(panel.key, len(order))),
+        main_panels=MAIN_PANELS,
+        file_readers=FILE_READERS,
         columns=_list_columns(data),
         rows=[(trial, _build_cells(trial, data)) for trial in select_rows(data)],
         unfinished={state: _list_unfinished(data, state) for state in STATES if state != "complete"},

@@ -10,6 +10,7 @@ from lorasweep.record import SweepRecord
 from lorasweep.report.advice import Advice, advise
 from lorasweep.report.fairness import Fairness, judge_fairness
 from lorasweep.report.findings import describe_findings
+from lorasweep.report.recommend import Recommendation, recommend
 from lorasweep.report.sweep_data import STATES, ArmData, SweepData, finite_number, load_sweep_data
 from lorasweep.wording import (
     format_bytes,
@@ -50,6 +51,8 @@ class Summary:
     time: TimeBreakdown | None
     """None if the record does not hold the worker's times."""
     sentences: tuple[str, ...]
+    recommended: tuple[Recommendation, ...]
+    """The settings to use; a second entry has those for LoRA if another method is recommended."""
 
     def as_json(self) -> dict[str, Any]:
         """Returns the content of `report/summary.json`."""
@@ -68,6 +71,10 @@ class Summary:
             "d90": self.advice.dimension.d90 if self.advice.dimension else None,
             "arms": [_summarize_arm(arm, data) for arm in data.arms],
             "sentences": self.sentences,
+            "recommended": [
+                {"arm": one.arm, "is_settled": one.is_settled, "sentences": one.sentences, "settings": one.settings}
+                for one in self.recommended
+            ],
             # The evidence on each arm is in the arm.
             "evidence": {key: value for key, value in asdict(data.evidence).items() if key != "arms"},
             "advice": asdict(self.advice),
@@ -90,6 +97,7 @@ def summarize(folder: Path) -> Summary:
         fairness=fairness,
         time=break_down_time(data.record),
         sentences=tuple(describe_findings(data, advice, fairness)),
+        recommended=tuple(recommend(data)),
     )
 
 

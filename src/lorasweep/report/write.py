@@ -10,10 +10,12 @@ from lorasweep.disk import csv_text, write_atomically
 from lorasweep.report.board import BOARD_FOLDER, write_board
 from lorasweep.report.figures import PANELS
 from lorasweep.report.page import render_page
+from lorasweep.report.recommend import RECOMMENDED_FILES
 from lorasweep.report.summary import Summary, summarize
 from lorasweep.report.sweep_data import ALPHA, LR, RANK, ArmData, SweepData, TrialData
 
 REPORT_FOLDER = "report"
+RECOMMENDED_FOLDER = "recommended"
 MEASURED = (
     "steps_planned",
     "steps_done",
@@ -63,8 +65,20 @@ def write_report(folder: Path) -> Summary:
         )
     for name, content in files.items():
         write_atomically(folder / REPORT_FOLDER / name, content)
+    _write_recommended(summary, folder / REPORT_FOLDER / RECOMMENDED_FOLDER)
     write_board(data, folder / REPORT_FOLDER / BOARD_FOLDER)
     return summary
+
+
+def _write_recommended(summary: Summary, folder: Path) -> None:
+    """Writes the files of the recommended settings, and in `lora/` those for LoRA if another method is recommended."""
+    for index, target in enumerate((folder, folder / "lora")):
+        files = summary.recommended[index].files if index < len(summary.recommended) else {}
+        for name in RECOMMENDED_FILES:
+            if name in files:
+                write_atomically(target / name, files[name])
+            else:  # an earlier report may have recommended another method
+                (target / name).unlink(missing_ok=True)
 
 
 def _trials_csv(data: SweepData) -> str:

@@ -50,6 +50,12 @@ function drawSection(section) {
   });
 }
 
+// A figure in a folded part has no width yet.
+function drawIfOpen(section) {
+  const folded = section.querySelector("details.more");
+  if (folded === null || folded.open) drawSection(section);
+}
+
 function figureSections() {
   return Array.from(document.querySelectorAll(".figure-data"), (source) => source.closest("section"));
 }
@@ -61,7 +67,7 @@ function drawWhenNear() {
       for (const entry of entries) {
         if (!entry.isIntersecting) continue;
         near.unobserve(entry.target);
-        drawSection(entry.target);
+        drawIfOpen(entry.target);
       }
     },
     { rootMargin: "800px" },
@@ -108,10 +114,48 @@ for (const button of document.querySelectorAll(".trials thead button")) {
 }
 document.getElementById("filter")?.addEventListener("input", (event) => filterRows(event.target.value));
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", recolour);
+for (const folded of document.querySelectorAll("details.more")) {
+  folded.addEventListener("toggle", () => folded.open && drawSection(folded.closest("section")));
+}
+function openTarget() {
+  const folded = document.querySelector(":target > details.more");
+  if (folded !== null) folded.open = true;
+}
+addEventListener("hashchange", openTarget);
+openTarget();
+
+// The clipboard of the browser is missing on pages that came over plain HTTP.
+async function copy(text) {
+  if (navigator.clipboard) return navigator.clipboard.writeText(text);
+  const area = document.createElement("textarea");
+  area.value = text;
+  document.body.append(area);
+  area.select();
+  document.execCommand("copy");
+  area.remove();
+}
+
+for (const button of document.querySelectorAll(".copy")) {
+  button.hidden = false;
+  button.addEventListener("click", async () => {
+    await copy(button.nextElementSibling.textContent);
+    button.textContent = "Copied";
+    setTimeout(() => { button.textContent = "Copy"; }, 1500);
+  });
+}
 addEventListener("beforeprint", () => {
+  for (const folded of document.querySelectorAll("details:not([open])")) {
+    folded.dataset.folded = "";
+    folded.open = true;
+  }
   figureSections().forEach(drawSection);
-  for (const folded of document.querySelectorAll("details.pairs")) folded.open = true;
   resize({ width: PRINT_WIDTH });
 });
-addEventListener("afterprint", () => resize({ width: null, autosize: true }));
+addEventListener("afterprint", () => {
+  for (const folded of document.querySelectorAll("details[data-folded]")) {
+    delete folded.dataset.folded;
+    folded.open = false;
+  }
+  resize({ width: null, autosize: true });
+});
 drawWhenNear();

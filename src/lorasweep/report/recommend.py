@@ -1,0 +1,269 @@
+"""Recommends settings by the verdicts of a sweep, as text and as files for `lorasweep train`, PEFT and transformers."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lorasweep.report.findings import ONE_SEED, describe_pair
+from lorasweep.report.sweep_data import ALPHA, LR, RANK, ArmData, SweepData, TrialData, group_by_rank
+from lorasweep.wording import (
+    format_estimate,
+    format_metric,
+    format_score,
+    format_setting,
+    format_share_estimate,
+    join_words,
+    short_key,
+)
+
+RECOMMENDED_FILES = ("train.yaml", "peft_config.py", "training_arguments.py")
+MULTIPLIER = "method.alpha_over_rank"
+STEPS = "trainer.max_steps"
+LABELS = {"method.name": "method", RANK: "rank", ALPHA: "α", LR: "learning rate", STEPS: "steps"}
+"""The settings that the recommendation shows first, with their names."""
+METHOD_NAMES = {"lora": "LoRA", "full": "full fine-tuning"}
+PEFT_INITS = {"gaussian": "gaussian", "orthogonal": "orthogonal", "pissa": "pissa"}
+"""PEFT's `init_lora_weights` for `method.init`; the default init is PEFT's default."""
+UNKNOWN_TO_TRANSFORMERS = {"lr_ratio_b": 1.0, "lr_ratio_head": 1.0, "layer_decay": 1.0, "ema_decay": None}
+"""Keys of `optim` that `TrainingArguments` lack, with the values that have no effect."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recommendation:
+    """The settings of one arm, for people and as files."""
+
+    arm: str
+    is_settled: bool
+    """Whether the verdicts show that no other arm is better than this arm by more than the margin."""
+    sentences: tuple[str, ...]
+    """The settings, their score, and how sure the choice is."""
+    settings: dict[str, str]
+    """Names and values of the settings."""
+    files: dict[str, str]
+    """The content of each file by its name."""
+
+
+def recommend(data: SweepData) -> list[Recommendation]:
+    """Returns the settings to use, and those of the best LoRA arm if another method is recommended.
+
+    The list is empty if no arm that trains has a score.
+    """
+    arms = [arm for arm in data.arms if arm.row.method != "frozen" and _find_score(arm, data) is not None]
+    arms = [arm for arm in _drop_other_ranks(arms, data) if arm.winner and arm.winner.record]
+    if not arms:
+        return []
+    chosen = _choose(arms, data)
+    found = [_build(chosen, arms, data)]
+    adapters = [arm for arm in arms if arm.row.method == "lora"]
+    if adapters and chosen not in adapters:
+        found.append(_build(_choose(adapters, data), [*adapters, chosen], data, verb="With LoRA instead, use"))
+    return found
+
+
+def _find_score(arm: ArmData, data: SweepData) -> float | None:
+    """Returns an arm's mean on test data if the sweep has a confirm stage, else its best search score."""
+    if data.evidence.arms:
+        found = data.evidence.arm(arm.name)
+        return found.mean if found else None
+    return arm.best.value if arm.best else None
+
+
+def _drop_other_ranks(arms: Sequence[ArmData], data: SweepData) -> list[ArmData]:
+    """Returns the arms without those whose rank is not the advised rank of their group."""
+    advised = {verdict.arm for verdict in data.evidence.ranks if verdict.arm}
+    groups = [{arm.name for arm in group} for group in group_by_rank(data.arms)]
+    dropped = {name for group in groups if group & advised for name in group - advised}
+    return [arm for arm in arms if arm.name not in dropped]
+
+
+def _choose(arms: Sequence[ArmData], data: SweepData) -> ArmData:
+    """Returns the arm with the best score, or the smallest of the arms that are equivalent to it."""
+    best = min(arms, key=lambda arm: data.sign * (_find_score(arm, data) or 0.0))
+    equivalent = [arm for arm in arms if arm is best or _find_verdict(arm, best, data) == "equivalent"]
+    return min(equivalent, key=lambda arm: arm.cost("trainable_params") or math.inf)
+
+
+def _find_verdict(first: ArmData, second: ArmData, data: SweepData) -> str:
+    pair = data.evidence.pair(first.name, second.name)
+    return pair.verdict if pair else "not tested"
+
+
+def _build(arm: ArmData, arms: Sequence[ArmData], data: SweepData, *, verb: str | None = None) -> Recommendation:
+    trial = arm.winner
+    assert trial is not None
+    settings = _list_settings(arm, trial)
+    is_settled, reason = _judge(arm, arms, data)
+    named = join_words([f"{name} {value}" for name, value in settings.items() if name != "method"])
+    verb = verb or ("Use" if is_settled else "Best known so far, but not settled:")
+    return Recommendation(
+        arm=arm.name,
+        is_settled=is_settled,
+        sentences=(f"{verb} {settings['method']} with {named} (arm `{arm.name}`).", _describe_score(arm, data), reason),
+        settings=settings,
+        files=_write_files(arm, trial, data),
+    )
+
+
+def _list_settings(arm: ArmData, trial: TrialData) -> dict[str, str]:
+    keys = [*LABELS, *(key for key in trial.params if key != MULTIPLIER and key not in LABELS)]
+    known = {key: trial.setting(key) for key in keys} | {"method.name": arm.row.method}
+    if arm.row.method != "lora":
+        known = {key: value for key, value in known.items() if key not in (RANK, ALPHA)}
+    named = {LABELS.get(key, short_key(key)): format_setting(v) for key, v in known.items() if v is not None}
+    return named | {"method": METHOD_NAMES.get(arm.row.method, arm.row.method)}
+
+
+def _judge(arm: ArmData, arms: Sequence[ArmData], data: SweepData) -> tuple[bool, str]:
+    """Returns whether the verdicts settle the choice of an arm, and a sentence about it."""
+    if not data.evidence.arms:
+        return False, ONE_SEED
+    names = [other.name for other in arms if other is not arm]
+    base = [data.evidence.base] if data.evidence.base else []
+    pairs = [pair for name in [*names, *base] if (pair := data.evidence.pair(arm.name, name))]
+    # To be equivalent to the frozen base is no reason to train.
+    wins = [
+        pair for pair in pairs if pair.verdict == "better" or (pair.verdict == "equivalent" and pair.second in names)
+    ]
+    doubts = [pair for pair in pairs if pair not in wins]
+    shown = doubts or wins
+    if not shown:
+        return False, "No other arm was confirmed, so there is nothing to compare it with."
+    text = describe_pair(shown[0])
+    count = len(doubts) - 1
+    more = f" It is not settled against {count} other {'arm' if count == 1 else 'arms'} either." if count > 0 else ""
+    is_advised = arm.name in {verdict.arm for verdict in data.evidence.ranks if verdict.arm}
+    rank = f" Rank {format_setting(arm.rank)} is the smallest rank that is shown to be enough." if is_advised else ""
+    return not doubts, f"{text}.{more}{rank}"
+
+
+def _describe_score(arm: ArmData, data: SweepData) -> str:
+    found = data.evidence.arm(arm.name)
+    score = format_estimate(found.mean, found.interval) if found else format_score(_find_score(arm, data))
+    on = "test data" if found else "validation data"
+    ends = {"frozen": "the frozen base", "full": "full fine-tuning"}
+    others = []
+    for method, name in ends.items():
+        scored = [other for other in data.arms if other.row.method == method and _find_score(other, data) is not None]
+        if scored and arm not in scored:
+            best = min(scored, key=lambda other: data.sign * (_find_score(other, data) or 0.0))
+            others.append(f"{name} scores {format_score(_find_score(best, data))}")
+    share, interval = data.share_of_arm(arm)
+    if share is not None and arm.row.method != "full":
+        others.append(f"it keeps {format_share_estimate(share, interval)} of what full fine-tuning gains")
+    order = "lower" if data.record.direction == "minimize" else "higher"
+    beside = f"; {join_words(others)}" if others else ""
+    return f"It scores {score} {format_metric(data.record.metric)} on {on} ({order} is better){beside}."
+
+
+def _write_files(arm: ArmData, trial: TrialData, data: SweepData) -> dict[str, str]:
+    """Returns the files; a method other than LoRA has no `peft_config.py`."""
+    origin = f"From sweep {data.record.name}, arm {arm.name}, trial {trial.number}."
+    settings = {key: value for key, value in arm.row.settings.items() if key not in ("output", MULTIPLIER)}
+    settings |= {key: value for key, value in trial.params.items() if key != MULTIPLIER}
+    exact = (STEPS, LR, *((RANK, ALPHA) if arm.row.method == "lora" else ()))
+    # Named even if they are defaults, so that a later default changes nothing.
+    settings |= {key: value for key in exact if (value := trial.setting(key)) is not None}
+    files = {
+        "train.yaml": f"# {origin} Train with: lorasweep train train.yaml\n"
+        + yaml.safe_dump(settings, sort_keys=False, allow_unicode=True),
+        "training_arguments.py": _write_training_arguments(arm, trial, origin),
+    }
+    if arm.row.method == "lora":
+        files["peft_config.py"] = _write_peft_config(trial, origin, data.folder / trial.run)
+    return {name: files[name] for name in RECOMMENDED_FILES if name in files}
+
+
+def _write_peft_config(trial: TrialData, origin: str, run: Path) -> str:
+    method = trial.record.config["method"] if trial.record else {}
+    saved = _read_saved_config(run)
+    init = method.get("init", "default")
+    optional = {
+        "lora_dropout": method.get("dropout"),
+        "use_rslora": method.get("scaling") == "alpha_over_sqrt_rank",
+        "use_dora": method.get("variant") == "dora",
+        "init_lora_weights": PEFT_INITS.get(init),
+        "bias": bias if (bias := method.get("bias", "none")) != "none" else None,
+        # The saved adapter names layers as PEFT does. That of PiSSA has twice the ranks.
+        "rank_pattern": saved.get("rank_pattern") if init != "pissa" else None,
+        "alpha_pattern": saved.get("alpha_pattern") if init != "pissa" else None,
+        "modules_to_save": saved.get("modules_to_save"),
+        "fan_in_fan_out": saved.get("fan_in_fan_out"),
+        "task_type": saved.get("task_type"),
+    }
+    alpha = trial.setting(ALPHA)
+    arguments = {
+        "r": trial.setting(RANK),
+        "lora_alpha": int(alpha) if alpha is not None and alpha == int(alpha) else alpha,
+        "target_modules": saved.get("target_modules") or method.get("targets", "all-linear"),
+        **{key: value for key, value in optional.items() if value},
+    }
+    return _write_call("peft", "LoraConfig", "peft_config", arguments, origin)
+
+
+def _read_saved_config(run: Path) -> dict[str, Any]:
+    """Returns PEFT's configuration beside a run's best weights; empty if the weights were not kept."""
+    try:
+        saved = json.loads((run / "best" / "adapter_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return saved if isinstance(saved, dict) else {}
+
+
+def _write_training_arguments(arm: ArmData, trial: TrialData, origin: str) -> str:
+    config: Mapping[str, Any] = trial.record.config if trial.record else {}
+    optim, schedule, trainer = (config.get(group, {}) for group in ("optim", "schedule", "trainer"))
+    steps, every = trainer.get("max_steps"), trainer.get("eval_every_steps")
+    clip = optim.get("clip_norm")
+    arguments = {
+        "output_dir": f"outputs/{arm.name}",
+        "max_steps": steps,
+        "per_device_train_batch_size": trainer.get("batch_size"),
+        "learning_rate": optim.get("lr"),
+        "lr_scheduler_type": "constant_with_warmup" if schedule.get("name") == "constant" else schedule.get("name"),
+        "lr_scheduler_kwargs": _list_schedule_arguments(schedule, steps),
+        "warmup_steps": math.ceil(schedule["warmup_fraction"] * steps) if "warmup_fraction" in schedule else None,
+        "weight_decay": optim.get("weight_decay"),
+        "adam_beta1": optim.get("beta1"),
+        "adam_beta2": optim.get("beta2"),
+        "adam_epsilon": optim.get("eps"),
+        # transformers does not clip at 0
+        "max_grad_norm": 0.0 if "clip_norm" in optim and clip is None else clip,
+        "eval_strategy": "steps" if every else None,
+        "eval_steps": every,
+        "save_steps": every,
+        "load_best_model_at_end": True if every else None,
+        "seed": config.get("seed"),
+    }
+    hints = [
+        f"optim.{key}={optim[key]} has no argument here."
+        for key, no_effect in UNKNOWN_TO_TRANSFORMERS.items()
+        if optim.get(key, no_effect) != no_effect
+    ]
+    if trial.record and trial.record.platform.get("precision") == "bf16" and arm.row.method != "full":
+        hints.append("The base was in bf16: from_pretrained(..., dtype=torch.bfloat16).")
+    for group, part in (("optim", optim), ("schedule", schedule)):
+        if "_target_" in part:
+            hints.append(f"{group} was {part['_target_']}: pass it to Trainer(optimizers=...).")
+    known = {key: value for key, value in arguments.items() if value not in (None, {})}
+    return _write_call("transformers", "TrainingArguments", "training_arguments", known, " ".join([origin, *hints]))
+
+
+def _list_schedule_arguments(schedule: Mapping[str, Any], steps: int | None) -> dict[str, Any]:
+    """Returns transformers' arguments of a schedule, as `training.optim` passes them."""
+    arguments = {key: value for key, value in schedule.get("arguments", {}).items() if value is not None}
+    if "decay_fraction" in arguments and steps:
+        arguments["num_decay_steps"] = math.ceil(arguments.pop("decay_fraction") * steps)
+    return arguments
+
+
+def _write_call(package: str, name: str, variable: str, arguments: Mapping[str, Any], comment: str) -> str:
+    """Returns Python code that creates an object."""
+    lines = "".join(f"    {key}={value!r},\n" for key, value in arguments.items())
+    return f"# {comment}\nfrom {package} import {name}\n\n{variable} = {name}(\n{lines})\n"

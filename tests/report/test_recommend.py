@@ -1,0 +1,118 @@
+"""The recommended settings follow the verdicts, and their files are read by lorasweep, PEFT and transformers."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from lorasweep.cli import DONE, run
+from lorasweep.config.compose import compose_run
+from lorasweep.report import write_report
+from lorasweep.report.recommend import RECOMMENDED_FILES, Recommendation
+from lorasweep.report.summary import summarize
+
+from .conftest import build_rank_arms, build_sweep, confirm_sweep, edit_json
+
+
+def recommended(sweep: Path) -> list[Recommendation]:
+    return list(summarize(sweep).recommended)
+
+
+def test_settings_without_a_confirm_stage_are_not_settled(finished: Path) -> None:
+    first, *_ = recommended(finished)
+    assert not first.is_settled
+    assert "not settled" in first.sentences[0]
+    assert "one seed" in first.sentences[2]
+    assert len(first.sentences) == 3
+
+
+def test_better_method_is_recommended_with_lora_as_the_alternative(finished_and_confirmed: Path) -> None:
+    full, lora = recommended(finished_and_confirmed)
+    assert (full.arm, full.is_settled) == ("full", True)
+    assert full.settings.keys() == {"method", "learning rate"}
+    assert "`full` is better than `lora`" in full.sentences[2]
+    assert lora.settings["method"] == "LoRA"
+    assert lora.settings.keys() == {"method", "rank", "α", "learning rate"}
+    assert "full fine-tuning scores" in lora.sentences[1]
+
+
+def test_rank_is_the_advised_rank_and_not_the_best(tmp_path: Path) -> None:
+    scores = {2: 1.75, 8: 1.6605, 32: 1.66}
+    found = recommended(build_rank_arms(tmp_path, scores, noise=0.0002))
+    assert [one.settings["rank"] for one in found if one.settings["method"] == "LoRA"] == ["8"]
+
+
+def test_inconclusive_pair_is_named(tmp_path: Path) -> None:
+    first, *_ = recommended(confirm_sweep(build_sweep(tmp_path), noise=0.2))
+    assert not first.is_settled
+    assert "inconclusive" in first.sentences[2]
+
+
+def test_sweep_without_a_complete_trial_recommends_nothing(sweep: Path) -> None:
+    edit_json(sweep / "sweep.json", lambda raw: [t.update(state="failed", value=None) for t in raw["trials"]])
+    assert recommended(sweep) == []
+    write_report(sweep)
+    assert not (sweep / "report/recommended").exists()
+
+
+def test_files_of_an_earlier_recommendation_are_removed(confirmed: Path) -> None:
+    write_report(confirmed)
+    folder = confirmed / "report/recommended"
+    assert (folder / "lora/peft_config.py").exists()
+    edit_json(confirmed / "sweep.json", lambda raw: raw["confirm"].clear())
+    edit_json(confirmed / "sweep.json", lambda raw: [t.update(value=9.0) for t in raw["trials"] if t["arm"] == "full"])
+    write_report(confirmed)
+    assert {path.name for path in folder.iterdir() if path.is_file()} == set(RECOMMENDED_FILES)
+    assert not any((folder / "lora").iterdir())
+
+
+def keep_full_record(sweep: Path, settings: dict[str, Any]) -> None:
+    """Gives every lora trial the whole configuration of a real run, and the arm its settings."""
+    config = asdict(compose_run({"method": "lora", **settings}))
+
+    def set_settings(raw: dict[str, Any]) -> None:
+        raw["arms"][1]["settings"] = {"method": "lora", **settings, "output": "elsewhere"}
+
+    def set_config(raw: dict[str, Any]) -> None:
+        swept = {key: raw["config"]["method"][key] for key in ("rank", "alpha")}
+        lr = raw["config"]["optim"]["lr"]
+        raw["config"] = {**config, "method": {**config["method"], **swept}, "optim": {**config["optim"], "lr": lr}}
+
+    edit_json(sweep / "sweep.json", set_settings)
+    for run_folder in (sweep / "runs").glob("lora-*"):
+        edit_json(run_folder / "run.json", set_config)
+
+
+@pytest.mark.slow
+def test_files_train_here_and_load_in_peft_and_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import peft  # noqa: PLC0415 (slow to start)
+    import transformers  # noqa: PLC0415
+
+    sweep = build_sweep(tmp_path / "sweep", full=0)
+    patterns = {"method.rank_pattern": {"down_proj": 2}, "method.targets": ["q_proj", "re:.*down_proj"]}
+    small = {"trainer.max_steps": 2, "trainer.batch_size": 2, "trainer.eval_every_steps": 2}
+    keep_full_record(sweep, {**patterns, **small, "data.max_validation_blocks": 2, "schedule": "cosine"})
+    write_report(sweep)
+    folder = sweep / "report/recommended"
+    best = next(one for one in recommended(sweep))
+    monkeypatch.chdir(tmp_path)
+    assert run(["train", str(folder / "train.yaml"), "output=trained"]) == DONE
+    settings = yaml.safe_load((folder / "train.yaml").read_text())
+    assert settings["method.rank_pattern"] == {"down_proj": 2}
+    shutil.copy(tmp_path / "trained/best/adapter_config.json", tmp_path)
+    trained = peft.LoraConfig.from_pretrained(tmp_path)
+    assert str(trained.r) == best.settings["rank"]
+
+    names: dict[str, Any] = {}
+    for name in ("peft_config.py", "training_arguments.py"):
+        exec((folder / name).read_text(), names)  # noqa: S102 (our own file)
+    config = transformers.LlamaConfig(hidden_size=64, intermediate_size=64, num_hidden_layers=1, vocab_size=16)
+    model = peft.get_peft_model(transformers.LlamaForCausalLM(config), names["peft_config"])
+    assert model.peft_config["default"].r == settings["method.rank"]
+    assert names["training_arguments"].learning_rate == settings["optim.lr"]
+    assert (names["training_arguments"].max_steps, names["training_arguments"].warmup_steps) == (2, 1)
