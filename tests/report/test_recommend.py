@@ -110,7 +110,7 @@ def test_files_train_here_and_load_in_peft_and_transformers(tmp_path: Path, monk
 
     names: dict[str, Any] = {}
     for name in ("peft_config.py", "training_arguments.py"):
-        exec((folder / name).read_text(), names)  # noqa: S102 (our own file)
+        exec((folder / name).read_text(), names)
     config = transformers.LlamaConfig(hidden_size=64, intermediate_size=64, num_hidden_layers=1, vocab_size=16)
     model = peft.get_peft_model(transformers.LlamaForCausalLM(config), names["peft_config"])
     assert model.peft_config["default"].r == settings["method.rank"]
