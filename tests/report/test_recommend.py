@@ -89,6 +89,7 @@ def keep_full_record(sweep: Path, settings: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # in PEFT
 def test_files_train_here_and_load_in_peft_and_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import peft  # noqa: PLC0415 (slow to start)
     import transformers  # noqa: PLC0415
