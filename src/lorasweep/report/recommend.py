@@ -56,7 +56,7 @@ def recommend(data: SweepData) -> list[Recommendation]:
     The list is empty if no arm that trains has a score.
     """
     arms = [arm for arm in data.arms if arm.row.method != "frozen" and _find_score(arm, data) is not None]
-    arms = [arm for arm in _drop_other_ranks(arms, data) if arm.winner and arm.winner.record]
+    arms = [arm for arm in _drop_other_ranks(arms, data) if arm.best and arm.best.record]
     if not arms:
         return []
     chosen = _choose(arms, data)
@@ -96,16 +96,21 @@ def _find_verdict(first: ArmData, second: ArmData, data: SweepData) -> str:
 
 
 def _build(arm: ArmData, arms: Sequence[ArmData], data: SweepData, *, verb: str | None = None) -> Recommendation:
-    trial = arm.winner
+    trial = arm.best
     assert trial is not None
     settings = _list_settings(arm, trial)
     is_settled, reason = _judge(arm, arms, data)
-    named = join_words([f"{name} {value}" for name, value in settings.items() if name != "method"])
+    named = join_words([f"{name} {value}" for name, value in settings.items() if name not in ("method", "steps")])
+    steps = f" for {settings['steps']} steps" if "steps" in settings else ""
     verb = verb or ("Use" if is_settled else "Best known so far, but not settled:")
     return Recommendation(
         arm=arm.name,
         is_settled=is_settled,
-        sentences=(f"{verb} {settings['method']} with {named} (arm `{arm.name}`).", _describe_score(arm, data), reason),
+        sentences=(
+            f"{verb} {settings['method']} with {named}{steps} (arm `{arm.name}`).",
+            _describe_score(arm, data),
+            reason,
+        ),
         settings=settings,
         files=_write_files(arm, trial, data),
     )
