@@ -61,7 +61,7 @@ class ConfirmScores:
     num_groups: int
     """The number of groups of test examples; `num_examples` if each example is a group."""
     problems: tuple[str, ...]
-    """One sentence for each run whose scores of single examples are not used."""
+    """One sentence for each run whose scores of single examples are not used, or if all examples are in one group."""
 
 
 def read_examples(path: Path) -> ExampleScores:
@@ -116,12 +116,13 @@ def build_scores(
             "independent, and hold for this group alone."
         )
         usable = {key: replace(found, groups=found.rows) for key, found in usable.items()}
+        used = replace(used, groups=used.rows)
     return ConfirmScores(
         values=by_arm,
         deterministic=deterministic,
         deviations=draw_deviations(usable, draws=draws, is_perplexity=is_perplexity),
         num_examples=len(used.rows) if used else 0,
-        num_groups=len(set(next(iter(usable.values())).groups)) if usable else 0,
+        num_groups=len(set(used.groups)) if used else 0,
         problems=tuple(problems),
     )
 
