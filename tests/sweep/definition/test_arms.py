@@ -270,7 +270,7 @@ def change(content, path, value):
         (["arms"], {}, "at least one arm in `arms`"),
         (["arms", "lora"], 3, "`arms.lora` must be a .*, but got 3."),
         (["arms", "a b"], {"settings": {}}, "an arm's name must .* letters.*, but got 'a b"),
-        (["arms", "a-confirm"], {"settings": {}}, "must not end in `-confirm`.*, but got 'a-confirm'"),
+        (["arms", "a-confirm"], {"settings": {}}, "must not end in .*`-confirm`.*, but got 'a-confirm'"),
         (["name"], "../x", "`name` must .* letters.*, but got '../x'."),
         (["arms", "lora", "spaces"], {}, r"`arms.lora.spaces` is not a setting. Did you mean `space`\?"),
         (["arms", "lora", "trials"], "six", "`arms.lora.trials` must be a whole number, but got 'six'."),
