@@ -38,7 +38,13 @@ def test_row_has_numbers_as_numbers_and_the_rest_as_text(sweep: Path) -> None:
     assert len(list((run / HPARAMS_FOLDER).iterdir())) == 1
     settings, metrics = row_of(run)
     targets = "['q_proj', 'v_proj']"
-    assert settings == {"arm": "full", "method.rank": 8.0, "method.targets": targets, "flag": "True"}
+    assert settings == {
+        "arm": "full",
+        "status": "complete",
+        "method.rank": 8.0,
+        "method.targets": targets,
+        "flag": "True",
+    }
     assert metrics.keys() == {"best/bits_per_byte", "trainable_params", "peak_memory_bytes", "wall_s"}
     assert metrics["trainable_params"] == record.trainable_params
 

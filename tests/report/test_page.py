@@ -54,7 +54,7 @@ def written(sweep: Path) -> Page:
 
 
 SECTIONS = [
-    *("arms", "confirmed", "rank-alpha", "curves", "tradeoff", "rank", "lr", "settings", "importance"),
+    *("arms", "confirmed", "rank-alpha", "curves", "tradeoff", "rank", "lr", "expected", "settings", "importance"),
     *("weights", "unfinished", "trials"),
 ]
 
@@ -63,7 +63,7 @@ def test_page_has_every_section_and_figure(sweep: Path) -> None:
     page = written(sweep)
     assert [name for name in page.ids if name in SECTIONS] == SECTIONS
     # one figure per panel, but three costs and no importance of so few trials
-    assert len(page.figures) == 8
+    assert len(page.figures) == 9
     assert "93 %" in page.text
     assert "one seed" in page.text
     assert "The loss became NaN at step 12." in page.text
@@ -72,7 +72,7 @@ def test_page_has_every_section_and_figure(sweep: Path) -> None:
 def test_confirmed_page_shows_intervals_verdicts_and_reruns(confirmed: Path) -> None:
     page = written(confirmed)
     # scores and differences from full
-    assert len(page.figures) == 10
+    assert len(page.figures) == 11
     assert "5 fresh seeds" in page.text
     assert "40 test examples in 20 documents" in page.text
     assert "It is worse than full fine-tuning by" in page.text
@@ -110,7 +110,8 @@ def test_paused_trials_are_shown_as_paused(sweep: Path) -> None:
     assert "11 complete, 6 paused, 1 failed" in page.text
     assert "6 paused" in page.text.split("Not finished")[2]
     crosses = [trace for figure in page.figures for trace in figure["data"] if "x-thin" in str(trace.get("marker"))]
-    assert sum(len(trace["y"]) for trace in crosses) == 6
+    # against the learning rate, and at the end of the learning curves
+    assert sum(len(trace["y"]) for trace in crosses) == 12
     rows = [found.get("class") for tag, found in page.tags if tag == "tr"]
     assert rows.count("paused") == 6
 
@@ -119,7 +120,7 @@ def test_page_shows_what_was_inspected(sweep: Path) -> None:
     assert f"Type lorasweep inspect {sweep}." in written(sweep).text
     inspect_winners(sweep)
     page = written(sweep)
-    assert len(page.figures) == 13
+    assert len(page.figures) == 14
     assert "At 16." in page.text
 
 
@@ -157,7 +158,7 @@ def test_hostile_names_are_text(sweep: Path) -> None:
     assert not [found for _, found in page.tags if any(name.startswith("on") for name in found)]
     assert HOSTILE in page.text
     # plotly obeys tags in labels: they reach it escaped
-    assert len(page.figures) == 8
+    assert len(page.figures) == 9
     assert "<img" not in json.dumps(page.figures)
 
 

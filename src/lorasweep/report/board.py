@@ -52,7 +52,11 @@ def write_run_hparams(record: RunRecord, folder: Path, swept: Mapping[str, Any])
     # turn TensorBoard's whole column into text.
     settings = {
         key: float(value) if is_number(value) else str(redact(str(value)))
-        for key, value in {"arm": record.arm or record.config["method"]["name"], **swept}.items()
+        for key, value in {
+            "arm": record.arm or record.config["method"]["name"],
+            "status": record.status,
+            **swept,
+        }.items()
         if value is not None
     }
     session = hparams_pb(settings, trial_id="/".join(folder.absolute().parts[-2:]))

@@ -116,6 +116,8 @@ def draw_learning_curves(data: SweepData) -> Panel:
             x += [*(step for step, _ in curve), None]
             y += [*(score for _, score in curve), None]
         add_line(figure, x, y, colours[arm.name], arm.name, line={"width": 1}, opacity=0.35)
+        stopped = [(t.curve[-1][0], t, t.curve[-1][1]) for t in trials if t.is_stopped_early]
+        add_points(figure, stopped, colours[arm.name], arm.name, marker={"symbol": "x-thin-open"})
     for arm in arms:  # after the faint curves, so that the bold ones lie above them
         if arm.best:
             add_line(
@@ -131,7 +133,10 @@ def draw_learning_curves(data: SweepData) -> Panel:
                 hovertemplate=f"step %{{x}}: %{{y:.4f}}<br>{build_label(arm.best)}<extra></extra>",
             )
     cut = show_scores(figure, data, [score for arm in arms for trial in arm.trials for _, score in trial.curve])
-    text = f"Validation score over training: the best trial of each arm bold, the others faint.{left_out}{cut}"
+    text = (
+        "Validation score over training: the best trial of each arm bold, the others faint. Crosses are trials that "
+        f"were paused or pruned.{left_out}{cut}"
+    )
     return Panel(key="curves", title=title, text=text, figures=(figure,))
 
 
