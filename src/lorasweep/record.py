@@ -31,6 +31,8 @@ SWEEP_FILE = "sweep.json"
 PATCH_FILE = "code.patch"
 VERSION = 1
 """Version of the format. Records of another version are refused."""
+MIN_IMPORTANCE_TRIALS = 20
+"""The importance of settings needs this many complete trials: with fewer it is mostly noise."""
 
 RunStatus = Literal["running", "complete", "paused", "pruned", "failed", "infeasible", "interrupted"]
 """`paused`: the run stopped at an evaluation and may continue from its checkpoint. `pruned`: the run was paused and the

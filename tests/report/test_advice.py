@@ -79,7 +79,7 @@ def test_best_rate_is_that_of_the_best_trial_and_an_end_of_its_range_is_said(swe
 
 
 def sweep_dimensions(folder: Path, shares: Mapping[int, float], *, maximize: bool = False, **arms: int) -> SweepData:
-    """Returns a sweep with an arm per dimension that keeps that share of full's gain, and a worse trial in each."""
+    """Returns a sweep with an arm per dimension that keeps that share of full's gain, and five worse trials in each."""
     build_sweep(folder, **arms)
     full = 1.7 if arms else min(t.value for t in load_sweep_data(folder).trials if t.arm == "full" and t.value)
 
@@ -87,7 +87,7 @@ def sweep_dimensions(folder: Path, shares: Mapping[int, float], *, maximize: boo
         for dim, share in shares.items():
             arm = {**raw["arms"][-1], "name": f"dim_{dim}", "method": "intrinsic", "settings": {"method.dim": dim}}
             raw["arms"].append(arm)
-            for number, kept in enumerate((share - 0.3, share)):
+            for number, kept in enumerate((*[share - 0.3] * 5, share)):
                 value = BASE_SCORE - kept * (BASE_SCORE - full)
                 row = {**raw["trials"][-1], "arm": arm["name"], "number": number, "value": value, "state": "complete"}
                 raw["trials"].append({**row, "params": {"method.dim": dim}})

@@ -16,6 +16,7 @@ from lorasweep.config.ranges import is_number
 from lorasweep.config.sweep import parse_margin
 from lorasweep.errors import RecordError
 from lorasweep.record import (
+    MIN_IMPORTANCE_TRIALS,
     TEST_SCORES_FILE,
     ArmRow,
     RerunRow,
@@ -33,6 +34,8 @@ from lorasweep.report.evidence.estimates import Interval
 from lorasweep.report.evidence.scores import ConfirmScores, ExampleScores, RunKey, build_scores, read_examples
 from lorasweep.report.evidence.verdicts import Evidence, compare_arms
 
+MIN_SHARE_TRIALS = 5
+"""A share of full's gain needs this many complete trials of the arm and of `full`: fewer depend too much on luck."""
 RANK, ALPHA, LR = "method.rank", "method.alpha", "optim.lr"
 
 STATES: tuple[TrialState, ...] = ("complete", "paused", "pruned", "failed", "infeasible", "running")
@@ -112,6 +115,17 @@ class ArmData:
         return self.row.name
 
     @property
+    def importance(self) -> dict[str, float]:
+        """The share of the score's variance that each swept key explains; empty with few complete trials."""
+        # Records of older versions have it from 4 complete trials on.
+        return self.row.importance if self.count("complete") >= MIN_IMPORTANCE_TRIALS else {}
+
+    @property
+    def is_searched_enough(self) -> bool:
+        """Whether the arm may have a share of full's gain: it searches nothing, or enough trials are complete."""
+        return not self.row.space or self.count("complete") >= MIN_SHARE_TRIALS
+
+    @property
     def rank(self) -> float | None:
         """The rank of an arm that has one rank; None if it has none or sweeps it."""
         if RANK in self.row.space:
@@ -188,6 +202,11 @@ class SweepData:
         keys = [key for arm in self.arms for key in arm.row.space]
         return tuple(dict.fromkeys([*keys, *(key for trial in self.trials for key in trial.params)]))
 
+    @cached_property
+    def rarely_complete(self) -> tuple[ArmData, ...]:
+        """The arms with too few complete trials for a share of full's gain."""
+        return tuple(arm for arm in self.arms if arm.best and not arm.is_searched_enough)
+
     def best_score(self, method: str) -> float | None:
         """Returns the best search score of a method: `frozen` is the base model, `full` is full fine-tuning."""
         best = [arm.best for arm in self.arms if arm.row.method == method and arm.best]
@@ -200,12 +219,15 @@ class SweepData:
         if self.evidence.arms:
             confirmed = self.evidence.arm(arm.name)
             return (confirmed.share_of_full_gain, confirmed.share_interval) if confirmed else (None, None)
-        return self.share_of_full_gain(arm.best.value if arm.best else None), None
+        score = arm.best.value if arm.best and arm.is_searched_enough else None
+        return self.share_of_full_gain(score), None
 
     def share_of_full_gain(self, score: float | None) -> float | None:
         """Returns (base - score) / (base - full), or None if a score is missing or full fine-tuning gained nothing."""
         base, full = self.best_score("frozen"), self.best_score("full")
         if score is None or base is None or full is None or self.sign * (base - full) <= 0:
+            return None
+        if any(arm.row.method == "full" for arm in self.rarely_complete):
             return None
         return (base - score) / (base - full)
 
@@ -249,6 +271,7 @@ def load_sweep_data(folder: Path) -> SweepData:
             [(arm.name, arm.row.method) for arm in arms],
             sign=1 if record.direction == "minimize" else -1,
             margin=None if record.margin is None else parse_margin(record.margin),
+            without_share=_find_arms_without_share(arms),
             rank_groups=[{arm.rank: arm.name for arm in group if arm.rank} for group in groups],
         ),
     )
@@ -303,6 +326,13 @@ def _read_curve(run: Path, metric: str) -> Curve:
     except (OSError, UnicodeDecodeError):
         return ()
     return tuple(sorted(values.items()))
+
+
+def _find_arms_without_share(arms: Sequence[ArmData]) -> frozenset[str]:
+    """Returns the arms whose search, or that of `full`, has too few complete trials for a share of full's gain."""
+    rare = [arm for arm in arms if not arm.is_searched_enough]
+    has_rare_full = any(arm.row.method == "full" for arm in rare)
+    return frozenset(arm.name for arm in (arms if has_rare_full else rare))
 
 
 def _describe_missing_scores(arm: ArmData) -> str | None:

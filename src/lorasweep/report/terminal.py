@@ -116,7 +116,7 @@ def _tabulate_arms(data: SweepData) -> dict[str, list[str]]:
         "trained": [format_count(arm.cost("trainable_params")) for arm in arms],
         "of base": [format_share(arm.cost("trainable_fraction")) for arm in arms],
         "adapter": [format_bytes(arm.cost("adapter_bytes")) for arm in arms],
-        "memory": [format_bytes(arm.cost("peak_memory_bytes")) for arm in arms],
+        "memory": [_describe_memory(arm) for arm in arms],
         "time": [format_seconds(arm.cost("wall_s")) for arm in arms],
         "trials": [arm.describe_states() for arm in arms],
     }
@@ -128,6 +128,13 @@ def _describe_selection(arm: ArmData) -> str:
         return UNKNOWN
     mean = format_score(arm.candidates[arm.best.number], beside=list(arm.candidates.values()))
     return f"{mean} (best of {len(arm.candidates)})"
+
+
+def _describe_memory(arm: ArmData) -> str:
+    """Returns the memory of the best trial's run, or of its whole pack with the number of runs in it."""
+    memory = format_bytes(arm.cost("peak_memory_bytes"))
+    pack = arm.best.record.pack if arm.best and arm.best.record else None
+    return f"{memory}, pack of {pack['slots']}" if pack else memory
 
 
 def _draw_side_by_side(sweeps: Sequence[SweepData]) -> Table:

@@ -271,7 +271,7 @@ def test_every_pruner_runs_a_sweep(begin, work, runs, content, pruner):
 
 
 def test_importance_is_measured_at_the_end(begin, work, runs, content):
-    folder = begin(content, "arms.lora.trials=8")
+    folder = begin(content, "arms.lora.trials=20")
     assert work(folder)
     arms = {arm.name: arm for arm in read_sweep(folder.path).arms}
     assert set(arms["lora"].importance) == {"method.rank", "optim.lr"}

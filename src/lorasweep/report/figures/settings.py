@@ -8,6 +8,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
+from lorasweep.record import MIN_IMPORTANCE_TRIALS
 from lorasweep.report.figures.panel import (
     Panel,
     Point,
@@ -29,8 +30,6 @@ MULTIPLIER = "method.alpha_over_rank"
 """The key of α/r in a sweep that searches it."""
 MIN_TRIALS = 3
 """Parallel coordinates of fewer complete trials than this show nothing."""
-MIN_IMPORTANCE_TRIALS = 20
-"""The importance of settings is shown from this many complete trials on: with fewer it is mostly noise."""
 MAX_TICKS = 12
 BEST_TO_WORST = [[0, "#d6336c"], [0.4, "#c48aa3"], [1, "#9aa5b1"]]
 """A colour scale that stands out on light and on dark paper at the good end only."""
@@ -107,7 +106,7 @@ def draw_parallel_coordinates(data: SweepData) -> Panel:
 def draw_importance(data: SweepData) -> Panel:
     """Returns the importance of each arm's swept settings as bars."""
     title, colours = "Importance of settings", choose_colours(data)
-    arms = [arm for arm in data.arms if len(arm.row.importance) > 1 and arm.count("complete") >= MIN_IMPORTANCE_TRIALS]
+    arms = [arm for arm in data.arms if len(arm.importance) > 1]
     if not arms:
         text = (
             "The importance of settings is not shown: it needs an arm with two swept settings and "
@@ -116,7 +115,7 @@ def draw_importance(data: SweepData) -> Panel:
         return Panel(key="importance", title=title, text=text)
     figure = build_figure(data, x_title="share of the score's variance", y_title=" ", barmode="group", height=280)
     for arm in arms:
-        add_bars(figure, sorted(arm.row.importance.items(), key=lambda item: item[1]), colours[arm.name], arm.name)
+        add_bars(figure, sorted(arm.importance.items(), key=lambda item: item[1]), colours[arm.name], arm.name)
     text = "The share of the score's variance over the trials that each setting explains, as Optuna estimates it."
     return Panel(key="importance", title=title, text=text, figures=(figure,))
 

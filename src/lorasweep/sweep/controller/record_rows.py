@@ -10,16 +10,13 @@ import optuna
 from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 from optuna.trial import FrozenTrial, TrialState
 
-from lorasweep.record import ArmRow, RerunRow, RerunStage, TrialRow
+from lorasweep.record import MIN_IMPORTANCE_TRIALS, ArmRow, RerunRow, RerunStage, TrialRow
 from lorasweep.sweep.controller.trial import REASON_ATTRIBUTE, SCORE_ATTRIBUTE, read_state
 from lorasweep.sweep.definition.arms import Arm
 from lorasweep.sweep.definition.space import describe_space
 
 RUNS_FOLDER = "runs"
-TRIAL, SEED = "trial", "seed"
-"""The parameters in the select and the confirm stage: the trial of the search that runs again, and its new seed."""
-MIN_IMPORTANCE_TRIALS = 4
-"""Number of complete trials below which the importance of a key would be a guess."""
+from lorasweep.record import MIN_IMPORTANCE_TRIALS, ArmRow, RerunRow, RerunStage, TrialRow
 
 
 def run_name(arm: str, number: int) -> str:
