@@ -7,6 +7,9 @@ In the third table examples come in groups, such as the blocks of a document. A 
 deviation 4, and a difficulty for each arm alone of standard deviation 2. Groups have 5 to 40 examples, or uneven sizes:
 lognormal with standard deviation 1, as uneven as Python's documentation. Each repeat draws other seeds and groups.
 
+The last table is about the advised rank: how often it is truly worse than the best rank by more than the margin, and
+how often a rank is advised. Each number is that of the worst of three noise levels.
+
     python benchmarks/bench_intervals.py --repeats 1000
 """
 
@@ -18,8 +21,23 @@ import itertools
 import numpy as np
 from scipy import stats
 
+from lorasweep.config.sweep import Margin
+from lorasweep.report.evidence.equivalence import measure_margin
 from lorasweep.report.evidence.estimates import estimate_sum
-from lorasweep.report.evidence.scores import ExampleScores, build_scores
+from lorasweep.report.evidence.ranks import choose_rank
+from lorasweep.report.evidence.scores import ConfirmScores, ExampleScores, build_scores
+from lorasweep.report.evidence.verdicts import compare_pairs
+
+MARGIN = 0.05
+TRUTHS = {
+    "saturating": (0.20, 0.07, 0.02, 0.0),
+    "one rank is best": (0.0501, 0.0501, 0.0501, 0.0),
+    "peak in the middle": (0.0501, 0.0, 0.03, 0.0501),
+    "flat": (0.0, 0.0, 0.0, 0.0),
+}
+"""How much worse each rank is than the best one, in shares of full's gain."""
+NOISES = (0.005, 0.02, 0.05)
+"""The standard deviation over seeds, in shares of full's gain."""
 
 
 def main() -> None:
@@ -46,6 +64,40 @@ def main() -> None:
         ]
         sizes = "uneven" if are_uneven else "5 to 40"
         print(f"{sizes:8}{seeds:6}{groups:8}  {'  '.join(f'{share:6.1%}' for share in shares)}", flush=True)
+    print("rank advice: wrong by the earlier rule (not distinguishably worse than the best); wrong; settled")
+    for truth, worse in TRUTHS.items():
+        for seeds in (2, 3, 5, 10):
+            print(f"{truth:18}  {seeds:5}  {'  '.join(f'{s:6.1%}' for s in advise_ranks(worse, seeds, asked.repeats))}")
+
+
+def advise_ranks(worse: tuple[float, ...], seeds: int, repeats: int) -> list[float]:
+    """Returns how often the advice is wrong by the earlier rule, how often it is wrong, and how often it is settled."""
+    rng, levels = np.random.default_rng(seeds), []
+    arms = {4.0**power: f"rank{power}" for power in range(len(worse))}
+    means = {"full": 1.0} | {arm: 1.0 + lost for arm, lost in zip(arms.values(), worse, strict=True)}
+    is_wrong = {rank: lost > MARGIN for rank, lost in zip(arms, worse, strict=True)}
+    for noise in NOISES:
+        found = []
+        for _ in range(repeats):
+            values = {(arm, seed): mean + rng.normal(0, noise) for arm, mean in means.items() for seed in range(seeds)}
+            scores = build_scores({**values, ("base", 0): 2.0}, {}, deterministic=frozenset({"base"}))
+            margin = Margin(value=MARGIN, is_share_of_gain=True)
+            measured = measure_margin(scores, margin, base="base", full="full", sign=1)
+            verdict = choose_rank(scores, arms, measured, sign=1) if measured else None
+            rank = verdict.rank if verdict else None
+            earlier = choose_by_earlier_rule(scores, arms)
+            found.append((is_wrong[earlier], rank is not None and is_wrong[rank], rank is not None))
+        levels.append(np.mean(found, axis=0))
+    earlier_wrong, wrong, settled = np.array(levels).T
+    return [float(earlier_wrong.max()), float(wrong.max()), float(settled.min())]
+
+
+def choose_by_earlier_rule(scores: ConfirmScores, arms: dict[float, str]) -> float:
+    """Returns the smallest rank that is not significantly worse than the rank with the best mean."""
+    pairs = {(pair.first, pair.second): pair.verdict for pair in compare_pairs(scores, [*arms.values()], sign=1)}
+    best = min(arms, key=lambda rank: np.mean([*scores.values[arms[rank]].values()]))
+    lower = (rank for rank in arms if rank < best and pairs[arms[rank], arms[best]] != "worse")
+    return next(lower, best)
 
 
 def cover_seeds(seeds: int, repeats: int) -> list[float]:

@@ -12,6 +12,7 @@ from tensorboard.plugins.hparams import metadata
 from lorasweep.record import read_run
 from lorasweep.report import write_report
 from lorasweep.report.board import BOARD_FOLDER, HPARAMS_FOLDER, write_run_hparams
+from lorasweep.report.findings import describe_pair
 
 
 def load(folder: Path) -> EventAccumulator:
@@ -61,6 +62,13 @@ def test_best_curve_of_each_arm_has_a_folder_and_the_same_tag(sweep: Path) -> No
     assert sorted(folder.name for folder in board.iterdir()) == ["frozen", "full", "lora"]
     points = load(board / "lora").Scalars("best/bits_per_byte")
     assert [point.step for point in points] == [0, 25, 50, 75, 100, 125, 150]
+
+
+def test_verdicts_of_a_confirmed_sweep_are_a_text(confirmed: Path) -> None:
+    pairs = write_report(confirmed).data.evidence.pairs
+    (tensor,) = load(confirmed / "report" / BOARD_FOLDER).Tensors("verdicts")
+    (text,) = tensor.tensor_proto.string_val
+    assert all(describe_pair(pair) in text.decode() for pair in pairs)
 
 
 def test_report_loads_neither_torch_nor_optuna() -> None:

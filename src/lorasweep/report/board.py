@@ -16,11 +16,14 @@ from tensorboard.compat.proto.summary_pb2 import Summary as EventSummary
 from tensorboard.plugins.hparams import api_pb2, plugin_data_pb2
 from tensorboard.plugins.hparams import metadata as hparams_metadata
 from tensorboard.plugins.hparams.summary_v2 import hparams_pb
+from tensorboard.plugins.text import metadata as text_metadata
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
+from tensorboard.util.tensor_util import make_tensor_proto
 
 from lorasweep.config.ranges import is_number
 from lorasweep.record import RunRecord
 from lorasweep.redaction import redact
+from lorasweep.report.findings import describe_pair
 from lorasweep.report.sweep_data import SweepData
 
 HPARAMS_FOLDER = "hparams"
@@ -72,11 +75,22 @@ def write_run_hparams(record: RunRecord, folder: Path, swept: Mapping[str, Any])
 
 
 def write_board(data: SweepData, folder: Path) -> None:
-    """Writes the best validation curve of each arm. TensorBoard draws them in one chart, because they share a tag."""
+    """Writes the best validation curve of each arm, and the verdicts as a text.
+
+    TensorBoard draws the curves in one chart, because they share a tag.
+    """
     for arm in data.arms:
         if arm.best:
             curve = [(step, _scalar(f"best/{data.record.metric}", value)) for step, value in arm.best.curve]
             _write_events(folder / arm.name, curve)
+    if data.evidence.pairs:
+        verdicts = "\n".join(f"- {describe_pair(pair)}." for pair in data.evidence.pairs)
+        _write_events(folder, [(0, _text("verdicts", verdicts))])
+
+
+def _text(tag: str, markdown: str) -> EventSummary:
+    metadata = text_metadata.create_summary_metadata(display_name=tag, description="")
+    return EventSummary(value=[EventSummary.Value(tag=tag, metadata=metadata, tensor=make_tensor_proto([markdown]))])
 
 
 def _scalar(tag: str, value: float) -> EventSummary:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
-
 from lorasweep.config.sweep import Margin
 from lorasweep.report.evidence.estimates import Coefficients, Estimate, estimate_sum, subtract
-from lorasweep.report.evidence.scores import Array, ConfirmScores
+from lorasweep.report.evidence.scores import ConfirmScores
 
 EQUIVALENCE_LEVEL = 0.05
 """The level of each of the two one-sided tests (Schuirmann 1987)."""
@@ -57,19 +56,20 @@ def estimate_slack(
     return estimate_sum(scores, subtract(margin.coefficients, worse, 1.0), constant=margin.constant)
 
 
-def project_seeds(power: Callable[..., Array], *, measured: int) -> str:
+def project_seeds(power: Callable[..., float], *, measured: int) -> str:
     """Returns what would probably settle a question, as a noun phrase: `7 more seeds`.
 
     Args:
-        power: Returns the probability (counts,) of success with (counts,) seeds. With `uses_examples=False` it ignores
-            the error over test examples, which does not shrink with seeds.
+        power: Returns the probability of success with a number of seeds. With `uses_examples=False` it ignores the
+            error over test examples, which does not shrink with seeds.
         measured: The number of seeds so far.
     """
-    counts = np.arange(max(measured, 1) + 1, MAX_SEEDS + 1, dtype=np.float64)
-    enough = counts[power(counts, uses_examples=True) >= POWER]
-    if len(enough):
-        more = int(enough[0]) - measured
+    counts = range(max(measured, 1) + 1, MAX_SEEDS + 1)
+    # The probability rises with the number of seeds.
+    index = bisect_left(counts, POWER, key=lambda count: power(count, uses_examples=True))
+    if index < len(counts):
+        more = counts[index] - measured
         return f"{more} more {'seed' if more == 1 else 'seeds'}"
-    if (power(counts, uses_examples=False) >= POWER).any():
+    if power(MAX_SEEDS, uses_examples=False) >= POWER:
         return "more test examples"
     return "no practical number of seeds"

@@ -6,6 +6,7 @@ symmetric distribution's centre in only 1 - 2^(1 - 5) = 94 % of cases. Examples 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -134,24 +135,24 @@ class Estimate:
         """The confidence distribution if the error over seeds is known, so that a test is possible."""
         return self.distribution if self.is_testable else None
 
-    def project_power(self, num_seeds: Array, *, level: float, sign: float = 1.0, uses_examples: bool = True) -> Array:
-        """Returns (counts,) the probability that a one-sided test shows a positive true value with `num_seeds` seeds.
+    def project_power(self, num_seeds: int, *, level: float, sign: float = 1.0, uses_examples: bool = True) -> float:
+        """Returns the probability that a one-sided test with `num_seeds` seeds shows a positive true value.
 
         The mean and the standard deviation over seeds are assumed to stay as measured. The error over examples does
         not shrink with seeds.
 
         Args:
-            num_seeds: (counts,) Numbers of seeds, each at least 2.
+            num_seeds: The number of seeds, at least 2.
             level: The level of the test.
             sign: -1 for a test that shows a negative true value.
             uses_examples: Whether the error over examples counts.
         """
         example_variance = float(np.var(self.distribution.deviations)) if self.distribution and uses_examples else 0.0
-        error = np.sqrt((self.std or 0.0) ** 2 / num_seeds + example_variance)
+        error = ((self.std or 0.0) ** 2 / num_seeds + example_variance) ** 0.5
         critical = stdtrit(num_seeds - 1, 1 - level)
         # The noncentral t distribution is not computed for very large ratios, at which the power is 1.
-        ratio = sign * self.value / np.maximum(error, max(1e-3 * abs(self.value), np.finfo(float).tiny))
-        return 1 - nctdtr(num_seeds - 1, ratio, critical)  # type: ignore[no-any-return]
+        ratio = sign * self.value / max(error, 1e-3 * abs(self.value), sys.float_info.min)
+        return 1 - float(nctdtr(num_seeds - 1, ratio, critical))
 
 
 def estimate_sum(scores: ConfirmScores, coefficients: Coefficients, *, constant: float = 0.0) -> Estimate | None:

@@ -8,7 +8,7 @@ from itertools import permutations
 
 from lorasweep.report.evidence.equivalence import MeasuredMargin, estimate_slack, project_seeds
 from lorasweep.report.evidence.estimates import Estimate, estimate_sum
-from lorasweep.report.evidence.scores import Array, ConfirmScores
+from lorasweep.report.evidence.scores import ConfirmScores
 
 LEVEL = 0.025
 """The level of a one-sided test of non-inferiority: the usual one, at which the two-sided 95 % interval decides."""
@@ -85,9 +85,9 @@ def _project(slacks: list[Estimate | None]) -> str:
     """Returns what would probably show that all of these are positive."""
     known = [slack for slack in slacks if slack]
 
-    def power(num_seeds: Array, *, uses_examples: bool) -> Array:
+    def power(num_seeds: int, *, uses_examples: bool) -> float:
         powers = [slack.project_power(num_seeds, level=LEVEL, uses_examples=uses_examples) for slack in known]
         # All tests succeed with at least this probability, whatever their dependence (Bonferroni).
-        return 1 - sum(1 - one for one in powers)  # type: ignore[return-value]
+        return 1 - sum(1 - one for one in powers)
 
     return project_seeds(power, measured=max((len(slack.seeds) for slack in known), default=1))

@@ -7,8 +7,6 @@ from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Literal
 
-import numpy as np
-
 from lorasweep.config.sweep import Margin
 from lorasweep.report.evidence.equivalence import (
     EQUIVALENCE_LEVEL,
@@ -19,7 +17,7 @@ from lorasweep.report.evidence.equivalence import (
 )
 from lorasweep.report.evidence.estimates import CONFIDENCE, Estimate, Interval, estimate_ratio, estimate_sum
 from lorasweep.report.evidence.ranks import RankVerdict, choose_rank
-from lorasweep.report.evidence.scores import Array, ConfirmScores
+from lorasweep.report.evidence.scores import ConfirmScores
 
 Verdict = Literal["better", "worse", "equivalent", "inconclusive", "not tested"]
 """The words of every output: terminal, page, CSV, JSON and TensorBoard."""
@@ -256,7 +254,7 @@ def _judge(
 def _project(estimate: Estimate, slacks: Sequence[Estimate | None], *, level: float) -> str:
     """Returns what would probably show a difference or an equivalence."""
 
-    def power(num_seeds: Array, *, uses_examples: bool) -> Array:
+    def power(num_seeds: int, *, uses_examples: bool) -> float:
         direction = 1.0 if estimate.value > 0 else -1.0
         difference = estimate.project_power(num_seeds, level=level / 2, sign=direction, uses_examples=uses_examples)
         if not slacks or None in slacks:
@@ -267,7 +265,7 @@ def _project(estimate: Estimate, slacks: Sequence[Estimate | None], *, level: fl
             if slack
         ]
         # Both one-sided tests succeed with at least this probability.
-        return np.maximum(difference, one_sided[0] + one_sided[1] - 1)
+        return max(difference, one_sided[0] + one_sided[1] - 1)
 
     return project_seeds(power, measured=len(estimate.seeds))
 

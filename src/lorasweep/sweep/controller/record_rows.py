@@ -16,7 +16,8 @@ from lorasweep.sweep.definition.arms import Arm
 from lorasweep.sweep.definition.space import describe_space
 
 RUNS_FOLDER = "runs"
-from lorasweep.record import MIN_IMPORTANCE_TRIALS, ArmRow, RerunRow, RerunStage, TrialRow
+TRIAL, SEED = "trial", "seed"
+"""The parameters in the select and the confirm stage: the trial of the search that runs again, and its new seed."""
 
 
 def run_name(arm: str, number: int) -> str:
