@@ -29,7 +29,9 @@ def test_files_have_a_line_per_trial_evaluation_and_pair(confirmed: Path) -> Non
     assert curves[0] == {"arm": "frozen", "trial": "0", "step": "0", "bits_per_byte": "2.031"}
     pairs = read_csv(confirmed / "report/pairs.csv")
     assert len(pairs) == 3
-    assert {"first", "second", "verdict", "difference", "low", "high", "adjusted_p_value"} <= set(pairs[0])
+    assert {"first", "second", "verdict", "difference", "low", "high", "adjusted_p_value", "settled_by"} <= set(
+        pairs[0]
+    )
     assert json.loads((confirmed / "report/summary.json").read_text()) == json.loads(json.dumps(summary.as_json()))
 
 

@@ -181,8 +181,8 @@ def estimate_ratio(
 ) -> tuple[float, Interval | None] | None:
     """Returns a ratio of two sums with its interval by Fieller's theorem (1954); None if a sum is not known.
 
-    The interval holds each value for which numerator - value · denominator is not distinguishable from 0. It is None
-    if the denominator itself is not distinguishable from 0: the interval would have no bounds.
+    The interval holds each value for which a test of numerator - value · denominator = 0 does not reject. It is None
+    if a test of denominator = 0 does not reject: the interval would have no bounds.
     """
     # A coefficient of 0 for the other sum's arms takes both sums over the same seeds.
     above = estimate_sum(scores, subtract(numerator, denominator, 0.0))
