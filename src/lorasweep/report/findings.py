@@ -225,13 +225,13 @@ def describe_margin(data: SweepData) -> str:
     """Returns a sentence about the smallest difference that matters, or why none is known."""
     setting, margin = data.record.margin, data.evidence.margin
     if setting is None:
-        return "No margin: none was stated before this sweep, so neither equivalence nor an enough rank can be shown."
+        return "No margin was stated before this sweep, so no arms can be shown to be equivalent, and no rank enough."
     is_share = parse_margin(setting).is_share_of_gain
     share = f"{setting} of full fine-tuning's gain over the frozen base"
     if margin is None:
         return (
             f"No margin: {share} is not known, because that needs test scores of both and a gain, so no arms can be "
-            "shown to be equivalent. Set `confirm.margin` to a number in the metric's unit."
+            "shown to be equivalent, and no rank enough. Set `confirm.margin` to a number in the metric's unit."
         )
     meaning = f" ({share})" if is_share else ""
     return (

@@ -75,4 +75,4 @@ def test_one_rank_or_no_seed_pair_gives_no_verdict_or_nothing_settled() -> None:
     assert choose_rank(plant({"rank1": 1.0}), ARMS, margin, sign=1) is None
     found = choose_rank(plant({"rank1": 1.0, "rank4": 1.0}, seeds=1), ARMS, margin, sign=1)
     assert found
-    assert (found.rank, found.left) == (None, (1, 4))
+    assert (found.rank, found.left, found.settled_by) == (None, (1, 4), "more seeds")

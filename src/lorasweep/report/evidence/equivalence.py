@@ -64,6 +64,8 @@ def project_seeds(power: Callable[..., float], *, measured: int) -> str:
             error over test examples, which does not shrink with seeds.
         measured: The number of seeds so far.
     """
+    if measured == 1:  # the standard deviation over seeds is not known
+        return "more seeds"
     counts = range(max(measured, 1) + 1, MAX_SEEDS + 1)
     # The probability rises with the number of seeds.
     index = bisect_left(counts, POWER, key=lambda count: power(count, uses_examples=True))
