@@ -27,7 +27,14 @@ SMALL = {
 }
 SWEEP = {
     "name": "small",
-    "settings": {**SMALL, "sampler": "random", "confirm.seeds": 1, "confirm.candidates": 2, "confirm.select_seeds": 1},
+    "settings": {
+        **SMALL,
+        "sampler": "random",
+        "pruner": "none",
+        "confirm.seeds": 1,
+        "confirm.candidates": 2,
+        "confirm.select_seeds": 1,
+    },
     "arms": {
         "frozen": {"settings": {"method": "frozen"}},
         "lora": {"settings": {"method": "lora"}, "space": {"method.rank": [1, 2]}, "trials": 2},
