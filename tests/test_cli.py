@@ -449,7 +449,7 @@ def test_reproduce_runs_a_whole_sweep_again_and_says_identical(here, mini, capsy
     capsys.readouterr()
     assert run(["reproduce", "s"]) == DONE
     assert capsys.readouterr().out.splitlines()[-1] == (
-        "identical: all 5 trials, their decisions, losses and scores: outputs/reproduce/s"
+        "identical: all 5 runs, their decisions, losses and scores: outputs/reproduce/s"
     )
     again = read_sweep(here / "outputs" / "reproduce" / "s")
     assert again.status == "complete"

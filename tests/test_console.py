@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 import lorasweep.cli
-from lorasweep.console import PlainConsole, say, say_error
+from lorasweep.console import EscapingConsole, say, say_error
 
 HOSTILE = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202eevil\u2066\u2028[red]\r\b<b>\ud800\0"
 ESCAPES = ("\x1b", "\x07", "\x9b", "\u202e", "\u2066", "\u2028", "\r", "\b", "\ud800", "\0")
@@ -18,7 +18,7 @@ ESCAPES = ("\x1b", "\x07", "\x9b", "\u202e", "\u2066", "\u2028", "\r", "\b", "\u
 
 def shown(renderable: object) -> str:
     file = io.StringIO()
-    PlainConsole(file=file, width=300, force_terminal=False).print(renderable)
+    EscapingConsole(file=file, width=300, force_terminal=False).print(renderable)
     return file.getvalue()
 
 
@@ -39,7 +39,7 @@ def test_names_give_a_terminal_no_orders(make):
 
 def test_styles_of_our_own_still_work():
     file = io.StringIO()
-    PlainConsole(file=file, force_terminal=True, color_system="truecolor").print(Text("arm\x1b[2J", style="bold"))
+    EscapingConsole(file=file, force_terminal=True, color_system="truecolor").print(Text("arm\x1b[2J", style="bold"))
     assert file.getvalue() == "\x1b[1marm\\x1b[2J\x1b[0m\n"
 
 

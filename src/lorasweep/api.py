@@ -23,7 +23,7 @@ from lorasweep.config.command_line import parse_overrides
 from lorasweep.config.compose import compose_run
 from lorasweep.config.run import RunConfig
 from lorasweep.config.trust import check_packages, find_packages, set_trusted, trusted_packages
-from lorasweep.console import PlainConsole, say
+from lorasweep.console import EscapingConsole, say
 from lorasweep.disk import free_folder, require_new_folder
 from lorasweep.errors import ConfigError, RecordError
 from lorasweep.record import RUN_FILE, RunRecord, read_run, read_sweep
@@ -265,7 +265,7 @@ def prepare_environment() -> None:
 def _report_progress(folder: Path, progress: Progress) -> Any:
     if progress is None:
         return nullcontext()
-    return show_progress(folder, PlainConsole()) if progress == "auto" else report_status(folder, progress)
+    return show_progress(folder, EscapingConsole()) if progress == "auto" else report_status(folder, progress)
 
 
 def _parse(overrides: Overrides) -> dict[str, Any]:

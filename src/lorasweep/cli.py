@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from lorasweep.config.trust import EVERY_PACKAGE, require_trusted, set_trusted, split_trust, trusted_packages
-from lorasweep.console import PlainConsole, say, say_error, silence_event_writer
+from lorasweep.console import EscapingConsole, say, say_error, silence_event_writer
 from lorasweep.errors import ConfigError, LoraSweepError, RanksLost, RecordError
 from lorasweep.redaction import redact
 
@@ -153,7 +153,7 @@ def status(arguments: argparse.Namespace) -> int:
     from lorasweep.sweep.status import read_status, render_status
     from lorasweep.sweep.workers.train import describe_jobs
 
-    console = PlainConsole()
+    console = EscapingConsole()
     if arguments.follow:
         with suppress(KeyboardInterrupt):  # the display ends, the sweep continues
             show_until_over(arguments.folder, console)
@@ -173,7 +173,7 @@ def plan(arguments: argparse.Namespace) -> int:
     api.prepare_environment()
     inputs_cache, definition = InputsCache(), api.read_sweep_definition(*_split_name(arguments.overrides))
     check_definition(definition, inputs_cache)
-    PlainConsole().print(render_plan(definition, plan_sweep(definition, inputs_cache)))
+    EscapingConsole().print(render_plan(definition, plan_sweep(definition, inputs_cache)))
     return DONE
 
 
@@ -217,7 +217,7 @@ def inspect(arguments: argparse.Namespace) -> int:
         )
     inspected = inspect_sweep(folder, scores=scores) if is_sweep else inspect_run(folder, other=other, scores=scores)
     if arguments.format == "table":
-        PlainConsole().print(render_inspection(inspected))
+        EscapingConsole().print(render_inspection(inspected))
     else:
         say((as_json(inspected) if arguments.format == "json" else as_csv(inspected)).removesuffix("\n"))
     return DONE
@@ -304,7 +304,7 @@ def _show_reports(results: Sequence[SweepResult]) -> int:
     """Prints one table of all sweeps, and the paths of their HTML reports."""
     from lorasweep.report import render_terminal
 
-    console = PlainConsole()
+    console = EscapingConsole()
     console.print(render_terminal(*(result.folder for result in results)))
     for result in results:
         console.print(f"report: {result.report}", highlight=False, markup=False, soft_wrap=True)

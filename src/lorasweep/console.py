@@ -15,7 +15,7 @@ MAX_ERROR_CHARACTERS = 4000
 """Maximum length of an error message. Longer messages are cut, because they may quote very long values."""
 
 
-class PlainConsole(Console):
+class EscapingConsole(Console):
     """A rich console that prints control characters in texts as escapes."""
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:

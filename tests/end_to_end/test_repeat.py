@@ -95,7 +95,7 @@ def once(file):
 def check_same(first: Path, second: Path, *, trials: int = NUM_RUNS) -> None:
     """Two sweeps have the same proposals, decisions, losses, evaluations, scores and files of weights."""
     assert state_of(second) == state_of(first)
-    assert compare_sweeps(first, second).describe().startswith(f"identical: all {trials} trials, ")
+    assert compare_sweeps(first, second).describe().startswith(f"identical: all {trials} runs, ")
 
 
 @pytest.mark.parametrize("pack_size", ["1", "3"])
@@ -145,7 +145,7 @@ def test_a_sweep_that_was_killed_in_the_middle_is_reproduced_by_one_that_was_not
     check_same(once("3"), folder)
     said = finish("reproduce", "killed", before=OTHER_THREADS)  # it takes as many as the sweep had
     assert said.splitlines()[-1] == (
-        f"identical: all {NUM_RUNS} trials, their decisions, losses and scores: outputs/reproduce/killed"
+        f"identical: all {NUM_RUNS} runs, their decisions, losses and scores: outputs/reproduce/killed"
     )
     check_same(folder, tmp_path / "outputs" / "reproduce" / "killed")
 

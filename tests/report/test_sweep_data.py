@@ -18,14 +18,14 @@ from .conftest import add_select_stage, build_sweep, confirm_sweep, edit_json
 def test_trials_and_reruns_are_joined_with_their_runs(confirmed: Path) -> None:
     edit_json(confirmed / "sweep.json", lambda raw: raw["confirm"].reverse())
     data = load_sweep_data(confirmed)
-    assert [(arm.name, len(arm.trials), len(arm.reruns)) for arm in data.arms] == [
+    assert [(arm.name, len(arm.trials), len(arm.confirm_runs)) for arm in data.arms] == [
         ("frozen", 1, 1),
         ("lora", 18, 5),
         ("full", 6, 5),
     ]
     assert all((t.record.arm, t.record.trial) == (t.arm, t.number) for t in data.trials if t.record)
-    assert [rerun.seed for rerun in data.arms[1].reruns] == [0, 1, 2, 3, 4]
-    assert all(rerun.record and rerun.is_complete for rerun in data.reruns)
+    assert [rerun.seed for rerun in data.arms[1].confirm_runs] == [0, 1, 2, 3, 4]
+    assert all(rerun.record and rerun.is_complete for rerun in data.confirm_runs)
     assert (data.evidence.num_examples, data.evidence.num_groups, data.problems) == (40, 20, ())
 
 
@@ -101,7 +101,7 @@ def test_setting_is_the_swept_one_else_the_configured_one(sweep: Path) -> None:
     assert frozen.setting("optim.lr") == 1e-3
     assert frozen.setting("optim.lr.deeper") is None
     assert replace(frozen, record=None).setting("optim.lr") is None
-    assert frozen.number_at("method.name") is None
+    assert frozen.numeric_setting("method.name") is None
 
 
 def test_arm_without_a_rerun_is_named_and_the_others_are_compared(confirmed: Path) -> None:

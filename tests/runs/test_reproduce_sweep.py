@@ -93,8 +93,8 @@ def test_sweeps_that_differ_in_times_and_speeds_are_identical(one, other):
     change_step(other / "runs" / "lora-0000", 0, tokens_per_s=7.0)
     found = compare_sweeps(one, other)
     assert found.holds
-    assert found.num_trials == 4
-    assert found.describe() == f"identical: all 4 trials, their decisions, losses and scores: {other}"
+    assert found.num_runs == 4
+    assert found.describe() == f"identical: all 4 runs, their decisions, losses and scores: {other}"
 
 
 @pytest.mark.parametrize(

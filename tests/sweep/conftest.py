@@ -311,7 +311,7 @@ class MadeUpPacks:
         for job in jobs:
             self.checkpoints.setdefault(job.run_folder.path, set()).add(steps[job])
         slots = tuple(SlotState(folder_name=job.run_folder.path.name, step=steps[job]) for job in jobs)
-        write_pack_state(state_file, PackState(slots=slots, shared_stream=""))
+        write_pack_state(state_file, PackState(slots=slots, rng_state=""))
 
 
 @pytest.fixture

@@ -77,8 +77,8 @@ class SlurmConfig:
     def __post_init__(self) -> None:
         if self.signal_delay_s >= 60 * self.timeout_min:
             raise ConfigError(
-                f"`worker.signal_delay_s < {60 * self.timeout_min}` must hold, the seconds of `worker.timeout_min`, "
-                f"but got {self.signal_delay_s!r}."
+                f"`worker.signal_delay_s < {60 * self.timeout_min}` must hold, because `worker.timeout_min` is "
+                f"{self.timeout_min} minutes, but got {self.signal_delay_s!r}. Change one of them."
             )
         for name in self.extra:
             if not re.fullmatch(r"[a-z][a-z0-9-]*", name):

@@ -103,7 +103,7 @@ def fingerprint_examples(items: Iterable[Example]) -> str:
 
 
 def _list_texts(item: Any) -> Iterator[str]:
-    """Yields every text and label of an example, but not its group."""
+    """Yields every text and label of an example, and a document's name, but not its group."""
     if isinstance(item, Conversation):
         yield str(len(item.messages))  # keeps two conversations apart from one long one
         for message in item.messages:

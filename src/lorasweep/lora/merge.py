@@ -15,7 +15,7 @@ from lorasweep.lora.layer_kinds import dequantised_weight, is_quantised
 from lorasweep.lora.layers import LoraLayer, lora_layers
 
 HALF_PRECISION_DTYPES = (torch.bfloat16, torch.float16)
-"""Dtypes in which rounding of activations changes outputs more than rounding of merged weights does."""
+"""Dtypes that `weights_in_fp32` converts to fp32."""
 
 
 def merge_lora(model: nn.Module) -> None:

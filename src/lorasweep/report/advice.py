@@ -72,7 +72,7 @@ def advise(data: SweepData) -> Advice:
         rates=tuple(
             RateAdvice(arm=arm.name, lr=lr, is_edge=LR in find_edges(arm, arm.best))
             for arm in data.arms
-            if arm.best and LR in arm.best.params and (lr := arm.best.number_at(LR))
+            if arm.best and LR in arm.best.params and (lr := arm.best.numeric_setting(LR))
         ),
         dimension=advise_dimension(data),
         next_searches=tuple(describe_edges(data)),
@@ -89,10 +89,10 @@ def advise_dimension(data: SweepData) -> DimensionAdvice | None:
     confirmed: dict[int, tuple[float, Interval | None]] = {}
     for arm in (arm for arm in data.arms if arm.row.method == "intrinsic" and arm.is_searched_enough):
         for trial in arm.trials:
-            dim, share = trial.number_at("method.dim"), data.share_of_full_gain(trial.value)
+            dim, share = trial.numeric_setting("method.dim"), data.share_of_full_gain(trial.value)
             if trial.is_complete and dim is not None and share is not None:
                 searched[int(dim)] = (max(share, searched.get(int(dim), (share, None))[0]), None)
-        dim, evidence = arm.best.number_at("method.dim") if arm.best else None, data.evidence.arm(arm.name)
+        dim, evidence = arm.best.numeric_setting("method.dim") if arm.best else None, data.evidence.arm(arm.name)
         if dim is not None and evidence and evidence.share_of_full_gain is not None:
             confirmed[int(dim)] = (evidence.share_of_full_gain, evidence.share_interval)
     if not searched:
@@ -131,7 +131,7 @@ def describe_edges(data: SweepData) -> list[str]:
 
 def find_edges(arm: ArmData, trial: TrialData) -> dict[str, str]:
     """Returns the swept keys whose value in the trial lies at an end of its range: `lower` or `upper` by key."""
-    ends = {key: _find_end(arm.row.space.get(key), trial.number_at(key)) for key in trial.params}
+    ends = {key: _find_end(arm.row.space.get(key), trial.numeric_setting(key)) for key in trial.params}
     # No rank is lower than 1, so there is nothing to search below it.
     return {key: end for key, end in ends.items() if end and not (key == RANK and trial.params[key] == 1)}
 

@@ -132,7 +132,7 @@ def _describe_metric(data: SweepData) -> str:
 
 def _describe_groups(data: SweepData) -> str:
     """Returns ` in 16 documents`, or an empty string if each test example is a group."""
-    num_groups, reruns = data.evidence.num_groups, [rerun for arm in data.arms for rerun in arm.reruns]
+    num_groups, reruns = data.evidence.num_groups, [rerun for arm in data.arms for rerun in arm.confirm_runs]
     if num_groups == data.evidence.num_examples or not reruns:
         return ""
     column = reruns[0].setting("data.group")
@@ -177,7 +177,7 @@ def _describe_arm(arm: ArmData, score: ArmScore | None, data: SweepData) -> str:
     if score is None:
         return f"`{arm.name}` has no complete trial."
     sentence = f"`{arm.name}` scores {score.text}{_format_settings(score.trial)}"
-    share, interval = data.share_of_arm(arm)
+    share, interval = data.full_gain_share_of_arm(arm)
     if share is not None:
         sentence += f", {format_share_estimate(share, interval)} of what full fine-tuning gains"
     record = score.trial.record if score.trial else None
@@ -201,7 +201,7 @@ def _describe_effort(data: SweepData) -> list[str]:
         if saved > 0
         else ""
     )
-    num_reruns = len(data.select_runs) + len(data.reruns)
+    num_reruns = len(data.select_runs) + len(data.confirm_runs)
     reruns = f" and {num_reruns} reruns" if num_reruns else ""
     sentences = [
         f"{len(data.trials):,} trials{reruns} in {format_seconds(data.record.makespan_s)}, "

@@ -102,7 +102,7 @@ def _list_unfinished(data: SweepData, state: str) -> list[tuple[str, str, str, s
             "rerun" if trial.seed is not None else wording.format_settings(trial.params),
             (trial.reason or "no reason recorded").strip(),
         )
-        for trial in (*data.trials, *data.select_runs, *data.reruns)
+        for trial in (*data.trials, *data.select_runs, *data.confirm_runs)
         if trial.state == state
     ]
 
@@ -124,7 +124,7 @@ def _list_columns(data: SweepData) -> list[tuple[str, str]]:
 def _build_cells(trial: TrialData, data: SweepData) -> list[Cell]:
     cells: list[Cell] = [(trial.state, trial.state), (wording.format_score(trial.value), trial.value)]
     for key in data.swept_keys:
-        text, number = wording.format_setting(trial.params.get(key, "")), trial.number_at(key)
+        text, number = wording.format_setting(trial.params.get(key, "")), trial.numeric_setting(key)
         is_swept = key in trial.params
         cells.append((text, (text if number is None else number) if is_swept else None))
     for name, form in (

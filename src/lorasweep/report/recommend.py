@@ -159,7 +159,7 @@ def _describe_score(arm: ArmData, data: SweepData) -> str:
         if scored and arm not in scored:
             best = min(scored, key=lambda other: data.sign * (_find_score(other, data) or 0.0))
             others.append(f"{name} scores {format_score(_find_score(best, data))}")
-    share, interval = data.share_of_arm(arm)
+    share, interval = data.full_gain_share_of_arm(arm)
     if share is not None and arm.row.method != "full":
         others.append(f"it keeps {format_share_estimate(share, interval)} of what full fine-tuning gains")
     order = "lower" if data.record.direction == "minimize" else "higher"

@@ -1,4 +1,4 @@
-"""Reads a sweep's folder: joins each trial with its run's record, and each arm with its trials and reruns.
+"""Reads a sweep's folder: joins each trial with its run's record, and each arm with its runs of all stages.
 
 A run that can't be read leaves its trial without a record and adds a sentence to `SweepData.problems`.
 """
@@ -89,25 +89,25 @@ class TrialData:
             value = value.get(name) if isinstance(value, dict) else None
         return value
 
-    def number_at(self, key: str) -> float | None:
+    def numeric_setting(self, key: str) -> float | None:
         """Returns the value of a dotted key if it is a finite number, else None."""
         return finite_number(self.setting(key))
 
 
 @dataclass(frozen=True, kw_only=True)
 class ArmData:
-    """One arm with its trials by number and its reruns by seed."""
+    """One arm with its trials by number and its confirm runs by seed."""
 
     row: ArmRow
     trials: tuple[TrialData, ...]
     best: TrialData | None
-    """The winner: the candidate with the best mean over the seeds of the select stage, or without that stage the best
-    complete trial, the earlier of equals. None if no trial is complete."""
+    """The winner. With a select stage: the candidate with the best mean over its seeds. Without: the best complete
+    trial. If two are equal, the earlier trial wins. None if no trial is complete."""
     candidates: dict[int, float]
     """Mean validation score over the seeds of the select stage, by trial; empty without that stage."""
     select_runs: tuple[TrialData, ...]
     """The runs of the select stage, by trial and seed."""
-    reruns: tuple[TrialData, ...]
+    confirm_runs: tuple[TrialData, ...]
     """The runs of the confirm stage."""
 
     @property
@@ -132,7 +132,7 @@ class ArmData:
             return None
         rank = finite_number(self.row.settings.get(RANK))
         if rank is None and self.best:
-            rank = self.best.number_at(RANK)
+            rank = self.best.numeric_setting(RANK)
         return float(rank) if rank is not None and rank > 0 else None
 
     def count(self, state: TrialState) -> int:
@@ -165,9 +165,9 @@ class SweepData:
         return tuple(trial for arm in self.arms for trial in arm.trials)
 
     @property
-    def reruns(self) -> tuple[TrialData, ...]:
+    def confirm_runs(self) -> tuple[TrialData, ...]:
         """Every run of the confirm stage, by arm and seed."""
-        return tuple(rerun for arm in self.arms for rerun in arm.reruns)
+        return tuple(rerun for arm in self.arms for rerun in arm.confirm_runs)
 
     @property
     def select_runs(self) -> tuple[TrialData, ...]:
@@ -182,7 +182,7 @@ class SweepData:
     @property
     def tokens_trained(self) -> int:
         """The number of tokens that the runs of all stages trained on."""
-        runs = (*self.trials, *self.select_runs, *self.reruns)
+        runs = (*self.trials, *self.select_runs, *self.confirm_runs)
         return sum(run.record.tokens_trained for run in runs if run.record)
 
     @property
@@ -214,7 +214,7 @@ class SweepData:
             (trial.value for trial in best if trial.value is not None), key=lambda v: self.sign * v, default=None
         )
 
-    def share_of_arm(self, arm: ArmData) -> tuple[float | None, Interval | None]:
+    def full_gain_share_of_arm(self, arm: ArmData) -> tuple[float | None, Interval | None]:
         """Returns an arm's share of full fine-tuning's gain with its interval: on test data after a confirm stage."""
         if self.evidence.arms:
             confirmed = self.evidence.arm(arm.name)
@@ -279,7 +279,7 @@ def load_sweep_data(folder: Path) -> SweepData:
 
 def _join_arm(arm: ArmRow, record: SweepRecord, folder: Path, problems: list[str]) -> ArmData:
     rows = sorted((row for row in record.trials if row.arm == arm.name), key=lambda row: row.number)
-    reruns = sorted((row for row in record.confirm if row.arm == arm.name), key=lambda row: row.seed)
+    confirm_rows = sorted((row for row in record.confirm if row.arm == arm.name), key=lambda row: row.seed)
     select_rows = sorted((row for row in record.select if row.arm == arm.name), key=lambda row: (row.trial, row.seed))
     trials = tuple(_join_trial(row, record.metric, folder, problems) for row in rows)
     scores = {row.trial: selection_scores(arm.name, row.trial, record=record) for row in select_rows}
@@ -289,7 +289,7 @@ def _join_arm(arm: ArmRow, record: SweepRecord, folder: Path, problems: list[str
         best=find_winner(arm.name, trials, record=record),
         candidates={number: fmean(values) for number, values in scores.items() if values},
         select_runs=tuple(_join_trial(row, record.metric, folder, problems) for row in select_rows),
-        reruns=tuple(_join_trial(row, record.metric, folder, problems) for row in reruns),
+        confirm_runs=tuple(_join_trial(row, record.metric, folder, problems) for row in confirm_rows),
     )
 
 
@@ -336,8 +336,8 @@ def _find_arms_without_share(arms: Sequence[ArmData]) -> frozenset[str]:
 
 
 def _describe_missing_scores(arm: ArmData) -> str | None:
-    """Returns a sentence if the arm has no score on test data, or fewer scores than reruns."""
-    scored, total = sum(rerun.is_complete for rerun in arm.reruns), len(arm.reruns)
+    """Returns a sentence if the arm has no score on test data, or fewer scores than confirm runs."""
+    scored, total = sum(rerun.is_complete for rerun in arm.confirm_runs), len(arm.confirm_runs)
     if not scored:
         return f"`{arm.name}` has no score on test data."
     return None if scored == total else f"`{arm.name}` has scores on test data from {scored} of its {total} reruns."
@@ -346,7 +346,7 @@ def _describe_missing_scores(arm: ArmData) -> str | None:
 def _read_test_scores(arms: Sequence[ArmData], record: SweepRecord, folder: Path, problems: list[str]) -> ConfirmScores:
     values: dict[RunKey, float] = {}
     examples: dict[RunKey, ExampleScores] = {}
-    for rerun in (rerun for arm in arms for rerun in arm.reruns if rerun.is_complete):
+    for rerun in (rerun for arm in arms for rerun in arm.confirm_runs if rerun.is_complete):
         if rerun.value is None or rerun.seed is None:
             continue
         values[rerun.arm, rerun.seed] = rerun.value

@@ -69,7 +69,7 @@ def describe_differences(sweeps: Sequence[SweepData]) -> list[str]:
 
 def _find_fingerprint(sweep: SweepData, *keys: str) -> str | None:
     """Returns the fingerprint of the data or the base model in the first run record that has one."""
-    for record in (*(rerun.record for rerun in sweep.reruns), *sweep.run_records):
+    for record in (*(rerun.record for rerun in sweep.confirm_runs), *sweep.run_records):
         found = getattr(record, keys[0]) if record else {}
         for key in keys[1:]:
             found = found.get(key) or {}
@@ -112,7 +112,7 @@ def _tabulate_arms(data: SweepData) -> dict[str, list[str]]:
         **({"test score": confirmed} if data.evidence.arms else {}),
         "score": [format_score(score, beside=scores) for score in scores],
         **({"select": [_describe_selection(arm) for arm in arms]} if any(arm.candidates for arm in arms) else {}),
-        "of full's gain": [format_share_estimate(*data.share_of_arm(arm)) for arm in arms],
+        "of full's gain": [format_share_estimate(*data.full_gain_share_of_arm(arm)) for arm in arms],
         "trained": [format_count(arm.cost("trainable_params")) for arm in arms],
         "of base": [format_share(arm.cost("trainable_fraction")) for arm in arms],
         "adapter": [format_bytes(arm.cost("adapter_bytes")) for arm in arms],
@@ -157,6 +157,6 @@ def _describe_best(arm: ArmData, data: SweepData) -> str:
     found = data.evidence.arm(arm.name)
     searched = format_score(arm.best.value, beside=[other.best.value for other in data.arms if other.best])
     score = format_estimate(found.mean, found.interval) if found else searched
-    share, interval = data.share_of_arm(arm)
+    share, interval = data.full_gain_share_of_arm(arm)
     gain = f"{format_share_estimate(share, interval)} of full's gain; " if share is not None else ""
     return f"{score}\n{gain}{format_settings(arm.best.params)}"

@@ -51,10 +51,10 @@ def write_report(folder: Path) -> Summary:
         "summary.json": json.dumps(summary.as_json(), indent=1) + "\n",
         "index.html": render_page(summary, [draw(data) for draw in PANELS]),
     }
-    if data.reruns:
+    if data.confirm_runs:
         files["confirmed.csv"] = csv_text(
             ["arm", "trial", "seed", data.record.metric, "state", "run"],
-            ([rerun.arm, rerun.number, rerun.seed, rerun.value, rerun.state, rerun.run] for rerun in data.reruns),
+            ([rerun.arm, rerun.number, rerun.seed, rerun.value, rerun.state, rerun.run] for rerun in data.confirm_runs),
         )
         files["pairs.csv"] = csv_text(
             [*PAIR_FIELDS, "low", "high"],

@@ -57,7 +57,7 @@ class Comparison:
     num_evaluations: int
     first: Difference | None
     """The first difference of any size."""
-    first_beyond: Difference | None
+    first_beyond_tolerance: Difference | None
     """The first difference that is larger than the tolerance."""
     largest: Difference | None
 
@@ -103,7 +103,9 @@ def compare_values(recorded: Values, repeated: Values, *, tolerance: float) -> C
         num_steps=sum(name == "loss" for _, name in recorded),
         num_evaluations=len({step for step, name in recorded if name.startswith("validation ")}),
         first=differences[0] if differences else None,
-        first_beyond=next((difference for difference in differences if difference.relative > tolerance), None),
+        first_beyond_tolerance=next(
+            (difference for difference in differences if difference.relative > tolerance), None
+        ),
         largest=max(differences, key=lambda difference: difference.relative, default=None),
     )
 
@@ -119,14 +121,15 @@ def list_suspects(recorded: RunRecord, repeated: RunRecord) -> list[str]:
 
 
 def _surroundings(record: RunRecord) -> dict[str, Any]:
-    """Returns everything that may change a run's losses, by the name in a clause, the most suspicious first."""
+    """Returns everything that may change a run's losses, the most suspicious first. The keys are names for messages."""
     platform, code, packages = record.platform, record.code, dict(record.packages)
     values = {
         f"the data split {name}'s fingerprint": record.data.get(name, {}).get("fingerprint")
         for name in ("train", "validation")
     }
     values["the base model's fingerprint"] = record.base.get("fingerprint")
-    # a pack rounds sums otherwise, and with `shared_draws` its slots share the random stream of attention's dropout
+    # A pack adds in another order, which changes rounding. With `shared_draws`, its slots share the random numbers of
+    # attention's dropout.
     values["the pack"] = record.pack and {key: record.pack.get(key) for key in ("slots", "shared_draws")}
     values |= {f"the {key}": platform.get(key) for key in ("precision", "device", "gpu", "cuda", "cudnn")}
     values["the number of micro-batches"] = record.batching.get("micro_batches")
@@ -152,7 +155,8 @@ class SweepReproduction:
 
     folder: Path
     """The new sweep's folder."""
-    num_trials: int
+    num_runs: int
+    """Number of runs of all stages: trials, and runs of the select and confirm stage."""
     difference: str | None
     """The first difference in a clause: trial or run, step, key and both values."""
 
@@ -163,7 +167,7 @@ class SweepReproduction:
 
     def describe(self) -> str:
         if self.difference is None:
-            return f"identical: all {self.num_trials} trials, their decisions, losses and scores: {self.folder}"
+            return f"identical: all {self.num_runs} runs, their decisions, losses and scores: {self.folder}"
         return f"different: {self.difference}: {self.folder}"
 
 
@@ -180,19 +184,19 @@ def compare_sweeps(first: Path, second: Path) -> SweepReproduction:
     before, after = read_sweep(first), read_sweep(second)
     difference = next(_sweep_differences(before, after, first, second), None)
     num_runs = len(before.trials) + len(before.select) + len(before.confirm)
-    return SweepReproduction(folder=second, num_trials=num_runs, difference=difference)
+    return SweepReproduction(folder=second, num_runs=num_runs, difference=difference)
 
 
 def _sweep_differences(before: SweepRecord, after: SweepRecord, first: Path, second: Path) -> Iterator[str]:
     keys = ("metric", "direction", "candidates", "select_seeds", "confirm_seeds")
     yield from _differences("sweep", {key: getattr(before, key) for key in keys}, {k: getattr(after, k) for k in keys})
-    lists: tuple[tuple[Sequence[TrialRow | RerunRow], Sequence[TrialRow | RerunRow]], ...] = (
-        (before.trials, after.trials),
-        (before.select, after.select),
-        (before.confirm, after.confirm),
+    stages: tuple[tuple[str, Sequence[TrialRow | RerunRow], Sequence[TrialRow | RerunRow]], ...] = (
+        ("number of trials", before.trials, after.trials),
+        ("number of select runs", before.select, after.select),
+        ("number of confirm runs", before.confirm, after.confirm),
     )
-    for rows, repeated_rows in lists:
-        yield from _differences("sweep", {"number of trials": len(rows)}, {"number of trials": len(repeated_rows)})
+    for count_name, rows, repeated_rows in stages:
+        yield from _differences("sweep", {count_name: len(rows)}, {count_name: len(repeated_rows)})
         for row, repeated in zip(rows, repeated_rows, strict=False):
             runs = get_run_folder(first, row.run), get_run_folder(second, repeated.run)
             yield from _row_differences(row, repeated, *runs)

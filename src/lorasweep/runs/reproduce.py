@@ -73,7 +73,7 @@ class Reproduction:
         return "\n".join(lines)
 
     def _describe_difference(self) -> str:
-        first, largest = self.comparison.first_beyond, self.comparison.largest
+        first, largest = self.comparison.first_beyond_tolerance, self.comparison.largest
         if first is None:
             return f"every value is the same, but not the weights in {', '.join(self.other_weights)}: {self.folder}"
         clauses = [f"first {first.describe()}"]
@@ -143,7 +143,7 @@ def reproduce_run(
     verdict: Verdict = "within tolerance"
     if repeated.status == "interrupted" and repeated.steps_done < last_step:
         verdict = "interrupted"
-    elif comparison.first_beyond is not None or (other_weights and not tolerance):
+    elif comparison.first_beyond_tolerance is not None or (other_weights and not tolerance):
         verdict = "different"
     elif comparison.first is None and not other_weights:
         verdict = "identical"

@@ -72,16 +72,17 @@ def _count_tokens(batch: Batch) -> int:
     return int(batch["num_tokens"])
 
 
-def start_loggers(config: RunConfig, folder: Path, *, is_first: bool = True) -> list[Logger]:
+def start_loggers(config: RunConfig, folder: Path, *, is_first_process: bool = True) -> list[Logger]:
     """Returns a run's loggers. Lightning needs loggers on every process, but only the first process writes."""
-    if is_first:  # Lightning reads the rank from variables of srun, even if this process is not part of its step
+    # Lightning reads the rank from variables of srun, even if srun did not start this process.
+    if is_first_process:
         setattr(rank_zero_only, "rank", 0)  # noqa: B010 (no attribute that mypy knows)
     loggers: list[Logger] = []
     for name, component in config.logger.items():
         key = f"logger.{name}"
         run_arguments = _find_run_arguments(component, key=key, folder=folder)
         loggers.append(instantiate(component, key=key, expected=Logger, **run_arguments))  # type: ignore[type-abstract]
-        if is_first:
+        if is_first_process:
             loggers[-1].log_hyperparams(as_settings(config))
     return loggers
 

@@ -204,7 +204,7 @@ class _Session:
         callbacks = [*build_callbacks(config), callback]
         if config.optim.ema_decay is not None:
             callbacks.append(WeightAveraging(config.optim.ema_decay))
-        loggers = start_loggers(config, self.run_folder.path, is_first=self.group.is_global_zero)
+        loggers = start_loggers(config, self.run_folder.path, is_first_process=self.group.is_global_zero)
         status: RunStatus = "complete"
         try:
             with quiet_lightning(), deterministic_algorithms(config.trainer.deterministic):

@@ -92,7 +92,7 @@ def test_a_folder_that_was_moved_is_not_written_to(folder, tmp_path, becomes):
     if becomes == "replaced":
         (folder.path / "runs").mkdir(parents=True)
         (folder.path / ".lock").touch()
-    with pytest.raises(WorkerError, match=r"but .* can't be written to: it was moved or removed. Nothing that ended"):
+    with pytest.raises(WorkerError, match=r"but .* can't be written to: it was moved or removed. No finished run"):
         folder.save(usage={})
     assert not (folder.path / "sweep.json").exists()
 

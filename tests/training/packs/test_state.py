@@ -11,8 +11,8 @@ from lorasweep.training.packs.state import (
     PackState,
     SlotState,
     read_pack_state,
-    read_shared_stream,
-    restore_shared_stream,
+    read_rng_state,
+    restore_rng_state,
     write_pack_state,
 )
 
@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def state():
     slots = (SlotState(folder_name="lora-0001", step=20), SlotState(folder_name="lora-0000", step=0))
-    return PackState(slots=slots, shared_stream=read_shared_stream(CPU))
+    return PackState(slots=slots, rng_state=read_rng_state(CPU))
 
 
 def test_a_state_is_read_as_it_was_written(state, tmp_path):
@@ -39,7 +39,7 @@ def test_no_file_is_no_state(tmp_path):
     "damage",
     [
         lambda text: text[: len(text) // 2],
-        lambda text: json.dumps({"slots": [{}], "shared_stream": ""}),
+        lambda text: json.dumps({"slots": [{}], "rng_state": ""}),
     ],
 )
 def test_a_damaged_file_is_no_state(state, tmp_path, damage):
@@ -52,9 +52,9 @@ def test_a_damaged_file_is_no_state(state, tmp_path, damage):
 def test_a_stream_continues_where_it_was_read():
     torch.manual_seed(3)
     torch.rand(7)
-    stream = read_shared_stream(CPU)
+    stream = read_rng_state(CPU)
     expected = torch.rand(5), torch.randn(3)
     torch.manual_seed(4)
-    restore_shared_stream(stream, CPU)
+    restore_rng_state(stream, CPU)
     assert torch.equal(torch.rand(5), expected[0])
     assert torch.equal(torch.randn(3), expected[1])

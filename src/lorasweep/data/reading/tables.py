@@ -65,7 +65,7 @@ def open_tables(config: SplitSettings, choose: ChooseColumns) -> Callable[[str],
 
     def choose_all(names: Sequence[str], source: str) -> list[str]:
         group = choose_columns([("group", config.group)], names, source)
-        return list(dict.fromkeys([*choose(names, source), *group]))  # the group may be a column of texts
+        return list(dict.fromkeys([*choose(names, source), *group]))  # `choose` may return the group column too
 
     def separate_groups(table: Table) -> Table:
         if config.group is None:
@@ -225,8 +225,9 @@ def parse_rows(table: Table, parse: Callable[..., T]) -> tuple[list[T], list[str
     """Returns each row parsed with `parse`, and a note with the number of skipped rows if there are any.
 
     Args:
-        table: Its rows are the arguments of `parse`, with `group=` the row's group, or None without `data.group`.
-        parse: Raises ValueError for an unusable row, with the message "must have X, but has Y".
+        table: The rows to parse.
+        parse: Takes the values of a row, and the row's group as `group=` (None if `data.group` is not set). Raises
+            ValueError for an unusable row, with the message "must have X, but has Y".
 
     Raises:
         ConfigError: A row of a file is unusable, or all rows of a hub data set are.

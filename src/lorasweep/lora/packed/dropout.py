@@ -32,7 +32,7 @@ class SlotStreams:
 
     @contextmanager
     def compute_only_slot(self, slot: int) -> Iterator[None]:
-        """While the context is open, layers get only the rows of this slot."""
+        """Draws masks for this slot only, inside the block. The caller must pass only the rows of this slot."""
         self.only_slot = slot
         try:
             yield

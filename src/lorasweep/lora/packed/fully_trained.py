@@ -57,7 +57,12 @@ class StackedModule(nn.Module):
         self.has_copy[slot] = module is not None
 
     def copy_slot(self, slot: int, base: nn.Module) -> TrainedModule | None:
-        """Returns a slot's values as a solo run's `TrainedModule` of `base`; None if the slot has no copy."""
+        """Returns a `TrainedModule` for a solo model, with the slot's trained values; None if the slot has no copy.
+
+        Args:
+            slot: The slot to copy.
+            base: The frozen module of the solo model.
+        """
         if not self.has_copy[slot]:
             return None
         module = copy_as_trainable({"": base})[""]
@@ -84,9 +89,8 @@ class StackedModule(nn.Module):
             slot_args, slot_kwargs = tree_unflatten(
                 [self._slice_for_slot(leaf, slot, num_rows) for leaf in leaves], spec
             )
-            with self.streams.compute_only_slot(
-                slot
-            ):  # so that dropout inside the module draws from this slot's stream
+            # so that dropout inside the module draws from this slot's stream
+            with self.streams.compute_only_slot(slot):
                 output, output_spec = tree_flatten(self._call_slot(slot, slot_args, slot_kwargs))
             outputs.append(output)
         joined = [torch.cat(each) if isinstance(each[0], Tensor) else each[0] for each in zip(*outputs, strict=True)]
@@ -113,5 +117,5 @@ class StackedModule(nn.Module):
 
 
 def stacked_modules(model: nn.Module) -> dict[str, StackedModule]:
-    """Returns the modules that slots of `model` train in full by name."""
+    """Returns the `StackedModule`s of a model by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, StackedModule)}

@@ -92,7 +92,7 @@ def _draw_scores(arms: Sequence[ArmData], data: SweepData) -> go.Figure:
     for arm in reversed(arms):  # plotly draws the first row at the bottom
         found = data.evidence.arm(arm.name)
         if found:
-            points = [(rerun.value, rerun, rerun.value) for rerun in arm.reruns if rerun.value is not None]
+            points = [(rerun.value, rerun, rerun.value) for rerun in arm.confirm_runs if rerun.value is not None]
             rows = [escape(arm.name)] * len(points)
             add_points(figure, points, colours[arm.name], arm.name, y=rows, marker={"symbol": "circle-open"})
             text = f"{arm.name}: {format_estimate(found.mean, found.interval)}"

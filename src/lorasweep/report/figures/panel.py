@@ -73,7 +73,7 @@ def build_label(trial: TrialData) -> str:
 def list_points(arm: ArmData, key: str, *, is_stopped: bool = False) -> list[Point]:
     """Returns an arm's complete trials with their value of a setting; with `is_stopped` those stopped early."""
     trials = [trial for trial in arm.trials if (trial.is_stopped_early if is_stopped else trial.is_complete)]
-    return [(trial.number_at(key), trial, trial.value) for trial in trials if trial.value is not None]
+    return [(trial.numeric_setting(key), trial, trial.value) for trial in trials if trial.value is not None]
 
 
 def select_evenly(groups: Sequence[Sequence[T]], *, key: Any, max_items: int) -> tuple[list[Sequence[T]], str]:

@@ -42,7 +42,7 @@ def draw_rank_alpha(data: SweepData) -> Panel:
     points = []
     for arm in data.arms:
         for rank, trial, score in list_points(arm, RANK):
-            alpha = trial.number_at(ALPHA)
+            alpha = trial.numeric_setting(ALPHA)
             if rank and alpha and min(rank, alpha) > 0:
                 # α was computed from the swept α/r, so that the division has to be rounded back to it.
                 points.append((rank, float(f"{alpha / rank:.6g}") if is_over_rank else alpha, score))

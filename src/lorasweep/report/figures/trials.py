@@ -84,7 +84,7 @@ def draw_score_by_lr(data: SweepData) -> Panel:
         add_points(figure, dots, colour, arm.name, showlegend=True)
         add_points(figure, crosses, colour, arm.name, marker={"symbol": "x-thin-open"})
         if arm.best:
-            add_ring(figure, arm.best.number_at(LR), arm.best.value, colour, arm.name)
+            add_ring(figure, arm.best.numeric_setting(LR), arm.best.value, colour, arm.name)
     cut = show_scores(figure, data, [score for points in (*complete, *stopped) for _, _, score in points])
     return Panel(
         key="lr",

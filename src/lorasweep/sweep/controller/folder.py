@@ -122,6 +122,6 @@ def check_writable(path: Path, error: BaseException) -> None:
 
 def _unwritable(path: Path, reason: str) -> WorkerError:
     return WorkerError(
-        f"a sweep's folder must be writable, but {str(path)!r} can't be written to: {reason}. Nothing that ended is "
+        f"a sweep's folder must be writable, but {str(path)!r} can't be written to: {reason}. No finished run is "
         f"lost. Correct this, then type `lorasweep sweep --resume {path}`."
     )

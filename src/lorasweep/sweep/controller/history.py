@@ -78,7 +78,7 @@ class History:
         return list(self._trials.values())
 
     def results(self) -> list[FrozenTrial]:
-        """Returns at most `MAX_HISTORY_TRIALS` results in their order: the best half, and the latest of the others."""
+        """Returns at most `MAX_HISTORY_TRIALS` results in their order: half are the best, the others the latest."""
         if len(self._ranks) <= MAX_HISTORY_TRIALS:
             return [self._trials[number] for number in sorted(self._ranks)]
         best = {number for _, number in self._ranked[: MAX_HISTORY_TRIALS // 2]}

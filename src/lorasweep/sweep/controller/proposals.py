@@ -1,15 +1,19 @@
-"""The parameters of an arm's next trial: first Sobol points, then points that TPE or a Gaussian process chooses.
+"""Proposes the parameters of an arm's next trial.
 
 A proposal depends only on the sweep's seed, the arm's name, the trial's number and the arm's history. Optuna's samplers
 are asked on a new study in memory, so nothing is written and no sampler carries a state from one trial to the next:
 
-1. Trials below `count_startup_trials`, and all trials before `MIN_RESULTS` results, are scrambled Sobol points.
-2. A model sees at most `MAX_HISTORY_TRIALS` results, the best half and the latest of the others, and every running
-   trial.
-3. A proposal that repeats an earlier trial of the arm is replaced by the first of the next `MAX_SOBOL_DRAWS` Sobol
-   points that repeats no trial. If each of them repeats one, as in a small space, the proposal stays.
+- `qmc`: every trial is a scrambled Sobol point.
+- `random`: every trial is a random point.
+- `grid`: every trial is a combination of the grid that no earlier trial has.
+- `tpe` and `gp`: the first `count_startup_trials` trials, and all trials before `MIN_RESULTS` results, are scrambled
+  Sobol points. A model proposes the other trials. It sees every running trial without a result, and at most
+  `MAX_HISTORY_TRIALS` results: half of them are the best ones, the others are the latest.
+- `_target_`: the sampler proposes every trial.
 
-A sampler that is set by `_target_` follows none of these rules: it is asked from the first trial on.
+With `qmc`, `random`, `tpe` and `gp`, a proposal that repeats an earlier trial of the arm is replaced by the first of
+the next `MAX_SOBOL_DRAWS` Sobol points that repeats no trial. If all of them repeat one, as in a small space, the
+proposal stays.
 """
 
 from __future__ import annotations
@@ -101,7 +105,7 @@ def propose(
 def count_startup_trials(sampler: ModelBasedSampler, *, trials: int) -> int:
     """Returns the number of Sobol points before the sampler learns: `sampler.startup_trials`, or a default.
 
-    The default is half of the arm's trials, which may start before the first result, but at most `MAX_STARTUP_TRIALS`.
+    The default is half of the arm's trials, but at most `MAX_STARTUP_TRIALS`.
     """
     if sampler.startup_trials is not None:
         return sampler.startup_trials
@@ -139,7 +143,7 @@ def _shuffle_grid(axes: tuple[tuple[Any, ...], ...], seed: int) -> list[tuple[An
 def _ask_model(sampler: ModelBasedSampler, history: History, *, seed: int) -> Point:
     """Returns the point that TPE or a Gaussian process chooses from the arm's results and running trials."""
     ranges, direction = history.encoding.ranges, history.direction
-    # The models learn from the first result on: the points before it are Sobol points, not Optuna's random ones.
+    # `n_startup_trials=1` turns off Optuna's random startup trials, because Sobol points take their place.
     model: BaseSampler
     if sampler.name == "gp":
         model = GPSampler(n_startup_trials=1, seed=seed, warn_independent_sampling=False)
@@ -148,7 +152,7 @@ def _ask_model(sampler: ModelBasedSampler, history: History, *, seed: int) -> Po
         model = TPESampler(n_startup_trials=1, seed=seed)
         shown = [copy.copy(trial) for trial in history.results()]
         for trial in shown:
-            if trial.state == TrialState.RUNNING:  # TPE reads a running trial with values as a partial result then
+            if trial.state == TrialState.RUNNING:  # TPE reads intermediate values of pruned trials only
                 trial.state = TrialState.PRUNED
     return _ask(model, ranges, [*shown, *history.running()], direction=direction)
 

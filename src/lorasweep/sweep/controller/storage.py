@@ -33,8 +33,8 @@ class Journal(BaseJournalBackend):
     """A journal file in Optuna's format that no other process writes to.
 
     *Differs* from Optuna's `JournalFileBackend`: the file is opened and read once, because the lock of the sweep's
-    folder lets one controller in; there is no lock file, which a killed process would leave behind; and the operations
-    of a controller's call are flushed to the disk together.
+    folder lets one controller in; there is no lock file, which a killed process would leave behind; and a write is not
+    flushed to the disk at once: the controller calls `flush` once for all writes of one answer to a worker.
     """
 
     def __init__(self, path: Path) -> None:
@@ -125,7 +125,7 @@ def database_must_answer(folder: Path) -> Iterator[None]:
     except DATABASE_ERRORS as error:
         raise WorkerError(
             f"the database of a sweep must answer, but the database of {str(folder)!r} does not: {_reason(error)}. "
-            f"Nothing that ended is lost. Once it answers, type `lorasweep sweep --resume {folder}`."
+            f"No finished run is lost. Once it answers, type `lorasweep sweep --resume {folder}`."
         ) from error
 
 

@@ -46,7 +46,7 @@ def check_slurm(config: SlurmConfig, folder: Path) -> list[str]:
     """Asks Slurm whether it would accept the jobs, and returns warnings. The sweep's folder need not exist yet."""
     warnings = []
     for jobs in (SlurmJobs(config, folder), *((_head_job(config, folder),) if config.head == "job" else ())):
-        with _login_environment():
+        with _environment_outside_job():
             answer = _run_command(["sbatch", "--test-only"], given=jobs.format_batch_file(1))
         message = _one_line(answer.stderr)
         if answer.returncode and any(word in message.lower() for word in BUSY_TEXTS):
@@ -141,7 +141,7 @@ class SlurmJobs(submitit.SlurmExecutor):
 
     def submit_tasks(self, task: RayNode | SweepHead, num: int) -> list[str]:
         try:
-            with _login_environment():
+            with _environment_outside_job():
                 jobs: list[submitit.Job[None]] = self.submit_array([task] * num)
                 return [str(job.job_id) for job in jobs]
         except FailedJobError as error:
@@ -164,7 +164,7 @@ def _head_job(config: SlurmConfig, folder: Path) -> SlurmJobs:
 
 
 @contextmanager
-def _login_environment() -> Iterator[None]:
+def _environment_outside_job() -> Iterator[None]:
     """Hides the variables of the Slurm job in which this process may run. Keeps variables that a user sets."""
     kept = {k: v for k, v in os.environ.items() if k in ("SLURM_CONF", "SLURM_CLUSTERS") or k.startswith("SBATCH_")}
     with clean_env(), environment_variables(**kept):

@@ -66,8 +66,8 @@ from lorasweep.training.packs.state import (
     PackState,
     SlotState,
     read_pack_state,
-    read_shared_stream,
-    restore_shared_stream,
+    read_rng_state,
+    restore_rng_state,
     write_pack_state,
 )
 from lorasweep.training.run import never_stop
@@ -166,7 +166,7 @@ class PackTrainer:
         if resumed is None:
             torch.manual_seed(requests[0].config.seeds.dropout)
         else:
-            restore_shared_stream(resumed.shared_stream, self.device)
+            restore_rng_state(resumed.rng_state, self.device)
         self.closed_runs: list[SlotRun] = []
         """Runs that ended or were paused since the last commit."""
         self.has_shared_draws: bool | None = None
@@ -200,7 +200,7 @@ class PackTrainer:
         micro_losses = []
         tokens = 0
         # shared draws are detected in the first step only
-        stream_before = read_shared_stream(self.device) if self.has_shared_draws is None else None
+        rng_state_before = read_rng_state(self.device) if self.has_shared_draws is None else None
         # All slots have the same number of micro-batches, of the same sizes.
         for micros in zip(*(run.sampler.get_step(run.step) for run in self.runs), strict=True):
             batch = build_pack_batch(self.inputs.splits.train, micros, model=self.model)
@@ -213,8 +213,8 @@ class PackTrainer:
             positions = batch["input_ids"].numel() // len(micros)
             for run, micro in zip(self.runs, micros, strict=True):
                 tokens += run.count_tokens(micro, positions=positions)
-        if stream_before is not None:
-            self.has_shared_draws = stream_before != read_shared_stream(self.device)
+        if rng_state_before is not None:
+            self.has_shared_draws = rng_state_before != read_rng_state(self.device)
         self._step_optimizer(torch.stack(micro_losses, dim=1))
         self.inputs.telemetry.add_tokens(tokens)
         seconds = (time.perf_counter() - started) / len(self.runs)
@@ -377,8 +377,8 @@ class PackTrainer:
 
     def _commit(self) -> None:
         slots = tuple(SlotState(folder_name=run.folder.name, step=run.step) for run in self.runs)
-        stream = read_shared_stream(self.device)
-        write_pack_state(self.state_file, PackState(slots=slots, shared_stream=stream))
+        rng_state = read_rng_state(self.device)
+        write_pack_state(self.state_file, PackState(slots=slots, rng_state=rng_state))
 
     def _share_time(self) -> None:
         """Adds an equal share of the seconds since the last boundary to each run."""

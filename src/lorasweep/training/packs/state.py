@@ -1,4 +1,4 @@
-"""The state file of a pack: the run and the step of each slot at the last boundary, and torch's global random stream.
+"""The state file of a pack: the run and the step of each slot at the last evaluation, and torch's global RNG state.
 
 A killed pack resumes exactly, bit for bit, from this file and the checkpoints of these steps.
 """
@@ -26,10 +26,11 @@ class SlotState:
 
 @dataclass(frozen=True, kw_only=True)
 class PackState:
-    """A pack at a boundary: its slots in order, and the result of `read_shared_stream`."""
+    """The state of a pack after an evaluation, or before its first step."""
 
     slots: tuple[SlotState, ...]
-    shared_stream: str
+    rng_state: str
+    """State of torch's global random number generators as hex digits."""
 
 
 def write_pack_state(path: Path, state: PackState) -> None:
@@ -45,17 +46,17 @@ def read_pack_state(path: Path) -> PackState | None:
         return None
 
 
-def read_shared_stream(device: torch.device) -> str:
-    """Returns the state of torch's global random stream as hex digits: of the CPU, then of the GPU if it is used."""
+def read_rng_state(device: torch.device) -> str:
+    """Returns the states of torch's global generators as hex digits: the CPU's, then the GPU's if `device` is one."""
     states = [torch.get_rng_state()]
     if device.type == "cuda":
         states.append(torch.cuda.get_rng_state(device))
     return "".join(state.numpy().tobytes().hex() for state in states)
 
 
-def restore_shared_stream(stream: str, device: torch.device) -> None:
-    """Sets torch's global random stream to the result of `read_shared_stream` on the same kind of device."""
-    content = torch.frombuffer(bytearray.fromhex(stream), dtype=torch.uint8)
+def restore_rng_state(rng_state: str, device: torch.device) -> None:
+    """Sets torch's global generators to a state that `read_rng_state` returned on the same kind of device."""
+    content = torch.frombuffer(bytearray.fromhex(rng_state), dtype=torch.uint8)
     size = len(torch.get_rng_state())
     torch.set_rng_state(content[:size].clone())
     if device.type == "cuda" and len(content) > size:
