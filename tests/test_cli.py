@@ -245,7 +245,7 @@ def test_a_run_is_exported_and_the_difference_said(here, short, capsys, format):
     before = files_below(here)
     assert run(words) == WRONG_REQUEST
     assert capsys.readouterr().err == (
-        "lorasweep: `--out` must be a new or empty folder, but 'new' is not. Name another one.\n"
+        "lorasweep: `--out` must be a new or empty folder, but 'new' is not. Name another folder.\n"
     )
     assert files_below(here) == before
 

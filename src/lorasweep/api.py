@@ -36,7 +36,7 @@ from lorasweep.sweep.checks import check_definition, find_metric, list_data_note
 from lorasweep.sweep.controller.folder import SweepFolder
 from lorasweep.sweep.controller.lifecycle import create_sweep, new_folder, reopen_sweep, saved_definition
 from lorasweep.sweep.definition.arms import Definition, read_definition
-from lorasweep.sweep.definition.packing import packing_notes
+from lorasweep.sweep.definition.packing import explain_solo_arms
 from lorasweep.sweep.definition.sweep_file import find_sweep_file
 from lorasweep.sweep.progress import report_status, show_progress
 from lorasweep.sweep.status import SweepStatus
@@ -164,7 +164,7 @@ def start_sweep(definition: Definition, inputs_cache: InputsCache, *, output: st
         say(f"warning: {warning}", file=sys.stderr)
     check_definition(definition, inputs_cache)
     metric = find_metric(definition, inputs_cache)
-    notes = [*list_data_notes(definition, inputs_cache), *packing_notes(definition)]
+    notes = [*list_data_notes(definition, inputs_cache), *explain_solo_arms(definition)]
     return create_sweep(definition, path, metric=metric, notes=notes)
 
 

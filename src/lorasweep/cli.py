@@ -114,10 +114,10 @@ def build_parser() -> argparse.ArgumentParser:
 def complete_argument(prefix: str, parsed_args: argparse.Namespace, **_: Any) -> Iterable[str]:
     """Returns the completions of an argument: names of sweeps, keys with `=`, or the options of a group."""
     from lorasweep.config.command_line import complete_override
-    from lorasweep.sweep.definition.sweep_file import sweep_files
+    from lorasweep.sweep.definition.sweep_file import list_sweep_files
 
     is_first = not getattr(parsed_args, "overrides", None) and getattr(parsed_args, "command", None) in (sweep, plan)
-    return [*(sorted(sweep_files()) if is_first and "=" not in prefix else ()), *complete_override(prefix)]
+    return [*(sorted(list_sweep_files()) if is_first and "=" not in prefix else ()), *complete_override(prefix)]
 
 
 def sweep(arguments: argparse.Namespace) -> int:

@@ -18,7 +18,7 @@ from lorasweep.methods import METHODS
 from lorasweep.models.folder import find_local_path
 from lorasweep.models.load import fingerprint_weights
 from lorasweep.record import read_run, write_record
-from lorasweep.runs.export import appearing_whole, export_run
+from lorasweep.runs.export import create_folder_atomically, export_run
 from lorasweep.training.inputs import build_inputs
 from lorasweep.training.restore import restore_base, restore_config, restore_model
 from lorasweep.training.run import train_run
@@ -30,7 +30,7 @@ TOKENS = torch.randint(256, (3, 20), generator=torch.Generator().manual_seed(1))
 PROBE = torch.randint(
     257, (export_file.PROBE_ROWS, export_file.PROBE_TOKENS), generator=torch.Generator().manual_seed(0)
 )
-"""The tokens of `probe_logits` for the embedded model."""
+"""The tokens of `compute_probe_logits` for the embedded model."""
 # fp32, logits up to about 10: sums in another order, through 4 layers, of parts that cancel (PiSSA)
 LOGIT_TOLERANCE = 1e-4
 LORA = (
@@ -337,11 +337,11 @@ def test_a_model_that_does_not_load_again_is_not_exported(trained, tmp_path, mon
 
 
 def test_a_folder_appears_at_the_end_only(tmp_path):
-    with appearing_whole(tmp_path / "out") as folder:
+    with create_folder_atomically(tmp_path / "out") as folder:
         (folder / "file").write_text("whole")
         assert not (tmp_path / "out").exists()
     assert (tmp_path / "out" / "file").read_text() == "whole"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    with pytest.raises(KeyboardInterrupt), appearing_whole(tmp_path / "other"):
+    with pytest.raises(KeyboardInterrupt), create_folder_atomically(tmp_path / "other"):
         raise KeyboardInterrupt
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

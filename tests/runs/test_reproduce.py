@@ -14,7 +14,7 @@ import torch
 import lorasweep.runs.reproduce as reproduce_file
 from lorasweep.errors import ConfigError, Diverged, RecordError
 from lorasweep.record import RUN_FILE, STEPS_FILE, read_run, read_steps
-from lorasweep.runs.reproduce import PACK_TOLERANCE, config_as_run, reproduce_run
+from lorasweep.runs.reproduce import PACK_TOLERANCE, reproduce_run, restore_solo_config
 from lorasweep.training.packs.pack import train_pack
 from lorasweep.training.packs.slot_run import RunRequest
 from lorasweep.training.run import train_run
@@ -187,7 +187,7 @@ def test_what_was_auto_is_as_it_turned_out(make_config, run):
     record = read_run(run)
     record.platform |= {"precision": "bf16", "device": "gpu"}
     record.batching["micro_batches"] = 2
-    trainer = config_as_run(record).trainer
+    trainer = restore_solo_config(record).trainer
     assert (trainer.precision, trainer.device, trainer.accumulate) == ("bf16", "auto", 2)
 
 
@@ -285,4 +285,4 @@ def test_two_processes_train_the_same_bits(short_run, tmp_path):
 
 
 def test_the_settings_of_the_repetition_are_those_of_the_run(run, repeat):
-    assert config_as_run(read_run(repeat().folder)) == config_as_run(read_run(run))
+    assert restore_solo_config(read_run(repeat().folder)) == restore_solo_config(read_run(run))

@@ -95,7 +95,7 @@ def test_the_frozen_base_needs_no_rung(write_file, content, tiny_inputs):
 def test_a_search_that_leaves_no_seed_is_refused(write_file, content, tiny_inputs):
     content["settings"]["confirm.seeds"] = 2
     content["arms"]["lora"]["space"]["seed"] = {"low": 0, "high": 2**32 - 1}
-    with pytest.raises(ConfigError, match="must find 2 seeds"):
+    with pytest.raises(ConfigError, match="needs 2 seeds"):
         check_definition(read_definition(write_file(content), []), tiny_inputs)
 
 

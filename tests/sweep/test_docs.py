@@ -39,7 +39,7 @@ def test_the_file_is_a_fair_sweep_with_a_confirm_stage(file):
 def test_each_override_is_taken_or_refused(file, line):
     (override,) = shlex.split(line, comments=True)
     if "# refused" in line:
-        with pytest.raises(ConfigError, match="must be left out"):
+        with pytest.raises(ConfigError, match="must not be set"):
             read_definition(file, [override])
     else:
         assert read_definition(file, [override]).raw["overrides"]

@@ -19,7 +19,7 @@ import lorasweep
 from lorasweep.config.compose import compose_run
 from lorasweep.errors import ConfigError, OutOfMemory, RanksLost, RunError
 from lorasweep.record import read_run, read_steps
-from lorasweep.runs.reproduce import config_as_run
+from lorasweep.runs.reproduce import restore_solo_config
 from lorasweep.training.failures import FAILURE_FILE, explain_failure, take_failure_note
 from lorasweep.training.fsdp import check_shardable
 from lorasweep.training.inputs import build_inputs
@@ -192,7 +192,7 @@ def test_one_process_goes_on_with_what_two_began(trained, strategy):
     record = read_run(folder)
     assert (record.status, record.steps_done) == ("interrupted", 3)
     assert (record.platform["processes"], record.platform["strategy"]) == (2, strategy)
-    config = config_as_run(record)
+    config = restore_solo_config(record)
     record = train_run(config, RunFolder(path=folder), inputs=build_inputs(config), resume=True)
     assert (record.status, record.steps_done) == ("complete", 6)
     assert losses(folder) == pytest.approx(losses(trained / f"whole-{strategy}"), **ROUNDING)

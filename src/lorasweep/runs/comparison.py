@@ -25,26 +25,26 @@ Values = Mapping[tuple[int, str], float | None]
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """A recorded value that the repetition does not have, or has with another number."""
+    """A recorded value that is missing or different in the repetition."""
 
     step: int
     name: str
     recorded: float | None
     repeated: float | None
     is_missing: bool
-    """Whether the repeated run has no such value."""
+    """Whether the repetition has no value at this step."""
 
     @property
     def relative(self) -> float:
-        """The difference over the larger of the two values; infinite if a value is NaN, infinite or missing."""
+        """The difference divided by the larger value; infinite if a value is NaN, infinite or missing."""
         if self.recorded is None or self.repeated is None:
             return math.inf
         return abs(self.recorded - self.repeated) / max(abs(self.recorded), abs(self.repeated))
 
     def describe(self) -> str:
         """Returns a clause: `at step 3 loss was 1.5 and is 1.6 (a relative difference of 0.0625)`."""
-        repeated = "missing" if self.is_missing else _value_text(self.repeated)
-        clause = f"at step {self.step} {self.name} was {_value_text(self.recorded)} and is {repeated}"
+        repeated = "missing" if self.is_missing else _format_value(self.repeated)
+        clause = f"at step {self.step} {self.name} was {_format_value(self.recorded)} and is {repeated}"
         return f"{clause} (a relative difference of {self.relative:.2g})" if self.relative < math.inf else clause
 
 
@@ -111,8 +111,8 @@ def compare_values(recorded: Values, repeated: Values, *, tolerance: float) -> C
 
 
 def list_suspects(recorded: RunRecord, repeated: RunRecord) -> list[str]:
-    """Returns clauses on surroundings that differ between a run and its repetition, the most suspicious first."""
-    before, after = _surroundings(recorded), _surroundings(repeated)
+    """Returns a clause for each part of the surroundings that differs, the most likely reason first."""
+    before, after = _list_surroundings(recorded), _list_surroundings(repeated)
     return [
         f"{name} was {shorten(before.get(name))} and is {shorten(after.get(name))}"
         for name in dict.fromkeys([*before, *after])
@@ -120,8 +120,8 @@ def list_suspects(recorded: RunRecord, repeated: RunRecord) -> list[str]:
     ]
 
 
-def _surroundings(record: RunRecord) -> dict[str, Any]:
-    """Returns everything that may change a run's losses, the most suspicious first. The keys are names for messages."""
+def _list_surroundings(record: RunRecord) -> dict[str, Any]:
+    """Returns everything outside a run's settings that may change its losses, by name, the most likely reason first."""
     platform, code, packages = record.platform, record.code, dict(record.packages)
     values = {
         f"the data split {name}'s fingerprint": record.data.get(name, {}).get("fingerprint")
@@ -145,7 +145,7 @@ def _surroundings(record: RunRecord) -> dict[str, Any]:
     return values
 
 
-def _value_text(value: float | None) -> str:
+def _format_value(value: float | None) -> str:
     return "NaN or infinite" if value is None else repr(value)
 
 

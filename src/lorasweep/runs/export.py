@@ -1,6 +1,6 @@
 """Exports a run as an adapter for PEFT or as a whole model for transformers.
 
-Before the files appear in the output folder, they are loaded again and compared with the run.
+The files are written to a temporary folder, loaded again and compared with the run. Then the folder is renamed.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ PROBE_ROWS, PROBE_TOKENS = 8, 16
 
 @dataclass(frozen=True, kw_only=True)
 class Export:
-    """An exported run and its difference from the original."""
+    """The folder of an exported run, and how much its logits differ from the run's."""
 
     folder: Path
     num_bytes: int
@@ -58,14 +58,14 @@ def export_run(run: Path, *, format: ExportFormat, out: Path) -> Export:
 
     Raises:
         ConfigError: `out` is not empty, the base model can't be loaded, or the format does not fit the run's method.
-        RecordError: The folder is not a run's, its weights are missing or damaged, or the base model has changed.
-        RunError: The files can't be written, or transformers loads other weights from them.
+        RecordError: The folder has no run, its weights are missing or damaged, or the base model has changed.
+        RunError: The files can't be written, or transformers loads different weights from them.
     """
     record = read_run(run)
     config = restore_config(record)
     _check_request(config, format=format, out=out)
     check_kept_files(record, run, part="best")
-    with appearing_whole(out) as folder:
+    with create_folder_atomically(out) as folder:
         export = _export_adapter if format == "peft" else _export_merged
         original, written = export(record, config, run / "best", folder)
         num_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
@@ -78,7 +78,7 @@ def export_run(run: Path, *, format: ExportFormat, out: Path) -> Export:
 
 
 @contextmanager
-def appearing_whole(out: Path) -> Iterator[Path]:
+def create_folder_atomically(out: Path) -> Iterator[Path]:
     """Yields a temporary folder, which becomes `out` at the end and is removed after an error.
 
     Raises:
@@ -113,7 +113,7 @@ def _check_request(config: RunConfig, *, format: ExportFormat, out: Path) -> Non
         raise ConfigError(
             f"`--format peft` must have a run of `method=lora`, but got {method!r}. Use `--format merged`."
         )
-    require_new_folder(out, key="--out", remedy="Name another one.")
+    require_new_folder(out, key="--out", remedy="Name another folder.")
 
 
 def _export_adapter(record: RunRecord, config: RunConfig, best: Path, folder: Path) -> tuple[Tensor, Tensor]:
@@ -123,14 +123,14 @@ def _export_adapter(record: RunRecord, config: RunConfig, best: Path, folder: Pa
     save_adapter(
         model,
         folder,
-        base_path=_lasting_path(config.model),
+        base_path=_get_permanent_path(config.model),
         base_fingerprint=base.fingerprint,
         base_revision=config.model.revision,
     )
     written = copy_sharing_weights(base.model)
     assert isinstance(written, PreTrainedModel)
     load_adapter(written, folder, base_fingerprint=base.fingerprint)
-    return probe_logits(model), probe_logits(written)
+    return compute_probe_logits(model), compute_probe_logits(written)
 
 
 def _export_merged(record: RunRecord, config: RunConfig, best: Path, folder: Path) -> tuple[Tensor, Tensor]:
@@ -144,17 +144,17 @@ def _export_merged(record: RunRecord, config: RunConfig, best: Path, folder: Pat
         raise RunError(f"a merged {kind.__name__} must load again, but does not: {first_line(error)}.") from error
     if fingerprint_weights(written) != fingerprint:
         raise RunError(
-            f"a merged {kind.__name__} must load with the written weights, but transformers loads others. "
+            f"a merged {kind.__name__} must load with the written weights, but transformers loads different weights. "
             "Use `--format peft`."
         )
-    return logits, probe_logits(written)
+    return logits, compute_probe_logits(written)
 
 
 def _write_merged(
     config: RunConfig, base: BaseModel, best: Path, folder: Path
 ) -> tuple[type[PreTrainedModel], torch.dtype, str, Tensor]:
     model = _restore(config, base, best)
-    logits = probe_logits(model)
+    logits = compute_probe_logits(model)
     METHODS[config.method.name].merge(model)
     model.config.use_cache = True  # training switched it off
     with quiet_transformers():
@@ -170,7 +170,7 @@ def _restore(config: RunConfig, base: BaseModel, best: Path) -> PreTrainedModel:
     return model
 
 
-def probe_logits(model: PreTrainedModel) -> Tensor:
+def compute_probe_logits(model: PreTrainedModel) -> Tensor:
     """Returns logits (rows, tokens, vocabulary) for a fixed batch of random tokens, computed in fp32 on the CPU."""
     embeddings = model.get_input_embeddings().weight
     assert isinstance(embeddings, Tensor)
@@ -182,7 +182,7 @@ def probe_logits(model: PreTrainedModel) -> Tensor:
     return logits
 
 
-def _lasting_path(config: ModelConfig) -> str:
+def _get_permanent_path(config: ModelConfig) -> str:
     """Returns the path of the base for other tools: the absolute path of a folder, or the hub id."""
     folder = find_local_path(config)
     return str(config.path if folder is None else folder.resolve())

@@ -27,7 +27,7 @@ from lorasweep.training.run import never_stop, train_run
 from lorasweep.training.run_log import RunFolder
 
 PACK_TOLERANCE = {"fp32": 1e-4, "bf16": 3e-2}
-"""Default tolerance for a run that was trained in a pack or by several processes, because sums round otherwise alone.
+"""Default tolerance for a run that was trained in a pack or by several processes. A run alone rounds sums differently.
 The difference grows with the number of steps and with the learning rate. Over 60 steps of the embedded model it was at
 most 2e-7 in fp32 and 2e-3 in bf16. At too high a learning rate (3e-2) it was 1e-5 and 2e-2."""
 
@@ -47,9 +47,9 @@ class Reproduction:
     other_weights: tuple[str, ...] = ()
     """Weight files that differ although every value of the log is the same."""
     suspects: tuple[str, ...] = ()
-    """Surroundings that may explain a difference, the most suspicious first."""
+    """Clauses on hardware, software or data that may explain a difference, the most likely reason first."""
     failure: str | None = None
-    """Why the repetition diverged, if it did."""
+    """The error message if the repetition diverged."""
 
     @property
     def holds(self) -> bool:
@@ -66,16 +66,18 @@ class Reproduction:
         if self.verdict == "within tolerance":
             detail = f"the largest difference: {largest.describe()}" if largest else "weights differ in bits"
             return f"within a tolerance of {self.tolerance:g}: {compared} of {self.run} and {self.folder}; {detail}"
-        lines = [f"different: {self._describe_difference()}", "nothing in the recorded surroundings differs"]
+        lines = [f"different: {self._describe_difference()}", "no recorded hardware, software or data differs"]
         if self.suspects:
             suspects = (f"  {number}. {suspect}" for number, suspect in enumerate(self.suspects, start=1))
-            lines[1:] = ["possible reasons, the most suspicious first:", *suspects]
+            lines[1:] = ["possible reasons, the most likely first:", *suspects]
         return "\n".join(lines)
 
     def _describe_difference(self) -> str:
         first, largest = self.comparison.first_beyond_tolerance, self.comparison.largest
         if first is None:
-            return f"every value is the same, but not the weights in {', '.join(self.other_weights)}: {self.folder}"
+            return (
+                f"every logged value is the same, but weights differ in {', '.join(self.other_weights)}: {self.folder}"
+            )
         clauses = [f"first {first.describe()}"]
         if largest is not None and first.relative < largest.relative:
             clauses.append(f"the largest {largest.describe()}")
@@ -93,28 +95,29 @@ def reproduce_run(
     trust: bool = False,
     stop_requested: Callable[[], bool] = never_stop,
 ) -> Reproduction:
-    """Trains a run again, alone, and compares step by step.
+    """Trains a run again, alone in one process, and compares both runs step by step.
 
     Args:
         run: The run's folder.
         output: A new folder for the repetition.
         tolerance: Largest relative difference that counts as the same. None means `PACK_TOLERANCE` for a run that was
             trained in a pack or by several processes, and 0 for any other.
-        steps: Number of steps to compare; the schedule stays that of all steps. None compares all.
-        trust: Whether code and pickles that the record names may be run.
+        steps: Number of steps to train and compare. The schedule is still that of the whole run. None means
+            all steps.
+        trust: Whether code and pickles that the record names may be executed.
         stop_requested: Called after every step; returns whether to stop.
 
     Raises:
-        RecordError: There is no such run, it logged no step, or its record is damaged.
-        ConfigError: It needs `trust`, or model or data can't be loaded.
-        OutOfMemory: It does not fit in memory.
+        RecordError: The run is missing, logged no step, held a secret in its settings, or has a damaged record.
+        ConfigError: The run needs `trust`, or model or data can't be loaded.
+        OutOfMemory: The run does not fit in memory.
     """
     if tolerance is not None and not 0 <= tolerance < 1:
         raise ConfigError(f"`0 <= --tolerance < 1` must hold, but got {tolerance!r}.")
     if steps is not None and steps < 1:
         raise ConfigError(f"`--steps >= 1` must hold, but got {steps!r}.")
     record = read_run(run)
-    config = config_as_run(record)
+    config = restore_solo_config(record)
     require_trusted_code(config, trust=trust, option="--trust")
     last_step = _last_step(record, run, steps=steps)
     if tolerance is None:
@@ -123,7 +126,7 @@ def reproduce_run(
     failure, step = None, itertools.count(1)
 
     def is_done() -> bool:
-        # called once after every step; the schedule stays that of the whole run
+        # `train_run` calls this once after every step; `trainer.max_steps` stays, because the schedule depends on it
         is_limit = next(step) >= last_step and last_step < record.steps_planned
         return is_limit or stop_requested()
 
@@ -159,10 +162,10 @@ def reproduce_run(
     )
 
 
-def config_as_run(record: RunRecord) -> RunConfig:
+def restore_solo_config(record: RunRecord) -> RunConfig:
     """Returns a run's settings for one process, with the recorded precision, device and micro-batches.
 
-    A profiler, and loggers that may send metrics elsewhere, are removed: they do not change the training.
+    A profiler, and loggers that may send metrics to a server, are removed. They do not affect training.
 
     Raises:
         RecordError: The settings are damaged or of another version.
@@ -193,7 +196,9 @@ def _last_step(record: RunRecord, run: Path, *, steps: int | None) -> int:
     """
     logged = read_values(run)
     if not logged:
-        raise RecordError(f"a run must have logged a step to be repeated, but {str(run)!r} has none. Name another run.")
+        raise RecordError(
+            f"a run must have logged a step to be repeated, but {str(run)!r} logged no step. Name another run."
+        )
     if HIDDEN in str(record.config):
         raise RecordError(
             f"{str(run)!r} must have no secrets in its settings to be repeated, because its record does not keep them. "
@@ -205,7 +210,7 @@ def _last_step(record: RunRecord, run: Path, *, steps: int | None) -> int:
 
 @contextmanager
 def _recorded_threads(recorded: Any) -> Iterator[None]:
-    """Sets torch's number of threads, because sums are split by thread. Restores it afterwards."""
+    """Sets torch's number of threads, on which the order of sums depends. Restores the number afterwards."""
     before = torch.get_num_threads()
     if isinstance(recorded, int) and 1 <= recorded <= 4 * (os.cpu_count() or 1):
         torch.set_num_threads(recorded)

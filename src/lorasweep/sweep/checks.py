@@ -5,7 +5,7 @@ from __future__ import annotations
 from lorasweep.errors import ConfigError
 from lorasweep.sweep.controller.proposals import propose
 from lorasweep.sweep.controller.stopping_rules import build_rule
-from lorasweep.sweep.definition.arms import Definition, naming_arm
+from lorasweep.sweep.definition.arms import Definition, name_arm_in_errors
 from lorasweep.sweep.definition.packing import plan_packing
 from lorasweep.sweep.definition.seeds import draw_confirm_seeds
 from lorasweep.training.inputs import InputsCache
@@ -21,7 +21,7 @@ def check_definition(definition: Definition, inputs_cache: InputsCache) -> None:
     plan_packing(definition)
     draw_confirm_seeds(definition)
     for arm in definition.arms:
-        with naming_arm(arm.name):
+        with name_arm_in_errors(arm.name):
             build_rule(arm)
             if arm.space:
                 propose(arm, [], number=0, direction="minimize")  # raises if the sampler can't search this space

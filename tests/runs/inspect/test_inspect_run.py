@@ -18,7 +18,7 @@ from lorasweep.methods import METHODS, copy_sharing_weights
 from lorasweep.models.load import BaseModel
 from lorasweep.record import compute_sha256, read_run
 from lorasweep.runs.inspect.inspect_run import (
-    initial_model,
+    build_initial_model,
     inspect_run,
     measure_run,
     read_finished_run,
@@ -211,7 +211,7 @@ def test_pissa_comes_back_with_the_rank_that_trained(tmp_path, make_config, inpu
 def test_a_head_that_the_run_drew_counts_as_its_base(base, config):
     base = BaseModel(**{**vars(base), "new_head_names": ("lm_head",)})
     run = SimpleNamespace(config=SimpleNamespace(seeds=SimpleNamespace(init=5)))
-    start = initial_model(run, base)
+    start = build_initial_model(run, base)
     assert not torch.equal(start.lm_head.weight, base.model.lm_head.weight)
     model = copy_sharing_weights(base.model)
     METHODS[config.name].prepare(

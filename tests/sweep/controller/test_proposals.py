@@ -32,7 +32,7 @@ from lorasweep.sweep.controller import proposals
 from lorasweep.sweep.controller.encoding import SpaceEncoding
 from lorasweep.sweep.controller.history import History
 from lorasweep.sweep.controller.proposals import count_startup_trials, propose
-from lorasweep.sweep.controller.sobol import sobol_point
+from lorasweep.sweep.controller.sobol import draw_sobol_point
 
 RANKS = [1, 2, 4, 8, 16, 32]
 SPACE = {
@@ -473,7 +473,7 @@ def test_sobol_points_are_those_of_optunas_sampler():
     lows = {key: range_.low for key, range_ in ranges.items()}
     study.add_trial(create_trial(value=0.0, params=lows, distributions=ranges))  # it learns the space from a trial
     for index in range(300):
-        theirs, ours = study.ask(ranges).params, sobol_point(SpaceEncoding(ranges), index, seed=7)
+        theirs, ours = study.ask(ranges).params, draw_sobol_point(SpaceEncoding(ranges), index, seed=7)
         assert ours == theirs
         assert [type(value) for value in ours.values()] == [type(value) for value in theirs.values()]
 
@@ -483,7 +483,7 @@ def test_sobol_points_are_those_of_optunas_sampler():
 
 @pytest.mark.parametrize(
     ("sampler", "built"),
-    [("gp", "GPSampler"), ("tpe", "TPESampler"), ("qmc", "sobol_point"), ("random", "RandomSampler")],
+    [("gp", "GPSampler"), ("tpe", "TPESampler"), ("qmc", "draw_sobol_point"), ("random", "RandomSampler")],
 )
 def test_a_sampler_that_cannot_be_built_is_named_in_one_sentence(sampler, built, monkeypatch):
     def build(*_, **__):

@@ -7,7 +7,7 @@ import random
 import pytest
 
 from lorasweep.sweep.controller.rung_tables import RungTables
-from lorasweep.sweep.controller.stopping_rules import Halving, MedianOfPeers, cost_at
+from lorasweep.sweep.controller.stopping_rules import Halving, MedianOfPeers, get_cost
 from lorasweep.sweep.controller.trial import Trial
 
 RUNGS = (2, 4, 6)
@@ -18,7 +18,7 @@ def find_better_parts(rule, trials, *, sign, all_begun):
     better = {}
     for rung in rule.rungs:  # ascending: whether a trial can still arrive depends on the lower rungs
         arrived = [trial for trial in trials if rung in trial.values and trial.state not in ("failed", "infeasible")]
-        ranked = sorted((cost_at(trial, rung, sign=sign), trial.number) for trial in arrived)
+        ranked = sorted((get_cost(trial, rung, sign=sign), trial.number) for trial in arrived)
         all_arrived = all_begun and not any(can_arrive(trial, rung, better) for trial in trials)
         better[rung] = [number for _, number in ranked[: rule.count_kept(ranked, all_arrived=all_arrived)]]
     return better

@@ -99,7 +99,7 @@ def test_a_database_that_does_not_answer_is_one_sentence_with_what_to_do(tmp_pat
     with pytest.raises(ConfigError) as refused:
         open_storage(StorageConfig(url=url), tmp_path)
     assert said in str(refused.value)
-    assert "leave the key out" in str(refused.value)
+    assert "remove the key" in str(refused.value)
     assert "\n" not in str(refused.value)
 
 

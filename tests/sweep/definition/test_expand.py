@@ -154,13 +154,13 @@ def test_an_arm_that_is_called_as_an_expanded_one_is_refused(read, expanded):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("method.rank=8", "`method.rank` must be left out, because arm `lora` is expanded over it."),
-        ("method.rank=choice(2,8)", "`method.rank` must be left out, because arm `lora` is expanded over it."),
+        ("method.rank=8", "`method.rank` must not be set, because arm `lora` is expanded over it."),
+        ("method.rank=choice(2,8)", "`method.rank` must not be set, because arm `lora` is expanded over it."),
         (
             "arms.lora.method.rank=8",
-            r"`arms.lora.method.rank` must be left out.* `arms.lora.expand.method.rank=\[",
+            r"`arms.lora.method.rank` must not be set.* `arms.lora.expand.method.rank=\[",
         ),
-        ("arms.lora-rank4.method.rank=8", "`arms.lora-rank4.method.rank` must be left out"),
+        ("arms.lora-rank4.method.rank=8", "`arms.lora-rank4.method.rank` must not be set"),
         ("arms.lora-rank5.trials=8", "`arms.lora-rank5.trials` must be a setting of at least one arm"),
         (
             "arms.lora-rank4.expand.optim.eps=[1]",

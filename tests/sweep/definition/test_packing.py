@@ -8,7 +8,7 @@ import pytest
 
 from lorasweep.errors import ConfigError
 from lorasweep.sweep.definition.arms import read_definition
-from lorasweep.sweep.definition.packing import packing_notes, plan_packing
+from lorasweep.sweep.definition.packing import explain_solo_arms, plan_packing
 
 
 def plan(write_file, content: Any, *overrides: str):
@@ -46,11 +46,11 @@ def test_arms_that_differ_in_what_a_slot_owns_share_a_pack(write_file, content):
         ("method.init", "pissa", "`method.init=pissa` can't be packed"),
         ("trainer.max_steps", 9, "not a multiple of `trainer.eval_every_steps`"),
         ("optim.eps", 0.0, "`optim.eps` is 0"),
-        ("trainer.devices", 2, "`trainer.devices` does not go with packs"),
-        ("optim", "sgd", "`optim._target_` does not go with packs"),
-        ("callbacks", ["lr_monitor"], "`callbacks` does not go with packs"),
-        ("trainer.profiler", "simple", "`trainer.profiler` does not go with packs"),
-        ("schedule", "one_cycle", "`schedule._target_` does not go with packs"),
+        ("trainer.devices", 2, "`trainer.devices` is not supported in packs"),
+        ("optim", "sgd", "`optim._target_` is not supported in packs"),
+        ("callbacks", ["lr_monitor"], "`callbacks` is not supported in packs"),
+        ("trainer.profiler", "simple", "`trainer.profiler` is not supported in packs"),
+        ("schedule", "one_cycle", "`schedule._target_` is not supported in packs"),
     ],
 )
 def test_a_setting_that_slots_do_not_have_runs_alone_and_says_why(write_file, content, key, value, reason):
@@ -61,11 +61,11 @@ def test_a_setting_that_slots_do_not_have_runs_alone_and_says_why(write_file, co
 
 
 def test_notes_say_why_trials_run_alone(write_file, content):
-    assert packing_notes(read_definition(write_file(content), [])) == []  # `full` has no slots under any settings
+    assert explain_solo_arms(read_definition(write_file(content), [])) == []  # `full` has no slots under any settings
     content["arms"]["lora"]["settings"]["optim"] = "sgd"
-    (note,) = packing_notes(read_definition(write_file(content), ["worker.pack_size=auto"]))
-    assert note.startswith("`lora`: `optim._target_` does not go with packs")
-    assert packing_notes(read_definition(write_file(content), ["worker.pack_size=1"])) == []
+    (note,) = explain_solo_arms(read_definition(write_file(content), ["worker.pack_size=auto"]))
+    assert note.startswith("`lora`: `optim._target_` is not supported in packs")
+    assert explain_solo_arms(read_definition(write_file(content), ["worker.pack_size=1"])) == []
 
 
 def test_arms_with_other_loggers_share_a_pack(write_file, content):

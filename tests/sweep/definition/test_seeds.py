@@ -62,7 +62,7 @@ def test_a_seed_of_the_search_is_not_used_again(define, key):
 
 
 def test_a_search_that_leaves_no_seed_is_refused(define):
-    with pytest.raises(ConfigError, match=r"`confirm.seeds` must find 5 seeds.*Narrow the range of `seed`"):
+    with pytest.raises(ConfigError, match=r"`confirm.seeds` needs 5 seeds.*Narrow the range of `seed`"):
         draw_confirm_seeds(define("confirm.seeds=5", "arms.lora.seed=interval(0,4294967295)"))
 
 

@@ -8,7 +8,7 @@ import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
 from lorasweep.errors import ConfigError
-from lorasweep.sweep.definition.space import corner_values, describe_space, grid_values, parse_range
+from lorasweep.sweep.definition.space import describe_space, list_corner_values, list_grid_values, parse_range
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_a_step_that_does_not_reach_the_upper_end_is_refused(value, whole):
     ],
 )
 def test_corners_are_all_choices_or_both_ends(distribution, corners):
-    assert corner_values(distribution) == corners
+    assert list_corner_values(distribution) == corners
 
 
 @pytest.mark.parametrize(
@@ -95,13 +95,13 @@ def test_corners_are_all_choices_or_both_ends(distribution, corners):
     ],
 )
 def test_a_grid_has_every_value_up_to_the_upper_end(distribution, values):
-    assert list(grid_values("k", distribution)) == values
+    assert list(list_grid_values("k", distribution)) == values
 
 
 @pytest.mark.parametrize("distribution", [FloatDistribution(0.0, 1.0), IntDistribution(1, 64, log=True)])
 def test_a_grid_over_a_continuous_range_is_refused(distribution):
     with pytest.raises(ConfigError, match="the range of `k` must be a list or have a `step` under `sampler=grid`"):
-        grid_values("k", distribution)
+        list_grid_values("k", distribution)
 
 
 def test_a_described_space_reads_as_the_same_space():

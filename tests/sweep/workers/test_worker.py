@@ -183,7 +183,7 @@ def test_too_many_failures_in_a_row_stop_the_sweep(begin, work, runs, content):
 
     runs.score = score
     folder = begin(content, "sweep.max_failures=3")
-    message = r"fewer than 3 trials in a row may fail \(`sweep.max_failures`\), but the last one failed too: the tra"
+    message = r"fewer than 3 trials in a row may fail \(`sweep.max_failures`\), but 3 failed. The last error: the tra"
     with pytest.raises(WorkerError, match=message):
         work(folder)
     assert read_sweep(folder.path).status == "interrupted"

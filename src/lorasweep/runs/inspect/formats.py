@@ -34,7 +34,7 @@ def render_inspection(found: Inspection | SweepInspection) -> RenderableType:
 
 
 def as_json(found: Inspection | SweepInspection) -> str:
-    """Returns the summary, every layer and every rank as JSON; for a sweep by arm."""
+    """Returns the summary, every layer and every rank as JSON. For a sweep, they are grouped by arm."""
     if isinstance(found, Inspection):
         content = _content(found)
     else:

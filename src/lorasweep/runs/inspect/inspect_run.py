@@ -40,7 +40,7 @@ WEIGHTS_FOLDER = "best"
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class FinishedRun:
-    """A run whose weights are unchanged since the run wrote them. No model is loaded yet."""
+    """A finished run, whose weight files have the recorded checksums. No model is loaded yet."""
 
     folder: Path
     record: RunRecord
@@ -73,10 +73,10 @@ def inspect_run(
         folder: A run's folder.
         inputs: The run's base model and data; loaded when None.
         other: Folder of another run of the same base, whose directions are compared with this run's directions.
-        scores: Whether to score the run at smaller ranks, which takes some ten evaluations.
+        scores: Whether to score the run at smaller ranks, which takes about ten evaluations.
 
     Raises:
-        RecordError: A folder is not a run's, weights are missing or damaged, nothing was trained, or the bases differ.
+        RecordError: A folder has no run, weights are missing or damaged, nothing was trained, or the bases differ.
         ConfigError: The base model or the data can't be loaded.
     """
     run, other_run = read_finished_run(folder), other and read_finished_run(other)
@@ -121,7 +121,7 @@ def restore_trained(run: FinishedRun, base: BaseModel) -> nn.Module:
     """Returns the run's model with its best weights, in evaluation mode. It shares the base's frozen tensors.
 
     Raises:
-        RecordError: The base is not the run's, or the weights do not fit it.
+        RecordError: The run was trained on another base, or its weights do not fit.
     """
     trained_on = run.record.base.get("fingerprint")
     if trained_on != base.fingerprint:
@@ -140,7 +140,7 @@ def restore_trained(run: FinishedRun, base: BaseModel) -> nn.Module:
     return model.eval()
 
 
-def initial_model(run: FinishedRun, base: BaseModel) -> nn.Module:
+def build_initial_model(run: FinishedRun, base: BaseModel) -> nn.Module:
     """Returns the base before training, with the new head as the run initialised it, if it has one."""
     model = copy_sharing_weights(base.model)
     draw_head(model, base.new_head_names, generator=_init_stream(run))
@@ -159,7 +159,7 @@ def measure_run(run: FinishedRun, inputs: RunInputs, *, scores: bool) -> Inspect
     """
     config, record = run.config, run.record
     model = restore_trained(run, inputs.base)
-    updates = read_weight_updates(model, initial_model(run, inputs.base))
+    updates = read_weight_updates(model, build_initial_model(run, inputs.base))
     if getattr(config.method, "init", None) == "pissa":
         # A stored adapter of PiSSA is [A, A0] and [B, -B0], so it has twice the trained rank.
         updates = [replace(update, rank=update.rank and update.rank // 2) for update in updates]

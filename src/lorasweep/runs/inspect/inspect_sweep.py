@@ -40,7 +40,9 @@ class SweepInspection:
 
 
 def inspect_sweep(folder: Path, *, inputs: RunInputs | None = None, scores: bool = True) -> SweepInspection:
-    """Inspects the winner of each arm, writes `inspect/` into the winners' folders and the sweep's, and returns all.
+    """Inspects the winner of each arm, and returns all inspections.
+
+    Writes `inspect/` into the folders of the winners and of the sweep.
 
     An arm without a winner, or whose weights can't be read, becomes a sentence. `frozen` arms are skipped.
 

@@ -17,7 +17,7 @@ from lorasweep.runs.inspect.weight_updates import WeightUpdate
 ENERGY_FRACTION = 0.9
 """Fraction of the squared norm that `energy_rank` directions hold."""
 COMPARED_COUNTS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64)
-"""Numbers of top directions that are compared, if both updates have so many."""
+"""Numbers of top directions that are compared. Numbers that exceed an update's directions are skipped."""
 MEAN = "mean"
 """Replaces the layer's name in rows with the mean over layers."""
 
@@ -55,7 +55,7 @@ class LayerRow:
     base_norm: float
     """‖W0‖_F."""
     norm_share: float
-    """‖ΔW‖²_F over the sum for all weights of the run."""
+    """‖ΔW‖²_F divided by its sum over all weights of the run."""
     energy_rank: int | None
     amplification: float | None
     """‖ΔW‖_F / ‖Uᵀ W0 V‖_F within the first directions of ΔW (LoRA, section 7.3). Their number is the trained rank, or
@@ -91,7 +91,7 @@ def energy_rank(s: Float[Tensor, " n"]) -> int:
     """Returns the smallest number of directions that hold 90 % of the squared norm; 0 if all values are zero."""
     if not s.any():
         return 0
-    held = (s / s[0]).square().cumsum(0)  # over the largest, so that squares do not underflow
+    held = (s / s[0]).square().cumsum(0)  # divided by the largest value, so that squares do not underflow
     return int((held < ENERGY_FRACTION * held[-1]).sum().item()) + 1
 
 

@@ -38,7 +38,7 @@ def _describe_scores(method: str, metric: str, trained: str, scores: Sequence[Ra
     if enough is None:
         return (
             f"The whole update scores {format_score(full.score)} {unit} and no update {format_score(scores[0].score)}: "
-            "the update gains nothing that a smaller rank could keep."
+            "the update brings no gain, so no smaller rank can keep it."
         )
     how = f"at rank {trained}" if trained else f"by `{method}`"
     if enough.rank >= full.rank or trained == str(enough.rank):

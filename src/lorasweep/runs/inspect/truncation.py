@@ -19,7 +19,7 @@ from lorasweep.runs.inspect.measures import Decomposition
 from lorasweep.runs.inspect.weight_updates import WeightUpdate
 
 KEPT_FRACTION = 0.99
-"""A rank is enough if it keeps this fraction of the gain: how much better the run scores than with ΔW = 0."""
+"""A rank is enough if it keeps this fraction of the gain. The gain is how much better the run scores than ΔW = 0."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,11 +29,11 @@ class RankScore:
     rank: int
     score: float
     loss: float
-    """How much worse it scores than the whole update; negative if it scores better."""
+    """How much worse this rank scores than the whole update; negative if it scores better."""
     kept_share: float | None
-    """Share of the gain that it keeps; None if the whole update gains nothing."""
+    """Share of the gain that this rank keeps; None if the whole update gains nothing."""
     norm_share: float
-    """Share of the squared norm of all truncated updates that it keeps."""
+    """Share of the squared norm that this rank keeps, over all truncated updates."""
 
 
 def find_enough_rank(scores: Sequence[RankScore]) -> RankScore | None:
@@ -42,7 +42,7 @@ def find_enough_rank(scores: Sequence[RankScore]) -> RankScore | None:
 
 
 def select_truncated(updates: Sequence[WeightUpdate], *, head: Sequence[str] = ()) -> list[WeightUpdate]:
-    """Returns the updates of LoRA layers. Without LoRA layers: of all matrices outside the new head's modules."""
+    """Returns the updates of LoRA layers. A model without LoRA layers: updates of matrices outside the new head."""
     lora = [update for update in updates if update.lora_layer is not None]
     return lora or [update for update in updates if update.is_matrix and not is_inside(update.name, head)]
 

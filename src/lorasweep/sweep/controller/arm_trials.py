@@ -1,4 +1,4 @@
-"""The trials of one arm in one stage: what the journal holds of them, and which of them may be trained next."""
+"""The trials of one arm in one stage. Writes their changes to the journal and chooses the trial to be trained next."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from lorasweep.sweep.controller.history import History
 from lorasweep.sweep.controller.rung_tables import RungTables
 from lorasweep.sweep.controller.stopping_rules import StoppingRule
 from lorasweep.sweep.controller.trial import (
+    HANDOUT_ATTRIBUTE,
     INFEASIBLE_ATTRIBUTE,
     LOSSES_ATTRIBUTE,
     PAUSED_ATTRIBUTE,
-    TURN_ATTRIBUTE,
     Trial,
     read_trial,
 )
@@ -31,8 +31,8 @@ from lorasweep.sweep.definition.arms import Arm
 class ArmTrials:
     """The trials of one arm in one stage.
 
-    The journal is written before anything here changes, and holds all that is needed to create this object again. A
-    trial enters it in one write with all its parameters, so that no process can be killed between two of them.
+    Each change is written to the journal first, and this object can be created again from the journal. A new trial is
+    written with all its parameters at once, so that a killed process never leaves a trial that lacks some of them.
     """
 
     def __init__(
@@ -49,30 +49,30 @@ class ArmTrials:
         first_trials: int | None = None,
         session: str | None = None,
     ) -> None:
-        """Reads the trials that the study has.
+        """Reads the arm's trials from the study.
 
         Args:
             arm: The arm.
             study: The arm's study in this stage.
-            storage: The storage that the study is in.
+            storage: The storage of the study.
             space: The range of each parameter of a trial.
             planned: Number of trials of the arm, including trials that have ended.
-            rule: Which trials may train beyond a rung. None lets every trial run to its end.
-            by_loss: Whether rungs compare by the validation loss instead of the metric.
-            prunes_by_study: Whether the study's own pruner decides instead, at every evaluation.
-            first_trials: How many trials may begin before one of the arm is complete. None sets no limit.
+            rule: Decides which trials may train beyond a rung. None lets every trial run to its end.
+            by_loss: Whether trials are compared at rungs by validation loss instead of the metric.
+            prunes_by_study: Whether the study's pruner decides at every evaluation, instead of `rule` at rungs.
+            first_trials: Maximum number of trials that begin before a trial of the arm is complete. None sets no limit.
             session: Prefix of the names of workers that may train trials now; None if no worker trains.
         """
         self.arm = arm
         self.study = study
         self.planned = planned
         self.trials: dict[int, Trial] = {}
-        """The controller's trials by number. Trials that somebody else added to the study are skipped."""
+        """The controller's trials by number. Trials that another program added to the study are skipped."""
         self._num_in_state: Counter[TrialState] = Counter()
         self._held: defaultdict[str, dict[int, Trial]] = defaultdict(dict)
         """The trials that each worker trains now, by number."""
         self._abandoned: dict[int, Trial] = {}
-        """The trials that were handed out to a process that is gone."""
+        """The running trials that no worker trains any more, by number."""
         self.next_order = 0
         """One more than the highest order of a trial."""
         self._space = dict(space)
@@ -85,60 +85,60 @@ class ArmTrials:
         is_minimized = study.direction == optuna.study.StudyDirection.MINIMIZE
         self._tables = RungTables(self._rule, self.trials, sign=1 if is_minimized else -1)
         self._history = History(self._space, direction="minimize" if is_minimized else "maximize")
-        self._changed: set[int] = set()
-        """Numbers of the trials that have changed since the history read them."""
+        self._unread_by_history: set[int] = set()
+        """Numbers of the trials that have changed since the last call of `history`."""
         for frozen in study.get_trials(deepcopy=False):
-            if TURN_ATTRIBUTE in frozen.user_attrs:
+            if HANDOUT_ATTRIBUTE in frozen.user_attrs:
                 trial = read_trial(frozen, session=session)
                 self._add(trial)
-                if trial.state == "infeasible" and not frozen.state.is_finished():  # killed before all of it was told
+                if trial.state == "infeasible" and not frozen.state.is_finished():  # a process was killed inside `end`
                     self.end(trial, "infeasible", {}, value=None)
 
     @property
-    def left(self) -> int:
+    def num_left(self) -> int:
         """Number of trials that have not begun."""
         return self.planned - len(self.trials)
 
     @property
-    def progress(self) -> float:
+    def begun_fraction(self) -> float:
         """Fraction of the trials that have begun."""
         return len(self.trials) / self.planned if self.planned else 1.0
 
     def frozen(self) -> list[FrozenTrial]:
-        """Returns the controller's trials of this arm as the study has them, in the order of their numbers."""
+        """Returns the controller's trials of this arm as Optuna's objects, in the order of their numbers."""
         return [frozen for frozen in self.study.get_trials(deepcopy=False) if frozen.number in self.trials]
 
     def history(self) -> History:
-        """Returns the trials as a sampler sees them."""
-        for number in sorted(self._changed):
+        """Returns the trials as a sampler sees them. Reads only the trials that have changed since the last call."""
+        for number in sorted(self._unread_by_history):
             frozen = self._storage.get_trial(self._trial_id(self.trials[number]))
             self._history.update(number, frozen, is_paused=self.trials[number].state == "paused")
-        self._changed.clear()
+        self._unread_by_history.clear()
         return self._history
 
     def find_abandoned(self) -> list[Trial]:
-        """Returns the trials that were handed out to a process that is gone."""
+        """Returns the running trials whose worker is gone."""
         return list(self._abandoned.values())
 
-    def held_by(self, worker: str) -> list[Trial]:
+    def list_held_by(self, worker: str) -> list[Trial]:
         return list(self._held.get(worker, {}).values())
 
-    def paused(self) -> list[Trial]:
+    def list_paused(self) -> list[Trial]:
         return [trial for trial in self.trials.values() if trial.state == "paused"]
 
-    def is_any(self, state: TrialState) -> bool:
+    def has_any(self, state: TrialState) -> bool:
         return self._num_in_state[state] > 0
 
     def next_promoted(self) -> tuple[Trial, int] | None:
         """Returns the paused trial to be resumed next and the rung it passes; None if no paused trial may continue."""
-        return self._tables.next_promoted(all_begun=self.left <= 0) if self.is_any("paused") else None
+        return self._tables.next_promoted(all_begun=self.num_left <= 0) if self.has_any("paused") else None
 
     def may_begin(self) -> bool:
         """Returns whether a new trial may begin now."""
-        # Until a trial is complete, an adaptive sampler proposes only the first trials. It would learn nothing from
-        # waiting if no trial runs.
-        waits = len(self.trials) >= self._first_trials and not self.is_any("complete") and self.is_any("running")
-        return self.left > 0 and not waits
+        # An adaptive sampler proposes only the first trials until one of them is complete. If no trial runs, waiting
+        # would bring no result.
+        waits = len(self.trials) >= self._first_trials and not self.has_any("complete") and self.has_any("running")
+        return self.num_left > 0 and not waits
 
     def begin(
         self,
@@ -155,9 +155,9 @@ class ArmTrials:
             state=OptunaState.RUNNING,
             params=dict(params),
             distributions=self._space,
-            user_attrs={TURN_ATTRIBUTE: trial.turn, **attributes},
+            user_attrs={HANDOUT_ATTRIBUTE: trial.handout, **attributes},
         )
-        # unlike `Study.add_trial` this returns which trial of the study it became
+        # `Study.add_trial` would not return the id of the new trial
         trial_id = self._storage.create_new_trial(self._study_id, template_trial=template)
         trial.number = self._storage.get_trial_number_from_id(trial_id)
         self._add(trial)
@@ -166,86 +166,88 @@ class ArmTrials:
     def promote(self, trial: Trial, rung: int, *, order: int, worker: str = "", request: int = 0) -> None:
         """Hands out a trial that was paused at a rung, to train beyond it."""
         passed, promoted = trial.passed | {rung}, trial.promoted | {rung}
-        self._write_turn(trial, order=order, passed=passed, promoted=promoted, worker=worker, request=request)
-        self._change(trial, state="running", is_held=True)
+        self._write_handout(trial, order=order, passed=passed, promoted=promoted, worker=worker, request=request)
+        self._update(trial, state="running", is_held=True)
 
     def hand_out_again(self, trial: Trial, *, worker: str = "", request: int = 0) -> None:
         """Hands out a trial whose worker is gone."""
         # The order stays, so that a process that was killed twice gets its trials in the same order again.
         if (worker, request) != (trial.worker, trial.request):
-            self._write_turn(trial, worker=worker, request=request)
-        self._change(trial, state="running", is_held=True)
+            self._write_handout(trial, worker=worker, request=request)
+        self._update(trial, state="running", is_held=True)
 
     def release(self, trial: Trial) -> None:
-        """Notes that the worker of a running trial no longer trains it, so that it is handed out again."""
+        """Notes that no worker trains this running trial any more, so that it is handed out again."""
         if trial.worker:
-            self._write_turn(trial, worker="", request=0)
-        self._change(trial, is_held=False)
+            self._write_handout(trial, worker="", request=0)
+        self._update(trial, is_held=False)
 
     def store(self, trial: Trial, step: int, value: float, *, loss: float | None = None) -> None:
-        """Writes the value of an evaluation, and at a rung the loss. A resumed run may report the same value again."""
+        """Writes the metric of an evaluation, and at a rung the loss. A resumed run may report an evaluation again."""
         if not trial.is_live:
             return
         if self._by_loss and loss is not None and step in self._rule.rungs and trial.losses.get(step) != loss:
             losses = {**trial.losses, step: loss}
             self.write(trial, {LOSSES_ATTRIBUTE: {str(rung): value for rung, value in losses.items()}})
-            self._change(trial, losses=losses)
+            self._update(trial, losses=losses)
         if trial.values.get(step) != value:
             self._storage.set_trial_intermediate_value(self._trial_id(trial), step, value)
-            self._change(trial, values={**trial.values, step: value})
+            self._update(trial, values={**trial.values, step: value})
 
     def decide(self, trial: Trial, step: int) -> bool:
-        """Returns whether a trial continues after the evaluation at a step, whose values must all be stored."""
+        """Returns whether a trial continues after an evaluation. All values of its step must be stored before."""
         if self._prunes_by_study:
             return not self._as_optuna_trial(trial).should_prune()
         if step not in self._rule.rungs:
             return True
-        if step in trial.passed:  # a process that was killed since then had reported this step: the decision stays
+        if step in trial.passed:  # reported before, by a process that was killed later: the decision stays
             return step not in trial.promoted
-        if not self._tables.may_train_beyond(trial, step, all_begun=self.left <= 0):
+        if not self._tables.may_train_beyond(trial, step, all_begun=self.num_left <= 0):
             return False
-        self._write_turn(trial, passed=trial.passed | {step})
+        self._write_handout(trial, passed=trial.passed | {step})
         return True
 
     def pause(self, trial: Trial, attributes: Mapping[str, Any], *, step: int) -> None:
-        """Notes that a trial's run was paused after so many steps, and writes user attributes.
+        """Notes that a trial's run was paused at a step, and writes user attributes.
 
         A trial that was promoted at this step before is handed out again.
         """
         self.write(trial, {**attributes, PAUSED_ATTRIBUTE: step})
         was_promoted = step in trial.promoted
-        if was_promoted and trial.worker:  # else a restarted controller would believe that the worker trains it
-            self._write_turn(trial, worker="", request=0)
-        self._change(trial, state="running" if was_promoted else "paused", is_held=False)
+        if (
+            was_promoted and trial.worker
+        ):  # otherwise a restarted controller would take the trial for held by the worker
+            self._write_handout(trial, worker="", request=0)
+        self._update(trial, state="running" if was_promoted else "paused", is_held=False)
 
     def end(self, trial: Trial, state: TrialState, attributes: Mapping[str, Any], *, value: float | None) -> None:
-        """Tells the study how a trial ended, unless the study knows. `value` is the score of a complete trial."""
+        """Writes how a trial ended into the study, unless it is there already. `value` is a complete trial's score."""
         if not self._storage.get_trial(self._trial_id(trial)).state.is_finished():
             self.write(trial, attributes)
             if state == "infeasible":
-                # A sampler ignores failed trials, but learns from a pruned trial that violates a constraint.
+                # A sampler ignores failed trials. It learns from a pruned trial that violates a constraint.
                 self.write(trial, {INFEASIBLE_ATTRIBUTE: True})
                 self._as_optuna_trial(trial).set_constraint("memory", 1.0)
             told = {"complete": OptunaState.COMPLETE, "failed": OptunaState.FAIL}.get(state, OptunaState.PRUNED)
             self.study.tell(trial.number, value if state == "complete" else None, state=told)
-        self._change(trial, state=state, is_held=False)
+        self._update(trial, state=state, is_held=False)
 
     def write(self, trial: Trial, attributes: Mapping[str, Any]) -> None:
         for name, attribute in attributes.items():
             self._storage.set_trial_user_attr(self._trial_id(trial), name, attribute)
 
-    def _write_turn(self, trial: Trial, **changes: Any) -> None:
-        """Changes when and to whom a trial was handed out. The journal comes first, with one write."""
-        self.write(trial, {TURN_ATTRIBUTE: dataclasses.replace(trial, **changes).turn})
-        self._change(trial, **changes)
+    def _write_handout(self, trial: Trial, **changes: Any) -> None:
+        """Changes fields that say when and to whom a trial was handed out: first in the journal, with one write."""
+        self.write(trial, {HANDOUT_ATTRIBUTE: dataclasses.replace(trial, **changes).handout})
+        self._update(trial, **changes)
 
     def _add(self, trial: Trial) -> None:
         self.trials[trial.number] = trial
         self._tables.update_rows(set(), self._tables.list_rows(trial))
-        self._index(trial)
+        self._add_to_indexes(trial)
 
-    def _change(self, trial: Trial, **changes: Any) -> None:
-        """Changes a trial and the tables and indexes that it is in, so that no question has to read all trials."""
+    def _update(self, trial: Trial, **changes: Any) -> None:
+        """Changes a trial's fields. Updates the tables and indexes too, so that no query reads all trials."""
         before = self._tables.list_rows(trial)
         self._num_in_state[trial.state] -= 1
         self._abandoned.pop(trial.number, None)
@@ -253,11 +255,11 @@ class ArmTrials:
             del self._held[trial.worker][trial.number]
         for name, value in changes.items():
             setattr(trial, name, value)
-        self._index(trial)
+        self._add_to_indexes(trial)
         self._tables.update_rows(before, self._tables.list_rows(trial))
 
-    def _index(self, trial: Trial) -> None:
-        self._changed.add(trial.number)
+    def _add_to_indexes(self, trial: Trial) -> None:
+        self._unread_by_history.add(trial.number)
         self.next_order = max(self.next_order, trial.order + 1)
         self._num_in_state[trial.state] += 1
         if trial.is_held:

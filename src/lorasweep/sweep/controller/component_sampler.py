@@ -1,4 +1,4 @@
-"""Samplers that settings name by `_target_`: from Optuna, from OptunaHub or the user's.
+"""Samplers that settings name by `_target_`: from Optuna, from OptunaHub, or from the user's code.
 
 Each trial is proposed by a new sampler with its own seed. If a sampler stores anything beside the parameters, such as
 the generation of a genetic algorithm, the journal keeps it with the trial, and the next sampler gets it.
@@ -29,11 +29,12 @@ SAMPLER_ATTRIBUTE = "lorasweep:sampler"
 """User attribute with the state that a sampler keeps with a trial that it proposed."""
 OPTUNA_HUB = "optunahub"
 PICKLING_SAMPLER, PICKLING_PACKAGE = "CmaEsSampler", "cmaes"
-"""This sampler of Optuna keeps objects of this package as pickles in the journal. Reading a pickle can run code."""
+"""Optuna's `CmaEsSampler` stores objects of the package `cmaes` as pickles in the journal. Reading a pickle can run
+code."""
 
 
 def ask_sampler(
-    part: Component,
+    component: Component,
     history: Sequence[FrozenTrial],
     ranges: Space,
     *,
@@ -45,11 +46,11 @@ def ask_sampler(
     Raises:
         ConfigError: The sampler can't be built.
     """
-    sampler = build_sampler(part, seed=seed)
+    sampler = build_sampler(component, seed=seed)
     storage = InMemoryStorage()
     study = optuna.create_study(sampler=sampler, direction=direction, storage=storage)
     study_id = storage.get_study_id_from_name(study.study_name)
-    known: dict[str, Any] = {}  # attributes of the study that earlier samplers wrote
+    known: dict[str, Any] = {}  # attributes that earlier samplers wrote to the study
     for trial in history:
         state = trial.user_attrs.get(SAMPLER_ATTRIBUTE, {})
         known |= state.get("study", {})
@@ -67,28 +68,28 @@ def ask_sampler(
     for name, value in known.items():
         storage.set_study_system_attr(study_id, name, value)
     params = study.ask(ranges).params
-    kept_of_study = storage.get_study_system_attrs(study_id)
+    study_attributes = storage.get_study_system_attrs(study_id)
     state = {
         "trial": study.get_trials(deepcopy=False)[-1].system_attrs,
-        "study": {name: value for name, value in kept_of_study.items() if known.get(name) != value},
+        "study": {name: value for name, value in study_attributes.items() if known.get(name) != value},
     }
     return params, {SAMPLER_ATTRIBUTE: state} if any(state.values()) else {}
 
 
-def build_sampler(part: Component, *, seed: int) -> BaseSampler:
-    """Returns the sampler that a part names. It and the samplers in its arguments get the seed, if they take one.
+def build_sampler(component: Component, *, seed: int) -> BaseSampler:
+    """Returns the sampler that a component names. It and samplers in its arguments get the seed, if they take a seed.
 
     Raises:
-        ConfigError: The class is not trusted, does not exist or is no sampler, or does not take these arguments.
+        ConfigError: The class is missing, not trusted or not a sampler, or does not take these arguments.
     """
-    seeded: dict[str, Any] = _add_seeds({TARGET: part.target, **part.arguments}, seed=seed, key="sampler")
+    seeded: dict[str, Any] = _add_seeds({TARGET: component.target, **component.arguments}, seed=seed, key="sampler")
     del seeded[TARGET]
     expected: type[BaseSampler] = BaseSampler  # type: ignore[type-abstract]
-    return instantiate(Component(target=part.target, arguments=seeded), key="sampler", expected=expected)
+    return instantiate(Component(target=component.target, arguments=seeded), key="sampler", expected=expected)
 
 
 def _add_seeds(value: Any, *, seed: int, key: str) -> Any:
-    """Returns a part's settings with a seed for each class in them that takes a seed."""
+    """Returns a component's settings with a seed for each class in them that takes a seed."""
     if isinstance(value, list | tuple):
         return [_add_seeds(item, seed=seed, key=f"{key}.{position}") for position, item in enumerate(value)]
     if not isinstance(value, Mapping):
@@ -116,7 +117,7 @@ class OptunaHubSampler(BaseSampler):
         Args:
             package: The package in the registry, such as `samplers/auto_sampler`.
             sampler: The class in the package, such as `AutoSampler`.
-            ref: Branch, tag or commit of the registry. Only with a commit can the sweep be repeated later.
+            ref: Branch, tag or commit of the registry. Give a commit if the sweep is to be repeated later.
             seed: Handed to the class, if it takes a seed.
             arguments: Further arguments of the class.
 
@@ -126,7 +127,7 @@ class OptunaHubSampler(BaseSampler):
         if not is_trusted(OPTUNA_HUB):
             raise ConfigError(
                 f"`sampler` must be of a package that is trusted, but {package!r} is code that OptunaHub downloads and "
-                f"runs. If you know it, add `trust=[{OPTUNA_HUB}]` to the command line."
+                f"runs. If you trust it, add `trust=[{OPTUNA_HUB}]` to the command line."
             )
         if find_spec(OPTUNA_HUB) is None:
             raise ConfigError(f"`sampler` needs the package {OPTUNA_HUB!r}. Run `pip install {OPTUNA_HUB}`.")

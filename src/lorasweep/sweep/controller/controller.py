@@ -1,7 +1,7 @@
 """The controller: the only owner of a sweep's studies. It hands out trials, decides at rungs and takes results.
 
 A worker calls `take`, `report` and `tell`. The answers follow from the sweep's seed and from earlier reports. They
-never depend on a clock, on the order of slots, or on how often the process was killed in between.
+never depend on a clock, on the order of slots, or on how often the process was killed.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 MAX_DEATHS_IN_A_ROW = 10
-"""The sweep ends with an error once this number of workers died in a row without any evaluation in between."""
+"""The sweep ends with an error after this number of workers died in a row without an evaluation in between."""
 Status = Literal["running", "complete", "interrupted"]
 
 
@@ -50,9 +50,9 @@ class Assignment:
     stage: str
     """`search`, `select` or `confirm`."""
     reads_test: bool
-    """Whether a complete run has still to be scored on test data."""
+    """Whether a run is scored on test data when it is complete."""
     worker: str
-    """Name of the worker that the trial was handed out to."""
+    """Name of the worker that received the trial; empty for the worker of the controller's process."""
 
 
 def _needs_storage(method: Callable[Concatenate[Controller, P], T]) -> Callable[Concatenate[Controller, P], T]:
@@ -75,12 +75,12 @@ def _needs_storage(method: Callable[Concatenate[Controller, P], T]) -> Callable[
 class Controller:
     """The trials of an open sweep, stage by stage.
 
-    The one worker of the same process calls it. As a Ray actor it is called by several workers, one call after the
-    other. A call whose answer was lost, because the actor was restarted, may be made again and gets the same answer.
+    Without Ray, the one worker of this process calls it. As a Ray actor it serves several workers, one call at a time.
+    A worker may repeat a call whose answer was lost because the actor was restarted. The answer is the same.
     """
 
     def __init__(self, sweep: SweepFolder, *, session: str | None = None) -> None:
-        """Reads the sweep's journal, and resumes the sweep's present stage.
+        """Reads the sweep's journal, and resumes the current stage.
 
         Args:
             sweep: The open sweep.
@@ -107,13 +107,13 @@ class Controller:
         """Hands out the next trial, or None if no trial can be trained now.
 
         Args:
-            arms: Only trials of these arms; None stands for all arms.
+            arms: Names of the arms whose trials may be handed out; None stands for all arms.
             worker: The worker that asks; empty for the worker of this process.
             request: A number that the worker uses once. A second call with this number returns the same trial.
         """
         if worker:
             for trials in self.stage.arms.values():
-                for trial in trials.held_by(worker):
+                for trial in trials.list_held_by(worker):
                     if trial.request == request:  # the answer was lost
                         return self._assign(trials, trial)
         if arms is None:
@@ -125,9 +125,9 @@ class Controller:
             trials, trial = min(abandoned, key=lambda pair: pair[1].order)
             trials.hand_out_again(trial, worker=worker, request=request)
             return self._assign(trials, trial)
-        # Then the arm that has begun the smallest fraction of its trials, arms without a space before all others. In an
-        # arm a paused trial that may continue goes before a new trial.
-        for trials in sorted(candidates, key=lambda trials: (bool(trials.arm.space), trials.progress)):
+        # Then arms without a space, then the arm that has begun the smallest fraction of its trials. Within an arm, a
+        # paused trial that may continue comes before a new trial.
+        for trials in sorted(candidates, key=lambda trials: (bool(trials.arm.space), trials.begun_fraction)):
             if (promoted := trials.next_promoted()) is not None:
                 trial, rung = promoted
                 trials.promote(trial, rung, order=self._next_order(), worker=worker, request=request)
@@ -150,33 +150,33 @@ class Controller:
 
         Args:
             evaluations: Trial, optimizer step and value of the metric.
-            losses: The validation loss of each trial, by which rungs compare under `pruner.criterion=loss`.
+            losses: The validation loss of each trial, which rungs compare under `pruner.criterion=loss`.
 
         Raises:
-            WorkerError: A trial was given to another worker.
+            WorkerError: A trial is held by another worker.
         """
         self._deaths_in_a_row = 0
         if gone := [assignment for assignment, _, _ in evaluations if not self._holds(assignment)]:
             raise WorkerError(
                 f"a worker must hold the trial that it reports, but trial {gone[0].number} of arm `{gone[0].arm.name}` "
-                "was given to another one."
+                "is held by another worker."
             )
-        # by arm and number: in another process an assignment is another object each time
+        # keyed by arm and number, because an assignment from another process is a new object in each call
         loss_of = {(assignment.arm.name, assignment.number): loss for assignment, loss in losses.items()}
         reported = [(*self._find(assignment), step, value) for assignment, step, value in evaluations]
-        # All values are stored before any decision, and trials are decided in the order of rungs and numbers. So the
-        # order of `evaluations` changes nothing.
+        # All values are stored before the first decision, and decisions are made in the order of steps and numbers. So
+        # the order of `evaluations` changes nothing.
         in_order = sorted(reported, key=lambda found: (found[0].arm.name, found[2], found[1].number))
         for trials, trial, step, value in in_order:
             trials.store(trial, step, value, loss=loss_of.get((trials.arm.name, trial.number)))
         decisions = {(trials.arm.name, trial.number): trials.decide(trial, step) for trials, trial, step, _ in in_order}
-        self._save_if_due()  # a trial often begins just after a save: its first report is the first chance to show it
+        self._save_if_due()  # a trial often begins just after a save, so its first report is the next chance to save
         return [decisions[trials.arm.name, trial.number] for trials, trial, _, _ in reported]
 
     @_needs_storage
     def tell(self, assignment: Assignment, record: RunRecord) -> None:
         """Takes the record of a run that is complete or paused."""
-        if not self._holds(assignment):  # the worker called before, and the answer was lost
+        if not self._holds(assignment):  # this call was repeated, because its answer was lost
             return
         trials, trial = self._find(assignment)
         value = record.test[record.metric] if assignment.reads_test else record.score
@@ -189,10 +189,10 @@ class Controller:
 
     @_needs_storage
     def tell_failure(self, assignment: Assignment, error: Exception) -> None:
-        """Takes the error of a run that failed, or that does not fit in memory (infeasible).
+        """Ends a trial whose run raised an error: as infeasible if the run does not fit in memory, else as failed.
 
         Raises:
-            WorkerError: `sweep.max_failures` trials in a row failed, or nothing can be written any more.
+            WorkerError: `sweep.max_failures` trials in a row failed, or the disk can't be written.
         """
         self.sweep.check_disk(error)
         if not self._holds(assignment):
@@ -203,19 +203,19 @@ class Controller:
         trials.end(trial, state, {REASON_ATTRIBUTE: redact(reason)}, value=None)
         self._save_if_due()
         if assignment.stage != self.search.name and isinstance(error, Diverged):
-            return  # it is a result if one of the best trials diverges on other seeds
+            return  # divergence of a good trial on another seed is a result, not a fault of the sweep
         self._failures_in_a_row += 1
         limit = assignment.arm.sweep_config.sweep.max_failures
         if self._failures_in_a_row >= limit:
             self.save("interrupted")
             raise WorkerError(
-                f"fewer than {limit} trials in a row may fail (`sweep.max_failures`), but the last one failed too: "
-                f"{reason} The tracebacks are in the records in {str(self.sweep.path / 'runs')!r}."
+                f"fewer than {limit} trials in a row may fail (`sweep.max_failures`), but {limit} failed. "
+                f"The last error: {reason} The tracebacks are in the records in {str(self.sweep.path / 'runs')!r}."
             ) from error
 
     @_needs_storage
-    def take_back(self, folder_name: str) -> Assignment | None:
-        """Hands out the trial whose run has this folder again; None if this stage has no such trial."""
+    def take_by_folder(self, folder_name: str) -> Assignment | None:
+        """Returns the trial whose run is in this folder, handed out again; None if this stage has no such trial."""
         for trials in self.stage.arms.values():
             for trial in trials.trials.values():
                 if self.stage.run_folder(trials.arm, trial.number).path.name == folder_name:
@@ -226,26 +226,26 @@ class Controller:
 
     @_needs_storage
     def release(self, assignments: Sequence[Assignment]) -> None:
-        """Takes trials back whose pack broke up; they are handed out again before any other trial."""
+        """Releases the trials of a pack that broke up. They are handed out again before any other trial."""
         for assignment in assignments:
             trials, trial = self._find(assignment)
             trials.release(trial)
 
     @_needs_storage
     def release_worker(self, worker: str) -> None:
-        """Takes the trials of a worker that is gone back; they are handed out again before any other trial.
+        """Releases the trials of a worker that died. They are handed out again before any other trial.
 
         Raises:
             WorkerError: `MAX_DEATHS_IN_A_ROW` workers died in a row.
         """
         for trials in self.stage.arms.values():
-            for trial in trials.held_by(worker):
+            for trial in trials.list_held_by(worker):
                 trials.release(trial)
         self._deaths_in_a_row += 1
         if self._deaths_in_a_row >= MAX_DEATHS_IN_A_ROW:
             raise WorkerError(
-                f"a worker must live until its first evaluation, but {MAX_DEATHS_IN_A_ROW} workers in a row died "
-                "before that. Check whether the system killed them because memory ran out."
+                f"a worker must run until its first evaluation, but {MAX_DEATHS_IN_A_ROW} workers in a row died "
+                "earlier. Check whether the system killed them because memory ran out."
             )
 
     def awaits_pause(self, assignment: Assignment, *, step: int) -> bool:
@@ -292,9 +292,9 @@ class Controller:
         self.sweep.save(usage=functools.reduce(add_telemetry, self._usage.values(), {}), status=status)
 
     def _advance_stage(self) -> None:
-        """Begins the next stage if every trial of this stage has ended or is paused for good."""
+        """Begins the next stage if every trial of this stage has ended, or is paused and may not continue."""
         while not self._is_over and all(
-            not trials.left and not trials.is_any("running") and trials.next_promoted() is None
+            not trials.num_left and not trials.has_any("running") and trials.next_promoted() is None
             for trials in self.stage.arms.values()
         ):
             record = self.sweep.record
@@ -306,15 +306,15 @@ class Controller:
                 plan = plan_selection(self.search, record=record)
                 self.select = Reruns(self.sweep, "select", plan, session=self.session)
             else:
-                # the winners follow from these rows, which the record may not have yet
+                # the winners are chosen from these rows, which no call of `save` may have written yet
                 record.select = [row for arm in self.select.arms for row in self.select.rows(arm)]
                 plan = plan_confirmation(self.search, sweep=self.sweep)
                 self.confirm = Reruns(self.sweep, "confirm", plan, session=self.session)
 
     def _prune_paused(self) -> None:
-        """Ends the paused trials of the search, of which no trial may continue any more."""
+        """Ends all paused trials of the search as pruned."""
         for trials in self.search.arms.values():
-            for trial in trials.paused():
+            for trial in trials.list_paused():
                 reason = f"stopped at step {max(trial.values)}, because other trials were better there"
                 folder = self.search.run_folder(trials.arm, trial.number).path
                 prune_paused_run(folder, reason=reason)
@@ -339,7 +339,7 @@ class Controller:
         return assignment
 
     def _holds(self, assignment: Assignment) -> bool:
-        """Returns whether an assignment's worker still holds its trial; the worker of this process always does."""
+        """Returns whether an assignment's worker still holds the trial. The worker of this process always does."""
         if not assignment.worker:
             return True
         if assignment.stage != self.stage.name:

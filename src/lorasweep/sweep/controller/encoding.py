@@ -1,7 +1,7 @@
-"""Converts an arm's parameters to points, which is how Optuna's samplers see them, and back.
+"""Converts an arm's parameters to points, which Optuna's samplers read, and points to parameters.
 
-A sampler sees a choice as its index. Numbers are sorted, so that a model knows that rank 8 lies between 4 and 16. Other
-choices are categories.
+A point has the index of a choice instead of the choice. Choices that are numbers are sorted, so that a model knows that
+rank 8 lies between 4 and 16. Other choices are categories.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 from lorasweep.sweep.definition.space import Space
 
 Point = dict[str, Any]
-"""One value for each key that has more than one value. The value of a list of choices is an index."""
+"""A value for each key that can vary. For a list of choices the value is the index of a choice."""
 
 
 class SpaceEncoding:
-    """Converts an arm's parameters to points and back. Keys are sorted: their order in the file changes nothing."""
+    """Converts an arm's parameters to points and back. Keys are sorted, so their order in the file has no effect."""
 
     def __init__(self, space: Space) -> None:
         self._space: Space = {key: space[key] for key in sorted(space)}
         self.choices: dict[str, list[Any]] = {}
         """The sorted choices of each key that has a list of choices."""
         self.ranges: Space = {}
-        """Optuna's range of each key that has more than one value."""
+        """Optuna's range of each key that can vary."""
         for key, distribution in self._space.items():
             encoded = distribution
             if isinstance(distribution, CategoricalDistribution):

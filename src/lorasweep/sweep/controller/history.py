@@ -1,6 +1,6 @@
 """An arm's earlier trials as its sampler sees them.
 
-An arm may have 100,000 trials, and a proposal uses a few hundred of them. So only trials that change are read again.
+An arm may have 100,000 trials, and a proposal uses a few hundred of them. Only changed trials are read again.
 """
 
 from __future__ import annotations
@@ -30,9 +30,13 @@ INFEASIBLE_RANK: Rank = (2, 0, 0.0)
 class History:
     """An arm's earlier trials.
 
-    COMPLETE: a result. PRUNED, or RUNNING with intermediate values: a partial result. PRUNED with a violated
-    constraint: does not fit in memory. RUNNING without intermediate values: no result yet. FAIL: a model does not see
-    the trial, but it is not repeated.
+    A model sees each trial by its state in Optuna:
+
+    - COMPLETE: a result.
+    - PRUNED, or RUNNING with intermediate values: a partial result.
+    - PRUNED with a violated constraint: the trial does not fit in memory.
+    - RUNNING without intermediate values: no result yet.
+    - FAIL: hidden from the model. The trial's point is not proposed again.
     """
 
     def __init__(self, space: Space, trials: Iterable[FrozenTrial] = (), *, direction: Direction) -> None:
@@ -52,8 +56,8 @@ class History:
 
     def update(self, number: int, trial: FrozenTrial, *, is_paused: bool = False) -> None:
         """Adds a trial, or replaces its earlier state. New trials must be added in the order of their numbers."""
-        trial = copy.copy(trial)  # of which only attributes are replaced; the study's trial stays as it is
-        if is_paused:  # a result of fewer steps, which is what a sampler understands by pruned
+        trial = copy.copy(trial)  # so that the study's trial keeps its attributes
+        if is_paused:  # a sampler reads a pruned trial as a result of fewer steps
             trial.state = TrialState.PRUNED
         trial.params = self._trials[number].params if number in self._trials else self.encoding.encode(trial.params)
         trial.distributions = self.encoding.ranges
@@ -74,11 +78,11 @@ class History:
         """Number of results that have a finite value."""
         return bisect_left(self._ranked, (INFEASIBLE_RANK, -1))
 
-    def all(self) -> list[FrozenTrial]:
+    def list_all(self) -> list[FrozenTrial]:
         return list(self._trials.values())
 
-    def results(self) -> list[FrozenTrial]:
-        """Returns at most `MAX_HISTORY_TRIALS` results in their order: half are the best, the others the latest."""
+    def list_results(self) -> list[FrozenTrial]:
+        """Returns at most `MAX_HISTORY_TRIALS` results in order of number: the best half, and the latest others."""
         if len(self._ranks) <= MAX_HISTORY_TRIALS:
             return [self._trials[number] for number in sorted(self._ranks)]
         best = {number for _, number in self._ranked[: MAX_HISTORY_TRIALS // 2]}
@@ -86,16 +90,16 @@ class History:
         latest = itertools.islice(others, MAX_HISTORY_TRIALS - len(best))
         return [self._trials[number] for number in sorted([*best, *latest])]
 
-    def running(self) -> list[FrozenTrial]:
+    def list_running(self) -> list[FrozenTrial]:
         """Returns the running trials without a result, in the order of their numbers."""
         return [self._trials[number] for number in sorted(self._running)]
 
     def has_tried(self, point: Point) -> bool:
-        """Returns whether a trial had this point. Values of a continuous range count as equal if they round to it."""
+        """Returns whether a trial had this point. Values of continuous ranges are compared to two digits."""
         return self._round(point) in self._tried
 
     def _round(self, point: Point) -> tuple[Any, ...]:
-        """Returns a point's values, with those of continuous ranges rounded to two significant digits."""
+        """Returns a point's values. Values of continuous ranges are rounded to two significant digits."""
         return tuple(
             f"{point[key]:.2g}" if isinstance(range_, FloatDistribution) and range_.step is None else point[key]
             for key, range_ in self.encoding.ranges.items()
@@ -120,7 +124,7 @@ def _is_infeasible(trial: FrozenTrial) -> bool:
 def _rank_result(trial: FrozenTrial, *, direction: Direction) -> Rank | None:
     """Returns the rank of a trial that is a result, else None.
 
-    Complete trials come first, then partial results by how far they came (as in TPE), then what does not fit in memory.
+    Complete trials come first, then partial results with the most steps first (as in TPE), then infeasible trials.
     """
     if trial.state == TrialState.FAIL:
         return None

@@ -1,7 +1,7 @@
 """Proposes the parameters of an arm's next trial.
 
 A proposal depends only on the sweep's seed, the arm's name, the trial's number and the arm's history. Optuna's samplers
-are asked on a new study in memory, so nothing is written and no sampler carries a state from one trial to the next:
+are asked on a new study in memory, so nothing is written, and a sampler keeps no state between trials:
 
 - `qmc`: every trial is a scrambled Sobol point.
 - `random`: every trial is a random point.
@@ -42,16 +42,16 @@ from lorasweep.errors import ConfigError, first_line
 from lorasweep.sweep.controller.component_sampler import ask_sampler
 from lorasweep.sweep.controller.encoding import Point
 from lorasweep.sweep.controller.history import History, last_value
-from lorasweep.sweep.controller.sobol import sobol_point
+from lorasweep.sweep.controller.sobol import draw_sobol_point
 from lorasweep.sweep.definition.arms import Arm
-from lorasweep.sweep.definition.space import Space, grid_values
+from lorasweep.sweep.definition.space import Space, list_grid_values
 
 MAX_STARTUP_TRIALS = 32
 """Number of Sobol points at the start of an arm of 64 trials or more."""
 MIN_RESULTS = 2
-"""Number of results before a model is asked: a single result is neither better nor worse."""
+"""Minimum number of results before a model is asked. A model needs two results to compare."""
 MAX_SOBOL_DRAWS = 20
-"""Number of Sobol points that are tried in place of a proposal that repeats an earlier trial."""
+"""Maximum number of Sobol points that are tried to replace a proposal that repeats an earlier trial."""
 
 
 def propose(
@@ -61,7 +61,7 @@ def propose(
 
     Args:
         arm: The arm, with its sampler and the sweep's seed.
-        history: The arm's earlier trials, or a list of them in their order.
+        history: The arm's earlier trials; a list must be in the order of their numbers.
         number: The index of the new trial among the arm's trials.
         direction: Which scores are better.
 
@@ -79,18 +79,22 @@ def propose(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ExperimentalWarning)
             if isinstance(sampler, Component):
-                point, attributes = ask_sampler(sampler, history.all(), encoding.ranges, seed=seed, direction=direction)
+                point, attributes = ask_sampler(
+                    sampler, history.list_all(), encoding.ranges, seed=seed, direction=direction
+                )
             elif sampler.name == "grid":
-                point = _next_combination(arm, history)
+                point = _choose_grid_point(arm, history)
             else:
                 if sampler.name == "random":
                     point = _ask(RandomSampler(seed=seed), encoding.ranges, [], direction=direction)
-                elif isinstance(sampler, ModelBasedSampler) and _may_learn(sampler, history, number, arm=arm):
+                elif isinstance(sampler, ModelBasedSampler) and _has_enough_results(sampler, history, number, arm=arm):
                     point = _ask_model(sampler, history, seed=seed)
                 else:
-                    point = sobol_point(encoding, number, seed=arm_seed)
+                    point = draw_sobol_point(encoding, number, seed=arm_seed)
                 indices = range(number, number + MAX_SOBOL_DRAWS)
-                draws = itertools.chain([point], (sobol_point(encoding, index, seed=arm_seed) for index in indices))
+                draws = itertools.chain(
+                    [point], (draw_sobol_point(encoding, index, seed=arm_seed) for index in indices)
+                )
                 point = next((draw for draw in draws if not history.has_tried(draw)), point)
     except ConfigError:
         raise
@@ -113,19 +117,19 @@ def count_startup_trials(sampler: ModelBasedSampler, *, trials: int) -> int:
 
 
 def _derive_seed(arm: Arm, number: int | None = None) -> int:
-    """Returns the seed of one trial, or of the whole arm; it is the same in every process."""
+    """Returns the seed of one trial or, without a number, of the whole arm."""
     return zlib.crc32(f"{arm.sweep_config.sweep.seed}/{arm.name}/{'' if number is None else number}".encode())
 
 
-def _may_learn(sampler: ModelBasedSampler, history: History, number: int, *, arm: Arm) -> bool:
+def _has_enough_results(sampler: ModelBasedSampler, history: History, number: int, *, arm: Arm) -> bool:
     return number >= count_startup_trials(sampler, trials=arm.trials) and history.num_values >= MIN_RESULTS
 
 
-def _next_combination(arm: Arm, history: History) -> Point:
-    """Returns the first combination of the grid that no trial has, in a random order that the arm's seed decides."""
+def _choose_grid_point(arm: Arm, history: History) -> Point:
+    """Returns the next untried combination of the grid. The grid is shuffled with the arm's seed."""
     encoding = history.encoding
     axes = tuple(
-        tuple(range(len(encoding.choices[key])) if key in encoding.choices else grid_values(key, range_))
+        tuple(range(len(encoding.choices[key])) if key in encoding.choices else list_grid_values(key, range_))
         for key, range_ in encoding.ranges.items()
     )
     grid = (dict(zip(encoding.ranges, values, strict=True)) for values in _shuffle_grid(axes, _derive_seed(arm)))
@@ -147,25 +151,25 @@ def _ask_model(sampler: ModelBasedSampler, history: History, *, seed: int) -> Po
     model: BaseSampler
     if sampler.name == "gp":
         model = GPSampler(n_startup_trials=1, seed=seed, warn_independent_sampling=False)
-        shown = _show_to_gp(history.results(), direction=direction)
+        shown = _prepare_for_gp(history.list_results(), direction=direction)
     else:
         model = TPESampler(n_startup_trials=1, seed=seed)
-        shown = [copy.copy(trial) for trial in history.results()]
+        shown = [copy.copy(trial) for trial in history.list_results()]
         for trial in shown:
             if trial.state == TrialState.RUNNING:  # TPE reads intermediate values of pruned trials only
                 trial.state = TrialState.PRUNED
-    return _ask(model, ranges, [*shown, *history.running()], direction=direction)
+    return _ask(model, ranges, [*shown, *history.list_running()], direction=direction)
 
 
 def _ask(sampler: BaseSampler, ranges: Space, shown: Sequence[FrozenTrial], *, direction: Direction) -> Point:
-    study = optuna.create_study(sampler=sampler, direction=direction, storage=_ShownTrials(shown))
+    study = optuna.create_study(sampler=sampler, direction=direction, storage=_ProposalStorage(shown))
     return study.ask(ranges).params
 
 
-class _ShownTrials(InMemoryStorage):
-    """The storage of a study on which a sampler is asked: the trials that the sampler sees, and the proposed trial.
+class _ProposalStorage(InMemoryStorage):
+    """Holds the trials that a sampler sees and the trial that it proposes.
 
-    Adding the trials to a study would copy and check each of them, which takes longer than a proposal.
+    `Study.add_trial` would copy and check each trial, which takes longer than a proposal.
     """
 
     def __init__(self, shown: Sequence[FrozenTrial]) -> None:
@@ -184,13 +188,13 @@ class _ShownTrials(InMemoryStorage):
         return [*(copy.deepcopy(shown) if deepcopy else shown), *super().get_all_trials(study_id, deepcopy, states)]
 
 
-def _show_to_gp(results: Sequence[FrozenTrial], *, direction: Direction) -> list[FrozenTrial]:
+def _prepare_for_gp(results: Sequence[FrozenTrial], *, direction: Direction) -> list[FrozenTrial]:
     """Returns results as a Gaussian process reads them: as complete trials with one value each.
 
-    A partial result has its last value plus the median progress of the complete trials since that step. Values worse
-    than the median become the median: a trial that diverges is far worse than all others, and a model that has to fit
-    such a value is less exact near the best ones (docs/benchmarks.md, Proposals). A result without a finite value gets
-    the median too. A trial that does not fit in memory also violates a constraint.
+    The value of a partial result is its last value plus the median progress of complete trials since that step. Values
+    that are worse than the median, missing or infinite become the median. A diverged trial would be far worse than all
+    others, and a model that fits such a value is less exact near the best trials (docs/benchmarks.md, Proposals).
+    Trials that do not fit in memory also violate a constraint.
     """
     complete = [trial for trial in results if trial.state == TrialState.COMPLETE]
     values: list[float | None] = []
@@ -213,7 +217,7 @@ def _show_to_gp(results: Sequence[FrozenTrial], *, direction: Direction) -> list
     shown = [copy.copy(trial) for trial in results]
     for trial, value in zip(shown, values, strict=True):
         trial.state, trial.value = TrialState.COMPLETE, median if value is None else better(value, median)
-        trial.system_attrs = dict(trial.system_attrs)  # shared with the study's trial until now
+        trial.system_attrs = dict(trial.system_attrs)  # `copy.copy` shares this dict with the study's trial
         for name in sorted(names - trial.constraints.keys()):
             trial.set_constraint(name, -1.0)
     return shown

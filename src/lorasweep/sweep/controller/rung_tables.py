@@ -1,6 +1,6 @@
 """Sorted tables of the trials at each rung, so that a decision reads only the best trials.
 
-An arm may have 100,000 trials. To compare all of them at each report would take longer than to train one.
+An arm may have 100,000 trials. Comparing all of them at each report would take longer than training a trial.
 """
 
 from __future__ import annotations
@@ -8,11 +8,11 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Iterator, Mapping
 
-from lorasweep.sweep.controller.stopping_rules import StoppingRule, cost_at
+from lorasweep.sweep.controller.stopping_rules import StoppingRule, get_cost
 from lorasweep.sweep.controller.trial import Trial
 
 Row = tuple[float, int]
-"""A trial's cost and number. Lower costs are better; of equal trials the earlier one comes first."""
+"""A trial's cost and number. A lower cost is better. Of trials with equal costs, the lower number comes first."""
 TableRow = tuple[str, int, Row]
 """Table name, rung and row."""
 
@@ -21,10 +21,10 @@ class RungTables:
     """Three sorted tables for each rung of an arm's stopping rule.
 
     - `arrived`: the trials that have a value at the rung and did not fail.
-    - `waiting`: the running and paused trials of `arrived` that may not train beyond the rung (yet).
+    - `waiting`: the running and paused trials of `arrived` that may not yet train beyond the rung.
     - `below`: the running and paused trials that have not reached the rung and do not wait at a lower rung.
 
-    The first rows of `arrived` are the trials that may train beyond the rung. The stopping rule says how many they are.
+    The first rows of `arrived` are the trials that may train beyond the rung. The stopping rule gives their number.
     """
 
     def __init__(self, rule: StoppingRule, trials: Mapping[int, Trial], *, sign: int) -> None:
@@ -43,7 +43,7 @@ class RungTables:
         }
 
     def list_rows(self, trial: Trial) -> set[TableRow]:
-        """Returns the rows that a trial has in the tables in its present state."""
+        """Returns the rows that the tables must have for a trial in its current state."""
         rows: set[TableRow] = set()
         waits = False
         for rung in self._rule.rungs:
@@ -70,16 +70,16 @@ class RungTables:
     def may_train_beyond(self, trial: Trial, rung: int, *, all_begun: bool) -> bool:
         """Returns whether a trial that has reached a rung may train beyond it.
 
-        `all_begun` says whether no further trial of the arm will begin.
+        `all_begun` is True if all trials of the arm have begun.
         """
         if trial.state in ("failed", "infeasible"):
             return False
         return self._is_kept(self._row(trial, rung), rung, self._count_kept(rung, all_begun=all_begun))
 
     def next_promoted(self, *, all_begun: bool) -> tuple[Trial, int] | None:
-        """Returns the next trial to promote and its rung, or None.
+        """Returns the next trial to promote and its rung, or None if no paused trial may continue.
 
-        It is the best paused trial that may train beyond its rung, at the highest rung that has such a trial.
+        Higher rungs come first; within a rung, better trials come first.
         """
         if not self._rule.rungs:
             return None
@@ -91,7 +91,7 @@ class RungTables:
         return None
 
     def _row(self, trial: Trial, rung: int) -> Row:
-        return cost_at(trial, rung, sign=self._sign), trial.number
+        return get_cost(trial, rung, sign=self._sign), trial.number
 
     def _count_kept(self, last: int, *, all_begun: bool) -> dict[int, int]:
         """Returns how many trials may train beyond each rung up to the rung `last`."""
@@ -99,14 +99,15 @@ class RungTables:
         for rung in self._rule.rungs:
             if rung > last:
                 break
-            all_arrived = all_begun and self._is_complete(rung, counts)
+            all_arrived = all_begun and self._have_all_arrived(rung, counts)
             counts[rung] = self._rule.count_kept(self._tables["arrived", rung], all_arrived=all_arrived)
         return counts
 
-    def _is_complete(self, rung: int, counts: Mapping[int, int]) -> bool:
-        """Returns whether no running or paused trial can still reach a rung, from the counts of the lower rungs.
+    def _have_all_arrived(self, rung: int, counts: Mapping[int, int]) -> bool:
+        """Returns whether no running or paused trial can still reach a rung.
 
-        A trial can reach the rung if it trains towards it, or if it waits at a lower rung that it may train beyond.
+        A trial can reach the rung if it is in the table `below`, or if it waits at a lower rung and is among the best
+        trials there, whose number is in `counts`.
         """
         if self._tables["below", rung]:
             return False

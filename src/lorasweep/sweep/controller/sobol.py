@@ -12,14 +12,14 @@ from scipy.stats import qmc
 from lorasweep.sweep.controller.encoding import Point, SpaceEncoding
 
 
-def sobol_point(encoding: SpaceEncoding, index: int, *, seed: int) -> Point:
+def draw_sobol_point(encoding: SpaceEncoding, index: int, *, seed: int) -> Point:
     """Returns the point at an index of an arm's Sobol sequence.
 
-    The coordinates are those of Optuna's QMC sampler, which would draw all earlier points again for each point.
+    The coordinates equal those of Optuna's QMC sampler. That sampler draws all earlier points again for each point.
 
-    Choices differ from Optuna's: each of k choices appears exactly once in k successive points, in the order of the
-    points' coordinates. Cutting the coordinate into k equal parts would not do that, because Sobol points are even over
-    2^n parts: with 6 ranks, 81 % of the sequences lack a rank in the first 6 points.
+    *Differs* for choices: each of k choices appears exactly once in each group of k successive points. The point with
+    the lowest coordinate of the group gets the first choice. Optuna cuts the coordinate into k equal parts, but Sobol
+    points cover only 2^n parts evenly: with 6 ranks, 81 % of the sequences lack a rank in the first 6 points.
     """
     counts = {key: len(encoding.choices[key]) for key in encoding.ranges if key in encoding.choices}
     # SciPy wants a power of 2. It must include the last point of the group of k points that `index` is in.
@@ -46,7 +46,7 @@ def _scale_to(range_: BaseDistribution, fraction: float) -> float:
     """Returns the value at a fraction of a range's length, as Optuna's QMC sampler does."""
     assert isinstance(range_, FloatDistribution | IntDistribution)
     step = range_.step or 0
-    # half a step beyond both ends, so that the values at the ends are as frequent as others
+    # half a step beyond both ends, so that the values at the ends are as frequent as the others
     low, high = range_.low - step / 2, range_.high + step / 2
     if range_.log:
         value = math.exp(math.log(low) + fraction * (math.log(high) - math.log(low)))

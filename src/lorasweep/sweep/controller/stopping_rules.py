@@ -1,8 +1,8 @@
 """Stopping rules: which of an arm's trials may train beyond a rung.
 
 A rung is a step at which trials are compared. A rule is a pure function of values and trial numbers: neither the order
-in which values arrive nor a clock changes its answer. The controller pauses a trial that may not train beyond its rung,
-and resumes it if the rule later lets it.
+in which values arrive nor a clock changes its answer. The controller pauses a trial that may not train beyond its rung.
+It resumes the trial if the rule later allows it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Ranked = Sequence[tuple[float, int]]
 
 @dataclass(frozen=True, kw_only=True)
 class StoppingRule:
-    """Says how many trials continue after each rung. This base class has no rungs: every trial runs to its end."""
+    """Decides how many trials continue after each rung. This base class has no rungs: every trial runs to its end."""
 
     rungs: tuple[int, ...] = ()
     """Optimizer steps at which trials are compared, ascending; each is a step with an evaluation."""
@@ -45,9 +45,9 @@ class Halving(StoppingRule):
     """Promotion-type successive halving (Li et al. 2018, arXiv 1810.05934, algorithm 2).
 
     Of m trials at a rung the best floor(m / reduction_factor) may continue. Once no further trial can reach the rung,
-    the best ceil(m / reduction_factor) may, but at least `min_survivors`: an early rung ranks few trials unreliably.
-    *Differs:* the paper's rule has neither the second count nor the minimum, because it does not know how many trials
-    will come.
+    the best ceil(m / reduction_factor) may continue, but at least `min_survivors`, because the ranking of few trials
+    at an early rung is unreliable. *Differs:* the paper's rule has neither the second count nor the minimum, because
+    it does not know how many trials will come.
     """
 
     reduction_factor: int
@@ -68,7 +68,7 @@ class MedianOfPeers(StoppingRule):
     """
 
     min_trials: int
-    """Trials that must have reached a rung before any trial continues, unless no further trial can reach it."""
+    """Number of trials that must reach a rung before any trial continues, unless no further trial can reach it."""
 
     def count_kept(self, ranked: Ranked, *, all_arrived: bool) -> int:
         if not ranked or (len(ranked) < self.min_trials and not all_arrived):
@@ -85,12 +85,12 @@ def build_rule(arm: Arm) -> StoppingRule:
         ConfigError: The pruner can't be built.
     """
     pruner, config = arm.sweep_config.pruner, arm.corners[0]
-    if config.method.name == "frozen":  # it has no steps
+    if config.method.name == "frozen":  # a frozen model has no steps
         return StoppingRule()
     every, max_steps = config.trainer.eval_every_steps, config.trainer.max_steps
     steps = range(every, max_steps, every)
     if isinstance(pruner, HalvingPruner):
-        # A rung that is nearer to the end of the run than to an evaluation before it is dropped: trials end there.
+        # A rung that is nearer to the end of the run than to the last evaluation before the end is dropped.
         latest = steps[-1] + every / 2 if steps else 0
         wanted = [fraction * max_steps for fraction in pruner.rungs if fraction * max_steps <= latest]
         rungs = {min(steps, key=lambda step: (abs(step - rung), step)) for rung in wanted}
@@ -100,7 +100,7 @@ def build_rule(arm: Arm) -> StoppingRule:
     if isinstance(pruner, MedianPruner):
         first = pruner.min_fraction * max_steps
         return MedianOfPeers(rungs=tuple(step for step in steps if step >= first), min_trials=pruner.min_trials)
-    build_pruner(arm)  # so that a wrong pruner is refused before the first trial
+    build_pruner(arm)  # a pruner that can't be built must raise before the first trial
     return StoppingRule()
 
 
@@ -116,7 +116,7 @@ def build_pruner(arm: Arm) -> BasePruner | None:
     return instantiate(arm.sweep_config.pruner, key="pruner", expected=expected)
 
 
-def cost_at(trial: Trial, rung: int, *, sign: int) -> float:
+def get_cost(trial: Trial, rung: int, *, sign: int) -> float:
     """Returns the number by which a rung compares a trial; lower is better."""
     value = trial.losses.get(rung, sign * trial.values[rung])
     return math.inf if math.isnan(value) else value

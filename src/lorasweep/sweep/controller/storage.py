@@ -1,4 +1,4 @@
-"""Where a sweep's studies are kept: a journal in its folder, or a database. One process at a time has them open."""
+"""Opens the storage of a sweep's studies: a journal in its folder, or a database. One process uses it at a time."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from lorasweep.errors import ConfigError, WorkerError, first_line
 
 JOURNAL_FILE = "journal.log"
 RERUN_STUDY = "{arm}/{stage}"
-"""Name of the study of an arm in the select or confirm stage. No arm's name has a slash."""
+"""Name of an arm's study in the select or confirm stage. An arm's name has no slash, so names are unique."""
 DATABASE_ERRORS = (StorageInternalError, SQLAlchemyError)
-"""The errors that Optuna raises if a database is gone or refuses."""
+"""The errors that Optuna raises if a database does not answer or refuses an operation."""
 
 
 class Journal(BaseJournalBackend):
     """A journal file in Optuna's format that no other process writes to.
 
     *Differs* from Optuna's `JournalFileBackend`: the file is opened and read once, because the lock of the sweep's
-    folder lets one controller in; there is no lock file, which a killed process would leave behind; and a write is not
-    flushed to the disk at once: the controller calls `flush` once for all writes of one answer to a worker.
+    folder admits only one controller. There is no lock file, which a killed process would leave behind. All operations
+    of one call to the controller are flushed to the disk together.
     """
 
     def __init__(self, path: Path) -> None:
@@ -52,7 +52,7 @@ class Journal(BaseJournalBackend):
             yield json.loads(self._unread.popleft())
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
-        """Writes all operations or, if the disk is full, none of them."""
+        """Writes all operations. If the disk is full, it writes no operation and raises OSError."""
         lines = [json.dumps(log, separators=(",", ":")).encode() + b"\n" for log in logs]
         data = b"".join(lines)
         try:
@@ -76,15 +76,15 @@ class Journal(BaseJournalBackend):
         os.close(self._file)
 
 
-class _OwnJournalStorage(JournalStorage):
+class _FileJournalStorage(JournalStorage):
     def __init__(self, journal: Journal) -> None:
         self.journal = journal
         super().__init__(journal)
 
 
 def flush_storage(storage: BaseStorage) -> None:
-    """Makes sure that a power cut loses no write; a database does so by itself."""
-    if isinstance(storage, _OwnJournalStorage):
+    """Makes sure that a power cut loses no write; a database does this itself."""
+    if isinstance(storage, _FileJournalStorage):
         storage.journal.flush()
 
 
@@ -95,7 +95,7 @@ def open_storage(config: StorageConfig, folder: Path) -> BaseStorage:
         ConfigError: The database does not answer, or its driver is not installed.
     """
     if config.url is None:
-        return _OwnJournalStorage(Journal(folder / JOURNAL_FILE))
+        return _FileJournalStorage(Journal(folder / JOURNAL_FILE))
     try:
         return RDBStorage(config.url)
     except (*DATABASE_ERRORS, ImportError, ValueError, RuntimeError) as error:
@@ -106,20 +106,20 @@ def close_storage(storage: BaseStorage) -> None:
     storage.remove_session()
     if isinstance(storage, RDBStorage):
         storage.engine.dispose()
-    elif isinstance(storage, _OwnJournalStorage):
+    elif isinstance(storage, _FileJournalStorage):
         storage.journal.close()
 
 
 def unusable_database(config: StorageConfig, error: Exception) -> ConfigError:
     return ConfigError(
         f"`storage.url` must be a database that answers and whose driver is installed, but {config.url!r} is not: "
-        f"{_reason(error)}. Start it, install the driver, or leave the key out to use a journal in the folder."
+        f"{_reason(error)}. Start it, install the driver, or remove the key to use a journal in the folder."
     )
 
 
 @contextmanager
 def database_must_answer(folder: Path) -> Iterator[None]:
-    """Turns the error that a database is gone into `WorkerError`, because no trial is to blame for it."""
+    """Raises `WorkerError` if the database does not answer, so that no trial counts as failed because of it."""
     try:
         yield
     except DATABASE_ERRORS as error:
@@ -132,7 +132,7 @@ def database_must_answer(folder: Path) -> Iterator[None]:
 def open_study(
     storage: BaseStorage, name: str, *, direction: Direction, pruner: BasePruner | None = None
 ) -> optuna.Study:
-    """Returns a study, which is created if it is missing. Its sampler is never asked: `propose` has its own study."""
+    """Returns a study, and creates it if it is missing. Its sampler is never used: `propose` asks a study in memory."""
     return optuna.create_study(
         study_name=name, storage=storage, direction=direction, pruner=pruner or NopPruner(), load_if_exists=True
     )

@@ -1,4 +1,4 @@
-"""One trial of an arm as the controller sees it, and the attributes that the journal holds of it."""
+"""One trial of an arm as the controller sees it, and the names of its user attributes in the journal."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from optuna.trial import TrialState as OptunaState
 
 from lorasweep.record import TrialState
 
-TURN_ATTRIBUTE = "lorasweep:turn"
+HANDOUT_ATTRIBUTE = "lorasweep:turn"
 """`order`, `passed`, `promoted`, `worker` and `request` of a `Trial`. A trial without it is not the controller's."""
 PAUSED_ATTRIBUTE = "lorasweep:paused_at"
 """Step of the evaluation after which the trial's run was last paused."""
 LOSSES_ATTRIBUTE = "lorasweep:rung_losses"
-"""Validation loss by rung, if rungs compare by it."""
+"""Validation loss by rung, if rungs compare losses."""
 REASON_ATTRIBUTE = "lorasweep:reason"
 """Why the trial failed, was pruned or does not fit in memory."""
 INFEASIBLE_ATTRIBUTE = "lorasweep:infeasible"
 """True for a trial that does not fit in memory."""
 SCORE_ATTRIBUTE = "lorasweep:score"
-"""The best value of the trial's run. The value that Optuna gives a trial that is not complete is its last one."""
+"""The best value of the trial's run. For a trial that is not complete, Optuna has the last value only."""
 ENDED_STATES: dict[OptunaState, TrialState] = {
     OptunaState.COMPLETE: "complete",
     OptunaState.PRUNED: "pruned",
@@ -37,20 +37,20 @@ class Trial:
     number: int
     params: Mapping[str, Any]
     order: int
-    """How many trials the controller had handed out before it last handed out this trial."""
+    """Number of trials that the controller had handed out before it last handed out this trial."""
     passed: frozenset[int] = frozenset()
     """The rungs beyond which the trial may train."""
     promoted: frozenset[int] = frozenset()
-    """The rungs of `passed` at which the trial was paused before."""
+    """The rungs in `passed` at which the trial was paused before it was allowed to continue."""
     values: dict[int, float] = field(default_factory=dict)
     """The metric's value at each evaluation, by step."""
     losses: dict[int, float] = field(default_factory=dict)
-    """The validation loss at each rung, if rungs compare by it."""
+    """The validation loss at each rung, if rungs compare losses."""
     state: TrialState = "running"
     is_held: bool = False
     """Whether a worker trains the trial now."""
     worker: str = ""
-    """The worker that the trial was last handed out to; empty for the worker of the controller's process."""
+    """Name of the worker that last received the trial; empty for the worker of the controller's process."""
     request: int = 0
     """Number of the worker's request that was answered with this trial."""
 
@@ -64,31 +64,32 @@ class Trial:
         return next((rung for rung in rungs if rung in self.values and rung not in self.passed), None)
 
     @property
-    def turn(self) -> dict[str, Any]:
-        """The value of `TURN_ATTRIBUTE`."""
-        turn = {"order": self.order, "passed": sorted(self.passed), "promoted": sorted(self.promoted)}
-        return turn | ({"worker": self.worker, "request": self.request} if self.worker else {})
+    def handout(self) -> dict[str, Any]:
+        """The value of the user attribute `HANDOUT_ATTRIBUTE`."""
+        handout = {"order": self.order, "passed": sorted(self.passed), "promoted": sorted(self.promoted)}
+        return handout | ({"worker": self.worker, "request": self.request} if self.worker else {})
 
 
 def read_trial(frozen: FrozenTrial, *, session: str | None) -> Trial:
-    """Returns a trial of the controller from what a study holds of it.
+    """Returns the controller's trial for a trial of a study.
 
     `session` is the prefix of the names of workers that may train trials now; None if no worker trains.
     """
-    turn = frozen.user_attrs[TURN_ATTRIBUTE]
+    handout = frozen.user_attrs[HANDOUT_ATTRIBUTE]
     trial = Trial(
         number=frozen.number,
         params=dict(frozen.params),
-        order=turn["order"],
-        passed=frozenset(turn["passed"]),
-        promoted=frozenset(turn["promoted"]),
+        order=handout["order"],
+        passed=frozenset(handout["passed"]),
+        promoted=frozenset(handout["promoted"]),
         values=dict(frozen.intermediate_values),
         losses={int(step): loss for step, loss in frozen.user_attrs.get(LOSSES_ATTRIBUTE, {}).items()},
         state=read_state(frozen),
-        worker=turn.get("worker", ""),
-        request=turn.get("request", 0),
+        worker=handout.get("worker", ""),
+        request=handout.get("request", 0),
     )
-    # A process that was killed after the report and before the pause leaves a running trial, which reports once more.
+    # The trial is paused if its last report was the one that paused it. A process that was killed between report and
+    # pause leaves a running trial, which reports this step again.
     last = max(trial.values, default=0)
     if trial.state == "running" and frozen.user_attrs.get(PAUSED_ATTRIBUTE) == last and last not in trial.promoted:
         trial.state = "paused"

@@ -42,20 +42,20 @@ def spell_out_multiplier(settings: Mapping[str, Any], *, where: str) -> dict[str
 
 
 def merge_layers(*layers: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the settings of all layers. Later layers replace earlier ones, also α its multiplier and vice versa."""
+    """Returns the settings of all layers. Later layers win; α also replaces its multiplier, and vice versa."""
     merged: dict[str, Any] = {}
     for layer in layers:
-        merged = {**drop_rivals(merged, layer), **layer}
+        merged = {**drop_rival_keys(merged, layer), **layer}
     return merged
 
 
-def drop_rivals(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
+def drop_rival_keys(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the lower layer without α if the upper layer has the multiplier, and vice versa."""
-    rivals = {rival(key) for key in upper} - set(upper)
+    rivals = {get_rival_key(key) for key in upper} - set(upper)
     return {key: value for key, value in lower.items() if key not in rivals}
 
 
-def rival(key: str) -> str:
+def get_rival_key(key: str) -> str:
     """Returns the multiplier's key for α's key and vice versa. For any other key it returns that key."""
     return {ALPHA: MULTIPLIER, MULTIPLIER: ALPHA}.get(key, key)
 

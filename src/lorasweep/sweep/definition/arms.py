@@ -23,24 +23,25 @@ from lorasweep.sweep.definition.alpha_over_rank import (
     ALPHA,
     MULTIPLIER,
     compose_with_multiplier,
-    drop_rivals,
+    drop_rival_keys,
+    get_rival_key,
     merge_layers,
-    rival,
     spell_out_multiplier,
 )
-from lorasweep.sweep.definition.expand import ExpandedArm, arm_overrides, expand_arms, refuse_expanded_keys
-from lorasweep.sweep.definition.space import Space, corner_values, grid_values, parse_range
+from lorasweep.sweep.definition.expand import ExpandedArm, expand_arms, get_arm_overrides, refuse_expanded_keys
+from lorasweep.sweep.definition.space import Space, list_corner_values, list_grid_values, parse_range
 from lorasweep.sweep.definition.sweep_file import SweepFile, parse_file, read_content, require_folder_name
 from lorasweep.wording import nearest
 
 DEFAULT_TRIALS = 16
-"""Number of trials of an arm with a space, if neither the sweep file nor the command line gives a number."""
+"""Number of trials of an arm with a space, if neither sweep file nor command line sets it."""
 MAX_GRID_COMBINATIONS = 100_000
 """Maximum number of combinations under `sampler=grid`, because all of them are listed in memory."""
 RERUN_ENDINGS = tuple(f"-{stage}" for stage in get_args(RerunStage))
-"""A run folder of the select or confirm stage is named after its arm, such an ending, and a number."""
+"""Endings that an arm's name must not have. A run folder of these stages has the name of its arm, an ending and a
+number."""
 PATH_KEYS = ("data.train", "data.validation", "data.test", "model.path")
-"""Settings that may name files."""
+"""Settings whose values may be paths of files."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,17 +56,21 @@ class Arm:
     expanded_from: str | None = None
     """The arm in the sweep file whose `expand` created this arm."""
     expanded: Mapping[str, Any] = field(default_factory=dict)
-    """The keys and values that distinguish it from the other arms of that `expand`."""
+    """The keys and values that distinguish this arm from the other arms of the same `expand`."""
 
     def compose(self, params: Mapping[str, Any]) -> RunConfig:
         """Returns the settings of a trial with these values of the swept keys."""
-        with naming_arm(self.name):
+        with name_arm_in_errors(self.name):
             return compose_with_multiplier({**self.settings, **params, "trainer.progress": False})
 
     @cached_property
     def corners(self) -> tuple[RunConfig, ...]:
-        """The settings at the ends of each range, one key at a time, and with all keys at their upper ends."""
-        ends = {key: corner_values(distribution) for key, distribution in self.space.items()}
+        """Settings of runs at the ends of the space.
+
+        All keys at their first ends, then one key at each of its other ends, then all keys at their last ends. A list
+        of choices has its choices as ends.
+        """
+        ends = {key: list_corner_values(distribution) for key, distribution in self.space.items()}
         lows = {key: values[0] for key, values in ends.items()}
         corners = [lows, *({**lows, key: value} for key, values in ends.items() for value in values[1:])]
         if len(ends) > 1:
@@ -75,19 +80,19 @@ class Arm:
 
 @dataclass(frozen=True, kw_only=True)
 class Definition:
-    """A whole sweep with composed arms."""
+    """A whole sweep, with its settings composed and checked for each arm."""
 
     name: str
     description: str
     arms: tuple[Arm, ...]
     sweep_config: SweepConfig
     raw: dict[str, Any]
-    """The content of the sweep file and the overrides, from which `restore_definition` composes the same sweep."""
+    """The content of the sweep file and the overrides. `restore_definition` composes the same sweep from it."""
     source: Path | None
 
 
 @contextmanager
-def naming_arm(name: str) -> Iterator[None]:
+def name_arm_in_errors(name: str) -> Iterator[None]:
     """Puts the arm's name before the message of any ConfigError that is raised inside."""
     try:
         yield
@@ -96,7 +101,9 @@ def naming_arm(name: str) -> Iterator[None]:
 
 
 def read_definition(source: Path | Mapping[str, Any], overrides: Sequence[str] | Mapping[str, Any] = ()) -> Definition:
-    """Composes a sweep file, or its content, with the command line's arguments or dotted keys, and checks every arm.
+    """Returns the checked definition of a sweep, from its file or content and from overrides.
+
+    Overrides are command-line arguments, or a mapping of dotted keys to values.
 
     Raises:
         ConfigError: The file can't be read, a key or range is wrong, or an arm does not compose.
@@ -112,14 +119,17 @@ def read_definition(source: Path | Mapping[str, Any], overrides: Sequence[str] |
 
 
 def restore_definition(raw: Mapping[str, Any], *, source: Path | None) -> Definition:
-    """Composes a sweep again from the `raw` of its definition; arguments and errors as in `read_definition`."""
+    """Returns the definition that has this `raw`; errors as in `read_definition`."""
     file = parse_file(raw["file"])
     overrides = spell_out_multiplier(raw["overrides"], where="the command line")
     sweep_overrides = _split_sweep_settings(overrides)[1]
-    used = set(sweep_overrides)
-    arms = tuple(_build_arm(arm, file, overrides, used=used) for arm in expand_arms(file, overrides, used=used))
+    used_keys = set(sweep_overrides)
+    arms = tuple(
+        _build_arm(arm, file, overrides, used_keys=used_keys)
+        for arm in expand_arms(file, overrides, used_keys=used_keys)
+    )
     for key in overrides:
-        if key not in used:  # no arm has this setting, and neither has the sweep
+        if key not in used_keys:  # neither an arm nor the sweep has this setting
             names = ", ".join(arm.name for arm in arms)
             known = {f"method.{f.name}" for arm in arms for f in fields(arm.corners[0].method)} | {MULTIPLIER}
             raise ConfigError(
@@ -129,10 +139,10 @@ def restore_definition(raw: Mapping[str, Any], *, source: Path | None) -> Defini
     sweep_config = compose_sweep(layer_settings("sweep", _split_sweep_settings(file.settings)[1], sweep_overrides))
     for arm in arms:
         for name, value in asdict(sweep_config.confirm).items():
-            if (of_arm := getattr(arm.sweep_config.confirm, name)) != value:
+            if (arm_value := getattr(arm.sweep_config.confirm, name)) != value:
                 raise ConfigError(
-                    f"all arms must have one `confirm.{name}`, because they are compared, but arm `{arm.name}` has "
-                    f"{of_arm!r}, not {value!r}. Set it once for the whole sweep."
+                    f"`confirm.{name}` must be the same for all arms, because they are compared, but arm `{arm.name}` "
+                    f"has {arm_value!r}, not {value!r}. Set it once for the whole sweep."
                 )
     return Definition(
         name=file.name,
@@ -160,23 +170,23 @@ def _split_sweep_settings(settings: Mapping[str, Any]) -> tuple[dict[str, Any], 
     return {key: value for key, value in settings.items() if key not in sweep_settings}, sweep_settings
 
 
-def _build_arm(arm: ExpandedArm, file: SweepFile, overrides: Mapping[str, Any], *, used: set[str]) -> Arm:
-    """Returns one arm, composed and checked; adds the overrides that reach it to `used`."""
+def _build_arm(arm: ExpandedArm, file: SweepFile, overrides: Mapping[str, Any], *, used_keys: set[str]) -> Arm:
+    """Returns one arm, composed and checked. Adds the keys of overrides that apply to the arm to `used_keys`."""
     require_folder_name("an arm's name", arm.name)
     if arm.name.endswith(RERUN_ENDINGS):
         endings = " or ".join(f"`{ending}`" for ending in RERUN_ENDINGS)
         raise ConfigError(f"an arm's name must not end in {endings}, but got {arm.name!r}. Rename the arm.")
     for_this_arm = [
         {"sweep.trials" if key == "trials" else key: value for key, value in layer.items()}
-        for layer in arm_overrides(arm, overrides, used=used)
+        for layer in get_arm_overrides(arm, overrides, used_keys=used_keys)
     ]
     for_all = {key: value for key, value in overrides.items() if not key.startswith("arms.")}
-    # later layers win: the file, its arm, the arm's expansion, then the command line from general to particular
+    # later layers win: sweep file, its arm, the arm's expansion, then the command line from general to particular
     in_order = (file.settings, arm.config.settings, arm.expanded, for_all, *for_this_arm)
     layers = [_split_sweep_settings(layer) for layer in in_order]
     sweep_config = compose_sweep(layer_settings("sweep", *(sweep_layer for _, sweep_layer in layers)))
-    with naming_arm(arm.name):
-        settings, ranges = _layer_run([run_layer for run_layer, _ in layers], arm=arm, used=used)
+    with name_arm_in_errors(arm.name):
+        settings, ranges = _layer_run([run_layer for run_layer, _ in layers], arm=arm, used_keys=used_keys)
         space = _parse_space(settings, ranges)
     wanted = (sweep_config.sweep.trials, arm.config.trials, DEFAULT_TRIALS)
     trials = next(number for number in wanted if number is not None)
@@ -194,21 +204,23 @@ def _build_arm(arm: ExpandedArm, file: SweepFile, overrides: Mapping[str, Any], 
         expanded_from=arm.expanded_from,
         expanded=arm.expanded,
     )
-    assert built.corners  # composes all of them, so that a wrong value is found before the first trial
+    assert (
+        built.corners
+    )  # this composes runs at the ends of all ranges, so that a wrong value raises before the first trial
     _check_grid(built)
     return built
 
 
 def _layer_run(
-    layers: Sequence[Mapping[str, Any]], *, arm: ExpandedArm, used: set[str]
+    layers: Sequence[Mapping[str, Any]], *, arm: ExpandedArm, used_keys: set[str]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Returns the settings of an arm's runs, and its swept keys with their ranges.
 
     Args:
         layers: Settings of runs: from the file, from the arm and from its expansion; then from the command line for all
-            arms, for this expansion, and for this arm. In the last three, values and ranges replace each other.
-        arm: The arm as the file states it.
-        used: Receives the command line's keys for all arms that apply to this arm.
+            arms, for this expansion, and for this arm. In the last three layers, values and ranges replace each other.
+        arm: The arm as in the sweep file.
+        used_keys: Receives the command line's keys for all arms that apply to this arm.
     """
     *written, for_all, for_expansion, for_arm = layers
     method = layer_settings("train", *layers).get("method", "lora")
@@ -221,7 +233,7 @@ def _layer_run(
         # an override without an arm's name does not apply to arms whose method does not have the setting
         and not (key.startswith("method.") and (ALPHA if key == MULTIPLIER else key) not in known)
     }
-    used |= set(for_all)
+    used_keys |= set(for_all)
     refuse_expanded_keys(arm, for_all)
     typed = [for_all, for_expansion, for_arm]
     merged = merge_layers(*typed)
@@ -229,10 +241,10 @@ def _layer_run(
     values = [{key: value for key, value in layer.items() if not _is_range(key, value)} for layer in typed]
     settings: dict[str, Any] = {}
     for layer in (*written, *values):
-        settings = layer_settings("train", drop_rivals(settings, layer), layer)
-    replaced = {*merged, *map(rival, merged)} - set(ranges)
+        settings = layer_settings("train", drop_rival_keys(settings, layer), layer)
+    replaced = {*merged, *map(get_rival_key, merged)} - set(ranges)
     return (
-        {key: value for key, value in settings.items() if key not in ranges and rival(key) not in ranges},
+        {key: value for key, value in settings.items() if key not in ranges and get_rival_key(key) not in ranges},
         {key: value for key, value in arm.config.space.items() if key not in replaced} | ranges,
     )
 
@@ -251,17 +263,17 @@ def _is_whole(key: str, range_: Any, config: Any) -> bool:
     """Returns whether a swept key holds whole numbers, from its value in an arm's composed settings."""
     for name in (ALPHA if key == MULTIPLIER else key).split("."):
         if not isinstance(config, Mapping) or name not in config:
-            # an argument that its class has a default for; a key that is no setting is refused with the corners
+            # an argument with a default in its class; a key that is no setting raises when `corners` are composed
             return isinstance(range_, Mapping) and all(isinstance(bound, int) for bound in range_.values())
         config = config[name]
     return isinstance(config, int) and not isinstance(config, bool)
 
 
 def _check_grid(arm: Arm) -> None:
-    """Raises ConfigError unless `sampler=grid` has enough combinations for the arm's trials, and not too many."""
+    """Raises ConfigError if `sampler=grid` has too many combinations, or fewer combinations than trials."""
     if arm.sweep_config.sampler.name != "grid" or not arm.space:
         return
-    count = math.prod(len(grid_values(key, distribution)) for key, distribution in arm.space.items())
+    count = math.prod(len(list_grid_values(key, distribution)) for key, distribution in arm.space.items())
     if count > MAX_GRID_COMBINATIONS:
         raise ConfigError(
             f"`arms.{arm.name}.space` must have at most {MAX_GRID_COMBINATIONS:,} combinations under `sampler=grid`, "

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lorasweep.errors import ConfigError
-from lorasweep.sweep.definition.alpha_over_rank import merge_layers, rival, spell_out_multiplier
+from lorasweep.sweep.definition.alpha_over_rank import get_rival_key, merge_layers, spell_out_multiplier
 from lorasweep.sweep.definition.sweep_file import ArmConfig, SweepFile
 
 
@@ -23,10 +23,10 @@ class ExpandedArm:
     expanded: Mapping[str, Any] = field(default_factory=dict)
 
 
-def expand_arms(file: SweepFile, overrides: Mapping[str, Any], *, used: set[str]) -> list[ExpandedArm]:
+def expand_arms(file: SweepFile, overrides: Mapping[str, Any], *, used_keys: set[str]) -> list[ExpandedArm]:
     """Returns the arms of a sweep file. An arm with `expand` appears once per combination of its values.
 
-    The override `arms.ARM.expand.KEY` sets other values. `used` receives the keys of such overrides.
+    The override `arms.ARM.expand.KEY` replaces the values of KEY. Keys of such overrides are added to `used_keys`.
 
     Raises:
         ConfigError: A key has no values or is also swept, or two arms have the same name.
@@ -35,7 +35,7 @@ def expand_arms(file: SweepFile, overrides: Mapping[str, Any], *, used: set[str]
     for name, config in file.arms.items():
         prefix = f"arms.{name}.expand."
         typed = {key.removeprefix(prefix): value for key, value in overrides.items() if key.startswith(prefix)}
-        used |= {prefix + key for key in typed}
+        used_keys |= {prefix + key for key in typed}
         for arm in _expand(name, config, merge_layers(config.expand, typed)):
             if arm.name in arms:
                 raise ConfigError(f"arms must have different names, but two are called {arm.name!r}. Rename one.")
@@ -43,10 +43,10 @@ def expand_arms(file: SweepFile, overrides: Mapping[str, Any], *, used: set[str]
     return list(arms.values())
 
 
-def arm_overrides(arm: ExpandedArm, overrides: Mapping[str, Any], *, used: set[str]) -> list[dict[str, Any]]:
+def get_arm_overrides(arm: ExpandedArm, overrides: Mapping[str, Any], *, used_keys: set[str]) -> list[dict[str, Any]]:
     """Returns the overrides for an arm's expansion (`arms.lora.KEY`) and for the arm (`arms.lora-rank4.KEY`), by KEY.
 
-    `used` receives the keys of the returned overrides.
+    The full keys of the returned overrides are added to `used_keys`.
 
     Raises:
         ConfigError: An override sets a key over which the arm is expanded.
@@ -56,17 +56,17 @@ def arm_overrides(arm: ExpandedArm, overrides: Mapping[str, Any], *, used: set[s
         prefix = f"arms.{name}."
         keys = [key for key in overrides if key.startswith(prefix) and not key.startswith(prefix + "expand.")]
         layers.append({key.removeprefix(prefix): overrides[key] for key in keys})
-        used.update(keys)
+        used_keys.update(keys)
         refuse_expanded_keys(arm, layers[-1], prefix=prefix)
     return layers
 
 
 def refuse_expanded_keys(arm: ExpandedArm, keys: Iterable[str], *, prefix: str = "") -> None:
-    """Raises ConfigError if the arm is expanded over one of the keys, which were typed with this prefix."""
+    """Raises ConfigError if the arm is expanded over one of the keys, which the user typed with this prefix."""
     for key in keys:
-        if key in arm.expanded or rival(key) in arm.expanded:
+        if key in arm.expanded or get_rival_key(key) in arm.expanded:
             raise ConfigError(
-                f"`{prefix}{key}` must be left out, because arm `{arm.expanded_from}` is expanded over it. "
+                f"`{prefix}{key}` must not be set, because arm `{arm.expanded_from}` is expanded over it. "
                 f"Write `arms.{arm.expanded_from}.expand.{key}=[..]` for other values."
             )
 
@@ -79,7 +79,7 @@ def _expand(name: str, config: ArmConfig, expand: Mapping[str, Any]) -> Iterator
     for key, values in expand.items():
         if not isinstance(values, list | tuple) or not values:
             raise ConfigError(f"`{where}.{key}` must be a list with at least one value, but got {values!r}.")
-        if key in config.space or rival(key) in config.space:
+        if key in config.space or get_rival_key(key) in config.space:
             raise ConfigError(f"`{key}` must be in `expand` or in `space` of arm `{name}`, but is in both.")
     for combination in itertools.product(*expand.values()):
         # one value of `method.alpha` may be a number and the next value a multiplier

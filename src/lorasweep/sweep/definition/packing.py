@@ -25,15 +25,18 @@ SOLO_SETTINGS: Mapping[str, tuple[Callable[[RunConfig], bool], str]] = {
     "trainer.devices": (lambda config: config.trainer.wants_processes, ""),
     "optim.layer_decay": (lambda config: config.optim.layer_decay != 1, ""),
     "optim.ema_decay": (lambda config: config.optim.ema_decay is not None, ""),
-    "optim._target_": (lambda config: isinstance(config.optim, Component), ", whose slots all train by AdamW"),
+    "optim._target_": (lambda config: isinstance(config.optim, Component), ", because all slots train with AdamW"),
     "schedule._target_": (
         lambda config: isinstance(config.schedule, Component),
-        ", whose slots have the schedules that have a name",
+        ", because slots support only the named schedules",
     ),
-    "callbacks": (lambda config: bool(config.callbacks), ", where a callback would see several runs as one"),
-    "trainer.profiler": (lambda config: config.trainer.profiler is not None, ", whose steps belong to several runs"),
+    "callbacks": (lambda config: bool(config.callbacks), ", because a callback would see several runs as one"),
+    "trainer.profiler": (
+        lambda config: config.trainer.profiler is not None,
+        ", because a step belongs to several runs",
+    ),
 }
-"""Settings that a pack does not support: whether a run uses the setting, and the reason as the end of a clause."""
+"""Settings that a pack does not support. For each: whether a run uses the setting, and the end of the message."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,11 +44,11 @@ class ArmPacking:
     """Whether the trials of one arm can share packs."""
 
     key: tuple[Any, ...] | None
-    """Arms with the same key share packs; None means that each trial runs alone."""
+    """Trials of arms with equal keys share packs; None means that each trial runs alone."""
     reason: str
-    """A sentence that says why."""
+    """A sentence that says why trials share packs or run alone."""
     largest: RunConfig
-    """The arm's run with the highest rank, for measuring."""
+    """The arm's run with the highest rank, on which memory and time are measured."""
 
 
 def plan_packing(definition: Definition) -> dict[str, ArmPacking]:
@@ -75,7 +78,7 @@ def plan_packing(definition: Definition) -> dict[str, ArmPacking]:
     return plans
 
 
-def packing_notes(definition: Definition) -> list[str]:
+def explain_solo_arms(definition: Definition) -> list[str]:
     """Returns a sentence for each LoRA arm whose trials run alone because of a setting that the user could change."""
     plans = plan_packing(definition)
     return [
@@ -102,7 +105,7 @@ def _why_alone(arm: Arm) -> str | None:
     """Returns a sentence that says why the arm's trials must run alone; None if they can share packs."""
     for key in arm.space:
         if key.split(".")[0] not in SLOT_GROUPS:
-            return f"`{key}` is swept, but all slots of a pack must share it, so its trials run alone."
+            return f"`{key}` is swept, but all slots of a pack must have the same value. So its trials run alone."
     for config in arm.corners:
         if not isinstance(config.method, LoraConfig):
             return f"`method={config.method.name}` has no slots on a frozen base, so its trials run alone."
@@ -112,13 +115,13 @@ def _why_alone(arm: Arm) -> str | None:
             return why
         for key, (is_used, cause) in SOLO_SETTINGS.items():
             if is_used(config):
-                return f"`{key}` does not go with packs{cause}, so its trials run alone."
+                return f"`{key}` is not supported in packs{cause}. So its trials run alone."
         if config.trainer.max_steps % config.trainer.eval_every_steps:
             return (
-                "`trainer.max_steps` is not a multiple of `trainer.eval_every_steps`, where slots are refilled, "
-                "so its trials run alone."
+                "`trainer.max_steps` is not a multiple of `trainer.eval_every_steps`, but slots are refilled at "
+                "evaluations. So its trials run alone."
             )
-        # a slot of a lower rank is padded with zeros, whose AdamW step without `eps` would be 0 / 0
+        # a slot of lower rank is padded with zeros, and without `eps` AdamW would divide 0 by 0 there
         if isinstance(config.optim, OptimConfig) and config.optim.eps == 0:
-            return "`optim.eps` is 0, which the padding of a pack does not allow, so its trials run alone."
+            return "`optim.eps` is 0, which the padding of a pack does not allow. So its trials run alone."
     return None

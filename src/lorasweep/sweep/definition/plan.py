@@ -25,7 +25,7 @@ from lorasweep.wording import format_bytes, format_count, format_seconds
 
 @dataclass(frozen=True, kw_only=True)
 class ArmPlan:
-    """The cost of one arm if every run has the arm's highest rank and no run is pruned."""
+    """The maximum cost of one arm: every run has the arm's highest rank and no run is pruned."""
 
     arm: Arm
     packing: ArmPacking
@@ -42,8 +42,8 @@ class ArmPlan:
     memory_bytes: int
     """Memory in use after a step of all slots: allocated on the GPU, else resident in the process."""
     seconds: float
-    """Time for training and evaluating all runs. Scoring on test data counts as one evaluation, because the test data
-    is not read yet."""
+    """Time for training and evaluating all runs. Scoring on test data counts as one evaluation on validation data,
+    because the test data is not read yet."""
 
 
 def plan_sweep(definition: Definition, inputs_cache: InputsCache) -> list[ArmPlan]:
@@ -63,7 +63,7 @@ def plan_sweep(definition: Definition, inputs_cache: InputsCache) -> list[ArmPla
 def render_plan(definition: Definition, plans: Sequence[ArmPlan]) -> RenderableType:
     """Returns a table with a row for each arm, followed by the reasons for packs and the warnings."""
     title = escape(f"{definition.name}: nothing is trained yet")
-    # columns of numbers never wrap; a long name of an arm may
+    # an arm's long name may wrap, but numbers never do
     table = Table(title=title, title_justify="left", header_style="bold", box=SIMPLE, padding=(0, 0))
     table.add_column("arm", overflow="fold")
     for name in ("runs", "steps", "tokens", "trained", "pack", "memory", "disk", "at most"):
@@ -94,7 +94,7 @@ def render_plan(definition: Definition, plans: Sequence[ArmPlan]) -> RenderableT
         *(f"{plan.arm.name}: {plan.packing.reason}" for plan in plans),
         f"Stages (the numbers of runs): {'; '.join(stages)}.",
         *find_warnings(definition),
-        f"All arms: at most {total} on this machine, measured on a few steps; pruning shortens it.",
+        f"All arms: at most {total} on this machine, estimated from a few steps. Pruning shortens this time.",
     ]
     return Group(table, *(Text(f"• {note}") for note in notes))
 
@@ -110,7 +110,7 @@ def _plan_arm(
         slots = choose_pack_size(config, inputs=inputs, trials_left=arm.trials).slots if wanted == "auto" else wanted
     cost = _measure_fitting(config, inputs, slots=slots)
     steps = 0 if config.method.name == "frozen" else config.trainer.max_steps
-    # rounded up, because a run is also evaluated after its last step; the frozen base is evaluated once
+    # rounded up, because a run is also evaluated after its last step; `or 1`: the frozen base is evaluated once
     evaluations = -(-steps // config.trainer.eval_every_steps) or 1
     runs = arm.trials + select_runs + confirm_runs
     return ArmPlan(

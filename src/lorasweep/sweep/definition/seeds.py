@@ -17,29 +17,31 @@ from lorasweep.sweep.definition.arms import Arm, Definition
 SEED_LIMIT = 1_000_000
 """Seeds are below this number, so that a person can read and type them."""
 MAX_DRAWS_PER_SEED = 10
-"""If more draws are needed per seed, the search leaves too few seeds unused."""
+"""Maximum number of draws per seed. If they do not suffice, the search leaves too few seeds unused."""
 
 
 def draw_select_seeds(definition: Definition) -> list[int]:
-    """Returns the seeds of the select stage; errors and order as in `draw_confirm_seeds`."""
+    """Returns the seeds of the select stage; errors as in `draw_confirm_seeds`."""
     confirm = definition.sweep_config.confirm
     is_skipped = not confirm.seeds or confirm.candidates == 1
-    return _draw(definition, "select", key="confirm.select_seeds", count=0 if is_skipped else confirm.select_seeds)
+    return _draw_seeds(
+        definition, "select", key="confirm.select_seeds", count=0 if is_skipped else confirm.select_seeds
+    )
 
 
 def draw_confirm_seeds(definition: Definition) -> list[int]:
-    """Returns the seeds of the confirm stage: the same for every arm, and unused by the stages before.
+    """Returns the seeds of the confirm stage: the same for every arm, and unused by the earlier stages.
 
-    The seeds depend on `sweep.seed`. More seeds begin with the same seeds, so that the stage can grow.
+    The seeds depend on `sweep.seed`. A larger number of seeds begins with the same seeds, so that a stage can grow.
 
     Raises:
         ConfigError: The search may use so many seeds that too few are left.
     """
     count = definition.sweep_config.confirm.seeds
-    return _draw(definition, "confirm", key="confirm.seeds", count=count, used=draw_select_seeds(definition))
+    return _draw_seeds(definition, "confirm", key="confirm.seeds", count=count, used=draw_select_seeds(definition))
 
 
-def _draw(definition: Definition, stage: str, *, key: str, count: int, used: Collection[int] = ()) -> list[int]:
+def _draw_seeds(definition: Definition, stage: str, *, key: str, count: int, used: Collection[int] = ()) -> list[int]:
     configs = [arm.corners[0] for arm in definition.arms] if count else []
     fixed = {*used, *(seed for config in configs for seed in (config.seed, *astuple(config.seeds)))}
     ranges = [arm.space[name] for arm in definition.arms for name in SEED_KEYS if name in arm.space]
@@ -50,8 +52,8 @@ def _draw(definition: Definition, stage: str, *, key: str, count: int, used: Col
     seeds = list(itertools.islice(unused, count))
     if len(seeds) < count:
         raise ConfigError(
-            f"`{key}` must find {count} seeds below {SEED_LIMIT:,} that the search does not use, but finds "
-            f"{len(seeds)}. Narrow the range of `seed`."
+            f"`{key}` needs {count} seeds below {SEED_LIMIT:,} that the search does not use, but only {len(seeds)} are "
+            "free. Narrow the range of `seed`."
         )
     return seeds
 

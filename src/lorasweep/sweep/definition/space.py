@@ -48,16 +48,16 @@ def parse_range(key: str, value: Any, *, is_whole: bool) -> BaseDistribution:
     arguments = {name: int(number) if is_whole else number for name, number in numbers.items()}
     try:
         with warnings.catch_warnings():
-            # Optuna lowers `high` to the last step and warns. A sweep file should name the values that are tried.
+            # Optuna would lower `high` to the last step and warn. The user must write the values that are tried.
             warnings.simplefilter("error", UserWarning)
             return (IntDistribution if is_whole else FloatDistribution)(**arguments, log=log)
-    except (ValueError, UserWarning) as error:  # Optuna names the rule that is broken
+    except (ValueError, UserWarning) as error:  # Optuna's message names the broken rule
         raise ConfigError(
             f"the range of `{key}` must be one that Optuna accepts, but got {dict(value)!r}: {first_line(error)}."
         ) from error
 
 
-def corner_values(distribution: BaseDistribution) -> list[Any]:
+def list_corner_values(distribution: BaseDistribution) -> list[Any]:
     """Returns every choice of a list, or both ends of a range."""
     if isinstance(distribution, CategoricalDistribution):
         return list(distribution.choices)
@@ -65,7 +65,7 @@ def corner_values(distribution: BaseDistribution) -> list[Any]:
     return [distribution.low, distribution.high]
 
 
-def grid_values(key: str, distribution: BaseDistribution) -> Sequence[Any]:
+def list_grid_values(key: str, distribution: BaseDistribution) -> Sequence[Any]:
     """Returns every value of a range, for `sampler=grid`.
 
     Raises:
@@ -100,5 +100,7 @@ def _parse_choices(key: str, choices: list[Any]) -> CategoricalDistribution:
         if not plain or (isinstance(choice, float) and not math.isfinite(choice)):
             raise ConfigError(f"a choice of `{key}` must be a number, a text, true, false or null, but got {choice!r}.")
     if not choices or len(set(map(repr, choices))) < len(choices):
-        raise ConfigError(f"the range of `{key}` must have at least one choice, none twice, but got {choices!r}.")
+        raise ConfigError(
+            f"the range of `{key}` must have at least one choice, and no choice twice, but got {choices!r}."
+        )
     return CategoricalDistribution(choices)

@@ -29,7 +29,7 @@ ARM_DEFAULTS: dict[str, Any] = {"settings": {}, "space": {}, "trials": None, "ex
 
 @dataclass(frozen=True, kw_only=True)
 class ArmConfig:
-    """One arm as a sweep file states it."""
+    """One arm as in a sweep file."""
 
     settings: Mapping[str, Any]
     """Dotted keys and values of this arm, which replace settings of the whole sweep."""
@@ -38,7 +38,7 @@ class ArmConfig:
     trials: Positive | None
     """Trials of the search; None if the file gives no number."""
     expand: Mapping[str, Any]
-    """Keys and lists of values: each combination becomes an arm with its own search and the same budget."""
+    """Keys and lists of values. Each combination becomes an arm with a separate search and the same budget."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,7 @@ class SweepFile:
     name: str
     description: str
     settings: Mapping[str, Any]
-    """Dotted keys and values of every arm, and of the sweep itself (`SweepConfig`)."""
+    """Dotted keys and values: settings of every arm's runs, and of the sweep itself (`SweepConfig`)."""
     arms: Mapping[str, ArmConfig]
 
     def __post_init__(self) -> None:
@@ -66,7 +66,7 @@ def find_sweep_file(name: str) -> Path:
         if not path.is_file():
             raise ConfigError(f"a sweep file must exist, but {name!r} does not.")
         return path
-    files = sweep_files()
+    files = list_sweep_files()
     if name not in files:
         raise ConfigError(
             f"a sweep must be one of {', '.join(sorted(files))} or a YAML file, but got {name!r}.{nearest(name, files)}"
@@ -74,8 +74,8 @@ def find_sweep_file(name: str) -> Path:
     return files[name]
 
 
-def sweep_files() -> dict[str, Path]:
-    """Returns the files of all sweeps by name. A sweep of the current folder replaces a packaged sweep of its name."""
+def list_sweep_files() -> dict[str, Path]:
+    """Returns the files of all sweeps by name. A file in the current folder replaces a packaged file of the same name."""
     folders = (packaged_folder("sweeps"), Path.cwd() / "sweeps")
     return {path.stem: path for folder in folders for path in folder.glob("*.yaml")}
 

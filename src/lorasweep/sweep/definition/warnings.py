@@ -57,13 +57,13 @@ def _warn_of_budgets(arms: Sequence[Arm]) -> Iterator[str]:
     tokens = {arm.name: max(map(count_tokens, arm.corners)) for arm in arms}
     if len(set(trials.values())) > 1:
         yield (
-            f"Arms have unequal numbers of trials ({_list(trials)}): the one with more has more chances of a good "
-            "score. `sweep.trials=N` gives every arm the same."
+            f"Arms have unequal numbers of trials ({_format_by_arm(trials)}): an arm with more trials has more "
+            "chances of a good score. `sweep.trials=N` gives every arm the same number."
         )
     if len(set(tokens.values())) > 1:
         yield (
-            f"Arms train on unequal numbers of tokens per trial ({_list(tokens)}): a better score may come from more "
-            "training."
+            f"Arms train on unequal numbers of tokens per trial ({_format_by_arm(tokens)}): a better score may come "
+            "from more training."
         )
 
 
@@ -71,9 +71,9 @@ def _warn_of_learning_rates(arms: Sequence[Arm]) -> Iterator[str]:
     widths = {arm.name: width_in_decades(describe_space(arm.space).get(LR)) or 0.0 for arm in arms}
     if widths and max(widths.values()) - min(widths.values()) > MAX_WIDTH_DIFFERENCE_DECADES:
         yield (
-            f"Arms search their learning rates over unequal ranges (in decades: {_list(widths, '.1f')}): a narrow "
-            "range may not contain an arm's best rate. `arms.NAME.optim.lr=tag(log,interval(LOW,HIGH))` sets the range "
-            "of one arm."
+            f"Arms search their learning rates over unequal ranges (in decades: {_format_by_arm(widths, '.1f')}): a "
+            "narrow range may not contain an arm's best rate. `arms.NAME.optim.lr=tag(log,interval(LOW,HIGH))` sets the "
+            "range of one arm."
         )
 
 
@@ -95,5 +95,5 @@ def _warn_of_alpha(family: Sequence[Arm]) -> Iterator[str]:
     )
 
 
-def _list(numbers: Mapping[str, Any], form: str = ",") -> str:
+def _format_by_arm(numbers: Mapping[str, Any], form: str = ",") -> str:
     return ", ".join(f"{name} {number:{form}}" for name, number in numbers.items())

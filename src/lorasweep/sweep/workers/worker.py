@@ -163,7 +163,7 @@ class Worker:
         state = None if self.name else read_pack_state(self._pack_file)
         if state is None:
             return
-        assignments = [self.controller.take_back(slot.folder_name) for slot in state.slots]
+        assignments = [self.controller.take_by_folder(slot.folder_name) for slot in state.slots]
         resumable = [assignment for assignment in assignments if assignment is not None]
         if len(resumable) == len(assignments):  # otherwise the file belongs to another stage
             slots = max(self._choose_slots(resumable[0].arm) or 1, len(resumable))
