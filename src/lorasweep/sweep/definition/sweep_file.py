@@ -75,7 +75,7 @@ def find_sweep_file(name: str) -> Path:
 
 
 def list_sweep_files() -> dict[str, Path]:
-    """Returns the files of all sweeps by name. A file in the current folder replaces a packaged file of the same name."""
+    """Returns the files of all sweeps by name. A file in the current folder replaces a packaged file."""
     folders = (packaged_folder("sweeps"), Path.cwd() / "sweeps")
     return {path.stem: path for folder in folders for path in folder.glob("*.yaml")}
 

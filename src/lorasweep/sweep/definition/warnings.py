@@ -72,8 +72,8 @@ def _warn_of_learning_rates(arms: Sequence[Arm]) -> Iterator[str]:
     if widths and max(widths.values()) - min(widths.values()) > MAX_WIDTH_DIFFERENCE_DECADES:
         yield (
             f"Arms search their learning rates over unequal ranges (in decades: {_format_by_arm(widths, '.1f')}): a "
-            "narrow range may not contain an arm's best rate. `arms.NAME.optim.lr=tag(log,interval(LOW,HIGH))` sets the "
-            "range of one arm."
+            "narrow range may not contain an arm's best rate. `arms.NAME.optim.lr=tag(log,interval(LOW,HIGH))` sets "
+            "the range of one arm."
         )
 
 
