@@ -82,7 +82,7 @@ def test_the_first_step_that_differs_is_named(run, repeat):
     assert (largest.step, largest.recorded) == (4, -7.0)
     assert "different: first at step 3 loss was 1.0 and is " in found.describe()
     assert "step 4 loss was -7.0" in found.describe()
-    assert "nothing in the recorded surroundings" in found.describe()
+    assert "no recorded hardware, software or data differs" in found.describe()
 
 
 def test_a_difference_within_the_tolerance_holds(run, repeat):
@@ -97,7 +97,7 @@ def test_other_weights_after_the_same_losses_are_a_difference(run, repeat):
     edit(run, lambda raw: raw["files"]["best/adapter_model.safetensors"].update(sha256="0" * 64))
     found = repeat()
     assert found.other_weights == ("best/adapter_model.safetensors",)
-    assert "weights in best/adapter_model.safetensors" in found.describe()
+    assert "weights differ in best/adapter_model.safetensors" in found.describe()
 
 
 def test_what_differs_is_listed_in_order_of_suspicion(run, repeat):

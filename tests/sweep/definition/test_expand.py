@@ -135,7 +135,7 @@ def test_the_command_line_may_expand_over_other_values_or_expand_an_arm(read, ex
         ({"method.rank": ["a"]}, "arm `lora-rank_a`: `method.rank` must be a whole number, but got 'a'."),
         ({"method.rank": [1, 1]}, "arms must have different names, but two are called 'lora-rank1'. Rename one."),
         ({"optim.lr": [0.1]}, "`optim.lr` must be in `expand` or in `space` of arm `lora`, but is in both."),
-        ({"confirm.seeds": [1, 2]}, "all arms must have one `confirm.seeds`"),
+        ({"confirm.seeds": [1, 2]}, "`confirm.seeds` must be the same for all arms"),
         ([1, 2], "`arms.lora.expand` must be a mapping"),
     ],
 )
