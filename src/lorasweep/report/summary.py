@@ -75,7 +75,7 @@ class Summary:
                 {"arm": one.arm, "is_settled": one.is_settled, "sentences": one.sentences, "settings": one.settings}
                 for one in self.recommended
             ],
-            # The evidence on each arm is in the arm.
+            # The evidence on an arm is in the arm's entry in `arms`, under `confirmed`.
             "evidence": {key: value for key, value in asdict(data.evidence).items() if key != "arms"},
             "advice": asdict(self.advice),
             "fairness": asdict(self.fairness),

@@ -24,9 +24,10 @@ from lorasweep.training.restore import Settings, read_settings
 class DataModule(lightning.LightningDataModule):
     """Yields training batches in an order that depends only on seed and step, and evaluation batches sorted by length.
 
-    The whole run is one epoch. Its length is the Trainer's `max_steps`, or else `trainer.max_steps`. A resumed run
-    begins at the Trainer's step. The order does not use a shared random stream, so more frequent evaluations do not
-    change the training. Each process gets its share of the examples of every batch.
+    The whole run is one epoch. Its number of steps is the argument `max_steps` of the Lightning Trainer, or else the
+    setting `trainer.max_steps`. A resumed run begins at the Trainer's step. The order does not use a shared random
+    stream, so more frequent evaluations do not change the training. Each process gets its share of the examples of
+    every batch.
 
     Attributes:
         config: The run's settings.
@@ -48,7 +49,8 @@ class DataModule(lightning.LightningDataModule):
         super().__init__()
         self.config = read_settings(config)
         if splits is None:
-            self._inputs = share_inputs(self.config)  # a reference, so that a TrainingModule can share them
+            # The cache of inputs has weak references only. This reference lets a TrainingModule share the same inputs.
+            self._inputs = share_inputs(self.config)
             splits = self._inputs.splits
         self.splits = splits
         self.accumulate = accumulate or get_accumulate(self.config)

@@ -30,7 +30,8 @@ def read_settings(given: Settings, *, trust: bool = False) -> RunConfig:
     Args:
         given: Settings in one of three forms. A nested mapping is not trusted, because it may come from a checkpoint of
             an unknown author.
-        trust: Whether code and pickles that a nested mapping names may be loaded.
+        trust: Whether code and pickles that a nested mapping names may be loaded. Does not cover classes in `_target_`:
+            their packages must be trusted already.
 
     Raises:
         ConfigError: A key or value is wrong, or the settings need `trust`.

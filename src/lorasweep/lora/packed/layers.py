@@ -28,8 +28,8 @@ class PackedLoraLayer(AdaptedLayer):
         streams: The number of slots and their dropout streams. The whole pack shares this object.
         targets: For each slot, how it adapts this layer; None if it does not.
         capacity: The largest rank for which A and B have room without resizing.
-        lora_a: (slots, capacity, d_in) in fp32; rows beyond the slot's rank are zero.
-        lora_b: (slots, d_out, capacity) in fp32; columns beyond the slot's rank are zero.
+        lora_a: (slots, capacity, d_in), in fp32 unless the pack was cast; rows beyond the slot's rank are zero.
+        lora_b: (slots, d_out, capacity), of the same dtype; columns beyond the slot's rank are zero.
         b_mask: (slots, d_out, capacity), True where B trains; None if all of B trains.
     """
 

@@ -18,7 +18,7 @@ METHOD_COLOURS = {"frozen": "#868e96", "full": "#d9622b", "lora": "#3578c6"}
 """Colours that hold on light and on dark paper."""
 OTHER_COLOURS = ("#159588", "#9a63c4", "#b8901f", "#c94f7c", "#5f9e3f", "#2fa3c4", "#a8714a", "#7a7fd0")
 REFERENCES = (("frozen", "frozen base", "top right"), ("full", "full fine-tuning", "bottom left"))
-"""Methods whose score is drawn as a level line: method, label, and a position of the label that is clear of curves."""
+"""Methods whose score is drawn as a horizontal line: method, label, and where the label is clear of curves."""
 MAX_LARGE_POINTS = 200
 """Points are drawn smaller and fainter if there are more than this, so that they don't hide each other."""
 MAX_FIGURE_POINTS = 2_000
@@ -149,8 +149,10 @@ def show_scores(figure: go.Figure, data: SweepData, scores: Sequence[float]) -> 
 def find_score_range(data: SweepData, scores: Sequence[float]) -> tuple[float, float] | None:
     """Returns the lowest and the highest score to show; None without scores.
 
-    The range goes from the best score to the frozen base's and a quarter of the gain beyond it. Without a frozen base
-    it goes to the 90 % quantile.
+    The range starts at the best score, or at the score of full fine-tuning if it is better. It ends at the worst score
+    or at the frozen base's score, whichever is worse, but at most a quarter of the gain beyond the frozen base's score.
+    Without a frozen base, or if no score is better than the base's, it ends at the 90 % quantile (at the worst score if
+    there are fewer than 10). A margin is added at both ends.
     """
     if not scores:
         return None

@@ -48,7 +48,7 @@ def draw_rank_alpha(data: SweepData) -> Panel:
                 points.append((rank, float(f"{alpha / rank:.6g}") if is_over_rank else alpha, score))
     rank_bins, rank_note = _bin_values({rank for rank, _, _ in points}, "Ranks")
     alpha_bins, alpha_note = _bin_values({alpha for _, alpha, _ in points}, name)
-    # Sorted by falling quality, so that the best score of each cell is the last one kept.
+    # The worst score comes first. The dict keeps the last score of each cell, which is the best.
     points.sort(key=lambda point: -data.sign * point[2])
     best = {(rank_bins[rank], alpha_bins[alpha]): score for rank, alpha, score in points}
     ranks, alphas = sorted({rank for rank, _ in best}), sorted({alpha for _, alpha in best})
@@ -81,7 +81,10 @@ def draw_rank_alpha(data: SweepData) -> Panel:
 
 
 def draw_parallel_coordinates(data: SweepData) -> Panel:
-    """Returns a figure per arm that swept two or more keys: a line per complete trial through settings and score."""
+    """Returns a figure per arm that swept two or more keys: a line per complete trial through settings and score.
+
+    Trials whose score is outside `find_score_range` are left out.
+    """
     title, groups = "Settings together", {}
     for arm in (arm for arm in data.arms if len(arm.row.space) > 1):
         # The x value of a point is not drawn here, so that any key would do.

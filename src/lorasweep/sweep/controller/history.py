@@ -82,7 +82,10 @@ class History:
         return list(self._trials.values())
 
     def list_results(self) -> list[FrozenTrial]:
-        """Returns at most `MAX_HISTORY_TRIALS` results in order of number: the best half, and the latest others."""
+        """Returns the results in the order of their numbers: all, or `MAX_HISTORY_TRIALS` of them if there are more.
+
+        One half of the returned results are the best results. The other half are the latest of the remaining results.
+        """
         if len(self._ranks) <= MAX_HISTORY_TRIALS:
             return [self._trials[number] for number in sorted(self._ranks)]
         best = {number for _, number in self._ranked[: MAX_HISTORY_TRIALS // 2]}

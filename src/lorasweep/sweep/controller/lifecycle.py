@@ -101,14 +101,16 @@ def create_sweep(definition: Definition, path: Path, *, metric: str, notes: Sequ
 
 
 def saved_definition(path: Path, *, changes: Mapping[str, Any] | None = None) -> Definition:
-    """Returns the definition of the sweep in a folder, with other settings of the workers and of the confirm stage.
+    """Returns the definition of the sweep in a folder, with `changes` applied to it.
+
+    `changes` replaces settings of the workers and of the confirm stage, such as `{"confirm.seeds": 5}`.
 
     Raises:
         RecordError: The folder is not a sweep, or its record is damaged.
     """
     record, changes = read_sweep(path), changes or {}
     overrides = record.definition["overrides"]
-    if "worker" in changes:  # the settings of other workers don't belong to these
+    if "worker" in changes:  # the new kind of workers may not have the old kind's settings
         overrides = {key: value for key, value in overrides.items() if key.split(".")[0] != "worker"}
     raw = {**record.definition, "overrides": {**overrides, **changes}}
     return restore_definition(raw, source=Path(record.source) if record.source else None)
@@ -165,7 +167,7 @@ def reopen_sweep(path: Path, *, changes: Mapping[str, Any] | None = None) -> Swe
         try:
             storage = _open(definition, path, undo)
             names = [n for n in optuna.get_all_study_names(storage) if n.startswith(record.study_prefix)]
-        except ConfigError:  # a ValueError too
+        except ConfigError:  # is also a ValueError, so it must not reach the last branch
             raise
         except DATABASE_ERRORS as error:
             raise unusable_database(definition.sweep_config.storage, error) from error

@@ -12,7 +12,11 @@ from optuna.trial import TrialState as OptunaState
 from lorasweep.record import TrialState
 
 HANDOUT_ATTRIBUTE = "lorasweep:turn"
-"""`order`, `passed`, `promoted`, `worker` and `request` of a `Trial`. A trial without it is not the controller's."""
+"""The last handout of a trial: the fields `order`, `passed`, `promoted`, `worker` and `request` of a `Trial`.
+
+These fields say when the controller gave the trial to a worker, to which one, and how far it may train. The
+controller ignores trials of a study that don't have this attribute.
+"""
 PAUSED_ATTRIBUTE = "lorasweep:paused_at"
 """Step of the evaluation after which the trial's run was last paused."""
 LOSSES_ATTRIBUTE = "lorasweep:rung_losses"
@@ -37,7 +41,10 @@ class Trial:
     number: int
     params: Mapping[str, Any]
     order: int
-    """Number of trials that the controller had handed out before it last handed out this trial."""
+    """Position in the order in which a stage hands out new and promoted trials, from 0.
+
+    If the trial's worker is gone and the trial is handed out again, the position stays the same.
+    """
     passed: frozenset[int] = frozenset()
     """The rungs beyond which the trial may train."""
     promoted: frozenset[int] = frozenset()
@@ -88,8 +95,8 @@ def read_trial(frozen: FrozenTrial, *, session: str | None) -> Trial:
         worker=handout.get("worker", ""),
         request=handout.get("request", 0),
     )
-    # The trial is paused if its last report was the one that paused it. A process that was killed between report and
-    # pause leaves a running trial, which reports this step again.
+    # The trial is paused if it was paused after its last evaluation and was not promoted since. A process that was
+    # killed between the report of this evaluation and the pause leaves a running trial, which reports the step again.
     last = max(trial.values, default=0)
     if trial.state == "running" and frozen.user_attrs.get(PAUSED_ATTRIBUTE) == last and last not in trial.promoted:
         trial.state = "paused"

@@ -17,7 +17,7 @@ from lorasweep.sweep.definition.arms import Arm, Definition
 SEED_LIMIT = 1_000_000
 """Seeds are below this number, so that a person can read and type them."""
 MAX_DRAWS_PER_SEED = 10
-"""Maximum number of draws per seed. If they do not suffice, the search leaves too few seeds unused."""
+"""Maximum number of draws per seed. If too few of the drawn seeds are unused, the search may use nearly all seeds."""
 
 
 def draw_select_seeds(definition: Definition) -> list[int]:

@@ -26,7 +26,8 @@ from lorasweep.training.telemetry import TrainingProgress
 class RunRequest:
     """A run to train in a pack.
 
-    If the run ends and the pack is killed before the next commit, the resumed pack calls `on_end` a second time.
+    A pack commits when it replaces its state file. If the run ends and the pack is killed before the next commit, the
+    resumed pack calls `on_end` a second time.
     """
 
     config: RunConfig
@@ -131,7 +132,8 @@ class SlotRun:
     def close(self, status: RunStatus, reason: str | None) -> None:
         """Writes the final record of this run and closes its loggers.
 
-        The checkpoints are kept until the next commit, because a killed pack resumes from the previous one.
+        The checkpoints are kept until the pack's next commit. A pack that is killed before this commit resumes from the
+        commit before it, and needs the run's checkpoint again.
         """
         self.progress.write_to(self.record)
         self.log.close(status, reason, wall_s=self.wall_s)
