@@ -33,7 +33,7 @@ from lorasweep.record import RunRecord, read_run, write_record
 from lorasweep.sweep.controller.controller import Assignment, Controller
 from lorasweep.sweep.controller.folder import SweepFolder
 from lorasweep.sweep.controller.lifecycle import create_sweep, reopen_sweep
-from lorasweep.sweep.controller.trial import HANDOUT_ATTRIBUTE, SCORE_ATTRIBUTE
+from lorasweep.sweep.controller.trial import ASSIGNMENT_ATTRIBUTE, SCORE_ATTRIBUTE
 from lorasweep.sweep.definition.arms import read_definition
 from lorasweep.sweep.workers.ray_cluster import start_local_cluster
 
@@ -89,7 +89,7 @@ def fill(sweep: SweepFolder, num_trials: int) -> None:
                 distributions=arm.space,
                 intermediate_values={step: score_of(params, number, step) for step in (25, 50, 75, 100, 125, 150)},
                 user_attrs={
-                    HANDOUT_ATTRIBUTE: {"order": number, "passed": [25, 75], "promoted": []},
+                    ASSIGNMENT_ATTRIBUTE: {"order": number, "passed": [25, 75], "promoted": []},
                     SCORE_ATTRIBUTE: score,
                 },
             )

@@ -533,7 +533,7 @@ def test_inspect_takes_a_sweep_alone_and_its_report_then_shows_what_was_found(he
     assert run(["sweep", mini]) == DONE
     capsys.readouterr()
     assert run(["inspect", "outputs/mini", "outputs/mini"]) == WRONG_REQUEST
-    assert "`OTHER_RUN` must be missing with a sweep" in capsys.readouterr().err
+    assert "`OTHER_RUN` can't be given with a sweep" in capsys.readouterr().err
     assert run(["inspect", "outputs/mini"]) == DONE
     assert capsys.readouterr().out.startswith("lora: outputs/mini/runs/lora-")
     assert run(["compare", "outputs/mini"]) == DONE

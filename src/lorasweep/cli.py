@@ -213,7 +213,7 @@ def inspect(arguments: argparse.Namespace) -> int:
     is_sweep = (folder / SWEEP_FILE).is_file()
     if is_sweep and other is not None:
         raise ConfigError(
-            f"`OTHER_RUN` must be missing with a sweep, whose best runs are compared, but got {str(other)!r}."
+            f"`OTHER_RUN` can't be given with a sweep, but got {str(other)!r}. The best runs of the sweep are compared."
         )
     inspected = inspect_sweep(folder, scores=scores) if is_sweep else inspect_run(folder, other=other, scores=scores)
     if arguments.format == "table":

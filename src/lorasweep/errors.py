@@ -1,4 +1,4 @@
-"""The exceptions of lorasweep. Only the sweep's workers and `cli` catch them.
+"""The exceptions of lorasweep.
 
     LoraSweepError
     ├── ConfigError (also a ValueError)   exit code 2

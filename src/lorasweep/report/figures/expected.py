@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lorasweep.report.figures.panel import Panel, add_line, build_figure, choose_colours, show_scores
+from lorasweep.report.figures.panel import Panel, add_line, build_figure, choose_colours, set_score_axis
 from lorasweep.report.sweep_data import SweepData
 
 MIN_TRIALS = 3
@@ -36,7 +36,7 @@ def draw_expected_best(data: SweepData) -> Panel:
         add_line(figure, [*trials, *trials[::-1]], [*high, *low[::-1]], colours[name], name, **band)
         add_line(figure, trials, expected, colours[name], name, showlegend=True, hoverinfo="x+y+name")
         shown += expected
-    cut = show_scores(figure, data, shown)
+    cut = set_score_axis(figure, data, shown)
     text = (
         "The best validation score to expect from a search of n trials (Dodge et al. 2019). Bands hold 95 % of the "
         "curves of resampled trials. Trials that were stopped early count with their best score so far. The formula "

@@ -124,7 +124,7 @@ def build_rank_figure(data: SweepData, ranks: Iterable[float], *, y_title: str |
     return figure
 
 
-def show_scores(figure: go.Figure, data: SweepData, scores: Sequence[float]) -> str:
+def set_score_axis(figure: go.Figure, data: SweepData, scores: Sequence[float]) -> str:
     """Sets the range of scores, so that outliers don't flatten the rest, and draws the base's and full's scores.
 
     Returns a sentence about the scores outside the range, or an empty text.

@@ -24,7 +24,7 @@ from lorasweep.report.figures.panel import (
 from lorasweep.report.sweep_data import ALPHA, RANK, ArmData, SweepData
 from lorasweep.wording import format_metric, format_score, format_setting, short_key
 
-MAX_CELLS = 10
+MAX_VALUES_PER_AXIS = 10
 """If an axis of the heat map has more values than this, they are rounded to powers of two."""
 MULTIPLIER = "method.alpha_over_rank"
 """The key of α/r in a sweep that searches it."""
@@ -92,15 +92,16 @@ def draw_parallel_coordinates(data: SweepData) -> Panel:
         groups[arm.name] = [point for point in list_points(arm, RANK) if low <= point[2] <= high]
     arms = [arm for arm in data.arms if len(groups.get(arm.name, ())) >= MIN_TRIALS]
     if not arms:
-        text = f"No arm swept two or more settings over at least {MIN_TRIALS} complete trials."
+        text = f"No arm swept two or more settings over at least {MIN_TRIALS} complete trials with usual scores."
         return Panel(key="settings", title=title, text=text)
     shown, left_out = select_points([groups[arm.name] for arm in arms], data)
     return Panel(
         key="settings",
         title=title,
         text=(
-            f"One line per complete trial of {', '.join(f'`{arm.name}`' for arm in arms)}, "
-            f"the redder the better. Drag along an axis to keep only the lines that pass there.{left_out}"
+            f"A line is a complete trial of {', '.join(f'`{arm.name}`' for arm in arms)}, "
+            f"the redder the better. Trials with far worse scores are not drawn. Drag along an axis to keep only the "
+            f"lines that pass there.{left_out}"
         ),
         figures=tuple(_draw_lines(arm, points, data) for arm, points in zip(arms, shown, strict=True)),
     )
@@ -125,7 +126,7 @@ def draw_importance(data: SweepData) -> Panel:
 
 def _bin_values(values: set[float], name: str) -> tuple[dict[float, float], str]:
     """Returns the bin of each value, with a note if they are rounded to powers of two."""
-    if len(values) <= MAX_CELLS:
+    if len(values) <= MAX_VALUES_PER_AXIS:
         return {value: value for value in values}, ""
     return {value: 2.0 ** round(math.log2(value)) for value in values}, f" {name} are rounded to powers of two."
 

@@ -22,7 +22,7 @@ from lorasweep.report.figures.panel import (
     list_points,
     select_evenly,
     select_points,
-    show_scores,
+    set_score_axis,
 )
 from lorasweep.report.sweep_data import LR, RANK, SweepData
 
@@ -54,7 +54,7 @@ def draw_score_by_rank(data: SweepData) -> Panel:
         # Sorted by falling quality within a rank, so that the best score of each rank is the last one kept.
         best = {rank: score for rank, _, score in sorted(points, key=lambda p: (p[0], -data.sign * p[2]))}
         add_line(figure, [*best], [*best.values()], colours[arm], f"{name}: best", showlegend=True, line={"width": 2.5})
-    cut = show_scores(figure, data, [score for points in lines.values() for _, _, score in points])
+    cut = set_score_axis(figure, data, [score for points in lines.values() for _, _, score in points])
     hint = "`expand: {method.rank: [...]}` gives each rank its own search and reruns."
     return Panel(
         key="rank",
@@ -85,7 +85,7 @@ def draw_score_by_lr(data: SweepData) -> Panel:
         add_points(figure, crosses, colour, arm.name, marker={"symbol": "x-thin-open"})
         if arm.best:
             add_ring(figure, arm.best.numeric_setting(LR), arm.best.value, colour, arm.name)
-    cut = show_scores(figure, data, [score for points in (*complete, *stopped) for _, _, score in points])
+    cut = set_score_axis(figure, data, [score for points in (*complete, *stopped) for _, _, score in points])
     return Panel(
         key="lr",
         title=title,
@@ -132,7 +132,7 @@ def draw_learning_curves(data: SweepData) -> Panel:
                 customdata=[build_link(arm.best.run)] * len(arm.best.curve),
                 hovertemplate=f"step %{{x}}: %{{y:.4f}}<br>{build_label(arm.best)}<extra></extra>",
             )
-    cut = show_scores(figure, data, [score for arm in arms for trial in arm.trials for _, score in trial.curve])
+    cut = set_score_axis(figure, data, [score for arm in arms for trial in arm.trials for _, score in trial.curve])
     text = (
         "Validation score over training: the best trial of each arm bold, the others faint. Crosses are trials that "
         f"were paused or pruned.{left_out}{cut}"
@@ -185,7 +185,7 @@ def _draw_cost(
     for arm, dots in zip(data.arms, shown, strict=True):
         if dots:
             add_points(figure, dots, colours[arm.name], arm.name, showlegend=True)
-    show_scores(figure, data, [score for _, _, score in points])
+    set_score_axis(figure, data, [score for _, _, score in points])
     return figure
 
 

@@ -18,7 +18,7 @@ from lorasweep.sweep.controller.history import History
 from lorasweep.sweep.controller.rung_tables import RungTables
 from lorasweep.sweep.controller.stopping_rules import StoppingRule
 from lorasweep.sweep.controller.trial import (
-    HANDOUT_ATTRIBUTE,
+    ASSIGNMENT_ATTRIBUTE,
     INFEASIBLE_ATTRIBUTE,
     LOSSES_ATTRIBUTE,
     PAUSED_ATTRIBUTE,
@@ -88,7 +88,7 @@ class ArmTrials:
         self._unread_by_history: set[int] = set()
         """Numbers of the trials that have changed since the last call of `history`."""
         for frozen in study.get_trials(deepcopy=False):
-            if HANDOUT_ATTRIBUTE in frozen.user_attrs:
+            if ASSIGNMENT_ATTRIBUTE in frozen.user_attrs:
                 trial = read_trial(frozen, session=session)
                 self._add(trial)
                 if trial.state == "infeasible" and not frozen.state.is_finished():  # a process was killed inside `end`
@@ -150,12 +150,12 @@ class ArmTrials:
         request: int = 0,
     ) -> Trial:
         """Writes a new trial with all its parameters into the journal, in one step, and returns it."""
-        trial = Trial(number=-1, params=dict(params), order=order, is_held=True, worker=worker, request=request)
+        trial = Trial(number=-1, params=dict(params), order=order, is_in_training=True, worker=worker, request=request)
         template = create_trial(
             state=OptunaState.RUNNING,
             params=dict(params),
             distributions=self._space,
-            user_attrs={HANDOUT_ATTRIBUTE: trial.handout, **attributes},
+            user_attrs={ASSIGNMENT_ATTRIBUTE: trial.assignment_attribute, **attributes},
         )
         # `Study.add_trial` would not return the id of the new trial
         trial_id = self._storage.create_new_trial(self._study_id, template_trial=template)
@@ -167,20 +167,20 @@ class ArmTrials:
         """Hands out a trial that was paused at a rung, to train beyond it."""
         passed, promoted = trial.passed | {rung}, trial.promoted | {rung}
         self._write_handout(trial, order=order, passed=passed, promoted=promoted, worker=worker, request=request)
-        self._update(trial, state="running", is_held=True)
+        self._update(trial, state="running", is_in_training=True)
 
     def hand_out_again(self, trial: Trial, *, worker: str = "", request: int = 0) -> None:
         """Hands out a trial whose worker is gone."""
         # The order stays, so that a process that was killed twice gets its trials in the same order again.
         if (worker, request) != (trial.worker, trial.request):
             self._write_handout(trial, worker=worker, request=request)
-        self._update(trial, state="running", is_held=True)
+        self._update(trial, state="running", is_in_training=True)
 
     def release(self, trial: Trial) -> None:
         """Notes that no worker trains this running trial any more, so that it is handed out again."""
         if trial.worker:
             self._write_handout(trial, worker="", request=0)
-        self._update(trial, is_held=False)
+        self._update(trial, is_in_training=False)
 
     def store(self, trial: Trial, step: int, value: float, *, loss: float | None = None) -> None:
         """Writes the metric of an evaluation, and at a rung the loss. A resumed run may report an evaluation again."""
@@ -218,7 +218,7 @@ class ArmTrials:
             was_promoted and trial.worker
         ):  # otherwise a restarted controller would take the trial for held by the worker
             self._write_handout(trial, worker="", request=0)
-        self._update(trial, state="running" if was_promoted else "paused", is_held=False)
+        self._update(trial, state="running" if was_promoted else "paused", is_in_training=False)
 
     def end(self, trial: Trial, state: TrialState, attributes: Mapping[str, Any], *, value: float | None) -> None:
         """Writes how a trial ended into the study, unless it is there already. `value` is a complete trial's score."""
@@ -230,7 +230,7 @@ class ArmTrials:
                 self._as_optuna_trial(trial).set_constraint("memory", 1.0)
             told = {"complete": OptunaState.COMPLETE, "failed": OptunaState.FAIL}.get(state, OptunaState.PRUNED)
             self.study.tell(trial.number, value if state == "complete" else None, state=told)
-        self._update(trial, state=state, is_held=False)
+        self._update(trial, state=state, is_in_training=False)
 
     def write(self, trial: Trial, attributes: Mapping[str, Any]) -> None:
         for name, attribute in attributes.items():
@@ -238,7 +238,7 @@ class ArmTrials:
 
     def _write_handout(self, trial: Trial, **changes: Any) -> None:
         """Changes fields that say when and to whom a trial was handed out: first in the journal, with one write."""
-        self.write(trial, {HANDOUT_ATTRIBUTE: dataclasses.replace(trial, **changes).handout})
+        self.write(trial, {ASSIGNMENT_ATTRIBUTE: dataclasses.replace(trial, **changes).assignment_attribute})
         self._update(trial, **changes)
 
     def _add(self, trial: Trial) -> None:
@@ -251,7 +251,7 @@ class ArmTrials:
         before = self._tables.list_rows(trial)
         self._num_in_state[trial.state] -= 1
         self._abandoned.pop(trial.number, None)
-        if trial.is_held:
+        if trial.is_in_training:
             del self._held[trial.worker][trial.number]
         for name, value in changes.items():
             setattr(trial, name, value)
@@ -262,7 +262,7 @@ class ArmTrials:
         self._unread_by_history.add(trial.number)
         self.next_order = max(self.next_order, trial.order + 1)
         self._num_in_state[trial.state] += 1
-        if trial.is_held:
+        if trial.is_in_training:
             self._held[trial.worker][trial.number] = trial
         elif trial.state == "running":
             self._abandoned[trial.number] = trial

@@ -345,7 +345,7 @@ class Controller:
         if assignment.stage != self.stage.name:
             return False
         _, trial = self._find(assignment)
-        return trial.is_held and trial.worker == assignment.worker
+        return trial.is_in_training and trial.worker == assignment.worker
 
     def _find(self, assignment: Assignment) -> tuple[ArmTrials, Trial]:
         trials = self.stage.arms[assignment.arm.name]

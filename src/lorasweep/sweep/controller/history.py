@@ -22,9 +22,9 @@ from lorasweep.sweep.definition.space import Space
 MAX_HISTORY_TRIALS = 200
 """Number of results that a model sees. The cost of a Gaussian process grows with the cube of this number: at 200 a
 proposal takes about 0.5 s (TPE: 0.04 s), at 500 about 3 s."""
-Rank = tuple[int, int, float]
+SortKey = tuple[int, int, float]
 """Sort key of a result, best first."""
-INFEASIBLE_RANK: Rank = (2, 0, 0.0)
+INFEASIBLE_SORT_KEY: SortKey = (2, 0, 0.0)
 
 
 class History:
@@ -44,10 +44,10 @@ class History:
         self.direction = direction
         self._trials: dict[int, FrozenTrial] = {}
         """Copies of all trials, with points in place of parameters, in the order of their numbers."""
-        self._ranks: dict[int, Rank] = {}
-        """The rank of each result by its trial's number."""
-        self._ranked: list[tuple[Rank, int]] = []
-        """Rank and number of each result, best first."""
+        self._sort_keys: dict[int, SortKey] = {}
+        """The sort key of each result by its trial's number."""
+        self._sorted: list[tuple[SortKey, int]] = []
+        """Sort key and number of each result, best first."""
         self._running: set[int] = set()
         """Numbers of the running trials without a result."""
         self._tried: set[tuple[Any, ...]] = set()
@@ -63,20 +63,20 @@ class History:
         trial.distributions = self.encoding.ranges
         self._trials[number] = trial
         self._tried.add(self._round(trial.params))
-        if number in self._ranks:
-            del self._ranked[bisect_left(self._ranked, (self._ranks.pop(number), number))]
+        if number in self._sort_keys:
+            del self._sorted[bisect_left(self._sorted, (self._sort_keys.pop(number), number))]
         self._running.discard(number)
-        rank = _rank_result(trial, direction=self.direction)
-        if rank is not None:
-            self._ranks[number] = rank
-            insort(self._ranked, (rank, number))
+        sort_key = _get_sort_key(trial, direction=self.direction)
+        if sort_key is not None:
+            self._sort_keys[number] = sort_key
+            insort(self._sorted, (sort_key, number))
         elif trial.state == TrialState.RUNNING:
             self._running.add(number)
 
     @property
     def num_values(self) -> int:
         """Number of results that have a finite value."""
-        return bisect_left(self._ranked, (INFEASIBLE_RANK, -1))
+        return bisect_left(self._sorted, (INFEASIBLE_SORT_KEY, -1))
 
     def list_all(self) -> list[FrozenTrial]:
         return list(self._trials.values())
@@ -86,10 +86,10 @@ class History:
 
         One half of the returned results are the best results. The other half are the latest of the remaining results.
         """
-        if len(self._ranks) <= MAX_HISTORY_TRIALS:
-            return [self._trials[number] for number in sorted(self._ranks)]
-        best = {number for _, number in self._ranked[: MAX_HISTORY_TRIALS // 2]}
-        others = (number for number in reversed(self._trials) if number in self._ranks and number not in best)
+        if len(self._sort_keys) <= MAX_HISTORY_TRIALS:
+            return [self._trials[number] for number in sorted(self._sort_keys)]
+        best = {number for _, number in self._sorted[: MAX_HISTORY_TRIALS // 2]}
+        others = (number for number in reversed(self._trials) if number in self._sort_keys and number not in best)
         latest = itertools.islice(others, MAX_HISTORY_TRIALS - len(best))
         return [self._trials[number] for number in sorted([*best, *latest])]
 
@@ -124,8 +124,8 @@ def _is_infeasible(trial: FrozenTrial) -> bool:
     return any(excess > 0 for excess in trial.constraints.values())
 
 
-def _rank_result(trial: FrozenTrial, *, direction: Direction) -> Rank | None:
-    """Returns the rank of a trial that is a result, else None.
+def _get_sort_key(trial: FrozenTrial, *, direction: Direction) -> SortKey | None:
+    """Returns the sort key of a trial that is a result, else None.
 
     Complete trials come first, then partial results with the most steps first (as in TPE), then infeasible trials.
     """
@@ -133,6 +133,6 @@ def _rank_result(trial: FrozenTrial, *, direction: Direction) -> Rank | None:
         return None
     value = last_value(trial)
     if value is None:
-        return INFEASIBLE_RANK if _is_infeasible(trial) else None
+        return INFEASIBLE_SORT_KEY if _is_infeasible(trial) else None
     cost = value if direction == "minimize" else -value
     return (0, 0, cost) if trial.state == TrialState.COMPLETE else (1, -max(trial.intermediate_values), cost)

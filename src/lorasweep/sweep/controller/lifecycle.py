@@ -189,7 +189,7 @@ def reopen_sweep(path: Path, *, changes: Mapping[str, Any] | None = None) -> Swe
         # fewer seeds would drop results that the confirm stage has already
         if "confirm" in begun and len(confirm_seeds) < len(record.confirm_seeds):
             raise ConfigError(
-                f"`confirm.seeds >= {len(record.confirm_seeds)}` must hold, with which the confirm stage began, "
+                f"`confirm.seeds >= {len(record.confirm_seeds)}` must hold, since the confirm stage began with these, "
                 f"but got {len(confirm_seeds)}."
             )
         # other candidates or seeds could make another trial the winner, after the first winner was confirmed

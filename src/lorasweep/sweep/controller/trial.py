@@ -11,8 +11,8 @@ from optuna.trial import TrialState as OptunaState
 
 from lorasweep.record import TrialState
 
-HANDOUT_ATTRIBUTE = "lorasweep:turn"
-"""The last handout of a trial: the fields `order`, `passed`, `promoted`, `worker` and `request` of a `Trial`.
+ASSIGNMENT_ATTRIBUTE = "lorasweep:turn"
+"""The last assignment of a trial: the fields `order`, `passed`, `promoted`, `worker` and `request` of a `Trial`.
 
 These fields say when the controller gave the trial to a worker, to which one, and how far it may train. The
 controller ignores trials of a study that don't have this attribute.
@@ -54,7 +54,7 @@ class Trial:
     losses: dict[int, float] = field(default_factory=dict)
     """The validation loss at each rung, if rungs compare losses."""
     state: TrialState = "running"
-    is_held: bool = False
+    is_in_training: bool = False
     """Whether a worker trains the trial now."""
     worker: str = ""
     """Name of the worker that last received the trial; empty for the worker of the controller's process."""
@@ -71,10 +71,10 @@ class Trial:
         return next((rung for rung in rungs if rung in self.values and rung not in self.passed), None)
 
     @property
-    def handout(self) -> dict[str, Any]:
-        """The value of the user attribute `HANDOUT_ATTRIBUTE`."""
-        handout = {"order": self.order, "passed": sorted(self.passed), "promoted": sorted(self.promoted)}
-        return handout | ({"worker": self.worker, "request": self.request} if self.worker else {})
+    def assignment_attribute(self) -> dict[str, Any]:
+        """The value of the user attribute `ASSIGNMENT_ATTRIBUTE`."""
+        attribute = {"order": self.order, "passed": sorted(self.passed), "promoted": sorted(self.promoted)}
+        return attribute | ({"worker": self.worker, "request": self.request} if self.worker else {})
 
 
 def read_trial(frozen: FrozenTrial, *, session: str | None) -> Trial:
@@ -82,18 +82,18 @@ def read_trial(frozen: FrozenTrial, *, session: str | None) -> Trial:
 
     `session` is the prefix of the names of workers that may train trials now; None if no worker trains.
     """
-    handout = frozen.user_attrs[HANDOUT_ATTRIBUTE]
+    assignment_attribute = frozen.user_attrs[ASSIGNMENT_ATTRIBUTE]
     trial = Trial(
         number=frozen.number,
         params=dict(frozen.params),
-        order=handout["order"],
-        passed=frozenset(handout["passed"]),
-        promoted=frozenset(handout["promoted"]),
+        order=assignment_attribute["order"],
+        passed=frozenset(assignment_attribute["passed"]),
+        promoted=frozenset(assignment_attribute["promoted"]),
         values=dict(frozen.intermediate_values),
         losses={int(step): loss for step, loss in frozen.user_attrs.get(LOSSES_ATTRIBUTE, {}).items()},
         state=read_state(frozen),
-        worker=handout.get("worker", ""),
-        request=handout.get("request", 0),
+        worker=assignment_attribute.get("worker", ""),
+        request=assignment_attribute.get("request", 0),
     )
     # The trial is paused if it was paused after its last evaluation and was not promoted since. A process that was
     # killed between the report of this evaluation and the pause leaves a running trial, which reports the step again.
@@ -101,7 +101,7 @@ def read_trial(frozen: FrozenTrial, *, session: str | None) -> Trial:
     if trial.state == "running" and frozen.user_attrs.get(PAUSED_ATTRIBUTE) == last and last not in trial.promoted:
         trial.state = "paused"
     if trial.state == "running" and session is not None:
-        trial.is_held = trial.worker.startswith(session)
+        trial.is_in_training = trial.worker.startswith(session)
     return trial
 
 
