@@ -103,7 +103,7 @@ BAD = [
     (["sweep", "--resume", "nowhere"], "a sweep's folder must contain sweep.json, but 'nowhere' does not."),
     (["sweep", "--resume", "full", "optim.lr=1"], "except `worker` and `confirm`, but got `optim.lr`"),
     (["sweep", "--resume", "full", "confirm.seeds=1"], "'full'"),
-    (["sweep", "mini.yaml", "arms.lora.confirm.seeds=3"], "all arms must have one `confirm.seeds`"),
+    (["sweep", "mini.yaml", "arms.lora.confirm.seeds=3"], "`confirm.seeds` must be the same for all arms"),
     (["sweep", "mini.yaml", "arms.lora.expand.method.rnk=[1]"], "Did you mean `method.rank`?"),
     (["plan", "mini.yaml", "method.rnk=4"], "Did you mean `method.rank`?"),
     (["compare", "nowhere"], "nowhere"),
