@@ -443,6 +443,7 @@ def test_reproduce_says_identical_or_the_first_step_that_differs(here, short, ca
     assert {path.name for path in (here / "outputs" / "reproduce").iterdir()} == {"one"}
 
 
+@pytest.mark.slow
 def test_reproduce_runs_a_whole_sweep_again_and_says_identical(here, mini, capsys):
     assert run(["sweep", mini, "sweep.output=s", "confirm.seeds=1"]) == DONE
     before = {path: path.read_bytes() for path in (here / "s").rglob("*") if path.is_file()}

@@ -423,6 +423,7 @@ def test_a_run_that_is_not_paused_is_not_pruned(tmp_path, make_config, inputs):
     assert read_run(tmp_path).status == "complete"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "pause_at"),
     [
@@ -541,6 +542,7 @@ def out_of_memory_above(rows):
     return action
 
 
+@pytest.mark.slow
 def test_a_run_that_runs_out_of_memory_halves_its_micro_batches_and_learns_the_same(
     tmp_path, make_config, inputs, monkeypatch
 ):
@@ -560,6 +562,7 @@ def test_a_run_that_runs_out_of_memory_halves_its_micro_batches_and_learns_the_s
     assert halved == pytest.approx(large, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_run_with_halved_micro_batches_goes_on_with_them(tmp_path, make_config, inputs, monkeypatch):
     config = make_config({"trainer.batch_size": 4})
     damage(monkeypatch, out_of_memory_above(2), training=True)

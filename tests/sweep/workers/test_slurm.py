@@ -262,6 +262,7 @@ def test_a_job_with_more_time_than_its_partition_allows_is_known_to_be_hopeless(
     )
 
 
+@pytest.mark.slow
 @on_slurm
 def test_a_job_without_a_head_ends_with_a_sentence(slurm, sweep):
     write_address(sweep, "127.0.0.1:1")
