@@ -63,7 +63,7 @@ class RunRecord:
     """The score's name, such as `bits_per_byte`."""
     direction: Direction
     command: dict[str, Any] = field(default_factory=dict)
-    """`words` of the command line, and the current `folder`, where relative paths start."""
+    """`arguments` of the command line, and the current `folder`, where relative paths start."""
     code: dict[str, Any] = field(default_factory=dict)
     """`version` of lorasweep. A git checkout also has `commit` and `modified`; a modified one has `patch` (`file`
     and `sha256`)."""

@@ -83,7 +83,7 @@ def describe_pair(pair: PairComparison, *, first: str | None = None, second: str
 
 
 def _describe_scores(data: SweepData, advice: Advice) -> list[str]:
-    scores = {arm.name: score for arm in data.arms if (score := _find_score(arm, data))}
+    scores = {arm.name: score for arm in data.arms if (score := find_score(arm, data))}
     if not scores:
         return ["No trial is complete, so there is no score to compare."]
     # After a confirm stage, the sentences on problems name the arms without a test score.
@@ -104,7 +104,7 @@ def _describe_scores(data: SweepData, advice: Advice) -> list[str]:
     ]
 
 
-def _find_score(arm: ArmData, data: SweepData) -> ArmScore | None:
+def find_score(arm: ArmData, data: SweepData) -> ArmScore | None:
     if data.evidence.arms:
         found = data.evidence.arm(arm.name)
         if found is None:

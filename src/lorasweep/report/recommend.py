@@ -11,8 +11,8 @@ from typing import Any
 
 import yaml
 
-from lorasweep.report.findings import ONE_SEED, describe_pair
-from lorasweep.report.sweep_data import ALPHA, LR, RANK, ArmData, SweepData, TrialData, group_by_rank
+from lorasweep.report.findings import ONE_SEED, describe_pair, find_score
+from lorasweep.report.sweep_data import ALPHA, LR, MULTIPLIER, RANK, ArmData, SweepData, TrialData, group_by_rank
 from lorasweep.wording import (
     format_estimate,
     format_metric,
@@ -24,13 +24,10 @@ from lorasweep.wording import (
 )
 
 RECOMMENDED_FILES = ("train.yaml", "peft_config.py", "training_arguments.py")
-MULTIPLIER = "method.alpha_over_rank"
 STEPS = "trainer.max_steps"
 LABELS = {"method.name": "method", RANK: "rank", ALPHA: "α", LR: "learning rate", STEPS: "steps"}
 """The settings that the recommendation shows first, with their names."""
 METHOD_NAMES = {"lora": "LoRA", "full": "full fine-tuning"}
-PEFT_INITS = {"gaussian": "gaussian", "orthogonal": "orthogonal", "pissa": "pissa"}
-"""PEFT's `init_lora_weights` for `method.init`; the default init is PEFT's default."""
 UNKNOWN_TO_TRANSFORMERS = {"lr_ratio_b": 1.0, "lr_ratio_head": 1.0, "layer_decay": 1.0, "ema_decay": None}
 """Keys of `optim` that `TrainingArguments` lack, with the values that have no effect."""
 
@@ -68,11 +65,8 @@ def recommend(data: SweepData) -> list[Recommendation]:
 
 
 def _find_score(arm: ArmData, data: SweepData) -> float | None:
-    """Returns an arm's mean on test data if the sweep has a confirm stage, else its best search score."""
-    if data.evidence.arms:
-        found = data.evidence.arm(arm.name)
-        return found.mean if found else None
-    return arm.best.value if arm.best else None
+    score = find_score(arm, data)
+    return score.value if score else None
 
 
 def _drop_other_ranks(arms: Sequence[ArmData], data: SweepData) -> list[ArmData]:
@@ -193,7 +187,7 @@ def _write_peft_config(trial: TrialData, origin: str, run: Path) -> str:
         "lora_dropout": method.get("dropout"),
         "use_rslora": method.get("scaling") == "alpha_over_sqrt_rank",
         "use_dora": method.get("variant") == "dora",
-        "init_lora_weights": PEFT_INITS.get(init),
+        "init_lora_weights": init if init != "default" else None,  # PEFT has the same names and the same default
         "bias": bias if (bias := method.get("bias", "none")) != "none" else None,
         # The saved adapter names layers as PEFT does. That of PiSSA has twice the ranks.
         "rank_pattern": saved.get("rank_pattern") if init != "pissa" else None,

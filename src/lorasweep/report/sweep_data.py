@@ -37,6 +37,8 @@ from lorasweep.report.evidence.verdicts import Evidence, compare_arms
 MIN_SHARE_TRIALS = 5
 """A share of full's gain needs this many complete trials of the arm and of `full`: fewer depend too much on luck."""
 RANK, ALPHA, LR = "method.rank", "method.alpha", "optim.lr"
+MULTIPLIER = "method.alpha_over_rank"
+"""The key of α/r in a sweep that searches it."""
 
 STATES: tuple[TrialState, ...] = ("complete", "paused", "pruned", "failed", "infeasible", "running")
 """The states of a trial, in the order of the report."""

@@ -57,7 +57,7 @@ def estimate_slack(
 
 
 def project_seeds(power: Callable[..., float], *, measured: int) -> str:
-    """Returns what would probably settle a question, as a noun phrase: `7 more seeds`.
+    """Returns the further evidence that would probably settle a question, such as `7 more seeds`.
 
     Args:
         power: Returns the probability of success with a number of seeds. With `uses_examples=False` it ignores the

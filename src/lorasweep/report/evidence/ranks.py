@@ -29,7 +29,7 @@ class RankVerdict:
     left: tuple[float, ...]
     """The ranks that are not shown to be worse than another rank by more than the margin."""
     settled_by: str | None
-    """If nothing is settled: what would probably settle it, such as `7 more seeds`."""
+    """The further evidence that would probably settle the rank, such as `7 more seeds`; None if it is settled."""
 
 
 def choose_rank(
@@ -82,7 +82,7 @@ def _is_negative(slack: Estimate | None) -> bool:
 
 
 def _project(slacks: list[Estimate | None]) -> str:
-    """Returns what would probably show that all of these are positive."""
+    """Returns the further evidence that would probably show that all of these are positive."""
     known = [slack for slack in slacks if slack]
 
     def power(num_seeds: int, *, uses_examples: bool) -> float:

@@ -68,7 +68,7 @@ class PairComparison:
     reason: str | None = None
     """Why the pair was not tested."""
     settled_by: str | None = None
-    """What would probably settle an inconclusive pair, such as `7 more seeds`."""
+    """The further evidence that would probably settle an inconclusive pair, such as `7 more seeds`."""
 
     def seen_from(self, name: str) -> PairComparison:
         """Returns the same comparison with the arm of that name first."""
@@ -252,7 +252,7 @@ def _judge(
 
 
 def _project(estimate: Estimate, slacks: Sequence[Estimate | None], *, level: float) -> str:
-    """Returns what would probably show a difference or an equivalence."""
+    """Returns the further evidence that would probably show a difference or an equivalence."""
 
     def power(num_seeds: int, *, uses_examples: bool) -> float:
         direction = 1.0 if estimate.value > 0 else -1.0

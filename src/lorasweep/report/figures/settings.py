@@ -21,13 +21,11 @@ from lorasweep.report.figures.panel import (
     list_points,
     select_points,
 )
-from lorasweep.report.sweep_data import ALPHA, RANK, ArmData, SweepData
+from lorasweep.report.sweep_data import ALPHA, MULTIPLIER, RANK, ArmData, SweepData
 from lorasweep.wording import format_metric, format_score, format_setting, short_key
 
 MAX_VALUES_PER_AXIS = 10
 """If an axis of the heat map has more values than this, they are rounded to powers of two."""
-MULTIPLIER = "method.alpha_over_rank"
-"""The key of α/r in a sweep that searches it."""
 MIN_TRIALS = 3
 """Parallel coordinates of fewer complete trials than this show nothing."""
 MAX_TICKS = 12

@@ -114,9 +114,9 @@ class Reruns:
         return arm.compose({**self.shown_params(arm, params), **dict.fromkeys(SEED_KEYS, params[SEED])})
 
     def shown_params(self, arm: Arm, params: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns the trial's values of the swept keys, with the seed in place of any that were searched."""
-        searched = next(row.params for row, _ in self._plan[arm.name] if row.number == params[TRIAL])
-        kept = {key: value for key, value in searched.items() if key not in SEED_KEYS}
+        """Returns the trial's values of the swept keys, with the seed in place of swept seeds."""
+        swept = next(row.params for row, _ in self._plan[arm.name] if row.number == params[TRIAL])
+        kept = {key: value for key, value in swept.items() if key not in SEED_KEYS}
         return {**kept, SEED: params[SEED]}
 
     def run_folder(self, arm: Arm, number: int) -> RunFolder:
