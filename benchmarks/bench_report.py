@@ -107,6 +107,8 @@ def build_sweep(folder: Path, *, trials: int, examples: int) -> Path:
         description="A sweep that never ran, to measure the report.",
         metric="bits_per_byte",
         direction="minimize",
+        candidates=1,
+        margin="5%",
         definition={},
         arms=[make_arm(arm, counts[arm]) for arm in arms],
         trials=rows,
@@ -180,7 +182,9 @@ def make_reruns(
         write_run(folder, run, winner, value, test={"bits_per_byte": value})
         lines = [f"{index},{score!r},1.0,document {index // 60}" for index, score in enumerate(scores)]
         (folder / run / "test_scores.csv").write_text("\n".join(["row,score,weight,group", *lines, ""]))
-        made.append(RerunRow(arm=arm, trial=winner.number, seed=seed, state="complete", run=run, value=value))
+        made.append(
+            RerunRow(arm=arm, trial=winner.number, stage="confirm", seed=seed, state="complete", run=run, value=value)
+        )
     return made
 
 

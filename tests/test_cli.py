@@ -545,7 +545,16 @@ def test_compare_of_several_sweeps_prints_one_table_and_writes_each_report(capsy
     arm = ArmRow(name="lora", method="lora", trials=1, settings={}, space={}, sampler="tpe", pruner="none")
     for name in ("one", "two"):
         write_record(
-            SweepRecord(status="complete", name=name, metric="loss", direction="minimize", definition={}, arms=[arm]),
+            SweepRecord(
+                status="complete",
+                name=name,
+                metric="loss",
+                direction="minimize",
+                candidates=1,
+                margin="5%",
+                definition={},
+                arms=[arm],
+            ),
             here / name,
         )
     assert run(["compare", "one", "two"]) == DONE

@@ -142,7 +142,7 @@ class RerunRow:
     arm: str
     trial: int
     """Number of the trial in its arm's search."""
-    stage: RerunStage = "confirm"
+    stage: RerunStage
     seed: int
     """Seed of initial values, data order and dropout. In one stage all arms have the same seeds."""
     state: RerunState
@@ -203,14 +203,14 @@ class SweepRecord:
     """SHA-256 of the sweep file when the sweep began."""
     arms: list[ArmRow]
     trials: list[TrialRow] = field(default_factory=list)
-    candidates: int = 1
+    candidates: int
     """Maximum number of trials of an arm that the select stage runs again; 1 means that there is no such stage."""
     select_seeds: list[int] = field(default_factory=list)
     select: list[RerunRow] = field(default_factory=list)
     confirm_seeds: list[int] = field(default_factory=list)
     confirm: list[RerunRow] = field(default_factory=list)
-    margin: float | str | None = None
-    """`confirm.margin` as it was stated before the first trial; None in a sweep of an older version."""
+    margin: float | str
+    """`confirm.margin` as it was stated before the first trial."""
     notes: list[str] = field(default_factory=list)
     """Sentences on the data: splits, duplicates, the majority class and its score."""
     warnings: list[str] = field(default_factory=list)

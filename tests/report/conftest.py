@@ -160,11 +160,6 @@ def build_sweep(folder: Path, *, lora: int = 18, full: int = 6, frozen: int = 1,
         "full": full_trials(full),
     }
     spaces = {"frozen": {}, "lora": LORA_SPACE, "full": FULL_SPACE}
-    shares = {
-        "frozen": {},
-        "lora": {"method.rank": 0.31, "method.alpha": 0.12, "optim.lr": 0.57},
-        "full": {"optim.lr": 1.0},
-    }
     for arm, rows in trials.items():
         for row, curve in rows:
             trained = {"frozen": 0, "full": FULL_PARAMS}.get(
@@ -179,6 +174,7 @@ def build_sweep(folder: Path, *, lora: int = 18, full: int = 6, frozen: int = 1,
             description="Rank, α and learning rate for LoRA on English prose, beside full fine-tuning.",
             metric="bits_per_byte",
             direction="minimize",
+            candidates=1,
             margin="5%",
             definition={},
             arms=[
@@ -190,7 +186,6 @@ def build_sweep(folder: Path, *, lora: int = 18, full: int = 6, frozen: int = 1,
                     space=spaces[arm],
                     sampler="tpe",
                     pruner="successive_halving",
-                    importance=shares[arm],
                 )
                 for arm, rows in trials.items()
                 if rows
@@ -223,7 +218,9 @@ def confirm_sweep(folder: Path, *, seeds: int = 5, examples: int = 40, noise: fl
             run = f"runs/{arm.name}-confirm-{seed:04d}"
             scores = spread_over_examples(value, difficulty, rng)
             value = sum(scores) / len(scores) if scores else value
-            row = RerunRow(arm=arm.name, trial=best.number, seed=seed, state="complete", run=run, value=value)
+            row = RerunRow(
+                arm=arm.name, trial=best.number, stage="confirm", seed=seed, state="complete", run=run, value=value
+            )
             rank = best.params.get("method.rank", arm.settings.get("method.rank", 0))
             trained = {"frozen": 0, "full": FULL_PARAMS}.get(arm.name, LORA_PARAMS_PER_RANK * int(rank))
             curve = curve_to(value)[: 1 if arm.method == "frozen" else None]

@@ -50,9 +50,9 @@ def test_ranks_that_are_left_and_what_would_settle_them_are_said(tmp_path: Path)
     assert "would probably settle it" in advice.sentence
 
 
-def test_without_a_margin_no_rank_is_advised(tmp_path: Path) -> None:
+def test_without_a_known_margin_no_rank_is_advised(tmp_path: Path) -> None:
     sweep = build_rank_arms(tmp_path, {1: 1.9, 4: 1.7})
-    edit_json(sweep / "sweep.json", lambda raw: raw.update(margin=None))
+    edit_json(sweep / "sweep.json", lambda raw: raw.update(direction="maximize"))  # full gains nothing
     assert advise_folder(sweep).ranks == ()
 
 

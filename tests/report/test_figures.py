@@ -176,11 +176,12 @@ def test_linear_range_and_words_are_axes_too(sweep: Path) -> None:
     assert set(figure.data[0].dimensions[1].values) == {0, 1}
 
 
-def test_importance_is_drawn_from_20_complete_trials_on(sweep: Path) -> None:
+def test_importance_is_drawn_if_it_is_known(sweep: Path) -> None:
     panel = draw_importance(load_sweep_data(sweep))
     assert panel.figures == ()
     assert "20 complete trials" in panel.text
-    edit_json(sweep / "sweep.json", lambda raw: raw["trials"].extend([raw["trials"][1] for _ in range(9)]))
+    shares = {"method.rank": 0.31, "method.alpha": 0.12, "optim.lr": 0.57}
+    edit_json(sweep / "sweep.json", lambda raw: raw["arms"][1].update(importance=shares))
     (figure,) = draw_importance(load_sweep_data(sweep)).figures
     assert [(bar.name, list(bar.y)) for bar in figure.data] == [("lora", ["method.alpha", "method.rank", "optim.lr"])]
 

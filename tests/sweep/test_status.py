@@ -38,6 +38,8 @@ def sweep_record(**values):
         "name": "made_up",
         "metric": "bits_per_byte",
         "direction": "minimize",
+        "candidates": 1,
+        "margin": "5%",
         "definition": {"file": {"settings": {}}, "overrides": {}},
         "arms": [arm("frozen", method="frozen", trials=1), arm("lora", trials=6)],
         "trials": [

@@ -224,8 +224,6 @@ def _describe_limits(data: SweepData) -> list[str]:
 def describe_margin(data: SweepData) -> str:
     """Returns a sentence about the smallest difference that matters, or why none is known."""
     setting, margin = data.record.margin, data.evidence.margin
-    if setting is None:
-        return "No margin was stated before this sweep, so no arms can be shown to be equivalent, and no rank enough."
     is_share = parse_margin(setting).is_share_of_gain
     share = f"{setting} of full fine-tuning's gain over the frozen base"
     if margin is None:

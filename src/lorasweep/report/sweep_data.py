@@ -16,7 +16,6 @@ from lorasweep.config.ranges import is_number
 from lorasweep.config.sweep import parse_margin
 from lorasweep.errors import RecordError
 from lorasweep.record import (
-    MIN_IMPORTANCE_TRIALS,
     TEST_SCORES_FILE,
     ArmRow,
     RerunRow,
@@ -115,12 +114,6 @@ class ArmData:
     @property
     def name(self) -> str:
         return self.row.name
-
-    @property
-    def importance(self) -> dict[str, float]:
-        """The share of the score's variance that each swept key explains; empty with few complete trials."""
-        # Records of older versions have it from 4 complete trials on.
-        return self.row.importance if self.count("complete") >= MIN_IMPORTANCE_TRIALS else {}
 
     @property
     def is_searched_enough(self) -> bool:
@@ -272,7 +265,7 @@ def load_sweep_data(folder: Path) -> SweepData:
             scores,
             [(arm.name, arm.row.method) for arm in arms],
             sign=1 if record.direction == "minimize" else -1,
-            margin=None if record.margin is None else parse_margin(record.margin),
+            margin=parse_margin(record.margin),
             without_share=_find_arms_without_share(arms),
             rank_groups=[{arm.rank: arm.name for arm in group if arm.rank} for group in groups],
         ),

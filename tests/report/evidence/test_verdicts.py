@@ -8,6 +8,7 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 
+from lorasweep.config.sweep import Margin
 from lorasweep.report.evidence.scores import ConfirmScores, build_scores
 from lorasweep.report.evidence.verdicts import adjust_holm, compare_arms, compare_pairs
 
@@ -87,6 +88,7 @@ def test_pair_seen_from_its_second_arm_is_turned_round() -> None:
 
 
 METHODS = [("base", "frozen"), ("a", "lora"), ("full", "full"), ("full-2", "full")]
+MARGIN = Margin(value=0.05, is_share_of_gain=True)
 BASE = frozenset({"base"})
 
 
@@ -95,7 +97,7 @@ def planted(**settings: int) -> ConfirmScores:
 
 
 def test_share_of_full_gain_is_that_of_the_best_full_arm() -> None:
-    evidence = compare_arms(planted(examples=40), METHODS, sign=1)
+    evidence = compare_arms(planted(examples=40), METHODS, sign=1, margin=MARGIN)
     shares = {arm.name: arm.share_of_full_gain for arm in evidence.arms}
     assert (evidence.base, evidence.full) == ("base", "full")
     assert (shares["base"], shares["full"]) == (0.0, 1.0)
@@ -108,7 +110,7 @@ def test_share_of_full_gain_is_that_of_the_best_full_arm() -> None:
 
 def test_mean_interval_and_seeds_are_those_of_the_arm() -> None:
     scores = planted()
-    arm = compare_arms(scores, METHODS, sign=1).arm("a")
+    arm = compare_arms(scores, METHODS, sign=1, margin=MARGIN).arm("a")
     assert arm
     assert arm.values == tuple(scores.values["a"].values())
     assert arm.mean == pytest.approx(sum(arm.values) / 5)
@@ -118,7 +120,7 @@ def test_mean_interval_and_seeds_are_those_of_the_arm() -> None:
 
 
 def test_examples_widen_the_interval_but_not_that_over_seeds() -> None:
-    arm = compare_arms(planted(examples=40), METHODS, sign=1).arm("a")
+    arm = compare_arms(planted(examples=40), METHODS, sign=1, margin=MARGIN).arm("a")
     assert arm
     assert arm.interval
     assert arm.seed_interval
@@ -126,34 +128,39 @@ def test_examples_widen_the_interval_but_not_that_over_seeds() -> None:
 
 
 def test_share_is_unknown_without_an_end_of_the_scale_or_without_a_gain() -> None:
-    no_base = compare_arms(plant({"a": 1.2, "full": 1.0}), METHODS, sign=1)
-    no_gain = compare_arms(plant({"base": 1.0, "a": 1.2, "full": 1.5}, deterministic=BASE), METHODS, sign=1)
+    no_base = compare_arms(plant({"a": 1.2, "full": 1.0}), METHODS, sign=1, margin=MARGIN)
+    no_gain = compare_arms(
+        plant({"base": 1.0, "a": 1.2, "full": 1.5}, deterministic=BASE), METHODS, sign=1, margin=MARGIN
+    )
     assert [arm.share_of_full_gain for arm in (*no_base.arms, *no_gain.arms)] == [None] * 5
 
 
 def test_one_seed_is_said_and_has_no_verdict() -> None:
-    evidence = compare_arms(plant({"a": 1.2, "full": 1.0}, seeds=1), METHODS, sign=1)
+    evidence = compare_arms(plant({"a": 1.2, "full": 1.0}, seeds=1), METHODS, sign=1, margin=MARGIN)
     assert evidence.num_compared == 0
     assert any("no verdict on `a`, `full`" in note for note in evidence.notes)
 
 
 def test_no_examples_is_said() -> None:
-    notes = compare_arms(planted(), METHODS, sign=1).notes
+    notes = compare_arms(planted(), METHODS, sign=1, margin=MARGIN).notes
     assert any("intervals are over seeds alone" in note for note in notes)
 
 
 def test_no_confirm_stage_is_no_evidence_and_no_note() -> None:
-    evidence = compare_arms(build_scores({}, {}), METHODS, sign=1)
+    evidence = compare_arms(build_scores({}, {}), METHODS, sign=1, margin=MARGIN)
     assert (evidence.arms, evidence.pairs, evidence.notes) == ((), (), ())
 
 
 def test_evidence_is_the_same_every_time_and_is_json() -> None:
-    texts = [json.dumps(asdict(compare_arms(planted(examples=30), METHODS, sign=1)), allow_nan=False) for _ in "ab"]
+    texts = [
+        json.dumps(asdict(compare_arms(planted(examples=30), METHODS, sign=1, margin=MARGIN)), allow_nan=False)
+        for _ in "ab"
+    ]
     assert texts[0] == texts[1]
 
 
 def test_pair_is_seen_from_the_arm_that_is_named_first() -> None:
-    evidence = compare_arms(planted(), METHODS, sign=1)
+    evidence = compare_arms(planted(), METHODS, sign=1, margin=MARGIN)
     first, second = evidence.pair("full", "a"), evidence.pair("a", "full")
     assert first
     assert second

@@ -32,11 +32,9 @@ class MeasuredMargin:
 
 
 def measure_margin(
-    scores: ConfirmScores, margin: Margin | None, *, base: str | None, full: str | None, sign: int
+    scores: ConfirmScores, margin: Margin, *, base: str | None, full: str | None, sign: int
 ) -> MeasuredMargin | None:
     """Returns the margin, or None if it is a share of full's gain and no positive gain was measured."""
-    if margin is None:
-        return None
     if not margin.is_share_of_gain:
         return MeasuredMargin(constant=margin.value, coefficients={}, value=margin.value)
     if base is None or full is None:

@@ -124,7 +124,7 @@ def compare_arms(
     methods: Sequence[tuple[str, str]],
     *,
     sign: int,
-    margin: Margin | None = None,
+    margin: Margin,
     rank_groups: Sequence[Mapping[float, str]] = (),
     without_share: Collection[str] = (),
 ) -> Evidence:

@@ -108,7 +108,7 @@ def draw_parallel_coordinates(data: SweepData) -> Panel:
 def draw_importance(data: SweepData) -> Panel:
     """Returns the importance of each arm's swept settings as bars."""
     title, colours = "Importance of settings", choose_colours(data)
-    arms = [arm for arm in data.arms if len(arm.importance) > 1]
+    arms = [arm for arm in data.arms if len(arm.row.importance) > 1]
     if not arms:
         text = (
             "The importance of settings is not shown: it needs an arm with two swept settings and "
@@ -117,7 +117,7 @@ def draw_importance(data: SweepData) -> Panel:
         return Panel(key="importance", title=title, text=text)
     figure = build_figure(data, x_title="share of the score's variance", y_title=" ", barmode="group", height=280)
     for arm in arms:
-        add_bars(figure, sorted(arm.importance.items(), key=lambda item: item[1]), colours[arm.name], arm.name)
+        add_bars(figure, sorted(arm.row.importance.items(), key=lambda item: item[1]), colours[arm.name], arm.name)
     text = "The share of the score's variance over the trials that each setting explains, as Optuna estimates it."
     return Panel(key="importance", title=title, text=text, figures=(figure,))
 

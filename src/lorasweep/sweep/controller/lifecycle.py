@@ -152,7 +152,7 @@ def reopen_sweep(path: Path, *, changes: Mapping[str, Any] | None = None) -> Swe
             f"Restore it, or start a new sweep."
         )
     margin = definition.sweep_config.confirm.margin
-    if record.margin not in (None, margin):
+    if record.margin != margin:
         raise ConfigError(
             f"`confirm.margin` must stay {record.margin!r}, which was stated before the first result, but got "
             f"{margin!r}. Start a new sweep."
