@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from lorasweep.report.evidence.equivalence import FurtherEvidence
 from lorasweep.report.evidence.verdicts import PairComparison
 from lorasweep.report.findings import ONE_SEED, describe_pair
 from lorasweep.report.summary import summarize
@@ -26,7 +27,13 @@ PAIR = PairComparison(
     num_seeds=5,
     uses_examples=True,
 )
-ALIKE = replace(PAIR, verdict="inconclusive", difference=0.002, interval=(-0.004, 0.008), settled_by="7 more seeds")
+ALIKE = replace(
+    PAIR,
+    verdict="inconclusive",
+    difference=0.002,
+    interval=(-0.004, 0.008),
+    settled_by=FurtherEvidence(kind="seeds", more_seeds=7),
+)
 
 
 @pytest.mark.parametrize(
@@ -53,11 +60,27 @@ ALIKE = replace(PAIR, verdict="inconclusive", difference=0.002, interval=(-0.004
     ],
 )
 def test_verdict_in_words(pair: PairComparison, sentence: str) -> None:
-    assert describe_pair(pair) == sentence
+    assert describe_pair(pair, groups=None) == sentence
+
+
+@pytest.mark.parametrize(
+    ("evidence", "groups", "words"),
+    [
+        (FurtherEvidence(kind="seeds", more_seeds=7), "documents", "7 more seeds"),
+        (FurtherEvidence(kind="seeds", more_seeds=1), None, "1 more seed"),
+        (FurtherEvidence(kind="seeds"), None, "more seeds"),
+        (FurtherEvidence(kind="test examples"), None, "more test examples"),
+        (FurtherEvidence(kind="test examples"), "documents", "more test examples in more documents"),
+        (FurtherEvidence(kind="test examples"), "groups of `a`", "more test examples in more groups of `a`"),
+        (FurtherEvidence(kind="too many seeds"), "documents", "no practical number of seeds"),
+    ],
+)
+def test_further_evidence_in_words(evidence: FurtherEvidence, groups: str | None, words: str) -> None:
+    assert evidence.describe(groups=groups) == words
 
 
 def test_pair_that_alone_would_pass_is_said_to_fall_to_the_correction() -> None:
-    assert "excludes 0" in describe_pair(replace(ALIKE, p_value=0.03, adjusted_p_value=0.2))
+    assert "excludes 0" in describe_pair(replace(ALIKE, p_value=0.03, adjusted_p_value=0.2), groups=None)
 
 
 def test_top_says_ends_arm_share_verdict_and_limits(confirmed: Path) -> None:

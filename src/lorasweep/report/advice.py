@@ -150,11 +150,11 @@ def _find_end(space: Any, value: float | None) -> str | None:
 def _advise_rank(verdict: RankVerdict, data: SweepData) -> RankAdvice:
     arms = (verdict.best_arm,) if verdict.arm in (None, verdict.best_arm) else (verdict.arm, verdict.best_arm)
     best = format_setting(verdict.best_rank)
-    if verdict.rank is None:
+    if verdict.settled_by:
         left = [format_setting(rank) for rank in verdict.left]
         sentence = (
             f"Which rank is enough is not settled: ranks {join_words(left)} are left; "
-            f"{verdict.settled_by} would probably settle it."
+            f"{verdict.settled_by.describe(groups=data.example_groups)} would probably settle it."
         )
     elif len(arms) == 1:
         sentence = f"Rank {best} is enough: it has the best score, and no lower rank is shown to be within the margin."

@@ -84,7 +84,7 @@ def write_board(data: SweepData, folder: Path) -> None:
             curve = [(step, _scalar(f"best/{data.record.metric}", value)) for step, value in arm.best.curve]
             _write_events(folder / arm.name, curve)
     if data.evidence.pairs:
-        verdicts = "\n".join(f"- {describe_pair(pair)}." for pair in data.evidence.pairs)
+        verdicts = "\n".join(f"- {describe_pair(pair, groups=data.example_groups)}." for pair in data.evidence.pairs)
         _write_events(folder, [(0, _text("verdicts", verdicts))])
 
 

@@ -60,8 +60,13 @@ def describe_findings(data: SweepData, advice: Advice, fairness: Fairness) -> li
     ]
 
 
-def describe_pair(pair: PairComparison, *, first: str | None = None, second: str | None = None) -> str:
-    """Returns the verdict on a pair in words, without the full stop; `first` and `second` replace the arms' names."""
+def describe_pair(
+    pair: PairComparison, *, groups: str | None, first: str | None = None, second: str | None = None
+) -> str:
+    """Returns the verdict on a pair in words, without the full stop; `first` and `second` replace the arms' names.
+
+    `groups` is the name of the groups of test examples (`SweepData.example_groups`).
+    """
     left, right = first or f"`{pair.first}`", second or f"`{pair.second}`"
     if pair.verdict == "not tested":
         return f"{left} and {right} were not tested: {pair.reason}"
@@ -74,11 +79,12 @@ def describe_pair(pair: PairComparison, *, first: str | None = None, second: str
     difference = format_estimate(pair.difference, pair.interval)
     if pair.verdict == "equivalent":
         return f"{left} and {right} are equivalent: they differ by {difference}, which is less than the margin"
+    assert pair.settled_by is not None
     is_alone = pair.p_value is not None and pair.p_value < LEVEL
     alone = ", an interval that excludes 0, but not after the correction for the number of pairs" if is_alone else ""
     return (
         f"{left} against {right} is inconclusive: they differ by {difference}{alone}; "
-        f"{pair.settled_by} would probably settle it"
+        f"{pair.settled_by.describe(groups=groups)} would probably settle it"
     )
 
 
@@ -123,21 +129,12 @@ def _describe_metric(data: SweepData) -> str:
         return f"Scores are {metric}, {order} is better."
     counts = sorted({len(arm.seeds) for arm in evidence.arms if arm.name != evidence.base} or {1})
     seeds = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-    examples = f" and {evidence.num_examples:,} test examples{_describe_groups(data)}" if evidence.num_examples else ""
+    groups = f" in {evidence.num_groups:,} {data.example_groups}" if data.example_groups else ""
+    examples = f" and {evidence.num_examples:,} test examples{groups}" if evidence.num_examples else ""
     return (
         f"Scores are {metric} on test data that no search has seen, {order} is better: means over {seeds} fresh "
         f"{'seed' if counts[-1] == 1 else 'seeds'} with 95 % intervals over seeds{examples}."
     )
-
-
-def _describe_groups(data: SweepData) -> str:
-    """Returns ` in 16 documents`, or an empty string if each test example is a group."""
-    num_groups, reruns = data.evidence.num_groups, [rerun for arm in data.arms for rerun in arm.confirm_runs]
-    if num_groups == data.evidence.num_examples or not reruns:
-        return ""
-    column = reruns[0].setting("data.group")
-    default = "prompts" if reruns[0].setting("data.name") == "chat" else "documents"
-    return f" in {num_groups:,} {f'groups of `{column}`' if column else default}"
 
 
 def _describe_ends(scores: dict[str, ArmScore], data: SweepData) -> str:
@@ -187,7 +184,7 @@ def _describe_arm(arm: ArmData, score: ArmScore | None, data: SweepData) -> str:
     sentence += "."
     pair = data.evidence.pair(arm.name, data.evidence.full)
     if pair:
-        verdict = describe_pair(pair, first="it", second="full fine-tuning")
+        verdict = describe_pair(pair, first="it", second="full fine-tuning", groups=data.example_groups)
         sentence += f" {verdict[0].upper()}{verdict[1:]}."
     return sentence
 

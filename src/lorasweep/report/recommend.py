@@ -134,7 +134,7 @@ def _judge(arm: ArmData, arms: Sequence[ArmData], data: SweepData) -> tuple[bool
     shown = doubts or wins
     if not shown:
         return False, "No other arm was confirmed, so there is nothing to compare it with."
-    text = describe_pair(shown[0])
+    text = describe_pair(shown[0], groups=data.example_groups)
     count = len(doubts) - 1
     more = f" It is not settled against {count} other {'arm' if count == 1 else 'arms'} either." if count > 0 else ""
     is_advised = arm.name in {verdict.arm for verdict in data.evidence.ranks if verdict.arm}

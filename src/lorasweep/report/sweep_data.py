@@ -191,6 +191,16 @@ class SweepData:
         """1 if lower scores are better, else -1, so that a lower `sign * score` is always better."""
         return 1 if self.record.direction == "minimize" else -1
 
+    @property
+    def example_groups(self) -> str | None:
+        """The name of the groups of test examples, such as `documents`; None if each example is a group."""
+        if self.evidence.num_groups == self.evidence.num_examples:
+            return None
+        run = self.confirm_runs[0]
+        if column := run.setting("data.group"):
+            return f"groups of `{column}`"
+        return "prompts" if run.setting("data.name") == "chat" else "documents"
+
     @cached_property
     def swept_keys(self) -> tuple[str, ...]:
         """The dotted keys that any arm sweeps, in the order of the arms."""

@@ -30,7 +30,7 @@ MEASURED = (
 """The columns of `trials.csv` that a run's record holds under the same name."""
 PAIR_FIELDS = (
     *("first", "second", "verdict", "reason", "difference", "p_value", "adjusted_p_value", "equivalence_p_value"),
-    *("settled_by", "num_seeds", "uses_examples"),
+    *("num_seeds", "uses_examples"),
 )
 
 
@@ -57,9 +57,13 @@ def write_report(folder: Path) -> Summary:
             ([rerun.arm, rerun.number, rerun.seed, rerun.value, rerun.state, rerun.run] for rerun in data.confirm_runs),
         )
         files["pairs.csv"] = csv_text(
-            [*PAIR_FIELDS, "low", "high"],
+            [*PAIR_FIELDS, "low", "high", "settled_by", "more_seeds"],
             (
-                [*(getattr(pair, name) for name in PAIR_FIELDS), *(pair.interval or (None, None))]
+                [
+                    *(getattr(pair, name) for name in PAIR_FIELDS),
+                    *(pair.interval or (None, None)),
+                    *((pair.settled_by.kind, pair.settled_by.more_seeds) if pair.settled_by else (None, None)),
+                ]
                 for pair in data.evidence.pairs
             ),
         )

@@ -9,7 +9,7 @@ import pytest
 from scipy import stats
 
 from lorasweep.config.sweep import Margin
-from lorasweep.report.evidence.equivalence import estimate_slack, measure_margin
+from lorasweep.report.evidence.equivalence import FurtherEvidence, estimate_slack, measure_margin
 from lorasweep.report.evidence.scores import ConfirmScores, build_scores
 from lorasweep.report.evidence.verdicts import PairComparison, compare_arms
 
@@ -111,7 +111,8 @@ def plant_difference(noise: float) -> ConfirmScores:
 def test_projected_seeds_would_settle_80_of_100_sweeps() -> None:
     margin = 0.03
     found = compare(plant_difference(0.03), Margin(value=margin, is_share_of_gain=False))
-    needed = 4 + int((found.settled_by or "").split()[0])
+    assert found.settled_by
+    needed = 4 + (found.settled_by.more_seeds or 0)
     rng = np.random.default_rng(5)
 
     def settle(seeds: int) -> float:
@@ -129,9 +130,9 @@ def test_more_test_examples_are_asked_for_if_they_alone_are_too_few() -> None:
     scores = plant_arms(1.1, 1.1, noise=0.001, examples=20)
     wide = {key: deviations * (30 if key[0] == "a" else 1) for key, deviations in scores.deviations.items()}
     found = compare(dataclasses.replace(scores, deviations=wide))
-    assert (found.verdict, found.settled_by) == ("inconclusive", "more test examples")
+    assert (found.verdict, found.settled_by) == ("inconclusive", FurtherEvidence(kind="test examples"))
 
 
 def test_a_hopeless_pair_says_so() -> None:
     found = compare(plant_difference(0.03), Margin(value=1e-4, is_share_of_gain=False))
-    assert found.settled_by == "no practical number of seeds"
+    assert found.settled_by == FurtherEvidence(kind="too many seeds")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 from lorasweep.config.sweep import Margin
 from lorasweep.report.evidence.estimates import Coefficients, Estimate, estimate_sum, subtract
@@ -54,8 +55,31 @@ def estimate_slack(
     return estimate_sum(scores, subtract(margin.coefficients, worse, 1.0), constant=margin.constant)
 
 
-def project_seeds(power: Callable[..., float], *, measured: int) -> str:
-    """Returns the further evidence that would probably settle a question, such as `7 more seeds`.
+@dataclass(frozen=True, kw_only=True)
+class FurtherEvidence:
+    """The evidence that would probably settle a question."""
+
+    kind: Literal["seeds", "test examples", "too many seeds"]
+    """`test examples`: the error over examples, which does not shrink with seeds, is too large alone.
+    `too many seeds`: more than `MAX_SEEDS` seeds in all."""
+    more_seeds: int | None = None
+    """The number of further seeds of the kind `seeds`; None after one seed, which says nothing about others."""
+
+    def describe(self, *, groups: str | None) -> str:
+        """Returns the evidence in words, such as `7 more seeds`.
+
+        `groups` is the name of the groups of test examples, such as `documents`; None if each example is a group.
+        """
+        if self.kind == "test examples":
+            return f"more test examples in more {groups}" if groups else "more test examples"
+        if self.kind == "too many seeds":
+            return "no practical number of seeds"
+        number = f"{self.more_seeds} " if self.more_seeds else ""
+        return f"{number}more {'seed' if self.more_seeds == 1 else 'seeds'}"
+
+
+def project_seeds(power: Callable[..., float], *, measured: int) -> FurtherEvidence:
+    """Returns the further evidence that would probably settle a question.
 
     Args:
         power: Returns the probability of success with a number of seeds. With `uses_examples=False` it ignores the
@@ -63,13 +87,11 @@ def project_seeds(power: Callable[..., float], *, measured: int) -> str:
         measured: The number of seeds so far.
     """
     if measured == 1:  # the standard deviation over seeds is not known
-        return "more seeds"
+        return FurtherEvidence(kind="seeds")
     counts = range(max(measured, 1) + 1, MAX_SEEDS + 1)
     # The probability rises with the number of seeds.
     index = bisect_left(counts, POWER, key=lambda count: power(count, uses_examples=True))
     if index < len(counts):
-        more = counts[index] - measured
-        return f"{more} more {'seed' if more == 1 else 'seeds'}"
-    if power(MAX_SEEDS, uses_examples=False) >= POWER:
-        return "more test examples"
-    return "no practical number of seeds"
+        return FurtherEvidence(kind="seeds", more_seeds=counts[index] - measured)
+    is_too_few_examples = power(MAX_SEEDS, uses_examples=False) >= POWER
+    return FurtherEvidence(kind="test examples" if is_too_few_examples else "too many seeds")

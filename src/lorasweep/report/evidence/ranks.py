@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import permutations
 
-from lorasweep.report.evidence.equivalence import MeasuredMargin, estimate_slack, project_seeds
+from lorasweep.report.evidence.equivalence import FurtherEvidence, MeasuredMargin, estimate_slack, project_seeds
 from lorasweep.report.evidence.estimates import Estimate, estimate_sum
 from lorasweep.report.evidence.scores import ConfirmScores
 
@@ -28,8 +28,8 @@ class RankVerdict:
     """The arm of `best_rank`."""
     left: tuple[float, ...]
     """The ranks that are not shown to be worse than another rank by more than the margin."""
-    settled_by: str | None
-    """The further evidence that would probably settle the rank, such as `7 more seeds`; None if it is settled."""
+    settled_by: FurtherEvidence | None
+    """The evidence that would probably settle the rank; None if it is settled."""
 
 
 def choose_rank(
@@ -81,7 +81,7 @@ def _is_negative(slack: Estimate | None) -> bool:
     return slack is not None and slack.tested is not None and slack.tested.p_negative < LEVEL
 
 
-def _project(slacks: list[Estimate | None]) -> str:
+def _project(slacks: list[Estimate | None]) -> FurtherEvidence:
     """Returns the further evidence that would probably show that all of these are positive."""
     known = [slack for slack in slacks if slack]
 

@@ -10,6 +10,7 @@ from typing import Literal
 from lorasweep.config.sweep import Margin
 from lorasweep.report.evidence.equivalence import (
     EQUIVALENCE_LEVEL,
+    FurtherEvidence,
     MeasuredMargin,
     estimate_slack,
     measure_margin,
@@ -67,8 +68,8 @@ class PairComparison:
     uses_examples: bool
     reason: str | None = None
     """Why the pair was not tested."""
-    settled_by: str | None = None
-    """The further evidence that would probably settle an inconclusive pair, such as `7 more seeds`."""
+    settled_by: FurtherEvidence | None = None
+    """The evidence that would probably settle an inconclusive pair."""
 
     def seen_from(self, name: str) -> PairComparison:
         """Returns the same comparison with the arm of that name first."""
@@ -251,7 +252,7 @@ def _judge(
     )
 
 
-def _project(estimate: Estimate, slacks: Sequence[Estimate | None], *, level: float) -> str:
+def _project(estimate: Estimate, slacks: Sequence[Estimate | None], *, level: float) -> FurtherEvidence:
     """Returns the further evidence that would probably show a difference or an equivalence."""
 
     def power(num_seeds: int, *, uses_examples: bool) -> float:

@@ -108,7 +108,7 @@ def _draw_differences(arms: Sequence[ArmData], reference: str, data: SweepData) 
     for arm in reversed(others):
         pair = data.evidence.pair(arm.name, reference)
         if pair and pair.difference is not None:
-            text = describe_pair(pair).replace("`", "")
+            text = describe_pair(pair, groups=data.example_groups).replace("`", "")
             _add_mean(figure, arm.name, pair.difference, pair.interval, colours[arm.name], text=text)
     return figure
 
