@@ -7,7 +7,7 @@ import torch
 from peft import AutoPeftModelForCausalLM, AutoPeftModelForSeq2SeqLM, AutoPeftModelForSequenceClassification
 from torch.nn.functional import cross_entropy
 
-from lorasweep.config.method import FullConfig, HeadConfig, LoraConfig
+from lorasweep.config.method import BitfitConfig, FrozenConfig, FullConfig, HeadConfig, IntrinsicConfig, LoraConfig
 from lorasweep.lora import find_targets
 from lorasweep.methods import METHODS, copy_sharing_weights
 from lorasweep.models.load import Labels, fingerprint_weights, load_base
@@ -32,7 +32,14 @@ PEFT = {
     "classifier": AutoPeftModelForSequenceClassification,
     "seq2seq": AutoPeftModelForSeq2SeqLM,
 }
-CONFIGS = {"lora": LoraConfig(rank=2, alpha=8), "full": FullConfig(), "head": HeadConfig()}
+CONFIGS = {
+    "frozen": FrozenConfig(),
+    "lora": LoraConfig(rank=2, alpha=8),
+    "full": FullConfig(),
+    "head": HeadConfig(),
+    "bitfit": BitfitConfig(train="biases_and_norms"),
+    "intrinsic": IntrinsicConfig(dim=32),
+}
 LABELS = Labels(kind="single_label", names=("calm", "loud"))
 RATES = {"lora": 0.02, "full": 0.005, "head": 0.05}
 
@@ -106,6 +113,18 @@ def test_a_run_learns_and_leaves_the_base_as_it_was(load, architecture, kind, he
     losses = train(prepare(base, method), kind, method)
     assert losses[-1] < 0.99 * losses[0]  # a frozen embedding of random weights leaves LoRA little to gain
     assert fingerprint_weights(base.model, exclude=head) == base.fingerprint
+
+
+@pytest.mark.parametrize("method", [name for name in CONFIGS if name != "frozen"])
+@pytest.mark.parametrize(("architecture", "kind", "head"), CASES)
+def test_all_methods_compute_in_one_precision(load, architecture, kind, head, method):
+    """With a bf16 base, a model that has not yet trained scores like the frozen one, to the last bit."""
+    base = load(architecture, kind, dtype=torch.bfloat16)
+    logits = []
+    for name in ("frozen", method):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=METHODS[name].needs_autocast):
+            logits.append(prepare(base, name).eval()(**make_batch(kind)).logits)
+    assert torch.equal(*logits)
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT asks transformers

@@ -22,8 +22,8 @@ class TrainedModule(nn.Module):
 
     Attributes:
         base: The frozen original.
-        trained: The trainable copy, in fp32 or in the base's dtype if that is wider. Inputs are cast to the dtype of
-            the copy, and outputs to the dtype of the base.
+        trained: The trainable copy, in fp32 or in the base's dtype if that is wider. It computes in the base's dtype,
+            like all other methods.
     """
 
     def __init__(self, base: nn.Module, trained: nn.Module) -> None:
@@ -41,18 +41,21 @@ class TrainedModule(nn.Module):
         return self.trained.bias  # type: ignore[return-value]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return call_in_dtype_of(self.trained.parameters(), self.trained, args, kwargs, base=self.base)
+        return call_in_precision_of(self.base, self.trained, args, kwargs)
 
 
-def call_in_dtype_of(
-    parameters: Iterable[Tensor], call: Callable[..., Any], args: Any, kwargs: Mapping[str, Any], *, base: nn.Module
-) -> Any:
-    """Returns the outputs of `call` in the base's dtype. Casts the inputs to the dtype of `parameters` first."""
-    dtype, base_dtype = _find_float_dtype(parameters), _find_float_dtype(base.parameters())
-    if dtype == base_dtype:
+def call_in_precision_of(base: nn.Module, call: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]) -> Any:
+    """Calls a module that has fp32 copies of the base's parameters, and computes in the dtype of the base."""
+    parameter = next((parameter for parameter in base.parameters() if parameter.is_floating_point()), None)
+    if parameter is None or parameter.dtype not in (torch.bfloat16, torch.float16):
         return call(*args, **kwargs)
-    args, kwargs = _cast((args, kwargs), dtype)
-    return _cast(call(*args, **kwargs), base_dtype)
+    with torch.autocast(parameter.device.type, parameter.dtype):
+        output = call(*args, **kwargs)
+    # autocast returns fp32 from some layers
+    return tree_map(
+        lambda value: value.to(parameter.dtype) if isinstance(value, Tensor) and value.is_floating_point() else value,
+        output,
+    )
 
 
 def match_modules_to_save(model: nn.Module, patterns: Collection[str]) -> dict[str, nn.Module]:
@@ -138,14 +141,3 @@ def copy_biases(model: nn.Module, biases: Iterable[str]) -> None:
 def is_inside(name: str, modules: Iterable[str]) -> bool:
     """Returns whether `name` is one of these modules or inside one of them."""
     return any(name == module or name.startswith(f"{module}.") for module in modules)
-
-
-def _find_float_dtype(tensors: Iterable[Tensor]) -> torch.dtype | None:
-    return next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), None)
-
-
-def _cast(values: Any, dtype: torch.dtype | None) -> Any:
-    def cast(value: Any) -> Any:
-        return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
-
-    return tree_map(cast, values)

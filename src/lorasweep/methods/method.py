@@ -10,6 +10,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -173,9 +174,28 @@ def draw_head(model: nn.Module, names: Sequence[str], *, generator: torch.Genera
 
 
 def replace_by_trainable_copies(model: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
-    """Replaces these parameters, wherever `model` uses them, by trainable fp32 copies."""
-    copies = {id(p): nn.Parameter(p.detach().to(torch.float32, copy=True)) for p in parameters}
-    replace_parameters(model, copies)
+    """Replaces these parameters, wherever `model` uses them, by trainable fp32 copies.
+
+    Under autocast, the modules that use them still return the dtype of the old parameters. So a bf16 model computes as
+    before, bit for bit on the CPU, and all methods of a sweep are compared in one precision.
+    """
+    parameters = list(parameters)
+    narrow = {id(p): p.dtype for p in parameters if p.dtype != torch.float32}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            if dtype := narrow.get(id(parameter)):
+                # autocast returns fp32 from embeddings and norms, and then adds all later outputs to it in fp32
+                module.register_forward_hook(partial(_cast_output, dtype=dtype))
+                break
+    replace_parameters(model, {id(p): nn.Parameter(p.detach().to(torch.float32, copy=True)) for p in parameters})
+
+
+def _cast_output(module: nn.Module, inputs: Any, output: Any, *, dtype: torch.dtype) -> Any:
+    if isinstance(output, tuple):
+        return tuple(_cast_output(module, inputs, part, dtype=dtype) for part in output)
+    if isinstance(output, Tensor) and output.is_floating_point() and torch.is_autocast_enabled(output.device.type):
+        return output.to(dtype)
+    return output
 
 
 def replace_parameters(model: nn.Module, replacements: Mapping[int, nn.Parameter]) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from lorasweep.lora.fully_trained import TrainedModule, call_in_dtype_of, copy_as_trainable
+from lorasweep.lora.fully_trained import TrainedModule, call_in_precision_of, copy_as_trainable
 from lorasweep.lora.packed.dropout import SlotStreams, check_rows
 
 
@@ -104,7 +104,7 @@ class StackedModule(nn.Module):
         def call(*args: Any, **kwargs: Any) -> Any:
             return functional_call(self.base, parameters, args, kwargs)
 
-        return call_in_dtype_of(parameters.values(), call, args, kwargs, base=self.base)
+        return call_in_precision_of(self.base, call, args, kwargs)
 
     def _get_parameters(self, slot: int) -> dict[str, Tensor]:
         return {name: stacked[slot] for name, stacked in zip(self.parameter_names, self.stacked, strict=True)}
