@@ -91,7 +91,7 @@ def test_top_says_ends_arm_share_verdict_and_limits(confirmed: Path) -> None:
     assert "of what full fine-tuning gains, training" in text
     assert "It is worse than full fine-tuning by" in text
     assert "corrected for 3 comparisons (Holm); an interval is for one number alone." in text
-    assert "25 trials and 11 reruns in" in text
+    assert "25 trials and 11 confirm runs in" in text
     assert ONE_SEED not in sentences
 
 

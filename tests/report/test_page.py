@@ -15,7 +15,7 @@ from lorasweep.report import page, write_report
 from lorasweep.report.page import mark_code, render_page, select_rows
 from lorasweep.report.summary import summarize
 
-from .conftest import build_sweep, edit_json, inspect_winners
+from .conftest import add_select_stage, build_sweep, edit_json, inspect_winners
 
 HOSTILE = "</script><img src=x onerror=alert(1)>"
 
@@ -69,7 +69,7 @@ def test_page_has_every_section_and_figure(sweep: Path) -> None:
     assert "The loss became NaN at step 12." in page.text
 
 
-def test_confirmed_page_shows_intervals_verdicts_and_reruns(confirmed: Path) -> None:
+def test_confirmed_page_shows_intervals_verdicts_and_confirm_runs(confirmed: Path) -> None:
     page = written(confirmed)
     # scores and differences from full
     assert len(page.figures) == 11
@@ -90,14 +90,19 @@ def test_data_behind_the_figures_is_beside_the_page(confirmed: Path) -> None:
     assert all((confirmed / "report" / name).read_text().count("\n") > 1 for name in files)
 
 
-def test_reruns_that_failed_stand_among_the_unfinished_with_their_reason(confirmed: Path) -> None:
+def test_select_and_confirm_runs_that_failed_stand_among_the_unfinished_with_their_reason(confirmed: Path) -> None:
+    add_select_stage(confirmed, arm="lora")
+
     def fail(raw: dict[str, Any]) -> None:
+        raw["select"][0].update(state="failed", value=None, reason="The disk is full.")
         raw["confirm"][-1].update(state="failed", value=None, reason="The loss became NaN at step 3.")
 
     edit_json(confirmed / "sweep.json", fail)
     page = written(confirmed)
-    assert "The loss became NaN at step 3." in page.text
-    assert "full has scores on test data from 4 of its 5 reruns" in page.text
+    assert re.search(r"select run\s+The disk is full\.", page.text)
+    assert re.search(r"confirm run\s+The loss became NaN at step 3\.", page.text)
+    assert "25 trials, 4 select runs and 11 confirm runs in" in page.text
+    assert "full has scores on test data from 4 of its 5 confirm runs" in page.text
 
 
 def test_paused_trials_are_shown_as_paused(sweep: Path) -> None:

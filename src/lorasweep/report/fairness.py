@@ -1,7 +1,7 @@
 """Whether a sweep treated its arms alike, judged by the trials and tokens that the search spent on them.
 
-`sweep.definition.warnings` warns about the plan before the first trial. This module judges the result. The reruns of
-the confirm stage don't count: they choose nothing.
+`sweep.definition.warnings` warns about the plan before the first trial. This module judges the result. Confirm runs
+don't count: they choose nothing.
 """
 
 from __future__ import annotations

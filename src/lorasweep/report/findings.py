@@ -198,15 +198,15 @@ def _describe_effort(data: SweepData) -> list[str]:
         if saved > 0
         else ""
     )
-    num_reruns = len(data.select_runs) + len(data.confirm_runs)
-    reruns = f" and {num_reruns} reruns" if num_reruns else ""
+    counts = {"trial": data.trials, "select run": data.select_runs, "confirm run": data.confirm_runs}
+    runs = [f"{len(rows):,} {name}{'' if len(rows) == 1 else 's'}" for name, rows in counts.items() if rows]
     sentences = [
-        f"{len(data.trials):,} trials{reruns} in {format_seconds(data.record.makespan_s)}, "
+        f"{join_words(runs)} in {format_seconds(data.record.makespan_s)}, "
         f"{format_count(data.tokens_trained)} tokens trained{saving}."
     ]
     if data.record.status != "complete":
         asked, seeds = sum(arm.row.trials for arm in data.arms), len(data.record.confirm_seeds)
-        also = f" and {seeds} reruns of each arm's winner" if seeds else ""
+        also = f" and {seeds} confirm runs of each arm's winner" if seeds else ""
         sentences.append(f"The sweep is {data.record.status}: {asked} trials were asked for{also}.")
     return sentences
 

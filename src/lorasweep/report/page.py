@@ -94,15 +94,17 @@ def figure_json(panel: Panel) -> Markup:
 
 
 def _list_unfinished(data: SweepData, state: str) -> list[tuple[str, str, str, str]]:
-    """Returns name, run folder, settings and reason of each trial and rerun in a state."""
+    """Returns name, run folder, settings or stage, and reason of each run in a state."""
+    stages = {"": data.trials, "select run": data.select_runs, "confirm run": data.confirm_runs}
     return [
         (
             trial.name,
             trial.run,
-            "rerun" if trial.seed is not None else wording.format_settings(trial.params),
+            stage or wording.format_settings(trial.params),
             (trial.reason or "no reason recorded").strip(),
         )
-        for trial in (*data.trials, *data.select_runs, *data.confirm_runs)
+        for stage, trials in stages.items()
+        for trial in trials
         if trial.state == state
     ]
 

@@ -48,18 +48,18 @@ Curve = tuple[tuple[int, float], ...]
 
 @dataclass(frozen=True, kw_only=True)
 class TrialData:
-    """One trial of the search, or one rerun of a trial in a later stage, with its run's record."""
+    """One trial of the search, or one select or confirm run of a trial, with its run's record."""
 
     arm: str
     number: int
-    """The trial's number in its arm; a rerun has the number of the trial that runs again."""
+    """The trial's number in its arm; a select or confirm run has the number of its trial."""
     seed: int | None
-    """The seed of a rerun; None in the search."""
+    """The seed of a select or confirm run; None in the search."""
     state: TrialState
     params: dict[str, Any]
-    """The swept keys (dotted) and their values; empty for a rerun."""
+    """The swept keys (dotted) and their values; empty for a select or confirm run."""
     value: float | None
-    """The best finite validation score; for a rerun of the confirm stage the score on test data."""
+    """The best finite validation score; for a confirm run the score on test data."""
     run: str
     """The run's folder, relative to the sweep's."""
     reason: str | None
@@ -345,7 +345,9 @@ def _describe_missing_scores(arm: ArmData) -> str | None:
     scored, total = sum(rerun.is_complete for rerun in arm.confirm_runs), len(arm.confirm_runs)
     if not scored:
         return f"`{arm.name}` has no score on test data."
-    return None if scored == total else f"`{arm.name}` has scores on test data from {scored} of its {total} reruns."
+    return (
+        None if scored == total else f"`{arm.name}` has scores on test data from {scored} of its {total} confirm runs."
+    )
 
 
 def _read_test_scores(arms: Sequence[ArmData], record: SweepRecord, folder: Path, problems: list[str]) -> ConfirmScores:

@@ -14,7 +14,7 @@ from scipy.special import stdtrit
 
 Array = NDArray[np.float64]
 RunKey = tuple[str, int]
-"""Arm and seed of a rerun."""
+"""Arm and seed of a confirm run."""
 
 DEFAULT_DRAWS = 4000
 BOOTSTRAP_SEED = 1979

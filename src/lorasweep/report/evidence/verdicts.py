@@ -27,7 +27,7 @@ LEVEL = 1 - CONFIDENCE
 
 @dataclass(frozen=True, kw_only=True)
 class ArmEvidence:
-    """The results of one arm's reruns on test data."""
+    """The results of one arm's confirm runs on test data."""
 
     name: str
     seeds: tuple[int, ...]

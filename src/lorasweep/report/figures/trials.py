@@ -55,7 +55,7 @@ def draw_score_by_rank(data: SweepData) -> Panel:
         best = {rank: score for rank, _, score in sorted(points, key=lambda p: (p[0], -data.sign * p[2]))}
         add_line(figure, [*best], [*best.values()], colours[arm], f"{name}: best", showlegend=True, line={"width": 2.5})
     cut = set_score_axis(figure, data, [score for points in lines.values() for _, _, score in points])
-    hint = "`expand: {method.rank: [...]}` gives each rank its own search and reruns."
+    hint = "`expand: {method.rank: [...]}` gives each rank its own search and confirm runs."
     return Panel(
         key="rank",
         title=title,
