@@ -91,7 +91,7 @@ def test_loading_reads_what_running_returned(result):
 
 
 def test_a_sweep_is_resumed_with_more_seeds_and_nothing_else(result, tmp_path):
-    with pytest.raises(ConfigError, match=r"except `worker` and `confirm`.*optim\.lr"):
+    with pytest.raises(ConfigError, match=r"except `worker`, `confirm` and `sweep.searches`.*optim\.lr"):
         lorasweep.resume_sweep(result.folder, overrides={"optim.lr": 1e-3}, progress=None)
     seen = []
     resumed = lorasweep.resume_sweep(result.folder, overrides=["confirm.seeds=2"], progress=seen.append)

@@ -55,8 +55,8 @@ Overrides: TypeAlias = Sequence[str] | Mapping[str, Any]
 Progress: TypeAlias = Callable[[SweepStatus], None] | Literal["auto"] | None
 """Called with the state of a sweep about once a second, from a thread. `auto` shows a live table in a terminal, and
 plain lines in a notebook or a pipe."""
-RESUME_KEYS = ("confirm", "worker")
-"""Groups of settings that may change when a sweep is resumed; the search must stay the same."""
+RESUME_KEYS = ("confirm", "worker", "sweep.searches")
+"""Settings, and groups of settings, that may change when a sweep is resumed; its trials must stay the same."""
 
 
 def run_sweep(
@@ -98,7 +98,7 @@ def resume_sweep(
 
     Args:
         folder: The sweep's folder.
-        overrides: Other settings of `worker` and `confirm`, such as `["confirm.seeds=5"]`.
+        overrides: Other settings of `worker` and `confirm`, or more searches: `["sweep.searches=3"]`.
         trust: As in `run_sweep`.
         progress: As in `run_sweep`.
 
@@ -144,9 +144,9 @@ def read_sweep_definition(sweep: str | Path | Mapping[str, Any], overrides: Over
 def read_changes(overrides: Overrides) -> dict[str, Any]:
     """Returns the overrides of a resumed sweep; raises ConfigError if one would change the search."""
     changes = _parse(overrides)
-    if foreign := [key for key in changes if key.split(".")[0] not in RESUME_KEYS]:
+    if foreign := [key for key in changes if not {key, key.split(".")[0]} & {*RESUME_KEYS}]:
         raise ConfigError(
-            "a resumed sweep must keep all settings except `worker` and `confirm`, but got "
+            "a resumed sweep must keep all settings except `worker`, `confirm` and `sweep.searches`, but got "
             f"`{'`, `'.join(foreign)}`. Start a new sweep to change the search."
         )
     return changes

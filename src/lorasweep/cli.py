@@ -72,7 +72,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--resume",
         type=Path,
         metavar="DIR",
-        help="resume the sweep in this folder; may add confirm.seeds=N, worker=ray, trust=[PACKAGE] ...",
+        help="resume the sweep in this folder; may add confirm.seeds=N, sweep.searches=N, worker=ray, "
+        "trust=[PACKAGE] ...",
     )
     status_parser = add(status, "show the arms of a sweep and the best trial so far")
     status_parser.add_argument("folder", type=Path, metavar="DIR", help="folder of the sweep")

@@ -120,7 +120,10 @@ class TrialRow:
     """One trial of a sweep."""
 
     arm: str
+    search: int = 1
+    """Number of the arm's search that proposed the trial."""
     number: int
+    """Number of the trial in its arm. The trials of a further search have the next numbers."""
     state: TrialState
     params: dict[str, Any]
     """Swept keys (dotted) and their values."""
@@ -165,7 +168,7 @@ class ArmRow:
     name: str
     method: str
     trials: int
-    """Number of trials that the user asked for."""
+    """Number of trials that the user asked for, in all searches."""
     steps: int = 0
     """Optimizer steps of a complete run, unless `trainer.max_steps` is swept."""
     settings: dict[str, Any]
@@ -203,6 +206,8 @@ class SweepRecord:
     """SHA-256 of the sweep file when the sweep began."""
     arms: list[ArmRow]
     trials: list[TrialRow] = field(default_factory=list)
+    search_seeds: list[int] = field(default_factory=list)
+    """Seeds of the second and every further search; the first has the seeds of the settings."""
     candidates: int
     """Maximum number of trials of an arm that the select stage runs again; 1 means that there is no such stage."""
     select_seeds: list[int] = field(default_factory=list)

@@ -104,6 +104,8 @@ class TrialResult:
     """One trial of a sweep's search."""
 
     arm: str
+    search: int
+    """The search that proposed it, from 1 to `sweep.searches`."""
     number: int
     state: TrialState
     params: dict[str, Any]
@@ -174,13 +176,13 @@ class SweepResult:
         return self._trial(row)
 
     def trials_dataframe(self) -> pandas.DataFrame:
-        """Returns one row per trial: `arm`, `trial`, `state`, the metric, swept keys (dotted), `step` and `run`."""
+        """Returns a row per trial: `arm`, `search`, `trial`, `state`, the metric, swept keys, `step` and `run`."""
         import pandas  # noqa: PLC0415 (slow to import)
 
         metric = self.record.metric
         return pandas.DataFrame.from_records(
             [
-                {"arm": row.arm, "trial": row.number, "state": row.state, metric: row.value}
+                {"arm": row.arm, "search": row.search, "trial": row.number, "state": row.state, metric: row.value}
                 | row.params
                 | {"step": row.step, "run": row.run}
                 for arm in self.arms
@@ -205,16 +207,19 @@ class SweepResult:
 
         return pandas.DataFrame.from_records([columns(row) for row in rows])
 
-    def study(self, arm: str) -> optuna.Study:
-        """Returns the Optuna study of an arm, for Optuna's own plots and importances. Don't add trials to it.
+    def study(self, arm: str, *, search: int = 1) -> optuna.Study:
+        """Returns the Optuna study of one search of an arm, for Optuna's own plots. Don't add trials to it.
+
+        A study counts its trials from 0. In the sweep, the trials of a further search have the next numbers.
 
         Raises:
             ConfigError: The sweep has no such arm.
+            RecordError: This search has not begun.
         """
         from lorasweep.sweep.controller.lifecycle import load_study  # noqa: PLC0415 (needs Optuna and torch)
 
         self._check_arm(arm)
-        return load_study(self.folder, arm)
+        return load_study(self.folder, arm, search=search)
 
     def figures(self) -> dict[str, Figure]:
         """Returns the report's plotly figures by title. Figures without data are skipped."""
@@ -237,6 +242,7 @@ class SweepResult:
     def _trial(self, row: TrialRow) -> TrialResult:
         return TrialResult(
             arm=row.arm,
+            search=row.search,
             number=row.number,
             state=row.state,
             params=dict(row.params),

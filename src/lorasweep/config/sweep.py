@@ -142,8 +142,10 @@ class SweepSettings:
 
     trials: Positive | None
     """Number of trials of every arm with a space; null keeps the number of each arm."""
+    searches: Positive
+    """Number of searches of every arm with a space. Each one has all trials of the arm, and other seeds."""
     seed: NonNegative
-    """Seed of the samplers; each arm draws from a separate random stream."""
+    """Seed of the samplers in the first search; each arm draws from a separate random stream."""
     output: str | None
     max_failures: Positive
     """Number of failed trials in a row after which the sweep stops, because the cause is probably not in the trials."""

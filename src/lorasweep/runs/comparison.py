@@ -188,7 +188,7 @@ def compare_sweeps(first: Path, second: Path) -> SweepReproduction:
 
 
 def _sweep_differences(before: SweepRecord, after: SweepRecord, first: Path, second: Path) -> Iterator[str]:
-    keys = ("metric", "direction", "candidates", "select_seeds", "confirm_seeds")
+    keys = ("metric", "direction", "search_seeds", "candidates", "select_seeds", "confirm_seeds")
     yield from _differences("sweep", {key: getattr(before, key) for key in keys}, {k: getattr(after, k) for k in keys})
     stages: tuple[tuple[str, Sequence[TrialRow | RerunRow], Sequence[TrialRow | RerunRow]], ...] = (
         ("number of trials", before.trials, after.trials),

@@ -21,7 +21,7 @@ from lorasweep.redaction import redact
 from lorasweep.sweep.controller.arm_trials import ArmTrials
 from lorasweep.sweep.controller.folder import SweepFolder
 from lorasweep.sweep.controller.record_rows import RUNS_FOLDER, measure_importance
-from lorasweep.sweep.controller.stages import Reruns, Search, Stage, plan_confirmation, plan_selection
+from lorasweep.sweep.controller.stages import Reruns, Search, Stage, list_trial_rows, plan_confirmation, plan_selection
 from lorasweep.sweep.controller.storage import database_must_answer, flush_storage
 from lorasweep.sweep.controller.trial import REASON_ATTRIBUTE, SCORE_ATTRIBUTE, Trial
 from lorasweep.sweep.definition.arms import Arm
@@ -48,7 +48,7 @@ class Assignment:
     config: RunConfig
     run_folder: RunFolder
     stage: str
-    """`search`, `select` or `confirm`."""
+    """`search`, `search-2` and so on, `select` or `confirm`."""
     reads_test: bool
     """Whether a run is scored on test data when it is complete."""
     worker: str
@@ -88,7 +88,8 @@ class Controller:
         """
         self.sweep = sweep
         self.session = session
-        self.search = Search(sweep, session=session)
+        self.searches = [Search(sweep, session=session)]
+        """The searches that have begun; all but the last one are over."""
         self.select: Reruns | None = None
         self.confirm: Reruns | None = None
         self._is_over = False
@@ -96,6 +97,11 @@ class Controller:
         self._deaths_in_a_row = 0
         self._usage: dict[str, Mapping[str, float]] = {}
         self._advance_stage()
+
+    @property
+    def search(self) -> Search:
+        """The last search that has begun."""
+        return self.searches[-1]
 
     @property
     def stage(self) -> Stage:
@@ -202,7 +208,7 @@ class Controller:
         trials, trial = self._find(assignment)
         trials.end(trial, state, {REASON_ATTRIBUTE: redact(reason)}, value=None)
         self._save_if_due()
-        if assignment.stage != self.search.name and isinstance(error, Diverged):
+        if isinstance(self.stage, Reruns) and isinstance(error, Diverged):
             return  # divergence of a good trial on another seed is a result, not a fault of the sweep
         self._failures_in_a_row += 1
         limit = assignment.arm.sweep_config.sweep.max_failures
@@ -277,14 +283,15 @@ class Controller:
                 remove_checkpoints(folder)  # killed processes may have left checkpoints and half-written files
                 remove_leftovers(folder)
             for row in self.sweep.record.arms:
-                row.importance = measure_importance(self.search.arms[row.name].frozen())
+                arms = [search.arms[row.name] for search in self.searches if row.name in search.arms]
+                row.importance = measure_importance([frozen for trials in arms for frozen in trials.frozen()])
         self.save("complete" if self._is_over else "interrupted")
         return self._is_over
 
     @_needs_storage
     def save(self, status: Status | None = None) -> None:
         record = self.sweep.record
-        record.trials = [row for arm in self.search.arms for row in self.search.rows(arm)]
+        record.trials = [row for arm in record.arms for row in list_trial_rows(self.searches, arm.name)]
         if self.select is not None:
             record.select = [row for arm in self.select.arms for row in self.select.rows(arm)]
         if self.confirm is not None:
@@ -300,19 +307,21 @@ class Controller:
             record = self.sweep.record
             if self.select is None:
                 self._prune_paused()
-            if self.confirm is not None or not record.confirm_seeds:
+            if len(self.searches) <= len(record.search_seeds):
+                self.searches.append(Search(self.sweep, previous=self.search, session=self.session))
+            elif self.confirm is not None or not record.confirm_seeds:
                 self._is_over = True
             elif self.select is None:
-                plan = plan_selection(self.search, record=record)
+                plan = plan_selection(self.searches, sweep=self.sweep)
                 self.select = Reruns(self.sweep, "select", plan, session=self.session)
             else:
                 # the winners are chosen from these rows, which no call of `save` may have written yet
                 record.select = [row for arm in self.select.arms for row in self.select.rows(arm)]
-                plan = plan_confirmation(self.search, sweep=self.sweep)
+                plan = plan_confirmation(self.searches, sweep=self.sweep)
                 self.confirm = Reruns(self.sweep, "confirm", plan, session=self.session)
 
     def _prune_paused(self) -> None:
-        """Ends all paused trials of the search as pruned."""
+        """Ends all paused trials of the last search as pruned."""
         for trials in self.search.arms.values():
             for trial in trials.list_paused():
                 reason = f"stopped at step {max(trial.values)}, because other trials were better there"

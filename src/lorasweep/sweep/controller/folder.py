@@ -1,7 +1,8 @@
 """A sweep's folder while it is open: its lock, its Optuna storage, and the record that shows both to people.
 
 DIR/sweep.json     the record: what was asked for, each trial and its run
-DIR/journal.log    Optuna's storage, unless that is a database: studies ARM, ARM/select and ARM/confirm of each arm
+DIR/journal.log    Optuna's storage, unless that is a database: studies ARM, ARM/search-2, ARM/select and
+                   ARM/confirm of each arm
 DIR/pack.json      the runs of the pack that trains now, from which a killed sweep resumes
 DIR/runs/ARM-0003  one folder per run of the search
 DIR/runs/ARM-select-0003   one folder per run of the select stage; ARM-confirm-0003 in the confirm stage

@@ -23,13 +23,14 @@ from lorasweep.sweep.controller.record_rows import RUNS_FOLDER, arm_row
 from lorasweep.sweep.controller.storage import (
     DATABASE_ERRORS,
     JOURNAL_FILE,
-    RERUN_STUDY,
     close_storage,
+    name_search,
+    name_study,
     open_storage,
     unusable_database,
 )
 from lorasweep.sweep.definition.arms import Definition, restore_definition
-from lorasweep.sweep.definition.seeds import draw_confirm_seeds, draw_select_seeds
+from lorasweep.sweep.definition.seeds import draw_confirm_seeds, draw_search_seeds, draw_select_seeds
 from lorasweep.sweep.definition.warnings import find_warnings
 
 
@@ -67,6 +68,7 @@ def create_sweep(definition: Definition, path: Path, *, metric: str, notes: Sequ
         source=str(definition.source) if definition.source else None,
         source_sha256=compute_sha256(definition.source) if definition.source else None,
         arms=[arm_row(arm) for arm in definition.arms],
+        search_seeds=draw_search_seeds(definition),
         candidates=definition.sweep_config.confirm.candidates,
         select_seeds=draw_select_seeds(definition),
         confirm_seeds=draw_confirm_seeds(definition),
@@ -116,21 +118,24 @@ def saved_definition(path: Path, *, changes: Mapping[str, Any] | None = None) ->
     return restore_definition(raw, source=Path(record.source) if record.source else None)
 
 
-def load_study(path: Path, arm: str) -> optuna.Study:
-    """Returns the study of an arm of the sweep in a folder, for reading.
+def load_study(path: Path, arm: str, *, search: int = 1) -> optuna.Study:
+    """Returns the study of an arm's search in the sweep in a folder, for reading.
 
     Raises:
-        RecordError: The folder is not a sweep, or has no study of the arm.
+        RecordError: The folder is not a sweep, or has no study of this search.
         ConfigError: The sweep's database does not answer.
     """
     record, config = read_sweep(path), saved_definition(path).sweep_config.storage
+    name = name_study(arm, name_search(search))
     try:
         # Optuna's journal, because ours would cut off a line that another process is writing at the end
         journal = JournalFileBackend(str(path / JOURNAL_FILE)) if config.url is None else None
         storage = open_storage(config, path) if journal is None else JournalStorage(journal)
-        return optuna.load_study(study_name=record.study_prefix + arm, storage=storage)
+        return optuna.load_study(study_name=record.study_prefix + name, storage=storage)
     except KeyError as error:
-        raise RecordError(f"a sweep must have a study for each arm, but {str(path)!r} has none of `{arm}`.") from error
+        raise RecordError(
+            f"a search must have begun before its study can be read, but {str(path)!r} has no study `{name}`."
+        ) from error
 
 
 def reopen_sweep(path: Path, *, changes: Mapping[str, Any] | None = None) -> SweepFolder:
@@ -138,7 +143,7 @@ def reopen_sweep(path: Path, *, changes: Mapping[str, Any] | None = None) -> Swe
 
     Args:
         path: The sweep's folder.
-        changes: Other settings of the workers and of the confirm stage (`{"confirm.seeds": 5}`).
+        changes: Other settings of the workers and of the confirm stage, or more searches (`{"confirm.seeds": 5}`).
 
     Raises:
         RecordError: The folder is not a sweep, its record or journal is damaged, or another process runs it.
@@ -157,8 +162,13 @@ def reopen_sweep(path: Path, *, changes: Mapping[str, Any] | None = None) -> Swe
             f"`confirm.margin` must stay {record.margin!r}, which was stated before the first result, but got "
             f"{margin!r}. Start a new sweep."
         )
-    candidates = definition.sweep_config.confirm.candidates
+    candidates, search_seeds = definition.sweep_config.confirm.candidates, draw_search_seeds(definition)
     select_seeds, confirm_seeds = draw_select_seeds(definition), draw_confirm_seeds(definition)
+    if len(search_seeds) < len(record.search_seeds):
+        raise ConfigError(
+            f"`sweep.searches >= {len(record.search_seeds) + 1}` must hold, the number so far, but got "
+            f"{len(search_seeds) + 1}. Start a new sweep for fewer searches."
+        )
     with ExitStack() as undo:
         lock = _lock(path, undo)
         remove_leftovers(path)
@@ -184,7 +194,7 @@ def reopen_sweep(path: Path, *, changes: Mapping[str, Any] | None = None) -> Swe
             stage
             for stage in get_args(RerunStage)
             for arm in definition.arms
-            if record.study_prefix + RERUN_STUDY.format(arm=arm.name, stage=stage) in names
+            if record.study_prefix + name_study(arm.name, stage) in names
         }
         # fewer seeds would drop results that the confirm stage has already
         if "confirm" in begun and len(confirm_seeds) < len(record.confirm_seeds):
@@ -192,7 +202,12 @@ def reopen_sweep(path: Path, *, changes: Mapping[str, Any] | None = None) -> Swe
                 f"`confirm.seeds >= {len(record.confirm_seeds)}` must hold, since the confirm stage began with these, "
                 f"but got {len(confirm_seeds)}."
             )
-        # other candidates or seeds could make another trial the winner, after the first winner was confirmed
+        # other searches, candidates or seeds could make another trial the winner, after the first one was confirmed
+        if begun and search_seeds != record.search_seeds:
+            raise ConfigError(
+                f"`sweep.searches` must stay {len(record.search_seeds) + 1} once the searches are over and winners run "
+                f"again, but got {len(search_seeds) + 1}. Start a new sweep."
+            )
         if begun and (candidates, select_seeds) != (record.candidates, record.select_seeds):
             raise ConfigError(
                 f"`confirm.candidates` and `confirm.select_seeds` must stay {record.candidates} and "
@@ -202,6 +217,9 @@ def reopen_sweep(path: Path, *, changes: Mapping[str, Any] | None = None) -> Swe
         undo.pop_all()
     record.definition = definition.raw
     record.candidates, record.select_seeds, record.confirm_seeds = candidates, select_seeds, confirm_seeds
+    record.search_seeds = search_seeds
+    for row, arm in zip(record.arms, definition.arms, strict=True):
+        row.trials = arm.all_trials
     # the confirm stage adds its own warnings again
     record.warnings = [*find_warnings(definition), *_storage_warnings(definition, path)]
     return SweepFolder(path=path, definition=definition, record=record, storage=storage, lock=lock)

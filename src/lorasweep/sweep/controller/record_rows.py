@@ -35,7 +35,7 @@ def arm_row(arm: Arm) -> ArmRow:
     return ArmRow(
         name=arm.name,
         method=config.method.name,
-        trials=arm.trials,
+        trials=arm.all_trials,
         steps=0 if config.method.name == "frozen" else config.trainer.max_steps,
         settings=dict(arm.settings),
         space=describe_space(arm.space),
@@ -46,13 +46,14 @@ def arm_row(arm: Arm) -> ArmRow:
     )
 
 
-def trial_row(arm: str, trial: FrozenTrial, *, is_paused: bool) -> TrialRow:
+def trial_row(arm: str, trial: FrozenTrial, *, search: int, number: int, is_paused: bool) -> TrialRow:
     return TrialRow(
         arm=arm,
-        number=trial.number,
+        search=search,
+        number=number,
         state="paused" if is_paused else read_state(trial),
         params=dict(trial.params),
-        run=run_name(arm, trial.number),
+        run=run_name(arm, number),
         **_read_results(trial),
     )
 

@@ -1,12 +1,14 @@
 """The stages of a sweep: `search` tunes, `select` chooses the winner of each arm, `confirm` scores it on test data.
 
+With `sweep.searches=N` there are N searches, one after the other. None of them knows of another one's trials.
+
 The controller makes the same calls to all of them. A stage decides which trials there are and what run each becomes.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 from optuna.distributions import IntDistribution
@@ -14,13 +16,13 @@ from optuna.distributions import IntDistribution
 from lorasweep.config.components import Component
 from lorasweep.config.run import SEED_KEYS, RunConfig
 from lorasweep.config.sweep import FixedSampler
-from lorasweep.record import RerunRow, RerunStage, SweepRecord, TrialRow, find_winner, list_candidates
+from lorasweep.record import RerunRow, RerunStage, TrialRow, find_winner, list_candidates
 from lorasweep.sweep.controller.arm_trials import ArmTrials
 from lorasweep.sweep.controller.folder import SweepFolder
 from lorasweep.sweep.controller.proposals import propose
 from lorasweep.sweep.controller.record_rows import SEED, TRIAL, rerun_name, rerun_row, run_name, trial_row
 from lorasweep.sweep.controller.stopping_rules import build_pruner, build_rule
-from lorasweep.sweep.controller.storage import RERUN_STUDY
+from lorasweep.sweep.controller.storage import name_search, name_study
 from lorasweep.sweep.definition.arms import Arm
 from lorasweep.sweep.definition.seeds import arm_seeds
 from lorasweep.training.run_log import RunFolder
@@ -35,13 +37,25 @@ Plan: TypeAlias = dict[str, list[tuple[TrialRow, int]]]
 class Search:
     """Each arm's sampler proposes trials. The best evaluation on validation data is a trial's score."""
 
-    name = "search"
     reads_test = False
     """Whether a complete run has still to be scored on test data."""
 
-    def __init__(self, sweep: SweepFolder, *, session: str | None = None) -> None:
+    def __init__(self, sweep: SweepFolder, *, previous: Search | None = None, session: str | None = None) -> None:
+        """Reads the trials that have begun. A search with a previous one, which must be over, has other seeds."""
         self._sweep = sweep
-        self.arms = {arm.name: self._read_trials(arm, session) for arm in sweep.definition.arms}
+        self.number: int = 1 if previous is None else previous.number + 1
+        self.name = name_search(self.number)
+        arms = {arm.name: arm for arm in sweep.definition.arms}
+        if previous is not None:
+            seed = sweep.record.search_seeds[self.number - 2]
+            arms = {name: arm.with_seed(seed) for name, arm in arms.items() if arm.space}
+        self._first_numbers = {name: 0 if previous is None else previous.next_number(name) for name in arms}
+        """The number in its arm of the first trial. A study counts its trials from 0."""
+        self.arms = {name: self._read_trials(arm, session) for name, arm in arms.items()}
+
+    def next_number(self, arm: str) -> int:
+        """Returns one more than the highest number of a trial of an arm."""
+        return self._first_numbers[arm] + max(self.arms[arm].trials) + 1
 
     def propose(self, trials: ArmTrials) -> tuple[dict[str, Any], dict[str, Any]]:
         """Returns the parameters of an arm's next trial, and user attributes that the trial must get."""
@@ -58,20 +72,27 @@ class Search:
 
     def run_folder(self, arm: Arm, number: int) -> RunFolder:
         """Returns the folder of a trial's run, and the arm and trial that the run's record names."""
+        number += self._first_numbers[arm.name]
         return RunFolder(path=self._sweep.path / run_name(arm.name, number), arm=arm.name, trial=number)
 
     def rows(self, arm: str) -> list[TrialRow]:
-        trials = self.arms[arm].trials
+        """Returns the rows of an arm's trials; an arm without a space has none in a further search."""
         return [
-            trial_row(arm, frozen, is_paused=trials[frozen.number].state == "paused")
-            for frozen in self.arms[arm].frozen()
+            trial_row(
+                arm,
+                frozen,
+                search=self.number,
+                number=self._first_numbers[arm] + frozen.number,
+                is_paused=self.arms[arm].trials[frozen.number].state == "paused",
+            )
+            for frozen in (self.arms[arm].frozen() if arm in self.arms else ())
         ]
 
     def _read_trials(self, arm: Arm, session: str | None) -> ArmTrials:
         is_adaptive = not isinstance(arm.sweep_config.sampler, FixedSampler)  # a component may learn
         return ArmTrials(
             arm,
-            study=self._sweep.open_study(arm.name, pruner=build_pruner(arm)),
+            study=self._sweep.open_study(name_study(arm.name, self.name), pruner=build_pruner(arm)),
             storage=self._sweep.storage,
             space=arm.space,
             planned=arm.trials,
@@ -95,7 +116,7 @@ class Reruns:
         self.arms = {
             arm.name: ArmTrials(
                 arm,
-                study=sweep.open_study(RERUN_STUDY.format(arm=arm.name, stage=name)),
+                study=sweep.open_study(name_study(arm.name, name)),
                 storage=sweep.storage,
                 space={TRIAL: IntDistribution(0, 2**32 - 1), SEED: IntDistribution(0, 2**32 - 1)},
                 planned=len(plan[arm.name]),
@@ -131,21 +152,26 @@ class Reruns:
 Stage: TypeAlias = Search | Reruns
 
 
-def plan_selection(search: Search, *, record: SweepRecord) -> Plan:
+def list_trial_rows(searches: Sequence[Search], arm: str) -> list[TrialRow]:
+    """Returns the rows of an arm's trials of all searches, by number."""
+    return [row for search in searches for row in search.rows(arm)]
+
+
+def plan_selection(searches: Sequence[Search], *, sweep: SweepFolder) -> Plan:
     """Returns the runs of the select stage: each candidate on each seed, for arms with several candidates."""
-    candidates = {arm: list_candidates(search.rows(arm), record=record) for arm in search.arms}
-    return {
-        arm: [(row, seed) for seed in record.select_seeds for row in rows]
-        for arm, rows in candidates.items()
-        if len(rows) > 1 and record.select_seeds
-    }
+    plan: Plan = {}
+    for arm in sweep.definition.arms:
+        rows = list_candidates(list_trial_rows(searches, arm.name), record=sweep.record)
+        if len(rows) > 1 and sweep.record.select_seeds:
+            plan[arm.name] = [(row, seed) for seed in sweep.record.select_seeds for row in rows]
+    return plan
 
 
-def plan_confirmation(search: Search, *, sweep: SweepFolder) -> Plan:
+def plan_confirmation(searches: Sequence[Search], *, sweep: SweepFolder) -> Plan:
     """Returns the runs of the confirm stage: the winner of each arm on each seed."""
     plan: Plan = {}
     for arm in sweep.definition.arms:
-        winner = find_winner(arm.name, search.rows(arm.name), record=sweep.record)
+        winner = find_winner(arm.name, list_trial_rows(searches, arm.name), record=sweep.record)
         if winner is None:
             sweep.warn(f"Arm `{arm.name}` has no complete trial, so the confirm stage skips it.")
         else:

@@ -23,8 +23,8 @@ from lorasweep.config.sweep import StorageConfig
 from lorasweep.errors import ConfigError, WorkerError, first_line
 
 JOURNAL_FILE = "journal.log"
-RERUN_STUDY = "{arm}/{stage}"
-"""Name of an arm's study in the select or confirm stage. An arm's name has no slash, so names are unique."""
+FIRST_SEARCH = "search"
+"""Name of the stage that is the first search."""
 DATABASE_ERRORS = (StorageInternalError, SQLAlchemyError)
 """The errors that Optuna raises if a database does not answer or refuses an operation."""
 
@@ -127,6 +127,16 @@ def database_must_answer(folder: Path) -> Iterator[None]:
             f"the database of a sweep must answer, but the database of {str(folder)!r} does not: {_reason(error)}. "
             f"No finished run is lost. Once it answers, type `lorasweep sweep --resume {folder}`."
         ) from error
+
+
+def name_search(number: int) -> str:
+    """Returns the name of the stage that is an arm's search of this number: `search`, `search-2` and so on."""
+    return FIRST_SEARCH if number == 1 else f"{FIRST_SEARCH}-{number}"
+
+
+def name_study(arm: str, stage: str) -> str:
+    """Returns the name of an arm's study in a stage. An arm's name has no slash, so names are unique."""
+    return arm if stage == FIRST_SEARCH else f"{arm}/{stage}"
 
 
 def open_study(

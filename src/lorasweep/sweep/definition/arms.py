@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, get_args
@@ -62,6 +62,17 @@ class Arm:
         """Returns the settings of a trial with these values of the swept keys."""
         with name_arm_in_errors(self.name):
             return compose_with_multiplier({**self.settings, **params, "trainer.progress": False})
+
+    @property
+    def all_trials(self) -> int:
+        """Number of trials of all searches; an arm without a space has one search."""
+        return self.trials * (self.sweep_config.sweep.searches if self.space else 1)
+
+    def with_seed(self, seed: int) -> Arm:
+        """Returns the arm of another search: its sampler and its runs have this seed. A swept seed stays swept."""
+        settings = {key: value for key, value in self.settings.items() if key.split(".")[0] not in ("seed", "seeds")}
+        sweep_config = replace(self.sweep_config, sweep=replace(self.sweep_config.sweep, seed=seed))
+        return replace(self, settings={**settings, "seed": seed}, sweep_config=sweep_config)
 
     @cached_property
     def corners(self) -> tuple[RunConfig, ...]:
@@ -138,10 +149,11 @@ def restore_definition(raw: Mapping[str, Any], *, source: Path | None) -> Defini
             )
     sweep_config = compose_sweep(layer_settings("sweep", _split_sweep_settings(file.settings)[1], sweep_overrides))
     for arm in arms:
-        for name, value in asdict(sweep_config.confirm).items():
-            if (arm_value := getattr(arm.sweep_config.confirm, name)) != value:
+        arm_settings = _list_shared_settings(arm.sweep_config)
+        for key, value in _list_shared_settings(sweep_config).items():
+            if (arm_value := arm_settings[key]) != value:
                 raise ConfigError(
-                    f"`confirm.{name}` must be the same for all arms, because they are compared, but arm `{arm.name}` "
+                    f"`{key}` must be the same for all arms, because they are compared, but arm `{arm.name}` "
                     f"has {arm_value!r}, not {value!r}. Set it once for the whole sweep."
                 )
     return Definition(
@@ -152,6 +164,12 @@ def restore_definition(raw: Mapping[str, Any], *, source: Path | None) -> Defini
         raw={"file": raw["file"], "overrides": dict(raw["overrides"])},
         source=source,
     )
+
+
+def _list_shared_settings(config: SweepConfig) -> dict[str, Any]:
+    """Returns the settings of a sweep that are the same for all arms."""
+    confirm = {f"confirm.{name}": value for name, value in asdict(config.confirm).items()}
+    return {**confirm, "sweep.searches": config.sweep.searches}
 
 
 def _with_absolute_paths(value: Any, key: str = "") -> Any:

@@ -52,7 +52,7 @@ def plan_sweep(definition: Definition, inputs_cache: InputsCache) -> list[ArmPla
     num_select_seeds = len(draw_select_seeds(definition))
     plans = []
     for arm in definition.arms:
-        candidates = min(arm.trials, definition.sweep_config.confirm.candidates)
+        candidates = min(arm.all_trials, definition.sweep_config.confirm.candidates)
         select_runs = candidates * num_select_seeds if candidates > 1 else 0
         confirm_runs = len(arm_seeds(arm, confirm))
         plan = _plan_arm(arm, packings[arm.name], inputs_cache, select_runs=select_runs, confirm_runs=confirm_runs)
@@ -71,7 +71,7 @@ def render_plan(definition: Definition, plans: Sequence[ArmPlan]) -> RenderableT
     for plan in plans:
         table.add_row(
             escape(plan.arm.name),
-            " + ".join(map(str, filter(None, (plan.arm.trials, plan.select_runs, plan.confirm_runs)))),
+            " + ".join(map(str, filter(None, (plan.arm.all_trials, plan.select_runs, plan.confirm_runs)))),
             format_count(plan.steps),
             format_count(plan.tokens),
             format_count(plan.trainable_params),
@@ -82,7 +82,8 @@ def render_plan(definition: Definition, plans: Sequence[ArmPlan]) -> RenderableT
         )
     confirm = definition.sweep_config.confirm
     candidates = confirm.candidates
-    stages = ["search on validation data"]
+    searches = definition.sweep_config.sweep.searches
+    stages = [f"{f'{searches} searches' if searches > 1 else 'search'} on validation data"]
     if any(plan.select_runs for plan in plans):
         stages.append(f"then select: {describe_stage('select', num_seeds=confirm.select_seeds, candidates=candidates)}")
     if confirm.seeds:
@@ -112,7 +113,7 @@ def _plan_arm(
     steps = 0 if config.method.name == "frozen" else config.trainer.max_steps
     # rounded up, because a run is also evaluated after its last step; `or 1`: the frozen base is evaluated once
     evaluations = -(-steps // config.trainer.eval_every_steps) or 1
-    runs = arm.trials + select_runs + confirm_runs
+    runs = arm.all_trials + select_runs + confirm_runs
     return ArmPlan(
         arm=arm,
         packing=packing,

@@ -1,4 +1,4 @@
-"""The seeds of the select and the confirm stage, and phrases that say what these stages do."""
+"""The seeds of further searches, of the select and of the confirm stage, and phrases that say what the stages do."""
 
 from __future__ import annotations
 
@@ -20,13 +20,18 @@ MAX_DRAWS_PER_SEED = 10
 """Maximum number of draws per seed. If too few of the drawn seeds are unused, the search may use nearly all seeds."""
 
 
+def draw_search_seeds(definition: Definition) -> list[int]:
+    """Returns the seeds of the second and every further search; errors as in `draw_confirm_seeds`."""
+    return _draw_seeds(definition, "search", key="sweep.searches", count=definition.sweep_config.sweep.searches - 1)
+
+
 def draw_select_seeds(definition: Definition) -> list[int]:
     """Returns the seeds of the select stage; errors as in `draw_confirm_seeds`."""
     confirm = definition.sweep_config.confirm
     is_skipped = not confirm.seeds or confirm.candidates == 1
-    return _draw_seeds(
-        definition, "select", key="confirm.select_seeds", count=0 if is_skipped else confirm.select_seeds
-    )
+    count = 0 if is_skipped else confirm.select_seeds
+    used = draw_search_seeds(definition)
+    return _draw_seeds(definition, "select", key="confirm.select_seeds", count=count, used=used)
 
 
 def draw_confirm_seeds(definition: Definition) -> list[int]:
@@ -38,7 +43,8 @@ def draw_confirm_seeds(definition: Definition) -> list[int]:
         ConfigError: The search may use so many seeds that too few are left.
     """
     count = definition.sweep_config.confirm.seeds
-    return _draw_seeds(definition, "confirm", key="confirm.seeds", count=count, used=draw_select_seeds(definition))
+    used = [*draw_search_seeds(definition), *draw_select_seeds(definition)]
+    return _draw_seeds(definition, "confirm", key="confirm.seeds", count=count, used=used)
 
 
 def _draw_seeds(definition: Definition, stage: str, *, key: str, count: int, used: Collection[int] = ()) -> list[int]:
