@@ -12,6 +12,7 @@ from lorasweep.config.sweep import parse_margin
 from lorasweep.report.advice import Advice
 from lorasweep.report.evidence.verdicts import LEVEL, PairComparison
 from lorasweep.report.fairness import Fairness
+from lorasweep.report.search_spread import SearchSpread
 from lorasweep.report.sweep_data import MIN_SHARE_TRIALS, ArmData, SweepData, TrialData
 from lorasweep.wording import (
     format_count,
@@ -43,7 +44,7 @@ class ArmScore:
     """The trial with the arm's settings."""
 
 
-def describe_findings(data: SweepData, advice: Advice, fairness: Fairness) -> list[str]:
+def describe_findings(data: SweepData, advice: Advice, fairness: Fairness, spread: SearchSpread | None) -> list[str]:
     """Returns the sentences, the most important first."""
     is_confirmed = bool(data.evidence.arms)
     return [
@@ -53,6 +54,7 @@ def describe_findings(data: SweepData, advice: Advice, fairness: Fairness) -> li
         *_describe_unknown_shares(data),
         *_describe_effort(data),
         *fairness.sentences,
+        *([spread.sentence] if spread else []),
         *(_describe_limits(data) if is_confirmed else [ONE_SEED]),
         *data.record.warnings,
         *advice.next_searches,

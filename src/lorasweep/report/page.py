@@ -114,6 +114,7 @@ def _list_columns(data: SweepData) -> list[tuple[str, str]]:
     return [
         ("trial", "arm and number of the trial in its Optuna study"),
         ("state", "complete, running, or why it stopped"),
+        *([("search", "number of the arm's search")] if data.record.search_seeds else []),
         (wording.format_metric(data.record.metric), "best value on validation data"),
         *((wording.short_key(key), key) for key in data.swept_keys),
         ("trained", "trainable parameters"),
@@ -124,7 +125,10 @@ def _list_columns(data: SweepData) -> list[tuple[str, str]]:
 
 
 def _build_cells(trial: TrialData, data: SweepData) -> list[Cell]:
-    cells: list[Cell] = [(trial.state, trial.state), (wording.format_score(trial.value), trial.value)]
+    cells: list[Cell] = [(trial.state, trial.state)]
+    if data.record.search_seeds:
+        cells.append((str(trial.search), trial.search))
+    cells.append((wording.format_score(trial.value), trial.value))
     for key in data.swept_keys:
         text, number = wording.format_setting(trial.params.get(key, "")), trial.numeric_setting(key)
         is_swept = key in trial.params

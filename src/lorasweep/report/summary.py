@@ -11,6 +11,7 @@ from lorasweep.report.advice import Advice, advise
 from lorasweep.report.fairness import Fairness, judge_fairness
 from lorasweep.report.findings import describe_findings
 from lorasweep.report.recommend import Recommendation, recommend
+from lorasweep.report.search_spread import SearchSpread, measure_search_spread
 from lorasweep.report.sweep_data import STATES, ArmData, SweepData, finite_number, load_sweep_data
 from lorasweep.wording import (
     format_bytes,
@@ -50,6 +51,8 @@ class Summary:
     fairness: Fairness
     time: TimeBreakdown | None
     """None if the record does not hold the worker's times."""
+    spread: SearchSpread | None
+    """How much the scores vary from search to search; None without two finished searches."""
     sentences: tuple[str, ...]
     recommended: tuple[Recommendation, ...]
     """The settings to use; a second entry has those for LoRA if another method is recommended."""
@@ -79,6 +82,7 @@ class Summary:
             "evidence": {key: value for key, value in asdict(data.evidence).items() if key != "arms"},
             "advice": asdict(self.advice),
             "fairness": asdict(self.fairness),
+            "searches": asdict(self.spread) if self.spread else None,
             "time": asdict(self.time) if self.time else None,
         }
 
@@ -90,13 +94,14 @@ def summarize(folder: Path) -> Summary:
         RecordError: The folder is not a sweep, or its record is damaged.
     """
     data = load_sweep_data(folder)
-    advice, fairness = advise(data), judge_fairness(data)
+    advice, fairness, spread = advise(data), judge_fairness(data), measure_search_spread(data)
     return Summary(
         data=data,
         advice=advice,
         fairness=fairness,
         time=break_down_time(data.record),
-        sentences=tuple(describe_findings(data, advice, fairness)),
+        spread=spread,
+        sentences=tuple(describe_findings(data, advice, fairness, spread)),
         recommended=tuple(recommend(data)),
     )
 

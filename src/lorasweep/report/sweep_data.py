@@ -51,6 +51,8 @@ class TrialData:
     """One trial of the search, or one select or confirm run of a trial, with its run's record."""
 
     arm: str
+    search: int | None
+    """The search of the trial, from 1; None for a select or confirm run."""
     number: int
     """The trial's number in its arm; a select or confirm run has the number of its trial."""
     seed: int | None
@@ -308,6 +310,7 @@ def _join_trial(row: TrialRow | RerunRow, metric: str, folder: Path, problems: l
             problems.append(f"The run `{row.run}` can't be read: {error}")
     return TrialData(
         arm=row.arm,
+        search=None if isinstance(row, RerunRow) else row.search,
         number=number,
         seed=seed,
         state=row.state,
