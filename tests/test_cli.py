@@ -147,6 +147,45 @@ def test_bad_input_is_one_line_and_exit_code_2_and_changes_nothing(here, mini, c
     assert (here / "notes.txt").read_text() == "just words\n"
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "'mine.yaml' must be a YAML file of settings, but can't be read: No such file or directory."),
+        ("folder", "'mine.yaml' must be a YAML file of settings, but can't be read: Is a directory."),
+        (b"optim.lr: [1", "'mine.yaml' must be a YAML file of settings, but can't be read: while parsing"),
+        (b"\xff\xfe\x00", "'mine.yaml' must be a YAML file of settings, but can't be read: 'utf-8' codec"),
+        (b"- 1\n- 2", "'mine.yaml' must hold lines such as `optim.lr: 0.001`, but got [1, 2]."),
+        (b"1: 2", "'mine.yaml' must hold lines such as `optim.lr: 0.001`, but got {1: 2}."),
+        (b"optim.lrr: 1", "`optim.lrr` is not a setting. Did you mean `optim.lr`?"),
+        (b"optim.lr: fast", "`optim.lr` must be a number, but got 'fast'."),
+    ],
+)
+def test_a_bad_file_of_settings_is_one_line_and_exit_code_2(here, capsys, content, message):
+    if content == "folder":
+        (here / "mine.yaml").mkdir()
+    elif content is not None:
+        (here / "mine.yaml").write_bytes(content)
+    assert run(["train", "mine.yaml"]) == WRONG_REQUEST
+    output = capsys.readouterr()
+    assert output.err.startswith("lorasweep: ")
+    assert output.err.count("\n") == 1
+    assert message in output.err
+    assert not (here / "outputs").exists()
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        *("method.rank_pattern={down_proj:2}", "++method.rank_pattern={down_proj:2}"),
+        *("method.rank_pattern.down_proj=2", "+method.rank_pattern.down_proj=2"),
+    ],
+)
+def test_train_takes_a_mapping_by_layer_as_hydra_does(capsys, here, override):
+    assert run(["train", "--cfg", "job", override, "++method.rank=3"]) == DONE
+    method = yaml.safe_load(capsys.readouterr().out)["method"]
+    assert (method["rank"], method["rank_pattern"]) == (3, {"down_proj": 2})
+
+
 def test_several_folders_of_which_one_is_no_sweep_are_refused_before_any_report_is_written(here, mini, capsys):
     assert run(["sweep", mini]) == DONE
     before = {path: path.stat().st_mtime_ns for path in here.rglob("*")}

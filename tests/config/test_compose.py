@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import is_dataclass
+from typing import get_args, get_origin, get_type_hints
+
 import pytest
 from omegaconf import OmegaConf
 
 from lorasweep.config.build import as_settings
 from lorasweep.config.command_line import allow_new_arguments, check_train_arguments, parse_overrides
+from lorasweep.config.components import Component
 from lorasweep.config.compose import (
     LIST_GROUPS,
+    MAPPINGS,
     compose_run,
     compose_sweep,
     compose_values,
@@ -19,6 +25,8 @@ from lorasweep.config.compose import (
     layer_settings,
     packaged_folder,
 )
+from lorasweep.config.run import RunConfig
+from lorasweep.config.sweep import SweepConfig
 from lorasweep.config.trust import TARGET
 from lorasweep.errors import ConfigError
 
@@ -62,6 +70,32 @@ def test_arguments_of_a_class_may_be_new_keys_to_hydra():
     assert allow_new_arguments(words) == [
         *("--cfg", "job", "optim=sgd", "++optim.nesterov=true", "++logger.csv.name=a", "method.rank=4", "-m")
     ]
+
+
+def test_an_entry_of_a_mapping_is_set_by_its_dotted_key():
+    config = compose_run({"method.rank_pattern.q_proj": 4, "method.rank_pattern.mlp.up_proj": 2})
+    assert config.method.rank_pattern == {"q_proj": 4, "mlp.up_proj": 2}
+    with pytest.raises(ConfigError, match=r"`method.rank_pattern.q_proj >= 1` must hold"):
+        compose_run({"method.rank_pattern.q_proj": 0})
+    with pytest.raises(ConfigError, match=r"`method.rank_pattern` is not a setting"):
+        compose_run({"method": "full", "method.rank_pattern.q_proj": 4})
+
+
+def test_a_later_mapping_replaces_entries_of_an_earlier_layer():
+    layers = {"method.rank_pattern.q_proj": 4}, {"method.rank_pattern": {"k_proj": 2}}, {"method.rank_pattern.o": 1}
+    assert compose_run(layer_settings("train", *layers)).method.rank_pattern == {"k_proj": 2, "o": 1}
+
+
+def test_every_mapping_with_free_keys_is_known():
+    kinds = [RunConfig, SweepConfig]
+    found = set()
+    for kind in kinds:  # grows
+        for name, hint in get_type_hints(kind).items():
+            parts = [hint, *get_args(hint)]
+            kinds += [part for part in parts if is_dataclass(part) and part not in kinds]
+            found |= {(kind, name)} if any(get_origin(part) is Mapping for part in parts) else set()
+    names = {name for kind, name in found if kind is not Component and name not in (*LIST_GROUPS, "arguments")}
+    assert names == {mapping.rpartition(".")[2] for mapping in MAPPINGS}
 
 
 def test_lists_and_mappings_are_set_whole():
@@ -207,6 +241,8 @@ def test_a_users_file_with_a_key_too_many_is_refused(tmp_path, monkeypatch):
         ("method.rank=range(2,9,2)", "method.rank", {"low": 2, "high": 8, "step": 2}),
         ("method.rank=range(1,4)", "method.rank", {"low": 1, "high": 3, "step": 1}),
         ("arms.lora.optim.lr=1", "arms.lora.optim.lr", 1),
+        ("++method.rank=4", "method.rank", 4),
+        ("+method.rank_pattern.q_proj=4", "method.rank_pattern.q_proj", 4),
     ],
 )
 def test_hydras_words_become_values_and_ranges(override, key, value):
@@ -220,7 +256,7 @@ def test_hydras_words_become_values_and_ranges(override, key, value):
         ("=4", "an override must read `key=value`, but got"),
         ("method.rank=[1", "an override must read `key=value`, but got"),
         ("+method.rank=4", r"an override must read `key=value`, but got '\+method.rank=4'."),
-        ("++method.rank=4", r"but got '\+\+method.rank=4'."),
+        ("++method=full", r"but got '\+\+method=full'."),
         ("~method", r"an override must read `key=value`, but got '~method'."),
         ("method.rank=range(4,4)", "`method.rank` .* not empty"),
         ("method=glob(*)", r"`method` must be a value, a list or a range, but got 'method=glob\(\*\)'."),

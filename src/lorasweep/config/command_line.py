@@ -18,6 +18,7 @@ from yaml import YAMLError
 from lorasweep.config.compose import (
     COMPONENTS,
     LIST_GROUPS,
+    MAPPINGS,
     compose_run,
     default_options,
     group_options,
@@ -46,9 +47,10 @@ def read_settings_file(path: Path) -> dict[str, Any]:
     """
     try:
         settings: Any = OmegaConf.to_container(OmegaConf.load(path))
-    except (OSError, YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError(f"{str(path)!r} must be a YAML file of settings, but got: {first_line(error)}.") from error
-    if not isinstance(settings, dict):
+    except (OSError, UnicodeDecodeError, YAMLError, OmegaConfBaseException) as error:
+        reason = (error.strerror if isinstance(error, OSError) else None) or " ".join(str(error).split())
+        raise ConfigError(f"{str(path)!r} must be a YAML file of settings, but can't be read: {reason}.") from error
+    if not isinstance(settings, dict) or not all(isinstance(key, str) for key in settings):
         raise ConfigError(f"{str(path)!r} must hold lines such as `optim.lr: 0.001`, but got {settings!r}.")
     refuse_resolvers(settings)
     return settings
@@ -86,8 +88,8 @@ def check_train_arguments(arguments: Sequence[str], file_settings: Mapping[str, 
 
 
 def allow_new_arguments(arguments: Sequence[str]) -> list[str]:
-    """Returns the overrides with `++` before each argument of a component, so that Hydra accepts new keys."""
-    return [f"++{argument}" if _is_component_key(argument) else argument for argument in arguments]
+    """Returns the overrides with `++` before each key that Hydra's own settings may lack, so that Hydra accepts it."""
+    return [f"++{argument}" if _may_be_new(argument.partition("=")[0]) else argument for argument in arguments]
 
 
 def complete_override(prefix: str) -> list[str]:
@@ -103,8 +105,9 @@ def complete_override(prefix: str) -> list[str]:
         return [f"{key}={option}" for option in group_options(key) if f"{key}={option}".startswith(prefix)]
 
 
-def _is_component_key(key: str) -> bool:
-    return key.startswith(tuple(f"{group}." for group in (*COMPONENTS, *LIST_GROUPS)))
+def _may_be_new(key: str) -> bool:
+    """Returns whether a key is an argument of a component, or a mapping or an entry of one."""
+    return key in MAPPINGS or key.startswith(tuple(f"{name}." for name in (*COMPONENTS, *LIST_GROUPS, *MAPPINGS)))
 
 
 def _parse(overrides: Sequence[str]) -> list[Override]:
@@ -116,8 +119,10 @@ def _parse(overrides: Sequence[str]) -> list[Override]:
 
 def _read_override(override: Override) -> tuple[str, Any]:
     key, value = str(override.key_or_group), override._value
-    adds = override.is_add() or override.is_force_add()
-    if not key or override.is_delete() or (adds and not _is_component_key(key)):
+    is_group = key in {*default_options("train"), *default_options("sweep")}
+    # Hydra refuses these too: `+` before a key that exists, `++` before a group
+    is_refused = (override.is_add() and not _may_be_new(key)) or (override.is_force_add() and is_group)
+    if not key or override.is_delete() or is_refused:
         raise ConfigError(
             f"an override must read `key=value`, but got {override.input_line!r}. Leave out any `+` or `~`."
         )

@@ -39,6 +39,8 @@ COMPONENTS: Mapping[str, frozenset[str]] = {
     **dict.fromkeys(("schedule", "sampler", "pruner", "trainer.profiler", "trainer.strategy"), frozenset[str]()),
 }
 """Settings that may name a class by `_target_`, each with the keys that lorasweep reads and the class does not get."""
+MAPPINGS = ("method.rank_pattern", "method.alpha_pattern", "worker.extra")
+"""Settings that are mappings with the user's own keys, such as names of layers."""
 LIST_GROUPS = ("logger", "callbacks")
 """Groups that hold several named components. Several options may be chosen: `logger=[tensorboard,csv]`."""
 
@@ -112,8 +114,11 @@ def compose_values(primary: Primary, settings: Mapping[str, Any], *, require_all
         known |= {*default_options(primary), *filter(is_component_target, settings)}
         for key, value in settings.items():
             if key not in groups:
-                _check_key(key, known, primary=primary)
-                OmegaConf.update(composed, key, value, merge=False, force_add=True)
+                mapping = find_mapping(key)
+                _check_key(mapping or key, known, primary=primary)
+                if mapping:  # the rest of the key is one name, such as `mlp.up_proj`
+                    value = {**OmegaConf.select(composed, mapping), key.removeprefix(f"{mapping}."): value}
+                OmegaConf.update(composed, mapping or key, value, merge=False, force_add=True)
         values = _as_dict(composed, resolve=True, throw_on_missing=require_all)
     except MissingMandatoryValue as error:
         raise ConfigError(f"`{error.full_key}` must be set, but is missing.") from error
@@ -127,6 +132,11 @@ def is_component_target(key: str) -> bool:
     """Returns whether a key is the `_target_` of a component that is not nested in another component."""
     outer, _, last = key.rpartition(".")
     return last == TARGET and (outer in COMPONENTS or (outer.count(".") == 1 and outer.split(".")[0] in LIST_GROUPS))
+
+
+def find_mapping(key: str) -> str | None:
+    """Returns the mapping that a dotted key has an entry of: `method.rank_pattern` for `method.rank_pattern.q_proj`."""
+    return next((mapping for mapping in MAPPINGS if key.startswith(f"{mapping}.")), None)
 
 
 def _drop_replaced_arguments(composed: DictConfig, settings: Mapping[str, Any]) -> None:
@@ -175,6 +185,8 @@ def layer_settings(primary: Primary, *layers: Mapping[str, Any]) -> dict[str, An
                 # Another class keeps the keys that lorasweep itself reads; another option brings its own.
                 kept = () if is_other_option else {f"{group}.{name}" for name in COMPONENTS.get(group, ())}
                 layered = {k: v for k, v in layered.items() if not k.startswith(f"{group}.") or k in kept}
+        # A whole mapping replaces the entries that earlier layers set in it.
+        layered = {key: value for key, value in layered.items() if find_mapping(key) not in layer}
         layered |= layer
     return layered
 

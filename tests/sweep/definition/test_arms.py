@@ -339,3 +339,18 @@ def test_paths_of_files_are_kept_absolute_so_that_a_sweep_goes_on_from_anywhere(
     assert definition.raw["overrides"]["data.validation"] == str(tmp_path / "*.txt")
     assert definition.raw["overrides"]["arms.lora.data.test"] == str(tmp_path / "b.txt")
     assert read(content, "data.train=train").raw["overrides"]["data.train"] == "train"  # may be a split of the hub
+
+
+@pytest.mark.parametrize(
+    "override", ["method.rank_pattern={down_proj:2}", "++arms.lora.method.rank_pattern.down_proj=2"]
+)
+def test_a_mapping_by_layer_is_a_value_and_no_range(read, content, override):
+    lora = arms_of(read(content, override))["lora"]
+    assert lora.corners[0].method.rank_pattern == {"down_proj": 2}
+    assert not any(key.startswith("method.rank_pattern") for key in lora.space)
+
+
+def test_an_entry_of_a_mapping_by_layer_can_be_swept(read, content):
+    lora = arms_of(read(content, "method.rank_pattern.down_proj=2,4"))["lora"]
+    assert [corner.method.rank_pattern["down_proj"] for corner in lora.corners[:1]] == [2]
+    assert {corner.method.rank_pattern["down_proj"] for corner in lora.corners} == {2, 4}

@@ -14,7 +14,7 @@ from typing import Any, get_args
 
 from lorasweep.config.build import as_settings
 from lorasweep.config.command_line import parse_overrides
-from lorasweep.config.compose import LIST_GROUPS, compose_sweep, known_keys, layer_settings
+from lorasweep.config.compose import LIST_GROUPS, MAPPINGS, compose_sweep, find_mapping, known_keys, layer_settings
 from lorasweep.config.run import RunConfig
 from lorasweep.config.sweep import SweepConfig
 from lorasweep.errors import ConfigError
@@ -249,7 +249,7 @@ def _layer_run(
         if key not in {*for_expansion, *for_arm}
         and not (_is_range(key, value) and not arm.config.space)
         # an override without an arm's name does not apply to arms whose method does not have the setting
-        and not (key.startswith("method.") and (ALPHA if key == MULTIPLIER else key) not in known)
+        and not (key.startswith("method.") and (ALPHA if key == MULTIPLIER else find_mapping(key) or key) not in known)
     }
     used_keys |= set(for_all)
     refuse_expanded_keys(arm, for_all)
@@ -268,8 +268,10 @@ def _layer_run(
 
 
 def _is_range(key: str, value: Any) -> bool:
-    """Returns whether an override searches its key. A list of loggers or callbacks is a value, not a choice."""
-    return isinstance(value, Mapping | list) and key not in LIST_GROUPS
+    """Returns whether an override searches its key. A list of loggers is a value, and so is a mapping by layer."""
+    if isinstance(value, Mapping):
+        return key not in MAPPINGS
+    return isinstance(value, list) and key not in LIST_GROUPS
 
 
 def _parse_space(settings: Mapping[str, Any], ranges: Mapping[str, Any]) -> Space:
