@@ -6,11 +6,13 @@ from collections import Counter
 
 import optuna
 import pytest
+from tests.sweep.controller.conftest import LAST, Simulation
 
 from lorasweep.errors import ConfigError, RecordError
 from lorasweep.record import list_candidates, read_sweep
 from lorasweep.results import load_sweep
 from lorasweep.sweep.controller.lifecycle import reopen_sweep
+from lorasweep.sweep.controller.stages import list_trial_rows
 
 HALVING = {"pruner": "halving", "pruner.rungs": [0.5], "pruner.min_survivors": 1, "sampler": "qmc"}
 
@@ -170,3 +172,20 @@ def test_a_swept_seed_stays_swept_in_every_search(begin, work, runs, three_arms)
             assert seed == row.params["seed"]
         found = (seeds.init, seeds.data_order, seeds.dropout)
         assert found == ((1, 2, 3) if row.search == 1 else (seed, seed, seed))
+
+
+def test_a_result_of_an_earlier_search_that_is_told_twice_ends_no_trial_of_the_next(begin, open_controller, content):
+    content["arms"]["lora"]["trials"] = 1
+    controller = open_controller(begin(content, "sweep.searches=2"))
+    simulation = Simulation(controller)
+    first = controller.take(worker="w", request=1)
+    record = simulation.record(first, LAST, "complete")
+    controller.tell(first, record)
+    second = controller.take(worker="w", request=2)
+    assert (first.number, first.stage, second.number, second.stage) == (0, "search", 0, "search-2")
+    controller.tell(first, record)  # the worker repeats a call whose answer was lost
+    assert [row.state for row in list_trial_rows(controller.searches, "lora")] == ["complete", "running"]
+    controller.tell(second, simulation.record(second, LAST, "complete"))
+    assert controller.take(worker="w", request=3) is None
+    assert controller.is_over()
+    controller.sweep.close()
