@@ -23,6 +23,8 @@ from lorasweep.record import (
     read_sweep,
     write_record,
 )
+from lorasweep.report.figures import image
+from lorasweep.report.figures.image import draw_png
 
 BASE_SCORE = 2.031
 FULL_PARAMS = 1_280_000
@@ -314,6 +316,18 @@ def edit_json(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
     content = json.loads(path.read_text())
     change(content)
     path.write_text(json.dumps(content))
+
+
+@pytest.fixture(autouse=True)
+def without_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leaves out the images of TensorBoard, because they take as long as the rest of a report."""
+    monkeypatch.setattr(image, "draw_png", lambda figure, title: None)
+
+
+@pytest.fixture
+def with_images(without_images: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draws the images in this test."""
+    monkeypatch.setattr(image, "draw_png", draw_png)
 
 
 @pytest.fixture(scope="session")

@@ -1,18 +1,33 @@
-"""What TensorBoard reads: rows of the HParams tab and a sweep's best curves."""
+"""What TensorBoard reads: rows of the HParams tab, the best curves of a sweep's arms, figures and verdicts."""
 
 from __future__ import annotations
 
+import io
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
+from tensorboard.plugins.custom_scalar import metadata as layout_metadata
 from tensorboard.plugins.hparams import metadata
 
 from lorasweep.record import read_run
 from lorasweep.report import write_report
 from lorasweep.report.board import BOARD_FOLDER, HPARAMS_FOLDER, write_run_hparams
 from lorasweep.report.findings import describe_pair
+
+from .conftest import edit_json
+
+
+@pytest.fixture
+def board(confirmed: Path) -> Path:
+    """The TensorBoard folder of a confirmed sweep's report."""
+    write_report(confirmed)
+    return confirmed / "report" / BOARD_FOLDER
 
 
 def load(folder: Path) -> EventAccumulator:
@@ -21,13 +36,13 @@ def load(folder: Path) -> EventAccumulator:
     return events
 
 
-def row_of(run: Path) -> tuple[dict[str, object], dict[str, float]]:
-    """Returns the settings and metrics of a run's HParams row."""
-    events = load(run / HPARAMS_FOLDER)
+def row_of(folder: Path) -> tuple[str, dict[str, object], dict[str, float]]:
+    """Returns the name, the settings and the metrics of a row in HParams."""
+    events = load(folder)
     content = events.summary_metadata[metadata.SESSION_START_INFO_TAG].plugin_data.content
-    hparams = metadata.parse_session_start_info_plugin_data(content).hparams
-    settings = {key: getattr(value, str(value.WhichOneof("kind"))) for key, value in hparams.items()}
-    return settings, {tag: events.Scalars(tag)[-1].value for tag in events.Tags()["scalars"]}
+    start = metadata.parse_session_start_info_plugin_data(content)
+    settings = {key: getattr(value, str(value.WhichOneof("kind"))) for key, value in start.hparams.items()}
+    return start.group_name, settings, {tag: events.Scalars(tag)[-1].value for tag in events.Tags()["scalars"]}
 
 
 def test_row_has_numbers_as_numbers_and_the_rest_as_text(sweep: Path) -> None:
@@ -37,15 +52,10 @@ def test_row_has_numbers_as_numbers_and_the_rest_as_text(sweep: Path) -> None:
         swept = {"method.rank": rank, "method.targets": ["q_proj", "v_proj"], "flag": True, "seed": None}
         write_run_hparams(record, run, swept)
     assert len(list((run / HPARAMS_FOLDER).iterdir())) == 1
-    settings, metrics = row_of(run)
+    name, settings, metrics = row_of(run / HPARAMS_FOLDER)
     targets = "['q_proj', 'v_proj']"
-    assert settings == {
-        "arm": "full",
-        "status": "complete",
-        "method.rank": 8.0,
-        "method.targets": targets,
-        "flag": "True",
-    }
+    assert name == "runs/full-0000"
+    assert settings == {"status": "complete", "method.rank": 8.0, "method.targets": targets, "flag": "True"}
     assert metrics.keys() == {"best/bits_per_byte", "trainable_params", "peak_memory_bytes", "wall_s"}
     assert metrics["trainable_params"] == record.trainable_params
 
@@ -54,25 +64,75 @@ def test_run_without_a_score_has_no_row(sweep: Path) -> None:
     run = sweep / "runs/lora-0004"
     write_run_hparams(read_run(run), run, {})
     assert not (run / HPARAMS_FOLDER).exists()
-
-
-def test_best_curve_of_each_arm_has_a_folder_and_the_same_tag(sweep: Path) -> None:
     write_report(sweep)
-    board = sweep / "report" / BOARD_FOLDER
-    assert sorted(folder.name for folder in board.iterdir()) == ["frozen", "full", "lora"]
-    points = load(board / "lora").Scalars("best/bits_per_byte")
-    assert [point.step for point in points] == [0, 25, 50, 75, 100, 125, 150]
+    assert not (sweep / "report" / BOARD_FOLDER / "trials" / run.name).exists()
+
+
+def test_rows_by_name_are_complete_trials_from_best_to_worst_and_then_the_others(board: Path) -> None:
+    rows = [row_of(folder) for folder in (board / "trials").iterdir()]
+    rows.sort(key=lambda row: row[0])  # TensorBoard's order
+    statuses = [settings["status"] for _, settings, _ in rows]
+    num_complete = statuses.count("complete")
+    assert statuses == ["complete"] * num_complete + ["pruned"] * (len(rows) - num_complete)
+    scores = [metrics["best/bits_per_byte"] for _, _, metrics in rows[:num_complete]]
+    assert scores == sorted(scores)
+    assert re.fullmatch(r"01 (full|lora)-\d{4} of quickstart", rows[0][0])
+    # Arms' winners have a score on test data.
+    assert sorted(str(row[1]["arm"]) for row in rows if "test/bits_per_byte" in row[2]) == ["frozen", "full", "lora"]
+
+
+def test_row_of_a_paused_trial_becomes_pruned_with_the_next_report(sweep: Path) -> None:
+    def set_state(state: str) -> None:
+        edit_json(sweep / "sweep.json", lambda raw: raw["trials"][3].update(state=state))
+        write_report(sweep)
+
+    set_state("paused")
+    row = sweep / "report" / BOARD_FOLDER / "trials/lora-0002"
+    assert row_of(row)[1]["status"] == "paused"
+    set_state("pruned")
+    assert row_of(row)[1]["status"] == "pruned"
+
+
+def test_custom_scalars_have_one_chart_with_the_best_curve_of_each_arm(board: Path) -> None:
+    (layout_tensor,) = load(board / "arms").Tensors(layout_metadata.CONFIG_SUMMARY_TAG)
+    (content,) = layout_tensor.tensor_proto.string_val
+    (category,) = layout_pb2.Layout.FromString(content).category
+    (chart,) = category.chart
+    (pattern,) = chart.multiline.tag
+    matches = {
+        str(path.parent.relative_to(board)): tags
+        for path in board.rglob("events.*")
+        if (tags := [tag for tag in load(path.parent).Tags()["scalars"] if re.match(pattern, tag)])
+    }
+    # TensorBoard colours by run, so each arm has its own.
+    assert sorted(matches) == ["arms/frozen", "arms/full", "arms/lora"]
+    (tag,) = matches["arms/lora"]
+    assert [point.step for point in load(board / "arms/lora").Scalars(tag)] == [0, 25, 50, 75, 100, 125, 150]
+    frozen = load(board / "arms/frozen").Scalars(tag)
+    assert [point.step for point in frozen] == [0, 150]
+    assert frozen[0].value == frozen[1].value
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("with_images")
+def test_figures_are_images_except_parallel_coordinates(board: Path) -> None:
+    events = load(board / "arms")
+    tags = events.Tags()["images"]
+    assert {"figures/Learning curves", "figures/Rank × α", "figures/Confirmed on test data 1"} <= {*tags}
+    assert not any("Settings together" in tag for tag in tags)
+    for tag in tags:
+        assert Image.open(io.BytesIO(events.Images(tag)[0].encoded_image_string)).format == "PNG"
 
 
 def test_verdicts_of_a_confirmed_sweep_are_a_text(confirmed: Path) -> None:
     pairs = write_report(confirmed).data.evidence.pairs
-    (tensor,) = load(confirmed / "report" / BOARD_FOLDER).Tensors("verdicts")
+    (tensor,) = load(confirmed / "report" / BOARD_FOLDER / "arms").Tensors("verdicts")
     (text,) = tensor.tensor_proto.string_val
     assert all(describe_pair(pair, groups="documents") in text.decode() for pair in pairs)
 
 
-def test_report_loads_neither_torch_nor_optuna() -> None:
-    unwanted = {"torch", "lightning", "optuna", "tensorflow", "transformers"}
+def test_report_loads_neither_torch_nor_optuna_and_matplotlib_only_to_write() -> None:
+    unwanted = {"torch", "lightning", "optuna", "tensorflow", "transformers", "matplotlib"}
     code = f"import sys, lorasweep.report; print(*({unwanted} & {{*sys.modules}}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""

@@ -320,7 +320,6 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> MadeUpRuns:
     made_up = MadeUpRuns()
     monkeypatch.setattr(worker_file, "train_run", made_up)
     monkeypatch.setattr(worker_file, "score_run", made_up.score_run)
-    monkeypatch.setattr(worker_file, "write_run_hparams", lambda record, folder, swept: None)
     return made_up
 
 

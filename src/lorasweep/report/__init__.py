@@ -1,4 +1,4 @@
-"""The report of a sweep, made from records alone: terminal table, CSV, JSON, one HTML page and TensorBoard's curves.
+"""The report of a sweep, made from records alone: terminal table, CSV, JSON, one HTML page and TensorBoard's files.
 
 `write_report` writes the files, and `render_terminal` shows one sweep or several side by side. Nothing here imports
 torch.

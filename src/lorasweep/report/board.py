@@ -1,4 +1,4 @@
-"""TensorBoard: an HParams row per run, and per sweep one chart with the best curve of each arm.
+"""TensorBoard: a row in HParams for each trial, one chart with the best curve of each arm, figures and verdicts.
 
 This needs TensorBoard alone, neither TensorFlow nor torch.
 """
@@ -6,6 +6,7 @@ This needs TensorBoard alone, neither TensorFlow nor torch.
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,6 +14,8 @@ from typing import Any
 
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary as EventSummary
+from tensorboard.plugins.custom_scalar import layout_pb2
+from tensorboard.plugins.custom_scalar import metadata as layout_metadata
 from tensorboard.plugins.hparams import api_pb2, plugin_data_pb2
 from tensorboard.plugins.hparams import metadata as hparams_metadata
 from tensorboard.plugins.hparams.summary_v2 import hparams_pb
@@ -23,78 +26,148 @@ from tensorboard.util.tensor_util import make_tensor_proto
 from lorasweep.config.ranges import is_number
 from lorasweep.record import RunRecord
 from lorasweep.redaction import redact
+from lorasweep.report.figures.panel import Panel
 from lorasweep.report.findings import describe_pair
 from lorasweep.report.sweep_data import SweepData
+from lorasweep.wording import format_metric
 
 HPARAMS_FOLDER = "hparams"
 """The row has a separate folder in the run's, so that TensorBoard's table has the row's metrics and no curves."""
 BOARD_FOLDER = "tensorboard"
-"""The folder in a sweep's `report/` with the best curves; it has a folder per arm."""
+"""The folder in a sweep's `report/`. Its `arms/` has the figures, the verdicts and a folder per arm, its `trials/` a
+folder per trial. TensorBoard selects no run if there are more than 40, so that `arms/` must be useful alone."""
 SUFFIX = ".lorasweep"
 """The end of the names of event files written here, by which a later call finds and replaces them."""
+ARM_TAG = "best trial of each arm"
+"""The group of the arms' curves. No run has a tag of it, so that its chart has one line per arm."""
+
+COSTS = ("trainable_params", "peak_memory_bytes", "wall_s")
+"""The fields of a run's record that a row has."""
 
 StepSummary = tuple[int, EventSummary]
 """A step and what TensorBoard shows at it."""
 
 
 def write_run_hparams(record: RunRecord, folder: Path, swept: Mapping[str, Any]) -> None:
-    """Writes a run's row in TensorBoard's HParams tab, in place of an earlier one; a run without a score gets no row.
+    """Writes a single run's row in TensorBoard's HParams tab; a run without a score gets no row.
 
     Args:
         record: The run's record.
         folder: The run's folder, which names the row.
         swept: The keys (dotted) and values that distinguish the run from others.
     """
-    if record.score is None:
-        return
-    metrics: dict[str, float] = {f"best/{record.metric}": record.score}
-    if record.metric in record.test:
-        metrics[f"test/{record.metric}"] = record.test[record.metric]
-    metrics |= {name: getattr(record, name) for name in ("trainable_params", "peak_memory_bytes", "wall_s")}
+    if record.score is not None:
+        name = "/".join(folder.absolute().parts[-2:])
+        settings = {"status": record.status, **swept}
+        _write_row(folder / HPARAMS_FOLDER, name, record, settings, {f"best/{record.metric}": record.score})
+
+
+def write_board(data: SweepData, panels: Sequence[Panel], folder: Path) -> None:
+    """Writes what TensorBoard shows of a sweep, in place of an earlier report's.
+
+    HParams has a row per trial, Custom Scalars the best validation curve of each arm in one chart, Images the figures,
+    and Text the verdicts.
+    """
+    from lorasweep.report.figures.image import draw_png  # noqa: PLC0415 (matplotlib takes half a second to import)
+
+    images = [
+        _image(f"figures/{panel.title}{f' {number}' if len(panel.figures) > 1 else ''}", png)
+        for panel in panels
+        for number, figure in enumerate(panel.figures, start=1)
+        if (png := draw_png(figure, title=panel.title))
+    ]
+    verdicts = "\n".join(f"- {describe_pair(pair, groups=data.example_groups)}." for pair in data.evidence.pairs)
+    texts = [_text("verdicts", verdicts)] if verdicts else []
+    _write_events(folder / "arms", [(0, one) for one in (_layout(data.record.metric), *images, *texts)])
+    _write_arms(data, folder / "arms")
+    _write_trials(data, folder / "trials")
+
+
+def _write_arms(data: SweepData, folder: Path) -> None:
+    """Writes the best validation curve of each arm, which is a run of TensorBoard, so that each has its own colour."""
+    last_step = max((step for trial in data.trials for step, _ in trial.curve), default=0)
+    for arm in data.arms:
+        curve = arm.best.curve if arm.best else ()
+        if len(curve) == 1:  # the frozen base: one evaluation, drawn as a line across the chart
+            curve = (*curve, (last_step, curve[0][1]))
+        if curve:
+            tag = f"{ARM_TAG}/{data.record.metric}"
+            _write_events(folder / arm.name, [(step, _scalar(tag, value)) for step, value in curve])
+
+
+def _write_trials(data: SweepData, folder: Path) -> None:
+    """Writes the row of each trial that has a score.
+
+    TensorBoard sorts rows by name. A name starts with the trial's place among complete trials, so the best is on top.
+    Other trials have no place and come last.
+    """
+    metric, sweep = data.record.metric, data.folder.absolute().name
+    ranked = sorted((t for t in data.trials if t.is_complete), key=lambda t: data.sign * (t.value or 0.0))
+    places = {trial.run: f"{place:0{len(str(len(ranked)))}}" for place, trial in enumerate(ranked, start=1)}
+    for arm in data.arms:
+        confirmed = data.evidence.arm(arm.name)
+        for trial in arm.trials:
+            if trial.record is None or trial.value is None:
+                continue
+            run = Path(trial.run).name
+            settings = {"arm": arm.name, "status": trial.state, **trial.params}
+            scores = {
+                f"best/{metric}": trial.value,
+                f"select/{metric}": arm.candidates.get(trial.number),
+                f"test/{metric}": confirmed.mean if confirmed and trial is arm.best else None,
+            }
+            name = f"{places.get(trial.run, '–')} {run} of {sweep}"
+            _write_row(folder / run, name, trial.record, settings, scores)
+
+
+def _write_row(
+    folder: Path, name: str, record: RunRecord, settings: Mapping[str, Any], scores: Mapping[str, float | None]
+) -> None:
     # A number stays a number and everything else becomes text, so that a column keeps its type over runs. A None would
     # turn TensorBoard's whole column into text.
-    settings = {
+    columns = {
         key: float(value) if is_number(value) else str(redact(str(value)))
-        for key, value in {
-            "arm": record.arm or record.config["method"]["name"],
-            "status": record.status,
-            **swept,
-        }.items()
+        for key, value in settings.items()
         if value is not None
     }
-    session = hparams_pb(settings, trial_id="/".join(folder.absolute().parts[-2:]))
+    metrics = {**scores, **{cost: getattr(record, cost) for cost in COSTS}}
     end = plugin_data_pb2.SessionEndInfo(status=api_pb2.STATUS_SUCCESS, end_time_secs=time.time())
-    ended = EventSummary()
-    ended.value.add(
-        tag=hparams_metadata.SESSION_END_INFO_TAG,
+    ended = _summary(
+        hparams_metadata.SESSION_END_INFO_TAG,
         metadata=hparams_metadata.create_summary_metadata(plugin_data_pb2.HParamsPluginData(session_end_info=end)),
         tensor=hparams_metadata.NULL_TENSOR,
     )
-    values = [_scalar(name, value) for name, value in metrics.items() if math.isfinite(value)]
-    _write_events(folder / HPARAMS_FOLDER, [(0, one) for one in (session, *values, ended)])
+    values = [_scalar(key, value) for key, value in metrics.items() if value is not None and math.isfinite(value)]
+    _write_events(folder, [(0, one) for one in (hparams_pb(columns, trial_id=name), *values, ended)])
 
 
-def write_board(data: SweepData, folder: Path) -> None:
-    """Writes the best validation curve of each arm, and the verdicts as a text.
-
-    TensorBoard draws the curves in one chart, because they share a tag.
-    """
-    for arm in data.arms:
-        if arm.best:
-            curve = [(step, _scalar(f"best/{data.record.metric}", value)) for step, value in arm.best.curve]
-            _write_events(folder / arm.name, curve)
-    if data.evidence.pairs:
-        verdicts = "\n".join(f"- {describe_pair(pair, groups=data.example_groups)}." for pair in data.evidence.pairs)
-        _write_events(folder, [(0, _text("verdicts", verdicts))])
+def _layout(metric: str) -> EventSummary:
+    """Returns the layout of Custom Scalars: a chart that shows the arms' curves."""
+    lines = layout_pb2.MultilineChartContent(tag=[f"^{re.escape(f'{ARM_TAG}/{metric}')}$"])
+    chart = layout_pb2.Chart(title=f"{format_metric(metric)} on validation data", multiline=lines)
+    layout = layout_pb2.Layout(category=[layout_pb2.Category(title=ARM_TAG, chart=[chart])])
+    return _summary(
+        layout_metadata.CONFIG_SUMMARY_TAG,
+        metadata=layout_metadata.create_summary_metadata(),
+        tensor=make_tensor_proto(layout.SerializeToString()),
+    )
 
 
 def _text(tag: str, markdown: str) -> EventSummary:
     metadata = text_metadata.create_summary_metadata(display_name=tag, description="")
-    return EventSummary(value=[EventSummary.Value(tag=tag, metadata=metadata, tensor=make_tensor_proto([markdown]))])
+    return _summary(tag, metadata=metadata, tensor=make_tensor_proto([markdown]))
+
+
+def _image(tag: str, png: bytes) -> EventSummary:
+    return _summary(tag, image=EventSummary.Image(encoded_image_string=png))
 
 
 def _scalar(tag: str, value: float) -> EventSummary:
-    return EventSummary(value=[EventSummary.Value(tag=tag, simple_value=value)])
+    return _summary(tag, simple_value=value)
+
+
+def _summary(tag: str, **value: Any) -> EventSummary:
+    return EventSummary(value=[EventSummary.Value(tag=tag, **value)])
 
 
 def _write_events(folder: Path, summaries: Sequence[StepSummary]) -> None:

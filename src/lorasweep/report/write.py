@@ -1,4 +1,4 @@
-"""Writes a sweep's report into `report/` in its folder: CSV, JSON, the HTML page and TensorBoard's curves."""
+"""Writes a sweep's report into `report/` in its folder: CSV, JSON, the HTML page and TensorBoard's files."""
 
 from __future__ import annotations
 
@@ -42,6 +42,7 @@ def write_report(folder: Path) -> Summary:
     """
     summary = summarize(folder)
     data = summary.data
+    panels = [draw(data) for draw in PANELS]
     files = {
         "trials.csv": _trials_csv(data),
         "curves.csv": csv_text(
@@ -49,7 +50,7 @@ def write_report(folder: Path) -> Summary:
             ([trial.arm, trial.number, *point] for trial in data.trials for point in trial.curve),
         ),
         "summary.json": json.dumps(summary.as_json(), indent=1) + "\n",
-        "index.html": render_page(summary, [draw(data) for draw in PANELS]),
+        "index.html": render_page(summary, panels),
     }
     if data.confirm_runs:
         files["confirmed.csv"] = csv_text(
@@ -75,7 +76,7 @@ def write_report(folder: Path) -> Summary:
     for name, content in files.items():
         write_atomically(folder / REPORT_FOLDER / name, content)
     _write_recommended(summary, folder / REPORT_FOLDER / RECOMMENDED_FOLDER)
-    write_board(data, folder / REPORT_FOLDER / BOARD_FOLDER)
+    write_board(data, panels, folder / REPORT_FOLDER / BOARD_FOLDER)
     return summary
 
 

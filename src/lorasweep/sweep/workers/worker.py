@@ -15,7 +15,6 @@ from typing import Any, TypeAlias
 
 from lorasweep.errors import OutOfMemory, RecordError, WorkerError
 from lorasweep.record import RunRecord, read_run
-from lorasweep.report.board import write_run_hparams
 from lorasweep.sweep.controller.controller import Assignment, Controller
 from lorasweep.sweep.controller.folder import PACK_FILE, check_writable
 from lorasweep.sweep.definition.arms import Arm, Definition
@@ -123,17 +122,8 @@ class Worker:
             if isinstance(outcome, Exception):
                 self.controller.tell_failure(assignment, outcome)
             else:
-                # Written first: if the process is killed before `tell`, both are repeated.
-                self._write_hparams(assignment, outcome)
                 self.controller.tell(assignment, outcome)
         self._note_usage()
-
-    def _write_hparams(self, assignment: Assignment, record: RunRecord) -> None:
-        try:
-            write_run_hparams(record, assignment.run_folder.path, assignment.params)
-        except OSError as error:
-            check_writable(self.path, error)
-            raise
 
     def _train_alone(self, assignment: Assignment) -> Outcome:
         return _catch_failure(
