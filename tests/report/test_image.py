@@ -62,6 +62,12 @@ def test_error_bars_reach_from_end_to_end() -> None:
     assert count_red(lambda figure: add_bar(figure, 2)) > count_red(lambda figure: add_bar(figure, 1))
 
 
+def test_dollars_in_a_name_are_no_formula() -> None:
+    figure = go.Figure(layout={"height": 200})
+    figure.add_scatter(x=[0], y=[0], mode="markers", marker={"color": RED}, name=r"$\wrong{$", showlegend=True)
+    assert draw_png(figure, title=r"$\wrong{$")
+
+
 def test_parallel_coordinates_have_no_image() -> None:
     figure = go.Figure(layout={"height": 200})
     figure.add_parcoords(dimensions=[{"values": [1, 2]}])

@@ -96,7 +96,7 @@ def _write_arms(data: SweepData, folder: Path) -> None:
 
 
 def _write_trials(data: SweepData, folder: Path) -> None:
-    """Writes the row of each trial that has a score.
+    """Writes the row of each trial.
 
     TensorBoard sorts rows by name. A name starts with the trial's place among complete trials, so the best is on top.
     Other trials have no place and come last.
@@ -107,7 +107,7 @@ def _write_trials(data: SweepData, folder: Path) -> None:
     for arm in data.arms:
         confirmed = data.evidence.arm(arm.name)
         for trial in arm.trials:
-            if trial.record is None or trial.value is None:
+            if trial.record is None:
                 continue
             run = Path(trial.run).name
             settings = {"arm": arm.name, "status": trial.state, **trial.params}

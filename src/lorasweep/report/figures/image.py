@@ -8,6 +8,7 @@ import math
 from typing import Any
 
 import plotly.graph_objects as go
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
@@ -23,6 +24,7 @@ MARKERS = {"x-thin-open": "x"}
 GREY = "#868e96"
 
 
+@rc_context({"text.parse_math": False})  # a "$" in a name is no formula
 def draw_png(figure: go.Figure, *, title: str) -> bytes | None:
     """Returns a figure as a PNG image; None if it has parallel coordinates, which matplotlib can't draw."""
     layout = figure.layout
@@ -35,14 +37,9 @@ def draw_png(figure: go.Figure, *, title: str) -> bytes | None:
     for shape in layout.shapes:
         _draw_shape(axes, shape)
     across = axes.get_yaxis_transform()  # x as a fraction of the width, y as a score
-    for name in layout.annotations:  # the names of lines across the figure
-        axes.text(
-            *(name.x, name.y, f" {name.text} "),
-            transform=across,
-            ha=name.xanchor,
-            va=name.yanchor,
-            color=name.font.color,
-        )
+    for note in layout.annotations:  # the names of lines across the figure
+        anchors = {"ha": note.xanchor, "va": note.yanchor}
+        axes.text(note.x, note.y, f" {note.text} ", transform=across, color=note.font.color, **anchors)
     axes.set_title(title, loc="left", fontweight="bold")
     axes.grid(color=GREY, alpha=0.2)
     axes.set_axisbelow(True)
