@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,29 @@ def test_sweep_without_a_complete_trial_recommends_nothing(sweep: Path) -> None:
     assert not (sweep / "report/recommended").exists()
 
 
+def save_adapter_configs(sweep: Path, config: dict[str, Any]) -> None:
+    for run_folder in (sweep / "runs").glob("lora-*"):
+        (run_folder / "best").mkdir(exist_ok=True)
+        (run_folder / "best/adapter_config.json").write_text(json.dumps(config))
+
+
+def test_peft_gets_the_saved_configuration_and_with_pissa_the_rank_of_training(sweep: Path) -> None:
+    save_adapter_configs(sweep, {"r": 99, "lora_alpha": 5, "rank_pattern": {"q": 2}, "inference_mode": True})
+    lora = recommended(sweep)[-1]
+    assert "    r=99,\n    lora_alpha=5,\n    rank_pattern={'q': 2},\n)" in lora.files["peft_config.py"]
+    for run_folder in (sweep / "runs").glob("lora-*"):
+        edit_json(run_folder / "run.json", lambda raw: raw["config"]["method"].update(init="pissa"))
+    lora = recommended(sweep)[-1]
+    assert f"    r={lora.settings['rank']},\n" in lora.files["peft_config.py"]
+    assert "    init_lora_weights='pissa',\n)" in lora.files["peft_config.py"]
+
+
+def test_trial_without_weights_has_no_file_for_peft(finished: Path) -> None:
+    assert recommended(finished)[-1].files.keys() == {"train.yaml", "training_arguments.py"}
+
+
 def test_files_of_an_earlier_recommendation_are_removed(confirmed: Path) -> None:
+    save_adapter_configs(confirmed, {"r": 4})
     write_report(confirmed)
     folder = confirmed / "report/recommended"
     assert (folder / "lora/peft_config.py").exists()
@@ -100,20 +122,21 @@ def test_files_train_here_and_load_in_peft_and_transformers(tmp_path: Path, monk
     keep_full_record(sweep, {**patterns, **small, "data.max_validation_blocks": 2, "schedule": "cosine"})
     write_report(sweep)
     folder = sweep / "report/recommended"
-    best = next(one for one in recommended(sweep))
     monkeypatch.chdir(tmp_path)
     assert run(["train", str(folder / "train.yaml"), "output=trained"]) == DONE
     settings = yaml.safe_load((folder / "train.yaml").read_text())
     assert settings["method.rank_pattern"] == {"down_proj": 2}
-    shutil.copy(tmp_path / "trained/best/adapter_config.json", tmp_path)
-    trained = peft.LoraConfig.from_pretrained(tmp_path)
-    assert str(trained.r) == best.settings["rank"]
+    trained = json.loads((tmp_path / "trained/best/adapter_config.json").read_text())
+    save_adapter_configs(sweep, trained)
+    write_report(sweep)
 
     names: dict[str, Any] = {}
     for name in ("peft_config.py", "training_arguments.py"):
         exec((folder / name).read_text(), names)
-    config = transformers.LlamaConfig(hidden_size=64, intermediate_size=64, num_hidden_layers=1, vocab_size=16)
+    config = transformers.LlamaConfig(hidden_size=64, intermediate_size=64, num_hidden_layers=4, vocab_size=16)
     model = peft.get_peft_model(transformers.LlamaForCausalLM(config), names["peft_config"])
-    assert model.peft_config["default"].r == settings["method.rank"]
+    loaded = model.peft_config["default"]
+    assert loaded.r == trained["r"]
+    assert (loaded.rank_pattern, loaded.inference_mode) == (trained["rank_pattern"], False)
     assert names["training_arguments"].learning_rate == settings["optim.lr"]
     assert (names["training_arguments"].max_steps, names["training_arguments"].warmup_steps) == (2, 1)

@@ -28,6 +28,11 @@ STEPS = "trainer.max_steps"
 LABELS = {"method.name": "method", RANK: "rank", ALPHA: "α", LR: "learning rate", STEPS: "steps"}
 """The settings that the recommendation shows first, with their names."""
 METHOD_NAMES = {"lora": "LoRA", "full": "full fine-tuning"}
+PEFT_KEYS = (
+    *("r", "lora_alpha", "target_modules", "lora_dropout", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora"),
+    *("bias", "init_lora_weights", "modules_to_save", "fan_in_fan_out", "task_type"),
+)
+"""The keys of a saved `adapter_config.json` that say how to train; the others are about the file and its base."""
 UNKNOWN_TO_TRANSFORMERS = {"lr_ratio_b": 1.0, "lr_ratio_head": 1.0, "layer_decay": 1.0, "ema_decay": None}
 """Keys of `optim` that `TrainingArguments` lack, with the values that have no effect."""
 
@@ -162,7 +167,7 @@ def _describe_score(arm: ArmData, data: SweepData) -> str:
 
 
 def _write_files(arm: ArmData, trial: TrialData, data: SweepData) -> dict[str, str]:
-    """Returns the files; a method other than LoRA has no `peft_config.py`."""
+    """Returns the files; a method other than LoRA, or a trial without its weights, has no `peft_config.py`."""
     origin = f"From sweep {data.record.name}, arm {arm.name}, trial {trial.number}."
     settings = {key: value for key, value in arm.row.settings.items() if key not in ("output", MULTIPLIER)}
     settings |= {key: value for key, value in trial.params.items() if key != MULTIPLIER}
@@ -174,45 +179,23 @@ def _write_files(arm: ArmData, trial: TrialData, data: SweepData) -> dict[str, s
         + yaml.safe_dump(settings, sort_keys=False, allow_unicode=True),
         "training_arguments.py": _write_training_arguments(arm, trial, origin),
     }
-    if arm.row.method == "lora":
-        files["peft_config.py"] = _write_peft_config(trial, origin, data.folder / trial.run)
+    if arm.row.method == "lora" and (peft_config := _write_peft_config(trial, origin, data.folder / trial.run)):
+        files["peft_config.py"] = peft_config
     return {name: files[name] for name in RECOMMENDED_FILES if name in files}
 
 
-def _write_peft_config(trial: TrialData, origin: str, run: Path) -> str:
-    method = trial.record.config["method"] if trial.record else {}
-    saved = _read_saved_config(run)
-    init = method.get("init", "default")
-    optional = {
-        "lora_dropout": method.get("dropout"),
-        "use_rslora": method.get("scaling") == "alpha_over_sqrt_rank",
-        "use_dora": method.get("variant") == "dora",
-        "init_lora_weights": init if init != "default" else None,  # PEFT has the same names and the same default
-        "bias": bias if (bias := method.get("bias", "none")) != "none" else None,
-        # The saved adapter names layers as PEFT does. That of PiSSA has twice the ranks.
-        "rank_pattern": saved.get("rank_pattern") if init != "pissa" else None,
-        "alpha_pattern": saved.get("alpha_pattern") if init != "pissa" else None,
-        "modules_to_save": saved.get("modules_to_save"),
-        "fan_in_fan_out": saved.get("fan_in_fan_out"),
-        "task_type": saved.get("task_type"),
-    }
-    alpha = trial.setting(ALPHA)
-    arguments = {
-        "r": trial.setting(RANK),
-        "lora_alpha": int(alpha) if alpha is not None and alpha == int(alpha) else alpha,
-        "target_modules": saved.get("target_modules") or method.get("targets", "all-linear"),
-        **{key: value for key, value in optional.items() if value},
-    }
-    return _write_call("peft", "LoraConfig", "peft_config", arguments, origin)
-
-
-def _read_saved_config(run: Path) -> dict[str, Any]:
-    """Returns PEFT's configuration beside a run's best weights; empty if the weights were not kept."""
+def _write_peft_config(trial: TrialData, origin: str, run: Path) -> str | None:
+    """Returns PEFT's configuration for training, from the one beside the best weights; None if that can't be read."""
     try:
         saved = json.loads((run / "best" / "adapter_config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return {}
-    return saved if isinstance(saved, dict) else {}
+        return None
+    init = trial.setting("method.init") or "default"
+    if init == "pissa":  # saved as a plain LoRA of twice the rank
+        saved |= {"r": trial.setting(RANK), "lora_alpha": trial.setting(ALPHA), "rank_pattern": {}, "alpha_pattern": {}}
+    if init != "default":  # PEFT has the same names
+        saved["init_lora_weights"] = init
+    return _write_call("peft", "LoraConfig", "peft_config", {k: saved[k] for k in PEFT_KEYS if saved.get(k)}, origin)
 
 
 def _write_training_arguments(arm: ArmData, trial: TrialData, origin: str) -> str:
