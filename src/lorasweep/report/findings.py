@@ -85,7 +85,7 @@ def describe_pair(
     is_alone = pair.p_value is not None and pair.p_value < LEVEL
     alone = ", an interval that excludes 0, but not after the correction for the number of pairs" if is_alone else ""
     return (
-        f"{left} against {right} is inconclusive: they differ by {difference}{alone}; "
+        f"{left} and {right} differ by {difference}{alone}, which is inconclusive; "
         f"{pair.settled_by.describe(groups=groups)} would probably settle it"
     )
 
@@ -231,7 +231,9 @@ def describe_margin(data: SweepData) -> str:
             "shown to be equivalent, and no rank enough. Set `confirm.margin` to a number in the metric's unit."
         )
     meaning = f" ({share})" if is_share else ""
+    # the gain is uncertain too: where it is high, a larger difference is within the margin
+    moves = " The test compares the difference with this share of the gain in each redrawn sample." if is_share else ""
     return (
         f"Arms are equivalent if they differ by less than the margin, {format_score(margin)} "
-        f"{format_metric(data.record.metric)}{meaning}, which was stated before the sweep."
+        f"{format_metric(data.record.metric)}{meaning}, which was stated before the sweep.{moves}"
     )
