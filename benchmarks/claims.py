@@ -70,6 +70,13 @@ def run_claim(name: str, arguments: list[str], *, folders: dict[str, str]) -> No
     for table in TABLES:
         shutil.copy(output / "report" / table, folder)
     summary = json.loads((output / "report" / "summary.json").read_text())
+    with (folder / "shares.csv").open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["arm", "share_of_full_gain", "low", "high"])
+        for arm in summary["arms"]:
+            share = arm["confirmed"]["share_of_full_gain"]
+            if share is not None:
+                writer.writerow([arm["name"], share, *(arm["confirmed"]["share_interval"] or ["", ""])])
     rows = {row["name"]: row for row in read_runs()}
     written = " ".join(arguments).replace("{data}", "DATA").replace("{minilm}", "MINILM")
     rows[name] = {"name": name, "command": f"lorasweep sweep {written}", "minutes": f"{summary['makespan_s'] / 60:.1f}"}

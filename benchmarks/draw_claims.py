@@ -42,12 +42,6 @@ def read_means(name: str) -> pd.Series:
     return confirmed.groupby("arm", sort=False)[confirmed.columns[3]].mean()
 
 
-def find_margin(name: str) -> float:
-    """Returns 5 % of the gain of full over frozen on test data."""
-    means = read_means(name)
-    return 0.05 * abs(means["frozen"] - means["full"])
-
-
 def draw_rates(axes: Axes, name: str, arms: dict[str, str]) -> None:
     """Draws the validation score of each arm over its learning rates; a dot marks the best."""
     trials = read(name, "trials")
@@ -63,22 +57,24 @@ def draw_rates(axes: Axes, name: str, arms: dict[str, str]) -> None:
     axes.legend(frameon=False, fontsize=8)
 
 
+def draw_shares(axes: Axes, names: dict[str, str], prefix: str) -> None:
+    """Draws the share of full's gain of the arms whose names are a prefix and a number, over this number."""
+    for (name, label), colour, shift in zip(names.items(), ("C3", "C0"), (0.97, 1.03), strict=True):
+        rows = read(name, "shares").set_index("arm").filter(like=prefix, axis=0) * 100
+        numbers = rows.index.str.extract(r"(\d+)$", expand=False).astype(int) * shift
+        errors = np.abs(rows[["low", "high"]].to_numpy().T - rows.share_of_full_gain.to_numpy())
+        axes.errorbar(numbers, rows.share_of_full_gain, yerr=errors, fmt="o", capsize=3, color=colour, label=label)
+    axes.set(xscale="log", ylabel="share of full's gain, %")
+    axes.legend(frameon=False, loc="lower right")
+
+
 def draw_rank() -> None:
-    """Claim 2: the difference of each rank to full fine-tuning, in percent of full's gain."""
+    """Claim 2: the share of full's gain that each rank keeps."""
     figure, axes = plt.subplots(figsize=(6, 3.4))
-    for name, label, colour, shift in (("rank-far", "far", "C3", 0.97), ("rank-near", "near", "C0", 1.03)):
-        rows = read_differences(name, to="full").filter(like="lora-rank", axis=0)
-        gain = 20 * find_margin(name)
-        ranks = rows.index.str.extract(r"(\d+)$", expand=False).astype(int) * shift
-        errors = np.abs(rows[["low", "high"]].to_numpy().T - rows.difference.to_numpy()) / gain
-        axes.errorbar(
-            ranks, 100 * rows.difference / gain, yerr=100 * errors, fmt="o", capsize=3, color=colour, label=label
-        )
-    axes.axhspan(-5, 5, color="grey", alpha=0.15, label="margin")
-    axes.axhline(0, color="grey", linewidth=1)
-    axes.set(xscale="log", xlabel="rank", ylabel="worse than full, % of full's gain")
+    axes.axhspan(95, 105, color="grey", alpha=0.15, label="margin")
+    draw_shares(axes, {"rank-far": "far", "rank-near": "near"}, "lora-rank")
+    axes.set_xlabel("rank")
     axes.set_xticks([1, 4, 16, 64], ["1", "4", "16", "64"])
-    axes.legend(frameon=False)
     save(figure, "rank")
 
 
@@ -110,19 +106,9 @@ def draw_alpha() -> None:
 def draw_directions() -> None:
     """Claim 6: the share of full's gain that d random directions keep."""
     figure, axes = plt.subplots(figsize=(6, 3.4))
-    for name, label, colour in (("directions-far", "far", "C3"), ("directions-near", "near", "C0")):
-        if not (RESULTS / name).exists():
-            continue
-        rows = read_differences(name, to="full").filter(like="intrinsic", axis=0)
-        gain = 20 * find_margin(name)
-        dims = rows.index.str.extract(r"(\d+)$", expand=False).astype(int)
-        errors = np.abs(rows[["high", "low"]].to_numpy().T - rows.difference.to_numpy()) / gain
-        axes.errorbar(
-            dims, 100 - 100 * rows.difference / gain, yerr=100 * errors, fmt="o", capsize=3, color=colour, label=label
-        )
     axes.axhline(90, color="grey", linestyle=":", linewidth=1)
-    axes.set(xscale="log", xlabel="random directions", ylabel="share of full's gain, %")
-    axes.legend(frameon=False)
+    draw_shares(axes, {"directions-far": "far", "directions-near": "near"}, "intrinsic-dim")
+    axes.set_xlabel("random directions")
     save(figure, "directions")
 
 
@@ -160,7 +146,7 @@ def main() -> None:
         ("rank-near", draw_rank),
         ("learning-rate-far", draw_learning_rate),
         ("alpha-far", draw_alpha),
-        ("directions-far", draw_directions),
+        ("directions-near", draw_directions),
     ):
         if (RESULTS / needs).exists():
             draw()
