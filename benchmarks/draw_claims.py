@@ -5,7 +5,7 @@ python benchmarks/draw_claims.py
 
 from __future__ import annotations
 
-import sys
+import argparse
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -139,7 +139,11 @@ def print_table(name: str) -> None:
 
 
 def main() -> None:
-    for name in sys.argv[1:] or [*CLAIMS, *WITH_DATA]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help="results whose tables are printed; all if none is named"
+    )
+    for name in parser.parse_args().names or [*CLAIMS, *WITH_DATA]:
         if (RESULTS / name).exists():
             print_table(name)
     for needs, draw in (

@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent.parent
 SOURCE = Path(lorasweep.__file__).parent.parent
 HEAVY = {"torch", "lightning", "optuna", "transformers"}
 
-MANDATORY_IN_SWEEPS = {"sentences": ["model.path=owner/name", "data.train=file"]}
+MANDATORY_IN_SWEEPS = {key: ["model.path=owner/name", "data.train=file"] for key in ("sentences", "conversations")}
 SWEEPS = sorted(packaged_folder("sweeps").glob("*.yaml"))
 
 
