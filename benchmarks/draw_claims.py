@@ -92,7 +92,7 @@ def draw_learning_rate() -> None:
 
 
 def draw_alpha() -> None:
-    """Claim 4: scores over learning rates for three α, and the same over α · learning rate."""
+    """Claim 4: scores over learning rates for three α, and for α = 64 with a slower B."""
     figure, axes = plt.subplots(figsize=(6, 3.4))
     draw_rates(
         axes,
