@@ -66,8 +66,10 @@ def test_methods_are_the_files_of_conf_and_their_settings():
         "import lorasweep.record, lorasweep.errors, lorasweep.config.compose",
         "import lorasweep.cli\ntry: lorasweep.cli.run(['--help'])\nexcept SystemExit: pass",
         "import lorasweep.cli\nlorasweep.cli.run(['compare', 'nowhere'])",
+        "import lorasweep.cli\nlorasweep.cli.run(['status', 'nowhere'])",
+        "import lorasweep.cli\nlorasweep.cli.run(['train', '--cfg', 'job'])",
     ],
-    ids=["package", "report", "config", "help", "compare"],
+    ids=["package", "report", "config", "help", "compare", "status", "train"],
 )
 def test_what_must_start_at_once_loads_nothing_heavy(code):
     done = run_python(f"{code}\nimport sys\nprint('loaded:', *sorted({HEAVY} & set(sys.modules)))")

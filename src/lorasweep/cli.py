@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -152,15 +153,16 @@ def sweep(arguments: argparse.Namespace) -> int:
 def status(arguments: argparse.Namespace) -> int:
     from lorasweep.sweep.progress import show_until_over
     from lorasweep.sweep.status import read_status, render_status
-    from lorasweep.sweep.workers.train import describe_jobs
 
     console = EscapingConsole()
     if arguments.follow:
         with suppress(KeyboardInterrupt):  # the display ends, the sweep continues
             show_until_over(arguments.folder, console)
     console.print(render_status(read_status(arguments.folder)))
-    if jobs := describe_jobs(arguments.folder):
-        say(f"Slurm jobs: {jobs}")
+    if (arguments.folder / "slurm").is_dir() and find_spec("submitit"):
+        from lorasweep.sweep.workers.slurm import describe_jobs
+
+        say(f"Slurm jobs: {describe_jobs(arguments.folder)}")
     return DONE
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from datetime import UTC, datetime
 from functools import cache
@@ -301,6 +301,23 @@ def find_winners(record: SweepRecord) -> dict[str, TrialRow | None]:
     trained = [arm.name for arm in record.arms if arm.method != "frozen"]
     by_arm = {name: [trial for trial in record.trials if trial.arm == name] for name in trained}
     return {name: find_winner(name, trials, record=record) for name, trials in by_arm.items()}
+
+
+def describe_stage(stage: RerunStage, *, num_seeds: int, candidates: int) -> str:
+    """Returns a phrase that says what the select or the confirm stage does."""
+    fresh = "1 fresh seed" if num_seeds == 1 else f"{num_seeds} fresh seeds"
+    if stage == "confirm":
+        return f"the winner of each arm again on {fresh}, scored once on test data"
+    return f"the best {candidates} trials of each arm again on {fresh}; the best mean on validation data wins"
+
+
+def add_telemetry(first: Mapping[str, float], second: Mapping[str, float]) -> dict[str, float]:
+    """Adds up the values of two processes, or of two sessions of a sweep. Of two peaks, returns the higher peak."""
+    total = dict(first)
+    for name, value in second.items():
+        known = total.get(name, 0.0)
+        total[name] = max(known, value) if "peak" in name else known + value
+    return total
 
 
 def write_record(record: RunRecord | SweepRecord, folder: Path) -> None:

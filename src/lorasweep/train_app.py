@@ -10,7 +10,6 @@ from typing import Any
 import hydra
 from hydra.core.hydra_config import HydraConfig
 
-from lorasweep import api
 from lorasweep.config.build import build
 from lorasweep.config.command_line import (
     allow_new_arguments,
@@ -62,6 +61,8 @@ def run_train_app(
 
 
 def _train(file_settings: Mapping[str, Any], overrides: Sequence[str], *, is_grid: bool) -> RunResult:
+    from lorasweep import api  # noqa: PLC0415 (torch and Lightning take seconds to import; `--help` and `--cfg` need neither)
+
     # Our own composition, because Hydra's would keep the default option's arguments if `_target_` names another class.
     values = compose_values("train", layer_settings("train", file_settings, parse_overrides(overrides)))
     output, resume = values.pop("output"), bool(values.pop("resume"))

@@ -8,6 +8,7 @@ from scipy import stats
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from lorasweep.config.data import goal_direction
 from lorasweep.data.split import IGNORED, repeat_batch
 from lorasweep.data.tasks import (
     LANGUAGE_MODEL_METRICS,
@@ -17,7 +18,6 @@ from lorasweep.data.tasks import (
     LanguageModelling,
     MultiLabel,
     Regression,
-    goal_direction,
 )
 
 

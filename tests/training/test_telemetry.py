@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import lorasweep.training.telemetry as telemetry_file
+from lorasweep.record import add_telemetry
 from lorasweep.training.environment import process_peak_bytes
 from lorasweep.training.inputs import InputsCache
 from lorasweep.training.packs.pack import train_pack
@@ -17,7 +18,7 @@ from lorasweep.training.packs.slot_run import RunRequest
 from lorasweep.training.run import train_run
 from lorasweep.training.run_log import RunFolder
 from lorasweep.training.score import score_run
-from lorasweep.training.telemetry import Telemetry, add_telemetry
+from lorasweep.training.telemetry import Telemetry
 
 PHASES = ("loading_s", "training_s", "evaluating_s", "saving_s", "storage_s")
 

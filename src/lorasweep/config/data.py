@@ -31,6 +31,8 @@ METRICS_OF_TASK: Mapping[LabelTask, tuple[LabelMetric, ...]] = {
     "regression": ("pearson", "spearman", "mse", "loss"),
 }
 """Metrics of each task. `auto` takes the first."""
+MINIMIZED_METRICS = ("bits_per_byte", "loss", "perplexity", "mse")
+"""Metrics for which lower is better. For all other metrics, higher is better."""
 
 GLUE_PATH = "nyu-mll/glue"
 GLUE_COLUMNS: Mapping[GlueTask, tuple[str, str | None]] = {
@@ -47,6 +49,10 @@ GLUE_COLUMNS: Mapping[GlueTask, tuple[str, str | None]] = {
 """The text columns of each GLUE task on the hub."""
 GLUE_METRICS: Mapping[GlueTask, LabelMetric] = {"cola": "matthews", "stsb": "pearson"}
 """Metrics in LoRA's table of GLUE (arXiv 2106.09685, table 2). All other tasks use accuracy."""
+
+
+def goal_direction(metric: str) -> Direction:
+    return "minimize" if metric in MINIMIZED_METRICS else "maximize"
 
 
 @dataclass(frozen=True, kw_only=True)

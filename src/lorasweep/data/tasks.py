@@ -22,16 +22,10 @@ from torchmetrics.functional.classification import (
 )
 from torchmetrics.functional.regression import pearson_corrcoef, spearman_corrcoef
 
-from lorasweep.config.data import METRICS_OF_TASK, Direction
+from lorasweep.config.data import METRICS_OF_TASK
 from lorasweep.data.split import IGNORED, NON_MODEL_KEYS, Batch
 
-MINIMIZED_METRICS = ("bits_per_byte", "loss", "perplexity", "mse")
-"""Metrics for which lower is better. For all other metrics, higher is better."""
 LANGUAGE_MODEL_METRICS = ("bits_per_byte", "loss", "perplexity")
-
-
-def goal_direction(metric: str) -> Direction:
-    return "minimize" if metric in MINIMIZED_METRICS else "maximize"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -26,12 +26,12 @@ from lorasweep.record import (
     RerunStage,
     SweepRecord,
     TrialRow,
+    describe_stage,
     find_winner,
     list_candidates,
     read_sweep,
 )
-from lorasweep.sweep.controller.lifecycle import is_running
-from lorasweep.sweep.definition.seeds import describe_stage
+from lorasweep.sweep.lock import is_running
 from lorasweep.wording import UNKNOWN, format_seconds, format_setting
 
 MAX_SHOWN_RUNS = 16

@@ -17,8 +17,8 @@ from typing import Any
 from torch import Tensor
 
 from lorasweep.config.build import as_settings
+from lorasweep.config.data import goal_direction
 from lorasweep.config.run import RunConfig, TrainerConfig
-from lorasweep.data.tasks import goal_direction
 from lorasweep.disk import remove_leftovers, write_atomically
 from lorasweep.errors import Diverged, RecordError
 from lorasweep.record import (

@@ -74,15 +74,6 @@ class Telemetry:
         self._peaks |= {name: max(peak, self._peaks.get(name, 0)) for name, peak in peaks.items()}
 
 
-def add_telemetry(first: Mapping[str, float], second: Mapping[str, float]) -> dict[str, float]:
-    """Adds up the values of two processes, or of two sessions of a sweep. Of two peaks, returns the higher peak."""
-    total = dict(first)
-    for name, value in second.items():
-        known = total.get(name, 0.0)
-        total[name] = max(known, value) if "peak" in name else known + value
-    return total
-
-
 @dataclass(kw_only=True)
 class TrainingProgress:
     """The tokens and the training time of one run, summed over its processes and over interruptions."""

@@ -15,7 +15,8 @@ import lorasweep
 import lorasweep.sweep.controller.lifecycle as lifecycle_file
 from lorasweep.errors import ConfigError, RecordError
 from lorasweep.record import read_sweep
-from lorasweep.sweep.controller.lifecycle import is_running, new_folder, reopen_sweep
+from lorasweep.sweep.controller.lifecycle import new_folder, reopen_sweep
+from lorasweep.sweep.lock import is_running
 
 
 def contents(folder):

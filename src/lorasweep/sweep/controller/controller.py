@@ -16,7 +16,7 @@ from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 from lorasweep.config.run import RunConfig
 from lorasweep.disk import remove_leftovers
 from lorasweep.errors import Diverged, OutOfMemory, RunError, WorkerError
-from lorasweep.record import RunRecord
+from lorasweep.record import RunRecord, add_telemetry
 from lorasweep.redaction import redact
 from lorasweep.sweep.controller.arm_trials import ArmTrials
 from lorasweep.sweep.controller.folder import SweepFolder
@@ -27,7 +27,6 @@ from lorasweep.sweep.controller.trial import REASON_ATTRIBUTE, SCORE_ATTRIBUTE, 
 from lorasweep.sweep.definition.arms import Arm
 from lorasweep.training.checkpoint import remove_checkpoints
 from lorasweep.training.run_log import RunFolder, prune_paused_run
-from lorasweep.training.telemetry import add_telemetry
 
 P = ParamSpec("P")
 T = TypeVar("T")

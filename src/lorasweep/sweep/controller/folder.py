@@ -25,12 +25,11 @@ from optuna.storages import BaseStorage
 
 from lorasweep.disk import explain_unwritable
 from lorasweep.errors import WorkerError
-from lorasweep.record import SweepRecord, utc_now, write_record
+from lorasweep.record import SweepRecord, add_telemetry, utc_now, write_record
 from lorasweep.sweep.controller.storage import close_storage, open_study
 from lorasweep.sweep.definition.arms import Definition
-from lorasweep.training.telemetry import add_telemetry
+from lorasweep.sweep.lock import LOCK_FILE
 
-LOCK_FILE = ".lock"
 PACK_FILE = "pack.json"
 MAX_SAVE_FRACTION = 0.1
 """Maximum fraction of the time spent on writing the record. The journal has every trial meanwhile."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
 import secrets
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -14,11 +12,11 @@ import optuna
 from optuna.storages import BaseStorage, JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
-from lorasweep.data.tasks import goal_direction
+from lorasweep.config.data import goal_direction
 from lorasweep.disk import free_folder, network_file_system, remove_leftovers, require_new_folder
 from lorasweep.errors import ConfigError, RecordError
 from lorasweep.record import RerunStage, SweepRecord, compute_sha256, read_sweep, utc_now, write_record
-from lorasweep.sweep.controller.folder import LOCK_FILE, SweepFolder
+from lorasweep.sweep.controller.folder import SweepFolder
 from lorasweep.sweep.controller.record_rows import RUNS_FOLDER, arm_row
 from lorasweep.sweep.controller.storage import (
     DATABASE_ERRORS,
@@ -32,6 +30,7 @@ from lorasweep.sweep.controller.storage import (
 from lorasweep.sweep.definition.arms import Definition, restore_definition
 from lorasweep.sweep.definition.seeds import draw_confirm_seeds, draw_search_seeds, draw_select_seeds
 from lorasweep.sweep.definition.warnings import find_warnings
+from lorasweep.sweep.lock import take_lock
 
 
 def new_folder(name: str, wanted: str | None) -> Path:
@@ -88,7 +87,7 @@ def create_sweep(definition: Definition, path: Path, *, metric: str, notes: Sequ
             raise ConfigError(
                 f"`sweep.output` must be a folder that can be created, but {str(path)!r} can't: {error.strerror}."
             ) from error
-        lock = _lock(path, undo)
+        lock = take_lock(path, undo)
         if config.url is None:
             storage = _open(definition, path, undo)
         opened = SweepFolder(path=path, definition=definition, record=record, storage=storage, lock=lock)
@@ -170,7 +169,7 @@ def reopen_sweep(path: Path, *, changes: Mapping[str, Any] | None = None) -> Swe
             f"{len(search_seeds) + 1}. Start a new sweep for fewer searches."
         )
     with ExitStack() as undo:
-        lock = _lock(path, undo)
+        lock = take_lock(path, undo)
         remove_leftovers(path)
         if definition.sweep_config.storage.url is None and not (path / JOURNAL_FILE).is_file():
             raise RecordError(f"a sweep's folder must contain {JOURNAL_FILE}, but {str(path)!r} does not.")
@@ -225,23 +224,6 @@ def reopen_sweep(path: Path, *, changes: Mapping[str, Any] | None = None) -> Swe
     return SweepFolder(path=path, definition=definition, record=record, storage=storage, lock=lock)
 
 
-def is_running(path: Path) -> bool:
-    """Returns whether a process has a sweep's folder open; False if the file system has no locks."""
-    try:
-        handle = os.open(path / LOCK_FILE, os.O_RDONLY)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    finally:
-        os.close(handle)
-    return False
-
-
 def _open(definition: Definition, path: Path, undo: ExitStack) -> BaseStorage:
     storage = open_storage(definition.sweep_config.storage, path)
     undo.callback(close_storage, storage)
@@ -256,22 +238,3 @@ def _storage_warnings(definition: Definition, path: Path) -> list[str]:
         f"The journal is in {str(path)!r} on a network file system ({kind}). A second machine could open the sweep too "
         "and damage it. Use a local disk, or `storage.url`."
     ]
-
-
-def _lock(path: Path, undo: ExitStack) -> int:
-    """Takes the folder's lock, which the system releases when the process ends for any reason."""
-    try:
-        handle = os.open(path / LOCK_FILE, os.O_CREAT | os.O_RDWR)
-        undo.callback(os.close, handle)
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise RecordError(
-            f"a sweep must be run by one process, but another one has {str(path)!r} open. Wait for it, or look with "
-            f"`lorasweep status {path}`."
-        ) from error
-    except OSError as error:
-        raise RecordError(
-            f"a sweep's folder must be writable and on a file system with locks, but {str(path)!r} is not: "
-            f"{error.strerror}. Use a local disk."
-        ) from error
-    return handle

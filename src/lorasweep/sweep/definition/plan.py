@@ -13,9 +13,10 @@ from rich.text import Text
 
 from lorasweep.config.run import RunConfig
 from lorasweep.errors import OutOfMemory
+from lorasweep.record import describe_stage
 from lorasweep.sweep.definition.arms import Arm, Definition
 from lorasweep.sweep.definition.packing import ArmPacking, plan_packing
-from lorasweep.sweep.definition.seeds import arm_seeds, describe_stage, draw_confirm_seeds, draw_select_seeds
+from lorasweep.sweep.definition.seeds import arm_seeds, draw_confirm_seeds, draw_select_seeds
 from lorasweep.sweep.definition.warnings import count_tokens, find_warnings
 from lorasweep.training.cost import RunCost, measure_run
 from lorasweep.training.inputs import InputsCache, RunInputs

@@ -11,7 +11,6 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, IntD
 
 from lorasweep.config.run import SEED_KEYS
 from lorasweep.errors import ConfigError
-from lorasweep.record import RerunStage
 from lorasweep.sweep.definition.arms import Arm, Definition
 
 SEED_LIMIT = 1_000_000
@@ -67,14 +66,6 @@ def _draw_seeds(definition: Definition, stage: str, *, key: str, count: int, use
 def arm_seeds(arm: Arm, seeds: list[int]) -> list[int]:
     """Returns the seeds of one arm: all, or one under `method=frozen`, whose score does not depend on a seed."""
     return seeds[:1] if arm.corners[0].method.name == "frozen" else seeds
-
-
-def describe_stage(stage: RerunStage, *, num_seeds: int, candidates: int) -> str:
-    """Returns a phrase that says what the select or the confirm stage does."""
-    fresh = "1 fresh seed" if num_seeds == 1 else f"{num_seeds} fresh seeds"
-    if stage == "confirm":
-        return f"the winner of each arm again on {fresh}, scored once on test data"
-    return f"the best {candidates} trials of each arm again on {fresh}; the best mean on validation data wins"
 
 
 def _contains(range_: BaseDistribution, seed: int) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,9 @@ from lorasweep.config.sweep import LocalWorker, RayWorkers
 from lorasweep.errors import ConfigError, WorkerError
 from lorasweep.sweep.controller.controller import Controller
 from lorasweep.sweep.controller.folder import SweepFolder
-from lorasweep.sweep.controller.lifecycle import is_running, saved_definition
+from lorasweep.sweep.controller.lifecycle import saved_definition
 from lorasweep.sweep.definition.arms import Definition
+from lorasweep.sweep.lock import is_running
 from lorasweep.sweep.workers.ray_cluster import (
     WorkerNeeds,
     check_capacity,
@@ -86,15 +86,6 @@ def add_jobs(path: Path, changes: Mapping[str, Any]) -> list[str] | None:
 
     check_slurm(config, path)
     return submit_missing_jobs(config, path)
-
-
-def describe_jobs(path: Path) -> str | None:
-    """Counts a sweep's Slurm jobs by state, as text. None if the sweep never had jobs, or without submitit."""
-    if not (path / "slurm").is_dir() or find_spec("submitit") is None:
-        return None
-    from lorasweep.sweep.workers import slurm  # noqa: PLC0415
-
-    return slurm.describe_jobs(path)
 
 
 def train_sweep(sweep: SweepFolder, inputs_cache: InputsCache, *, stop_requested: Callable[[], bool]) -> bool:
