@@ -12,9 +12,7 @@ goes first can't change, because the search says what the trials are; a ratio is
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -183,9 +181,6 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--quick", action="store_true", help="one seed, a few steps: only checks that it runs")
     arguments = parser.parse_args()
-    if "GOMP_SPINCOUNT" not in os.environ:  # torch reads it when it starts; the command line sets it by itself
-        os.environ["GOMP_SPINCOUNT"] = "20000"
-        os.execv(sys.executable, [sys.executable, *sys.argv])
     torch.set_num_threads(arguments.threads)
     rows: list[Row] = []
     words = [*(QUICK if arguments.quick else ()), *arguments.words]

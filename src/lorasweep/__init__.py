@@ -10,6 +10,8 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from lorasweep.thread_waiting import set_thread_waiting
+
 if TYPE_CHECKING:
     from lorasweep.api import resume_sweep, run_sweep, train_run
     from lorasweep.results import RunResult, SweepResult, TrialResult, load_run, load_sweep
@@ -28,6 +30,8 @@ __all__ = [
     "run_sweep",
     "train_run",
 ]
+
+set_thread_waiting()  # here, because every entry (command, Python, Ray) imports this file before torch
 
 _HOMES = {
     **dict.fromkeys(("resume_sweep", "run_sweep", "train_run"), "lorasweep.api"),

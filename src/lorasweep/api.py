@@ -255,11 +255,8 @@ def _session(trust: Sequence[str], overrides: Overrides) -> Iterator[None]:
 
 
 def prepare_environment() -> None:
-    """Sets environment variables that a library reads once, when it starts, unless the user has set them."""
+    """Sets an environment variable that tokenizers reads once, when it starts, unless the user has set it."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # OpenMP's threads wait actively ("spin") before they sleep. Without spinning, each operation must wake them, which
-    # costs a fifth of a sweep's time. With unlimited spinning, they slow down other processes on the same cores.
-    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 
 def _report_progress(folder: Path, progress: Progress) -> Any:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from lorasweep.config.trust import EVERY_PACKAGE, require_trusted, set_trusted, split_trust, trusted_packages
 from lorasweep.console import EscapingConsole, say, say_error, silence_event_writer
 from lorasweep.errors import ConfigError, LoraSweepError, RanksLost, RecordError
+from lorasweep.quick_imports import quick_imports
 from lorasweep.redaction import redact
 
 if TYPE_CHECKING:
@@ -123,9 +124,10 @@ def complete_argument(prefix: str, parsed_args: argparse.Namespace, **_: Any) ->
 
 
 def sweep(arguments: argparse.Namespace) -> int:
-    from lorasweep import api
-    from lorasweep.sweep.controller.lifecycle import saved_definition
-    from lorasweep.sweep.workers.train import add_jobs
+    with quick_imports():
+        from lorasweep import api
+        from lorasweep.sweep.controller.lifecycle import saved_definition
+        from lorasweep.sweep.workers.train import add_jobs
 
     name, overrides = _split_name(arguments.overrides)
     changes = api.read_changes(arguments.overrides) if arguments.resume else {}
@@ -168,10 +170,11 @@ def status(arguments: argparse.Namespace) -> int:
 
 def plan(arguments: argparse.Namespace) -> int:
     """Measures a few steps of each arm and estimates the costs of the sweep; trains nothing and writes nothing."""
-    from lorasweep import api
-    from lorasweep.sweep.checks import check_definition
-    from lorasweep.sweep.definition.plan import plan_sweep, render_plan
-    from lorasweep.training.inputs import InputsCache
+    with quick_imports():
+        from lorasweep import api
+        from lorasweep.sweep.checks import check_definition
+        from lorasweep.sweep.definition.plan import plan_sweep, render_plan
+        from lorasweep.training.inputs import InputsCache
 
     api.prepare_environment()
     inputs_cache, definition = InputsCache(), api.read_sweep_definition(*_split_name(arguments.overrides))
@@ -193,8 +196,9 @@ def compare(arguments: argparse.Namespace) -> int:
 
 
 def export(arguments: argparse.Namespace) -> int:
-    from lorasweep.runs.export import export_run
-    from lorasweep.wording import format_bytes
+    with quick_imports():
+        from lorasweep.runs.export import export_run
+        from lorasweep.wording import format_bytes
 
     written = export_run(arguments.run, format=arguments.format, out=arguments.out)
     say(
@@ -207,10 +211,11 @@ def export(arguments: argparse.Namespace) -> int:
 
 def inspect(arguments: argparse.Namespace) -> int:
     """Analyses the weights of a run, or of a sweep's best runs; writes the tables into `inspect/` and shows them."""
-    from lorasweep.record import SWEEP_FILE
-    from lorasweep.runs.inspect.formats import as_csv, as_json, render_inspection
-    from lorasweep.runs.inspect.inspect_run import inspect_run
-    from lorasweep.runs.inspect.inspect_sweep import inspect_sweep
+    with quick_imports():
+        from lorasweep.record import SWEEP_FILE
+        from lorasweep.runs.inspect.formats import as_csv, as_json, render_inspection
+        from lorasweep.runs.inspect.inspect_run import inspect_run
+        from lorasweep.runs.inspect.inspect_sweep import inspect_sweep
 
     folder, other, scores = arguments.folder, arguments.other, not arguments.no_scores
     is_sweep = (folder / SWEEP_FILE).is_file()
@@ -227,11 +232,12 @@ def inspect(arguments: argparse.Namespace) -> int:
 
 
 def reproduce(arguments: argparse.Namespace) -> int:
-    from lorasweep import api
-    from lorasweep.record import SWEEP_FILE
-    from lorasweep.results import find_trial
-    from lorasweep.runs.reproduce import reproduce_run
-    from lorasweep.stop_signal import StopSignal
+    with quick_imports():
+        from lorasweep import api
+        from lorasweep.record import SWEEP_FILE
+        from lorasweep.results import find_trial
+        from lorasweep.runs.reproduce import reproduce_run
+        from lorasweep.stop_signal import StopSignal
 
     if (arguments.folder is None) == (arguments.trial is None):
         raise ConfigError("`lorasweep reproduce` must have either a folder or `--trial SWEEP/ARM/NUMBER`.")

@@ -20,6 +20,7 @@ from lorasweep.config.command_line import (
 from lorasweep.config.compose import compose_values, layer_settings, packaged_folder, register_search_path
 from lorasweep.config.run import RunConfig
 from lorasweep.errors import ConfigError, LoraSweepError
+from lorasweep.quick_imports import quick_imports
 from lorasweep.results import RunResult
 
 
@@ -61,7 +62,8 @@ def run_train_app(
 
 
 def _train(file_settings: Mapping[str, Any], overrides: Sequence[str], *, is_grid: bool) -> RunResult:
-    from lorasweep import api  # noqa: PLC0415 (torch and Lightning take seconds to import; `--help` and `--cfg` need neither)
+    with quick_imports():
+        from lorasweep import api  # noqa: PLC0415 (torch and Lightning are slow to import; `--help` needs neither)
 
     # Our own composition, because Hydra's would keep the default option's arguments if `_target_` names another class.
     values = compose_values("train", layer_settings("train", file_settings, parse_overrides(overrides)))

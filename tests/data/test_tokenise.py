@@ -3,6 +3,7 @@
 import datasets
 import pytest
 from tests.tiny_tokenizer import END_OF_TEXT, load_tokenizer
+from tokenizers.normalizers import Lowercase
 from transformers import PreTrainedTokenizerBase
 
 import lorasweep.data.tokenise as tokenise_file
@@ -103,6 +104,8 @@ def test_the_key_changes_with_whatever_changes_the_ids(tokenizer):
     other.add_tokens(["abc"])
     templated = load_tokenizer()
     templated.chat_template = TEMPLATE
+    lowercased = load_tokenizer()  # the same vocabulary, other ids
+    lowercased.backend_tokenizer.normalizer = Lowercase()
     keys = {
         cache_key(tokenizer, "0", form="text"),
         cache_key(tokenizer, "1", form="text"),
@@ -110,9 +113,13 @@ def test_the_key_changes_with_whatever_changes_the_ids(tokenizer):
         cache_key(tokenizer, "0", form="text", max_length=3),
         cache_key(other, "0", form="text"),
         cache_key(templated, "0", form="text"),
+        cache_key(lowercased, "0", form="text"),
     }
-    assert len(keys) == 6
+    assert len(keys) == 7
     assert cache_key(load_tokenizer(), "0", form="text") in keys
+    used = load_tokenizer()
+    used("abc", truncation=True, max_length=2)  # the call leaves its truncation in the tokenizer
+    assert cache_key(used, "0", form="text") in keys
 
 
 def test_labelled_texts_are_cut_and_counted(tokenizer):

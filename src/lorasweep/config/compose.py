@@ -108,7 +108,7 @@ def compose_values(primary: Primary, settings: Mapping[str, Any], *, require_all
     groups = {key: _hashable(value) for key, value in settings.items() if key in default_options(primary)}
     try:
         # The composed settings are cached, so each call changes its own copy.
-        composed = copy.deepcopy(_compose_groups(primary, tuple(groups.items()), Path.cwd()))
+        composed = copy.deepcopy(_compose_groups(primary, tuple(sorted(groups.items())), Path.cwd()))
         _drop_replaced_arguments(composed, settings)
         known = {key for key, _ in dotted_items(_as_dict(composed, resolve=False))}
         known |= {*default_options(primary), *filter(is_component_target, settings)}

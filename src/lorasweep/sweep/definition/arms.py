@@ -14,7 +14,15 @@ from typing import Any, get_args
 
 from lorasweep.config.build import as_settings
 from lorasweep.config.command_line import parse_overrides
-from lorasweep.config.compose import LIST_GROUPS, MAPPINGS, compose_sweep, find_mapping, known_keys, layer_settings
+from lorasweep.config.compose import (
+    LIST_GROUPS,
+    MAPPINGS,
+    compose_sweep,
+    default_options,
+    find_mapping,
+    known_keys,
+    layer_settings,
+)
 from lorasweep.config.run import RunConfig
 from lorasweep.config.sweep import SweepConfig
 from lorasweep.errors import ConfigError
@@ -241,8 +249,9 @@ def _layer_run(
         used_keys: Receives the command line's keys for all arms that apply to this arm.
     """
     *written, for_all, for_expansion, for_arm = layers
-    method = layer_settings("train", *layers).get("method", "lora")
-    known = known_keys({"method": method if isinstance(method, str) else "lora"})
+    layered = layer_settings("train", *layers)
+    # all groups, because the arm's runs are composed from the same groups later, and Hydra's composition is cached
+    known = known_keys({group: layered[group] for group in default_options("train") if _is_option(layered, group)})
     for_all = {
         key: value
         for key, value in for_all.items()
@@ -265,6 +274,10 @@ def _layer_run(
         {key: value for key, value in settings.items() if key not in ranges and get_rival_key(key) not in ranges},
         {key: value for key, value in arm.config.space.items() if key not in replaced} | ranges,
     )
+
+
+def _is_option(settings: Mapping[str, Any], group: str) -> bool:
+    return group in settings and (isinstance(settings[group], str) or group in LIST_GROUPS)
 
 
 def _is_range(key: str, value: Any) -> bool:

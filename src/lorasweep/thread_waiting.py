@@ -1,0 +1,32 @@
+"""How OpenMP's threads wait for the next operation. OpenMP reads the setting once, when torch is imported."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+SPIN_COUNT = 20_000
+"""Number of times that a waiting thread looks for work before it sleeps: about a millisecond. It has a core to itself.
+
+With 0, each operation must wake the threads: a step of a pack took 121 instead of 72 ms on 2 cores. With OpenMP's own
+default, 300,000, the step was as fast, but used more processor time (docs/benchmarks.md, threads)."""
+
+
+def set_thread_waiting() -> None:
+    """Sets `GOMP_SPINCOUNT` for this process and its children, unless the user has set how threads wait.
+
+    It is 0 if other processes train on the same cores. There a thread that spins keeps the other threads of its step
+    from running, and a step took two to three times as long.
+    """
+    if "OMP_WAIT_POLICY" in os.environ or os.environ.get("GOMP_SPINCOUNT", str(SPIN_COUNT)) != str(SPIN_COUNT):
+        return
+    os.environ["GOMP_SPINCOUNT"] = "0" if _shares_cores() else str(SPIN_COUNT)
+
+
+def _shares_cores() -> bool:
+    """Returns whether this is a worker on Ray, or was given fewer threads than it has cores."""
+    if "ray" in sys.modules:  # Ray's workers import Ray before anything of ours
+        return True
+    threads = os.environ.get("OMP_NUM_THREADS", "")
+    num_cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    return threads.isdecimal() and int(threads) < num_cores

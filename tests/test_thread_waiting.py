@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import lorasweep
+
+NUM_CORES = len(os.sched_getaffinity(0))
+
+
+def spin_count_of_openmp(code: str, **environment: str) -> int:
+    """Returns the number that OpenMP itself shows when a process that runs this code loads it."""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={
+            "PYTHONPATH": str(Path(lorasweep.__file__).parents[1]),
+            "PATH": "/usr/bin:/bin",
+            "OMP_DISPLAY_ENV": "verbose",
+            **environment,
+        },
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    shown = [line.split("'")[1] for line in done.stderr.splitlines() if "GOMP_SPINCOUNT" in line]
+    if not shown:
+        pytest.skip("torch's OpenMP is not GNU's")
+    assert len(set(shown)) == 1, shown  # no second OpenMP with other settings, such as one of NumPy or MKL
+    return int(shown[0])
+
+
+@pytest.mark.parametrize("module", ["lorasweep.lora", "lorasweep.sweep.workers.worker"])
+def test_openmp_gets_the_short_spinning_before_it_starts(module):
+    assert spin_count_of_openmp(f"import {module}") == 20_000
+
+
+@pytest.mark.parametrize(
+    ("environment", "count"),
+    [
+        ({"OMP_NUM_THREADS": str(NUM_CORES)}, 20_000),
+        ({"OMP_NUM_THREADS": str(NUM_CORES), "GOMP_SPINCOUNT": "123"}, 123),
+        pytest.param(
+            {"OMP_NUM_THREADS": str(NUM_CORES - 1)}, 0, marks=pytest.mark.skipif(NUM_CORES < 2, reason="one core")
+        ),
+        pytest.param(
+            {"OMP_NUM_THREADS": str(NUM_CORES - 1), "GOMP_SPINCOUNT": "123"},
+            123,
+            marks=pytest.mark.skipif(NUM_CORES < 2, reason="one core"),
+        ),
+    ],
+)
+def test_threads_sleep_at_once_only_if_cores_are_shared_and_the_user_did_not_choose(environment, count):
+    assert spin_count_of_openmp("import lorasweep, torch", **environment) == count
+
+
+def test_the_users_wait_policy_stays():
+    assert spin_count_of_openmp("import lorasweep, torch", OMP_WAIT_POLICY="PASSIVE") == 0
+    assert spin_count_of_openmp("import lorasweep, torch", OMP_WAIT_POLICY="ACTIVE") > 1_000_000
+
+
+def test_a_worker_on_ray_does_not_spin_with_the_setting_that_it_inherits():
+    pytest.importorskip("ray")
+    assert spin_count_of_openmp("import ray, lorasweep, torch", GOMP_SPINCOUNT="20000") == 0
