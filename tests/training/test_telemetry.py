@@ -27,7 +27,8 @@ PHASES = ("loading_s", "training_s", "evaluating_s", "saving_s", "storage_s")
 def clock(monkeypatch):
     """A clock that moves when it is told to."""
     now = SimpleNamespace(s=100.0)
-    monkeypatch.setattr(telemetry_file, "time", SimpleNamespace(monotonic=lambda: now.s, process_time=lambda: now.s))
+    clocks = dict.fromkeys(("monotonic", "process_time", "time"), lambda: now.s)
+    monkeypatch.setattr(telemetry_file, "time", SimpleNamespace(**clocks))
     return now
 
 
@@ -56,6 +57,7 @@ def test_each_second_belongs_to_the_innermost_phase(clock):
     usage = telemetry.sample()
     assert seconds(usage) == {"training_s": 10, "storage_s": 4, "evaluating_s": 16}
     assert usage["wall_s"] == usage["cpu_s"] == 63
+    assert usage["first_step_at"] == 101
 
 
 def test_a_phase_ends_with_an_error_too_whatever_it_was_in_then(clock):
@@ -80,6 +82,13 @@ def test_two_sessions_add_times_and_tokens_and_keep_the_larger_peaks():
     together = {"wall_s": 5, "trained_tokens": 6, "peak_memory_bytes": 9, "gpu_peak_memory_bytes": 4}
     assert add_telemetry(first, second) == add_telemetry(second, first) == together
     assert add_telemetry({}, first) == first
+
+
+def test_the_first_step_of_two_sessions_is_the_earlier_one():
+    assert add_telemetry({"first_step_at": 5.0}, {"first_step_at": 9.0}) == {"first_step_at": 5}
+    assert (
+        add_telemetry({"first_step_at": 9.0}, {}) == add_telemetry({}, {"first_step_at": 9.0}) == {"first_step_at": 9}
+    )
 
 
 def test_a_run_alone_is_training_and_evaluating_and_its_tokens_are_counted(make_config, fresh, tmp_path):

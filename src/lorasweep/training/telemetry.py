@@ -29,6 +29,7 @@ class Telemetry:
         self._cpu_began = time.process_time()
         self._tokens = 0
         self._peaks: dict[str, float] = {}
+        self._first_step_at: float | None = None
 
     @contextmanager
     def phase(self, name: Phase) -> Iterator[None]:
@@ -47,6 +48,8 @@ class Telemetry:
         now = time.monotonic()
         self._seconds[self._phase] = self._seconds.get(self._phase, 0.0) + now - self._changed
         self._phase, self._changed = name, now
+        if name == "training" and self._first_step_at is None:
+            self._first_step_at = time.time()
 
     def add_tokens(self, num_tokens: int) -> None:
         """Adds tokens of training batches, without padding."""
@@ -56,13 +59,15 @@ class Telemetry:
         """Returns the values so far.
 
         They are `wall_s`, the seconds of each phase (`training_s`, ...), `cpu_s` of all threads, `trained_tokens`,
-        `peak_memory_bytes` of the process, and on GPUs `gpu_peak_memory_bytes`, the highest peak of one GPU.
+        `peak_memory_bytes` of the process, and on GPUs `gpu_peak_memory_bytes`, the highest peak of one GPU. After the
+        first training step has begun, also its Unix time `first_step_at`.
         """
         self._note_peaks()
         self.switch(self._phase)  # adds the seconds of the current phase so far
         values = {f"{name}_s": self._seconds.get(name, 0.0) for name in get_args(Phase)}
         values |= {"wall_s": self._changed - self._began, "cpu_s": time.process_time() - self._cpu_began}
         values |= {"trained_tokens": self._tokens, **self._peaks}
+        values |= {} if self._first_step_at is None else {"first_step_at": self._first_step_at}
         return {name: round(value, 4) for name, value in values.items()}
 
     def _note_peaks(self) -> None:

@@ -1,0 +1,152 @@
+"""Today's way to search LoRA's rank and learning rate: Optuna, PEFT and transformers' Trainer, trial after trial.
+
+    python benchmarks/trainer_sweep.py WORK.json --output FOLDER [--tuned]
+
+`bench_today.py` starts this script and writes WORK.json. The script imports nothing of lorasweep. Trainer has its
+defaults (fp32, random batches, evaluation batch 8), and Optuna's MedianPruner stops trials. With `--tuned` it has the
+settings that an expert chooses: bf16 where the hardware computes in it, batches grouped by length, evaluation batch 32,
+and no pruning. Both have a linear schedule with warm-up, as lorasweep has by default. Writes FOLDER/result.json, and
+the adapter of each trial's best evaluation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import datasets
+import optuna
+import peft
+import torch
+import transformers
+
+
+class TrialCallback(transformers.TrainerCallback):
+    """Reports a trial's evaluations to Optuna, stops a pruned trial, keeps its best weights, and measures times."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.times = {"training_s": 0.0, "evaluating_s": 0.0, "saving_s": 0.0}
+        self.first_step_at: float | None = None
+        self.steps = 0
+        self._changed = time.perf_counter()
+
+    def start_trial(self, trial: optuna.Trial) -> None:
+        self.trial, self.best = trial, -1.0
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        self._changed = time.perf_counter()
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        self.first_step_at = self.first_step_at or time.time()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self._count("training_s")
+        self.steps += 1
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, *, metrics: Any, model: Any, **__: Any) -> None:
+        self._count("evaluating_s")
+        accuracy = metrics["eval_accuracy"]
+        if accuracy > self.best:
+            self.best = accuracy
+            model.save_pretrained(self.folder / str(self.trial.number))
+        self._count("saving_s")
+        self.trial.report(accuracy, state.global_step)
+        if self.trial.should_prune():
+            raise optuna.TrialPruned
+
+    def _count(self, name: str) -> None:
+        """Counts the time since the last call as this part."""
+        now = time.perf_counter()
+        self.times[name] += now - self._changed
+        self._changed = now
+
+
+def run_study(work: dict[str, Any], folder: Path, *, tuned: bool) -> dict[str, Any]:
+    """Runs all trials and returns what `result.json` holds."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(work["model"])
+    files = {split: work[split] for split in ("train", "validation")}
+    rows = datasets.load_dataset("json", data_files=files)
+    names = sorted(set(rows["train"]["label"]))
+
+    def tokenise(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        tokens = dict(tokenizer(batch["text"], truncation=True, max_length=work["max_length"]))
+        return {**tokens, "labels": [names.index(label) for label in batch["label"]]}
+
+    rows = rows.map(tokenise, batched=True, remove_columns=["text", "label"])
+    has_gpu = torch.cuda.is_available()
+    expert: dict[str, Any] = {
+        "bf16": bool(torch.cpu.get_capabilities().get("avx512_bf16")) or (has_gpu and torch.cuda.is_bf16_supported()),
+        "train_sampling_strategy": "group_by_length",
+        "per_device_eval_batch_size": 32,
+    }
+    callback = TrialCallback(folder)
+
+    def objective(trial: optuna.Trial) -> float:
+        rank = trial.suggest_categorical("rank", work["ranks"])
+        lr = trial.suggest_float("lr", work["lr_low"], work["lr_high"], log=True)
+        transformers.set_seed(work["seed"])
+        model = transformers.AutoModelForSequenceClassification.from_pretrained(work["model"], num_labels=len(names))
+        settings = peft.LoraConfig(
+            r=rank, lora_alpha=work["alpha_over_rank"] * rank, target_modules="all-linear", task_type="SEQ_CLS"
+        )
+        callback.start_trial(trial)
+        trainer = transformers.Trainer(
+            model=peft.get_peft_model(model, settings),
+            args=transformers.TrainingArguments(
+                output_dir=str(folder / "trainer"),
+                seed=work["seed"],
+                max_steps=work["steps"],
+                per_device_train_batch_size=work["batch_size"],
+                learning_rate=lr,
+                warmup_steps=round(work["warmup_fraction"] * work["steps"]),
+                eval_strategy="steps",
+                eval_steps=work["steps"] // work["evaluations"],
+                save_strategy="no",  # the callback keeps the best weights
+                disable_tqdm=True,
+                use_cpu=not has_gpu,
+                dataloader_pin_memory=has_gpu,
+                **(expert if tuned else {}),
+            ),
+            train_dataset=rows["train"],
+            eval_dataset=rows["validation"],
+            data_collator=transformers.DataCollatorWithPadding(tokenizer),
+            compute_metrics=lambda found: {"accuracy": float((found.predictions.argmax(-1) == found.label_ids).mean())},
+            callbacks=[callback],
+        )
+        trainer.train()
+        return callback.best
+
+    study = optuna.create_study(
+        direction="maximize",
+        sampler=optuna.samplers.TPESampler(seed=work["seed"]),
+        pruner=optuna.pruners.NopPruner() if tuned else optuna.pruners.MedianPruner(),
+    )
+    study.optimize(objective, n_trials=work["trials"])
+    return {
+        **callback.times,
+        "first_step_at": callback.first_step_at,
+        "steps": callback.steps,
+        "best_score": study.best_value,
+        "best_params": study.best_params,
+        "best_adapter": str(folder / str(study.best_trial.number)),
+        "gpu_peak_memory_bytes": torch.cuda.max_memory_allocated() if has_gpu else 0,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("work", type=Path, metavar="WORK.json")
+    parser.add_argument("--output", type=Path, required=True, metavar="FOLDER")
+    parser.add_argument("--tuned", action="store_true")
+    arguments = parser.parse_args()
+    work = json.loads(arguments.work.read_text())
+    result = run_study(work, arguments.output, tuned=arguments.tuned)
+    (arguments.output / "result.json").write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
