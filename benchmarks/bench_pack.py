@@ -29,10 +29,10 @@ from torch import Tensor, nn
 
 from lorasweep.config.compose import compose_run
 from lorasweep.config.run import OptimConfig
-from lorasweep.lora import LoraConfig, inject_lora, inject_packed_lora, split_lora_parameters
+from lorasweep.lora import LoraConfig, inject_lora, inject_packed_lora, slot_model
 from lorasweep.models.load import load_base
 from lorasweep.training.memory import count_saved_bytes
-from lorasweep.training.packs.optim import StackedAdamW
+from lorasweep.training.packs.optim import SlotOptimizer
 
 SIZES = (1, 2, 4, 8, 16, 32)
 RANK = 8
@@ -112,7 +112,7 @@ def solo_step(model: nn.Module, task: Task, settings: OptimConfig, *, times: int
 
 def make_ways(task: Task, slots: int) -> dict[str, Step]:
     """One step of `slots` trials in each way."""
-    settings = compose_run({"optim.lr": 1e-4}).optim
+    run = compose_run({"optim.lr": 1e-4})
     config = LoraConfig(rank=RANK)
     own = copy.deepcopy(task.model)
     inject_lora(own, config)
@@ -123,19 +123,18 @@ def make_ways(task: Task, slots: int) -> dict[str, Step]:
     packed = copy.deepcopy(task.model)
     inject_packed_lora(packed, [config] * slots)
     ids, targets = token_batch(task, slots, next(packed.parameters()).device)
-    optimizer = StackedAdamW(split_lora_parameters(packed), [settings] * slots)
+    optimizers = [SlotOptimizer(slot_model(packed, slot), run, head_names=()) for slot in range(slots)]
 
     def pack_step() -> None:
         slot_losses(packed, ids, targets, slots=slots).sum().backward()
-        optimizer.clip_gradients()
-        optimizer.step()
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            optimizer.step()
 
     return {
         "pack": pack_step,
-        "own solo": solo_step(own.train(), task, settings, times=1, repeats=slots),
-        "PEFT": solo_step(theirs.train(), task, settings, times=1, repeats=slots),
-        "ceiling": solo_step(large.train(), task, settings, times=slots, repeats=1),
+        "own solo": solo_step(own.train(), task, run.optim, times=1, repeats=slots),
+        "PEFT": solo_step(theirs.train(), task, run.optim, times=1, repeats=slots),
+        "ceiling": solo_step(large.train(), task, run.optim, times=slots, repeats=1),
     }
 
 

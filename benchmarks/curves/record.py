@@ -14,6 +14,7 @@ fine-tuning runs one trial after another. A file that is complete is left as it 
 from __future__ import annotations
 
 import argparse
+import copy
 import csv
 import functools
 import itertools
@@ -35,13 +36,13 @@ from lorasweep.config.run import RunConfig
 from lorasweep.data.batching import StepBatchSampler, build_evaluation_loader
 from lorasweep.data.split import repeat_batch
 from lorasweep.data.tasks import Evaluation
-from lorasweep.lora import inject_packed_lora, set_dropout_streams, split_lora_parameters
+from lorasweep.lora import inject_packed_lora, set_dropout_streams, slot_model
 from lorasweep.lora.packed.inject import set_sequence_lengths
 from lorasweep.methods import METHODS, add_head_to_modules_to_save, copy_sharing_weights, draw_head
 from lorasweep.training.environment import deterministic_algorithms
 from lorasweep.training.inputs import RunInputs, build_inputs, resolve_accumulate
 from lorasweep.training.optim import build_optimizer, schedule_factor, split_by_learning_rate
-from lorasweep.training.packs.optim import StackedAdamW
+from lorasweep.training.packs.optim import SlotOptimizer
 from lorasweep.training.packs.pack import build_pack_batch, compute_slot_losses
 from lorasweep.training.prepare import prepare_model
 from lorasweep.training.score import evaluate_model
@@ -187,7 +188,10 @@ class LoraPack:
         methods = [add_head_to_modules_to_save(_lora(config), inputs.base.new_head_names) for config in configs]
         inject_packed_lora(self.model, methods, generators=generators, prepare_copy=start)
         self.model.train()
-        self.optimizer = StackedAdamW(split_lora_parameters(self.model), [config.optim for config in configs])
+        heads = inputs.base.new_head_names
+        self.optimizers = [
+            SlotOptimizer(slot_model(self.model, slot), config, head_names=heads) for slot, config in enumerate(configs)
+        ]
         self.streams = [torch.Generator().manual_seed(seeds.dropout) for _ in configs]
         set_dropout_streams(self.model, self.streams)
         accumulate = resolve_accumulate(settings, inputs.splits.train, slots=len(configs))
@@ -200,10 +204,10 @@ class LoraPack:
             rows = build_pack_batch(self.inputs.splits.train, [micro] * slots, model=self.model)
             losses = compute_slot_losses(self.inputs.splits.task, self.model, rows, slots=slots)
             (losses / micro.step_weight).sum().backward()  # type: ignore[no-untyped-call]
-        self.optimizer.lr_factors = [factor] * slots
-        self.optimizer.clip_gradients()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        for optimizer in self.optimizers:
+            for group in optimizer.optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * factor
+            optimizer.step()
 
     @torch.no_grad()
     def evaluate(self) -> list[dict[str, float]]:
@@ -221,20 +225,19 @@ class LoraPack:
         return [_floats(evaluation.compute()) for evaluation in evaluations]
 
     def trained(self) -> list[nn.Parameter]:
-        """Returns the stacked parameters."""
-        return [parameter for group in split_lora_parameters(self.model) for parameter in group]
+        """Returns the parameters of all slots."""
+        return [parameter for optimizer in self.optimizers for parameter in optimizer.parameters]
 
     def state(self) -> Any:
-        """Returns a copy of the moments and of each slot's dropout stream."""
-        moments = [self.optimizer.copy_slot_moments(slot) for slot in range(len(self.points))]
-        streams = [stream.get_state() for stream in self.streams]
-        return moments, list(self.optimizer.num_steps), streams, torch.get_rng_state()
+        """Returns a copy of each slot's optimizer and dropout stream."""
+        optimizers = copy.deepcopy([optimizer.state() for optimizer in self.optimizers])
+        return optimizers, [stream.get_state() for stream in self.streams], torch.get_rng_state()
 
     def load(self, state: Any) -> None:
         """Takes back what `state` gave."""
-        moments, num_steps, streams, shared = state
-        for slot, (own, steps) in enumerate(zip(moments, num_steps, strict=True)):
-            self.optimizer.load_slot_moments(slot, own, num_steps=steps)
+        optimizers, streams, shared = state
+        for optimizer, saved in zip(self.optimizers, optimizers, strict=True):
+            optimizer.load_state(saved)
         for stream, saved in zip(self.streams, streams, strict=True):
             stream.set_state(saved)
         torch.set_rng_state(shared)

@@ -7,10 +7,11 @@ from collections.abc import Callable
 import pytest
 import torch
 from beartype import beartype
-from jaxtyping import jaxtyped
+from jaxtyping import Float, jaxtyped
 from torch import Tensor, nn
 
 from lorasweep.lora import functional, layers
+from lorasweep.lora.packed import layers as packed_layers
 
 
 class Block(nn.Module):
@@ -88,3 +89,12 @@ def check_shapes(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
     for name in ("lora_linear", "linear_update", "embedding_update", "conv2d_update"):
         checked = jaxtyped(typechecker=beartype)(getattr(functional, name))
         monkeypatch.setattr(layers, name, checked)
+    monkeypatch.setattr(layers, "SlotGroup", make_checked_group)
+    monkeypatch.setattr(packed_layers, "SlotGroup", make_checked_group)
+
+
+@jaxtyped(typechecker=beartype)
+def make_checked_group(
+    lora_a: Float[Tensor, "slots rank d_in"], lora_b: Float[Tensor, "slots d_out rank"], factor: object
+) -> functional.SlotGroup:
+    return functional.SlotGroup(lora_a, lora_b, factor)

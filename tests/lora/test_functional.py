@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.autograd import gradcheck
 
-from lorasweep.lora.functional import linear_update, lora_linear, scaling_factor
+from lorasweep.lora.functional import SlotGroup, UpdateFactor, linear_update, lora_linear, scaling_factor
 
 SLOTS, ROWS = 3, 2
 FACTORS = torch.tensor([0.7, 0.0, 2.0], dtype=torch.float64)[:, None, None]
@@ -18,6 +18,20 @@ def make_inputs(
     generator = torch.Generator().manual_seed(0)
     shapes = (shape, (d_out, shape[-1]), (d_out,), (slots, rank, shape[-1]), (slots, d_out, rank))
     return tuple(torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes)
+
+
+def run_lora(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    *,
+    factor: UpdateFactor,
+    keep: Tensor | None = None,
+) -> Tensor:
+    """`lora_linear` with all slots in one group."""
+    return lora_linear(x, weight, bias, [SlotGroup(a, b, factor)], keep=keep)
 
 
 def make_keep(x: Tensor) -> Tensor:
@@ -39,16 +53,31 @@ def test_output_and_gradients_equal_the_dense_formula(shape: tuple[int, ...], sl
     chosen = bias if slots == 1 else None
     leaves = [t.requires_grad_() for t in (x, a, b)]
     factor = FACTORS[:slots]
-    ours, reference = lora_linear(x, weight, chosen, a, b, factor=factor), dense(x, weight, chosen, a, b, factor)
+    ours, reference = run_lora(x, weight, chosen, a, b, factor=factor), dense(x, weight, chosen, a, b, factor)
     torch.testing.assert_close(ours, reference)  # float64 defaults: the same products in another order
     grad = torch.linspace(-1, 1, ours.numel(), dtype=ours.dtype).view(ours.shape)
     torch.testing.assert_close(torch.autograd.grad(ours, leaves, grad), torch.autograd.grad(reference, leaves, grad))
 
 
+@pytest.mark.parametrize("drop", [True, False])
+def test_groups_of_slots_equal_one_padded_group(drop: bool) -> None:
+    x, weight, bias, a, b = make_inputs()
+    keep = make_keep(x) if drop else None
+    a, b = a.clone(), b.clone()
+    a[0, 1], b[0, :, 1] = 0, 0  # slot 0 has rank 1, padded to 2
+    leaves = [t.requires_grad_() for t in (x, a, b)]
+    padded = run_lora(x, weight, bias, a, b, factor=FACTORS, keep=keep)
+    groups = [SlotGroup(a[:1, :1], b[:1, :, :1], FACTORS[:1]), SlotGroup(a[1:], b[1:], FACTORS[1:])]
+    grouped = lora_linear(x, weight, bias, groups, keep=keep)
+    torch.testing.assert_close(grouped, padded)
+    # the factor of slot 1 is 0, and the padding of slot 0 gets no gradient in either way
+    torch.testing.assert_close(torch.autograd.grad(grouped.sum(), leaves), torch.autograd.grad(padded.sum(), leaves))
+
+
 def test_a_vector_is_one_row() -> None:
     x, weight, bias, a, b = make_inputs(shape=(5,), slots=1)
     torch.testing.assert_close(
-        lora_linear(x, weight, bias, a, b, factor=0.7), torch.nn.functional.linear(x, weight + 0.7 * b[0] @ a[0], bias)
+        run_lora(x, weight, bias, a, b, factor=0.7), torch.nn.functional.linear(x, weight + 0.7 * b[0] @ a[0], bias)
     )
 
 
@@ -61,12 +90,12 @@ def test_gradcheck_of_what_trains(drop: bool, trains: tuple[bool, ...]) -> None:
     inputs = make_inputs(shape=(SLOTS * ROWS, 3))
     inputs = tuple(t.requires_grad_(needs) for t, needs in zip(inputs, trains, strict=True))
     keep = make_keep(inputs[0]) if drop else None
-    assert gradcheck(lambda *t: lora_linear(*t, factor=FACTORS, keep=keep), inputs)
+    assert gradcheck(lambda *t: run_lora(*t, factor=FACTORS, keep=keep), inputs)
 
 
 def test_gradcheck_of_one_slot_without_bias() -> None:
     x, weight, _, a, b = (t.requires_grad_() for t in make_inputs(shape=(3, 5), slots=1))
-    assert gradcheck(lambda x, w, a, b: lora_linear(x, w, None, a, b, factor=2.0), (x, weight, a, b))
+    assert gradcheck(lambda x, w, a, b: run_lora(x, w, None, a, b, factor=2.0), (x, weight, a, b))
 
 
 def test_gradcheck_of_transposed_views() -> None:
@@ -74,13 +103,13 @@ def test_gradcheck_of_transposed_views() -> None:
     x, weight = (t.t().contiguous().t().requires_grad_() for t in (x, weight))
     assert not x.is_contiguous()
     inputs = (x, weight, bias, a.mT.contiguous().mT.requires_grad_(), b.requires_grad_())
-    assert gradcheck(lambda *t: lora_linear(*t, factor=FACTORS), inputs)
+    assert gradcheck(lambda *t: run_lora(*t, factor=FACTORS), inputs)
 
 
 def test_gradcheck_of_an_expanded_input_and_gradient() -> None:
     x, weight, bias, a, b = make_inputs(shape=(SLOTS, 1, 5))
     x.requires_grad_()
-    out = lora_linear(x.expand(SLOTS, 3, 5), weight, bias, a, b, factor=FACTORS)
+    out = run_lora(x.expand(SLOTS, 3, 5), weight, bias, a, b, factor=FACTORS)
     (got,) = torch.autograd.grad(out.sum(), x)  # sum's gradient is an expanded scalar
     (expected,) = torch.autograd.grad(dense(x.expand(SLOTS, 3, 5), weight, bias, a, b, FACTORS).sum(), x)
     torch.testing.assert_close(got, expected)
@@ -90,18 +119,18 @@ def test_dropout_leaves_the_base_alone() -> None:
     x, weight, bias, a, b = make_inputs(shape=(3, 5), slots=1)
     keep = make_keep(x)
     expected = torch.nn.functional.linear(x, weight, bias) + 0.7 * (x * keep) @ a[0].t() @ b[0].t()
-    torch.testing.assert_close(lora_linear(x, weight, bias, a, b, factor=0.7, keep=keep), expected)
+    torch.testing.assert_close(run_lora(x, weight, bias, a, b, factor=0.7, keep=keep), expected)
 
 
 def test_factor_zero_gives_the_base_exactly() -> None:
     x, weight, bias, a, b = make_inputs()
-    assert torch.equal(lora_linear(x, weight, bias, a, b, factor=0.0), torch.nn.functional.linear(x, weight, bias))
+    assert torch.equal(run_lora(x, weight, bias, a, b, factor=0.0), torch.nn.functional.linear(x, weight, bias))
 
 
 def test_a_second_derivative_is_refused_instead_of_wrong() -> None:
     x, weight, bias, a, b = make_inputs()
     a.requires_grad_()
-    (grad,) = torch.autograd.grad(lora_linear(x, weight, bias, a, b, factor=1.0).pow(2).sum(), a, create_graph=True)
+    (grad,) = torch.autograd.grad(run_lora(x, weight, bias, a, b, factor=1.0).pow(2).sum(), a, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
 
@@ -110,7 +139,7 @@ def test_fp32_adapters_on_a_bf16_base_get_fp32_gradients() -> None:
     x, weight, bias, a, b = make_inputs(shape=(SLOTS * ROWS, 32, 64), d_out=16, rank=4)
     half = [t.bfloat16() for t in (x, weight, bias)]
     adapters = [t.float().requires_grad_() for t in (a, b)]
-    out = lora_linear(*half, *adapters, factor=FACTORS.float())
+    out = run_lora(*half, *adapters, factor=FACTORS.float())
     assert out.dtype is torch.bfloat16
     grads = torch.autograd.grad(out.float().pow(2).sum(), adapters)
     exact = [t.detach().double().requires_grad_() for t in adapters]
@@ -126,7 +155,7 @@ def test_fp32_adapters_on_a_bf16_base_get_fp32_gradients() -> None:
 def test_autocast_computes_in_its_dtype(drop: bool) -> None:
     x, weight, bias, a, b = (t.float().requires_grad_() for t in make_inputs())
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        out = lora_linear(x, weight, bias, a, b, factor=FACTORS.float(), keep=make_keep(x) if drop else None)
+        out = run_lora(x, weight, bias, a, b, factor=FACTORS.float(), keep=make_keep(x) if drop else None)
     assert out.dtype is torch.bfloat16
     out.float().sum().backward()
     assert {t.grad.dtype for t in (x, a, b)} == {torch.float32}
@@ -142,7 +171,7 @@ def test_x_is_saved_once_for_layers_that_share_it() -> None:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        alive = [lora_linear(x, weight, bias, a, b, factor=1.0) for _ in range(3)]
+        alive = [run_lora(x, weight, bias, a, b, factor=1.0) for _ in range(3)]
     shared = {t.data_ptr() for t in (x, weight, a, b)}
     assert len(saved) == len(shared) + len(alive)  # and one u (slots, rank, tokens) per layer
 
@@ -150,10 +179,11 @@ def test_x_is_saved_once_for_layers_that_share_it() -> None:
 @pytest.mark.parametrize("drop", [True, False])
 def test_the_change_alone_is_what_is_added(drop: bool) -> None:
     x, weight, bias, a, b = make_inputs()
-    options = {"factor": FACTORS, "keep": make_keep(x) if drop else None}
+    keep = make_keep(x) if drop else None
     leaves = [t.requires_grad_() for t in (x, a, b)]
-    whole = lora_linear(x, weight, bias, a, b, **options)
-    parts = torch.nn.functional.linear(x, weight, bias) + linear_update(x, a, b, **options)
+    whole = run_lora(x, weight, bias, a, b, factor=FACTORS, keep=keep)
+    change = linear_update(x, SlotGroup(a, b, FACTORS), keep=keep)
+    parts = torch.nn.functional.linear(x, weight, bias) + change
     torch.testing.assert_close(parts, whole)
     torch.testing.assert_close(torch.autograd.grad(parts.sum(), leaves), torch.autograd.grad(whole.sum(), leaves))
 
@@ -163,7 +193,7 @@ def test_a_slot_of_nan_leaves_the_others_bit_identical() -> None:
     leaves = [t.requires_grad_() for t in (x, a, b)]
 
     def run() -> list[Tensor]:
-        out = lora_linear(x, weight, bias, a, b, factor=FACTORS)
+        out = run_lora(x, weight, bias, a, b, factor=FACTORS)
         return [out, *torch.autograd.grad(out.pow(2).sum(), leaves)]
 
     expected = run()

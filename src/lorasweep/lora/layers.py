@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,11 +11,12 @@ from torch import Tensor, nn
 
 from lorasweep.lora.functional import (
     RowRanges,
-    UpdateFactor,
+    SlotGroup,
     conv2d_update,
     embedding_update,
     linear_update,
     lora_linear,
+    split_by_group,
 )
 from lorasweep.lora.initialise import draw_matrices, split_principal_part
 from lorasweep.lora.layer_kinds import has_custom_forward, matrix_shape, matrix_to_weight, weight_to_matrix
@@ -45,38 +47,35 @@ class AdaptedLayer(nn.Module):
         return getattr(self.base, "bias", None)
 
     def add_update(
-        self,
-        x: Shaped[Tensor, "rows ..."],
-        lora_a: Float[Tensor, "slots rank d_in"],
-        lora_b: Float[Tensor, "slots d_out rank"],
-        *,
-        factor: UpdateFactor,
-        keep: Bool[Tensor, "rows ..."] | None = None,
+        self, x: Shaped[Tensor, "rows ..."], groups: Sequence[SlotGroup], *, keep: Bool[Tensor, "rows ..."] | None
     ) -> Float[Tensor, "rows ..."]:
         """Returns the base's output for x plus factor · B A (x · keep), in the dtype of the base's output.
 
         Args:
             x: Token ids (rows, ...) of an embedding, images (rows, d_in, height, width) of a convolution, or inputs
                 (rows, ..., d_in) of a linear layer.
-            lora_a: One A per slot.
-            lora_b: One B per slot.
-            factor: The scaling, divided by (1 - dropout) if inputs are dropped.
-            keep: Dropout mask, False for each input that is dropped before A.
+            groups: All slots. The factors are the scalings, divided by (1 - dropout) if inputs are dropped.
+            keep: Dropout mask, False for each input that is dropped before A; None keeps all inputs.
         """
         base = self.base
-        y: Tensor
+        if not self.calls_base and not isinstance(base, nn.Embedding | nn.Conv2d):
+            return lora_linear(x, weight_to_matrix(base, self.weight), self.bias, groups, keep=keep)
+        y: Tensor = base(x)
+        keeps = [None] * len(groups) if keep is None else split_by_group(keep, groups)
+        updates = [
+            self._compute_update(rows.to(y.dtype) if x.is_floating_point() else rows, group, keep=keep_rows)
+            for rows, group, keep_rows in zip(split_by_group(x, groups), groups, keeps, strict=True)
+        ]
+        return y + torch.cat(updates).to(y.dtype)
+
+    def _compute_update(self, x: Tensor, group: SlotGroup, *, keep: Tensor | None) -> Tensor:
+        base = self.base
         if isinstance(base, nn.Embedding):
-            factor = factor * getattr(base, "embed_scale", 1.0)  # the base scales its output too
-            y = base(x)
-            return y + embedding_update(x, lora_a, lora_b, factor=factor).to(y.dtype)
+            # the base scales its output too
+            return embedding_update(x, group) * getattr(base, "embed_scale", 1.0)
         if isinstance(base, nn.Conv2d):
-            y = base(x)
-            return y + conv2d_update(x, base, lora_a, lora_b, factor=factor, keep=keep)
-        if self.calls_base:
-            y = base(x)
-            return y + linear_update(x.to(y.dtype), lora_a, lora_b, factor=factor, keep=keep)
-        weight = weight_to_matrix(base, self.weight)
-        return lora_linear(x, weight, self.bias, lora_a, lora_b, factor=factor, keep=keep)
+            return conv2d_update(x, base, group, keep=keep)
+        return linear_update(x, group, keep=keep)
 
 
 class LoraLayer(AdaptedLayer):
@@ -153,7 +152,7 @@ class LoraLayer(AdaptedLayer):
         lora_a, lora_b = self.get_plain_matrices()
         keep = self._draw_keep_mask(x)
         factor = self.scaling if keep is None else self.scaling / (1 - self.config.dropout)
-        y = self.add_update(x, lora_a[None], lora_b[None], factor=factor, keep=keep)
+        y = self.add_update(x, [SlotGroup(lora_a[None], lora_b[None], factor)], keep=keep)
         if self.magnitude is None:
             return y
         # DoRA's m / ‖W0 + scaling · B A‖: equation 5 of arXiv 2402.09353. The paper's columns are rows here.
@@ -269,11 +268,10 @@ def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
 def split_lora_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:
     """Returns all A, all B, and the other trainable parameters (heads, row norms, biases), each in the model's order.
 
-    In a pack, the first dimension of each A and B is the slot. LoRA+ (arXiv 2402.12354, section 4) trains B with
-    `optim.lr_ratio_b` times the learning rate of A. This includes embeddings, whose A is initially zero instead of B.
+    LoRA+ (arXiv 2402.12354, section 4) trains B with `optim.lr_ratio_b` times the learning rate of A. This includes
+    embeddings, whose A is initially zero instead of B.
     """
-    layers = [module for module in model.modules() if isinstance(module, AdaptedLayer)]
-    a: list[nn.Parameter] = [layer.lora_a for layer in layers]  # type: ignore[misc]
-    b: list[nn.Parameter] = [layer.lora_b for layer in layers]  # type: ignore[misc]
+    layers = lora_layers(model).values()
+    a, b = [layer.lora_a for layer in layers], [layer.lora_b for layer in layers]
     lora_ids = {id(parameter) for parameter in (*a, *b)}
     return a, b, [p for p in model.parameters() if p.requires_grad and id(p) not in lora_ids]

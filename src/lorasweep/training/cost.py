@@ -10,16 +10,16 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from lorasweep.config.run import OptimConfig, RunConfig
+from lorasweep.config.run import RunConfig
 from lorasweep.data.batching import EvaluationSampler
 from lorasweep.data.split import move_batch, repeat_batch
-from lorasweep.lora import split_lora_parameters
+from lorasweep.lora import slot_model
 from lorasweep.methods import METHODS
 from lorasweep.training.environment import get_device, peak_memory_bytes, reset_peak_memory
 from lorasweep.training.failures import convert_memory_errors
 from lorasweep.training.inputs import RunInputs
 from lorasweep.training.optim import build_optimizer
-from lorasweep.training.packs.optim import StackedAdamW
+from lorasweep.training.packs.optim import SlotOptimizer
 from lorasweep.training.packs.pack import build_pack, compute_slot_losses
 from lorasweep.training.packs.size import build_first_micro_batches
 from lorasweep.training.prepare import prepare_model
@@ -57,14 +57,15 @@ def measure_run(config: RunConfig, *, inputs: RunInputs, slots: int | None = Non
     reset_peak_memory()
     # a measurement must not change the random numbers of later runs
     with convert_memory_errors(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        optimizer, slot_optimizers = None, []
         if slots is None:
             model = prepare_model(config, inputs.base).to(device)
             groups = METHODS[config.method.name].trainable_groups(model, lr_ratio_b=config.optim.lr_ratio_b)
             optimizer = build_optimizer(config.optim, groups) if groups else None
         else:
-            assert isinstance(config.optim, OptimConfig)
             model, _ = build_pack([config] * slots, inputs=inputs)
-            optimizer = StackedAdamW(split_lora_parameters(model), [config.optim] * slots)
+            heads = inputs.base.new_head_names
+            slot_optimizers = [SlotOptimizer(slot_model(model, k), config, head_names=heads) for k in range(slots)]
         micro_batches = build_first_micro_batches(config, inputs, slots=num_slots, num_steps=1)
         train = inputs.splits.train
         batches = [
@@ -73,16 +74,16 @@ def measure_run(config: RunConfig, *, inputs: RunInputs, slots: int | None = Non
         ]
 
         def train_step() -> None:
-            if isinstance(optimizer, StackedAdamW):
-                backpropagate()
-                optimizer.clip_gradients()
-                optimizer.step()
-            elif optimizer is not None:
+            if optimizer is not None:
                 optimizer.step(lambda: backpropagate().item())  # some optimizers ask for the loss more than once
+            else:
+                backpropagate()
+                for slot_optimizer in slot_optimizers:
+                    slot_optimizer.step()
 
         def backpropagate() -> Tensor:
-            assert optimizer is not None
-            optimizer.zero_grad()
+            if optimizer is not None:
+                optimizer.zero_grad()
             for batch in batches:
                 with inputs.autocast(config):
                     loss = compute_slot_losses(task, model, batch, slots=num_slots).sum() / micro_batches[0].step_weight
@@ -100,7 +101,7 @@ def measure_run(config: RunConfig, *, inputs: RunInputs, slots: int | None = Non
             with torch.no_grad(), inputs.autocast(config):
                 task.score(model, longest_batch)
 
-        step_s = _measure_seconds(train_step, device) if optimizer is not None else 0.0
+        step_s = _measure_seconds(train_step, device) if optimizer or slot_optimizers else 0.0
         eval_s = _measure_seconds(evaluate, device) / token_fraction
     return RunCost(
         slots=num_slots,

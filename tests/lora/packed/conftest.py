@@ -13,12 +13,12 @@ from lorasweep.lora import (
     LoraConfig,
     inject_lora,
     inject_packed_lora,
-    load_slot,
+    load_lora_state,
     lora_state,
     set_dropout_streams,
     slot_model,
 )
-from lorasweep.lora.packed.inject import find_slot_streams
+from lorasweep.lora.packed.inject import find_slots
 
 
 def stream(seed: int) -> torch.Generator:
@@ -85,9 +85,9 @@ def make_pack() -> Callable[..., PackAndSolos]:
             solo = make_base().double()
             inject_lora(solo, config, generator=stream(slot))
             randomise(solo.double(), slot)
-            load_slot(pack, slot, lora_state(solo))
+            load_lora_state(slot_model(pack, slot), lora_state(solo), source="the solo model")
             solos.append(solo)
-        assert find_slot_streams(pack).num_slots == len(configs)
+        assert find_slots(pack).num_slots == len(configs)
         return PackAndSolos(pack.train(), [solo.train() for solo in solos])
 
     return make

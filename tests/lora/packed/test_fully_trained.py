@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from lorasweep.lora import LoraConfig, inject_lora, inject_packed_lora, slot_model
-from lorasweep.lora.packed.fully_trained import stacked_modules
+from lorasweep.lora.packed.fully_trained import packed_trained_modules
 
 HEAD = ("head",)
 
@@ -68,17 +68,6 @@ def test_heads_train_per_slot(make_pack, make, some: bool) -> None:
     both.assert_equal(rows())
 
 
-def test_a_slot_that_does_not_train_the_module_has_zeros_there(make_pack) -> None:
-    configs = [LoraConfig(rank=1, targets="body"), LoraConfig(rank=1, targets="body", modules_to_save=HEAD)]
-    both = make_pack(make_linear, configs)
-    both.pack(rows()).sum().backward()
-    (stacked,) = stacked_modules(both.pack).values()
-    for parameter in stacked.stacked:
-        assert not parameter[0].any()
-        assert not parameter.grad[0].any()  # so that clipping and decay leave it out
-        assert parameter.grad[1].any()
-
-
 @pytest.mark.parametrize("make", [make_composite, make_linear])
 def test_copies_are_fp32_beside_a_bf16_base(make) -> None:
     config = LoraConfig(rank=1, targets="body", modules_to_save=HEAD)
@@ -86,15 +75,15 @@ def test_copies_are_fp32_beside_a_bf16_base(make) -> None:
     inject_packed_lora(model, [config] * 2, generators=[torch.Generator().manual_seed(0)] * 2)
     solo = make().bfloat16().eval()
     inject_lora(solo, config, generator=torch.Generator().manual_seed(0))
-    (stacked,) = stacked_modules(model).values()
-    assert {p.dtype for p in stacked.stacked} == {torch.float32}
+    (packed,) = packed_trained_modules(model).values()
+    assert {p.dtype for p in packed.trained} == {torch.float32}
     x = rows(dtype=torch.bfloat16)
     output = model(x)
     assert output.dtype is torch.bfloat16
     # Sums in another order, rounded to bf16: one spacing of the largest output, since those near 0 are differences.
     torch.testing.assert_close(output, solo(x), rtol=0, atol=2**-7 * float(output.detach().abs().max()))
     output.float().sum().backward()
-    assert {p.grad.dtype for p in stacked.stacked} == {torch.float32}
+    assert {p.grad.dtype for p in packed.trained} == {torch.float32}
 
 
 def test_the_base_of_a_head_is_not_touched() -> None:
@@ -102,8 +91,8 @@ def test_the_base_of_a_head_is_not_touched() -> None:
     before = model.head.weight
     value = before.detach().clone()
     inject_packed_lora(model, [LoraConfig(rank=1, targets="body", modules_to_save=HEAD)] * 2)
-    (stacked,) = stacked_modules(model).values()
-    assert stacked.weight is before
+    (packed,) = packed_trained_modules(model).values()
+    assert packed.weight is before
     model(rows(dtype=torch.float32)).sum().backward()
     assert before.grad is None
     assert torch.equal(before, value)

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from lorasweep.lora import LoraConfig, inject_lora, inject_packed_lora, lora_state, slot_model, split_lora_parameters
-from lorasweep.lora.packed.fully_trained import stacked_modules
-from lorasweep.lora.packed.inject import copy_base, find_slot_streams, why_not_packable
+from lorasweep.lora.packed.fully_trained import packed_trained_modules
+from lorasweep.lora.packed.inject import copy_base, find_slots, why_not_packable
 from lorasweep.lora.packed.layers import packed_layers
 
 
@@ -60,14 +60,13 @@ def test_starts_as_the_base_exactly(make_model, tokens: Tensor) -> None:
     assert torch.equal(model(tokens), base(tokens))
 
 
-def test_only_stacked_parameters_train_and_the_base_stays(make_model, tokens: Tensor) -> None:
+def test_the_parameters_of_the_slots_train_and_the_base_stays(make_model, tokens: Tensor) -> None:
     model = make_model()
     base = dict(model.named_parameters())
     before = {name: p.detach().clone() for name, p in base.items()}
     inject_packed_lora(model, CONFIGS)
-    a, b, other = split_lora_parameters(model)
-    assert {id(p) for p in (*a, *b, *other)} == {id(p) for p in model.parameters() if p.requires_grad}
-    assert {p.shape[0] for p in (*a, *b, *other)} == {3}
+    trains = [p for slot in range(3) for of in split_lora_parameters(slot_model(model, slot)) for p in of]
+    assert {id(p) for p in trains} == {id(p) for p in model.parameters() if p.requires_grad}
     model(tokens).sum().backward()
     for name, parameter in base.items():
         assert parameter.grad is None
@@ -79,9 +78,8 @@ def test_layers_stand_in_the_models_order(make_model) -> None:
     inject_packed_lora(model, CONFIGS)
     order = ["embed", "layers.0.up", "layers.0.proj", "layers.1.up", "layers.1.proj"]
     assert list(packed_layers(model)) == order
-    assert list(stacked_modules(model)) == ["out"]
-    assert find_slot_streams(model).num_slots == 3
-    assert [id(p) for p in split_lora_parameters(model)[0]] == [id(packed_layers(model)[n].lora_a) for n in order]
+    assert list(packed_trained_modules(model)) == ["out"]
+    assert find_slots(model).num_slots == 3
 
 
 def test_the_base_can_be_copied_out_again(make_model, tokens: Tensor) -> None:
@@ -176,7 +174,7 @@ def test_an_adapted_model_is_refused(make_model) -> None:
 
 def test_a_model_without_a_pack_has_no_slots(model) -> None:
     with pytest.raises(ValueError, match="must be packed"):
-        find_slot_streams(model)
+        find_slots(model)
 
 
 def test_a_pack_can_be_copied(make_model, tokens: Tensor) -> None:
@@ -184,8 +182,8 @@ def test_a_pack_can_be_copied(make_model, tokens: Tensor) -> None:
     inject_packed_lora(model, CONFIGS)
     copied = copy.deepcopy(model)
     assert torch.equal(copied(tokens), model(tokens))
-    assert packed_layers(copied)["embed"].streams is packed_layers(copied)["layers.0.up"].streams
-    assert packed_layers(copied)["embed"].streams is not packed_layers(model)["embed"].streams
+    assert packed_layers(copied)["embed"].slots is packed_layers(copied)["layers.0.up"].slots
+    assert packed_layers(copied)["embed"].slots is not packed_layers(model)["embed"].slots
 
 
 def test_a_packed_model_is_not_injected_again() -> None:

@@ -42,10 +42,9 @@ def test_arms_that_differ_in_what_a_slot_owns_share_a_pack(write_file, content):
 @pytest.mark.parametrize(
     ("key", "value", "reason"),
     [
-        ("method.variant", "dora", "`method.variant=dora` can't be packed"),
         ("method.init", "pissa", "`method.init=pissa` can't be packed"),
+        ("method.variant", "dora", "`method.variant=dora` can't be packed"),
         ("trainer.max_steps", 9, "not a multiple of `trainer.eval_every_steps`"),
-        ("optim.eps", 0.0, "`optim.eps` is 0"),
         ("trainer.devices", 2, "`trainer.devices` is not supported in packs"),
         ("optim", "sgd", "`optim._target_` is not supported in packs"),
         ("callbacks", ["lr_monitor"], "`callbacks` is not supported in packs"),

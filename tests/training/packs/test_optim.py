@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-import dataclasses
+import copy
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -8,22 +8,24 @@ import torch
 from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
-from lorasweep.config.run import OptimConfig
+from lorasweep.config.compose import compose_run
+from lorasweep.config.run import RunConfig
 from lorasweep.lora import (
     LoraConfig,
     compact_slots,
     fill_slot,
     inject_lora,
     inject_packed_lora,
+    load_lora_state,
+    lora_layers,
     lora_state,
     set_dropout_streams,
     slot_model,
     split_lora_parameters,
 )
-from lorasweep.lora.packed.layers import packed_layers
 from lorasweep.methods import ParameterGroup
-from lorasweep.training.optim import build_optimizer
-from lorasweep.training.packs.optim import StackedAdamW
+from lorasweep.training.optim import build_optimizer, build_schedule
+from lorasweep.training.packs.optim import SlotOptimizer, flatten_parameters
 
 ROWS, LENGTH, VOCABULARY = 2, 6, 23
 TIGHT = {
@@ -76,17 +78,9 @@ BERT_SLOTS = (
 )
 
 
-def settings(**changes: float | None) -> OptimConfig:
-    given: dict[str, float | None] = {
-        "lr": 1e-2,
-        "lr_ratio_b": 1.0,
-        "weight_decay": 0.0,
-        "beta1": 0.9,
-        "beta2": 0.999,
-        "eps": 1e-8,
-    }
-    given |= {"lr_ratio_head": 1.0, "layer_decay": 1.0, "ema_decay": None}
-    return OptimConfig(name="adamw", **({"clip_norm": None} | given | changes))  # type: ignore[arg-type]
+def settings(**changes: object) -> RunConfig:
+    given = {"lr": 1e-2, "weight_decay": 0.0, "clip_norm": None} | changes
+    return compose_run({"schedule": "linear", "trainer.max_steps": 60, **{f"optim.{k}": v for k, v in given.items()}})
 
 
 SETTINGS = (
@@ -111,10 +105,6 @@ def row_losses(model: nn.Module, tokens: Tensor) -> Tensor:
     return losses.mean(1)
 
 
-def lr_factor(slot: int, step: int) -> float:
-    return 1 - step / (60 + 10 * slot)
-
-
 def stream(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
@@ -122,17 +112,17 @@ def stream(seed: int) -> torch.Generator:
 class SoloRun:
     """What a run of one slot's configuration does without a pack."""
 
-    def __init__(self, model: nn.Module, config: LoraConfig, optim: OptimConfig, slot: int) -> None:
+    def __init__(self, model: nn.Module, config: LoraConfig, run: RunConfig, slot: int) -> None:
         inject_lora(model, config, generator=stream(slot))
-        self.model, self.optim, self.slot = model.double(), optim, slot
-        a, b, other = split_lora_parameters(model)
+        self.model, self.clip_norm = model.double(), run.optim.clip_norm
+        a, b, other = map(tuple, split_lora_parameters(model))
         groups = [
-            ParameterGroup(name="a", params=tuple(a), lr_factor=1.0),
-            ParameterGroup(name="b", params=tuple(b), lr_factor=optim.lr_ratio_b),
-            ParameterGroup(name="other", params=tuple(other), lr_factor=optim.lr_ratio_head),
+            ParameterGroup(name="a", params=a, lr_factor=1.0),
+            ParameterGroup(name="b", params=b, lr_factor=run.optim.lr_ratio_b),
+            ParameterGroup(name="other", params=other, lr_factor=run.optim.lr_ratio_head),
         ]
-        self.optimizer = build_optimizer(optim, groups)
-        self.peaks = [group["lr"] for group in self.optimizer.param_groups]
+        self.optimizer = build_optimizer(run.optim, groups)
+        self.schedule = build_schedule(run, self.optimizer)
         self.losses: list[Tensor] = []
         with torch.random.fork_rng():
             torch.manual_seed(900 + slot)
@@ -149,41 +139,36 @@ class SoloRun:
         loss = row_losses(self.model, tokens).mean()
         self.optimizer.zero_grad()
         loss.backward()
-        if self.optim.clip_norm is not None:
-            trains = [p for p in self.model.parameters() if p.requires_grad]
-            nn.utils.clip_grad_norm_(trains, self.optim.clip_norm)
-        for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
-            group["lr"] = peak * lr_factor(self.slot, len(self.losses))
+        if self.clip_norm is not None:
+            nn.utils.clip_grad_norm_([p for p in self.model.parameters() if p.requires_grad], self.clip_norm)
         self.optimizer.step()
+        self.schedule.step()
         self.losses.append(loss.detach())
 
 
 class PackedRun:
     """The same for all slots at once; `seeds` say which solo run each slot is."""
 
-    def __init__(self, model: nn.Module, configs: Sequence[LoraConfig], optims: Sequence[OptimConfig]) -> None:
+    def __init__(self, model: nn.Module, configs: Sequence[LoraConfig], runs: Sequence[RunConfig]) -> None:
         self.seeds = list(range(len(configs)))
         inject_packed_lora(model, configs, generators=[stream(seed) for seed in self.seeds])
         self.model = model.double()
         self.streams = [stream(900 + seed) for seed in self.seeds]
         set_dropout_streams(model, self.streams)
-        self.optimizer = StackedAdamW(split_lora_parameters(model), optims)
+        self.optimizers = [self.build_optimizer(slot, run) for slot, run in enumerate(runs)]
         self.losses: list[list[Tensor]] = [[] for _ in configs]
+
+    def build_optimizer(self, slot: int, run: RunConfig) -> SlotOptimizer:
+        return SlotOptimizer(slot_model(self.model, slot), run, head_names=())
 
     def train(self, batches: Sequence[Sequence[Tensor]]) -> None:
         """One list of batches for each slot."""
         for tokens in zip(*batches, strict=True):
-            self.step(tokens)
-
-    def step(self, tokens: Sequence[Tensor]) -> None:
-        losses = row_losses(self.model, torch.cat(list(tokens))).view(len(tokens), -1).mean(1)
-        self.optimizer.zero_grad()
-        losses.sum().backward()
-        self.optimizer.clip_gradients()
-        for slot, seed in enumerate(self.seeds):
-            self.optimizer.lr_factors[slot] = lr_factor(seed, len(self.losses[slot]))
-            self.losses[slot].append(losses[slot].detach())
-        self.optimizer.step()
+            losses = row_losses(self.model, torch.cat(list(tokens))).view(len(tokens), -1).mean(1)
+            losses.sum().backward()
+            for slot, optimizer in enumerate(self.optimizers):
+                optimizer.step()
+                self.losses[slot].append(losses[slot].detach())
 
 
 def assert_same_trial(pack: PackedRun, slot: int, solo: SoloRun) -> None:
@@ -215,40 +200,24 @@ def test_a_pack_equals_separate_runs(make: Callable[[], nn.Module], configs: Seq
 
 
 @MODELS
-def test_padded_parts_stay_zero(make: Callable[[], nn.Module], configs: Sequence[LoraConfig]) -> None:
-    pack = PackedRun(make(), configs, [dataclasses.replace(s, weight_decay=0.1) for s in SETTINGS])
-    pack.train([draw_batches(slot, 20) for slot in range(len(configs))])
-    for layer in packed_layers(pack.model).values():
-        for slot, change in enumerate(layer.targets):
-            width = 0 if change is None else change.total_rank
-            assert not layer.lora_a[slot, width:].any()
-            assert not layer.lora_b[slot, :, width:].any()
-            if change is not None:
-                assert layer.lora_b[slot].any()
-                assert layer.b_mask is None or not layer.lora_b[slot][~layer.b_mask[slot]].any()
-
-
-@MODELS
 def test_slots_that_join_and_leave_are_their_solo_runs(
     make: Callable[[], nn.Module], configs: Sequence[LoraConfig]
 ) -> None:
     first, second, third, late = configs
-    late_settings = SETTINGS[3]
     pack = PackedRun(make(), [first, second, third], SETTINGS[:3])
     batches = [draw_batches(seed, 30) for seed in range(4)]
     pack.train([b[:10] for b in batches[:3]])
 
     fill_slot(pack.model, 1, late, generator=stream(3))  # a new trial in place of the second
-    pack.optimizer.replace_parameters(split_lora_parameters(pack.model))
-    pack.optimizer.reset_slot(1, late_settings)
+    slot_model(pack.model, 1).double()
+    pack.optimizers[1] = pack.build_optimizer(1, SETTINGS[3])
     pack.seeds[1], pack.losses[1], pack.streams[1] = 3, [], stream(903)
     set_dropout_streams(pack.model, pack.streams)
     pack.train([batches[0][10:20], batches[3][:10], batches[2][10:20]])
 
     compact_slots(pack.model, [2, 1])  # the first leaves, the others change places
-    pack.optimizer.replace_parameters(split_lora_parameters(pack.model), kept_slots=[2, 1])
+    pack.optimizers = [pack.optimizers[2], pack.optimizers[1]]
     pack.seeds, pack.losses = [2, 3], [pack.losses[2], pack.losses[1]]
-    assert pack.optimizer.num_steps == [20, 10]
     pack.train([batches[2][20:30], batches[3][10:20]])
 
     for slot, (seed, config, num_steps) in enumerate([(2, third, 30), (3, late, 20)]):
@@ -261,9 +230,9 @@ def test_a_slot_of_nan_leaves_the_others_bit_identical() -> None:
     batches = [draw_batches(slot, 8) for slot in range(4)]
     healthy, broken = (PackedRun(make_llama(), LLAMA_SLOTS, SETTINGS) for _ in range(2))
     with torch.no_grad():
-        for layer in packed_layers(broken.model).values():
-            layer.lora_a[1] = float("nan")
-            layer.lora_b[1] = float("inf")
+        for layer in lora_layers(slot_model(broken.model, 1)).values():
+            layer.lora_a.fill_(float("nan"))
+            layer.lora_b.fill_(float("inf"))
     for pack in (healthy, broken):
         pack.train(batches)
     assert torch.stack(broken.losses[1]).isnan().all()
@@ -274,47 +243,43 @@ def test_a_slot_of_nan_leaves_the_others_bit_identical() -> None:
         assert all(torch.equal(value, expected[key]) for key, value in own.items())
 
     fill_slot(broken.model, 1, LLAMA_SLOTS[1], generator=stream(1))  # and the slot can be used again
-    broken.optimizer.reset_slot(1, SETTINGS[1])
+    slot_model(broken.model, 1).double()
+    broken.optimizers[1] = broken.build_optimizer(1, SETTINGS[1])
     broken.losses[1] = []
     broken.train(batches)
     assert torch.stack(broken.losses[1]).isfinite().all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_each_slot_equals_torch_adamw(dtype: torch.dtype) -> None:
-    generator = torch.Generator().manual_seed(0)
-    shapes = ((4, 3, 5), (4, 6, 3), (4, 2, 7), (4, 7))  # A, B, a head and its bias
-    stacked = [nn.Parameter(torch.randn(shape, generator=generator, dtype=dtype)) for shape in shapes]
-    optimizer = StackedAdamW((stacked[:1], stacked[1:2], stacked[2:]), SETTINGS)
-    copies = [[nn.Parameter(p[slot].detach().clone()) for p in stacked] for slot in range(4)]
-    solos = []
-    for config, (a, b, *other) in zip(SETTINGS, copies, strict=True):
-        groups = [((a,), 1.0), ((b,), config.lr_ratio_b), (tuple(other), config.lr_ratio_head)]
-        named = [ParameterGroup(name="g", params=params, lr_factor=factor) for params, factor in groups]
-        solos.append(build_optimizer(config, named))
-    for _ in range(100):
-        grads = [torch.randn(shape, generator=generator, dtype=dtype) for shape in shapes]
-        for index, (parameter, grad) in enumerate(zip(stacked, grads, strict=True)):
-            parameter.grad = grad
-            for slot in range(4):
-                copies[slot][index].grad = grad[slot].clone()
-        norms = optimizer.clip_gradients()
-        for slot, config in enumerate(SETTINGS):
-            norm = nn.utils.clip_grad_norm_(copies[slot], config.clip_norm or float("inf"))
-            torch.testing.assert_close(norm, norms[slot])
-        for one in (optimizer, *solos):
-            one.step()
-    # the same operations in the same order; a fused multiply-add may round once less
-    tolerance = {"rtol": 1e-12, "atol": 1e-14} if dtype is torch.float64 else {"rtol": 1e-5, "atol": 1e-7}
-    for index, parameter in enumerate(stacked):
-        expected = torch.stack([copies[slot][index] for slot in range(4)])
-        torch.testing.assert_close(parameter, expected, **tolerance)
+def test_a_run_goes_on_from_its_state() -> None:
+    batches = [draw_batches(slot, 20) for slot in range(4)]
+    pack = PackedRun(make_llama(), LLAMA_SLOTS, SETTINGS)
+    pack.train([b[:10] for b in batches])
+    states = [copy.deepcopy(lora_state(slot_model(pack.model, slot))) for slot in range(4)]
+    optimizers = copy.deepcopy([optimizer.state() for optimizer in pack.optimizers])
+    streams = [stream.get_state() for stream in pack.streams]
+    pack.train([b[10:] for b in batches])
+
+    resumed = PackedRun(make_llama(), LLAMA_SLOTS, SETTINGS)
+    for slot in range(4):
+        load_lora_state(slot_model(resumed.model, slot), states[slot], source="the checkpoint")
+        resumed.optimizers[slot].load_state(optimizers[slot])
+        resumed.streams[slot].set_state(streams[slot])
+    resumed.train([b[10:] for b in batches])
+    for slot in range(4):
+        assert resumed.losses[slot] == pack.losses[slot][10:]
+        expected = lora_state(slot_model(pack.model, slot))
+        own = lora_state(slot_model(resumed.model, slot))
+        assert all(torch.equal(value, expected[key]) for key, value in own.items())
 
 
-def test_a_parameter_without_a_gradient_stays() -> None:
-    used, unused = (nn.Parameter(torch.ones(2, 3, 4)) for _ in range(2))
-    optimizer = StackedAdamW(([used, unused], [], []), [settings(weight_decay=0.5)] * 2)
-    used.grad = torch.ones_like(used)
-    optimizer.step()
-    assert torch.equal(unused, torch.ones(2, 3, 4))
-    assert (used < 1).all()
+def test_values_and_gradients_are_views_of_one_vector() -> None:
+    parameters = [nn.Parameter(torch.randn(2, 3)), nn.Parameter(torch.randn(4, 1))]
+    before = [parameter.detach().clone() for parameter in parameters]
+    flat = flatten_parameters(parameters, shape=(1, -1))
+    assert flat.shape == (1, 10)
+    assert all(torch.equal(parameter, value) for parameter, value in zip(parameters, before, strict=True))
+    sum((parameter * 2).sum() for parameter in parameters).backward()
+    assert torch.equal(flat.grad, torch.full((1, 10), 2.0))
+    with torch.no_grad():
+        flat.zero_()
+    assert not any(parameter.any() for parameter in parameters)

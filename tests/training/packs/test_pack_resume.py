@@ -249,7 +249,11 @@ def test_a_pack_that_was_asked_to_stop_goes_back_to_its_last_boundary_and_ends_t
     jobs = [stopped.job(stopped.waiting.pop(0)) for _ in range(3)]
     assert not stopped.train(jobs, inputs=inputs, stop_requested=lambda: next(asked) == 2)
     state = read_pack_state(tmp_path / STATE)
-    assert [(slot.folder_name, slot.step) for slot in state.slots] == [("run-0", 2), ("run-3", 0), ("run-2", 2)]
+    assert [(slot.folder_name, slot.step) for slot in state.slots] == [
+        ("run-0", 2),
+        ("run-2", 2),
+        ("run-3", 0),
+    ]  # by rank
     record = read_run(tmp_path / "run-0")
     assert (record.status, record.reason) == ("interrupted", "stopped after step 3 of 4")
     assert stopped.resume(stopped.waiting, inputs=inputs)

@@ -1,80 +1,11 @@
-"""Dropout in a pack: each slot draws its masks from its own random stream.
-
-A slot draws masks in the same order and shapes as its solo run. With equal seeds, the masks are equal.
-"""
+"""Dropout in a pack: each slot draws its masks from its own random stream."""
 
 from __future__ import annotations
-
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
-
-class SlotStreams:
-    """The dropout streams of all slots of a pack. All layers of a pack share this object.
-
-    Attributes:
-        generators: One stream per slot, on the device of the inputs; None draws from torch's default stream.
-        only_slot: The one slot whose rows the layers get, while a module is computed slot by slot; otherwise None.
-        sequence_lengths: Length of each slot's sequences before padding to the longest slot; None if no slot is padded.
-    """
-
-    def __init__(self, num_slots: int) -> None:
-        self.generators: list[torch.Generator | None] = [None] * num_slots
-        self.only_slot: int | None = None
-        self.sequence_lengths: tuple[int, ...] | None = None
-
-    @property
-    def num_slots(self) -> int:
-        return len(self.generators)
-
-    @contextmanager
-    def compute_only_slot(self, slot: int) -> Iterator[None]:
-        """Draws masks for this slot only, inside the block. The caller must pass only the rows of this slot."""
-        self.only_slot = slot
-        try:
-            yield
-        finally:
-            self.only_slot = None
-
-    def draw_keep_mask(self, mask: Tensor, *, rates: Sequence[float]) -> Tensor:
-        """Sets random elements of a mask of ones to 0, in place, and returns the mask.
-
-        Args:
-            mask: Ones, with the rows of all slots (slot-major), or of `only_slot`.
-            rates: Probability of a 0 for each slot. A slot with rate 0 draws no random numbers.
-
-        Raises:
-            ValueError: A backward pass is running. It would draw another mask than the forward pass.
-        """
-        if torch._C._current_graph_task_id() != -1:  # -1: no backward pass is running
-            raise ValueError(
-                "Dropout in a pack must be drawn once, but activation checkpointing draws it again. "
-                "Set `method.dropout` and `model.dropout` to 0, or `trainer.activation_checkpointing` to false."
-            )
-        if self.only_slot is not None:
-            by_slot = [(self.only_slot, mask)]
-        else:
-            check_rows(mask, self.num_slots)
-            by_slot = list(enumerate(mask.chunk(self.num_slots)))
-        for slot, rows in by_slot:
-            if rates[slot]:
-                unpadded = self._strip_padding(slot, rows)
-                # The order in memory decides which element gets which random number. So draw into a contiguous tensor,
-                # as the solo run does.
-                drawn = unpadded.contiguous()  # `unpadded` itself if it is contiguous
-                drawn.bernoulli_(1 - rates[slot], generator=self.generators[slot])
-                if drawn is not unpadded:
-                    unpadded.copy_(drawn)
-        return mask
-
-    def _strip_padding(self, slot: int, rows: Tensor) -> Tensor:
-        """Returns a view of a slot's (rows, length, ...) without the padding, which its solo run does not have."""
-        if self.sequence_lengths is None or rows.dim() < 3 or rows.shape[1] != max(self.sequence_lengths):
-            return rows
-        return rows[:, : self.sequence_lengths[slot]]
+from lorasweep.lora.packed.slots import Slots
 
 
 class SlotDropout(nn.Dropout):
@@ -84,24 +15,15 @@ class SlotDropout(nn.Dropout):
     different masks.
     """
 
-    def __init__(self, base: nn.Dropout, streams: SlotStreams) -> None:
+    def __init__(self, base: nn.Dropout, slots: Slots) -> None:
         super().__init__(base.p)
         self.base = base
-        self.streams = streams
+        self.slots = slots
 
     def forward(self, input: Tensor) -> Tensor:
         if not self.training or self.p == 0:
             return input
         if self.p == 1:
             return input * 0
-        noise = self.streams.draw_keep_mask(torch.ones_like(input), rates=[self.p] * self.streams.num_slots)
+        noise = self.slots.draw_keep_mask(torch.ones_like(input), rates=[self.p] * self.slots.num_slots)
         return input * noise.div_(1 - self.p)
-
-
-def check_rows(x: Tensor, num_slots: int) -> None:
-    """Raises a ValueError if the number of rows of an input is not a multiple of the number of slots."""
-    if x.dim() == 0 or x.shape[0] % num_slots:
-        raise ValueError(
-            f"The first dimension of a packed input must be a multiple of the {num_slots} slots, "
-            f"but got shape {tuple(x.shape)}. Concatenate batches of equal size, one per slot."
-        )

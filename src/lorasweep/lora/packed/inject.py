@@ -1,14 +1,14 @@
-"""Replaces the layers that at least one slot adapts by packed layers.
+"""Makes a pack of solo models that share one frozen base, and changes its slots.
 
-To initialise a slot, LoRA is injected into a copy of the base as for a solo run. The slot then gets the values of this
-solo model.
+LoRA is injected into a copy of the base for each slot, as for a solo run. In the packed model, one packed layer
+computes the layers of the same name in all solo models. So a slot has the layers, parameters and files of a solo run.
 """
 
 from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -16,12 +16,13 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lorasweep.config.method import LoraConfig
-from lorasweep.lora.fully_trained import is_inside, trained_modules
+from lorasweep.lora.fully_trained import TrainedModule, is_inside, trained_modules
 from lorasweep.lora.inject import check_not_injected, freeze, inject_lora, replace_module
-from lorasweep.lora.layers import lora_layers
-from lorasweep.lora.packed.dropout import SlotDropout, SlotStreams
-from lorasweep.lora.packed.fully_trained import StackedModule, stacked_modules
+from lorasweep.lora.layers import LoraLayer, lora_layers
+from lorasweep.lora.packed.dropout import SlotDropout
+from lorasweep.lora.packed.fully_trained import PackedTrainedModule, packed_trained_modules
 from lorasweep.lora.packed.layers import PackedLoraLayer, packed_layers
+from lorasweep.lora.packed.slots import Slots
 from lorasweep.lora.targets import Coverage
 
 
@@ -46,7 +47,11 @@ def inject_packed_lora(
 
     The model takes slot-major inputs of slots · B rows: the rows k · B to (k + 1) · B - 1 belong to slot k. The outputs
     have the same order. The adapter of slot k applies only to the rows of slot k. Each layer that at least one slot
-    adapts becomes one packed layer.
+    adapts becomes one packed layer. The parameters of slot k are those of `slot_model(model, k)`, for example for its
+    optimizer.
+
+    A step is fastest if neighbouring slots have like ranks (`compact_slots` sorts slots). Move the model to its device
+    before this call.
 
     Each `nn.Dropout` of the base draws from one stream per slot (`set_dropout_streams`). Functional dropout, such as
     dropout of attention probabilities in transformers, still draws from torch's default stream for all rows.
@@ -83,13 +88,11 @@ def inject_packed_lora(
             parameter.requires_grad_(True)  # the copies share the parameters, and injecting LoRA froze them
         raise
     # all checks are done: nothing below can fail, so a refused model is unchanged
-    slot_streams = SlotStreams(len(configs))
+    slots = Slots(solos)
     freeze(model)
     for dropout in [module for module in model.modules() if type(module) is nn.Dropout]:
-        replace_module(model, dropout, SlotDropout(dropout, slot_streams))
-    _add_missing_layers(model, solos, slot_streams)
-    for slot, solo in enumerate(solos):
-        write_solo_to_slot(model, slot, solo)
+        replace_module(model, dropout, SlotDropout(dropout, slots))
+    _update_layers(model, slots)
     return coverages
 
 
@@ -103,15 +106,13 @@ def fill_slot(
 ) -> Coverage:
     """Puts a new trial into a slot, with the initial values of a solo run of `inject_lora`.
 
-    The other slots keep their exact values, and the pack keeps its parameter objects. A parameter may grow (for a
-    larger rank) and new parameters may appear. So the caller must pass the parameters to the optimizer again
-    (`StackedAdamW.replace_parameters`), and must set the slot's dropout stream.
+    The other slots stay as they are. The new slot has new parameters, so it needs a new optimizer, and its dropout
+    stream must be set.
 
     Args:
         model: A packed model.
         slot: Index of the slot.
-        config: LoRA settings of the new trial. The rank may be above that of all slots, and the targets may be layers
-            that no slot has adapted before.
+        config: LoRA settings of the new trial. The targets may be layers that no slot has adapted before.
         generator: CPU random stream of A and B, used as in `inject_lora`; torch's default stream if None.
         prepare_copy: As in `inject_packed_lora`.
 
@@ -127,17 +128,51 @@ def fill_slot(
     solo = copy_base(model)
     coverage = _inject_solo(solo, config, generator, prepare_copy)
     _check_slots_do_not_overlap(model, [solo])
-    _add_missing_layers(model, [solo], find_slot_streams(model))
-    write_solo_to_slot(model, slot, solo)
+    slots = find_slots(model)
+    slots.models[slot] = solo
+    _update_layers(model, slots)
     return coverage
+
+
+def slot_model(model: nn.Module, slot: int) -> nn.Module:
+    """Returns the solo model of a slot. It has the slot's parameters, so that training the pack trains this model.
+
+    The model takes the batch of one slot, and works with `lora_state`, `load_lora_state`, `save_adapter` and
+    `merge_lora`. Merging leaves the pack unchanged. The model has the pack's mode (`train` or `eval`), and its dropout
+    draws from torch's default stream.
+
+    Raises:
+        ValueError: The model is not packed or has no such slot.
+    """
+    check_slots(model, [slot])
+    return find_slots(model).models[slot].train(model.training)
+
+
+def compact_slots(model: nn.Module, keep: Sequence[int]) -> None:
+    """Drops all slots except `keep`, which become slots 0, 1, ... in this order. So it can also sort slots.
+
+    Layers that only dropped slots adapt are removed, so that a step costs less. The other slots stay as they are.
+
+    Raises:
+        ValueError: The model is not packed; or `keep` is empty, has a duplicate, or has a slot that does not exist.
+    """
+    check_slots(model, keep)
+    slots = find_slots(model)
+    slots.models = [slots.models[slot] for slot in keep]
+    slots.generators = [slots.generators[slot] for slot in keep]
+    slots.sequence_lengths = None
+    _update_layers(model, slots)
 
 
 def why_not_packable(config: LoraConfig) -> str | None:
     """Returns a sentence that says why trials with these settings can't share a pack; None if they can."""
     if config.variant == "dora":
-        return "`method.variant=dora` can't be packed: it trains row norms, which packed layers do not have."
+        return "`method.variant=dora` can't be packed: packed layers do not scale rows by trained norms."
     if config.init == "pissa":
-        return "`method.init=pissa` can't be packed: it needs its initial update, which packed layers do not keep."
+        return (
+            "`method.init=pissa` can't be packed: it trains the difference of two large products, so that in bf16 a "
+            "packed run would differ from a run alone by more than other runs do."
+        )
     if config.bias != "none":
         return f"`method.bias={config.bias}` can't be packed: it trains the base's biases, which all slots share."
     return None
@@ -153,9 +188,9 @@ def set_dropout_streams(model: nn.Module, streams: Sequence[torch.Generator | No
     Raises:
         ValueError: The model is not packed, or there are more or fewer streams than slots.
     """
-    slot_streams = find_slot_streams(model)
-    _check_count(streams, slot_streams.num_slots, "dropout streams")
-    slot_streams.generators[:] = streams
+    slots = find_slots(model)
+    _check_count(streams, slots.num_slots, "dropout streams")
+    slots.generators[:] = streams
 
 
 def set_sequence_lengths(model: nn.Module, lengths: Sequence[int] | None) -> None:
@@ -167,14 +202,14 @@ def set_sequence_lengths(model: nn.Module, lengths: Sequence[int] | None) -> Non
     Raises:
         ValueError: The model is not packed, or there are more or fewer lengths than slots.
     """
-    slot_streams = find_slot_streams(model)
+    slots = find_slots(model)
     if lengths is not None:
-        _check_count(lengths, slot_streams.num_slots, "sequence lengths")
-    slot_streams.sequence_lengths = None if lengths is None else tuple(lengths)
+        _check_count(lengths, slots.num_slots, "sequence lengths")
+    slots.sequence_lengths = None if lengths is None else tuple(lengths)
 
 
-def find_slot_streams(model: nn.Module) -> SlotStreams:
-    """Returns the number of slots and their dropout streams, as the object that all layers of a packed model share.
+def find_slots(model: nn.Module) -> Slots:
+    """Returns the slots of a packed model.
 
     Raises:
         ValueError: The model is not packed.
@@ -182,12 +217,12 @@ def find_slot_streams(model: nn.Module) -> SlotStreams:
     layers = list(packed_layers(model).values())
     if not layers:
         raise ValueError("`model` must be packed, but it has no packed layers. Call `inject_packed_lora` first.")
-    return layers[0].streams
+    return layers[0].slots
 
 
 def check_slots(model: nn.Module, slots: Sequence[int]) -> None:
     """Raises a ValueError if the model is not packed, or `slots` is empty, has a duplicate or a slot out of range."""
-    count = find_slot_streams(model).num_slots
+    count = find_slots(model).num_slots
     if not slots or not set(slots) <= set(range(count)) or len(set(slots)) < len(slots):
         raise ValueError(
             f"Slots must be one or more distinct indices from 0 to {count - 1}, but got {list(slots)}. "
@@ -199,20 +234,11 @@ def copy_base(model: nn.Module) -> nn.Module:
     """Returns a copy of the base model that shares the base's tensors. `model` may be packed or not."""
     memo: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     # With `memo`, deepcopy replaces each wrapper by a copy of the wrapper's base. Inner wrappers come first, because a
-    # stacked module may contain a dropout wrapper.
+    # trained module may contain a dropout wrapper.
     for wrapper in reversed(list(model.modules())):
-        if isinstance(wrapper, SlotDropout | PackedLoraLayer | StackedModule):
+        if isinstance(wrapper, SlotDropout | PackedLoraLayer | PackedTrainedModule):
             memo[id(wrapper)] = copy.deepcopy(wrapper.base, memo)
     return copy.deepcopy(model, memo)
-
-
-def write_solo_to_slot(model: nn.Module, slot: int, solo: nn.Module) -> None:
-    """Copies the values of a solo model's LoRA layers and trained modules into a slot."""
-    layers, modules = lora_layers(solo), trained_modules(solo)
-    for name, stacked in stacked_modules(model).items():
-        stacked.write_slot(slot, modules.get(name))
-    for name, layer in packed_layers(model).items():
-        layer.write_slot(slot, layers.get(name))
 
 
 def _inject_solo(
@@ -224,25 +250,22 @@ def _inject_solo(
     return inject_lora(solo, config, generator=generator)
 
 
-def _add_missing_layers(model: nn.Module, solos: Sequence[nn.Module], streams: SlotStreams) -> None:
-    """Adds packed layers and stacked modules for the layers and modules that a solo model trains, if missing.
-
-    No slot uses an added layer or module yet.
-    """
-    packed, stacked = packed_layers(model), stacked_modules(model)
-    # the user may have cast the pack to another dtype than fp32
-    dtype = next((layer.lora_a.dtype for layer in packed.values()), torch.float32)
-    capacities: dict[str, int] = {}
-    for solo in solos:
-        for name, layer in lora_layers(solo).items():
-            capacities[name] = max(layer.target.total_rank, capacities.get(name, 0))
-    for name, capacity in capacities.items():
-        if name not in packed:
-            base = model.get_submodule(name)
-            replace_module(model, base, PackedLoraLayer(base, streams, dtype=dtype, capacity=capacity))
-    for name in {name for solo in solos for name in trained_modules(solo)} - set(stacked):
+def _update_layers(model: nn.Module, slots: Slots) -> None:
+    """Replaces the layers and modules that at least one slot trains by packed ones, and all others by their base."""
+    layers, modules = [lora_layers(solo) for solo in slots.models], [trained_modules(solo) for solo in slots.models]
+    for packed in list(model.modules()):
+        if isinstance(packed, PackedLoraLayer | PackedTrainedModule):
+            replace_module(model, packed, packed.base)
+    for name in _get_names(layers):
         base = model.get_submodule(name)
-        replace_module(model, base, StackedModule(base, streams))
+        replace_module(model, base, PackedLoraLayer(base, slots, [of_slot.get(name) for of_slot in layers]))
+    for name in _get_names(modules):
+        base = model.get_submodule(name)
+        replace_module(model, base, PackedTrainedModule(base, slots, [of_slot.get(name) for of_slot in modules]))
+
+
+def _get_names(by_slot: Sequence[Mapping[str, LoraLayer] | Mapping[str, TrainedModule]]) -> list[str]:
+    return list(dict.fromkeys(name for modules in by_slot for name in modules))
 
 
 def _check_model(model: nn.Module) -> None:
@@ -275,7 +298,7 @@ def _check_slots_do_not_overlap(model: nn.Module, solos: Sequence[nn.Module]) ->
     """
     layers = {*packed_layers(model), *(name for solo in solos for name in lora_layers(solo))}
     modules = {name: module.base for solo in solos for name, module in trained_modules(solo).items()}
-    modules |= {name: module.base for name, module in stacked_modules(model).items()}
+    modules |= {name: module.base for name, module in packed_trained_modules(model).items()}
     for name in sorted(layers | set(modules)):
         if is_inside(name, [other for other in modules if other != name or name in layers]):
             raise ValueError(

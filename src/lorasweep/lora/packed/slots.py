@@ -1,68 +1,88 @@
-"""Copies one slot of a pack to a solo model, loads an adapter into a slot, and drops slots.
+"""The slots of a pack: their solo models, and the random streams of their dropout masks.
 
-The pack keeps its parameter objects, which an optimizer has, but their shapes may change.
+A slot draws masks in the same order and shapes as its solo run. With equal seeds, the masks are equal.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
 
-from lorasweep.lora.adapter_files import load_lora_state
-from lorasweep.lora.inject import replace_module
-from lorasweep.lora.packed.fully_trained import StackedModule, stacked_modules
-from lorasweep.lora.packed.inject import check_slots, copy_base, find_slot_streams, write_solo_to_slot
-from lorasweep.lora.packed.layers import PackedLoraLayer, packed_layers
 
+class Slots:
+    """The slots of a pack. All layers of the pack share this object.
 
-def slot_model(model: nn.Module, slot: int) -> nn.Module:
-    """Returns a solo model with LoRA layers: copies of the slot's values, and the tensors of the shared frozen base.
-
-    The model takes the batch of one slot, and works with `lora_state`, `save_adapter` and `merge_lora`. Its dropout
-    draws from torch's default stream. The pack is not changed.
-
-    Raises:
-        ValueError: The model is not packed or has no such slot.
+    Attributes:
+        models: The solo model of each slot. It shares the frozen base, and its trainable parameters are the pack's.
+        generators: Dropout stream of each slot, on the device of the inputs; None draws from torch's default stream.
+        only_slot: The one slot whose rows the layers get, while a module is computed slot by slot; otherwise None.
+        sequence_lengths: Length of each slot's sequences before padding to the longest slot; None if no slot is padded.
     """
-    check_slots(model, [slot])
-    solo = copy_base(model)
-    for name, packed in _find_packed_modules(model).items():
-        module = packed.copy_slot(slot, solo.get_submodule(name))
-        if module is not None:
-            replace_module(solo, module.base, module)
-    return solo
+
+    def __init__(self, models: Sequence[nn.Module]) -> None:
+        self.models = list(models)
+        self.generators: list[torch.Generator | None] = [None] * len(models)
+        self.only_slot: int | None = None
+        self.sequence_lengths: tuple[int, ...] | None = None
+
+    @property
+    def num_slots(self) -> int:
+        return len(self.models)
+
+    @contextmanager
+    def compute_only_slot(self, slot: int) -> Iterator[None]:
+        """Draws masks for this slot only, inside the block. The caller must pass only the rows of this slot."""
+        self.only_slot = slot
+        try:
+            yield
+        finally:
+            self.only_slot = None
+
+    def draw_keep_mask(self, mask: Tensor, *, rates: Sequence[float]) -> Tensor:
+        """Sets random elements of a mask of ones to 0, in place, and returns the mask.
+
+        Args:
+            mask: Ones, with the rows of all slots (slot-major), or of `only_slot`.
+            rates: Probability of a 0 for each slot. A slot with rate 0 draws no random numbers.
+
+        Raises:
+            ValueError: A backward pass is running. It would draw another mask than the forward pass.
+        """
+        if torch._C._current_graph_task_id() != -1:  # -1: no backward pass is running
+            raise ValueError(
+                "Dropout in a pack must be drawn once, but activation checkpointing draws it again. "
+                "Set `method.dropout` and `model.dropout` to 0, or `trainer.activation_checkpointing` to false."
+            )
+        if self.only_slot is not None:
+            by_slot = [(self.only_slot, mask)]
+        else:
+            check_rows(mask, self.num_slots)
+            by_slot = list(enumerate(mask.chunk(self.num_slots)))
+        for slot, rows in by_slot:
+            if rates[slot]:
+                unpadded = self._strip_padding(slot, rows)
+                # The order in memory decides which element gets which random number. So draw into a contiguous tensor,
+                # as the solo run does.
+                drawn = unpadded.contiguous()  # `unpadded` itself if it is contiguous
+                drawn.bernoulli_(1 - rates[slot], generator=self.generators[slot])
+                if drawn is not unpadded:
+                    unpadded.copy_(drawn)
+        return mask
+
+    def _strip_padding(self, slot: int, rows: Tensor) -> Tensor:
+        """Returns a view of a slot's (rows, length, ...) without the padding, which its solo run does not have."""
+        if self.sequence_lengths is None or rows.dim() < 3 or rows.shape[1] != max(self.sequence_lengths):
+            return rows
+        return rows[:, : self.sequence_lengths[slot]]
 
 
-def load_slot(model: nn.Module, slot: int, state: Mapping[str, Tensor]) -> None:
-    """Sets a slot's values from the `lora_state` of a solo model with the same layers and ranks.
-
-    Raises:
-        ValueError: The model is not packed or has no such slot; a name or shape in the state differs; or B of a fused
-            projection is not zero outside the parts. The slot is then unchanged.
-    """
-    solo = slot_model(model, slot)
-    load_lora_state(solo, state, source=f"the state for slot {slot}")
-    write_solo_to_slot(model, slot, solo)
-
-
-def compact_slots(model: nn.Module, keep: Sequence[int]) -> None:
-    """Drops all slots except `keep`, which become slots 0, 1, ... in this order.
-
-    Ranks, layers and modules that only dropped slots used are removed, so that a step costs less. The values of the
-    remaining slots are unchanged.
-
-    Raises:
-        ValueError: The model is not packed; or `keep` is empty, has a duplicate, or has a slot that does not exist.
-    """
-    check_slots(model, keep)
-    streams = find_slot_streams(model)
-    for packed in _find_packed_modules(model).values():
-        packed.keep_slots(keep)
-        if not packed.is_used:
-            replace_module(model, packed, packed.base)
-    streams.generators[:] = [streams.generators[slot] for slot in keep]
-
-
-def _find_packed_modules(model: nn.Module) -> dict[str, PackedLoraLayer | StackedModule]:
-    return {**packed_layers(model), **stacked_modules(model)}
+def check_rows(x: Tensor, num_slots: int) -> None:
+    """Raises a ValueError if the number of rows of an input is not a multiple of the number of slots."""
+    if x.dim() == 0 or x.shape[0] % num_slots:
+        raise ValueError(
+            f"The first dimension of a packed input must be a multiple of the {num_slots} slots, "
+            f"but got shape {tuple(x.shape)}. Concatenate batches of equal size, one per slot."
+        )

@@ -12,7 +12,7 @@ from typing import Any
 
 from lorasweep.config.components import Component
 from lorasweep.config.method import LoraConfig
-from lorasweep.config.run import OptimConfig, RunConfig
+from lorasweep.config.run import RunConfig
 from lorasweep.errors import ConfigError
 from lorasweep.lora.packed.inject import why_not_packable
 from lorasweep.sweep.definition.arms import Arm, Definition
@@ -23,7 +23,6 @@ SOLO_SETTINGS: Mapping[str, tuple[Callable[[RunConfig], bool], str]] = {
     "trainer.compile": (lambda config: config.trainer.compile, ""),
     "trainer.activation_checkpointing": (lambda config: config.trainer.activation_checkpointing, ""),
     "trainer.devices": (lambda config: config.trainer.wants_processes, ""),
-    "optim.layer_decay": (lambda config: config.optim.layer_decay != 1, ""),
     "optim.ema_decay": (lambda config: config.optim.ema_decay is not None, ""),
     "optim._target_": (lambda config: isinstance(config.optim, Component), ", because all slots train with AdamW"),
     "schedule._target_": (
@@ -121,7 +120,4 @@ def _why_alone(arm: Arm) -> str | None:
                 "`trainer.max_steps` is not a multiple of `trainer.eval_every_steps`, but slots are refilled at "
                 "evaluations. So its trials run alone."
             )
-        # a slot of lower rank is padded with zeros, and without `eps` AdamW would divide 0 by 0 there
-        if isinstance(config.optim, OptimConfig) and config.optim.eps == 0:
-            return "`optim.eps` is 0, which the padding of a pack does not allow. So its trials run alone."
     return None

@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import InitVar, dataclass
 from pathlib import Path
 
@@ -35,7 +35,7 @@ import torch
 from torch import Tensor, nn
 
 from lorasweep.config.method import LoraConfig
-from lorasweep.config.run import OptimConfig, RunConfig, ScheduleConfig
+from lorasweep.config.run import RunConfig
 from lorasweep.data.batching import EvaluationSampler, MicroBatch
 from lorasweep.data.split import Batch, Split, move_batch, repeat_batch
 from lorasweep.data.tasks import Evaluation, Task
@@ -45,12 +45,11 @@ from lorasweep.lora import (
     compact_slots,
     fill_slot,
     inject_packed_lora,
-    load_slot,
+    load_lora_state,
     lora_state,
     save_adapter,
     set_dropout_streams,
     slot_model,
-    split_lora_parameters,
 )
 from lorasweep.lora.packed.inject import set_sequence_lengths
 from lorasweep.methods import add_head_to_modules_to_save, copy_sharing_weights, draw_head
@@ -59,8 +58,7 @@ from lorasweep.training.checkpoint import remove_checkpoints, remove_older_check
 from lorasweep.training.environment import deterministic_algorithms, get_device, reset_peak_memory
 from lorasweep.training.failures import convert_memory_errors, status_after
 from lorasweep.training.inputs import RunInputs, resolve_accumulate
-from lorasweep.training.optim import schedule_factor
-from lorasweep.training.packs.optim import StackedAdamW
+from lorasweep.training.packs.optim import SlotOptimizer
 from lorasweep.training.packs.slot_run import NextRun, OnPackEvaluation, RunRequest, SlotEvaluation, SlotRun
 from lorasweep.training.packs.state import (
     PackState,
@@ -141,7 +139,7 @@ def train_pack(
 
 @dataclass(kw_only=True, eq=False)
 class PackTrainer:
-    """A packed model, its optimizer and the runs in its slots. `train_pack` describes the arguments."""
+    """A packed model, and the runs in its slots with their optimizers. `train_pack` describes the arguments."""
 
     requests: InitVar[Sequence[RunRequest]]
     inputs: RunInputs
@@ -157,9 +155,9 @@ class PackTrainer:
         self.accumulate = resolve_accumulate(self.settings, inputs.splits.train, slots=self.slots)
         self.runs = [self._open_run(request, slot=slot, slots=len(requests)) for slot, request in enumerate(requests)]
         self.model, coverages = build_pack([request.config for request in requests], inputs=inputs)
-        self.optimizer = StackedAdamW(split_lora_parameters(self.model), [_get_optim(request) for request in requests])
         for slot, coverage in enumerate(coverages):
-            self._restore_run(slot, trainable_params=coverage.trainable_params)
+            self._prepare_run(slot, trainable_params=coverage.trainable_params)
+        self._arrange(range(len(self.runs)))
         set_dropout_streams(self.model, [run.stream for run in self.runs])
         # torch's global stream is set last, because building the model draws from it.
         resumed = read_pack_state(self.state_file) if requests[0].start_step is not None else None
@@ -215,28 +213,14 @@ class PackTrainer:
                 tokens += run.count_tokens(micro, positions=positions)
         if rng_state_before is not None:
             self.has_shared_draws = rng_state_before != read_rng_state(self.device)
-        self._step_optimizer(torch.stack(micro_losses, dim=1))
+        for run, run_losses in zip(self.runs, torch.stack(micro_losses, dim=1), strict=True):
+            lr = run.optimizer.step()
+            run.step += 1
+            run.log.note_step(run.step, run_losses, lr)
         self.inputs.telemetry.add_tokens(tokens)
         seconds = (time.perf_counter() - started) / len(self.runs)
         for run in self.runs:
             run.progress.train_s += seconds
-
-    def _step_optimizer(self, losses: Tensor) -> None:
-        """Steps each slot with its learning rate, and logs the losses (slots, micro-batches)."""
-        factors = []
-        for run in self.runs:
-            config = run.request.config
-            assert isinstance(config.schedule, ScheduleConfig)
-            factors.append(
-                schedule_factor(config.schedule, run.step, max_steps=config.trainer.max_steps, lr=config.optim.lr)
-            )
-        self.optimizer.lr_factors = factors
-        self.optimizer.clip_gradients()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        for run, run_losses, factor in zip(self.runs, losses, factors, strict=True):
-            run.step += 1
-            run.log.note_step(run.step, run_losses, run.request.config.optim.lr * factor)
 
     @torch.no_grad()
     def _evaluate(self) -> list[Metrics]:
@@ -284,7 +268,7 @@ class PackTrainer:
             self.remove_old_checkpoints()
             return
         if freed:
-            self._compact([slot for slot in range(len(self.runs)) if slot not in empty])
+            self._arrange([slot for slot in range(len(self.runs)) if slot not in empty])
         set_dropout_streams(self.model, [run.stream for run in self.runs])
         self.model.train()  # after the refill, because new layers get the model's mode, which is still `eval`
         # 5 to 7
@@ -336,39 +320,34 @@ class PackTrainer:
         generator = torch.Generator().manual_seed(request.config.seeds.init)
         method, prepare_copy = _build_lora_config(request.config, self.inputs), _build_prepare_copy(self.inputs)
         coverage = fill_slot(self.model, slot, method, generator=generator, prepare_copy=prepare_copy)
-        self.optimizer.replace_parameters(split_lora_parameters(self.model))
-        self.optimizer.reset_slot(slot, _get_optim(request))
-        self._restore_run(slot, trainable_params=coverage.trainable_params)
+        self._prepare_run(slot, trainable_params=coverage.trainable_params)
         return True
 
     def _open_run(self, request: RunRequest, *, slot: int, slots: int) -> SlotRun:
         return SlotRun(request, inputs=self.inputs, slot=slot, slots=slots, accumulate=self.accumulate)
 
-    def _restore_run(self, slot: int, *, trainable_params: int) -> None:
-        """Records a run's number of trained parameters, and loads weights and moments from its checkpoint, if any."""
-        run = self.runs[slot]
+    def _prepare_run(self, slot: int, *, trainable_params: int) -> None:
+        """Records a run's number of trained parameters, builds its optimizer, and loads its checkpoint, if any."""
+        run, model = self.runs[slot], slot_model(self.model, slot)
         run.record.trainable_params = trainable_params
         run.record.trainable_fraction = trainable_params / run.record.total_params
+        run.optimizer = SlotOptimizer(model, run.request.config, head_names=self.inputs.base.new_head_names)
         if run.resume_state:
-            load_slot(self.model, slot, run.resume_state["adapter"])
-            moments = run.resume_state["moments"]
-            by_parameter = {p: moments[name] for name, p in self.model.named_parameters() if name in moments}
-            self.optimizer.load_slot_moments(slot, by_parameter, num_steps=run.step)
+            load_lora_state(model, run.resume_state["adapter"], source=f"the checkpoint of {str(run.folder)!r}")
+            run.optimizer.load_state(run.resume_state["optimizer"])
             run.resume_state = {}
 
-    def _compact(self, kept: list[int]) -> None:
-        """Drops all other slots, so that the pack has the same shapes as a pack that resumes at this boundary."""
-        compact_slots(self.model, kept)
-        self.optimizer.replace_parameters(split_lora_parameters(self.model), kept_slots=kept)
-        self.runs = [self.runs[slot] for slot in kept]
+    def _arrange(self, kept: Iterable[int]) -> None:
+        """Drops all other slots, and sorts the kept ones by rank, because neighbours of like rank train faster."""
+        order = sorted(kept, key=lambda slot: _get_method(self.runs[slot].request.config).rank)
+        compact_slots(self.model, order)
+        self.runs = [self.runs[slot] for slot in order]
 
     def _save_checkpoint(self, slot: int, run: SlotRun) -> None:
         """Writes a slot's checkpoint, unless the run already has one of this step."""
-        if run.step == run.saved_step:
-            return
-        names = {parameter: name for name, parameter in self.model.named_parameters()}
-        moments = {names[p]: list(pair) for p, pair in self.optimizer.copy_slot_moments(slot).items()}
-        run.save_checkpoint({"adapter": lora_state(slot_model(self.model, slot)), "moments": moments})
+        if run.step != run.saved_step:
+            adapter = lora_state(slot_model(self.model, slot))
+            run.save_checkpoint({"adapter": adapter, "optimizer": run.optimizer.state()})
 
     def _save_weights(self, slot: int, folder: Path) -> None:
         base = self.inputs.base
@@ -387,29 +366,28 @@ class PackTrainer:
             run.wall_s += share
 
 
-def _get_optim(request: RunRequest) -> OptimConfig:
-    assert isinstance(request.config.optim, OptimConfig)
-    return request.config.optim
-
-
 def build_pack(configs: Sequence[RunConfig], *, inputs: RunInputs) -> tuple[nn.Module, list[Coverage]]:
     """Returns a packed model with a slot for each run, ready to train, and the layers that each slot adapts.
 
     The model shares the base's weights, so the base moves to the runs' device too.
     """
-    model: nn.Module = copy_sharing_weights(inputs.base.model)
+    model: nn.Module = copy_sharing_weights(inputs.base.model).to(get_device(configs[0].trainer))
     coverages = inject_packed_lora(
         model,
         [_build_lora_config(config, inputs) for config in configs],
         generators=[torch.Generator().manual_seed(config.seeds.init) for config in configs],
         prepare_copy=_build_prepare_copy(inputs),
     )
-    return model.to(get_device(configs[0].trainer)).train(), coverages
+    return model.train(), coverages
 
 
 def _build_lora_config(config: RunConfig, inputs: RunInputs) -> LoraConfig:
+    return add_head_to_modules_to_save(_get_method(config), inputs.base.new_head_names)
+
+
+def _get_method(config: RunConfig) -> LoraConfig:
     assert isinstance(config.method, LoraConfig)
-    return add_head_to_modules_to_save(config.method, inputs.base.new_head_names)
+    return config.method
 
 
 def _build_prepare_copy(inputs: RunInputs) -> functools.partial[None]:

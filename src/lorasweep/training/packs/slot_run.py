@@ -18,6 +18,7 @@ from lorasweep.training.checkpoint import find_checkpoint, save_checkpoint
 from lorasweep.training.components import finish_loggers, start_loggers
 from lorasweep.training.environment import get_device
 from lorasweep.training.inputs import RunInputs, describe_batching
+from lorasweep.training.packs.optim import SlotOptimizer
 from lorasweep.training.run_log import Metrics, RunFolder, RunLog, open_record
 from lorasweep.training.telemetry import TrainingProgress
 
@@ -61,10 +62,13 @@ class SlotRun:
         saved_step: Step of the newest checkpoint; 0 if there is no checkpoint.
         sampler: The run's micro-batches by step, in the same order as in a solo run.
         stream: Random stream of the run's dropout.
+        optimizer: Optimizer and schedule. The pack sets it when the run gets its slot.
         progress: Trained tokens, and the run's share of the pack's training time.
         wall_s: The run's share of the pack's wall-clock time since the run joined or resumed.
         resume_state: Content of the checkpoint to resume from; empty without a checkpoint.
     """
+
+    optimizer: SlotOptimizer
 
     def __init__(self, request: RunRequest, *, inputs: RunInputs, slot: int, slots: int, accumulate: int) -> None:
         config, folder = request.config, request.run_folder.path
