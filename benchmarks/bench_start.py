@@ -3,8 +3,8 @@
     python benchmarks/bench_start.py [SWEEP] [key=value ...] [--rounds 3]
 
 Each round starts `lorasweep sweep` as a new process, which ends before its first optimizer step. Processor time is that
-of all threads, so it stays comparable while other work runs. The last part is everything after loading: the folder, trials
-that train nothing, the size of the pack, and forward and backward pass of the first step.
+of all threads, so it stays comparable while other work runs. The last part is everything after loading: the folder,
+trials that train nothing, the size of the pack, and forward and backward pass of the first step.
 """
 
 from __future__ import annotations
