@@ -159,6 +159,13 @@ def test_a_model_is_asked_after_the_start_and_not_without_two_results(sampler):
     assert ask([*history[:2], *running[2:]], sampler=sampler) != ask(number=8)
 
 
+def test_a_gaussian_process_proposes_the_same_where_gradients_are_off():
+    history = [make_trial(params, value=bowl(params)) for params in (ask(number=n) for n in range(8))]
+    with torch.no_grad():
+        inside = ask(history, sampler="gp")
+    assert inside == ask(history, sampler="gp")
+
+
 @pytest.mark.parametrize("sampler", ["tpe", "gp", "qmc"])
 def test_no_value_is_drawn_at_random_behind_our_back(sampler, monkeypatch):
     """Optuna's samplers do so for their first trials, and for keys that they do not know."""

@@ -30,6 +30,7 @@ from functools import lru_cache
 from typing import Any
 
 import optuna
+import torch
 from optuna.exceptions import ExperimentalWarning
 from optuna.samplers import BaseSampler, GPSampler, RandomSampler, TPESampler
 from optuna.storages import InMemoryStorage
@@ -76,7 +77,8 @@ def propose(
         return encoding.decode({}), {}
     attributes: dict[str, Any] = {}
     try:
-        with warnings.catch_warnings():
+        # a pack asks inside `torch.no_grad`, where a Gaussian process could not be fitted
+        with warnings.catch_warnings(), torch.enable_grad():
             warnings.simplefilter("ignore", ExperimentalWarning)
             if isinstance(sampler, Component):
                 point, attributes = ask_sampler(
