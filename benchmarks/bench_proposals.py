@@ -1,6 +1,6 @@
 """Replays samplers on stored complete results (`benchmarks/curves/`): trials until one is nearly the best.
 
-    python benchmarks/bench_proposals.py [--json] [--draws 100] [--gp-draws 30]
+    python benchmarks/bench_proposals.py [--json] [--draws 100] [--gp-draws 30] [--rungs]
 
 Tables: the grid of rank × α/r × learning rate of LoRA (`grid_stdlib_docs.csv`), and full fine-tuning's learning rate
 on two data sets and three seeds. The value of a proposed learning rate is interpolated linearly in the logarithm of
@@ -12,7 +12,8 @@ A trial's value is its best evaluation, as in the product. The gain is the froze
 Regret is how much the best of n trials is worse than the best of the table, as a share of the gain; a trial is within
 1 % if its regret is at most 1 %. No trial is stopped early. Trials are proposed as in a sweep: packs of 4, whose
 members know only the results of earlier packs, and with an adaptive sampler at most half of the trials before the
-first result.
+first result. With `--rungs` the controller decides on the grid: packs of 8, the default rungs, and a sampler that sees
+values of trials that are not complete.
 """
 
 from __future__ import annotations
@@ -38,7 +39,11 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from lorasweep.config.compose import compose_sweep
 from lorasweep.config.sweep import FixedSampler, ModelBasedSampler, SamplerConfig
+from lorasweep.sweep.controller.arm_trials import ArmTrials
 from lorasweep.sweep.controller.proposals import propose
+from lorasweep.sweep.controller.stages import FIRST_TRIALS_FRACTION
+from lorasweep.sweep.controller.stopping_rules import Halving
+from lorasweep.sweep.controller.trial import Trial
 from lorasweep.sweep.definition.arms import Arm
 from lorasweep.sweep.definition.space import Space
 
@@ -46,6 +51,8 @@ CURVES = Path(__file__).parent / "curves"
 WITHIN = {"1": 0.01, "5": 0.05}
 """Largest regret of a trial that counts as good enough, by its name in percent."""
 NUM_SLOTS = 4
+PACK_SLOTS = 8
+"""Trials that train together in a search with rungs."""
 FIRST_PART_FRACTION = 0.5
 """Share of an arm's trials that an adaptive sampler proposes before the first result."""
 GRID_TRIALS = (8, 12, 16, 24)
@@ -245,6 +252,96 @@ def ask_optuna(table: Table, way: Way, *, seed: int) -> Ask:
     return ask
 
 
+def read_grid_curves() -> dict[int, Table]:
+    """Returns the grid's values after each recorded twelfth of a run."""
+    by_evaluation: dict[int, dict[Setting, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
+    with GRID.open(newline="") as file:
+        for row in csv.DictReader(file):
+            if row["rank"]:
+                setting = float(row["rank"]), float(row["alpha"]) / float(row["rank"])
+                point = math.log(float(row["lr"])), float(row["value"])
+                by_evaluation[int(row["evaluation"])][setting].append(point)
+    frozen = read_table(GRID).frozen
+    return {
+        evaluation: Table(
+            name=GRID.stem,
+            lines={
+                setting: (np.array(sorted(line))[:, 0], np.array(sorted(line))[:, 1]) for setting, line in lines.items()
+            },
+            frozen=frozen,
+        )
+        for evaluation, lines in by_evaluation.items()
+    }
+
+
+def search_with_rungs(curves: Mapping[int, Table], sampler: str, *, n: int, seed: int) -> tuple[list[float], int]:
+    """Returns the best values of a search's complete trials, and the number of evaluations of its packs."""
+    config = replace(compose_sweep({"sweep.seed": seed}), sampler=Way(name=sampler, sampler=sampler).build(n))
+    space = curves[max(curves)].space()
+    arm = Arm(name=GRID.stem, settings={}, space=space, trials=n, sweep_config=config)
+    storage = optuna.storages.InMemoryStorage()
+    trials = ArmTrials(
+        arm,
+        study=optuna.create_study(storage=storage, study_name=arm.name),
+        storage=storage,
+        space=space,
+        planned=n,
+        rule=Halving(rungs=(2, 6), reduction_factor=2),
+        first_trials=math.ceil(FIRST_TRIALS_FRACTION * n),
+    )
+    pack: list[Trial] = []
+    orders, evaluations = itertools.count(), 0
+    while True:
+        while len(pack) < PACK_SLOTS:
+            if (promoted := trials.next_promoted()) is not None:
+                trials.promote(*promoted, order=next(orders))
+                pack.append(promoted[0])
+            elif trials.may_begin():
+                params, _ = propose(arm, trials.history(), number=len(trials.trials), direction="minimize")
+                pack.append(trials.begin(params, order=next(orders), attributes={}))
+            else:
+                break
+        if not pack:
+            complete = [trial for trial in trials.trials.values() if trial.state == "complete"]
+            return [min(trial.values.values()) for trial in complete], evaluations
+        evaluations += 1
+        steps = {trial.number: max(trial.values, default=0) + 2 for trial in pack}
+        for trial in pack:
+            trials.store(trial, steps[trial.number], curves[steps[trial.number]].read(trial.params))
+        for trial in sorted(pack, key=lambda trial: (steps[trial.number], trial.number)):
+            goes_on, step = trials.decide(trial, steps[trial.number]), steps[trial.number]
+            if step == max(curves):
+                trials.end(trial, "complete", {}, value=min(trial.values.values()))
+            elif not goes_on:
+                trials.pause(trial, {}, step=step)
+        pack = [trial for trial in pack if trial.state == "running"]
+
+
+def measure_rungs(*, draws: int, gp_draws: int) -> list[dict[str, Any]]:
+    """Returns one row per sampler and number of trials: the regret of the best complete trial."""
+    table, curves = read_table(GRID), read_grid_curves()
+    rows = []
+    for sampler, n in itertools.product(("tpe", "gp"), GRID_TRIALS):
+        found = [
+            search_with_rungs(curves, sampler, n=n, seed=seed) for seed in range(gp_draws if sampler == "gp" else draws)
+        ]
+        regrets = [table.regret(min(values)) for values, _ in found]
+        median, p95 = np.quantile(regrets, [0.5, 0.95])
+        rows.append(
+            {
+                "sampler": sampler,
+                "trials": n,
+                **{f"within_{name}": statistics.fmean(r <= share for r in regrets) for name, share in WITHIN.items()},
+                "mean_regret": round(statistics.fmean(regrets), 4),
+                "median_regret": round(float(median), 4),
+                "p95_regret": round(float(p95), 4),
+                "pack_evaluations": round(statistics.fmean(evaluations for _, evaluations in found), 2),
+            }
+        )
+        print(rows[-1], file=sys.stderr, flush=True)
+    return rows
+
+
 def summarize(searches: Sequence[Sequence[float]]) -> dict[str, Any]:
     """Returns statistics of several searches. A number of trials is None if too few searches were good enough."""
     result: dict[str, Any] = {"searches": len(searches)}
@@ -285,8 +382,12 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print JSON only")
     parser.add_argument("--draws", type=int, default=100, help="seeds per number of trials and way")
     parser.add_argument("--gp-draws", type=int, default=30, help="like --draws, for the slower Gaussian process")
+    parser.add_argument("--rungs", action="store_true", help="search the grid with rungs, and print JSON")
     args = parser.parse_args()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
+    if args.rungs:
+        print(json.dumps(measure_rungs(draws=args.draws, gp_draws=args.gp_draws), indent=1))
+        return
     rows = measure_samplers(draws=args.draws, gp_draws=args.gp_draws)
     print(json.dumps(rows, indent=1) if args.json else "\n".join(lines_of(rows)))
 

@@ -4,10 +4,10 @@
 
 A replay draws n trials of a task and seed at random and runs them like the controller: packs of 8 slots, all values
 of an evaluation before any decision, freed slots refilled first with promoted trials, and with an adaptive sampler
-only half of the trials before the first is complete. It counts the optimizer steps as a share of the steps of n
-complete trials. The loss is the final score of the winner, compared with the best final score of the n trials, as a
-share of full fine-tuning's gain: the frozen base minus the best full run on this data and seed. If full was not
-recorded, the best trial of the task replaces it.
+only half of the trials before all of these have been compared at the first rung. It counts the optimizer steps as a
+share of the steps of n complete trials. The loss is the final score of the winner, compared with the best final score
+of the n trials, as a share of full fine-tuning's gain: the frozen base minus the best full run on this data and seed.
+If full was not recorded, the best trial of the task replaces it.
 
 The default is chosen on all tasks except `e2e_nlg_lora`. It is the rule with the fewest steps among the rules that
 meet the bounds below for every n. If no rule meets them, the rule must meet only the bounds on the loss. Only rules
@@ -37,7 +37,7 @@ LAST = 12
 """Evaluations of a complete run; a rung is named by the number of its evaluation, so 6 is half of the run."""
 NUM_SLOTS = 8
 FIRST_PART_FRACTION = 0.5
-"""Share of an arm's trials that an adaptive sampler proposes before the first of them is complete."""
+"""Share of an arm's trials that an adaptive sampler proposes before all of these are compared at the first rung."""
 LEFT_OUT = "e2e_nlg_lora"
 """The task that the choice ignores; this was decided before any curve was recorded."""
 BOUNDS = {8: (0.60, 0.01, 0.05), 16: (0.40, 0.005, 0.02), 24: (0.40, 0.005, 0.02)}
@@ -281,13 +281,16 @@ class Arm:
                 self.states[trial], self.waits_at[trial] = "running", 0
                 return trial
         begun = len(self.states)
-        waits = begun >= self.first_part and "complete" not in self.states and "running" in self.states
-        if begun == len(self.values) or waits:
+        if begun == len(self.values) or (begun == self.first_part and self._waits_for_first_part()):
             return None
         self.done.append(0)
         self.states.append("running")
         self.waits_at.append(0)
         return begun
+
+    def _waits_for_first_part(self) -> bool:
+        first_rung = min(self.rule.rungs, default=LAST)
+        return any(state == "running" and self.done[n] < first_rung for n, state in enumerate(self.states))
 
     def _evaluations_to_event(self, trial: int) -> int:
         done, fails_at = self.done[trial], self.fails_at[trial]

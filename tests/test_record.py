@@ -23,6 +23,7 @@ from lorasweep.record import (
     find_winner,
     get_run_folder,
     list_candidates,
+    measure_stage_occupancy,
     read_run,
     read_steps,
     read_sweep,
@@ -238,6 +239,18 @@ def test_without_a_select_stage_the_best_trial_wins(direction, best):
     record = make_sweep(direction=direction)
     assert find_winner("lora", rows[::-1], record=record).number == best  # the earliest of equals
     assert find_winner("lora", rows[5:], record=record) is None
+
+
+def test_occupancy_is_the_share_of_the_packs_slots_that_trained():
+    """A pack of four slots: three runs train 2 steps, then one of them 6 more. 12 of 4 * 8 slot-steps are used."""
+    given = {"arm": "lora", "state": "complete", "params": {}, "value": 1.0, "run": "r"}
+    shares = [(2, 2 * 4 / 3), (2, 2 * 4 / 3), (8, 2 * 4 / 3 + 6 * 4)]
+    packed = [TrialRow(number=n, step=step, slot_steps=slots, **given) for n, (step, slots) in enumerate(shares)]
+    alone = TrialRow(number=3, step=100, **given)
+    assert measure_stage_occupancy(make_sweep(trials=[*packed, alone], confirm=[])) == {
+        "search": pytest.approx(12 / 32)
+    }
+    assert measure_stage_occupancy(make_sweep(trials=[alone], confirm=[])) == {}
 
 
 def test_candidates_have_different_settings_whatever_their_seeds():

@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 import operator
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from datetime import UTC, datetime
 from functools import cache
@@ -59,7 +59,8 @@ class RunRecord:
     """Number of the trial in its arm, also if the run trains that trial again; null for a single run."""
     pack: dict[str, Any] | None = None
     """`slot`, the number of `slots` when the run joined the pack, and `shared_draws`: whether a fused kernel drew the
-    attention's dropout for all slots at once, so that a run alone would differ. Null for a run alone."""
+    attention's dropout for all slots at once, so that a run alone would differ. `slot_steps` is the run's share of the
+    slots that its packs were planned with (see `measure_occupancy`). Null for a run alone."""
     metric: str
     """The score's name, such as `bits_per_byte`."""
     direction: Direction
@@ -137,6 +138,8 @@ class TrialRow:
     """Optimizer steps at its last evaluation."""
     last_value: float | None = None
     """The sweep's metric on validation data at its last evaluation."""
+    slot_steps: float = 0.0
+    """The run's share of the slots that its packs were planned with (see `measure_occupancy`); 0 for a run alone."""
 
 
 @dataclass(kw_only=True)
@@ -160,6 +163,8 @@ class RerunRow:
     """Optimizer steps at its last evaluation."""
     last_value: float | None = None
     """The sweep's metric on validation data at its last evaluation."""
+    slot_steps: float = 0.0
+    """The run's share of the slots that its packs were planned with (see `measure_occupancy`); 0 for a run alone."""
 
 
 @dataclass(kw_only=True)
@@ -295,6 +300,28 @@ def selection_scores(arm: str, number: int, *, record: SweepRecord) -> list[floa
     """Returns the finite validation scores of a trial's complete runs of the select stage."""
     runs = [row for row in record.select if row.arm == arm and row.trial == number and row.state == "complete"]
     return [row.value for row in runs if row.value is not None and math.isfinite(row.value)]
+
+
+def measure_occupancy(rows: Iterable[TrialRow | RerunRow]) -> float | None:
+    """Returns the share of the slots of packs that trained, from 0 to 1; None if no run trained in a pack.
+
+    In a step of a pack, all slots of its planned size could train, but some may be empty. So the share is the number of
+    steps of all runs, divided by the sum of the planned sizes over all steps of the packs. Each run that trains in a
+    step has an equal share of the planned size in its `slot_steps`. Runs alone don't count.
+    """
+    packed = [row for row in rows if row.slot_steps]
+    return sum(row.step for row in packed) / sum(row.slot_steps for row in packed) if packed else None
+
+
+def measure_stage_occupancy(record: SweepRecord) -> dict[str, float]:
+    """Returns `measure_occupancy` of each stage in which a run trained in a pack."""
+    stages: dict[str, Sequence[TrialRow | RerunRow]] = {
+        "search": record.trials,
+        "select": record.select,
+        "confirm": record.confirm,
+    }
+    shares = {stage: measure_occupancy(rows) for stage, rows in stages.items()}
+    return {stage: share for stage, share in shares.items() if share is not None}
 
 
 def find_winners(record: SweepRecord) -> dict[str, TrialRow | None]:

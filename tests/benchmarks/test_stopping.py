@@ -143,7 +143,7 @@ def run_by_controller(inputs, arm):
             if done[entry.number] == inputs.LAST:
                 trials.end(entry, "complete", {}, value=1.0)
             elif not goes_on:
-                trials.pause(entry, {}, step=step)
+                trials.pause(entry, {}, step=done[entry.number])
         pack = [entry for entry in pack if entry.state == "running"]
     complete = tuple(number for number, entry in sorted(trials.trials.items()) if entry.state == "complete")
     return inputs.Outcome(steps=sum(done.values()), complete=complete)

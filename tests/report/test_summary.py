@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
-from lorasweep.report import write_report
+from lorasweep.report import render_terminal, write_report
 from lorasweep.report.findings import ONE_SEED
 from lorasweep.report.summary import ACTIVITIES, Summary, summarize
 from lorasweep.training.telemetry import Telemetry
@@ -33,6 +35,25 @@ def test_summary_has_the_promised_keys(sweep: Path) -> None:
         assert {"peak_memory_bytes", "share_of_full_gain"} <= set(arm)
         assert {"score", "params", "run", "select_mean"} == set(arm["best"])
         assert {"complete", "paused", "pruned", "failed", "infeasible"} <= set(arm["trials"])
+
+
+def test_occupancy_of_packs_is_in_the_summary_the_table_and_the_page(sweep: Path) -> None:
+    def pack(raw: dict[str, Any]) -> None:
+        for trial in raw["trials"]:
+            if trial["arm"] == "lora":
+                trial.update(step=50, slot_steps=50 / 0.37)
+
+    assert all(arm["occupancy"] is None for arm in summarize(sweep).as_json()["arms"])
+    edit_json(sweep / "sweep.json", pack)
+    raw = summarize(sweep).as_json()
+    assert raw["occupancy"] == {"search": pytest.approx(0.37)}
+    assert [arm["occupancy"] for arm in raw["arms"]] == [None, pytest.approx(0.37), None]
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(render_terminal(sweep))
+    assert "slots in use" in (text := console.export_text())
+    assert "37 %" in text
+    write_report(sweep)
+    assert 'data-label="slots in use">37 %' in (sweep / "report/index.html").read_text()
 
 
 def shares_of(summary: Summary) -> list[float | None]:

@@ -180,12 +180,13 @@ class MadeUpRuns:
         self.values.setdefault(folder, {})[step] = value
         return value
 
-    def close(self, config: RunConfig, folder: Path, step: int, status: Any) -> RunRecord:
+    def close(self, config: RunConfig, folder: Path, step: int, status: Any, *, pack: Any = None) -> RunRecord:
         """Writes a run's record and returns it."""
         value, best = min((value, at) for at, value in self.values[folder].items() if at <= step)
         record = RunRecord(
             status=status,
             config=asdict(config),
+            pack=pack,
             metric=config.data.metric,
             direction="minimize",
             best={config.data.metric: value, "step": best},
@@ -210,6 +211,8 @@ class MadeUpPacks:
     """Steps at which each run has a checkpoint for packs."""
     trained: list[tuple[str, int]] = field(default_factory=list)
     """Folder name and step of each evaluation, in order."""
+    slot_steps: dict[tuple[Path, int], float] = field(default_factory=dict)
+    """Each run's share of the planned slots up to each of its steps."""
 
     def __call__(
         self,
@@ -255,7 +258,8 @@ class MadeUpPacks:
                 for job in jobs:
                     self._interrupt(job, steps[job])
                 return False
-            living = [job for job in jobs if self._advance(job, steps, every=trainer.eval_every_steps)]
+            share = most / len(jobs)
+            living = [job for job in jobs if self._advance(job, steps, share, every=trainer.eval_every_steps)]
             values = [self.runs.values[job.run_folder.path][steps[job]] for job in living]
             evaluated = [
                 SlotEvaluation(request=job, step=steps[job], metrics={job.config.data.metric: value})
@@ -270,13 +274,15 @@ class MadeUpPacks:
             for slot, job in enumerate(slots):
                 if job is None and is_refilled and (refill := supply()) is not None:
                     slots[slot] = refill
-                    steps[refill] = self._first_step(refill)
             jobs = [job for job in slots if job is not None]  # a slot that stays empty is dropped
+            steps |= {job: self._first_step(job) for job in jobs if job not in steps}
             self._commit(jobs, steps, state_file)
         return True
 
-    def _advance(self, job: RunRequest, steps: dict[RunRequest, int], *, every: int) -> bool:
+    def _advance(self, job: RunRequest, steps: dict[RunRequest, int], share: float, *, every: int) -> bool:
         """Trains a slot up to its next evaluation and returns whether its run goes on."""
+        path = job.run_folder.path
+        self.slot_steps[path, steps[job] + every] = self.slot_steps.get((path, steps[job]), 0.0) + share * every
         steps[job] += every
         self.trained.append((job.run_folder.path.name, steps[job]))
         try:
@@ -292,7 +298,8 @@ class MadeUpPacks:
             return False
         if not done:
             self.checkpoints.setdefault(job.run_folder.path, set()).add(step)
-        job.on_end(self.runs.close(job.config, job.run_folder.path, step, "complete" if done else "paused"))
+        path, pack = job.run_folder.path, {"slot_steps": self.slot_steps[job.run_folder.path, step]}
+        job.on_end(self.runs.close(job.config, path, step, "complete" if done else "paused", pack=pack))
         return True
 
     def _first_step(self, job: RunRequest) -> int:

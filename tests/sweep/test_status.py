@@ -90,6 +90,14 @@ def test_trials_are_counted_by_state(running):
     assert "resume" not in shown
 
 
+def test_the_share_of_slots_that_trained_is_shown(folder):
+    packed, confirmed = trial(0, "complete", 1.5), rerun_row(7, "complete", 1.5)
+    packed.step, packed.slot_steps, confirmed.step, confirmed.slot_steps = 8, 20.0, 8, 8.0
+    assert "slots that trained" not in show(read_status(folder))
+    write_record(sweep_record(trials=[packed], confirm=[confirmed]), folder)
+    assert "share of the packs' slots that trained: search 40 %, confirm 100 %" in show(read_status(folder))
+
+
 def test_running_trials_have_lines_with_step_and_last_value(running):
     rows = [trial(number, "running") for number in range(20)]
     rows[0].step, rows[0].last_value = 4, 1.75

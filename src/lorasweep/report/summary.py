@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lorasweep.record import SweepRecord
+from lorasweep.record import SweepRecord, measure_stage_occupancy
 from lorasweep.report.advice import Advice, advise
 from lorasweep.report.fairness import Fairness, judge_fairness
 from lorasweep.report.findings import describe_findings
@@ -70,6 +70,7 @@ class Summary:
             "steps_planned": sum(run.steps_planned for run in records),
             "steps_done": sum(run.steps_done for run in records),
             "steps_saved_by_pruning": data.steps_saved_by_pruning,
+            "occupancy": measure_stage_occupancy(record),
             "base": {"score": data.best_score("frozen")},
             "d90": self.advice.dimension.d90 if self.advice.dimension else None,
             "arms": [_summarize_arm(arm, data) for arm in data.arms],
@@ -140,6 +141,7 @@ def _summarize_arm(arm: ArmData, data: SweepData) -> dict[str, Any]:
         },
         "trials": {state: arm.count(state) for state in STATES},
         **{name: arm.cost(name) for name in COSTS},
+        "occupancy": arm.occupancy,
         "importance": arm.row.importance,
         "arm_wall_s": sum(trial.record.wall_s for trial in arm.trials if trial.record),
         "share_of_full_gain": data.share_of_full_gain(best.value if best and arm.is_searched_enough else None),

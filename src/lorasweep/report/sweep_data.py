@@ -24,6 +24,7 @@ from lorasweep.record import (
     TrialRow,
     TrialState,
     find_winner,
+    measure_occupancy,
     read_run,
     read_steps,
     read_sweep,
@@ -112,6 +113,8 @@ class ArmData:
     """The runs of the select stage, by trial and seed."""
     confirm_runs: tuple[TrialData, ...]
     """The runs of the confirm stage."""
+    occupancy: float | None
+    """Share of the slots of packs that trained, in all stages; None if no run trained in a pack."""
 
     @property
     def name(self) -> str:
@@ -297,6 +300,7 @@ def _join_arm(arm: ArmRow, record: SweepRecord, folder: Path, problems: list[str
         candidates={number: fmean(values) for number, values in scores.items() if values},
         select_runs=tuple(_join_trial(row, record.metric, folder, problems) for row in select_rows),
         confirm_runs=tuple(_join_trial(row, record.metric, folder, problems) for row in confirm_rows),
+        occupancy=measure_occupancy([*rows, *select_rows, *confirm_rows]),
     )
 
 

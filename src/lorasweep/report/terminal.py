@@ -118,6 +118,11 @@ def _tabulate_arms(data: SweepData) -> dict[str, list[str]]:
         "adapter": [format_bytes(arm.cost("adapter_bytes")) for arm in arms],
         "memory": [_describe_memory(arm) for arm in arms],
         "time": [format_seconds(arm.cost("wall_s")) for arm in arms],
+        **(
+            {"slots in use": [format_share(arm.occupancy) for arm in arms]}
+            if any(arm.occupancy for arm in arms)
+            else {}
+        ),
         "trials": [arm.describe_states() for arm in arms],
     }
 

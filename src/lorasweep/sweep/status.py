@@ -29,10 +29,11 @@ from lorasweep.record import (
     describe_stage,
     find_winner,
     list_candidates,
+    measure_stage_occupancy,
     read_sweep,
 )
 from lorasweep.sweep.lock import is_running
-from lorasweep.wording import UNKNOWN, format_seconds, format_setting
+from lorasweep.wording import UNKNOWN, format_seconds, format_setting, format_share
 
 MAX_SHOWN_RUNS = 16
 """Maximum number of running trials that are listed below the table."""
@@ -105,6 +106,9 @@ def render_status(status: SweepStatus) -> RenderableType:
     record = status.record
     title = f"{record.name}: {record.metric} ({record.direction}), {record.status}"
     notes: list[str] = []
+    if shares := measure_stage_occupancy(record):
+        listed = ", ".join(f"{stage} {format_share(share)}" for stage, share in shares.items())
+        notes.append(f"share of the packs' slots that trained: {listed}")
     if not status.is_over:
         notes += _describe_running_trials(record)
         left = status.seconds_left

@@ -118,17 +118,32 @@ def test_a_failed_trial_gives_up_its_place_in_the_better_part(begin, open_contro
     close(controller)
 
 
-def test_an_adaptive_sampler_proposes_half_before_the_first_result(begin, open_controller, content):
+def take_all(controller):
+    return list(iter(controller.take, None))
+
+
+def test_an_adaptive_sampler_proposes_half_before_all_of_them_are_compared(begin, open_controller, content):
     controller = open_controller(begin(content))
-    taken = []
-    while (assignment := controller.take()) is not None:
-        taken.append(assignment)
-    assert len(taken) == 4
+    first = take_all(controller)
+    assert len(first) == 4
     simulation = Simulation(controller)
-    simulation.advance(running := list(taken))
-    while running:
+    simulation.advance(first[1:])
+    assert controller.take() is None  # one of them has no value of the first rung
+    simulation.advance(first[:1])
+    assert len({a.number for a in take_all(controller)} - {a.number for a in first}) == 4
+    close(controller)
+
+
+def test_an_adaptive_sampler_without_rungs_proposes_half_before_one_is_complete(begin, open_controller, content):
+    content["settings"] = {key: value for key, value in content["settings"].items() if not key.startswith("pruner")}
+    controller = open_controller(begin(content, "pruner=none"))
+    running = take_all(controller)
+    assert len(running) == 4
+    simulation = Simulation(controller)
+    for _ in range(LAST // EVERY):
+        assert controller.take() is None
         simulation.advance(running)
-    assert controller.take() is not None
+    assert len(take_all(controller)) == 4
     close(controller)
 
 

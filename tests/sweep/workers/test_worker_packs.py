@@ -6,11 +6,11 @@ import json
 from types import SimpleNamespace
 
 import pytest
-from tests.sweep.conftest import of_arm
+from tests.sweep.conftest import NoInputs, of_arm
 
 import lorasweep.sweep.workers.worker as worker_file
 from lorasweep.errors import Diverged, OutOfMemory, WorkerError
-from lorasweep.record import read_sweep
+from lorasweep.record import measure_stage_occupancy, read_sweep
 from lorasweep.sweep.controller.lifecycle import reopen_sweep
 
 
@@ -49,6 +49,44 @@ def test_a_pack_begins_with_no_more_slots_than_an_adaptive_sampler_may_propose(b
     assert packs.sizes[0] == 3  # half of 5, rounded up
 
 
+def test_the_share_of_slots_that_trained_is_kept_and_is_the_same_after_a_stop(begin, work, lora_only, runs, packs):
+    whole, stopped = begin(lora_only, folder="whole"), begin(lora_only, folder="stopped")
+    assert work(whole)
+    assert not work(stopped, stop_at=4)
+    assert work(reopen_sweep(stopped.path))
+    # four of six trials fill the four slots to the end, then the other two train beside two empty slots
+    for folder in (whole, stopped):
+        assert measure_stage_occupancy(read_sweep(folder.path)) == {"search": pytest.approx(6 / 8)}
+
+
+@pytest.mark.parametrize(
+    ("counts", "slots"),
+    [
+        ({"lora": 5, "frozen": 1, "full": 0}, 3),  # two workers
+        ({"lora": 20, "frozen": 1, "full": 0}, 6),
+        ({"lora": 5, "frozen": 1, "full": 3}, 6),  # the other worker trains runs of `full`
+    ],
+)
+def test_workers_share_the_runs_of_a_stage_that_has_no_others(begin, packed, tmp_path, monkeypatch, counts, slots):
+    packed["settings"] |= {"worker.pack_size": "auto"}
+    sweep = begin(packed)
+    monkeypatch.setattr(
+        worker_file, "choose_pack_size", lambda config, *, inputs, trials_left: SimpleNamespace(slots=6, reason="")
+    )
+    worker = worker_file.Worker(
+        path=sweep.path,
+        definition=sweep.definition,
+        controller=SimpleNamespace(count_stage_runs=lambda: counts, note=lambda sentences: None),
+        metric="bits_per_byte",
+        inputs_cache=NoInputs(),
+        stop_requested=lambda: False,
+        num_workers=2,
+    )
+    (arm,) = [arm for arm in sweep.definition.arms if arm.name == "lora"]
+    assert worker._choose_slots(arm) == slots
+    sweep.close()
+
+
 def test_trials_of_a_pack_are_compared_all_at_once(begin, work, packed, runs, packs):
     packed["settings"] |= {
         "pruner": "halving",
@@ -78,6 +116,7 @@ def test_a_pack_that_breaks_goes_on_in_packs_of_one(begin, work, packed, runs, p
     folder = begin(packed)
     assert work(folder)
     assert packs.sizes == [4, 1]
+    assert any("KeyError" in warning and "packs of one slot" in warning for warning in read_sweep(folder.path).warnings)
     assert {arm for arm, _ in runs.begun} == {"frozen", "full"}
     assert {row.state for row in read_sweep(folder.path).trials} == {"complete"}
 

@@ -60,7 +60,7 @@ class ArmTrials:
             rule: Decides which trials may train beyond a rung. None lets every trial run to its end.
             by_loss: Whether trials are compared at rungs by validation loss instead of the metric.
             prunes_by_study: Whether the study's pruner decides at every evaluation, instead of `rule` at rungs.
-            first_trials: Maximum number of trials that begin before a trial of the arm is complete. None sets no limit.
+            first_trials: Number of trials that begin first; the others wait for their results. None sets no limit.
             session: Prefix of the names of workers that may train trials now; None if no worker trains.
         """
         self.arm = arm
@@ -135,10 +135,17 @@ class ArmTrials:
 
     def may_begin(self) -> bool:
         """Returns whether a new trial may begin now."""
-        # An adaptive sampler proposes only the first trials until one of them is complete. If no trial runs, waiting
-        # would bring no result.
-        waits = len(self.trials) >= self._first_trials and not self.has_any("complete") and self.has_any("running")
-        return self.num_left > 0 and not waits
+        return self.num_left > 0 and not self._waits_for_first_trials()
+
+    def _waits_for_first_trials(self) -> bool:
+        """Returns whether the first trials of an adaptive sampler must train further before it proposes others.
+
+        It waits until all of them have a value of the first rung. Without rungs, it waits until one is complete.
+        """
+        if self._rule.rungs:
+            return len(self.trials) == self._first_trials and self._tables.has_any_below_first_rung()
+        # If no trial runs, waiting would bring no result.
+        return len(self.trials) >= self._first_trials and not self.has_any("complete") and self.has_any("running")
 
     def begin(
         self,

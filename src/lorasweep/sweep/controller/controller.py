@@ -23,8 +23,9 @@ from lorasweep.sweep.controller.folder import SweepFolder
 from lorasweep.sweep.controller.record_rows import RUNS_FOLDER, measure_importance
 from lorasweep.sweep.controller.stages import Reruns, Search, Stage, list_trial_rows, plan_confirmation, plan_selection
 from lorasweep.sweep.controller.storage import database_must_answer, flush_storage
-from lorasweep.sweep.controller.trial import REASON_ATTRIBUTE, SCORE_ATTRIBUTE, Trial
+from lorasweep.sweep.controller.trial import REASON_ATTRIBUTE, SCORE_ATTRIBUTE, SLOT_STEPS_ATTRIBUTE, Trial
 from lorasweep.sweep.definition.arms import Arm
+from lorasweep.sweep.definition.packing import rank_arms_by_duration
 from lorasweep.training.checkpoint import remove_checkpoints
 from lorasweep.training.run_log import RunFolder, prune_paused_run
 
@@ -95,6 +96,7 @@ class Controller:
         self._failures_in_a_row = 0
         self._deaths_in_a_row = 0
         self._usage: dict[str, Mapping[str, float]] = {}
+        self._places = rank_arms_by_duration(sweep.definition)
         self._advance_stage()
 
     @property
@@ -130,9 +132,10 @@ class Controller:
             trials, trial = min(abandoned, key=lambda pair: pair[1].order)
             trials.hand_out_again(trial, worker=worker, request=request)
             return self._assign(trials, trial)
-        # Then arms without a space, then the arm that has begun the smallest fraction of its trials. Within an arm, a
-        # paused trial that may continue comes before a new trial.
-        for trials in sorted(candidates, key=lambda trials: (bool(trials.arm.space), trials.begun_fraction)):
+        # Then arms without a space, then the arm that has begun the smallest fraction of its trials; of equal arms, the
+        # one whose trials keep a worker busy for longest. Within an arm, a paused trial that may continue comes before
+        # a new trial.
+        for trials in sorted(candidates, key=self._sort_key):
             if (promoted := trials.next_promoted()) is not None:
                 trial, rung = promoted
                 trials.promote(trial, rung, order=self._next_order(), worker=worker, request=request)
@@ -185,11 +188,14 @@ class Controller:
             return
         trials, trial = self._find(assignment)
         value = record.test[record.metric] if assignment.reads_test else record.score
+        attributes = {SCORE_ATTRIBUTE: value}
+        if record.pack is not None:
+            attributes[SLOT_STEPS_ATTRIBUTE] = record.pack["slot_steps"]
         if record.status == "paused":
-            trials.pause(trial, {SCORE_ATTRIBUTE: value}, step=record.steps_done)
+            trials.pause(trial, attributes, step=record.steps_done)
         else:
             self._failures_in_a_row = 0
-            trials.end(trial, "complete", {SCORE_ATTRIBUTE: value}, value=value)
+            trials.end(trial, "complete", attributes, value=value)
         self._save_if_due()
 
     @_needs_storage
@@ -257,6 +263,10 @@ class Controller:
         """Returns whether a trial's last report was at this step and the trial may not train beyond it."""
         _, trial = self._find(assignment)
         return max(trial.values, default=None) == step and step not in trial.passed
+
+    def count_stage_runs(self) -> dict[str, int]:
+        """Returns by arm how many runs the current stage has altogether, from its first to its last."""
+        return {name: self.stage.arms[name].planned if name in self.stage.arms else 0 for name in self._places}
 
     def is_over(self) -> bool:
         return self._is_over
@@ -327,6 +337,9 @@ class Controller:
                 folder = self.search.run_folder(trials.arm, trial.number).path
                 prune_paused_run(folder, reason=reason)
                 trials.end(trial, "pruned", {REASON_ATTRIBUTE: reason}, value=None)
+
+    def _sort_key(self, trials: ArmTrials) -> tuple[bool, float, int]:
+        return bool(trials.arm.space), trials.begun_fraction, self._places[trials.arm.name]
 
     def _next_order(self) -> int:
         return max(trials.next_order for trials in self.stage.arms.values())

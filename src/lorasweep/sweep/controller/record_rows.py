@@ -11,7 +11,7 @@ from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 from optuna.trial import FrozenTrial, TrialState
 
 from lorasweep.record import MIN_IMPORTANCE_TRIALS, ArmRow, RerunRow, RerunStage, TrialRow
-from lorasweep.sweep.controller.trial import REASON_ATTRIBUTE, SCORE_ATTRIBUTE, read_state
+from lorasweep.sweep.controller.trial import REASON_ATTRIBUTE, SCORE_ATTRIBUTE, SLOT_STEPS_ATTRIBUTE, read_state
 from lorasweep.sweep.definition.arms import Arm
 from lorasweep.sweep.definition.space import describe_space
 
@@ -81,6 +81,7 @@ def _read_results(trial: FrozenTrial) -> dict[str, Any]:
         "reason": trial.user_attrs.get(REASON_ATTRIBUTE),
         "step": step,
         "last_value": trial.intermediate_values.get(step),
+        "slot_steps": trial.user_attrs.get(SLOT_STEPS_ATTRIBUTE, 0.0),
     }
 
 

@@ -90,6 +90,10 @@ class RungTables:
                     return trial, rung
         return None
 
+    def has_any_below_first_rung(self) -> bool:
+        """Returns whether a running or paused trial has not reached the first rung."""
+        return bool(self._tables["below", self._rule.rungs[0]])
+
     def _row(self, trial: Trial, rung: int) -> Row:
         return get_cost(trial, rung, sign=self._sign), trial.number
 

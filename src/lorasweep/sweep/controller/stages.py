@@ -28,7 +28,9 @@ from lorasweep.sweep.definition.seeds import arm_seeds
 from lorasweep.training.run_log import RunFolder
 
 FIRST_TRIALS_FRACTION = 0.5
-"""Fraction of an arm's trials that an adaptive sampler proposes before the first of them is complete."""
+"""Fraction of an arm's trials that an adaptive sampler proposes before it has results of them.
+
+The other trials begin once all of these have a value of the first rung (docs/benchmarks.md, Proposals)."""
 
 Plan: TypeAlias = dict[str, list[tuple[TrialRow, int]]]
 """The runs of a stage after the search, by arm: which trial of the search runs again, and its seed."""

@@ -16,6 +16,7 @@ from lorasweep.config.run import RunConfig
 from lorasweep.errors import ConfigError
 from lorasweep.lora.packed.inject import why_not_packable
 from lorasweep.sweep.definition.arms import Arm, Definition
+from lorasweep.sweep.definition.warnings import count_tokens
 
 SLOT_GROUPS = ("method", "optim", "schedule", "logger", "seed", "seeds")
 """Groups of settings that each slot of a pack has for itself."""
@@ -75,6 +76,29 @@ def plan_packing(definition: Definition) -> dict[str, ArmPacking]:
                 f"`{arm.name}`, but got {size!r}."
             )
     return plans
+
+
+def rank_arms_by_duration(definition: Definition) -> dict[str, int]:
+    """Returns for each arm its place, 0 first, in the order in which workers take trials of equally advanced arms.
+
+    What keeps a worker busy for longest comes first, so that short work is left for workers that become free at the
+    end (longest processing time first, Graham 1969). That is a pack; then runs alone, by the computations of a run.
+    """
+    plans = plan_packing(definition)
+
+    def sort_key(arm: Arm) -> tuple[bool, float]:
+        is_packed = plans[arm.name].key is not None and arm.sweep_config.worker.pack_size != 1
+        return not is_packed, -max(map(_count_passes, arm.corners))
+
+    return {arm.name: place for place, arm in enumerate(sorted(definition.arms, key=sort_key))}
+
+
+def _count_passes(config: RunConfig) -> int:
+    """Returns the cost of a run, in forward passes of one token.
+
+    A backward pass costs one for the gradients of activations, and another one for those of all weights.
+    """
+    return count_tokens(config) * {"head": 1, "full": 3, "intrinsic": 3}.get(config.method.name, 2)
 
 
 def explain_solo_arms(definition: Definition) -> list[str]:

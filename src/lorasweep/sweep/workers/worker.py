@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from lorasweep.errors import OutOfMemory, RecordError, WorkerError
+from lorasweep.errors import OutOfMemory, RecordError, WorkerError, describe_error
 from lorasweep.record import RunRecord, read_run
 from lorasweep.sweep.controller.controller import Assignment, Controller
 from lorasweep.sweep.controller.folder import PACK_FILE, check_writable
@@ -194,7 +194,9 @@ class Worker:
             # The trials resume from their last evaluation: in smaller packs if memory ran out, after any other error in
             # packs of one slot. There only the trial that causes the error fails.
             smaller = len(pack.running) // 2 if isinstance(error, OutOfMemory) else 1
-            self._max_slots[key] = max(1, smaller)
+            self._max_slots[key] = slots = max(1, smaller)
+            size = f"packs of at most {slots} slots" if slots > 1 else "packs of one slot"
+            self.controller.warn(f"A pack broke, so its trials continue in {size}. {describe_error(error)}.")
             self.controller.release(list(pack.running.values()))
             is_done = True
         self._is_interrupted = not is_done
@@ -217,7 +219,18 @@ class Worker:
             return None
         if plan.key not in self._max_slots:
             self._max_slots[plan.key] = self._measure_slots(arm) if wanted == "auto" else wanted
-        return self._max_slots[plan.key]
+        slots = self._max_slots[plan.key]
+        return self._share_slots(arm, slots) if slots and wanted == "auto" and self.num_workers > 1 else slots
+
+    def _share_slots(self, arm: Arm, slots: int) -> int:
+        """Returns the size of packs with which every worker gets some of a stage's runs, at most `slots`.
+
+        If the stage has runs outside of these packs, workers without a pack train those, and packs stay large.
+        """
+        names, counts = {other.name for other in self._find_pack_arms(arm)}, self.controller.count_stage_runs()
+        if any(counts[other.name] for other in self.definition.arms if other.name not in names and _trains(other)):
+            return slots
+        return min(slots, math.ceil(sum(count for name, count in counts.items() if name in names) / self.num_workers))
 
     def _measure_slots(self, arm: Arm) -> int | None:
         config = self._plans[arm.name].largest
@@ -254,6 +267,10 @@ class _PackTrials:
 
     def report(self, evaluations: Sequence[SlotEvaluation]) -> list[bool]:
         return self._worker.report([(self.running[e.request], e.step, e.metrics) for e in evaluations])
+
+
+def _trains(arm: Arm) -> bool:
+    return arm.corners[0].method.name != "frozen"
 
 
 def _catch_failure(train: Callable[[], RunRecord]) -> Outcome:
