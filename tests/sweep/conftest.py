@@ -270,11 +270,13 @@ class MadeUpPacks:
                 job if job in goes_on and not self._ends(job, steps[job], goes_on=goes_on[job]) else None
                 for job in jobs
             ]
-            is_refilled = 2 * len(jobs) > most
             for slot, job in enumerate(slots):
-                if job is None and is_refilled and (refill := supply()) is not None:
+                if job is None and (refill := supply()) is not None:
                     slots[slot] = refill
+            is_full = None not in slots
             jobs = [job for job in slots if job is not None]  # a slot that stays empty is dropped
+            while is_full and len(jobs) < most and (further := supply()) is not None:
+                jobs.append(further)
             steps |= {job: self._first_step(job) for job in jobs if job not in steps}
             self._commit(jobs, steps, state_file)
         return True

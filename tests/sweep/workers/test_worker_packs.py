@@ -49,6 +49,19 @@ def test_a_pack_begins_with_no_more_slots_than_an_adaptive_sampler_may_propose(b
     assert packs.sizes[0] == 3  # half of 5, rounded up
 
 
+def test_a_pack_is_full_as_soon_as_the_first_trials_of_an_adaptive_sampler_are_compared(
+    begin, work, lora_only, runs, packs
+):
+    lora_only["settings"] |= {"sampler": "tpe", "worker.pack_size": 8, "pruner": "halving", "pruner.rungs": [0.25]}
+    lora_only["arms"]["lora"]["trials"] = 8
+    folder = begin(lora_only)
+    assert work(folder)
+    assert packs.sizes == [4]  # one pack; it grows when the first four have been compared
+    assert packs.trained.index(("lora-0007", 2)) < min(
+        packs.trained.index((name, 6)) for name, step in packs.trained if step == 6
+    )
+
+
 def test_the_share_of_slots_that_trained_is_kept_and_is_the_same_after_a_stop(begin, work, lora_only, runs, packs):
     whole, stopped = begin(lora_only, folder="whole"), begin(lora_only, folder="stopped")
     assert work(whole)

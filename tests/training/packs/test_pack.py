@@ -327,22 +327,30 @@ def test_a_slot_that_gets_no_better_ends_early_as_alone(make_config, inputs, tmp
     assert read_run(tmp_path / "better").steps_done == 8
 
 
-def test_a_pack_of_at_most_half_of_its_slots_is_not_refilled(make_config, inputs, tmp_path):
-    first, second, waits = (
-        Outcomes().job(tmp_path / name, make_config({"seed": n})) for n, name in enumerate(("first", "second", "waits"))
-    )
-    waiting = [waits]
+def test_a_pack_that_shrank_grows_again_and_its_runs_equal_runs_alone(make_config, inputs, tmp_path):
+    configs = [make_config({**settings, "trainer.max_steps": 6}) for settings in MIXED]
+    outcomes = Outcomes()
+    jobs = [outcomes.job(tmp_path / f"pack{n}", config) for n, config in enumerate(configs)]
+    waiting, sizes = jobs[2:], []
 
     def pause_first(evaluated):
-        return [one.request is not first for one in evaluated]
+        sizes.append(len(evaluated))
+        return [(one.request, one.step) != (jobs[0], 2) for one in evaluated]
 
     assert train_pack(
-        [first, second],
+        jobs[:2],
         inputs=inputs,
         slots=4,
-        next_run=lambda: waiting.pop(),
+        next_run=lambda: waiting.pop(0) if waiting and len(sizes) >= 2 else None,
         on_evaluation=pause_first,
         state_file=tmp_path / "pack.json",
     )
-    assert waiting == [waits]
-    assert read_run(tmp_path / "second").status == "complete"
+    assert sizes == [2, 1, 3, 2, 2]  # the first run is paused; after two evaluations there are two runs more
+    assert outcomes.ended == {"pack0": "paused", "pack1": "complete", "pack2": "complete", "pack3": "complete"}
+    for n in (1, 2, 3):
+        run_folder = RunFolder(path=tmp_path / f"alone{n}")
+        train_run(configs[n], run_folder, inputs=inputs)
+        assert_same_losses(run_folder.path, tmp_path / f"pack{n}", rel=LOSS_TOLERANCE)
+    slot_steps = {n: read_run(tmp_path / f"pack{n}").pack["slot_steps"] for n in range(4)}
+    assert sum(slot_steps.values()) == pytest.approx(4 * 2 * len(sizes), abs=1e-3)  # four slots, two steps a time
+    assert slot_steps[0] == 2 * 4 / 2

@@ -40,8 +40,8 @@ RECORDED = ("status", "reason", "best", "last", "steps_done", "tokens_trained", 
 class Search:
     """Stands in for the controller: gives runs to a pack of three slots, the paused ones again when all have begun.
 
-    In slot order: 0, 1, 2 begin; 1 is paused, 3 takes its slot; 0 and 2 end, 3 diverges; 4, 5 and 1 take their slots;
-    5 is paused, 1 ends; 5 goes on at once, the third slot is dropped; 4 and 5 end.
+    In slot order: 0, 1 begin; 1 is paused, 2 takes its slot, 3 gets a new slot; 0 ends, 3 diverges; 4 and 5 take their
+    slots; 2 ends, 1 takes its slot, 5 is paused and goes on at once; the pack shrinks while 1, 4 and 5 end.
     """
 
     def __init__(self, folder: Path, make_config: Callable[..., object], *, num_runs: int = len(SETTINGS)) -> None:
@@ -80,7 +80,7 @@ class Search:
         self.moment("after the report")
         return [(one.request.run_folder.path.name, one.step) not in PAUSES for one in evaluated]
 
-    def begin(self, *, inputs, slots: int = 3) -> bool:
+    def begin(self, *, inputs, slots: int = 2) -> bool:
         return self.train([self.job(self.waiting.pop(0)) for _ in range(slots)], inputs=inputs)
 
     def resume(self, waiting: Sequence[str], *, inputs) -> bool:
@@ -93,7 +93,7 @@ class Search:
         return train_pack(
             jobs,
             inputs=inputs,
-            slots=1,  # a pack of any size is refilled
+            slots=3,
             next_run=self.supply,
             on_evaluation=self.report,
             state_file=self.folder / STATE,
@@ -246,14 +246,10 @@ def test_a_pack_that_was_asked_to_stop_goes_back_to_its_last_boundary_and_ends_t
     search, _ = undisturbed
     stopped = Search(tmp_path, search.make_config)
     asked = iter(range(100))
-    jobs = [stopped.job(stopped.waiting.pop(0)) for _ in range(3)]
+    jobs = [stopped.job(stopped.waiting.pop(0)) for _ in range(2)]
     assert not stopped.train(jobs, inputs=inputs, stop_requested=lambda: next(asked) == 2)
     state = read_pack_state(tmp_path / STATE)
-    assert [(slot.folder_name, slot.step) for slot in state.slots] == [
-        ("run-0", 2),
-        ("run-2", 2),
-        ("run-3", 0),
-    ]  # by rank
+    assert [(slot.folder_name, slot.step) for slot in state.slots] == [("run-0", 2), ("run-2", 0), ("run-3", 0)]
     record = read_run(tmp_path / "run-0")
     assert (record.status, record.reason) == ("interrupted", "stopped after step 3 of 4")
     assert stopped.resume(stopped.waiting, inputs=inputs)

@@ -14,7 +14,7 @@ requires the following order of actions at a boundary:
 2. Report the evaluations of all remaining slots in one call.
 3. Decide for each run: it is complete, is paused, or continues. Save the checkpoint of a paused run before its end is
    reported, because another worker may then resume the run at once.
-4. Refill free slots in slot order. Drop slots that stay empty.
+4. Refill free slots in slot order, and drop slots that stay empty. If all were refilled, add slots for further runs.
 5. Write the checkpoints of all slots.
 6. Replace the state file. This is the commit. A pack that is killed before it resumes from the previous boundary, so
    the files of that boundary must still exist.
@@ -30,6 +30,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import InitVar, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -93,8 +94,7 @@ def train_pack(
         inputs: Base model and data.
         slots: Maximum number of slots in packs of these runs. The size of micro-batches depends on it, so a run has the
             same micro-batches in every pack.
-        next_run: Called for each free slot while the pack has more than half of `slots`. A smaller pack is not
-            refilled, so that the caller can start a full pack after it.
+        next_run: Called at each evaluation until the pack has `slots` runs again or no run is left.
         on_evaluation: Takes the evaluations of all slots and returns for each slot whether its run continues. A run
             that is complete (last step or early stopping) ends even if the answer is True.
         state_file: The file from which a killed pack resumes (see `packs.state`).
@@ -154,9 +154,7 @@ class PackTrainer:
         self.task = inputs.splits.task
         self.accumulate = resolve_accumulate(self.settings, inputs.splits.train, slots=self.slots)
         self.runs = [self._open_run(request, slot=slot, slots=len(requests)) for slot, request in enumerate(requests)]
-        self.model, coverages = build_pack([request.config for request in requests], inputs=inputs)
-        for slot, coverage in enumerate(coverages):
-            self._prepare_run(slot, trainable_params=coverage.trainable_params)
+        self._build_slots()
         self._arrange(range(len(self.runs)))
         set_dropout_streams(self.model, [run.stream for run in self.runs])
         # torch's global stream is set last, because building the model draws from it.
@@ -170,6 +168,12 @@ class PackTrainer:
         self.has_shared_draws: bool | None = None
         """Whether a step draws from torch's global stream, which all slots share; None before the first step."""
         self.last_boundary_s = time.monotonic()
+
+    def _build_slots(self) -> None:
+        """Builds the model with a slot for each run, and loads the states from which the runs resume."""
+        self.model, coverages = build_pack([run.request.config for run in self.runs], inputs=self.inputs)
+        for slot, coverage in enumerate(coverages):
+            self._prepare_run(slot, trainable_params=coverage.trainable_params)
 
     def run(self, stop_requested: Callable[[], bool]) -> bool:
         """Trains until every run has ended. Returns False if the pack was stopped before."""
@@ -221,6 +225,7 @@ class PackTrainer:
         seconds = (time.perf_counter() - started) / len(self.runs)
         for run in self.runs:
             run.progress.train_s += seconds
+            run.progress.slot_steps += self.slots / len(self.runs)
 
     @torch.no_grad()
     def _evaluate(self) -> list[Metrics]:
@@ -259,15 +264,15 @@ class PackTrainer:
             for slot, run in enumerate(self.runs)
             if slot not in continues or self._end_if_due(slot, run, should_pause=not continues[slot])
         ]
-        # 4: a pack that shrank to half is not refilled, because a new full pack trains faster
-        can_refill = 2 * len(self.runs) > self.slots
-        empty = [slot for slot in freed if not (can_refill and self._refill(slot))]
+        # 4
+        empty = [slot for slot in freed if not self._refill(slot)]
         if len(empty) == len(self.runs):
             self.runs = []
             self.state_file.unlink(missing_ok=True)  # 6: there is no run to resume
             self.remove_old_checkpoints()
             return
-        if freed:
+        has_grown = not empty and self._add_slots()  # an empty slot means that no run is left
+        if freed or has_grown:
             self._arrange([slot for slot in range(len(self.runs)) if slot not in empty])
         set_dropout_streams(self.model, [run.stream for run in self.runs])
         self.model.train()  # after the refill, because new layers get the model's mode, which is still `eval`
@@ -323,6 +328,20 @@ class PackTrainer:
         self._prepare_run(slot, trainable_params=coverage.trainable_params)
         return True
 
+    def _add_slots(self) -> bool:
+        """Adds a slot for each further run, up to the planned number. Returns whether there was any."""
+        requests: list[RunRequest] = []
+        while len(self.runs) + len(requests) < self.slots and (request := self.next_run()) is not None:
+            requests.append(request)
+        if not requests:
+            return False
+        for slot, run in enumerate(self.runs):
+            run.resume_state = self._read_slot(slot)
+        first, slots = len(self.runs), len(self.runs) + len(requests)
+        self.runs += [self._open_run(request, slot=slot, slots=slots) for slot, request in enumerate(requests, first)]
+        self._build_slots()
+        return True
+
     def _open_run(self, request: RunRequest, *, slot: int, slots: int) -> SlotRun:
         return SlotRun(request, inputs=self.inputs, slot=slot, slots=slots, accumulate=self.accumulate)
 
@@ -346,8 +365,12 @@ class PackTrainer:
     def _save_checkpoint(self, slot: int, run: SlotRun) -> None:
         """Writes a slot's checkpoint, unless the run already has one of this step."""
         if run.step != run.saved_step:
-            adapter = lora_state(slot_model(self.model, slot))
-            run.save_checkpoint({"adapter": adapter, "optimizer": run.optimizer.state()})
+            run.save_checkpoint(self._read_slot(slot))
+
+    def _read_slot(self, slot: int) -> dict[str, Any]:
+        """Returns the state of a slot from which `_prepare_run` resumes."""
+        adapter = lora_state(slot_model(self.model, slot))
+        return {"adapter": adapter, "optimizer": self.runs[slot].optimizer.state()}
 
     def _save_weights(self, slot: int, folder: Path) -> None:
         base = self.inputs.base
