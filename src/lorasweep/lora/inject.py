@@ -7,7 +7,9 @@ from torch import nn
 
 from lorasweep.config.method import LoraConfig
 from lorasweep.lora.fully_trained import copy_as_trainable, copy_biases, find_trained_biases, match_modules_to_save
+from lorasweep.lora.layer_kinds import is_linear, matrix_shape
 from lorasweep.lora.layers import AdaptedLayer, LoraLayer
+from lorasweep.lora.recompute import replace_activations
 from lorasweep.lora.targets import Coverage, plan_targets
 
 
@@ -52,7 +54,17 @@ def inject_lora(
         replace_module(model, layer.base, layer)
     for trained in copy_as_trainable(modules).values():
         replace_module(model, trained.base, trained)
+    recompute_activations(model)
     return coverage
+
+
+def recompute_activations(model: nn.Module) -> None:
+    """Lets activation functions before linear LoRA layers keep only their inputs for the backward pass.
+
+    Call it again after layers were added. Outputs and gradients stay bit-identical.
+    """
+    layers = [module.base for module in model.modules() if isinstance(module, AdaptedLayer)]
+    replace_activations(model, widths=frozenset(matrix_shape(layer)[1] for layer in layers if is_linear(layer)))
 
 
 def check_not_injected(model: nn.Module) -> None:

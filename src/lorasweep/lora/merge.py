@@ -13,6 +13,7 @@ from lorasweep.lora.fully_trained import trained_modules
 from lorasweep.lora.inject import replace_module
 from lorasweep.lora.layer_kinds import dequantised_weight, is_quantised
 from lorasweep.lora.layers import LoraLayer, lora_layers
+from lorasweep.lora.recompute import restore_activations
 
 HALF_PRECISION_DTYPES = (torch.bfloat16, torch.float16)
 """Dtypes that `weights_in_fp32` converts to fp32."""
@@ -104,6 +105,7 @@ def remove_lora(model: nn.Module, *, merge: bool) -> None:
     for module in trained_modules(model).values():
         dtype = next((p.dtype for p in module.base.parameters()), None)
         replace_module(model, module, module.trained.to(dtype) if merge else module.base)
+    restore_activations(model)
     model.requires_grad_(False)
 
 

@@ -1,0 +1,326 @@
+from __future__ import annotations
+
+import copy
+import pickle
+import weakref
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd import gradcheck
+from torch.utils.checkpoint import checkpoint
+from transformers.activations import ACT2FN
+
+from lorasweep.lora import LoraConfig, inject_lora, remove_lora
+from lorasweep.lora.inject import recompute_activations
+from lorasweep.lora.recompute import ActivationOutput, RecomputedActivation, restore_activations
+
+WIDTH, HIDDEN, ROWS = 6, 10, 7
+
+
+class Mlp(nn.Module):
+    """`down(act(gate(x)) * up(x))` as in Llama, or `down(act(gate(x)))` as in BERT and GPT-2."""
+
+    def __init__(self, activation: str, *, is_gated: bool) -> None:
+        super().__init__()
+        self.gate = nn.Linear(WIDTH, HIDDEN)
+        self.up = nn.Linear(WIDTH, HIDDEN) if is_gated else None
+        self.act = ACT2FN[activation]
+        self.down = nn.Linear(HIDDEN, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        activated = self.act(self.gate(x))
+        return self.down(activated if self.up is None else activated * self.up(x))
+
+
+def make_mlp(
+    activation: str = "gelu_new", *, is_gated: bool = False, dtype: torch.dtype = torch.float64, dropout: float = 0.0
+) -> Mlp:
+    torch.manual_seed(0)
+    model = Mlp(activation, is_gated=is_gated).to(dtype)
+    inject_lora(model, LoraConfig(rank=2, dropout=dropout))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("lora_b"):
+                parameter.normal_()
+    return model
+
+
+def make_plain(model: nn.Module) -> nn.Module:
+    plain = copy.deepcopy(model)
+    restore_activations(plain)
+    return plain
+
+
+def make_x(dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(ROWS, WIDTH, dtype=dtype, generator=torch.Generator().manual_seed(1)).requires_grad_()
+
+
+def gradients(model: nn.Module, x: Tensor, compute: Callable[[Tensor], Tensor] | None = None) -> list[Tensor]:
+    """Output, and gradients of everything that trains and of x."""
+    torch.manual_seed(2)
+    output = model(x) if compute is None else compute(x)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return [output, *torch.autograd.grad(output.float().pow(2).sum(), [*trained, x])]
+
+
+def assert_identical(got: list[Tensor], expected: list[Tensor]) -> None:
+    assert len(got) == len(expected)
+    assert all(torch.equal(one, other) for one, other in zip(got, expected, strict=True))
+
+
+def count_kept(model: nn.Module, x: Tensor) -> int:
+    """Number of kept tensors of the size of an activation."""
+    kept = set()
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.numel() == ROWS * HIDDEN:
+            kept.add(tensor.untyped_storage().data_ptr())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = model(x)
+    assert output.requires_grad
+    return len(kept)
+
+
+ACTIVATIONS = ["gelu", "gelu_new", "gelu_pytorch_tanh", "gelu_fast", "quick_gelu", "silu", "swish", "mish", "relu2"]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("is_gated", [False, True])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_outputs_and_gradients_are_bit_identical(
+    activation: str, is_gated: bool, dtype: torch.dtype, dropout: float
+) -> None:
+    model = make_mlp(activation, is_gated=is_gated, dtype=dtype, dropout=dropout)
+    assert isinstance(model.act, RecomputedActivation)
+    assert_identical(gradients(model, make_x(dtype)), gradients(make_plain(model), make_x(dtype)))
+
+
+@pytest.mark.parametrize("activation", ["gelu_new", "silu"])
+@pytest.mark.parametrize("is_gated", [False, True])
+def test_gradients_under_autocast_are_bit_identical(activation: str, is_gated: bool) -> None:
+    results = []
+    model = make_mlp(activation, is_gated=is_gated, dtype=torch.float32)
+    for each in (model, make_plain(model)):
+
+        def compute(x: Tensor, each: nn.Module = each) -> Tensor:
+            with torch.autocast("cpu", dtype=torch.bfloat16):  # ends before the backward pass, as in training
+                return each(x)
+
+        results.append(gradients(each, make_x(torch.float32), compute))
+    assert results[0][0].dtype is torch.bfloat16
+    assert_identical(*results)
+
+
+def test_the_recomputation_runs_under_the_autocast_of_the_forward_pass() -> None:
+    class GELU(nn.Module):
+        """On a CPU, autocast changes only products of matrices."""
+
+        def forward(self, z: Tensor) -> Tensor:
+            return z @ torch.eye(HIDDEN)
+
+    model = nn.Sequential(nn.Linear(WIDTH, HIDDEN), GELU(), nn.Linear(HIDDEN, WIDTH))
+    inject_lora(model, LoraConfig(rank=2, targets="2"))
+    z = torch.randn(ROWS, HIDDEN, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        activated = model[1](z)
+    assert isinstance(activated, ActivationOutput)
+    assert activated.recomputation.compute(activated.inputs).dtype is torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("activation", "is_gated", "kept", "kept_without"),
+    [
+        ("gelu", False, 1, 2),
+        ("gelu_new", False, 1, 5),
+        ("silu", True, 2, 4),
+        ("gelu_new", True, 2, 7),
+        ("relu", False, 1, 1),
+    ],
+)
+def test_only_the_inputs_of_an_activation_are_kept(
+    activation: str, is_gated: bool, kept: int, kept_without: int
+) -> None:
+    model = make_mlp(activation, is_gated=is_gated)
+    assert count_kept(model, make_x()) == kept
+    assert count_kept(make_plain(model), make_x()) == kept_without
+
+
+@pytest.mark.parametrize("is_gated", [False, True])
+def test_gradcheck(is_gated: bool) -> None:
+    model = make_mlp(is_gated=is_gated)
+    assert gradcheck(model, make_x())
+
+
+@pytest.mark.parametrize("is_gated", [False, True])
+def test_layers_that_share_an_activation_compute_it_once_in_the_backward_pass(is_gated: bool) -> None:
+    model = make_mlp(is_gated=is_gated)
+    model.second = copy.deepcopy(model.down)
+    calls: list[str] = []
+    model.act.base.forward = lambda z, forward=model.act.base.forward: calls.append("") or forward(z)
+    activated = model.act(model.gate(make_x()))
+    activated = activated if model.up is None else activated * model.up(make_x())
+    output = model.down(activated) + model.second(activated)
+    assert len(calls) == 1
+    output.sum().backward()
+    assert len(calls) == 2
+
+
+def test_a_graph_can_be_differentiated_again() -> None:
+    model, x = make_mlp(is_gated=True), make_x()
+    expected = gradients(make_plain(model), x)[1:]
+    loss = model(x).float().pow(2).sum()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    # the backward pass of the activation does not run here, only that of the layer behind it
+    torch.autograd.grad(loss, model.down.lora_a, retain_graph=True)
+    for _ in range(2):
+        assert_identical(list(torch.autograd.grad(loss, [*trained, x], retain_graph=True)), expected)
+
+
+def test_an_output_that_is_changed_in_place_is_kept() -> None:
+    results = []
+    model = make_mlp()
+    for each in (model, make_plain(model)):
+
+        def compute(x: Tensor, each: nn.Module = each) -> Tensor:
+            activated = each.act(each.gate(x))
+            activated.mul_(3)
+            return each.down(activated)
+
+        results.append(gradients(each, make_x(), compute))
+    assert_identical(*results)
+
+
+def test_an_input_that_is_changed_in_place_is_noticed() -> None:
+    model = make_mlp()
+    z = torch.ones(HIDDEN, dtype=torch.float64, requires_grad=True) * 1
+    output = model.down(model.act(z))
+    z.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.sum().backward()
+
+
+@pytest.mark.parametrize("is_gated", [False, True])
+def test_activation_checkpointing_keeps_nothing_and_gives_the_same_gradients(is_gated: bool) -> None:
+    model = make_mlp(is_gated=is_gated)
+
+    def compute(x: Tensor) -> Tensor:
+        return checkpoint(model, x, use_reentrant=False)
+
+    assert_identical(gradients(model, make_x(), compute), gradients(make_plain(model), make_x()))
+    outputs: list[weakref.ref[Tensor]] = []
+    model.gate.register_forward_hook(lambda module, args, output: outputs.append(weakref.ref(output)))
+    output = compute(make_x())
+    assert output.requires_grad
+    assert [reference() for reference in outputs] == [None]
+
+
+def test_reentrant_checkpointing_gives_the_same_gradients() -> None:
+    model = make_mlp(is_gated=True)
+    plain = make_plain(model)
+    checkpoint(model, make_x(), use_reentrant=True).sum().backward()
+    plain(make_x()).sum().backward()
+    for one, other in zip(model.parameters(), plain.parameters(), strict=True):
+        assert (one.grad is None and other.grad is None) or torch.equal(one.grad, other.grad)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("is_gated", [False, True])
+def test_compiles_without_a_graph_break(is_gated: bool) -> None:
+    model, x = make_mlp(is_gated=is_gated), make_x()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(gradients(model, x, compiled), gradients(model, x))
+
+
+def test_nothing_is_recomputed_without_a_gradient() -> None:
+    model, z = make_mlp(), torch.ones(HIDDEN, dtype=torch.float64)
+    assert type(model.act(z)) is Tensor  # the first layer's input
+    z.requires_grad_()
+    assert isinstance(model.act(z), ActivationOutput)
+    with torch.no_grad():
+        assert type(model.act(z)) is Tensor
+    with torch.inference_mode():
+        assert type(model.act(z)) is Tensor
+
+
+@pytest.mark.parametrize("targets", [("gate",), ("down",)])
+def test_activations_are_recomputed_only_before_lora_layers(targets: tuple[str, ...]) -> None:
+    torch.manual_seed(0)
+    model = Mlp("gelu", is_gated=False)
+    inject_lora(model, LoraConfig(rank=2, targets=targets))
+    z = torch.ones(HIDDEN, requires_grad=True)
+    assert isinstance(model.act(z), ActivationOutput) is (targets == ("down",))
+
+
+def test_layers_that_are_added_later_count() -> None:
+    model = Mlp("gelu", is_gated=False)
+    inject_lora(model, LoraConfig(rank=2, targets="gate"))
+    added = Mlp("gelu", is_gated=False)
+    inject_lora(added, LoraConfig(rank=2, targets="down"))
+    model.down = added.down
+    recompute_activations(model)
+    assert isinstance(model.act(torch.ones(HIDDEN, requires_grad=True)), ActivationOutput)
+    assert not isinstance(model.act.base, RecomputedActivation)
+
+
+def test_other_operations_return_plain_tensors() -> None:
+    model = make_mlp()
+    z, factor = (torch.randn(ROWS, HIDDEN, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    activated = model.act(z)
+    results = [
+        activated + 1,
+        activated * 2,
+        activated * factor[:, :1],
+        activated * factor.float(),
+        activated * activated,
+        activated * factor * factor,
+        torch.cat([activated, activated]),
+        nn.functional.dropout(activated, 0.5),
+        pickle.loads(pickle.dumps(activated.detach())),
+    ]
+    assert {type(result) for result in results} == {Tensor}
+    for product in (activated * factor, factor * activated, torch.mul(factor, activated)):
+        assert isinstance(product, ActivationOutput)
+        assert torch.equal(product.plain, model.act.base(z) * factor)
+
+
+def test_another_subclass_of_tensor_keeps_its_type() -> None:
+    class Other(Tensor):
+        pass
+
+    z = torch.ones(HIDDEN, dtype=torch.float64, requires_grad=True)
+    assert isinstance(make_mlp().act(z) * torch.ones(HIDDEN).as_subclass(Other), Other)
+
+
+@pytest.mark.parametrize("act", [nn.ReLU(), nn.Tanh(), nn.SiLU(inplace=True)], ids=str)
+def test_an_activation_whose_input_is_not_kept_stays(act: nn.Module) -> None:
+    model = nn.Sequential(nn.Linear(WIDTH, HIDDEN), act, nn.Linear(HIDDEN, WIDTH))
+    inject_lora(model, LoraConfig(rank=2))
+    assert model[1] is act
+
+
+def test_an_activation_with_hooks_stays_because_they_would_be_called_twice() -> None:
+    model = nn.Sequential(nn.GELU(), nn.Linear(HIDDEN, WIDTH))
+    model[0].register_forward_hook(lambda *_: None)
+    inject_lora(model, LoraConfig(rank=2))
+    assert type(model[0]) is nn.GELU
+
+
+def test_removing_lora_restores_the_activations() -> None:
+    model = make_mlp()
+    act = model.act.base
+    remove_lora(model, merge=True)
+    assert model.act is act
+
+
+def test_a_copied_and_a_pickled_model_recompute_too() -> None:
+    model = make_mlp(is_gated=True)
+    expected = gradients(model, make_x())
+    assert_identical(gradients(copy.deepcopy(model), make_x()), expected)
+    assert isinstance(pickle.loads(pickle.dumps(model.act)), RecomputedActivation)
