@@ -448,6 +448,22 @@ def test_a_plan_trains_and_writes_nothing(capsys, here, mini):
     assert files_below(here) == before
 
 
+def test_a_plan_checks_what_the_start_of_a_sweep_checks(capsys, here, mini):
+    rows = [{"prompt": f"name {n}", "completion": f"the name is {n}"} for n in range(40)]
+    (here / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (here / "test.jsonl").write_text(json.dumps({"prompt": "name 1", "answer": "the name is 1"}) + "\n")
+    chat = {key: value for key, value in MINI["settings"].items() if not key.startswith("data.")}
+    files = {"data": "chat", "data.train": "train.jsonl", "data.test": "test.jsonl"}
+    (here / "chat.yaml").write_text(yaml.safe_dump({**MINI, "settings": chat | files}))
+    assert run(["plan", "chat.yaml", "confirm.seeds=1"]) == WRONG_REQUEST
+    said = capsys.readouterr().err
+    assert "test.jsonl" in said
+    assert "completion" in said
+    assert "confirm.seeds=0" in said
+    assert run(["plan", mini, "trainer.devices=2"]) == WRONG_REQUEST
+    assert "`trainer.devices` must be 1 with `worker=local`" in capsys.readouterr().err
+
+
 def test_inspect_shows_a_run_as_a_table_json_or_csv_and_writes_its_files(here, short, capsys):
     assert run(["train", *short, "output=one"]) == run(["train", *short, "output=two", "seed=1"]) == DONE
     capsys.readouterr()

@@ -12,6 +12,7 @@ from lorasweep.wording import (
     format_p_value,
     format_score,
     format_seconds,
+    format_seconds_range,
     format_setting,
     format_settings,
     format_share,
@@ -144,3 +145,18 @@ def test_words_are_joined_as_a_sentence_lists_them() -> None:
 def test_a_long_value_is_cut():
     assert shorten("a" * 50, 20) == "'aaaaaaaaaaaaaaaa..."
     assert shorten(["a"]) == "['a']"
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "text"),
+    [
+        (1.26, 3.0, "1.3 to 3.0 s"),
+        (38.2, 71.0, "38 to 71 s"),
+        (4.0, 4.01, "4.0 s"),
+        (50, 100, "0.8 to 1.7 min"),
+        (660, 3540, "11 to 59 min"),
+        (5000, 9000, "1.4 to 2.5 h"),
+    ],
+)
+def test_a_range_of_time_has_one_unit(low: float, high: float, text: str) -> None:
+    assert format_seconds_range(low, high) == text

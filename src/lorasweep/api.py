@@ -158,14 +158,25 @@ def start_sweep(definition: Definition, inputs_cache: InputsCache, *, output: st
     Raises:
         ConfigError: The sweep can't run as asked; nothing was written.
     """
+    path, metric = check_sweep(definition, inputs_cache, output=output)
+    notes = [*list_data_notes(definition, inputs_cache), *explain_solo_arms(definition)]
+    return create_sweep(definition, path, metric=metric, notes=notes)
+
+
+def check_sweep(
+    definition: Definition, inputs_cache: InputsCache, *, output: str | Path | None = None
+) -> tuple[Path, str]:
+    """Checks a sweep with its models, data and workers. Returns its folder, which is not created, and its metric.
+
+    Raises:
+        ConfigError: The sweep can't run as asked.
+    """
     wanted = definition.sweep_config.sweep.output if output is None else str(output)
     path = new_folder(definition.name, wanted)
     for warning in check_workers(definition, path):
         say(f"warning: {warning}", file=sys.stderr)
     check_definition(definition, inputs_cache)
-    metric = find_metric(definition, inputs_cache)
-    notes = [*list_data_notes(definition, inputs_cache), *explain_solo_arms(definition)]
-    return create_sweep(definition, path, metric=metric, notes=notes)
+    return path, find_metric(definition, inputs_cache)
 
 
 def train_opened_sweep(opened: SweepFolder, inputs_cache: InputsCache, *, progress: Progress) -> SweepResult:

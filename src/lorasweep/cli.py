@@ -169,17 +169,24 @@ def status(arguments: argparse.Namespace) -> int:
 
 
 def plan(arguments: argparse.Namespace) -> int:
-    """Measures a few steps of each arm and estimates the costs of the sweep; trains nothing and writes nothing."""
+    """Checks a sweep as its start does, measures its parts in small and shows what it will cost. Keeps no file."""
     with quick_imports():
         from lorasweep import api
-        from lorasweep.sweep.checks import check_definition
-        from lorasweep.sweep.definition.plan import plan_sweep, render_plan
+        from lorasweep.sweep.plan.estimate import estimate_sweep
+        from lorasweep.sweep.plan.measure import measure_sweep
+        from lorasweep.sweep.plan.render import render_plan
         from lorasweep.training.inputs import InputsCache
 
     api.prepare_environment()
     inputs_cache, definition = InputsCache(), api.read_sweep_definition(*_split_name(arguments.overrides))
-    check_definition(definition, inputs_cache)
-    EscapingConsole().print(render_plan(definition, plan_sweep(definition, inputs_cache)))
+    _, metric = api.check_sweep(definition, inputs_cache)
+    cost = measure_sweep(
+        definition,
+        inputs_cache,
+        metric=metric,
+        on_progress=lambda what: say(f"measuring {what}", file=sys.stderr),
+    )
+    EscapingConsole().print(render_plan(definition, estimate_sweep(definition, cost)))
     return DONE
 
 

@@ -60,6 +60,13 @@ def format_seconds(value: float | None) -> str:
     return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
+def format_seconds_range(low: float, high: float) -> str:
+    """Returns a range of time in one unit, with two digits: `38 to 71 s`, `1.3 to 2.1 min`, `2.5 h`."""
+    scale, unit = (1, "s") if high < 99.5 else (60, "min") if high < 99.5 * 60 else (3600, "h")
+    ends = [f"{end / scale:.{1 if end / scale < 9.95 else 0}f}" for end in (low, high)]
+    return f"{ends[1]} {unit}" if ends[0] == ends[1] else f"{' to '.join(ends)} {unit}"
+
+
 def format_score(value: float | None, *, beside: Iterable[float | None] = ()) -> str:
     """Returns a score with three decimals, or with four digits if it is very small or large.
 

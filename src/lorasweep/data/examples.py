@@ -6,7 +6,7 @@ import functools
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -132,6 +132,15 @@ class TextSplit(ExampleSplit):
         """Number of bytes per scored token."""
         return self.scored_bytes / max(float(self.weights.sum()), 1.0)
 
+    def select(self, mask: Tensor) -> Self:
+        """Returns the split with the examples that a boolean mask, (examples,), selects. Keeps the fingerprint."""
+        return replace(
+            self,
+            tokens=self.tokens.select(mask),
+            targets=self.targets.select(mask),
+            groups=tuple(itertools.compress(self.groups, mask.tolist())),
+        )
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class CompletionSplit(TextSplit):
@@ -146,13 +155,7 @@ class CompletionSplit(TextSplit):
         is_scored = self.weights > 0
         if is_scored.all():
             return self
-        return replace(
-            self,
-            tokens=self.tokens.select(is_scored),
-            targets=self.targets.select(is_scored),
-            groups=tuple(itertools.compress(self.groups, is_scored.tolist())),
-            facts={**self.facts, "left_out": int((~is_scored).sum())},
-        )
+        return replace(self.select(is_scored), facts={**self.facts, "left_out": int((~is_scored).sum())})
 
     def batch(self, indices: Sequence[int], *, slots: int = 1) -> Batch:
         """Returns the examples: one per padded sequence, or several per sequence if `packing` is set."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
 import platform
@@ -156,11 +157,23 @@ def deterministic_algorithms(wanted: Literal[True, False, "strict"]) -> Iterator
 
 
 def reset_peak_memory() -> None:
-    """Begins a new measurement of `peak_memory_bytes`. On systems other than Linux the old peak stays."""
+    """Begins a new measurement of `peak_memory_bytes`. On systems other than Linux the old peak stays.
+
+    On Linux with glibc, it also returns memory that earlier runs have freed to the system. Otherwise the peak would
+    depend on these runs, and a sweep of many runs would take more and more memory.
+    """
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
+    if (trim := _find_malloc_trim()) is not None:
+        trim(0)
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, see proc(5)
+
+
+@cache
+def _find_malloc_trim() -> Any:
+    """Returns glibc's `malloc_trim`, or None on systems with another C library."""
+    return getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
 
 
 def peak_memory_bytes() -> int:

@@ -209,12 +209,14 @@ class _Session:
         try:
             with quiet_lightning(), deterministic_algorithms(config.trainer.deterministic):
                 trainer = self._build_trainer(accumulate, callbacks, loggers)
-                if record.steps_planned:
-                    trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
-                if (
-                    callback.evaluated_step != trainer.global_step
-                ):  # the last steps are fewer than `trainer.eval_every_steps`
-                    trainer.validate(module, datamodule=data, verbose=False)
+                try:
+                    if record.steps_planned:
+                        trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+                    # if the last steps are fewer than `trainer.eval_every_steps`
+                    if callback.evaluated_step != trainer.global_step:
+                        trainer.validate(module, datamodule=data, verbose=False)
+                finally:
+                    _free_training_memory(trainer, module)
         except RunStopped:
             status = "interrupted"
         finally:
@@ -271,3 +273,14 @@ class _Session:
         # middle of a step. So it must not replace the handler of this process.
         trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
         return trainer
+
+
+def _free_training_memory(trainer: lightning.Trainer, module: TrainingModule) -> None:
+    """Drops the model and the optimizer of a run that has ended.
+
+    Lightning's objects refer to each other in cycles. Without this, weights, gradients and moments of many runs would
+    stay in memory until Python's next full garbage collection.
+    """
+    module._modules.pop("model", None)
+    trainer.strategy.optimizers = []
+    trainer.strategy.lr_scheduler_configs = []

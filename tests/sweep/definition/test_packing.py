@@ -8,7 +8,12 @@ import pytest
 
 from lorasweep.errors import ConfigError
 from lorasweep.sweep.definition.arms import read_definition
-from lorasweep.sweep.definition.packing import explain_solo_arms, plan_packing, rank_arms_by_duration
+from lorasweep.sweep.definition.packing import (
+    explain_packing,
+    explain_solo_arms,
+    plan_packing,
+    rank_arms_by_duration,
+)
 
 
 def plan(write_file, content: Any, *overrides: str):
@@ -40,30 +45,44 @@ def test_arms_that_differ_in_what_a_slot_owns_share_a_pack(write_file, content):
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "reason"),
+    ("key", "value", "reason", "remedy"),
     [
-        ("method.init", "pissa", "`method.init=pissa` can't be packed"),
-        ("method.variant", "dora", "`method.variant=dora` can't be packed"),
-        ("trainer.max_steps", 9, "not a multiple of `trainer.eval_every_steps`"),
-        ("trainer.devices", 2, "`trainer.devices` is not supported in packs"),
-        ("optim", "sgd", "`optim._target_` is not supported in packs"),
-        ("callbacks", ["lr_monitor"], "`callbacks` is not supported in packs"),
-        ("trainer.profiler", "simple", "`trainer.profiler` is not supported in packs"),
-        ("schedule", "one_cycle", "`schedule._target_` is not supported in packs"),
+        ("method.variant", "dora", "`method.variant=dora` can't be packed", "method.variant=lora"),
+        ("method.init", "pissa", "`method.init=pissa` can't be packed", "method.init=default"),
+        ("method.bias", "all", "`method.bias=all` can't be packed", "method.bias=none"),
+        ("trainer.max_steps", 9, "not a multiple of `trainer.eval_every_steps`", "trainer.max_steps=10"),
+        ("optim.ema_decay", 0.5, "`optim.ema_decay` is not supported in packs", "optim.ema_decay=null"),
+        ("trainer.devices", 2, "`trainer.devices` is not supported in packs", "trainer.devices=1"),
+        ("trainer.compile", True, "`trainer.compile` is not supported in packs", "trainer.compile=false"),
+        ("optim", "sgd", "`optim._target_` is not supported in packs", "optim=adamw"),
+        ("callbacks", ["lr_monitor"], "`callbacks` is not supported in packs", "callbacks=none"),
+        ("trainer.profiler", "simple", "`trainer.profiler` is not supported in packs", "trainer.profiler=null"),
+        ("schedule", "one_cycle", "`schedule._target_` is not supported in packs", "schedule=cosine"),
     ],
 )
-def test_a_setting_that_slots_do_not_have_runs_alone_and_says_why(write_file, content, key, value, reason):
+def test_a_setting_that_slots_do_not_have_runs_alone_and_says_what_mends_it(
+    write_file, content, key, value, reason, remedy
+):
     content["arms"]["lora"]["settings"][key] = value
-    plans = plan(write_file, content)
-    assert plans["lora"].key is None
-    assert reason in plans["lora"].reason
+    lora = plan(write_file, content)["lora"]
+    assert lora.key is None
+    assert reason in lora.reason
+    assert lora.reason.endswith(f"Set `{remedy}`.")
+    assert plan(write_file, content, f"arms.lora.{remedy}")["lora"].key is not None
+
+
+def test_every_obstacle_is_named(write_file, content):
+    content["arms"]["lora"]["settings"] |= {"method.variant": "dora", "method.bias": "all", "callbacks": ["lr_monitor"]}
+    reason = plan(write_file, content)["lora"].reason
+    assert "Set `method.variant=lora` and `method.bias=none`." in reason
+    assert "Set `callbacks=none`." in reason
 
 
 def test_notes_say_why_trials_run_alone(write_file, content):
     assert explain_solo_arms(read_definition(write_file(content), [])) == []  # `full` has no slots under any settings
     content["arms"]["lora"]["settings"]["optim"] = "sgd"
     (note,) = explain_solo_arms(read_definition(write_file(content), ["worker.pack_size=auto"]))
-    assert note.startswith("`lora`: `optim._target_` is not supported in packs")
+    assert note.startswith("`lora`: its trials run alone. `optim._target_` is not supported in packs")
     assert explain_solo_arms(read_definition(write_file(content), ["worker.pack_size=1"])) == []
 
 
@@ -110,3 +129,17 @@ def test_what_keeps_a_worker_busy_for_longest_comes_first(write_file, content, p
     content["arms"]["longer"] = {"settings": {"method": "full", "trainer.max_steps": 16}}
     places = rank_arms_by_duration(read_definition(write_file(content)))
     assert sorted(places, key=places.get) == expected
+
+
+def test_a_plan_says_which_arms_share_packs_and_what_keeps_the_others_from_it(write_file, content):
+    content["settings"]["worker.pack_size"] = "auto"
+    content["arms"]["same"] = {"settings": {"method": "lora", "method.alpha": 4}, "trials": 1}
+    content["arms"]["longer"] = {"settings": {"method": "lora", "trainer.max_steps": 16}, "trials": 1}
+    assert explain_packing(read_definition(write_file(content), [])) == [
+        "`lora` and `same`: trials share packs on one frozen base.",
+        "`longer`: trials share packs on one frozen base.",
+        "`lora` and `same` share no packs with `longer`: `trainer.max_steps` must be equal.",
+        "`full`: trials run alone. `method=full` has no slots on a frozen base; only `method=lora` has.",
+    ]
+    alone = explain_packing(read_definition(write_file(content), ["worker.pack_size=1"]))
+    assert alone[1].startswith("`lora`, `same` and `longer`: trials run alone. `worker.pack_size` is 1.")

@@ -87,6 +87,17 @@ def test_one_seed_is_warned_of(warnings):
     assert warnings({}, "confirm.seeds=2") == []
 
 
+@pytest.mark.parametrize("method", ["full", "frozen"])
+def test_a_margin_that_no_arm_can_measure_is_warned_of(warnings, content, method):
+    assert warnings({}, "confirm.seeds=2") == []
+    del content["arms"][method]
+    (warning,) = warnings({}, "confirm.seeds=2")
+    assert warning.startswith("`confirm.margin` is 5%")
+    assert f"no arm with `method={method}`" in warning
+    assert warnings({}, "confirm.seeds=2", "confirm.margin=0.01") == []
+    assert warnings({}, "confirm.seeds=0") == []
+
+
 def test_warnings_are_in_the_record(begin, content):
     folder = begin(content, "arms.lora.trials=9")
     folder.close()

@@ -1,1 +1,1 @@
-"""The definition of a sweep: its arms with their search spaces, the confirm stage's seeds, packs, warnings and plan."""
+"""The definition of a sweep: its arms with their search spaces, the confirm stage's seeds, packs and warnings."""

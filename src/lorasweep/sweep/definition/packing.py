@@ -6,8 +6,10 @@ and the settings of `method=lora` that can be stacked. Model, data and trainer s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from lorasweep.config.components import Component
@@ -17,26 +19,42 @@ from lorasweep.errors import ConfigError
 from lorasweep.lora.packed.inject import why_not_packable
 from lorasweep.sweep.definition.arms import Arm, Definition
 from lorasweep.sweep.definition.warnings import count_tokens
+from lorasweep.wording import join_words
 
 SLOT_GROUPS = ("method", "optim", "schedule", "logger", "seed", "seeds")
 """Groups of settings that each slot of a pack has for itself."""
-SOLO_SETTINGS: Mapping[str, tuple[Callable[[RunConfig], bool], str]] = {
-    "trainer.compile": (lambda config: config.trainer.compile, ""),
-    "trainer.activation_checkpointing": (lambda config: config.trainer.activation_checkpointing, ""),
-    "trainer.devices": (lambda config: config.trainer.wants_processes, ""),
-    "optim.ema_decay": (lambda config: config.optim.ema_decay is not None, ""),
-    "optim._target_": (lambda config: isinstance(config.optim, Component), ", because all slots train with AdamW"),
+SOLO_SETTINGS: Mapping[str, tuple[Callable[[RunConfig], bool], str, str]] = {
+    "trainer.compile": (lambda config: config.trainer.compile, "", "trainer.compile=false"),
+    "trainer.activation_checkpointing": (
+        lambda config: config.trainer.activation_checkpointing,
+        "",
+        "trainer.activation_checkpointing=false",
+    ),
+    "trainer.devices": (lambda config: config.trainer.wants_processes, "", "trainer.devices=1"),
+    "optim.ema_decay": (lambda config: config.optim.ema_decay is not None, "", "optim.ema_decay=null"),
+    "optim._target_": (
+        lambda config: isinstance(config.optim, Component),
+        ", because all slots train with AdamW",
+        "optim=adamw",
+    ),
     "schedule._target_": (
         lambda config: isinstance(config.schedule, Component),
         ", because slots support only the named schedules",
+        "schedule=cosine",
     ),
-    "callbacks": (lambda config: bool(config.callbacks), ", because a callback would see several runs as one"),
+    "callbacks": (
+        lambda config: bool(config.callbacks),
+        ", because a callback would see several runs as one",
+        "callbacks=none",
+    ),
     "trainer.profiler": (
         lambda config: config.trainer.profiler is not None,
         ", because a step belongs to several runs",
+        "trainer.profiler=null",
     ),
 }
-"""Settings that a pack does not support. For each: whether a run uses the setting, and the end of the message."""
+"""Settings that a pack does not support. For each: whether a run uses the setting, the end of the message, and an
+override that removes the obstacle."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +64,8 @@ class ArmPacking:
     key: tuple[Any, ...] | None
     """Trials of arms with equal keys share packs; None means that each trial runs alone."""
     reason: str
-    """A sentence that says why trials share packs or run alone."""
+    """Sentences that say what keeps the trials from sharing packs, and which setting would change that. Empty if they
+    share packs."""
     largest: RunConfig
     """The arm's run with the highest rank, on which memory and time are measured."""
 
@@ -102,10 +121,10 @@ def _count_passes(config: RunConfig) -> int:
 
 
 def explain_solo_arms(definition: Definition) -> list[str]:
-    """Returns a sentence for each LoRA arm whose trials run alone because of a setting that the user could change."""
+    """Returns a note for each LoRA arm whose trials run alone because of a setting that the user could change."""
     plans = plan_packing(definition)
     return [
-        f"`{arm.name}`: {plans[arm.name].reason}"
+        f"`{arm.name}`: its trials run alone. {plans[arm.name].reason}"
         for arm in definition.arms
         if plans[arm.name].key is None
         and isinstance(plans[arm.name].largest.method, LoraConfig)
@@ -114,34 +133,90 @@ def explain_solo_arms(definition: Definition) -> list[str]:
     ]
 
 
+def explain_packing(definition: Definition) -> list[str]:
+    """Returns notes that say which arms share packs, and what keeps other trials and arms from sharing them."""
+    plans = plan_packing(definition)
+    by_key: dict[Any, list[str]] = {}
+    alone: dict[str, list[str]] = {}
+    for arm in definition.arms:
+        plan = plans[arm.name]
+        if plan.key is not None and arm.sweep_config.worker.pack_size == 1:
+            reason = "`worker.pack_size` is 1. `worker.pack_size=auto` lets them share packs."
+            alone.setdefault(reason, []).append(arm.name)
+        elif plan.key is not None:
+            by_key.setdefault(plan.key, []).append(arm.name)
+        elif arm.trials > 1:
+            alone.setdefault(plan.reason, []).append(arm.name)
+    notes = [f"{_list_names(names)}: trials share packs on one frozen base." for names in by_key.values()]
+    for first, second in itertools.pairwise(by_key.values()):
+        different = join_words(_list_differences(plans[first[0]].largest, plans[second[0]].largest))
+        notes.append(f"{_list_names(first)} share no packs with {_list_names(second)}: {different} must be equal.")
+    return [*notes, *(f"{_list_names(names)}: trials run alone. {reason}" for reason, names in alone.items())]
+
+
+def _list_names(names: Sequence[str]) -> str:
+    return join_words([f"`{name}`" for name in names])
+
+
+def _list_differences(first: RunConfig, second: RunConfig) -> list[str]:
+    """Returns the settings that two runs must share to be in one pack, and that differ."""
+    return [
+        f"`{group}.{field.name}`"
+        for group in ("model", "data", "trainer")
+        for field in fields(getattr(first, group))
+        if getattr(getattr(first, group), field.name) != getattr(getattr(second, group), field.name, None)
+    ]
+
+
 def _plan_arm(arm: Arm) -> ArmPacking:
     config = arm.corners[0]
-    reason = _why_alone(arm)
+    obstacles = _list_obstacles(arm)
     return ArmPacking(
-        key=(config.model, config.data, config.trainer) if reason is None else None,
-        reason=reason or "its trials share packs on one frozen base.",
+        key=None if obstacles else (config.model, config.data, config.trainer),
+        reason=" ".join(obstacles),
         largest=max(arm.corners, key=lambda config: getattr(config.method, "rank", 0)),
     )
 
 
-def _why_alone(arm: Arm) -> str | None:
-    """Returns a sentence that says why the arm's trials must run alone; None if they can share packs."""
-    for key in arm.space:
-        if key.split(".")[0] not in SLOT_GROUPS:
-            return f"`{key}` is swept, but all slots of a pack must have the same value. So its trials run alone."
+def _list_obstacles(arm: Arm) -> list[str]:
+    """Returns a sentence for each setting that keeps the arm's trials from sharing packs."""
+    obstacles = [
+        f"`{key}` is swept, but all slots of a pack must have the same value. List its values under `expand`, and the "
+        "trials of each value share packs."
+        for key in arm.space
+        if key.split(".")[0] not in SLOT_GROUPS
+    ]
     for config in arm.corners:
-        if not isinstance(config.method, LoraConfig):
-            return f"`method={config.method.name}` has no slots on a frozen base, so its trials run alone."
-        if config.model.factory is not None:
-            return "`model.factory` may mix the examples of a batch, which a pack shares, so its trials run alone."
-        if why := why_not_packable(config.method):
-            return why
-        for key, (is_used, cause) in SOLO_SETTINGS.items():
-            if is_used(config):
-                return f"`{key}` is not supported in packs{cause}. So its trials run alone."
-        if config.trainer.max_steps % config.trainer.eval_every_steps:
-            return (
-                "`trainer.max_steps` is not a multiple of `trainer.eval_every_steps`, but slots are refilled at "
-                "evaluations. So its trials run alone."
-            )
-    return None
+        obstacles += _list_run_obstacles(config)
+    return list(dict.fromkeys(obstacles))
+
+
+def _list_run_obstacles(config: RunConfig) -> Iterator[str]:
+    method, trainer = config.method, config.trainer
+    if not isinstance(method, LoraConfig):
+        yield f"`method={method.name}` has no slots on a frozen base; only `method=lora` has."
+        return  # no other setting would change that
+    if config.model.factory is not None:
+        yield "`model.factory` may mix the examples of a batch, which a pack shares. A model of `model.path` does not."
+    if why := why_not_packable(method):
+        yield f"{why}{_suggest_method(method)}"
+    for key, (is_used, cause, override) in SOLO_SETTINGS.items():
+        if is_used(config):
+            yield f"`{key}` is not supported in packs{cause}. Set `{override}`."
+    if trainer.max_steps % trainer.eval_every_steps:
+        multiple = math.ceil(trainer.max_steps / trainer.eval_every_steps) * trainer.eval_every_steps
+        yield (
+            "`trainer.max_steps` is not a multiple of `trainer.eval_every_steps`, but slots are refilled at "
+            f"evaluations. Set `trainer.max_steps={multiple}`."
+        )
+
+
+def _suggest_method(method: LoraConfig) -> str:
+    """Returns ` Set ...` with the settings of LoRA whose defaults let trials share packs."""
+    defaults = {name: getattr(LoraConfig(), name) for name in ("variant", "init", "bias")}
+    needed = {
+        name: default
+        for name, default in defaults.items()
+        if why_not_packable(replace(method, **{**defaults, name: getattr(method, name)}))
+    }
+    return f" Set {join_words([f'`method.{name}={default}`' for name, default in needed.items()])}."

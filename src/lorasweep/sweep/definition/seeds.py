@@ -68,6 +68,18 @@ def arm_seeds(arm: Arm, seeds: list[int]) -> list[int]:
     return seeds[:1] if arm.corners[0].method.name == "frozen" else seeds
 
 
+def count_reruns(arm: Arm, definition: Definition, *, num_complete: int | None = None) -> tuple[int, int]:
+    """Returns the number of an arm's runs in the select stage and in the confirm stage.
+
+    `num_complete` is the number of complete trials of all searches. None: all trials.
+    """
+    candidates = min(
+        arm.all_trials if num_complete is None else num_complete, definition.sweep_config.confirm.candidates
+    )
+    select_runs = candidates * len(draw_select_seeds(definition)) if candidates > 1 else 0
+    return select_runs, len(arm_seeds(arm, draw_confirm_seeds(definition)))
+
+
 def _contains(range_: BaseDistribution, seed: int) -> bool:
     if isinstance(range_, CategoricalDistribution):
         return seed in range_.choices

@@ -13,10 +13,11 @@ from lorasweep.config.data import max_tokens_per_example
 from lorasweep.config.method import LoraConfig
 from lorasweep.config.ranges import MAX_WIDTH_DIFFERENCE_DECADES, width_in_decades
 from lorasweep.config.run import RunConfig
-from lorasweep.config.sweep import HalvingPruner
+from lorasweep.config.sweep import HalvingPruner, parse_margin
 from lorasweep.sweep.definition.alpha_over_rank import ALPHA, MULTIPLIER
 from lorasweep.sweep.definition.arms import Arm, Definition
 from lorasweep.sweep.definition.space import describe_space
+from lorasweep.wording import join_words
 
 LR = "optim.lr"
 
@@ -35,8 +36,17 @@ def find_warnings(definition: Definition) -> list[str]:
             f"Trials of {late} are never stopped early, because they have no evaluation before their last step. "
             "Lower `trainer.eval_every_steps`, or choose `pruner=none`."
         )
-    if definition.sweep_config.confirm.seeds == 1:
+    confirm = definition.sweep_config.confirm
+    if confirm.seeds == 1:
         warnings.append("`confirm.seeds` is 1, but an interval over seeds needs at least 2.")
+    methods = {config.method.name for arm in definition.arms for config in arm.corners}
+    missing = [f"`method={name}`" for name in ("full", "frozen") if name not in methods]
+    if confirm.seeds and len(definition.arms) > 1 and missing and parse_margin(confirm.margin).is_share_of_gain:
+        warnings.append(
+            f"`confirm.margin` is {confirm.margin}, a share of the gain of `full` over `frozen`, but the sweep has no "
+            f"arm with {join_words(missing, last='or')}. So no arms can be shown to be equivalent, and no rank to be "
+            "enough. Set it to a number in the metric's unit."
+        )
     return warnings
 
 

@@ -1,0 +1,232 @@
+"""Adds up the measured parts of a sweep to its time, memory and disk."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from lorasweep.config.components import Component
+from lorasweep.config.run import RunConfig
+from lorasweep.sweep.controller.stopping_rules import build_rule
+from lorasweep.sweep.definition.arms import Arm, Definition
+from lorasweep.sweep.definition.seeds import count_reruns
+from lorasweep.sweep.definition.warnings import count_tokens
+from lorasweep.sweep.plan.measure import GroupCost, SweepCost, TrainingCost
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """A range of time."""
+
+    low: float = 0.0
+    high: float = 0.0
+
+    def __add__(self, other: Seconds) -> Seconds:
+        return Seconds(self.low + other.low, self.high + other.high)
+
+    def __mul__(self, factor: float) -> Seconds:
+        return Seconds(factor * self.low, factor * self.high)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArmPlan:
+    """What one arm will cost."""
+
+    arm: Arm
+    pack_size: int
+    """Maximum number of trials that train together."""
+    select_runs: int
+    confirm_runs: int
+    steps: int
+    """Optimizer steps of all runs together, if no trial is pruned."""
+    tokens: int
+    """Maximum number of training tokens of all runs together, if no trial is pruned."""
+    trainable_params: int
+    kept_bytes: int
+    """Size on disk of all runs."""
+    memory_bytes: int
+    """Largest memory of its trainings: allocated on the GPU, else resident in the process."""
+    seconds: Seconds
+    """Of arms that share packs, each has a share by its number of runs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepPlan:
+    """What a sweep will cost."""
+
+    arms: tuple[ArmPlan, ...]
+    stages: Mapping[str, Seconds]
+    """Time of the start, of each stage and of the report."""
+    host_bytes: int
+    """Largest resident memory of the process."""
+    largest_moment: str
+    """What the process does when it has this memory."""
+    cost: SweepCost
+
+    @property
+    def total(self) -> Seconds:
+        return sum(self.stages.values(), start=Seconds())
+
+
+def estimate_sweep(definition: Definition, cost: SweepCost) -> SweepPlan:
+    """Returns the cost of a checked sweep from its measured parts."""
+    stages = {"start": Seconds(cost.start_s, cost.start_s)}
+    plans: dict[str, ArmPlan] = {}
+    moments = {"the start": cost.start_bytes, "the report": cost.report_bytes}
+    for group in cost.groups:
+        reruns = {arm.name: count_reruns(arm, definition) for arm in group.arms}
+        times = estimate_group(group, definition)
+        for stage, seconds in times.items():
+            stages[stage] = stages.get(stage, Seconds()) + seconds
+        runs = {arm.name: arm.all_trials + sum(reruns[arm.name]) for arm in group.arms}
+        for arm in group.arms:
+            select_runs, confirm_runs = reruns[arm.name]
+            plans[arm.name] = ArmPlan(
+                arm=arm,
+                pack_size=group.slots,
+                select_runs=select_runs,
+                confirm_runs=confirm_runs,
+                steps=runs[arm.name] * count_steps(group.large.config),
+                tokens=runs[arm.name] * count_tokens(group.large.config),
+                trainable_params=group.large.trainable_params,
+                kept_bytes=runs[arm.name] * group.large.kept_bytes,
+                memory_bytes=max(group.small.memory_bytes, group.large.memory_bytes),
+                seconds=sum(times.values(), start=Seconds()) * (runs[arm.name] / sum(runs.values())),
+            )
+        names = ", ".join(f"`{arm.name}`" for arm in group.arms)
+        moments[f"the training of {names}"] = max(group.small.host_bytes, group.large.host_bytes)
+    stages["report"] = Seconds(cost.report_s, cost.report_s)
+    largest_moment = max(moments, key=lambda name: moments[name])
+    return SweepPlan(
+        arms=tuple(plans[arm.name] for arm in definition.arms),
+        stages=stages,
+        host_bytes=moments[largest_moment],
+        largest_moment=largest_moment,
+        cost=cost,
+    )
+
+
+def count_steps(config: RunConfig) -> int:
+    return 0 if config.method.name == "frozen" else config.trainer.max_steps
+
+
+def estimate_group(group: GroupCost, definition: Definition) -> dict[str, Seconds]:
+    """Returns the time of each stage for arms that share packs, or for one arm whose trials run alone.
+
+    The lower end: the stopping rule prunes all that its bounds allow, early stopping ends each run as soon as it may,
+    and all slots are full. The upper end: no run ends early; or, if that takes longer, the rule prunes, and each trial
+    beyond the first rung trains without others.
+    """
+    low, high = Price(group, "low"), Price(group, "high")
+    full_packs = one_by_one = unpruned = 0.0
+    for number in range(max(arm.all_trials // arm.trials for arm in group.arms)):
+        arms = [arm for arm in group.arms if number == 0 or arm.space]
+        parts = [part for arm in arms for part in list_parts(arm)]
+        first = group.first_slots
+        full_packs += sum(part.trials * low.of_part(part, slots=first) for part in parts)
+        one_by_one += sum(part.trials * high.of_part(part, slots=1 if part.start else first) for part in parts)
+        unpruned += high.of_runs(sum(arm.trials for arm in arms), slots=first)
+    # a candidate of the select stage is a complete trial
+    num_complete = {arm.name: list_parts(arm)[-1].trials * (arm.all_trials // arm.trials) for arm in group.arms}
+    fewest = [count_reruns(arm, definition, num_complete=num_complete[arm.name]) for arm in group.arms]
+    most = [count_reruns(arm, definition) for arm in group.arms]
+    stages = {"search": Seconds(full_packs, max(unpruned, one_by_one))}
+    for index, stage in enumerate(("select", "confirm")):
+        num_low, num_high = (sum(counts[index] for counts in end) for end in (fewest, most))
+        stages[stage] = Seconds(low.of_runs(num_low, slots=group.slots), high.of_runs(num_high, slots=group.slots))
+    num_scored = sum(confirm_runs for _, confirm_runs in most)
+    stages["confirm"] += Seconds(low.of_scoring(), high.of_scoring()) * num_scored
+    return stages
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """A range of optimizer steps that the same number of trials train."""
+
+    start: int
+    stop: int
+    """The last step; 0 under `method=frozen`."""
+    trials: int
+
+
+def list_parts(arm: Arm) -> list[Part]:
+    """Returns the parts of an arm's search if the stopping rule prunes all that its bounds allow."""
+    rule, config, trials = build_rule(arm), arm.corners[0], arm.trials
+    steps, every = count_steps(config), config.trainer.eval_every_steps
+    if isinstance(arm.sweep_config.pruner, Component) and every < steps:
+        # a pruner of another package may prune at any evaluation
+        return [Part(start=0, stop=every, trials=trials), Part(start=every, stop=steps, trials=1)]
+    parts, start = [], 0
+    for rung in rule.rungs:
+        parts.append(Part(start=start, stop=rung, trials=trials))
+        start, trials = rung, rule.count_kept([(float(n), n) for n in range(trials)], all_arrived=True)
+    return [*parts, Part(start=start, stop=steps, trials=trials)]
+
+
+class Price:
+    """The time of the trainings of a group, at the lower or at the upper end.
+
+    The price of a pack with another number of slots than the two measured packs lies on the line through both. For an
+    arm whose trials run alone, the lower end is the run with the least work, the upper end the run with the most work.
+    """
+
+    def __init__(self, group: GroupCost, end: Literal["low", "high"]) -> None:
+        self._group, self._end = group, end
+        is_packed = group.slots > 1
+        self._small = group.small if is_packed or end == "low" else group.large
+        self._large = group.large if is_packed or end == "high" else group.small
+        config = self._small.config
+        self._every, self._last_step = config.trainer.eval_every_steps, count_steps(config)
+        if end == "low" and config.trainer.early_stop_evaluations is not None:
+            self._last_step = min(self._last_step, (config.trainer.early_stop_evaluations + 1) * self._every)
+
+    def of_runs(self, num_runs: int, *, slots: int) -> float:
+        """Returns the seconds of runs from their first to their last step, in packs with at most `slots` slots."""
+        full_packs, rest = divmod(num_runs, slots)
+        seconds = full_packs * self._of_training(0, self._last_step, slots=slots)
+        return seconds + (self._of_training(0, self._last_step, slots=rest) if rest else 0.0)
+
+    def of_part(self, part: Part, *, slots: int) -> float:
+        """Returns one trial's share of the seconds of a part in a pack with `slots` slots."""
+        stop = min(part.stop, self._last_step)
+        return self._of_training(part.start, stop, slots=slots) / slots if stop > part.start or not part.stop else 0.0
+
+    def of_scoring(self) -> float:
+        """Returns the seconds to score one run on test data."""
+        if not self._group.test_ratio:
+            return 0.0
+        evaluation_s = self._group.test_ratio * self._measure_evaluation(self._small)
+        return self._small.loading_s + evaluation_s + self._group.answers_s
+
+    def _of_training(self, start: int, stop: int, *, slots: int) -> float:
+        num_evaluations = math.ceil(stop / self._every) - start // self._every if stop else 1
+        return (
+            self._at(slots, lambda cost: cost.loading_s)
+            + self._at(slots, self._measure_step) * (stop - start)
+            + self._at(slots, lambda cost: self._measure_evaluation(cost) + cost.saving_s) * num_evaluations
+        )
+
+    def _at(self, slots: int, measure: Callable[[TrainingCost], float]) -> float:
+        small, large = measure(self._small), measure(self._large)
+        if self._large.slots == self._small.slots:
+            return large * slots / self._large.slots
+        slope = (large - small) / (self._large.slots - self._small.slots)
+        return max(0.0, small + slope * (slots - self._small.slots))
+
+    def _measure_step(self, cost: TrainingCost) -> float:
+        """Returns the shortest or the longest measured step that is no outlier.
+
+        An outlier lies outside of the quartiles by more than their distance.
+        """
+        if len(cost.steps_s) < 2:
+            return sum(cost.steps_s)
+        first, _, third = statistics.quantiles(cost.steps_s, n=4, method="inclusive")
+        if self._end == "low":
+            return max(min(cost.steps_s), 2 * first - third)
+        return min(max(cost.steps_s), 2 * third - first)
+
+    def _measure_evaluation(self, cost: TrainingCost) -> float:
+        return min(cost.evaluations_s) if self._end == "low" else max(cost.evaluations_s)
