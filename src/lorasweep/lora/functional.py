@@ -83,7 +83,9 @@ def linear_update(
 ) -> Float[Tensor, "*rows d_out"]:
     """Returns factor · B A (x · keep), without the base's output, for the rows of one group."""
     a, b = group.lora_a.to(x.dtype), group.lora_b.to(x.dtype)
-    u = a @ _split_by_slot(x if keep is None else x * keep, len(a)).mT * group.factor  # (slots, rank, tokens)
+    u = (
+        a @ _split_by_slot(x if keep is None else torch.where(keep, x, 0.0), len(a)).mT * group.factor
+    )  # (slots, rank, tokens)
     return (u.to(x.dtype).mT @ b.mT).view(*x.shape[:-1], b.shape[1])
 
 
@@ -103,7 +105,7 @@ def conv2d_update(
 ) -> Float[Tensor, "rows d_out new_height new_width"]:
     """Returns factor · B A (x · keep). A is a convolution with the settings of `conv`, B is a 1 × 1 convolution."""
     a, b = group.lora_a.to(x.dtype), (group.lora_b * group.factor).to(x.dtype)
-    slots = (x if keep is None else x * keep).chunk(len(a))
+    slots = (x if keep is None else torch.where(keep, x, 0.0)).chunk(len(a))
     u = [
         conv._conv_forward(rows, a_k.view(-1, *conv.weight.shape[1:]), None) for rows, a_k in zip(slots, a, strict=True)
     ]
@@ -169,7 +171,7 @@ class _LoraLinear(torch.autograd.Function):
             if grad_x is not None and keep is None:
                 grad_x[slots].baddbmm_(grad_u.mT, a)  # in place, without a temporary tensor of x's size
             elif grad_x is not None and keep is not None:
-                grad_x[slots].add_(grad_u.mT.bmm(a).mul_(keep[slots]))
+                grad_x[slots].add_(torch.where(keep[slots], grad_u.mT.bmm(a), 0.0))
             grad_matrices += [grad_a, grad_b]
         grad_weight = flat.t().mm(by_slot.flatten(0, 1)) if needs_weight else None
         grad_bias = flat.sum(0) if needs_bias else None
@@ -193,4 +195,4 @@ def _iter_groups(
 
 
 def _apply_keep_mask(by_slot: Tensor, keep: Tensor | None, slots: slice) -> Tensor:
-    return by_slot[slots] if keep is None else by_slot[slots] * keep[slots]
+    return by_slot[slots] if keep is None else torch.where(keep[slots], by_slot[slots], 0.0)

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 
+from lorasweep.lora.dropout import draw_keep_mask
 from lorasweep.lora.functional import (
     RowRanges,
     SlotGroup,
@@ -256,8 +257,7 @@ class LoraLayer(AdaptedLayer):
         dropout = self.config.dropout
         if not self.training or dropout == 0 or isinstance(self.base, nn.Embedding):
             return None
-        mask = torch.empty(x.shape, dtype=torch.bool, device=x.device)
-        return mask.bernoulli_(1 - dropout, generator=self.dropout_generator)
+        return draw_keep_mask(x.shape, rate=dropout, device=x.device, generator=self.dropout_generator)
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:

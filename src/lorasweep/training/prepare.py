@@ -8,6 +8,7 @@ from torch import nn
 from lorasweep.config.method import LoraConfig
 from lorasweep.config.run import RunConfig
 from lorasweep.errors import ConfigError
+from lorasweep.lora.dropout import replace_dropout
 from lorasweep.methods import METHODS, copy_sharing_weights
 from lorasweep.models.load import BaseModel
 from lorasweep.training.components import check_components
@@ -23,6 +24,7 @@ def prepare_model(config: RunConfig, base: BaseModel) -> nn.Module:
     model = copy_sharing_weights(base.model)
     generator = torch.Generator().manual_seed(config.seeds.init)
     METHODS[config.method.name].prepare(model, config.method, generator=generator, new_head_names=base.new_head_names)
+    replace_dropout(model)
     torch.manual_seed(config.seeds.dropout)
     model.train()  # turns dropout on; Lightning switches modes for evaluations and restores them
     if config.trainer.activation_checkpointing:

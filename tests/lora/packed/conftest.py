@@ -18,6 +18,7 @@ from lorasweep.lora import (
     set_dropout_streams,
     slot_model,
 )
+from lorasweep.lora.dropout import replace_dropout
 from lorasweep.lora.packed.inject import find_slots
 
 
@@ -84,6 +85,7 @@ def make_pack() -> Callable[..., PackAndSolos]:
         for slot, config in enumerate(configs):
             solo = make_base().double()
             inject_lora(solo, config, generator=stream(slot))
+            replace_dropout(solo)
             randomise(solo.double(), slot)
             load_lora_state(slot_model(pack, slot), lora_state(solo), source="the solo model")
             solos.append(solo)

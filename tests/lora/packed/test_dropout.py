@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lorasweep.lora import LoraConfig, inject_packed_lora, set_dropout_streams
+from lorasweep.lora.dropout import Dropout
 from lorasweep.lora.packed.dropout import SlotDropout
 
 
@@ -30,7 +31,7 @@ def test_masks_are_those_of_solo_runs(make_pack) -> None:
 
 @pytest.mark.parametrize("shape", [(4, 5, 6), (4, 6)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_dropout_of_a_slot_is_torchs_own(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+def test_dropout_of_a_slot_is_that_of_a_solo_run(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     model = make_dropping()
     inject_packed_lora(model, CONFIGS[:2])
     set_dropout_streams(model, [stream(8), stream(9)])
@@ -39,7 +40,7 @@ def test_dropout_of_a_slot_is_torchs_own(dtype: torch.dtype, shape: tuple[int, .
     for slot, rows in enumerate(x.chunk(2)):
         with torch.random.fork_rng():
             torch.manual_seed(8 + slot)
-            assert torch.equal(outputs[slot], nn.functional.dropout(rows, 0.3))
+            assert torch.equal(outputs[slot], Dropout(0.3)(rows))
 
 
 def test_draws_from_torchs_stream_when_given_none() -> None:

@@ -23,6 +23,7 @@ from lorasweep.lora import (
     slot_model,
     split_lora_parameters,
 )
+from lorasweep.lora.dropout import replace_dropout
 from lorasweep.methods import ParameterGroup
 from lorasweep.training.optim import build_optimizer, build_schedule
 from lorasweep.training.packs.optim import SlotOptimizer, flatten_parameters
@@ -114,6 +115,7 @@ class SoloRun:
 
     def __init__(self, model: nn.Module, config: LoraConfig, run: RunConfig, slot: int) -> None:
         inject_lora(model, config, generator=stream(slot))
+        replace_dropout(model)
         self.model, self.clip_norm = model.double(), run.optim.clip_norm
         a, b, other = map(tuple, split_lora_parameters(model))
         groups = [

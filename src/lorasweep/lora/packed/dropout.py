@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
+from lorasweep.lora.dropout import drop
 from lorasweep.lora.packed.slots import Slots
 
 
 class SlotDropout(nn.Dropout):
     """Dropout that draws each slot's mask from the slot's stream. It replaces an `nn.Dropout` (`base`) of the model.
 
-    On a CPU, the masks equal those of `nn.Dropout` in a solo run. On other devices, torch's fused dropout draws
-    different masks.
+    The masks equal those of `lora.dropout.Dropout` in a solo run.
     """
 
     def __init__(self, base: nn.Dropout, slots: Slots) -> None:
@@ -25,5 +24,4 @@ class SlotDropout(nn.Dropout):
             return input
         if self.p == 1:
             return input * 0
-        noise = self.slots.draw_keep_mask(torch.ones_like(input), rates=[self.p] * self.slots.num_slots)
-        return input * noise.div_(1 - self.p)
+        return drop(input, self.slots.draw_keep_mask(input, rates=[self.p] * self.slots.num_slots), rate=self.p)

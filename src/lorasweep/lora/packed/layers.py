@@ -70,7 +70,7 @@ class PackedLoraLayer(AdaptedLayer):
         rates = [layer.config.dropout if layer else 0.0 for layer in self.layers]
         if not self.training or not any(rates) or isinstance(self.base, nn.Embedding):
             return None
-        return self.slots.draw_keep_mask(torch.ones(x.shape, dtype=torch.bool, device=x.device), rates=rates)
+        return self.slots.draw_keep_mask(x, rates=rates)
 
     def _get_factors(self, x: Tensor, *, is_dropped: bool) -> list[Float[Tensor, "slots 1 1"]]:
         """Returns each group's scalings in fp32 or wider, divided by (1 - dropout) if inputs are dropped.

@@ -9,7 +9,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor, nn
+
+from lorasweep.lora.dropout import draw_keep_mask
 
 
 class Slots:
@@ -41,12 +44,12 @@ class Slots:
         finally:
             self.only_slot = None
 
-    def draw_keep_mask(self, mask: Tensor, *, rates: Sequence[float]) -> Tensor:
-        """Sets random elements of a mask of ones to 0, in place, and returns the mask.
+    def draw_keep_mask(self, x: Tensor, *, rates: Sequence[float]) -> Bool[Tensor, "*shape"]:
+        """Returns a mask for x that is False for each dropped element.
 
         Args:
-            mask: Ones, with the rows of all slots (slot-major), or of `only_slot`.
-            rates: Probability of a 0 for each slot. A slot with rate 0 draws no random numbers.
+            x: Has the rows of all slots (slot-major), or of `only_slot`.
+            rates: Probability of False for each slot. A slot with rate 0 draws no random numbers.
 
         Raises:
             ValueError: A backward pass is running. It would draw another mask than the forward pass.
@@ -57,26 +60,23 @@ class Slots:
                 "Set `method.dropout` and `model.dropout` to 0, or `trainer.activation_checkpointing` to false."
             )
         if self.only_slot is not None:
-            by_slot = [(self.only_slot, mask)]
-        else:
-            check_rows(mask, self.num_slots)
-            by_slot = list(enumerate(mask.chunk(self.num_slots)))
-        for slot, rows in by_slot:
-            if rates[slot]:
-                unpadded = self._strip_padding(slot, rows)
-                # The order in memory decides which element gets which random number. So draw into a contiguous tensor,
-                # as the solo run does.
-                drawn = unpadded.contiguous()  # `unpadded` itself if it is contiguous
-                drawn.bernoulli_(1 - rates[slot], generator=self.generators[slot])
-                if drawn is not unpadded:
-                    unpadded.copy_(drawn)
-        return mask
+            return self._draw_slot(self.only_slot, x.shape, x.device, rates[self.only_slot])
+        check_rows(x, self.num_slots)
+        shape = torch.Size((len(x) // self.num_slots, *x.shape[1:]))
+        return torch.cat([self._draw_slot(slot, shape, x.device, rate) for slot, rate in enumerate(rates)])
 
-    def _strip_padding(self, slot: int, rows: Tensor) -> Tensor:
-        """Returns a view of a slot's (rows, length, ...) without the padding, which its solo run does not have."""
-        if self.sequence_lengths is None or rows.dim() < 3 or rows.shape[1] != max(self.sequence_lengths):
-            return rows
-        return rows[:, : self.sequence_lengths[slot]]
+    def _draw_slot(self, slot: int, shape: torch.Size, device: torch.device, rate: float) -> Tensor:
+        """Returns the mask of a slot. Padding, which its solo run does not have, is kept and draws nothing."""
+        padded = torch.ones(shape, dtype=torch.bool, device=device)
+        if rate == 0:
+            return padded
+        lengths = self.sequence_lengths
+        if lengths is None or len(shape) < 3 or shape[1] != max(lengths) or shape[1] == lengths[slot]:
+            return draw_keep_mask(shape, rate=rate, device=device, generator=self.generators[slot])
+        unpadded = torch.Size((shape[0], lengths[slot], *shape[2:]))
+        drawn = draw_keep_mask(unpadded, rate=rate, device=device, generator=self.generators[slot])
+        padded[:, : lengths[slot]] = drawn
+        return padded
 
 
 def check_rows(x: Tensor, num_slots: int) -> None:

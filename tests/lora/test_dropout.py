@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.autograd import gradcheck
+
+from lorasweep.lora.dropout import Dropout, draw_keep_mask, replace_dropout
+
+
+def stream(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5, 0.999])
+def test_each_element_is_dropped_with_the_rate(rate: float) -> None:
+    size = 400_000
+    keep = draw_keep_mask((4, size // 4), rate=rate, device=torch.device("cpu"), generator=stream(0))
+    assert (keep.dtype, keep.shape) == (torch.bool, (4, size // 4))
+    deviation = (rate * (1 - rate) / size) ** 0.5
+    assert abs((~keep).double().mean() - rate) < 4 * deviation
+    # the four elements of a random word are independent
+    groups = (~keep).double().view(-1, 4)
+    correlation = torch.corrcoef(groups.t()) - torch.eye(4)
+    assert correlation.abs().max() < 4 / len(groups) ** 0.5
+
+
+@pytest.mark.parametrize("rate", [0.0, 1e-9, 1.0])
+def test_rates_at_the_ends(rate: float) -> None:
+    keep = draw_keep_mask((1000,), rate=rate, device=torch.device("cpu"), generator=stream(0))
+    assert keep.all() if rate < 0.5 else not keep.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_kept_elements_are_scaled_and_the_mean_stays(dtype: torch.dtype) -> None:
+    x = torch.ones(100_000, dtype=dtype)
+    output = Dropout(0.2)(x)
+    assert output.dtype is dtype
+    assert set(output.unique().tolist()) == {0.0, torch.tensor(1.25, dtype=dtype).item()}
+    assert output.double().mean() == pytest.approx(1, abs=0.01)
+
+
+def test_gradients() -> None:
+    x = torch.randn(3, 5, generator=stream(1), dtype=torch.float64, requires_grad=True)
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        torch.manual_seed(3)
+        return Dropout(0.4)(x).pow(2)
+
+    assert gradcheck(run, (x,))
+
+
+def test_modules_are_replaced_and_evaluation_drops_nothing() -> None:
+    model = nn.Sequential(nn.Dropout(0.5), nn.Sequential(nn.Dropout(0.25), nn.Dropout1d(0.5)))
+    replace_dropout(model)
+    assert [type(module) for module in (model[0], *model[1])] == [Dropout, Dropout, nn.Dropout1d]
+    assert model[1][0].p == 0.25
+    x = torch.ones(4)
+    assert torch.equal(model.eval()[0](x), x)
+    state = torch.get_rng_state()
+    model.eval()[0](x)
+    assert torch.equal(torch.get_rng_state(), state)
