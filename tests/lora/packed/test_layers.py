@@ -6,8 +6,9 @@ from torch import Tensor, nn
 from torch.autograd import gradcheck
 from transformers.pytorch_utils import Conv1D
 
-from lorasweep.lora import LoraConfig, inject_packed_lora, set_dropout_streams
+from lorasweep.lora import LoraConfig, compact_slots, inject_packed_lora, set_dropout_streams
 from lorasweep.lora.packed.layers import group_like_ranks, packed_layers
+from lorasweep.lora.recompute import RecomputedActivation
 
 SLOTS, ROWS = 3, 2
 
@@ -59,6 +60,18 @@ def test_ranks_of_several_groups_and_a_slot_without_this_layer(make_pack) -> Non
 def test_groups_of_like_ranks() -> None:
     assert group_like_ranks([0, 1, 16, 17, 17, 64]) == [slice(0, 3), slice(3, 5), slice(5, 6)]
     assert group_like_ranks([64, 1]) == [slice(0, 1), slice(1, 2)]
+
+
+def test_activations_before_packed_layers_keep_only_their_input(make_pack) -> None:
+    def make() -> nn.Module:
+        return seeded(nn.Sequential(nn.Linear(6, 12), nn.GELU(), nn.Linear(12, 4)))
+
+    both = make_pack(make, [LoraConfig(rank=2, dropout=0.2), LoraConfig(rank=1), LoraConfig(rank=3)])
+    assert isinstance(both.pack[1], RecomputedActivation)
+    both.assert_equal(numbers(3, 6))
+    compact_slots(both.pack, [2, 0])
+    both.solos = [both.solos[2], both.solos[0]]
+    both.assert_equal(numbers(3, 6))
 
 
 def test_conv1d(make_pack) -> None:

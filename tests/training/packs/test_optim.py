@@ -24,6 +24,7 @@ from lorasweep.lora import (
     split_lora_parameters,
 )
 from lorasweep.lora.dropout import replace_dropout
+from lorasweep.lora.packed.inject import find_slots
 from lorasweep.methods import ParameterGroup
 from lorasweep.training.optim import build_optimizer, build_schedule
 from lorasweep.training.packs.optim import SlotOptimizer, flatten_parameters
@@ -226,6 +227,20 @@ def test_slots_that_join_and_leave_are_their_solo_runs(
         solo = SoloRun(make(), config, SETTINGS[seed], seed)
         solo.train(batches[seed][:num_steps])
         assert_same_trial(pack, slot, solo)
+
+
+def test_gradients_of_several_passes_add_up_in_stacks_that_are_made_once() -> None:
+    batches = [[draw_batches(slot, 3)[n] for slot in range(4)] for n in range(3)]
+    plain, shared = (PackedRun(make_llama(), LLAMA_SLOTS, SETTINGS) for _ in range(2))
+    for tokens in batches:
+        row_losses(plain.model, torch.cat(tokens)).sum().backward()
+    with find_slots(shared.model).stack_once():
+        for tokens in batches:
+            row_losses(shared.model, torch.cat(tokens)).sum().backward()
+    for own, expected in zip(shared.optimizers, plain.optimizers, strict=True):
+        for parameter, other in zip(own.parameters, expected.parameters, strict=True):
+            torch.testing.assert_close(parameter.grad, other.grad)
+    assert all(any(p.grad.any() for p in optimizer.parameters) for optimizer in plain.optimizers)
 
 
 def test_a_slot_of_nan_leaves_the_others_bit_identical() -> None:

@@ -17,12 +17,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lorasweep.config.method import LoraConfig
 from lorasweep.lora.fully_trained import TrainedModule, is_inside, trained_modules
-from lorasweep.lora.inject import check_not_injected, freeze, inject_lora, replace_module
+from lorasweep.lora.inject import check_not_injected, freeze, inject_lora, recompute_activations, replace_module
 from lorasweep.lora.layers import LoraLayer, lora_layers
 from lorasweep.lora.packed.dropout import SlotDropout
 from lorasweep.lora.packed.fully_trained import PackedTrainedModule, packed_trained_modules
 from lorasweep.lora.packed.layers import PackedLoraLayer, packed_layers
 from lorasweep.lora.packed.slots import Slots
+from lorasweep.lora.recompute import RecomputedActivation
 from lorasweep.lora.targets import Coverage
 
 
@@ -236,7 +237,7 @@ def copy_base(model: nn.Module) -> nn.Module:
     # With `memo`, deepcopy replaces each wrapper by a copy of the wrapper's base. Inner wrappers come first, because a
     # trained module may contain a dropout wrapper.
     for wrapper in reversed(list(model.modules())):
-        if isinstance(wrapper, SlotDropout | PackedLoraLayer | PackedTrainedModule):
+        if isinstance(wrapper, SlotDropout | PackedLoraLayer | PackedTrainedModule | RecomputedActivation):
             memo[id(wrapper)] = copy.deepcopy(wrapper.base, memo)
     return copy.deepcopy(model, memo)
 
@@ -262,6 +263,7 @@ def _update_layers(model: nn.Module, slots: Slots) -> None:
     for name in _get_names(modules):
         base = model.get_submodule(name)
         replace_module(model, base, PackedTrainedModule(base, slots, [of_slot.get(name) for of_slot in modules]))
+    recompute_activations(model)
 
 
 def _get_names(by_slot: Sequence[Mapping[str, LoraLayer] | Mapping[str, TrainedModule]]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
@@ -55,10 +56,13 @@ class PackedLoraLayer(AdaptedLayer):
         return f"ranks={[layer.target.total_rank if layer else 0 for layer in self.layers]}"
 
     def _stack_group(self, group: slice, factor: Tensor) -> SlotGroup:
-        pairs = [layer.get_plain_matrices() if layer else self._make_empty() for layer in self.layers[group]]
-        rank = max(len(lora_a) for lora_a, _ in pairs)
-        lora_a = _StackPadded.apply(0, rank, *[lora_a for lora_a, _ in pairs])  # type: ignore[no-untyped-call]
-        lora_b = _StackPadded.apply(1, rank, *[lora_b for _, lora_b in pairs])  # type: ignore[no-untyped-call]
+        def stack(index: int) -> Tensor:
+            pairs = [layer.get_plain_matrices() if layer else self._make_empty() for layer in self.layers[group]]
+            rank = max(len(lora_a) for lora_a, _ in pairs)
+            stacked: Tensor = _StackPadded.apply(index, rank, *[pair[index] for pair in pairs])  # type: ignore[no-untyped-call]
+            return stacked
+
+        lora_a, lora_b = (self.slots.share_stack((self, group.start, k), functools.partial(stack, k)) for k in (0, 1))
         return SlotGroup(lora_a, lora_b, factor)
 
     def _make_empty(self) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@ A slot draws masks in the same order and shapes as its solo run. With equal seed
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -22,6 +22,7 @@ class Slots:
         models: The solo model of each slot. It shares the frozen base, and its trainable parameters are the pack's.
         generators: Dropout stream of each slot, on the device of the inputs; None draws from torch's default stream.
         only_slot: The one slot whose rows the layers get, while a module is computed slot by slot; otherwise None.
+        stacks: Inside `stack_once`: the stacked matrices, and their leaves, which collect the gradients; else None.
         sequence_lengths: Length of each slot's sequences before padding to the longest slot; None if no slot is padded.
     """
 
@@ -29,6 +30,7 @@ class Slots:
         self.models = list(models)
         self.generators: list[torch.Generator | None] = [None] * len(models)
         self.only_slot: int | None = None
+        self.stacks: dict[object, tuple[Tensor, Tensor]] | None = None
         self.sequence_lengths: tuple[int, ...] | None = None
 
     @property
@@ -43,6 +45,30 @@ class Slots:
             yield
         finally:
             self.only_slot = None
+
+    @contextmanager
+    def stack_once(self) -> Iterator[None]:
+        """Lets all forward passes inside the block use the same stacked matrices, and adds up their gradients.
+
+        A step with several micro-batches stacks A and B of all slots once. The parameters get their gradients at the
+        end of the block, and must not change inside it.
+        """
+        self.stacks = {}
+        try:
+            yield
+            pairs = [pair for pair in self.stacks.values() if pair[1].grad is not None]
+            torch.autograd.backward([stacked for stacked, _ in pairs], [leaf.grad for _, leaf in pairs])
+        finally:
+            self.stacks = None
+
+    def share_stack(self, key: object, stack: Callable[[], Tensor]) -> Tensor:
+        """Returns the result of `stack()`; inside `stack_once`, a leaf with its values, which is made once per key."""
+        if self.stacks is None:
+            return stack()
+        if key not in self.stacks:
+            stacked = stack()
+            self.stacks[key] = stacked, stacked.detach().requires_grad_(stacked.requires_grad)
+        return self.stacks[key][1]
 
     def draw_keep_mask(self, x: Tensor, *, rates: Sequence[float]) -> Bool[Tensor, "*shape"]:
         """Returns a mask for x that is False for each dropped element.

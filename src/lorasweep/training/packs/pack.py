@@ -52,7 +52,7 @@ from lorasweep.lora import (
     set_dropout_streams,
     slot_model,
 )
-from lorasweep.lora.packed.inject import set_sequence_lengths
+from lorasweep.lora.packed.inject import find_slots, set_sequence_lengths
 from lorasweep.methods import add_head_to_modules_to_save, copy_sharing_weights, draw_head
 from lorasweep.record import RunStatus
 from lorasweep.training.checkpoint import remove_checkpoints, remove_older_checkpoints
@@ -204,17 +204,19 @@ class PackTrainer:
         # shared draws are detected in the first step only
         rng_state_before = read_rng_state(self.device) if self.has_shared_draws is None else None
         # All slots have the same number of micro-batches, of the same sizes.
-        for micros in zip(*(run.sampler.get_step(run.step) for run in self.runs), strict=True):
-            batch = build_pack_batch(self.inputs.splits.train, micros, model=self.model)
-            losses = compute_slot_losses(self.task, self.model, move_batch(batch, self.device), slots=len(micros))
-            # Each slot divides by the weight of its step, as a solo run does. No parameter belongs to two slots, so the
-            # gradient of the sum over slots is each slot's gradient.
-            losses = losses / torch.tensor([micro.step_weight for micro in micros], device=losses.device)  # (slots,)
-            losses.sum().backward()  # type: ignore[no-untyped-call]
-            micro_losses.append(losses.detach())
-            positions = batch["input_ids"].numel() // len(micros)
-            for run, micro in zip(self.runs, micros, strict=True):
-                tokens += run.count_tokens(micro, positions=positions)
+        with find_slots(self.model).stack_once():
+            for micros in zip(*(run.sampler.get_step(run.step) for run in self.runs), strict=True):
+                batch = build_pack_batch(self.inputs.splits.train, micros, model=self.model)
+                losses = compute_slot_losses(self.task, self.model, move_batch(batch, self.device), slots=len(micros))
+                # Each slot divides by the weight of its step, as a solo run does. No parameter belongs to two slots, so
+                # the gradient of the sum over slots is each slot's gradient.
+                weights = torch.tensor([micro.step_weight for micro in micros], device=losses.device)
+                losses = losses / weights  # (slots,)
+                losses.sum().backward()  # type: ignore[no-untyped-call]
+                micro_losses.append(losses.detach())
+                positions = batch["input_ids"].numel() // len(micros)
+                for run, micro in zip(self.runs, micros, strict=True):
+                    tokens += run.count_tokens(micro, positions=positions)
         if rng_state_before is not None:
             self.has_shared_draws = rng_state_before != read_rng_state(self.device)
         for run, run_losses in zip(self.runs, torch.stack(micro_losses, dim=1), strict=True):
