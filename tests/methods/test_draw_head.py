@@ -12,6 +12,7 @@ from transformers import BertConfig, BertForSequenceClassification, RobertaConfi
 from lorasweep.config.method import FrozenConfig, FullConfig, HeadConfig, LoraConfig
 from lorasweep.errors import ConfigError
 from lorasweep.lora import fill_slot, inject_packed_lora, lora_layers, set_dropout_streams, slot_model
+from lorasweep.lora.dropout import replace_dropout
 from lorasweep.lora.fully_trained import trained_modules
 from lorasweep.lora.packed.layers import packed_layers
 from lorasweep.methods import METHODS, add_head_to_modules_to_save, copy_sharing_weights, draw_head
@@ -155,6 +156,7 @@ def solo(base, config, seed):
     METHODS["lora"].prepare(
         model, config, generator=torch.Generator().manual_seed(seed), new_head_names=base.new_head_names
     )
+    replace_dropout(model)
     return model
 
 
