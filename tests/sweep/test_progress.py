@@ -158,8 +158,8 @@ def test_a_killed_pack_that_goes_on_has_a_line_for_each_trial_once(begin, work, 
     folder = begin(content)
     true_close, closed = runs.close, []
 
-    def close(*arguments):
-        record = true_close(*arguments)
+    def close(*arguments, **named):
+        record = true_close(*arguments, **named)
         closed.append(record)
         if len(closed) == 3:  # two of the pack were told of, and it has no later boundary than the one before
             raise Killed

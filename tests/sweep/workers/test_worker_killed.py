@@ -126,8 +126,8 @@ def test_a_worker_killed_at_any_write_of_a_runs_record(
     folder = begin(killed, f"worker.pack_size={pack_size}", folder="killed")
     true_close, left = runs.close, [count]
 
-    def close(*arguments):
-        record = true_close(*arguments)
+    def close(*arguments, **named):
+        record = true_close(*arguments, **named)
         left[0] -= 1
         if left[0] == 0:
             raise Killed
