@@ -138,12 +138,12 @@ def test_each_run_draws_its_own_head_from_its_seed(make, tmp_path):
 
 
 def test_a_classifier_learns_and_its_score_is_accuracy(make, tmp_path):
-    config = make("table", {"trainer.max_steps": 90, "trainer.eval_every_steps": 30, "optim.lr": 5e-3})
+    config = make("table", {"trainer.max_steps": 90, "trainer.eval_every_steps": 30, "model.dropout": 0.0})
     inputs = build_inputs(config)
     record = train_run(config, RunFolder(path=tmp_path / "lora"), inputs=inputs)
     assert (record.metric, record.direction) == ("accuracy", "maximize")
     losses = [row["loss"] for row in read_steps(tmp_path / "lora") if "loss" in row]
-    assert sum(losses[-5:]) < 0.9 * sum(losses[:5])  # over seeds 0 to 3 the share is 0.4 to 0.8
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])  # with the seeds 0 to 3, the last are 0.08 to 0.52 of the first
     assert record.batching["padding_fraction"]["train"] > 0
     assert record.data["train"]["labels"].keys() == {"even", "odd"}
 
