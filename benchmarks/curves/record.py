@@ -175,7 +175,7 @@ class Trials(Protocol):
 
 
 class LoraPack:
-    """LoRA trials in the slots of one packed model; does what `PackModule` does in a step and an evaluation."""
+    """LoRA trials in the slots of one packed model; does what `PackTrainer` does in a step and an evaluation."""
 
     def __init__(self, points: Sequence[Point], configs: Sequence[RunConfig], *, inputs: RunInputs) -> None:
         """Fills a slot with each trial."""

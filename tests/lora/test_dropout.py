@@ -5,7 +5,8 @@ import torch
 from torch import nn
 from torch.autograd import gradcheck
 
-from lorasweep.lora.dropout import Dropout, draw_keep_mask, replace_dropout
+from lorasweep.lora.dropout import Dropout, draw_keep_mask
+from lorasweep.lora.inject import replace_dropout
 
 
 def stream(seed: int) -> torch.Generator:
@@ -55,6 +56,11 @@ def test_modules_are_replaced_and_evaluation_drops_nothing() -> None:
     replace_dropout(model)
     assert [type(module) for module in (model[0], *model[1])] == [Dropout, Dropout, nn.Dropout1d]
     assert model[1][0].p == 0.25
+    shared = nn.Dropout(0.5)
+    twice = nn.Sequential(shared, nn.Linear(2, 2), shared)
+    replace_dropout(twice)
+    assert type(twice[0]) is Dropout
+    assert twice[2] is twice[0]
     x = torch.ones(4)
     assert torch.equal(model.eval()[0](x), x)
     state = torch.get_rng_state()

@@ -12,8 +12,8 @@ from transformers import BertConfig, BertForSequenceClassification, RobertaConfi
 from lorasweep.config.method import FrozenConfig, FullConfig, HeadConfig, LoraConfig
 from lorasweep.errors import ConfigError
 from lorasweep.lora import fill_slot, inject_packed_lora, lora_layers, set_dropout_streams, slot_model
-from lorasweep.lora.dropout import replace_dropout
 from lorasweep.lora.fully_trained import trained_modules
+from lorasweep.lora.inject import replace_dropout
 from lorasweep.lora.packed.layers import packed_layers
 from lorasweep.methods import METHODS, add_head_to_modules_to_save, copy_sharing_weights, draw_head
 from lorasweep.models.load import BaseModel, fingerprint_weights

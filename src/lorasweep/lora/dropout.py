@@ -42,11 +42,3 @@ def draw_keep_mask(
 def drop(x: Tensor, keep: Bool[Tensor, "*shape"], *, rate: float) -> Tensor:
     """Returns x, multiplied by 1 / (1 - rate) where `keep` is True, and 0 elsewhere. The rate is below 1."""
     return torch.where(keep, x, 0.0).mul_(1 / (1 - rate))
-
-
-def replace_dropout(model: nn.Module) -> None:
-    """Replaces each `nn.Dropout` of a model by `Dropout`. Functional dropout stays as it is."""
-    for module in model.modules():
-        for name, child in module.named_children():
-            if type(child) is nn.Dropout:
-                setattr(module, name, Dropout(child.p).train(child.training))

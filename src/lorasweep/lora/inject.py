@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from lorasweep.config.method import LoraConfig
+from lorasweep.lora.dropout import Dropout
 from lorasweep.lora.fully_trained import copy_as_trainable, copy_biases, find_trained_biases, match_modules_to_save
 from lorasweep.lora.layer_kinds import is_linear, matrix_shape
 from lorasweep.lora.layers import AdaptedLayer, LoraLayer
@@ -65,6 +66,12 @@ def recompute_activations(model: nn.Module) -> None:
     """
     layers = [module.base for module in model.modules() if isinstance(module, AdaptedLayer)]
     replace_activations(model, widths=frozenset(matrix_shape(layer)[1] for layer in layers if is_linear(layer)))
+
+
+def replace_dropout(model: nn.Module) -> None:
+    """Replaces each `nn.Dropout` of a model by `lora.dropout.Dropout`. Functional dropout stays as it is."""
+    for dropout in [module for module in model.modules() if type(module) is nn.Dropout]:
+        replace_module(model, dropout, Dropout(dropout.p))
 
 
 def check_not_injected(model: nn.Module) -> None:

@@ -8,7 +8,7 @@ from torch import nn
 from lorasweep.config.method import LoraConfig
 from lorasweep.config.run import RunConfig
 from lorasweep.errors import ConfigError
-from lorasweep.lora.dropout import replace_dropout
+from lorasweep.lora.inject import replace_dropout
 from lorasweep.methods import METHODS, copy_sharing_weights
 from lorasweep.models.load import BaseModel
 from lorasweep.training.components import check_components

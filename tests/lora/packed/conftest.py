@@ -18,7 +18,7 @@ from lorasweep.lora import (
     set_dropout_streams,
     slot_model,
 )
-from lorasweep.lora.dropout import replace_dropout
+from lorasweep.lora.inject import replace_dropout
 from lorasweep.lora.packed.inject import find_slots
 
 

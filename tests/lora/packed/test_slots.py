@@ -177,6 +177,20 @@ def test_layers_that_no_slot_adapted_are_added(make_model, make_pack) -> None:
     assert both.pack(torch.zeros(2, 5, dtype=torch.long)).shape == (2, 5, 11)
 
 
+def test_a_slot_is_added_after_the_last(both, make_model) -> None:
+    before = states(both.pack)
+    config = LoraConfig(rank=3, targets=("up", "proj"))
+    fill_slot(both.pack, 3, config, generator=stream(9))
+    slot_model(both.pack, 3).double()
+    solo = make_model().double()
+    inject_lora(solo, config, generator=stream(9))
+    both.solos.append(solo.double())
+    assert find_slots(both.pack).num_slots == 4
+    for slot in range(3):
+        assert_identical(lora_state(slot_model(both.pack, slot)), before[slot])
+    both.assert_equal(torch.randint(11, (8, 5), generator=stream(1)))
+
+
 def test_a_refused_fill_changes_nothing(both) -> None:
     before, text = states(both.pack), str(both.pack)
     for config, words in [
@@ -224,7 +238,7 @@ def test_slots_must_be_there(both, keep: list[int]) -> None:
         with pytest.raises(ValueError, match="distinct indices"):
             slot_model(both.pack, keep[0])
         with pytest.raises(ValueError, match="distinct indices"):
-            fill_slot(both.pack, keep[0], LoraConfig())
+            fill_slot(both.pack, 4 if keep[0] == 3 else keep[0], LoraConfig())  # 3 would add a slot
 
 
 def test_a_model_without_a_pack_has_no_slot(model) -> None:

@@ -23,7 +23,7 @@ from lorasweep.lora import (
     slot_model,
     split_lora_parameters,
 )
-from lorasweep.lora.dropout import replace_dropout
+from lorasweep.lora.inject import replace_dropout
 from lorasweep.lora.packed.inject import find_slots
 from lorasweep.methods import ParameterGroup
 from lorasweep.training.optim import build_optimizer, build_schedule

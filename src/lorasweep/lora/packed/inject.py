@@ -112,7 +112,7 @@ def fill_slot(
 
     Args:
         model: A packed model.
-        slot: Index of the slot.
+        slot: Index of the slot. The number of slots adds a slot.
         config: LoRA settings of the new trial. The targets may be layers that no slot has adapted before.
         generator: CPU random stream of A and B, used as in `inject_lora`; torch's default stream if None.
         prepare_copy: As in `inject_packed_lora`.
@@ -124,13 +124,15 @@ def fill_slot(
         ValueError: The model is not packed or has no such slot; or `config` can't be packed (`why_not_packable`),
             can't be packed with the other slots, or is refused by `inject_lora`. The pack is then unchanged.
     """
-    check_slots(model, [slot])
+    slots = find_slots(model)
+    if slot != slots.num_slots:
+        check_slots(model, [slot])
     _check_packable(config, slot)
     solo = copy_base(model)
     coverage = _inject_solo(solo, config, generator, prepare_copy)
     _check_slots_do_not_overlap(model, [solo])
-    slots = find_slots(model)
-    slots.models[slot] = solo
+    slots.models[slot : slot + 1], slots.generators[slot : slot + 1] = [solo], [None]
+    slots.sequence_lengths = None
     _update_layers(model, slots)
     return coverage
 

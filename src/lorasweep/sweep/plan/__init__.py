@@ -1,1 +1,1 @@
-"""What a sweep will cost: `measure` runs its parts in small, `estimate` adds them up, `render` shows the result."""
+"""Estimates the cost of a sweep: `measure` runs its parts in small, `estimate` adds up, `render` shows the result."""

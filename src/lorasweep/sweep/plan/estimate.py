@@ -33,7 +33,7 @@ class Seconds:
 
 @dataclass(frozen=True, kw_only=True)
 class ArmPlan:
-    """What one arm will cost."""
+    """The estimated cost of one arm."""
 
     arm: Arm
     pack_size: int
@@ -50,12 +50,12 @@ class ArmPlan:
     memory_bytes: int
     """Largest memory of its trainings: allocated on the GPU, else resident in the process."""
     seconds: Seconds
-    """Of arms that share packs, each has a share by its number of runs."""
+    """Time of all runs. Arms that share packs divide the time by their numbers of runs."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SweepPlan:
-    """What a sweep will cost."""
+    """The estimated cost of a sweep."""
 
     arms: tuple[ArmPlan, ...]
     stages: Mapping[str, Seconds]
@@ -63,7 +63,7 @@ class SweepPlan:
     host_bytes: int
     """Largest resident memory of the process."""
     largest_moment: str
-    """What the process does when it has this memory."""
+    """The part of the sweep that needs this memory."""
     cost: SweepCost
 
     @property

@@ -92,7 +92,7 @@ class TrainingCost:
 
 @dataclass(frozen=True, kw_only=True)
 class GroupCost:
-    """What was measured of the arms whose trials share packs, or of one arm whose trials run alone."""
+    """Measured cost of the arms whose trials share packs, or of one arm whose trials run alone."""
 
     arms: tuple[Arm, ...]
     slots: int
@@ -113,7 +113,7 @@ class GroupCost:
 
 @dataclass(frozen=True, kw_only=True)
 class SweepCost:
-    """Everything that was measured of a sweep."""
+    """Measured cost of all parts of a sweep."""
 
     groups: tuple[GroupCost, ...]
     start_s: float

@@ -30,7 +30,6 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import InitVar, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -154,7 +153,9 @@ class PackTrainer:
         self.task = inputs.splits.task
         self.accumulate = resolve_accumulate(self.settings, inputs.splits.train, slots=self.slots)
         self.runs = [self._open_run(request, slot=slot, slots=len(requests)) for slot, request in enumerate(requests)]
-        self._build_slots()
+        self.model, coverages = build_pack([run.request.config for run in self.runs], inputs=inputs)
+        for slot, coverage in enumerate(coverages):
+            self._prepare_run(slot, trainable_params=coverage.trainable_params)
         self._arrange(range(len(self.runs)))
         set_dropout_streams(self.model, [run.stream for run in self.runs])
         # torch's global stream is set last, because building the model draws from it.
@@ -168,12 +169,6 @@ class PackTrainer:
         self.has_shared_draws: bool | None = None
         """Whether a step draws from torch's global stream, which all slots share; None before the first step."""
         self.last_boundary_s = time.monotonic()
-
-    def _build_slots(self) -> None:
-        """Builds the model with a slot for each run, and loads the states from which the runs resume."""
-        self.model, coverages = build_pack([run.request.config for run in self.runs], inputs=self.inputs)
-        for slot, coverage in enumerate(coverages):
-            self._prepare_run(slot, trainable_params=coverage.trainable_params)
 
     def run(self, stop_requested: Callable[[], bool]) -> bool:
         """Trains until every run has ended. Returns False if the pack was stopped before."""
@@ -273,8 +268,11 @@ class PackTrainer:
             self.state_file.unlink(missing_ok=True)  # 6: there is no run to resume
             self.remove_old_checkpoints()
             return
-        has_grown = not empty and self._add_slots()  # an empty slot means that no run is left
-        if freed or has_grown:
+        num_before = len(self.runs)
+        # an empty slot means that no run is left
+        while not empty and len(self.runs) < self.slots and self._refill(len(self.runs)):
+            pass
+        if freed or len(self.runs) > num_before:
             self._arrange([slot for slot in range(len(self.runs)) if slot not in empty])
         set_dropout_streams(self.model, [run.stream for run in self.runs])
         self.model.train()  # after the refill, because new layers get the model's mode, which is still `eval`
@@ -319,29 +317,16 @@ class PackTrainer:
             run.close("interrupted", f"stopped after step {run.step} of {run.record.steps_planned}")
 
     def _refill(self, slot: int) -> bool:
-        """Puts the next run into a slot. Returns False if no run is left."""
+        """Puts the next run into a slot, or into a new slot after the last. Returns False if no run is left."""
         request = self.next_run()
         if request is None:
             return False
-        self.runs[slot] = self._open_run(request, slot=slot, slots=len(self.runs))
+        run = self._open_run(request, slot=slot, slots=max(len(self.runs), slot + 1))
+        self.runs[slot : slot + 1] = [run]
         generator = torch.Generator().manual_seed(request.config.seeds.init)
         method, prepare_copy = _build_lora_config(request.config, self.inputs), _build_prepare_copy(self.inputs)
         coverage = fill_slot(self.model, slot, method, generator=generator, prepare_copy=prepare_copy)
         self._prepare_run(slot, trainable_params=coverage.trainable_params)
-        return True
-
-    def _add_slots(self) -> bool:
-        """Adds a slot for each further run, up to the planned number. Returns whether there was any."""
-        requests: list[RunRequest] = []
-        while len(self.runs) + len(requests) < self.slots and (request := self.next_run()) is not None:
-            requests.append(request)
-        if not requests:
-            return False
-        for slot, run in enumerate(self.runs):
-            run.resume_state = self._read_slot(slot)
-        first, slots = len(self.runs), len(self.runs) + len(requests)
-        self.runs += [self._open_run(request, slot=slot, slots=slots) for slot, request in enumerate(requests, first)]
-        self._build_slots()
         return True
 
     def _open_run(self, request: RunRequest, *, slot: int, slots: int) -> SlotRun:
@@ -367,12 +352,8 @@ class PackTrainer:
     def _save_checkpoint(self, slot: int, run: SlotRun) -> None:
         """Writes a slot's checkpoint, unless the run already has one of this step."""
         if run.step != run.saved_step:
-            run.save_checkpoint(self._read_slot(slot))
-
-    def _read_slot(self, slot: int) -> dict[str, Any]:
-        """Returns the state of a slot from which `_prepare_run` resumes."""
-        adapter = lora_state(slot_model(self.model, slot))
-        return {"adapter": adapter, "optimizer": self.runs[slot].optimizer.state()}
+            adapter = lora_state(slot_model(self.model, slot))
+            run.save_checkpoint({"adapter": adapter, "optimizer": run.optimizer.state()})
 
     def _save_weights(self, slot: int, folder: Path) -> None:
         base = self.inputs.base
