@@ -236,7 +236,7 @@ def test_nodes_join_and_leave_and_one_with_other_code_is_refused(start, tmp_path
     with (other / "lorasweep" / "errors.py").open("a") as file:
         file.write("# changed\n")
     cluster = nodes(1)
-    words = (f"worker.address={cluster.address}", "trainer.max_steps=96", "trainer.eval_every_steps=8")
+    words = (f"worker.address={cluster.address}", "trainer.max_steps=320", "trainer.eval_every_steps=16")
     sweep = start(*words, "sweep.output=out", environment=cluster.environment)
     wait_for(lambda: count_evaluations(folder), sweep)
     cluster.tell(f"add {other}")
@@ -246,7 +246,7 @@ def test_nodes_join_and_leave_and_one_with_other_code_is_refused(start, tmp_path
     wait_for(lambda: len({row.run for row in read_sweep(folder).trials if row.state == "running"}) > 1, sweep)
     cluster.tell("remove")
     assert "every node must have the same code and packages, but node " in sweep.wait()
-    check_whole(folder, steps=96)
+    check_whole(folder, steps=320)
 
 
 def test_a_cluster_that_can_hold_no_worker_is_refused_at_once(start, tmp_path):
