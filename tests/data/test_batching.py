@@ -144,16 +144,14 @@ def mixed():
     return LengthsOnly(torch.randint(3, 60, (500,), generator=generator).tolist())
 
 
-def padding_when_cut(split, accumulate):
-    steps = StepBatchSampler(split, batch_size=16, num_steps=100, seed=0, accumulate=accumulate)
-    return padding_fraction(split.lengths, [micro.indices for micro in steps])
-
-
-def test_more_slots_pay_for_more_cuts_until_a_tenth_is_padding(mixed):
-    chosen = [choose_accumulate(mixed, batch_size=16, slots=slots) for slots in (1, 4, 16)]
+def test_more_slots_pay_for_more_cuts_and_costly_calls_for_fewer(mixed):
+    chosen = [choose_accumulate(mixed, batch_size=16, slots=slots, cost_per_batch=256) for slots in (1, 4, 16)]
     assert chosen == sorted(chosen)
     assert chosen[0] < chosen[-1]
-    assert padding_when_cut(mixed, chosen[-1]) <= 0.1 < padding_when_cut(mixed, chosen[-1] - 1)
+    costs = [choose_accumulate(mixed, batch_size=16, slots=4, cost_per_batch=cost) for cost in (0, 100, 1000, 10**6)]
+    assert costs[0] == 16
+    assert costs == sorted(costs, reverse=True)
+    assert costs[-1] == 1
 
 
 @pytest.mark.parametrize("micro_batches", [2, 3, 5])
@@ -172,4 +170,4 @@ def test_sizes_leave_least_padding(mixed, micro_batches):
 
 
 def test_examples_of_one_length_are_not_cut():
-    assert choose_accumulate(LengthsOnly([7] * 20), batch_size=16) == 1
+    assert choose_accumulate(LengthsOnly([7] * 20), batch_size=16, cost_per_batch=0) == 1

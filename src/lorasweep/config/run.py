@@ -132,8 +132,8 @@ class TrainerConfig:
     """Sequences per optimizer step, >= 1."""
     accumulate: Positive | Literal["auto"]
     """Number of micro-batches of one optimizer step, 1 to `trainer.batch_size`. Each has sequences of similar length.
-    The number does not change the training. `auto` is 1 for a trial alone; for a pack, it is the smallest number with
-    at most 10 % padding."""
+    The number does not change the training, except for the draws of dropout. `auto` weighs padding against calls of the
+    model by a fixed rule."""
     eval_batch_size: Positive
     """Sequences of maximum length per evaluation batch. A batch of shorter sequences has more."""
     eval_every_steps: Positive

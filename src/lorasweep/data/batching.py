@@ -19,14 +19,6 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from lorasweep.data.split import Batch, Split
 
-MAX_PADDING_FRACTION = 0.1
-"""Maximum fraction of a batch that is padding. `trainer.accumulate=auto` takes the fewest micro-batches that stay below
-it, unless they cost too much (`MAX_COST_FACTOR`)."""
-BATCH_COST_POSITIONS = 256
-"""Fixed cost of a micro-batch, expressed as a number of token positions. On 2 cores, a step of MiniLM-L6 took
-a fixed 28 ms, which is the time of 300 tokens."""
-MAX_COST_FACTOR = 1.1
-"""Maximum cost of the micro-batches with little padding, as a multiple of the cheapest choice's cost."""
 MAX_MICRO_BATCHES = 16
 """Maximum number of micro-batches per step that `trainer.accumulate=auto` considers."""
 SAMPLED_STEPS = 100
@@ -256,26 +248,29 @@ def estimate_lengths(split: Split, batch_size: int) -> tuple[float, ...]:
     return tuple(drawn.sort(dim=1).values.double().mean(0).tolist())
 
 
-def choose_accumulate(split: Split, *, batch_size: int, slots: int = 1) -> int:
-    """Returns the number of micro-batches per step for `trainer.accumulate=auto`.
+def choose_accumulate(split: Split, *, batch_size: int, cost_per_batch: int, slots: int = 1) -> int:
+    """Returns the number of micro-batches per step for `trainer.accumulate=auto`: the one with the lowest cost.
 
-    A further micro-batch saves padding but costs one more call of the model. Nothing is measured, so the same data,
-    batch size and number of slots always get the same number.
+    A further micro-batch saves padding but costs one more call of the model. Nothing is measured, so the same arguments
+    always get the same number.
+
+    Args:
+        split: Examples to train on.
+        batch_size: Examples per step.
+        cost_per_batch: Fixed cost of a micro-batch, expressed as a number of token positions.
+        slots: Runs that train together, each with `batch_size` examples.
     """
     if _has_one_length(split):
         return 1
     typical = torch.tensor(estimate_lengths(split, batch_size))
-    costs: dict[int, float] = {}
-    padding: dict[int, float] = {}
-    for count in range(1, min(batch_size, MAX_MICRO_BATCHES) + 1):
+
+    def cost(count: int) -> float:
         sizes = torch.tensor(choose_micro_batch_sizes(split, batch_size=batch_size, micro_batches=count))
         # The last example of each micro-batch is its longest, so all others are padded to its length.
         positions = float((sizes * typical[sizes.cumsum(0) - 1]).sum())
-        costs[count] = slots * positions + count * BATCH_COST_POSITIONS
-        padding[count] = 1 - float(typical.sum()) / positions
-    cheapest = min(costs, key=costs.__getitem__)
-    with_little_padding = next((count for count in costs if padding[count] <= MAX_PADDING_FRACTION), cheapest)
-    return with_little_padding if costs[with_little_padding] <= MAX_COST_FACTOR * costs[cheapest] else cheapest
+        return slots * positions + count * cost_per_batch
+
+    return min(range(1, min(batch_size, MAX_MICRO_BATCHES) + 1), key=cost)
 
 
 def batch_by_length(lengths: Int[Tensor, " examples"], *, budget: int) -> list[list[int]]:
