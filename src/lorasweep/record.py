@@ -76,7 +76,9 @@ class RunRecord:
     environment: dict[str, str] = field(default_factory=dict)
     """Environment variables that can change results (`training.environment.NUMERIC_VARIABLES`)."""
     data: dict[str, Any] = field(default_factory=dict)
-    """By split (`train`, `validation`, `test`): `fingerprint`, `bytes`, and `documents` and `blocks` or `rows`."""
+    """By split (`train`, `validation`, `test`): `fingerprint`, `bytes`, and `documents` and `blocks`, or `examples`.
+    Validation and test data with labels have `constant_answer`: every metric of the answer that needs no training
+    (`data.constant_answer`)."""
     notes: list[str] = field(default_factory=list)
     """Sentences on the data: splits, duplicates, the majority class."""
     batching: dict[str, Any] = field(default_factory=dict)

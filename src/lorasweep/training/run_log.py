@@ -19,6 +19,7 @@ from torch import Tensor
 from lorasweep.config.build import as_settings
 from lorasweep.config.data import goal_direction
 from lorasweep.config.run import RunConfig, TrainerConfig
+from lorasweep.data.constant_answer import describe_scored_split
 from lorasweep.disk import remove_leftovers, write_atomically
 from lorasweep.errors import Diverged, RecordError
 from lorasweep.record import (
@@ -175,7 +176,7 @@ def open_record(
     """Returns a new record. If the run resumes, returns the record as it was at the checkpoint `found`."""
     if found.path is not None:
         return _reopen_record(run_folder.path, step=found.step, notes=found.notes)
-    splits = {"train": inputs.splits.train, "validation": inputs.splits.validation}
+    splits = inputs.splits
     platform = describe_platform(inputs.precision, resolve_device(config.trainer))
     if num_processes > 1:
         platform |= {"processes": num_processes, "strategy": config.trainer.strategy_name}
@@ -184,15 +185,15 @@ def open_record(
         config=as_settings(config),
         arm=run_folder.arm,
         trial=run_folder.trial,
-        metric=inputs.splits.metric,
-        direction=goal_direction(inputs.splits.metric),
+        metric=splits.metric,
+        direction=goal_direction(splits.metric),
         command=describe_command(),
         code=describe_code(),
         packages=describe_packages(),
         platform=platform,
         environment=describe_environment(),
         notes=[*inputs.notes, *found.notes],
-        data={name: split.describe() for name, split in splits.items()},
+        data={"train": splits.train.describe(), "validation": describe_scored_split(splits, splits.validation)},
         base=inputs.base.describe(),
         started_at=utc_now(),
         steps_planned=0 if config.method.name == "frozen" else config.trainer.max_steps,  # `frozen` trains nothing

@@ -146,6 +146,7 @@ def test_a_classifier_learns_and_its_score_is_accuracy(make, tmp_path):
     assert sum(losses[-5:]) < 0.8 * sum(losses[:5])  # with the seeds 0 to 3, the last are 0.08 to 0.52 of the first
     assert record.batching["padding_fraction"]["train"] > 0
     assert record.data["train"]["labels"].keys() == {"even", "odd"}
+    assert record.data["validation"]["constant_answer"].keys() == {"accuracy", "f1", "matthews", "loss"}
 
 
 @pytest.mark.parametrize("method", ["full", "head", "frozen", "bitfit"])

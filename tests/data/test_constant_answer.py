@@ -1,0 +1,65 @@
+"""The scores of the most frequent label or of the mean of train, computed by the task that scores a run."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lorasweep.data.build_splits import DataSplits
+from lorasweep.data.constant_answer import describe_scored_split, score_constant_answer
+from lorasweep.data.examples import LabelledSplit, Ragged
+from lorasweep.data.tasks import Classification, MultiLabel, Regression, Task
+
+
+def make_split(name: str, labels: Tensor) -> LabelledSplit:
+    tokens = Ragged.from_lists([[1]] * len(labels))
+    return LabelledSplit(name=name, fingerprint="0", tokens=tokens, pad_token=0, bytes=len(labels), labels=labels)
+
+
+def make_splits(task: Task, train: list[Any], validation: list[Any], dtype: torch.dtype) -> DataSplits:
+    found = [make_split(name, torch.tensor(labels, dtype=dtype)) for name, labels in (("a", train), ("b", validation))]
+    return DataSplits(
+        train=found[0], validation=found[1], task=task, metric=task.metrics[0], test=lambda: found[1], notes=()
+    )
+
+
+def score(task: Task, train: list[Any], validation: list[Any], dtype: torch.dtype = torch.int64) -> dict[str, float]:
+    splits = make_splits(task, train, validation, dtype)
+    return score_constant_answer(splits, splits.validation)
+
+
+@pytest.mark.parametrize("train", [[0, 2, 2, 1, 2, 0], [1, 0, 1, 0], [2, 2, 2]])
+def test_most_frequent_class_of_train_is_the_answer(train: list[int]) -> None:
+    validation = [2, 0, 0, 1, 2, 2, 1]
+    found = score(Classification(num_classes=3), train, validation)
+    most_frequent = max(range(3), key=train.count)  # of equally frequent ones the first
+    assert found["accuracy"] == pytest.approx(validation.count(most_frequent) / 7)
+    assert found["matthews"] == 0
+    shares = [(train.count(label) + 1) / (len(train) + 3) for label in range(3)]
+    # fp32 logits: 1e-6
+    assert found["loss"] == pytest.approx(-sum(math.log(shares[label]) for label in validation) / 7, rel=1e-6)
+
+
+def test_labels_of_more_than_half_of_the_examples_are_the_answer() -> None:
+    found = score(MultiLabel(num_labels=2), [[1, 0], [1, 1], [0, 0]], [[1, 0], [1, 1], [0, 1], [1, 0]], torch.float32)
+    assert found["accuracy"] == 0.5
+    assert found["f1"] == pytest.approx(2 * 3 / (2 * 3 + 1 + 2))
+
+
+@pytest.mark.parametrize("count", [3, 7, 1000])
+def test_mean_has_the_squared_error_around_it_and_no_correlation(count: int) -> None:
+    train, validation = [0.1 * n for n in range(count)], [0.3, 0.7, 2.0]
+    mean = sum(train) / count
+    found = score(Regression(), train, validation, torch.float32)
+    assert found["mse"] == pytest.approx(sum((x - mean) ** 2 for x in validation) / 3, rel=1e-5)  # fp32
+    assert (found["pearson"], found["spearman"]) == (0, 0)
+
+
+def test_record_entry_of_a_split_with_labels_has_the_scores() -> None:
+    splits = make_splits(Classification(num_classes=2), [0, 1, 1], [0, 1], torch.int64)
+    entry = describe_scored_split(splits, splits.validation)
+    assert entry == splits.validation.describe() | {"constant_answer": score_constant_answer(splits, splits.validation)}
