@@ -7,6 +7,10 @@ In the third table examples come in groups, such as the blocks of a document. A 
 deviation 4, and a difficulty for each arm alone of standard deviation 2. Groups have 5 to 40 examples, or uneven sizes:
 lognormal with standard deviation 1, as uneven as Python's documentation. Each repeat draws other seeds and groups.
 
+The fourth table is about a bounded metric. The accuracies of seeds have a beta distribution. It compares the report's t
+interval, which is cut at 0 and 1, with a t interval on the logit scale, which never leaves the range: how often they
+contain the true mean, their mean width, and how often the first one was cut.
+
 The last table is about the advised rank: how often it is truly worse than the best rank by more than the margin, and
 how often a rank is advised. Each number is that of the worst of three noise levels.
 
@@ -20,6 +24,7 @@ import itertools
 
 import numpy as np
 from scipy import stats
+from scipy.special import expit, logit
 
 from lorasweep.config.sweep import Margin
 from lorasweep.report.evidence.equivalence import measure_margin
@@ -38,6 +43,8 @@ TRUTHS = {
 """How much worse each rank is than the best one, in shares of full's gain."""
 NOISES = (0.005, 0.02, 0.05)
 """The standard deviation over seeds, in shares of full's gain."""
+BOUNDED = ((0.69, 0.08), (0.9, 0.03), (0.98, 0.015))
+"""Mean and standard deviation of accuracies over seeds."""
 
 
 def main() -> None:
@@ -64,6 +71,10 @@ def main() -> None:
         ]
         sizes = "uneven" if are_uneven else "5 to 40"
         print(f"{sizes:8}{seeds:6}{groups:8}  {'  '.join(f'{share:6.1%}' for share in shares)}", flush=True)
+    print("a metric from 0 to 1: coverage and width of the cut t interval, of the logit interval; how often it is cut")
+    for (mean, deviation), seeds in itertools.product(BOUNDED, (2, 3, 5, 10)):
+        numbers = cover_bounded(mean, deviation, seeds, asked.repeats)
+        print(f"{mean:5} ± {deviation:5}{seeds:6}  {'  '.join(f'{number:6.1%}' for number in numbers)}")
     print("rank advice: wrong by the earlier rule (not distinguishably worse than the best); wrong; settled")
     for truth, worse in TRUTHS.items():
         for seeds in (2, 3, 5, 10):
@@ -110,6 +121,24 @@ def cover_seeds(seeds: int, repeats: int) -> list[float]:
         bca = stats.bootstrap((values,), np.mean, method="BCa", n_resamples=2000, rng=rng).confidence_interval
         hits.append([holds(np.quantile(drawn, [0.025, 0.975])), holds(bca), holds(found.interval if found else None)])
     return [float(share) for share in np.mean(hits, axis=0)]
+
+
+def cover_bounded(mean: float, deviation: float, seeds: int, repeats: int) -> list[float]:
+    rng, rows = np.random.default_rng(3), []
+    concentration = mean * (1 - mean) / deviation**2 - 1
+    for values in rng.beta(mean * concentration, (1 - mean) * concentration, (repeats, seeds)):
+        scores = build_scores({("a", seed): float(value) for seed, value in enumerate(values)}, {}, score_range=(0, 1))
+        found = estimate_sum(scores, {"a": 1.0})
+        assert found
+        assert found.distribution
+        assert found.interval
+        logits = stats.ttest_1samp(logit(values), 0).confidence_interval(0.95)
+        row = [found.interval != found.distribution.interval]
+        for low, high in (found.interval, expit([logits.low, logits.high])):
+            row += [low <= mean <= high, high - low]
+        rows.append(row)
+    is_cut, *measured = np.mean(rows, axis=0)
+    return [float(number) for number in (*measured, is_cut)]
 
 
 def cover_both(seeds: int, examples: int, repeats: int) -> list[float]:

@@ -6,6 +6,7 @@ One `...Config` per file in `conf/data/`. Several kinds of data share the `...Se
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Literal
@@ -33,6 +34,13 @@ METRICS_OF_TASK: Mapping[LabelTask, tuple[LabelMetric, ...]] = {
 """Metrics of each task. `auto` takes the first."""
 MINIMIZED_METRICS = ("bits_per_byte", "loss", "perplexity", "mse")
 """Metrics for which lower is better. For all other metrics, higher is better."""
+METRIC_RANGES: Mapping[str, tuple[float, float]] = {
+    **dict.fromkeys(("accuracy", "f1"), (0.0, 1.0)),
+    **dict.fromkeys(("matthews", "pearson", "spearman"), (-1.0, 1.0)),
+    **dict.fromkeys(("bits_per_byte", "loss", "mse"), (0.0, math.inf)),
+    "perplexity": (1.0, math.inf),
+}
+"""Lowest and highest possible value of each metric."""
 
 GLUE_PATH = "nyu-mll/glue"
 GLUE_COLUMNS: Mapping[GlueTask, tuple[str, str | None]] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from scipy import stats
 
 from lorasweep.report.evidence.estimates import ConfidenceDistribution, estimate_mean, estimate_ratio, estimate_sum
-from lorasweep.report.evidence.scores import build_scores
+from lorasweep.report.evidence.scores import UNBOUNDED, build_scores
 
 from .conftest import plant
 
@@ -206,3 +207,43 @@ def test_where_nothing_is_left_to_chance_there_is_a_point() -> None:
     zero = estimate_mean(np.zeros(1), None, varies_by_seed=False)
     assert zero
     assert zero.p_value == 1
+
+
+@pytest.mark.parametrize(
+    ("score_range", "arms", "values", "interval"),
+    [
+        ((0.0, 1.0), {"a": 1.0}, (0.635, 0.745), (0.0, 1.0)),
+        ((0.0, 1.0), {"a": 1.0}, (0.99, 0.97, 0.98), (0.98 - 0.0248, 1.0)),
+        ((0.0, 1.0), {"a": 1.0, "b": -1.0}, (0.9, 0.5), (-1.0, 1.0)),
+        ((0.0, math.inf), {"a": 1.0}, (0.1, 0.3), (0.0, 0.2 + 1.2706)),
+        ((0.0, math.inf), {"a": 1.0, "b": -1.0}, (0.1, 0.3), (0.2 - 1.2706, 0.2 + 1.2706)),
+        ((1.0, math.inf), {"a": 1.0}, (1.1, 1.3), (1.0, 1.2 + 1.2706)),
+    ],
+)
+def test_interval_ends_where_the_metric_ends(
+    score_range: tuple[float, float], arms: dict[str, float], values: tuple[float, ...], interval: tuple[float, float]
+) -> None:
+    rows = {("a", seed): value for seed, value in enumerate(values)} | {("b", seed): 0.0 for seed in range(len(values))}
+    found = estimate_sum(build_scores(rows, {}, score_range=score_range), arms)
+    assert found
+    assert found.interval == pytest.approx(interval, abs=1e-3)  # as many digits as the table of Student's t
+
+
+def test_cut_interval_does_not_change_a_test() -> None:
+    values = {("a", 0): 0.99, ("a", 1): 0.90, ("b", 0): 0.93, ("b", 1): 0.85}
+    whole, cut = (
+        estimate_sum(build_scores(values, {}, score_range=score_range), {"a": 1.0, "b": -1.0})
+        for score_range in (UNBOUNDED, (0.0, 1.0))
+    )
+    assert whole
+    assert cut
+    assert whole.tested
+    assert cut.tested
+    assert cut.tested.p_value == whole.tested.p_value
+
+
+def test_a_constant_moves_the_bounds_of_a_sum() -> None:
+    scores = build_scores({("a", 0): 0.4, ("a", 1): 0.6}, {}, score_range=(0.0, 1.0))
+    found = estimate_sum(scores, {"a": -2.0}, constant=0.5)
+    assert found
+    assert found.bounds == (-1.5, 0.5)

@@ -2,6 +2,9 @@
 
 Seeds get a t distribution, because resampling n seeds can't leave their range: even the whole range of 5 covers a
 symmetric distribution's centre in only 1 - 2^(1 - 5) = 94 % of cases. Examples are many, so they get a bootstrap.
+
+An interval is cut where the metric ends (`Estimate.bounds`): no mean accuracy is above 1. The true value is never
+outside, so a cut interval contains it as often as the whole one. Tests use the whole distribution.
 """
 
 from __future__ import annotations
@@ -119,11 +122,16 @@ class Estimate:
     uses_examples: bool
     is_testable: bool
     """Whether the error over seeds is known: there are two seeds, or seeds make no difference. A verdict needs it."""
+    bounds: Interval
+    """The lowest and the highest possible value of the sum."""
 
     @property
     def interval(self) -> Interval | None:
-        """The 95 % interval."""
-        return self.distribution.interval if self.distribution else None
+        """The 95 % interval, cut at `bounds`."""
+        if self.distribution is None:
+            return None
+        low, high = np.clip(self.distribution.interval, *self.bounds)
+        return float(low), float(high)
 
     @property
     def std(self) -> float | None:
@@ -173,6 +181,7 @@ def estimate_sum(scores: ConfirmScores, coefficients: Coefficients, *, constant:
         distribution=estimate_mean(sums, deviations, varies_by_seed=seeds is not None),
         uses_examples=deviations is not None,
         is_testable=seeds is None or len(seeds) > 1,
+        bounds=_bound_sum(coefficients, scores.score_range, constant=constant),
     )
 
 
@@ -199,6 +208,13 @@ def estimate_ratio(
         for confidence in ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2)
     )
     return ratio, None if low is None or high is None else (min(low, high), max(low, high))
+
+
+def _bound_sum(coefficients: Coefficients, score_range: Interval, *, constant: float) -> Interval:
+    """Returns the lowest and the highest possible value of constant + Σ coefficient · mean of the arm."""
+    # Without 0: the product of 0 and an infinite end is not a number.
+    ends = [[coefficient * end for end in score_range] for coefficient in coefficients.values() if coefficient]
+    return constant + sum(map(min, ends)), constant + sum(map(max, ends))
 
 
 def _common_seeds(scores: ConfirmScores, arms: Coefficients) -> tuple[int, ...] | None:

@@ -15,6 +15,8 @@ from scipy.special import stdtrit
 Array = NDArray[np.float64]
 RunKey = tuple[str, int]
 """Arm and seed of a confirm run."""
+UNBOUNDED = (-math.inf, math.inf)
+"""The range of a metric without limits."""
 
 DEFAULT_DRAWS = 4000
 BOOTSTRAP_SEED = 1979
@@ -62,6 +64,8 @@ class ConfirmScores:
     """The number of groups of test examples; `num_examples` if each example is a group."""
     problems: tuple[str, ...]
     """One sentence for each run whose scores of single examples are not used, or if all examples are in one group."""
+    score_range: tuple[float, float] = UNBOUNDED
+    """The lowest and the highest possible score."""
 
 
 def read_examples(path: Path) -> ExampleScores:
@@ -90,11 +94,13 @@ def build_scores(
     *,
     deterministic: frozenset[str] = frozenset(),
     is_perplexity: bool = False,
+    score_range: tuple[float, float] = UNBOUNDED,
     draws: int = DEFAULT_DRAWS,
 ) -> ConfirmScores:
     """Returns the scores of the confirm stage. Examples that don't fit the run's score or the first run are skipped.
 
     `deterministic` are the arms in which the seed makes no difference. Perplexity is exp of the examples' mean.
+    `score_range` has the lowest and the highest possible score.
     """
     by_arm: dict[str, dict[int, float]] = {}
     for (arm, seed), value in values.items():
@@ -124,6 +130,7 @@ def build_scores(
         num_examples=len(used.rows) if used else 0,
         num_groups=len(set(used.groups)) if used else 0,
         problems=tuple(problems),
+        score_range=score_range,
     )
 
 
