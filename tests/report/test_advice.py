@@ -11,6 +11,7 @@ import pytest
 
 from lorasweep.report.advice import Advice, RankAdvice, advise, describe_edges
 from lorasweep.report.evidence.verdicts import ArmEvidence, Evidence
+from lorasweep.report.figures.trials import draw_score_by_lr, draw_score_by_rank
 from lorasweep.report.summary import summarize
 from lorasweep.report.sweep_data import SweepData, load_sweep_data
 
@@ -59,6 +60,9 @@ def test_without_a_known_margin_no_rank_is_advised(tmp_path: Path) -> None:
 def test_higher_is_better_when_the_sweep_maximizes(tmp_path: Path) -> None:
     sweep = build_rank_arms(tmp_path, {1: 1.9, 4: 1.7})
     edit_json(sweep / "sweep.json", lambda raw: raw.update(direction="maximize", margin=0.01))
+    edit_json(
+        sweep / "sweep.json", lambda raw: raw["trials"][0].update(value=1.0)
+    )  # the frozen base, else nothing is learned
     assert advise_rank(sweep).best_rank == 1
 
 
@@ -198,3 +202,73 @@ def test_arms_with_the_same_edge_share_a_sentence(sweep: Path) -> None:
     edit_json(sweep / "sweep.json", widen)
     (sentence,) = describe_edges(load_sweep_data(sweep))
     assert "`optim.lr` of `lora` (0.03) and `full` (0.005) lies at the upper end" in sentence
+
+
+def keep_rank(raw: dict[str, Any], rank: int) -> None:
+    """Lets the lora arm choose between that rank and eight times it, and gives all its trials that rank."""
+    raw["arms"][1]["space"]["method.rank"] = [rank, 8 * rank]
+    for trial in raw["trials"]:
+        trial["params"] |= {"method.rank": rank} if trial["arm"] == "lora" else {}
+
+
+def test_choice_without_a_complete_trial_is_named_and_the_other_is_not_the_best(sweep: Path) -> None:
+    edit_json(sweep / "sweep.json", lambda raw: keep_rank(raw, 2))
+    summary = summarize(sweep)
+    untried = "Nothing is known about `method.rank` 16: no complete trial of `lora` has it."
+    assert summary.advice.untried == (untried,)
+    assert untried in summary.sentences
+    assert not any("best `method.rank`" in text for text in summary.sentences)
+    lora = next(one for one in summary.recommended if one.arm == "lora")
+    assert lora.sentences[0].endswith("No complete trial has rank 16.")
+    assert draw_score_by_rank(summary.data).figures == ()  # the chart has the same trials, of one rank
+
+    def stop_early(raw: dict[str, Any]) -> None:
+        pruned = next(trial for trial in raw["trials"] if trial["state"] == "pruned")
+        pruned["params"]["method.rank"] = 16
+
+    edit_json(sweep / "sweep.json", stop_early)
+    assert summarize(sweep).advice.untried == (untried,)
+
+
+def test_arms_without_the_same_choice_share_a_sentence(sweep: Path) -> None:
+    def add_arm(raw: dict[str, Any]) -> None:
+        keep_rank(raw, 2)
+        raw["arms"].append({**raw["arms"][1], "name": "more"})
+        raw["trials"] += [{**trial, "arm": "more"} for trial in raw["trials"] if trial["arm"] == "lora"]
+
+    edit_json(sweep / "sweep.json", add_arm)
+    (sentence,) = advise_folder(sweep).untried
+    assert "no complete trial of `lora` and `more` has it" in sentence
+
+
+def test_one_learning_rate_is_not_the_best(sweep: Path) -> None:
+    def keep_rate(raw: dict[str, Any]) -> None:
+        for trial in raw["trials"]:
+            trial["params"] |= {"optim.lr": 1e-3} if trial["arm"] == "full" else {}
+
+    edit_json(sweep / "sweep.json", keep_rate)
+    data = load_sweep_data(sweep)
+    assert [rate.arm for rate in advise(data).rates] == ["lora"]
+    assert "full" not in {trace.name for trace in draw_score_by_lr(data).figures[0].data}
+
+
+def test_best_rate_at_an_end_needs_a_trial_elsewhere(sweep: Path) -> None:
+    def narrow(raw: dict[str, Any]) -> None:
+        raw["arms"][2]["space"] = {"optim.lr": {"low": 1e-4, "high": 1.0}}
+        for number, trial in enumerate(trial for trial in raw["trials"] if trial["arm"] == "full"):
+            trial["params"] = {"optim.lr": 1e-4 * (1 + number)}  # all of them in the lowest 5 % of the range
+
+    edit_json(sweep / "sweep.json", narrow)
+    full = next(rate for rate in advise_folder(sweep).rates if rate.arm == "full")
+    assert not full.is_edge
+
+
+def test_smallest_dimension_that_was_tried_is_an_upper_bound_of_d90(tmp_path: Path) -> None:
+    found = advise(sweep_dimensions(tmp_path, {8: 0.95, 64: 0.99})).dimension
+    assert found
+    assert found.d90 == 8
+    assert found.sentence.startswith("d90 is at most 8: dimension 8 keeps 95 %")
+
+
+def test_lowest_rank_is_not_called_better_than_lower_ones(tmp_path: Path) -> None:
+    assert "no lower rank is compared" in advise_rank(build_rank_arms(tmp_path, {1: 1.7, 4: 1.8})).sentence

@@ -20,7 +20,7 @@ from lorasweep.report.figures.trials import (
 )
 from lorasweep.report.sweep_data import load_sweep_data
 
-from .conftest import BASE_SCORE, build_rank_arms, build_sweep, edit_json
+from .conftest import BASE_SCORE, add_select_stage, build_rank_arms, build_sweep, edit_json
 
 
 def test_each_arm_keeps_one_colour_of_its_own(sweep: Path) -> None:
@@ -90,6 +90,21 @@ def test_arms_of_one_rank_each_share_a_line(sweep: Path) -> None:
     assert [list(trace.x) for trace in figure.data if trace.mode == "lines"] == [[1, 64]]
 
 
+def test_arms_that_differ_in_more_than_rank_have_lines_of_their_own(tmp_path: Path) -> None:
+    sweep = build_rank_arms(tmp_path, {1: 1.8, 4: 1.7, 16: 1.69, 64: 1.68})
+
+    def add_dora(raw: dict[str, Any]) -> None:
+        for arm in raw["arms"][-2:]:
+            arm["settings"]["method.variant"] = "dora"
+
+    edit_json(sweep / "sweep.json", add_dora)
+    figures = draw_score_by_rank(load_sweep_data(sweep)).figures
+    lines = [{trace.name: list(trace.x) for trace in figure.data if "lines" in trace.mode} for figure in figures]
+    groups = {"lora-rank1 to lora-rank4": [1, 4], "lora-rank16 to lora-rank64": [16, 64]}
+    assert lines[0] == {f"{name}: best": ranks for name, ranks in groups.items()}
+    assert lines[1] == {f"{name}, confirmed": ranks for name, ranks in groups.items()}
+
+
 def test_heat_map_shows_the_best_of_each_cell_and_leaves_untried_ones_empty(sweep: Path) -> None:
     data = load_sweep_data(sweep)
     heat = draw_rank_alpha(data).figures[0].data[0]
@@ -136,6 +151,18 @@ def test_learning_rates_of_each_arm_are_dots_and_its_best_a_ring(sweep: Path) ->
     assert [ring.y[0] for ring in rings] == [data.best_score("lora"), data.best_score("full")]
     crosses = [trace for trace in figure.data if trace.marker.symbol == "x-thin-open"]
     assert [len(cross.x) for cross in crosses] == [6, 0]
+
+
+def test_ring_is_around_the_winner_of_the_select_stage_and_the_text_says_so(sweep: Path) -> None:
+    assert "rings the best trial of each arm" in draw_score_by_lr(load_sweep_data(sweep)).text
+    add_select_stage(sweep, arm="lora")
+    data = load_sweep_data(sweep)
+    winner, panel = data.arms[1].best, draw_score_by_lr(data)
+    assert winner
+    assert winner.value != min(trial.value for trial in data.arms[1].trials if trial.is_complete and trial.value)
+    ring = next(trace for trace in panel.figures[0].data if trace.marker.symbol == "circle-open")
+    assert (ring.x[0], ring.y[0]) == (winner.params["optim.lr"], winner.value)
+    assert "rings the winners of the select stage" in panel.text
 
 
 def test_best_curves_are_bold_and_named(sweep: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from lorasweep.report import write_report
 from lorasweep.report.evidence.equivalence import FurtherEvidence
 from lorasweep.report.evidence.verdicts import PairComparison
 from lorasweep.report.findings import ONE_SEED, describe_pair
@@ -113,7 +114,7 @@ def test_one_seed_has_no_verdict_and_says_so(tmp_path: Path) -> None:
     text = " ".join(summary.sentences)
     assert "means over 1 fresh seed with" in text
     assert "were not tested: they have one seed in common" in text
-    assert "no verdict on `lora`, `full`" in text
+    assert "no verdict on `lora` and `full`" in text
 
 
 @pytest.mark.parametrize(
@@ -150,6 +151,17 @@ def test_full_that_gained_nothing_has_no_share(confirmed: Path) -> None:
     sentences = summarize(confirmed).sentences
     assert any("gained nothing, so no share" in text for text in sentences)
     assert "higher is better" in sentences[0]
+
+
+def test_few_seeds_are_a_warning_on_the_page_and_above_the_other_findings(tmp_path: Path) -> None:
+    summary = write_report(confirm_sweep(build_sweep(tmp_path), seeds=2))
+    (warning,) = summary.warnings
+    assert warning.startswith("Two seeds say little")
+    sentences = list(summary.sentences)
+    assert sentences.index(warning) < next(n for n, text in enumerate(sentences) if "tokens trained" in text)
+    page = (tmp_path / "report/index.html").read_text()
+    assert page.index("Two seeds say little") < page.index('<details id="findings">')
+    assert page.count("Two seeds say little") == 3  # at the top, among the findings, and below the figure
 
 
 def test_of_many_arms_four_best_get_a_sentence(tmp_path: Path) -> None:

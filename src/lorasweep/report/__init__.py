@@ -5,6 +5,7 @@ torch.
 
 sweep_data          reads a sweep's folder: trials, arms, select and confirm runs with their runs' records
 evidence, advice    the results of the confirm stage, and what to do next
+learning            whether the trials are better than an answer that needs no training
 fairness, findings  whether arms were treated alike, and the sentences at the top of the report
 summary             the content of the whole report
 figures, page, board, terminal, write

@@ -10,6 +10,7 @@ from typing import Any
 from lorasweep.config.ranges import find_bounds
 from lorasweep.report.evidence.estimates import Interval
 from lorasweep.report.evidence.ranks import RankVerdict
+from lorasweep.report.learning import judge_learning
 from lorasweep.report.sweep_data import LR, RANK, ArmData, SweepData, TrialData
 from lorasweep.wording import UNKNOWN, format_estimate, format_setting, format_share_estimate, join_words
 
@@ -59,23 +60,33 @@ class DimensionAdvice:
 class Advice:
     """All advice of one sweep."""
 
-    ranks: tuple[RankAdvice, ...]
-    rates: tuple[RateAdvice, ...]
-    dimension: DimensionAdvice | None
-    next_searches: tuple[str, ...]
+    ranks: tuple[RankAdvice, ...] = ()
+    rates: tuple[RateAdvice, ...] = ()
+    dimension: DimensionAdvice | None = None
+    next_searches: tuple[str, ...] = ()
     """One sentence for each range that should be searched further."""
+    untried: tuple[str, ...] = ()
+    """One sentence for each key with values that no complete trial has."""
 
 
 def advise(data: SweepData) -> Advice:
+    """Returns the advice; only that on values without a complete trial if nothing was learned.
+
+    A best value is named if complete trials have at least two values: the figures draw the same trials.
+    """
+    untried = tuple(describe_untried(data))
+    if judge_learning(data).state == "nothing":
+        return Advice(untried=untried)
     return Advice(
         ranks=tuple(_advise_rank(verdict, data) for verdict in data.evidence.ranks),
         rates=tuple(
-            RateAdvice(arm=arm.name, lr=lr, is_edge=LR in find_edges(arm, arm.best))
+            RateAdvice(arm=arm.name, lr=lr, is_edge=LR in find_best_edges(arm))
             for arm in data.arms
-            if arm.best and LR in arm.best.params and (lr := arm.best.numeric_setting(LR))
+            if arm.best and len(arm.tried_settings(LR)) > 1 and (lr := arm.best.numeric_setting(LR))
         ),
         dimension=advise_dimension(data),
         next_searches=tuple(describe_edges(data)),
+        untried=untried,
     )
 
 
@@ -103,21 +114,32 @@ def advise_dimension(data: SweepData) -> DimensionAdvice | None:
     best = d90 or max(shares, key=lambda dim: shares[dim][0])
     known = f"{'on test data' if is_confirmed else 'in the search'}; tried were {', '.join(map(str, shares))}"
     kept = f"{best} keeps {format_share_estimate(*shares[best])} of full fine-tuning's gain ({known})."
-    sentence = f"d90 = {d90}: dimension {kept}" if d90 else f"d90 is above {max(shares)}: the best dimension {kept}"
+    if d90 is None:
+        sentence = f"d90 is above {max(shares)}: the best dimension {kept}"
+    else:  # a smaller dimension than the smallest that was tried may be enough too
+        sentence = f"d90 {'is at most' if d90 == min(shares) else '='} {d90}: dimension {kept}"
     return DimensionAdvice(d90=d90, sentence=sentence)
 
 
-def describe_edges(data: SweepData) -> list[str]:
-    """Returns a sentence for each key whose best value lies at an end of its range.
+def describe_untried(data: SweepData) -> list[str]:
+    """Returns a sentence for each list of choices of which no complete trial has some."""
+    untried: dict[tuple[str, tuple[str, ...]], list[str]] = defaultdict(list)
+    for arm in data.arms:
+        for key, values in arm.untried.items():
+            untried[key, values].append(f"`{arm.name}`")
+    return [
+        f"Nothing is known about `{key}` {join_words(values, last='or')}: no complete trial of "
+        f"{join_words(arms)} has it."
+        for (key, values), arms in untried.items()
+    ]
 
-    An arm is skipped if no complete trial lies away from that end: then nothing shows that the end is better.
-    """
+
+def describe_edges(data: SweepData) -> list[str]:
+    """Returns a sentence for each key whose best value lies at an end of its range."""
     edges: dict[tuple[str, str], list[tuple[str, Any]]] = defaultdict(list)
     for arm in data.arms:
-        if arm.best is None:
-            continue
-        for key, end in find_edges(arm, arm.best).items():
-            if any(t.is_complete and find_edges(arm, t).get(key) != end for t in arm.trials):
+        for key, end in find_best_edges(arm).items():
+            if arm.best:
                 edges[key, end].append((arm.name, arm.best.params[key]))
     sentences = []
     for (key, end), bests in edges.items():
@@ -129,8 +151,17 @@ def describe_edges(data: SweepData) -> list[str]:
     return sentences
 
 
-def find_edges(arm: ArmData, trial: TrialData) -> dict[str, str]:
-    """Returns the swept keys whose value in the trial lies at an end of its range: `lower` or `upper` by key."""
+def find_best_edges(arm: ArmData) -> dict[str, str]:
+    """Returns the swept keys whose value in the best trial lies at an end of its range: `lower` or `upper` by key.
+
+    A key is left out if no complete trial lies away from that end: then nothing shows that the end is better.
+    """
+    complete = [_find_edges(arm, trial) for trial in arm.trials if trial.is_complete]
+    edges = _find_edges(arm, arm.best) if arm.best else {}
+    return {key: end for key, end in edges.items() if any(others.get(key) != end for others in complete)}
+
+
+def _find_edges(arm: ArmData, trial: TrialData) -> dict[str, str]:
     ends = {key: _find_end(arm.row.space.get(key), trial.numeric_setting(key)) for key in trial.params}
     # No rank is lower than 1, so there is nothing to search below it.
     return {key: end for key, end in ends.items() if end and not (key == RANK and trial.params[key] == 1)}
@@ -157,7 +188,8 @@ def _advise_rank(verdict: RankVerdict, data: SweepData) -> RankAdvice:
             f"{verdict.settled_by.describe(groups=data.example_groups)} would probably settle it."
         )
     elif len(arms) == 1:
-        sentence = f"Rank {best} is enough: it has the best score, and no lower rank is shown to be within the margin."
+        lower = "shown to be within the margin" if verdict.best_rank > min(verdict.compared) else "compared"
+        sentence = f"Rank {best} is enough: it has the best score, and no lower rank is {lower}."
     else:
         pair = data.evidence.pair(*arms)
         difference = format_estimate(pair.difference, pair.interval) if pair else UNKNOWN

@@ -12,6 +12,7 @@ from lorasweep.config.sweep import parse_margin
 from lorasweep.report.advice import Advice
 from lorasweep.report.evidence.verdicts import LEVEL, PairComparison
 from lorasweep.report.fairness import Fairness
+from lorasweep.report.learning import Learning
 from lorasweep.report.search_spread import SearchSpread
 from lorasweep.report.sweep_data import MIN_SHARE_TRIALS, ArmData, SweepData, TrialData
 from lorasweep.wording import (
@@ -44,11 +45,16 @@ class ArmScore:
     """The trial with the arm's settings."""
 
 
-def describe_findings(data: SweepData, advice: Advice, fairness: Fairness, spread: SearchSpread | None) -> list[str]:
-    """Returns the sentences, the most important first."""
+def describe_findings(
+    data: SweepData, advice: Advice, fairness: Fairness, spread: SearchSpread | None, learning: Learning
+) -> list[str]:
+    """Returns the sentences, the most important first. The headline of a failure stands above them."""
     is_confirmed = bool(data.evidence.arms)
     return [
         *_describe_scores(data, advice),
+        *([learning.remedy] if learning.remedy else []),
+        *learning.warnings,
+        *data.evidence.warnings,
         *(rank.sentence for rank in advice.ranks),
         *([advice.dimension.sentence] if advice.dimension else []),
         *_describe_unknown_shares(data),
@@ -57,6 +63,7 @@ def describe_findings(data: SweepData, advice: Advice, fairness: Fairness, sprea
         *([spread.sentence] if spread else []),
         *(_describe_limits(data) if is_confirmed else [ONE_SEED]),
         *data.record.warnings,
+        *advice.untried,
         *advice.next_searches,
         *data.record.notes,
     ]
@@ -106,7 +113,7 @@ def _describe_scores(data: SweepData, advice: Advice) -> list[str]:
     rest = len(others) - len(shown)
     return [
         _describe_metric(data),
-        _describe_ends(scores, data),
+        _describe_ends(data),
         *(_describe_arm(arm, scores.get(arm.name), data) for arm in shown),
         *([f"The other {rest} {'arm is' if rest == 1 else 'arms are'} in the table below."] if rest else []),
     ]
@@ -139,14 +146,15 @@ def _describe_metric(data: SweepData) -> str:
     )
 
 
-def _describe_ends(scores: dict[str, ArmScore], data: SweepData) -> str:
+def find_method_score(method: str, data: SweepData) -> ArmScore | None:
+    """Returns the best score of the arms of a method; None if none has a score."""
+    scores = [score for arm in data.arms if arm.row.method == method and (score := find_score(arm, data))]
+    return min(scores, key=lambda score: data.sign * score.value, default=None)
+
+
+def _describe_ends(data: SweepData) -> str:
     """Returns a sentence about the two ends of the scale: the frozen base and full fine-tuning."""
-
-    def find(method: str) -> ArmScore | None:
-        ends = [scores[arm.name] for arm in data.arms if arm.row.method == method and arm.name in scores]
-        return min(ends, key=lambda score: data.sign * score.value, default=None)
-
-    base, full = find("frozen"), find("full")
+    base, full = (find_method_score(method, data) for method in ("frozen", "full"))
     ends = [f"the frozen base scores {base.text}"] if base else []
     if full:
         ends.append(f"full fine-tuning scores {full.text}{_format_settings(full.trial)}")

@@ -11,12 +11,12 @@ from typing import Any
 
 import yaml
 
-from lorasweep.report.findings import ONE_SEED, describe_pair, find_score
+from lorasweep.report.findings import ONE_SEED, describe_pair, find_method_score, find_score
+from lorasweep.report.learning import judge_learning
 from lorasweep.report.sweep_data import ALPHA, LR, MULTIPLIER, RANK, ArmData, SweepData, TrialData, group_by_rank
 from lorasweep.wording import (
-    format_estimate,
+    UNKNOWN,
     format_metric,
-    format_score,
     format_setting,
     format_share_estimate,
     join_words,
@@ -55,9 +55,11 @@ class Recommendation:
 def recommend(data: SweepData) -> list[Recommendation]:
     """Returns the settings to use, and those of the best LoRA arm if another method is recommended.
 
-    The list is empty if no arm that trains has a score.
+    The list is empty if no arm that trains has a score, or if nothing was learned.
     """
-    arms = [arm for arm in data.arms if arm.row.method != "frozen" and _find_score(arm, data) is not None]
+    if judge_learning(data).state == "nothing":
+        return []
+    arms = [arm for arm in data.arms if arm.row.method != "frozen" and find_score(arm, data)]
     arms = [arm for arm in _drop_other_ranks(arms, data) if arm.best and arm.best.record]
     if not arms:
         return []
@@ -67,11 +69,6 @@ def recommend(data: SweepData) -> list[Recommendation]:
     if adapters and chosen not in adapters:
         found.append(_build(_choose(adapters, data), [*adapters, chosen], data, verb="With LoRA instead, use"))
     return found
-
-
-def _find_score(arm: ArmData, data: SweepData) -> float | None:
-    score = find_score(arm, data)
-    return score.value if score else None
 
 
 def _drop_other_ranks(arms: Sequence[ArmData], data: SweepData) -> list[ArmData]:
@@ -84,7 +81,8 @@ def _drop_other_ranks(arms: Sequence[ArmData], data: SweepData) -> list[ArmData]
 
 def _choose(arms: Sequence[ArmData], data: SweepData) -> ArmData:
     """Returns the arm with the best score, or the smallest of the arms that are equivalent to it."""
-    best = min(arms, key=lambda arm: data.sign * (_find_score(arm, data) or 0.0))
+    values = {arm.name: data.sign * score.value for arm in arms if (score := find_score(arm, data))}
+    best = min(arms, key=lambda arm: values[arm.name])
     equivalent = [arm for arm in arms if arm is best or _find_verdict(arm, best, data) == "equivalent"]
     return min(equivalent, key=lambda arm: arm.cost("trainable_params") or math.inf)
 
@@ -106,13 +104,21 @@ def _build(arm: ArmData, arms: Sequence[ArmData], data: SweepData, *, verb: str 
         arm=arm.name,
         is_settled=is_settled,
         sentences=(
-            f"{verb} {settings['method']} with {named}{steps} (arm `{arm.name}`).",
+            f"{verb} {settings['method']} with {named}{steps} (arm `{arm.name}`).{_describe_untried(arm)}",
             _describe_score(arm, data),
             reason,
         ),
         settings=settings,
         files=_write_files(arm, trial, data),
     )
+
+
+def _describe_untried(arm: ArmData) -> str:
+    """Returns a sentence about the choices that no complete trial of the arm has, or an empty text."""
+    untried = [
+        f"{LABELS.get(key, short_key(key))} {join_words(values, last='or')}" for key, values in arm.untried.items()
+    ]
+    return f" No complete trial has {join_words(untried, last='or')}." if untried else ""
 
 
 def _list_settings(arm: ArmData, trial: TrialData) -> dict[str, str]:
@@ -144,26 +150,26 @@ def _judge(arm: ArmData, arms: Sequence[ArmData], data: SweepData) -> tuple[bool
     more = f" It is not settled against {count} other {'arm' if count == 1 else 'arms'} either." if count > 0 else ""
     is_advised = arm.name in {verdict.arm for verdict in data.evidence.ranks if verdict.arm}
     rank = f" Rank {format_setting(arm.rank)} is the smallest rank that is shown to be enough." if is_advised else ""
-    return not doubts, f"{text}.{more}{rank}"
+    # To be better than other arms settles nothing if no arm is shown to have learned.
+    is_settled = not doubts and judge_learning(data).state != "not shown"
+    return is_settled, f"{text}.{more}{rank}"
 
 
 def _describe_score(arm: ArmData, data: SweepData) -> str:
-    found = data.evidence.arm(arm.name)
-    score = format_estimate(found.mean, found.interval) if found else format_score(_find_score(arm, data))
-    on = "test data" if found else "validation data"
+    score, on = find_score(arm, data), "test data" if data.evidence.arms else "validation data"
     ends = {"frozen": "the frozen base", "full": "full fine-tuning"}
-    others = []
-    for method, name in ends.items():
-        scored = [other for other in data.arms if other.row.method == method and _find_score(other, data) is not None]
-        if scored and arm not in scored:
-            best = min(scored, key=lambda other: data.sign * (_find_score(other, data) or 0.0))
-            others.append(f"{name} scores {format_score(_find_score(best, data))}")
+    others = [
+        f"{name} scores {end.text}"
+        for method, name in ends.items()
+        if arm.row.method != method and (end := find_method_score(method, data))
+    ]
     share, interval = data.full_gain_share_of_arm(arm)
     if share is not None and arm.row.method != "full":
         others.append(f"it keeps {format_share_estimate(share, interval)} of what full fine-tuning gains")
     order = "lower" if data.record.direction == "minimize" else "higher"
     beside = f"; {join_words(others)}" if others else ""
-    return f"It scores {score} {format_metric(data.record.metric)} on {on} ({order} is better){beside}."
+    metric, value = format_metric(data.record.metric), score.text if score else UNKNOWN
+    return f"It scores {value} {metric} on {on} ({order} is better){beside}."
 
 
 def _write_files(arm: ArmData, trial: TrialData, data: SweepData) -> dict[str, str]:

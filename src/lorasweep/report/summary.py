@@ -10,6 +10,7 @@ from lorasweep.record import SweepRecord, measure_stage_occupancy
 from lorasweep.report.advice import Advice, advise
 from lorasweep.report.fairness import Fairness, judge_fairness
 from lorasweep.report.findings import describe_findings
+from lorasweep.report.learning import Learning, judge_learning
 from lorasweep.report.recommend import Recommendation, recommend
 from lorasweep.report.search_spread import SearchSpread, measure_search_spread
 from lorasweep.report.sweep_data import STATES, ArmData, SweepData, finite_number, load_sweep_data
@@ -47,6 +48,8 @@ class Summary:
     """The content of a sweep's report."""
 
     data: SweepData
+    learning: Learning
+    """Whether the trials are better than an answer that needs no training. Its headline is the report's headline."""
     advice: Advice
     fairness: Fairness
     time: TimeBreakdown | None
@@ -55,7 +58,13 @@ class Summary:
     """How much the scores vary from search to search; None without two finished searches."""
     sentences: tuple[str, ...]
     recommended: tuple[Recommendation, ...]
-    """The settings to use; a second entry has those for LoRA if another method is recommended."""
+    """The settings to use; a second entry has those for LoRA if another method is recommended. Empty if nothing was
+    learned."""
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """Sentences on what makes the numbers unreliable: arms that learned nothing, and arms with few seeds."""
+        return (*self.learning.warnings, *self.data.evidence.warnings)
 
     def as_json(self) -> dict[str, Any]:
         """Returns the content of `report/summary.json`."""
@@ -63,6 +72,9 @@ class Summary:
         return {
             "sweep": record.name,
             "status": record.status,
+            "headline": self.learning.headline,
+            "warnings": self.warnings,
+            "learning": asdict(self.learning),
             "metric": record.metric,
             "direction": record.direction,
             "makespan_s": record.makespan_s,
@@ -95,14 +107,16 @@ def summarize(folder: Path) -> Summary:
         RecordError: The folder is not a sweep, or its record is damaged.
     """
     data = load_sweep_data(folder)
-    advice, fairness, spread = advise(data), judge_fairness(data), measure_search_spread(data)
+    learning, advice = judge_learning(data), advise(data)
+    fairness, spread = judge_fairness(data), measure_search_spread(data)
     return Summary(
         data=data,
+        learning=learning,
         advice=advice,
         fairness=fairness,
         time=break_down_time(data.record),
         spread=spread,
-        sentences=tuple(describe_findings(data, advice, fairness, spread)),
+        sentences=tuple(describe_findings(data, advice, fairness, spread, learning)),
         recommended=tuple(recommend(data)),
     )
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from lorasweep.config.data import METRIC_RANGES
 from lorasweep.config.ranges import is_number
 from lorasweep.config.sweep import parse_margin
 from lorasweep.errors import RecordError
@@ -31,8 +32,16 @@ from lorasweep.record import (
     selection_scores,
 )
 from lorasweep.report.evidence.estimates import Interval
-from lorasweep.report.evidence.scores import ConfirmScores, ExampleScores, RunKey, build_scores, read_examples
+from lorasweep.report.evidence.scores import (
+    UNBOUNDED,
+    ConfirmScores,
+    ExampleScores,
+    RunKey,
+    build_scores,
+    read_examples,
+)
 from lorasweep.report.evidence.verdicts import Evidence, compare_arms
+from lorasweep.wording import format_setting
 
 MIN_SHARE_TRIALS = 5
 """A share of full's gain needs this many complete trials of the arm and of `full`: fewer depend too much on luck."""
@@ -137,6 +146,23 @@ class ArmData:
 
     def count(self, state: TrialState) -> int:
         return sum(trial.state == state for trial in self.trials)
+
+    def tried_settings(self, key: str) -> tuple[str, ...]:
+        """Returns the different values of a swept key in complete trials, as text with three digits."""
+        found = [trial.params[key] for trial in self.trials if trial.is_complete and key in trial.params]
+        return tuple(dict.fromkeys(map(format_setting, found)))
+
+    @property
+    def untried(self) -> dict[str, tuple[str, ...]]:
+        """The choices of each swept key that no complete trial has; without keys that have no complete trial at all."""
+        choices = {
+            key: [format_setting(choice) for choice in space]
+            for key, space in self.row.space.items()
+            if isinstance(space, list)
+        }
+        tried = {key: self.tried_settings(key) for key in choices}
+        missing = {key: tuple(one for one in choices[key] if one not in tried[key]) for key in choices if tried[key]}
+        return {key: values for key, values in missing.items() if values}
 
     def describe_states(self) -> str:
         """Returns how many trials are in each state: `9 complete, 7 pruned`."""
@@ -375,4 +401,5 @@ def _read_test_scores(arms: Sequence[ArmData], record: SweepRecord, folder: Path
         examples,
         deterministic=frozenset(arm.name for arm in arms if arm.row.method == "frozen"),
         is_perplexity=record.metric == "perplexity",
+        score_range=METRIC_RANGES.get(record.metric, UNBOUNDED),
     )

@@ -44,7 +44,12 @@ def render_terminal(*folders: Path) -> RenderableType:
     else:
         table = _draw_side_by_side([summary.data for summary in summaries])
         sentences = describe_differences([summary.data for summary in summaries])
-    return Group(table, *(Text(f"• {sentence}") for sentence in sentences))
+    failures = [
+        Text(headline if len(summaries) == 1 else f"{summary.data.folder}: {headline}", style="bold red")
+        for summary in summaries
+        if (headline := summary.learning.headline)
+    ]
+    return Group(*failures, table, *(Text(f"• {sentence}") for sentence in sentences))
 
 
 def describe_differences(sweeps: Sequence[SweepData]) -> list[str]:

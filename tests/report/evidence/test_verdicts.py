@@ -138,7 +138,16 @@ def test_share_is_unknown_without_an_end_of_the_scale_or_without_a_gain() -> Non
 def test_one_seed_is_said_and_has_no_verdict() -> None:
     evidence = compare_arms(plant({"a": 1.2, "full": 1.0}, seeds=1), METHODS, sign=1, margin=MARGIN)
     assert evidence.num_compared == 0
-    assert any("no verdict on `a`, `full`" in note for note in evidence.notes)
+    assert any("no verdict on `a` and `full`" in warning for warning in evidence.warnings)
+
+
+@pytest.mark.parametrize(("seeds", "is_warned"), [(2, True), (3, False)])
+def test_two_seeds_are_warned_of_and_three_are_not(seeds: int, is_warned: bool) -> None:
+    scores = plant({"base": 2.0, "a": 1.2, "full": 1.0}, deterministic=BASE, seeds=seeds)
+    warnings = compare_arms(scores, METHODS, sign=1, margin=MARGIN).warnings
+    assert len(warnings) == is_warned
+    assert all("`a` and `full` reaches 12.7 standard errors" in warning for warning in warnings)
+    assert all("with 3 seeds 4.3" in warning for warning in warnings)
 
 
 def test_no_examples_is_said() -> None:
@@ -148,7 +157,7 @@ def test_no_examples_is_said() -> None:
 
 def test_no_confirm_stage_is_no_evidence_and_no_note() -> None:
     evidence = compare_arms(build_scores({}, {}), METHODS, sign=1, margin=MARGIN)
-    assert (evidence.arms, evidence.pairs, evidence.notes) == ((), (), ())
+    assert (evidence.arms, evidence.pairs, evidence.notes, evidence.warnings) == ((), (), (), ())
 
 
 def test_evidence_is_the_same_every_time_and_is_json() -> None:

@@ -82,19 +82,21 @@ def test_the_frozen_base_has_no_budget_to_compare(warnings, content):
     assert warnings({}) == []
 
 
-def test_one_seed_is_warned_of(warnings):
-    assert warnings({}, "confirm.seeds=1") == ["`confirm.seeds` is 1, but an interval over seeds needs at least 2."]
-    assert warnings({}, "confirm.seeds=2") == []
+def test_fewer_than_three_seeds_are_warned_of(warnings):
+    for count in (1, 2):
+        (warning,) = warnings({}, f"confirm.seeds={count}")
+        assert warning.startswith(f"`confirm.seeds` is {count}")
+    assert warnings({}, "confirm.seeds=3") == []
 
 
 @pytest.mark.parametrize("method", ["full", "frozen"])
 def test_a_margin_that_no_arm_can_measure_is_warned_of(warnings, content, method):
-    assert warnings({}, "confirm.seeds=2") == []
+    assert warnings({}, "confirm.seeds=3") == []
     del content["arms"][method]
-    (warning,) = warnings({}, "confirm.seeds=2")
+    (warning,) = warnings({}, "confirm.seeds=3")
     assert warning.startswith("`confirm.margin` is 5%")
     assert f"no arm with `method={method}`" in warning
-    assert warnings({}, "confirm.seeds=2", "confirm.margin=0.01") == []
+    assert warnings({}, "confirm.seeds=3", "confirm.margin=0.01") == []
     assert warnings({}, "confirm.seeds=0") == []
 
 

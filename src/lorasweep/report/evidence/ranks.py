@@ -26,6 +26,8 @@ class RankVerdict:
     """The rank with the best mean."""
     best_arm: str
     """The arm of `best_rank`."""
+    compared: tuple[float, ...]
+    """All ranks with scores."""
     left: tuple[float, ...]
     """The ranks that are not shown to be worse than another rank by more than the margin."""
     settled_by: FurtherEvidence | None
@@ -68,6 +70,7 @@ def choose_rank(
         arm=None if chosen is None else arms[chosen],
         best_rank=best,
         best_arm=arms[best],
+        compared=tuple(sorted(means)),
         left=tuple(sorted(means.keys() - excluded)),
         settled_by=None if chosen is not None else _project([slacks[best, other] for other in means if other != best]),
     )

@@ -7,7 +7,9 @@ from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Literal
 
-from lorasweep.config.sweep import Margin
+from scipy.special import stdtrit
+
+from lorasweep.config.sweep import MIN_RELIABLE_SEEDS, Margin
 from lorasweep.report.evidence.equivalence import (
     EQUIVALENCE_LEVEL,
     FurtherEvidence,
@@ -19,6 +21,7 @@ from lorasweep.report.evidence.equivalence import (
 from lorasweep.report.evidence.estimates import CONFIDENCE, Estimate, Interval, estimate_ratio, estimate_sum
 from lorasweep.report.evidence.ranks import RankVerdict, choose_rank
 from lorasweep.report.evidence.scores import ConfirmScores
+from lorasweep.wording import join_words
 
 Verdict = Literal["better", "worse", "equivalent", "inconclusive", "not tested"]
 """The words of every output: terminal, page, CSV, JSON and TensorBoard."""
@@ -104,6 +107,8 @@ class Evidence:
     """The smallest difference that matters, in the metric's unit; None if it is a share of a gain that is not known."""
     ranks: tuple[RankVerdict, ...] = ()
     """The sufficient rank in each group of arms that differ in rank alone; empty without a margin."""
+    warnings: tuple[str, ...] = ()
+    """One sentence for the arms with one seed, and one for those with two."""
     notes: tuple[str, ...] = ()
     """One sentence for each limit of the numbers."""
 
@@ -157,6 +162,7 @@ def compare_arms(
         ranks=tuple(
             found for group in rank_groups if measured and (found := choose_rank(scores, group, measured, sign=sign))
         ),
+        warnings=tuple(_warn_of_few_seeds(scores, names)),
         notes=(*_describe_limits(scores, names), *scores.problems),
     )
 
@@ -312,11 +318,26 @@ def _estimate_share(
 
 
 def _describe_limits(scores: ConfirmScores, names: Sequence[str]) -> list[str]:
-    notes = []
-    single = [name for name in names if name not in scores.deterministic and len(scores.values[name]) == 1]
-    if single:
-        listed = ", ".join(f"`{name}`" for name in single)
-        notes.append(f"One seed says nothing about another: there is no verdict on {listed}. Confirm on two or more.")
     if names and not scores.num_examples:
-        notes.append("Single test examples have no scores here, so intervals are over seeds alone, on this test data.")
-    return notes
+        return ["Single test examples have no scores here, so intervals are over seeds alone, on this test data."]
+    return []
+
+
+def _warn_of_few_seeds(scores: ConfirmScores, names: Sequence[str]) -> list[str]:
+    """Returns a warning for the arms with one seed, and one for those with two."""
+    trained = [name for name in names if name not in scores.deterministic]
+    one, two = ([f"`{name}`" for name in trained if len(scores.values[name]) == count] for count in (1, 2))
+    warnings = []
+    if one:
+        warnings.append(
+            f"One seed says nothing about another: there is no verdict on {join_words(one)}. Confirm on "
+            f"{MIN_RELIABLE_SEEDS} or more (`confirm.seeds`)."
+        )
+    if two:
+        reach = [f"{stdtrit(count - 1, (1 + CONFIDENCE) / 2):.1f}" for count in (2, MIN_RELIABLE_SEEDS)]
+        warnings.append(
+            f"Two seeds say little: the interval over the seeds of {join_words(two)} reaches {reach[0]} standard "
+            f"errors to each side, with {MIN_RELIABLE_SEEDS} seeds {reach[1]}. Confirm on {MIN_RELIABLE_SEEDS} or more "
+            "(`confirm.seeds`)."
+        )
+    return warnings

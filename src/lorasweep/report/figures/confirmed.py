@@ -44,6 +44,7 @@ def draw_confirmed(data: SweepData) -> Panel:
             f"the same seeds and examples, so they are known better than the scores themselves.{base_text}"
         ),
         figures=tuple(figures),
+        notes=evidence.warnings,
     )
 
 
@@ -71,7 +72,7 @@ def draw_confirmed_by_rank(data: SweepData) -> tuple[go.Figure, ...]:
             y=[one.mean for one in found],
             error_y=_build_error_bars([(one.mean, one.interval) for one in found], colour),
             mode="lines+markers",
-            name=escape(f"{group[0].row.method}, confirmed"),
+            name=escape(f"{name_rank_group(group)}, confirmed"),
             line={"color": colour, "width": 2},
             marker={"size": 8},
             text=[escape(f"{one.name}: {format_estimate(one.mean, one.interval)}") for one in found],
@@ -86,13 +87,20 @@ def draw_confirmed_by_rank(data: SweepData) -> tuple[go.Figure, ...]:
     return (figure,)
 
 
+def name_rank_group(group: Sequence[ArmData]) -> str:
+    """Returns the name of the line of arms that differ in rank alone."""
+    return group[0].name if len(group) == 1 else f"{group[0].name} to {group[-1].name}"
+
+
 def _draw_scores(arms: Sequence[ArmData], data: SweepData) -> go.Figure:
     figure = _build_row_figure(data, len(arms), x_title=format_metric(data.record.metric))
     colours = choose_colours(data)
     for arm in reversed(arms):  # plotly draws the first row at the bottom
         found = data.evidence.arm(arm.name)
         if found:
-            points = [(rerun.value, rerun, rerun.value) for rerun in arm.confirm_runs if rerun.value is not None]
+            points = [
+                (run.value, run, run.value) for run in arm.confirm_runs if run.is_complete and run.value is not None
+            ]
             rows = [escape(arm.name)] * len(points)
             add_points(figure, points, colours[arm.name], arm.name, y=rows, marker={"symbol": "circle-open"})
             text = f"{arm.name}: {format_estimate(found.mean, found.interval)}"

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import plotly.graph_objects as go
 
 from lorasweep.report.advice import advise
-from lorasweep.report.figures.confirmed import draw_confirmed_by_rank
+from lorasweep.report.figures.confirmed import draw_confirmed_by_rank, name_rank_group
 from lorasweep.report.figures.panel import (
     Panel,
     Point,
@@ -24,7 +24,7 @@ from lorasweep.report.figures.panel import (
     select_points,
     set_score_axis,
 )
-from lorasweep.report.sweep_data import LR, RANK, SweepData
+from lorasweep.report.sweep_data import LR, RANK, ArmData, SweepData, group_by_rank
 
 MAX_CURVES = 500
 """A figure has at most about this many curves: among more, nobody can tell one from another."""
@@ -90,7 +90,7 @@ def draw_score_by_lr(data: SweepData) -> Panel:
         key="lr",
         title=title,
         text=(
-            "Dots are complete trials, rings the best of each arm, crosses the best value so far of trials that were "
+            f"Dots are complete trials, rings {_name_best(arms)}, crosses the best value so far of trials that were "
             f"stopped early.{left_out}{cut}"
         ),
         figures=(figure,),
@@ -134,7 +134,7 @@ def draw_learning_curves(data: SweepData) -> Panel:
             )
     cut = set_score_axis(figure, data, [score for arm in arms for trial in arm.trials for _, score in trial.curve])
     text = (
-        "Validation score over training: the best trial of each arm bold, the others faint. Crosses are trials that "
+        f"Validation score over training: {_name_best(arms)} bold, the others faint. Crosses are trials that "
         f"were paused or pruned.{left_out}{cut}"
     )
     return Panel(key="curves", title=title, text=text, figures=(figure,))
@@ -189,18 +189,23 @@ def _draw_cost(
     return figure
 
 
+def _name_best(arms: Sequence[ArmData]) -> str:
+    # After a select stage the best trial is the one with the best mean over seeds: not always the best point.
+    return "the winners of the select stage" if any(arm.candidates for arm in arms) else "the best trial of each arm"
+
+
 def _group_points_by_line(data: SweepData) -> dict[tuple[str, str], list[Point]]:
     """Returns complete trials over rank. The keys are the name of a line and the arm whose colour it has.
 
-    An arm with several ranks has a line. Arms with one rank share a line per method.
+    An arm with several ranks has a line. Arms that differ in rank alone share one, as in the advice on ranks.
     """
     lines: dict[tuple[str, str], list[Point]] = {}
-    first_arms: dict[str, str] = {}
+    groups = {arm.name: group for group in group_by_rank(data.arms) for arm in group}
     for arm in data.arms:
         points = [point for point in list_points(arm, RANK) if (point[0] or 0) > 0]
         if len({rank for rank, _, _ in points}) > 1:
             lines[arm.name, arm.name] = points
         elif points:
-            first = first_arms.setdefault(arm.row.method, arm.name)
-            lines.setdefault((arm.row.method, first), []).extend(points)
+            group = groups.get(arm.name, [arm])
+            lines.setdefault((name_rank_group(group), group[0].name), []).extend(points)
     return lines

@@ -13,7 +13,7 @@ from lorasweep.config.data import max_tokens_per_example
 from lorasweep.config.method import LoraConfig
 from lorasweep.config.ranges import MAX_WIDTH_DIFFERENCE_DECADES, width_in_decades
 from lorasweep.config.run import RunConfig
-from lorasweep.config.sweep import HalvingPruner, parse_margin
+from lorasweep.config.sweep import MIN_RELIABLE_SEEDS, HalvingPruner, parse_margin
 from lorasweep.sweep.definition.alpha_over_rank import ALPHA, MULTIPLIER
 from lorasweep.sweep.definition.arms import Arm, Definition
 from lorasweep.sweep.definition.space import describe_space
@@ -37,8 +37,11 @@ def find_warnings(definition: Definition) -> list[str]:
             "Lower `trainer.eval_every_steps`, or choose `pruner=none`."
         )
     confirm = definition.sweep_config.confirm
-    if confirm.seeds == 1:
-        warnings.append("`confirm.seeds` is 1, but an interval over seeds needs at least 2.")
+    if 0 < confirm.seeds < MIN_RELIABLE_SEEDS:
+        warnings.append(
+            f"`confirm.seeds` is {confirm.seeds}, but an interval over seeds needs at least 2, and says little with "
+            f"fewer than {MIN_RELIABLE_SEEDS}."
+        )
     methods = {config.method.name for arm in definition.arms for config in arm.corners}
     missing = [f"`method={name}`" for name in ("full", "frozen") if name not in methods]
     if confirm.seeds and len(definition.arms) > 1 and missing and parse_margin(confirm.margin).is_share_of_gain:

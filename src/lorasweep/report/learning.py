@@ -1,0 +1,246 @@
+"""Whether a sweep's trials learned anything: their scores against those of an answer that needs no training.
+
+For data with labels the answer is the most frequent label of the training data, or the mean of its numbers. Its scores
+are in the run records (`data.constant_answer`). For text it is the frozen base, if the sweep has that arm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from scipy.special import ndtr
+
+from lorasweep.record import RunRecord
+from lorasweep.report.evidence.verdicts import LEVEL
+from lorasweep.report.sweep_data import LR, SweepData, TrialData, finite_number
+from lorasweep.wording import format_metric, format_score, format_setting
+
+CORRELATIONS = {
+    "accuracy": "matthews",
+    "f1": "matthews",
+    "matthews": "matthews",
+    "pearson": "pearson",
+    "spearman": "spearman",
+}
+"""By metric, the correlation of predictions and labels, which is 0 on average if the predictions know nothing."""
+
+
+Rating = Literal["not better", "luck", "better", "beyond luck"]
+"""How the best score of a trial compares with the answer's. `better`: the metric has no test against luck."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class UntrainedAnswer:
+    """An answer that needs no training, with its scores in the sweep's metric."""
+
+    name: str
+    arm: str | None
+    """The arm that is the frozen base; None for a constant answer."""
+    score: float
+    """On validation data."""
+    test_score: float | None
+    """None if nothing was confirmed."""
+    num_examples: float | None
+    """The number of validation examples; None for the frozen base."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Learning:
+    """Whether the trials are better than an answer that needs no training."""
+
+    state: Literal["learned", "not shown", "nothing"] | None = None
+    """`nothing`: no trial is better. `not shown`: no arm is shown to be better on test data, or without test data no
+    trial is better by more than luck explains. None if no trial or no such answer has a score."""
+    answer: UntrainedAnswer | None = None
+    headline: str | None = None
+    """The failure in words; None if there is none."""
+    remedy: str | None = None
+    """What to check and to try if nothing was learned."""
+    warnings: tuple[str, ...] = ()
+    """One sentence for each arm that learned nothing, if another arm learned something."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _ArmRatings:
+    """How an arm compares with the answer."""
+
+    name: str
+    trials: Sequence[TrialData]
+    """The trials with a score, also those that were stopped early."""
+    ratings: frozenset[Rating]
+    """Those of the trials, on validation data."""
+    is_shown: bool | None
+    """Whether test data show that the arm is better; None without an interval over seeds."""
+
+    @property
+    def has_learned(self) -> bool:
+        """Whether test data show it, or a trial is better by more than luck.
+
+        For a metric without a test against luck a better trial is enough, unless test data don't show the arm to be
+        better.
+        """
+        is_better = "better" in self.ratings and self.is_shown is None
+        return bool(self.is_shown) or is_better or "beyond luck" in self.ratings
+
+
+def judge_learning(data: SweepData) -> Learning:
+    """Returns whether the trials are better than an answer that needs no training."""
+    answer = _find_answer(data)
+    scored = {
+        arm.name: [trial for trial in arm.trials if trial.value is not None]
+        for arm in data.arms
+        if arm.row.method != "frozen"
+    }
+    trials = [trial for found in scored.values() for trial in found]
+    if answer is None or not trials:
+        return Learning()
+    num_evaluations = sum(max(len(trial.curve), 1) for trial in trials)
+    level = LEVEL / num_evaluations  # Bonferroni's correction: each evaluation may be the best one by luck
+    arms = [
+        _ArmRatings(
+            name=name,
+            trials=found,
+            ratings=frozenset(_rate(trial, answer, data, level=level) for trial in found),
+            is_shown=_is_shown_on_test_data(name, answer, data),
+        )
+        for name, found in scored.items()
+        if found
+    ]
+    is_refuted = {arm.is_shown for arm in arms} in ({False}, {False, None})
+    compared = f"no arm is shown to be better than {answer.name} ({format_score(answer.test_score)})."
+    if any(arm.has_learned for arm in arms):
+        warnings = [
+            f"`{arm.name}` learned nothing: {_describe(arm.trials, answer, data)}."
+            for arm in arms
+            if not arm.has_learned and "better" not in arm.ratings
+        ]
+        warnings += [f"On test data {compared}"] if is_refuted else []
+        return Learning(state="learned", answer=answer, warnings=tuple(warnings))
+    if all(arm.ratings == {"not better"} for arm in arms):
+        headline, remedy = _describe_nothing(trials, answer, data, level=level)
+        return Learning(state="nothing", answer=answer, headline=headline, remedy=remedy)
+    if is_refuted:
+        reason = f"on test data {compared}"
+    else:  # every better trial is rated as luck, so the number of examples is known
+        reason = (
+            f"{_compare_best(trials, answer, data)}. With {answer.num_examples:,} examples, the best of "
+            f"{num_evaluations:,} evaluations can be that good by luck."
+        )
+    return Learning(state="not shown", answer=answer, headline=f"Nothing is shown to be learned: {reason}")
+
+
+def _find_answer(data: SweepData) -> UntrainedAnswer | None:
+    metric, validation = data.record.metric, _read_entry(data.run_records, "validation")
+    scores = validation.get("constant_answer", {})
+    if (score := finite_number(scores.get(metric))) is not None:
+        names = {"pearson": "the mean of the training labels", "matthews": "the majority class"}
+        test = _read_entry((run.record for run in data.confirm_runs), "test")
+        return UntrainedAnswer(
+            name=next((names[key] for key in names if key in scores), "the most frequent labels"),
+            arm=None,
+            score=score,
+            test_score=finite_number(test.get("constant_answer", {}).get(metric)),
+            num_examples=finite_number(validation.get("examples")),
+        )
+    if (score := data.best_score("frozen")) is None:
+        return None
+    arm = next(arm.name for arm in data.arms if arm.row.method == "frozen")
+    base = data.evidence.arm(data.evidence.base)
+    return UntrainedAnswer(
+        name="the frozen base",
+        arm=data.evidence.base or arm,
+        score=score,
+        test_score=base.mean if base else None,
+        num_examples=None,
+    )
+
+
+def _read_entry(records: Iterable[RunRecord | None], split: str) -> dict[str, Any]:
+    """Returns the entry of a split in the first record that has one with the scores of the constant answer."""
+    for record in records:
+        entry = record.data.get(split) if record else None
+        if isinstance(entry, dict) and isinstance(entry.get("constant_answer"), dict):
+            return entry
+    return {}
+
+
+def _measure_gain(trial: TrialData, answer: UntrainedAnswer, data: SweepData) -> float:
+    """Returns how much better the best score of a trial is than the answer."""
+    return data.sign * (answer.score - (answer.score if trial.value is None else trial.value))
+
+
+def _is_shown_on_test_data(name: str, answer: UntrainedAnswer, data: SweepData) -> bool | None:
+    if answer.arm is not None:
+        pair = data.evidence.pair(name, answer.arm)
+        return None if pair is None or pair.verdict == "not tested" else pair.verdict == "better"
+    arm = data.evidence.arm(name)
+    if arm is None or arm.interval is None or answer.test_score is None or len(arm.seeds) < 2:
+        return None
+    worst = arm.interval[1] if data.sign > 0 else arm.interval[0]
+    return data.sign * (answer.test_score - worst) > 0
+
+
+def _rate(trial: TrialData, answer: UntrainedAnswer, data: SweepData, *, level: float) -> Rating:
+    if _measure_gain(trial, answer, data) <= 0:
+        return "not better"
+    chance = _find_chance(trial, answer, data)
+    if chance is None:
+        return "better"
+    return "beyond luck" if chance < level else "luck"
+
+
+def _find_chance(trial: TrialData, answer: UntrainedAnswer, data: SweepData) -> float | None:
+    """Returns `chance_of_correlation` of a trial's best evaluation; None if its correlation is not in the records."""
+    metric = CORRELATIONS.get(data.record.metric)
+    correlation = finite_number(trial.record.best.get(metric)) if metric and trial.record else None
+    if correlation is None or answer.num_examples is None:
+        return None
+    return chance_of_correlation(correlation, num_examples=answer.num_examples)
+
+
+def chance_of_correlation(correlation: float, *, num_examples: float) -> float:
+    """Returns the probability that predictions correlate at least as much with labels that are independent of them.
+
+    The variance of a permuted correlation is 1 / (n - 1), and smaller for Matthews' of more than two classes.
+    """
+    return float(ndtr(-correlation * max(num_examples - 1, 0) ** 0.5))
+
+
+def _describe(trials: Sequence[TrialData], answer: UntrainedAnswer, data: SweepData) -> str:
+    """Returns a clause about trials that learned nothing."""
+    count = f"all {len(trials)} trials score" if len(trials) > 1 else "the only trial scores"
+    so_far = "" if data.record.status == "complete" else " so far"
+    worse = " or worse" if any(_measure_gain(trial, answer, data) < 0 for trial in trials) else ""
+    return f"{count}{so_far} like {answer.name}{worse} ({_compare_best(trials, answer, data)})"
+
+
+def _compare_best(trials: Sequence[TrialData], answer: UntrainedAnswer, data: SweepData) -> str:
+    scores = [trial.value for trial in trials if trial.value is not None]
+    best = min(scores, key=lambda score: data.sign * score)
+    texts = [format_score(score, beside=[best, answer.score]) for score in (best, answer.score)]
+    metric = format_metric(data.record.metric)
+    return f"the best {metric} on validation data is {texts[0]}, that of {answer.name} {texts[1]}"
+
+
+def _describe_nothing(
+    trials: Sequence[TrialData], answer: UntrainedAnswer, data: SweepData, *, level: float
+) -> tuple[str, str]:
+    """Returns the headline if no trial is better than the answer, and what to check and to try."""
+    chances = [_find_chance(trial, answer, data) for trial in trials]
+    if any(chance is not None and chance < level for chance in chances):
+        return (
+            f"No trial is better than {answer.name} ({_compare_best(trials, answer, data)}).",
+            "No settings are recommended. Predictions do depend on the labels: `data.metric=matthews` counts rare "
+            "labels as much as frequent ones.",
+        )
+    check = "the data" if answer.arm else "that the labels belong to the texts"
+    steps = max((trial.record.steps_done for trial in trials if trial.record), default=0)
+    rates = sorted({lr for trial in trials if (lr := trial.numeric_setting(LR)) is not None})
+    tried = " to ".join(dict.fromkeys(format_setting(lr) for lr in (*rates[:1], *rates[-1:])))
+    further = [*([f"other learning rates (tried: {tried})"] if tried else []), f"more steps than {steps}"]
+    return (
+        f"Nothing learned: {_describe(trials, answer, data)}.",
+        f"No settings are recommended. Check {check}, then try {' and '.join(further)}.",
+    )

@@ -1,0 +1,193 @@
+"""A sweep that learned nothing says so first, and recommends nothing."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from lorasweep.report import render_terminal, write_report
+from lorasweep.report.learning import chance_of_correlation, judge_learning
+from lorasweep.report.sweep_data import load_sweep_data
+
+from .conftest import BASE_SCORE, build_sweep, edit_json
+
+MAJORITY = 0.69
+
+
+def classify(
+    sweep: Path,
+    accuracy: Callable[[dict[str, Any]], float],
+    *,
+    matthews: float = 0.0,
+    examples: int = 500,
+    metric: str = "accuracy",
+) -> Path:
+    """Makes a sweep one of a classifier, with an accuracy for each trial, and one correlation for all."""
+    scores = {}
+
+    def change_sweep(raw: dict[str, Any]) -> None:
+        raw.update(metric=metric, direction="maximize", margin=0.01)
+        for trial in (trial for trial in raw["trials"] if trial["value"] is not None):
+            trial["value"] = scores[trial["run"]] = accuracy(trial)
+
+    def change_run(raw: dict[str, Any], score: float | None) -> None:
+        raw.update(metric=metric, direction="maximize", best={metric: score, "matthews": matthews} if score else {})
+        constant = {"accuracy": MAJORITY, "f1": 0.0, "matthews": 0.0, "loss": 0.62}
+        raw["data"] = {split: {"examples": examples, "constant_answer": constant} for split in ("validation", "test")}
+
+    edit_json(sweep / "sweep.json", change_sweep)
+    for run in sweep.glob("runs/*"):
+        score = scores.get(f"runs/{run.name}")
+        edit_json(run / "run.json", lambda raw, score=score: change_run(raw, score))
+        (run / "test_scores.csv").unlink(missing_ok=True)
+    return sweep
+
+
+def test_trials_that_score_like_the_majority_class_are_the_headline_everywhere(sweep: Path) -> None:
+    summary = write_report(classify(sweep, lambda trial: MAJORITY))
+    headline = summary.learning.headline
+    assert headline
+    assert headline.startswith("Nothing learned: all 23 trials score like the majority class (")
+    assert "0.690" in headline
+    assert json.loads((sweep / "report/summary.json").read_text())["headline"] == headline
+    page = (sweep / "report/index.html").read_text()
+    assert f"<h2>{headline}</h2>" in page
+    assert page.index(headline) < page.index("<nav")
+    console = Console(width=400, record=True, file=io.StringIO())
+    console.print(render_terminal(sweep))
+    assert console.export_text().startswith(headline)
+
+
+def test_no_settings_are_recommended_if_nothing_was_learned(sweep: Path) -> None:
+    write_report(sweep)
+    assert (sweep / "report/recommended/train.yaml").exists()
+    summary = write_report(classify(sweep, lambda trial: MAJORITY))
+    assert summary.recommended == ()
+    assert not (sweep / "report/recommended/train.yaml").exists()
+    advice = summary.advice
+    assert (advice.ranks, advice.rates, advice.dimension, advice.next_searches) == ((), (), None, ())
+    remedy = summary.learning.remedy
+    assert remedy
+    assert remedy in summary.sentences
+    assert "more steps than 150" in remedy
+    assert "tried: 0.0001 to" in remedy
+    assert "nothing to recommend yet" not in (sweep / "report/index.html").read_text()
+
+
+def test_scores_below_the_majority_class_are_worse(sweep: Path) -> None:
+    learning = judge_learning(load_sweep_data(classify(sweep, lambda trial: 0.6)))
+    assert learning.state == "nothing"
+    assert "like the majority class or worse" in (learning.headline or "")
+
+
+def test_an_arm_that_learned_nothing_beside_one_that_did_is_a_warning(sweep: Path) -> None:
+    classify(sweep, lambda trial: 0.8 if trial["arm"] == "lora" else MAJORITY, matthews=0.5)
+    summary = write_report(sweep)
+    assert (summary.learning.state, summary.learning.headline) == ("learned", None)
+    (warning,) = summary.warnings
+    assert warning.startswith("`full` learned nothing: all 6 trials score like the majority class (")
+    assert warning in summary.sentences
+    assert warning in summary.as_json()["warnings"]
+    page = (sweep / "report/index.html").read_text()
+    assert '<li class="problem"><code>full</code> learned nothing' in page
+    assert 'id="failure"' not in page
+
+
+@pytest.mark.parametrize(
+    ("matthews", "examples", "state"), [(0.05, 500, "not shown"), (0.4, 500, "learned"), (0.4, 30, "not shown")]
+)
+def test_a_better_score_must_be_more_than_luck(sweep: Path, matthews: float, examples: int, state: str) -> None:
+    data = load_sweep_data(classify(sweep, lambda trial: 0.72, matthews=matthews, examples=examples))
+    learning = judge_learning(data)
+    assert learning.state == state
+    if state == "not shown":
+        assert "by luck" in (learning.headline or "")
+        assert learning.remedy is None  # the settings are shown, and not called settled
+
+
+def test_f1_is_judged_by_the_correlation_because_any_guess_beats_no_label(sweep: Path) -> None:
+    assert judge_learning(load_sweep_data(classify(sweep, lambda trial: 0.4, metric="f1"))).state == "not shown"
+
+
+def test_a_correlation_without_a_better_accuracy_is_told_apart(sweep: Path) -> None:
+    learning = judge_learning(load_sweep_data(classify(sweep, lambda trial: 0.6, matthews=0.5)))
+    assert learning.state == "nothing"
+    assert "No trial is better than the majority class" in (learning.headline or "")
+    assert "`data.metric=matthews`" in (learning.remedy or "")
+
+
+def test_text_is_compared_with_the_frozen_base(sweep: Path) -> None:
+    assert judge_learning(load_sweep_data(sweep)).state == "learned"
+
+    def spoil(raw: dict[str, Any]) -> None:
+        for trial in raw["trials"]:
+            trial["value"] = trial["value"] if trial["arm"] == "frozen" else BASE_SCORE + 0.1
+
+    edit_json(sweep / "sweep.json", spoil)
+    learning = judge_learning(load_sweep_data(sweep))
+    assert learning.state == "nothing"
+    assert "24 trials score like the frozen base or worse" in (learning.headline or "")
+    assert "Check the data" in (learning.remedy or "")
+
+
+def test_without_a_score_to_compare_with_nothing_is_said(tmp_path: Path) -> None:
+    learning = judge_learning(load_sweep_data(build_sweep(tmp_path, frozen=0)))
+    assert (learning.state, learning.headline, learning.warnings) == (None, None, ())
+
+
+def set_test_scores(sweep: Path, score: Callable[[int], float]) -> None:
+    def change(raw: dict[str, Any]) -> None:
+        for row in raw["confirm"]:
+            row["value"] = row["value"] if row["arm"] == "frozen" else score(row["seed"])
+
+    edit_json(sweep / "sweep.json", change)
+
+
+def test_gains_that_test_data_do_not_show_are_said(confirmed: Path) -> None:
+    assert judge_learning(load_sweep_data(confirmed)).state == "learned"
+    set_test_scores(confirmed, lambda seed: BASE_SCORE + 0.1 * (seed - 2))
+    summary = write_report(confirmed)
+    assert summary.learning.state == "not shown"
+    assert "on test data no arm is shown to be better than the frozen base" in (summary.learning.headline or "")
+    assert summary.recommended
+
+
+@pytest.mark.parametrize(("spread", "is_shown"), [(0.01, True), (0.1, False)])
+def test_test_scores_are_compared_with_the_majority_class_of_test_data(
+    confirmed: Path, spread: float, is_shown: bool
+) -> None:
+    classify(confirmed, lambda trial: 0.72, matthews=0.05)
+    set_test_scores(confirmed, lambda seed: 0.75 + spread * (seed - 2))
+    learning = judge_learning(load_sweep_data(confirmed))
+    assert learning.state == ("learned" if is_shown else "not shown")
+    # validation data that show a gain beyond luck are enough, and what test data don't show is a warning
+    classify(confirmed, lambda trial: 0.8, matthews=0.5)
+    learning = judge_learning(load_sweep_data(confirmed))
+    assert learning.state == "learned"
+    assert any(text.startswith("On test data no arm") for text in learning.warnings) is not is_shown
+
+
+def test_damaged_entries_in_records_are_no_scores(sweep: Path) -> None:
+    classify(sweep, lambda trial: MAJORITY)
+    for run in sweep.glob("runs/*/run.json"):
+        edit_json(run, lambda raw: raw.update(data={"validation": {"constant_answer": ["accuracy"]}, "test": 3}))
+    assert "frozen base" in (judge_learning(load_sweep_data(sweep)).headline or "")
+
+
+@pytest.mark.parametrize("share", [0.5, 0.1])
+def test_guesses_are_hardly_ever_taken_for_knowledge(share: float) -> None:
+    rng, num_examples, num_evaluations, found = np.random.default_rng(4), 200, 20, []
+    for _ in range(400):
+        labels = rng.random(num_examples) < 0.3
+        guesses = rng.random((num_evaluations, num_examples)) < share
+        best = max(float(np.corrcoef(labels, one)[0, 1]) for one in guesses)
+        found.append(chance_of_correlation(best, num_examples=num_examples) * num_evaluations < 0.05)
+    # 5 %, and twice the standard error of 1.1 %
+    assert np.mean(found) <= 0.072
