@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from dataclasses import asdict
 
 import pytest
+from tests.fuzzing import refusal_allowed
 
 from lorasweep.errors import RecordError
 from lorasweep.record import (
@@ -207,7 +209,7 @@ def test_a_record_that_python_can_not_parse_is_refused(tmp_path, content):
         read_run(tmp_path)
 
 
-@pytest.mark.parametrize("run", ["../elsewhere", "/etc", "runs/../../elsewhere"])
+@pytest.mark.parametrize("run", ["../elsewhere", "/etc", "runs/../../elsewhere", "a\0b", "\ud800"])
 def test_a_run_outside_of_its_sweep_is_refused(tmp_path, run):
     with pytest.raises(RecordError, match="a trial's run must be inside the sweep's folder, but "):
         get_run_folder(tmp_path, run)
@@ -289,3 +291,36 @@ def test_the_winner_has_the_best_mean_over_the_select_seeds(scores, best):
     ]
     record = make_sweep(candidates=3, select_seeds=[0, 1], select=select)
     assert find_winner("a", trials, record=record).number == best
+
+
+@pytest.mark.parametrize("text", ["NaN", "-Infinity", "1" + "0" * 400, "1e400"])
+@pytest.mark.parametrize("key", ["wall_s", "steps_done", "best"])
+def test_a_number_that_no_computer_holds_is_refused(tmp_path, key, text):
+    content = json.dumps(asdict(make_run()) | {key: {"loss": "HERE"} if key == "best" else "HERE"})
+    (tmp_path / RUN_FILE).write_text(content.replace('"HERE"', text))
+    with pytest.raises(RecordError, match="damaged"):
+        read_run(tmp_path)
+
+
+def test_settings_that_are_nested_too_deeply_are_refused(tmp_path):
+    (tmp_path / RUN_FILE).write_text(
+        json.dumps(asdict(make_run())).replace('"seed": 0', f'"a": {"[" * 200}{"]" * 200}')
+    )
+    with pytest.raises(RecordError, match="`config` is"):
+        read_run(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "line", ['{"step": "2"}', '{"step": 1e999}', "[2]", '{"step": 2, "validation": {"loss": "x"}}']
+)
+def test_steps_end_before_a_row_that_no_run_writes(tmp_path, line):
+    (tmp_path / STEPS_FILE).write_text(f'{{"step": 1, "loss": 2.0}}\n{line}\n{{"step": 3, "loss": 2.0}}\n')
+    assert list(read_steps(tmp_path)) == [{"step": 1, "loss": 2.0}]
+
+
+@pytest.mark.parametrize("name", [RUN_FILE, SWEEP_FILE, STEPS_FILE])
+def test_a_pipe_in_the_place_of_a_record_is_not_opened(tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    with refusal_allowed(unchanged=tmp_path):
+        assert list(read_steps(tmp_path)) == []
+        (read_sweep if name == SWEEP_FILE else read_run)(tmp_path)

@@ -81,6 +81,12 @@ def require_new_folder(path: Path, *, key: str, remedy: str = "Omit it for a new
     return path
 
 
+def require_regular_file(path: Path) -> None:
+    """Raises OSError if a path names a pipe, a device or a folder. Opening a pipe would wait for ever."""
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+
+
 def remove_leftovers(folder: Path) -> None:
     """Removes temporary files that a killed process left. Only safe if no other process writes to this folder."""
     for path in folder.glob(".*.tmp"):

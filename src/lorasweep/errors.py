@@ -53,7 +53,7 @@ def first_line(error: BaseException) -> str:
     return _message(error) or type(error).__name__
 
 
-def describe_error(error: Exception) -> str:
+def describe_error(error: BaseException) -> str:
     """Returns the class of an error and the first line of its message without its full stop."""
     return ": ".join(filter(None, (type(error).__name__, _message(error))))
 

@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import operator
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from datetime import UTC, datetime
@@ -32,6 +33,8 @@ SWEEP_FILE = "sweep.json"
 PATCH_FILE = "code.patch"
 VERSION = 1
 """Version of the format. Records of another version are refused."""
+MAX_NESTING = 50
+"""Lists and mappings inside each other. A deeper record is refused: its readers call themselves once per level."""
 MIN_IMPORTANCE_TRIALS = 20
 """The importance of settings needs this many complete trials: with fewer it is mostly noise."""
 
@@ -370,11 +373,12 @@ def _as_text(content: dict[str, Any]) -> str:
 
 def _value_text(value: Any) -> str:
     if isinstance(value, list) and value and (is_dataclass(value[0]) or isinstance(value[0], dict)):
-        return "[\n  " + ",\n  ".join(map(_row_text, value)) + "\n ]"
+        return "[\n  " + ",\n  ".join(map(dump_row, value)) + "\n ]"
     return json.dumps(_finite(value), indent=1).replace("\n", "\n ")
 
 
-def _row_text(row: Any) -> str:
+def dump_row(row: Any) -> str:
+    """Returns a row or a mapping as one line of JSON. NaN and infinity become null."""
     plain = row if isinstance(row, dict) else vars(row)
     try:
         return json.dumps(plain, allow_nan=False)
@@ -402,7 +406,11 @@ def get_run_folder(sweep: Path, run: str) -> Path:
     Raises:
         RecordError: The path leads out of the sweep's folder, where commands must not write.
     """
-    if not (sweep / run).resolve().is_relative_to(sweep.resolve()):
+    try:
+        is_inside = (sweep / run).resolve().is_relative_to(sweep.resolve())
+    except ValueError:  # no file system has such a name
+        is_inside = False
+    if not is_inside:
         raise RecordError(f"a trial's run must be inside the sweep's folder, but {run!r} is not. Restore sweep.json.")
     return sweep / run
 
@@ -417,17 +425,24 @@ def read_steps(folder: Path, *, having: str = "") -> Iterator[dict[str, Any]]:
         having: Text that a line must contain. Other lines are skipped without parsing, which is much faster.
     """
     path = folder / STEPS_FILE
-    if not path.exists():
+    if not path.is_file():
         return
-    for line in path.read_text().splitlines():
-        if having not in line:
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError:
-            return
-        if isinstance(row, dict):
+    for line in path.read_text(errors="replace").splitlines():
+        if having in line:
+            row = parse_step_row(line)
+            if row is None:
+                return
             yield row
+
+
+def parse_step_row(line: str) -> dict[str, Any] | None:
+    """Returns a row of `steps.jsonl`, or None if the line is damaged."""
+    try:
+        row = json.loads(line, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError):
+        return None
+    is_row = isinstance(row, dict) and _has_type(row.get("step"), int)
+    return row if is_row and _has_type(row.get("validation", {}), dict[str, float]) else None
 
 
 def compute_sha256(path: Path) -> str:
@@ -441,8 +456,8 @@ def _read(kind: type[T], path: Path) -> T:
             f"a {path.stem}'s folder must contain {path.name}, but {str(path.parent)!r} does not. Name another folder."
         )
     try:
-        raw = json.loads(path.read_text())
-    except (ValueError, RecursionError) as error:
+        raw = json.loads(path.read_text(), parse_constant=_refuse_constant)
+    except (OSError, ValueError, RecursionError) as error:
         raise RecordError(f"{str(path)!r} must be a JSON file, but is damaged: {error}.") from error
     expected = {"format": f"lorasweep.{path.stem}", "version": VERSION}
     found = {key: raw.get(key) for key in expected} if isinstance(raw, dict) else {}
@@ -455,11 +470,11 @@ def _read(kind: type[T], path: Path) -> T:
 
 
 def _build(kind: Any, raw: Any, *, path: Path) -> Any:
-    """Returns a record or a row from JSON. Keys that this version does not know are ignored."""
+    """Returns a record or a row from JSON. Unknown keys are ignored, and null numbers have their default."""
     values = {}
     try:
         for name, hint in _field_types(kind).items():
-            if name not in raw:
+            if name not in raw or (raw[name] is None and hint is float):  # NaN was written as null
                 continue
             value = values[name] = raw[name]
             if not _has_type(value, hint):
@@ -478,16 +493,34 @@ def _field_types(kind: Any) -> dict[str, Any]:
     return get_type_hints(kind)
 
 
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number in JSON")
+
+
 def _has_type(value: Any, hint: Any) -> bool:
-    """Returns whether a JSON value has a field's type; the items of lists and mappings are not checked."""
+    """Returns whether a JSON value has a field's type. Rows are checked by `_build`."""
     kind = get_origin(hint) or hint
+    if kind is Any:
+        return _is_nested_at_most(MAX_NESTING, value)
     if kind is Literal:
         return value in get_args(hint)
     if kind is UnionType:
         return any(_has_type(value, option) for option in get_args(hint))
-    if kind is float:  # NaN was written as null
-        return value is None or type(value) in (int, float)
-    return type(value) is kind  # not isinstance: True is an int
+    if kind is float:  # in a mapping NaN was written as null
+        return value is None or (type(value) in (int, float) and abs(value) <= sys.float_info.max)
+    if kind is int:
+        return type(value) is int and abs(value) < 2**63
+    if is_dataclass(kind):
+        return type(value) is dict
+    if type(value) is not kind:  # not isinstance: True is an int
+        return False
+    items = value.values() if kind is dict else value if kind is list else ()
+    return all(_has_type(item, get_args(hint)[-1]) for item in items)
+
+
+def _is_nested_at_most(depth: int, value: Any) -> bool:
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return depth > 0 and all(_is_nested_at_most(depth - 1, item) for item in items)
 
 
 def _finite(value: Any) -> Any:

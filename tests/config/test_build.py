@@ -58,6 +58,7 @@ def test_build_makes_nested_settings():
         ("colour", "gren", r"`page.colour` must be one of red, green, but got 'gren'. Did you mean `green`\?"),
         ("colour", ["red"], r"`page.colour` must be one of red, green, but got \['red'\]"),
         ("copies", "many", "`page.copies` must be a whole number, but got 'many'."),
+        ("weights", {"a": 10**400}, "`page.weights.a` must be a number, but got 1000"),
         ("copies", 2.0, "`page.copies` must be a whole number, but got 2.0."),
         ("copies", True, "`page.copies` must be a whole number, but got True."),
         ("signed", 1, "`page.signed` must be true or false, but got 1."),

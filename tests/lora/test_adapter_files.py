@@ -8,9 +8,19 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load, load_file, save_file
+from tests.fuzzing import NESTED
 from torch import Tensor, nn
 
-from lorasweep.lora import LoraConfig, inject_lora, load_adapter, lora_layers, lora_state, merge_lora, save_adapter
+from lorasweep.lora import (
+    LoraConfig,
+    inject_lora,
+    load_adapter,
+    lora_layers,
+    lora_state,
+    merge_lora,
+    patterns,
+    save_adapter,
+)
 from lorasweep.lora.adapter_files import serialise
 
 
@@ -185,6 +195,11 @@ def test_pickled_weights_are_not_opened(make_model, saved: Path) -> None:
         ({"r": 0}, "must be a LoRA configuration"),
         ({"r": "8"}, "must be a LoRA configuration"),
         ({"lora_alpha": float("nan")}, "must be a LoRA configuration"),
+        ({"lora_alpha": 10**400}, "must be a LoRA configuration"),
+        ({"lora_dropout": 10**400}, "must be a LoRA configuration"),
+        ({"r": 10**18}, "must be a LoRA configuration"),
+        ({"rank_pattern": {"up": 10**400}}, "must be a LoRA configuration"),
+        ({"alpha_pattern": {"up": 10**400}}, "must be a LoRA configuration"),
         ({"target_modules": ["upp"]}, "Did you mean `up`"),
     ],
 )
@@ -225,8 +240,8 @@ def test_rows_that_are_not_there_are_refused(make_model, saved: Path) -> None:
 
 
 def test_a_hostile_rank_is_refused_before_memory_is_taken(make_model, saved: Path) -> None:
-    change_config(saved, r=10**12)
-    assert_refused(make_model, saved, r"shape \(1000000000000, 8\) .* got \(2, 8\)")
+    change_config(saved, r=10**9)
+    assert_refused(make_model, saved, r"shape \(1000000000, 8\) .* got \(2, 8\)")
 
 
 def test_saving_twice_gives_the_same_bytes(tmp_path: Path) -> None:
@@ -237,3 +252,23 @@ def test_saving_twice_gives_the_same_bytes(tmp_path: Path) -> None:
     loaded = load(written.pop())
     assert loaded.keys() == tensors.keys()
     assert all(torch.equal(loaded[name], tensors[name]) for name in tensors)
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_a_pipe_in_the_place_of_a_file_is_not_opened(make_model, saved: Path, name: str) -> None:
+    (saved / name).unlink()
+    os.mkfifo(saved / name)
+    assert_refused(make_model, saved, "it is not a regular file")
+
+
+def test_a_configuration_that_is_nested_or_long_without_end_is_refused(make_model, saved: Path) -> None:
+    for content in (NESTED, '{"peft_type": "LORA"}' + " " * 2**24):
+        (saved / "adapter_config.json").write_text(content)
+        assert_refused(make_model, saved, "must be a LoRA configuration")
+
+
+@pytest.mark.parametrize("key", ["target_modules", "exclude_modules"])
+def test_a_pattern_that_would_match_for_years_is_refused(make_model, saved: Path, key: str, monkeypatch) -> None:
+    monkeypatch.setattr(patterns, "MATCH_TIMEOUT_S", 0.05)
+    change_config(saved, **{key: "(.?)" * 40 + r"\1\2\3[!?]"})
+    assert_refused(make_model, saved, r"must match a name within 0\.05 s")

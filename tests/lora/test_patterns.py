@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 
+from lorasweep.lora import patterns
 from lorasweep.lora.patterns import fits_pattern, is_name_ending, parse_row_ranges, split_pattern, suggest_layer
 
 
@@ -64,3 +65,15 @@ def test_a_broken_regular_expression_is_refused() -> None:
 def test_nearest_layer() -> None:
     assert suggest_layer("q_prj", ["layers.0.attn.q_proj", "layers.0.mlp.up"]) == " Did you mean `q_proj`?"
     assert suggest_layer("zzz", ["layers.0.attn.q_proj"]) == ""
+
+
+@pytest.mark.parametrize("expression", ["(" * 100_000, "a{99999999999999999999}", "(?P<n>a)(?P<n>"])
+def test_an_expression_that_can_not_be_compiled_is_refused(expression: str) -> None:
+    with pytest.raises(ValueError, match="must be a regular expression, but got an error"):
+        fits_pattern(f"re:{expression}", "x")
+
+
+def test_an_expression_that_would_match_for_years_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patterns, "MATCH_TIMEOUT_S", 0.05)
+    with pytest.raises(ValueError, match=r"must match a name within 0\.05 s"):
+        fits_pattern("re:" + "(.?)" * 40 + r"\1\2\3[!?]", "layers.0.self_attn.q_proj")

@@ -133,14 +133,13 @@ def _convert_union(kinds: tuple[Any, ...], value: Any, *, key: str) -> Any:
 
 
 def _convert_plain(kind: Any, value: Any, *, key: str) -> Any:
-    if kind is float and isinstance(value, str):  # YAML 1.1 reads 1e-3 as text
+    if kind is float and isinstance(value, str | int) and not isinstance(value, bool):  # YAML 1.1 reads 1e-3 as text
         try:
             value = float(value)
-        except ValueError:
+        except (ValueError, OverflowError):  # 10**400 is no float
             raise _wrong_type("a number", value, key=key) from None
     names = {float: "a number", int: "a whole number", bool: "true or false", str: "a text"}
-    accepted = (int, float) if kind is float else kind
-    if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         raise _wrong_type(names[kind], value, key=key)
     return float(value) if kind is float else value
 

@@ -12,8 +12,6 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Glob, IntervalSweep, Override, RangeSweep
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from lorasweep.config.compose import (
     COMPONENTS,
@@ -27,6 +25,7 @@ from lorasweep.config.compose import (
     layer_settings,
     refuse_resolvers,
 )
+from lorasweep.config.yaml_file import load_yaml
 from lorasweep.errors import ConfigError, first_line
 
 
@@ -46,8 +45,8 @@ def read_settings_file(path: Path) -> dict[str, Any]:
         ConfigError: The file is missing, or does not hold keys and values.
     """
     try:
-        settings: Any = OmegaConf.to_container(OmegaConf.load(path))
-    except (OSError, UnicodeDecodeError, YAMLError, OmegaConfBaseException) as error:
+        settings: Any = OmegaConf.to_container(load_yaml(path))
+    except Exception as error:  # PyYAML and OmegaConf raise errors of many classes
         reason = (error.strerror if isinstance(error, OSError) else None) or " ".join(str(error).split())
         raise ConfigError(f"{str(path)!r} must be a YAML file of settings, but can't be read: {reason}.") from error
     if not isinstance(settings, dict) or not all(isinstance(key, str) for key in settings):

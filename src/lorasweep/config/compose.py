@@ -151,7 +151,7 @@ def _drop_replaced_arguments(composed: DictConfig, settings: Mapping[str, Any]) 
 
 def refuse_resolvers(values: Any) -> None:
     """Raises ConfigError if settings call a resolver: `${oc.env:TOKEN}` would put a secret into a record."""
-    if called := re.search(r"\$\{[^'\"]*?:", str(values)):  # each text in `str(values)` is between quotes
+    if called := re.search(r"\$\{[^'\"$]*?:", str(values)):  # each text in `str(values)` is between quotes
         raise ConfigError(
             f"an interpolation must name a setting (`${{optim.lr}}`), but got {called[0]!r}. Write the value instead."
         )

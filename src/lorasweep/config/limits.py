@@ -17,6 +17,7 @@ COMPARISONS: Mapping[str, Callable[[Any, Any], bool]] = {
 Positive = Annotated[int, (">=", 1)]
 NonNegative = Annotated[int, (">=", 0)]
 AtLeastTwo = Annotated[int, (">=", 2)]
+Rank = Annotated[int, (">=", 1), ("<", 2**31)]  # so that the size of a layer's A and B fits 64 bits
 Seed = Annotated[int, (">=", 0), ("<", 2**32)]
 Fraction = Annotated[float, (">=", 0), ("<", 1)]
 PositiveFloat = Annotated[float, (">", 0), ("<", math.inf)]

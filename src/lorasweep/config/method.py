@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from lorasweep.config.build import check_fields
-from lorasweep.config.limits import Fraction, NonNegative, NonNegativeFloat, Positive
+from lorasweep.config.limits import Fraction, NonNegative, NonNegativeFloat, Positive, Rank
 from lorasweep.errors import ConfigError
 
 Scaling = Literal["alpha_over_rank", "alpha_over_sqrt_rank"]
@@ -30,7 +30,7 @@ class LoraConfig:
     """
 
     name: Literal["lora"] = "lora"
-    rank: Positive = 8
+    rank: Rank = 8
     """Rank r of the weight update B A, >= 1."""
     alpha: NonNegativeFloat = 16.0
     """Strength α of the update, >= 0. With 0 the model equals the base model."""
@@ -47,7 +47,7 @@ class LoraConfig:
     zero; `orthogonal`: both random, B A = 0, rank even; `pissa`: the principal part of W0 (arXiv 2404.02948)."""
     variant: Variant = "lora"
     """`dora` also trains the length of each row of the weight (arXiv 2402.09353)."""
-    rank_pattern: Mapping[str, Positive] = field(default_factory=dict, hash=False)
+    rank_pattern: Mapping[str, Rank] = field(default_factory=dict, hash=False)
     """Rank of the layers that a pattern matches, instead of `rank`; the first pattern that matches counts."""
     alpha_pattern: Mapping[str, NonNegativeFloat] = field(default_factory=dict, hash=False)
     """Strength of the layers that a pattern matches, instead of `alpha`; the first pattern that matches counts."""

@@ -8,12 +8,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
 from lorasweep.config.method import LoraConfig, TrainedBias
-from lorasweep.disk import write_atomically
+from lorasweep.disk import require_regular_file, write_atomically
 from lorasweep.lora.fully_trained import find_trained_biases, get_bias_owner, match_modules_to_save, trained_modules
 from lorasweep.lora.functional import scaling_factor
 from lorasweep.lora.inject import inject_lora
@@ -25,6 +25,8 @@ from lorasweep.lora.targets import get_pattern_value, plan_targets
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 FINGERPRINT_KEY = "base_fingerprint"
+MAX_CONFIG_BYTES = 2**24
+"""Maximum size of `adapter_config.json` in bytes. A pattern for each of 100,000 layers fits."""
 
 
 def lora_state(model: nn.Module) -> dict[str, Tensor]:
@@ -209,14 +211,18 @@ def _check_scaling(layers: Mapping[str, LoraLayer], config: LoraConfig, source: 
 
 def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
+        require_regular_file(path)
         with safe_open(path, framework="pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118 - not a mapping
-    except (OSError, SafetensorError) as error:
+    except Exception as error:  # safetensors and torch raise errors of many classes for a damaged header
         raise ValueError(f"{str(path)!r} must be a whole safetensors file, but got: {error}. Save it again.") from error
 
 
 def _read_config(path: Path, model: nn.Module) -> LoraConfig:
     try:
+        require_regular_file(path)
+        if path.stat().st_size > MAX_CONFIG_BYTES:
+            raise ValueError(f"it has more than {MAX_CONFIG_BYTES:,} bytes")
         return config_from_peft(json.loads(path.read_text(encoding="utf-8")), model)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{str(path)!r} must be a LoRA configuration, but got: {error}") from error

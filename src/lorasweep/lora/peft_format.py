@@ -113,7 +113,7 @@ def config_from_peft(raw: object, model: nn.Module) -> LoraConfig:
         )
     try:
         return _drop_unused_targets(_build_config(raw, model), model)
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, OverflowError) as error:
         raise ValueError(f"A key is missing or has a wrong type: {error!r}. Save the adapter again.") from error
 
 

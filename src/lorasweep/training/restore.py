@@ -106,11 +106,18 @@ def restore_base(record: RunRecord, config: RunConfig) -> BaseModel:
     """Loads the base model of a run, in the run's precision.
 
     Raises:
-        RecordError: The model's fingerprint differs from the recorded fingerprint.
+        RecordError: The model's fingerprint differs from the recorded fingerprint, or the record is damaged.
     """
-    precision, stored = record.platform["precision"], record.base.get("labels")
-    labels = None if stored is None else build(Labels, stored)
-    base = load_base(config.model, dtype=DTYPES[precision], labels=labels)
+    precision: Any = record.platform.get("precision")
+    stored = record.base.get("labels")
+    try:
+        dtype, labels = DTYPES[precision], None if stored is None else build(Labels, stored)
+    except (KeyError, ConfigError, TypeError, AttributeError) as error:
+        raise RecordError(
+            f"`platform.precision` and `base.labels` in a run's record must be as the run wrote them, but: {error!r}. "
+            "Restore the file."
+        ) from error
+    base = load_base(config.model, dtype=dtype, labels=labels)
     trained_on = record.base.get("fingerprint")
     if base.fingerprint != trained_on:
         raise RecordError(
@@ -145,7 +152,7 @@ def check_kept_files(record: RunRecord, run: Path, *, part: str) -> None:
         )
     for name, kept in record.files.items():
         file = run / name
-        if name.startswith(f"{part}/") and not (file.is_file() and compute_sha256(file) == kept["sha256"]):
+        if name.startswith(f"{part}/") and not (file.is_file() and compute_sha256(file) == kept.get("sha256")):
             raise RecordError(
                 f"{str(file)!r} must be as the run wrote it, but is missing or has changed. Train the run again."
             )

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import time
@@ -28,6 +27,8 @@ from lorasweep.record import (
     RunRecord,
     RunStatus,
     compute_sha256,
+    dump_row,
+    parse_step_row,
     read_run,
     read_steps,
     utc_now,
@@ -140,7 +141,7 @@ class RunLog:
 
     def _append(self, rows: list[dict[str, Any]]) -> None:
         with (self.folder / STEPS_FILE).open("a") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
+            file.writelines(dump_row(row) + "\n" for row in rows)
             file.flush()
             os.fsync(file.fileno())  # a checkpoint that is written next must not outlive these rows
 
@@ -160,10 +161,9 @@ def _remove_rows_after(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = []  # from step 0 nothing is kept, not even an evaluation at step 0
-    for line in path.read_text().splitlines(keepends=True) if step else []:
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
+    for line in path.read_text(errors="replace").splitlines(keepends=True) if step else []:
+        row = parse_step_row(line)
+        if row is None:
             break  # the process was killed while it wrote the line
         if row["step"] <= step:
             kept.append(line)

@@ -140,6 +140,13 @@ def test_examples_that_do_not_fit_are_named_and_left_out(second: ExampleScores, 
     assert sentence in problem
 
 
+@pytest.mark.parametrize("weight", ["-1", "nan", "inf", "0", ""])
+def test_a_file_with_a_weight_that_no_run_writes_is_refused(tmp_path: Path, weight: str) -> None:
+    (tmp_path / "a.csv").write_text(f"row,score,weight,group\n0,1.5,{weight},a\n1,2,{weight},b\n")
+    with pytest.raises(ValueError, match=r"weights must be finite|could not convert"):
+        read_examples(tmp_path / "a.csv")
+
+
 def test_a_run_without_a_score_has_no_examples() -> None:
     scores = build_scores({}, {("a", 0): examples([1.0, 2.0])}, draws=10)
     assert (scores.deviations, scores.num_examples, scores.num_groups, scores.values) == ({}, 0, 0, {})

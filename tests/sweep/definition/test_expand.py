@@ -179,3 +179,19 @@ def test_the_record_says_what_an_arm_was_expanded_from(begin, expanded):
     rows = {row.name: row for row in folder.record.arms}
     assert (rows["lora-rank4"].expanded_from, rows["lora-rank4"].expanded) == ("lora", {"method.rank": 4})
     assert (rows["full"].expanded_from, rows["full"].expanded) == (None, {})
+
+
+def test_an_expansion_without_end_is_refused_before_its_arms_are_made(read, expanded):
+    keys = (
+        "method.rank",
+        "method.alpha",
+        "optim.lr",
+        "seed",
+        "optim.weight_decay",
+        "method.dropout",
+        "trainer.batch_size",
+    )
+    expanded["arms"]["lora"]["expand"] = {key: [*range(1, 101)] for key in keys}
+    del expanded["arms"]["lora"]["space"]
+    with pytest.raises(ConfigError, match="must create at most 1,000 arms, but has 100,000,000,000,000 combinations"):
+        read(expanded)

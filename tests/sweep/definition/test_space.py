@@ -49,6 +49,7 @@ def test_a_range_becomes_a_distribution(value, whole, expected):
         ({"low": 1, "high": 2, "step": 0}, "`k` .*`step > 0` must hold"),
         ({"low": 1, "high": 2, "step": 3}, "`k` .*not divisible by `step`"),
         ({"low": 1, "high": 2, "step": "a"}, "`k` must have .*`step`.*'a'"),
+        ({"low": 1, "high": 10**400}, "`k` must have .*`high`"),
     ],
 )
 def test_a_wrong_range_is_refused(value, message):
@@ -102,6 +103,11 @@ def test_a_grid_has_every_value_up_to_the_upper_end(distribution, values):
 def test_a_grid_over_a_continuous_range_is_refused(distribution):
     with pytest.raises(ConfigError, match="the range of `k` must be a list or have a `step` under `sampler=grid`"):
         list_grid_values("k", distribution)
+
+
+def test_a_grid_of_endless_steps_is_refused():
+    with pytest.raises(ConfigError, match=r"`k` must have at most 100,000 values .* has 1,000,000,000,001"):
+        list_grid_values("k", FloatDistribution(0.0, 1.0, step=1e-12))
 
 
 def test_a_described_space_reads_as_the_same_space():

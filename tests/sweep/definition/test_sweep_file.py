@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from lorasweep.errors import ConfigError
@@ -46,3 +48,29 @@ def test_a_file_that_names_code_runs_none(write_file, tmp_path):
     with pytest.raises(ConfigError, match="must be YAML"):
         read_definition(path, [])
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "\n".join(["a0: &a0 [1, 1]", *(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 20))]),
+        "a: &a [*a]",
+        "[" * 100_000,
+        "name: " + "x" * 2**20,
+        "name: !!timestamp x",
+        "name: !!bool x",
+        "name: !!binary aGk=",
+        "a: ${b}\nb: ${a}",
+    ],
+)
+def test_a_file_made_to_do_harm_is_refused(write_file, text):
+    with pytest.raises(ConfigError, match="must be YAML, but can't be read"):
+        read_definition(write_file(text), [])
+
+
+def test_a_pipe_is_no_sweep(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sweeps").mkdir()
+    os.mkfifo(tmp_path / "sweeps" / "mine.yaml")
+    with pytest.raises(ConfigError, match="a sweep must be one of"):
+        find_sweep_file("mine")

@@ -75,17 +75,20 @@ def read_examples(path: Path) -> ExampleScores:
         ValueError: The file does not hold such scores.
         OSError: The file can't be read.
     """
-    with path.open(newline="") as file:
-        lines = list(csv.DictReader(file))
     try:
-        return ExampleScores(
-            rows=tuple(line["row"] for line in lines),
+        with path.open(newline="") as file:
+            lines = list(csv.DictReader(file))
+        found = ExampleScores(
+            rows=tuple(str(line["row"]) for line in lines),
             scores=np.array([float(line["score"]) for line in lines]),
             weights=np.array([float(line["weight"]) for line in lines]),
-            groups=tuple(line["group"] for line in lines),
+            groups=tuple(str(line["group"]) for line in lines),
         )
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, csv.Error) as error:
         raise ValueError("its columns must be `row`, `score`, `weight` and `group`") from error
+    if lines and not (0 < float(found.weights.sum()) < math.inf and (found.weights >= 0).all()):
+        raise ValueError("its weights must be finite and not negative, and one must be positive")
+    return found
 
 
 def build_scores(

@@ -37,14 +37,18 @@ from lorasweep.sweep.definition.alpha_over_rank import (
     spell_out_multiplier,
 )
 from lorasweep.sweep.definition.expand import ExpandedArm, expand_arms, get_arm_overrides, refuse_expanded_keys
-from lorasweep.sweep.definition.space import Space, list_corner_values, list_grid_values, parse_range
+from lorasweep.sweep.definition.space import (
+    MAX_GRID_COMBINATIONS,
+    Space,
+    list_corner_values,
+    list_grid_values,
+    parse_range,
+)
 from lorasweep.sweep.definition.sweep_file import SweepFile, parse_file, read_content, require_folder_name
 from lorasweep.wording import nearest
 
 DEFAULT_TRIALS = 16
 """Number of trials of an arm with a space, if neither sweep file nor command line sets it."""
-MAX_GRID_COMBINATIONS = 100_000
-"""Maximum number of combinations under `sampler=grid`, because all of them are listed in memory."""
 RERUN_ENDINGS = tuple(f"-{stage}" for stage in get_args(RerunStage))
 """Endings that an arm's name must not have. A run folder of these stages has the name of its arm, an ending and a
 number."""

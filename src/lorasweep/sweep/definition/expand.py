@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -11,6 +12,9 @@ from typing import Any
 from lorasweep.errors import ConfigError
 from lorasweep.sweep.definition.alpha_over_rank import get_rival_key, merge_layers, spell_out_multiplier
 from lorasweep.sweep.definition.sweep_file import ArmConfig, SweepFile
+
+MAX_EXPANDED_ARMS = 1000
+"""Maximum number of arms that one `expand` creates. Each is composed before the sweep starts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +85,8 @@ def _expand(name: str, config: ArmConfig, expand: Mapping[str, Any]) -> Iterator
             raise ConfigError(f"`{where}.{key}` must be a list with at least one value, but got {values!r}.")
         if key in config.space or get_rival_key(key) in config.space:
             raise ConfigError(f"`{key}` must be in `expand` or in `space` of arm `{name}`, but is in both.")
+    if (count := math.prod(map(len, expand.values()))) > MAX_EXPANDED_ARMS:
+        raise ConfigError(f"`{where}` must create at most {MAX_EXPANDED_ARMS:,} arms, but has {count:,} combinations.")
     for combination in itertools.product(*expand.values()):
         # one value of `method.alpha` may be a number and the next value a multiplier
         expanded = spell_out_multiplier(dict(zip(expand, combination, strict=True)), where=where)

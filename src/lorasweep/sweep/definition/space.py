@@ -10,10 +10,13 @@ from typing import Any
 
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
+from lorasweep.config.ranges import is_number
 from lorasweep.errors import ConfigError, first_line
 from lorasweep.wording import nearest
 
 RANGE_KEYS = ("low", "high", "log", "step")
+MAX_GRID_COMBINATIONS = 100_000
+"""Maximum number of combinations under `sampler=grid`, because all of them are listed in memory."""
 Space = dict[str, BaseDistribution]
 """The distribution of each swept key."""
 
@@ -41,8 +44,8 @@ def parse_range(key: str, value: Any, *, is_whole: bool) -> BaseDistribution:
         )
     numbers = {name: number for name, number in value.items() if name != "log" and (name, number) != ("step", None)}
     for name, number in numbers.items():
-        is_number = isinstance(number, int | float) and not isinstance(number, bool) and math.isfinite(number)
-        if not is_number or (is_whole and number != int(number)):
+        # Optuna computes the size of a range of whole numbers in 64 bits
+        if not is_number(number) or (is_whole and (number != int(number) or abs(number) >= 2**62)):
             kind = "a whole number" if is_whole else "a number"
             raise ConfigError(f"the range of `{key}` must have {kind} as `{name}`, but got {number!r}.")
     arguments = {name: int(number) if is_whole else number for name, number in numbers.items()}
@@ -51,7 +54,7 @@ def parse_range(key: str, value: Any, *, is_whole: bool) -> BaseDistribution:
             # Optuna would lower `high` to the last step and warn. The user must write the values that are tried.
             warnings.simplefilter("error", UserWarning)
             return (IntDistribution if is_whole else FloatDistribution)(**arguments, log=log)
-    except (ValueError, UserWarning) as error:  # Optuna's message names the broken rule
+    except (ValueError, ArithmeticError, UserWarning) as error:  # Optuna's message names the broken rule
         raise ConfigError(
             f"the range of `{key}` must be one that Optuna accepts, but got {dict(value)!r}: {first_line(error)}."
         ) from error
@@ -69,7 +72,7 @@ def list_grid_values(key: str, distribution: BaseDistribution) -> Sequence[Any]:
     """Returns every value of a range, for `sampler=grid`.
 
     Raises:
-        ConfigError: The range is continuous.
+        ConfigError: The range is continuous, or has too many values.
     """
     if isinstance(distribution, CategoricalDistribution):
         return distribution.choices
@@ -77,7 +80,13 @@ def list_grid_values(key: str, distribution: BaseDistribution) -> Sequence[Any]:
         return range(distribution.low, distribution.high + 1, distribution.step)
     if isinstance(distribution, FloatDistribution) and distribution.step is not None:
         low, high, step = (Decimal(str(n)) for n in (distribution.low, distribution.high, distribution.step))
-        return [float(low + n * step) for n in range(int((high - low) / step) + 1)]  # 0.3, not 0.30000000000000004
+        count = int((high - low) / step) + 1
+        if count > MAX_GRID_COMBINATIONS:
+            raise ConfigError(
+                f"the range of `{key}` must have at most {MAX_GRID_COMBINATIONS:,} values under `sampler=grid`, but "
+                f"has {count:,}. Use a larger `step`."
+            )
+        return [float(low + n * step) for n in range(count)]  # 0.3, not 0.30000000000000004
     raise ConfigError(f"the range of `{key}` must be a list or have a `step` under `sampler=grid`, but is continuous.")
 
 

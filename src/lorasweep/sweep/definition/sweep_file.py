@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -9,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from lorasweep.config.build import build
 from lorasweep.config.compose import packaged_folder, refuse_resolvers
 from lorasweep.config.limits import Positive
+from lorasweep.config.yaml_file import load_yaml
 from lorasweep.errors import ConfigError
 from lorasweep.sweep.definition.alpha_over_rank import spell_out_multiplier
 from lorasweep.wording import nearest
@@ -77,7 +77,7 @@ def find_sweep_file(name: str) -> Path:
 def list_sweep_files() -> dict[str, Path]:
     """Returns the files of all sweeps by name. A file in the current folder replaces a packaged file."""
     folders = (packaged_folder("sweeps"), Path.cwd() / "sweeps")
-    return {path.stem: path for folder in folders for path in folder.glob("*.yaml")}
+    return {path.stem: path for folder in folders for path in folder.glob("*.yaml") if path.is_file()}
 
 
 def read_content(source: Path | Mapping[str, Any]) -> Any:
@@ -87,12 +87,14 @@ def read_content(source: Path | Mapping[str, Any]) -> Any:
         ConfigError: The file is not YAML, or the content has values that YAML does not have.
     """
     try:
-        loaded = OmegaConf.create(dict(source)) if isinstance(source, Mapping) else OmegaConf.load(source)
+        loaded = OmegaConf.create(dict(source)) if isinstance(source, Mapping) else load_yaml(source)
         refuse_resolvers(OmegaConf.to_container(loaded, resolve=False))
-        return OmegaConf.to_container(loaded, resolve=True)
+        content = OmegaConf.to_container(loaded, resolve=True)
+        json.dumps(content)  # the record keeps the content; YAML also has bytes and paths
+        return content
     except ConfigError:
         raise
-    except (YAMLError, OmegaConfBaseException, OSError, ValueError) as error:
+    except Exception as error:  # PyYAML and OmegaConf raise errors of many classes
         reason = " ".join(str(error).split())
         name = "the content of a sweep" if isinstance(source, Mapping) else repr(str(source))
         raise ConfigError(f"{name} must be YAML, but can't be read: {reason}.") from error
