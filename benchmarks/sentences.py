@@ -24,7 +24,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from lorasweep.data.reading.tables import read_files
+from lorasweep.data.reading.tables import open_files
 from lorasweep.errors import ConfigError
 
 PACKAGE = "vaderSentiment==3.3.2"
@@ -65,8 +65,8 @@ def read_table(folder: Path, split: str) -> list[tuple[str, str]]:
             f"({split}.{SUFFIXES[0]}, ...), but got {str(folder)!r}."
         )
     try:
-        columns = read_files(files, choose=lambda names, source: ["text", "label"]).columns
-    except (ConfigError, KeyError) as error:
+        columns = open_files(files).read(["text", "label"]).columns
+    except ConfigError as error:
         raise SystemExit(f"{files[0]} must have columns text and label, but could not be read: {error}") from error
     return [(text, str(label)) for text, label in zip(columns["text"], columns["label"], strict=True)]
 

@@ -15,7 +15,7 @@ import lorasweep.sweep.workers.worker as worker_file
 import lorasweep.training.inputs as workbench_file
 from lorasweep import api
 from lorasweep.cli import DONE, FAILED, INTERRUPTED, WRONG_REQUEST, main, run
-from lorasweep.errors import Diverged
+from lorasweep.errors import Diverged, OutOfMemory
 from lorasweep.record import ArmRow, SweepRecord, read_run, read_sweep, write_record
 from lorasweep.stop_signal import StopSignal
 
@@ -426,6 +426,24 @@ def test_a_finished_sweep_gets_a_confirm_stage(capsys, here, mini):
     assert "`confirm.seeds >= 2` must hold" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("is_complete", [True, False])
+def test_an_arm_without_the_test_score_that_was_asked_for_is_exit_code_1(capsys, here, mini, monkeypatch, is_complete):
+    true_score = worker_file.score_run
+
+    def score(folder, **others):
+        if folder.name.startswith("lora") and not is_complete:
+            raise OutOfMemory("the evaluation needs 2 GiB.")
+        return true_score(folder, **others)
+
+    monkeypatch.setattr(worker_file, "score_run", score)
+    assert run(["sweep", mini, "confirm.seeds=1"]) == (DONE if is_complete else FAILED)
+    printed = capsys.readouterr()
+    assert "report: outputs/mini/report/index.html" in printed.out
+    said = [line for line in printed.err.splitlines() if line.startswith("lorasweep: ")]
+    assert len(said) == (not is_complete)
+    assert all("arm `lora`" in line and "the evaluation needs 2 GiB. The" in line for line in said)
+
+
 def test_warnings_are_printed_before_the_first_trial(capsys, here, mini):
     assert run(["sweep", mini, "confirm.seeds=1"]) == DONE
     lines = capsys.readouterr().out.splitlines()
@@ -448,18 +466,22 @@ def test_a_plan_trains_and_writes_nothing(capsys, here, mini):
     assert files_below(here) == before
 
 
-def test_a_plan_checks_what_the_start_of_a_sweep_checks(capsys, here, mini):
+def test_a_plan_and_the_start_of_a_sweep_check_test_data_and_workers(capsys, here, mini):
     rows = [{"prompt": f"name {n}", "completion": f"the name is {n}"} for n in range(40)]
     (here / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (here / "test.jsonl").write_text(json.dumps({"prompt": "name 1", "answer": "the name is 1"}) + "\n")
     chat = {key: value for key, value in MINI["settings"].items() if not key.startswith("data.")}
     files = {"data": "chat", "data.train": "train.jsonl", "data.test": "test.jsonl"}
     (here / "chat.yaml").write_text(yaml.safe_dump({**MINI, "settings": chat | files}))
-    assert run(["plan", "chat.yaml", "confirm.seeds=1"]) == WRONG_REQUEST
-    said = capsys.readouterr().err
-    assert "test.jsonl" in said
-    assert "completion" in said
-    assert "confirm.seeds=0" in said
+    for row, seeds, words in (
+        ({"prompt": "name 1", "answer": "the name is 1"}, 0, ["test.jsonl", "completion"]),
+        ({"prompt": "name 1", "completion": " "}, 1, ["row 1 of", "test.jsonl' must have a text", "confirm.seeds=0"]),
+    ):
+        (here / "test.jsonl").write_text(json.dumps(row) + "\n")
+        for command in ("plan", "sweep"):
+            assert run([command, "chat.yaml", f"confirm.seeds={seeds}"]) == WRONG_REQUEST
+            said = capsys.readouterr().err
+            assert [word for word in words if word not in said] == []
+    assert not (here / "outputs").exists()
     assert run(["plan", mini, "trainer.devices=2"]) == WRONG_REQUEST
     assert "`trainer.devices` must be 1 with `worker=local`" in capsys.readouterr().err
 

@@ -149,7 +149,7 @@ def sweep(arguments: argparse.Namespace) -> int:
         say(f"Slurm job {result.job} leads the sweep. Its output is in {result.folder}/slurm/head. To watch it type:")
         say(f"    lorasweep status {result.folder} --follow")
         return DONE
-    return _show_reports([result]) if result.status == "complete" else _say_how_to_resume(result)
+    return _show_sweep(result) if result.status == "complete" else _say_how_to_resume(result)
 
 
 def status(arguments: argparse.Namespace) -> int:
@@ -314,6 +314,17 @@ def _say_run(result: RunResult) -> int:
         f"{record.wall_s:.0f} s: {result.folder}"
     )
     return DONE
+
+
+def _show_sweep(result: SweepResult) -> int:
+    """Prints the table of a complete sweep. Fails if an arm lacks the test score that was asked for."""
+    _show_reports([result])
+    for arm, reason in result.unconfirmed.items():
+        say_error(
+            f"the confirm stage must score every arm on test data, but has no score of arm `{arm}`: "
+            f"{reason.rstrip('.')}. The records in {str(result.folder / 'runs')!r} have the errors."
+        )
+    return FAILED if result.unconfirmed else DONE
 
 
 def _show_reports(results: Sequence[SweepResult]) -> int:

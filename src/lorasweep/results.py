@@ -155,6 +155,15 @@ class SweepResult:
         """The HTML page of the report. It exists when the sweep is complete."""
         return self.folder / "report" / "index.html"
 
+    @property
+    def unconfirmed(self) -> dict[str, str]:
+        """Why arms have no score in the confirm stage, by arm. Empty while the sweep goes on, or without that stage."""
+        if self.status != "complete" or not self.record.confirm_seeds:
+            return {}
+        scored = {row.arm for row in self.record.confirm if row.state == "complete"}
+        reasons = {row.arm: row.reason for row in reversed(self.record.confirm)}  # the reason of the first run
+        return {arm: reasons.get(arm) or "no trial of its search is complete" for arm in self.arms if arm not in scored}
+
     @cached_property
     def trials(self) -> list[TrialResult]:
         """Every trial of the search, by arm and number."""

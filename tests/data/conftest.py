@@ -29,14 +29,25 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def read(folder: Path) -> Callable[..., DataSource]:
+def write(folder: Path) -> Callable[[str, str | bytes], Path]:
+    """Writes a file and returns its path, relative to the current folder."""
+
+    def write_file(name: str, content: str | bytes) -> Path:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return path.relative_to(folder)
+
+    return write_file
+
+
+@pytest.fixture
+def read(write: Callable[[str, str | bytes], Path]) -> Callable[..., DataSource]:
     """Writes files and reads them: `read("table", {"train.csv": "..."}, train="train.csv")`."""
 
     def write_and_read(name: str, files: dict[str, str | bytes], /, **settings: Any) -> DataSource:
         for file, content in files.items():
-            path = folder / file
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(content if isinstance(content, bytes) else content.encode())
+            write(file, content)
         splits = {Path(file).stem: file for file in files if Path(file).stem in SPLITS}
         return read_source(make_data(name, **(splits | settings)))
 

@@ -25,6 +25,8 @@ LabelTask = Literal["single_label", "multi_label", "regression"]
 CustomTask = Literal[LabelTask, "text"]
 CustomMetric = Literal[LabelMetric, "perplexity"]
 GlueTask = Literal["cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli"]
+Delimiter = Literal["auto", "comma", "semicolon", "tab", "pipe"]
+Quoting = Literal["auto", "csv", "none"]
 
 METRICS_OF_TASK: Mapping[LabelTask, tuple[LabelMetric, ...]] = {
     "single_label": ("accuracy", "f1", "matthews", "loss"),
@@ -103,6 +105,29 @@ class SplitSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FileSettings(SplitSettings):
+    """How the lines of csv, tsv and txt files are cut into fields. Other files and hub data sets need no such rule."""
+
+    columns: tuple[str, ...] | None
+    """Names of all columns of files without a header; null takes the names from the first line."""
+    delimiter: Delimiter
+    """Character between two fields. `auto`: a comma in csv files, a tab in tsv and txt files."""
+    quoting: Quoting
+    """`csv`: a field may stand in quotes (RFC 4180); `none`: a quote is a character like others. `auto`: `csv` for csv
+    files, `none` for tsv and txt files."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.columns is not None and len(set(self.columns)) < max(1, len(self.columns)):
+            raise ConfigError(f"`data.columns` must be different names, but got {list(self.columns)}.")
+        if self.path is not None and (self.columns, self.delimiter, self.quoting) != (None, "auto", "auto"):
+            raise ConfigError(
+                "`data.columns` must be null, and `data.delimiter` and `data.quoting` auto with `data.path`, but got "
+                f"{self.columns!r}, {self.delimiter!r} and {self.quoting!r}. They are for files."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class ExampleSettings:
     """Maximum length and number of examples."""
 
@@ -176,8 +201,8 @@ class TextConfig(SplitSettings, BlockSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TableConfig(SplitSettings, ExampleSettings, LabelSettings):
-    """Texts or pairs of texts with labels, from csv, tsv, jsonl, json or parquet files, or from the hub."""
+class TableConfig(FileSettings, ExampleSettings, LabelSettings):
+    """Texts or pairs of texts with labels, from csv, tsv, txt, jsonl, json or parquet files, or from the hub."""
 
     name: Literal["table"]
     text: str
@@ -197,7 +222,7 @@ class TableConfig(SplitSettings, ExampleSettings, LabelSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChatConfig(SplitSettings, ExampleSettings):
+class ChatConfig(FileSettings, ExampleSettings):
     """Prompts with completions, or conversations. The loss covers only the answers of the assistant."""
 
     name: Literal["chat"]
@@ -297,6 +322,9 @@ def glue_as_table(config: GlueConfig) -> TableConfig:
         train="train",
         validation="validation_matched" if config.task == "mnli" else "validation",
         test=None,
+        columns=None,
+        delimiter="auto",
+        quoting="auto",
         group=None,
         text=text,
         text_pair=text_pair,

@@ -24,11 +24,11 @@ from lorasweep.data.stdlib import read_code, read_docs
 def read_source(config: DataConfig) -> DataSource:
     """Returns the checked examples of a data set.
 
-    The test split is read at the first call of `DataSource.test`, but its file must exist now.
+    The test split is read at the first call of `DataSource.test`, but its file and columns must exist now.
 
     Raises:
-        ConfigError: A file, column, row or label is missing or unusable. Errors in the test split are raised when it
-            is read.
+        ConfigError: A file, column, row or label is missing or unusable. Errors in rows of the test split are raised
+            when it is read.
     """
     if isinstance(config, StdlibConfig):
         return _read_stdlib(config)

@@ -8,8 +8,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from lorasweep.config.data import TextConfig
+from lorasweep.data.reading.files import find_files, read_text
 from lorasweep.data.reading.splitting import ReadExamples, build_source, content_key
-from lorasweep.data.reading.tables import choose_columns, find_files, open_tables, parse_rows, read_text, require_text
+from lorasweep.data.reading.tables import choose_columns, open_tables, parse_rows, require_text
 from lorasweep.data.source import DataSource, Document
 from lorasweep.errors import ConfigError
 

@@ -63,9 +63,9 @@ def select_columns(dataset: Dataset, names: Sequence[str]) -> dict[str, list[Any
     return {name: [_to_class_name(v, _class_names(dataset, name)) for v in values[name]] for name in names}
 
 
-def find_class_names(dataset: Dataset, names: Sequence[str]) -> tuple[str, ...]:
-    """Returns the class names of the last of these columns that has class names; empty if no column has any."""
-    return next((found for name in reversed(names) if (found := _class_names(dataset, name))), ())
+def find_class_names(dataset: Dataset, names: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """Returns by column the names of its classes; without the columns that have none."""
+    return {name: found for name in names if (found := _class_names(dataset, name))}
 
 
 def _class_names(dataset: Dataset, name: str) -> tuple[str, ...]:

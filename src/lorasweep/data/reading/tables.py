@@ -1,36 +1,38 @@
-"""Reads columns of texts and labels from files or from a data set of the hub.
-
-Files are not read with `datasets.load_dataset`, because it guesses types: the text `NA` would be lost, the label `01`
-would become 1, and a text that looks like a date would become a date.
-"""
+"""Reads columns of texts and labels from files or from a data set of the hub."""
 
 from __future__ import annotations
 
-import csv
-import glob
-import json
-import sys
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-import pyarrow
-import pyarrow.parquet
+from datasets import Dataset
 
-from lorasweep.config.data import SplitSettings
+from lorasweep.config.data import Delimiter, FileSettings, Quoting, SplitSettings
+from lorasweep.data.reading.files import (
+    DEFAULT_RULES,
+    Columns,
+    TableFile,
+    find_kind,
+    find_tables,
+    open_delimited,
+    open_json,
+    open_parquet,
+    refuse_unreadable,
+)
 from lorasweep.data.reading.hub import find_class_names, load_hub, select_columns
-from lorasweep.errors import ConfigError, first_line
+from lorasweep.errors import ConfigError
 from lorasweep.wording import nearest, shorten
 
 T = TypeVar("T")
 
-csv.field_size_limit(sys.maxsize)  # Python's default of 131,072 characters is less than some texts have
-
-Columns = dict[str, list[Any]]
 ChooseColumns = Callable[[Sequence[str], str], Sequence[str]]
 """Takes the column names of a file and the file's name. Returns the columns to read. Raises ConfigError if a wanted
 column is missing."""
+QUOTED_FIELD = re.compile(r'"(?:[^"]|"")*"')
+"""A field in quotes as in RFC 4180, which doubles quotes inside it."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -42,10 +44,12 @@ class Table:
     """For each file: the index of its first row in this table, and its name."""
     can_skip_rows: bool = False
     """Whether unusable rows are skipped and counted (users can't correct a hub data set). Otherwise they are errors."""
-    class_names: tuple[str, ...] = ()
-    """Names of the classes in the order of the hub data set; empty if it does not state them."""
+    class_names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """By column: the names of its classes in the order of the hub data set, if it states them."""
     groups: Sequence[Any] | None = None
     """The values of the column that `data.group` names; None if it names none."""
+    notes: Sequence[str] = ()
+    """Sentences for the user on how the files were read."""
 
     def __len__(self) -> int:
         return len(next(iter(self.columns.values())))
@@ -56,173 +60,143 @@ class Table:
         return f"row {row - first + 1} of {name!r}"
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class OpenTable:
+    """A split whose column names are known, and whose rows are not read yet."""
+
+    source: str
+    """Name of the file or hub data set, for messages."""
+    names: Sequence[str]
+    read: Callable[[Sequence[str]], Table]
+    """Takes names of columns and reads these. Raises ConfigError if a file is damaged, or lacks a column or rows."""
+    hint: str = ""
+    """What to do if a wanted column is missing: a sentence with a space before it, or an empty text."""
+
+
 def open_tables(config: SplitSettings, choose: ChooseColumns) -> Callable[[str], Table]:
     """Returns a function that takes the name of a split and reads its table.
 
     Raises:
-        ConfigError: A file, data set or split does not exist. This is checked at once for all splits.
+        ConfigError: A file, data set, split or column does not exist. This is checked at once for all splits, so that a
+            wrong test file is found before training.
     """
-
-    def choose_all(names: Sequence[str], source: str) -> list[str]:
-        group = choose_columns([("group", config.group)], names, source)
-        return list(dict.fromkeys([*choose(names, source), *group]))  # `choose` may return the group column too
-
-    def separate_groups(table: Table) -> Table:
-        if config.group is None:
-            return table
-        names = choose(list(table.columns), table.sources[0][1])
-        columns = {name: table.columns[name] for name in names}
-        return replace(table, columns=columns, groups=table.columns[config.group])
-
-    if config.path is None:
-        files = {split: find_tables(name, key=f"data.{split}") for split, name in config.given.items()}
-        return lambda split: separate_groups(read_files(files[split], choose=choose_all))
-    path, splits = config.path, load_hub(config)
+    opened = _open_splits(config) if config.path is None else _open_hub(config)
+    wanted = {}
+    for split, table in opened.items():
+        try:
+            wanted[split] = choose(table.names, repr(table.source))
+            choose_columns([("group", config.group)], table.names, repr(table.source))
+        except ConfigError as error:
+            raise ConfigError(f"{error}{table.hint}") from error
 
     def load(split: str) -> Table:
-        dataset, name = splits[split], f"{path}, {config.given[split]}"
-        table = Table(
-            columns=select_columns(dataset, choose_all(dataset.column_names, repr(name))),
-            sources=[(0, name)],
-            can_skip_rows=True,
-            class_names=find_class_names(dataset, choose(dataset.column_names, repr(name))),
-        )
-        return separate_groups(table)
+        names = wanted[split]
+        if config.group is None:
+            return opened[split].read(names)
+        table = opened[split].read(list(dict.fromkeys([*names, config.group])))  # `names` may have the group too
+        columns = {name: table.columns[name] for name in names}
+        return replace(table, columns=columns, groups=table.columns[config.group])
 
     return load
 
 
-def find_files(given: str, *, key: str) -> list[Path]:
-    """Returns the files that a path or glob names, sorted by name. A folder is returned as itself.
+def _open_splits(config: SplitSettings) -> dict[str, OpenTable]:
+    assert isinstance(config, FileSettings)  # `data=text` reads files whole
+    found = {split: find_tables(name, key=f"data.{split}") for split, name in config.given.items()}
+    return {
+        split: open_files(files, columns=config.columns, delimiter=config.delimiter, quoting=config.quoting)
+        for split, files in found.items()
+    }
+
+
+def _open_hub(config: SplitSettings) -> dict[str, OpenTable]:
+    def open_dataset(dataset: Dataset, source: str) -> OpenTable:
+        def read(names: Sequence[str]) -> Table:
+            columns, class_names = select_columns(dataset, names), find_class_names(dataset, names)
+            return Table(columns=columns, sources=[(0, source)], can_skip_rows=True, class_names=class_names)
+
+        return OpenTable(source=source, names=dataset.column_names, read=read)
+
+    return {
+        split: open_dataset(dataset, f"{config.path}, {config.given[split]}")
+        for split, dataset in load_hub(config).items()
+    }
+
+
+def open_files(
+    files: Sequence[Path],
+    *,
+    columns: Sequence[str] | None = None,
+    delimiter: Delimiter = "auto",
+    quoting: Quoting = "auto",
+) -> OpenTable:
+    """Returns the rows of files of one kind, one file after the other. Only the names of the columns are read now.
 
     Args:
-        given: Value of the setting.
-        key: Dotted key of the setting, for messages.
+        files: At least one file.
+        columns: `data.columns`.
+        delimiter: `data.delimiter`.
+        quoting: `data.quoting`.
 
     Raises:
-        ConfigError: No such file exists.
+        ConfigError: A file is damaged or empty, or a setting does not fit the files.
     """
-    path = Path(given).expanduser()
-    if path.exists():
-        return [path]  # checked before the glob, because `odd[1].csv` may be the name of a file
-    found = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file())
-    if not found:
-        names = [str(path.parent / entry.name) for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise ConfigError(f"`{key}` must name an existing file, but got {given!r}.{nearest(given, names)}")
-    return found
-
-
-def find_tables(given: str, *, key: str) -> list[Path]:
-    """Returns the table files that a setting names, without reading them.
-
-    Raises:
-        ConfigError: No such file exists, or the files do not share one known suffix.
-    """
-    files = find_files(given, key=key)
-    suffixes = sorted({file.suffix.lower() for file in files})
-    if len(suffixes) > 1 or suffixes[0] not in READERS:
+    kind = find_kind(files[0])
+    is_delimited = kind in DEFAULT_RULES
+    if not is_delimited and (columns, delimiter, quoting) != (None, "auto", "auto"):
         raise ConfigError(
-            f"`{key}` must name files of one kind ({', '.join(READERS)}), but got {given!r}. "
-            "Save them as one kind, or narrow the glob."
+            f"`data.columns` must be null, and `data.delimiter` and `data.quoting` auto, for {str(files[0])!r}, which "
+            f"names its fields, but got {columns}, {delimiter} and {quoting}."
         )
-    return files
+    opened: dict[Path, TableFile] = {}
+    for path in files:
+        with refuse_unreadable(path, kind=f"{kind[1:]} file"):
+            if is_delimited:
+                opened[path] = open_delimited(path, columns=columns, delimiter=delimiter, quoting=quoting)
+            else:
+                opened[path] = open_parquet(path) if kind == ".parquet" else open_json(path)
+
+    def read(names: Sequence[str]) -> Table:
+        values: Columns = {name: [] for name in names}
+        sources = []
+        for path, file in opened.items():
+            for name in names:
+                if name not in file.names:
+                    raise ConfigError(
+                        f"{str(path)!r} must have a column {name!r}, but has {shorten([*file.names], 400)}."
+                    )
+            with refuse_unreadable(path, kind=f"{kind[1:]} file"):
+                new_values = file.read(names)
+            if not new_values[names[0]]:
+                raise ConfigError(f"{str(path)!r} must have rows, but has none.")
+            sources.append((len(values[names[0]]), str(path)))
+            for name in names:
+                values[name] += new_values[name]
+        notes: list[str] = []
+        if is_delimited and quoting == "auto" and DEFAULT_RULES[kind][1] == "none" and (count := count_quoted(values)):
+            notes = [
+                f"{count} texts of {str(files[0])!r} look quoted, and the quotes stay in the texts. If the file puts "
+                "quotes around fields, set `data.quoting=csv`. If not, `data.quoting=none` ends this note."
+            ]
+        return Table(columns=values, sources=sources, notes=notes)
+
+    hint = " If its first line is data, set `data.columns`. If its fields are not separated, set `data.delimiter`."
+    return OpenTable(
+        source=str(files[0]),
+        names=opened[files[0]].names,
+        read=read,
+        hint=hint if is_delimited and columns is None else "",
+    )
 
 
-def read_text(path: Path) -> str:
-    """Returns the text of a UTF-8 file without a byte order mark. Line ends stay as they are.
-
-    Raises:
-        ConfigError: The file can't be read, or is not UTF-8.
-    """
-    try:
-        return path.read_bytes().decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{str(path)!r} must be a text file in UTF-8, but {error}. Save it as UTF-8.") from error
-
-
-def read_files(files: Sequence[Path], *, choose: ChooseColumns) -> Table:
-    """Returns the chosen columns of files of one kind, one file after the other.
-
-    Raises:
-        ConfigError: A file is damaged or has no rows, or a column is missing.
-    """
-    columns: Columns = {}
-    sources = []
-    for file in files:
-        try:
-            new_columns = READERS[file.suffix.lower()](file, choose)
-        except (OSError, UnicodeError, csv.Error, json.JSONDecodeError, pyarrow.ArrowException) as error:
-            raise ConfigError(
-                f"{str(file)!r} must be a {file.suffix[1:]} file, but can't be read: {first_line(error)}."
-            ) from error
-        sources.append((len(next(iter(columns.values()), ())), str(file)))
-        for name in columns or new_columns:
-            if name not in new_columns:
-                raise ConfigError(f"{str(file)!r} must have a column {name!r} like {str(files[0])!r}, but has not.")
-            columns.setdefault(name, []).extend(new_columns[name])
-    return Table(columns=columns, sources=sources)
-
-
-def _read_delimited(path: Path, choose: ChooseColumns) -> Columns:
-    """Reads csv as in RFC 4180, or tsv, where quotes are ordinary characters. Every value stays a text."""
-    is_tsv = path.suffix.lower() == ".tsv"
-    quoting: Any = csv.QUOTE_NONE if is_tsv else csv.QUOTE_MINIMAL
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, delimiter="\t" if is_tsv else ",", quoting=quoting, strict=True)
-        reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
-        rows = []
-        for row in reader:
-            # DictReader stores surplus fields under the key None, and None as the value of a missing field.
-            if None in row or None in row.values():
-                raise ConfigError(
-                    f"line {reader.line_num} of {str(path)!r} must have {len(reader.fieldnames)} columns like its "
-                    "header, but has more or fewer. In a csv file, put quotes around a text with commas."
-                )
-            rows.append(row)
-    return _select_keys(path, rows, choose)
-
-
-def _read_json(path: Path, choose: ChooseColumns) -> Columns:
-    """Reads one JSON object per line, or one array of objects."""
-    text = read_text(path)
-    if text.lstrip().startswith("["):
-        return _select_keys(path, json.loads(text), choose)
-    rows = []
-    for number, line in enumerate(text.split("\n"), start=1):  # splitlines would also split at U+2028 inside a text
-        try:
-            rows += [json.loads(line)] if line.strip() else []
-        except json.JSONDecodeError as error:
-            raise ConfigError(f"line {number} of {str(path)!r} must be JSON, but can't be read: {error}.") from error
-    return _select_keys(path, rows, choose)
-
-
-def _read_parquet(path: Path, choose: ChooseColumns) -> Columns:
-    names = choose(pyarrow.parquet.read_schema(path).names, repr(str(path)))
-    columns: Columns = pyarrow.parquet.read_table(path, columns=list(names)).to_pydict()
-    return columns
-
-
-READERS: Mapping[str, Callable[[Path, ChooseColumns], Columns]] = {
-    ".csv": _read_delimited,
-    ".tsv": _read_delimited,
-    ".jsonl": _read_json,
-    ".json": _read_json,
-    ".parquet": _read_parquet,
-}
-"""The function that reads a file, by the suffix of its name."""
-
-
-def _select_keys(path: Path, rows: Sequence[Mapping[str, Any]], choose: ChooseColumns) -> Columns:
-    """Returns rows as columns. The keys of the first row are the columns to choose from."""
-    if not rows:
-        raise ConfigError(f"{str(path)!r} must have rows, but has none.")
-    if not all(isinstance(row, Mapping) for row in rows):
-        raise ConfigError(f"{str(path)!r} must have JSON objects as rows, but has other values.")
-    return {name: [row.get(name) for row in rows] for name in choose(list(rows[0]), repr(str(path)))}
+def count_quoted(columns: Columns) -> int:
+    """Returns how many texts are in quotes as in RFC 4180; 0 if a text has quotes elsewhere, as in speech."""
+    with_quotes = [value for values in columns.values() for value in values if '"' in value]
+    return len(with_quotes) if all(map(QUOTED_FIELD.fullmatch, with_quotes)) else 0
 
 
 def parse_rows(table: Table, parse: Callable[..., T]) -> tuple[list[T], list[str]]:
-    """Returns each row parsed with `parse`, and a note with the number of skipped rows if there are any.
+    """Returns each row parsed with `parse`, and notes: those of the table, and how many rows are skipped if any are.
 
     Args:
         table: The rows to parse.
@@ -241,13 +215,13 @@ def parse_rows(table: Table, parse: Callable[..., T]) -> tuple[list[T], list[str
         except ValueError as error:
             problems.append(f"{table.locate(row)} {error}")
     if not problems:
-        return parsed, []
+        return parsed, [*table.notes]
     if not table.can_skip_rows:
         raise ConfigError(f"{problems[0]}. Correct or remove the row. {len(problems)} rows have a problem.")
     name, first = table.sources[0][1], f"The first problem: {problems[0]}."
     if not parsed:
         raise ConfigError(f"{name!r} must have usable rows, but has none. {first}")
-    return parsed, [f"{len(problems)} of {len(table)} rows of {name!r} are skipped. {first}"]
+    return parsed, [*table.notes, f"{len(problems)} of {len(table)} rows of {name!r} are skipped. {first}"]
 
 
 def _require_group(value: Any) -> str:
