@@ -9,7 +9,9 @@ import os
 from dataclasses import asdict
 
 import pytest
-from tests.fuzzing import refusal_allowed
+from hypothesis import given
+from hypothesis import strategies as st
+from tests.fuzzing import FUZZ, NESTED, damage, damage_bytes, damage_json, refusal_allowed
 
 from lorasweep.errors import RecordError
 from lorasweep.record import (
@@ -32,6 +34,7 @@ from lorasweep.record import (
     utc_now,
     write_record,
 )
+from lorasweep.results import SweepResult, load_run, load_sweep
 
 
 def make_run(**values):
@@ -324,3 +327,33 @@ def test_a_pipe_in_the_place_of_a_record_is_not_opened(tmp_path, name):
     with refusal_allowed(unchanged=tmp_path):
         assert list(read_steps(tmp_path)) == []
         (read_sweep if name == SWEEP_FILE else read_run)(tmp_path)
+
+
+@pytest.mark.slow
+@FUZZ
+@given(data=st.data())
+def test_a_damaged_record_is_read_or_refused(tmp_path, data):
+    record = make_run(best={"loss": 1.5}, files={"best/a": {"bytes": 1, "sha256": "0"}}, notes=["a"])
+    write_record(record, tmp_path)
+    write_record(make_sweep(), tmp_path)
+    name = data.draw(st.sampled_from([RUN_FILE, SWEEP_FILE]))
+    (tmp_path / name).write_bytes(data.draw(damage((tmp_path / name).read_bytes())))
+    with refusal_allowed(unchanged=tmp_path):
+        result = load_run(tmp_path) if name == RUN_FILE else load_sweep(tmp_path)
+        assert result.status
+        if isinstance(result, SweepResult):
+            result.trials_dataframe()
+            result.confirm_dataframe()
+            result.best("lora")
+
+
+@pytest.mark.slow
+@FUZZ
+@given(data=st.data())
+def test_damaged_steps_are_read_as_far_as_they_are_whole(tmp_path, data):
+    write_record(make_run(), tmp_path)
+    rows = [{"step": 1, "loss": 2.0, "lr": 0.1}, {"step": 1, "validation": {"loss": 3.0}}, {"step": 2, "loss": None}]
+    lines = [data.draw(st.one_of(st.just(json.dumps(row)), damage_json(row), st.just(NESTED))) for row in rows]
+    (tmp_path / STEPS_FILE).write_bytes(data.draw(damage_bytes("\n".join(lines).encode())))
+    with refusal_allowed(unchanged=tmp_path):
+        load_run(tmp_path).steps_dataframe()

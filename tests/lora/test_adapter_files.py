@@ -2,13 +2,16 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import peft
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load, load_file, save_file
-from tests.fuzzing import NESTED
+from tests.fuzzing import FUZZ, NESTED, damage, damage_bytes, refusal_allowed
 from torch import Tensor, nn
 
 from lorasweep.lora import (
@@ -272,3 +275,16 @@ def test_a_pattern_that_would_match_for_years_is_refused(make_model, saved: Path
     monkeypatch.setattr(patterns, "MATCH_TIMEOUT_S", 0.05)
     change_config(saved, **{key: "(.?)" * 40 + r"\1\2\3[!?]"})
     assert_refused(make_model, saved, r"must match a name within 0\.05 s")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+@FUZZ
+@given(data=st.data())
+def test_a_damaged_adapter_is_loaded_or_refused(make_model, saved: Path, name: str, data: st.DataObject) -> None:
+    folder = saved.with_name("damaged")
+    shutil.copytree(saved, folder, dirs_exist_ok=True)
+    content = (saved / name).read_bytes()
+    (folder / name).write_bytes(data.draw(damage(content) if name.endswith(".json") else damage_bytes(content)))
+    with refusal_allowed(unchanged=saved.parent, error=ValueError):
+        load_adapter(make_model(), folder)

@@ -8,7 +8,10 @@ import sys
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from tests.fuzzing import FUZZ, NESTED, damage, damage_bytes, refusal_allowed
 from tests.tiny_tokenizer import load_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -134,6 +137,11 @@ def damage_weights(folder):
     file.write_bytes(file.read_bytes()[:-100])
 
 
+def write_index_to_elsewhere(folder):
+    index = {"metadata": {}, "weight_map": {"model.norm.weight": "../other.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
 DAMAGES = {
     "cut off weights": (damage_weights, "Error while deserializing header"),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), r"`model\.allow_pickle=true`"),
@@ -144,6 +152,16 @@ DAMAGES = {
         "6 of its weights .* 'model.layers.0.mlp",
     ),
     "more layers": (lambda folder: change_config(folder, num_hidden_layers=3), "9 of its weights .* 'model.layers.2"),
+    "a billion layers": (lambda folder: change_config(folder, num_hidden_layers=10**9), "only 20 tensors"),
+    "a billion labels": (lambda folder: change_config(folder, num_labels=10**9), "`num_labels` 1000000000, but its"),
+    "a huge layer": (lambda folder: change_config(folder, hidden_size=10**6), "parameters, but its weight files"),
+    "no number": (lambda folder: change_config(folder, hidden_size=10**400), "can't be loaded"),
+    "nested config": (lambda folder: (folder / "config.json").write_text(NESTED), "recursion"),
+    "no config": (lambda folder: (folder / "config.json").write_text("[]"), "can't be loaded"),
+    "index without map": (lambda folder: (folder / "model.safetensors.index.json").write_text("{}"), "weight_map"),
+    "index to elsewhere": (write_index_to_elsewhere, "must name files beside it, but names '../other"),
+    "broken tokenizer": (lambda folder: (folder / "tokenizer.json").write_text('{"model": 5}'), "can't be loaded"),
+    "pipe": (lambda folder: os.mkfifo(folder / "added_tokens.json"), "but 'added_tokens.json' in .* is a pipe"),
     "no tokenizer": (lambda folder: [file.unlink() for file in folder.glob("tokenizer*")], "tokenizer"),
 }
 
@@ -313,3 +331,21 @@ def test_adapter_is_not_a_base(folder, model_config):
     (folder / "adapter_config.json").write_text("{}")
     with pytest.raises(ConfigError, match=r"`model.path` .* is an adapter.*lorasweep export"):
         load_base(model_config(folder), dtype=torch.float32)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("on_meta", [False, True])
+@FUZZ
+@given(data=st.data())
+def test_a_damaged_model_is_loaded_or_refused(saved, tmp_path, model_config, on_meta, data):
+    folder = shutil.copytree(saved, tmp_path / "model", dirs_exist_ok=True)
+    index = {"weight_map": dict.fromkeys(load_file(saved / "model.safetensors"), "model.safetensors")}
+    (folder / "model.safetensors.index.json").unlink(missing_ok=True)
+    names = ["config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "model.safetensors"]
+    name = data.draw(st.sampled_from([*names, "config.json", "model.safetensors.index.json"]))
+    content = json.dumps(index).encode() if "index" in name else (saved / name).read_bytes()
+    header = content[:3000]  # the weights after it may be any bytes
+    damaged = damage(content) if name.endswith(".json") else damage_bytes(header).map(lambda new: new + content[3000:])
+    (folder / name).write_bytes(data.draw(damaged))
+    with refusal_allowed(unchanged=tmp_path):
+        load_base(model_config(folder), dtype=torch.float32, on_meta=on_meta)

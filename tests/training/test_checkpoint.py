@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tests.fuzzing import FUZZ, HOSTILE, damage_bytes, refusal_allowed
 
 from lorasweep.record import compute_sha256
 from lorasweep.training.checkpoint import (
@@ -28,7 +31,10 @@ def run(tmp_path):
 
 
 def save(folder: Path, step: int, kind="last") -> None:
-    state = {"global_step": step, "weights": torch.full((100,), float(step))}
+    weights = torch.full((100,), float(step))
+    state = {"state_dict": {"w": weights}, "optimizer_states": [], "lr_schedulers": [], "loops": {}}
+    state |= {"base": "b", "progress": {}, "dropout_streams": []}
+    state |= {"adapter": {}, "optimizer": {}, "stream": weights}
     save_checkpoint(folder, kind=kind, step=step, save=lambda path: torch.save(state, path))
 
 
@@ -45,7 +51,7 @@ def test_the_last_two_are_kept_each_named_by_its_checksum(run):
         assert path.stem.split("-")[2] == compute_sha256(path)
     found = find_checkpoint(run, kind="last")
     assert (found.path, found.step, found.notes) == (paths[1], 6, [])
-    assert torch.equal(found.state["weights"], torch.full((100,), 6.0))
+    assert torch.equal(found.state["state_dict"]["w"], torch.full((100,), 6.0))
 
 
 def cut(path):
@@ -119,6 +125,20 @@ def test_a_pickle_with_the_right_checksum_runs_no_code(run, tmp_path_factory, wr
     assert list(outside.iterdir()) == []
 
 
+@pytest.mark.parametrize("content", [[], {}, 5, "text", None, torch.ones(3), {"state_dict": {}, "loops": []}])
+@pytest.mark.parametrize("kind", ["last", "slot"])
+def test_tensors_and_plain_values_that_are_no_state_of_a_run_count_as_damaged(tmp_path, kind, content):
+    save(tmp_path, 4, kind=kind)
+    save_checkpoint(tmp_path, kind=kind, step=6, save=lambda path: torch.save(content, path))
+    assert find_checkpoint(tmp_path, kind=kind).step == 4
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"\x80\x02]q\x00."])
+def test_a_file_that_torch_can_not_read_counts_as_damaged(run, content):
+    save_checkpoint(run, kind="last", step=8, save=lambda path: path.write_bytes(content))
+    assert find_checkpoint(run, kind="last").step == 6
+
+
 def test_a_write_that_fails_leaves_the_ones_before(run, monkeypatch):
     before = {path.name for path in run.iterdir()}
 
@@ -140,3 +160,40 @@ def test_files_of_other_names_are_left_alone(run):
     save(run, 8)
     remove_checkpoints(run)
     assert {path.name for path in run.iterdir()} == {"last-mine.ckpt"}
+
+
+def test_a_pipe_of_a_checkpoints_name_is_not_opened(run):
+    os.mkfifo(run / f"last-00000008-{'0' * 64}.ckpt")
+    assert find_checkpoint(run, kind="last").step == 6
+
+
+KEYS = ["state_dict", "optimizer_states", "lr_schedulers", "loops", "base", "progress", "dropout_streams"]
+PLAIN = st.recursive(
+    st.one_of(st.sampled_from(HOSTILE), st.just(torch.ones(2)), st.text(max_size=3)),
+    lambda values: st.one_of(st.lists(values, max_size=3), st.dictionaries(st.sampled_from(KEYS), values, max_size=3)),
+    max_leaves=6,
+)
+
+
+@pytest.mark.slow
+@FUZZ
+@given(data=st.data())
+def test_of_any_content_with_the_right_checksum_the_state_of_a_run_is_found_or_the_one_before(tmp_path, data):
+    for path in tmp_path.iterdir():
+        path.unlink()
+    save(tmp_path, 6)
+    whole = newest(tmp_path).read_bytes()
+    save(tmp_path, 4)
+    newest(tmp_path).unlink()
+    content = data.draw(st.one_of(damage_bytes(whole), PLAIN))
+
+    def write(path):
+        if isinstance(content, bytes):
+            path.write_bytes(content)
+        else:
+            torch.save(content, path)
+
+    save_checkpoint(tmp_path, kind="last", step=6, save=write)
+    with refusal_allowed(unchanged=tmp_path):
+        found = find_checkpoint(tmp_path, kind="last")
+        assert found.step == 4 or set(KEYS) <= set(found.state)

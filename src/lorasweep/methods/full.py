@@ -14,7 +14,7 @@ from lorasweep.disk import move_into_place
 from lorasweep.errors import RecordError, first_line
 from lorasweep.methods.method import Method, replace_by_trainable_copies
 from lorasweep.models.load import BaseModel
-from lorasweep.models.pretrained import LOADING_ERRORS, load_pretrained, quiet_transformers
+from lorasweep.models.pretrained import load_pretrained, quiet_transformers
 
 
 class FullMethod(Method):
@@ -46,7 +46,7 @@ class FullMethod(Method):
             return
         try:
             saved = load_pretrained(type(model), str(folder), dtype=torch.float32, config=model.config)
-        except LOADING_ERRORS as error:
+        except Exception as error:
             raise RecordError(
                 f"{str(folder)!r} must contain all weights of this {type(model).__name__}, "
                 f"but can't be loaded: {first_line(error)}. Name the folder that the run saved."

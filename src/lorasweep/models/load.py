@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pickle import UnpicklingError
 from typing import Any, Literal
@@ -22,12 +23,18 @@ from transformers import (
 )
 
 from lorasweep.config.model import ModelConfig, ModelKind
-from lorasweep.errors import ConfigError, first_line
+from lorasweep.errors import ConfigError, describe_error, first_line
 from lorasweep.models.dropout import set_dropout_modules, set_dropout_settings
 from lorasweep.models.factory import build_custom_model
 from lorasweep.models.folder import find_model_folder
-from lorasweep.models.pretrained import LOADING_ERRORS, load_pretrained, load_with_new_head, quiet_transformers
-from lorasweep.models.weight_files import WeightFiles, build_on_meta, has_weight_files
+from lorasweep.models.pretrained import load_pretrained, load_with_new_head, quiet_transformers
+from lorasweep.models.weight_files import (
+    WeightFiles,
+    build_on_meta,
+    check_claimed_counts,
+    check_claimed_size,
+    has_weight_files,
+)
 
 MODEL_CLASSES: dict[ModelKind, Any] = {
     "causal_lm": AutoModelForCausalLM,
@@ -167,10 +174,12 @@ def _load(
     if gguf_file is not None:
         shared["gguf_file"] = gguf_file
     attention = {} if config.attention == "auto" else {"attn_implementation": config.attention}
-    try:
-        with quiet_transformers():
-            settings = AutoConfig.from_pretrained(str(folder), **shared)
-            tokenizer = AutoTokenizer.from_pretrained(str(folder), **shared)
+    with _refuse_damaged_files(config):
+        is_checked = gguf_file is None and not config.allow_pickle and not config.trust_remote_code
+        if is_checked:
+            check_claimed_counts(folder)
+        settings = AutoConfig.from_pretrained(str(folder), **shared)
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), **shared)
         _set_model_settings(settings, config, labels)
         if on_meta and gguf_file is None and not config.trust_remote_code and has_weight_files(folder):
             built = build_on_meta(model_class, settings, folder, dtype=dtype, may_lack_head=is_classifier, **attention)
@@ -182,12 +191,12 @@ def _load(
             arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
         if gguf_file is not None or config.allow_pickle:
             arguments["use_safetensors"] = None if gguf_file is None else False  # None prefers safetensors, else pickle
+        if is_checked:
+            check_claimed_size(model_class, settings, folder)
         if is_classifier:
             model, head_names = load_with_new_head(model_class, str(folder), dtype=dtype, **arguments)
         else:
             model, head_names = load_pretrained(model_class, str(folder), dtype=dtype, **arguments), ()
-    except LOADING_ERRORS as error:
-        raise _to_config_error(error, config) from error
     if gguf_file is not None:
         setattr(model, "hf_quantizer", None)  # noqa: B010 (mypy); with a quantizer, transformers refuses to save the model
     return model, tokenizer, head_names, None
@@ -196,14 +205,24 @@ def _load(
 def _load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """Loads the tokenizer of `model.path`, for a model that `model.factory` builds without tokenizer."""
     folder, _ = find_model_folder(config)
+    with _refuse_damaged_files(config):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            str(folder), trust_remote_code=config.trust_remote_code
+        )
+    return tokenizer
+
+
+@contextmanager
+def _refuse_damaged_files(config: ModelConfig) -> Iterator[None]:
+    """Raises ConfigError for any error of transformers and its parsers: damaged files cause errors of many classes."""
     try:
         with quiet_transformers():
-            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-                str(folder), trust_remote_code=config.trust_remote_code
-            )
-    except LOADING_ERRORS as error:
+            yield
+    except BaseException as error:
+        # a panic of the tokenizers' Rust code is no Exception
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise _to_config_error(error, config) from error
-    return tokenizer
 
 
 def _set_model_settings(settings: Any, config: ModelConfig, labels: Labels | None) -> None:
@@ -217,7 +236,7 @@ def _set_model_settings(settings: Any, config: ModelConfig, labels: Labels | Non
         settings.problem_type = "regression" if labels.kind == "regression" else f"{labels.kind}_classification"
 
 
-def _to_config_error(error: Exception, config: ModelConfig) -> ConfigError:
+def _to_config_error(error: BaseException, config: ModelConfig) -> ConfigError:
     """Returns an error of transformers as a short message that names the setting to change."""
     if "trust_remote_code" in str(error):
         return ConfigError(
@@ -230,7 +249,11 @@ def _to_config_error(error: Exception, config: ModelConfig) -> ConfigError:
             f"({first_line(error)}). Use `model.attention=auto`."
         )
     # The message of an UnpicklingError is not shown, because it advises to read the file without restrictions.
-    reason = "it contains objects that are not tensors" if isinstance(error, UnpicklingError) else first_line(error)
+    if isinstance(error, UnpicklingError):
+        reason = "it contains objects that are not tensors"
+    else:  # other errors than these have messages that need the name of their class
+        has_sentence = isinstance(error, OSError | ValueError | RuntimeError | ImportError)
+        reason = first_line(error) if has_sentence else describe_error(error)
     return ConfigError(
         f"`model.path` must be a {KIND_NAMES[config.kind]} with its tokenizer, but {config.path!r} can't be loaded: "
         f"{reason}. Download the model again, or use another model."

@@ -8,19 +8,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from lorasweep.fixed_seed import fixed_seed
-
-LOADING_ERRORS = (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError, UnpicklingError, EOFError)
-"""Errors that transformers raises if a model or tokenizer is missing, damaged or of an unknown kind."""
 
 
 class MissingWeightsError(ValueError):
@@ -38,7 +33,7 @@ def load_pretrained(model_class: Any, source: str, *, dtype: torch.dtype, **sett
 
     Raises:
         MissingWeightsError: Weights are missing or have the wrong shape. transformers alone would only warn.
-        Exception: One of `LOADING_ERRORS`.
+        Exception: The files are missing, damaged or of an unknown kind. transformers raises errors of many classes.
     """
     model, missing = _load(model_class, source, dtype=dtype, **settings)
     _require_no_missing(missing)
@@ -58,7 +53,7 @@ def load_with_new_head(
 
     Raises:
         MissingWeightsError: Other weights are missing or have the wrong shape.
-        Exception: One of `LOADING_ERRORS`.
+        Exception: The files are missing, damaged or of an unknown kind. transformers raises errors of many classes.
     """
     with fixed_seed():
         model, missing = _load(model_class, source, dtype=dtype, **settings)

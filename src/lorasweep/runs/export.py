@@ -26,7 +26,7 @@ from lorasweep.lora.merge import weights_in_fp32
 from lorasweep.methods import METHODS, copy_sharing_weights
 from lorasweep.models.folder import find_local_path
 from lorasweep.models.load import BaseModel, fingerprint_weights
-from lorasweep.models.pretrained import LOADING_ERRORS, load_pretrained, quiet_transformers
+from lorasweep.models.pretrained import load_pretrained, quiet_transformers
 from lorasweep.record import RunRecord, read_run
 from lorasweep.training.restore import check_kept_files, restore_base, restore_config, restore_model
 
@@ -140,7 +140,7 @@ def _export_merged(record: RunRecord, config: RunConfig, best: Path, folder: Pat
     attention = {} if config.model.attention == "auto" else {"attn_implementation": config.model.attention}
     try:
         written = load_pretrained(kind, str(folder), dtype=dtype, **attention)
-    except LOADING_ERRORS as error:
+    except Exception as error:
         raise RunError(f"a merged {kind.__name__} must load again, but does not: {first_line(error)}.") from error
     if fingerprint_weights(written) != fingerprint:
         raise RunError(

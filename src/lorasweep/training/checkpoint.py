@@ -6,13 +6,13 @@ A file whose content does not match its name is damaged. The run then resumes fr
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from lorasweep.disk import move_into_place, temporary_name
 from lorasweep.record import compute_sha256
@@ -21,6 +21,19 @@ CheckpointKind = Literal["last", "slot"]
 """`last`: Lightning's checkpoint of a run outside of packs. `slot`: the checkpoint of a run in a pack."""
 NUM_KEPT_CHECKPOINTS = 2
 _FILE_NAME = re.compile(r"(last|slot)-(\d{8})-([0-9a-f]{64})\.ckpt")
+_CONTENT: Mapping[CheckpointKind, Mapping[str, type]] = {
+    "last": {
+        "state_dict": dict,
+        "optimizer_states": list,
+        "lr_schedulers": list,
+        "loops": dict,
+        "base": str,
+        "progress": dict,
+        "dropout_streams": list,
+    },
+    "slot": {"adapter": dict, "optimizer": dict, "progress": dict, "stream": Tensor},
+}
+"""Keys that a checkpoint of each kind has, and the types of their values."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +72,7 @@ def find_checkpoint(folder: Path, *, kind: CheckpointKind, step: int | None = No
     damaged = [step] if step and not any(_get_step(path) == step for path in paths) else []
     found = FoundCheckpoint()
     for path in paths:
-        if state := _read_state(path):
+        if state := _read_state(path, kind):
             found = FoundCheckpoint(path=path, step=_get_step(path), state=state)
             break
         damaged.append(_get_step(path))
@@ -86,7 +99,7 @@ def remove_older_checkpoints(folder: Path, *, kind: CheckpointKind) -> None:
 
 
 def _list_newest_first(folder: Path, kind: str) -> list[Path]:
-    found = [path for path in folder.glob(f"{kind}-*.ckpt") if _FILE_NAME.fullmatch(path.name)]
+    found = [path for path in folder.glob(f"{kind}-*.ckpt") if _FILE_NAME.fullmatch(path.name) and path.is_file()]
     # a step that was repeated can have two files, because the content is part of the name
     return sorted(found, key=lambda path: (_get_step(path), path.stat().st_mtime_ns), reverse=True)
 
@@ -95,12 +108,14 @@ def _get_step(path: Path) -> int:
     return int(path.name.split("-")[1])
 
 
-def _read_state(path: Path) -> dict[str, Any] | None:
-    """Returns the state in a checkpoint; None if it is damaged or has more than tensors and plain values."""
+def _read_state(path: Path, kind: CheckpointKind) -> dict[str, Any] | None:
+    """Returns the state in a checkpoint; None if it is damaged or not what a run of this kind writes."""
     if compute_sha256(path) != path.stem.split("-")[2]:
         return None
     try:
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except (UnpicklingError, RuntimeError):  # another program wrote it under a matching name
+        state: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # another program wrote it under a matching name
         return None
-    return state
+    keys = _CONTENT[kind].items()
+    is_whole = isinstance(state, dict) and all(isinstance(state.get(key), type_) for key, type_ in keys)
+    return state if is_whole else None

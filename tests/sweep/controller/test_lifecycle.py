@@ -214,3 +214,11 @@ def test_a_folder_that_is_not_writable_is_refused(stopped):
     stopped.chmod(0o500)
     with pytest.raises(RecordError, match="a sweep's folder must be writable"):
         reopen_sweep(stopped)
+
+
+@pytest.mark.parametrize(("key", "value"), [("definition", {}), ("definition", {"file": {}}), ("arms", [])])
+def test_a_record_without_its_definition_or_arms_is_refused(stopped, key, value):
+    record = stopped / "sweep.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | {key: value}))
+    with pytest.raises(RecordError, match=f"`{key}` in .*sweep.json' must"):
+        reopen_sweep(stopped)

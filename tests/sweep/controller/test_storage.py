@@ -284,3 +284,25 @@ def test_a_database_that_dies_in_the_middle_ends_the_sweep_and_blames_no_trial(
     assert work(reopen_sweep(folder.path))
     assert {row.state for row in read_sweep(folder.path).trials} == {"complete"}
     assert len(rows_of(folder.path)) == 10
+
+
+@pytest.mark.parametrize("missing", [slice(0, 1), slice(3, 4), slice(5, 12)])
+def test_a_journal_without_some_of_its_lines_is_refused(begin, work, runs, three_arms, missing):
+    folder = begin(three_arms)
+    assert not work(folder, stop_at=6)
+    journal = folder.path / JOURNAL_FILE
+    lines = journal.read_bytes().splitlines(keepends=True)
+    del lines[missing]
+    journal.write_bytes(b"".join(lines))
+    with pytest.raises(RecordError, match=rf"journal.log' .* is damaged: its line {missing.start + 1} is missing"):
+        reopen_sweep(folder.path)
+
+
+def test_a_journal_with_lines_of_another_program_is_read(tmp_path):
+    add_trials(tmp_path, 1)
+    theirs = optuna.storages.JournalStorage(
+        optuna.storages.journal.JournalFileBackend(str(tmp_path / JOURNAL_FILE))  # it also ignores our numbers
+    )
+    optuna.load_study(study_name="lora", storage=theirs).add_trial(optuna.create_trial(value=2.0))
+    add_trials(tmp_path, 1)
+    assert count_trials(tmp_path) == 3

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 
 import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from tests.fuzzing import FUZZ, damage_bytes, damage_json, refusal_allowed
 
 from lorasweep.errors import ConfigError
 from lorasweep.sweep.definition.arms import read_definition
@@ -74,3 +79,16 @@ def test_a_pipe_is_no_sweep(tmp_path, monkeypatch):
     os.mkfifo(tmp_path / "sweeps" / "mine.yaml")
     with pytest.raises(ConfigError, match="a sweep must be one of"):
         find_sweep_file("mine")
+
+
+@pytest.mark.slow
+@FUZZ
+@given(data=st.data())
+def test_a_damaged_sweep_file_is_read_or_refused(write_file, content, tmp_path, data):
+    if data.draw(st.booleans()):  # JSON is YAML, too
+        text = data.draw(damage_json(content))
+    else:
+        text = data.draw(damage_bytes(yaml.safe_dump(content).encode())).decode(errors="replace")
+    path = write_file(text)
+    with refusal_allowed(unchanged=tmp_path):
+        json.dumps(read_definition(path, []).raw)

@@ -13,15 +13,17 @@ from optuna.storages import BaseStorage, JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
 from lorasweep.config.data import goal_direction
+from lorasweep.config.sweep import StorageConfig
 from lorasweep.disk import free_folder, network_file_system, remove_leftovers, require_new_folder
-from lorasweep.errors import ConfigError, RecordError
-from lorasweep.record import RerunStage, SweepRecord, compute_sha256, read_sweep, utc_now, write_record
+from lorasweep.errors import ConfigError, LoraSweepError, RecordError
+from lorasweep.record import SWEEP_FILE, RerunStage, SweepRecord, compute_sha256, read_sweep, utc_now, write_record
 from lorasweep.sweep.controller.folder import SweepFolder
 from lorasweep.sweep.controller.record_rows import RUNS_FOLDER, arm_row
 from lorasweep.sweep.controller.storage import (
     DATABASE_ERRORS,
     JOURNAL_FILE,
     close_storage,
+    damaged_journal,
     name_search,
     name_study,
     open_storage,
@@ -110,7 +112,9 @@ def saved_definition(path: Path, *, changes: Mapping[str, Any] | None = None) ->
         RecordError: The folder is not a sweep, or its record is damaged.
     """
     record, changes = read_sweep(path), changes or {}
-    overrides = record.definition["overrides"]
+    overrides = record.definition.get("overrides")
+    if not isinstance(overrides, dict) or "file" not in record.definition:
+        raise RecordError(f"`definition` in {str(path / SWEEP_FILE)!r} must have `file` and `overrides`. Restore it.")
     if "worker" in changes:  # the new kind of workers may not have the old kind's settings
         overrides = {key: value for key, value in overrides.items() if key.split(".")[0] != "worker"}
     raw = {**record.definition, "overrides": {**overrides, **changes}}
@@ -121,11 +125,12 @@ def load_study(path: Path, arm: str, *, search: int = 1) -> optuna.Study:
     """Returns the study of an arm's search in the sweep in a folder, for reading.
 
     Raises:
-        RecordError: The folder is not a sweep, or has no study of this search.
+        RecordError: The folder is not a sweep, has no study of this search, or its journal is damaged.
         ConfigError: The sweep's database does not answer.
     """
     record, config = read_sweep(path), saved_definition(path).sweep_config.storage
     name = name_study(arm, name_search(search))
+    _require_journal(config, path)
     try:
         # Optuna's journal, because ours would cut off a line that another process is writing at the end
         journal = JournalFileBackend(str(path / JOURNAL_FILE)) if config.url is None else None
@@ -135,6 +140,10 @@ def load_study(path: Path, arm: str, *, search: int = 1) -> optuna.Study:
         raise RecordError(
             f"a search must have begun before its study can be read, but {str(path)!r} has no study `{name}`."
         ) from error
+    except LoraSweepError:
+        raise
+    except Exception as error:  # a wrong operation raises errors of many classes in Optuna
+        raise (damaged_journal(path, error) if config.url is None else unusable_database(config, error)) from error
 
 
 def reopen_sweep(path: Path, *, changes: Mapping[str, Any] | None = None) -> SweepFolder:
@@ -150,11 +159,13 @@ def reopen_sweep(path: Path, *, changes: Mapping[str, Any] | None = None) -> Swe
     """
     record, definition = read_sweep(path), saved_definition(path, changes=changes)
     source = definition.source
-    if source is not None and source.exists() and record.source_sha256 != compute_sha256(source):
+    if source is not None and source.is_file() and record.source_sha256 != compute_sha256(source):
         raise ConfigError(
             f"the sweep file must be as it was when {str(path)!r} began, but {str(source)!r} has changed. "
             f"Restore it, or start a new sweep."
         )
+    if [row.name for row in record.arms] != [arm.name for arm in definition.arms]:
+        raise RecordError(f"`arms` in {str(path / SWEEP_FILE)!r} must be those of its `definition`. Restore it.")
     margin = definition.sweep_config.confirm.margin
     if record.margin != margin:
         raise ConfigError(
@@ -171,17 +182,12 @@ def reopen_sweep(path: Path, *, changes: Mapping[str, Any] | None = None) -> Swe
     with ExitStack() as undo:
         lock = take_lock(path, undo)
         remove_leftovers(path)
-        if definition.sweep_config.storage.url is None and not (path / JOURNAL_FILE).is_file():
-            raise RecordError(f"a sweep's folder must contain {JOURNAL_FILE}, but {str(path)!r} does not.")
+        _require_journal(definition.sweep_config.storage, path)
         try:
             storage = _open(definition, path, undo)
             names = [n for n in optuna.get_all_study_names(storage) if n.startswith(record.study_prefix)]
-        except ConfigError:  # is also a ValueError, so it must not reach the last branch
-            raise
         except DATABASE_ERRORS as error:
             raise unusable_database(definition.sweep_config.storage, error) from error
-        except ValueError as error:  # a line is not JSON
-            raise RecordError(f"{str(path / JOURNAL_FILE)!r} must be Optuna's journal, but is damaged.") from error
         if not names:
             url = definition.sweep_config.storage.url
             kept_in = repr(str(path / JOURNAL_FILE)) if url is None else f"`storage.url={url}`"
@@ -228,6 +234,11 @@ def _open(definition: Definition, path: Path, undo: ExitStack) -> BaseStorage:
     storage = open_storage(definition.sweep_config.storage, path)
     undo.callback(close_storage, storage)
     return storage
+
+
+def _require_journal(config: StorageConfig, path: Path) -> None:
+    if config.url is None and not (path / JOURNAL_FILE).is_file():
+        raise RecordError(f"a sweep's folder must contain {JOURNAL_FILE}, but {str(path)!r} does not.")
 
 
 def _storage_warnings(definition: Definition, path: Path) -> list[str]:

@@ -20,9 +20,11 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from lorasweep.config.data import Direction
 from lorasweep.config.sweep import StorageConfig
-from lorasweep.errors import ConfigError, WorkerError, first_line
+from lorasweep.errors import ConfigError, RecordError, WorkerError, first_line
 
 JOURNAL_FILE = "journal.log"
+LINE_KEY = "line"
+"""Key of the number of a line that a sweep wrote. Optuna ignores it, and lines of other programs have none."""
 FIRST_SEARCH = "search"
 """Name of the stage that is the first search."""
 DATABASE_ERRORS = (StorageInternalError, SQLAlchemyError)
@@ -34,7 +36,8 @@ class Journal(BaseJournalBackend):
 
     *Differs* from Optuna's `JournalFileBackend`: the file is opened and read once, because the lock of the sweep's
     folder admits only one controller. There is no lock file, which a killed process would leave behind. All operations
-    of one call to the controller are flushed to the disk together.
+    of one call to the controller are flushed to the disk together. Each line has its number, so that a missing part is
+    noticed.
     """
 
     def __init__(self, path: Path) -> None:
@@ -44,16 +47,29 @@ class Journal(BaseJournalBackend):
         self._size = content.rfind(b"\n") + 1
         os.ftruncate(self._file, self._size)
         self._unread = deque(content[: self._size].splitlines())
+        self._num_read = 0
+        """Number of numbered lines that Optuna has read."""
         self._is_flushed = True
 
     def read_logs(self, log_number_from: int) -> Iterator[dict[str, Any]]:
-        """Yields the operations that Optuna has not read yet."""
+        """Yields the operations that Optuna has not read yet.
+
+        Raises:
+            ValueError: A line is not JSON, or lines before it are missing.
+        """
         while self._unread:
-            yield json.loads(self._unread.popleft())
+            log = json.loads(self._unread.popleft())
+            if LINE_KEY in log:
+                if log.pop(LINE_KEY) != self._num_read:
+                    raise ValueError(f"its line {self._num_read + 1} is missing")
+                self._num_read += 1
+            yield log
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
         """Writes all operations. If the disk is full, it writes no operation and raises OSError."""
-        lines = [json.dumps(log, separators=(",", ":")).encode() + b"\n" for log in logs]
+        first = self._num_read + len(self._unread)
+        numbered = [{LINE_KEY: number, **log} for number, log in enumerate(logs, start=first)]
+        lines = [json.dumps(log, separators=(",", ":")).encode() + b"\n" for log in numbered]
         data = b"".join(lines)
         try:
             if os.write(self._file, data) != len(data):
@@ -93,9 +109,15 @@ def open_storage(config: StorageConfig, folder: Path) -> BaseStorage:
 
     Raises:
         ConfigError: The database does not answer, or its driver is not installed.
+        RecordError: The journal is damaged.
     """
     if config.url is None:
-        return _FileJournalStorage(Journal(folder / JOURNAL_FILE))
+        journal = Journal(folder / JOURNAL_FILE)
+        try:
+            return _FileJournalStorage(journal)
+        except Exception as error:  # a wrong operation raises errors of many classes in Optuna
+            journal.close()
+            raise damaged_journal(folder, error) from error
     try:
         return RDBStorage(config.url)
     except (*DATABASE_ERRORS, ImportError, ValueError, RuntimeError) as error:
@@ -108,6 +130,13 @@ def close_storage(storage: BaseStorage) -> None:
         storage.engine.dispose()
     elif isinstance(storage, _FileJournalStorage):
         storage.journal.close()
+
+
+def damaged_journal(folder: Path, error: Exception) -> RecordError:
+    return RecordError(
+        f"{str(folder / JOURNAL_FILE)!r} must be as the sweep wrote it, but is damaged: {first_line(error)}. "
+        "Restore it, or start a new sweep."
+    )
 
 
 def unusable_database(config: StorageConfig, error: Exception) -> ConfigError:
