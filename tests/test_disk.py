@@ -5,11 +5,22 @@ from __future__ import annotations
 import errno
 import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from lorasweep.disk import explain_unwritable, network_file_system, write_atomically
+import lorasweep
+from lorasweep.disk import (
+    claim_folder,
+    explain_unwritable,
+    network_file_system,
+    numbered_folders,
+    write_atomically,
+)
+from lorasweep.errors import ConfigError
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_beside_it(tmp_path, monkeypatch):
@@ -79,3 +90,91 @@ def test_a_network_file_system_is_known_by_its_mount(tmp_path, monkeypatch, kind
     monkeypatch.setattr("psutil.disk_partitions", lambda all: parts)
     assert network_file_system(tmp_path / "shared space" / "not" / "yet") == (kind if is_network else None)
     assert network_file_system(tmp_path) is None
+
+
+CLAIM_MANY = """
+import sys
+from pathlib import Path
+from lorasweep.disk import claim_folder, numbered_folders
+print("ready", flush=True)
+sys.stdin.readline()
+for _ in range(25):
+    with claim_folder(None, otherwise=numbered_folders(Path("outputs/run")), key="output") as path:
+        print(path)
+"""
+
+
+def test_processes_that_start_together_claim_different_folders(tmp_path):
+    source = str(Path(lorasweep.__file__).parent.parent)
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", CLAIM_MANY],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": source},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(4)
+    ]
+    for process in processes:
+        assert process.stdout.readline() == "ready\n"
+    claimed = []
+    for process in processes:  # all wait until now
+        process.stdin.write("\n")
+        process.stdin.flush()
+    for process in processes:
+        claimed += process.communicate(timeout=60)[0].split()
+    expected = {"outputs/run", *(f"outputs/run-{number}" for number in range(2, 101))}
+    assert len(claimed) == len(set(claimed)) == 100
+    assert set(claimed) == expected
+
+
+def test_a_claimed_folder_is_refused_until_its_owner_ends(tmp_path):
+    path = tmp_path / "run"
+    with claim_folder(path, otherwise=(), key="output"):
+        with (
+            pytest.raises(ConfigError, match=r"`output` must be a folder that no other process writes to.* is in use"),
+            claim_folder(path, otherwise=(), key="output"),
+        ):
+            raise AssertionError("claimed twice")
+        assert path.is_dir()
+    with claim_folder(path, otherwise=(), key="output") as again:  # still empty
+        assert again == path
+
+
+def test_an_empty_folder_is_claimed_and_a_full_one_is_refused(tmp_path):
+    with claim_folder(tmp_path, otherwise=(), key="output") as path:
+        (path / "mine.txt").write_text("mine")
+    with (
+        pytest.raises(ConfigError, match="`output` must be a new or empty folder"),
+        claim_folder(tmp_path, otherwise=(), key="output"),
+    ):
+        pass
+    with (
+        pytest.raises(ConfigError, match="`output` must be a folder that can be created"),
+        claim_folder(tmp_path / "mine.txt" / "run", otherwise=(), key="output"),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("is_written", [False, True])
+def test_an_error_removes_a_claimed_folder_if_nothing_was_written(tmp_path, is_written):
+    path = tmp_path / "outputs" / "run"
+
+    def fail():
+        with claim_folder(None, otherwise=numbered_folders(path), key="output") as claimed:
+            if is_written:
+                (claimed / "run.json").write_text("{}")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert (path / "run.json").exists() == is_written
+    assert (tmp_path / "outputs").exists() == is_written
+
+
+def test_an_empty_folder_of_the_user_stays_after_an_error(tmp_path):
+    with pytest.raises(ZeroDivisionError), claim_folder(tmp_path, otherwise=(), key="output"):
+        raise ZeroDivisionError
+    assert tmp_path.is_dir()

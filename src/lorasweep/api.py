@@ -10,10 +10,12 @@ be resumed. A second Ctrl-C raises KeyboardInterrupt.
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -24,9 +26,9 @@ from lorasweep.config.compose import compose_run
 from lorasweep.config.run import RunConfig
 from lorasweep.config.trust import check_packages, find_packages, set_trusted, trusted_packages
 from lorasweep.console import EscapingConsole, say
-from lorasweep.disk import free_folder, require_new_folder
+from lorasweep.disk import claim_folder, lock_folder, numbered_folders, require_new_folder
 from lorasweep.errors import ConfigError, RecordError
-from lorasweep.record import RUN_FILE, RunRecord, read_run, read_sweep
+from lorasweep.record import RUN_FILE, read_run, read_sweep
 from lorasweep.report import write_report
 from lorasweep.report.board import write_run_hparams
 from lorasweep.results import RunResult, SweepResult, load_run, load_sweep
@@ -152,21 +154,30 @@ def read_changes(overrides: Overrides) -> dict[str, Any]:
     return changes
 
 
-def start_sweep(definition: Definition, inputs_cache: InputsCache, *, output: str | Path | None) -> SweepFolder:
+def start_sweep(
+    definition: Definition, inputs_cache: InputsCache, *, output: str | Path | None, default: Path | None = None
+) -> SweepFolder:
     """Checks a sweep with its models, data and workers, and creates its folder.
+
+    Args:
+        definition: The sweep.
+        inputs_cache: Receives the models and data.
+        output: A new or empty folder. None takes the setting `sweep.output`.
+        default: The folder if neither names one, with the next free number. By default `outputs/NAME`.
 
     Raises:
         ConfigError: The sweep can't run as asked; nothing was written.
     """
-    path, metric = check_sweep(definition, inputs_cache, output=output)
+    metric = check_sweep(definition, inputs_cache, output=output)
     notes = [*list_data_notes(definition, inputs_cache), *explain_solo_arms(definition)]
-    return create_sweep(definition, path, metric=metric, notes=notes)
+    wanted = definition.sweep_config.sweep.output if output is None else output
+    folders = numbered_folders(default or Path("outputs") / definition.name)
+    with claim_folder(None if wanted is None else Path(wanted), otherwise=folders, key="sweep.output") as path:
+        return create_sweep(definition, path, metric=metric, notes=notes)
 
 
-def check_sweep(
-    definition: Definition, inputs_cache: InputsCache, *, output: str | Path | None = None
-) -> tuple[Path, str]:
-    """Checks a sweep with its models, data and workers. Returns its folder, which is not created, and its metric.
+def check_sweep(definition: Definition, inputs_cache: InputsCache, *, output: str | Path | None = None) -> str:
+    """Checks a sweep with its models, data and workers, and that its folder is free. Returns its metric.
 
     Raises:
         ConfigError: The sweep can't run as asked.
@@ -176,7 +187,7 @@ def check_sweep(
     for warning in check_workers(definition, path):
         say(f"warning: {warning}", file=sys.stderr)
     check_definition(definition, inputs_cache)
-    return path, find_metric(definition, inputs_cache)
+    return find_metric(definition, inputs_cache)
 
 
 def train_opened_sweep(opened: SweepFolder, inputs_cache: InputsCache, *, progress: Progress) -> SweepResult:
@@ -194,15 +205,17 @@ def train_opened_sweep(opened: SweepFolder, inputs_cache: InputsCache, *, progre
 def train_config(config: RunConfig, *, output: str | None, resume: bool) -> RunResult:
     prepare_environment()
     require_trusted_code(config)
-    with join_processes(config.trainer) as group:
-        folder, complete_record = run_on_first(group, lambda: _run_folder(output, config, resume=resume))
-        if complete_record is not None:
-            return RunResult(folder=folder, record=complete_record)
+    with ExitStack() as claim, join_processes(config.trainer) as group:
+        complete = run_on_first(group, lambda: _check_run_folder(output, config, resume=resume))
+        if complete is not None:
+            return complete
         with group.rank_zero_first(local=True):  # one process of each node downloads, then the others read its cache
             inputs = build_inputs(config)
         check_run(config, inputs.base)
         for note in inputs.notes if group.is_global_zero else ():
             say(f"• {note}", file=sys.stderr)
+        # after the checks, so that a wrong request creates no folder
+        folder = run_on_first(group, lambda: claim.enter_context(_claim_run_folder(output, resume=resume)))
         with StopSignal() as stop:
             run_folder = RunFolder(path=folder)
             record = train_in_folder(config, run_folder, inputs=inputs, stop_requested=stop, resume=resume)
@@ -239,17 +252,26 @@ def reproduce_sweep(
             "Its proposals depend on the order of results. Reproduce a trial with `--trial SWEEP/ARM/NUMBER`."
         )
     torch.set_num_threads(record.threads or torch.get_num_threads())
-    inputs_cache = InputsCache()
-    opened = start_sweep(definition, inputs_cache, output=reproduction_folder(folder, output))
+    if output is not None:
+        require_new_folder(output, key="--output")
+    # the setting names the folder of the original
+    sweep_config = replace(definition.sweep_config, sweep=replace(definition.sweep_config.sweep, output=None))
+    definition, inputs_cache = replace(definition, sweep_config=sweep_config), InputsCache()
+    opened = start_sweep(definition, inputs_cache, output=output, default=_reproduction_path(folder))
     result = train_opened_sweep(opened, inputs_cache, progress=progress)
     return result, compare_sweeps(folder, result.folder) if result.status == "complete" else None
 
 
-def reproduction_folder(original: Path, wanted: Path | None) -> Path:
-    """Returns the folder for a repeated run or sweep, by default `outputs/reproduce/NAME`."""
-    if wanted is not None:
-        return require_new_folder(wanted, key="--output")
-    return free_folder(Path("outputs") / "reproduce" / original.resolve().name)
+def claim_reproduction_folder(original: Path, wanted: Path | None) -> AbstractContextManager[Path]:
+    """Creates the folder of a repeated run, by default `outputs/reproduce/NAME` with the next free number.
+
+    Arguments and errors as in `claim_folder`.
+    """
+    return claim_folder(wanted, otherwise=numbered_folders(_reproduction_path(original)), key="--output")
+
+
+def _reproduction_path(original: Path) -> Path:
+    return Path("outputs") / "reproduce" / original.resolve().name
 
 
 @contextmanager
@@ -280,18 +302,23 @@ def _parse(overrides: Overrides) -> dict[str, Any]:
     return dict(overrides) if isinstance(overrides, Mapping) else parse_overrides(overrides)
 
 
-def _run_folder(output: str | None, config: RunConfig, *, resume: bool) -> tuple[Path, RunRecord | None]:
-    """Returns the folder of a run. Also returns its record if the run to resume is already complete, otherwise None."""
+def _check_run_folder(output: str | None, config: RunConfig, *, resume: bool) -> RunResult | None:
+    """Checks the folder of a run. Returns its result if the run to resume is already complete, otherwise None."""
     if resume and output is None:
         raise ConfigError("`resume=true` must come with `output=DIR`, the folder of the run, but `output` is null.")
     if output is None:
-        number = 1
-        while (path := Path("outputs") / "train" / f"{number:04d}").exists():
-            number += 1
-        return path, None
+        return None
     path = Path(output)
     if not resume or not (path / RUN_FILE).is_file():
-        return require_new_folder(path, key="output"), None
+        require_new_folder(path, key="output")
+        return None
     record = read_run(path)
     check_same_run(record, config)
-    return path, record if record.status == "complete" else None
+    return RunResult(folder=path, record=record) if record.status == "complete" else None
+
+
+def _claim_run_folder(output: str | None, *, resume: bool) -> AbstractContextManager[Path]:
+    if resume and output is not None and (Path(output) / RUN_FILE).is_file():
+        return lock_folder(Path(output), key="output")
+    numbers = (Path("outputs") / "train" / f"{number:04d}" for number in itertools.count(1))
+    return claim_folder(None if output is None else Path(output), otherwise=numbers, key="output")

@@ -179,7 +179,7 @@ def plan(arguments: argparse.Namespace) -> int:
 
     api.prepare_environment()
     inputs_cache, definition = InputsCache(), api.read_sweep_definition(*_split_name(arguments.overrides))
-    _, metric = api.check_sweep(definition, inputs_cache)
+    metric = api.check_sweep(definition, inputs_cache)
     cost = measure_sweep(
         definition,
         inputs_cache,
@@ -251,10 +251,10 @@ def reproduce(arguments: argparse.Namespace) -> int:
     folder = find_trial(arguments.trial) if arguments.folder is None else arguments.folder
     if (folder / SWEEP_FILE).is_file():
         return _reproduce_sweep(arguments)
-    with StopSignal() as stop:
+    with StopSignal() as stop, api.claim_reproduction_folder(folder, arguments.output) as output:
         comparison = reproduce_run(
             folder,
-            output=api.reproduction_folder(folder, arguments.output),
+            output=output,
             tolerance=arguments.tolerance,
             steps=arguments.steps,
             trust=arguments.trust,

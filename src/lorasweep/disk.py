@@ -9,10 +9,12 @@ from __future__ import annotations
 import csv
 import errno
 import io
+import itertools
 import os
 import secrets
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -65,13 +67,15 @@ def move_into_place(temporary: Path, path: Path) -> None:
     _flush(path.parent)
 
 
+def numbered_folders(wanted: Path) -> Iterator[Path]:
+    """Yields NAME, NAME-2, NAME-3 and so on, without end."""
+    yield wanted
+    yield from (wanted.with_name(f"{wanted.name}-{number}") for number in itertools.count(2))
+
+
 def free_folder(wanted: Path) -> Path:
     """Returns this path, or the first of NAME-2, NAME-3, ... that does not exist yet."""
-    path, number = wanted, 1
-    while path.exists():
-        number += 1
-        path = wanted.with_name(f"{wanted.name}-{number}")
-    return path
+    return next(path for path in numbered_folders(wanted) if not path.exists())
 
 
 def require_new_folder(path: Path, *, key: str, remedy: str = "Omit it for a new folder.") -> Path:
@@ -85,6 +89,76 @@ def require_regular_file(path: Path) -> None:
     """Raises OSError if a path names a pipe, a device or a folder. Opening a pipe would wait for ever."""
     if path.exists() and not path.is_file():
         raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+
+
+@contextmanager
+def claim_folder(wanted: Path | None, *, otherwise: Iterable[Path], key: str) -> Iterator[Path]:
+    """Creates a folder and yields it. Inside the block it belongs to this process alone.
+
+    If the block raises before it has written anything, the folder is removed again.
+
+    Args:
+        wanted: A new or empty folder. None takes the first path of `otherwise` that does not exist yet.
+        otherwise: Paths to choose from.
+        key: The setting that names `wanted`, for messages.
+
+    Raises:
+        ConfigError: `wanted` is not empty, can't be created, or another process has it.
+    """
+    for path in otherwise if wanted is None else [wanted]:
+        if created := _create_folder(path, key=key):
+            break
+    try:
+        with lock_folder(path, key=key):
+            yield require_new_folder(path, key=key)  # a folder that exists may be taken if it is empty
+    except BaseException:
+        with suppress(OSError):  # raised by the first folder that is not empty
+            for folder in created:
+                folder.rmdir()
+        raise
+
+
+def _create_folder(path: Path, *, key: str) -> list[Path]:
+    """Creates a folder. Returns it and the parents that were missing, the innermost first; nothing if it exists.
+
+    Only one process can create a folder, so processes that start together get different ones.
+    """
+    missing = [parent for parent in path.parents if not parent.exists()]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileExistsError):
+            path.mkdir()
+            return [path, *missing]
+    except OSError as error:
+        raise ConfigError(
+            f"`{key}` must be a folder that can be created, but {str(path)!r} can't: {error.strerror}."
+        ) from error
+    return []
+
+
+@contextmanager
+def lock_folder(path: Path, *, key: str) -> Iterator[Path]:
+    """Yields a folder that no other process can lock inside the block. A killed process loses its lock.
+
+    Raises:
+        ConfigError: Another process has locked the folder.
+    """
+    import fcntl  # noqa: PLC0415 (Windows lacks it, and `lorasweep.lora` imports this file)
+
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(
+                f"`{key}` must be a folder that no other process writes to, but {str(path)!r} is in use. "
+                "Name another folder."
+            ) from error
+        except OSError:
+            pass  # a network file system without locks
+        yield path
+    finally:
+        os.close(handle)
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from contextlib import ExitStack
 from pathlib import Path
 
 import peft
@@ -211,6 +212,18 @@ def test_a_folder_that_is_not_empty_is_refused(trained, tmp_path):
         with pytest.raises(ConfigError, match="`--out`"):
             export_run(trained(), format="merged", out=out)
     assert {path.name for path in (tmp_path / "full").iterdir()} == {"mine.txt"}
+
+
+def test_a_folder_that_another_export_filled_meanwhile_stays_as_it_is(tmp_path):
+    out = tmp_path / "out"
+    with ExitStack() as late:
+        (late.enter_context(create_folder_atomically(out)) / "late.txt").write_text("late")
+        out.mkdir()
+        (out / "first.txt").write_text("first")
+        with pytest.raises(RunError, match="`--out`"):
+            late.close()
+    assert [path.name for path in out.iterdir()] == ["first.txt"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_folder_that_cannot_be_made_is_refused(trained, tmp_path):
