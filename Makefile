@@ -38,7 +38,7 @@ $(VENV)/.docs: $(READY)
 	@touch $@
 
 docs: $(VENV)/.docs ## the site, into site/: python -m http.server --bind 127.0.0.1 --directory site
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 fix: $(READY) ## what the linter can mend by itself
 	$(BIN)/ruff check --fix .

@@ -30,7 +30,14 @@ from lorasweep.config.trust import set_trusted
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
-LESSONS = ("start.md", "tutorials/chat.md", "tutorials/pairs.md", "tutorials/cluster.md", "how-to.md", "troubleshooting.md")
+LESSONS = (
+    "start.md",
+    "tutorials/chat.md",
+    "tutorials/pairs.md",
+    "tutorials/cluster.md",
+    "how-to.md",
+    "troubleshooting.md",
+)
 """Pages whose blocks run."""
 OTHER_PAGES = ("index.md", "comparison.md", "glossary.md", "reference/api.md", "reference/settings.md")
 """Pages without blocks. The remaining pages have tests of their own, or show what was measured."""

@@ -228,8 +228,7 @@ def _table(rows: list[tuple[str, str, str, str]]) -> str:
     if not rows:
         return ""
     lines = [
-        f"| `{key}` | {default} | {_escape(values)} | {_escape(meaning)} |"
-        for key, default, values, meaning in rows
+        f"| `{key}` | {default} | {_escape(values)} | {_escape(meaning)} |" for key, default, values, meaning in rows
     ]
     return "\n".join(["| key | default | values | meaning |", "|---|---|---|---|", *lines])
 
