@@ -210,7 +210,8 @@ def test_every_setting_is_in_the_reference_with_a_default_and_a_meaning():
 def test_values_are_described_with_their_limits():
     hook = load_hook()
     (rank,) = [row for row in re.findall(r"^\| .*$", hook.describe_settings(), flags=re.M) if "`method.rank`" in row]
-    assert rank == "| `method.rank` | `8` | whole number ≥ 1 | Rank r of the weight update B A, >= 1. |"
+    assert rank.startswith("| `method.rank` | `8` | whole number ≥ 1")
+    assert rank.endswith("| Rank r of the weight update B A, >= 1. |")
     assert hook.unescape_pipes(r"| `a\|b` | x\|y |") == r"| `a|b` | x\|y |"
 
 
