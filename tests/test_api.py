@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +12,10 @@ import pytest
 import yaml
 
 import lorasweep
+from lorasweep import api
 from lorasweep.config.trust import trusted_packages
 from lorasweep.errors import ConfigError, RecordError
+from lorasweep.record import read_sweep
 
 SMALL = {
     "data.block_length": 32,
@@ -91,13 +94,33 @@ def test_loading_reads_what_running_returned(result):
 
 
 def test_a_sweep_is_resumed_with_more_seeds_and_nothing_else(result, tmp_path):
-    with pytest.raises(ConfigError, match=r"except `worker`, `confirm` and `sweep.searches`.*optim\.lr"):
-        lorasweep.resume_sweep(result.folder, overrides={"optim.lr": 1e-3}, progress=None)
+    refused = {"optim.eps": 1e-3}, {"arms.new": {"settings": {"method": "lora", "data.metric": "loss"}}}
+    for overrides in refused:  # and the sweep is not left locked
+        with pytest.raises(ConfigError, match=r"`optim.eps` must stay 1e-08|`data.metric` must be the same"):
+            lorasweep.resume_sweep(result.folder, overrides=overrides, progress=None)
     seen = []
     resumed = lorasweep.resume_sweep(result.folder, overrides=["confirm.seeds=2"], progress=seen.append)
     assert list(resumed.confirm_dataframe()["arm"]) == ["frozen", "lora", "lora"]  # the base needs one seed
     assert [row.value for row in resumed.record.trials] == [row.value for row in result.record.trials]
     assert seen[-1].record.status == "complete"
+
+
+def test_changes_are_in_the_record_before_anything_trains(result, monkeypatch, tmp_path):
+    """Because the controller of `worker=ray` is another process, which reads them from the record."""
+    seen = []
+
+    def look(opened, inputs_cache, *, progress):
+        opened.close()
+        seen.append(read_sweep(opened.path))
+        return result
+
+    monkeypatch.setattr(api, "train_opened_sweep", look)
+    folder = Path(shutil.copytree(result.folder, tmp_path / "copy"))
+    seeds = len(read_sweep(folder).confirm_seeds)
+    lorasweep.resume_sweep(folder, overrides={"confirm.seeds": 3, "arms.lora.trials": 3}, progress=None)
+    (record,) = seen
+    assert (record.status, len(record.confirm_seeds), record.arms[1].trials) == ("interrupted", 3, 3)
+    assert record.definition["rounds"] == [{"trials": {"frozen": 1, "lora": 2}, "confirm_seeds": seeds}]
 
 
 def test_overrides_as_words_and_as_a_mapping_are_the_same_run(tmp_path):

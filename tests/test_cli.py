@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+import lorasweep
 import lorasweep.sweep.workers.worker as worker_file
 import lorasweep.training.inputs as workbench_file
 from lorasweep import api
@@ -103,7 +104,7 @@ BAD = [
     (["sweep", "--resume", "nowhere"], "a sweep's folder must contain sweep.json, but 'nowhere' does not."),
     (
         ["sweep", "--resume", "full", "optim.lr=1"],
-        "except `worker`, `confirm` and `sweep.searches`, but got `optim.lr`",
+        "a sweep's folder must contain sweep.json, but 'full' does not.",
     ),
     (["sweep", "--resume", "full", "confirm.seeds=1"], "'full'"),
     (["sweep", "mini.yaml", "arms.lora.confirm.seeds=3"], "`confirm.seeds` must be the same for all arms"),
@@ -267,6 +268,34 @@ def test_train_runs_once_in_a_new_folder_and_says_the_score(capsys, here, short)
     assert {path.name for path in here.iterdir()} == {"outputs"}
     assert run(["train", *short]) == DONE
     assert {path.name for path in (here / "outputs" / "train").iterdir()} == {"0001", "0002"}
+
+
+def test_train_takes_the_settings_that_a_sweep_recommends_and_says_so(here, mini, capsys):
+    assert run(["sweep", mini, "sweep.output=s"]) == DONE
+    best = min(read_sweep(here / "s").trials[1:], key=lambda row: row.value)
+    assert run(["train", "--from", "s", "output=one"]) == DONE
+    assert f"settings of trial {best.number} of arm `lora` in {here / 's'}" in capsys.readouterr().err
+    assert run(["train", "--from=s/lora", "trainer.max_steps=3", "output=two"]) == DONE
+    one, two = read_run(here / "one"), read_run(here / "two")
+    assert one.origin == two.origin == {"sweep": str(here / "s"), "name": "mini", "arm": "lora", "trial": best.number}
+    assert (one.config["method"]["rank"], one.steps_done, two.steps_done) == (best.params["method.rank"], 2, 3)
+    assert one.score == best.value  # the trial ran alone, with the same seed
+    found = lorasweep.train_run({"trainer.max_steps": 1}, from_sweep="s", output="three")
+    assert (found.record.origin, found.record.steps_done) == (one.origin, 1)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--from", "nowhere"], "a sweep's folder must contain sweep.json, but 'nowhere' does not."),
+        (["settings.yaml", "--from", "nowhere"], "`--from` must be used without a file of settings"),
+    ],
+)
+def test_a_source_of_settings_that_can_not_be_used_is_one_line_and_exit_code_2(here, capsys, words, message):
+    (here / "settings.yaml").write_text("method.rank: 2")
+    assert run(["train", *words]) == WRONG_REQUEST
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
 
 
 def test_train_writes_where_it_is_told(here, short):
@@ -537,6 +566,25 @@ def test_reproduce_runs_a_whole_sweep_again_and_says_identical(here, mini, capsy
     assert again.status == "complete"
     assert [row.value for row in again.trials] == [row.value for row in read_sweep(here / "s").trials]
     assert {path: path.read_bytes() for path in (here / "s").rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.slow
+def test_a_grown_sweep_keeps_its_trials_and_is_reproduced_to_the_last_bit(here, mini, capsys):
+    (here / mini).write_text((here / mini).read_text().replace("pack_size: 1", "pack_size: 2"))
+    arm = "{settings: {method: lora, method.variant: dora}, space: {method.rank: [1, 2]}, trials: 2}"
+    space = "arms.lora.method.rank=[1,2,4,8]"
+    assert run(["sweep", mini, "sweep.output=s", space, "confirm.seeds=1"]) == DONE
+    before = read_sweep(here / "s")
+    assert run(["sweep", "--resume", "s", "arms.lora.trials=4", f"arms.dora={arm}"]) == DONE
+    after = read_sweep(here / "s")
+    assert [row for row in after.trials if row in before.trials] == before.trials
+    assert [(arm.name, arm.trials) for arm in after.arms] == [("frozen", 1), ("lora", 4), ("dora", 2)]
+    assert {row.arm for row in after.confirm} == {"frozen", "lora", "dora"}
+    assert (here / "s" / "report" / "index.html").is_file()
+    assert run(["reproduce", "s"]) == DONE
+    assert "identical: all " in capsys.readouterr().out.splitlines()[-1]
+    assert run(["sweep", "--resume", "s", "arms.lora.trials=3"]) == WRONG_REQUEST
+    assert "`arms.lora.trials >= 4` must hold, the number so far, but got 3." in capsys.readouterr().err
 
 
 def test_reproduce_says_where_a_sweep_first_differs_and_ends_with_1(here, mini, capsys):

@@ -17,20 +17,22 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, TypeAlias
 
 import torch
 
 from lorasweep.config.command_line import parse_overrides
-from lorasweep.config.compose import compose_run
+from lorasweep.config.compose import compose_run, layer_settings
 from lorasweep.config.run import RunConfig
 from lorasweep.config.trust import check_packages, find_packages, set_trusted, trusted_packages
 from lorasweep.console import EscapingConsole, say
 from lorasweep.disk import claim_folder, lock_folder, numbered_folders, require_new_folder
 from lorasweep.errors import ConfigError, RecordError
-from lorasweep.record import RUN_FILE, read_run, read_sweep
+from lorasweep.record import RUN_FILE, read_run, read_sweep, write_record
 from lorasweep.report import write_report
 from lorasweep.report.board import write_run_hparams
+from lorasweep.report.recommend import read_recommended
 from lorasweep.results import RunResult, SweepResult, load_run, load_sweep
 from lorasweep.runs.comparison import SweepReproduction, compare_sweeps
 from lorasweep.stop_signal import StopSignal
@@ -57,8 +59,6 @@ Overrides: TypeAlias = Sequence[str] | Mapping[str, Any]
 Progress: TypeAlias = Callable[[SweepStatus], None] | Literal["auto"] | None
 """Called with the state of a sweep about once a second, from a thread. `auto` shows a live table in a terminal, and
 plain lines in a notebook or a pipe."""
-RESUME_KEYS = ("confirm", "worker", "sweep.searches")
-"""Settings, and groups of settings, that may change when a sweep is resumed; its trials must stay the same."""
 
 
 def run_sweep(
@@ -93,37 +93,50 @@ def resume_sweep(
     folder: str | Path,
     *,
     overrides: Overrides = (),
+    file: str | Path | None = None,
     trust: Sequence[str] = (),
     progress: Progress = "auto",
 ) -> SweepResult:
-    """Continues a sweep to the same number of trials, writes its report, and returns its result.
+    """Continues a sweep to its number of trials, writes its report, and returns its result.
+
+    The sweep may grow: more trials, arms, confirm seeds or searches. Trials that have begun stay as they are.
 
     Args:
         folder: The sweep's folder.
-        overrides: Other settings of `worker` and `confirm`, or more searches: `["sweep.searches=3"]`.
+        overrides: What changes: settings of `worker` and `confirm`, `["arms.lora.trials=20"]`, `["sweep.searches=3"]`.
+        file: The sweep file again, with more arms or trials.
         trust: As in `run_sweep`.
         progress: As in `run_sweep`.
 
     Raises:
-        ConfigError: `overrides` would change the search, or the sweep file has changed.
+        ConfigError: A trial that has begun would change; nothing was written.
         RecordError: The folder is not a sweep, is damaged, or another process runs it.
         LoraSweepError: The sweep can't continue.
     """
     with _session(trust, overrides):
-        opened = reopen_sweep(Path(folder), changes=read_changes(overrides))
-        check_workers(opened.definition, opened.path)
-        inputs_cache = InputsCache()
-        check_definition(opened.definition, inputs_cache)
+        source = None if file is None else find_sweep_file(str(file))
+        opened, inputs_cache = reopen_sweep(Path(folder), changes=_parse(overrides), file=source), InputsCache()
+        try:
+            check_resumed_sweep(opened, inputs_cache)
+        except BaseException:
+            opened.close()
+            raise
         return train_opened_sweep(opened, inputs_cache, progress=progress)
 
 
 def train_run(
-    overrides: Overrides = (), *, output: str | Path | None = None, resume: bool = False, trust: Sequence[str] = ()
+    overrides: Overrides = (),
+    *,
+    from_sweep: str | Path | None = None,
+    output: str | Path | None = None,
+    resume: bool = False,
+    trust: Sequence[str] = (),
 ) -> RunResult:
     """Trains one run and returns its result. If several processes train a run together, each of them calls this.
 
     Args:
         overrides: The settings that differ from the defaults, such as `["method.rank=8", "optim.lr=1e-3"]`.
+        from_sweep: Folder of a complete sweep, or `SWEEP/ARM`, whose recommended settings replace the defaults.
         output: A new or empty folder; by default the first free one of `outputs/train/0001`, `0002`, ...
         resume: Whether to continue the run in `output`.
         trust: More packages whose code the settings may run.
@@ -133,8 +146,10 @@ def train_run(
         RunError: The run diverged or does not fit in memory. Its record has the reason.
     """
     with _session(trust, overrides):
-        config = compose_run(_parse(overrides))
-        return load_run(train_config(config, output=None if output is None else str(output), resume=resume).folder)
+        settings, origin = read_recommended(Path(from_sweep)) if from_sweep is not None else ({}, {})
+        config = compose_run(layer_settings("train", settings, _parse(overrides)))
+        path = None if output is None else str(output)
+        return load_run(train_config(config, output=path, resume=resume, origin=origin).folder)
 
 
 def read_sweep_definition(sweep: str | Path | Mapping[str, Any], overrides: Overrides) -> Definition:
@@ -143,15 +158,20 @@ def read_sweep_definition(sweep: str | Path | Mapping[str, Any], overrides: Over
     return read_definition(content, _parse(overrides))
 
 
-def read_changes(overrides: Overrides) -> dict[str, Any]:
-    """Returns the overrides of a resumed sweep; raises ConfigError if one would change the search."""
-    changes = _parse(overrides)
-    if foreign := [key for key in changes if not {key, key.split(".")[0]} & {*RESUME_KEYS}]:
-        raise ConfigError(
-            "a resumed sweep must keep all settings except `worker`, `confirm` and `sweep.searches`, but got "
-            f"`{'`, `'.join(foreign)}`. Start a new sweep to change the search."
-        )
-    return changes
+def check_resumed_sweep(opened: SweepFolder, inputs_cache: InputsCache) -> None:
+    """Checks a sweep that is resumed with its models, data and workers, and then writes its record.
+
+    Raises:
+        ConfigError: The sweep can't run as asked; nothing was written.
+    """
+    definition, record = opened.definition, opened.record
+    check_workers(definition, opened.path)
+    check_definition(definition, inputs_cache)
+    if record.changes:
+        if (metric := find_metric(definition, inputs_cache)) != record.metric:
+            raise ConfigError(f"`data.metric` must stay {record.metric!r} for all arms, but got {metric!r}.")
+        opened.note([*list_data_notes(definition, inputs_cache), *explain_solo_arms(definition)])
+    write_record(record, opened.path)  # now, because a controller in another process reads the changes from it
 
 
 def start_sweep(
@@ -202,7 +222,9 @@ def train_opened_sweep(opened: SweepFolder, inputs_cache: InputsCache, *, progre
     return load_sweep(folder)
 
 
-def train_config(config: RunConfig, *, output: str | None, resume: bool) -> RunResult:
+def train_config(
+    config: RunConfig, *, output: str | None, resume: bool, origin: Mapping[str, Any] = MappingProxyType({})
+) -> RunResult:
     prepare_environment()
     require_trusted_code(config)
     with ExitStack() as claim, join_processes(config.trainer) as group:
@@ -212,12 +234,13 @@ def train_config(config: RunConfig, *, output: str | None, resume: bool) -> RunR
         with group.rank_zero_first(local=True):  # one process of each node downloads, then the others read its cache
             inputs = build_inputs(config)
         check_run(config, inputs.base)
-        for note in inputs.notes if group.is_global_zero else ():
+        used = [f"settings of trial {origin['trial']} of arm `{origin['arm']}` in {origin['sweep']}"] if origin else []
+        for note in (*used, *inputs.notes) if group.is_global_zero else ():
             say(f"• {note}", file=sys.stderr)
         # after the checks, so that a wrong request creates no folder
         folder = run_on_first(group, lambda: claim.enter_context(_claim_run_folder(output, resume=resume)))
         with StopSignal() as stop:
-            run_folder = RunFolder(path=folder)
+            run_folder = RunFolder(path=folder, origin=origin)
             record = train_in_folder(config, run_folder, inputs=inputs, stop_requested=stop, resume=resume)
         if group.is_global_zero and record.status != "interrupted":
             swept = {"method": config.method.name, "optim.lr": config.optim.lr, "seed": config.seed}

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from lorasweep.results import RunResult, SweepResult
 
 DONE, FAILED, WRONG_REQUEST, INTERRUPTED = 0, 1, 2, 130
+DEFAULT_SWEEP = "quickstart"
+"""The sweep that runs if no name is typed."""
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -74,14 +76,15 @@ def build_parser() -> argparse.ArgumentParser:
         "--resume",
         type=Path,
         metavar="DIR",
-        help="resume the sweep in this folder; may add confirm.seeds=N, sweep.searches=N, worker=ray, "
-        "trust=[PACKAGE] ...",
+        help="resume the sweep in this folder; may add arms.ARM.trials=N, confirm.seeds=N, sweep.searches=N, "
+        "worker=ray, trust=[PACKAGE] ..., or the sweep file with more arms",
     )
     status_parser = add(status, "show the arms of a sweep and the best trial so far")
     status_parser.add_argument("folder", type=Path, metavar="DIR", help="folder of the sweep")
     status_parser.add_argument("--follow", action="store_true", help="update until the sweep ends, or Ctrl-C")
     train_parser = commands.add_parser("train", help="one run, as a Hydra app: --help, --cfg job, -m", add_help=False)
     add_overrides(train_parser, "FILE key=value", "settings of the run; FILE is a YAML file of settings")
+    train_parser.add_argument("--from", metavar="SWEEP[/ARM]", help="begin with the settings that a sweep recommends")
     plan_parser = add(plan, "estimate the time, memory and disk of a sweep without training it")
     add_overrides(plan_parser, "NAME|FILE key=value", "as in sweep")
     compare_parser = add(compare, "write and show the report of finished or running sweeps again")
@@ -126,25 +129,28 @@ def complete_argument(prefix: str, parsed_args: argparse.Namespace, **_: Any) ->
 def sweep(arguments: argparse.Namespace) -> int:
     with quick_imports():
         from lorasweep import api
+        from lorasweep.config.command_line import parse_overrides
         from lorasweep.sweep.controller.lifecycle import saved_definition
         from lorasweep.sweep.workers.train import add_jobs
 
     name, overrides = _split_name(arguments.overrides)
-    changes = api.read_changes(arguments.overrides) if arguments.resume else {}
-    definition = saved_definition(arguments.resume) if arguments.resume else api.read_sweep_definition(name, overrides)
+    if arguments.resume:
+        definition = saved_definition(arguments.resume)
+    else:
+        definition = api.read_sweep_definition(name or DEFAULT_SWEEP, overrides)
     if (worker := definition.sweep_config.worker).name == "slurm" and worker.dry_run:
         from lorasweep.sweep.workers.slurm import format_batch_file
 
         output = definition.sweep_config.sweep.output or f"outputs/{definition.name}"
         say(format_batch_file(worker, Path(output)).removesuffix("\n"))
         return DONE
-    if changes and (added := add_jobs(arguments.resume, changes)) is not None:
+    if arguments.resume and overrides and (added := add_jobs(arguments.resume, parse_overrides(overrides))) is not None:
         say(f"the sweep is running. Submitted Slurm jobs: {' '.join(added) or 'none, it has as many already'}")
         return DONE
     if arguments.resume:
-        result = api.resume_sweep(arguments.resume, overrides=changes)
+        result = api.resume_sweep(arguments.resume, overrides=overrides, file=name)
     else:
-        result = api.run_sweep(name, overrides=overrides)
+        result = api.run_sweep(name or DEFAULT_SWEEP, overrides=overrides)
     if result.job is not None:
         say(f"Slurm job {result.job} leads the sweep. Its output is in {result.folder}/slurm/head. To watch it type:")
         say(f"    lorasweep status {result.folder} --follow")
@@ -178,7 +184,8 @@ def plan(arguments: argparse.Namespace) -> int:
         from lorasweep.training.inputs import InputsCache
 
     api.prepare_environment()
-    inputs_cache, definition = InputsCache(), api.read_sweep_definition(*_split_name(arguments.overrides))
+    name, overrides = _split_name(arguments.overrides)
+    inputs_cache, definition = InputsCache(), api.read_sweep_definition(name or DEFAULT_SWEEP, overrides)
     metric = api.check_sweep(definition, inputs_cache)
     cost = measure_sweep(
         definition,
@@ -285,10 +292,10 @@ def train(arguments: Sequence[str]) -> int:
     return max(run_train_app(arguments, show=_say_run, refuse=_say_exception), default=DONE)
 
 
-def _split_name(arguments: Sequence[str]) -> tuple[str, list[str]]:
-    """Returns the sweep's name or file, and the overrides after it."""
+def _split_name(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
+    """Returns the sweep's name or file, or None if there is none, and the overrides after it."""
     is_named = bool(arguments) and "=" not in arguments[0]
-    return (arguments[0], list(arguments[1:])) if is_named else ("quickstart", list(arguments))
+    return (arguments[0], list(arguments[1:])) if is_named else (None, list(arguments))
 
 
 def _take_trust(arguments: Sequence[str]) -> list[str]:

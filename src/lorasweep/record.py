@@ -60,6 +60,9 @@ class RunRecord:
     arm: str | None = None
     trial: int | None = None
     """Number of the trial in its arm, also if the run trains that trial again; null for a single run."""
+    origin: dict[str, Any] = field(default_factory=dict)
+    """Where the settings of a single run come from (`lorasweep train --from`): `sweep` (its folder), `name`, `arm` and
+    `trial`. Empty if they were typed. `command` has what was typed."""
     pack: dict[str, Any] | None = None
     """`slot`, the number of `slots` when the run joined the pack, and `shared_draws`: whether a fused kernel drew the
     attention's dropout for all slots at once, so that a run alone would differ. `slot_steps` is the run's share of the
@@ -197,6 +200,22 @@ class ArmRow:
 
 
 @dataclass(kw_only=True)
+class SweepChange:
+    """What `--resume` changed in a sweep."""
+
+    at: str
+    """UTC, ISO 8601."""
+    stage: Literal["search", "select", "confirm"]
+    """The last stage that had begun."""
+    settings: dict[str, Any]
+    """The overrides that were typed."""
+    file: str | None
+    """The sweep file that was given; null keeps the earlier one."""
+    trials: dict[str, int]
+    """Number of trials of one search, for each arm that is new or got more trials."""
+
+
+@dataclass(kw_only=True)
 class SweepRecord:
     """The definition of one sweep and the state of each trial."""
 
@@ -208,7 +227,10 @@ class SweepRecord:
     metric: str
     direction: Direction
     definition: dict[str, Any]
-    """Content of the sweep file, and overrides. `--resume` composes them again."""
+    """Content of the sweep file (`file`) and `overrides`, which `--resume` composes again. `rounds` has the sweep as it
+    was each time before it grew: `trials` of each arm, and `confirm_seeds`, 0 if no winner had run again by then."""
+    changes: list[SweepChange] = field(default_factory=list)
+    """What each `--resume` changed, in order."""
     study_prefix: str = ""
     """Prefix of the names of the Optuna studies, which a database with several sweeps needs."""
     source: str | None = None
@@ -228,7 +250,7 @@ class SweepRecord:
     margin: float | str
     """`confirm.margin` as it was stated before the first trial."""
     notes: list[str] = field(default_factory=list)
-    """Sentences on the data: splits, duplicates, the majority class and its score."""
+    """Sentences on the data (splits, duplicates, the majority class and its score), on packs, and on how it grew."""
     warnings: list[str] = field(default_factory=list)
     """Sentences on settings and results that may mislead a reader."""
     started_at: str = ""
@@ -289,7 +311,9 @@ def find_winner(arm: str, trials: Iterable[ScoredT], *, record: SweepRecord) -> 
     search.
     """
     candidates = list_candidates(trials, record=record)
-    num_ended = sum(row.arm == arm and row.state != "running" for row in record.select)
+    numbers = {trial.number for trial in candidates}  # a sweep that grew also has runs of former candidates
+    ended = [row for row in record.select if row.arm == arm and row.trial in numbers and row.state != "running"]
+    num_ended = len(ended)
     if not num_ended or num_ended < len(candidates) * len(record.select_seeds):
         return candidates[0] if candidates else None
     sign = 1 if record.direction == "minimize" else -1
@@ -305,6 +329,11 @@ def selection_scores(arm: str, number: int, *, record: SweepRecord) -> list[floa
     """Returns the finite validation scores of a trial's complete runs of the select stage."""
     runs = [row for row in record.select if row.arm == arm and row.trial == number and row.state == "complete"]
     return [row.value for row in runs if row.value is not None and math.isfinite(row.value)]
+
+
+def list_confirm_rows(arm: str, winner: _ScoredTrial | None, *, record: SweepRecord) -> list[RerunRow]:
+    """Returns the confirm runs of an arm's winner. A sweep that grew may also have runs of a former winner."""
+    return [row for row in record.confirm if winner is not None and (row.arm, row.trial) == (arm, winner.number)]
 
 
 def measure_occupancy(rows: Iterable[TrialRow | RerunRow]) -> float | None:

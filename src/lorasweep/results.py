@@ -21,6 +21,7 @@ from lorasweep.record import (
     TrialState,
     find_winner,
     get_run_folder,
+    list_confirm_rows,
     read_run,
     read_steps,
     read_sweep,
@@ -204,8 +205,13 @@ class SweepResult:
         return self._reruns_dataframe(self.record.select, score=self.record.metric)
 
     def confirm_dataframe(self) -> pandas.DataFrame:
-        """Returns one row per run of the confirm stage: `arm`, `trial`, `seed`, `state`, the test score, and `run`."""
-        return self._reruns_dataframe(self.record.confirm, score=f"test/{self.record.metric}")
+        """Returns one row per confirm run of the winners: `arm`, `trial`, `seed`, `state`, the test score, and `run`.
+
+        `record.confirm` also has the runs of former winners, if the sweep grew.
+        """
+        winners = ((arm, find_winner(arm, self._rows(arm), record=self.record)) for arm in self.arms)
+        rows = [row for arm, winner in winners for row in list_confirm_rows(arm, winner, record=self.record)]
+        return self._reruns_dataframe(rows, score=f"test/{self.record.metric}")
 
     def _reruns_dataframe(self, rows: list[RerunRow], *, score: str) -> pandas.DataFrame:
         import pandas  # noqa: PLC0415 (slow to import)

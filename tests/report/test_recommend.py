@@ -12,8 +12,10 @@ import yaml
 
 from lorasweep.cli import DONE, run
 from lorasweep.config.compose import compose_run
+from lorasweep.errors import ConfigError, RecordError
+from lorasweep.record import find_winners, read_sweep
 from lorasweep.report import write_report
-from lorasweep.report.recommend import RECOMMENDED_FILES, Recommendation
+from lorasweep.report.recommend import RECOMMENDED_FILES, Recommendation, read_recommended
 from lorasweep.report.summary import summarize
 
 from .conftest import build_rank_arms, build_sweep, confirm_sweep, edit_json
@@ -140,3 +142,47 @@ def test_files_train_here_and_load_in_peft_and_transformers(tmp_path: Path, monk
     assert (loaded.rank_pattern, loaded.inference_mode) == (trained["rank_pattern"], False)
     assert names["training_arguments"].learning_rate == settings["optim.lr"]
     assert (names["training_arguments"].max_steps, names["training_arguments"].warmup_steps) == (2, 1)
+
+
+def test_settings_are_read_of_a_sweep_or_of_an_arm_and_use_all_training_data(confirmed: Path) -> None:
+    limited = {"data": "table", "data.max_train_examples": 100, "trainer.batch_size": 4}
+    edit_json(confirmed / "sweep.json", lambda raw: [arm["settings"].update(limited) for arm in raw["arms"]])
+    full, lora = recommended(confirmed)
+    for source, one in ((confirmed, full), (confirmed / "full", full), (confirmed / "lora", lora)):
+        settings, origin = read_recommended(source)
+        assert settings == yaml.safe_load(one.files["train.yaml"]) | {"data.max_train_examples": None}
+        assert origin == {
+            "sweep": str(confirmed.resolve()),
+            "name": "quickstart",
+            "arm": one.arm,
+            "trial": find_winners(read_sweep(confirmed))[one.arm].number,  # type: ignore[union-attr]
+        }
+
+
+def test_a_sweep_without_recommended_settings_is_refused(confirmed: Path) -> None:
+    wrong = {
+        "lra": (ConfigError, r"with one of the arms frozen, .*lra.* Did you mean `lora`\?"),
+        "frozen": (RecordError, "a complete trial of a method that trains"),
+        "lora/0": (RecordError, r"must contain sweep\.json"),
+    }
+    for name, (error, message) in wrong.items():
+        with pytest.raises(error, match=message):
+            read_recommended(confirmed / name)
+    edit_json(confirmed / "sweep.json", lambda raw: raw.update(status="interrupted"))
+    with pytest.raises(RecordError, match=r"is interrupted\. Type `lorasweep sweep --resume"):
+        read_recommended(confirmed)
+
+
+def test_runs_of_a_former_winner_are_in_no_mean(confirmed: Path) -> None:
+    before = {arm.name: arm.mean for arm in summarize(confirmed).data.evidence.arms}
+
+    def add_former(raw: dict[str, Any]) -> None:
+        rows = [row for row in raw["confirm"] if row["arm"] == "lora"]
+        raw["confirm"] += [row | {"trial": row["trial"] + 1, "value": 9.0} for row in rows]
+
+    edit_json(confirmed / "sweep.json", add_former)
+    data = summarize(confirmed).data
+    assert {arm.name: arm.mean for arm in data.evidence.arms} == before
+    (lora,) = [arm for arm in data.arms if arm.name == "lora"]
+    assert len(lora.former_runs) == len(lora.confirm_runs) > 0
+    assert data.tokens_trained > sum(run.record.tokens_trained for run in data.trials if run.record)

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from lorasweep.config.command_line import parse_overrides
 from lorasweep.errors import ConfigError
 from lorasweep.sweep.definition.arms import read_definition
+from lorasweep.sweep.definition.grow import grow_definition
 from lorasweep.sweep.definition.seeds import draw_confirm_seeds
 from lorasweep.sweep.definition.warnings import find_warnings
 
@@ -18,6 +20,7 @@ GUIDE = (Path(__file__).parent.parent.parent / "docs" / "sweeps.md").read_text(e
 (FILE,) = re.findall(r"^```yaml\n(.*?)^```", GUIDE, flags=re.MULTILINE | re.DOTALL)
 LINES = [line for line in GUIDE.splitlines() if line.startswith("    ")]
 OVERRIDES = [line for line in LINES if "=" in line and "lorasweep" not in line]
+GROWTH = [line for line in LINES if "sweep --resume outputs/ranks " in line]
 RULES = [line for line in LINES if line.startswith("    method.alpha: ")]
 
 
@@ -56,5 +59,12 @@ def test_each_form_of_alpha_is_taken(file, line):
         assert {config.method.alpha / config.method.rank for config in arm.corners} <= {0.5, 1, 2, 4, 8}
 
 
+@pytest.mark.parametrize("line", GROWTH, ids=lambda line: line.split("outputs/ranks ")[1].split("#")[0].strip())
+def test_each_way_to_grow_is_taken(file, line):
+    words = shlex.split(line, comments=True)[4:]
+    old = read_definition(file, [])
+    assert grow_definition(old, changes=parse_overrides(words)).raw != old.raw
+
+
 def test_there_is_something_to_test():
-    assert (len(OVERRIDES), len(RULES)) == (4, 3)
+    assert (len(OVERRIDES), len(RULES), len(GROWTH)) == (4, 3, 5)

@@ -256,3 +256,20 @@ def test_the_status_of_a_real_sweep_during_and_after_it(begin, work, runs, conte
         (3, 3, 0, 0),
         (6, 6, 0, 0),
     ]
+
+
+def test_runs_of_former_candidates_and_winners_do_not_count(folder):
+    """A sweep that grew has them."""
+    record = sweep_record(
+        arms=[arm("lora", trials=3)],
+        trials=[trial(0, "complete", 1.5), trial(1, "complete", 1.4), trial(2, "complete", 1.6)],
+        candidates=2,
+        select_seeds=[1],
+        select=[rerun_row(1, "complete", 1.5, stage="select", number=number) for number in (2, 0, 1)],
+        confirm_seeds=[5],
+        confirm=[rerun_row(5, "complete", 9.0, number=2), rerun_row(5, "complete", 1.3, number=1)],
+    )
+    write_record(record, folder)
+    (found,) = read_status(folder).arms
+    assert (found.select.done, found.select.asked, found.confirm.done, found.confirm.asked) == (2, 2, 1, 1)
+    assert (found.best, found.test_mean) == (1.4, 1.3)

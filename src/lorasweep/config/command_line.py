@@ -80,7 +80,7 @@ def check_train_arguments(arguments: Sequence[str], file_settings: Mapping[str, 
         values[key] = value if override.is_sweep_override() else [value]
     trains = not (flags.help or flags.cfg or flags.info)
     if file_settings and not trains:  # for these flags Hydra shows the settings, without those of the file
-        raise ConfigError("`--cfg`, `--info` and `--help` must be used without a file of settings.")
+        raise ConfigError("`--cfg`, `--info` and `--help` must be used without a file of settings or `--from`.")
     for combination in itertools.product(*values.values()):
         settings = layer_settings("train", file_settings, dict(zip(values, combination, strict=True)))
         compose_run(settings, require_all=trains)

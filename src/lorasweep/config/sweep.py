@@ -144,7 +144,7 @@ class SweepSettings:
     """Settings of the whole sweep."""
 
     trials: Positive | None
-    """Number of trials of every arm with a space; null keeps the number of each arm."""
+    """Number of trials of every arm with a space; null keeps the number of each arm. It may grow on `--resume`."""
     searches: Positive
     """Number of searches of every arm with a space. Each one has all trials of the arm, and other seeds."""
     seed: NonNegative

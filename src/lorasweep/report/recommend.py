@@ -11,20 +11,34 @@ from typing import Any
 
 import yaml
 
+from lorasweep.errors import ConfigError, RecordError
+from lorasweep.record import SWEEP_FILE
 from lorasweep.report.findings import ONE_SEED, describe_pair, find_method_score, find_score
 from lorasweep.report.learning import judge_learning
-from lorasweep.report.sweep_data import ALPHA, LR, MULTIPLIER, RANK, ArmData, SweepData, TrialData, group_by_rank
+from lorasweep.report.sweep_data import (
+    ALPHA,
+    LR,
+    MULTIPLIER,
+    RANK,
+    ArmData,
+    SweepData,
+    TrialData,
+    group_by_rank,
+    load_sweep_data,
+)
 from lorasweep.wording import (
     UNKNOWN,
     format_metric,
     format_setting,
     format_share_estimate,
     join_words,
+    nearest,
     short_key,
 )
 
 RECOMMENDED_FILES = ("train.yaml", "peft_config.py", "training_arguments.py")
 STEPS = "trainer.max_steps"
+TRAIN_EXAMPLES = "data.max_train_examples"
 LABELS = {"method.name": "method", RANK: "rank", ALPHA: "α", LR: "learning rate", STEPS: "steps"}
 """The settings that the recommendation shows first, with their names."""
 METHOD_NAMES = {"lora": "LoRA", "full": "full fine-tuning"}
@@ -69,6 +83,58 @@ def recommend(data: SweepData) -> list[Recommendation]:
     if adapters and chosen not in adapters:
         found.append(_build(_choose(adapters, data), [*adapters, chosen], data, verb="With LoRA instead, use"))
     return found
+
+
+def read_recommended(source: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns the settings that a sweep recommends, for a run on all training data, and the run's `origin`.
+
+    Args:
+        source: The folder of a sweep, or `SWEEP/ARM` for the winner of an arm.
+
+    Raises:
+        RecordError: The folder is not a sweep, the sweep is not complete, or there are no such settings.
+        ConfigError: The sweep has no such arm.
+    """
+    is_arm = not (source / SWEEP_FILE).is_file() and (source.parent / SWEEP_FILE).is_file()
+    folder = source.parent if is_arm else source
+    data = load_sweep_data(folder)
+    if data.record.status != "complete":
+        raise RecordError(
+            f"`--from` must be a sweep that is complete, but {str(folder)!r} is {data.record.status}. "
+            f"Type `lorasweep sweep --resume {folder}`."
+        )
+    names = [arm.name for arm in data.arms]
+    if is_arm and source.name not in names:
+        raise ConfigError(
+            f"`--from` must be SWEEP or SWEEP/ARM with one of the arms {', '.join(names)}, but got {str(source)!r}."
+            f"{nearest(source.name, names)}"
+        )
+    name = source.name if is_arm else next((one.arm for one in recommend(data)), None)
+    arm = next((arm for arm in data.arms if arm.name == name), None)
+    if not is_arm and (learning := judge_learning(data)).state == "nothing":
+        raise RecordError(
+            f"`--from` must be a sweep that learned something, but {str(folder)!r} did not: {learning.headline} "
+            f"`--from {folder}/ARM` trains the settings of an arm nevertheless."
+        )
+    if arm is None or arm.best is None or arm.best.record is None or arm.row.method == "frozen":
+        raise RecordError(
+            "`--from` must be a sweep, or an arm, with a complete trial of a method that trains, but "
+            f"{str(source)!r} has none."
+        )
+    settings = list_settings(arm, arm.best)
+    # a search on a part of the data is cheaper, but the run that uses its result needs all
+    settings = {key: None if key == TRAIN_EXAMPLES else value for key, value in settings.items()}
+    origin = {"sweep": str(folder.resolve()), "name": data.record.name, "arm": arm.name, "trial": arm.best.number}
+    return settings, origin
+
+
+def list_settings(arm: ArmData, trial: TrialData) -> dict[str, Any]:
+    """Returns the settings of a trial by dotted key, for `lorasweep train`."""
+    settings = {key: value for key, value in arm.row.settings.items() if key not in ("output", MULTIPLIER)}
+    settings |= {key: value for key, value in trial.params.items() if key != MULTIPLIER}
+    exact = (STEPS, LR, *((RANK, ALPHA) if arm.row.method == "lora" else ()))
+    # Named even if they are defaults, so that a later default changes nothing.
+    return settings | {key: value for key in exact if (value := trial.setting(key)) is not None}
 
 
 def _drop_other_ranks(arms: Sequence[ArmData], data: SweepData) -> list[ArmData]:
@@ -175,14 +241,9 @@ def _describe_score(arm: ArmData, data: SweepData) -> str:
 def _write_files(arm: ArmData, trial: TrialData, data: SweepData) -> dict[str, str]:
     """Returns the files; a method other than LoRA, or a trial without its weights, has no `peft_config.py`."""
     origin = f"From sweep {data.record.name}, arm {arm.name}, trial {trial.number}."
-    settings = {key: value for key, value in arm.row.settings.items() if key not in ("output", MULTIPLIER)}
-    settings |= {key: value for key, value in trial.params.items() if key != MULTIPLIER}
-    exact = (STEPS, LR, *((RANK, ALPHA) if arm.row.method == "lora" else ()))
-    # Named even if they are defaults, so that a later default changes nothing.
-    settings |= {key: value for key in exact if (value := trial.setting(key)) is not None}
     files = {
         "train.yaml": f"# {origin} Train with: lorasweep train train.yaml\n"
-        + yaml.safe_dump(settings, sort_keys=False, allow_unicode=True),
+        + yaml.safe_dump(list_settings(arm, trial), sort_keys=False, allow_unicode=True),
         "training_arguments.py": _write_training_arguments(arm, trial, origin),
     }
     if arm.row.method == "lora" and (peft_config := _write_peft_config(trial, origin, data.folder / trial.run)):

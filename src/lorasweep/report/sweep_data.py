@@ -25,6 +25,7 @@ from lorasweep.record import (
     TrialRow,
     TrialState,
     find_winner,
+    list_confirm_rows,
     measure_occupancy,
     read_run,
     read_steps,
@@ -121,7 +122,9 @@ class ArmData:
     select_runs: tuple[TrialData, ...]
     """The runs of the select stage, by trial and seed."""
     confirm_runs: tuple[TrialData, ...]
-    """The runs of the confirm stage."""
+    """The runs of the winner in the confirm stage."""
+    former_runs: tuple[TrialData, ...]
+    """The runs in the confirm stage of a former winner, which another trial replaced after the sweep grew."""
     occupancy: float | None
     """Share of the slots of packs that trained, in all stages; None if no run trained in a pack."""
 
@@ -208,7 +211,8 @@ class SweepData:
     @property
     def tokens_trained(self) -> int:
         """The number of tokens that the runs of all stages trained on."""
-        runs = (*self.trials, *self.select_runs, *self.confirm_runs)
+        former = (run for arm in self.arms for run in arm.former_runs)
+        runs = (*self.trials, *self.select_runs, *self.confirm_runs, *former)
         return sum(run.record.tokens_trained for run in runs if run.record)
 
     @property
@@ -315,18 +319,21 @@ def load_sweep_data(folder: Path) -> SweepData:
 
 def _join_arm(arm: ArmRow, record: SweepRecord, folder: Path, problems: list[str]) -> ArmData:
     rows = sorted((row for row in record.trials if row.arm == arm.name), key=lambda row: row.number)
-    confirm_rows = sorted((row for row in record.confirm if row.arm == arm.name), key=lambda row: row.seed)
     select_rows = sorted((row for row in record.select if row.arm == arm.name), key=lambda row: (row.trial, row.seed))
     trials = tuple(_join_trial(row, record.metric, folder, problems) for row in rows)
+    best = find_winner(arm.name, trials, record=record)
+    confirm_rows = sorted(list_confirm_rows(arm.name, best, record=record), key=lambda row: row.seed)
+    former_rows = [row for row in record.confirm if row.arm == arm.name and row not in confirm_rows]
     scores = {row.trial: selection_scores(arm.name, row.trial, record=record) for row in select_rows}
     return ArmData(
         row=arm,
         trials=trials,
-        best=find_winner(arm.name, trials, record=record),
+        best=best,
         candidates={number: fmean(values) for number, values in scores.items() if values},
         select_runs=tuple(_join_trial(row, record.metric, folder, problems) for row in select_rows),
         confirm_runs=tuple(_join_trial(row, record.metric, folder, problems) for row in confirm_rows),
-        occupancy=measure_occupancy([*rows, *select_rows, *confirm_rows]),
+        former_runs=tuple(_join_trial(row, record.metric, folder, problems) for row in former_rows),
+        occupancy=measure_occupancy([*rows, *select_rows, *confirm_rows, *former_rows]),
     )
 
 

@@ -29,6 +29,7 @@ from lorasweep.record import (
     describe_stage,
     find_winner,
     list_candidates,
+    list_confirm_rows,
     measure_stage_occupancy,
     read_sweep,
 )
@@ -203,11 +204,11 @@ def _arm_status(arm: ArmRow, record: SweepRecord) -> ArmStatus:
     states = Counter(row.state for row in trials)
     done = len(trials) - states["running"] - states["paused"]
     best = find_winner(arm.name, trials, record=record)
-    confirmed = [row for row in record.confirm if row.arm == arm.name]
+    confirmed = list_confirm_rows(arm.name, best, record=record)
     tested = [row.value for row in confirmed if row.state == "complete" and row.value is not None]
     # until the search is over, the number of candidates is the largest possible one
-    num_candidates = len(list_candidates(trials, record=record)) if done == arm.trials else arm.trials
-    num_candidates = min(num_candidates, record.candidates)
+    candidates = {trial.number for trial in list_candidates(trials, record=record)}
+    num_candidates = min(len(candidates) if done == arm.trials else arm.trials, record.candidates)
     num_seeds = len(record.confirm_seeds)
     return ArmStatus(
         name=arm.name,
@@ -220,7 +221,7 @@ def _arm_status(arm: ArmRow, record: SweepRecord) -> ArmStatus:
         best=None if best is None else best.value,
         best_params={} if best is None else best.params,
         select=_count_reruns(
-            [row for row in record.select if row.arm == arm.name],
+            [row for row in record.select if row.arm == arm.name and row.trial in candidates],
             asked=num_candidates * len(record.select_seeds) if num_candidates > 1 else 0,
         ),
         confirm=_count_reruns(

@@ -8,8 +8,8 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,8 @@ class RunFolder:
     path: Path
     arm: str | None = None
     trial: int | None = None
+    origin: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    """The sweep, arm and trial from which a single run has its settings."""
 
 
 class RunLog:
@@ -185,6 +187,7 @@ def open_record(
         config=as_settings(config),
         arm=run_folder.arm,
         trial=run_folder.trial,
+        origin=dict(run_folder.origin),
         metric=splits.metric,
         direction=goal_direction(splits.metric),
         command=describe_command(),

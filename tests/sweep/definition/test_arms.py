@@ -315,7 +315,8 @@ def test_a_file_that_is_no_sweep_is_refused(read, text):
         ("arms.frozen.method.rank=choice(1,2)", "arm `frozen`: `method.rank` is not a setting"),
         ("method.rank=0", "arm `lora`: `method.rank >= 1` must hold, but got 0."),
         ("words", "an override must read `key=value`, but got"),
-        ("arms.lora=1", "`arms.lora` must be a setting of at least one arm"),
+        ("arms.lora=1", "`arms.lora` must be a new arm such as"),
+        ("arms.lora={trials: 2}", "`arms.lora` must be the name of a new arm"),
     ],
 )
 def test_an_override_that_is_wrong_is_refused(read, content, override, message):
@@ -354,3 +355,12 @@ def test_an_entry_of_a_mapping_by_layer_can_be_swept(read, content):
     lora = arms_of(read(content, "method.rank_pattern.down_proj=2,4"))["lora"]
     assert [corner.method.rank_pattern["down_proj"] for corner in lora.corners[:1]] == [2]
     assert {corner.method.rank_pattern["down_proj"] for corner in lora.corners} == {2, 4}
+
+
+def test_an_arm_can_be_typed(read, content):
+    word = "arms.dora={settings: {method: lora, method.variant: dora}, space: {optim.lr: [0.01, 0.02]}, trials: 2}"
+    definition = read(content, word, "arms.dora.trials=3")
+    assert [(arm.name, arm.trials) for arm in definition.arms] == [("frozen", 1), ("full", 3), ("lora", 6), ("dora", 3)]
+    assert arms_of(definition)["dora"].space == {"optim.lr": CategoricalDistribution([0.01, 0.02])}
+    assert arms_of(definition)["dora"].compose({"optim.lr": 0.02}).method.variant == "dora"
+    assert restore_definition(definition.raw, source=definition.source) == definition

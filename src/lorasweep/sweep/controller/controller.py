@@ -88,7 +88,8 @@ class Controller:
         """
         self.sweep = sweep
         self.session = session
-        self.searches = [Search(sweep, session=session)]
+        self._round = self._find_round()
+        self.searches = [Search(sweep, sweep_round=self._round, session=session)]
         """The searches that have begun; all but the last one are over."""
         self.select: Reruns | None = None
         self.confirm: Reruns | None = None
@@ -313,21 +314,42 @@ class Controller:
             not trials.num_left and not trials.has_any("running") and trials.next_promoted() is None
             for trials in self.stage.arms.values()
         ):
-            record = self.sweep.record
+            record, rounds = self.sweep.record, self.sweep.definition.rounds
+            is_last_round = self._round == len(rounds)
+            seeds = record.confirm_seeds if is_last_round else record.confirm_seeds[: rounds[self._round].confirm_seeds]
             if self.select is None:
                 self._prune_paused()
-            if len(self.searches) <= len(record.search_seeds):
-                self.searches.append(Search(self.sweep, previous=self.search, session=self.session))
-            elif self.confirm is not None or not record.confirm_seeds:
-                self._is_over = True
-            elif self.select is None:
+            if is_last_round and len(self.searches) <= len(record.search_seeds):
+                further = Search(self.sweep, sweep_round=self._round, previous=self.search, session=self.session)
+                self.searches.append(further)
+            elif seeds and self.select is None:
                 plan = plan_selection(self.searches, sweep=self.sweep)
                 self.select = Reruns(self.sweep, "select", plan, session=self.session)
-            else:
+            elif seeds and self.confirm is None:
                 # the winners are chosen from these rows, which no call of `save` may have written yet
                 record.select = [row for arm in self.select.arms for row in self.select.rows(arm)]
-                plan = plan_confirmation(self.searches, sweep=self.sweep)
+                plan = plan_confirmation(self.searches, sweep=self.sweep, seeds=seeds)
                 self.confirm = Reruns(self.sweep, "confirm", plan, session=self.session)
+            elif is_last_round:
+                self._is_over = True
+            else:
+                self.save()  # while this round's select and confirm stage are known here
+                self._round, self.select, self.confirm = self._round + 1, None, None
+                self.searches = [Search(self.sweep, sweep_round=self._round, session=self.session)]
+
+    def _find_round(self) -> int:
+        """Returns the first round that has all trials that have begun. Rounds count from 0 (`Definition.rounds`)."""
+        definition = self.sweep.definition
+        last = len(definition.rounds)
+        if not last:
+            return 0
+        begun = {name: len(trials.trials) for name, trials in Search(self.sweep, sweep_round=last).arms.items()}
+
+        def has_all(number: int) -> bool:
+            planned = definition.arms_in_round(number)
+            return all(count <= planned[name].trials if name in planned else not count for name, count in begun.items())
+
+        return next((number for number in range(last) if has_all(number)), last)
 
     def _prune_paused(self) -> None:
         """Ends all paused trials of the last search as pruned."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -16,7 +17,16 @@ from lorasweep.config.data import goal_direction
 from lorasweep.config.sweep import StorageConfig
 from lorasweep.disk import free_folder, network_file_system, remove_leftovers, require_new_folder
 from lorasweep.errors import ConfigError, LoraSweepError, RecordError
-from lorasweep.record import SWEEP_FILE, RerunStage, SweepRecord, compute_sha256, read_sweep, utc_now, write_record
+from lorasweep.record import (
+    SWEEP_FILE,
+    RerunStage,
+    SweepChange,
+    SweepRecord,
+    compute_sha256,
+    read_sweep,
+    utc_now,
+    write_record,
+)
 from lorasweep.sweep.controller.folder import SweepFolder
 from lorasweep.sweep.controller.record_rows import RUNS_FOLDER, arm_row
 from lorasweep.sweep.controller.storage import (
@@ -30,7 +40,15 @@ from lorasweep.sweep.controller.storage import (
     unusable_database,
 )
 from lorasweep.sweep.definition.arms import Definition, restore_definition
+from lorasweep.sweep.definition.grow import (
+    add_round,
+    describe_growth,
+    grow_definition,
+    list_grown_arms,
+    warn_of_late_growth,
+)
 from lorasweep.sweep.definition.seeds import draw_confirm_seeds, draw_search_seeds, draw_select_seeds
+from lorasweep.sweep.definition.sweep_file import read_content
 from lorasweep.sweep.definition.warnings import find_warnings
 from lorasweep.sweep.lock import take_lock
 
@@ -104,21 +122,21 @@ def create_sweep(definition: Definition, path: Path, *, metric: str, notes: Sequ
 
 
 def saved_definition(path: Path, *, changes: Mapping[str, Any] | None = None) -> Definition:
-    """Returns the definition of the sweep in a folder, with `changes` applied to it.
-
-    `changes` replaces settings of the workers and of the confirm stage, such as `{"confirm.seeds": 5}`.
+    """Returns the definition of the sweep in a folder, with `changes` such as `{"arms.lora.trials": 20}` applied.
 
     Raises:
         RecordError: The folder is not a sweep, or its record is damaged.
+        ConfigError: A trial that has begun would change.
     """
-    record, changes = read_sweep(path), changes or {}
-    overrides = record.definition.get("overrides")
-    if not isinstance(overrides, dict) or "file" not in record.definition:
-        raise RecordError(f"`definition` in {str(path / SWEEP_FILE)!r} must have `file` and `overrides`. Restore it.")
-    if "worker" in changes:  # the new kind of workers may not have the old kind's settings
-        overrides = {key: value for key, value in overrides.items() if key.split(".")[0] != "worker"}
-    raw = {**record.definition, "overrides": {**overrides, **changes}}
-    return restore_definition(raw, source=Path(record.source) if record.source else None)
+    record = read_sweep(path)
+    overrides, rounds = record.definition.get("overrides"), record.definition.get("rounds", [])
+    is_whole = isinstance(overrides, dict) and "file" in record.definition and isinstance(rounds, list)
+    if not is_whole or not all(isinstance(values, dict) for values in rounds):
+        raise RecordError(
+            f"`definition` in {str(path / SWEEP_FILE)!r} must have `file`, `overrides` and `rounds`. Restore it."
+        )
+    source = Path(record.source) if record.source else None
+    return grow_definition(restore_definition(record.definition, source=source), changes=changes or {})
 
 
 def load_study(path: Path, arm: str, *, search: int = 1) -> optuna.Study:
@@ -146,25 +164,25 @@ def load_study(path: Path, arm: str, *, search: int = 1) -> optuna.Study:
         raise (damaged_journal(path, error) if config.url is None else unusable_database(config, error)) from error
 
 
-def reopen_sweep(path: Path, *, changes: Mapping[str, Any] | None = None) -> SweepFolder:
-    """Opens a sweep to resume it. Its record and trials are not changed yet.
+def reopen_sweep(path: Path, *, changes: Mapping[str, Any] | None = None, file: Path | None = None) -> SweepFolder:
+    """Opens a sweep to resume it. Its files are not changed yet.
 
     Args:
         path: The sweep's folder.
-        changes: Other settings of the workers and of the confirm stage, or more searches (`{"confirm.seeds": 5}`).
+        changes: Overrides: other settings of the workers and of the confirm stage, more trials, searches or arms.
+        file: The sweep file again, with more arms or trials. None: the file must be as it was.
 
     Raises:
         RecordError: The folder is not a sweep, its record or journal is damaged, or another process runs it.
-        ConfigError: What was asked for has changed since the sweep began, or its database does not answer.
+        ConfigError: A trial that has begun would change, or the sweep's database does not answer.
     """
-    record, definition = read_sweep(path), saved_definition(path, changes=changes)
-    source = definition.source
-    if source is not None and source.is_file() and record.source_sha256 != compute_sha256(source):
-        raise ConfigError(
-            f"the sweep file must be as it was when {str(path)!r} began, but {str(source)!r} has changed. "
-            f"Restore it, or start a new sweep."
-        )
-    if [row.name for row in record.arms] != [arm.name for arm in definition.arms]:
+    record, old = read_sweep(path), saved_definition(path)
+    if file is None:
+        _require_same_file(old.source, record, path)
+    definition = grow_definition(
+        old, changes=changes or {}, content=None if file is None else read_content(file), source=file
+    )
+    if [row.name for row in record.arms] != [arm.name for arm in old.arms]:
         raise RecordError(f"`arms` in {str(path / SWEEP_FILE)!r} must be those of its `definition`. Restore it.")
     margin = definition.sweep_config.confirm.margin
     if record.margin != margin:
@@ -172,8 +190,7 @@ def reopen_sweep(path: Path, *, changes: Mapping[str, Any] | None = None) -> Swe
             f"`confirm.margin` must stay {record.margin!r}, which was stated before the first result, but got "
             f"{margin!r}. Start a new sweep."
         )
-    candidates, search_seeds = definition.sweep_config.confirm.candidates, draw_search_seeds(definition)
-    select_seeds, confirm_seeds = draw_select_seeds(definition), draw_confirm_seeds(definition)
+    search_seeds = draw_search_seeds(definition)
     if len(search_seeds) < len(record.search_seeds):
         raise ConfigError(
             f"`sweep.searches >= {len(record.search_seeds) + 1}` must hold, the number so far, but got "
@@ -201,33 +218,78 @@ def reopen_sweep(path: Path, *, changes: Mapping[str, Any] | None = None) -> Swe
             for arm in definition.arms
             if record.study_prefix + name_study(arm.name, stage) in names
         }
-        # fewer seeds would drop results that the confirm stage has already
-        if "confirm" in begun and len(confirm_seeds) < len(record.confirm_seeds):
-            raise ConfigError(
-                f"`confirm.seeds >= {len(record.confirm_seeds)}` must hold, since the confirm stage began with these, "
-                f"but got {len(confirm_seeds)}."
-            )
-        # other searches, candidates or seeds could make another trial the winner, after the first one was confirmed
-        if begun and search_seeds != record.search_seeds:
-            raise ConfigError(
-                f"`sweep.searches` must stay {len(record.search_seeds) + 1} once the searches are over and winners run "
-                f"again, but got {len(search_seeds) + 1}. Start a new sweep."
-            )
-        if begun and (candidates, select_seeds) != (record.candidates, record.select_seeds):
-            raise ConfigError(
-                f"`confirm.candidates` and `confirm.select_seeds` must stay {record.candidates} and "
-                f"{len(record.select_seeds)} once the search is over, but got {candidates} and {len(select_seeds)}. "
-                "Start a new sweep to change them."
-            )
+        _check_later_stages(record, definition, begun=begun)
         undo.pop_all()
+    if grown := list_grown_arms(old, definition):
+        definition = add_round(
+            definition,
+            trials={arm.name: arm.trials for arm in old.arms},
+            confirm_seeds=len(record.confirm_seeds) if begun else 0,
+        )
+    if definition.raw != record.definition:
+        change = SweepChange(
+            at=utc_now(),
+            stage="confirm" if "confirm" in begun else "select" if begun else "search",
+            settings=dict(changes or {}),
+            file=None if file is None else str(file),
+            trials=grown,
+        )
+        record.changes.append(change)
+        record.status = "interrupted"  # until a controller has found that nothing is left to do
+        record.notes += describe_growth(change)
     record.definition = definition.raw
-    record.candidates, record.select_seeds, record.confirm_seeds = candidates, select_seeds, confirm_seeds
-    record.search_seeds = search_seeds
-    for row, arm in zip(record.arms, definition.arms, strict=True):
-        row.trials = arm.all_trials
+    if file is not None:
+        record.source, record.source_sha256 = str(file), compute_sha256(file)
+    record.candidates, record.search_seeds = definition.sweep_config.confirm.candidates, search_seeds
+    record.select_seeds, record.confirm_seeds = draw_select_seeds(definition), draw_confirm_seeds(definition)
+    importance = {row.name: row.importance for row in record.arms}
+    record.arms = [replace(arm_row(arm), importance=importance.get(arm.name, {})) for arm in definition.arms]
     # the confirm stage adds its own warnings again
-    record.warnings = [*find_warnings(definition), *_storage_warnings(definition, path)]
+    record.warnings = [
+        *find_warnings(definition),
+        *_storage_warnings(definition, path),
+        *(warning for change in record.changes for warning in warn_of_late_growth(change)),
+    ]
     return SweepFolder(path=path, definition=definition, record=record, storage=storage, lock=lock)
+
+
+def _check_later_stages(record: SweepRecord, definition: Definition, *, begun: Collection[str]) -> None:
+    """Raises ConfigError if the definition would change runs of the stages after the search that have begun."""
+    candidates, search_seeds = definition.sweep_config.confirm.candidates, draw_search_seeds(definition)
+    select_seeds, confirm_seeds = draw_select_seeds(definition), draw_confirm_seeds(definition)
+    # fewer seeds would drop results that the confirm stage has already
+    if "confirm" in begun and len(confirm_seeds) < len(record.confirm_seeds):
+        raise ConfigError(
+            f"`confirm.seeds >= {len(record.confirm_seeds)}` must hold, since the confirm stage began with these, "
+            f"but got {len(confirm_seeds)}."
+        )
+    # other searches, candidates or seeds could make another trial the winner, after the first one was confirmed
+    if begun and search_seeds != record.search_seeds:
+        raise ConfigError(
+            f"`sweep.searches` must stay {len(record.search_seeds) + 1} once the searches are over and winners run "
+            f"again, but got {len(search_seeds) + 1}. Start a new sweep."
+        )
+    if begun and (candidates, len(select_seeds)) != (record.candidates, len(record.select_seeds)):
+        raise ConfigError(
+            f"`confirm.candidates` and `confirm.select_seeds` must stay {record.candidates} and "
+            f"{len(record.select_seeds)} once the search is over, but got {candidates} and {len(select_seeds)}. "
+            "Start a new sweep to change them."
+        )
+    before = [*record.select_seeds, *record.confirm_seeds[: len(confirm_seeds)]]
+    after = [*select_seeds, *confirm_seeds[: len(record.confirm_seeds)]]
+    if begun and (taken := [seed for seed in before if seed not in after]):
+        raise ConfigError(
+            f"`seed` of an arm that is added must not be {taken[0]}, because winners run again on it. Choose another "
+            "seed."
+        )
+
+
+def _require_same_file(source: Path | None, record: SweepRecord, path: Path) -> None:
+    if source is not None and source.is_file() and record.source_sha256 != compute_sha256(source):
+        raise ConfigError(
+            f"the sweep file must be as it was when {str(path)!r} began, but {str(source)!r} has changed. Restore it. "
+            f"If it only has more arms or trials, type `lorasweep sweep {source} --resume {path}`."
+        )
 
 
 def _open(definition: Definition, path: Path, undo: ExitStack) -> BaseStorage:

@@ -1,6 +1,7 @@
 """The stages of a sweep: `search` tunes, `select` chooses the winner of each arm, `confirm` scores it on test data.
 
-With `sweep.searches=N` there are N searches, one after the other. None of them knows of another one's trials.
+With `sweep.searches=N` there are N searches, one after the other. None of them knows of another one's trials. A sweep
+that grew runs through the stages in rounds: a round ends before the trials that were added begin.
 
 The controller makes the same calls to all of them. A stage decides which trials there are and what run each becomes.
 """
@@ -23,6 +24,7 @@ from lorasweep.sweep.controller.proposals import propose
 from lorasweep.sweep.controller.record_rows import SEED, TRIAL, rerun_name, rerun_row, run_name, trial_row
 from lorasweep.sweep.controller.stopping_rules import build_pruner, build_rule
 from lorasweep.sweep.controller.storage import name_search, name_study
+from lorasweep.sweep.controller.trial import ASSIGNMENT_ATTRIBUTE
 from lorasweep.sweep.definition.arms import Arm
 from lorasweep.sweep.definition.seeds import arm_seeds
 from lorasweep.training.run_log import RunFolder
@@ -42,12 +44,22 @@ class Search:
     reads_test = False
     """Whether a complete run has still to be scored on test data."""
 
-    def __init__(self, sweep: SweepFolder, *, previous: Search | None = None, session: str | None = None) -> None:
-        """Reads the trials that have begun. A search with a previous one, which must be over, has other seeds."""
+    def __init__(
+        self,
+        sweep: SweepFolder,
+        *,
+        sweep_round: int,
+        previous: Search | None = None,
+        session: str | None = None,
+    ) -> None:
+        """Reads the trials that have begun. Rounds count from 0 (`Definition.rounds`).
+
+        A search with a previous one, which must be over, has other seeds.
+        """
         self._sweep = sweep
         self.number: int = 1 if previous is None else previous.number + 1
         self.name = name_search(self.number)
-        arms = {arm.name: arm for arm in sweep.definition.arms}
+        arms = sweep.definition.arms_in_round(sweep_round)
         if previous is not None:
             seed = sweep.record.search_seeds[self.number - 2]
             arms = {name: arm.with_seed(seed) for name, arm in arms.items() if arm.space}
@@ -107,7 +119,10 @@ class Search:
 
 
 class Reruns:
-    """Trials of the search run again on fresh seeds, each to its end: the select stage or the confirm stage."""
+    """Trials of the search run again on fresh seeds, each to its end: the select stage or the confirm stage.
+
+    Runs that an earlier round began are kept, and are not repeated.
+    """
 
     def __init__(self, sweep: SweepFolder, name: RerunStage, plan: Plan, *, session: str | None = None) -> None:
         """Reads the runs that have begun. Arms that are missing in the plan skip the stage."""
@@ -115,22 +130,13 @@ class Reruns:
         self.reads_test = name == "confirm"
         self._sweep = sweep
         self._plan = plan
-        self.arms = {
-            arm.name: ArmTrials(
-                arm,
-                study=sweep.open_study(name_study(arm.name, name)),
-                storage=sweep.storage,
-                space={TRIAL: IntDistribution(0, 2**32 - 1), SEED: IntDistribution(0, 2**32 - 1)},
-                planned=len(plan[arm.name]),
-                session=session,
-            )
-            for arm in sweep.definition.arms
-            if arm.name in plan
-        }
+        self.arms = {arm.name: self._read_trials(arm, session) for arm in sweep.definition.arms if arm.name in plan}
 
     def propose(self, trials: ArmTrials) -> tuple[dict[str, Any], dict[str, Any]]:
-        row, seed = self._plan[trials.arm.name][len(trials.trials)]
-        return {TRIAL: row.number, SEED: seed}, {}
+        begun = {(trial.params[TRIAL], trial.params[SEED]) for trial in trials.trials.values()}
+        planned = ((row.number, seed) for row, seed in self._plan[trials.arm.name])
+        number, seed = next(run for run in planned if run not in begun)
+        return {TRIAL: number, SEED: seed}, {}
 
     def config(self, arm: Arm, params: Mapping[str, Any]) -> RunConfig:
         """Returns the settings of the trial that runs again, with every source of randomness set by the seed."""
@@ -149,6 +155,23 @@ class Reruns:
 
     def rows(self, arm: str) -> list[RerunRow]:
         return [rerun_row(arm, self.name, frozen) for frozen in self.arms[arm].frozen()]
+
+    def _read_trials(self, arm: Arm, session: str | None) -> ArmTrials:
+        study = self._sweep.open_study(name_study(arm.name, self.name))
+        planned = {(row.number, seed) for row, seed in self._plan[arm.name]}
+        begun = {
+            (trial.params[TRIAL], trial.params[SEED])
+            for trial in study.get_trials(deepcopy=False)
+            if ASSIGNMENT_ATTRIBUTE in trial.user_attrs
+        }
+        return ArmTrials(
+            arm,
+            study=study,
+            storage=self._sweep.storage,
+            space={TRIAL: IntDistribution(0, 2**32 - 1), SEED: IntDistribution(0, 2**32 - 1)},
+            planned=len(planned | begun),
+            session=session,
+        )
 
 
 Stage: TypeAlias = Search | Reruns
@@ -169,13 +192,13 @@ def plan_selection(searches: Sequence[Search], *, sweep: SweepFolder) -> Plan:
     return plan
 
 
-def plan_confirmation(searches: Sequence[Search], *, sweep: SweepFolder) -> Plan:
-    """Returns the runs of the confirm stage: the winner of each arm on each seed."""
+def plan_confirmation(searches: Sequence[Search], *, sweep: SweepFolder, seeds: list[int]) -> Plan:
+    """Returns the runs of the confirm stage: the winner of each arm of the round on each seed."""
     plan: Plan = {}
-    for arm in sweep.definition.arms:
+    for arm in (trials.arm for trials in searches[0].arms.values()):
         winner = find_winner(arm.name, list_trial_rows(searches, arm.name), record=sweep.record)
         if winner is None:
             sweep.warn(f"Arm `{arm.name}` has no complete trial, so the confirm stage skips it.")
         else:
-            plan[arm.name] = [(winner, seed) for seed in arm_seeds(arm, sweep.record.confirm_seeds)]
+            plan[arm.name] = [(winner, seed) for seed in arm_seeds(arm, seeds)]
     return plan

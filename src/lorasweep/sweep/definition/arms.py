@@ -5,14 +5,15 @@ from __future__ import annotations
 import glob
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, get_args
 
-from lorasweep.config.build import as_settings
+from lorasweep.config.build import as_settings, build
 from lorasweep.config.command_line import parse_overrides
 from lorasweep.config.compose import (
     LIST_GROUPS,
@@ -23,6 +24,7 @@ from lorasweep.config.compose import (
     known_keys,
     layer_settings,
 )
+from lorasweep.config.limits import NonNegative
 from lorasweep.config.run import RunConfig
 from lorasweep.config.sweep import SweepConfig
 from lorasweep.errors import ConfigError
@@ -102,6 +104,16 @@ class Arm:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Round:
+    """A sweep as it was before it grew: the controller ends it before the trials that were added begin."""
+
+    trials: Mapping[str, int]
+    """Number of trials of one search, by arm. Arms that were added later are missing."""
+    confirm_seeds: NonNegative
+    """Number of seeds of the confirm stage; 0 if the sweep grew before its winners ran again."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Definition:
     """A whole sweep, with its settings composed and checked for each arm."""
 
@@ -110,8 +122,25 @@ class Definition:
     arms: tuple[Arm, ...]
     sweep_config: SweepConfig
     raw: dict[str, Any]
-    """The content of the sweep file and the overrides. `restore_definition` composes the same sweep from it."""
+    """The content of the sweep file, the overrides and the rounds. `restore_definition` composes the same sweep from
+    it."""
     source: Path | None
+    rounds: tuple[Round, ...] = ()
+    """The rounds that are followed by another one, because the sweep grew. A round follows from the record alone, so it
+    does not matter at which moment the sweep grew."""
+
+    def arms_in_round(self, number: int) -> dict[str, Arm]:
+        """Returns the arms of a round by name, with their trials at its end. Rounds count from 0."""
+        if number == len(self.rounds):
+            return {arm.name: arm for arm in self.arms}
+        trials = self.rounds[number].trials
+        return {arm.name: replace(arm, trials=trials[arm.name]) for arm in self.arms if arm.name in trials}
+
+    def count_first_trials(self, arms: Collection[Arm]) -> int:
+        """Returns the number of trials of these arms together, in the first round that has one of the arms."""
+        rounds = (self.arms_in_round(number) for number in range(len(self.rounds) + 1))
+        counts = (sum(in_round[arm.name].trials for arm in arms if arm.name in in_round) for in_round in rounds)
+        return next(filter(None, counts))
 
 
 @contextmanager
@@ -132,7 +161,7 @@ def read_definition(source: Path | Mapping[str, Any], overrides: Sequence[str] |
         ConfigError: The file can't be read, a key or range is wrong, or an arm does not compose.
     """
     typed = dict(overrides) if isinstance(overrides, Mapping) else parse_overrides(overrides)
-    raw = _with_absolute_paths({"file": read_content(source), "overrides": typed})
+    raw = make_paths_absolute({"file": read_content(source), "overrides": typed, "rounds": []})
     if isinstance(source, Mapping):
         return restore_definition(raw, source=None)
     try:
@@ -143,8 +172,9 @@ def read_definition(source: Path | Mapping[str, Any], overrides: Sequence[str] |
 
 def restore_definition(raw: Mapping[str, Any], *, source: Path | None) -> Definition:
     """Returns the definition that has this `raw`; errors as in `read_definition`."""
-    file = parse_file(raw["file"])
-    overrides = spell_out_multiplier(raw["overrides"], where="the command line")
+    content, typed = _add_typed_arms(raw["file"], raw["overrides"])
+    file = parse_file(content)
+    overrides = spell_out_multiplier(typed, where="the command line")
     sweep_overrides = _split_sweep_settings(overrides)[1]
     used_keys = set(sweep_overrides)
     arms = tuple(
@@ -173,9 +203,37 @@ def restore_definition(raw: Mapping[str, Any], *, source: Path | None) -> Defini
         description=file.description,
         arms=arms,
         sweep_config=sweep_config,
-        raw={"file": raw["file"], "overrides": dict(raw["overrides"])},
+        raw={"file": raw["file"], "overrides": dict(raw["overrides"]), "rounds": list(raw.get("rounds", ()))},
         source=source,
+        rounds=tuple(build(Round, values, key="rounds") for values in raw.get("rounds", ())),
     )
+
+
+def _add_typed_arms(content: Any, overrides: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Returns a sweep file's content with the typed arms (`arms.NAME={settings: ...}`), and the other overrides.
+
+    Raises:
+        ConfigError: A typed arm is no mapping, or the file has an arm of this name.
+    """
+    typed = {key: value for key, value in overrides.items() if re.fullmatch(r"arms\.[^.]+", key)}
+    arms = content.get("arms") if isinstance(content, Mapping) else None
+    if not typed or not isinstance(arms, Mapping):  # `parse_file` refuses a file without arms
+        return content, dict(overrides)
+    arms = dict(arms)
+    for key, value in typed.items():
+        name = key.removeprefix("arms.")
+        if not isinstance(value, Mapping):
+            raise ConfigError(
+                f"`{key}` must be a new arm such as `{{settings: {{method: lora}}, space: {{optim.lr: [0.1, 1]}}}}`, "
+                f"but got {value!r}."
+            )
+        if name in arms:
+            raise ConfigError(
+                f"`{key}` must be the name of a new arm, but the sweep file has an arm {name!r}. Set one key of it: "
+                f"`{key}.KEY=VALUE`."
+            )
+        arms[name] = value
+    return {**content, "arms": arms}, {key: value for key, value in overrides.items() if key not in typed}
 
 
 def _list_shared_settings(config: SweepConfig) -> dict[str, Any]:
@@ -184,10 +242,10 @@ def _list_shared_settings(config: SweepConfig) -> dict[str, Any]:
     return {**confirm, "sweep.searches": config.sweep.searches}
 
 
-def _with_absolute_paths(value: Any, key: str = "") -> Any:
+def make_paths_absolute(value: Any, key: str = "") -> Any:
     """Returns nested settings with absolute paths of files, so that the sweep can be resumed from any folder."""
     if isinstance(value, Mapping):
-        return {name: _with_absolute_paths(item, str(name)) for name, item in value.items()}
+        return {name: make_paths_absolute(item, str(name)) for name, item in value.items()}
     # a name without a dot or slash may be a split of a data set on the hub, such as `train`
     is_path = isinstance(value, str) and key.endswith(PATH_KEYS) and ("/" in value or "." in value)
     return os.path.abspath(value) if is_path and any(glob.iglob(value, recursive=True)) else value

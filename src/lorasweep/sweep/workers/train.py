@@ -78,10 +78,18 @@ def add_jobs(path: Path, changes: Mapping[str, Any]) -> list[str] | None:
     """Submits more Slurm jobs for a running sweep, and returns their ids. Example of `changes`: `{"worker.jobs": 8}`.
 
     Returns None if the sweep is not running on Slurm.
+
+    Raises:
+        ConfigError: Another setting than those of the workers would change.
     """
     config = saved_definition(path, changes=changes).sweep_config.worker
     if not isinstance(config, SlurmConfig) or not is_running(path):
         return None
+    if others := [key for key in changes if key.split(".")[0] != "worker"]:
+        raise ConfigError(
+            f"`{others[0]}` must stay while a sweep runs, but {str(path)!r} is running. Stop it, then resume it with "
+            "the change."
+        )
     from lorasweep.sweep.workers.slurm import check_slurm, submit_missing_jobs  # noqa: PLC0415
 
     check_slurm(config, path)

@@ -234,7 +234,8 @@ class Worker:
 
     def _measure_slots(self, arm: Arm) -> int | None:
         config = self._plans[arm.name].largest
-        trials = math.ceil(sum(each.trials for each in self._find_pack_arms(arm)) / self.num_workers)
+        # of the first round, so that packs of trials that have ended have the same size if the sweep is run again
+        trials = math.ceil(self.definition.count_first_trials(self._find_pack_arms(arm)) / self.num_workers)
         chosen = choose_pack_size(config, inputs=self.inputs_cache.load(config), trials_left=trials)
         self.controller.note([chosen.reason])
         return None if chosen.slots == 1 else chosen.slots

@@ -1,0 +1,246 @@
+"""A sweep that has begun may grow: its trials stay, and what is added follows from its record alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lorasweep.errors import ConfigError
+from lorasweep.record import find_winners, list_confirm_rows, read_sweep
+from lorasweep.results import load_sweep
+from lorasweep.sweep.controller.lifecycle import create_sweep, reopen_sweep, saved_definition
+
+HALVING = {"pruner": "halving", "pruner.rungs": [0.5], "pruner.min_survivors": 1, "sampler": "tpe"}
+MORE = {"arms.lora.trials": 10}
+NEW_ARM = {"settings": {"method": "lora", "method.rank": 2}, "space": {"optim.lr": [0.01, 0.02, 0.05]}, "trials": 3}
+
+
+@pytest.fixture
+def small(three_arms, runs):
+    """A sweep whose rungs pause trials, whose sampler learns, and whose scores depend on the run's seed."""
+    three_arms["settings"] |= HALVING
+    del three_arms["arms"]["full"]
+    runs.score = lambda config, step: abs(config.optim.lr - 0.01) + 1 / (1 + step) + config.seed % 7 / 1000
+    return three_arms
+
+
+@pytest.fixture
+def confirming(small):
+    """The same sweep with a select and a confirm stage."""
+    small["settings"] |= {"confirm.seeds": 2, "confirm.candidates": 2, "confirm.select_seeds": 2}
+    return small
+
+
+def rows_of(path, stage="trials"):
+    return getattr(read_sweep(path), stage)
+
+
+def lora(rows):
+    return [row for row in rows if row.arm == "lora"]
+
+
+@pytest.mark.parametrize("pack_size", [1, 3])
+def test_a_grown_sweep_keeps_its_trials_and_does_not_depend_on_the_moment(begin, work, packs, small, pack_size):
+    size = f"worker.pack_size={pack_size}"
+    ended, stopped = begin(small, size, folder="ended"), begin(small, size, folder="stopped")
+    assert work(ended)
+    before = rows_of(ended.path)
+    assert work(reopen_sweep(ended.path, changes=MORE))
+    assert not work(stopped, stop_at=3)
+    assert work(reopen_sweep(stopped.path, changes=MORE))
+    assert rows_of(ended.path)[: len(before)] == before
+    assert rows_of(stopped.path) == rows_of(ended.path)
+    assert [row.number for row in lora(rows_of(ended.path))] == list(range(10))
+    assert {row.state for row in lora(rows_of(ended.path))[6:]} == {"complete", "pruned"}
+    assert {arm.name: arm.trials for arm in rows_of(ended.path, "arms")} == {"frozen": 1, "lora": 10}
+
+
+@pytest.mark.parametrize("pack_size", [1, 3])
+def test_a_sweep_that_grew_twice_and_is_run_again_has_the_same_runs_in_every_stage(
+    begin, work, packs, confirming, tmp_path, pack_size
+):
+    folder = begin(confirming, f"worker.pack_size={pack_size}")
+    assert work(folder)
+    assert work(reopen_sweep(folder.path, changes=MORE))
+    assert work(reopen_sweep(folder.path, changes={"arms.other": NEW_ARM}))
+    again = create_sweep(saved_definition(folder.path), tmp_path / "again", metric="bits_per_byte")
+    assert work(again)
+    for stage in ("trials", "select", "confirm", "arms", "confirm_seeds", "select_seeds"):
+        assert rows_of(again.path, stage) == rows_of(folder.path, stage)
+
+
+@pytest.mark.parametrize("pack_size", [1, 3])
+def test_a_grown_sweep_that_is_stopped_again_and_again_ends_as_if_it_was_not(
+    begin, work, packs, confirming, finish, pack_size
+):
+    folders = [begin(confirming, f"worker.pack_size={pack_size}", folder=name) for name in ("whole", "stopped")]
+    for folder in folders:
+        assert work(folder)
+    assert work(reopen_sweep(folders[0].path, changes=MORE))
+    assert not work(reopen_sweep(folders[1].path, changes=MORE), stop_at=2)
+    assert finish(folders[1].path, stop_at=4) > 2
+    for stage in ("trials", "select", "confirm"):
+        assert rows_of(folders[1].path, stage) == rows_of(folders[0].path, stage)
+
+
+def test_a_new_winner_is_chosen_and_confirmed_on_the_same_seeds_and_runs_of_the_former_one_stay(
+    begin, work, runs, confirming
+):
+    folder = begin(confirming)
+    assert work(folder)
+    before = read_sweep(folder.path)
+    best = find_winners(before)["lora"].number
+    runs.score = lambda config, step: 1 / (1 + step)  # all trials that are added are better
+    assert work(reopen_sweep(folder.path, changes=MORE))
+    record = read_sweep(folder.path)
+    winner = find_winners(record)["lora"]
+    assert winner.number >= 6 > best
+    assert {row.seed for row in list_confirm_rows("lora", winner, record=record)} == set(before.confirm_seeds)
+    assert [row for row in record.confirm if row in before.confirm] == before.confirm
+    assert [row for row in record.select if row in before.select] == before.select
+    assert len({row.run for row in [*record.select, *record.confirm]}) == len([*record.select, *record.confirm])
+    shown = load_sweep(folder.path).confirm_dataframe()
+    assert set(shown[shown.arm == "lora"].trial) == {winner.number}
+    (warning,) = [warning for warning in record.warnings if "scored on test data" in warning]
+    assert "`lora`" in warning
+    reopened = reopen_sweep(folder.path)
+    reopened.close()
+    assert warning in reopened.record.warnings
+
+
+def test_changes_are_recorded_with_their_date(begin, work, runs, confirming):
+    folder = begin(confirming)
+    assert not work(folder, stop_at=3)
+    for changes in (MORE, {"confirm.seeds": 3}):
+        reopen_sweep(folder.path, changes=changes).close()
+        assert work(reopen_sweep(folder.path, changes=changes))
+        assert work(reopen_sweep(folder.path, changes=changes))  # changes nothing
+    record = read_sweep(folder.path)
+    assert [(change.settings, change.trials, change.stage) for change in record.changes] == [
+        (MORE, {"lora": 10}, "search"),
+        ({"confirm.seeds": 3}, {}, "confirm"),
+    ]
+    assert all(change.at.endswith("+00:00") for change in record.changes)
+    assert sum("grew to 10 trials of `lora`" in note for note in record.notes) == 1
+    assert not any("scored on test data" in warning for warning in record.warnings)
+
+
+def test_an_arm_is_added_by_the_command_line_or_by_the_file(begin, work, runs, confirming, tmp_path):
+    typed, filed = begin(confirming, folder="typed"), begin(confirming, folder="filed")
+    for folder in (typed, filed):
+        assert work(folder)
+    before = rows_of(typed.path)
+    assert work(reopen_sweep(typed.path, changes={"arms.other": NEW_ARM}))
+    confirming["arms"]["other"] = NEW_ARM
+    file = tmp_path / "made_up.yaml"
+    file.write_text(yaml.safe_dump(confirming, sort_keys=False))
+    with pytest.raises(ConfigError, match=r"has changed.*lorasweep sweep .*made_up.yaml --resume"):
+        reopen_sweep(filed.path)
+    assert work(reopen_sweep(filed.path, file=file))
+    for stage in ("trials", "select", "confirm"):
+        assert rows_of(typed.path, stage) == rows_of(filed.path, stage)
+    assert rows_of(typed.path)[: len(before)] == before
+    assert {row.arm for row in rows_of(typed.path, "confirm")} == {"frozen", "lora", "other"}
+    assert [(change.file, change.trials) for change in rows_of(filed.path, "changes")] == [(str(file), {"other": 3})]
+    reopen_sweep(filed.path).close()
+
+
+def test_a_value_of_an_expansion_is_added_as_an_arm(begin, work, runs, small):
+    small["arms"]["lora"] = {
+        "settings": {"method": "lora"},
+        "expand": {"method.rank": [1, 2]},
+        "space": {"optim.lr": [0.01, 0.02]},
+        "trials": 2,
+    }
+    folder = begin(small)
+    assert work(folder)
+    before = rows_of(folder.path)
+    assert work(reopen_sweep(folder.path, changes={"arms.lora.expand.method.rank": [1, 2, 4]}))
+    assert [row for row in rows_of(folder.path) if row.arm != "lora-rank4"] == before
+    assert [arm.name for arm in rows_of(folder.path, "arms")] == ["frozen", "lora-rank1", "lora-rank2", "lora-rank4"]
+
+
+def test_searches_can_be_added_to_a_grown_sweep_and_it_grows_no_more(begin, work, runs, small):
+    folder = begin(small)
+    assert work(folder)
+    assert work(reopen_sweep(folder.path, changes=MORE))
+    before = rows_of(folder.path)
+    assert work(reopen_sweep(folder.path, changes={"sweep.searches": 2}))
+    assert [row for row in rows_of(folder.path) if row.search == 1] == before
+    assert [row.number for row in lora(rows_of(folder.path)) if row.search == 2] == list(range(10, 20))
+    with pytest.raises(ConfigError, match=r"`sweep.searches` is 2 and got 12 trials for `lora`"):
+        reopen_sweep(folder.path, changes={"arms.lora.trials": 12})
+
+
+REFUSED = [
+    ({"arms.lora.trials": 5}, r"`arms.lora.trials >= 6` must hold, the number so far, but got 5\."),
+    ({"sweep.trials": 5}, r"`arms.lora.trials >= 6` must hold"),
+    ({"optim.eps": 1e-6}, r"arm `frozen`: `optim.eps` must stay 1e-08, because .* but got 1e-06\."),
+    ({"arms.lora.optim.lr": 0.02}, r"arm `lora`: `optim.lr` must stay \{'low': 0.001, .* but got 0.02\."),
+    ({"arms.lora.method.rank": [1, 2]}, r"arm `lora`: `method.rank` must stay \[1, 2, 4\], .* but got \[1, 2\]\."),
+    ({"trainer.max_steps": 16}, r"`trainer.max_steps` must stay 8, "),
+    ({"sampler": "qmc"}, r"`sampler.name` must stay 'tpe', .* but got 'qmc'"),
+    ({"pruner.rungs": [0.25]}, r"`pruner.rungs` must stay "),
+    ({"sweep.seed": 1}, r"`sweep.seed` must stay 0, "),
+    ({"arms.lora.expand.method.dropout": [0.1]}, r"`lora` is missing in frozen, lora-dropout0_1"),
+    ({"arms.lora": NEW_ARM}, r"`arms.lora` must be the name of a new arm"),
+    ({"arms.new": 5}, r"`arms.new` must be a new arm such as `{settings: {method: lora}"),
+    ({"arms.new.trials": 5}, r"`arms.new.trials` must be a setting of at least one arm"),
+    ({"arms.new": {**NEW_ARM, "setings": {}}}, r"setings.*Did you mean `settings`"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), REFUSED, ids=[str(changes) for changes, _ in REFUSED])
+def test_what_would_change_trials_is_refused_and_nothing_is_written(begin, work, runs, small, changes, message):
+    folder = begin(small)
+    assert work(folder)
+    before = {path: path.read_bytes() for path in folder.path.rglob("*") if path.is_file()}
+    with pytest.raises(ConfigError, match=message):
+        reopen_sweep(folder.path, changes=changes)
+    assert {path: path.read_bytes() for path in folder.path.rglob("*") if path.is_file()} == before
+    reopen_sweep(folder.path).close()
+
+
+FILES = [
+    (lambda content: content.update(name="other"), r"`name` must stay 'made_up' .* but got 'other'"),
+    (lambda content: content["arms"].pop("frozen"), r"must keep its arms, but `frozen` is missing in lora\."),
+    (lambda content: content.update(arms=dict(reversed(content["arms"].items()))), r"order of its arms .frozen, lora."),
+    (lambda content: content["arms"]["lora"].update(trials=4), r"`arms.lora.trials >= 6` must hold"),
+    (lambda content: content["settings"].update({"optim.eps": 1e-6}), r"arm `frozen`: `optim.eps` must stay 1e-08"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), FILES)
+def test_a_file_that_would_change_trials_is_refused(begin, work, runs, small, tmp_path, change, message):
+    folder = begin(small)
+    assert work(folder)
+    change(small)
+    file: Path = tmp_path / "made_up.yaml"
+    file.write_text(yaml.safe_dump(small, sort_keys=False))
+    with pytest.raises(ConfigError, match=message):
+        reopen_sweep(folder.path, file=file)
+
+
+def test_a_new_arm_may_not_use_a_seed_on_which_winners_ran_again(begin, work, runs, confirming):
+    folder = begin(confirming)
+    assert work(folder)
+    seed = rows_of(folder.path, "confirm_seeds")[0]
+    arm = {**NEW_ARM, "settings": {**NEW_ARM["settings"], "seed": seed}}
+    with pytest.raises(ConfigError, match=rf"`seed` of an arm that is added must not be {seed}"):
+        reopen_sweep(folder.path, changes={"arms.other": arm})
+    reopen_sweep(folder.path, changes={"arms.other": NEW_ARM}).close()
+
+
+def test_the_trials_of_a_grid_go_on_where_they_ended(begin, work, runs, small):
+    small["settings"] |= {"sampler": "grid", "pruner": "none"}
+    del small["settings"]["pruner.rungs"], small["settings"]["pruner.min_survivors"]
+    small["arms"]["lora"] |= {"space": {"method.rank": [1, 2], "optim.lr": [0.01, 0.02]}, "trials": 2}
+    folder = begin(small)
+    assert work(folder)
+    with pytest.raises(ConfigError, match=r"`arms.lora.trials <= 4` must hold under `sampler=grid`"):
+        reopen_sweep(folder.path, changes={"arms.lora.trials": 5})
+    assert work(reopen_sweep(folder.path, changes={"arms.lora.trials": 4}))
+    points = [(row.params["method.rank"], row.params["optim.lr"]) for row in lora(rows_of(folder.path))]
+    assert sorted(points) == [(1, 0.01), (1, 0.02), (2, 0.01), (2, 0.02)]
