@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from importlib.metadata import version
@@ -92,7 +93,10 @@ def build_parser() -> argparse.ArgumentParser:
     export_parser = add(export, "write a run's adapter for PEFT, or the merged model for transformers")
     export_parser.add_argument("run", type=Path, metavar="RUN", help="a run's folder")
     export_parser.add_argument("--format", required=True, choices=["peft", "merged"])
-    export_parser.add_argument("--out", required=True, type=Path, metavar="D", help="a new or empty folder")
+    export_parser.add_argument("--out", type=Path, metavar="D", help="a new or empty folder; needed without --push")
+    export_parser.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], help="type of merged weights")
+    export_parser.add_argument("--push", metavar="USER/NAME", help="upload the files to the Hugging Face hub")
+    export_parser.add_argument("--private", action="store_true", help="make a new repository private")
     inspect_parser = add(inspect, "show how much of its rank a run used, from its weights")
     inspect_parser.add_argument(
         "folder", type=Path, metavar="RUN", help="folder of a run, or of a sweep: its best runs"
@@ -214,9 +218,20 @@ def export(arguments: argparse.Namespace) -> int:
         from lorasweep.runs.export import export_run
         from lorasweep.wording import format_bytes
 
-    written = export_run(arguments.run, format=arguments.format, out=arguments.out)
+    if arguments.out is None and arguments.push is None:
+        raise ConfigError("`lorasweep export` must have `--out D` or `--push USER/NAME`, or both.")
+    with tempfile.TemporaryDirectory(prefix="lorasweep-") as temporary:
+        written = export_run(
+            arguments.run,
+            format=arguments.format,
+            out=arguments.out or Path(temporary) / "export",
+            dtype=arguments.dtype,
+            push=arguments.push,
+            private=arguments.private,
+        )
+    places = [str(place) for place in (arguments.out, written.address) if place is not None]
     say(
-        f"{arguments.format}, {format_bytes(written.num_bytes)}: {written.folder}\n"
+        f"{arguments.format}, {written.dtype}, {format_bytes(written.num_bytes)}: {' and '.join(places)}\n"
         f"its logits differ from the run's by at most {written.difference:.2g} (the largest is "
         f"{written.largest_logit:.3g}), both computed in fp32"
     )

@@ -103,7 +103,11 @@ def test_peft_loads_the_adapter_onto_its_base_with_the_same_logits(trained, tmp_
     run = trained(settings)
     written = export_run(run, format="peft", out=tmp_path / "adapter")
     assert written.difference == 0
-    assert {file.name for file in written.folder.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    assert {file.name for file in written.folder.iterdir()} == {
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
     base = load_embedded()
     before = logits_of(base)
     model = peft.PeftModel.from_pretrained(base, written.folder)

@@ -6,7 +6,7 @@ The files are written to a temporary folder, loaded again and compared with the 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,9 +28,13 @@ from lorasweep.models.folder import find_local_path
 from lorasweep.models.load import BaseModel, fingerprint_weights
 from lorasweep.models.pretrained import load_pretrained, quiet_transformers
 from lorasweep.record import RunRecord, read_run
+from lorasweep.runs.model_card import CARD_FILE, build_card, name_base
+from lorasweep.runs.push import check_push, push_folder
 from lorasweep.training.restore import check_kept_files, restore_base, restore_config, restore_model
 
 ExportFormat = Literal["peft", "merged"]
+EXPORT_DTYPES: Mapping[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""Types of the weights of a merged model, by name."""
 PROBE_ROWS, PROBE_TOKENS = 8, 16
 """Size of the batch of random tokens whose logits are compared."""
 
@@ -40,6 +44,10 @@ class Export:
     """The folder of an exported run, and how much its logits differ from the run's."""
 
     folder: Path
+    address: str | None
+    """The address of the repository that has the files; None if they were not uploaded."""
+    dtype: str
+    """Name of the type of the written weights: `fp32`, `bf16` or `fp16`."""
     num_bytes: int
     difference: float
     """Largest absolute difference between the logits of `best/` and of the written weights on one batch, both in fp32.
@@ -48,29 +56,53 @@ class Export:
     """The largest absolute logit of the run."""
 
 
-def export_run(run: Path, *, format: ExportFormat, out: Path) -> Export:
-    """Writes the best weights of a run for PEFT or transformers.
+def export_run(
+    run: Path,
+    *,
+    format: ExportFormat,
+    out: Path,
+    dtype: str | None = None,
+    push: str | None = None,
+    private: bool = False,
+) -> Export:
+    """Writes the best weights of a run for PEFT or transformers, with a model card, and perhaps uploads them.
 
     Args:
         run: The run's folder.
         format: `peft` writes the adapter; `merged` writes the whole model, with the adapter merged, and its tokenizer.
         out: A new or empty folder; unchanged after an error.
+        dtype: A key of `EXPORT_DTYPES` for the weights of a merged model. None: the type in which the run had the base.
+        push: `USER/NAME` of a repository on the hub that gets the files; None uploads nothing.
+        private: Whether a new repository is private.
 
     Raises:
-        ConfigError: `out` is not empty, the base model can't be loaded, or the format does not fit the run's method.
+        ConfigError: `out` is not empty, the base model can't be loaded, the format or type does not fit the run, or
+            the hub does not know the user.
         RecordError: The folder has no run, its weights are missing or damaged, or the base model has changed.
-        RunError: The files can't be written, or transformers loads different weights from them.
+        RunError: The files can't be written, transformers loads different weights from them, or the hub refuses them.
     """
     record = read_run(run)
     config = restore_config(record)
-    _check_request(config, format=format, out=out)
+    _check_request(config, format=format, out=out, dtype=dtype)
     check_kept_files(record, run, part="best")
+    if push is not None:
+        check_push(push)
     with create_folder_atomically(out) as folder:
-        export = _export_adapter if format == "peft" else _export_merged
-        original, written = export(record, config, run / "best", folder)
+        if format == "peft":
+            written_dtype = "fp32"
+            base_path = _get_permanent_path(config.model) if push is None else name_base(config.model)
+            original, written = _export_adapter(record, config, run / "best", folder, base_path=base_path)
+        else:
+            written_dtype, original, written = _export_merged(record, config, run / "best", folder, dtype=dtype)
+        card = build_card(
+            record, config, run=run, format=format, dtype=written_dtype, repository=push or out.resolve().name
+        )
+        card.save(folder / CARD_FILE)
         num_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     return Export(
         folder=out,
+        address=None if push is None else push_folder(out, push, private=private),
+        dtype=written_dtype,
         num_bytes=num_bytes,
         difference=float((written - original).abs().max()),
         largest_logit=float(original.abs().max()),
@@ -98,8 +130,15 @@ def create_folder_atomically(out: Path) -> Iterator[Path]:
         raise RunError(f"`--out` must be a folder that can be written to, but got {str(out)!r}: {error}.") from error
 
 
-def _check_request(config: RunConfig, *, format: ExportFormat, out: Path) -> None:
+def _check_request(config: RunConfig, *, format: ExportFormat, out: Path, dtype: str | None) -> None:
     method = config.method.name
+    if dtype is not None and dtype not in EXPORT_DTYPES:
+        raise ConfigError(f"`--dtype` must be one of {', '.join(EXPORT_DTYPES)}, but got {dtype!r}.")
+    if dtype is not None and format == "peft":
+        raise ConfigError(
+            f"`--dtype` must be left out with `--format peft`, because adapters are written in fp32, as they were "
+            f"trained, but got {dtype!r}."
+        )
     if config.model.factory is not None:
         raise ConfigError(
             f"a run must have a transformers model to be exported, but got `model.factory={config.model.factory}`. "
@@ -116,14 +155,16 @@ def _check_request(config: RunConfig, *, format: ExportFormat, out: Path) -> Non
     require_new_folder(out, key="--out", remedy="Name another folder.")
 
 
-def _export_adapter(record: RunRecord, config: RunConfig, best: Path, folder: Path) -> tuple[Tensor, Tensor]:
+def _export_adapter(
+    record: RunRecord, config: RunConfig, best: Path, folder: Path, *, base_path: str
+) -> tuple[Tensor, Tensor]:
     """Writes the adapter. Returns the logits of the run, and of the base with the written adapter."""
     base = restore_base(record, config)
     model = _restore(config, base, best)
     save_adapter(
         model,
         folder,
-        base_path=_get_permanent_path(config.model),
+        base_path=base_path,
         base_fingerprint=base.fingerprint,
         base_revision=config.model.revision,
     )
@@ -133,13 +174,21 @@ def _export_adapter(record: RunRecord, config: RunConfig, best: Path, folder: Pa
     return compute_probe_logits(model), compute_probe_logits(written)
 
 
-def _export_merged(record: RunRecord, config: RunConfig, best: Path, folder: Path) -> tuple[Tensor, Tensor]:
-    """Writes the whole model. Returns the logits of the run, and of the model that transformers loads again."""
-    kind, dtype, fingerprint, logits = _write_merged(config, restore_base(record, config), best, folder)
+def _export_merged(
+    record: RunRecord, config: RunConfig, best: Path, folder: Path, *, dtype: str | None
+) -> tuple[str, Tensor, Tensor]:
+    """Writes the whole model.
+
+    Returns the name of the type of its weights, the logits of the run, and those of the model that transformers loads
+    again.
+    """
+    kind, torch_dtype, fingerprint, logits = _write_merged(
+        config, restore_base(record, config), best, folder, dtype=dtype
+    )
     # `_write_merged` is a separate function, so that its models are freed before the merged model is loaded
     attention = {} if config.model.attention == "auto" else {"attn_implementation": config.model.attention}
     try:
-        written = load_pretrained(kind, str(folder), dtype=dtype, **attention)
+        written = load_pretrained(kind, str(folder), dtype=torch_dtype, **attention)
     except Exception as error:
         raise RunError(f"a merged {kind.__name__} must load again, but does not: {first_line(error)}.") from error
     if fingerprint_weights(written) != fingerprint:
@@ -147,21 +196,40 @@ def _export_merged(record: RunRecord, config: RunConfig, best: Path, folder: Pat
             f"a merged {kind.__name__} must load with the written weights, but transformers loads different weights. "
             "Use `--format peft`."
         )
-    return logits, compute_probe_logits(written)
+    names = {each: name for name, each in EXPORT_DTYPES.items()}
+    return names.get(torch_dtype, str(torch_dtype)), logits, compute_probe_logits(written)
 
 
 def _write_merged(
-    config: RunConfig, base: BaseModel, best: Path, folder: Path
+    config: RunConfig, base: BaseModel, best: Path, folder: Path, *, dtype: str | None
 ) -> tuple[type[PreTrainedModel], torch.dtype, str, Tensor]:
     model = _restore(config, base, best)
     logits = compute_probe_logits(model)
+    if dtype is not None:
+        _convert(model, torch.float32)  # first, so that merged weights are rounded once
     METHODS[config.method.name].merge(model)
+    if dtype is not None:
+        _convert(model, EXPORT_DTYPES[dtype])
     model.config.use_cache = True  # training switched it off
     with quiet_transformers():
         model.save_pretrained(folder)
         if base.tokenizer is not None:
             base.tokenizer.save_pretrained(folder)
     return type(model), model.dtype, fingerprint_weights(model), logits
+
+
+def _convert(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Converts all parameters of a model, in place. Buffers stay, as when transformers loads a model.
+
+    Raises:
+        ConfigError: A weight is too large for the type.
+    """
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data.to(dtype)
+        if not parameter.isfinite().all():
+            raise ConfigError(
+                f"`--dtype` must hold every weight, but one of `{name}` is not finite in {dtype}. Use bf16 or fp32."
+            )
 
 
 def _restore(config: RunConfig, base: BaseModel, best: Path) -> PreTrainedModel:

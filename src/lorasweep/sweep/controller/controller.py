@@ -325,7 +325,7 @@ class Controller:
             elif seeds and self.select is None:
                 plan = plan_selection(self.searches, sweep=self.sweep)
                 self.select = Reruns(self.sweep, "select", plan, session=self.session)
-            elif seeds and self.confirm is None:
+            elif seeds and self.select is not None and self.confirm is None:
                 # the winners are chosen from these rows, which no call of `save` may have written yet
                 record.select = [row for arm in self.select.arms for row in self.select.rows(arm)]
                 plan = plan_confirmation(self.searches, sweep=self.sweep, seeds=seeds)
