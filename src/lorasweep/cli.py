@@ -86,6 +86,9 @@ def build_parser() -> argparse.ArgumentParser:
     train_parser = commands.add_parser("train", help="one run, as a Hydra app: --help, --cfg job, -m", add_help=False)
     add_overrides(train_parser, "FILE key=value", "settings of the run; FILE is a YAML file of settings")
     train_parser.add_argument("--from", metavar="SWEEP[/ARM]", help="begin with the settings that a sweep recommends")
+    new_parser = add(new, "write a commented sweep file for your model and data")
+    new_parser.add_argument("file", type=Path, metavar="FILE.yaml", help="the file to write")
+    add_overrides(new_parser, "key=value", "model.path=FOLDER-OR-HUB-ID data.train=FILE ...")
     plan_parser = add(plan, "estimate the time, memory and disk of a sweep without training it")
     add_overrides(plan_parser, "NAME|FILE key=value", "as in sweep")
     compare_parser = add(compare, "write and show the report of finished or running sweeps again")
@@ -112,6 +115,10 @@ def build_parser() -> argparse.ArgumentParser:
     reproduce_parser.add_argument("--tolerance", type=float, metavar="T", help="maximum relative difference")
     reproduce_parser.add_argument("--steps", type=int, metavar="N", help="compare the first N steps only")
     reproduce_parser.add_argument("--output", type=Path, metavar="DIR", help="default: outputs/reproduce/NAME")
+    doctor_parser = add(doctor, "check packages, devices, disk, hub, Ray and Slurm of this machine")
+    doctor_parser.add_argument(
+        "--folder", type=Path, default=Path("outputs"), metavar="DIR", help="where sweeps will be written: ./outputs"
+    )
     for reader in (compare_parser, export_parser, inspect_parser, reproduce_parser):
         reader.add_argument("--trust", action="store_true", help="allow code and pickles that the record names")
     if "_ARGCOMPLETE" in os.environ:  # the shell asks for completions
@@ -175,6 +182,25 @@ def status(arguments: argparse.Namespace) -> int:
         from lorasweep.sweep.workers.slurm import describe_jobs
 
         say(f"Slurm jobs: {describe_jobs(arguments.folder)}")
+    return DONE
+
+
+def new(arguments: argparse.Namespace) -> int:
+    """Reads the model and the data, and writes a sweep file for them."""
+    with quick_imports():
+        from lorasweep import api
+        from lorasweep.config.command_line import parse_overrides
+        from lorasweep.disk import write_atomically
+        from lorasweep.sweep.draft import draft_sweep
+
+    path = arguments.file
+    if path.suffix not in (".yaml", ".yml") or path.exists():
+        raise ConfigError(f"`FILE.yaml` must be a new file with the suffix .yaml, but got {str(path)!r}.")
+    api.prepare_environment()
+    text = draft_sweep(path, parse_overrides(arguments.overrides))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, text)
+    say(f"wrote {path}. Read it, then type:\n    lorasweep plan {path}\n    lorasweep sweep {path}")
     return DONE
 
 
@@ -286,6 +312,15 @@ def reproduce(arguments: argparse.Namespace) -> int:
     if comparison.verdict == "interrupted":
         return INTERRUPTED
     return DONE if comparison.holds else FAILED
+
+
+def doctor(arguments: argparse.Namespace) -> int:
+    with quick_imports():
+        from lorasweep.doctor import examine, render_findings
+
+    findings = examine(arguments.folder)
+    EscapingConsole().print(render_findings(findings))
+    return FAILED if any(finding.state == "problem" for finding in findings) else DONE
 
 
 def _reproduce_sweep(arguments: argparse.Namespace) -> int:

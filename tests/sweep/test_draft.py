@@ -1,0 +1,94 @@
+"""`lorasweep new`: a sweep file for data that it has not seen."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lorasweep.cli import DONE, WRONG_REQUEST, run
+from lorasweep.sweep.definition.arms import read_definition
+
+MODEL = "model.path=embedded:tiny"
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def draft(*words, code=DONE):
+    assert run(["new", "mine.yaml", *words]) == code
+    return None if code else yaml.safe_load(Path("mine.yaml").read_text())
+
+
+def write_topics(path, *, header="stars,review,author\n", rows=200):
+    lines = [f"{n % 4},{'a longer or shorter text ' * (1 + n % 5)}{n},{n % 30}\n" for n in range(rows)]
+    path.write_text(header + "".join(lines))
+
+
+def test_columns_lengths_and_steps_come_from_the_data(here, capsys):
+    write_topics(here / "topics.csv")
+    sweep = draft(MODEL, "data.train=topics.csv")
+    settings = sweep["settings"]
+    assert settings["model"] == "classifier"
+    assert settings["data"] == "table"
+    assert (settings["data.text"], settings["data.label"]) == ("review", "stars")
+    assert settings["data.max_length"] % 8 == 0
+    assert settings["trainer.max_steps"] == 60  # three passes over fewer than 200 examples are fewer steps
+    assert list(sweep["arms"]) == ["frozen", "full", "lora"]
+    written = (here / "mine.yaml").read_text()
+    assert "passes over" in written
+    assert "lorasweep plan mine.yaml" in capsys.readouterr().out
+    assert [arm.trials for arm in read_definition(here / "mine.yaml").arms] == [1, 12, 12]
+
+
+def test_settings_of_the_user_are_kept(here):
+    write_topics(here / "topics.csv")
+    sweep = draft(MODEL, "data.train=topics.csv", "data.label=author", "data.max_length=24", "trainer.max_steps=7")
+    settings = sweep["settings"]
+    assert (settings["data.label"], settings["data.max_length"], settings["trainer.max_steps"]) == ("author", 24, 7)
+    assert settings["data.text"] == "review"
+
+
+def test_pairs_conversations_and_running_text_are_recognised(here):
+    rows = [{"sentence1": f"one thing {n}", "sentence2": f"another {n}", "label": n % 2} for n in range(120)]
+    (here / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = draft(MODEL, "data.train=pairs.jsonl")["settings"]
+    assert (settings["data.text"], settings["data.text_pair"]) == ("sentence1", "sentence2")
+    (here / "mine.yaml").unlink()
+    rows = [{"prompt": f"add {n} and 1", "completion": f"it is {n + 1}"} for n in range(120)]
+    (here / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = draft(MODEL, "data.train=chat.jsonl")["settings"]
+    assert (settings["data"], settings["model"]) == ("chat", "causal_lm")
+    (here / "mine.yaml").unlink()
+    (here / "book.txt").write_text("\n\n".join(f"Paragraph {n} says some words." for n in range(3000)))
+    settings = draft(MODEL, "data.train=book.txt")["settings"]
+    assert (settings["data"], settings["model"]) == ("text", "causal_lm")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["data.train=topics.csv"], "model.path"),
+        ([MODEL], "data.train"),
+        ([MODEL, "data.train=missing.csv"], "missing.csv"),
+        ([MODEL, "data.train=numbers.csv"], "`data.text`"),
+        (["model.path=nowhere", "data.train=topics.csv"], "nowhere"),
+    ],
+)
+def test_what_is_missing_is_named_and_nothing_is_written(here, capsys, words, said):
+    write_topics(here / "topics.csv")
+    (here / "numbers.csv").write_text("label\n" + "1\n2\n" * 20)
+    draft(*words, code=WRONG_REQUEST)
+    assert said in capsys.readouterr().err
+    assert not (here / "mine.yaml").exists()
+
+
+def test_a_file_is_never_replaced(here, capsys):
+    (here / "mine.yaml").write_text("name: old")
+    draft(MODEL, "data.train=topics.csv", code=WRONG_REQUEST)
+    assert (here / "mine.yaml").read_text() == "name: old"
