@@ -152,7 +152,7 @@ def test_bad_input_is_one_line_and_exit_code_2_and_changes_nothing(here, mini, c
     ("content", "message"),
     [
         (None, "'mine.yaml' must be a YAML file of settings, but can't be read: No such file or directory."),
-        ("folder", "'mine.yaml' must be a YAML file of settings, but can't be read: Is a directory."),
+        ("folder", "'mine.yaml' must be a YAML file of settings, but can't be read: it is not a regular file."),
         (b"optim.lr: [1", "'mine.yaml' must be a YAML file of settings, but can't be read: while parsing"),
         (b"\xff\xfe\x00", "'mine.yaml' must be a YAML file of settings, but can't be read: 'utf-8' codec"),
         (b"- 1\n- 2", "'mine.yaml' must hold lines such as `optim.lr: 0.001`, but got [1, 2]."),

@@ -19,6 +19,7 @@ from lorasweep.record import (
     SweepRecord,
     TrialRow,
     TrialState,
+    find_winners,
     list_candidates,
     read_sweep,
     write_record,
@@ -355,6 +356,15 @@ def confirmed(finished_and_confirmed: Path, tmp_path: Path) -> Path:
     return shutil.copytree(finished_and_confirmed, tmp_path / "quickstart")
 
 
+def confirm_winners(folder: Path) -> None:
+    """Makes the confirm runs of a changed sweep those of the trials that win now."""
+    record = read_sweep(folder)
+    for arm, winner in find_winners(record).items():
+        for row in record.confirm:
+            row.trial = winner.number if winner is not None and row.arm == arm else row.trial
+    write_record(record, folder)
+
+
 def add_select_stage(folder: Path, *, arm: str) -> None:
     """Adds a select stage of an arm's two best trials on two seeds, in which the second best is better."""
     record = read_sweep(folder)
@@ -371,3 +381,4 @@ def add_select_stage(folder: Path, *, arm: str) -> None:
             )
             record.select.append(row)
     write_record(record, folder)
+    confirm_winners(folder)

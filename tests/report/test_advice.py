@@ -15,7 +15,7 @@ from lorasweep.report.figures.trials import draw_score_by_lr, draw_score_by_rank
 from lorasweep.report.summary import summarize
 from lorasweep.report.sweep_data import SweepData, load_sweep_data
 
-from .conftest import BASE_SCORE, build_rank_arms, build_sweep, edit_json
+from .conftest import BASE_SCORE, build_rank_arms, build_sweep, confirm_winners, edit_json
 
 
 def advise_folder(sweep: Path) -> Advice:
@@ -63,6 +63,7 @@ def test_higher_is_better_when_the_sweep_maximizes(tmp_path: Path) -> None:
     edit_json(
         sweep / "sweep.json", lambda raw: raw["trials"][0].update(value=1.0)
     )  # the frozen base, else nothing is learned
+    confirm_winners(sweep)
     assert advise_rank(sweep).best_rank == 1
 
 

@@ -14,7 +14,7 @@ from lorasweep.report.evidence.verdicts import PairComparison
 from lorasweep.report.findings import ONE_SEED, describe_pair
 from lorasweep.report.summary import summarize
 
-from .conftest import build_rank_arms, build_sweep, confirm_sweep, edit_json
+from .conftest import build_rank_arms, build_sweep, confirm_sweep, confirm_winners, edit_json
 
 PAIR = PairComparison(
     first="a",
@@ -132,6 +132,7 @@ def test_margin_is_said(confirmed: Path, margin: float | str, parts: tuple[str, 
 
 def test_margin_without_a_gain_names_the_key(confirmed: Path) -> None:
     edit_json(confirmed / "sweep.json", lambda raw: raw.update(direction="maximize"))
+    confirm_winners(confirmed)
     assert any("No margin" in text and "`confirm.margin`" in text for text in summarize(confirmed).sentences)
 
 
@@ -148,6 +149,7 @@ def test_missing_end_of_the_scale_is_said(confirmed: Path, gone: set[str]) -> No
 
 def test_full_that_gained_nothing_has_no_share(confirmed: Path) -> None:
     edit_json(confirmed / "sweep.json", lambda raw: raw.update(direction="maximize"))
+    confirm_winners(confirmed)
     sentences = summarize(confirmed).sentences
     assert any("gained nothing, so no share" in text for text in sentences)
     assert "higher is better" in sentences[0]

@@ -16,7 +16,7 @@ from lorasweep.report import render_terminal, write_report
 from lorasweep.report.learning import chance_of_correlation, judge_learning
 from lorasweep.report.sweep_data import load_sweep_data
 
-from .conftest import BASE_SCORE, build_sweep, edit_json
+from .conftest import BASE_SCORE, build_sweep, confirm_winners, edit_json
 
 MAJORITY = 0.69
 
@@ -43,6 +43,7 @@ def classify(
         raw["data"] = {split: {"examples": examples, "constant_answer": constant} for split in ("validation", "test")}
 
     edit_json(sweep / "sweep.json", change_sweep)
+    confirm_winners(sweep)
     for run in sweep.glob("runs/*"):
         score = scores.get(f"runs/{run.name}")
         edit_json(run / "run.json", lambda raw, score=score: change_run(raw, score))
