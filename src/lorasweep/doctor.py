@@ -8,7 +8,7 @@ import subprocess
 import tempfile
 import urllib.request
 from collections.abc import Iterable, Iterator
-from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.metadata import requires, version
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -22,7 +22,7 @@ from rich.text import Text
 
 from lorasweep.disk import network_file_system
 from lorasweep.redaction import redact
-from lorasweep.training.environment import has_cpu_bf16
+from lorasweep.training.environment import find_version, has_cpu_bf16, has_gpu_bf16
 from lorasweep.training.memory import machine_memory_bytes
 from lorasweep.wording import format_bytes, join_words
 
@@ -96,13 +96,6 @@ def _find_wrong_versions(lines: Iterable[str]) -> Iterator[str]:
             yield f"{requirement} is required, but {found} is installed"
 
 
-def find_version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
 def check_extras() -> Finding:
     found = [f"{name} {found}" for name in EXTRAS if (found := find_version(name)) is not None]
     missing = [f"{name} (lorasweep[{extra}])" for name, extra in EXTRAS.items() if find_version(name) is None]
@@ -142,7 +135,7 @@ def list_gpus_of_driver() -> list[str]:
 
 def check_precision() -> Finding:
     on_gpu = torch.cuda.is_available()
-    has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False) if on_gpu else has_cpu_bf16()
+    has_bf16 = has_gpu_bf16() if on_gpu else has_cpu_bf16()
     device = "GPU" if on_gpu else "processor"
     if has_bf16:
         return Finding("precision", "ok", f"bf16: the {device} computes in it, so `trainer.precision=auto` takes it")

@@ -77,11 +77,13 @@ def test_pairs_conversations_and_running_text_are_recognised(here):
         ([MODEL], "data.train"),
         ([MODEL, "data.train=missing.csv"], "missing.csv"),
         ([MODEL, "data.train=numbers.csv"], "`data.text`"),
+        ([MODEL, "data.train=latin.txt"], "UTF-8"),
         (["model.path=nowhere", "data.train=topics.csv"], "nowhere"),
     ],
 )
 def test_what_is_missing_is_named_and_nothing_is_written(here, capsys, words, said):
     write_topics(here / "topics.csv")
+    (here / "latin.txt").write_bytes("Müller\n".encode("latin-1"))
     (here / "numbers.csv").write_text("label\n" + "1\n2\n" * 20)
     draft(*words, code=WRONG_REQUEST)
     assert said in capsys.readouterr().err

@@ -18,7 +18,7 @@ from lorasweep.config.compose import compose_run
 from lorasweep.config.data import TableConfig
 from lorasweep.config.run import RunConfig
 from lorasweep.data.reading.conversations import KNOWN_COLUMNS
-from lorasweep.data.reading.files import find_files, find_kind
+from lorasweep.data.reading.files import KINDS, find_files, find_kind, open_text, refuse_unreadable
 from lorasweep.data.reading.tables import open_tables
 from lorasweep.data.split import Split
 from lorasweep.errors import ConfigError
@@ -36,7 +36,7 @@ MIN_STEPS, MAX_STEPS = 60, 1000
 EVALUATIONS = 12
 """Evaluations of a run. Rungs are at a sixth and at half of a run, so both are evaluated."""
 MAX_VALIDATION_EXAMPLES = 1000
-LONGEST_TOKENS = 4096
+MAX_MEASURED_TOKENS = 4096
 """Length up to which examples are measured."""
 COVERED_SHARE = 0.99
 """Share of the examples that `data.max_length` does not cut."""
@@ -70,7 +70,7 @@ def draft_sweep(path: Path, settings: Mapping[str, Any]) -> str:
         raise ConfigError("`lorasweep new` must know the model: add `model.path=FOLDER-OR-HUB-ID`.")
     measured = dict(chosen)
     if chosen["data"] in ("table", "chat", "glue"):
-        measured.setdefault("data.max_length", LONGEST_TOKENS)
+        measured.setdefault("data.max_length", MAX_MEASURED_TOKENS)
     inputs = build_inputs(compose_run(measured))
     if "data.max_length" in measured and "data.max_length" not in chosen:
         chosen["data.max_length"] = _choose_length(inputs)
@@ -101,19 +101,13 @@ def _choose_data(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _is_table(train: str) -> bool:
-    files = find_files(train, key="data.train")
-    if any(file.is_dir() for file in files) or find_kind(files[0]) not in (
-        ".csv",
-        ".tsv",
-        ".jsonl",
-        ".json",
-        ".parquet",
-        ".txt",
-    ):
+    """Returns whether a file has rows and columns. A txt file has them if there is a tab in its first line."""
+    first = find_files(train, key="data.train")[0]
+    if first.is_dir() or find_kind(first) not in KINDS:
         return False
-    if find_kind(files[0]) != ".txt":
+    if find_kind(first) != ".txt":
         return True
-    with files[0].open(encoding="utf-8", errors="replace") as file:
+    with refuse_unreadable(first, kind="text file"), open_text(first) as file:
         return "\t" in file.readline()
 
 
@@ -161,8 +155,8 @@ def _find_fewest_values(columns: Mapping[str, Sequence[Any]]) -> str:
 def _choose_length(inputs: RunInputs) -> int:
     """Returns the length that cuts at most 1 % of the training examples, rounded up to a multiple of 8."""
     covered = int(inputs.splits.train.lengths.double().quantile(COVERED_SHARE))
-    limit = getattr(getattr(inputs.base.model, "config", None), "max_position_embeddings", None) or LONGEST_TOKENS
-    return int(min(limit, LONGEST_TOKENS, 8 * math.ceil(covered / 8)))
+    limit = getattr(getattr(inputs.base.model, "config", None), "max_position_embeddings", None) or MAX_MEASURED_TOKENS
+    return int(min(limit, MAX_MEASURED_TOKENS, 8 * math.ceil(covered / 8)))
 
 
 def _choose_training(inputs: RunInputs, chosen: Mapping[str, Any]) -> dict[str, int]:
