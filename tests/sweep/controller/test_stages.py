@@ -378,7 +378,11 @@ def test_one_candidate_or_no_confirm_stage_skips_the_select_stage(begin, work, r
 def test_a_sweep_stopped_in_the_select_stage_ends_as_if_it_was_not(begin, work, runs, selecting, finish):
     whole, stopped = begin(selecting, folder="whole"), begin(selecting, folder="stopped")
     assert work(whole)
-    assert not work(stopped, stop_when=lambda: len(read_sweep(stopped.path).select) >= 2)
+
+    def in_the_middle_of_the_stage():  # by the runs themselves: `sweep.json` may be seconds behind on a busy machine
+        return sum(path.parent.parent == stopped.path and "-select-" in path.name for path in runs.configs) >= 2
+
+    assert not work(stopped, stop_when=in_the_middle_of_the_stage)
     assert len(selection_of(stopped.path)) < 8
     assert finish(stopped.path, stop_at=5) > 2
     assert selection_of(stopped.path) == selection_of(whole.path)
