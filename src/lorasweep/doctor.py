@@ -34,7 +34,8 @@ EXTRAS = {
     "bitsandbytes": "quantised",
     "gguf": "gguf",
     "psycopg": "postgresql",
-    "peft": "dev",
+    "lm-eval": "lm-eval",
+    "peft": "peft",
 }
 """Optional packages, and the extra of lorasweep that installs each. Ray and submitit have rows of their own."""
 STYLES = {"ok": "green", "note": "yellow", "problem": "red"}
