@@ -3,12 +3,18 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-GUIDE = Path(__file__).parents[2] / "docs" / "lora.md"
+import pytest
+
+DOCS = Path(__file__).parents[2] / "docs"
 
 
-def test_the_guides_code_runs(capsys) -> None:
-    blocks = re.findall(r"```python\n(.*?)```", GUIDE.read_text(encoding="utf-8"), flags=re.DOTALL)
+@pytest.mark.parametrize(
+    ("page", "printed"),
+    [("lora.md", "('0', '2') 768"), ("peft.md", "16 32.0 alpha_over_sqrt_rank ('q_proj', 'v_proj')")],
+)
+def test_the_guides_code_runs(page: str, printed: str, capsys) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(encoding="utf-8"), flags=re.DOTALL)
     scope: dict[str, object] = {}
     for block in blocks:
-        exec(compile(block, str(GUIDE), "exec"), scope)
-    assert "('0', '2') 768" in capsys.readouterr().out
+        exec(compile(block, page, "exec"), scope)
+    assert printed in capsys.readouterr().out

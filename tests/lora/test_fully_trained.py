@@ -11,7 +11,7 @@ from lorasweep.lora.fully_trained import trained_modules
 
 
 def adapt(model: nn.Module, **changes: object) -> nn.Module:
-    inject_lora(model, LoraConfig(rank=2, targets="up", **changes))
+    inject_lora(model, LoraConfig(rank=2, targets=("up",), **changes))
     return model
 
 
@@ -78,7 +78,7 @@ def test_biases_train_on_copies(make_model, tokens: Tensor, which: str, expected
     share = {id(p): p for p in base.parameters()}
     model = copy.deepcopy(base, share)
     before = {name: p.clone() for name, p in base.named_parameters()}
-    coverage = inject_lora(model, LoraConfig(rank=2, targets="proj", bias=which))
+    coverage = inject_lora(model, LoraConfig(rank=2, targets=("proj",), bias=which))
     trains = {name for name, p in model.named_parameters() if p.requires_grad and "lora_" not in name}
     assert trains == expected
     assert coverage.trainable_params == sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -98,7 +98,7 @@ def test_arguments_by_name_reach_the_copy() -> None:
             return {"y": x * self.weight * times}
 
     model = nn.ModuleDict({"up": nn.Linear(2, 2), "scale": Scale()})
-    inject_lora(model, LoraConfig(rank=1, targets="up", modules_to_save=("scale",)))
+    inject_lora(model, LoraConfig(rank=1, targets=("up",), modules_to_save=("scale",)))
     out = model["scale"](torch.ones(1, dtype=torch.bfloat16), times=3)
     assert out["y"].item() == 3
     assert out["y"].dtype is torch.bfloat16

@@ -120,7 +120,7 @@ def test_a_rank_above_a_layers_size_leaves_the_model_unchanged(model: nn.Module)
         inject_lora(model, LoraConfig(rank=9))
     assert not lora_layers(model)
     assert all(p.requires_grad for p in model.parameters())
-    inject_lora(model, LoraConfig(rank=9, targets="layers.0.up"), allow_full_rank=True)
+    inject_lora(model, LoraConfig(rank=9, targets=("layers.0.up",)), allow_full_rank=True)
     assert lora_layers(model)["layers.0.up"].rank == 9
 
 

@@ -115,7 +115,7 @@ def test_dora_on_a_base_with_hooks_equals_its_merged_layer(base: nn.Module, hook
     else:
         base.register_forward_hook(lambda *_: calls.append(1))
     model = nn.Sequential(base)
-    inject_lora(model, LoraConfig(rank=2, variant="dora", targets="0"))
+    inject_lora(model, LoraConfig(rank=2, variant="dora", targets=("0",)))
     nn.init.normal_(model[0].lora_b)
     nn.init.uniform_(model[0].magnitude, 1, 2)
     x = torch.randn(3, 6, 1, 1) if isinstance(base, nn.Conv2d) else torch.randn(3, 6)
@@ -135,7 +135,7 @@ def test_an_embedding_that_scales_its_rows_scales_the_change() -> None:
             return super().forward(tokens) * self.embed_scale
 
     model = nn.ModuleDict({"embed": Scaled(7, 4)})
-    inject_lora(model, LoraConfig(rank=2, targets="embed"))
+    inject_lora(model, LoraConfig(rank=2, targets=("embed",)))
     nn.init.normal_(model["embed"].lora_a)
     tokens = torch.tensor([[0, 6], [3, 3]])
     separate = model["embed"](tokens)
@@ -154,7 +154,7 @@ def test_every_trained_parameter_is_in_one_group(model: nn.Module) -> None:
 
 
 def test_shapes_are_checked_when_a_layer_computes(model: nn.Module) -> None:
-    inject_lora(model, LoraConfig(rank=2, targets="up"))
+    inject_lora(model, LoraConfig(rank=2, targets=("up",)))
     model.layers[0].up.lora_a.data = torch.ones(3, 8)  # B has rank 2
     with pytest.raises(TypeCheckError, match="lora_b"):
         model(torch.zeros(1, 5, dtype=torch.long))

@@ -78,7 +78,7 @@ def test_eval_does_not_merge(model: nn.Module, fill_b) -> None:
 
 def test_merging_leaves_a_tied_weight_alone(model: nn.Module, fill_b) -> None:
     model.out.weight = model.embed.weight
-    inject_lora(model, LoraConfig(rank=2, targets="out"))
+    inject_lora(model, LoraConfig(rank=2, targets=("out",)))
     fill_b(model)
     before = model.embed.weight.clone()
     merge_lora(model)

@@ -81,11 +81,11 @@ EVERY_WAY = [
     (make_gpt2, {"targets": ("c_attn", "wte")}),
     (make_gpt2, {"targets": ("c_attn[q,v]",)}),
     (make_gpt2, {"targets": ("c_attn[0:5,30:72]", "c_fc"), "scaling": "alpha_over_sqrt_rank"}),
-    (make_gpt2, {"targets": "c_attn", "bias": "lora_only"}),
-    (make_gpt2, {"targets": "c_attn", "bias": "all"}),
-    (make_gpt2, {"targets": "c_attn", "variant": "dora"}),
-    (make_gpt2, {"targets": "wte", "variant": "dora"}),
-    (make_gpt2, {"targets": "c_attn[q,v]", "init": "pissa"}),
+    (make_gpt2, {"targets": ("c_attn",), "bias": "lora_only"}),
+    (make_gpt2, {"targets": ("c_attn",), "bias": "all"}),
+    (make_gpt2, {"targets": ("c_attn",), "variant": "dora"}),
+    (make_gpt2, {"targets": ("wte",), "variant": "dora"}),
+    (make_gpt2, {"targets": ("c_attn[q,v]",), "init": "pissa"}),
     (make_llama, {"targets": "all-linear"}),
     (make_llama, {"targets": ("q_proj", "v_proj"), "scaling": "alpha_over_sqrt_rank"}),
     (make_llama, {"init": "gaussian", "alpha": 1.5}),
@@ -100,8 +100,8 @@ EVERY_WAY = [
     (make_llama, {"targets": ("q_proj", "lm_head")}),
     (make_bert, {"modules_to_save": ("classifier",)}),
     (make_pictures, {"targets": ("conv", "embed", "head")}),
-    (make_pictures, {"targets": "conv", "variant": "dora"}),
-    (make_pictures, {"targets": "conv", "init": "pissa", "rank_pattern": {"conv": 3}}),
+    (make_pictures, {"targets": ("conv",), "variant": "dora"}),
+    (make_pictures, {"targets": ("conv",), "init": "pissa", "rank_pattern": {"conv": 3}}),
 ]
 
 

@@ -124,7 +124,7 @@ def test_the_recomputation_runs_under_the_autocast_of_the_forward_pass() -> None
             return z @ torch.eye(HIDDEN)
 
     model = nn.Sequential(nn.Linear(WIDTH, HIDDEN), GELU(), nn.Linear(HIDDEN, WIDTH))
-    inject_lora(model, LoraConfig(rank=2, targets="2"))
+    inject_lora(model, LoraConfig(rank=2, targets=("2",)))
     z = torch.randn(ROWS, HIDDEN, requires_grad=True)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         activated = model[1](z)
@@ -260,9 +260,9 @@ def test_activations_are_recomputed_only_before_lora_layers(targets: tuple[str, 
 
 def test_layers_that_are_added_later_count() -> None:
     model = Mlp("gelu", is_gated=False)
-    inject_lora(model, LoraConfig(rank=2, targets="gate"))
+    inject_lora(model, LoraConfig(rank=2, targets=("gate",)))
     added = Mlp("gelu", is_gated=False)
-    inject_lora(added, LoraConfig(rank=2, targets="down"))
+    inject_lora(added, LoraConfig(rank=2, targets=("down",)))
     model.down = added.down
     recompute_activations(model)
     assert isinstance(model.act(torch.ones(HIDDEN, requires_grad=True)), ActivationOutput)

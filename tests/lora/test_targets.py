@@ -30,12 +30,13 @@ def test_all_linear_knows_a_head_by_its_name(head: str) -> None:
 @pytest.mark.parametrize(
     ("targets", "expected"),
     [
-        ("up", UP),
+        (("up",), UP),
         (("up", "proj"), UP + PROJ),
-        ("layers.1.up", ("layers.1.up",)),
+        (("layers.1.up",), ("layers.1.up",)),
         (("1.up", "0.proj"), ("layers.1.up", "layers.0.proj")),
-        (r"re:layers\.\d\.up", UP),
-        (r"re:.*\.0\..*", ("layers.0.up", "layers.0.proj")),
+        ((r"re:layers\.\d\.up",), UP),
+        (r"layers\.\d\.up", UP),  # a text is a regular expression
+        (r".*\.0\..*", ("layers.0.up", "layers.0.proj")),
         ("out", ("out",)),
         (("all-linear", "out"), ("layers.0.up", "layers.0.proj", "layers.1.up", "layers.1.proj", "out")),
         (("up", "up", "layers.0.up"), UP),
@@ -47,7 +48,7 @@ def test_patterns(model: nn.Module, targets: str | tuple[str, ...], expected: tu
 
 def test_a_name_matches_whole_parts_only() -> None:
     model = nn.ModuleDict({"q_proj": nn.Linear(2, 2), "seq_proj": nn.Linear(2, 2)})
-    assert find_targets(model, config("q_proj")).layers == ("q_proj",)
+    assert find_targets(model, config(("q_proj",))).layers == ("q_proj",)
 
 
 def test_counts(model: nn.Module) -> None:
@@ -75,17 +76,20 @@ def test_works_on_the_meta_device_and_changes_nothing(make_model) -> None:
 @pytest.mark.parametrize(
     ("targets", "message"),
     [
-        ("upp", "'upp' matches none. Did you mean `up`"),
+        (("upp",), "'upp' matches none. Did you mean `up`"),
         (("up", "prj"), "'prj' matches none. Did you mean `proj`"),
-        ("re:layer", "'re:layer' matches none"),
-        ("re:layers", "'re:layers' is a ModuleList. Name the layers inside it"),
-        ("re:(", "must be a regular expression, but got an error: missing"),
-        ("act", "'act' is a Tanh. Name another layer"),
-        ("zzz", "'zzz' matches none"),
-        ("layers.0", "'layers.0' is a Block. Name the layers inside it: 'proj', 'up'"),
+        (("re:layer",), "'re:layer' matches none"),
+        ("layers", "'layers' is a ModuleList. Name the layers inside it"),
+        ("(", "must be a regular expression, but got an error: missing"),
+        (("act",), "'act' is a Tanh. Name another layer"),
+        (("zzz",), "'zzz' matches none"),
+        (("layers.0",), "'layers.0' is a Block. Name the layers inside it: 'proj', 'up'"),
+        ("re:.*up", "Leave out .re:."),
+        ("up", r"'up', a regular expression .* such as 'layers.0.up', write the list \['up'\]"),
+        (r".*\.(prooj|down)", "matches none. Did you mean `proj`"),
     ],
 )
-def test_a_pattern_without_a_layer_is_refused(model: nn.Module, targets: str, message: str) -> None:
+def test_a_pattern_without_a_layer_is_refused(model: nn.Module, targets: str | tuple[str, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         find_targets(model, config(targets))
 
@@ -125,7 +129,7 @@ def test_exclude_leaves_layers_out(model: nn.Module) -> None:
             {"targets": ("up", "proj"), "exclude": ("up",)},
             "'up' matches only .* Change `method.exclude`",
         ),
-        ({"targets": "out", "modules_to_save": ("out",)}, "'out' matches only"),
+        ({"targets": ("out",), "modules_to_save": ("out",)}, "'out' matches only"),
         (
             {"targets": ("up[0:4]", "up[4:8]")},
             r"must select one set of rows of layer 'layers.0.up', but got \[\(\(0, 4\),\), ",
@@ -166,4 +170,4 @@ def test_attention_of_torch_is_refused_by_name() -> None:
     model = nn.ModuleDict({"attention": nn.MultiheadAttention(4, 2), "up": nn.Linear(4, 4)})
     assert find_targets(model, config()).layers == ("up",)
     with pytest.raises(ValueError, match="'out_proj' is a NonDynamicallyQuantizableLinear"):
-        find_targets(model, config("out_proj"))
+        find_targets(model, config(("out_proj",)))

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from lorasweep.config.build import check_fields
 from lorasweep.config.limits import Fraction, NonNegative, NonNegativeFloat, Positive, Rank
+from lorasweep.config.peft_settings import convert_to_peft, import_peft, read_peft_config
 from lorasweep.errors import ConfigError
 
 Scaling = Literal["alpha_over_rank", "alpha_over_sqrt_rank"]
@@ -37,9 +38,9 @@ class LoraConfig:
     scaling: Scaling = "alpha_over_rank"
     """Factor on the update: α/r (LoRA, section 4.1) or α/√r (rsLoRA, arXiv 2312.03732)."""
     targets: str | tuple[str, ...] = "all-linear"
-    """Layers that get an update: `all-linear` (every linear layer but the output head) or patterns. After a name,
-    brackets choose rows of a fused projection: `c_attn[q,v]` (of three equal parts q, k, v) or
-    `qkv[0:64,96:128]`. Each part has a separate A and B."""
+    """Layers that get an update: `all-linear` (every linear layer but the output head), a regular expression for the
+    whole name of a layer, as in PEFT, or a list of patterns. In a list, brackets after a name choose rows of a fused
+    projection: `c_attn[q,v]` (of three equal parts q, k, v) or `qkv[0:64,96:128]`. Each part has a separate A and B."""
     dropout: Fraction = 0.0
     """Probability of dropping an input of A, 0 <= p < 1."""
     init: Init = "default"
@@ -72,6 +73,24 @@ class LoraConfig:
                 raise ConfigError(
                     "`method.alpha > 0` must hold with `method.init=pissa`, but got 0. Use another `method.init`."
                 )
+
+    @classmethod
+    def from_peft(cls, peft_config: Any) -> LoraConfig:
+        """Returns the settings of a `peft.LoraConfig`.
+
+        Raises:
+            ConfigError: It has fields that lorasweep's layers can't do; all of them are named.
+        """
+        return cls(**read_peft_config(peft_config))
+
+    def to_peft(self) -> Any:
+        """Returns these settings as a `peft.LoraConfig`.
+
+        Raises:
+            ConfigError: PEFT is not installed, or has no such setting.
+        """
+        peft = import_peft(needed_by="LoraConfig.to_peft")
+        return peft.LoraConfig(**convert_to_peft(self))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,10 +12,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from lorasweep.config.method import LoraConfig
+from lorasweep.config.peft_settings import ALL_LINEAR_PATTERN, convert_from_peft, int_if_whole
 from lorasweep.lora.fully_trained import match_modules_to_save, trained_modules
 from lorasweep.lora.layer_kinds import is_conv1d
 from lorasweep.lora.layers import LoraLayer
-from lorasweep.lora.patterns import ALL_LINEAR_PATTERN, REGEX_PREFIX, fits_pattern, is_name_ending
+from lorasweep.lora.patterns import fits_pattern, is_name_ending
 from lorasweep.lora.targets import get_target_patterns, is_excluded
 
 KEY_PREFIX = "base_model.model."
@@ -80,11 +81,11 @@ def config_to_peft(layers: Mapping[str, LoraLayer], model: nn.Module, *, base_pa
         "base_model_name_or_path": base_path,
         "inference_mode": True,
         "r": rank,
-        "lora_alpha": _int_if_whole(alpha),
+        "lora_alpha": int_if_whole(alpha),
         "lora_dropout": config.dropout,
         "target_modules": _build_peft_targets(model, layers),
         "rank_pattern": {_build_exact_regex(name): r for name, r in ranks.items() if r != rank},
-        "alpha_pattern": {_build_exact_regex(name): _int_if_whole(a) for name, a in alphas.items() if a != alpha},
+        "alpha_pattern": {_build_exact_regex(name): int_if_whole(a) for name, a in alphas.items() if a != alpha},
         "use_rslora": config.scaling == "alpha_over_sqrt_rank",
         "use_dora": config.variant == "dora",
         "bias": config.bias,
@@ -119,21 +120,12 @@ def config_from_peft(raw: object, model: nn.Module) -> LoraConfig:
 
 def _build_config(raw: Mapping[str, Any], model: nn.Module) -> LoraConfig:
     names = [name for name, _ in model.named_modules()]
-    layers = raw.get("layers_to_transform")
-    return LoraConfig(
-        rank=raw["r"],
-        alpha=float(raw["lora_alpha"]),
-        scaling="alpha_over_sqrt_rank" if raw.get("use_rslora") else "alpha_over_rank",
-        targets=_convert_targets(raw["target_modules"]) or "",
-        dropout=float(raw.get("lora_dropout", 0.0)),
-        variant="dora" if raw.get("use_dora") else "lora",
-        rank_pattern=_convert_pattern_values(raw.get("rank_pattern"), names),
-        alpha_pattern=_convert_pattern_values(raw.get("alpha_pattern"), names),
-        exclude=_keep_matching_patterns(_convert_targets(raw.get("exclude_modules") or ()), names),
-        layers=(layers,) if isinstance(layers, int) else tuple(layers or ()),
-        modules_to_save=_keep_matching_patterns(raw.get("modules_to_save") or (), names),
-        bias=raw.get("bias", "none"),
-    )
+    settings = convert_from_peft(raw)
+    for key in ("rank_pattern", "alpha_pattern"):
+        settings[key] = {p: settings[key][p] for p in _keep_matching_patterns(settings[key], names)}
+    for key in ("exclude", "modules_to_save"):
+        settings[key] = _keep_matching_patterns(settings[key], names)
+    return LoraConfig(**settings)
 
 
 def _drop_unused_targets(config: LoraConfig, model: nn.Module) -> LoraConfig:
@@ -144,25 +136,8 @@ def _drop_unused_targets(config: LoraConfig, model: nn.Module) -> LoraConfig:
     return replace(config, targets=used) if used else config
 
 
-def _convert_pattern_values(values: Mapping[str, Any] | None, names: list[str]) -> dict[str, Any]:
-    keyed = {_convert_pattern_key(key): value for key, value in (values or {}).items()}
-    return {key: keyed[key] for key in _keep_matching_patterns(keyed, names)}
-
-
 def _keep_matching_patterns(patterns: Iterable[str], names: list[str]) -> tuple[str, ...]:
     return tuple(pattern for pattern in patterns if any(fits_pattern(pattern, name) for name in names))
-
-
-def _convert_targets(modules: str | Iterable[str]) -> tuple[str, ...]:
-    """Converts PEFT's list of names, or its string with a regular expression, to patterns of `LoraConfig`."""
-    if isinstance(modules, str):
-        return (ALL_LINEAR_PATTERN,) if modules == ALL_LINEAR_PATTERN else (f"{REGEX_PREFIX}{modules}",)
-    return tuple(sorted(modules))
-
-
-def _convert_pattern_key(key: str) -> str:
-    """Converts a key of PEFT's rank or alpha pattern. PEFT compares the key with the end of a layer's name."""
-    return f"{REGEX_PREFIX}(.*\\.)?({key})"
 
 
 def _build_exact_regex(name: str) -> str:
@@ -175,10 +150,6 @@ def _compute_alpha(layer: LoraLayer, rank: int) -> float:
         return layer.target.alpha
     ratio = rank / layer.rank
     return layer.target.alpha * (ratio if layer.config.scaling == "alpha_over_rank" else math.sqrt(ratio))
-
-
-def _int_if_whole(number: float) -> float | int:
-    return int(number) if number == int(number) else number
 
 
 def _find_task_type(model: nn.Module) -> str | None:

@@ -12,15 +12,17 @@ from typing import TypeVar
 from torch import nn
 
 from lorasweep.config.method import LoraConfig
+from lorasweep.config.peft_settings import ALL_LINEAR_PATTERN, REGEX_PREFIX
 from lorasweep.lora.fully_trained import find_trained_biases, is_inside, match_modules_to_save
 from lorasweep.lora.functional import RowRanges, scaling_factor
 from lorasweep.lora.layer_kinds import can_be_adapted, is_linear, is_quantised, matrix_shape
 from lorasweep.lora.patterns import (
-    ALL_LINEAR_PATTERN,
     find_first_match,
     fits_pattern,
     get_block_index,
+    is_name_ending,
     parse_row_ranges,
+    split_pattern,
     suggest_layer,
 )
 
@@ -118,9 +120,11 @@ def plan_targets(
 
 
 def get_target_patterns(config: LoraConfig) -> tuple[str, ...]:
-    """Returns the patterns of `config.targets` without duplicates."""
-    targets = (config.targets,) if isinstance(config.targets, str) else config.targets
-    return tuple(dict.fromkeys(targets))
+    """Returns the patterns of `config.targets` without duplicates. A text is one regular expression, as in PEFT."""
+    if isinstance(config.targets, str):
+        is_preset = config.targets == ALL_LINEAR_PATTERN
+        return (config.targets if is_preset else f"{REGEX_PREFIX}{config.targets}",)
+    return tuple(dict.fromkeys(config.targets))
 
 
 def find_adaptable_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -152,7 +156,7 @@ def _match_pattern(pattern: str, model: nn.Module, config: LoraConfig, trained: 
     else:
         fitting = [name for name in layers if fits_pattern(pattern, name)]
     if not fitting:
-        raise ValueError(_explain_no_match(pattern, model))
+        raise ValueError(_explain_no_match(pattern, model, is_text=isinstance(config.targets, str)))
     names = tuple(name for name in fitting if not is_excluded(name, config, trained))
     if not names:
         raise ValueError(
@@ -231,17 +235,32 @@ def _count_parameters(layer: nn.Module, target: Target) -> int:
     return target.rank * sum(d_in + end - first for first, end in parts) + magnitude
 
 
-def _explain_no_match(pattern: str, model: nn.Module) -> str:
-    """Returns the error message for a pattern that matches no layer that can be adapted."""
+def _explain_no_match(pattern: str, model: nn.Module, *, is_text: bool) -> str:
+    """Returns the error message for a pattern that matches no layer that can be adapted.
+
+    `is_text` says whether `targets` is this one text, which is a regular expression for whole names.
+    """
     requirement = "`method.targets` must match layers that can be adapted"
     if pattern == ALL_LINEAR_PATTERN:
         return (
             f"{requirement}, but {type(model).__name__} has no linear layer except its head. Name the layers to adapt."
         )
+    names = find_adaptable_layers(model)
     # a pattern may also match a module that contains layers, such as a block
     other = next((m for n, m in model.named_modules() if n and fits_pattern(pattern, n)), None)
+    if is_text:
+        pattern = pattern.removeprefix(REGEX_PREFIX)
+    if other is None and is_text:
+        ending = next((name for name in names if is_name_ending(split_pattern(pattern)[0], name)), None)
+        if pattern.startswith(REGEX_PREFIX):
+            hint = f" Leave out {REGEX_PREFIX!r}, which is for the items of a list."
+        elif ending is not None:
+            hint = f" For the end of a name, such as {ending!r}, write the list ['{pattern}']."
+        else:
+            hint = suggest_layer(f"{REGEX_PREFIX}{pattern}", names)
+        return f"{requirement}, but {pattern!r}, a regular expression for whole names, matches none.{hint}"
     if other is None:
-        return f"{requirement}, but {pattern!r} matches none.{suggest_layer(pattern, find_adaptable_layers(model))}"
+        return f"{requirement}, but {pattern!r} matches none.{suggest_layer(pattern, names)}"
     endings = sorted({name.rpartition(".")[2] for name in find_adaptable_layers(other)})
     remedy = f"Name the layers inside it: {', '.join(map(repr, endings))}." if endings else "Name another layer."
     return f"{requirement}, but {pattern!r} is a {type(other).__name__}. {remedy}"

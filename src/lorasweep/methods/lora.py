@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from lorasweep.config.method import LoraConfig, MethodConfig
+from lorasweep.config.peft_settings import REGEX_PREFIX
 from lorasweep.errors import ConfigError, RecordError
 from lorasweep.lora import (
     find_targets,
@@ -21,7 +22,6 @@ from lorasweep.lora import (
     save_adapter,
     split_lora_parameters,
 )
-from lorasweep.lora.patterns import REGEX_PREFIX
 from lorasweep.methods.method import Method, ParameterGroup, clear_tie_setting
 from lorasweep.models.load import BaseModel
 

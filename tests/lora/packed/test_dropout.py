@@ -21,7 +21,7 @@ def make_dropping(p: float = 0.3) -> nn.Module:
     return nn.Sequential(nn.Linear(6, 8), nn.Dropout(p), nn.Linear(8, 6), nn.Dropout(p))
 
 
-CONFIGS = [LoraConfig(rank=2, dropout=0.4), LoraConfig(rank=1), LoraConfig(rank=1, targets="2", dropout=0.2)]
+CONFIGS = [LoraConfig(rank=2, dropout=0.4), LoraConfig(rank=1), LoraConfig(rank=1, targets=("2",), dropout=0.2)]
 
 
 def test_masks_are_those_of_solo_runs(make_pack) -> None:

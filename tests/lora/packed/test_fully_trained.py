@@ -63,14 +63,14 @@ def rows(*, dtype: torch.dtype = torch.float64) -> Tensor:
 @pytest.mark.parametrize("make", [make_composite, make_linear, make_without_bias])
 @pytest.mark.parametrize("some", [True, False])
 def test_heads_train_per_slot(make_pack, make, some: bool) -> None:
-    first = LoraConfig(rank=1, targets="body", dropout=0.2, modules_to_save=() if some else HEAD)
-    both = make_pack(make, [first, *[LoraConfig(rank=2, targets="body", modules_to_save=HEAD)] * 2])
+    first = LoraConfig(rank=1, targets=("body",), dropout=0.2, modules_to_save=() if some else HEAD)
+    both = make_pack(make, [first, *[LoraConfig(rank=2, targets=("body",), modules_to_save=HEAD)] * 2])
     both.assert_equal(rows())
 
 
 @pytest.mark.parametrize("make", [make_composite, make_linear])
 def test_copies_are_fp32_beside_a_bf16_base(make) -> None:
-    config = LoraConfig(rank=1, targets="body", modules_to_save=HEAD)
+    config = LoraConfig(rank=1, targets=("body",), modules_to_save=HEAD)
     model = make().bfloat16().eval()
     inject_packed_lora(model, [config] * 2, generators=[torch.Generator().manual_seed(0)] * 2)
     solo = make().bfloat16().eval()
@@ -90,7 +90,7 @@ def test_the_base_of_a_head_is_not_touched() -> None:
     model = make_linear()
     before = model.head.weight
     value = before.detach().clone()
-    inject_packed_lora(model, [LoraConfig(rank=1, targets="body", modules_to_save=HEAD)] * 2)
+    inject_packed_lora(model, [LoraConfig(rank=1, targets=("body",), modules_to_save=HEAD)] * 2)
     (packed,) = packed_trained_modules(model).values()
     assert packed.weight is before
     model(rows(dtype=torch.float32)).sum().backward()
@@ -102,7 +102,7 @@ def test_the_base_of_a_head_is_not_touched() -> None:
 def test_rows_that_slots_do_not_share_out_evenly_are_refused() -> None:
     for make in (make_linear, make_composite):
         model = make()
-        inject_packed_lora(model, [LoraConfig(rank=1, targets="body", modules_to_save=HEAD)] * 4)
+        inject_packed_lora(model, [LoraConfig(rank=1, targets=("body",), modules_to_save=HEAD)] * 4)
         with pytest.raises(ValueError, match="must be a multiple of the 4 slots"):
             model.head(
                 torch.ones(6, 6), **({} if make is make_linear else {"mask": torch.ones(6), "scale": torch.ones(())})

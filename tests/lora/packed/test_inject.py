@@ -19,7 +19,7 @@ def stream(seed: int) -> torch.Generator:
 CONFIGS = [
     LoraConfig(rank=2, rank_pattern={"1.up": 5}),
     LoraConfig(rank=1, init="gaussian", targets=("proj", "embed")),
-    LoraConfig(rank=4, init="orthogonal", targets="proj[0:3,4:8]", modules_to_save=("out",)),
+    LoraConfig(rank=4, init="orthogonal", targets=("proj[0:3,4:8]",), modules_to_save=("out",)),
 ]
 
 
@@ -56,7 +56,7 @@ def make_model_keeping_stream(make_model) -> nn.Module:
 
 def test_starts_as_the_base_exactly(make_model, tokens: Tensor) -> None:
     model, base = make_model(), make_model()
-    inject_packed_lora(model, [LoraConfig(rank=2), LoraConfig(rank=1), LoraConfig(rank=3, targets="up")])
+    inject_packed_lora(model, [LoraConfig(rank=2), LoraConfig(rank=1), LoraConfig(rank=3, targets=("up",))])
     assert torch.equal(model(tokens), base(tokens))
 
 
@@ -114,22 +114,22 @@ def test_a_refused_request_leaves_the_model_as_it_was(make_model) -> None:
     requests = [
         ([], None, "at least one slot"),
         ([LoraConfig()], [None, None], "1 generators, one per slot, but got 2"),
-        ([LoraConfig(), LoraConfig(targets="upp")], None, "Did you mean `up`"),
+        ([LoraConfig(), LoraConfig(targets=("upp",))], None, "Did you mean `up`"),
         ([LoraConfig(), LoraConfig(rank=99)], None, "`method.rank <= 8` must hold"),
         (
-            [LoraConfig(targets="up"), LoraConfig(targets="proj", modules_to_save=("0.up",))],
+            [LoraConfig(targets=("up",)), LoraConfig(targets=("proj",), modules_to_save=("0.up",))],
             None,
             "must be the same",
         ),
         (
-            [LoraConfig(targets="1.up"), LoraConfig(targets="0.up", modules_to_save=("layers.1",))],
+            [LoraConfig(targets=("1.up",)), LoraConfig(targets=("0.up",), modules_to_save=("layers.1",))],
             None,
             "must be the same",
         ),
         (
             [
-                LoraConfig(targets="0.up", modules_to_save=("layers.1",)),
-                LoraConfig(targets="0.up", modules_to_save=("1.up",)),
+                LoraConfig(targets=("0.up",), modules_to_save=("layers.1",)),
+                LoraConfig(targets=("0.up",), modules_to_save=("1.up",)),
             ],
             None,
             "must be the same",
@@ -146,12 +146,12 @@ def test_modules_that_share_a_weight_or_hold_buffers_are_refused(make_model) -> 
     tied = make_model()
     tied.out.weight = tied.embed.weight
     with pytest.raises(ValueError, match="'embed' does"):
-        inject_packed_lora(tied, [LoraConfig(targets="up", modules_to_save=("embed", "out"))])
+        inject_packed_lora(tied, [LoraConfig(targets=("up",), modules_to_save=("embed", "out"))])
     counting = make_model()
     counting.counter = nn.Linear(3, 3)
     counting.counter.register_buffer("count", torch.zeros(()))
     with pytest.raises(ValueError, match="'counter' does"):
-        inject_packed_lora(counting, [LoraConfig(targets="up", modules_to_save=("counter",))])
+        inject_packed_lora(counting, [LoraConfig(targets=("up",), modules_to_save=("counter",))])
 
 
 def test_a_model_that_mixes_rows_is_refused() -> None:
@@ -188,6 +188,6 @@ def test_a_pack_can_be_copied(make_model, tokens: Tensor) -> None:
 
 def test_a_packed_model_is_not_injected_again() -> None:
     model = nn.Sequential(nn.Linear(4, 4))
-    inject_packed_lora(model, [LoraConfig(rank=2, targets="0")] * 2)
+    inject_packed_lora(model, [LoraConfig(rank=2, targets=("0",))] * 2)
     with pytest.raises(ValueError, match="must have no LoRA layers yet"):
-        inject_lora(model, LoraConfig(rank=2, targets="0"))
+        inject_lora(model, LoraConfig(rank=2, targets=("0",)))

@@ -33,7 +33,7 @@ def seeded(model: nn.Module) -> nn.Module:
 def test_linear_layers_of_mixed_slots(make_model, make_pack) -> None:
     configs = [
         LoraConfig(rank=3, alpha=5, dropout=0.4),
-        LoraConfig(rank=1, targets="1.up", scaling="alpha_over_sqrt_rank"),
+        LoraConfig(rank=1, targets=("1.up",), scaling="alpha_over_sqrt_rank"),
         LoraConfig(
             rank=2, targets=("proj", "0.up"), rank_pattern={"0.proj": 4}, alpha_pattern={"0.up": 1.0}, dropout=0.1
         ),
@@ -48,7 +48,7 @@ def test_ranks_of_several_groups_and_a_slot_without_this_layer(make_pack) -> Non
     configs = [
         LoraConfig(rank=1, dropout=0.2),
         LoraConfig(rank=20),
-        LoraConfig(rank=2, targets="2", dropout=0.4),
+        LoraConfig(rank=2, targets=("2",), dropout=0.4),
         LoraConfig(rank=33),
         LoraConfig(rank=33, dropout=0.1),
         LoraConfig(rank=20, init="gaussian"),
@@ -78,7 +78,7 @@ def test_conv1d(make_pack) -> None:
     def make() -> nn.Module:
         return seeded(nn.Sequential(Conv1D(12, 6), nn.Tanh(), Conv1D(4, 12)))
 
-    configs = [LoraConfig(rank=2), LoraConfig(rank=3, targets="2", dropout=0.5), LoraConfig(rank=1, targets="0")]
+    configs = [LoraConfig(rank=2), LoraConfig(rank=3, targets=("2",), dropout=0.5), LoraConfig(rank=1, targets=("0",))]
     make_pack(make, configs).assert_equal(numbers(3, 6))
 
 
@@ -88,8 +88,8 @@ def test_fused_rows_differ_from_slot_to_slot(make_pack) -> None:
 
     configs = [
         LoraConfig(rank=2, targets=("0[q,v]", "2"), dropout=0.2),
-        LoraConfig(rank=3, targets="0"),
-        LoraConfig(rank=2, targets="0[1:5,6:7,10:12]"),
+        LoraConfig(rank=3, targets=("0",)),
+        LoraConfig(rank=2, targets=("0[1:5,6:7,10:12]",)),
     ]
     make_pack(make, configs).assert_equal(numbers(3, 6))
 
@@ -111,7 +111,7 @@ def test_embeddings(make_pack, kind: type[nn.Embedding]) -> None:
     configs = [
         LoraConfig(rank=2, targets=("0", "1")),
         LoraConfig(rank=4, targets=("0[0:3]", "1"), dropout=0.3),
-        LoraConfig(rank=1, targets="1"),
+        LoraConfig(rank=1, targets=("1",)),
     ]
     make_pack(make, configs).assert_equal(tokens_of(11, 5))
 
@@ -136,7 +136,11 @@ def test_a_base_with_hooks_computes_its_own_output(make_pack) -> None:
         model[0].register_forward_hook(lambda module, args, output: output * 2)
         return model
 
-    configs = [LoraConfig(rank=2, dropout=0.3), LoraConfig(rank=1, targets="0"), LoraConfig(rank=3, targets="0[0:4]")]
+    configs = [
+        LoraConfig(rank=2, dropout=0.3),
+        LoraConfig(rank=1, targets=("0",)),
+        LoraConfig(rank=3, targets=("0[0:4]",)),
+    ]
     both = make_pack(make, configs)
     assert packed_layers(both.pack)["0"].calls_base
     assert not packed_layers(both.pack)["1"].calls_base
@@ -149,8 +153,8 @@ def test_gradients_of_a_whole_pack_by_finite_differences(make_pack) -> None:
 
     configs = [
         LoraConfig(rank=2, targets=("0", "1"), dropout=0.4, modules_to_save=("4",)),
-        LoraConfig(rank=1, targets="1", dropout=0.2),
-        LoraConfig(rank=2, targets="1", modules_to_save=("4",)),
+        LoraConfig(rank=1, targets=("1",), dropout=0.2),
+        LoraConfig(rank=2, targets=("1",), modules_to_save=("4",)),
     ]
     pack = make_pack(make, configs).pack
 
@@ -184,7 +188,7 @@ def test_evaluation_drops_nothing(make_model, make_pack) -> None:
 
 def test_scaling_is_not_rounded_when_the_model_is_cast(make_model) -> None:
     model = make_model()
-    inject_packed_lora(model, [LoraConfig(rank=3, alpha=1, targets="up")] * 2)  # 1/3 is no bf16 number
+    inject_packed_lora(model, [LoraConfig(rank=3, alpha=1, targets=("up",))] * 2)  # 1/3 is no bf16 number
     layer = packed_layers(model.bfloat16())["layers.0.up"]
     (factor,) = layer._get_factors(torch.empty(2, 8, dtype=torch.bfloat16), is_dropped=False)
     assert torch.equal(factor, torch.full((2, 1, 1), 1 / 3))
@@ -199,7 +203,7 @@ def test_rows_that_slots_do_not_share_out_evenly_are_refused(make_model) -> None
 
 def test_says_its_ranks(make_model) -> None:
     model = make_model()
-    inject_packed_lora(model, [LoraConfig(rank=1, targets="up"), LoraConfig(rank=2, targets="0.up")])
+    inject_packed_lora(model, [LoraConfig(rank=1, targets=("up",)), LoraConfig(rank=2, targets=("0.up",))])
     assert "ranks=[1, 2]" in repr(model)
     assert "ranks=[1, 0]" in repr(model)
     layer = packed_layers(model)["layers.0.up"]

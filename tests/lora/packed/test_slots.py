@@ -31,7 +31,7 @@ from lorasweep.lora.packed.layers import packed_layers
 CONFIGS = [
     LoraConfig(rank=2, alpha=3, dropout=0.1, rank_pattern={"1.up": 5}),
     LoraConfig(rank=1, targets=("proj", "embed"), scaling="alpha_over_sqrt_rank"),
-    LoraConfig(rank=4, targets="proj[0:3,4:8]", modules_to_save=("out",)),
+    LoraConfig(rank=4, targets=("proj[0:3,4:8]",), modules_to_save=("out",)),
 ]
 
 
@@ -162,13 +162,13 @@ def test_a_filled_slot_starts_as_its_solo_run_and_the_others_stay(both, make_mod
 
 
 def test_a_filled_slot_leaves_layers_that_it_does_not_adapt(both) -> None:
-    fill_slot(both.pack, 2, LoraConfig(rank=2, targets="1.up"))
+    fill_slot(both.pack, 2, LoraConfig(rank=2, targets=("1.up",)))
     adapting = [name for name, layer in packed_layers(both.pack).items() if layer.layers[2] is not None]
     assert adapting == ["layers.1.up"]
 
 
 def test_layers_that_no_slot_adapted_are_added(make_model, make_pack) -> None:
-    both = make_pack(make_model, [LoraConfig(rank=2, targets="up")] * 2)
+    both = make_pack(make_model, [LoraConfig(rank=2, targets=("up",))] * 2)
     before = states(both.pack)[0]
     fill_slot(both.pack, 1, LoraConfig(rank=2, targets=("0.proj", "embed"), modules_to_save=("out",)))
     assert list(packed_trained_modules(both.pack)) == ["out"]
@@ -196,7 +196,7 @@ def test_a_refused_fill_changes_nothing(both) -> None:
     for config, words in [
         (LoraConfig(variant="dora"), "slot 1 must be packable"),
         (LoraConfig(rank=99), "`method.rank <= 8` must hold"),
-        (LoraConfig(targets="0.up", modules_to_save=("layers.1",)), "must be the same"),
+        (LoraConfig(targets=("0.up",), modules_to_save=("layers.1",)), "must be the same"),
     ]:
         with pytest.raises(ValueError, match=words):
             fill_slot(both.pack, 1, config)

@@ -70,12 +70,12 @@ LLAMA_SLOTS = (
     LoraConfig(rank=1, alpha=4),
     LoraConfig(rank=4, alpha=8, scaling="alpha_over_sqrt_rank", targets=("q_proj", "v_proj"), dropout=0.2),
     LoraConfig(rank=3, init="gaussian", targets=("up_proj", "embed_tokens", "k_proj[0:5,9:16]"), dropout=0.5),
-    LoraConfig(rank=2, init="orthogonal", targets="o_proj", layers=(1,), modules_to_save=("lm_head",)),
+    LoraConfig(rank=2, init="orthogonal", targets=("o_proj",), layers=(1,), modules_to_save=("lm_head",)),
 )
 BERT_SLOTS = (
     LoraConfig(rank=2, dropout=0.3, exclude=("pooler.dense",), modules_to_save=("classifier",)),
     LoraConfig(rank=5, alpha=3, targets=("query", "value"), modules_to_save=("classifier",)),
-    LoraConfig(rank=1, targets="word_embeddings", dropout=0.1, modules_to_save=("classifier", "pooler")),
+    LoraConfig(rank=1, targets=("word_embeddings",), dropout=0.1, modules_to_save=("classifier", "pooler")),
     LoraConfig(rank=3, targets=("dense",), exclude=("pooler.dense",), dropout=0.1),
 )
 

@@ -1,0 +1,181 @@
+"""Converts the settings of `LoraConfig` to PEFT's and back, without a model. PEFT itself is not imported here."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from lorasweep.errors import ConfigError
+from lorasweep.wording import join_words
+
+if TYPE_CHECKING:
+    from lorasweep.config.method import LoraConfig
+
+ALL_LINEAR_PATTERN = "all-linear"
+REGEX_PREFIX = "re:"
+PLAIN_NAME = re.compile(r"\w+(\.\w+)*")
+"""A layer's name, or the end of one: as a regular expression it matches the same layers."""
+INITS: Mapping[Any, str] = {True: "default", "gaussian": "gaussian", "orthogonal": "orthogonal", "pissa": "pissa"}
+"""`LoraConfig.init` for each value of PEFT's `init_lora_weights`."""
+# fmt: off
+CONVERTED_FIELDS = frozenset({
+    "r", "lora_alpha", "use_rslora", "target_modules", "lora_dropout", "init_lora_weights", "use_dora", "rank_pattern",
+    "alpha_pattern", "exclude_modules", "layers_to_transform", "modules_to_save", "bias",
+})
+"""Fields of PEFT's `LoraConfig` that `convert_from_peft` and `read_peft_config` read."""
+FIELDS_WITHOUT_EFFECT = frozenset({
+    "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
+    "fan_in_fan_out", "runtime_config", "megatron_core", "qalora_group_size",
+})
+# fmt: on
+"""Fields of PEFT's `LoraConfig` that say where an adapter belongs, follow from the model (`fan_in_fan_out`), or act
+only with another field that is refused. All other fields must have their defaults."""
+
+
+def import_peft(*, needed_by: str) -> Any:
+    """Returns the package PEFT. Raises ConfigError if it is not installed."""
+    try:
+        return import_module("peft")
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"`{needed_by}` needs the package 'peft', which is not installed. Run `pip install 'lorasweep[peft]'`."
+        ) from error
+
+
+def read_peft_config(peft_config: Any) -> dict[str, Any]:
+    """Returns the settings of LoRA, by field of `LoraConfig`, of a `peft.LoraConfig`.
+
+    Raises:
+        ConfigError: It is of another PEFT method, or has a field that lorasweep's layers can't do. All such fields are
+            named.
+    """
+    values = peft_config.to_dict()
+    kind = getattr(values.get("peft_type"), "value", values.get("peft_type"))
+    if kind != "LORA":
+        raise ConfigError(
+            f"`peft_type` must be LORA, but got {kind!r}. "
+            f"Train it with `method=peft method.config={{peft_type: {kind}}}`."
+        )
+    defaults = type(peft_config)().to_dict()
+    refused = [
+        name
+        for name, value in values.items()
+        if name not in CONVERTED_FIELDS | FIELDS_WITHOUT_EFFECT and value != defaults.get(name)
+    ]
+    if _find_init(values["init_lora_weights"]) is None:
+        refused.append("init_lora_weights")
+    if refused:
+        given = join_words([f"`{name}` {values[name]!r}" for name in refused])
+        raise ConfigError(
+            f"a `peft.LoraConfig` must have only fields that lorasweep's LoRA layers can do, but got {given}. Use the "
+            "default, or train it with `method=peft`."
+        )
+    if not values["target_modules"]:
+        raise ConfigError(
+            f"`target_modules` must name layers, but got {values['target_modules']!r}, for which PEFT looks up the "
+            "kind of the model. Use `all-linear`, or a list of names."
+        )
+    return convert_from_peft(values) | {"init": _find_init(values["init_lora_weights"])}
+
+
+def convert_from_peft(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns settings by field of `LoraConfig` for PEFT's settings by name. `init_lora_weights` is left out.
+
+    Raises:
+        KeyError, TypeError, AttributeError: A setting is missing or of another type.
+    """
+    layers, targets = raw.get("layers_to_transform"), raw["target_modules"]
+    return {
+        "rank": raw["r"],
+        "alpha": float(raw["lora_alpha"]),
+        "scaling": "alpha_over_sqrt_rank" if raw.get("use_rslora") else "alpha_over_rank",
+        "targets": targets if isinstance(targets, str) else tuple(sorted(targets)),
+        "dropout": float(raw.get("lora_dropout", 0.0)),
+        "variant": "dora" if raw.get("use_dora") else "lora",
+        "rank_pattern": {_convert_key(key): rank for key, rank in (raw.get("rank_pattern") or {}).items()},
+        "alpha_pattern": {_convert_key(key): alpha for key, alpha in (raw.get("alpha_pattern") or {}).items()},
+        "exclude": _list_patterns(raw.get("exclude_modules") or ()),
+        "layers": (layers,) if isinstance(layers, int) else tuple(layers or ()),
+        "modules_to_save": tuple(raw.get("modules_to_save") or ()),
+        "bias": raw.get("bias", "none"),
+    }
+
+
+def convert_to_peft(config: LoraConfig) -> dict[str, Any]:
+    """Returns the arguments of `peft.LoraConfig` for these settings.
+
+    Raises:
+        ConfigError: PEFT has no such setting; it is named.
+    """
+    targets = config.targets if isinstance(config.targets, str) else _join_patterns(config.targets, key="targets")
+    if config.layers and isinstance(targets, str):
+        raise ConfigError(
+            f"`method.layers` must be empty with `method.targets={targets}`, because PEFT takes `layers_to_transform` "
+            f"only with a list of names, but got {list(config.layers)}. Write a list in `method.targets`."
+        )
+    if regexes := [pattern for pattern in config.modules_to_save if pattern.startswith(REGEX_PREFIX)]:
+        raise ConfigError(f"`method.modules_to_save` must be names for PEFT, but got {regexes[0]!r}. Write the names.")
+    return {
+        "r": config.rank,
+        "lora_alpha": int_if_whole(config.alpha),
+        "use_rslora": config.scaling == "alpha_over_sqrt_rank",
+        "target_modules": targets,
+        "lora_dropout": config.dropout,
+        "init_lora_weights": next(theirs for theirs, ours in INITS.items() if ours == config.init),
+        "use_dora": config.variant == "dora",
+        "rank_pattern": {_convert_key_back(key): rank for key, rank in config.rank_pattern.items()},
+        "alpha_pattern": {_convert_key_back(key): int_if_whole(alpha) for key, alpha in config.alpha_pattern.items()},
+        "exclude_modules": _join_patterns(config.exclude, key="exclude") or None,
+        "layers_to_transform": list(config.layers) or None,
+        "modules_to_save": list(config.modules_to_save) or None,
+        "bias": config.bias,
+    }
+
+
+def int_if_whole(number: float) -> float | int:
+    return int(number) if number == int(number) else number
+
+
+def _find_init(value: Any) -> str | None:
+    """Returns the value of `LoraConfig.init`; None if lorasweep has no such initial values."""
+    return INITS.get(value) if isinstance(value, str) or value is True else None  # 1 == True, but is no setting
+
+
+def _list_patterns(modules: str | Iterable[str]) -> tuple[str, ...]:
+    """Returns PEFT's list of names, or its string with a regular expression, as patterns."""
+    return (f"{REGEX_PREFIX}{modules}",) if isinstance(modules, str) else tuple(sorted(modules))
+
+
+def _join_patterns(patterns: tuple[str, ...], *, key: str) -> list[str] | str:
+    """Returns patterns as PEFT's list of names; as one regular expression if one of them is a regular expression."""
+    if patterns == (ALL_LINEAR_PATTERN,):
+        return ALL_LINEAR_PATTERN
+    for pattern in patterns:
+        if pattern == ALL_LINEAR_PATTERN or (not pattern.startswith(REGEX_PREFIX) and "[" in pattern):
+            raise ConfigError(
+                f"`method.{key}` must be names or regular expressions for PEFT, but got {pattern!r}. Name whole "
+                "layers; `save_adapter` writes parts of layers as whole ones."
+            )
+    if not any(pattern.startswith(REGEX_PREFIX) for pattern in patterns):
+        return list(patterns)
+    if len(patterns) == 1:
+        return patterns[0].removeprefix(REGEX_PREFIX)
+    parts = (
+        f"({p.removeprefix(REGEX_PREFIX)})" if p.startswith(REGEX_PREFIX) else rf"(.*\.)?{re.escape(p)}"
+        for p in patterns
+    )
+    return "|".join(parts)
+
+
+def _convert_key(key: str) -> str:
+    """Converts a key of PEFT's rank or alpha pattern. PEFT compares the key with the end of a layer's name."""
+    return key if PLAIN_NAME.fullmatch(key) else rf"{REGEX_PREFIX}(.*\.)?({key})"
+
+
+def _convert_key_back(key: str) -> str:
+    if not key.startswith(REGEX_PREFIX):
+        return key
+    inner = re.fullmatch(r"re:\(\.\*\\\.\)\?\((.*)\)", key)
+    return inner[1] if inner else f"^({key.removeprefix(REGEX_PREFIX)})"

@@ -1,0 +1,136 @@
+"""Settings cross between `LoraConfig` and PEFT's: the same layers, the same outputs, and nothing dropped silently."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+import peft
+import pytest
+import torch
+from tests.lora.test_peft_format import IDS, make_bert, make_gpt2, make_llama, shake
+from torch import nn
+
+from lorasweep.errors import ConfigError
+from lorasweep.lora import LoraConfig, inject_lora, load_lora_state, lora_state
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+
+EQUAL = [
+    (make_llama, {"target_modules": "all-linear"}),
+    (make_llama, {"target_modules": ["q_proj", "down_proj"], "use_rslora": True, "r": 3}),
+    (make_llama, {"target_modules": r".*\.1\..*(q|v)_proj", "init_lora_weights": "gaussian"}),
+    (make_llama, {"target_modules": ["q_proj", "o_proj"], "rank_pattern": {"1.self_attn.q_proj": 2, r"o_.*": 6}}),
+    (make_llama, {"target_modules": ["q_proj", "o_proj"], "alpha_pattern": {"^model.layers.1.self_attn.q_proj": 1}}),
+    (make_llama, {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": 1, "bias": "lora_only"}),
+    (make_llama, {"target_modules": ["q_proj", "up_proj"], "exclude_modules": r".*0.*q_proj", "bias": "all"}),
+    (make_llama, {"target_modules": ["v_proj"], "use_dora": True, "init_lora_weights": "orthogonal"}),
+    (make_llama, {"target_modules": ["v_proj"], "modules_to_save": ["lm_head"], "lora_dropout": 0.1}),
+    (make_gpt2, {"target_modules": ["c_attn", "wte"], "fan_in_fan_out": True}),
+    (make_bert, {"target_modules": ["query"], "modules_to_save": ["classifier"]}),
+]
+
+
+@pytest.mark.parametrize(("make", "settings"), EQUAL, ids=lambda value: getattr(value, "__name__", str(value)))
+def test_layers_from_peft_compute_what_peft_computes(make: Callable[[], nn.Module], settings: dict) -> None:
+    theirs_config = peft.LoraConfig(**{"r": 4, "lora_alpha": 6} | settings)
+    config = LoraConfig.from_peft(theirs_config)
+    ours = make().double()
+    inject_lora(ours, config)
+    theirs = peft.get_peft_model(make().double(), theirs_config)
+    shake(theirs)
+    biases = {
+        name.replace(".base_layer.bias", ".bias").removeprefix("base_model.model."): parameter
+        for name, parameter in theirs.named_parameters()
+        if name.endswith("bias") and parameter.requires_grad
+    }
+    state = peft.get_peft_model_state_dict(theirs, save_embedding_layers=False)
+    tensors = {
+        key: state[key] if key in state else biases[key.removeprefix("base_model.model.").replace(".base_layer", "")]
+        for key in lora_state(ours)
+    }
+    load_lora_state(ours, {key: t.float() for key, t in tensors.items()}, source="PEFT")
+    with torch.no_grad():  # what trains is fp32 here, so PEFT's values are rounded to it too
+        for parameter in theirs.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(parameter.float())
+    # an embedding's update is computed in fp32 here
+    tolerance = 1e-6 if "wte" in config.targets else 1e-10
+    torch.testing.assert_close(ours.eval()(IDS).logits, theirs.eval()(IDS).logits, rtol=tolerance, atol=tolerance)
+
+
+ROUND_TRIPS = [
+    LoraConfig(),
+    LoraConfig(
+        rank=4, alpha=2.5, scaling="alpha_over_sqrt_rank", targets=("k_proj", "q_proj"), dropout=0.1, layers=(0, 2)
+    ),
+    LoraConfig(targets=r".*\.(q|v)_proj", init="pissa", exclude=(r"re:.*\.0\..*",), bias="all"),
+    LoraConfig(
+        variant="dora",
+        init="gaussian",
+        rank_pattern={"mlp.up_proj": 2, r"re:(.*\.)?(q_.*)": 6},
+        alpha_pattern={"v_proj": 3.0},
+        exclude=("lm_head", "score"),
+        modules_to_save=("classifier",),
+        bias="lora_only",
+    ),
+]
+
+
+@pytest.mark.parametrize("config", ROUND_TRIPS)
+def test_to_peft_and_back_gives_the_same_settings(config: LoraConfig) -> None:
+    theirs = config.to_peft()
+    assert isinstance(theirs, peft.LoraConfig)
+    assert LoraConfig.from_peft(theirs) == config
+
+
+def test_mixed_patterns_match_the_same_layers_in_peft() -> None:
+    config = LoraConfig(
+        rank=2, targets=("q_proj", r"re:.*\.1\..*up_proj"), rank_pattern={r"re:.*layers\.1\..*q_proj": 1}
+    )
+    theirs = peft.get_peft_model(make_llama(), config.to_peft())
+    ours = make_llama()
+    inject_lora(ours, config)
+    shapes = {key: t.shape for key, t in peft.get_peft_model_state_dict(theirs).items()}
+    assert {key: t.shape for key, t in lora_state(ours).items()} == shapes
+
+
+@pytest.mark.parametrize(
+    ("theirs", "named"),
+    [
+        (peft.LoraConfig(target_modules=["q_proj"], init_lora_weights="olora"), ["`init_lora_weights` 'olora'"]),
+        (peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False), ["`init_lora_weights` False"]),
+        (
+            peft.LoraConfig(target_modules=["q_proj"], lora_bias=True, trainable_token_indices=[1]),
+            ["`lora_bias` True", r"`trainable_token_indices` \[1\]", "method=peft"],
+        ),
+        (peft.LoraConfig(target_modules=["q"], layers_to_transform=[0], layers_pattern="h"), ["`layers_pattern` 'h'"]),
+        (peft.LoraConfig(), ["`target_modules` must name layers, but got None"]),
+        (peft.VeraConfig(target_modules=["q_proj"]), ["`peft_type` must be LORA, but got 'VERA'", "method=peft"]),
+        (peft.AdaLoraConfig(target_modules=["q_proj"], total_step=9), ["`peft_type` must be LORA"]),
+    ],
+)
+def test_what_our_layers_cannot_do_is_refused_by_name(theirs: peft.PeftConfig, named: list[str]) -> None:
+    for part in named:
+        with pytest.raises(ConfigError, match=part):
+            LoraConfig.from_peft(theirs)
+
+
+@pytest.mark.parametrize(
+    ("config", "named"),
+    [
+        (LoraConfig(targets=("c_attn[q,v]",)), r"`method.targets` .* 'c_attn\[q,v\]'"),
+        (LoraConfig(targets=("all-linear", "lm_head")), "`method.targets` .* 'all-linear'"),
+        (LoraConfig(layers=(1,)), r"`method.layers` must be empty with `method.targets=all-linear`.* \[1\]"),
+        (LoraConfig(modules_to_save=("re:.*",)), r"`method.modules_to_save` .* 're:\.\*'"),
+    ],
+)
+def test_what_peft_cannot_do_is_refused_by_name(config: LoraConfig, named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        config.to_peft()
+
+
+def test_a_missing_peft_is_one_sentence_that_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(ConfigError, match=r"needs the package 'peft'.* `pip install 'lorasweep\[peft\]'`"):
+        LoraConfig().to_peft()
