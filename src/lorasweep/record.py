@@ -21,8 +21,10 @@ from typing import Any, Literal, Protocol, TypeVar, get_args, get_origin, get_ty
 
 from lorasweep.config.data import Direction
 from lorasweep.config.run import SEED_KEYS
+from lorasweep.config.sweep import SecondObjective
 from lorasweep.disk import write_atomically
 from lorasweep.errors import RecordError
+from lorasweep.pareto import find_pareto_front
 from lorasweep.redaction import may_hold_secret, redact
 from lorasweep.wording import shorten
 
@@ -148,6 +150,8 @@ class TrialRow:
     """The sweep's metric on validation data at its last evaluation."""
     slot_steps: float = 0.0
     """The run's share of the slots that its packs were planned with (see `measure_occupancy`); 0 for a run alone."""
+    second_value: float | None = None
+    """The cost that `second_objective` of the sweep names; None without one, and before the trial is complete."""
 
 
 @dataclass(kw_only=True)
@@ -239,6 +243,8 @@ class SweepRecord:
     """SHA-256 of the sweep file when the sweep began."""
     arms: list[ArmRow]
     trials: list[TrialRow] = field(default_factory=list)
+    second_objective: SecondObjective = "none"
+    """The cost that the search minimised beside the score, a field of `RunRecord`."""
     search_seeds: list[int] = field(default_factory=list)
     """Seeds of the second and every further search; the first has the seeds of the settings."""
     candidates: int
@@ -282,6 +288,8 @@ class _ScoredTrial(Protocol):
     def state(self) -> TrialState: ...
     @property
     def value(self) -> float | None: ...
+    @property
+    def second_value(self) -> float | None: ...
 
 
 ScoredT = TypeVar("ScoredT", bound=_ScoredTrial)
@@ -290,17 +298,35 @@ ScoredT = TypeVar("ScoredT", bound=_ScoredTrial)
 def list_candidates(trials: Iterable[ScoredT], *, record: SweepRecord) -> list[ScoredT]:
     """Returns the trials of an arm that the select stage runs again, the best of the search first.
 
-    They have different settings. Seeds don't count as settings, because the stage replaces them.
+    They have different settings. Seeds don't count as settings, because the stage replaces them. With two objectives,
+    the trials on the arm's Pareto front come before all others.
     """
     sign = 1 if record.direction == "minimize" else -1
     scored = [(sign * t.value, t.number, t) for t in trials if t.state == "complete" and t.value is not None]
+    best_first = [trial for _, _, trial in sorted(entry for entry in scored if math.isfinite(entry[0]))]
+    on_front = {trial.number for trial in list_front(best_first, record=record)}
     candidates: dict[str, ScoredT] = {}
-    for _, _, trial in sorted(entry for entry in scored if math.isfinite(entry[0])):
+    for trial in sorted(best_first, key=lambda trial: trial.number not in on_front):
         settings = {key: value for key, value in trial.params.items() if key not in SEED_KEYS}
         candidates.setdefault(json.dumps(settings, sort_keys=True), trial)
         if len(candidates) == record.candidates:
             break
     return list(candidates.values())
+
+
+def list_front(trials: Iterable[ScoredT], *, record: SweepRecord) -> list[ScoredT]:
+    """Returns the trials on the Pareto front of score and second objective, best score first; none without the latter.
+
+    No complete trial is better in one of both and at least as good in the other.
+    """
+    sign = 1 if record.direction == "minimize" else -1
+    measured = [
+        (sign * trial.value, trial.second_value, trial)
+        for trial in trials
+        if trial.state == "complete" and trial.value is not None and trial.second_value is not None
+    ]
+    finite = [entry for entry in measured if math.isfinite(entry[0])]
+    return [trial for _, _, trial in find_pareto_front(finite, costs=lambda entry: entry[:2])]
 
 
 def find_winner(arm: str, trials: Iterable[ScoredT], *, record: SweepRecord) -> ScoredT | None:

@@ -186,13 +186,17 @@ class SweepResult:
         return self._trial(row)
 
     def trials_dataframe(self) -> pandas.DataFrame:
-        """Returns a row per trial: `arm`, `search`, `trial`, `state`, the metric, swept keys, `step` and `run`."""
+        """Returns a row per trial: `arm`, `search`, `trial`, `state`, the metric, swept keys, `step` and `run`.
+
+        After the metric is the second objective, such as `trainable_params`, if the sweep has one.
+        """
         import pandas  # noqa: PLC0415 (slow to import)
 
-        metric = self.record.metric
+        metric, objective = self.record.metric, self.record.second_objective
         return pandas.DataFrame.from_records(
             [
                 {"arm": row.arm, "search": row.search, "trial": row.number, "state": row.state, metric: row.value}
+                | ({} if objective == "none" else {objective: row.second_value})
                 | row.params
                 | {"step": row.step, "run": row.run}
                 for arm in self.arms

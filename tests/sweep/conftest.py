@@ -192,6 +192,7 @@ class MadeUpRuns:
             best={config.data.metric: value, "step": best},
             steps_planned=config.trainer.max_steps,
             steps_done=step,
+            trainable_params=1000 * getattr(config.method, "rank", 0),
         )
         folder.mkdir(parents=True, exist_ok=True)
         write_record(record, folder)

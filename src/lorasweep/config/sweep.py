@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from lorasweep.config.components import Component
+from lorasweep.config.data import Direction
 from lorasweep.config.limits import AtLeastTwo, Fraction, NonNegative, Positive
 from lorasweep.config.slurm import SlurmConfig
 from lorasweep.errors import ConfigError
@@ -139,6 +140,10 @@ class RayWorkers:
 WorkerConfig = LocalWorker | RayWorkers | SlurmConfig
 
 
+SecondObjective = Literal["none", "trainable_params", "tokens_trained"]
+"""Costs that are the same in each repetition of a sweep. A measured time is not, so it can't be an objective."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class SweepSettings:
     """Settings of the whole sweep."""
@@ -153,6 +158,13 @@ class SweepSettings:
     """Folder of the sweep; null creates one in `outputs/`."""
     max_failures: Positive
     """Number of failed trials in a row after which the sweep stops, because the cause is probably not in the trials."""
+    second_objective: SecondObjective
+    """A cost that the search minimises beside the score: `trainable_params` or `tokens_trained`, as in a run's record.
+    It needs `pruner=none`. With `none`, the score is the only objective."""
+
+    def list_directions(self, score: Direction) -> tuple[Direction, ...]:
+        """Returns the direction of each objective of the search; `score` is the direction of the score."""
+        return (score,) if self.second_objective == "none" else (score, "minimize")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,3 +225,11 @@ class SweepConfig:
     worker: WorkerConfig
     sweep: SweepSettings
     confirm: ConfirmConfig
+
+    def __post_init__(self) -> None:
+        objective = self.sweep.second_objective
+        if objective != "none" and not isinstance(self.pruner, NoPruner):
+            raise ConfigError(
+                f"`pruner` must be `none` with `sweep.second_objective={objective}`, because a pruner compares scores "
+                f"alone and would stop the cheap trials, but got {self.pruner.name!r}. Add `pruner=none`."
+            )

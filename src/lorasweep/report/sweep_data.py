@@ -73,6 +73,8 @@ class TrialData:
     """The swept keys (dotted) and their values; empty for a select or confirm run."""
     value: float | None
     """The best finite validation score; for a confirm run the score on test data."""
+    second_value: float | None
+    """The cost that `second_objective` of the record names; None without one, and for a select or confirm run."""
     run: str
     """The run's folder, relative to the sweep's."""
     reason: str | None
@@ -353,6 +355,7 @@ def _join_trial(row: TrialRow | RerunRow, metric: str, folder: Path, problems: l
         state=row.state,
         params=params,
         value=finite_number(row.value),
+        second_value=None if isinstance(row, RerunRow) else finite_number(row.second_value),
         run=row.run,
         reason=row.reason or (run.reason if run else None),
         record=run,

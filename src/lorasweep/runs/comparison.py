@@ -188,7 +188,7 @@ def compare_sweeps(first: Path, second: Path) -> SweepReproduction:
 
 
 def _sweep_differences(before: SweepRecord, after: SweepRecord, first: Path, second: Path) -> Iterator[str]:
-    keys = ("metric", "direction", "search_seeds", "candidates", "select_seeds", "confirm_seeds")
+    keys = ("metric", "direction", "second_objective", "search_seeds", "candidates", "select_seeds", "confirm_seeds")
     yield from _differences("sweep", {key: getattr(before, key) for key in keys}, {k: getattr(after, k) for k in keys})
     stages: tuple[tuple[str, Sequence[TrialRow | RerunRow], Sequence[TrialRow | RerunRow]], ...] = (
         ("number of trials", before.trials, after.trials),
@@ -215,7 +215,10 @@ def _row_differences(
     for step, key in sorted({*before, *after}):
         values = ({key: side[step, key]} if (step, key) in side else {} for side in (before, after))
         yield from _differences(f"{where}, step {step}", *values)
-    result, repeated_result = ({"state": each.state, "value": each.value} for each in (row, repeated))
+    result, repeated_result = (
+        {"state": each.state, "value": each.value, "second_value": getattr(each, "second_value", None)}
+        for each in (row, repeated)
+    )
     yield from _differences(where, result, repeated_result)
 
 

@@ -105,7 +105,8 @@ def read_status(folder: Path) -> SweepStatus:
 def render_status(status: SweepStatus) -> RenderableType:
     """Returns a table of the arms. Below the table are the running trials, or how to resume a stopped sweep."""
     record = status.record
-    title = f"{record.name}: {record.metric} ({record.direction}), {record.status}"
+    second = "" if record.second_objective == "none" else f" and {record.second_objective} (minimize)"
+    title = f"{record.name}: {record.metric} ({record.direction}){second}, {record.status}"
     notes: list[str] = []
     if shares := measure_stage_occupancy(record):
         listed = ", ".join(f"{stage} {format_share(share)}" for stage, share in shares.items())

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from lorasweep.config.compose import compose_sweep
-from lorasweep.config.sweep import SamplerConfig, SweepConfig
+from lorasweep.config.sweep import NoPruner, SamplerConfig, SecondObjective, SweepConfig
 from lorasweep.record import RunRecord, write_record
 from lorasweep.sweep.controller.controller import Assignment, Controller
 from lorasweep.sweep.controller.folder import SweepFolder
@@ -78,6 +78,7 @@ class Simulation:
             best={"bits_per_byte": best, "step": step},
             steps_planned=LAST,
             steps_done=step,
+            trainable_params=1000 * getattr(assignment.config.method, "rank", 0),
         )
         assignment.run_folder.path.mkdir(parents=True, exist_ok=True)
         write_record(record, assignment.run_folder.path)
@@ -121,10 +122,20 @@ def resume(open_controller: Callable[[SweepFolder], Controller]) -> Callable[[Pa
     return lambda path: open_controller(reopen_sweep(path))
 
 
-def make_arm(space: Space, sampler: SamplerConfig, *, name: str = "lora", trials: int = 16, seed: int = 0) -> Arm:
+def make_arm(
+    space: Space,
+    sampler: SamplerConfig,
+    *,
+    name: str = "lora",
+    trials: int = 16,
+    seed: int = 0,
+    second_objective: SecondObjective = "none",
+) -> Arm:
     """An arm that is asked for proposals."""
     sweep_config = default_sweep_config()
-    sweep_config = replace(sweep_config, sampler=sampler, sweep=replace(sweep_config.sweep, seed=seed))
+    sweep = replace(sweep_config.sweep, seed=seed, second_objective=second_objective)
+    pruner = sweep_config.pruner if second_objective == "none" else NoPruner(name="none")
+    sweep_config = replace(sweep_config, sampler=sampler, pruner=pruner, sweep=sweep)
     return Arm(name=name, settings={}, space=space, trials=trials, sweep_config=sweep_config)
 
 

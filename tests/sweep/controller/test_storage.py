@@ -26,13 +26,13 @@ SOURCE = str(Path(lorasweep.__file__).parent.parent)
 
 
 def add_trials(folder, number):
-    study = open_study(open_storage(JOURNAL, folder), "lora", direction="minimize")
+    study = open_study(open_storage(JOURNAL, folder), "lora", directions=["minimize"])
     for _ in range(number):
         study.add_trial(optuna.create_trial(value=1.0))
 
 
 def count_trials(folder):
-    return len(open_study(open_storage(JOURNAL, folder), "lora", direction="minimize").get_trials())
+    return len(open_study(open_storage(JOURNAL, folder), "lora", directions=["minimize"]).get_trials())
 
 
 def test_what_is_written_is_there_when_the_journal_is_opened_again(tmp_path):
@@ -66,7 +66,7 @@ def test_a_process_killed_while_it_writes_loses_nothing_that_it_had_written(tmp_
         "from lorasweep.config.sweep import StorageConfig\n"
         "from lorasweep.sweep.controller.storage import open_storage, open_study\n"
         f"storage = open_storage(StorageConfig(url=None), Path({str(tmp_path)!r}))\n"
-        "study = open_study(storage, 'lora', direction='minimize')\n"
+        "study = open_study(storage, 'lora', directions=['minimize'])\n"
         "study.add_trial(optuna.create_trial(value=1.0))\n"
         f"open({str(tmp_path / JOURNAL_FILE)!r}, 'a').write('{{')\n"
         "os.kill(os.getpid(), signal.SIGKILL)"
@@ -78,9 +78,9 @@ def test_a_process_killed_while_it_writes_loses_nothing_that_it_had_written(tmp_
 
 def test_a_study_that_is_there_is_opened_with_its_direction(tmp_path):
     storage = open_storage(JOURNAL, tmp_path)
-    made = open_study(storage, "one/lora", direction="maximize")
+    made = open_study(storage, "one/lora", directions=["maximize"])
     made.set_user_attr("key", 3)
-    again = open_study(open_storage(JOURNAL, tmp_path), "one/lora", direction="maximize")
+    again = open_study(open_storage(JOURNAL, tmp_path), "one/lora", directions=["maximize"])
     assert again.direction == optuna.study.StudyDirection.MAXIMIZE
     assert again.user_attrs == {"key": 3}
 

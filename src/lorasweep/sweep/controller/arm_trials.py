@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import optuna
@@ -13,6 +13,7 @@ from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, create_trial
 from optuna.trial import TrialState as OptunaState
 
+from lorasweep.config.data import Direction
 from lorasweep.record import TrialState
 from lorasweep.sweep.controller.history import History
 from lorasweep.sweep.controller.rung_tables import RungTables
@@ -82,9 +83,12 @@ class ArmTrials:
         self._by_loss = by_loss
         self._prunes_by_study = prunes_by_study
         self._first_trials = planned if first_trials is None else first_trials
-        is_minimized = study.direction == optuna.study.StudyDirection.MINIMIZE
-        self._tables = RungTables(self._rule, self.trials, sign=1 if is_minimized else -1)
-        self._history = History(self._space, direction="minimize" if is_minimized else "maximize")
+        directions: list[Direction] = [
+            "minimize" if direction == optuna.study.StudyDirection.MINIMIZE else "maximize"
+            for direction in study.directions
+        ]
+        self._tables = RungTables(self._rule, self.trials, sign=1 if directions[0] == "minimize" else -1)
+        self._history = History(self._space, directions=directions)
         self._unread_by_history: set[int] = set()
         """Numbers of the trials that have changed since the last call of `history`."""
         for frozen in study.get_trials(deepcopy=False):
@@ -92,7 +96,7 @@ class ArmTrials:
                 trial = read_trial(frozen, session=session)
                 self._add(trial)
                 if trial.state == "infeasible" and not frozen.state.is_finished():  # a process was killed inside `end`
-                    self.end(trial, "infeasible", {}, value=None)
+                    self.end(trial, "infeasible", {})
 
     @property
     def num_left(self) -> int:
@@ -227,8 +231,18 @@ class ArmTrials:
             self._write_handout(trial, worker="", request=0)
         self._update(trial, state="running" if was_promoted else "paused", is_in_training=False)
 
-    def end(self, trial: Trial, state: TrialState, attributes: Mapping[str, Any], *, value: float | None) -> None:
-        """Writes how a trial ended into the study, unless it is there already. `value` is a complete trial's score."""
+    def end(
+        self,
+        trial: Trial,
+        state: TrialState,
+        attributes: Mapping[str, Any],
+        *,
+        values: Sequence[float] | None = None,
+    ) -> None:
+        """Writes how a trial ended into the study, unless it is there already.
+
+        `values` has a complete trial's value of each objective: its score, and perhaps its cost.
+        """
         if not self._storage.get_trial(self._trial_id(trial)).state.is_finished():
             self.write(trial, attributes)
             if state == "infeasible":
@@ -236,7 +250,7 @@ class ArmTrials:
                 self.write(trial, {INFEASIBLE_ATTRIBUTE: True})
                 self._as_optuna_trial(trial).set_constraint("memory", 1.0)
             told = {"complete": OptunaState.COMPLETE, "failed": OptunaState.FAIL}.get(state, OptunaState.PRUNED)
-            self.study.tell(trial.number, value if state == "complete" else None, state=told)
+            self.study.tell(trial.number, values if state == "complete" else None, state=told)
         self._update(trial, state=state, is_in_training=False)
 
     def write(self, trial: Trial, attributes: Mapping[str, Any]) -> None:

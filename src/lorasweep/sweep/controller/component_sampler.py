@@ -39,7 +39,7 @@ def ask_sampler(
     ranges: Space,
     *,
     seed: int,
-    direction: Direction,
+    directions: Sequence[Direction],
 ) -> tuple[Point, dict[str, Any]]:
     """Returns the point of the next trial, and the user attributes that the trial must get.
 
@@ -48,7 +48,7 @@ def ask_sampler(
     """
     sampler = build_sampler(component, seed=seed)
     storage = InMemoryStorage()
-    study = optuna.create_study(sampler=sampler, direction=direction, storage=storage)
+    study = optuna.create_study(sampler=sampler, directions=directions, storage=storage)
     study_id = storage.get_study_id_from_name(study.study_name)
     known: dict[str, Any] = {}  # attributes that earlier samplers wrote to the study
     for trial in history:
@@ -57,12 +57,12 @@ def ask_sampler(
         study.add_trial(
             create_trial(
                 state=trial.state,
-                value=trial.value,
+                values=trial.values,
                 params=trial.params,
                 distributions=ranges,
                 intermediate_values=trial.intermediate_values,
                 constraints=trial.constraints,
-                system_attrs=state.get("trial", {}),
+                system_attrs=dict(state.get("trial", {})),  # Optuna adds the constraints to it
             )
         )
     for name, value in known.items():

@@ -196,7 +196,8 @@ class Controller:
             trials.pause(trial, attributes, step=record.steps_done)
         else:
             self._failures_in_a_row = 0
-            trials.end(trial, "complete", attributes, value=value)
+            assert value is not None  # a complete run was evaluated
+            trials.end(trial, "complete", attributes, values=(value, *self._list_costs(record)))
         self._save_if_due()
 
     @_needs_storage
@@ -212,7 +213,7 @@ class Controller:
         state: Literal["infeasible", "failed"] = "infeasible" if isinstance(error, OutOfMemory) else "failed"
         reason = str(error) if isinstance(error, RunError) else traceback.format_exception_only(error)[-1].strip()
         trials, trial = self._find(assignment)
-        trials.end(trial, state, {REASON_ATTRIBUTE: redact(reason)}, value=None)
+        trials.end(trial, state, {REASON_ATTRIBUTE: redact(reason)})
         self._save_if_due()
         if isinstance(self.stage, Reruns) and isinstance(error, Diverged):
             return  # divergence of a good trial on another seed is a result, not a fault of the sweep
@@ -358,7 +359,12 @@ class Controller:
                 reason = f"stopped at step {max(trial.values)}, because other trials were better there"
                 folder = self.search.run_folder(trials.arm, trial.number).path
                 prune_paused_run(folder, reason=reason)
-                trials.end(trial, "pruned", {REASON_ATTRIBUTE: reason}, value=None)
+                trials.end(trial, "pruned", {REASON_ATTRIBUTE: reason})
+
+    def _list_costs(self, record: RunRecord) -> list[float]:
+        """Returns the value of the second objective, if the search has one and this is the search."""
+        objective = self.sweep.record.second_objective
+        return [] if objective == "none" or isinstance(self.stage, Reruns) else [float(getattr(record, objective))]
 
     def _sort_key(self, trials: ArmTrials) -> tuple[bool, float, int]:
         return bool(trials.arm.space), trials.begun_fraction, self._places[trials.arm.name]

@@ -23,6 +23,7 @@ import optuna
 from optuna.pruners import BasePruner
 from optuna.storages import BaseStorage
 
+from lorasweep.config.data import Direction
 from lorasweep.disk import explain_unwritable
 from lorasweep.errors import WorkerError
 from lorasweep.record import SweepRecord, add_telemetry, utc_now, write_record
@@ -55,10 +56,19 @@ class SweepFolder:
         self.makespan_before_s = self.record.makespan_s
         self.telemetry_before = dict(self.record.telemetry)
 
-    def open_study(self, name: str, *, pruner: BasePruner | None = None) -> optuna.Study:
-        """Returns a study of the sweep, which is created if it is missing."""
-        full_name = self.record.study_prefix + name
-        return open_study(self.storage, full_name, direction=self.record.direction, pruner=pruner)
+    def open_study(
+        self, name: str, *, directions: Sequence[Direction] | None = None, pruner: BasePruner | None = None
+    ) -> optuna.Study:
+        """Returns a study of the sweep, which is created if it is missing.
+
+        `directions` has one direction per objective; None stands for the objectives of the search.
+        """
+        return open_study(
+            self.storage,
+            self.record.study_prefix + name,
+            directions=directions or self.definition.sweep_config.sweep.list_directions(self.record.direction),
+            pruner=pruner,
+        )
 
     def is_due(self) -> bool:
         """Returns whether the record may be written again under `MAX_SAVE_FRACTION`."""

@@ -88,6 +88,7 @@ def create_sweep(definition: Definition, path: Path, *, metric: str, notes: Sequ
         source_sha256=compute_sha256(definition.source) if definition.source else None,
         arms=[arm_row(arm) for arm in definition.arms],
         search_seeds=draw_search_seeds(definition),
+        second_objective=definition.sweep_config.sweep.second_objective,
         candidates=definition.sweep_config.confirm.candidates,
         select_seeds=draw_select_seeds(definition),
         confirm_seeds=draw_confirm_seeds(definition),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -54,6 +55,7 @@ def trial_row(arm: str, trial: FrozenTrial, *, search: int, number: int, is_paus
         state="paused" if is_paused else read_state(trial),
         params=dict(trial.params),
         run=run_name(arm, number),
+        second_value=trial.values[1] if trial.values and len(trial.values) > 1 else None,
         **_read_results(trial),
     )
 
@@ -90,7 +92,9 @@ def measure_importance(trials: Sequence[FrozenTrial]) -> dict[str, float]:
 
     Empty if fewer than `MIN_IMPORTANCE_TRIALS` trials are complete, or all of them have the same score.
     """
-    complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
+    complete = [copy.copy(trial) for trial in trials if trial.state == TrialState.COMPLETE]
+    for trial in complete:
+        trial.values = trial.values[:1]  # without the second objective
     if len(complete) < MIN_IMPORTANCE_TRIALS or len({trial.value for trial in complete}) < 2:
         return {}
     study = optuna.create_study()

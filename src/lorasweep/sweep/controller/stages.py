@@ -157,7 +157,7 @@ class Reruns:
         return [rerun_row(arm, self.name, frozen) for frozen in self.arms[arm].frozen()]
 
     def _read_trials(self, arm: Arm, session: str | None) -> ArmTrials:
-        study = self._sweep.open_study(name_study(arm.name, self.name))
+        study = self._sweep.open_study(name_study(arm.name, self.name), directions=[self._sweep.record.direction])
         planned = {(row.number, seed) for row, seed in self._plan[arm.name]}
         begun = {
             (trial.params[TRIAL], trial.params[SEED])

@@ -6,7 +6,7 @@ import errno
 import json
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -169,11 +169,11 @@ def name_study(arm: str, stage: str) -> str:
 
 
 def open_study(
-    storage: BaseStorage, name: str, *, direction: Direction, pruner: BasePruner | None = None
+    storage: BaseStorage, name: str, *, directions: Sequence[Direction], pruner: BasePruner | None = None
 ) -> optuna.Study:
     """Returns a study, and creates it if it is missing. Its sampler is never used: `propose` asks a study in memory."""
     return optuna.create_study(
-        study_name=name, storage=storage, direction=direction, pruner=pruner or NopPruner(), load_if_exists=True
+        study_name=name, storage=storage, directions=directions, pruner=pruner or NopPruner(), load_if_exists=True
     )
 
 

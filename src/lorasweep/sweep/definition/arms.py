@@ -239,7 +239,8 @@ def _add_typed_arms(content: Any, overrides: Mapping[str, Any]) -> tuple[Any, di
 def _list_shared_settings(config: SweepConfig) -> dict[str, Any]:
     """Returns the settings of a sweep that are the same for all arms."""
     confirm = {f"confirm.{name}": value for name, value in asdict(config.confirm).items()}
-    return {**confirm, "sweep.searches": config.sweep.searches}
+    shared = ("searches", "second_objective")
+    return {**confirm, **{f"sweep.{name}": getattr(config.sweep, name) for name in shared}}
 
 
 def make_paths_absolute(value: Any, key: str = "") -> Any:
