@@ -41,6 +41,7 @@ import yaml
 from optuna.trial import TrialState, create_trial
 
 import lorasweep.sweep.workers.worker as worker_file
+from lorasweep.config.data import get_built_in_metric
 from lorasweep.config.run import RunConfig
 from lorasweep.config.trust import trusted_packages
 from lorasweep.record import RunRecord, SweepRecord, measure_stage_occupancy, read_run, write_record
@@ -109,7 +110,7 @@ def make_sweep(folder: Path, sampler: str, num_trials: int) -> SweepFolder:
     content = {"name": "many", "settings": {"sampler": sampler, "confirm.seeds": 0}, "arms": {"lora": arm}}
     file.write_text(yaml.safe_dump(content))
     definition = read_definition(file, [])
-    return create_sweep(definition, folder / "sweep", metric=METRIC)
+    return create_sweep(definition, folder / "sweep", metric=get_built_in_metric(METRIC))
 
 
 def fill(sweep: SweepFolder, num_trials: int) -> None:
@@ -460,7 +461,7 @@ class SimulatedSweep:
             "time": SimpleNamespace(sleep=lambda _: self._sleep(POLL_TIME)),
         }
         with tempfile.TemporaryDirectory() as folder, mock.patch.multiple(worker_file, **replaced):
-            sweep = create_sweep(self._definition, Path(folder) / "sweep", metric=METRIC)
+            sweep = create_sweep(self._definition, Path(folder) / "sweep", metric=get_built_in_metric(METRIC))
             controller = Controller(sweep, session="worker")
             threads = [
                 threading.Thread(target=self._work, args=(number, sweep, controller))

@@ -24,6 +24,7 @@ import torch
 
 from lorasweep.config.command_line import parse_overrides
 from lorasweep.config.compose import compose_run, layer_settings
+from lorasweep.config.data import ScoreMetric
 from lorasweep.config.run import RunConfig
 from lorasweep.config.trust import check_packages, find_packages, set_trusted, trusted_packages
 from lorasweep.console import EscapingConsole, say
@@ -168,7 +169,7 @@ def check_resumed_sweep(opened: SweepFolder, inputs_cache: InputsCache) -> None:
     check_workers(definition, opened.path)
     check_definition(definition, inputs_cache)
     if record.changes:
-        if (metric := find_metric(definition, inputs_cache)) != record.metric:
+        if (metric := find_metric(definition, inputs_cache).name) != record.metric:
             raise ConfigError(f"`data.metric` must stay {record.metric!r} for all arms, but got {metric!r}.")
         opened.note([*list_data_notes(definition, inputs_cache), *explain_solo_arms(definition)])
     write_record(record, opened.path)  # now, because a controller in another process reads the changes from it
@@ -196,7 +197,7 @@ def start_sweep(
         return create_sweep(definition, path, metric=metric, notes=notes)
 
 
-def check_sweep(definition: Definition, inputs_cache: InputsCache, *, output: str | Path | None = None) -> str:
+def check_sweep(definition: Definition, inputs_cache: InputsCache, *, output: str | Path | None = None) -> ScoreMetric:
     """Checks a sweep with its models, data and workers, and that its folder is free. Returns its metric.
 
     Raises:

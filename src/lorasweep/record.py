@@ -229,6 +229,8 @@ class SweepRecord:
     name: str
     description: str = ""
     metric: str
+    metric_range: list[float] = field(default_factory=list)
+    """Lowest and highest possible value of a metric that is set by `_target_`; null is no limit. Empty for others."""
     direction: Direction
     definition: dict[str, Any]
     """Content of the sweep file (`file`) and `overrides`, which `--resume` composes again. `rounds` has the sweep as it

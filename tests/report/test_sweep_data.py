@@ -29,6 +29,18 @@ def test_trials_and_reruns_are_joined_with_their_runs(confirmed: Path) -> None:
     assert (data.evidence.num_examples, data.evidence.num_groups, data.problems) == (40, 20, ())
 
 
+def test_intervals_end_where_an_own_metric_ends(confirmed: Path) -> None:
+    lora = load_sweep_data(confirmed).evidence.arm("lora")
+    assert lora
+    assert lora.interval
+    assert lora.mean is not None
+    low = (lora.interval[0] + lora.mean) / 2
+    edit_json(confirmed / "sweep.json", lambda raw: raw.update(metric="Own", metric_range=[low, None]))
+    cut = load_sweep_data(confirmed).evidence.arm("lora")
+    assert cut
+    assert cut.interval == (low, lora.interval[1])
+
+
 @pytest.mark.parametrize("direction", ["minimize", "maximize"])
 def test_best_trial_is_the_best_complete_one(sweep: Path, direction: str) -> None:
     def make_pruned_best(raw: dict[str, Any]) -> None:

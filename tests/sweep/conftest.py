@@ -16,6 +16,7 @@ import yaml
 from optuna.storages import BaseStorage
 
 import lorasweep.sweep.workers.worker as worker_file
+from lorasweep.config.data import get_built_in_metric
 from lorasweep.config.run import RunConfig
 from lorasweep.errors import Diverged, WorkerError
 from lorasweep.record import RunRecord, TrialRow, read_run, write_record
@@ -363,7 +364,7 @@ def begin(write_file: Callable[[Any], Path], tmp_path: Path) -> Callable[..., Sw
 
     def make(content: Any, *overrides: str, folder: str = "sweep") -> SweepFolder:
         definition = read_definition(write_file(content), overrides)
-        return create_sweep(definition, tmp_path / folder, metric="bits_per_byte")
+        return create_sweep(definition, tmp_path / folder, metric=get_built_in_metric("bits_per_byte"))
 
     return make
 

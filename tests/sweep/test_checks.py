@@ -44,7 +44,7 @@ def test_a_target_that_is_not_there_is_refused_with_the_nearest(write_file, cont
 def test_a_right_definition_passes(write_file, content, tiny_inputs):
     definition = read_definition(write_file(content), [])
     check_definition(definition, tiny_inputs)
-    assert find_metric(definition, tiny_inputs) == "bits_per_byte"
+    assert find_metric(definition, tiny_inputs).name == "bits_per_byte"
 
 
 def test_arms_with_different_metrics_are_refused(write_file, content):
@@ -121,3 +121,30 @@ def test_notes_on_the_data_of_several_arms_are_said_once(write_file, content):
 
     notes = list_data_notes(read_definition(write_file(content), []), InputsCache())
     assert notes == ["shared", "of frozen", "of full", "of lora"]
+
+
+def test_an_own_metric_is_the_same_for_all_trials(write_file, content):
+    content["settings"] = {
+        **content.get("settings", {}),
+        "data.metric": {"_target_": "torchmetrics.classification.MulticlassAccuracy", "num_classes": 512},
+    }
+    content["arms"]["lora"]["space"]["data.metric.average"] = ["micro", "macro"]
+
+    class InputsCache:
+        def load(self, config):
+            return SimpleNamespace(splits=SimpleNamespace(metric=config.data.metric.name))
+
+    with pytest.raises(ConfigError, match=r"`data.metric` must be the same for all trials.* different arguments"):
+        find_metric(read_definition(write_file(content), []), InputsCache())
+
+
+def test_an_own_metric_is_typed_as_a_mapping_or_key_by_key(write_file, content):
+    typed = ["data.metric={_target_: torchmetrics.Accuracy, task: multiclass, num_classes: 512}"]
+    apart = [
+        "data.metric._target_=torchmetrics.Accuracy",
+        "data.metric.task=multiclass",
+        "data.metric.num_classes=512",
+    ]
+    first, second = (read_definition(write_file(content), words).arms[0].corners[0] for words in (typed, apart))
+    assert first.data.metric == second.data.metric
+    assert first.data.metric.arguments == {"task": "multiclass", "num_classes": 512}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import types
 import typing
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
@@ -22,7 +22,7 @@ def build(kind: type[T], values: Mapping[str, Any], *, key: str = "") -> T:
     """Creates an instance of a settings dataclass.
 
     A dataclass with a field `arguments` takes any key; keys without a field become `arguments`. `_target_` is the field
-    `target`.
+    `target`. A field with a default may be missing.
 
     Args:
         kind: The dataclass.
@@ -41,10 +41,13 @@ def build(kind: type[T], values: Mapping[str, Any], *, key: str = "") -> T:
                 f"`{_join(key, str(name))}` is not a setting.{nearest(str(name), hints)} "
                 f"The settings of `{key or 'a run'}` are {', '.join(hints)}."
             )
+    optional = {f.name for f in fields(kind) if f.default is not MISSING}  # type: ignore[arg-type]
     for name in hints:
-        if name not in values:
+        if name not in values and name not in optional:
             raise ConfigError(f"`{_join(key, TARGET if name == 'target' else name)}` must be set, but is missing.")
-    return kind(**{name: convert(hint, values[name], key=_join(key, name)) for name, hint in hints.items()})
+    return kind(
+        **{name: convert(hint, values[name], key=_join(key, name)) for name, hint in hints.items() if name in values}
+    )
 
 
 def check_fields(settings: Any, *, key: str) -> None:

@@ -32,6 +32,7 @@ NESTED_BASES = frozenset(
         "lightning.pytorch.callbacks.callback.Callback",
         "lightning.pytorch.profilers.profiler.Profiler",
         "lightning.pytorch.strategies.strategy.Strategy",
+        "torchmetrics.metric.Metric",
         "optuna.pruners._base.BasePruner",
         "optuna.samplers._base.BaseSampler",
         "optuna.samplers.nsgaii._crossovers._base.BaseCrossover",

@@ -24,6 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from lorasweep.config.build import build
+from lorasweep.config.data import MetricComponent
 from lorasweep.config.run import OptimizerComponent, RunConfig
 from lorasweep.config.sweep import SweepConfig
 from lorasweep.config.trust import TARGET, require_trusted
@@ -36,6 +37,7 @@ Primary = Literal["train", "sweep"]
 PACKAGE = Path(__file__).parent.parent
 COMPONENTS: Mapping[str, frozenset[str]] = {
     "optim": frozenset(f.name for f in fields(OptimizerComponent)) - {"target", "arguments"},
+    "data.metric": frozenset(f.name for f in fields(MetricComponent)) - {"target", "arguments"},
     **dict.fromkeys(("schedule", "sampler", "pruner", "trainer.profiler", "trainer.strategy"), frozenset[str]()),
 }
 """Settings that may name a class by `_target_`, each with the keys that lorasweep reads and the class does not get."""
@@ -104,6 +106,7 @@ def compose_values(primary: Primary, settings: Mapping[str, Any], *, require_all
     Arguments and errors as in `compose_run`.
     """
     refuse_resolvers(settings)
+    settings = _spread_components(settings)
     # Options of groups are composed first, because they decide which other keys exist.
     groups = {key: _hashable(value) for key, value in settings.items() if key in default_options(primary)}
     try:
@@ -137,6 +140,21 @@ def is_component_target(key: str) -> bool:
 def find_mapping(key: str) -> str | None:
     """Returns the mapping that a dotted key has an entry of: `method.rank_pattern` for `method.rank_pattern.q_proj`."""
     return next((mapping for mapping in MAPPINGS if key.startswith(f"{mapping}.")), None)
+
+
+def _spread_components(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns settings in which `data.metric: {_target_: X, average: macro}` is two dotted keys.
+
+    A later setting can then change one argument. Arguments that were set before the mapping are dropped.
+    """
+    spread: dict[str, Any] = {}
+    for key, value in settings.items():
+        if key in COMPONENTS and isinstance(value, Mapping) and TARGET in value:
+            spread = {name: item for name, item in spread.items() if not name.startswith(f"{key}.")}
+            spread |= {f"{key}.{name}": item for name, item in value.items()}
+        else:
+            spread[key] = value
+    return spread
 
 
 def _drop_replaced_arguments(composed: DictConfig, settings: Mapping[str, Any]) -> None:

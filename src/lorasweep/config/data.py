@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Literal
 
+from lorasweep.config.components import Component
 from lorasweep.config.limits import AtLeastTwo, Fraction, Positive
 from lorasweep.config.user_function import check_function_name
 from lorasweep.errors import ConfigError
@@ -59,6 +60,31 @@ GLUE_COLUMNS: Mapping[GlueTask, tuple[str, str | None]] = {
 """The text columns of each GLUE task on the hub."""
 GLUE_METRICS: Mapping[GlueTask, LabelMetric] = {"cola": "matthews", "stsb": "pearson"}
 """Metrics in LoRA's table of GLUE (arXiv 2106.09685, table 2). All other tasks use accuracy."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetricComponent(Component):
+    """A torchmetrics metric by `_target_`. All keys beside `direction` and `predictions` are arguments of the class."""
+
+    direction: Literal["auto", Direction] = "auto"
+    """Whether a lower or a higher value is better. `auto` reads `higher_is_better` of the class."""
+    predictions: Literal["auto", "probabilities", "labels", "logits"] = "auto"
+    """What the metric gets as predictions. `auto`: probabilities of labels, numbers of a regression, and the predicted
+    tokens of text."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreMetric:
+    """The metric that scores runs."""
+
+    name: str
+    direction: Direction
+    range: tuple[float, float]
+    """Lowest and highest possible value."""
+
+
+def get_built_in_metric(name: str) -> ScoreMetric:
+    return ScoreMetric(name=name, direction=goal_direction(name), range=METRIC_RANGES[name])
 
 
 def goal_direction(metric: str) -> Direction:
@@ -161,8 +187,8 @@ class BlockSettings:
     """Maximum number of test blocks, evenly spaced; null uses all."""
     separate_documents: bool
     """Whether attention ends at the borders of documents inside a block."""
-    metric: TextMetric
-    """Metric that is the run's score. For all three, lower is better."""
+    metric: TextMetric | MetricComponent
+    """Metric that is the run's score. For the three names, lower is better."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,7 +199,7 @@ class LabelSettings:
     """Share of each target that is spread evenly over all classes, 0 <= s < 1."""
     class_weights: Literal["none", "balanced"]
     """`balanced` weighs a class by examples / (classes · its examples) of the training split."""
-    metric: LabelMetric
+    metric: LabelMetric | MetricComponent
     """Metric that is the score of the run. `auto`: accuracy of one label, F1 of several, Pearson's correlation of
     numbers."""
 
@@ -243,8 +269,8 @@ class ChatConfig(FileSettings, ExampleSettings):
     """Whether short conversations share one sequence, without attending to each other."""
     generate: bool
     """Whether the prompts of the test split are also answered, token by token, and scored by BLEU and ROUGE."""
-    metric: TextMetric
-    """Metric of the answers that is the score of the run; lower is better."""
+    metric: TextMetric | MetricComponent
+    """Metric of the answers that is the score of the run. For the three names, lower is better."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -286,7 +312,7 @@ class CustomDataConfig:
     """Kind of the `labels` of each example: an index, zeros and ones, a number, or the tokens of a text."""
     labels: tuple[str, ...]
     """Names of the labels in the order of their indices; empty for numbers and text."""
-    metric: CustomMetric
+    metric: CustomMetric | MetricComponent
     """`auto`: as in `table`, or the loss of text."""
 
     def __post_init__(self) -> None:
@@ -298,7 +324,7 @@ class CustomDataConfig:
                 f"but got {list(self.labels)}."
             )
         metrics = ("loss", "perplexity") if self.task == "text" else METRICS_OF_TASK[self.task]
-        if self.metric not in ("auto", *metrics):
+        if not isinstance(self.metric, MetricComponent) and self.metric not in ("auto", *metrics):
             raise ConfigError(
                 f"`data.metric` must be one of auto, {', '.join(metrics)} with `data.task={self.task}`, "
                 f"but got {self.metric!r}."
@@ -345,7 +371,7 @@ def max_tokens_per_example(config: DataConfig) -> int:
 
 def check_label_settings(config: TableConfig, task: LabelTask) -> None:
     """Raises ConfigError if the metric does not fit the task, or a setting for classes has no effect."""
-    if config.metric not in ("auto", *METRICS_OF_TASK[task]):
+    if not isinstance(config.metric, MetricComponent) and config.metric not in ("auto", *METRICS_OF_TASK[task]):
         raise ConfigError(
             f"`data.metric` must be one of auto, {', '.join(METRICS_OF_TASK[task])} for `data.task={task}`, "
             f"but got {config.metric!r}."

@@ -17,18 +17,22 @@ from lorasweep.config.data import (
     DataConfig,
     ExampleSettings,
     GlueConfig,
+    MetricComponent,
+    ScoreMetric,
     StdlibConfig,
     TableConfig,
     TextConfig,
+    get_built_in_metric,
     glue_as_table,
 )
 from lorasweep.config.model import ModelKind
 from lorasweep.data.blocks import build_block_split
 from lorasweep.data.custom_module import CustomSplit
 from lorasweep.data.examples import CompletionSplit, ExampleSplit, LabelledSplit, Ragged, SequenceSplit, TextSplit
+from lorasweep.data.own_metric import build_own_metric
 from lorasweep.data.source import Conversation, DataSource, Examples, LabelledText
-from lorasweep.data.split import Split
-from lorasweep.data.tasks import Classification, LanguageModelling, MultiLabel, Regression, Task
+from lorasweep.data.split import IGNORED, Split
+from lorasweep.data.tasks import Classification, LabelTask, LanguageModelling, MultiLabel, Regression, Task
 from lorasweep.data.tokenise import tokenise_chats, tokenise_labelled, tokenise_sequences
 from lorasweep.errors import ConfigError
 
@@ -40,6 +44,10 @@ COMPATIBLE_MODEL_KINDS: Mapping[str, tuple[ModelKind, ...]] = {
 """For each kind of data: the model kinds that can learn from it. The first is suggested in messages."""
 
 
+MAX_CHECKED_EXAMPLES = 64
+"""Number of validation examples whose targets check `data.metric._target_` before training."""
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class DataSplits:
     """The tokenised splits of a data set, with the task and the metric."""
@@ -48,11 +56,16 @@ class DataSplits:
     validation: Split
     task: Task
     metric: str
-    """Metric that scores a run: `data.metric`, or the task's first metric for `auto`."""
+    """Name of the metric that scores a run: `data.metric`, or the task's first metric for `auto`."""
     test: Callable[[], Split]
     """Returns the test split. The first call reads and tokenises it, and later calls return the same object."""
     notes: tuple[str, ...] = ()
     """Notes for the user on how the splits were built."""
+
+    @property
+    def score_metric(self) -> ScoreMetric:
+        own_metric = self.task.own_metric
+        return get_built_in_metric(self.metric) if own_metric is None else own_metric.score
 
     def get_task(self, split: Split) -> Task:
         """Returns the task that scores a split. Its bits per byte use the bytes per token of this split's text."""
@@ -116,11 +129,16 @@ def build_splits(
 
     validation = build(source.validation)
     task = _build_task(source, settings, validation)
+    metric = task.metrics[0] if settings.metric == "auto" else settings.metric
+    if isinstance(metric, MetricComponent):
+        own_metric = build_own_metric(metric, kind=source.kind, num_labels=len(source.label_names))
+        task, metric = replace(task, own_metric=own_metric), own_metric.score.name  # type: ignore[type-var]
+        _check_own_metric(task, validation, num_labels=len(source.label_names), tokenizer=tokenizer)
     return DataSplits(
         train=build(source.train),
         validation=validation,
         task=task,
-        metric=task.metrics[0] if settings.metric == "auto" else settings.metric,
+        metric=metric,
         test=functools.cache(lambda: build(source.test())),
         notes=source.notes,
     )
@@ -137,6 +155,24 @@ def _build_task(source: DataSource, config: DataConfig, validation: Split) -> Ta
     if isinstance(config, CustomDataConfig):
         return LanguageModelling(bytes_per_token=None, metrics=("loss", "perplexity"))
     return LanguageModelling(bytes_per_token=validation.bytes_per_token)  # type: ignore[attr-defined]
+
+
+def _check_own_metric(
+    task: Task, validation: Split, *, num_labels: int, tokenizer: PreTrainedTokenizerBase | None
+) -> None:
+    """Gives the own metric made-up predictions for the first validation examples. Raises ConfigError if it fails."""
+    assert task.own_metric is not None
+    targets = validation.batch(range(min(len(validation), MAX_CHECKED_EXAMPLES)))["targets"]
+    if isinstance(task, LabelTask):
+        generator = torch.Generator().manual_seed(0)
+        predicted = task.select_metric_input(torch.randn(len(targets), max(num_labels, 1), generator=generator))
+        target = targets.to(predicted.dtype) if isinstance(task, Regression) else targets.long()
+    else:
+        target = targets[targets != IGNORED]
+        predicted = target.roll(1)
+        if tokenizer is not None:
+            predicted[0] = len(tokenizer) - 1  # a model may predict every token
+    task.own_metric.check(predicted, target)
 
 
 def _build_labelled(

@@ -23,6 +23,7 @@ from torchmetrics.functional.classification import (
 from torchmetrics.functional.regression import pearson_corrcoef, spearman_corrcoef
 
 from lorasweep.config.data import METRICS_OF_TASK
+from lorasweep.data.own_metric import OwnMetric
 from lorasweep.data.split import IGNORED, NON_MODEL_KEYS, Batch
 
 LANGUAGE_MODEL_METRICS = ("bits_per_byte", "loss", "perplexity")
@@ -40,6 +41,10 @@ class ExampleScores:
     """Predicted class or number, (examples,), or 0 or 1 for each class, (examples, classes). None for text."""
     target: Tensor | None = None
     """The right answer, in the shape of `prediction`."""
+    metric_input: Tensor | None = None
+    """What the metric of `data.metric._target_` gets as predictions, (examples, ...); for text (scored tokens,)."""
+    metric_target: Tensor | None = None
+    """What that metric gets as targets, (examples, ...); for text (scored tokens,)."""
 
     def map(self, function: Callable[[Tensor], Tensor]) -> ExampleScores:
         """Returns the scores with a function applied to each tensor."""
@@ -48,10 +53,16 @@ class ExampleScores:
 
     def select_slot(self, slot: int, *, slots: int) -> ExampleScores:
         """Returns the scores of one slot, if the examples are stored slot after slot."""
-        return self.map(lambda values: values.chunk(slots)[slot])
+        return self.map(lambda values: values.chunk(slots)[slot])  # all slots have the same number of scored tokens
+
+    def reorder(self, order: Tensor) -> ExampleScores:
+        """Returns the scores with the examples in another order, without what an own metric gets."""
+        values = {name: getattr(self, name) for name in EXAMPLE_FIELDS}
+        return ExampleScores(**{name: value[order] for name, value in values.items() if value is not None})
 
 
-SCORE_FIELDS = ("loss", "items", "prediction", "target")
+EXAMPLE_FIELDS = ("loss", "items", "prediction", "target")
+SCORE_FIELDS = (*EXAMPLE_FIELDS, "metric_input", "metric_target")
 
 
 class Task(Protocol):
@@ -60,6 +71,10 @@ class Task(Protocol):
     @property
     def metrics(self) -> tuple[str, ...]:
         """The task's metrics; `data.metric: auto` means the first one."""
+
+    @property
+    def own_metric(self) -> OwnMetric | None:
+        """The metric of `data.metric._target_`, which `compute` adds to the task's metrics."""
 
     def losses(self, model: nn.Module, batch: Batch) -> Float[Tensor, " examples"]:
         """Returns the training loss of each example in fp32: the sum over its scored items, times its class weight."""
@@ -90,38 +105,48 @@ class LanguageModelling:
     bytes_per_token: float | None
     """Number of UTF-8 bytes of the scored text divided by its number of tokens, > 0; None if unknown."""
     metrics: tuple[str, ...] = LANGUAGE_MODEL_METRICS
+    own_metric: OwnMetric | None = None
 
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:
         return sum_by_example(self._token_losses(model, batch), batch)
 
     def score(self, model: nn.Module, batch: Batch) -> ExampleScores:
-        losses, scored = self._token_losses(model, batch), batch["targets"] != IGNORED
+        targets, own_columns = batch["targets"], {}
+        scored = targets != IGNORED
+        if self.own_metric is None:
+            losses = self._token_losses(model, batch)
+        else:
+            logits = compute_logits(model, batch)
+            losses = compute_token_losses(logits, targets)
+            own_columns = {"metric_input": logits.argmax(-1)[scored], "metric_target": targets[scored]}
         # fp64, because the tokens of a whole evaluation are added up
-        return ExampleScores(loss=sum_by_example(losses.double(), batch), items=sum_by_example(scored.double(), batch))
+        loss, items = (sum_by_example(values.double(), batch) for values in (losses, scored))
+        return ExampleScores(loss=loss, items=items, **own_columns)
 
     def compute(self, scores: ExampleScores) -> dict[str, Tensor]:
         loss = scores.loss.double().sum() / scores.items.double().sum()
-        values = {"loss": loss, "perplexity": loss.exp()}
+        values = {"loss": loss, "perplexity": loss.exp(), **compute_own_metric(self.own_metric, scores)}
         if self.bytes_per_token is None:
             return values
         return {"bits_per_byte": loss / (math.log(2) * self.bytes_per_token), **values}
 
     def per_example(self, metric: str, scores: ExampleScores) -> tuple[Tensor, Tensor] | None:
         """Returns the loss per token of each example (in nats, or in bits per byte), and its number of tokens."""
+        if metric not in LANGUAGE_MODEL_METRICS:
+            return None
         per_token = scores.loss.double() / scores.items.double().clamp(min=1)
         if metric == "bits_per_byte" and self.bytes_per_token is not None:
             per_token = per_token / (math.log(2) * self.bytes_per_token)
         return per_token, scores.items
 
     def _token_losses(self, model: nn.Module, batch: Batch) -> Float[Tensor, "batch length"]:
-        """Returns the loss at each position in nats, fp32; 0 at positions that are not scored."""
-        logits, targets = compute_logits(model, batch), batch["targets"]  # (batch, length, vocabulary)
-        losses = cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none", ignore_index=IGNORED)
-        return losses.view(targets.shape)
+        return compute_token_losses(compute_logits(model, batch), batch["targets"])
 
 
 class LabelTask:
     """Base of tasks with labels. Each example counts once, however long its text is."""
+
+    own_metric: OwnMetric | None
 
     @abstractmethod
     def _loss(self, logits: Tensor, targets: Tensor) -> Tensor:
@@ -130,6 +155,14 @@ class LabelTask:
     @abstractmethod
     def _predict(self, logits: Tensor) -> Tensor: ...
 
+    @abstractmethod
+    def _compute(self, scores: ExampleScores) -> dict[str, Tensor]:
+        """Returns the task's metrics."""
+
+    def _to_probabilities(self, logits: Tensor) -> Tensor:
+        """Returns the probability of each class, (examples, classes)."""
+        raise NotImplementedError
+
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:
         return self._loss(compute_logits(model, batch), batch["targets"])
 
@@ -137,9 +170,26 @@ class LabelTask:
         logits, targets = compute_logits(model, batch), batch["targets"]
         losses = self._loss(logits, targets)
         prediction = self._predict(logits)
+        target = targets.to(prediction.dtype)
+        own_columns = {}
+        if self.own_metric is not None:
+            own_columns = {"metric_input": self.select_metric_input(logits), "metric_target": target}
         return ExampleScores(
-            loss=losses, items=torch.ones_like(losses), prediction=prediction, target=targets.to(prediction.dtype)
+            loss=losses, items=torch.ones_like(losses), prediction=prediction, target=target, **own_columns
         )
+
+    def select_metric_input(self, logits: Tensor) -> Tensor:
+        """Returns what the own metric gets as predictions: logits, probabilities, or predicted labels or numbers."""
+        assert self.own_metric is not None
+        if self.own_metric.predictions == "logits":
+            return logits
+        if self.own_metric.predictions == "labels":
+            return self._predict(logits)
+        probabilities = self._to_probabilities(logits)
+        return probabilities[:, 1] if self.own_metric.predictions == "second_class" else probabilities
+
+    def compute(self, scores: ExampleScores) -> dict[str, Tensor]:
+        return {**self._compute(scores), **compute_own_metric(self.own_metric, scores)}
 
     def per_example(self, metric: str, scores: ExampleScores) -> tuple[Tensor, Tensor] | None:
         """Returns the loss of each example, or for `accuracy` 1 if all its labels are right. All weights are 1."""
@@ -166,6 +216,7 @@ class Classification(LabelTask):
     num_classes: int
     label_smoothing: float = 0.0
     metrics: tuple[str, ...] = METRICS_OF_TASK["single_label"]
+    own_metric: OwnMetric | None = None
 
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:
         """Returns each example's cross-entropy, smoothed, times the weight of its class."""
@@ -179,7 +230,10 @@ class Classification(LabelTask):
     def _predict(self, logits: Tensor) -> Tensor:
         return logits.argmax(-1)
 
-    def compute(self, scores: ExampleScores) -> dict[str, Tensor]:
+    def _to_probabilities(self, logits: Tensor) -> Tensor:
+        return logits.softmax(-1)
+
+    def _compute(self, scores: ExampleScores) -> dict[str, Tensor]:
         predicted, target = _unpack(scores)
         classes = self.num_classes
         f1 = multiclass_f1_score(predicted, target, classes, average=None if classes == 2 else "macro")
@@ -202,6 +256,7 @@ class MultiLabel(LabelTask):
 
     num_labels: int
     metrics: tuple[str, ...] = METRICS_OF_TASK["multi_label"]
+    own_metric: OwnMetric | None = None
 
     def _loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         return binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(-1)
@@ -209,7 +264,10 @@ class MultiLabel(LabelTask):
     def _predict(self, logits: Tensor) -> Tensor:
         return (logits > 0).long()
 
-    def compute(self, scores: ExampleScores) -> dict[str, Tensor]:
+    def _to_probabilities(self, logits: Tensor) -> Tensor:
+        return logits.sigmoid()
+
+    def _compute(self, scores: ExampleScores) -> dict[str, Tensor]:
         predicted, target = _unpack(scores)
         return {
             "f1": multilabel_f1_score(predicted, target, self.num_labels, average="micro").double(),
@@ -223,6 +281,7 @@ class Regression(LabelTask):
     """Predicts one number per example. `mse` is also the loss; `pearson` and `spearman` are correlations."""
 
     metrics: tuple[str, ...] = METRICS_OF_TASK["regression"]
+    own_metric: OwnMetric | None = None
 
     def _loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         return (self._predict(logits) - targets).square()
@@ -230,7 +289,7 @@ class Regression(LabelTask):
     def _predict(self, logits: Tensor) -> Tensor:
         return logits.squeeze(-1)
 
-    def compute(self, scores: ExampleScores) -> dict[str, Tensor]:
+    def _compute(self, scores: ExampleScores) -> dict[str, Tensor]:
         """Returns each metric; a correlation is 0 if all predictions or all targets are equal."""
         predicted, target = (values.double() for values in _unpack(scores))
         mse = scores.loss.double().mean()
@@ -249,6 +308,8 @@ class Evaluation(Metric):
     items: list[Tensor]
     prediction: list[Tensor]
     target: list[Tensor]
+    metric_input: list[Tensor]
+    metric_target: list[Tensor]
 
     def __init__(self, task: Task, **settings: Any) -> None:
         super().__init__(**settings)
@@ -272,6 +333,21 @@ class Evaluation(Metric):
 
     def compute(self) -> dict[str, Tensor]:
         return self.task.compute(self.examples)
+
+
+def compute_own_metric(own_metric: OwnMetric | None, scores: ExampleScores) -> dict[str, Tensor]:
+    """Returns the value of the own metric by its name; empty without one."""
+    if own_metric is None or scores.metric_input is None or scores.metric_target is None:
+        return {}
+    return {own_metric.score.name: own_metric.compute(scores.metric_input, scores.metric_target)}
+
+
+def compute_token_losses(
+    logits: Float[Tensor, "batch length vocabulary"], targets: Tensor
+) -> Float[Tensor, "batch length"]:
+    """Returns the loss at each position in nats, fp32; 0 at positions that are not scored."""
+    losses = cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none", ignore_index=IGNORED)
+    return losses.view(targets.shape)
 
 
 def compute_logits(model: nn.Module, batch: Batch) -> Tensor:

@@ -5,6 +5,7 @@ A run that can't be read leaves its trial without a record and adds a sentence t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -411,5 +412,12 @@ def _read_test_scores(arms: Sequence[ArmData], record: SweepRecord, folder: Path
         examples,
         deterministic=frozenset(arm.name for arm in arms if arm.row.method == "frozen"),
         is_perplexity=record.metric == "perplexity",
-        score_range=METRIC_RANGES.get(record.metric, UNBOUNDED),
+        score_range=_get_score_range(record),
     )
+
+
+def _get_score_range(record: SweepRecord) -> tuple[float, float]:
+    if len(record.metric_range) != 2:
+        return METRIC_RANGES.get(record.metric, UNBOUNDED)
+    low, high = map(finite_number, record.metric_range)  # infinity was written as null
+    return (-math.inf if low is None else low, math.inf if high is None else high)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lorasweep.config.data import MetricComponent, ScoreMetric
 from lorasweep.errors import ConfigError
 from lorasweep.sweep.controller.proposals import propose
 from lorasweep.sweep.controller.stopping_rules import build_rule
@@ -36,12 +37,18 @@ def check_definition(definition: Definition, inputs_cache: InputsCache) -> None:
                     raise ConfigError(f"{error} Or skip the confirm stage with `confirm.seeds=0`.") from error
 
 
-def find_metric(definition: Definition, inputs_cache: InputsCache) -> str:
-    """Returns the metric by which every arm is scored. With `data.metric=auto` it depends on the data."""
-    metrics = sorted({inputs_cache.load(arm.corners[0]).splits.metric for arm in definition.arms})
+def find_metric(definition: Definition, inputs_cache: InputsCache) -> ScoreMetric:
+    """Returns the metric by which every trial is scored. With `data.metric=auto` it depends on the data."""
+    configs = [config for arm in definition.arms for config in arm.corners]
+    metrics = sorted({inputs_cache.load(config).splits.metric for config in configs})
     if len(metrics) > 1:
         raise ConfigError(f"`data.metric` must be the same for all arms, but got {', '.join(metrics)}.")
-    return metrics[0]
+    components = [c.data.metric for c in configs if isinstance(c.data.metric, MetricComponent)]
+    if any(component != components[0] for component in components):
+        raise ConfigError(
+            f"`data.metric` must be the same for all trials, but {components[0].target!r} has different arguments."
+        )
+    return inputs_cache.load(configs[0]).splits.score_metric
 
 
 def list_data_notes(definition: Definition, inputs_cache: InputsCache) -> list[str]:

@@ -22,7 +22,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from lorasweep.config.build import as_settings
 from lorasweep.config.method import LoraConfig
 from lorasweep.data.split import Batch
-from lorasweep.data.tasks import Evaluation, Task
+from lorasweep.data.tasks import EXAMPLE_FIELDS, Evaluation, Task
 from lorasweep.errors import ConfigError, RecordError
 from lorasweep.methods import METHODS
 from lorasweep.models.load import BaseModel
@@ -203,8 +203,8 @@ class TrainingModule(lightning.LightningModule):
         scores = self.task.score(self.model, batch)
         # If there are fewer examples than processes, some processes get an example that must not count. Its step weight
         # is infinite.
-        counts = batch["step_weight"].isfinite().expand(len(scores.loss))
-        self.evaluation.update(scores.map(lambda values: values[counts]))
+        end = None if batch["step_weight"].isfinite().all() else 0
+        self.evaluation.update(scores.map(lambda values: values[:end]))
 
     def on_validation_epoch_end(self) -> None:
         values = self._log_evaluation("validation")
@@ -227,8 +227,8 @@ class TrainingModule(lightning.LightningModule):
 
     def predict_step(self, batch: Batch) -> dict[str, Tensor]:
         """Returns the `loss` of each example (a sum), its number of `items`, and the `prediction` of a classifier."""
-        rows = self.task.score(self.model, batch)
-        return {name: value for name, value in vars(rows).items() if value is not None}
+        rows = vars(self.task.score(self.model, batch))
+        return {name: rows[name] for name in EXAMPLE_FIELDS if rows[name] is not None}
 
     def _log_evaluation(self, split: str) -> dict[str, Tensor]:
         values = self.evaluation.compute()

@@ -16,7 +16,6 @@ from typing import Any
 from torch import Tensor
 
 from lorasweep.config.build import as_settings
-from lorasweep.config.data import goal_direction
 from lorasweep.config.run import RunConfig, TrainerConfig
 from lorasweep.data.constant_answer import describe_scored_split
 from lorasweep.disk import remove_leftovers, write_atomically
@@ -116,6 +115,11 @@ class RunLog:
         """
         value = metrics[self.record.metric]
         if not math.isfinite(value):
+            if math.isnan(value) and math.isfinite(metrics.get("loss", math.nan)):
+                raise Diverged(
+                    f"the validation {self.record.metric} is NaN at step {step}, although the loss is finite. The "
+                    "metric is not defined for these predictions. Use another `data.metric`."
+                )
             raise Diverged(f"the validation {self.record.metric} became {value!r} at step {step}. Lower `optim.lr`.")
         self._append([{"step": step, "validation": metrics}])
         if update_score(self.record, step, metrics):
@@ -189,7 +193,7 @@ def open_record(
         trial=run_folder.trial,
         origin=dict(run_folder.origin),
         metric=splits.metric,
-        direction=goal_direction(splits.metric),
+        direction=splits.score_metric.direction,
         command=describe_command(),
         code=describe_code(),
         packages=describe_packages(),

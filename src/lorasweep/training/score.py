@@ -88,7 +88,7 @@ def evaluate_model(model: nn.Module, split: Split, *, task: Task, config: RunCon
     model.cpu()
     values = {name: float(value) for name, value in evaluation.compute().items()}
     by_example = torch.tensor(batches.order).argsort()  # back to the order of the split; batches are sorted by length
-    return Scores(values, evaluation.examples.map(lambda column: column.cpu()[by_example]))
+    return Scores(values, evaluation.examples.map(Tensor.cpu).reorder(by_example))
 
 
 def _format_row_scores(

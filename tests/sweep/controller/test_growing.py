@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from lorasweep.config.data import get_built_in_metric
 from lorasweep.errors import ConfigError
 from lorasweep.record import find_winners, list_confirm_rows, read_sweep
 from lorasweep.results import load_sweep
@@ -65,7 +66,7 @@ def test_a_sweep_that_grew_twice_and_is_run_again_has_the_same_runs_in_every_sta
     assert work(folder)
     assert work(reopen_sweep(folder.path, changes=MORE))
     assert work(reopen_sweep(folder.path, changes={"arms.other": NEW_ARM}))
-    again = create_sweep(saved_definition(folder.path), tmp_path / "again", metric="bits_per_byte")
+    again = create_sweep(saved_definition(folder.path), tmp_path / "again", metric=get_built_in_metric("bits_per_byte"))
     assert work(again)
     for stage in ("trials", "select", "confirm", "arms", "confirm_seeds", "select_seeds"):
         assert rows_of(again.path, stage) == rows_of(folder.path, stage)

@@ -10,6 +10,7 @@ import torch
 from tests.conftest import SHORT_RUN
 
 import lorasweep.sweep.plan.measure as measure_file
+from lorasweep.config.data import get_built_in_metric
 from lorasweep.errors import Diverged, OutOfMemory, RunError
 from lorasweep.sweep.definition.arms import read_definition
 from lorasweep.sweep.plan.measure import MAX_EVALUATION_BATCHES, describe_work, measure_sweep, take_part
@@ -37,7 +38,7 @@ def measure(write_file, content, inputs, tmp_path, monkeypatch):
     def measure():
         definition = read_definition(write_file(content), [])
         said = []
-        cost = measure_sweep(definition, cache, metric="bits_per_byte", on_progress=said.append)
+        cost = measure_sweep(definition, cache, metric=get_built_in_metric("bits_per_byte"), on_progress=said.append)
         assert list((tmp_path / "temporary").iterdir()) == []
         return {group.arms[0].name: group for group in cost.groups}, cost, said
 

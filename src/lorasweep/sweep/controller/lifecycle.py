@@ -13,7 +13,7 @@ import optuna
 from optuna.storages import BaseStorage, JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
-from lorasweep.config.data import goal_direction
+from lorasweep.config.data import METRIC_RANGES, ScoreMetric
 from lorasweep.config.sweep import StorageConfig
 from lorasweep.disk import free_folder, network_file_system, remove_leftovers, require_new_folder
 from lorasweep.errors import ConfigError, LoraSweepError, RecordError
@@ -65,7 +65,7 @@ def new_folder(name: str, wanted: str | None) -> Path:
     return require_new_folder(Path(wanted), key="sweep.output", remedy=remedy)
 
 
-def create_sweep(definition: Definition, path: Path, *, metric: str, notes: Sequence[str] = ()) -> SweepFolder:
+def create_sweep(definition: Definition, path: Path, *, metric: ScoreMetric, notes: Sequence[str] = ()) -> SweepFolder:
     """Creates the folder, the record and the studies of a sweep, and returns the open sweep.
 
     Args:
@@ -81,8 +81,9 @@ def create_sweep(definition: Definition, path: Path, *, metric: str, notes: Sequ
         status="running",
         name=definition.name,
         description=definition.description,
-        metric=metric,
-        direction=goal_direction(metric),
+        metric=metric.name,
+        metric_range=[] if metric.name in METRIC_RANGES else list(metric.range),
+        direction=metric.direction,
         definition=definition.raw,
         source=str(definition.source) if definition.source else None,
         source_sha256=compute_sha256(definition.source) if definition.source else None,

@@ -27,6 +27,7 @@ from lorasweep.config.compose import (
 from lorasweep.config.limits import NonNegative
 from lorasweep.config.run import RunConfig
 from lorasweep.config.sweep import SweepConfig
+from lorasweep.config.trust import TARGET
 from lorasweep.errors import ConfigError
 from lorasweep.record import RerunStage
 from lorasweep.sweep.definition.alpha_over_rank import (
@@ -344,9 +345,9 @@ def _is_option(settings: Mapping[str, Any], group: str) -> bool:
 
 
 def _is_range(key: str, value: Any) -> bool:
-    """Returns whether an override searches its key. A list of loggers is a value, and so is a mapping by layer."""
+    """Returns whether an override searches its key. Loggers, mappings by layer and components are values."""
     if isinstance(value, Mapping):
-        return key not in MAPPINGS
+        return key not in MAPPINGS and TARGET not in value
     return isinstance(value, list) and key not in LIST_GROUPS
 
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from lorasweep.config.build import as_settings
-from lorasweep.config.data import ChatConfig
+from lorasweep.config.data import ChatConfig, ScoreMetric
 from lorasweep.config.run import RunConfig
 from lorasweep.config.sweep import RayWorkers
 from lorasweep.data.batching import EvaluationSampler, StepBatchSampler
@@ -128,7 +128,7 @@ class SweepCost:
 
 
 def measure_sweep(
-    definition: Definition, inputs_cache: InputsCache, *, metric: str, on_progress: Callable[[str], None]
+    definition: Definition, inputs_cache: InputsCache, *, metric: ScoreMetric, on_progress: Callable[[str], None]
 ) -> SweepCost:
     """Measures the parts of a checked sweep. Leaves no file behind.
 
@@ -152,7 +152,7 @@ def measure_sweep(
                 path=path,
                 definition=sweep.definition,
                 controller=Controller(sweep),
-                metric=metric,
+                metric=metric.name,
                 inputs_cache=inputs_cache,
                 stop_requested=never_stop,
                 num_workers=count_workers(definition),
