@@ -36,6 +36,7 @@ LESSONS = (
     "tutorials/pairs.md",
     "tutorials/cluster.md",
     "how-to.md",
+    "peft.md",
     "troubleshooting.md",
 )
 """Pages whose blocks run."""

@@ -31,6 +31,14 @@ from lorasweep.config.trust import TARGET
 from lorasweep.errors import ConfigError
 
 
+def test_a_setting_of_peft_is_set_alone_or_with_the_whole_mapping():
+    whole = {"peft_type": "VERA", "r": 8, "target_modules": ["q_proj"]}
+    settings = {"method": "peft", "method.config": whole, "method.config.r": 16}
+    assert compose_run(settings).method.config == {**whole, "r": 16}
+    with pytest.raises(ConfigError, match=r"`method.config` is not a setting"):
+        compose_run({"method.config.r": 16})
+
+
 def test_a_run_has_the_values_of_conf():
     config = compose_run({})
     assert (config.model.name, config.method.name, config.trainer.max_steps) == ("tiny", "lora", 150)

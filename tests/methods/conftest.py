@@ -5,7 +5,15 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lorasweep.config.method import BitfitConfig, FrozenConfig, FullConfig, HeadConfig, IntrinsicConfig, LoraConfig
+from lorasweep.config.method import (
+    BitfitConfig,
+    FrozenConfig,
+    FullConfig,
+    HeadConfig,
+    IntrinsicConfig,
+    LoraConfig,
+    PeftConfig,
+)
 from lorasweep.methods import METHODS, copy_sharing_weights
 from lorasweep.models.load import BaseModel, fingerprint_weights
 
@@ -16,6 +24,7 @@ CONFIGS = {
     "bitfit": BitfitConfig(train="biases_and_norms"),
     "intrinsic": IntrinsicConfig(dim=40),
     "frozen": FrozenConfig(),
+    "peft": PeftConfig(config={"peft_type": "VERA", "r": 4, "target_modules": ["q_proj", "o_proj"], "d_initial": 1.0}),
 }
 TRAINING = [name for name in CONFIGS if name != "frozen"]
 TOKENS = torch.arange(24).reshape(2, 12)

@@ -81,6 +81,7 @@ def test_number_of_trained_parameters_is_the_methods():
         "bitfit": 5 * 16,
         "intrinsic": 40,
         "frozen": 0,
+        "peft": 4 * (4 + 16),  # VeRA's two vectors, in two layers of two blocks
     }
     for name, number in expected.items():
         groups = METHODS[name].trainable_groups(prepare(base, name), lr_ratio_b=1.0)

@@ -116,6 +116,25 @@ def test_peft_loads_the_adapter_onto_its_base_with_the_same_logits(trained, tmp_
     assert largest_difference(before, own) > 10 * LOGIT_TOLERANCE
 
 
+@pytest.mark.filterwarnings("ignore:The following rank_pattern keys:RuntimeWarning")  # PEFT, of AdaLoRA's own keys
+@pytest.mark.parametrize("kind", ["VERA", "ADALORA"])
+def test_an_adapter_that_peft_trained_is_exported_for_peft_and_merged(trained, tmp_path, kind):
+    config = {"peft_type": kind, "target_modules": ["q_proj", "down_proj"]}
+    config |= {"r": 8} if kind == "VERA" else {"init_r": 3, "target_r": 1}
+    run = trained({"method": "peft", "method.config": config})
+    written = export_run(run, format="peft", out=tmp_path / "adapter")
+    assert written.difference == 0
+    assert f"An adapter ({kind}, fp32)" in (written.folder / "README.md").read_text()
+    base = load_embedded()
+    before = logits_of(base)
+    model = peft.PeftModel.from_pretrained(base, written.folder)
+    own = logits_of(restored(run))
+    assert largest_difference(logits_of(model), own) < LOGIT_TOLERANCE
+    assert largest_difference(before, own) > 0
+    merged = export_run(run, format="merged", out=tmp_path / "model")
+    assert largest_difference(logits_of(AutoModelForCausalLM.from_pretrained(merged.folder)), own) < LOGIT_TOLERANCE
+
+
 def test_peft_finds_the_base_by_itself(trained, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # PEFT asks the hub whether a local folder has a tokenizer
     export_run(trained(), format="peft", out=tmp_path / "adapter")

@@ -22,6 +22,16 @@ METHOD_SETTINGS = (
     {"method": "head"},
     {"method": "bitfit", "method.train": "biases_and_norms"},
     {"method": "intrinsic"},
+    {
+        "method": "peft",
+        "method.config": {
+            "peft_type": "VERA",
+            "r": 8,
+            "vera_dropout": 0.5,
+            "target_modules": ["q_proj"],
+            "d_initial": 1.0,
+        },
+    },
 )
 TOKENS = torch.arange(24).reshape(2, 12)
 

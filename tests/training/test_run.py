@@ -35,7 +35,10 @@ KEPT = {
     "bitfit": {"bitfit.safetensors"},
     "intrinsic": {"intrinsic.safetensors"},
     "frozen": set(),
+    "peft": {"adapter_config.json", ADAPTER},
 }
+VERA = {"peft_type": "VERA", "r": 8, "d_initial": 0.1, "target_modules": ["q_proj", "down_proj"]}
+ADALORA = {"peft_type": "ADALORA", "init_r": 3, "target_r": 1, "target_modules": ["q_proj"], "lora_dropout": 0.2}
 
 
 def train(folder, config, *, inputs, **hooks):
@@ -85,7 +88,8 @@ def finished(make_config, inputs, tmp_path_factory):
 
 def settings_of(method):
     """What names a method; the embedded model has no biases, so its norms train."""
-    return {"method": method} | ({"method.train": "biases_and_norms"} if method == "bitfit" else {})
+    more = {"bitfit": {"method.train": "biases_and_norms"}, "peft": {"method.config": VERA}}
+    return {"method": method} | more.get(method, {})
 
 
 @pytest.mark.parametrize("method", KEPT)
@@ -272,6 +276,8 @@ RESUMED = [
     pytest.param({"method": "full", "optim.lr": 1e-3}, [3], id="full"),
     pytest.param(settings_of("bitfit"), [3], id="bitfit"),
     pytest.param({"method": "intrinsic"}, [3], id="intrinsic"),
+    pytest.param(settings_of("peft"), [3], id="peft"),
+    pytest.param({**settings_of("peft"), "method.config": ADALORA}, [3], id="peft, with ranks that training drops"),
     pytest.param({"optim.lr_ratio_b": 4.0, "schedule": "cosine", "optim.weight_decay": 0.1}, [3], id="two groups"),
 ]
 

@@ -41,7 +41,7 @@ COMPONENTS: Mapping[str, frozenset[str]] = {
     **dict.fromkeys(("schedule", "sampler", "pruner", "trainer.profiler", "trainer.strategy"), frozenset[str]()),
 }
 """Settings that may name a class by `_target_`, each with the keys that lorasweep reads and the class does not get."""
-MAPPINGS = ("method.rank_pattern", "method.alpha_pattern", "worker.extra")
+MAPPINGS = ("method.rank_pattern", "method.alpha_pattern", "method.config", "worker.extra")
 """Settings that are mappings with the user's own keys, such as names of layers."""
 LIST_GROUPS = ("logger", "callbacks")
 """Groups that hold several named components. Several options may be chosen: `logger=[tensorboard,csv]`."""

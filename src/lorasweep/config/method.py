@@ -134,4 +134,13 @@ class FrozenConfig:
     name: Literal["frozen"] = "frozen"
 
 
-MethodConfig = LoraConfig | FullConfig | HeadConfig | BitfitConfig | IntrinsicConfig | FrozenConfig
+@dataclass(frozen=True, kw_only=True)
+class PeftConfig:
+    """Settings of an adapter that the package PEFT makes (extra `peft`). Its trials run alone."""
+
+    name: Literal["peft"] = "peft"
+    config: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    """`peft_type`, such as VERA, ADALORA or IA3, and the settings of PEFT's configuration of that type."""
+
+
+MethodConfig = LoraConfig | FullConfig | HeadConfig | BitfitConfig | IntrinsicConfig | FrozenConfig | PeftConfig

@@ -77,7 +77,7 @@ def config_to_peft(layers: Mapping[str, LoraLayer], model: nn.Module, *, base_pa
     alpha = Counter(alphas.values()).most_common(1)[0][0]
     return {
         "peft_type": "LORA",
-        "task_type": _find_task_type(model),
+        "task_type": find_task_type(model, has_trained_modules=bool(trained_modules(model))),
         "base_model_name_or_path": base_path,
         "inference_mode": True,
         "r": rank,
@@ -152,14 +152,14 @@ def _compute_alpha(layer: LoraLayer, rank: int) -> float:
     return layer.target.alpha * (ratio if layer.config.scaling == "alpha_over_rank" else math.sqrt(ratio))
 
 
-def _find_task_type(model: nn.Module) -> str | None:
+def find_task_type(model: nn.Module, *, has_trained_modules: bool) -> str | None:
     """Returns PEFT's task name of a transformers model, for `AutoPeftModelFor...`; None if there is no such name.
 
     A classifier without a trained module gets None, because PEFT assumes that the head of a SEQ_CLS model has trained.
     """
     name = type(model).__name__
     if name.endswith("ForSequenceClassification"):
-        return "SEQ_CLS" if trained_modules(model) else None
+        return "SEQ_CLS" if has_trained_modules else None
     if name.endswith("ForConditionalGeneration"):
         return "SEQ_2_SEQ_LM" if getattr(getattr(model, "config", None), "is_encoder_decoder", False) else None
     return "CAUSAL_LM" if name.endswith(("ForCausalLM", "LMHeadModel")) else None

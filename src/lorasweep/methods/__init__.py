@@ -11,10 +11,19 @@ from lorasweep.methods.head import HeadMethod
 from lorasweep.methods.intrinsic import IntrinsicMethod
 from lorasweep.methods.lora import LoraMethod, add_head_to_modules_to_save
 from lorasweep.methods.method import Method, ParameterGroup, copy_sharing_weights, draw_head
+from lorasweep.methods.peft import PeftMethod
 
 METHODS: Mapping[str, Method] = {
     method.name: method
-    for method in (LoraMethod(), FullMethod(), HeadMethod(), BitfitMethod(), IntrinsicMethod(), FrozenMethod())
+    for method in (
+        LoraMethod(),
+        FullMethod(),
+        HeadMethod(),
+        BitfitMethod(),
+        IntrinsicMethod(),
+        FrozenMethod(),
+        PeftMethod(),
+    )
 }
 
 __all__ = [

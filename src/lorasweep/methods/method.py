@@ -130,6 +130,20 @@ class Method(ABC):
         """
         round_to_frozen_dtype(model)
 
+    def penalty(self, model: nn.Module) -> Tensor | None:
+        """Returns what the method adds to the loss of each step; None for nothing."""
+        return None
+
+    def end_step(self, model: nn.Module, *, step: int, max_steps: int) -> None:  # noqa: B027
+        """Is called after each optimizer step, when gradients are still there. `step` counts from 1."""
+
+    def training_state(self, model: nn.Module) -> dict[str, Any]:
+        """Returns what a checkpoint must keep besides the trained parameters."""
+        return {}
+
+    def load_training_state(self, model: nn.Module, state: Mapping[str, Any]) -> None:  # noqa: B027
+        """Restores what `training_state` returned."""
+
     def _get_tensors_to_save(self, model: nn.Module) -> dict[str, Tensor]:
         """Returns the tensors to save by name. They share memory with the model, so `load` can write into them."""
         return {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}

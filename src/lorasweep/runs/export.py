@@ -8,7 +8,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -148,9 +148,10 @@ def _check_request(config: RunConfig, *, format: ExportFormat, out: Path, dtype:
         raise ConfigError(
             f"a run must have trained something to be exported, but got `method=frozen`. Use {config.model.path!r}."
         )
-    if format == "peft" and method != "lora":
+    if format == "peft" and method not in ("lora", "peft"):
         raise ConfigError(
-            f"`--format peft` must have a run of `method=lora`, but got {method!r}. Use `--format merged`."
+            f"`--format peft` must have a run of `method=lora` or `method=peft`, but got {method!r}. "
+            "Use `--format merged`."
         )
     require_new_folder(out, key="--out", remedy="Name another folder.")
 
@@ -161,16 +162,21 @@ def _export_adapter(
     """Writes the adapter. Returns the logits of the run, and of the base with the written adapter."""
     base = restore_base(record, config)
     model = _restore(config, base, best)
-    save_adapter(
-        model,
-        folder,
-        base_path=base_path,
-        base_fingerprint=base.fingerprint,
-        base_revision=config.model.revision,
-    )
     written = copy_sharing_weights(base.model)
     assert isinstance(written, PreTrainedModel)
-    load_adapter(written, folder, base_fingerprint=base.fingerprint)
+    if config.method.name == "peft":
+        METHODS["peft"].save(model, folder, base=replace(base, path=base_path))
+        METHODS["peft"].load(written, folder)
+        written.train(False)
+    else:
+        save_adapter(
+            model,
+            folder,
+            base_path=base_path,
+            base_fingerprint=base.fingerprint,
+            base_revision=config.model.revision,
+        )
+        load_adapter(written, folder, base_fingerprint=base.fingerprint)
     return compute_probe_logits(model), compute_probe_logits(written)
 
 

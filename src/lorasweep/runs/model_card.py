@@ -11,6 +11,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from lorasweep.config.compose import dotted_items
+from lorasweep.config.method import PeftConfig
 from lorasweep.config.model import ModelConfig
 from lorasweep.config.run import RunConfig
 from lorasweep.models.folder import EMBEDDED_PREFIX, find_local_path
@@ -77,7 +78,8 @@ def build_card(
         ]
         or None,
     )
-    what = f"An adapter (LoRA, {dtype}) for" if format == "peft" else f"A model ({dtype}, merged) fine-tuned from"
+    kind = config.method.config["peft_type"] if isinstance(config.method, PeftConfig) else "LoRA"
+    what = f"An adapter ({kind}, {dtype}) for" if format == "peft" else f"A model ({dtype}, merged) fine-tuned from"
     sections = {
         "How to load": _describe_loading(record, config.model, format=format, repository=repository),
         "Base model": _describe_base(record, config.model),

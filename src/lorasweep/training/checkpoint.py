@@ -29,6 +29,7 @@ _CONTENT: Mapping[CheckpointKind, Mapping[str, type]] = {
         "loops": dict,
         "base": str,
         "progress": dict,
+        "method": dict,
         "dropout_streams": list,
     },
     "slot": {"adapter": dict, "optimizer": dict, "progress": dict, "stream": Tensor},

@@ -160,6 +160,8 @@ class TrainingModule(lightning.LightningModule):
         self._micro_losses.append(share.detach())
         self._micro_tokens.append(batch["num_tokens"])
         self._micro_positions += batch["input_ids"].numel() if "input_ids" in batch else int(batch["num_tokens"])
+        if (penalty := self.method.penalty(self.model)) is not None:
+            share = share + penalty / (self.accumulate * self.trainer.world_size)
         # Each share is already divided by the weight of the whole step, so shares must be added up. Lightning averages
         # over micro-batches, and its strategies average over processes, which this factor reverses.
         return share * self.accumulate * self.trainer.world_size
@@ -183,6 +185,12 @@ class TrainingModule(lightning.LightningModule):
         # logged loss is their mean, too.
         self.log("train/loss", losses.sum().float() * (self.accumulate / len(losses)), prog_bar=True)
         self.log("train/lr", optimizer.param_groups[0]["lr"])
+
+    def optimizer_step(self, *arguments: Any, **named: Any) -> None:
+        super().optimizer_step(*arguments, **named)
+        # the Trainer counts the step afterwards
+        step = self.trainer.global_step + 1
+        self.method.end_step(self.model, step=step, max_steps=self.trainer.max_steps)
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         self.progress.train_s += time.perf_counter() - self._step_began
@@ -247,6 +255,7 @@ class TrainingModule(lightning.LightningModule):
             dist.all_gather_object(streams, streams[0])
         checkpoint["base"] = self.base.fingerprint
         checkpoint["progress"] = self.progress.state()
+        checkpoint["method"] = self.method.training_state(self.model)
         # a resumed run must draw the masks that the run would have drawn, on every process
         checkpoint["dropout_streams"] = streams
 
@@ -257,6 +266,7 @@ class TrainingModule(lightning.LightningModule):
                 f"{checkpoint['base']!r}), but {self.base.path!r} has {self.base.fingerprint!r}."
             )
         self.progress = TrainingProgress.from_state(checkpoint["progress"])
+        self.method.load_training_state(self.model, checkpoint["method"])
         streams = checkpoint["dropout_streams"]
         if self._trainer is not None and self.global_rank < len(streams):  # the checkpoint may have fewer processes
             torch.set_rng_state(streams[self.global_rank])

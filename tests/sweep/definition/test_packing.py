@@ -86,6 +86,23 @@ def test_notes_say_why_trials_run_alone(write_file, content):
     assert explain_solo_arms(read_definition(write_file(content), ["worker.pack_size=1"])) == []
 
 
+def test_an_adapter_of_peft_trains_alone_and_its_keys_are_swept(write_file, content):
+    content["arms"]["lora"] = {
+        "settings": {"method": "peft", "method.config": {"peft_type": "VERA", "target_modules": ["q_proj"]}},
+        "space": {"method.config.r": [8, 16], "optim.lr": {"low": 1e-3, "high": 1e-2, "log": True}},
+        "trials": 4,
+    }
+    definition = read_definition(write_file(content), ["method.config.d_initial=0.2", "worker.pack_size=auto"])
+    arm = next(arm for arm in definition.arms if arm.name == "lora")
+    whole = {"peft_type": "VERA", "target_modules": ["q_proj"], "d_initial": 0.2}
+    assert {config.method.config["r"] for config in arm.corners} == {8, 16}
+    assert all(config.method.config == {**whole, "r": config.method.config["r"]} for config in arm.corners)
+    (note,) = explain_solo_arms(definition)
+    assert note.startswith("`lora`: its trials run alone. `method=peft` trains one adapter at a time through PEFT")
+    reason = "`method=peft` trains one adapter at a time through PEFT; only `method=lora` shares packs."
+    assert f"`lora`: trials run alone. {reason}" in explain_packing(definition)
+
+
 def test_arms_with_other_loggers_share_a_pack(write_file, content):
     content["arms"]["lora"]["settings"]["logger"] = ["tensorboard", "csv"]
     content["arms"]["other"] = {"settings": {"method": "lora", "logger": "none"}, "trials": 1}

@@ -159,6 +159,8 @@ def measure_run(run: FinishedRun, inputs: RunInputs, *, scores: bool) -> Inspect
     """
     config, record = run.config, run.record
     model = restore_trained(run, inputs.base)
+    if config.method.name == "peft":
+        METHODS["peft"].merge(model)  # the updates are read from plain weights
     updates = read_weight_updates(model, build_initial_model(run, inputs.base))
     if getattr(config.method, "init", None) == "pissa":
         # A stored adapter of PiSSA is [A, A0] and [B, -B0], so it has twice the trained rank.

@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from lorasweep.config.components import Component
-from lorasweep.config.method import LoraConfig
+from lorasweep.config.method import LoraConfig, PeftConfig
 from lorasweep.config.run import RunConfig
 from lorasweep.errors import ConfigError
 from lorasweep.lora.packed.inject import why_not_packable
@@ -127,7 +127,7 @@ def explain_solo_arms(definition: Definition) -> list[str]:
         f"`{arm.name}`: its trials run alone. {plans[arm.name].reason}"
         for arm in definition.arms
         if plans[arm.name].key is None
-        and isinstance(plans[arm.name].largest.method, LoraConfig)
+        and isinstance(plans[arm.name].largest.method, LoraConfig | PeftConfig)
         and arm.sweep_config.worker.pack_size != 1
         and arm.trials > 1
     ]
@@ -193,6 +193,9 @@ def _list_obstacles(arm: Arm) -> list[str]:
 
 def _list_run_obstacles(config: RunConfig) -> Iterator[str]:
     method, trainer = config.method, config.trainer
+    if isinstance(method, PeftConfig):
+        yield "`method=peft` trains one adapter at a time through PEFT; only `method=lora` shares packs."
+        return
     if not isinstance(method, LoraConfig):
         yield f"`method={method.name}` has no slots on a frozen base; only `method=lora` has."
         return  # no other setting would change that

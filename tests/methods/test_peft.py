@@ -1,0 +1,164 @@
+"""Adapters of PEFT: they leave the shared base alone, come back as they were, and PEFT loads the files."""
+
+import contextlib
+import copy
+
+import peft
+import pytest
+import torch
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from transformers import BertConfig, BertForSequenceClassification
+
+from lorasweep.config.method import PeftConfig
+from lorasweep.errors import ConfigError
+from lorasweep.methods import METHODS, copy_sharing_weights
+from lorasweep.methods.peft import get_wrapper
+
+from .conftest import TOKENS, make_base, prepare, train
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # what PEFT calls
+METHOD = METHODS["peft"]
+TARGETS = {"target_modules": ["q_proj", "down_proj"]}
+LORA = {"peft_type": "LORA", "r": 2, **TARGETS}
+ADALORA = {"peft_type": "ADALORA", "init_r": 4, "target_r": 2, **TARGETS}
+KINDS = {
+    "vera": {"peft_type": "VERA", "r": 4, **TARGETS},
+    "ia3": {"peft_type": "IA3", **TARGETS, "feedforward_modules": ["down_proj"]},
+    "adalora": {**ADALORA, "total_step": 8},
+    "vblora": {"peft_type": "VBLORA", "vector_length": 4, "num_vectors": 8, **TARGETS},  # shares one parameter
+    "norms": {"peft_type": "LN_TUNING"},
+    "pissa": {**LORA, "init_lora_weights": "pissa"},  # writes into the base
+    "olora": {**LORA, "init_lora_weights": "olora"},
+    "tied": {**LORA, "target_modules": ["lm_head"]},
+    "whole head": {**LORA, "modules_to_save": ["lm_head"]},
+}
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings:UserWarning")  # PEFT, when it loads them
+@pytest.mark.filterwarnings("ignore:Unsupported layer type:UserWarning")
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_adapter_trains_alone_and_comes_back_here_and_in_peft(kind, tmp_path):
+    base = make_base(dtype=torch.float32)
+    before = copy.deepcopy(base.model.state_dict())
+    config = PeftConfig(config=KINDS[kind])
+    METHOD.check(base.model, config)
+    model = prepare(base, "peft", config=config)
+    losses = train(model, "peft")
+    assert losses[-1] < losses[0]
+    assert train(prepare(base, "peft", config=config), "peft") == losses
+    METHOD.save(model, tmp_path, base=base)
+    loaded = copy_sharing_weights(base.model)
+    METHOD.load(loaded, tmp_path)
+    expected = model.eval()(input_ids=TOKENS).logits
+    assert torch.equal(loaded.eval()(input_ids=TOKENS).logits, expected)
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base.model), tmp_path).eval()
+    assert torch.equal(theirs(input_ids=TOKENS).logits, expected)
+    METHOD.merge(loaded)
+    # fp32: sums in another order, through two blocks
+    torch.testing.assert_close(loaded(input_ids=TOKENS).logits, expected, rtol=1e-4, atol=1e-4)
+    assert not any("default" in name for name in loaded.state_dict())
+    assert all(torch.equal(before[name], tensor) for name, tensor in base.model.state_dict().items())
+    assert not any(parameter.requires_grad for parameter in base.model.parameters())
+
+
+def test_only_fp32_values_train_on_a_bf16_base_and_adaloras_ranks_do_not():
+    model = prepare(make_base(), "peft", config=PeftConfig(config=ADALORA))
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert {p.dtype for p in trained.values()} == {torch.float32}
+    assert not any("ranknum" in name for name in trained)
+
+
+def test_adalora_drops_ranks_and_adds_its_penalty():
+    base = make_base(dtype=torch.float32)
+    model = prepare(base, "peft", config=PeftConfig(config=ADALORA))
+    wrapper = get_wrapper(model)
+    output = wrapper(input_ids=TOKENS, labels=TOKENS)  # PEFT adds the penalty to a loss of the model
+    plain = model(input_ids=TOKENS, labels=TOKENS)
+    torch.testing.assert_close(METHOD.penalty(model), output.loss - plain.loss, rtol=1e-4, atol=1e-5)
+    for step in range(1, 6):
+        (model(input_ids=TOKENS, labels=TOKENS).loss + METHOD.penalty(model)).backward()
+        METHOD.end_step(model, step=step, max_steps=5)
+        model.zero_grad()
+    kept = wrapper.peft_config["default"].rank_pattern
+    assert sum(map(sum, kept.values())) == 2 * len(kept) == 8
+    assert wrapper.peft_config["default"].total_step == 5
+    assert METHOD.penalty(prepare(base, "peft")) is None
+
+
+def test_a_schedule_of_adalora_that_does_not_fit_the_steps_is_refused():
+    model = prepare(make_base(dtype=torch.float32), "peft", config=PeftConfig(config={**ADALORA, "tinit": 5}))
+    with pytest.raises(ConfigError, match=r"`method.config.tinit \+ method.config.tfinal < 5` .* 5 and 0"):
+        METHOD.end_step(model, step=1, max_steps=5)
+
+
+def test_a_new_head_trains_and_is_saved(tmp_path):
+    torch.manual_seed(0)
+    sizes = {"num_hidden_layers": 1, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24}
+    model = BertForSequenceClassification(BertConfig(**sizes, vocab_size=32)).eval().requires_grad_(False)
+    config = PeftConfig(config={"peft_type": "IA3", "target_modules": ["key"], "feedforward_modules": []})
+    copies = [copy_sharing_weights(model) for _ in range(2)]
+    METHOD.prepare(copies[0], config, generator=torch.Generator().manual_seed(0), new_head_names=("classifier",))
+    trained = [name for name, p in copies[0].named_parameters() if p.requires_grad]
+    assert [name for name in trained if name.startswith("classifier.")]
+    with torch.no_grad():
+        for name, parameter in copies[0].named_parameters():
+            if name in trained:
+                parameter += 0.1
+    base = make_base()
+    METHOD.save(copies[0], tmp_path, base=base)
+    METHOD.load(copies[1], tmp_path)
+    assert torch.equal(copies[1].eval()(input_ids=TOKENS).logits, copies[0].eval()(input_ids=TOKENS).logits)
+    with pytest.raises(ConfigError, match="must train a new head too, which PEFT's TRAINABLE_TOKENS can't"):
+        METHOD.check(
+            model,
+            PeftConfig(config={"peft_type": "TRAINABLE_TOKENS", "token_indices": [1]}),
+            new_head_names=("classifier",),
+        )
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, "`method.config.peft_type` must be one of .*VERA.*, but got None"),
+        ({"peft_type": "vra"}, "but got 'vra'. Did you mean `VERA`"),
+        ({"peft_type": "VERA", "target_module": ["q_proj"]}, "`method.config.target_module` .*`target_modules`"),
+        (
+            {"peft_type": "VERA", "target_modules": ["q_prj"]},
+            "PEFT's VERA and the model, but: .* Did you mean `q_proj`",
+        ),
+        ({"peft_type": "VERA", "r": 0, **TARGETS}, "`method.config` must fit PEFT's VERA"),
+        ({**LORA, "task_type": "CAUSAL_LM"}, "`method.config.task_type` must be left out"),
+        ({**LORA, "bias": "all"}, "`method.config.bias` must be left out, because .*`method.bias`, but got 'all'"),
+        ({**LORA, "megatron_core": "os"}, "`method.config.megatron_core` must be left out"),
+        ({**LORA, "init_lora_weights": "eva"}, "`method.config.init_lora_weights` must need no data .* 'eva'"),
+        ({**LORA, "init_lora_weights": "olara"}, "'olara'. Did you mean `olora`"),
+        ({**LORA, "init_lora_weights": "pissa_niter_4"}, "'pissa_niter_4'"),
+        ({**ADALORA, "target_r": 4}, "`method.config.init_r > method.config.target_r` must hold, but got 4 and 4"),
+        ({"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 2}, "PREFIX_TUNING changes the model's inputs"),
+        ({"peft_type": "XLORA"}, "XLORA does not: it needs adapters that are trained"),
+    ],
+)
+def test_what_a_run_cannot_do_is_refused_by_name(settings, message):
+    base = make_base()
+    before = copy.deepcopy(base.model.state_dict())
+    with pytest.raises(ConfigError, match=message):
+        METHOD.check(base.model, PeftConfig(config=settings))
+    assert all(torch.equal(before[name], tensor) for name, tensor in base.model.state_dict().items())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="LoftQ works with a GPU")
+def test_loftq_needs_a_gpu():
+    with pytest.raises(ConfigError, match=r"`method\.config\.init_lora_weights=loftq` needs a GPU"):
+        METHOD.check(make_base().model, PeftConfig(config={**LORA, "init_lora_weights": "loftq"}))
+
+
+@pytest.mark.parametrize("kind", sorted(kind.value for kind in PEFT_TYPE_TO_CONFIG_MAPPING))
+def test_every_kind_of_peft_is_made_or_refused_without_a_change_of_the_base(kind):
+    base = make_base()
+    before = copy.deepcopy(base.model.state_dict())
+    known = PEFT_TYPE_TO_CONFIG_MAPPING[kind].__dataclass_fields__
+    settings = {key: value for key, value in {**TARGETS, "r": 2, "block_size": 4}.items() if key in known}
+    with contextlib.suppress(ConfigError):
+        prepare(base, "peft", config=PeftConfig(config={"peft_type": kind, **settings}))
+    assert all(torch.equal(before[name], tensor) for name, tensor in base.model.state_dict().items())
+    assert not any(parameter.requires_grad for parameter in base.model.parameters())
