@@ -10,7 +10,7 @@ from __future__ import annotations
 import csv
 import functools
 import glob
-import gzip
+import io
 import json
 import warnings
 import zlib
@@ -21,10 +21,11 @@ from typing import Any, NamedTuple, TextIO
 
 import pandas
 import pyarrow
-import pyarrow.parquet
 from pandas.errors import ParserError, ParserWarning
 
 from lorasweep.config.data import Delimiter, Quoting
+from lorasweep.data.reading.bounded import MAX_COLUMNS, open_bounded
+from lorasweep.data.reading.parquet import read_columns, read_names
 from lorasweep.errors import ConfigError, first_line
 from lorasweep.wording import nearest, shorten
 
@@ -58,14 +59,24 @@ def find_files(given: str, *, key: str) -> list[Path]:
     Raises:
         ConfigError: No such file exists.
     """
-    path = Path(given).expanduser()
-    if path.exists():
-        return [path]  # checked before the glob, because `odd[1].csv` may be the name of a file
-    found = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file())
-    if not found:
-        names = [str(path.parent / entry.name) for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise ConfigError(f"`{key}` must name an existing file, but got {given!r}.{nearest(given, names)}")
-    return found
+    try:
+        path = Path(given).expanduser()
+        if path.exists():  # checked before the glob, because `odd[1].csv` may be the name of a file
+            if not path.is_file() and not path.is_dir():  # reading a pipe or a device may wait or go on for ever
+                raise ConfigError(
+                    f"`{key}` must name a file or folder, but {given!r} is a pipe, a socket or a device. Write its "
+                    "content to a file."
+                )
+            return [path]
+        found = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file())
+        if not found:
+            names = [str(path.parent / entry.name) for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+            raise ConfigError(f"`{key}` must name an existing file, but got {given!r}.{nearest(given, names)}")
+        return found
+    except (OSError, RuntimeError) as error:  # a folder is closed to this user, a name is too long, ~USER is unknown
+        raise ConfigError(
+            f"`{key}` must name an existing file, but got {shorten(given, 400)}: {first_line(error)}."
+        ) from error
 
 
 def find_tables(given: str, *, key: str) -> list[Path]:
@@ -98,15 +109,18 @@ def refuse_unreadable(path: Path, *, kind: str) -> Iterator[None]:
         raise
     except UnicodeDecodeError as error:
         raise ConfigError(f"{str(path)!r} must be a {kind} in UTF-8, but {error}. Save it as UTF-8.") from error
-    except (OSError, EOFError, ValueError, RecursionError, zlib.error, pyarrow.ArrowException) as error:
+    except (OSError, EOFError, ValueError, OverflowError, RecursionError, zlib.error, pyarrow.ArrowException) as error:
         raise ConfigError(f"{str(path)!r} must be a {kind}, but can't be read: {first_line(error)}.") from error
 
 
-def open_text(path: Path) -> TextIO:
-    """Opens a UTF-8 file, also one compressed by gzip, without its byte order mark. Line ends stay as they are."""
-    if path.suffix.lower() == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8-sig", newline="\n")
-    return path.open(encoding="utf-8-sig", newline="\n")
+def open_text(path: Path, *, counts_values: bool = False) -> TextIO:
+    """Opens a UTF-8 file, also one compressed by gzip, without its byte order mark. Line ends stay as they are.
+
+    Args:
+        path: A regular file.
+        counts_values: Whether the number of values is limited too, as it is for tables.
+    """
+    return io.TextIOWrapper(open_bounded(path, counts_values=counts_values), encoding="utf-8-sig", newline="\n")
 
 
 def read_text(path: Path) -> str:
@@ -134,17 +148,24 @@ def open_delimited(path: Path, *, columns: Sequence[str] | None, delimiter: Deli
     """
     default_delimiter, default_quoting = DEFAULT_RULES[find_kind(path)]
     is_quoted = (default_quoting if quoting == "auto" else quoting) == "csv"
-    read_csv = functools.partial(
-        pandas.read_csv,
-        path,
-        sep=DELIMITERS[default_delimiter if delimiter == "auto" else delimiter],
-        quoting=csv.QUOTE_MINIMAL if is_quoted else csv.QUOTE_NONE,
-        dtype=object,  # texts, not numbers or dates
-        na_filter=False,  # otherwise the text NA would be lost
-        index_col=False,  # otherwise the first field would be lost in a file whose rows are longer than its header
-        encoding="utf-8-sig",
-        low_memory=False,  # otherwise pandas reads and checks the file in chunks
-    )
+    separator = DELIMITERS[default_delimiter if delimiter == "auto" else delimiter]
+    with open_text(path) as file:
+        if file.readline().count(separator) >= MAX_COLUMNS:
+            raise ConfigError(f"{str(path)!r} must have at most {MAX_COLUMNS:,} columns, but its first line has more.")
+    options: dict[str, Any] = {
+        "sep": separator,
+        "quoting": csv.QUOTE_MINIMAL if is_quoted else csv.QUOTE_NONE,
+        "dtype": object,  # texts, not numbers or dates
+        "na_filter": False,  # otherwise the text NA would be lost
+        "index_col": False,  # otherwise the first field would be lost in a file whose rows are longer than its header
+        "encoding": "utf-8-sig",
+        "low_memory": False,  # otherwise pandas reads and checks the file in chunks
+    }
+
+    def read_csv(**more: Any) -> pandas.DataFrame:
+        with open_bounded(path, counts_values=True) as file:
+            return pandas.read_csv(file, **options, **more)
+
     first_row = [str(value).strip() for value in read_csv(header=None, nrows=1).iloc[0]]
     names = first_row if columns is None else list(columns)
     if len(names) != len(first_row):
@@ -196,13 +217,15 @@ def open_json(path: Path) -> TableFile:
 
 
 def _iterate_json(path: Path) -> Iterator[Mapping[str, Any]]:
-    with open_text(path) as file:
+    with open_text(path, counts_values=True) as file:
         for number, line in enumerate(file, start=1):  # only "\n" ends a line, because a text may contain U+2028
+            if not line.strip():
+                continue
             if line.lstrip().startswith("["):
                 rows = json.loads(line + file.read())
             else:
                 try:
-                    rows = [json.loads(line)] if line.strip() else []
+                    rows = [json.loads(line)]
                 except json.JSONDecodeError as error:
                     place = f"line {number} of {str(path)!r}"
                     raise ConfigError(f"{place} must be JSON, but can't be read: {error}.") from error
@@ -216,11 +239,6 @@ def open_parquet(path: Path) -> TableFile:
     """Opens a parquet file.
 
     Raises:
-        OSError, pyarrow.ArrowException: The file can't be read.
+        OSError, ValueError, pyarrow.ArrowException: The file can't be read.
     """
-
-    def read(chosen: Sequence[str]) -> Columns:
-        columns: Columns = pyarrow.parquet.read_table(path, columns=list(chosen)).to_pydict()
-        return columns
-
-    return TableFile(pyarrow.parquet.read_schema(path).names, read)
+    return TableFile(read_names(path), functools.partial(read_columns, path))

@@ -8,7 +8,7 @@ from collections import Counter
 from typing import Any
 
 from lorasweep.config.data import TableConfig, check_label_settings
-from lorasweep.data.reading.labels import LabelEncoder, is_missing, learn_labels
+from lorasweep.data.reading.labels import LabelEncoder, check_label, learn_labels
 from lorasweep.data.reading.splitting import build_source, content_key
 from lorasweep.data.reading.tables import choose_columns, open_tables, parse_rows, require_text
 from lorasweep.data.source import DataSource, Label, LabelledText
@@ -56,8 +56,7 @@ def _content_key(item: LabelledText) -> int:
 def _check_row(values: tuple[Any, ...], config: TableConfig) -> tuple[Any, ...]:
     """Returns the text, the second text if there is one, and the label; raises ValueError if one of them is missing."""
     *texts, label = values
-    if is_missing(label, task=config.task):
-        raise ValueError(f"must have a label in column {config.label!r}, but has {label!r}")
+    check_label(label, column=config.label, task=config.task)
     return (*map(require_text, texts), label)
 
 

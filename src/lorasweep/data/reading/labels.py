@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lorasweep.config.data import LabelTask
+from lorasweep.data.reading.tables import check_plain
 from lorasweep.data.source import Label
 from lorasweep.errors import ConfigError
 from lorasweep.wording import nearest, shorten
@@ -17,6 +18,11 @@ SEPARATORS = ("|", ";", ",")
 MAX_SINGLE_CLASSES = 20
 """With more classes than this, each must have two examples on average, unless `data.task` is set. Otherwise the column
 is probably a number or a text and not a label."""
+
+MAX_NUMBER = 1e18
+"""Highest number, positive or negative, that regression predicts. The loss squares it, and 1e36 is finite in fp32."""
+MAX_DIGITS = 1000
+"""A name of more digits is sorted as a text. Python refuses to read more than 4,300 digits as a number."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +128,14 @@ def is_missing(value: Any, *, task: str) -> bool:
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
+def check_label(value: Any, *, column: str, task: str) -> None:
+    """Raises ValueError if a row has no label, or none that can be the name of a class or a number."""
+    if is_missing(value, task=task):
+        raise ValueError(f"must have a label in column {column!r}, but has {value!r}")
+    for item in value if isinstance(value, list) else [value]:
+        check_plain(item)
+
+
 def split_names(value: Any, task: LabelTask, separator: str) -> list[str]:
     """Returns the names of the classes in a label: exactly one name, unless the task is `multi_label`."""
     if task == "multi_label" and isinstance(value, str):
@@ -138,7 +152,8 @@ def _to_name(value: Any) -> str:
 
 def _sort_key(name: str) -> tuple[float, str]:
     """Sorts whole numbers by value, so that 9 comes before 10, and names after them."""
-    return (int(name) if name.removeprefix("-").isdecimal() else math.inf, name)
+    is_number = name.removeprefix("-").isdecimal() and len(name) <= MAX_DIGITS
+    return (int(name) if is_number else math.inf, name)
 
 
 def _parse_number(value: Any) -> float:
@@ -147,6 +162,6 @@ def _parse_number(value: Any) -> float:
             number = float(value)
         except (ValueError, OverflowError):
             number = math.nan
-        if math.isfinite(number):
+        if abs(number) <= MAX_NUMBER:
             return number
-    raise ValueError(f"must have a finite number as label, but has {shorten(value)}")
+    raise ValueError(f"must have a finite number up to {MAX_NUMBER:g} as label, but has {shorten(value)}")

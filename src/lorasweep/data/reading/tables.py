@@ -225,6 +225,7 @@ def parse_rows(table: Table, parse: Callable[..., T]) -> tuple[list[T], list[str
 
 
 def _require_group(value: Any) -> str:
+    check_plain(value)
     if value is None or not str(value).strip():
         raise ValueError(f"must have a value in the column of `data.group`, but has {value!r}")
     return str(value).strip()
@@ -234,7 +235,18 @@ def require_text(value: Any) -> str:
     """Returns a value that is a text and not blank; raises ValueError otherwise."""
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"must have a text, but has {shorten(value)}")
+    check_plain(value)
     return value
+
+
+def check_plain(value: Any) -> None:
+    """Raises ValueError if a value is a list, a mapping or bytes, or a text with half of a surrogate pair."""
+    if isinstance(value, list | tuple | dict | bytes):
+        raise ValueError(f"must have texts and numbers, but has {shorten(value)}")
+    try:
+        str(value).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"must have texts in valid Unicode, but has {shorten(value)}") from error
 
 
 def choose_columns(wanted: Iterable[tuple[str, str | None]], names: Sequence[str], source: str) -> list[str]:
