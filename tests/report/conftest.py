@@ -21,6 +21,7 @@ from lorasweep.record import (
     TrialState,
     find_winners,
     list_candidates,
+    read_run,
     read_sweep,
     write_record,
 )
@@ -382,3 +383,13 @@ def add_select_stage(folder: Path, *, arm: str) -> None:
             record.select.append(row)
     write_record(record, folder)
     confirm_winners(folder)
+
+
+def add_second_objective(folder: Path) -> None:
+    """Makes the trainable parameters the second objective of a sweep, as if the search had minimised them."""
+    record = read_sweep(folder)
+    record.second_objective = "trainable_params"
+    for row in record.trials:
+        if row.state == "complete":
+            row.second_value = float(read_run(folder / row.run).trainable_params)
+    write_record(record, folder)

@@ -16,7 +16,6 @@ from lorasweep.report.figures.trials import (
     draw_score_by_lr,
     draw_score_by_rank,
     draw_tradeoff,
-    find_pareto_front,
 )
 from lorasweep.report.sweep_data import load_sweep_data
 
@@ -32,13 +31,6 @@ def test_each_arm_keeps_one_colour_of_its_own(sweep: Path) -> None:
     after = choose_colours(load_sweep_data(sweep))
     assert before == {arm: after[arm] for arm in ("frozen", "lora", "full")}
     assert len({after[f"lora-{index}"] for index in range(8)}) == 8
-
-
-def test_pareto_front_keeps_what_nothing_beats_in_both(sweep: Path) -> None:
-    trial = load_sweep_data(sweep).trials[0]
-    points = [(cost, trial, score) for cost, score in ((3, 1.0), (1, 2.0), (2, 2.5), (2, 1.5), (4, 1.0))]
-    assert [(cost, score) for cost, _, score in find_pareto_front(points, sign=1)] == [(1, 2.0), (2, 1.5), (3, 1.0)]
-    assert [(cost, score) for cost, _, score in find_pareto_front(points, sign=-1)] == [(1, 2.0), (2, 2.5)]
 
 
 def test_diverged_score_does_not_flatten_the_others_and_is_counted(sweep: Path) -> None:

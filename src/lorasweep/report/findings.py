@@ -12,6 +12,7 @@ from lorasweep.config.sweep import parse_margin
 from lorasweep.report.advice import Advice
 from lorasweep.report.evidence.verdicts import LEVEL, PairComparison
 from lorasweep.report.fairness import Fairness
+from lorasweep.report.front import Front
 from lorasweep.report.learning import Learning
 from lorasweep.report.search_spread import SearchSpread
 from lorasweep.report.sweep_data import MIN_SHARE_TRIALS, ArmData, SweepData, TrialData
@@ -46,7 +47,12 @@ class ArmScore:
 
 
 def describe_findings(
-    data: SweepData, advice: Advice, fairness: Fairness, spread: SearchSpread | None, learning: Learning
+    data: SweepData,
+    advice: Advice,
+    fairness: Fairness,
+    spread: SearchSpread | None,
+    learning: Learning,
+    front: Front | None,
 ) -> list[str]:
     """Returns the sentences, the most important first. The headline of a failure stands above them."""
     is_confirmed = bool(data.evidence.arms)
@@ -56,6 +62,7 @@ def describe_findings(
         *learning.warnings,
         *data.evidence.warnings,
         *(rank.sentence for rank in advice.ranks),
+        *([front.sentence] if front else []),
         *([advice.dimension.sentence] if advice.dimension else []),
         *_describe_unknown_shares(data),
         *_describe_effort(data),

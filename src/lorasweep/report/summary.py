@@ -10,6 +10,7 @@ from lorasweep.record import SweepRecord, measure_stage_occupancy
 from lorasweep.report.advice import Advice, advise
 from lorasweep.report.fairness import Fairness, judge_fairness
 from lorasweep.report.findings import describe_findings
+from lorasweep.report.front import Front, find_front
 from lorasweep.report.learning import Learning, judge_learning
 from lorasweep.report.recommend import Recommendation, recommend
 from lorasweep.report.search_spread import SearchSpread, measure_search_spread
@@ -56,6 +57,8 @@ class Summary:
     """None if the record does not hold the worker's times."""
     spread: SearchSpread | None
     """How much the scores vary from search to search; None without two finished searches."""
+    front: Front | None
+    """The Pareto fronts of a sweep with two objectives."""
     sentences: tuple[str, ...]
     recommended: tuple[Recommendation, ...]
     """The settings to use; a second entry has those for LoRA if another method is recommended. Empty if nothing was
@@ -96,6 +99,7 @@ class Summary:
             "advice": asdict(self.advice),
             "fairness": asdict(self.fairness),
             "searches": asdict(self.spread) if self.spread else None,
+            "front": asdict(self.front) if self.front else None,
             "time": asdict(self.time) if self.time else None,
         }
 
@@ -108,7 +112,7 @@ def summarize(folder: Path) -> Summary:
     """
     data = load_sweep_data(folder)
     learning, advice = judge_learning(data), advise(data)
-    fairness, spread = judge_fairness(data), measure_search_spread(data)
+    fairness, spread, front = judge_fairness(data), measure_search_spread(data), find_front(data)
     return Summary(
         data=data,
         learning=learning,
@@ -116,7 +120,8 @@ def summarize(folder: Path) -> Summary:
         fairness=fairness,
         time=break_down_time(data.record),
         spread=spread,
-        sentences=tuple(describe_findings(data, advice, fairness, spread, learning)),
+        front=front,
+        sentences=tuple(describe_findings(data, advice, fairness, spread, learning, front)),
         recommended=tuple(recommend(data)),
     )
 

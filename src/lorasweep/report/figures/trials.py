@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import plotly.graph_objects as go
 
+from lorasweep.pareto import find_pareto_front
 from lorasweep.report.advice import advise
 from lorasweep.report.figures.confirmed import draw_confirmed_by_rank, name_rank_group
 from lorasweep.report.figures.panel import (
@@ -37,6 +39,8 @@ COSTS = (
     ("wall_s", 1, "time of the run (s)"),
 )
 """The field of a run's record, the value of one unit on the axis, and the axis title."""
+OTHER_COSTS = {"tokens_trained": (("tokens_trained", 1, "training tokens"),)}
+"""Costs that are drawn only if they are the second objective."""
 
 
 def draw_score_by_rank(data: SweepData) -> Panel:
@@ -149,39 +153,45 @@ def draw_tradeoff(data: SweepData) -> Panel:
     ]
     if not any(trained):
         return Panel(key="tradeoff", title=title, text="No complete trial that trains something has a readable record.")
-    for field, unit, axis in COSTS:
+    objective = data.record.second_objective
+    # the second objective comes first
+    for field, unit, axis in sorted([*COSTS, *OTHER_COSTS.get(objective, ())], key=lambda cost: cost[0] != objective):
         groups = [[(getattr(run, field) / unit, t, v) for t, run, v in arm if v is not None] for arm in trained]
         shown, left_out = select_points(groups, data)
-        figures.append(_draw_cost(axis, groups, shown, data))
+        figures.append(_draw_cost(axis, groups, shown, data, has_arm_fronts=field == objective))
+    arm_fronts = "" if objective == "none" else " In the first figure, dotted lines are the fronts of single arms."
     return Panel(
         key="tradeoff",
         title=title,
         text=(
             "Complete trials against their cost. The stepped line is the Pareto front: no trial is both cheaper and "
-            f"better than a point on it. Click a point to open its run's folder.{left_out}"
+            f"better than a point on it.{arm_fronts} Click a point to open its run's folder.{left_out}"
         ),
         figures=tuple(figures),
     )
 
 
-def find_pareto_front(points: Sequence[Point], *, sign: int) -> list[Point]:
-    """Returns the points that no other beats in cost and score, by rising cost. Lower `sign * score` is better."""
-    front: list[Point] = []
-    for point in sorted(points, key=lambda point: (point[0], sign * point[2])):
-        if not front or sign * point[2] < sign * front[-1][2]:
-            front.append(point)
-    return front
-
-
 def _draw_cost(
-    axis: str, groups: Sequence[Sequence[Point]], shown: Sequence[Sequence[Point]], data: SweepData
+    axis: str,
+    groups: Sequence[Sequence[Point]],
+    shown: Sequence[Sequence[Point]],
+    data: SweepData,
+    *,
+    has_arm_fronts: bool,
 ) -> go.Figure:
     figure, colours = build_figure(data, x_title=axis, height=340), choose_colours(data)
     figure.update_xaxes(type="log" if "log" in axis else "linear", exponentformat="SI")
     points = [point for group in groups for point in group]
-    front = find_pareto_front(points, sign=data.sign)
-    x, y = [cost for cost, _, _ in front], [score for _, _, score in front]
-    add_line(figure, x, y, "#868e96", "Pareto front", showlegend=True, line={"width": 1.5, "shape": "hv"})
+
+    def add_front(of: Sequence[Point], colour: str, name: str, *, showlegend: bool = False, **line: Any) -> None:
+        front = find_pareto_front(of, costs=lambda point: (point[0], data.sign * point[2]))
+        x, y = [cost for cost, _, _ in front], [score for _, _, score in front]
+        add_line(figure, x, y, colour, name, showlegend=showlegend, line={"width": 1.5, "shape": "hv"} | line)
+
+    add_front(points, "#868e96", "Pareto front", showlegend=True)
+    for arm, group in zip(data.arms, groups, strict=True):
+        if has_arm_fronts and group:
+            add_front(group, colours[arm.name], arm.name, dash="dot")
     for arm, dots in zip(data.arms, shown, strict=True):
         if dots:
             add_points(figure, dots, colours[arm.name], arm.name, showlegend=True)
