@@ -117,10 +117,16 @@ def test_peft_loads_the_adapter_onto_its_base_with_the_same_logits(trained, tmp_
 
 
 @pytest.mark.filterwarnings("ignore:The following rank_pattern keys:RuntimeWarning")  # PEFT, of AdaLoRA's own keys
-@pytest.mark.parametrize("kind", ["VERA", "ADALORA"])
-def test_an_adapter_that_peft_trained_is_exported_for_peft_and_merged(trained, tmp_path, kind):
-    config = {"peft_type": kind, "target_modules": ["q_proj", "down_proj"]}
-    config |= {"r": 8} if kind == "VERA" else {"init_r": 3, "target_r": 1}
+@pytest.mark.parametrize(
+    ("kind", "more"),
+    [
+        ("VERA", {"r": 8}),
+        ("ADALORA", {"init_r": 3, "target_r": 1}),
+        ("LORA", {"r": 2, "init_lora_weights": "eva"}),
+    ],
+)
+def test_an_adapter_that_peft_trained_is_exported_for_peft_and_merged(trained, tmp_path, kind, more):
+    config = {"peft_type": kind, "target_modules": ["q_proj", "down_proj"], **more}
     run = trained({"method": "peft", "method.config": config})
     written = export_run(run, format="peft", out=tmp_path / "adapter")
     assert written.difference == 0

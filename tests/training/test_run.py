@@ -38,6 +38,7 @@ KEPT = {
     "peft": {"adapter_config.json", ADAPTER},
 }
 VERA = {"peft_type": "VERA", "r": 8, "d_initial": 0.1, "target_modules": ["q_proj", "down_proj"]}
+EVA = {"peft_type": "LORA", "r": 2, "init_lora_weights": "eva", "target_modules": ["q_proj", "down_proj"]}
 ADALORA = {"peft_type": "ADALORA", "init_r": 3, "target_r": 1, "target_modules": ["q_proj"], "lora_dropout": 0.2}
 
 
@@ -278,6 +279,7 @@ RESUMED = [
     pytest.param({"method": "intrinsic"}, [3], id="intrinsic"),
     pytest.param(settings_of("peft"), [3], id="peft"),
     pytest.param({**settings_of("peft"), "method.config": ADALORA}, [3], id="peft, with ranks that training drops"),
+    pytest.param({**settings_of("peft"), "method.config": EVA}, [3], id="peft, with a start from data"),
     pytest.param({"optim.lr_ratio_b": 4.0, "schedule": "cosine", "optim.weight_decay": 0.1}, [3], id="two groups"),
 ]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,6 +27,9 @@ from lorasweep.lora.adapter_files import serialise
 from lorasweep.models.load import BaseModel
 
 Module = TypeVar("Module", bound=nn.Module)
+
+LoadBatches = Callable[[int], Iterable[Any]]
+Forward = Callable[[nn.Module, Any], Any]
 
 DEFAULT_HEAD_DEVIATION = 0.02
 """Standard deviation of a new head's weights if the model's settings have no `initializer_range`. BERT and GPT-2 use
@@ -129,6 +132,18 @@ class Method(ABC):
         weights are rounded to the dtype of the frozen ones.
         """
         round_to_frozen_dtype(model)
+
+    def initialise(self, model: nn.Module, *, load_batches: LoadBatches, forward: Forward) -> None:  # noqa: B027
+        """Computes initial values from training data, before the first step of a run, also of one that resumes.
+
+        Args:
+            model: A prepared model.
+            load_batches: Returns the first batches of the training data, from their number.
+            forward: Calls a model with a batch.
+
+        Raises:
+            ConfigError: The values can't be computed from this data.
+        """
 
     def penalty(self, model: nn.Module) -> Tensor | None:
         """Returns what the method adds to the loss of each step; None for nothing."""

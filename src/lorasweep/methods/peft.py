@@ -6,11 +6,12 @@ model's inputs, starts that need training data, and settings that lorasweep sets
 
 from __future__ import annotations
 
+import io
 import json
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -29,18 +30,25 @@ from lorasweep.lora.layer_kinds import is_quantised
 from lorasweep.lora.patterns import is_name_ending, suggest_layer
 from lorasweep.lora.peft_format import INITS_KEEPING_BASE, find_task_type
 from lorasweep.lora.targets import find_adaptable_layers
-from lorasweep.methods.method import Method, clear_tie_setting, copy_sharing_weights, round_to_frozen_dtype
+from lorasweep.methods.method import (
+    Forward,
+    LoadBatches,
+    Method,
+    clear_tie_setting,
+    copy_sharing_weights,
+    round_to_frozen_dtype,
+)
 from lorasweep.models.load import BaseModel
 from lorasweep.wording import nearest
 
 ADAPTER = "default"
 """PEFT's name of the only adapter of a model."""
 INIT = "init_lora_weights"
-STARTS = ("gaussian", "orthogonal", "olora", "pissa", "loftq", "mica")
+STARTS = ("gaussian", "orthogonal", "olora", "pissa", "loftq", "mica", "eva")
 """Values of `init_lora_weights` besides true and false. `pissa_niter_[number]` is missing: it draws random numbers to
 change the base, which a saved adapter does not have."""
-STARTS_FROM_DATA = ("eva", "corda", "lora_ga")
-"""Values of `init_lora_weights` that compute A and B from training data, or from gradients on them."""
+STARTS_FROM_GRADIENTS = ("corda", "lora_ga")
+"""Values of `init_lora_weights` that compute A and B from covariances or gradients, for which a run has no step."""
 OWN_KEYS = frozenset(
     {"task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "peft_version"}
 )
@@ -49,9 +57,8 @@ REFUSED_KEYS: Mapping[str, str] = {
     "bias": "it would train the base's own biases; `method=lora` has `method.bias`",
     "megatron_config": "it imports a module by name",
     "megatron_core": "it imports a module by name",
-    "eva_config": "it needs training data before the first step",
-    "corda_config": "it needs training data before the first step",
-    "lora_ga_config": "it needs training data before the first step",
+    "corda_config": "it needs covariances before the first step",
+    "lora_ga_config": "it needs gradients before the first step",
     "arrow_config": "it needs adapters that are trained already",
     "kasa_config": "it needs another loss",
     "monteclora_config": "it needs another loss",
@@ -64,6 +71,9 @@ REFUSED_TYPES: Mapping[str, str] = {
     "XLORA": "it needs adapters that are trained already",
 }
 """Values of `peft_type` that a run can't do, each with the reason. PEFT itself says which types change inputs."""
+MAX_EVA_BATCHES = 1_000
+"""Number of batches after which EVA's start gives up. PEFT would repeat the data without end until all layers converge,
+and they never do if a batch has fewer tokens than a layer has ranks."""
 UNSET_STEPS = 2**40
 """AdaLoRA's `total_step` until training begins, if the user set none. `end_step` sets the run's number of steps."""
 
@@ -96,6 +106,34 @@ class PeftMethod(Method):
         with torch.random.fork_rng(devices=[]):  # PEFT draws from torch's default stream
             torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
             add_adapter(model, peft_config, new_head_names=new_head_names)
+
+    def initialise(self, model: nn.Module, *, load_batches: LoadBatches, forward: Forward) -> None:
+        """Computes EVA's A and the rank of each layer from the layers' inputs (arXiv 2410.07170)."""
+        wrapper = get_wrapper(model)
+        if getattr(wrapper.peft_config[ADAPTER], INIT, None) != "eva":
+            return
+        peft, is_training = import_peft(needed_by="method=peft"), model.training
+        batches = EvaBatches(load_batches(MAX_EVA_BATCHES))
+        is_half = any(parameter.dtype == torch.bfloat16 for parameter in model.parameters())
+        device = next(model.parameters()).device
+        try:
+            # PEFT prints one line for each layer and each batch that has too few tokens
+            with quiet_peft(), redirect_stdout(io.StringIO()), torch.autocast(device.type, enabled=is_half):
+                peft.initialize_lora_eva_weights(
+                    wrapper,
+                    dataloader=batches,
+                    forward_fn=lambda _, batch: forward(model, batch),
+                    gather_distributed_inputs=False,  # each process computes the same values from the same batches
+                    show_progress_bar=False,
+                )
+        except ConfigError:
+            raise
+        except Exception as error:  # PEFT raises errors of many classes, such as IndexError for an encoder-decoder
+            raise ConfigError(
+                f"`method.config.{INIT}=eva` must work with the model and its data, but: {describe_error(error)}."
+            ) from error
+        train_in_fp32(model)  # PEFT makes layers of another rank in the base's dtype
+        model.train(is_training)
 
     def save(self, model: nn.Module, folder: Path, *, base: BaseModel) -> None:
         """Writes the adapter, as PEFT's `save_pretrained` does."""
@@ -197,6 +235,24 @@ class PeftMethod(Method):
         get_wrapper(model).peft_config[ADAPTER].rank_pattern = state["rank_pattern"]
 
 
+class EvaBatches:
+    """The batches for EVA's start. It ends with a ConfigError, where PEFT would repeat the batches."""
+
+    def __init__(self, batches: Iterable[Any]) -> None:
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return MAX_EVA_BATCHES
+
+    def __iter__(self) -> Iterator[Any]:
+        yield from self.batches
+        raise ConfigError(
+            f"`method.config.{INIT}=eva` must converge within {MAX_EVA_BATCHES} batches, but does not. Raise "
+            "`trainer.batch_size`, so that a batch has more tokens than ranks, or lower `method.config.r`, or `rho` or "
+            "`tau` in `method.config.eva_config`."
+        )
+
+
 def build_peft_config(settings: Mapping[str, Any], model: nn.Module, *, new_head_names: Sequence[str] = ()) -> Any:
     """Returns PEFT's configuration for `method.config`.
 
@@ -290,14 +346,19 @@ def add_adapter(
         if id(parameter) in shared:
             parameter.requires_grad_(False)
             raise ConfigError(f"`method.config` must not train the base's own weights, but {kind} trains `{name}`.")
-        if parameter.is_floating_point():
-            parameter.data = parameter.data.float()
+    train_in_fp32(model)
     if getattr(wrapper.base_model, "model", None) is not model or not trained:
         raise ConfigError(f"`method.config.peft_type` must replace layers of the model, but {kind} does not.")
     for head in new_head_names:
         if not any(name.startswith(f"{head}.") for name in trained):
             raise ConfigError(f"`method.config` must train the new head `{head}`, but {kind} does not.")
     model.__dict__["_peft_model"] = wrapper  # not an attribute, which would put the model into itself
+
+
+def train_in_fp32(model: nn.Module) -> None:
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.is_floating_point():
+            parameter.data = parameter.data.float()
 
 
 def get_wrapper(model: nn.Module) -> Any:
@@ -329,9 +390,9 @@ def _check_start(value: Any, model: nn.Module) -> None:
         )
     if not isinstance(value, str) or value in STARTS:
         return
-    if value in STARTS_FROM_DATA:
+    if value in STARTS_FROM_GRADIENTS:
         raise ConfigError(
-            f"`method.config.{INIT}` must need no data before the first step, but got {value!r}. "
+            f"`method.config.{INIT}` must need no covariances or gradients before the first step, but got {value!r}. "
             f"Use one of {', '.join(STARTS)}."
         )
     raise ConfigError(

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.utils.data import DataLoader
 
 from lorasweep.config.build import as_settings
 from lorasweep.config.method import LoraConfig
@@ -108,6 +109,7 @@ class TrainingModule(lightning.LightningModule):
             mesh = self._device_mesh["data_parallel"]
             shard_model(model, mesh, keep_trained_whole=keep_trained_whole, files=self.base.files)
         self.model = model
+        self.method.initialise(model, load_batches=self._load_first_batches, forward=self.task.losses)
         # Each process draws the dropout masks of its own examples, so it needs its own random stream.
         torch.manual_seed(dropout_seed(self.config.seeds.dropout, rank=self.global_rank))
 
@@ -118,6 +120,14 @@ class TrainingModule(lightning.LightningModule):
                 raise ConfigError(
                     f"`{key}` must be the same in TrainingModule and DataModule. Give both the same settings."
                 )
+
+    def _load_first_batches(self, number: int) -> DataLoader[Batch]:
+        data = self._data_module()
+        if data is None:
+            raise ConfigError(
+                "`method` computes its start from training data, so the Trainer must have lorasweep's `DataModule`."
+            )
+        return data.first_batches(number)
 
     def _data_module(self) -> DataModule | None:
         data = getattr(self.trainer, "datamodule", None)
