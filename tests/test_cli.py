@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
+import subprocess
 import sys
+from contextlib import suppress
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -123,7 +127,7 @@ BAD = [
     (["train", "method.rnk=4"], "`method.rnk` is not a setting. Did you mean `method.rank`?"),
     (["train", "method=bitfit"], "`method.train=biases` needs a model with biases, but LlamaForCausalLM has none."),
     (["train", "method=intrinsic", "method.dim=6"], "`method.dim` must be more than 6"),
-    (["train", "method.rank=1,2"], "Add `-m` to run each of them."),
+    (["train", "method.rank=1,2"], "Add `-m` to run each of several values"),
     (["train", "model.path=embedded:big"], "`model.path` must name an embedded model (tiny), but got 'embedded:big'."),
     (["train", "output=full"], "`output` must be a new or empty folder, but 'full' is not."),
 ]
@@ -236,13 +240,30 @@ def test_main_ends_the_process_with_the_exit_code(capsys):
     assert ended.value.code == 2
 
 
-def test_train_shows_hydras_help_and_the_groups(capsys, here):
+def test_the_help_of_train_lists_what_train_takes_and_nothing_of_a_sweep(capsys, here):
     with pytest.raises(SystemExit) as ended:
         run(["train", "--help"])
     assert ended.value.code == 0
     shown = capsys.readouterr().out
-    assert "method: bitfit, frozen, full, head, intrinsic, lora" in shown
+    assert shown.startswith("usage: lorasweep train ")
+    assert "--from SWEEP[/ARM]" in shown
+    assert "method=bitfit|frozen|full|head|intrinsic|lora" in shown
+    assert "+experiment=low_memory|quick_check" in shown
+    assert not {"pruner=", "sampler=", "worker="} & set(re.findall(r"\w+=", shown))
     assert not files_below(here)
+
+
+def test_the_help_of_sweep_lists_its_own_groups_and_those_of_its_runs(capsys):
+    with pytest.raises(SystemExit):
+        run(["sweep", "--help"])
+    assert {"pruner=", "method="} <= set(re.findall(r"\w+=", capsys.readouterr().out))
+
+
+@pytest.mark.parametrize("words", [["--version"], ["train", "--version"], ["train", "-m", "--version", "seed=1"]])
+def test_the_version_is_that_of_lorasweep(capsys, words):
+    with pytest.raises(SystemExit) as ended:
+        run(words)
+    assert (ended.value.code, capsys.readouterr().out) == (0, f"lorasweep {version('lorasweep')}\n")
 
 
 def test_train_shows_its_composed_settings_and_trains_nothing(capsys, here):
@@ -252,10 +273,153 @@ def test_train_shows_its_composed_settings_and_trains_nothing(capsys, here):
     assert not files_below(here)
 
 
-def test_train_shows_settings_of_which_one_is_still_to_be_set(capsys, here):
-    assert run(["train", "--cfg", "job", "model=causal_lm"]) == DONE
-    assert yaml.safe_load(capsys.readouterr().out)["model"]["path"] == "???"
+def settings_of(capsys, *words):
+    """The settings that `--cfg job` prints, one mapping for each job."""
+    capsys.readouterr()
+    assert run(["train", "--cfg", "job", *words]) == DONE
+    return list(yaml.safe_load_all(capsys.readouterr().out))
+
+
+def test_flags_stand_between_overrides_too(capsys):
+    assert run(["train", "method.rank=3", "--package", "method", "seed=1", "-c", "job", "method.alpha=2"]) == DONE
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert (shown["rank"], shown["alpha"]) == (3, 2)
+
+
+def test_keys_and_groups_are_added_removed_and_forced_as_in_hydra(capsys, here):
+    (shown,) = settings_of(capsys, "+optim.foreach=false", "~logger", "++method.rank=3", "optim=sgd", "~optim.momentum")
+    assert (shown["optim"]["foreach"], shown["logger"], shown["method"]["rank"]) == (False, {}, 3)
+    assert "momentum" not in shown["optim"]
+    (swept,) = settings_of(capsys, "optim._target_=torch.optim.RMSprop", "optim.momentum=0.5")
+    assert "beta1" not in swept["optim"]  # Hydra alone would keep it
+
+
+def test_shipped_experiments_change_several_groups_and_typed_keys_win(capsys):
+    (quick,) = settings_of(capsys, "+experiment=quick_check", "trainer.batch_size=2")
+    assert (list(quick["callbacks"]), quick["trainer"]["max_steps"], quick["trainer"]["batch_size"]) == (
+        ["throughput"],
+        20,
+        2,
+    )
+    (low,) = settings_of(capsys, "+experiment=low_memory", "method=full")
+    assert (low["optim"]["_target_"].split(".")[-1], low["trainer"]["activation_checkpointing"]) == ("Adafactor", True)
+    assert low["method"]["name"] == "full"
+
+
+@pytest.fixture
+def own_groups(here, monkeypatch):
+    """A package `my_parts` whose folder `conf` has a method and an experiment."""
+    for group, content in {
+        "method": "defaults: [lora]\nrank: 5\n",
+        "experiment": "# @package _global_\ndefaults: [{override /method: mine}]\nseed: 9\n",
+    }.items():
+        (here / "my_parts" / "conf" / group).mkdir(parents=True)
+        (here / "my_parts" / "conf" / group / "mine.yaml").write_text(content)
+    (here / "my_parts" / "__init__.py").touch()
+    (here / "my_parts" / "conf" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(here)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--config-dir", "my_parts/conf"],
+        ["--config-dir=my_parts/conf"],
+        ["hydra.searchpath=[pkg://my_parts.conf]"],
+        ["hydra.searchpath=[my_parts/conf]"],
+    ],
+)
+def test_options_are_also_found_in_other_folders_and_packages(capsys, own_groups, words):
+    (chosen,) = settings_of(capsys, *words, "method=mine")
+    assert chosen["method"]["rank"] == 5
+    (added,) = settings_of(capsys, *words, "+experiment=mine")
+    assert (added["method"]["rank"], added["seed"]) == (5, 9)
+    assert run(["train", "--cfg", "job", "method=mine"]) == WRONG_REQUEST  # only where they were named
+
+
+def test_each_job_of_a_grid_is_shown(capsys, here):
+    jobs = settings_of(capsys, "-m", "method.rank=1,2", "+experiment=quick_check,low_memory")
+    assert [(job["method"]["rank"], job["trainer"]["max_steps"]) for job in jobs] == [
+        (1, 20),
+        (1, 150),
+        (2, 20),
+        (2, 150),
+    ]
     assert not files_below(here)
+
+
+def test_a_file_of_settings_is_shown_under_what_was_typed(capsys, here):
+    (here / "mine.yaml").write_text("method.rank: 3\nseed: 4\n")
+    assert run(["train", "mine.yaml", "--cfg", "job", "seed=5"]) == DONE
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert (shown["method"]["rank"], shown["seed"]) == (3, 5)
+
+
+@pytest.mark.parametrize("flags", [["--info", "searchpath"], ["--cfg", "hydra"], ["--hydra-help"]])
+def test_hydra_shows_its_own_settings(capsys, caplog, here, flags):
+    with suppress(SystemExit):
+        assert run(["train", *flags]) == DONE
+    assert "hydra" in capsys.readouterr().out + caplog.text
+    assert not files_below(here)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["+method.rank=4"], "Either remove + prefix: 'method.rank=4'"),
+        (["+method=full"], "Multiple values for method."),
+        (["+mine.key=4"], "`mine` is not a setting."),
+        (["~method"], "`method` must be set, but is missing."),
+        (["~optim.ghost"], "Could not delete from config. 'optim.ghost' does not exist."),
+        (["+experiment=ghost"], "Available options in 'experiment': low_memory quick_check."),
+        (["experiment=ghost"], "`experiment` must be added with a plus: `+experiment=low_memory`."),
+        (["hydra/launcher=ghost"], "`pip install hydra-ghost-launcher`"),
+        (["+optim.beta1=0.5"], "An item is already at 'optim.beta1'."),
+        (["--config-dir", "ghost"], "/ghost'."),
+        (["hydra.searchpath=[pkg://ghost]"], "'pkg://ghost'."),
+        (["-m", "method.rank=4,0"], "`method.rank >= 1` must hold, but got 0."),
+        (["-m", "method=lora,lorra"], "but got 'lorra'. Did you mean `lora`?"),
+        (["-m", "method.rank=1,4", "trainer.devices=2"], "`trainer.devices` must be 1 and `trainer.strategy` auto"),
+        (["--cfg", "job", "method.rank=0"], "`method.rank >= 1` must hold, but got 0."),
+        (["--cfg", "job", "--package", "ghost"], "must name a group of settings, such as `method`, but got 'ghost'."),
+        (["mine.yaml", "--info"], "`--info` must be used without a file of settings or `--from`."),
+        (["model=causal_lm"], "`model.path` must be set, but is missing."),
+    ],
+)
+def test_a_wrong_word_of_hydra_is_one_line_and_exit_code_2(capsys, here, words, message):
+    (here / "mine.yaml").write_text("seed: 1\n")
+    before = files_below(here)
+    assert run(["train", *words]) == WRONG_REQUEST
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("lorasweep: ")
+    assert message in line
+    assert files_below(here) == before
+
+
+@pytest.mark.parametrize("flag", ["--experimental-rerun=a.pickle", "--config-name=sweep", "--shell-completion"])
+def test_a_flag_of_hydra_that_train_does_not_take_ends_with_2(capsys, flag):
+    with pytest.raises(SystemExit) as ended:
+        run(["train", flag])
+    assert ended.value.code == 2
+    assert "unrecognized arguments: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("line", "completions"),
+    [
+        ("lorasweep train method=b", ["method=bitfit"]),
+        ("lorasweep train method=intrinsic method.di", ["method.dim="]),
+        ("lorasweep train +experiment=", ["+experiment=low_memory", "+experiment=quick_check"]),
+        ("lorasweep train --from x --mul", ["--multirun"]),
+        ("lorasweep sweep pruner=ha", ["pruner=halving"]),
+    ],
+)
+def test_the_shell_completes_words(here, line, completions):
+    written = here / "completions"  # argcomplete closes file descriptors, so it has a process of its own
+    words = {"COMP_LINE": line, "COMP_POINT": str(len(line))}
+    variables = {"_ARGCOMPLETE": "1", "_ARGCOMPLETE_STDOUT_FILENAME": str(written), "_ARGCOMPLETE_IFS": "\n"}
+    subprocess.run([sys.executable, "-m", "lorasweep"], env={**os.environ, **variables, **words}, timeout=60)
+    assert [word.strip() for word in written.read_text().split("\n")] == completions
 
 
 def test_train_runs_once_in_a_new_folder_and_says_the_score(capsys, here, short):
@@ -341,12 +505,6 @@ def test_a_run_is_resumed_with_its_settings_only(here, short, capsys):
     assert "`optim.lr` must be" in capsys.readouterr().err
     assert run(["train", *short, "resume=true"]) == WRONG_REQUEST
     assert "must come with `output=DIR`" in capsys.readouterr().err
-
-
-def test_a_grid_is_refused_for_several_processes(here, short, capsys):
-    assert run(["train", "-m", "method.rank=1,2", "trainer.devices=2"]) == WRONG_REQUEST
-    assert "`trainer.devices` must be 1 and `trainer.strategy` auto with `-m`, but got 2" in capsys.readouterr().err
-    assert not list(here.rglob("run.json"))
 
 
 def test_a_run_of_a_grid_that_fails_does_not_end_the_others(here, short, capsys):

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from lorasweep.config.command_line import check_train_arguments
-from lorasweep.config.compose import packaged_folder
+from lorasweep.config.command_line import parse_overrides
+from lorasweep.config.compose import compose_run, packaged_folder
 from lorasweep.config.trust import TRUSTED_PACKAGES, set_trusted, split_trust
 from lorasweep.sweep.definition.arms import read_definition
 from lorasweep.sweep.definition.sweep_file import find_sweep_file
@@ -30,7 +30,7 @@ def test_each_command_composes(line):
     packages, words = split_trust(words)
     set_trusted(packages)
     if command == "train":
-        check_train_arguments(words)
+        compose_run(parse_overrides(words))
     else:
         read_definition(find_sweep_file(words[0]), words[1:])
 

@@ -24,6 +24,7 @@ from lorasweep.quick_imports import quick_imports
 from lorasweep.redaction import redact
 
 if TYPE_CHECKING:
+    from lorasweep.config.compose import Primary
     from lorasweep.results import RunResult, SweepResult
 
 DONE, FAILED, WRONG_REQUEST, INTERRUPTED = 0, 1, 2, 130
@@ -39,11 +40,12 @@ def run(arguments: Sequence[str]) -> int:
     """Runs one command and returns its exit code; prints errors of lorasweep as one line."""
     try:
         with silence_event_writer():
-            if arguments and arguments[0] == "train":  # a Hydra app, with Hydra's own flags
-                return train(_take_trust(arguments[1:]))
-            parsed = build_parser().parse_args(arguments)
-            if hasattr(parsed, "overrides"):
-                parsed.overrides = _take_trust(parsed.overrides)
+            parser = build_parser()
+            parsed, others = parser.parse_known_args(arguments)
+            if hasattr(parsed, "overrides") and not any(other.startswith("-") for other in others):
+                parsed.overrides = _take_trust([*parsed.overrides, *others])  # also overrides after a flag
+            elif others:
+                parser.error(f"unrecognized arguments: {' '.join(others)}")
             elif getattr(parsed, "trust", False):
                 set_trusted([EVERY_PACKAGE])
             command: Callable[[argparse.Namespace], int] = parsed.command
@@ -59,11 +61,22 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="lorasweep", description="Finds the LoRA rank, alpha and learning rate for your model and data."
     )
-    parser.add_argument("--version", action="version", version=f"lorasweep {version('lorasweep')}")
+    parser_version = f"lorasweep {version('lorasweep')}"
+    parser.add_argument("--version", action="version", version=parser_version)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def add(command: Callable[[argparse.Namespace], int], help: str, **settings: Any) -> argparse.ArgumentParser:
-        added = commands.add_parser(command.__name__, help=help, **settings)
+    def add(command: Callable[[argparse.Namespace], int], help: str) -> argparse.ArgumentParser:
+        lists_groups = command in (train, sweep, plan)
+        added = commands.add_parser(
+            command.__name__,
+            help=help,
+            add_help=not lists_groups,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        if lists_groups:
+            added.add_argument(
+                *("-h", "--help"), action=ShowGroups, nargs=0, help="show this help message and the groups, and exit"
+            )
         added.set_defaults(command=command)
         return added
 
@@ -83,9 +96,25 @@ def build_parser() -> argparse.ArgumentParser:
     status_parser = add(status, "show the arms of a sweep and the best trial so far")
     status_parser.add_argument("folder", type=Path, metavar="DIR", help="folder of the sweep")
     status_parser.add_argument("--follow", action="store_true", help="update until the sweep ends, or Ctrl-C")
-    train_parser = commands.add_parser("train", help="one run, as a Hydra app: --help, --cfg job, -m", add_help=False)
+    train_parser = add(train, "train one run, or a grid of runs with -m; a Hydra app")
     add_overrides(train_parser, "FILE key=value", "settings of the run; FILE is a YAML file of settings")
-    train_parser.add_argument("--from", metavar="SWEEP[/ARM]", help="begin with the settings that a sweep recommends")
+    train_parser.add_argument(
+        "--from", dest="source", metavar="SWEEP[/ARM]", help="begin with the settings that a sweep recommends"
+    )
+    train_parser.add_argument(
+        *("-m", "--multirun"), action="store_true", help="train each combination of values: method.rank=1,4"
+    )
+    train_parser.add_argument(*("-c", "--cfg"), choices=["job", "hydra", "all"], help="print settings, train nothing")
+    train_parser.add_argument(*("-p", "--package"), metavar="GROUP", help="the part that --cfg prints, such as method")
+    train_parser.add_argument(
+        *("-cd", "--config-dir"), type=Path, metavar="DIR", help="a folder with more options of groups"
+    )
+    infos = ["all", "config", "defaults", "defaults-tree", "plugins", "searchpath"]
+    train_parser.add_argument(
+        *("-i", "--info"), nargs="?", const="all", choices=infos, help="print how Hydra composes the settings"
+    )
+    train_parser.add_argument("--hydra-help", action="store_true", help="print Hydra's own settings and launchers")
+    train_parser.add_argument("--version", action="version", version=parser_version)
     new_parser = add(new, "write a commented sweep file for your model and data")
     new_parser.add_argument("file", type=Path, metavar="FILE.yaml", help="the file to write")
     add_overrides(new_parser, "key=value", "model.path=FOLDER-OR-HUB-ID data.train=FILE ...")
@@ -128,13 +157,33 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+class ShowGroups(argparse.Action):
+    """Prints the help of a command, and below it the groups of settings that the command takes."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, *_: Any) -> None:
+        from lorasweep.config.command_line import describe_groups
+
+        parser.epilog = describe_groups(*_list_primaries(namespace))
+        parser.print_help()
+        parser.exit()
+
+
 def complete_argument(prefix: str, parsed_args: argparse.Namespace, **_: Any) -> Iterable[str]:
     """Returns the completions of an argument: names of sweeps, keys with `=`, or the options of a group."""
     from lorasweep.config.command_line import complete_override
     from lorasweep.sweep.definition.sweep_file import list_sweep_files
 
-    is_first = not getattr(parsed_args, "overrides", None) and getattr(parsed_args, "command", None) in (sweep, plan)
-    return [*(sorted(list_sweep_files()) if is_first and "=" not in prefix else ()), *complete_override(prefix)]
+    typed, command = getattr(parsed_args, "overrides", None) or [], getattr(parsed_args, "command", None)
+    is_name = not typed and command in (sweep, plan) and "=" not in prefix
+    overrides = complete_override(
+        prefix, [word for word in typed if "=" in word], primaries=_list_primaries(parsed_args)
+    )
+    return [*(sorted(list_sweep_files()) if is_name else ()), *overrides]
+
+
+def _list_primaries(arguments: argparse.Namespace) -> Sequence[Primary]:
+    """Returns the primary configs whose settings a command takes."""
+    return ("sweep", "train") if getattr(arguments, "command", None) in (sweep, plan) else ("train",)
 
 
 def sweep(arguments: argparse.Namespace) -> int:
@@ -336,10 +385,10 @@ def _reproduce_sweep(arguments: argparse.Namespace) -> int:
     return DONE if compared.holds else FAILED
 
 
-def train(arguments: Sequence[str]) -> int:
+def train(arguments: argparse.Namespace) -> int:
     from lorasweep.train_app import run_train_app
 
-    return max(run_train_app(arguments, show=_say_run, refuse=_say_exception), default=DONE)
+    return run_train_app(arguments, show=_say_run, refuse=_say_exception)
 
 
 def _split_name(arguments: Sequence[str]) -> tuple[str | None, list[str]]:

@@ -1,98 +1,214 @@
-"""`lorasweep train` as a Hydra app: Hydra reads the command line, and composes one run or a grid of them (`-m`)."""
+"""`lorasweep train` as a Hydra app: one run, or a grid (`-m`) whose jobs Hydra's sweepers and launchers start."""
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import env_override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
 
-from lorasweep.config.build import build
 from lorasweep.config.command_line import (
+    TrainOverrides,
     allow_new_arguments,
-    check_train_arguments,
+    list_jobs,
     parse_overrides,
     read_settings_file,
+    sort_overrides,
 )
-from lorasweep.config.compose import compose_values, layer_settings, packaged_folder, register_search_path
+from lorasweep.config.compose import (
+    compose_run,
+    compose_values,
+    describe_hydra_error,
+    layer_settings,
+    packaged_folder,
+    search_also,
+)
 from lorasweep.config.run import RunConfig
+from lorasweep.config.trust import set_trusted, trusted_packages
+from lorasweep.console import say, say_error
 from lorasweep.errors import ConfigError, LoraSweepError
 from lorasweep.quick_imports import quick_imports
 from lorasweep.results import RunResult
 
+INTERRUPTED = 130
+"""Exit code of an interrupted run. It ends a grid."""
+Show = Callable[[RunResult], int]
+Refuse = Callable[[LoraSweepError | OSError], int]
 
-def run_train_app(
-    arguments: Sequence[str],
-    *,
-    show: Callable[[RunResult], int],
-    refuse: Callable[[LoraSweepError | OSError], int],
-) -> list[int]:
-    """Trains the run, or each run of a grid, and returns their exit codes; an empty list if Hydra only shows settings.
+
+class JobError(Exception):
+    """A job of a grid failed. The arguments are its exit code, its error as a sentence, and its process id."""
+
+
+def run_train_app(arguments: argparse.Namespace, *, show: Show, refuse: Refuse) -> int:
+    """Trains the run, or each job of a grid, or only shows settings. Returns the exit code, for a grid the worst one.
 
     Args:
-        arguments: The command line after `lorasweep train`. The first may be a YAML file of settings; `--from
-            SWEEP[/ARM]` takes the settings that a sweep recommends.
-        show: Prints a run's result and returns its exit code.
+        arguments: The parsed command line (`cli.build_parser`).
+        show: Prints a run's result and returns its exit code. Launchers call it in other processes.
         refuse: Prints an error and returns its exit code.
 
     Raises:
-        ConfigError: An argument is no override, or a key or value is wrong.
+        ConfigError: An argument is not an override, or a key or value is wrong.
         RecordError: `--from` names no sweep with recommended settings.
     """
-    source, arguments = _take_source(arguments)
-    file_settings: Mapping[str, Any] = {}
-    origin: Mapping[str, Any] = {}
-    if arguments and arguments[0].endswith((".yaml", ".yml")) and "=" not in arguments[0]:
-        file_settings, arguments = read_settings_file(Path(arguments[0])), arguments[1:]
-    if source is not None:
-        if file_settings:
-            raise ConfigError("`--from` must be used without a file of settings, but got both. Remove one of them.")
-        from lorasweep.report.recommend import read_recommended  # noqa: PLC0415 (slow to import)
+    file_settings, origin, words = _read_source(arguments)
+    overrides = sort_overrides(words)
+    is_grid = arguments.multirun or "hydra.mode=MULTIRUN" in overrides.hydra
+    folders = [] if arguments.config_dir is None else [f"file://{arguments.config_dir.absolute()}"]
+    with search_also([*folders, *overrides.search_path]):
+        jobs = list_jobs(overrides, is_grid=is_grid)
+        if arguments.cfg == "job":
+            return _print_jobs(jobs, file_settings, package=arguments.package)
+        if flags := _list_hydra_flags(arguments):
+            if file_settings:  # Hydra would show the settings without those of the file
+                raise ConfigError(f"`{flags[0]}` must be used without a file of settings or `--from`.")
+            _run_hydra(flags, overrides, lambda _: None)
+            return 0
+        for job in jobs or ():  # every job of a grid is checked before the first one trains
+            _compose(job, file_settings, is_grid=is_grid)
+        train = partial(_train, file_settings=file_settings, origin=origin, is_grid=is_grid)
+        return (_run_grid if is_grid else _run_once)(overrides, train, show=show, refuse=refuse)
 
-        file_settings, origin = read_recommended(Path(source))
-    check_train_arguments(arguments, file_settings)
-    register_search_path()
-    codes: list[int] = []
-    original_argv, is_grid = sys.argv, bool({"-m", "--multirun"} & set(arguments))
 
-    def task(composed: Any) -> None:
-        sys.argv = original_argv  # Lightning starts other processes with this command line
+def _run_once(overrides: TrainOverrides, train: Callable[[], RunResult], *, show: Show, refuse: Refuse) -> int:
+    codes = []
+
+    def task(_: Any) -> None:
         try:
-            codes.append(show(_train(file_settings, HydraConfig.get().overrides.task, is_grid=is_grid, origin=origin)))
+            codes.append(show(train()))
         except (LoraSweepError, OSError) as error:  # Hydra would print a traceback
             codes.append(refuse(error))
 
-    sys.argv = ["lorasweep train", *allow_new_arguments(arguments)]
+    _run_hydra([], overrides, task)
+    return max(codes)
+
+
+def _run_grid(overrides: TrainOverrides, train: Callable[[], RunResult], *, show: Show, refuse: Refuse) -> int:
+    """Runs the jobs that Hydra's sweeper chooses, where Hydra's launcher starts them.
+
+    Hydra returns no results, so a job that fails appends its exit code to a file. The file is in the current folder,
+    which jobs on other nodes must see too.
+    """
+    trusted = trusted_packages()
+    failures = Path("outputs", "train", f".failures-{os.getpid()}").absolute()
+
+    def task(_: Any) -> float | None:
+        set_trusted(trusted)  # another process does not know them
+        try:
+            result = train()
+            code, reason = show(result), result.record.reason
+        except (LoraSweepError, OSError) as error:
+            code, reason = refuse(error), str(error)
+        if code == INTERRUPTED:
+            raise KeyboardInterrupt
+        if code:
+            failures.parent.mkdir(parents=True, exist_ok=True)
+            with failures.open("a", encoding="ascii") as file:
+                file.write(f"{code}\n")
+            raise JobError(code, reason, os.getpid())
+        return result.record.score  # an optimizing sweeper reads it
+
+    try:
+        _run_hydra(["--multirun"], overrides, task)
+    except JobError as error:
+        code: int
+        code, reason, process = error.args
+        if process != os.getpid():  # it printed the error elsewhere, perhaps into a file
+            say_error(f"a job failed: {reason}")
+        return max(code, *map(int, failures.read_text(encoding="ascii").split()))
+    finally:
+        failures.unlink(missing_ok=True)
+    return 0
+
+
+def _run_hydra(flags: Sequence[str], overrides: TrainOverrides, task: Callable[[Any], float | None]) -> None:
+    """Calls Hydra's main function. Raises ConfigError if Hydra refuses a setting."""
+    argv = sys.argv
+
+    def task_with_argv(composed: Any) -> float | None:
+        sys.argv = argv  # Lightning starts other processes with this command line
+        return task(composed)
+
     app = hydra.main(version_base="1.3", config_path=str(packaged_folder("conf").resolve()), config_name="train")
-    app(task)()
-    return codes
+    sys.argv = ["lorasweep train", *flags, *overrides.hydra, *allow_new_arguments(overrides.run)]
+    try:
+        with env_override({"HYDRA_FULL_ERROR": "1"}):  # Hydra raises errors instead of printing them
+            app(task_with_argv)()
+    except HydraException as error:
+        raise ConfigError(describe_hydra_error(error)) from error
+    finally:
+        sys.argv = argv
 
 
-def _take_source(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
-    """Returns the value of `--from`, which Hydra does not know, and the other arguments."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, prog="lorasweep train")
-    parser.add_argument("--from", dest="source", metavar="SWEEP[/ARM]")
-    parsed, others = parser.parse_known_args(list(arguments))
-    return parsed.source, others
+def _list_hydra_flags(arguments: argparse.Namespace) -> list[str]:
+    """Returns the flags with which Hydra shows settings and trains nothing."""
+    package = ["--package", arguments.package] if arguments.package else []
+    return [
+        *(["--cfg", arguments.cfg, *package] if arguments.cfg else []),
+        *(["--info", arguments.info] if arguments.info else []),
+        *(["--hydra-help"] if arguments.hydra_help else []),
+    ]
 
 
-def _train(
-    file_settings: Mapping[str, Any], overrides: Sequence[str], *, is_grid: bool, origin: Mapping[str, Any]
-) -> RunResult:
+def _read_source(arguments: argparse.Namespace) -> tuple[Mapping[str, Any], Mapping[str, Any], Sequence[str]]:
+    """Returns the settings of a file or of `--from`, the origin of the latter for the record, and the overrides."""
+    first, *others = arguments.overrides or [""]
+    is_file = first.endswith((".yaml", ".yml")) and "=" not in first
+    if arguments.source is None:
+        return (read_settings_file(Path(first)), {}, others) if is_file else ({}, {}, arguments.overrides)
+    if is_file:
+        raise ConfigError("`--from` must be used without a file of settings, but got both. Remove one of them.")
+    from lorasweep.report.recommend import read_recommended  # noqa: PLC0415 (slow to import)
+
+    return *read_recommended(Path(arguments.source)), arguments.overrides
+
+
+def _print_jobs(jobs: Sequence[Sequence[str]] | None, file_settings: Mapping[str, Any], *, package: str | None) -> int:
+    """Prints the settings of each job as YAML documents, or a part of them (`package`)."""
+    if jobs is None:
+        raise ConfigError("`--cfg job` must be used with Hydra's own sweeper, because another chooses its jobs later.")
+    for job in jobs:
+        settings = layer_settings("train", file_settings, parse_overrides(job))
+        compose_run(settings, require_all=False)  # raises if a value is wrong
+        shown = OmegaConf.create(compose_values("train", settings, require_all=False))
+        if package and not isinstance(shown := OmegaConf.select(shown, package), DictConfig):
+            raise ConfigError(f"`--package` must name a group of settings, such as `method`, but got {package!r}.")
+        if len(jobs) > 1:
+            say(f"--- # {' '.join(job)}")
+        say(OmegaConf.to_yaml(shown).removesuffix("\n"))
+    return 0
+
+
+def _train(*, file_settings: Mapping[str, Any], origin: Mapping[str, Any], is_grid: bool) -> RunResult:
     with quick_imports():
         from lorasweep import api  # noqa: PLC0415 (torch and Lightning are slow to import; `--help` needs neither)
 
-    # Our own composition, because Hydra's would keep the default option's arguments if `_target_` names another class.
-    values = compose_values("train", layer_settings("train", file_settings, parse_overrides(overrides)))
-    output, resume = values.pop("output"), bool(values.pop("resume"))
-    config = build(RunConfig, values)
+    config, output, resume = _compose(HydraConfig.get().overrides.task, file_settings, is_grid=is_grid)
+    return api.train_config(config, output=output, resume=resume, origin=origin)
+
+
+def _compose(
+    overrides: Sequence[str], file_settings: Mapping[str, Any], *, is_grid: bool
+) -> tuple[RunConfig, str | None, bool]:
+    """Returns the settings of one run, its `output` and its `resume`.
+
+    This is our own composition, because Hydra's keeps the default option's arguments if `_target_` names another class.
+    """
+    settings = layer_settings("train", file_settings, parse_overrides(overrides))
+    config, values = compose_run(settings), compose_values("train", settings)
     if is_grid and config.trainer.wants_processes:
         raise ConfigError(
             "`trainer.devices` must be 1 and `trainer.strategy` auto with `-m`, but got "
             f"{config.trainer.devices!r} and {config.trainer.strategy_name}. Use `lorasweep sweep` instead of a grid."
         )
-    return api.train_config(config, output=output, resume=resume, origin=origin)
+    return config, values["output"], bool(values["resume"])

@@ -10,7 +10,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from lorasweep.config.build import as_settings
-from lorasweep.config.command_line import allow_new_arguments, check_train_arguments, parse_overrides
+from lorasweep.config.command_line import allow_new_arguments
 from lorasweep.config.components import Component
 from lorasweep.config.compose import (
     LIST_GROUPS,
@@ -227,103 +227,6 @@ def test_a_users_file_with_a_key_too_many_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match=r"`schedule.warmup` is not a setting. Did you mean `warmup_frac"):
         compose_run({})
-
-
-@pytest.mark.parametrize(
-    ("override", "key", "value"),
-    [
-        ("method.rank=4", "method.rank", 4),
-        ("optim.lr=1e-3", "optim.lr", 1e-3),
-        ("method=lora", "method", "lora"),
-        ("optim.clip_norm=null", "optim.clip_norm", None),
-        ("trainer.progress=false", "trainer.progress", False),
-        ("method.targets=[q_proj,v_proj]", "method.targets", ["q_proj", "v_proj"]),
-        ("method.rank_pattern={q_proj:4}", "method.rank_pattern", {"q_proj": 4}),
-        ("data.train='a b.txt'", "data.train", "a b.txt"),
-        ("method.rank=choice(1,4,16)", "method.rank", [1, 4, 16]),
-        ("method.rank=1,4,16", "method.rank", [1, 4, 16]),
-        ("method.targets='a b','c'", "method.targets", ["a b", "c"]),
-        ("method.targets=[q_proj],['v_proj']", "method.targets", [["q_proj"], ["v_proj"]]),
-        ("optim.lr=interval(1e-4,1e-2)", "optim.lr", {"low": 1e-4, "high": 1e-2}),
-        ("optim.lr=tag(log,interval(1e-4,1e-2))", "optim.lr", {"low": 1e-4, "high": 1e-2, "log": True}),
-        ("method.rank=range(2,9,2)", "method.rank", {"low": 2, "high": 8, "step": 2}),
-        ("method.rank=range(1,4)", "method.rank", {"low": 1, "high": 3, "step": 1}),
-        ("arms.lora.optim.lr=1", "arms.lora.optim.lr", 1),
-        ("++method.rank=4", "method.rank", 4),
-        ("+method.rank_pattern.q_proj=4", "method.rank_pattern.q_proj", 4),
-    ],
-)
-def test_hydras_words_become_values_and_ranges(override, key, value):
-    assert parse_overrides([override]) == {key: value}
-
-
-@pytest.mark.parametrize(
-    ("override", "message"),
-    [
-        ("method.rank", "an override must read `key=value`, but got"),
-        ("=4", "an override must read `key=value`, but got"),
-        ("method.rank=[1", "an override must read `key=value`, but got"),
-        ("+method.rank=4", r"an override must read `key=value`, but got '\+method.rank=4'."),
-        ("++method=full", r"but got '\+\+method=full'."),
-        ("~method", r"an override must read `key=value`, but got '~method'."),
-        ("method.rank=range(4,4)", "`method.rank` .* not empty"),
-        ("method=glob(*)", r"`method` must be a value, a list or a range, but got 'method=glob\(\*\)'."),
-    ],
-)
-def test_what_is_no_override_is_refused(override, message):
-    with pytest.raises(ConfigError, match=message):
-        parse_overrides([override])
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        [],
-        ["method.rank=4", "optim.lr=1e-2"],
-        ["--cfg", "job", "method=full"],
-        ["-c", "job"],
-        ["-m", "method.rank=1,4"],
-        ["method.rank=choice(1,4)", "--multirun"],
-        ["method.targets=[q_proj,v_proj]"],
-        ["hydra.verbose=true", "method.rank=4"],
-        ["--help"],
-        ["--cfg", "job", "model=causal_lm"],
-        ["--cfg=job", "model=causal_lm"],
-        ["--info", "defaults", "model=causal_lm"],
-    ],
-)
-def test_a_right_command_line_passes(arguments):
-    check_train_arguments(arguments)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["method.rnk=4"], r"`method.rnk` is not a setting. Did you mean `method.rank`\?"),
-        (["method=lorra"], r"`method` must be one of .*, but got 'lorra'. Did you mean `lora`\?"),
-        (["method.rank"], "an override must read `key=value`"),
-        (["method.rank=1,4"], r"`method.rank` must have one value, but got \[1, 4\]. Add `-m` to run each of them."),
-        (["-m", "method.rnk=1,4"], "`method.rnk` is not a setting."),
-        (
-            ["-m", "method.rank=interval(1,4)"],
-            r"but got 'method.rank=interval\(1,4\)'. Give values: `method.rank=1,2,4",
-        ),
-        (["-m", "method.rank=range(1,4)"], r"a range is for `lorasweep sweep`, but got 'method.rank=range\(1,4\)'."),
-        (
-            ["-m", "hydra.verbose=true", "method.rank=interval(1,4)"],
-            r"a range is for `lorasweep sweep`, but got 'method.rank=interval\(1,4\)'.",
-        ),
-        (["model=causal_lm"], "`model.path` must be set, but is missing."),
-        (["--cfg", "job", "model=causal_lm", "method.rank=0"], "`method.rank >= 1` must hold, but got 0."),
-        (["method.rank=0"], "`method.rank >= 1` must hold, but got 0."),
-        (["-m", "method.rank=4,0"], "`method.rank >= 1` must hold, but got 0."),
-        (["-m", "method=lora,lorra"], "`method` must be one of .*, but got 'lorra'."),
-        (["-m", "method=lora,frozen", "optim.lr_ratio_b=2"], "where it has no effect"),
-    ],
-)
-def test_a_wrong_command_line_is_refused_before_hydra_sees_it(arguments, message):
-    with pytest.raises(ConfigError, match=message):
-        check_train_arguments(arguments)
 
 
 OPTIONS = [

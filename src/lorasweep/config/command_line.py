@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hydra._internal.utils import get_args_parser
+from hydra import compose
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper, BasicSweeperConf
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Glob, IntervalSweep, Override, RangeSweep
 from hydra.errors import HydraException
@@ -17,12 +21,13 @@ from lorasweep.config.compose import (
     COMPONENTS,
     LIST_GROUPS,
     MAPPINGS,
-    compose_run,
+    Primary,
+    added_groups,
     default_options,
+    describe_hydra_error,
     group_options,
     hydra_session,
     known_keys,
-    layer_settings,
     refuse_resolvers,
 )
 from lorasweep.config.yaml_file import load_yaml
@@ -55,35 +60,89 @@ def read_settings_file(path: Path) -> dict[str, Any]:
     return settings
 
 
-def check_train_arguments(arguments: Sequence[str], file_settings: Mapping[str, Any] = {}) -> None:
-    """Checks the arguments of `lorasweep train` before Hydra does, so that every error is one sentence.
+@dataclass(frozen=True, kw_only=True)
+class TrainOverrides:
+    """The overrides of `lorasweep train`, sorted by who reads them."""
 
-    Every run of a grid (`-m method.rank=1,4`) is checked before the first one trains. The arguments win over the
-    settings of a file.
+    run: tuple[str, ...]
+    """Overrides of the run's settings."""
+    hydra: tuple[str, ...]
+    """Overrides of Hydra's own settings: `hydra/launcher=joblib`."""
+    search_path: tuple[str, ...]
+    """Folders and packages of `hydra.searchpath`."""
+
+
+def sort_overrides(overrides: Sequence[str]) -> TrainOverrides:
+    """Separates the overrides of a run from those of Hydra.
 
     Raises:
-        ConfigError: An argument is no override, or a key or value is wrong.
+        ConfigError: A word is not an override.
     """
-    flags, unknown = get_args_parser().parse_known_args(list(arguments))
-    values: dict[str, list[Any]] = {}
-    for override in _parse([*flags.overrides, *unknown]):
-        if override.key_or_group.startswith("hydra"):
-            continue
-        key, value = _read_override(override)
-        if isinstance(override._value, RangeSweep | IntervalSweep):
-            raise ConfigError(
-                f"a range is for `lorasweep sweep`, but got {override.input_line!r}. "
-                f"Give values: `{key}=1,2,4` with `-m`."
+    run: list[str] = []
+    hydra: list[str] = []
+    search_path: list[str] = []
+    for override in _parse(overrides):
+        key = str(override.key_or_group)
+        if key == "hydra.searchpath":
+            paths = override.value()
+            search_path += map(str, paths if isinstance(paths, list) else [paths])
+        else:
+            (hydra if re.match(r"hydra(\W|$)", key) else run).append(str(override.input_line))
+    return TrainOverrides(run=tuple(run), hydra=tuple(hydra), search_path=tuple(search_path))
+
+
+def list_jobs(overrides: TrainOverrides, *, is_grid: bool) -> list[list[str]] | None:
+    """Returns the overrides of each job: one job, or every combination of a grid.
+
+    Args:
+        overrides: The overrides.
+        is_grid: Whether to run several jobs (`-m`).
+
+    Returns:
+        None if a sweeper other than Hydra's own decides at run time which jobs there are.
+
+    Raises:
+        ConfigError: Hydra refuses its settings, or an override has several values without `-m`.
+    """
+    with hydra_session():
+        groups = added_groups()  # an experiment may set `hydra.sweeper`
+        fixed = [override for override in _parse(overrides.run) if not override.is_sweep_override()]
+        added = [str(override.input_line) for override in fixed if override.key_or_group in groups]
+        try:
+            hydra = compose("train", overrides=[*added, *overrides.hydra], return_hydra_config=True).hydra
+        except HydraException as error:
+            raise ConfigError(f"{describe_hydra_error(error)}{_name_plugin(overrides.hydra)}") from error
+        except (AttributeError, AssertionError) as error:  # OmegaConf's, about a key inside null
+            raise ConfigError(f"Hydra can't apply {' '.join(overrides.hydra)!r}: {first_line(error)}.") from error
+        if not is_grid:
+            for override in _parse(overrides.run):
+                if override.is_sweep_override():
+                    raise ConfigError(
+                        f"`{override.key_or_group}` must have one value, but got {override.input_line!r}. "
+                        "Add `-m` to run each of several values; ranges are for `lorasweep sweep`."
+                    )
+            return [list(overrides.run)]
+        if hydra.sweeper._target_ != BasicSweeperConf._target_:
+            return None
+        parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
+        params = [f"{key}={value}" for key, value in (hydra.sweeper.params or {}).items()]
+        try:
+            (jobs,) = BasicSweeper.split_arguments(
+                parser.parse_overrides([*params, *overrides.run]), max_batch_size=None
             )
-        if override.is_sweep_override() and not flags.multirun:
-            raise ConfigError(f"`{key}` must have one value, but got {value!r}. Add `-m` to run each of them.")
-        values[key] = value if override.is_sweep_override() else [value]
-    trains = not (flags.help or flags.cfg or flags.info)
-    if file_settings and not trains:  # for these flags Hydra shows the settings, without those of the file
-        raise ConfigError("`--cfg`, `--info` and `--help` must be used without a file of settings or `--from`.")
-    for combination in itertools.product(*values.values()):
-        settings = layer_settings("train", file_settings, dict(zip(values, combination, strict=True)))
-        compose_run(settings, require_all=trains)
+        except HydraException as error:  # an interval
+            raise ConfigError(
+                f"`-m` must have values, such as `method.rank=1,2,4` or `method.rank=range(1,5)`, but "
+                f"{first_line(error)}. Use `lorasweep sweep` to search an interval."
+            ) from error
+    return jobs
+
+
+def _name_plugin(overrides: Sequence[str]) -> str:
+    """Returns a sentence that names the packages of the launcher and sweeper that overrides choose."""
+    chosen = [re.match(r"hydra/(launcher|sweeper)=([a-z]+)", override) for override in overrides]
+    packages = [f"`pip install hydra-{plugin[2]}-{plugin[1]}`" for plugin in chosen if plugin]
+    return f" A launcher or sweeper must be installed: {', '.join(packages)}." if packages else ""
 
 
 def allow_new_arguments(arguments: Sequence[str]) -> list[str]:
@@ -91,17 +150,41 @@ def allow_new_arguments(arguments: Sequence[str]) -> list[str]:
     return [f"++{argument}" if _may_be_new(argument.partition("=")[0]) else argument for argument in arguments]
 
 
-def complete_override(prefix: str) -> list[str]:
-    """Returns the overrides that begin with a prefix: a key with `=`, or after a group's `=` its options."""
-    groups = {*default_options("train"), *default_options("sweep")}
+def complete_override(prefix: str, typed: Sequence[str] = (), *, primaries: Sequence[Primary]) -> list[str]:
+    """Returns the overrides that begin with a prefix: a key with `=`, or after a group's `=` its options.
+
+    Args:
+        prefix: What was typed of the word.
+        typed: The words before it. Their options of groups decide which keys there are.
+        primaries: The primary configs whose keys the command takes.
+    """
     key, has_value, _ = prefix.partition("=")
-    if not has_value:
-        keys = groups | known_keys({}, primary="train") | known_keys({}, primary="sweep")
-        return [f"{name}=" for name in sorted(keys) if name.startswith(key)]
-    if key not in groups:
-        return []
+    sign, name = (key[: -len(key.lstrip("+~"))], key.lstrip("+~")) if key.lstrip("+~") else (key, "")
     with hydra_session():
-        return [f"{key}={option}" for option in group_options(key) if f"{key}={option}".startswith(prefix)]
+        if has_value:
+            return [f"{key}={option}" for option in group_options(name) if f"{key}={option}".startswith(prefix)]
+        if sign == "+":
+            return [f"+{group}=" for group in added_groups() if group.startswith(name)]
+    keys = {known for primary in primaries for known in (*default_options(primary), *_known_keys(typed, primary))}
+    return [f"{sign}{known}{'' if sign == '~' else '='}" for known in sorted(keys) if known.startswith(name)]
+
+
+def _known_keys(typed: Sequence[str], primary: Primary) -> set[str]:
+    chosen = {}
+    with suppress(ConfigError):
+        chosen = {key: value for key, value in parse_overrides(typed).items() if key in default_options(primary)}
+        return known_keys(chosen, primary=primary)
+    return known_keys({}, primary=primary)
+
+
+def describe_groups(*primaries: Primary) -> str:
+    """Returns a line for each group of primary configs, with its options, and for each group that `+GROUP=` adds."""
+    with hydra_session():
+        groups = [group for primary in primaries for group in default_options(primary)]
+        lines = [f"  {group}={'|'.join(group_options(group))}" for group in groups]
+        if "train" in primaries:
+            lines += [f"  +{group}={'|'.join(group_options(group))}" for group in added_groups()]
+    return "\n".join(["groups of settings, and the options of each:", *lines])
 
 
 def _may_be_new(key: str) -> bool:
@@ -118,13 +201,12 @@ def _parse(overrides: Sequence[str]) -> list[Override]:
 
 def _read_override(override: Override) -> tuple[str, Any]:
     key, value = str(override.key_or_group), override._value
-    is_group = key in {*default_options("train"), *default_options("sweep")}
-    # Hydra refuses these too: `+` before a key that exists, `++` before a group
-    is_refused = (override.is_add() and not _may_be_new(key)) or (override.is_force_add() and is_group)
-    if not key or override.is_delete() or is_refused:
-        raise ConfigError(
-            f"an override must read `key=value`, but got {override.input_line!r}. Leave out any `+` or `~`."
-        )
+    if not key:
+        raise ConfigError(f"an override must read `key=value`, but got {override.input_line!r}.")
+    if override.is_delete() or (override.is_add() and not _may_be_new(key)):
+        return str(override.input_line), None  # Hydra applies it
+    if override.is_force_add() and key in {*default_options("train"), *default_options("sweep")}:
+        raise ConfigError(f"`{key}` must be chosen without a plus, but got {override.input_line!r}.")
     if isinstance(value, Glob):
         raise ConfigError(f"`{key}` must be a value, a list or a range, but got {override.input_line!r}.")
     if isinstance(value, ChoiceSweep):

@@ -1,18 +1,19 @@
 """Settings from `conf/` and overrides: Hydra composes them, `build` creates the frozen dataclasses.
 
-Files of `conf/` in the current folder replace files of the packaged `conf/`.
+Files of `conf/` in the current folder replace files of the packaged `conf/`. Folders of `search_also` add options and
+groups to both.
 """
 
 from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_search_path import ConfigSearchPath
@@ -53,25 +54,52 @@ def packaged_folder(name: Literal["conf", "sweeps"]) -> Path:
     return inside if inside.is_dir() else PACKAGE.parent.parent / name
 
 
-class UserConfFirst(SearchPathPlugin):
-    """Makes Hydra search `conf/` of the current folder before the packaged `conf/`."""
+class SearchUserConf(SearchPathPlugin):
+    """Makes Hydra search `conf/` of the current folder before the packaged `conf/`, and other folders after it."""
+
+    folders: ClassVar[tuple[str, ...]] = ()
+    """Other folders (`file://...`) and packages (`pkg://...`) with options of groups."""
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
         folder = Path.cwd() / "conf"
         if folder.is_dir() and folder.resolve() != packaged_folder("conf").resolve():
             search_path.prepend(provider="user", path=f"file://{folder}", anchor="main")
+        for path in self.folders:
+            search_path.append(provider="command line", path=path)
+
+
+@contextmanager
+def search_also(folders: Sequence[str]) -> Iterator[None]:
+    """Makes Hydra search more folders inside the `with` block: Hydra's `--config-dir` and `hydra.searchpath`.
+
+    Raises:
+        ConfigError: A folder or package does not exist.
+    """
+    SearchUserConf.folders = tuple(folders)
+    try:
+        with hydra_session():
+            for source in GlobalHydra.instance().config_loader().get_sources():
+                if not source.available():
+                    raise ConfigError(
+                        "`--config-dir` and `hydra.searchpath` must name folders that exist, or packages "
+                        f"(`pkg://NAME`), but got {source.full_path()!r}."
+                    )
+        yield
+    finally:
+        SearchUserConf.folders = ()
 
 
 @cache  # once per process
 def register_search_path() -> None:
-    Plugins.instance().register(UserConfFirst)
+    Plugins.instance().register(SearchUserConf)
 
 
 def compose_run(settings: Mapping[str, Any], *, require_all: bool = True) -> RunConfig:
     """Returns the settings of one run.
 
     Args:
-        settings: Dotted keys and values, and options of groups (`{"method": "lora", "method.rank": 4}`).
+        settings: Dotted keys and values, and options of groups (`{"method": "lora", "method.rank": 4}`). Keys that
+            begin with `+` or `~` are overrides that Hydra applies (`{"+experiment=low_memory": None}`).
         require_all: Whether a setting without a default, such as `model.path`, must be set. If not, it is `???`.
 
     Raises:
@@ -109,9 +137,12 @@ def compose_values(primary: Primary, settings: Mapping[str, Any], *, require_all
     settings = _spread_components(settings)
     # Options of groups are composed first, because they decide which other keys exist.
     groups = {key: _hashable(value) for key, value in settings.items() if key in default_options(primary)}
+    hydra_overrides = tuple(filter(is_hydra_override, settings))
+    settings = {key: value for key, value in settings.items() if key not in hydra_overrides}
+    search_path = (Path.cwd(), SearchUserConf.folders)
     try:
         # The composed settings are cached, so each call changes its own copy.
-        composed = copy.deepcopy(_compose_groups(primary, tuple(sorted(groups.items())), Path.cwd()))
+        composed = copy.deepcopy(_compose_groups(primary, tuple(sorted(groups.items())), hydra_overrides, search_path))
         _drop_replaced_arguments(composed, settings)
         known = {key for key, _ in dotted_items(_as_dict(composed, resolve=False))}
         known |= {*default_options(primary), *filter(is_component_target, settings)}
@@ -125,10 +156,22 @@ def compose_values(primary: Primary, settings: Mapping[str, Any], *, require_all
         values = _as_dict(composed, resolve=True, throw_on_missing=require_all)
     except MissingMandatoryValue as error:
         raise ConfigError(f"`{error.full_key}` must be set, but is missing.") from error
-    except (HydraException, OmegaConfBaseException) as error:
+    except HydraException as error:
+        raise ConfigError(describe_hydra_error(error)) from error
+    except OmegaConfBaseException as error:
         raise ConfigError(first_line(error)) from error
     require_trusted(values)
     return values
+
+
+def describe_hydra_error(error: HydraException) -> str:
+    """Returns Hydra's message in one line: its last lines name the options, or say what to type."""
+    return " ".join(str(error).split("\nConfig search path")[0].split()).rstrip(".:") + "."
+
+
+def is_hydra_override(key: str) -> bool:
+    """Returns whether the key of a setting is an override that Hydra applies: `+experiment=low_memory`, `~logger`."""
+    return key.startswith(("+", "~"))
 
 
 def is_component_target(key: str) -> bool:
@@ -175,16 +218,22 @@ def refuse_resolvers(values: Any) -> None:
         )
 
 
-@cache  # because Hydra is slow; the result depends on the current folder too
-def _compose_groups(primary: Primary, groups: tuple[tuple[str, Any], ...], folder: Path) -> DictConfig:
+@cache  # because Hydra is slow; the result depends on the search path too
+def _compose_groups(
+    primary: Primary, groups: tuple[tuple[str, Any], ...], hydra_overrides: tuple[str, ...], search_path: Any
+) -> DictConfig:
     with hydra_session():
-        overrides = []
+        overrides = list(hydra_overrides)
         for group, value in groups:
             several = isinstance(value, tuple) and group in LIST_GROUPS
             for option in value if several else (value,):
                 _check_option(group, str(list(option) if isinstance(option, tuple) else option))
             overrides.append(f"{group}=[{','.join(value)}]" if several else f"{group}={value}")
-        return compose(primary, overrides=overrides)
+        composed = compose(primary, overrides=overrides)
+    for group in LIST_GROUPS:
+        if group in default_options(primary) and group not in composed:  # removed by `~logger`
+            OmegaConf.update(composed, group, {}, force_add=True)
+    return composed
 
 
 def layer_settings(primary: Primary, *layers: Mapping[str, Any]) -> dict[str, Any]:
@@ -225,6 +274,12 @@ def _check_key(key: str, known: set[str], *, primary: Primary) -> None:
     names = key.split(".")
     outer = (".".join(names[:depth]) for depth in range(1, len(names)))
     if key not in known and not any(f"{one}.{TARGET}" in known for one in outer):
+        with hydra_session():
+            options = group_options(key)
+        if options:  # such as `experiment`, which has no default
+            raise ConfigError(
+                f"`{key}` must be added with a plus: `+{key}={options[0]}`. Its options: {', '.join(options)}."
+            )
         raise ConfigError(
             f"`{key}` is not a setting.{nearest(key, sorted(known))} "
             f"`lorasweep {primary} --help` lists the groups, `lorasweep train --cfg job` every key."
@@ -242,6 +297,12 @@ def default_options(primary: Primary) -> Mapping[str, str]:
 def group_options(group: str) -> list[str]:
     """Returns the options of a group, the user's included. Needs a `hydra_session`."""
     return sorted(GlobalHydra.instance().config_loader().get_group_options(group))
+
+
+def added_groups() -> list[str]:
+    """Returns the groups of `lorasweep train` without a default, such as `experiment`. Needs a `hydra_session`."""
+    with_default = {*default_options("train"), *default_options("sweep"), "hydra"}
+    return sorted(set(GlobalHydra.instance().config_loader().list_groups("")) - with_default)
 
 
 @contextmanager

@@ -1,0 +1,123 @@
+"""Hydra's launchers and sweepers run `lorasweep train -m`: own folders, the worst exit code, the score of each job."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from types import ModuleType
+
+import pytest
+import yaml
+from hydra.core.plugins import Plugins
+from hydra.plugins.sweeper import Sweeper
+
+from lorasweep import cli
+from lorasweep.cli import DONE, FAILED, INTERRUPTED, WRONG_REQUEST, run
+from lorasweep.record import read_run
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def short(short_run):
+    return [f"{key}={yaml.safe_dump(value).split()[0]}" for key, value in short_run.items()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
+def test_a_launcher_gives_each_job_a_folder_and_the_command_the_worst_exit_code(here, short, launcher):
+    # what the command line says of folders and trusted packages must reach the other processes
+    (here / "more" / "experiment").mkdir(parents=True)
+    (here / "more" / "experiment" / "mine.yaml").write_text("# @package _global_\nseed: 9\n")
+    (here / "my_callbacks.py").write_text("from lightning import Callback\n\n\nclass Mine(Callback):\n    pass\n")
+    callback = ["callbacks.mine._target_=my_callbacks.Mine", "trust=[my_callbacks]"]
+    own = ["--config-dir", "more", "+experiment=mine", *callback]
+    words = ["-m", f"hydra/launcher={launcher}", *short, *own, "optim.lr=1e30,1e-3"]
+    command = [sys.executable, "-m", "lorasweep", "train", *words]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(here), *sys.path])}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == FAILED, done.stderr
+    assert "lorasweep: a job failed: " in done.stderr
+    assert "Lower `optim.lr`." in done.stderr
+    assert "Traceback" not in done.stderr
+    records = [read_run(here / "outputs" / "train" / name) for name in ("0001", "0002")]
+    assert sorted(record.status for record in records) == ["complete", "failed"]
+    assert [record.config["seed"] for record in records] == [9, 9]
+    assert all("my_callbacks" in str(record.config["callbacks"]) for record in records)
+    assert not list((here / "outputs" / "train").glob(".failures*"))
+
+
+class Halving(Sweeper):
+    """Trains ranks 4 and 2, then a rank next to the better one, as an optimizing sweeper would."""
+
+    scores: list[float] = []  # noqa: RUF012
+
+    def __init__(self, **_):
+        """Takes the arguments of Hydra's own sweeper, whose configuration names this class."""
+
+    def setup(self, *, hydra_context, task_function, config):
+        own = {"hydra_context": hydra_context, "task_function": task_function, "config": config}
+        self.launcher = Plugins.instance().instantiate_launcher(**own)
+
+    def sweep(self, arguments):
+        for rank in (4, 2):
+            (job,) = self.launcher.launch([[*arguments[:-1], f"method.rank={rank}"]], initial_job_idx=len(self.scores))
+            self.scores.append(job.return_value)
+        best = 4 if self.scores[0] < self.scores[1] else 2
+        (job,) = self.launcher.launch([[*arguments[:-1], f"method.rank={best + 1}"]], initial_job_idx=2)
+        self.scores.append(job.return_value)
+
+
+@pytest.fixture
+def own_sweeper(monkeypatch):
+    """The words that choose `Halving`, which Hydra believes to be installed."""
+    module = ModuleType("hydra_plugins.halving")
+    module.Halving = Halving
+    monkeypatch.setitem(sys.modules, "hydra_plugins.halving", module)
+    monkeypatch.setattr(Halving, "__module__", "hydra_plugins.halving")
+    monkeypatch.setattr(Halving, "scores", [])
+    Plugins.instance().register(Halving)
+    return ["hydra.sweeper._target_=hydra_plugins.halving.Halving"]
+
+
+def test_an_optimizing_sweeper_gets_the_scores_and_chooses_the_next_job(here, short, own_sweeper):
+    assert run(["train", "-m", *own_sweeper, *short, "method.rank=interval(1,8)"]) == DONE
+    records = [read_run(here / "outputs" / "train" / name) for name in ("0001", "0002", "0003")]
+    assert [record.score for record in records] == Halving.scores
+    best = min(records[:2], key=lambda record: record.score).config["method"]["rank"]
+    assert [record.config["method"]["rank"] for record in records] == [4, 2, best + 1]
+
+
+def test_the_jobs_of_an_optimizing_sweeper_can_not_be_shown_before(here, own_sweeper, capsys):
+    assert run(["train", "-m", *own_sweeper, "method.rank=interval(1,8)", "--cfg", "job"]) == WRONG_REQUEST
+    assert "because another chooses its jobs later" in capsys.readouterr().err
+
+
+def test_the_worst_exit_code_of_a_grid_is_that_of_the_command(here, monkeypatch, capsys):
+    """The second of three jobs is wrong in a way that only its start shows, the third fails."""
+    codes = iter([DONE, WRONG_REQUEST, FAILED])
+    monkeypatch.setattr("lorasweep.train_app._train", lambda **_: fake_result)
+    fake_result = type("Result", (), {"record": type("Record", (), {"score": 1.0, "reason": "why"})})
+    monkeypatch.setattr(cli, "_say_run", lambda _: next(codes))
+    assert run(["train", "-m", "seed=1,2,3"]) == WRONG_REQUEST
+    assert "Traceback" not in capsys.readouterr().err
+    assert [path.name for path in (here / "outputs" / "train").iterdir()] == ["multirun.yaml"]
+
+
+def test_an_interrupted_job_ends_the_grid(here, monkeypatch, capsys):
+    codes = iter([INTERRUPTED])  # a second job would raise StopIteration
+    monkeypatch.setattr("lorasweep.train_app._train", lambda **_: fake_result)
+    fake_result = type("Result", (), {"record": type("Record", (), {"score": 1.0, "reason": "why"})})
+    monkeypatch.setattr(cli, "_say_run", lambda _: next(codes))
+    assert run(["train", "-m", "seed=1,2"]) == INTERRUPTED
+
+
+def test_a_sweeper_that_is_not_installed_is_one_sentence(capsys):
+    assert run(["train", "-m", "hydra/sweeper=optuna", "seed=1"]) == WRONG_REQUEST
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "Could not find 'hydra/sweeper/optuna'" in line
