@@ -41,7 +41,7 @@ def run_python(code, *, cwd=None, source=SOURCE):
 
 def test_every_folder_of_conf_is_a_group():
     folders = {path.name for path in packaged_folder("conf").iterdir() if path.is_dir()}
-    assert folders == {*default_options("train"), *default_options("sweep")}
+    assert folders == {*default_options("train"), *default_options("sweep"), "experiment"}  # `+experiment=NAME`
 
 
 @pytest.mark.parametrize("file", SWEEPS, ids=lambda file: file.stem)
