@@ -107,7 +107,9 @@ def list_jobs(overrides: TrainOverrides, *, is_grid: bool) -> list[list[str]] | 
     with hydra_session():
         groups = added_groups()  # an experiment may set `hydra.sweeper`
         fixed = [override for override in _parse(overrides.run) if not override.is_sweep_override()]
-        added = [str(override.input_line) for override in fixed if override.key_or_group in groups]
+        added = [
+            str(override.input_line) for override in fixed if override.is_add() and override.key_or_group in groups
+        ]
         try:
             hydra = compose("train", overrides=[*added, *overrides.hydra], return_hydra_config=True).hydra
         except HydraException as error:
