@@ -59,19 +59,19 @@ def curve(assignment, step):
     return score(assignment.params["method.rank"], assignment.params["optim.lr"]) + 1 / step
 
 
-def search(sampler, *, trials, seed=0):
+def search(sampler, *, trials, seed=0, direction="minimize"):
     """Returns the trials of an arm, each of which ends before the next begins; some don't fit, run or fail."""
     arm = make_arm(SPACE, ASKED[sampler], trials=trials, seed=seed, second_objective="trainable_params")
     history = []
     for number in range(trials):
-        params, kept = propose(arm, history, number=number, direction="minimize")
+        params, kept = propose(arm, history, number=number, direction=direction)
         settings = {"params": params, "distributions": SPACE, "user_attrs": json.loads(json.dumps(kept))}
-        rank = params["method.rank"]
+        rank, sign = params["method.rank"], 1 if direction == "minimize" else -1
         told = {
             3: {"state": TrialState.PRUNED, "constraints": {"memory": 1.0}, "intermediate_values": {2: 1.0}},
             4: {"state": TrialState.RUNNING, "intermediate_values": {2: 0.0}},
             5: {"state": TrialState.FAIL},
-        }.get(number, {"values": [score(rank, 10 * params["optim.lr"]), 1000.0 * rank]})
+        }.get(number, {"values": [sign * score(rank, 10 * params["optim.lr"]), 1000.0 * rank]})
         history.append(create_trial(**settings, **told))
     return [trial.params for trial in history]
 
@@ -86,6 +86,13 @@ def test_every_sampler_proposes_the_same_again_after_trials_of_all_states(sample
     found = search(sampler, trials=10)
     assert search(sampler, trials=10) == found
     assert search(sampler, trials=10, seed=1) != found
+
+
+@pytest.mark.parametrize("sampler", ["tpe", slow_gp, "nsga"])
+def test_higher_scores_may_be_better(sampler):
+    found = search(sampler, trials=10, direction="maximize")
+    for mine, mirrored in zip(found, search(sampler, trials=10), strict=True):
+        assert mine == pytest.approx(mirrored, rel=1e-6)
 
 
 def test_a_sampler_sees_the_score_and_the_logarithm_of_the_cost_and_no_partial_results(monkeypatch):
