@@ -211,6 +211,7 @@ class SweepResult:
     def confirm_dataframe(self) -> pandas.DataFrame:
         """Returns one row per confirm run of the winners: `arm`, `trial`, `seed`, `state`, the test score, and `run`.
 
+        Scores by lm-evaluation-harness are columns `TASK/METRIC`.
         `record.confirm` also has the runs of former winners, if the sweep grew.
         """
         winners = ((arm, find_winner(arm, self._rows(arm), record=self.record)) for arm in self.arms)
@@ -222,7 +223,7 @@ class SweepResult:
 
         def columns(row: RerunRow) -> dict[str, Any]:
             identity = {"arm": row.arm, "trial": row.trial, "seed": row.seed, "state": row.state}
-            return identity | {score: row.value, "run": row.run}
+            return identity | {score: row.value} | row.harness | {"run": row.run}
 
         return pandas.DataFrame.from_records([columns(row) for row in rows])
 

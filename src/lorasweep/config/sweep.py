@@ -197,6 +197,20 @@ def parse_margin(setting: float | str) -> Margin:
 
 
 @dataclass(frozen=True, kw_only=True)
+class HarnessConfig:
+    """Tasks of lm-evaluation-harness that also score each confirm run; for causal models."""
+
+    tasks: tuple[str, ...]
+    """Names of tasks, groups or tags; an empty list does not run the harness."""
+    include_path: str | None
+    """Folder with the user's own tasks. A task's file can run code, so in a sweep file it needs `trust=[lm_eval]`."""
+    num_fewshot: NonNegative | None
+    """Number of examples before each question; null takes the task's own number. A task that says 0 keeps it."""
+    limit: Positive | None
+    """Maximum number of examples of each task; null uses all."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ConfirmConfig:
     """The stages after the search: `select` chooses the winner of each arm, `confirm` scores it on test data."""
 
@@ -210,9 +224,15 @@ class ConfirmConfig:
     margin: float | str
     """The smallest difference between two arms that matters: a number in the metric's unit (0.01), or a percentage of
     the gain of `full` over `frozen` on test data (5%). It decides about equivalent arms and the rank."""
+    harness: HarnessConfig
 
     def __post_init__(self) -> None:
         parse_margin(self.margin)
+        if self.harness.tasks and not self.seeds:
+            raise ConfigError(
+                "`confirm.seeds >= 1` must hold with `confirm.harness.tasks`, because the harness scores confirm runs, "
+                f"but got {self.seeds!r}."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -115,6 +115,7 @@ def _tabulate_arms(data: SweepData) -> dict[str, list[str]]:
         "arm": [arm.name for arm in arms],
         "best settings": [format_settings(arm.best.params) if arm.best else "no complete trial" for arm in arms],
         **({"test score": confirmed} if data.evidence.arms else {}),
+        **{name: [format_score(score, beside=row) for score in row] for name, row in data.harness_scores.items()},
         "score": [format_score(score, beside=scores) for score in scores],
         **({"select": [_describe_selection(arm) for arm in arms]} if any(arm.candidates for arm in arms) else {}),
         "of full's gain": [format_share_estimate(*data.full_gain_share_of_arm(arm)) for arm in arms],

@@ -54,8 +54,15 @@ def write_report(folder: Path) -> Summary:
     }
     if data.confirm_runs:
         files["confirmed.csv"] = csv_text(
-            ["arm", "trial", "seed", data.record.metric, "state", "run"],
-            ([rerun.arm, rerun.number, rerun.seed, rerun.value, rerun.state, rerun.run] for rerun in data.confirm_runs),
+            ["arm", "trial", "seed", data.record.metric, *data.harness_scores, "state", "run"],
+            (
+                [
+                    *(rerun.arm, rerun.number, rerun.seed, rerun.value),
+                    *(rerun.record.harness.get(name) if rerun.record else None for name in data.harness_scores),
+                    *(rerun.state, rerun.run),
+                ]
+                for rerun in data.confirm_runs
+            ),
         )
         files["pairs.csv"] = csv_text(
             [*PAIR_FIELDS, "low", "high", "settled_by", "more_seeds"],

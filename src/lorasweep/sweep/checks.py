@@ -9,6 +9,7 @@ from lorasweep.sweep.controller.stopping_rules import build_rule
 from lorasweep.sweep.definition.arms import Definition, name_arm_in_errors
 from lorasweep.sweep.definition.packing import plan_packing
 from lorasweep.sweep.definition.seeds import draw_confirm_seeds
+from lorasweep.training.harness import check_harness
 from lorasweep.training.inputs import InputsCache
 from lorasweep.training.prepare import check_run
 from lorasweep.training.restore import require_trusted_code
@@ -31,6 +32,8 @@ def check_definition(definition: Definition, inputs_cache: InputsCache) -> None:
                 check_run(config, inputs.base)
                 if not definition.sweep_config.confirm.seeds:
                     continue
+                if definition.sweep_config.confirm.harness.tasks:
+                    check_harness(definition.sweep_config.confirm.harness, inputs.base)
                 try:
                     inputs.splits.test()  # now, because the confirm stage reads it after hours of training
                 except ConfigError as error:

@@ -23,7 +23,13 @@ from lorasweep.sweep.controller.folder import SweepFolder
 from lorasweep.sweep.controller.record_rows import RUNS_FOLDER, measure_importance
 from lorasweep.sweep.controller.stages import Reruns, Search, Stage, list_trial_rows, plan_confirmation, plan_selection
 from lorasweep.sweep.controller.storage import database_must_answer, flush_storage
-from lorasweep.sweep.controller.trial import REASON_ATTRIBUTE, SCORE_ATTRIBUTE, SLOT_STEPS_ATTRIBUTE, Trial
+from lorasweep.sweep.controller.trial import (
+    HARNESS_ATTRIBUTE,
+    REASON_ATTRIBUTE,
+    SCORE_ATTRIBUTE,
+    SLOT_STEPS_ATTRIBUTE,
+    Trial,
+)
 from lorasweep.sweep.definition.arms import Arm
 from lorasweep.sweep.definition.packing import rank_arms_by_duration
 from lorasweep.training.checkpoint import remove_checkpoints
@@ -189,9 +195,11 @@ class Controller:
             return
         trials, trial = self._find(assignment)
         value = record.test[record.metric] if assignment.reads_test else record.score
-        attributes = {SCORE_ATTRIBUTE: value}
+        attributes: dict[str, Any] = {SCORE_ATTRIBUTE: value}
         if record.pack is not None:
             attributes[SLOT_STEPS_ATTRIBUTE] = record.pack["slot_steps"]
+        if record.harness:
+            attributes[HARNESS_ATTRIBUTE] = record.harness
         if record.status == "paused":
             trials.pause(trial, attributes, step=record.steps_done)
         else:

@@ -12,7 +12,13 @@ from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 from optuna.trial import FrozenTrial, TrialState
 
 from lorasweep.record import MIN_IMPORTANCE_TRIALS, ArmRow, RerunRow, RerunStage, TrialRow
-from lorasweep.sweep.controller.trial import REASON_ATTRIBUTE, SCORE_ATTRIBUTE, SLOT_STEPS_ATTRIBUTE, read_state
+from lorasweep.sweep.controller.trial import (
+    HARNESS_ATTRIBUTE,
+    REASON_ATTRIBUTE,
+    SCORE_ATTRIBUTE,
+    SLOT_STEPS_ATTRIBUTE,
+    read_state,
+)
 from lorasweep.sweep.definition.arms import Arm
 from lorasweep.sweep.definition.space import describe_space
 
@@ -72,6 +78,7 @@ def rerun_row(arm: str, stage: RerunStage, trial: FrozenTrial) -> RerunRow:
         seed=trial.params[SEED],
         state=state,
         run=rerun_name(arm, stage, trial.number),
+        harness=trial.user_attrs.get(HARNESS_ATTRIBUTE, {}),
         **_read_results(trial),
     )
 
