@@ -155,8 +155,12 @@ def list_settings(kind: type, group: str, options: list[Mapping[str, Any]]) -> l
     for f in fields(kind):
         if f.name in ("name", "target", "arguments"):
             continue
+        hint = hints[f.name]
+        if is_dataclass(hint) and isinstance(hint, type) and not issubclass(hint, Component):
+            rows += list_settings(hint, f"{group}.{f.name}", [option[f.name] for option in options if f.name in option])
+            continue
         given = {str(option[f.name]): f"`{_show(option[f.name])}`" for option in options if f.name in option}
-        rows.append((f"{group}.{f.name}", " or ".join(given.values()), describe_type(hints[f.name]), meanings[f.name]))
+        rows.append((f"{group}.{f.name}", " or ".join(given.values()), describe_type(hint), meanings[f.name]))
     return rows
 
 
