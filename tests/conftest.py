@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import datasets
 import pytest
+import torch
+from tests.tiny_tokenizer import load_tokenizer
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from lorasweep.config.compose import compose_run
 from lorasweep.config.run import RunConfig
@@ -56,6 +60,20 @@ def make_config() -> Callable[..., RunConfig]:
         return compose_run({**short, **given})
 
     return make
+
+
+@pytest.fixture(scope="session")
+def quantisable_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a small random Llama with a byte tokenizer. The widths of its layers are multiples of 64, as nf4 needs;
+    those of the embedded model are not."""
+    sizes: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    config = LlamaConfig(**sizes, vocab_size=257, num_attention_heads=2, num_key_value_heads=1, eos_token_id=256)
+    folder = tmp_path_factory.mktemp("quantisable")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        LlamaForCausalLM(config).save_pretrained(folder)
+    load_tokenizer().save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

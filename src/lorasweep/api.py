@@ -37,11 +37,10 @@ from lorasweep.report.recommend import read_recommended
 from lorasweep.results import RunResult, SweepResult, load_run, load_sweep
 from lorasweep.runs.comparison import SweepReproduction, compare_sweeps
 from lorasweep.stop_signal import StopSignal
-from lorasweep.sweep.checks import check_definition, find_metric, list_data_notes
+from lorasweep.sweep.checks import check_definition, find_metric, list_notes
 from lorasweep.sweep.controller.folder import SweepFolder
 from lorasweep.sweep.controller.lifecycle import create_sweep, new_folder, reopen_sweep, saved_definition
 from lorasweep.sweep.definition.arms import Definition, read_definition
-from lorasweep.sweep.definition.packing import explain_solo_arms
 from lorasweep.sweep.definition.sweep_file import find_sweep_file
 from lorasweep.sweep.progress import report_status, show_progress
 from lorasweep.sweep.status import SweepStatus
@@ -171,7 +170,7 @@ def check_resumed_sweep(opened: SweepFolder, inputs_cache: InputsCache) -> None:
     if record.changes:
         if (metric := find_metric(definition, inputs_cache).name) != record.metric:
             raise ConfigError(f"`data.metric` must stay {record.metric!r} for all arms, but got {metric!r}.")
-        opened.note([*list_data_notes(definition, inputs_cache), *explain_solo_arms(definition)])
+        opened.note(list_notes(definition, inputs_cache))
     write_record(record, opened.path)  # now, because a controller in another process reads the changes from it
 
 
@@ -190,7 +189,7 @@ def start_sweep(
         ConfigError: The sweep can't run as asked; nothing was written.
     """
     metric = check_sweep(definition, inputs_cache, output=output)
-    notes = [*list_data_notes(definition, inputs_cache), *explain_solo_arms(definition)]
+    notes = list_notes(definition, inputs_cache)
     wanted = definition.sweep_config.sweep.output if output is None else output
     folders = numbered_folders(default or Path("outputs") / definition.name)
     with claim_folder(None if wanted is None else Path(wanted), otherwise=folders, key="sweep.output") as path:

@@ -310,6 +310,8 @@ def export(arguments: argparse.Namespace) -> int:
         f"its logits differ from the run's by at most {written.difference:.2g} (the largest is "
         f"{written.largest_logit:.3g}), both computed in fp32"
     )
+    if written.quantization != "none" and arguments.format == "merged":
+        say(f"the run had its base in {written.quantization}, but the merged model has the unquantised weights")
     return DONE
 
 

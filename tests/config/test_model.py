@@ -14,6 +14,7 @@ SETTINGS = {
     "gguf_file": None,
     "factory": None,
     "attention": "auto",
+    "quantization": "none",
     "dropout": None,
     "allow_pickle": False,
     "trust_remote_code": False,
@@ -55,6 +56,19 @@ def test_setting_without_effect_beside_a_factory_is_refused(key, value):
 
 def test_factory_may_take_its_tokenizer_from_a_path():
     assert make(factory="own.models:build", revision="v1").path == "owner/name"
+
+
+@pytest.mark.parametrize("method", ["full", "head", "bitfit", "intrinsic"])
+def test_a_method_that_trains_weights_of_the_base_needs_them_unquantised(method):
+    settings = {"model.quantization": "nf4", "method": method}
+    with pytest.raises(ConfigError, match=rf"`model.quantization` must be none with `method={method}`.* got 'nf4'"):
+        compose_run(settings)
+    assert compose_run({**settings, "method": "frozen"}).model.quantization == "nf4"
+
+
+def test_a_quantised_base_is_not_sharded():
+    with pytest.raises(ConfigError, match=r"`trainer.strategy` must be ddp with this value of `model.quantization`"):
+        compose_run({"model.quantization": "int8", "trainer.strategy": "fsdp"})
 
 
 @pytest.mark.parametrize("file", sorted((packaged_folder("conf") / "model").glob("*.yaml")), ids=lambda file: file.stem)

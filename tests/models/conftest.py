@@ -61,6 +61,7 @@ SETTINGS = {
     "gguf_file": None,
     "factory": None,
     "attention": "auto",
+    "quantization": "none",
     "dropout": None,
     "allow_pickle": False,
     "trust_remote_code": False,

@@ -8,7 +8,7 @@ import pytest
 
 from lorasweep.errors import ConfigError
 from lorasweep.models.load import load_base
-from lorasweep.sweep.checks import check_definition, find_metric, list_data_notes
+from lorasweep.sweep.checks import check_definition, find_metric, list_notes
 from lorasweep.sweep.controller.stages import build_rule
 from lorasweep.sweep.definition.arms import read_definition
 from lorasweep.sweep.definition.warnings import find_warnings
@@ -119,7 +119,7 @@ def test_notes_on_the_data_of_several_arms_are_said_once(write_file, content):
         def load(self, config):
             return SimpleNamespace(notes=("shared", f"of {config.method.name}"))
 
-    notes = list_data_notes(read_definition(write_file(content), []), InputsCache())
+    notes = list_notes(read_definition(write_file(content), []), InputsCache())
     assert notes == ["shared", "of frozen", "of full", "of lora"]
 
 

@@ -2,6 +2,8 @@
 
 from dataclasses import replace
 
+import pytest
+
 import lorasweep.training.inputs as inputs_file
 from lorasweep.models.attention import AttentionChoice
 from lorasweep.record import read_run
@@ -12,12 +14,26 @@ from lorasweep.training.run_log import RunFolder
 
 def test_inputs_are_loaded_once_for_all_runs_that_can_share_them(make_config, monkeypatch):
     loaded = []
-    monkeypatch.setattr(inputs_file, "build_inputs", lambda config, telemetry: loaded.append(config) or object())
+    monkeypatch.setattr(inputs_file, "build_inputs", lambda config, **given: loaded.append(config) or object())
     inputs_cache = InputsCache()
     first = inputs_cache.load(make_config())
     assert inputs_cache.load(make_config({"method": "full", "optim.lr": 1.0, "trainer.max_steps": 9})) is first
     assert inputs_cache.load(make_config({"data.block_length": 16})) is not first
     assert len(loaded) == 2
+
+
+def test_arms_on_the_quantised_and_on_the_unquantised_base_share_their_data(make_config):
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes, an optional extra, is not installed")
+    inputs_cache = InputsCache()
+    quantised = inputs_cache.load(make_config({"model.quantization": "int8"}))
+    plain = inputs_cache.load(make_config({"method": "full"}))
+    assert plain.base is not quantised.base
+    assert plain.base.fingerprint != quantised.base.fingerprint
+    assert plain.splits is quantised.splits
+    assert (
+        inputs_cache.load(make_config({"model.quantization": "int8", "data.block_length": 16})).splits
+        is not plain.splits
+    )
 
 
 def test_the_attention_that_was_chosen_is_said_and_recorded(make_config, inputs, tmp_path):

@@ -11,6 +11,7 @@ from lorasweep.errors import ConfigError
 
 ModelKind = Literal["causal_lm", "classifier", "seq2seq"]
 Attention = Literal["auto", "sdpa", "eager", "flash_attention_2"]
+Quantization = Literal["none", "nf4", "int8"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +32,9 @@ class ModelConfig:
     """Custom model: `package.module:function`, which returns an `nn.Module` (see docs/models.md); null loads `path`."""
     attention: Attention
     """Implementation of attention; `auto` takes eager for short rows on a CPU, else sdpa."""
+    quantization: Quantization
+    """How the frozen weights of linear layers are stored: `nf4` in 4 bits (QLoRA), `int8` in 8 bits, `none` as
+    `trainer.precision` says. In a sweep, arms whose method trains weights of the base get the unquantised base."""
     dropout: Fraction | None
     """Rate of every dropout of the base in training, 0 <= p < 1; null keeps the rates of the model."""
     allow_pickle: bool
@@ -43,6 +47,13 @@ class ModelConfig:
         self._check_source()
         if self.gguf_file is not None and not self.gguf_file.endswith(".gguf"):
             raise ConfigError(f"`model.gguf_file` must end in .gguf, but got {self.gguf_file!r}.")
+
+        if self.quantization != "none" and (self.factory is not None or self.gguf_file is not None):
+            source = "model.factory" if self.factory is not None else "model.gguf_file"
+            raise ConfigError(
+                f"`model.quantization` must be none with `{source}`, but got {self.quantization!r}. Only a model of "
+                "transformers in safetensors is quantised while it is loaded."
+            )
 
     def _check_source(self) -> None:
         if self.factory is None:

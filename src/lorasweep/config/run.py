@@ -30,6 +30,8 @@ StrategyName = Literal[
 be started from the command line."""
 
 
+METHODS_ON_QUANTISED_BASE = ("lora", "peft", "frozen")
+"""Methods that leave all weights of the base as they are. The others train some, so they need the unquantised base."""
 LayerDecay = Annotated[float, (">", 0), ("<=", 1)]
 
 
@@ -232,8 +234,15 @@ class RunConfig:
                 f"`optim.lr_ratio_b` must be 1 unless `method=lora`, but got {self.optim.lr_ratio_b!r} "
                 f"with `method={self.method.name}`, where it has no effect."
             )
+        if self.model.quantization != "none" and self.method.name not in METHODS_ON_QUANTISED_BASE:
+            raise ConfigError(
+                f"`model.quantization` must be none with `method={self.method.name}`, which trains weights of the "
+                f"base, but got {self.model.quantization!r}. Remove it, or use `method=lora`. In a sweep, set it once "
+                "for all arms."
+            )
         if self.trainer.is_sharded:
             conflicts = {
+                "model.quantization": self.model.quantization != "none",
                 "method": self.method.name not in ("full", "lora"),
                 "trainer.compile": self.trainer.compile,
                 "optim.ema_decay": self.optim.ema_decay is not None,

@@ -62,8 +62,8 @@ def match_modules_to_save(model: nn.Module, patterns: Collection[str]) -> dict[s
     """Returns the matched modules by name. A module inside another matched module is not returned.
 
     Raises:
-        ValueError: A pattern matches no module; or a matched module shares a parameter with a module that is not
-            matched, so that a copy would untie them.
+        ValueError: A pattern matches no module; or a matched module is quantised; or it shares a parameter with a
+            module that is not matched, so that a copy would untie them.
     """
     names = [name for name, _ in model.named_modules() if name]
     matched: dict[str, nn.Module] = {}
@@ -76,6 +76,12 @@ def match_modules_to_save(model: nn.Module, patterns: Collection[str]) -> dict[s
             )
         matched.update((name, model.get_submodule(name)) for name in fitting)
     outermost = {n: m for n, m in matched.items() if not any(n.startswith(f"{other}.") for other in matched)}
+    for name, module in outermost.items():
+        if not all(parameter.is_floating_point() for parameter in module.parameters()):
+            raise ValueError(
+                f"`method.modules_to_save` must match modules with floating-point weights, but {name!r} is quantised. "
+                "Adapt it by `method.targets`, or use `model.quantization=none`."
+            )
     copied = {id(parameter) for module in outermost.values() for parameter in module.parameters()}
     for name, module in model.named_modules():
         if not is_inside(name, outermost) and any(id(p) in copied for p in module.parameters(recurse=False)):

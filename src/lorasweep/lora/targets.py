@@ -25,6 +25,7 @@ from lorasweep.lora.patterns import (
     split_pattern,
     suggest_layer,
 )
+from lorasweep.stored_weights import count_parameters
 
 Number = TypeVar("Number", int, float)
 
@@ -114,7 +115,7 @@ def plan_targets(
         matched=matched,
         unmatched=tuple(name for name, layer in layers.items() if is_linear(layer) and name not in matched_names),
         trainable_params=added + copied + biases,
-        total_params=added + copied + sum(p.numel() for p in model.parameters()),
+        total_params=added + copied + count_parameters(model),
     )
     return coverage, targets
 

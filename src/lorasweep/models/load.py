@@ -28,6 +28,7 @@ from lorasweep.models.dropout import set_dropout_modules, set_dropout_settings
 from lorasweep.models.factory import build_custom_model
 from lorasweep.models.folder import find_model_folder
 from lorasweep.models.pretrained import load_pretrained, load_with_new_head, quiet_transformers
+from lorasweep.models.quantised import build_arguments, finish_quantised, require_packages
 from lorasweep.models.weight_files import (
     WeightFiles,
     build_on_meta,
@@ -35,6 +36,7 @@ from lorasweep.models.weight_files import (
     check_claimed_size,
     has_weight_files,
 )
+from lorasweep.stored_weights import count_parameters, list_scales
 
 MODEL_CLASSES: dict[ModelKind, Any] = {
     "causal_lm": AutoModelForCausalLM,
@@ -72,7 +74,8 @@ class BaseModel:
     path: str
     """The value of `model.path`, or of `model.factory`."""
     fingerprint: str
-    """Result of `fingerprint_weights` without new modules. The same model has another fingerprint in another dtype."""
+    """Result of `fingerprint_weights` without new modules. The same model has another fingerprint in another dtype or
+    quantisation."""
     num_parameters: int
     """Number of parameters; tied parameters count once."""
     kind: ModelKind = "causal_lm"
@@ -97,7 +100,9 @@ class BaseModel:
 def load_base(
     config: ModelConfig, *, dtype: torch.dtype, labels: Labels | None = None, on_meta: bool = False
 ) -> BaseModel:
-    """Loads the base model in `dtype` on the CPU. Buffers that transformers keeps in fp32 stay in fp32.
+    """Loads the base model in `dtype` on the CPU, with the linear layers that `model.quantization` says in fewer bits.
+
+    Buffers that transformers keeps in fp32 stay in fp32.
 
     Args:
         config: Settings of the model.
@@ -109,7 +114,10 @@ def load_base(
     Raises:
         ConfigError: The model is missing, damaged, incomplete or not of `model.kind`. Or its files need
             `model.allow_pickle` or `model.trust_remote_code`. Or labels are given, but the model is not a classifier.
+            Or it can't be quantised.
     """
+    if config.quantization != "none":
+        require_packages(config)
     if labels is not None and config.kind != "classifier":
         raise ConfigError(
             f"`model.kind` must be classifier for data with labels, but got {config.kind!r}. Use `model=classifier`."
@@ -132,7 +140,7 @@ def load_base(
         tokenizer=tokenizer,
         path=config.factory or str(config.path),
         fingerprint=fingerprint_weights(model, exclude=head_names, files=files),
-        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        num_parameters=count_parameters(model),
         kind=config.kind,
         new_head_names=head_names,
         labels=labels,
@@ -143,7 +151,7 @@ def load_base(
 def fingerprint_weights(model: nn.Module, *, exclude: Collection[str] = (), files: WeightFiles | None = None) -> str:
     """Returns the first 16 hex digits of a SHA-256 over the names and bytes of all parameters, sorted by name.
 
-    Tied parameters count once, under their first name.
+    Tied parameters count once, under their first name. A 4-bit parameter has the bytes of its scales too.
 
     Args:
         model: Any module.
@@ -160,7 +168,8 @@ def fingerprint_weights(model: nn.Module, *, exclude: Collection[str] = (), file
                 values = files.read(name).to(parameter.dtype)
             else:
                 values = parameter.detach()
-            digest.update(values.cpu().flatten().view(torch.uint8).numpy().data)
+            for tensor in (values, *list_scales(parameter)):
+                digest.update(tensor.cpu().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
 
 
@@ -174,6 +183,10 @@ def _load(
     if gguf_file is not None:
         shared["gguf_file"] = gguf_file
     attention = {} if config.attention == "auto" else {"attn_implementation": config.attention}
+    if gguf_file is not None and config.quantization != "none":
+        raise ConfigError(
+            f"`model.quantization` must be none for a GGUF file, but got {config.quantization!r} with {config.path!r}."
+        )
     with _refuse_damaged_files(config):
         is_checked = gguf_file is None and not config.allow_pickle and not config.trust_remote_code
         if is_checked:
@@ -193,10 +206,14 @@ def _load(
             arguments["use_safetensors"] = None if gguf_file is None else False  # None prefers safetensors, else pickle
         if is_checked:
             check_claimed_size(model_class, settings, folder)
+        if config.quantization != "none":
+            arguments |= build_arguments(config, model_class, settings, dtype=dtype)
         if is_classifier:
             model, head_names = load_with_new_head(model_class, str(folder), dtype=dtype, **arguments)
         else:
             model, head_names = load_pretrained(model_class, str(folder), dtype=dtype, **arguments), ()
+    if config.quantization != "none":
+        finish_quantised(model, config)
     if gguf_file is not None:
         setattr(model, "hf_quantizer", None)  # noqa: B010 (mypy); with a quantizer, transformers refuses to save the model
     return model, tokenizer, head_names, None
@@ -218,6 +235,8 @@ def _refuse_damaged_files(config: ModelConfig) -> Iterator[None]:
     try:
         with quiet_transformers():
             yield
+    except ConfigError:
+        raise
     except BaseException as error:
         # a panic of the tokenizers' Rust code is no Exception
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":

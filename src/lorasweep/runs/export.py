@@ -30,7 +30,13 @@ from lorasweep.models.pretrained import load_pretrained, quiet_transformers
 from lorasweep.record import RunRecord, read_run
 from lorasweep.runs.model_card import CARD_FILE, build_card, name_base
 from lorasweep.runs.push import check_push, push_folder
-from lorasweep.training.restore import check_kept_files, restore_base, restore_config, restore_model
+from lorasweep.training.restore import (
+    check_kept_files,
+    restore_base,
+    restore_config,
+    restore_model,
+    restore_unquantised_base,
+)
 
 ExportFormat = Literal["peft", "merged"]
 EXPORT_DTYPES: Mapping[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -51,7 +57,9 @@ class Export:
     num_bytes: int
     difference: float
     """Largest absolute difference between the logits of `best/` and of the written weights on one batch, both in fp32.
-    Merging rounds weights to the base's dtype."""
+    Merging rounds weights to the base's dtype, and puts the unquantised base in place of a quantised one."""
+    quantization: str
+    """The run's `model.quantization`."""
     largest_logit: float
     """The largest absolute logit of the run."""
 
@@ -106,6 +114,7 @@ def export_run(
         num_bytes=num_bytes,
         difference=float((written - original).abs().max()),
         largest_logit=float(original.abs().max()),
+        quantization=config.model.quantization,
     )
 
 
@@ -188,9 +197,13 @@ def _export_merged(
     Returns the name of the type of its weights, the logits of the run, and those of the model that transformers loads
     again.
     """
-    kind, torch_dtype, fingerprint, logits = _write_merged(
-        config, restore_base(record, config), best, folder, dtype=dtype
-    )
+    base, logits_of_run = restore_base(record, config), None
+    if config.model.quantization != "none":
+        # an adapter is merged into the weights that were quantised; the run itself had the rounded ones
+        logits_of_run = compute_probe_logits(_restore(config, base, best))
+        config, base = restore_unquantised_base(record, config)
+    kind, torch_dtype, fingerprint, logits = _write_merged(config, base, best, folder, dtype=dtype)
+    del base
     # `_write_merged` is a separate function, so that its models are freed before the merged model is loaded
     attention = {} if config.model.attention == "auto" else {"attn_implementation": config.model.attention}
     try:
@@ -203,7 +216,8 @@ def _export_merged(
             "Use `--format peft`."
         )
     names = {each: name for name, each in EXPORT_DTYPES.items()}
-    return names.get(torch_dtype, str(torch_dtype)), logits, compute_probe_logits(written)
+    original = logits if logits_of_run is None else logits_of_run
+    return names.get(torch_dtype, str(torch_dtype)), original, compute_probe_logits(written)
 
 
 def _write_merged(

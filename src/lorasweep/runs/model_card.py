@@ -15,6 +15,7 @@ from lorasweep.config.method import PeftConfig
 from lorasweep.config.model import ModelConfig
 from lorasweep.config.run import RunConfig
 from lorasweep.models.folder import EMBEDDED_PREFIX, find_local_path
+from lorasweep.models.quantised import TRANSFORMERS_ARGUMENTS
 from lorasweep.record import SWEEP_FILE, RunRecord
 
 CARD_FILE = "README.md"
@@ -82,7 +83,7 @@ def build_card(
     what = f"An adapter ({kind}, {dtype}) for" if format == "peft" else f"A model ({dtype}, merged) fine-tuned from"
     sections = {
         "How to load": _describe_loading(record, config.model, format=format, repository=repository),
-        "Base model": _describe_base(record, config.model),
+        "Base model": _describe_base(record, config.model, format=format),
         "Data": _describe_data(record, data_name),
         "Scores": _describe_scores(record),
         "What the sweep found": _describe_verdict(record, run),
@@ -119,6 +120,11 @@ def _describe_loading(record: RunRecord, config: ModelConfig, *, format: str, re
     num_labels = 1 if labels.get("kind") == "regression" else len(labels.get("names", ()))
     argument = f", num_labels={num_labels}" if labels else ""
     base = name_base(config)
+    quantization = ""
+    if config.quantization != "none" and format == "peft":
+        values = TRANSFORMERS_ARGUMENTS[config.quantization]
+        quantization = ", ".join(f"{key}={value!r}" for key, value in values.items())
+        argument += ", quantization_config=quantization"
     revision = f', revision="{config.revision}"' if config.revision else ""
     lines = {
         "merged": [
@@ -129,8 +135,9 @@ def _describe_loading(record: RunRecord, config: ModelConfig, *, format: str, re
         ],
         "peft": [
             "from peft import PeftModel",
-            f"from transformers import Auto{name}, AutoTokenizer",
+            f"from transformers import Auto{name}, AutoTokenizer{', BitsAndBytesConfig' if quantization else ''}",
             "",
+            *([f"quantization = BitsAndBytesConfig({quantization})"] if quantization else []),
             f'base = Auto{name}.from_pretrained("{base}"{revision}{argument})',
             f'model = PeftModel.from_pretrained(base, "{repository}")',
             f'tokenizer = AutoTokenizer.from_pretrained("{base}"{revision})',
@@ -144,13 +151,18 @@ def _describe_loading(record: RunRecord, config: ModelConfig, *, format: str, re
     return code
 
 
-def _describe_base(record: RunRecord, config: ModelConfig) -> str:
+def _describe_base(record: RunRecord, config: ModelConfig, *, format: str) -> str:
     revision = f", revision `{config.revision}`" if config.revision else ""
     precision = record.platform.get("precision", "fp32")
+    quantised = ""
+    if config.quantization != "none":
+        quantised = f" In training and evaluation its linear layers were stored in {config.quantization}."
+        if format == "merged":
+            quantised += " This model has the unquantised weights, so its scores may differ from those below."
     return (
         f"`{name_base(config)}`{revision}, {record.base.get('parameters', 0):,} parameters, trained in {precision}; "
         f"fingerprint of these weights `{record.base.get('fingerprint')}`. {record.trainable_params:,} parameters were "
-        "trained."
+        f"trained.{quantised}"
     )
 
 

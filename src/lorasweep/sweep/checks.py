@@ -7,7 +7,8 @@ from lorasweep.errors import ConfigError
 from lorasweep.sweep.controller.proposals import propose
 from lorasweep.sweep.controller.stopping_rules import build_rule
 from lorasweep.sweep.definition.arms import Definition, name_arm_in_errors
-from lorasweep.sweep.definition.packing import plan_packing
+from lorasweep.sweep.definition.bases import explain_bases
+from lorasweep.sweep.definition.packing import explain_solo_arms, plan_packing
 from lorasweep.sweep.definition.seeds import draw_confirm_seeds
 from lorasweep.training.harness import check_harness
 from lorasweep.training.inputs import InputsCache
@@ -54,6 +55,10 @@ def find_metric(definition: Definition, inputs_cache: InputsCache) -> ScoreMetri
     return inputs_cache.load(configs[0]).splits.score_metric
 
 
-def list_data_notes(definition: Definition, inputs_cache: InputsCache) -> list[str]:
-    """Returns notes on each arm's data and attention. A note that several arms share appears once."""
-    return list(dict.fromkeys(note for arm in definition.arms for note in inputs_cache.load(arm.corners[0]).notes))
+def list_notes(definition: Definition, inputs_cache: InputsCache) -> list[str]:
+    """Returns notes on each arm's data, attention and base, and on arms whose trials run alone.
+
+    A note that several arms share appears once.
+    """
+    of_inputs = (note for arm in definition.arms for note in inputs_cache.load(arm.corners[0]).notes)
+    return list(dict.fromkeys([*of_inputs, *explain_bases(definition), *explain_solo_arms(definition)]))

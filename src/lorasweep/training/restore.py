@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -108,6 +109,28 @@ def restore_base(record: RunRecord, config: RunConfig) -> BaseModel:
     Raises:
         RecordError: The model's fingerprint differs from the recorded fingerprint, or the record is damaged.
     """
+    base = _load_recorded_base(record, config)
+    trained_on = record.base.get("fingerprint")
+    if base.fingerprint != trained_on:
+        raise RecordError(
+            f"`model.path` must be the base model of the run (fingerprint {trained_on!r} in "
+            f"{record.platform.get('precision')}), but {config.model.path!r} has {base.fingerprint!r}. Restore the "
+            "model that the run trained on."
+        )
+    return base
+
+
+def restore_unquantised_base(record: RunRecord, config: RunConfig) -> tuple[RunConfig, BaseModel]:
+    """Returns a run's settings without `model.quantization`, and the base of the same files in the run's precision.
+
+    The files are not checked, because the record has the fingerprint of the quantised weights. Check them by
+    `restore_base`.
+    """
+    unquantised = replace(config, model=replace(config.model, quantization="none"))
+    return unquantised, _load_recorded_base(record, unquantised)
+
+
+def _load_recorded_base(record: RunRecord, config: RunConfig) -> BaseModel:
     precision: Any = record.platform.get("precision")
     stored = record.base.get("labels")
     try:
@@ -117,14 +140,7 @@ def restore_base(record: RunRecord, config: RunConfig) -> BaseModel:
             f"`platform.precision` and `base.labels` in a run's record must be as the run wrote them, but: {error!r}. "
             "Restore the file."
         ) from error
-    base = load_base(config.model, dtype=dtype, labels=labels)
-    trained_on = record.base.get("fingerprint")
-    if base.fingerprint != trained_on:
-        raise RecordError(
-            f"`model.path` must be the base model of the run (fingerprint {trained_on!r} in {precision}), but "
-            f"{config.model.path!r} has {base.fingerprint!r}. Restore the model that the run trained on."
-        )
-    return base
+    return load_base(config.model, dtype=dtype, labels=labels)
 
 
 def restore_model(config: RunConfig, base: BaseModel, *, folder: Path) -> nn.Module:

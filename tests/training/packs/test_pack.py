@@ -126,6 +126,21 @@ def test_packed_runs_equal_runs_alone_in_bf16(make_config, tmp_path):
         assert_same_losses(tmp_path / f"alone{n}", tmp_path / f"pack{n}", rel=BF16_LOSS_TOLERANCE)
 
 
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_packed_runs_equal_runs_alone_on_a_quantised_base(make_config, quantisable_model, tmp_path, quantization):
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes, an optional extra, is not installed")
+    base = {"model": "causal_lm", "model.path": str(quantisable_model), "model.quantization": quantization}
+    configs = [make_config({**settings, **base, "trainer.max_steps": 6}) for settings in MIXED]
+    inputs = build_inputs(configs[0])
+    for n, config in enumerate(configs):
+        train_run(config, RunFolder(path=tmp_path / f"alone{n}"), inputs=inputs)
+    jobs = [Outcomes().job(tmp_path / f"pack{n}", config) for n, config in enumerate(configs)]
+    assert train(jobs[:2], tmp_path, inputs=inputs, waiting=jobs[2:])
+    for n in range(len(configs)):
+        assert_same_losses(tmp_path / f"alone{n}", tmp_path / f"pack{n}", rel=LOSS_TOLERANCE)
+    assert fingerprint_weights(inputs.base.model) == inputs.base.fingerprint
+
+
 @pytest.fixture
 def make_dropping(tmp_path, make_config):
     """Saves a small random GPT-2 that drops in its embeddings and its residuals, and gives the settings of a run."""

@@ -19,13 +19,14 @@ from lorasweep.config.compose import (
     LIST_GROUPS,
     MAPPINGS,
     compose_sweep,
+    compose_values,
     default_options,
     find_mapping,
     known_keys,
     layer_settings,
 )
 from lorasweep.config.limits import NonNegative
-from lorasweep.config.run import RunConfig
+from lorasweep.config.run import METHODS_ON_QUANTISED_BASE, RunConfig
 from lorasweep.config.sweep import SweepConfig
 from lorasweep.config.trust import TARGET
 from lorasweep.errors import ConfigError
@@ -55,6 +56,9 @@ DEFAULT_TRIALS = 16
 RERUN_ENDINGS = tuple(f"-{stage}" for stage in get_args(RerunStage))
 """Endings that an arm's name must not have. A run folder of these stages has the name of its arm, an ending and a
 number."""
+SHARED_LAYERS = (0, 3)
+"""Places, among the layers of an arm's settings, of those for all arms: the sweep file's and the command line's."""
+QUANTIZATION = "model.quantization"
 PATH_KEYS = ("data.train", "data.validation", "data.test", "model.path")
 """Settings whose values may be paths of files."""
 TASKS_FOLDER_KEY = "confirm.harness.include_path"
@@ -279,7 +283,10 @@ def _build_arm(arm: ExpandedArm, file: SweepFile, overrides: Mapping[str, Any], 
     layers = [_split_sweep_settings(layer) for layer in in_order]
     sweep_config = compose_sweep(layer_settings("sweep", *(sweep_layer for _, sweep_layer in layers)))
     with name_arm_in_errors(arm.name):
-        settings, ranges = _layer_run([run_layer for run_layer, _ in layers], arm=arm, used_keys=used_keys)
+        run_layers = [run_layer for run_layer, _ in layers]
+        settings, ranges = _layer_run(run_layers, arm=arm, used_keys=used_keys)
+        own_keys = {key for index, layer in enumerate(run_layers) if index not in SHARED_LAYERS for key in layer}
+        settings = _choose_base(settings, own_keys)
         space = _parse_space(settings, ranges)
     wanted = (sweep_config.sweep.trials, arm.config.trials, DEFAULT_TRIALS)
     trials = next(number for number in wanted if number is not None)
@@ -341,6 +348,21 @@ def _layer_run(
         {key: value for key, value in settings.items() if key not in ranges and get_rival_key(key) not in ranges},
         {key: value for key, value in arm.config.space.items() if key not in replaced} | ranges,
     )
+
+
+def _choose_base(settings: dict[str, Any], own_keys: Collection[str]) -> dict[str, Any]:
+    """Returns an arm's settings with `model.quantization=none` if its method trains weights of the base.
+
+    A quantisation that the arm itself sets stays, and is refused when its runs are composed.
+    """
+    if "model" in own_keys or QUANTIZATION in own_keys:
+        return settings
+    known = {
+        key: value for key, value in settings.items() if key != MULTIPLIER
+    }  # Hydra's composition has no multiplier
+    values = compose_values("train", known, require_all=False)
+    is_needed = values["method"]["name"] not in METHODS_ON_QUANTISED_BASE
+    return {**settings, QUANTIZATION: "none"} if is_needed and values["model"]["quantization"] != "none" else settings
 
 
 def _is_option(settings: Mapping[str, Any], group: str) -> bool:

@@ -147,14 +147,14 @@ def explain_packing(definition: Definition) -> list[str]:
             by_key.setdefault(plan.key, []).append(arm.name)
         elif arm.trials > 1:
             alone.setdefault(plan.reason, []).append(arm.name)
-    notes = [f"{_list_names(names)}: trials share packs on one frozen base." for names in by_key.values()]
+    notes = [f"{quote_names(names)}: trials share packs on one frozen base." for names in by_key.values()]
     for first, second in itertools.pairwise(by_key.values()):
         different = join_words(_list_differences(plans[first[0]].largest, plans[second[0]].largest))
-        notes.append(f"{_list_names(first)} share no packs with {_list_names(second)}: {different} must be equal.")
-    return [*notes, *(f"{_list_names(names)}: trials run alone. {reason}" for reason, names in alone.items())]
+        notes.append(f"{quote_names(first)} share no packs with {quote_names(second)}: {different} must be equal.")
+    return [*notes, *(f"{quote_names(names)}: trials run alone. {reason}" for reason, names in alone.items())]
 
 
-def _list_names(names: Sequence[str]) -> str:
+def quote_names(names: Sequence[str]) -> str:
     return join_words([f"`{name}`" for name in names])
 
 

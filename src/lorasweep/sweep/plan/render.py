@@ -12,6 +12,7 @@ from rich.text import Text
 
 from lorasweep.record import describe_stage
 from lorasweep.sweep.definition.arms import Definition
+from lorasweep.sweep.definition.bases import explain_bases
 from lorasweep.sweep.definition.packing import explain_packing
 from lorasweep.sweep.definition.warnings import find_warnings
 from lorasweep.sweep.plan.estimate import SweepPlan
@@ -43,6 +44,7 @@ def render_plan(definition: Definition, plan: SweepPlan) -> RenderableType:
 
 
 def _list_notes(definition: Definition, plan: SweepPlan) -> Iterator[str]:
+    yield from explain_bases(definition)
     yield from explain_packing(definition)
     for group in plan.cost.groups:
         if group.pack_note:

@@ -15,6 +15,7 @@ from lorasweep.config.run import RunConfig
 from lorasweep.data.batching import MicroBatch, StepBatchSampler
 from lorasweep.data.split import move_batch
 from lorasweep.errors import OutOfMemory
+from lorasweep.stored_weights import list_scales
 from lorasweep.training.environment import Precision, get_device
 from lorasweep.training.failures import convert_memory_errors
 from lorasweep.training.inputs import RunInputs, resolve_accumulate
@@ -68,7 +69,8 @@ def choose_pack_size(config: RunConfig, *, inputs: RunInputs, trials_left: int) 
         trials_left: Number of runs that can share the pack, at least 1.
     """
     device = get_device(config.trainer)
-    base_bytes = sum(tensor.nbytes for tensor in (*inputs.base.model.parameters(), *inputs.base.model.buffers()))
+    tensors = (*inputs.base.model.parameters(), *inputs.base.model.buffers())
+    base_bytes = sum(part.nbytes for tensor in tensors for part in (tensor, *list_scales(tensor)))
     try:
         with convert_memory_errors(), inputs.telemetry.phase("loading"):
             slot_bytes = count_slot_bytes(config, inputs=inputs)

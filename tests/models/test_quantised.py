@@ -1,0 +1,235 @@
+"""A base in few bits: the values that are stored, the gradients that pass through, and what stays unquantised."""
+
+from __future__ import annotations
+
+import copy
+import sys
+
+import pytest
+import torch
+from tests.tiny_tokenizer import load_tokenizer
+from torch import nn
+from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+import lorasweep.models.quantised as quantised_file
+from lorasweep.errors import ConfigError
+from lorasweep.lora import LoraConfig, inject_lora
+from lorasweep.lora.layer_kinds import dequantised_weight, is_quantised
+from lorasweep.methods import copy_sharing_weights
+from lorasweep.models.load import Labels, fingerprint_weights, load_base
+from lorasweep.models.quantised import _hide_module
+from lorasweep.stored_weights import list_scales
+from lorasweep.training.memory import count_saved_bytes
+
+pytest.importorskip("bitsandbytes", reason="bitsandbytes, an optional extra, is not installed")
+
+KINDS = ("nf4", "int8")
+DTYPES = (torch.float32, torch.bfloat16)
+# appendix E of arXiv 2305.14314
+NF4_VALUES = (
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635),
+    *(-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725),
+    *(0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+)
+TOKENS = torch.randint(257, (3, 12), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def load(model_config, quantisable_model):
+    def load(quantization="none", *, dtype=torch.float32, path=quantisable_model, labels=None):
+        kind = "causal_lm" if labels is None else "classifier"
+        return load_base(model_config(path, quantization=quantization, kind=kind), dtype=dtype, labels=labels)
+
+    return load
+
+
+@pytest.fixture
+def save(tmp_path):
+    def save(model):
+        model.save_pretrained(tmp_path / "model")
+        load_tokenizer().save_pretrained(tmp_path / "model")
+        return tmp_path / "model"
+
+    return save
+
+
+def quantised_layers(model):
+    return {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and is_quantised(m)}
+
+
+def linear_layers(model):
+    return {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+
+
+def round_to_nf4(weight, *, block_size=64):
+    blocks = weight.reshape(-1, block_size)
+    scales = blocks.abs().amax(dim=1, keepdim=True)
+    values = torch.tensor(NF4_VALUES)
+    return (values[(blocks / scales)[..., None].sub(values).abs().argmin(-1)] * scales).view_as(weight)
+
+
+def test_nf4_stores_the_nearest_of_16_values_times_the_largest_of_64(load):
+    plain, model = load().model, load("nf4").model
+    for name, layer in quantised_layers(model).items():
+        expected = round_to_nf4(plain.get_submodule(name).weight)
+        # the scales themselves are rounded to 8 bits (double quantisation)
+        torch.testing.assert_close(dequantised_weight(layer), expected, rtol=0.02, atol=0)
+
+
+def test_int8_stores_the_nearest_of_255_steps_of_each_row(load):
+    plain, model = load().model, load("int8").model
+    for name, layer in quantised_layers(model).items():
+        weight = plain.get_submodule(name).weight
+        steps = weight.abs().amax(dim=1, keepdim=True) / 127
+        # half a step, and before it bitsandbytes rounds to fp16, which keeps 11 bits: 127 / 2048 steps at most
+        assert ((dequantised_weight(layer) - weight).abs() <= 0.57 * steps).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_all_linear_layers_but_the_head_are_quantised_and_the_same_each_time(load, kind, dtype):
+    plain, base = load(dtype=dtype), load(kind, dtype=dtype)
+    assert set(linear_layers(base.model)) - set(quantised_layers(base.model)) == {"lm_head"}
+    others = [p for p in base.model.parameters() if p.is_floating_point() and p.dim() > 1]
+    assert {p.dtype for p in others} == {dtype}
+    assert not any(p.requires_grad for p in base.model.parameters())
+    assert base.num_parameters == plain.num_parameters
+    assert len({base.fingerprint, plain.fingerprint, *(load(each, dtype=dtype).fingerprint for each in KINDS)}) == 3
+
+
+def test_the_fingerprint_of_nf4_has_the_scales(load):
+    base = load("nf4")
+    layer = next(iter(quantised_layers(base.model).values()))
+    layer.weight.quant_state.absmax[0] += 1
+    assert fingerprint_weights(base.model) != base.fingerprint
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_outputs_and_gradients_are_those_of_the_dequantised_weights(load, kind):
+    model = load(kind).model
+    reference = copy.deepcopy(load().model)
+    for name, layer in quantised_layers(model).items():
+        reference.get_submodule(name).weight.copy_(dequantised_weight(layer))
+    found, expected = (run_backward(each) for each in (model, reference))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)  # fp32: sums in another order
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_evaluation_changes_neither_gradients_nor_weights(load, kind, dtype):
+    """bitsandbytes alone loses the base's part of gradients after an evaluation, on CPUs with AVX512-BF16."""
+    base = load(kind, dtype=dtype)
+    before = run_backward(base.model)
+    with torch.no_grad():
+        base.model.eval()(input_ids=TOKENS)
+    after = run_backward(base.model)
+    assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
+    assert fingerprint_weights(base.model) == base.fingerprint
+
+
+def run_backward(model):
+    """Returns the logits, and the gradient at the embeddings."""
+    inputs = model.get_input_embeddings()(TOKENS).detach().requires_grad_()
+    logits = model.train()(inputs_embeds=inputs).logits
+    logits.float().square().sum().backward()
+    return logits.detach(), inputs.grad
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_copy_of_a_weight_is_kept_for_the_backward_pass(load, kind):
+    def count(model):
+        inputs = model.get_input_embeddings()(TOKENS).detach().requires_grad_()
+        return count_saved_bytes(lambda: model(inputs_embeds=inputs).logits, model=model)
+
+    assert count(load(kind).model) <= count(load().model)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_copies_share_weights_and_scales(load, kind):
+    base = load(kind)
+    own = {id(tensor) for p in base.model.parameters() for tensor in (p, *vars(getattr(p, "quant_state", p)).values())}
+    copied = copy_sharing_weights(base.model)
+    assert all(id(p) in own for p in copied.parameters())
+    states = [vars(layer) for layer in quantised_layers(copied).values()]
+    assert not any(isinstance(value, torch.Tensor) or hasattr(value, "absmax") for s in states for value in s.values())
+
+
+def test_conv1d_layers_are_quantised(load, save):
+    torch.manual_seed(0)
+    path = save(GPT2LMHeadModel(GPT2Config(vocab_size=257, n_embd=64, n_layer=2, n_head=2, n_positions=64)))
+    plain = load(path=path).model(input_ids=TOKENS).logits
+    for kind, tolerance in (("nf4", 0.2), ("int8", 0.02)):
+        model = load(kind, path=path).model
+        assert len(quantised_layers(model)) == 8
+        assert 0 < (model(input_ids=TOKENS).logits - plain).norm() < tolerance * plain.norm()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_new_head_and_a_pooler_are_not_quantised(load, save, kind):
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+    path = save(BertModel(BertConfig(vocab_size=257, **sizes)))
+    labels = Labels(kind="single_label", names=("a", "b", "c"))
+    base = load(kind, path=path, labels=labels)
+    assert base.new_head_names == ("classifier",)
+    assert set(linear_layers(base.model)) - set(quantised_layers(base.model)) == {"bert.pooler.dense", "classifier"}
+    inject_lora(base.model, LoraConfig(rank=2, modules_to_save=["classifier"], bias="all"))
+    base.model.train()(input_ids=TOKENS).logits.sum().backward()
+    trained = {name: p for name, p in base.model.named_parameters() if p.requires_grad}
+    assert any(name.endswith("query.base.bias") for name in trained)
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in trained.values())
+
+
+def test_a_layer_whose_rows_are_no_whole_blocks_stays_unquantised(load, save):
+    """bitsandbytes' kernel for CPUs gives it wrong values."""
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 2}
+    path = save(LlamaForCausalLM(LlamaConfig(vocab_size=257, **sizes)))
+    base = load("nf4", path=path)
+    assert set(linear_layers(base.model)) - set(quantised_layers(base.model)) == {
+        "lm_head",
+        "model.layers.0.mlp.down_proj",
+    }
+    assert len(quantised_layers(load("int8", path=path).model)) == 7
+
+
+def test_a_model_without_a_layer_to_quantise_is_refused(load):
+    with pytest.raises(ConfigError, match=r"multiple of 64 inputs, but 'embedded:tiny' has none .* Use int8 or none"):
+        load("nf4", path="embedded:tiny")
+
+
+def test_a_module_that_is_quantised_is_not_trained_in_full(load):
+    with pytest.raises(ValueError, match=r"`method.modules_to_save` .* 'model.layers.0.mlp.up_proj' is quantised"):
+        inject_lora(load("int8").model, LoraConfig(rank=2, modules_to_save=["up_proj"]))
+
+
+def test_a_missing_package_is_named(load, monkeypatch):
+    monkeypatch.setattr(quantised_file, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"`model.quantization=nf4` needs .*'bitsandbytes'.*lorasweep\[quantised\]"):
+        load("nf4")
+
+
+@pytest.mark.parametrize(
+    ("settings", "key"), [({"factory": "own:build", "path": None}, "factory"), ({"gguf_file": "m.gguf"}, "gguf_file")]
+)
+def test_only_safetensors_of_transformers_are_quantised(model_config, settings, key):
+    with pytest.raises(ConfigError, match=rf"`model.quantization` must be none with `model.{key}`, but got 'int8'"):
+        model_config(quantization="int8", **settings)
+
+
+def test_files_that_are_quantised_already_are_refused(load, tmp_path):
+    load("nf4").model.save_pretrained(tmp_path)
+    load_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(
+        ConfigError, match=r"must be none for a model whose files are quantised already, but got 'int8'"
+    ):
+        load("int8", path=tmp_path)
+
+
+def test_a_module_is_hidden_only_inside_the_block():
+    with _hide_module("json"), pytest.raises(ImportError):
+        import json  # noqa: F401, PLC0415
+    assert sys.modules["json"].dumps([]) == "[]"
+
+
+def test_a_plain_parameter_has_no_scales():
+    assert list_scales(nn.Parameter(torch.zeros(2))) == []

@@ -1,0 +1,83 @@
+"""A run on a quantised base is exported as an adapter for it, or merged into the unquantised weights."""
+
+from __future__ import annotations
+
+import peft
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from lorasweep import cli
+from lorasweep.config.compose import compose_run
+from lorasweep.lora import load_adapter, merge_lora
+from lorasweep.models.load import load_base
+from lorasweep.models.quantised import TRANSFORMERS_ARGUMENTS
+from lorasweep.runs.export import export_run
+from lorasweep.training.inputs import build_inputs
+from lorasweep.training.run import train_run
+from lorasweep.training.run_log import RunFolder
+
+pytest.importorskip("bitsandbytes", reason="bitsandbytes, an optional extra, is not installed")
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # what PEFT calls
+
+TOKENS = torch.randint(257, (3, 12), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module", params=["nf4", "int8"])
+def quantization(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def run(make_config, quantisable_model, quantization, tmp_path_factory):
+    """A run on the quantised base whose adapter changes it visibly."""
+    base = {"model": "causal_lm", "model.path": str(quantisable_model), "model.quantization": quantization}
+    config = make_config({**base, "optim.lr": 0.1})
+    folder = tmp_path_factory.mktemp("quantised") / "run"
+    train_run(config, RunFolder(path=folder), inputs=build_inputs(config))
+    return folder
+
+
+def logits_of(model):
+    with torch.inference_mode():
+        return model.eval()(input_ids=TOKENS).logits
+
+
+def test_peft_loads_the_adapter_onto_the_base_as_the_card_says(run, quantisable_model, quantization, tmp_path):
+    written = export_run(run, format="peft", out=tmp_path / "adapter")
+    assert written.difference == 0
+    card = (tmp_path / "adapter" / "README.md").read_text()
+    assert f"its linear layers were stored in {quantization}" in card
+    arguments = TRANSFORMERS_ARGUMENTS[quantization]
+    for key, value in arguments.items():
+        assert f"{key}={value!r}" in card
+    base = AutoModelForCausalLM.from_pretrained(
+        quantisable_model, quantization_config=BitsAndBytesConfig(**arguments, bnb_4bit_compute_dtype=torch.float32)
+    )
+    plain = logits_of(base)
+    model = peft.PeftModel.from_pretrained(base, tmp_path / "adapter")
+    found = logits_of(model)
+    assert (found - plain).abs().max() > 0.1
+    ours = logits_of(load_ours(quantisable_model, run / "best", quantization))
+    # PEFT's base computes evaluations in bf16 or with 8-bit activations, lorasweep's in the dtype of the base
+    torch.testing.assert_close(found, ours, rtol=0.05, atol=0.05 * ours.abs().max().item())
+
+
+def load_ours(folder, adapter, quantization):
+    settings = {"model": "causal_lm", "model.path": str(folder), "model.quantization": quantization}
+    model = load_base(compose_run(settings).model, dtype=torch.float32).model
+    load_adapter(model, adapter)
+    return model
+
+
+def test_merging_takes_the_unquantised_weights_and_says_so(run, quantisable_model, quantization, tmp_path, capsys):
+    assert cli.run(["export", str(run), "--format", "merged", "--out", str(tmp_path / "model")]) == 0
+    assert (
+        f"the run had its base in {quantization}, but the merged model has the unquantised" in capsys.readouterr().out
+    )
+    assert "This model has the unquantised weights" in (tmp_path / "model" / "README.md").read_text()
+    expected = load_ours(quantisable_model, run / "best", "none")
+    merge_lora(expected)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert getattr(merged.config, "quantization_config", None) is None
+    assert torch.equal(logits_of(merged), logits_of(expected))

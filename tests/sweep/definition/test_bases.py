@@ -1,0 +1,72 @@
+"""A quantisation for the whole sweep is for arms that leave the base as it is; the others have the unquantised base."""
+
+from __future__ import annotations
+
+import pytest
+
+from lorasweep.errors import ConfigError
+from lorasweep.sweep.definition.arms import read_definition
+from lorasweep.sweep.definition.bases import explain_bases
+from lorasweep.sweep.definition.packing import explain_packing, plan_packing
+
+
+def quantizations(definition):
+    return {arm.name: {config.model.quantization for config in arm.corners} for arm in definition.arms}
+
+
+def test_arms_that_train_weights_of_the_base_have_it_unquantised(write_file, content):
+    content["settings"]["model.quantization"] = "nf4"
+    content["arms"]["head"] = {"settings": {"method": "head"}}
+    definition = read_definition(write_file(content), [])
+    assert quantizations(definition) == {"frozen": {"nf4"}, "lora": {"nf4"}, "full": {"none"}, "head": {"none"}}
+
+
+def test_the_command_line_sets_it_for_all_arms_too(write_file, content):
+    definition = read_definition(
+        write_file(content), ["model.quantization=int8", "arms.frozen.model.quantization=none"]
+    )
+    assert quantizations(definition) == {"frozen": {"none"}, "lora": {"int8"}, "full": {"none"}}
+
+
+def test_a_model_of_the_sweep_may_be_quantised_by_its_file(write_file, content, tmp_path, monkeypatch):
+    folder = tmp_path / "conf" / "model"
+    folder.mkdir(parents=True)
+    (folder / "mine.yaml").write_text("defaults: [causal_lm, _self_]\nname: mine\npath: own/name\nquantization: nf4\n")
+    monkeypatch.chdir(tmp_path)
+    content["settings"]["model"] = "mine"
+    assert quantizations(read_definition(write_file(content), []))["full"] == {"none"}
+    content["settings"]["model"] = "tiny"
+    content["arms"]["full"]["settings"]["model"] = "mine"
+    with pytest.raises(ConfigError, match=r"arm `full`: `model.quantization` must be none with `method=full`"):
+        read_definition(write_file(content), [])
+
+
+@pytest.mark.parametrize("override", ["arms.full.model.quantization=nf4", None])
+def test_it_is_refused_for_one_arm_that_trains_the_base(write_file, content, override):
+    if override is None:
+        content["arms"]["full"]["settings"]["model.quantization"] = "nf4"
+    with pytest.raises(ConfigError, match=r"`model.quantization` must be none with `method=full`.* got 'nf4'"):
+        read_definition(write_file(content), [override] if override else [])
+
+
+def test_a_note_says_which_base_each_arm_has(write_file, content):
+    assert explain_bases(read_definition(write_file(content), [])) == []
+    definition = read_definition(write_file(content), ["model.quantization=nf4"])
+    (note,) = explain_bases(definition)
+    assert "`frozen` and `lora`: the base in nf4" in note
+    assert "`full`: the unquantised base. `full` trains weights of the base" in note
+    lora = read_definition(
+        write_file({**content, "arms": {"lora": content["arms"]["lora"]}}), ["model.quantization=nf4"]
+    )
+    assert explain_bases(lora) == ["`model.quantization` decides the base of each arm. `lora`: the base in nf4."]
+
+
+def test_arms_on_different_bases_share_no_packs(write_file, content):
+    del content["settings"]["worker.pack_size"]
+    content["arms"]["lora"]["expand"] = {"model.quantization": ["none", "nf4", "int8"]}
+    definition = read_definition(write_file(content), [])
+    plans = plan_packing(definition)
+    keys = [plans[f"lora-quantization_{kind}"].key for kind in ("none", "nf4", "int8")]
+    assert None not in keys
+    assert len(set(keys)) == 3
+    assert any("`model.quantization` must be equal" in note for note in explain_packing(definition))
