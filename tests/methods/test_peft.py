@@ -14,7 +14,7 @@ from lorasweep.errors import ConfigError
 from lorasweep.methods import METHODS, copy_sharing_weights
 from lorasweep.methods.peft import get_wrapper
 
-from .conftest import TOKENS, make_base, prepare, train
+from .conftest import TOKENS, logits_of, make_base, prepare, train
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # what PEFT calls
 METHOD = METHODS["peft"]
@@ -83,6 +83,26 @@ def test_adalora_drops_ranks_and_adds_its_penalty():
     assert sum(map(sum, kept.values())) == 2 * len(kept) == 8
     assert wrapper.peft_config["default"].total_step == 5
     assert METHOD.penalty(prepare(base, "peft")) is None
+
+
+def test_adalora_comes_back_exactly_on_a_bf16_base(tmp_path):
+    base = make_base()
+    model = prepare(base, "peft", config=PeftConfig(config=ADALORA))
+    train(model, "peft")
+    METHOD.end_step(model, step=1, max_steps=2)
+    METHOD.end_step(model, step=2, max_steps=2)
+    METHOD.save(model, tmp_path, base=base)
+    loaded = copy_sharing_weights(base.model)
+    METHOD.load(loaded, tmp_path)
+    assert (
+        get_wrapper(loaded).peft_config["default"].rank_pattern
+        == get_wrapper(model).peft_config["default"].rank_pattern
+    )
+    # bf16: dropped ranks are left out of sums, and each output is rounded once
+    torch.testing.assert_close(logits_of(loaded.eval(), "peft"), logits_of(model.eval(), "peft"), rtol=0.02, atol=0.05)
+    kept = {name: p for name, p in loaded.named_parameters() if p.requires_grad}
+    assert {p.dtype for p in kept.values()} == {torch.float32}
+    assert not all(torch.equal(p, p.bfloat16().float()) for p in kept.values())
 
 
 def test_a_schedule_of_adalora_that_does_not_fit_the_steps_is_refused():

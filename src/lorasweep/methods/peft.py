@@ -132,7 +132,7 @@ class PeftMethod(Method):
             raise ConfigError(
                 f"`method.config.{INIT}=eva` must work with the model and its data, but: {describe_error(error)}."
             ) from error
-        train_in_fp32(model)  # PEFT makes layers of another rank in the base's dtype
+        train_in_fp32(model)
         model.train(is_training)
 
     def save(self, model: nn.Module, folder: Path, *, base: BaseModel) -> None:
@@ -164,8 +164,7 @@ class PeftMethod(Method):
                 add_adapter(model, peft_config)
             model.train(model.training)  # also the new modules
             with quiet_peft():
-                set_state = import_peft(needed_by="method=peft").set_peft_model_state_dict
-                found = set_state(get_wrapper(model), tensors, adapter_name=ADAPTER)
+                found = _set_values(model, tensors)
         except (OSError, ValueError, AttributeError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
             raise RecordError(f"{source} must load, but does not: {describe_error(error)}.") from error
         # adapters may share one parameter under several names, of which the file has one
@@ -338,15 +337,12 @@ def add_adapter(
             wrapper = peft.get_peft_model(model, peft_config, low_cpu_mem_usage=not has_values)
     except Exception as error:  # each kind raises other errors for settings that do not fit the model
         raise _refuse(kind, error, hint=_suggest_targets(peft_config, model)) from error
-    for name, parameter in model.named_parameters():
-        if name.endswith(f"ranknum.{ADAPTER}"):  # AdaLoRA's number of ranks; PEFT unfreezes it on a bf16 base
-            parameter.requires_grad_(False)
+    train_in_fp32(model)
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     for name, parameter in trained.items():
         if id(parameter) in shared:
             parameter.requires_grad_(False)
             raise ConfigError(f"`method.config` must not train the base's own weights, but {kind} trains `{name}`.")
-    train_in_fp32(model)
     if getattr(wrapper.base_model, "model", None) is not model or not trained:
         raise ConfigError(f"`method.config.peft_type` must replace layers of the model, but {kind} does not.")
     for head in new_head_names:
@@ -355,8 +351,26 @@ def add_adapter(
     model.__dict__["_peft_model"] = wrapper  # not an attribute, which would put the model into itself
 
 
+def _set_values(model: nn.Module, tensors: Mapping[str, Tensor]) -> Any:
+    """Sets the adapter's values. Returns the missing and the unexpected names."""
+    wrapper = get_wrapper(model)
+    config, pattern = wrapper.peft_config[ADAPTER], None
+    if find_rank_allocator(model) is not None and config.rank_pattern:
+        # before PEFT does so while it loads, because it then makes layers in the base's dtype, which rounds the values
+        pattern, config.rank_pattern = config.rank_pattern, None
+        wrapper.base_model.resize_modules_by_rank_pattern(pattern, ADAPTER)
+        train_in_fp32(model)
+    found = import_peft(needed_by="method=peft").set_peft_model_state_dict(wrapper, tensors, adapter_name=ADAPTER)
+    if pattern:
+        config.rank_pattern = pattern
+    return found
+
+
 def train_in_fp32(model: nn.Module) -> None:
-    for parameter in model.parameters():
+    """Converts what trains to fp32: PEFT makes some layers in the base's dtype."""
+    for name, parameter in model.named_parameters():
+        if name.endswith(f"ranknum.{ADAPTER}"):  # AdaLoRA's number of ranks; PEFT unfreezes it on a bf16 base
+            parameter.requires_grad_(False)
         if parameter.requires_grad and parameter.is_floating_point():
             parameter.data = parameter.data.float()
 
