@@ -27,6 +27,7 @@ from lorasweep.config.components import Component
 from lorasweep.config.run import RunConfig
 from lorasweep.config.sweep import SweepConfig
 from lorasweep.config.trust import set_trusted
+from lorasweep.sweep.definition.arms import read_definition
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -34,6 +35,7 @@ LESSONS = (
     "start.md",
     "tutorials/chat.md",
     "tutorials/pairs.md",
+    "tutorials/qlora.md",
     "tutorials/cluster.md",
     "how-to.md",
     "peft.md",
@@ -159,6 +161,15 @@ def test_every_block_of_a_lesson_runs_or_has_a_reason(page, tmp_path, monkeypatc
             (run_commands if is_ours == {True} else run_script)(content)
             captured = capsys.readouterr()
             shown = captured.out + captured.err
+
+
+def test_the_sweep_file_for_a_large_model_is_read_with_its_command(tmp_path):
+    file = tmp_path / "qlora.yaml"
+    file.write_text(next(block.content for block in read_blocks("tutorials/qlora.md") if block.file == file.name))
+    words = ["model.path=owner/name", "data.train=train.jsonl", "arms.full={settings: {method: full}}"]
+    arms = {arm.name: arm.corners[0] for arm in read_definition(file, words).arms}
+    assert arms.pop("full").model.quantization == "none"
+    assert {config.model.quantization for config in arms.values()} == {"nf4"}
 
 
 def test_blocks_are_found_and_shortened():
