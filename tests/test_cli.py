@@ -90,6 +90,8 @@ BAD = [
     (["sweep", "mini.yaml", "method.rank=100000"], "arm `lora`: `method.rank <= "),
     (["sweep", "mini.yaml", "method.targets=[q_prj]"], "q_proj"),
     (["sweep", "mini.yaml", "words"], "an override must read `key=value`"),
+    (["sweep", "mini.yaml", "+experiment=quick_check"], "`+` and `~` are for `lorasweep train`"),
+    (["sweep", "mini.yaml", "~logger"], "`+` and `~` are for `lorasweep train`"),
     (["sweep", "mini.yaml", "storage.url=postgresql+psycopg://127.0.0.1:1/a"], "`storage.url` must be a database that"),
     (["sweep", "mini.yaml", "storage.url=postgresql+psycopg://me:pw@host/a"], "but got 'postgresql+psycopg://***@host"),
     (["sweep", "mini.yaml", "worker.num=2"], "`worker.num` must be 1 with `worker=local`, but got 2."),
@@ -643,6 +645,18 @@ def test_two_sweeps_of_one_name_have_two_folders(here, mini):
     words = ["sweep", mini, "arms.lora.method.rank=1"]
     assert run(words) == run(words) == DONE
     assert {path.name for path in (here / "outputs").iterdir()} == {"mini", "mini-2"}
+
+
+def test_a_composed_sweep_is_shown_with_all_settings_and_ranges(capsys, here, mini):
+    over_rank = "arms.lora.method.alpha={over_rank: [1, 2]}"
+    assert run(["sweep", mini, "--cfg", "job", over_rank, "sampler=random", "optim.weight_decay=0.1"]) == DONE
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert (shown["name"], shown["sampler"]["name"], shown["confirm"]["seeds"]) == ("mini", "random", 0)
+    frozen, lora = shown["arms"]["frozen"], shown["arms"]["lora"]
+    assert (frozen["trials"], frozen["method"], lora["trials"]) == (1, {"name": "frozen"}, 2)
+    assert (lora["method"]["rank"], lora["method"]["alpha"]) == ([1, 2], {"over_rank": [1, 2]})
+    assert (lora["optim"]["weight_decay"], lora["data"]["block_length"]) == (0.1, 32)
+    assert files_below(here) == {"mini.yaml"}
 
 
 def test_a_plan_trains_and_writes_nothing(capsys, here, mini):

@@ -121,3 +121,4 @@ def test_a_sweeper_that_is_not_installed_is_one_sentence(capsys):
     assert run(["train", "-m", "hydra/sweeper=optuna", "seed=1"]) == WRONG_REQUEST
     (line,) = capsys.readouterr().err.splitlines()
     assert "Could not find 'hydra/sweeper/optuna'" in line
+    assert "`pip install --pre hydra-optuna-sweeper`" in line

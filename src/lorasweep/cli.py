@@ -93,6 +93,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="resume the sweep in this folder; may add arms.ARM.trials=N, confirm.seeds=N, sweep.searches=N, "
         "worker=ray, trust=[PACKAGE] ..., or the sweep file with more arms",
     )
+    sweep_parser.add_argument(*("-c", "--cfg"), choices=["job"], help="print all settings of all arms, train nothing")
     status_parser = add(status, "show the arms of a sweep and the best trial so far")
     status_parser.add_argument("folder", type=Path, metavar="DIR", help="folder of the sweep")
     status_parser.add_argument("--follow", action="store_true", help="update until the sweep ends, or Ctrl-C")
@@ -198,6 +199,13 @@ def sweep(arguments: argparse.Namespace) -> int:
         definition = saved_definition(arguments.resume)
     else:
         definition = api.read_sweep_definition(name or DEFAULT_SWEEP, overrides)
+    if arguments.cfg:
+        from omegaconf import OmegaConf
+
+        from lorasweep.sweep.definition.describe import describe_definition
+
+        say(OmegaConf.to_yaml(OmegaConf.create(describe_definition(definition))).removesuffix("\n"))
+        return DONE
     if (worker := definition.sweep_config.worker).name == "slurm" and worker.dry_run:
         from lorasweep.sweep.workers.slurm import format_batch_file
 

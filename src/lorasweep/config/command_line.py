@@ -33,6 +33,9 @@ from lorasweep.config.compose import (
 from lorasweep.config.yaml_file import load_yaml
 from lorasweep.errors import ConfigError, first_line
 
+OPTUNA_SWEEPER = "hydra-optuna-sweeper"
+"""Its last release needs Optuna 2, the pre-release 1.4 takes Optuna 5."""
+
 
 def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
     """Returns overrides as keys and values. Hydra's sweep syntax becomes a choice or a range as in a sweep file.
@@ -143,8 +146,9 @@ def list_jobs(overrides: TrainOverrides, *, is_grid: bool) -> list[list[str]] | 
 def _name_plugin(overrides: Sequence[str]) -> str:
     """Returns a sentence that names the packages of the launcher and sweeper that overrides choose."""
     chosen = [re.match(r"hydra/(launcher|sweeper)=([a-z]+)", override) for override in overrides]
-    packages = [f"`pip install hydra-{plugin[2]}-{plugin[1]}`" for plugin in chosen if plugin]
-    return f" A launcher or sweeper must be installed: {', '.join(packages)}." if packages else ""
+    packages = [f"hydra-{plugin[2]}-{plugin[1]}" for plugin in chosen if plugin]
+    commands = [f"`pip install {'--pre ' if package == OPTUNA_SWEEPER else ''}{package}`" for package in packages]
+    return f" A launcher or sweeper must be installed: {', '.join(commands)}." if commands else ""
 
 
 def allow_new_arguments(arguments: Sequence[str]) -> list[str]:

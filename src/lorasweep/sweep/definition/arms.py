@@ -22,6 +22,7 @@ from lorasweep.config.compose import (
     compose_values,
     default_options,
     find_mapping,
+    is_hydra_override,
     known_keys,
     layer_settings,
 )
@@ -179,6 +180,11 @@ def read_definition(source: Path | Mapping[str, Any], overrides: Sequence[str] |
 
 def restore_definition(raw: Mapping[str, Any], *, source: Path | None) -> Definition:
     """Returns the definition that has this `raw`; errors as in `read_definition`."""
+    for key in filter(is_hydra_override, raw["overrides"]):
+        raise ConfigError(
+            f"a sweep's override must read `key=value`, but got {key!r}. `+` and `~` are for `lorasweep train`; write "
+            "a value, or an option such as `logger=none`."
+        )
     content, typed = _add_typed_arms(raw["file"], raw["overrides"])
     file = parse_file(content)
     overrides = spell_out_multiplier(typed, where="the command line")
