@@ -115,10 +115,15 @@ def test_transformers_loads_the_merged_model(train, tmp_path, kind, settings):
         assert sorted(model.config.id2label.values()) == ["even", "none", "odd"]
 
 
+PEFT_TARGETS = {"classifier": ["query", "value"], "seq2seq": ["q", "v"]}
+
+
+@pytest.mark.parametrize("method", ["lora", "peft"])
 @pytest.mark.parametrize("kind", GIVEN)
-def test_peft_loads_the_adapter_and_the_head(train, tmp_path, monkeypatch, kind):
+def test_peft_loads_the_adapter_and_the_head(train, tmp_path, monkeypatch, kind, method):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # PEFT asks the hub whether a local folder has a tokenizer
-    run = train(kind, {"method.rank": 2})
+    vera = {"method": "peft", "method.config": {"peft_type": "VERA", "r": 4, "target_modules": PEFT_TARGETS[kind]}}
+    run = train(kind, {"method.rank": 2} if method == "lora" else vera)
     written = export_run(run, format="peft", out=tmp_path / "adapter")
     labels = {"num_labels": 3} if kind == "classifier" else {}
     model = AUTO[kind][1].from_pretrained(written.folder, **labels)
