@@ -199,6 +199,20 @@ def test_what_a_run_cannot_do_is_refused_by_name(settings, message):
     assert all(torch.equal(before[name], tensor) for name, tensor in base.model.state_dict().items())
 
 
+def test_kinds_that_do_not_merge_and_quantised_layers_are_refused():
+    base = make_base(dtype=torch.float32)
+    lily = prepare(base, "peft", config=PeftConfig(config={"peft_type": "LILY", "r": 2, **TARGETS}))
+    with pytest.raises(ConfigError, match=r"one that PEFT can merge .* `lorasweep export --format peft`"):
+        METHOD.merge(lily)
+    model = prepare(base, "peft")
+    layer = model.model.layers[0].self_attn.q_proj.base_layer
+    layer.weight = torch.nn.Parameter(layer.weight.to(torch.uint8), requires_grad=False)
+    with pytest.raises(ConfigError, match="Linear is quantised"):
+        METHOD.merge(model)
+    with pytest.raises(ConfigError, match=r"must be true, false, .* on a quantised base, .* 'olora'"):
+        METHOD.check(model, PeftConfig(config={**LORA, "init_lora_weights": "olora"}))
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="LoftQ works with a GPU")
 def test_loftq_needs_a_gpu():
     with pytest.raises(ConfigError, match=r"`method\.config\.init_lora_weights=loftq` needs a GPU"):

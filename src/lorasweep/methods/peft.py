@@ -399,8 +399,8 @@ def _check_start(value: Any, model: nn.Module) -> None:
         raise ConfigError(f"`method.config.{INIT}=loftq` needs a GPU, on which PEFT quantises the weights.")
     if value not in INITS_KEEPING_BASE and any(is_quantised(layer) for layer in find_adaptable_layers(model).values()):
         raise ConfigError(
-            f"`method.config.{INIT}` must be true, false, gaussian or orthogonal on a quantised base, because other "
-            f"starts compute with floating-point weights, but got {value!r}."
+            f"`method.config.{INIT}` must be true, false, gaussian, orthogonal or eva on a quantised base, because "
+            f"other starts compute with floating-point weights, but got {value!r}."
         )
     if not isinstance(value, str) or value in STARTS:
         return
@@ -437,6 +437,8 @@ def _take_off(model: nn.Module, *, merge: bool) -> None:
 
         for layer in [module for module in model.modules() if isinstance(module, BaseTunerLayer)]:
             base = layer.get_base_layer()
+            if is_quantised(base):
+                raise ValueError(f"{type(base).__name__} is quantised")
             for name, parameter in base.named_parameters(recurse=False):  # PEFT merges in place
                 setattr(base, name, nn.Parameter(parameter.detach().clone(), requires_grad=False))
     with quiet_peft():

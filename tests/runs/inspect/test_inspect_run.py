@@ -15,7 +15,7 @@ from lorasweep.config.method import FullConfig, HeadConfig, IntrinsicConfig
 from lorasweep.errors import RecordError
 from lorasweep.lora import lora_layers
 from lorasweep.methods import METHODS, copy_sharing_weights
-from lorasweep.models.load import BaseModel
+from lorasweep.models.load import BaseModel, fingerprint_weights
 from lorasweep.record import compute_sha256, read_run
 from lorasweep.runs.inspect.inspect_run import (
     build_initial_model,
@@ -127,6 +127,17 @@ def test_runs_that_changed_different_layers_are_not_compared(runs, inputs, make_
         train_run(make_config({"method.targets": [name]}), RunFolder(path=tmp_path / name), inputs=inputs)
     with pytest.raises(RecordError, match=r"k_proj.*`method\.targets`"):
         inspect_run(tmp_path / "q_proj", other=tmp_path / "k_proj", inputs=inputs, scores=False)
+
+
+def test_an_adapter_of_peft_is_inspected_as_what_it_changes(inputs, make_config, tmp_path):
+    vera = {"peft_type": "VERA", "r": 8, "d_initial": 1.0, "target_modules": ["q_proj"]}
+    train_run(make_config({"method": "peft", "method.config": vera}), RunFolder(path=tmp_path), inputs=inputs)
+    found = inspect_run(tmp_path, inputs=inputs, scores=False)
+    assert {row.layer for row in found.layers} == {f"model.layers.{n}.self_attn.q_proj" for n in range(4)}
+    spectrum = found.spectra["model.layers.0.self_attn.q_proj"]
+    # the update has VeRA's rank; the rest is rounding of the merged weight in fp32
+    assert spectrum[7] > 100 * spectrum[8]
+    assert fingerprint_weights(inputs.base.model) == inputs.base.fingerprint
 
 
 def test_runs_of_different_bases_are_not_compared(runs, inputs):
