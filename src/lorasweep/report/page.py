@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Sequence
@@ -47,28 +48,37 @@ Cell = tuple[str, float | str | None]
 
 def render_page(summary: Summary, panels: Sequence[Panel]) -> str:
     """Returns the page as HTML, with the main panels before the others."""
+    data = summary.data
+    order = {key: index for index, key in enumerate(MAIN_PANELS)}
+    return (
+        _load_templates()
+        .get_template("index.html")
+        .render(
+            data=data,
+            sweep=data.record,
+            summary=summary,
+            evidence=data.evidence,
+            scores=[arm.best.value for arm in data.arms if arm.best],
+            colours=choose_colours(data),
+            panels=sorted(panels, key=lambda panel: order.get(panel.key, len(order))),
+            main_panels=MAIN_PANELS,
+            file_readers=FILE_READERS,
+            columns=_list_columns(data),
+            rows=[(trial, _build_cells(trial, data)) for trial in select_rows(data)],
+            unfinished={state: _list_unfinished(data, state) for state in STATES if state != "complete"},
+            max_reasons=MAX_REASONS,
+        )
+    )
+
+
+@functools.cache  # compiling the templates takes longer than rendering them
+def _load_templates() -> Environment:
     environment = Environment(
         loader=PackageLoader("lorasweep.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
     environment.filters.update(FILTERS, code=mark_code, link=build_link)
     environment.globals.update(figure_json=figure_json, plotly_js=Markup(get_plotlyjs()))
-    data = summary.data
-    order = {key: index for index, key in enumerate(MAIN_PANELS)}
-    return environment.get_template("index.html").render(
-        data=data,
-        sweep=data.record,
-        summary=summary,
-        evidence=data.evidence,
-        scores=[arm.best.value for arm in data.arms if arm.best],
-        colours=choose_colours(data),
-        panels=sorted(panels, key=lambda panel: order.get(panel.key, len(order))),
-        main_panels=MAIN_PANELS,
-        file_readers=FILE_READERS,
-        columns=_list_columns(data),
-        rows=[(trial, _build_cells(trial, data)) for trial in select_rows(data)],
-        unfinished={state: _list_unfinished(data, state) for state in STATES if state != "complete"},
-        max_reasons=MAX_REASONS,
-    )
+    return environment
 
 
 def select_rows(data: SweepData) -> list[TrialData]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import subprocess
@@ -10,16 +11,19 @@ from pathlib import Path
 
 import optuna
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from optuna.exceptions import StorageInternalError
 from sqlalchemy.exc import OperationalError
+from tests.fuzzing import FUZZ, damage_bytes, refusal_allowed
 from tests.servers.postgres import PASSWORD, USER
 
 import lorasweep
 from lorasweep.config.sweep import StorageConfig
 from lorasweep.errors import ConfigError, RecordError, WorkerError
 from lorasweep.record import read_sweep
-from lorasweep.sweep.controller.lifecycle import reopen_sweep
-from lorasweep.sweep.controller.storage import JOURNAL_FILE, open_storage, open_study
+from lorasweep.sweep.controller.lifecycle import load_study, reopen_sweep
+from lorasweep.sweep.controller.storage import JOURNAL_FILE, close_storage, open_storage, open_study
 
 JOURNAL = StorageConfig(url=None)
 SOURCE = str(Path(lorasweep.__file__).parent.parent)
@@ -306,3 +310,61 @@ def test_a_journal_with_lines_of_another_program_is_read(tmp_path):
     optuna.load_study(study_name="lora", storage=theirs).add_trial(optuna.create_trial(value=2.0))
     add_trials(tmp_path, 1)
     assert count_trials(tmp_path) == 3
+
+
+def test_a_changed_line_of_a_journal_is_refused_also_for_reading(begin, work, runs, three_arms):
+    folder = begin(three_arms)
+    assert not work(folder, stop_at=6)
+    assert load_study(folder.path, "full").trials
+    journal = folder.path / JOURNAL_FILE
+    content = journal.read_bytes()
+    assert b'"values":[0.' in content
+    journal.write_bytes(content.replace(b'"values":[0.', b'"values":[1.', 1))
+    for read in (reopen_sweep, functools.partial(load_study, arm="full")):
+        with pytest.raises(RecordError, match=r"journal.log' .* is damaged: its line \d+ was changed"):
+            read(folder.path)
+
+
+def test_a_journal_whose_end_was_cut_off_is_refused(begin, work, runs, three_arms):
+    folder = begin(three_arms)
+    assert not work(folder, stop_at=6)
+    journal = folder.path / JOURNAL_FILE
+    lines = journal.read_bytes().splitlines(keepends=True)
+    first = next(index for index, line in enumerate(lines) if b'"values"' in line or b'"op_code":4' in line)
+    journal.write_bytes(b"".join(lines[:first]))
+    with pytest.raises(RecordError, match=r"must have the \d trials of `\w+` in sweep.json, but has 0"):
+        reopen_sweep(folder.path)
+
+
+@pytest.fixture(scope="module")
+def whole_journal(tmp_path_factory):
+    """The content of a journal of three trials with all kinds of values."""
+    folder = tmp_path_factory.mktemp("journal")
+    study = open_study(open_storage(JOURNAL, folder), "lora", directions=["minimize"])
+    for number in range(3):
+        study.add_trial(
+            optuna.create_trial(
+                params={"optim.lr": 0.1 * number},
+                distributions={"optim.lr": optuna.distributions.FloatDistribution(0, 1)},
+                intermediate_values={1: 0.5, 2: float("inf")},
+                user_attrs={"größe": [None, "x"]},
+                value=0.1234 + number,
+            )
+        )
+    study.set_user_attr("done", value=True)
+    return (folder / JOURNAL_FILE).read_bytes()
+
+
+@pytest.mark.slow
+@FUZZ
+@given(data=st.data())
+def test_a_damaged_journal_is_never_read_as_another(tmp_path, whole_journal, data):
+    start, end = sorted(data.draw(st.tuples(*[st.integers(0, whole_journal.rindex(b"\n", 0, -1))] * 2)))
+    cut = whole_journal[:start] + whole_journal[end:]
+    content = data.draw(st.one_of(st.just(cut), damage_bytes(whole_journal)))
+    (tmp_path / "other").mkdir(exist_ok=True)
+    (tmp_path / JOURNAL_FILE).write_bytes(content)
+    with refusal_allowed(unchanged=tmp_path / "other", error=RecordError):
+        close_storage(open_storage(JOURNAL, tmp_path))
+        # Only a line without an end, which a killed process left, may lack.
+        assert whole_journal.startswith((tmp_path / JOURNAL_FILE).read_bytes())

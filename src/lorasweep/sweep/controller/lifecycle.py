@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -32,6 +33,7 @@ from lorasweep.sweep.controller.record_rows import RUNS_FOLDER, arm_row
 from lorasweep.sweep.controller.storage import (
     DATABASE_ERRORS,
     JOURNAL_FILE,
+    check_journal,
     close_storage,
     damaged_journal,
     name_search,
@@ -154,6 +156,8 @@ def load_study(path: Path, arm: str, *, search: int = 1) -> optuna.Study:
     try:
         # Optuna's journal, because ours would cut off a line that another process is writing at the end
         journal = JournalFileBackend(str(path / JOURNAL_FILE)) if config.url is None else None
+        if journal is not None:
+            check_journal(path / JOURNAL_FILE)
         storage = open_storage(config, path) if journal is None else JournalStorage(journal)
         return optuna.load_study(study_name=record.study_prefix + name, storage=storage)
     except KeyError as error:
@@ -214,6 +218,7 @@ def reopen_sweep(path: Path, *, changes: Mapping[str, Any] | None = None, file: 
                 f"{kept_in} must have the studies of the sweep in {str(path)!r}, but has none of them. "
                 "Restore it, or start a new sweep."
             )
+        _require_all_trials(record, storage)
         begun = {
             stage
             for stage in get_args(RerunStage)
@@ -284,6 +289,20 @@ def _check_later_stages(record: SweepRecord, definition: Definition, *, begun: C
             f"`seed` of an arm that is added must not be {taken[0]}, because winners run again on it. Choose another "
             "seed."
         )
+
+
+def _require_all_trials(record: SweepRecord, storage: BaseStorage) -> None:
+    """Raises RecordError if the storage lacks trials that the record has: it is always written before the record."""
+    counts = Counter(
+        summary.study_name for summary in optuna.get_all_study_summaries(storage) for _ in range(summary.n_trials)
+    )
+    for (arm, search), number in Counter((row.arm, row.search) for row in record.trials).items():
+        found = counts[record.study_prefix + name_study(arm, name_search(search))]
+        if found < number:
+            raise RecordError(
+                f"the storage of a sweep must have the {number} trials of `{arm}` in {SWEEP_FILE}, but has {found}. "
+                "Its end was cut off. Restore it, or start a new sweep."
+            )
 
 
 def _require_same_file(source: Path | None, record: SweepRecord, path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import zlib
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -25,6 +26,8 @@ from lorasweep.errors import ConfigError, RecordError, WorkerError, first_line
 JOURNAL_FILE = "journal.log"
 LINE_KEY = "line"
 """Key of the number of a line that a sweep wrote. Optuna ignores it, and lines of other programs have none."""
+CHECKSUM_MARK = b',"crc32":'
+"""Stands between a line and the CRC-32 of the line without it. Optuna ignores the key."""
 FIRST_SEARCH = "search"
 """Name of the stage that is the first search."""
 DATABASE_ERRORS = (StorageInternalError, SQLAlchemyError)
@@ -36,8 +39,8 @@ class Journal(BaseJournalBackend):
 
     *Differs* from Optuna's `JournalFileBackend`: the file is opened and read once, because the lock of the sweep's
     folder admits only one controller. There is no lock file, which a killed process would leave behind. All operations
-    of one call to the controller are flushed to the disk together. Each line has its number, so that a missing part is
-    noticed.
+    of one call to the controller are flushed to the disk together. Each line has its number and a checksum, so that a
+    missing or changed part is noticed.
     """
 
     def __init__(self, path: Path) -> None:
@@ -55,21 +58,17 @@ class Journal(BaseJournalBackend):
         """Yields the operations that Optuna has not read yet.
 
         Raises:
-            ValueError: A line is not JSON, or lines before it are missing.
+            ValueError: A line is not JSON or was changed, or lines before it are missing.
         """
         while self._unread:
-            log = json.loads(self._unread.popleft())
-            if LINE_KEY in log:
-                if log.pop(LINE_KEY) != self._num_read:
-                    raise ValueError(f"its line {self._num_read + 1} is missing")
-                self._num_read += 1
+            log = _parse_line(self._unread.popleft(), number=self._num_read)
+            self._num_read += LINE_KEY in log
             yield log
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
         """Writes all operations. If the disk is full, it writes no operation and raises OSError."""
         first = self._num_read + len(self._unread)
-        numbered = [{LINE_KEY: number, **log} for number, log in enumerate(logs, start=first)]
-        lines = [json.dumps(log, separators=(",", ":")).encode() + b"\n" for log in numbered]
+        lines = [_write_line({LINE_KEY: number, **log}) for number, log in enumerate(logs, start=first)]
         data = b"".join(lines)
         try:
             if os.write(self._file, data) != len(data):
@@ -90,6 +89,30 @@ class Journal(BaseJournalBackend):
     def close(self) -> None:
         self.flush()
         os.close(self._file)
+
+
+def check_journal(path: Path) -> None:
+    """Raises ValueError if a line of a journal was changed or is missing. A line without an end is being written."""
+    number = 0
+    for line in path.read_bytes().rpartition(b"\n")[0].splitlines():
+        number += LINE_KEY in _parse_line(line, number=number)
+
+
+def _write_line(log: dict[str, Any]) -> bytes:
+    content = json.dumps(log, separators=(",", ":")).encode()
+    return content[:-1] + CHECKSUM_MARK + b"%d}\n" % zlib.crc32(content)
+
+
+def _parse_line(line: bytes, *, number: int) -> dict[str, Any]:
+    """Returns the operation of a line. One that a sweep wrote must be whole and have the number."""
+    log: dict[str, Any] = json.loads(line)
+    if LINE_KEY in log:
+        if log[LINE_KEY] != number:
+            raise ValueError(f"its line {number + 1} is missing")
+        content, mark, checksum = line.strip().rpartition(CHECKSUM_MARK)
+        if not mark or b"%d}" % zlib.crc32(content + b"}") != checksum:
+            raise ValueError(f"its line {number + 1} was changed")
+    return log
 
 
 class _FileJournalStorage(JournalStorage):

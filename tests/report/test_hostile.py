@@ -1,0 +1,57 @@
+"""A report of damaged files is written, with what is missing said in sentences, or refused in one sentence."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+from tests.fuzzing import FUZZ, NESTED, damage, damage_bytes, damage_json, refusal_allowed
+
+from lorasweep.report import render_terminal
+from lorasweep.report.page import render_page
+from lorasweep.report.summary import summarize
+
+from .conftest import build_sweep, confirm_sweep
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a confirmed sweep of few trials."""
+    return confirm_sweep(build_sweep(tmp_path_factory.mktemp("small"), lora=3, full=2), seeds=2, examples=12)
+
+
+@st.composite
+def damage_file(draw: st.DrawFn, path: Path, content: bytes) -> bytes:
+    if path.suffix == ".json":
+        return draw(damage(content))
+    if path.suffix == ".jsonl" and draw(st.booleans()):
+        lines = content.decode().splitlines()
+        index = draw(st.integers(0, len(lines) - 1))
+        lines[index] = draw(st.one_of(damage_json({"step": 25, "validation": {"bits_per_byte": 1.7}}), st.just(NESTED)))
+        return "\n".join(lines).encode()
+    if path.suffix == ".csv" and draw(st.booleans()):
+        cells = [line.split(",") for line in content.decode().splitlines()]
+        row, column = draw(st.integers(0, len(cells) - 1)), draw(st.integers(0, len(cells[0]) - 1))
+        cells[row][column] = draw(st.sampled_from(["", "nan", "inf", "-1", "1e308", "1e400", "9" * 5000, '"', "\0"]))
+        return "\n".join(map(",".join, cells)).encode()
+    return draw(damage_bytes(content))
+
+
+@pytest.mark.slow
+@FUZZ
+@given(data=st.data())
+def test_a_report_of_a_damaged_file_is_shown_or_refused(small: Path, data: st.DataObject) -> None:
+    path = data.draw(st.sampled_from([path for path in sorted(small.rglob("*")) if path.is_file()]))
+    content = path.read_bytes()
+    path.write_bytes(data.draw(damage_file(path, content)))
+    try:
+        with refusal_allowed(unchanged=small):
+            console = Console(width=120, file=io.StringIO())
+            console.print(render_terminal(small))
+            assert render_page(summarize(small), [])
+    finally:
+        path.write_bytes(content)
