@@ -39,6 +39,7 @@ LESSONS = (
     "tutorials/cluster.md",
     "how-to.md",
     "peft.md",
+    "command_line.md",
     "troubleshooting.md",
 )
 """Pages whose blocks run."""
