@@ -215,7 +215,8 @@ def test_other_objectives_are_refused_once_the_sweep_has_begun_and_it_may_grow(b
     folder = begin(made_up)
     assert work(folder)
     for other in ("none", "tokens_trained"):
-        with pytest.raises(ConfigError, match=r"`sweep.second_objective` must stay 'trainable_params'.*" + other):
+        match = r"`sweep.second_objective` must stay 'trainable_params'.*" + other + r".*Start a new sweep\.$"
+        with pytest.raises(ConfigError, match=match):
             reopen_sweep(folder.path, changes={"sweep.second_objective": other})
     before = read_sweep(folder.path).trials
     assert work(reopen_sweep(folder.path, changes={"arms.lora.trials": 25}))
