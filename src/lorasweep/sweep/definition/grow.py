@@ -110,7 +110,8 @@ def _check_arms(old: Definition, new: Definition) -> None:
     for arm in old.arms:
         grown = arms[arm.name]
         for key, before, after in _list_differences(arm, grown):
-            other_arm = "" if key == "sweep.second_objective" else ", or add a new arm with the other value"  # all share it
+            # all arms share the objectives
+            other_arm = "" if key == "sweep.second_objective" else ", or add a new arm with the other value"
             raise ConfigError(
                 f"arm `{arm.name}`: `{key}` must stay {before!r}, because its trials have begun, but got {after!r}. "
                 f"Start a new sweep{other_arm}."
