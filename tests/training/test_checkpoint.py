@@ -33,7 +33,7 @@ def run(tmp_path):
 def save(folder: Path, step: int, kind="last") -> None:
     weights = torch.full((100,), float(step))
     state = {"state_dict": {"w": weights}, "optimizer_states": [], "lr_schedulers": [], "loops": {}}
-    state |= {"base": "b", "progress": {}, "dropout_streams": []}
+    state |= {"base": "b", "progress": {}, "method": {}, "dropout_streams": []}
     state |= {"adapter": {}, "optimizer": {}, "stream": weights}
     save_checkpoint(folder, kind=kind, step=step, save=lambda path: torch.save(state, path))
 
@@ -167,7 +167,7 @@ def test_a_pipe_of_a_checkpoints_name_is_not_opened(run):
     assert find_checkpoint(run, kind="last").step == 6
 
 
-KEYS = ["state_dict", "optimizer_states", "lr_schedulers", "loops", "base", "progress", "dropout_streams"]
+KEYS = ["state_dict", "optimizer_states", "lr_schedulers", "loops", "base", "progress", "method", "dropout_streams"]
 PLAIN = st.recursive(
     st.one_of(st.sampled_from(HOSTILE), st.just(torch.ones(2)), st.text(max_size=3)),
     lambda values: st.one_of(st.lists(values, max_size=3), st.dictionaries(st.sampled_from(KEYS), values, max_size=3)),
