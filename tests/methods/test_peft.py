@@ -9,10 +9,12 @@ import torch
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from transformers import BertConfig, BertForSequenceClassification
 
+from lorasweep.config.compose import compose_run
 from lorasweep.config.method import PeftConfig
 from lorasweep.errors import ConfigError
 from lorasweep.methods import METHODS, copy_sharing_weights
-from lorasweep.methods.peft import get_wrapper
+from lorasweep.methods.peft import TYPES_ON_QUANTISED_BASE, get_wrapper
+from lorasweep.models.load import fingerprint_weights, load_base
 
 from .conftest import TOKENS, logits_of, make_base, prepare, train
 
@@ -211,6 +213,33 @@ def test_kinds_that_do_not_merge_and_quantised_layers_are_refused():
         METHOD.merge(model)
     with pytest.raises(ConfigError, match=r"must be true, false, .* on a quantised base, .* 'olora'"):
         METHOD.check(model, PeftConfig(config={**LORA, "init_lora_weights": "olora"}))
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_types_that_call_a_quantised_layer_train_on_it_and_others_are_refused(quantisable_model, quantization):
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes, an optional extra, is not installed")
+    settings = {"model": "causal_lm", "model.path": str(quantisable_model), "model.quantization": quantization}
+    base = load_base(compose_run(settings).model, dtype=torch.float32)
+    with torch.no_grad():
+        expected = base.model(input_ids=TOKENS).logits
+    for kind in TYPES_ON_QUANTISED_BASE:
+        more = (
+            {"init_r": 4, "target_r": 2} if kind == "ADALORA" else {"r": 4} if "LORA" in kind or "VERA" in kind else {}
+        )
+        model = copy_sharing_weights(base.model)
+        config = PeftConfig(config={"peft_type": kind, "target_modules": ["q_proj", "down_proj"], **more})
+        METHOD.prepare(model, config, generator=torch.Generator().manual_seed(0))
+        logits = model.train()(input_ids=TOKENS).logits
+        torch.testing.assert_close(logits, expected, rtol=0, atol=0.02)  # AdaLoRA begins with a small change
+        logits.square().mean().backward()
+        grads = [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
+        assert grads, kind
+        assert all(grad is not None and grad.isfinite().all() for grad in grads), kind
+    assert fingerprint_weights(base.model) == base.fingerprint
+    with pytest.raises(ConfigError, match=r"`method.config.peft_type` must be one of LORA, .*, but got 'LOHA'"):
+        METHOD.check(base.model, PeftConfig(config={"peft_type": "LOHA", "r": 2, **TARGETS}))
+    with pytest.raises(ConfigError, match=r"`method.config.use_dora` must be false on a quantised base"):
+        METHOD.check(base.model, PeftConfig(config={**LORA, "use_dora": True}))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="LoftQ works with a GPU")

@@ -71,6 +71,8 @@ REFUSED_TYPES: Mapping[str, str] = {
     "XLORA": "it needs adapters that are trained already",
 }
 """Values of `peft_type` that a run can't do, each with the reason. PEFT itself says which types change inputs."""
+TYPES_ON_QUANTISED_BASE = ("LORA", "ADALORA", "HIRA", "IA3", "PVERA", "RANDLORA", "ROAD", "VERA")
+"""Values of `peft_type` whose layers call a quantised layer. Layers of other types compute with its stored bytes."""
 MAX_EVA_BATCHES = 1_000
 """Number of batches after which EVA's start gives up. PEFT would repeat the data without end until all layers converge,
 and they never do if a batch has fewer tokens than a layer has ranks."""
@@ -95,6 +97,8 @@ class PeftMethod(Method):
         peft_config = build_peft_config(settings, model, new_head_names=new_head_names)
         if isinstance(settings.get(INIT), str):
             setattr(peft_config, INIT, True)  # a start may decompose each weight, and change it
+        if any(is_quantised(layer) for layer in find_adaptable_layers(model).values()):
+            check_quantised(peft_config)
         copy = copy_sharing_weights(model)
         with torch.random.fork_rng(devices=[]):
             add_adapter(copy, peft_config, new_head_names=new_head_names, has_values=False)
@@ -373,6 +377,21 @@ def train_in_fp32(model: nn.Module) -> None:
             parameter.requires_grad_(False)
         if parameter.requires_grad and parameter.is_floating_point():
             parameter.data = parameter.data.float()
+
+
+def check_quantised(peft_config: Any) -> None:
+    """Raises a ConfigError if an adapter computes with the stored weights of a base that is quantised."""
+    name = peft_config.peft_type.value
+    if name not in TYPES_ON_QUANTISED_BASE:
+        raise ConfigError(
+            f"`method.config.peft_type` must be one of {', '.join(TYPES_ON_QUANTISED_BASE)} on a quantised base, "
+            f"because others compute with floating-point weights, but got {name!r}."
+        )
+    if getattr(peft_config, "use_dora", False):
+        raise ConfigError(
+            "`method.config.use_dora` must be false on a quantised base, because DoRA computes with floating-point "
+            "weights, but is true."
+        )
 
 
 def get_wrapper(model: nn.Module) -> Any:
