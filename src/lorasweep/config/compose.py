@@ -39,7 +39,9 @@ PACKAGE = Path(__file__).parent.parent
 COMPONENTS: Mapping[str, frozenset[str]] = {
     "optim": frozenset(f.name for f in fields(OptimizerComponent)) - {"target", "arguments"},
     "data.metric": frozenset(f.name for f in fields(MetricComponent)) - {"target", "arguments"},
-    **dict.fromkeys(("schedule", "sampler", "pruner", "trainer.profiler", "trainer.strategy"), frozenset[str]()),
+    **dict.fromkeys(
+        ("data.loss", "schedule", "sampler", "pruner", "trainer.profiler", "trainer.strategy"), frozenset[str]()
+    ),
 }
 """Settings that may name a class by `_target_`, each with the keys that lorasweep reads and the class does not get."""
 MAPPINGS = ("method.rank_pattern", "method.alpha_pattern", "method.config", "worker.extra")

@@ -189,6 +189,8 @@ class BlockSettings:
     """Whether attention ends at the borders of documents inside a block."""
     metric: TextMetric | MetricComponent
     """Metric that is the run's score. For the three names, lower is better."""
+    loss: Component | None = None
+    """A loss of torch by `_target_` that trains instead of the usual one; null keeps it. Evaluations do not use it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,6 +204,8 @@ class LabelSettings:
     metric: LabelMetric | MetricComponent
     """Metric that is the score of the run. `auto`: accuracy of one label, F1 of several, Pearson's correlation of
     numbers."""
+    loss: Component | None = None
+    """A loss of torch by `_target_` that trains instead of the usual one; null keeps it. Evaluations do not use it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -271,6 +275,8 @@ class ChatConfig(FileSettings, ExampleSettings):
     """Whether the prompts of the test split are also answered, token by token, and scored by BLEU and ROUGE."""
     metric: TextMetric | MetricComponent
     """Metric of the answers that is the score of the run. For the three names, lower is better."""
+    loss: Component | None = None
+    """A loss of torch by `_target_` that trains instead of the usual one; null keeps it. Evaluations do not use it."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -314,6 +320,8 @@ class CustomDataConfig:
     """Names of the labels in the order of their indices; empty for numbers and text."""
     metric: CustomMetric | MetricComponent
     """`auto`: as in `table`, or the loss of text."""
+    loss: Component | None = None
+    """A loss of torch by `_target_` that trains instead of the usual one; null keeps it. Evaluations do not use it."""
 
     def __post_init__(self) -> None:
         check_function_name("data.factory", self.factory)
@@ -375,6 +383,11 @@ def check_label_settings(config: TableConfig, task: LabelTask) -> None:
         raise ConfigError(
             f"`data.metric` must be one of auto, {', '.join(METRICS_OF_TASK[task])} for `data.task={task}`, "
             f"but got {config.metric!r}."
+        )
+    if config.loss is not None and config.label_smoothing:
+        raise ConfigError(
+            f"`data.label_smoothing` must be 0 with `data.loss`, but got {config.label_smoothing!r}. "
+            "Give it to the loss."
         )
     if task != "single_label" and (config.label_smoothing, config.class_weights) != (0, "none"):
         raise ConfigError(

@@ -29,6 +29,7 @@ from lorasweep.config.model import ModelKind
 from lorasweep.data.blocks import build_block_split
 from lorasweep.data.custom_module import CustomSplit
 from lorasweep.data.examples import CompletionSplit, ExampleSplit, LabelledSplit, Ragged, SequenceSplit, TextSplit
+from lorasweep.data.own_loss import build_own_loss
 from lorasweep.data.own_metric import build_own_metric
 from lorasweep.data.source import Conversation, DataSource, Examples, LabelledText
 from lorasweep.data.split import IGNORED, Split
@@ -134,6 +135,9 @@ def build_splits(
         own_metric = build_own_metric(metric, kind=source.kind, num_labels=len(source.label_names))
         task, metric = replace(task, own_metric=own_metric), own_metric.score.name  # type: ignore[type-var]
         _check_own_metric(task, validation, num_labels=len(source.label_names), tokenizer=tokenizer)
+    if settings.loss is not None:
+        task = replace(task, own_loss=build_own_loss(settings.loss))  # type: ignore[type-var]
+        _check_own_loss(task, validation, num_labels=len(source.label_names))
     return DataSplits(
         train=build(source.train),
         validation=validation,
@@ -173,6 +177,21 @@ def _check_own_metric(
         if tokenizer is not None:
             predicted[0] = len(tokenizer) - 1  # a model may predict every token
     task.own_metric.check(predicted, target)
+
+
+def _check_own_loss(task: Task, validation: Split, *, num_labels: int) -> None:
+    """Gives the own loss made-up logits for the first validation examples. Raises ConfigError if it fails."""
+    own_loss = task.own_loss
+    assert own_loss is not None
+    targets = validation.batch(range(min(len(validation), MAX_CHECKED_EXAMPLES)))["targets"]
+    generator = torch.Generator().manual_seed(0)
+    if isinstance(task, Regression):
+        own_loss.check(torch.randn(len(targets), generator=generator), targets)
+        return
+    if isinstance(task, LanguageModelling):
+        targets = targets[targets != IGNORED][:MAX_CHECKED_EXAMPLES]
+        num_labels = int(targets.max()) + 1
+    own_loss.check(torch.randn(len(targets), num_labels, generator=generator), targets)
 
 
 def _build_labelled(

@@ -23,6 +23,7 @@ from torchmetrics.functional.classification import (
 from torchmetrics.functional.regression import pearson_corrcoef, spearman_corrcoef
 
 from lorasweep.config.data import METRICS_OF_TASK
+from lorasweep.data.own_loss import OwnLoss
 from lorasweep.data.own_metric import OwnMetric
 from lorasweep.data.split import IGNORED, NON_MODEL_KEYS, Batch
 
@@ -76,6 +77,10 @@ class Task(Protocol):
     def own_metric(self) -> OwnMetric | None:
         """The metric of `data.metric._target_`, which `compute` adds to the task's metrics."""
 
+    @property
+    def own_loss(self) -> OwnLoss | None:
+        """The loss of `data.loss._target_`, which `losses` uses instead of the task's."""
+
     def losses(self, model: nn.Module, batch: Batch) -> Float[Tensor, " examples"]:
         """Returns the training loss of each example in fp32: the sum over its scored items, times its class weight."""
 
@@ -106,8 +111,11 @@ class LanguageModelling:
     """Number of UTF-8 bytes of the scored text divided by its number of tokens, > 0; None if unknown."""
     metrics: tuple[str, ...] = LANGUAGE_MODEL_METRICS
     own_metric: OwnMetric | None = None
+    own_loss: OwnLoss | None = None
 
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:
+        if self.own_loss is not None:
+            return sum_by_example(self.own_loss.spread(compute_logits(model, batch), batch["targets"]), batch)
         return sum_by_example(self._token_losses(model, batch), batch)
 
     def score(self, model: nn.Module, batch: Batch) -> ExampleScores:
@@ -147,6 +155,7 @@ class LabelTask:
     """Base of tasks with labels. Each example counts once, however long its text is."""
 
     own_metric: OwnMetric | None
+    own_loss: OwnLoss | None
 
     @abstractmethod
     def _loss(self, logits: Tensor, targets: Tensor) -> Tensor:
@@ -164,7 +173,13 @@ class LabelTask:
         raise NotImplementedError
 
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:
-        return self._loss(compute_logits(model, batch), batch["targets"])
+        return self.compute_training_losses(compute_logits(model, batch), batch["targets"])
+
+    def compute_training_losses(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Returns each example's loss by `data.loss`, or by the task, (examples,)."""
+        if self.own_loss is None:
+            return self._loss(logits, targets)
+        return self.own_loss.compute(logits, targets)
 
     def score(self, model: nn.Module, batch: Batch) -> ExampleScores:
         logits, targets = compute_logits(model, batch), batch["targets"]
@@ -217,11 +232,11 @@ class Classification(LabelTask):
     label_smoothing: float = 0.0
     metrics: tuple[str, ...] = METRICS_OF_TASK["single_label"]
     own_metric: OwnMetric | None = None
+    own_loss: OwnLoss | None = None
 
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:
         """Returns each example's cross-entropy, smoothed, times the weight of its class."""
-        smoothing, logits = self.label_smoothing, compute_logits(model, batch)
-        losses = cross_entropy(logits, batch["targets"], reduction="none", label_smoothing=smoothing)
+        losses = self.compute_training_losses(compute_logits(model, batch), batch["targets"])
         return losses * batch["weights"] if "weights" in batch else losses
 
     def _loss(self, logits: Tensor, targets: Tensor) -> Tensor:
@@ -229,6 +244,11 @@ class Classification(LabelTask):
 
     def _predict(self, logits: Tensor) -> Tensor:
         return logits.argmax(-1)
+
+    def compute_training_losses(self, logits: Tensor, targets: Tensor) -> Tensor:
+        if self.own_loss is not None:
+            return self.own_loss.compute(logits, targets)
+        return cross_entropy(logits, targets, reduction="none", label_smoothing=self.label_smoothing)
 
     def _to_probabilities(self, logits: Tensor) -> Tensor:
         return logits.softmax(-1)
@@ -257,6 +277,7 @@ class MultiLabel(LabelTask):
     num_labels: int
     metrics: tuple[str, ...] = METRICS_OF_TASK["multi_label"]
     own_metric: OwnMetric | None = None
+    own_loss: OwnLoss | None = None
 
     def _loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         return binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(-1)
@@ -282,12 +303,18 @@ class Regression(LabelTask):
 
     metrics: tuple[str, ...] = METRICS_OF_TASK["regression"]
     own_metric: OwnMetric | None = None
+    own_loss: OwnLoss | None = None
 
     def _loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         return (self._predict(logits) - targets).square()
 
     def _predict(self, logits: Tensor) -> Tensor:
         return logits.squeeze(-1)
+
+    def compute_training_losses(self, logits: Tensor, targets: Tensor) -> Tensor:
+        if self.own_loss is not None:
+            return self.own_loss.compute(self._predict(logits), targets)
+        return self._loss(logits, targets)
 
     def _compute(self, scores: ExampleScores) -> dict[str, Tensor]:
         """Returns each metric; a correlation is 0 if all predictions or all targets are equal."""
