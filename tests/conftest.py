@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import gc
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,21 @@ SHORT_RUN: dict[str, Any] = {
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Keeps token ids out of the user's cache, so that no test depends on an earlier run."""
     datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _freeze_modules() -> None:
+    """Takes what the imports made out of the garbage collector's way, which each run's end calls: 0.7 s a call."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _flush_nothing() -> Iterator[None]:
+    """Leaves files in the system's cache: no test cuts the power, and a flush of a journal takes 5 ms or more."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda handle: None)
+        yield
 
 
 @pytest.fixture(scope="session")

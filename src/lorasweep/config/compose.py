@@ -56,6 +56,12 @@ def packaged_folder(name: Literal["conf", "sweeps"]) -> Path:
     return inside if inside.is_dir() else PACKAGE.parent.parent / name
 
 
+def find_user_conf() -> Path | None:
+    """Returns `conf/` of the current folder; None if there is none or it is the packaged one."""
+    folder = Path.cwd() / "conf"
+    return folder if folder.is_dir() and folder.resolve() != packaged_folder("conf").resolve() else None
+
+
 class SearchUserConf(SearchPathPlugin):
     """Makes Hydra search `conf/` of the current folder before the packaged `conf/`, and other folders after it."""
 
@@ -63,8 +69,7 @@ class SearchUserConf(SearchPathPlugin):
     """Other folders (`file://...`) and packages (`pkg://...`) with options of groups."""
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
-        folder = Path.cwd() / "conf"
-        if folder.is_dir() and folder.resolve() != packaged_folder("conf").resolve():
+        if folder := find_user_conf():
             search_path.prepend(provider="user", path=f"file://{folder}", anchor="main")
         for path in self.folders:
             search_path.append(provider="command line", path=path)
@@ -141,7 +146,7 @@ def compose_values(primary: Primary, settings: Mapping[str, Any], *, require_all
     groups = {key: _hashable(value) for key, value in settings.items() if key in default_options(primary)}
     hydra_overrides = tuple(filter(is_hydra_override, settings))
     settings = {key: value for key, value in settings.items() if key not in hydra_overrides}
-    search_path = (Path.cwd(), SearchUserConf.folders)
+    search_path = (find_user_conf(), SearchUserConf.folders)
     try:
         # The composed settings are cached, so each call changes its own copy.
         composed = copy.deepcopy(_compose_groups(primary, tuple(sorted(groups.items())), hydra_overrides, search_path))

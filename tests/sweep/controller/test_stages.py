@@ -375,6 +375,7 @@ def test_one_candidate_or_no_confirm_stage_skips_the_select_stage(begin, work, r
         assert not any("-select-" in path.name for path in runs.configs)
 
 
+@pytest.mark.slow
 def test_a_sweep_stopped_in_the_select_stage_ends_as_if_it_was_not(begin, work, runs, selecting, finish):
     whole, stopped = begin(selecting, folder="whole"), begin(selecting, folder="stopped")
     assert work(whole)

@@ -194,6 +194,7 @@ def test_a_wrong_password_of_postgresql_is_one_sentence_that_does_not_say_it(beg
     assert not (tmp_path / "sweep").exists()
 
 
+@pytest.mark.slow
 def test_two_sweeps_of_one_name_share_a_database(begin, work, runs, in_database):
     first, second = begin(in_database, folder="a"), begin(in_database, folder="b")
     assert first.record.study_prefix != second.record.study_prefix
@@ -261,6 +262,7 @@ def test_a_database_that_is_read_only_is_refused(begin, work, runs, in_database,
     assert not (tmp_path / "second" / "sweep.json").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("write", "error", "pack_size"),
     [
