@@ -11,6 +11,7 @@ be resumed. A second Ctrl-C raises KeyboardInterrupt.
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -311,8 +312,10 @@ def _session(trust: Sequence[str], overrides: Overrides) -> Iterator[None]:
 
 
 def prepare_environment() -> None:
-    """Sets an environment variable that tokenizers reads once, when it starts, unless the user has set it."""
+    """Sets what other packages read once, when they start: a variable for tokenizers, unless the user has set it."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # PEFT imports bitsandbytes if it is installed, which then warns that it has no fast code for processors
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def _report_progress(folder: Path, progress: Progress) -> Any:

@@ -164,6 +164,12 @@ def test_what_is_set_beside_another_option_stays(read, content):
     assert (lora.sweep_config.pruner.name, lora.sweep_config.pruner.reduction_factor) == ("halving", 4)
 
 
+@pytest.mark.parametrize("word", ["output=outputs/mine", "resume=true"])
+def test_the_folder_of_a_run_is_no_setting_of_a_sweep(read, content, word):
+    with pytest.raises(ConfigError, match=rf"`{word.split('=')[0]}` must be left out, .*`sweep.output=DIR`"):
+        read(content, word)
+
+
 def test_a_pruner_of_the_users_own_is_set_by_its_target(read, content):
     del content["settings"]["pruner"]
     words = ["pruner._target_=optuna.pruners.PercentilePruner", "pruner.percentile=25.0"]

@@ -293,6 +293,11 @@ def _build_arm(arm: ExpandedArm, file: SweepFile, overrides: Mapping[str, Any], 
         settings, ranges = _layer_run(run_layers, arm=arm, used_keys=used_keys)
         own_keys = {key for index, layer in enumerate(run_layers) if index not in SHARED_LAYERS for key in layer}
         settings = _choose_base(settings, own_keys)
+        if given := [key for key in ("output", "resume") if key in settings]:
+            raise ConfigError(
+                f"`{given[0]}` must be left out, because the sweep names the folders of its runs, but got "
+                f"{settings[given[0]]!r}. `sweep.output=DIR` names the sweep's folder, `--resume DIR` resumes a sweep."
+            )
         space = _parse_space(settings, ranges)
     wanted = (sweep_config.sweep.trials, arm.config.trials, DEFAULT_TRIALS)
     trials = next(number for number in wanted if number is not None)
