@@ -90,6 +90,16 @@ def test_what_is_missing_is_named_and_nothing_is_written(here, capsys, words, sa
     assert not (here / "mine.yaml").exists()
 
 
+def test_a_file_whose_first_line_is_data_needs_names(here, capsys):
+    write_topics(here / "topics.csv", header="3,a text,many\n")
+    draft(MODEL, "data.train=topics.csv", code=WRONG_REQUEST)
+    said = capsys.readouterr().err
+    assert "the first line of 'topics.csv' must name its columns" in said
+    assert "'data.columns=[label,text,column3]'" in said
+    settings = draft(MODEL, "data.train=topics.csv", "data.columns=[label,text,column3]")["settings"]
+    assert (settings["data.text"], settings["data.label"]) == ("text", "label")
+
+
 def test_a_file_is_never_replaced(here, capsys):
     (here / "mine.yaml").write_text("name: old")
     draft(MODEL, "data.train=topics.csv", code=WRONG_REQUEST)

@@ -114,9 +114,9 @@ def test_running_trials_have_lines_with_step_and_last_value(running):
 
 def test_the_remaining_time_follows_from_the_ended_runs(running):
     status = read_status(running)
-    assert status.seconds_left == 65.0 / 4 * 3  # 4 of 7 trials
-    assert "1 min 05 s so far, about 49 s left at this pace" in show(status)
-    write_record(sweep_record(trials=[]), running)
+    assert status.seconds_left == 65.0 / 3 * 3  # 3 of 6 trials; the frozen base does not train
+    assert "1 min 05 s so far, about 1 min 05 s left at this pace" in show(status)
+    write_record(sweep_record(trials=[trial(0, "complete", 2.0, arm="frozen")]), running)
     assert read_status(running).seconds_left is None
 
 
@@ -167,6 +167,14 @@ def test_the_select_stage_counts_its_runs_and_then_the_best_is_the_winner(runnin
     write_record(sweep_record(trials=trials, select=[*runs, begun], **select), running)
     lora = read_status(running).arms[1]
     assert (lora.best, lora.best_params) == (1.6, {"method.rank": 2})
+
+
+def test_a_narrow_terminal_shows_names_and_headings_whole(running):
+    write_record(sweep_record(trials=[trial(0, "complete", 1.5)], confirm_seeds=[7], select_seeds=[3]), running)
+    shown = show(read_status(running), width=80)
+    headings = shown.splitlines()[2].split()
+    assert headings == ["arm", "trials", "confirm", "best", "best", "settings"]  # no columns of zeros
+    assert "\n frozen " in shown
 
 
 def test_a_sweep_without_a_confirm_stage_has_no_column_for_it(folder):

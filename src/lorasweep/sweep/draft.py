@@ -18,7 +18,7 @@ from lorasweep.config.compose import compose_run
 from lorasweep.config.data import TableConfig
 from lorasweep.config.run import RunConfig
 from lorasweep.data.reading.conversations import KNOWN_COLUMNS
-from lorasweep.data.reading.files import KINDS, find_files, find_kind, open_text, refuse_unreadable
+from lorasweep.data.reading.files import DEFAULT_RULES, KINDS, find_files, find_kind, open_text, refuse_unreadable
 from lorasweep.data.reading.tables import open_tables
 from lorasweep.data.split import Split
 from lorasweep.errors import ConfigError
@@ -89,7 +89,7 @@ def _choose_data(settings: Mapping[str, Any]) -> dict[str, Any]:
     found: list[str] = []
 
     def note_names(names: Sequence[str], source: str) -> list[str]:
-        found[:] = names
+        found[:] = found or names  # of the training file, which is the first
         return list(names)
 
     config = compose_run({"data": "table", **settings, "model": "tiny"}, require_all=False).data
@@ -97,7 +97,27 @@ def _choose_data(settings: Mapping[str, Any]) -> dict[str, Any]:
     load = open_tables(config, note_names)
     if any(set(known) <= set(found) for known in KNOWN_COLUMNS):
         return {"data": "chat"}
-    return {"data": "table", **_guess_columns(load("train").columns, settings)}
+    columns = load("train").columns
+    guessed = _guess_columns(columns, settings)
+    if "data.path" not in settings and "data.columns" not in settings:
+        _refuse_data_as_names(found, columns, guessed, train=str(settings["data.train"]))
+    return {"data": "table", **guessed}
+
+
+def _refuse_data_as_names(
+    first_line: Sequence[str], columns: Mapping[str, Sequence[Any]], guessed: Mapping[str, str], *, train: str
+) -> None:
+    """Raises ConfigError if the first line of a csv, tsv or txt file is a row: its label occurs again below it."""
+    label, text = guessed.get("data.label"), guessed.get("data.text")
+    is_delimited = find_kind(find_files(train, key="data.train")[0]) in DEFAULT_RULES
+    if not is_delimited or label is None or label in LABEL_COLUMNS or label not in columns[label]:
+        return
+    known = {label: "label", text: "text"}
+    names = [known.get(name, f"column{number}") for number, name in enumerate(first_line, 1)]
+    raise ConfigError(
+        f"the first line of {train!r} must name its columns, but looks like data, because {label!r} occurs again in "
+        f"its column. Name the columns in their order, such as `'data.columns=[{','.join(names)}]'`."
+    )
 
 
 def _is_table(train: str) -> bool:

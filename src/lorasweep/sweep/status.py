@@ -58,6 +58,8 @@ class ArmStatus:
     """
 
     name: str
+    is_trained: bool
+    """Whether the runs of the arm train; those of `frozen` take too little time for an estimate."""
     asked: int
     done: int
     running: int
@@ -89,9 +91,10 @@ class SweepStatus:
 
     @property
     def seconds_left(self) -> float | None:
-        """Estimated seconds for the remaining runs, from the mean so far; None before the first run has ended."""
-        asked = sum(arm.asked + arm.select.asked + arm.confirm.asked for arm in self.arms)
-        done = sum(arm.done + arm.select.done + arm.confirm.done for arm in self.arms)
+        """Estimated seconds for the remaining trainings, from the mean so far; None before the first one has ended."""
+        trained = [arm for arm in self.arms if arm.is_trained]
+        asked = sum(arm.asked + arm.select.asked + arm.confirm.asked for arm in trained)
+        done = sum(arm.done + arm.select.done + arm.confirm.done for arm in trained)
         return self.record.makespan_s / done * (asked - done) if done else None
 
 
@@ -173,20 +176,23 @@ def _arms_table(status: SweepStatus) -> Table:
     selects, confirms = any(arm.select.asked for arm in status.arms), any(arm.confirm.asked for arm in status.arms)
     tested = any(arm.test_mean is not None for arm in status.arms)
     table = Table(header_style="bold", box=SIMPLE, padding=(0, 1, 0, 0))
-    table.add_column("arm", overflow="fold")
+    counts = {
+        "running": [arm.running + arm.select.running + arm.confirm.running for arm in status.arms],
+        "paused": [arm.paused for arm in status.arms],
+        "pruned": [arm.pruned for arm in status.arms],
+        "failed": [arm.failed + arm.select.failed + arm.confirm.failed for arm in status.arms],
+    }
+    shown = {name: numbers for name, numbers in counts.items() if any(numbers)}  # leaves room for names and settings
+    table.add_column("arm", overflow="fold", min_width=min(20, max(len(arm.name) for arm in status.arms)))
     stages = [*(["select"] if selects else []), *(["confirm"] if confirms else [])]
-    columns = ["trials", "running", "paused", "pruned", "failed", *stages, "best"]
-    for name in [*columns, *(["test"] if tested else [])]:
+    for name in ["trials", *shown, *stages, "best", *(["test"] if tested else [])]:
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("best settings", overflow="fold")
-    for arm in status.arms:
+    table.add_column("best settings", overflow="fold", min_width=len("best settings"))
+    for index, arm in enumerate(status.arms):
         table.add_row(
             escape(arm.name),
             f"{arm.done}/{arm.asked}",
-            str(arm.running + arm.select.running + arm.confirm.running),
-            str(arm.paused),
-            str(arm.pruned),
-            str(arm.failed + arm.select.failed + arm.confirm.failed),
+            *(str(numbers[index]) for numbers in shown.values()),
             *([f"{arm.select.done}/{arm.select.asked}"] if selects else []),
             *([f"{arm.confirm.done}/{arm.confirm.asked}"] if confirms else []),
             _format_score(arm.best),
@@ -213,6 +219,7 @@ def _arm_status(arm: ArmRow, record: SweepRecord) -> ArmStatus:
     num_seeds = len(record.confirm_seeds)
     return ArmStatus(
         name=arm.name,
+        is_trained=arm.method != "frozen",
         asked=arm.trials,
         done=done,
         running=states["running"],

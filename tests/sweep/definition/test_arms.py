@@ -201,6 +201,15 @@ def test_a_list_of_loggers_or_callbacks_is_no_choice_of_one(read, content):
     assert list(arms["full"].corners[0].callbacks) == []
 
 
+def test_a_list_for_a_setting_that_is_always_a_list_is_its_value(read, content):
+    lora = arms_of(read(content, "method.exclude=[k_proj,o_proj]", "method.layers=[0,1]"))["lora"]
+    assert set(lora.space) == {"method.rank", "optim.lr"}
+    assert (lora.corners[0].method.exclude, lora.corners[0].method.layers) == (("k_proj", "o_proj"), (0, 1))
+    content["settings"] = {"data": "table", "data.train": "topics.csv", "model": "tiny", "model.kind": "classifier"}
+    arms = arms_of(read(content, "data.columns=[label,title,text]"))
+    assert {arm.corners[0].data.columns for arm in arms.values()} == {("label", "title", "text")}
+
+
 def test_a_whole_argument_without_a_value_in_the_file_is_searched_in_whole_steps(read, content):
     content["arms"]["lora"]["settings"]["schedule._target_"] = "torch.optim.lr_scheduler.StepLR"
     content["arms"]["lora"]["space"] |= {"schedule.step_size": {"low": 1, "high": 5}}

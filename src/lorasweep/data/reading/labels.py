@@ -83,7 +83,7 @@ def learn_labels(values: Sequence[Any], *, task: str, class_names: Sequence[str]
         raise ConfigError(f"{key} must have at least two different labels in training, but has only {used}.")
     if decided == "regression":
         mean = math.fsum(number for (number,) in labels) / len(labels)
-        reason = f"Predicted is a number ({why}); in training from {used[0]:g} to {used[-1]:g}, mean {mean:g}."
+        reason = f"The model predicts a number ({why}); in training from {used[0]:g} to {used[-1]:g}, mean {mean:g}."
         return LabelEncoder(task=decided, names=(), separator=separator, reason=reason)
     if task == "auto" and decided == "single_label" and len(used) > max(MAX_SINGLE_CLASSES, len(values) / 2):
         raise ConfigError(
@@ -93,7 +93,7 @@ def learn_labels(values: Sequence[Any], *, task: str, class_names: Sequence[str]
     names = tuple(class_names) or tuple(sorted(used, key=_sort_key))
     order = "as the data set orders them" if class_names else "in sorted order"
     count = "one" if decided == "single_label" else "any number"
-    reason = f"Predicted is {count} of {len(names)} classes ({why}), {order}: {shorten(names, 400)}."
+    reason = f"The model predicts {count} of {len(names)} classes ({why}), {order}: {shorten(names, 400)}."
     if unused := [name for name in names if name not in used]:
         reason += f" Training has no example of {shorten(unused, 400)}."
     return LabelEncoder(task=decided, names=names, separator=separator, reason=reason)

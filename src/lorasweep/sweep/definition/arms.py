@@ -17,6 +17,7 @@ from lorasweep.config.build import as_settings, build
 from lorasweep.config.command_line import parse_overrides
 from lorasweep.config.compose import (
     LIST_GROUPS,
+    LIST_SETTINGS,
     MAPPINGS,
     compose_sweep,
     compose_values,
@@ -381,10 +382,10 @@ def _is_option(settings: Mapping[str, Any], group: str) -> bool:
 
 
 def _is_range(key: str, value: Any) -> bool:
-    """Returns whether an override searches its key. Loggers, mappings by layer and components are values."""
+    """Returns whether an override searches its key. Loggers, lists, mappings by layer and components are values."""
     if isinstance(value, Mapping):
         return key not in MAPPINGS and TARGET not in value
-    return isinstance(value, list) and key not in LIST_GROUPS
+    return isinstance(value, list) and key not in (*LIST_GROUPS, *LIST_SETTINGS)
 
 
 def _parse_space(settings: Mapping[str, Any], ranges: Mapping[str, Any]) -> Space:

@@ -208,9 +208,13 @@ def _list_run_obstacles(config: RunConfig) -> Iterator[str]:
             yield f"`{key}` is not supported in packs{cause}. Set `{override}`."
     if trainer.max_steps % trainer.eval_every_steps:
         multiple = math.ceil(trainer.max_steps / trainer.eval_every_steps) * trainer.eval_every_steps
+        up_to = min(trainer.eval_every_steps, trainer.max_steps // 2)  # at least one evaluation before the last step
+        divisor = max((n for n in range(1, up_to + 1) if trainer.max_steps % n == 0), default=0)
+        # fewer steps between evaluations keep the number of steps, but evaluations take time
+        instead = f" or `trainer.eval_every_steps={divisor}`" if 2 * divisor > trainer.eval_every_steps else ""
         yield (
             "`trainer.max_steps` is not a multiple of `trainer.eval_every_steps`, but slots are refilled at "
-            f"evaluations. Set `trainer.max_steps={multiple}`."
+            f"evaluations. Set `trainer.max_steps={multiple}`{instead}."
         )
 
 

@@ -39,8 +39,8 @@ def find_warnings(definition: Definition) -> list[str]:
     confirm = definition.sweep_config.confirm
     if 0 < confirm.seeds < MIN_RELIABLE_SEEDS:
         warnings.append(
-            f"`confirm.seeds` is {confirm.seeds}, but an interval over seeds needs at least 2, and says little with "
-            f"fewer than {MIN_RELIABLE_SEEDS}."
+            f"`confirm.seeds` is {confirm.seeds}. One seed gives no interval, and two give a very wide one. Take "
+            f"`confirm.seeds={MIN_RELIABLE_SEEDS}` or more."
         )
     methods = {config.method.name for arm in definition.arms for config in arm.corners}
     missing = [f"`method={name}`" for name in ("full", "frozen") if name not in methods]
