@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from lorasweep.config.trust import EVERY_PACKAGE, require_trusted, set_trusted, split_trust, trusted_packages
-from lorasweep.console import EscapingConsole, say, say_error, silence_bitsandbytes, silence_event_writer
+from lorasweep.console import EscapingConsole, say, say_error, silence_event_writer
 from lorasweep.errors import ConfigError, LoraSweepError, RanksLost, RecordError
 from lorasweep.quick_imports import quick_imports
 from lorasweep.redaction import redact
@@ -39,7 +39,6 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 def run(arguments: Sequence[str]) -> int:
     """Runs one command and returns its exit code; prints errors of lorasweep as one line."""
     try:
-        silence_bitsandbytes()
         with silence_event_writer():
             parser = build_parser()
             parsed, others = parser.parse_known_args(arguments)

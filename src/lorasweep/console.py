@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 import threading
 from collections.abc import Iterable, Iterator
@@ -57,11 +56,3 @@ def silence_event_writer() -> Iterator[None]:
         yield
     finally:
         threading.excepthook = previous_hook
-
-
-def silence_bitsandbytes() -> None:
-    """Suppresses a warning about a missing kernel for 4 bits.
-
-    transformers imports PEFT, and PEFT imports bitsandbytes if it is installed, also in runs that quantise nothing.
-    """
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

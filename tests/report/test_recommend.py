@@ -53,6 +53,7 @@ def test_inconclusive_pair_is_named(tmp_path: Path) -> None:
     first, *_ = recommended(confirm_sweep(build_sweep(tmp_path), noise=0.2))
     assert not first.is_settled
     assert "inconclusive" in first.sentences[2]
+    assert "Nor is it shown to be better than `frozen`." in first.sentences[2]
 
 
 def test_sweep_without_a_complete_trial_recommends_nothing(sweep: Path) -> None:

@@ -212,8 +212,8 @@ def _judge(arm: ArmData, arms: Sequence[ArmData], data: SweepData) -> tuple[bool
     if not shown:
         return False, "No other arm was confirmed, so there is nothing to compare it with."
     text = describe_pair(shown[0], groups=data.example_groups)
-    count = len(doubts) - 1
-    more = f" It is not settled against {count} other {'arm' if count == 1 else 'arms'} either." if count > 0 else ""
+    others = join_words([f"`{pair.second}`" for pair in doubts[1:]])
+    more = f" Nor is it shown to be better than {others}." if others else ""
     is_advised = arm.name in {verdict.arm for verdict in data.evidence.ranks if verdict.arm}
     rank = f" Rank {format_setting(arm.rank)} is the smallest rank that is shown to be enough." if is_advised else ""
     # To be better than other arms settles nothing if no arm is shown to have learned.
