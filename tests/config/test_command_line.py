@@ -44,6 +44,8 @@ def test_hydras_words_become_values_and_ranges(override, key, value):
         ("method.rank", "an override must read `key=value`, but got"),
         ("=4", "an override must read `key=value`, but got"),
         ("method.rank=[1", "an override must read `key=value`, but got"),
+        ("method.targets=.*(q|v)", r"""got 'method.targets=.*\(q\|v\)'. .* shell: 'method.targets="\.\*\(q\|v\)"'."""),
+        ("data.text=#1 String", r"""got 'data.text=#1 String'. .* shell: 'data.text="#1 String"'."""),
         ("++method=full", r"`method` must be chosen without a plus, but got '\+\+method=full'."),
         ("method.rank=range(4,4)", "`method.rank` .* not empty"),
         ("method=glob(*)", r"`method` must be a value, a list or a range, but got 'method=glob\(\*\)'."),

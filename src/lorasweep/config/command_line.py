@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -199,10 +200,19 @@ def _may_be_new(key: str) -> bool:
 
 
 def _parse(overrides: Sequence[str]) -> list[Override]:
+    parser = OverridesParser.create()
+    return [_parse_one(parser, override) for override in overrides]
+
+
+def _parse_one(parser: OverridesParser, override: str) -> Override:
     try:
-        return OverridesParser.create().parse_overrides(list(overrides))
+        return parser.parse_overrides([override])[0]
     except HydraException as error:
-        raise ConfigError(f"an override must read `key=value`, but got {first_line(error)}") from error
+        key, _, value = override.partition("=")
+        is_text = value and value[0] not in "[{'\""
+        quoted = shlex.quote(f'{key}="{value}"')
+        hint = f" If the value is a text, keep quotes around it from the shell: {quoted}." if is_text else ""
+        raise ConfigError(f"an override must read `key=value`, but got {override!r}.{hint}") from error
 
 
 def _read_override(override: Override) -> tuple[str, Any]:

@@ -147,18 +147,35 @@ def _guess_columns(columns: Mapping[str, Sequence[Any]], settings: Mapping[str, 
         for name, values in free.items()
         if values and all(isinstance(v, str) for v in values)
     }
-    if "data.text" not in settings:
-        by_name = [name for name in TEXT_COLUMNS if name in texts]
-        if not by_name and not texts:
-            raise ConfigError(
-                f"`data.text` must name a column of texts, but the columns are {join_words(list(columns))}."
-            )
-        guessed["data.text"] = by_name[0] if by_name else max(texts, key=lambda name: texts[name])
-        texts.pop(guessed["data.text"])
+    if "data.text" in settings:
+        return guessed
+    by_name = [name for name in TEXT_COLUMNS if name in texts]
+    if not by_name and not texts:
+        raise ConfigError(f"`data.text` must name a column of texts, but the columns are {join_words(list(columns))}.")
+    numbered = None if by_name or "data.text_pair" in settings else _find_numbered_columns(texts)
+    if numbered:
+        return {**guessed, "data.text": numbered[0], "data.text_pair": numbered[1]}
+    guessed["data.text"] = by_name[0] if by_name else max(texts, key=lambda name: texts[name])
+    texts.pop(guessed["data.text"])
     pairs = [name for name in PAIR_COLUMNS if name in texts]
-    if "data.text_pair" not in settings and pairs and "data.text" in guessed:
+    if "data.text_pair" not in settings and pairs:
         guessed["data.text_pair"] = pairs[0]
     return guessed
+
+
+def _find_numbered_columns(lengths: Mapping[str, float]) -> tuple[str, str] | None:
+    """Returns two columns whose names differ in their number only: `question1` and `question2`, or `first`, `second`.
+
+    `lengths` has the mean length of each column's texts. Of several such pairs, the one with the longest texts is
+    returned, because MRPC's file has both `#1 ID`, `#2 ID` and `#1 String`, `#2 String`.
+    """
+    pairs = [
+        (name, other)
+        for name in lengths
+        for one, two in (("1", "2"), ("first", "second"))
+        if one in name and (other := name.replace(one, two)) in lengths
+    ]
+    return max(pairs, key=lambda pair: lengths[pair[0]], default=None)
 
 
 def _find_fewest_values(columns: Mapping[str, Sequence[Any]]) -> str:

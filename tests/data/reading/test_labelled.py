@@ -106,6 +106,18 @@ def test_majority_score_and_shares_are_said(read):
     )
 
 
+@pytest.mark.parametrize(("frequent", "f1"), [("b", "0.8571"), ("a", "0.0000")])
+def test_the_f1_of_the_majority_is_said_if_f1_is_the_metric(read, frequent, f1):
+    validation = csv_of([("v", frequent), ("w", frequent), ("u", frequent), ("t", "a" if frequent == "b" else "b")])
+    files = {
+        "train.csv": csv_of([("x", frequent), ("y", frequent), ("z", "a" if frequent == "b" else "b")]),
+        "validation.csv": validation,
+        "test.csv": csv_of([("s", "a")]),
+    }
+    notes = read("table", files, metric="f1").notes
+    assert any(f"{frequent!r}" in note and f"an accuracy of 0.7500 and an F1 of {f1} on" in note for note in notes)
+
+
 def test_pairs_of_texts_belong_together(read):
     rows = [("q", "yes", "x"), ("q", "no", "y"), ("r", "yes", "x")]
     source = read(

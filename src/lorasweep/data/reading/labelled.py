@@ -42,7 +42,7 @@ def read_labelled(config: TableConfig) -> DataSource:
         kind=encoder.task,
         given=config.given,
         key=_content_key,
-        describe=functools.partial(_describe, encoder),
+        describe=functools.partial(_describe, encoder, config.metric),
         label_names=encoder.names,
         shared="text" if config.text_pair is None else "pair of texts",
         max_examples=config.max_examples,
@@ -60,7 +60,9 @@ def _check_row(values: tuple[Any, ...], config: TableConfig) -> tuple[Any, ...]:
     return (*map(require_text, texts), label)
 
 
-def _describe(encoder: LabelEncoder, train: list[LabelledText], validation: list[LabelledText]) -> list[str]:
+def _describe(
+    encoder: LabelEncoder, metric: object, train: list[LabelledText], validation: list[LabelledText]
+) -> list[str]:
     """Returns notes about contradicting labels, the share of each label, and the score of a constant answer."""
     notes = []
     first_label: dict[int, Label] = {}
@@ -84,8 +86,11 @@ def _describe(encoder: LabelEncoder, train: list[LabelledText], validation: list
     if encoder.task == "single_label":
         majority = min(counts, key=lambda index: (-counts[index], index))
         accuracy = validation_labels.count(majority) / len(validation_labels)
+        f1 = ""
+        if metric == "f1" and len(encoder.names) == 2:  # precision is the accuracy, and recall is 1
+            f1 = f" and an F1 of {2 * accuracy / (1 + accuracy) if majority == 1 else 0:.4f}"
         notes.append(
             f"Always answering {encoder.names[majority]!r}, the most frequent label of train, has an accuracy of "
-            f"{accuracy:.4f} on validation."
+            f"{accuracy:.4f}{f1} on validation."
         )
     return notes
