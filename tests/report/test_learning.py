@@ -78,6 +78,7 @@ def test_no_settings_are_recommended_if_nothing_was_learned(sweep: Path) -> None
     assert remedy
     assert remedy in summary.sentences
     assert "more steps than 150" in remedy
+    assert "the verdicts below do not compare the methods" in remedy
     assert "tried: 0.0001 to" in remedy
     assert "nothing to recommend yet" not in (sweep / "report/index.html").read_text()
 

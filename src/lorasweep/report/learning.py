@@ -242,5 +242,6 @@ def _describe_nothing(
     further = [*([f"other learning rates (tried: {tried})"] if tried else []), f"more steps than {steps}"]
     return (
         f"Nothing learned: {_describe(trials, answer, data)}.",
-        f"No settings are recommended. Check {check}, then try {' and '.join(further)}.",
+        f"No settings are recommended, and the verdicts below do not compare the methods. Check {check}, then try "
+        f"{' and '.join(further)}.",
     )

@@ -29,6 +29,7 @@ def test_tables_have_a_row_per_kind_and_rank(inspection):
     text = printed(render_inspection(inspection))
     assert all(kind in text for kind in {row.kind for row in inspection.layers})
     assert "cut to a smaller rank" in text
+    assert "lost" in text  # `loss` would be read as the validation loss
     assert all(len(line) <= 80 for line in text.splitlines())
     joined = " ".join(text.split())
     assert all(sentence in joined for sentence in inspection.sentences)

@@ -84,7 +84,7 @@ def _median(values: Sequence[float | None], *, digits: int) -> str:
 
 def _score_table(scores: Sequence[RankScore], metric: str) -> Table:
     table = Table(title="cut to a smaller rank", title_justify="left")
-    for name in ("rank", format_metric(metric), "loss", "gain kept", "squared norm kept"):
+    for name in ("rank", format_metric(metric), "lost", "gain kept", "squared norm kept"):
         table.add_column(name, justify="right")
     enough = find_enough_rank(scores)
     for row in scores:

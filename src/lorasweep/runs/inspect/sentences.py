@@ -44,7 +44,9 @@ def _describe_scores(method: str, metric: str, trained: str, scores: Sequence[Ra
     if enough.rank >= full.rank or trained == str(enough.rank):
         sentence = f"Trained {how}, it needs its whole rank to keep {KEPT_FRACTION:.0%} of its gain"
     else:
-        sentence = f"Trained {how}, rank {enough.rank} is enough: cut to it, it keeps {KEPT_FRACTION:.0%} of its gain"
+        sentence = (
+            f"Trained {how}, rank {enough.rank} is enough: cut to it, it keeps at least {KEPT_FRACTION:.0%} of its gain"
+        )
     smaller = [row for row in scores if 0 < row.rank <= enough.rank // 2]
     return (
         f"{sentence}; rank {smaller[-1].rank} loses {format_score(smaller[-1].loss)} {unit}."
