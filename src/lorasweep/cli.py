@@ -355,6 +355,7 @@ def reproduce(arguments: argparse.Namespace) -> int:
 
     if (arguments.folder is None) == (arguments.trial is None):
         raise ConfigError("`lorasweep reproduce` must have either a folder or `--trial SWEEP/ARM/NUMBER`.")
+    api.prepare_environment()
     folder = find_trial(arguments.trial) if arguments.folder is None else arguments.folder
     if (folder / SWEEP_FILE).is_file():
         return _reproduce_sweep(arguments)

@@ -41,6 +41,9 @@ def test_better_method_is_recommended_with_lora_as_the_alternative(finished_and_
     assert lora.settings["method"] == "LoRA"
     assert lora.settings.keys() == {"method", "rank", "α", "learning rate"}
     assert "full fine-tuning scores" in lora.sentences[1]
+    command = f"lorasweep export {finished_and_confirmed}/runs/lora-confirm-0000 --format peft --out adapter"
+    assert command in lora.sentences[3]
+    assert len(full.sentences) == 3
 
 
 def test_rank_is_the_advised_rank_and_not_the_best(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,7 +60,7 @@ class Recommendation:
     is_settled: bool
     """Whether the verdicts show that no other arm is better than this arm by more than the margin."""
     sentences: tuple[str, ...]
-    """The settings, their score, and how sure the choice is."""
+    """The settings, their score, how sure the choice is, and how to get a confirmed adapter."""
     settings: dict[str, str]
     """Names and values of the settings."""
     files: dict[str, str]
@@ -173,6 +174,7 @@ def _build(arm: ArmData, arms: Sequence[ArmData], data: SweepData, *, verb: str 
             f"{verb} {settings['method']} with {named}{steps} (arm `{arm.name}`).{_describe_untried(arm)}",
             _describe_score(arm, data),
             reason,
+            *_describe_export(arm, data),
         ),
         settings=settings,
         files=_write_files(arm, trial, data),
@@ -185,6 +187,15 @@ def _describe_untried(arm: ArmData) -> str:
         f"{LABELS.get(key, short_key(key))} {join_words(values, last='or')}" for key, values in arm.untried.items()
     ]
     return f" No complete trial has {join_words(untried, last='or')}." if untried else ""
+
+
+def _describe_export(arm: ArmData, data: SweepData) -> list[str]:
+    """Returns a sentence with the command that writes the adapter of the first confirm run, if there is one."""
+    runs = [run.run for run in arm.confirm_runs if run.is_complete]
+    if arm.row.method not in ("lora", "peft") or not runs:
+        return []
+    run = shlex.quote(str(data.folder / runs[0]))
+    return [f"To get the adapter of its first confirm run: `lorasweep export {run} --format peft --out adapter`."]
 
 
 def _list_settings(arm: ArmData, trial: TrialData) -> dict[str, str]:
