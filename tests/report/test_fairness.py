@@ -53,6 +53,11 @@ def test_equal_arms_are_fair_and_the_numbers_are_named(even: Path) -> None:
         assert part in fairness.sentences[1]
 
 
+def test_one_trial_is_no_plural(even: Path) -> None:
+    edit_json(even / "sweep.json", lambda raw: [t.update(state="pruned") for t in raw["trials"] if t["number"]])
+    assert "1 complete trial," in judge(even).sentences[1]
+
+
 def ask_for_more(raw: dict[str, Any]) -> None:
     raw["arms"][1]["trials"] = 8
 

@@ -76,9 +76,9 @@ def judge_fairness(data: SweepData) -> Fairness:
         values = {arm.arm: getattr(arm, field) for arm in arms}
         least, most = min(values, key=values.__getitem__), max(values, key=values.__getitem__)
         low, high = form(values[least]), form(values[most])
-        ranges.append(f"{low} {unit}" if low == high else f"{low} to {high} {unit}")
+        ranges.append(_count(low, unit) if low == high else f"{low} to {high} {unit}")
         if differs_too_much(values[least], values[most]):
-            faults.append(f"`{least}` had {low} {unit} and `{most}` {high}")
+            faults.append(f"`{least}` had {_count(low, unit)} and `{most}` {high}")
     so_far = "" if data.record.status == "complete" else "so far "
     judgement = f"not fair: {'; '.join(faults)}" if faults else "fair"
     sentences = (
@@ -86,6 +86,10 @@ def judge_fairness(data: SweepData) -> Fairness:
         f"Each of the {len(arms)} arms that train had {join_words(ranges)}.",
     )
     return Fairness(is_fair=not faults, sentences=sentences, arms=arms)
+
+
+def _count(number: str, unit: str) -> str:
+    return f"{number} {unit.removesuffix('s') if number == '1' else unit}"
 
 
 def _measure(arm: ArmData) -> ArmEffort:
