@@ -127,6 +127,8 @@ BAD = [
     (["train", "data.train=https://me:open-sesame@host/a.csv", "data=table"], "but got 'https://***@host/a.csv'."),
     (["sweep", "mini.yaml", "model.path=https://me:open-sesame@host"], "`model.path` must not contain a password"),
     (["train", "method.rnk=4"], "`method.rnk` is not a setting. Did you mean `method.rank`?"),
+    (["train", "r=4"], "`r` is not a setting. PEFT's `r` is `method.rank` here."),
+    (["train", "method.lora_alpha=4"], "`method.lora_alpha` is not a setting. PEFT's `lora_alpha` is `method.alpha`"),
     (["train", "method=bitfit"], "`method.train=biases` needs a model with biases, but LlamaForCausalLM has none."),
     (["train", "method=intrinsic", "method.dim=6"], "`method.dim` must be more than 6"),
     (["train", "method.rank=1,2"], "Add `-m` to run each of several values"),

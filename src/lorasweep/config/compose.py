@@ -48,6 +48,16 @@ MAPPINGS = ("method.rank_pattern", "method.alpha_pattern", "method.config", "wor
 """Settings that are mappings with the user's own keys, such as names of layers."""
 LIST_SETTINGS = ("data.columns", "data.labels", "method.exclude", "method.layers", "method.modules_to_save")
 """Settings whose value is always a list. A list that is typed for one of them is its value, not a list of choices."""
+PEFT_ALIASES: Mapping[str, str] = {
+    "r": "method.rank",
+    "lora_alpha": "method.alpha",
+    "lora_dropout": "method.dropout",
+    "target_modules": "method.targets",
+    "exclude_modules": "method.exclude",
+    "use_dora": "method.variant=dora",
+    "use_rslora": "method.scaling=alpha_over_sqrt_rank",
+}
+"""Fields of `peft.LoraConfig` that users type by habit, with the setting that does the same."""
 LIST_GROUPS = ("logger", "callbacks")
 """Groups that hold several named components. Several options may be chosen: `logger=[tensorboard,csv]`."""
 
@@ -289,8 +299,10 @@ def _check_key(key: str, known: set[str], *, primary: Primary) -> None:
             raise ConfigError(
                 f"`{key}` must be added with a plus: `+{key}={options[0]}`. Its options: {', '.join(options)}."
             )
+        alias = PEFT_ALIASES.get(names[-1]) if len(names) == 1 or names[:-1] == ["method"] else None
+        hint = f" PEFT's `{names[-1]}` is `{alias}` here." if alias else nearest(key, sorted(known))
         raise ConfigError(
-            f"`{key}` is not a setting.{nearest(key, sorted(known))} "
+            f"`{key}` is not a setting.{hint} "
             f"`lorasweep {primary} --help` lists the groups, `lorasweep train --cfg job` every key."
         )
 
