@@ -359,6 +359,14 @@ def test_a_file_of_settings_is_shown_under_what_was_typed(capsys, here):
     assert (shown["method"]["rank"], shown["seed"]) == (3, 5)
 
 
+def test_a_run_changes_a_key_of_the_option_that_its_file_chooses(capsys, here, short):
+    (here / "mine.yaml").write_text("data: text\n")
+    (here / "book.txt").write_text("\n".join(f"Line {n} says some words." for n in range(400)))
+    words = [word for word in short if not word.startswith("data")]
+    assert run(["train", "mine.yaml", *words, "data.train=book.txt", "data.block_length=16", "output=out"]) == DONE
+    assert read_run(here / "out").config["data"]["train"] == "book.txt"
+
+
 @pytest.mark.parametrize("flags", [["--info", "searchpath"], ["--cfg", "hydra"], ["--hydra-help"]])
 def test_hydra_shows_its_own_settings(capsys, caplog, here, flags):
     with suppress(SystemExit):

@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -72,11 +73,14 @@ def run_train_app(arguments: argparse.Namespace, *, show: Show, refuse: Refuse) 
         if flags := _list_hydra_flags(arguments):
             if file_settings:  # Hydra would show the settings without those of the file
                 raise ConfigError(f"`{flags[0]}` must be used without a file of settings or `--from`.")
-            _run_hydra(flags, overrides, lambda _: None)
+            _run_hydra(flags, replace(overrides, run=tuple(allow_new_arguments(overrides.run))), lambda _: None)
             return 0
         for job in jobs or ():  # every job of a grid is checked before the first one trains
             _compose(job, file_settings, is_grid=is_grid)
         train = partial(_train, file_settings=file_settings, origin=origin, is_grid=is_grid)
+        # every key was checked above
+        words = allow_new_arguments(overrides.run, has_file=bool(file_settings))
+        overrides = replace(overrides, run=tuple(words))
         return (_run_grid if is_grid else _run_once)(overrides, train, show=show, refuse=refuse)
 
 
@@ -140,7 +144,7 @@ def _run_hydra(flags: Sequence[str], overrides: TrainOverrides, task: Callable[[
         return task(composed)
 
     app = hydra.main(version_base="1.3", config_path=str(packaged_folder("conf").resolve()), config_name="train")
-    sys.argv = ["lorasweep train", *flags, *overrides.hydra, *allow_new_arguments(overrides.run)]
+    sys.argv = ["lorasweep train", *flags, *overrides.hydra, *overrides.run]
     try:
         with env_override({"HYDRA_FULL_ERROR": "1"}):  # Hydra raises errors instead of printing them
             app(task_with_argv)()

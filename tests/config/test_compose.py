@@ -79,6 +79,9 @@ def test_arguments_of_a_class_may_be_new_keys_to_hydra():
     assert allow_new_arguments(words) == [
         *("--cfg", "job", "optim=sgd", "++optim.nesterov=true", "++logger.csv.name=a", "method.rank=4", "-m")
     ]
+    assert allow_new_arguments(["data=table", "data.text=a", "+x.y=1", "seed=2"], has_file=True) == [
+        *("data=table", "++data.text=a", "+x.y=1", "seed=2")
+    ]
 
 
 def test_an_entry_of_a_mapping_is_set_by_its_dotted_key():

@@ -78,9 +78,17 @@ def test_no_settings_are_recommended_if_nothing_was_learned(sweep: Path) -> None
     assert remedy
     assert remedy in summary.sentences
     assert "more steps than 150" in remedy
-    assert "the verdicts below do not compare the methods" in remedy
+    assert "verdicts" not in remedy  # nothing was confirmed
     assert "tried: 0.0001 to" in remedy
     assert "nothing to recommend yet" not in (sweep / "report/index.html").read_text()
+
+
+def test_verdicts_on_arms_that_learned_nothing_compare_no_methods(confirmed: Path) -> None:
+    classify(confirmed, lambda trial: MAJORITY)
+    set_test_scores(confirmed, lambda seed: MAJORITY)
+    remedy = write_report(confirmed).learning.remedy
+    assert remedy
+    assert "the verdicts below do not compare the methods" in remedy
 
 
 def test_scores_below_the_majority_class_are_worse(sweep: Path) -> None:

@@ -152,9 +152,16 @@ def _name_plugin(overrides: Sequence[str]) -> str:
     return f" A launcher or sweeper must be installed: {', '.join(commands)}." if commands else ""
 
 
-def allow_new_arguments(arguments: Sequence[str]) -> list[str]:
-    """Returns the overrides with `++` before each key that Hydra's own settings may lack, so that Hydra accepts it."""
-    return [f"++{argument}" if _may_be_new(argument.partition("=")[0]) else argument for argument in arguments]
+def allow_new_arguments(arguments: Sequence[str], *, has_file: bool = False) -> list[str]:
+    """Returns the overrides with `++` before each key that Hydra's own settings may lack, so that Hydra accepts it.
+
+    With a file of settings, that is each key inside a group: Hydra does not know which option the file chooses.
+    """
+
+    def may_be_new(key: str) -> bool:
+        return _may_be_new(key) or (has_file and "." in key and key[0] not in "+~")
+
+    return [f"++{argument}" if may_be_new(argument.partition("=")[0]) else argument for argument in arguments]
 
 
 def complete_override(prefix: str, typed: Sequence[str] = (), *, primaries: Sequence[Primary]) -> list[str]:

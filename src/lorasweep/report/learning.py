@@ -240,8 +240,8 @@ def _describe_nothing(
     rates = sorted({lr for trial in trials if (lr := trial.numeric_setting(LR)) is not None})
     tried = " to ".join(dict.fromkeys(format_setting(lr) for lr in (*rates[:1], *rates[-1:])))
     further = [*([f"other learning rates (tried: {tried})"] if tried else []), f"more steps than {steps}"]
+    verdicts = "" if answer.test_score is None else ", and the verdicts below do not compare the methods"
     return (
         f"Nothing learned: {_describe(trials, answer, data)}.",
-        f"No settings are recommended, and the verdicts below do not compare the methods. Check {check}, then try "
-        f"{' and '.join(further)}.",
+        f"No settings are recommended{verdicts}. Check {check}, then try {' and '.join(further)}.",
     )
