@@ -46,8 +46,11 @@ COMPONENTS: Mapping[str, frozenset[str]] = {
 """Settings that may name a class by `_target_`, each with the keys that lorasweep reads and the class does not get."""
 MAPPINGS = ("method.rank_pattern", "method.alpha_pattern", "method.config", "worker.extra")
 """Settings that are mappings with the user's own keys, such as names of layers."""
-LIST_SETTINGS = ("data.columns", "data.labels", "method.exclude", "method.layers", "method.modules_to_save")
-"""Settings whose value is always a list. A list that is typed for one of them is its value, not a list of choices."""
+LIST_SETTINGS = (
+    *("data.columns", "data.labels", "method.exclude", "method.layers", "method.modules_to_save"),
+    "method.targets",  # names of layers, as in PEFT; a sweep file can expand an arm over several lists
+)
+"""Settings that take a list. A list that is typed for one of them is its value, not a list of choices."""
 PEFT_ALIASES: Mapping[str, str] = {
     "r": "method.rank",
     "lora_alpha": "method.alpha",

@@ -202,8 +202,11 @@ def test_a_list_of_loggers_or_callbacks_is_no_choice_of_one(read, content):
 
 
 def test_a_list_for_a_setting_that_is_always_a_list_is_its_value(read, content):
-    lora = arms_of(read(content, "method.exclude=[k_proj,o_proj]", "method.layers=[0,1]"))["lora"]
+    lora = arms_of(
+        read(content, "method.exclude=[k_proj,o_proj]", "method.layers=[0,1]", "method.targets=[q_proj,v_proj]")
+    )["lora"]
     assert set(lora.space) == {"method.rank", "optim.lr"}
+    assert lora.corners[0].method.targets == ("q_proj", "v_proj")
     assert (lora.corners[0].method.exclude, lora.corners[0].method.layers) == (("k_proj", "o_proj"), (0, 1))
     content["settings"] = {"data": "table", "data.train": "topics.csv", "model": "tiny", "model.kind": "classifier"}
     arms = arms_of(read(content, "data.columns=[label,title,text]"))
