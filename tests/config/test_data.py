@@ -44,6 +44,7 @@ GLUE = {"data": "glue"}
         ({**TABLE, "data.label_smoothing": 1.0}, ["`data.label_smoothing < 1`", "1.0"]),
         ({**TABLE, "data.class_weights": "balance"}, ["none, balanced", "`balanced`"]),
         ({**TABLE, "data.metric": "perplexity"}, ["`data.metric`", "'perplexity'"]),
+        ({**TABLE, "data.metric": "f1_macro"}, ["'f1_macro'", "`data.metric._target_` names a class."]),
         ({**TABLE, "data.task": "regression", "data.metric": "f1"}, ["`data.metric`", "pearson", "'f1'"]),
         ({**TABLE, "data.task": "regression", "data.label_smoothing": 0.1}, ["`data.label_smoothing`", "0.1"]),
         ({**GLUE, "data.task": "stsb", "data.metric": "accuracy"}, ["`data.metric`", "pearson", "'accuracy'"]),

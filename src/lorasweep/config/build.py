@@ -132,6 +132,8 @@ def _convert_union(kinds: tuple[Any, ...], value: Any, *, key: str) -> Any:
                 return convert(kind, value, key=key)
             except ConfigError as error:
                 errors.append(error)
+    if any(isinstance(kind, type) and issubclass(kind, Component) for kind in kinds):
+        raise ConfigError(f"{errors[0]} `{key}.{TARGET}` names a class.") from errors[0]
     raise errors[0]
 
 

@@ -24,7 +24,7 @@ def test_lora_trials_share_packs_and_others_run_alone(write_file, content):
     plans = plan(write_file, content)
     assert plans["lora"].key is not None
     assert plans["full"].key is None
-    assert "`method=full` has no slots" in plans["full"].reason
+    assert "`method=full` trains alone" in plans["full"].reason
     assert plans["lora"].largest.method.rank == 4
 
 
@@ -33,7 +33,7 @@ def test_methods_that_change_the_base_itself_run_alone_and_say_why(write_file, c
     content["arms"]["full"]["settings"]["method"] = method
     plans = plan(write_file, content)
     assert plans["full"].key is None
-    assert f"`method={method}` has no slots" in plans["full"].reason
+    assert f"`method={method}` trains alone" in plans["full"].reason
 
 
 def test_arms_that_differ_in_what_a_slot_owns_share_a_pack(write_file, content):
@@ -156,7 +156,7 @@ def test_a_plan_says_which_arms_share_packs_and_what_keeps_the_others_from_it(wr
         "`lora` and `same`: trials share packs on one frozen base.",
         "`longer`: trials share packs on one frozen base.",
         "`lora` and `same` share no packs with `longer`: `trainer.max_steps` must be equal.",
-        "`full`: trials run alone. `method=full` has no slots on a frozen base; only `method=lora` has.",
+        "`full`: trials run alone. `method=full` trains alone; only `method=lora` shares packs.",
     ]
     alone = explain_packing(read_definition(write_file(content), ["worker.pack_size=1"]))
     assert alone[1].startswith("`lora`, `same` and `longer`: trials run alone. `worker.pack_size` is 1.")

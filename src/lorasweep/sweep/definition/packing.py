@@ -197,7 +197,7 @@ def _list_run_obstacles(config: RunConfig) -> Iterator[str]:
         yield "`method=peft` trains one adapter at a time through PEFT; only `method=lora` shares packs."
         return
     if not isinstance(method, LoraConfig):
-        yield f"`method={method.name}` has no slots on a frozen base; only `method=lora` has."
+        yield f"`method={method.name}` trains alone; only `method=lora` shares packs."
         return  # no other setting would change that
     if config.model.factory is not None:
         yield "`model.factory` may mix the examples of a batch, which a pack shares. A model of `model.path` does not."
