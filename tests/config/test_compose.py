@@ -283,3 +283,9 @@ def test_an_option_is_named_as_its_file():
             assert list(written) == ([] if option == "none" else [option])
         elif group != "trainer" and TARGET not in written:  # which has no variants to tell apart
             assert written.name == option
+
+
+@pytest.mark.parametrize("key", ["\ud800\udc00", "a\0b", "../conf", "é"])
+def test_a_key_that_names_no_folder_is_refused_as_any_other(key):
+    with pytest.raises(ConfigError, match="is not a setting"):
+        compose_run({key: 1})

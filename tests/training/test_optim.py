@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 
 import pytest
@@ -192,7 +193,6 @@ def test_an_optimizer_without_weight_decay_takes_none():
     [
         ({"optim": "sgd", "optim.momentun": 0.5}, "`optim` must have arguments that 'torch.optim.SGD' takes"),
         ({"optim": "sgd", "optim.momentum": -1}, "Invalid momentum value: -1"),
-        ({"optim": "adamw_8bit"}, "`optim` needs the package 'bitsandbytes', which is not installed. Run `pip install"),
         ({"optim._target_": "torch.nn.Linear"}, "`optim._target_` must be a subclass of `torch.optim.optimizer.Opti"),
         ({"schedule._target_": "torch.optim.SGD"}, "must be a subclass of `torch.optim.lr_scheduler.LRScheduler`"),
         ({"schedule": "one_cycle", "schedule.total_steps": -1}, "`schedule` must have arguments that"),
@@ -202,6 +202,14 @@ def test_what_is_no_optimizer_or_schedule_is_refused_in_one_sentence(settings, m
     with pytest.raises(ConfigError, match=message) as refused:
         check_optim(compose_run(settings))
     assert "\n" not in str(refused.value)
+
+
+def test_an_optimizer_of_a_package_that_is_missing_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(
+        ConfigError, match=r"`optim` needs the package 'bitsandbytes', which is not installed. Run `pip"
+    ):
+        check_optim(compose_run({"optim": "adamw_8bit"}))
 
 
 def test_a_schedule_of_torchs_gets_the_optimizer_and_values_of_other_settings():

@@ -296,8 +296,10 @@ def _check_key(key: str, known: set[str], *, primary: Primary) -> None:
     names = key.split(".")
     outer = (".".join(names[:depth]) for depth in range(1, len(names)))
     if key not in known and not any(f"{one}.{TARGET}" in known for one in outer):
-        with hydra_session():
-            options = group_options(key)
+        options = []
+        if re.fullmatch(r"[\w/]+", key, flags=re.ASCII):  # Hydra looks for a folder of this name
+            with hydra_session():
+                options = group_options(key)
         if options:  # such as `experiment`, which has no default
             raise ConfigError(
                 f"`{key}` must be added with a plus: `+{key}={options[0]}`. Its options: {', '.join(options)}."

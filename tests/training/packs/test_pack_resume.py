@@ -28,7 +28,7 @@ SETTINGS: tuple[dict[str, object], ...] = (
     {"method.rank": 2, "method.dropout": 0.2},
     {"method.rank": 8, "method.dropout": 0.1, "seed": 3},
     {"method.rank": 4, "method.targets": ["q_proj", "up_proj"], "optim.weight_decay": 0.1},
-    {"method.rank": 16, "optim.lr": 1e30, "optim.clip_norm": None, "method.targets": ["o_proj", "q_proj"]},
+    {"method.rank": 16, "optim.lr": 1e38, "optim.clip_norm": None, "method.targets": ["o_proj", "q_proj"]},
     {"method.rank": 3, "schedule": "cosine", "seed": 5},
     {"method.rank": 1, "method.dropout": 0.3, "seed": 6},
 )
