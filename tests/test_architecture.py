@@ -100,6 +100,7 @@ def test_every_error_of_ours_is_in_the_drawn_tree():
 BUDGET = {
     "data.block_length": 32,
     "data.max_validation_blocks": 2,
+    "data.max_test_blocks": 4,
     "trainer.max_steps": 2,
     "trainer.eval_every_steps": 1,
     "trainer.batch_size": 2,
