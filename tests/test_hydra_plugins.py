@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import subprocess
 import sys
@@ -21,8 +20,6 @@ from lorasweep.record import read_run
 @pytest.fixture(autouse=True)
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    # Hydra's handlers may still write to the stream of an earlier test, which pytest has closed
-    monkeypatch.setattr(logging, "raiseExceptions", False)
     return tmp_path
 
 
