@@ -1,4 +1,4 @@
-"""What quantised parameters hold: how many weights, and which scales."""
+"""Counts the weights of quantised parameters, and lists their scales."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from tests.data.fixed_model import FixedModel
 from torch import nn
 from torch.nn.functional import cross_entropy, huber_loss, multi_margin_loss
 
@@ -18,17 +19,6 @@ from lorasweep.data.tasks import Classification, LanguageModelling, Regression
 from lorasweep.errors import ConfigError
 from lorasweep.training.inputs import build_inputs
 from lorasweep.training.packs.pack import compute_slot_losses
-
-
-class Fixed(nn.Module):
-    """A model whose output is given."""
-
-    def __init__(self, logits):
-        super().__init__()
-        self.logits = logits
-
-    def forward(self, rows):
-        return self.logits[rows]
 
 
 class Focal(nn.Module):
@@ -84,17 +74,17 @@ def test_losses_of_labels_and_numbers_are_those_of_torch():
     batch = {"rows": rows, "targets": CLASSES}
     margin = Classification(num_classes=3, own_loss=make("torch.nn.MultiMarginLoss", margin=0.5))
     expected = multi_margin_loss(logits, CLASSES, margin=0.5, reduction="none")
-    torch.testing.assert_close(margin.losses(Fixed(logits), batch), expected)
+    torch.testing.assert_close(margin.losses(FixedModel(logits), batch), expected)
     weights = torch.tensor([1.0, 2.0, 1.0, 1.0, 3.0])  # class weights still count
-    weighted = margin.losses(Fixed(logits), batch | {"weights": weights})
+    weighted = margin.losses(FixedModel(logits), batch | {"weights": weights})
     torch.testing.assert_close(weighted, expected * weights)
     # evaluations keep the cross-entropy
     torch.testing.assert_close(
-        margin.score(Fixed(logits), batch).loss, cross_entropy(logits, CLASSES, reduction="none")
+        margin.score(FixedModel(logits), batch).loss, cross_entropy(logits, CLASSES, reduction="none")
     )
     numbers, targets = draw(5, 1), draw(5, seed=1)
     huber = Regression(own_loss=make("torch.nn.HuberLoss", delta=0.1))
-    found = huber.losses(Fixed(numbers), {"rows": rows, "targets": targets})
+    found = huber.losses(FixedModel(numbers), {"rows": rows, "targets": targets})
     torch.testing.assert_close(found, huber_loss(numbers[:, 0], targets, delta=0.1, reduction="none"))
 
 
@@ -105,8 +95,8 @@ def test_a_loss_of_text_counts_scored_tokens_and_tells_slots_apart():
     batch = {"rows": torch.arange(4), "targets": targets}
     losses = cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none", ignore_index=IGNORED)
     expected = ((1 - (-losses).exp()) * losses).view(4, 6).sum(1)
-    torch.testing.assert_close(task.losses(Fixed(logits), batch), expected)
-    by_slot = compute_slot_losses(task, Fixed(logits), batch, slots=2)
+    torch.testing.assert_close(task.losses(FixedModel(logits), batch), expected)
+    by_slot = compute_slot_losses(task, FixedModel(logits), batch, slots=2)
     torch.testing.assert_close(by_slot, expected.view(2, 2).sum(1))
 
 

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 import torchmetrics
-from torch import nn
+from tests.data.fixed_model import FixedModel
 from torch.nn.functional import one_hot
 
 from lorasweep.config.compose import compose_run
@@ -18,17 +18,6 @@ from lorasweep.data.own_metric import build_own_metric
 from lorasweep.data.split import IGNORED
 from lorasweep.data.tasks import Classification, Evaluation, LanguageModelling, MultiLabel, Regression
 from lorasweep.errors import ConfigError
-
-
-class Fixed(nn.Module):
-    """A model whose output is given."""
-
-    def __init__(self, logits):
-        super().__init__()
-        self.logits = logits
-
-    def forward(self, rows):
-        return self.logits[rows]
 
 
 class SquaredGap(torchmetrics.Metric):
@@ -69,7 +58,7 @@ def evaluate(task, logits, targets):
     """Returns the metrics after batches of different sizes."""
     evaluation = Evaluation(task)
     for rows in (torch.arange(0, 5), torch.arange(5, len(targets))):
-        evaluation.update(task.score(Fixed(logits), {"rows": rows, "targets": targets[rows]}))
+        evaluation.update(task.score(FixedModel(logits), {"rows": rows, "targets": targets[rows]}))
     return {name: value.item() for name, value in evaluation.compute().items()}
 
 

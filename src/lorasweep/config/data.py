@@ -69,8 +69,8 @@ class MetricComponent(Component):
     direction: Literal["auto", Direction] = "auto"
     """Whether a lower or a higher value is better. `auto` reads `higher_is_better` of the class."""
     predictions: Literal["auto", "probabilities", "labels", "logits"] = "auto"
-    """What the metric gets as predictions. `auto`: probabilities of labels, numbers of a regression, and the predicted
-    tokens of text."""
+    """The form of the predictions that the metric gets. `auto`: probabilities of labels, numbers of a regression, and
+    the predicted tokens of text."""
 
 
 @dataclass(frozen=True, kw_only=True)

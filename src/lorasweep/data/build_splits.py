@@ -46,7 +46,7 @@ COMPATIBLE_MODEL_KINDS: Mapping[str, tuple[ModelKind, ...]] = {
 
 
 MAX_CHECKED_EXAMPLES = 64
-"""Number of validation examples whose targets check `data.metric._target_` before training."""
+"""Number of validation examples with which `data.metric._target_` and `data.loss` are tried before training."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

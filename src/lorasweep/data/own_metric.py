@@ -17,7 +17,7 @@ from lorasweep.config.data import METRIC_RANGES, Direction, MetricComponent, Sco
 from lorasweep.errors import ConfigError, describe_error
 
 Predictions = Literal["probabilities", "second_class", "labels", "logits"]
-"""What a metric gets as predictions. `second_class`: the probability of the second of two classes."""
+"""Forms of the predictions that a metric gets. `second_class`: the probability of the second of two classes."""
 RESERVED_NAMES = frozenset({*METRIC_RANGES, "step", "bleu", "rouge1", "rouge2", "rougeL"})
 """Names that other values of an evaluation have in the records."""
 RANGES_BY_NAME: Mapping[str, tuple[float, float]] = {
@@ -30,7 +30,7 @@ RANGES_BY_NAME: Mapping[str, tuple[float, float]] = {
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class OwnMetric:
-    """A metric and what it gets. Each evaluation computes it once, from the predictions of all examples."""
+    """A metric and the form of its predictions. Each evaluation computes it once, from all examples."""
 
     score: ScoreMetric
     metric: Metric
@@ -125,7 +125,10 @@ def _find_range(component: MetricComponent, metric: Metric) -> tuple[float, floa
 
 
 def _choose_predictions(component: MetricComponent, metric: Metric, *, kind: str, num_labels: int) -> Predictions:
-    """Returns what the metric gets. Text has predicted tokens only, because its probabilities would fill the memory."""
+    """Returns the form of the predictions.
+
+    Text has predicted tokens only, because its probabilities would fill the memory.
+    """
     wanted = component.predictions
     if kind in ("documents", "conversations", "regression"):
         allowed = "labels" if kind != "regression" else None

@@ -43,9 +43,9 @@ class ExampleScores:
     target: Tensor | None = None
     """The right answer, in the shape of `prediction`."""
     metric_input: Tensor | None = None
-    """What the metric of `data.metric._target_` gets as predictions, (examples, ...); for text (scored tokens,)."""
+    """Predictions for the metric of `data.metric._target_`, (examples, ...); for text (scored tokens,)."""
     metric_target: Tensor | None = None
-    """What that metric gets as targets, (examples, ...); for text (scored tokens,)."""
+    """Targets for that metric, (examples, ...); for text (scored tokens,)."""
 
     def map(self, function: Callable[[Tensor], Tensor]) -> ExampleScores:
         """Returns the scores with a function applied to each tensor."""

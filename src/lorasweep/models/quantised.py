@@ -6,7 +6,6 @@ stored bytes, and with them the fingerprint, are the same on every machine.
 
 from __future__ import annotations
 
-import logging
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -167,17 +166,11 @@ def _count_inputs(module: nn.Module) -> int:
 
 
 def _import_bitsandbytes() -> None:
-    """Imports bitsandbytes without its warnings, and without the native code that it would download from the hub."""
+    """Imports bitsandbytes without the native code that it would download from the hub."""
     if "bitsandbytes" in sys.modules:
         return
     with _hide_module("kernels"), quiet_transformers():
-        logger = logging.getLogger("bitsandbytes")
-        level = logger.level
-        logger.setLevel(logging.ERROR)
-        try:
-            import_module("bitsandbytes")
-        finally:
-            logger.setLevel(level)
+        import_module("bitsandbytes")
 
 
 @contextmanager

@@ -293,11 +293,9 @@ def _check_later_stages(record: SweepRecord, definition: Definition, *, begun: C
 
 def _require_all_trials(record: SweepRecord, storage: BaseStorage) -> None:
     """Raises RecordError if the storage lacks trials that the record has: it is always written before the record."""
-    counts = Counter(
-        summary.study_name for summary in optuna.get_all_study_summaries(storage) for _ in range(summary.n_trials)
-    )
+    counts = {summary.study_name: summary.n_trials for summary in optuna.get_all_study_summaries(storage)}
     for (arm, search), number in Counter((row.arm, row.search) for row in record.trials).items():
-        found = counts[record.study_prefix + name_study(arm, name_search(search))]
+        found = counts.get(record.study_prefix + name_study(arm, name_search(search)), 0)
         if found < number:
             raise RecordError(
                 f"the storage of a sweep must have the {number} trials of `{arm}` in {SWEEP_FILE}, but has {found}. "

@@ -369,9 +369,8 @@ def _choose_base(settings: dict[str, Any], own_keys: Collection[str]) -> dict[st
     """
     if "model" in own_keys or QUANTIZATION in own_keys:
         return settings
-    known = {
-        key: value for key, value in settings.items() if key != MULTIPLIER
-    }  # Hydra's composition has no multiplier
+    # Hydra's composition has no multiplier
+    known = {key: value for key, value in settings.items() if key != MULTIPLIER}
     values = compose_values("train", known, require_all=False)
     is_needed = values["method"]["name"] not in METHODS_ON_QUANTISED_BASE
     return {**settings, QUANTIZATION: "none"} if is_needed and values["model"]["quantization"] != "none" else settings
