@@ -67,4 +67,4 @@ def test_each_way_to_grow_is_taken(file, line):
 
 
 def test_there_is_something_to_test():
-    assert (len(OVERRIDES), len(RULES), len(GROWTH)) == (4, 3, 5)
+    assert OVERRIDES and RULES and GROWTH
