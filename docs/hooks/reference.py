@@ -30,6 +30,8 @@ ROOT_PAGES = {"CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.m
 """Files of the root folder that are also pages of the site."""
 PRIMARIES: Mapping[Primary, type] = {"train": RunConfig, "sweep": SweepConfig}
 SIGNS = {">=": "≥", "<=": "≤", ">": ">", "<": "<"}
+OTHER_VALUES = {"seed": "whole number ≥ 0", "output": "text, or `null`", "resume": "`true`, `false`"}
+"""Possible values of the settings of a run that are in no group."""
 KINDS = {int: "whole number", float: "number", str: "text", bool: "`true`, `false`", Any: "any value"}
 
 
@@ -119,7 +121,7 @@ def _describe_groups(primary: Primary, config: type) -> Iterator[str]:
     rest = [key for key in content if key not in (*groups, "defaults", "hydra") and not isinstance(content[key], dict)]
     comments = read_comments(ROOT / "conf" / f"{primary}.yaml")
     if rest:
-        rows = [(key, f"`{_show(content[key])}`", "", comments[key]) for key in rest]
+        rows = [(key, f"`{_show(content[key])}`", OTHER_VALUES[key], comments[key]) for key in rest]
         yield f"### Others\n\n{_table(rows)}"
 
 

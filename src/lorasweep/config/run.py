@@ -48,7 +48,7 @@ class OptimConfig:
     """Learning rate of a new head and of `method.modules_to_save`, divided by `optim.lr`."""
     layer_decay: LayerDecay
     """Learning rate of a block divided by the rate of the block above it (ULMFiT, arXiv 1801.06146, section 3.2),
-    0 < f <= 1. The embeddings lie below the first block. Trials with a value below 1 run alone."""
+    0 < f <= 1. The embeddings lie below the first block."""
     ema_decay: Fraction | None
     """Decay of an exponential moving average of the weights, 0 <= f < 1, which is evaluated and saved; null uses the
     weights themselves. Trials with an average run alone."""

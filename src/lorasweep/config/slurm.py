@@ -45,11 +45,11 @@ class SlurmConfig:
     head: Literal["here", "job"]
     """Where the controller and the head of the Ray cluster run: in this process, or in a Slurm job with one core."""
     head_ip: str | None
-    """IP address at which the jobs reach the head; None uses the address that Ray finds."""
+    """IP address at which the jobs reach the head; null uses the address that Ray finds."""
     head_partition: str | None
-    """Partition of the head's job; None uses `partition`."""
+    """Partition of the head's job; null uses `partition`."""
     partition: str | None
-    """Partition of the jobs. None uses the cluster's default; the same holds for `account`, `qos`, `constraint` and
+    """Partition of the jobs. Null uses the cluster's default; the same holds for `account`, `qos`, `constraint` and
     `mem_gb`."""
     account: str | None
     """Account that Slurm charges."""
