@@ -67,4 +67,4 @@ def test_each_way_to_grow_is_taken(file, line):
 
 
 def test_there_is_something_to_test():
-    assert OVERRIDES and RULES and GROWTH
+    assert all((OVERRIDES, RULES, GROWTH))
