@@ -116,7 +116,8 @@ def resume_sweep(
     """
     with _session(trust, overrides):
         source = None if file is None else find_sweep_file(str(file))
-        opened, inputs_cache = reopen_sweep(Path(folder), changes=_parse(overrides), file=source), InputsCache()
+        opened = reopen_sweep(Path(folder), changes=parse_overrides(overrides), file=source)
+        inputs_cache = InputsCache()
         try:
             check_resumed_sweep(opened, inputs_cache)
         except BaseException:
@@ -148,7 +149,7 @@ def train_run(
     """
     with _session(trust, overrides):
         settings, origin = read_recommended(Path(from_sweep)) if from_sweep is not None else ({}, {})
-        config = compose_run(layer_settings("train", settings, _parse(overrides)))
+        config = compose_run(layer_settings("train", settings, parse_overrides(overrides)))
         path = None if output is None else str(output)
         return load_run(train_config(config, output=path, resume=resume, origin=origin).folder)
 
@@ -156,7 +157,7 @@ def train_run(
 def read_sweep_definition(sweep: str | Path | Mapping[str, Any], overrides: Overrides) -> Definition:
     """Reads and checks a sweep; raises ConfigError if it does not exist, or a key or value is wrong."""
     content = sweep if isinstance(sweep, Mapping) else find_sweep_file(str(sweep))
-    return read_definition(content, _parse(overrides))
+    return read_definition(content, overrides)
 
 
 def check_resumed_sweep(opened: SweepFolder, inputs_cache: InputsCache) -> None:
@@ -322,10 +323,6 @@ def _report_progress(folder: Path, progress: Progress) -> Any:
     if progress is None:
         return nullcontext()
     return show_progress(folder, EscapingConsole()) if progress == "auto" else report_status(folder, progress)
-
-
-def _parse(overrides: Overrides) -> dict[str, Any]:
-    return dict(overrides) if isinstance(overrides, Mapping) else parse_overrides(overrides)
 
 
 def _check_run_folder(output: str | None, config: RunConfig, *, resume: bool) -> RunResult | None:

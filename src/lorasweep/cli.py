@@ -22,12 +22,13 @@ from lorasweep.console import EscapingConsole, say, say_error, silence_event_wri
 from lorasweep.errors import ConfigError, LoraSweepError, RanksLost, RecordError
 from lorasweep.quick_imports import quick_imports
 from lorasweep.redaction import redact
+from lorasweep.stop_signal import INTERRUPTED
 
 if TYPE_CHECKING:
     from lorasweep.config.compose import Primary
     from lorasweep.results import RunResult, SweepResult
 
-DONE, FAILED, WRONG_REQUEST, INTERRUPTED = 0, 1, 2, 130
+DONE, FAILED, WRONG_REQUEST = 0, 1, 2
 DEFAULT_SWEEP = "quickstart"
 """The sweep that runs if no name is typed."""
 

@@ -73,11 +73,6 @@ def numbered_folders(wanted: Path) -> Iterator[Path]:
     yield from (wanted.with_name(f"{wanted.name}-{number}") for number in itertools.count(2))
 
 
-def free_folder(wanted: Path) -> Path:
-    """Returns this path, or the first of NAME-2, NAME-3, ... that does not exist yet."""
-    return next(path for path in numbered_folders(wanted) if not path.exists())
-
-
 def require_new_folder(path: Path, *, key: str, remedy: str = "Omit it for a new folder.") -> Path:
     """Returns the path if it is free or an empty folder; otherwise raises ConfigError with `key` and `remedy`."""
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):

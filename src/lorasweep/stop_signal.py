@@ -6,6 +6,8 @@ import signal
 import threading
 from typing import Any
 
+INTERRUPTED = 130
+"""Exit code of a command that Ctrl-C or a batch system ended before its work was done."""
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 """Batch systems send SIGUSR1 or SIGUSR2 shortly before a job's time limit."""
 

@@ -39,9 +39,8 @@ from lorasweep.console import say, say_error
 from lorasweep.errors import ConfigError, LoraSweepError
 from lorasweep.quick_imports import quick_imports
 from lorasweep.results import RunResult
+from lorasweep.stop_signal import INTERRUPTED
 
-INTERRUPTED = 130
-"""Exit code of an interrupted run. It ends a grid."""
 Show = Callable[[RunResult], int]
 Refuse = Callable[[LoraSweepError | OSError], int]
 
@@ -113,7 +112,7 @@ def _run_grid(overrides: TrainOverrides, train: Callable[[], RunResult], *, show
             code, reason = show(result), result.record.reason
         except (LoraSweepError, OSError) as error:
             code, reason = refuse(error), str(error)
-        if code == INTERRUPTED:
+        if code == INTERRUPTED:  # this ends the grid
             raise KeyboardInterrupt
         if code:
             failures.parent.mkdir(parents=True, exist_ok=True)

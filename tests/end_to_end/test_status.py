@@ -53,14 +53,14 @@ def test_a_sweep_that_is_looked_at_all_the_time_is_seen_to_go_on_and_ends_well(t
         seen.append(read_status(folder))
     assert watched.wait() == 0, watched.output
     arms = [status.arms[0] for status in seen]
-    assert [arm.done for arm in arms] == sorted(arm.done for arm in arms)
+    assert [arm.search.done for arm in arms] == sorted(arm.search.done for arm in arms)
     assert [arm.confirm.done for arm in arms] == sorted(arm.confirm.done for arm in arms)
-    assert max(arm.running for arm in arms) == 1
-    assert max(arm.paused for arm in arms) >= 1
-    assert all(arm.done + arm.running + arm.paused <= arm.asked == 6 for arm in arms)
-    last = arms[-1]
-    assert (last.done, last.running, last.paused, last.failed, last.confirm.done) == (6, 0, 0, 0, 2)
-    assert last.pruned >= 1
+    assert max(arm.search.running for arm in arms) == 1
+    assert max(arm.search.paused for arm in arms) >= 1
+    assert all(arm.search.done + arm.search.running + arm.search.paused <= arm.search.asked == 6 for arm in arms)
+    search, confirm = arms[-1].search, arms[-1].confirm
+    assert (search.done, search.running, search.paused, search.failed, confirm.done) == (6, 0, 0, 0, 2)
+    assert search.pruned >= 1
 
     assert run(["status", str(folder), "--follow"]) == 0
     shown = capsys.readouterr().out

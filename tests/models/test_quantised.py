@@ -11,7 +11,7 @@ from tests.tiny_tokenizer import load_tokenizer
 from torch import nn
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-import lorasweep.models.quantised as quantised_file
+from lorasweep.config import components
 from lorasweep.errors import ConfigError
 from lorasweep.lora import LoraConfig, inject_lora
 from lorasweep.lora.layer_kinds import dequantised_weight, is_quantised
@@ -203,7 +203,7 @@ def test_a_module_that_is_quantised_is_not_trained_in_full(load):
 
 
 def test_a_missing_package_is_named(load, monkeypatch):
-    monkeypatch.setattr(quantised_file, "find_spec", lambda name: None)
+    monkeypatch.setattr(components, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"`model.quantization=nf4` needs .*'bitsandbytes'.*lorasweep\[quantised\]"):
         load("nf4")
 

@@ -26,8 +26,8 @@ def test_a_callers_function_gets_every_status_and_the_last_one(begin, work, runs
     folder, seen = begin(content), []
     with report_status(folder.path, seen.append):
         assert work(folder)
-    assert sum(arm.done for arm in seen[0].arms) == 0
-    assert sum(arm.done for arm in seen[-1].arms) == 10
+    assert sum(arm.search.done for arm in seen[0].arms) == 0
+    assert sum(arm.search.done for arm in seen[-1].arms) == 10
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")

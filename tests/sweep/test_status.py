@@ -6,6 +6,7 @@ import fcntl
 import io
 import os
 import threading
+from dataclasses import astuple
 
 import pytest
 from rich.console import Console
@@ -79,7 +80,7 @@ def test_trials_are_counted_by_state(running):
     status = read_status(running)
     assert status.is_running
     assert not status.is_over
-    assert [(a.name, a.asked, a.done, a.running, a.paused, a.pruned, a.failed, a.best) for a in status.arms] == [
+    assert [(arm.name, *astuple(arm.search), arm.best) for arm in status.arms] == [
         ("frozen", 1, 1, 0, 0, 0, 0, 2.0),
         ("lora", 6, 3, 1, 1, 1, 1, 1.5),
     ]
@@ -251,15 +252,15 @@ def test_the_status_of_a_real_sweep_during_and_after_it(begin, work, runs, conte
     runs.score = score
     assert work(folder)
     assert all(status.is_running and not status.is_over for status in seen)
-    assert any(arm.paused for status in seen for arm in status.arms)
-    assert max(sum(arm.running for arm in status.arms) for status in seen) == 1
+    assert any(arm.search.paused for status in seen for arm in status.arms)
+    assert max(sum(arm.search.running for arm in status.arms) for status in seen) == 1
     running = [row for status in seen for row in status.record.trials if row.state == "running"]
     assert {row.step for row in running} >= {0, 2, 4, 6}
     assert all((row.last_value is None) == (row.step == 0) for row in running)
     assert {arm.steps for arm in seen[-1].record.arms} == {0, 8}
     after = read_status(folder.path)
     assert after.is_over
-    assert [(arm.done, arm.asked, arm.running, arm.paused) for arm in after.arms] == [
+    assert [astuple(arm.search)[:4] for arm in after.arms] == [
         (1, 1, 0, 0),
         (3, 3, 0, 0),
         (6, 6, 0, 0),

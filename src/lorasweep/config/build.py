@@ -41,9 +41,8 @@ def build(kind: type[T], values: Mapping[str, Any], *, key: str = "") -> T:
                 f"`{_join(key, str(name))}` is not a setting.{nearest(str(name), hints)} "
                 f"The settings of `{key or 'a run'}` are {', '.join(hints)}."
             )
-    optional = {f.name for f in fields(kind) if f.default is not MISSING}  # type: ignore[arg-type]
-    for name in hints:
-        if name not in values and name not in optional:
+    for f in fields(kind):  # type: ignore[arg-type]
+        if (name := f.name) not in values and f.default is MISSING and f.default_factory is MISSING:
             raise ConfigError(f"`{_join(key, TARGET if name == 'target' else name)}` must be set, but is missing.")
     return kind(
         **{name: convert(hint, values[name], key=_join(key, name)) for name, hint in hints.items() if name in values}

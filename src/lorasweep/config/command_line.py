@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,13 +38,15 @@ OPTUNA_SWEEPER = "hydra-optuna-sweeper"
 """Its last release needs Optuna 2, the pre-release 1.4 takes Optuna 5."""
 
 
-def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+def parse_overrides(overrides: Sequence[str] | Mapping[str, Any]) -> dict[str, Any]:
     """Returns overrides as keys and values. Hydra's sweep syntax becomes a choice or a range as in a sweep file.
 
+    Overrides are words of the command line, or keys and values already.
+
     Raises:
-        ConfigError: An override is not of the form `key=value`.
+        ConfigError: A word is not of the form `key=value`.
     """
-    return dict(map(_read_override, _parse(overrides)))
+    return dict(overrides) if isinstance(overrides, Mapping) else dict(map(_read_override, _parse(overrides)))
 
 
 def read_settings_file(path: Path) -> dict[str, Any]:
@@ -157,11 +159,9 @@ def allow_new_arguments(arguments: Sequence[str], *, has_file: bool = False) -> 
 
     With a file of settings, that is each key inside a group: Hydra does not know which option the file chooses.
     """
-
-    def may_be_new(key: str) -> bool:
-        return _may_be_new(key) or (has_file and "." in key and key[0] not in "+~")
-
-    return [f"++{argument}" if may_be_new(argument.partition("=")[0]) else argument for argument in arguments]
+    keys = [argument.partition("=")[0] for argument in arguments]
+    are_new = [_may_be_new(key) or (has_file and "." in key and key[0] not in "+~") for key in keys]
+    return [f"++{argument}" if is_new else argument for argument, is_new in zip(arguments, are_new, strict=True)]
 
 
 def complete_override(prefix: str, typed: Sequence[str] = (), *, primaries: Sequence[Primary]) -> list[str]:

@@ -10,6 +10,7 @@ import inspect
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pkgutil import resolve_name
 from typing import Any, TypeVar
 
@@ -99,6 +100,12 @@ def check_component(component: Component, *, key: str, expected: type, **more_ar
         raise ConfigError(_describe_failure(error, component, key=key)) from error
 
 
+def require_package(package: str, *, key: str, extra: str | None = None) -> None:
+    """Raises ConfigError if a package is not installed. `extra` is the extra of lorasweep that installs it."""
+    if find_spec(package) is None:
+        raise ConfigError(_describe_package(package, key=key, extra=extra))
+
+
 def find_class(target: str, *, key: str, expected: type[T]) -> type[T]:
     """Imports a class, which runs the code of its module.
 
@@ -181,4 +188,9 @@ def _describe_missing(error: Exception, *, key: str) -> str | None:
         return None
     quoted = PIP_INSTALL_PATTERN.search(str(error))  # Lightning's errors have no `name`, but quote the pip command
     package = quoted[1] if quoted else (error.name or "").partition(".")[0]
-    return f"`{key}` needs the package {package!r}, which is not installed. Run `pip install {package}`."
+    return _describe_package(package, key=key)
+
+
+def _describe_package(package: str, *, key: str, extra: str | None = None) -> str:
+    installed = f"'lorasweep[{extra}]'" if extra else package
+    return f"`{key}` needs the package {package!r}, which is not installed. Run `pip install {installed}`."

@@ -26,7 +26,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from lorasweep.config.build import build
 from lorasweep.config.data import MetricComponent
-from lorasweep.config.run import OptimizerComponent, RunConfig
+from lorasweep.config.run import OptimSettings, RunConfig
 from lorasweep.config.sweep import SweepConfig
 from lorasweep.config.trust import TARGET, require_trusted
 from lorasweep.errors import ConfigError, first_line
@@ -37,7 +37,7 @@ Primary = Literal["train", "sweep"]
 """Name of a primary config (Hydra's term): the YAML file in `conf/` from which a composition starts."""
 PACKAGE = Path(__file__).parent.parent
 COMPONENTS: Mapping[str, frozenset[str]] = {
-    "optim": frozenset(f.name for f in fields(OptimizerComponent)) - {"target", "arguments"},
+    "optim": frozenset(f.name for f in fields(OptimSettings)),
     "data.metric": frozenset(f.name for f in fields(MetricComponent)) - {"target", "arguments"},
     **dict.fromkeys(
         ("data.loss", "schedule", "sampler", "pruner", "trainer.profiler", "trainer.strategy"), frozenset[str]()

@@ -84,11 +84,8 @@ class ScoreMetric:
 
 
 def get_built_in_metric(name: str) -> ScoreMetric:
-    return ScoreMetric(name=name, direction=goal_direction(name), range=METRIC_RANGES[name])
-
-
-def goal_direction(metric: str) -> Direction:
-    return "minimize" if metric in MINIMIZED_METRICS else "maximize"
+    direction: Direction = "minimize" if name in MINIMIZED_METRICS else "maximize"
+    return ScoreMetric(name=name, direction=direction, range=METRIC_RANGES[name])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,7 +173,15 @@ class ExampleSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class BlockSettings:
+class LossSettings:
+    """The loss that trains."""
+
+    loss: Component | None = None
+    """A loss of torch by `_target_` that trains instead of the usual one; null keeps it. Evaluations do not use it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockSettings(LossSettings):
     """How running text is cut into blocks."""
 
     block_length: AtLeastTwo
@@ -189,12 +194,10 @@ class BlockSettings:
     """Whether attention ends at the borders of documents inside a block."""
     metric: TextMetric | MetricComponent
     """Metric that is the run's score. For the three names, lower is better."""
-    loss: Component | None = None
-    """A loss of torch by `_target_` that trains instead of the usual one; null keeps it. Evaluations do not use it."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class LabelSettings:
+class LabelSettings(LossSettings):
     """Loss and metric of predicted labels."""
 
     label_smoothing: Fraction
@@ -204,8 +207,6 @@ class LabelSettings:
     metric: LabelMetric | MetricComponent
     """Metric that is the score of the run. `auto`: accuracy of one label, F1 of several, Pearson's correlation of
     numbers."""
-    loss: Component | None = None
-    """A loss of torch by `_target_` that trains instead of the usual one; null keeps it. Evaluations do not use it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -254,7 +255,7 @@ class TableConfig(FileSettings, ExampleSettings, LabelSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChatConfig(FileSettings, ExampleSettings):
+class ChatConfig(FileSettings, ExampleSettings, LossSettings):
     """Prompts with completions, or conversations. The loss covers only the answers of the assistant."""
 
     name: Literal["chat"]
@@ -275,8 +276,6 @@ class ChatConfig(FileSettings, ExampleSettings):
     """Whether the prompts of the test split are also answered, token by token, and scored by BLEU and ROUGE."""
     metric: TextMetric | MetricComponent
     """Metric of the answers that is the score of the run. For the three names, lower is better."""
-    loss: Component | None = None
-    """A loss of torch by `_target_` that trains instead of the usual one; null keeps it. Evaluations do not use it."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -308,7 +307,7 @@ class GlueConfig(ExampleSettings, LabelSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CustomDataConfig:
+class CustomDataConfig(LossSettings):
     """A LightningDataModule of the user."""
 
     name: Literal["own"]
@@ -320,8 +319,6 @@ class CustomDataConfig:
     """Names of the labels in the order of their indices; empty for numbers and text."""
     metric: CustomMetric | MetricComponent
     """`auto`: as in `table`, or the loss of text."""
-    loss: Component | None = None
-    """A loss of torch by `_target_` that trains instead of the usual one; null keeps it. Evaluations do not use it."""
 
     def __post_init__(self) -> None:
         check_function_name("data.factory", self.factory)

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from lorasweep.config.components import require_package
 from lorasweep.errors import ConfigError
 from lorasweep.wording import join_words
 
@@ -36,12 +37,8 @@ only with another field that is refused. All other fields must have their defaul
 
 def import_peft(*, needed_by: str) -> Any:
     """Returns the package PEFT. Raises ConfigError if it is not installed."""
-    try:
-        return import_module("peft")
-    except ModuleNotFoundError as error:
-        raise ConfigError(
-            f"`{needed_by}` needs the package 'peft', which is not installed. Run `pip install 'lorasweep[peft]'`."
-        ) from error
+    require_package("peft", key=needed_by, extra="peft")
+    return import_module("peft")
 
 
 def read_peft_config(peft_config: Any) -> dict[str, Any]:

@@ -36,10 +36,9 @@ LayerDecay = Annotated[float, (">", 0), ("<=", 1)]
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimConfig:
-    """AdamW (Loshchilov and Hutter 2019), its learning rates, and gradient clipping."""
+class OptimSettings:
+    """Learning rates, weight decay, averaging and gradient clipping of any optimizer."""
 
-    name: Literal["adamw"]
     lr: PositiveFloat
     """Peak learning rate, > 0."""
     lr_ratio_b: PositiveFloat
@@ -53,32 +52,27 @@ class OptimConfig:
     """Decay of an exponential moving average of the weights, 0 <= f < 1, which is evaluated and saved; null uses the
     weights themselves. Trials with an average run alone."""
     weight_decay: NonNegativeFloat
-    """Weight decay of matrices. Vectors (biases, norms) do not decay."""
+    """Weight decay of matrices. Vectors (biases, norms) do not decay. A class without `weight_decay` needs 0."""
+    clip_norm: PositiveFloat | None
+    """Maximum norm of the whole gradient; null does not clip."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig(OptimSettings):
+    """AdamW (Loshchilov and Hutter 2019), its learning rates, and gradient clipping."""
+
+    name: Literal["adamw"]
     beta1: Fraction
     """Decay of the mean of the gradients, 0 <= f < 1."""
     beta2: Fraction
     """Decay of the mean of the squared gradients, 0 <= f < 1."""
     eps: NonNegativeFloat
     """Added to the root of the mean square before the division, >= 0."""
-    clip_norm: PositiveFloat | None
-    """Maximum norm of the whole gradient; null does not clip."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimizerComponent(Component):
-    """An optimizer of the class `optim._target_`. Its trials run alone.
-
-    The settings below are the same as in `OptimConfig`; all other keys are arguments of the class.
-    """
-
-    lr: PositiveFloat
-    lr_ratio_b: PositiveFloat
-    lr_ratio_head: PositiveFloat
-    layer_decay: LayerDecay
-    ema_decay: Fraction | None
-    weight_decay: NonNegativeFloat
-    """Weight decay of matrices. It must be 0 if the class takes no `weight_decay`."""
-    clip_norm: PositiveFloat | None
+class OptimizerComponent(OptimSettings, Component):
+    """An optimizer of the class `optim._target_`. Its trials run alone. Keys without a field are arguments of it."""
 
 
 ScheduleName = Literal[
@@ -227,6 +221,11 @@ class RunConfig:
     seed: int
     """Default of every seed in `seeds`."""
     seeds: SeedsConfig
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps of the whole run; 0 under `method=frozen`, which trains nothing."""
+        return 0 if self.method.name == "frozen" else self.trainer.max_steps
 
     def __post_init__(self) -> None:
         if self.optim.lr_ratio_b != 1 and self.method.name != "lora":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -28,6 +28,8 @@ from lorasweep.data.own_metric import OwnMetric
 from lorasweep.data.split import IGNORED, NON_MODEL_KEYS, Batch
 
 LANGUAGE_MODEL_METRICS = ("bits_per_byte", "loss", "perplexity")
+EXAMPLE_FIELDS = ("loss", "items", "prediction", "target")
+SCORE_FIELDS = (*EXAMPLE_FIELDS, "metric_input", "metric_target")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -47,9 +49,9 @@ class ExampleScores:
     metric_target: Tensor | None = None
     """Targets for that metric, (examples, ...); for text (scored tokens,)."""
 
-    def map(self, function: Callable[[Tensor], Tensor]) -> ExampleScores:
-        """Returns the scores with a function applied to each tensor."""
-        values = {name: getattr(self, name) for name in SCORE_FIELDS}
+    def map(self, function: Callable[[Tensor], Tensor], *, names: Sequence[str] = SCORE_FIELDS) -> ExampleScores:
+        """Returns the tensors of these names, with a function applied to each."""
+        values = {name: getattr(self, name) for name in names}
         return ExampleScores(**{name: function(value) for name, value in values.items() if value is not None})
 
     def select_slot(self, slot: int, *, slots: int) -> ExampleScores:
@@ -58,12 +60,7 @@ class ExampleScores:
 
     def reorder(self, order: Tensor) -> ExampleScores:
         """Returns the scores with the examples in another order, without what an own metric gets."""
-        values = {name: getattr(self, name) for name in EXAMPLE_FIELDS}
-        return ExampleScores(**{name: value[order] for name, value in values.items() if value is not None})
-
-
-EXAMPLE_FIELDS = ("loss", "items", "prediction", "target")
-SCORE_FIELDS = (*EXAMPLE_FIELDS, "metric_input", "metric_target")
+        return self.map(lambda values: values[order], names=EXAMPLE_FIELDS)
 
 
 class Task(Protocol):
@@ -151,11 +148,12 @@ class LanguageModelling:
         return compute_token_losses(compute_logits(model, batch), batch["targets"])
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
 class LabelTask:
     """Base of tasks with labels. Each example counts once, however long its text is."""
 
-    own_metric: OwnMetric | None
-    own_loss: OwnLoss | None
+    own_metric: OwnMetric | None = None
+    own_loss: OwnLoss | None = None
 
     @abstractmethod
     def _loss(self, logits: Tensor, targets: Tensor) -> Tensor:
@@ -173,13 +171,12 @@ class LabelTask:
         raise NotImplementedError
 
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:
-        return self.compute_training_losses(compute_logits(model, batch), batch["targets"])
+        losses = self._compute_training_losses(compute_logits(model, batch), batch["targets"])
+        return losses * batch["weights"] if "weights" in batch else losses
 
-    def compute_training_losses(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Returns each example's loss by `data.loss`, or by the task, (examples,)."""
-        if self.own_loss is None:
-            return self._loss(logits, targets)
-        return self.own_loss.compute(logits, targets)
+    def _compute_training_losses(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Returns each example's loss by `data.loss`, or by the task, (examples,), without class weights."""
+        return self._loss(logits, targets) if self.own_loss is None else self.own_loss.compute(logits, targets)
 
     def score(self, model: nn.Module, batch: Batch) -> ExampleScores:
         logits, targets = compute_logits(model, batch), batch["targets"]
@@ -231,13 +228,6 @@ class Classification(LabelTask):
     num_classes: int
     label_smoothing: float = 0.0
     metrics: tuple[str, ...] = METRICS_OF_TASK["single_label"]
-    own_metric: OwnMetric | None = None
-    own_loss: OwnLoss | None = None
-
-    def losses(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Returns each example's cross-entropy, smoothed, times the weight of its class."""
-        losses = self.compute_training_losses(compute_logits(model, batch), batch["targets"])
-        return losses * batch["weights"] if "weights" in batch else losses
 
     def _loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         return cross_entropy(logits, targets, reduction="none")
@@ -245,7 +235,7 @@ class Classification(LabelTask):
     def _predict(self, logits: Tensor) -> Tensor:
         return logits.argmax(-1)
 
-    def compute_training_losses(self, logits: Tensor, targets: Tensor) -> Tensor:
+    def _compute_training_losses(self, logits: Tensor, targets: Tensor) -> Tensor:
         if self.own_loss is not None:
             return self.own_loss.compute(logits, targets)
         return cross_entropy(logits, targets, reduction="none", label_smoothing=self.label_smoothing)
@@ -276,8 +266,6 @@ class MultiLabel(LabelTask):
 
     num_labels: int
     metrics: tuple[str, ...] = METRICS_OF_TASK["multi_label"]
-    own_metric: OwnMetric | None = None
-    own_loss: OwnLoss | None = None
 
     def _loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         return binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(-1)
@@ -302,8 +290,6 @@ class Regression(LabelTask):
     """Predicts one number per example. `mse` is also the loss; `pearson` and `spearman` are correlations."""
 
     metrics: tuple[str, ...] = METRICS_OF_TASK["regression"]
-    own_metric: OwnMetric | None = None
-    own_loss: OwnLoss | None = None
 
     def _loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         return (self._predict(logits) - targets).square()
@@ -311,10 +297,9 @@ class Regression(LabelTask):
     def _predict(self, logits: Tensor) -> Tensor:
         return logits.squeeze(-1)
 
-    def compute_training_losses(self, logits: Tensor, targets: Tensor) -> Tensor:
-        if self.own_loss is not None:
-            return self.own_loss.compute(self._predict(logits), targets)
-        return self._loss(logits, targets)
+    def _compute_training_losses(self, logits: Tensor, targets: Tensor) -> Tensor:
+        numbers = self._predict(logits)
+        return (numbers - targets).square() if self.own_loss is None else self.own_loss.compute(numbers, targets)
 
     def _compute(self, scores: ExampleScores) -> dict[str, Tensor]:
         """Returns each metric; a correlation is 0 if all predictions or all targets are equal."""

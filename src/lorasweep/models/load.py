@@ -22,13 +22,14 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from lorasweep.config.components import require_package
 from lorasweep.config.model import ModelConfig, ModelKind
 from lorasweep.errors import ConfigError, describe_error, first_line
 from lorasweep.models.dropout import set_dropout_modules, set_dropout_settings
 from lorasweep.models.factory import build_custom_model
 from lorasweep.models.folder import find_model_folder
 from lorasweep.models.pretrained import load_pretrained, load_with_new_head, quiet_transformers
-from lorasweep.models.quantised import build_arguments, finish_quantised, require_packages
+from lorasweep.models.quantised import PACKAGES, build_arguments, finish_quantised
 from lorasweep.models.weight_files import (
     WeightFiles,
     build_on_meta,
@@ -117,7 +118,8 @@ def load_base(
             Or it can't be quantised.
     """
     if config.quantization != "none":
-        require_packages(config)
+        for package in PACKAGES:
+            require_package(package, key=f"model.quantization={config.quantization}", extra="quantised")
     if labels is not None and config.kind != "classifier":
         raise ConfigError(
             f"`model.kind` must be classifier for data with labels, but got {config.kind!r}. Use `model=classifier`."

@@ -18,10 +18,6 @@ from transformers.utils import logging as transformers_logging
 from lorasweep.fixed_seed import fixed_seed
 
 
-class MissingWeightsError(ValueError):
-    """Some weights of a model are missing, or have another shape than its configuration says."""
-
-
 def load_pretrained(model_class: Any, source: str, *, dtype: torch.dtype, **settings: Any) -> PreTrainedModel:
     """Loads a model in `dtype` and checks that the checkpoint has all its weights.
 
@@ -32,7 +28,7 @@ def load_pretrained(model_class: Any, source: str, *, dtype: torch.dtype, **sett
         settings: Passed on to `from_pretrained`.
 
     Raises:
-        MissingWeightsError: Weights are missing or have the wrong shape. transformers alone would only warn.
+        ValueError: Weights are missing or have the wrong shape. transformers alone would only warn.
         Exception: The files are missing, damaged or of an unknown kind. transformers raises errors of many classes.
     """
     model, missing = _load(model_class, source, dtype=dtype, **settings)
@@ -52,7 +48,7 @@ def load_with_new_head(
         The model, and the names of its new modules: of two nested modules only the outer one.
 
     Raises:
-        MissingWeightsError: Other weights are missing or have the wrong shape.
+        ValueError: Other weights are missing or have the wrong shape.
         Exception: The files are missing, damaged or of an unknown kind. transformers raises errors of many classes.
     """
     with fixed_seed():
@@ -109,6 +105,6 @@ def _load(model_class: Any, source: str, *, dtype: torch.dtype, **settings: Any)
 
 def _require_no_missing(missing: Collection[str]) -> None:
     if missing:
-        raise MissingWeightsError(
+        raise ValueError(
             f"{len(missing)} of its weights are missing or have another shape, such as {next(iter(missing))!r}"
         )

@@ -10,7 +10,6 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
-from importlib.util import find_spec
 from typing import Any, cast
 
 import torch
@@ -78,16 +77,6 @@ class _MultiplyByInt8(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         return (grad * ctx.scale.to(grad.dtype)) @ ctx.weight.to(grad.dtype), None, None
-
-
-def require_packages(config: ModelConfig) -> None:
-    """Raises a ConfigError if a package is missing that `model.quantization` needs."""
-    for package in PACKAGES:
-        if find_spec(package) is None:
-            raise ConfigError(
-                f"`model.quantization={config.quantization}` needs the package {package!r}, which is not installed. "
-                "Run `pip install 'lorasweep[quantised]'`."
-            )
 
 
 def build_arguments(config: ModelConfig, model_class: Any, settings: Any, *, dtype: torch.dtype) -> dict[str, Any]:

@@ -83,9 +83,8 @@ class ProgressDisplay:
     def _new_lines(self, status: SweepStatus) -> Iterator[str]:
         """Yields a line for each run that ended and has no line yet: `lora 4/6  complete  1.4  optim.lr=0.01`."""
         record, ended = status.record, list_ended_rows(status.record)
-        asked = {("search", arm.name): arm.asked for arm in status.arms}
-        asked |= {("select", arm.name): arm.select.asked for arm in status.arms}
-        asked |= {("confirm", arm.name): arm.confirm.asked for arm in status.arms}
+        stages = ("search", "select", "confirm")
+        asked = {(stage, arm.name): getattr(arm, stage).asked for arm in status.arms for stage in stages}
         done = Counter((stage_of(row), row.arm) for row in ended if row.run in self._shown_runs)
         for row in ended:
             if row.run in self._shown_runs:

@@ -41,38 +41,36 @@ MAX_SHOWN_RUNS = 16
 
 
 @dataclass(frozen=True, kw_only=True)
-class RerunCounts:
-    """Numbers of runs of one arm in the select or the confirm stage. Infeasible runs count as failed."""
+class StageCounts:
+    """Numbers of runs of one arm in one stage. Infeasible runs count as failed. Only the search pauses and prunes."""
 
-    asked: int
-    done: int
-    running: int
-    failed: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class ArmStatus:
-    """The state of one arm: numbers of trials in the search, and of runs in the later stages.
-
-    Infeasible trials count as failed.
-    """
-
-    name: str
-    is_trained: bool
-    """Whether the runs of the arm train; those of `frozen` take too little time for an estimate."""
     asked: int
     done: int
     running: int
     paused: int
     pruned: int
     failed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArmStatus:
+    """The state of one arm."""
+
+    name: str
+    is_trained: bool
+    """Whether the runs of the arm train; those of `frozen` take too little time for an estimate."""
+    search: StageCounts
+    select: StageCounts
+    confirm: StageCounts
     best: float | None
     """Search score of the best trial; after the select stage, of the winner."""
     best_params: Mapping[str, Any]
-    select: RerunCounts
-    confirm: RerunCounts
     test_mean: float | None
     """Mean of the metric on test data over the complete seeds."""
+
+    @property
+    def stages(self) -> tuple[StageCounts, ...]:
+        return self.search, self.select, self.confirm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,9 +90,8 @@ class SweepStatus:
     @property
     def seconds_left(self) -> float | None:
         """Estimated seconds for the remaining trainings, from the mean so far; None before the first one has ended."""
-        trained = [arm for arm in self.arms if arm.is_trained]
-        asked = sum(arm.asked + arm.select.asked + arm.confirm.asked for arm in trained)
-        done = sum(arm.done + arm.select.done + arm.confirm.done for arm in trained)
+        stages = [stage for arm in self.arms if arm.is_trained for stage in arm.stages]
+        asked, done = sum(stage.asked for stage in stages), sum(stage.done for stage in stages)
         return self.record.makespan_s / done * (asked - done) if done else None
 
 
@@ -177,10 +174,8 @@ def _arms_table(status: SweepStatus) -> Table:
     tested = any(arm.test_mean is not None for arm in status.arms)
     table = Table(header_style="bold", box=SIMPLE, padding=(0, 1, 0, 0))
     counts = {
-        "running": [arm.running + arm.select.running + arm.confirm.running for arm in status.arms],
-        "paused": [arm.paused for arm in status.arms],
-        "pruned": [arm.pruned for arm in status.arms],
-        "failed": [arm.failed + arm.select.failed + arm.confirm.failed for arm in status.arms],
+        name: [sum(getattr(stage, name) for stage in arm.stages) for arm in status.arms]
+        for name in ("running", "paused", "pruned", "failed")
     }
     shown = {name: numbers for name, numbers in counts.items() if any(numbers)}  # leaves room for names and settings
     table.add_column("arm", overflow="fold", min_width=min(20, max(len(arm.name) for arm in status.arms)))
@@ -191,7 +186,7 @@ def _arms_table(status: SweepStatus) -> Table:
     for index, arm in enumerate(status.arms):
         table.add_row(
             escape(arm.name),
-            f"{arm.done}/{arm.asked}",
+            f"{arm.search.done}/{arm.search.asked}",
             *(str(numbers[index]) for numbers in shown.values()),
             *([f"{arm.select.done}/{arm.select.asked}"] if selects else []),
             *([f"{arm.confirm.done}/{arm.confirm.asked}"] if confirms else []),
@@ -208,31 +203,25 @@ def _format_score(value: float | None) -> str:
 
 def _arm_status(arm: ArmRow, record: SweepRecord) -> ArmStatus:
     trials = [row for row in record.trials if row.arm == arm.name]
-    states = Counter(row.state for row in trials)
-    done = len(trials) - states["running"] - states["paused"]
+    search = _count_runs(trials, asked=arm.trials)
     best = find_winner(arm.name, trials, record=record)
     confirmed = list_confirm_rows(arm.name, best, record=record)
     tested = [row.value for row in confirmed if row.state == "complete" and row.value is not None]
     # until the search is over, the number of candidates is the largest possible one
     candidates = {trial.number for trial in list_candidates(trials, record=record)}
-    num_candidates = min(len(candidates) if done == arm.trials else arm.trials, record.candidates)
+    num_candidates = min(len(candidates) if search.done == arm.trials else arm.trials, record.candidates)
     num_seeds = len(record.confirm_seeds)
     return ArmStatus(
         name=arm.name,
         is_trained=arm.method != "frozen",
-        asked=arm.trials,
-        done=done,
-        running=states["running"],
-        paused=states["paused"],
-        pruned=states["pruned"],
-        failed=states["failed"] + states["infeasible"],
+        search=search,
         best=None if best is None else best.value,
         best_params={} if best is None else best.params,
-        select=_count_reruns(
+        select=_count_runs(
             [row for row in record.select if row.arm == arm.name and row.trial in candidates],
             asked=num_candidates * len(record.select_seeds) if num_candidates > 1 else 0,
         ),
-        confirm=_count_reruns(
+        confirm=_count_runs(
             confirmed,
             asked=min(num_seeds, 1) if arm.method == "frozen" else num_seeds,  # no seed changes the frozen base
         ),
@@ -240,11 +229,13 @@ def _arm_status(arm: ArmRow, record: SweepRecord) -> ArmStatus:
     )
 
 
-def _count_reruns(rows: Sequence[RerunRow], *, asked: int) -> RerunCounts:
+def _count_runs(rows: Sequence[TrialRow | RerunRow], *, asked: int) -> StageCounts:
     states = Counter(row.state for row in rows)
-    return RerunCounts(
+    return StageCounts(
         asked=asked,
-        done=len(rows) - states["running"],
+        done=len(rows) - states["running"] - states["paused"],
         running=states["running"],
+        paused=states["paused"],
+        pruned=states["pruned"],
         failed=states["failed"] + states["infeasible"],
     )

@@ -21,11 +21,12 @@ from typing import Any, NamedTuple, TextIO
 
 import pandas
 import pyarrow
+import pyarrow.parquet
 from pandas.errors import ParserError, ParserWarning
 
 from lorasweep.config.data import Delimiter, Quoting
 from lorasweep.data.reading.bounded import MAX_COLUMNS, open_bounded
-from lorasweep.data.reading.parquet import read_columns, read_names
+from lorasweep.data.reading.parquet import read_columns
 from lorasweep.errors import ConfigError, first_line
 from lorasweep.wording import nearest, shorten
 
@@ -241,4 +242,4 @@ def open_parquet(path: Path) -> TableFile:
     Raises:
         OSError, ValueError, pyarrow.ArrowException: The file can't be read.
     """
-    return TableFile(read_names(path), functools.partial(read_columns, path))
+    return TableFile(pyarrow.parquet.read_schema(path).names, functools.partial(read_columns, path))

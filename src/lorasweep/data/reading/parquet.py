@@ -16,16 +16,6 @@ MAX_PREFIX_ROWS = 16
 """Rows of texts stored as prefix and rest that are decoded at once: each may be as long as the whole stored column."""
 
 
-def read_names(path: Path) -> list[str]:
-    """Returns the names of the columns.
-
-    Raises:
-        OSError, ValueError, pyarrow.ArrowException: The file can't be read.
-    """
-    names: list[str] = pyarrow.parquet.read_schema(path).names
-    return names
-
-
 def read_columns(path: Path, names: Sequence[str]) -> dict[str, list[Any]]:
     """Returns columns by name.
 

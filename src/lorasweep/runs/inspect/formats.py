@@ -51,7 +51,7 @@ def _content(inspection: Inspection) -> dict[str, object]:
 def as_csv(found: Inspection | SweepInspection) -> str:
     """Returns a line for each updated weight; for a sweep the first column is the arm."""
     if isinstance(found, Inspection):
-        return table_csv(LayerRow, found.layers)
+        return table_csv(found.layers)
     rows = [{"arm": arm, **asdict(row)} for arm, one in found.inspections.items() for row in one.layers]
     return csv_text(list(rows[0]), (row.values() for row in rows))
 

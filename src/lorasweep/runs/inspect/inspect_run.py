@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -203,10 +203,10 @@ def write_inspection(inspection: Inspection) -> None:
     """Writes the files of `RUN/inspect/`. Deletes files of an earlier inspection that this inspection lacks."""
     folder, scores, overlaps = inspection.run.folder / FOLDER, inspection.scores, inspection.overlaps
     spectra = {"version": VERSION, "singular_values": dict(inspection.spectra)}
-    write_atomically(folder / "layers.csv", table_csv(LayerRow, inspection.layers))
+    write_atomically(folder / "layers.csv", table_csv(inspection.layers))
     write_atomically(folder / "spectra.json", json.dumps(spectra) + "\n")
     for name, content in (
-        ("truncation.csv", table_csv(RankScore, scores) if scores else None),
+        ("truncation.csv", table_csv(scores) if scores else None),
         (SIMILARITY_FILE, csv_text(Overlap._fields, overlaps) if overlaps else None),
     ):
         if content is None:
@@ -217,8 +217,8 @@ def write_inspection(inspection: Inspection) -> None:
     write_atomically(folder / SUMMARY_FILE, json.dumps(summarize(inspection), indent=1) + "\n")
 
 
-def table_csv(row_type: type[LayerRow] | type[RankScore], rows: Iterable[LayerRow | RankScore]) -> str:
-    return csv_text([field.name for field in fields(row_type)], (asdict(row).values() for row in rows))
+def table_csv(rows: Sequence[LayerRow] | Sequence[RankScore]) -> str:
+    return csv_text(list(asdict(rows[0])), map(astuple, rows))
 
 
 def summarize(inspection: Inspection) -> dict[str, object]:

@@ -14,7 +14,7 @@ from lorasweep.lora.fully_trained import is_inside
 from lorasweep.lora.inject import replace_module
 from lorasweep.lora.layer_kinds import matrix_shape, matrix_to_weight
 from lorasweep.lora.targets import Target
-from lorasweep.methods import copy_sharing_weights
+from lorasweep.methods.method import copy_sharing_weights, replace_parameters
 from lorasweep.runs.inspect.measures import Decomposition
 from lorasweep.runs.inspect.weight_updates import WeightUpdate
 
@@ -138,10 +138,7 @@ def _truncate_weight(model: nn.Module, name: str, base: Tensor, lora_b: Tensor, 
     owner, trained = model.get_submodule(name.rpartition(".")[0]), model.get_parameter(name)
     weight = matrix_to_weight(owner, base.double() + lora_b @ lora_a)
     truncated = nn.Parameter(weight.reshape(trained.shape).to(trained.dtype), requires_grad=False)
-    for module in model.modules():
-        for parameter_name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
-            if parameter is trained:
-                setattr(module, parameter_name, truncated)
+    replace_parameters(model, {id(trained): truncated})
 
 
 def _truncated_layer(layer: LoraLayer, parts: Sequence[tuple[int, Tensor, Tensor]]) -> nn.Module:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
 import optuna
@@ -17,7 +16,7 @@ from optuna.samplers import BaseSampler
 from optuna.storages import InMemoryStorage
 from optuna.trial import FrozenTrial, create_trial
 
-from lorasweep.config.components import Component, argument_names, instantiate
+from lorasweep.config.components import Component, argument_names, instantiate, require_package
 from lorasweep.config.data import Direction
 from lorasweep.config.trust import TARGET, is_trusted
 from lorasweep.errors import ConfigError
@@ -129,8 +128,7 @@ class OptunaHubSampler(BaseSampler):
                 f"`sampler` must be of a package that is trusted, but {package!r} is code that OptunaHub downloads and "
                 f"runs. If you trust it, add `trust=[{OPTUNA_HUB}]` to the command line."
             )
-        if find_spec(OPTUNA_HUB) is None:
-            raise ConfigError(f"`sampler` needs the package {OPTUNA_HUB!r}. Run `pip install {OPTUNA_HUB}`.")
+        require_package(OPTUNA_HUB, key="sampler")
         module = import_module(OPTUNA_HUB).load_module(package, ref=ref)
         sampler_class = getattr(module, sampler, None)
         if not (isinstance(sampler_class, type) and issubclass(sampler_class, BaseSampler)):

@@ -16,7 +16,7 @@ from optuna.storages.journal import JournalFileBackend
 
 from lorasweep.config.data import METRIC_RANGES, ScoreMetric
 from lorasweep.config.sweep import StorageConfig
-from lorasweep.disk import free_folder, network_file_system, remove_leftovers, require_new_folder
+from lorasweep.disk import network_file_system, numbered_folders, remove_leftovers, require_new_folder
 from lorasweep.errors import ConfigError, LoraSweepError, RecordError
 from lorasweep.record import (
     SWEEP_FILE,
@@ -62,7 +62,7 @@ def new_folder(name: str, wanted: str | None) -> Path:
         ConfigError: The wanted folder is not empty.
     """
     if wanted is None:
-        return free_folder(Path("outputs") / name)
+        return next(path for path in numbered_folders(Path("outputs") / name) if not path.exists())
     remedy = f"To resume a sweep type `lorasweep sweep --resume {wanted}`."
     return require_new_folder(Path(wanted), key="sweep.output", remedy=remedy)
 

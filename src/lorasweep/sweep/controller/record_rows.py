@@ -43,7 +43,7 @@ def arm_row(arm: Arm) -> ArmRow:
         name=arm.name,
         method=config.method.name,
         trials=arm.all_trials,
-        steps=0 if config.method.name == "frozen" else config.trainer.max_steps,
+        steps=config.num_steps,
         settings=dict(arm.settings),
         space=describe_space(arm.space),
         sampler=arm.sweep_config.sampler.name,

@@ -8,6 +8,7 @@ It resumes the trial if the rule later allows it.
 from __future__ import annotations
 
 import math
+import statistics
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -73,8 +74,7 @@ class MedianOfPeers(StoppingRule):
     def count_kept(self, ranked: Ranked, *, all_arrived: bool) -> int:
         if not ranked or (len(ranked) < self.min_trials and not all_arrived):
             return 0
-        half = len(ranked) // 2
-        median = ranked[half][0] if len(ranked) % 2 else (ranked[half - 1][0] + ranked[half][0]) / 2
+        median = statistics.median(value for value, _ in ranked)
         return bisect_right(ranked, median, key=lambda row: row[0])
 
 
@@ -85,7 +85,7 @@ def build_rule(arm: Arm) -> StoppingRule:
         ConfigError: The pruner can't be built.
     """
     pruner, config = arm.sweep_config.pruner, arm.corners[0]
-    if config.method.name == "frozen":  # a frozen model has no steps
+    if not config.num_steps:
         return StoppingRule()
     every, max_steps = config.trainer.eval_every_steps, config.trainer.max_steps
     steps = range(every, max_steps, every)

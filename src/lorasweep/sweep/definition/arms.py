@@ -169,8 +169,7 @@ def read_definition(source: Path | Mapping[str, Any], overrides: Sequence[str] |
     Raises:
         ConfigError: The file can't be read, a key or range is wrong, or an arm does not compose.
     """
-    typed = dict(overrides) if isinstance(overrides, Mapping) else parse_overrides(overrides)
-    raw = make_paths_absolute({"file": read_content(source), "overrides": typed, "rounds": []})
+    raw = make_paths_absolute({"file": read_content(source), "overrides": parse_overrides(overrides), "rounds": []})
     if isinstance(source, Mapping):
         return restore_definition(raw, source=None)
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,23 +21,19 @@ from lorasweep.wording import nearest
 
 MAX_NAME_CHARACTERS = 100
 """Maximum length of the name of a sweep or an arm. It becomes part of a folder's name, whose length is limited."""
-DEFAULTS = {"name": "sweep", "description": "", "settings": {}}
-"""Values of keys that are missing in a sweep file."""
-ARM_DEFAULTS: dict[str, Any] = {"settings": {}, "space": {}, "trials": None, "expand": {}}
-"""Values of keys that are missing in an arm."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ArmConfig:
     """One arm as in a sweep file."""
 
-    settings: Mapping[str, Any]
+    settings: Mapping[str, Any] = field(default_factory=dict)
     """Dotted keys and values of this arm, which replace settings of the whole sweep."""
-    space: Mapping[str, Any]
+    space: Mapping[str, Any] = field(default_factory=dict)
     """Swept keys: for each a list of choices, or a mapping with `low`, `high`, and `log` or `step`."""
-    trials: Positive | None
+    trials: Positive | None = None
     """Trials of the search; None if the file gives no number."""
-    expand: Mapping[str, Any]
+    expand: Mapping[str, Any] = field(default_factory=dict)
     """Keys and lists of values. Each combination becomes an arm with a separate search and the same budget."""
 
 
@@ -45,9 +41,9 @@ class ArmConfig:
 class SweepFile:
     """The content of a sweep file."""
 
-    name: str
-    description: str
-    settings: Mapping[str, Any]
+    name: str = "sweep"
+    description: str = ""
+    settings: Mapping[str, Any] = field(default_factory=dict)
     """Dotted keys and values: settings of every arm's runs, and of the sweep itself (`SweepConfig`)."""
     arms: Mapping[str, ArmConfig]
 
@@ -109,8 +105,7 @@ def parse_file(content: Any) -> SweepFile:
     arms = content.get("arms") if isinstance(content, Mapping) else None
     if not isinstance(arms, Mapping) or not arms:
         raise ConfigError("a sweep file must be a mapping with at least one arm in `arms`, but has no arm.")
-    arms = {str(name): {**ARM_DEFAULTS, **arm} if isinstance(arm, Mapping) else arm for name, arm in arms.items()}
-    file = build(SweepFile, {**DEFAULTS, **content, "arms": arms})
+    file = build(SweepFile, content)
     return replace(
         file,
         settings=spell_out_multiplier(file.settings, where="settings"),

@@ -55,9 +55,7 @@ def find_warnings(definition: Definition) -> list[str]:
 
 def count_tokens(config: RunConfig) -> int:
     """Returns the maximum number of training tokens of a run; 0 under `method=frozen`."""
-    if config.method.name == "frozen":
-        return 0
-    return config.trainer.max_steps * config.trainer.batch_size * max_tokens_per_example(config.data)
+    return config.num_steps * config.trainer.batch_size * max_tokens_per_example(config.data)
 
 
 def _has_no_rung(arm: Arm) -> bool:

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lorasweep.config.components import Component
-from lorasweep.config.run import RunConfig
 from lorasweep.sweep.controller.stopping_rules import build_rule
 from lorasweep.sweep.definition.arms import Arm, Definition
 from lorasweep.sweep.definition.seeds import count_reruns
@@ -89,7 +88,7 @@ def estimate_sweep(definition: Definition, cost: SweepCost) -> SweepPlan:
                 pack_size=group.slots,
                 select_runs=select_runs,
                 confirm_runs=confirm_runs,
-                steps=runs[arm.name] * count_steps(group.large.config),
+                steps=runs[arm.name] * group.large.config.num_steps,
                 tokens=runs[arm.name] * count_tokens(group.large.config),
                 trainable_params=group.large.trainable_params,
                 kept_bytes=runs[arm.name] * group.large.kept_bytes,
@@ -107,10 +106,6 @@ def estimate_sweep(definition: Definition, cost: SweepCost) -> SweepPlan:
         largest_moment=largest_moment,
         cost=cost,
     )
-
-
-def count_steps(config: RunConfig) -> int:
-    return 0 if config.method.name == "frozen" else config.trainer.max_steps
 
 
 def estimate_group(group: GroupCost, definition: Definition) -> dict[str, Seconds]:
@@ -155,7 +150,7 @@ class Part:
 def list_parts(arm: Arm) -> list[Part]:
     """Returns the parts of an arm's search if the stopping rule prunes all that its bounds allow."""
     rule, config, trials = build_rule(arm), arm.corners[0], arm.trials
-    steps, every = count_steps(config), config.trainer.eval_every_steps
+    steps, every = config.num_steps, config.trainer.eval_every_steps
     if isinstance(arm.sweep_config.pruner, Component) and every < steps:
         # a pruner of another package may prune at any evaluation
         return [Part(start=0, stop=every, trials=trials), Part(start=every, stop=steps, trials=1)]
@@ -179,7 +174,7 @@ class Price:
         self._small = group.small if is_packed or end == "low" else group.large
         self._large = group.large if is_packed or end == "high" else group.small
         config = self._small.config
-        self._every, self._last_step = config.trainer.eval_every_steps, count_steps(config)
+        self._every, self._last_step = config.trainer.eval_every_steps, config.num_steps
         if end == "low" and config.trainer.early_stop_evaluations is not None:
             self._last_step = min(self._last_step, (config.trainer.early_stop_evaluations + 1) * self._every)
 

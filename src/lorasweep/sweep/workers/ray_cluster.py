@@ -14,10 +14,10 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from lorasweep.config.components import require_package
 from lorasweep.errors import ConfigError, first_line
 
 OBJECT_STORE_BYTES = 100 * 2**20
@@ -124,8 +124,7 @@ def _start_head(**options: Any) -> Iterator[None]:
 @contextmanager
 def _connect(address: str, **options: Any) -> Iterator[None]:
     """Calls `ray.init`. Environment variables must be set before, because Ray reads them when it is first imported."""
-    if find_spec("ray") is None:
-        raise ConfigError("`worker=ray` must find Ray, but it is not installed. Type `pip install 'lorasweep[ray]'`.")
+    require_package("ray", key="worker", extra="ray")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray  # noqa: PLC0415
 

@@ -294,7 +294,7 @@ class WorkerPool:
                 self._start_missing()
                 if not self._members:
                     require_nodes()
-                self._wait_for_ends(CHECK_INTERVAL_S)
+                self._wait_for_ends()
             self._stop_workers()
             return bool(self._controller.finish())
         finally:
@@ -324,12 +324,12 @@ class WorkerPool:
             run = actors[0].run.remote(self._actor, name=name, num_workers=wanted, peers=actors[1:])
             self._members[run] = _PoolMember(name=name, actors=actors, group=group)
 
-    def _wait_for_ends(self, timeout_s: float) -> None:
+    def _wait_for_ends(self) -> None:
         """Waits until a worker ends, and releases the trials of a dead worker. `_start_missing` replaces workers."""
         if not self._members:
-            time.sleep(timeout_s)
+            time.sleep(CHECK_INTERVAL_S)
             return
-        ended, _ = ray.wait(list(self._members), timeout=timeout_s)
+        ended, _ = ray.wait(list(self._members), timeout=CHECK_INTERVAL_S)
         for run in ended:
             member = self._members.pop(run)
             member.kill()
@@ -352,4 +352,4 @@ class WorkerPool:
         for call in unanswered:
             self._members.pop(calls[call]).kill()
         while self._members:
-            self._wait_for_ends(CHECK_INTERVAL_S)
+            self._wait_for_ends()

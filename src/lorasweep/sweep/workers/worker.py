@@ -232,7 +232,8 @@ class Worker:
         If the stage has runs outside of these packs, workers without a pack train those, and packs stay large.
         """
         names, counts = {other.name for other in self._find_pack_arms(arm)}, self.controller.count_stage_runs()
-        if any(counts[other.name] for other in self.definition.arms if other.name not in names and _trains(other)):
+        others = [arm for arm in self.definition.arms if arm.name not in names and arm.corners[0].num_steps]
+        if any(counts[other.name] for other in others):
             return slots
         return min(slots, math.ceil(sum(count for name, count in counts.items() if name in names) / self.num_workers))
 
@@ -272,10 +273,6 @@ class _PackTrials:
 
     def report(self, evaluations: Sequence[SlotEvaluation]) -> list[bool]:
         return self._worker.report([(self.running[e.request], e.step, e.metrics) for e in evaluations])
-
-
-def _trains(arm: Arm) -> bool:
-    return arm.corners[0].method.name != "frozen"
 
 
 def _catch_failure(train: Callable[[], RunRecord]) -> Outcome:
