@@ -22,10 +22,10 @@ sweep: $(READY) ## the main job: LoRA's rank, α and learning rate beside full f
 	$(BIN)/lorasweep sweep quickstart
 
 test: $(READY) ## every test; those that need Slurm or PostgreSQL skip where it is not installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 test-fast: $(READY) ## the tests that take under 3 minutes together
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m 'not slow'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow'
 
 check: $(READY) ## lint, types, and who may import whom
 	$(BIN)/ruff check .
@@ -33,11 +33,7 @@ check: $(READY) ## lint, types, and who may import whom
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-$(VENV)/.docs: $(READY)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[docs]' -c constraints.txt
-	@touch $@
-
-docs: $(VENV)/.docs ## the site, into site/: python -m http.server --bind 127.0.0.1 --directory site
+docs: $(READY) ## the site, into site/: python -m http.server --bind 127.0.0.1 --directory site
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 fix: $(READY) ## what the linter can mend by itself

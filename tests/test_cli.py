@@ -195,6 +195,7 @@ def test_train_takes_a_mapping_by_layer_as_hydra_does(capsys, here, override):
     assert (method["rank"], method["rank_pattern"]) == (3, {"down_proj": 2})
 
 
+@pytest.mark.slow
 def test_several_folders_of_which_one_is_no_sweep_are_refused_before_any_report_is_written(here, mini, capsys):
     assert run(["sweep", mini]) == DONE
     before = {path: path.stat().st_mtime_ns for path in here.rglob("*")}
@@ -446,6 +447,7 @@ def test_train_runs_once_in_a_new_folder_and_says_the_score(capsys, here, short)
     assert {path.name for path in (here / "outputs" / "train").iterdir()} == {"0001", "0002"}
 
 
+@pytest.mark.slow
 def test_train_takes_the_settings_that_a_sweep_recommends_and_says_so(here, mini, capsys):
     assert run(["sweep", mini, "sweep.output=s"]) == DONE
     best = min(read_sweep(here / "s").trials[1:], key=lambda row: row.value)
@@ -498,6 +500,7 @@ def test_a_run_is_exported_and_the_difference_said(here, short, capsys, format):
     assert files_below(here) == before
 
 
+@pytest.mark.slow
 def test_a_grid_runs_every_combination_and_leaves_nothing_else(here, short, capsys):
     assert run(["train", "-m", *short, "method.rank=1,2"]) == DONE
     folders = sorted((here / "outputs" / "train").glob("0*"))
@@ -506,6 +509,7 @@ def test_a_grid_runs_every_combination_and_leaves_nothing_else(here, short, caps
     assert {path.name for path in (here / "outputs" / "train").iterdir()} == {"0001", "0002", "multirun.yaml"}
 
 
+@pytest.mark.slow
 def test_a_run_is_resumed_with_its_settings_only(here, short, capsys):
     words = ["train", *short, "output=run", "resume=true"]
     assert run(words) == DONE  # there is none yet
@@ -519,6 +523,7 @@ def test_a_run_is_resumed_with_its_settings_only(here, short, capsys):
     assert "must come with `output=DIR`" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_run_of_a_grid_that_fails_does_not_end_the_others(here, short, capsys):
     assert run(["train", "-m", *short, "optim.lr=1e30,1e-3"]) == FAILED == 1
     folders = sorted((here / "outputs" / "train").glob("0*"))
@@ -587,6 +592,7 @@ def test_a_sweep_whose_trials_all_fail_ends_with_1_and_says_where_to_look(capsys
     assert read_sweep(Path("outputs/mini")).status == "interrupted"
 
 
+@pytest.mark.slow
 def test_a_sweep_goes_from_file_to_report(capsys, here, mini):
     assert run(["sweep", mini, "arms.lora.trials=3"]) == DONE
     shown = capsys.readouterr().out
@@ -602,6 +608,7 @@ def test_a_sweep_goes_from_file_to_report(capsys, here, mini):
     assert len(read_sweep(here / "outputs" / "mini").trials) == 4
 
 
+@pytest.mark.slow
 def test_a_finished_sweep_gets_a_confirm_stage(capsys, here, mini):
     assert run(["sweep", mini]) == DONE
     folder = here / "outputs" / "mini"
@@ -625,6 +632,7 @@ def test_a_finished_sweep_gets_a_confirm_stage(capsys, here, mini):
     assert "`confirm.seeds >= 2` must hold" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_complete", [True, False])
 def test_an_arm_without_the_test_score_that_was_asked_for_is_exit_code_1(capsys, here, mini, monkeypatch, is_complete):
     true_score = worker_file.score_run
@@ -643,6 +651,7 @@ def test_an_arm_without_the_test_score_that_was_asked_for_is_exit_code_1(capsys,
     assert all("arm `lora`" in line and "the evaluation needs 2 GiB. The" in line for line in said)
 
 
+@pytest.mark.slow
 def test_warnings_are_printed_before_the_first_trial(capsys, here, mini):
     assert run(["sweep", mini, "confirm.seeds=1"]) == DONE
     lines = capsys.readouterr().out.splitlines()
@@ -651,6 +660,7 @@ def test_warnings_are_printed_before_the_first_trial(capsys, here, mini):
     assert warning < first
 
 
+@pytest.mark.slow
 def test_two_sweeps_of_one_name_have_two_folders(here, mini):
     words = ["sweep", mini, "arms.lora.method.rank=1"]
     assert run(words) == run(words) == DONE
@@ -669,6 +679,7 @@ def test_a_composed_sweep_is_shown_with_all_settings_and_ranges(capsys, here, mi
     assert files_below(here) == {"mini.yaml"}
 
 
+@pytest.mark.slow
 def test_a_plan_trains_and_writes_nothing(capsys, here, mini):
     before = files_below(here)
     assert run(["plan", mini]) == DONE

@@ -481,7 +481,8 @@ def _say_exception(error: LoraSweepError | OSError) -> int:
         return WRONG_REQUEST if isinstance(error, ConfigError | RecordError) else FAILED
     file_name = f" {str(error.filename)!r}" if error.filename else ""
     # the disk is full, or the folder is missing or read-only
-    say_error(f"the files of a run must exist and be writable, but got{file_name}: {error.strerror or error}.")
+    reason = f"{file_name}: {error.strerror or error}."
+    say_error(redact(f"the files of a run must exist and be writable, but got{reason}"))
     return FAILED
 
 

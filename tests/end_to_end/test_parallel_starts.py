@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import yaml
 
-import lorasweep
 from lorasweep.record import read_run, read_steps, read_sweep
 
 pytestmark = pytest.mark.slow
@@ -34,26 +28,20 @@ SWEEP = {
 }
 
 
-def run_together(folder, *commands):
+@pytest.fixture
+def run_together(begin):
     """Starts `lorasweep` several times at once; returns the exit codes and all that was printed."""
-    environment = {**os.environ, "PYTHONPATH": str(Path(lorasweep.__file__).parent.parent), "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "lorasweep", *words],
-            cwd=folder,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for words in commands
-    ]
-    printed = [process.communicate(timeout=400)[0] for process in processes]
-    return [process.returncode for process in processes], "\n".join(printed)
+
+    def run(*commands):
+        sessions = [begin(*words) for words in commands]
+        codes = [session.wait() for session in sessions]
+        return codes, "\n".join(session.output for session in sessions)
+
+    return run
 
 
-def test_four_runs_that_start_together_have_four_folders(tmp_path):
-    codes, printed = run_together(tmp_path, *(["train", *WORDS, f"seed={seed}"] for seed in range(4)))
+def test_four_runs_that_start_together_have_four_folders(tmp_path, run_together):
+    codes, printed = run_together(*(["train", *WORDS, f"seed={seed}"] for seed in range(4)))
     assert codes == [0] * 4, printed
     folders = sorted((tmp_path / "outputs" / "train").iterdir())
     assert [folder.name for folder in folders] == ["0001", "0002", "0003", "0004"]
@@ -63,22 +51,22 @@ def test_four_runs_that_start_together_have_four_folders(tmp_path):
         assert f": outputs/train/{folder.name}\n" in printed
 
 
-def test_runs_that_want_the_same_folder_get_it_once(tmp_path):
-    codes, printed = run_together(tmp_path, *(["train", *WORDS, f"seed={seed}", "output=mine"] for seed in range(3)))
+def test_runs_that_want_the_same_folder_get_it_once(tmp_path, run_together):
+    codes, printed = run_together(*(["train", *WORDS, f"seed={seed}", "output=mine"] for seed in range(3)))
     assert sorted(codes) == [0, 2, 2], printed
     assert printed.count("`output` must be") == 2
     assert [row["step"] for row in read_steps(tmp_path / "mine", having='"lr"')] == [1, 2]
 
 
-def test_sweeps_and_repetitions_that_start_together_have_a_folder_each(tmp_path):
+def test_sweeps_and_repetitions_that_start_together_have_a_folder_each(tmp_path, run_together):
     (tmp_path / "mini.yaml").write_text(yaml.safe_dump(SWEEP))
-    codes, printed = run_together(tmp_path, *[["sweep", "mini.yaml"]] * 3)
+    codes, printed = run_together(*[["sweep", "mini.yaml"]] * 3)
     assert codes == [0] * 3, printed
     sweeps = [tmp_path / "outputs" / name for name in ("mini", "mini-2", "mini-3")]
     assert [read_sweep(folder).status for folder in sweeps] == ["complete"] * 3
-    codes, printed = run_together(tmp_path, *[["train", *WORDS]], *[["reproduce", "outputs/mini"]] * 2)
+    codes, printed = run_together(*[["train", *WORDS]], *[["reproduce", "outputs/mini"]] * 2)
     assert codes == [0] * 3, printed
-    codes, printed = run_together(tmp_path, *[["reproduce", "outputs/train/0001"]] * 3)
+    codes, printed = run_together(*[["reproduce", "outputs/train/0001"]] * 3)
     assert codes == [0] * 3, printed
     names = {path.name for path in (tmp_path / "outputs" / "reproduce").iterdir()}
     assert names == {"mini", "mini-2", "0001", "0001-2", "0001-3"}

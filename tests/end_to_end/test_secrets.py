@@ -2,15 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import yaml
-
-import lorasweep
 
 SECRETS = {
     "HF_TOKEN": "hf_AbCdEfGhIjKlMnOpQrStUvWxYz",
@@ -36,29 +29,14 @@ MINI = {
     "settings": SHORT | {"confirm.seeds": 0, "worker.pack_size": 1, "pruner": "none"},
     "arms": {"lora": {"settings": {"method": "lora"}, "space": {"method.rank": [1, 2]}, "trials": 2}},
 }
-PROGRAM = """
-import sys
-from lorasweep.cli import run
-import lorasweep.training.module as module_file
-
-if "broken" in sys.argv:  # an error that tells a secret, in the middle of training
-    sys.argv.remove("broken")
-    def fail(*_, **__):
-        raise OSError("postgresql://me:open-sesame-2@host/db refused open-sesame-1")
-    module_file.prepare_model = fail
-sys.exit(run(sys.argv[1:]))
+SET_SECRETS = f"os.environ.update({SECRETS!r})"
+BREAK = """
+import lorasweep.training.module as file
+def fail(*_, **__):
+    raise OSError("postgresql://me:open-sesame-2@host/db refused open-sesame-1")
+file.prepare_model = fail
 """
-
-
-def act(folder, *arguments):
-    return subprocess.run(
-        [sys.executable, "-c", PROGRAM, *arguments],
-        cwd=folder,
-        env=os.environ | SECRETS | {"PYTHONPATH": str(Path(lorasweep.__file__).parent.parent), "COLUMNS": "200"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+"""An error that tells a secret, in the middle of training."""
 
 
 def find_secrets(folder):
@@ -73,25 +51,19 @@ def find_secrets(folder):
 
 
 @pytest.mark.slow
-def test_no_file_of_a_run_or_a_sweep_holds_a_secret(tmp_path):
+def test_no_file_of_a_run_or_a_sweep_holds_a_secret(tmp_path, finish):
     (tmp_path / "mini.yaml").write_text(yaml.safe_dump(MINI))
     short = [f"{key}={value}" for key, value in SHORT.items()]
-    done = act(tmp_path, "sweep", "mini.yaml", "sweep.output=sweep")
-    assert done.returncode == 0, done.stderr
-    done = act(tmp_path, "train", *short, "output=run")
-    assert done.returncode == 0, done.stderr
-    done = act(tmp_path, "train", *short, "output=broken", "broken")
-    assert done.returncode == 1
+    broken = {"code": 1, "before": SET_SECRETS + BREAK}
+    finish("sweep", "mini.yaml", "sweep.output=sweep", before=SET_SECRETS)
+    finish("train", *short, "output=run", before=SET_SECRETS)
+    finish("train", *short, "output=broken", **broken)
     assert "***@host/db refused ***" in (tmp_path / "broken" / "run.json").read_text()
-    done = act(tmp_path, "sweep", "mini.yaml", "sweep.output=failed", "sweep.max_failures=1", "broken")
-    assert done.returncode == 1
-    refused = act(
-        tmp_path, "train", "-m", *short, "seed=0,1", "model=causal_lm", "model.path=https://me:open-sesame@host"
-    )
-    assert refused.returncode == 2
-    assert "`model.path`" in refused.stderr
-    for shown in (done, refused):
-        assert not any(secret in shown.stdout + shown.stderr for secret in BARE)
+    failed = finish("sweep", "mini.yaml", "sweep.output=failed", "sweep.max_failures=1", **broken)
+    grid = ["train", "-m", *short, "seed=0,1", "model=causal_lm", "model.path=https://me:open-sesame@host"]
+    refused = finish(*grid, code=2, before=SET_SECRETS)
+    assert "`model.path`" in refused
+    assert not any(secret in failed + refused for secret in BARE)
     (tmp_path / "mini.yaml").unlink()  # the user's own
     assert len(list(tmp_path.rglob("run.json"))) >= 4
     assert len(list(tmp_path.rglob("events.*"))) >= 3

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import lorasweep.runs.reproduce as reproduce_file
+from lorasweep.cli import run as run_command
 from lorasweep.errors import ConfigError, Diverged, RecordError
 from lorasweep.record import RUN_FILE, STEPS_FILE, read_run, read_steps
 from lorasweep.runs.reproduce import PACK_TOLERANCE, reproduce_run, restore_solo_config
@@ -45,7 +46,7 @@ def repeat(run, tmp_path):
 
 @pytest.fixture(autouse=True)
 def _inputs_of_the_tests(monkeypatch, inputs):
-    """Spares loading model and data for each test; `test_two_processes` and the command line's tests load them."""
+    """Spares loading model and data for each test; `test_another_process` and the command line's tests load them."""
     monkeypatch.setattr(reproduce_file, "_build_inputs", lambda config, record: inputs)
 
 
@@ -262,26 +263,24 @@ def test_the_threads_of_the_run_are_taken_where_there_can_be_so_many(recorded):
 
 
 @pytest.mark.slow
-def test_two_processes_train_the_same_bits(short_run, tmp_path):
-    """Fresh processes, from the command line; then a third one repeats the first."""
+def test_another_process_trains_the_same_bits(short_run, tmp_path, monkeypatch, capsys):
+    """A fresh process trains from the command line, and this one repeats it."""
     words = [f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in short_run.items()]
-    program = "import sys; from lorasweep.cli import main; main(sys.argv[1:])"
-
-    def act(*arguments):
-        done = subprocess.run([sys.executable, "-c", program, *arguments], cwd=tmp_path, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    for name in ("one", "two"):
-        act("train", *words, "method.dropout=0.1", f"output={name}")
-    one, two = (tmp_path / name for name in ("one", "two"))
+    command = [sys.executable, "-m", "lorasweep", "train", *words, "method.dropout=0.1", "output=one"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    monkeypatch.undo()  # model and data are loaded again
+    monkeypatch.chdir(tmp_path)
+    assert run_command(["reproduce", "one"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("identical: 4 steps and 2 evaluations of one and outputs/reproduce/one")
+    one, two = (tmp_path / name for name in ("one", "outputs/reproduce/one"))
     values = [
         [{key: value for key, value in row.items() if key != "tokens_per_s"} for row in read_steps(folder)]
         for folder in (one, two)
     ]
     assert values[0] == values[1]
     assert read_run(one).files == read_run(two).files
-    assert act("reproduce", "one").startswith("identical: 4 steps and 2 evaluations of one and outputs/reproduce/one")
 
 
 def test_the_settings_of_the_repetition_are_those_of_the_run(run, repeat):

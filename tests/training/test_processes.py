@@ -33,7 +33,6 @@ from lorasweep.training.processes import (
 from lorasweep.training.run import train_run
 from lorasweep.training.run_log import RunFolder
 
-pytestmark = pytest.mark.xdist_group("processes")  # so that only one worker of pytest trains what they share
 CHILD = Path(__file__).parent / "processes_child.py"
 TIMEOUT_S = 240
 ROUNDING = {"rel": 1e-5}

@@ -37,7 +37,6 @@ from lorasweep.sweep.workers.train import HOPELESS_REASONS
 RECORDED = Path(__file__).parent / "batch.sh"
 RECORDED_CONTAINER = Path(__file__).parent / "batch_in_container.sh"
 SMALL = {"gpus": 0, "cpus": 1, "timeout_min": 5}
-on_slurm = pytest.mark.xdist_group("slurm")
 
 
 def make_config(**settings):
@@ -105,7 +104,6 @@ def test_a_slurm_that_does_not_answer_is_refused(tmp_path, monkeypatch, slurm_se
     assert describe_jobs(tmp_path) == "Slurm does not answer"
 
 
-@on_slurm
 @pytest.mark.parametrize(
     ("settings", "refusal"),
     [
@@ -164,7 +162,6 @@ def errors_of(sweep, job):
     return next(sweep.rglob(f"{job}_0_log.err")).read_text()
 
 
-@on_slurm
 @pytest.mark.slow
 def test_jobs_join_the_head_more_are_added_and_a_cancelled_one_harms_no_other(slurm, sweep, head):
     config = make_config(**SMALL)
@@ -197,7 +194,6 @@ def listeners(pid):
     return []
 
 
-@on_slurm
 @pytest.mark.slow
 def test_a_job_that_is_requeued_joins_again_once_its_node_is_resumed(slurm, sweep, head):
     ids = submit_missing_jobs(make_config(**SMALL, jobs=2), sweep)
@@ -217,7 +213,6 @@ def test_a_job_that_is_requeued_joins_again_once_its_node_is_resumed(slurm, swee
     wait_for_nodes(head, ids[0])
 
 
-@on_slurm
 @pytest.mark.slow
 @pytest.mark.parametrize(("requeue", "after"), [(True, "PENDING"), (False, "FAILED")])
 def test_a_job_that_is_told_of_its_end_leaves_and_is_requeued_where_asked(slurm, sweep, head, requeue, after):
@@ -231,7 +226,6 @@ def test_a_job_that_is_told_of_its_end_leaves_and_is_requeued_where_asked(slurm,
         wait_for_nodes(head, job)
 
 
-@on_slurm
 @pytest.mark.slow
 def test_a_node_leaves_a_head_that_is_gone_and_joins_the_next_one(slurm, sweep, head):
     (job,) = submit_missing_jobs(make_config(**SMALL), sweep)
@@ -252,7 +246,6 @@ def test_a_node_leaves_a_head_that_is_gone_and_joins_the_next_one(slurm, sweep, 
         second.kill()
 
 
-@on_slurm
 def test_a_job_with_more_time_than_its_partition_allows_is_known_to_be_hopeless(slurm, sweep):
     (job,) = submit_missing_jobs(make_config(**{**SMALL, "timeout_min": 11}), sweep)
     wait_until(
@@ -263,7 +256,6 @@ def test_a_job_with_more_time_than_its_partition_allows_is_known_to_be_hopeless(
 
 
 @pytest.mark.slow
-@on_slurm
 def test_a_job_without_a_head_ends_with_a_sentence(slurm, sweep):
     write_address(sweep, "127.0.0.1:1")
     node = RayNode(folder=sweep, requeue=True, num_cpus=1, num_gpus=0, head_wait_s=1)
@@ -291,7 +283,6 @@ MINI = {
 }
 
 
-@on_slurm
 @pytest.mark.slow
 def test_a_sweep_is_led_by_a_job_that_is_requeued_and_resumes_it(slurm, sweep):
     (sweep.parent / "mini.yaml").write_text(yaml.safe_dump(MINI))
@@ -312,7 +303,6 @@ def test_a_sweep_is_led_by_a_job_that_is_requeued_and_resumes_it(slurm, sweep):
     assert [row.state for row in read_sweep(sweep).trials] == ["complete", "complete"]
 
 
-@on_slurm
 @pytest.mark.slow
 def test_a_head_that_fails_fails_its_job(slurm, sweep):
     job = submit_head(make_config(**SMALL), sweep)
