@@ -102,6 +102,8 @@ def test_labels_decide_the_task_and_its_metric(tokenizer, kind, labels, names, t
     targets = splits.train.batch([0, 1, 2])["targets"].tolist()
     assert targets == {"multi_label": [[1, 0], [0, 0], [1, 1]]}.get(kind, list(labels))
     assert splits.train.describe()["examples"] == 3
+    assert splits.notes[0] == "said"
+    assert splits.notes[1].startswith("Always answering")
 
 
 def test_balanced_weights_give_every_class_the_same_say_in_training_alone(tokenizer):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lorasweep.data.build_splits import DataSplits
-from lorasweep.data.constant_answer import describe_scored_split, score_constant_answer
+from lorasweep.data.constant_answer import describe_constant_answer, score_constant_answer
 from lorasweep.data.examples import LabelledSplit, Ragged
 from lorasweep.data.tasks import Classification, MultiLabel, Regression, Task
 
@@ -21,7 +21,8 @@ def make_split(name: str, labels: Tensor) -> LabelledSplit:
 
 
 def make_splits(task: Task, train: list[Any], validation: list[Any], dtype: torch.dtype) -> DataSplits:
-    found = [make_split(name, torch.tensor(labels, dtype=dtype)) for name, labels in (("a", train), ("b", validation))]
+    named = {"train": train, "validation": validation}
+    found = [make_split(name, torch.tensor(labels, dtype=dtype)) for name, labels in named.items()]
     return DataSplits(
         train=found[0], validation=found[1], task=task, metric=task.metrics[0], test=lambda: found[1], notes=()
     )
@@ -29,7 +30,7 @@ def make_splits(task: Task, train: list[Any], validation: list[Any], dtype: torc
 
 def score(task: Task, train: list[Any], validation: list[Any], dtype: torch.dtype = torch.int64) -> dict[str, float]:
     splits = make_splits(task, train, validation, dtype)
-    return score_constant_answer(splits, splits.validation)
+    return score_constant_answer(task, train=splits.train, split=splits.validation)
 
 
 @pytest.mark.parametrize("train", [[0, 2, 2, 1, 2, 0], [1, 0, 1, 0], [2, 2, 2]])
@@ -60,6 +61,40 @@ def test_mean_has_the_squared_error_around_it_and_no_correlation(count: int) -> 
 
 
 def test_record_entry_of_a_split_with_labels_has_the_scores() -> None:
-    splits = make_splits(Classification(num_classes=2), [0, 1, 1], [0, 1], torch.int64)
-    entry = describe_scored_split(splits, splits.validation)
-    assert entry == splits.validation.describe() | {"constant_answer": score_constant_answer(splits, splits.validation)}
+    task = Classification(num_classes=2)
+    splits = make_splits(task, [0, 1, 1], [0, 1], torch.int64)
+    scores = score_constant_answer(task, train=splits.train, split=splits.validation)
+    assert splits.describe(splits.validation) == splits.validation.describe() | {"constant_answer": scores}
+
+
+@pytest.mark.parametrize(
+    ("task", "train", "validation", "names", "note"),
+    [
+        (
+            Classification(num_classes=2),
+            [0, 0, 1],
+            [1, 1, 1, 0],
+            ("a", "b"),
+            "Always answering 'a', the most frequent label of train, has accuracy 0.2500, f1 0.0000 and matthews "
+            "0.0000 on validation.",
+        ),
+        (Classification(num_classes=2), [1, 1, 0], [1, 1, 1, 0], ("a", "b"), "has accuracy 0.7500, f1 0.8571 and"),
+        (MultiLabel(num_labels=2), [[1, 0], [1, 1]], [[1, 0]], ("a", "b"), "answering 'a', as most examples of train,"),
+        (MultiLabel(num_labels=2), [[0, 0], [0, 1]], [[1, 0]], ("a", "b"), "Always answering no label, as most"),
+        (
+            Regression(),
+            [1.0, 2.5],
+            [1.0, 2.5],
+            (),
+            "Always answering 1.75, the mean of train, has pearson 0.0000, spearman 0.0000 and mse 0.5625 on validat",
+        ),
+    ],
+)
+def test_the_answer_and_its_scores_are_said(
+    task: Task, train: list[Any], validation: list[Any], names: tuple[str, ...], note: str
+) -> None:
+    dtype = torch.int64 if isinstance(task, Classification) else torch.float32
+    splits = make_splits(task, train, validation, dtype)
+    found = describe_constant_answer(task, train=splits.train, split=splits.validation, label_names=names)
+    assert len(found) == 1
+    assert note in found[0]

@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy, huber_loss, multi_margin_loss
 from lorasweep.config.components import Component
 from lorasweep.config.compose import compose_run
 from lorasweep.config.trust import set_trusted
+from lorasweep.data.build_splits import check_own_parts
 from lorasweep.data.own_loss import build_own_loss
 from lorasweep.data.split import IGNORED
 from lorasweep.data.tasks import Classification, LanguageModelling, Regression
@@ -113,7 +114,7 @@ def test_a_loss_of_text_counts_scored_tokens_and_tells_slots_apart():
 )
 def test_a_loss_that_can_not_train_is_refused(target, arguments, named):
     with pytest.raises(ConfigError, match=named):
-        make(target, **arguments).check(draw(5, 3), CLASSES)
+        check_own_parts(Classification(num_classes=3, own_loss=make(target, **arguments)), CLASSES, num_outputs=3)
 
 
 def test_a_loss_comes_from_the_settings():

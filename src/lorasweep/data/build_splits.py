@@ -27,13 +27,14 @@ from lorasweep.config.data import (
 )
 from lorasweep.config.model import ModelKind
 from lorasweep.data.blocks import build_block_split
+from lorasweep.data.constant_answer import FixedLogits, describe_constant_answer, score_constant_answer
 from lorasweep.data.custom_module import CustomSplit
 from lorasweep.data.examples import CompletionSplit, ExampleSplit, LabelledSplit, Ragged, SequenceSplit, TextSplit
 from lorasweep.data.own_loss import build_own_loss
 from lorasweep.data.own_metric import build_own_metric
 from lorasweep.data.source import Conversation, DataSource, Examples, LabelledText
 from lorasweep.data.split import IGNORED, Split
-from lorasweep.data.tasks import Classification, LabelTask, LanguageModelling, MultiLabel, Regression, Task
+from lorasweep.data.tasks import Classification, LanguageModelling, MultiLabel, Regression, Task
 from lorasweep.data.tokenise import tokenise_chats, tokenise_labelled, tokenise_sequences
 from lorasweep.errors import ConfigError
 
@@ -73,6 +74,11 @@ class DataSplits:
         if isinstance(self.task, LanguageModelling):
             return replace(self.task, bytes_per_token=split.bytes_per_token)  # type: ignore[attr-defined]
         return self.task
+
+    def describe(self, split: Split) -> dict[str, Any]:
+        """Returns the entry of a scored split in a run record: with `constant_answer` if it has labels."""
+        scores = score_constant_answer(self.task, train=self.train, split=split)
+        return split.describe() | ({"constant_answer": scores} if scores else {})
 
 
 def build_splits(
@@ -134,17 +140,23 @@ def build_splits(
     if isinstance(metric, MetricComponent):
         own_metric = build_own_metric(metric, kind=source.kind, num_labels=len(source.label_names))
         task, metric = replace(task, own_metric=own_metric), own_metric.score.name  # type: ignore[type-var]
-        _check_own_metric(task, validation, num_labels=len(source.label_names), tokenizer=tokenizer)
     if settings.loss is not None:
         task = replace(task, own_loss=build_own_loss(settings.loss))  # type: ignore[type-var]
-        _check_own_loss(task, validation, num_labels=len(source.label_names))
+    if task.own_metric is not None or task.own_loss is not None:
+        targets = validation.batch(range(min(len(validation), MAX_CHECKED_EXAMPLES)))["targets"]
+        num_outputs = 1 if source.kind == "regression" else len(source.label_names) or len(tokenizer or ())
+        check_own_parts(task, targets, num_outputs=num_outputs)
+    train = build(source.train)
     return DataSplits(
-        train=build(source.train),
+        train=train,
         validation=validation,
         task=task,
         metric=metric,
         test=functools.cache(lambda: build(source.test())),
-        notes=source.notes,
+        notes=(
+            *source.notes,
+            *describe_constant_answer(task, train=train, split=validation, label_names=source.label_names),
+        ),
     )
 
 
@@ -161,37 +173,35 @@ def _build_task(source: DataSource, config: DataConfig, validation: Split) -> Ta
     return LanguageModelling(bytes_per_token=validation.bytes_per_token)  # type: ignore[attr-defined]
 
 
-def _check_own_metric(
-    task: Task, validation: Split, *, num_labels: int, tokenizer: PreTrainedTokenizerBase | None
-) -> None:
-    """Gives the own metric made-up predictions for the first validation examples. Raises ConfigError if it fails."""
-    assert task.own_metric is not None
-    targets = validation.batch(range(min(len(validation), MAX_CHECKED_EXAMPLES)))["targets"]
-    if isinstance(task, LabelTask):
-        generator = torch.Generator().manual_seed(0)
-        predicted = task.select_metric_input(torch.randn(len(targets), max(num_labels, 1), generator=generator))
-        target = targets.to(predicted.dtype) if isinstance(task, Regression) else targets.long()
-    else:
-        target = targets[targets != IGNORED]
-        predicted = target.roll(1)
-        if tokenizer is not None:
-            predicted[0] = len(tokenizer) - 1  # a model may predict every token
-    task.own_metric.check(predicted, target)
+def check_own_parts(task: Task, targets: Tensor, *, num_outputs: int) -> None:
+    """Gives the task's own metric and own loss made-up logits for some targets, before anything trains.
 
+    Args:
+        task: The task.
+        targets: Targets of a validation batch.
+        num_outputs: Number of classes, labels or tokens.
 
-def _check_own_loss(task: Task, validation: Split, *, num_labels: int) -> None:
-    """Gives the own loss made-up logits for the first validation examples. Raises ConfigError if it fails."""
-    own_loss = task.own_loss
-    assert own_loss is not None
-    targets = validation.batch(range(min(len(validation), MAX_CHECKED_EXAMPLES)))["targets"]
-    generator = torch.Generator().manual_seed(0)
-    if isinstance(task, Regression):
-        own_loss.check(torch.randn(len(targets), generator=generator), targets)
-        return
+    Raises:
+        ConfigError: One of them fails, or the loss is not differentiable.
+    """
     if isinstance(task, LanguageModelling):
-        targets = targets[targets != IGNORED][:MAX_CHECKED_EXAMPLES]
-        num_labels = int(targets.max()) + 1
-    own_loss.check(torch.randn(len(targets), num_labels, generator=generator), targets)
+        targets = targets[targets != IGNORED][None, :MAX_CHECKED_EXAMPLES]
+        num_outputs = max(num_outputs, int(targets.max()) + 1)
+    shape = targets.shape if isinstance(task, MultiLabel) else (*targets.shape, num_outputs)
+    logits = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    logits.view(-1, shape[-1])[0, -1] = 100.0  # a model may predict every class or token, also the last one
+    model, batch = FixedLogits(logits.requires_grad_()), {"targets": targets}
+    if task.own_loss is not None:
+        with torch.random.fork_rng(devices=[]), torch.enable_grad():
+            losses = task.losses(model, batch)
+        if not losses.requires_grad:
+            raise ConfigError(f"`data.loss` must be differentiable, but {task.own_loss.name} is not. Use another loss.")
+    if task.own_metric is not None:
+        with torch.no_grad():
+            scores = task.score(model, batch)
+        assert scores.metric_input is not None
+        assert scores.metric_target is not None
+        task.own_metric.check(scores.metric_input, scores.metric_target)
 
 
 def _build_labelled(

@@ -50,12 +50,6 @@ class OwnLoss:
         losses = self.compute(logits[scored], targets[scored])
         return torch.zeros(targets.shape, device=losses.device, dtype=losses.dtype).masked_scatter(scored, losses)
 
-    def check(self, predicted: Tensor, target: Tensor) -> None:
-        """Raises ConfigError unless the loss takes such values and has a gradient, before anything trains."""
-        with torch.random.fork_rng(devices=[]), torch.enable_grad():
-            if not self.compute(predicted.clone().requires_grad_(), target).requires_grad:
-                raise ConfigError(f"`data.loss` must be differentiable, but {self.name} is not. Use another loss.")
-
 
 def build_own_loss(component: Component) -> OwnLoss:
     """Creates the loss of `data.loss._target_`; a class with an argument `reduction` gets `none`.

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from lorasweep.config.build import as_settings
 from lorasweep.config.run import RunConfig, TrainerConfig
-from lorasweep.data.constant_answer import describe_scored_split
 from lorasweep.disk import remove_leftovers, write_atomically
 from lorasweep.errors import Diverged, RecordError
 from lorasweep.record import (
@@ -200,7 +199,7 @@ def open_record(
         platform=platform,
         environment=describe_environment(),
         notes=[*inputs.notes, *found.notes],
-        data={"train": splits.train.describe(), "validation": describe_scored_split(splits, splits.validation)},
+        data={"train": splits.train.describe(), "validation": splits.describe(splits.validation)},
         base=inputs.base.describe(),
         started_at=utc_now(),
         steps_planned=0 if config.method.name == "frozen" else config.trainer.max_steps,  # `frozen` trains nothing

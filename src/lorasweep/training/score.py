@@ -14,7 +14,6 @@ from torchmetrics.functional.text import rouge_score, sacre_bleu_score
 from lorasweep.config.data import ChatConfig
 from lorasweep.config.run import RunConfig
 from lorasweep.data.batching import EvaluationSampler
-from lorasweep.data.constant_answer import describe_scored_split
 from lorasweep.data.examples import CompletionSplit, SequenceSplit
 from lorasweep.data.split import IGNORED, Split, move_batch
 from lorasweep.data.tasks import Evaluation, ExampleScores, Task
@@ -65,7 +64,7 @@ def score_run(folder: Path, *, inputs: RunInputs) -> RunRecord:
         path = folder / TEST_SCORES_FILE
         write_atomically(path, lines)
         record.files[TEST_SCORES_FILE] = {"bytes": path.stat().st_size, "sha256": compute_sha256(path)}
-    record.data[split.name] = describe_scored_split(inputs.splits, split)
+    record.data[split.name] = inputs.splits.describe(split)
     record.notes += [note for note in split.notes if note not in record.notes]
     record.test = values | answers
     write_record(record, folder)  # last, because a record with test scores is not scored again

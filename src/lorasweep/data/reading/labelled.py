@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections import Counter
 from typing import Any
 
@@ -42,7 +41,7 @@ def read_labelled(config: TableConfig) -> DataSource:
         kind=encoder.task,
         given=config.given,
         key=_content_key,
-        describe=functools.partial(_describe, encoder, config.metric),
+        describe=functools.partial(_describe, encoder),
         label_names=encoder.names,
         shared="text" if config.text_pair is None else "pair of texts",
         max_examples=config.max_examples,
@@ -60,37 +59,18 @@ def _check_row(values: tuple[Any, ...], config: TableConfig) -> tuple[Any, ...]:
     return (*map(require_text, texts), label)
 
 
-def _describe(
-    encoder: LabelEncoder, metric: object, train: list[LabelledText], validation: list[LabelledText]
-) -> list[str]:
-    """Returns notes about contradicting labels, the share of each label, and the score of a constant answer."""
+def _describe(encoder: LabelEncoder, train: list[LabelledText], validation: list[LabelledText]) -> list[str]:
+    """Returns notes about contradicting labels and the share of each label."""
     notes = []
     first_label: dict[int, Label] = {}
     keyed = ((_content_key(item), item.label) for item in train)
     if conflicts := {key for key, label in keyed if first_label.setdefault(key, label) != label}:
         notes.append(f"{len(conflicts)} texts of train have several different labels.")
     labels: list[Any] = [item.label for item in train]
-    validation_labels: list[Any] = [item.label for item in validation]
     if encoder.task == "regression":
-        mean = math.fsum(labels) / len(labels)
-        error = math.fsum((label - mean) ** 2 for label in validation_labels) / len(validation_labels)
-        return [
-            *notes,
-            f"Always answering {mean:.4g}, the mean of train, has a squared error of {error:.4f} on validation.",
-        ]
+        return notes
     counts = Counter(index for label in labels for index in (label if isinstance(label, list) else [label]))
     listed = list(enumerate(encoder.names))[:MAX_LISTED_CLASSES]
     shares = [f"{name!r} {counts[index] / len(labels):.1%}" for index, name in listed]
     others = f" and {len(encoder.names) - len(listed)} more" if len(encoder.names) > len(listed) else ""
-    notes.append(f"Labels of train: {', '.join(shares)}{others}.")
-    if encoder.task == "single_label":
-        majority = min(counts, key=lambda index: (-counts[index], index))
-        accuracy = validation_labels.count(majority) / len(validation_labels)
-        f1 = ""
-        if metric == "f1" and len(encoder.names) == 2:  # precision is the accuracy, and recall is 1
-            f1 = f" and an F1 of {2 * accuracy / (1 + accuracy) if majority == 1 else 0:.4f}"
-        notes.append(
-            f"Always answering {encoder.names[majority]!r}, the most frequent label of train, has an accuracy of "
-            f"{accuracy:.4f}{f1} on validation."
-        )
-    return notes
+    return [*notes, f"Labels of train: {', '.join(shares)}{others}."]
