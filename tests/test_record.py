@@ -24,9 +24,7 @@ from lorasweep.record import (
     SweepRecord,
     TrialRow,
     compute_sha256,
-    find_winner,
     get_run_folder,
-    list_candidates,
     measure_stage_occupancy,
     read_run,
     read_steps,
@@ -233,19 +231,6 @@ def test_a_sweep_has_a_line_for_each_trial(tmp_path):
     assert [json.loads(line.strip().rstrip(",")) for line in lines if '"number"' in line] == [asdict(r) for r in rows]
 
 
-@pytest.mark.parametrize(("direction", "best"), [("minimize", 1), ("maximize", 3)])
-def test_without_a_select_stage_the_best_trial_wins(direction, best):
-    ended = [("complete", v) for v in (2.0, 1.0, 1.0, 3.0, 3.0, math.inf, -math.inf, None)]
-    ended += [("pruned", 0.0), ("pruned", 9.0), ("failed", None)]
-    rows = [
-        TrialRow(arm="lora", number=n, state=state, params={}, value=value, run="r")
-        for n, (state, value) in enumerate(ended)
-    ]
-    record = make_sweep(direction=direction)
-    assert find_winner("lora", rows[::-1], record=record).number == best  # the earliest of equals
-    assert find_winner("lora", rows[5:], record=record) is None
-
-
 def test_occupancy_is_the_share_of_the_packs_slots_that_trained():
     """A pack of four slots: three runs train 2 steps, then one of them 6 more. 12 of 4 * 8 slot-steps are used."""
     given = {"arm": "lora", "state": "complete", "params": {}, "value": 1.0, "run": "r"}
@@ -256,44 +241,6 @@ def test_occupancy_is_the_share_of_the_packs_slots_that_trained():
         "search": pytest.approx(12 / 32)
     }
     assert measure_stage_occupancy(make_sweep(trials=[alone], confirm=[])) == {}
-
-
-def test_candidates_have_different_settings_whatever_their_seeds():
-    values = [(1, 0, 3.0), (1, 9, 1.0), (2, 0, 2.0), (4, 0, 1.5), (8, 0, 9.0)]
-    rows = [
-        TrialRow(arm="a", number=n, state="complete", params={"rank": rank, "seed": seed}, value=value, run="r")
-        for n, (rank, seed, value) in enumerate(values)
-    ]
-    assert [row.number for row in list_candidates(rows, record=make_sweep(candidates=3))] == [1, 3, 2]
-
-
-@pytest.mark.parametrize(
-    ("scores", "best"),
-    [
-        ({0: [2.0, 4.0], 1: [2.5, 2.5], 2: [9.0, 9.0]}, 1),
-        ({0: [2.0, 2.0], 1: [2.0, 2.0], 2: [2.0, 2.0]}, 0),  # of equals the best of the search
-        ({0: [1.0, None], 1: [3.0, 3.0], 2: [1.0, math.nan]}, 1),  # a failed run comes after all
-        ({0: [None, None], 1: [None, None], 2: [None, None]}, 0),
-        ({0: [2.0, 2.0], 1: [1.0]}, 0),  # the stage is not over
-    ],
-)
-def test_the_winner_has_the_best_mean_over_the_select_seeds(scores, best):
-    trials = [TrialRow(arm="a", number=n, state="complete", params={"x": n}, value=n, run="r") for n in range(5)]
-    select = [
-        RerunRow(
-            arm="a",
-            trial=number,
-            stage="select",
-            seed=seed,
-            state="failed" if value is None else "complete",
-            run="r",
-            value=value,
-        )
-        for number, values in scores.items()
-        for seed, value in enumerate(values)
-    ]
-    record = make_sweep(candidates=3, select_seeds=[0, 1], select=select)
-    assert find_winner("a", trials, record=record).number == best
 
 
 @pytest.mark.parametrize("text", ["NaN", "-Infinity", "1" + "0" * 400, "1e400"])

@@ -15,16 +15,13 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
-from statistics import fmean
 from types import UnionType
-from typing import Any, Literal, Protocol, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from lorasweep.config.data import Direction
-from lorasweep.config.run import SEED_KEYS
 from lorasweep.config.sweep import SecondObjective
 from lorasweep.disk import write_atomically
 from lorasweep.errors import RecordError
-from lorasweep.pareto import find_pareto_front
 from lorasweep.redaction import may_hold_secret, redact
 from lorasweep.wording import shorten
 
@@ -285,89 +282,6 @@ def utc_now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-class _ScoredTrial(Protocol):
-    @property
-    def number(self) -> int: ...
-    @property
-    def params(self) -> dict[str, Any]: ...
-    @property
-    def state(self) -> TrialState: ...
-    @property
-    def value(self) -> float | None: ...
-    @property
-    def second_value(self) -> float | None: ...
-
-
-ScoredT = TypeVar("ScoredT", bound=_ScoredTrial)
-
-
-def list_candidates(trials: Iterable[ScoredT], *, record: SweepRecord) -> list[ScoredT]:
-    """Returns the trials of an arm that the select stage runs again, the best of the search first.
-
-    They have different settings. Seeds don't count as settings, because the stage replaces them. With two objectives,
-    the trials on the arm's Pareto front come before all others.
-    """
-    sign = 1 if record.direction == "minimize" else -1
-    scored = [(sign * t.value, t.number, t) for t in trials if t.state == "complete" and t.value is not None]
-    best_first = [trial for _, _, trial in sorted(entry for entry in scored if math.isfinite(entry[0]))]
-    on_front = {trial.number for trial in list_front(best_first, record=record)}
-    candidates: dict[str, ScoredT] = {}
-    for trial in sorted(best_first, key=lambda trial: trial.number not in on_front):
-        settings = {key: value for key, value in trial.params.items() if key not in SEED_KEYS}
-        candidates.setdefault(json.dumps(settings, sort_keys=True), trial)
-        if len(candidates) == record.candidates:
-            break
-    return list(candidates.values())
-
-
-def list_front(trials: Iterable[ScoredT], *, record: SweepRecord) -> list[ScoredT]:
-    """Returns the trials on the Pareto front of score and second objective, best score first; none without the latter.
-
-    No complete trial is better in one of both and at least as good in the other.
-    """
-    sign = 1 if record.direction == "minimize" else -1
-    measured = [
-        (sign * trial.value, trial.second_value, trial)
-        for trial in trials
-        if trial.state == "complete" and trial.value is not None and trial.second_value is not None
-    ]
-    finite = [entry for entry in measured if math.isfinite(entry[0])]
-    return [trial for _, _, trial in find_pareto_front(finite, costs=lambda entry: entry[:2])]
-
-
-def find_winner(arm: str, trials: Iterable[ScoredT], *, record: SweepRecord) -> ScoredT | None:
-    """Returns the trial of an arm that the confirm stage runs; None if no trial is complete.
-
-    It is the candidate with the best mean over its runs of the select stage. A candidate with a failed run comes after
-    all candidates without one. Until all these runs have ended, and in an arm without them, it is the best trial of the
-    search.
-    """
-    candidates = list_candidates(trials, record=record)
-    numbers = {trial.number for trial in candidates}  # a sweep that grew also has runs of former candidates
-    ended = [row for row in record.select if row.arm == arm and row.trial in numbers and row.state != "running"]
-    num_ended = len(ended)
-    if not num_ended or num_ended < len(candidates) * len(record.select_seeds):
-        return candidates[0] if candidates else None
-    sign = 1 if record.direction == "minimize" else -1
-
-    def cost(trial: ScoredT) -> tuple[int, float]:
-        values = selection_scores(arm, trial.number, record=record)
-        return -len(values), sign * fmean(values) if values else 0.0
-
-    return min(candidates, key=cost)  # of equals the first, which is the best of the search
-
-
-def selection_scores(arm: str, number: int, *, record: SweepRecord) -> list[float]:
-    """Returns the finite validation scores of a trial's complete runs of the select stage."""
-    runs = [row for row in record.select if row.arm == arm and row.trial == number and row.state == "complete"]
-    return [row.value for row in runs if row.value is not None and math.isfinite(row.value)]
-
-
-def list_confirm_rows(arm: str, winner: _ScoredTrial | None, *, record: SweepRecord) -> list[RerunRow]:
-    """Returns the confirm runs of an arm's winner. A sweep that grew may also have runs of a former winner."""
-    return [row for row in record.confirm if winner is not None and (row.arm, row.trial) == (arm, winner.number)]
-
-
 def measure_occupancy(rows: Iterable[TrialRow | RerunRow]) -> float | None:
     """Returns the share of the slots of packs that trained, from 0 to 1; None if no run trained in a pack.
 
@@ -388,21 +302,6 @@ def measure_stage_occupancy(record: SweepRecord) -> dict[str, float]:
     }
     shares = {stage: measure_occupancy(rows) for stage, rows in stages.items()}
     return {stage: share for stage, share in shares.items() if share is not None}
-
-
-def find_winners(record: SweepRecord) -> dict[str, TrialRow | None]:
-    """Returns the winner of each arm that trains; None for an arm without a complete trial."""
-    trained = [arm.name for arm in record.arms if arm.method != "frozen"]
-    by_arm = {name: [trial for trial in record.trials if trial.arm == name] for name in trained}
-    return {name: find_winner(name, trials, record=record) for name, trials in by_arm.items()}
-
-
-def describe_stage(stage: RerunStage, *, num_seeds: int, candidates: int) -> str:
-    """Returns a phrase that says what the select or the confirm stage does."""
-    fresh = "1 fresh seed" if num_seeds == 1 else f"{num_seeds} fresh seeds"
-    if stage == "confirm":
-        return f"the winner of each arm again on {fresh}, scored once on test data"
-    return f"the best {candidates} trials of each arm again on {fresh}; the best mean on validation data wins"
 
 
 def add_telemetry(first: Mapping[str, float], second: Mapping[str, float]) -> dict[str, float]:

@@ -19,13 +19,12 @@ from lorasweep.record import (
     SweepRecord,
     TrialRow,
     TrialState,
-    find_winner,
     get_run_folder,
-    list_confirm_rows,
     read_run,
     read_steps,
     read_sweep,
 )
+from lorasweep.selection import find_winner, list_confirm_rows
 
 if TYPE_CHECKING:
     import optuna

@@ -10,7 +10,8 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lorasweep.cli import run
-from lorasweep.record import list_front, read_run, read_steps, read_sweep
+from lorasweep.record import read_run, read_steps, read_sweep
+from lorasweep.selection import list_front
 
 from .conftest import SETTINGS
 

@@ -19,14 +19,13 @@ from lorasweep.record import (
     SweepRecord,
     TrialRow,
     TrialState,
-    find_winners,
-    list_candidates,
     read_run,
     read_sweep,
     write_record,
 )
 from lorasweep.report.figures import image
 from lorasweep.report.figures.image import draw_png
+from lorasweep.selection import find_winners, list_candidates
 
 BASE_SCORE = 2.031
 FULL_PARAMS = 1_280_000

@@ -13,10 +13,11 @@ import yaml
 from lorasweep.cli import DONE, run
 from lorasweep.config.compose import compose_run
 from lorasweep.errors import ConfigError, RecordError
-from lorasweep.record import find_winners, read_sweep
+from lorasweep.record import read_sweep
 from lorasweep.report import write_report
 from lorasweep.report.recommend import RECOMMENDED_FILES, Recommendation, read_recommended
 from lorasweep.report.summary import summarize
+from lorasweep.selection import find_winners
 
 from .conftest import build_rank_arms, build_sweep, confirm_sweep, edit_json
 

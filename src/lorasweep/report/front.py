@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from lorasweep.record import list_front
 from lorasweep.report.evidence.estimates import Interval
 from lorasweep.report.sweep_data import ArmData, SweepData, TrialData
+from lorasweep.selection import list_front
 from lorasweep.wording import format_count, format_metric, format_score
 
 COST_NAMES = {"trainable_params": "trainable parameters", "tokens_trained": "training tokens"}

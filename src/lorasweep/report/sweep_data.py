@@ -25,13 +25,10 @@ from lorasweep.record import (
     SweepRecord,
     TrialRow,
     TrialState,
-    find_winner,
-    list_confirm_rows,
     measure_occupancy,
     read_run,
     read_steps,
     read_sweep,
-    selection_scores,
 )
 from lorasweep.report.evidence.estimates import Interval
 from lorasweep.report.evidence.scores import (
@@ -43,6 +40,7 @@ from lorasweep.report.evidence.scores import (
     read_examples,
 )
 from lorasweep.report.evidence.verdicts import Evidence, compare_arms
+from lorasweep.selection import find_winner, list_confirm_rows, list_select_scores
 from lorasweep.wording import format_setting
 
 MIN_SHARE_TRIALS = 5
@@ -342,7 +340,7 @@ def _join_arm(arm: ArmRow, record: SweepRecord, folder: Path, problems: list[str
     best = find_winner(arm.name, trials, record=record)
     confirm_rows = sorted(list_confirm_rows(arm.name, best, record=record), key=lambda row: row.seed)
     former_rows = [row for row in record.confirm if row.arm == arm.name and row not in confirm_rows]
-    scores = {row.trial: selection_scores(arm.name, row.trial, record=record) for row in select_rows}
+    scores = {row.trial: list_select_scores(arm.name, row.trial, record=record) for row in select_rows}
     return ArmData(
         row=arm,
         trials=trials,
@@ -427,11 +425,12 @@ def _read_test_scores(arms: Sequence[ArmData], record: SweepRecord, folder: Path
         examples,
         deterministic=frozenset(arm.name for arm in arms if arm.row.method == "frozen"),
         is_perplexity=record.metric == "perplexity",
-        score_range=_get_score_range(record),
+        score_range=find_metric_range(record),
     )
 
 
-def _get_score_range(record: SweepRecord) -> tuple[float, float]:
+def find_metric_range(record: SweepRecord) -> tuple[float, float]:
+    """Returns the lowest and the highest possible value of the sweep's metric."""
     if len(record.metric_range) != 2:
         return METRIC_RANGES.get(record.metric, UNBOUNDED)
     low, high = map(finite_number, record.metric_range)  # infinity was written as null

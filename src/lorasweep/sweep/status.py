@@ -26,13 +26,10 @@ from lorasweep.record import (
     RerunStage,
     SweepRecord,
     TrialRow,
-    describe_stage,
-    find_winner,
-    list_candidates,
-    list_confirm_rows,
     measure_stage_occupancy,
     read_sweep,
 )
+from lorasweep.selection import describe_stage, find_winner, list_candidates, list_confirm_rows
 from lorasweep.sweep.lock import is_running
 from lorasweep.wording import UNKNOWN, format_seconds, format_setting, format_share
 

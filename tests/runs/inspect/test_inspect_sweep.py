@@ -8,10 +8,11 @@ import json
 import pytest
 
 from lorasweep.errors import RecordError
-from lorasweep.record import find_winners, read_sweep, write_record
+from lorasweep.record import read_sweep, write_record
 from lorasweep.report.figures.weights import read_arm, read_similarity
 from lorasweep.runs.inspect.inspect_sweep import inspect_sweep
 from lorasweep.runs.inspect.truncation import find_enough_rank
+from lorasweep.selection import find_winners
 
 from .conftest import edit_json
 

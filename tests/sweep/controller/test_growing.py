@@ -9,8 +9,9 @@ import yaml
 
 from lorasweep.config.data import get_built_in_metric
 from lorasweep.errors import ConfigError
-from lorasweep.record import find_winners, list_confirm_rows, read_sweep
+from lorasweep.record import read_sweep
 from lorasweep.results import load_sweep
+from lorasweep.selection import find_winners, list_confirm_rows
 from lorasweep.sweep.controller.lifecycle import create_sweep, reopen_sweep, saved_definition
 
 HALVING = {"pruner": "halving", "pruner.rungs": [0.5], "pruner.min_survivors": 1, "sampler": "tpe"}

@@ -9,8 +9,9 @@ import pytest
 from tests.sweep.controller.conftest import LAST, Simulation
 
 from lorasweep.errors import ConfigError, RecordError
-from lorasweep.record import list_candidates, read_sweep
+from lorasweep.record import read_sweep
 from lorasweep.results import load_sweep
+from lorasweep.selection import list_candidates
 from lorasweep.sweep.controller.lifecycle import reopen_sweep
 from lorasweep.sweep.controller.stages import list_trial_rows
 

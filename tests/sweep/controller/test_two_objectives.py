@@ -15,9 +15,9 @@ from tests.sweep.controller.test_proposals import SAMPLERS, SPACE
 
 from lorasweep.config.components import Component
 from lorasweep.errors import ConfigError
-from lorasweep.pareto import find_pareto_front
-from lorasweep.record import TrialRow, find_winner, list_candidates, list_front, read_sweep
+from lorasweep.record import TrialRow, read_sweep
 from lorasweep.results import load_sweep
+from lorasweep.selection import find_winner, list_candidates, list_front
 from lorasweep.sweep.controller import history as history_file
 from lorasweep.sweep.controller.history import History
 from lorasweep.sweep.controller.lifecycle import reopen_sweep
@@ -74,11 +74,6 @@ def search(sampler, *, trials, seed=0, direction="minimize"):
         }.get(number, {"values": [sign * score(rank, 10 * params["optim.lr"]), 1000.0 * rank]})
         history.append(create_trial(**settings, **told))
     return [trial.params for trial in history]
-
-
-def test_the_front_has_what_nothing_beats():
-    points = [(2.0, 1.0), (1.0, 3.0), (1.0, 2.0), (3.0, 1.0), (2.0, 1.0), (1.5, 2.5)]
-    assert find_pareto_front(enumerate(points), costs=lambda item: item[1]) == [(2, (1.0, 2.0)), (0, (2.0, 1.0))]
 
 
 @pytest.mark.parametrize("sampler", ["tpe", slow_gp, "qmc", "random", "nsga"])

@@ -7,7 +7,6 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from lorasweep.pareto import find_pareto_front
 from lorasweep.report.advice import advise
 from lorasweep.report.figures.confirmed import draw_confirmed_by_rank, name_rank_group
 from lorasweep.report.figures.panel import (
@@ -27,6 +26,7 @@ from lorasweep.report.figures.panel import (
     set_score_axis,
 )
 from lorasweep.report.sweep_data import LR, RANK, ArmData, SweepData, group_by_rank
+from lorasweep.selection import find_pareto_front
 
 MAX_CURVES = 500
 """A figure has at most about this many curves: among more, nobody can tell one from another."""

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from lorasweep.disk import csv_text, write_atomically
 from lorasweep.errors import RecordError
-from lorasweep.record import find_winners, get_run_folder, read_sweep
+from lorasweep.record import get_run_folder, read_sweep
 from lorasweep.runs.inspect.inspect_run import (
     FOLDER,
     SIMILARITY_FILE,
@@ -23,6 +23,7 @@ from lorasweep.runs.inspect.inspect_run import (
 )
 from lorasweep.runs.inspect.measures import MEAN, Overlap, compare_subspaces
 from lorasweep.runs.inspect.sentences import describe_overlaps
+from lorasweep.selection import find_winners
 from lorasweep.training.inputs import InputsCache, RunInputs
 
 MAX_PAIRS = 6

@@ -16,7 +16,7 @@ from optuna.distributions import FloatDistribution
 from optuna.trial import FrozenTrial, TrialState
 
 from lorasweep.config.data import Direction
-from lorasweep.pareto import find_pareto_front
+from lorasweep.selection import find_pareto_front
 from lorasweep.sweep.controller.encoding import Point, SpaceEncoding
 from lorasweep.sweep.definition.space import Space
 

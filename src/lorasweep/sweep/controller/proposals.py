@@ -41,7 +41,7 @@ from lorasweep.config.components import Component
 from lorasweep.config.data import Direction
 from lorasweep.config.sweep import ModelBasedSampler
 from lorasweep.errors import ConfigError, first_line
-from lorasweep.pareto import find_pareto_front
+from lorasweep.selection import find_pareto_front
 from lorasweep.sweep.controller.component_sampler import ask_sampler
 from lorasweep.sweep.controller.encoding import Point
 from lorasweep.sweep.controller.history import History, last_value

@@ -17,7 +17,8 @@ from optuna.distributions import IntDistribution
 from lorasweep.config.components import Component
 from lorasweep.config.run import SEED_KEYS, RunConfig
 from lorasweep.config.sweep import FixedSampler
-from lorasweep.record import RerunRow, RerunStage, TrialRow, find_winner, list_candidates
+from lorasweep.record import RerunRow, RerunStage, TrialRow
+from lorasweep.selection import find_winner, list_candidates
 from lorasweep.sweep.controller.arm_trials import ArmTrials
 from lorasweep.sweep.controller.folder import SweepFolder
 from lorasweep.sweep.controller.proposals import propose

@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from lorasweep.record import describe_stage
+from lorasweep.selection import describe_stage
 from lorasweep.sweep.definition.arms import Definition
 from lorasweep.sweep.definition.bases import explain_bases
 from lorasweep.sweep.definition.packing import explain_packing
