@@ -221,7 +221,7 @@ class Classification(LabelTask):
 
     - `accuracy`: fraction of examples whose class is right.
     - `f1`: for two classes, F1 of the second class (as GLUE scores MRPC and QQP). Otherwise the mean over classes.
-    - `matthews`: Matthews' correlation coefficient.
+    - `matthews`: Matthews' correlation coefficient; 0 if all predictions or all labels are equal.
     - `loss`: mean cross-entropy in nats, without class weights or smoothing.
     """
 
@@ -247,10 +247,13 @@ class Classification(LabelTask):
         predicted, target = _unpack(scores)
         classes = self.num_classes
         f1 = multiclass_f1_score(predicted, target, classes, average=None if classes == 2 else "macro")
+        matthews = multiclass_matthews_corrcoef(predicted, target, classes).double()
+        # torchmetrics returns other values, such as -0.58, if all predictions are equal
+        varies = (predicted != predicted[0]).any() & (target != target[0]).any()
         return {
             "accuracy": multiclass_accuracy(predicted, target, classes, average="micro").double(),
             "f1": (f1[1] if classes == 2 else f1).double(),
-            "matthews": multiclass_matthews_corrcoef(predicted, target, classes).double(),
+            "matthews": matthews.where(varies, 0.0),
             "loss": scores.loss.double().mean(),
         }
 
