@@ -41,6 +41,7 @@ GLUE = {"data": "glue"}
         ({**GLUE, "data.max_validation_examples": 0}, ["`data.max_validation_examples >= 1`", "0"]),
         ({**TEXT, "data.block_length": 1}, ["`data.block_length >= 2`", "1"]),
         ({**TEXT, "data.max_validation_blocks": 0}, ["`data.max_validation_blocks >= 1`", "0"]),
+        ({**TABLE, "data.labels": ["a", "a"]}, ["`data.labels`", "two or more different names", "['a', 'a']"]),
         ({**TABLE, "data.label_smoothing": 1.0}, ["`data.label_smoothing < 1`", "1.0"]),
         ({**TABLE, "data.class_weights": "balance"}, ["none, balanced", "`balanced`"]),
         ({**TABLE, "data.metric": "perplexity"}, ["`data.metric`", "'perplexity'"]),

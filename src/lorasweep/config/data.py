@@ -244,12 +244,17 @@ class TableConfig(FileSettings, ExampleSettings, LabelSettings):
     """Column of a second text that is read together with the first."""
     label: str
     """Column of the label: a name, a number, or a list of names."""
+    labels: tuple[str, ...] | None
+    """Names of the classes in the sorted order of the labels, such as `[negative, positive]` for 0 and 1; null takes
+    the labels themselves."""
     task: Literal["auto", LabelTask]
     """Kind of prediction. `auto` decides from the labels and prints its choice."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_columns(text=self.text, text_pair=self.text_pair, label=self.label)
+        if self.labels is not None and len(set(self.labels)) < max(2, len(self.labels)):
+            raise ConfigError(f"`data.labels` must be two or more different names, but got {list(self.labels)}.")
         if self.task != "auto":
             check_label_settings(self, self.task)
 
@@ -364,6 +369,7 @@ def glue_as_table(config: GlueConfig) -> TableConfig:
         text=text,
         text_pair=text_pair,
         label="label",
+        labels=None,
         task="regression" if config.task == "stsb" else "single_label",
     )
 

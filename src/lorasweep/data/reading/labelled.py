@@ -27,7 +27,13 @@ def read_labelled(config: TableConfig) -> DataSource:
     table = load("train")
     labels, _ = parse_rows(table, lambda *values, group: _check_row(values, config)[-1])
     key = f"`data.label={config.label}`"
-    encoder = learn_labels(labels, task=config.task, class_names=table.class_names.get(config.label, ()), key=key)
+    encoder = learn_labels(
+        labels,
+        task=config.task,
+        class_names=table.class_names.get(config.label, ()),
+        shown_names=config.labels,
+        key=key,
+    )
     check_label_settings(config, encoder.task)
 
     def parse(*values: Any, group: str | None) -> LabelledText:

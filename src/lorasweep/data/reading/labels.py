@@ -30,8 +30,10 @@ class LabelEncoder:
     """Encodes the labels of every split with what was learnt from the training file."""
 
     task: LabelTask
+    written: tuple[str, ...]
+    """The labels as they are written, in the order of their indices; empty under regression."""
     names: tuple[str, ...]
-    """Names of the classes in the order of their indices; empty under regression."""
+    """Names of the classes in the same order: `written`, or `data.labels`."""
     separator: str
     """Stands between several labels in one text."""
     reason: str
@@ -49,25 +51,29 @@ class LabelEncoder:
         return indices[0] if self.task == "single_label" else sorted(set(indices))
 
     def _index(self, name: str) -> int:
-        if name not in self.names:
+        if name not in self.written:
             raise ValueError(
-                f"must have a label that training has, {shorten(self.names, 400)}, but has {name!r}."
-                f"{nearest(name, self.names)}"
+                f"must have a label that training has, {shorten(self.written, 400)}, but has {name!r}."
+                f"{nearest(name, self.written)}"
             )
-        return self.names.index(name)
+        return self.written.index(name)
 
 
-def learn_labels(values: Sequence[Any], *, task: str, class_names: Sequence[str], key: str) -> LabelEncoder:
+def learn_labels(
+    values: Sequence[Any], *, task: str, class_names: Sequence[str], shown_names: Sequence[str] | None = None, key: str
+) -> LabelEncoder:
     """Returns the encoder of the labels of a training file.
 
     Args:
         values: The labels; none is missing.
         task: `data.task`.
         class_names: Names of the classes in the order that the data set states; empty if it states none.
+        shown_names: `data.labels`: other names of the classes, in the order of the labels.
         key: The setting and column of the label, for messages.
 
     Raises:
-        ConfigError: There is only one class, nearly every example has its own class, or a label is not a number.
+        ConfigError: There is only one class, nearly every example has its own class, a label is not a number, or
+            `shown_names` does not have one name for each class.
     """
     decided, why = _decide_task(values, task=task, class_names=class_names)
     separator = _find_separator(values)
@@ -84,19 +90,29 @@ def learn_labels(values: Sequence[Any], *, task: str, class_names: Sequence[str]
     if decided == "regression":
         mean = math.fsum(number for (number,) in labels) / len(labels)
         reason = f"The model predicts a number ({why}); in training from {used[0]:g} to {used[-1]:g}, mean {mean:g}."
-        return LabelEncoder(task=decided, names=(), separator=separator, reason=reason)
+        if shown_names is not None:
+            raise ConfigError(f"`data.labels` must be null, because the labels are numbers, but got {shown_names}.")
+        return LabelEncoder(task=decided, written=(), names=(), separator=separator, reason=reason)
     if task == "auto" and decided == "single_label" and len(used) > max(MAX_SINGLE_CLASSES, len(values) / 2):
         raise ConfigError(
             f"{key} must have classes of several examples each, but has {len(used)} different values in {len(values)} "
             "examples. Name another column, or set `data.task` (regression for numbers)."
         )
-    names = tuple(class_names) or tuple(sorted(used, key=_sort_key))
+    written = tuple(class_names) or tuple(sorted(used, key=_sort_key))
+    names = written if shown_names is None else tuple(shown_names)
+    if len(names) != len(written):
+        raise ConfigError(
+            f"`data.labels` must name each of the {len(written)} labels of training, {shorten(written, 400)}, but got "
+            f"{len(names)} names."
+        )
     order = "as the data set orders them" if class_names else "in sorted order"
     count = "one" if decided == "single_label" else "any number"
-    reason = f"The model predicts {count} of {len(names)} classes ({why}), {order}: {shorten(names, 400)}."
-    if unused := [name for name in names if name not in used]:
+    reason = f"The model predicts {count} of {len(names)} classes ({why}), {order}: {shorten(written, 400)}."
+    if shown_names is not None:
+        reason += f" `data.labels` names them {shorten(names, 400)}."
+    if unused := [name for name in written if name not in used]:
         reason += f" Training has no example of {shorten(unused, 400)}."
-    return LabelEncoder(task=decided, names=names, separator=separator, reason=reason)
+    return LabelEncoder(task=decided, written=written, names=names, separator=separator, reason=reason)
 
 
 def _decide_task(values: Sequence[Any], *, task: str, class_names: Sequence[str]) -> tuple[LabelTask, str]:
