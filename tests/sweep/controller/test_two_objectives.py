@@ -165,6 +165,7 @@ def test_both_values_are_in_the_study_the_table_of_trials_and_the_status(begin, 
     result = load_sweep(folder.path)
     study = result.study("lora")
     assert study.directions == [optuna.study.StudyDirection.MINIMIZE] * 2
+    assert study.metric_names == ["bits_per_byte", "trainable_params"]
     table = result.trials_dataframe()
     lora = table[table.arm == "lora"]
     assert [trial.values for trial in study.trials] == lora[["bits_per_byte", "trainable_params"]].to_numpy().tolist()

@@ -63,10 +63,12 @@ class SweepFolder:
 
         `directions` has one direction per objective; None stands for the objectives of the search.
         """
+        directions = directions or self.definition.sweep_config.sweep.list_directions(self.record.direction)
         return open_study(
             self.storage,
             self.record.study_prefix + name,
-            directions=directions or self.definition.sweep_config.sweep.list_directions(self.record.direction),
+            directions=directions,
+            metric_names=[self.record.metric, self.record.second_objective][: len(directions)],
             pruner=pruner,
         )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import warnings
 import zlib
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.exceptions import StorageInternalError
+from optuna.exceptions import ExperimentalWarning, StorageInternalError
 from optuna.pruners import BasePruner, NopPruner
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import BaseJournalBackend
@@ -192,12 +193,25 @@ def name_study(arm: str, stage: str) -> str:
 
 
 def open_study(
-    storage: BaseStorage, name: str, *, directions: Sequence[Direction], pruner: BasePruner | None = None
+    storage: BaseStorage,
+    name: str,
+    *,
+    directions: Sequence[Direction],
+    metric_names: Sequence[str],
+    pruner: BasePruner | None = None,
 ) -> optuna.Study:
-    """Returns a study, and creates it if it is missing. Its sampler is never used: `propose` asks a study in memory."""
-    return optuna.create_study(
+    """Returns a study, and creates it if it is missing. Its sampler is never used: `propose` asks a study in memory.
+
+    optuna-dashboard and Optuna's tables show `metric_names`, one for each direction.
+    """
+    study = optuna.create_study(
         study_name=name, storage=storage, directions=directions, pruner=pruner or NopPruner(), load_if_exists=True
     )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        if study.metric_names is None:
+            study.set_metric_names(list(metric_names))
+    return study
 
 
 def _reason(error: Exception) -> str:
