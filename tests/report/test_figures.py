@@ -9,7 +9,7 @@ import pytest
 
 from lorasweep.report.figures import PANELS, trials
 from lorasweep.report.figures.confirmed import draw_confirmed, draw_confirmed_by_rank, find_reference
-from lorasweep.report.figures.panel import choose_colours, find_score_range, select_evenly
+from lorasweep.report.figures.panel import choose_colours, find_score_range, pad_range, select_evenly
 from lorasweep.report.figures.settings import draw_importance, draw_parallel_coordinates, draw_rank_alpha
 from lorasweep.report.figures.trials import (
     draw_learning_curves,
@@ -56,6 +56,20 @@ def test_range_without_a_base_leaves_out_the_worst_tenth(tmp_path: Path) -> None
     assert low < 1.0
     assert high < 2
     assert find_score_range(data, [1.0]) == (0.95, 1.05)
+
+
+def test_axes_of_confirmed_scores_end_where_the_metric_ends(confirmed: Path) -> None:
+    def score_equally(raw: dict[str, Any]) -> None:
+        raw["metric"] = "f1"
+        for rerun in raw["confirm"]:
+            rerun["value"] = 0.0 if rerun["arm"] == "frozen" else 1.0
+
+    edit_json(confirmed / "sweep.json", score_equally)
+    scores, differences = draw_confirmed(load_sweep_data(confirmed)).figures
+    assert scores.layout.xaxis.range == (0.95, 1.0)
+    assert differences.layout.xaxis.range == (-1.0, 1.0)
+    assert pad_range(0.8, 0.8, limits=(0.0, 1.0)) == pytest.approx((0.76, 0.84))
+    assert pad_range(0.0, 0.0, limits=(0.0, 1.0)) == (0.0, 1.0)
 
 
 def test_rank_line_joins_the_best_of_each_rank(sweep: Path) -> None:

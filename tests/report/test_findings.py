@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from lorasweep.config.sweep import warn_of_few_seeds
 from lorasweep.report import write_report
 from lorasweep.report.evidence.equivalence import FurtherEvidence
 from lorasweep.report.evidence.verdicts import PairComparison
@@ -156,14 +157,18 @@ def test_full_that_gained_nothing_has_no_share(confirmed: Path) -> None:
 
 
 def test_few_seeds_are_a_warning_on_the_page_and_above_the_other_findings(tmp_path: Path) -> None:
-    summary = write_report(confirm_sweep(build_sweep(tmp_path), seeds=2))
+    confirm_sweep(build_sweep(tmp_path), seeds=2)
+    edit_json(tmp_path / "sweep.json", lambda raw: raw.update(warnings=["other", *warn_of_few_seeds(2)]))
+    summary = write_report(tmp_path)
     (warning,) = summary.warnings
     assert warning.startswith("Two seeds say little")
     sentences = list(summary.sentences)
+    assert "other" in sentences
+    assert not any("`confirm.seeds` is 2" in text for text in sentences)  # the warning above says it
     assert sentences.index(warning) < next(n for n, text in enumerate(sentences) if "tokens trained" in text)
     page = (tmp_path / "report/index.html").read_text()
     assert page.index("Two seeds say little") < page.index('<details id="findings">')
-    assert page.count("Two seeds say little") == 3  # at the top, among the findings, and below the figure
+    assert page.count("Two seeds say little") == 2  # at the top and among all findings
 
 
 def test_of_many_arms_four_best_get_a_sentence(tmp_path: Path) -> None:

@@ -215,6 +215,7 @@ def test_long_reason_shows_its_last_line_and_folds_the_rest(sweep: Path) -> None
 
 def test_code_marks_only_what_stood_between_backticks() -> None:
     assert mark_code("`a<b` & c") == "<code>a&lt;b</code> &amp; c"
+    assert mark_code("`a --b`") == "<code><span>a</span> <span>--b</span></code>"  # breaks at the space only
 
 
 @pytest.mark.slow

@@ -19,6 +19,16 @@ MIN_RELIABLE_SEEDS = 3
 seeds, 4.3 with three and 2.8 with five (Student's t)."""
 
 
+def warn_of_few_seeds(num_seeds: int) -> list[str]:
+    """Returns a warning if the confirm stage has too few seeds; no seeds skip the stage and need none."""
+    if not 0 < num_seeds < MIN_RELIABLE_SEEDS:
+        return []
+    return [
+        f"`confirm.seeds` is {num_seeds}. One seed gives no interval, and two give a very wide one. Take "
+        f"`confirm.seeds={MIN_RELIABLE_SEEDS}` or more."
+    ]
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelBasedSampler:
     """Sobol points first; then TPE or a Gaussian process proposes trials from finished and running ones."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from lorasweep.config.sweep import parse_margin
+from lorasweep.config.sweep import parse_margin, warn_of_few_seeds
 from lorasweep.report.advice import Advice
 from lorasweep.report.evidence.verdicts import LEVEL, PairComparison
 from lorasweep.report.fairness import Fairness
@@ -56,6 +56,8 @@ def describe_findings(
 ) -> list[str]:
     """Returns the sentences, the most important first. The headline of a failure stands above them."""
     is_confirmed = bool(data.evidence.arms)
+    # the evidence says the same with the names of the arms
+    said = warn_of_few_seeds(len(data.record.confirm_seeds)) if data.evidence.warnings else []
     return [
         *_describe_scores(data, advice),
         *([learning.remedy] if learning.remedy else []),
@@ -70,7 +72,7 @@ def describe_findings(
         *fairness.sentences,
         *([spread.sentence] if spread else []),
         *(_describe_limits(data) if is_confirmed else [ONE_SEED]),
-        *data.record.warnings,
+        *(warning for warning in data.record.warnings if warning not in said),
         *advice.untried,
         *advice.next_searches,
         *data.record.notes,

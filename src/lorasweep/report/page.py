@@ -94,8 +94,13 @@ def select_rows(data: SweepData) -> list[TrialData]:
 
 
 def mark_code(text: str) -> Markup:
-    """Returns text as HTML in which text between backticks is code."""
-    return Markup(re.sub(r"`([^`]*)`", r"<code>\1</code>", str(escape(text))))
+    """Returns text as HTML in which text between backticks is code that breaks at its spaces, not inside `--format`."""
+
+    def mark(found: re.Match[str]) -> str:
+        words = [f"<span>{word}</span>" for word in found[1].split(" ")]
+        return f"<code>{' '.join(words) if len(words) > 1 else found[1]}</code>"
+
+    return Markup(re.sub(r"`([^`]*)`", mark, str(escape(text))))
 
 
 def figure_json(panel: Panel) -> Markup:

@@ -26,8 +26,8 @@ from lorasweep.wording import (
 
 MAX_COLUMNS = 4
 """Up to this many arms are columns of the table. More arms are rows."""
-BOLD_ROWS = ("arm", "test score", "score")
-MANY_ARMS_COLUMNS = ("arm", "best settings", "test score", "score", "of full's gain", "trained")
+BOLD_ROWS = ("arm", "test score", "search score")
+MANY_ARMS_COLUMNS = ("arm", "best settings", "test score", "search score", "of full's gain", "trained")
 """The columns if arms are rows, which must fit a terminal of 80 characters. The page has the others."""
 
 
@@ -116,7 +116,7 @@ def _tabulate_arms(data: SweepData) -> dict[str, list[str]]:
         "best settings": [format_settings(arm.best.params) if arm.best else "no complete trial" for arm in arms],
         **({"test score": confirmed} if data.evidence.arms else {}),
         **{name: [format_score(score, beside=row) for score in row] for name, row in data.harness_scores.items()},
-        "score": [format_score(score, beside=scores) for score in scores],
+        "search score": [format_score(score, beside=scores) for score in scores],
         **({"select": [_describe_selection(arm) for arm in arms]} if any(arm.candidates for arm in arms) else {}),
         "of full's gain": [format_share_estimate(*data.full_gain_share_of_arm(arm)) for arm in arms],
         "trained": [format_count(arm.cost("trainable_params")) for arm in arms],

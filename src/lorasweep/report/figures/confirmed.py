@@ -16,9 +16,10 @@ from lorasweep.report.figures.panel import (
     build_rank_figure,
     choose_colours,
     escape,
+    pad_range,
 )
 from lorasweep.report.findings import describe_pair
-from lorasweep.report.sweep_data import ArmData, SweepData, group_by_rank
+from lorasweep.report.sweep_data import ArmData, SweepData, find_metric_range, group_by_rank
 from lorasweep.wording import format_estimate, format_metric
 
 ROW_HEIGHT_PX = 34
@@ -44,7 +45,6 @@ def draw_confirmed(data: SweepData) -> Panel:
             f"the same seeds and examples, so they are known better than the scores themselves.{base_text}"
         ),
         figures=tuple(figures),
-        notes=evidence.warnings,
     )
 
 
@@ -64,8 +64,10 @@ def draw_confirmed_by_rank(data: SweepData) -> tuple[go.Figure, ...]:
         return ()
     y_title = f"{format_metric(data.record.metric)}, test data"
     figure = build_rank_figure(data, [arm.rank or 1.0 for group in groups for arm in group], y_title=y_title)
+    shown: list[float] = []
     for group in groups:
         found = [evidence for arm in group if (evidence := data.evidence.arm(arm.name))]
+        shown += [end for one in found for end in (one.mean, *(one.interval or ()))]
         colour = choose_colours(data)[group[0].name]
         figure.add_scatter(
             x=[arm.rank for arm in group],
@@ -77,13 +79,16 @@ def draw_confirmed_by_rank(data: SweepData) -> tuple[go.Figure, ...]:
             marker={"size": 8},
             text=[escape(f"{one.name}: {format_estimate(one.mean, one.interval)}") for one in found],
             hovertemplate="%{text}<extra></extra>",
+            cliponaxis=False,
         )
     if full := data.evidence.arm(data.evidence.full):
         colour = METHOD_COLOURS["full"]
+        shown += [full.mean, *(full.interval or ())]
         figure.add_hline(y=full.mean, line={"color": colour, "width": 1.2, "dash": "dot"})
         if full.interval:
             low, high = full.interval
             figure.add_hrect(y0=low, y1=high, fillcolor=colour, opacity=0.12, line_width=0)
+    figure.update_yaxes(range=pad_range(min(shown), max(shown), limits=find_metric_range(data.record)))
     return (figure,)
 
 
@@ -95,6 +100,7 @@ def name_rank_group(group: Sequence[ArmData]) -> str:
 def _draw_scores(arms: Sequence[ArmData], data: SweepData) -> go.Figure:
     figure = _build_row_figure(data, len(arms), x_title=format_metric(data.record.metric))
     colours = choose_colours(data)
+    shown: list[float] = []
     for arm in reversed(arms):  # plotly draws the first row at the bottom
         found = data.evidence.arm(arm.name)
         if found:
@@ -105,6 +111,8 @@ def _draw_scores(arms: Sequence[ArmData], data: SweepData) -> go.Figure:
             add_points(figure, points, colours[arm.name], arm.name, y=rows, marker={"symbol": "circle-open"})
             text = f"{arm.name}: {format_estimate(found.mean, found.interval)}"
             _add_mean(figure, arm.name, found.mean, found.interval, colours[arm.name], text=text)
+            shown += [*(score for score, _, _ in points), found.mean, *(found.interval or ())]
+    figure.update_xaxes(range=pad_range(min(shown), max(shown), limits=find_metric_range(data.record)))
     return figure
 
 
@@ -113,11 +121,15 @@ def _draw_differences(arms: Sequence[ArmData], reference: str, data: SweepData) 
     x_title = f"{format_metric(data.record.metric)}, less that of {reference}"
     figure = _build_row_figure(data, len(others), x_title=x_title)
     figure.add_vline(x=0, line={"color": colours[reference], "width": 1.2, "dash": "dot"})
+    shown = [0.0]
     for arm in reversed(others):
         pair = data.evidence.pair(arm.name, reference)
         if pair and pair.difference is not None:
             text = describe_pair(pair, groups=data.example_groups).replace("`", "")
             _add_mean(figure, arm.name, pair.difference, pair.interval, colours[arm.name], text=text)
+            shown += [pair.difference, *(pair.interval or ())]
+    low, high = find_metric_range(data.record)
+    figure.update_xaxes(range=pad_range(min(shown), max(shown), limits=(low - high, high - low)))
     return figure
 
 
@@ -138,6 +150,7 @@ def _add_mean(figure: go.Figure, name: str, mean: float, interval: Interval | No
         marker={"color": colour, "size": 10},
         text=[escape(text)],
         hovertemplate="%{text}<extra></extra>",
+        cliponaxis=False,
     )
 
 

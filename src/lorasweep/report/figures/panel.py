@@ -11,7 +11,7 @@ from urllib.parse import quote
 
 import plotly.graph_objects as go
 
-from lorasweep.report.sweep_data import ArmData, SweepData, TrialData
+from lorasweep.report.sweep_data import ArmData, SweepData, TrialData, find_metric_range
 from lorasweep.wording import format_metric, format_score, format_setting, format_settings
 
 METHOD_COLOURS = {"frozen": "#868e96", "full": "#d9622b", "lora": "#3578c6"}
@@ -152,7 +152,7 @@ def find_score_range(data: SweepData, scores: Sequence[float]) -> tuple[float, f
     The range starts at the best score, or at the score of full fine-tuning if it is better. It ends at the worst score
     or at the frozen base's score, whichever is worse, but at most a quarter of the gain beyond the frozen base's score.
     Without a frozen base, or if no score is better than the base's, it ends at the 90 % quantile (at the worst score if
-    there are fewer than 10). A margin is added at both ends.
+    there are fewer than 10). A margin is added at both ends, up to where the metric ends.
     """
     if not scores:
         return None
@@ -164,9 +164,14 @@ def find_score_range(data: SweepData, scores: Sequence[float]) -> tuple[float, f
         worst = min(max(worst, data.sign * base), best + 1.25 * (data.sign * base - best))
     elif len(signed) >= 10:
         worst = min(worst, signed[int(0.9 * (len(signed) - 1))])
-    pad = 0.06 * (worst - best) or 0.05 * abs(best) or 1.0
-    ends = sorted((data.sign * (best - pad), data.sign * (worst + pad)))
-    return ends[0], ends[1]
+    low, high = sorted((data.sign * best, data.sign * worst))
+    return pad_range(low, high, limits=find_metric_range(data.record))
+
+
+def pad_range(low: float, high: float, *, limits: tuple[float, float]) -> tuple[float, float]:
+    """Returns a range with a margin at both ends, which goes up to the limits."""
+    pad = 0.06 * (high - low) or 0.05 * abs(low) or 1.0
+    return max(low - pad, limits[0]), min(high + pad, limits[1])
 
 
 def add_points(figure: go.Figure, points: Sequence[Point], colour: str, name: str, **trace: Any) -> None:
@@ -185,6 +190,7 @@ def add_points(figure: go.Figure, points: Sequence[Point], colour: str, name: st
         "text": [build_label(trial) for _, trial, _ in points],
         "customdata": [build_link(trial.run) for _, trial, _ in points],
         "hovertemplate": "%{text}<extra></extra>",
+        "cliponaxis": False,  # a point at the end of the axis is drawn whole
     }
     figure.add_scatter(name=escape(name), legendgroup=escape(name), **(settings | trace))
 

@@ -13,7 +13,7 @@ from lorasweep.config.data import max_tokens_per_example
 from lorasweep.config.method import LoraConfig
 from lorasweep.config.ranges import MAX_WIDTH_DIFFERENCE_DECADES, width_in_decades
 from lorasweep.config.run import RunConfig
-from lorasweep.config.sweep import MIN_RELIABLE_SEEDS, HalvingPruner, parse_margin
+from lorasweep.config.sweep import HalvingPruner, parse_margin, warn_of_few_seeds
 from lorasweep.sweep.definition.alpha_over_rank import ALPHA, MULTIPLIER
 from lorasweep.sweep.definition.arms import Arm, Definition
 from lorasweep.sweep.definition.space import describe_space
@@ -37,11 +37,7 @@ def find_warnings(definition: Definition) -> list[str]:
             "Lower `trainer.eval_every_steps`, or choose `pruner=none`."
         )
     confirm = definition.sweep_config.confirm
-    if 0 < confirm.seeds < MIN_RELIABLE_SEEDS:
-        warnings.append(
-            f"`confirm.seeds` is {confirm.seeds}. One seed gives no interval, and two give a very wide one. Take "
-            f"`confirm.seeds={MIN_RELIABLE_SEEDS}` or more."
-        )
+    warnings += warn_of_few_seeds(confirm.seeds)
     methods = {config.method.name for arm in definition.arms for config in arm.corners}
     missing = [f"`method={name}`" for name in ("full", "frozen") if name not in methods]
     if confirm.seeds and len(definition.arms) > 1 and missing and parse_margin(confirm.margin).is_share_of_gain:
